@@ -1,0 +1,3 @@
+//! The `cowslip` program.
+
+fn main() {}
