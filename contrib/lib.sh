@@ -1,0 +1,85 @@
+# shellcheck shell=bash
+# Shared by the scripts here: find or install what they need. Source it; it goes to the repository's root.
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
+
+# A plain user's PATH lacks mkfs and losetup, and a non-login shell's lacks rustup's cargo.
+export PATH="$PATH:${CARGO_HOME:-$HOME/.cargo}/bin:/usr/sbin:/sbin"
+
+die() {
+    printf 'contrib/%s: %s\n' "${0##*/}" "$1" >&2
+    exit 1
+}
+
+have() {
+    command -v "$1" >/dev/null
+}
+
+as_root() {
+    if ((EUID == 0)); then
+        "$@"
+    elif have sudo; then
+        sudo "$@"
+    else
+        die "needs root for '$1': run it as root, or install sudo"
+    fi
+}
+
+apt() {
+    # Noninteractive by env, since sudo drops variables; the lock is waited for, as unattended-upgrades may hold it.
+    as_root env DEBIAN_FRONTEND=noninteractive apt-get -qq -o DPkg::Lock::Timeout=300 "$@" </dev/null
+}
+
+# Installs packages and nothing beyond: what is already there is neither upgraded nor removed.
+install_packages() {
+    have apt-get || die "not a Debian system: install the equivalents of: $*"
+    echo "installing: $*"
+    apt update || die "apt-get update failed: check the network and /etc/apt/sources.list"
+    apt install -y --no-install-recommends --no-upgrade --no-remove "$@" ||
+        die "could not install: $*: see apt-get's message above"
+}
+
+# need COMMAND=PACKAGE...: installs the packages whose command is missing, in one go. Asking for commands,
+# not packages, leaves a hand-built or backported tool alone.
+need() {
+    local pair missing=()
+    for pair; do
+        have "${pair%%=*}" || missing+=("${pair#*=}")
+    done
+    # The linker alone does not do: gcc without libc6-dev is a common half.
+    [[ $(cc -print-file-name=crt1.o 2>/dev/null) == /* ]] || missing+=(gcc libc6-dev)
+    ((${#missing[@]} == 0)) || install_packages "${missing[@]}"
+}
+
+# Whether the cargo in PATH runs and is at least version $1.
+cargo_is_at_least() {
+    local version
+    version=$(cargo --version 2>/dev/null | cut -d' ' -f2) || return 1
+    [[ $(printf '%s\n' "$1" "$version" | sort -V | head -n1) == "$1" ]]
+}
+
+# Makes `cargo` one that can build this. A toolchain is added beside the user's own, never put in its place.
+need_rust() {
+    local msrv
+    msrv=$(sed -n 's/^rust-version = "\(.*\)"$/\1/p' Cargo.toml)
+    cargo_is_at_least "$msrv" && return
+    # Debian 12 and 13 have a cargo that is too old; 13 has rustup. It and Debian's cargo exclude each other.
+    if ! have rustup && ! have cargo && have apt-get; then
+        apt update || true
+        if apt-cache show rustup >/dev/null 2>&1; then
+            install_packages rustup ca-certificates
+        fi
+    fi
+    have rustup || die "needs Rust $msrv or newer (Debian's is older): install it from https://rustup.rs, then run this again"
+    rustup toolchain install "$msrv" --profile minimal --component clippy,rustfmt --no-self-update ||
+        die "rustup could not install Rust $msrv: check the network"
+    export RUSTUP_TOOLCHAIN=$msrv
+    # Ahead of any older cargo in PATH.
+    PATH="$(dirname "$(rustup which cargo)"):$PATH"
+    cargo_is_at_least "$msrv" || die "needs Rust $msrv or newer: run 'rustup update', then run this again"
+}
+
+need_fuse() {
+    [[ -c /dev/fuse ]] ||
+        die "no /dev/fuse: run 'modprobe fuse' as root, or in a container add --device /dev/fuse --cap-add SYS_ADMIN"
+}
