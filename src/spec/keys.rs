@@ -1,0 +1,569 @@
+//! The keys of a disk: one table, for the command line and for TOML.
+
+use std::ffi::{OsStr, OsString};
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+
+use super::error::{decimal, hint, shown};
+use super::{DiskSpec, Format, Locking, Mode, Resize, Source, SpecError, error, parse_size};
+
+/// A value as it was written, before its key says what it must be.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Value {
+    /// None: `KEY` alone, which is `KEY=on`.
+    Bare,
+    /// A text; on the command line every value is one.
+    Text(OsString),
+    /// TOML's integer, and the base it was written in.
+    Integer(i64, u32),
+    /// TOML's boolean.
+    Bool(bool),
+    /// Something no key takes, by its name.
+    Other(&'static str),
+}
+
+/// On or off.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Switch {
+    On,
+    Off,
+}
+
+/// Which disks a key is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum For {
+    All,
+    Files,
+    Cow,
+}
+
+/// What a key's value is, and where in the spec it goes.
+enum Set {
+    Switch(fn(&mut DiskSpec, Switch)),
+    Size(fn(&mut DiskSpec, u64) -> Result<(), SpecError>),
+    Id(fn(&mut DiskSpec, u32)),
+    Perm(fn(&mut DiskSpec, u16)),
+    Word(fn(&mut DiskSpec, &str) -> Result<(), SpecError>),
+    Path(fn(&mut DiskSpec, PathBuf)),
+    /// A stream's key: known, so that the message can say why it is refused.
+    Stream,
+}
+
+/// A row of the table.
+pub(super) struct Key {
+    name: &'static str,
+    applies: For,
+    set: Set,
+    /// What a value looks like, for messages.
+    sample: &'static str,
+}
+
+/// Every key there is.
+static KEYS: &[Key] = &[
+    row(
+        "overlay",
+        For::Cow,
+        "DIR",
+        Set::Path(|disk, path| disk.overlay = Some(path)),
+    ),
+    // A blank disk takes `mode=cow` too; `check_mode` refuses it the others.
+    row("mode", For::All, "cow|ro|rw", Set::Word(set_mode)),
+    row("format", For::Files, "raw|qcow2|...", Set::Word(set_format)),
+    row("block", For::Cow, "4K", Set::Size(set_block)),
+    row(
+        "limit",
+        For::Cow,
+        "SIZE",
+        Set::Size(|disk, size| some(&mut disk.limit, size)),
+    ),
+    row(
+        "size",
+        For::Cow,
+        "SIZE",
+        Set::Size(|disk, size| some(&mut disk.size, size)),
+    ),
+    row("resize", For::Cow, "on|off", Set::Switch(set_resize)),
+    row(
+        "uid",
+        For::All,
+        "1000",
+        Set::Id(|disk, id| disk.uid = Some(id)),
+    ),
+    row(
+        "gid",
+        For::All,
+        "1000",
+        Set::Id(|disk, id| disk.gid = Some(id)),
+    ),
+    row(
+        "perm",
+        For::All,
+        "0644",
+        Set::Perm(|disk, perm| disk.perm = Some(perm)),
+    ),
+    row("lock", For::Files, "on|off", Set::Switch(set_lock)),
+    stream("to"),
+    stream("from"),
+    stream("window"),
+    stream("read-window"),
+    stream("spill"),
+    stream("finish"),
+    stream("pad"),
+    stream("frames"),
+];
+
+const fn row(name: &'static str, applies: For, sample: &'static str, set: Set) -> Key {
+    Key {
+        name,
+        applies,
+        set,
+        sample,
+    }
+}
+
+const fn stream(name: &'static str) -> Key {
+    Key {
+        name,
+        applies: For::All,
+        set: Set::Stream,
+        sample: "",
+    }
+}
+
+fn some(field: &mut Option<u64>, size: u64) -> Result<(), SpecError> {
+    *field = Some(size);
+    Ok(())
+}
+
+fn set_mode(disk: &mut DiskSpec, text: &str) -> Result<(), SpecError> {
+    disk.mode = error::choose("mode", text, Mode::NAMES)?;
+    Ok(())
+}
+
+fn set_format(disk: &mut DiskSpec, text: &str) -> Result<(), SpecError> {
+    disk.format = Some(text.parse()?);
+    Ok(())
+}
+
+fn set_block(disk: &mut DiskSpec, size: u64) -> Result<(), SpecError> {
+    // 512 is the smallest sector, 2 MiB the largest page and qcow2's largest cluster.
+    let block = u32::try_from(size)
+        .ok()
+        .filter(|block| block.is_power_of_two());
+    let block = block.filter(|block| (512..=2 << 20).contains(block));
+    if block.is_none() {
+        let wanted = "a block size: take a power of two from 512 to 2M, as in 4K or 64K";
+        return Err(SpecError::value(size.to_string(), wanted));
+    }
+    disk.block = block;
+    Ok(())
+}
+
+fn set_resize(disk: &mut DiskSpec, switch: Switch) {
+    disk.resize = match switch {
+        Switch::On => Resize::Follow,
+        Switch::Off => Resize::Fixed,
+    };
+}
+
+fn set_lock(disk: &mut DiskSpec, switch: Switch) {
+    disk.locking = match switch {
+        Switch::On => Locking::Qemu,
+        Switch::Off => Locking::Off,
+    };
+}
+
+/// Whether `name` is a disk's key, a stream's included.
+pub(super) fn is_key(name: &str) -> bool {
+    KEYS.iter().any(|key| key.name == name)
+}
+
+/// The row of `name`.
+fn find(name: &str) -> Result<&'static Key, SpecError> {
+    if let Some(key) = KEYS.iter().find(|key| key.name == name) {
+        return Ok(key);
+    }
+    // Words people write without their key.
+    let hint = if Mode::NAMES.iter().any(|(mode, _)| *mode == name) {
+        format!("did you mean 'mode={name}'?")
+    } else if name.parse::<Format>().is_ok() {
+        format!("did you mean 'format={name}'?")
+    } else if name == "name" {
+        "the name stands first, NAME=SOURCE".to_owned()
+    } else {
+        let usable = KEYS.iter().filter(|key| !key.is_stream());
+        hint(name, &usable.map(|key| key.name).collect::<Vec<_>>())
+    };
+    Err(SpecError::Unknown {
+        what: "key",
+        given: shown(name),
+        hint,
+    })
+}
+
+/// Puts every key of a disk into `disk`, whose source is known already, and checks that they go
+/// together.
+///
+/// # Errors
+/// The first key that is unknown, there twice, not for this kind of disk or has a wrong value.
+pub(super) fn apply(
+    disk: &mut DiskSpec,
+    keys: &[(String, Value)],
+    dir: &Path,
+) -> Result<(), SpecError> {
+    let mut seen: Vec<&'static Key> = Vec::new();
+    for (name, value) in keys {
+        let key = find(name)?;
+        if seen.iter().any(|other| other.name == key.name) {
+            return Err(SpecError::key(key.name, "is given twice: drop one of them"));
+        }
+        key.put(disk, value, dir)?;
+        seen.push(key);
+    }
+    // Only now: `mode` may be the last of them.
+    check_mode(disk)?;
+    seen.iter().try_for_each(|key| key.check(disk))
+}
+
+/// A blank disk has no base to read or to write.
+fn check_mode(disk: &DiskSpec) -> Result<(), SpecError> {
+    match (&disk.source, disk.mode) {
+        (Source::File(_), _) | (Source::Blank(_), Mode::Cow) => Ok(()),
+        (Source::Blank(_), mode) => {
+            let why = "is for files, and this disk is blank: drop it, a blank disk is mode=cow";
+            Err(SpecError::key(format!("mode={mode}"), why))
+        }
+    }
+}
+
+impl Key {
+    fn is_stream(&self) -> bool {
+        matches!(self.set, Set::Stream)
+    }
+
+    /// Reads `value` as what this key takes and puts it into `disk`.
+    fn put(&self, disk: &mut DiskSpec, value: &Value, dir: &Path) -> Result<(), SpecError> {
+        if self.is_stream() {
+            let why = "is only for streams, which are not in this version of cowslip: drop it";
+            return Err(SpecError::key(self.name, why));
+        }
+        let text = self.text(value)?;
+        self.set_text(disk, &text, dir)
+            .map_err(|error| error.within(self.name))
+    }
+
+    /// The value as the text it would be on the command line.
+    fn text(&self, value: &Value) -> Result<OsString, SpecError> {
+        match (value, &self.set) {
+            (Value::Text(text), _) if !text.is_empty() => Ok(text.clone()),
+            (Value::Bare, Set::Switch(_)) | (Value::Bool(true), Set::Switch(_)) => Ok("on".into()),
+            (Value::Bool(false), Set::Switch(_)) => Ok("off".into()),
+            (Value::Integer(number, _), Set::Size(_) | Set::Id(_)) => Ok(number.to_string().into()),
+            // `0o644` is plain. What a decimal 644 means is anybody's guess.
+            (Value::Integer(number, 8), Set::Perm(_)) => Ok(format!("{number:o}").into()),
+            (Value::Bare | Value::Text(_), _) => {
+                let why = format!("needs a value: write {}={}", self.name, self.sample);
+                Err(SpecError::key(self.name, why))
+            }
+            (Value::Integer(..), _) => Err(self.wrong_type("a number")),
+            (Value::Bool(_), _) => Err(self.wrong_type("a boolean")),
+            (Value::Other(kind), _) => Err(self.wrong_type(kind)),
+        }
+    }
+
+    fn wrong_type(&self, kind: &str) -> SpecError {
+        let (name, sample) = (self.name, self.sample);
+        SpecError::key(
+            name,
+            format!("cannot be {kind}: write {name} = \"{sample}\""),
+        )
+    }
+
+    fn set_text(&self, disk: &mut DiskSpec, text: &OsStr, dir: &Path) -> Result<(), SpecError> {
+        let word = || {
+            text.to_str()
+                .ok_or_else(|| SpecError::value(text, self.sample))
+        };
+        match &self.set {
+            Set::Switch(set) => {
+                let names = [("on", Switch::On), ("off", Switch::Off)];
+                set(disk, error::choose("setting", word()?, &names)?);
+            }
+            Set::Size(set) => set(disk, parse_size(word()?)?)?,
+            Set::Id(set) => set(disk, parse_id(word()?)?),
+            Set::Perm(set) => set(disk, parse_perm(word()?)?),
+            Set::Word(set) => set(disk, word()?)?,
+            Set::Path(set) => set(disk, absolute(text, dir)?),
+            // `put` has refused it.
+            Set::Stream => {}
+        }
+        Ok(())
+    }
+
+    /// Whether the key goes with what the disk has turned out to be.
+    fn check(&self, disk: &DiskSpec) -> Result<(), SpecError> {
+        match (self.applies, &disk.source, disk.mode) {
+            (For::Files, Source::Blank(_), _) => {
+                let why = "is for files, and this disk is blank: drop it";
+                Err(SpecError::key(self.name, why))
+            }
+            (For::Cow, _, mode @ (Mode::ReadOnly | Mode::ReadWrite)) => {
+                let why =
+                    format!("is for mode=cow, and this disk is mode={mode}: drop one of them");
+                Err(SpecError::key(self.name, why))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+/// A user's or group's number. The largest is not one: to chown(2) it means "leave it".
+fn parse_id(text: &str) -> Result<u32, SpecError> {
+    let id = decimal(text)
+        .and_then(|id| u32::try_from(id).ok())
+        .filter(|id| *id != u32::MAX);
+    id.ok_or_else(|| {
+        SpecError::value(
+            text,
+            "a user's or group's number: take one from 0 to 4294967294",
+        )
+    })
+}
+
+/// Permission bits, in octal with or without a zero before them.
+fn parse_perm(text: &str) -> Result<u16, SpecError> {
+    let is_octal = text.bytes().all(|byte| matches!(byte, b'0'..=b'7'));
+    let perm = u16::from_str_radix(text, 8)
+        .ok()
+        .filter(|perm| is_octal && *perm <= 0o777);
+    perm.ok_or_else(|| SpecError::value(text, "a mode: write it in octal, 0 to 0777, as in 0644"))
+}
+
+/// `text` as an absolute path, if `dir` is one. Dots for "here" and doubled slashes go; nothing
+/// is looked up, so `..` stays.
+pub(super) fn absolute(text: &OsStr, dir: &Path) -> Result<PathBuf, SpecError> {
+    if text.is_empty() {
+        return Err(SpecError::Missing("a path is missing"));
+    }
+    if text.as_bytes().contains(&0) {
+        return Err(SpecError::value(
+            text,
+            "a path: no file has a NUL byte in its name",
+        ));
+    }
+    Ok(dir.join(text).components().collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashSet;
+
+    use super::super::parse_disk;
+    use super::*;
+
+    fn read(text: &str) -> DiskSpec {
+        parse_disk(text, Path::new("/home"), &|_| false).unwrap()
+    }
+
+    fn why(text: &str) -> String {
+        parse_disk(text, Path::new("/home"), &|_| false)
+            .unwrap_err()
+            .to_string()
+    }
+
+    #[test]
+    fn no_key_is_in_the_table_twice() {
+        let names: HashSet<&str> = KEYS.iter().map(|key| key.name).collect();
+        assert_eq!(names.len(), KEYS.len());
+    }
+
+    #[test]
+    fn every_key_lands_in_its_field() {
+        let disk = read(
+            "vm.img,overlay=d,block=64K,limit=1G,size=20G,resize=off,uid=1,gid=2,perm=0640,\
+             lock=off,format=qcow2,mode=cow",
+        );
+        assert_eq!(disk.overlay.as_deref(), Some(Path::new("/home/d")));
+        assert_eq!(
+            (disk.block, disk.limit, disk.size),
+            (Some(65_536), Some(1 << 30), Some(20 << 30))
+        );
+        assert_eq!(
+            (disk.uid, disk.gid, disk.perm),
+            (Some(1), Some(2), Some(0o640))
+        );
+        assert_eq!((disk.resize, disk.locking), (Resize::Fixed, Locking::Off));
+        assert_eq!((disk.format, disk.mode), (Some(Format::Qcow2), Mode::Cow));
+    }
+
+    #[test]
+    fn a_bare_switch_is_on() {
+        assert_eq!(read("vm.img,resize,lock").resize, Resize::Follow);
+        assert_eq!(read("vm.img,resize=on,lock=on").locking, Locking::Qemu);
+        assert!(why("vm.img,lock=no").contains("lock: unknown setting 'no'; known are on, off"));
+    }
+
+    #[test]
+    fn a_bare_key_that_is_no_switch_needs_a_value() {
+        assert_eq!(
+            why("v.img,overlay"),
+            "disk 'v.img,overlay': 'overlay' needs a value: write overlay=DIR"
+        );
+        for key in [
+            "overlay=", "mode", "format", "block", "limit=", "size", "uid", "perm=",
+        ] {
+            assert!(
+                why(&format!("v.img,{key}")).contains("needs a value"),
+                "{key}"
+            );
+        }
+    }
+
+    #[test]
+    fn an_unknown_key_is_refused_with_the_nearest() {
+        for (key, hint) in [
+            ("mdoe=ro", "unknown key 'mdoe'; did you mean 'mode'?"),
+            ("overly=x", "did you mean 'overlay'?"),
+            ("Size=1G", "did you mean 'size'?"),
+            ("ro", "unknown key 'ro'; did you mean 'mode=ro'?"),
+            ("qcow2", "did you mean 'format=qcow2'?"),
+            ("name=x", "the name stands first, NAME=SOURCE"),
+            (
+                "colour=red",
+                "known are overlay, mode, format, block, limit",
+            ),
+        ] {
+            assert!(
+                why(&format!("v.img,{key}")).contains(hint),
+                "{}",
+                why(&format!("v.img,{key}"))
+            );
+        }
+    }
+
+    #[test]
+    fn a_key_given_twice_is_refused() {
+        assert!(why("v.img,uid=1,uid=1").contains("'uid' is given twice"));
+        assert!(why("v.img,lock,lock=off").contains("'lock' is given twice"));
+    }
+
+    #[test]
+    fn keys_of_overlays_are_refused_without_one() {
+        for mode in ["ro", "rw"] {
+            for key in [
+                "overlay=d",
+                "block=4K",
+                "limit=1G",
+                "size=1G",
+                "resize=on",
+                "resize=off",
+            ] {
+                let message = why(&format!("v.img,{key},mode={mode}"));
+                let name = key.split('=').next().unwrap();
+                let line = format!("'{name}' is for mode=cow, and this disk is mode={mode}");
+                assert!(message.contains(&line), "{message}");
+                assert!(why(&format!("v.img,mode={mode},{key}")).contains(&line));
+            }
+            read(&format!(
+                "v.img,mode={mode},format=raw,lock=off,uid=0,gid=0,perm=0"
+            ));
+        }
+    }
+
+    #[test]
+    fn keys_of_files_are_refused_on_a_blank_disk() {
+        for key in ["format=raw", "lock=off", "lock", "mode=ro", "mode=rw"] {
+            assert!(
+                why(&format!("b=blank:1G,{key}")).contains("this disk is blank"),
+                "{key}"
+            );
+        }
+        read("b=blank:1G,mode=cow,overlay=d,block=4K,limit=1M,size=2G,resize=off,uid=1,perm=600");
+    }
+
+    #[test]
+    fn keys_of_streams_are_known_and_refused() {
+        for key in KEYS.iter().filter(|key| key.is_stream()) {
+            for text in [
+                format!("v.img,{}=1", key.name),
+                format!("v.img,{}", key.name),
+            ] {
+                assert!(why(&text).contains("is only for streams"), "{text}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_block_is_a_power_of_two_from_512_to_2m() {
+        assert_eq!(read("v.img,block=512").block, Some(512));
+        assert_eq!(read("v.img,block=2M").block, Some(2 << 20));
+        for block in [
+            "0",
+            "1",
+            "256",
+            "513",
+            "5000",
+            "4M",
+            "3K",
+            "4294967808",
+            "4G",
+        ] {
+            assert!(
+                why(&format!("v.img,block={block}")).contains("power of two"),
+                "{block}"
+            );
+        }
+    }
+
+    #[test]
+    fn perm_is_octal() {
+        for (text, perm) in [("0", 0), ("644", 0o644), ("0644", 0o644), ("0777", 0o777)] {
+            assert_eq!(read(&format!("v.img,perm={text}")).perm, Some(perm));
+        }
+        for text in ["1777", "8", "0o644", "+644", "-1", "rw", "10000000000000"] {
+            assert!(
+                why(&format!("v.img,perm={text}")).contains("octal"),
+                "{text}"
+            );
+        }
+    }
+
+    #[test]
+    fn owners_are_numbers() {
+        assert_eq!(read("v.img,uid=4294967294").uid, Some(u32::MAX - 1));
+        for text in ["root", "-1", "4294967295", "4294967296", "+1", "1K"] {
+            assert!(
+                why(&format!("v.img,uid={text}")).contains("number"),
+                "{text}"
+            );
+            assert!(
+                why(&format!("v.img,gid={text}")).contains("gid: "),
+                "{text}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_value_that_is_not_utf8_is_refused_unless_it_is_a_path() {
+        let text = OsStr::from_bytes(b"v.img,overlay=d\xff");
+        let disk = parse_disk(text, Path::new("/home"), &|_| false).unwrap();
+        assert_eq!(disk.overlay.unwrap().as_os_str().as_bytes(), b"/home/d\xff");
+        for text in [
+            &b"v.img,mode=r\xff"[..],
+            b"v.img,size=\xff",
+            b"v.img,\xff=1",
+            b"\xff=v.img",
+        ] {
+            assert!(parse_disk(OsStr::from_bytes(text), Path::new("/"), &|_| false).is_err());
+        }
+    }
+
+    #[test]
+    fn a_path_is_made_absolute_and_not_looked_up() {
+        let path = |text: &str| absolute(OsStr::new(text), Path::new("/home/me")).unwrap();
+        assert_eq!(path("./a//b/"), Path::new("/home/me/a/b"));
+        assert_eq!(path("../a"), Path::new("/home/me/../a"));
+        assert_eq!(path("/a"), Path::new("/a"));
+        assert!(absolute(OsStr::new("a\0b"), Path::new("/")).is_err());
+    }
+}

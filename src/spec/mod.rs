@@ -1,0 +1,219 @@
+//! What the user asked for: disk specs, sizes, ranges, mount options and the TOML file, as plain
+//! structs.
+//!
+//! ```text
+//!   vm=/srv/vm.img,overlay=/srv/vm.d,block=64K      [[disk]]
+//!   ^^ ^^^^^^^^^^^ ^^^^^^^^^^^^^^^^^ ^^^^^^^^^      name = "vm"
+//!   |  source      key     value     another        source = "/srv/vm.img"
+//!   name                                            overlay = "/srv/vm.d"
+//! ```
+//!
+//! Both spellings become a name, a source and a list of keys, and from there on they share the
+//! code: the table in `keys.rs` is the only place that knows a key, its type and the disks it is
+//! for.
+//!
+//! Nothing here touches a file. A relative path is joined to the directory the caller names and
+//! is not looked at. The one question about the outside, whether a path with a comma in it exists
+//! (so that the error can say how to write it), is a closure the caller gives.
+//!
+//! Every error is one line that says what is wrong, where, and what to write instead; what the
+//! user typed is shown with its control characters escaped.
+
+mod config;
+mod disk;
+mod error;
+mod keys;
+mod options;
+mod size;
+
+use std::fmt;
+use std::path::PathBuf;
+use std::str::FromStr;
+
+pub use config::{Cache, Config, parse_config};
+pub use disk::{check_names, parse_disk};
+pub use error::SpecError;
+pub use options::{MountOptions, parse_mount_options};
+pub use size::{MAX_SIZE, format_size, parse_range, parse_size};
+
+/// One disk, as asked for. `None` means the key was not given.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DiskSpec {
+    /// The name of the file in the mount: 1 to 255 bytes, no `/`, no control character.
+    pub name: String,
+    /// What is under the disk.
+    pub source: Source,
+    /// What becomes of writes.
+    pub mode: Mode,
+    /// The format of the base; `None`: raw, unless it looks like another.
+    pub format: Option<Format>,
+    /// Where the changes are kept (absolute); `None`: they end with the mount. Only with
+    /// [`Mode::Cow`], as are the four after it.
+    pub overlay: Option<PathBuf>,
+    /// The overlay's block size in bytes: a power of two from 512 to 2 MiB.
+    pub block: Option<u32>,
+    /// The most the overlay may hold, in bytes; a write beyond is `ENOSPC`.
+    pub limit: Option<u64>,
+    /// The size to present instead of the source's, in bytes.
+    pub size: Option<u64>,
+    /// What a truncate does.
+    pub resize: Resize,
+    /// The owner of the file.
+    pub uid: Option<u32>,
+    /// The group of the file.
+    pub gid: Option<u32>,
+    /// The permission bits of the file, at most `0o777`.
+    pub perm: Option<u16>,
+    /// Whether qemu's locks are taken on the base.
+    pub locking: Locking,
+}
+
+/// What is under a disk.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Source {
+    /// A file or a block device, by its absolute path.
+    File(PathBuf),
+    /// Nothing but zeros, this many bytes.
+    Blank(u64),
+}
+
+/// What becomes of writes to a disk.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Mode {
+    /// They go to an overlay; the base is never touched.
+    #[default]
+    Cow,
+    /// They are refused.
+    ReadOnly,
+    /// They go straight to the base.
+    ReadWrite,
+}
+
+impl Mode {
+    /// Every mode and how it is written.
+    const NAMES: &'static [(&'static str, Self)] = &[
+        ("cow", Self::Cow),
+        ("ro", Self::ReadOnly),
+        ("rw", Self::ReadWrite),
+    ];
+}
+
+impl fmt::Display for Mode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Cow => "cow",
+            Self::ReadOnly => "ro",
+            Self::ReadWrite => "rw",
+        })
+    }
+}
+
+/// The format of a base, under qemu's names. Which of them can be opened is `base`'s to say.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Format {
+    /// The bytes as they are.
+    Raw,
+    /// qemu's own, since 2008.
+    Qcow2,
+    /// Its predecessor.
+    Qcow,
+    /// qemu's enhanced disk.
+    Qed,
+    /// VMware's.
+    Vmdk,
+    /// Hyper-V's.
+    Vhdx,
+    /// Virtual PC's; qemu calls it `vpc`, and `vhd` is understood.
+    Vhd,
+    /// VirtualBox's.
+    Vdi,
+    /// Parallels'.
+    Parallels,
+    /// Encrypted.
+    Luks,
+    /// Apple's.
+    Dmg,
+}
+
+impl Format {
+    /// Every format and how it is written; the first name of each is the one shown. They are
+    /// the suffixes of such files too.
+    const NAMES: &'static [(&'static str, Self)] = &[
+        ("raw", Self::Raw),
+        ("qcow2", Self::Qcow2),
+        ("qcow", Self::Qcow),
+        ("qed", Self::Qed),
+        ("vmdk", Self::Vmdk),
+        ("vhdx", Self::Vhdx),
+        ("vpc", Self::Vhd),
+        ("vhd", Self::Vhd),
+        ("vdi", Self::Vdi),
+        ("parallels", Self::Parallels),
+        ("luks", Self::Luks),
+        ("dmg", Self::Dmg),
+    ];
+}
+
+impl fmt::Display for Format {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let named = Self::NAMES.iter().find(|(_, format)| format == self);
+        f.write_str(named.map_or("raw", |(name, _)| name))
+    }
+}
+
+impl FromStr for Format {
+    type Err = SpecError;
+
+    fn from_str(text: &str) -> Result<Self, SpecError> {
+        error::choose("format", text, Self::NAMES)
+    }
+}
+
+/// What a truncate does to a disk.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Resize {
+    /// It resizes the disk, as it would a plain file.
+    #[default]
+    Follow,
+    /// Other sizes are refused, and `O_TRUNC` discards (`resize=off`).
+    Fixed,
+}
+
+/// Whether qemu's locks are taken on a base.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Locking {
+    /// They are, so that no virtual machine changes the base meanwhile.
+    #[default]
+    Qemu,
+    /// They are not (`lock=off`).
+    Off,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_name_of_a_format_is_read_and_the_first_is_shown() {
+        for (name, format) in Format::NAMES {
+            assert_eq!(name.parse::<Format>().unwrap(), *format);
+            assert_eq!(format.to_string().parse::<Format>().unwrap(), *format);
+        }
+        assert_eq!(Format::Vhd.to_string(), "vpc");
+    }
+
+    #[test]
+    fn every_mode_is_shown_as_it_is_written() {
+        for (name, mode) in Mode::NAMES {
+            assert_eq!(mode.to_string(), *name);
+        }
+    }
+
+    #[test]
+    fn an_unknown_format_is_refused_with_the_nearest() {
+        assert_eq!(
+            "qcow3".parse::<Format>().unwrap_err().to_string(),
+            "unknown format 'qcow3'; did you mean 'qcow2'?"
+        );
+    }
+}
