@@ -1,0 +1,136 @@
+//! Host files as layers use them: reads that refuse to wait, whole writes, holes.
+//!
+//! Nothing here knows disks or layers; each function is one system call with its short answers,
+//! interruptions and missing features dealt with in one place.
+
+use std::fs::File;
+use std::io::{self, IoSlice};
+use std::ops::Range;
+use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::fs::FileExt;
+
+use rustix::fs::FallocateFlags;
+
+use crate::layer::Wait;
+
+/// An error that keeps its errno on the way to the kernel.
+#[must_use]
+pub fn errno(code: i32) -> io::Error {
+    io::Error::from_raw_os_error(code)
+}
+
+/// Reads up to `buf.len()` bytes at `offset`; fewer only at the end of the file.
+///
+/// # Errors
+/// Under [`Wait::No`] `EAGAIN` when not all of it is in the page cache, or when the file system
+/// cannot tell; else the host's errno.
+pub fn read_at(file: &File, buf: &mut [u8], offset: u64, wait: Wait) -> io::Result<usize> {
+    let mut done = 0;
+    while done < buf.len() {
+        let at = offset + done as u64;
+        let got = match wait {
+            Wait::Yes => file.read_at(&mut buf[done..], at),
+            Wait::No => read_cached(file, &mut buf[done..], at),
+        };
+        match got {
+            Ok(0) => break,
+            Ok(len) => done += len,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) if error.raw_os_error() == Some(libc::EOPNOTSUPP) => {
+                return Err(errno(libc::EAGAIN));
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(done)
+}
+
+/// `preadv2` with `RWF_NOWAIT`: the page cache's answer, or `EAGAIN`.
+fn read_cached(file: &File, buf: &mut [u8], offset: u64) -> io::Result<usize> {
+    let part = libc::iovec {
+        iov_base: buf.as_mut_ptr().cast(),
+        iov_len: buf.len(),
+    };
+    let offset = i64::try_from(offset).map_err(|_| errno(libc::EINVAL))?;
+    // SAFETY: `part` describes `buf`, which is borrowed mutably for the whole call.
+    let got = unsafe {
+        libc::preadv2(
+            file.as_raw_fd(),
+            &raw const part,
+            1,
+            offset,
+            libc::RWF_NOWAIT,
+        )
+    };
+    usize::try_from(got).map_err(|_| io::Error::last_os_error())
+}
+
+/// Writes all of `parts`, one after the other, from `offset` on; one system call when the host
+/// takes it whole.
+///
+/// # Errors
+/// The host's errno; part of it may have been written then.
+pub fn write_all_at(file: &File, parts: &[IoSlice<'_>], offset: u64) -> io::Result<()> {
+    let total: usize = parts.iter().map(|part| part.len()).sum();
+    let mut done = 0;
+    while done < total {
+        let at = offset + done as u64;
+        let written = if done == 0 {
+            rustix::io::pwritev(file, parts, at).map_err(io::Error::from)
+        } else {
+            file.write_at(rest_of(parts, done), at)
+        };
+        match written {
+            Ok(0) => return Err(errno(libc::EIO)),
+            Ok(len) => done += len,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
+/// What is left of the part that byte `done` lies in.
+fn rest_of<'a>(parts: &'a [IoSlice<'_>], mut done: usize) -> &'a [u8] {
+    for part in parts {
+        if done < part.len() {
+            return &part[done..];
+        }
+        done -= part.len();
+    }
+    &[]
+}
+
+/// Gives the space of `range` back to the host; the file keeps its length.
+///
+/// # Errors
+/// `EOPNOTSUPP` where the file system cannot; else the host's errno.
+pub fn punch(file: impl AsFd, range: Range<u64>) -> io::Result<()> {
+    fallocate(
+        file,
+        FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE,
+        range,
+    )
+}
+
+/// Reserves space for `range`; the file keeps its length.
+///
+/// # Errors
+/// `ENOSPC`; `EOPNOTSUPP` where the file system cannot.
+pub fn allocate(file: impl AsFd, range: Range<u64>) -> io::Result<()> {
+    fallocate(file, FallocateFlags::KEEP_SIZE, range)
+}
+
+/// `fallocate` with `flags`, again when interrupted.
+///
+/// # Errors
+/// The host's errno.
+pub fn fallocate(file: impl AsFd, flags: FallocateFlags, range: Range<u64>) -> io::Result<()> {
+    if range.is_empty() {
+        return Ok(());
+    }
+    rustix::io::retry_on_intr(|| {
+        rustix::fs::fallocate(&file, flags, range.start, range.end - range.start)
+    })
+    .map_err(io::Error::from)
+}
