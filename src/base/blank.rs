@@ -1,0 +1,68 @@
+//! The blank base: `blank:SIZE`, a disk with nothing in it yet.
+
+use std::io;
+use std::ops::Range;
+
+use crate::extents::{Extent, Kind};
+use crate::layer::{Copy, Layer, Wait};
+
+/// A layer that is one hole.
+#[derive(Clone, Copy, Debug)]
+pub struct Blank {
+    size: u64,
+}
+
+impl Blank {
+    /// A blank of `size` bytes.
+    #[must_use]
+    pub fn new(size: u64) -> Self {
+        Self { size }
+    }
+}
+
+impl Layer for Blank {
+    fn size(&self) -> u64 {
+        self.size
+    }
+
+    fn extent_at(&self, range: Range<u64>, _wait: Wait) -> io::Result<Extent> {
+        Ok(Extent {
+            range,
+            kind: Kind::Hole,
+        })
+    }
+
+    fn read_at(&self, buf: &mut [u8], offset: u64, _wait: Wait) -> io::Result<Extent> {
+        Ok(Extent {
+            range: offset..offset.saturating_add(buf.len() as u64),
+            kind: Kind::Hole,
+        })
+    }
+
+    fn lend_at(
+        &self,
+        range: Range<u64>,
+        wait: Wait,
+        _copy: Copy<'_>,
+    ) -> io::Result<(Extent, Option<u64>)> {
+        Ok((self.extent_at(range, wait)?, None))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_blank_is_one_hole_and_leaves_the_buffer_alone() {
+        let blank = Blank::new(1 << 20);
+        assert_eq!(blank.size(), 1 << 20);
+        let extent = blank.extent_at(5..700_000, Wait::No).unwrap();
+        assert_eq!((extent.range, extent.kind), (5..700_000, Kind::Hole));
+
+        let mut buf = [7u8; 16];
+        let extent = blank.read_at(&mut buf, 4096, Wait::No).unwrap();
+        assert_eq!((extent.range, extent.kind), (4096..4112, Kind::Hole));
+        assert_eq!(buf, [7u8; 16]);
+    }
+}

@@ -1,0 +1,266 @@
+//! Who a base is: enough of it to notice that it changed under an overlay.
+//!
+//! An overlay holds only what differs from its base, so over another base it is garbage. Its
+//! `stack` therefore keeps the base's size, mtime, inode and a hash of samples, which cost one
+//! short read each however large the base is:
+//!
+//! ```text
+//!   |first 64K|..4K....4K....4K....4K....4K....4K..|last 64K|      up to 64 samples between
+//! ```
+//!
+//! A copy that was restored with its times is the same base: the inode alone proves nothing.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
+
+use rustix::fs::SeekFrom;
+use serde::{Deserialize, Serialize};
+
+use crate::spec::format_size;
+
+/// What is hashed whole at both ends, where partition tables and superblocks are: 64 KiB, which
+/// takes in the superblocks of ext4, xfs, LVM and GPT (both copies).
+const EDGE: usize = 64 << 10;
+/// A sample: one page, the least that is read from a disk.
+const SAMPLE: usize = 4 << 10;
+/// 64 seeks of a spinning disk are half a second: what a mount may take.
+const SAMPLES: u64 = 64;
+
+/// A base as it was when the overlay saw it last.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Identity {
+    /// Bytes.
+    pub size: u64,
+    /// When it was last changed; none for a block device, whose node says nothing.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mtime: Option<Mtime>,
+    /// Its inode number, in decimal (TOML's integers have a sign); none for a block device.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub inode: Option<String>,
+    /// `crc32c:` and eight hexadecimal digits, over the samples.
+    pub hash: String,
+}
+
+/// A time of last change, as stat(2) has it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Mtime {
+    /// Seconds since 1970, UTC.
+    pub secs: i64,
+    /// And nanoseconds, below 10⁹.
+    pub nanos: u32,
+}
+
+impl Identity {
+    /// Looks at `file`, a regular file or a block device; reads up to 384 KiB of it.
+    ///
+    /// # Errors
+    /// The host's; `UnexpectedEof` when the file gets shorter meanwhile.
+    pub fn of(file: &File) -> io::Result<Self> {
+        let meta = file.metadata()?;
+        let is_device = meta.file_type().is_block_device();
+        let size = if is_device {
+            rustix::fs::seek(file, SeekFrom::End(0))?
+        } else {
+            meta.len()
+        };
+        let mtime = Mtime {
+            secs: meta.mtime(),
+            nanos: u32::try_from(meta.mtime_nsec()).unwrap_or(0),
+        };
+        Ok(Self {
+            size,
+            mtime: (!is_device).then_some(mtime),
+            inode: (!is_device).then(|| meta.ino().to_string()),
+            hash: sampled_hash(file, size)?,
+        })
+    }
+
+    /// What of `self`, the base as it was, is not so in `now`: one line for the user, or `None`
+    /// when it is the same base.
+    #[must_use]
+    pub fn differences(&self, now: &Self) -> Option<String> {
+        let mut found = Vec::new();
+        if self.size != now.size {
+            found.push(format!("size {}", size_change(self.size, now.size)));
+        }
+        if let (Some(was), Some(is)) = (self.mtime, now.mtime)
+            && was != is
+        {
+            found.push(format!("modified {is} (was {was})"));
+        }
+        // Another size moves the samples, so their hash says nothing then.
+        if self.hash != now.hash && self.size == now.size {
+            found.push("its contents differ".to_owned());
+        }
+        (!found.is_empty()).then(|| found.join(", "))
+    }
+}
+
+/// Hashes the samples in order, each into the next.
+fn sampled_hash(file: &File, size: u64) -> io::Result<String> {
+    let mut hash = 0;
+    let mut buf = [0; EDGE];
+    for (at, len) in samples(size) {
+        file.read_exact_at(&mut buf[..len], at)?;
+        hash = crc32c::crc32c_append(hash, &buf[..len]);
+    }
+    Ok(format!("crc32c:{hash:08x}"))
+}
+
+/// Where the samples of a file of `size` bytes lie, as offsets and lengths (at most [`EDGE`]):
+/// rising, apart, inside.
+fn samples(size: u64) -> Vec<(u64, usize)> {
+    let edge = EDGE as u64;
+    if size <= 2 * edge + SAMPLES * SAMPLE as u64 {
+        let whole = (0..size).step_by(EDGE);
+        let rest = |at| usize::try_from(size - at).map_or(EDGE, |rest| rest.min(EDGE));
+        return whole.map(|at| (at, rest(at))).collect();
+    }
+    // The middle in SAMPLES equal parts, with a sample at the start of each.
+    let part = (size - 2 * edge) / SAMPLES;
+    let between = (0..SAMPLES).map(|i| (edge + i * part, SAMPLE));
+    let at_edge = |at| std::iter::once((at, EDGE));
+    let (first, last) = (at_edge(0), at_edge(size - edge));
+    first.chain(between).chain(last).collect()
+}
+
+/// `10 GiB -> 12 GiB`; in bytes when the difference is too small for that.
+fn size_change(was: u64, is: u64) -> String {
+    let (before, after) = (format_size(was), format_size(is));
+    if before == after {
+        return format!("{was} -> {is} bytes");
+    }
+    format!("{before} -> {after}")
+}
+
+/// `2026-11-21 01:46:02.5 UTC`
+impl std::fmt::Display for Mtime {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let (year, month, day) = civil(self.secs.div_euclid(86_400));
+        let second = self.secs.rem_euclid(86_400);
+        let (hour, minute, second) = (second / 3600, second / 60 % 60, second % 60);
+        write!(
+            f,
+            "{year}-{month:02}-{day:02} {hour:02}:{minute:02}:{second:02}"
+        )?;
+        if self.nanos != 0 {
+            let fraction = format!("{:09}", self.nanos);
+            write!(f, ".{}", fraction.trim_end_matches('0'))?;
+        }
+        f.write_str(" UTC")
+    }
+}
+
+/// Year, month and day of a day since 1970-01-01, by Howard Hinnant's `civil_from_days`: years
+/// begin in March, so that the leap day is the last of its year.
+fn civil(days: i64) -> (i64, i64, i64) {
+    let days = days + 719_468; // 0000-03-01 is day 0
+    let era = days.div_euclid(146_097); // 400 years
+    let of_era = days.rem_euclid(146_097);
+    let year = (of_era - of_era / 1460 + of_era / 36_524 - of_era / 146_096) / 365;
+    let of_year = of_era - (365 * year + year / 4 - year / 100);
+    let month = (5 * of_year + 2) / 153; // 0 is March
+    let day = of_year - (153 * month + 2) / 5 + 1;
+    let month = if month < 10 { month + 3 } else { month - 9 };
+    (year + era * 400 + i64::from(month <= 2), month, day)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::{Duration, UNIX_EPOCH};
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn file(size: u64) -> File {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(size).unwrap();
+        set_mtime(&file, 1_700_000_000);
+        file
+    }
+
+    fn set_mtime(file: &File, secs: u64) {
+        let when = UNIX_EPOCH + Duration::from_secs(secs);
+        file.set_modified(when).unwrap();
+    }
+
+    #[test]
+    fn a_restored_copy_is_the_same_base() {
+        let (original, copy) = (file(10 << 30), file(10 << 30));
+        let one = Identity::of(&original).unwrap();
+        let two = Identity::of(&copy).unwrap();
+        assert_ne!(one.inode, two.inode);
+        assert_eq!(one.differences(&two), None);
+    }
+
+    #[test]
+    fn what_changed_is_told_in_one_line() {
+        let file = file(10 << 30);
+        let was = Identity::of(&file).unwrap();
+        file.set_len(12 << 30).unwrap();
+        set_mtime(&file, 1_795_225_562);
+        let now = Identity::of(&file).unwrap();
+        assert_eq!(
+            was.differences(&now).unwrap(),
+            "size 10 GiB -> 12 GiB, modified 2026-11-21 01:46:02 UTC (was 2023-11-14 22:13:20 UTC)"
+        );
+    }
+
+    #[test]
+    fn other_bytes_at_either_end_or_in_a_sample_are_noticed() {
+        let size = 10 << 30;
+        let file = file(size);
+        let was = Identity::of(&file).unwrap();
+        let (sample, _) = samples(size)[30];
+        for at in [0, 65535, sample + 7, size - 65536, size - 1] {
+            file.write_all_at(&[1], at).unwrap();
+            set_mtime(&file, 1_700_000_000);
+            let now = Identity::of(&file).unwrap();
+            assert_eq!(was.differences(&now).unwrap(), "its contents differ");
+            file.write_all_at(&[0], at).unwrap();
+        }
+    }
+
+    #[test]
+    fn an_identity_survives_its_toml() {
+        let was = Identity::of(&file(12345)).unwrap();
+        let text = toml::to_string(&was).unwrap();
+        assert_eq!(toml::from_str::<Identity>(&text).unwrap(), was);
+        let device = Identity {
+            mtime: None,
+            inode: None,
+            ..was
+        };
+        let text = toml::to_string(&device).unwrap();
+        assert_eq!(toml::from_str::<Identity>(&text).unwrap(), device);
+    }
+
+    #[test]
+    fn days_have_their_dates() {
+        for (days, date) in [
+            (0, (1970, 1, 1)),
+            (-1, (1969, 12, 31)),
+            (11_016, (2000, 2, 29)),
+            (11_017, (2000, 3, 1)),
+            (47_540, (2100, 2, 28)),
+            (47_541, (2100, 3, 1)),
+        ] {
+            assert_eq!(civil(days), date);
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn samples_rise_stay_apart_and_inside(size in prop_oneof![0..2_000_000u64, any::<u64>()]) {
+            let samples = samples(size);
+            let mut end = 0;
+            for (at, len) in samples {
+                prop_assert!(at >= end && len > 0 && len <= EDGE);
+                end = at + len as u64;
+            }
+            prop_assert_eq!(end, size);
+        }
+    }
+}

@@ -1,0 +1,410 @@
+//! Byte locks on a base: who may read it, write it, at the same time as whom.
+//!
+//! Two languages are spoken, both as open-file-description locks, so a lock belongs to our open
+//! file and ends with it, whoever forks or closes what.
+//!
+//! *Ours*: two bytes far past any data. Who reads a base holds the first; who writes it (`mode=rw`,
+//! commit) holds the second too. Users share; a writer is alone.
+//!
+//! *qemu's* (`block/file-posix.c`, `raw_apply_lock_bytes` and `raw_check_lock_bytes`): for each
+//! permission bit, byte `100 + bit` says "I use this", byte `200 + bit` says "nobody else may".
+//!
+//! ```text
+//!                     read   write  (unchanged)  resize
+//!   "I use"           100    101    102          103
+//!   "nobody may"      200    201    202          203
+//! ```
+//!
+//! In both, all locks are shared ones, set first and tested afterwards: two that come at the same
+//! moment may both be refused, but never both be let in. (flock would lose its shared lock when an
+//! upgrade fails.)
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::path::{Path, PathBuf};
+
+use super::Access;
+use crate::spec::Locking;
+
+/// Why a base cannot be locked; all of them are for the user.
+#[derive(Debug, thiserror::Error)]
+pub enum LockError {
+    /// qemu or one of its tools uses the file in a way that excludes ours.
+    #[error(
+        "'{}' is in use by a running VM or qemu tool (qemu's image lock): stop it, or add ,lock=off",
+        .0.display()
+    )]
+    Qemu(PathBuf),
+    /// Another disk of ours writes to the file.
+    #[error(
+        "'{}' is being written by another cowslip mount: unmount that one first",
+        .0.display()
+    )]
+    Written(PathBuf),
+    /// Other disks of ours read from the file that is to be written.
+    #[error(
+        "'{}' cannot be written while another cowslip mount uses it as its base: unmount that one first",
+        .0.display()
+    )]
+    Used(PathBuf),
+    /// The host could not say.
+    #[error("cannot lock '{}': {error}", path.display())]
+    Host {
+        /// The file.
+        path: PathBuf,
+        /// What the host said.
+        error: io::Error,
+    },
+}
+
+/// The letters `cowslip` as a number, 6.2 EiB: past the end of any real image, and no place another
+/// program would choose. (A byte lock keeps nobody from reading or writing that byte.)
+const OWN_BASE: i64 = 0x636f_7773_6c69_7000;
+/// Held by all who use the file.
+const USER_BYTE: i64 = OWN_BASE;
+/// Held by who writes it.
+const WRITER_BYTE: i64 = OWN_BASE + 1;
+
+/// qemu's permission bits, as byte offsets from [`QEMU_USES`] and [`QEMU_FORBIDS`].
+const READ: i64 = 0;
+const WRITE: i64 = 1;
+const RESIZE: i64 = 3;
+/// `RAW_LOCK_PERM_BASE`.
+const QEMU_USES: i64 = 100;
+/// `RAW_LOCK_SHARED_BASE`.
+const QEMU_FORBIDS: i64 = 200;
+
+/// Locks `file` for `access`, until [`release`] or the end of this open file. A file locked for
+/// reading can be locked for writing afterwards, as commit does; [`downgrade`] undoes that.
+///
+/// On an error some locks may be held: downgrade or release. A host file system that has no locks
+/// is logged and let through.
+///
+/// # Errors
+/// [`LockError`]: who holds the file, or what the host said.
+pub fn lock(file: &File, path: &Path, access: Access, locking: Locking) -> Result<(), LockError> {
+    match try_lock(file, path, access, locking) {
+        Err(LockError::Host { error, .. }) if is_unsupported(&error) => {
+            log::warn!(
+                "'{}': its file system has no locks ({error}): nothing keeps others from writing it",
+                path.display()
+            );
+            Ok(())
+        }
+        answer => answer,
+    }
+}
+
+/// Gives back what [`Access::Write`] holds and [`Access::Read`] does not.
+pub fn downgrade(file: &File) {
+    for byte in [QEMU_USES + WRITE, QEMU_USES + RESIZE, WRITER_BYTE] {
+        unlock(file, byte, 1);
+    }
+}
+
+/// Gives back all locks. Closing alone is not enough at once: a child that was forked a moment
+/// ago shares the open file until it executes its program.
+pub fn release(file: &File) {
+    unlock(file, QEMU_USES, QEMU_FORBIDS + RESIZE + 1 - QEMU_USES);
+    unlock(file, USER_BYTE, 1);
+    unlock(file, WRITER_BYTE, 1);
+}
+
+/// Unlocking can only fail where locking did.
+fn unlock(file: &File, start: i64, len: i64) {
+    let mut request = byte_lock(libc::F_UNLCK, start);
+    request.l_len = len;
+    if let Err(error) = ofd_lock(file, libc::F_OFD_SETLK, &mut request) {
+        log::debug!("unlocking bytes {start}+{len} of a base: {error}");
+    }
+}
+
+fn try_lock(file: &File, path: &Path, access: Access, locking: Locking) -> Result<(), LockError> {
+    let host = |error| LockError::Host {
+        path: path.to_owned(),
+        error,
+    };
+    // Ours before qemu's: a writer of ours holds qemu's bytes too, and should be named as ours.
+    if !claim(file, own_bytes(access)).map_err(host)? {
+        return Err(LockError::Written(path.to_owned()));
+    }
+    if is_held(file, WRITER_BYTE).map_err(host)? {
+        return Err(LockError::Written(path.to_owned()));
+    }
+    if access == Access::Write && is_held(file, USER_BYTE).map_err(host)? {
+        return Err(LockError::Used(path.to_owned()));
+    }
+    if locking == Locking::Off {
+        return Ok(());
+    }
+    let used = qemu_bits(access);
+    // What may change below us makes what we answered wrong.
+    let forbidden = [WRITE, RESIZE];
+    let hold = used.iter().map(|bit| QEMU_USES + bit);
+    let hold = hold.chain(forbidden.iter().map(|bit| QEMU_FORBIDS + bit));
+    if !claim(file, hold).map_err(host)? {
+        return Err(LockError::Qemu(path.to_owned()));
+    }
+    let test = used.iter().map(|bit| QEMU_FORBIDS + bit);
+    for byte in test.chain(forbidden.iter().map(|bit| QEMU_USES + bit)) {
+        if is_held(file, byte).map_err(host)? {
+            return Err(LockError::Qemu(path.to_owned()));
+        }
+    }
+    Ok(())
+}
+
+fn own_bytes(access: Access) -> impl Iterator<Item = i64> {
+    let bytes: &[i64] = match access {
+        Access::Read => &[USER_BYTE],
+        Access::Write => &[USER_BYTE, WRITER_BYTE],
+    };
+    bytes.iter().copied()
+}
+
+fn qemu_bits(access: Access) -> &'static [i64] {
+    match access {
+        Access::Read => &[READ],
+        Access::Write => &[READ, WRITE, RESIZE],
+    }
+}
+
+/// Takes a shared lock on each of `bytes`; `false` when another holds one of them exclusively.
+fn claim(file: &File, bytes: impl Iterator<Item = i64>) -> io::Result<bool> {
+    for byte in bytes {
+        let mut request = byte_lock(libc::F_RDLCK, byte);
+        match ofd_lock(file, libc::F_OFD_SETLK, &mut request) {
+            Ok(()) => {}
+            Err(e) if matches!(e.raw_os_error(), Some(libc::EAGAIN | libc::EACCES)) => {
+                return Ok(false);
+            }
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(true)
+}
+
+/// Whether anybody but this open file holds a lock on `byte`.
+fn is_held(file: &File, byte: i64) -> io::Result<bool> {
+    let mut request = byte_lock(libc::F_WRLCK, byte);
+    ofd_lock(file, libc::F_OFD_GETLK, &mut request)?;
+    Ok(i32::from(request.l_type) != libc::F_UNLCK)
+}
+
+fn byte_lock(kind: libc::c_int, byte: i64) -> libc::flock {
+    // SAFETY: flock is plain integers; all zero is a valid value, and the kernel wants l_pid 0.
+    let mut request: libc::flock = unsafe { std::mem::zeroed() };
+    #[allow(clippy::cast_possible_truncation)] // The kinds and SEEK_SET are below 3.
+    {
+        request.l_type = kind as libc::c_short;
+        request.l_whence = libc::SEEK_SET as libc::c_short;
+    }
+    request.l_start = byte;
+    request.l_len = 1;
+    request
+}
+
+fn ofd_lock(file: &File, command: libc::c_int, request: &mut libc::flock) -> io::Result<()> {
+    loop {
+        // SAFETY: the descriptor is open, and `request` is a valid flock for the call's length.
+        if unsafe { libc::fcntl(file.as_raw_fd(), command, request as *mut libc::flock) } == 0 {
+            return Ok(());
+        }
+        let error = io::Error::last_os_error();
+        if error.kind() != io::ErrorKind::Interrupted {
+            return Err(error);
+        }
+    }
+}
+
+fn is_unsupported(error: &io::Error) -> bool {
+    matches!(
+        error.raw_os_error(),
+        Some(libc::ENOLCK | libc::EINVAL | libc::EOPNOTSUPP | libc::ENOSYS)
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{BufRead, BufReader, Read};
+    use std::process::{Child, Command, Stdio};
+
+    use super::*;
+
+    fn image() -> (tempfile::TempDir, PathBuf) {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("vm.img");
+        File::create(&path).unwrap().set_len(1 << 20).unwrap();
+        (dir, path)
+    }
+
+    fn open(path: &Path, access: Access) -> File {
+        let write = access == Access::Write;
+        File::options().read(true).write(write).open(path).unwrap()
+    }
+
+    /// A locked file that gives its locks back, whoever forks meanwhile.
+    #[derive(Debug)]
+    struct Locked(File);
+
+    impl Drop for Locked {
+        fn drop(&mut self) {
+            release(&self.0);
+        }
+    }
+
+    fn take(path: &Path, access: Access, locking: Locking) -> Result<Locked, LockError> {
+        let file = Locked(open(path, access));
+        lock(&file.0, path, access, locking).map(|()| file)
+    }
+
+    /// A qemu-io that has the image open until it is dropped.
+    struct QemuIo(Child);
+
+    impl QemuIo {
+        fn start(path: &Path, flags: &[&str]) -> Self {
+            // Line by line, or its first line comes when it ends.
+            let mut child = Command::new("stdbuf")
+                .args(["-oL", "qemu-io"])
+                .args(flags)
+                .args(["-f", "raw", "-c", "read 0 512", "-c", "sleep 60000"])
+                .arg(path)
+                .stdout(Stdio::piped())
+                .stderr(Stdio::inherit())
+                .spawn()
+                .expect("qemu-io (qemu-utils) is needed for this test");
+            // Its answer to the read says that the locks are held.
+            let mut line = String::new();
+            let mut out = BufReader::new(child.stdout.take().unwrap());
+            out.read_line(&mut line).unwrap();
+            assert!(line.starts_with("read 512"), "{line}");
+            child.stdout = Some(out.into_inner());
+            Self(child)
+        }
+    }
+
+    impl Drop for QemuIo {
+        fn drop(&mut self) {
+            let _ = self.0.kill();
+            let _ = self.0.wait();
+        }
+    }
+
+    fn qemu_io(path: &Path, flags: &[&str], command: &str) -> (bool, String) {
+        let mut child = Command::new("qemu-io")
+            .args(flags)
+            .args(["-f", "raw", "-c", command])
+            .arg(path)
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut said = String::new();
+        child
+            .stderr
+            .take()
+            .unwrap()
+            .read_to_string(&mut said)
+            .unwrap();
+        (child.wait().unwrap().success(), said)
+    }
+
+    #[test]
+    fn users_share_and_a_writer_is_alone() {
+        let (_dir, path) = image();
+        let one = take(&path, Access::Read, Locking::Qemu).unwrap();
+        let two = take(&path, Access::Read, Locking::Qemu).unwrap();
+        let refused = take(&path, Access::Write, Locking::Qemu).unwrap_err();
+        assert!(matches!(refused, LockError::Used(_)), "{refused}");
+        drop((one, two));
+
+        let writer = take(&path, Access::Write, Locking::Qemu).unwrap();
+        for access in [Access::Read, Access::Write] {
+            let refused = take(&path, access, Locking::Qemu).unwrap_err();
+            assert!(matches!(refused, LockError::Written(_)), "{refused}");
+        }
+        drop(writer);
+        take(&path, Access::Write, Locking::Qemu).unwrap();
+    }
+
+    #[test]
+    fn a_reader_becomes_the_writer_only_when_it_is_alone() {
+        let (_dir, path) = image();
+        let one = take(&path, Access::Read, Locking::Qemu).unwrap();
+        let two = take(&path, Access::Read, Locking::Qemu).unwrap();
+        let upgrade = || lock(&one.0, &path, Access::Write, Locking::Qemu);
+        assert!(matches!(upgrade(), Err(LockError::Used(_))));
+        downgrade(&one.0);
+        drop(two);
+        upgrade().unwrap();
+        take(&path, Access::Read, Locking::Qemu).unwrap_err();
+        downgrade(&one.0);
+        take(&path, Access::Read, Locking::Qemu).unwrap();
+    }
+
+    #[test]
+    fn lock_off_still_keeps_our_own_mounts_apart() {
+        let (_dir, path) = image();
+        let _writer = take(&path, Access::Write, Locking::Off).unwrap();
+        let refused = take(&path, Access::Read, Locking::Off).unwrap_err();
+        assert_eq!(
+            refused.to_string(),
+            format!(
+                "'{}' is being written by another cowslip mount: unmount that one first",
+                path.display()
+            )
+        );
+    }
+
+    #[test]
+    fn a_refused_writer_leaves_nothing_behind() {
+        let (_dir, path) = image();
+        let reader = take(&path, Access::Read, Locking::Qemu).unwrap();
+        take(&path, Access::Write, Locking::Qemu).unwrap_err();
+        take(&path, Access::Read, Locking::Qemu).unwrap();
+        drop(reader);
+    }
+
+    #[test]
+    fn a_running_qemu_that_writes_is_noticed_unless_lock_off() {
+        let (_dir, path) = image();
+        let _qemu = QemuIo::start(&path, &[]);
+        for access in [Access::Read, Access::Write] {
+            let refused = take(&path, access, Locking::Qemu).unwrap_err();
+            assert_eq!(
+                refused.to_string(),
+                format!(
+                    "'{}' is in use by a running VM or qemu tool (qemu's image lock): stop it, or add ,lock=off",
+                    path.display()
+                )
+            );
+        }
+        take(&path, Access::Read, Locking::Off).unwrap();
+    }
+
+    #[test]
+    fn a_running_qemu_that_reads_shares_with_readers() {
+        let (_dir, path) = image();
+        let _qemu = QemuIo::start(&path, &["-r"]);
+        take(&path, Access::Read, Locking::Qemu).unwrap();
+    }
+
+    #[test]
+    fn qemu_may_read_but_not_write_while_we_read() {
+        let (_dir, path) = image();
+        let _ours = take(&path, Access::Read, Locking::Qemu).unwrap();
+        let (ok, said) = qemu_io(&path, &[], "write 0 512");
+        assert!(!ok && said.contains("\"write\" lock"), "{said}");
+        let (ok, said) = qemu_io(&path, &["-r"], "read 0 512");
+        assert!(ok, "{said}");
+    }
+
+    #[test]
+    fn qemu_may_not_write_while_we_write() {
+        let (_dir, path) = image();
+        let _ours = take(&path, Access::Write, Locking::Qemu).unwrap();
+        let (ok, said) = qemu_io(&path, &[], "write 0 512");
+        assert!(!ok && said.contains("\"write\" lock"), "{said}");
+    }
+}

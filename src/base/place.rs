@@ -1,0 +1,688 @@
+//! Where a file lies: on what kind of file system, and whether that is our own mount.
+//!
+//! A base, overlay, sink or spill inside the mount it serves waits for itself for ever, and so does
+//! one on a loop device over a disk of that mount:
+//!
+//! ```text
+//!   path ─▶ file system ─▶ device ─▶ partition of ─▶ loop device ─▶ backing file ─▶ …
+//!                            └─▶ device mapper, RAID: each of its slaves
+//! ```
+//!
+//! The chain is followed through sysfs. Nothing in the mount itself is ever looked up: asking a
+//! mount about itself is the very wait that is to be refused.
+
+use std::collections::VecDeque;
+use std::ffi::OsString;
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::AsFd;
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::{Component, Path, PathBuf};
+
+use rustix::fs::{
+    AtFlags, CWD, FallocateFlags, FileType, Mode, OFlags, SeekFrom, StatxFlags, major, makedev,
+    minor,
+};
+
+/// How long a path or a chain of devices may be: the kernel's own limit on links in a path.
+const MAX_STEPS: u32 = 40;
+
+/// Why a path cannot be used for a disk of this mount.
+#[derive(Debug, thiserror::Error)]
+pub enum PlaceError {
+    /// It lies in the mount.
+    #[error(
+        "'{}' lies in the mount '{}' that would need it: use a path outside the mount",
+        path.display(), mountpoint.display()
+    )]
+    Inside {
+        /// As it was given.
+        path: PathBuf,
+        /// The mount.
+        mountpoint: PathBuf,
+    },
+    /// It lies on a device whose bytes are in the mount.
+    #[error(
+        "'{}' is on a loop device over '{}', which lies in the mount '{}' that would need it: use a path outside the mount",
+        path.display(), backing.display(), mountpoint.display()
+    )]
+    OnLoop {
+        /// As it was given.
+        path: PathBuf,
+        /// The file in the mount.
+        backing: PathBuf,
+        /// The mount.
+        mountpoint: PathBuf,
+    },
+}
+
+/// Refuses `path` when it lies in the mount, or on a device that is backed by it.
+///
+/// `path` need not exist yet; its nearest existing parent counts then. `mountpoint` must be
+/// canonical: it is compared, never looked up. `mount_dev` is the mount's `st_dev` once it is
+/// mounted; it finds the mount under other names (bind mounts) too. What cannot be found out is
+/// let through.
+///
+/// # Errors
+/// [`PlaceError`], for the user.
+pub fn refuse_inside(
+    path: &Path,
+    mountpoint: &Path,
+    mount_dev: Option<u64>,
+) -> Result<(), PlaceError> {
+    let mount = Mount {
+        mountpoint,
+        dev: mount_dev,
+    };
+    match mount.search(path) {
+        Search::Outside => Ok(()),
+        Search::Inside => Err(PlaceError::Inside {
+            path: path.to_owned(),
+            mountpoint: mountpoint.to_owned(),
+        }),
+        Search::OnLoop(backing) => Err(PlaceError::OnLoop {
+            path: path.to_owned(),
+            backing,
+            mountpoint: mountpoint.to_owned(),
+        }),
+    }
+}
+
+/// The mount that nothing of it may lie in.
+struct Mount<'a> {
+    mountpoint: &'a Path,
+    dev: Option<u64>,
+}
+
+/// Where a path was found to lie.
+enum Search {
+    Outside,
+    Inside,
+    /// On a device over this file in the mount.
+    OnLoop(PathBuf),
+}
+
+/// The end of a walk along a path.
+enum Walk {
+    Inside,
+    /// It, or its nearest parent that exists.
+    At(Found),
+    Unknown,
+}
+
+impl Mount<'_> {
+    /// Follows `path` to its device, that device to its backing file, and so on.
+    fn search(&self, path: &Path) -> Search {
+        let mut files = vec![path.to_owned()];
+        for step in 0..MAX_STEPS {
+            let Some(file) = files.pop() else { break };
+            match self.walk(&file) {
+                Walk::Inside if step == 0 => return Search::Inside,
+                Walk::Inside => return Search::OnLoop(file),
+                Walk::At(found) => devices_of(&found)
+                    .into_iter()
+                    .for_each(|dev| backing_files(&sysfs(dev), &mut files)),
+                Walk::Unknown => {}
+            }
+        }
+        Search::Outside
+    }
+
+    /// Resolves `path` one name at a time, and stops before it steps into the mount.
+    fn walk(&self, path: &Path) -> Walk {
+        let Ok(path) = std::path::absolute(path) else {
+            return Walk::Unknown;
+        };
+        let mut todo: VecDeque<OsString> = names(&path).collect();
+        let mut here = PathBuf::from("/");
+        let mut links = 0;
+        while let Some(name) = todo.pop_front() {
+            if name == ".." {
+                here.pop();
+                continue;
+            }
+            here.push(name);
+            if here.starts_with(self.mountpoint) {
+                return Walk::Inside;
+            }
+            // What does not exist (yet) has no links in it.
+            let Some(stat) = look(&here) else { continue };
+            if self.dev == Some(stat.dev) {
+                return Walk::Inside;
+            }
+            if stat.kind != FileType::Symlink {
+                continue;
+            }
+            links += 1;
+            let (Ok(target), true) = (fs::read_link(&here), links <= MAX_STEPS) else {
+                return Walk::Unknown;
+            };
+            here.pop();
+            if target.is_absolute() {
+                here = PathBuf::from("/");
+            }
+            for name in names(&target).collect::<Vec<_>>().into_iter().rev() {
+                todo.push_front(name);
+            }
+        }
+        let nearest = here.ancestors().find_map(look);
+        nearest.map_or(Walk::Unknown, Walk::At)
+    }
+}
+
+/// The parts of a path that lead somewhere.
+fn names(path: &Path) -> impl Iterator<Item = OsString> + '_ {
+    path.components().filter_map(|part| match part {
+        Component::Normal(name) => Some(name.to_owned()),
+        Component::ParentDir => Some("..".into()),
+        Component::RootDir | Component::CurDir | Component::Prefix(_) => None,
+    })
+}
+
+/// What is at a path.
+#[derive(Clone, Copy)]
+struct Found {
+    kind: FileType,
+    /// The device it is, when it is one.
+    rdev: u64,
+    /// The file system's.
+    dev: u64,
+    mount_id: u64,
+}
+
+/// What is at `path`, itself and not what it points to. `DONT_SYNC`: the root of a FUSE mount
+/// answers from the kernel's memory, without asking its server.
+fn look(path: &Path) -> Option<Found> {
+    let flags = AtFlags::SYMLINK_NOFOLLOW | AtFlags::STATX_DONT_SYNC | AtFlags::NO_AUTOMOUNT;
+    let mask = StatxFlags::TYPE | StatxFlags::MNT_ID;
+    let stat = rustix::fs::statx(CWD, path, flags, mask).ok()?;
+    Some(Found {
+        kind: FileType::from_raw_mode(stat.stx_mode.into()),
+        rdev: makedev(stat.stx_rdev_major, stat.stx_rdev_minor),
+        dev: makedev(stat.stx_dev_major, stat.stx_dev_minor),
+        mount_id: stat.stx_mnt_id,
+    })
+}
+
+/// The devices that hold what is at a path: itself, when it is one, and its file system's.
+fn devices_of(found: &Found) -> Vec<u64> {
+    let mut devices = Vec::new();
+    if found.kind == FileType::BlockDevice {
+        devices.push(found.rdev);
+    }
+    if major(found.dev) != 0 {
+        devices.push(found.dev);
+    } else if let Some(source) = mount_source(found.mount_id) {
+        // btrfs makes up its device numbers; the mount table has the real device. (What is in
+        // /dev comes here too, and has no such source.)
+        devices.extend(fs::metadata(&source).map(|device| device.rdev()));
+    }
+    devices
+}
+
+/// The device that a mount was made from, as `/proc/self/mountinfo` (proc_pid_mountinfo(5)) has it.
+fn mount_source(mount_id: u64) -> Option<PathBuf> {
+    let table = fs::read_to_string("/proc/self/mountinfo").ok()?;
+    let id = mount_id.to_string();
+    let line = table
+        .lines()
+        .find(|line| line.split(' ').next() == Some(id.as_str()))?;
+    let (_, after) = line.split_once(" - ")?;
+    let source = after.split(' ').nth(1)?;
+    source.starts_with("/dev/").then(|| source.into())
+}
+
+fn sysfs(dev: u64) -> PathBuf {
+    format!("/sys/dev/block/{}:{}", major(dev), minor(dev)).into()
+}
+
+/// Adds the files that the bytes of the device at `sysfs` are in, through partitions and slaves.
+fn backing_files(sysfs: &Path, files: &mut Vec<PathBuf>) {
+    let mut devices = vec![sysfs.to_owned()];
+    for _ in 0..MAX_STEPS {
+        let Some(device) = devices.pop() else { return };
+        let Ok(mut device) = device.canonicalize() else {
+            continue;
+        };
+        if device.join("partition").exists() {
+            device.pop();
+        }
+        if let Ok(file) = fs::read(device.join("loop/backing_file")) {
+            files.push(backing_path(&file));
+        }
+        if let Ok(slaves) = fs::read_dir(device.join("slaves")) {
+            devices.extend(slaves.flatten().map(|slave| slave.path()));
+        }
+    }
+}
+
+/// sysfs ends the path with a line feed, and adds a note when the file has been unlinked.
+fn backing_path(line: &[u8]) -> PathBuf {
+    use std::os::unix::ffi::OsStrExt;
+
+    let line = line.strip_suffix(b"\n").unwrap_or(line);
+    let line = line.strip_suffix(b" (deleted)").unwrap_or(line);
+    std::ffi::OsStr::from_bytes(line).into()
+}
+
+/// Whom a file system depends on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Manner {
+    /// A device of this machine. Questions about extents need no other process or host.
+    Local,
+    /// Memory: gone after a reboot, and it counts as used memory.
+    Memory,
+    /// Another host or process, or unknown: every call may wait for ever.
+    Remote,
+    /// No files at all but the kernel's own words.
+    Pseudo,
+}
+
+/// The file system that something lies on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HostFs {
+    /// As mount(8) calls it; `unknown` when it is none of those we know.
+    pub name: &'static str,
+    /// Whom it depends on.
+    pub manner: Manner,
+}
+
+/// Magic numbers of statfs(2), from linux/magic.h and the file systems' own headers.
+const KNOWN: &[(u64, &str, Manner)] = &[
+    (0xef53, "ext4", Manner::Local),
+    (0x5846_5342, "xfs", Manner::Local),
+    (0x9123_683e, "btrfs", Manner::Local),
+    (0xf2f5_2010, "f2fs", Manner::Local),
+    (0x2fc1_2fc1, "zfs", Manner::Local),
+    (0xca45_1a4e, "bcachefs", Manner::Local),
+    (0x3153_464a, "jfs", Manner::Local),
+    (0x4d44, "vfat", Manner::Local),
+    (0x2011_bab0, "exfat", Manner::Local),
+    (0x7366_746e, "ntfs3", Manner::Local),
+    (0x9660, "iso9660", Manner::Local),
+    (0x7371_7368, "squashfs", Manner::Local),
+    (0xe0f5_e1e2, "erofs", Manner::Local),
+    (0x0102_1994, "tmpfs", Manner::Memory),
+    (0x8584_58f6, "ramfs", Manner::Memory),
+    // May lie over anything.
+    (0x794c_7630, "overlay", Manner::Remote),
+    (0x6573_5546, "fuse", Manner::Remote),
+    (0x6969, "nfs", Manner::Remote),
+    (0xff53_4d42, "cifs", Manner::Remote),
+    (0xfe53_4d42, "smb2", Manner::Remote),
+    (0x0102_1997, "9p", Manner::Remote),
+    (0x00c3_6400, "ceph", Manner::Remote),
+    (0x0116_1970, "gfs2", Manner::Remote),
+    (0x7461_636f, "ocfs2", Manner::Remote),
+    (0x9fa0, "proc", Manner::Pseudo),
+    (0x6265_6572, "sysfs", Manner::Pseudo),
+    (0x0027_e0eb, "cgroup", Manner::Pseudo),
+    (0x6367_7270, "cgroup2", Manner::Pseudo),
+    (0x6462_6720, "debugfs", Manner::Pseudo),
+    (0x7472_6163, "tracefs", Manner::Pseudo),
+    (0x7363_6673, "securityfs", Manner::Pseudo),
+    (0x6265_6570, "configfs", Manner::Pseudo),
+    (0x6165_676c, "pstore", Manner::Pseudo),
+    (0xde5e_81e4, "efivarfs", Manner::Pseudo),
+    (0xcafe_4a11, "bpf", Manner::Pseudo),
+    (0xf97c_ff8c, "selinuxfs", Manner::Pseudo),
+    (0x6573_5543, "fusectl", Manner::Pseudo),
+    (0x4249_4e4d, "binfmt_misc", Manner::Pseudo),
+    (0x1cd1, "devpts", Manner::Pseudo),
+];
+
+impl HostFs {
+    /// The file system under an open file or directory.
+    ///
+    /// # Errors
+    /// As fstatfs(2).
+    pub fn of(fd: impl AsFd) -> io::Result<Self> {
+        let magic = rustix::fs::fstatfs(fd)?.f_type;
+        // f_type is a word that some machines sign-extend; the numbers have 32 bits.
+        #[allow(clippy::cast_sign_loss, clippy::unnecessary_cast)]
+        let magic = magic as u64 & 0xffff_ffff;
+        let known = KNOWN.iter().find(|known| known.0 == magic);
+        Ok(known.map_or(
+            Self {
+                name: "unknown",
+                manner: Manner::Remote,
+            },
+            |&(_, name, manner)| Self { name, manner },
+        ))
+    }
+}
+
+/// What a file system can do, as far as it matters to an overlay or a base.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Abilities {
+    /// Which it is.
+    pub fs: HostFs,
+    /// It tells holes from data.
+    pub seek_hole: bool,
+    /// It gives the space of a part of a file back.
+    pub punch: bool,
+    /// It makes files without a name.
+    pub tmpfile: bool,
+    /// Two files can share their blocks.
+    pub reflink: bool,
+    /// Bytes that we may still write.
+    pub free: u64,
+}
+
+impl Abilities {
+    /// What users will miss, a clause each: `holes are not seen (all is data)`.
+    #[must_use]
+    pub fn missing(&self) -> Vec<&'static str> {
+        let mut missing = Vec::new();
+        if !self.seek_hole {
+            missing.push("it cannot tell holes: all counts as data");
+        }
+        if !self.punch {
+            missing.push("it cannot punch holes: freed space is not given back");
+        }
+        if !self.tmpfile {
+            missing.push("it has no O_TMPFILE: a crash may leave files behind");
+        }
+        if self.fs.manner == Manner::Memory {
+            missing.push("it is memory: what it holds uses RAM and ends with a reboot");
+        }
+        missing
+    }
+}
+
+/// Two blocks of the largest size that file systems here use (64 KiB pages): data, then a hole.
+const PROBE: usize = 65536;
+
+/// Tries out what the file system under the directory `dir` can do, with a file of its own that
+/// leaves nothing behind.
+///
+/// # Errors
+/// When no file can be made or written there; the host's errno.
+pub fn abilities(dir: &Path) -> io::Result<Abilities> {
+    let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
+    let nameless = rustix::fs::open(dir, flags, Mode::RUSR | Mode::WUSR);
+    let tmpfile = nameless.is_ok();
+    let file = match nameless {
+        Ok(fd) => File::from(fd),
+        Err(_) => tempfile::tempfile_in(dir)?,
+    };
+    let space = rustix::fs::fstatvfs(&file)?;
+    file.set_len(2 * PROBE as u64)?;
+    file.write_all_at(&[1; PROBE], 0)?;
+    let hole = rustix::fs::seek(&file, SeekFrom::Hole(0));
+    let copy = tempfile::tempfile_in(dir)?;
+    let reflink = rustix::fs::ioctl_ficlone(&copy, &file).is_ok();
+    let punching = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+    let punch = rustix::fs::fallocate(&file, punching, 0, PROBE as u64).is_ok();
+    Ok(Abilities {
+        fs: HostFs::of(&file)?,
+        seek_hole: hole == Ok(PROBE as u64),
+        punch,
+        tmpfile,
+        reflink,
+        free: space.f_bavail.saturating_mul(space.f_frsize),
+    })
+}
+
+/// Whether holes can be seen in `file`, without changing anything: `false` only when it surely
+/// has some and the host shows none. Compressed files also take less space than their size, so
+/// the file systems that compress are believed.
+///
+/// # Errors
+/// As fstat(2) and fstatfs(2).
+pub fn shows_holes(file: &File) -> io::Result<bool> {
+    let meta = file.metadata()?;
+    let is_sparse = meta.blocks().saturating_mul(512) < meta.len();
+    if !is_sparse
+        || matches!(
+            HostFs::of(file)?.name,
+            "btrfs" | "zfs" | "f2fs" | "bcachefs"
+        )
+    {
+        return Ok(true);
+    }
+    Ok(rustix::fs::seek(file, SeekFrom::Hole(0)).is_ok_and(|hole| hole < meta.len()))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::symlink;
+
+    use super::*;
+    use crate::base::testing::{Loop, run};
+
+    /// A directory that stands for the mount, with a disk in it, and one beside it.
+    struct Scene {
+        _dir: tempfile::TempDir,
+        mount: PathBuf,
+        disk: PathBuf,
+        outside: PathBuf,
+    }
+
+    impl Scene {
+        fn new() -> Self {
+            let dir = tempfile::tempdir_in("/var/tmp").unwrap();
+            let root = dir.path().canonicalize().unwrap();
+            let (mount, outside) = (root.join("m"), root.join("o"));
+            fs::create_dir(&mount).unwrap();
+            fs::create_dir(&outside).unwrap();
+            let disk = mount.join("vm.img");
+            File::create(&disk).unwrap().set_len(32 << 20).unwrap();
+            Self {
+                _dir: dir,
+                mount,
+                disk,
+                outside,
+            }
+        }
+
+        fn search(&self, path: impl AsRef<Path>) -> Result<(), PlaceError> {
+            refuse_inside(path.as_ref(), &self.mount, None)
+        }
+
+        fn assert_inside(&self, path: impl AsRef<Path>) {
+            let answer = self.search(path);
+            assert!(
+                matches!(answer, Err(PlaceError::Inside { .. })),
+                "{answer:?}"
+            );
+        }
+
+        fn assert_on_loop(&self, path: impl AsRef<Path>) {
+            let answer = self.search(path);
+            let Err(PlaceError::OnLoop { backing, .. }) = answer else {
+                panic!("{answer:?}");
+            };
+            assert_eq!(backing, self.disk);
+        }
+    }
+
+    /// Mounts `device` on a directory until it is dropped.
+    struct Mounted(PathBuf);
+
+    impl Mounted {
+        fn new(device: &Path, on: &Path) -> Self {
+            fs::create_dir_all(on).unwrap();
+            run("mount", &[device, on]);
+            Self(on.to_owned())
+        }
+    }
+
+    impl Drop for Mounted {
+        fn drop(&mut self) {
+            run("umount", &[&self.0]);
+        }
+    }
+
+    #[test]
+    fn what_lies_in_the_mount_is_refused_by_whatever_name() {
+        let scene = Scene::new();
+        scene.assert_inside(&scene.mount);
+        scene.assert_inside(&scene.disk);
+        scene.assert_inside(scene.mount.join("not/there/yet"));
+        scene.assert_inside(scene.outside.join("../m/vm.img"));
+        scene.assert_inside(scene.outside.join("no/../../m/vm.img"));
+        symlink("../m", scene.outside.join("link")).unwrap();
+        scene.assert_inside(scene.outside.join("link/vm.img"));
+        symlink(&scene.disk, scene.outside.join("far")).unwrap();
+        scene.assert_inside(scene.outside.join("far"));
+
+        scene.search(&scene.outside).unwrap();
+        scene.search(scene.outside.join("not/there/yet")).unwrap();
+        scene
+            .search(scene.outside.join("link/../../o"))
+            .unwrap_err();
+        scene.search(scene.mount.with_file_name("m2")).unwrap();
+        let text = scene.search(&scene.disk).unwrap_err().to_string();
+        let (disk, mount) = (scene.disk.display(), scene.mount.display());
+        let want = format!(
+            "'{disk}' lies in the mount '{mount}' that would need it: use a path outside the mount"
+        );
+        assert_eq!(text, want);
+    }
+
+    #[test]
+    fn a_link_that_leads_to_itself_ends() {
+        let scene = Scene::new();
+        let link = scene.outside.join("link");
+        symlink(&link, &link).unwrap();
+        scene.search(&link).unwrap();
+    }
+
+    #[test]
+    fn the_mount_is_known_by_its_device_too() {
+        let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+        let dev = fs::metadata(dir.path()).unwrap().dev();
+        let mountpoint = Path::new("/nowhere");
+        refuse_inside(&dir.path().join("x"), mountpoint, Some(dev)).unwrap_err();
+        refuse_inside(Path::new("/var/tmp"), mountpoint, Some(dev)).unwrap();
+    }
+
+    #[test]
+    fn a_loop_device_over_the_mount_is_refused_with_all_that_lies_on_it() {
+        let scene = Scene::new();
+        let looped = Loop::new(&scene.disk, &[]);
+        scene.assert_on_loop(looped.path());
+
+        run("mkfs.ext4", &[Path::new("-q"), looped.path()]);
+        let mounted = Mounted::new(looped.path(), &scene.outside.join("fs"));
+        scene.assert_on_loop(mounted.0.join("new.img"));
+        scene.assert_on_loop(mounted.0.join("new/er.img"));
+        scene.search(mounted.0.join("../new.img")).unwrap();
+
+        let inner = mounted.0.join("inner.img");
+        File::create(&inner).unwrap().set_len(1 << 20).unwrap();
+        let second = Loop::new(&inner, &[]);
+        scene.assert_on_loop(second.path());
+    }
+
+    #[test]
+    fn a_loop_device_over_another_file_is_let_through() {
+        let scene = Scene::new();
+        let other = scene.outside.join("other.img");
+        File::create(&other).unwrap().set_len(1 << 20).unwrap();
+        scene.search(Loop::new(&other, &[]).path()).unwrap();
+    }
+
+    #[test]
+    fn a_partition_is_followed_to_its_loop_device() {
+        let scene = Scene::new();
+        let looped = Loop::new(&scene.disk, &["-P"]);
+        // Told to the kernel directly: not every one reads partition tables.
+        run(
+            "addpart",
+            &[looped.path().to_str().unwrap(), "1", "2048", "32768"],
+        );
+        let mut partition = looped.path().as_os_str().to_owned();
+        partition.push("p1");
+        scene.assert_on_loop(&partition);
+    }
+
+    #[test]
+    fn a_mapped_device_is_followed_through_its_slaves() {
+        // As sysfs has it; not every machine that runs the tests has the device mapper.
+        let dir = tempfile::tempdir().unwrap();
+        let sys = dir.path();
+        for folder in ["dm-1/slaves", "dm-0/slaves", "loop0/loop", "loop0/loop0p1"] {
+            fs::create_dir_all(sys.join(folder)).unwrap();
+        }
+        fs::write(sys.join("loop0/loop/backing_file"), "/m/vm.img\n").unwrap();
+        fs::write(sys.join("loop0/loop0p1/partition"), "1\n").unwrap();
+        symlink("../../dm-0", sys.join("dm-1/slaves/dm-0")).unwrap();
+        symlink("../../loop0/loop0p1", sys.join("dm-0/slaves/loop0p1")).unwrap();
+        let mut files = Vec::new();
+        backing_files(&sys.join("dm-1"), &mut files);
+        assert_eq!(files, [Path::new("/m/vm.img")]);
+    }
+
+    #[test]
+    fn a_btrfs_over_the_mount_is_found_though_it_makes_up_its_device() {
+        let scene = Scene::new();
+        let file = File::options().write(true).open(&scene.disk).unwrap();
+        file.set_len(128 << 20).unwrap();
+        let looped = Loop::new(&scene.disk, &[]);
+        run("mkfs.btrfs", &[Path::new("-q"), looped.path()]);
+        let mounted = Mounted::new(looped.path(), &scene.outside.join("fs"));
+        scene.assert_on_loop(mounted.0.join("new.img"));
+    }
+
+    #[test]
+    fn a_backing_path_is_read_as_sysfs_writes_it() {
+        for (line, path) in [
+            (&b"/m/a b.img\n"[..], "/m/a b.img"),
+            (b"/m/x (deleted)\n", "/m/x"),
+            (b"/m/x", "/m/x"),
+        ] {
+            assert_eq!(backing_path(line), Path::new(path));
+        }
+    }
+
+    #[test]
+    fn file_systems_are_told_apart_by_what_they_can() {
+        let dir = tempfile::tempdir_in("/var/tmp").unwrap();
+        for (mkfs, name, reflink) in [
+            (&["mkfs.ext4", "-q"][..], "ext4", false),
+            (&["mkfs.xfs", "-q"], "xfs", true),
+        ] {
+            let image = dir.path().join(name);
+            File::create(&image).unwrap().set_len(400 << 20).unwrap();
+            let line = format!("{} '{}'", mkfs.join(" "), image.display());
+            run("sh", &[Path::new("-c"), Path::new(&line)]);
+            let looped = Loop::new(&image, &[]);
+            let mounted = Mounted::new(looped.path(), &dir.path().join("mnt"));
+            let found = abilities(&mounted.0).unwrap();
+            assert_eq!(found.fs.name, name);
+            assert!(found.seek_hole && found.punch && found.tmpfile, "{found:?}");
+            assert_eq!(found.reflink, reflink);
+            assert!(
+                found.free > 100 << 20 && found.free < 400 << 20,
+                "{found:?}"
+            );
+            assert!(found.missing().is_empty());
+            assert_eq!(
+                fs::read_dir(&mounted.0)
+                    .unwrap()
+                    .flatten()
+                    .filter(|entry| entry.file_name() != "lost+found")
+                    .count(),
+                0
+            );
+        }
+    }
+
+    #[test]
+    fn memory_is_called_memory() {
+        let found = abilities(Path::new("/dev/shm")).unwrap();
+        assert_eq!(found.fs.manner, Manner::Memory);
+        assert!(found.seek_hole && found.punch && found.tmpfile && !found.reflink);
+        assert_eq!(found.missing().len(), 1);
+    }
+
+    #[test]
+    fn a_sparse_file_that_shows_its_holes_is_seen() {
+        let file = tempfile::tempfile_in("/var/tmp").unwrap();
+        assert!(shows_holes(&file).unwrap());
+        file.set_len(1 << 20).unwrap();
+        assert!(shows_holes(&file).unwrap());
+    }
+}

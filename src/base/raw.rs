@@ -1,0 +1,596 @@
+//! The raw base: a file or a block device whose bytes are the disk's.
+//!
+//! Reading has two speeds. Under [`Wait::No`] the host is asked with `RWF_NOWAIT`, which answers
+//! from the page cache or not at all; under [`Wait::Yes`] it is read, however long that takes.
+//! Holes are asked of the host with `SEEK_DATA` and `SEEK_HOLE`; a host that cannot tell has data
+//! everywhere, which is always safe.
+//!
+//! A base that got shorter behind our back is `EIO` where bytes are missing, never zeros.
+//!
+//! With `mode=rw` the same type takes writes. Its bytes are the host file's own, so nothing is
+//! ever filled from below, and a failed sync latches: what the host dropped from its cache after
+//! an error is not seen again by a second sync.
+
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+use std::os::fd::AsFd;
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use rustix::fs::{FallocateFlags, SeekFrom};
+use rustix::io::{Errno, ReadWriteFlags};
+
+use super::lock;
+use super::place::{HostFs, Manner};
+use crate::extents::{Extent, Kind};
+use crate::host;
+use crate::layer::{Copy, Layer, ReadBelow, Wait, WritableLayer};
+
+/// What kind of host object holds the bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum HostKind {
+    /// A regular file.
+    File,
+    /// A block device: no holes to be seen, and a size nobody can change.
+    BlockDevice,
+}
+
+/// 1 MiB of zeros is written at a time where the host cannot zero by itself: the largest request
+/// the kernel sends, so one request is one write.
+const ZEROS: &[u8] = &[0; 1 << 20];
+
+/// What a block device zeroes by itself must be a multiple of its sector; 4 KiB is the largest in
+/// use, and the rare larger one is caught by the way back to plain writes.
+const DEVICE_ALIGNMENT: u64 = 4096;
+
+/// A raw file or block device. Its base locks end with it.
+#[derive(Debug)]
+pub struct RawBase {
+    file: Arc<File>,
+    kind: HostKind,
+    manner: Manner,
+    size: AtomicU64,
+    /// How a read is asked that must not wait: memory never does, and has no `RWF_NOWAIT`.
+    no_wait: ReadWriteFlags,
+    /// Whether the host was found to know no `RWF_NOWAIT`: every such read is `EAGAIN` then.
+    always_waits: AtomicBool,
+    /// Whether the host was found unable to tell holes from data.
+    is_blind: AtomicBool,
+    /// Whether a sync has failed: see [`WritableLayer::sync`].
+    has_latched: AtomicBool,
+}
+
+impl RawBase {
+    /// Serves the first `size` bytes of `file`.
+    ///
+    /// # Errors
+    /// The host's, when it cannot say which file system this is.
+    pub fn new(file: Arc<File>, kind: HostKind, size: u64) -> io::Result<Self> {
+        let manner = match kind {
+            HostKind::File => HostFs::of(&*file)?.manner,
+            HostKind::BlockDevice => Manner::Local,
+        };
+        let no_wait = match manner {
+            Manner::Memory => ReadWriteFlags::empty(),
+            _ => ReadWriteFlags::NOWAIT,
+        };
+        Ok(Self {
+            file,
+            kind,
+            manner,
+            size: AtomicU64::new(size),
+            no_wait,
+            always_waits: AtomicBool::new(false),
+            is_blind: AtomicBool::new(kind == HostKind::BlockDevice),
+            has_latched: AtomicBool::new(false),
+        })
+    }
+
+    /// What kind of host object this is.
+    #[must_use]
+    pub fn kind(&self) -> HostKind {
+        self.kind
+    }
+
+    /// Reads what is in the page cache, all of `buf` or nothing (`EAGAIN`).
+    fn read_cached(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
+        if self.always_waits.load(Ordering::Relaxed) {
+            return Err(Errno::AGAIN.into());
+        }
+        let flags = self.no_wait;
+        let len = buf.len();
+        match rustix::io::preadv2(&*self.file, &mut [io::IoSliceMut::new(buf)], offset, flags) {
+            Ok(got) if got == len => Ok(()),
+            // Short: the rest is not cached, or the file got shorter; the waiting read finds out.
+            Ok(_) | Err(Errno::AGAIN | Errno::INTR) => Err(Errno::AGAIN.into()),
+            Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL) => {
+                self.always_waits.store(true, Ordering::Relaxed);
+                Err(Errno::AGAIN.into())
+            }
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Asks the host what lies at `range.start`; `range` is inside the size.
+    fn seek(&self, range: Range<u64>) -> io::Result<Extent> {
+        let data = match rustix::fs::seek(&*self.file, SeekFrom::Data(range.start)) {
+            Ok(at) => at,
+            Err(Errno::NXIO) => return self.seek_past_data(range),
+            Err(error) => return self.seek_failed(error, range),
+        };
+        if data > range.start {
+            return Ok(extent(range.start..data.min(range.end), Kind::Hole));
+        }
+        let hole = match rustix::fs::seek(&*self.file, SeekFrom::Hole(range.start)) {
+            Ok(at) if at > range.start => at,
+            // Changed between the two questions (punched, or cut off): Data is always safe.
+            Ok(_) | Err(Errno::NXIO) => range.end,
+            Err(error) => return self.seek_failed(error, range),
+        };
+        Ok(extent(range.start..hole.min(range.end), Kind::Data))
+    }
+
+    /// No data from `range.start` on: a hole up to where the host file ends. Past that end, in a
+    /// file that got shorter, it is Data, so that reading it is the error it has to be.
+    fn seek_past_data(&self, range: Range<u64>) -> io::Result<Extent> {
+        let end_of_file = rustix::fs::seek(&*self.file, SeekFrom::End(0))?;
+        if range.start >= end_of_file {
+            return Ok(extent(range, Kind::Data));
+        }
+        Ok(extent(range.start..range.end.min(end_of_file), Kind::Hole))
+    }
+
+    fn seek_failed(&self, error: Errno, range: Range<u64>) -> io::Result<Extent> {
+        match error {
+            Errno::INVAL | Errno::OPNOTSUPP | Errno::NOSYS => {
+                self.is_blind.store(true, Ordering::Relaxed);
+                Ok(extent(range, Kind::Data))
+            }
+            error => Err(error.into()),
+        }
+    }
+
+    /// Refuses what a latched base must not do, and what this host may make wait.
+    fn may_change(&self, wait: Wait, change: Change) -> io::Result<()> {
+        if self.has_latched.load(Ordering::Acquire) {
+            return Err(Errno::IO.into());
+        }
+        // A device carries out discards and zeroing at its own speed; a file's file system
+        // notes them down.
+        let waits = self.manner == Manner::Remote
+            || (self.kind == HostKind::BlockDevice && change == Change::Free);
+        if wait == Wait::No && waits {
+            return Err(Errno::AGAIN.into());
+        }
+        Ok(())
+    }
+
+    /// Makes `range` zero by the first of `ways` that the host knows, else by writing zeros.
+    fn free(&self, range: Range<u64>, ways: &[FallocateFlags]) -> io::Result<()> {
+        let inner = match self.kind {
+            HostKind::File => range.clone(),
+            HostKind::BlockDevice => aligned(&range),
+        };
+        if inner.is_empty() || !self.free_by_host(&inner, ways)? {
+            return self.write_zeros(range);
+        }
+        self.write_zeros(range.start..inner.start)?;
+        self.write_zeros(inner.end..range.end)
+    }
+
+    fn free_by_host(&self, range: &Range<u64>, ways: &[FallocateFlags]) -> io::Result<bool> {
+        for &way in ways {
+            let flags = way | FallocateFlags::KEEP_SIZE;
+            let Err(error) = host::fallocate(&*self.file, flags, range.clone()) else {
+                return Ok(true);
+            };
+            match Errno::from_io_error(&error) {
+                // INVAL: a device with larger sectors; BUSY: one that others have claimed too.
+                Some(Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL | Errno::BUSY) => {}
+                _ => return Err(error),
+            }
+        }
+        Ok(false)
+    }
+
+    fn write_zeros(&self, range: Range<u64>) -> io::Result<()> {
+        let mut at = range.start;
+        while at < range.end {
+            let len = (range.end - at).min(ZEROS.len() as u64);
+            #[expect(clippy::cast_possible_truncation, reason = "at most ZEROS.len()")]
+            self.file.write_all_at(&ZEROS[..len as usize], at)?;
+            at += len;
+        }
+        Ok(())
+    }
+}
+
+impl Drop for RawBase {
+    fn drop(&mut self) {
+        lock::release(&self.file);
+    }
+}
+
+/// What a change asks of the host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Change {
+    /// Bytes, into the page cache.
+    Write,
+    /// Zeroing or punching.
+    Free,
+}
+
+impl Layer for RawBase {
+    fn size(&self) -> u64 {
+        self.size.load(Ordering::Acquire)
+    }
+
+    fn extent_at(&self, range: Range<u64>, wait: Wait) -> io::Result<Extent> {
+        let size = self.size();
+        if range.start >= size {
+            return Ok(extent(range, Kind::Hole));
+        }
+        let range = range.start..range.end.min(size);
+        if self.is_blind.load(Ordering::Relaxed) {
+            return Ok(extent(range, Kind::Data));
+        }
+        if wait == Wait::No && self.manner == Manner::Remote {
+            return Err(Errno::AGAIN.into());
+        }
+        self.seek(range)
+    }
+
+    /// All that is inside the size is called Data: a question about holes would cost every read
+    /// a second system call, to save copying some zeros.
+    fn read_at(&self, buf: &mut [u8], offset: u64, wait: Wait) -> io::Result<Extent> {
+        let asked = offset..offset.saturating_add(buf.len() as u64);
+        let size = self.size();
+        if offset >= size {
+            return Ok(extent(asked, Kind::Hole));
+        }
+        #[expect(clippy::cast_possible_truncation, reason = "at most buf.len()")]
+        let len = (asked.end.min(size) - offset) as usize;
+        let buf = &mut buf[..len];
+        if wait == Wait::No {
+            self.read_cached(buf, offset)?;
+            return Ok(extent(offset..offset + len as u64, Kind::Data));
+        }
+        let got = host::read_at(&self.file, buf, offset, Wait::Yes)?;
+        if got == len {
+            return Ok(extent(offset..offset + len as u64, Kind::Data));
+        }
+        // Was it us who just made the disk shorter? Then the rest is past its end.
+        let end = offset + got as u64;
+        if self.size() > end {
+            return Err(Errno::IO.into());
+        }
+        if got > 0 {
+            return Ok(extent(offset..end, Kind::Data));
+        }
+        Ok(extent(asked, Kind::Hole))
+    }
+
+    fn lend_at(
+        &self,
+        range: Range<u64>,
+        wait: Wait,
+        copy: Copy<'_>,
+    ) -> io::Result<(Extent, Option<u64>)> {
+        let found = self.extent_at(range, wait)?;
+        // copy_file_range takes no devices.
+        if found.kind != Kind::Data || self.kind == HostKind::BlockDevice {
+            return Ok((found, None));
+        }
+        let copied = copy(self.file.as_fd(), found.range.clone())?;
+        Ok((found, Some(copied)))
+    }
+}
+
+impl WritableLayer for RawBase {
+    fn write_at(
+        &self,
+        buf: &[u8],
+        offset: u64,
+        _below: &dyn ReadBelow,
+        wait: Wait,
+    ) -> io::Result<()> {
+        self.may_change(wait, Change::Write)?;
+        self.file.write_all_at(buf, offset)
+    }
+
+    fn zero(&self, range: Range<u64>, _below: &dyn ReadBelow, wait: Wait) -> io::Result<()> {
+        self.may_change(wait, Change::Free)?;
+        self.free(range, &[FallocateFlags::ZERO_RANGE])
+    }
+
+    fn punch_hole(&self, range: Range<u64>, _below: &dyn ReadBelow, wait: Wait) -> io::Result<()> {
+        self.may_change(wait, Change::Free)?;
+        let ways = [FallocateFlags::PUNCH_HOLE, FallocateFlags::ZERO_RANGE];
+        self.free(range, &ways)
+    }
+
+    fn allocate(&self, range: Range<u64>) -> io::Result<()> {
+        match self.kind {
+            HostKind::File => host::allocate(&*self.file, range),
+            // It has all its space.
+            HostKind::BlockDevice => Ok(()),
+        }
+    }
+
+    /// `EINVAL` for another size of a block device.
+    fn set_size(&self, size: u64) -> io::Result<()> {
+        let old = self.size();
+        if size == old {
+            return Ok(());
+        }
+        if self.kind == HostKind::BlockDevice {
+            return Err(Errno::INVAL.into());
+        }
+        if i64::try_from(size).is_err() {
+            return Err(Errno::FBIG.into());
+        }
+        if self.has_latched.load(Ordering::Acquire) {
+            return Err(Errno::IO.into());
+        }
+        // The smaller size is published first: a reader must not meet the host's new end inside it.
+        self.size.store(old.min(size), Ordering::Release);
+        if let Err(error) = self.file.set_len(size) {
+            self.size.store(old, Ordering::Release);
+            return Err(error);
+        }
+        self.size.store(size, Ordering::Release);
+        Ok(())
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        if self.has_latched.load(Ordering::Acquire) {
+            return Err(Errno::IO.into());
+        }
+        let answer = self.file.sync_data();
+        if answer.is_err() {
+            self.has_latched.store(true, Ordering::Release);
+        }
+        answer
+    }
+}
+
+fn extent(range: Range<u64>, kind: Kind) -> Extent {
+    Extent { range, kind }
+}
+
+/// The whole device blocks inside `range`; empty, at its start, when there are none.
+fn aligned(range: &Range<u64>) -> Range<u64> {
+    let start = range.start.next_multiple_of(DEVICE_ALIGNMENT);
+    let end = range.end - range.end % DEVICE_ALIGNMENT;
+    if start < end {
+        start..end
+    } else {
+        range.start..range.start
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::BorrowedFd;
+    use std::path::Path;
+
+    use rustix::fs::Advice;
+
+    use super::*;
+
+    /// What nobody may ask: a raw base has nothing below it.
+    struct Nothing;
+
+    impl ReadBelow for Nothing {
+        fn read_below(&self, _: &mut [u8], _: u64, _: Wait) -> io::Result<()> {
+            unreachable!("a raw base has nothing below")
+        }
+        fn is_zero_below(&self, _: Range<u64>, _: Wait) -> io::Result<bool> {
+            unreachable!("a raw base has nothing below")
+        }
+    }
+
+    fn file(dir: &Path, size: u64) -> Arc<File> {
+        let file = tempfile::tempfile_in(dir).unwrap();
+        file.set_len(size).unwrap();
+        Arc::new(file)
+    }
+
+    /// On the disk the repository is built on, where RWF_NOWAIT and holes are known to work.
+    fn base(size: u64) -> (Arc<File>, RawBase) {
+        let file = file(Path::new("/var/tmp"), size);
+        let raw = RawBase::new(file.clone(), HostKind::File, size).unwrap();
+        (file, raw)
+    }
+
+    fn describe(raw: &RawBase, range: Range<u64>) -> Vec<(Range<u64>, Kind)> {
+        let mut found = Vec::new();
+        let mut at = range.start;
+        while at < range.end {
+            let extent = raw.extent_at(at..range.end, Wait::No).unwrap();
+            assert_eq!(extent.range.start, at);
+            at = extent.range.end;
+            found.push((extent.range, extent.kind));
+        }
+        found
+    }
+
+    const K64: u64 = 65536;
+
+    #[test]
+    fn the_shape_of_a_sparse_file_is_told() {
+        let (file, raw) = base(16 * K64);
+        file.write_all_at(&[1; 65536], 2 * K64).unwrap();
+        file.write_all_at(&[1; 65536], 8 * K64).unwrap();
+        let shape = [
+            (0..2 * K64, Kind::Hole),
+            (2 * K64..3 * K64, Kind::Data),
+            (3 * K64..8 * K64, Kind::Hole),
+            (8 * K64..9 * K64, Kind::Data),
+            (9 * K64..16 * K64, Kind::Hole),
+            (16 * K64..20 * K64, Kind::Hole),
+        ];
+        assert_eq!(describe(&raw, 0..20 * K64), shape);
+        let inside = [(2 * K64 + 5..2 * K64 + 9, Kind::Data)];
+        assert_eq!(describe(&raw, 2 * K64 + 5..2 * K64 + 9), inside);
+    }
+
+    #[test]
+    fn a_file_that_got_shorter_is_data_there_and_reading_it_is_an_error() {
+        let (file, raw) = base(16 * K64);
+        file.set_len(4 * K64).unwrap();
+        let shape = [(0..4 * K64, Kind::Hole), (4 * K64..16 * K64, Kind::Data)];
+        assert_eq!(describe(&raw, 0..16 * K64), shape);
+
+        let mut buf = [0; 4096];
+        let error = raw.read_at(&mut buf, 4 * K64, Wait::Yes).unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(libc::EIO));
+        let error = raw.read_at(&mut buf, 4 * K64 - 512, Wait::Yes).unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(libc::EIO));
+        let error = raw.read_at(&mut buf, 4 * K64, Wait::No).unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(libc::EAGAIN));
+    }
+
+    #[test]
+    fn a_read_is_cut_at_the_size_and_a_hole_past_it() {
+        let (file, raw) = base(1000);
+        file.write_all_at(&[9; 1000], 0).unwrap();
+        let mut buf = [1; 512];
+        let extent = raw.read_at(&mut buf, 900, Wait::Yes).unwrap();
+        assert_eq!((extent.range, extent.kind), (900..1000, Kind::Data));
+        assert_eq!((&buf[..100], &buf[100..]), (&[9; 100][..], &[1; 412][..]));
+        let extent = raw.read_at(&mut buf, 1000, Wait::No).unwrap();
+        assert_eq!((extent.range, extent.kind), (1000..1512, Kind::Hole));
+    }
+
+    #[test]
+    fn a_read_that_would_wait_says_so_and_the_waiting_read_answers() {
+        let (file, raw) = base(16 * K64);
+        file.write_all_at(&[5; 65536], 0).unwrap();
+        file.sync_all().unwrap();
+        rustix::fs::fadvise(&*file, 0, None, Advice::DontNeed).unwrap();
+
+        let mut buf = [0; 4096];
+        let error = raw.read_at(&mut buf, 0, Wait::No).unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(libc::EAGAIN));
+        let extent = raw.read_at(&mut buf, 0, Wait::Yes).unwrap();
+        assert_eq!((extent.range, extent.kind), (0..4096, Kind::Data));
+        assert_eq!(buf, [5; 4096]);
+        // Now it is cached.
+        raw.read_at(&mut buf, 0, Wait::No).unwrap();
+    }
+
+    #[test]
+    fn memory_is_read_without_waiting_though_it_knows_no_nowait() {
+        let file = file(Path::new("/dev/shm"), K64);
+        let raw = RawBase::new(file.clone(), HostKind::File, K64).unwrap();
+        file.write_all_at(&[3; 4096], 0).unwrap();
+        let mut buf = [0; 4096];
+        raw.read_at(&mut buf, 0, Wait::No).unwrap();
+        assert_eq!(buf, [3; 4096]);
+        let shape = [(0..4096, Kind::Data), (4096..K64, Kind::Hole)];
+        assert_eq!(describe(&raw, 0..K64), shape);
+    }
+
+    #[test]
+    fn writes_zeros_and_holes_reach_the_file() {
+        let (file, raw) = base(16 * K64);
+        raw.write_at(&[7; 4 * 65536], 0, &Nothing, Wait::No)
+            .unwrap();
+        raw.zero(100..K64, &Nothing, Wait::No).unwrap();
+        raw.punch_hole(2 * K64..4 * K64, &Nothing, Wait::No)
+            .unwrap();
+        raw.sync().unwrap();
+
+        let mut got = vec![1; 4 * 65536];
+        file.read_exact_at(&mut got, 0).unwrap();
+        let mut want = vec![7; 4 * 65536];
+        want[100..65536].fill(0);
+        want[2 * 65536..].fill(0);
+        assert_eq!(got, want);
+        assert_eq!(file.metadata().unwrap().len(), 16 * K64);
+        assert_eq!(
+            describe(&raw, 2 * K64..16 * K64),
+            [(2 * K64..16 * K64, Kind::Hole)]
+        );
+    }
+
+    #[test]
+    fn only_data_is_lent_and_with_its_place() {
+        let (file, raw) = base(4 * K64);
+        file.write_all_at(&[7; 65536], K64).unwrap();
+        let mut lent = Vec::new();
+        let mut copy = |_: BorrowedFd<'_>, range: Range<u64>| {
+            lent.push(range);
+            Ok(5)
+        };
+        let (found, copied) = raw.lend_at(0..4 * K64, Wait::Yes, &mut copy).unwrap();
+        assert_eq!((found, copied), (extent(0..K64, Kind::Hole), None));
+        let (found, copied) = raw.lend_at(K64..4 * K64, Wait::Yes, &mut copy).unwrap();
+        assert_eq!((found, copied), (extent(K64..2 * K64, Kind::Data), Some(5)));
+        assert_eq!((lent.len(), &lent[0]), (1, &(K64..2 * K64)));
+    }
+
+    #[test]
+    fn zeros_are_written_where_the_host_cannot_zero() {
+        let (file, raw) = base(3 << 20);
+        file.write_all_at(&vec![7; 3 << 20], 0).unwrap();
+        raw.free(10..(3 << 20) - 10, &[]).unwrap();
+        let mut got = vec![1; 3 << 20];
+        file.read_exact_at(&mut got, 0).unwrap();
+        let mut want = vec![0; 3 << 20];
+        want[..10].fill(7);
+        want[(3 << 20) - 10..].fill(7);
+        assert!(got == want);
+    }
+
+    #[test]
+    fn the_size_follows_truncation() {
+        use std::os::unix::fs::MetadataExt;
+
+        let (file, raw) = base(K64);
+        raw.write_at(&[7; 4096], 0, &Nothing, Wait::Yes).unwrap();
+        raw.set_size(10).unwrap();
+        assert_eq!((raw.size(), file.metadata().unwrap().len()), (10, 10));
+        raw.set_size(2 * K64).unwrap();
+        let mut buf = [1; 20];
+        raw.read_at(&mut buf, 0, Wait::Yes).unwrap();
+        assert_eq!(buf[..10], [7; 10]);
+        assert_eq!(buf[10..], [0; 10]);
+        let error = raw.set_size(u64::MAX).unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(libc::EFBIG));
+        assert_eq!(raw.size(), 2 * K64);
+        raw.allocate(0..2 * K64).unwrap();
+        assert_eq!(file.metadata().unwrap().blocks(), 2 * K64 / 512);
+    }
+
+    #[test]
+    fn a_failed_sync_latches() {
+        // /dev/full takes no fdatasync at all: EINVAL.
+        let file = File::options()
+            .read(true)
+            .write(true)
+            .open("/dev/full")
+            .unwrap();
+        let raw = RawBase::new(Arc::new(file), HostKind::File, K64).unwrap();
+        assert!(raw.sync().is_err());
+        let again = raw.sync().unwrap_err();
+        assert_eq!(again.raw_os_error(), Some(libc::EIO));
+        let write = raw.write_at(&[1], 0, &Nothing, Wait::Yes).unwrap_err();
+        assert_eq!(write.raw_os_error(), Some(libc::EIO));
+        let zero = raw.zero(0..1, &Nothing, Wait::No).unwrap_err();
+        assert_eq!(zero.raw_os_error(), Some(libc::EIO));
+        let size = raw.set_size(1).unwrap_err();
+        assert_eq!(size.raw_os_error(), Some(libc::EIO));
+    }
+
+    #[test]
+    fn the_whole_blocks_inside_a_range_are_found() {
+        assert_eq!(aligned(&(1..4096)), 1..1);
+        assert_eq!(aligned(&(1..8193)), 4096..8192);
+        assert_eq!(aligned(&(0..4096)), 0..4096);
+        assert_eq!(aligned(&(4097..8191)), 4097..4097);
+    }
+}
