@@ -1,0 +1,992 @@
+//! The overlay's block map in memory: which blocks are Lower, Data or Zero.
+//!
+//! Most of a disk is long runs and a little of it is finely mixed, so the map is a directory of
+//! chunks of [`CHUNK_BLOCKS`] blocks, kept run-length: an entry is either a uniform run of whole
+//! chunks or one mixed chunk, a leaf. What no entry covers is [`State::Lower`].
+//!
+//! ```text
+//!   chunk       0      1      2      3      4      5      6      7      8 ...
+//!   directory          |leaf| |------- Data -------|      |leaf||leaf|
+//!   state       Lower  mixed  Data   Data   Data   Lower  mixed  mixed  Lower ...
+//! ```
+//!
+//! Invariants (`check` in the tests):
+//! - uniform runs are Data or Zero, never Lower, and two of one state never touch: they are merged;
+//! - a leaf holds at least two states; one that becomes uniform goes back into the directory;
+//! - the counts of Data and Zero blocks are those of the entries.
+//!
+//! So an untouched disk is no entry at all, a seek across nothing is one step, a run of one state
+//! crosses at most three entries (the tail of a leaf, a uniform run, the head of a leaf), and
+//! setting a whole disk is one directory update that drops the leaves in between.
+//!
+//! A leaf has a plane of bits for Data and one for Zero (8 KiB each, only there while it has a
+//! bit set); ranges are filled, counted and searched by whole words.
+//!
+//! Pure: no files, no locks, no I/O. The owner puts a lock around it and holds it for no I/O.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+
+use bitvec::boxed::BitBox;
+use bitvec::order::Lsb0;
+use bitvec::vec::BitVec;
+
+/// Blocks in a chunk: 256 MiB of disk at 4 KiB a block. A plane of a leaf is then 8 KiB: small
+/// enough to scan in a microsecond, large enough that 16 TiB are at most 65,536 entries.
+pub const CHUNK_BLOCKS: u64 = 65_536;
+
+/// The number of a block: its byte offset on the disk divided by the overlay's block size.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct BlockIndex(pub u64);
+
+/// What the overlay knows about a block. The numbers are those in the log.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[repr(u8)]
+pub enum State {
+    /// Not the overlay's: the layer below has it.
+    #[default]
+    Lower = 0,
+    /// The overlay's data file has it.
+    Data = 1,
+    /// Reads as zeros, whatever lies below.
+    Zero = 2,
+}
+
+impl From<State> for u8 {
+    fn from(state: State) -> Self {
+        state as Self
+    }
+}
+
+/// A number that is no [`State`]: what was read is damaged or from a newer version.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{0} is no block state")]
+pub struct UnknownState(pub u8);
+
+impl TryFrom<u8> for State {
+    type Error = UnknownState;
+
+    fn try_from(number: u8) -> Result<Self, UnknownState> {
+        match number {
+            0 => Ok(Self::Lower),
+            1 => Ok(Self::Data),
+            2 => Ok(Self::Zero),
+            _ => Err(UnknownState(number)),
+        }
+    }
+}
+
+/// Blocks of one state, side by side.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Run {
+    /// Where: blocks, half-open.
+    pub range: Range<BlockIndex>,
+    /// What they are.
+    pub state: State,
+}
+
+impl Run {
+    /// How many blocks it covers.
+    #[must_use]
+    pub fn len(&self) -> u64 {
+        self.range.end.0.saturating_sub(self.range.start.0)
+    }
+
+    /// Whether it covers no block.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.range.is_empty()
+    }
+}
+
+/// The state of every block, for block indexes up to those of the largest disk and far beyond.
+///
+/// `CHUNK` is the number of blocks in a chunk; only tests choose another than the default.
+///
+/// The last `CHUNK` indexes before `u64::MAX` are never kept and always Lower, so that a range
+/// up to `u64::MAX` ("all that follows") is whole chunks. No disk reaches them: 2⁶⁴ bytes are
+/// 2⁵⁵ blocks of the smallest size.
+#[derive(Clone, Debug, Default)]
+pub struct BlockMap<const CHUNK: u64 = CHUNK_BLOCKS> {
+    /// Entries by their first chunk.
+    directory: BTreeMap<u64, Entry>,
+    counts: Counts,
+}
+
+/// What lies in the directory at a chunk.
+#[derive(Clone, Debug)]
+enum Entry {
+    /// All blocks from the chunk it is filed under to the chunk `end` (not included).
+    Uniform { end: u64, state: State },
+    /// One chunk of more than one state.
+    Leaf(Box<Leaf>),
+}
+
+/// How many blocks are Data and Zero.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Counts {
+    data: u64,
+    zero: u64,
+}
+
+impl Counts {
+    fn of(state: State, blocks: u64) -> Self {
+        let (data, zero) = match state {
+            State::Lower => (0, 0),
+            State::Data => (blocks, 0),
+            State::Zero => (0, blocks),
+        };
+        Self { data, zero }
+    }
+
+    fn add(&mut self, other: Self) {
+        self.data += other.data;
+        self.zero += other.zero;
+    }
+
+    fn subtract(&mut self, other: Self) {
+        self.data -= other.data;
+        self.zero -= other.zero;
+    }
+}
+
+impl BlockMap {
+    /// A map of which every block is Lower.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+}
+
+impl<const CHUNK: u64> BlockMap<CHUNK> {
+    /// The first block that is never kept: the end of the last whole chunk.
+    const END: u64 = u64::MAX - u64::MAX % CHUNK;
+
+    /// Blocks in a chunk, as a length.
+    #[expect(clippy::cast_possible_truncation, reason = "65,536, or less in tests")]
+    const LEN: usize = CHUNK as usize;
+
+    /// The state of one block.
+    #[must_use]
+    pub fn state(&self, block: BlockIndex) -> State {
+        let chunk = block.0 / CHUNK;
+        match self.directory.range(..=chunk).next_back() {
+            Some((_, Entry::Uniform { end, state })) if chunk < *end => *state,
+            Some((start, Entry::Leaf(leaf))) if chunk == *start => {
+                leaf.state(Self::offset(block.0))
+            }
+            _ => State::Lower,
+        }
+    }
+
+    /// The longest run of one state that starts at `range.start`, cut at `range.end`.
+    ///
+    /// It goes on across chunks as long as the state does. For an empty range it is empty.
+    #[must_use]
+    pub fn run_at(&self, range: Range<BlockIndex>) -> Run {
+        let (first, limit) = (range.start.0, range.end.0.max(range.start.0));
+        let (state, mut end) = self.piece_at(first, limit);
+        while end < limit {
+            let (next, next_end) = self.piece_at(end, limit);
+            if next != state {
+                break;
+            }
+            end = next_end;
+        }
+        Run {
+            range: range.start..BlockIndex(end),
+            state,
+        }
+    }
+
+    /// The runs that make up `range`: ascending, each as long as it can be, without gaps.
+    pub fn runs(&self, range: Range<BlockIndex>) -> impl Iterator<Item = Run> + use<'_, CHUNK> {
+        let mut rest = range;
+        std::iter::from_fn(move || {
+            let run = (!rest.is_empty()).then(|| self.run_at(rest.clone()))?;
+            rest.start = run.range.end;
+            Some(run)
+        })
+    }
+
+    /// How many blocks are Data, in all.
+    #[must_use]
+    pub fn data_blocks(&self) -> u64 {
+        self.counts.data
+    }
+
+    /// How many blocks are Zero, in all.
+    #[must_use]
+    pub fn zero_blocks(&self) -> u64 {
+        self.counts.zero
+    }
+
+    /// How many blocks of `range` are in `state`.
+    #[must_use]
+    pub fn count(&self, range: Range<BlockIndex>, state: State) -> u64 {
+        if range.is_empty() {
+            return 0;
+        }
+        let len = range.end.0 - range.start.0;
+        let counts = self.counts_in(range.start.0..range.end.0.min(Self::END));
+        match state {
+            State::Lower => len - counts.data - counts.zero,
+            State::Data => counts.data,
+            State::Zero => counts.zero,
+        }
+    }
+
+    /// Makes all blocks of `range` that state.
+    ///
+    /// ```text
+    ///   chunks     |          |          |          |          |
+    ///   range            |---------------------------------|
+    ///                    |head|--- whole chunks ----| tail |
+    /// ```
+    ///
+    /// Only head and tail, parts of a chunk, can make a leaf.
+    pub fn set(&mut self, range: Range<BlockIndex>, state: State) {
+        let (start, end) = (range.start.0, range.end.0.min(Self::END));
+        if start >= end {
+            return;
+        }
+        let (first, last) = (start / CHUNK, end / CHUNK);
+        let (from, to) = (Self::offset(start), Self::offset(end));
+        if first == last {
+            return self.set_within(first, from..to, state);
+        }
+        let whole = start.div_ceil(CHUNK)..last;
+        if first < whole.start {
+            self.set_within(first, from..Self::LEN, state);
+        }
+        if !whole.is_empty() {
+            self.set_chunks(whole, state);
+        }
+        if to > 0 {
+            self.set_within(last, 0..to, state);
+        }
+    }
+
+    /// Makes every block at and past `block` Lower: what a smaller disk no longer has.
+    pub fn clear_from(&mut self, block: BlockIndex) {
+        self.set(block..BlockIndex(u64::MAX), State::Lower);
+    }
+
+    /// Where in its chunk a block lies.
+    #[expect(
+        clippy::cast_possible_truncation,
+        reason = "less than CHUNK, which is 65,536"
+    )]
+    fn offset(block: u64) -> usize {
+        (block % CHUNK) as usize
+    }
+
+    /// The state at `block` and how far the entry there goes on in it, cut at `limit`.
+    fn piece_at(&self, block: u64, limit: u64) -> (State, u64) {
+        let chunk = block / CHUNK;
+        match self.directory.range(..=chunk).next_back() {
+            Some((_, Entry::Uniform { end, state })) if chunk < *end => {
+                (*state, limit.min(end * CHUNK))
+            }
+            Some((start, Entry::Leaf(leaf))) if chunk == *start => {
+                let base = chunk * CHUNK;
+                let from = Self::offset(block);
+                let to = usize::try_from(limit - base).map_or(Self::LEN, |to| to.min(Self::LEN));
+                let (state, end) = leaf.run(from..to);
+                (state, base + end as u64)
+            }
+            _ => {
+                let next = self.directory.range(chunk..).next();
+                let end = next.map_or(limit, |(start, _)| limit.min(start * CHUNK));
+                (State::Lower, end)
+            }
+        }
+    }
+
+    /// Counts a range that ends at or before [`Self::END`].
+    fn counts_in(&self, blocks: Range<u64>) -> Counts {
+        let mut counts = Counts::default();
+        if blocks.is_empty() {
+            return counts;
+        }
+        let chunk = blocks.start / CHUNK;
+        let before = self.directory.range(..chunk).next_back();
+        let inside = self.directory.range(chunk..blocks.end.div_ceil(CHUNK));
+        for (&start, entry) in before.into_iter().chain(inside) {
+            let end = entry.end(start);
+            let (from, to) = (blocks.start.max(start * CHUNK), blocks.end.min(end * CHUNK));
+            if from >= to {
+                continue;
+            }
+            counts.add(match entry {
+                Entry::Uniform { state, .. } => Counts::of(*state, to - from),
+                Entry::Leaf(leaf) if to - from == CHUNK => leaf.counts(),
+                Entry::Leaf(leaf) => {
+                    let from = Self::offset(from);
+                    leaf.counts_in(from..Self::offset(to - 1) + 1)
+                }
+            });
+        }
+        counts
+    }
+
+    /// Makes part of one chunk that state: in its leaf, or in a new one if it was uniform.
+    fn set_within(&mut self, chunk: u64, blocks: Range<usize>, state: State) {
+        if !matches!(self.directory.get(&chunk), Some(Entry::Leaf(_))) {
+            let (old, _) = self.piece_at(chunk * CHUNK, (chunk + 1) * CHUNK);
+            if old == state {
+                return;
+            }
+            self.carve(chunk..chunk + 1);
+            self.counts.add(Counts::of(old, CHUNK));
+            let leaf = Box::new(Leaf::uniform(old, Self::LEN));
+            self.directory.insert(chunk, Entry::Leaf(leaf));
+        }
+        let Some(Entry::Leaf(leaf)) = self.directory.get_mut(&chunk) else {
+            return; // Cannot be: it was found or put there above.
+        };
+        self.counts.subtract(leaf.counts());
+        leaf.set(blocks, state);
+        self.counts.add(leaf.counts());
+        if leaf.is_uniform(state) {
+            self.set_chunks(chunk..chunk + 1, state);
+        }
+    }
+
+    /// Makes whole chunks that state: one entry, merged with its neighbours.
+    fn set_chunks(&mut self, chunks: Range<u64>, state: State) {
+        self.carve(chunks.clone());
+        if state == State::Lower {
+            return;
+        }
+        let blocks = (chunks.end - chunks.start) * CHUNK;
+        self.counts.add(Counts::of(state, blocks));
+        let Range { mut start, mut end } = chunks;
+        if let Some((&left, entry)) = self.directory.range(..start).next_back()
+            && entry.as_uniform() == Some((start, state))
+        {
+            start = left;
+        }
+        if let Some((right, other)) = self.directory.get(&end).and_then(Entry::as_uniform)
+            && other == state
+        {
+            self.directory.remove(&end);
+            end = right;
+        }
+        self.directory.insert(start, Entry::Uniform { end, state });
+    }
+
+    /// Takes `chunks` out of the directory: they are Lower afterwards.
+    ///
+    /// ```text
+    ///   before   |----- Data ------||leaf|     |---- Zero ----|
+    ///   chunks             |-----------------------|
+    ///   after    |-- Data -|                       |-- Zero --|
+    /// ```
+    fn carve(&mut self, chunks: Range<u64>) {
+        let mut remainder = None;
+        if let Some((_, Entry::Uniform { end, state })) =
+            self.directory.range_mut(..chunks.start).next_back()
+            && *end > chunks.start
+        {
+            let (reach, state) = (*end, *state);
+            *end = chunks.start;
+            let gone = (reach.min(chunks.end) - chunks.start) * CHUNK;
+            self.counts.subtract(Counts::of(state, gone));
+            remainder = Some((reach, state));
+        }
+        for (start, entry) in self.directory.extract_if(chunks.clone(), |_, _| true) {
+            match entry {
+                Entry::Leaf(leaf) => self.counts.subtract(leaf.counts()),
+                Entry::Uniform { end, state } => {
+                    let gone = (end.min(chunks.end) - start) * CHUNK;
+                    self.counts.subtract(Counts::of(state, gone));
+                    remainder = Some((end, state));
+                }
+            }
+        }
+        if let Some((end, state)) = remainder
+            && end > chunks.end
+        {
+            self.directory
+                .insert(chunks.end, Entry::Uniform { end, state });
+        }
+    }
+}
+
+impl Entry {
+    /// The chunk after the last one it covers, when it is filed under `start`.
+    fn end(&self, start: u64) -> u64 {
+        match self {
+            Self::Uniform { end, .. } => *end,
+            Self::Leaf(_) => start + 1,
+        }
+    }
+
+    /// The end and the state of a uniform run.
+    fn as_uniform(&self) -> Option<(u64, State)> {
+        match self {
+            Self::Uniform { end, state } => Some((*end, *state)),
+            Self::Leaf(_) => None,
+        }
+    }
+}
+
+/// A chunk of mixed states. A block is in one plane or in none (Lower), never in both.
+#[derive(Clone, Debug)]
+struct Leaf {
+    len: usize,
+    data: Plane,
+    zero: Plane,
+}
+
+impl Leaf {
+    /// A leaf about to be changed: for this moment alone it may be uniform.
+    fn uniform(state: State, len: usize) -> Self {
+        let mut leaf = Self {
+            len,
+            data: Plane::default(),
+            zero: Plane::default(),
+        };
+        leaf.set(0..len, state);
+        leaf
+    }
+
+    fn state(&self, at: usize) -> State {
+        if self.data.has(at) {
+            State::Data
+        } else if self.zero.has(at) {
+            State::Zero
+        } else {
+            State::Lower
+        }
+    }
+
+    /// The state at the start of a range that is not empty, and where in the range it ends.
+    fn run(&self, range: Range<usize>) -> (State, usize) {
+        let state = self.state(range.start);
+        let end = match state {
+            State::Data => self.data.end_of_ones(range),
+            State::Zero => self.zero.end_of_ones(range),
+            State::Lower => self.end_of_lower(range),
+        };
+        (state, end)
+    }
+
+    /// Where the Lower blocks at the start of a range end: where either plane has its first bit.
+    ///
+    /// Both are searched a stretch at a time, twice as long each time. Else a plane with few bits
+    /// would be searched to its end for each short gap of a full one.
+    fn end_of_lower(&self, range: Range<usize>) -> usize {
+        let Range {
+            start: mut from,
+            end,
+        } = range;
+        let mut stretch = 64;
+        while from < end {
+            let to = end.min(from + stretch);
+            let data = self.data.end_of_zeros(from..to);
+            let first = self.zero.end_of_zeros(from..data);
+            if first < to {
+                return first;
+            }
+            from = to;
+            stretch *= 2;
+        }
+        end
+    }
+
+    fn set(&mut self, range: Range<usize>, state: State) {
+        // Clear first, so that a plane that empties is freed before the other one is allocated.
+        if state != State::Data {
+            self.data.clear(range.clone());
+        }
+        if state != State::Zero {
+            self.zero.clear(range.clone());
+        }
+        match state {
+            State::Lower => {}
+            State::Data => self.data.fill(range, self.len),
+            State::Zero => self.zero.fill(range, self.len),
+        }
+    }
+
+    fn is_uniform(&self, state: State) -> bool {
+        match state {
+            State::Lower => self.data.ones + self.zero.ones == 0,
+            State::Data => self.data.ones == self.len,
+            State::Zero => self.zero.ones == self.len,
+        }
+    }
+
+    fn counts(&self) -> Counts {
+        Counts {
+            data: self.data.ones as u64,
+            zero: self.zero.ones as u64,
+        }
+    }
+
+    fn counts_in(&self, range: Range<usize>) -> Counts {
+        Counts {
+            data: self.data.count(range.clone()) as u64,
+            zero: self.zero.count(range) as u64,
+        }
+    }
+}
+
+/// One bit a block; no memory while no bit is set. `bitvec` fills, counts and searches `Lsb0`
+/// slices by whole words.
+#[derive(Clone, Debug, Default)]
+struct Plane {
+    /// As long as the chunk, or empty.
+    bits: BitBox<u64, Lsb0>,
+    ones: usize,
+}
+
+impl Plane {
+    fn has(&self, at: usize) -> bool {
+        self.bits.get(at).is_some_and(|bit| *bit)
+    }
+
+    fn fill(&mut self, range: Range<usize>, len: usize) {
+        if self.bits.is_empty() {
+            self.bits = BitVec::repeat(false, len).into_boxed_bitslice();
+        }
+        let bits = &mut self.bits[range];
+        self.ones += bits.len() - bits.count_ones();
+        bits.fill(true);
+    }
+
+    fn clear(&mut self, range: Range<usize>) {
+        if self.bits.is_empty() {
+            return;
+        }
+        let bits = &mut self.bits[range];
+        self.ones -= bits.count_ones();
+        bits.fill(false);
+        if self.ones == 0 {
+            self.bits = BitBox::default();
+        }
+    }
+
+    fn count(&self, range: Range<usize>) -> usize {
+        if self.bits.is_empty() {
+            0
+        } else {
+            self.bits[range].count_ones()
+        }
+    }
+
+    fn end_of_ones(&self, range: Range<usize>) -> usize {
+        let (from, to) = (range.start, range.end);
+        if self.bits.is_empty() {
+            return from;
+        }
+        self.bits[range].first_zero().map_or(to, |ones| from + ones)
+    }
+
+    fn end_of_zeros(&self, range: Range<usize>) -> usize {
+        let (from, to) = (range.start, range.end);
+        if self.bits.is_empty() {
+            return to;
+        }
+        self.bits[range]
+            .first_one()
+            .map_or(to, |zeros| from + zeros)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::State::{Data, Lower, Zero};
+    use super::*;
+
+    impl<const CHUNK: u64> BlockMap<CHUNK> {
+        /// The invariants of the directory, its leaves and the counts.
+        fn check(&self) {
+            let mut counts = Counts::default();
+            let mut last = (0, Lower);
+            for (&start, entry) in &self.directory {
+                let end = entry.end(start);
+                assert!(
+                    last.0 <= start && start < end,
+                    "entries overlap or are empty"
+                );
+                assert!(
+                    end <= Self::END / CHUNK,
+                    "an entry beyond the last whole chunk"
+                );
+                let state = match entry {
+                    Entry::Uniform { state, .. } => {
+                        assert_ne!(*state, Lower, "a uniform Lower run is stored");
+                        assert_ne!(last, (start, *state), "neighbours are not merged");
+                        counts.add(Counts::of(*state, (end - start) * CHUNK));
+                        *state
+                    }
+                    Entry::Leaf(leaf) => {
+                        leaf.check(Self::LEN);
+                        counts.add(leaf.counts());
+                        Lower // Merges with nothing.
+                    }
+                };
+                last = (end, state);
+            }
+            assert_eq!(counts, self.counts, "the counts are wrong");
+        }
+
+        fn leaves(&self) -> usize {
+            self.directory
+                .values()
+                .filter(|entry| matches!(entry, Entry::Leaf(_)))
+                .count()
+        }
+    }
+
+    impl Leaf {
+        fn check(&self, len: usize) {
+            assert_eq!(self.len, len);
+            for plane in [&self.data, &self.zero] {
+                assert_eq!(
+                    plane.ones,
+                    plane.bits.iter_ones().count(),
+                    "a plane is miscounted"
+                );
+                assert_eq!(plane.bits.len(), if plane.ones == 0 { 0 } else { len });
+            }
+            let both = |at: &usize| self.zero.has(*at);
+            assert_eq!(
+                self.data.bits.iter_ones().find(both),
+                None,
+                "a block in two states"
+            );
+            for state in [Lower, Data, Zero] {
+                assert!(!self.is_uniform(state), "a leaf is uniformly {state:?}");
+            }
+        }
+    }
+
+    fn blocks(range: Range<u64>) -> Range<BlockIndex> {
+        BlockIndex(range.start)..BlockIndex(range.end)
+    }
+
+    fn run(range: Range<u64>, state: State) -> Run {
+        Run {
+            range: blocks(range),
+            state,
+        }
+    }
+
+    const EVERYTHING: Range<u64> = 0..u64::MAX;
+
+    #[test]
+    fn an_untouched_map_is_no_entry_and_one_run() {
+        let map = BlockMap::new();
+        map.check();
+        assert!(map.directory.is_empty());
+        assert_eq!(map.run_at(blocks(EVERYTHING)), run(EVERYTHING, Lower));
+        assert_eq!(map.state(BlockIndex(u64::MAX)), Lower);
+        assert_eq!(map.count(blocks(EVERYTHING), Lower), u64::MAX);
+    }
+
+    #[test]
+    fn the_whole_of_everything_is_one_entry() {
+        let mut map = BlockMap::new();
+        map.set(blocks(EVERYTHING), Zero);
+        map.check();
+        assert_eq!(map.directory.len(), 1);
+        assert_eq!(map.zero_blocks(), BlockMap::<CHUNK_BLOCKS>::END);
+        assert_eq!(map.state(BlockIndex(1 << 55)), Zero);
+        map.clear_from(BlockIndex(0));
+        map.check();
+        assert!(map.directory.is_empty());
+    }
+
+    #[test]
+    fn a_run_crosses_leaf_uniform_and_leaf() {
+        let mut map = BlockMap::<64>::default();
+        map.set(blocks(60..64 * 5 + 7), Data);
+        map.check();
+        assert_eq!((map.directory.len(), map.leaves()), (3, 2));
+        let runs: Vec<_> = map.runs(blocks(0..1000)).collect();
+        assert_eq!(
+            runs,
+            [run(0..60, Lower), run(60..327, Data), run(327..1000, Lower)]
+        );
+        assert_eq!(map.run_at(blocks(62..300)), run(62..300, Data));
+    }
+
+    #[test]
+    fn an_empty_range_is_an_empty_run_and_changes_nothing() {
+        let mut map = BlockMap::<64>::default();
+        map.set(blocks(10..20), Data);
+        for at in [0, 10, 20, 64, u64::MAX] {
+            assert!(map.run_at(blocks(at..at)).is_empty());
+            assert_eq!(map.runs(blocks(at..at)).count(), 0);
+            assert_eq!(map.count(blocks(at..at), Lower), 0);
+            map.set(blocks(at..at), Zero);
+        }
+        map.check();
+        assert_eq!((map.data_blocks(), map.zero_blocks()), (10, 0));
+    }
+
+    #[test]
+    fn a_leaf_that_fills_up_joins_its_neighbours() {
+        let mut map = BlockMap::<64>::default();
+        map.set(blocks(0..64), Data);
+        map.set(blocks(128..256), Data);
+        for block in 64..128 {
+            assert_eq!(map.leaves(), usize::from(block > 64));
+            map.set(blocks(block..block + 1), Data);
+            map.check();
+        }
+        assert_eq!((map.directory.len(), map.leaves()), (1, 0));
+        assert_eq!(map.run_at(blocks(0..u64::MAX)), run(0..256, Data));
+    }
+
+    #[test]
+    fn a_plane_is_there_only_while_it_has_a_bit_set() {
+        let planes = |map: &BlockMap<64>| match map.directory.get(&0) {
+            Some(Entry::Leaf(leaf)) => (!leaf.data.bits.is_empty(), !leaf.zero.bits.is_empty()),
+            _ => (false, false),
+        };
+        let mut map = BlockMap::<64>::default();
+        map.set(blocks(3..5), Data);
+        assert_eq!(planes(&map), (true, false));
+        map.set(blocks(4..6), Zero);
+        assert_eq!(planes(&map), (true, true));
+        map.set(blocks(0..4), Lower);
+        assert_eq!(planes(&map), (false, true));
+        map.check();
+    }
+
+    #[test]
+    fn every_other_block_over_four_chunks_is_four_leaves() {
+        let mut map = BlockMap::new();
+        let end = 4 * CHUNK_BLOCKS;
+        for block in (0..end).step_by(2) {
+            map.set(blocks(block..block + 1), Data);
+        }
+        map.check();
+        assert_eq!((map.leaves(), map.data_blocks()), (4, end / 2));
+        assert_eq!(map.count(blocks(1..end - 1), Lower), end / 2 - 1);
+        let runs = map.runs(blocks(0..end));
+        assert_eq!(runs.map(|run| run.len()).max(), Some(1));
+        // And it is all one step to be rid of them.
+        map.set(blocks(0..end), Zero);
+        map.check();
+        assert_eq!((map.directory.len(), map.leaves()), (1, 0));
+    }
+
+    #[test]
+    fn a_scattered_sixteen_tib_disk_is_dropped_at_once() {
+        let mut map = BlockMap::new();
+        let size = 1 << 32; // Blocks: 16 TiB at 4 KiB.
+        for chunk in (0..size / CHUNK_BLOCKS).step_by(64) {
+            map.set(
+                blocks(chunk * CHUNK_BLOCKS + 5..chunk * CHUNK_BLOCKS + 6),
+                Data,
+            );
+        }
+        map.check();
+        assert_eq!(map.leaves(), 1024);
+        assert_eq!(map.runs(blocks(0..size)).count(), 1 + 2 * 1024);
+        map.clear_from(BlockIndex(5));
+        map.check();
+        assert!(map.directory.is_empty());
+    }
+
+    #[test]
+    fn a_clone_goes_its_own_way() {
+        let mut map = BlockMap::<64>::default();
+        map.set(blocks(10..20), Data);
+        let copy = map.clone();
+        map.set(blocks(0..64), Zero);
+        assert_eq!(
+            (copy.state(BlockIndex(12)), map.state(BlockIndex(12))),
+            (Data, Zero)
+        );
+        copy.check();
+    }
+
+    #[test]
+    fn a_map_can_be_shared_between_threads() {
+        fn shareable<T: Send + Sync>() {}
+        shareable::<BlockMap>();
+    }
+
+    #[test]
+    fn states_are_the_numbers_of_the_log() {
+        for (number, state) in [(0, Lower), (1, Data), (2, Zero)] {
+            assert_eq!(State::try_from(number), Ok(state));
+            assert_eq!(u8::from(state), number);
+        }
+        assert_eq!(State::try_from(3), Err(UnknownState(3)));
+    }
+
+    /// A change to a window of blocks; positions are relative to the window.
+    #[derive(Clone, Debug)]
+    enum Op {
+        Set(Range<u64>, State),
+        /// Everything from the position to `u64::MAX`.
+        SetFrom(u64, State),
+        ClearFrom(u64),
+    }
+
+    /// What the map should be: Lower before the window, a vector in it, one state past it.
+    struct Oracle<const CHUNK: u64> {
+        base: u64,
+        window: Vec<State>,
+        beyond: State,
+    }
+
+    impl<const CHUNK: u64> Oracle<CHUNK> {
+        fn end(&self) -> u64 {
+            self.base + self.window.len() as u64
+        }
+
+        fn apply(&mut self, op: &Op) {
+            let index = |at: u64| usize::try_from(at).unwrap();
+            match *op {
+                Op::Set(ref range, state) => {
+                    self.window[index(range.start)..index(range.end)].fill(state);
+                }
+                Op::SetFrom(at, state) => {
+                    self.window[index(at)..].fill(state);
+                    self.beyond = state;
+                }
+                Op::ClearFrom(at) => self.apply(&Op::SetFrom(at, Lower)),
+            }
+        }
+
+        fn state(&self, block: u64) -> State {
+            let kept = block >= self.base && block < BlockMap::<CHUNK>::END;
+            let at = usize::try_from(block.wrapping_sub(self.base)).unwrap();
+            let state = self.window.get(at).copied().unwrap_or(self.beyond);
+            if kept { state } else { Lower }
+        }
+
+        fn total(&self, state: State) -> u64 {
+            let inside = self.window.iter().filter(|other| **other == state).count() as u64;
+            let beyond = BlockMap::<CHUNK>::END - self.end();
+            inside + if self.beyond == state { beyond } else { 0 }
+        }
+
+        /// Compares states, runs and counts in `range` (which may reach past the window by a
+        /// little on each side).
+        fn compare(&self, map: &BlockMap<CHUNK>, range: Range<u64>) {
+            map.check();
+            assert_eq!(map.data_blocks(), self.total(Data));
+            assert_eq!(map.zero_blocks(), self.total(Zero));
+
+            let mut expected: Vec<Run> = Vec::new();
+            for block in range.clone() {
+                let state = self.state(block);
+                assert_eq!(map.state(BlockIndex(block)), state, "block {block}");
+                match expected.last_mut() {
+                    Some(last) if last.state == state => last.range.end.0 = block + 1,
+                    _ => expected.push(run(block..block + 1, state)),
+                }
+            }
+            assert_eq!(
+                map.runs(blocks(range.clone())).collect::<Vec<_>>(),
+                expected
+            );
+            for state in [Lower, Data, Zero] {
+                let runs = expected.iter().filter(|run| run.state == state);
+                let count = runs.map(Run::len).sum::<u64>();
+                assert_eq!(map.count(blocks(range.clone()), state), count, "{state:?}");
+            }
+        }
+    }
+
+    fn agrees_with_a_vector<const CHUNK: u64>(base: u64, len: u64, ops: &[Op], seen: Range<u64>) {
+        let window = vec![Lower; usize::try_from(len).unwrap()];
+        let mut oracle = Oracle::<CHUNK> {
+            base,
+            window,
+            beyond: Lower,
+        };
+        let mut map = BlockMap::<CHUNK>::default();
+        for op in ops {
+            oracle.apply(op);
+            let from = |at: u64| BlockIndex(base + at);
+            match *op {
+                Op::Set(ref range, state) => map.set(from(range.start)..from(range.end), state),
+                Op::SetFrom(at, state) => map.set(from(at)..BlockIndex(u64::MAX), state),
+                Op::ClearFrom(at) => map.clear_from(from(at)),
+            }
+            oracle.compare(&map, base + seen.start..base + seen.end);
+        }
+        let end = (base + len).saturating_add(CHUNK);
+        oracle.compare(&map, base.saturating_sub(CHUNK)..end);
+    }
+
+    fn state() -> impl Strategy<Value = State> {
+        prop_oneof![Just(Lower), Just(Data), Just(Zero)]
+    }
+
+    /// Positions on and around the borders of chunks, and anywhere.
+    fn position(chunk: u64, len: u64) -> impl Strategy<Value = u64> {
+        let border = (0..=len / chunk, 0_u64..3)
+            .prop_map(move |(at, aside)| (at * chunk + aside).saturating_sub(1).min(len));
+        prop_oneof![border, 0..=len]
+    }
+
+    fn range(chunk: u64, len: u64) -> impl Strategy<Value = Range<u64>> {
+        let far = (position(chunk, len), position(chunk, len))
+            .prop_map(|(one, two)| one.min(two)..one.max(two));
+        let near = (position(chunk, len), 1_u64..9)
+            .prop_map(move |(start, blocks)| start..(start + blocks).min(len));
+        prop_oneof![far, near]
+    }
+
+    fn op(chunk: u64, len: u64) -> impl Strategy<Value = Op> {
+        prop_oneof![
+            12 => (range(chunk, len), state()).prop_map(|(range, state)| Op::Set(range, state)),
+            1 => (position(chunk, len), state()).prop_map(|(at, state)| Op::SetFrom(at, state)),
+            1 => position(chunk, len).prop_map(Op::ClearFrom),
+        ]
+    }
+
+    fn ops(chunk: u64, len: u64) -> impl Strategy<Value = (Vec<Op>, Range<u64>)> {
+        (
+            prop::collection::vec(op(chunk, len), 1..40),
+            range(chunk, len),
+        )
+    }
+
+    proptest! {
+        #[test]
+        fn chunks_of_64_agree_with_a_vector((ops, seen) in ops(64, 64 * 7)) {
+            agrees_with_a_vector::<64>(0, 64 * 7, &ops, seen);
+        }
+
+        #[test]
+        fn chunks_of_100_agree_with_a_vector((ops, seen) in ops(100, 100 * 5)) {
+            agrees_with_a_vector::<100>(100 * 3 + 50, 100 * 5, &ops, seen);
+        }
+
+        #[test]
+        fn chunks_of_256_agree_with_a_vector((ops, seen) in ops(256, 256 * 4)) {
+            agrees_with_a_vector::<256>(256 * 9, 256 * 4, &ops, seen);
+        }
+
+        #[test]
+        fn the_last_chunks_of_all_agree_with_a_vector((ops, seen) in ops(64, 64 * 4)) {
+            agrees_with_a_vector::<64>(BlockMap::<64>::END - 64 * 4, 64 * 4, &ops, seen);
+        }
+    }
+
+    proptest! {
+        // Four real chunks are a quarter of a million blocks to compare.
+        #![proptest_config(ProptestConfig::with_cases(12))]
+        #[test]
+        fn real_chunks_agree_with_a_vector(
+            (ops, _) in ops(CHUNK_BLOCKS, 4 * CHUNK_BLOCKS),
+        ) {
+            agrees_with_a_vector::<CHUNK_BLOCKS>(0, 4 * CHUNK_BLOCKS, &ops, 0..0);
+        }
+    }
+}

@@ -1,0 +1,281 @@
+//! The files a layer keeps on the host: the sparse `data` file and the `log`, as one trait.
+//!
+//! Every block lies at its own disk offset in `data`. Host file systems bound the length of a
+//! file (ext4: 16 TiB less a block), so the bytes past [`SEGMENT`] go to `data.1`, `data.2`, each
+//! covering one segment; a disk below that size has only `data`.
+//!
+//! The trait is there for the tests: a file in memory that forgets what was not synced.
+
+use std::fs::File;
+use std::io::{self, IoSlice};
+use std::ops::Range;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
+
+use parking_lot::RwLock;
+
+use crate::host;
+use crate::layer::Wait;
+
+/// 8 TiB: safely below the largest file of the common host file systems (ext4: 16 TiB - 4 KiB).
+pub const SEGMENT: u64 = 8 << 40;
+
+/// A host file as a layer needs it. Offsets and ranges are in bytes.
+#[expect(
+    clippy::len_without_is_empty,
+    reason = "nobody asks whether a file is empty"
+)]
+pub trait Storage: Send + Sync {
+    /// Fills `buf` from `offset`; what lies past the end of the file reads as zeros.
+    ///
+    /// # Errors
+    /// `EAGAIN` under [`Wait::No`] when it would have to wait; else the host's errno.
+    fn read_at(&self, buf: &mut [u8], offset: u64, wait: Wait) -> io::Result<()>;
+
+    /// Writes all `parts`, one after the other, at `offset`.
+    ///
+    /// # Errors
+    /// The host's errno.
+    fn write_at(&self, parts: &[IoSlice<'_>], offset: u64) -> io::Result<()>;
+
+    /// Gives the space of `range` back; it reads as zeros.
+    ///
+    /// # Errors
+    /// The host's errno; `EOPNOTSUPP` where the file system cannot.
+    fn punch(&self, range: Range<u64>) -> io::Result<()>;
+
+    /// Reserves space for `range` without changing what is read or the length.
+    ///
+    /// # Errors
+    /// `ENOSPC`; `EOPNOTSUPP` where the file system cannot.
+    fn allocate(&self, range: Range<u64>) -> io::Result<()>;
+
+    /// The file's length: that of the last segment's end, when there are several.
+    ///
+    /// # Errors
+    /// The host's errno.
+    fn len(&self) -> io::Result<u64>;
+
+    /// Makes everything written so far durable.
+    ///
+    /// # Errors
+    /// The host's errno.
+    fn sync(&self) -> io::Result<()>;
+
+    /// Drops what the host has cached, so that the next read comes from the device.
+    fn forget_cache(&self);
+
+    /// The host file that holds all of `range` at the range's own offsets, if one does.
+    fn backing(&self, range: Range<u64>) -> Option<BorrowedFd<'_>>;
+
+    /// The host file behind it, if it is one.
+    fn host_file(&self) -> Option<&HostFile>;
+}
+
+/// How a segment's file comes to be: `open(index, create)`.
+pub type OpenSegment = Box<dyn Fn(usize, Create) -> io::Result<Option<File>> + Send + Sync>;
+
+/// Whether a missing segment is to be made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Create {
+    /// Make it.
+    IfMissing,
+    /// A missing one is `None`.
+    Never,
+}
+
+/// A host file, in segments when it is longer than the host allows.
+pub struct HostFile {
+    first: File,
+    /// Segments 1 and on, as far as they were opened.
+    more: RwLock<Vec<Option<Arc<File>>>>,
+    open: Option<OpenSegment>,
+}
+
+impl HostFile {
+    /// A file that never needs a second segment (the log).
+    #[must_use]
+    pub fn single(file: File) -> Self {
+        Self {
+            first: file,
+            more: RwLock::default(),
+            open: None,
+        }
+    }
+
+    /// A data file whose further segments `open` makes. Those that are there already are `more`:
+    /// all of them, for a sync is one of the whole file, whoever has written it.
+    #[must_use]
+    pub fn segmented(first: File, more: Vec<(usize, File)>, open: OpenSegment) -> Self {
+        let count = more.iter().map(|(index, _)| *index).max().unwrap_or(0);
+        let mut slots = vec![None; count];
+        for (index, file) in more {
+            if let Some(slot) = index.checked_sub(1).and_then(|at| slots.get_mut(at)) {
+                *slot = Some(Arc::new(file));
+            }
+        }
+        Self {
+            first,
+            more: RwLock::new(slots),
+            open: Some(open),
+        }
+    }
+
+    /// The first segment's file: the one that carries the lock.
+    #[must_use]
+    pub fn first(&self) -> &File {
+        &self.first
+    }
+
+    /// All segments that exist, with their index.
+    ///
+    /// # Errors
+    /// The host's errno from opening one.
+    pub fn segments(&self) -> io::Result<Vec<(usize, File)>> {
+        let mut all = vec![(0, self.first.try_clone()?)];
+        for (at, file) in self.more.read().iter().enumerate() {
+            if let Some(file) = file {
+                all.push((at + 1, file.try_clone()?));
+            }
+        }
+        Ok(all)
+    }
+
+    fn segment(&self, index: usize, create: Create) -> io::Result<Option<Arc<File>>> {
+        if let Some(Some(file)) = self.more.read().get(index - 1) {
+            return Ok(Some(Arc::clone(file)));
+        }
+        let Some(open) = &self.open else {
+            return Err(host::errno(libc::EFBIG));
+        };
+        let mut more = self.more.write();
+        if more.len() < index {
+            more.resize(index, None);
+        }
+        if more[index - 1].is_none() {
+            more[index - 1] = open(index, create)?.map(Arc::new);
+        }
+        Ok(more[index - 1].clone())
+    }
+
+    /// Calls `each` with the file of every segment that `range` touches, the bytes of `range`
+    /// there (offsets inside that file), and where they start inside `range`.
+    fn visit(
+        &self,
+        range: Range<u64>,
+        create: Create,
+        mut each: impl FnMut(Option<&File>, Range<u64>, u64) -> io::Result<()>,
+    ) -> io::Result<()> {
+        let mut at = range.start;
+        while at < range.end {
+            let index = segment_of(at);
+            let floor = index as u64 * SEGMENT;
+            let end = range.end.min(floor + SEGMENT);
+            let inside = at - floor..end - floor;
+            if index == 0 {
+                each(Some(&self.first), inside, at - range.start)?;
+            } else {
+                let file = self.segment(index, create)?;
+                each(file.as_deref(), inside, at - range.start)?;
+            }
+            at = end;
+        }
+        Ok(())
+    }
+}
+
+/// The segment that byte `offset` lies in.
+fn segment_of(offset: u64) -> usize {
+    (offset / SEGMENT) as usize
+}
+
+#[expect(
+    clippy::cast_possible_truncation,
+    reason = "positions inside a buffer in memory"
+)]
+impl Storage for HostFile {
+    fn read_at(&self, buf: &mut [u8], offset: u64, wait: Wait) -> io::Result<()> {
+        let range = offset..offset + buf.len() as u64;
+        self.visit(range, Create::Never, |file, inside, at| {
+            let len = (inside.end - inside.start) as usize;
+            let piece = &mut buf[at as usize..at as usize + len];
+            let got = match file {
+                Some(file) => host::read_at(file, piece, inside.start, wait)?,
+                None => 0,
+            };
+            piece[got..].fill(0);
+            Ok(())
+        })
+    }
+
+    fn write_at(&self, parts: &[IoSlice<'_>], offset: u64) -> io::Result<()> {
+        let total: usize = parts.iter().map(|part| part.len()).sum();
+        let end = offset
+            .checked_add(total as u64)
+            .ok_or_else(|| host::errno(libc::EFBIG))?;
+        if end <= SEGMENT {
+            return host::write_all_at(&self.first, parts, offset);
+        }
+        // Rare: only past the first 8 TiB is a copy made, to cut it at the border.
+        let whole: Vec<u8> = parts.iter().flat_map(|part| part.iter().copied()).collect();
+        self.visit(offset..end, Create::IfMissing, |file, inside, at| {
+            let file = file.ok_or_else(|| host::errno(libc::EIO))?;
+            let piece = &whole[at as usize..at as usize + (inside.end - inside.start) as usize];
+            host::write_all_at(file, &[IoSlice::new(piece)], inside.start)
+        })
+    }
+
+    fn punch(&self, range: Range<u64>) -> io::Result<()> {
+        self.visit(range, Create::Never, |file, inside, _| match file {
+            Some(file) => host::punch(file, inside),
+            None => Ok(()),
+        })
+    }
+
+    fn allocate(&self, range: Range<u64>) -> io::Result<()> {
+        self.visit(range, Create::IfMissing, |file, inside, _| match file {
+            Some(file) => host::allocate(file, inside),
+            None => Err(host::errno(libc::EIO)),
+        })
+    }
+
+    fn len(&self) -> io::Result<u64> {
+        let more = self.more.read();
+        let last = more
+            .iter()
+            .enumerate()
+            .rev()
+            .find_map(|(at, file)| Some((at, file.as_ref()?)));
+        match last {
+            None => Ok(self.first.metadata()?.len()),
+            Some((at, file)) => Ok((at as u64 + 1) * SEGMENT + file.metadata()?.len()),
+        }
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        self.first.sync_data()?;
+        let more: Vec<_> = self.more.read().iter().flatten().cloned().collect();
+        more.iter().try_for_each(|file| file.sync_data())
+    }
+
+    fn forget_cache(&self) {
+        let drop_cache = |file: &File| {
+            // Advice only: a page that cannot be dropped is one that was never lost.
+            let _ = rustix::fs::fadvise(file, 0, None, rustix::fs::Advice::DontNeed);
+        };
+        drop_cache(&self.first);
+        self.more
+            .read()
+            .iter()
+            .flatten()
+            .for_each(|file| drop_cache(file));
+    }
+
+    fn backing(&self, range: Range<u64>) -> Option<BorrowedFd<'_>> {
+        (range.end <= SEGMENT).then(|| self.first.as_fd())
+    }
+
+    fn host_file(&self) -> Option<&HostFile> {
+        Some(self)
+    }
+}

@@ -1,0 +1,525 @@
+//! The durable map of a layer: an append-only log of 32-byte records.
+//!
+//! ```text
+//!   Open  Size  Set  Set ... Vouch | Set  Set  Vouch  Set  Set
+//!   `------- compacted ----------' |                 `-- not vouched: lost with the power --'
+//! ```
+//!
+//! Sequences are contiguous in a file, so a record's place follows from its sequence. The log is
+//! reduced in two ways, both by writing a new file and renaming it over the old one: at recovery,
+//! to exactly what is trusted, and while running, when it has grown far beyond the map it holds.
+//! `docs/overlay-format.md` argues why each cut point is safe.
+
+use std::io::{self, IoSlice};
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+use uuid::Uuid;
+
+use super::data::Storage;
+use super::is_full;
+use super::record::{Decoded, Image, RECORD_LEN, Record, Tag};
+use crate::host;
+use crate::layer::Wait;
+
+/// Space is reserved on the host in steps of this many bytes.
+const STEP: u64 = 1 << 20;
+/// Kept back for the records that give space back or vouch for it, so that a full file system can
+/// be emptied again: 2,048 records.
+const RESERVE: u64 = 64 << 10;
+/// A log below this many records is never worth reducing (2 MiB).
+const SMALL: u64 = 1 << 16;
+/// Records read or written at a time: 1 MiB.
+const BATCH: usize = (1 << 20) / RECORD_LEN;
+const RECORD_BYTES: u64 = RECORD_LEN as u64;
+
+/// Where a layer's log lives: what can put a new one in place of the old.
+pub trait Home: Send + Sync {
+    /// Lets `fill` write a new log, makes it durable and puts it in the place of the old.
+    ///
+    /// # Errors
+    /// The host's errno; the old log is still in place then.
+    fn replace_log(
+        &self,
+        fill: &mut dyn FnMut(&dyn Storage) -> io::Result<()>,
+    ) -> io::Result<Replaced>;
+}
+
+/// A new log that is in its place.
+pub struct Replaced {
+    /// Its file.
+    pub file: Arc<dyn Storage>,
+    /// Whether its place is durable. If not, a power cut may bring the old log back, which does
+    /// not hold what is appended to this one.
+    pub placed: io::Result<()>,
+}
+
+/// What a record is for when space is short.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Purpose {
+    /// It leads to more space being used: refused before the reserve is touched.
+    Grow,
+    /// It gives space back or vouches: may use the reserve.
+    Relieve,
+}
+
+/// What reading a log from end to end found.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Scan {
+    /// The sequence of the first record.
+    pub first: u64,
+    /// Records that are good from the start on.
+    pub good: u64,
+    /// The highest sequence seen anywhere: never to be used again.
+    pub highest: u64,
+    /// The tag of the last good `Open`.
+    pub tag: Option<Tag>,
+    /// The `upto` of the last good `Vouch`.
+    pub vouched: Option<u64>,
+    /// `durable` of a `Poisoned` record.
+    pub poisoned: Option<u64>,
+    /// The last good record is `Close`, and nothing follows.
+    pub closed: bool,
+    /// What ends the good part.
+    pub end: End,
+}
+
+/// What comes after the good records of a log.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum End {
+    /// Nothing.
+    Whole,
+    /// Bytes that are no record, and no good record after them: an append that was cut short.
+    Torn,
+    /// Never-written places before later records, none of them known to have been durable: what
+    /// a power cut leaves when the host wrote the log's pages out of order.
+    Gap,
+    /// A record that was good once and is not any more.
+    Damaged,
+    /// A record kind of a later version.
+    Unknown(u8),
+}
+
+impl Scan {
+    /// The sequence of the last good record.
+    #[must_use]
+    pub fn last(&self) -> u64 {
+        (self.first + self.good).saturating_sub(1)
+    }
+}
+
+/// Reads a whole log of the layer `uuid`.
+///
+/// # Errors
+/// The host's errno from reading.
+pub fn scan(file: &dyn Storage, uuid: &Uuid) -> io::Result<Scan> {
+    let mut scan = Scan {
+        first: 0,
+        good: 0,
+        highest: 0,
+        tag: None,
+        vouched: None,
+        poisoned: None,
+        closed: false,
+        end: End::Whole,
+    };
+    let mut later = Later::default();
+    let len = file.len()?;
+    for_each_record(file, 0, len / RECORD_BYTES, &mut |bytes| {
+        let decoded = Record::decode(bytes, uuid);
+        if scan.end == End::Whole {
+            scan.take(decoded);
+        } else {
+            later.take(decoded);
+        }
+        Ok(())
+    })?;
+    if scan.end == End::Whole && !len.is_multiple_of(RECORD_BYTES) {
+        scan.end = End::Torn;
+    }
+    if scan.end != End::Whole {
+        scan.closed = false;
+    }
+    scan.highest = scan.last().max(later.highest);
+    scan.end = match scan.end {
+        End::Gap if later.records > 0 && later.durable > scan.last() => End::Damaged,
+        End::Gap if later.records == 0 => End::Torn,
+        End::Torn if later.records > 0 => End::Damaged,
+        end => end,
+    };
+    Ok(scan)
+}
+
+/// What is learnt from good records behind the first bad one.
+#[derive(Default)]
+struct Later {
+    records: u64,
+    highest: u64,
+    /// The highest sequence that one of them knew to be durable.
+    durable: u64,
+}
+
+impl Later {
+    fn take(&mut self, decoded: Decoded) {
+        if let Decoded::Good(sequence, record) = decoded {
+            self.records += 1;
+            self.highest = self.highest.max(sequence);
+            if let Record::Vouch { durable, .. } | Record::Poisoned { durable } = record {
+                self.durable = self.durable.max(durable);
+            }
+        }
+    }
+}
+
+impl Scan {
+    /// Takes in the next record while all before were good.
+    fn take(&mut self, decoded: Decoded) {
+        match decoded {
+            Decoded::Good(sequence, record) => {
+                if self.good == 0 {
+                    self.first = sequence;
+                }
+                if sequence != self.first + self.good {
+                    self.end = End::Damaged;
+                    return;
+                }
+                self.good += 1;
+                self.closed = record == Record::Close;
+                match record {
+                    Record::Open { tag } => self.tag = Some(tag),
+                    Record::Vouch { upto, .. } => self.vouched = Some(upto),
+                    Record::Poisoned { durable } => self.poisoned = Some(durable),
+                    _ => {}
+                }
+            }
+            Decoded::Blank => self.end = End::Gap,
+            Decoded::Bad => self.end = End::Torn,
+            Decoded::Unknown(kind) => self.end = End::Unknown(kind),
+        }
+    }
+}
+
+/// Applies the first `count` records of a log to `image`. `block` is the block size in bytes.
+///
+/// # Errors
+/// The host's errno; `EIO` when a record is not what it was a moment ago.
+pub fn replay(
+    file: &dyn Storage,
+    uuid: &Uuid,
+    count: u64,
+    block: u64,
+    image: &mut Image,
+) -> io::Result<()> {
+    for_each_record(
+        file,
+        0,
+        count,
+        &mut |bytes| match Record::decode(bytes, uuid) {
+            Decoded::Good(_, record) => {
+                image.apply(&record, block);
+                Ok(())
+            }
+            _ => Err(host::errno(libc::EIO)),
+        },
+    )
+}
+
+fn for_each_record(
+    file: &dyn Storage,
+    from: u64,
+    to: u64,
+    each: &mut dyn FnMut(&[u8; RECORD_LEN]) -> io::Result<()>,
+) -> io::Result<()> {
+    let mut buf = Vec::new();
+    let mut at = from;
+    while at < to {
+        let count = usize::try_from(to - at).unwrap_or(BATCH).min(BATCH);
+        buf.resize(count * RECORD_LEN, 0);
+        file.read_at(&mut buf, at * RECORD_BYTES, Wait::Yes)?;
+        let (records, _) = buf.as_chunks::<RECORD_LEN>();
+        records.iter().try_for_each(&mut *each)?;
+        at += count as u64;
+    }
+    Ok(())
+}
+
+/// The log of a layer that is open for writing.
+pub struct Log {
+    uuid: Uuid,
+    block: u64,
+    home: Arc<dyn Home>,
+    tail: Mutex<Tail>,
+}
+
+/// Where the next record goes. Its lock is held for one small write.
+struct Tail {
+    file: Arc<dyn Storage>,
+    /// The sequence of the record at offset 0.
+    first: u64,
+    /// The sequence of the next record.
+    next: u64,
+    /// Bytes of the file for which the host holds space.
+    reserved: u64,
+    /// Reduce the log once it holds this many records.
+    reduce_at: u64,
+    /// The errno for every sync, once the file's place in its directory could not be made durable.
+    misplaced: Option<i32>,
+}
+
+impl Tail {
+    fn end(&self) -> u64 {
+        (self.next - self.first) * RECORD_BYTES
+    }
+
+    /// Sees to it that `len` more bytes will find space.
+    fn reserve(&mut self, len: u64, purpose: Purpose) -> io::Result<()> {
+        let kept = match purpose {
+            Purpose::Grow => RESERVE,
+            Purpose::Relieve => 0,
+        };
+        let end = self.end() + len + kept;
+        if end <= self.reserved {
+            return Ok(());
+        }
+        let upto = end.next_multiple_of(STEP);
+        match self.file.allocate(self.end()..upto) {
+            Ok(()) => self.reserved = upto,
+            Err(error) if is_full(&error) => {
+                // The reserve is there for what relieves: the write itself then says what is left.
+                return if purpose == Purpose::Relieve {
+                    Ok(())
+                } else {
+                    Err(error)
+                };
+            }
+            // A host that cannot reserve: every append then takes its chance.
+            Err(_) => self.reserved = u64::MAX,
+        }
+        Ok(())
+    }
+}
+
+impl Log {
+    /// Writes a new log that holds `image` and nothing else, opened under `tag`, its first
+    /// sequence `first`, all of it vouched: the caller has made the data durable.
+    ///
+    /// # Errors
+    /// The host's errno; the old log, if any, is still in place then.
+    pub fn create(
+        home: Arc<dyn Home>,
+        uuid: Uuid,
+        block: u64,
+        image: &Image,
+        tag: Tag,
+        first: u64,
+    ) -> io::Result<Self> {
+        let mut next = first;
+        let Replaced { file, placed } = home.replace_log(&mut |file| {
+            let mut writer = Writer::new(file, uuid, first);
+            writer.put(&Record::Open { tag })?;
+            image.records().try_for_each(|record| writer.put(&record))?;
+            let upto = writer.sequence;
+            writer.put(&Record::Vouch {
+                upto,
+                durable: upto,
+            })?;
+            writer.flush()?;
+            next = writer.sequence;
+            Ok(())
+        })?;
+        placed?;
+        Ok(Self::at(home, uuid, block, file, first, next))
+    }
+
+    /// Goes on with a log that was closed in good order.
+    ///
+    /// # Errors
+    /// The host's errno from appending `Open` and making it durable.
+    pub fn reopen(
+        home: Arc<dyn Home>,
+        uuid: Uuid,
+        block: u64,
+        file: Arc<dyn Storage>,
+        scan: &Scan,
+        tag: Tag,
+    ) -> io::Result<Self> {
+        let log = Self::at(home, uuid, block, file, scan.first, scan.last() + 1);
+        log.append(&[Record::Open { tag }], Purpose::Relieve)?;
+        // Every `Vouch` to come says that what was there at the beginning is durable.
+        log.sync()?;
+        Ok(log)
+    }
+
+    fn at(
+        home: Arc<dyn Home>,
+        uuid: Uuid,
+        block: u64,
+        file: Arc<dyn Storage>,
+        first: u64,
+        next: u64,
+    ) -> Self {
+        let reduce_at = SMALL.max((next - first) * 4);
+        let tail = Tail {
+            file,
+            first,
+            next,
+            reserved: 0,
+            reduce_at,
+            misplaced: None,
+        };
+        Self {
+            uuid,
+            block,
+            home,
+            tail: Mutex::new(tail),
+        }
+    }
+
+    /// Appends `records` in one write and returns the sequence of the last.
+    ///
+    /// # Errors
+    /// `ENOSPC`, also while only the reserve is left and `purpose` is to grow; the host's errno.
+    /// Nothing was appended then.
+    pub fn append(&self, records: &[Record], purpose: Purpose) -> io::Result<u64> {
+        let mut tail = self.tail.lock();
+        tail.reserve((records.len() * RECORD_LEN) as u64, purpose)?;
+        let mut few = [0; 4 * RECORD_LEN];
+        let mut many = Vec::new();
+        let bytes = if records.len() <= 4 {
+            &mut few[..records.len() * RECORD_LEN]
+        } else {
+            many.resize(records.len() * RECORD_LEN, 0);
+            &mut many[..]
+        };
+        let mut sequence = tail.next;
+        for (record, place) in records.iter().zip(bytes.chunks_exact_mut(RECORD_LEN)) {
+            place.copy_from_slice(&record.encode(&self.uuid, sequence));
+            sequence += 1;
+        }
+        tail.file.write_at(&[IoSlice::new(bytes)], tail.end())?;
+        tail.next = sequence;
+        Ok(sequence - 1)
+    }
+
+    /// The sequence of the last record appended.
+    #[must_use]
+    pub fn last(&self) -> u64 {
+        self.tail.lock().next - 1
+    }
+
+    /// Makes every record appended so far durable.
+    ///
+    /// # Errors
+    /// The host's errno.
+    pub fn sync(&self) -> io::Result<()> {
+        let file = {
+            let tail = self.tail.lock();
+            if let Some(code) = tail.misplaced {
+                return Err(host::errno(code));
+            }
+            Arc::clone(&tail.file)
+        };
+        file.sync()
+    }
+
+    /// Whether the log has grown enough beyond its map to be worth reducing.
+    #[must_use]
+    pub fn is_long(&self) -> bool {
+        let tail = self.tail.lock();
+        tail.next - tail.first >= tail.reduce_at
+    }
+
+    /// Reduces the records up to `durable`, all vouched, to what they add up to; those after it
+    /// are copied as they are. The caller sees to it that no sync is in flight.
+    ///
+    /// # Errors
+    /// The host's errno; the log goes on as it was then. When only the new log's place is not
+    /// durable the log goes on there, and fails at its next sync.
+    pub fn reduce(&self, durable: u64, tag: Tag) -> io::Result<()> {
+        let (file, first) = {
+            let tail = self.tail.lock();
+            (Arc::clone(&tail.file), tail.first)
+        };
+        // Without the lock: these records do not change any more.
+        let mut image = Image::new(0, 0);
+        replay(
+            &*file,
+            &self.uuid,
+            durable + 1 - first,
+            self.block,
+            &mut image,
+        )?;
+        let count = image.records().count() as u64 + 2;
+        let mut tail = self.tail.lock();
+        if count >= (durable + 1 - first) / 2 {
+            tail.reduce_at = (tail.next - tail.first) * 2;
+            return Ok(());
+        }
+        let start = durable + 1 - count;
+        let copied = durable + 1 - first..tail.next - first;
+        let Replaced { file: new, placed } = self.home.replace_log(&mut |out| {
+            let mut writer = Writer::new(out, self.uuid, start);
+            writer.put(&Record::Open { tag })?;
+            image.records().try_for_each(|record| writer.put(&record))?;
+            writer.put(&Record::Vouch {
+                upto: durable,
+                durable,
+            })?;
+            for_each_record(&*file, copied.start, copied.end, &mut |bytes| {
+                writer.copy(bytes)
+            })?;
+            writer.flush()
+        })?;
+        tail.file = new;
+        tail.first = start;
+        tail.reserved = 0;
+        tail.reduce_at = SMALL.max(count * 4);
+        if let Err(error) = &placed {
+            tail.misplaced = Some(error.raw_os_error().unwrap_or(libc::EIO));
+        }
+        placed
+    }
+}
+
+/// Writes records one after the other, a batch at a time.
+struct Writer<'a> {
+    file: &'a dyn Storage,
+    uuid: Uuid,
+    sequence: u64,
+    offset: u64,
+    buf: Vec<u8>,
+}
+
+impl<'a> Writer<'a> {
+    fn new(file: &'a dyn Storage, uuid: Uuid, first: u64) -> Self {
+        Self {
+            file,
+            uuid,
+            sequence: first,
+            offset: 0,
+            buf: Vec::new(),
+        }
+    }
+
+    fn put(&mut self, record: &Record) -> io::Result<()> {
+        let bytes = record.encode(&self.uuid, self.sequence);
+        self.sequence += 1;
+        self.copy(&bytes)
+    }
+
+    fn copy(&mut self, bytes: &[u8; RECORD_LEN]) -> io::Result<()> {
+        self.buf.extend_from_slice(bytes);
+        if self.buf.len() >= BATCH * RECORD_LEN {
+            self.flush()?;
+        }
+        Ok(())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.file
+            .write_at(&[IoSlice::new(&self.buf)], self.offset)?;
+        self.offset += self.buf.len() as u64;
+        self.buf.clear();
+        Ok(())
+    }
+}

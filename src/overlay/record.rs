@@ -1,0 +1,348 @@
+//! The records of a layer's log: their bytes, and what a sequence of them adds up to. No I/O.
+//!
+//! A record is 32 bytes, little-endian, at a multiple of 32, so none ever straddles a sector:
+//!
+//! ```text
+//!   0        4      5        6        8          16        24        32
+//!   +--------+------+--------+--------+----------+---------+---------+
+//!   | crc32c | kind | detail |   0    | sequence |    a    |    b    |
+//!   +--------+------+--------+--------+----------+---------+---------+
+//! ```
+//!
+//! The checksum covers bytes 4..32 and is seeded with the layer's uuid, so a record of another
+//! layer is never taken for one of ours. Kinds 8 (`Intent`) and 9 (`Done`) are kept for `commit`.
+
+use std::ops::Range;
+
+use uuid::Uuid;
+
+use super::blocks::{BlockIndex, BlockMap, State};
+
+/// The length of a record in bytes: a power of two, so records never straddle a sector.
+pub const RECORD_LEN: usize = 32;
+
+/// Names one life of the host and of the file system under an overlay. While it stays the same,
+/// what was written is still in the page cache or on the disk; another one is read as a power cut.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Tag(pub [u64; 2]);
+
+/// A point in time: nanoseconds since the epoch.
+pub type Nanos = i64;
+
+/// Whether a modification time was set by a user (`utimes`) or moved by a write.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stamp {
+    /// A write moved it; after a crash the data file's own time may be a better one.
+    Written,
+    /// A user set it; it holds until the next write.
+    Chosen,
+}
+
+/// One entry of the log.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Record {
+    /// A daemon opened the layer for writing under this tag.
+    Open {
+        /// Where and when.
+        tag: Tag,
+    },
+    /// The blocks of `range` are in `state` from now on.
+    Set {
+        /// Half-open, in blocks.
+        range: Range<BlockIndex>,
+        /// Their new state.
+        state: State,
+    },
+    /// The disk's size changed; blocks at or past the smaller of the old and new size are Lower.
+    Size {
+        /// The new size in bytes.
+        size: u64,
+        /// Lower bytes at or past this offset read as zeros.
+        lower_limit: u64,
+    },
+    /// The modification time.
+    Attr {
+        /// The time.
+        mtime: Nanos,
+        /// Who set it.
+        stamp: Stamp,
+    },
+    /// The data behind every record up to and including `upto` is durable.
+    Vouch {
+        /// A sequence number.
+        upto: u64,
+        /// The highest `upto` known to be durable itself when this was appended.
+        durable: u64,
+    },
+    /// A sync failed; only what is covered by `durable` may be trusted.
+    Poisoned {
+        /// The highest durable `upto`.
+        durable: u64,
+    },
+    /// The layer was synced and closed; everything before is durable.
+    Close,
+}
+
+/// What the 32 bytes at one place of the log turned out to be.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Decoded {
+    /// A whole record and its sequence number.
+    Good(u64, Record),
+    /// All zeros: never written (or lost before it reached the disk).
+    Blank,
+    /// Anything else: the checksum does not match.
+    Bad,
+    /// The checksum matches, yet this version does not know what it means.
+    Unknown(u8),
+}
+
+impl Record {
+    /// The record's bytes under `sequence`, for the layer `uuid`.
+    #[must_use]
+    pub fn encode(&self, uuid: &Uuid, sequence: u64) -> [u8; RECORD_LEN] {
+        let (kind, detail, a, b) = match self {
+            Self::Open { tag } => (1, 0, tag.0[0], tag.0[1]),
+            Self::Set { range, state } => (2, u8::from(*state), range.start.0, range.end.0),
+            Self::Size { size, lower_limit } => (3, 0, *size, *lower_limit),
+            Self::Attr { mtime, stamp } => (
+                4,
+                u8::from(*stamp == Stamp::Chosen),
+                mtime.cast_unsigned(),
+                0,
+            ),
+            Self::Vouch { upto, durable } => (5, 0, *upto, *durable),
+            Self::Poisoned { durable } => (6, 0, *durable, 0),
+            Self::Close => (7, 0, 0, 0),
+        };
+        let mut bytes = [0; RECORD_LEN];
+        bytes[4] = kind;
+        bytes[5] = detail;
+        bytes[8..16].copy_from_slice(&sequence.to_le_bytes());
+        bytes[16..24].copy_from_slice(&a.to_le_bytes());
+        bytes[24..32].copy_from_slice(&b.to_le_bytes());
+        let crc = checksum(uuid, &bytes);
+        bytes[..4].copy_from_slice(&crc.to_le_bytes());
+        bytes
+    }
+
+    /// Reads one record of the layer `uuid`.
+    #[must_use]
+    pub fn decode(bytes: &[u8; RECORD_LEN], uuid: &Uuid) -> Decoded {
+        if bytes == &[0; RECORD_LEN] {
+            return Decoded::Blank;
+        }
+        let word = |at: usize| {
+            let mut word = [0; 8];
+            word.copy_from_slice(&bytes[at..at + 8]);
+            u64::from_le_bytes(word)
+        };
+        let crc = u32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]);
+        if crc != checksum(uuid, bytes) {
+            return Decoded::Bad;
+        }
+        let (kind, detail, a, b) = (bytes[4], bytes[5], word(16), word(24));
+        let record = match kind {
+            1 => Self::Open { tag: Tag([a, b]) },
+            2 => match State::try_from(detail) {
+                Ok(state) if a < b => Self::Set {
+                    range: BlockIndex(a)..BlockIndex(b),
+                    state,
+                },
+                _ => return Decoded::Unknown(kind),
+            },
+            3 => Self::Size {
+                size: a,
+                lower_limit: b,
+            },
+            4 => Self::Attr {
+                mtime: a.cast_signed(),
+                stamp: if detail == 1 {
+                    Stamp::Chosen
+                } else {
+                    Stamp::Written
+                },
+            },
+            5 => Self::Vouch {
+                upto: a,
+                durable: b,
+            },
+            6 => Self::Poisoned { durable: a },
+            7 => Self::Close,
+            _ => return Decoded::Unknown(kind),
+        };
+        Decoded::Good(word(8), record)
+    }
+}
+
+fn checksum(uuid: &Uuid, bytes: &[u8; RECORD_LEN]) -> u32 {
+    crc32c::crc32c_append(crc32c::crc32c(uuid.as_bytes()), &bytes[4..])
+}
+
+/// What a layer's records add up to.
+#[derive(Clone, Debug)]
+pub struct Image {
+    /// The state of every block.
+    pub blocks: BlockMap,
+    /// The disk's size in bytes.
+    pub size: u64,
+    /// Lower bytes at or past this offset read as zeros: the smallest size this layer ever had.
+    pub lower_limit: u64,
+    /// The last modification time, if one was recorded.
+    pub mtime: Option<(Nanos, Stamp)>,
+}
+
+impl Image {
+    /// A layer without any block, of `size` bytes, that shows the layers below up to
+    /// `lower_limit`.
+    #[must_use]
+    pub fn new(size: u64, lower_limit: u64) -> Self {
+        Self {
+            blocks: BlockMap::new(),
+            size,
+            lower_limit,
+            mtime: None,
+        }
+    }
+
+    /// Takes in one record, in order. `block` is the block size in bytes.
+    pub fn apply(&mut self, record: &Record, block: u64) {
+        match record {
+            Record::Set { range, state } => self.blocks.set(range.clone(), *state),
+            Record::Size { size, lower_limit } => self.resize(*size, *lower_limit, block),
+            Record::Attr { mtime, stamp } => self.mtime = Some((*mtime, *stamp)),
+            Record::Open { .. }
+            | Record::Vouch { .. }
+            | Record::Poisoned { .. }
+            | Record::Close => {}
+        }
+    }
+
+    /// What `Record::Size` means: blocks at or past the smaller size are Lower again. The block
+    /// that holds the smaller size keeps its state; its tail was zeroed before the growth.
+    pub fn resize(&mut self, size: u64, lower_limit: u64, block: u64) {
+        let cut = self.size.min(size).div_ceil(block);
+        self.blocks
+            .set(BlockIndex(cut)..BlockIndex(u64::MAX), State::Lower);
+        self.size = size;
+        self.lower_limit = lower_limit;
+    }
+
+    /// The shortest sequence of records that adds up to this image, without `Open` and `Vouch`.
+    pub fn records(&self) -> impl Iterator<Item = Record> + '_ {
+        let head = Record::Size {
+            size: self.size,
+            lower_limit: self.lower_limit,
+        };
+        let attr = self
+            .mtime
+            .map(|(mtime, stamp)| Record::Attr { mtime, stamp });
+        let runs = self.blocks.runs(BlockIndex(0)..BlockIndex(u64::MAX));
+        let sets = runs.filter(|run| run.state != State::Lower);
+        std::iter::once(head)
+            .chain(attr)
+            .chain(sets.map(|run| Record::Set {
+                range: run.range,
+                state: run.state,
+            }))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn any_state() -> impl Strategy<Value = State> {
+        prop_oneof![Just(State::Lower), Just(State::Data), Just(State::Zero)]
+    }
+
+    fn any_record() -> impl Strategy<Value = Record> {
+        prop_oneof![
+            any::<[u64; 2]>().prop_map(|tag| Record::Open { tag: Tag(tag) }),
+            (0u64..1 << 40, 1u64..1 << 20, any_state()).prop_map(|(start, len, state)| {
+                Record::Set {
+                    range: BlockIndex(start)..BlockIndex(start + len),
+                    state,
+                }
+            }),
+            any::<(u64, u64)>().prop_map(|(size, lower_limit)| Record::Size { size, lower_limit }),
+            (any::<i64>(), any::<bool>()).prop_map(|(mtime, chosen)| Record::Attr {
+                mtime,
+                stamp: if chosen {
+                    Stamp::Chosen
+                } else {
+                    Stamp::Written
+                },
+            }),
+            any::<(u64, u64)>().prop_map(|(upto, durable)| Record::Vouch { upto, durable }),
+            any::<u64>().prop_map(|durable| Record::Poisoned { durable }),
+            Just(Record::Close),
+        ]
+    }
+
+    proptest! {
+        #[test]
+        fn a_record_survives_its_bytes(
+            record in any_record(), sequence: u64, uuid in any::<u128>().prop_map(Uuid::from_u128)
+        ) {
+            let bytes = record.encode(&uuid, sequence);
+            prop_assert_eq!(Record::decode(&bytes, &uuid), Decoded::Good(sequence, record));
+        }
+
+        #[test]
+        fn one_flipped_bit_is_noticed(record in any_record(), bit in 0usize..256, uuid: u128) {
+            let uuid = Uuid::from_u128(uuid);
+            let mut bytes = record.encode(&uuid, 7);
+            bytes[bit / 8] ^= 1 << (bit % 8);
+            prop_assert_eq!(Record::decode(&bytes, &uuid), Decoded::Bad);
+        }
+
+        #[test]
+        fn arbitrary_bytes_never_panic(bytes: [u8; RECORD_LEN], uuid: u128) {
+            let _ = Record::decode(&bytes, &Uuid::from_u128(uuid));
+        }
+
+        #[test]
+        fn the_reduced_records_add_up_to_the_same_image(
+            sets in proptest::collection::vec((0u64..300, 1u64..40, any_state()), 0..60),
+            size in 0u64..400 * 4096, resized in proptest::option::of(0u64..400 * 4096),
+        ) {
+            let mut image = Image::new(size, size);
+            for (start, len, state) in sets {
+                let range = BlockIndex(start)..BlockIndex(start + len);
+                image.apply(&Record::Set { range, state }, 4096);
+            }
+            if let Some(size) = resized {
+                let lower_limit = image.lower_limit.min(size);
+                image.apply(&Record::Size { size, lower_limit }, 4096);
+            }
+            let mut again = Image::new(0, 0);
+            for record in image.records() {
+                again.apply(&record, 4096);
+            }
+            prop_assert_eq!((again.size, again.lower_limit), (image.size, image.lower_limit));
+            for block in 0..400 {
+                let block = BlockIndex(block);
+                prop_assert_eq!(again.blocks.state(block), image.blocks.state(block));
+            }
+        }
+    }
+
+    #[test]
+    fn a_record_of_another_layer_is_bad() {
+        let bytes = Record::Close.encode(&Uuid::from_u128(1), 1);
+        assert_eq!(Record::decode(&bytes, &Uuid::from_u128(2)), Decoded::Bad);
+    }
+
+    #[test]
+    fn zeros_are_blank_and_a_later_kind_is_unknown() {
+        let uuid = Uuid::from_u128(1);
+        assert_eq!(Record::decode(&[0; RECORD_LEN], &uuid), Decoded::Blank);
+        let mut bytes = Record::Close.encode(&uuid, 1);
+        bytes[4] = 8;
+        let crc = checksum(&uuid, &bytes);
+        bytes[..4].copy_from_slice(&crc.to_le_bytes());
+        assert_eq!(Record::decode(&bytes, &uuid), Decoded::Unknown(8));
+    }
+}

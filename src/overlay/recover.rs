@@ -1,0 +1,195 @@
+//! From the files of a layer to a running overlay: reading the log, deciding what of it counts,
+//! and writing a new log of exactly that.
+//!
+//! ```text
+//!   closed in good order          every record counts, whatever happened since
+//!   same tag, not closed          the daemon died: every record counts, after a sync of both files
+//!   another tag                   the power may have gone: what the last Vouch covers counts
+//!   Poisoned                      what its `durable` covers counts, read from the device
+//! ```
+
+use std::io;
+use std::sync::Arc;
+
+use uuid::Uuid;
+
+use super::Overlay;
+use super::data::Storage;
+use super::log::{self, End, Home, Log, Scan};
+use super::record::{Image, Tag};
+
+/// How an overlay was found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Recovered {
+    /// Closed in good order.
+    Clean,
+    /// The daemon had died; nothing that was acknowledged is lost.
+    All,
+    /// Read as after a power cut: as it was at the last sync, `lost` records older.
+    Vouched {
+        /// Records that do not count.
+        lost: u64,
+    },
+}
+
+/// Why a layer cannot be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum LogError {
+    /// The host said no.
+    #[error(transparent)]
+    Io(#[from] io::Error),
+    /// The log is not what was once written.
+    #[error("the log is damaged at record {record} ({why})")]
+    Damaged {
+        /// The first record that is not good, counted from 0.
+        record: u64,
+        /// What is wrong with it.
+        why: &'static str,
+    },
+    /// A later version wrote it.
+    #[error("the log holds a record of kind {0}: it was written by a newer version of cowslip")]
+    Newer(u8),
+}
+
+/// The files of one layer.
+pub struct Files {
+    /// The sparse data file.
+    pub data: Arc<dyn Storage>,
+    /// The log.
+    pub log: Arc<dyn Storage>,
+    /// What can replace the log.
+    pub home: Arc<dyn Home>,
+    /// The layer's uuid.
+    pub uuid: Uuid,
+    /// Its block size in bytes.
+    pub block: u32,
+}
+
+/// What a log says, and how much of it counts.
+#[derive(Debug)]
+pub struct Trusted {
+    /// What was found in the log.
+    pub scan: Scan,
+    /// The first records that count.
+    pub count: u64,
+    /// How it was found.
+    pub recovered: Recovered,
+}
+
+/// Reads the log and decides what of it counts under `tag`. Changes nothing but caches.
+///
+/// # Errors
+/// [`LogError`]; a damaged log is never guessed at.
+pub fn examine(files: &Files, tag: Tag) -> Result<Trusted, LogError> {
+    let mut scan = log::scan(&*files.log, &files.uuid)?;
+    // Kept: the record itself may be one that never reached the device.
+    let poisoned = scan.poisoned;
+    let is_alive = poisoned.is_none() && !scan.closed && scan.tag == Some(tag);
+    let is_synced = is_alive && files.data.sync().is_ok() && files.log.sync().is_ok();
+    if poisoned.is_some() || is_alive != is_synced {
+        // What the cache holds may never have reached the device.
+        files.data.forget_cache();
+        files.log.forget_cache();
+        scan = log::scan(&*files.log, &files.uuid)?;
+    }
+    let damaged = |scan: &Scan, why| {
+        Err(LogError::Damaged {
+            record: scan.good,
+            why,
+        })
+    };
+    match scan.end {
+        End::Unknown(kind) => return Err(LogError::Newer(kind)),
+        End::Damaged => return damaged(&scan, "its checksum or its place is wrong"),
+        End::Gap if is_synced => {
+            return damaged(&scan, "it is missing, and later records are there");
+        }
+        End::Gap | End::Torn | End::Whole => {}
+    }
+    let Some(vouched) = scan.vouched else {
+        return damaged(&scan, "no record vouches for the layer's beginning");
+    };
+    let upto = |sequence: u64| (sequence + 1).saturating_sub(scan.first).min(scan.good);
+    let less = |sequence| {
+        let count = upto(sequence);
+        (
+            count,
+            Recovered::Vouched {
+                lost: scan.good - count,
+            },
+        )
+    };
+    let (count, recovered) = if let Some(durable) = poisoned {
+        if durable > scan.last() {
+            return damaged(&scan, "it was durable once and is gone");
+        }
+        less(durable)
+    } else if scan.closed {
+        (scan.good, Recovered::Clean)
+    } else if is_synced {
+        (scan.good, Recovered::All)
+    } else {
+        less(vouched)
+    };
+    Ok(Trusted {
+        scan,
+        count,
+        recovered,
+    })
+}
+
+/// Reads what counts of a log into a map.
+///
+/// # Errors
+/// The host's errno.
+pub fn load(files: &Files, trusted: &Trusted) -> Result<Image, LogError> {
+    let mut image = Image::new(0, 0);
+    let block = u64::from(files.block);
+    log::replay(&*files.log, &files.uuid, trusted.count, block, &mut image)?;
+    Ok(image)
+}
+
+/// Opens a layer for writing: what counts of its log, and a log to go on with that holds nothing
+/// else.
+///
+/// # Errors
+/// [`LogError`]; the layer's files are as they were then.
+pub fn open(files: &Files, tag: Tag) -> Result<(Image, Log, Recovered), LogError> {
+    let trusted = examine(files, tag)?;
+    let image = load(files, &trusted)?;
+    let home = Arc::clone(&files.home);
+    let (uuid, block) = (files.uuid, u64::from(files.block));
+    let log = if trusted.recovered == Recovered::Clean {
+        Log::reopen(
+            home,
+            uuid,
+            block,
+            Arc::clone(&files.log),
+            &trusted.scan,
+            tag,
+        )?
+    } else {
+        Log::create(home, uuid, block, &image, tag, trusted.scan.highest + 1)?
+    };
+    Ok((image, log, trusted.recovered))
+}
+
+impl Overlay {
+    /// Opens a layer for use. `limit` caps the bytes of data it may hold.
+    ///
+    /// # Errors
+    /// As [`open`].
+    pub fn open(
+        files: &Files,
+        tag: Tag,
+        limit: Option<u64>,
+    ) -> Result<(Self, Recovered), LogError> {
+        let (image, log, recovered) = open(files, tag)?;
+        let data = Arc::clone(&files.data);
+        let overlay = Self::new(files.block, data, image, Some(log), tag, limit);
+        if recovered != Recovered::Clean {
+            overlay.reclaim();
+        }
+        Ok((overlay, recovered))
+    }
+}

@@ -1,0 +1,417 @@
+//! Which layers make a persistent disk: the `stack` file and the directories around it.
+//!
+//! ```text
+//!   vm1.cow/                        STORE/
+//!     stack                           disks/UUID/stack
+//!     layers/UUID/data                layers/UUID/data
+//!     layers/UUID/log                 layers/UUID/log
+//! ```
+//!
+//! `stack` is TOML behind a line with a checksum of the rest. It is only ever replaced whole:
+//! write, fsync, rename, fsync of the directory. Everything here works on open directories, so a
+//! rename of what holds them changes nothing.
+
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use rustix::fs::{AtFlags, Mode, OFlags};
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+use super::data::{Create, HostFile, Storage};
+use super::log::{Home, Replaced};
+use super::recover::{Files, LogError};
+use crate::base::identity::Identity;
+
+/// The version of everything on disk that this code reads and writes.
+pub const VERSION: u32 = 1;
+
+/// The contents of a `stack` file.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Stack {
+    /// The format's version; another one is refused.
+    pub version: u32,
+    /// The disk's own uuid; its inode number comes from it.
+    pub uuid: Uuid,
+    /// The owner of the mounted file.
+    pub uid: u32,
+    /// Its group.
+    pub gid: u32,
+    /// Its permission bits.
+    pub perm: u16,
+    /// What lies at the bottom.
+    pub base: BaseRecord,
+    /// The overlay's layers, bottom to top; the last one is written to.
+    pub layers: Vec<LayerRecord>,
+}
+
+/// The base of a disk, as its overlay remembers it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "source", rename_all = "lowercase")]
+pub enum BaseRecord {
+    /// A file or block device.
+    File {
+        /// Its absolute path.
+        path: PathBuf,
+        /// How it is read.
+        format: String,
+        /// What it was when the overlay was made.
+        identity: Identity,
+    },
+    /// Nothing but zeros.
+    Blank {
+        /// Its size in bytes.
+        size: u64,
+    },
+}
+
+/// One layer of an overlay.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LayerRecord {
+    /// The name of its directory.
+    pub uuid: Uuid,
+    /// Its block size in bytes.
+    pub block: u32,
+}
+
+/// Why a persistent overlay cannot be made or opened. One line each; the path is put in front by
+/// the caller.
+#[derive(Debug, thiserror::Error)]
+pub enum StackError {
+    /// The host said no.
+    #[error("{what}: {error}")]
+    Io {
+        /// What was being done.
+        what: &'static str,
+        /// The host's answer.
+        error: io::Error,
+    },
+    /// There is something else in that place.
+    #[error("is not an overlay: it holds no 'stack'; name an empty or a new directory")]
+    NotAnOverlay,
+    /// The checksum does not match.
+    #[error("its 'stack' is damaged (the checksum does not match): restore it from a backup")]
+    Damaged,
+    /// It is no TOML we know.
+    #[error("its 'stack' is not understood: {0}")]
+    Syntax(String),
+    /// Another version wrote it.
+    #[error("has format version {0}, this cowslip knows version {VERSION}: use a newer cowslip")]
+    Version(u32),
+    /// It has layers that this version cannot stack.
+    #[error("has {0} layers, this version mounts overlays of one: use a newer cowslip")]
+    Layers(usize),
+    /// Another daemon has it.
+    #[error("is in use by the cowslip mount at '{mountpoint}' (pid {pid}): unmount that first")]
+    InUse {
+        /// Its process id, 0 when unknown.
+        pid: u32,
+        /// Its mountpoint.
+        mountpoint: String,
+    },
+    /// Its log cannot be used.
+    #[error("layer {uuid}: {error}")]
+    Log {
+        /// The layer.
+        uuid: Uuid,
+        /// What is wrong.
+        error: LogError,
+    },
+}
+
+/// Names what was being done when the host said no.
+pub(super) fn doing(what: &'static str) -> impl FnOnce(io::Error) -> StackError {
+    move |error| StackError::Io { what, error }
+}
+
+impl Stack {
+    /// The file's bytes.
+    fn encode(&self) -> Result<Vec<u8>, StackError> {
+        let body = toml::to_string(self).map_err(|error| StackError::Syntax(error.to_string()))?;
+        let crc = crc32c::crc32c(body.as_bytes());
+        Ok(format!("checksum = \"crc32c:{crc:08x}\"\n{body}").into_bytes())
+    }
+
+    /// Reads the file's bytes.
+    fn decode(bytes: &[u8]) -> Result<Self, StackError> {
+        let text = std::str::from_utf8(bytes).map_err(|_| StackError::Damaged)?;
+        let (head, body) = text.split_once('\n').ok_or(StackError::Damaged)?;
+        let crc = crc32c::crc32c(body.as_bytes());
+        if head != format!("checksum = \"crc32c:{crc:08x}\"") {
+            return Err(StackError::Damaged);
+        }
+        // The version first: what a later one holds is not ours to judge.
+        #[derive(Deserialize)]
+        struct Version {
+            version: u32,
+        }
+        let syntax = |error: toml::de::Error| StackError::Syntax(error.message().to_owned());
+        let Version { version } = toml::from_str(body).map_err(syntax)?;
+        if version != VERSION {
+            return Err(StackError::Version(version));
+        }
+        toml::from_str(body).map_err(syntax)
+    }
+
+    /// Reads the `stack` in the open directory `dir`.
+    ///
+    /// # Errors
+    /// [`StackError`]: missing, damaged, of another version.
+    pub fn read(dir: &File) -> Result<Self, StackError> {
+        let file = match open_at(dir, "stack", OFlags::RDONLY) {
+            Ok(file) => file,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                return Err(StackError::NotAnOverlay);
+            }
+            Err(error) => return Err(doing("opening its 'stack'")(error)),
+        };
+        let mut bytes = Vec::new();
+        // A stack is a few hundred bytes; one that never ends is none.
+        file.take(1 << 20)
+            .read_to_end(&mut bytes)
+            .map_err(doing("reading its 'stack'"))?;
+        Self::decode(&bytes)
+    }
+
+    /// Replaces the `stack` in `dir`, durably.
+    ///
+    /// # Errors
+    /// The host's errno; the old one is in place then.
+    pub fn write(&self, dir: &File) -> Result<(), StackError> {
+        let bytes = self.encode()?;
+        let replace = || -> io::Result<()> {
+            let mut file = create_at(dir, "stack.new")?;
+            file.write_all(&bytes)?;
+            file.sync_all()?;
+            rustix::fs::renameat(dir, "stack.new", dir, "stack")?;
+            dir.sync_all()
+        };
+        replace().map_err(doing("writing its 'stack'"))
+    }
+}
+
+/// The inode number of the disk `uuid`: the same at every mount of a persistent disk.
+#[must_use]
+pub fn inode_of(uuid: &Uuid) -> u64 {
+    // Above the few numbers of the mount's own files, and positive as a signed number.
+    uuid.as_u64_pair().0 >> 1 | 1 << 62
+}
+
+/// Opens `name` in `dir` with `flags`, never through a symlink.
+pub(super) fn open_at(dir: &File, name: impl AsRef<Path>, flags: OFlags) -> io::Result<File> {
+    let flags = flags | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+    let fd: OwnedFd = rustix::fs::openat(dir, name.as_ref(), flags, Mode::empty())?;
+    Ok(File::from(fd))
+}
+
+/// Makes `name` in `dir`, empty, for reading and writing.
+pub(super) fn create_at(dir: &File, name: impl AsRef<Path>) -> io::Result<File> {
+    let flags = OFlags::RDWR | OFlags::CREATE | OFlags::TRUNC | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+    let fd = rustix::fs::openat(dir, name.as_ref(), flags, Mode::RUSR | Mode::WUSR)?;
+    Ok(File::from(fd))
+}
+
+/// Makes the directory `name` in `dir` and opens it.
+pub(super) fn make_dir_at(dir: &File, name: impl AsRef<Path>) -> io::Result<File> {
+    let mode = Mode::RUSR | Mode::WUSR | Mode::XUSR;
+    rustix::fs::mkdirat(dir, name.as_ref(), mode)?;
+    open_at(dir, name, OFlags::RDONLY | OFlags::DIRECTORY)
+}
+
+/// Opens a directory by its path.
+///
+/// # Errors
+/// The host's errno.
+pub fn open_dir(path: &Path) -> io::Result<File> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    Ok(File::from(rustix::fs::open(path, flags, Mode::empty())?))
+}
+
+/// The directory of one layer, as the home of its log.
+pub struct LayerDir {
+    dir: File,
+}
+
+impl LayerDir {
+    /// The layer whose files lie in `dir`.
+    #[must_use]
+    pub fn new(dir: File) -> Self {
+        Self { dir }
+    }
+}
+
+impl Home for LayerDir {
+    fn replace_log(
+        &self,
+        fill: &mut dyn FnMut(&dyn Storage) -> io::Result<()>,
+    ) -> io::Result<Replaced> {
+        let file = HostFile::single(create_at(&self.dir, "log.new")?);
+        let done = fill(&file)
+            .and_then(|()| file.first().sync_all())
+            .and_then(|()| {
+                Ok(rustix::fs::renameat(
+                    &self.dir, "log.new", &self.dir, "log",
+                )?)
+            });
+        if let Err(error) = done {
+            // Best effort: the next attempt truncates it anyway.
+            let _ = rustix::fs::unlinkat(&self.dir, "log.new", AtFlags::empty());
+            return Err(error);
+        }
+        Ok(Replaced {
+            file: Arc::new(file),
+            placed: self.dir.sync_all(),
+        })
+    }
+}
+
+/// The name of segment `index` of a data file.
+fn segment_name(index: usize) -> String {
+    if index == 0 {
+        "data".to_owned()
+    } else {
+        format!("data.{index}")
+    }
+}
+
+/// The segments after the first that are in `dir`.
+fn segments_in(dir: &File) -> io::Result<Vec<(usize, File)>> {
+    let mut found = Vec::new();
+    for entry in rustix::fs::Dir::read_from(dir)? {
+        let entry = entry?;
+        let name = entry.file_name().to_str().ok();
+        let index = name.and_then(|name| name.strip_prefix("data.")?.parse().ok());
+        if let Some(index) = index.filter(|index| *index > 0) {
+            found.push((index, open_at(dir, segment_name(index), OFlags::RDWR)?));
+        }
+    }
+    Ok(found)
+}
+
+/// A data file in the directory `dir` of a layer, whose first segment is open already.
+pub(super) fn data_in(dir: File, first: File) -> io::Result<HostFile> {
+    let more = segments_in(&dir)?;
+    Ok(HostFile::segmented(
+        first,
+        more,
+        Box::new(move |index, create| {
+            let name = segment_name(index);
+            match open_at(&dir, &name, OFlags::RDWR) {
+                Ok(file) => Ok(Some(file)),
+                Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+                Err(_) if create == Create::Never => Ok(None),
+                Err(_) => {
+                    let file = create_at(&dir, &name)?;
+                    // Its name must be there before a record speaks of its blocks.
+                    dir.sync_all()?;
+                    Ok(Some(file))
+                }
+            }
+        }),
+    ))
+}
+
+/// Puts the file behind `file`, which may have no name yet, into `dir` as segment `index`.
+pub(super) fn link_segment(file: &File, dir: &File, index: usize) -> io::Result<()> {
+    use std::os::fd::AsRawFd;
+    let from = format!("/proc/self/fd/{}", file.as_raw_fd());
+    let flags = AtFlags::SYMLINK_FOLLOW;
+    rustix::fs::linkat(rustix::fs::CWD, from, dir, segment_name(index), flags)?;
+    Ok(())
+}
+
+/// Opens the files of the layer `record` below the directory `layers`. `lock` takes the lock on
+/// its data before the log is opened: until then its holder may put a new one in its place.
+pub(super) fn layer_files(
+    layers: &File,
+    record: &LayerRecord,
+    lock: impl FnOnce(&File) -> Result<(), StackError>,
+) -> Result<LayerFiles, StackError> {
+    let name = record.uuid.to_string();
+    let open = |dir: &File, name: &str, flags| open_at(dir, name, flags);
+    let dir = open(layers, &name, OFlags::RDONLY | OFlags::DIRECTORY)
+        .map_err(doing("opening its layer"))?;
+    let first = open(&dir, "data", OFlags::RDWR).map_err(doing("opening its data"))?;
+    lock(&first)?;
+    let log = open(&dir, "log", OFlags::RDWR).map_err(doing("opening its log"))?;
+    let again = || dir.try_clone().map_err(doing("opening its layer"));
+    let locked = first.try_clone().map_err(doing("opening its data"))?;
+    let data = data_in(again()?, first).map_err(doing("opening its data"))?;
+    Ok(LayerFiles {
+        lock: locked,
+        files: Files {
+            data: Arc::new(data),
+            log: Arc::new(HostFile::single(log)),
+            home: Arc::new(LayerDir::new(again()?)),
+            uuid: record.uuid,
+            block: record.block,
+        },
+    })
+}
+
+/// A layer's files and the descriptor that carries its lock.
+pub(super) struct LayerFiles {
+    pub(super) lock: File,
+    pub(super) files: Files,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sample() -> Stack {
+        Stack {
+            version: VERSION,
+            uuid: Uuid::from_u128(7),
+            uid: 1,
+            gid: 2,
+            perm: 0o640,
+            base: BaseRecord::Blank { size: 1 << 30 },
+            layers: vec![LayerRecord {
+                uuid: Uuid::from_u128(8),
+                block: 4096,
+            }],
+        }
+    }
+
+    #[test]
+    fn a_stack_survives_its_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let dir = open_dir(dir.path()).unwrap();
+        sample().write(&dir).unwrap();
+        assert_eq!(Stack::read(&dir).unwrap(), sample());
+    }
+
+    #[test]
+    fn any_changed_byte_is_noticed() {
+        let bytes = sample().encode().unwrap();
+        for at in 0..bytes.len() {
+            let mut changed = bytes.clone();
+            changed[at] ^= 0x10;
+            assert!(Stack::decode(&changed).is_err(), "byte {at}");
+        }
+        assert!(Stack::decode(&bytes[..bytes.len() - 1]).is_err());
+    }
+
+    #[test]
+    fn a_later_version_is_refused_even_when_its_keys_are_unknown() {
+        let body = "version = 2\nshape = \"round\"\n";
+        let crc = crc32c::crc32c(body.as_bytes());
+        let text = format!("checksum = \"crc32c:{crc:08x}\"\n{body}");
+        assert!(matches!(
+            Stack::decode(text.as_bytes()),
+            Err(StackError::Version(2))
+        ));
+    }
+
+    #[test]
+    fn a_directory_without_a_stack_is_no_overlay() {
+        let dir = tempfile::tempdir().unwrap();
+        let dir = open_dir(dir.path()).unwrap();
+        assert!(matches!(Stack::read(&dir), Err(StackError::NotAnOverlay)));
+    }
+}

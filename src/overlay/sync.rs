@@ -1,0 +1,170 @@
+//! Making an overlay durable, latching it when that fails, and giving freed space back.
+
+use std::io;
+use std::ops::Range;
+use std::sync::atomic::Ordering;
+
+use super::Overlay;
+use super::blocks::State;
+use super::log::{Log, Purpose};
+use super::ranges::{Hold, Need};
+use super::record::{Nanos, Record, Stamp};
+use crate::host::errno;
+use crate::layer::Wait;
+
+/// Freed space goes back in pieces of at most this many bytes, each under its range's lock.
+const PIECE: u64 = 1 << 30;
+
+impl Overlay {
+    /// Whether something was changed since the last sync began.
+    #[must_use]
+    pub fn is_dirty(&self) -> bool {
+        self.dirty.load(Ordering::Relaxed)
+    }
+
+    /// Makes all that was acknowledged before the call durable, and gives freed space back. A
+    /// temporary overlay promises nothing: only the space goes back.
+    pub(super) fn sync_all(&self) -> io::Result<()> {
+        match &self.log {
+            Some(log) => self.turns.run(|| self.sync_now(log)),
+            None => {
+                self.dirty.store(false, Ordering::SeqCst);
+                self.give_back(u64::MAX);
+                Ok(())
+            }
+        }
+    }
+
+    /// One sync: the data behind every record so far, then a `Vouch` for them, then the log.
+    fn sync_now(&self, log: &Log) -> io::Result<()> {
+        if self.is_latched() {
+            return Err(errno(libc::EIO));
+        }
+        self.dirty.store(false, Ordering::SeqCst);
+        let upto = log.last();
+        self.data.sync().map_err(|error| self.latch(log, &error))?;
+        let durable = self.durable.load(Ordering::SeqCst);
+        if upto > durable {
+            let vouch = log
+                .append(&[Record::Vouch { upto, durable }], Purpose::Relieve)
+                .and_then(|sequence| log.sync().map(|()| sequence))
+                .map_err(|error| self.latch(log, &error))?;
+            // The Vouch itself is durable as well; with nothing in between it covers itself.
+            let durable = if vouch == upto + 1 { vouch } else { upto };
+            self.durable.store(durable, Ordering::SeqCst);
+        }
+        self.give_back(self.durable.load(Ordering::SeqCst));
+        Ok(())
+    }
+
+    /// Makes the overlay read-only for good: what the host has in its cache may not be what is
+    /// on the device any more, so no later sync could be believed. Returns the `EIO` to answer.
+    fn latch(&self, log: &Log, error: &io::Error) -> io::Error {
+        self.latched.store(true, Ordering::SeqCst);
+        let durable = self.durable.load(Ordering::SeqCst);
+        ::log::error!("sync failed, the disk is read-only from now on: {error}");
+        let poisoned = log.append(&[Record::Poisoned { durable }], Purpose::Relieve);
+        if let Err(error) = poisoned.and_then(|_| log.sync()) {
+            ::log::error!("could not mark the log as poisoned: {error}");
+        }
+        errno(libc::EIO)
+    }
+
+    /// Gives back the space of what records up to `durable` freed and nobody has taken since.
+    fn give_back(&self, durable: u64) {
+        let mut from = 0;
+        loop {
+            let Some(piece) = self.pending.lock().first(from, durable, PIECE) else {
+                return;
+            };
+            let need = self.ranges.need(Need::default(), &piece, Hold::Exclusive);
+            let Some(_held) = self.ranges.lock(need, Wait::Yes) else {
+                return;
+            };
+            // Under the lock every change of this piece is whole: map and pending agree.
+            let parts = self.pending.lock().within(&piece, durable);
+            self.readers.drain();
+            for part in &parts {
+                if let Err(error) = self.punch_free(part) {
+                    // Space that stays is no loss of data; a host that cannot punch never will.
+                    ::log::debug!("space is not given back: {error}");
+                }
+                self.pending.lock().remove(part);
+            }
+            from = piece.end;
+        }
+    }
+
+    /// Punches what the map does not call Data in `part`.
+    fn punch_free(&self, part: &Range<u64>) -> io::Result<()> {
+        let free: Vec<_> = {
+            let map = self.map.read();
+            let runs = map.blocks.runs(self.blocks_of(part));
+            // Lower and Zero runs side by side are one hole; `punch` twice is as good.
+            runs.filter(|run| run.state != State::Data)
+                .map(|run| self.bytes_of(&run.range))
+                .collect()
+        };
+        free.into_iter()
+            .try_for_each(|range| self.data.punch(range))
+    }
+
+    /// Puts a modification time into the log, for the next mount to find.
+    ///
+    /// # Errors
+    /// The host's errno.
+    pub fn record_mtime(&self, mtime: Nanos, stamp: Stamp) -> io::Result<()> {
+        self.map.write().mtime = Some((mtime, stamp));
+        if let Some(log) = &self.log
+            && !self.is_latched()
+        {
+            log.append(&[Record::Attr { mtime, stamp }], Purpose::Relieve)?;
+        }
+        Ok(())
+    }
+
+    /// Whether `maintain` would have something to do.
+    #[must_use]
+    pub fn needs_maintenance(&self) -> bool {
+        self.is_dirty()
+            || !self.pending.lock().is_empty()
+            || self.log.as_ref().is_some_and(Log::is_long)
+    }
+
+    /// What happens in the background every few seconds: a sync when there is something new,
+    /// and a shorter log when it has become long.
+    ///
+    /// # Errors
+    /// The host's errno; a failed sync has latched the overlay.
+    pub fn maintain(&self) -> io::Result<()> {
+        if self.is_latched() {
+            return Ok(());
+        }
+        if self.is_dirty() || !self.pending.lock().is_empty() {
+            self.sync_all()?;
+        }
+        let Some(log) = &self.log else { return Ok(()) };
+        if !log.is_long() {
+            return Ok(());
+        }
+        self.turns.run(|| {
+            self.sync_now(log)?;
+            if let Err(error) = log.reduce(self.durable.load(Ordering::SeqCst), self.tag) {
+                // No sync has failed, and others may share this one: the log goes on.
+                ::log::warn!("a long log could not be reduced: {error}");
+            }
+            Ok(())
+        })
+    }
+
+    /// Syncs and marks the log as closed in good order; the last call before the overlay goes.
+    ///
+    /// # Errors
+    /// `EIO` when the overlay has latched; the host's errno.
+    pub fn close(&self) -> io::Result<()> {
+        self.sync_all()?;
+        let Some(log) = &self.log else { return Ok(()) };
+        log.append(&[Record::Close], Purpose::Relieve)?;
+        log.sync()
+    }
+}
