@@ -1,0 +1,239 @@
+//! Which names the mount shows, and which disk is behind each inode.
+//!
+//! Disks given on the command line keep their names; disks of a store can be made, renamed and
+//! removed. A removed disk stays, without a name, until its last handle is released.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use dashmap::DashMap;
+use parking_lot::RwLock;
+
+use crate::disk::{Disk, Owner};
+use crate::host::errno;
+use crate::store::Store;
+
+/// The name that belongs to the mount itself.
+pub const CONTROL: &str = ".cowslip";
+/// The longest name, as in other file systems (statfs f_namelen).
+pub const LONGEST_NAME: u32 = 255;
+
+/// Where a disk comes from, and so what may be done with its name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Origin {
+    /// The command line or the TOML file.
+    Given,
+    /// The store.
+    Stored,
+}
+
+/// A disk in the catalog.
+pub struct Entry {
+    /// The disk.
+    pub disk: Arc<Disk>,
+    /// Where it comes from.
+    pub origin: Origin,
+    /// A small number, for the inode numbers of its control files.
+    pub slot: u64,
+}
+
+/// What rename(2) does with a disk of the new name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Over {
+    /// It goes.
+    Replace,
+    /// It is an error (`RENAME_NOREPLACE`).
+    Refuse,
+}
+
+/// The names and inodes of a mount.
+pub struct Catalog {
+    /// Where it is mounted.
+    pub mountpoint: PathBuf,
+    names: RwLock<BTreeMap<String, Arc<Entry>>>,
+    /// By inode number, the nameless ones included.
+    inodes: DashMap<u64, Arc<Entry>>,
+    slots: AtomicU64,
+    store: Option<Store>,
+}
+
+impl Catalog {
+    /// An empty catalog of the mount at `mountpoint`.
+    #[must_use]
+    pub fn new(mountpoint: &Path, store: Option<Store>) -> Self {
+        Self {
+            mountpoint: mountpoint.to_owned(),
+            names: RwLock::default(),
+            inodes: DashMap::new(),
+            slots: AtomicU64::new(1),
+            store,
+        }
+    }
+
+    /// Adds a disk under a name that is not taken yet.
+    ///
+    /// # Errors
+    /// `EEXIST`; the disk comes back with it.
+    pub fn add(&self, name: &str, disk: Arc<Disk>, origin: Origin) -> io::Result<Arc<Entry>> {
+        let mut names = self.names.write();
+        if names.contains_key(name) || self.inodes.contains_key(&disk.ino()) {
+            return Err(errno(libc::EEXIST));
+        }
+        let slot = self.slots.fetch_add(1, Ordering::Relaxed);
+        let entry = Arc::new(Entry { disk, origin, slot });
+        names.insert(name.to_owned(), Arc::clone(&entry));
+        self.inodes.insert(entry.disk.ino(), Arc::clone(&entry));
+        Ok(entry)
+    }
+
+    /// The disk of that name.
+    #[must_use]
+    pub fn named(&self, name: &str) -> Option<Arc<Entry>> {
+        self.names.read().get(name).cloned()
+    }
+
+    /// The disk of that inode.
+    #[must_use]
+    pub fn inode(&self, ino: u64) -> Option<Arc<Disk>> {
+        self.inodes.get(&ino).map(|entry| Arc::clone(&entry.disk))
+    }
+
+    /// The disk of that slot, and its name.
+    #[must_use]
+    pub fn slot(&self, slot: u64) -> Option<(String, Arc<Entry>)> {
+        let names = self.names.read();
+        let (name, entry) = names.iter().find(|(_, entry)| entry.slot == slot)?;
+        Some((name.clone(), Arc::clone(entry)))
+    }
+
+    /// Every name and its disk, in order.
+    #[must_use]
+    pub fn list(&self) -> Vec<(String, Arc<Entry>)> {
+        let names = self.names.read();
+        names
+            .iter()
+            .map(|(name, entry)| (name.clone(), Arc::clone(entry)))
+            .collect()
+    }
+
+    /// Every disk, those without a name included.
+    #[must_use]
+    pub fn disks(&self) -> Vec<Arc<Disk>> {
+        self.inodes
+            .iter()
+            .map(|entry| Arc::clone(&entry.disk))
+            .collect()
+    }
+
+    /// The directory whose file system new disks go to.
+    #[must_use]
+    pub fn store_dir(&self) -> Option<&Path> {
+        self.store.as_ref().map(Store::dir)
+    }
+
+    fn store_for(&self, what: &str, name: &str) -> io::Result<&Store> {
+        self.store.as_ref().ok_or_else(|| {
+            log::warn!(
+                "{what} '{name}' refused: mount with --store DIR to make, rename and remove disks"
+            );
+            errno(libc::EPERM)
+        })
+    }
+
+    /// Makes an empty disk.
+    ///
+    /// # Errors
+    /// `EPERM` without a store; `EEXIST`; `EINVAL` for a name that cannot be one; the host's.
+    pub fn create(&self, name: &str, owner: Owner) -> io::Result<Arc<Disk>> {
+        if self.named(name).is_some() || name == CONTROL {
+            return Err(errno(libc::EEXIST));
+        }
+        if name.chars().any(char::is_control) {
+            return Err(errno(libc::EINVAL));
+        }
+        let store = self.store_for("create", name)?;
+        let opened = store.create(name, owner).map_err(|error| {
+            log::error!("create '{name}': {error}");
+            errno(libc::EIO)
+        })?;
+        let disk = Arc::new(opened.disk);
+        self.add(name, Arc::clone(&disk), Origin::Stored)?;
+        Ok(disk)
+    }
+
+    fn stored(&self, what: &str, name: &str) -> io::Result<(&Store, Arc<Entry>)> {
+        let entry = self.named(name).ok_or_else(|| errno(libc::ENOENT))?;
+        let store = self.store_for(what, name)?;
+        if entry.origin == Origin::Given {
+            log::warn!("{what} '{name}' refused: it is not a disk of the store");
+            return Err(errno(libc::EPERM));
+        }
+        Ok((store, entry))
+    }
+
+    /// Removes a disk's name; the disk goes with its last handle.
+    ///
+    /// # Errors
+    /// `ENOENT`; `EPERM` for a disk that is not the store's; the host's errno.
+    pub fn unlink(&self, name: &str) -> io::Result<()> {
+        let (store, entry) = self.stored("unlink", name)?;
+        store.remove_name(name)?;
+        self.names.write().remove(name);
+        self.dispose(&entry.disk);
+        Ok(())
+    }
+
+    /// Renames a disk of the store.
+    ///
+    /// # Errors
+    /// As [`unlink`](Self::unlink); `EEXIST` when `over` refuses.
+    pub fn rename(&self, from: &str, to: &str, over: Over) -> io::Result<()> {
+        let (store, entry) = self.stored("rename", from)?;
+        if to == CONTROL || to.chars().any(char::is_control) {
+            return Err(errno(libc::EINVAL));
+        }
+        if from == to {
+            return Ok(());
+        }
+        let replaced = match self.named(to) {
+            Some(_) if over == Over::Refuse => return Err(errno(libc::EEXIST)),
+            Some(_) => Some(self.stored("rename over", to)?.1),
+            None => None,
+        };
+        store.rename(from, to)?;
+        let mut names = self.names.write();
+        names.remove(from);
+        names.insert(to.to_owned(), entry);
+        drop(names);
+        if let Some(replaced) = replaced {
+            self.dispose(&replaced.disk);
+        }
+        Ok(())
+    }
+
+    /// Whether a disk has neither a name nor a handle any more.
+    #[must_use]
+    pub fn is_orphan(&self, disk: &Disk) -> bool {
+        let is_named = || {
+            self.names
+                .read()
+                .values()
+                .any(|entry| entry.disk.uuid == disk.uuid)
+        };
+        disk.openers() == 0 && !is_named()
+    }
+
+    /// A handle of `disk` was released: a disk without a name and without handles goes.
+    pub fn dispose(&self, disk: &Arc<Disk>) {
+        if !self.is_orphan(disk) || self.inodes.remove(&disk.ino()).is_none() {
+            return;
+        }
+        if let Some(store) = &self.store {
+            // Its overlay is not closed: nobody will ever look at it again.
+            store.discard(&disk.uuid);
+        }
+    }
+}

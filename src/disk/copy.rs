@@ -1,0 +1,219 @@
+//! Copying between disks without the bytes passing through user space where the host can do it.
+
+use std::io;
+use std::ops::Range;
+use std::os::fd::BorrowedFd;
+use std::sync::Arc;
+
+use super::{Disk, Layers, Top};
+use crate::extents::Kind;
+use crate::host::errno;
+use crate::layer::{Layer, Wait};
+use crate::overlay::Overlay;
+
+/// Bytes read and written at a time where the host cannot copy: 1 MiB.
+const BUFFER: u64 = 1 << 20;
+/// The most one request copies: the reply has 32 bits, and nobody waits longer than that takes.
+const MOST: u64 = 1 << 30;
+
+/// Copies `from` (bytes of `source`) to `offset` of `target` and tells how many bytes: fewer at
+/// the source's end, or when a change of the source came in between.
+///
+/// # Errors
+/// As [`Disk::read`] and [`Disk::write`] under [`Wait::Yes`].
+pub(super) fn copy(source: &Disk, from: Range<u64>, target: &Disk, offset: u64) -> io::Result<u64> {
+    let layers = source.layers();
+    let end = from
+        .end
+        .min(layers.size())
+        .min(from.start.saturating_add(MOST));
+    if from.start >= end {
+        return Ok(0);
+    }
+    let old = target.size();
+    let grown = offset.saturating_add(end - from.start);
+    if grown > old {
+        // First the size, so that the host can copy whole blocks into their places.
+        target.set_size(grown, Wait::Yes)?;
+    }
+    let mut done = 0;
+    let copied = copy_extents(&layers, source, from.start..end, target, offset, &mut done);
+    if copied.is_err() && grown > old {
+        target.set_size(old.max(offset + done), Wait::Yes)?;
+    }
+    copied.map(|()| done)
+}
+
+/// Copies `from`, extent by extent, and counts in `done` what is copied.
+fn copy_extents(
+    layers: &Layers,
+    source: &Disk,
+    from: Range<u64>,
+    target: &Disk,
+    offset: u64,
+    done: &mut u64,
+) -> io::Result<()> {
+    while from.start + *done < from.end {
+        let extent = layers.extent_at(from.start + *done..from.end, Wait::Yes)?;
+        let len = extent.len();
+        let to = offset + *done;
+        match extent.kind {
+            Kind::Data => copy_data(layers, source, extent.range, target, to)?,
+            Kind::Zero | Kind::Hole | Kind::Lower => {
+                target.change(
+                    to..to + len,
+                    super::Change::Punch,
+                    super::Keep::Size,
+                    Wait::Yes,
+                )?;
+            }
+        }
+        *done += len;
+    }
+    Ok(())
+}
+
+/// Copies one Data extent: its whole blocks by the host where it can, the rest through a buffer.
+fn copy_data(
+    layers: &Layers,
+    source: &Disk,
+    from: Range<u64>,
+    target: &Disk,
+    offset: u64,
+) -> io::Result<()> {
+    let mut at = from.start;
+    while at < from.end {
+        let to = offset + (at - from.start);
+        let by_host = target.copy_blocks(layers, at..from.end, to)?;
+        if by_host > 0 {
+            at += by_host;
+            continue;
+        }
+        let len = (from.end - at).min(BUFFER);
+        // Up to the target's next block border, so that what follows is whole blocks.
+        let border = (to + 1).next_multiple_of(u64::from(target.block())) - to;
+        let len = if to.is_multiple_of(u64::from(target.block())) {
+            len
+        } else {
+            len.min(border)
+        };
+        let mut buf = vec![0; usize::try_from(len).map_err(|_| errno(libc::EFBIG))?];
+        let got = source.read(&mut buf, at, Wait::Yes)?;
+        if got == 0 {
+            break;
+        }
+        target.write(&buf[..got], to, Wait::Yes)?;
+        at += got as u64;
+    }
+    Ok(())
+}
+
+/// Whether the host said that it cannot copy between these files, rather than that it failed.
+fn cannot(error: &io::Error) -> bool {
+    let known = [
+        libc::EXDEV,
+        libc::EOPNOTSUPP,
+        libc::EINVAL,
+        libc::ENOSYS,
+        libc::EAGAIN,
+    ];
+    error
+        .raw_os_error()
+        .is_some_and(|code| known.contains(&code))
+}
+
+/// The first layer that says Data for a prefix of `range` lends its file to `copy`.
+fn lend_in(
+    layers: &[Arc<dyn Layer>],
+    mut range: Range<u64>,
+    copy: &mut dyn FnMut(BorrowedFd<'_>, Range<u64>) -> io::Result<u64>,
+) -> io::Result<u64> {
+    for layer in layers {
+        let (extent, copied) = layer.lend_at(range, Wait::Yes, copy)?;
+        match extent.kind {
+            Kind::Data => return Ok(copied.unwrap_or(0)),
+            Kind::Zero | Kind::Hole => return Ok(0),
+            Kind::Lower => range = extent.range,
+        }
+    }
+    Ok(0)
+}
+
+/// Copies `from` of the file `source` to `at` of the file `target` inside the host.
+fn copy_in_host(
+    source: BorrowedFd<'_>,
+    from: Range<u64>,
+    target: BorrowedFd<'_>,
+    at: u64,
+) -> io::Result<u64> {
+    let (mut input, mut output) = (from.start, at);
+    while input < from.end {
+        let len = usize::try_from(from.end - input).unwrap_or(usize::MAX);
+        match rustix::fs::copy_file_range(source, Some(&mut input), target, Some(&mut output), len)
+        {
+            Ok(0) => break,
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Err(error) if input == from.start => return Err(error.into()),
+            Err(_) => break,
+        }
+    }
+    Ok(input - from.start)
+}
+
+impl Disk {
+    /// Copies `from` (bytes of `source`) to `offset` here (copy_file_range(2)), growing this disk
+    /// when it ends past the end, and tells how many bytes.
+    ///
+    /// # Errors
+    /// As [`read`](Self::read) of the source and [`write`](Self::write).
+    pub fn copy_from(&self, source: &Self, from: Range<u64>, offset: u64) -> io::Result<u64> {
+        copy(source, from, self, offset)
+    }
+
+    /// Lets the host copy the whole blocks at the front of `from` to `offset`; 0 when there are
+    /// none or the host cannot.
+    fn copy_blocks(&self, source: &Layers, from: Range<u64>, offset: u64) -> io::Result<u64> {
+        let _gate = self.enter(Wait::Yes)?;
+        let layers = self.layers();
+        let Top::Overlay(overlay) = &layers.top else {
+            return Ok(0);
+        };
+        let block = overlay.block();
+        let size = overlay.size();
+        let end = offset.saturating_add(from.end - from.start).min(size);
+        let end = if end == size {
+            end
+        } else {
+            end / block * block
+        };
+        if !offset.is_multiple_of(block) || offset >= end {
+            return Ok(0);
+        }
+        let copied = copy_into(overlay, offset..end, source, &from);
+        match copied {
+            Ok(copied) => {
+                self.touch(&layers.top);
+                Ok(copied)
+            }
+            Err(error) if cannot(&error) => Ok(0),
+            Err(error) => Err(error),
+        }
+    }
+}
+
+/// Takes the target's ranges first and lends the source's file inside: a reader never waits for
+/// a lock while it is counted in.
+fn copy_into(
+    overlay: &Overlay,
+    to: Range<u64>,
+    source: &Layers,
+    from: &Range<u64>,
+) -> io::Result<u64> {
+    let len = to.end - to.start;
+    overlay.copy_in(&to, &mut |file, place| {
+        let wanted = from.start..from.start + len;
+        lend_in(source.all(), wanted, &mut |input, piece| {
+            copy_in_host(input, piece, file, place.start)
+        })
+    })
+}

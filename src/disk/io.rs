@@ -1,0 +1,372 @@
+//! The three loops over a disk's layers: read, write, seek.
+
+use std::io;
+use std::num::NonZeroUsize;
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use parking_lot::{RwLockReadGuard, RwLockWriteGuard};
+
+use super::{Disk, Layers, Top};
+use crate::extents::{Extent, Extents, Kind, describe};
+use crate::host::errno;
+use crate::layer::{Layer, ReadBelow, Wait, WritableLayer};
+use crate::overlay::LARGEST;
+use crate::spec::Resize;
+
+/// Steps a seek takes on a FUSE worker before it goes on in the pool.
+const STEPS: usize = 512;
+
+/// What lseek(2) looks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Whence {
+    /// The next byte that holds data (`SEEK_DATA`).
+    Data,
+    /// The next byte in a hole, or the end (`SEEK_HOLE`).
+    Hole,
+}
+
+/// What fallocate(2) does to a range.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Change {
+    /// Reserves space.
+    Allocate,
+    /// Zeros it.
+    Zero,
+    /// Makes a hole of it.
+    Punch,
+}
+
+/// Whether a range past the end makes the file longer (fallocate(2), `FALLOC_FL_KEEP_SIZE`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Keep {
+    /// The size stays.
+    Size,
+    /// The file grows to hold the range.
+    Nothing,
+}
+
+/// The layers below the one that is written to.
+struct Below<'a>(&'a [Arc<dyn Layer>]);
+
+impl ReadBelow for Below<'_> {
+    fn read_below(&self, buf: &mut [u8], offset: u64, wait: Wait) -> io::Result<()> {
+        read_in(self.0, buf, offset, wait)
+    }
+
+    fn is_zero_below(&self, range: Range<u64>, wait: Wait) -> io::Result<bool> {
+        let extent = extent_in(self.0, range.clone(), wait)?;
+        Ok(extent.kind != Kind::Data && extent.range.end >= range.end)
+    }
+}
+
+/// Fills `buf` through `layers`, top to bottom: each fills what it has and narrows the rest.
+fn read_in(layers: &[Arc<dyn Layer>], buf: &mut [u8], offset: u64, wait: Wait) -> io::Result<()> {
+    let Some((layer, below)) = layers.split_first() else {
+        buf.fill(0);
+        return Ok(());
+    };
+    let mut done = 0;
+    while done < buf.len() {
+        let at = offset + done as u64;
+        let rest = &mut buf[done..];
+        let extent = layer.read_at(rest, at, wait)?;
+        let len = usize::try_from(extent.len())
+            .unwrap_or(usize::MAX)
+            .min(rest.len());
+        match extent.kind {
+            Kind::Data => {}
+            Kind::Zero | Kind::Hole => rest[..len].fill(0),
+            Kind::Lower => read_in(below, &mut rest[..len], at, wait)?,
+        }
+        done += len;
+    }
+    Ok(())
+}
+
+/// Describes a prefix of `range` through `layers`, top to bottom, and says which layer has it.
+fn piece_in(
+    layers: &[Arc<dyn Layer>],
+    mut range: Range<u64>,
+    wait: Wait,
+) -> io::Result<(Extent, u32)> {
+    let mut depth = 0;
+    for layer in layers {
+        let extent = layer.extent_at(range, wait)?;
+        if extent.kind != Kind::Lower {
+            return Ok((extent, depth));
+        }
+        range = extent.range;
+        depth += 1;
+    }
+    Ok((Extent::new(range, Kind::Hole), depth.saturating_sub(1)))
+}
+
+fn extent_in(layers: &[Arc<dyn Layer>], range: Range<u64>, wait: Wait) -> io::Result<Extent> {
+    piece_in(layers, range, wait).map(|(extent, _)| extent)
+}
+
+impl Layers {
+    /// The disk's size: its top layer's.
+    pub(super) fn size(&self) -> u64 {
+        self.all.first().map_or(0, |layer| layer.size())
+    }
+
+    /// What takes changes; `EROFS` when nothing does.
+    fn writable(&self) -> io::Result<&dyn WritableLayer> {
+        match &self.top {
+            Top::Overlay(overlay) => Ok(&**overlay),
+            Top::Base(base) => Ok(&**base),
+            Top::Nothing => Err(errno(libc::EROFS)),
+        }
+    }
+
+    /// The layers below the top.
+    fn below(&self) -> Below<'_> {
+        Below(self.all.get(1..).unwrap_or_default())
+    }
+
+    /// Describes a prefix of `range`.
+    pub(super) fn extent_at(&self, range: Range<u64>, wait: Wait) -> io::Result<Extent> {
+        extent_in(&self.all, range, wait)
+    }
+
+    /// All layers, top to bottom.
+    pub(super) fn all(&self) -> &[Arc<dyn Layer>] {
+        &self.all
+    }
+}
+
+impl Disk {
+    /// The gate, for a change of bytes.
+    pub(super) fn enter(&self, wait: Wait) -> io::Result<RwLockReadGuard<'_, ()>> {
+        let gate = match wait {
+            Wait::Yes => self.gate.read(),
+            Wait::No => self.gate.try_read().ok_or_else(|| errno(libc::EAGAIN))?,
+        };
+        self.check_open().map(|()| gate)
+    }
+
+    /// The gate, for a change of the size.
+    fn enter_alone(&self, wait: Wait) -> io::Result<RwLockWriteGuard<'_, ()>> {
+        let gate = match wait {
+            Wait::Yes => self.gate.write(),
+            Wait::No => self.gate.try_write().ok_or_else(|| errno(libc::EAGAIN))?,
+        };
+        self.check_open().map(|()| gate)
+    }
+
+    fn check_open(&self) -> io::Result<()> {
+        if self.closed.load(Ordering::Relaxed) {
+            Err(errno(libc::EIO))
+        } else {
+            Ok(())
+        }
+    }
+
+    /// Reads into `buf` from `offset` and tells how much: less than asked only at the end.
+    ///
+    /// # Errors
+    /// `EAGAIN` under [`Wait::No`] when it would have to wait; else the host's errno.
+    pub fn read(&self, buf: &mut [u8], offset: u64, wait: Wait) -> io::Result<usize> {
+        let layers = self.layers();
+        let left = layers.size().saturating_sub(offset);
+        let len = usize::try_from(left).unwrap_or(usize::MAX).min(buf.len());
+        read_in(layers.all(), &mut buf[..len], offset, wait)?;
+        Ok(len)
+    }
+
+    /// Writes all of `buf` at `offset`; the disk grows when it ends past the end.
+    ///
+    /// # Errors
+    /// `EAGAIN` under [`Wait::No`] when it would have to wait; `EROFS`; `ENOSPC` when the host or
+    /// the overlay's limit is full, or past the end of a disk of fixed size; `EFBIG`; `EIO` once
+    /// the disk has latched.
+    pub fn write(&self, buf: &[u8], offset: u64, wait: Wait) -> io::Result<()> {
+        if buf.is_empty() {
+            return Ok(());
+        }
+        let end = offset
+            .checked_add(buf.len() as u64)
+            .filter(|end| *end <= LARGEST);
+        let end = end.ok_or_else(|| errno(libc::EFBIG))?;
+        let layers = {
+            let _gate = self.enter(wait)?;
+            let layers = self.layers();
+            if end <= layers.size() {
+                layers
+                    .writable()?
+                    .write_at(buf, offset, &layers.below(), wait)?;
+                self.touch(&layers.top);
+                return Ok(());
+            }
+            layers
+        };
+        drop(layers);
+        self.extend(buf, offset, end, wait)
+    }
+
+    /// A write that ends past the end: first the size, then the bytes.
+    fn extend(&self, buf: &[u8], offset: u64, end: u64, wait: Wait) -> io::Result<()> {
+        let _gate = self.enter_alone(wait)?;
+        let layers = self.layers();
+        let top = layers.writable()?;
+        let old = top.size();
+        if end > old {
+            self.check_growth(libc::ENOSPC)?;
+            top.set_size(end)?;
+        }
+        let written = top.write_at(buf, offset, &layers.below(), wait);
+        if written.is_err() && end > old {
+            // Nothing was written: the disk did not grow.
+            top.set_size(old)?;
+        }
+        written?;
+        self.touch(&layers.top);
+        Ok(())
+    }
+
+    /// `refusal` when the disk's size is fixed.
+    fn check_growth(&self, refusal: i32) -> io::Result<()> {
+        match self.resize {
+            Resize::Follow => Ok(()),
+            Resize::Fixed => Err(errno(refusal)),
+        }
+    }
+
+    /// ftruncate(2). A disk of fixed size refuses every other size with `EPERM`, but 0 discards
+    /// all it holds.
+    ///
+    /// # Errors
+    /// As [`write`](Self::write).
+    pub fn set_size(&self, size: u64, wait: Wait) -> io::Result<()> {
+        let _gate = self.enter_alone(wait)?;
+        let layers = self.layers();
+        let top = layers.writable()?;
+        let old = top.size();
+        if size == 0 && self.resize == Resize::Fixed {
+            top.punch_hole(0..old, &layers.below(), wait)?;
+        } else if size != old {
+            self.check_growth(libc::EPERM)?;
+            top.set_size(size)?;
+        }
+        self.touch(&layers.top);
+        Ok(())
+    }
+
+    /// fallocate(2) on `range`.
+    ///
+    /// # Errors
+    /// As [`write`](Self::write); `EOPNOTSUPP` where the host cannot reserve space.
+    pub fn change(
+        &self,
+        range: Range<u64>,
+        change: Change,
+        keep: Keep,
+        wait: Wait,
+    ) -> io::Result<()> {
+        if range.end > LARGEST {
+            return Err(errno(libc::EFBIG));
+        }
+        if keep == Keep::Nothing && range.end > self.size() {
+            let _gate = self.enter_alone(wait)?;
+            let layers = self.layers();
+            if range.end > layers.size() {
+                self.check_growth(libc::ENOSPC)?;
+                layers.writable()?.set_size(range.end)?;
+            }
+        }
+        let _gate = self.enter(wait)?;
+        let layers = self.layers();
+        let top = layers.writable()?;
+        let range = range.start..range.end.min(top.size());
+        if !range.is_empty() {
+            let below = layers.below();
+            match change {
+                Change::Allocate => top.allocate(range)?,
+                Change::Zero => top.zero(range, &below, wait)?,
+                Change::Punch => top.punch_hole(range, &below, wait)?,
+            }
+        }
+        self.touch(&layers.top);
+        Ok(())
+    }
+
+    /// lseek(2): the offset at or after `offset` where what is looked for begins.
+    ///
+    /// # Errors
+    /// `ENXIO` at and past the end, and when there is no data any more; `EAGAIN` under
+    /// [`Wait::No`] when it would have to wait or takes long.
+    pub fn seek(&self, offset: u64, whence: Whence, wait: Wait) -> io::Result<u64> {
+        let layers = self.layers();
+        let size = layers.size();
+        if offset >= size {
+            return Err(errno(libc::ENXIO));
+        }
+        let mut at = offset;
+        let mut steps = 0;
+        while at < size {
+            if wait == Wait::No && steps == STEPS {
+                return Err(errno(libc::EAGAIN));
+            }
+            steps += 1;
+            let extent = layers.extent_at(at..size, wait)?;
+            if (extent.kind == Kind::Data) == (whence == Whence::Data) {
+                return Ok(at);
+            }
+            at = extent.range.end;
+        }
+        match whence {
+            Whence::Data => Err(errno(libc::ENXIO)),
+            Whence::Hole => Ok(size),
+        }
+    }
+
+    /// What lies where in `range`, as at most `limit` extents.
+    ///
+    /// # Errors
+    /// `EAGAIN` under [`Wait::No`] when the base would have to be waited for; the host's errno.
+    pub fn extents(&self, range: Range<u64>, limit: usize, wait: Wait) -> io::Result<Extents> {
+        let layers = self.layers();
+        let range = range.start..range.end.min(layers.size()).max(range.start);
+        let limit = NonZeroUsize::new(limit).unwrap_or(NonZeroUsize::MIN);
+        describe(range, limit, |rest| layers.extent_at(rest, wait))
+    }
+
+    /// As [`extents`](Self::extents), each with the layer that has it: 0 is the top one. Equal
+    /// kinds side by side are joined only within one layer.
+    ///
+    /// # Errors
+    /// As [`extents`](Self::extents).
+    pub fn pieces(
+        &self,
+        range: Range<u64>,
+        limit: usize,
+        wait: Wait,
+    ) -> io::Result<Vec<(Extent, u32)>> {
+        let layers = self.layers();
+        let end = range.end.min(layers.size());
+        let mut at = range.start;
+        let mut pieces = Vec::new();
+        while at < end && pieces.len() < limit {
+            let (extent, depth) = piece_in(&layers.all, at..end, wait)?;
+            at = extent.range.end;
+            pieces.push((extent, depth));
+        }
+        Ok(pieces)
+    }
+
+    /// Makes all that was acknowledged before the call durable (fsync). A temporary overlay
+    /// promises nothing and gives freed space back.
+    ///
+    /// # Errors
+    /// `EIO` once the disk has latched.
+    pub fn sync(&self) -> io::Result<()> {
+        match &self.layers().top {
+            Top::Nothing => Ok(()),
+            Top::Overlay(overlay) => overlay.sync(),
+            Top::Base(base) => base.sync(),
+        }
+    }
+}

@@ -1,0 +1,512 @@
+//! A disk: its layers, its gate and its attributes. The three loops that walk the layers (read,
+//! write, seek) are in `io`; `open` makes a disk from its spec.
+//!
+//! The *gate* is held shared by everything that changes bytes and exclusive by what changes the
+//! size or the layers themselves. Readers take a snapshot of the layers and never wait for it.
+
+mod copy;
+mod io;
+mod open;
+
+use std::io as stdio;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU32, Ordering};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use parking_lot::{Mutex, RwLock};
+use uuid::Uuid;
+
+pub use self::io::{Change, Keep, Whence};
+pub use self::open::{OpenError, Opened, Setting, create_blank, open, open_stored};
+use crate::extents::{Extent, Extents, Kind};
+use crate::host::errno;
+use crate::layer::{Layer, Wait, WritableLayer};
+use crate::overlay::Overlay;
+use crate::overlay::persist::{Holder, Residence};
+use crate::overlay::record::{Nanos, Stamp};
+use crate::overlay::recover::Recovered;
+use crate::overlay::stack::inode_of;
+use crate::pool::Pool;
+use crate::spec::{Mode, Resize};
+
+/// The most extents that are walked for one st_blocks: what lies behind them counts as data.
+const BLOCKS_WALK: usize = 16 << 10;
+
+/// What takes a disk's changes.
+enum Top {
+    /// A copy-on-write layer.
+    Overlay(Arc<Overlay>),
+    /// The base itself (`mode=rw`).
+    Base(Arc<dyn WritableLayer>),
+    /// Nothing (`mode=ro`).
+    Nothing,
+}
+
+/// The layers of a disk, as they are until the next change of the gate's holder.
+struct Layers {
+    top: Top,
+    /// Top to bottom, `top` included unless it is `Nothing`.
+    all: Vec<Arc<dyn Layer>>,
+}
+
+/// Who owns the mounted file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Owner {
+    /// User id.
+    pub uid: u32,
+    /// Group id.
+    pub gid: u32,
+    /// Permission bits.
+    pub perm: u16,
+}
+
+/// What stat(2) says of a disk.
+#[derive(Clone, Copy, Debug)]
+pub struct Attributes {
+    /// Bytes.
+    pub size: u64,
+    /// Bytes that hold data, in this layer or below.
+    pub allocated: u64,
+    /// Owner and mode.
+    pub owner: Owner,
+    /// Last read, as far as anyone set it.
+    pub atime: SystemTime,
+    /// Last write.
+    pub mtime: SystemTime,
+    /// Last change of anything.
+    pub ctime: SystemTime,
+    /// Preferred unit of I/O: the block size in bytes.
+    pub block: u32,
+}
+
+/// How an open handle uses the kernel's page cache.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Access {
+    /// Reads through the cache.
+    Read,
+    /// Writes only.
+    Write,
+    /// Both, so it may also map the file shared and writable.
+    ReadWrite,
+}
+
+/// One mounted disk.
+pub struct Disk {
+    /// Its own uuid; a persistent overlay keeps it.
+    pub uuid: Uuid,
+    /// How it may be changed.
+    pub mode: Mode,
+    /// What it was made from, for people.
+    pub source: String,
+    resize: Resize,
+    /// Shared for changes of bytes, exclusive for changes of the size or of the layers.
+    gate: RwLock<()>,
+    /// Locked for a moment only: to take a snapshot, or to put new layers in place.
+    layers: RwLock<Arc<Layers>>,
+    owner: Mutex<Owner>,
+    times: Times,
+    readers: AtomicU32,
+    writers: AtomicU32,
+    both: AtomicU32,
+    /// The last walk for st_blocks: the overlay's revision and the bytes.
+    allocated: Mutex<Option<(u64, u64)>>,
+    /// The directory of a persistent overlay.
+    residence: Mutex<Option<Residence>>,
+    overlay_dir: Mutex<Option<PathBuf>>,
+    /// What an overlay's `stack` has to say of the base.
+    bottom: open::Bottom,
+    recovered: Recovered,
+    pool: Arc<Pool>,
+    /// An operation of unbounded length holds the gate: requests wait without a deadline.
+    pub(crate) held: AtomicBool,
+    /// The daemon is on its way out and has closed the overlay: nothing may be changed any more.
+    closed: AtomicBool,
+}
+
+/// The times of a disk, in nanoseconds since the epoch.
+struct Times {
+    atime: AtomicI64,
+    mtime: AtomicI64,
+    ctime: AtomicI64,
+    /// mtime was chosen by a user and no write has come since.
+    chosen: AtomicBool,
+    /// The mtime that is in the log.
+    recorded: AtomicI64,
+}
+
+impl Times {
+    fn new(mtime: Nanos, chosen: bool) -> Self {
+        Self {
+            atime: mtime.into(),
+            mtime: mtime.into(),
+            ctime: mtime.into(),
+            chosen: chosen.into(),
+            recorded: mtime.into(),
+        }
+    }
+}
+
+/// Now, from the kernel's coarse clock: a few nanoseconds to read, exact to a few milliseconds.
+fn now() -> Nanos {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::RealtimeCoarse);
+    now.tv_sec
+        .saturating_mul(1_000_000_000)
+        .saturating_add(now.tv_nsec)
+}
+
+fn to_time(nanos: Nanos) -> SystemTime {
+    let distance = Duration::from_nanos(nanos.unsigned_abs());
+    if nanos < 0 {
+        UNIX_EPOCH - distance
+    } else {
+        UNIX_EPOCH + distance
+    }
+}
+
+fn from_time(time: SystemTime) -> Nanos {
+    let clamp = |distance: Duration| Nanos::try_from(distance.as_nanos()).unwrap_or(Nanos::MAX);
+    match time.duration_since(UNIX_EPOCH) {
+        Ok(after) => clamp(after),
+        Err(before) => -clamp(before.duration()),
+    }
+}
+
+/// Space on the file system that a disk's changes go to.
+#[derive(Clone, Copy, Debug)]
+pub struct Space {
+    /// All of it, in bytes.
+    pub total: u64,
+    /// Free, in bytes.
+    pub free: u64,
+    /// Free for us, in bytes.
+    pub available: u64,
+}
+
+impl Disk {
+    /// The inode number of the mounted file.
+    #[must_use]
+    pub fn ino(&self) -> u64 {
+        inode_of(&self.uuid)
+    }
+
+    fn layers(&self) -> Arc<Layers> {
+        Arc::clone(&self.layers.read())
+    }
+
+    /// The size in bytes.
+    #[must_use]
+    pub fn size(&self) -> u64 {
+        self.layers().size()
+    }
+
+    /// The overlay, when the disk has one.
+    #[must_use]
+    pub fn overlay(&self) -> Option<Arc<Overlay>> {
+        match &self.layers().top {
+            Top::Overlay(overlay) => Some(Arc::clone(overlay)),
+            Top::Base(_) | Top::Nothing => None,
+        }
+    }
+
+    /// The directory of its persistent overlay.
+    #[must_use]
+    pub fn overlay_dir(&self) -> Option<PathBuf> {
+        self.overlay_dir.lock().clone()
+    }
+
+    /// How the overlay was found when it was opened.
+    #[must_use]
+    pub fn recovered(&self) -> Recovered {
+        self.recovered
+    }
+
+    /// Its threads.
+    #[must_use]
+    pub fn pool(&self) -> &Arc<Pool> {
+        &self.pool
+    }
+
+    /// Owner and mode.
+    #[must_use]
+    pub fn owner(&self) -> Owner {
+        *self.owner.lock()
+    }
+
+    /// Block size in bytes.
+    #[must_use]
+    pub fn block(&self) -> u32 {
+        let block = self
+            .overlay()
+            .map_or(u64::from(crate::overlay::DEFAULT_BLOCK), |o| o.block());
+        u32::try_from(block).unwrap_or(crate::overlay::DEFAULT_BLOCK)
+    }
+
+    /// What stat(2) says.
+    ///
+    /// # Errors
+    /// `EAGAIN` under [`Wait::No`] when the base would have to be waited for; the host's errno.
+    pub fn attributes(&self, wait: Wait) -> stdio::Result<Attributes> {
+        let allocated = self.allocated(wait)?;
+        let time = |cell: &AtomicI64| to_time(cell.load(Ordering::Relaxed));
+        Ok(Attributes {
+            size: self.size(),
+            allocated,
+            owner: self.owner(),
+            atime: time(&self.times.atime),
+            mtime: time(&self.times.mtime),
+            ctime: time(&self.times.ctime),
+            block: self.block(),
+        })
+    }
+
+    /// Bytes of data in the disk, from its extents. After [`BLOCKS_WALK`] of them the rest counts
+    /// as data: it never claims a hole that is not there.
+    fn allocated(&self, wait: Wait) -> stdio::Result<u64> {
+        let layers = self.layers();
+        let Top::Overlay(overlay) = &layers.top else {
+            return self.walk_allocated(wait);
+        };
+        let revision = overlay.revision();
+        if let Some((at, bytes)) = *self.allocated.lock()
+            && at == revision
+        {
+            return Ok(bytes);
+        }
+        let bytes = self.walk_allocated(wait)?;
+        *self.allocated.lock() = Some((revision, bytes));
+        Ok(bytes)
+    }
+
+    fn walk_allocated(&self, wait: Wait) -> stdio::Result<u64> {
+        let size = self.size();
+        let extents = self.extents(0..size, BLOCKS_WALK, wait)?;
+        let held = |extents: &Extents| -> u64 {
+            extents
+                .iter()
+                .filter(|extent| extent.kind != Kind::Hole)
+                .map(Extent::len)
+                .sum()
+        };
+        Ok(held(&extents) + (size - extents.described_to().min(size)))
+    }
+
+    /// A handle was opened.
+    pub fn opened(&self, access: Access) {
+        self.counter(access).fetch_add(1, Ordering::SeqCst);
+    }
+
+    /// A handle was released.
+    pub fn released(&self, access: Access) {
+        self.counter(access).fetch_sub(1, Ordering::SeqCst);
+    }
+
+    fn counter(&self, access: Access) -> &AtomicU32 {
+        match access {
+            Access::Read => &self.readers,
+            Access::Write => &self.writers,
+            Access::ReadWrite => &self.both,
+        }
+    }
+
+    /// Handles that are open.
+    #[must_use]
+    pub fn openers(&self) -> u32 {
+        [&self.readers, &self.writers, &self.both]
+            .iter()
+            .map(|n| n.load(Ordering::SeqCst))
+            .sum()
+    }
+
+    /// Whether a handle reads through the kernel's cache, so that a write has to invalidate it.
+    #[must_use]
+    pub fn has_cached_readers(&self) -> bool {
+        self.readers.load(Ordering::SeqCst) > 0
+    }
+
+    /// Whether a handle may write.
+    #[must_use]
+    pub fn has_writers(&self) -> bool {
+        self.writers.load(Ordering::SeqCst) > 0 || self.may_be_mapped()
+    }
+
+    /// Whether its size is fixed, so that truncating it to nothing only discards.
+    #[must_use]
+    pub fn is_fixed(&self) -> bool {
+        self.resize == Resize::Fixed
+    }
+
+    /// Whether a handle may have mapped the disk shared and writable.
+    #[must_use]
+    pub fn may_be_mapped(&self) -> bool {
+        self.both.load(Ordering::SeqCst) > 0
+    }
+
+    /// Notes a change of bytes: mtime and ctime move.
+    fn touch(&self, top: &Top) {
+        let now = now();
+        self.times.mtime.store(now, Ordering::Relaxed);
+        self.times.ctime.store(now, Ordering::Relaxed);
+        if self.times.chosen.load(Ordering::Relaxed)
+            && self.times.chosen.swap(false, Ordering::SeqCst)
+            && let Top::Overlay(overlay) = top
+        {
+            // So that a crash does not bring the chosen time back.
+            self.record_mtime(overlay);
+        }
+    }
+
+    /// Puts the modification time into the log, if it is not there already.
+    fn record_mtime(&self, overlay: &Overlay) {
+        let mtime = self.times.mtime.load(Ordering::SeqCst);
+        if self.times.recorded.swap(mtime, Ordering::SeqCst) == mtime {
+            return;
+        }
+        let chosen = self.times.chosen.load(Ordering::SeqCst);
+        let stamp = if chosen {
+            Stamp::Chosen
+        } else {
+            Stamp::Written
+        };
+        if let Err(error) = overlay.record_mtime(mtime, stamp) {
+            log::warn!("the time of {} is not recorded: {error}", self.source);
+        }
+    }
+
+    /// Sets the times that are given (`utimes`); ctime moves.
+    pub fn set_times(&self, atime: Option<SystemTime>, mtime: Option<SystemTime>) {
+        if let Some(atime) = atime {
+            self.times.atime.store(from_time(atime), Ordering::Relaxed);
+        }
+        if let Some(mtime) = mtime.map(from_time) {
+            self.times.mtime.store(mtime, Ordering::Relaxed);
+            self.times.chosen.store(true, Ordering::SeqCst);
+            if let Some(overlay) = self.overlay() {
+                self.record_mtime(&overlay);
+            }
+        }
+        self.times.ctime.store(now(), Ordering::Relaxed);
+    }
+
+    /// Changes owner and mode; a persistent disk keeps them.
+    ///
+    /// # Errors
+    /// The host's errno from writing the overlay's `stack`; nothing has changed then.
+    pub fn set_owner(&self, owner: Owner) -> stdio::Result<()> {
+        if let Some(residence) = &mut *self.residence.lock() {
+            let mut stack = residence.stack.clone();
+            (stack.uid, stack.gid, stack.perm) = (owner.uid, owner.gid, owner.perm);
+            residence.replace(stack).map_err(|error| {
+                log::error!(
+                    "{}: the new owner or mode is not kept: {error}",
+                    self.source
+                );
+                errno(libc::EIO)
+            })?;
+        }
+        *self.owner.lock() = owner;
+        self.times.ctime.store(now(), Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Space where the disk's changes go.
+    ///
+    /// # Errors
+    /// The host's errno.
+    pub fn space(&self) -> stdio::Result<Space> {
+        let file = match &self.layers().top {
+            Top::Overlay(overlay) => overlay.first_file(),
+            Top::Base(_) | Top::Nothing => None,
+        };
+        let found = match file {
+            Some(file) => rustix::fs::fstatvfs(&file)?,
+            None => {
+                return Ok(Space {
+                    total: self.size(),
+                    free: 0,
+                    available: 0,
+                });
+            }
+        };
+        Ok(Space {
+            total: found.f_blocks * found.f_frsize,
+            free: found.f_bfree * found.f_frsize,
+            available: found.f_bavail * found.f_frsize,
+        })
+    }
+
+    /// Whether `maintain` would have something to do.
+    #[must_use]
+    pub fn needs_maintenance(&self) -> bool {
+        self.overlay()
+            .is_some_and(|overlay| overlay.needs_maintenance())
+    }
+
+    /// What happens every few seconds: the modification time goes to the log, changes to the
+    /// device.
+    ///
+    /// # Errors
+    /// The host's errno; the disk has latched then.
+    pub fn maintain(&self) -> stdio::Result<()> {
+        let Some(overlay) = self.overlay() else {
+            return Ok(());
+        };
+        self.record_mtime(&overlay);
+        overlay.maintain()
+    }
+
+    /// Tells who looks at a persistent overlay that this daemon has it.
+    pub fn announce(&self, holder: &Holder) {
+        if let Some(residence) = &*self.residence.lock() {
+            residence.announce(holder);
+        }
+    }
+
+    /// The end: everything durable, the log closed in good order. Nothing may come after.
+    ///
+    /// # Errors
+    /// `EIO` when the disk has latched; the host's errno.
+    pub fn close(&self) -> stdio::Result<()> {
+        let _gate = self.gate.write();
+        self.closed.store(true, Ordering::SeqCst);
+        match &self.layers().top {
+            Top::Overlay(overlay) => {
+                self.record_mtime(overlay);
+                overlay.close()?;
+            }
+            Top::Base(base) => base.sync()?,
+            Top::Nothing => {}
+        }
+        if let Some(residence) = &*self.residence.lock() {
+            residence.withdraw();
+        }
+        Ok(())
+    }
+
+    /// Whether a failed sync has made the disk read-only.
+    #[must_use]
+    pub fn is_latched(&self) -> bool {
+        self.overlay().is_some_and(|overlay| overlay.is_latched())
+    }
+
+    /// Makes the temporary overlay persistent in `dir`; durable when it returns.
+    ///
+    /// # Errors
+    /// [`OpenError`] when there is no temporary overlay, when something is in `dir`, or when the
+    /// host says no; the disk is as it was then.
+    pub fn keep(&self, dir: &Path) -> Result<(), OpenError> {
+        self.held.store(true, Ordering::SeqCst);
+        let kept = self.keep_in(dir);
+        self.held.store(false, Ordering::SeqCst);
+        kept
+    }
+}
+
+/// The modification time of a host file.
+fn mtime_of(found: &std::fs::Metadata) -> Nanos {
+    found
+        .mtime()
+        .saturating_mul(1_000_000_000)
+        .saturating_add(found.mtime_nsec())
+}

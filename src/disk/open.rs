@@ -1,0 +1,667 @@
+//! From a disk's spec to a disk: opening its base, finding or making its overlay.
+
+use std::collections::HashSet;
+use std::fs::{File, Metadata};
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::AtomicU32;
+
+use parking_lot::{Mutex, RwLock};
+use uuid::Uuid;
+
+use super::{Disk, Layers, Owner, Times, Top, mtime_of, now};
+use crate::base::identity::Identity;
+use crate::base::place::{self, Manner, PlaceError};
+use crate::base::{self, Access, Base, BaseError, BaseLayer};
+use crate::layer::Layer;
+use crate::overlay::persist::{self, Found, New, Persistent, Place, Residence};
+use crate::overlay::record::{Image, Nanos, Stamp};
+use crate::overlay::recover::Recovered;
+use crate::overlay::stack::{BaseRecord, LayerRecord, Stack, StackError, VERSION};
+use crate::overlay::{DEFAULT_BLOCK, LARGEST, Overlay, keep};
+use crate::pool::Pool;
+use crate::spec::{DiskSpec, Mode, Resize, Source, format_size};
+
+/// Why a disk cannot be mounted; each is one line for the user.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// Its base.
+    #[error(transparent)]
+    Base(#[from] BaseError),
+    /// A file of it lies where it would wait for itself.
+    #[error(transparent)]
+    Place(#[from] PlaceError),
+    /// Its overlay.
+    #[error("overlay '{}' {error}", dir.display())]
+    Overlay {
+        /// The overlay's directory.
+        dir: PathBuf,
+        /// What is wrong with it.
+        error: StackError,
+    },
+    /// The overlay belongs to something else, or to something that has changed.
+    #[error("overlay '{}' {why}", dir.display())]
+    Mismatch {
+        /// The overlay's directory.
+        dir: PathBuf,
+        /// What does not fit and what to do.
+        why: String,
+    },
+    /// No file for a temporary overlay.
+    #[error("no temporary overlay in '{}': {error}; set TMPDIR to a directory on a disk", dir.display())]
+    Temporary {
+        /// The directory.
+        dir: PathBuf,
+        /// The host's answer.
+        error: io::Error,
+    },
+    /// The base could not be read to recognise it later.
+    #[error("base '{}' cannot be read: {error}", path.display())]
+    Unreadable {
+        /// The base.
+        path: PathBuf,
+        /// The host's answer.
+        error: io::Error,
+    },
+    /// There is nothing to keep.
+    #[error("{0}")]
+    NothingToKeep(String),
+}
+
+/// What a mount says of all its disks.
+pub struct Setting<'a> {
+    /// Canonical.
+    pub mountpoint: &'a Path,
+    /// The mount's device number, once it is mounted.
+    pub mount_dev: Option<u64>,
+    /// Who mounts: the owner of disks that do not say otherwise.
+    pub uid: u32,
+    /// The group of who mounts.
+    pub gid: u32,
+    /// Use a base that changed under its overlay.
+    pub force: bool,
+    /// Directories whose file system was looked at already.
+    pub looked_at: Mutex<HashSet<PathBuf>>,
+}
+
+/// A disk that was opened, and what its user should know.
+pub struct Opened {
+    /// The disk.
+    pub disk: Disk,
+    /// What `mount` prints of it, after its name.
+    pub summary: String,
+    /// Notes: what was recovered, what the file systems cannot do.
+    pub notes: Vec<String>,
+}
+
+/// What lies at the bottom of a disk, as far as `keep` and `status` need it.
+pub(super) enum Bottom {
+    /// A file or block device.
+    File { path: PathBuf, file: Arc<File> },
+    /// Zeros, so many bytes.
+    Blank(u64),
+}
+
+impl Bottom {
+    fn of(base: &Base) -> Self {
+        match (&base.path, &base.file) {
+            (Some(path), Some(file)) => Self::File {
+                path: path.clone(),
+                file: Arc::clone(file),
+            },
+            _ => Self::Blank(base.size),
+        }
+    }
+
+    /// What an overlay remembers of it.
+    fn record(&self) -> Result<BaseRecord, OpenError> {
+        match self {
+            Self::Blank(size) => Ok(BaseRecord::Blank { size: *size }),
+            Self::File { path, file } => {
+                let identity = Identity::of(file).map_err(|error| OpenError::Unreadable {
+                    path: path.clone(),
+                    error,
+                })?;
+                Ok(BaseRecord::File {
+                    path: path.clone(),
+                    format: "raw".to_owned(),
+                    identity,
+                })
+            }
+        }
+    }
+
+    /// Its path, when it has one.
+    pub(super) fn path(&self) -> Option<&Path> {
+        match self {
+            Self::File { path, .. } => Some(path),
+            Self::Blank(_) => None,
+        }
+    }
+
+    fn metadata(&self) -> Option<Metadata> {
+        match self {
+            Self::File { file, .. } => file.metadata().ok(),
+            Self::Blank(_) => None,
+        }
+    }
+}
+
+/// Opens the disk that `spec` asks for.
+///
+/// # Errors
+/// [`OpenError`]; nothing is left behind then.
+pub fn open(spec: &DiskSpec, setting: &Setting<'_>) -> Result<Opened, OpenError> {
+    if let Source::File(path) = &spec.source {
+        place::refuse_inside(path, setting.mountpoint, setting.mount_dev)?;
+    }
+    if let Some(dir) = &spec.overlay {
+        place::refuse_inside(dir, setting.mountpoint, setting.mount_dev)?;
+    }
+    let access = if spec.mode == Mode::ReadWrite {
+        Access::Write
+    } else {
+        Access::Read
+    };
+    let base = base::open(&spec.source, spec.format, access, spec.locking)?;
+    let bottom = Bottom::of(&base);
+    let owner = first_owner(spec, &bottom, setting);
+    let mut notes = notes_on_base(&base, setting);
+    match (&base.layer, &spec.overlay) {
+        (BaseLayer::Writer(layer), _) => {
+            let all = vec![Arc::clone(layer) as Arc<dyn Layer>];
+            let layers = Layers {
+                top: Top::Base(Arc::clone(layer)),
+                all,
+            };
+            let path = bottom.path().unwrap_or(Path::new("")).display().to_string();
+            let summary = format!("{}, writes go straight to '{path}'", format_size(base.size));
+            let disk = assemble(spec, Uuid::new_v4(), layers, bottom, owner);
+            Ok(Opened {
+                disk,
+                summary,
+                notes,
+            })
+        }
+        (BaseLayer::Reader(layer), _) if spec.mode == Mode::ReadOnly => {
+            let layers = Layers {
+                top: Top::Nothing,
+                all: vec![Arc::clone(layer)],
+            };
+            let disk = assemble(spec, Uuid::new_v4(), layers, bottom, owner);
+            Ok(Opened {
+                disk,
+                summary: format!("{}, read-only", format_size(base.size)),
+                notes,
+            })
+        }
+        (BaseLayer::Reader(layer), None) => {
+            let dir = keep::temporary_dir();
+            let size = spec.size.unwrap_or(base.size);
+            let block = spec.block.unwrap_or(DEFAULT_BLOCK);
+            let limit = size.min(base.size);
+            let overlay =
+                keep::temporary(&dir, block, size, limit, spec.limit).map_err(|error| {
+                    OpenError::Temporary {
+                        dir: dir.clone(),
+                        error,
+                    }
+                })?;
+            notes.extend(notes_on_overlay(&dir, setting));
+            let layers = stacked(overlay, layer);
+            let disk = assemble(spec, Uuid::new_v4(), layers, bottom, owner);
+            let summary = format!(
+                "{}, temporary overlay: changes end at umount ('cowslip keep' saves them)",
+                format_size(size)
+            );
+            Ok(Opened {
+                disk,
+                summary,
+                notes,
+            })
+        }
+        (BaseLayer::Reader(layer), Some(dir)) => {
+            let persistent = open_persistent(spec, dir, &base, &bottom, owner, setting)?;
+            notes.extend(notes_on_overlay(dir, setting));
+            let layer = Arc::clone(layer);
+            Ok(settle(spec, persistent, &layer, bottom, dir, notes))
+        }
+    }
+}
+
+fn stacked(overlay: Overlay, base: &Arc<dyn Layer>) -> Layers {
+    let overlay = Arc::new(overlay);
+    let all = vec![Arc::clone(&overlay) as Arc<dyn Layer>, Arc::clone(base)];
+    Layers {
+        top: Top::Overlay(overlay),
+        all,
+    }
+}
+
+/// The owner of a disk that was not mounted before: the one who mounts, and readable by whom the
+/// base is readable.
+fn first_owner(spec: &DiskSpec, bottom: &Bottom, setting: &Setting<'_>) -> Owner {
+    let readable = bottom.metadata().map_or(0, |found| found.mode() & 0o044);
+    let perm = if spec.mode == Mode::ReadOnly {
+        0o400
+    } else {
+        0o600
+    } | readable;
+    let perm = u16::try_from(perm).unwrap_or(0o600);
+    Owner {
+        uid: spec.uid.unwrap_or(setting.uid),
+        gid: spec.gid.unwrap_or(setting.gid),
+        perm: spec.perm.unwrap_or(perm),
+    }
+}
+
+fn assemble(spec: &DiskSpec, uuid: Uuid, layers: Layers, bottom: Bottom, owner: Owner) -> Disk {
+    let mtime = match (&layers.top, bottom.metadata()) {
+        (Top::Overlay(_), _) | (_, None) => now(),
+        (_, Some(found)) => mtime_of(&found),
+    };
+    let source = match bottom.path() {
+        Some(path) => path.display().to_string(),
+        None => format!("blank:{}", layers.size()),
+    };
+    Disk {
+        uuid,
+        mode: spec.mode,
+        source,
+        resize: spec.resize,
+        gate: RwLock::new(()),
+        layers: RwLock::new(Arc::new(layers)),
+        owner: Mutex::new(owner),
+        times: Times::new(mtime, false),
+        readers: AtomicU32::new(0),
+        writers: AtomicU32::new(0),
+        both: AtomicU32::new(0),
+        allocated: Mutex::new(None),
+        residence: Mutex::new(None),
+        overlay_dir: Mutex::new(None),
+        bottom,
+        recovered: Recovered::Clean,
+        pool: Arc::new(Pool::default()),
+        held: false.into(),
+        closed: false.into(),
+    }
+}
+
+/// A new stack of one layer over `bottom`.
+fn new_stack(uuid: Uuid, bottom: &Bottom, owner: Owner, block: u32) -> Result<Stack, OpenError> {
+    Ok(Stack {
+        version: VERSION,
+        uuid,
+        uid: owner.uid,
+        gid: owner.gid,
+        perm: owner.perm,
+        base: bottom.record()?,
+        layers: vec![LayerRecord {
+            uuid: Uuid::new_v4(),
+            block,
+        }],
+    })
+}
+
+fn in_overlay(dir: &Path) -> impl FnOnce(StackError) -> OpenError {
+    let dir = dir.to_owned();
+    move |error| OpenError::Overlay { dir, error }
+}
+
+fn open_persistent(
+    spec: &DiskSpec,
+    dir: &Path,
+    base: &Base,
+    bottom: &Bottom,
+    owner: Owner,
+    setting: &Setting<'_>,
+) -> Result<Persistent, OpenError> {
+    let place = Place { dir, layers: None };
+    if !persist::exists(dir).map_err(in_overlay(dir))? {
+        let size = spec.size.unwrap_or(base.size).min(LARGEST);
+        let stack = new_stack(
+            Uuid::new_v4(),
+            bottom,
+            owner,
+            spec.block.unwrap_or(DEFAULT_BLOCK),
+        )?;
+        let image = &Image::new(size, size.min(base.size));
+        let new = New {
+            stack,
+            image,
+            limit: spec.limit,
+        };
+        return persist::create(place, new).map_err(in_overlay(dir));
+    }
+    let found = persist::find(place).map_err(in_overlay(dir))?;
+    let mismatch = |why| {
+        Err(OpenError::Mismatch {
+            dir: dir.to_owned(),
+            why,
+        })
+    };
+    if let Some(why) = block_mismatch(spec, &found) {
+        return mismatch(why);
+    }
+    match base_mismatch(&found.stack.base, bottom)? {
+        Some(Misfit::Other(why)) => return mismatch(why),
+        Some(Misfit::Changed(why)) if setting.force => {
+            log::warn!(
+                "overlay '{}' {why}; used all the same (--force)",
+                dir.display()
+            );
+        }
+        Some(Misfit::Changed(why)) => {
+            return mismatch(format!(
+                "{why}: restore the base, or use --force and risk nonsense"
+            ));
+        }
+        None => {}
+    }
+    let mut persistent = found.open(spec.limit).map_err(in_overlay(dir))?;
+    let size = persistent.overlay.size();
+    if let Some(wanted) = spec.size.filter(|wanted| *wanted != size) {
+        let (has, wanted) = (format_size(size), format_size(wanted));
+        return mismatch(format!(
+            "presents {has}, not {wanted}: leave out size= and use truncate on the mounted file"
+        ));
+    }
+    adopt_owner(spec, &mut persistent).map_err(in_overlay(dir))?;
+    Ok(persistent)
+}
+
+/// What the spec says of the owner overrules what was kept, and is kept from now on.
+fn adopt_owner(spec: &DiskSpec, persistent: &mut Persistent) -> Result<(), StackError> {
+    let mut stack = persistent.home.stack.clone();
+    stack.uid = spec.uid.unwrap_or(stack.uid);
+    stack.gid = spec.gid.unwrap_or(stack.gid);
+    stack.perm = spec.perm.unwrap_or(stack.perm);
+    if stack == persistent.home.stack {
+        Ok(())
+    } else {
+        persistent.home.replace(stack)
+    }
+}
+
+fn block_mismatch(spec: &DiskSpec, found: &Found) -> Option<String> {
+    let wanted = spec.block.filter(|wanted| *wanted != found.block())?;
+    let (has, wanted) = (
+        format_size(found.block().into()),
+        format_size(wanted.into()),
+    );
+    Some(format!(
+        "has blocks of {has}, not {wanted}: leave out block=, it is fixed at creation"
+    ))
+}
+
+/// How a base does not fit its overlay.
+enum Misfit {
+    /// It is another one.
+    Other(String),
+    /// It is not what it was.
+    Changed(String),
+}
+
+fn base_mismatch(recorded: &BaseRecord, now: &Bottom) -> Result<Option<Misfit>, OpenError> {
+    let other = |was: String, is: String| {
+        Ok(Some(Misfit::Other(format!(
+            "is one of {was}, not of {is}: name the base it was made with"
+        ))))
+    };
+    let blank = |size: u64| format!("a blank disk of {}", format_size(size));
+    let named = |path: &Path| format!("'{}'", path.display());
+    match (recorded, now) {
+        (BaseRecord::Blank { size: was }, Bottom::Blank(is)) if was == is => Ok(None),
+        (BaseRecord::Blank { size: was }, Bottom::Blank(is)) => other(blank(*was), blank(*is)),
+        (BaseRecord::Blank { size }, Bottom::File { path, .. }) => other(blank(*size), named(path)),
+        (BaseRecord::File { path, .. }, Bottom::Blank(size)) => other(named(path), blank(*size)),
+        (
+            BaseRecord::File {
+                path: was,
+                identity,
+                ..
+            },
+            Bottom::File { path, file },
+        ) => {
+            if was != path && !is_same_file(was, file) {
+                return other(named(was), named(path));
+            }
+            let unreadable = |error| OpenError::Unreadable {
+                path: path.clone(),
+                error,
+            };
+            let is = Identity::of(file).map_err(unreadable)?;
+            let changed = identity.differences(&is);
+            Ok(changed.map(|what| {
+                Misfit::Changed(format!(
+                    "does not fit its base {} any more ({what})",
+                    named(path)
+                ))
+            }))
+        }
+    }
+}
+
+fn is_same_file(path: &Path, file: &File) -> bool {
+    let (Ok(there), Ok(here)) = (std::fs::metadata(path), file.metadata()) else {
+        return false;
+    };
+    (there.dev(), there.ino()) == (here.dev(), here.ino())
+}
+
+/// A disk over a persistent overlay, with the attributes that the overlay kept.
+fn settle(
+    spec: &DiskSpec,
+    persistent: Persistent,
+    base: &Arc<dyn Layer>,
+    bottom: Bottom,
+    dir: &Path,
+    mut notes: Vec<String>,
+) -> Opened {
+    let Persistent {
+        overlay,
+        recovered,
+        home,
+    } = persistent;
+    let stack = &home.stack;
+    let owner = Owner {
+        uid: stack.uid,
+        gid: stack.gid,
+        perm: stack.perm,
+    };
+    let (mtime, chosen) = last_mtime(&overlay, recovered);
+    let summary = format!(
+        "{}, overlay '{}' ({} changed)",
+        format_size(overlay.size()),
+        dir.display(),
+        format_size(overlay.usage().data)
+    );
+    match recovered {
+        Recovered::Clean => {}
+        Recovered::All => notes.push("recovered: the daemon had died, nothing is lost".to_owned()),
+        Recovered::Vouched { lost } => notes.push(format!(
+            "recovered as after a power cut: the disk is as it was at its last sync ({lost} later changes of its map are gone)"
+        )),
+    }
+    let mut disk = assemble(spec, stack.uuid, stacked(overlay, base), bottom, owner);
+    disk.times = Times::new(mtime, chosen);
+    disk.recovered = recovered;
+    disk.residence = Mutex::new(Some(home));
+    disk.overlay_dir = Mutex::new(Some(dir.to_owned()));
+    Opened {
+        disk,
+        summary,
+        notes,
+    }
+}
+
+/// The modification time to go on with. After a crash the data file may know a later write than
+/// the log does.
+fn last_mtime(overlay: &Overlay, recovered: Recovered) -> (Nanos, bool) {
+    let Some((mtime, stamp)) = overlay.mtime() else {
+        return (now(), false);
+    };
+    let data = overlay.first_file().and_then(|file| file.metadata().ok());
+    match (stamp, recovered, data) {
+        (Stamp::Chosen, ..) => (mtime, true),
+        (Stamp::Written, Recovered::All, Some(found)) => (mtime.max(mtime_of(&found)), false),
+        (Stamp::Written, ..) => (mtime, false),
+    }
+}
+
+/// The spec of a disk that lives in a store: an overlay over nothing.
+fn stored_spec(name: &str, size: u64) -> DiskSpec {
+    DiskSpec {
+        name: name.to_owned(),
+        source: Source::Blank(size),
+        mode: Mode::Cow,
+        format: None,
+        overlay: None,
+        block: None,
+        limit: None,
+        size: None,
+        resize: Resize::Follow,
+        uid: None,
+        gid: None,
+        perm: None,
+        locking: crate::spec::Locking::Qemu,
+    }
+}
+
+/// Opens a disk of a store.
+///
+/// # Errors
+/// [`OpenError`].
+pub fn open_stored(name: &str, place: Place<'_>) -> Result<Opened, OpenError> {
+    let found = persist::find(place).map_err(in_overlay(place.dir))?;
+    let BaseRecord::Blank { size } = found.stack.base else {
+        let why = "has a base, this version's stores hold only disks without one".to_owned();
+        return Err(OpenError::Mismatch {
+            dir: place.dir.to_owned(),
+            why,
+        });
+    };
+    let persistent = found.open(None).map_err(in_overlay(place.dir))?;
+    Ok(settle_stored(name, size, persistent, place.dir))
+}
+
+/// Makes an empty disk in a store.
+///
+/// # Errors
+/// [`OpenError`]; nothing is left behind then.
+pub fn create_blank(
+    name: &str,
+    uuid: Uuid,
+    place: Place<'_>,
+    owner: Owner,
+) -> Result<Opened, OpenError> {
+    let stack = new_stack(uuid, &Bottom::Blank(0), owner, DEFAULT_BLOCK)?;
+    let new = New {
+        stack,
+        image: &Image::new(0, 0),
+        limit: None,
+    };
+    let persistent = persist::create(place, new).map_err(in_overlay(place.dir))?;
+    Ok(settle_stored(name, 0, persistent, place.dir))
+}
+
+fn settle_stored(name: &str, size: u64, persistent: Persistent, dir: &Path) -> Opened {
+    let spec = stored_spec(name, size);
+    let base: Arc<dyn Layer> = Arc::new(base::blank::Blank::new(size));
+    settle(
+        &spec,
+        persistent,
+        &base,
+        Bottom::Blank(size),
+        dir,
+        Vec::new(),
+    )
+}
+
+/// What the base's file system cannot do.
+fn notes_on_base(base: &Base, setting: &Setting<'_>) -> Vec<String> {
+    let (Some(path), Some(file)) = (&base.path, &base.file) else {
+        return Vec::new();
+    };
+    let dir = path.parent().unwrap_or(Path::new("/")).to_owned();
+    let is_file = file.metadata().is_ok_and(|found| found.is_file());
+    if !is_file || !setting.looked_at.lock().insert(dir) {
+        return Vec::new();
+    }
+    match place::shows_holes(file) {
+        Ok(false) => {
+            vec!["the base's file system cannot tell holes: all of it counts as data".to_owned()]
+        }
+        Ok(true) | Err(_) => Vec::new(),
+    }
+}
+
+/// What the overlay's file system cannot do.
+fn notes_on_overlay(dir: &Path, setting: &Setting<'_>) -> Vec<String> {
+    // The overlay's own directory, with a mark so that a base beside it is looked at as well.
+    if !setting.looked_at.lock().insert(dir.join("overlay")) {
+        return Vec::new();
+    }
+    let Ok(found) = place::abilities(dir) else {
+        return Vec::new();
+    };
+    let mut notes: Vec<String> = found
+        .missing()
+        .into_iter()
+        .map(|what| format!("'{}' is on {}: {what}", dir.display(), found.fs.name))
+        .collect();
+    if found.fs.manner == Manner::Memory {
+        notes.push(format!(
+            "'{}' is in memory: changes use RAM and end with the machine",
+            dir.display()
+        ));
+    }
+    notes
+}
+
+impl Disk {
+    /// What its bottom is called in `status`.
+    #[must_use]
+    pub fn base_path(&self) -> Option<&Path> {
+        self.bottom.path()
+    }
+
+    pub(super) fn keep_in(&self, dir: &Path) -> Result<(), OpenError> {
+        let nothing = |why: &str| Err(OpenError::NothingToKeep(why.to_owned()));
+        let _gate = self.gate.write();
+        let layers = self.layers();
+        let Top::Overlay(overlay) = &layers.top else {
+            return nothing("the disk has no overlay: mode=ro and mode=rw have nothing to keep");
+        };
+        if let Some(dir) = self.overlay_dir() {
+            return nothing(&format!("the disk is kept already, in '{}'", dir.display()));
+        }
+        if persist::exists(dir).map_err(in_overlay(dir))? {
+            return Err(OpenError::Mismatch {
+                dir: dir.to_owned(),
+                why: "is there already: name a new directory".to_owned(),
+            });
+        }
+        let block = u32::try_from(overlay.block()).unwrap_or(DEFAULT_BLOCK);
+        let stack = new_stack(self.uuid, &self.bottom, self.owner(), block)?;
+        self.record_mtime(overlay);
+        let place = Place { dir, layers: None };
+        let Persistent { overlay, home, .. } =
+            keep::keep(overlay, place, stack).map_err(in_overlay(dir))?;
+        let below = layers.all.get(1).cloned();
+        let overlay = Arc::new(overlay);
+        let all = std::iter::once(Arc::clone(&overlay) as Arc<dyn Layer>)
+            .chain(below)
+            .collect();
+        *self.layers.write() = Arc::new(Layers {
+            top: Top::Overlay(overlay),
+            all,
+        });
+        let residence: Residence = home;
+        *self.residence.lock() = Some(residence);
+        *self.overlay_dir.lock() = Some(dir.to_owned());
+        Ok(())
+    }
+}

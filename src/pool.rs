@@ -1,0 +1,144 @@
+//! A few threads for what must not hold a FUSE worker: reads from a slow base, syncs, waiting for
+//! a lock.
+//!
+//! Every disk has its own pool, so a base that hangs holds threads of its disk and nobody else's.
+//! Threads are made when there is work and leave when there is none.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::thread;
+use std::time::Duration;
+
+use parking_lot::{Condvar, Mutex};
+
+/// Enough to keep a device busy and to let syncs and reads pass each other.
+const MOST_THREADS: usize = 8;
+/// How long a thread without work stays.
+const IDLE: Duration = Duration::from_secs(5);
+
+/// A piece of work.
+pub type Job = Box<dyn FnOnce() + Send>;
+
+/// A bounded set of threads that work off a queue.
+#[derive(Default)]
+pub struct Pool {
+    state: Mutex<State>,
+    more: Condvar,
+    less: Condvar,
+}
+
+#[derive(Default)]
+struct State {
+    queue: VecDeque<Job>,
+    threads: usize,
+    idle: usize,
+    stopping: bool,
+}
+
+impl Pool {
+    /// Has `job` run by one of the pool's threads, soon.
+    pub fn run(self: &Arc<Self>, job: Job) {
+        let mut state = self.state.lock();
+        state.queue.push_back(job);
+        if state.idle >= state.queue.len() || state.threads >= MOST_THREADS {
+            drop(state);
+            self.more.notify_one();
+            return;
+        }
+        state.threads += 1;
+        drop(state);
+        let pool = Arc::clone(self);
+        let made = thread::Builder::new()
+            .name("cowslip-io".to_owned())
+            .spawn(move || pool.work());
+        if let Err(error) = made {
+            log::error!("no thread for a disk's work: {error}");
+            self.without_thread();
+        }
+    }
+
+    /// A thread could not be made: when there is none at all, the caller does the work.
+    fn without_thread(self: &Arc<Self>) {
+        let job = {
+            let mut state = self.state.lock();
+            state.threads -= 1;
+            if state.threads == 0 {
+                state.queue.pop_front()
+            } else {
+                None
+            }
+        };
+        if let Some(job) = job {
+            job();
+        }
+    }
+
+    fn work(&self) {
+        let mut state = self.state.lock();
+        loop {
+            if let Some(job) = state.queue.pop_front() {
+                drop(state);
+                job();
+                state = self.state.lock();
+                continue;
+            }
+            if state.stopping {
+                break;
+            }
+            state.idle += 1;
+            let waited = self.more.wait_for(&mut state, IDLE);
+            state.idle -= 1;
+            if waited.timed_out() && state.queue.is_empty() {
+                break;
+            }
+        }
+        state.threads -= 1;
+        self.less.notify_all();
+    }
+
+    /// Lets the threads finish what is queued and leave; returns whether all did within
+    /// `patience`. One that hangs in the host's kernel cannot be joined.
+    pub fn stop(&self, patience: Duration) -> bool {
+        let mut state = self.state.lock();
+        state.stopping = true;
+        self.more.notify_all();
+        !self
+            .less
+            .wait_while_for(&mut state, |state| state.threads > 0, patience)
+            .timed_out()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc;
+
+    use super::*;
+
+    #[test]
+    fn a_job_that_hangs_does_not_hold_the_next() {
+        let pool = Arc::new(Pool::default());
+        let (release, released) = mpsc::channel::<()>();
+        let (tell, told) = mpsc::channel();
+        pool.run(Box::new(move || released.recv().unwrap()));
+        pool.run(Box::new(move || tell.send(7).unwrap()));
+        assert_eq!(told.recv(), Ok(7));
+        assert!(!pool.stop(Duration::from_millis(20)));
+        release.send(()).unwrap();
+        assert!(pool.stop(Duration::from_secs(10)));
+    }
+
+    #[test]
+    fn more_jobs_than_threads_are_all_done() {
+        let pool = Arc::new(Pool::default());
+        let (tell, told) = mpsc::channel();
+        for number in 0..1000 {
+            let tell = tell.clone();
+            pool.run(Box::new(move || tell.send(number).unwrap()));
+        }
+        drop(tell);
+        let mut all: Vec<i32> = told.iter().collect();
+        all.sort_unstable();
+        assert_eq!(all, (0..1000).collect::<Vec<_>>());
+    }
+}

@@ -1,0 +1,256 @@
+//! The directory behind `--store`: disks that are made, renamed and removed in the mount.
+//!
+//! ```text
+//!   STORE/names/NAME -> ../disks/UUID      what the mount shows; one rename(2) renames a disk
+//!   STORE/disks/UUID/stack                 which layers make it
+//!   STORE/layers/UUID/{data,log}           the layers
+//! ```
+//!
+//! A disk exists when a name leads to it. Its files are made before the name and removed after it,
+//! each durable before the next; what a crash leaves without a name is swept at the next mount.
+
+use std::collections::HashSet;
+use std::fs::{self, File};
+use std::io;
+use std::path::{Path, PathBuf};
+
+use rustix::fs::FlockOperation;
+use uuid::Uuid;
+
+use crate::disk::{self, OpenError, Opened, Owner};
+use crate::overlay::persist::Place;
+use crate::overlay::stack::{Stack, open_dir};
+
+/// A store that this process has to itself.
+pub struct Store {
+    dir: PathBuf,
+    names: File,
+    /// Unlocked when it is closed.
+    _lock: File,
+}
+
+/// Why a store cannot be used; each is one line for the user.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    /// The host said no.
+    #[error("store '{}': {what}: {error}", dir.display())]
+    Io {
+        /// The store.
+        dir: PathBuf,
+        /// What was being done.
+        what: &'static str,
+        /// The host's answer.
+        error: io::Error,
+    },
+    /// Another mount has it.
+    #[error("store '{}' is in use by another cowslip mount: unmount that first", .0.display())]
+    InUse(PathBuf),
+    /// It holds other things.
+    #[error("'{}' is no store and not empty: name an empty or a new directory", .0.display())]
+    NotAStore(PathBuf),
+    /// One of its disks.
+    #[error("disk '{name}' of the store: {error}")]
+    Disk {
+        /// Its name.
+        name: String,
+        /// What is wrong with it.
+        error: OpenError,
+    },
+}
+
+impl Store {
+    /// Opens the store at `dir`, making it when there is none.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub fn open(dir: &Path) -> Result<Self, StoreError> {
+        let io = |what| {
+            move |error| StoreError::Io {
+                dir: dir.to_owned(),
+                what,
+                error,
+            }
+        };
+        if !dir.join("names").is_dir() {
+            let is_other = fs::read_dir(dir).is_ok_and(|mut entries| entries.next().is_some());
+            if is_other {
+                return Err(StoreError::NotAStore(dir.to_owned()));
+            }
+        }
+        for name in ["layers", "disks", "names"] {
+            fs::create_dir_all(dir.join(name)).map_err(io("making its directories"))?;
+        }
+        let lock = open_dir(dir).map_err(io("opening it"))?;
+        match rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => {}
+            Err(rustix::io::Errno::WOULDBLOCK) => return Err(StoreError::InUse(dir.to_owned())),
+            Err(error) => return Err(io("locking it")(error.into())),
+        }
+        lock.sync_all().map_err(io("making its directories"))?;
+        let names = open_dir(&dir.join("names")).map_err(io("opening its names"))?;
+        let store = Self {
+            dir: dir.to_owned(),
+            names,
+            _lock: lock,
+        };
+        store.sweep().map_err(io("sweeping what has no name"))?;
+        Ok(store)
+    }
+
+    /// The store's directory.
+    #[must_use]
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    fn disk_dir(&self, uuid: &Uuid) -> PathBuf {
+        self.dir.join("disks").join(uuid.to_string())
+    }
+
+    fn target_of(&self, name: &str) -> Option<Uuid> {
+        let target = fs::read_link(self.dir.join("names").join(name)).ok()?;
+        Uuid::parse_str(target.file_name()?.to_str()?).ok()
+    }
+
+    /// Every name and the disk it leads to.
+    fn targets(&self) -> io::Result<Vec<(String, Uuid)>> {
+        let mut all = Vec::new();
+        for entry in fs::read_dir(self.dir.join("names"))? {
+            let Ok(name) = entry?.file_name().into_string() else {
+                continue;
+            };
+            if let Some(uuid) = self.target_of(&name) {
+                all.push((name, uuid));
+            }
+        }
+        all.sort();
+        Ok(all)
+    }
+
+    /// Removes disks without a name and layers without a disk: what a crash left behind.
+    fn sweep(&self) -> io::Result<()> {
+        let named: HashSet<Uuid> = self.targets()?.into_iter().map(|(_, uuid)| uuid).collect();
+        let mut layers = HashSet::new();
+        for entry in fs::read_dir(self.dir.join("disks"))? {
+            let path = entry?.path();
+            let uuid = path
+                .file_name()
+                .and_then(|name| Uuid::parse_str(name.to_str()?).ok());
+            if uuid.is_some_and(|uuid| named.contains(&uuid)) {
+                // One that cannot be read keeps all layers: nothing is guessed.
+                let Ok(stack) = open_dir(&path)
+                    .map_err(|_| ())
+                    .and_then(|dir| Stack::read(&dir).map_err(|_| ()))
+                else {
+                    return Ok(());
+                };
+                layers.extend(stack.layers.into_iter().map(|layer| layer.uuid.to_string()));
+            } else {
+                fs::remove_dir_all(&path)?;
+            }
+        }
+        for entry in fs::read_dir(self.dir.join("layers"))? {
+            let entry = entry?;
+            if !entry
+                .file_name()
+                .to_str()
+                .is_some_and(|name| layers.contains(name))
+            {
+                fs::remove_dir_all(entry.path())?;
+            }
+        }
+        Ok(())
+    }
+
+    fn with_place<T>(&self, uuid: &Uuid, use_it: impl FnOnce(Place<'_>) -> T) -> T {
+        let (dir, layers) = (self.disk_dir(uuid), self.dir.join("layers"));
+        use_it(Place {
+            dir: &dir,
+            layers: Some(&layers),
+        })
+    }
+
+    /// Opens every disk.
+    ///
+    /// # Errors
+    /// [`StoreError`]: the first disk that cannot be opened.
+    pub fn disks(&self) -> Result<Vec<(String, Opened)>, StoreError> {
+        let listed = self.targets().map_err(|error| StoreError::Io {
+            dir: self.dir.clone(),
+            what: "reading its names",
+            error,
+        })?;
+        let open = |(name, uuid): (String, Uuid)| match self
+            .with_place(&uuid, |place| disk::open_stored(&name, place))
+        {
+            Ok(opened) => Ok((name, opened)),
+            Err(error) => Err(StoreError::Disk { name, error }),
+        };
+        listed.into_iter().map(open).collect()
+    }
+
+    /// Makes an empty disk and gives it its name, durably.
+    ///
+    /// # Errors
+    /// [`StoreError`]; nothing is left behind then.
+    pub fn create(&self, name: &str, owner: Owner) -> Result<Opened, StoreError> {
+        let uuid = Uuid::new_v4();
+        let opened = self
+            .with_place(&uuid, |place| disk::create_blank(name, uuid, place, owner))
+            .map_err(|error| StoreError::Disk {
+                name: name.to_owned(),
+                error,
+            })?;
+        let target = Path::new("../disks").join(uuid.to_string());
+        let named = rustix::fs::symlinkat(target, &self.names, name)
+            .map_err(io::Error::from)
+            .and_then(|()| self.names.sync_all());
+        if let Err(error) = named {
+            self.discard(&uuid);
+            let dir = self.dir.clone();
+            return Err(StoreError::Io {
+                dir,
+                what: "naming a new disk",
+                error,
+            });
+        }
+        Ok(opened)
+    }
+
+    /// Takes the name away, durably; the disk's files stay until [`discard`](Self::discard).
+    ///
+    /// # Errors
+    /// The host's errno.
+    pub fn remove_name(&self, name: &str) -> io::Result<()> {
+        rustix::fs::unlinkat(&self.names, name, rustix::fs::AtFlags::empty())?;
+        self.names.sync_all()
+    }
+
+    /// Renames a disk, over another one if there is one, durably.
+    ///
+    /// # Errors
+    /// The host's errno.
+    pub fn rename(&self, from: &str, to: &str) -> io::Result<()> {
+        rustix::fs::renameat(&self.names, from, &self.names, to)?;
+        self.names.sync_all()
+    }
+
+    /// Removes the files of a disk that no name leads to and nobody has open.
+    pub fn discard(&self, uuid: &Uuid) {
+        let dir = self.disk_dir(uuid);
+        let stack = open_dir(&dir).ok().and_then(|dir| Stack::read(&dir).ok());
+        let layers = stack.map(|stack| stack.layers).unwrap_or_default();
+        // First the stack that names the layers: what is left over is swept at the next mount.
+        let mut removed = fs::remove_dir_all(&dir);
+        for layer in layers {
+            let path = self.dir.join("layers").join(layer.uuid.to_string());
+            removed = removed.and(fs::remove_dir_all(path));
+        }
+        if let Err(error) = removed {
+            log::warn!(
+                "files of a removed disk are left in '{}': {error}",
+                self.dir.display()
+            );
+        }
+    }
+}
