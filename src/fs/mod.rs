@@ -1,0 +1,972 @@
+//! The FUSE adapter: decode, call, reply. With `mount` the only code that names `fuser`.
+//!
+//! A worker asks with [`Wait::No`]; what would have to wait goes to the pool of its disk
+//! (`parked`), so a slow base holds no worker. Invalidations of the kernel's cache are sent by pool
+//! threads as well, never from a handler: the kernel may need a free worker to carry one out.
+
+mod attr;
+mod handle;
+mod parked;
+
+use std::ffi::OsStr;
+use std::io;
+use std::sync::{Arc, OnceLock};
+use std::time::SystemTime;
+
+use fuser::{
+    AccessFlags, BsdFileFlags, CopyFileRangeFlags, Errno, FileHandle, FileType, Filesystem,
+    FopenFlags, Generation, INodeNo, InitFlags, KernelConfig, LockOwner, Notifier, OpenFlags,
+    RenameFlags, ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty,
+    ReplyEntry, ReplyLseek, ReplyOpen, ReplyStatfs, ReplyWrite, Request, TimeOrNow, WriteFlags,
+};
+
+use self::attr::TTL;
+use self::handle::{Handle, Handles};
+pub use self::parked::Deadlines;
+use self::parked::{Bound, Refuse};
+use crate::catalog::{CONTROL, Catalog, LONGEST_NAME, Over};
+use crate::control::{Control, MapText, Session, Spot};
+use crate::disk::{Access, Change, Disk, Keep, Owner, Whence};
+use crate::host::errno;
+use crate::layer::Wait;
+use crate::pool::Pool;
+use crate::spec::{Cache, Mode};
+use crate::{disk, journal};
+
+/// The root's inode number.
+const ROOT: u64 = 1;
+/// 1 MiB: the largest request the kernel sends (its limit of pages in one).
+const LARGEST_REQUEST: u32 = 1 << 20;
+/// Requests the kernel keeps in flight for its own read-ahead and asynchronous I/O.
+const BACKGROUND: u16 = 128;
+/// The most bytes one copy_file_range may answer: its reply has 32 bits, its users take signed ones.
+const LARGEST_COPY: u64 = (1 << 31) - (1 << 20);
+
+/// Set-id bits are never kept: the mount is `nosuid`, and so no write has any to clear.
+const PERMISSIONS: u32 = 0o1777;
+
+thread_local! {
+    /// Each worker's buffer for reads, kept between requests.
+    static BUFFER: std::cell::RefCell<Vec<u8>> = const { std::cell::RefCell::new(Vec::new()) };
+}
+
+/// What the adapter shares with the mount around it.
+pub struct Shared {
+    /// Names and disks.
+    pub catalog: Arc<Catalog>,
+    /// The `.cowslip` directory.
+    pub control: Arc<Control>,
+    /// Requests that must not wait for ever.
+    pub deadlines: Deadlines,
+    /// Sends invalidations; there once the kernel has said hello.
+    pub notifier: OnceLock<Notifier>,
+    /// Threads for what belongs to no disk.
+    pub pool: Arc<Pool>,
+    /// How the kernel's cache is used.
+    pub cache: Cache,
+    /// Who mounted.
+    pub owner: (u32, u32),
+    /// When that was.
+    pub mounted: SystemTime,
+}
+
+/// The file system that the kernel talks to.
+pub struct CowslipFs {
+    shared: Arc<Shared>,
+    handles: Arc<Handles>,
+}
+
+/// The name as text; no disk has another.
+fn text(name: &OsStr) -> io::Result<&str> {
+    name.to_str().ok_or_else(|| errno(libc::EINVAL))
+}
+
+fn is_busy<T>(result: &io::Result<T>) -> bool {
+    result
+        .as_ref()
+        .is_err_and(|error| error.raw_os_error() == Some(libc::EAGAIN))
+}
+
+fn is_sync(flags: OpenFlags) -> bool {
+    // O_SYNC holds the bit of O_DSYNC.
+    flags.0 & libc::O_DSYNC != 0
+}
+
+impl CowslipFs {
+    /// The adapter of a mount.
+    #[must_use]
+    pub fn new(shared: Arc<Shared>) -> Self {
+        Self {
+            shared,
+            handles: Arc::default(),
+        }
+    }
+
+    fn catalog(&self) -> &Catalog {
+        &self.shared.catalog
+    }
+
+    fn disk(&self, ino: INodeNo) -> io::Result<Arc<Disk>> {
+        self.catalog()
+            .inode(ino.0)
+            .ok_or_else(|| errno(libc::ENOENT))
+    }
+
+    fn disk_of(&self, handle: FileHandle) -> io::Result<Arc<Disk>> {
+        match self.handles.find(handle).as_deref() {
+            Some(Handle::Disk { disk, .. }) => Ok(Arc::clone(disk)),
+            Some(_) => Err(errno(libc::EINVAL)),
+            None => Err(errno(libc::EBADF)),
+        }
+    }
+
+    /// Runs `work` here without waiting, and in the disk's pool when it would have to wait.
+    fn now_or_later<R: Refuse, T: 'static>(
+        &self,
+        disk: &Arc<Disk>,
+        reply: R,
+        work: impl Fn(&Disk, Wait) -> io::Result<T> + Send + 'static,
+        send: impl FnOnce(R, T) + Send + 'static,
+    ) {
+        let result = work(disk, Wait::No);
+        if is_busy(&result) {
+            let there = Arc::clone(disk);
+            let work = move || work(&there, Wait::Yes);
+            self.shared
+                .deadlines
+                .later(disk, Bound::Base, reply, work, send);
+            return;
+        }
+        match result {
+            Ok(value) => send(reply, value),
+            Err(error) => reply.refuse(error.into()),
+        }
+    }
+
+    /// Runs `work` in the disk's pool, however long it takes.
+    fn later<R: Refuse, T: 'static>(
+        &self,
+        disk: &Arc<Disk>,
+        reply: R,
+        work: impl FnOnce(&Disk) -> io::Result<T> + Send + 'static,
+        send: impl FnOnce(R, T) + Send + 'static,
+    ) {
+        let there = Arc::clone(disk);
+        self.shared
+            .deadlines
+            .later(disk, Bound::Open, reply, move || work(&there), send);
+    }
+
+    /// Whether the kernel may hold dirty pages of the disk that we have not seen.
+    fn may_have_dirty_pages(&self, disk: &Disk) -> bool {
+        disk.may_be_mapped() || self.shared.cache == Cache::Writeback && disk.has_writers()
+    }
+
+    /// Drops what the kernel has cached of `len` bytes at `offset` (0: of everything), writing
+    /// dirty pages back first. Only from a pool thread.
+    fn invalidate(shared: &Shared, disk: &Disk, offset: u64, len: u64) {
+        let Some(notifier) = shared.notifier.get() else {
+            return;
+        };
+        let (offset, len) = (offset.cast_signed(), len.cast_signed());
+        if let Err(error) = notifier.inval_inode(INodeNo(disk.ino()), offset, len) {
+            log::debug!("the kernel's cache is not invalidated: {error}");
+        }
+    }
+
+    /// What follows a write of `len` bytes at `offset` before it is answered: a sync when the
+    /// handle asks for one, an invalidation when somebody reads through the cache.
+    fn after_write(
+        &self,
+        disk: &Arc<Disk>,
+        written: (u64, u64),
+        sync: bool,
+        reply: ReplyWrite,
+        answer: u32,
+    ) {
+        let cached = disk.has_cached_readers() && self.shared.cache == Cache::Auto;
+        if !sync && !cached {
+            return reply.written(answer);
+        }
+        let shared = Arc::clone(&self.shared);
+        let work = move |disk: &Disk| {
+            if cached {
+                Self::invalidate(&shared, disk, written.0, written.1);
+            }
+            if sync { disk.sync() } else { Ok(()) }
+        };
+        self.later(disk, reply, work, move |reply, ()| reply.written(answer));
+    }
+
+    fn open_spot(&self, spot: Spot) -> io::Result<Handle> {
+        let gone = || errno(libc::ENOENT);
+        let control = &self.shared.control;
+        Ok(match spot {
+            Spot::Status => Handle::Text(control.status()),
+            Spot::Log => Handle::Log(journal::oldest()),
+            Spot::DiskStatus(slot) => {
+                let (name, entry) = self.catalog().slot(slot).ok_or_else(gone)?;
+                Handle::Text(control.disk_status(&name, &entry))
+            }
+            Spot::DiskMap(slot) => {
+                let disk = Arc::clone(&self.catalog().slot(slot).ok_or_else(gone)?.1.disk);
+                Handle::Map {
+                    text: Arc::new(MapText::new(Arc::clone(&disk))),
+                    disk,
+                }
+            }
+            Spot::Ctl | Spot::DiskCtl(_) => Handle::Ctl {
+                session: Arc::new(Session::default()),
+                spot,
+            },
+            Spot::Directory | Spot::Disk(_) => return Err(errno(libc::EISDIR)),
+        })
+    }
+
+    /// Has the mount's own pool answer a request that belongs to no disk.
+    fn aside<R: Refuse, T: 'static>(
+        &self,
+        reply: R,
+        work: impl FnOnce(&Shared) -> io::Result<T> + Send + 'static,
+        send: impl FnOnce(R, T) + Send + 'static,
+    ) {
+        let shared = Arc::clone(&self.shared);
+        self.shared.pool.run(Box::new(move || match work(&shared) {
+            Ok(value) => send(reply, value),
+            Err(error) => reply.refuse(error.into()),
+        }));
+    }
+
+    /// A read of a control file.
+    fn read_control(&self, handle: &Handle, offset: u64, size: u32, reply: ReplyData) {
+        let len = size as usize;
+        match handle {
+            Handle::Text(text) => {
+                let start = usize::try_from(offset)
+                    .unwrap_or(usize::MAX)
+                    .min(text.len());
+                reply.data(&text[start..text.len().min(start + len)]);
+            }
+            Handle::Log(start) => reply.data(&journal::read(start + offset, len)),
+            Handle::Map { text, disk } => {
+                let text = Arc::clone(text);
+                let work = move |_: &Disk| text.read(offset, len);
+                self.later(disk, reply, work, |reply, bytes| reply.data(&bytes));
+            }
+            Handle::Ctl { session, .. } => {
+                let session = Arc::clone(session);
+                self.aside(
+                    reply,
+                    move |_| Ok(session.read(len)),
+                    |reply, bytes: Vec<u8>| {
+                        reply.data(&bytes);
+                    },
+                );
+            }
+            Handle::Directory(_) | Handle::Disk { .. } => reply.error(Errno::EISDIR),
+        }
+    }
+
+    /// A write to a control file.
+    fn write_control(&self, handle: &Handle, data: &[u8]) -> io::Result<u32> {
+        let Handle::Ctl { session, spot } = handle else {
+            return Err(errno(libc::EACCES));
+        };
+        let pool = match spot {
+            Spot::DiskCtl(slot) => {
+                let (_, entry) = self
+                    .catalog()
+                    .slot(*slot)
+                    .ok_or_else(|| errno(libc::ENOENT))?;
+                Arc::clone(entry.disk.pool())
+            }
+            _ => Arc::clone(&self.shared.pool),
+        };
+        session.request(&self.shared.control, *spot, data, |job| pool.run(job))?;
+        u32::try_from(data.len()).map_err(|_| errno(libc::EINVAL))
+    }
+
+    /// A directory's entries, `.cowslip` itself left out.
+    fn listing(&self, ino: u64) -> io::Result<Vec<(String, u64, FileType)>> {
+        let mut all = vec![
+            (".".to_owned(), ino, FileType::Directory),
+            ("..".to_owned(), ROOT, FileType::Directory),
+        ];
+        if ino == ROOT {
+            let disks = self.catalog().list().into_iter();
+            all.extend(disks.map(|(name, entry)| (name, entry.disk.ino(), FileType::RegularFile)));
+            return Ok(all);
+        }
+        let spot = Spot::of(ino).filter(|spot| spot.is_directory());
+        let spot = spot.ok_or_else(|| errno(libc::ENOTDIR))?;
+        let kind = |spot: Spot| {
+            if spot.is_directory() {
+                FileType::Directory
+            } else {
+                FileType::RegularFile
+            }
+        };
+        let children = spot.children(self.catalog()).into_iter();
+        all.extend(children.map(|(name, spot)| (name, spot.ino(), kind(spot))));
+        Ok(all)
+    }
+
+    fn set_attributes(
+        disk: &Disk,
+        owner: Option<Owner>,
+        size: Option<u64>,
+        times: (Option<SystemTime>, Option<SystemTime>),
+        wait: Wait,
+    ) -> io::Result<disk::Attributes> {
+        if disk.mode == Mode::ReadOnly && (owner.is_some() || size.is_some()) {
+            return Err(errno(libc::EROFS));
+        }
+        if let Some(size) = size {
+            disk.set_size(size, wait)?;
+        }
+        if let Some(owner) = owner {
+            disk.set_owner(owner)?;
+        }
+        if times != (None, None) {
+            disk.set_times(times.0, times.1);
+        }
+        disk.attributes(wait)
+    }
+}
+
+/// Opens a disk: readers through the kernel's cache, writers past it.
+fn open_disk(
+    handles: &Handles,
+    cache: Cache,
+    disk: Arc<Disk>,
+    flags: OpenFlags,
+) -> (FileHandle, FopenFlags) {
+    let access = match flags.0 & libc::O_ACCMODE {
+        libc::O_RDONLY => Access::Read,
+        libc::O_WRONLY => Access::Write,
+        _ => Access::ReadWrite,
+    };
+    let cached = match cache {
+        Cache::Auto => access == Access::Read,
+        Cache::None => false,
+        Cache::Writeback => true,
+    };
+    disk.opened(access);
+    let handle = handles.add(Handle::Disk { disk, access });
+    let direct = FopenFlags::FOPEN_DIRECT_IO | FopenFlags::FOPEN_PARALLEL_DIRECT_WRITES;
+    // What is cached stays right: every change comes through this mount.
+    (
+        handle,
+        if cached {
+            FopenFlags::FOPEN_KEEP_CACHE
+        } else {
+            direct
+        },
+    )
+}
+
+/// What fallocate(2)'s mode asks for.
+fn decode_change(mode: i32) -> Option<(Change, Keep)> {
+    let keep = if mode & libc::FALLOC_FL_KEEP_SIZE != 0 {
+        Keep::Size
+    } else {
+        Keep::Nothing
+    };
+    match mode & !libc::FALLOC_FL_KEEP_SIZE {
+        0 => Some((Change::Allocate, keep)),
+        libc::FALLOC_FL_PUNCH_HOLE if keep == Keep::Size => Some((Change::Punch, keep)),
+        libc::FALLOC_FL_ZERO_RANGE => Some((Change::Zero, keep)),
+        _ => None,
+    }
+}
+
+fn moment(time: Option<TimeOrNow>) -> Option<SystemTime> {
+    time.map(|time| match time {
+        TimeOrNow::SpecificTime(time) => time,
+        TimeOrNow::Now => SystemTime::now(),
+    })
+}
+
+impl Filesystem for CowslipFs {
+    fn init(&mut self, _: &Request, config: &mut KernelConfig) -> io::Result<()> {
+        let mut wanted = vec![
+            InitFlags::FUSE_ASYNC_DIO,
+            InitFlags::FUSE_PARALLEL_DIROPS,
+            InitFlags::FUSE_DIRECT_IO_ALLOW_MMAP,
+            InitFlags::FUSE_DO_READDIRPLUS,
+            InitFlags::FUSE_READDIRPLUS_AUTO,
+            // Without it the kernel asks for `security.capability` at every buffered write.
+            InitFlags::FUSE_HANDLE_KILLPRIV_V2,
+        ];
+        if self.shared.cache == Cache::Writeback {
+            wanted.push(InitFlags::FUSE_WRITEBACK_CACHE);
+        }
+        for flag in wanted {
+            if config.add_capabilities(flag).is_err() {
+                log::info!("this kernel's FUSE has no {flag:?}");
+            }
+        }
+        // Each answers with the limit when it is asked for more than that.
+        let _ = config.set_max_write(LARGEST_REQUEST);
+        if let Err(most) = config.set_max_readahead(LARGEST_REQUEST) {
+            let _ = config.set_max_readahead(most);
+        }
+        let _ = config.set_max_background(BACKGROUND);
+        Ok(())
+    }
+
+    fn lookup(&self, _: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
+        let Ok(name) = text(name) else {
+            return reply.error(Errno::ENOENT);
+        };
+        if parent.0 != ROOT {
+            let spot = Spot::of(parent.0).and_then(|spot| spot.child(name, self.catalog()));
+            return match spot.and_then(|spot| self.spot_attr(spot)) {
+                Some(attr) => reply.entry(&TTL, &attr, Generation(0)),
+                None => reply.error(Errno::ENOENT),
+            };
+        }
+        if name == CONTROL {
+            return match self.spot_attr(Spot::Directory) {
+                Some(attr) => reply.entry(&TTL, &attr, Generation(0)),
+                None => reply.error(Errno::ENOENT),
+            };
+        }
+        let Some(entry) = self.catalog().named(name) else {
+            return reply.error(Errno::ENOENT);
+        };
+        let ino = entry.disk.ino();
+        self.now_or_later(&entry.disk, reply, Disk::attributes, move |reply, found| {
+            reply.entry(&TTL, &attr::of_disk(ino, &found), Generation(0));
+        });
+    }
+
+    fn forget(&self, _: &Request, _: INodeNo, _: u64) {
+        // An inode lives as long as its name or a handle: there is nothing to count.
+    }
+
+    fn getattr(&self, _: &Request, ino: INodeNo, _: Option<FileHandle>, reply: ReplyAttr) {
+        if ino.0 == ROOT {
+            return reply.attr(&TTL, &self.root_attr());
+        }
+        if let Some(spot) = Spot::of(ino.0) {
+            return match self.spot_attr(spot) {
+                Some(attr) => reply.attr(&TTL, &attr),
+                None => reply.error(Errno::ENOENT),
+            };
+        }
+        match self.disk(ino) {
+            Ok(disk) => self.now_or_later(&disk, reply, Disk::attributes, move |reply, found| {
+                reply.attr(&TTL, &attr::of_disk(ino.0, &found));
+            }),
+            Err(error) => reply.error(error.into()),
+        }
+    }
+
+    fn setattr(
+        &self,
+        _: &Request,
+        ino: INodeNo,
+        mode: Option<u32>,
+        uid: Option<u32>,
+        gid: Option<u32>,
+        size: Option<u64>,
+        atime: Option<TimeOrNow>,
+        mtime: Option<TimeOrNow>,
+        _: Option<SystemTime>,
+        _: Option<FileHandle>,
+        _: Option<SystemTime>,
+        _: Option<SystemTime>,
+        _: Option<SystemTime>,
+        _: Option<BsdFileFlags>,
+        reply: ReplyAttr,
+    ) {
+        let disk = match self.disk(ino) {
+            Ok(disk) => disk,
+            // A control file is always empty to begin with: `>` truncates it for nothing.
+            Err(_) if Spot::of(ino.0).is_some_and(|spot| !spot.is_directory()) => {
+                return self.getattr_of_spot(ino, reply);
+            }
+            Err(_) => return reply.error(Errno::EPERM),
+        };
+        let old = disk.owner();
+        let owner = Owner {
+            uid: uid.unwrap_or(old.uid),
+            gid: gid.unwrap_or(old.gid),
+            perm: mode.map_or(old.perm, |mode| {
+                u16::try_from(mode & PERMISSIONS).unwrap_or(old.perm)
+            }),
+        };
+        let owner = (owner != old).then_some(owner);
+        let times = (moment(atime), moment(mtime));
+        let send = move |reply: ReplyAttr, found: disk::Attributes| {
+            reply.attr(&TTL, &attr::of_disk(ino.0, &found));
+        };
+        if owner.is_some() {
+            // It is written durably.
+            let work = move |disk: &Disk| Self::set_attributes(disk, owner, size, times, Wait::Yes);
+            return self.later(&disk, reply, work, send);
+        }
+        if size == Some(0) && disk.is_fixed() {
+            // The kernel sees no new size and would keep what it has cached.
+            let shared = Arc::clone(&self.shared);
+            let work = move |disk: &Disk| {
+                let found = Self::set_attributes(disk, None, size, times, Wait::Yes)?;
+                Self::invalidate(&shared, disk, 0, 0);
+                Ok(found)
+            };
+            return self.later(&disk, reply, work, send);
+        }
+        let work = move |disk: &Disk, wait| Self::set_attributes(disk, None, size, times, wait);
+        self.now_or_later(&disk, reply, work, send);
+    }
+
+    fn open(&self, _: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
+        if let Some(spot) = Spot::of(ino.0) {
+            return match self.open_spot(spot) {
+                Ok(handle) => {
+                    let flags = FopenFlags::FOPEN_DIRECT_IO;
+                    reply.opened(self.handles.add(handle), flags);
+                }
+                Err(error) => reply.error(error.into()),
+            };
+        }
+        let disk = match self.disk(ino) {
+            Ok(disk) => disk,
+            Err(error) => return reply.error(error.into()),
+        };
+        if disk.mode == Mode::ReadOnly && flags.0 & libc::O_ACCMODE != libc::O_RDONLY {
+            return reply.error(Errno::EROFS);
+        }
+        let (handle, flags) = open_disk(&self.handles, self.shared.cache, disk, flags);
+        reply.opened(handle, flags);
+    }
+
+    fn read(
+        &self,
+        _: &Request,
+        _: INodeNo,
+        fh: FileHandle,
+        offset: u64,
+        size: u32,
+        _: OpenFlags,
+        _: Option<LockOwner>,
+        reply: ReplyData,
+    ) {
+        let Some(handle) = self.handles.find(fh) else {
+            return reply.error(Errno::EBADF);
+        };
+        let Handle::Disk { disk, .. } = &*handle else {
+            return self.read_control(&handle, offset, size, reply);
+        };
+        let len = size as usize;
+        BUFFER.with_borrow_mut(|buffer| {
+            if buffer.len() < len {
+                buffer.resize(len, 0);
+            }
+            let result = disk.read(&mut buffer[..len], offset, Wait::No);
+            if !is_busy(&result) {
+                return match result {
+                    Ok(got) => reply.data(&buffer[..got]),
+                    Err(error) => reply.error(error.into()),
+                };
+            }
+            let there = Arc::clone(disk);
+            let work = move || {
+                let mut buffer = vec![0; len];
+                let got = there.read(&mut buffer, offset, Wait::Yes)?;
+                buffer.truncate(got);
+                Ok(buffer)
+            };
+            let send = |reply: ReplyData, buffer: Vec<u8>| reply.data(&buffer);
+            self.shared
+                .deadlines
+                .later(disk, Bound::Base, reply, work, send);
+        });
+    }
+
+    fn write(
+        &self,
+        _: &Request,
+        _: INodeNo,
+        fh: FileHandle,
+        offset: u64,
+        data: &[u8],
+        _: WriteFlags,
+        flags: OpenFlags,
+        _: Option<LockOwner>,
+        reply: ReplyWrite,
+    ) {
+        let Some(handle) = self.handles.find(fh) else {
+            return reply.error(Errno::EBADF);
+        };
+        let Handle::Disk { disk, .. } = &*handle else {
+            return match self.write_control(&handle, data) {
+                Ok(len) => reply.written(len),
+                Err(error) => reply.error(error.into()),
+            };
+        };
+        let len = data.len() as u64;
+        let Ok(written) = u32::try_from(len) else {
+            return reply.error(Errno::EINVAL);
+        };
+        let result = disk.write(data, offset, Wait::No);
+        if !is_busy(&result) {
+            return match result {
+                Ok(()) => self.after_write(disk, (offset, len), is_sync(flags), reply, written),
+                Err(error) => reply.error(error.into()),
+            };
+        }
+        let (there, data, sync) = (Arc::clone(disk), data.to_vec(), is_sync(flags));
+        let cached = disk.has_cached_readers() && self.shared.cache == Cache::Auto;
+        let shared = Arc::clone(&self.shared);
+        let work = move || {
+            there.write(&data, offset, Wait::Yes)?;
+            if cached {
+                Self::invalidate(&shared, &there, offset, len);
+            }
+            if sync { there.sync() } else { Ok(()) }
+        };
+        let send = move |reply: ReplyWrite, ()| reply.written(written);
+        self.shared
+            .deadlines
+            .later(disk, Bound::Base, reply, work, send);
+    }
+
+    fn flush(&self, _: &Request, _: INodeNo, fh: FileHandle, _: LockOwner, reply: ReplyEmpty) {
+        // Nothing is held back; a disk that has latched says so at close, too.
+        match self.disk_of(fh) {
+            Ok(disk) if disk.is_latched() => reply.error(Errno::EIO),
+            _ => reply.ok(),
+        }
+    }
+
+    fn release(
+        &self,
+        _: &Request,
+        _: INodeNo,
+        fh: FileHandle,
+        _: OpenFlags,
+        _: Option<LockOwner>,
+        _: bool,
+        reply: ReplyEmpty,
+    ) {
+        if let Some(handle) = self.handles.remove(fh)
+            && let Handle::Disk { disk, access } = &*handle
+        {
+            disk.released(*access);
+            if self.catalog().is_orphan(disk) {
+                let disk = Arc::clone(disk);
+                let work = move |shared: &Shared| {
+                    shared.catalog.dispose(&disk);
+                    Ok(())
+                };
+                return self.aside(reply, work, |reply, ()| reply.ok());
+            }
+        }
+        reply.ok();
+    }
+
+    fn fsync(&self, _: &Request, _: INodeNo, fh: FileHandle, _: bool, reply: ReplyEmpty) {
+        match self.disk_of(fh) {
+            Ok(disk) => self.later(&disk, reply, Disk::sync, |reply, ()| reply.ok()),
+            Err(error) => reply.error(error.into()),
+        }
+    }
+
+    fn opendir(&self, _: &Request, ino: INodeNo, _: OpenFlags, reply: ReplyOpen) {
+        match self.listing(ino.0) {
+            Ok(entries) => {
+                reply.opened(
+                    self.handles.add(Handle::Directory(entries)),
+                    FopenFlags::empty(),
+                );
+            }
+            Err(error) => reply.error(error.into()),
+        }
+    }
+
+    fn readdir(
+        &self,
+        _: &Request,
+        _: INodeNo,
+        fh: FileHandle,
+        offset: u64,
+        mut reply: ReplyDirectory,
+    ) {
+        let Some(handle) = self.handles.find(fh) else {
+            return reply.error(Errno::EBADF);
+        };
+        let Handle::Directory(entries) = &*handle else {
+            return reply.error(Errno::ENOTDIR);
+        };
+        let skip = usize::try_from(offset).unwrap_or(usize::MAX);
+        for (at, (name, ino, kind)) in entries.iter().enumerate().skip(skip) {
+            if reply.add(INodeNo(*ino), at as u64 + 1, *kind, name) {
+                break;
+            }
+        }
+        reply.ok();
+    }
+
+    fn readdirplus(
+        &self,
+        _: &Request,
+        _: INodeNo,
+        fh: FileHandle,
+        offset: u64,
+        mut reply: ReplyDirectoryPlus,
+    ) {
+        let Some(handle) = self.handles.find(fh) else {
+            return reply.error(Errno::EBADF);
+        };
+        let Handle::Directory(entries) = &*handle else {
+            return reply.error(Errno::ENOTDIR);
+        };
+        let skip = usize::try_from(offset).unwrap_or(usize::MAX);
+        for (at, (name, ino, kind)) in entries.iter().enumerate().skip(skip) {
+            let attr = self.attr_in_listing(*ino, *kind);
+            let (ttl, attr) = match attr {
+                Some(attr) => (TTL, attr),
+                // Not to be had without waiting: the kernel asks again when it needs it.
+                None => (std::time::Duration::ZERO, attr::unknown(*ino, *kind)),
+            };
+            if reply.add(
+                INodeNo(*ino),
+                at as u64 + 1,
+                name,
+                &ttl,
+                &attr,
+                Generation(0),
+            ) {
+                break;
+            }
+        }
+        reply.ok();
+    }
+
+    fn releasedir(&self, _: &Request, _: INodeNo, fh: FileHandle, _: OpenFlags, reply: ReplyEmpty) {
+        self.handles.remove(fh);
+        reply.ok();
+    }
+
+    fn fsyncdir(&self, _: &Request, _: INodeNo, _: FileHandle, _: bool, reply: ReplyEmpty) {
+        // Names are durable before they are acknowledged.
+        reply.ok();
+    }
+
+    fn statfs(&self, _: &Request, ino: INodeNo, reply: ReplyStatfs) {
+        let disk = self.disk(ino).ok();
+        let disk = disk.or_else(|| {
+            self.catalog()
+                .list()
+                .first()
+                .map(|(_, e)| Arc::clone(&e.disk))
+        });
+        let block = disk.as_ref().map_or(4096, |disk| disk.block());
+        let work = move |shared: &Shared| match disk {
+            Some(disk) => disk.space(),
+            None => attr::space_of(shared.catalog.store_dir()),
+        };
+        self.aside(reply, work, move |reply, space| {
+            let unit = u64::from(block);
+            let files = 1 << 20;
+            reply.statfs(
+                space.total / unit,
+                space.free / unit,
+                space.available / unit,
+                files,
+                files,
+                block,
+                LONGEST_NAME,
+                block,
+            );
+        });
+    }
+
+    fn access(&self, _: &Request, _: INodeNo, _: AccessFlags, reply: ReplyEmpty) {
+        // The mount has `default_permissions`: the kernel checks owner and mode itself.
+        reply.ok();
+    }
+
+    fn create(
+        &self,
+        request: &Request,
+        parent: INodeNo,
+        name: &OsStr,
+        mode: u32,
+        _: u32,
+        flags: i32,
+        reply: ReplyCreate,
+    ) {
+        let name = match text(name) {
+            Ok(name) if parent.0 == ROOT => name.to_owned(),
+            Ok(_) => return reply.error(Errno::EPERM),
+            Err(error) => return reply.error(error.into()),
+        };
+        let perm = u16::try_from(mode & PERMISSIONS).unwrap_or(0o600);
+        let owner = Owner {
+            uid: request.uid(),
+            gid: request.gid(),
+            perm,
+        };
+        let work = move |shared: &Shared| {
+            let disk = shared.catalog.create(&name, owner)?;
+            let found = disk.attributes(Wait::Yes)?;
+            Ok((disk, found))
+        };
+        let (handles, cache) = (Arc::clone(&self.handles), self.shared.cache);
+        self.aside(
+            reply,
+            work,
+            move |reply, (disk, found): (Arc<Disk>, disk::Attributes)| {
+                let attr = attr::of_disk(disk.ino(), &found);
+                let (handle, flags) = open_disk(&handles, cache, disk, OpenFlags(flags));
+                reply.created(&TTL, &attr, Generation(0), handle, flags);
+            },
+        );
+    }
+
+    fn mknod(&self, _: &Request, _: INodeNo, _: &OsStr, _: u32, _: u32, _: u32, reply: ReplyEntry) {
+        reply.error(Errno::EPERM);
+    }
+
+    fn mkdir(&self, _: &Request, _: INodeNo, _: &OsStr, _: u32, _: u32, reply: ReplyEntry) {
+        reply.error(Errno::EPERM);
+    }
+
+    fn rmdir(&self, _: &Request, _: INodeNo, _: &OsStr, reply: ReplyEmpty) {
+        reply.error(Errno::EPERM);
+    }
+
+    fn unlink(&self, _: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        let name = match text(name) {
+            Ok(name) if parent.0 == ROOT => name.to_owned(),
+            _ => return reply.error(Errno::EPERM),
+        };
+        let work = move |shared: &Shared| shared.catalog.unlink(&name);
+        self.aside(reply, work, |reply, ()| reply.ok());
+    }
+
+    fn rename(
+        &self,
+        _: &Request,
+        parent: INodeNo,
+        name: &OsStr,
+        newparent: INodeNo,
+        newname: &OsStr,
+        flags: RenameFlags,
+        reply: ReplyEmpty,
+    ) {
+        let (Ok(from), Ok(to)) = (text(name), text(newname)) else {
+            return reply.error(Errno::EINVAL);
+        };
+        if parent.0 != ROOT || newparent.0 != ROOT {
+            return reply.error(Errno::EPERM);
+        }
+        let over = match flags {
+            flags if flags.is_empty() => Over::Replace,
+            RenameFlags::RENAME_NOREPLACE => Over::Refuse,
+            _ => return reply.error(Errno::EINVAL),
+        };
+        let (from, to) = (from.to_owned(), to.to_owned());
+        let work = move |shared: &Shared| shared.catalog.rename(&from, &to, over);
+        self.aside(reply, work, |reply, ()| reply.ok());
+    }
+
+    fn fallocate(
+        &self,
+        _: &Request,
+        _: INodeNo,
+        fh: FileHandle,
+        offset: u64,
+        length: u64,
+        mode: i32,
+        reply: ReplyEmpty,
+    ) {
+        let disk = match self.disk_of(fh) {
+            Ok(disk) => disk,
+            Err(error) => return reply.error(error.into()),
+        };
+        let Some((change, keep)) = decode_change(mode) else {
+            return reply.error(Errno::EOPNOTSUPP);
+        };
+        let Some(end) = offset.checked_add(length) else {
+            return reply.error(Errno::EFBIG);
+        };
+        let work = move |disk: &Disk, wait| disk.change(offset..end, change, keep, wait);
+        self.now_or_later(&disk, reply, work, |reply, ()| reply.ok());
+    }
+
+    fn lseek(
+        &self,
+        _: &Request,
+        _: INodeNo,
+        fh: FileHandle,
+        offset: i64,
+        whence: i32,
+        reply: ReplyLseek,
+    ) {
+        let disk = match self.disk_of(fh) {
+            Ok(disk) => disk,
+            Err(error) => return reply.error(error.into()),
+        };
+        let whence = match whence {
+            libc::SEEK_DATA => Whence::Data,
+            libc::SEEK_HOLE => Whence::Hole,
+            _ => return reply.error(Errno::EINVAL),
+        };
+        let Ok(offset) = u64::try_from(offset) else {
+            return reply.error(Errno::ENXIO);
+        };
+        let send = |reply: ReplyLseek, found: u64| reply.offset(found.cast_signed());
+        if self.may_have_dirty_pages(&disk) {
+            // Pages that were written through a mapping have not come to us yet.
+            let shared = Arc::clone(&self.shared);
+            let there = Arc::clone(&disk);
+            let work = move || {
+                Self::invalidate(&shared, &there, 0, 0);
+                there.seek(offset, whence, Wait::Yes)
+            };
+            return self
+                .shared
+                .deadlines
+                .later(&disk, Bound::Base, reply, work, send);
+        }
+        let work = move |disk: &Disk, wait| disk.seek(offset, whence, wait);
+        self.now_or_later(&disk, reply, work, send);
+    }
+
+    fn copy_file_range(
+        &self,
+        _: &Request,
+        _: INodeNo,
+        fh_in: FileHandle,
+        offset_in: u64,
+        _: INodeNo,
+        fh_out: FileHandle,
+        offset_out: u64,
+        len: u64,
+        _: CopyFileRangeFlags,
+        reply: ReplyWrite,
+    ) {
+        let (source, target) = match (self.disk_of(fh_in), self.disk_of(fh_out)) {
+            (Ok(source), Ok(target)) => (source, target),
+            (Err(error), _) | (_, Err(error)) => return reply.error(error.into()),
+        };
+        let len = len.min(LARGEST_COPY);
+        let Some(end) = offset_in.checked_add(len) else {
+            return reply.error(Errno::EINVAL);
+        };
+        let cached = target.has_cached_readers() && self.shared.cache == Cache::Auto;
+        let shared = Arc::clone(&self.shared);
+        let work = move |target: &Disk| {
+            let copied = target.copy_from(&source, offset_in..end, offset_out)?;
+            if cached && copied > 0 {
+                Self::invalidate(&shared, target, offset_out, copied);
+            }
+            u32::try_from(copied).map_err(|_| errno(libc::EIO))
+        };
+        self.later(&target, reply, work, ReplyWrite::written);
+    }
+}

@@ -1,0 +1,131 @@
+//! Replies that are given later, by a thread of the disk's pool, or not later than a bound.
+//!
+//! A client that waits for a reply cannot be killed, so every wait has an end: a request whose
+//! base does not answer within the bound is answered `EIO`, and the thread that is still waiting
+//! finds nobody to answer when it comes back.
+
+use std::collections::VecDeque;
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use fuser::Errno;
+use parking_lot::Mutex;
+
+use crate::disk::Disk;
+
+/// A reply that can refuse.
+pub(super) trait Refuse: Send + 'static {
+    /// Answers with an errno.
+    fn refuse(self, errno: Errno);
+}
+
+macro_rules! refuse {
+    ($($reply:ident)*) => {
+        $(impl Refuse for fuser::$reply {
+            fn refuse(self, errno: Errno) {
+                self.error(errno);
+            }
+        })*
+    };
+}
+refuse!(ReplyAttr ReplyCreate ReplyData ReplyEmpty ReplyEntry ReplyLseek ReplyStatfs ReplyWrite);
+
+/// Whether a wait may be as long as it takes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Bound {
+    /// It ends with `EIO` after the mount's bound.
+    Base,
+    /// It takes what it takes: a sync of much data is no failure.
+    Open,
+}
+
+/// The requests that must be answered by a certain time, oldest first.
+pub struct Deadlines {
+    bound: Duration,
+    waiting: Mutex<VecDeque<Waiting>>,
+}
+
+struct Waiting {
+    until: Instant,
+    /// Answers `EIO` if nobody has answered; whether it did.
+    expire: Box<dyn FnOnce() -> bool + Send>,
+    disk: Arc<Disk>,
+}
+
+impl Deadlines {
+    /// Requests are answered after `bound` at the latest.
+    #[must_use]
+    pub fn new(bound: Duration) -> Self {
+        Self {
+            bound,
+            waiting: Mutex::default(),
+        }
+    }
+
+    /// Answers what has waited too long. Called every second.
+    pub fn expire(&self) {
+        let now = Instant::now();
+        loop {
+            let due = {
+                let mut waiting = self.waiting.lock();
+                let Some(first) = waiting.front() else { return };
+                if first.until > now {
+                    return;
+                }
+                let Some(mut due) = waiting.pop_front() else {
+                    return;
+                };
+                if due.disk.held.load(Ordering::SeqCst) {
+                    // A long operation of ours holds the disk: not the base's fault.
+                    due.until = now + self.bound;
+                    waiting.push_back(due);
+                    continue;
+                }
+                due
+            };
+            if (due.expire)() {
+                log::error!("{}: no answer for {:?}: EIO", due.disk.source, self.bound);
+            }
+        }
+    }
+
+    /// Has `work` done by the pool of `disk` and `send` its result as the reply.
+    pub(super) fn later<R: Refuse, T>(
+        &self,
+        disk: &Arc<Disk>,
+        bound: Bound,
+        reply: R,
+        work: impl FnOnce() -> io::Result<T> + Send + 'static,
+        send: impl FnOnce(R, T) + Send + 'static,
+    ) {
+        let slot = Arc::new(Mutex::new(Some(reply)));
+        if bound == Bound::Base {
+            let slot = Arc::clone(&slot);
+            let expire = Box::new(move || {
+                let reply = slot.lock().take();
+                reply.map(|reply| reply.refuse(Errno::EIO)).is_some()
+            });
+            let until = Instant::now() + self.bound;
+            self.waiting.lock().push_back(Waiting {
+                until,
+                expire,
+                disk: Arc::clone(disk),
+            });
+        }
+        disk.pool().run(Box::new(move || {
+            if slot.lock().is_none() {
+                return; // It was given up while it stood in the queue: nothing is done.
+            }
+            let result = work();
+            let Some(reply) = slot.lock().take() else {
+                return;
+            };
+            match result {
+                Ok(value) => send(reply, value),
+                Err(error) => reply.refuse(error.into()),
+            }
+        }));
+    }
+}

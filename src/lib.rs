@@ -1,0 +1,23 @@
+//! cowslip mounts virtual disks as plain files.
+//!
+//! Each disk is a stack of layers: a base that is never touched, copy-on-write overlays above it.
+//! One mount shows many disks, and `lseek(SEEK_HOLE/SEEK_DATA)` is answered from the extent map.
+//!
+//! A request goes down the modules once and comes back once:
+//! [`fs`] (decodes FUSE) → [`catalog`] (names) → [`disk`] (the stack of layers) → [`overlay`] and
+//! [`base`] → [`extents`]. [`spec`] turns words into plain values before any of that.
+
+pub mod base;
+pub mod catalog;
+pub mod control;
+pub mod disk;
+pub mod extents;
+pub mod fs;
+pub mod host;
+pub mod journal;
+pub mod layer;
+pub mod mount;
+pub mod overlay;
+pub mod pool;
+pub mod spec;
+pub mod store;

@@ -1,0 +1,457 @@
+//! A mount from its beginning to its end: opening the disks, the kernel's side, the workers, and
+//! an end that loses nothing.
+//!
+//! ```text
+//!   serve:  prepare the mountpoint -> open the disks -> mount(2) -> FUSE hello -> "ready"
+//!           workers answer until the mount is gone (umount, or a signal that takes it away)
+//!           stop the pools -> sync and close every disk -> exit code
+//! ```
+//!
+//! `kernel` mounts and unmounts, `mountinfo` reads the mount table, `daemon` forks, `who` tells
+//! who has files of a mount open. Only this file and `fs` name `fuser`.
+
+pub mod daemon;
+pub mod kernel;
+pub mod who;
+
+use std::collections::HashSet;
+use std::fs::OpenOptions;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{self, RecvTimeoutError, Sender};
+use std::sync::{Arc, OnceLock};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, SystemTime};
+
+use fuser::{Config, Session, SessionACL};
+use parking_lot::Mutex;
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
+
+use self::daemon::Ready;
+use self::kernel::{Contents, MountRequest, Unmount};
+use crate::base::place;
+use crate::catalog::{CONTROL, Catalog, Origin};
+use crate::control::Control;
+use crate::disk::{self, Opened, Setting};
+use crate::fs::{CowslipFs, Deadlines, Shared};
+use crate::journal::{self, Sink};
+use crate::pool::Pool;
+use crate::spec::{Cache, DiskSpec, MountOptions, check_names};
+use crate::store::Store;
+
+/// Changes go to the device after at most this many seconds.
+const MAINTENANCE: u32 = 5;
+/// How long open handles are waited for after a signal.
+const GRACE: Duration = Duration::from_secs(5);
+/// How long the threads of a pool are waited for at the end.
+const PATIENCE: Duration = Duration::from_secs(5);
+/// Read-ahead of the mount in KiB: cold sequential reads are twice as fast as with the kernel's 128.
+const READ_AHEAD: u32 = 1024;
+
+/// Whether a base that changed under its overlay is used all the same.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Force {
+    /// It is refused.
+    No,
+    /// It is used, and the log says so.
+    Yes,
+}
+
+/// Whether the mount runs behind the caller.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Style {
+    /// As a daemon.
+    Background,
+    /// In the caller's terminal, or under systemd (`-f`).
+    Foreground,
+}
+
+/// Everything a mount is to be.
+pub struct Plan {
+    /// Where; absolute.
+    pub mountpoint: PathBuf,
+    /// What the mount table shows.
+    pub source: String,
+    /// The disks given.
+    pub disks: Vec<DiskSpec>,
+    /// The store's directory; absolute.
+    pub store: Option<PathBuf>,
+    /// How the kernel's cache is used.
+    pub cache: Cache,
+    /// `-o`.
+    pub options: MountOptions,
+    /// `--log`; absolute.
+    pub log: Option<PathBuf>,
+    /// `--force`.
+    pub force: Force,
+    /// `-f`.
+    pub style: Style,
+}
+
+/// Serves `plan` until it is unmounted, and tells `ready` what to print and when the mount is
+/// there. Returns the process's exit code: 0, or 1 when something could not be done.
+#[must_use]
+pub fn serve(plan: &Plan, ready: Ready) -> u8 {
+    abort_on_panic();
+    let mount = match start(plan, &ready) {
+        Ok(mount) => mount,
+        Err(line) => {
+            ready.fail(1, &line);
+            return 1;
+        }
+    };
+    if mount.style == Style::Foreground {
+        // Not under systemd this does nothing.
+        let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
+    }
+    if ready.succeed().is_err() {
+        log::warn!("whoever asked for this mount is gone: it is taken away again");
+        mount.leave();
+    }
+    mount.run()
+}
+
+/// A panic would take one worker away in silence; the kernel's queue would wait for it for ever.
+fn abort_on_panic() {
+    let hook = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        log::error!("{panic}");
+        hook(panic);
+        std::process::abort();
+    }));
+}
+
+/// A mount that is there.
+struct Mount {
+    shared: Arc<Shared>,
+    workers: JoinHandle<io::Result<()>>,
+    style: Style,
+    /// Says that the workers have ended.
+    ended: mpsc::Receiver<()>,
+    stop: Arc<AtomicBool>,
+    ticker: JoinHandle<()>,
+}
+
+fn start(plan: &Plan, ready: &Ready) -> Result<Mount, String> {
+    let sink = open_log(plan)?;
+    journal::start(sink);
+    let contents = if plan.options.nonempty {
+        Contents::Any
+    } else {
+        Contents::None
+    };
+    let prepared = kernel::prepare_mountpoint(&plan.mountpoint, contents)
+        .map_err(|error| error.to_string())?;
+    let mountpoint = prepared.mountpoint;
+    if prepared.cleared > 0 {
+        let line = format!("'{}': cleared a dead mount", mountpoint.display());
+        ready.note(&line);
+        log::info!("{line}");
+    }
+    let catalog = Arc::new(open_disks(plan, &mountpoint, ready)?);
+    let control = Arc::new(Control {
+        catalog: Arc::clone(&catalog),
+        source: plan.source.clone(),
+        draining: AtomicBool::new(false),
+        device: OnceLock::new(),
+    });
+    let shared = Arc::new(Shared {
+        catalog,
+        control,
+        deadlines: Deadlines::new(Duration::from_secs(plan.options.io_timeout)),
+        notifier: OnceLock::new(),
+        pool: Arc::new(Pool::default()),
+        cache: plan.cache,
+        owner: owner(),
+        mounted: SystemTime::now(),
+    });
+    let mount = mount_and_spawn(plan, &mountpoint, shared).map_err(|line| line.to_string())?;
+    mount.announce();
+    log::info!("mounted at '{}'", mountpoint.display());
+    Ok(mount)
+}
+
+fn owner() -> (u32, u32) {
+    (
+        rustix::process::getuid().as_raw(),
+        rustix::process::getgid().as_raw(),
+    )
+}
+
+fn open_log(plan: &Plan) -> Result<Sink, String> {
+    match (&plan.log, plan.style) {
+        (Some(path), _) => {
+            let file = OpenOptions::new().create(true).append(true).open(path);
+            file.map(Sink::File)
+                .map_err(|error| format!("log '{}': {error}", path.display()))
+        }
+        (None, Style::Foreground) => Ok(Sink::Stderr),
+        (None, Style::Background) => Ok(Sink::Nothing),
+    }
+}
+
+/// Opens every disk of the plan and of its store.
+fn open_disks(plan: &Plan, mountpoint: &Path, ready: &Ready) -> Result<Catalog, String> {
+    check_names(&plan.disks).map_err(|error| error.to_string())?;
+    let (uid, gid) = owner();
+    let setting = Setting {
+        mountpoint,
+        mount_dev: None,
+        uid,
+        gid,
+        force: plan.force == Force::Yes,
+        looked_at: Mutex::new(HashSet::new()),
+    };
+    let mut found = Vec::new();
+    let store = match &plan.store {
+        None => None,
+        Some(dir) => {
+            place::refuse_inside(dir, mountpoint, None).map_err(|error| error.to_string())?;
+            let store = Store::open(dir).map_err(|error| error.to_string())?;
+            let disks = store.disks().map_err(|error| error.to_string())?;
+            found.extend(
+                disks
+                    .into_iter()
+                    .map(|(name, disk)| (name, disk, Origin::Stored)),
+            );
+            Some(store)
+        }
+    };
+    for spec in &plan.disks {
+        let opened =
+            disk::open(spec, &setting).map_err(|error| format!("{}: {error}", spec.name))?;
+        found.push((spec.name.clone(), opened, Origin::Given));
+    }
+    let catalog = Catalog::new(mountpoint, store);
+    for (name, opened, origin) in found {
+        let Opened {
+            disk,
+            summary,
+            notes,
+        } = opened;
+        ready.note(&format!("{name}: {summary}"));
+        for note in notes {
+            ready.note(&format!("{name}: {note}"));
+            log::info!("{name}: {note}");
+        }
+        catalog.add(&name, Arc::new(disk), origin).map_err(|_| {
+            format!(
+                "two disks are named '{name}', one of them in the store: give one another NAME="
+            )
+        })?;
+    }
+    Ok(catalog)
+}
+
+fn mount_and_spawn(plan: &Plan, mountpoint: &Path, shared: Arc<Shared>) -> Result<Mount, String> {
+    let options = &plan.options;
+    let mut flags = kernel::DEFAULT_FLAGS;
+    let words = [
+        (options.read_only, "ro"),
+        (options.noexec, "noexec"),
+        (options.noatime, "noatime"),
+        (!options.nodev, "dev"),
+        (!options.nosuid, "suid"),
+    ];
+    for (_, word) in words.into_iter().filter(|(is_set, _)| *is_set) {
+        flags = kernel::with_option(flags, word).unwrap_or(flags);
+    }
+    let (access, acl) = if options.allow_other {
+        (kernel::Access::Everybody, SessionACL::All)
+    } else {
+        (kernel::Access::Owner, SessionACL::Owner)
+    };
+    let request = MountRequest {
+        mountpoint,
+        source: &plan.source,
+        access,
+        flags,
+    };
+    let device = kernel::mount(&request).map_err(|error| error.to_string())?;
+    let mut config = Config::default();
+    config.acl = acl;
+    // One more than there are cores: a worker that sleeps in the host leaves none idle.
+    config.n_threads = Some(thread::available_parallelism().map_or(2, usize::from) + 1);
+    config.clone_fd = true;
+    let undo = |error: io::Error| {
+        // Nobody has seen the mount yet; what cannot be undone dies with this process.
+        let _ = kernel::unmount(mountpoint, Unmount::Lazy);
+        format!("FUSE at '{}': {error}", mountpoint.display())
+    };
+    let fs = CowslipFs::new(Arc::clone(&shared));
+    let session = Session::from_fd(fs, device, acl, config).map_err(undo)?;
+    let _ = shared.notifier.set(session.notifier());
+    if let Some(entry) = kernel::entry_at(mountpoint) {
+        let (major, minor) = entry.dev;
+        let _ = shared.control.device.set(rustix::fs::makedev(major, minor));
+        if !kernel::raise_read_ahead(entry.dev, READ_AHEAD) {
+            log::info!("read-ahead stays at the kernel's default: only root can raise it");
+        }
+    }
+    spawn(plan.style, shared, session).map_err(undo)
+}
+
+fn spawn(style: Style, shared: Arc<Shared>, session: Session<CowslipFs>) -> io::Result<Mount> {
+    let (end, ended) = mpsc::channel();
+    let stop = Arc::new(AtomicBool::new(false));
+    let ticker = thread::Builder::new()
+        .name("cowslip-tick".to_owned())
+        .spawn({
+            let (shared, stop) = (Arc::clone(&shared), Arc::clone(&stop));
+            move || tick(&shared, &stop)
+        })?;
+    let workers = thread::Builder::new()
+        .name("cowslip-fuse".to_owned())
+        .spawn(move || {
+            let result = session.run();
+            // Nobody listens any more when the process is already leaving.
+            let _ = end.send(());
+            result
+        })?;
+    Ok(Mount {
+        shared,
+        workers,
+        style,
+        ended,
+        stop,
+        ticker,
+    })
+}
+
+/// Every second: answers what has waited too long; every few: has each disk synced.
+fn tick(shared: &Arc<Shared>, stop: &AtomicBool) {
+    let mut seconds = 0;
+    while !stop.load(Ordering::SeqCst) {
+        thread::park_timeout(Duration::from_secs(1));
+        shared.deadlines.expire();
+        seconds += 1;
+        if seconds < MAINTENANCE {
+            continue;
+        }
+        seconds = 0;
+        for disk in shared.catalog.disks() {
+            if disk.needs_maintenance() {
+                let pool = Arc::clone(disk.pool());
+                pool.run(Box::new(move || {
+                    if let Err(error) = disk.maintain() {
+                        log::error!("{}: background sync: {error}", disk.source);
+                    }
+                }));
+            }
+        }
+    }
+}
+
+impl Mount {
+    fn announce(&self) {
+        let holder = self.shared.control.holder();
+        for disk in self.shared.catalog.disks() {
+            disk.announce(&holder);
+        }
+    }
+
+    /// Takes the mount away, though files in it may be open.
+    fn leave(&self) {
+        self.shared.control.draining.store(true, Ordering::SeqCst);
+        self.announce();
+        let mountpoint = &self.shared.catalog.mountpoint;
+        let is_ours = kernel::entry_at(mountpoint).is_some_and(|entry| {
+            let (major, minor) = entry.dev;
+            self.shared.control.device.get() == Some(&rustix::fs::makedev(major, minor))
+        });
+        if is_ours && let Err(error) = kernel::unmount(mountpoint, Unmount::Lazy) {
+            log::warn!("'{}' is not unmounted: {error}", mountpoint.display());
+        }
+    }
+
+    /// Waits for the end and closes everything.
+    fn run(self) -> u8 {
+        let signals = Signals::new([SIGTERM, SIGINT, SIGHUP]);
+        let (asked, ask) = (signals.as_ref().ok().map(Signals::handle), mpsc::channel());
+        let (tell, told): (Sender<i32>, _) = ask;
+        let listener = signals.ok().and_then(|mut signals| {
+            let listen = move || {
+                for signal in signals.forever() {
+                    if tell.send(signal).is_err() {
+                        break;
+                    }
+                }
+            };
+            thread::Builder::new()
+                .name("cowslip-signal".to_owned())
+                .spawn(listen)
+                .ok()
+        });
+        self.wait(&told);
+        if self.style == Style::Foreground {
+            let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
+        }
+        if let Some(asked) = asked {
+            asked.close();
+        }
+        let code = self.close();
+        if let Some(listener) = listener {
+            // It ends with its handle; a panic in it has ended the process already.
+            let _ = listener.join();
+        }
+        code
+    }
+
+    /// Until the workers have ended, or a signal has come and open handles have had their time.
+    fn wait(&self, told: &mpsc::Receiver<i32>) {
+        loop {
+            match self.ended.recv_timeout(Duration::from_millis(200)) {
+                Ok(()) | Err(RecvTimeoutError::Disconnected) => return,
+                Err(RecvTimeoutError::Timeout) => {}
+            }
+            if let Ok(signal) = told.try_recv() {
+                log::info!("signal {signal}: leaving");
+                self.leave();
+                if self.ended.recv_timeout(GRACE) == Err(RecvTimeoutError::Timeout) {
+                    log::warn!("files are still open: they will get errors from now on");
+                }
+                return;
+            }
+        }
+    }
+
+    /// Everything durable, every log closed; 1 when something could not be done.
+    fn close(self) -> u8 {
+        self.shared.control.draining.store(true, Ordering::SeqCst);
+        self.announce();
+        self.stop.store(true, Ordering::SeqCst);
+        self.ticker.thread().unpark();
+        let mut code = 0;
+        for disk in self.shared.catalog.disks() {
+            if !disk.pool().stop(PATIENCE) {
+                log::warn!("{}: a request is still waiting for its base", disk.source);
+            }
+            if let Err(error) = disk.close() {
+                log::error!(
+                    "{}: not all of it could be made durable: {error}",
+                    disk.source
+                );
+                code = 1;
+            }
+        }
+        self.shared.pool.stop(PATIENCE);
+        if self.workers.is_finished()
+            && let Ok(Err(error)) = self.workers.join()
+        {
+            log::error!("FUSE: {error}");
+            code = 1;
+        }
+        // The ticker ends with `stop`; it holds nothing that has to be closed.
+        let _ = self.ticker.join();
+        log::info!("unmounted");
+        code
+    }
+}
+
+/// The path of a mount's control directory.
+#[must_use]
+pub fn control_dir(mountpoint: &Path) -> PathBuf {
+    mountpoint.join(CONTROL)
+}
