@@ -119,6 +119,7 @@ pub struct Disk {
     bottom: open::Bottom,
     recovered: Recovered,
     pool: Arc<Pool>,
+    notices: Arc<Pool>,
     /// An operation of unbounded length holds the gate: requests wait without a deadline.
     pub(crate) held: AtomicBool,
     /// The daemon is on its way out and has closed the overlay: nothing may be changed any more.
@@ -226,6 +227,14 @@ impl Disk {
     #[must_use]
     pub fn pool(&self) -> &Arc<Pool> {
         &self.pool
+    }
+
+    /// The threads that tell the kernel to drop its cache: they may wait for what [`pool`] does.
+    ///
+    /// [`pool`]: Self::pool
+    #[must_use]
+    pub fn notices(&self) -> &Arc<Pool> {
+        &self.notices
     }
 
     /// Owner and mode.

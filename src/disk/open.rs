@@ -284,6 +284,7 @@ fn assemble(spec: &DiskSpec, uuid: Uuid, layers: Layers, bottom: Bottom, owner: 
         bottom,
         recovered: Recovered::Clean,
         pool: Arc::new(Pool::default()),
+        notices: Arc::new(Pool::default()),
         held: false.into(),
         closed: false.into(),
     }

@@ -23,7 +23,7 @@ use fuser::{
 use self::attr::TTL;
 use self::handle::{Handle, Handles};
 pub use self::parked::Deadlines;
-use self::parked::{Bound, Refuse};
+use self::parked::{Bound, Lane, Refuse};
 use crate::catalog::{CONTROL, Catalog, LONGEST_NAME, Over};
 use crate::control::{Control, MapText, Session, Spot};
 use crate::disk::{Access, Change, Disk, Keep, Owner, Whence};
@@ -134,7 +134,7 @@ impl CowslipFs {
             let work = move || work(&there, Wait::Yes);
             self.shared
                 .deadlines
-                .later(disk, Bound::Base, reply, work, send);
+                .later(disk, Lane::Work, Bound::Base, reply, work, send);
             return;
         }
         match result {
@@ -143,10 +143,11 @@ impl CowslipFs {
         }
     }
 
-    /// Runs `work` in the disk's pool, however long it takes.
+    /// Runs `work` in one of the disk's pools, however long it takes.
     fn later<R: Refuse, T: 'static>(
         &self,
         disk: &Arc<Disk>,
+        lane: Lane,
         reply: R,
         work: impl FnOnce(&Disk) -> io::Result<T> + Send + 'static,
         send: impl FnOnce(R, T) + Send + 'static,
@@ -154,7 +155,7 @@ impl CowslipFs {
         let there = Arc::clone(disk);
         self.shared
             .deadlines
-            .later(disk, Bound::Open, reply, move || work(&there), send);
+            .later(disk, lane, Bound::Open, reply, move || work(&there), send);
     }
 
     /// Whether the kernel may hold dirty pages of the disk that we have not seen.
@@ -172,30 +173,6 @@ impl CowslipFs {
         if let Err(error) = notifier.inval_inode(INodeNo(disk.ino()), offset, len) {
             log::debug!("the kernel's cache is not invalidated: {error}");
         }
-    }
-
-    /// What follows a write of `len` bytes at `offset` before it is answered: a sync when the
-    /// handle asks for one, an invalidation when somebody reads through the cache.
-    fn after_write(
-        &self,
-        disk: &Arc<Disk>,
-        written: (u64, u64),
-        sync: bool,
-        reply: ReplyWrite,
-        answer: u32,
-    ) {
-        let cached = disk.has_cached_readers() && self.shared.cache == Cache::Auto;
-        if !sync && !cached {
-            return reply.written(answer);
-        }
-        let shared = Arc::clone(&self.shared);
-        let work = move |disk: &Disk| {
-            if cached {
-                Self::invalidate(&shared, disk, written.0, written.1);
-            }
-            if sync { disk.sync() } else { Ok(()) }
-        };
-        self.later(disk, reply, work, move |reply, ()| reply.written(answer));
     }
 
     fn open_spot(&self, spot: Spot) -> io::Result<Handle> {
@@ -251,7 +228,9 @@ impl CowslipFs {
             Handle::Map { text, disk } => {
                 let text = Arc::clone(text);
                 let work = move |_: &Disk| text.read(offset, len);
-                self.later(disk, reply, work, |reply, bytes| reply.data(&bytes));
+                self.later(disk, Lane::Work, reply, work, |reply, bytes| {
+                    reply.data(&bytes);
+                });
             }
             Handle::Ctl { session, .. } => {
                 let session = Arc::clone(session);
@@ -505,17 +484,18 @@ impl Filesystem for CowslipFs {
         if owner.is_some() {
             // It is written durably.
             let work = move |disk: &Disk| Self::set_attributes(disk, owner, size, times, Wait::Yes);
-            return self.later(&disk, reply, work, send);
+            return self.later(&disk, Lane::Work, reply, work, send);
         }
         if size == Some(0) && disk.is_fixed() {
-            // The kernel sees no new size and would keep what it has cached.
-            let shared = Arc::clone(&self.shared);
-            let work = move |disk: &Disk| {
-                let found = Self::set_attributes(disk, None, size, times, Wait::Yes)?;
-                Self::invalidate(&shared, disk, 0, 0);
-                Ok(found)
+            // The kernel sees no new size and would keep what it has cached. Only once it has the
+            // answer does it let dirty pages go, which the invalidation waits for.
+            let (shared, there) = (Arc::clone(&self.shared), Arc::clone(&disk));
+            let work = move |disk: &Disk| Self::set_attributes(disk, None, size, times, Wait::Yes);
+            let send = move |reply, found| {
+                send(reply, found);
+                Self::invalidate(&shared, &there, 0, 0);
             };
-            return self.later(&disk, reply, work, send);
+            return self.later(&disk, Lane::Notices, reply, work, send);
         }
         let work = move |disk: &Disk, wait| Self::set_attributes(disk, None, size, times, wait);
         self.now_or_later(&disk, reply, work, send);
@@ -581,7 +561,7 @@ impl Filesystem for CowslipFs {
             let send = |reply: ReplyData, buffer: Vec<u8>| reply.data(&buffer);
             self.shared
                 .deadlines
-                .later(disk, Bound::Base, reply, work, send);
+                .later(disk, Lane::Work, Bound::Base, reply, work, send);
         });
     }
 
@@ -592,7 +572,7 @@ impl Filesystem for CowslipFs {
         fh: FileHandle,
         offset: u64,
         data: &[u8],
-        _: WriteFlags,
+        write_flags: WriteFlags,
         flags: OpenFlags,
         _: Option<LockOwner>,
         reply: ReplyWrite,
@@ -610,18 +590,28 @@ impl Filesystem for CowslipFs {
         let Ok(written) = u32::try_from(len) else {
             return reply.error(Errno::EINVAL);
         };
+        // What comes from the kernel's own cache is in it already; its page is locked until the
+        // answer, so an invalidation would wait for itself.
+        let cached = !write_flags.contains(WriteFlags::FUSE_WRITE_CACHE)
+            && self.shared.cache == Cache::Auto
+            && disk.has_cached_readers();
+        let sync = is_sync(flags);
         let result = disk.write(data, offset, Wait::No);
-        if !is_busy(&result) {
-            return match result {
-                Ok(()) => self.after_write(disk, (offset, len), is_sync(flags), reply, written),
-                Err(error) => reply.error(error.into()),
-            };
+        match result {
+            Ok(()) if !sync && !cached => return reply.written(written),
+            Err(error) if error.raw_os_error() != Some(libc::EAGAIN) => {
+                return reply.error(error.into());
+            }
+            Ok(()) | Err(_) => {}
         }
-        let (there, data, sync) = (Arc::clone(disk), data.to_vec(), is_sync(flags));
-        let cached = disk.has_cached_readers() && self.shared.cache == Cache::Auto;
-        let shared = Arc::clone(&self.shared);
+        let (there, shared) = (Arc::clone(disk), Arc::clone(&self.shared));
+        let left = result.is_err().then(|| data.to_vec());
+        let bound = if sync { Bound::Open } else { Bound::Base };
+        let lane = if cached { Lane::Notices } else { Lane::Work };
         let work = move || {
-            there.write(&data, offset, Wait::Yes)?;
+            if let Some(data) = left {
+                there.write(&data, offset, Wait::Yes)?;
+            }
             if cached {
                 Self::invalidate(&shared, &there, offset, len);
             }
@@ -630,7 +620,7 @@ impl Filesystem for CowslipFs {
         let send = move |reply: ReplyWrite, ()| reply.written(written);
         self.shared
             .deadlines
-            .later(disk, Bound::Base, reply, work, send);
+            .later(disk, lane, bound, reply, work, send);
     }
 
     fn flush(&self, _: &Request, _: INodeNo, fh: FileHandle, _: LockOwner, reply: ReplyEmpty) {
@@ -669,7 +659,7 @@ impl Filesystem for CowslipFs {
 
     fn fsync(&self, _: &Request, _: INodeNo, fh: FileHandle, _: bool, reply: ReplyEmpty) {
         match self.disk_of(fh) {
-            Ok(disk) => self.later(&disk, reply, Disk::sync, |reply, ()| reply.ok()),
+            Ok(disk) => self.later(&disk, Lane::Work, reply, Disk::sync, |reply, ()| reply.ok()),
             Err(error) => reply.error(error.into()),
         }
     }
@@ -928,10 +918,14 @@ impl Filesystem for CowslipFs {
                 Self::invalidate(&shared, &there, 0, 0);
                 there.seek(offset, whence, Wait::Yes)
             };
-            return self
-                .shared
-                .deadlines
-                .later(&disk, Bound::Base, reply, work, send);
+            return self.shared.deadlines.later(
+                &disk,
+                Lane::Notices,
+                Bound::Base,
+                reply,
+                work,
+                send,
+            );
         }
         let work = move |disk: &Disk, wait| disk.seek(offset, whence, wait);
         self.now_or_later(&disk, reply, work, send);
@@ -967,6 +961,7 @@ impl Filesystem for CowslipFs {
             }
             u32::try_from(copied).map_err(|_| errno(libc::EIO))
         };
-        self.later(&target, reply, work, ReplyWrite::written);
+        let lane = if cached { Lane::Notices } else { Lane::Work };
+        self.later(&target, lane, reply, work, ReplyWrite::written);
     }
 }

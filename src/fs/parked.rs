@@ -41,6 +41,16 @@ pub(super) enum Bound {
     Open,
 }
 
+/// Which of a disk's two pools does it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Lane {
+    /// What waits for the host.
+    Work,
+    /// What tells the kernel to drop its cache: it may wait for a write of the kernel's own, and
+    /// so for a worker or for [`Lane::Work`], which never waits for this one.
+    Notices,
+}
+
 /// The requests that must be answered by a certain time, oldest first.
 pub struct Deadlines {
     bound: Duration,
@@ -95,6 +105,7 @@ impl Deadlines {
     pub(super) fn later<R: Refuse, T>(
         &self,
         disk: &Arc<Disk>,
+        lane: Lane,
         bound: Bound,
         reply: R,
         work: impl FnOnce() -> io::Result<T> + Send + 'static,
@@ -114,7 +125,11 @@ impl Deadlines {
                 disk: Arc::clone(disk),
             });
         }
-        disk.pool().run(Box::new(move || {
+        let pool = match lane {
+            Lane::Work => disk.pool(),
+            Lane::Notices => disk.notices(),
+        };
+        pool.run(Box::new(move || {
             if slot.lock().is_none() {
                 return; // It was given up while it stood in the queue: nothing is done.
             }
