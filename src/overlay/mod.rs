@@ -272,16 +272,16 @@ impl Overlay {
         below: &dyn ReadBelow,
         wait: Wait,
     ) -> io::Result<(Vec<u8>, Vec<u8>)> {
-        let is_held =
-            |at: u64| self.map.read().blocks.state(BlockIndex(at / self.block)) == State::Data;
         let start = range.start / self.block * self.block;
-        let head = if is_held(start) { range.start } else { start };
-        let end = range
-            .end
-            .next_multiple_of(self.block)
-            .min(self.size())
-            .max(range.end);
-        let tail = if is_held(range.end - 1) {
+        let head = if self.is_held(start) {
+            range.start
+        } else {
+            start
+        };
+        // Past the disk's end as well: with the bytes that an earlier, larger disk left there, a
+        // sector could come out of a power cut half new and half as old as those.
+        let end = range.end.next_multiple_of(self.block);
+        let tail = if self.is_held(range.end - 1) {
             range.end
         } else {
             end
@@ -519,6 +519,7 @@ impl Overlay {
             end / self.block * self.block
         };
         if whole > range.start {
+            self.zero_past(whole)?;
             self.publish(&self.blocks_of(&(range.start..whole)), State::Data)?;
         }
         self.mark_dirty();
@@ -618,8 +619,8 @@ impl WritableLayer for Overlay {
         if size == old {
             return Ok(());
         }
-        if size > old {
-            self.zero_tail(old, size)?;
+        if size > old && self.is_held(old) {
+            self.zero_past(old)?;
         }
         // Empty when the disk grows. Locked although the gate is ours: a sync may be giving back
         // what was freed earlier, and must not see these blocks free before they wait their turn.
@@ -639,6 +640,13 @@ impl WritableLayer for Overlay {
         self.map.write().resize(size, lower_limit, self.block);
         self.revision.fetch_add(1, Ordering::Release);
         self.free(&cut, sequence);
+        if size < old
+            && self.is_held(size)
+            && let Err(error) = self.zero_past(size)
+        {
+            // Done before the disk grows in any case; now only for what `surroundings` says.
+            ::log::debug!("the tail of the last block is not zeroed yet: {error}");
+        }
         self.mark_dirty();
         Ok(())
     }
@@ -649,14 +657,18 @@ impl WritableLayer for Overlay {
 }
 
 impl Overlay {
-    /// Zeros what lies in the last block past the `old` size before the disk grows to `new`: it
-    /// may hold bytes from before it shrank.
-    fn zero_tail(&self, old: u64, new: u64) -> io::Result<()> {
-        let end = old.next_multiple_of(self.block).min(new);
-        let is_held = self.map.read().blocks.state(BlockIndex(old / self.block)) == State::Data;
-        if old < end && is_held {
-            let zeros = vec![0; usize::try_from(end - old).map_err(|_| errno(libc::EFBIG))?];
-            self.data.write_at(&[IoSlice::new(&zeros)], old)?;
+    /// Whether the block of byte `at` is Data.
+    fn is_held(&self, at: u64) -> bool {
+        self.map.read().blocks.state(BlockIndex(at / self.block)) == State::Data
+    }
+
+    /// Zeros what the data file holds from `at`, the disk's end, to the end of that block: it may
+    /// be bytes from before the disk shrank.
+    fn zero_past(&self, at: u64) -> io::Result<()> {
+        let end = at.next_multiple_of(self.block);
+        if at < end {
+            let zeros = vec![0; usize::try_from(end - at).map_err(|_| errno(libc::EFBIG))?];
+            self.data.write_at(&[IoSlice::new(&zeros)], at)?;
         }
         Ok(())
     }

@@ -348,12 +348,8 @@ impl Found {
     /// [`StackError::Log`].
     pub fn open(self, limit: Option<u64>) -> Result<Persistent, StackError> {
         let tag = life::tag(&self.dir).map_err(doing("reading the boot id"))?;
-        let (image, log, recovered) = recover::open(&self.files, tag).map_err(self.log_error())?;
-        let data = Arc::clone(&self.files.data);
-        let overlay = Overlay::new(self.record.block, data, image, Some(log), tag, limit);
-        if recovered != Recovered::Clean {
-            overlay.reclaim();
-        }
+        let (overlay, recovered) =
+            Overlay::open(&self.files, tag, limit).map_err(self.log_error())?;
         let home = Residence {
             stack: self.stack,
             dir: self.dir,
