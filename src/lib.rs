@@ -9,6 +9,7 @@
 
 pub mod base;
 pub mod catalog;
+pub mod cli;
 pub mod control;
 pub mod disk;
 pub mod extents;

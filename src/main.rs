@@ -1,3 +1,16 @@
-//! The `cowslip` program.
+//! `cowslip`: parse, run one command, print one error.
 
-fn main() {}
+use std::io::{self, Write};
+use std::process::ExitCode;
+
+use cowslip::cli;
+
+fn main() -> ExitCode {
+    // No thread may exist before this: `mount` and `run` fork.
+    let code = cli::run(std::env::args_os()).unwrap_or_else(|error| {
+        // Not eprintln!, which panics when nobody listens any more.
+        let _ = writeln!(io::stderr(), "cowslip: {error:#}");
+        cli::exit_code(&error)
+    });
+    ExitCode::from(code)
+}

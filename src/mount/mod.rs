@@ -12,6 +12,7 @@
 
 pub mod daemon;
 pub mod kernel;
+mod mountinfo;
 pub mod who;
 
 use std::collections::HashSet;
@@ -425,7 +426,7 @@ impl Mount {
         self.ticker.thread().unpark();
         let mut code = 0;
         for disk in self.shared.catalog.disks() {
-            if !disk.pool().stop(PATIENCE) {
+            if !(disk.notices().stop(PATIENCE) && disk.pool().stop(PATIENCE)) {
                 log::warn!("{}: a request is still waiting for its base", disk.source);
             }
             if let Err(error) = disk.close() {

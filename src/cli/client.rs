@@ -1,0 +1,337 @@
+//! Talking to a mount through the files in its `.cowslip` directory.
+//!
+//! Any call into a mount may hang with it, and such a call cannot be interrupted. So each is made
+//! on a thread of its own, which hands on what it reads piece by piece, and whoever waits for the
+//! next piece waits [`PATIENCE`] at most. A daemon at work shows a sign of life every second.
+
+use std::fs::OpenOptions;
+use std::io::{self, BufRead, BufReader, Read, Write};
+use std::path::{Path, PathBuf};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
+use std::thread;
+use std::time::Duration;
+
+use rustix::io::Errno;
+use serde_json::Value;
+
+use super::table::printable;
+use crate::mount::kernel;
+
+/// How long a mount may stay silent before it counts as hanging.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// What is read at a time: the kernel's own limit for one direct read is a multiple of it.
+const PIECE: usize = 128 << 10;
+
+/// Why a mount did not answer. One line each.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum AskError {
+    /// Not in time.
+    #[error("the mount at '{path}' does not answer: cowslip umount -l '{path}' ends it",
+        path = .0.display())]
+    Silent(PathBuf),
+    /// Its daemon is gone.
+    #[error("the mount at '{path}' is dead: cowslip umount '{path}' clears it",
+        path = .0.display())]
+    Dead(PathBuf),
+    /// It lets only its owner ask.
+    #[error("the mount at '{}' does not let you ask: do it as the user who mounted it",
+        .0.display())]
+    Denied(PathBuf),
+    /// It takes no requests (`-o ro`).
+    #[error("the mount at '{}' is read-only: nothing in it has changed or can be",
+        .0.display())]
+    ReadOnly(PathBuf),
+    /// There is no such disk.
+    #[error("there is no disk '{disk}' in the mount at '{}': cowslip status lists them",
+        mountpoint.display())]
+    NoDisk {
+        /// The mount.
+        mountpoint: PathBuf,
+        /// The name that was asked for.
+        disk: String,
+    },
+    /// Something else.
+    #[error("cannot ask the mount at '{}': {error}", mountpoint.display())]
+    Host {
+        /// The mount.
+        mountpoint: PathBuf,
+        /// What the host said.
+        error: io::Error,
+    },
+    /// It answered that it will not, or could not.
+    #[error("{0}")]
+    Refused(String),
+}
+
+/// One place that can be asked: a mount, or a disk in it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Place {
+    /// Where it is mounted, as mountinfo has it.
+    pub(super) mountpoint: PathBuf,
+    /// The disk; `None`: the mount as a whole.
+    pub(super) disk: Option<String>,
+}
+
+impl Place {
+    /// The mount at `mountpoint`.
+    pub(super) fn mount(mountpoint: &Path) -> Self {
+        Self {
+            mountpoint: mountpoint.to_owned(),
+            disk: None,
+        }
+    }
+
+    /// What `path` is: a mountpoint or a file in a mount. Asks no mount.
+    ///
+    /// # Errors
+    /// A line when it is in no cowslip mount, or below a disk.
+    pub(super) fn of(path: &Path) -> anyhow::Result<Self> {
+        let Some(found) = kernel::enclosing(path) else {
+            anyhow::bail!(
+                "'{}' is not in a cowslip mount: cowslip status lists them",
+                path.display()
+            );
+        };
+        let mountpoint = found.mount.mountpoint;
+        let mut names = found.inner.iter();
+        match (names.next(), names.next()) {
+            (None, _) => Ok(Self::mount(&mountpoint)),
+            (Some(name), None) => Ok(Self {
+                mountpoint,
+                disk: Some(name.to_string_lossy().into_owned()),
+            }),
+            (Some(_), Some(_)) => anyhow::bail!(
+                "'{}' is no disk of the mount at '{}': name a file right in it",
+                path.display(),
+                mountpoint.display()
+            ),
+        }
+    }
+
+    /// As [`of`](Self::of), for a mounted file.
+    ///
+    /// # Errors
+    /// A line, also when it is a mountpoint.
+    pub(super) fn of_disk(path: &Path) -> anyhow::Result<Self> {
+        let place = Self::of(path)?;
+        if place.disk.is_none() {
+            anyhow::bail!(
+                "'{path}' is a mountpoint: name a disk in it, '{path}/NAME'",
+                path = path.display()
+            );
+        }
+        Ok(place)
+    }
+
+    /// Its control file `file`.
+    fn file(&self, file: &str) -> PathBuf {
+        let mut path = self.mountpoint.join(".cowslip");
+        path.extend(&self.disk);
+        path.join(file)
+    }
+
+    fn error(&self, error: io::Error) -> AskError {
+        let mountpoint = self.mountpoint.clone();
+        let errno = Errno::from_io_error(&error);
+        match (errno, &self.disk) {
+            _ if error.kind() == io::ErrorKind::TimedOut => AskError::Silent(mountpoint),
+            (Some(Errno::NOTCONN | Errno::CONNABORTED), _) => AskError::Dead(mountpoint),
+            (Some(Errno::ACCESS | Errno::PERM), _) => AskError::Denied(mountpoint),
+            (Some(Errno::ROFS), _) => AskError::ReadOnly(mountpoint),
+            (Some(Errno::NOENT | Errno::NOTDIR), Some(disk)) => AskError::NoDisk {
+                mountpoint,
+                disk: printable(disk),
+            },
+            _ => AskError::Host { mountpoint, error },
+        }
+    }
+
+    /// Starts to read its control file `file`.
+    pub(super) fn open(&self, file: &str) -> Feed<'_> {
+        Feed::start(self, self.file(file), None)
+    }
+
+    /// Reads all of its control file `file`.
+    ///
+    /// # Errors
+    /// [`AskError`].
+    pub(super) fn read(&self, file: &str) -> Result<Vec<u8>, AskError> {
+        let mut bytes = Vec::new();
+        let mut feed = self.open(file);
+        feed.read_to_end(&mut bytes)
+            .map_err(|error| self.error(error))?;
+        Ok(bytes)
+    }
+
+    /// Its status: the whole mount's document, or that of the disk.
+    ///
+    /// # Errors
+    /// [`AskError`].
+    pub(super) fn status(&self) -> Result<Value, AskError> {
+        let bytes = self.read("status")?;
+        serde_json::from_slice(&bytes).map_err(|error| self.error(error.into()))
+    }
+
+    /// Sends `request` and waits for the answer; `progress` gets what comes before it.
+    ///
+    /// # Errors
+    /// [`AskError`]; what the mount said is [`AskError::Refused`].
+    pub(super) fn ask(
+        &self,
+        request: &Value,
+        mut progress: impl FnMut(&Value),
+    ) -> Result<Value, AskError> {
+        let feed = Feed::start(self, self.file("ctl"), Some(request.to_string()));
+        let mut answer = None;
+        // Read to the end: an open control file would keep the mount busy.
+        for line in BufReader::new(feed).lines() {
+            let line = match line {
+                Err(_) if answer.is_some() => break,
+                line => line.map_err(|error| self.error(error))?,
+            };
+            let Ok(mut said) = serde_json::from_str::<Value>(&line) else {
+                continue;
+            };
+            if let Some(now) = said.get("progress") {
+                progress(now);
+            } else if let Some(error) = said.get("error") {
+                let text = error
+                    .as_str()
+                    .map_or_else(|| error.to_string(), str::to_owned);
+                answer = Some(Err(AskError::Refused(printable(&text))));
+            } else if let Some(ok) = said.get_mut("ok") {
+                answer = Some(Ok(ok.take()));
+            }
+        }
+        answer.unwrap_or_else(|| {
+            let error = io::Error::other("it ended without an answer");
+            Err(self.error(error))
+        })
+    }
+}
+
+/// The bytes of a file in a mount, as they come. A read that waits [`PATIENCE`] fails as
+/// `TimedOut`; the thread behind it ends with the mount or with this process.
+pub(super) struct Feed<'a> {
+    place: &'a Place,
+    pieces: Receiver<io::Result<Vec<u8>>>,
+    /// What was received and not yet taken.
+    rest: io::Cursor<Vec<u8>>,
+}
+
+impl<'a> Feed<'a> {
+    fn start(place: &'a Place, path: PathBuf, request: Option<String>) -> Self {
+        // A few pieces ahead: the reader of a long map need not wait for each.
+        let (to, pieces) = sync_channel(4);
+        let fetcher = thread::Builder::new().name("ask".into());
+        let failed = to.clone();
+        let started = fetcher.spawn(move || {
+            if let Err(error) = fetch(&path, request.as_deref(), &to) {
+                let _ = to.send(Err(error));
+            }
+        });
+        if let Err(error) = started {
+            let _ = failed.send(Err(error));
+        }
+        Self {
+            place,
+            pieces,
+            rest: io::Cursor::default(),
+        }
+    }
+
+    /// What an error from reading means, for the user.
+    pub(super) fn explain(&self, error: io::Error) -> AskError {
+        self.place.error(error)
+    }
+}
+
+/// Writes `request` to the file, if there is one, and reads the file to its end. It is closed
+/// before the channel: when the reader sees the end, the mount is not held any more.
+fn fetch(
+    path: &Path,
+    request: Option<&str>,
+    to: &SyncSender<io::Result<Vec<u8>>>,
+) -> io::Result<()> {
+    let write = request.is_some();
+    let mut file = OpenOptions::new().read(true).write(write).open(path)?;
+    if let Some(request) = request {
+        file.write_all(request.as_bytes())?;
+    }
+    let mut piece = vec![0; PIECE];
+    loop {
+        let len = match file.read(&mut piece) {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+            len => len?,
+        };
+        if len == 0 || to.send(Ok(piece[..len].to_vec())).is_err() {
+            return Ok(());
+        }
+    }
+}
+
+impl Read for Feed<'_> {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        loop {
+            let len = self.rest.read(buf)?;
+            if len > 0 || buf.is_empty() {
+                return Ok(len);
+            }
+            self.rest = match self.pieces.recv_timeout(PATIENCE) {
+                Ok(piece) => io::Cursor::new(piece?),
+                Err(RecvTimeoutError::Disconnected) => return Ok(0),
+                Err(RecvTimeoutError::Timeout) => return Err(io::ErrorKind::TimedOut.into()),
+            };
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A directory that looks like a mount.
+    fn mount() -> (tempfile::TempDir, Place) {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::create_dir(dir.path().join(".cowslip")).unwrap();
+        let place = Place::mount(dir.path());
+        (dir, place)
+    }
+
+    #[test]
+    fn a_long_file_arrives_whole() {
+        let (dir, place) = mount();
+        let bytes: Vec<u8> = (0..1_000_003u32).map(|i| i.to_le_bytes()[0]).collect();
+        std::fs::write(dir.path().join(".cowslip/log"), &bytes).unwrap();
+        assert!(place.read("log").unwrap() == bytes);
+    }
+
+    #[test]
+    fn what_does_not_answer_is_said_in_one_line() {
+        let (dir, place) = mount();
+        let place = Place {
+            disk: Some("vm.img".into()),
+            ..place
+        };
+        let line = |error: io::Error| place.error(error).to_string();
+        let at = dir.path().display();
+        assert_eq!(
+            place.read("map").unwrap_err().to_string(),
+            format!("there is no disk 'vm.img' in the mount at '{at}': cowslip status lists them")
+        );
+        let silent = line(io::ErrorKind::TimedOut.into());
+        assert!(silent.contains("does not answer"), "{silent}");
+        let dead = line(Errno::NOTCONN.into());
+        assert!(dead.contains("is dead: cowslip umount '"), "{dead}");
+    }
+
+    #[test]
+    fn a_path_outside_every_mount_is_refused() {
+        let line = Place::of(Path::new("/proc")).unwrap_err().to_string();
+        assert!(
+            line.starts_with("'/proc' is not in a cowslip mount"),
+            "{line}"
+        );
+    }
+}

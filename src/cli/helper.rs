@@ -1,0 +1,328 @@
+//! As mount(8)'s helper: `mount.cowslip SOURCE MOUNTPOINT [-sfnv] [-o OPT,..]` and
+//! `umount.cowslip MOUNTPOINT [-flnrv]`, under the names that mount(8) and fstab know.
+//!
+//! SOURCE is a TOML file (`*.toml`), one disk, or `none`. In the options stand the mount's own,
+//! the disk's keys, and `config=`, `store=`, `cache=`, `log=`:
+//!
+//! ```text
+//!   /srv/vm.img  /mnt/vm  cowslip  overlay=/srv/vm.cow,allow_other,nofail  0 0
+//! ```
+//!
+//! A disk's keys are told from options by asking `spec`, so there is no second list of either.
+
+use std::ffi::{OsStr, OsString};
+use std::io;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::path::{Path, PathBuf};
+
+use super::mount::{Started, current_dir, start};
+use super::plan::{Common, Wish};
+use super::umount::{self, How, UmountArgs};
+use super::{DONE, Failure};
+use crate::mount::Style;
+use crate::spec::{self, Cache, SpecError};
+
+/// Which helper this is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Role {
+    /// `mount.cowslip`, `mount.fuse.cowslip`
+    Mount,
+    /// `umount.cowslip`, `umount.fuse.cowslip`
+    Umount,
+}
+
+/// The helper that the program was called as, and the arguments after its name.
+pub(super) fn role(args: &[OsString]) -> Option<(Role, &[OsString])> {
+    let (program, rest) = args.split_first()?;
+    match Path::new(program).file_name()?.as_bytes() {
+        b"mount.cowslip" | b"mount.fuse.cowslip" => Some((Role::Mount, rest)),
+        b"umount.cowslip" | b"umount.fuse.cowslip" => Some((Role::Umount, rest)),
+        _ => None,
+    }
+}
+
+pub(super) fn run(role: Role, args: &[OsString]) -> anyhow::Result<u8> {
+    let words = Words::read(role, args)?;
+    match role {
+        Role::Umount => umount::run(&words.umount()?),
+        Role::Mount => mount(words),
+    }
+}
+
+fn mount(words: Words) -> anyhow::Result<u8> {
+    let (fake, verbose) = (words.has(b'f'), words.has(b'v'));
+    let dir = current_dir()?;
+    let plan = words.wish(&dir)?.plan(&dir)?;
+    if fake {
+        return Ok(DONE);
+    }
+    // At boot nobody reads them; warnings are printed all the same.
+    let mut quiet = io::sink();
+    let mut stdout = io::stdout();
+    let notes: &mut dyn io::Write = if verbose { &mut stdout } else { &mut quiet };
+    match start(&plan, notes)? {
+        Started::Mounted => Ok(DONE),
+        Started::Ended(code) => Ok(code),
+    }
+}
+
+/// A helper's arguments, sorted.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+struct Words {
+    /// The letters of the flags, such as `sn`.
+    flags: Vec<u8>,
+    /// What was behind every `-o`.
+    options: Vec<OsString>,
+    /// The rest.
+    places: Vec<OsString>,
+}
+
+impl Words {
+    /// Sorts `args`. Flags may stand together (`-sn`), and before and behind the places.
+    fn read(role: Role, args: &[OsString]) -> anyhow::Result<Self> {
+        let known: &[u8] = match role {
+            Role::Mount => b"sfnvrw",
+            Role::Umount => b"flnrvi",
+        };
+        let mut words = Self::default();
+        let mut args = args.iter();
+        while let Some(arg) = args.next() {
+            let bytes = arg.as_bytes();
+            match bytes {
+                b"--" => words.places.extend(args.by_ref().cloned()),
+                [b'-', letter @ (b'o' | b't' | b'N'), joined @ ..] => {
+                    let value = match joined {
+                        [] => args.next().cloned(),
+                        joined => Some(OsString::from_vec(joined.to_vec())),
+                    };
+                    let value = value.ok_or_else(|| refused(arg, "needs a value"))?;
+                    match letter {
+                        b'o' => words.options.push(value),
+                        b't' => {} // the type, which is known
+                        _ => return Err(refused(arg, "is not supported")),
+                    }
+                }
+                [b'-', flags @ ..] if !flags.is_empty() => {
+                    if !flags.iter().all(|flag| known.contains(flag)) {
+                        return Err(refused(arg, "is unknown"));
+                    }
+                    words.flags.extend(flags);
+                }
+                _ => words.places.push(arg.clone()),
+            }
+        }
+        Ok(words)
+    }
+
+    fn has(&self, flag: u8) -> bool {
+        self.flags.contains(&flag)
+    }
+
+    /// What `umount` is to do. `-f` asks for no more than we do anyway with a dead mount.
+    fn umount(self) -> anyhow::Result<UmountArgs> {
+        let how = match self.has(b'l') {
+            true => How::Lazily,
+            false => How::Politely,
+        };
+        let [mountpoint] = <[OsString; 1]>::try_from(self.places)
+            .map_err(|_| Failure::usage("a helper takes one place: umount.cowslip MOUNTPOINT"))?;
+        Ok(UmountArgs::new(mountpoint.into(), how))
+    }
+
+    /// What is to be mounted.
+    fn wish(self, dir: &Path) -> anyhow::Result<Wish> {
+        let flags = self.flags;
+        let [source, mountpoint] = <[OsString; 2]>::try_from(self.places).map_err(|_| {
+            Failure::usage("a helper takes two places: mount.cowslip SOURCE MOUNTPOINT")
+        })?;
+        let mut sorted = Sorted::default();
+        for option in self.options.iter().flat_map(|list| split(list)) {
+            sorted.take(option, dir)?;
+        }
+        for flag in flags {
+            match flag {
+                b'r' => sorted.common.options.push("ro".into()),
+                b'w' => sorted.common.options.push("rw".into()),
+                _ => {}
+            }
+        }
+        Ok(Wish {
+            disks: sorted.disks(&source)?,
+            mountpoint: Some(mountpoint.into()),
+            source: Some(source.to_string_lossy().into_owned()),
+            common: sorted.common,
+            style: Style::Background,
+        })
+    }
+}
+
+fn refused(arg: &OsStr, why: &str) -> anyhow::Error {
+    let arg = arg.to_string_lossy();
+    Failure::usage(format!("'{arg}' {why}: see mount(8), external helpers"))
+}
+
+/// Splits at commas.
+fn split(list: &OsStr) -> impl Iterator<Item = &OsStr> {
+    let pieces = list.as_bytes().split(|byte| *byte == b',');
+    pieces
+        .filter(|piece| !piece.is_empty())
+        .map(OsStr::from_bytes)
+}
+
+/// fstab's options, each where it belongs.
+#[derive(Default)]
+struct Sorted {
+    common: Common,
+    /// `KEY=VALUE` of the disk.
+    keys: Vec<OsString>,
+}
+
+impl Sorted {
+    fn take(&mut self, option: &OsStr, dir: &Path) -> anyhow::Result<()> {
+        let bytes = option.as_bytes();
+        let cut = bytes.iter().position(|byte| *byte == b'=');
+        let (key, value) = bytes.split_at(cut.unwrap_or(bytes.len()));
+        let value = value.get(1..).map(OsStr::from_bytes);
+        let path = value.map(PathBuf::from);
+        match (key, path) {
+            (b"config", path @ Some(_)) => self.common.config = path,
+            (b"store", path @ Some(_)) => self.common.store = path,
+            (b"log", path @ Some(_)) => self.common.log = path,
+            (b"cache", Some(word)) => {
+                let cache = word.to_string_lossy().parse::<Cache>();
+                self.common.cache = Some(cache.map_err(|error| Failure::usage(error.to_string()))?);
+            }
+            _ if is_key(option, dir) => self.keys.push(option.to_owned()),
+            // What is unknown to both is refused as an option.
+            _ => {
+                let option = option.to_string_lossy().into_owned();
+                self.common.options.push(option);
+            }
+        }
+        Ok(())
+    }
+
+    /// The disks that `source` means; a configuration is noted as such.
+    fn disks(&mut self, source: &OsStr) -> anyhow::Result<Vec<OsString>> {
+        let is_config = Path::new(source).extension() == Some(OsStr::new("toml"));
+        if is_config {
+            self.common.config = Some(source.into());
+        }
+        if is_config || source == "none" || source == "cowslip" {
+            return match self.keys.first() {
+                None => Ok(Vec::new()),
+                Some(key) => Err(Failure::usage(format!(
+                    "'{}' is a disk's key, and '{}' is no disk: write it in the TOML file",
+                    key.to_string_lossy(),
+                    source.to_string_lossy()
+                ))),
+            };
+        }
+        let mut disk = source.to_owned();
+        for key in &self.keys {
+            disk.push(",");
+            disk.push(key);
+        }
+        Ok(vec![disk])
+    }
+}
+
+/// Whether `option` begins with a disk's key, its value right or wrong: some disk is asked.
+fn is_key(option: &OsStr, dir: &Path) -> bool {
+    if spec::parse_mount_options([option.to_string_lossy()]).is_ok() {
+        return false;
+    }
+    let mut disk = OsString::from("probe=blank:1,");
+    disk.push(option);
+    let is_unknown = |error: &SpecError| matches!(error, SpecError::Unknown { what: "key", .. });
+    match spec::parse_disk(&disk, dir, &|_: &Path| false) {
+        Ok(_) => true,
+        Err(SpecError::In { why, .. }) => !is_unknown(&why),
+        Err(error) => !is_unknown(&error),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn args(words: &[&str]) -> Vec<OsString> {
+        words.iter().map(OsString::from).collect()
+    }
+
+    fn wish(words: &[&str]) -> anyhow::Result<Wish> {
+        Words::read(Role::Mount, &args(words))?.wish(Path::new("/"))
+    }
+
+    #[test]
+    fn the_name_decides_what_the_program_is() {
+        let role = |name: &str| role(&args(&[name, "x"])).map(|(role, rest)| (role, rest.len()));
+        assert_eq!(role("/sbin/mount.cowslip"), Some((Role::Mount, 1)));
+        assert_eq!(role("mount.fuse.cowslip"), Some((Role::Mount, 1)));
+        assert_eq!(role("/sbin/umount.fuse.cowslip"), Some((Role::Umount, 1)));
+        assert_eq!(role("/usr/bin/cowslip"), None);
+    }
+
+    #[test]
+    fn options_go_to_the_mount_and_keys_to_the_disk() {
+        let line = "rw,overlay=/srv/vm.cow,allow_other,nofail,x-systemd.automount,resize=off,\
+                    cache=none,log=/l,uid=7";
+        let wish = wish(&["/srv/vm.img", "/mnt/vm", "-sn", "-o", line]).unwrap();
+        assert_eq!(
+            wish.disks,
+            ["/srv/vm.img,overlay=/srv/vm.cow,resize=off,uid=7"]
+        );
+        assert_eq!(
+            wish.common.options,
+            ["rw", "allow_other", "nofail", "x-systemd.automount"]
+        );
+        assert_eq!(wish.common.cache, Some(Cache::None));
+        assert_eq!(wish.common.log, Some("/l".into()));
+        assert_eq!(wish.source.as_deref(), Some("/srv/vm.img"));
+        assert_eq!(wish.mountpoint, Some("/mnt/vm".into()));
+    }
+
+    #[test]
+    fn a_toml_file_is_a_configuration_and_takes_no_keys() {
+        let toml = wish(&["/etc/vm.toml", "/mnt", "-oro"]).unwrap();
+        assert_eq!(toml.common.config, Some("/etc/vm.toml".into()));
+        assert!(toml.disks.is_empty());
+        assert_eq!(toml.source.as_deref(), Some("/etc/vm.toml"));
+        let error = wish(&["/etc/vm.toml", "/mnt", "-o", "overlay=/x"]).unwrap_err();
+        assert!(error.to_string().contains("write it in the TOML file"));
+    }
+
+    #[test]
+    fn a_store_needs_no_source() {
+        let wish = wish(&["none", "/mnt", "-o", "store=/srv/store"]).unwrap();
+        assert!(wish.disks.is_empty());
+        assert_eq!(wish.common.store, Some("/srv/store".into()));
+    }
+
+    #[test]
+    fn an_option_unknown_to_both_is_refused_as_an_option() {
+        let wish = wish(&["/srv/vm.img", "/mnt", "-o", "allow_othr"]).unwrap();
+        let error = wish.plan(Path::new("/")).err().unwrap().to_string();
+        assert!(error.contains("did you mean \"allow_other\"?"), "{error}");
+    }
+
+    #[test]
+    fn a_key_with_a_wrong_value_is_still_the_disks() {
+        let wish = wish(&["/srv/vm.img", "/mnt", "-o", "block=5,format=raw,mode=rw"]).unwrap();
+        assert_eq!(wish.disks, ["/srv/vm.img,block=5,format=raw,mode=rw"]);
+    }
+
+    #[test]
+    fn an_unmount_takes_mount_8s_flags() {
+        let words = Words::read(
+            Role::Umount,
+            &args(&["/mnt", "-n", "-l", "-t", "fuse.cowslip"]),
+        );
+        let umount = words.unwrap().umount().unwrap();
+        assert_eq!(umount, UmountArgs::new("/mnt".into(), How::Lazily));
+        assert!(Words::read(Role::Umount, &args(&["/mnt", "-x"])).is_err());
+        assert!(wish(&["/srv/vm.img"]).is_err());
+        assert!(wish(&["a", "b", "-N", "/proc/1/ns/mnt"]).is_err());
+        assert!(wish(&["a", "b", "-o"]).is_err());
+    }
+}

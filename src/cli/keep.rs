@@ -1,0 +1,103 @@
+//! `cowslip keep`: makes a temporary overlay persistent.
+
+use std::io::{self, IsTerminal, Write};
+use std::path::{Path, PathBuf};
+
+use clap::Args;
+use serde_json::{Value, json};
+
+use super::client::Place;
+use super::mount::current_dir;
+use super::table::printable;
+use super::{DONE, say};
+
+#[derive(Debug, Args)]
+pub(super) struct KeepArgs {
+    /// The mounted disk
+    file: PathBuf,
+    /// A new directory for its changes; what it is made in must be there
+    dir: PathBuf,
+}
+
+pub(super) fn run(args: &KeepArgs) -> anyhow::Result<u8> {
+    let place = Place::of_disk(&args.file)?;
+    let dir = destination(&current_dir()?, &args.dir)?;
+    let mut progress = Progress::new();
+    let done = place.ask(&json!({ "op": "keep", "dir": dir }), |now| {
+        progress.show(now);
+    });
+    progress.end();
+    let done = done?;
+    if let Some(line) = done["line"].as_str() {
+        say(&printable(line));
+    }
+    Ok(DONE)
+}
+
+/// `given` as the daemon needs it: absolute, in a directory that exists.
+fn destination(here: &Path, given: &Path) -> anyhow::Result<PathBuf> {
+    let dir: PathBuf = here.join(given).components().collect();
+    let parent = dir.parent().unwrap_or(Path::new("/"));
+    if !parent.is_dir() {
+        anyhow::bail!(
+            "there is no directory '{}' to make '{}' in: create it with mkdir",
+            parent.display(),
+            given.display()
+        );
+    }
+    if dir.to_str().is_none() {
+        anyhow::bail!("'{}' is not UTF-8: name another directory", given.display());
+    }
+    Ok(dir)
+}
+
+/// How far long work is, on stderr: one line that changes on a terminal, a line each elsewhere.
+struct Progress {
+    is_terminal: bool,
+    seconds: u64,
+}
+
+impl Progress {
+    fn new() -> Self {
+        Self {
+            is_terminal: io::stderr().is_terminal(),
+            seconds: 0,
+        }
+    }
+
+    /// The daemon gives a sign of life every second; it may say how far it is.
+    fn show(&mut self, now: &Value) {
+        self.seconds += 1;
+        let text = match (now["done"].as_u64(), now["total"].as_u64()) {
+            (Some(done), Some(total)) if total > 0 => {
+                format!("{} %", u128::from(done) * 100 / u128::from(total))
+            }
+            _ => format!("working, {} s", self.seconds),
+        };
+        let _ = match self.is_terminal {
+            true => write!(io::stderr(), "\r\x1b[K{text}"),
+            false => writeln!(io::stderr(), "{text}"),
+        };
+    }
+
+    fn end(&self) {
+        if self.is_terminal && self.seconds > 0 {
+            let _ = write!(io::stderr(), "\r\x1b[K");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_directory_is_the_callers() {
+        let here = tempfile::tempdir().unwrap();
+        let made = |given: &str| destination(here.path(), Path::new(given));
+        assert_eq!(made("./vm.cow").unwrap(), here.path().join("vm.cow"));
+        assert_eq!(made("/tmp/vm.cow").unwrap(), Path::new("/tmp/vm.cow"));
+        let line = made("none/vm.cow").unwrap_err().to_string();
+        assert!(line.contains("create it with mkdir"), "{line}");
+    }
+}

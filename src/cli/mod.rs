@@ -1,0 +1,257 @@
+//! The command line: one file a command, with its clap struct beside what it does.
+//!
+//! ```text
+//!   mount, run ──plan──> mount::serve, in a daemon       (no thread before the fork)
+//!   umount, status, map, log, keep ──client──> MNT/.cowslip/...        (every wait bounded)
+//!   check ──> overlay::persist, offline
+//! ```
+//!
+//! Nothing here knows what a disk does: a command parses, calls, prints. An error is one line;
+//! exit codes are 0, 1 failed, 2 usage, 3 answered but unhealthy, and COMMAND's own for `run`.
+//! Under the names of mount(8)'s helpers (`mount.cowslip` and the like) the program reads its
+//! arguments as those do.
+
+mod check;
+mod client;
+mod helper;
+mod keep;
+mod log;
+mod map;
+mod mount;
+mod plan;
+mod run;
+mod status;
+mod table;
+mod timeout;
+mod umount;
+
+use std::ffi::OsString;
+use std::io::{self, Write};
+
+use anyhow::Context as _;
+use clap::error::ErrorKind;
+use clap::{CommandFactory, FromArgMatches, Parser};
+
+/// It worked.
+const DONE: u8 = 0;
+/// It did not; the error says why.
+const FAILED: u8 = 1;
+/// What was asked for makes no sense.
+const USAGE: u8 = 2;
+/// The answer is there, and is a bad one: damage, a failed disk, a dead mount.
+const UNHEALTHY: u8 = 3;
+/// `run`: cowslip failed, not COMMAND; as env(1) has it.
+const RUN_FAILED: u8 = 125;
+
+/// Mounts virtual disks as plain files: copy-on-write overlays, exact holes.
+#[derive(Debug, Parser)]
+#[command(name = "cowslip", version, max_term_width = 100)]
+enum Cli {
+    /// Mount disks: cowslip mount MOUNTPOINT [NAME=]SOURCE[,KEY=VALUE]...
+    Mount(mount::MountArgs),
+    /// Mount disks privately, run a command with $COWSLIP_MNT set, unmount
+    Run(run::RunArgs),
+    /// End a mount, and say what was discarded
+    Umount(umount::UmountArgs),
+    /// Show mounts and their disks
+    Status(status::StatusArgs),
+    /// Show what a mounted disk holds where: data, zeros, holes
+    Map(map::MapArgs),
+    /// Show a mount's log
+    Log(log::LogArgs),
+    /// Keep the changes of a temporary overlay in a directory
+    Keep(keep::KeepArgs),
+    /// Check an overlay or a store that is not mounted
+    Check(check::CheckArgs),
+}
+
+/// An error that has an exit code of its own; without one it is 1.
+#[derive(Debug, thiserror::Error)]
+#[error("{line}")]
+struct Failure {
+    code: u8,
+    line: String,
+}
+
+impl Failure {
+    /// What was asked for makes no sense.
+    fn usage(line: impl Into<String>) -> anyhow::Error {
+        let (code, line) = (USAGE, line.into());
+        Self { code, line }.into()
+    }
+}
+
+/// The exit code that goes with an error of [`run()`].
+#[must_use]
+pub fn exit_code(error: &anyhow::Error) -> u8 {
+    error
+        .downcast_ref::<Failure>()
+        .map_or(FAILED, |failure| failure.code)
+}
+
+/// Does what `args` ask for (the program's name is the first of them), and gives the exit code.
+///
+/// In `mount` and `run` this returns twice, once in the daemon, when it has ended.
+///
+/// # Errors
+/// One line for the user; [`exit_code`] knows what to exit with.
+pub fn run(args: impl IntoIterator<Item = OsString>) -> anyhow::Result<u8> {
+    let args: Vec<OsString> = args.into_iter().collect();
+    if let Some((role, rest)) = helper::role(&args) {
+        return helper::run(role, rest);
+    }
+    let Some(cli) = parse(&args)? else {
+        return Ok(DONE);
+    };
+    match cli {
+        Cli::Mount(args) => mount::run(args),
+        Cli::Run(args) => run::run(args),
+        Cli::Umount(args) => umount::run(&args),
+        Cli::Status(args) => status::run(&args),
+        Cli::Map(args) => map::run(&args),
+        Cli::Log(args) => log::run(&args),
+        Cli::Keep(args) => keep::run(&args),
+        Cli::Check(args) => check::run(&args),
+    }
+}
+
+/// Reads the arguments; `None` when they asked for help, which has been printed then.
+fn parse(args: &[OsString]) -> anyhow::Result<Option<Cli>> {
+    let matches = Cli::command().try_get_matches_from(args);
+    let error = match matches.and_then(|matches| Cli::from_arg_matches(&matches)) {
+        Ok(cli) => return Ok(Some(cli)),
+        Err(error) => error,
+    };
+    if matches!(
+        error.kind(),
+        ErrorKind::DisplayHelp | ErrorKind::DisplayVersion
+    ) {
+        let _ = error.print();
+        return Ok(None);
+    }
+    let command = args.get(1).map(|arg| arg.to_string_lossy().into_owned());
+    let command = command.filter(|name| Cli::command().find_subcommand(name).is_some());
+    let failure = Failure {
+        code: match command.as_deref() {
+            Some("run") => RUN_FAILED,
+            _ => USAGE,
+        },
+        line: usage_line(&error, command.as_deref()),
+    };
+    Err(failure.into())
+}
+
+/// clap's message in one line: what is wrong, what was probably meant, and where to read on.
+fn usage_line(error: &clap::Error, command: Option<&str>) -> String {
+    let name = command.map_or("cowslip".to_owned(), |name| format!("cowslip {name}"));
+    if error.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
+        return format!("no command: see {name} --help");
+    }
+    let text = error.to_string();
+    let said: Vec<&str> = text
+        .lines()
+        .map(str::trim)
+        .take_while(|line| !line.starts_with("Usage:") && !line.starts_with("For more"))
+        .filter(|line| !line.is_empty())
+        .collect();
+    let said = said.join(" ");
+    let said = said.strip_prefix("error: ").unwrap_or(&said);
+    format!("{said}: see {name} --help")
+}
+
+/// Prints a line to stdout. A closed stdout is no reason to stop half way: what is being done
+/// matters more than who reads about it.
+fn say(line: &str) {
+    let _ = writeln!(io::stdout(), "{line}");
+}
+
+/// Prints `text` to stdout, for commands whose answer it is.
+///
+/// # Errors
+/// A line: a report that was cut short must not look whole.
+fn print(text: &[u8]) -> anyhow::Result<()> {
+    let mut stdout = io::stdout().lock();
+    let printed = stdout.write_all(text).and_then(|()| stdout.flush());
+    printed.context("cannot print")
+}
+
+/// Lets a closed stdout end this process in silence, as other tools do (`cowslip map | head`).
+/// For commands that only look.
+fn die_of_a_closed_pipe() {
+    // SAFETY: restores the signal's default action and touches no memory. Rust's runtime sets it
+    // to "ignore"; nothing of ours depends on that in a command that calls this.
+    unsafe { libc::signal(libc::SIGPIPE, libc::SIG_DFL) };
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn refused(args: &[&str]) -> (u8, String) {
+        let args: Vec<OsString> = args.iter().map(Into::into).collect();
+        let error = parse(&args).unwrap_err();
+        (exit_code(&error), error.to_string())
+    }
+
+    #[test]
+    fn the_definition_of_the_commands_is_sound() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn a_usage_error_is_one_line() {
+        let (code, line) = refused(&["cowslip", "umount", "--lazily", "m"]);
+        assert_eq!(code, USAGE);
+        assert!(
+            line.starts_with("unexpected argument '--lazily' found"),
+            "{line}"
+        );
+        assert!(line.ends_with(": see cowslip umount --help"), "{line}");
+        assert!(!line.contains('\n'), "{line}");
+        let (code, line) = refused(&["cowslip", "mont", "m"]);
+        assert_eq!(code, USAGE);
+        assert!(line.contains("'mount'") && !line.contains('\n'), "{line}");
+    }
+
+    #[test]
+    fn no_command_at_all_is_a_usage_error() {
+        let no_command = (USAGE, "no command: see cowslip --help".to_owned());
+        assert_eq!(refused(&["cowslip"]), no_command);
+    }
+
+    #[test]
+    fn a_usage_error_of_run_is_not_taken_for_its_commands() {
+        assert_eq!(refused(&["cowslip", "run", "vm.img"]).0, RUN_FAILED);
+    }
+
+    #[test]
+    fn what_follows_two_dashes_is_the_command() {
+        let args = [
+            "cowslip",
+            "run",
+            "vm.img",
+            "b=blank:1G",
+            "-o",
+            "ro",
+            "--",
+            "ls",
+            "-l",
+        ];
+        let args: Vec<OsString> = args.iter().map(Into::into).collect();
+        let Some(Cli::Run(run)) = parse(&args).unwrap() else {
+            panic!("not run");
+        };
+        assert_eq!(run.command, ["ls", "-l"]);
+        assert_eq!(run.disks, ["vm.img", "b=blank:1G"]);
+    }
+
+    #[test]
+    fn an_error_without_a_code_of_its_own_is_1() {
+        assert_eq!(exit_code(&anyhow::anyhow!("no")), FAILED);
+        let inner = Failure::usage("no").context("in m");
+        assert_eq!(
+            (exit_code(&inner), format!("{inner:#}").as_str()),
+            (USAGE, "in m: no")
+        );
+    }
+}

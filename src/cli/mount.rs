@@ -1,0 +1,160 @@
+//! `cowslip mount`: forks the daemon and returns once the mount answers.
+
+use std::ffi::{OsStr, OsString};
+use std::io::{self, Write};
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+
+use anyhow::Context as _;
+use clap::Args;
+
+use super::client::Place;
+use super::plan::{Common, Wish};
+use super::{DONE, Failure};
+use crate::mount::daemon::{self, Outcome, Ready, Role};
+use crate::mount::{self, Plan, Style, kernel};
+
+#[derive(Debug, Args)]
+pub(super) struct MountArgs {
+    /// The directory to mount on
+    #[arg(required_unless_present = "config")]
+    mountpoint: Option<PathBuf>,
+    /// What to show there, each [NAME=]SOURCE[,KEY[=VALUE]]... with SOURCE a path or blank:SIZE
+    #[arg(value_name = "DISK")]
+    disks: Vec<OsString>,
+    /// Stay in the foreground, log to stderr
+    #[arg(short = 'f')]
+    foreground: bool,
+    #[command(flatten)]
+    common: Common,
+}
+
+pub(super) fn run(args: MountArgs) -> anyhow::Result<u8> {
+    if let Some(first) = &args.mountpoint {
+        check_order(first, &args.disks)?;
+    }
+    let wish = Wish {
+        mountpoint: args.mountpoint,
+        source: None,
+        disks: args.disks,
+        common: args.common,
+        style: match args.foreground {
+            true => Style::Foreground,
+            false => Style::Background,
+        },
+    };
+    let dir = current_dir()?;
+    match start(&wish.plan(&dir)?, &mut io::stdout())? {
+        Started::Mounted => Ok(DONE),
+        Started::Ended(code) => Ok(code),
+    }
+}
+
+/// The caller's directory, where relative paths start.
+pub(super) fn current_dir() -> anyhow::Result<PathBuf> {
+    std::env::current_dir().context("cannot tell the current directory: change to one that exists")
+}
+
+/// How far [`start`] has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Started {
+    /// This is the command, and the mount answers.
+    Mounted,
+    /// This was the daemon, which has served and ended with this exit code.
+    Ended(u8),
+}
+
+/// Mounts. No thread may exist yet. What the daemon has to say goes to `notes` and to stderr.
+///
+/// # Errors
+/// The daemon's own line when it could not mount; what the mount said when it does not answer.
+pub(super) fn start(plan: &Plan, notes: &mut dyn Write) -> anyhow::Result<Started> {
+    if plan.style == Style::Foreground {
+        return Ok(Started::Ended(mount::serve(plan, Ready::foreground())));
+    }
+    let mountpoint = plan.mountpoint.clone();
+    let waiting = match daemon::fork().context("cannot start the daemon")? {
+        Role::Child(ready) => return Ok(Started::Ended(mount::serve(plan, ready))),
+        Role::Parent(waiting) => waiting,
+    };
+    match waiting.wait(notes, &mut io::stderr()) {
+        Outcome::Serving => {}
+        Outcome::Failed { code, line } => return Err(Failure { code, line }.into()),
+    }
+    // The daemon says that it serves; only an answer through the kernel shows it.
+    Place::mount(&kernel::resolve(&mountpoint)?).status()?;
+    Ok(Started::Mounted)
+}
+
+/// Refuses a disk in the place of the mountpoint, with the command that was meant.
+fn check_order(first: &Path, rest: &[OsString]) -> anyhow::Result<()> {
+    // A mountpoint is not asked what it is: it may be dead, or hang.
+    if kernel::entry_at(first).is_some() || !looks_like_a_disk(first) {
+        return Ok(());
+    }
+    let meant = rest
+        .split_last()
+        .filter(|(last, _)| Path::new(last).is_dir());
+    let (mountpoint, others) = meant.map_or((OsStr::new("m"), rest), |(last, others)| {
+        (last.as_os_str(), others)
+    });
+    let words = [mountpoint, first.as_os_str()].into_iter();
+    let words = words.chain(others.iter().map(OsString::as_os_str));
+    let words: Vec<_> = words.map(OsStr::to_string_lossy).collect();
+    let line = format!("MOUNTPOINT comes first: cowslip mount {}", words.join(" "));
+    Err(Failure::usage(line))
+}
+
+/// A file, or something with a disk's punctuation; not a directory.
+fn looks_like_a_disk(path: &Path) -> bool {
+    match path.metadata() {
+        Ok(found) => !found.is_dir(),
+        Err(_) => path
+            .as_os_str()
+            .as_bytes()
+            .iter()
+            .any(|byte| b"=,".contains(byte)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn refused(first: &str, rest: &[&str]) -> Option<String> {
+        let rest: Vec<OsString> = rest.iter().map(OsString::from).collect();
+        let error = check_order(Path::new(first), &rest).err()?;
+        Some(error.to_string())
+    }
+
+    #[test]
+    fn a_disk_in_the_place_of_the_mountpoint_is_told_where_it_goes() {
+        let dir = tempfile::tempdir().unwrap();
+        let (m, img) = (dir.path().join("mnt"), dir.path().join("vm.img"));
+        std::fs::create_dir(&m).unwrap();
+        std::fs::write(&img, "x").unwrap();
+        let (m, img) = (m.to_str().unwrap(), img.to_str().unwrap());
+        assert_eq!(
+            refused(img, &[m]).unwrap(),
+            format!("MOUNTPOINT comes first: cowslip mount {m} {img}")
+        );
+        assert_eq!(
+            refused(img, &["b=blank:1G"]).unwrap(),
+            format!("MOUNTPOINT comes first: cowslip mount m {img} b=blank:1G")
+        );
+        assert_eq!(
+            refused("b=blank:1G", &[]).unwrap(),
+            "MOUNTPOINT comes first: cowslip mount m b=blank:1G"
+        );
+    }
+
+    #[test]
+    fn a_directory_may_be_called_anything() {
+        let dir = tempfile::tempdir().unwrap();
+        let odd = dir.path().join("a=b,c");
+        std::fs::create_dir(&odd).unwrap();
+        assert_eq!(refused(odd.to_str().unwrap(), &["vm.img"]), None);
+        // Missing: that is the daemon's to say.
+        assert_eq!(refused("/nowhere/m", &["vm.img"]), None);
+    }
+}

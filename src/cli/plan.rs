@@ -1,0 +1,217 @@
+//! From what was typed, in a configuration or in fstab, to a [`Plan`] that needs no directory of
+//! the caller's any more.
+
+use std::ffi::{OsStr, OsString};
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::Context as _;
+use clap::Args;
+
+use super::Failure;
+use crate::mount::{Force, Plan, Style};
+use crate::spec::{self, Cache, Config, DiskSpec};
+
+/// What `mount` and `run` have in common.
+#[derive(Clone, Debug, Default, Args)]
+pub(super) struct Common {
+    /// Take disks and options from a TOML file; the command line wins over it
+    #[arg(long, value_name = "FILE.toml")]
+    pub(super) config: Option<PathBuf>,
+    /// Keep files that are created in the mount in DIR
+    #[arg(long, value_name = "DIR")]
+    pub(super) store: Option<PathBuf>,
+    /// What the kernel caches: auto, none or writeback
+    #[arg(long, value_name = "auto|none|writeback")]
+    pub(super) cache: Option<Cache>,
+    /// Write the daemon's log to FILE
+    #[arg(long, value_name = "FILE")]
+    pub(super) log: Option<PathBuf>,
+    /// Mount options: allow_other, nonempty, ro, noexec, noatime, io_timeout=SECONDS, fsname=NAME
+    #[arg(short = 'o', value_name = "OPT,..")]
+    pub(super) options: Vec<String>,
+    /// Use a base that changed under its overlay
+    #[arg(long)]
+    pub(super) force: bool,
+}
+
+/// Everything that was asked for, before any of it is looked at.
+#[derive(Clone, Debug)]
+pub(super) struct Wish {
+    /// Where to; `None`: where the configuration says.
+    pub(super) mountpoint: Option<PathBuf>,
+    /// What the mount table shows, unless `fsname=` says otherwise; `None`: derived.
+    pub(super) source: Option<String>,
+    /// The disks as the command line has them.
+    pub(super) disks: Vec<OsString>,
+    /// The options.
+    pub(super) common: Common,
+    /// How the daemon runs.
+    pub(super) style: Style,
+}
+
+impl Wish {
+    /// Reads it all; relative paths start at `dir`, those in a configuration at its directory.
+    ///
+    /// # Errors
+    /// A usage error for what makes no sense; what the host says of the configuration.
+    pub(super) fn plan(self, dir: &Path) -> anyhow::Result<Plan> {
+        let (config_path, config) = match &self.common.config {
+            Some(path) => (Some(path), read_config(path, dir)?),
+            None => (None, Config::default()),
+        };
+        let mut disks = config.disks;
+        for text in &self.disks {
+            disks.push(disk(text, dir)?);
+        }
+        spec::check_names(&disks).map_err(|error| Failure::usage(error.to_string()))?;
+        let options = config.options.iter().chain(&self.common.options);
+        let options = spec::parse_mount_options(options)
+            .map_err(|error| Failure::usage(error.to_string()))?;
+        let absolute = |path: PathBuf| dir.join(path);
+        let store = self.common.store.map(absolute).or(config.store);
+        let mountpoint = self.mountpoint.map(absolute).or(config.mountpoint);
+        let mountpoint = mountpoint.ok_or_else(|| {
+            Failure::usage("MOUNTPOINT is missing: cowslip mount MOUNTPOINT [DISK]...")
+        })?;
+        if disks.is_empty() && store.is_none() {
+            let remedy = "name a DISK, --config FILE.toml or --store DIR";
+            return Err(Failure::usage(format!(
+                "there is nothing to mount: {remedy}"
+            )));
+        }
+        let derived = config_path
+            .map(|path| path.as_os_str())
+            .or(self.disks.first().map(OsString::as_os_str))
+            .unwrap_or(OsStr::new("cowslip"));
+        let derived = || derived.to_string_lossy().into_owned();
+        Ok(Plan {
+            mountpoint,
+            source: options
+                .fsname
+                .clone()
+                .or(self.source)
+                .unwrap_or_else(derived),
+            disks,
+            store,
+            cache: self.common.cache.or(config.cache).unwrap_or_default(),
+            options,
+            log: self.common.log.map(absolute).or(config.log),
+            force: match self.common.force {
+                true => Force::Yes,
+                false => Force::No,
+            },
+            style: self.style,
+        })
+    }
+}
+
+/// Reads one disk. Whether a path with a comma was meant is looked up.
+fn disk(text: &OsStr, dir: &Path) -> anyhow::Result<DiskSpec> {
+    spec::parse_disk(text, dir, &|path: &Path| path.exists())
+        .map_err(|error| Failure::usage(error.to_string()))
+}
+
+fn read_config(path: &Path, dir: &Path) -> anyhow::Result<Config> {
+    let full = dir.join(path);
+    let text = fs::read_to_string(&full)
+        .with_context(|| format!("cannot read the configuration '{}'", path.display()))?;
+    let home = full.parent().unwrap_or(dir);
+    spec::parse_config(&text, home)
+        .map_err(|error| Failure::usage(format!("'{}' {error}", path.display())))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::{USAGE, exit_code};
+    use super::*;
+
+    fn wish(mountpoint: Option<&str>, disks: &[&str]) -> Wish {
+        Wish {
+            mountpoint: mountpoint.map(PathBuf::from),
+            source: None,
+            disks: disks.iter().map(OsString::from).collect(),
+            common: Common::default(),
+            style: Style::Background,
+        }
+    }
+
+    fn refused(wish: Wish) -> String {
+        let Err(error) = wish.plan(Path::new("/here")) else {
+            panic!("not refused")
+        };
+        assert_eq!(exit_code(&error), USAGE);
+        error.to_string()
+    }
+
+    #[test]
+    fn relative_paths_start_at_the_callers_directory() {
+        let mut wish = wish(Some("m"), &["vm.img", "/srv/b.img"]);
+        wish.common.store = Some("store".into());
+        wish.common.log = Some("log".into());
+        let plan = wish.plan(Path::new("/here")).unwrap();
+        assert_eq!(plan.mountpoint, Path::new("/here/m"));
+        assert_eq!(plan.store.as_deref(), Some(Path::new("/here/store")));
+        assert_eq!(plan.log.as_deref(), Some(Path::new("/here/log")));
+        let sources: Vec<_> = plan.disks.iter().map(|disk| disk.source.clone()).collect();
+        let file = |path: &str| spec::Source::File(path.into());
+        assert_eq!(sources, [file("/here/vm.img"), file("/srv/b.img")]);
+        assert_eq!(plan.source, "vm.img");
+    }
+
+    #[test]
+    fn the_command_line_wins_over_the_file_and_the_file_over_nothing() {
+        let home = tempfile::tempdir().unwrap();
+        let toml = "mountpoint = \"m\"\ncache = \"none\"\nlog = \"l\"\noptions = \"ro,noexec\"\n\
+                    [[disk]]\nsource = \"vm.img\"\n";
+        fs::write(home.path().join("a.toml"), toml).unwrap();
+        let mut wish = wish(None, &["b=blank:1G"]);
+        wish.common.config = Some("a.toml".into());
+        wish.common.cache = Some(Cache::Writeback);
+        wish.common.options = vec!["rw".into()];
+        let plan = wish.plan(home.path()).unwrap();
+        assert_eq!(plan.mountpoint, home.path().join("m"));
+        assert_eq!(plan.log, Some(home.path().join("l")));
+        assert_eq!(plan.cache, Cache::Writeback);
+        assert!(!plan.options.read_only && plan.options.noexec);
+        let names: Vec<_> = plan.disks.iter().map(|disk| disk.name.as_str()).collect();
+        assert_eq!(names, ["vm.img", "b"]);
+        assert_eq!(plan.source, "a.toml");
+    }
+
+    #[test]
+    fn what_makes_no_sense_is_a_usage_error_with_a_remedy() {
+        assert!(refused(wish(Some("m"), &[])).contains("name a DISK"));
+        assert!(refused(wish(None, &["vm.img"])).contains("MOUNTPOINT is missing"));
+        assert!(refused(wish(Some("m"), &["a/x", "b/x"])).contains("NAME=SOURCE"));
+        let mut odd = wish(Some("m"), &["x"]);
+        odd.common.options = vec!["out.zst".into()];
+        assert!(refused(odd).contains("quote the disk"));
+    }
+
+    #[test]
+    fn a_mistake_in_the_file_is_told_with_its_place() {
+        let home = tempfile::tempdir().unwrap();
+        fs::write(home.path().join("a.toml"), "\nmuntpoint = \"m\"\n").unwrap();
+        let mut wish = wish(None, &[]);
+        wish.common.config = Some("a.toml".into());
+        let error = wish.plan(home.path()).err().unwrap().to_string();
+        assert!(
+            error.starts_with("'a.toml' line 2: unknown key 'muntpoint'"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn the_mount_tables_source_can_be_chosen() {
+        let mut named = wish(Some("m"), &["vm.img"]);
+        named.source = Some("/srv/verbatim".into());
+        let dir = Path::new("/here");
+        assert_eq!(named.clone().plan(dir).unwrap().source, "/srv/verbatim");
+        named.common.options = vec!["fsname=lab".into()];
+        assert_eq!(named.plan(dir).unwrap().source, "lab");
+        let mut stored = wish(Some("m"), &[]);
+        stored.common.store = Some("s".into());
+        assert_eq!(stored.plan(dir).unwrap().source, "cowslip");
+    }
+}

@@ -1,0 +1,321 @@
+//! `cowslip status`: the mounts of this host and their disks.
+//!
+//! Each mount tells its own state; what cannot tell (it is dead, hangs, or is another user's) gets
+//! a state from here, so that one bad mount does not hide the others.
+
+use std::path::{Path, PathBuf};
+use std::thread;
+
+use clap::Args;
+use serde::Deserialize;
+use serde_json::{Value, json};
+
+use super::client::{AskError, Place};
+use super::table::{Align, Table, printable};
+use super::{DONE, UNHEALTHY, die_of_a_closed_pipe, print};
+use crate::mount::kernel::{self, Condition, MountEntry};
+use crate::spec::format_size;
+
+#[derive(Debug, Args)]
+pub(super) struct StatusArgs {
+    /// A mountpoint or a mounted disk; without it all mounts of this host
+    path: Option<PathBuf>,
+    /// One JSON document
+    #[arg(long)]
+    json: bool,
+}
+
+pub(super) fn run(args: &StatusArgs) -> anyhow::Result<u8> {
+    die_of_a_closed_pipe();
+    let mounts = match &args.path {
+        Some(path) => vec![of_path(path)?],
+        None => of_all(&kernel::cowslip_mounts()),
+    };
+    let reports: Vec<Report> = mounts.iter().map(Report::of).collect();
+    let text = if args.json {
+        format!("{}\n", json!({ "schema": 1, "mounts": mounts }))
+    } else if reports.is_empty() {
+        "no cowslip mounts\n".to_owned()
+    } else {
+        let shown: Vec<String> = reports.iter().map(Report::show).collect();
+        shown.join("\n")
+    };
+    print(text.as_bytes())?;
+    Ok(match reports.iter().all(Report::is_healthy) {
+        true => DONE,
+        false => UNHEALTHY,
+    })
+}
+
+/// The mount that `path` is or lies in, with that one disk only if it is one.
+fn of_path(path: &Path) -> anyhow::Result<Value> {
+    let place = Place::of(path)?;
+    let whole = Place::mount(&place.mountpoint);
+    let mut mount = match (kernel::entry_at(&place.mountpoint), whole.status()) {
+        (_, Ok(mut status)) => status["mounts"][0].take(),
+        (Some(entry), Err(AskError::Dead(_))) => silent(&entry, "dead", None),
+        (_, Err(error)) => return Err(error.into()),
+    };
+    if let (Some(name), Some(disks)) = (&place.disk, mount["disks"].as_array_mut())
+        && only(disks, name).is_err()
+    {
+        anyhow::bail!(
+            "there is no disk '{}' in the mount at '{}': cowslip status lists them",
+            printable(name),
+            place.mountpoint.display()
+        );
+    }
+    Ok(mount)
+}
+
+/// Leaves only the disk `name`.
+fn only(disks: &mut Vec<Value>, name: &str) -> Result<(), ()> {
+    // A dead mount has none to choose from.
+    if disks.is_empty() {
+        return Ok(());
+    }
+    disks.retain(|disk| disk["name"] == name);
+    if disks.is_empty() { Err(()) } else { Ok(()) }
+}
+
+/// All mounts at once: some may take their time to show that they hang.
+fn of_all(entries: &[MountEntry]) -> Vec<Value> {
+    thread::scope(|scope| {
+        let asked: Vec<_> = entries
+            .iter()
+            .map(|entry| (entry, scope.spawn(move || of_mount(entry))))
+            .collect();
+        asked
+            .into_iter()
+            .map(|(entry, asked)| {
+                asked
+                    .join()
+                    .unwrap_or_else(|_| silent(entry, "silent", None))
+            })
+            .collect()
+    })
+}
+
+/// What a mount says of itself, or what is to be said of it.
+fn of_mount(entry: &MountEntry) -> Value {
+    // First whether it is dead at all: that has a shorter bound.
+    if kernel::condition(&entry.mountpoint) == Condition::Dead {
+        return silent(entry, "dead", None);
+    }
+    match Place::mount(&entry.mountpoint).status() {
+        Ok(mut status) => status["mounts"][0].take(),
+        Err(AskError::Dead(_)) => silent(entry, "dead", None),
+        Err(error @ AskError::Denied(_)) => silent(entry, "private", Some(&error)),
+        Err(error) => silent(entry, "silent", Some(&error)),
+    }
+}
+
+/// The report on a mount that does not tell.
+fn silent(entry: &MountEntry, state: &str, error: Option<&AskError>) -> Value {
+    json!({
+        "mountpoint": entry.mountpoint.to_string_lossy(),
+        "source": entry.source.to_string_lossy(),
+        "pid": null,
+        "state": state,
+        "error": error.map(ToString::to_string),
+        "disks": [],
+    })
+}
+
+/// A mount, as far as the table and the exit code need it. Unknown keys are left alone, missing
+/// ones empty: the daemon may be of another version.
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+struct Report {
+    mountpoint: String,
+    source: String,
+    pid: Option<u32>,
+    state: String,
+    error: Option<String>,
+    disks: Vec<Disk>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+struct Disk {
+    name: String,
+    size: u64,
+    mode: String,
+    state: String,
+    error: Option<String>,
+    openers: u64,
+    base: Option<String>,
+    overlay: Option<Overlay>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+struct Overlay {
+    temporary: bool,
+    path: Option<String>,
+    changed: u64,
+}
+
+impl Report {
+    fn of(mount: &Value) -> Self {
+        Self::deserialize(mount).unwrap_or_else(|error| Self {
+            mountpoint: mount["mountpoint"].as_str().unwrap_or("?").to_owned(),
+            state: "silent".to_owned(),
+            error: Some(format!("its status is not understood: {error}")),
+            ..Self::default()
+        })
+    }
+
+    /// Whether it answers and all its disks can be used. One that may not be asked is not known
+    /// to be ill.
+    fn is_healthy(&self) -> bool {
+        matches!(self.state.as_str(), "ready" | "draining" | "private")
+            && self.disks.iter().all(|disk| disk.state == "ok")
+    }
+
+    fn show(&self) -> String {
+        let mut text = printable(&self.mountpoint);
+        text += &match (self.state.as_str(), self.pid) {
+            ("ready", Some(pid)) => format!("  (pid {pid})"),
+            (state, Some(pid)) => format!("  ({}, pid {pid})", printable(state)),
+            ("dead", None) => format!(
+                "  (dead: cowslip umount {} clears it)",
+                printable(&self.mountpoint)
+            ),
+            (state, None) => format!("  ({}, {})", printable(state), printable(&self.source)),
+        };
+        text.push('\n');
+        let mut table = Table::new([
+            ("DISK", Align::Left),
+            ("SIZE", Align::Right),
+            ("MODE", Align::Left),
+            ("STATE", Align::Left),
+            ("OPEN", Align::Right),
+            ("CHANGED", Align::Right),
+            ("OVERLAY", Align::Left),
+            ("BASE", Align::Left),
+        ])
+        .indented("  ");
+        for disk in &self.disks {
+            table.row(disk.row());
+        }
+        if !self.disks.is_empty() {
+            text += &table.to_string();
+        }
+        let errors = self.disks.iter().filter_map(Disk::complaint);
+        for error in self.error.clone().into_iter().chain(errors) {
+            text += &format!("  {}\n", printable(&error));
+        }
+        text
+    }
+}
+
+impl Disk {
+    fn row(&self) -> [String; 8] {
+        let none = || "-".to_owned();
+        let overlay = self.overlay.as_ref();
+        [
+            self.name.clone(),
+            format_size(self.size),
+            self.mode.clone(),
+            self.state.clone(),
+            self.openers.to_string(),
+            overlay.map_or_else(none, |overlay| format_size(overlay.changed)),
+            overlay.map_or_else(none, Overlay::place),
+            self.base.clone().unwrap_or_else(none),
+        ]
+    }
+
+    fn complaint(&self) -> Option<String> {
+        let error = self.error.as_ref()?;
+        Some(format!("{}: {error}", self.name))
+    }
+}
+
+impl Overlay {
+    fn place(&self) -> String {
+        match (&self.path, self.temporary) {
+            (Some(path), _) => path.clone(),
+            (None, true) => "temporary".to_owned(),
+            (None, false) => "kept".to_owned(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn entry() -> MountEntry {
+        MountEntry {
+            id: 9,
+            parent: 1,
+            dev: (0, 9),
+            root: "/".into(),
+            mountpoint: "/m".into(),
+            fstype: kernel::FSTYPE.into(),
+            source: "vm.img".into(),
+        }
+    }
+
+    fn mount(disk_state: &str) -> Value {
+        json!({
+            "mountpoint": "/m", "source": "vm.img", "pid": 7, "state": "ready", "later": 1,
+            "disks": [
+                { "name": "vm.img", "size": 21_474_836_480u64, "mode": "cow", "state": disk_state,
+                  "error": (disk_state != "ok").then_some("a sync failed"), "openers": 1,
+                  "base": "/srv/vm.img",
+                  "overlay": { "temporary": true, "path": null, "changed": 65536 } },
+                { "name": "b", "size": 512, "mode": "ro", "state": "ok", "error": null,
+                  "openers": 0, "base": "/srv/b", "overlay": null },
+            ],
+        })
+    }
+
+    #[test]
+    fn a_mount_is_a_line_and_a_table() {
+        let report = Report::of(&mount("ok"));
+        assert!(report.is_healthy());
+        assert_eq!(
+            report.show(),
+            "/m  (pid 7)\n\
+             \x20 DISK         SIZE  MODE  STATE  OPEN  CHANGED  OVERLAY    BASE\n\
+             \x20 vm.img     20 GiB  cow   ok        1   64 KiB  temporary  /srv/vm.img\n\
+             \x20 b       512 bytes  ro    ok        0        -  -          /srv/b\n"
+        );
+    }
+
+    #[test]
+    fn a_disk_that_failed_and_a_dead_mount_are_unhealthy() {
+        let failed = Report::of(&mount("read-only"));
+        assert!(!failed.is_healthy());
+        assert!(failed.show().ends_with("\n  vm.img: a sync failed\n"));
+        let dead = Report::of(&silent(&entry(), "dead", None));
+        assert!(!dead.is_healthy());
+        assert_eq!(dead.show(), "/m  (dead: cowslip umount /m clears it)\n");
+    }
+
+    #[test]
+    fn a_mount_that_may_not_be_asked_is_not_ill_and_one_that_hangs_is() {
+        let denied = AskError::Denied("/m".into());
+        let private = Report::of(&silent(&entry(), "private", Some(&denied)));
+        assert!(private.is_healthy());
+        assert!(
+            private
+                .show()
+                .starts_with("/m  (private, vm.img)\n  the mount at '/m'")
+        );
+        let hangs = AskError::Silent("/m".into());
+        assert!(!Report::of(&silent(&entry(), "silent", Some(&hangs))).is_healthy());
+        assert!(!Report::of(&json!({ "disks": 5 })).is_healthy());
+    }
+
+    #[test]
+    fn a_path_of_a_disk_shows_that_disk() {
+        let mut mount = mount("ok");
+        let disks = mount["disks"].as_array_mut().unwrap();
+        only(disks, "b").unwrap();
+        assert_eq!((disks.len(), &disks[0]["name"]), (1, &json!("b")));
+        assert!(only(disks, "none").is_err());
+    }
+}

@@ -1,0 +1,111 @@
+//! Tables for people: columns as wide as what is in them, two spaces between.
+
+use std::fmt;
+
+/// On which side of its column a cell stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Align {
+    /// Words.
+    Left,
+    /// Numbers.
+    Right,
+}
+
+/// Rows of cells under a line of headings. Displays with a line feed after every line and no
+/// spaces at the end of any.
+#[derive(Clone, Debug)]
+pub(super) struct Table<const COLUMNS: usize> {
+    align: [Align; COLUMNS],
+    rows: Vec<[String; COLUMNS]>,
+    indent: &'static str,
+}
+
+impl<const COLUMNS: usize> Table<COLUMNS> {
+    /// An empty table; each column has a heading and a side.
+    pub(super) fn new(columns: [(&str, Align); COLUMNS]) -> Self {
+        Self {
+            align: columns.map(|(_, align)| align),
+            rows: vec![columns.map(|(heading, _)| heading.to_owned())],
+            indent: "",
+        }
+    }
+
+    /// The same table, with `indent` before every line.
+    pub(super) fn indented(mut self, indent: &'static str) -> Self {
+        self.indent = indent;
+        self
+    }
+
+    /// Adds a row. Control characters in it are shown escaped: a name may hold any.
+    pub(super) fn row(&mut self, cells: [String; COLUMNS]) {
+        self.rows.push(cells.map(|cell| printable(&cell)));
+    }
+}
+
+/// `text` without control characters, which could move the cursor.
+pub(super) fn printable(text: &str) -> String {
+    if !text.chars().any(char::is_control) {
+        return text.to_owned();
+    }
+    let mut shown = String::new();
+    for c in text.chars() {
+        match c.is_control() {
+            true => shown.extend(c.escape_default()),
+            false => shown.push(c),
+        }
+    }
+    shown
+}
+
+impl<const COLUMNS: usize> fmt::Display for Table<COLUMNS> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let width = |column: usize| {
+            let widths = self.rows.iter().map(|row| row[column].chars().count());
+            widths.max().unwrap_or(0)
+        };
+        let widths: [usize; COLUMNS] = std::array::from_fn(width);
+        for row in &self.rows {
+            let mut line = self.indent.to_owned();
+            for (column, cell) in row.iter().enumerate() {
+                let gap = if column == 0 { "" } else { "  " };
+                let width = widths[column];
+                line += &match self.align[column] {
+                    Align::Left => format!("{gap}{cell:<width$}"),
+                    Align::Right => format!("{gap}{cell:>width$}"),
+                };
+            }
+            writeln!(f, "{}", line.trim_end())?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn columns_are_as_wide_as_what_is_in_them() {
+        let mut table = Table::new([
+            ("DISK", Align::Left),
+            ("SIZE", Align::Right),
+            ("BASE", Align::Left),
+        ]);
+        table.row(["debian.img".into(), "20 GiB".into(), "/srv/d.img".into()]);
+        table.row(["ä.img".into(), "512 bytes".into(), String::new()]);
+        assert_eq!(
+            table.to_string(),
+            "DISK             SIZE  BASE\n\
+             debian.img     20 GiB  /srv/d.img\n\
+             ä.img       512 bytes\n"
+        );
+        assert!(table.indented("  ").to_string().starts_with("  DISK"));
+    }
+
+    #[test]
+    fn a_name_cannot_move_the_cursor() {
+        let mut table = Table::new([("NAME", Align::Left)]);
+        table.row(["a\x1b[2Jb\n".into()]);
+        assert_eq!(table.to_string(), "NAME\na\\u{1b}[2Jb\\n\n");
+    }
+}

@@ -1,0 +1,331 @@
+//! `cowslip umount`: waits for the last user, has everything made durable, unmounts, and returns
+//! when the daemon has ended.
+//!
+//! ```text
+//!   users left? ──grace──> drain ──> unmount ──busy? again within the grace──> daemon has ended
+//! ```
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use clap::Args;
+use serde_json::{Value, json};
+
+use super::client::{AskError, Place};
+use super::table::printable;
+use super::{DONE, say, timeout};
+use crate::mount::kernel::{self, Condition, Unmount};
+use crate::mount::who::{self, Exit, Opener};
+
+/// RELEASE and `losetup -d` come after close has returned, so a mount may look used for a moment.
+const GRACE: Duration = Duration::from_secs(5);
+
+/// How long the daemon may take to end: it syncs first, and disks are slow.
+const ENDING: Duration = Duration::from_secs(60);
+
+/// How often is looked whether the mount is still used. A look takes some milliseconds.
+const LOOK: Duration = Duration::from_millis(100);
+
+/// Users that are named in the message; the rest is counted.
+const NAMED: usize = 8;
+
+#[derive(Clone, Debug, PartialEq, Eq, Args)]
+pub(super) struct UmountArgs {
+    /// Take the name away at once, the mount when its last user has left
+    #[arg(short = 'l', long = "lazy")]
+    lazy: bool,
+    /// How long to wait for users of the mount (5s), and then for the daemon (60s): 10s, 2m
+    #[arg(long, value_name = "T", value_parser = timeout::parse)]
+    timeout: Option<Duration>,
+    /// Where it is mounted
+    mountpoint: PathBuf,
+}
+
+/// How a mount is ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum How {
+    /// When nobody uses it any more; otherwise it stays.
+    Politely,
+    /// At once, whoever uses it.
+    Lazily,
+}
+
+impl UmountArgs {
+    /// As the command line would have it, without a time-out.
+    pub(super) fn new(mountpoint: PathBuf, how: How) -> Self {
+        Self {
+            lazy: how == How::Lazily,
+            timeout: None,
+            mountpoint,
+        }
+    }
+}
+
+pub(super) fn run(args: &UmountArgs) -> anyhow::Result<u8> {
+    let mountpoint = find(&args.mountpoint)?;
+    if clear_dead(&mountpoint)? {
+        return Ok(DONE);
+    }
+    let grace = args.timeout.unwrap_or(GRACE);
+    let ended = if args.lazy {
+        end(&mountpoint, How::Lazily, Duration::ZERO)?
+    } else {
+        wait_for_users(&mountpoint, grace)?;
+        end(&mountpoint, How::Politely, grace)?
+    };
+    ended.lines.iter().for_each(|line| say(line));
+    if !args.lazy {
+        ended.wait(args.timeout.unwrap_or(ENDING))?;
+    }
+    ended.verdict()?;
+    Ok(DONE)
+}
+
+/// The cowslip mount at `path`, as mountinfo spells it.
+fn find(path: &Path) -> anyhow::Result<PathBuf> {
+    let shown = path.display();
+    match kernel::entry_at(path) {
+        Some(entry) if entry.is_cowslip() => Ok(entry.mountpoint),
+        Some(entry) => anyhow::bail!(
+            "'{shown}' is a mount of type {}, not cowslip's: unmount it with umount '{shown}'",
+            entry.fstype
+        ),
+        None => match kernel::enclosing(path) {
+            Some(found) => anyhow::bail!(
+                "'{shown}' lies in the mount at '{at}': cowslip umount '{at}'",
+                at = found.mount.mountpoint.display()
+            ),
+            None => anyhow::bail!("'{shown}' is not mounted: cowslip status lists what is"),
+        },
+    }
+}
+
+/// Clears a mount whose daemon is gone, and says so.
+fn clear_dead(mountpoint: &Path) -> anyhow::Result<bool> {
+    if kernel::condition(mountpoint) != Condition::Dead {
+        return Ok(false);
+    }
+    let shown = mountpoint.display();
+    kernel::unmount(mountpoint, Unmount::Lazy).map_err(|error| {
+        let remedy = format!("run umount -l '{shown}' as root");
+        anyhow::anyhow!("cannot clear the dead mount at '{shown}': {error}: {remedy}")
+    })?;
+    say(&format!(
+        "{shown}: the daemon was gone, the dead mount is cleared away"
+    ));
+    Ok(true)
+}
+
+/// Waits until nobody uses the mount.
+fn wait_for_users(mountpoint: &Path, grace: Duration) -> anyhow::Result<()> {
+    let deadline = Instant::now() + grace;
+    loop {
+        let users = who::openers(mountpoint);
+        if users.is_empty() {
+            return Ok(());
+        }
+        if Instant::now() >= deadline {
+            return Err(in_use(mountpoint, &users));
+        }
+        thread::sleep(LOOK);
+    }
+}
+
+/// Ends a mount as soon as nobody uses it, within the usual grace.
+///
+/// # Errors
+/// A line; it is still mounted then.
+pub(super) fn end_politely(mountpoint: &Path) -> anyhow::Result<Ended> {
+    wait_for_users(mountpoint, GRACE)?;
+    end(mountpoint, How::Politely, GRACE)
+}
+
+/// Why it was not unmounted: who has it.
+fn in_use(mountpoint: &Path, users: &[Opener]) -> anyhow::Error {
+    let named = users
+        .iter()
+        .take(NAMED)
+        .map(|user| printable(&user.to_string()));
+    let mut named: Vec<String> = named.collect();
+    if users.len() > NAMED {
+        named.push(format!("and {} more", users.len() - NAMED));
+    }
+    // Users that may not be seen, or who came and went.
+    if named.is_empty() {
+        named.push("processes that you may not see: ask as root".to_owned());
+    }
+    let shown = mountpoint.display();
+    anyhow::anyhow!(
+        "'{shown}' is in use: {}: close it there, or cowslip umount -l '{shown}'",
+        named.join("; ")
+    )
+}
+
+/// A mount that is gone, and what its daemon said before.
+#[derive(Debug)]
+pub(super) struct Ended {
+    mountpoint: PathBuf,
+    /// What became of the changes, a line each.
+    lines: Vec<String>,
+    /// What could not be made durable.
+    failed: Vec<String>,
+    /// The daemon, if it told.
+    pid: Option<u32>,
+}
+
+/// Has everything made durable and unmounts; a mount that is busy is tried again for `grace`.
+///
+/// # Errors
+/// A line; it is still mounted then.
+pub(super) fn end(mountpoint: &Path, how: How, grace: Duration) -> anyhow::Result<Ended> {
+    let (pid, drained) = match drain(mountpoint) {
+        Ok(told) => told,
+        // Without an answer there is nothing to wait for; what can be done is to let go.
+        Err(AskError::Denied(_)) => (None, Value::Null),
+        Err(error) if how == How::Lazily => {
+            log::debug!("unmounting all the same: {error}");
+            (None, Value::Null)
+        }
+        Err(error) => return Err(error.into()),
+    };
+    unmount(mountpoint, how, grace)?;
+    Ok(Ended {
+        mountpoint: mountpoint.to_owned(),
+        lines: texts(&drained["lines"]),
+        failed: texts(&drained["failed"]),
+        pid,
+    })
+}
+
+/// The daemon's process id, and what it says to a drain.
+fn drain(mountpoint: &Path) -> Result<(Option<u32>, Value), AskError> {
+    let place = Place::mount(mountpoint);
+    let status = place.status()?;
+    let pid = status["mounts"][0]["pid"].as_u64();
+    let pid = pid.and_then(|pid| u32::try_from(pid).ok());
+    match place.ask(&json!({ "op": "drain" }), |_| {}) {
+        // Nothing has changed there.
+        Err(AskError::ReadOnly(_)) => Ok((pid, Value::Null)),
+        drained => Ok((pid, drained?)),
+    }
+}
+
+fn texts(list: &Value) -> Vec<String> {
+    let items = list.as_array().into_iter().flatten();
+    items.filter_map(Value::as_str).map(printable).collect()
+}
+
+fn unmount(mountpoint: &Path, how: How, grace: Duration) -> anyhow::Result<()> {
+    let flags = match how {
+        How::Politely => Unmount::Plain,
+        How::Lazily => Unmount::Lazy,
+    };
+    let deadline = Instant::now() + grace;
+    let shown = mountpoint.display();
+    loop {
+        let Err(error) = kernel::unmount(mountpoint, flags) else {
+            return Ok(());
+        };
+        match error.raw_os_error() {
+            Some(libc::EBUSY) if Instant::now() < deadline => thread::sleep(LOOK),
+            Some(libc::EBUSY) => return Err(in_use(mountpoint, &who::openers(mountpoint))),
+            Some(libc::EPERM) => anyhow::bail!(
+                "cannot unmount '{shown}': it is another user's: do it as that user or as root"
+            ),
+            // Somebody else was faster.
+            Some(libc::EINVAL) if kernel::entry_at(mountpoint).is_none() => return Ok(()),
+            _ => return Err(unmount_error(mountpoint, &error)),
+        }
+    }
+}
+
+fn unmount_error(mountpoint: &Path, error: &io::Error) -> anyhow::Error {
+    let shown = mountpoint.display();
+    anyhow::anyhow!("cannot unmount '{shown}': {error}: try cowslip umount -l '{shown}'")
+}
+
+impl Ended {
+    /// Waits until the daemon has ended.
+    ///
+    /// # Errors
+    /// A line when it has not in `patience`.
+    pub(super) fn wait(&self, patience: Duration) -> anyhow::Result<()> {
+        let Some(pid) = self.pid else {
+            return Ok(());
+        };
+        match who::wait_for_exit(pid, patience) {
+            Ok(Exit::StillThere) => anyhow::bail!(
+                "'{}' is unmounted, and its daemon (pid {pid}) still works after {}: \
+                 wait for it before you touch its files",
+                self.mountpoint.display(),
+                timeout::show(patience)
+            ),
+            // No such number here: it lives in another container.
+            Ok(Exit::Exited) | Err(_) => Ok(()),
+        }
+    }
+
+    /// As [`wait`](Self::wait), for as long as a daemon usually takes at most.
+    ///
+    /// # Errors
+    /// As there.
+    pub(super) fn wait_usual(&self) -> anyhow::Result<()> {
+        self.wait(ENDING)
+    }
+
+    /// # Errors
+    /// A line with everything that could not be made durable.
+    pub(super) fn verdict(&self) -> anyhow::Result<()> {
+        if self.failed.is_empty() {
+            return Ok(());
+        }
+        anyhow::bail!(
+            "'{}' is unmounted, but {}",
+            self.mountpoint.display(),
+            self.failed.join("; ")
+        )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn users_are_named_and_the_many_are_counted() {
+        let user = |number: usize| Opener::Loop {
+            device: format!("/dev/loop{number}").into(),
+            path: "vm.img".into(),
+        };
+        let users: Vec<Opener> = (0..10).map(user).collect();
+        let line = in_use(Path::new("/m"), &users).to_string();
+        assert!(line.starts_with("'/m' is in use: /dev/loop0 is attached to vm.img; /dev/loop1"));
+        assert!(line.contains("; and 2 more: close it there"), "{line}");
+        assert!(line.ends_with("or cowslip umount -l '/m'"), "{line}");
+        let unseen = in_use(Path::new("/m"), &[]).to_string();
+        assert!(unseen.contains("ask as root"), "{unseen}");
+    }
+
+    #[test]
+    fn what_is_no_cowslip_mount_is_left_alone() {
+        let line = |path: &str| find(Path::new(path)).unwrap_err().to_string();
+        assert!(line("/proc").contains("is a mount of type proc, not cowslip's"));
+        assert!(line("/nowhere").contains("'/nowhere' is not mounted"));
+    }
+
+    #[test]
+    fn what_failed_is_one_line() {
+        let mut ended = Ended {
+            mountpoint: "/m".into(),
+            lines: Vec::new(),
+            failed: texts(&json!(["a: EIO", "b: EIO"])),
+            pid: None,
+        };
+        let line = ended.verdict().unwrap_err().to_string();
+        assert_eq!(line, "'/m' is unmounted, but a: EIO; b: EIO");
+        ended.failed.clear();
+        assert!(ended.verdict().is_ok() && ended.wait(Duration::ZERO).is_ok());
+    }
+}
