@@ -1,0 +1,674 @@
+//! A host's files in memory, with its page cache and its disk: what a power cut leaves of them.
+//!
+//! ```text
+//!   write, punch ->  versions of 512-byte sectors      what reads see is the newest
+//!                      |  sync: the newest becomes durable, the others are forgotten
+//!                      |  failed sync: one of them, by chance; the newest stays in the cache only
+//!                      v
+//!                    durable sectors                    what a power cut leaves
+//! ```
+//!
+//! A power cut leaves of every sector, independently, the durable content or any version since;
+//! of the length the same; of the log's name the old file or the new one. That is worse than any
+//! real file system, so what survives it survives those.
+//!
+//! A [`Host`] counts the operations of all its files, cuts the power before the n-th, fails chosen
+//! ones, holds them until released, and runs out of space.
+
+// Sizes are those of small disks in memory, and a test that cannot go on ends.
+#![allow(
+    clippy::cast_possible_truncation,
+    clippy::unwrap_used,
+    clippy::expect_used
+)]
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io::{self, IoSlice};
+use std::ops::Range;
+use std::os::fd::BorrowedFd;
+use std::sync::Arc;
+use std::time::Duration;
+
+use cowslip::host::errno;
+use cowslip::layer::Wait;
+use cowslip::overlay::data::{HostFile, Storage};
+use cowslip::overlay::log::{Home, Replaced};
+use cowslip::overlay::recover::Files;
+use parking_lot::{Condvar, Mutex};
+use uuid::Uuid;
+
+/// What a disk writes whole or not at all, in bytes.
+pub const SECTOR: u64 = 512;
+const LEN: usize = 512;
+
+type Sector = [u8; LEN];
+
+/// Random numbers that are the same for the same seed (splitmix64).
+#[derive(Clone, Debug)]
+pub struct Chance(pub u64);
+
+impl Chance {
+    pub fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+        z ^ (z >> 31)
+    }
+
+    /// A number below `limit`.
+    pub fn below(&mut self, limit: usize) -> usize {
+        (self.next() % limit as u64) as usize
+    }
+}
+
+/// Which file an operation is on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Role {
+    Data,
+    Log,
+    /// The directory that holds the log.
+    Dir,
+}
+
+/// What is done to it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Deed {
+    Read,
+    Write,
+    Punch,
+    Allocate,
+    Sync,
+    Rename,
+}
+
+/// An operation that fails.
+#[derive(Clone, Copy, Debug)]
+struct Fault {
+    role: Role,
+    deed: Deed,
+    /// So many of them pass first.
+    pass: u64,
+    errno: i32,
+}
+
+#[derive(Default)]
+struct HostState {
+    /// Operations so far that change something or make it durable.
+    steps: u64,
+    /// The power goes before this step.
+    cut: Option<u64>,
+    faults: Vec<Fault>,
+    held: Vec<(Role, Deed)>,
+    waiting: usize,
+    /// Bytes there is room for.
+    capacity: Option<u64>,
+    used: u64,
+}
+
+/// The machine under the files.
+#[derive(Default)]
+pub struct Host {
+    state: Mutex<HostState>,
+    changed: Condvar,
+}
+
+impl Host {
+    /// Cuts the power before step `step` (counted from 0): from then on everything is `EIO`.
+    pub fn cut_at(&self, step: u64) {
+        self.state.lock().cut = Some(step);
+    }
+
+    /// How many steps there were.
+    pub fn steps(&self) -> u64 {
+        self.state.lock().steps
+    }
+
+    pub fn is_off(&self) -> bool {
+        let state = self.state.lock();
+        state.cut.is_some_and(|cut| state.steps >= cut)
+    }
+
+    /// Lets the deed after the next `pass` of its kind fail, once.
+    pub fn fail(&self, role: Role, deed: Deed, pass: u64, errno: i32) {
+        self.state.lock().faults.push(Fault {
+            role,
+            deed,
+            pass,
+            errno,
+        });
+    }
+
+    /// Holds every such deed until [`release`](Self::release).
+    pub fn hold(&self, role: Role, deed: Deed) {
+        self.state.lock().held.push((role, deed));
+    }
+
+    /// Waits until `count` deeds are being held.
+    pub fn wait_held(&self, count: usize) {
+        let mut state = self.state.lock();
+        let limit = Duration::from_secs(20);
+        let late = self
+            .changed
+            .wait_while_for(&mut state, |state| state.waiting < count, limit);
+        assert!(!late.timed_out(), "nothing came to be held");
+    }
+
+    /// Lets everything that is held go on.
+    pub fn release(&self) {
+        self.state.lock().held.clear();
+        self.changed.notify_all();
+    }
+
+    /// Bounds the space of all files together, in bytes.
+    pub fn set_capacity(&self, capacity: Option<u64>) {
+        self.state.lock().capacity = capacity;
+    }
+
+    /// Bytes that the files take.
+    pub fn used(&self) -> u64 {
+        self.state.lock().used
+    }
+
+    /// One deed: held, counted, failed as asked.
+    fn step(&self, role: Role, deed: Deed) -> io::Result<()> {
+        let mut state = self.state.lock();
+        state.waiting += 1;
+        while state.held.contains(&(role, deed)) {
+            self.changed.notify_all();
+            // Bounded: a test that fails while it holds something must end.
+            if self
+                .changed
+                .wait_for(&mut state, Duration::from_secs(10))
+                .timed_out()
+            {
+                break;
+            }
+        }
+        state.waiting -= 1;
+        if state.cut.is_some_and(|cut| state.steps >= cut) {
+            return Err(errno(libc::EIO));
+        }
+        if deed != Deed::Read {
+            state.steps += 1;
+        }
+        let hit = |fault: &&mut Fault| (fault.role, fault.deed) == (role, deed);
+        let mut failed = None;
+        for fault in state.faults.iter_mut().filter(hit) {
+            if fault.pass == 0 {
+                failed = Some(fault.errno);
+            }
+            fault.pass = fault.pass.wrapping_sub(1);
+        }
+        state.faults.retain(|fault| fault.pass != u64::MAX);
+        failed.map_or(Ok(()), |code| Err(errno(code)))
+    }
+
+    /// Takes room for one sector.
+    fn take(&self) -> io::Result<()> {
+        let mut state = self.state.lock();
+        if state
+            .capacity
+            .is_some_and(|capacity| state.used + SECTOR > capacity)
+        {
+            return Err(errno(libc::ENOSPC));
+        }
+        state.used += SECTOR;
+        Ok(())
+    }
+
+    fn give_back(&self, sectors: u64) {
+        self.state.lock().used -= sectors * SECTOR;
+    }
+}
+
+/// One sector: what is on the disk, and what is only in the cache.
+#[derive(Clone)]
+struct Content {
+    durable: Sector,
+    /// In the cache and marked clean, though a failed sync lost it.
+    stale: Option<Sector>,
+    /// Written since the last sync, oldest first.
+    versions: Vec<Sector>,
+}
+
+impl Content {
+    const BLANK: Self = Self {
+        durable: [0; LEN],
+        stale: None,
+        versions: Vec::new(),
+    };
+
+    fn newest(&self) -> &Sector {
+        self.versions
+            .last()
+            .or(self.stale.as_ref())
+            .unwrap_or(&self.durable)
+    }
+
+    /// What the disk has after the power went.
+    fn by_chance(&self, chance: &mut Chance) -> Sector {
+        match chance.below(self.versions.len() + 1) {
+            0 => self.durable,
+            version => self.versions[version - 1],
+        }
+    }
+}
+
+#[derive(Clone, Default)]
+struct FileState {
+    sectors: BTreeMap<u64, Content>,
+    allocated: BTreeSet<u64>,
+    len: u64,
+    durable_len: u64,
+    lens: Vec<u64>,
+}
+
+impl FileState {
+    fn put(&mut self, sector: u64, change: impl FnOnce(&mut Sector)) {
+        let content = self.sectors.entry(sector).or_insert(Content::BLANK);
+        let mut next = *content.newest();
+        change(&mut next);
+        content.versions.push(next);
+    }
+
+    fn grow(&mut self, len: u64) {
+        if len > self.len {
+            self.len = len;
+            self.lens.push(len);
+        }
+    }
+
+    fn sync(&mut self) {
+        for content in self.sectors.values_mut() {
+            if let Some(newest) = content.versions.pop() {
+                *content = Content {
+                    durable: newest,
+                    stale: None,
+                    versions: Vec::new(),
+                };
+            }
+        }
+        self.durable_len = self.len;
+        self.lens.clear();
+    }
+
+    /// A sync that fails: some of it reached the disk, and the cache forgets that the rest did not.
+    fn fail_sync(&mut self, chance: &mut Chance) {
+        for content in self.sectors.values_mut() {
+            if !content.versions.is_empty() {
+                content.stale = Some(*content.newest());
+                content.durable = content.by_chance(chance);
+                content.versions.clear();
+            }
+        }
+        if let Some(len) = self.lens.pop() {
+            self.durable_len = if chance.below(2) == 0 {
+                self.durable_len
+            } else {
+                len
+            };
+            self.lens.clear();
+        }
+    }
+
+    fn crash(&self, role: Role, chance: &mut Chance) -> Self {
+        let len = match chance.below(self.lens.len() + 1) {
+            0 => self.durable_len,
+            which => self.lens[which - 1],
+        };
+        let mut sectors = BTreeMap::new();
+        for (&sector, content) in &self.sectors {
+            let mut durable = content.by_chance(chance);
+            // What lies past the length is gone.
+            let kept = len.saturating_sub(sector * SECTOR).min(SECTOR) as usize;
+            durable[kept..].fill(0);
+            sectors.insert(
+                sector,
+                Content {
+                    durable,
+                    ..Content::BLANK
+                },
+            );
+        }
+        // Space past the length is kept only where it was asked for, and the data file never asks.
+        let mut allocated = self.allocated.clone();
+        if role == Role::Data {
+            allocated.retain(|sector| sector * SECTOR < len);
+        }
+        Self {
+            sectors,
+            allocated,
+            len,
+            durable_len: len,
+            lens: Vec::new(),
+        }
+    }
+}
+
+/// A file on a [`Host`].
+pub struct SimFile {
+    host: Arc<Host>,
+    role: Role,
+    state: Mutex<FileState>,
+}
+
+impl SimFile {
+    #[must_use]
+    pub fn new(host: &Arc<Host>, role: Role) -> Self {
+        Self {
+            host: Arc::clone(host),
+            role,
+            state: Mutex::default(),
+        }
+    }
+
+    fn with(host: &Arc<Host>, role: Role, state: FileState) -> Self {
+        host.state.lock().used += state.allocated.len() as u64 * SECTOR;
+        Self {
+            host: Arc::clone(host),
+            role,
+            state: Mutex::new(state),
+        }
+    }
+
+    /// What the disk would have of it after a power cut now.
+    fn crash(&self, host: &Arc<Host>, chance: &mut Chance) -> Self {
+        Self::with(host, self.role, self.state.lock().crash(self.role, chance))
+    }
+
+    /// The same file, cache and all, under another host.
+    fn copy(&self, host: &Arc<Host>) -> Self {
+        Self::with(host, self.role, self.state.lock().clone())
+    }
+
+    /// Whether the file holds space for any byte of `range`.
+    pub fn is_allocated(&self, range: &Range<u64>) -> bool {
+        let sectors = range.start / SECTOR..range.end.div_ceil(SECTOR);
+        self.state.lock().allocated.range(sectors).next().is_some()
+    }
+
+    /// All bytes as reads see them.
+    pub fn bytes(&self) -> Vec<u8> {
+        let state = self.state.lock();
+        let mut bytes = vec![0; state.len as usize];
+        fill(&state, &mut bytes, 0);
+        bytes
+    }
+
+    /// Changes bytes behind everyone's back, durably: damage.
+    pub fn damage(&self, offset: u64, bytes: &[u8]) {
+        let mut state = self.state.lock();
+        for (at, byte) in (offset..).zip(bytes) {
+            let content = state.sectors.entry(at / SECTOR).or_insert(Content::BLANK);
+            let place = (at % SECTOR) as usize;
+            content.durable[place] = *byte;
+            for version in content.versions.iter_mut().chain(&mut content.stale) {
+                version[place] = *byte;
+            }
+        }
+        let end = offset + bytes.len() as u64;
+        state.len = state.len.max(end);
+        state.durable_len = state.durable_len.max(end);
+    }
+
+    /// Cuts the file to `len` bytes, durably: damage.
+    pub fn cut(&self, len: u64) {
+        let mut state = self.state.lock();
+        state.sync();
+        state.sectors.retain(|sector, _| sector * SECTOR < len);
+        if let Some(last) = state.sectors.get_mut(&(len / SECTOR)) {
+            last.durable[(len % SECTOR) as usize..].fill(0);
+        }
+        (state.len, state.durable_len) = (len, len);
+    }
+}
+
+fn fill(state: &FileState, buf: &mut [u8], offset: u64) {
+    buf.fill(0);
+    let end = offset + buf.len() as u64;
+    for (&sector, content) in state.sectors.range(offset / SECTOR..end.div_ceil(SECTOR)) {
+        let from = (sector * SECTOR).max(offset);
+        let to = ((sector + 1) * SECTOR).min(end).min(state.len);
+        if from < to {
+            let inside = (from - sector * SECTOR) as usize..(to - sector * SECTOR) as usize;
+            let place = (from - offset) as usize..(to - offset) as usize;
+            buf[place].copy_from_slice(&content.newest()[inside]);
+        }
+    }
+}
+
+impl Storage for SimFile {
+    fn read_at(&self, buf: &mut [u8], offset: u64, _: Wait) -> io::Result<()> {
+        self.host.step(self.role, Deed::Read)?;
+        fill(&self.state.lock(), buf, offset);
+        Ok(())
+    }
+
+    fn write_at(&self, parts: &[IoSlice<'_>], offset: u64) -> io::Result<()> {
+        self.host.step(self.role, Deed::Write)?;
+        let bytes: Vec<u8> = parts.iter().flat_map(|part| part.iter().copied()).collect();
+        let mut state = self.state.lock();
+        let mut at = 0;
+        while at < bytes.len() {
+            let place = offset + at as u64;
+            let (sector, inside) = (place / SECTOR, (place % SECTOR) as usize);
+            let len = (LEN - inside).min(bytes.len() - at);
+            if !state.allocated.contains(&sector) {
+                // A full host keeps what it took so far.
+                self.host.take()?;
+                state.allocated.insert(sector);
+            }
+            state.put(sector, |next| {
+                next[inside..inside + len].copy_from_slice(&bytes[at..at + len]);
+            });
+            at += len;
+            state.grow(offset + at as u64);
+        }
+        Ok(())
+    }
+
+    fn punch(&self, range: Range<u64>) -> io::Result<()> {
+        self.host.step(self.role, Deed::Punch)?;
+        let mut state = self.state.lock();
+        let sectors = range.start / SECTOR..range.end.div_ceil(SECTOR);
+        let touched: Vec<u64> = state
+            .sectors
+            .range(sectors)
+            .map(|(sector, _)| *sector)
+            .collect();
+        for sector in touched {
+            let floor = sector * SECTOR;
+            let from = range.start.saturating_sub(floor) as usize;
+            let to = (range.end - floor).min(SECTOR) as usize;
+            state.put(sector, |next| next[from..to].fill(0));
+        }
+        let whole =
+            range.start.div_ceil(SECTOR)..(range.end / SECTOR).max(range.start.div_ceil(SECTOR));
+        let freed: Vec<u64> = state.allocated.range(whole).copied().collect();
+        freed.iter().for_each(|sector| {
+            state.allocated.remove(sector);
+        });
+        self.host.give_back(freed.len() as u64);
+        Ok(())
+    }
+
+    fn allocate(&self, range: Range<u64>) -> io::Result<()> {
+        self.host.step(self.role, Deed::Allocate)?;
+        let mut state = self.state.lock();
+        for sector in range.start / SECTOR..range.end.div_ceil(SECTOR) {
+            if !state.allocated.contains(&sector) {
+                self.host.take()?;
+                state.allocated.insert(sector);
+            }
+        }
+        Ok(())
+    }
+
+    fn len(&self) -> io::Result<u64> {
+        Ok(self.state.lock().len)
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        // The deed may be held: what is written meanwhile may or may not be part of it.
+        let done = self.host.step(self.role, Deed::Sync);
+        let mut state = self.state.lock();
+        match &done {
+            Ok(()) => state.sync(),
+            // Without power nothing happens to the disk any more.
+            Err(_) if self.host.is_off() => {}
+            Err(_) => {
+                let seed = state.len ^ self.host.steps();
+                state.fail_sync(&mut Chance(seed));
+            }
+        }
+        done
+    }
+
+    fn forget_cache(&self) {
+        for content in self.state.lock().sectors.values_mut() {
+            content.stale = None;
+        }
+    }
+
+    fn backing(&self, _: Range<u64>) -> Option<BorrowedFd<'_>> {
+        None
+    }
+
+    fn host_file(&self) -> Option<&HostFile> {
+        None
+    }
+}
+
+impl Drop for SimFile {
+    fn drop(&mut self) {
+        self.host
+            .give_back(self.state.lock().allocated.len() as u64);
+    }
+}
+
+/// The directory of a log: which file has its name, in the cache and on the disk.
+pub struct SimHome {
+    host: Arc<Host>,
+    names: Mutex<Names>,
+}
+
+struct Names {
+    durable: Arc<SimFile>,
+    /// Renamed over it since, oldest first.
+    since: Vec<Arc<SimFile>>,
+}
+
+impl SimHome {
+    /// The file that has the name now.
+    pub fn log(&self) -> Arc<SimFile> {
+        let names = self.names.lock();
+        Arc::clone(names.since.last().unwrap_or(&names.durable))
+    }
+
+    fn sync_dir(&self) -> io::Result<()> {
+        self.host.step(Role::Dir, Deed::Sync)?;
+        let mut names = self.names.lock();
+        if let Some(newest) = names.since.pop() {
+            names.durable = newest;
+            names.since.clear();
+        }
+        Ok(())
+    }
+}
+
+impl Home for SimHome {
+    fn replace_log(
+        &self,
+        fill: &mut dyn FnMut(&dyn Storage) -> io::Result<()>,
+    ) -> io::Result<Replaced> {
+        let file = Arc::new(SimFile::new(&self.host, Role::Log));
+        fill(&*file)?;
+        file.sync()?;
+        self.host.step(Role::Dir, Deed::Rename)?;
+        self.names.lock().since.push(Arc::clone(&file));
+        Ok(Replaced {
+            file,
+            placed: self.sync_dir(),
+        })
+    }
+}
+
+/// The files of one layer on one host.
+#[derive(Clone)]
+pub struct SimLayer {
+    pub host: Arc<Host>,
+    pub data: Arc<SimFile>,
+    pub home: Arc<SimHome>,
+    pub uuid: Uuid,
+    pub block: u32,
+}
+
+impl SimLayer {
+    /// Empty files.
+    #[must_use]
+    pub fn new(block: u32) -> Self {
+        let host = Arc::<Host>::default();
+        let data = SimFile::new(&host, Role::Data);
+        let log = SimFile::new(&host, Role::Log);
+        Self::of(host, data, log, block)
+    }
+
+    fn of(host: Arc<Host>, data: SimFile, log: SimFile, block: u32) -> Self {
+        let names = Mutex::new(Names {
+            durable: Arc::new(log),
+            since: Vec::new(),
+        });
+        let home = Arc::new(SimHome {
+            host: Arc::clone(&host),
+            names,
+        });
+        Self {
+            host,
+            data: Arc::new(data),
+            home,
+            uuid: Uuid::from_u128(0xC0),
+            block,
+        }
+    }
+
+    /// The files as an overlay opens them.
+    #[must_use]
+    pub fn files(&self) -> Files {
+        Files {
+            data: Arc::clone(&self.data) as Arc<dyn Storage>,
+            log: self.home.log(),
+            home: Arc::clone(&self.home) as Arc<dyn Home>,
+            uuid: self.uuid,
+            block: self.block,
+        }
+    }
+
+    /// What a power cut now may leave, by `seed`. These files stay as they are.
+    #[must_use]
+    pub fn power_cut(&self, seed: u64) -> Self {
+        let mut chance = Chance(seed);
+        let host = Arc::<Host>::default();
+        let log = {
+            let names = self.home.names.lock();
+            match chance.below(names.since.len() + 1) {
+                0 => names.durable.crash(&host, &mut chance),
+                which => names.since[which - 1].crash(&host, &mut chance),
+            }
+        };
+        let data = self.data.crash(&host, &mut chance);
+        Self::of(host, data, log, self.block)
+    }
+
+    /// What is there when only the daemon dies: everything, in the cache as before.
+    ///
+    /// The directory's name for the log is taken as durable; a later power cut that brings the
+    /// old one back is the business of [`power_cut`](Self::power_cut) before.
+    #[must_use]
+    pub fn kill(&self) -> Self {
+        let host = Arc::<Host>::default();
+        let log = self.home.log().copy(&host);
+        let data = self.data.copy(&host);
+        Self::of(host, data, log, self.block)
+    }
+}

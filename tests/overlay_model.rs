@@ -1,0 +1,196 @@
+//! Overlays against a byte array: any operations in any order, through closes, kills and power
+//! cuts, for every block size and for sizes that fit none.
+
+// Sizes are those of small disks in memory, and a test that cannot go on ends.
+#![allow(
+    clippy::cast_possible_truncation,
+    clippy::unwrap_used,
+    clippy::expect_used
+)]
+
+mod common;
+
+use std::sync::Arc;
+
+use common::library::{SimDisk, SimDisks, TestBase};
+use common::model::{Menu, Model, Op, op, run};
+use cowslip::extents::Kind;
+use cowslip::layer::{Layer, WritableLayer};
+use proptest::collection::vec;
+use proptest::prelude::*;
+
+/// A pair of disks and what to do with them.
+#[derive(Clone, Debug)]
+struct Case {
+    block: u32,
+    base: u64,
+    runs: Vec<(usize, usize)>,
+    sizes: [u64; 2],
+    menu: Menu,
+    ops: Vec<Op>,
+}
+
+/// Sizes around block borders: none, less than a block, not a multiple, larger and smaller than
+/// the base.
+fn size(block: u64) -> BoxedStrategy<u64> {
+    let blocks = if block > 4096 { 4 } else { 24 };
+    prop_oneof![
+        1 => Just(0),
+        2 => 1..block,
+        3 => (1..=blocks).prop_map(move |count| count * block),
+        4 => 1..=blocks * block,
+    ]
+    .boxed()
+}
+
+fn case(crash: bool, resize: bool) -> impl Strategy<Value = Case> {
+    prop_oneof![1 => Just(512u32), 4 => Just(4096), 1 => Just(65_536)].prop_flat_map(move |block| {
+        let bytes = u64::from(block);
+        let most = bytes * if bytes > 4096 { 5 } else { 30 };
+        let menu = Menu {
+            block: bytes,
+            most,
+            resize,
+            crash,
+        };
+        let runs = vec((0usize..20, 1usize..20), 1..4);
+        (
+            size(bytes),
+            runs,
+            size(bytes),
+            size(bytes),
+            vec(op(menu), 1..40),
+        )
+            .prop_map(move |(base, runs, one, two, ops)| Case {
+                block,
+                base,
+                runs,
+                sizes: [one, two],
+                menu,
+                ops,
+            })
+    })
+}
+
+fn check(case: &Case, make: impl Fn(&Arc<TestBase>, u64, u32) -> SimDisk) {
+    let base = Arc::new(TestBase::new(case.base, &case.runs));
+    let disks = case.sizes.map(|size| make(&base, size, case.block));
+    let mut models = case.sizes.map(|size| Model::new(base.shown(size)));
+    let mut target = SimDisks(disks);
+    run(
+        &mut target,
+        &mut models,
+        case.menu,
+        &case.ops,
+        |target, op, models| {
+            for (disk, model) in models.iter().enumerate() {
+                let extents = target.extents(disk).unwrap();
+                model
+                    .check_extents(&extents)
+                    .unwrap_or_else(|wrong| panic!("{op:?}: {wrong}"));
+            }
+        },
+    );
+    for disk in &target.0 {
+        disk.check_shape();
+        disk.overlay().sync().unwrap();
+        if !case.ops.iter().any(|op| matches!(op, Op::Allocate { .. })) {
+            disk.check_given_back();
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { max_shrink_iters: 4000, ..ProptestConfig::default() })]
+
+    #[test]
+    fn a_persistent_overlay_behaves_as_a_byte_array(case in case(false, true)) {
+        check(&case, |base, size, block| SimDisk::persistent(base, size, block, None));
+    }
+
+    #[test]
+    fn a_temporary_overlay_behaves_as_a_byte_array(mut case in case(false, true)) {
+        case.ops.retain(|op| !matches!(op, Op::Restart { .. }));
+        check(&case, |base, size, block| SimDisk::temporary(base, size, block, None));
+    }
+
+    #[test]
+    fn a_disk_of_fixed_size_behaves_as_a_byte_array(case in case(true, false)) {
+        check(&case, |base, size, block| SimDisk::persistent(base, size, block, None));
+    }
+
+    #[test]
+    fn kills_lose_nothing_and_power_cuts_only_what_was_not_synced(case in case(true, true)) {
+        check(&case, |base, size, block| SimDisk::persistent(base, size, block, None));
+    }
+}
+
+#[test]
+fn the_limit_refuses_the_block_beyond_and_nothing_else() {
+    let base = Arc::new(TestBase::solid(64 << 10));
+    let mut disk = SimDisk::persistent(&base, 64 << 10, 4096, Some(8192));
+    disk.write(&[1; 10], 0).unwrap();
+    disk.write(&[2; 4096], 8192).unwrap();
+    let before = disk.read_all();
+    for (offset, len) in [(4096, 1), (4000, 200), (40_000, 9000)] {
+        let error = disk.write(&vec![3; len], offset).unwrap_err();
+        assert_eq!(
+            error.raw_os_error(),
+            Some(libc::ENOSPC),
+            "{len} bytes at {offset}"
+        );
+    }
+    // Past the end the disk must not have grown either.
+    assert!(disk.write(&[3; 10], 100 << 10).is_err());
+    assert!(disk.read_all() == before);
+    disk.write(&[4; 4096], 0).unwrap();
+    disk.zero(0..4096).unwrap();
+    disk.write(&[5; 1], 60_000).unwrap();
+    disk.check_shape();
+    assert!(!disk.overlay().is_latched());
+}
+
+#[test]
+fn shrinking_and_growing_never_shows_the_base_again() {
+    let base = Arc::new(TestBase::solid(40_000));
+    for block in [512, 4096, 65_536] {
+        let mut disk = SimDisk::persistent(&base, 40_000, block, None);
+        disk.truncate(5000).unwrap();
+        disk.truncate(39_000).unwrap();
+        let mut expected = base.shown(5000);
+        expected.resize(39_000, 0);
+        assert!(disk.read_all() == expected, "block {block}");
+        // A first touch past the old end must not fetch it either.
+        disk.write(&[9], 5001).unwrap();
+        expected[5001] = 9;
+        assert!(disk.read_all() == expected, "block {block}");
+        disk.check_shape();
+    }
+}
+
+#[test]
+fn bytes_past_a_smaller_end_do_not_come_back() {
+    let base = Arc::new(TestBase::solid(0));
+    let mut disk = SimDisk::persistent(&base, 4096, 4096, None);
+    disk.write(&[7; 4096], 0).unwrap();
+    for size in [1000, 2000, 2500, 4096, 9000] {
+        disk.truncate(size).unwrap();
+    }
+    let mut expected = vec![7; 1000];
+    expected.resize(9000, 0);
+    assert!(disk.read_all() == expected);
+}
+
+#[test]
+fn a_zeroed_range_hides_the_base_and_is_a_hole() {
+    let base = Arc::new(TestBase::solid(64 << 10));
+    let mut disk = SimDisk::persistent(&base, 64 << 10, 4096, None);
+    disk.zero(4096..12_288).unwrap();
+    let layer = disk.overlay();
+    let extent = layer
+        .extent_at(4096..65_536, cowslip::layer::Wait::No)
+        .unwrap();
+    assert_eq!((extent.range, extent.kind), (4096..12_288, Kind::Hole));
+    assert!(disk.read_all()[4096..12_288].iter().all(|byte| *byte == 0));
+    disk.check_shape();
+}
