@@ -1,0 +1,113 @@
+//! The pure parts that every request passes: the block map, the description of a range and the
+//! records of the log. No files, no mount; those are measured by `contrib/bench/run`.
+
+use std::convert::Infallible;
+use std::hint::black_box;
+use std::num::NonZeroUsize;
+use std::ops::Range;
+
+use cowslip::extents::{Extent, Kind, describe};
+use cowslip::overlay::blocks::{BlockIndex, BlockMap, CHUNK_BLOCKS, State};
+use cowslip::overlay::record::Record;
+use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_main};
+use uuid::Uuid;
+
+/// Chunks of the maps measured: 16 GiB of disk.
+const CHUNKS: u64 = 64;
+/// Blocks of a disk of 16 TiB.
+const HUGE: u64 = 1 << 32;
+/// Extents in a range that is described.
+const EXTENTS: u64 = 1024;
+
+fn blocks(range: Range<u64>) -> Range<BlockIndex> {
+    BlockIndex(range.start)..BlockIndex(range.end)
+}
+
+/// The finest mixture there is: every other block is Data.
+fn alternating(chunks: u64) -> BlockMap {
+    let mut map = BlockMap::new();
+    for block in (0..chunks * CHUNK_BLOCKS).step_by(2) {
+        map.set(blocks(block..block + 1), State::Data);
+    }
+    map
+}
+
+/// Block numbers all over the map, the same ones every time.
+fn scattered() -> impl FnMut() -> u64 {
+    let mut at = 0;
+    move || {
+        // An odd step visits every block of a power of two.
+        at = (at + 0x9E37_79B9) % (CHUNKS * CHUNK_BLOCKS);
+        at
+    }
+}
+
+fn map(criterion: &mut Criterion) {
+    let mut group = criterion.benchmark_group("map");
+    let mut written = alternating(CHUNKS);
+    let mut next = scattered();
+    group.bench_function("set one block", |bencher| {
+        bencher.iter(|| {
+            let block = next();
+            written.set(blocks(block..block + 1), State::Data);
+        });
+    });
+    group.bench_function("set 16 TiB over 64 mixed chunks", |bencher| {
+        let change = |mut map: BlockMap| {
+            map.set(blocks(0..HUGE), State::Zero);
+            map
+        };
+        let mixed = alternating(CHUNKS);
+        bencher.iter_batched(|| mixed.clone(), change, BatchSize::LargeInput);
+    });
+
+    let mixed = alternating(CHUNKS);
+    group.bench_function("run_at in a mixed chunk", |bencher| {
+        bencher.iter(|| mixed.run_at(blocks(black_box(next())..HUGE)));
+    });
+    let empty = BlockMap::new();
+    group.bench_function("run_at across 16 TiB of nothing", |bencher| {
+        bencher.iter(|| empty.run_at(blocks(black_box(0)..HUGE)));
+    });
+    group.throughput(Throughput::Elements(CHUNK_BLOCKS));
+    group.bench_function("runs of a mixed chunk", |bencher| {
+        bencher.iter(|| mixed.runs(blocks(black_box(0)..CHUNK_BLOCKS)).count());
+    });
+    group.finish();
+}
+
+fn extents(criterion: &mut Criterion) {
+    let mut group = criterion.benchmark_group("extents");
+    group.throughput(Throughput::Elements(EXTENTS));
+    let answer = |rest: Range<u64>| {
+        let kind = match rest.start / 4096 % 2 {
+            0 => Kind::Data,
+            _ => Kind::Hole,
+        };
+        Ok::<_, Infallible>(Extent::new(rest.start..rest.start + 4096, kind))
+    };
+    group.bench_function("describe alternating blocks", |bencher| {
+        bencher.iter(|| describe(black_box(0)..EXTENTS * 4096, NonZeroUsize::MAX, answer));
+    });
+    group.finish();
+}
+
+fn record(criterion: &mut Criterion) {
+    let mut group = criterion.benchmark_group("record");
+    let uuid = Uuid::from_u128(7);
+    let set = Record::Set {
+        range: blocks(3..4),
+        state: State::Data,
+    };
+    let bytes = set.encode(&uuid, 1);
+    group.bench_function("encode", |bencher| {
+        bencher.iter(|| black_box(&set).encode(&uuid, black_box(1)));
+    });
+    group.bench_function("decode", |bencher| {
+        bencher.iter(|| Record::decode(black_box(&bytes), &uuid));
+    });
+    group.finish();
+}
+
+criterion_group!(benches, map, extents, record);
+criterion_main!(benches);
