@@ -7,6 +7,7 @@
 mod attr;
 mod handle;
 mod parked;
+mod seats;
 
 use std::ffi::OsStr;
 use std::io;
@@ -24,6 +25,7 @@ use self::attr::TTL;
 use self::handle::{Handle, Handles};
 pub use self::parked::Deadlines;
 use self::parked::{Bound, Lane, Refuse};
+use self::seats::Seats;
 use crate::catalog::{CONTROL, Catalog, LONGEST_NAME, Over};
 use crate::control::{Control, MapText, Session, Spot};
 use crate::disk::{Access, Change, Disk, Keep, Owner, Whence};
@@ -74,6 +76,7 @@ pub struct Shared {
 pub struct CowslipFs {
     shared: Arc<Shared>,
     handles: Arc<Handles>,
+    seats: Seats,
 }
 
 /// The name as text; no disk has another.
@@ -95,10 +98,11 @@ fn is_sync(flags: OpenFlags) -> bool {
 impl CowslipFs {
     /// The adapter of a mount.
     #[must_use]
-    pub fn new(shared: Arc<Shared>) -> Self {
+    pub fn new(shared: Arc<Shared>, workers: usize) -> Self {
         Self {
             shared,
             handles: Arc::default(),
+            seats: Seats::new(workers),
         }
     }
 
@@ -128,7 +132,10 @@ impl CowslipFs {
         work: impl Fn(&Disk, Wait) -> io::Result<T> + Send + 'static,
         send: impl FnOnce(R, T) + Send + 'static,
     ) {
-        let result = work(disk, Wait::No);
+        let result = match self.seats.take() {
+            Some(_seat) => work(disk, Wait::No),
+            None => Err(errno(libc::EAGAIN)),
+        };
         if is_busy(&result) {
             let there = Arc::clone(disk);
             let work = move || work(&there, Wait::Yes);
@@ -596,7 +603,10 @@ impl Filesystem for CowslipFs {
             && self.shared.cache == Cache::Auto
             && disk.has_cached_readers();
         let sync = is_sync(flags);
-        let result = disk.write(data, offset, Wait::No);
+        let result = match self.seats.take() {
+            Some(_seat) => disk.write(data, offset, Wait::No),
+            None => Err(errno(libc::EAGAIN)),
+        };
         match result {
             Ok(()) if !sync && !cached => return reply.written(written),
             Err(error) if error.raw_os_error() != Some(libc::EAGAIN) => {

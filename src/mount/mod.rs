@@ -274,14 +274,15 @@ fn mount_and_spawn(plan: &Plan, mountpoint: &Path, shared: Arc<Shared>) -> Resul
     let mut config = Config::default();
     config.acl = acl;
     // One more than there are cores: a worker that sleeps in the host leaves none idle.
-    config.n_threads = Some(thread::available_parallelism().map_or(2, usize::from) + 1);
+    let workers = thread::available_parallelism().map_or(2, usize::from) + 1;
+    config.n_threads = Some(workers);
     config.clone_fd = true;
     let undo = |error: io::Error| {
         // Nobody has seen the mount yet; what cannot be undone dies with this process.
         let _ = kernel::unmount(mountpoint, Unmount::Lazy);
         format!("FUSE at '{}': {error}", mountpoint.display())
     };
-    let fs = CowslipFs::new(Arc::clone(&shared));
+    let fs = CowslipFs::new(Arc::clone(&shared), workers);
     let session = Session::from_fd(fs, device, acl, config).map_err(undo)?;
     let _ = shared.notifier.set(session.notifier());
     if let Some(entry) = kernel::entry_at(mountpoint) {

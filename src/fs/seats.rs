@@ -1,0 +1,58 @@
+//! One worker is always kept free.
+//!
+//! A worker that writes into the host's page cache may be held there: by a full cache, by a file
+//! system that hangs. Were all workers held, no request of any disk would be answered, nor the
+//! control files. So the last free one does no such work; it hands it to the disk's pool.
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+/// How many workers may do at once what the host could hold up.
+pub(super) struct Seats {
+    taken: AtomicUsize,
+    most: usize,
+}
+
+impl Seats {
+    /// Seats for all of `workers` but one.
+    pub(super) fn new(workers: usize) -> Self {
+        Self {
+            taken: AtomicUsize::new(0),
+            most: workers.saturating_sub(1),
+        }
+    }
+
+    /// A seat, unless only one worker is left.
+    pub(super) fn take(&self) -> Option<Seat<'_>> {
+        let seat = Seat { seats: self };
+        let taken = self.taken.fetch_add(1, Ordering::Relaxed);
+        // Dropping the seat gives back what was counted one too many.
+        (taken < self.most).then_some(seat)
+    }
+}
+
+/// A taken seat.
+pub(super) struct Seat<'a> {
+    seats: &'a Seats,
+}
+
+impl Drop for Seat<'_> {
+    fn drop(&mut self) {
+        self.seats.taken.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_last_worker_gets_no_seat_until_another_is_back() {
+        let seats = Seats::new(3);
+        let first = seats.take();
+        let second = seats.take();
+        assert!(first.is_some() && second.is_some());
+        assert!(seats.take().is_none());
+        drop(first);
+        assert!(seats.take().is_some());
+    }
+}
