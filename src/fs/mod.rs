@@ -254,10 +254,15 @@ impl CowslipFs {
     }
 
     /// A write to a control file.
-    fn write_control(&self, handle: &Handle, data: &[u8]) -> io::Result<u32> {
+    fn write_control(&self, uid: u32, handle: &Handle, data: &[u8]) -> io::Result<u32> {
         let Handle::Ctl { session, spot } = handle else {
             return Err(errno(libc::EACCES));
         };
+        // A request is carried out with the daemon's rights, wherever its paths lead: whoever may
+        // write a disk may not thereby write the host.
+        if uid != 0 && uid != self.shared.owner.0 {
+            return Err(errno(libc::EPERM));
+        }
         let pool = match spot {
             Spot::DiskCtl(slot) => {
                 let (_, entry) = self
@@ -574,7 +579,7 @@ impl Filesystem for CowslipFs {
 
     fn write(
         &self,
-        _: &Request,
+        request: &Request,
         _: INodeNo,
         fh: FileHandle,
         offset: u64,
@@ -588,7 +593,7 @@ impl Filesystem for CowslipFs {
             return reply.error(Errno::EBADF);
         };
         let Handle::Disk { disk, .. } = &*handle else {
-            return match self.write_control(&handle, data) {
+            return match self.write_control(request.uid(), &handle, data) {
                 Ok(len) => reply.written(len),
                 Err(error) => reply.error(error.into()),
             };

@@ -10,8 +10,13 @@
 //! The real `cowslip` program is driven, as a user does; `$COWSLIP` names it in shell lines.
 //! Tests need root, `/dev/fuse` and loop devices, and say so when those are missing.
 
+// Every test program compiles all of this and uses its part.
+#![allow(dead_code, unreachable_pub)]
+// Sizes are small here, and a test may panic.
+#![allow(clippy::unwrap_used, clippy::cast_possible_truncation)]
+
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, Write};
+use std::io::{self, Read, Seek, Write};
 use std::ops::Range;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
@@ -30,6 +35,8 @@ pub const COWSLIP: &str = env!("CARGO_BIN_EXE_cowslip");
 const ROOM: &str = "/var/tmp";
 /// Longer than anything here takes; a command that hangs is a failure and not a stuck test.
 pub const PATIENCE: Duration = Duration::from_secs(60);
+/// The variable that tells whose process it is.
+const MARK: &str = "COWSLIP_TEST_LAB";
 /// How often something that is waited for is looked at.
 const LOOK: Duration = Duration::from_millis(5);
 
@@ -50,9 +57,10 @@ pub struct Running(pub Child);
 
 impl Drop for Running {
     fn drop(&mut self) {
-        // It may have ended already, and then there is nothing to do.
+        // It may have ended already, and then there is nothing to do. What hangs in the kernel
+        // ends when its daemon does: it is not waited for.
         let _ = self.0.kill();
-        let _ = self.0.wait();
+        let _ = self.0.try_wait();
     }
 }
 
@@ -169,19 +177,49 @@ impl Lab {
     }
 
     /// Runs a command that starts in the laboratory.
+    #[track_caller]
     pub fn output(&self, program: &str, args: &[&str]) -> Output {
-        let seconds = PATIENCE.as_secs().to_string();
-        let mut command = Command::new("timeout");
-        command.args(["-k", "5", &seconds, program]).args(args);
+        let mut command = self.command(program);
+        command.args(args);
+        // To files, not pipes: what hangs in the kernel would keep a pipe open for ever.
+        let (mut out, mut err) = (tempfile::tempfile().unwrap(), tempfile::tempfile().unwrap());
+        command
+            .stdout(out.try_clone().unwrap())
+            .stderr(err.try_clone().unwrap());
+        let mut child = Running(command.spawn().unwrap());
+        let mut status = None;
+        let deadline = Instant::now() + PATIENCE;
+        while status.is_none() {
+            assert!(Instant::now() < deadline, "{program} {args:?} hangs");
+            thread::sleep(Duration::from_millis(1));
+            status = child.0.try_wait().unwrap();
+        }
+        let collect = |file: &mut File| {
+            let mut bytes = Vec::new();
+            file.rewind().unwrap();
+            file.read_to_end(&mut bytes).unwrap();
+            bytes
+        };
+        Output {
+            status: status.unwrap(),
+            stdout: collect(&mut out),
+            stderr: collect(&mut err),
+        }
+    }
+
+    /// A command that starts in the laboratory and can be told from other tests' by its
+    /// environment.
+    pub fn command(&self, program: &str) -> Command {
+        let mut command = Command::new(program);
         command
             .current_dir(self.dir())
             .env("COWSLIP", COWSLIP)
-            .stdin(Stdio::null());
+            .env(MARK, self.dir());
         command
             .env("LC_ALL", "C")
             .env_remove("TMPDIR")
-            .output()
-            .unwrap()
+            .stdin(Stdio::null());
+        command
     }
 
     /// Runs lines of shell, which must succeed, and gives their stdout.
@@ -231,8 +269,14 @@ impl Lab {
     /// The status of the mount at `m`.
     #[track_caller]
     pub fn status(&self) -> Value {
-        let text = self.ok("status m --json");
-        let all: Value = serde_json::from_str(&text).unwrap();
+        let output = self.cowslip("status m --json");
+        // 3 says that a disk has failed: that is an answer, too.
+        assert!(
+            matches!(output.status.code(), Some(0 | 3)),
+            "{}",
+            show(&output)
+        );
+        let all: Value = serde_json::from_slice(&output.stdout).unwrap();
         all["mounts"][0].clone()
     }
 
@@ -370,10 +414,9 @@ fn loops_over(dir: &Path) -> Vec<String> {
     found
 }
 
-/// Processes of the program under test whose mount lies below `dir`; the name of that directory
-/// is nobody else's.
+/// Processes of the program under test that the laboratory at `dir` has started.
 fn daemons_of(dir: &Path) -> Vec<u32> {
-    let name = dir.to_string_lossy().into_owned();
+    let mark = format!("{MARK}={}\0", dir.display());
     let mut found = Vec::new();
     for entry in fs::read_dir("/proc").unwrap().flatten() {
         let Ok(pid) = entry.file_name().to_string_lossy().parse::<u32>() else {
@@ -381,10 +424,9 @@ fn daemons_of(dir: &Path) -> Vec<u32> {
         };
         let is_ours =
             fs::read_link(entry.path().join("exe")).is_ok_and(|exe| exe == Path::new(COWSLIP));
-        // A daemon goes to `/`, but its environment still tells where it was started.
         let environment = fs::read(entry.path().join("environ")).unwrap_or_default();
-        let environment = String::from_utf8_lossy(&environment).into_owned();
-        if is_ours && is_alive(pid) && environment.contains(&name) {
+        let is_marked = String::from_utf8_lossy(&environment).contains(&mark);
+        if is_ours && is_alive(pid) && is_marked {
             found.push(pid);
         }
     }
