@@ -112,6 +112,9 @@ pub struct Disk {
     both: AtomicU32,
     /// The last walk for st_blocks: the overlay's revision and the bytes.
     allocated: Mutex<Option<(u64, u64)>>,
+    /// A stat was answered with an older figure than there is.
+    stale: AtomicBool,
+    refreshing: AtomicBool,
     /// The directory of a persistent overlay.
     residence: Mutex<Option<Residence>>,
     overlay_dir: Mutex<Option<PathBuf>>,
@@ -138,13 +141,14 @@ struct Times {
 }
 
 impl Times {
-    fn new(mtime: Nanos, chosen: bool) -> Self {
+    /// `recorded` is what the log says, if it says anything.
+    fn new(mtime: Nanos, chosen: bool, recorded: Option<Nanos>) -> Self {
         Self {
             atime: mtime.into(),
             mtime: mtime.into(),
             ctime: mtime.into(),
             chosen: chosen.into(),
-            recorded: mtime.into(),
+            recorded: recorded.unwrap_or(Nanos::MIN).into(),
         }
     }
 }
@@ -272,20 +276,45 @@ impl Disk {
 
     /// Bytes of data in the disk, from its extents. After [`BLOCKS_WALK`] of them the rest counts
     /// as data: it never claims a hole that is not there.
+    ///
+    /// A base that would have to be waited for does not hold up a stat: that gets the last
+    /// figure, and `maintain` finds the new one.
     fn allocated(&self, wait: Wait) -> stdio::Result<u64> {
-        let layers = self.layers();
-        let Top::Overlay(overlay) = &layers.top else {
-            return self.walk_allocated(wait);
+        let revision = match &self.layers().top {
+            Top::Overlay(overlay) => Some(overlay.revision()),
+            Top::Nothing => Some(0),
+            // Nobody counts the changes of a base.
+            Top::Base(_) => None,
         };
-        let revision = overlay.revision();
-        if let Some((at, bytes)) = *self.allocated.lock()
-            && at == revision
+        let last = *self.allocated.lock();
+        if let Some((at, bytes)) = last
+            && revision == Some(at)
         {
             return Ok(bytes);
         }
-        let bytes = self.walk_allocated(wait)?;
-        *self.allocated.lock() = Some((revision, bytes));
-        Ok(bytes)
+        match (self.walk_allocated(wait), last) {
+            (Ok(bytes), _) => {
+                *self.allocated.lock() = Some((revision.unwrap_or(0), bytes));
+                Ok(bytes)
+            }
+            (Err(error), Some((_, bytes))) if error.raw_os_error() == Some(libc::EAGAIN) => {
+                self.stale.store(true, Ordering::Relaxed);
+                Ok(bytes)
+            }
+            (Err(error), _) => Err(error),
+        }
+    }
+
+    /// Finds what a stat could not wait for. One at a time: a base that hangs holds one thread.
+    fn refresh_allocated(&self) {
+        if self.refreshing.swap(true, Ordering::SeqCst) {
+            return;
+        }
+        self.stale.store(false, Ordering::Relaxed);
+        if let Err(error) = self.allocated(Wait::Yes) {
+            log::debug!("{}: its extents are not known: {error}", self.source);
+        }
+        self.refreshing.store(false, Ordering::SeqCst);
     }
 
     fn walk_allocated(&self, wait: Wait) -> stdio::Result<u64> {
@@ -448,8 +477,10 @@ impl Disk {
     /// Whether `maintain` would have something to do.
     #[must_use]
     pub fn needs_maintenance(&self) -> bool {
-        self.overlay()
-            .is_some_and(|overlay| overlay.needs_maintenance())
+        self.stale.load(Ordering::Relaxed)
+            || self
+                .overlay()
+                .is_some_and(|overlay| overlay.needs_maintenance())
     }
 
     /// What happens every few seconds: the modification time goes to the log, changes to the
@@ -458,11 +489,14 @@ impl Disk {
     /// # Errors
     /// The host's errno; the disk has latched then.
     pub fn maintain(&self) -> stdio::Result<()> {
-        let Some(overlay) = self.overlay() else {
-            return Ok(());
-        };
-        self.record_mtime(&overlay);
-        overlay.maintain()
+        if let Some(overlay) = self.overlay() {
+            self.record_mtime(&overlay);
+            overlay.maintain()?;
+        }
+        if self.stale.load(Ordering::Relaxed) {
+            self.refresh_allocated();
+        }
+        Ok(())
     }
 
     /// Tells who looks at a persistent overlay that this daemon has it.

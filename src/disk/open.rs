@@ -15,7 +15,7 @@ use super::{Disk, Layers, Owner, Times, Top, mtime_of, now};
 use crate::base::identity::Identity;
 use crate::base::place::{self, Manner, PlaceError};
 use crate::base::{self, Access, Base, BaseError, BaseLayer};
-use crate::layer::Layer;
+use crate::layer::{Layer, Wait};
 use crate::overlay::persist::{self, Found, New, Persistent, Place, Residence};
 use crate::overlay::record::{Image, Nanos, Stamp};
 use crate::overlay::recover::Recovered;
@@ -68,6 +68,22 @@ pub enum OpenError {
     /// There is nothing to keep.
     #[error("{0}")]
     NothingToKeep(String),
+}
+
+impl OpenError {
+    /// The host's errno behind it, if there is one.
+    #[must_use]
+    pub fn errno(&self) -> Option<i32> {
+        match self {
+            Self::Overlay {
+                error: StackError::Io { error, .. },
+                ..
+            }
+            | Self::Temporary { error, .. }
+            | Self::Unreadable { error, .. } => error.raw_os_error(),
+            _ => None,
+        }
+    }
 }
 
 /// What a mount says of all its disks.
@@ -154,6 +170,15 @@ impl Bottom {
 /// # Errors
 /// [`OpenError`]; nothing is left behind then.
 pub fn open(spec: &DiskSpec, setting: &Setting<'_>) -> Result<Opened, OpenError> {
+    let opened = open_layers(spec, setting)?;
+    if opened.disk.attributes(Wait::No).is_err() {
+        // A base of another host: it is waited for now, so that no stat has to later.
+        opened.disk.refresh_allocated();
+    }
+    Ok(opened)
+}
+
+fn open_layers(spec: &DiskSpec, setting: &Setting<'_>) -> Result<Opened, OpenError> {
     if let Source::File(path) = &spec.source {
         place::refuse_inside(path, setting.mountpoint, setting.mount_dev)?;
     }
@@ -274,11 +299,13 @@ fn assemble(spec: &DiskSpec, uuid: Uuid, layers: Layers, bottom: Bottom, owner: 
         gate: RwLock::new(()),
         layers: RwLock::new(Arc::new(layers)),
         owner: Mutex::new(owner),
-        times: Times::new(mtime, false),
+        times: Times::new(mtime, false, None),
         readers: AtomicU32::new(0),
         writers: AtomicU32::new(0),
         both: AtomicU32::new(0),
         allocated: Mutex::new(None),
+        stale: false.into(),
+        refreshing: false.into(),
         residence: Mutex::new(None),
         overlay_dir: Mutex::new(None),
         bottom,
@@ -473,6 +500,7 @@ fn settle(
         perm: stack.perm,
     };
     let (mtime, chosen) = last_mtime(&overlay, recovered);
+    let recorded = overlay.mtime().map(|(mtime, _)| mtime);
     let summary = format!(
         "{}, overlay '{}' ({} changed)",
         format_size(overlay.size()),
@@ -487,7 +515,7 @@ fn settle(
         )),
     }
     let mut disk = assemble(spec, stack.uuid, stacked(overlay, base), bottom, owner);
-    disk.times = Times::new(mtime, chosen);
+    disk.times = Times::new(mtime, chosen, recorded);
     disk.recovered = recovered;
     disk.residence = Mutex::new(Some(home));
     disk.overlay_dir = Mutex::new(Some(dir.to_owned()));
