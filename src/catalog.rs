@@ -49,6 +49,17 @@ pub enum Over {
     Refuse,
 }
 
+/// Refuses what cannot be the name of a disk.
+fn check_name(name: &str) -> io::Result<()> {
+    if name.len() > LONGEST_NAME as usize {
+        return Err(errno(libc::ENAMETOOLONG));
+    }
+    if name == CONTROL || name.chars().any(char::is_control) {
+        return Err(errno(libc::EINVAL));
+    }
+    Ok(())
+}
+
 /// The names and inodes of a mount.
 pub struct Catalog {
     /// Where it is mounted.
@@ -151,13 +162,11 @@ impl Catalog {
         if self.named(name).is_some() || name == CONTROL {
             return Err(errno(libc::EEXIST));
         }
-        if name.chars().any(char::is_control) {
-            return Err(errno(libc::EINVAL));
-        }
+        check_name(name)?;
         let store = self.store_for("create", name)?;
         let opened = store.create(name, owner).map_err(|error| {
             log::error!("create '{name}': {error}");
-            errno(libc::EIO)
+            errno(error.errno().unwrap_or(libc::EIO))
         })?;
         let disk = Arc::new(opened.disk);
         self.add(name, Arc::clone(&disk), Origin::Stored)?;
@@ -192,9 +201,7 @@ impl Catalog {
     /// As [`unlink`](Self::unlink); `EEXIST` when `over` refuses.
     pub fn rename(&self, from: &str, to: &str, over: Over) -> io::Result<()> {
         let (store, entry) = self.stored("rename", from)?;
-        if to == CONTROL || to.chars().any(char::is_control) {
-            return Err(errno(libc::EINVAL));
-        }
+        check_name(to)?;
         if from == to {
             return Ok(());
         }

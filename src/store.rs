@@ -58,6 +58,18 @@ pub enum StoreError {
     },
 }
 
+impl StoreError {
+    /// The host's errno behind it, if there is one.
+    #[must_use]
+    pub fn errno(&self) -> Option<i32> {
+        match self {
+            Self::Io { error, .. } => error.raw_os_error(),
+            Self::Disk { error, .. } => error.errno(),
+            Self::InUse(_) | Self::NotAStore(_) => None,
+        }
+    }
+}
+
 impl Store {
     /// Opens the store at `dir`, making it when there is none.
     ///

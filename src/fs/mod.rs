@@ -423,6 +423,9 @@ impl Filesystem for CowslipFs {
                 None => reply.error(Errno::ENOENT),
             };
         }
+        if name.len() > LONGEST_NAME as usize {
+            return reply.error(Errno::ENAMETOOLONG);
+        }
         let Some(entry) = self.catalog().named(name) else {
             return reply.error(Errno::ENOENT);
         };
