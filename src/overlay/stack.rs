@@ -154,7 +154,15 @@ impl Stack {
         if version != VERSION {
             return Err(StackError::Version(version));
         }
-        toml::from_str(body).map_err(syntax)
+        let stack: Self = toml::from_str(body).map_err(syntax)?;
+        let is_block = |block: u32| block.is_power_of_two() && (512..=2 << 20).contains(&block);
+        match stack.layers.iter().find(|layer| !is_block(layer.block)) {
+            None => Ok(stack),
+            Some(layer) => Err(StackError::Syntax(format!(
+                "blocks of {} bytes: a power of two from 512 to 2M is needed",
+                layer.block
+            ))),
+        }
     }
 
     /// Reads the `stack` in the open directory `dir`.
