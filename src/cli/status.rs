@@ -78,22 +78,27 @@ fn only(disks: &mut Vec<Value>, name: &str) -> Result<(), ()> {
     if disks.is_empty() { Err(()) } else { Ok(()) }
 }
 
-/// All mounts at once: some may take their time to show that they hang.
+/// All mounts at once: some may take their time to show that they hang. One that ended between
+/// the listing and the question is left out.
 fn of_all(entries: &[MountEntry]) -> Vec<Value> {
-    thread::scope(|scope| {
+    let told: Vec<Value> = thread::scope(|scope| {
         let asked: Vec<_> = entries
             .iter()
             .map(|entry| (entry, scope.spawn(move || of_mount(entry))))
             .collect();
-        asked
-            .into_iter()
-            .map(|(entry, asked)| {
-                asked
-                    .join()
-                    .unwrap_or_else(|_| silent(entry, "silent", None))
-            })
-            .collect()
-    })
+        let told = asked.into_iter().map(|(entry, asked)| {
+            asked
+                .join()
+                .unwrap_or_else(|_| silent(entry, "silent", None))
+        });
+        told.collect()
+    });
+    let still_there = kernel::cowslip_mounts();
+    let is_there = |entry: &MountEntry| still_there.iter().any(|other| other.id == entry.id);
+    let both = entries.iter().zip(told);
+    both.filter(|(entry, _)| is_there(entry))
+        .map(|(_, told)| told)
+        .collect()
 }
 
 /// What a mount says of itself, or what is to be said of it.
