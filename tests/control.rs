@@ -1,0 +1,379 @@
+//! The commands that talk to a mount: status, map, log, keep, umount, run, check.
+
+// Sizes are small here, and a test may panic.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::cast_possible_truncation
+)]
+
+mod common;
+
+use std::fs;
+use std::os::unix::fs::FileExt;
+
+use common::mount::*;
+use serde_json::Value;
+
+fn lab() -> Lab {
+    let mut lab = Lab::new();
+    lab.base("base.img", 16 * MIB);
+    lab.mount("d=base.img e=blank:1G,overlay=ov");
+    lab
+}
+
+fn json(text: &str) -> Value {
+    serde_json::from_str(text).unwrap_or_else(|error| panic!("{error}: {text}"))
+}
+
+#[test]
+fn mount_says_a_line_for_every_disk() {
+    let lab = Lab::new();
+    let said = lab.mount("a=blank:20G b=blank:1G,overlay=ov");
+    let lines: Vec<_> = said.lines().collect();
+    let keep = "temporary overlay: changes end at umount ('cowslip keep' saves them)";
+    assert_eq!(lines[0], format!("a: 20 GiB, {keep}"));
+    assert!(lines[1].starts_with("b: 1 GiB, overlay '"), "{said}");
+    assert_eq!(lines.len(), 2);
+    lab.end();
+}
+
+#[test]
+fn status_shows_the_mount_and_its_disks() {
+    let lab = lab();
+    lab.open("m/e").write_all_at(&[1; 8192], 0).unwrap();
+    let status = lab.status();
+    assert_eq!(status["mountpoint"], lab.path("m").to_str().unwrap());
+    assert_eq!(status["state"], "ready");
+    let e = lab.disk("e");
+    assert_eq!(
+        (&e["size"], &e["mode"], &e["state"]),
+        (&GIB.into(), &"cow".into(), &"ok".into())
+    );
+    assert_eq!(
+        (&e["overlay"]["changed"], &e["overlay"]["temporary"]),
+        (&8192.into(), &false.into())
+    );
+    assert_eq!(e["overlay"]["recovered"], Value::Null);
+    assert_eq!(lab.disk("d")["overlay"]["temporary"], true);
+    let text = lab.ok("status m/e");
+    assert!(text.contains("1 GiB") && text.contains(" e "), "{text}");
+    // Other tests' mounts are in it too, and may be dying: the exit code is theirs as well.
+    let all = lab.cowslip("status --json");
+    let all = json(&String::from_utf8_lossy(&all.stdout));
+    assert_eq!(all["schema"], 1);
+    let here = all["mounts"].as_array().unwrap().iter();
+    assert_eq!(
+        here.filter(|mount| mount["mountpoint"] == status["mountpoint"])
+            .count(),
+        1
+    );
+    lab.end();
+}
+
+#[test]
+fn status_of_a_dead_mount_is_unhealthy() {
+    let lab = lab();
+    lab.kill();
+    let output = lab.cowslip("status m --json");
+    assert_eq!(output.status.code(), Some(3), "{}", show(&output));
+    assert_eq!(
+        json(&String::from_utf8_lossy(&output.stdout))["mounts"][0]["state"],
+        "dead"
+    );
+    assert!(lab.ok("umount m").contains("dead mount is cleared"));
+    lab.end();
+}
+
+#[test]
+fn map_is_what_seek_tells_and_covers_the_disk() {
+    let lab = lab();
+    let file = lab.open("m/d");
+    file.write_all_at(&noise(MIB, 2), 10 * MIB + 5).unwrap();
+    fallocate(&file, PUNCH, 0..MIB).unwrap();
+    let map = json(&lab.ok("map m/d --json"));
+    let mut at = 0;
+    let mut data = Vec::new();
+    for extent in map.as_array().unwrap() {
+        let start = extent["start"].as_u64().unwrap();
+        assert_eq!(start, at);
+        at += extent["length"].as_u64().unwrap();
+        assert_eq!(extent["zero"].as_bool().unwrap(), extent["kind"] != "data");
+        if extent["kind"] != "hole" {
+            data.push(start..at);
+        }
+    }
+    assert_eq!(at, 16 * MIB);
+    data = data
+        .into_iter()
+        .fold(Vec::new(), |mut all: Vec<std::ops::Range<u64>>, run| {
+            match all.last_mut() {
+                Some(last) if last.end == run.start => last.end = run.end,
+                _ => all.push(run),
+            }
+            all
+        });
+    assert_eq!(data, data_runs(&file));
+    let text = lab.ok("map m/d");
+    assert!(text.contains("KIND") && text.contains("hole"), "{text}");
+    drop(file);
+    lab.end();
+}
+
+#[test]
+fn map_of_many_extents_is_whole() {
+    let lab = lab();
+    let file = lab.open("m/e");
+    for index in 0..20_000 {
+        file.write_all_at(&[1; 100], index * 8192).unwrap();
+    }
+    let map = json(&lab.ok("map m/e --json"));
+    assert_eq!(map.as_array().unwrap().len(), 40_000);
+    drop(file);
+    lab.end();
+}
+
+#[test]
+fn the_log_tells_of_the_mount() {
+    let lab = lab();
+    assert!(lab.ok("log m").contains("mounted at"));
+    let pid = lab.pid();
+    let mut command = lab.command(COWSLIP);
+    let follow = command
+        .args(["log", "-f", "m"])
+        .stdout(std::process::Stdio::piped());
+    let mut follow = Running(follow.spawn().unwrap());
+    lab.umount();
+    assert!(!is_alive(pid));
+    wait_until("log -f ends with its mount", || {
+        follow.0.try_wait().unwrap().is_some()
+    });
+    assert!(lab.log().contains("unmounted"));
+    lab.end();
+}
+
+#[test]
+fn keep_saves_the_changes_for_the_next_mount() {
+    let lab = lab();
+    let file = lab.open("m/d");
+    file.write_all_at(&noise(MIB, 3), 5 * MIB + 77).unwrap();
+    let said = lab.ok("keep m/d kept");
+    assert!(said.contains("kept"), "{said}");
+    // What comes later is kept too, and survives the daemon.
+    file.write_all_at(b"later", 0).unwrap();
+    drop(file);
+    lab.sh("cp m/d copy");
+    lab.kill();
+    lab.mount("d=base.img,overlay=kept");
+    lab.sh("cmp m/d copy");
+    lab.end();
+}
+
+#[test]
+fn keep_works_across_file_systems() {
+    let lab = lab();
+    lab.host("host", "xfs", 320 * MIB);
+    lab.open("m/d")
+        .write_all_at(&noise(MIB, 3), 5 * MIB + 77)
+        .unwrap();
+    lab.sh("cp m/d copy");
+    lab.ok("keep m/d host/kept");
+    lab.umount();
+    lab.mount("d=base.img,overlay=host/kept");
+    lab.sh("cmp m/d copy");
+    lab.umount();
+    lab.sh("umount host");
+    lab.end();
+}
+
+#[test]
+fn keep_refuses_what_it_cannot_keep() {
+    let lab = lab();
+    lab.sh("mkdir full; touch full/x");
+    assert!(lab.refused(1, "keep m/d full").contains("full"));
+    assert!(lab.refused(1, "keep m/d m/inside").contains("mount"));
+    lab.refused(1, "keep m/e kept");
+    lab.refused(1, "keep base.img kept");
+    lab.refused(1, "keep m/nothing kept");
+    lab.sh("[ ! -e kept ]; [ \"$(ls full)\" = x ]");
+    lab.end();
+}
+
+#[test]
+fn umount_says_what_is_discarded_and_what_is_kept() {
+    let lab = lab();
+    lab.open("m/d").write_all_at(&[1; 4096], 0).unwrap();
+    lab.open("m/e").write_all_at(&[1; 8192], 0).unwrap();
+    let said = lab.umount();
+    assert!(said.contains("d: 4 KiB of changes discarded"), "{said}");
+    assert!(said.contains("e: 8 KiB of changes kept in '"), "{said}");
+    lab.end();
+}
+
+#[test]
+fn umount_waits_for_the_daemon() {
+    let lab = lab();
+    let pid = lab.pid();
+    lab.open("m/e")
+        .write_all_at(&noise(20 * MIB, 1), 0)
+        .unwrap();
+    lab.umount();
+    assert!(!is_alive(pid));
+    // The overlay is free at once.
+    lab.mount("e=blank:1G,overlay=ov");
+    lab.end();
+}
+
+#[test]
+fn umount_refuses_while_a_disk_is_open_and_says_who_has_it() {
+    let lab = lab();
+    let file = lab.open("m/d");
+    let line = lab.refused(1, "umount --timeout 1 m");
+    assert!(
+        line.contains(&format!("pid {}", std::process::id())),
+        "{line}"
+    );
+    assert_eq!(read(&file, 0, 1).len(), 1);
+    lab.ok("umount -l m");
+    drop(file);
+    wait_until("the daemon ends after its last user", || {
+        mounts_below(lab.dir()).is_empty()
+    });
+    wait_until("the overlay is free", || {
+        lab.cowslip("check ov").status.success()
+    });
+    lab.end();
+}
+
+#[test]
+fn sigterm_ends_a_mount_in_good_order() {
+    let lab = lab();
+    lab.open("m/e").write_all_at(&noise(MIB, 1), 0).unwrap();
+    let pid = lab.pid();
+    signal(pid, rustix::process::Signal::TERM).unwrap();
+    wait_until("the daemon ends", || !is_alive(pid));
+    assert_eq!(mounts_below(lab.dir()).len(), 0);
+    assert!(lab.ok("check ov").contains("clean"));
+    lab.end();
+}
+
+#[test]
+fn plain_umount_ends_a_mount_in_good_order() {
+    let lab = lab();
+    lab.open("m/e").write_all_at(&noise(MIB, 1), 0).unwrap();
+    let pid = lab.pid();
+    lab.sh("umount m");
+    wait_until("the daemon ends", || !is_alive(pid));
+    assert!(lab.ok("check ov").contains("clean"));
+    lab.end();
+}
+
+#[test]
+fn run_mounts_for_a_command_and_gives_its_exit_code() {
+    let mut lab = Lab::new();
+    lab.base("base.img", 4 * MIB);
+    let run = |words: &[&str]| {
+        let all = [&["run", "d=base.img", "e=blank:1M", "--"], words].concat();
+        let output = lab.output(COWSLIP, &all);
+        (
+            output.status.code(),
+            String::from_utf8_lossy(&output.stdout).into_owned(),
+        )
+    };
+    let (code, said) = run(&[
+        "sh",
+        "-c",
+        "cmp base.img $COWSLIP_MNT/d && ls $COWSLIP_MNT && echo x > $COWSLIP_MNT/d",
+    ]);
+    assert_eq!(code, Some(0), "{said}");
+    assert!(said.contains("d\ne\n"), "{said}");
+    assert_eq!(run(&["sh", "-c", "exit 7"]).0, Some(7));
+    assert_eq!(run(&["/no/such/command"]).0, Some(127));
+    assert_eq!(run(&["/etc/passwd"]).0, Some(126));
+    assert_eq!(
+        lab.refused(125, "run nothing.img -- true").lines().count(),
+        1
+    );
+    lab.end();
+}
+
+#[test]
+fn check_finds_a_whole_overlay_clean_and_a_damaged_one_damaged() {
+    let lab = lab();
+    lab.open("m/e").write_all_at(&noise(MIB, 1), 0).unwrap();
+    assert_eq!(lab.cowslip("check ov").status.code(), Some(1), "in use");
+    lab.umount();
+    assert!(lab.ok("check ov").contains("clean"));
+    let log = layer_dir(&lab.path("ov")).join("log");
+    let whole = fs::read(&log).unwrap();
+    let mut bad = whole.clone();
+    bad[33] ^= 1;
+    fs::write(&log, &bad).unwrap();
+    let output = lab.cowslip("check ov");
+    assert_eq!(output.status.code(), Some(3), "{}", show(&output));
+    lab.refused(1, "mount m e=blank:1G,overlay=ov");
+    fs::write(&log, &whole).unwrap();
+    let stack = fs::read_to_string(lab.path("ov/stack")).unwrap();
+    fs::write(lab.path("ov/stack"), stack.replace("perm", "prem")).unwrap();
+    assert_eq!(lab.cowslip("check ov").status.code(), Some(3));
+    assert!(
+        lab.refused(1, "mount m e=blank:1G,overlay=ov")
+            .contains("damaged")
+    );
+    fs::write(lab.path("ov/stack"), &stack).unwrap();
+    lab.ok("check ov");
+    lab.refused(1, "check nowhere");
+    lab.end();
+}
+
+#[test]
+fn check_looks_at_every_disk_of_a_store() {
+    let lab = Lab::new();
+    lab.mount("--store st");
+    lab.sh("echo x > m/a; echo y > m/b");
+    lab.umount();
+    let said = lab.ok("check st");
+    assert!(said.contains(" a\n") && said.contains(" b\n"), "{said}");
+    lab.end();
+}
+
+#[test]
+fn a_configuration_file_mounts_the_same() {
+    let mut lab = Lab::new();
+    lab.base("base.img", 4 * MIB);
+    fs::write(
+        lab.path("vms.toml"),
+        "mountpoint = \"m\"\n[[disk]]\nname = \"d\"\nsource = \"base.img\"\n[[disk]]\nname = \"e\"\nsource = \"blank:1M\"\nperm = 0o640\n",
+    )
+    .unwrap();
+    lab.sh("cd / && \"$COWSLIP\" mount --config \"$OLDPWD/vms.toml\"");
+    lab.sh("cmp m/d base.img; [ $(stat -c %a m/e) = 640 ]");
+    lab.end();
+}
+
+#[test]
+fn the_program_is_a_mount_helper_too() {
+    let mut lab = Lab::new();
+    lab.base("base.img", 4 * MIB);
+    lab.sh("ln -s $COWSLIP mount.cowslip; ./mount.cowslip base.img m -o rw,noauto,x-test=1; cmp m/base.img base.img");
+    lab.end();
+}
+
+#[test]
+fn the_foreground_daemon_ends_with_its_mount() {
+    let lab = Lab::new();
+    let mut command = lab.command(COWSLIP);
+    let mut child = Running(
+        command
+            .args(["mount", "-f", "m", "e=blank:1M"])
+            .stdout(std::process::Stdio::null())
+            .stderr(std::process::Stdio::null())
+            .spawn()
+            .unwrap(),
+    );
+    wait_until("the mount answers", || lab.path("m/e").exists());
+    lab.umount();
+    wait_until("it ends", || child.0.try_wait().unwrap().is_some());
+    assert_eq!(child.0.try_wait().unwrap().unwrap().code(), Some(0));
+    lab.end();
+}

@@ -1,0 +1,1067 @@
+//! Every operation of a mount, one by one, as a program without tools in between meets it.
+
+// Sizes are small here, and a test may panic.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    clippy::cast_possible_wrap
+)]
+
+mod common;
+
+use std::fs::{self, File, FileTimes, OpenOptions, Permissions};
+use std::io::{Seek, Write};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::{Duration, Instant, UNIX_EPOCH};
+
+use common::mount::*;
+use rustix::fs::{FallocateFlags, SeekFrom};
+use rustix::process::Signal;
+
+/// A temporary disk `d` over a 48 MiB base.
+fn lab() -> Lab {
+    let mut lab = Lab::new();
+    lab.base("base.img", 48 * MIB);
+    lab.mount("d=base.img");
+    lab
+}
+
+#[test]
+fn attributes_are_set_and_are_there_again_at_the_next_mount() {
+    let mut lab = Lab::new();
+    lab.base("base.img", 8 * MIB);
+    let words = "d=base.img,overlay=ov";
+    lab.mount(words);
+    let path = lab.path("m/d");
+    let first = fs::metadata(&path).unwrap();
+    assert_eq!(first.len(), 8 * MIB);
+    assert_eq!(first.nlink(), 1);
+    let time = UNIX_EPOCH + Duration::new(1_000_000_000, 123_456_789);
+    fs::set_permissions(&path, Permissions::from_mode(0o640)).unwrap();
+    std::os::unix::fs::chown(&path, Some(1234), Some(4321)).unwrap();
+    let file = lab.open("m/d");
+    file.set_len(9 * MIB + 1).unwrap();
+    file.set_times(FileTimes::new().set_modified(time)).unwrap();
+    drop(file);
+    let before = fs::metadata(&path).unwrap();
+    assert_eq!(
+        (before.uid(), before.gid(), before.mode() & 0o7777),
+        (1234, 4321, 0o640)
+    );
+    assert_eq!(
+        (before.len(), before.modified().unwrap()),
+        (9 * MIB + 1, time)
+    );
+    lab.umount();
+    lab.mount(words);
+    let after = fs::metadata(&path).unwrap();
+    assert_eq!(
+        (after.uid(), after.gid(), after.mode()),
+        (1234, 4321, before.mode())
+    );
+    assert_eq!(
+        (after.len(), after.modified().unwrap()),
+        (9 * MIB + 1, time)
+    );
+    assert_eq!(after.ino(), first.ino());
+    lab.end();
+}
+
+#[test]
+fn attributes_survive_a_killed_daemon() {
+    let lab = Lab::new();
+    lab.mount("d=blank:8M,overlay=ov");
+    let path = lab.path("m/d");
+    fs::set_permissions(&path, Permissions::from_mode(0o604)).unwrap();
+    lab.open("m/d").set_len(5 * MIB + 5).unwrap();
+    let before = fs::metadata(&path).unwrap();
+    lab.kill();
+    lab.mount("d=blank:8M,overlay=ov");
+    let after = fs::metadata(&path).unwrap();
+    assert_eq!(
+        (after.mode(), after.len(), after.ino()),
+        (before.mode(), before.len(), before.ino())
+    );
+    lab.end();
+}
+
+#[test]
+fn owner_and_mode_can_be_given() {
+    let lab = Lab::new();
+    lab.mount("d=blank:1M,uid=7,gid=8,perm=0444");
+    let found = fs::metadata(lab.path("m/d")).unwrap();
+    assert_eq!(
+        (found.uid(), found.gid(), found.mode() & 0o7777),
+        (7, 8, 0o444)
+    );
+    lab.end();
+}
+
+#[test]
+fn a_listing_shows_the_disks_and_not_the_control_directory() {
+    let lab = Lab::new();
+    lab.mount("b=blank:1M a=blank:2M c.img=blank:3M");
+    let mut names: Vec<_> = fs::read_dir(lab.path("m"))
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .collect();
+    names.sort();
+    assert_eq!(names, ["a", "b", "c.img"]);
+    assert!(lab.path("m/.cowslip/status").is_file());
+    assert_eq!(
+        lab.sh("ls m/.cowslip; ls m/.cowslip/a"),
+        "a\nb\nc.img\nctl\nlog\nstatus\nctl\nmap\nstatus\n"
+    );
+    assert_eq!(errno_of(fs::metadata(lab.path("m/nothing"))), libc::ENOENT);
+    for (name, size) in [("a", 2), ("b", 1), ("c.img", 3)] {
+        assert_eq!(
+            fs::metadata(lab.path("m").join(name)).unwrap().len(),
+            size * MIB
+        );
+    }
+    lab.end();
+}
+
+#[test]
+fn o_trunc_empties_a_disk_for_good() {
+    let lab = lab();
+    let path = lab.path("m/d");
+    let file = OpenOptions::new()
+        .write(true)
+        .truncate(true)
+        .open(&path)
+        .unwrap();
+    assert_eq!(file.metadata().unwrap().len(), 0);
+    file.set_len(48 * MIB).unwrap();
+    drop(file);
+    let file = lab.open_ro("m/d");
+    assert_eq!(data_runs(&file), []);
+    assert!(read(&file, 0, MIB).iter().all(|byte| *byte == 0));
+    drop(file);
+    lab.end();
+}
+
+#[test]
+fn o_append_writes_at_the_end() {
+    let lab = lab();
+    let mut file = OpenOptions::new()
+        .append(true)
+        .open(lab.path("m/d"))
+        .unwrap();
+    file.write_all(b"one").unwrap();
+    file.write_all(b"two").unwrap();
+    assert_eq!(file.metadata().unwrap().len(), 48 * MIB + 6);
+    assert_eq!(read(&lab.open_ro("m/d"), 48 * MIB, 6), b"onetwo");
+    drop(file);
+    lab.end();
+}
+
+#[test]
+fn direct_io_works_at_every_offset() {
+    let lab = lab();
+    let file = lab.open_with("m/d", libc::O_DIRECT);
+    let bytes = Aligned::of(&noise(8192, 9));
+    for offset in [
+        0,
+        512,
+        4096,
+        10 * MIB + 512,
+        48 * MIB - 8192,
+        48 * MIB - 512,
+    ] {
+        file.write_all_at(bytes.bytes(), offset).unwrap();
+        let mut back = Aligned::of(&[0; 8192]);
+        file.read_exact_at(back.bytes_mut(), offset).unwrap();
+        assert!(back.bytes() == bytes.bytes(), "{offset}");
+        assert!(
+            read(&lab.open_ro("m/d"), offset, 8192) == bytes.bytes(),
+            "{offset}"
+        );
+    }
+    drop(file);
+    lab.end();
+}
+
+/// What `flag` promises must be there after the daemon was killed and the log says so.
+fn a_synced_write_is_vouched(flag: i32) {
+    let lab = Lab::new();
+    lab.mount("d=blank:8M,overlay=ov");
+    let file = lab.open_with("m/d", flag);
+    let log = layer_dir(&lab.path("ov")).join("log");
+    let records = || fs::metadata(&log).unwrap().len() / 32;
+    for block in 0..4 {
+        let before = records();
+        file.write_all_at(&noise(4096, block), block * 4096)
+            .unwrap();
+        // A Set and a Vouch; more when the file's times are noted.
+        assert!(records() >= before + 2, "no sync in the write");
+    }
+    drop(file);
+    lab.end();
+}
+
+#[test]
+fn an_o_dsync_write_is_durable_when_it_returns() {
+    a_synced_write_is_vouched(libc::O_DSYNC);
+}
+
+#[test]
+fn an_o_sync_write_is_durable_when_it_returns() {
+    a_synced_write_is_vouched(libc::O_SYNC);
+}
+
+#[test]
+fn reads_end_where_the_disk_ends() {
+    let lab = lab();
+    for file in [lab.open_ro("m/d"), lab.open("m/d")] {
+        let mut buffer = [0; 100];
+        assert_eq!(file.read_at(&mut buffer, 48 * MIB - 10).unwrap(), 10);
+        assert_eq!(file.read_at(&mut buffer, 48 * MIB).unwrap(), 0);
+        assert_eq!(file.read_at(&mut buffer, 60 * MIB).unwrap(), 0);
+    }
+    lab.end();
+}
+
+#[test]
+fn a_write_past_the_end_extends_the_disk_with_zeros() {
+    let lab = lab();
+    let file = lab.open("m/d");
+    file.write_all_at(b"far", 50 * MIB + 7).unwrap();
+    assert_eq!(file.metadata().unwrap().len(), 50 * MIB + 10);
+    assert!(
+        read(&file, 48 * MIB, 2 * MIB + 7)
+            .iter()
+            .all(|byte| *byte == 0)
+    );
+    assert_eq!(read(&file, 50 * MIB + 7, 3), b"far");
+    assert_eq!(
+        read(&lab.open_ro("m/d"), 48 * MIB - 5000, 5000),
+        read(&lab.open_ro("base.img"), 48 * MIB - 5000, 5000)
+    );
+    drop(file);
+    lab.end();
+}
+
+#[test]
+fn fsync_and_fdatasync_answer() {
+    let lab = lab();
+    let file = lab.open("m/d");
+    file.write_all_at(b"x", 5).unwrap();
+    file.sync_all().unwrap();
+    file.sync_data().unwrap();
+    File::open(lab.path("m")).unwrap().sync_all().unwrap();
+    drop(file);
+    lab.end();
+}
+
+#[test]
+fn lseek_tells_data_from_holes_and_ends_with_enxio() {
+    let lab = Lab::new();
+    lab.mount("d=blank:1M");
+    let file = lab.open("m/d");
+    file.write_all_at(&[1; 4096], 64 * KIB).unwrap();
+    assert_eq!(seek(&file, SeekFrom::Data(0)), Ok(64 * KIB));
+    assert_eq!(seek(&file, SeekFrom::Hole(0)), Ok(0));
+    assert_eq!(seek(&file, SeekFrom::Data(64 * KIB + 5)), Ok(64 * KIB + 5));
+    assert_eq!(seek(&file, SeekFrom::Hole(64 * KIB)), Ok(68 * KIB));
+    assert_eq!(seek(&file, SeekFrom::Data(68 * KIB)), Err(libc::ENXIO));
+    assert_eq!(seek(&file, SeekFrom::Hole(MIB - 1)), Ok(MIB - 1));
+    for at in [MIB, MIB + 1, 5 * TIB] {
+        assert_eq!(seek(&file, SeekFrom::Data(at)), Err(libc::ENXIO), "{at}");
+        assert_eq!(seek(&file, SeekFrom::Hole(at)), Err(libc::ENXIO), "{at}");
+    }
+    file.write_all_at(&[1], MIB - 1).unwrap();
+    assert_eq!(seek(&file, SeekFrom::Hole(MIB - 1)), Ok(MIB));
+    assert_eq!(seek(&file, SeekFrom::End(0)), Ok(MIB));
+    drop(file);
+    lab.end();
+}
+
+#[test]
+fn fallocate_zeroes_and_punches_at_any_offset() {
+    let lab = lab();
+    let file = lab.open("m/d");
+    let mut model = read(&file, 0, 48 * MIB);
+    let ranges = [
+        0..1,
+        5..4097,
+        4096..8192,
+        100..200,
+        3 * MIB + 1..5 * MIB - 1,
+        48 * MIB - 5001..48 * MIB,
+    ];
+    for (index, range) in ranges.into_iter().enumerate() {
+        for (how, flags) in [PUNCH, ZERO, ZERO_KEEP].into_iter().enumerate() {
+            let shift = (index + how) as u64 % 3 * 1000;
+            let range = range.start.saturating_sub(shift)
+                ..range.end - shift.min(range.end - range.start - 1).min(range.start);
+            model[range.start as usize..range.end as usize].fill(0);
+            fallocate(&file, flags, range.clone()).unwrap();
+            assert_eq!(file.metadata().unwrap().len(), 48 * MIB);
+            let (start, end) = (
+                range.start.saturating_sub(5000),
+                (range.end + 5000).min(48 * MIB),
+            );
+            let found = read(&file, start, end - start);
+            assert!(
+                found == model[start as usize..end as usize],
+                "{flags:?} {range:?}"
+            );
+        }
+    }
+    assert!(read(&lab.open_ro("m/d"), 0, 48 * MIB) == model);
+    drop(file);
+    lab.end();
+}
+
+#[test]
+fn fallocate_extends_only_without_keep_size() {
+    let lab = lab();
+    let file = lab.open("m/d");
+    let size = || file.metadata().unwrap().len();
+    fallocate(&file, FallocateFlags::KEEP_SIZE, 47 * MIB..60 * MIB).unwrap();
+    assert_eq!(size(), 48 * MIB);
+    fallocate(&file, ZERO_KEEP, 48 * MIB - 100..60 * MIB).unwrap();
+    assert_eq!(size(), 48 * MIB);
+    fallocate(&file, PUNCH, 48 * MIB - 50..60 * MIB).unwrap();
+    assert_eq!(size(), 48 * MIB);
+    fallocate(&file, FallocateFlags::empty(), 50 * MIB..51 * MIB + 3).unwrap();
+    assert_eq!(size(), 51 * MIB + 3);
+    fallocate(&file, ZERO, 51 * MIB..52 * MIB + 5).unwrap();
+    assert_eq!(size(), 52 * MIB + 5);
+    assert!(
+        read(&file, 48 * MIB - 100, 4 * MIB)
+            .iter()
+            .all(|byte| *byte == 0)
+    );
+    let bad = FallocateFlags::COLLAPSE_RANGE;
+    assert_eq!(errno_of(fallocate(&file, bad, 0..4096)), libc::EOPNOTSUPP);
+    drop(file);
+    lab.end();
+}
+
+#[test]
+fn fallocate_keeps_the_data_it_covers() {
+    let lab = lab();
+    let file = lab.open("m/d");
+    fallocate(&file, FallocateFlags::empty(), 0..48 * MIB).unwrap();
+    lab.sh("cmp m/d base.img");
+    drop(file);
+    lab.end();
+}
+
+#[test]
+fn copy_file_range_carries_data_and_holes_between_disks() {
+    let mut lab = Lab::new();
+    lab.base("base.img", 48 * MIB);
+    lab.mount("d=base.img e=base.img");
+    let (from, to) = (lab.open_ro("m/d"), lab.open("m/e"));
+    to.write_all_at(&noise(48 * MIB, 4), 0).unwrap();
+    let mut model = read(&to, 0, 48 * MIB);
+    let source = read(&from, 0, 48 * MIB);
+    let pieces = [
+        (100, 5000, 30 * MIB),
+        (0, 0, 20 * MIB + 512),
+        (MIB + 3, 40 * MIB, 7 * MIB + 1),
+    ];
+    for (at, offset, len) in pieces {
+        assert_eq!(copy_range(&from, at, &to, offset, len).unwrap(), len);
+        let piece = &source[at as usize..(at + len) as usize];
+        model[offset as usize..(offset + len) as usize].copy_from_slice(piece);
+    }
+    assert!(read(&to, 0, 48 * MIB) == model);
+    // At the end of the source there is nothing more; and past the target's end it grows.
+    assert_eq!(
+        copy_range(&from, 48 * MIB - 10, &to, 60 * MIB, 100).unwrap(),
+        10
+    );
+    assert_eq!(to.metadata().unwrap().len(), 60 * MIB + 10);
+    drop((from, to));
+    lab.end();
+}
+
+#[test]
+fn copy_file_range_works_within_a_disk() {
+    let lab = lab();
+    let file = lab.open("m/d");
+    let source = read(&file, 0, 4 * MIB);
+    assert_eq!(
+        copy_range(&file, 0, &file, 33 * MIB + 77, 4 * MIB).unwrap(),
+        4 * MIB
+    );
+    assert!(read(&file, 33 * MIB + 77, 4 * MIB) == source);
+    drop(file);
+    lab.end();
+}
+
+#[test]
+fn statfs_tells_of_the_host() {
+    let lab = lab();
+    let found = rustix::fs::statvfs(lab.path("m/d")).unwrap();
+    assert!(
+        found.f_bsize > 0 && found.f_blocks > 0 && found.f_bavail > 0 && found.f_namemax == 255
+    );
+    let total: u64 = lab.sh("stat -f -c %b /var/tmp").trim().parse().unwrap();
+    assert_eq!(found.f_blocks, total * 4096 / found.f_frsize);
+    lab.end();
+}
+
+#[test]
+fn writing_moves_mtime_and_ctime() {
+    let lab = lab();
+    let file = lab.open("m/d");
+    let times = || {
+        let found = fs::metadata(lab.path("m/d")).unwrap();
+        (
+            (found.mtime(), found.mtime_nsec()),
+            (found.ctime(), found.ctime_nsec()),
+        )
+    };
+    let start = times();
+    let moves = |what: &str, change: &dyn Fn()| {
+        let before = times();
+        thread::sleep(Duration::from_millis(12));
+        change();
+        let after = times();
+        assert!(
+            after.0 > before.0 && after.1 > before.1,
+            "{what}: {before:?} {after:?}"
+        );
+    };
+    moves("write", &|| file.write_all_at(b"x", 0).unwrap());
+    moves("overwrite", &|| file.write_all_at(b"y", 0).unwrap());
+    moves("punch", &|| fallocate(&file, PUNCH, 0..8192).unwrap());
+    moves("truncate", &|| file.set_len(5000).unwrap());
+    assert!(times() > start);
+    drop(file);
+    lab.end();
+}
+
+#[test]
+fn locks_work_without_the_daemon() {
+    let lab = lab();
+    let (one, two) = (lab.open("m/d"), lab.open("m/d"));
+    one.lock().unwrap();
+    assert!(two.try_lock().is_err());
+    one.unlock().unwrap();
+    two.try_lock().unwrap();
+    // An OFD lock, as qemu takes.
+    let lock = |file: &File, kind: i32| {
+        // SAFETY: flock is plain data, and zero is a value of every field.
+        let mut wanted: libc::flock = unsafe { std::mem::zeroed() };
+        (wanted.l_type, wanted.l_start, wanted.l_len) = (kind as i16, 100, 1);
+        // SAFETY: F_OFD_SETLK reads one flock, which outlives the call.
+        unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &raw const wanted) }
+    };
+    assert_eq!(lock(&one, libc::F_WRLCK), 0);
+    assert_eq!(lock(&two, libc::F_RDLCK), -1);
+    assert_eq!(lock(&one, libc::F_UNLCK), 0);
+    assert_eq!(lock(&two, libc::F_RDLCK), 0);
+    drop((one, two));
+    lab.end();
+}
+
+#[test]
+fn a_cached_reader_sees_every_direct_write() {
+    let lab = lab();
+    let (reader, writer) = (lab.open_ro("m/d"), lab.open("m/d"));
+    // SAFETY: a new read-only mapping of a file that stays open to the end of the test.
+    let map = unsafe {
+        libc::mmap(
+            std::ptr::null_mut(),
+            65536,
+            libc::PROT_READ,
+            libc::MAP_SHARED,
+            reader.as_raw_fd(),
+            0,
+        )
+    };
+    assert_ne!(map, libc::MAP_FAILED);
+    for round in 0..200u64 {
+        let offset = round * 337 % 65000;
+        let bytes = noise(300, round);
+        writer.write_all_at(&bytes, offset).unwrap();
+        assert_eq!(read(&reader, offset, 300), bytes, "pread, round {round}");
+        for (index, byte) in bytes
+            .iter()
+            .enumerate()
+            .filter(|(at, _)| *at + (offset as usize) < 65536)
+        {
+            // SAFETY: inside the mapping; volatile, since another handle writes the file.
+            let seen = unsafe {
+                map.cast::<u8>()
+                    .add(offset as usize + index)
+                    .read_volatile()
+            };
+            assert_eq!(seen, *byte, "mmap, round {round}");
+        }
+    }
+    // SAFETY: the mapping made above, used by nobody any more.
+    assert_eq!(unsafe { libc::munmap(map, 65536) }, 0);
+    drop((reader, writer));
+    lab.end();
+}
+
+#[test]
+fn a_cached_reader_sees_punches_truncations_and_copies() {
+    let lab = lab();
+    let (reader, writer) = (lab.open_ro("m/d"), lab.open("m/d"));
+    let warm = || read(&reader, 0, 64 * KIB);
+    warm();
+    fallocate(&writer, PUNCH, 4096..8192).unwrap();
+    assert!(warm()[4096..8192].iter().all(|byte| *byte == 0));
+    fallocate(&writer, ZERO, 100..200).unwrap();
+    assert!(warm()[100..200].iter().all(|byte| *byte == 0));
+    copy_range(&writer, MIB, &writer, 20 * KIB, 4096).unwrap();
+    assert_eq!(warm()[20 * 1024..24 * 1024], read(&writer, MIB, 4096));
+    writer.set_len(10_000).unwrap();
+    writer.set_len(MIB).unwrap();
+    assert!(warm()[10_000..].iter().all(|byte| *byte == 0));
+    drop((reader, writer));
+    lab.end();
+}
+
+#[test]
+fn parallel_seeks_over_dirty_mappings_do_not_wait_for_each_other() {
+    let mut lab = Lab::new();
+    lab.base("base.img", 48 * MIB);
+    lab.mount("d=base.img,block=64K");
+    let file = lab.open("m/d");
+    let len = 16 * MIB as usize;
+    // SAFETY: a new mapping of a file that stays open to the end of the test.
+    let map = unsafe {
+        let prot = libc::PROT_READ | libc::PROT_WRITE;
+        libc::mmap(
+            std::ptr::null_mut(),
+            len,
+            prot,
+            libc::MAP_SHARED,
+            file.as_raw_fd(),
+            24 * MIB as i64,
+        )
+    };
+    assert_ne!(map, libc::MAP_FAILED);
+    let start = Instant::now();
+    for round in 0..4 {
+        for page in (0..len).step_by(8192) {
+            // SAFETY: inside the mapping.
+            unsafe { map.cast::<u8>().add(page).write_volatile(round + 1) };
+        }
+        // Every partial first touch has to read below; those reads must not be in the cache.
+        lab.sh("sync base.img; dd if=base.img iflag=nocache count=0 status=none");
+        thread::scope(|scope| {
+            for _ in 0..24 {
+                scope.spawn(|| {
+                    let file = lab.open_ro("m/d");
+                    assert_eq!(seek(&file, SeekFrom::Data(24 * MIB)), Ok(24 * MIB));
+                });
+            }
+        });
+    }
+    assert!(
+        start.elapsed() < Duration::from_secs(20),
+        "{:?}",
+        start.elapsed()
+    );
+    // SAFETY: the mapping made above, used by nobody any more.
+    assert_eq!(unsafe { libc::munmap(map, len) }, 0);
+    drop(file);
+    lab.end();
+}
+
+#[test]
+fn disks_of_odd_sizes_are_exactly_that_long() {
+    let mut lab = Lab::new();
+    lab.base("odd.img", MIB + 1234);
+    lab.base("tiny.img", 100);
+    fs::write(lab.path("empty.img"), "").unwrap();
+    lab.mount("odd=odd.img tiny=tiny.img empty=empty.img one=blank:1 wide=tiny.img,block=2M");
+    for (name, base) in [
+        ("odd", "odd.img"),
+        ("tiny", "tiny.img"),
+        ("empty", "empty.img"),
+        ("wide", "tiny.img"),
+    ] {
+        lab.sh(&format!("cmp m/{name} {base}"));
+        let file = lab.open(&format!("m/{name}"));
+        let size = file.metadata().unwrap().len();
+        file.write_all_at(b"end", size).unwrap();
+        assert_eq!(file.metadata().unwrap().len(), size + 3);
+        assert_eq!(read(&file, size, 3), b"end");
+        lab.sh(&format!("cmp -n {size} m/{name} {base}"));
+    }
+    assert_eq!(fs::metadata(lab.path("m/one")).unwrap().len(), 1);
+    lab.end();
+}
+
+#[test]
+fn sixteen_tebibytes_can_be_written_at_their_very_end() {
+    let lab = Lab::new();
+    lab.mount("big=blank:16T,overlay=ov");
+    let file = lab.open("m/big");
+    let size = 16 * TIB;
+    assert_eq!(file.metadata().unwrap().len(), size);
+    for offset in [size - 5, size - 8192, 8 * TIB - 3, 0] {
+        file.write_all_at(b"there", offset).unwrap();
+    }
+    file.sync_all().unwrap();
+    assert_eq!(seek(&file, SeekFrom::Data(MIB)), Ok(8 * TIB - 4096));
+    assert_eq!(seek(&file, SeekFrom::Data(8 * TIB + 4096)), Ok(size - 8192));
+    fallocate(&file, PUNCH, 4096..size - 4096).unwrap();
+    assert_eq!(seek(&file, SeekFrom::Data(4096)), Ok(size - 4096));
+    drop(file);
+    assert!(lab.disk("big")["overlay"]["allocated"].as_u64().unwrap() < MIB);
+    lab.umount();
+    lab.mount("big=blank:16T,overlay=ov");
+    let file = lab.open("m/big");
+    assert_eq!(read(&file, size - 5, 5), b"there");
+    assert_eq!(read(&file, 0, 5), b"there");
+    drop(file);
+    lab.end();
+}
+
+#[test]
+fn many_disks_share_one_base_and_keep_apart() {
+    let mut lab = Lab::new();
+    lab.base("base.img", 4 * MIB);
+    let names: Vec<String> = (0..20).map(|index| format!("d{index}")).collect();
+    let words: Vec<String> = names
+        .iter()
+        .map(|name| format!("{name}=base.img"))
+        .collect();
+    lab.mount(&words.join(" "));
+    for (index, name) in names.iter().enumerate() {
+        lab.open(&format!("m/{name}"))
+            .write_all_at(&[index as u8; 5000], 100)
+            .unwrap();
+    }
+    for (index, name) in names.iter().enumerate() {
+        let file = lab.open_ro(&format!("m/{name}"));
+        assert_eq!(read(&file, 100, 5000), [index as u8; 5000]);
+        assert_eq!(read(&file, 0, 100), read(&lab.open_ro("base.img"), 0, 100));
+    }
+    lab.end();
+}
+
+#[test]
+fn a_read_only_disk_refuses_every_change() {
+    let mut lab = Lab::new();
+    lab.base("base.img", 4 * MIB);
+    lab.mount("d=base.img,mode=ro");
+    lab.sh("cmp m/d base.img");
+    let path = lab.path("m/d");
+    assert_eq!(
+        errno_of(OpenOptions::new().write(true).open(&path)),
+        libc::EROFS
+    );
+    assert_eq!(
+        errno_of(OpenOptions::new().write(true).truncate(true).open(&path)),
+        libc::EROFS
+    );
+    assert_eq!(
+        errno_of(fs::set_permissions(&path, Permissions::from_mode(0o600))),
+        libc::EROFS
+    );
+    assert_eq!(
+        data_runs(&lab.open_ro("m/d")),
+        data_runs(&lab.open_ro("base.img"))
+    );
+    lab.end();
+}
+
+#[test]
+fn a_read_only_mount_refuses_every_change() {
+    let mut lab = Lab::new();
+    lab.base("base.img", 4 * MIB);
+    lab.mount("d=base.img -o ro");
+    assert_eq!(
+        errno_of(OpenOptions::new().write(true).open(lab.path("m/d"))),
+        libc::EROFS
+    );
+    lab.end();
+}
+
+#[test]
+fn mode_rw_writes_to_the_base() {
+    let mut lab = Lab::new();
+    lab.base("base.img", 4 * MIB);
+    lab.sh("cp base.img target.img");
+    lab.mount("d=target.img,mode=rw");
+    let file = lab.open("m/d");
+    file.write_all_at(b"through", MIB - 3).unwrap();
+    fallocate(&file, PUNCH, 8192..12288).unwrap();
+    fallocate(&file, ZERO, 100..300).unwrap();
+    file.sync_all().unwrap();
+    let base = lab.open_ro("target.img");
+    assert_eq!(read(&base, MIB - 3, 7), b"through");
+    assert!(
+        read(&base, 8192, 4096)
+            .iter()
+            .chain(&read(&base, 100, 200))
+            .all(|byte| *byte == 0)
+    );
+    lab.sh("cmp m/d target.img");
+    drop(file);
+    lab.umount();
+    lab.sh("! cmp -s base.img target.img");
+    lab.end();
+}
+
+#[test]
+fn a_block_device_is_a_base() {
+    let mut lab = Lab::new();
+    lab.base("base.img", 4 * MIB);
+    let device = lab.loop_device("base.img", "--read-only");
+    lab.mount(&format!("d={device} e={device},mode=ro"));
+    lab.sh("cmp m/d base.img; cmp m/e base.img");
+    lab.open("m/d").write_all_at(&noise(5000, 1), 1000).unwrap();
+    assert_eq!(read(&lab.open_ro("m/d"), 1000, 5000), noise(5000, 1));
+    lab.sh(&format!("cmp {device} base.img"));
+    lab.umount();
+    lab.sh(&format!("losetup -d {device}"));
+    lab.end();
+}
+
+#[test]
+fn a_block_device_can_be_written_through() {
+    let lab = Lab::new();
+    lab.sh("truncate -s 4M target.img");
+    let device = lab.loop_device("target.img", "");
+    lab.mount(&format!("d={device},mode=rw"));
+    let file = lab.open("m/d");
+    file.write_all_at(&noise(MIB, 1), 4096).unwrap();
+    fallocate(&file, PUNCH, 8192..16384).unwrap();
+    file.sync_all().unwrap();
+    drop(file);
+    lab.umount();
+    lab.sh(&format!("losetup -d {device}"));
+    let target = lab.open_ro("target.img");
+    assert_eq!(read(&target, 4096, 4096), noise(MIB, 1)[..4096]);
+    assert!(read(&target, 8192, 8192).iter().all(|byte| *byte == 0));
+    lab.end();
+}
+
+#[test]
+fn the_limit_of_an_overlay_is_enospc_and_nothing_worse() {
+    let mut lab = Lab::new();
+    lab.base("base.img", 48 * MIB);
+    lab.mount("d=base.img,overlay=ov,limit=1M");
+    let file = lab.open("m/d");
+    let mut written = 0;
+    let error = loop {
+        match file.write_all_at(&noise(64 * KIB, 3), written) {
+            Ok(()) => written += 64 * KIB,
+            Err(error) => break error,
+        }
+    };
+    assert_eq!(error.raw_os_error(), Some(libc::ENOSPC));
+    assert!((512 * KIB..=MIB).contains(&written), "{written}");
+    assert_eq!(read(&file, 0, 64 * KIB), noise(64 * KIB, 3));
+    file.sync_all().unwrap();
+    // Space that is given back can be written again.
+    fallocate(&file, PUNCH, 0..512 * KIB).unwrap();
+    file.sync_all().unwrap();
+    file.write_all_at(&noise(64 * KIB, 4), 10 * MIB).unwrap();
+    assert_eq!(lab.disk("d")["state"], "ok");
+    drop(file);
+    lab.end();
+}
+
+#[test]
+fn a_full_host_is_enospc_and_work_goes_on_once_there_is_space() {
+    let lab = Lab::new();
+    lab.host("host", "ext4", 64 * MIB);
+    lab.mount("d=blank:200M,overlay=host/ov");
+    let file = lab.open("m/d");
+    let mut written = 0;
+    let error = loop {
+        match file.write_all_at(&noise(256 * KIB, 3), written) {
+            Ok(()) => written += 256 * KIB,
+            Err(error) => break error,
+        }
+    };
+    assert_eq!(error.raw_os_error(), Some(libc::ENOSPC));
+    file.sync_all().unwrap();
+    assert_eq!(
+        read(&file, written - 256 * KIB, 256 * KIB),
+        noise(256 * KIB, 3)
+    );
+    fallocate(&file, PUNCH, 0..8 * MIB).unwrap();
+    file.sync_all().unwrap();
+    file.write_all_at(&noise(MIB, 4), 100 * MIB).unwrap();
+    file.sync_all().unwrap();
+    assert_eq!(lab.disk("d")["state"], "ok");
+    drop(file);
+    lab.umount();
+    lab.sh("umount host");
+    lab.end();
+}
+
+#[test]
+fn a_disk_that_must_not_resize_refuses_other_sizes() {
+    let mut lab = Lab::new();
+    lab.base("base.img", 4 * MIB);
+    lab.mount("d=base.img,resize=off");
+    let file = lab.open("m/d");
+    for size in [1, 4 * MIB - 1, 4 * MIB + 1] {
+        assert!(file.set_len(size).is_err(), "{size}");
+    }
+    assert!(file.write_all_at(b"x", 4 * MIB).is_err());
+    file.set_len(4 * MIB).unwrap();
+    lab.sh("cmp m/d base.img");
+    drop(file);
+    // O_TRUNC empties it and leaves its size.
+    let file = OpenOptions::new()
+        .write(true)
+        .truncate(true)
+        .open(lab.path("m/d"))
+        .unwrap();
+    assert_eq!(file.metadata().unwrap().len(), 4 * MIB);
+    lab.sh("cmp -n 4194304 m/d /dev/zero");
+    drop(file);
+    lab.end();
+}
+
+#[test]
+fn another_size_can_be_presented() {
+    let mut lab = Lab::new();
+    lab.base("base.img", 4 * MIB);
+    lab.mount("less=base.img,size=1M more=base.img,size=6M");
+    lab.sh("
+        [ $(stat -c %s m/less) = 1048576 ] && cmp -n 1048576 m/less base.img
+        [ $(stat -c %s m/more) = 6291456 ] && cmp -n 4194304 m/more base.img
+        cmp -i 4194304:0 -n 2097152 m/more /dev/zero
+        truncate -s 4M m/less && cmp -n 1048576 m/less base.img
+        cmp -i 1048576:0 -n 3145728 m/less /dev/zero
+    ");
+    lab.end();
+}
+
+/// The same round of writes and reads under each way to cache.
+fn a_round_with_cache(cache: &str) {
+    let mut lab = Lab::new();
+    lab.base("base.img", 16 * MIB);
+    lab.mount(&format!("d=base.img,overlay=ov --cache {cache}"));
+    let file = lab.open("m/d");
+    file.write_all_at(&noise(MIB, 1), 3 * MIB + 77).unwrap();
+    file.write_all_at(b"end", 16 * MIB).unwrap();
+    fallocate(&file, PUNCH, 0..100_000).unwrap();
+    assert_eq!(file.metadata().unwrap().len(), 16 * MIB + 3);
+    assert!(data_runs(&file)[0].start >= 98304);
+    file.sync_all().unwrap();
+    drop(file);
+    lab.sh("cp m/d copy && cmp m/d copy");
+    lab.umount();
+    lab.mount(&format!("d=base.img,overlay=ov --cache {cache}"));
+    lab.sh("cmp m/d copy");
+    assert_eq!(read(&lab.open_ro("m/d"), 3 * MIB + 77, MIB), noise(MIB, 1));
+    lab.end();
+}
+
+#[test]
+fn without_the_kernels_cache_all_is_the_same() {
+    a_round_with_cache("none");
+}
+
+#[test]
+fn with_writeback_all_is_the_same() {
+    a_round_with_cache("writeback");
+}
+
+#[test]
+fn with_writeback_seek_sees_what_was_just_written() {
+    let lab = Lab::new();
+    lab.mount("d=blank:16M --cache writeback");
+    let mut file = lab.open("m/d");
+    for round in 0..50 {
+        let at = round * 3 % 50 * 64 * KIB;
+        file.seek(std::io::SeekFrom::Start(at)).unwrap();
+        file.write_all(&[1; 4096]).unwrap();
+        assert_eq!(seek(&lab.open_ro("m/d"), SeekFrom::Data(at)), Ok(at));
+    }
+    drop(file);
+    lab.end();
+}
+
+#[test]
+fn the_control_files_answer_while_disks_are_open() {
+    let lab = lab();
+    let file = lab.open("m/d");
+    assert_eq!(lab.disk("d")["openers"], 1);
+    let text = lab.sh("cat m/.cowslip/status m/.cowslip/d/status m/.cowslip/log");
+    assert!(text.contains("\"schema\":1"), "{text}");
+    let map: serde_json::Value = serde_json::from_str(&lab.sh("cat m/.cowslip/d/map")).unwrap();
+    assert_eq!(map[0]["start"], 0);
+    assert!(
+        OpenOptions::new()
+            .write(true)
+            .open(lab.path("m/.cowslip/status"))
+            .is_err()
+            || lab
+                .output("sh", &["-c", "echo x > m/.cowslip/status"])
+                .status
+                .code()
+                != Some(0)
+    );
+    drop(file);
+    lab.end();
+}
+
+#[test]
+fn cached_readers_in_many_threads_never_see_an_older_write_again() {
+    let lab = Lab::new();
+    lab.mount("d=blank:8M");
+    let stop = AtomicBool::new(false);
+    let writer = lab.open("m/d");
+    thread::scope(|scope| {
+        for part in 0..4u64 {
+            let (lab, stop) = (&lab, &stop);
+            scope.spawn(move || {
+                let file = lab.open_ro("m/d");
+                let mut newest = 0;
+                while !stop.load(Ordering::Relaxed) {
+                    let byte = read(&file, part * 2 * MIB + 77, 1)[0];
+                    assert!(byte >= newest, "{byte} after {newest}");
+                    newest = byte;
+                }
+                assert_eq!(read(&file, part * 2 * MIB + 77, 1), [250]);
+            });
+        }
+        for round in 1..=250u8 {
+            for part in 0..4u64 {
+                writer.write_all_at(&[round; 4096], part * 2 * MIB).unwrap();
+            }
+        }
+        stop.store(true, Ordering::Relaxed);
+    });
+    drop(writer);
+    lab.end();
+}
+
+/// A disk `slow` whose base lies in another mount, and a disk `fast` beside it.
+fn lab_with_a_slow_base() -> (Lab, u32) {
+    let mut lab = Lab::new();
+    lab.base("base.img", 48 * MIB);
+    lab.sh("mkdir inner");
+    lab.ok("mount inner far=base.img,mode=ro --cache none --log inner.log");
+    lab.mount("slow=inner/far fast=base.img -o io_timeout=2");
+    let text = lab.ok("status inner --json");
+    let all: serde_json::Value = serde_json::from_str(&text).unwrap();
+    let inner = all["mounts"][0]["pid"].as_u64().unwrap() as u32;
+    (lab, inner)
+}
+
+#[test]
+fn a_base_that_hangs_holds_nobody_but_its_readers() {
+    let (lab, inner) = lab_with_a_slow_base();
+    let slow = lab.open("m/slow");
+    slow.write_all_at(&[7; 4096], 0).unwrap();
+    let files: Vec<_> = (0..12)
+        .map(|_| lab.open_with("m/slow", libc::O_DIRECT))
+        .collect();
+    signal(inner, Signal::STOP).unwrap();
+    let start = Instant::now();
+    thread::scope(|scope| {
+        let read_at = |file: &File, offset: u64| {
+            let mut buffer = Aligned::of(&[0; 4096]);
+            file.read_exact_at(buffer.bytes_mut(), offset)
+        };
+        let readers: Vec<_> = (0..)
+            .zip(&files)
+            .map(|(index, file)| scope.spawn(move || read_at(file, MIB + index * 8192)))
+            .collect();
+        // Meanwhile everybody else is served.
+        lab.sh("cat m/.cowslip/status m/.cowslip/slow/status > status; ls m; ls -l m/fast");
+        lab.sh("cmp m/fast base.img");
+        lab.open("m/fast").write_all_at(b"on", 5).unwrap();
+        assert_eq!(read(&slow, 0, 4096), [7; 4096]);
+        for reader in readers {
+            assert_eq!(errno_of(reader.join().unwrap()), libc::EIO);
+        }
+    });
+    let took = start.elapsed();
+    assert!(
+        took > Duration::from_millis(1500) && took < Duration::from_secs(12),
+        "{took:?}"
+    );
+    signal(inner, Signal::CONT).unwrap();
+    wait_until("the base answers again", || {
+        slow.read_exact_at(&mut [0; 4096], 2 * MIB).is_ok()
+    });
+    assert_eq!(
+        read(&slow, MIB, 4096),
+        read(&lab.open_ro("base.img"), MIB, 4096)
+    );
+    drop((slow, files));
+    lab.umount();
+    lab.ok("umount inner");
+    lab.end();
+}
+
+#[test]
+fn a_disk_whose_base_hangs_can_be_looked_at_and_opened() {
+    let (lab, inner) = lab_with_a_slow_base();
+    signal(inner, Signal::STOP).unwrap();
+    let found = fs::metadata(lab.path("m/slow")).map(|found| found.len());
+    let opened = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open(lab.path("m/slow"));
+    let written = opened.and_then(|file| file.write_all_at(&noise(8192, 1), 4096));
+    signal(inner, Signal::CONT).unwrap();
+    assert_eq!(found.unwrap(), 48 * MIB);
+    written.unwrap();
+    lab.umount();
+    lab.ok("umount inner");
+    lab.end();
+}
+
+#[test]
+fn a_mount_whose_base_hangs_can_be_unmounted() {
+    let (lab, inner) = lab_with_a_slow_base();
+    let slow = lab.open_with("m/slow", libc::O_DIRECT);
+    signal(inner, Signal::STOP).unwrap();
+    let mut buffer = Aligned::of(&[0; 4096]);
+    assert_eq!(
+        errno_of(slow.read_exact_at(buffer.bytes_mut(), MIB)),
+        libc::EIO
+    );
+    drop(slow);
+    let start = Instant::now();
+    // The kernel lets no process end that waits for another one's answer, and umount says so.
+    let line = lab.refused(1, "umount --timeout 3 m");
+    assert!(line.contains("is unmounted, and its daemon"), "{line}");
+    assert!(start.elapsed() < Duration::from_secs(20));
+    assert_eq!(mounts_below(&lab.path("m")).len(), 0);
+    signal(inner, Signal::CONT).unwrap();
+    wait_until("the daemon ends with its base's answer", || {
+        lab.cowslip("umount inner").status.success()
+    });
+    lab.end();
+}
+
+#[test]
+fn another_users_files_are_out_of_reach_without_allow_other() {
+    let lab = lab();
+    lab.sh("chmod 755 . && ! su nobody -s /bin/sh -c 'ls m' 2>/dev/null");
+    lab.umount();
+    lab.mount("d=base.img,perm=0644 -o allow_other");
+    lab.sh("su nobody -s /bin/sh -c 'head -c 10 m/d | wc -c; ! echo x 2>/dev/null > m/d'");
+    lab.end();
+}
+
+#[test]
+fn what_is_executable_in_the_mount_has_no_set_id_bits() {
+    let lab = lab();
+    let found = lab.sh("chmod 6755 m/d || true; stat -c %a m/d");
+    assert_eq!(found.trim(), "755");
+    let mut options = OpenOptions::new();
+    options.write(true).custom_flags(libc::O_NOFOLLOW);
+    options.open(lab.path("m/d")).unwrap();
+    lab.end();
+}

@@ -1,0 +1,264 @@
+//! Files that are made, renamed and removed in the mount, with `--store` and without.
+
+// Sizes are small here, and a test may panic.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::cast_possible_truncation
+)]
+
+mod common;
+
+use std::fs::{self, File, OpenOptions};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
+
+use common::mount::*;
+
+fn lab() -> Lab {
+    let lab = Lab::new();
+    lab.mount("--store st");
+    lab
+}
+
+fn names(lab: &Lab) -> Vec<String> {
+    let entries = fs::read_dir(lab.path("m")).unwrap();
+    let mut names: Vec<_> = entries
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .collect();
+    names.sort();
+    names
+}
+
+fn again(lab: &Lab) {
+    lab.umount();
+    lab.mount("--store st");
+}
+
+fn count(lab: &Lab, what: &str) -> usize {
+    fs::read_dir(lab.path("st").join(what)).unwrap().count()
+}
+
+#[test]
+fn a_new_file_is_there_again_at_the_next_mount() {
+    let lab = lab();
+    lab.sh("echo hello > m/new; truncate -s 10M m/sparse; chmod 640 m/new");
+    let before = fs::metadata(lab.path("m/new")).unwrap();
+    again(&lab);
+    assert_eq!(names(&lab), ["new", "sparse"]);
+    let after = fs::metadata(lab.path("m/new")).unwrap();
+    assert_eq!(
+        (after.ino(), after.mode(), after.len()),
+        (before.ino(), before.mode(), 6)
+    );
+    assert_eq!(after.modified().unwrap(), before.modified().unwrap());
+    assert_eq!(lab.sh("cat m/new"), "hello\n");
+    assert_eq!(fs::metadata(lab.path("m/sparse")).unwrap().len(), 10 * MIB);
+    lab.end();
+}
+
+#[test]
+fn a_file_lives_through_a_killed_daemon() {
+    let lab = lab();
+    let file = File::create(lab.path("m/new")).unwrap();
+    file.write_all_at(&noise(MIB, 3), 12345).unwrap();
+    drop(file);
+    lab.sh("mv m/new m/other; touch m/gone; rm m/gone");
+    lab.kill();
+    assert!(lab.mount("--store st").contains("cleared a dead mount"));
+    assert_eq!(names(&lab), ["other"]);
+    assert!(read(&lab.open_ro("m/other"), 12345, MIB) == noise(MIB, 3));
+    assert_eq!(count(&lab, "layers"), 1);
+    lab.end();
+}
+
+#[test]
+fn o_excl_makes_a_file_once() {
+    let lab = lab();
+    let make = || {
+        OpenOptions::new()
+            .write(true)
+            .create_new(true)
+            .mode(0o604)
+            .open(lab.path("m/x"))
+    };
+    drop(make().unwrap());
+    assert_eq!(errno_of(make()), libc::EEXIST);
+    lab.end();
+}
+
+#[test]
+fn a_renamed_file_keeps_what_it_is() {
+    let lab = lab();
+    lab.sh("echo one > m/a; mv m/a m/b; [ ! -e m/a ]; cat m/b; mv -n m/b m/b");
+    let ino = fs::metadata(lab.path("m/b")).unwrap().ino();
+    again(&lab);
+    assert_eq!(names(&lab), ["b"]);
+    assert_eq!(fs::metadata(lab.path("m/b")).unwrap().ino(), ino);
+    lab.end();
+}
+
+#[test]
+fn a_rename_over_another_file_removes_that() {
+    let lab = lab();
+    lab.sh("echo one > m/a; echo two > m/b");
+    let old = lab.open_ro("m/b");
+    lab.sh("mv m/a m/b; [ $(cat m/b) = one ]");
+    // Who has the old one open still sees it.
+    assert_eq!(read(&old, 0, 4), b"two\n");
+    drop(old);
+    wait_until("the replaced disk is removed", || count(&lab, "disks") == 1);
+    again(&lab);
+    assert_eq!(names(&lab), ["b"]);
+    assert_eq!(lab.sh("cat m/b"), "one\n");
+    assert_eq!(count(&lab, "layers"), 1);
+    lab.end();
+}
+
+#[test]
+fn an_unlinked_file_lives_until_its_last_handle() {
+    let lab = lab();
+    let file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .open(lab.path("m/a"))
+        .unwrap();
+    file.write_all_at(b"still", 4095).unwrap();
+    fs::remove_file(lab.path("m/a")).unwrap();
+    assert_eq!(names(&lab), Vec::<String>::new());
+    file.write_all_at(b"here", 8192).unwrap();
+    file.sync_all().unwrap();
+    assert_eq!(read(&file, 4095, 5), b"still");
+    assert_eq!(read(&file, 8192, 4), b"here");
+    assert_eq!(file.metadata().unwrap().len(), 8196);
+    // Its name is free at once.
+    lab.sh("echo new > m/a; cat m/a");
+    drop(file);
+    wait_until("the removed disk's files go", || count(&lab, "disks") == 1);
+    again(&lab);
+    assert_eq!(lab.sh("cat m/a"), "new\n");
+    lab.end();
+}
+
+#[test]
+fn what_an_unlink_left_in_a_crash_is_swept() {
+    let lab = lab();
+    lab.sh("echo a > m/a; echo b > m/b");
+    let open = lab.open_ro("m/a");
+    fs::remove_file(lab.path("m/a")).unwrap();
+    assert_eq!(count(&lab, "disks"), 2);
+    lab.kill();
+    drop(open);
+    lab.mount("--store st");
+    assert_eq!(names(&lab), ["b"]);
+    assert_eq!((count(&lab, "disks"), count(&lab, "layers")), (1, 1));
+    lab.end();
+}
+
+#[test]
+fn tools_that_write_beside_and_rename_work() {
+    let mut lab = Lab::new();
+    lab.base("base.img", 20 * MIB);
+    lab.mount("--store st");
+    lab.sh("
+        rsync -S base.img m/disk && cmp base.img m/disk
+        cp base.img m/copy && cmp base.img m/copy
+        sed -i s/x/y/ m/copy
+        dd if=base.img of=m/dd bs=1M conv=sparse,fsync status=none && cmp -n 10000000 base.img m/dd
+        qemu-img create -q -f raw m/raw 1G
+        qemu-img convert -f raw -O qcow2 base.img m/vm.qcow2
+        qemu-img check -q m/vm.qcow2
+        qemu-img compare -q -f qcow2 -F raw m/vm.qcow2 base.img
+        tar -S -cf m/all.tar base.img
+    ");
+    again(&lab);
+    lab.sh("cmp base.img m/disk; qemu-img compare -q -f qcow2 -F raw m/vm.qcow2 base.img");
+    lab.end();
+}
+
+#[test]
+fn without_a_store_nothing_is_made_and_the_log_names_it() {
+    let mut lab = Lab::new();
+    lab.base("base.img", MIB);
+    lab.mount("d=base.img");
+    assert_eq!(errno_of(File::create(lab.path("m/new"))), libc::EPERM);
+    assert_eq!(
+        errno_of(fs::rename(lab.path("m/d"), lab.path("m/e"))),
+        libc::EPERM
+    );
+    assert_eq!(errno_of(fs::remove_file(lab.path("m/d"))), libc::EPERM);
+    assert_eq!(errno_of(fs::create_dir(lab.path("m/dir"))), libc::EPERM);
+    let log = lab.log();
+    assert!(log.contains("--store") && log.contains("'new'"), "{log}");
+    assert!(lab.ok("log m").contains("--store"));
+    lab.end();
+}
+
+#[test]
+fn a_given_disk_beside_a_store_keeps_its_name() {
+    let mut lab = Lab::new();
+    lab.base("base.img", MIB);
+    lab.mount("d=base.img --store st");
+    lab.sh("echo x > m/new");
+    assert_eq!(
+        errno_of(fs::rename(lab.path("m/d"), lab.path("m/e"))),
+        libc::EPERM
+    );
+    assert_eq!(errno_of(fs::remove_file(lab.path("m/d"))), libc::EPERM);
+    assert_eq!(
+        errno_of(fs::rename(lab.path("m/new"), lab.path("m/d"))),
+        libc::EPERM
+    );
+    assert_eq!(names(&lab), ["d", "new"]);
+    lab.end();
+}
+
+#[test]
+fn bad_names_are_refused_in_the_mount() {
+    let lab = lab();
+    let create = |name: &str| errno_of(File::create(lab.path("m").join(name)));
+    assert_eq!(create("a\nb"), libc::EINVAL);
+    assert_eq!(create(&"n".repeat(256)), libc::ENAMETOOLONG);
+    assert!(File::create(lab.path("m/.cowslip")).is_err());
+    lab.sh("echo x > m/a");
+    assert!(fs::rename(lab.path("m/a"), lab.path("m/.cowslip")).is_err());
+    assert_eq!(names(&lab), ["a"]);
+    lab.end();
+}
+
+#[test]
+fn a_store_is_one_mounts_at_a_time() {
+    let lab = lab();
+    lab.sh("mkdir other");
+    assert!(lab.refused(1, "mount other --store st").contains("in use"));
+    lab.end();
+}
+
+#[test]
+fn a_full_store_says_enospc() {
+    let lab = Lab::new();
+    lab.host("host", "ext4", 32 * MIB);
+    lab.mount("--store host/st");
+    let file = File::create(lab.path("m/a")).unwrap();
+    let mut at = 0;
+    while file.write_all_at(&noise(256 * KIB, 1), at).is_ok() {
+        at += 256 * KIB;
+    }
+    assert_eq!(
+        errno_of(file.write_all_at(&noise(256 * KIB, 1), at)),
+        libc::ENOSPC
+    );
+    lab.sh("head -c 100M /dev/zero > host/fill 2>/dev/null || true; sync -f host");
+    let made: Vec<_> = (0..40)
+        .map(|index| File::create(lab.path(&format!("m/n{index}"))))
+        .collect();
+    for error in made.into_iter().filter_map(Result::err) {
+        assert_eq!(error.raw_os_error(), Some(libc::ENOSPC));
+    }
+    drop(file);
+    lab.sh("rm host/fill");
+    lab.umount();
+    lab.sh("umount host");
+    lab.end();
+}
