@@ -95,10 +95,7 @@ fn extents(criterion: &mut Criterion) {
 fn record(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("record");
     let uuid = Uuid::from_u128(7);
-    let set = Record::Set {
-        range: blocks(3..4),
-        state: State::Data,
-    };
+    let set = Record::Set { range: blocks(3..4), state: State::Data };
     let bytes = set.encode(&uuid, 1);
     group.bench_function("encode", |bencher| {
         bencher.iter(|| black_box(&set).encode(&uuid, black_box(1)));

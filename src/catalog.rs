@@ -124,19 +124,13 @@ impl Catalog {
     #[must_use]
     pub fn list(&self) -> Vec<(String, Arc<Entry>)> {
         let names = self.names.read();
-        names
-            .iter()
-            .map(|(name, entry)| (name.clone(), Arc::clone(entry)))
-            .collect()
+        names.iter().map(|(name, entry)| (name.clone(), Arc::clone(entry))).collect()
     }
 
     /// Every disk, those without a name included.
     #[must_use]
     pub fn disks(&self) -> Vec<Arc<Disk>> {
-        self.inodes
-            .iter()
-            .map(|entry| Arc::clone(&entry.disk))
-            .collect()
+        self.inodes.iter().map(|entry| Arc::clone(&entry.disk)).collect()
     }
 
     /// The directory whose file system new disks go to.
@@ -224,12 +218,7 @@ impl Catalog {
     /// Whether a disk has neither a name nor a handle any more.
     #[must_use]
     pub fn is_orphan(&self, disk: &Disk) -> bool {
-        let is_named = || {
-            self.names
-                .read()
-                .values()
-                .any(|entry| entry.disk.uuid == disk.uuid)
-        };
+        let is_named = || self.names.read().values().any(|entry| entry.disk.uuid == disk.uuid);
         disk.openers() == 0 && !is_named()
     }
 

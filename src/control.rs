@@ -113,12 +113,8 @@ impl Spot {
     #[must_use]
     pub fn children(self, catalog: &Catalog) -> Vec<(String, Self)> {
         let named = |names: &[&str]| -> Vec<(String, Self)> {
-            let found = names
-                .iter()
-                .map(|name| ((*name).to_owned(), self.child(name, catalog)));
-            found
-                .filter_map(|(name, spot)| Some((name, spot?)))
-                .collect()
+            let found = names.iter().map(|name| ((*name).to_owned(), self.child(name, catalog)));
+            found.filter_map(|(name, spot)| Some((name, spot?))).collect()
         };
         match self {
             Self::Directory => {
@@ -163,17 +159,9 @@ impl Control {
     /// The text of `.cowslip/status`.
     #[must_use]
     pub fn status(&self) -> Vec<u8> {
-        let state = if self.draining.load(Ordering::SeqCst) {
-            "draining"
-        } else {
-            "ready"
-        };
-        let disks: Vec<Value> = self
-            .catalog
-            .list()
-            .iter()
-            .map(|(name, entry)| self.disk_value(name, entry))
-            .collect();
+        let state = if self.draining.load(Ordering::SeqCst) { "draining" } else { "ready" };
+        let disks: Vec<Value> =
+            self.catalog.list().iter().map(|(name, entry)| self.disk_value(name, entry)).collect();
         let mount = json!({
             "mountpoint": self.catalog.mountpoint.to_string_lossy(),
             "source": self.source,
@@ -193,10 +181,7 @@ impl Control {
     fn disk_value(&self, name: &str, entry: &Entry) -> Value {
         let disk = &entry.disk;
         let (state, error) = if disk.is_latched() {
-            (
-                "read-only",
-                Some("a sync failed: nothing written since is safe, see the log"),
-            )
+            ("read-only", Some("a sync failed: nothing written since is safe, see the log"))
         } else {
             ("ok", None)
         };
@@ -301,13 +286,8 @@ fn farewell(name: &str, disk: &Disk) -> Option<String> {
     let changed = format_size(usage.data + usage.zero);
     match disk.overlay_dir() {
         None if overlay.revision() == 0 => None,
-        None => Some(format!(
-            "{name}: {changed} of changes discarded (temporary overlay)"
-        )),
-        Some(dir) => Some(format!(
-            "{name}: {changed} of changes kept in '{}'",
-            dir.display()
-        )),
+        None => Some(format!("{name}: {changed} of changes discarded (temporary overlay)")),
+        Some(dir) => Some(format!("{name}: {changed} of changes kept in '{}'", dir.display())),
     }
 }
 
@@ -315,8 +295,7 @@ fn farewell(name: &str, disk: &Disk) -> Option<String> {
 fn allocated_on_host(disk: &Disk) -> u64 {
     use std::os::unix::fs::MetadataExt;
     let file = disk.overlay().and_then(|overlay| overlay.first_file());
-    file.and_then(|file| file.metadata().ok())
-        .map_or(0, |found| found.blocks() * 512)
+    file.and_then(|file| file.metadata().ok()).map_or(0, |found| found.blocks() * 512)
 }
 
 fn lines(value: &Value) -> Vec<u8> {
@@ -349,10 +328,7 @@ impl MapText {
     /// The map of `disk`, from its beginning.
     #[must_use]
     pub fn new(disk: Arc<Disk>) -> Self {
-        Self {
-            disk,
-            state: Mutex::default(),
-        }
+        Self { disk, state: Mutex::default() }
     }
 
     /// Up to `len` bytes of the text from `offset` on, which must not go backwards.
@@ -393,9 +369,7 @@ impl MapText {
         }
         if state.next >= size {
             state.flush();
-            state
-                .ready
-                .extend_from_slice(if state.begun { b"]\n" } else { b"[]\n" });
+            state.ready.extend_from_slice(if state.begun { b"]\n" } else { b"[]\n" });
             state.ended = true;
         }
         Ok(())

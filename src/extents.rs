@@ -100,11 +100,7 @@ impl Extents {
     #[must_use]
     pub fn new(asked: Range<u64>, limit: NonZeroUsize) -> Self {
         let asked = asked.start..asked.end.max(asked.start);
-        Self {
-            asked,
-            limit,
-            list: Vec::new(),
-        }
+        Self { asked, limit, list: Vec::new() }
     }
 
     /// Takes the next extent, which must start at [`described_to`](Self::described_to).
@@ -121,11 +117,7 @@ impl Extents {
     /// different kind is [`Progress::Full`]. That makes `described_to` the exact end of the last
     /// run or of the range, never the middle of a run.
     pub fn push(&mut self, mut extent: Extent) -> Progress {
-        debug_assert_eq!(
-            extent.range.start,
-            self.described_to(),
-            "a gap or an overlap"
-        );
+        debug_assert_eq!(extent.range.start, self.described_to(), "a gap or an overlap");
         extent.range.end = extent.range.end.min(self.asked.end);
         if !extent.is_empty() {
             let has_room = self.list.len() < self.limit.get();
@@ -135,19 +127,13 @@ impl Extents {
                 _ => return Progress::Full,
             }
         }
-        if self.is_complete() {
-            Progress::Complete
-        } else {
-            Progress::More
-        }
+        if self.is_complete() { Progress::Complete } else { Progress::More }
     }
 
     /// Described up to here: everything in `asked.start..described_to()` is in the list (bytes).
     #[must_use]
     pub fn described_to(&self) -> u64 {
-        self.list
-            .last()
-            .map_or(self.asked.start, |last| last.range.end)
+        self.list.last().map_or(self.asked.start, |last| last.range.end)
     }
 
     /// Whether all of the asked range is described.
@@ -239,12 +225,7 @@ mod tests {
             }
             assert!(at <= self.asked.end, "beyond what was asked");
             assert_eq!(at, self.described_to());
-            assert!(
-                self.list
-                    .windows(2)
-                    .all(|pair| pair[0].kind != pair[1].kind),
-                "not joined"
-            );
+            assert!(self.list.windows(2).all(|pair| pair[0].kind != pair[1].kind), "not joined");
         }
     }
 
@@ -264,11 +245,7 @@ mod tests {
     #[test]
     fn adjacent_equal_kinds_are_joined() {
         let extents = bytewise(&[Data, Data, Hole, Hole, Hole, Zero], 0..6, 9);
-        let expected = [
-            Extent::new(0..2, Data),
-            Extent::new(2..5, Hole),
-            Extent::new(5..6, Zero),
-        ];
+        let expected = [Extent::new(0..2, Data), Extent::new(2..5, Hole), Extent::new(5..6, Zero)];
         assert_eq!(extents.as_slice(), expected);
         assert!(extents.is_complete());
     }
@@ -311,10 +288,7 @@ mod tests {
     fn what_lies_beyond_the_asked_range_is_clipped() {
         let mut extents = Extents::new(5..20, at_most(4));
         assert_eq!(extents.push(Extent::new(5..10, Zero)), Progress::More);
-        assert_eq!(
-            extents.push(Extent::new(10..u64::MAX, Zero)),
-            Progress::Complete
-        );
+        assert_eq!(extents.push(Extent::new(10..u64::MAX, Zero)), Progress::Complete);
         assert_eq!(extents.as_slice(), [Extent::new(5..20, Zero)]);
         // More of it changes nothing, even with no room for another.
         assert_eq!(extents.push(Extent::new(20..30, Data)), Progress::Complete);
@@ -326,10 +300,7 @@ mod tests {
         let extent = Extent::new(10..20, Data);
         assert_eq!(extent.clip(&(0..15)), Some(Extent::new(10..15, Data)));
         assert_eq!(extent.clip(&(12..15)), Some(Extent::new(12..15, Data)));
-        assert_eq!(
-            extent.clip(&(15..u64::MAX)),
-            Some(Extent::new(15..20, Data))
-        );
+        assert_eq!(extent.clip(&(15..u64::MAX)), Some(Extent::new(15..20, Data)));
         assert_eq!(extent.clip(&(20..30)), None);
         assert_eq!(extent.clip(&(0..10)), None);
         assert_eq!(extent.clip(&(15..15)), None);
@@ -337,11 +308,8 @@ mod tests {
 
     #[test]
     fn an_answer_that_does_not_advance_is_called_data() {
-        for answer in [
-            Extent::new(0..0, Hole),
-            Extent::new(4..8, Hole),
-            Extent::new(50..60, Hole),
-        ] {
+        for answer in [Extent::new(0..0, Hole), Extent::new(4..8, Hole), Extent::new(50..60, Hole)]
+        {
             let extents =
                 describe(0..40, at_most(4), |_| Ok::<_, Infallible>(answer.clone())).unwrap();
             assert_eq!(extents.as_slice(), [Extent::new(0..40, Data)]);
@@ -361,9 +329,7 @@ mod tests {
     fn disk() -> impl Strategy<Value = Vec<Kind>> {
         let kind = prop_oneof![Just(Data), Just(Zero), Just(Hole), Just(Lower)];
         prop::collection::vec((kind, 1_usize..6), 1..20).prop_map(|runs| {
-            runs.into_iter()
-                .flat_map(|(kind, len)| std::iter::repeat_n(kind, len))
-                .collect()
+            runs.into_iter().flat_map(|(kind, len)| std::iter::repeat_n(kind, len)).collect()
         })
     }
 

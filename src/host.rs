@@ -47,21 +47,11 @@ pub fn read_at(file: &File, buf: &mut [u8], offset: u64, wait: Wait) -> io::Resu
 
 /// `preadv2` with `RWF_NOWAIT`: the page cache's answer, or `EAGAIN`.
 fn read_cached(file: &File, buf: &mut [u8], offset: u64) -> io::Result<usize> {
-    let part = libc::iovec {
-        iov_base: buf.as_mut_ptr().cast(),
-        iov_len: buf.len(),
-    };
+    let part = libc::iovec { iov_base: buf.as_mut_ptr().cast(), iov_len: buf.len() };
     let offset = i64::try_from(offset).map_err(|_| errno(libc::EINVAL))?;
     // SAFETY: `part` describes `buf`, which is borrowed mutably for the whole call.
-    let got = unsafe {
-        libc::preadv2(
-            file.as_raw_fd(),
-            &raw const part,
-            1,
-            offset,
-            libc::RWF_NOWAIT,
-        )
-    };
+    let got =
+        unsafe { libc::preadv2(file.as_raw_fd(), &raw const part, 1, offset, libc::RWF_NOWAIT) };
     usize::try_from(got).map_err(|_| io::Error::last_os_error())
 }
 
@@ -106,11 +96,7 @@ fn rest_of<'a>(parts: &'a [IoSlice<'_>], mut done: usize) -> &'a [u8] {
 /// # Errors
 /// `EOPNOTSUPP` where the file system cannot; else the host's errno.
 pub fn punch(file: impl AsFd, range: Range<u64>) -> io::Result<()> {
-    fallocate(
-        file,
-        FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE,
-        range,
-    )
+    fallocate(file, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, range)
 }
 
 /// Reserves space for `range`; the file keeps its length.

@@ -48,9 +48,7 @@ impl Pool {
         state.threads += 1;
         drop(state);
         let pool = Arc::clone(self);
-        let made = thread::Builder::new()
-            .name("cowslip-io".to_owned())
-            .spawn(move || pool.work());
+        let made = thread::Builder::new().name("cowslip-io".to_owned()).spawn(move || pool.work());
         if let Err(error) = made {
             log::error!("no thread for a disk's work: {error}");
             self.without_thread();
@@ -62,11 +60,7 @@ impl Pool {
         let job = {
             let mut state = self.state.lock();
             state.threads -= 1;
-            if state.threads == 0 {
-                state.queue.pop_front()
-            } else {
-                None
-            }
+            if state.threads == 0 { state.queue.pop_front() } else { None }
         };
         if let Some(job) = job {
             job();
@@ -102,10 +96,7 @@ impl Pool {
         let mut state = self.state.lock();
         state.stopping = true;
         self.more.notify_all();
-        !self
-            .less
-            .wait_while_for(&mut state, |state| state.threads > 0, patience)
-            .timed_out()
+        !self.less.wait_while_for(&mut state, |state| state.threads > 0, patience).timed_out()
     }
 }
 

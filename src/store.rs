@@ -76,13 +76,7 @@ impl Store {
     /// # Errors
     /// [`StoreError`].
     pub fn open(dir: &Path) -> Result<Self, StoreError> {
-        let io = |what| {
-            move |error| StoreError::Io {
-                dir: dir.to_owned(),
-                what,
-                error,
-            }
-        };
+        let io = |what| move |error| StoreError::Io { dir: dir.to_owned(), what, error };
         if !dir.join("names").is_dir() {
             let is_other = fs::read_dir(dir).is_ok_and(|mut entries| entries.next().is_some());
             if is_other {
@@ -100,11 +94,7 @@ impl Store {
         }
         lock.sync_all().map_err(io("making its directories"))?;
         let names = open_dir(&dir.join("names")).map_err(io("opening its names"))?;
-        let store = Self {
-            dir: dir.to_owned(),
-            names,
-            _lock: lock,
-        };
+        let store = Self { dir: dir.to_owned(), names, _lock: lock };
         store.sweep().map_err(io("sweeping what has no name"))?;
         Ok(store)
     }
@@ -145,9 +135,7 @@ impl Store {
         let mut layers = HashSet::new();
         for entry in fs::read_dir(self.dir.join("disks"))? {
             let path = entry?.path();
-            let uuid = path
-                .file_name()
-                .and_then(|name| Uuid::parse_str(name.to_str()?).ok());
+            let uuid = path.file_name().and_then(|name| Uuid::parse_str(name.to_str()?).ok());
             if uuid.is_some_and(|uuid| named.contains(&uuid)) {
                 // One that cannot be read keeps all layers: nothing is guessed.
                 let Ok(stack) = open_dir(&path)
@@ -163,11 +151,7 @@ impl Store {
         }
         for entry in fs::read_dir(self.dir.join("layers"))? {
             let entry = entry?;
-            if !entry
-                .file_name()
-                .to_str()
-                .is_some_and(|name| layers.contains(name))
-            {
+            if !entry.file_name().to_str().is_some_and(|name| layers.contains(name)) {
                 fs::remove_dir_all(entry.path())?;
             }
         }
@@ -176,10 +160,7 @@ impl Store {
 
     fn with_place<T>(&self, uuid: &Uuid, use_it: impl FnOnce(Place<'_>) -> T) -> T {
         let (dir, layers) = (self.disk_dir(uuid), self.dir.join("layers"));
-        use_it(Place {
-            dir: &dir,
-            layers: Some(&layers),
-        })
+        use_it(Place { dir: &dir, layers: Some(&layers) })
     }
 
     /// Opens every disk.
@@ -209,10 +190,7 @@ impl Store {
         let uuid = Uuid::new_v4();
         let opened = self
             .with_place(&uuid, |place| disk::create_blank(name, uuid, place, owner))
-            .map_err(|error| StoreError::Disk {
-                name: name.to_owned(),
-                error,
-            })?;
+            .map_err(|error| StoreError::Disk { name: name.to_owned(), error })?;
         let target = Path::new("../disks").join(uuid.to_string());
         let named = rustix::fs::symlinkat(target, &self.names, name)
             .map_err(io::Error::from)
@@ -220,11 +198,7 @@ impl Store {
         if let Err(error) = named {
             self.discard(&uuid);
             let dir = self.dir.clone();
-            return Err(StoreError::Io {
-                dir,
-                what: "naming a new disk",
-                error,
-            });
+            return Err(StoreError::Io { dir, what: "naming a new disk", error });
         }
         Ok(opened)
     }
@@ -259,10 +233,7 @@ impl Store {
             removed = removed.and(fs::remove_dir_all(path));
         }
         if let Err(error) = removed {
-            log::warn!(
-                "files of a removed disk are left in '{}': {error}",
-                self.dir.display()
-            );
+            log::warn!("files of a removed disk are left in '{}': {error}", self.dir.display());
         }
     }
 }

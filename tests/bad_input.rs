@@ -2,11 +2,7 @@
 //! nothing behind.
 
 // Sizes are small here, and a test may panic.
-#![allow(
-    clippy::unwrap_used,
-    clippy::expect_used,
-    clippy::cast_possible_truncation
-)]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::cast_possible_truncation)]
 
 mod common;
 
@@ -57,19 +53,9 @@ fn a_base_that_is_no_disk_is_refused() {
     refuse(&lab, 1, "dir", &["dir' is a directory"]);
     refuse(&lab, 1, "fifo", &["fifo", "name a file or a block device"]);
     refuse(&lab, 1, "d=/dev/tty", &["/dev/tty"]);
-    refuse(
-        &lab,
-        1,
-        "d=/dev/null",
-        &["/dev/null", "name a file or a block device"],
-    );
+    refuse(&lab, 1, "d=/dev/null", &["/dev/null", "name a file or a block device"]);
     refuse(&lab, 1, "d=/proc/version", &["/proc/version"]);
-    refuse(
-        &lab,
-        1,
-        "d=/sys/kernel/uevent_seqnum",
-        &["/sys/kernel/uevent_seqnum"],
-    );
+    refuse(&lab, 1, "d=/sys/kernel/uevent_seqnum", &["/sys/kernel/uevent_seqnum"]);
     lab.end();
 }
 
@@ -82,12 +68,7 @@ fn a_base_that_looks_like_another_format_is_refused() {
     ");
     for format in ["qcow2", "vmdk", "vhdx", "vdi"] {
         let (hint, raw) = (format!("format={format}"), "format=raw");
-        refuse(
-            &lab,
-            1,
-            &format!("a.{format}"),
-            &[&hint, raw, &format!("a.{format}")],
-        );
+        refuse(&lab, 1, &format!("a.{format}"), &[&hint, raw, &format!("a.{format}")]);
         refuse(&lab, 1, &format!("a.{format},mode=rw"), &[raw]);
         lab.mount(&format!("d=a.{format},format=raw"));
         lab.sh(&format!("cmp m/d a.{format}"));
@@ -103,53 +84,16 @@ fn a_base_that_looks_like_another_format_is_refused() {
 fn what_lies_in_the_mount_itself_is_refused() {
     let lab = lab();
     lab.sh("cp base.img m/inside.img; truncate -s 32M m/loop.img");
-    refuse(
-        &lab,
-        1,
-        "m/inside.img -o nonempty",
-        &["inside.img", "lies in the mount"],
-    );
-    refuse(
-        &lab,
-        1,
-        "base.img,overlay=m/ov -o nonempty",
-        &["ov", "lies in the mount"],
-    );
-    refuse(
-        &lab,
-        1,
-        "--store m/st -o nonempty",
-        &["st", "lies in the mount"],
-    );
+    refuse(&lab, 1, "m/inside.img -o nonempty", &["inside.img", "lies in the mount"]);
+    refuse(&lab, 1, "base.img,overlay=m/ov -o nonempty", &["ov", "lies in the mount"]);
+    refuse(&lab, 1, "--store m/st -o nonempty", &["st", "lies in the mount"]);
     lab.sh("ln -s m/inside.img link.img; mkdir bind");
-    refuse(
-        &lab,
-        1,
-        "link.img -o nonempty",
-        &["link.img", "lies in the mount"],
-    );
+    refuse(&lab, 1, "link.img -o nonempty", &["link.img", "lies in the mount"]);
     let device = lab.loop_device("m/loop.img", "");
-    refuse(
-        &lab,
-        1,
-        &format!("{device} -o nonempty"),
-        &["loop", "lies in the mount"],
-    );
-    lab.sh(&format!(
-        "mkfs.ext4 -q {device}; mkdir on; mount {device} on; cp base.img on"
-    ));
-    refuse(
-        &lab,
-        1,
-        "on/base.img -o nonempty",
-        &["on/base.img", "lies in the mount"],
-    );
-    refuse(
-        &lab,
-        1,
-        "base.img,overlay=on/ov -o nonempty",
-        &["on/ov", "lies in the mount"],
-    );
+    refuse(&lab, 1, &format!("{device} -o nonempty"), &["loop", "lies in the mount"]);
+    lab.sh(&format!("mkfs.ext4 -q {device}; mkdir on; mount {device} on; cp base.img on"));
+    refuse(&lab, 1, "on/base.img -o nonempty", &["on/base.img", "lies in the mount"]);
+    refuse(&lab, 1, "base.img,overlay=on/ov -o nonempty", &["on/ov", "lies in the mount"]);
     lab.sh(&format!("umount on; losetup -d {device}"));
     lab.end();
 }
@@ -158,35 +102,11 @@ fn what_lies_in_the_mount_itself_is_refused() {
 fn a_bad_mountpoint_is_refused() {
     let lab = lab();
     lab.sh("mkdir full; touch full/x; touch file");
-    fs::write(
-        lab.path("a.toml"),
-        "mountpoint=\"file\"\n[[disk]]\nsource=\"base.img\"\n",
-    )
-    .unwrap();
-    refuse_line(
-        &lab,
-        1,
-        "mount nowhere base.img",
-        &["nowhere' does not exist"],
-    );
-    refuse_line(
-        &lab,
-        2,
-        "mount file x=base.img",
-        &["MOUNTPOINT comes first"],
-    );
-    refuse_line(
-        &lab,
-        1,
-        "mount --config a.toml",
-        &["file' is not a directory"],
-    );
-    refuse_line(
-        &lab,
-        1,
-        "mount full base.img",
-        &["full' is not empty", "nonempty"],
-    );
+    fs::write(lab.path("a.toml"), "mountpoint=\"file\"\n[[disk]]\nsource=\"base.img\"\n").unwrap();
+    refuse_line(&lab, 1, "mount nowhere base.img", &["nowhere' does not exist"]);
+    refuse_line(&lab, 2, "mount file x=base.img", &["MOUNTPOINT comes first"]);
+    refuse_line(&lab, 1, "mount --config a.toml", &["file' is not a directory"]);
+    refuse_line(&lab, 1, "mount full base.img", &["full' is not empty", "nonempty"]);
     lab.ok("mount full base.img -o nonempty");
     lab.sh("cmp full/base.img base.img; [ ! -e full/x ]");
     lab.ok("umount full");
@@ -199,12 +119,7 @@ fn a_mountpoint_in_use_is_refused() {
     let lab = lab();
     lab.mount("d=base.img");
     refuse(&lab, 1, "d=base.img", &["already a cowslip mount"]);
-    refuse(
-        &lab,
-        1,
-        "d=base.img -o nonempty",
-        &["already a cowslip mount"],
-    );
+    refuse(&lab, 1, "d=base.img -o nonempty", &["already a cowslip mount"]);
     lab.end();
 }
 
@@ -221,10 +136,7 @@ fn a_dead_mount_of_another_program_is_left_to_it() {
         || fs::metadata(lab.path("m")).is_err_and(|e| e.raw_os_error() == Some(libc::ENOTCONN));
     wait_until("its mount is dead", is_dead);
     let line = lab.refused(1, "mount m base.img");
-    assert!(
-        line.contains("dead") && line.contains("umount -l"),
-        "{line}"
-    );
+    assert!(line.contains("dead") && line.contains("umount -l"), "{line}");
     lab.sh("umount -l m");
     lab.end();
 }
@@ -232,21 +144,11 @@ fn a_dead_mount_of_another_program_is_left_to_it() {
 #[test]
 fn names_are_checked() {
     let lab = lab();
-    refuse(
-        &lab,
-        2,
-        "d=base.img d=base.img",
-        &["two disks", "NAME=SOURCE"],
-    );
+    refuse(&lab, 2, "d=base.img d=base.img", &["two disks", "NAME=SOURCE"]);
     refuse(&lab, 2, "base.img d/../base.img", &["two disks"]);
     for name in [".", "..", ".cowslip", "a\nb", "a\x07b", &"n".repeat(256)] {
         let disk = format!("{name}=base.img");
-        refuse_args(
-            &lab,
-            2,
-            &["mount", "m", &disk],
-            &["cannot be a disk's name"],
-        );
+        refuse_args(&lab, 2, &["mount", "m", &disk], &["cannot be a disk's name"]);
     }
     fs::write(
         lab.path("a.toml"),
@@ -287,12 +189,7 @@ fn sizes_are_checked() {
         "block=0",
         "block=256",
     ] {
-        refuse(
-            &lab,
-            2,
-            &format!("base.img,{key}"),
-            &[key.split_once('=').unwrap().0],
-        );
+        refuse(&lab, 2, &format!("base.img,{key}"), &[key.split_once('=').unwrap().0]);
     }
     lab.end();
 }
@@ -304,34 +201,14 @@ fn unknown_keys_and_options_are_refused_with_the_nearest() {
     refuse(&lab, 2, "base.img,mode=cwo", &["cwo", "cow"]);
     refuse(&lab, 2, "base.img,perm=999", &["999"]);
     refuse(&lab, 2, "base.img,uid=-1", &["uid"]);
-    refuse(
-        &lab,
-        2,
-        "base.img -o allow_othr",
-        &["allow_othr", "allow_other"],
-    );
-    refuse(
-        &lab,
-        2,
-        "base.img -o out.zst",
-        &["out.zst", "quote the disk"],
-    );
+    refuse(&lab, 2, "base.img -o allow_othr", &["allow_othr", "allow_other"]);
+    refuse(&lab, 2, "base.img -o out.zst", &["out.zst", "quote the disk"]);
     refuse(&lab, 2, "base.img -o io_timeout=0", &["io_timeout"]);
     refuse(&lab, 2, "base.img --cash none", &["--cash"]);
     refuse(&lab, 2, "base.img --cache some", &["some"]);
-    refuse(
-        &lab,
-        2,
-        "base.img,mode=ro,overlay=x",
-        &["overlay", "mode=ro"],
-    );
+    refuse(&lab, 2, "base.img,mode=ro,overlay=x", &["overlay", "mode=ro"]);
     refuse(&lab, 2, "", &["nothing to mount"]);
-    refuse_line(
-        &lab,
-        2,
-        "mount base.img m",
-        &["MOUNTPOINT comes first: cowslip mount m base.img"],
-    );
+    refuse_line(&lab, 2, "mount base.img m", &["MOUNTPOINT comes first: cowslip mount m base.img"]);
     refuse_line(&lab, 2, "", &["no command"]);
     refuse_line(&lab, 2, "mont m base.img", &["mount"]);
     lab.end();
@@ -351,10 +228,7 @@ fn commas_in_paths_are_written_twice() {
 fn a_mistake_in_a_configuration_is_told_with_its_line() {
     let lab = lab();
     for (text, parts) in [
-        (
-            "mountpoint = \"m\"\nmuntpoint = 1\n",
-            &["line 2", "muntpoint"][..],
-        ),
+        ("mountpoint = \"m\"\nmuntpoint = 1\n", &["line 2", "muntpoint"][..]),
         ("mountpoint = \n", &["a.toml"]),
         ("[[disk]]\nsource = \"base.img\"\nmode = \"rx\"\n", &["rx"]),
         ("[[disk]]\nsource = 5\n", &["source"]),
@@ -394,22 +268,12 @@ fn an_overlay_of_something_else_is_refused() {
     refuse(&lab, 1, "d=other.img,overlay=ov", &["ov", "base.img"]);
     refuse(&lab, 1, "d=blank:4M,overlay=ov", &["ov"]);
     refuse(&lab, 1, "d=base.img,overlay=ov,block=64K", &["ov", "block"]);
-    refuse(
-        &lab,
-        1,
-        "d=base.img,overlay=full",
-        &["full", "not an overlay"],
-    );
+    refuse(&lab, 1, "d=base.img,overlay=full", &["full", "not an overlay"]);
     refuse(&lab, 1, "d=base.img,overlay=file", &["file"]);
     refuse(&lab, 1, "d=base.img,overlay=no/where", &["no/where"]);
     refuse(&lab, 1, "d=base.img,overlay=base.img", &["base.img"]);
     edit_stack(&lab, "version = 1", "version = 9");
-    refuse(
-        &lab,
-        1,
-        "d=base.img,overlay=ov",
-        &["version 9", "newer cowslip"],
-    );
+    refuse(&lab, 1, "d=base.img,overlay=ov", &["version 9", "newer cowslip"]);
     edit_stack(&lab, "version = 9", "version = 1");
     lab.mount("d=base.img,overlay=ov");
     lab.end();
@@ -458,12 +322,7 @@ fn an_overlay_in_use_names_who_uses_it() {
         refuse_line(&lab, 1, &words, &["in use", &pid, &m]);
     }
     lab.umount();
-    refuse(
-        &lab,
-        1,
-        "a=base.img,overlay=ov b=base.img,overlay=ov",
-        &["ov"],
-    );
+    refuse(&lab, 1, "a=base.img,overlay=ov b=base.img,overlay=ov", &["ov"]);
     lab.end();
 }
 
@@ -474,16 +333,11 @@ fn a_base_that_a_vm_writes_is_refused() {
     let mut command = lab.command("sh");
     command.args(["-c", "exec qemu-io -f raw base.img < in > out"]);
     let mut vm = Running(command.spawn().unwrap());
-    let mut pipe = fs::OpenOptions::new()
-        .write(true)
-        .open(lab.path("in"))
-        .unwrap();
+    let mut pipe = fs::OpenOptions::new().write(true).open(lab.path("in")).unwrap();
     use std::io::Write;
     pipe.write_all(b"write 0 512\n").unwrap();
     wait_until("qemu-io has it open", || {
-        fs::read_to_string(lab.path("out"))
-            .unwrap_or_default()
-            .contains("wrote")
+        fs::read_to_string(lab.path("out")).unwrap_or_default().contains("wrote")
     });
     refuse(&lab, 1, "base.img", &["base.img", "running VM", "lock=off"]);
     refuse(&lab, 1, "base.img,mode=rw", &["base.img", "running VM"]);
@@ -505,12 +359,7 @@ fn a_base_is_written_by_one_or_used_by_many() {
     let lab = lab();
     lab.sh("cp base.img b; mkdir n");
     lab.mount("d=b");
-    refuse_line(
-        &lab,
-        1,
-        "mount n d=b,mode=rw",
-        &["b'", "cannot be written while"],
-    );
+    refuse_line(&lab, 1, "mount n d=b,mode=rw", &["b'", "cannot be written while"]);
     lab.ok("mount n d=b");
     lab.ok("umount n");
     lab.umount();
@@ -528,29 +377,15 @@ fn a_base_that_changed_under_its_overlay_is_refused_unless_forced() {
     lab.open("m/d").write_all_at(b"changed", 4096).unwrap();
     lab.umount();
     lab.open("base.img").write_all_at(b"!", 100).unwrap();
-    refuse(
-        &lab,
-        1,
-        "d=base.img,overlay=ov",
-        &["ov", "base.img", "--force"],
-    );
+    refuse(&lab, 1, "d=base.img,overlay=ov", &["ov", "base.img", "--force"]);
     lab.mount("d=base.img,overlay=ov --force");
     assert_eq!(read(&lab.open_ro("m/d"), 4096, 7), b"changed");
-    assert!(
-        lab.log().contains("used all the same (--force)"),
-        "{}",
-        lab.log()
-    );
+    assert!(lab.log().contains("used all the same (--force)"), "{}", lab.log());
     lab.umount();
     lab.sh("truncate -s 3M base.img");
     refuse(&lab, 1, "d=base.img,overlay=ov", &["ov", "size"]);
     lab.sh("mv base.img gone.img");
-    refuse(
-        &lab,
-        1,
-        "d=base.img,overlay=ov",
-        &["base.img' does not exist"],
-    );
+    refuse(&lab, 1, "d=base.img,overlay=ov", &["base.img' does not exist"]);
     lab.end();
 }
 
@@ -579,10 +414,7 @@ fn a_user_without_the_means_is_told_what_is_missing() {
     let path = lab.path("empty");
     let output = as_nobody(&lab, path.to_str().unwrap(), "mount m base.img");
     let line = one_line(1, &output, "without fusermount3");
-    assert!(
-        line.contains("fusermount3") || line.contains("/dev/fuse"),
-        "{line}"
-    );
+    assert!(line.contains("fusermount3") || line.contains("/dev/fuse"), "{line}");
     lab.sh("chmod 600 base.img");
     let output = as_nobody(&lab, "/usr/bin:/bin", "mount m base.img");
     let line = one_line(1, &output, "without permission");

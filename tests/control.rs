@@ -1,11 +1,7 @@
 //! The commands that talk to a mount: status, map, log, keep, umount, run, check.
 
 // Sizes are small here, and a test may panic.
-#![allow(
-    clippy::unwrap_used,
-    clippy::expect_used,
-    clippy::cast_possible_truncation
-)]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::cast_possible_truncation)]
 
 mod common;
 
@@ -46,10 +42,7 @@ fn status_shows_the_mount_and_its_disks() {
     assert_eq!(status["mountpoint"], lab.path("m").to_str().unwrap());
     assert_eq!(status["state"], "ready");
     let e = lab.disk("e");
-    assert_eq!(
-        (&e["size"], &e["mode"], &e["state"]),
-        (&GIB.into(), &"cow".into(), &"ok".into())
-    );
+    assert_eq!((&e["size"], &e["mode"], &e["state"]), (&GIB.into(), &"cow".into(), &"ok".into()));
     assert_eq!(
         (&e["overlay"]["changed"], &e["overlay"]["temporary"]),
         (&8192.into(), &false.into())
@@ -63,11 +56,7 @@ fn status_shows_the_mount_and_its_disks() {
     let all = json(&String::from_utf8_lossy(&all.stdout));
     assert_eq!(all["schema"], 1);
     let here = all["mounts"].as_array().unwrap().iter();
-    assert_eq!(
-        here.filter(|mount| mount["mountpoint"] == status["mountpoint"])
-            .count(),
-        1
-    );
+    assert_eq!(here.filter(|mount| mount["mountpoint"] == status["mountpoint"]).count(), 1);
     lab.end();
 }
 
@@ -77,10 +66,7 @@ fn status_of_a_dead_mount_is_unhealthy() {
     lab.kill();
     let output = lab.cowslip("status m --json");
     assert_eq!(output.status.code(), Some(3), "{}", show(&output));
-    assert_eq!(
-        json(&String::from_utf8_lossy(&output.stdout))["mounts"][0]["state"],
-        "dead"
-    );
+    assert_eq!(json(&String::from_utf8_lossy(&output.stdout))["mounts"][0]["state"], "dead");
     assert!(lab.ok("umount m").contains("dead mount is cleared"));
     lab.end();
 }
@@ -104,15 +90,13 @@ fn map_is_what_seek_tells_and_covers_the_disk() {
         }
     }
     assert_eq!(at, 16 * MIB);
-    data = data
-        .into_iter()
-        .fold(Vec::new(), |mut all: Vec<std::ops::Range<u64>>, run| {
-            match all.last_mut() {
-                Some(last) if last.end == run.start => last.end = run.end,
-                _ => all.push(run),
-            }
-            all
-        });
+    data = data.into_iter().fold(Vec::new(), |mut all: Vec<std::ops::Range<u64>>, run| {
+        match all.last_mut() {
+            Some(last) if last.end == run.start => last.end = run.end,
+            _ => all.push(run),
+        }
+        all
+    });
     assert_eq!(data, data_runs(&file));
     let text = lab.ok("map m/d");
     assert!(text.contains("KIND") && text.contains("hole"), "{text}");
@@ -139,15 +123,11 @@ fn the_log_tells_of_the_mount() {
     assert!(lab.ok("log m").contains("mounted at"));
     let pid = lab.pid();
     let mut command = lab.command(COWSLIP);
-    let follow = command
-        .args(["log", "-f", "m"])
-        .stdout(std::process::Stdio::piped());
+    let follow = command.args(["log", "-f", "m"]).stdout(std::process::Stdio::piped());
     let mut follow = Running(follow.spawn().unwrap());
     lab.umount();
     assert!(!is_alive(pid));
-    wait_until("log -f ends with its mount", || {
-        follow.0.try_wait().unwrap().is_some()
-    });
+    wait_until("log -f ends with its mount", || follow.0.try_wait().unwrap().is_some());
     assert!(lab.log().contains("unmounted"));
     lab.end();
 }
@@ -173,9 +153,7 @@ fn keep_saves_the_changes_for_the_next_mount() {
 fn keep_works_across_file_systems() {
     let lab = lab();
     lab.host("host", "xfs", 320 * MIB);
-    lab.open("m/d")
-        .write_all_at(&noise(MIB, 3), 5 * MIB + 77)
-        .unwrap();
+    lab.open("m/d").write_all_at(&noise(MIB, 3), 5 * MIB + 77).unwrap();
     lab.sh("cp m/d copy");
     lab.ok("keep m/d host/kept");
     lab.umount();
@@ -214,9 +192,7 @@ fn umount_says_what_is_discarded_and_what_is_kept() {
 fn umount_waits_for_the_daemon() {
     let lab = lab();
     let pid = lab.pid();
-    lab.open("m/e")
-        .write_all_at(&noise(20 * MIB, 1), 0)
-        .unwrap();
+    lab.open("m/e").write_all_at(&noise(20 * MIB, 1), 0).unwrap();
     lab.umount();
     assert!(!is_alive(pid));
     // The overlay is free at once.
@@ -229,19 +205,12 @@ fn umount_refuses_while_a_disk_is_open_and_says_who_has_it() {
     let lab = lab();
     let file = lab.open("m/d");
     let line = lab.refused(1, "umount --timeout 1 m");
-    assert!(
-        line.contains(&format!("pid {}", std::process::id())),
-        "{line}"
-    );
+    assert!(line.contains(&format!("pid {}", std::process::id())), "{line}");
     assert_eq!(read(&file, 0, 1).len(), 1);
     lab.ok("umount -l m");
     drop(file);
-    wait_until("the daemon ends after its last user", || {
-        mounts_below(lab.dir()).is_empty()
-    });
-    wait_until("the overlay is free", || {
-        lab.cowslip("check ov").status.success()
-    });
+    wait_until("the daemon ends after its last user", || mounts_below(lab.dir()).is_empty());
+    wait_until("the overlay is free", || lab.cowslip("check ov").status.success());
     lab.end();
 }
 
@@ -275,10 +244,7 @@ fn run_mounts_for_a_command_and_gives_its_exit_code() {
     let run = |words: &[&str]| {
         let all = [&["run", "d=base.img", "e=blank:1M", "--"], words].concat();
         let output = lab.output(COWSLIP, &all);
-        (
-            output.status.code(),
-            String::from_utf8_lossy(&output.stdout).into_owned(),
-        )
+        (output.status.code(), String::from_utf8_lossy(&output.stdout).into_owned())
     };
     let (code, said) = run(&[
         "sh",
@@ -290,10 +256,7 @@ fn run_mounts_for_a_command_and_gives_its_exit_code() {
     assert_eq!(run(&["sh", "-c", "exit 7"]).0, Some(7));
     assert_eq!(run(&["/no/such/command"]).0, Some(127));
     assert_eq!(run(&["/etc/passwd"]).0, Some(126));
-    assert_eq!(
-        lab.refused(125, "run nothing.img -- true").lines().count(),
-        1
-    );
+    assert_eq!(lab.refused(125, "run nothing.img -- true").lines().count(), 1);
     lab.end();
 }
 
@@ -316,10 +279,7 @@ fn check_finds_a_whole_overlay_clean_and_a_damaged_one_damaged() {
     let stack = fs::read_to_string(lab.path("ov/stack")).unwrap();
     fs::write(lab.path("ov/stack"), stack.replace("perm", "prem")).unwrap();
     assert_eq!(lab.cowslip("check ov").status.code(), Some(3));
-    assert!(
-        lab.refused(1, "mount m e=blank:1G,overlay=ov")
-            .contains("damaged")
-    );
+    assert!(lab.refused(1, "mount m e=blank:1G,overlay=ov").contains("damaged"));
     fs::write(lab.path("ov/stack"), &stack).unwrap();
     lab.ok("check ov");
     lab.refused(1, "check nowhere");

@@ -5,11 +5,7 @@
 //! log: what was not durable then never will be.
 
 // Sizes are small here, and a test may panic.
-#![allow(
-    clippy::unwrap_used,
-    clippy::expect_used,
-    clippy::cast_possible_truncation
-)]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::cast_possible_truncation)]
 
 mod common;
 
@@ -66,9 +62,7 @@ fn a_daemon_killed_in_the_middle_of_writes_loses_nothing_that_returned() {
                 });
             }
             let enough = 300 + round * 500;
-            wait_until("there are writes", || {
-                told.lock().unwrap().len() as u64 > enough
-            });
+            wait_until("there are writes", || told.lock().unwrap().len() as u64 > enough);
             signal(pid, rustix::process::Signal::KILL).unwrap();
         });
         drop(files);
@@ -79,12 +73,8 @@ fn a_daemon_killed_in_the_middle_of_writes_loses_nothing_that_returned() {
         let (told, begun) = (told.into_inner().unwrap(), begun.into_inner().unwrap());
         for (index, (disk, offset, seed)) in told.iter().enumerate() {
             let covers = |other: u64, at: u64| other == *disk && at.abs_diff(*offset) < 3000;
-            let is_told_later = told[index + 1..]
-                .iter()
-                .any(|later| covers(later.0, later.1));
-            let is_cut_off = begun
-                .iter()
-                .any(|last| last.1 != *offset && covers(last.0, last.1));
+            let is_told_later = told[index + 1..].iter().any(|later| covers(later.0, later.1));
+            let is_cut_off = begun.iter().any(|last| last.1 != *offset && covers(last.0, last.1));
             if !is_told_later && !is_cut_off {
                 let found = read(if *disk == 0 { &d } else { &e }, *offset, 3000);
                 assert!(found == noise(3000, *seed), "disk {disk}: {offset} is lost");
@@ -130,8 +120,7 @@ fn a_power_cut_on(fs: &str) {
     for round in 0..3u64 {
         for index in 0..40u64 {
             let at = index * 300 * KIB + round * 1500;
-            d.write_all_at(&noise(10_000, round * 1000 + index), at)
-                .unwrap();
+            d.write_all_at(&noise(10_000, round * 1000 + index), at).unwrap();
         }
         fallocate(&d, PUNCH, (round + 1) * MIB..(round + 1) * MIB + 70_000).unwrap();
         d.sync_all().unwrap();
@@ -155,8 +144,7 @@ fn a_power_cut_on(fs: &str) {
     for round in 0..3u64 {
         for index in 0..30u64 {
             let at = index * 500 * KIB + round * 2000;
-            d.write_all_at(&noise(9000, 50_000 + round * 1000 + index), at)
-                .unwrap();
+            d.write_all_at(&noise(9000, 50_000 + round * 1000 + index), at).unwrap();
         }
         fallocate(&d, ZERO, (round + 5) * MIB + 5..(round + 5) * MIB + 50_000).unwrap();
         fallocate(&d, PUNCH, (round + 9) * MIB..(round + 9) * MIB + 50_000).unwrap();
@@ -248,11 +236,7 @@ fn a_failing_sync_latches_its_disk_and_no_other() {
     // What could not be done is said, and the exit code tells.
     let output = lab.cowslip("umount m");
     assert_eq!(output.status.code(), Some(1), "{}", show(&output));
-    assert!(
-        String::from_utf8_lossy(&output.stderr).contains("d: "),
-        "{}",
-        show(&output)
-    );
+    assert!(String::from_utf8_lossy(&output.stderr).contains("d: "), "{}", show(&output));
     lab.sh(&format!("umount host; mount {device} host"));
     lab.mount("d=blank:16M,overlay=host/ov e=blank:16M,overlay=ow");
     assert!(read(&lab.open_ro("m/d"), 0, MIB) == noise(MIB, 1));

@@ -49,25 +49,13 @@ fn attributes_are_set_and_are_there_again_at_the_next_mount() {
     file.set_times(FileTimes::new().set_modified(time)).unwrap();
     drop(file);
     let before = fs::metadata(&path).unwrap();
-    assert_eq!(
-        (before.uid(), before.gid(), before.mode() & 0o7777),
-        (1234, 4321, 0o640)
-    );
-    assert_eq!(
-        (before.len(), before.modified().unwrap()),
-        (9 * MIB + 1, time)
-    );
+    assert_eq!((before.uid(), before.gid(), before.mode() & 0o7777), (1234, 4321, 0o640));
+    assert_eq!((before.len(), before.modified().unwrap()), (9 * MIB + 1, time));
     lab.umount();
     lab.mount(words);
     let after = fs::metadata(&path).unwrap();
-    assert_eq!(
-        (after.uid(), after.gid(), after.mode()),
-        (1234, 4321, before.mode())
-    );
-    assert_eq!(
-        (after.len(), after.modified().unwrap()),
-        (9 * MIB + 1, time)
-    );
+    assert_eq!((after.uid(), after.gid(), after.mode()), (1234, 4321, before.mode()));
+    assert_eq!((after.len(), after.modified().unwrap()), (9 * MIB + 1, time));
     assert_eq!(after.ino(), first.ino());
     lab.end();
 }
@@ -95,10 +83,7 @@ fn owner_and_mode_can_be_given() {
     let lab = Lab::new();
     lab.mount("d=blank:1M,uid=7,gid=8,perm=0444");
     let found = fs::metadata(lab.path("m/d")).unwrap();
-    assert_eq!(
-        (found.uid(), found.gid(), found.mode() & 0o7777),
-        (7, 8, 0o444)
-    );
+    assert_eq!((found.uid(), found.gid(), found.mode() & 0o7777), (7, 8, 0o444));
     lab.end();
 }
 
@@ -119,10 +104,7 @@ fn a_listing_shows_the_disks_and_not_the_control_directory() {
     );
     assert_eq!(errno_of(fs::metadata(lab.path("m/nothing"))), libc::ENOENT);
     for (name, size) in [("a", 2), ("b", 1), ("c.img", 3)] {
-        assert_eq!(
-            fs::metadata(lab.path("m").join(name)).unwrap().len(),
-            size * MIB
-        );
+        assert_eq!(fs::metadata(lab.path("m").join(name)).unwrap().len(), size * MIB);
     }
     lab.end();
 }
@@ -131,11 +113,7 @@ fn a_listing_shows_the_disks_and_not_the_control_directory() {
 fn o_trunc_empties_a_disk_for_good() {
     let lab = lab();
     let path = lab.path("m/d");
-    let file = OpenOptions::new()
-        .write(true)
-        .truncate(true)
-        .open(&path)
-        .unwrap();
+    let file = OpenOptions::new().write(true).truncate(true).open(&path).unwrap();
     assert_eq!(file.metadata().unwrap().len(), 0);
     file.set_len(48 * MIB).unwrap();
     drop(file);
@@ -149,10 +127,7 @@ fn o_trunc_empties_a_disk_for_good() {
 #[test]
 fn o_append_writes_at_the_end() {
     let lab = lab();
-    let mut file = OpenOptions::new()
-        .append(true)
-        .open(lab.path("m/d"))
-        .unwrap();
+    let mut file = OpenOptions::new().append(true).open(lab.path("m/d")).unwrap();
     file.write_all(b"one").unwrap();
     file.write_all(b"two").unwrap();
     assert_eq!(file.metadata().unwrap().len(), 48 * MIB + 6);
@@ -166,22 +141,12 @@ fn direct_io_works_at_every_offset() {
     let lab = lab();
     let file = lab.open_with("m/d", libc::O_DIRECT);
     let bytes = Aligned::of(&noise(8192, 9));
-    for offset in [
-        0,
-        512,
-        4096,
-        10 * MIB + 512,
-        48 * MIB - 8192,
-        48 * MIB - 512,
-    ] {
+    for offset in [0, 512, 4096, 10 * MIB + 512, 48 * MIB - 8192, 48 * MIB - 512] {
         file.write_all_at(bytes.bytes(), offset).unwrap();
         let mut back = Aligned::of(&[0; 8192]);
         file.read_exact_at(back.bytes_mut(), offset).unwrap();
         assert!(back.bytes() == bytes.bytes(), "{offset}");
-        assert!(
-            read(&lab.open_ro("m/d"), offset, 8192) == bytes.bytes(),
-            "{offset}"
-        );
+        assert!(read(&lab.open_ro("m/d"), offset, 8192) == bytes.bytes(), "{offset}");
     }
     drop(file);
     lab.end();
@@ -196,8 +161,7 @@ fn a_synced_write_is_vouched(flag: i32) {
     let records = || fs::metadata(&log).unwrap().len() / 32;
     for block in 0..4 {
         let before = records();
-        file.write_all_at(&noise(4096, block), block * 4096)
-            .unwrap();
+        file.write_all_at(&noise(4096, block), block * 4096).unwrap();
         // A Set and a Vouch; more when the file's times are noted.
         assert!(records() >= before + 2, "no sync in the write");
     }
@@ -233,11 +197,7 @@ fn a_write_past_the_end_extends_the_disk_with_zeros() {
     let file = lab.open("m/d");
     file.write_all_at(b"far", 50 * MIB + 7).unwrap();
     assert_eq!(file.metadata().unwrap().len(), 50 * MIB + 10);
-    assert!(
-        read(&file, 48 * MIB, 2 * MIB + 7)
-            .iter()
-            .all(|byte| *byte == 0)
-    );
+    assert!(read(&file, 48 * MIB, 2 * MIB + 7).iter().all(|byte| *byte == 0));
     assert_eq!(read(&file, 50 * MIB + 7, 3), b"far");
     assert_eq!(
         read(&lab.open_ro("m/d"), 48 * MIB - 5000, 5000),
@@ -287,14 +247,8 @@ fn fallocate_zeroes_and_punches_at_any_offset() {
     let lab = lab();
     let file = lab.open("m/d");
     let mut model = read(&file, 0, 48 * MIB);
-    let ranges = [
-        0..1,
-        5..4097,
-        4096..8192,
-        100..200,
-        3 * MIB + 1..5 * MIB - 1,
-        48 * MIB - 5001..48 * MIB,
-    ];
+    let ranges =
+        [0..1, 5..4097, 4096..8192, 100..200, 3 * MIB + 1..5 * MIB - 1, 48 * MIB - 5001..48 * MIB];
     for (index, range) in ranges.into_iter().enumerate() {
         for (how, flags) in [PUNCH, ZERO, ZERO_KEEP].into_iter().enumerate() {
             let shift = (index + how) as u64 % 3 * 1000;
@@ -303,15 +257,9 @@ fn fallocate_zeroes_and_punches_at_any_offset() {
             model[range.start as usize..range.end as usize].fill(0);
             fallocate(&file, flags, range.clone()).unwrap();
             assert_eq!(file.metadata().unwrap().len(), 48 * MIB);
-            let (start, end) = (
-                range.start.saturating_sub(5000),
-                (range.end + 5000).min(48 * MIB),
-            );
+            let (start, end) = (range.start.saturating_sub(5000), (range.end + 5000).min(48 * MIB));
             let found = read(&file, start, end - start);
-            assert!(
-                found == model[start as usize..end as usize],
-                "{flags:?} {range:?}"
-            );
+            assert!(found == model[start as usize..end as usize], "{flags:?} {range:?}");
         }
     }
     assert!(read(&lab.open_ro("m/d"), 0, 48 * MIB) == model);
@@ -334,11 +282,7 @@ fn fallocate_extends_only_without_keep_size() {
     assert_eq!(size(), 51 * MIB + 3);
     fallocate(&file, ZERO, 51 * MIB..52 * MIB + 5).unwrap();
     assert_eq!(size(), 52 * MIB + 5);
-    assert!(
-        read(&file, 48 * MIB - 100, 4 * MIB)
-            .iter()
-            .all(|byte| *byte == 0)
-    );
+    assert!(read(&file, 48 * MIB - 100, 4 * MIB).iter().all(|byte| *byte == 0));
     let bad = FallocateFlags::COLLAPSE_RANGE;
     assert_eq!(errno_of(fallocate(&file, bad, 0..4096)), libc::EOPNOTSUPP);
     drop(file);
@@ -364,11 +308,7 @@ fn copy_file_range_carries_data_and_holes_between_disks() {
     to.write_all_at(&noise(48 * MIB, 4), 0).unwrap();
     let mut model = read(&to, 0, 48 * MIB);
     let source = read(&from, 0, 48 * MIB);
-    let pieces = [
-        (100, 5000, 30 * MIB),
-        (0, 0, 20 * MIB + 512),
-        (MIB + 3, 40 * MIB, 7 * MIB + 1),
-    ];
+    let pieces = [(100, 5000, 30 * MIB), (0, 0, 20 * MIB + 512), (MIB + 3, 40 * MIB, 7 * MIB + 1)];
     for (at, offset, len) in pieces {
         assert_eq!(copy_range(&from, at, &to, offset, len).unwrap(), len);
         let piece = &source[at as usize..(at + len) as usize];
@@ -376,10 +316,7 @@ fn copy_file_range_carries_data_and_holes_between_disks() {
     }
     assert!(read(&to, 0, 48 * MIB) == model);
     // At the end of the source there is nothing more; and past the target's end it grows.
-    assert_eq!(
-        copy_range(&from, 48 * MIB - 10, &to, 60 * MIB, 100).unwrap(),
-        10
-    );
+    assert_eq!(copy_range(&from, 48 * MIB - 10, &to, 60 * MIB, 100).unwrap(), 10);
     assert_eq!(to.metadata().unwrap().len(), 60 * MIB + 10);
     drop((from, to));
     lab.end();
@@ -390,10 +327,7 @@ fn copy_file_range_works_within_a_disk() {
     let lab = lab();
     let file = lab.open("m/d");
     let source = read(&file, 0, 4 * MIB);
-    assert_eq!(
-        copy_range(&file, 0, &file, 33 * MIB + 77, 4 * MIB).unwrap(),
-        4 * MIB
-    );
+    assert_eq!(copy_range(&file, 0, &file, 33 * MIB + 77, 4 * MIB).unwrap(), 4 * MIB);
     assert!(read(&file, 33 * MIB + 77, 4 * MIB) == source);
     drop(file);
     lab.end();
@@ -417,10 +351,7 @@ fn writing_moves_mtime_and_ctime() {
     let file = lab.open("m/d");
     let times = || {
         let found = fs::metadata(lab.path("m/d")).unwrap();
-        (
-            (found.mtime(), found.mtime_nsec()),
-            (found.ctime(), found.ctime_nsec()),
-        )
+        ((found.mtime(), found.mtime_nsec()), (found.ctime(), found.ctime_nsec()))
     };
     let start = times();
     let moves = |what: &str, change: &dyn Fn()| {
@@ -428,10 +359,7 @@ fn writing_moves_mtime_and_ctime() {
         thread::sleep(Duration::from_millis(12));
         change();
         let after = times();
-        assert!(
-            after.0 > before.0 && after.1 > before.1,
-            "{what}: {before:?} {after:?}"
-        );
+        assert!(after.0 > before.0 && after.1 > before.1, "{what}: {before:?} {after:?}");
     };
     moves("write", &|| file.write_all_at(b"x", 0).unwrap());
     moves("overwrite", &|| file.write_all_at(b"y", 0).unwrap());
@@ -487,17 +415,11 @@ fn a_cached_reader_sees_every_direct_write() {
         let bytes = noise(300, round);
         writer.write_all_at(&bytes, offset).unwrap();
         assert_eq!(read(&reader, offset, 300), bytes, "pread, round {round}");
-        for (index, byte) in bytes
-            .iter()
-            .enumerate()
-            .filter(|(at, _)| *at + (offset as usize) < 65536)
+        for (index, byte) in
+            bytes.iter().enumerate().filter(|(at, _)| *at + (offset as usize) < 65536)
         {
             // SAFETY: inside the mapping; volatile, since another handle writes the file.
-            let seen = unsafe {
-                map.cast::<u8>()
-                    .add(offset as usize + index)
-                    .read_volatile()
-            };
+            let seen = unsafe { map.cast::<u8>().add(offset as usize + index).read_volatile() };
             assert_eq!(seen, *byte, "mmap, round {round}");
         }
     }
@@ -563,11 +485,7 @@ fn parallel_seeks_over_dirty_mappings_do_not_wait_for_each_other() {
             }
         });
     }
-    assert!(
-        start.elapsed() < Duration::from_secs(20),
-        "{:?}",
-        start.elapsed()
-    );
+    assert!(start.elapsed() < Duration::from_secs(20), "{:?}", start.elapsed());
     // SAFETY: the mapping made above, used by nobody any more.
     assert_eq!(unsafe { libc::munmap(map, len) }, 0);
     drop(file);
@@ -581,12 +499,9 @@ fn disks_of_odd_sizes_are_exactly_that_long() {
     lab.base("tiny.img", 100);
     fs::write(lab.path("empty.img"), "").unwrap();
     lab.mount("odd=odd.img tiny=tiny.img empty=empty.img one=blank:1 wide=tiny.img,block=2M");
-    for (name, base) in [
-        ("odd", "odd.img"),
-        ("tiny", "tiny.img"),
-        ("empty", "empty.img"),
-        ("wide", "tiny.img"),
-    ] {
+    for (name, base) in
+        [("odd", "odd.img"), ("tiny", "tiny.img"), ("empty", "empty.img"), ("wide", "tiny.img")]
+    {
         lab.sh(&format!("cmp m/{name} {base}"));
         let file = lab.open(&format!("m/{name}"));
         let size = file.metadata().unwrap().len();
@@ -630,15 +545,10 @@ fn many_disks_share_one_base_and_keep_apart() {
     let mut lab = Lab::new();
     lab.base("base.img", 4 * MIB);
     let names: Vec<String> = (0..20).map(|index| format!("d{index}")).collect();
-    let words: Vec<String> = names
-        .iter()
-        .map(|name| format!("{name}=base.img"))
-        .collect();
+    let words: Vec<String> = names.iter().map(|name| format!("{name}=base.img")).collect();
     lab.mount(&words.join(" "));
     for (index, name) in names.iter().enumerate() {
-        lab.open(&format!("m/{name}"))
-            .write_all_at(&[index as u8; 5000], 100)
-            .unwrap();
+        lab.open(&format!("m/{name}")).write_all_at(&[index as u8; 5000], 100).unwrap();
     }
     for (index, name) in names.iter().enumerate() {
         let file = lab.open_ro(&format!("m/{name}"));
@@ -655,22 +565,10 @@ fn a_read_only_disk_refuses_every_change() {
     lab.mount("d=base.img,mode=ro");
     lab.sh("cmp m/d base.img");
     let path = lab.path("m/d");
-    assert_eq!(
-        errno_of(OpenOptions::new().write(true).open(&path)),
-        libc::EROFS
-    );
-    assert_eq!(
-        errno_of(OpenOptions::new().write(true).truncate(true).open(&path)),
-        libc::EROFS
-    );
-    assert_eq!(
-        errno_of(fs::set_permissions(&path, Permissions::from_mode(0o600))),
-        libc::EROFS
-    );
-    assert_eq!(
-        data_runs(&lab.open_ro("m/d")),
-        data_runs(&lab.open_ro("base.img"))
-    );
+    assert_eq!(errno_of(OpenOptions::new().write(true).open(&path)), libc::EROFS);
+    assert_eq!(errno_of(OpenOptions::new().write(true).truncate(true).open(&path)), libc::EROFS);
+    assert_eq!(errno_of(fs::set_permissions(&path, Permissions::from_mode(0o600))), libc::EROFS);
+    assert_eq!(data_runs(&lab.open_ro("m/d")), data_runs(&lab.open_ro("base.img")));
     lab.end();
 }
 
@@ -679,10 +577,7 @@ fn a_read_only_mount_refuses_every_change() {
     let mut lab = Lab::new();
     lab.base("base.img", 4 * MIB);
     lab.mount("d=base.img -o ro");
-    assert_eq!(
-        errno_of(OpenOptions::new().write(true).open(lab.path("m/d"))),
-        libc::EROFS
-    );
+    assert_eq!(errno_of(OpenOptions::new().write(true).open(lab.path("m/d"))), libc::EROFS);
     lab.end();
 }
 
@@ -699,12 +594,7 @@ fn mode_rw_writes_to_the_base() {
     file.sync_all().unwrap();
     let base = lab.open_ro("target.img");
     assert_eq!(read(&base, MIB - 3, 7), b"through");
-    assert!(
-        read(&base, 8192, 4096)
-            .iter()
-            .chain(&read(&base, 100, 200))
-            .all(|byte| *byte == 0)
-    );
+    assert!(read(&base, 8192, 4096).iter().chain(&read(&base, 100, 200)).all(|byte| *byte == 0));
     lab.sh("cmp m/d target.img");
     drop(file);
     lab.umount();
@@ -787,10 +677,7 @@ fn a_full_host_is_enospc_and_work_goes_on_once_there_is_space() {
     };
     assert_eq!(error.raw_os_error(), Some(libc::ENOSPC));
     file.sync_all().unwrap();
-    assert_eq!(
-        read(&file, written - 256 * KIB, 256 * KIB),
-        noise(256 * KIB, 3)
-    );
+    assert_eq!(read(&file, written - 256 * KIB, 256 * KIB), noise(256 * KIB, 3));
     fallocate(&file, PUNCH, 0..8 * MIB).unwrap();
     file.sync_all().unwrap();
     file.write_all_at(&noise(MIB, 4), 100 * MIB).unwrap();
@@ -816,11 +703,7 @@ fn a_disk_that_must_not_resize_refuses_other_sizes() {
     lab.sh("cmp m/d base.img");
     drop(file);
     // O_TRUNC empties it and leaves its size.
-    let file = OpenOptions::new()
-        .write(true)
-        .truncate(true)
-        .open(lab.path("m/d"))
-        .unwrap();
+    let file = OpenOptions::new().write(true).truncate(true).open(lab.path("m/d")).unwrap();
     assert_eq!(file.metadata().unwrap().len(), 4 * MIB);
     lab.sh("cmp -n 4194304 m/d /dev/zero");
     drop(file);
@@ -898,15 +781,8 @@ fn the_control_files_answer_while_disks_are_open() {
     let map: serde_json::Value = serde_json::from_str(&lab.sh("cat m/.cowslip/d/map")).unwrap();
     assert_eq!(map[0]["start"], 0);
     assert!(
-        OpenOptions::new()
-            .write(true)
-            .open(lab.path("m/.cowslip/status"))
-            .is_err()
-            || lab
-                .output("sh", &["-c", "echo x > m/.cowslip/status"])
-                .status
-                .code()
-                != Some(0)
+        OpenOptions::new().write(true).open(lab.path("m/.cowslip/status")).is_err()
+            || lab.output("sh", &["-c", "echo x > m/.cowslip/status"]).status.code() != Some(0)
     );
     drop(file);
     lab.end();
@@ -961,9 +837,7 @@ fn a_base_that_hangs_holds_nobody_but_its_readers() {
     let (lab, inner) = lab_with_a_slow_base();
     let slow = lab.open("m/slow");
     slow.write_all_at(&[7; 4096], 0).unwrap();
-    let files: Vec<_> = (0..12)
-        .map(|_| lab.open_with("m/slow", libc::O_DIRECT))
-        .collect();
+    let files: Vec<_> = (0..12).map(|_| lab.open_with("m/slow", libc::O_DIRECT)).collect();
     signal(inner, Signal::STOP).unwrap();
     let start = Instant::now();
     thread::scope(|scope| {
@@ -985,18 +859,10 @@ fn a_base_that_hangs_holds_nobody_but_its_readers() {
         }
     });
     let took = start.elapsed();
-    assert!(
-        took > Duration::from_millis(1500) && took < Duration::from_secs(12),
-        "{took:?}"
-    );
+    assert!(took > Duration::from_millis(1500) && took < Duration::from_secs(12), "{took:?}");
     signal(inner, Signal::CONT).unwrap();
-    wait_until("the base answers again", || {
-        slow.read_exact_at(&mut [0; 4096], 2 * MIB).is_ok()
-    });
-    assert_eq!(
-        read(&slow, MIB, 4096),
-        read(&lab.open_ro("base.img"), MIB, 4096)
-    );
+    wait_until("the base answers again", || slow.read_exact_at(&mut [0; 4096], 2 * MIB).is_ok());
+    assert_eq!(read(&slow, MIB, 4096), read(&lab.open_ro("base.img"), MIB, 4096));
     drop((slow, files));
     lab.umount();
     lab.ok("umount inner");
@@ -1008,10 +874,7 @@ fn a_disk_whose_base_hangs_can_be_looked_at_and_opened() {
     let (lab, inner) = lab_with_a_slow_base();
     signal(inner, Signal::STOP).unwrap();
     let found = fs::metadata(lab.path("m/slow")).map(|found| found.len());
-    let opened = OpenOptions::new()
-        .read(true)
-        .write(true)
-        .open(lab.path("m/slow"));
+    let opened = OpenOptions::new().read(true).write(true).open(lab.path("m/slow"));
     let written = opened.and_then(|file| file.write_all_at(&noise(8192, 1), 4096));
     signal(inner, Signal::CONT).unwrap();
     assert_eq!(found.unwrap(), 48 * MIB);
@@ -1027,10 +890,7 @@ fn a_mount_whose_base_hangs_can_be_unmounted() {
     let slow = lab.open_with("m/slow", libc::O_DIRECT);
     signal(inner, Signal::STOP).unwrap();
     let mut buffer = Aligned::of(&[0; 4096]);
-    assert_eq!(
-        errno_of(slow.read_exact_at(buffer.bytes_mut(), MIB)),
-        libc::EIO
-    );
+    assert_eq!(errno_of(slow.read_exact_at(buffer.bytes_mut(), MIB)), libc::EIO);
     drop(slow);
     let start = Instant::now();
     // The kernel lets no process end that waits for another one's answer, and umount says so.

@@ -1,11 +1,7 @@
 //! The operations and the model that the library is tested with, on a real mount.
 
 // Sizes are small here, and a test may panic.
-#![allow(
-    clippy::unwrap_used,
-    clippy::expect_used,
-    clippy::cast_possible_truncation
-)]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::cast_possible_truncation)]
 
 mod common;
 
@@ -30,11 +26,7 @@ struct Mounted {
 impl Mounted {
     fn new(lab: Lab, words: &str) -> Self {
         lab.mount(words);
-        let mut mounted = Self {
-            lab,
-            words: words.to_owned(),
-            files: Vec::new(),
-        };
+        let mut mounted = Self { lab, words: words.to_owned(), files: Vec::new() };
         mounted.open();
         mounted
     }
@@ -84,11 +76,7 @@ impl Target for Mounted {
         if range.is_empty() {
             return Ok(());
         }
-        fallocate(
-            &self.files[disk],
-            rustix::fs::FallocateFlags::empty(),
-            range,
-        )
+        fallocate(&self.files[disk], rustix::fs::FallocateFlags::empty(), range)
     }
 
     fn copy(&mut self, from: (usize, Range<u64>), to: (usize, u64)) -> io::Result<()> {
@@ -107,22 +95,13 @@ impl Target for Mounted {
         let (mut all, mut at) = (Vec::new(), 0);
         for run in data_runs(&self.files[disk]) {
             if at < run.start {
-                all.push(Extent {
-                    range: at..run.start,
-                    kind: Kind::Hole,
-                });
+                all.push(Extent { range: at..run.start, kind: Kind::Hole });
             }
             at = run.end;
-            all.push(Extent {
-                range: run,
-                kind: Kind::Data,
-            });
+            all.push(Extent { range: run, kind: Kind::Data });
         }
         if at < size {
-            all.push(Extent {
-                range: at..size,
-                kind: Kind::Hole,
-            });
+            all.push(Extent { range: at..size, kind: Kind::Hole });
         }
         Ok(all)
     }
@@ -162,32 +141,22 @@ fn check(ops: &[Op], menu: Menu, options: &str) {
     let ops: Vec<Op> = ops
         .iter()
         .map(|op| match op {
-            Op::Restart {
-                end: End::PowerCut(_),
-            } => Op::Restart { end: End::Kill },
+            Op::Restart { end: End::PowerCut(_) } => Op::Restart { end: End::Kill },
             other => other.clone(),
         })
         .collect();
     let path = mounted.lab.path("m");
-    run(
-        &mut mounted,
-        &mut models,
-        menu,
-        &ops,
-        |target, op, models| {
-            if matches!(op, Op::Read { .. } | Op::Sync { .. }) {
-                return;
-            }
-            for (disk, name) in ["d", "e"].into_iter().enumerate() {
-                models[disk]
-                    .check_extents(&target.extents(disk).unwrap())
-                    .unwrap();
-                let reader = File::open(path.join(name)).unwrap();
-                let found = read(&reader, 0, models[disk].size());
-                models[disk].check_same(&found).unwrap();
-            }
-        },
-    );
+    run(&mut mounted, &mut models, menu, &ops, |target, op, models| {
+        if matches!(op, Op::Read { .. } | Op::Sync { .. }) {
+            return;
+        }
+        for (disk, name) in ["d", "e"].into_iter().enumerate() {
+            models[disk].check_extents(&target.extents(disk).unwrap()).unwrap();
+            let reader = File::open(path.join(name)).unwrap();
+            let found = read(&reader, 0, models[disk].size());
+            models[disk].check_same(&found).unwrap();
+        }
+    });
     mounted.end();
 }
 
@@ -200,18 +169,8 @@ fn config(cases: u32) -> ProptestConfig {
     }
 }
 
-const SMALL: Menu = Menu {
-    block: 4096,
-    most: 400_000,
-    resize: true,
-    crash: true,
-};
-const LARGE: Menu = Menu {
-    block: 65536,
-    most: 400_000,
-    resize: true,
-    crash: true,
-};
+const SMALL: Menu = Menu { block: 4096, most: 400_000, resize: true, crash: true };
+const LARGE: Menu = Menu { block: 65536, most: 400_000, resize: true, crash: true };
 
 proptest! {
     #![proptest_config(config(24))]
@@ -236,12 +195,7 @@ proptest! {
     }
 }
 
-const CALM: Menu = Menu {
-    block: 4096,
-    most: 400_000,
-    resize: true,
-    crash: false,
-};
+const CALM: Menu = Menu { block: 4096, most: 400_000, resize: true, crash: false };
 
 proptest! {
     #![proptest_config(config(24))]

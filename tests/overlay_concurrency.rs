@@ -7,11 +7,7 @@
 //! ```
 
 // Sizes are those of small disks in memory, and a test that cannot go on ends.
-#![allow(
-    clippy::cast_possible_truncation,
-    clippy::unwrap_used,
-    clippy::expect_used
-)]
+#![allow(clippy::cast_possible_truncation, clippy::unwrap_used, clippy::expect_used)]
 
 mod common;
 
@@ -43,10 +39,7 @@ struct Lab {
 impl Lab {
     fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let layer = LayerRecord {
-            uuid: Uuid::new_v4(),
-            block: BLOCK as u32,
-        };
+        let layer = LayerRecord { uuid: Uuid::new_v4(), block: BLOCK as u32 };
         let stack = Stack {
             version: VERSION,
             uuid: Uuid::new_v4(),
@@ -57,24 +50,9 @@ impl Lab {
             layers: vec![layer],
         };
         let path = dir.path().join("vm.cow");
-        let new = New {
-            stack,
-            image: &Image::new(SIZE, SIZE),
-            limit: None,
-        };
-        let disk = persist::create(
-            Place {
-                dir: &path,
-                layers: None,
-            },
-            new,
-        )
-        .unwrap();
-        Self {
-            base: TestBase::solid(SIZE),
-            disk,
-            dir,
-        }
+        let new = New { stack, image: &Image::new(SIZE, SIZE), limit: None };
+        let disk = persist::create(Place { dir: &path, layers: None }, new).unwrap();
+        Self { base: TestBase::solid(SIZE), disk, dir }
     }
 
     fn overlay(&self) -> &Overlay {
@@ -88,9 +66,7 @@ impl Lab {
     }
 
     fn write(&self, buf: &[u8], offset: u64) {
-        self.overlay()
-            .write_at(buf, offset, &self.base, Wait::Yes)
-            .unwrap();
+        self.overlay().write_at(buf, offset, &self.base, Wait::Yes).unwrap();
     }
 
     fn zero(&self, range: std::ops::Range<u64>) {
@@ -120,10 +96,7 @@ impl Lab {
                 })
                 .collect();
             // Joined before any is unwrapped: the upkeep must end in any case.
-            let ended: Vec<_> = workers
-                .into_iter()
-                .map(thread::ScopedJoinHandle::join)
-                .collect();
+            let ended: Vec<_> = workers.into_iter().map(thread::ScopedJoinHandle::join).collect();
             done.store(true, Ordering::Relaxed);
             ended.into_iter().for_each(|end| end.unwrap());
         });
@@ -134,13 +107,7 @@ impl Lab {
         self.overlay().close().unwrap();
         let path = self.dir.path().join("vm.cow");
         drop(self.disk);
-        let disk = persist::find(Place {
-            dir: &path,
-            layers: None,
-        })
-        .unwrap()
-        .open(None)
-        .unwrap();
+        let disk = persist::find(Place { dir: &path, layers: None }).unwrap().open(None).unwrap();
         let mut bytes = vec![0; SIZE as usize];
         read_through(&[&disk.overlay, &self.base], &mut bytes, 0, Wait::Yes).unwrap();
         bytes
@@ -159,10 +126,7 @@ fn neighbours_in_a_block_never_lose_each_others_first_touch() {
                 let from = block * BLOCK + me * piece + 3;
                 lab.write(&vec![me as u8 * 2 + 200; piece as usize - 5], from);
                 let seen = lab.read(from, piece as usize - 5);
-                assert!(
-                    seen.iter().all(|byte| *byte == me as u8 * 2 + 200),
-                    "lost at {from}"
-                );
+                assert!(seen.iter().all(|byte| *byte == me as u8 * 2 + 200), "lost at {from}");
             }
         });
         let mut expected = lab.base.shown(SIZE);
@@ -188,9 +152,8 @@ fn bytes_of_one_owner_survive_zeroing_and_writing_around_them() {
         lab.storm(THREADS, |me| {
             let mut chance = Chance(me + 1);
             let place = |block: u64| block * BLOCK + me * 600 + 50;
-            let mut mine: Vec<u8> = (0..BLOCKS)
-                .flat_map(|block| lab.read(place(block), 500))
-                .collect();
+            let mut mine: Vec<u8> =
+                (0..BLOCKS).flat_map(|block| lab.read(place(block), 500)).collect();
             for round in 0..4000u64 {
                 let block = chance.next() % BLOCKS;
                 let from = chance.below(400);
@@ -206,10 +169,7 @@ fn bytes_of_one_owner_survive_zeroing_and_writing_around_them() {
                     model.fill(fill);
                 }
                 let model = &mine[block as usize * 500..][..500];
-                assert!(
-                    lab.read(place(block), 500) == model,
-                    "owner {me}, block {block}"
-                );
+                assert!(lab.read(place(block), 500) == model, "owner {me}, block {block}");
             }
             owned.lock()[me as usize] = mine;
         });
@@ -219,10 +179,7 @@ fn bytes_of_one_owner_survive_zeroing_and_writing_around_them() {
     for (me, mine) in owned.iter().enumerate() {
         for block in 0..BLOCKS as usize {
             let at = block * BLOCK as usize + me * 600 + 50;
-            assert!(
-                found[at..at + 500] == mine[block * 500..][..500],
-                "owner {me}, block {block}"
-            );
+            assert!(found[at..at + 500] == mine[block * 500..][..500], "owner {me}, block {block}");
         }
     }
 }
@@ -247,18 +204,12 @@ fn whole_blocks_of_many_writers_and_punches_are_one_of_them_in_every_sector() {
             // Once everything was written over, the base must never show again.
             let seen = lab.read(block * BLOCK, BLOCK as usize);
             let is_known = |byte: &u8| *byte <= THREADS as u8 || *byte == 255;
-            assert!(
-                seen.iter().all(is_known),
-                "block {block} shows what nobody wrote"
-            );
+            assert!(seen.iter().all(is_known), "block {block} shows what nobody wrote");
         }
     });
     let now = lab.read(0, SIZE as usize);
     for (at, sector) in now.chunks(512).enumerate() {
-        assert!(
-            sector.iter().all(|byte| *byte == sector[0]),
-            "sector {at} is two writes at once"
-        );
+        assert!(sector.iter().all(|byte| *byte == sector[0]), "sector {at} is two writes at once");
     }
     assert!(lab.reopened() == now);
 }
@@ -291,10 +242,7 @@ fn aligned_and_unaligned_writers_of_one_block_leave_whole_values() {
             assert!(legal, "byte {at} of block {block} is {byte}");
         }
         let rest = [&seen[..1000], &seen[1200..2000], &seen[2200..]].concat();
-        assert!(
-            rest.iter().all(|byte| *byte == rest[0]),
-            "block {block} is two writes at once"
-        );
+        assert!(rest.iter().all(|byte| *byte == rest[0]), "block {block} is two writes at once");
     }
 }
 
@@ -360,11 +308,7 @@ fn a_shrinking_disk_and_the_space_of_a_recovery_do_not_meet() {
             let size = SIZE - (round % 50 + 1) * 1000;
             lab.overlay().set_size(size).unwrap();
             lab.overlay().set_size(SIZE).unwrap();
-            assert!(
-                lab.read(size, (SIZE - size) as usize)
-                    .iter()
-                    .all(|byte| *byte == 0)
-            );
+            assert!(lab.read(size, (SIZE - size) as usize).iter().all(|byte| *byte == 0));
             lab.write(&vec![9; (SIZE - size) as usize], size);
             assert!(lab.read(0, SIZE as usize).iter().all(|byte| *byte == 9));
         }
@@ -385,9 +329,7 @@ fn a_temporary_overlay_keeps_what_is_written_while_space_goes_back() {
                 for round in 0..3000u64 {
                     // Each its own blocks, side by side with those of the others.
                     let at = (round * 4 % BLOCKS + me) * BLOCK;
-                    overlay
-                        .write_at(&[round as u8 | 1; 700], at + 100, base, Wait::Yes)
-                        .unwrap();
+                    overlay.write_at(&[round as u8 | 1; 700], at + 100, base, Wait::Yes).unwrap();
                     if round % 5 == 0 {
                         overlay.sync().unwrap();
                     }

@@ -2,11 +2,7 @@
 //! storage operation: everything promised, nothing that was never there.
 
 // Sizes are those of small disks in memory, and a test that cannot go on ends.
-#![allow(
-    clippy::cast_possible_truncation,
-    clippy::unwrap_used,
-    clippy::expect_used
-)]
+#![allow(clippy::cast_possible_truncation, clippy::unwrap_used, clippy::expect_used)]
 
 mod common;
 
@@ -27,12 +23,7 @@ use proptest::prelude::*;
 
 const SIZE: u64 = 40_000;
 const BLOCK: u32 = 4096;
-const MENU: Menu = Menu {
-    block: 4096,
-    most: 60_000,
-    resize: true,
-    crash: false,
-};
+const MENU: Menu = Menu { block: 4096, most: 60_000, resize: true, crash: false };
 
 /// What may be found of disk 0 after it was cut off.
 struct Left {
@@ -67,34 +58,22 @@ fn play(target: &mut SimDisks, models: &mut [Model; 2], ops: &[Op]) -> Left {
     }
     let mut kill = models[0].clone();
     kill.synced();
-    Left {
-        power: models[0].clone(),
-        kill,
-    }
+    Left { power: models[0].clone(), kill }
 }
 
 fn legal(model: &Model, disk: &SimDisk, what: &str) {
-    model
-        .check_legal(&disk.read_all())
-        .unwrap_or_else(|wrong| panic!("{what}: {wrong}"));
+    model.check_legal(&disk.read_all()).unwrap_or_else(|wrong| panic!("{what}: {wrong}"));
 }
 
 /// Looks at what every kind of end now leaves of `disk`, and whether it can be lived with.
 fn check_ends(disk: &SimDisk, left: &Left, seeds: std::ops::Range<u64>, what: &str) {
-    let (killed, recovered) = disk
-        .after_kill()
-        .unwrap_or_else(|e| panic!("{what}, killed: {e}"));
-    assert!(
-        matches!(recovered, Recovered::All | Recovered::Clean),
-        "{what}: {recovered:?}"
-    );
+    let (killed, recovered) = disk.after_kill().unwrap_or_else(|e| panic!("{what}, killed: {e}"));
+    assert!(matches!(recovered, Recovered::All | Recovered::Clean), "{what}: {recovered:?}");
     legal(&left.kill, &killed, &format!("{what}, killed"));
     goes_on(killed, &format!("{what}, killed, again"));
     for seed in seeds {
         let what = format!("{what}, seed {seed}");
-        let (found, _) = disk
-            .after_power_cut(seed)
-            .unwrap_or_else(|e| panic!("{what}: {e}"));
+        let (found, _) = disk.after_power_cut(seed).unwrap_or_else(|e| panic!("{what}: {e}"));
         disk.check_not_punched(&found);
         legal(&left.power, &found, &what);
         goes_on(found, &format!("{what}, again"));
@@ -105,9 +84,7 @@ fn check_ends(disk: &SimDisk, left: &Left, seeds: std::ops::Range<u64>, what: &s
 /// freed space given back or not.
 fn goes_on(mut disk: SimDisk, what: &str) {
     let found = disk.read_all();
-    let (again, _) = disk
-        .after_power_cut(7)
-        .unwrap_or_else(|error| panic!("{what}: {error}"));
+    let (again, _) = disk.after_power_cut(7).unwrap_or_else(|error| panic!("{what}: {error}"));
     assert!(again.read_all() == found, "{what}: another cut changed it");
     let mut model = disk.model();
     if model.size() > 600 {
@@ -117,9 +94,7 @@ fn goes_on(mut disk: SimDisk, what: &str) {
     disk.overlay().sync().unwrap();
     model.synced();
     disk.check_given_back();
-    let (again, _) = disk
-        .after_power_cut(8)
-        .unwrap_or_else(|error| panic!("{what}: {error}"));
+    let (again, _) = disk.after_power_cut(8).unwrap_or_else(|error| panic!("{what}: {error}"));
     legal(&model, &again, what);
 }
 
@@ -132,21 +107,13 @@ fn pair() -> (SimDisks, [Model; 2]) {
 }
 
 fn write(offset: u64, len: u64, fill: u8) -> Op {
-    Op::Write {
-        disk: 0,
-        offset,
-        len,
-        fill,
-    }
+    Op::Write { disk: 0, offset, len, fill }
 }
 
 /// Everything an overlay does, in few steps.
 fn script() -> Vec<Op> {
     let sync = || Op::Sync { disk: 0 };
-    let (zero, punch) = (
-        |range| Op::Zero { disk: 0, range },
-        |range| Op::Punch { disk: 0, range },
-    );
+    let (zero, punch) = (|range| Op::Zero { disk: 0, range }, |range| Op::Punch { disk: 0, range });
     let truncate = |size| Op::Truncate { disk: 0, size };
     vec![
         write(0, 8192, 1),
@@ -172,12 +139,7 @@ fn script() -> Vec<Op> {
         truncate(3000),
         sync(),
         write(50_000, 5000, 8),
-        Op::Copy {
-            from: 0,
-            range: 50_000..54_000,
-            to: 0,
-            offset: 0,
-        },
+        Op::Copy { from: 0, range: 50_000..54_000, to: 0, offset: 0 },
         Op::Restart { end: End::Clean },
         write(0, 512, 9),
         punch(49_152..53_248),
@@ -282,18 +244,11 @@ fn an_error_of_the_sync_at_recovery_is_read_as_a_power_cut() {
     for seed in 0..20 {
         let (mut target, mut models) = pair();
         play(&mut target, &mut models, &script()[..3]);
-        play(
-            &mut target,
-            &mut models,
-            &[write(0, 4096 + seed, 9), write(20_000, 5000, 9)],
-        );
+        play(&mut target, &mut models, &[write(0, 4096 + seed, 9), write(20_000, 5000, 9)]);
         let layer = target.0[0].layer.kill();
         layer.host.fail(Role::Data, Deed::Sync, 0, libc::EIO);
         let (found, recovered) = SimDisk::open(layer, &target.0[0].base, 1, None).unwrap();
-        assert!(
-            matches!(recovered, Recovered::Vouched { .. }),
-            "{recovered:?}"
-        );
+        assert!(matches!(recovered, Recovered::Vouched { .. }), "{recovered:?}");
         legal(&models[0], &found, "recovered");
         goes_on(found, "recovered");
     }
@@ -313,10 +268,7 @@ fn a_full_host_is_enospc_without_a_latch_and_punching_makes_room() {
         assert_eq!(error.raw_os_error(), Some(libc::ENOSPC));
     }
     assert!(!disk.overlay().is_latched());
-    assert!(
-        disk.read_all() == before,
-        "a refused write changed something"
-    );
+    assert!(disk.read_all() == before, "a refused write changed something");
     // Nor may what it had written of its block stay behind.
     disk.overlay().sync().unwrap();
     disk.check_given_back();
@@ -351,11 +303,7 @@ fn while_only_the_reserve_of_the_log_is_left_writes_are_refused_and_punches_are_
             break;
         }
     }
-    assert_eq!(
-        refused,
-        Some(Some(libc::ENOSPC)),
-        "the log never ran out of space"
-    );
+    assert_eq!(refused, Some(Some(libc::ENOSPC)), "the log never ran out of space");
     assert!(!disk.overlay().is_latched());
     disk.zero(4096..8192).unwrap();
     disk.overlay().sync().unwrap();
@@ -425,10 +373,7 @@ fn every_flipped_byte_of_a_log_is_refused_or_an_older_state() {
             let is_damaged = matches!(found, Some(LogError::Damaged { .. }));
             let is_last = at / RECORD_LEN as u64 + 1 == bytes.len() as u64 / RECORD_LEN as u64;
             assert!(is_damaged || is_last, "byte {at}, life {life}: {found:?}");
-            assert!(
-                is_damaged || at / RECORD_LEN as u64 >= known,
-                "byte {at} was durable"
-            );
+            assert!(is_damaged || at / RECORD_LEN as u64 >= known, "byte {at} was durable");
         }
     }
 }
@@ -443,10 +388,7 @@ fn a_lost_sector_of_the_log_is_damage_unless_the_power_may_have_taken_it() {
             |log: &common::sim::SimFile| log.damage(at, &vec![0; (len - at).min(512) as usize]);
         let is_last = at + 512 >= len;
         let here = with_harm(&disk, &model, 1, blank);
-        assert!(
-            is_last || matches!(here, Some(LogError::Damaged { .. })),
-            "sector {at}: {here:?}"
-        );
+        assert!(is_last || matches!(here, Some(LogError::Damaged { .. })), "sector {at}: {here:?}");
         let elsewhere = with_harm(&disk, &model, 2, blank);
         if at / (RECORD_LEN as u64) < known {
             assert!(
@@ -467,10 +409,7 @@ fn a_log_cut_short_is_an_older_state_or_refused() {
     let len = disk.layer.home.log().len().unwrap();
     // It cannot be told from one whose tail the power took: what was known to be durable was known
     // from records that are gone as well.
-    assert!(
-        with_harm(&disk, &model, 2, |log| log.cut(40)).is_some(),
-        "no vouch is left"
-    );
+    assert!(with_harm(&disk, &model, 2, |log| log.cut(40)).is_some(), "no vouch is left");
     for to in known * RECORD_LEN as u64..len {
         let found = with_harm(&disk, &model, 2, |log| log.cut(to));
         assert!(found.is_none(), "cut to {to}: {found:?}");
@@ -534,12 +473,7 @@ fn a_cut_while_the_log_is_reduced_loses_nothing() {
         }
         let mut kill = model.clone();
         kill.synced();
-        check_ends(
-            &disk,
-            &Left { power: model, kill },
-            0..4,
-            &format!("cut {cut}"),
-        );
+        check_ends(&disk, &Left { power: model, kill }, 0..4, &format!("cut {cut}"));
     }
 }
 
@@ -551,10 +485,7 @@ fn a_log_whose_new_place_is_not_durable_is_never_synced_again() {
     model.synced();
     disk.write(&[8; 600], 30_000).unwrap();
     model.write(30_000, &[8; 600]);
-    assert!(
-        disk.overlay().sync().is_err(),
-        "the power could bring the old log back"
-    );
+    assert!(disk.overlay().sync().is_err(), "the power could bring the old log back");
     assert!(disk.overlay().is_latched());
     for seed in 0..10 {
         legal(&model, &disk.after_power_cut(seed).unwrap().0, "power cut");
@@ -564,16 +495,12 @@ fn a_log_whose_new_place_is_not_durable_is_never_synced_again() {
 
 #[test]
 fn a_log_that_cannot_be_reduced_goes_on() {
-    for (role, deed) in [
-        (Role::Log, Deed::Write),
-        (Role::Log, Deed::Sync),
-        (Role::Dir, Deed::Rename),
-    ] {
+    for (role, deed) in
+        [(Role::Log, Deed::Write), (Role::Log, Deed::Sync), (Role::Dir, Deed::Rename)]
+    {
         let (mut disk, mut model) = long();
         // The first write and sync of the log are those of the Vouch before it.
-        disk.layer
-            .host
-            .fail(role, deed, u64::from(role == Role::Log), libc::ENOSPC);
+        disk.layer.host.fail(role, deed, u64::from(role == Role::Log), libc::ENOSPC);
         disk.overlay().maintain().unwrap();
         model.synced();
         disk.write(&[9; 100], 0).unwrap();
@@ -651,9 +578,7 @@ fn a_block_touched_while_its_space_waits_for_a_sync_keeps_its_data() {
         let sync = scope.spawn(|| overlay.sync());
         host.wait_held(1);
         overlay.write_at(&[2; 4096], 0, &*base, Wait::Yes).unwrap();
-        overlay
-            .write_at(&[3; 100], 5000, &*base, Wait::Yes)
-            .unwrap();
+        overlay.write_at(&[3; 100], 5000, &*base, Wait::Yes).unwrap();
         overlay.zero(4096..8192, &*base, Wait::Yes).unwrap();
         host.release();
         sync.join().unwrap().unwrap();
@@ -665,11 +590,7 @@ fn a_block_touched_while_its_space_waits_for_a_sync_keeps_its_data() {
     model.zero(4096..8192);
     model.check_same(&disk.read_all()).unwrap();
     for seed in 0..30 {
-        legal(
-            &model,
-            &disk.after_power_cut(seed).unwrap().0,
-            &format!("seed {seed}"),
-        );
+        legal(&model, &disk.after_power_cut(seed).unwrap().0, &format!("seed {seed}"));
     }
 }
 
@@ -693,10 +614,7 @@ fn space_freed_while_a_sync_runs_waits_for_the_next_sync() {
         host.release();
         sync.join().unwrap().unwrap();
     });
-    assert!(
-        disk.layer.data.is_allocated(&(4096..8192)),
-        "the record is not durable yet"
-    );
+    assert!(disk.layer.data.is_allocated(&(4096..8192)), "the record is not durable yet");
     for seed in 0..10 {
         disk.check_not_punched(&disk.after_power_cut(seed).unwrap().0);
     }
@@ -717,9 +635,7 @@ fn a_write_waits_for_the_hole_that_is_punched_in_its_place() {
         let overlay = disk.overlay();
         let sync = scope.spawn(|| overlay.sync());
         host.wait_held(1);
-        let busy = overlay
-            .write_at(&[2; 4096], 0, &*base, Wait::No)
-            .unwrap_err();
+        let busy = overlay.write_at(&[2; 4096], 0, &*base, Wait::No).unwrap_err();
         assert_eq!(busy.raw_os_error(), Some(libc::EAGAIN));
         let write = scope.spawn(|| overlay.write_at(&[2; 4096], 0, &*base, Wait::Yes));
         host.release();
@@ -746,10 +662,7 @@ fn space_is_not_punched_under_a_reader_that_saw_data() {
         disk.overlay().zero(0..4096, &*base, Wait::Yes).unwrap();
         let sync = scope.spawn(|| disk.overlay().sync());
         thread::sleep(std::time::Duration::from_millis(30));
-        assert!(
-            disk.layer.data.is_allocated(&(0..4096)),
-            "punched under a reader"
-        );
+        assert!(disk.layer.data.is_allocated(&(0..4096)), "punched under a reader");
         host.release();
         assert!(read.join().unwrap().iter().all(|byte| *byte == 1));
         sync.join().unwrap().unwrap();
@@ -772,10 +685,7 @@ fn a_write_that_a_running_sync_has_passed_leaves_the_overlay_dirty() {
         host.release();
         write.join().unwrap().unwrap();
     });
-    assert!(
-        disk.overlay().is_dirty(),
-        "the background would never sync it"
-    );
+    assert!(disk.overlay().is_dirty(), "the background would never sync it");
 }
 
 #[test]
@@ -796,12 +706,7 @@ fn bytes_across_the_border_of_two_segments_are_one_range() {
     let path = dir.path().to_owned();
     let file = move |index: usize| {
         let name = path.join(index.to_string());
-        std::fs::File::options()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .open(name)
+        std::fs::File::options().read(true).write(true).create(true).truncate(false).open(name)
     };
     let first = file(0).unwrap();
     let open = move |index, create| match create {
@@ -814,11 +719,7 @@ fn bytes_across_the_border_of_two_segments_are_one_range() {
         data.read_at(&mut buf, from, Wait::Yes).unwrap();
         buf
     };
-    assert_eq!(
-        read(SEGMENT - 10, 20),
-        [0; 20],
-        "what was never written is zeros"
-    );
+    assert_eq!(read(SEGMENT - 10, 20), [0; 20], "what was never written is zeros");
     let bytes: Vec<u8> = (1..=200).collect();
     let parts = [IoSlice::new(&bytes[..30]), IoSlice::new(&bytes[30..])];
     data.write_at(&parts, SEGMENT - 100).unwrap();
@@ -829,12 +730,8 @@ fn bytes_across_the_border_of_two_segments_are_one_range() {
     let mut punched = bytes.clone();
     punched[50..150].fill(0);
     assert_eq!(read(SEGMENT - 100, 200), punched);
-    data.write_at(&[IoSlice::new(&[9; 10])], 3 * SEGMENT + 5)
-        .unwrap();
-    assert_eq!(
-        read(3 * SEGMENT, 20),
-        [[0; 5].as_slice(), &[9; 10], &[0; 5]].concat()
-    );
+    data.write_at(&[IoSlice::new(&[9; 10])], 3 * SEGMENT + 5).unwrap();
+    assert_eq!(read(3 * SEGMENT, 20), [[0; 5].as_slice(), &[9; 10], &[0; 5]].concat());
     assert_eq!(read(2 * SEGMENT, 20), [0; 20]);
     data.sync().unwrap();
     assert_eq!(data.segments().unwrap().len(), 3);
@@ -846,19 +743,10 @@ fn bytes_across_the_border_of_two_segments_are_one_range() {
 fn the_power_is_off_for_all_files_at_once_and_the_same_seed_leaves_the_same() {
     // Of the harness itself: a cut that did nothing would prove nothing.
     let (mut target, mut models) = pair();
-    play(
-        &mut target,
-        &mut models,
-        &[write(0, 4096, 1), Op::Sync { disk: 0 }, write(0, 4096, 2)],
-    );
+    play(&mut target, &mut models, &[write(0, 4096, 1), Op::Sync { disk: 0 }, write(0, 4096, 2)]);
     let disk = &target.0[0];
-    let left: Vec<Vec<u8>> = (0..8)
-        .map(|seed| disk.layer.power_cut(seed).data.bytes())
-        .collect();
-    assert!(
-        left.iter().any(|bytes| *bytes != left[0]),
-        "every cut left the same"
-    );
+    let left: Vec<Vec<u8>> = (0..8).map(|seed| disk.layer.power_cut(seed).data.bytes()).collect();
+    assert!(left.iter().any(|bytes| *bytes != left[0]), "every cut left the same");
     assert_eq!(left[3], disk.layer.power_cut(3).data.bytes());
     let host = Arc::clone(&disk.layer.host);
     host.cut_at(host.steps());

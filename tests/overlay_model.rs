@@ -2,11 +2,7 @@
 //! cuts, for every block size and for sizes that fit none.
 
 // Sizes are those of small disks in memory, and a test that cannot go on ends.
-#![allow(
-    clippy::cast_possible_truncation,
-    clippy::unwrap_used,
-    clippy::expect_used
-)]
+#![allow(clippy::cast_possible_truncation, clippy::unwrap_used, clippy::expect_used)]
 
 mod common;
 
@@ -47,28 +43,18 @@ fn case(crash: bool, resize: bool) -> impl Strategy<Value = Case> {
     prop_oneof![1 => Just(512u32), 4 => Just(4096), 1 => Just(65_536)].prop_flat_map(move |block| {
         let bytes = u64::from(block);
         let most = bytes * if bytes > 4096 { 5 } else { 30 };
-        let menu = Menu {
-            block: bytes,
-            most,
-            resize,
-            crash,
-        };
+        let menu = Menu { block: bytes, most, resize, crash };
         let runs = vec((0usize..20, 1usize..20), 1..4);
-        (
-            size(bytes),
-            runs,
-            size(bytes),
-            size(bytes),
-            vec(op(menu), 1..40),
-        )
-            .prop_map(move |(base, runs, one, two, ops)| Case {
+        (size(bytes), runs, size(bytes), size(bytes), vec(op(menu), 1..40)).prop_map(
+            move |(base, runs, one, two, ops)| Case {
                 block,
                 base,
                 runs,
                 sizes: [one, two],
                 menu,
                 ops,
-            })
+            },
+        )
     })
 }
 
@@ -77,20 +63,12 @@ fn check(case: &Case, make: impl Fn(&Arc<TestBase>, u64, u32) -> SimDisk) {
     let disks = case.sizes.map(|size| make(&base, size, case.block));
     let mut models = case.sizes.map(|size| Model::new(base.shown(size)));
     let mut target = SimDisks(disks);
-    run(
-        &mut target,
-        &mut models,
-        case.menu,
-        &case.ops,
-        |target, op, models| {
-            for (disk, model) in models.iter().enumerate() {
-                let extents = target.extents(disk).unwrap();
-                model
-                    .check_extents(&extents)
-                    .unwrap_or_else(|wrong| panic!("{op:?}: {wrong}"));
-            }
-        },
-    );
+    run(&mut target, &mut models, case.menu, &case.ops, |target, op, models| {
+        for (disk, model) in models.iter().enumerate() {
+            let extents = target.extents(disk).unwrap();
+            model.check_extents(&extents).unwrap_or_else(|wrong| panic!("{op:?}: {wrong}"));
+        }
+    });
     for disk in &target.0 {
         disk.check_shape();
         disk.overlay().sync().unwrap();
@@ -134,11 +112,7 @@ fn the_limit_refuses_the_block_beyond_and_nothing_else() {
     let before = disk.read_all();
     for (offset, len) in [(4096, 1), (4000, 200), (40_000, 9000)] {
         let error = disk.write(&vec![3; len], offset).unwrap_err();
-        assert_eq!(
-            error.raw_os_error(),
-            Some(libc::ENOSPC),
-            "{len} bytes at {offset}"
-        );
+        assert_eq!(error.raw_os_error(), Some(libc::ENOSPC), "{len} bytes at {offset}");
     }
     // Past the end the disk must not have grown either.
     assert!(disk.write(&[3; 10], 100 << 10).is_err());
@@ -187,9 +161,7 @@ fn a_zeroed_range_hides_the_base_and_is_a_hole() {
     let mut disk = SimDisk::persistent(&base, 64 << 10, 4096, None);
     disk.zero(4096..12_288).unwrap();
     let layer = disk.overlay();
-    let extent = layer
-        .extent_at(4096..65_536, cowslip::layer::Wait::No)
-        .unwrap();
+    let extent = layer.extent_at(4096..65_536, cowslip::layer::Wait::No).unwrap();
     assert_eq!((extent.range, extent.kind), (4096..12_288, Kind::Hole));
     assert!(disk.read_all()[4096..12_288].iter().all(|byte| *byte == 0));
     disk.check_shape();

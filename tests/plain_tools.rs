@@ -52,10 +52,7 @@ fn qemu_img_sees_the_shape_of_the_base() {
     change(&lab, "m/d");
     let line = lab.sh("qemu-img map --output=json -f raw m/d");
     let start = 30 * MIB;
-    assert!(
-        line.contains(&format!("\"start\": {start}, \"length\": {MIB}")),
-        "{line}"
-    );
+    assert!(line.contains(&format!("\"start\": {start}, \"length\": {MIB}")), "{line}");
     lab.end();
 }
 
@@ -93,10 +90,7 @@ fn qemu_img_converts_into_the_mount() {
         cmp -i 41943040 m/f base.img
         qemu-img convert -n --target-is-zero -f qcow2 -O raw src.qcow2 m/g
     ");
-    assert_eq!(
-        data_runs(&lab.open_ro("m/e")),
-        data_runs(&lab.open_ro("src.img"))
-    );
+    assert_eq!(data_runs(&lab.open_ro("m/e")), data_runs(&lab.open_ro("src.img")));
     lab.end();
 }
 
@@ -191,14 +185,8 @@ fn cp_into_the_mount_leaves_exactly_its_source() {
     let runs = |name: &str| data_runs(&lab.open_ro(name));
     // Beside the base's data nothing may turn up: what is a hole in the source is one here.
     let block = |at: u64| at.next_multiple_of(4096);
-    let expected: Vec<_> = runs("large")
-        .iter()
-        .map(|run| run.start..block(run.end))
-        .collect();
-    let found: Vec<_> = runs("m/d")
-        .iter()
-        .map(|run| run.start..block(run.end))
-        .collect();
+    let expected: Vec<_> = runs("large").iter().map(|run| run.start..block(run.end)).collect();
+    let found: Vec<_> = runs("m/d").iter().map(|run| run.start..block(run.end)).collect();
     assert_eq!(found, expected);
     lab.end();
 }
@@ -271,9 +259,7 @@ fn file_system_in_a_disk(make: &str, check: &str, losetup: &str) {
         lab.sh("fstrim inside; sync m/d");
         allocated(&data) + 60 * MIB < full
     });
-    lab.sh(&format!(
-        "umount inside; {check} {device}; losetup -d {device}"
-    ));
+    lab.sh(&format!("umount inside; {check} {device}; losetup -d {device}"));
     wait_until("the loop device lets go", || lab.disk("d")["openers"] == 0);
     lab.umount();
     lab.mount("d=blank:512M,overlay=ov");
@@ -320,17 +306,9 @@ fn mkfs_on_the_file_itself_discards_and_leaves_a_whole_file_system() {
     ");
     for (disk, plain) in [("m/d", "plain.ext4"), ("m/e", "plain.xfs")] {
         let data = |name: &str| -> u64 {
-            data_runs(&lab.open_ro(name))
-                .iter()
-                .map(|run| run.end - run.start)
-                .sum()
+            data_runs(&lab.open_ro(name)).iter().map(|run| run.end - run.start).sum()
         };
-        assert!(
-            data(disk) <= data(plain) + MIB,
-            "{disk}: {} {}",
-            data(disk),
-            data(plain)
-        );
+        assert!(data(disk) <= data(plain) + MIB, "{disk}: {} {}", data(disk), data(plain));
     }
     lab.end();
 }
@@ -340,10 +318,7 @@ fn seek_sees_what_was_written_through_a_shared_mapping() {
     let lab = lab();
     let file = lab.open("m/d");
     let hole = 40 * MIB;
-    assert_eq!(
-        seek(&file, rustix::fs::SeekFrom::Data(hole)),
-        Ok((48 * MIB - 5000) / 4096 * 4096)
-    );
+    assert_eq!(seek(&file, rustix::fs::SeekFrom::Data(hole)), Ok((48 * MIB - 5000) / 4096 * 4096));
     // SAFETY: a new mapping of a file that stays open; nothing else uses its memory.
     let page = unsafe {
         libc::mmap(

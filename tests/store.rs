@@ -1,11 +1,7 @@
 //! Files that are made, renamed and removed in the mount, with `--store` and without.
 
 // Sizes are small here, and a test may panic.
-#![allow(
-    clippy::unwrap_used,
-    clippy::expect_used,
-    clippy::cast_possible_truncation
-)]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::cast_possible_truncation)]
 
 mod common;
 
@@ -22,9 +18,8 @@ fn lab() -> Lab {
 
 fn names(lab: &Lab) -> Vec<String> {
     let entries = fs::read_dir(lab.path("m")).unwrap();
-    let mut names: Vec<_> = entries
-        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
-        .collect();
+    let mut names: Vec<_> =
+        entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
     names.sort();
     names
 }
@@ -46,10 +41,7 @@ fn a_new_file_is_there_again_at_the_next_mount() {
     again(&lab);
     assert_eq!(names(&lab), ["new", "sparse"]);
     let after = fs::metadata(lab.path("m/new")).unwrap();
-    assert_eq!(
-        (after.ino(), after.mode(), after.len()),
-        (before.ino(), before.mode(), 6)
-    );
+    assert_eq!((after.ino(), after.mode(), after.len()), (before.ino(), before.mode(), 6));
     assert_eq!(after.modified().unwrap(), before.modified().unwrap());
     assert_eq!(lab.sh("cat m/new"), "hello\n");
     assert_eq!(fs::metadata(lab.path("m/sparse")).unwrap().len(), 10 * MIB);
@@ -74,13 +66,7 @@ fn a_file_lives_through_a_killed_daemon() {
 #[test]
 fn o_excl_makes_a_file_once() {
     let lab = lab();
-    let make = || {
-        OpenOptions::new()
-            .write(true)
-            .create_new(true)
-            .mode(0o604)
-            .open(lab.path("m/x"))
-    };
+    let make = || OpenOptions::new().write(true).create_new(true).mode(0o604).open(lab.path("m/x"));
     drop(make().unwrap());
     assert_eq!(errno_of(make()), libc::EEXIST);
     lab.end();
@@ -183,10 +169,7 @@ fn without_a_store_nothing_is_made_and_the_log_names_it() {
     lab.base("base.img", MIB);
     lab.mount("d=base.img");
     assert_eq!(errno_of(File::create(lab.path("m/new"))), libc::EPERM);
-    assert_eq!(
-        errno_of(fs::rename(lab.path("m/d"), lab.path("m/e"))),
-        libc::EPERM
-    );
+    assert_eq!(errno_of(fs::rename(lab.path("m/d"), lab.path("m/e"))), libc::EPERM);
     assert_eq!(errno_of(fs::remove_file(lab.path("m/d"))), libc::EPERM);
     assert_eq!(errno_of(fs::create_dir(lab.path("m/dir"))), libc::EPERM);
     let log = lab.log();
@@ -201,15 +184,9 @@ fn a_given_disk_beside_a_store_keeps_its_name() {
     lab.base("base.img", MIB);
     lab.mount("d=base.img --store st");
     lab.sh("echo x > m/new");
-    assert_eq!(
-        errno_of(fs::rename(lab.path("m/d"), lab.path("m/e"))),
-        libc::EPERM
-    );
+    assert_eq!(errno_of(fs::rename(lab.path("m/d"), lab.path("m/e"))), libc::EPERM);
     assert_eq!(errno_of(fs::remove_file(lab.path("m/d"))), libc::EPERM);
-    assert_eq!(
-        errno_of(fs::rename(lab.path("m/new"), lab.path("m/d"))),
-        libc::EPERM
-    );
+    assert_eq!(errno_of(fs::rename(lab.path("m/new"), lab.path("m/d"))), libc::EPERM);
     assert_eq!(names(&lab), ["d", "new"]);
     lab.end();
 }
@@ -245,14 +222,10 @@ fn a_full_store_says_enospc() {
     while file.write_all_at(&noise(256 * KIB, 1), at).is_ok() {
         at += 256 * KIB;
     }
-    assert_eq!(
-        errno_of(file.write_all_at(&noise(256 * KIB, 1), at)),
-        libc::ENOSPC
-    );
+    assert_eq!(errno_of(file.write_all_at(&noise(256 * KIB, 1), at)), libc::ENOSPC);
     lab.sh("head -c 100M /dev/zero > host/fill 2>/dev/null || true; sync -f host");
-    let made: Vec<_> = (0..40)
-        .map(|index| File::create(lab.path(&format!("m/n{index}"))))
-        .collect();
+    let made: Vec<_> =
+        (0..40).map(|index| File::create(lab.path(&format!("m/n{index}")))).collect();
     for error in made.into_iter().filter_map(Result::err) {
         assert_eq!(error.raw_os_error(), Some(libc::ENOSPC));
     }

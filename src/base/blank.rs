@@ -26,17 +26,11 @@ impl Layer for Blank {
     }
 
     fn extent_at(&self, range: Range<u64>, _wait: Wait) -> io::Result<Extent> {
-        Ok(Extent {
-            range,
-            kind: Kind::Hole,
-        })
+        Ok(Extent { range, kind: Kind::Hole })
     }
 
     fn read_at(&self, buf: &mut [u8], offset: u64, _wait: Wait) -> io::Result<Extent> {
-        Ok(Extent {
-            range: offset..offset.saturating_add(buf.len() as u64),
-            kind: Kind::Hole,
-        })
+        Ok(Extent { range: offset..offset.saturating_add(buf.len() as u64), kind: Kind::Hole })
     }
 
     fn lend_at(

@@ -59,15 +59,9 @@ impl Identity {
     pub fn of(file: &File) -> io::Result<Self> {
         let meta = file.metadata()?;
         let is_device = meta.file_type().is_block_device();
-        let size = if is_device {
-            rustix::fs::seek(file, SeekFrom::End(0))?
-        } else {
-            meta.len()
-        };
-        let mtime = Mtime {
-            secs: meta.mtime(),
-            nanos: u32::try_from(meta.mtime_nsec()).unwrap_or(0),
-        };
+        let size = if is_device { rustix::fs::seek(file, SeekFrom::End(0))? } else { meta.len() };
+        let mtime =
+            Mtime { secs: meta.mtime(), nanos: u32::try_from(meta.mtime_nsec()).unwrap_or(0) };
         Ok(Self {
             size,
             mtime: (!is_device).then_some(mtime),
@@ -140,10 +134,7 @@ impl std::fmt::Display for Mtime {
         let (year, month, day) = civil(self.secs.div_euclid(86_400));
         let second = self.secs.rem_euclid(86_400);
         let (hour, minute, second) = (second / 3600, second / 60 % 60, second % 60);
-        write!(
-            f,
-            "{year}-{month:02}-{day:02} {hour:02}:{minute:02}:{second:02}"
-        )?;
+        write!(f, "{year}-{month:02}-{day:02} {hour:02}:{minute:02}:{second:02}")?;
         if self.nanos != 0 {
             let fraction = format!("{:09}", self.nanos);
             write!(f, ".{}", fraction.trim_end_matches('0'))?;
@@ -228,11 +219,7 @@ mod tests {
         let was = Identity::of(&file(12345)).unwrap();
         let text = toml::to_string(&was).unwrap();
         assert_eq!(toml::from_str::<Identity>(&text).unwrap(), was);
-        let device = Identity {
-            mtime: None,
-            inode: None,
-            ..was
-        };
+        let device = Identity { mtime: None, inode: None, ..was };
         let text = toml::to_string(&device).unwrap();
         assert_eq!(toml::from_str::<Identity>(&text).unwrap(), device);
     }

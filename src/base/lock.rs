@@ -121,10 +121,7 @@ fn unlock(file: &File, start: i64, len: i64) {
 }
 
 fn try_lock(file: &File, path: &Path, access: Access, locking: Locking) -> Result<(), LockError> {
-    let host = |error| LockError::Host {
-        path: path.to_owned(),
-        error,
-    };
+    let host = |error| LockError::Host { path: path.to_owned(), error };
     // Ours before qemu's: a writer of ours holds qemu's bytes too, and should be named as ours.
     if !claim(file, own_bytes(access)).map_err(host)? {
         return Err(LockError::Written(path.to_owned()));
@@ -301,12 +298,7 @@ mod tests {
             .spawn()
             .unwrap();
         let mut said = String::new();
-        child
-            .stderr
-            .take()
-            .unwrap()
-            .read_to_string(&mut said)
-            .unwrap();
+        child.stderr.take().unwrap().read_to_string(&mut said).unwrap();
         (child.wait().unwrap().success(), said)
     }
 

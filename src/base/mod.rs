@@ -247,11 +247,7 @@ fn host_error(path: &Path, access: Access, error: io::Error) -> BaseError {
         Some(libc::ENOENT | libc::ENOTDIR) => BaseError::Missing(path),
         Some(libc::EACCES | libc::EPERM) => BaseError::Denied { path, access },
         Some(libc::ENOMEDIUM) => BaseError::EmptyDevice(path),
-        _ => BaseError::Host {
-            path,
-            access,
-            error,
-        },
+        _ => BaseError::Host { path, access, error },
     }
 }
 
@@ -300,10 +296,7 @@ fn host_kind(path: &Path, meta: &Metadata) -> Result<HostKind, BaseError> {
     } else {
         "a character device"
     };
-    Err(BaseError::NoFile {
-        path: path.to_owned(),
-        what: what.to_owned(),
-    })
+    Err(BaseError::NoFile { path: path.to_owned(), what: what.to_owned() })
 }
 
 /// Refuses the kernel's own words: files of /proc have a size of 0 and other bytes at every read.
@@ -391,11 +384,7 @@ fn read_up_to(file: &File, offset: u64) -> io::Result<Vec<u8>> {
 
 /// The command that makes a raw image of `path`, to be pasted into a shell.
 fn convert_line(path: &Path, format: Format) -> String {
-    let suffix = if path.extension().is_some_and(|suffix| suffix == "img") {
-        "raw"
-    } else {
-        "img"
-    };
+    let suffix = if path.extension().is_some_and(|suffix| suffix == "img") { "raw" } else { "img" };
     let output = path.with_extension(suffix);
     let (input, output) = (shell_quoted(path), shell_quoted(&output));
     format!("qemu-img convert -f {format} -O raw {input} {output}")
@@ -485,10 +474,7 @@ mod tests {
         let link = dir.path().join("link");
         std::os::unix::fs::symlink("vm.img", &link).unwrap();
         let base = open_path(&link, None).unwrap();
-        assert_eq!(
-            base.path.as_deref(),
-            Some(path.canonicalize().unwrap().as_path())
-        );
+        assert_eq!(base.path.as_deref(), Some(path.canonicalize().unwrap().as_path()));
         assert_eq!((base.size, base.layer.reader().size()), (5000, 5000));
         assert_eq!(base.identity().unwrap().unwrap().size, 5000);
     }
@@ -519,35 +505,14 @@ mod tests {
         let _socket = UnixListener::bind(path("socket")).unwrap();
         let hint = "name a file or a block device";
         for (path, want) in [
-            (
-                at("no"),
-                format!("base '{}' does not exist: check the path", at("no")),
-            ),
-            (
-                at("fifo/x"),
-                format!("base '{}' does not exist: check the path", at("fifo/x")),
-            ),
+            (at("no"), format!("base '{}' does not exist: check the path", at("no"))),
+            (at("fifo/x"), format!("base '{}' does not exist: check the path", at("fifo/x"))),
             (at(""), format!("base '{}' is a directory: {hint}", at(""))),
-            (
-                at("fifo"),
-                format!("base '{}' is a FIFO: {hint}", at("fifo")),
-            ),
-            (
-                at("socket"),
-                format!("base '{}' is a socket: {hint}", at("socket")),
-            ),
-            (
-                "/dev/null".into(),
-                format!("base '/dev/null' is a character device: {hint}"),
-            ),
-            (
-                "/dev/ptmx".into(),
-                format!("base '/dev/ptmx' is a character device: {hint}"),
-            ),
-            (
-                "/dev/tty".into(),
-                format!("base '/dev/tty' is a character device: {hint}"),
-            ),
+            (at("fifo"), format!("base '{}' is a FIFO: {hint}", at("fifo"))),
+            (at("socket"), format!("base '{}' is a socket: {hint}", at("socket"))),
+            ("/dev/null".into(), format!("base '/dev/null' is a character device: {hint}")),
+            ("/dev/ptmx".into(), format!("base '/dev/ptmx' is a character device: {hint}")),
+            ("/dev/tty".into(), format!("base '/dev/tty' is a character device: {hint}")),
             (
                 "/proc/version".into(),
                 format!("base '/proc/version' is a proc file of the kernel: {hint}"),
@@ -571,11 +536,7 @@ mod tests {
             "no permission to write base '/x': check its owner and mode, and those of its directories"
         );
         let broken = host_error(Path::new("/x"), Access::Read, Errno::IO.into());
-        assert!(
-            broken
-                .to_string()
-                .starts_with("cannot read base '/x': Input/output error")
-        );
+        assert!(broken.to_string().starts_with("cannot read base '/x': Input/output error"));
     }
 
     #[test]
@@ -618,21 +579,9 @@ mod tests {
     #[test]
     fn what_qemu_img_makes_is_known() {
         let dir = dir();
-        for format in [
-            "qcow2",
-            "qcow",
-            "qed",
-            "vmdk",
-            "vhdx",
-            "vpc",
-            "vdi",
-            "parallels",
-        ] {
+        for format in ["qcow2", "qcow", "qed", "vmdk", "vhdx", "vpc", "vdi", "parallels"] {
             let path = dir.path().join(format);
-            run(
-                "qemu-img",
-                &["create", "-q", "-f", format, path.to_str().unwrap(), "8M"],
-            );
+            run("qemu-img", &["create", "-q", "-f", format, path.to_str().unwrap(), "8M"]);
             assert!(refusal(&path).contains(&format!("looks like a {format} image")));
         }
     }
@@ -662,10 +611,7 @@ mod tests {
         let source = Source::File(file.path().to_owned());
         let open = |access| open(&source, None, access, Locking::Qemu);
         let _readers = (open(Access::Read).unwrap(), open(Access::Read).unwrap());
-        assert!(matches!(
-            open(Access::Write),
-            Err(BaseError::Locked(LockError::Used(_)))
-        ));
+        assert!(matches!(open(Access::Write), Err(BaseError::Locked(LockError::Used(_)))));
     }
 
     struct Nothing;
@@ -689,10 +635,7 @@ mod tests {
         let base = open(&source, None, Access::Write, Locking::Qemu).unwrap();
         assert_eq!(base.size, 1 << 20);
         let identity = base.identity().unwrap().unwrap();
-        assert_eq!(
-            (identity.size, identity.mtime, identity.inode),
-            (1 << 20, None, None)
-        );
+        assert_eq!((identity.size, identity.mtime, identity.inode), (1 << 20, None, None));
         let BaseLayer::Writer(layer) = &base.layer else {
             panic!("not a writer");
         };
@@ -703,9 +646,7 @@ mod tests {
         let inline = layer.zero(1..5, &Nothing, Wait::No).unwrap_err();
         assert_eq!(inline.raw_os_error(), Some(libc::EAGAIN));
         layer.zero(100..5050, &Nothing, Wait::Yes).unwrap();
-        layer
-            .punch_hole(8192..65_536 + 1, &Nothing, Wait::Yes)
-            .unwrap();
+        layer.punch_hole(8192..65_536 + 1, &Nothing, Wait::Yes).unwrap();
         layer.sync().unwrap();
         let mut want = vec![7; 1 << 20];
         want[5000..5100].fill(1);

@@ -70,16 +70,12 @@ pub fn refuse_inside(
     mountpoint: &Path,
     mount_dev: Option<u64>,
 ) -> Result<(), PlaceError> {
-    let mount = Mount {
-        mountpoint,
-        dev: mount_dev,
-    };
+    let mount = Mount { mountpoint, dev: mount_dev };
     match mount.search(path) {
         Search::Outside => Ok(()),
-        Search::Inside => Err(PlaceError::Inside {
-            path: path.to_owned(),
-            mountpoint: mountpoint.to_owned(),
-        }),
+        Search::Inside => {
+            Err(PlaceError::Inside { path: path.to_owned(), mountpoint: mountpoint.to_owned() })
+        }
         Search::OnLoop(backing) => Err(PlaceError::OnLoop {
             path: path.to_owned(),
             backing,
@@ -227,9 +223,7 @@ fn devices_of(found: &Found) -> Vec<u64> {
 fn mount_source(mount_id: u64) -> Option<PathBuf> {
     let table = fs::read_to_string("/proc/self/mountinfo").ok()?;
     let id = mount_id.to_string();
-    let line = table
-        .lines()
-        .find(|line| line.split(' ').next() == Some(id.as_str()))?;
+    let line = table.lines().find(|line| line.split(' ').next() == Some(id.as_str()))?;
     let (_, after) = line.split_once(" - ")?;
     let source = after.split(' ').nth(1)?;
     source.starts_with("/dev/").then(|| source.into())
@@ -345,13 +339,9 @@ impl HostFs {
         #[allow(clippy::cast_sign_loss, clippy::unnecessary_cast)]
         let magic = magic as u64 & 0xffff_ffff;
         let known = KNOWN.iter().find(|known| known.0 == magic);
-        Ok(known.map_or(
-            Self {
-                name: "unknown",
-                manner: Manner::Remote,
-            },
-            |&(_, name, manner)| Self { name, manner },
-        ))
+        Ok(known.map_or(Self { name: "unknown", manner: Manner::Remote }, |&(_, name, manner)| {
+            Self { name, manner }
+        }))
     }
 }
 
@@ -436,12 +426,7 @@ pub fn abilities(dir: &Path) -> io::Result<Abilities> {
 pub fn shows_holes(file: &File) -> io::Result<bool> {
     let meta = file.metadata()?;
     let is_sparse = meta.blocks().saturating_mul(512) < meta.len();
-    if !is_sparse
-        || matches!(
-            HostFs::of(file)?.name,
-            "btrfs" | "zfs" | "f2fs" | "bcachefs"
-        )
-    {
+    if !is_sparse || matches!(HostFs::of(file)?.name, "btrfs" | "zfs" | "f2fs" | "bcachefs") {
         return Ok(true);
     }
     Ok(rustix::fs::seek(file, SeekFrom::Hole(0)).is_ok_and(|hole| hole < meta.len()))
@@ -471,12 +456,7 @@ mod tests {
             fs::create_dir(&outside).unwrap();
             let disk = mount.join("vm.img");
             File::create(&disk).unwrap().set_len(32 << 20).unwrap();
-            Self {
-                _dir: dir,
-                mount,
-                disk,
-                outside,
-            }
+            Self { _dir: dir, mount, disk, outside }
         }
 
         fn search(&self, path: impl AsRef<Path>) -> Result<(), PlaceError> {
@@ -485,10 +465,7 @@ mod tests {
 
         fn assert_inside(&self, path: impl AsRef<Path>) {
             let answer = self.search(path);
-            assert!(
-                matches!(answer, Err(PlaceError::Inside { .. })),
-                "{answer:?}"
-            );
+            assert!(matches!(answer, Err(PlaceError::Inside { .. })), "{answer:?}");
         }
 
         fn assert_on_loop(&self, path: impl AsRef<Path>) {
@@ -591,10 +568,7 @@ mod tests {
         let scene = Scene::new();
         let looped = Loop::new(&scene.disk, &["-P"]);
         // Told to the kernel directly: not every one reads partition tables.
-        run(
-            "addpart",
-            &[looped.path().to_str().unwrap(), "1", "2048", "32768"],
-        );
+        run("addpart", &[looped.path().to_str().unwrap(), "1", "2048", "32768"]);
         let mut partition = looped.path().as_os_str().to_owned();
         partition.push("p1");
         scene.assert_on_loop(&partition);
@@ -630,11 +604,9 @@ mod tests {
 
     #[test]
     fn a_backing_path_is_read_as_sysfs_writes_it() {
-        for (line, path) in [
-            (&b"/m/a b.img\n"[..], "/m/a b.img"),
-            (b"/m/x (deleted)\n", "/m/x"),
-            (b"/m/x", "/m/x"),
-        ] {
+        for (line, path) in
+            [(&b"/m/a b.img\n"[..], "/m/a b.img"), (b"/m/x (deleted)\n", "/m/x"), (b"/m/x", "/m/x")]
+        {
             assert_eq!(backing_path(line), Path::new(path));
         }
     }
@@ -642,10 +614,9 @@ mod tests {
     #[test]
     fn file_systems_are_told_apart_by_what_they_can() {
         let dir = tempfile::tempdir_in("/var/tmp").unwrap();
-        for (mkfs, name, reflink) in [
-            (&["mkfs.ext4", "-q"][..], "ext4", false),
-            (&["mkfs.xfs", "-q"], "xfs", true),
-        ] {
+        for (mkfs, name, reflink) in
+            [(&["mkfs.ext4", "-q"][..], "ext4", false), (&["mkfs.xfs", "-q"], "xfs", true)]
+        {
             let image = dir.path().join(name);
             File::create(&image).unwrap().set_len(400 << 20).unwrap();
             let line = format!("{} '{}'", mkfs.join(" "), image.display());
@@ -656,10 +627,7 @@ mod tests {
             assert_eq!(found.fs.name, name);
             assert!(found.seek_hole && found.punch && found.tmpfile, "{found:?}");
             assert_eq!(found.reflink, reflink);
-            assert!(
-                found.free > 100 << 20 && found.free < 400 << 20,
-                "{found:?}"
-            );
+            assert!(found.free > 100 << 20 && found.free < 400 << 20, "{found:?}");
             assert!(found.missing().is_empty());
             assert_eq!(
                 fs::read_dir(&mounted.0)

@@ -364,11 +364,7 @@ fn extent(range: Range<u64>, kind: Kind) -> Extent {
 fn aligned(range: &Range<u64>) -> Range<u64> {
     let start = range.start.next_multiple_of(DEVICE_ALIGNMENT);
     let end = range.end - range.end % DEVICE_ALIGNMENT;
-    if start < end {
-        start..end
-    } else {
-        range.start..range.start
-    }
+    if start < end { start..end } else { range.start..range.start }
 }
 
 #[cfg(test)]
@@ -497,11 +493,9 @@ mod tests {
     #[test]
     fn writes_zeros_and_holes_reach_the_file() {
         let (file, raw) = base(16 * K64);
-        raw.write_at(&[7; 4 * 65536], 0, &Nothing, Wait::No)
-            .unwrap();
+        raw.write_at(&[7; 4 * 65536], 0, &Nothing, Wait::No).unwrap();
         raw.zero(100..K64, &Nothing, Wait::No).unwrap();
-        raw.punch_hole(2 * K64..4 * K64, &Nothing, Wait::No)
-            .unwrap();
+        raw.punch_hole(2 * K64..4 * K64, &Nothing, Wait::No).unwrap();
         raw.sync().unwrap();
 
         let mut got = vec![1; 4 * 65536];
@@ -511,10 +505,7 @@ mod tests {
         want[2 * 65536..].fill(0);
         assert_eq!(got, want);
         assert_eq!(file.metadata().unwrap().len(), 16 * K64);
-        assert_eq!(
-            describe(&raw, 2 * K64..16 * K64),
-            [(2 * K64..16 * K64, Kind::Hole)]
-        );
+        assert_eq!(describe(&raw, 2 * K64..16 * K64), [(2 * K64..16 * K64, Kind::Hole)]);
     }
 
     #[test]
@@ -569,11 +560,7 @@ mod tests {
     #[test]
     fn a_failed_sync_latches() {
         // /dev/full takes no fdatasync at all: EINVAL.
-        let file = File::options()
-            .read(true)
-            .write(true)
-            .open("/dev/full")
-            .unwrap();
+        let file = File::options().read(true).write(true).open("/dev/full").unwrap();
         let raw = RawBase::new(Arc::new(file), HostKind::File, K64).unwrap();
         assert!(raw.sync().is_err());
         let again = raw.sync().unwrap_err();

@@ -128,10 +128,7 @@ impl Findings {
 /// When it could not be looked at: it is in use, of another version, or the host said no.
 fn check(target: &Target) -> anyhow::Result<Findings> {
     let mut findings = Findings::default();
-    let place = Place {
-        dir: &target.dir,
-        layers: target.layers.as_deref(),
-    };
+    let place = Place { dir: &target.dir, layers: target.layers.as_deref() };
     let found = match persist::find(place) {
         Ok(found) => found,
         Err(error) => {
@@ -161,10 +158,7 @@ fn damage(target: &Target, error: &StackError) -> anyhow::Result<String> {
     let is_inside = || target.layers.is_some() || target.dir.is_dir();
     match error {
         StackError::Damaged | StackError::Syntax(_) => Ok(error.to_string()),
-        StackError::Log {
-            error: LogError::Damaged { .. },
-            ..
-        } => Ok(error.to_string()),
+        StackError::Log { error: LogError::Damaged { .. }, .. } => Ok(error.to_string()),
         StackError::Io { error: cause, .. } if is_missing(cause) && is_inside() => {
             Ok(error.to_string())
         }
@@ -182,11 +176,7 @@ fn check_base(base: &BaseRecord, findings: &mut Findings) -> anyhow::Result<()> 
             findings.fact("base", format!("blank, {}", format_size(*size)));
             return Ok(());
         }
-        BaseRecord::File {
-            path,
-            format,
-            identity,
-        } => (path, format, identity),
+        BaseRecord::File { path, format, identity } => (path, format, identity),
     };
     let shown = path.display();
     let unreadable = || format!("cannot read the base '{shown}'");
@@ -195,19 +185,14 @@ fn check_base(base: &BaseRecord, findings: &mut Findings) -> anyhow::Result<()> 
         file => Some(Identity::of(&file.with_context(unreadable)?).with_context(unreadable)?),
     };
     let (verdict, damage) = match found {
-        None => (
-            "missing",
-            Some(format!(
-                "the base '{shown}' is missing: put it back in its place"
-            )),
-        ),
+        None => {
+            ("missing", Some(format!("the base '{shown}' is missing: put it back in its place")))
+        }
         Some(now) => match identity.differences(&now) {
             None => ("unchanged", None),
             Some(what) => (
                 "changed",
-                Some(format!(
-                    "the base '{shown}' has changed: {what}: put the old one back"
-                )),
+                Some(format!("the base '{shown}' has changed: {what}: put the old one back")),
             ),
         },
     };
@@ -229,10 +214,7 @@ fn check_layer(
     findings.fact("disk", format!("{size}, blocks of {}", format_size(block)));
     let bytes = |blocks: u64| format_size(blocks.saturating_mul(block));
     let (data, zero) = (image.blocks.data_blocks(), image.blocks.zero_blocks());
-    findings.fact(
-        "changed",
-        format!("{} of data, {} zeroed", bytes(data), bytes(zero)),
-    );
+    findings.fact("changed", format!("{} of data, {} zeroed", bytes(data), bytes(zero)));
     let (good, count) = (trusted.scan.good, trusted.count);
     findings.fact("log", format!("{good} records, {count} of them count"));
     findings.fact("state", state(trusted.recovered));
@@ -270,11 +252,7 @@ fn segment_ends(found: &Found) -> io::Result<HashMap<u64, u64>> {
 fn misplaced(image: &Image, block: u64, ends: &HashMap<u64, u64>) -> Vec<String> {
     let (mut outside, mut missing) = (Sum::default(), Sum::default());
     let all = BlockIndex(0)..BlockIndex(u64::MAX);
-    for run in image
-        .blocks
-        .runs(all)
-        .filter(|run| run.state == State::Data)
-    {
+    for run in image.blocks.runs(all).filter(|run| run.state == State::Data) {
         let bytes = run.range.start.0.saturating_mul(block)..run.range.end.0.saturating_mul(block);
         // The last block may reach over the end of the disk, and is stored as far as that.
         let size = image.size;
@@ -291,10 +269,7 @@ fn misplaced(image: &Image, block: u64, ends: &HashMap<u64, u64>) -> Vec<String>
     };
     let lines = [
         line(outside, "lie past the end of the disk"),
-        line(
-            missing,
-            "are missing: the data file is too short, restore it from a backup",
-        ),
+        line(missing, "are missing: the data file is too short, restore it from a backup"),
     ];
     lines.into_iter().flatten().collect()
 }
@@ -334,9 +309,7 @@ mod tests {
 
     fn image(size: u64, data: Range<u64>) -> Image {
         let mut image = Image::new(size, size);
-        image
-            .blocks
-            .set(BlockIndex(data.start)..BlockIndex(data.end), State::Data);
+        image.blocks.set(BlockIndex(data.start)..BlockIndex(data.end), State::Data);
         image
     }
 
@@ -349,17 +322,10 @@ mod tests {
             gid: 0,
             perm: 0o600,
             base,
-            layers: vec![LayerRecord {
-                uuid: Uuid::new_v4(),
-                block: 4096,
-            }],
+            layers: vec![LayerRecord { uuid: Uuid::new_v4(), block: 4096 }],
         };
         let image = &image(1 << 20, 0..2);
-        let new = New {
-            stack,
-            image,
-            limit: None,
-        };
+        let new = New { stack, image, limit: None };
         drop(persist::create(Place { dir, layers: None }, new).unwrap());
     }
 
@@ -368,12 +334,7 @@ mod tests {
     }
 
     fn layer(dir: &Path) -> PathBuf {
-        fs::read_dir(dir.join("layers"))
-            .unwrap()
-            .next()
-            .unwrap()
-            .unwrap()
-            .path()
+        fs::read_dir(dir.join("layers")).unwrap().next().unwrap().unwrap().path()
     }
 
     #[test]
@@ -384,22 +345,10 @@ mod tests {
         let findings = checked(&dir);
         assert_eq!(findings.damage, Vec::<String>::new());
         let text = findings.show("o");
-        assert!(
-            text.starts_with("overlay  o\nformat   1\nbase     blank, 1 MiB\n"),
-            "{text}"
-        );
-        assert!(
-            text.contains("\ndisk     1 MiB, blocks of 4 KiB\n"),
-            "{text}"
-        );
-        assert!(
-            text.contains("\nchanged  8 KiB of data, 0 bytes zeroed\n"),
-            "{text}"
-        );
-        assert!(
-            text.contains("\nstate    needs recovery: nothing is lost"),
-            "{text}"
-        );
+        assert!(text.starts_with("overlay  o\nformat   1\nbase     blank, 1 MiB\n"), "{text}");
+        assert!(text.contains("\ndisk     1 MiB, blocks of 4 KiB\n"), "{text}");
+        assert!(text.contains("\nchanged  8 KiB of data, 0 bytes zeroed\n"), "{text}");
+        assert!(text.contains("\nstate    needs recovery: nothing is lost"), "{text}");
     }
 
     #[test]
@@ -408,11 +357,7 @@ mod tests {
         let (dir, path) = (home.path().join("o"), home.path().join("vm.img"));
         fs::write(&path, [7; 9000]).unwrap();
         let identity = Identity::of(&File::open(&path).unwrap()).unwrap();
-        let base = BaseRecord::File {
-            path: path.clone(),
-            format: "raw".into(),
-            identity,
-        };
+        let base = BaseRecord::File { path: path.clone(), format: "raw".into(), identity };
         make(&dir, base);
         assert!(checked(&dir).damage.is_empty());
         fs::write(&path, [7; 100]).unwrap();
@@ -426,16 +371,10 @@ mod tests {
         let home = tempfile::tempdir().unwrap();
         let dir = home.path().join("o");
         make(&dir, BaseRecord::Blank { size: 1 << 20 });
-        let data = File::options()
-            .write(true)
-            .open(layer(&dir).join("data"))
-            .unwrap();
+        let data = File::options().write(true).open(layer(&dir).join("data")).unwrap();
         data.set_len(4096).unwrap();
         let damage = checked(&dir).damage;
-        assert!(
-            damage[0].starts_with("4 KiB of data from byte 4096 on are missing"),
-            "{damage:?}"
-        );
+        assert!(damage[0].starts_with("4 KiB of data from byte 4096 on are missing"), "{damage:?}");
     }
 
     #[test]
@@ -467,11 +406,7 @@ mod tests {
         let line = targets(home.path()).unwrap_err().to_string();
         assert!(line.contains("no overlay and no store"), "{line}");
         make(&dir, BaseRecord::Blank { size: 1 });
-        let held = persist::find(Place {
-            dir: &dir,
-            layers: None,
-        })
-        .unwrap();
+        let held = persist::find(Place { dir: &dir, layers: None }).unwrap();
         assert!(error(&dir).contains("is in use"));
         drop(held);
     }
@@ -479,15 +414,9 @@ mod tests {
     #[test]
     fn data_past_the_end_of_the_disk_is_found() {
         let ends = HashMap::from([(0, 1 << 20)]);
-        assert_eq!(
-            misplaced(&image(5000, 0..2), 4096, &ends),
-            Vec::<String>::new()
-        );
+        assert_eq!(misplaced(&image(5000, 0..2), 4096, &ends), Vec::<String>::new());
         let lines = misplaced(&image(5000, 0..4), 4096, &ends);
-        assert_eq!(
-            lines,
-            ["8 KiB of data from byte 8192 on lie past the end of the disk"]
-        );
+        assert_eq!(lines, ["8 KiB of data from byte 8192 on lie past the end of the disk"]);
     }
 
     #[test]

@@ -76,10 +76,7 @@ pub(super) struct Place {
 impl Place {
     /// The mount at `mountpoint`.
     pub(super) fn mount(mountpoint: &Path) -> Self {
-        Self {
-            mountpoint: mountpoint.to_owned(),
-            disk: None,
-        }
+        Self { mountpoint: mountpoint.to_owned(), disk: None }
     }
 
     /// What `path` is: a mountpoint or a file in a mount. Asks no mount.
@@ -97,10 +94,9 @@ impl Place {
         let mut names = found.inner.iter();
         match (names.next(), names.next()) {
             (None, _) => Ok(Self::mount(&mountpoint)),
-            (Some(name), None) => Ok(Self {
-                mountpoint,
-                disk: Some(name.to_string_lossy().into_owned()),
-            }),
+            (Some(name), None) => {
+                Ok(Self { mountpoint, disk: Some(name.to_string_lossy().into_owned()) })
+            }
             (Some(_), Some(_)) => anyhow::bail!(
                 "'{}' is no disk of the mount at '{}': name a file right in it",
                 path.display(),
@@ -139,10 +135,9 @@ impl Place {
             (Some(Errno::NOTCONN | Errno::CONNABORTED), _) => AskError::Dead(mountpoint),
             (Some(Errno::ACCESS | Errno::PERM), _) => AskError::Denied(mountpoint),
             (Some(Errno::ROFS), _) => AskError::ReadOnly(mountpoint),
-            (Some(Errno::NOENT | Errno::NOTDIR), Some(disk)) => AskError::NoDisk {
-                mountpoint,
-                disk: printable(disk),
-            },
+            (Some(Errno::NOENT | Errno::NOTDIR), Some(disk)) => {
+                AskError::NoDisk { mountpoint, disk: printable(disk) }
+            }
             _ => AskError::Host { mountpoint, error },
         }
     }
@@ -159,8 +154,7 @@ impl Place {
     pub(super) fn read(&self, file: &str) -> Result<Vec<u8>, AskError> {
         let mut bytes = Vec::new();
         let mut feed = self.open(file);
-        feed.read_to_end(&mut bytes)
-            .map_err(|error| self.error(error))?;
+        feed.read_to_end(&mut bytes).map_err(|error| self.error(error))?;
         Ok(bytes)
     }
 
@@ -196,9 +190,7 @@ impl Place {
             if let Some(now) = said.get("progress") {
                 progress(now);
             } else if let Some(error) = said.get("error") {
-                let text = error
-                    .as_str()
-                    .map_or_else(|| error.to_string(), str::to_owned);
+                let text = error.as_str().map_or_else(|| error.to_string(), str::to_owned);
                 answer = Some(Err(AskError::Refused(printable(&text))));
             } else if let Some(ok) = said.get_mut("ok") {
                 answer = Some(Ok(ok.take()));
@@ -234,11 +226,7 @@ impl<'a> Feed<'a> {
         if let Err(error) = started {
             let _ = failed.send(Err(error));
         }
-        Self {
-            place,
-            pieces,
-            rest: io::Cursor::default(),
-        }
+        Self { place, pieces, rest: io::Cursor::default() }
     }
 
     /// What an error from reading means, for the user.
@@ -310,10 +298,7 @@ mod tests {
     #[test]
     fn what_does_not_answer_is_said_in_one_line() {
         let (dir, place) = mount();
-        let place = Place {
-            disk: Some("vm.img".into()),
-            ..place
-        };
+        let place = Place { disk: Some("vm.img".into()), ..place };
         let line = |error: io::Error| place.error(error).to_string();
         let at = dir.path().display();
         assert_eq!(
@@ -329,9 +314,6 @@ mod tests {
     #[test]
     fn a_path_outside_every_mount_is_refused() {
         let line = Place::of(Path::new("/proc")).unwrap_err().to_string();
-        assert!(
-            line.starts_with("'/proc' is not in a cowslip mount"),
-            "{line}"
-        );
+        assert!(line.starts_with("'/proc' is not in a cowslip mount"), "{line}");
     }
 }

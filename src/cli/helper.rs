@@ -164,9 +164,7 @@ fn refused(arg: &OsStr, why: &str) -> anyhow::Error {
 /// Splits at commas.
 fn split(list: &OsStr) -> impl Iterator<Item = &OsStr> {
     let pieces = list.as_bytes().split(|byte| *byte == b',');
-    pieces
-        .filter(|piece| !piece.is_empty())
-        .map(OsStr::from_bytes)
+    pieces.filter(|piece| !piece.is_empty()).map(OsStr::from_bytes)
 }
 
 /// fstab's options, each where it belongs.
@@ -268,14 +266,8 @@ mod tests {
         let line = "rw,overlay=/srv/vm.cow,allow_other,nofail,x-systemd.automount,resize=off,\
                     cache=none,log=/l,uid=7";
         let wish = wish(&["/srv/vm.img", "/mnt/vm", "-sn", "-o", line]).unwrap();
-        assert_eq!(
-            wish.disks,
-            ["/srv/vm.img,overlay=/srv/vm.cow,resize=off,uid=7"]
-        );
-        assert_eq!(
-            wish.common.options,
-            ["rw", "allow_other", "nofail", "x-systemd.automount"]
-        );
+        assert_eq!(wish.disks, ["/srv/vm.img,overlay=/srv/vm.cow,resize=off,uid=7"]);
+        assert_eq!(wish.common.options, ["rw", "allow_other", "nofail", "x-systemd.automount"]);
         assert_eq!(wish.common.cache, Some(Cache::None));
         assert_eq!(wish.common.log, Some("/l".into()));
         assert_eq!(wish.source.as_deref(), Some("/srv/vm.img"));
@@ -314,10 +306,7 @@ mod tests {
 
     #[test]
     fn an_unmount_takes_mount_8s_flags() {
-        let words = Words::read(
-            Role::Umount,
-            &args(&["/mnt", "-n", "-l", "-t", "fuse.cowslip"]),
-        );
+        let words = Words::read(Role::Umount, &args(&["/mnt", "-n", "-l", "-t", "fuse.cowslip"]));
         let umount = words.unwrap().umount().unwrap();
         assert_eq!(umount, UmountArgs::new("/mnt".into(), How::Lazily));
         assert!(Words::read(Role::Umount, &args(&["/mnt", "-x"])).is_err());

@@ -59,10 +59,7 @@ struct Progress {
 
 impl Progress {
     fn new() -> Self {
-        Self {
-            is_terminal: io::stderr().is_terminal(),
-            seconds: 0,
-        }
+        Self { is_terminal: io::stderr().is_terminal(), seconds: 0 }
     }
 
     /// The daemon gives a sign of life every second; it may say how far it is.

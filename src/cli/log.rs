@@ -59,9 +59,7 @@ pub(super) fn run(args: &LogArgs) -> anyhow::Result<u8> {
 /// ```
 fn news(seen: &[u8], now: &[u8]) -> usize {
     let kept = (0..seen.len()).map(|dropped| &seen[dropped..]);
-    kept.into_iter()
-        .find(|kept| now.starts_with(kept))
-        .map_or(0, <[u8]>::len)
+    kept.into_iter().find(|kept| now.starts_with(kept)).map_or(0, <[u8]>::len)
 }
 
 #[cfg(test)]

@@ -85,25 +85,13 @@ fn print(pieces: &[Piece], layers: Layers, to: &mut impl Write) -> io::Result<()
     let starts = pieces.last().map_or(0, |piece| digits(piece.start)).max(5);
     let lengths = pieces.iter().map(|piece| digits(piece.length)).max();
     let lengths = lengths.unwrap_or(0).max(6);
-    writeln!(
-        to,
-        "{:>starts$}  {:>lengths$}  {:>10}  KIND  FROM",
-        "START", "LENGTH", ""
-    )?;
+    writeln!(to, "{:>starts$}  {:>lengths$}  {:>10}  KIND  FROM", "START", "LENGTH", "")?;
     let mut sums = [("data", 0), ("zero", 0), ("hole", 0)];
     for piece in pieces {
-        let Piece {
-            start,
-            length,
-            depth,
-            kind,
-        } = piece;
+        let Piece { start, length, depth, kind } = piece;
         let size = format_size(*length);
         let from = layers.name(*depth);
-        writeln!(
-            to,
-            "{start:>starts$}  {length:>lengths$}  {size:>10}  {kind:<4}  {from}"
-        )?;
+        writeln!(to, "{start:>starts$}  {length:>lengths$}  {size:>10}  {kind:<4}  {from}")?;
         if let Some((_, sum)) = sums.iter_mut().find(|(name, _)| name == kind) {
             *sum += length;
         }
@@ -134,15 +122,9 @@ mod tests {
 
     #[test]
     fn a_disk_without_an_overlay_is_all_base() {
-        assert_eq!(
-            Layers::of(&serde_json::json!({ "overlay": null })),
-            Layers::Bare
-        );
+        assert_eq!(Layers::of(&serde_json::json!({ "overlay": null })), Layers::Bare);
         assert_eq!(Layers::Bare.name(0), "base");
-        assert_eq!(
-            Layers::of(&serde_json::json!({ "overlay": {} })),
-            Layers::Overlaid
-        );
+        assert_eq!(Layers::of(&serde_json::json!({ "overlay": {} })), Layers::Overlaid);
         assert_eq!(Layers::Overlaid.name(1), "base");
     }
 }

@@ -84,9 +84,7 @@ impl Failure {
 /// The exit code that goes with an error of [`run()`].
 #[must_use]
 pub fn exit_code(error: &anyhow::Error) -> u8 {
-    error
-        .downcast_ref::<Failure>()
-        .map_or(FAILED, |failure| failure.code)
+    error.downcast_ref::<Failure>().map_or(FAILED, |failure| failure.code)
 }
 
 /// Does what `args` ask for (the program's name is the first of them), and gives the exit code.
@@ -122,10 +120,7 @@ fn parse(args: &[OsString]) -> anyhow::Result<Option<Cli>> {
         Ok(cli) => return Ok(Some(cli)),
         Err(error) => error,
     };
-    if matches!(
-        error.kind(),
-        ErrorKind::DisplayHelp | ErrorKind::DisplayVersion
-    ) {
+    if matches!(error.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion) {
         let _ = error.print();
         return Ok(None);
     }
@@ -202,10 +197,7 @@ mod tests {
     fn a_usage_error_is_one_line() {
         let (code, line) = refused(&["cowslip", "umount", "--lazily", "m"]);
         assert_eq!(code, USAGE);
-        assert!(
-            line.starts_with("unexpected argument '--lazily' found"),
-            "{line}"
-        );
+        assert!(line.starts_with("unexpected argument '--lazily' found"), "{line}");
         assert!(line.ends_with(": see cowslip umount --help"), "{line}");
         assert!(!line.contains('\n'), "{line}");
         let (code, line) = refused(&["cowslip", "mont", "m"]);
@@ -226,17 +218,7 @@ mod tests {
 
     #[test]
     fn what_follows_two_dashes_is_the_command() {
-        let args = [
-            "cowslip",
-            "run",
-            "vm.img",
-            "b=blank:1G",
-            "-o",
-            "ro",
-            "--",
-            "ls",
-            "-l",
-        ];
+        let args = ["cowslip", "run", "vm.img", "b=blank:1G", "-o", "ro", "--", "ls", "-l"];
         let args: Vec<OsString> = args.iter().map(Into::into).collect();
         let Some(Cli::Run(run)) = parse(&args).unwrap() else {
             panic!("not run");
@@ -249,9 +231,6 @@ mod tests {
     fn an_error_without_a_code_of_its_own_is_1() {
         assert_eq!(exit_code(&anyhow::anyhow!("no")), FAILED);
         let inner = Failure::usage("no").context("in m");
-        assert_eq!(
-            (exit_code(&inner), format!("{inner:#}").as_str()),
-            (USAGE, "in m: no")
-        );
+        assert_eq!((exit_code(&inner), format!("{inner:#}").as_str()), (USAGE, "in m: no"));
     }
 }

@@ -92,12 +92,9 @@ fn check_order(first: &Path, rest: &[OsString]) -> anyhow::Result<()> {
     if kernel::entry_at(first).is_some() || !looks_like_a_disk(first) {
         return Ok(());
     }
-    let meant = rest
-        .split_last()
-        .filter(|(last, _)| Path::new(last).is_dir());
-    let (mountpoint, others) = meant.map_or((OsStr::new("m"), rest), |(last, others)| {
-        (last.as_os_str(), others)
-    });
+    let meant = rest.split_last().filter(|(last, _)| Path::new(last).is_dir());
+    let (mountpoint, others) =
+        meant.map_or((OsStr::new("m"), rest), |(last, others)| (last.as_os_str(), others));
     let words = [mountpoint, first.as_os_str()].into_iter();
     let words = words.chain(others.iter().map(OsString::as_os_str));
     let words: Vec<_> = words.map(OsStr::to_string_lossy).collect();
@@ -109,11 +106,7 @@ fn check_order(first: &Path, rest: &[OsString]) -> anyhow::Result<()> {
 fn looks_like_a_disk(path: &Path) -> bool {
     match path.metadata() {
         Ok(found) => !found.is_dir(),
-        Err(_) => path
-            .as_os_str()
-            .as_bytes()
-            .iter()
-            .any(|byte| b"=,".contains(byte)),
+        Err(_) => path.as_os_str().as_bytes().iter().any(|byte| b"=,".contains(byte)),
     }
 }
 

@@ -76,9 +76,7 @@ impl Wish {
         })?;
         if disks.is_empty() && store.is_none() {
             let remedy = "name a DISK, --config FILE.toml or --store DIR";
-            return Err(Failure::usage(format!(
-                "there is nothing to mount: {remedy}"
-            )));
+            return Err(Failure::usage(format!("there is nothing to mount: {remedy}")));
         }
         let derived = config_path
             .map(|path| path.as_os_str())
@@ -87,11 +85,7 @@ impl Wish {
         let derived = || derived.to_string_lossy().into_owned();
         Ok(Plan {
             mountpoint,
-            source: options
-                .fsname
-                .clone()
-                .or(self.source)
-                .unwrap_or_else(derived),
+            source: options.fsname.clone().or(self.source).unwrap_or_else(derived),
             disks,
             store,
             cache: self.common.cache.or(config.cache).unwrap_or_default(),
@@ -137,9 +131,7 @@ mod tests {
     }
 
     fn refused(wish: Wish) -> String {
-        let Err(error) = wish.plan(Path::new("/here")) else {
-            panic!("not refused")
-        };
+        let Err(error) = wish.plan(Path::new("/here")) else { panic!("not refused") };
         assert_eq!(exit_code(&error), USAGE);
         error.to_string()
     }
@@ -196,10 +188,7 @@ mod tests {
         let mut wish = wish(None, &[]);
         wish.common.config = Some("a.toml".into());
         let error = wish.plan(home.path()).err().unwrap().to_string();
-        assert!(
-            error.starts_with("'a.toml' line 2: unknown key 'muntpoint'"),
-            "{error}"
-        );
+        assert!(error.starts_with("'a.toml' line 2: unknown key 'muntpoint'"), "{error}");
     }
 
     #[test]

@@ -47,11 +47,7 @@ pub(super) struct RunArgs {
 pub(super) fn run(args: RunArgs) -> anyhow::Result<u8> {
     inside(args).map_err(|error| match error.downcast_ref::<Failure>() {
         Some(failure) if matches!(failure.code, CANNOT_RUN | NOT_FOUND) => error,
-        _ => Failure {
-            code: RUN_FAILED,
-            line: format!("{error:#}"),
-        }
-        .into(),
+        _ => Failure { code: RUN_FAILED, line: format!("{error:#}") }.into(),
     })
 }
 
@@ -97,10 +93,7 @@ fn private_directory() -> anyhow::Result<PathBuf> {
     let made = tempfile::Builder::new().prefix("cowslip-").tempdir();
     let made = made.with_context(|| {
         let dir = std::env::temp_dir();
-        format!(
-            "cannot make a mountpoint in '{}', set TMPDIR",
-            dir.display()
-        )
+        format!("cannot make a mountpoint in '{}', set TMPDIR", dir.display())
     })?;
     let path = made.keep();
     Ok(path.canonicalize().unwrap_or(path))
@@ -166,8 +159,7 @@ fn owns_the_terminal(stat: &str) -> bool {
 fn exit_code(status: ExitStatus) -> u8 {
     let killed = || status.signal().map(|signal| i32::from(KILLED) + signal);
     let code = status.code().or_else(killed);
-    code.and_then(|code| u8::try_from(code).ok())
-        .unwrap_or(RUN_FAILED)
+    code.and_then(|code| u8::try_from(code).ok()).unwrap_or(RUN_FAILED)
 }
 
 /// Ends the mount: when its users have left, or after the grace without asking them.
@@ -178,9 +170,7 @@ fn clean_up(mountpoint: &Path) -> anyhow::Result<()> {
             log::debug!("unmounting all the same: {error:#}");
             let ended = umount::end(mountpoint, How::Lazily, Duration::ZERO)?;
             let shown = mountpoint.display();
-            complain(&format!(
-                "'{shown}' is still in use, and ends when its users have left"
-            ));
+            complain(&format!("'{shown}' is still in use, and ends when its users have left"));
             ended.verdict()
         }
     };
@@ -206,10 +196,7 @@ mod tests {
     #[test]
     fn the_commands_own_status_comes_back() {
         assert_eq!(ran(&["sh", "-c", "exit 7"]).unwrap(), 7);
-        assert_eq!(
-            ran(&["sh", "-c", "test $COWSLIP_MNT = /private"]).unwrap(),
-            0
-        );
+        assert_eq!(ran(&["sh", "-c", "test $COWSLIP_MNT = /private"]).unwrap(), 0);
         assert_eq!(ran(&["sh", "-c", "kill -9 $$"]).unwrap(), 137);
     }
 

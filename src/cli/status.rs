@@ -82,23 +82,17 @@ fn only(disks: &mut Vec<Value>, name: &str) -> Result<(), ()> {
 /// the listing and the question is left out.
 fn of_all(entries: &[MountEntry]) -> Vec<Value> {
     let told: Vec<Value> = thread::scope(|scope| {
-        let asked: Vec<_> = entries
-            .iter()
-            .map(|entry| (entry, scope.spawn(move || of_mount(entry))))
-            .collect();
-        let told = asked.into_iter().map(|(entry, asked)| {
-            asked
-                .join()
-                .unwrap_or_else(|_| silent(entry, "silent", None))
-        });
+        let asked: Vec<_> =
+            entries.iter().map(|entry| (entry, scope.spawn(move || of_mount(entry)))).collect();
+        let told = asked
+            .into_iter()
+            .map(|(entry, asked)| asked.join().unwrap_or_else(|_| silent(entry, "silent", None)));
         told.collect()
     });
     let still_there = kernel::cowslip_mounts();
     let is_there = |entry: &MountEntry| still_there.iter().any(|other| other.id == entry.id);
     let both = entries.iter().zip(told);
-    both.filter(|(entry, _)| is_there(entry))
-        .map(|(_, told)| told)
-        .collect()
+    both.filter(|(entry, _)| is_there(entry)).map(|(_, told)| told).collect()
 }
 
 /// What a mount says of itself, or what is to be said of it.
@@ -183,10 +177,9 @@ impl Report {
         text += &match (self.state.as_str(), self.pid) {
             ("ready", Some(pid)) => format!("  (pid {pid})"),
             (state, Some(pid)) => format!("  ({}, pid {pid})", printable(state)),
-            ("dead", None) => format!(
-                "  (dead: cowslip umount {} clears it)",
-                printable(&self.mountpoint)
-            ),
+            ("dead", None) => {
+                format!("  (dead: cowslip umount {} clears it)", printable(&self.mountpoint))
+            }
             (state, None) => format!("  ({}, {})", printable(state), printable(&self.source)),
         };
         text.push('\n');
@@ -305,11 +298,7 @@ mod tests {
         let denied = AskError::Denied("/m".into());
         let private = Report::of(&silent(&entry(), "private", Some(&denied)));
         assert!(private.is_healthy());
-        assert!(
-            private
-                .show()
-                .starts_with("/m  (private, vm.img)\n  the mount at '/m'")
-        );
+        assert!(private.show().starts_with("/m  (private, vm.img)\n  the mount at '/m'"));
         let hangs = AskError::Silent("/m".into());
         assert!(!Report::of(&silent(&entry(), "silent", Some(&hangs))).is_healthy());
         assert!(!Report::of(&json!({ "disks": 5 })).is_healthy());

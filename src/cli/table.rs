@@ -86,11 +86,8 @@ mod tests {
 
     #[test]
     fn columns_are_as_wide_as_what_is_in_them() {
-        let mut table = Table::new([
-            ("DISK", Align::Left),
-            ("SIZE", Align::Right),
-            ("BASE", Align::Left),
-        ]);
+        let mut table =
+            Table::new([("DISK", Align::Left), ("SIZE", Align::Right), ("BASE", Align::Left)]);
         table.row(["debian.img".into(), "20 GiB".into(), "/srv/d.img".into()]);
         table.row(["ä.img".into(), "512 bytes".into(), String::new()]);
         assert_eq!(

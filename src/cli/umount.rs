@@ -55,11 +55,7 @@ pub(super) enum How {
 impl UmountArgs {
     /// As the command line would have it, without a time-out.
     pub(super) fn new(mountpoint: PathBuf, how: How) -> Self {
-        Self {
-            lazy: how == How::Lazily,
-            timeout: None,
-            mountpoint,
-        }
+        Self { lazy: how == How::Lazily, timeout: None, mountpoint }
     }
 }
 
@@ -112,9 +108,7 @@ fn clear_dead(mountpoint: &Path) -> anyhow::Result<bool> {
         let remedy = format!("run umount -l '{shown}' as root");
         anyhow::anyhow!("cannot clear the dead mount at '{shown}': {error}: {remedy}")
     })?;
-    say(&format!(
-        "{shown}: the daemon was gone, the dead mount is cleared away"
-    ));
+    say(&format!("{shown}: the daemon was gone, the dead mount is cleared away"));
     Ok(true)
 }
 
@@ -144,10 +138,7 @@ pub(super) fn end_politely(mountpoint: &Path) -> anyhow::Result<Ended> {
 
 /// Why it was not unmounted: who has it.
 fn in_use(mountpoint: &Path, users: &[Opener]) -> anyhow::Error {
-    let named = users
-        .iter()
-        .take(NAMED)
-        .map(|user| printable(&user.to_string()));
+    let named = users.iter().take(NAMED).map(|user| printable(&user.to_string()));
     let mut named: Vec<String> = named.collect();
     if users.len() > NAMED {
         named.push(format!("and {} more", users.len() - NAMED));

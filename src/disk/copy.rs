@@ -23,10 +23,7 @@ const MOST: u64 = 1 << 30;
 /// As [`Disk::read`] and [`Disk::write`] under [`Wait::Yes`].
 pub(super) fn copy(source: &Disk, from: Range<u64>, target: &Disk, offset: u64) -> io::Result<u64> {
     let layers = source.layers();
-    let end = from
-        .end
-        .min(layers.size())
-        .min(from.start.saturating_add(MOST));
+    let end = from.end.min(layers.size()).min(from.start.saturating_add(MOST));
     if from.start >= end {
         return Ok(0);
     }
@@ -60,12 +57,7 @@ fn copy_extents(
         match extent.kind {
             Kind::Data => copy_data(layers, source, extent.range, target, to)?,
             Kind::Zero | Kind::Hole | Kind::Lower => {
-                target.change(
-                    to..to + len,
-                    super::Change::Punch,
-                    super::Keep::Size,
-                    Wait::Yes,
-                )?;
+                target.change(to..to + len, super::Change::Punch, super::Keep::Size, Wait::Yes)?;
             }
         }
         *done += len;
@@ -92,11 +84,7 @@ fn copy_data(
         let len = (from.end - at).min(BUFFER);
         // Up to the target's next block border, so that what follows is whole blocks.
         let border = (to + 1).next_multiple_of(u64::from(target.block())) - to;
-        let len = if to.is_multiple_of(u64::from(target.block())) {
-            len
-        } else {
-            len.min(border)
-        };
+        let len = if to.is_multiple_of(u64::from(target.block())) { len } else { len.min(border) };
         let mut buf = vec![0; usize::try_from(len).map_err(|_| errno(libc::EFBIG))?];
         let got = source.read(&mut buf, at, Wait::Yes)?;
         if got == 0 {
@@ -110,16 +98,8 @@ fn copy_data(
 
 /// Whether the host said that it cannot copy between these files, rather than that it failed.
 fn cannot(error: &io::Error) -> bool {
-    let known = [
-        libc::EXDEV,
-        libc::EOPNOTSUPP,
-        libc::EINVAL,
-        libc::ENOSYS,
-        libc::EAGAIN,
-    ];
-    error
-        .raw_os_error()
-        .is_some_and(|code| known.contains(&code))
+    let known = [libc::EXDEV, libc::EOPNOTSUPP, libc::EINVAL, libc::ENOSYS, libc::EAGAIN];
+    error.raw_os_error().is_some_and(|code| known.contains(&code))
 }
 
 /// The first layer that says Data for a prefix of `range` lends its file to `copy`.
@@ -181,11 +161,7 @@ impl Disk {
         let block = overlay.block();
         let size = overlay.size();
         let end = offset.saturating_add(from.end - from.start).min(size);
-        let end = if end == size {
-            end
-        } else {
-            end / block * block
-        };
+        let end = if end == size { end } else { end / block * block };
         if !offset.is_multiple_of(block) || offset >= end {
             return Ok(0);
         }

@@ -72,9 +72,7 @@ fn read_in(layers: &[Arc<dyn Layer>], buf: &mut [u8], offset: u64, wait: Wait) -
         let at = offset + done as u64;
         let rest = &mut buf[done..];
         let extent = layer.read_at(rest, at, wait)?;
-        let len = usize::try_from(extent.len())
-            .unwrap_or(usize::MAX)
-            .min(rest.len());
+        let len = usize::try_from(extent.len()).unwrap_or(usize::MAX).min(rest.len());
         match extent.kind {
             Kind::Data => {}
             Kind::Zero | Kind::Hole => rest[..len].fill(0),
@@ -158,11 +156,7 @@ impl Disk {
     }
 
     fn check_open(&self) -> io::Result<()> {
-        if self.closed.load(Ordering::Relaxed) {
-            Err(errno(libc::EIO))
-        } else {
-            Ok(())
-        }
+        if self.closed.load(Ordering::Relaxed) { Err(errno(libc::EIO)) } else { Ok(()) }
     }
 
     /// Reads into `buf` from `offset` and tells how much: less than asked only at the end.
@@ -187,17 +181,13 @@ impl Disk {
         if buf.is_empty() {
             return Ok(());
         }
-        let end = offset
-            .checked_add(buf.len() as u64)
-            .filter(|end| *end <= LARGEST);
+        let end = offset.checked_add(buf.len() as u64).filter(|end| *end <= LARGEST);
         let end = end.ok_or_else(|| errno(libc::EFBIG))?;
         let layers = {
             let _gate = self.enter(wait)?;
             let layers = self.layers();
             if end <= layers.size() {
-                layers
-                    .writable()?
-                    .write_at(buf, offset, &layers.below(), wait)?;
+                layers.writable()?.write_at(buf, offset, &layers.below(), wait)?;
                 self.touch(&layers.top);
                 return Ok(());
             }

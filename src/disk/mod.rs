@@ -156,18 +156,12 @@ impl Times {
 /// Now, from the kernel's coarse clock: a few nanoseconds to read, exact to a few milliseconds.
 fn now() -> Nanos {
     let now = rustix::time::clock_gettime(rustix::time::ClockId::RealtimeCoarse);
-    now.tv_sec
-        .saturating_mul(1_000_000_000)
-        .saturating_add(now.tv_nsec)
+    now.tv_sec.saturating_mul(1_000_000_000).saturating_add(now.tv_nsec)
 }
 
 fn to_time(nanos: Nanos) -> SystemTime {
     let distance = Duration::from_nanos(nanos.unsigned_abs());
-    if nanos < 0 {
-        UNIX_EPOCH - distance
-    } else {
-        UNIX_EPOCH + distance
-    }
+    if nanos < 0 { UNIX_EPOCH - distance } else { UNIX_EPOCH + distance }
 }
 
 fn from_time(time: SystemTime) -> Nanos {
@@ -250,9 +244,7 @@ impl Disk {
     /// Block size in bytes.
     #[must_use]
     pub fn block(&self) -> u32 {
-        let block = self
-            .overlay()
-            .map_or(u64::from(crate::overlay::DEFAULT_BLOCK), |o| o.block());
+        let block = self.overlay().map_or(u64::from(crate::overlay::DEFAULT_BLOCK), |o| o.block());
         u32::try_from(block).unwrap_or(crate::overlay::DEFAULT_BLOCK)
     }
 
@@ -321,11 +313,7 @@ impl Disk {
         let size = self.size();
         let extents = self.extents(0..size, BLOCKS_WALK, wait)?;
         let held = |extents: &Extents| -> u64 {
-            extents
-                .iter()
-                .filter(|extent| extent.kind != Kind::Hole)
-                .map(Extent::len)
-                .sum()
+            extents.iter().filter(|extent| extent.kind != Kind::Hole).map(Extent::len).sum()
         };
         Ok(held(&extents) + (size - extents.described_to().min(size)))
     }
@@ -351,10 +339,7 @@ impl Disk {
     /// Handles that are open.
     #[must_use]
     pub fn openers(&self) -> u32 {
-        [&self.readers, &self.writers, &self.both]
-            .iter()
-            .map(|n| n.load(Ordering::SeqCst))
-            .sum()
+        [&self.readers, &self.writers, &self.both].iter().map(|n| n.load(Ordering::SeqCst)).sum()
     }
 
     /// Whether a handle reads through the kernel's cache, so that a write has to invalidate it.
@@ -402,11 +387,7 @@ impl Disk {
             return;
         }
         let chosen = self.times.chosen.load(Ordering::SeqCst);
-        let stamp = if chosen {
-            Stamp::Chosen
-        } else {
-            Stamp::Written
-        };
+        let stamp = if chosen { Stamp::Chosen } else { Stamp::Written };
         if let Err(error) = overlay.record_mtime(mtime, stamp) {
             log::warn!("the time of {} is not recorded: {error}", self.source);
         }
@@ -436,10 +417,7 @@ impl Disk {
             let mut stack = residence.stack.clone();
             (stack.uid, stack.gid, stack.perm) = (owner.uid, owner.gid, owner.perm);
             residence.replace(stack).map_err(|error| {
-                log::error!(
-                    "{}: the new owner or mode is not kept: {error}",
-                    self.source
-                );
+                log::error!("{}: the new owner or mode is not kept: {error}", self.source);
                 errno(libc::EIO)
             })?;
         }
@@ -460,11 +438,7 @@ impl Disk {
         let found = match file {
             Some(file) => rustix::fs::fstatvfs(&file)?,
             None => {
-                return Ok(Space {
-                    total: self.size(),
-                    free: 0,
-                    available: 0,
-                });
+                return Ok(Space { total: self.size(), free: 0, available: 0 });
             }
         };
         Ok(Space {
@@ -478,9 +452,7 @@ impl Disk {
     #[must_use]
     pub fn needs_maintenance(&self) -> bool {
         self.stale.load(Ordering::Relaxed)
-            || self
-                .overlay()
-                .is_some_and(|overlay| overlay.needs_maintenance())
+            || self.overlay().is_some_and(|overlay| overlay.needs_maintenance())
     }
 
     /// What happens every few seconds: the modification time goes to the log, changes to the
@@ -548,8 +520,5 @@ impl Disk {
 
 /// The modification time of a host file.
 fn mtime_of(found: &std::fs::Metadata) -> Nanos {
-    found
-        .mtime()
-        .saturating_mul(1_000_000_000)
-        .saturating_add(found.mtime_nsec())
+    found.mtime().saturating_mul(1_000_000_000).saturating_add(found.mtime_nsec())
 }

@@ -75,10 +75,7 @@ impl OpenError {
     #[must_use]
     pub fn errno(&self) -> Option<i32> {
         match self {
-            Self::Overlay {
-                error: StackError::Io { error, .. },
-                ..
-            }
+            Self::Overlay { error: StackError::Io { error, .. }, .. }
             | Self::Temporary { error, .. }
             | Self::Unreadable { error, .. } => error.raw_os_error(),
             _ => None,
@@ -123,10 +120,7 @@ pub(super) enum Bottom {
 impl Bottom {
     fn of(base: &Base) -> Self {
         match (&base.path, &base.file) {
-            (Some(path), Some(file)) => Self::File {
-                path: path.clone(),
-                file: Arc::clone(file),
-            },
+            (Some(path), Some(file)) => Self::File { path: path.clone(), file: Arc::clone(file) },
             _ => Self::Blank(base.size),
         }
     }
@@ -136,15 +130,9 @@ impl Bottom {
         match self {
             Self::Blank(size) => Ok(BaseRecord::Blank { size: *size }),
             Self::File { path, file } => {
-                let identity = Identity::of(file).map_err(|error| OpenError::Unreadable {
-                    path: path.clone(),
-                    error,
-                })?;
-                Ok(BaseRecord::File {
-                    path: path.clone(),
-                    format: "raw".to_owned(),
-                    identity,
-                })
+                let identity = Identity::of(file)
+                    .map_err(|error| OpenError::Unreadable { path: path.clone(), error })?;
+                Ok(BaseRecord::File { path: path.clone(), format: "raw".to_owned(), identity })
             }
         }
     }
@@ -185,11 +173,7 @@ fn open_layers(spec: &DiskSpec, setting: &Setting<'_>) -> Result<Opened, OpenErr
     if let Some(dir) = &spec.overlay {
         place::refuse_inside(dir, setting.mountpoint, setting.mount_dev)?;
     }
-    let access = if spec.mode == Mode::ReadWrite {
-        Access::Write
-    } else {
-        Access::Read
-    };
+    let access = if spec.mode == Mode::ReadWrite { Access::Write } else { Access::Read };
     let base = base::open(&spec.source, spec.format, access, spec.locking)?;
     let bottom = Bottom::of(&base);
     let owner = first_owner(spec, &bottom, setting);
@@ -197,43 +181,24 @@ fn open_layers(spec: &DiskSpec, setting: &Setting<'_>) -> Result<Opened, OpenErr
     match (&base.layer, &spec.overlay) {
         (BaseLayer::Writer(layer), _) => {
             let all = vec![Arc::clone(layer) as Arc<dyn Layer>];
-            let layers = Layers {
-                top: Top::Base(Arc::clone(layer)),
-                all,
-            };
+            let layers = Layers { top: Top::Base(Arc::clone(layer)), all };
             let path = bottom.path().unwrap_or(Path::new("")).display().to_string();
             let summary = format!("{}, writes go straight to '{path}'", format_size(base.size));
             let disk = assemble(spec, Uuid::new_v4(), layers, bottom, owner);
-            Ok(Opened {
-                disk,
-                summary,
-                notes,
-            })
+            Ok(Opened { disk, summary, notes })
         }
         (BaseLayer::Reader(layer), _) if spec.mode == Mode::ReadOnly => {
-            let layers = Layers {
-                top: Top::Nothing,
-                all: vec![Arc::clone(layer)],
-            };
+            let layers = Layers { top: Top::Nothing, all: vec![Arc::clone(layer)] };
             let disk = assemble(spec, Uuid::new_v4(), layers, bottom, owner);
-            Ok(Opened {
-                disk,
-                summary: format!("{}, read-only", format_size(base.size)),
-                notes,
-            })
+            Ok(Opened { disk, summary: format!("{}, read-only", format_size(base.size)), notes })
         }
         (BaseLayer::Reader(layer), None) => {
             let dir = keep::temporary_dir();
             let size = spec.size.unwrap_or(base.size);
             let block = spec.block.unwrap_or(DEFAULT_BLOCK);
             let limit = size.min(base.size);
-            let overlay =
-                keep::temporary(&dir, block, size, limit, spec.limit).map_err(|error| {
-                    OpenError::Temporary {
-                        dir: dir.clone(),
-                        error,
-                    }
-                })?;
+            let overlay = keep::temporary(&dir, block, size, limit, spec.limit)
+                .map_err(|error| OpenError::Temporary { dir: dir.clone(), error })?;
             notes.extend(notes_on_overlay(&dir, setting));
             let layers = stacked(overlay, layer);
             let disk = assemble(spec, Uuid::new_v4(), layers, bottom, owner);
@@ -241,11 +206,7 @@ fn open_layers(spec: &DiskSpec, setting: &Setting<'_>) -> Result<Opened, OpenErr
                 "{}, temporary overlay: changes end at umount ('cowslip keep' saves them)",
                 format_size(size)
             );
-            Ok(Opened {
-                disk,
-                summary,
-                notes,
-            })
+            Ok(Opened { disk, summary, notes })
         }
         (BaseLayer::Reader(layer), Some(dir)) => {
             let persistent = open_persistent(spec, dir, &base, &bottom, owner, setting)?;
@@ -259,21 +220,14 @@ fn open_layers(spec: &DiskSpec, setting: &Setting<'_>) -> Result<Opened, OpenErr
 fn stacked(overlay: Overlay, base: &Arc<dyn Layer>) -> Layers {
     let overlay = Arc::new(overlay);
     let all = vec![Arc::clone(&overlay) as Arc<dyn Layer>, Arc::clone(base)];
-    Layers {
-        top: Top::Overlay(overlay),
-        all,
-    }
+    Layers { top: Top::Overlay(overlay), all }
 }
 
 /// The owner of a disk that was not mounted before: the one who mounts, and readable by whom the
 /// base is readable.
 fn first_owner(spec: &DiskSpec, bottom: &Bottom, setting: &Setting<'_>) -> Owner {
     let readable = bottom.metadata().map_or(0, |found| found.mode() & 0o044);
-    let perm = if spec.mode == Mode::ReadOnly {
-        0o400
-    } else {
-        0o600
-    } | readable;
+    let perm = if spec.mode == Mode::ReadOnly { 0o400 } else { 0o600 } | readable;
     let perm = u16::try_from(perm).unwrap_or(0o600);
     Owner {
         uid: spec.uid.unwrap_or(setting.uid),
@@ -326,10 +280,7 @@ fn new_stack(uuid: Uuid, bottom: &Bottom, owner: Owner, block: u32) -> Result<St
         gid: owner.gid,
         perm: owner.perm,
         base: bottom.record()?,
-        layers: vec![LayerRecord {
-            uuid: Uuid::new_v4(),
-            block,
-        }],
+        layers: vec![LayerRecord { uuid: Uuid::new_v4(), block }],
     })
 }
 
@@ -349,42 +300,23 @@ fn open_persistent(
     let place = Place { dir, layers: None };
     if !persist::exists(dir).map_err(in_overlay(dir))? {
         let size = spec.size.unwrap_or(base.size).min(LARGEST);
-        let stack = new_stack(
-            Uuid::new_v4(),
-            bottom,
-            owner,
-            spec.block.unwrap_or(DEFAULT_BLOCK),
-        )?;
+        let stack = new_stack(Uuid::new_v4(), bottom, owner, spec.block.unwrap_or(DEFAULT_BLOCK))?;
         let image = &Image::new(size, size.min(base.size));
-        let new = New {
-            stack,
-            image,
-            limit: spec.limit,
-        };
+        let new = New { stack, image, limit: spec.limit };
         return persist::create(place, new).map_err(in_overlay(dir));
     }
     let found = persist::find(place).map_err(in_overlay(dir))?;
-    let mismatch = |why| {
-        Err(OpenError::Mismatch {
-            dir: dir.to_owned(),
-            why,
-        })
-    };
+    let mismatch = |why| Err(OpenError::Mismatch { dir: dir.to_owned(), why });
     if let Some(why) = block_mismatch(spec, &found) {
         return mismatch(why);
     }
     match base_mismatch(&found.stack.base, bottom)? {
         Some(Misfit::Other(why)) => return mismatch(why),
         Some(Misfit::Changed(why)) if setting.force => {
-            log::warn!(
-                "overlay '{}' {why}; used all the same (--force)",
-                dir.display()
-            );
+            log::warn!("overlay '{}' {why}; used all the same (--force)", dir.display());
         }
         Some(Misfit::Changed(why)) => {
-            return mismatch(format!(
-                "{why}: restore the base, or use --force and risk nonsense"
-            ));
+            return mismatch(format!("{why}: restore the base, or use --force and risk nonsense"));
         }
         None => {}
     }
@@ -406,22 +338,13 @@ fn adopt_owner(spec: &DiskSpec, persistent: &mut Persistent) -> Result<(), Stack
     stack.uid = spec.uid.unwrap_or(stack.uid);
     stack.gid = spec.gid.unwrap_or(stack.gid);
     stack.perm = spec.perm.unwrap_or(stack.perm);
-    if stack == persistent.home.stack {
-        Ok(())
-    } else {
-        persistent.home.replace(stack)
-    }
+    if stack == persistent.home.stack { Ok(()) } else { persistent.home.replace(stack) }
 }
 
 fn block_mismatch(spec: &DiskSpec, found: &Found) -> Option<String> {
     let wanted = spec.block.filter(|wanted| *wanted != found.block())?;
-    let (has, wanted) = (
-        format_size(found.block().into()),
-        format_size(wanted.into()),
-    );
-    Some(format!(
-        "has blocks of {has}, not {wanted}: leave out block=, it is fixed at creation"
-    ))
+    let (has, wanted) = (format_size(found.block().into()), format_size(wanted.into()));
+    Some(format!("has blocks of {has}, not {wanted}: leave out block=, it is fixed at creation"))
 }
 
 /// How a base does not fit its overlay.
@@ -445,28 +368,15 @@ fn base_mismatch(recorded: &BaseRecord, now: &Bottom) -> Result<Option<Misfit>, 
         (BaseRecord::Blank { size: was }, Bottom::Blank(is)) => other(blank(*was), blank(*is)),
         (BaseRecord::Blank { size }, Bottom::File { path, .. }) => other(blank(*size), named(path)),
         (BaseRecord::File { path, .. }, Bottom::Blank(size)) => other(named(path), blank(*size)),
-        (
-            BaseRecord::File {
-                path: was,
-                identity,
-                ..
-            },
-            Bottom::File { path, file },
-        ) => {
+        (BaseRecord::File { path: was, identity, .. }, Bottom::File { path, file }) => {
             if was != path && !is_same_file(was, file) {
                 return other(named(was), named(path));
             }
-            let unreadable = |error| OpenError::Unreadable {
-                path: path.clone(),
-                error,
-            };
+            let unreadable = |error| OpenError::Unreadable { path: path.clone(), error };
             let is = Identity::of(file).map_err(unreadable)?;
             let changed = identity.differences(&is);
             Ok(changed.map(|what| {
-                Misfit::Changed(format!(
-                    "does not fit its base {} any more ({what})",
-                    named(path)
-                ))
+                Misfit::Changed(format!("does not fit its base {} any more ({what})", named(path)))
             }))
         }
     }
@@ -488,17 +398,9 @@ fn settle(
     dir: &Path,
     mut notes: Vec<String>,
 ) -> Opened {
-    let Persistent {
-        overlay,
-        recovered,
-        home,
-    } = persistent;
+    let Persistent { overlay, recovered, home } = persistent;
     let stack = &home.stack;
-    let owner = Owner {
-        uid: stack.uid,
-        gid: stack.gid,
-        perm: stack.perm,
-    };
+    let owner = Owner { uid: stack.uid, gid: stack.gid, perm: stack.perm };
     let (mtime, chosen) = last_mtime(&overlay, recovered);
     let recorded = overlay.mtime().map(|(mtime, _)| mtime);
     let summary = format!(
@@ -519,11 +421,7 @@ fn settle(
     disk.recovered = recovered;
     disk.residence = Mutex::new(Some(home));
     disk.overlay_dir = Mutex::new(Some(dir.to_owned()));
-    Opened {
-        disk,
-        summary,
-        notes,
-    }
+    Opened { disk, summary, notes }
 }
 
 /// The modification time to go on with. After a crash the data file may know a later write than
@@ -567,10 +465,7 @@ pub fn open_stored(name: &str, place: Place<'_>) -> Result<Opened, OpenError> {
     let found = persist::find(place).map_err(in_overlay(place.dir))?;
     let BaseRecord::Blank { size } = found.stack.base else {
         let why = "has a base, this version's stores hold only disks without one".to_owned();
-        return Err(OpenError::Mismatch {
-            dir: place.dir.to_owned(),
-            why,
-        });
+        return Err(OpenError::Mismatch { dir: place.dir.to_owned(), why });
     };
     let persistent = found.open(None).map_err(in_overlay(place.dir))?;
     Ok(settle_stored(name, size, persistent, place.dir))
@@ -587,11 +482,7 @@ pub fn create_blank(
     owner: Owner,
 ) -> Result<Opened, OpenError> {
     let stack = new_stack(uuid, &Bottom::Blank(0), owner, DEFAULT_BLOCK)?;
-    let new = New {
-        stack,
-        image: &Image::new(0, 0),
-        limit: None,
-    };
+    let new = New { stack, image: &Image::new(0, 0), limit: None };
     let persistent = persist::create(place, new).map_err(in_overlay(place.dir))?;
     Ok(settle_stored(name, 0, persistent, place.dir))
 }
@@ -599,14 +490,7 @@ pub fn create_blank(
 fn settle_stored(name: &str, size: u64, persistent: Persistent, dir: &Path) -> Opened {
     let spec = stored_spec(name, size);
     let base: Arc<dyn Layer> = Arc::new(base::blank::Blank::new(size));
-    settle(
-        &spec,
-        persistent,
-        &base,
-        Bottom::Blank(size),
-        dir,
-        Vec::new(),
-    )
+    settle(&spec, persistent, &base, Bottom::Blank(size), dir, Vec::new())
 }
 
 /// What the base's file system cannot do.
@@ -681,13 +565,8 @@ impl Disk {
             keep::keep(overlay, place, stack).map_err(in_overlay(dir))?;
         let below = layers.all.get(1).cloned();
         let overlay = Arc::new(overlay);
-        let all = std::iter::once(Arc::clone(&overlay) as Arc<dyn Layer>)
-            .chain(below)
-            .collect();
-        *self.layers.write() = Arc::new(Layers {
-            top: Top::Overlay(overlay),
-            all,
-        });
+        let all = std::iter::once(Arc::clone(&overlay) as Arc<dyn Layer>).chain(below).collect();
+        *self.layers.write() = Arc::new(Layers { top: Top::Overlay(overlay), all });
         let residence: Residence = home;
         *self.residence.lock() = Some(residence);
         *self.overlay_dir.lock() = Some(dir.to_owned());

@@ -58,26 +58,13 @@ fn plain(ino: u64, kind: FileType, owner: Owner, time: SystemTime) -> FileAttr {
 
 /// Stands in for attributes that cannot be had without waiting; the kernel keeps it for no time.
 pub(super) fn unknown(ino: u64, kind: FileType) -> FileAttr {
-    plain(
-        ino,
-        kind,
-        Owner {
-            uid: 0,
-            gid: 0,
-            perm: 0,
-        },
-        UNIX_EPOCH,
-    )
+    plain(ino, kind, Owner { uid: 0, gid: 0, perm: 0 }, UNIX_EPOCH)
 }
 
 /// Space on the file system of `dir`, or none.
 pub(super) fn space_of(dir: Option<&Path>) -> io::Result<Space> {
     let Some(dir) = dir else {
-        return Ok(Space {
-            total: 0,
-            free: 0,
-            available: 0,
-        });
+        return Ok(Space { total: 0, free: 0, available: 0 });
     };
     let found = rustix::fs::statvfs(dir)?;
     Ok(Space {
@@ -95,12 +82,7 @@ impl CowslipFs {
 
     /// The attributes of the mount's root.
     pub(super) fn root_attr(&self) -> FileAttr {
-        plain(
-            ROOT,
-            FileType::Directory,
-            self.owned(0o755),
-            self.shared.mounted,
-        )
+        plain(ROOT, FileType::Directory, self.owned(0o755), self.shared.mounted)
     }
 
     /// The attributes of a control file; `None` when its disk is gone.
@@ -116,25 +98,15 @@ impl CowslipFs {
             Spot::Disk(slot) => {
                 let owner = of_disk(slot)?;
                 // Whoever may read the disk may look into its directory.
-                Owner {
-                    perm: owner.perm | (owner.perm & 0o444) >> 2,
-                    ..owner
-                }
+                Owner { perm: owner.perm | (owner.perm & 0o444) >> 2, ..owner }
             }
             Spot::DiskStatus(slot) | Spot::DiskMap(slot) => {
                 let owner = of_disk(slot)?;
-                Owner {
-                    perm: owner.perm & 0o444,
-                    ..owner
-                }
+                Owner { perm: owner.perm & 0o444, ..owner }
             }
             Spot::DiskCtl(slot) => of_disk(slot)?,
         };
-        let kind = if spot.is_directory() {
-            FileType::Directory
-        } else {
-            FileType::RegularFile
-        };
+        let kind = if spot.is_directory() { FileType::Directory } else { FileType::RegularFile };
         Some(plain(spot.ino(), kind, owner, self.shared.mounted))
     }
 

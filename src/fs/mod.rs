@@ -85,9 +85,7 @@ fn text(name: &OsStr) -> io::Result<&str> {
 }
 
 fn is_busy<T>(result: &io::Result<T>) -> bool {
-    result
-        .as_ref()
-        .is_err_and(|error| error.raw_os_error() == Some(libc::EAGAIN))
+    result.as_ref().is_err_and(|error| error.raw_os_error() == Some(libc::EAGAIN))
 }
 
 fn is_sync(flags: OpenFlags) -> bool {
@@ -99,11 +97,7 @@ impl CowslipFs {
     /// The adapter of a mount.
     #[must_use]
     pub fn new(shared: Arc<Shared>, workers: usize) -> Self {
-        Self {
-            shared,
-            handles: Arc::default(),
-            seats: Seats::new(workers),
-        }
+        Self { shared, handles: Arc::default(), seats: Seats::new(workers) }
     }
 
     fn catalog(&self) -> &Catalog {
@@ -111,9 +105,7 @@ impl CowslipFs {
     }
 
     fn disk(&self, ino: INodeNo) -> io::Result<Arc<Disk>> {
-        self.catalog()
-            .inode(ino.0)
-            .ok_or_else(|| errno(libc::ENOENT))
+        self.catalog().inode(ino.0).ok_or_else(|| errno(libc::ENOENT))
     }
 
     fn disk_of(&self, handle: FileHandle) -> io::Result<Arc<Disk>> {
@@ -139,9 +131,7 @@ impl CowslipFs {
         if is_busy(&result) {
             let there = Arc::clone(disk);
             let work = move || work(&there, Wait::Yes);
-            self.shared
-                .deadlines
-                .later(disk, Lane::Work, Bound::Base, reply, work, send);
+            self.shared.deadlines.later(disk, Lane::Work, Bound::Base, reply, work, send);
             return;
         }
         match result {
@@ -160,9 +150,7 @@ impl CowslipFs {
         send: impl FnOnce(R, T) + Send + 'static,
     ) {
         let there = Arc::clone(disk);
-        self.shared
-            .deadlines
-            .later(disk, lane, Bound::Open, reply, move || work(&there), send);
+        self.shared.deadlines.later(disk, lane, Bound::Open, reply, move || work(&there), send);
     }
 
     /// Whether the kernel may hold dirty pages of the disk that we have not seen.
@@ -194,15 +182,11 @@ impl CowslipFs {
             }
             Spot::DiskMap(slot) => {
                 let disk = Arc::clone(&self.catalog().slot(slot).ok_or_else(gone)?.1.disk);
-                Handle::Map {
-                    text: Arc::new(MapText::new(Arc::clone(&disk))),
-                    disk,
-                }
+                Handle::Map { text: Arc::new(MapText::new(Arc::clone(&disk))), disk }
             }
-            Spot::Ctl | Spot::DiskCtl(_) => Handle::Ctl {
-                session: Arc::new(Session::default()),
-                spot,
-            },
+            Spot::Ctl | Spot::DiskCtl(_) => {
+                Handle::Ctl { session: Arc::new(Session::default()), spot }
+            }
             Spot::Directory | Spot::Disk(_) => return Err(errno(libc::EISDIR)),
         })
     }
@@ -226,9 +210,7 @@ impl CowslipFs {
         let len = size as usize;
         match handle {
             Handle::Text(text) => {
-                let start = usize::try_from(offset)
-                    .unwrap_or(usize::MAX)
-                    .min(text.len());
+                let start = usize::try_from(offset).unwrap_or(usize::MAX).min(text.len());
                 reply.data(&text[start..text.len().min(start + len)]);
             }
             Handle::Log(start) => reply.data(&journal::read(start + offset, len)),
@@ -265,10 +247,7 @@ impl CowslipFs {
         }
         let pool = match spot {
             Spot::DiskCtl(slot) => {
-                let (_, entry) = self
-                    .catalog()
-                    .slot(*slot)
-                    .ok_or_else(|| errno(libc::ENOENT))?;
+                let (_, entry) = self.catalog().slot(*slot).ok_or_else(|| errno(libc::ENOENT))?;
                 Arc::clone(entry.disk.pool())
             }
             _ => Arc::clone(&self.shared.pool),
@@ -291,11 +270,7 @@ impl CowslipFs {
         let spot = Spot::of(ino).filter(|spot| spot.is_directory());
         let spot = spot.ok_or_else(|| errno(libc::ENOTDIR))?;
         let kind = |spot: Spot| {
-            if spot.is_directory() {
-                FileType::Directory
-            } else {
-                FileType::RegularFile
-            }
+            if spot.is_directory() { FileType::Directory } else { FileType::RegularFile }
         };
         let children = spot.children(self.catalog()).into_iter();
         all.extend(children.map(|(name, spot)| (name, spot.ino(), kind(spot))));
@@ -346,23 +321,12 @@ fn open_disk(
     let handle = handles.add(Handle::Disk { disk, access });
     let direct = FopenFlags::FOPEN_DIRECT_IO | FopenFlags::FOPEN_PARALLEL_DIRECT_WRITES;
     // What is cached stays right: every change comes through this mount.
-    (
-        handle,
-        if cached {
-            FopenFlags::FOPEN_KEEP_CACHE
-        } else {
-            direct
-        },
-    )
+    (handle, if cached { FopenFlags::FOPEN_KEEP_CACHE } else { direct })
 }
 
 /// What fallocate(2)'s mode asks for.
 fn decode_change(mode: i32) -> Option<(Change, Keep)> {
-    let keep = if mode & libc::FALLOC_FL_KEEP_SIZE != 0 {
-        Keep::Size
-    } else {
-        Keep::Nothing
-    };
+    let keep = if mode & libc::FALLOC_FL_KEEP_SIZE != 0 { Keep::Size } else { Keep::Nothing };
     match mode & !libc::FALLOC_FL_KEEP_SIZE {
         0 => Some((Change::Allocate, keep)),
         libc::FALLOC_FL_PUNCH_HOLE if keep == Keep::Size => Some((Change::Punch, keep)),
@@ -487,9 +451,8 @@ impl Filesystem for CowslipFs {
         let owner = Owner {
             uid: uid.unwrap_or(old.uid),
             gid: gid.unwrap_or(old.gid),
-            perm: mode.map_or(old.perm, |mode| {
-                u16::try_from(mode & PERMISSIONS).unwrap_or(old.perm)
-            }),
+            perm: mode
+                .map_or(old.perm, |mode| u16::try_from(mode & PERMISSIONS).unwrap_or(old.perm)),
         };
         let owner = (owner != old).then_some(owner);
         let times = (moment(atime), moment(mtime));
@@ -574,9 +537,7 @@ impl Filesystem for CowslipFs {
                 Ok(buffer)
             };
             let send = |reply: ReplyData, buffer: Vec<u8>| reply.data(&buffer);
-            self.shared
-                .deadlines
-                .later(disk, Lane::Work, Bound::Base, reply, work, send);
+            self.shared.deadlines.later(disk, Lane::Work, Bound::Base, reply, work, send);
         });
     }
 
@@ -636,9 +597,7 @@ impl Filesystem for CowslipFs {
             if sync { there.sync() } else { Ok(()) }
         };
         let send = move |reply: ReplyWrite, ()| reply.written(written);
-        self.shared
-            .deadlines
-            .later(disk, lane, bound, reply, work, send);
+        self.shared.deadlines.later(disk, lane, bound, reply, work, send);
     }
 
     fn flush(&self, _: &Request, _: INodeNo, fh: FileHandle, _: LockOwner, reply: ReplyEmpty) {
@@ -685,10 +644,7 @@ impl Filesystem for CowslipFs {
     fn opendir(&self, _: &Request, ino: INodeNo, _: OpenFlags, reply: ReplyOpen) {
         match self.listing(ino.0) {
             Ok(entries) => {
-                reply.opened(
-                    self.handles.add(Handle::Directory(entries)),
-                    FopenFlags::empty(),
-                );
+                reply.opened(self.handles.add(Handle::Directory(entries)), FopenFlags::empty());
             }
             Err(error) => reply.error(error.into()),
         }
@@ -739,14 +695,7 @@ impl Filesystem for CowslipFs {
                 // Not to be had without waiting: the kernel asks again when it needs it.
                 None => (std::time::Duration::ZERO, attr::unknown(*ino, *kind)),
             };
-            if reply.add(
-                INodeNo(*ino),
-                at as u64 + 1,
-                name,
-                &ttl,
-                &attr,
-                Generation(0),
-            ) {
+            if reply.add(INodeNo(*ino), at as u64 + 1, name, &ttl, &attr, Generation(0)) {
                 break;
             }
         }
@@ -765,12 +714,7 @@ impl Filesystem for CowslipFs {
 
     fn statfs(&self, _: &Request, ino: INodeNo, reply: ReplyStatfs) {
         let disk = self.disk(ino).ok();
-        let disk = disk.or_else(|| {
-            self.catalog()
-                .list()
-                .first()
-                .map(|(_, e)| Arc::clone(&e.disk))
-        });
+        let disk = disk.or_else(|| self.catalog().list().first().map(|(_, e)| Arc::clone(&e.disk)));
         let block = disk.as_ref().map_or(4096, |disk| disk.block());
         let work = move |shared: &Shared| match disk {
             Some(disk) => disk.space(),
@@ -813,26 +757,18 @@ impl Filesystem for CowslipFs {
             Err(error) => return reply.error(error.into()),
         };
         let perm = u16::try_from(mode & PERMISSIONS).unwrap_or(0o600);
-        let owner = Owner {
-            uid: request.uid(),
-            gid: request.gid(),
-            perm,
-        };
+        let owner = Owner { uid: request.uid(), gid: request.gid(), perm };
         let work = move |shared: &Shared| {
             let disk = shared.catalog.create(&name, owner)?;
             let found = disk.attributes(Wait::Yes)?;
             Ok((disk, found))
         };
         let (handles, cache) = (Arc::clone(&self.handles), self.shared.cache);
-        self.aside(
-            reply,
-            work,
-            move |reply, (disk, found): (Arc<Disk>, disk::Attributes)| {
-                let attr = attr::of_disk(disk.ino(), &found);
-                let (handle, flags) = open_disk(&handles, cache, disk, OpenFlags(flags));
-                reply.created(&TTL, &attr, Generation(0), handle, flags);
-            },
-        );
+        self.aside(reply, work, move |reply, (disk, found): (Arc<Disk>, disk::Attributes)| {
+            let attr = attr::of_disk(disk.ino(), &found);
+            let (handle, flags) = open_disk(&handles, cache, disk, OpenFlags(flags));
+            reply.created(&TTL, &attr, Generation(0), handle, flags);
+        });
     }
 
     fn mknod(&self, _: &Request, _: INodeNo, _: &OsStr, _: u32, _: u32, _: u32, reply: ReplyEntry) {

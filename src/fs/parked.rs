@@ -59,44 +59,55 @@ pub struct Deadlines {
 
 struct Waiting {
     until: Instant,
-    /// Answers `EIO` if nobody has answered; whether it did.
-    expire: Box<dyn FnOnce() -> bool + Send>,
+    reply: Arc<dyn Late>,
     disk: Arc<Disk>,
+}
+
+/// A reply that may not have been given yet.
+trait Late: Send + Sync {
+    /// Whether it was given.
+    fn is_given(&self) -> bool;
+
+    /// Answers `EIO` if nobody has answered; whether it did.
+    fn expire(&self) -> bool;
+}
+
+impl<R: Refuse> Late for Mutex<Option<R>> {
+    fn is_given(&self) -> bool {
+        self.lock().is_none()
+    }
+
+    fn expire(&self) -> bool {
+        let reply = self.lock().take();
+        reply.map(|reply| reply.refuse(Errno::EIO)).is_some()
+    }
 }
 
 impl Deadlines {
     /// Requests are answered after `bound` at the latest.
     #[must_use]
     pub fn new(bound: Duration) -> Self {
-        Self {
-            bound,
-            waiting: Mutex::default(),
-        }
+        Self { bound, waiting: Mutex::default() }
     }
 
-    /// Answers what has waited too long. Called every second.
+    /// Answers what has waited too long, and forgets what was answered. Called every second.
     pub fn expire(&self) {
         let now = Instant::now();
-        loop {
-            let due = {
-                let mut waiting = self.waiting.lock();
-                let Some(first) = waiting.front() else { return };
-                if first.until > now {
-                    return;
-                }
-                let Some(mut due) = waiting.pop_front() else {
-                    return;
-                };
-                if due.disk.held.load(Ordering::SeqCst) {
-                    // A long operation of ours holds the disk: not the base's fault.
-                    due.until = now + self.bound;
-                    waiting.push_back(due);
-                    continue;
-                }
-                due
-            };
-            if (due.expire)() {
-                log::error!("{}: no answer for {:?}: EIO", due.disk.source, self.bound);
+        let mut due = Vec::new();
+        {
+            let mut waiting = self.waiting.lock();
+            waiting.retain(|waiting| !waiting.reply.is_given());
+            while waiting.front().is_some_and(|first| first.until <= now) {
+                due.extend(waiting.pop_front());
+            }
+        }
+        for mut late in due {
+            if late.disk.held.load(Ordering::SeqCst) {
+                // A long operation of ours holds the disk: not the base's fault.
+                late.until = now + self.bound;
+                self.waiting.lock().push_back(late);
+            } else if late.reply.expire() {
+                log::error!("{}: no answer for {:?}: EIO", late.disk.source, self.bound);
             }
         }
     }
@@ -113,17 +124,9 @@ impl Deadlines {
     ) {
         let slot = Arc::new(Mutex::new(Some(reply)));
         if bound == Bound::Base {
-            let slot = Arc::clone(&slot);
-            let expire = Box::new(move || {
-                let reply = slot.lock().take();
-                reply.map(|reply| reply.refuse(Errno::EIO)).is_some()
-            });
             let until = Instant::now() + self.bound;
-            self.waiting.lock().push_back(Waiting {
-                until,
-                expire,
-                disk: Arc::clone(disk),
-            });
+            let (reply, disk) = (Arc::clone(&slot) as Arc<dyn Late>, Arc::clone(disk));
+            self.waiting.lock().push_back(Waiting { until, reply, disk });
         }
         let pool = match lane {
             Lane::Work => disk.pool(),

@@ -15,10 +15,7 @@ pub(super) struct Seats {
 impl Seats {
     /// Seats for all of `workers` but one.
     pub(super) fn new(workers: usize) -> Self {
-        Self {
-            taken: AtomicUsize::new(0),
-            most: workers.saturating_sub(1),
-        }
+        Self { taken: AtomicUsize::new(0), most: workers.saturating_sub(1) }
     }
 
     /// A seat, unless only one worker is left.

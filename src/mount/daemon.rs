@@ -76,9 +76,7 @@ const CLEAN_UP: Duration = Duration::from_secs(10);
 /// fork(2). There is no child then.
 pub fn fork() -> io::Result<Role> {
     if !is_single_threaded()? {
-        return Err(io::Error::other(
-            "cannot become a daemon: this process has threads already",
-        ));
+        return Err(io::Error::other("cannot become a daemon: this process has threads already"));
     }
     split()
 }
@@ -107,15 +105,10 @@ fn split() -> io::Result<Role> {
         None => {
             drop(ours);
             rustix::process::setsid()?;
-            Ok(Role::Child(Ready {
-                channel: Channel::Parent(theirs),
-            }))
+            Ok(Role::Child(Ready { channel: Channel::Parent(theirs) }))
         }
         Some(_) if pid < 0 => Err(io::Error::last_os_error()),
-        Some(child) => Ok(Role::Parent(Waiting {
-            channel: ours,
-            child,
-        })),
+        Some(child) => Ok(Role::Parent(Waiting { channel: ours, child })),
     }
 }
 
@@ -154,18 +147,13 @@ impl Waiting {
     }
 
     fn died(self) -> Outcome {
-        let how = match self
-            .reap()
-            .map(|status| (status.exit_status(), status.terminating_signal()))
-        {
-            Some((Some(code), _)) => format!(": exit status {code}"),
-            Some((_, Some(signal))) => format!(": killed by signal {signal}"),
-            _ => String::new(),
-        };
-        Outcome::Failed {
-            code: 1,
-            line: format!("the daemon died while starting{how}"),
-        }
+        let how =
+            match self.reap().map(|status| (status.exit_status(), status.terminating_signal())) {
+                Some((Some(code), _)) => format!(": exit status {code}"),
+                Some((_, Some(signal))) => format!(": killed by signal {signal}"),
+                _ => String::new(),
+            };
+        Outcome::Failed { code: 1, line: format!("the daemon died while starting{how}") }
     }
 
     fn reap(&self) -> Option<WaitStatus> {
@@ -199,9 +187,7 @@ enum Channel {
 impl Ready {
     /// For `-f`: no parent waits, lines go to stdout and stderr at once, and stdio stays.
     pub fn foreground() -> Self {
-        Self {
-            channel: Channel::Foreground,
-        }
+        Self { channel: Channel::Foreground }
     }
 
     /// A line for the user's stdout.
@@ -232,10 +218,7 @@ impl Ready {
             return Ok(());
         };
         rustix::process::chdir("/")?;
-        let null = fs::OpenOptions::new()
-            .read(true)
-            .write(true)
-            .open("/dev/null")?;
+        let null = fs::OpenOptions::new().read(true).write(true).open("/dev/null")?;
         for stdio in [libc::STDIN_FILENO, libc::STDOUT_FILENO, libc::STDERR_FILENO] {
             // SAFETY: dup2 takes two numbers and touches no memory; std owns neither 0, 1 nor 2
             // as an `OwnedFd`, and prints to /dev/null from now on.
@@ -361,10 +344,8 @@ mod tests {
     }
 
     fn assert_says(output: &Output, outcome: &str) {
-        let (stdout, stderr) = (
-            String::from_utf8_lossy(&output.stdout),
-            String::from_utf8_lossy(&output.stderr),
-        );
+        let (stdout, stderr) =
+            (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
         assert!(stdout.contains("vm1.img: 20 GiB\n"), "{stdout}");
         assert!(stderr.contains("tmpfs is RAM\n"), "{stderr}");
         assert!(stdout.contains(outcome), "{stdout}");
@@ -388,14 +369,8 @@ mod tests {
     #[test]
     fn a_child_that_ends_in_silence_is_reported() {
         let died = "the daemon died while starting";
-        assert_says(
-            &run("exit"),
-            &format!(r#"code: 1, line: "{died}: exit status 9""#),
-        );
-        assert_says(
-            &run("abort"),
-            &format!(r#"code: 1, line: "{died}: killed by signal 6""#),
-        );
+        assert_says(&run("exit"), &format!(r#"code: 1, line: "{died}: exit status 9""#));
+        assert_says(&run("abort"), &format!(r#"code: 1, line: "{died}: killed by signal 6""#));
     }
 
     #[test]
@@ -409,14 +384,8 @@ mod tests {
         let (mut reader, writer) = UnixStream::pair().unwrap();
         send_frame(&writer, Kind::Note, b"a\nb").unwrap();
         send_frame(&writer, Kind::Failed, b"").unwrap();
-        assert_eq!(
-            read_frame(&mut reader).unwrap(),
-            Some((Kind::Note, b"a\nb".to_vec()))
-        );
-        assert_eq!(
-            read_frame(&mut reader).unwrap(),
-            Some((Kind::Failed, Vec::new()))
-        );
+        assert_eq!(read_frame(&mut reader).unwrap(), Some((Kind::Note, b"a\nb".to_vec())));
+        assert_eq!(read_frame(&mut reader).unwrap(), Some((Kind::Failed, Vec::new())));
         drop(writer);
         assert_eq!(read_frame(&mut reader).unwrap(), None);
     }

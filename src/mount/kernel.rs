@@ -53,13 +53,11 @@ const FLAG_WORDS: [(&str, &str, MountFlags); 8] = [
 
 /// `flags` after the `-o` option `word`; `None` when that is not a mount flag.
 pub fn with_option(flags: MountFlags, word: &str) -> Option<MountFlags> {
-    FLAG_WORDS
-        .iter()
-        .find_map(|&(set, clear, flag)| match word {
-            _ if word == set => Some(flags | flag),
-            _ if word == clear => Some(flags - flag),
-            _ => None,
-        })
+    FLAG_WORDS.iter().find_map(|&(set, clear, flag)| match word {
+        _ if word == set => Some(flags | flag),
+        _ if word == clear => Some(flags - flag),
+        _ => None,
+    })
 }
 
 /// Why a mount could not be made. Every message is one line with its remedy.
@@ -167,11 +165,7 @@ pub struct MountRequest<'a> {
 
 impl MountRequest<'_> {
     fn source(&self) -> &str {
-        if self.source.is_empty() {
-            "cowslip"
-        } else {
-            self.source
-        }
+        if self.source.is_empty() { "cowslip" } else { self.source }
     }
 
     fn refused(&self, reason: String) -> MountError {
@@ -209,9 +203,7 @@ fn mount_by_kernel(req: &MountRequest<'_>) -> Result<OwnedFd, MountError> {
         |error| match error {
             // A container's device rules answer EPERM for a node that is there.
             Errno::NOENT | Errno::PERM | Errno::ACCESS => MountError::NoDevice,
-            _ => MountError::Device {
-                error: error.into(),
-            },
+            _ => MountError::Device { error: error.into() },
         },
     )?;
     let data = format!(
@@ -227,12 +219,8 @@ fn mount_by_kernel(req: &MountRequest<'_>) -> Result<OwnedFd, MountError> {
     let data = CString::new(data).map_err(|error| req.refused(error.to_string()))?;
     match rustix::mount::mount(req.source(), req.mountpoint, FSTYPE, req.flags, &*data) {
         Ok(()) => Ok(device),
-        Err(Errno::PERM) => Err(MountError::NotPermitted {
-            mountpoint: req.mountpoint.to_owned(),
-        }),
-        Err(Errno::NODEV) => Err(MountError::Device {
-            error: Errno::NODEV.into(),
-        }),
+        Err(Errno::PERM) => Err(MountError::NotPermitted { mountpoint: req.mountpoint.to_owned() }),
+        Err(Errno::NODEV) => Err(MountError::Device { error: Errno::NODEV.into() }),
         Err(error) => Err(req.refused(io::Error::from(error).to_string())),
     }
 }
@@ -240,10 +228,7 @@ fn mount_by_kernel(req: &MountRequest<'_>) -> Result<OwnedFd, MountError> {
 /// The `-o` list for fusermount3.
 fn helper_options(req: &MountRequest<'_>) -> String {
     let subtype = FSTYPE.trim_start_matches("fuse.");
-    let mut list = format!(
-        "fsname={},subtype={subtype},default_permissions",
-        escape(req.source())
-    );
+    let mut list = format!("fsname={},subtype={subtype},default_permissions", escape(req.source()));
     if req.access == Access::Everybody {
         list.push_str(",allow_other");
     }
@@ -282,19 +267,13 @@ fn mount_by_helper(req: &MountRequest<'_>) -> Result<OwnedFd, MountError> {
     rustix::io::fcntl_setfd(&theirs, FdFlags::empty()).map_err(broken)?;
     let helper = spawn_helper(|helper| {
         helper.env("_FUSE_COMMFD", theirs.as_raw_fd().to_string());
-        helper
-            .arg("-o")
-            .arg(helper_options(req))
-            .arg("--")
-            .arg(req.mountpoint);
+        helper.arg("-o").arg(helper_options(req)).arg("--").arg(req.mountpoint);
     })
     .map_err(|error| match error.kind() {
         io::ErrorKind::NotFound => MountError::NoHelper,
         _ => req.refused(format!("fusermount3: {error}")),
     })?;
-    let output = helper
-        .wait_with_output()
-        .map_err(|error| req.refused(error.to_string()))?;
+    let output = helper.wait_with_output().map_err(|error| req.refused(error.to_string()))?;
     // Only now, and without waiting: the socket keeps what was sent, while its end might never
     // come if another thread has forked in between and its child holds `theirs`.
     let received = receive_fd(ours.as_fd());
@@ -319,10 +298,7 @@ fn spawn_helper(prepare: impl Fn(&mut Command)) -> io::Result<Child> {
         let mut helper = Command::new(program);
         // Its words are matched, so they must be the untranslated ones.
         helper.env("LC_ALL", "C");
-        helper
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(Stdio::piped());
+        helper.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
         prepare(&mut helper);
         helper.spawn()
     };
@@ -336,11 +312,7 @@ fn spawn_helper(prepare: impl Fn(&mut Command)) -> io::Result<Child> {
 /// What the helper said, or how it ended when it failed in silence.
 fn one_line(output: &Output) -> String {
     let said = String::from_utf8_lossy(&output.stderr);
-    let lines: Vec<&str> = said
-        .lines()
-        .map(str::trim)
-        .filter(|line| !line.is_empty())
-        .collect();
+    let lines: Vec<&str> = said.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
     match lines.is_empty() && !output.status.success() {
         true => format!("fusermount3: {}", output.status),
         false => lines.join("; "),
@@ -496,10 +468,7 @@ pub struct Prepared {
 /// # Errors
 /// Everything [`MountError`] lists from `Missing` on.
 pub fn prepare_mountpoint(path: &Path, contents: Contents) -> Result<Prepared, MountError> {
-    let look = |error| MountError::Look {
-        mountpoint: path.to_owned(),
-        error,
-    };
+    let look = |error| MountError::Look { mountpoint: path.to_owned(), error };
     let mountpoint = resolve(path).map_err(look)?;
     let cleared = clear_dead(&mountpoint)?;
     let metadata = fs::metadata(&mountpoint).map_err(|error| match error.kind() {
@@ -513,10 +482,7 @@ pub fn prepare_mountpoint(path: &Path, contents: Contents) -> Result<Prepared, M
     if contents == Contents::None && fs::read_dir(&mountpoint).map_err(look)?.next().is_some() {
         return Err(MountError::NotEmpty(path.to_owned()));
     }
-    Ok(Prepared {
-        mountpoint,
-        cleared,
-    })
+    Ok(Prepared { mountpoint, cleared })
 }
 
 /// Unmounts the dead cowslip mounts at `mountpoint`, and gives their number.
@@ -547,14 +513,8 @@ fn clear_dead(mountpoint: &Path) -> Result<usize, MountError> {
 /// root may, so a "no" is no error.
 pub fn raise_read_ahead(dev: (u32, u32), kib: u32) -> bool {
     let path = format!("/sys/class/bdi/{}:{}/read_ahead_kb", dev.0, dev.1);
-    let is_enough = || {
-        fs::read_to_string(&path)
-            .ok()?
-            .trim()
-            .parse()
-            .ok()
-            .map(|now: u32| now >= kib)
-    };
+    let is_enough =
+        || fs::read_to_string(&path).ok()?.trim().parse().ok().map(|now: u32| now >= kib);
     is_enough() == Some(true) || fs::write(&path, kib.to_string()).is_ok()
 }
 
@@ -563,12 +523,7 @@ mod tests {
     use super::*;
 
     fn request<'a>(mountpoint: &'a Path, source: &'a str) -> MountRequest<'a> {
-        MountRequest {
-            mountpoint,
-            source,
-            access: Access::Owner,
-            flags: DEFAULT_FLAGS,
-        }
+        MountRequest { mountpoint, source, access: Access::Owner, flags: DEFAULT_FLAGS }
     }
 
     /// A directory that is a clean mountpoint again when the test ends, however it ends.
@@ -614,10 +569,7 @@ mod tests {
         let errno = |said: &str| unmount_error(said.into()).raw_os_error();
         let busy = "fusermount3: failed to unmount /m: Device or resource busy";
         assert_eq!(errno(busy), Some(libc::EBUSY));
-        assert_eq!(
-            errno("fusermount3: entry for /m not found in /etc/mtab"),
-            Some(libc::EPERM)
-        );
+        assert_eq!(errno("fusermount3: entry for /m not found in /etc/mtab"), Some(libc::EPERM));
         assert_eq!(errno("fusermount3: something new"), None);
     }
 
@@ -626,9 +578,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let said = |path: &Path, contents| match prepare_mountpoint(path, contents) {
             Ok(prepared) => format!("{}", prepared.cleared),
-            Err(error) => error
-                .to_string()
-                .replace(dir.path().to_str().unwrap(), "DIR"),
+            Err(error) => error.to_string().replace(dir.path().to_str().unwrap(), "DIR"),
         };
         assert_eq!(
             said(&dir.path().join("m"), Contents::None),
@@ -650,24 +600,16 @@ mod tests {
         assert_eq!(condition(&at.path), Condition::NotMounted);
         let connection = mount(&request(&at.path, source)).unwrap();
         let entry = entry_at(&at.path).unwrap();
-        assert_eq!(
-            (entry.fstype.as_str(), entry.source.to_str()),
-            (FSTYPE, Some(source))
-        );
+        assert_eq!((entry.fstype.as_str(), entry.source.to_str()), (FSTYPE, Some(source)));
         assert!(cowslip_mounts().contains(&entry));
         let inside = enclosing(&at.path.join("vm1.img")).unwrap();
-        assert_eq!(
-            (inside.mount.dev, inside.inner),
-            (entry.dev, "vm1.img".into())
-        );
+        assert_eq!((inside.mount.dev, inside.inner), (entry.dev, "vm1.img".into()));
         drop(connection);
         assert_eq!(condition(&at.path), Condition::Dead);
         unmount(&at.path, Unmount::Plain).unwrap();
         assert_eq!(condition(&at.path), Condition::NotMounted);
         assert_eq!(
-            unmount(&at.path, Unmount::Plain)
-                .unwrap_err()
-                .raw_os_error(),
+            unmount(&at.path, Unmount::Plain).unwrap_err().raw_os_error(),
             Some(libc::EINVAL)
         );
     }
@@ -678,25 +620,15 @@ mod tests {
         let source = r"/srv/a,b\c d.img";
         let connection = mount_by_helper(&request(&at.path, source)).unwrap();
         let entry = entry_at(&at.path).unwrap();
-        assert_eq!(
-            (entry.fstype.as_str(), entry.source.to_str()),
-            (FSTYPE, Some(source))
-        );
-        assert!(
-            rustix::io::fcntl_getfd(&connection)
-                .unwrap()
-                .contains(FdFlags::CLOEXEC)
-        );
+        assert_eq!((entry.fstype.as_str(), entry.source.to_str()), (FSTYPE, Some(source)));
+        assert!(rustix::io::fcntl_getfd(&connection).unwrap().contains(FdFlags::CLOEXEC));
     }
 
     #[test]
     fn what_the_helper_refuses_is_one_line() {
         let request = request(Path::new("/nowhere/at/all"), "s");
         let error = mount_by_helper(&request).unwrap_err().to_string();
-        assert!(
-            error.starts_with("cannot mount on '/nowhere/at/all': fusermount3: "),
-            "{error}"
-        );
+        assert!(error.starts_with("cannot mount on '/nowhere/at/all': fusermount3: "), "{error}");
         assert!(!error.contains('\n'), "{error}");
     }
 
@@ -708,18 +640,11 @@ mod tests {
             true => 3,
             false => 1,
         };
-        let connections: Vec<_> = (0..stacked)
-            .map(|_| mount(&request(&at.path, "s")).unwrap())
-            .collect();
+        let connections: Vec<_> =
+            (0..stacked).map(|_| mount(&request(&at.path, "s")).unwrap()).collect();
         drop(connections);
         let prepared = prepare_mountpoint(&at.path, Contents::None).unwrap();
-        assert_eq!(
-            prepared,
-            Prepared {
-                mountpoint: at.path.clone(),
-                cleared: stacked
-            }
-        );
+        assert_eq!(prepared, Prepared { mountpoint: at.path.clone(), cleared: stacked });
         assert_eq!(entry_at(&at.path), None);
     }
 

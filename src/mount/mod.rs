@@ -138,11 +138,7 @@ struct Mount {
 fn start(plan: &Plan, ready: &Ready) -> Result<Mount, String> {
     let sink = open_log(plan)?;
     journal::start(sink);
-    let contents = if plan.options.nonempty {
-        Contents::Any
-    } else {
-        Contents::None
-    };
+    let contents = if plan.options.nonempty { Contents::Any } else { Contents::None };
     let prepared = kernel::prepare_mountpoint(&plan.mountpoint, contents)
         .map_err(|error| error.to_string())?;
     let mountpoint = prepared.mountpoint;
@@ -175,18 +171,14 @@ fn start(plan: &Plan, ready: &Ready) -> Result<Mount, String> {
 }
 
 fn owner() -> (u32, u32) {
-    (
-        rustix::process::getuid().as_raw(),
-        rustix::process::getgid().as_raw(),
-    )
+    (rustix::process::getuid().as_raw(), rustix::process::getgid().as_raw())
 }
 
 fn open_log(plan: &Plan) -> Result<Sink, String> {
     match (&plan.log, plan.style) {
         (Some(path), _) => {
             let file = OpenOptions::new().create(true).append(true).open(path);
-            file.map(Sink::File)
-                .map_err(|error| format!("log '{}': {error}", path.display()))
+            file.map(Sink::File).map_err(|error| format!("log '{}': {error}", path.display()))
         }
         (None, Style::Foreground) => Ok(Sink::Stderr),
         (None, Style::Background) => Ok(Sink::Nothing),
@@ -212,11 +204,7 @@ fn open_disks(plan: &Plan, mountpoint: &Path, ready: &Ready) -> Result<Catalog, 
             place::refuse_inside(dir, mountpoint, None).map_err(|error| error.to_string())?;
             let store = Store::open(dir).map_err(|error| error.to_string())?;
             let disks = store.disks().map_err(|error| error.to_string())?;
-            found.extend(
-                disks
-                    .into_iter()
-                    .map(|(name, disk)| (name, disk, Origin::Stored)),
-            );
+            found.extend(disks.into_iter().map(|(name, disk)| (name, disk, Origin::Stored)));
             Some(store)
         }
     };
@@ -227,11 +215,7 @@ fn open_disks(plan: &Plan, mountpoint: &Path, ready: &Ready) -> Result<Catalog, 
     }
     let catalog = Catalog::new(mountpoint, store);
     for (name, opened, origin) in found {
-        let Opened {
-            disk,
-            summary,
-            notes,
-        } = opened;
+        let Opened { disk, summary, notes } = opened;
         ready.note(&format!("{name}: {summary}"));
         for note in notes {
             ready.note(&format!("{name}: {note}"));
@@ -264,12 +248,7 @@ fn mount_and_spawn(plan: &Plan, mountpoint: &Path, shared: Arc<Shared>) -> Resul
     } else {
         (kernel::Access::Owner, SessionACL::Owner)
     };
-    let request = MountRequest {
-        mountpoint,
-        source: &plan.source,
-        access,
-        flags,
-    };
+    let request = MountRequest { mountpoint, source: &plan.source, access, flags };
     let device = kernel::mount(&request).map_err(|error| error.to_string())?;
     let mut config = Config::default();
     config.acl = acl;
@@ -298,28 +277,17 @@ fn mount_and_spawn(plan: &Plan, mountpoint: &Path, shared: Arc<Shared>) -> Resul
 fn spawn(style: Style, shared: Arc<Shared>, session: Session<CowslipFs>) -> io::Result<Mount> {
     let (end, ended) = mpsc::channel();
     let stop = Arc::new(AtomicBool::new(false));
-    let ticker = thread::Builder::new()
-        .name("cowslip-tick".to_owned())
-        .spawn({
-            let (shared, stop) = (Arc::clone(&shared), Arc::clone(&stop));
-            move || tick(&shared, &stop)
-        })?;
-    let workers = thread::Builder::new()
-        .name("cowslip-fuse".to_owned())
-        .spawn(move || {
-            let result = session.run();
-            // Nobody listens any more when the process is already leaving.
-            let _ = end.send(());
-            result
-        })?;
-    Ok(Mount {
-        shared,
-        workers,
-        style,
-        ended,
-        stop,
-        ticker,
-    })
+    let ticker = thread::Builder::new().name("cowslip-tick".to_owned()).spawn({
+        let (shared, stop) = (Arc::clone(&shared), Arc::clone(&stop));
+        move || tick(&shared, &stop)
+    })?;
+    let workers = thread::Builder::new().name("cowslip-fuse".to_owned()).spawn(move || {
+        let result = session.run();
+        // Nobody listens any more when the process is already leaving.
+        let _ = end.send(());
+        result
+    })?;
+    Ok(Mount { shared, workers, style, ended, stop, ticker })
 }
 
 /// Every second: answers what has waited too long; every few: has each disk synced.
@@ -381,10 +349,7 @@ impl Mount {
                     }
                 }
             };
-            thread::Builder::new()
-                .name("cowslip-signal".to_owned())
-                .spawn(listen)
-                .ok()
+            thread::Builder::new().name("cowslip-signal".to_owned()).spawn(listen).ok()
         });
         self.wait(&told);
         if self.style == Style::Foreground {
@@ -431,10 +396,7 @@ impl Mount {
                 log::warn!("{}: a request is still waiting for its base", disk.source);
             }
             if let Err(error) = disk.close() {
-                log::error!(
-                    "{}: not all of it could be made durable: {error}",
-                    disk.source
-                );
+                log::error!("{}: not all of it could be made durable: {error}", disk.source);
                 code = 1;
             }
         }

@@ -54,15 +54,7 @@ impl MountEntry {
         fields.find(|&field| field == b"-")?;
         let fstype = unescape(fields.next()?).to_string_lossy().into_owned();
         let source = unescape(fields.next()?);
-        Some(Self {
-            id,
-            parent,
-            dev,
-            root,
-            mountpoint,
-            fstype,
-            source,
-        })
+        Some(Self { id, parent, dev, root, mountpoint, fstype, source })
     }
 }
 
@@ -87,9 +79,7 @@ fn unescape(field: &[u8]) -> OsString {
 
 /// Reads a mountinfo file's `text`; a line that makes no sense is left out.
 pub(super) fn parse_mountinfo(text: &[u8]) -> Vec<MountEntry> {
-    text.split(|&byte| byte == b'\n')
-        .filter_map(MountEntry::parse)
-        .collect()
+    text.split(|&byte| byte == b'\n').filter_map(MountEntry::parse).collect()
 }
 
 /// All mounts this process sees, in the kernel's order.
@@ -157,10 +147,7 @@ fn walk(
             Component::Normal(_) | Component::ParentDir => true,
             Component::Prefix(_) | Component::RootDir | Component::CurDir => false,
         });
-        names
-            .map(|part| part.as_os_str().to_owned())
-            .rev()
-            .collect()
+        names.map(|part| part.as_os_str().to_owned()).rev().collect()
     };
     let mut pending = names(path);
     let mut at = PathBuf::from("/");
@@ -194,9 +181,7 @@ fn walk(
 pub fn entry_at(path: &Path) -> Option<MountEntry> {
     let entries = known_mounts();
     let path = resolve_among(&entries, path).ok()?;
-    visible(&entries, &path)
-        .filter(|entry| entry.mountpoint == path)
-        .cloned()
+    visible(&entries, &path).filter(|entry| entry.mountpoint == path).cloned()
 }
 
 /// All cowslip mounts this process sees, dead ones too; bind mounts of single files are left out.
@@ -232,14 +217,9 @@ fn enclosing_among(entries: &[MountEntry], path: &Path) -> Option<Enclosed> {
         false => seen.root.join(below),
     };
     // A file bound somewhere else is found in the whole mount, where `.cowslip` is.
-    let whole = entries
-        .iter()
-        .find(|entry| entry.dev == seen.dev && entry.root == root);
+    let whole = entries.iter().find(|entry| entry.dev == seen.dev && entry.root == root);
     let inner = inner.strip_prefix(root).ok()?.to_owned();
-    Some(Enclosed {
-        mount: whole.filter(|_| seen.root != root).unwrap_or(seen).clone(),
-        inner,
-    })
+    Some(Enclosed { mount: whole.filter(|_| seen.root != root).unwrap_or(seen).clone(), inner })
 }
 
 #[cfg(test)]
@@ -308,30 +288,17 @@ mod tests {
     #[test]
     fn a_table_without_a_root_or_with_a_circle_does_not_hang() {
         let chroot = [entry(7, 3, "/m", "fuse.cowslip")];
-        assert_eq!(
-            visible(&chroot, Path::new("/m/x")).map(|entry| entry.id),
-            Some(7)
-        );
+        assert_eq!(visible(&chroot, Path::new("/m/x")).map(|entry| entry.id), Some(7));
         assert_eq!(visible(&chroot, Path::new("/n")), None);
-        let circle = [
-            entry(1, 0, "/", "x"),
-            entry(2, 3, "/", "x"),
-            entry(3, 2, "/", "x"),
-        ];
+        let circle = [entry(1, 0, "/", "x"), entry(2, 3, "/", "x"), entry(3, 2, "/", "x")];
         assert!(visible(&circle, Path::new("/m")).is_some());
     }
 
     #[test]
     fn symlinks_are_followed_outside_a_mount_only() {
-        let table = [
-            entry(1, 0, "/", "ext4"),
-            entry(2, 1, "/srv/m", "fuse.cowslip"),
-        ];
+        let table = [entry(1, 0, "/", "ext4"), entry(2, 1, "/srv/m", "fuse.cowslip")];
         let read_link = |link: &Path| {
-            assert!(
-                !link.starts_with("/srv/m"),
-                "the mount was asked about {link:?}"
-            );
+            assert!(!link.starts_with("/srv/m"), "the mount was asked about {link:?}");
             match link.to_str()? {
                 "/link" => Some("../srv/./m".into()),
                 "/again" => Some("/link".into()),
@@ -340,20 +307,11 @@ mod tests {
             }
         };
         let walked = |path: &str| walk(&table, Path::new(path), read_link);
-        assert_eq!(
-            walked("/link/vm1.img").unwrap(),
-            Path::new("/srv/m/vm1.img")
-        );
-        assert_eq!(
-            walked("/again/a/../vm1.img").unwrap(),
-            Path::new("/srv/m/vm1.img")
-        );
+        assert_eq!(walked("/link/vm1.img").unwrap(), Path::new("/srv/m/vm1.img"));
+        assert_eq!(walked("/again/a/../vm1.img").unwrap(), Path::new("/srv/m/vm1.img"));
         assert_eq!(walked("/srv/m/../new").unwrap(), Path::new("/srv/new"));
         assert_eq!(walked("/../..").unwrap(), Path::new("/"));
-        assert_eq!(
-            walked("/loop").unwrap_err().raw_os_error(),
-            Some(libc::ELOOP)
-        );
+        assert_eq!(walked("/loop").unwrap_err().raw_os_error(), Some(libc::ELOOP));
     }
 
     #[test]
@@ -361,11 +319,7 @@ mod tests {
         let mut bound = entry(3, 1, "/etc/disk", "fuse.cowslip");
         bound.root = "/vm1.img".into();
         bound.dev = (0, 2);
-        let table = [
-            entry(1, 0, "/", "ext4"),
-            bound,
-            entry(2, 1, "/m", "fuse.cowslip"),
-        ];
+        let table = [entry(1, 0, "/", "ext4"), bound, entry(2, 1, "/m", "fuse.cowslip")];
         let enclosed = |path: &str| {
             let enclosed = enclosing_among(&table, Path::new(path))?;
             Some((enclosed.mount.id, enclosed.inner))

@@ -80,12 +80,7 @@ impl Opener {
 impl fmt::Display for Opener {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Process {
-                pid,
-                command,
-                path,
-                hold,
-            } => {
+            Self::Process { pid, command, path, hold } => {
                 write!(f, "{command} (pid {pid}) ")?;
                 let name = match path.as_os_str().is_empty() {
                     true => Path::new("the mount").display(),
@@ -115,23 +110,16 @@ pub fn openers(mountpoint: &Path) -> Vec<Opener> {
         return Vec::new();
     };
     let entries = kernel::known_mounts();
-    let mut scan = Scan {
-        dev: mount.dev,
-        views: HashMap::new(),
-    };
-    let mut found: Vec<Opener> = processes()
-        .into_iter()
-        .flat_map(|pid| scan.process(pid))
-        .collect();
+    let mut scan = Scan { dev: mount.dev, views: HashMap::new() };
+    let mut found: Vec<Opener> =
+        processes().into_iter().flat_map(|pid| scan.process(pid)).collect();
     found.extend(loop_devices(&View::of(&entries, mount.dev)));
     found.extend(
         entries
             .into_iter()
             .filter(|entry| entry.id != mount.id)
             .filter(|entry| entry.dev == mount.dev || entry.parent == mount.id)
-            .map(|entry| Opener::Mount {
-                mountpoint: entry.mountpoint,
-            }),
+            .map(|entry| Opener::Mount { mountpoint: entry.mountpoint }),
     );
     let mut seen = HashSet::new();
     found.retain(|opener| seen.insert(opener.clone()));
@@ -143,10 +131,8 @@ fn processes() -> Vec<u32> {
     let Ok(entries) = fs::read_dir("/proc") else {
         return Vec::new();
     };
-    let mut pids: Vec<u32> = entries
-        .flatten()
-        .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
-        .collect();
+    let mut pids: Vec<u32> =
+        entries.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect();
     pids.retain(|&pid| pid != std::process::id());
     pids.sort_unstable();
     pids
@@ -160,13 +146,7 @@ struct View {
 
 impl View {
     fn of(entries: &[MountEntry], dev: (u32, u32)) -> Self {
-        Self {
-            mounts: entries
-                .iter()
-                .filter(|entry| entry.dev == dev)
-                .cloned()
-                .collect(),
-        }
+        Self { mounts: entries.iter().filter(|entry| entry.dev == dev).cloned().collect() }
     }
 
     /// The path inside the file system of what `/proc` or `/sys` calls `target`, if it can lie
@@ -184,9 +164,7 @@ impl View {
 fn inner(mount: &MountEntry, target: &Path) -> Option<PathBuf> {
     // Said of an unlinked file; a name that really ends so is only shortened in the message.
     let bytes = target.as_os_str().as_bytes();
-    let name = Path::new(OsStr::from_bytes(
-        bytes.strip_suffix(b" (deleted)").unwrap_or(bytes),
-    ));
+    let name = Path::new(OsStr::from_bytes(bytes.strip_suffix(b" (deleted)").unwrap_or(bytes)));
     let below = name.strip_prefix(&mount.mountpoint).ok()?;
     let root = mount.root.strip_prefix("/").ok()?;
     Some(root.iter().chain(below.iter()).collect())
@@ -217,11 +195,7 @@ impl Scan {
         let mut held = open_files(&proc, view);
         for (link, hold) in [("cwd", Hold::WorkingDirectory), ("root", Hold::Root)] {
             let target = fs::read_link(proc.join(link)).ok();
-            held.extend(
-                target
-                    .and_then(|target| view.inner(&target))
-                    .map(|path| (path, hold)),
-            );
+            held.extend(target.and_then(|target| view.inner(&target)).map(|path| (path, hold)));
         }
         // Last and only if need be: of all these files only maps takes a lock of the process.
         if held.is_empty() {
@@ -229,12 +203,7 @@ impl Scan {
         }
         let command = fs::read(proc.join("comm")).unwrap_or_default();
         let command = String::from_utf8_lossy(command.trim_ascii_end()).into_owned();
-        let opener = |(path, hold)| Opener::Process {
-            pid,
-            command: command.clone(),
-            path,
-            hold,
-        };
+        let opener = |(path, hold)| Opener::Process { pid, command: command.clone(), path, hold };
         held.into_iter().map(opener).collect()
     }
 }
@@ -254,8 +223,7 @@ fn open_files(proc: &Path, view: &View) -> Vec<(PathBuf, Hold)> {
 
 /// The `mnt_id` line of a fdinfo file.
 fn mount_id(info: &str) -> Option<u64> {
-    info.lines()
-        .find_map(|line| line.strip_prefix("mnt_id:")?.trim().parse().ok())
+    info.lines().find_map(|line| line.strip_prefix("mnt_id:")?.trim().parse().ok())
 }
 
 /// The files of file system `dev` in a maps file (proc_pid_maps(5)):
@@ -267,10 +235,7 @@ fn mappings(maps: &[u8], dev: (u32, u32), view: &View) -> Vec<(PathBuf, Hold)> {
         (fields.nth(3)? == wanted.as_bytes()).then_some(())?;
         let path = Path::new(OsStr::from_bytes(fields.nth(1)?.trim_ascii_start()));
         // Matched by device already: a path from elsewhere is still worth its line.
-        Some((
-            view.inner(path).unwrap_or_else(|| path.to_owned()),
-            Hold::Mapping,
-        ))
+        Some((view.inner(path).unwrap_or_else(|| path.to_owned()), Hold::Mapping))
     });
     mapped.collect()
 }
@@ -284,10 +249,7 @@ fn loop_devices(view: &View) -> Vec<Opener> {
         name.as_bytes().starts_with(b"loop").then_some(())?;
         let file = fs::read(device.path().join("loop/backing_file")).ok()?;
         let file = Path::new(OsStr::from_bytes(file.strip_suffix(b"\n").unwrap_or(&file)));
-        Some(Opener::Loop {
-            device: Path::new("/dev").join(name),
-            path: view.inner(file)?,
-        })
+        Some(Opener::Loop { device: Path::new("/dev").join(name), path: view.inner(file)? })
     });
     attached.collect()
 }
@@ -310,10 +272,7 @@ const LOOK: Duration = Duration::from_millis(20);
 /// # Errors
 /// `EINVAL` for a number that is no process id; else the host's errno.
 pub fn wait_for_exit(pid: u32, timeout: Duration) -> io::Result<Exit> {
-    let number = i32::try_from(pid)
-        .ok()
-        .and_then(Pid::from_raw)
-        .ok_or(Errno::INVAL)?;
+    let number = i32::try_from(pid).ok().and_then(Pid::from_raw).ok_or(Errno::INVAL)?;
     let deadline = Instant::now() + timeout;
     match rustix::process::pidfd_open(number, PidfdFlags::empty()) {
         Ok(process) => wait_on_pidfd(&process, deadline),
@@ -328,10 +287,8 @@ fn wait_on_pidfd(process: &OwnedFd, deadline: Instant) -> io::Result<Exit> {
     loop {
         let left = deadline.saturating_duration_since(Instant::now());
         // More seconds than fit are as good as for ever.
-        let left = Timespec::try_from(left).unwrap_or(Timespec {
-            tv_sec: i64::from(i32::MAX),
-            tv_nsec: 0,
-        });
+        let left = Timespec::try_from(left)
+            .unwrap_or(Timespec { tv_sec: i64::from(i32::MAX), tv_nsec: 0 });
         let mut fds = [PollFd::new(process, PollFlags::IN)];
         match rustix::event::poll(&mut fds, Some(&left)) {
             Ok(0) => return Ok(Exit::StillThere),
@@ -358,10 +315,7 @@ fn wait_by_looking(pid: u32, deadline: Instant) -> Exit {
 /// Whether a process with this stat file has ended: none, a zombie or a dead one. The state
 /// follows the name, which is in parentheses and may hold anything, parentheses too.
 fn has_ended(stat: &[u8]) -> bool {
-    let after = stat
-        .iter()
-        .rposition(|&byte| byte == b')')
-        .and_then(|end| stat.get(end + 2));
+    let after = stat.iter().rposition(|&byte| byte == b')').and_then(|end| stat.get(end + 2));
     matches!(after, None | Some(b'Z' | b'X'))
 }
 
@@ -378,13 +332,7 @@ mod tests {
     fn every_holder_is_one_line() {
         let opener = |command: &str, pid, path: &str, hold| {
             let (command, path) = (command.to_owned(), path.into());
-            Opener::Process {
-                pid,
-                command,
-                path,
-                hold,
-            }
-            .to_string()
+            Opener::Process { pid, command, path, hold }.to_string()
         };
         assert_eq!(
             opener("qemu-system-x86", 4711, "vm1.img", Hold::File),
@@ -394,10 +342,7 @@ mod tests {
             opener("bash", 7, "", Hold::WorkingDirectory),
             "bash (pid 7) has its working directory in the mount"
         );
-        let attached = Opener::Loop {
-            device: "/dev/loop3".into(),
-            path: "vm1.img".into(),
-        };
+        let attached = Opener::Loop { device: "/dev/loop3".into(), path: "vm1.img".into() };
         assert_eq!(attached.to_string(), "/dev/loop3 is attached to vm1.img");
     }
 
@@ -424,20 +369,13 @@ mod tests {
         let maps = b"7f0-7f1 r--p 00000000 00:35 12                         /m/a b.img\n\
                      7f1-7f2 r--p 00000000 00:36 12                         /m/c.img\n\
                      7f2-7f3 rw-p 00000000 00:00 0 \n";
-        let found = mappings(
-            maps,
-            (0, 0x35),
-            &view("9 1 0:53 / /m rw - fuse.cowslip s rw"),
-        );
+        let found = mappings(maps, (0, 0x35), &view("9 1 0:53 / /m rw - fuse.cowslip s rw"));
         assert_eq!(found, [("a b.img".into(), Hold::Mapping)]);
     }
 
     #[test]
     fn the_mount_id_is_read_from_fdinfo() {
-        assert_eq!(
-            mount_id("pos:\t0\nflags:\t0100000\nmnt_id:\t29\nino:\t5\n"),
-            Some(29)
-        );
+        assert_eq!(mount_id("pos:\t0\nflags:\t0100000\nmnt_id:\t29\nino:\t5\n"), Some(29));
         assert_eq!(mount_id("pos:\t0\n"), None);
     }
 
@@ -454,14 +392,7 @@ mod tests {
         let inner = path.strip_prefix("/dev/shm").unwrap();
         let is_it = |opener: &&Opener| opener.pid() == Some(cat.id());
         let found: Vec<_> = found.iter().filter(is_it).collect();
-        let [
-            Opener::Process {
-                path,
-                hold: Hold::File,
-                ..
-            },
-        ] = found[..]
-        else {
+        let [Opener::Process { path, hold: Hold::File, .. }] = found[..] else {
             panic!("{found:?}")
         };
         assert_eq!(path, inner);
@@ -472,23 +403,14 @@ mod tests {
         let mut child = Command::new("cat").stdin(Stdio::piped()).spawn().unwrap();
         let short = Duration::from_millis(30);
         assert_eq!(wait_for_exit(child.id(), short).unwrap(), Exit::StillThere);
-        assert_eq!(
-            wait_by_looking(child.id(), Instant::now() + short),
-            Exit::StillThere
-        );
+        assert_eq!(wait_by_looking(child.id(), Instant::now() + short), Exit::StillThere);
         drop(child.stdin.take());
         let long = Duration::from_secs(60);
         assert_eq!(wait_for_exit(child.id(), long).unwrap(), Exit::Exited);
-        assert_eq!(
-            wait_by_looking(child.id(), Instant::now() + long),
-            Exit::Exited
-        );
+        assert_eq!(wait_by_looking(child.id(), Instant::now() + long), Exit::Exited);
         child.wait().unwrap();
         assert_eq!(wait_for_exit(child.id(), long).unwrap(), Exit::Exited);
-        assert_eq!(
-            wait_by_looking(child.id(), Instant::now() + long),
-            Exit::Exited
-        );
+        assert_eq!(wait_by_looking(child.id(), Instant::now() + long), Exit::Exited);
     }
 
     #[test]

@@ -193,10 +193,7 @@ impl<const CHUNK: u64> BlockMap<CHUNK> {
             }
             end = next_end;
         }
-        Run {
-            range: range.start..BlockIndex(end),
-            state,
-        }
+        Run { range: range.start..BlockIndex(end), state }
     }
 
     /// The runs that make up `range`: ascending, each as long as it can be, without gaps.
@@ -273,10 +270,7 @@ impl<const CHUNK: u64> BlockMap<CHUNK> {
     }
 
     /// Where in its chunk a block lies.
-    #[expect(
-        clippy::cast_possible_truncation,
-        reason = "less than CHUNK, which is 65,536"
-    )]
+    #[expect(clippy::cast_possible_truncation, reason = "less than CHUNK, which is 65,536")]
     fn offset(block: u64) -> usize {
         (block % CHUNK) as usize
     }
@@ -408,8 +402,7 @@ impl<const CHUNK: u64> BlockMap<CHUNK> {
         if let Some((end, state)) = remainder
             && end > chunks.end
         {
-            self.directory
-                .insert(chunks.end, Entry::Uniform { end, state });
+            self.directory.insert(chunks.end, Entry::Uniform { end, state });
         }
     }
 }
@@ -443,11 +436,7 @@ struct Leaf {
 impl Leaf {
     /// A leaf about to be changed: for this moment alone it may be uniform.
     fn uniform(state: State, len: usize) -> Self {
-        let mut leaf = Self {
-            len,
-            data: Plane::default(),
-            zero: Plane::default(),
-        };
+        let mut leaf = Self { len, data: Plane::default(), zero: Plane::default() };
         leaf.set(0..len, state);
         leaf
     }
@@ -478,10 +467,7 @@ impl Leaf {
     /// Both are searched a stretch at a time, twice as long each time. Else a plane with few bits
     /// would be searched to its end for each short gap of a full one.
     fn end_of_lower(&self, range: Range<usize>) -> usize {
-        let Range {
-            start: mut from,
-            end,
-        } = range;
+        let Range { start: mut from, end } = range;
         let mut stretch = 64;
         while from < end {
             let to = end.min(from + stretch);
@@ -520,17 +506,11 @@ impl Leaf {
     }
 
     fn counts(&self) -> Counts {
-        Counts {
-            data: self.data.ones as u64,
-            zero: self.zero.ones as u64,
-        }
+        Counts { data: self.data.ones as u64, zero: self.zero.ones as u64 }
     }
 
     fn counts_in(&self, range: Range<usize>) -> Counts {
-        Counts {
-            data: self.data.count(range.clone()) as u64,
-            zero: self.zero.count(range) as u64,
-        }
+        Counts { data: self.data.count(range.clone()) as u64, zero: self.zero.count(range) as u64 }
     }
 }
 
@@ -570,11 +550,7 @@ impl Plane {
     }
 
     fn count(&self, range: Range<usize>) -> usize {
-        if self.bits.is_empty() {
-            0
-        } else {
-            self.bits[range].count_ones()
-        }
+        if self.bits.is_empty() { 0 } else { self.bits[range].count_ones() }
     }
 
     fn end_of_ones(&self, range: Range<usize>) -> usize {
@@ -590,9 +566,7 @@ impl Plane {
         if self.bits.is_empty() {
             return to;
         }
-        self.bits[range]
-            .first_one()
-            .map_or(to, |zeros| from + zeros)
+        self.bits[range].first_one().map_or(to, |zeros| from + zeros)
     }
 }
 
@@ -610,14 +584,8 @@ mod tests {
             let mut last = (0, Lower);
             for (&start, entry) in &self.directory {
                 let end = entry.end(start);
-                assert!(
-                    last.0 <= start && start < end,
-                    "entries overlap or are empty"
-                );
-                assert!(
-                    end <= Self::END / CHUNK,
-                    "an entry beyond the last whole chunk"
-                );
+                assert!(last.0 <= start && start < end, "entries overlap or are empty");
+                assert!(end <= Self::END / CHUNK, "an entry beyond the last whole chunk");
                 let state = match entry {
                     Entry::Uniform { state, .. } => {
                         assert_ne!(*state, Lower, "a uniform Lower run is stored");
@@ -637,10 +605,7 @@ mod tests {
         }
 
         fn leaves(&self) -> usize {
-            self.directory
-                .values()
-                .filter(|entry| matches!(entry, Entry::Leaf(_)))
-                .count()
+            self.directory.values().filter(|entry| matches!(entry, Entry::Leaf(_))).count()
         }
     }
 
@@ -648,19 +613,11 @@ mod tests {
         fn check(&self, len: usize) {
             assert_eq!(self.len, len);
             for plane in [&self.data, &self.zero] {
-                assert_eq!(
-                    plane.ones,
-                    plane.bits.iter_ones().count(),
-                    "a plane is miscounted"
-                );
+                assert_eq!(plane.ones, plane.bits.iter_ones().count(), "a plane is miscounted");
                 assert_eq!(plane.bits.len(), if plane.ones == 0 { 0 } else { len });
             }
             let both = |at: &usize| self.zero.has(*at);
-            assert_eq!(
-                self.data.bits.iter_ones().find(both),
-                None,
-                "a block in two states"
-            );
+            assert_eq!(self.data.bits.iter_ones().find(both), None, "a block in two states");
             for state in [Lower, Data, Zero] {
                 assert!(!self.is_uniform(state), "a leaf is uniformly {state:?}");
             }
@@ -672,10 +629,7 @@ mod tests {
     }
 
     fn run(range: Range<u64>, state: State) -> Run {
-        Run {
-            range: blocks(range),
-            state,
-        }
+        Run { range: blocks(range), state }
     }
 
     const EVERYTHING: Range<u64> = 0..u64::MAX;
@@ -710,10 +664,7 @@ mod tests {
         map.check();
         assert_eq!((map.directory.len(), map.leaves()), (3, 2));
         let runs: Vec<_> = map.runs(blocks(0..1000)).collect();
-        assert_eq!(
-            runs,
-            [run(0..60, Lower), run(60..327, Data), run(327..1000, Lower)]
-        );
+        assert_eq!(runs, [run(0..60, Lower), run(60..327, Data), run(327..1000, Lower)]);
         assert_eq!(map.run_at(blocks(62..300)), run(62..300, Data));
     }
 
@@ -784,10 +735,7 @@ mod tests {
         let mut map = BlockMap::new();
         let size = 1 << 32; // Blocks: 16 TiB at 4 KiB.
         for chunk in (0..size / CHUNK_BLOCKS).step_by(64) {
-            map.set(
-                blocks(chunk * CHUNK_BLOCKS + 5..chunk * CHUNK_BLOCKS + 6),
-                Data,
-            );
+            map.set(blocks(chunk * CHUNK_BLOCKS + 5..chunk * CHUNK_BLOCKS + 6), Data);
         }
         map.check();
         assert_eq!(map.leaves(), 1024);
@@ -803,10 +751,7 @@ mod tests {
         map.set(blocks(10..20), Data);
         let copy = map.clone();
         map.set(blocks(0..64), Zero);
-        assert_eq!(
-            (copy.state(BlockIndex(12)), map.state(BlockIndex(12))),
-            (Data, Zero)
-        );
+        assert_eq!((copy.state(BlockIndex(12)), map.state(BlockIndex(12))), (Data, Zero));
         copy.check();
     }
 
@@ -889,10 +834,7 @@ mod tests {
                     _ => expected.push(run(block..block + 1, state)),
                 }
             }
-            assert_eq!(
-                map.runs(blocks(range.clone())).collect::<Vec<_>>(),
-                expected
-            );
+            assert_eq!(map.runs(blocks(range.clone())).collect::<Vec<_>>(), expected);
             for state in [Lower, Data, Zero] {
                 let runs = expected.iter().filter(|run| run.state == state);
                 let count = runs.map(Run::len).sum::<u64>();
@@ -903,11 +845,7 @@ mod tests {
 
     fn agrees_with_a_vector<const CHUNK: u64>(base: u64, len: u64, ops: &[Op], seen: Range<u64>) {
         let window = vec![Lower; usize::try_from(len).unwrap()];
-        let mut oracle = Oracle::<CHUNK> {
-            base,
-            window,
-            beyond: Lower,
-        };
+        let mut oracle = Oracle::<CHUNK> { base, window, beyond: Lower };
         let mut map = BlockMap::<CHUNK>::default();
         for op in ops {
             oracle.apply(op);
@@ -951,10 +889,7 @@ mod tests {
     }
 
     fn ops(chunk: u64, len: u64) -> impl Strategy<Value = (Vec<Op>, Range<u64>)> {
-        (
-            prop::collection::vec(op(chunk, len), 1..40),
-            range(chunk, len),
-        )
+        (prop::collection::vec(op(chunk, len), 1..40), range(chunk, len))
     }
 
     proptest! {

@@ -21,10 +21,7 @@ use crate::layer::Wait;
 pub const SEGMENT: u64 = 8 << 40;
 
 /// A host file as a layer needs it. Offsets and ranges are in bytes.
-#[expect(
-    clippy::len_without_is_empty,
-    reason = "nobody asks whether a file is empty"
-)]
+#[expect(clippy::len_without_is_empty, reason = "nobody asks whether a file is empty")]
 pub trait Storage: Send + Sync {
     /// Fills `buf` from `offset`; what lies past the end of the file reads as zeros.
     ///
@@ -96,11 +93,7 @@ impl HostFile {
     /// A file that never needs a second segment (the log).
     #[must_use]
     pub fn single(file: File) -> Self {
-        Self {
-            first: file,
-            more: RwLock::default(),
-            open: None,
-        }
+        Self { first: file, more: RwLock::default(), open: None }
     }
 
     /// A data file whose further segments `open` makes. Those that are there already are `more`:
@@ -114,11 +107,7 @@ impl HostFile {
                 *slot = Some(Arc::new(file));
             }
         }
-        Self {
-            first,
-            more: RwLock::new(slots),
-            open: Some(open),
-        }
+        Self { first, more: RwLock::new(slots), open: Some(open) }
     }
 
     /// The first segment's file: the one that carries the lock.
@@ -189,10 +178,7 @@ fn segment_of(offset: u64) -> usize {
     (offset / SEGMENT) as usize
 }
 
-#[expect(
-    clippy::cast_possible_truncation,
-    reason = "positions inside a buffer in memory"
-)]
+#[expect(clippy::cast_possible_truncation, reason = "positions inside a buffer in memory")]
 impl Storage for HostFile {
     fn read_at(&self, buf: &mut [u8], offset: u64, wait: Wait) -> io::Result<()> {
         let range = offset..offset + buf.len() as u64;
@@ -210,9 +196,7 @@ impl Storage for HostFile {
 
     fn write_at(&self, parts: &[IoSlice<'_>], offset: u64) -> io::Result<()> {
         let total: usize = parts.iter().map(|part| part.len()).sum();
-        let end = offset
-            .checked_add(total as u64)
-            .ok_or_else(|| host::errno(libc::EFBIG))?;
+        let end = offset.checked_add(total as u64).ok_or_else(|| host::errno(libc::EFBIG))?;
         if end <= SEGMENT {
             return host::write_all_at(&self.first, parts, offset);
         }
@@ -241,11 +225,7 @@ impl Storage for HostFile {
 
     fn len(&self) -> io::Result<u64> {
         let more = self.more.read();
-        let last = more
-            .iter()
-            .enumerate()
-            .rev()
-            .find_map(|(at, file)| Some((at, file.as_ref()?)));
+        let last = more.iter().enumerate().rev().find_map(|(at, file)| Some((at, file.as_ref()?)));
         match last {
             None => Ok(self.first.metadata()?.len()),
             Some((at, file)) => Ok((at as u64 + 1) * SEGMENT + file.metadata()?.len()),
@@ -264,11 +244,7 @@ impl Storage for HostFile {
             let _ = rustix::fs::fadvise(file, 0, None, rustix::fs::Advice::DontNeed);
         };
         drop_cache(&self.first);
-        self.more
-            .read()
-            .iter()
-            .flatten()
-            .for_each(|file| drop_cache(file));
+        self.more.read().iter().flatten().for_each(|file| drop_cache(file));
     }
 
     fn backing(&self, range: Range<u64>) -> Option<BorrowedFd<'_>> {

@@ -47,14 +47,7 @@ pub fn temporary(
     };
     let data = HostFile::segmented(first, Vec::new(), Box::new(open));
     let image = Image::new(size, lower_limit);
-    Ok(Overlay::new(
-        block,
-        Arc::new(data),
-        image,
-        None,
-        Tag([0; 2]),
-        limit,
-    ))
+    Ok(Overlay::new(block, Arc::new(data), image, None, Tag([0; 2]), limit))
 }
 
 /// A file without a name, which `keep` can give one.
@@ -78,16 +71,9 @@ fn nameless(dir: &Path) -> io::Result<File> {
 pub fn keep(overlay: &Overlay, place: Place<'_>, stack: Stack) -> Result<Persistent, StackError> {
     let image = overlay.image();
     let limit = overlay.limit.map(|blocks| blocks * overlay.block);
-    let new = New {
-        stack,
-        image: &image,
-        limit,
-    };
+    let new = New { stack, image: &image, limit };
     let kept = persist::build(place, new, |layer| {
-        let file = overlay
-            .data
-            .host_file()
-            .ok_or_else(|| host::errno(libc::EOPNOTSUPP))?;
+        let file = overlay.data.host_file().ok_or_else(|| host::errno(libc::EOPNOTSUPP))?;
         match link(file, layer) {
             Ok(data) => Ok(data),
             Err(error) if is_elsewhere(&error) => copy(overlay, &image, layer),
@@ -129,19 +115,12 @@ fn copy(overlay: &Overlay, image: &Image, layer: &File) -> io::Result<HostFile> 
     let to = data_in(layer.try_clone()?, first)?;
     let mut buf = Vec::new();
     let all = BlockIndex(0)..BlockIndex(image.size.div_ceil(overlay.block));
-    for run in image
-        .blocks
-        .runs(all)
-        .filter(|run| run.state == State::Data)
-    {
+    for run in image.blocks.runs(all).filter(|run| run.state == State::Data) {
         let bytes = overlay.bytes_of(&run.range);
         let mut at = bytes.start;
         while at < bytes.end {
             let len = (bytes.end - at).min(PIECE);
-            buf.resize(
-                usize::try_from(len).map_err(|_| host::errno(libc::EFBIG))?,
-                0,
-            );
+            buf.resize(usize::try_from(len).map_err(|_| host::errno(libc::EFBIG))?, 0);
             overlay.data.read_at(&mut buf, at, Wait::Yes)?;
             to.write_at(&[IoSlice::new(&buf)], at)?;
             at += len;

@@ -65,9 +65,7 @@ fn btrfs_id(dir: &File) -> Option<Uuid> {
     let mut info = [0u8; 1024];
     // SAFETY: the ioctl fills at most 1,024 bytes, which `info` has.
     let done = unsafe { libc::ioctl(dir.as_fd().as_raw_fd(), FS_INFO, info.as_mut_ptr()) };
-    (done == 0)
-        .then(|| Uuid::from_slice(&info[16..32]).ok())
-        .flatten()
+    (done == 0).then(|| Uuid::from_slice(&info[16..32]).ok()).flatten()
 }
 
 /// The mount's id, unique since boot (Linux 6.8), or its reused id on older kernels.
@@ -78,13 +76,7 @@ fn mount_id(dir: &File) -> io::Result<u64> {
         let mut found: libc::statx = unsafe { std::mem::zeroed() };
         // SAFETY: the path is an empty C string and `found` outlives the call.
         let done = unsafe {
-            libc::statx(
-                dir.as_raw_fd(),
-                c"".as_ptr(),
-                libc::AT_EMPTY_PATH,
-                mask,
-                &raw mut found,
-            )
+            libc::statx(dir.as_raw_fd(), c"".as_ptr(), libc::AT_EMPTY_PATH, mask, &raw mut found)
         };
         if done == 0 && found.stx_mask & mask != 0 {
             return Ok(found.stx_mnt_id);

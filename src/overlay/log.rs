@@ -210,18 +210,13 @@ pub fn replay(
     block: u64,
     image: &mut Image,
 ) -> io::Result<()> {
-    for_each_record(
-        file,
-        0,
-        count,
-        &mut |bytes| match Record::decode(bytes, uuid) {
-            Decoded::Good(_, record) => {
-                image.apply(&record, block);
-                Ok(())
-            }
-            _ => Err(host::errno(libc::EIO)),
-        },
-    )
+    for_each_record(file, 0, count, &mut |bytes| match Record::decode(bytes, uuid) {
+        Decoded::Good(_, record) => {
+            image.apply(&record, block);
+            Ok(())
+        }
+        _ => Err(host::errno(libc::EIO)),
+    })
 }
 
 fn for_each_record(
@@ -286,11 +281,7 @@ impl Tail {
             Ok(()) => self.reserved = upto,
             Err(error) if is_full(&error) => {
                 // The reserve is there for what relieves: the write itself then says what is left.
-                return if purpose == Purpose::Relieve {
-                    Ok(())
-                } else {
-                    Err(error)
-                };
+                return if purpose == Purpose::Relieve { Ok(()) } else { Err(error) };
             }
             // A host that cannot reserve: every append then takes its chance.
             Err(_) => self.reserved = u64::MAX,
@@ -319,10 +310,7 @@ impl Log {
             writer.put(&Record::Open { tag })?;
             image.records().try_for_each(|record| writer.put(&record))?;
             let upto = writer.sequence;
-            writer.put(&Record::Vouch {
-                upto,
-                durable: upto,
-            })?;
+            writer.put(&Record::Vouch { upto, durable: upto })?;
             writer.flush()?;
             next = writer.sequence;
             Ok(())
@@ -359,20 +347,8 @@ impl Log {
         next: u64,
     ) -> Self {
         let reduce_at = SMALL.max((next - first) * 4);
-        let tail = Tail {
-            file,
-            first,
-            next,
-            reserved: 0,
-            reduce_at,
-            misplaced: None,
-        };
-        Self {
-            uuid,
-            block,
-            home,
-            tail: Mutex::new(tail),
-        }
+        let tail = Tail { file, first, next, reserved: 0, reduce_at, misplaced: None };
+        Self { uuid, block, home, tail: Mutex::new(tail) }
     }
 
     /// Appends `records` in one write and returns the sequence of the last.
@@ -442,13 +418,7 @@ impl Log {
         };
         // Without the lock: these records do not change any more.
         let mut image = Image::new(0, 0);
-        replay(
-            &*file,
-            &self.uuid,
-            durable + 1 - first,
-            self.block,
-            &mut image,
-        )?;
+        replay(&*file, &self.uuid, durable + 1 - first, self.block, &mut image)?;
         let count = image.records().count() as u64 + 2;
         let mut tail = self.tail.lock();
         if count >= (durable + 1 - first) / 2 {
@@ -461,13 +431,8 @@ impl Log {
             let mut writer = Writer::new(out, self.uuid, start);
             writer.put(&Record::Open { tag })?;
             image.records().try_for_each(|record| writer.put(&record))?;
-            writer.put(&Record::Vouch {
-                upto: durable,
-                durable,
-            })?;
-            for_each_record(&*file, copied.start, copied.end, &mut |bytes| {
-                writer.copy(bytes)
-            })?;
+            writer.put(&Record::Vouch { upto: durable, durable })?;
+            for_each_record(&*file, copied.start, copied.end, &mut |bytes| writer.copy(bytes))?;
             writer.flush()
         })?;
         tail.file = new;
@@ -492,13 +457,7 @@ struct Writer<'a> {
 
 impl<'a> Writer<'a> {
     fn new(file: &'a dyn Storage, uuid: Uuid, first: u64) -> Self {
-        Self {
-            file,
-            uuid,
-            sequence: first,
-            offset: 0,
-            buf: Vec::new(),
-        }
+        Self { file, uuid, sequence: first, offset: 0, buf: Vec::new() }
     }
 
     fn put(&mut self, record: &Record) -> io::Result<()> {
@@ -516,8 +475,7 @@ impl<'a> Writer<'a> {
     }
 
     fn flush(&mut self) -> io::Result<()> {
-        self.file
-            .write_at(&[IoSlice::new(&self.buf)], self.offset)?;
+        self.file.write_at(&[IoSlice::new(&self.buf)], self.offset)?;
         self.offset += self.buf.len() as u64;
         self.buf.clear();
         Ok(())

@@ -189,11 +189,7 @@ impl Overlay {
     }
 
     fn check_latch(&self) -> io::Result<()> {
-        if self.is_latched() {
-            Err(errno(libc::EIO))
-        } else {
-            Ok(())
-        }
+        if self.is_latched() { Err(errno(libc::EIO)) } else { Ok(()) }
     }
 
     /// What the map says at the start of `range`.
@@ -223,10 +219,7 @@ impl Overlay {
         let tail = !range.end.is_multiple_of(self.block) && range.end < self.size();
         let first = BlockIndex(range.start / self.block);
         let last = BlockIndex(range.end / self.block);
-        [
-            head.then_some(first),
-            (tail && (!head || first != last)).then_some(last),
-        ]
+        [head.then_some(first), (tail && (!head || first != last)).then_some(last)]
     }
 
     /// Locks `range` for writing: shared, but exclusive around a block that is touched for the
@@ -273,23 +266,12 @@ impl Overlay {
         wait: Wait,
     ) -> io::Result<(Vec<u8>, Vec<u8>)> {
         let start = range.start / self.block * self.block;
-        let head = if self.is_held(start) {
-            range.start
-        } else {
-            start
-        };
+        let head = if self.is_held(start) { range.start } else { start };
         // Past the disk's end as well: with the bytes that an earlier, larger disk left there, a
         // sector could come out of a power cut half new and half as old as those.
         let end = range.end.next_multiple_of(self.block);
-        let tail = if self.is_held(range.end - 1) {
-            range.end
-        } else {
-            end
-        };
-        Ok((
-            self.fill(head..range.start, below, wait)?,
-            self.fill(range.end..tail, below, wait)?,
-        ))
+        let tail = if self.is_held(range.end - 1) { range.end } else { end };
+        Ok((self.fill(head..range.start, below, wait)?, self.fill(range.end..tail, below, wait)?))
     }
 
     /// `ENOSPC` when making all of `blocks` Data would exceed the limit.
@@ -310,37 +292,17 @@ impl Overlay {
     fn publish(&self, blocks: &Range<BlockIndex>, state: State) -> io::Result<u64> {
         let records: Vec<Record> = {
             let map = self.map.read();
-            if map.blocks.run_at(blocks.clone())
-                == (blocks::Run {
-                    range: blocks.clone(),
-                    state,
-                })
-            {
+            if map.blocks.run_at(blocks.clone()) == (blocks::Run { range: blocks.clone(), state }) {
                 return Ok(0); // An overwrite: the usual case, and nothing to say.
             }
-            let runs = map
-                .blocks
-                .runs(blocks.clone())
-                .filter(|run| run.state != state);
-            runs.map(|run| Record::Set {
-                range: run.range,
-                state,
-            })
-            .take(2)
-            .collect()
+            let runs = map.blocks.runs(blocks.clone()).filter(|run| run.state != state);
+            runs.map(|run| Record::Set { range: run.range, state }).take(2).collect()
         };
         let sequence = match &self.log {
             Some(log) => {
-                let purpose = if state == State::Data {
-                    Purpose::Grow
-                } else {
-                    Purpose::Relieve
-                };
+                let purpose = if state == State::Data { Purpose::Grow } else { Purpose::Relieve };
                 // A whole-range record says the same as many: fewer bytes, one place.
-                let whole = [Record::Set {
-                    range: blocks.clone(),
-                    state,
-                }];
+                let whole = [Record::Set { range: blocks.clone(), state }];
                 log.append(if records.len() > 1 { &whole } else { &records }, purpose)?
             }
             None => 0,
@@ -362,11 +324,7 @@ impl Overlay {
         let blocks = self.blocks_of(&range);
         self.check_limit(&blocks)?;
         let (before, after) = self.surroundings(&range, below, wait)?;
-        let parts = [
-            IoSlice::new(&before),
-            IoSlice::new(buf),
-            IoSlice::new(&after),
-        ];
+        let parts = [IoSlice::new(&before), IoSlice::new(buf), IoSlice::new(&after)];
         let first = usize::from(before.is_empty());
         let last = if after.is_empty() { 2 } else { 3 };
         self.put(&parts[first..last], offset - before.len() as u64, &blocks)
@@ -380,10 +338,8 @@ impl Overlay {
         offset: u64,
         blocks: &Range<BlockIndex>,
     ) -> io::Result<()> {
-        let done = self
-            .data
-            .write_at(parts, offset)
-            .and_then(|()| self.publish(blocks, State::Data));
+        let done =
+            self.data.write_at(parts, offset).and_then(|()| self.publish(blocks, State::Data));
         if done.is_err() {
             // What was written of it takes space that no record speaks of.
             self.free(blocks, self.log.as_ref().map_or(0, Log::last));
@@ -429,20 +385,13 @@ impl Overlay {
         self.check_limit(&blocks)?;
         let (before, after) = self.surroundings(range, below, wait)?;
         let zeros = zeros();
-        let parts = [
-            IoSlice::new(&before),
-            IoSlice::new(&zeros),
-            IoSlice::new(&after),
-        ];
+        let parts = [IoSlice::new(&before), IoSlice::new(&zeros), IoSlice::new(&after)];
         self.put(&parts, range.start - before.len() as u64, &blocks)
     }
 
     fn try_zero(&self, range: &Range<u64>, below: &dyn ReadBelow, wait: Wait) -> io::Result<()> {
         let need = self.ranges.need(Need::default(), range, Hold::Exclusive);
-        let _held = self
-            .ranges
-            .lock(need, wait)
-            .ok_or_else(|| errno(libc::EAGAIN))?;
+        let _held = self.ranges.lock(need, wait).ok_or_else(|| errno(libc::EAGAIN))?;
         // The last block counts as whole when the range reaches the disk's end.
         let end = if range.end >= self.size() {
             range.end.next_multiple_of(self.block)
@@ -480,9 +429,7 @@ impl Overlay {
     fn reclaim(&self) {
         let len = self.data.len().unwrap_or(0).max(self.size());
         let end = len.next_multiple_of(self.block);
-        self.pending
-            .lock()
-            .add(0..end, self.durable.load(Ordering::Relaxed));
+        self.pending.lock().add(0..end, self.durable.load(Ordering::Relaxed));
     }
 
     /// Called after a change: one that a running sync has passed already is then the next one's.
@@ -500,24 +447,14 @@ impl Overlay {
     /// `EOPNOTSUPP` when there is no single host file for it; `ENOSPC`; what `copy` returns.
     pub fn copy_in(&self, range: &Range<u64>, copy: Copy<'_>) -> io::Result<u64> {
         self.check_latch()?;
-        let file = self
-            .data
-            .backing(range.clone())
-            .ok_or_else(|| errno(libc::EOPNOTSUPP))?;
+        let file = self.data.backing(range.clone()).ok_or_else(|| errno(libc::EOPNOTSUPP))?;
         let need = self.ranges.need(Need::default(), range, Hold::Shared);
-        let _held = self
-            .ranges
-            .lock(need, Wait::Yes)
-            .ok_or_else(|| errno(libc::EAGAIN))?;
+        let _held = self.ranges.lock(need, Wait::Yes).ok_or_else(|| errno(libc::EAGAIN))?;
         self.check_limit(&self.blocks_of(range))?;
         let copied = copy(file, range.clone())?;
         let end = range.start + copied;
         // A block that was copied in part is not published: it keeps what it had.
-        let whole = if end >= range.end {
-            range.end
-        } else {
-            end / self.block * self.block
-        };
+        let whole = if end >= range.end { range.end } else { end / self.block * self.block };
         if whole > range.start {
             self.zero_past(whole)?;
             self.publish(&self.blocks_of(&(range.start..whole)), State::Data)?;
@@ -558,14 +495,9 @@ impl Layer for Overlay {
     ) -> io::Result<(Extent, Option<u64>)> {
         let _reading = self.readers.enter();
         let extent = self.look_up(&range);
-        let file = if extent.kind == Kind::Data {
-            self.data.backing(extent.range.clone())
-        } else {
-            None
-        };
-        let copied = file
-            .map(|file| copy(file, extent.range.clone()))
-            .transpose()?;
+        let file =
+            if extent.kind == Kind::Data { self.data.backing(extent.range.clone()) } else { None };
+        let copied = file.map(|file| copy(file, extent.range.clone())).transpose()?;
         Ok((extent, copied))
     }
 }
@@ -597,10 +529,7 @@ impl WritableLayer for Overlay {
         self.with_relief(Wait::Yes, || {
             // Shared with writers, not with what gives space back.
             let need = self.ranges.need(Need::default(), &range, Hold::Shared);
-            let _held = self
-                .ranges
-                .lock(need, Wait::Yes)
-                .ok_or_else(|| errno(libc::EAGAIN))?;
+            let _held = self.ranges.lock(need, Wait::Yes).ok_or_else(|| errno(libc::EAGAIN))?;
             self.check_limit(&self.blocks_of(&range))?;
             self.pending.lock().remove(&range);
             self.data.allocate(range.clone())
@@ -625,13 +554,8 @@ impl WritableLayer for Overlay {
         // Empty when the disk grows. Locked although the gate is ours: a sync may be giving back
         // what was freed earlier, and must not see these blocks free before they wait their turn.
         let cut = BlockIndex(size.div_ceil(self.block))..BlockIndex(old.div_ceil(self.block));
-        let need = self
-            .ranges
-            .need(Need::default(), &self.bytes_of(&cut), Hold::Exclusive);
-        let _held = self
-            .ranges
-            .lock(need, Wait::Yes)
-            .ok_or_else(|| errno(libc::EAGAIN))?;
+        let need = self.ranges.need(Need::default(), &self.bytes_of(&cut), Hold::Exclusive);
+        let _held = self.ranges.lock(need, Wait::Yes).ok_or_else(|| errno(libc::EAGAIN))?;
         let lower_limit = lower_limit.min(size);
         let sequence = match &self.log {
             Some(log) => log.append(&[Record::Size { size, lower_limit }], Purpose::Relieve)?,

@@ -53,14 +53,10 @@ impl Pending {
     pub fn first(&self, from: u64, durable: u64, most: u64) -> Option<Range<u64>> {
         let before = self.ranges.range(..from).next_back();
         let after = self.ranges.range(from..);
-        before
-            .into_iter()
-            .chain(after)
-            .find_map(|(&start, &(end, sequence))| {
-                let start = start.max(from);
-                (sequence <= durable && start < end)
-                    .then(|| start..end.min(start.saturating_add(most)))
-            })
+        before.into_iter().chain(after).find_map(|(&start, &(end, sequence))| {
+            let start = start.max(from);
+            (sequence <= durable && start < end).then(|| start..end.min(start.saturating_add(most)))
+        })
     }
 
     /// The parts of `range` that are still waiting for a record up to `durable`.

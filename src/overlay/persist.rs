@@ -158,12 +158,7 @@ pub fn build(
         Some(path) => open_dir(path),
     };
     let layers = layers.map_err(doing("making its layers"))?;
-    let record = new
-        .stack
-        .layers
-        .last()
-        .cloned()
-        .ok_or(StackError::Layers(0))?;
+    let record = new.stack.layers.last().cloned().ok_or(StackError::Layers(0))?;
     let made = build_in(&dir, &layers, &record, &new, put_data).and_then(|made| {
         let placed =
             std::fs::rename(temp.path(), place.dir).and_then(|()| open_dir(parent)?.sync_all());
@@ -173,16 +168,8 @@ pub fn build(
     match made {
         Ok((overlay, lock)) => {
             let _ = temp.keep();
-            let home = Residence {
-                stack: new.stack,
-                dir,
-                _lock: lock,
-            };
-            Ok(Persistent {
-                overlay,
-                recovered: Recovered::Clean,
-                home,
-            })
+            let home = Residence { stack: new.stack, dir, _lock: lock };
+            Ok(Persistent { overlay, recovered: Recovered::Clean, home })
         }
         Err(error) => {
             if let Some(layers) = place.layers {
@@ -210,14 +197,7 @@ fn build_in(
     let start = || -> io::Result<(Log, Tag)> {
         let tag = life::tag(&layer)?;
         let home = Arc::new(LayerDir::new(layer.try_clone()?));
-        let log = Log::create(
-            home,
-            record.uuid,
-            u64::from(record.block),
-            new.image,
-            tag,
-            1,
-        )?;
+        let log = Log::create(home, record.uuid, u64::from(record.block), new.image, tag, 1)?;
         layer.sync_all()?;
         layers.sync_all()?;
         Ok((log, tag))
@@ -225,14 +205,7 @@ fn build_in(
     let (log, tag) = start().map_err(doing("writing its log"))?;
     new.stack.write(dir)?;
     let image = new.image.clone();
-    let overlay = Overlay::new(
-        record.block,
-        Arc::new(data),
-        image,
-        Some(log),
-        tag,
-        new.limit,
-    );
+    let overlay = Overlay::new(record.block, Arc::new(data), image, Some(log), tag, new.limit);
     Ok((overlay, lock))
 }
 
@@ -263,13 +236,7 @@ pub fn find(place: Place<'_>) -> Result<Found, StackError> {
         // Once more under the lock: its last holder may have changed it.
         let stack = Stack::read(&dir)?;
         if top_layer(&stack)? == record {
-            return Ok(Found {
-                stack,
-                dir,
-                lock: layer.lock,
-                files: layer.files,
-                record,
-            });
+            return Ok(Found { stack, dir, lock: layer.lock, files: layer.files, record });
         }
     }
 }
@@ -294,9 +261,8 @@ fn lock(dir: &File, data: &File) -> Result<(), StackError> {
         let holder = read_holder(dir);
         let is_leaving = holder.as_ref().is_some_and(|holder| holder.draining);
         if !is_leaving || start.elapsed() > PATIENCE {
-            let (pid, mountpoint) = holder.map_or((0, "unknown".to_owned()), |holder| {
-                (holder.pid, holder.mountpoint)
-            });
+            let (pid, mountpoint) =
+                holder.map_or((0, "unknown".to_owned()), |holder| (holder.pid, holder.mountpoint));
             return Err(StackError::InUse { pid, mountpoint });
         }
         thread::sleep(Duration::from_millis(20));
@@ -305,11 +271,7 @@ fn lock(dir: &File, data: &File) -> Result<(), StackError> {
 
 fn read_holder(dir: &File) -> Option<Holder> {
     let mut bytes = Vec::new();
-    open_at(dir, "holder", OFlags::RDONLY)
-        .ok()?
-        .take(1 << 16)
-        .read_to_end(&mut bytes)
-        .ok()?;
+    open_at(dir, "holder", OFlags::RDONLY).ok()?.take(1 << 16).read_to_end(&mut bytes).ok()?;
     serde_json::from_slice(&bytes).ok()
 }
 
@@ -350,15 +312,7 @@ impl Found {
         let tag = life::tag(&self.dir).map_err(doing("reading the boot id"))?;
         let (overlay, recovered) =
             Overlay::open(&self.files, tag, limit).map_err(self.log_error())?;
-        let home = Residence {
-            stack: self.stack,
-            dir: self.dir,
-            _lock: self.lock,
-        };
-        Ok(Persistent {
-            overlay,
-            recovered,
-            home,
-        })
+        let home = Residence { stack: self.stack, dir: self.dir, _lock: self.lock };
+        Ok(Persistent { overlay, recovered, home })
     }
 }

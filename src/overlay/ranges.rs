@@ -41,10 +41,7 @@ impl RangeLocks {
     /// Locks in units of `unit` bytes: a multiple of the block size, so no block is in two.
     #[must_use]
     pub fn new(unit: u64) -> Self {
-        Self {
-            stripes: [const { RawRwLock::INIT }; 64],
-            unit,
-        }
+        Self { stripes: [const { RawRwLock::INIT }; 64], unit }
     }
 
     /// Adds `range` (bytes) to `need`. An exclusive need of a stripe outweighs a shared one.
@@ -73,10 +70,7 @@ impl RangeLocks {
     /// Takes all of `need`, in ascending order; `None` under [`Wait::No`] when one is taken.
     #[must_use]
     pub fn lock(&self, need: Need, wait: Wait) -> Option<Held<'_>> {
-        let mut held = Held {
-            locks: self,
-            need: Need::default(),
-        };
+        let mut held = Held { locks: self, need: Need::default() };
         let mut left = need.shared | need.exclusive;
         while left != 0 {
             let stripe = left.trailing_zeros() as usize;

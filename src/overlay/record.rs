@@ -104,12 +104,9 @@ impl Record {
             Self::Open { tag } => (1, 0, tag.0[0], tag.0[1]),
             Self::Set { range, state } => (2, u8::from(*state), range.start.0, range.end.0),
             Self::Size { size, lower_limit } => (3, 0, *size, *lower_limit),
-            Self::Attr { mtime, stamp } => (
-                4,
-                u8::from(*stamp == Stamp::Chosen),
-                mtime.cast_unsigned(),
-                0,
-            ),
+            Self::Attr { mtime, stamp } => {
+                (4, u8::from(*stamp == Stamp::Chosen), mtime.cast_unsigned(), 0)
+            }
             Self::Vouch { upto, durable } => (5, 0, *upto, *durable),
             Self::Poisoned { durable } => (6, 0, *durable, 0),
             Self::Close => (7, 0, 0, 0),
@@ -144,28 +141,15 @@ impl Record {
         let record = match kind {
             1 => Self::Open { tag: Tag([a, b]) },
             2 => match State::try_from(detail) {
-                Ok(state) if a < b => Self::Set {
-                    range: BlockIndex(a)..BlockIndex(b),
-                    state,
-                },
+                Ok(state) if a < b => Self::Set { range: BlockIndex(a)..BlockIndex(b), state },
                 _ => return Decoded::Unknown(kind),
             },
-            3 => Self::Size {
-                size: a,
-                lower_limit: b,
-            },
+            3 => Self::Size { size: a, lower_limit: b },
             4 => Self::Attr {
                 mtime: a.cast_signed(),
-                stamp: if detail == 1 {
-                    Stamp::Chosen
-                } else {
-                    Stamp::Written
-                },
+                stamp: if detail == 1 { Stamp::Chosen } else { Stamp::Written },
             },
-            5 => Self::Vouch {
-                upto: a,
-                durable: b,
-            },
+            5 => Self::Vouch { upto: a, durable: b },
             6 => Self::Poisoned { durable: a },
             7 => Self::Close,
             _ => return Decoded::Unknown(kind),
@@ -196,12 +180,7 @@ impl Image {
     /// `lower_limit`.
     #[must_use]
     pub fn new(size: u64, lower_limit: u64) -> Self {
-        Self {
-            blocks: BlockMap::new(),
-            size,
-            lower_limit,
-            mtime: None,
-        }
+        Self { blocks: BlockMap::new(), size, lower_limit, mtime: None }
     }
 
     /// Takes in one record, in order. `block` is the block size in bytes.
@@ -221,29 +200,20 @@ impl Image {
     /// that holds the smaller size keeps its state; its tail was zeroed before the growth.
     pub fn resize(&mut self, size: u64, lower_limit: u64, block: u64) {
         let cut = self.size.min(size).div_ceil(block);
-        self.blocks
-            .set(BlockIndex(cut)..BlockIndex(u64::MAX), State::Lower);
+        self.blocks.set(BlockIndex(cut)..BlockIndex(u64::MAX), State::Lower);
         self.size = size;
         self.lower_limit = lower_limit;
     }
 
     /// The shortest sequence of records that adds up to this image, without `Open` and `Vouch`.
     pub fn records(&self) -> impl Iterator<Item = Record> + '_ {
-        let head = Record::Size {
-            size: self.size,
-            lower_limit: self.lower_limit,
-        };
-        let attr = self
-            .mtime
-            .map(|(mtime, stamp)| Record::Attr { mtime, stamp });
+        let head = Record::Size { size: self.size, lower_limit: self.lower_limit };
+        let attr = self.mtime.map(|(mtime, stamp)| Record::Attr { mtime, stamp });
         let runs = self.blocks.runs(BlockIndex(0)..BlockIndex(u64::MAX));
         let sets = runs.filter(|run| run.state != State::Lower);
         std::iter::once(head)
             .chain(attr)
-            .chain(sets.map(|run| Record::Set {
-                range: run.range,
-                state: run.state,
-            }))
+            .chain(sets.map(|run| Record::Set { range: run.range, state: run.state }))
     }
 }
 
@@ -261,19 +231,12 @@ mod tests {
         prop_oneof![
             any::<[u64; 2]>().prop_map(|tag| Record::Open { tag: Tag(tag) }),
             (0u64..1 << 40, 1u64..1 << 20, any_state()).prop_map(|(start, len, state)| {
-                Record::Set {
-                    range: BlockIndex(start)..BlockIndex(start + len),
-                    state,
-                }
+                Record::Set { range: BlockIndex(start)..BlockIndex(start + len), state }
             }),
             any::<(u64, u64)>().prop_map(|(size, lower_limit)| Record::Size { size, lower_limit }),
             (any::<i64>(), any::<bool>()).prop_map(|(mtime, chosen)| Record::Attr {
                 mtime,
-                stamp: if chosen {
-                    Stamp::Chosen
-                } else {
-                    Stamp::Written
-                },
+                stamp: if chosen { Stamp::Chosen } else { Stamp::Written },
             }),
             any::<(u64, u64)>().prop_map(|(upto, durable)| Record::Vouch { upto, durable }),
             any::<u64>().prop_map(|durable| Record::Poisoned { durable }),

@@ -92,12 +92,7 @@ pub fn examine(files: &Files, tag: Tag) -> Result<Trusted, LogError> {
         files.log.forget_cache();
         scan = log::scan(&*files.log, &files.uuid)?;
     }
-    let damaged = |scan: &Scan, why| {
-        Err(LogError::Damaged {
-            record: scan.good,
-            why,
-        })
-    };
+    let damaged = |scan: &Scan, why| Err(LogError::Damaged { record: scan.good, why });
     match scan.end {
         End::Unknown(kind) => return Err(LogError::Newer(kind)),
         End::Damaged => return damaged(&scan, "its checksum or its place is wrong"),
@@ -112,12 +107,7 @@ pub fn examine(files: &Files, tag: Tag) -> Result<Trusted, LogError> {
     let upto = |sequence: u64| (sequence + 1).saturating_sub(scan.first).min(scan.good);
     let less = |sequence| {
         let count = upto(sequence);
-        (
-            count,
-            Recovered::Vouched {
-                lost: scan.good - count,
-            },
-        )
+        (count, Recovered::Vouched { lost: scan.good - count })
     };
     let (count, recovered) = if let Some(durable) = poisoned {
         if durable > scan.last() {
@@ -131,11 +121,7 @@ pub fn examine(files: &Files, tag: Tag) -> Result<Trusted, LogError> {
     } else {
         less(vouched)
     };
-    Ok(Trusted {
-        scan,
-        count,
-        recovered,
-    })
+    Ok(Trusted { scan, count, recovered })
 }
 
 /// Reads what counts of a log into a map.
@@ -160,14 +146,7 @@ pub fn open(files: &Files, tag: Tag) -> Result<(Image, Log, Recovered), LogError
     let home = Arc::clone(&files.home);
     let (uuid, block) = (files.uuid, u64::from(files.block));
     let log = if trusted.recovered == Recovered::Clean {
-        Log::reopen(
-            home,
-            uuid,
-            block,
-            Arc::clone(&files.log),
-            &trusted.scan,
-            tag,
-        )?
+        Log::reopen(home, uuid, block, Arc::clone(&files.log), &trusted.scan, tag)?
     } else {
         Log::create(home, uuid, block, &image, tag, trusted.scan.highest + 1)?
     };

@@ -179,9 +179,7 @@ impl Stack {
         };
         let mut bytes = Vec::new();
         // A stack is a few hundred bytes; one that never ends is none.
-        file.take(1 << 20)
-            .read_to_end(&mut bytes)
-            .map_err(doing("reading its 'stack'"))?;
+        file.take(1 << 20).read_to_end(&mut bytes).map_err(doing("reading its 'stack'"))?;
         Self::decode(&bytes)
     }
 
@@ -260,30 +258,19 @@ impl Home for LayerDir {
         let file = HostFile::single(create_at(&self.dir, "log.new")?);
         let done = fill(&file)
             .and_then(|()| file.first().sync_all())
-            .and_then(|()| {
-                Ok(rustix::fs::renameat(
-                    &self.dir, "log.new", &self.dir, "log",
-                )?)
-            });
+            .and_then(|()| Ok(rustix::fs::renameat(&self.dir, "log.new", &self.dir, "log")?));
         if let Err(error) = done {
             // Best effort: the next attempt truncates it anyway.
             let _ = rustix::fs::unlinkat(&self.dir, "log.new", AtFlags::empty());
             return Err(error);
         }
-        Ok(Replaced {
-            file: Arc::new(file),
-            placed: self.dir.sync_all(),
-        })
+        Ok(Replaced { file: Arc::new(file), placed: self.dir.sync_all() })
     }
 }
 
 /// The name of segment `index` of a data file.
 fn segment_name(index: usize) -> String {
-    if index == 0 {
-        "data".to_owned()
-    } else {
-        format!("data.{index}")
-    }
+    if index == 0 { "data".to_owned() } else { format!("data.{index}") }
 }
 
 /// The segments after the first that are in `dir`.
@@ -379,10 +366,7 @@ mod tests {
             gid: 2,
             perm: 0o640,
             base: BaseRecord::Blank { size: 1 << 30 },
-            layers: vec![LayerRecord {
-                uuid: Uuid::from_u128(8),
-                block: 4096,
-            }],
+            layers: vec![LayerRecord { uuid: Uuid::from_u128(8), block: 4096 }],
         }
     }
 
@@ -410,10 +394,7 @@ mod tests {
         let body = "version = 2\nshape = \"round\"\n";
         let crc = crc32c::crc32c(body.as_bytes());
         let text = format!("checksum = \"crc32c:{crc:08x}\"\n{body}");
-        assert!(matches!(
-            Stack::decode(text.as_bytes()),
-            Err(StackError::Version(2))
-        ));
+        assert!(matches!(Stack::decode(text.as_bytes()), Err(StackError::Version(2))));
     }
 
     #[test]

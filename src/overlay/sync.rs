@@ -105,8 +105,7 @@ impl Overlay {
                 .map(|run| self.bytes_of(&run.range))
                 .collect()
         };
-        free.into_iter()
-            .try_for_each(|range| self.data.punch(range))
+        free.into_iter().try_for_each(|range| self.data.punch(range))
     }
 
     /// Puts a modification time into the log, for the next mount to find.

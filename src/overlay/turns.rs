@@ -49,10 +49,7 @@ impl Turns {
         let mut state = self.state.lock();
         state.running = false;
         state.ended = state.begun;
-        state.failed = result
-            .as_ref()
-            .err()
-            .map(|error| error.raw_os_error().unwrap_or(libc::EIO));
+        state.failed = result.as_ref().err().map(|error| error.raw_os_error().unwrap_or(libc::EIO));
         self.done.notify_all();
         result
     }

@@ -47,11 +47,7 @@ impl FromStr for Cache {
     type Err = SpecError;
 
     fn from_str(text: &str) -> Result<Self, SpecError> {
-        let names = [
-            ("auto", Self::Auto),
-            ("none", Self::None),
-            ("writeback", Self::Writeback),
-        ];
+        let names = [("auto", Self::Auto), ("none", Self::None), ("writeback", Self::Writeback)];
         choose("cache", text, &names)
     }
 }
@@ -69,9 +65,7 @@ const TOP: &[&str] = &["mountpoint", "store", "cache", "log", "options", "disk"]
 pub fn parse_config(text: &str, dir: &Path) -> Result<Config, SpecError> {
     let table = DeTable::parse(text).map_err(|error| {
         let message = SpecError::Toml(shown(error.message().replace('\n', ", ")));
-        error
-            .span()
-            .map_or(message.clone(), |span| at_line(text, &span, message))
+        error.span().map_or(message.clone(), |span| at_line(text, &span, message))
     })?;
     let mut config = Config::default();
     for (key, value) in table.get_ref() {
@@ -108,18 +102,11 @@ fn set_top(
         "cache" => config.cache = Some(string(key, value)?.to_string_lossy().parse()?),
         "options" => config.options = options(value)?,
         _ if keys::is_key(key) || matches!(key, "name" | "source") => {
-            return Err(SpecError::key(
-                key,
-                "is a disk's key: write it under [[disk]]",
-            ));
+            return Err(SpecError::key(key, "is a disk's key: write it under [[disk]]"));
         }
         _ => {
             let hint = hint(key, TOP);
-            return Err(SpecError::Unknown {
-                what: "key",
-                given: shown(key),
-                hint,
-            });
+            return Err(SpecError::Unknown { what: "key", given: shown(key), hint });
         }
     }
     Ok(())
@@ -131,10 +118,7 @@ fn string(key: &str, value: &DeValue<'_>) -> Result<OsString, SpecError> {
         DeValue::String(text) => Ok(OsString::from(text.as_ref())),
         other => {
             let kind = other.type_str();
-            Err(SpecError::key(
-                key,
-                format!("is a TOML {kind}: write it as a string, in quotes"),
-            ))
+            Err(SpecError::key(key, format!("is a TOML {kind}: write it as a string, in quotes")))
         }
     }
 }
@@ -150,17 +134,11 @@ fn options(value: &DeValue<'_>) -> Result<Vec<String>, SpecError> {
         _ => return Err(options_type()),
     };
     let all = lists.iter().flat_map(|list| list.split(','));
-    Ok(all
-        .filter(|option| !option.is_empty())
-        .map(str::to_owned)
-        .collect())
+    Ok(all.filter(|option| !option.is_empty()).map(str::to_owned).collect())
 }
 
 fn options_type() -> SpecError {
-    SpecError::key(
-        "options",
-        "is a string or an array of them: write [\"ro\", \"nodev\"]",
-    )
+    SpecError::key("options", "is a string or an array of them: write [\"ro\", \"nodev\"]")
 }
 
 /// The `[[disk]]` tables.
@@ -198,9 +176,7 @@ fn disk(table: &DeTable<'_>, dir: &Path) -> Result<DiskSpec, SpecError> {
         return Err(SpecError::Missing("source is missing: write source = \"PATH\"").within(place));
     };
     let place = format!("disk '{}'", shown(name.as_ref().unwrap_or(&source)));
-    Draft { name, source, keys }
-        .build(dir)
-        .map_err(|error| error.within(place))
+    Draft { name, source, keys }.build(dir).map_err(|error| error.within(place))
 }
 
 /// A disk's value, for its key to judge.
@@ -209,9 +185,7 @@ fn untyped(value: &DeValue<'_>) -> Value {
         DeValue::String(text) => Value::Text(text.as_ref().into()),
         DeValue::Boolean(on) => Value::Bool(*on),
         DeValue::Integer(number) => i64::from_str_radix(number.as_str(), number.radix())
-            .map_or(Value::Other("that large a number"), |n| {
-                Value::Integer(n, number.radix())
-            }),
+            .map_or(Value::Other("that large a number"), |n| Value::Integer(n, number.radix())),
         DeValue::Float(_) => Value::Other("a fraction"),
         DeValue::Datetime(_) => Value::Other("a date"),
         DeValue::Array(_) => Value::Other("an array"),
@@ -255,10 +229,7 @@ mod tests {
         assert_eq!(config.log, Some(PathBuf::from("/etc/cowslip/../log")));
         assert_eq!(config.cache, Some(Cache::Writeback));
         assert_eq!(config.options, ["ro", "nodev", "nosuid"]);
-        assert_eq!(
-            read("options = 'ro,io_timeout=5'").options,
-            ["ro", "io_timeout=5"]
-        );
+        assert_eq!(read("options = 'ro,io_timeout=5'").options, ["ro", "io_timeout=5"]);
     }
 
     #[test]
@@ -271,10 +242,7 @@ mod tests {
                     uid=1000,gid=100,perm=0640,lock=off";
         let disk = parse_disk(line, Path::new(DIR), &|_| false).unwrap();
         assert_eq!(disk.resize, Resize::Fixed);
-        assert_eq!(
-            (disk.locking, disk.format),
-            (Locking::Off, Some(Format::Qcow2))
-        );
+        assert_eq!((disk.locking, disk.format), (Locking::Off, Some(Format::Qcow2)));
         assert_eq!(read(table).disks, [disk]);
     }
 
@@ -288,10 +256,7 @@ mod tests {
         assert_eq!(names, ["z.img", "b", "a=b.img"]);
         assert_eq!(config.disks[0].mode, Mode::ReadOnly);
         assert_eq!(config.disks[1].source, Source::Blank(1 << 30));
-        assert_eq!(
-            config.disks[0].source,
-            Source::File("/etc/cowslip/z.qcow2".into())
-        );
+        assert_eq!(config.disks[0].source, Source::File("/etc/cowslip/z.qcow2".into()));
     }
 
     #[test]

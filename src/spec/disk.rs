@@ -29,31 +29,24 @@ pub fn parse_disk(
 ) -> Result<DiskSpec, SpecError> {
     let text = text.as_ref();
     if text.is_empty() {
-        return Err(SpecError::Missing(
-            "a disk is empty: write [NAME=]SOURCE[,KEY=VALUE]...",
-        ));
+        return Err(SpecError::Missing("a disk is empty: write [NAME=]SOURCE[,KEY=VALUE]..."));
     }
     let (name, rest) = split_name(text);
     let pieces = split_commas(rest.as_bytes());
-    Draft::from_pieces(name, &pieces)
-        .and_then(|draft| draft.build(dir))
-        .map_err(|error| {
-            let hint = comma_hint(name, &pieces, dir, exists);
-            hint.unwrap_or_else(|| error.within(format!("disk '{}'", shown(text))))
-        })
+    Draft::from_pieces(name, &pieces).and_then(|draft| draft.build(dir)).map_err(|error| {
+        let hint = comma_hint(name, &pieces, dir, exists);
+        hint.unwrap_or_else(|| error.within(format!("disk '{}'", shown(text))))
+    })
 }
 
 /// Splits `NAME=` off, which is there only if no `/`, `:` or `,` comes before the first `=`.
 fn split_name(text: &OsStr) -> (Option<&OsStr>, &OsStr) {
     let bytes = text.as_bytes();
-    let end = bytes
-        .iter()
-        .position(|byte| matches!(byte, b'=' | b'/' | b':' | b','));
+    let end = bytes.iter().position(|byte| matches!(byte, b'=' | b'/' | b':' | b','));
     match end {
-        Some(at) if bytes[at] == b'=' => (
-            Some(OsStr::from_bytes(&bytes[..at])),
-            OsStr::from_bytes(&bytes[at + 1..]),
-        ),
+        Some(at) if bytes[at] == b'=' => {
+            (Some(OsStr::from_bytes(&bytes[..at])), OsStr::from_bytes(&bytes[at + 1..]))
+        }
         _ => (None, text),
     }
 }
@@ -94,18 +87,14 @@ fn comma_hint(
             continue;
         };
         if exists(&path) {
-            let mut spec = name.map_or_else(OsString::new, |name| {
-                [name, OsStr::new("=")].into_iter().collect()
-            });
+            let mut spec = name
+                .map_or_else(OsString::new, |name| [name, OsStr::new("=")].into_iter().collect());
             spec.push(double_commas(&source));
             for piece in &pieces[count..] {
                 spec.push(",");
                 spec.push(double_commas(piece));
             }
-            return Some(SpecError::Comma {
-                path: shown(path),
-                spec: shown(spec),
-            });
+            return Some(SpecError::Comma { path: shown(path), spec: shown(spec) });
         }
     }
     None
@@ -121,18 +110,10 @@ pub(super) struct Draft {
 impl Draft {
     /// A source, and keys with or without a value.
     fn from_pieces(name: Option<&OsStr>, pieces: &[OsString]) -> Result<Self, SpecError> {
-        let (source, rest) = pieces
-            .split_first()
-            .map_or((OsStr::new(""), pieces), |(first, rest)| (first, rest));
-        let keys = rest
-            .iter()
-            .map(|piece| split_key(piece))
-            .collect::<Result<_, _>>()?;
-        Ok(Self {
-            name: name.map(OsStr::to_owned),
-            source: source.to_owned(),
-            keys,
-        })
+        let (source, rest) =
+            pieces.split_first().map_or((OsStr::new(""), pieces), |(first, rest)| (first, rest));
+        let keys = rest.iter().map(|piece| split_key(piece)).collect::<Result<_, _>>()?;
+        Ok(Self { name: name.map(OsStr::to_owned), source: source.to_owned(), keys })
     }
 
     /// The disk, checked.
@@ -143,10 +124,7 @@ impl Draft {
             (None, Source::File(_)) => default_name(&self.source)?,
             (None, Source::Blank(_)) => {
                 let why = "needs a name: write NAME=blank:SIZE";
-                return Err(SpecError::Source {
-                    given: shown(&self.source),
-                    why,
-                });
+                return Err(SpecError::Source { given: shown(&self.source), why });
             }
         };
         let mut disk = DiskSpec {
@@ -178,32 +156,22 @@ fn split_key(piece: &OsStr) -> Result<(String, Value), SpecError> {
         let why = "no key after a comma: drop the comma, or write ,, for one in a path";
         return Err(SpecError::Missing(why));
     }
-    let value = equals.map_or(Value::Bare, |at| {
-        Value::Text(OsStr::from_bytes(&bytes[at + 1..]).to_owned())
-    });
+    let value = equals
+        .map_or(Value::Bare, |at| Value::Text(OsStr::from_bytes(&bytes[at + 1..]).to_owned()));
     // A key that is not UTF-8 is unknown, however it is spelt.
     Ok((String::from_utf8_lossy(key).into_owned(), value))
 }
 
 /// A path, `blank:SIZE`, or something that is not in this version.
 fn parse_source(text: &OsStr, dir: &Path) -> Result<Source, SpecError> {
-    let refused = |why| {
-        Err(SpecError::Source {
-            given: shown(text),
-            why,
-        })
-    };
+    let refused = |why| Err(SpecError::Source { given: shown(text), why });
     let bytes = text.as_bytes();
     if bytes.is_empty() {
-        return Err(SpecError::Missing(
-            "the source is empty: write a path or blank:SIZE",
-        ));
+        return Err(SpecError::Missing("the source is empty: write a path or blank:SIZE"));
     }
     if let Some(size) = bytes.strip_prefix(b"blank:") {
         let size = String::from_utf8_lossy(size);
-        return parse_size(&size)
-            .map(Source::Blank)
-            .map_err(|error| error.within("blank"));
+        return parse_size(&size).map(Source::Blank).map_err(|error| error.within("blank"));
     }
     if bytes.starts_with(b"stream:") {
         return refused("is a stream, and streams are not in this version of cowslip");
@@ -230,15 +198,9 @@ fn default_name(path: &OsStr) -> Result<OsString, SpecError> {
     let path = Path::new(path);
     let Some(name) = path.file_name() else {
         let why = "has no file name at its end: write NAME=SOURCE";
-        return Err(SpecError::Source {
-            given: shown(path),
-            why,
-        });
+        return Err(SpecError::Source { given: shown(path), why });
     };
-    let suffix = path
-        .extension()
-        .and_then(OsStr::to_str)
-        .map(str::to_ascii_lowercase);
+    let suffix = path.extension().and_then(OsStr::to_str).map(str::to_ascii_lowercase);
     match suffix.and_then(|suffix| suffix.parse().ok()) {
         None | Some(Format::Raw) => Ok(name.to_owned()),
         Some(_) => Ok(PathBuf::from(name).with_extension("img").into_os_string()),
@@ -247,13 +209,8 @@ fn default_name(path: &OsStr) -> Result<OsString, SpecError> {
 
 /// `name`, if a file in the mount can be called that.
 fn check_name(name: &OsStr) -> Result<String, SpecError> {
-    let refused = |why| SpecError::Name {
-        name: shown(name),
-        why,
-    };
-    let text = name
-        .to_str()
-        .ok_or_else(|| refused("it is not UTF-8: write NAME=SOURCE"))?;
+    let refused = |why| SpecError::Name { name: shown(name), why };
+    let text = name.to_str().ok_or_else(|| refused("it is not UTF-8: write NAME=SOURCE"))?;
     let why = match text {
         "" => "it is empty: write NAME=SOURCE, or ./=... for a file that starts with =",
         "." | ".." => "it is a directory's: take another",
@@ -305,17 +262,13 @@ mod tests {
     }
 
     fn why(text: &str) -> String {
-        parse_disk(text, Path::new(DIR), &|_| false)
-            .unwrap_err()
-            .to_string()
+        parse_disk(text, Path::new(DIR), &|_| false).unwrap_err().to_string()
     }
 
     /// The message when the one file `path` exists.
     fn why_with(text: &str, path: &str) -> String {
         let exists = |asked: &Path| asked == Path::new(path);
-        parse_disk(text, Path::new(DIR), &exists)
-            .unwrap_err()
-            .to_string()
+        parse_disk(text, Path::new(DIR), &exists).unwrap_err().to_string()
     }
 
     fn file(path: &str) -> Source {
@@ -325,14 +278,8 @@ mod tests {
     #[test]
     fn a_path_alone_is_a_cow_disk_of_its_own_name() {
         let disk = read("vm.img");
-        assert_eq!(
-            (disk.name.as_str(), disk.source),
-            ("vm.img", file("/home/me/vm.img"))
-        );
-        assert_eq!(
-            (disk.mode, disk.format, disk.overlay),
-            (Mode::Cow, None, None)
-        );
+        assert_eq!((disk.name.as_str(), disk.source), ("vm.img", file("/home/me/vm.img")));
+        assert_eq!((disk.mode, disk.format, disk.overlay), (Mode::Cow, None, None));
         assert_eq!((disk.resize, disk.locking), (Resize::Follow, Locking::Qemu));
         assert_eq!(read("/srv/x/vm.img").source, file("/srv/x/vm.img"));
     }
@@ -360,10 +307,7 @@ mod tests {
     #[test]
     fn a_name_is_there_when_nothing_but_a_word_is_before_the_equals_sign() {
         let disk = read("vm=/srv/a.img");
-        assert_eq!(
-            (disk.name.as_str(), disk.source),
-            ("vm", file("/srv/a.img"))
-        );
+        assert_eq!((disk.name.as_str(), disk.source), ("vm", file("/srv/a.img")));
         assert_eq!(read("x=a=b.img").source, file("/home/me/a=b.img"));
         assert_eq!(read("./a=b.img").source, file("/home/me/a=b.img"));
         assert_eq!(read("./a=b.img").name, "a=b.img");
@@ -377,10 +321,7 @@ mod tests {
     fn a_doubled_comma_is_a_comma() {
         assert_eq!(read("a,,b.img").source, file("/home/me/a,b.img"));
         let disk = read("a,,,mode=ro");
-        assert_eq!(
-            (disk.source, disk.mode),
-            (file("/home/me/a,"), Mode::ReadOnly)
-        );
+        assert_eq!((disk.source, disk.mode), (file("/home/me/a,"), Mode::ReadOnly));
         assert_eq!(read("a,,,,b").source, file("/home/me/a,,b"));
         let disk = read("v=a,overlay=x,,y,block=4K");
         assert_eq!(disk.overlay, Some(PathBuf::from("/home/me/x,y")));
@@ -401,18 +342,9 @@ mod tests {
             why_with("x=a,b,c/d.img,mode=ro", "/home/me/a,b,c/d.img"),
             "'/home/me/a,b,c/d.img' exists: write x=a,,b,,c/d.img,mode=ro"
         );
-        assert_eq!(
-            why_with("a,b=c", "/home/me/a,b=c"),
-            "'/home/me/a,b=c' exists: write a,,b=c"
-        );
-        assert_eq!(
-            why_with("a,", "/home/me/a,"),
-            "'/home/me/a,' exists: write a,,"
-        );
-        assert_eq!(
-            why_with("a,,b,c", "/home/me/a,b,c"),
-            "'/home/me/a,b,c' exists: write a,,b,,c"
-        );
+        assert_eq!(why_with("a,b=c", "/home/me/a,b=c"), "'/home/me/a,b=c' exists: write a,,b=c");
+        assert_eq!(why_with("a,", "/home/me/a,"), "'/home/me/a,' exists: write a,,");
+        assert_eq!(why_with("a,,b,c", "/home/me/a,b,c"), "'/home/me/a,b,c' exists: write a,,b,,c");
         assert!(why_with("a,b.img", "/home/me/a").contains("unknown key 'b.img'"));
     }
 
@@ -425,10 +357,7 @@ mod tests {
     #[test]
     fn a_blank_disk_has_a_name_and_a_size() {
         let disk = read("b=blank:20G,limit=1G");
-        assert_eq!(
-            (disk.name.as_str(), disk.source),
-            ("b", Source::Blank(20 << 30))
-        );
+        assert_eq!((disk.name.as_str(), disk.source), ("b", Source::Blank(20 << 30)));
         assert_eq!(
             why("blank:20G"),
             "disk 'blank:20G': 'blank:20G' needs a name: write NAME=blank:SIZE"
@@ -445,23 +374,11 @@ mod tests {
     #[test]
     fn sources_of_other_versions_are_refused_by_name() {
         for text in ["s=stream:1G,to=fifo:/x", "stream:1G", "s=stream:"] {
-            assert!(
-                why(text).contains("streams are not in this version"),
-                "{text}"
-            );
+            assert!(why(text).contains("streams are not in this version"), "{text}");
         }
-        for url in [
-            "nbd://h/x",
-            "https://h/a?b=c",
-            "http://h",
-            "s3://b/k",
-            "nbd+unix:///x",
-        ] {
+        for url in ["nbd://h/x", "https://h/a?b=c", "http://h", "s3://b/k", "nbd+unix:///x"] {
             assert!(why(url).contains("not in this version"), "{url}");
-            assert!(
-                why(&format!("n={url},mode=ro")).contains("not in this version"),
-                "{url}"
-            );
+            assert!(why(&format!("n={url},mode=ro")).contains("not in this version"), "{url}");
         }
         assert!(why("ftp://h/x").contains("is not a source"));
         assert_eq!(read("./s3://b").source, file("/home/me/s3:/b"));
@@ -469,16 +386,8 @@ mod tests {
 
     #[test]
     fn names_that_no_file_can_have_are_refused() {
-        for text in [
-            "=a",
-            ".=a",
-            "..=a",
-            ".cowslip=a",
-            "a\nb=a",
-            "a\u{7f}=a",
-            "a\u{85}=a",
-            "a\0=a",
-        ] {
+        for text in ["=a", ".=a", "..=a", ".cowslip=a", "a\nb=a", "a\u{7f}=a", "a\u{85}=a", "a\0=a"]
+        {
             let message = why(text);
             assert!(message.contains("cannot be a disk's name"), "{message}");
             assert!(!message.contains('\n'), "{message}");
@@ -494,37 +403,21 @@ mod tests {
         }
         assert!(check_name(OsStr::new("a/b")).is_err());
         assert!(check_name(OsStr::from_bytes(b"a\xff")).is_err());
-        assert_eq!(
-            check_name(OsStr::new("a, b:ü=.img")),
-            Ok("a, b:ü=.img".to_owned())
-        );
+        assert_eq!(check_name(OsStr::new("a, b:ü=.img")), Ok("a, b:ü=.img".to_owned()));
     }
 
     #[test]
     fn a_path_that_is_not_utf8_works_under_another_name() {
         let read = |text| parse_disk(OsStr::from_bytes(text), Path::new("/"), &|_| false);
-        assert!(
-            read(b"a\xff")
-                .unwrap_err()
-                .to_string()
-                .contains("write NAME=SOURCE")
-        );
+        assert!(read(b"a\xff").unwrap_err().to_string().contains("write NAME=SOURCE"));
         let source = Source::File(PathBuf::from(OsStr::from_bytes(b"/a\xff")));
         assert_eq!(read(b"n=a\xff").unwrap().source, source);
     }
 
     #[test]
     fn empty_parts_are_refused() {
-        assert_eq!(
-            why(""),
-            "a disk is empty: write [NAME=]SOURCE[,KEY=VALUE]..."
-        );
-        for text in [
-            "vm.img,",
-            "vm.img,=1",
-            "vm.img,mode=ro,",
-            "vm.img,mode=ro,,,uid=1,",
-        ] {
+        assert_eq!(why(""), "a disk is empty: write [NAME=]SOURCE[,KEY=VALUE]...");
+        for text in ["vm.img,", "vm.img,=1", "vm.img,mode=ro,", "vm.img,mode=ro,,,uid=1,"] {
             let message = why(text);
             assert!(message.contains("no key after a comma"), "{message}");
         }

@@ -113,24 +113,15 @@ pub enum SpecError {
 impl SpecError {
     /// The same error, with the place it happened in before it.
     pub(super) fn within(self, place: impl Into<String>) -> Self {
-        Self::In {
-            place: place.into(),
-            why: Box::new(self),
-        }
+        Self::In { place: place.into(), why: Box::new(self) }
     }
 
     pub(super) fn value(given: impl AsRef<OsStr>, wanted: impl Into<String>) -> Self {
-        Self::Value {
-            given: shown(given),
-            wanted: wanted.into(),
-        }
+        Self::Value { given: shown(given), wanted: wanted.into() }
     }
 
     pub(super) fn key(key: impl AsRef<OsStr>, why: impl Into<String>) -> Self {
-        Self::Key {
-            key: shown(key),
-            why: why.into(),
-        }
+        Self::Key { key: shown(key), why: why.into() }
     }
 }
 
@@ -186,18 +177,12 @@ pub(super) fn choose<T: Copy>(
         return Ok(*value);
     }
     let names: Vec<&str> = names.iter().map(|(name, _)| *name).collect();
-    Err(SpecError::Unknown {
-        what,
-        given: shown(given),
-        hint: hint(given, &names),
-    })
+    Err(SpecError::Unknown { what, given: shown(given), hint: hint(given, &names) })
 }
 
 /// A plain decimal number: digits and nothing else, where the standard library takes a `+`.
 pub(super) fn decimal(text: &str) -> Option<u64> {
-    text.bytes()
-        .all(|byte| byte.is_ascii_digit())
-        .then(|| text.parse().ok())?
+    text.bytes().all(|byte| byte.is_ascii_digit()).then(|| text.parse().ok())?
 }
 
 #[cfg(test)]

@@ -60,47 +60,17 @@ pub(super) struct Key {
 
 /// Every key there is.
 static KEYS: &[Key] = &[
-    row(
-        "overlay",
-        For::Cow,
-        "DIR",
-        Set::Path(|disk, path| disk.overlay = Some(path)),
-    ),
+    row("overlay", For::Cow, "DIR", Set::Path(|disk, path| disk.overlay = Some(path))),
     // A blank disk takes `mode=cow` too; `check_mode` refuses it the others.
     row("mode", For::All, "cow|ro|rw", Set::Word(set_mode)),
     row("format", For::Files, "raw|qcow2|...", Set::Word(set_format)),
     row("block", For::Cow, "4K", Set::Size(set_block)),
-    row(
-        "limit",
-        For::Cow,
-        "SIZE",
-        Set::Size(|disk, size| some(&mut disk.limit, size)),
-    ),
-    row(
-        "size",
-        For::Cow,
-        "SIZE",
-        Set::Size(|disk, size| some(&mut disk.size, size)),
-    ),
+    row("limit", For::Cow, "SIZE", Set::Size(|disk, size| some(&mut disk.limit, size))),
+    row("size", For::Cow, "SIZE", Set::Size(|disk, size| some(&mut disk.size, size))),
     row("resize", For::Cow, "on|off", Set::Switch(set_resize)),
-    row(
-        "uid",
-        For::All,
-        "1000",
-        Set::Id(|disk, id| disk.uid = Some(id)),
-    ),
-    row(
-        "gid",
-        For::All,
-        "1000",
-        Set::Id(|disk, id| disk.gid = Some(id)),
-    ),
-    row(
-        "perm",
-        For::All,
-        "0644",
-        Set::Perm(|disk, perm| disk.perm = Some(perm)),
-    ),
+    row("uid", For::All, "1000", Set::Id(|disk, id| disk.uid = Some(id))),
+    row("gid", For::All, "1000", Set::Id(|disk, id| disk.gid = Some(id))),
+    row("perm", For::All, "0644", Set::Perm(|disk, perm| disk.perm = Some(perm))),
     row("lock", For::Files, "on|off", Set::Switch(set_lock)),
     stream("to"),
     stream("from"),
@@ -113,21 +83,11 @@ static KEYS: &[Key] = &[
 ];
 
 const fn row(name: &'static str, applies: For, sample: &'static str, set: Set) -> Key {
-    Key {
-        name,
-        applies,
-        set,
-        sample,
-    }
+    Key { name, applies, set, sample }
 }
 
 const fn stream(name: &'static str) -> Key {
-    Key {
-        name,
-        applies: For::All,
-        set: Set::Stream,
-        sample: "",
-    }
+    Key { name, applies: For::All, set: Set::Stream, sample: "" }
 }
 
 fn some(field: &mut Option<u64>, size: u64) -> Result<(), SpecError> {
@@ -147,9 +107,7 @@ fn set_format(disk: &mut DiskSpec, text: &str) -> Result<(), SpecError> {
 
 fn set_block(disk: &mut DiskSpec, size: u64) -> Result<(), SpecError> {
     // 512 is the smallest sector, 2 MiB the largest page and qcow2's largest cluster.
-    let block = u32::try_from(size)
-        .ok()
-        .filter(|block| block.is_power_of_two());
+    let block = u32::try_from(size).ok().filter(|block| block.is_power_of_two());
     let block = block.filter(|block| (512..=2 << 20).contains(block));
     if block.is_none() {
         let wanted = "a block size: take a power of two from 512 to 2M, as in 4K or 64K";
@@ -194,11 +152,7 @@ fn find(name: &str) -> Result<&'static Key, SpecError> {
         let usable = KEYS.iter().filter(|key| !key.is_stream());
         hint(name, &usable.map(|key| key.name).collect::<Vec<_>>())
     };
-    Err(SpecError::Unknown {
-        what: "key",
-        given: shown(name),
-        hint,
-    })
+    Err(SpecError::Unknown { what: "key", given: shown(name), hint })
 }
 
 /// Puts every key of a disk into `disk`, whose source is known already, and checks that they go
@@ -248,8 +202,7 @@ impl Key {
             return Err(SpecError::key(self.name, why));
         }
         let text = self.text(value)?;
-        self.set_text(disk, &text, dir)
-            .map_err(|error| error.within(self.name))
+        self.set_text(disk, &text, dir).map_err(|error| error.within(self.name))
     }
 
     /// The value as the text it would be on the command line.
@@ -273,17 +226,11 @@ impl Key {
 
     fn wrong_type(&self, kind: &str) -> SpecError {
         let (name, sample) = (self.name, self.sample);
-        SpecError::key(
-            name,
-            format!("cannot be {kind}: write {name} = \"{sample}\""),
-        )
+        SpecError::key(name, format!("cannot be {kind}: write {name} = \"{sample}\""))
     }
 
     fn set_text(&self, disk: &mut DiskSpec, text: &OsStr, dir: &Path) -> Result<(), SpecError> {
-        let word = || {
-            text.to_str()
-                .ok_or_else(|| SpecError::value(text, self.sample))
-        };
+        let word = || text.to_str().ok_or_else(|| SpecError::value(text, self.sample));
         match &self.set {
             Set::Switch(set) => {
                 let names = [("on", Switch::On), ("off", Switch::Off)];
@@ -319,23 +266,16 @@ impl Key {
 
 /// A user's or group's number. The largest is not one: to chown(2) it means "leave it".
 fn parse_id(text: &str) -> Result<u32, SpecError> {
-    let id = decimal(text)
-        .and_then(|id| u32::try_from(id).ok())
-        .filter(|id| *id != u32::MAX);
+    let id = decimal(text).and_then(|id| u32::try_from(id).ok()).filter(|id| *id != u32::MAX);
     id.ok_or_else(|| {
-        SpecError::value(
-            text,
-            "a user's or group's number: take one from 0 to 4294967294",
-        )
+        SpecError::value(text, "a user's or group's number: take one from 0 to 4294967294")
     })
 }
 
 /// Permission bits, in octal with or without a zero before them.
 fn parse_perm(text: &str) -> Result<u16, SpecError> {
     let is_octal = text.bytes().all(|byte| matches!(byte, b'0'..=b'7'));
-    let perm = u16::from_str_radix(text, 8)
-        .ok()
-        .filter(|perm| is_octal && *perm <= 0o777);
+    let perm = u16::from_str_radix(text, 8).ok().filter(|perm| is_octal && *perm <= 0o777);
     perm.ok_or_else(|| SpecError::value(text, "a mode: write it in octal, 0 to 0777, as in 0644"))
 }
 
@@ -346,10 +286,7 @@ pub(super) fn absolute(text: &OsStr, dir: &Path) -> Result<PathBuf, SpecError> {
         return Err(SpecError::Missing("a path is missing"));
     }
     if text.as_bytes().contains(&0) {
-        return Err(SpecError::value(
-            text,
-            "a path: no file has a NUL byte in its name",
-        ));
+        return Err(SpecError::value(text, "a path: no file has a NUL byte in its name"));
     }
     Ok(dir.join(text).components().collect())
 }
@@ -366,9 +303,7 @@ mod tests {
     }
 
     fn why(text: &str) -> String {
-        parse_disk(text, Path::new("/home"), &|_| false)
-            .unwrap_err()
-            .to_string()
+        parse_disk(text, Path::new("/home"), &|_| false).unwrap_err().to_string()
     }
 
     #[test]
@@ -388,10 +323,7 @@ mod tests {
             (disk.block, disk.limit, disk.size),
             (Some(65_536), Some(1 << 30), Some(20 << 30))
         );
-        assert_eq!(
-            (disk.uid, disk.gid, disk.perm),
-            (Some(1), Some(2), Some(0o640))
-        );
+        assert_eq!((disk.uid, disk.gid, disk.perm), (Some(1), Some(2), Some(0o640)));
         assert_eq!((disk.resize, disk.locking), (Resize::Fixed, Locking::Off));
         assert_eq!((disk.format, disk.mode), (Some(Format::Qcow2), Mode::Cow));
     }
@@ -409,13 +341,8 @@ mod tests {
             why("v.img,overlay"),
             "disk 'v.img,overlay': 'overlay' needs a value: write overlay=DIR"
         );
-        for key in [
-            "overlay=", "mode", "format", "block", "limit=", "size", "uid", "perm=",
-        ] {
-            assert!(
-                why(&format!("v.img,{key}")).contains("needs a value"),
-                "{key}"
-            );
+        for key in ["overlay=", "mode", "format", "block", "limit=", "size", "uid", "perm="] {
+            assert!(why(&format!("v.img,{key}")).contains("needs a value"), "{key}");
         }
     }
 
@@ -428,10 +355,7 @@ mod tests {
             ("ro", "unknown key 'ro'; did you mean 'mode=ro'?"),
             ("qcow2", "did you mean 'format=qcow2'?"),
             ("name=x", "the name stands first, NAME=SOURCE"),
-            (
-                "colour=red",
-                "known are overlay, mode, format, block, limit",
-            ),
+            ("colour=red", "known are overlay, mode, format, block, limit"),
         ] {
             assert!(
                 why(&format!("v.img,{key}")).contains(hint),
@@ -450,33 +374,21 @@ mod tests {
     #[test]
     fn keys_of_overlays_are_refused_without_one() {
         for mode in ["ro", "rw"] {
-            for key in [
-                "overlay=d",
-                "block=4K",
-                "limit=1G",
-                "size=1G",
-                "resize=on",
-                "resize=off",
-            ] {
+            for key in ["overlay=d", "block=4K", "limit=1G", "size=1G", "resize=on", "resize=off"] {
                 let message = why(&format!("v.img,{key},mode={mode}"));
                 let name = key.split('=').next().unwrap();
                 let line = format!("'{name}' is for mode=cow, and this disk is mode={mode}");
                 assert!(message.contains(&line), "{message}");
                 assert!(why(&format!("v.img,mode={mode},{key}")).contains(&line));
             }
-            read(&format!(
-                "v.img,mode={mode},format=raw,lock=off,uid=0,gid=0,perm=0"
-            ));
+            read(&format!("v.img,mode={mode},format=raw,lock=off,uid=0,gid=0,perm=0"));
         }
     }
 
     #[test]
     fn keys_of_files_are_refused_on_a_blank_disk() {
         for key in ["format=raw", "lock=off", "lock", "mode=ro", "mode=rw"] {
-            assert!(
-                why(&format!("b=blank:1G,{key}")).contains("this disk is blank"),
-                "{key}"
-            );
+            assert!(why(&format!("b=blank:1G,{key}")).contains("this disk is blank"), "{key}");
         }
         read("b=blank:1G,mode=cow,overlay=d,block=4K,limit=1M,size=2G,resize=off,uid=1,perm=600");
     }
@@ -484,10 +396,7 @@ mod tests {
     #[test]
     fn keys_of_streams_are_known_and_refused() {
         for key in KEYS.iter().filter(|key| key.is_stream()) {
-            for text in [
-                format!("v.img,{}=1", key.name),
-                format!("v.img,{}", key.name),
-            ] {
+            for text in [format!("v.img,{}=1", key.name), format!("v.img,{}", key.name)] {
                 assert!(why(&text).contains("is only for streams"), "{text}");
             }
         }
@@ -497,21 +406,8 @@ mod tests {
     fn a_block_is_a_power_of_two_from_512_to_2m() {
         assert_eq!(read("v.img,block=512").block, Some(512));
         assert_eq!(read("v.img,block=2M").block, Some(2 << 20));
-        for block in [
-            "0",
-            "1",
-            "256",
-            "513",
-            "5000",
-            "4M",
-            "3K",
-            "4294967808",
-            "4G",
-        ] {
-            assert!(
-                why(&format!("v.img,block={block}")).contains("power of two"),
-                "{block}"
-            );
+        for block in ["0", "1", "256", "513", "5000", "4M", "3K", "4294967808", "4G"] {
+            assert!(why(&format!("v.img,block={block}")).contains("power of two"), "{block}");
         }
     }
 
@@ -521,10 +417,7 @@ mod tests {
             assert_eq!(read(&format!("v.img,perm={text}")).perm, Some(perm));
         }
         for text in ["1777", "8", "0o644", "+644", "-1", "rw", "10000000000000"] {
-            assert!(
-                why(&format!("v.img,perm={text}")).contains("octal"),
-                "{text}"
-            );
+            assert!(why(&format!("v.img,perm={text}")).contains("octal"), "{text}");
         }
     }
 
@@ -532,14 +425,8 @@ mod tests {
     fn owners_are_numbers() {
         assert_eq!(read("v.img,uid=4294967294").uid, Some(u32::MAX - 1));
         for text in ["root", "-1", "4294967295", "4294967296", "+1", "1K"] {
-            assert!(
-                why(&format!("v.img,uid={text}")).contains("number"),
-                "{text}"
-            );
-            assert!(
-                why(&format!("v.img,gid={text}")).contains("gid: "),
-                "{text}"
-            );
+            assert!(why(&format!("v.img,uid={text}")).contains("number"), "{text}");
+            assert!(why(&format!("v.img,gid={text}")).contains("gid: "), "{text}");
         }
     }
 
@@ -548,12 +435,7 @@ mod tests {
         let text = OsStr::from_bytes(b"v.img,overlay=d\xff");
         let disk = parse_disk(text, Path::new("/home"), &|_| false).unwrap();
         assert_eq!(disk.overlay.unwrap().as_os_str().as_bytes(), b"/home/d\xff");
-        for text in [
-            &b"v.img,mode=r\xff"[..],
-            b"v.img,size=\xff",
-            b"v.img,\xff=1",
-            b"\xff=v.img",
-        ] {
+        for text in [&b"v.img,mode=r\xff"[..], b"v.img,size=\xff", b"v.img,\xff=1", b"\xff=v.img"] {
             assert!(parse_disk(OsStr::from_bytes(text), Path::new("/"), &|_| false).is_err());
         }
     }

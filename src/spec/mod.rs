@@ -91,11 +91,8 @@ pub enum Mode {
 
 impl Mode {
     /// Every mode and how it is written.
-    const NAMES: &'static [(&'static str, Self)] = &[
-        ("cow", Self::Cow),
-        ("ro", Self::ReadOnly),
-        ("rw", Self::ReadWrite),
-    ];
+    const NAMES: &'static [(&'static str, Self)] =
+        &[("cow", Self::Cow), ("ro", Self::ReadOnly), ("rw", Self::ReadWrite)];
 }
 
 impl fmt::Display for Mode {

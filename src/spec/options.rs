@@ -49,20 +49,14 @@ enum Effect {
     /// It is one word.
     Flag(fn(&mut MountOptions)),
     /// It has a value; the text says what it looks like.
-    Value(
-        &'static str,
-        fn(&mut MountOptions, &str) -> Result<(), SpecError>,
-    ),
+    Value(&'static str, fn(&mut MountOptions, &str) -> Result<(), SpecError>),
     /// It speaks to mount(8), systemd or fstab's other readers, or is always on.
     Ignored,
 }
 
 /// Every option but `x-*`.
 static OPTIONS: &[(&str, Effect)] = &[
-    (
-        "allow_other",
-        Effect::Flag(|options| options.allow_other = true),
-    ),
+    ("allow_other", Effect::Flag(|options| options.allow_other = true)),
     ("nonempty", Effect::Flag(|options| options.nonempty = true)),
     ("ro", Effect::Flag(|options| options.read_only = true)),
     ("rw", Effect::Flag(|options| options.read_only = false)),
@@ -137,16 +131,10 @@ fn apply(options: &mut MountOptions, option: &str) -> Result<(), SpecError> {
         (Effect::Flag(set), None) => set(options),
         (Effect::Value(_, set), Some(value)) if !value.is_empty() => set(options, value)?,
         (Effect::Value(sample, _), _) => {
-            return Err(SpecError::key(
-                name,
-                format!("needs a value: write {name}={sample}"),
-            ));
+            return Err(SpecError::key(name, format!("needs a value: write {name}={sample}")));
         }
         (Effect::Flag(_) | Effect::Ignored, Some(_)) => {
-            return Err(SpecError::key(
-                option,
-                format!("takes no value: write {name}"),
-            ));
+            return Err(SpecError::key(option, format!("takes no value: write {name}")));
         }
     }
     Ok(())
@@ -211,10 +199,7 @@ mod tests {
         let list = "allow_other,nonempty,ro,dev,suid,noexec,noatime,io_timeout=3600";
         let items = [list, "fsname=/srv/a=b.toml"];
         assert_eq!(parse_mount_options(items).unwrap(), expected);
-        assert_eq!(
-            parse_mount_options(items.map(String::from)).unwrap(),
-            expected
-        );
+        assert_eq!(parse_mount_options(items.map(String::from)).unwrap(), expected);
     }
 
     #[test]
@@ -269,12 +254,7 @@ mod tests {
         for list in ["io_timeout", "io_timeout=", "fsname="] {
             assert!(why(list).contains("needs a value"), "{list}");
         }
-        for list in [
-            "io_timeout=0",
-            "io_timeout=3601",
-            "io_timeout=+5",
-            "io_timeout=1.5",
-        ] {
+        for list in ["io_timeout=0", "io_timeout=3601", "io_timeout=+5", "io_timeout=1.5"] {
             assert!(why(list).contains("from 1 to 3600"), "{list}");
         }
         assert!(!why("fsname=a\nb").contains('\n'));

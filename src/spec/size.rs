@@ -21,10 +21,7 @@ const FORM: &str = "write digits and a unit, as in 512, 64K, 10M or 10MiB";
 /// [`SpecError::Size`] when it is something else, a decimal unit (`10MB`), negative, a fraction,
 /// or more than [`MAX_SIZE`].
 pub fn parse_size(text: &str) -> Result<u64, SpecError> {
-    size(text).map_err(|why| SpecError::Size {
-        given: shown(text),
-        why,
-    })
+    size(text).map_err(|why| SpecError::Size { given: shown(text), why })
 }
 
 /// [`parse_size`], with only the reason when it fails.
@@ -43,10 +40,7 @@ fn size(text: &str) -> Result<u64, String> {
     }
     let shift = shift(unit).ok_or_else(|| unit_remedy(number, unit))?;
     // All digits, so the only way for `parse` to fail is a number that does not fit.
-    let bytes = number
-        .parse::<u64>()
-        .ok()
-        .and_then(|n| n.checked_mul(1 << shift));
+    let bytes = number.parse::<u64>().ok().and_then(|n| n.checked_mul(1 << shift));
     bytes
         .filter(|bytes| *bytes <= MAX_SIZE)
         .ok_or_else(|| format!("it is too large, the most is {MAX_SIZE} bytes (8E less one)"))
@@ -60,10 +54,7 @@ fn shift(unit: &str) -> Option<u32> {
     };
     let rest = chars.as_str();
     let is_binary = rest.is_empty() || rest.eq_ignore_ascii_case("iB");
-    let place = UNITS
-        .chars()
-        .zip(1..)
-        .find(|(known, _)| known.eq_ignore_ascii_case(&letter));
+    let place = UNITS.chars().zip(1..).find(|(known, _)| known.eq_ignore_ascii_case(&letter));
     place.filter(|_| is_binary).map(|(_, power)| 10 * power)
 }
 
@@ -86,29 +77,16 @@ fn unit_remedy(number: &str, unit: &str) -> String {
 /// [`SpecError::Range`] when it holds nothing, runs backwards or is no range; the error of
 /// [`parse_size`] inside it.
 pub fn parse_range(text: &str) -> Result<Range<u64>, SpecError> {
-    let refused = |why: &str| SpecError::Range {
-        given: shown(text),
-        why: why.to_owned(),
-    };
+    let refused = |why: &str| SpecError::Range { given: shown(text), why: why.to_owned() };
     let inside = |error: SpecError| error.within(format!("range '{}'", shown(text)));
     let Some((start, end)) = text.split_once("..") else {
         return Err(refused("write START..END, as in 1G..2G, ..2G or 1G.."));
     };
     if start.is_empty() && end.is_empty() {
-        return Err(refused(
-            "write one end at least, or no range at all for the whole disk",
-        ));
+        return Err(refused("write one end at least, or no range at all for the whole disk"));
     }
-    let start = if start.is_empty() {
-        0
-    } else {
-        parse_size(start).map_err(inside)?
-    };
-    let end = if end.is_empty() {
-        MAX_SIZE
-    } else {
-        parse_size(end).map_err(inside)?
-    };
+    let start = if start.is_empty() { 0 } else { parse_size(start).map_err(inside)? };
+    let end = if end.is_empty() { MAX_SIZE } else { parse_size(end).map_err(inside)? };
     match start.cmp(&end) {
         std::cmp::Ordering::Less => Ok(start..end),
         std::cmp::Ordering::Equal => Err(refused("it is empty, the end comes after the last byte")),
@@ -183,10 +161,7 @@ mod tests {
             why("10MB"),
             "'10MB' is not a size: units are powers of 1024, write 10M or 10MiB"
         );
-        assert_eq!(
-            why("3kb"),
-            "'3kb' is not a size: units are powers of 1024, write 3K or 3KiB"
-        );
+        assert_eq!(why("3kb"), "'3kb' is not a size: units are powers of 1024, write 3K or 3KiB");
         assert_eq!(why("512B"), "'512B' is not a size: write 512 for bytes");
     }
 
@@ -201,13 +176,7 @@ mod tests {
 
     #[test]
     fn sizes_past_the_largest_file_offset_are_refused() {
-        for text in [
-            "8E",
-            "16E",
-            "9223372036854775808",
-            "18446744073709551616",
-            "9999999T",
-        ] {
+        for text in ["8E", "16E", "9223372036854775808", "18446744073709551616", "9999999T"] {
             assert!(why(text).contains("too large"), "{text}");
         }
         assert!(why(&"9".repeat(4000)).contains("too large"));
@@ -215,14 +184,8 @@ mod tests {
 
     #[test]
     fn what_is_no_size_is_refused_with_examples() {
-        for text in [
-            "", " ", "K", "+1", "10 M", " 10", "10Q", "10MiBs", "0x10", "1e3", "10Mi",
-        ] {
-            assert!(
-                why(text).contains("as in 512, 64K"),
-                "{text:?}: {}",
-                why(text)
-            );
+        for text in ["", " ", "K", "+1", "10 M", " 10", "10Q", "10MiBs", "0x10", "1e3", "10Mi"] {
+            assert!(why(text).contains("as in 512, 64K"), "{text:?}: {}", why(text));
         }
         for text in ["10ı", "1ſ", "10İB", "1😀", "😀", "１K"] {
             assert!(parse_size(text).is_err(), "{text:?}");
@@ -239,17 +202,10 @@ mod tests {
 
     #[test]
     fn a_range_that_holds_nothing_is_refused() {
-        for text in [
-            "", "..", "1G..1G", "..0", "2G..1G", "1G", "1G-2G", "1G...2G", "1G..=2G",
-        ] {
+        for text in ["", "..", "1G..1G", "..0", "2G..1G", "1G", "1G-2G", "1G...2G", "1G..=2G"] {
             assert!(parse_range(text).is_err(), "{text:?}");
         }
-        assert!(
-            parse_range("2G..1G")
-                .unwrap_err()
-                .to_string()
-                .contains("ends before it starts")
-        );
+        assert!(parse_range("2G..1G").unwrap_err().to_string().contains("ends before it starts"));
         assert_eq!(
             parse_range("1GB..2G").unwrap_err().to_string(),
             "range '1GB..2G': '1GB' is not a size: units are powers of 1024, write 1G or 1GiB"

@@ -1,11 +1,7 @@
 //! Overlays over bases in memory, as a [`Target`]: the library without files and without FUSE.
 
 // Sizes are those of small disks in memory, and a test that cannot go on ends.
-#![allow(
-    clippy::cast_possible_truncation,
-    clippy::unwrap_used,
-    clippy::expect_used
-)]
+#![allow(clippy::cast_possible_truncation, clippy::unwrap_used, clippy::expect_used)]
 
 use std::io;
 use std::ops::Range;
@@ -45,10 +41,7 @@ impl TestBase {
             true => (at / SECTOR % 127) as u8 * 2 + 1,
             false => 0,
         };
-        Self {
-            bytes: (0..size).map(byte).collect(),
-            is_data,
-        }
+        Self { bytes: (0..size).map(byte).collect(), is_data }
     }
 
     /// A base that is all data.
@@ -76,18 +69,10 @@ impl Layer for TestBase {
             return Ok(Extent::new(range, Kind::Hole));
         }
         let first = (range.start / SECTOR) as usize;
-        let same = self.is_data[first..]
-            .iter()
-            .take_while(|is| **is == self.is_data[first])
-            .count();
-        let end = ((first + same) as u64 * SECTOR)
-            .min(self.size())
-            .min(range.end);
-        let kind = if self.is_data[first] {
-            Kind::Data
-        } else {
-            Kind::Hole
-        };
+        let same =
+            self.is_data[first..].iter().take_while(|is| **is == self.is_data[first]).count();
+        let end = ((first + same) as u64 * SECTOR).min(self.size()).min(range.end);
+        let kind = if self.is_data[first] { Kind::Data } else { Kind::Hole };
         Ok(Extent::new(range.start..end, kind))
     }
 
@@ -143,10 +128,7 @@ pub fn read_through(
     while done < buf.len() {
         let at = offset + done as u64;
         let extent = layer.read_at(&mut buf[done..], at, wait)?;
-        assert!(
-            extent.range.start == at && !extent.is_empty(),
-            "{extent:?} at {at}"
-        );
+        assert!(extent.range.start == at && !extent.is_empty(), "{extent:?} at {at}");
         let len = extent.len() as usize;
         let piece = &mut buf[done..done + len];
         match extent.kind {
@@ -189,12 +171,7 @@ pub struct Shape {
 impl Shape {
     fn new(block: u64, size: u64, lower_limit: u64) -> Self {
         let states = vec![State::Lower; size.div_ceil(block) as usize];
-        Self {
-            block,
-            size,
-            lower_limit,
-            states,
-        }
+        Self { block, size, lower_limit, states }
     }
 
     /// The rules start again from what an overlay has.
@@ -210,8 +187,7 @@ impl Shape {
     fn resize(&mut self, size: u64) {
         let kept = self.size.min(size).div_ceil(self.block) as usize;
         self.states.truncate(kept);
-        self.states
-            .resize(size.div_ceil(self.block) as usize, State::Lower);
+        self.states.resize(size.div_ceil(self.block) as usize, State::Lower);
         self.lower_limit = self.lower_limit.min(size);
         self.size = size;
     }
@@ -305,14 +281,7 @@ impl SimDisk {
         let data = Arc::clone(&layer.data) as Arc<dyn Storage>;
         let overlay = Overlay::new(layer.block, data, image, log, Tag([1; 2]), limit);
         let shape = Shape::of(&overlay);
-        Self {
-            layer,
-            base: Arc::clone(base),
-            overlay: Some(overlay),
-            life: 1,
-            limit,
-            shape,
-        }
+        Self { layer, base: Arc::clone(base), overlay: Some(overlay), life: 1, limit, shape }
     }
 
     #[must_use]
@@ -346,17 +315,7 @@ impl SimDisk {
         let (overlay, recovered) = Overlay::open(&layer.files(), Tag([life; 2]), limit)?;
         let shape = Shape::of(&overlay);
         let base = Arc::clone(base);
-        Ok((
-            Self {
-                layer,
-                base,
-                overlay: Some(overlay),
-                life,
-                limit,
-                shape,
-            },
-            recovered,
-        ))
+        Ok((Self { layer, base, overlay: Some(overlay), life, limit, shape }, recovered))
     }
 
     /// What would be found if the daemon were killed now.
@@ -372,12 +331,7 @@ impl SimDisk {
     /// # Errors
     /// As the overlay's.
     pub fn after_power_cut(&self, seed: u64) -> Result<(Self, Recovered), LogError> {
-        Self::open(
-            self.layer.power_cut(seed),
-            &self.base,
-            self.life + 1,
-            self.limit,
-        )
+        Self::open(self.layer.power_cut(seed), &self.base, self.life + 1, self.limit)
     }
 
     /// The overlay's own extents must be what the rules say, to the block.
@@ -388,10 +342,7 @@ impl SimDisk {
         let mut at = 0;
         while at < size {
             let extent = overlay.extent_at(at..size, Wait::No).unwrap();
-            assert!(
-                extent.range.start == at && !extent.is_empty(),
-                "{extent:?} at {at}"
-            );
+            assert!(extent.range.start == at && !extent.is_empty(), "{extent:?} at {at}");
             at = extent.range.end;
             match found.last_mut() {
                 Some(last) if last.kind == extent.kind => last.range.end = extent.range.end,
@@ -399,12 +350,7 @@ impl SimDisk {
             }
         }
         assert_eq!(found, self.shape.extents());
-        let data = self
-            .shape
-            .states
-            .iter()
-            .filter(|state| **state == State::Data)
-            .count() as u64;
+        let data = self.shape.states.iter().filter(|state| **state == State::Data).count() as u64;
         assert_eq!(overlay.usage().data, data * overlay.block());
     }
 
@@ -414,10 +360,7 @@ impl SimDisk {
         for (at, state) in self.shape.states.iter().enumerate() {
             let range = at as u64 * block..(at as u64 + 1) * block;
             let holds = self.layer.data.is_allocated(&range);
-            assert!(
-                *state == State::Data || !holds,
-                "block {at} is {state:?} and takes space"
-            );
+            assert!(*state == State::Data || !holds, "block {at} is {state:?} and takes space");
         }
     }
 
@@ -428,10 +371,7 @@ impl SimDisk {
         for (at, state) in found.shape.states.iter().enumerate() {
             let range = at as u64 * block..(at as u64 + 1) * block;
             let holds = self.layer.data.is_allocated(&range);
-            assert!(
-                *state != State::Data || holds,
-                "block {at} is punched, and durable Data"
-            );
+            assert!(*state != State::Data || holds, "block {at} is punched, and durable Data");
         }
     }
 
@@ -466,10 +406,7 @@ impl SimDisk {
         drop(overlay);
         let (disk, recovered) =
             Self::open(layer, &self.base, life, self.limit).map_err(io::Error::other)?;
-        assert!(
-            expected.is_none_or(|expected| expected == recovered),
-            "{end:?}: {recovered:?}"
-        );
+        assert!(expected.is_none_or(|expected| expected == recovered), "{end:?}: {recovered:?}");
         let shape = self.shape.clone();
         *self = disk;
         if !matches!(end, End::PowerCut(_)) {
@@ -528,9 +465,7 @@ impl Target for SimDisks {
         let mut all: Vec<Extent> = Vec::new();
         let mut at = 0;
         while at < disk.overlay().size() {
-            let mut extent = disk
-                .overlay()
-                .extent_at(at..disk.overlay().size(), Wait::No)?;
+            let mut extent = disk.overlay().extent_at(at..disk.overlay().size(), Wait::No)?;
             if extent.kind == Kind::Lower {
                 extent = disk.base.extent_at(extent.range, Wait::No)?;
             }

@@ -5,11 +5,7 @@
 //! the sizes since.
 
 // Sizes are those of small disks in memory, and a test that cannot go on ends.
-#![allow(
-    clippy::cast_possible_truncation,
-    clippy::unwrap_used,
-    clippy::expect_used
-)]
+#![allow(clippy::cast_possible_truncation, clippy::unwrap_used, clippy::expect_used)]
 
 use std::io;
 use std::ops::Range;
@@ -59,44 +55,15 @@ pub enum End {
 /// What is done to a disk. Positions are taken modulo what the disk allows, see [`Op::fit`].
 #[derive(Clone, Debug)]
 pub enum Op {
-    Read {
-        disk: usize,
-        range: Range<u64>,
-    },
-    Write {
-        disk: usize,
-        offset: u64,
-        len: u64,
-        fill: u8,
-    },
-    Zero {
-        disk: usize,
-        range: Range<u64>,
-    },
-    Punch {
-        disk: usize,
-        range: Range<u64>,
-    },
-    Truncate {
-        disk: usize,
-        size: u64,
-    },
-    Allocate {
-        disk: usize,
-        range: Range<u64>,
-    },
-    Copy {
-        from: usize,
-        range: Range<u64>,
-        to: usize,
-        offset: u64,
-    },
-    Sync {
-        disk: usize,
-    },
-    Restart {
-        end: End,
-    },
+    Read { disk: usize, range: Range<u64> },
+    Write { disk: usize, offset: u64, len: u64, fill: u8 },
+    Zero { disk: usize, range: Range<u64> },
+    Punch { disk: usize, range: Range<u64> },
+    Truncate { disk: usize, size: u64 },
+    Allocate { disk: usize, range: Range<u64> },
+    Copy { from: usize, range: Range<u64>, to: usize, offset: u64 },
+    Sync { disk: usize },
+    Restart { end: End },
 }
 
 /// What the operations of a run may be.
@@ -116,10 +83,7 @@ pub struct Menu {
 fn position(menu: Menu) -> BoxedStrategy<u64> {
     let block = menu.block;
     let borders = 0..=menu.most / block;
-    let near = (
-        borders.clone(),
-        prop_oneof![-3i64..=3, Just(512), Just(-512), Just(100)],
-    );
+    let near = (borders.clone(), prop_oneof![-3i64..=3, Just(512), Just(-512), Just(100)]);
     prop_oneof![
         4 => borders.prop_map(move |border| border * block),
         3 => near.prop_map(move |(border, by)| (border * block).saturating_add_signed(by)),
@@ -145,39 +109,18 @@ pub fn op(menu: Menu) -> BoxedStrategy<Op> {
     let disk = || 0usize..2;
     let range = || (position(menu), length(menu)).prop_map(|(at, len)| at..at.saturating_add(len));
     let end = if menu.crash {
-        prop_oneof![
-            Just(End::Clean),
-            Just(End::Kill),
-            any::<u64>().prop_map(End::PowerCut)
-        ]
-        .boxed()
+        prop_oneof![Just(End::Clean), Just(End::Kill), any::<u64>().prop_map(End::PowerCut)].boxed()
     } else {
         Just(End::Clean).boxed()
     };
     let resizes = u32::from(menu.resize) * 2;
-    let write =
-        (disk(), position(menu), length(menu), 1u8..=255).prop_map(|(disk, offset, len, fill)| {
-            Op::Write {
-                disk,
-                offset,
-                len,
-                fill,
-            }
-        });
-    let copy =
-        (disk(), range(), disk(), position(menu)).prop_map(|(from, range, to, offset)| Op::Copy {
-            from,
-            range,
-            to,
-            offset,
-        });
+    let write = (disk(), position(menu), length(menu), 1u8..=255)
+        .prop_map(|(disk, offset, len, fill)| Op::Write { disk, offset, len, fill });
+    let copy = (disk(), range(), disk(), position(menu))
+        .prop_map(|(from, range, to, offset)| Op::Copy { from, range, to, offset });
     // A menu without resizing still needs a weight above zero somewhere: others have it.
     let resize = (disk(), position(menu), any::<bool>()).prop_map(move |(disk, size, same)| {
-        if menu.resize && !same {
-            Op::Truncate { disk, size }
-        } else {
-            Op::Sync { disk }
-        }
+        if menu.resize && !same { Op::Truncate { disk, size } } else { Op::Sync { disk } }
     });
     prop_oneof![
         2 => (disk(), range()).prop_map(|(disk, range)| Op::Read { disk, range }),
@@ -202,11 +145,7 @@ fn fit(range: &Range<u64>, size: u64) -> Range<u64> {
 
 fn fit_offset(offset: u64, size: u64) -> u64 {
     let back = u64::MAX - offset;
-    if back < 1000 {
-        size.saturating_sub(back)
-    } else {
-        offset.min(size)
-    }
+    if back < 1000 { size.saturating_sub(back) } else { offset.min(size) }
 }
 
 impl Op {
@@ -216,57 +155,25 @@ impl Op {
         let size = |disk: usize| models[disk].size();
         let most = |disk: usize| if menu.resize { menu.most } else { size(disk) };
         match self.clone() {
-            Self::Read { disk, range } => Self::Read {
-                disk,
-                range: fit(&range, size(disk)),
-            },
-            Self::Zero { disk, range } => Self::Zero {
-                disk,
-                range: fit(&range, size(disk)),
-            },
-            Self::Punch { disk, range } => Self::Punch {
-                disk,
-                range: fit(&range, size(disk)),
-            },
-            Self::Allocate { disk, range } => Self::Allocate {
-                disk,
-                range: fit(&range, size(disk)),
-            },
-            Self::Write {
-                disk,
-                offset,
-                len,
-                fill,
-            } => {
+            Self::Read { disk, range } => Self::Read { disk, range: fit(&range, size(disk)) },
+            Self::Zero { disk, range } => Self::Zero { disk, range: fit(&range, size(disk)) },
+            Self::Punch { disk, range } => Self::Punch { disk, range: fit(&range, size(disk)) },
+            Self::Allocate { disk, range } => {
+                Self::Allocate { disk, range: fit(&range, size(disk)) }
+            }
+            Self::Write { disk, offset, len, fill } => {
                 let offset = if u64::MAX - offset < 1000 {
                     fit_offset(offset, size(disk))
                 } else {
                     offset.min(most(disk))
                 };
-                Self::Write {
-                    disk,
-                    offset,
-                    len: len.min(most(disk) - offset),
-                    fill,
-                }
+                Self::Write { disk, offset, len: len.min(most(disk) - offset), fill }
             }
             Self::Truncate { disk, size: to } => {
-                let to = if u64::MAX - to < 1000 {
-                    fit_offset(to, size(disk))
-                } else {
-                    to
-                };
-                Self::Truncate {
-                    disk,
-                    size: to.min(menu.most),
-                }
+                let to = if u64::MAX - to < 1000 { fit_offset(to, size(disk)) } else { to };
+                Self::Truncate { disk, size: to.min(menu.most) }
             }
-            Self::Copy {
-                from,
-                range,
-                to,
-                offset,
-            } => {
+            Self::Copy { from, range, to, offset } => {
                 let mut range = fit(&range, size(from));
                 let offset = fit_offset(offset, size(to)).min(most(to));
                 let room = (most(to) - offset).min(range.end - range.start);
@@ -274,12 +181,7 @@ impl Op {
                 if from == to && offset < range.end && range.start < offset + room {
                     range.end = range.start; // Overlapping: not defined, so nothing.
                 }
-                Self::Copy {
-                    from,
-                    range,
-                    to,
-                    offset,
-                }
+                Self::Copy { from, range, to, offset }
             }
             other => other,
         }
@@ -289,9 +191,7 @@ impl Op {
 /// The bytes a write of `fill` puts from `offset` on: different at every place.
 #[must_use]
 pub fn pattern(offset: u64, len: u64, fill: u8) -> Vec<u8> {
-    (offset..offset + len)
-        .map(|at| fill ^ (at % 251) as u8 | 1)
-        .collect()
+    (offset..offset + len).map(|at| fill ^ (at % 251) as u8 | 1).collect()
 }
 
 /// A disk as it must be.
@@ -308,11 +208,7 @@ impl Model {
     /// A disk that holds `bytes`, all of it durable.
     #[must_use]
     pub fn new(bytes: Vec<u8>) -> Self {
-        let mut model = Self {
-            bytes,
-            versions: Vec::new(),
-            sizes: Vec::new(),
-        };
+        let mut model = Self { bytes, versions: Vec::new(), sizes: Vec::new() };
         model.synced();
         model
     }
@@ -333,9 +229,7 @@ impl Model {
     /// What is there now is durable.
     pub fn synced(&mut self) {
         let sectors = self.bytes.len().div_ceil(LEN);
-        self.versions = (0..sectors)
-            .map(|at| vec![Self::sector(&self.bytes, at)])
-            .collect();
+        self.versions = (0..sectors).map(|at| vec![Self::sector(&self.bytes, at)]).collect();
         self.sizes = vec![self.size()];
     }
 
@@ -383,10 +277,7 @@ impl Model {
             let legal = self.versions.get(at).map(Vec::as_slice).unwrap_or_default();
             if !legal.iter().any(|value| &value[..piece.len()] == piece) {
                 let heads: Vec<_> = legal.iter().map(|value| &value[..8]).collect();
-                let wrong = piece
-                    .iter()
-                    .zip(&legal[0])
-                    .position(|(one, two)| one != two);
+                let wrong = piece.iter().zip(&legal[0]).position(|(one, two)| one != two);
                 return Err(format!(
                     "sector {at} (byte {}) begins {:?}, none of {heads:?}; first differs at {wrong:?}",
                     at * LEN,
@@ -400,23 +291,11 @@ impl Model {
     /// Whether `found` is exactly this.
     pub fn check_same(&self, found: &[u8]) -> Result<(), String> {
         if self.bytes.len() != found.len() {
-            return Err(format!(
-                "size {} instead of {}",
-                found.len(),
-                self.bytes.len()
-            ));
+            return Err(format!("size {} instead of {}", found.len(), self.bytes.len()));
         }
-        match self
-            .bytes
-            .iter()
-            .zip(found)
-            .position(|(one, two)| one != two)
-        {
+        match self.bytes.iter().zip(found).position(|(one, two)| one != two) {
             None => Ok(()),
-            Some(at) => Err(format!(
-                "byte {at} is {} instead of {}",
-                found[at], self.bytes[at]
-            )),
+            Some(at) => Err(format!("byte {at} is {} instead of {}", found[at], self.bytes[at])),
         }
     }
 
@@ -433,33 +312,19 @@ impl Model {
                 return Err(format!("{extent:?} hides data"));
             }
         }
-        if at == self.size() {
-            Ok(())
-        } else {
-            Err(format!("extents end at {at}"))
-        }
+        if at == self.size() { Ok(()) } else { Err(format!("extents end at {at}")) }
     }
 }
 
 /// Does to the models what `op` (fitted) does to the disks. A restart is the caller's.
 pub fn apply(models: &mut [Model; 2], op: &Op) {
     match op {
-        Op::Write {
-            disk,
-            offset,
-            len,
-            fill,
-        } if *len > 0 => {
+        Op::Write { disk, offset, len, fill } if *len > 0 => {
             models[*disk].write(*offset, &pattern(*offset, *len, *fill));
         }
         Op::Zero { disk, range } | Op::Punch { disk, range } => models[*disk].zero(range.clone()),
         Op::Truncate { disk, size } if *size != models[*disk].size() => models[*disk].resize(*size),
-        Op::Copy {
-            from,
-            range,
-            to,
-            offset,
-        } if !range.is_empty() => {
+        Op::Copy { from, range, to, offset } if !range.is_empty() => {
             let bytes = models[*from].bytes[range.start as usize..range.end as usize].to_vec();
             models[*to].write(*offset, &bytes);
         }
@@ -478,23 +343,15 @@ pub fn perform(target: &mut dyn Target, op: &Op, models: &[Model; 2]) -> io::Res
             Ok(())
         }
         Op::Write { len: 0, .. } => Ok(()),
-        Op::Write {
-            disk,
-            offset,
-            len,
-            fill,
-        } => target.write_at(disk, &pattern(offset, len, fill), offset),
+        Op::Write { disk, offset, len, fill } => {
+            target.write_at(disk, &pattern(offset, len, fill), offset)
+        }
         Op::Zero { disk, range } => target.zero(disk, range),
         Op::Punch { disk, range } => target.punch(disk, range),
         Op::Truncate { disk, size } => target.truncate(disk, size),
         Op::Allocate { disk, range } => target.allocate(disk, range),
         Op::Copy { range, .. } if range.is_empty() => Ok(()),
-        Op::Copy {
-            from,
-            range,
-            to,
-            offset,
-        } => target.copy((from, range), (to, offset)),
+        Op::Copy { from, range, to, offset } => target.copy((from, range), (to, offset)),
         Op::Sync { disk } => target.sync(disk),
         Op::Restart { end } => target.restart(end),
     }
@@ -529,9 +386,7 @@ pub fn run(
     }
     for (disk, model) in models.iter().enumerate() {
         let found = read_all(target, disk);
-        model
-            .check_same(&found)
-            .unwrap_or_else(|wrong| panic!("disk {disk} at the end: {wrong}"));
+        model.check_same(&found).unwrap_or_else(|wrong| panic!("disk {disk} at the end: {wrong}"));
     }
 }
 

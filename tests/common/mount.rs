@@ -102,23 +102,12 @@ pub fn noise(len: u64, seed: u64) -> Vec<u8> {
 
 impl Lab {
     pub fn new() -> Self {
-        assert!(
-            rustix::process::geteuid().is_root(),
-            "the tests of real mounts must run as root"
-        );
+        assert!(rustix::process::geteuid().is_root(), "the tests of real mounts must run as root");
         for device in ["/dev/fuse", "/dev/loop-control"] {
-            assert!(
-                Path::new(device).exists(),
-                "no {device}: the tests of real mounts need it"
-            );
+            assert!(Path::new(device).exists(), "no {device}: the tests of real mounts need it");
         }
-        let dir = tempfile::Builder::new()
-            .prefix("cowslip-test-")
-            .tempdir_in(ROOM);
-        let lab = Self {
-            dir: Some(dir.unwrap()),
-            bases: Vec::new(),
-        };
+        let dir = tempfile::Builder::new().prefix("cowslip-test-").tempdir_in(ROOM);
+        let lab = Self { dir: Some(dir.unwrap()), bases: Vec::new() };
         fs::create_dir(lab.path("m")).unwrap();
         lab
     }
@@ -134,11 +123,7 @@ impl Lab {
 
     /// A file to read and write.
     pub fn open(&self, name: &str) -> File {
-        OpenOptions::new()
-            .read(true)
-            .write(true)
-            .open(self.path(name))
-            .unwrap()
+        OpenOptions::new().read(true).write(true).open(self.path(name)).unwrap()
     }
 
     pub fn open_ro(&self, name: &str) -> File {
@@ -158,11 +143,7 @@ impl Lab {
         let file = File::create(self.path(name)).unwrap();
         file.set_len(size).unwrap();
         let third = size / 3 / 4096 * 4096;
-        for (start, len) in [
-            (0, third / 2),
-            (third, third / 4),
-            (size - size.min(5000), 5000),
-        ] {
+        for (start, len) in [(0, third / 2), (third, third / 4), (size - size.min(5000), 5000)] {
             let len = len.min(size - start);
             file.write_all_at(&noise(len, start + 1), start).unwrap();
         }
@@ -183,9 +164,7 @@ impl Lab {
         command.args(args);
         // To files, not pipes: what hangs in the kernel would keep a pipe open for ever.
         let (mut out, mut err) = (tempfile::tempfile().unwrap(), tempfile::tempfile().unwrap());
-        command
-            .stdout(out.try_clone().unwrap())
-            .stderr(err.try_clone().unwrap());
+        command.stdout(out.try_clone().unwrap()).stderr(err.try_clone().unwrap());
         let mut child = Running(command.spawn().unwrap());
         let mut status = None;
         let deadline = Instant::now() + PATIENCE;
@@ -200,25 +179,15 @@ impl Lab {
             file.read_to_end(&mut bytes).unwrap();
             bytes
         };
-        Output {
-            status: status.unwrap(),
-            stdout: collect(&mut out),
-            stderr: collect(&mut err),
-        }
+        Output { status: status.unwrap(), stdout: collect(&mut out), stderr: collect(&mut err) }
     }
 
     /// A command that starts in the laboratory and can be told from other tests' by its
     /// environment.
     pub fn command(&self, program: &str) -> Command {
         let mut command = Command::new(program);
-        command
-            .current_dir(self.dir())
-            .env("COWSLIP", COWSLIP)
-            .env(MARK, self.dir());
-        command
-            .env("LC_ALL", "C")
-            .env_remove("TMPDIR")
-            .stdin(Stdio::null());
+        command.current_dir(self.dir()).env("COWSLIP", COWSLIP).env(MARK, self.dir());
+        command.env("LC_ALL", "C").env_remove("TMPDIR").stdin(Stdio::null());
         command
     }
 
@@ -240,11 +209,7 @@ impl Lab {
     #[track_caller]
     pub fn ok(&self, words: &str) -> String {
         let output = self.cowslip(words);
-        assert!(
-            output.status.success(),
-            "cowslip {words}\n{}",
-            show(&output)
-        );
+        assert!(output.status.success(), "cowslip {words}\n{}", show(&output));
         String::from_utf8_lossy(&output.stdout).into_owned()
     }
 
@@ -271,11 +236,7 @@ impl Lab {
     pub fn status(&self) -> Value {
         let output = self.cowslip("status m --json");
         // 3 says that a disk has failed: that is an answer, too.
-        assert!(
-            matches!(output.status.code(), Some(0 | 3)),
-            "{}",
-            show(&output)
-        );
+        assert!(matches!(output.status.code(), Some(0 | 3)), "{}", show(&output));
         let all: Value = serde_json::from_slice(&output.stdout).unwrap();
         all["mounts"][0].clone()
     }
@@ -286,9 +247,7 @@ impl Lab {
         let status = self.status();
         let disks = status["disks"].as_array().unwrap().iter();
         let found = disks.clone().find(|disk| disk["name"] == name);
-        found
-            .unwrap_or_else(|| panic!("no disk {name} in {status}"))
-            .clone()
+        found.unwrap_or_else(|| panic!("no disk {name} in {status}")).clone()
     }
 
     /// The process that serves `m`.
@@ -319,19 +278,12 @@ impl Lab {
             self.sh(
                 "d=$(losetup -f); [ -b $d ] || mknod $d b 7 ${d#/dev/loop} 2>/dev/null || [ -b $d ]",
             );
-            let output = self.output(
-                "sh",
-                &["-c", &format!("losetup -f --show {options} {file}")],
-            );
+            let output = self.output("sh", &["-c", &format!("losetup -f --show {options} {file}")]);
             if output.status.success() {
                 return String::from_utf8_lossy(&output.stdout).trim().to_owned();
             }
             // Another test may have been faster.
-            assert!(
-                Instant::now() < deadline,
-                "losetup {file}: {}",
-                show(&output)
-            );
+            assert!(Instant::now() < deadline, "losetup {file}: {}", show(&output));
             thread::sleep(LOOK);
         }
     }
@@ -340,14 +292,9 @@ impl Lab {
     #[track_caller]
     pub fn host(&self, dir: &str, fs: &str, size: u64) -> String {
         let file = format!("{dir}.fs");
-        File::create(self.path(&file))
-            .unwrap()
-            .set_len(size)
-            .unwrap();
+        File::create(self.path(&file)).unwrap().set_len(size).unwrap();
         let device = self.loop_device(&file, "");
-        self.sh(&format!(
-            "mkfs.{fs} -q {device}; mkdir {dir}; mount {device} {dir}"
-        ));
+        self.sh(&format!("mkfs.{fs} -q {device}; mkdir {dir}; mount {device} {dir}"));
         device
     }
 
@@ -361,11 +308,7 @@ impl Lab {
         for (path, crc) in std::mem::take(&mut self.bases) {
             assert_eq!(checksum(&path), crc, "'{}' has changed", path.display());
         }
-        assert_eq!(
-            daemons_of(self.dir()),
-            Vec::<u32>::new(),
-            "daemons are left"
-        );
+        assert_eq!(daemons_of(self.dir()), Vec::<u32>::new(), "daemons are left");
     }
 }
 
@@ -436,21 +379,13 @@ fn daemons_of(dir: &Path) -> Vec<u32> {
 /// Whether a process is there and not merely waiting to be reaped.
 pub fn is_alive(pid: u32) -> bool {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-    let state = stat
-        .rsplit(") ")
-        .next()
-        .and_then(|rest| rest.chars().next());
+    let state = stat.rsplit(") ").next().and_then(|rest| rest.chars().next());
     state.is_some_and(|state| !"ZX".contains(state))
 }
 
 pub fn show(output: &Output) -> String {
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-    format!(
-        "{}\n{}{}",
-        output.status,
-        text(&output.stdout),
-        text(&output.stderr)
-    )
+    format!("{}\n{}{}", output.status, text(&output.stdout), text(&output.stderr))
 }
 
 /// The line of a refusal with exit code `code`.
@@ -528,12 +463,7 @@ pub const ZERO: FallocateFlags = FallocateFlags::ZERO_RANGE;
 pub const ZERO_KEEP: FallocateFlags = FallocateFlags::ZERO_RANGE.union(FallocateFlags::KEEP_SIZE);
 
 pub fn fallocate(file: &File, flags: FallocateFlags, range: Range<u64>) -> io::Result<()> {
-    Ok(rustix::fs::fallocate(
-        file,
-        flags,
-        range.start,
-        range.end - range.start,
-    )?)
+    Ok(rustix::fs::fallocate(file, flags, range.start, range.end - range.start)?)
 }
 
 pub fn seek(file: &File, whence: SeekFrom) -> Result<u64, i32> {

@@ -16,11 +16,7 @@
 //! ones, holds them until released, and runs out of space.
 
 // Sizes are those of small disks in memory, and a test that cannot go on ends.
-#![allow(
-    clippy::cast_possible_truncation,
-    clippy::unwrap_used,
-    clippy::expect_used
-)]
+#![allow(clippy::cast_possible_truncation, clippy::unwrap_used, clippy::expect_used)]
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{self, IoSlice};
@@ -131,12 +127,7 @@ impl Host {
 
     /// Lets the deed after the next `pass` of its kind fail, once.
     pub fn fail(&self, role: Role, deed: Deed, pass: u64, errno: i32) {
-        self.state.lock().faults.push(Fault {
-            role,
-            deed,
-            pass,
-            errno,
-        });
+        self.state.lock().faults.push(Fault { role, deed, pass, errno });
     }
 
     /// Holds every such deed until [`release`](Self::release).
@@ -148,9 +139,7 @@ impl Host {
     pub fn wait_held(&self, count: usize) {
         let mut state = self.state.lock();
         let limit = Duration::from_secs(20);
-        let late = self
-            .changed
-            .wait_while_for(&mut state, |state| state.waiting < count, limit);
+        let late = self.changed.wait_while_for(&mut state, |state| state.waiting < count, limit);
         assert!(!late.timed_out(), "nothing came to be held");
     }
 
@@ -177,11 +166,7 @@ impl Host {
         while state.held.contains(&(role, deed)) {
             self.changed.notify_all();
             // Bounded: a test that fails while it holds something must end.
-            if self
-                .changed
-                .wait_for(&mut state, Duration::from_secs(10))
-                .timed_out()
-            {
+            if self.changed.wait_for(&mut state, Duration::from_secs(10)).timed_out() {
                 break;
             }
         }
@@ -207,10 +192,7 @@ impl Host {
     /// Takes room for one sector.
     fn take(&self) -> io::Result<()> {
         let mut state = self.state.lock();
-        if state
-            .capacity
-            .is_some_and(|capacity| state.used + SECTOR > capacity)
-        {
+        if state.capacity.is_some_and(|capacity| state.used + SECTOR > capacity) {
             return Err(errno(libc::ENOSPC));
         }
         state.used += SECTOR;
@@ -233,17 +215,10 @@ struct Content {
 }
 
 impl Content {
-    const BLANK: Self = Self {
-        durable: [0; LEN],
-        stale: None,
-        versions: Vec::new(),
-    };
+    const BLANK: Self = Self { durable: [0; LEN], stale: None, versions: Vec::new() };
 
     fn newest(&self) -> &Sector {
-        self.versions
-            .last()
-            .or(self.stale.as_ref())
-            .unwrap_or(&self.durable)
+        self.versions.last().or(self.stale.as_ref()).unwrap_or(&self.durable)
     }
 
     /// What the disk has after the power went.
@@ -282,11 +257,7 @@ impl FileState {
     fn sync(&mut self) {
         for content in self.sectors.values_mut() {
             if let Some(newest) = content.versions.pop() {
-                *content = Content {
-                    durable: newest,
-                    stale: None,
-                    versions: Vec::new(),
-                };
+                *content = Content { durable: newest, stale: None, versions: Vec::new() };
             }
         }
         self.durable_len = self.len;
@@ -303,11 +274,7 @@ impl FileState {
             }
         }
         if let Some(len) = self.lens.pop() {
-            self.durable_len = if chance.below(2) == 0 {
-                self.durable_len
-            } else {
-                len
-            };
+            self.durable_len = if chance.below(2) == 0 { self.durable_len } else { len };
             self.lens.clear();
         }
     }
@@ -323,26 +290,14 @@ impl FileState {
             // What lies past the length is gone.
             let kept = len.saturating_sub(sector * SECTOR).min(SECTOR) as usize;
             durable[kept..].fill(0);
-            sectors.insert(
-                sector,
-                Content {
-                    durable,
-                    ..Content::BLANK
-                },
-            );
+            sectors.insert(sector, Content { durable, ..Content::BLANK });
         }
         // Space past the length is kept only where it was asked for, and the data file never asks.
         let mut allocated = self.allocated.clone();
         if role == Role::Data {
             allocated.retain(|sector| sector * SECTOR < len);
         }
-        Self {
-            sectors,
-            allocated,
-            len,
-            durable_len: len,
-            lens: Vec::new(),
-        }
+        Self { sectors, allocated, len, durable_len: len, lens: Vec::new() }
     }
 }
 
@@ -356,20 +311,12 @@ pub struct SimFile {
 impl SimFile {
     #[must_use]
     pub fn new(host: &Arc<Host>, role: Role) -> Self {
-        Self {
-            host: Arc::clone(host),
-            role,
-            state: Mutex::default(),
-        }
+        Self { host: Arc::clone(host), role, state: Mutex::default() }
     }
 
     fn with(host: &Arc<Host>, role: Role, state: FileState) -> Self {
         host.state.lock().used += state.allocated.len() as u64 * SECTOR;
-        Self {
-            host: Arc::clone(host),
-            role,
-            state: Mutex::new(state),
-        }
+        Self { host: Arc::clone(host), role, state: Mutex::new(state) }
     }
 
     /// What the disk would have of it after a power cut now.
@@ -472,11 +419,7 @@ impl Storage for SimFile {
         self.host.step(self.role, Deed::Punch)?;
         let mut state = self.state.lock();
         let sectors = range.start / SECTOR..range.end.div_ceil(SECTOR);
-        let touched: Vec<u64> = state
-            .sectors
-            .range(sectors)
-            .map(|(sector, _)| *sector)
-            .collect();
+        let touched: Vec<u64> = state.sectors.range(sectors).map(|(sector, _)| *sector).collect();
         for sector in touched {
             let floor = sector * SECTOR;
             let from = range.start.saturating_sub(floor) as usize;
@@ -542,8 +485,7 @@ impl Storage for SimFile {
 
 impl Drop for SimFile {
     fn drop(&mut self) {
-        self.host
-            .give_back(self.state.lock().allocated.len() as u64);
+        self.host.give_back(self.state.lock().allocated.len() as u64);
     }
 }
 
@@ -587,10 +529,7 @@ impl Home for SimHome {
         file.sync()?;
         self.host.step(Role::Dir, Deed::Rename)?;
         self.names.lock().since.push(Arc::clone(&file));
-        Ok(Replaced {
-            file,
-            placed: self.sync_dir(),
-        })
+        Ok(Replaced { file, placed: self.sync_dir() })
     }
 }
 
@@ -615,21 +554,9 @@ impl SimLayer {
     }
 
     fn of(host: Arc<Host>, data: SimFile, log: SimFile, block: u32) -> Self {
-        let names = Mutex::new(Names {
-            durable: Arc::new(log),
-            since: Vec::new(),
-        });
-        let home = Arc::new(SimHome {
-            host: Arc::clone(&host),
-            names,
-        });
-        Self {
-            host,
-            data: Arc::new(data),
-            home,
-            uuid: Uuid::from_u128(0xC0),
-            block,
-        }
+        let names = Mutex::new(Names { durable: Arc::new(log), since: Vec::new() });
+        let home = Arc::new(SimHome { host: Arc::clone(&host), names });
+        Self { host, data: Arc::new(data), home, uuid: Uuid::from_u128(0xC0), block }
     }
 
     /// The files as an overlay opens them.
