@@ -1,0 +1,276 @@
+//! What the handlers share: answering at once, later or aside, and the control files.
+
+use std::ffi::OsStr;
+use std::io;
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use fuser::{Errno, FileHandle, FileType, FopenFlags, INodeNo, OpenFlags, ReplyData, TimeOrNow};
+
+use super::handle::{Handle, Handles};
+use super::parked::{Bound, Lane, Refuse};
+use super::{CowslipFs, ROOT, Shared};
+use crate::catalog::Catalog;
+use crate::control::{MapText, Session, Spot};
+use crate::disk::{self, Access, Change, Disk, Keep, Owner};
+use crate::host::errno;
+use crate::journal;
+use crate::layer::Wait;
+use crate::spec::{Cache, Mode};
+
+/// The name as text; no disk has another.
+pub(super) fn text(name: &OsStr) -> io::Result<&str> {
+    name.to_str().ok_or_else(|| errno(libc::EINVAL))
+}
+
+pub(super) fn is_busy<T>(result: &io::Result<T>) -> bool {
+    result.as_ref().is_err_and(|error| error.raw_os_error() == Some(libc::EAGAIN))
+}
+
+pub(super) fn is_sync(flags: OpenFlags) -> bool {
+    // O_SYNC holds the bit of O_DSYNC.
+    flags.0 & libc::O_DSYNC != 0
+}
+
+impl CowslipFs {
+    pub(super) fn catalog(&self) -> &Catalog {
+        &self.shared.catalog
+    }
+
+    pub(super) fn disk(&self, ino: INodeNo) -> io::Result<Arc<Disk>> {
+        self.catalog().inode(ino.0).ok_or_else(|| errno(libc::ENOENT))
+    }
+
+    pub(super) fn disk_of(&self, handle: FileHandle) -> io::Result<Arc<Disk>> {
+        match self.handles.find(handle).as_deref() {
+            Some(Handle::Disk { disk, .. }) => Ok(Arc::clone(disk)),
+            Some(_) => Err(errno(libc::EINVAL)),
+            None => Err(errno(libc::EBADF)),
+        }
+    }
+
+    /// Runs `work` here without waiting, and in the disk's pool when it would have to wait.
+    pub(super) fn now_or_later<R: Refuse, T: 'static>(
+        &self,
+        disk: &Arc<Disk>,
+        reply: R,
+        work: impl Fn(&Disk, Wait) -> io::Result<T> + Send + 'static,
+        send: impl FnOnce(R, T) + Send + 'static,
+    ) {
+        let result = match self.seats.take() {
+            Some(_seat) => work(disk, Wait::No),
+            None => Err(errno(libc::EAGAIN)),
+        };
+        if is_busy(&result) {
+            let there = Arc::clone(disk);
+            let work = move || work(&there, Wait::Yes);
+            self.shared.deadlines.later(disk, Lane::Work, Bound::Base, reply, work, send);
+            return;
+        }
+        match result {
+            Ok(value) => send(reply, value),
+            Err(error) => reply.refuse(error.into()),
+        }
+    }
+
+    /// Runs `work` in one of the disk's pools, however long it takes.
+    pub(super) fn later<R: Refuse, T: 'static>(
+        &self,
+        disk: &Arc<Disk>,
+        lane: Lane,
+        reply: R,
+        work: impl FnOnce(&Disk) -> io::Result<T> + Send + 'static,
+        send: impl FnOnce(R, T) + Send + 'static,
+    ) {
+        let there = Arc::clone(disk);
+        self.shared.deadlines.later(disk, lane, Bound::Open, reply, move || work(&there), send);
+    }
+
+    /// Whether the kernel may hold dirty pages of the disk that we have not seen.
+    pub(super) fn may_have_dirty_pages(&self, disk: &Disk) -> bool {
+        disk.may_be_mapped() || self.shared.cache == Cache::Writeback && disk.has_writers()
+    }
+
+    /// Drops what the kernel has cached of `len` bytes at `offset` (0: of everything), writing
+    /// dirty pages back first. Only from a pool thread.
+    pub(super) fn invalidate(shared: &Shared, disk: &Disk, offset: u64, len: u64) {
+        let Some(notifier) = shared.notifier.get() else {
+            return;
+        };
+        let (offset, len) = (offset.cast_signed(), len.cast_signed());
+        if let Err(error) = notifier.inval_inode(INodeNo(disk.ino()), offset, len) {
+            log::debug!("the kernel's cache is not invalidated: {error}");
+        }
+    }
+
+    pub(super) fn open_spot(&self, spot: Spot) -> io::Result<Handle> {
+        let gone = || errno(libc::ENOENT);
+        let control = &self.shared.control;
+        Ok(match spot {
+            Spot::Status => Handle::Text(control.status()),
+            Spot::Log => Handle::Log(journal::oldest()),
+            Spot::DiskStatus(slot) => {
+                let (name, entry) = self.catalog().slot(slot).ok_or_else(gone)?;
+                Handle::Text(control.disk_status(&name, &entry))
+            }
+            Spot::DiskMap(slot) => {
+                let disk = Arc::clone(&self.catalog().slot(slot).ok_or_else(gone)?.1.disk);
+                Handle::Map { text: Arc::new(MapText::new(Arc::clone(&disk))), disk }
+            }
+            Spot::Ctl | Spot::DiskCtl(_) => {
+                Handle::Ctl { session: Arc::new(Session::default()), spot }
+            }
+            Spot::Directory | Spot::Disk(_) => return Err(errno(libc::EISDIR)),
+        })
+    }
+
+    /// Has the mount's own pool answer a request that belongs to no disk.
+    pub(super) fn aside<R: Refuse, T: 'static>(
+        &self,
+        reply: R,
+        work: impl FnOnce(&Shared) -> io::Result<T> + Send + 'static,
+        send: impl FnOnce(R, T) + Send + 'static,
+    ) {
+        let shared = Arc::clone(&self.shared);
+        self.shared.pool.run(Box::new(move || match work(&shared) {
+            Ok(value) => send(reply, value),
+            Err(error) => reply.refuse(error.into()),
+        }));
+    }
+
+    /// A read of a control file.
+    pub(super) fn read_control(&self, handle: &Handle, offset: u64, size: u32, reply: ReplyData) {
+        let len = size as usize;
+        match handle {
+            Handle::Text(text) => {
+                let start = usize::try_from(offset).unwrap_or(usize::MAX).min(text.len());
+                reply.data(&text[start..text.len().min(start + len)]);
+            }
+            Handle::Log(start) => reply.data(&journal::read(start + offset, len)),
+            Handle::Map { text, disk } => {
+                let text = Arc::clone(text);
+                let work = move |_: &Disk| text.read(offset, len);
+                self.later(disk, Lane::Work, reply, work, |reply, bytes| {
+                    reply.data(&bytes);
+                });
+            }
+            Handle::Ctl { session, .. } => {
+                let session = Arc::clone(session);
+                self.aside(
+                    reply,
+                    move |_| Ok(session.read(len)),
+                    |reply, bytes: Vec<u8>| {
+                        reply.data(&bytes);
+                    },
+                );
+            }
+            Handle::Directory(_) | Handle::Disk { .. } => reply.error(Errno::EISDIR),
+        }
+    }
+
+    /// A write to a control file.
+    pub(super) fn write_control(&self, uid: u32, handle: &Handle, data: &[u8]) -> io::Result<u32> {
+        let Handle::Ctl { session, spot } = handle else {
+            return Err(errno(libc::EACCES));
+        };
+        // A request is carried out with the daemon's rights, wherever its paths lead: whoever may
+        // write a disk may not thereby write the host.
+        if uid != 0 && uid != self.shared.owner.0 {
+            return Err(errno(libc::EPERM));
+        }
+        let pool = match spot {
+            Spot::DiskCtl(slot) => {
+                let (_, entry) = self.catalog().slot(*slot).ok_or_else(|| errno(libc::ENOENT))?;
+                Arc::clone(entry.disk.pool())
+            }
+            _ => Arc::clone(&self.shared.pool),
+        };
+        session.request(&self.shared.control, *spot, data, |job| pool.run(job))?;
+        u32::try_from(data.len()).map_err(|_| errno(libc::EINVAL))
+    }
+
+    /// A directory's entries, `.cowslip` itself left out.
+    pub(super) fn listing(&self, ino: u64) -> io::Result<Vec<(String, u64, FileType)>> {
+        let mut all = vec![
+            (".".to_owned(), ino, FileType::Directory),
+            ("..".to_owned(), ROOT, FileType::Directory),
+        ];
+        if ino == ROOT {
+            let disks = self.catalog().list().into_iter();
+            all.extend(disks.map(|(name, entry)| (name, entry.disk.ino(), FileType::RegularFile)));
+            return Ok(all);
+        }
+        let spot = Spot::of(ino).filter(|spot| spot.is_directory());
+        let spot = spot.ok_or_else(|| errno(libc::ENOTDIR))?;
+        let kind = |spot: Spot| {
+            if spot.is_directory() { FileType::Directory } else { FileType::RegularFile }
+        };
+        let children = spot.children(self.catalog()).into_iter();
+        all.extend(children.map(|(name, spot)| (name, spot.ino(), kind(spot))));
+        Ok(all)
+    }
+
+    pub(super) fn set_attributes(
+        disk: &Disk,
+        owner: Option<Owner>,
+        size: Option<u64>,
+        times: (Option<SystemTime>, Option<SystemTime>),
+        wait: Wait,
+    ) -> io::Result<disk::Attributes> {
+        if disk.mode == Mode::ReadOnly && (owner.is_some() || size.is_some()) {
+            return Err(errno(libc::EROFS));
+        }
+        if let Some(size) = size {
+            disk.set_size(size, wait)?;
+        }
+        if let Some(owner) = owner {
+            disk.set_owner(owner)?;
+        }
+        if times != (None, None) {
+            disk.set_times(times.0, times.1);
+        }
+        disk.attributes(wait)
+    }
+}
+
+/// Opens a disk: readers through the kernel's cache, writers past it.
+pub(super) fn open_disk(
+    handles: &Handles,
+    cache: Cache,
+    disk: Arc<Disk>,
+    flags: OpenFlags,
+) -> (FileHandle, FopenFlags) {
+    let access = match flags.0 & libc::O_ACCMODE {
+        libc::O_RDONLY => Access::Read,
+        libc::O_WRONLY => Access::Write,
+        _ => Access::ReadWrite,
+    };
+    let cached = match cache {
+        Cache::Auto => access == Access::Read,
+        Cache::None => false,
+        Cache::Writeback => true,
+    };
+    disk.opened(access);
+    let handle = handles.add(Handle::Disk { disk, access });
+    let direct = FopenFlags::FOPEN_DIRECT_IO | FopenFlags::FOPEN_PARALLEL_DIRECT_WRITES;
+    // What is cached stays right: every change comes through this mount.
+    (handle, if cached { FopenFlags::FOPEN_KEEP_CACHE } else { direct })
+}
+
+/// What fallocate(2)'s mode asks for.
+pub(super) fn decode_change(mode: i32) -> Option<(Change, Keep)> {
+    let keep = if mode & libc::FALLOC_FL_KEEP_SIZE != 0 { Keep::Size } else { Keep::Nothing };
+    match mode & !libc::FALLOC_FL_KEEP_SIZE {
+        0 => Some((Change::Allocate, keep)),
+        libc::FALLOC_FL_PUNCH_HOLE if keep == Keep::Size => Some((Change::Punch, keep)),
+        libc::FALLOC_FL_ZERO_RANGE => Some((Change::Zero, keep)),
+        _ => None,
+    }
+}
+
+pub(super) fn moment(time: Option<TimeOrNow>) -> Option<SystemTime> {
+    time.map(|time| match time {
+        TimeOrNow::SpecificTime(time) => time,
+        TimeOrNow::Now => SystemTime::now(),
+    })
+}
