@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use dashmap::DashMap;
 use parking_lot::RwLock;
 
-use crate::disk::{Disk, Owner};
+use crate::disk::{Disk, Opened, Owner};
 use crate::host::errno;
 use crate::store::Store;
 
@@ -82,6 +82,17 @@ impl Catalog {
             slots: AtomicU64::new(1),
             store,
         }
+    }
+
+    /// Opens every disk of the store, if there is one, and hands it to `each`.
+    ///
+    /// # Errors
+    /// As [`Store::open_disks`].
+    pub fn open_stored(
+        &self,
+        each: impl FnMut(&str, Opened) -> Result<(), String>,
+    ) -> Result<(), String> {
+        self.store.as_ref().map_or(Ok(()), |store| store.open_disks(each))
     }
 
     /// Adds a disk under a name that is not taken yet.

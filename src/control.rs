@@ -188,7 +188,7 @@ impl Control {
         let overlay = disk.overlay().map(|overlay| {
             let usage = overlay.usage();
             let recovered = match disk.recovered() {
-                Recovered::Clean => None,
+                Recovered::New | Recovered::Clean => None,
                 Recovered::All => Some("all"),
                 Recovered::Vouched { .. } => Some("vouched"),
             };

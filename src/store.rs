@@ -163,23 +163,25 @@ impl Store {
         use_it(Place { dir: &dir, layers: Some(&layers) })
     }
 
-    /// Opens every disk.
+    /// Opens every disk, one after the other, and hands it to `each`.
     ///
     /// # Errors
-    /// [`StoreError`]: the first disk that cannot be opened.
-    pub fn disks(&self) -> Result<Vec<(String, Opened)>, StoreError> {
-        let listed = self.targets().map_err(|error| StoreError::Io {
-            dir: self.dir.clone(),
-            what: "reading its names",
-            error,
+    /// The line for the user: of the first disk that cannot be opened, or what `each` says.
+    pub fn open_disks(
+        &self,
+        mut each: impl FnMut(&str, Opened) -> Result<(), String>,
+    ) -> Result<(), String> {
+        let listed = self.targets().map_err(|error| {
+            let dir = self.dir.clone();
+            StoreError::Io { dir, what: "reading its names", error }.to_string()
         })?;
-        let open = |(name, uuid): (String, Uuid)| match self
-            .with_place(&uuid, |place| disk::open_stored(&name, place))
-        {
-            Ok(opened) => Ok((name, opened)),
-            Err(error) => Err(StoreError::Disk { name, error }),
-        };
-        listed.into_iter().map(open).collect()
+        for (name, uuid) in listed {
+            let opened = self
+                .with_place(&uuid, |place| disk::open_stored(&name, place))
+                .map_err(|error| StoreError::Disk { name: name.clone(), error }.to_string())?;
+            each(&name, opened)?;
+        }
+        Ok(())
     }
 
     /// Makes an empty disk and gives it its name, durably.

@@ -440,3 +440,19 @@ fn commands_on_what_is_no_mount_say_so() {
     }
     lab.end();
 }
+
+#[test]
+fn a_mount_that_fails_closes_what_it_opened_and_removes_what_it_made() {
+    let lab = lab();
+    lab.mount("old=base.img,overlay=old.cow");
+    put(&lab.path("m/old"), b"kept");
+    lab.umount();
+    let stray = ["new=base.img,overlay=new.cow", "old=base.img,overlay=old.cow", "nowhere.img"];
+    refuse(&lab, 1, &stray.join(" "), &["nowhere.img' does not exist"]);
+    refuse(&lab, 1, "d=base.img,overlay=no/where.cow", &["no' is no directory: make it first"]);
+    let said = lab.mount("old=base.img,overlay=old.cow");
+    assert!(!said.contains("recovered"), "{said}");
+    assert_eq!(read(&lab.open_ro("m/old"), 0, 4), b"kept");
+    lab.umount();
+    lab.end();
+}

@@ -337,3 +337,24 @@ fn the_foreground_daemon_ends_with_its_mount() {
     assert_eq!(child.0.try_wait().unwrap().unwrap().code(), Some(0));
     lab.end();
 }
+
+#[test]
+fn only_who_mounted_and_root_may_ask_for_changes() {
+    let mut lab = Lab::new();
+    lab.base("base.img", MIB);
+    // Another user may not even reach the laboratory: the mount lies beside it.
+    lab.sh("chmod 755 .; mkdir open; chmod 777 open");
+    lab.mount("d=base.img,perm=0666 -o allow_other");
+    let request = format!("{{\"op\":\"keep\",\"dir\":\"{}/open/k\"}}", lab.dir().display());
+    fs::write(lab.path("request"), request).unwrap();
+    lab.sh("
+        chmod 644 request
+        setpriv --reuid 65534 --clear-groups dd if=m/d of=/dev/null bs=4k count=1 status=none
+        ! setpriv --reuid 65534 --clear-groups dd if=request of=m/.cowslip/d/ctl conv=notrunc status=none
+        test ! -e open/k
+        dd if=request of=m/.cowslip/d/ctl conv=notrunc status=none
+    ");
+    wait_until("root's request is done", || lab.path("open/k/stack").exists());
+    lab.umount();
+    lab.end();
+}

@@ -226,7 +226,7 @@ fn check_layer(
 /// What the next mount will have to do.
 fn state(recovered: Recovered) -> String {
     match recovered {
-        Recovered::Clean => "clean".to_owned(),
+        Recovered::New | Recovered::Clean => "clean".to_owned(),
         Recovered::All => "needs recovery: nothing is lost (the next mount does it)".to_owned(),
         Recovered::Vouched { lost: 0 } => "as after a power cut: nothing is lost".to_owned(),
         Recovered::Vouched { lost } => {

@@ -13,7 +13,7 @@ use uuid::Uuid;
 
 use super::{Disk, Layers, Owner, Times, Top, mtime_of, now};
 use crate::base::identity::Identity;
-use crate::base::place::{self, Manner, PlaceError};
+use crate::base::place::{self, PlaceError};
 use crate::base::{self, Access, Base, BaseError, BaseLayer};
 use crate::layer::{Layer, Wait};
 use crate::overlay::persist::{self, Found, New, Persistent, Place, Residence};
@@ -410,7 +410,7 @@ fn settle(
         format_size(overlay.usage().data)
     );
     match recovered {
-        Recovered::Clean => {}
+        Recovered::New | Recovered::Clean => {}
         Recovered::All => notes.push("recovered: the daemon had died, nothing is lost".to_owned()),
         Recovered::Vouched { lost } => notes.push(format!(
             "recovered as after a power cut: the disk is as it was at its last sync ({lost} later changes of its map are gone)"
@@ -520,18 +520,8 @@ fn notes_on_overlay(dir: &Path, setting: &Setting<'_>) -> Vec<String> {
     let Ok(found) = place::abilities(dir) else {
         return Vec::new();
     };
-    let mut notes: Vec<String> = found
-        .missing()
-        .into_iter()
-        .map(|what| format!("'{}' is on {}: {what}", dir.display(), found.fs.name))
-        .collect();
-    if found.fs.manner == Manner::Memory {
-        notes.push(format!(
-            "'{}' is in memory: changes use RAM and end with the machine",
-            dir.display()
-        ));
-    }
-    notes
+    let line = |what| format!("'{}' is on {}: {what}", dir.display(), found.fs.name);
+    found.missing().into_iter().map(line).collect()
 }
 
 impl Disk {
@@ -539,6 +529,20 @@ impl Disk {
     #[must_use]
     pub fn base_path(&self) -> Option<&Path> {
         self.bottom.path()
+    }
+
+    /// The mount did not come about: closes the disk in good order, and removes an overlay that
+    /// was made for it.
+    pub fn abandon(&self) {
+        if let Err(error) = self.close() {
+            log::warn!("{}: {error}", self.source);
+        }
+        if self.recovered == Recovered::New
+            && let Some(dir) = self.overlay_dir()
+            && let Err(error) = std::fs::remove_dir_all(&dir)
+        {
+            log::warn!("'{}' is left behind: {error}", dir.display());
+        }
     }
 
     pub(super) fn keep_in(&self, dir: &Path) -> Result<(), OpenError> {

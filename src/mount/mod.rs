@@ -147,15 +147,28 @@ fn start(plan: &Plan, ready: &Ready) -> Result<Mount, String> {
         ready.note(&line);
         log::info!("{line}");
     }
-    let catalog = Arc::new(open_disks(plan, &mountpoint, ready)?);
+    let catalog = Arc::new(Catalog::new(&mountpoint, open_store(plan, &mountpoint)?));
+    let mounted = open_disks(plan, &catalog).and_then(|lines| {
+        let mount = mount_and_spawn(plan, &mountpoint, share(plan, &catalog))?;
+        Ok((mount, lines))
+    });
+    let (mount, lines) = mounted.inspect_err(|_| abandon(&catalog))?;
+    lines.iter().for_each(|line| ready.note(line));
+    mount.announce();
+    log::info!("mounted at '{}'", mountpoint.display());
+    Ok(mount)
+}
+
+/// What the workers and everything around them share.
+fn share(plan: &Plan, catalog: &Arc<Catalog>) -> Arc<Shared> {
     let control = Arc::new(Control {
-        catalog: Arc::clone(&catalog),
+        catalog: Arc::clone(catalog),
         source: plan.source.clone(),
         draining: AtomicBool::new(false),
         device: OnceLock::new(),
     });
-    let shared = Arc::new(Shared {
-        catalog,
+    Arc::new(Shared {
+        catalog: Arc::clone(catalog),
         control,
         deadlines: Deadlines::new(Duration::from_secs(plan.options.io_timeout)),
         notifier: OnceLock::new(),
@@ -163,11 +176,14 @@ fn start(plan: &Plan, ready: &Ready) -> Result<Mount, String> {
         cache: plan.cache,
         owner: owner(),
         mounted: SystemTime::now(),
-    });
-    let mount = mount_and_spawn(plan, &mountpoint, shared).map_err(|line| line.to_string())?;
-    mount.announce();
-    log::info!("mounted at '{}'", mountpoint.display());
-    Ok(mount)
+    })
+}
+
+/// The mount did not come about: what was opened is closed in good order, what was made goes.
+fn abandon(catalog: &Catalog) {
+    for disk in catalog.disks() {
+        disk.abandon();
+    }
 }
 
 fn owner() -> (u32, u32) {
@@ -185,49 +201,49 @@ fn open_log(plan: &Plan) -> Result<Sink, String> {
     }
 }
 
-/// Opens every disk of the plan and of its store.
-fn open_disks(plan: &Plan, mountpoint: &Path, ready: &Ready) -> Result<Catalog, String> {
+fn open_store(plan: &Plan, mountpoint: &Path) -> Result<Option<Store>, String> {
+    let Some(dir) = &plan.store else { return Ok(None) };
+    place::refuse_inside(dir, mountpoint, None).map_err(|error| error.to_string())?;
+    Store::open(dir).map(Some).map_err(|error| error.to_string())
+}
+
+/// Opens every disk of the store and of the plan into `catalog`, and returns what is to be said
+/// of them.
+fn open_disks(plan: &Plan, catalog: &Catalog) -> Result<Vec<String>, String> {
     check_names(&plan.disks).map_err(|error| error.to_string())?;
     let (uid, gid) = owner();
     let setting = Setting {
-        mountpoint,
+        mountpoint: &catalog.mountpoint,
         mount_dev: None,
         uid,
         gid,
         force: plan.force == Force::Yes,
         looked_at: Mutex::new(HashSet::new()),
     };
-    let mut found = Vec::new();
-    let store = match &plan.store {
-        None => None,
-        Some(dir) => {
-            place::refuse_inside(dir, mountpoint, None).map_err(|error| error.to_string())?;
-            let store = Store::open(dir).map_err(|error| error.to_string())?;
-            let disks = store.disks().map_err(|error| error.to_string())?;
-            found.extend(disks.into_iter().map(|(name, disk)| (name, disk, Origin::Stored)));
-            Some(store)
+    let mut lines = Vec::new();
+    let mut put = |name: &str, opened: Opened, origin| {
+        let Opened { disk, summary, notes } = opened;
+        let disk = Arc::new(disk);
+        if catalog.add(name, Arc::clone(&disk), origin).is_err() {
+            disk.abandon();
+            return Err(format!(
+                "two disks are named '{name}', one of them in the store: give one another NAME="
+            ));
         }
+        lines.push(format!("{name}: {summary}"));
+        for note in notes {
+            log::info!("{name}: {note}");
+            lines.push(format!("{name}: {note}"));
+        }
+        Ok(())
     };
+    catalog.open_stored(|name, opened| put(name, opened, Origin::Stored))?;
     for spec in &plan.disks {
         let opened =
             disk::open(spec, &setting).map_err(|error| format!("{}: {error}", spec.name))?;
-        found.push((spec.name.clone(), opened, Origin::Given));
+        put(&spec.name, opened, Origin::Given)?;
     }
-    let catalog = Catalog::new(mountpoint, store);
-    for (name, opened, origin) in found {
-        let Opened { disk, summary, notes } = opened;
-        ready.note(&format!("{name}: {summary}"));
-        for note in notes {
-            ready.note(&format!("{name}: {note}"));
-            log::info!("{name}: {note}");
-        }
-        catalog.add(&name, Arc::new(disk), origin).map_err(|_| {
-            format!(
-                "two disks are named '{name}', one of them in the store: give one another NAME="
-            )
-        })?;
-    }
-    Ok(catalog)
+    Ok(lines)
 }
 
 fn mount_and_spawn(plan: &Plan, mountpoint: &Path, shared: Arc<Shared>) -> Result<Mount, String> {

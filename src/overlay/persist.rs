@@ -114,6 +114,7 @@ pub struct New<'a> {
 pub fn exists(dir: &Path) -> Result<bool, StackError> {
     match std::fs::read_dir(dir) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(error) if error.kind() == io::ErrorKind::NotADirectory => Err(StackError::NotAnOverlay),
         Err(error) => Err(doing("opening it")(error)),
         Ok(mut entries) => match dir.join("stack").try_exists() {
             Ok(true) => Ok(true),
@@ -148,6 +149,9 @@ pub fn build(
     put_data: impl FnOnce(&File) -> io::Result<HostFile>,
 ) -> Result<Persistent, StackError> {
     let parent = place.dir.parent().unwrap_or(Path::new("/"));
+    if !parent.is_dir() {
+        return Err(StackError::NoParent(parent.to_owned()));
+    }
     let temp = tempfile::Builder::new()
         .prefix(".cowslip-")
         .tempdir_in(parent)
@@ -169,7 +173,7 @@ pub fn build(
         Ok((overlay, lock)) => {
             let _ = temp.keep();
             let home = Residence { stack: new.stack, dir, _lock: lock };
-            Ok(Persistent { overlay, recovered: Recovered::Clean, home })
+            Ok(Persistent { overlay, recovered: Recovered::New, home })
         }
         Err(error) => {
             if let Some(layers) = place.layers {
@@ -224,7 +228,10 @@ pub struct Found {
 /// # Errors
 /// [`StackError`]: not there, damaged, of another version, in use.
 pub fn find(place: Place<'_>) -> Result<Found, StackError> {
-    let dir = open_dir(place.dir).map_err(doing("opening it"))?;
+    let dir = open_dir(place.dir).map_err(|error| match error.kind() {
+        io::ErrorKind::NotADirectory => StackError::NotAnOverlay,
+        _ => doing("opening it")(error),
+    })?;
     let layers = match place.layers {
         None => open_at(&dir, "layers", OFlags::RDONLY | OFlags::DIRECTORY),
         Some(path) => open_dir(path),

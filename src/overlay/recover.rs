@@ -21,6 +21,8 @@ use super::record::{Image, Tag};
 /// How an overlay was found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Recovered {
+    /// It was made just now.
+    New,
     /// Closed in good order.
     Clean,
     /// The daemon had died; nothing that was acknowledged is lost.
@@ -39,7 +41,7 @@ pub enum LogError {
     #[error(transparent)]
     Io(#[from] io::Error),
     /// The log is not what was once written.
-    #[error("the log is damaged at record {record} ({why})")]
+    #[error("the log is damaged at record {record} ({why}): restore the overlay from a backup")]
     Damaged {
         /// The first record that is not good, counted from 0.
         record: u64,

@@ -90,6 +90,9 @@ pub enum StackError {
         /// The host's answer.
         error: io::Error,
     },
+    /// The directory it is to be made in is not there.
+    #[error("cannot be made: '{}' is no directory: make it first", .0.display())]
+    NoParent(PathBuf),
     /// There is something else in that place.
     #[error("is not an overlay: it holds no 'stack'; name an empty or a new directory")]
     NotAnOverlay,
