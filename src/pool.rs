@@ -4,17 +4,44 @@
 //! Every disk has its own pool, so a base that hangs holds threads of its disk and nobody else's.
 //! Threads are made when there is work and leave when there is none.
 
+use std::cell::RefCell;
 use std::collections::VecDeque;
+use std::io;
 use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
 use parking_lot::{Condvar, Mutex};
 
+use crate::host::errno;
+
 /// Enough to keep a device busy and to let syncs and reads pass each other.
 const MOST_THREADS: usize = 8;
 /// How long a thread without work stays.
 const IDLE: Duration = Duration::from_secs(5);
+
+thread_local! {
+    /// Asks whether the request that this thread works on was answered without it.
+    static GIVEN_UP: RefCell<Option<Box<dyn Fn() -> bool>>> = const { RefCell::new(None) };
+}
+
+/// Runs `work`, in which [`check_wanted`] fails once `given_up` says so.
+pub fn while_wanted<T>(given_up: impl Fn() -> bool + 'static, work: impl FnOnce() -> T) -> T {
+    GIVEN_UP.set(Some(Box::new(given_up)));
+    let result = work();
+    GIVEN_UP.set(None);
+    result
+}
+
+/// Called after a wait and before a change: a request that was answered `EIO` because it waited
+/// too long must change nothing any more, for a later one may have been acknowledged.
+///
+/// # Errors
+/// `EIO` when nobody waits for this thread's request.
+pub fn check_wanted() -> io::Result<()> {
+    let given_up = GIVEN_UP.with_borrow(|given_up| given_up.as_ref().is_some_and(|ask| ask()));
+    if given_up { Err(errno(libc::EIO)) } else { Ok(()) }
+}
 
 /// A piece of work.
 pub type Job = Box<dyn FnOnce() + Send>;

@@ -194,13 +194,19 @@ impl Store {
             .with_place(&uuid, |place| disk::create_blank(name, uuid, place, owner))
             .map_err(|error| StoreError::Disk { name: name.to_owned(), error })?;
         let target = Path::new("../disks").join(uuid.to_string());
-        let named = rustix::fs::symlinkat(target, &self.names, name)
-            .map_err(io::Error::from)
-            .and_then(|()| self.names.sync_all());
-        if let Err(error) = named {
+        let failed = |error| {
             self.discard(&uuid);
-            let dir = self.dir.clone();
-            return Err(StoreError::Io { dir, what: "naming a new disk", error });
+            StoreError::Io { dir: self.dir.clone(), what: "naming a new disk", error }
+        };
+        rustix::fs::symlinkat(target, &self.names, name).map_err(|error| failed(error.into()))?;
+        if let Err(error) = self.names.sync_all() {
+            // The name first: one that leads nowhere would be in the way of the next mount.
+            return match self.remove_name(name) {
+                Ok(()) => Err(failed(error)),
+                Err(error) => {
+                    Err(StoreError::Io { dir: self.dir.clone(), what: "naming a new disk", error })
+                }
+            };
         }
         Ok(opened)
     }

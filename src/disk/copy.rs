@@ -13,8 +13,8 @@ use crate::overlay::Overlay;
 
 /// Bytes read and written at a time where the host cannot copy: 1 MiB.
 const BUFFER: u64 = 1 << 20;
-/// The most one request copies: the reply has 32 bits, and nobody waits longer than that takes.
-const MOST: u64 = 1 << 30;
+/// The most one request copies: a slow host, too, does that within the bound of a request.
+const MOST: u64 = 64 << 20;
 
 /// Copies `from` (bytes of `source`) to `offset` of `target` and tells how many bytes: fewer at
 /// the source's end, or when a change of the source came in between.
@@ -35,7 +35,7 @@ pub(super) fn copy(source: &Disk, from: Range<u64>, target: &Disk, offset: u64) 
     }
     let mut done = 0;
     let copied = copy_extents(&layers, source, from.start..end, target, offset, &mut done);
-    if copied.is_err() && grown > old {
+    if offset + done < grown && grown > old {
         target.set_size(old.max(offset + done), Wait::Yes)?;
     }
     copied.map(|()| done)
@@ -55,7 +55,13 @@ fn copy_extents(
         let len = extent.len();
         let to = offset + *done;
         match extent.kind {
-            Kind::Data => copy_data(layers, source, extent.range, target, to)?,
+            Kind::Data => {
+                let copied = copy_data(layers, source, extent.range, target, to)?;
+                if copied < len {
+                    *done += copied;
+                    break; // The source has shrunk in between.
+                }
+            }
             Kind::Zero | Kind::Hole | Kind::Lower => {
                 target.change(to..to + len, super::Change::Punch, super::Keep::Size, Wait::Yes)?;
             }
@@ -66,13 +72,14 @@ fn copy_extents(
 }
 
 /// Copies one Data extent: its whole blocks by the host where it can, the rest through a buffer.
+/// Tells how many bytes.
 fn copy_data(
     layers: &Layers,
     source: &Disk,
     from: Range<u64>,
     target: &Disk,
     offset: u64,
-) -> io::Result<()> {
+) -> io::Result<u64> {
     let mut at = from.start;
     while at < from.end {
         let to = offset + (at - from.start);
@@ -93,7 +100,7 @@ fn copy_data(
         target.write(&buf[..got], to, Wait::Yes)?;
         at += got as u64;
     }
-    Ok(())
+    Ok(at - from.start)
 }
 
 /// Whether the host said that it cannot copy between these files, rather than that it failed.

@@ -13,6 +13,7 @@ use crate::extents::{Extent, Extents, Kind, describe};
 use crate::host::errno;
 use crate::layer::{Layer, ReadBelow, Wait, WritableLayer};
 use crate::overlay::LARGEST;
+use crate::pool::check_wanted;
 use crate::spec::Resize;
 
 /// Steps a seek takes on a FUSE worker before it goes on in the pool.
@@ -155,7 +156,9 @@ impl Disk {
         self.check_open().map(|()| gate)
     }
 
+    /// After the wait for the gate: whether the disk may still be changed, by this request.
     fn check_open(&self) -> io::Result<()> {
+        check_wanted()?;
         if self.closed.load(Ordering::Relaxed) { Err(errno(libc::EIO)) } else { Ok(()) }
     }
 

@@ -13,7 +13,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU32, Ordering};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use parking_lot::{Mutex, RwLock};
 use uuid::Uuid;
@@ -114,7 +114,6 @@ pub struct Disk {
     allocated: Mutex<Option<(u64, u64)>>,
     /// A stat was answered with an older figure than there is.
     stale: AtomicBool,
-    refreshing: AtomicBool,
     /// The directory of a persistent overlay.
     residence: Mutex<Option<Residence>>,
     overlay_dir: Mutex<Option<PathBuf>>,
@@ -123,6 +122,8 @@ pub struct Disk {
     recovered: Recovered,
     pool: Arc<Pool>,
     notices: Arc<Pool>,
+    syncs: Arc<Pool>,
+    maintaining: AtomicBool,
     /// An operation of unbounded length holds the gate: requests wait without a deadline.
     pub(crate) held: AtomicBool,
     /// The daemon is on its way out and has closed the overlay: nothing may be changed any more.
@@ -235,6 +236,12 @@ impl Disk {
         &self.notices
     }
 
+    /// The threads that wait for the device in a sync.
+    #[must_use]
+    pub fn syncs(&self) -> &Arc<Pool> {
+        &self.syncs
+    }
+
     /// Owner and mode.
     #[must_use]
     pub fn owner(&self) -> Owner {
@@ -295,18 +302,6 @@ impl Disk {
             }
             (Err(error), _) => Err(error),
         }
-    }
-
-    /// Finds what a stat could not wait for. One at a time: a base that hangs holds one thread.
-    fn refresh_allocated(&self) {
-        if self.refreshing.swap(true, Ordering::SeqCst) {
-            return;
-        }
-        self.stale.store(false, Ordering::Relaxed);
-        if let Err(error) = self.allocated(Wait::Yes) {
-            log::debug!("{}: its extents are not known: {error}", self.source);
-        }
-        self.refreshing.store(false, Ordering::SeqCst);
     }
 
     fn walk_allocated(&self, wait: Wait) -> stdio::Result<u64> {
@@ -448,25 +443,37 @@ impl Disk {
         })
     }
 
-    /// Whether `maintain` would have something to do.
+    /// Whether `maintain` would have something to do and is not at it already.
     #[must_use]
     pub fn needs_maintenance(&self) -> bool {
-        self.stale.load(Ordering::Relaxed)
-            || self.overlay().is_some_and(|overlay| overlay.needs_maintenance())
+        !self.maintaining.load(Ordering::SeqCst)
+            && (self.stale.load(Ordering::Relaxed)
+                || self.overlay().is_some_and(|overlay| overlay.needs_maintenance()))
     }
 
     /// What happens every few seconds: the modification time goes to the log, changes to the
-    /// device.
+    /// device. One at a time: a device or a base that is slow holds one thread.
     ///
     /// # Errors
-    /// The host's errno; the disk has latched then.
+    /// The host's errno; unless that is `ENOSPC` the disk has latched then.
     pub fn maintain(&self) -> stdio::Result<()> {
+        if self.maintaining.swap(true, Ordering::SeqCst) {
+            return Ok(());
+        }
+        let done = self.maintain_alone();
+        self.maintaining.store(false, Ordering::SeqCst);
+        done
+    }
+
+    fn maintain_alone(&self) -> stdio::Result<()> {
         if let Some(overlay) = self.overlay() {
             self.record_mtime(&overlay);
             overlay.maintain()?;
         }
-        if self.stale.load(Ordering::Relaxed) {
-            self.refresh_allocated();
+        if self.stale.swap(false, Ordering::SeqCst)
+            && let Err(error) = self.allocated(Wait::Yes)
+        {
+            log::debug!("{}: its extents are not known: {error}", self.source);
         }
         Ok(())
     }
@@ -480,23 +487,36 @@ impl Disk {
 
     /// The end: everything durable, the log closed in good order. Nothing may come after.
     ///
+    /// A change that still waits for its base when `patience` is over is left behind: all others
+    /// are made durable, and the next mount finds the log unclosed.
+    ///
     /// # Errors
-    /// `EIO` when the disk has latched; the host's errno.
-    pub fn close(&self) -> stdio::Result<()> {
-        let _gate = self.gate.write();
+    /// `ETIMEDOUT` for that; `EIO` when the disk has latched; the host's errno.
+    pub fn close(&self, patience: Duration) -> stdio::Result<()> {
+        let gate = self.gate.try_write_for(patience);
         self.closed.store(true, Ordering::SeqCst);
         match &self.layers().top {
-            Top::Overlay(overlay) => {
+            Top::Overlay(overlay) if gate.is_some() => {
                 self.record_mtime(overlay);
                 overlay.close()?;
             }
+            Top::Overlay(overlay) => overlay.sync()?,
             Top::Base(base) => base.sync()?,
             Top::Nothing => {}
         }
         if let Some(residence) = &*self.residence.lock() {
             residence.withdraw();
         }
-        Ok(())
+        if gate.is_some() { Ok(()) } else { Err(errno(libc::ETIMEDOUT)) }
+    }
+
+    /// Lets all its threads finish what they do; whether they did within `patience`.
+    pub fn stop(&self, patience: Duration) -> bool {
+        let until = Instant::now() + patience;
+        let left = || until.saturating_duration_since(Instant::now());
+        // All of them, also after one has failed.
+        let pools = [&self.notices, &self.pool, &self.syncs];
+        pools.map(|pool| pool.stop(left())) == [true; 3]
     }
 
     /// Whether a failed sync has made the disk read-only.

@@ -7,6 +7,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicU32;
+use std::time::Duration;
 
 use parking_lot::{Mutex, RwLock};
 use uuid::Uuid;
@@ -161,7 +162,9 @@ pub fn open(spec: &DiskSpec, setting: &Setting<'_>) -> Result<Opened, OpenError>
     let opened = open_layers(spec, setting)?;
     if opened.disk.attributes(Wait::No).is_err() {
         // A base of another host: it is waited for now, so that no stat has to later.
-        opened.disk.refresh_allocated();
+        if let Err(error) = opened.disk.attributes(Wait::Yes) {
+            log::debug!("{}: its extents are not known: {error}", spec.name);
+        }
     }
     Ok(opened)
 }
@@ -259,13 +262,14 @@ fn assemble(spec: &DiskSpec, uuid: Uuid, layers: Layers, bottom: Bottom, owner: 
         both: AtomicU32::new(0),
         allocated: Mutex::new(None),
         stale: false.into(),
-        refreshing: false.into(),
         residence: Mutex::new(None),
         overlay_dir: Mutex::new(None),
         bottom,
         recovered: Recovered::Clean,
         pool: Arc::new(Pool::default()),
         notices: Arc::new(Pool::default()),
+        syncs: Arc::new(Pool::default()),
+        maintaining: false.into(),
         held: false.into(),
         closed: false.into(),
     }
@@ -534,7 +538,7 @@ impl Disk {
     /// The mount did not come about: closes the disk in good order, and removes an overlay that
     /// was made for it.
     pub fn abandon(&self) {
-        if let Err(error) = self.close() {
+        if let Err(error) = self.close(Duration::MAX) {
             log::warn!("{}: {error}", self.source);
         }
         if self.recovered == Recovered::New

@@ -42,8 +42,6 @@ const ROOT: u64 = 1;
 const LARGEST_REQUEST: u32 = 1 << 20;
 /// Requests the kernel keeps in flight for its own read-ahead and asynchronous I/O.
 const BACKGROUND: u16 = 128;
-/// The most bytes one copy_file_range may answer: its reply has 32 bits, its users take signed ones.
-const LARGEST_COPY: u64 = (1 << 31) - (1 << 20);
 
 /// Set-id bits are never kept: the mount is `nosuid`, and so no write has any to clear.
 const PERMISSIONS: u32 = 0o1777;
@@ -332,7 +330,11 @@ impl Filesystem for CowslipFs {
         let (there, shared) = (Arc::clone(disk), Arc::clone(&self.shared));
         let left = result.is_err().then(|| data.to_vec());
         let bound = if sync { Bound::Open } else { Bound::Base };
-        let lane = if cached { Lane::Notices } else { Lane::Work };
+        let lane = match (cached, sync) {
+            (true, _) => Lane::Notices,
+            (false, true) => Lane::Sync,
+            (false, false) => Lane::Work,
+        };
         let work = move || {
             if let Some(data) = left {
                 there.write(&data, offset, Wait::Yes)?;
@@ -382,7 +384,7 @@ impl Filesystem for CowslipFs {
 
     fn fsync(&self, _: &Request, _: INodeNo, fh: FileHandle, _: bool, reply: ReplyEmpty) {
         match self.disk_of(fh) {
-            Ok(disk) => self.later(&disk, Lane::Work, reply, Disk::sync, |reply, ()| reply.ok()),
+            Ok(disk) => self.later(&disk, Lane::Sync, reply, Disk::sync, |reply, ()| reply.ok()),
             Err(error) => reply.error(error.into()),
         }
     }
@@ -648,20 +650,21 @@ impl Filesystem for CowslipFs {
             (Ok(source), Ok(target)) => (source, target),
             (Err(error), _) | (_, Err(error)) => return reply.error(error.into()),
         };
-        let len = len.min(LARGEST_COPY);
         let Some(end) = offset_in.checked_add(len) else {
             return reply.error(Errno::EINVAL);
         };
         let cached = target.has_cached_readers() && self.shared.cache == Cache::Auto;
         let shared = Arc::clone(&self.shared);
-        let work = move |target: &Disk| {
-            let copied = target.copy_from(&source, offset_in..end, offset_out)?;
+        let there = Arc::clone(&target);
+        let work = move || {
+            let copied = there.copy_from(&source, offset_in..end, offset_out)?;
             if cached && copied > 0 {
-                Self::invalidate(&shared, target, offset_out, copied);
+                Self::invalidate(&shared, &there, offset_out, copied);
             }
             u32::try_from(copied).map_err(|_| errno(libc::EIO))
         };
         let lane = if cached { Lane::Notices } else { Lane::Work };
-        self.later(&target, lane, reply, work, ReplyWrite::written);
+        let deadlines = &self.shared.deadlines;
+        deadlines.later(&target, lane, Bound::Base, reply, work, ReplyWrite::written);
     }
 }

@@ -14,6 +14,7 @@ use fuser::Errno;
 use parking_lot::Mutex;
 
 use crate::disk::Disk;
+use crate::pool;
 
 /// A reply that can refuse.
 pub(super) trait Refuse: Send + 'static {
@@ -41,11 +42,13 @@ pub(super) enum Bound {
     Open,
 }
 
-/// Which of a disk's two pools does it.
+/// Which of a disk's pools does it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Lane {
     /// What waits for the host.
     Work,
+    /// What waits for the device: many syncs at once leave the reads their threads.
+    Sync,
     /// What tells the kernel to drop its cache: it may wait for a write of the kernel's own, and
     /// so for a worker or for [`Lane::Work`], which never waits for this one.
     Notices,
@@ -128,15 +131,17 @@ impl Deadlines {
             let (reply, disk) = (Arc::clone(&slot) as Arc<dyn Late>, Arc::clone(disk));
             self.waiting.lock().push_back(Waiting { until, reply, disk });
         }
-        let pool = match lane {
+        let threads = match lane {
             Lane::Work => disk.pool(),
             Lane::Notices => disk.notices(),
+            Lane::Sync => disk.syncs(),
         };
-        pool.run(Box::new(move || {
+        threads.run(Box::new(move || {
             if slot.lock().is_none() {
                 return; // It was given up while it stood in the queue: nothing is done.
             }
-            let result = work();
+            let there = Arc::clone(&slot);
+            let result = pool::while_wanted(move || there.lock().is_none(), work);
             let Some(reply) = slot.lock().take() else {
                 return;
             };

@@ -23,7 +23,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError, Sender};
 use std::sync::{Arc, OnceLock};
 use std::thread::{self, JoinHandle};
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use fuser::{Config, Session, SessionACL};
 use parking_lot::Mutex;
@@ -46,7 +46,7 @@ use crate::store::Store;
 const MAINTENANCE: u32 = 5;
 /// How long open handles are waited for after a signal.
 const GRACE: Duration = Duration::from_secs(5);
-/// How long the threads of a pool are waited for at the end.
+/// How long threads that wait for a base are waited for at the end, all together.
 const PATIENCE: Duration = Duration::from_secs(5);
 /// Read-ahead of the mount in KiB: cold sequential reads are twice as fast as with the kernel's 128.
 const READ_AHEAD: u32 = 1024;
@@ -319,7 +319,7 @@ fn tick(shared: &Arc<Shared>, stop: &AtomicBool) {
         seconds = 0;
         for disk in shared.catalog.disks() {
             if disk.needs_maintenance() {
-                let pool = Arc::clone(disk.pool());
+                let pool = Arc::clone(disk.syncs());
                 pool.run(Box::new(move || {
                     if let Err(error) = disk.maintain() {
                         log::error!("{}: background sync: {error}", disk.source);
@@ -407,16 +407,21 @@ impl Mount {
         self.stop.store(true, Ordering::SeqCst);
         self.ticker.thread().unpark();
         let mut code = 0;
-        for disk in self.shared.catalog.disks() {
-            if !(disk.notices().stop(PATIENCE) && disk.pool().stop(PATIENCE)) {
+        let until = Instant::now() + PATIENCE;
+        let left = || until.saturating_duration_since(Instant::now());
+        let disks = self.shared.catalog.disks();
+        for disk in &disks {
+            if !disk.stop(left()) {
                 log::warn!("{}: a request is still waiting for its base", disk.source);
             }
-            if let Err(error) = disk.close() {
+        }
+        for disk in &disks {
+            if let Err(error) = disk.close(left()) {
                 log::error!("{}: not all of it could be made durable: {error}", disk.source);
                 code = 1;
             }
         }
-        self.shared.pool.stop(PATIENCE);
+        self.shared.pool.stop(left());
         if self.workers.is_finished()
             && let Ok(Err(error)) = self.workers.join()
         {

@@ -17,6 +17,7 @@ use super::{LARGEST, Overlay, is_full};
 use crate::extents::Kind;
 use crate::host::errno;
 use crate::layer::{Copy, Layer, ReadBelow, Wait, WritableLayer};
+use crate::pool::check_wanted;
 
 impl Overlay {
     /// The parts of `range` that only cover part of a block: its head and its tail (the same block
@@ -128,9 +129,11 @@ impl Overlay {
     ) -> io::Result<()> {
         let range = offset..offset + buf.len() as u64;
         let _held = self.lock_for_write(&range, wait)?;
+        check_wanted()?;
         let blocks = self.blocks_of(&range);
         self.check_limit(&blocks)?;
         let (before, after) = self.surroundings(&range, below, wait)?;
+        check_wanted()?;
         let parts = [IoSlice::new(&before), IoSlice::new(buf), IoSlice::new(&after)];
         let first = usize::from(before.is_empty());
         let last = if after.is_empty() { 2 } else { 3 };
@@ -191,6 +194,7 @@ impl Overlay {
         }
         self.check_limit(&blocks)?;
         let (before, after) = self.surroundings(range, below, wait)?;
+        check_wanted()?;
         let zeros = zeros();
         let parts = [IoSlice::new(&before), IoSlice::new(&zeros), IoSlice::new(&after)];
         self.put(&parts, range.start - before.len() as u64, &blocks)
@@ -199,6 +203,7 @@ impl Overlay {
     fn try_zero(&self, range: &Range<u64>, below: &dyn ReadBelow, wait: Wait) -> io::Result<()> {
         let need = self.ranges.need(Need::default(), range, Hold::Exclusive);
         let _held = self.ranges.lock(need, wait).ok_or_else(|| errno(libc::EAGAIN))?;
+        check_wanted()?;
         // The last block counts as whole when the range reaches the disk's end.
         let end = if range.end >= self.size() {
             range.end.next_multiple_of(self.block)
@@ -304,7 +309,10 @@ impl WritableLayer for Overlay {
         let _held = self.ranges.lock(need, Wait::Yes).ok_or_else(|| errno(libc::EAGAIN))?;
         let lower_limit = lower_limit.min(size);
         let sequence = match &self.log {
-            Some(log) => log.append(&[Record::Size { size, lower_limit }], Purpose::Relieve)?,
+            Some(log) => {
+                let purpose = if size > old { Purpose::Grow } else { Purpose::Relieve };
+                log.append(&[Record::Size { size, lower_limit }], purpose)?
+            }
             None => 0,
         };
         self.map.write().resize(size, lower_limit, self.block);

@@ -5,6 +5,7 @@ use std::io::{self, IoSlice};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use rustix::fs::{Mode, OFlags};
 
@@ -82,6 +83,8 @@ pub fn keep(overlay: &Overlay, place: Place<'_>, stack: Stack) -> Result<Persist
     })?;
     // What waited to be given back there waits here.
     kept.overlay.reclaim();
+    // And what was learnt from the old map must not be taken for the new one's.
+    kept.overlay.revision.store(overlay.revision() + 1, Ordering::Release);
     Ok(kept)
 }
 

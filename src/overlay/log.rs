@@ -24,9 +24,12 @@ use crate::layer::Wait;
 
 /// Space is reserved on the host in steps of this many bytes.
 const STEP: u64 = 1 << 20;
-/// Kept back for the records that give space back or vouch for it, so that a full file system can
-/// be emptied again: 2,048 records.
+/// Kept back for the records that give space back, so that a full file system can be emptied
+/// again: 2,048 records.
 const RESERVE: u64 = 64 << 10;
+/// The last of the reserve, for the records that a sync and a close need: without them nothing
+/// that was freed could be given back.
+const LAST: u64 = 4 << 10;
 /// A log below this many records is never worth reducing (2 MiB).
 const SMALL: u64 = 1 << 16;
 /// Records read or written at a time: 1 MiB.
@@ -59,8 +62,10 @@ pub struct Replaced {
 pub enum Purpose {
     /// It leads to more space being used: refused before the reserve is touched.
     Grow,
-    /// It gives space back or vouches: may use the reserve.
+    /// It gives space back: may use the reserve but for its last part.
     Relieve,
+    /// It vouches for others, or marks the log itself: may use all there is.
+    Settle,
 }
 
 /// What reading a log from end to end found.
@@ -270,7 +275,8 @@ impl Tail {
     fn reserve(&mut self, len: u64, purpose: Purpose) -> io::Result<()> {
         let kept = match purpose {
             Purpose::Grow => RESERVE,
-            Purpose::Relieve => 0,
+            Purpose::Relieve => LAST,
+            Purpose::Settle => 0,
         };
         let end = self.end() + len + kept;
         if end <= self.reserved {
@@ -280,8 +286,8 @@ impl Tail {
         match self.file.allocate(self.end()..upto) {
             Ok(()) => self.reserved = upto,
             Err(error) if is_full(&error) => {
-                // The reserve is there for what relieves: the write itself then says what is left.
-                return if purpose == Purpose::Relieve { Ok(()) } else { Err(error) };
+                // Past the reserve the write itself says whether there is still room.
+                return if purpose == Purpose::Settle { Ok(()) } else { Err(error) };
             }
             // A host that cannot reserve: every append then takes its chance.
             Err(_) => self.reserved = u64::MAX,
@@ -332,7 +338,7 @@ impl Log {
         tag: Tag,
     ) -> io::Result<Self> {
         let log = Self::at(home, uuid, block, file, scan.first, scan.last() + 1);
-        log.append(&[Record::Open { tag }], Purpose::Relieve)?;
+        log.append(&[Record::Open { tag }], Purpose::Settle)?;
         // Every `Vouch` to come says that what was there at the beginning is durable.
         log.sync()?;
         Ok(log)
@@ -354,7 +360,7 @@ impl Log {
     /// Appends `records` in one write and returns the sequence of the last.
     ///
     /// # Errors
-    /// `ENOSPC`, also while only the reserve is left and `purpose` is to grow; the host's errno.
+    /// `ENOSPC`, also while only the reserve is left that `purpose` may not use; the host's errno.
     /// Nothing was appended then.
     pub fn append(&self, records: &[Record], purpose: Purpose) -> io::Result<u64> {
         let mut tail = self.tail.lock();

@@ -4,16 +4,18 @@ use std::io;
 use std::ops::Range;
 use std::sync::atomic::Ordering;
 
-use super::Overlay;
 use super::blocks::State;
 use super::log::{Log, Purpose};
 use super::ranges::{Hold, Need};
 use super::record::{Nanos, Record, Stamp};
+use super::{Overlay, is_full};
 use crate::host::errno;
 use crate::layer::Wait;
 
 /// Freed space goes back in pieces of at most this many bytes, each under its range's lock.
 const PIECE: u64 = 1 << 30;
+/// Where something is being changed, in pieces of this many: it holds few of the range locks.
+const SMALL_PIECE: u64 = 1 << 20;
 
 impl Overlay {
     /// Whether something was changed since the last sync began.
@@ -26,13 +28,12 @@ impl Overlay {
     /// temporary overlay promises nothing: only the space goes back.
     pub(super) fn sync_all(&self) -> io::Result<()> {
         match &self.log {
-            Some(log) => self.turns.run(|| self.sync_now(log)),
-            None => {
-                self.dirty.store(false, Ordering::SeqCst);
-                self.give_back(u64::MAX);
-                Ok(())
-            }
+            Some(log) => self.turns.run(|| self.sync_now(log))?,
+            None => self.dirty.store(false, Ordering::SeqCst),
         }
+        // After the turn: whoever waited for it need not wait for this.
+        self.give_back(self.durable.load(Ordering::SeqCst));
+        Ok(())
     }
 
     /// One sync: the data behind every record so far, then a `Vouch` for them, then the log.
@@ -45,15 +46,20 @@ impl Overlay {
         self.data.sync().map_err(|error| self.latch(log, &error))?;
         let durable = self.durable.load(Ordering::SeqCst);
         if upto > durable {
-            let vouch = log
-                .append(&[Record::Vouch { upto, durable }], Purpose::Relieve)
-                .and_then(|sequence| log.sync().map(|()| sequence))
-                .map_err(|error| self.latch(log, &error))?;
+            let vouch = log.append(&[Record::Vouch { upto, durable }], Purpose::Settle);
+            let vouch = vouch.map_err(|error| {
+                if !is_full(&error) {
+                    return self.latch(log, &error);
+                }
+                // Nothing was lost, only not vouched for: the next sync tries again.
+                self.mark_dirty();
+                error
+            })?;
+            log.sync().map_err(|error| self.latch(log, &error))?;
             // The Vouch itself is durable as well; with nothing in between it covers itself.
             let durable = if vouch == upto + 1 { vouch } else { upto };
             self.durable.store(durable, Ordering::SeqCst);
         }
-        self.give_back(self.durable.load(Ordering::SeqCst));
         Ok(())
     }
 
@@ -63,7 +69,7 @@ impl Overlay {
         self.latched.store(true, Ordering::SeqCst);
         let durable = self.durable.load(Ordering::SeqCst);
         ::log::error!("sync failed, the disk is read-only from now on: {error}");
-        let poisoned = log.append(&[Record::Poisoned { durable }], Purpose::Relieve);
+        let poisoned = log.append(&[Record::Poisoned { durable }], Purpose::Settle);
         if let Err(error) = poisoned.and_then(|_| log.sync()) {
             ::log::error!("could not mark the log as poisoned: {error}");
         }
@@ -71,15 +77,22 @@ impl Overlay {
     }
 
     /// Gives back the space of what records up to `durable` freed and nobody has taken since.
+    ///
+    /// What is being changed at this moment is left for the next time: a change may be waiting
+    /// for a base that hangs, and no sync waits for that.
     fn give_back(&self, durable: u64) {
-        let mut from = 0;
+        let (mut from, mut most) = (0, PIECE);
         loop {
-            let Some(piece) = self.pending.lock().first(from, durable, PIECE) else {
+            let Some(piece) = self.pending.lock().first(from, durable, most) else {
                 return;
             };
             let need = self.ranges.need(Need::default(), &piece, Hold::Exclusive);
-            let Some(_held) = self.ranges.lock(need, Wait::Yes) else {
-                return;
+            let Some(_held) = self.ranges.lock(need, Wait::No) else {
+                if most == SMALL_PIECE {
+                    from = piece.end;
+                }
+                most = SMALL_PIECE;
+                continue;
             };
             // Under the lock every change of this piece is whole: map and pending agree.
             let parts = self.pending.lock().within(&piece, durable);
@@ -92,6 +105,7 @@ impl Overlay {
                 self.pending.lock().remove(part);
             }
             from = piece.end;
+            most = (most * 2).min(PIECE);
         }
     }
 
@@ -117,7 +131,7 @@ impl Overlay {
         if let Some(log) = &self.log
             && !self.is_latched()
         {
-            log.append(&[Record::Attr { mtime, stamp }], Purpose::Relieve)?;
+            log.append(&[Record::Attr { mtime, stamp }], Purpose::Grow)?;
         }
         Ok(())
     }
@@ -163,7 +177,7 @@ impl Overlay {
     pub fn close(&self) -> io::Result<()> {
         self.sync_all()?;
         let Some(log) = &self.log else { return Ok(()) };
-        log.append(&[Record::Close], Purpose::Relieve)?;
+        log.append(&[Record::Close], Purpose::Settle)?;
         log.sync()
     }
 }
