@@ -678,6 +678,18 @@ fn a_full_host_is_enospc_and_work_goes_on_once_there_is_space() {
     assert_eq!(error.raw_os_error(), Some(libc::ENOSPC));
     file.sync_all().unwrap();
     assert_eq!(read(&file, written - 256 * KIB, 256 * KIB), noise(256 * KIB, 3));
+    // Whoever goes on trying uses up nothing: not even the log's last place.
+    let (mut refused, mut end) = (0, 200 * MIB);
+    while refused < 20_000 {
+        match file.write_all_at(&noise(4096, 5), end) {
+            Ok(()) => end += 4096,
+            Err(error) => {
+                assert_eq!(error.raw_os_error(), Some(libc::ENOSPC));
+                refused += 1;
+            }
+        }
+    }
+    file.sync_all().unwrap();
     fallocate(&file, PUNCH, 0..8 * MIB).unwrap();
     file.sync_all().unwrap();
     file.write_all_at(&noise(MIB, 4), 100 * MIB).unwrap();
@@ -923,5 +935,79 @@ fn what_is_executable_in_the_mount_has_no_set_id_bits() {
     let mut options = OpenOptions::new();
     options.write(true).custom_flags(libc::O_NOFOLLOW);
     options.open(lab.path("m/d")).unwrap();
+    lab.end();
+}
+
+#[test]
+fn a_write_that_hangs_on_its_base_holds_no_sync_and_changes_nothing_after_its_eio() {
+    let (lab, inner) = lab_with_a_slow_base();
+    let slow = lab.open("m/slow");
+    // Space that a sync is to give back, under the same range lock as the write that will hang.
+    slow.write_all_at(&[7; 8192], 9 * MIB).unwrap();
+    slow.sync_all().unwrap();
+    fallocate(&slow, PUNCH, 9 * MIB..9 * MIB + 4096).unwrap();
+    signal(inner, Signal::STOP).unwrap();
+    let other = lab.open("m/slow");
+    thread::scope(|scope| {
+        let hanging = scope.spawn(|| other.write_all_at(&[1; 100], MIB + 10));
+        thread::sleep(Duration::from_millis(300));
+        let start = Instant::now();
+        slow.sync_all().unwrap();
+        slow.write_all_at(&[2; 4096], 0).unwrap();
+        // The kernel lets a sync begin when the write before it has its answer: after the bound.
+        assert!(start.elapsed() < Duration::from_secs(6), "{:?}", start.elapsed());
+        assert_eq!(errno_of(hanging.join().unwrap()), libc::EIO);
+    });
+    signal(inner, Signal::CONT).unwrap();
+    wait_until("the base answers again", || slow.read_exact_at(&mut [0; 4096], MIB).is_ok());
+    // What had hung finds its block locked until then and nobody waiting for it.
+    slow.write_all_at(&[3; 1], MIB).unwrap();
+    let mut expected = read(&lab.open_ro("base.img"), MIB, 4096);
+    expected[0] = 3;
+    assert_eq!(read(&slow, MIB, 4096), expected);
+    drop((slow, other));
+    lab.umount();
+    lab.ok("umount inner");
+    lab.end();
+}
+
+#[test]
+fn a_daemon_told_to_end_ends_though_a_base_hangs() {
+    let (lab, inner) = lab_with_a_slow_base();
+    let pid = lab.pid();
+    let slow = lab.open("m/slow");
+    slow.write_all_at(&[7; 4096], 4096).unwrap();
+    signal(inner, Signal::STOP).unwrap();
+    let hanging = thread::spawn({
+        let other = lab.open("m/slow");
+        move || other.write_all_at(&[1; 100], MIB + 10)
+    });
+    thread::sleep(Duration::from_millis(300));
+    signal(pid, Signal::TERM).unwrap();
+    wait_until("the daemon says that it could not do all", || {
+        lab.log().contains("not all of it could be made durable")
+    });
+    // Its last thread still waits inside the host's kernel; the process ends with it.
+    signal(inner, Signal::CONT).unwrap();
+    wait_until("the daemon ends", || !is_alive(pid));
+    assert_eq!(errno_of(hanging.join().unwrap()), libc::EIO);
+    drop(slow);
+    lab.ok("umount inner");
+    lab.end();
+}
+
+#[test]
+fn st_blocks_is_right_after_keep_too() {
+    let mut lab = Lab::new();
+    lab.base("base.img", MIB);
+    lab.mount("d=blank:16M");
+    let file = lab.open("m/d");
+    (0..3).for_each(|at| file.write_all_at(&[1; 4096], at * MIB).unwrap());
+    assert_eq!(file.metadata().unwrap().blocks(), 24);
+    lab.ok("keep m/d kept");
+    (0..3).for_each(|at| file.write_all_at(&[1; 65536], (at + 8) * MIB).unwrap());
+    assert_eq!(file.metadata().unwrap().blocks(), 24 + 3 * 128);
+    drop(file);
+    lab.umount();
     lab.end();
 }
