@@ -23,6 +23,7 @@ pub mod blocks;
 mod change;
 pub mod data;
 pub mod keep;
+mod leaf;
 pub mod life;
 pub mod log;
 pub mod pending;
