@@ -96,6 +96,7 @@ pub struct Plan {
 #[must_use]
 pub fn serve(plan: &Plan, ready: Ready) -> u8 {
     abort_on_panic();
+    raise_file_limit();
     let mount = match start(plan, &ready) {
         Ok(mount) => mount,
         Err(line) => {
@@ -122,6 +123,15 @@ fn abort_on_panic() {
         hook(panic);
         std::process::abort();
     }));
+}
+
+/// A disk takes two descriptors and more; the usual soft limit of 1,024 is there for programs that
+/// use select(2), which this one does not.
+fn raise_file_limit() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
+    // Without it, opening a disk too many says what is wrong.
+    let _ = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum });
 }
 
 /// A mount that is there.
