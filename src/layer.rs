@@ -110,8 +110,8 @@ pub trait WritableLayer: Layer {
     /// Sees to it that later writes into `range` find space on the host.
     ///
     /// # Errors
-    /// `ENOSPC`; `EOPNOTSUPP` where the host cannot.
-    fn allocate(&self, range: Range<u64>) -> io::Result<()>;
+    /// As [`write_at`](Self::write_at); `EOPNOTSUPP` where the host cannot.
+    fn allocate(&self, range: Range<u64>, wait: Wait) -> io::Result<()>;
 
     /// Changes the size. What is cut off is gone; what is added reads as zeros.
     ///

@@ -660,7 +660,7 @@ mod tests {
         layer.set_size(1 << 20).unwrap();
         let other = layer.set_size(1 << 21).unwrap_err();
         assert_eq!(other.raw_os_error(), Some(libc::EINVAL));
-        layer.allocate(0..1 << 20).unwrap();
+        layer.allocate(0..1 << 20, Wait::Yes).unwrap();
     }
 
     #[test]

@@ -311,7 +311,8 @@ impl WritableLayer for RawBase {
         self.free(range, &ways)
     }
 
-    fn allocate(&self, range: Range<u64>) -> io::Result<()> {
+    fn allocate(&self, range: Range<u64>, wait: Wait) -> io::Result<()> {
+        self.may_change(wait, Change::Write)?;
         match self.kind {
             HostKind::File => host::allocate(&*self.file, range),
             // It has all its space.
@@ -553,7 +554,7 @@ mod tests {
         let error = raw.set_size(u64::MAX).unwrap_err();
         assert_eq!(error.raw_os_error(), Some(libc::EFBIG));
         assert_eq!(raw.size(), 2 * K64);
-        raw.allocate(0..2 * K64).unwrap();
+        raw.allocate(0..2 * K64, Wait::Yes).unwrap();
         assert_eq!(file.metadata().unwrap().blocks(), 2 * K64 / 512);
     }
 

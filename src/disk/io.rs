@@ -277,7 +277,7 @@ impl Disk {
         if !range.is_empty() {
             let below = layers.below();
             match change {
-                Change::Allocate => top.allocate(range)?,
+                Change::Allocate => top.allocate(range, wait)?,
                 Change::Zero => top.zero(range, &below, wait)?,
                 Change::Punch => top.punch_hole(range, &below, wait)?,
             }

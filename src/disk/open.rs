@@ -23,7 +23,7 @@ use crate::overlay::recover::Recovered;
 use crate::overlay::stack::{BaseRecord, LayerRecord, Stack, StackError, VERSION};
 use crate::overlay::{DEFAULT_BLOCK, LARGEST, Overlay, keep};
 use crate::pool::Pool;
-use crate::spec::{DiskSpec, Mode, Resize, Source, format_size};
+use crate::spec::{DiskSpec, Mode, Source, format_size};
 
 /// Why a disk cannot be mounted; each is one line for the user.
 #[derive(Debug, thiserror::Error)]
@@ -444,21 +444,7 @@ fn last_mtime(overlay: &Overlay, recovered: Recovered) -> (Nanos, bool) {
 
 /// The spec of a disk that lives in a store: an overlay over nothing.
 fn stored_spec(name: &str, size: u64) -> DiskSpec {
-    DiskSpec {
-        name: name.to_owned(),
-        source: Source::Blank(size),
-        mode: Mode::Cow,
-        format: None,
-        overlay: None,
-        block: None,
-        limit: None,
-        size: None,
-        resize: Resize::Follow,
-        uid: None,
-        gid: None,
-        perm: None,
-        locking: crate::spec::Locking::Qemu,
-    }
+    DiskSpec::new(name.to_owned(), Source::Blank(size))
 }
 
 /// Opens a disk of a store.

@@ -5,7 +5,9 @@ use std::io;
 use std::sync::Arc;
 use std::time::SystemTime;
 
-use fuser::{Errno, FileHandle, FileType, FopenFlags, INodeNo, OpenFlags, ReplyData, TimeOrNow};
+use fuser::{
+    Errno, FileHandle, FileType, FopenFlags, INodeNo, OpenFlags, ReplyData, ReplyWrite, TimeOrNow,
+};
 
 use super::handle::{Handle, Handles};
 use super::parked::{Bound, Lane, Refuse};
@@ -49,7 +51,7 @@ impl CowslipFs {
         }
     }
 
-    /// Runs `work` here without waiting, and in the disk's pool when it would have to wait.
+    /// Answers a question: here when that needs no waiting, else in the disk's pool.
     pub(super) fn now_or_later<R: Refuse, T: 'static>(
         &self,
         disk: &Arc<Disk>,
@@ -57,20 +59,23 @@ impl CowslipFs {
         work: impl Fn(&Disk, Wait) -> io::Result<T> + Send + 'static,
         send: impl FnOnce(R, T) + Send + 'static,
     ) {
-        let result = match self.seats.take() {
-            Some(_seat) => work(disk, Wait::No),
-            None => Err(errno(libc::EAGAIN)),
-        };
-        if is_busy(&result) {
-            let there = Arc::clone(disk);
-            let work = move || work(&there, Wait::Yes);
-            self.shared.deadlines.later(disk, Lane::Work, Bound::Base, reply, work, send);
-            return;
+        attempt(&self.shared, disk, reply, work, send);
+    }
+
+    /// Carries out a change as [`now_or_later`](Self::now_or_later) answers a question; the last
+    /// free worker leaves even the attempt to another thread, one that waits for no base.
+    pub(super) fn change_now_or_later<R: Refuse, T: 'static>(
+        &self,
+        disk: &Arc<Disk>,
+        reply: R,
+        work: impl Fn(&Disk, Wait) -> io::Result<T> + Send + 'static,
+        send: impl FnOnce(R, T) + Send + 'static,
+    ) {
+        if let Some(_seat) = self.seats.take() {
+            return attempt(&self.shared, disk, reply, work, send);
         }
-        match result {
-            Ok(value) => send(reply, value),
-            Err(error) => reply.refuse(error.into()),
-        }
+        let (shared, there) = (Arc::clone(&self.shared), Arc::clone(disk));
+        disk.syncs().run(Box::new(move || attempt(&shared, &there, reply, work, send)));
     }
 
     /// Runs `work` in one of the disk's pools, however long it takes.
@@ -230,6 +235,79 @@ impl CowslipFs {
             disk.set_times(times.0, times.1);
         }
         disk.attributes(wait)
+    }
+}
+
+/// Runs `work` without waiting, and in the disk's pool when it would have to wait.
+fn attempt<R: Refuse, T: 'static>(
+    shared: &Shared,
+    disk: &Arc<Disk>,
+    reply: R,
+    work: impl Fn(&Disk, Wait) -> io::Result<T> + Send + 'static,
+    send: impl FnOnce(R, T) + Send + 'static,
+) {
+    let result = work(disk, Wait::No);
+    if is_busy(&result) {
+        let there = Arc::clone(disk);
+        let work = move || work(&there, Wait::Yes);
+        shared.deadlines.later(disk, Lane::Work, Bound::Base, reply, work, send);
+        return;
+    }
+    match result {
+        Ok(value) => send(reply, value),
+        Err(error) => reply.refuse(error.into()),
+    }
+}
+
+/// A write to a disk, but for its bytes.
+#[derive(Clone, Copy)]
+pub(super) struct Write {
+    pub(super) offset: u64,
+    /// What is answered: how many bytes.
+    pub(super) written: u32,
+    /// Somebody reads through the kernel's cache, which must forget the range first.
+    pub(super) cached: bool,
+    /// It must be durable first (`O_DSYNC`).
+    pub(super) sync: bool,
+}
+
+impl Write {
+    /// Writes `data` without waiting, and in one of the disk's pools what has to wait.
+    pub(super) fn run(
+        self,
+        shared: &Arc<Shared>,
+        disk: &Arc<Disk>,
+        data: &[u8],
+        reply: ReplyWrite,
+    ) {
+        let Self { offset, written, cached, sync } = self;
+        let result = disk.write(data, offset, Wait::No);
+        match result {
+            Ok(()) if !sync && !cached => return reply.written(written),
+            Err(error) if error.raw_os_error() != Some(libc::EAGAIN) => {
+                return reply.error(error.into());
+            }
+            Ok(()) | Err(_) => {}
+        }
+        let left = result.is_err().then(|| data.to_vec());
+        let bound = if sync { Bound::Open } else { Bound::Base };
+        let lane = match (cached, sync) {
+            (true, _) => Lane::Notices,
+            (false, true) => Lane::Sync,
+            (false, false) => Lane::Work,
+        };
+        let (there, notify) = (Arc::clone(disk), Arc::clone(shared));
+        let work = move || {
+            if let Some(data) = left {
+                there.write(&data, offset, Wait::Yes)?;
+            }
+            if cached {
+                CowslipFs::invalidate(&notify, &there, offset, u64::from(written));
+            }
+            if sync { there.sync() } else { Ok(()) }
+        };
+        let send = move |reply: ReplyWrite, ()| reply.written(written);
+        shared.deadlines.later(disk, lane, bound, reply, work, send);
     }
 }
 

@@ -22,7 +22,7 @@ use fuser::{
     ReplyLseek, ReplyOpen, ReplyStatfs, ReplyWrite, Request, TimeOrNow, WriteFlags,
 };
 
-use self::answer::{decode_change, is_busy, is_sync, moment, open_disk, text};
+use self::answer::{Write, decode_change, is_busy, is_sync, moment, open_disk, text};
 use self::attr::TTL;
 use self::handle::{Handle, Handles};
 pub use self::parked::Deadlines;
@@ -220,7 +220,7 @@ impl Filesystem for CowslipFs {
             return self.later(&disk, Lane::Notices, reply, work, send);
         }
         let work = move |disk: &Disk, wait| Self::set_attributes(disk, None, size, times, wait);
-        self.now_or_later(&disk, reply, work, send);
+        self.change_now_or_later(&disk, reply, work, send);
     }
 
     fn open(&self, _: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
@@ -306,8 +306,7 @@ impl Filesystem for CowslipFs {
                 Err(error) => reply.error(error.into()),
             };
         };
-        let len = data.len() as u64;
-        let Ok(written) = u32::try_from(len) else {
+        let Ok(written) = u32::try_from(data.len()) else {
             return reply.error(Errno::EINVAL);
         };
         // What comes from the kernel's own cache is in it already; its page is locked until the
@@ -315,37 +314,12 @@ impl Filesystem for CowslipFs {
         let cached = !write_flags.contains(WriteFlags::FUSE_WRITE_CACHE)
             && self.shared.cache == Cache::Auto
             && disk.has_cached_readers();
-        let sync = is_sync(flags);
-        let result = match self.seats.take() {
-            Some(_seat) => disk.write(data, offset, Wait::No),
-            None => Err(errno(libc::EAGAIN)),
-        };
-        match result {
-            Ok(()) if !sync && !cached => return reply.written(written),
-            Err(error) if error.raw_os_error() != Some(libc::EAGAIN) => {
-                return reply.error(error.into());
-            }
-            Ok(()) | Err(_) => {}
+        let write = Write { offset, written, cached, sync: is_sync(flags) };
+        if let Some(_seat) = self.seats.take() {
+            return write.run(&self.shared, disk, data, reply);
         }
-        let (there, shared) = (Arc::clone(disk), Arc::clone(&self.shared));
-        let left = result.is_err().then(|| data.to_vec());
-        let bound = if sync { Bound::Open } else { Bound::Base };
-        let lane = match (cached, sync) {
-            (true, _) => Lane::Notices,
-            (false, true) => Lane::Sync,
-            (false, false) => Lane::Work,
-        };
-        let work = move || {
-            if let Some(data) = left {
-                there.write(&data, offset, Wait::Yes)?;
-            }
-            if cached {
-                Self::invalidate(&shared, &there, offset, len);
-            }
-            if sync { there.sync() } else { Ok(()) }
-        };
-        let send = move |reply: ReplyWrite, ()| reply.written(written);
-        self.shared.deadlines.later(disk, lane, bound, reply, work, send);
+        let (shared, there, data) = (Arc::clone(&self.shared), Arc::clone(disk), data.to_vec());
+        disk.syncs().run(Box::new(move || write.run(&shared, &there, &data, reply)));
     }
 
     fn flush(&self, _: &Request, _: INodeNo, fh: FileHandle, _: LockOwner, reply: ReplyEmpty) {
@@ -587,7 +561,7 @@ impl Filesystem for CowslipFs {
             return reply.error(Errno::EFBIG);
         };
         let work = move |disk: &Disk, wait| disk.change(offset..end, change, keep, wait);
-        self.now_or_later(&disk, reply, work, |reply, ()| reply.ok());
+        self.change_now_or_later(&disk, reply, work, |reply, ()| reply.ok());
     }
 
     fn lseek(

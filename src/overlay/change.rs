@@ -239,6 +239,7 @@ impl Overlay {
         let file = self.data.backing(range.clone()).ok_or_else(|| errno(libc::EOPNOTSUPP))?;
         let need = self.ranges.need(Need::default(), range, Hold::Shared);
         let _held = self.ranges.lock(need, Wait::Yes).ok_or_else(|| errno(libc::EAGAIN))?;
+        check_wanted()?;
         self.check_limit(&self.blocks_of(range))?;
         let copied = copy(file, range.clone())?;
         let end = range.start + copied;
@@ -276,11 +277,12 @@ impl WritableLayer for Overlay {
         self.zero(range, below, wait)
     }
 
-    fn allocate(&self, range: Range<u64>) -> io::Result<()> {
-        self.with_relief(Wait::Yes, || {
+    fn allocate(&self, range: Range<u64>, wait: Wait) -> io::Result<()> {
+        self.with_relief(wait, || {
             // Shared with writers, not with what gives space back.
             let need = self.ranges.need(Need::default(), &range, Hold::Shared);
-            let _held = self.ranges.lock(need, Wait::Yes).ok_or_else(|| errno(libc::EAGAIN))?;
+            let _held = self.ranges.lock(need, wait).ok_or_else(|| errno(libc::EAGAIN))?;
+            check_wanted()?;
             self.check_limit(&self.blocks_of(&range))?;
             self.pending.lock().remove(&range);
             self.data.allocate(range.clone())

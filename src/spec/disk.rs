@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use super::error::shown;
 use super::keys::{self, Value};
-use super::{DiskSpec, Format, Locking, Mode, Resize, Source, SpecError, format_size, parse_size};
+use super::{DiskSpec, Format, Source, SpecError, format_size, parse_size};
 
 /// The directory inside the mount through which cowslip is controlled.
 const CONTROL: &str = ".cowslip";
@@ -127,21 +127,7 @@ impl Draft {
                 return Err(SpecError::Source { given: shown(&self.source), why });
             }
         };
-        let mut disk = DiskSpec {
-            name: check_name(&name)?,
-            source,
-            mode: Mode::Cow,
-            format: None,
-            overlay: None,
-            block: None,
-            limit: None,
-            size: None,
-            resize: Resize::Follow,
-            uid: None,
-            gid: None,
-            perm: None,
-            locking: Locking::Qemu,
-        };
+        let mut disk = DiskSpec::new(check_name(&name)?, source);
         keys::apply(&mut disk, &self.keys, dir)?;
         Ok(disk)
     }
@@ -254,6 +240,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::spec::{Locking, Mode, Resize};
 
     const DIR: &str = "/home/me";
 

@@ -68,6 +68,28 @@ pub struct DiskSpec {
     pub locking: Locking,
 }
 
+impl DiskSpec {
+    /// The disk `name` over `source`, no key given.
+    #[must_use]
+    pub fn new(name: String, source: Source) -> Self {
+        Self {
+            name,
+            source,
+            mode: Mode::Cow,
+            format: None,
+            overlay: None,
+            block: None,
+            limit: None,
+            size: None,
+            resize: Resize::Follow,
+            uid: None,
+            gid: None,
+            perm: None,
+            locking: Locking::Qemu,
+        }
+    }
+}
+
 /// What is under a disk.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Source {

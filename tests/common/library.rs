@@ -447,7 +447,7 @@ impl Target for SimDisks {
     }
 
     fn allocate(&mut self, disk: usize, range: Range<u64>) -> io::Result<()> {
-        self.0[disk].overlay().allocate(range)
+        self.0[disk].overlay().allocate(range, Wait::Yes)
     }
 
     fn copy(&mut self, from: (usize, Range<u64>), to: (usize, u64)) -> io::Result<()> {
