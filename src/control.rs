@@ -28,6 +28,8 @@ use crate::host::errno;
 use crate::layer::Wait;
 use crate::overlay::recover::Recovered;
 use crate::spec::format_size;
+use crate::stream::output::{FinishError, Patience};
+use crate::stream::{Ending, Stream};
 
 /// A client is told at least this often that its request is still being worked on.
 const PROGRESS: Duration = Duration::from_secs(1);
@@ -144,8 +146,13 @@ pub struct Control {
 #[derive(Deserialize)]
 #[serde(tag = "op", rename_all = "lowercase", deny_unknown_fields)]
 enum MountRequest {
-    /// Sync every disk and say what an unmount will discard.
-    Drain,
+    /// Sync every disk, say what an unmount will discard, and bring streams to their end.
+    Drain {
+        #[serde(default)]
+        streams: Ending,
+        #[serde(default)]
+        timeout_ms: Option<u64>,
+    },
 }
 
 #[derive(Deserialize)]
@@ -153,6 +160,13 @@ enum MountRequest {
 enum DiskRequest {
     /// Make a temporary overlay persistent.
     Keep { dir: PathBuf },
+    /// Complete a stream.
+    Finish {
+        #[serde(default)]
+        timeout_ms: Option<u64>,
+    },
+    /// Give a stream up.
+    Abort,
 }
 
 impl Control {
@@ -181,9 +195,13 @@ impl Control {
     fn disk_value(&self, name: &str, entry: &Entry) -> Value {
         let disk = &entry.disk;
         let (state, error) = if disk.is_latched() {
-            ("read-only", Some("a sync failed: nothing written since is safe, see the log"))
+            let why = "a sync failed: nothing written since is safe, see the log";
+            ("read-only", Some(why.to_owned()))
         } else {
-            ("ok", None)
+            match disk.stream().and_then(Stream::failure) {
+                Some(why) => ("failed", Some(why)),
+                None => ("ok", None),
+            }
         };
         let overlay = disk.overlay().map(|overlay| {
             let usage = overlay.usage();
@@ -213,22 +231,31 @@ impl Control {
             "openers": disk.openers(),
             "base": disk.source,
             "overlay": overlay,
-            "stream": Value::Null,
+            "stream": disk.stream().map(stream_value),
         })
     }
 
     /// Answers a request to the mount.
     fn answer_mount(&self, request: &[u8]) -> Value {
         match serde_json::from_slice(request) {
-            Ok(MountRequest::Drain) => self.drain(),
+            Ok(MountRequest::Drain { streams, timeout_ms }) => {
+                self.drain(streams, Patience::of_request(timeout_ms))
+            }
             Err(error) => json!({ "error": format!("request not understood: {error}") }),
         }
     }
 
     /// Makes everything durable and says what will become of each disk.
-    fn drain(&self) -> Value {
+    fn drain(&self, streams: Ending, patience: Patience) -> Value {
         let (mut said, mut failed) = (Vec::new(), Vec::new());
         for (name, entry) in self.catalog.list() {
+            if entry.disk.stream().is_some() {
+                match entry.disk.settle(streams, patience) {
+                    Ok(line) => said.extend(line),
+                    Err(why) => failed.push(format!("{name}: {why}")),
+                }
+                continue;
+            }
             if let Err(error) = entry.disk.sync() {
                 failed.push(format!("{name}: could not be made durable: {error}"));
                 continue;
@@ -252,6 +279,8 @@ impl Control {
                 }
                 Err(error) => json!({ "error": error }),
             },
+            Ok(DiskRequest::Finish { timeout_ms }) => finish(&name, &entry.disk, timeout_ms),
+            Ok(DiskRequest::Abort) => abort(&name, &entry.disk),
             Err(error) => json!({ "error": format!("request not understood: {error}") }),
         }
     }
@@ -275,6 +304,78 @@ impl Control {
             pid: std::process::id(),
             mountpoint: self.catalog.mountpoint.to_string_lossy().into_owned(),
             draining: self.draining.load(Ordering::SeqCst),
+        }
+    }
+}
+
+fn finish(name: &str, disk: &Disk, timeout_ms: Option<u64>) -> Value {
+    let Some(Stream::Output(output)) = disk.stream() else {
+        return json!({ "error": format!("{name} is no output stream: there is nothing to finish") });
+    };
+    match output.finish(&|| disk.has_writers(), Patience::of_request(timeout_ms)) {
+        Ok(line) => json!({ "ok": { "line": line } }),
+        Err(error @ FinishError::Busy) => {
+            json!({ "error": format!("{name} {error}"), "busy": true })
+        }
+        Err(error) => json!({ "error": format!("{name}: {error}") }),
+    }
+}
+
+fn abort(name: &str, disk: &Disk) -> Value {
+    let result = match disk.stream() {
+        Some(Stream::Output(output)) => output.abort("aborted"),
+        Some(Stream::Input { input, .. }) => {
+            // Whatever had failed before, it is over now.
+            let _ = input.close();
+            Ok(())
+        }
+        None => Err("it is no stream: there is nothing to abort".to_owned()),
+    };
+    match result {
+        Ok(()) => json!({ "ok": { "line": format!("{name}: aborted") } }),
+        Err(why) => json!({ "error": format!("{name}: {why}") }),
+    }
+}
+
+/// A stream in `status`.
+fn stream_value(stream: &Stream) -> Value {
+    match stream {
+        Stream::Output(output) => {
+            let status = output.status();
+            json!({
+                "direction": "out",
+                "state": status.state.name(),
+                "frontier": status.frontier,
+                "highest": status.highest,
+                "accepted": status.accepted,
+                "window": { "size": status.window.0, "used": status.window.1 },
+                "spill": { "size": status.spill.0, "used": status.spill.1 },
+                "needed": { "window": status.needed.0, "spill": status.needed.1 },
+                "sink": {
+                    "kind": status.kind,
+                    "description": status.sink,
+                    "status": status.error.as_deref().unwrap_or(status.state.name()),
+                },
+            })
+        }
+        Stream::Input { input, monitor } => {
+            let status = input.status();
+            json!({
+                "direction": "in",
+                "state": status.state.name(),
+                "frontier": status.arrived,
+                "highest": status.highest,
+                "accepted": status.arrived,
+                "window": { "size": status.window, "used": status.used },
+                "spill": { "size": Value::Null, "used": status.spooled },
+                "needed": { "window": status.needed, "spill": 0 },
+                "sink": Value::Null,
+                "source": {
+                    "kind": monitor.kind(),
+                    "description": monitor.describe(),
+                    "status": status.error.as_deref().unwrap_or(status.state.name()),
+                },
+            })
         }
     }
 }

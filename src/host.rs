@@ -120,3 +120,29 @@ pub fn fallocate(file: impl AsFd, flags: FallocateFlags, range: Range<u64>) -> i
     })
     .map_err(io::Error::from)
 }
+
+/// Whether the thread `tid` (0: unknown) is being killed or is on its way out: whatever it waits
+/// for, it will not look at the answer.
+#[must_use]
+pub fn is_being_killed(tid: u32) -> bool {
+    /// SIGKILL in the masks of proc_pid_status(5).
+    const KILL: u64 = 1 << (libc::SIGKILL - 1);
+    /// `PF_EXITING` (linux/sched.h): the kernel waits for what the process has under way.
+    const EXITING: u64 = 0x4;
+    if tid == 0 {
+        return false;
+    }
+    let status = std::fs::read_to_string(format!("/proc/{tid}/status")).unwrap_or_default();
+    let pending = status.lines().filter_map(|line| {
+        let mask = line.strip_prefix("SigPnd:").or_else(|| line.strip_prefix("ShdPnd:"))?;
+        u64::from_str_radix(mask.trim(), 16).ok()
+    });
+    if pending.fold(0, |all, mask| all | mask) & KILL != 0 {
+        return true;
+    }
+    // Behind the name in parentheses `flags` is the seventh field (proc_pid_stat(5)).
+    let stat = std::fs::read_to_string(format!("/proc/{tid}/stat")).unwrap_or_default();
+    let fields = stat.rsplit_once(')').map_or("", |(_, fields)| fields);
+    let flags = fields.split_ascii_whitespace().nth(6).and_then(|flags| flags.parse::<u64>().ok());
+    flags.is_some_and(|flags| flags & EXITING != 0)
+}

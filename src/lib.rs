@@ -22,3 +22,4 @@ pub mod overlay;
 pub mod pool;
 pub mod spec;
 pub mod store;
+pub mod stream;

@@ -152,6 +152,9 @@ pub enum BaseError {
         /// What the user called it.
         format: Format,
     },
+    /// A stream has no base.
+    #[error("a stream has no base")]
+    Stream,
     /// A blank cannot be written to.
     #[error("blank: holds nothing that could be written: leave mode=rw away")]
     BlankWritten,
@@ -196,6 +199,7 @@ pub fn open(
             file: None,
         }),
         Source::Blank(_) => Err(BaseError::BlankWritten),
+        Source::Stream(_) => Err(BaseError::Stream),
     }
 }
 

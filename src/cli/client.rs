@@ -59,6 +59,9 @@ pub(super) enum AskError {
         /// What the host said.
         error: io::Error,
     },
+    /// Somebody else has the disk.
+    #[error("{0}")]
+    Busy(String),
     /// It answered that it will not, or could not.
     #[error("{0}")]
     Refused(String),
@@ -191,7 +194,11 @@ impl Place {
                 progress(now);
             } else if let Some(error) = said.get("error") {
                 let text = error.as_str().map_or_else(|| error.to_string(), str::to_owned);
-                answer = Some(Err(AskError::Refused(printable(&text))));
+                let text = printable(&text);
+                answer = Some(Err(match said["busy"].as_bool() {
+                    Some(true) => AskError::Busy(text),
+                    _ => AskError::Refused(text),
+                }));
             } else if let Some(ok) = said.get_mut("ok") {
                 answer = Some(Ok(ok.take()));
             }

@@ -21,6 +21,7 @@ use super::umount::{self, How, UmountArgs};
 use super::{DONE, Failure};
 use crate::mount::Style;
 use crate::spec::{self, Cache, SpecError};
+use crate::stream::sink::Inherit;
 
 /// Which helper this is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -152,6 +153,7 @@ impl Words {
             source: Some(source.to_string_lossy().into_owned()),
             common: sorted.common,
             style: Style::Background,
+            stdio: Inherit::Nothing,
         })
     }
 }

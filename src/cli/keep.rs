@@ -1,13 +1,13 @@
 //! `cowslip keep`: makes a temporary overlay persistent.
 
-use std::io::{self, IsTerminal, Write};
 use std::path::{Path, PathBuf};
 
 use clap::Args;
-use serde_json::{Value, json};
+use serde_json::json;
 
 use super::client::Place;
 use super::mount::current_dir;
+use super::progress::Progress;
 use super::table::printable;
 use super::{DONE, say};
 
@@ -49,39 +49,6 @@ fn destination(here: &Path, given: &Path) -> anyhow::Result<PathBuf> {
         anyhow::bail!("'{}' is not UTF-8: name another directory", given.display());
     }
     Ok(dir)
-}
-
-/// How far long work is, on stderr: one line that changes on a terminal, a line each elsewhere.
-struct Progress {
-    is_terminal: bool,
-    seconds: u64,
-}
-
-impl Progress {
-    fn new() -> Self {
-        Self { is_terminal: io::stderr().is_terminal(), seconds: 0 }
-    }
-
-    /// The daemon gives a sign of life every second; it may say how far it is.
-    fn show(&mut self, now: &Value) {
-        self.seconds += 1;
-        let text = match (now["done"].as_u64(), now["total"].as_u64()) {
-            (Some(done), Some(total)) if total > 0 => {
-                format!("{} %", u128::from(done) * 100 / u128::from(total))
-            }
-            _ => format!("working, {} s", self.seconds),
-        };
-        let _ = match self.is_terminal {
-            true => write!(io::stderr(), "\r\x1b[K{text}"),
-            false => writeln!(io::stderr(), "{text}"),
-        };
-    }
-
-    fn end(&self) {
-        if self.is_terminal && self.seconds > 0 {
-            let _ = write!(io::stderr(), "\r\x1b[K");
-        }
-    }
 }
 
 #[cfg(test)]

@@ -13,14 +13,17 @@
 
 mod check;
 mod client;
+mod guard;
 mod helper;
 mod keep;
 mod log;
 mod map;
 mod mount;
 mod plan;
+mod progress;
 mod run;
 mod status;
+mod stream;
 mod table;
 mod timeout;
 mod umount;
@@ -31,6 +34,8 @@ use std::io::{self, Write};
 use anyhow::Context as _;
 use clap::error::ErrorKind;
 use clap::{CommandFactory, FromArgMatches, Parser};
+
+use crate::stream::guard::{SUBCOMMAND as GUARD, offer};
 
 /// It worked.
 const DONE: u8 = 0;
@@ -61,8 +66,15 @@ enum Cli {
     Log(log::LogArgs),
     /// Keep the changes of a temporary overlay in a directory
     Keep(keep::KeepArgs),
+    /// Complete a stream: send what is held, close its sink, wait for it
+    Finish(stream::FinishArgs),
+    /// Give a stream up: its command is killed, its file stays unfinished
+    Abort(stream::AbortArgs),
     /// Check an overlay or a store that is not mounted
     Check(check::CheckArgs),
+    /// Guard the commands of a stream: cowslip runs this itself
+    #[command(name = GUARD, hide = true)]
+    Guard(guard::GuardArgs),
 }
 
 /// An error that has an exit code of its own; without one it is 1.
@@ -95,6 +107,7 @@ pub fn exit_code(error: &anyhow::Error) -> u8 {
 /// One line for the user; [`exit_code`] knows what to exit with.
 pub fn run(args: impl IntoIterator<Item = OsString>) -> anyhow::Result<u8> {
     let args: Vec<OsString> = args.into_iter().collect();
+    offer();
     if let Some((role, rest)) = helper::role(&args) {
         return helper::run(role, rest);
     }
@@ -109,7 +122,10 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> anyhow::Result<u8> {
         Cli::Map(args) => map::run(&args),
         Cli::Log(args) => log::run(&args),
         Cli::Keep(args) => keep::run(&args),
+        Cli::Finish(args) => stream::finish(&args),
+        Cli::Abort(args) => stream::abort(&args),
         Cli::Check(args) => check::run(&args),
+        Cli::Guard(args) => guard::run(&args),
     }
 }
 

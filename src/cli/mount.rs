@@ -11,15 +11,16 @@ use clap::Args;
 use super::client::Place;
 use super::plan::{Common, Wish};
 use super::{DONE, Failure};
-use crate::mount::daemon::{self, Outcome, Ready, Role};
+use crate::mount::daemon::{self, Notes, Outcome, Ready, Role};
 use crate::mount::{self, Plan, Style, kernel};
+use crate::stream::sink::Inherit;
 
 #[derive(Debug, Args)]
 pub(super) struct MountArgs {
     /// The directory to mount on
     #[arg(required_unless_present = "config")]
     mountpoint: Option<PathBuf>,
-    /// What to show there, each [NAME=]SOURCE[,KEY[=VALUE]]... with SOURCE a path or blank:SIZE
+    /// What to show there, each [NAME=]SOURCE[,KEY[=VALUE]]... with SOURCE a path, blank:SIZE or stream:SIZE
     #[arg(value_name = "DISK")]
     disks: Vec<OsString>,
     /// Stay in the foreground, log to stderr
@@ -38,6 +39,10 @@ pub(super) fn run(args: MountArgs) -> anyhow::Result<u8> {
         source: None,
         disks: args.disks,
         common: args.common,
+        stdio: match args.foreground {
+            true => Inherit::Stdout,
+            false => Inherit::Nothing,
+        },
         style: match args.foreground {
             true => Style::Foreground,
             false => Style::Background,
@@ -70,7 +75,11 @@ pub(super) enum Started {
 /// The daemon's own line when it could not mount; what the mount said when it does not answer.
 pub(super) fn start(plan: &Plan, notes: &mut dyn Write) -> anyhow::Result<Started> {
     if plan.style == Style::Foreground {
-        return Ok(Started::Ended(mount::serve(plan, Ready::foreground())));
+        let notes = match plan.has_stdout_sink() {
+            true => Notes::Stderr,
+            false => Notes::Stdout,
+        };
+        return Ok(Started::Ended(mount::serve(plan, Ready::foreground(notes))));
     }
     let mountpoint = plan.mountpoint.clone();
     let waiting = match daemon::fork().context("cannot start the daemon")? {

@@ -11,6 +11,7 @@ use clap::Args;
 use super::Failure;
 use crate::mount::{Force, Plan, Style};
 use crate::spec::{self, Cache, Config, DiskSpec};
+use crate::stream::sink::Inherit;
 
 /// What `mount` and `run` have in common.
 #[derive(Clone, Debug, Default, Args)]
@@ -48,6 +49,8 @@ pub(super) struct Wish {
     pub(super) common: Common,
     /// How the daemon runs.
     pub(super) style: Style,
+    /// Whether streams may have our standard input and output.
+    pub(super) stdio: Inherit,
 }
 
 impl Wish {
@@ -96,6 +99,7 @@ impl Wish {
                 false => Force::No,
             },
             style: self.style,
+            stdio: self.stdio,
         })
     }
 }
@@ -127,6 +131,7 @@ mod tests {
             disks: disks.iter().map(OsString::from).collect(),
             common: Common::default(),
             style: Style::Background,
+            stdio: Inherit::Nothing,
         }
     }
 

@@ -8,9 +8,10 @@
 use std::ffi::OsString;
 use std::fs;
 use std::io::{self, Write};
+use std::os::fd::AsFd;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitStatus};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::Duration;
 
 use anyhow::Context as _;
@@ -21,9 +22,11 @@ use signal_hook::iterator::Signals;
 
 use super::mount::{Started, current_dir, start};
 use super::plan::{Common, Wish};
-use super::umount::{self, How};
+use super::umount::{self, How, Request, Streams};
 use super::{DONE, Failure, RUN_FAILED};
-use crate::mount::Style;
+use crate::mount::{Plan, Style};
+use crate::spec::{Flow, Source, Supply, Target};
+use crate::stream::sink::Inherit;
 
 /// COMMAND is there and cannot be run.
 const CANNOT_RUN: u8 = 126;
@@ -59,6 +62,7 @@ fn inside(args: RunArgs) -> anyhow::Result<u8> {
         disks: args.disks,
         common: args.common,
         style: Style::Background,
+        stdio: Inherit::Stdout,
     };
     let mut plan = wish.plan(&current_dir()?)?;
     let private = private_directory()?;
@@ -74,8 +78,14 @@ fn inside(args: RunArgs) -> anyhow::Result<u8> {
             return Err(error);
         }
     }
-    let ended = command(&args.command, &private);
-    let cleaned = clean_up(&private);
+    let claims = Claims::of(&plan);
+    let ended = command(&args.command, &private, claims);
+    let streams = match (&ended, claims.any) {
+        (Ok(DONE), true) => Streams::Finish,
+        (_, true) => Streams::Abort,
+        (_, false) => Streams::Settle,
+    };
+    let cleaned = clean_up(&private, streams);
     match (ended, cleaned) {
         (Ok(DONE), cleaned) => cleaned.map(|()| DONE),
         (ended, Ok(())) => ended,
@@ -100,7 +110,7 @@ fn private_directory() -> anyhow::Result<PathBuf> {
 }
 
 /// Runs COMMAND to its end.
-fn command(words: &[OsString], mountpoint: &Path) -> anyhow::Result<u8> {
+fn command(words: &[OsString], mountpoint: &Path, claims: Claims) -> anyhow::Result<u8> {
     // Before the command starts, so that no signal falls between.
     let mut signals = Signals::new([SIGCHLD, SIGINT, SIGQUIT, SIGTERM, SIGHUP])
         .context("cannot handle signals")?;
@@ -108,6 +118,7 @@ fn command(words: &[OsString], mountpoint: &Path) -> anyhow::Result<u8> {
     let (program, args) = words.split_first().context("no command")?;
     let mut command = Command::new(program);
     command.args(args).env("COWSLIP_MNT", mountpoint);
+    claims.leave(&mut command).context("cannot give the command our stderr")?;
     let mut child = command.spawn().map_err(|error| Failure {
         code: match error.kind() {
             io::ErrorKind::NotFound => NOT_FOUND,
@@ -163,20 +174,58 @@ fn exit_code(status: ExitStatus) -> u8 {
 }
 
 /// Ends the mount: when its users have left, or after the grace without asking them.
-fn clean_up(mountpoint: &Path) -> anyhow::Result<()> {
-    let finished = match umount::end_politely(mountpoint) {
+fn clean_up(mountpoint: &Path, streams: Streams) -> anyhow::Result<()> {
+    let finished = match umount::end_politely(mountpoint, streams) {
         Ok(ended) => ended.wait_usual().and(ended.verdict()),
         Err(error) => {
             log::debug!("unmounting all the same: {error:#}");
-            let ended = umount::end(mountpoint, How::Lazily, Duration::ZERO)?;
+            let request = Request::new(Streams::Abort);
+            let ended = umount::end(mountpoint, How::Lazily, Duration::ZERO, request)?;
             let shown = mountpoint.display();
             complain(&format!("'{shown}' is still in use, and ends when its users have left"));
-            ended.verdict()
+            match streams {
+                Streams::Finish => Err(error.context("the streams are given up")),
+                _ => ended.verdict(),
+            }
         }
     };
     let removed = fs::remove_dir(mountpoint)
         .with_context(|| format!("cannot remove the mountpoint '{}'", mountpoint.display()));
     finished.and(removed)
+}
+
+/// What streams do with the standard input and output that COMMAND would have.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Claims {
+    any: bool,
+    stdin: bool,
+    stdout: bool,
+}
+
+impl Claims {
+    fn of(plan: &Plan) -> Self {
+        let mut claims = Self::default();
+        for disk in &plan.disks {
+            if let Source::Stream(stream) = &disk.source {
+                claims.any = true;
+                claims.stdout |= stream.flow == Flow::Out(Target::Stdout);
+                claims.stdin |= matches!(stream.flow, Flow::In { supply: Supply::Stdin, .. });
+            }
+        }
+        claims
+    }
+
+    /// Leaves COMMAND what no stream has.
+    fn leave(self, command: &mut Command) -> io::Result<()> {
+        if self.stdin {
+            command.stdin(Stdio::null());
+        }
+        if self.stdout {
+            // What COMMAND has to say must not get into the image.
+            command.stdout(io::stderr().as_fd().try_clone_to_owned()?);
+        }
+        Ok(())
+    }
 }
 
 /// Prints a line beside the answer.
@@ -190,7 +239,7 @@ mod tests {
 
     fn ran(words: &[&str]) -> anyhow::Result<u8> {
         let words: Vec<OsString> = words.iter().map(OsString::from).collect();
-        command(&words, Path::new("/private"))
+        command(&words, Path::new("/private"), Claims::default())
     }
 
     #[test]

@@ -145,6 +145,25 @@ struct Disk {
     openers: u64,
     base: Option<String>,
     overlay: Option<Overlay>,
+    stream: Option<StreamReport>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+struct StreamReport {
+    direction: String,
+    state: String,
+    accepted: u64,
+    window: Room,
+    spill: Room,
+}
+
+/// How large something is, if it has a size, and how much of it is used.
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+struct Room {
+    size: Option<u64>,
+    used: u64,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -211,6 +230,18 @@ impl Report {
 impl Disk {
     fn row(&self) -> [String; 8] {
         let none = || "-".to_owned();
+        if let Some(stream) = &self.stream {
+            return [
+                self.name.clone(),
+                format_size(self.size),
+                stream.direction.clone(),
+                stream.state.clone(),
+                self.openers.to_string(),
+                format_size(stream.accepted),
+                stream.rooms(),
+                self.base.clone().unwrap_or_else(none),
+            ];
+        }
         let overlay = self.overlay.as_ref();
         [
             self.name.clone(),
@@ -230,6 +261,19 @@ impl Disk {
     }
 }
 
+impl StreamReport {
+    /// Window and spill, used and whole.
+    fn rooms(&self) -> String {
+        let room = |name: &str, room: &Room| {
+            let size = room.size.filter(|size| *size > 0).map(format_size);
+            size.map(|size| format!("{name} {} of {size}", format_size(room.used)))
+        };
+        let rooms = [room("window", &self.window), room("spill", &self.spill)];
+        let rooms: Vec<String> = rooms.into_iter().flatten().collect();
+        if rooms.is_empty() { "-".to_owned() } else { rooms.join(", ") }
+    }
+}
+
 impl Overlay {
     fn place(&self) -> String {
         match (&self.path, self.temporary) {
@@ -243,6 +287,32 @@ impl Overlay {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_stream_shows_its_state_and_its_rooms() {
+        let disk = json!({
+            "name": "o", "size": 10737418240u64, "state": "ok", "openers": 1, "base": "cmd:zstd",
+            "stream": {
+                "direction": "out", "state": "open", "accepted": 1048576, "unknown": 1,
+                "window": { "size": 16777216, "used": 4096 },
+                "spill": { "size": 1073741824, "used": 0 },
+            },
+        });
+        let disk = Disk::deserialize(&disk).unwrap();
+        let row = [
+            "o",
+            "10 GiB",
+            "out",
+            "open",
+            "1",
+            "1 MiB",
+            "window 4 KiB of 16 MiB, spill 0 bytes of 1 GiB",
+            "cmd:zstd",
+        ];
+        assert_eq!(disk.row(), row);
+        let strict = json!({ "stream": { "window": { "size": 0 }, "spill": { "size": 0 } } });
+        assert_eq!(Disk::deserialize(&strict).unwrap().row()[6], "-");
+    }
 
     fn entry() -> MountEntry {
         MountEntry {

@@ -14,6 +14,7 @@ use clap::Args;
 use serde_json::{Value, json};
 
 use super::client::{AskError, Place};
+use super::progress::Progress;
 use super::table::printable;
 use super::{DONE, say, timeout};
 use crate::mount::kernel::{self, Condition, Unmount};
@@ -43,6 +44,30 @@ pub(super) struct UmountArgs {
     mountpoint: PathBuf,
 }
 
+/// What becomes of streams that are not finished yet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Streams {
+    /// Those that end with the mount are finished, the others given up.
+    Settle,
+    /// All are finished.
+    Finish,
+    /// All are given up.
+    Abort,
+    /// They go on for those who have them open.
+    Leave,
+}
+
+impl Streams {
+    fn word(self) -> &'static str {
+        match self {
+            Self::Settle => "settle",
+            Self::Finish => "finish",
+            Self::Abort => "abort",
+            Self::Leave => "leave",
+        }
+    }
+}
+
 /// How a mount is ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum How {
@@ -66,10 +91,11 @@ pub(super) fn run(args: &UmountArgs) -> anyhow::Result<u8> {
     }
     let grace = args.timeout.unwrap_or(GRACE);
     let ended = if args.lazy {
-        end(&mountpoint, How::Lazily, Duration::ZERO)?
+        end(&mountpoint, How::Lazily, Duration::ZERO, Request::new(Streams::Leave))?
     } else {
         wait_for_users(&mountpoint, grace)?;
-        end(&mountpoint, How::Politely, grace)?
+        let request = Request { streams: Streams::Settle, timeout: args.timeout };
+        end(&mountpoint, How::Politely, grace, request)?
     };
     ended.lines.iter().for_each(|line| say(line));
     if !args.lazy {
@@ -131,9 +157,24 @@ fn wait_for_users(mountpoint: &Path, grace: Duration) -> anyhow::Result<()> {
 ///
 /// # Errors
 /// A line; it is still mounted then.
-pub(super) fn end_politely(mountpoint: &Path) -> anyhow::Result<Ended> {
+pub(super) fn end_politely(mountpoint: &Path, streams: Streams) -> anyhow::Result<Ended> {
     wait_for_users(mountpoint, GRACE)?;
-    end(mountpoint, How::Politely, GRACE)
+    end(mountpoint, How::Politely, GRACE, Request::new(streams))
+}
+
+/// What the daemon is asked to do before it is unmounted.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Request {
+    streams: Streams,
+    /// How long a sink may take.
+    timeout: Option<Duration>,
+}
+
+impl Request {
+    /// Sinks may take as long as they do.
+    pub(super) fn new(streams: Streams) -> Self {
+        Self { streams, timeout: None }
+    }
 }
 
 /// Why it was not unmounted: who has it.
@@ -170,8 +211,13 @@ pub(super) struct Ended {
 ///
 /// # Errors
 /// A line; it is still mounted then.
-pub(super) fn end(mountpoint: &Path, how: How, grace: Duration) -> anyhow::Result<Ended> {
-    let (pid, drained) = match drain(mountpoint) {
+pub(super) fn end(
+    mountpoint: &Path,
+    how: How,
+    grace: Duration,
+    request: Request,
+) -> anyhow::Result<Ended> {
+    let (pid, drained) = match drain(mountpoint, request) {
         Ok(told) => told,
         // Without an answer there is nothing to wait for; what can be done is to let go.
         Err(AskError::Denied(_)) => (None, Value::Null),
@@ -191,12 +237,18 @@ pub(super) fn end(mountpoint: &Path, how: How, grace: Duration) -> anyhow::Resul
 }
 
 /// The daemon's process id, and what it says to a drain.
-fn drain(mountpoint: &Path) -> Result<(Option<u32>, Value), AskError> {
+fn drain(mountpoint: &Path, request: Request) -> Result<(Option<u32>, Value), AskError> {
     let place = Place::mount(mountpoint);
     let status = place.status()?;
     let pid = status["mounts"][0]["pid"].as_u64();
     let pid = pid.and_then(|pid| u32::try_from(pid).ok());
-    match place.ask(&json!({ "op": "drain" }), |_| {}) {
+    let timeout = request.timeout.map(|time| u64::try_from(time.as_millis()).unwrap_or(u64::MAX));
+    let request =
+        json!({ "op": "drain", "streams": request.streams.word(), "timeout_ms": timeout });
+    let mut progress = Progress::new();
+    let answer = place.ask(&request, |now| progress.show(now));
+    progress.end();
+    match answer {
         // Nothing has changed there.
         Err(AskError::ReadOnly(_)) => Ok((pid, Value::Null)),
         drained => Ok((pid, drained?)),

@@ -153,7 +153,11 @@ impl Disk {
     ///
     /// # Errors
     /// As [`read`](Self::read) of the source and [`write`](Self::write).
+    /// `EOPNOTSUPP` for a stream: the kernel then reads and writes by itself.
     pub fn copy_from(&self, source: &Self, from: Range<u64>, offset: u64) -> io::Result<u64> {
+        if self.stream().is_some() || source.stream().is_some() {
+            return Err(errno(libc::EOPNOTSUPP));
+        }
         copy(source, from, self, offset)
     }
 

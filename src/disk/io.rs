@@ -238,7 +238,10 @@ impl Disk {
         let layers = self.layers();
         let top = layers.writable()?;
         let old = top.size();
-        if size == 0 && self.resize == Resize::Fixed {
+        if self.stream().is_some() {
+            // It keeps its size.
+            top.set_size(size)?;
+        } else if size == 0 && self.resize == Resize::Fixed {
             top.punch_hole(0..old, &layers.below(), wait)?;
         } else if size != old {
             self.check_growth(libc::EPERM)?;

@@ -7,6 +7,7 @@
 mod copy;
 mod io;
 mod open;
+mod stream;
 
 use std::io as stdio;
 use std::os::unix::fs::MetadataExt;
@@ -30,6 +31,7 @@ use crate::overlay::recover::Recovered;
 use crate::overlay::stack::inode_of;
 use crate::pool::Pool;
 use crate::spec::{Mode, Resize};
+use crate::stream::Stream;
 
 /// The most extents that are walked for one st_blocks: what lies behind them counts as data.
 const BLOCKS_WALK: usize = 16 << 10;
@@ -120,6 +122,8 @@ pub struct Disk {
     /// What an overlay's `stack` has to say of the base.
     bottom: open::Bottom,
     recovered: Recovered,
+    /// What is at work when it is one.
+    stream: Option<Stream>,
     pool: Arc<Pool>,
     notices: Arc<Pool>,
     syncs: Arc<Pool>,
@@ -279,6 +283,9 @@ impl Disk {
     /// A base that would have to be waited for does not hold up a stat: that gets the last
     /// figure, and `maintain` finds the new one.
     fn allocated(&self, wait: Wait) -> stdio::Result<u64> {
+        if let Some(Stream::Output(output)) = &self.stream {
+            return Ok(output.written());
+        }
         let revision = match &self.layers().top {
             Top::Overlay(overlay) => Some(overlay.revision()),
             Top::Nothing => Some(0),
@@ -340,7 +347,8 @@ impl Disk {
     /// Whether a handle reads through the kernel's cache, so that a write has to invalidate it.
     #[must_use]
     pub fn has_cached_readers(&self) -> bool {
-        self.readers.load(Ordering::SeqCst) > 0
+        // Streams are never cached.
+        self.readers.load(Ordering::SeqCst) > 0 && self.stream.is_none()
     }
 
     /// Whether a handle may write.

@@ -24,6 +24,9 @@ use crate::overlay::stack::{BaseRecord, LayerRecord, Stack, StackError, VERSION}
 use crate::overlay::{DEFAULT_BLOCK, LARGEST, Overlay, keep};
 use crate::pool::Pool;
 use crate::spec::{DiskSpec, Mode, Source, format_size};
+use crate::stream::Ending;
+use crate::stream::output::Patience;
+use crate::stream::sink::Inherit;
 
 /// Why a disk cannot be mounted; each is one line for the user.
 #[derive(Debug, thiserror::Error)]
@@ -66,6 +69,9 @@ pub enum OpenError {
         /// The host's answer.
         error: io::Error,
     },
+    /// Its sink or its source.
+    #[error("{0}")]
+    Stream(String),
     /// There is nothing to keep.
     #[error("{0}")]
     NothingToKeep(String),
@@ -96,6 +102,8 @@ pub struct Setting<'a> {
     pub gid: u32,
     /// Use a base that changed under its overlay.
     pub force: bool,
+    /// Whether streams may have the caller's standard input and output.
+    pub stdio: Inherit,
     /// Directories whose file system was looked at already.
     pub looked_at: Mutex<HashSet<PathBuf>>,
 }
@@ -159,6 +167,9 @@ impl Bottom {
 /// # Errors
 /// [`OpenError`]; nothing is left behind then.
 pub fn open(spec: &DiskSpec, setting: &Setting<'_>) -> Result<Opened, OpenError> {
+    if let Source::Stream(stream) = &spec.source {
+        return super::stream::open(spec, stream, setting);
+    }
     let opened = open_layers(spec, setting)?;
     if opened.disk.attributes(Wait::No).is_err() {
         // A base of another host: it is waited for now, so that no stat has to later.
@@ -228,7 +239,7 @@ fn stacked(overlay: Overlay, base: &Arc<dyn Layer>) -> Layers {
 
 /// The owner of a disk that was not mounted before: the one who mounts, and readable by whom the
 /// base is readable.
-fn first_owner(spec: &DiskSpec, bottom: &Bottom, setting: &Setting<'_>) -> Owner {
+pub(super) fn first_owner(spec: &DiskSpec, bottom: &Bottom, setting: &Setting<'_>) -> Owner {
     let readable = bottom.metadata().map_or(0, |found| found.mode() & 0o044);
     let perm = if spec.mode == Mode::ReadOnly { 0o400 } else { 0o600 } | readable;
     let perm = u16::try_from(perm).unwrap_or(0o600);
@@ -239,7 +250,13 @@ fn first_owner(spec: &DiskSpec, bottom: &Bottom, setting: &Setting<'_>) -> Owner
     }
 }
 
-fn assemble(spec: &DiskSpec, uuid: Uuid, layers: Layers, bottom: Bottom, owner: Owner) -> Disk {
+pub(super) fn assemble(
+    spec: &DiskSpec,
+    uuid: Uuid,
+    layers: Layers,
+    bottom: Bottom,
+    owner: Owner,
+) -> Disk {
     let mtime = match (&layers.top, bottom.metadata()) {
         (Top::Overlay(_), _) | (_, None) => now(),
         (_, Some(found)) => mtime_of(&found),
@@ -266,6 +283,7 @@ fn assemble(spec: &DiskSpec, uuid: Uuid, layers: Layers, bottom: Bottom, owner: 
         overlay_dir: Mutex::new(None),
         bottom,
         recovered: Recovered::Clean,
+        stream: None,
         pool: Arc::new(Pool::default()),
         notices: Arc::new(Pool::default()),
         syncs: Arc::new(Pool::default()),
@@ -524,6 +542,12 @@ impl Disk {
     /// The mount did not come about: closes the disk in good order, and removes an overlay that
     /// was made for it.
     pub fn abandon(&self) {
+        if self.stream().is_some() {
+            if let Err(error) = self.settle(Ending::Abort, Patience::Endless) {
+                log::warn!("{}: {error}", self.source);
+            }
+            return;
+        }
         if let Err(error) = self.close(Duration::MAX) {
             log::warn!("{}: {error}", self.source);
         }
@@ -537,6 +561,9 @@ impl Disk {
 
     pub(super) fn keep_in(&self, dir: &Path) -> Result<(), OpenError> {
         let nothing = |why: &str| Err(OpenError::NothingToKeep(why.to_owned()));
+        if self.stream().is_some() {
+            return nothing("the disk is a stream: what was written has left or will");
+        }
         let _gate = self.gate.write();
         let layers = self.layers();
         let Top::Overlay(overlay) = &layers.top else {

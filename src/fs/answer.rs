@@ -324,6 +324,8 @@ pub(super) fn open_disk(
         _ => Access::ReadWrite,
     };
     let cached = match cache {
+        // A stream is never cached: what it answers changes as it flows.
+        _ if disk.stream().is_some() => false,
         Cache::Auto => access == Access::Read,
         Cache::None => false,
         Cache::Writeback => true,

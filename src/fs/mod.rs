@@ -30,18 +30,20 @@ use self::parked::{Bound, Lane};
 use self::seats::Seats;
 use crate::catalog::{CONTROL, Catalog, LONGEST_NAME, Over};
 use crate::control::{Control, Spot};
-use crate::disk::{self, Disk, Owner, Whence};
+use crate::disk::{self, Access, Disk, Owner, Whence};
 use crate::host::errno;
 use crate::layer::Wait;
 use crate::pool::Pool;
 use crate::spec::{Cache, Mode};
+use crate::stream::Stream;
 
 /// The root's inode number.
 const ROOT: u64 = 1;
 /// 1 MiB: the largest request the kernel sends (its limit of pages in one).
 const LARGEST_REQUEST: u32 = 1 << 20;
-/// Requests the kernel keeps in flight for its own read-ahead and asynchronous I/O.
-const BACKGROUND: u16 = 128;
+/// Requests the kernel keeps in flight for read-ahead and asynchronous I/O, of all disks together.
+/// Hundreds may wait for one stalled stream; the other disks must not wait with them.
+const BACKGROUND: u16 = 4096;
 
 /// Set-id bits are never kept: the mount is `nosuid`, and so no write has any to clear.
 const PERMISSIONS: u32 = 0o1777;
@@ -246,7 +248,7 @@ impl Filesystem for CowslipFs {
 
     fn read(
         &self,
-        _: &Request,
+        request: &Request,
         _: INodeNo,
         fh: FileHandle,
         offset: u64,
@@ -262,6 +264,13 @@ impl Filesystem for CowslipFs {
             return self.read_control(&handle, offset, size, reply);
         };
         let len = size as usize;
+        if let Some(Stream::Input { input, .. }) = disk.stream() {
+            let send = move |result: io::Result<Vec<u8>>| match result {
+                Ok(bytes) => reply.data(&bytes),
+                Err(error) => reply.error(error.into()),
+            };
+            return input.read(offset, len, request.pid(), Box::new(send));
+        }
         BUFFER.with_borrow_mut(|buffer| {
             if buffer.len() < len {
                 buffer.resize(len, 0);
@@ -309,6 +318,13 @@ impl Filesystem for CowslipFs {
         let Ok(written) = u32::try_from(data.len()) else {
             return reply.error(Errno::EINVAL);
         };
+        if let Some(Stream::Output(output)) = disk.stream() {
+            let send = move |result: io::Result<()>| match result {
+                Ok(()) => reply.written(written),
+                Err(error) => reply.error(error.into()),
+            };
+            return disk.stream_write(output, data, offset, request.pid(), Box::new(send));
+        }
         // What comes from the kernel's own cache is in it already; its page is locked until the
         // answer, so an invalidation would wait for itself.
         let cached = !write_flags.contains(WriteFlags::FUSE_WRITE_CACHE)
@@ -323,9 +339,9 @@ impl Filesystem for CowslipFs {
     }
 
     fn flush(&self, _: &Request, _: INodeNo, fh: FileHandle, _: LockOwner, reply: ReplyEmpty) {
-        // Nothing is held back; a disk that has latched says so at close, too.
+        // Nothing is held back; a disk that has failed says so at close, too.
         match self.disk_of(fh) {
-            Ok(disk) if disk.is_latched() => reply.error(Errno::EIO),
+            Ok(disk) if disk.is_failed() => reply.error(Errno::EIO),
             _ => reply.ok(),
         }
     }
@@ -344,6 +360,9 @@ impl Filesystem for CowslipFs {
             && let Handle::Disk { disk, access } = &*handle
         {
             disk.released(*access);
+            if *access != Access::Read {
+                disk.writer_gone();
+            }
             if self.catalog().is_orphan(disk) {
                 let disk = Arc::clone(disk);
                 let work = move |shared: &Shared| {

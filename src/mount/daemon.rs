@@ -181,13 +181,22 @@ pub struct Ready {
 #[derive(Debug)]
 enum Channel {
     Parent(UnixStream),
-    Foreground,
+    Foreground(Notes),
+}
+
+/// Where notes go in the foreground.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Notes {
+    /// To stdout.
+    Stdout,
+    /// To stderr: a stream has stdout.
+    Stderr,
 }
 
 impl Ready {
-    /// For `-f`: no parent waits, lines go to stdout and stderr at once, and stdio stays.
-    pub fn foreground() -> Self {
-        Self { channel: Channel::Foreground }
+    /// For `-f`: no parent waits, lines are printed at once, and stdio stays.
+    pub fn foreground(notes: Notes) -> Self {
+        Self { channel: Channel::Foreground(notes) }
     }
 
     /// A line for the user's stdout.
@@ -195,7 +204,8 @@ impl Ready {
         // Whoever does not listen any more does not miss it.
         let _ = match &self.channel {
             Channel::Parent(parent) => send_frame(parent, Kind::Note, line.as_bytes()),
-            Channel::Foreground => print_line(&mut io::stdout(), line.as_bytes()),
+            Channel::Foreground(Notes::Stdout) => print_line(&mut io::stdout(), line.as_bytes()),
+            Channel::Foreground(Notes::Stderr) => print_line(&mut io::stderr(), line.as_bytes()),
         };
     }
 
@@ -203,7 +213,7 @@ impl Ready {
     pub fn warn(&self, line: &str) {
         let _ = match &self.channel {
             Channel::Parent(parent) => send_frame(parent, Kind::Warning, line.as_bytes()),
-            Channel::Foreground => print_line(&mut io::stderr(), line.as_bytes()),
+            Channel::Foreground(_) => print_line(&mut io::stderr(), line.as_bytes()),
         };
     }
 
@@ -238,7 +248,7 @@ impl Ready {
                 let text = [&[code], line.as_bytes()].concat();
                 send_frame(parent, Kind::Failed, &text)
             }
-            Channel::Foreground => print_line(&mut io::stderr(), line.as_bytes()),
+            Channel::Foreground(_) => print_line(&mut io::stderr(), line.as_bytes()),
         };
     }
 }

@@ -35,12 +35,15 @@ use self::kernel::{Contents, MountRequest, Unmount};
 use crate::base::place;
 use crate::catalog::{CONTROL, Catalog, Origin};
 use crate::control::Control;
-use crate::disk::{self, Opened, Setting};
+use crate::disk::{self, Disk, Opened, Setting};
 use crate::fs::{CowslipFs, Deadlines, Shared};
 use crate::journal::{self, Sink};
 use crate::pool::Pool;
-use crate::spec::{Cache, DiskSpec, MountOptions, check_names};
+use crate::spec::{Cache, DiskSpec, Flow, MountOptions, Source, Target, check_names};
 use crate::store::Store;
+use crate::stream::Ending;
+use crate::stream::output::Patience;
+use crate::stream::sink::Inherit;
 
 /// Changes go to the device after at most this many seconds.
 const MAINTENANCE: u32 = 5;
@@ -48,6 +51,8 @@ const MAINTENANCE: u32 = 5;
 const GRACE: Duration = Duration::from_secs(5);
 /// How long threads that wait for a base are waited for at the end, all together.
 const PATIENCE: Duration = Duration::from_secs(5);
+/// How long a sink may get nothing done before a stream that ends with its mount is given up.
+const STALLED: Duration = Duration::from_secs(60);
 /// Read-ahead of the mount in KiB: cold sequential reads are twice as fast as with the kernel's 128.
 const READ_AHEAD: u32 = 1024;
 
@@ -89,6 +94,19 @@ pub struct Plan {
     pub force: Force,
     /// `-f`.
     pub style: Style,
+    /// Whether streams may have the caller's standard input and output: with `-f` and `run`.
+    pub stdio: Inherit,
+}
+
+impl Plan {
+    /// Whether a stream goes to the standard output.
+    #[must_use]
+    pub fn has_stdout_sink(&self) -> bool {
+        self.disks.iter().any(|disk| match &disk.source {
+            Source::Stream(stream) => stream.flow == Flow::Out(Target::Stdout),
+            Source::File(_) | Source::Blank(_) => false,
+        })
+    }
 }
 
 /// Serves `plan` until it is unmounted, and tells `ready` what to print and when the mount is
@@ -159,6 +177,7 @@ fn start(plan: &Plan, ready: &Ready) -> Result<Mount, String> {
     }
     let catalog = Arc::new(Catalog::new(&mountpoint, open_store(plan, &mountpoint)?));
     let mounted = open_disks(plan, &catalog).and_then(|lines| {
+        give_stdout_away(plan)?;
         let mount = mount_and_spawn(plan, &mountpoint, share(plan, &catalog))?;
         Ok((mount, lines))
     });
@@ -196,6 +215,19 @@ fn abandon(catalog: &Catalog) {
     }
 }
 
+/// A stream has the standard output now: nothing else may get into it, and its reader must see
+/// the end when the stream has ended.
+fn give_stdout_away(plan: &Plan) -> Result<(), String> {
+    if plan.style == Style::Background || !plan.has_stdout_sink() {
+        return Ok(());
+    }
+    // SAFETY: dup2 takes two numbers and touches no memory; std owns neither as an `OwnedFd`.
+    if unsafe { libc::dup2(libc::STDERR_FILENO, libc::STDOUT_FILENO) } < 0 {
+        return Err(format!("stdout: {}", io::Error::last_os_error()));
+    }
+    Ok(())
+}
+
 fn owner() -> (u32, u32) {
     (rustix::process::getuid().as_raw(), rustix::process::getgid().as_raw())
 }
@@ -228,6 +260,7 @@ fn open_disks(plan: &Plan, catalog: &Catalog) -> Result<Vec<String>, String> {
         uid,
         gid,
         force: plan.force == Force::Yes,
+        stdio: plan.stdio,
         looked_at: Mutex::new(HashSet::new()),
     };
     let mut lines = Vec::new();
@@ -322,12 +355,14 @@ fn tick(shared: &Arc<Shared>, stop: &AtomicBool) {
     while !stop.load(Ordering::SeqCst) {
         thread::park_timeout(Duration::from_secs(1));
         shared.deadlines.expire();
+        let disks = shared.catalog.disks();
+        disks.iter().for_each(|disk| disk.tick());
         seconds += 1;
         if seconds < MAINTENANCE {
             continue;
         }
         seconds = 0;
-        for disk in shared.catalog.disks() {
+        for disk in disks {
             if disk.needs_maintenance() {
                 let pool = Arc::clone(disk.syncs());
                 pool.run(Box::new(move || {
@@ -420,12 +455,18 @@ impl Mount {
         let until = Instant::now() + PATIENCE;
         let left = || until.saturating_duration_since(Instant::now());
         let disks = self.shared.catalog.disks();
+        for (name, entry) in self.shared.catalog.list() {
+            if let Err(line) = settle_at_the_end(&entry.disk) {
+                log::error!("{name}: {line}");
+                code = 1;
+            }
+        }
         for disk in &disks {
             if !disk.stop(left()) {
                 log::warn!("{}: a request is still waiting for its base", disk.source);
             }
         }
-        for disk in &disks {
+        for disk in disks.iter().filter(|disk| disk.stream().is_none()) {
             if let Err(error) = disk.close(left()) {
                 log::error!("{}: not all of it could be made durable: {error}", disk.source);
                 code = 1;
@@ -443,6 +484,16 @@ impl Mount {
         log::info!("unmounted");
         code
     }
+}
+
+/// Finishes a stream that ends with its mount, for as long as its sink gets on, and gives up what
+/// is unfinished.
+fn settle_at_the_end(disk: &Disk) -> Result<(), String> {
+    let said = disk.settle(Ending::Settle, Patience::Stalled(STALLED))?;
+    if let Some(line) = said {
+        log::info!("{line}");
+    }
+    Ok(())
 }
 
 /// The path of a mount's control directory.

@@ -68,6 +68,14 @@ pub enum Opener {
 }
 
 impl Opener {
+    /// The file it has, relative to the mount; `None` for what uses the mount as a whole.
+    pub fn path(&self) -> Option<&Path> {
+        match self {
+            Self::Process { path, .. } | Self::Loop { path, .. } => Some(path),
+            Self::Mount { .. } => None,
+        }
+    }
+
     /// The process, when it is one.
     pub fn pid(&self) -> Option<u32> {
         match self {

@@ -188,7 +188,10 @@ fn untyped(value: &DeValue<'_>) -> Value {
             .map_or(Value::Other("that large a number"), |n| Value::Integer(n, number.radix())),
         DeValue::Float(_) => Value::Other("a fraction"),
         DeValue::Datetime(_) => Value::Other("a date"),
-        DeValue::Array(_) => Value::Other("an array"),
+        DeValue::Array(items) => {
+            let texts = items.iter().map(|item| item.get_ref().as_str().map(OsString::from));
+            texts.collect::<Option<_>>().map_or(Value::Other("such an array"), Value::Array)
+        }
         DeValue::Table(_) => Value::Other("a table"),
     }
 }

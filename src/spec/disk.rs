@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use super::error::shown;
 use super::keys::{self, Value};
-use super::{DiskSpec, Format, Source, SpecError, format_size, parse_size};
+use super::{DiskSpec, Format, Source, SpecError, StreamSpec, format_size, parse_size};
 
 /// The directory inside the mount through which cowslip is controlled.
 const CONTROL: &str = ".cowslip";
@@ -122,6 +122,10 @@ impl Draft {
         let name = match (&self.name, &source) {
             (Some(name), _) => name.clone(),
             (None, Source::File(_)) => default_name(&self.source)?,
+            (None, Source::Stream(_)) => {
+                let why = "needs a name: write NAME=stream:SIZE";
+                return Err(SpecError::Source { given: shown(&self.source), why });
+            }
             (None, Source::Blank(_)) => {
                 let why = "needs a name: write NAME=blank:SIZE";
                 return Err(SpecError::Source { given: shown(&self.source), why });
@@ -148,26 +152,35 @@ fn split_key(piece: &OsStr) -> Result<(String, Value), SpecError> {
     Ok((String::from_utf8_lossy(key).into_owned(), value))
 }
 
-/// A path, `blank:SIZE`, or something that is not in this version.
+/// A path, `blank:SIZE`, `stream:SIZE`, or something that is not in this version.
 fn parse_source(text: &OsStr, dir: &Path) -> Result<Source, SpecError> {
     let refused = |why| Err(SpecError::Source { given: shown(text), why });
     let bytes = text.as_bytes();
     if bytes.is_empty() {
-        return Err(SpecError::Missing("the source is empty: write a path or blank:SIZE"));
+        return Err(SpecError::Missing(
+            "the source is empty: write a path, blank:SIZE or stream:SIZE",
+        ));
     }
     if let Some(size) = bytes.strip_prefix(b"blank:") {
         let size = String::from_utf8_lossy(size);
         return parse_size(&size).map(Source::Blank).map_err(|error| error.within("blank"));
     }
-    if bytes.starts_with(b"stream:") {
-        return refused("is a stream, and streams are not in this version of cowslip");
+    if let Some(size) = bytes.strip_prefix(b"stream:") {
+        let size = parse_size(&String::from_utf8_lossy(size));
+        let size = size.map_err(|error| error.within("stream"))?;
+        if size == 0 {
+            return refused("is empty: a stream needs a size, as in stream:10G");
+        }
+        return Ok(Source::Stream(Box::new(StreamSpec::new(size, dir.to_owned()))));
     }
     match scheme(bytes) {
         None => Ok(Source::File(keys::absolute(text, dir)?)),
         Some(b"nbd" | b"nbds" | b"nbd+unix" | b"nbds+unix" | b"http" | b"https" | b"s3") => {
             refused("is on the network, and such sources are not in this version of cowslip")
         }
-        Some(_) => refused("is not a source: write a path (with ./ before it) or blank:SIZE"),
+        Some(_) => {
+            refused("is not a source: write a path (with ./ before it), blank:SIZE or stream:SIZE")
+        }
     }
 }
 
@@ -232,6 +245,7 @@ fn describe(source: &Source) -> String {
     match source {
         Source::File(path) => shown(path),
         Source::Blank(size) => format!("blank, {}", format_size(*size)),
+        Source::Stream(stream) => format!("stream, {}", format_size(stream.size)),
     }
 }
 
@@ -360,8 +374,8 @@ mod tests {
 
     #[test]
     fn sources_of_other_versions_are_refused_by_name() {
-        for text in ["s=stream:1G,to=fifo:/x", "stream:1G", "s=stream:"] {
-            assert!(why(text).contains("streams are not in this version"), "{text}");
+        for text in ["s=stream:", "s=stream:0,to=stdout", "stream:1G,to=stdout", "s=stream:1G"] {
+            assert!(why(text).contains("stream"), "{text}");
         }
         for url in ["nbd://h/x", "https://h/a?b=c", "http://h", "s3://b/k", "nbd+unix:///x"] {
             assert!(why(url).contains("not in this version"), "{url}");
@@ -431,6 +445,7 @@ mod tests {
         match &disk.source {
             Source::File(path) => text.push(double_commas(path.as_os_str())),
             Source::Blank(size) => text.push(format!("blank:{size}")),
+            Source::Stream(_) => unreachable!("not made by the strategy"),
         }
         let overlay = disk
             .overlay

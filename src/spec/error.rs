@@ -105,6 +105,9 @@ pub enum SpecError {
     /// Something that must be there and is not, or an empty place.
     #[error("{0}")]
     Missing(&'static str),
+    /// A command line that cannot be run.
+    #[error("{0}")]
+    Command(String),
     /// Not TOML.
     #[error("not TOML: {0}")]
     Toml(String),

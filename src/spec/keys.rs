@@ -5,7 +5,10 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use super::error::{decimal, hint, shown};
-use super::{DiskSpec, Format, Locking, Mode, Resize, Source, SpecError, error, parse_size};
+use super::{
+    Compress, DiskSpec, FinishWhen, Flow, Format, Frames, Locking, Mode, Overwrite, Pad, Resize,
+    Source, SpecError, Spool, StreamSpec, Target, error, flow, parse_size,
+};
 
 /// A value as it was written, before its key says what it must be.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -18,6 +21,8 @@ pub(super) enum Value {
     Integer(i64, u32),
     /// TOML's boolean.
     Bool(bool),
+    /// TOML's array of strings: a command.
+    Array(Vec<OsString>),
     /// Something no key takes, by its name.
     Other(&'static str),
 }
@@ -35,6 +40,12 @@ enum For {
     All,
     Files,
     Cow,
+    /// Streams of either direction.
+    Streams,
+    /// Streams that leave.
+    Outputs,
+    /// Streams that arrive.
+    Inputs,
 }
 
 /// What a key's value is, and where in the spec it goes.
@@ -45,8 +56,11 @@ enum Set {
     Perm(fn(&mut DiskSpec, u16)),
     Word(fn(&mut DiskSpec, &str) -> Result<(), SpecError>),
     Path(fn(&mut DiskSpec, PathBuf)),
-    /// A stream's key: known, so that the message can say why it is refused.
-    Stream,
+    /// Where a stream goes or comes from: of the text, the array and the directory.
+    Flow(fn(&Value, &Path) -> Result<Flow, SpecError>),
+    StreamSize(fn(&mut StreamSpec, u64)),
+    StreamWord(fn(&mut StreamSpec, &str) -> Result<(), SpecError>),
+    StreamSwitch(fn(&mut StreamSpec, Switch) -> Result<(), SpecError>),
 }
 
 /// A row of the table.
@@ -72,22 +86,34 @@ static KEYS: &[Key] = &[
     row("gid", For::All, "1000", Set::Id(|disk, id| disk.gid = Some(id))),
     row("perm", For::All, "0644", Set::Perm(|disk, perm| disk.perm = Some(perm))),
     row("lock", For::Files, "on|off", Set::Switch(set_lock)),
-    stream("to"),
-    stream("from"),
-    stream("window"),
-    stream("read-window"),
-    stream("spill"),
-    stream("finish"),
-    stream("pad"),
-    stream("frames"),
+    // First of a stream's: the others depend on its direction.
+    row("to", For::Streams, SINKS, Set::Flow(flow::to)),
+    row("from", For::Streams, SOURCES, Set::Flow(flow::from)),
+    row("window", For::Outputs, "64M", Set::StreamSize(|stream, size| stream.window = size)),
+    row(
+        "read-window",
+        For::Streams,
+        "64M",
+        Set::StreamSize(|stream, size| {
+            stream.read_window = size;
+        }),
+    ),
+    row("spill", For::Outputs, "1G", Set::StreamSize(|stream, size| stream.spill = Some(size))),
+    row("spill-compress", For::Outputs, "on|off|lz4", Set::StreamWord(set_compress)),
+    row("finish", For::Outputs, "explicit|umount|close", Set::StreamWord(set_finish)),
+    row("pad", For::Outputs, "on|off", Set::StreamSwitch(set_pad)),
+    row("frames", For::Outputs, "raw|rbd", Set::StreamWord(set_frames)),
+    row("overwrite", For::Outputs, "on|off", Set::StreamSwitch(set_overwrite)),
+    row("spool", For::Inputs, "on|off", Set::StreamSwitch(set_spool)),
 ];
+
+/// What `to=` takes.
+const SINKS: &str = "fifo:PATH, file:PATH, cmd:COMMAND, stdout or measure:";
+/// What `from=` takes.
+const SOURCES: &str = "fifo:PATH, file:PATH, cmd:COMMAND or stdin";
 
 const fn row(name: &'static str, applies: For, sample: &'static str, set: Set) -> Key {
     Key { name, applies, set, sample }
-}
-
-const fn stream(name: &'static str) -> Key {
-    Key { name, applies: For::All, set: Set::Stream, sample: "" }
 }
 
 fn some(field: &mut Option<u64>, size: u64) -> Result<(), SpecError> {
@@ -131,6 +157,50 @@ fn set_lock(disk: &mut DiskSpec, switch: Switch) {
     };
 }
 
+fn set_compress(stream: &mut StreamSpec, text: &str) -> Result<(), SpecError> {
+    stream.compress = error::choose("compression", text, Compress::NAMES)?;
+    Ok(())
+}
+
+fn set_finish(stream: &mut StreamSpec, text: &str) -> Result<(), SpecError> {
+    stream.finish = error::choose("end", text, FinishWhen::NAMES)?;
+    Ok(())
+}
+
+fn set_frames(stream: &mut StreamSpec, text: &str) -> Result<(), SpecError> {
+    stream.frames = error::choose("frames", text, Frames::NAMES)?;
+    Ok(())
+}
+
+fn set_pad(stream: &mut StreamSpec, switch: Switch) -> Result<(), SpecError> {
+    stream.pad = match switch {
+        Switch::On => Pad::Size,
+        Switch::Off => Pad::Highest,
+    };
+    Ok(())
+}
+
+fn set_overwrite(stream: &mut StreamSpec, switch: Switch) -> Result<(), SpecError> {
+    let Flow::Out(Target::File { overwrite, .. }) = &mut stream.flow else {
+        return Err(SpecError::key("overwrite", "is for to=file:PATH: drop it"));
+    };
+    *overwrite = match switch {
+        Switch::On => Overwrite::Yes,
+        Switch::Off => Overwrite::No,
+    };
+    Ok(())
+}
+
+fn set_spool(stream: &mut StreamSpec, switch: Switch) -> Result<(), SpecError> {
+    if let Flow::In { spool, .. } = &mut stream.flow {
+        *spool = match switch {
+            Switch::On => Spool::On,
+            Switch::Off => Spool::Off,
+        };
+    }
+    Ok(())
+}
+
 /// Whether `name` is a disk's key, a stream's included.
 pub(super) fn is_key(name: &str) -> bool {
     KEYS.iter().any(|key| key.name == name)
@@ -149,8 +219,7 @@ fn find(name: &str) -> Result<&'static Key, SpecError> {
     } else if name == "name" {
         "the name stands first, NAME=SOURCE".to_owned()
     } else {
-        let usable = KEYS.iter().filter(|key| !key.is_stream());
-        hint(name, &usable.map(|key| key.name).collect::<Vec<_>>())
+        hint(name, &KEYS.iter().map(|key| key.name).collect::<Vec<_>>())
     };
     Err(SpecError::Unknown { what: "key", given: shown(name), hint })
 }
@@ -165,24 +234,67 @@ pub(super) fn apply(
     keys: &[(String, Value)],
     dir: &Path,
 ) -> Result<(), SpecError> {
-    let mut seen: Vec<&'static Key> = Vec::new();
+    let mut seen: Vec<(&'static Key, &Value)> = Vec::new();
     for (name, value) in keys {
         let key = find(name)?;
-        if seen.iter().any(|other| other.name == key.name) {
+        if seen.iter().any(|(other, _)| other.name == key.name) {
             return Err(SpecError::key(key.name, "is given twice: drop one of them"));
         }
+        seen.push((key, value));
+    }
+    check_flow(disk, &seen)?;
+    // A stream's direction comes first: the other keys depend on it.
+    let (first, rest): (Vec<_>, Vec<_>) = seen.iter().partition(|(key, _)| key.is_flow());
+    for (key, value) in first.into_iter().chain(rest) {
+        key.check_kind(disk)?;
         key.put(disk, value, dir)?;
-        seen.push(key);
     }
     // Only now: `mode` may be the last of them.
     check_mode(disk)?;
-    seen.iter().try_for_each(|key| key.check(disk))
+    seen.iter().try_for_each(|(key, _)| key.check(disk))?;
+    check_stream(disk, &seen)
+}
+
+/// A stream flows one way, and only one.
+fn check_flow(disk: &DiskSpec, seen: &[(&'static Key, &Value)]) -> Result<(), SpecError> {
+    let flows = seen.iter().filter(|(key, _)| key.is_flow()).count();
+    match (&disk.source, flows) {
+        (Source::Stream(_), 0) => Err(SpecError::Missing(
+            "a stream needs to=SINK or from=SOURCE: see cowslip mount --help",
+        )),
+        (Source::Stream(_), 2) => {
+            Err(SpecError::key("from", "is there beside to=: a stream flows one way, drop one"))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// What of a stream's keys needs another one.
+fn check_stream(disk: &DiskSpec, seen: &[(&'static Key, &Value)]) -> Result<(), SpecError> {
+    let Source::Stream(stream) = &disk.source else {
+        return Ok(());
+    };
+    let has = |name: &str| seen.iter().any(|(key, _)| key.name == name);
+    let measures = stream.flow == Flow::Out(Target::Measure);
+    if has("spill-compress") && !has("spill") && !measures {
+        return Err(SpecError::key(
+            "spill-compress",
+            "needs spill=SIZE: without it nothing spills",
+        ));
+    }
+    if has("frames") && measures {
+        return Err(SpecError::key(
+            "frames",
+            "has no use with to=measure:, which sends nothing: drop it",
+        ));
+    }
+    Ok(())
 }
 
 /// A blank disk has no base to read or to write.
 fn check_mode(disk: &DiskSpec) -> Result<(), SpecError> {
     match (&disk.source, disk.mode) {
-        (Source::File(_), _) | (Source::Blank(_), Mode::Cow) => Ok(()),
+        (Source::File(_) | Source::Stream(_), _) | (Source::Blank(_), Mode::Cow) => Ok(()),
         (Source::Blank(_), mode) => {
             let why = "is for files, and this disk is blank: drop it, a blank disk is mode=cow";
             Err(SpecError::key(format!("mode={mode}"), why))
@@ -191,15 +303,33 @@ fn check_mode(disk: &DiskSpec) -> Result<(), SpecError> {
 }
 
 impl Key {
-    fn is_stream(&self) -> bool {
-        matches!(self.set, Set::Stream)
+    fn is_flow(&self) -> bool {
+        matches!(self.set, Set::Flow(_))
+    }
+
+    /// Whether the key is for streams or for the others, as the disk is.
+    fn check_kind(&self, disk: &DiskSpec) -> Result<(), SpecError> {
+        let is_stream = matches!(disk.source, Source::Stream(_));
+        let why = match self.applies {
+            For::Streams | For::Outputs | For::Inputs if !is_stream => {
+                "is only for streams, NAME=stream:SIZE: drop it"
+            }
+            For::Files | For::Cow if is_stream => "is not for streams: drop it",
+            // A stream has no base that a mode could be about.
+            For::All if is_stream && self.name == "mode" => "is not for streams: drop it",
+            _ => return Ok(()),
+        };
+        Err(SpecError::key(self.name, why))
     }
 
     /// Reads `value` as what this key takes and puts it into `disk`.
     fn put(&self, disk: &mut DiskSpec, value: &Value, dir: &Path) -> Result<(), SpecError> {
-        if self.is_stream() {
-            let why = "is only for streams, which are not in this version of cowslip: drop it";
-            return Err(SpecError::key(self.name, why));
+        if let (Set::Flow(read), Source::Stream(stream)) = (&self.set, &mut disk.source) {
+            if !matches!(value, Value::Array(_)) {
+                self.text(value)?;
+            }
+            stream.flow = read(value, dir).map_err(|error| error.within(self.name))?;
+            return Ok(());
         }
         let text = self.text(value)?;
         self.set_text(disk, &text, dir).map_err(|error| error.within(self.name))
@@ -209,9 +339,11 @@ impl Key {
     fn text(&self, value: &Value) -> Result<OsString, SpecError> {
         match (value, &self.set) {
             (Value::Text(text), _) if !text.is_empty() => Ok(text.clone()),
-            (Value::Bare, Set::Switch(_)) | (Value::Bool(true), Set::Switch(_)) => Ok("on".into()),
-            (Value::Bool(false), Set::Switch(_)) => Ok("off".into()),
-            (Value::Integer(number, _), Set::Size(_) | Set::Id(_)) => Ok(number.to_string().into()),
+            (Value::Bare | Value::Bool(true), _) if self.is_switch() => Ok("on".into()),
+            (Value::Bool(false), _) if self.is_switch() => Ok("off".into()),
+            (Value::Integer(number, _), Set::Size(_) | Set::StreamSize(_) | Set::Id(_)) => {
+                Ok(number.to_string().into())
+            }
             // `0o644` is plain. What a decimal 644 means is anybody's guess.
             (Value::Integer(number, 8), Set::Perm(_)) => Ok(format!("{number:o}").into()),
             (Value::Bare | Value::Text(_), _) => {
@@ -220,8 +352,14 @@ impl Key {
             }
             (Value::Integer(..), _) => Err(self.wrong_type("a number")),
             (Value::Bool(_), _) => Err(self.wrong_type("a boolean")),
+            (Value::Array(_), _) => Err(self.wrong_type("an array")),
             (Value::Other(kind), _) => Err(self.wrong_type(kind)),
         }
+    }
+
+    /// Whether it is on when it stands alone.
+    fn is_switch(&self) -> bool {
+        matches!(self.set, Set::Switch(_) | Set::StreamSwitch(_)) || self.name == "spill-compress"
     }
 
     fn wrong_type(&self, kind: &str) -> SpecError {
@@ -232,23 +370,31 @@ impl Key {
     fn set_text(&self, disk: &mut DiskSpec, text: &OsStr, dir: &Path) -> Result<(), SpecError> {
         let word = || text.to_str().ok_or_else(|| SpecError::value(text, self.sample));
         match &self.set {
-            Set::Switch(set) => {
-                let names = [("on", Switch::On), ("off", Switch::Off)];
-                set(disk, error::choose("setting", word()?, &names)?);
-            }
+            Set::Switch(set) => set(disk, parse_switch(word()?)?),
             Set::Size(set) => set(disk, parse_size(word()?)?)?,
             Set::Id(set) => set(disk, parse_id(word()?)?),
             Set::Perm(set) => set(disk, parse_perm(word()?)?),
             Set::Word(set) => set(disk, word()?)?,
             Set::Path(set) => set(disk, absolute(text, dir)?),
-            // `put` has refused it.
-            Set::Stream => {}
+            Set::StreamSize(set) => set(stream_of(disk)?, parse_size(word()?)?),
+            Set::StreamWord(set) => set(stream_of(disk)?, word()?)?,
+            Set::StreamSwitch(set) => set(stream_of(disk)?, parse_switch(word()?)?)?,
+            // `put` has taken it.
+            Set::Flow(_) => {}
         }
         Ok(())
     }
 
     /// Whether the key goes with what the disk has turned out to be.
     fn check(&self, disk: &DiskSpec) -> Result<(), SpecError> {
+        if let Source::Stream(stream) = &disk.source {
+            let why = match (self.applies, &stream.flow) {
+                (For::Outputs, Flow::In { .. }) => "is for output streams, and this one has from=",
+                (For::Inputs, Flow::Out(_)) => "is for input streams, and this one has to=",
+                _ => return Ok(()),
+            };
+            return Err(SpecError::key(self.name, format!("{why}: drop it")));
+        }
         match (self.applies, &disk.source, disk.mode) {
             (For::Files, Source::Blank(_), _) => {
                 let why = "is for files, and this disk is blank: drop it";
@@ -262,6 +408,17 @@ impl Key {
             _ => Ok(()),
         }
     }
+}
+
+fn stream_of(disk: &mut DiskSpec) -> Result<&mut StreamSpec, SpecError> {
+    match &mut disk.source {
+        Source::Stream(stream) => Ok(stream),
+        _ => Err(SpecError::Missing("not a stream")),
+    }
+}
+
+fn parse_switch(text: &str) -> Result<Switch, SpecError> {
+    error::choose("setting", text, &[("on", Switch::On), ("off", Switch::Off)])
 }
 
 /// A user's or group's number. The largest is not one: to chown(2) it means "leave it".
@@ -394,9 +551,10 @@ mod tests {
     }
 
     #[test]
-    fn keys_of_streams_are_known_and_refused() {
-        for key in KEYS.iter().filter(|key| key.is_stream()) {
-            for text in [format!("v.img,{}=1", key.name), format!("v.img,{}", key.name)] {
+    fn keys_of_streams_are_known_and_refused_elsewhere() {
+        let streams = [For::Streams, For::Outputs, For::Inputs];
+        for key in KEYS.iter().filter(|key| streams.contains(&key.applies)) {
+            for text in [format!("v.img,{}=1", key.name), format!("b=blank:1G,{}", key.name)] {
                 assert!(why(&text).contains("is only for streams"), "{text}");
             }
         }

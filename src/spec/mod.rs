@@ -22,9 +22,12 @@
 mod config;
 mod disk;
 mod error;
+mod flow;
 mod keys;
 mod options;
 mod size;
+mod stream;
+mod words;
 
 use std::fmt;
 use std::path::PathBuf;
@@ -35,6 +38,10 @@ pub use disk::{check_names, parse_disk};
 pub use error::SpecError;
 pub use options::{MountOptions, parse_mount_options};
 pub use size::{MAX_SIZE, format_size, parse_range, parse_size};
+pub use stream::{
+    Compress, DEFAULT_WINDOW, FinishWhen, Flow, Frames, Overwrite, Pad, Programs, Spool,
+    StreamSpec, Supply, Target,
+};
 
 /// One disk, as asked for. `None` means the key was not given.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -97,6 +104,8 @@ pub enum Source {
     File(PathBuf),
     /// Nothing but zeros, this many bytes.
     Blank(u64),
+    /// Nothing is under it: what is written flows away, or what is read flows in.
+    Stream(Box<StreamSpec>),
 }
 
 /// What becomes of writes to a disk.

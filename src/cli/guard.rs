@@ -1,0 +1,19 @@
+//! `cowslip __guard`: the guard of a command that reads a stream; cowslip itself starts it.
+
+use std::io;
+
+use clap::Args;
+
+use super::DONE;
+use crate::stream::guard::watch;
+
+#[derive(Debug, Args)]
+pub(super) struct GuardArgs {
+    /// The process group to kill when stdin ends without a byte
+    group: i32,
+}
+
+pub(super) fn run(args: &GuardArgs) -> anyhow::Result<u8> {
+    watch(io::stdin(), args.group)?;
+    Ok(DONE)
+}

@@ -1,0 +1,153 @@
+//! Disks that are streams: opening one, and what the mount does with it.
+
+use std::io;
+use std::sync::Arc;
+
+use uuid::Uuid;
+
+use super::open::{Bottom, OpenError, Opened, Setting, assemble, first_owner};
+use super::{Disk, Layers, Top};
+use crate::host::is_being_killed;
+use crate::layer::{Layer, WritableLayer};
+use crate::overlay::keep::temporary_dir;
+use crate::spec::{DiskSpec, Flow, Mode, Resize, StreamSpec, format_size};
+use crate::stream::input::Input;
+use crate::stream::output::{Output, Patience};
+use crate::stream::sink::{Place, Sink};
+use crate::stream::source::Source;
+use crate::stream::stop::Stop;
+use crate::stream::{Ending, Stream};
+
+/// Opens the stream `stream` of the disk `spec`, and starts it.
+///
+/// # Errors
+/// [`OpenError`]; nothing is left running then.
+pub(super) fn open(
+    spec: &DiskSpec,
+    stream: &StreamSpec,
+    setting: &Setting<'_>,
+) -> Result<Opened, OpenError> {
+    let place = Place {
+        mountpoint: setting.mountpoint,
+        mount_dev: setting.mount_dev,
+        stdio: setting.stdio,
+    };
+    let refused = |why: String| OpenError::Stream(why);
+    let failed = |error: io::Error| OpenError::Stream(error.to_string());
+    let stop = Stop::new().map_err(failed)?;
+    let mut spec = spec.clone();
+    spec.resize = Resize::Fixed;
+    let size = format_size(stream.size);
+    let (started, layers, summary) = match &stream.flow {
+        Flow::Out(target) => {
+            spec.mode = Mode::ReadWrite;
+            let sink = Sink::open(stream, target, &place, stop.clone());
+            let sink = sink.map_err(|error| refused(error.to_string()))?;
+            let watch = sink.monitor();
+            let goes_to = watch.describe();
+            let output = Output::start(
+                &spec.name,
+                stream,
+                Box::new(sink),
+                Box::new(watch),
+                stop,
+                temporary_dir(),
+            );
+            let output = output.map_err(failed)?;
+            let all = vec![Arc::clone(&output) as Arc<dyn Layer>];
+            let top = Top::Base(Arc::clone(&output) as Arc<dyn WritableLayer>);
+            let summary = format!("{size}, stream to {goes_to}: complete after 'cowslip finish'");
+            (Stream::Output(output), Layers { top, all }, summary)
+        }
+        Flow::In { supply, spool } => {
+            spec.mode = Mode::ReadOnly;
+            let source = Source::open(stream, supply, &place, stop.clone());
+            let source = source.map_err(|error| refused(error.to_string()))?;
+            let comes_from = source.monitor();
+            let described = comes_from.describe();
+            let input = Input::start(
+                &spec.name,
+                stream.size,
+                stream.read_window,
+                *spool,
+                Box::new(source),
+                stop,
+            );
+            let input = input.map_err(failed)?;
+            let all = vec![Arc::clone(&input) as Arc<dyn Layer>];
+            let summary = format!("{size}, stream from {described}");
+            let started = Stream::Input { input, monitor: comes_from };
+            (started, Layers { top: Top::Nothing, all }, summary)
+        }
+    };
+    let bottom = Bottom::Blank(stream.size);
+    let owner = first_owner(&spec, &bottom, setting);
+    let mut disk = assemble(&spec, Uuid::new_v4(), layers, bottom, owner);
+    disk.source = started.describe();
+    disk.stream = Some(started);
+    Ok(Opened { disk, summary, notes: Vec::new() })
+}
+
+impl Disk {
+    /// What is at work when it is a stream.
+    #[must_use]
+    pub fn stream(&self) -> Option<&Stream> {
+        self.stream.as_ref()
+    }
+
+    /// Whether writes and closes answer `EIO`.
+    #[must_use]
+    pub fn is_failed(&self) -> bool {
+        self.is_latched()
+            || matches!(&self.stream, Some(Stream::Output(output)) if output.sync().is_err())
+    }
+
+    /// Writes to the output stream `output`, which this disk is; `reply` is called once.
+    ///
+    /// The reply's errors: as [`Output::write`]; `ENOSPC` past the end.
+    pub fn stream_write(
+        &self,
+        output: &Output,
+        buf: &[u8],
+        offset: u64,
+        client: u32,
+        reply: Box<dyn FnOnce(io::Result<()>) + Send>,
+    ) {
+        let end = offset.checked_add(buf.len() as u64);
+        if end.is_none_or(|end| end > output.size()) {
+            return reply(Err(io::Error::from_raw_os_error(libc::ENOSPC)));
+        }
+        self.touch(&Top::Nothing);
+        output.write(offset, buf, client, reply);
+    }
+
+    /// What becomes of a stream at the end of its mount; a line for the user, if there is one.
+    ///
+    /// # Errors
+    /// A line: the stream is not whole.
+    pub fn settle(&self, ending: Ending, patience: Patience) -> Result<Option<String>, String> {
+        match &self.stream {
+            None => Ok(None),
+            Some(stream) => stream.settle(ending, &|| self.has_writers(), patience),
+        }
+    }
+
+    /// Every second: looks after a stream.
+    pub fn tick(&self) {
+        match &self.stream {
+            Some(Stream::Output(output)) => output.tick(is_being_killed),
+            Some(Stream::Input { input, .. }) => input.release_killed(is_being_killed),
+            None => {}
+        }
+    }
+
+    /// A handle that may write was released: a stream that ends with its last writer ends.
+    pub fn writer_gone(&self) {
+        if let Some(Stream::Output(output)) = &self.stream
+            && output.finish_when() == crate::spec::FinishWhen::Close
+            && !self.has_writers()
+        {
+            output.finish_later();
+        }
+    }
+}

@@ -1,0 +1,265 @@
+//! The rbd diff, version 2: records that carry offsets, as `rbd import-diff` reads them.
+//!
+//! ```text
+//!   "rbd diff v2\n"
+//!   's' len=8      size                       the size of the disk
+//!   'w' len=16+n   offset n  bytes...         data
+//!   'z' len=16     offset n                   zeros (or a hole: the format knows no difference)
+//!   'e'                                       the end; a diff without it was cut short
+//! ```
+//!
+//! Every number is a little-endian u64, and `len` counts what follows it; a reader skips a tag it
+//! does not know by it. Source: Ceph, doc/dev/rbd-diff.rst. A later record covers an earlier one,
+//! so a disk's first blocks may be sent again at the end.
+//!
+//! The size comes first, before anybody knows where a stream with `pad=off` will end: it is
+//! always the disk's. What no record covers reads as before, which in a new image is zeros.
+
+use std::io::{self, Read};
+use std::ops::Range;
+
+/// What every diff begins with.
+pub const BANNER: &[u8; 12] = b"rbd diff v2\n";
+
+/// The last byte of a whole diff.
+pub const END: [u8; 1] = *b"e";
+
+/// The most a `f`, `t` or unknown record may be long that a reader skips: 1 MiB. Those hold names.
+const MAX_SKIPPED: u64 = 1 << 20;
+
+/// The bytes that open a diff of a disk of `size` bytes: the banner and the size.
+#[must_use]
+pub fn opening(size: u64) -> [u8; 29] {
+    let mut bytes = [0; 29];
+    bytes[..12].copy_from_slice(BANNER);
+    bytes[12] = b's';
+    bytes[13..21].copy_from_slice(&8u64.to_le_bytes());
+    bytes[21..].copy_from_slice(&size.to_le_bytes());
+    bytes
+}
+
+/// What stands before the bytes of `range`, which follow it.
+#[must_use]
+pub fn data_header(range: &Range<u64>) -> [u8; 25] {
+    let len = range.end.saturating_sub(range.start);
+    header(b'w', len.saturating_add(16), range.start, len)
+}
+
+/// The record for a range of zeros or a hole.
+#[must_use]
+pub fn zeros(range: &Range<u64>) -> [u8; 25] {
+    header(b'z', 16, range.start, range.end.saturating_sub(range.start))
+}
+
+fn header(tag: u8, payload: u64, offset: u64, len: u64) -> [u8; 25] {
+    let mut bytes = [tag; 25];
+    bytes[1..9].copy_from_slice(&payload.to_le_bytes());
+    bytes[9..17].copy_from_slice(&offset.to_le_bytes());
+    bytes[17..].copy_from_slice(&len.to_le_bytes());
+    bytes
+}
+
+/// A record of a diff.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Record {
+    /// The size of the disk in bytes.
+    Size(u64),
+    /// The bytes of this range come next: the caller reads them, all of them.
+    Data(Range<u64>),
+    /// This range reads as zeros.
+    Zeros(Range<u64>),
+    /// The diff is whole.
+    End,
+}
+
+/// Reads the records of a diff.
+#[derive(Debug)]
+pub struct Decoder<R> {
+    input: R,
+}
+
+impl<R: Read> Decoder<R> {
+    /// Reads the banner.
+    ///
+    /// # Errors
+    /// `InvalidData` when it is no rbd diff v2; `UnexpectedEof`; `input`'s own.
+    pub fn new(mut input: R) -> io::Result<Self> {
+        let mut banner = [0; BANNER.len()];
+        input.read_exact(&mut banner)?;
+        if &banner != BANNER {
+            return Err(invalid("it is no rbd diff v2"));
+        }
+        Ok(Self { input })
+    }
+
+    /// The next record. Snapshot names and tags that are not known are skipped.
+    ///
+    /// # Errors
+    /// `InvalidData` when a length contradicts itself; `UnexpectedEof`, also where an end record
+    /// is missing; `input`'s own.
+    pub fn next_record(&mut self) -> io::Result<Record> {
+        loop {
+            let [tag] = self.bytes()?;
+            if tag == b'e' {
+                return Ok(Record::End);
+            }
+            let payload = self.number()?;
+            match tag {
+                b's' if payload == 8 => return Ok(Record::Size(self.number()?)),
+                b'z' if payload == 16 => return Ok(Record::Zeros(self.range()?)),
+                b'w' if payload >= 16 => {
+                    let range = self.range()?;
+                    if range.end - range.start != payload - 16 {
+                        return Err(invalid("a data record has two lengths"));
+                    }
+                    return Ok(Record::Data(range));
+                }
+                b's' | b'z' | b'w' => return Err(invalid("a record has a wrong length")),
+                _ => self.skip(payload)?,
+            }
+        }
+    }
+
+    /// The input, for the bytes of a data record.
+    pub fn input(&mut self) -> &mut R {
+        &mut self.input
+    }
+
+    fn skip(&mut self, len: u64) -> io::Result<()> {
+        if len > MAX_SKIPPED {
+            return Err(invalid("an unknown record is too long"));
+        }
+        let skipped = io::copy(&mut (&mut self.input).take(len), &mut io::sink())?;
+        if skipped < len { Err(io::ErrorKind::UnexpectedEof.into()) } else { Ok(()) }
+    }
+
+    fn range(&mut self) -> io::Result<Range<u64>> {
+        let (offset, len) = (self.number()?, self.number()?);
+        let end = offset.checked_add(len).ok_or_else(|| invalid("a record is past all offsets"))?;
+        Ok(offset..end)
+    }
+
+    fn number(&mut self) -> io::Result<u64> {
+        self.bytes().map(u64::from_le_bytes)
+    }
+
+    fn bytes<const N: usize>(&mut self) -> io::Result<[u8; N]> {
+        let mut bytes = [0; N];
+        self.input.read_exact(&mut bytes)?;
+        Ok(bytes)
+    }
+}
+
+fn invalid(why: &'static str) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, why)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// All records of a diff, with the bytes of the data records.
+    fn decode(wire: &[u8]) -> io::Result<Vec<(Record, Vec<u8>)>> {
+        let mut decoder = Decoder::new(wire)?;
+        let mut records = Vec::new();
+        loop {
+            let record = decoder.next_record()?;
+            let mut bytes = Vec::new();
+            if let Record::Data(range) = &record {
+                bytes.resize(usize::try_from(range.end - range.start).unwrap(), 0);
+                decoder.input().read_exact(&mut bytes)?;
+            }
+            let done = record == Record::End;
+            records.push((record, bytes));
+            if done {
+                assert!(decoder.input().is_empty(), "there is more after the end");
+                return Ok(records);
+            }
+        }
+    }
+
+    fn encode(size: u64, pieces: &[(u64, Option<Vec<u8>>, u64)]) -> Vec<u8> {
+        let mut wire = opening(size).to_vec();
+        for (offset, bytes, len) in pieces {
+            match bytes {
+                Some(bytes) => {
+                    wire.extend(data_header(&(*offset..offset + bytes.len() as u64)));
+                    wire.extend(bytes);
+                }
+                None => wire.extend(zeros(&(*offset..offset + len))),
+            }
+        }
+        wire.extend(END);
+        wire
+    }
+
+    #[test]
+    fn the_bytes_are_those_of_the_format() {
+        let mut wire = b"rbd diff v2\n".to_vec();
+        wire.extend(b"s\x08\0\0\0\0\0\0\0\0\x10\0\0\0\0\0\0");
+        wire.extend(b"w\x13\0\0\0\0\0\0\0\x05\0\0\0\0\0\0\0\x03\0\0\0\0\0\0\0abc");
+        wire.extend(b"z\x10\0\0\0\0\0\0\0\x08\0\0\0\0\0\0\0\0\x01\0\0\0\0\0\0");
+        wire.extend(b"e");
+        assert_eq!(encode(4096, &[(5, Some(b"abc".to_vec()), 0), (8, None, 256)]), wire);
+    }
+
+    #[test]
+    fn snapshot_names_and_unknown_tags_are_skipped() {
+        let mut wire = BANNER.to_vec();
+        wire.extend(b"t\x06\0\0\0\0\0\0\0\x02\0\0\0ab?\x01\0\0\0\0\0\0\0xe");
+        assert_eq!(decode(&wire).unwrap(), [(Record::End, Vec::new())]);
+    }
+
+    #[test]
+    fn a_diff_that_was_cut_short_is_an_error_wherever_it_was_cut() {
+        let wire = encode(4096, &[(0, Some(vec![7; 40]), 0), (100, None, 50)]);
+        for cut in 0..wire.len() {
+            let error = decode(&wire[..cut]).unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof, "cut at {cut}");
+        }
+        decode(&wire).unwrap();
+    }
+
+    #[test]
+    fn lengths_that_contradict_themselves_are_refused() {
+        for record in [
+            &header(b'w', 20, 0, 5)[..],
+            &header(b'w', 15, 0, 0),
+            &header(b'z', 17, 0, 5),
+            &header(b'z', 16, u64::MAX, 2),
+            &header(b'x', u64::MAX, 0, 0),
+        ] {
+            let wire = [&opening(1)[..], record].concat();
+            assert_eq!(decode(&wire).unwrap_err().kind(), io::ErrorKind::InvalidData);
+        }
+        assert!(Decoder::new(&b"rbd diff v1\ns"[..]).is_err());
+    }
+
+    proptest! {
+        #[test]
+        fn what_was_encoded_is_decoded(
+            size in any::<u64>(),
+            pieces in prop::collection::vec(
+                (0..u64::MAX / 2, prop::option::of(prop::collection::vec(any::<u8>(), 0..50)),
+                 0..u64::MAX / 2),
+                0..20,
+            ),
+        ) {
+            let records = decode(&encode(size, &pieces)).unwrap();
+            prop_assert_eq!(records.len(), pieces.len() + 2);
+            prop_assert_eq!(&records[0].0, &Record::Size(size));
+            for ((offset, bytes, len), (record, got)) in pieces.iter().zip(&records[1..]) {
+                let end = offset + bytes.as_ref().map_or(*len, |bytes| bytes.len() as u64);
+                match bytes {
+                    Some(bytes) => {
+                        prop_assert_eq!(record, &Record::Data(*offset..end));
+                        prop_assert_eq!(got, bytes);
+                    }
+                    None => prop_assert_eq!(record, &Record::Zeros(*offset..end)),
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,198 @@
+//! All bytes of a source, in a sparse file without a name.
+//!
+//! The file is new, so what was never written to it reads as zeros: a block that arrives as zeros
+//! is left out and stays a hole, in however many pieces it comes.
+
+use std::fs::File;
+use std::io::{self, IoSlice};
+use std::ops::Range;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use rustix::fs::SeekFrom;
+use rustix::io::Errno;
+
+use crate::extents::{Extent, Kind};
+use crate::host;
+use crate::layer::Wait;
+use crate::overlay::keep::temporary_dir;
+
+/// 4 KiB: the block of the common host file systems; a hole that is smaller saves nothing.
+const BLOCK: u64 = 4 << 10;
+
+/// The file. Its bytes lie at the disk's offsets.
+pub(super) struct SpoolFile {
+    file: File,
+    dir: PathBuf,
+}
+
+impl SpoolFile {
+    /// A new one in `$TMPDIR`, else in `/var/tmp`.
+    ///
+    /// # Errors
+    /// One line that names the directory.
+    pub(super) fn create() -> io::Result<Self> {
+        Self::create_in(&temporary_dir())
+    }
+
+    fn create_in(dir: &Path) -> io::Result<Self> {
+        let file = tempfile::tempfile_in(dir).map_err(|error| {
+            let line = format!("no spool in {}: {error}; set TMPDIR", dir.display());
+            io::Error::new(error.kind(), line)
+        })?;
+        Ok(Self { file, dir: dir.to_owned() })
+    }
+
+    /// Takes `bytes` at `offset`; nothing was stored there before.
+    ///
+    /// # Errors
+    /// The host's errno.
+    pub(super) fn store(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
+        let mut data = 0..0;
+        while data.end < bytes.len() {
+            let piece = data.end..piece_end(bytes.len(), data.end, offset);
+            if is_zero(&bytes[piece.clone()]) {
+                self.write(&bytes[data], offset, piece.start)?;
+                data = piece.end..piece.end;
+            } else {
+                data.end = piece.end;
+            }
+        }
+        self.write(&bytes[data], offset, bytes.len())
+    }
+
+    /// Writes `data`, which ends at `end` in the bytes that belong at `offset`.
+    fn write(&self, data: &[u8], offset: u64, end: usize) -> io::Result<()> {
+        if data.is_empty() {
+            return Ok(());
+        }
+        host::write_all_at(&self.file, &[IoSlice::new(data)], offset + (end - data.len()) as u64)
+    }
+
+    /// The bytes of `range`, all of which were stored.
+    ///
+    /// # Errors
+    /// The host's errno.
+    pub(super) fn read(&self, range: &Range<u64>) -> io::Result<Vec<u8>> {
+        let len =
+            usize::try_from(range.end - range.start).map_err(|_| host::errno(libc::EINVAL))?;
+        let mut bytes = vec![0; len];
+        // What it leaves is past the end of the file: zeros that were left out.
+        host::read_at(&self.file, &mut bytes, range.start, Wait::Yes)?;
+        Ok(bytes)
+    }
+
+    /// What a prefix of `range` is, all of which was stored and is not empty.
+    pub(super) fn extent_at(&self, range: Range<u64>) -> Extent {
+        let data = match rustix::fs::seek(&self.file, SeekFrom::Data(range.start)) {
+            Ok(data) => data,
+            // Nothing but zeros from here to where the file ends.
+            Err(Errno::NXIO) => range.end,
+            // The host cannot tell: data is always right.
+            Err(_) => return Extent::new(range, Kind::Data),
+        };
+        if data > range.start {
+            return Extent::new(range.start..data.min(range.end), Kind::Hole);
+        }
+        let hole = rustix::fs::seek(&self.file, SeekFrom::Hole(range.start)).unwrap_or(range.end);
+        let end = if hole > range.start { hole.min(range.end) } else { range.end };
+        Extent::new(range.start..end, Kind::Data)
+    }
+
+    /// How much space it takes on the host, in bytes.
+    pub(super) fn used(&self) -> u64 {
+        self.file.metadata().map_or(0, |meta| meta.blocks() * 512)
+    }
+
+    /// Where it is, for people.
+    pub(super) fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// A spool in a file of the test's.
+    #[cfg(test)]
+    pub(super) fn of(file: File, dir: &Path) -> Self {
+        Self { file, dir: dir.to_owned() }
+    }
+}
+
+/// Where the part of a block ends that begins at `at` in `len` bytes that belong at `offset`.
+fn piece_end(len: usize, at: usize, offset: u64) -> usize {
+    let left = BLOCK - (offset + at as u64) % BLOCK;
+    usize::try_from(left).map_or(len, |left| len.min(at + left))
+}
+
+/// Compares the bytes with themselves, one further on: that is memcmp, and as fast.
+fn is_zero(bytes: &[u8]) -> bool {
+    match bytes {
+        [] => true,
+        [first, rest @ ..] => *first == 0 && rest == &bytes[..rest.len()],
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)] // All of it is small.
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// What is stored of runs of `(kind, blocks)`, in pieces of `step` bytes.
+    fn stored(runs: &[(u8, usize)], step: usize) -> (tempfile::TempDir, SpoolFile, Vec<u8>) {
+        let dir = tempfile::tempdir_in("/var/tmp").unwrap();
+        let spool = SpoolFile::create_in(dir.path()).unwrap();
+        let bytes: Vec<u8> =
+            runs.iter().flat_map(|(kind, blocks)| vec![*kind; blocks * BLOCK as usize]).collect();
+        for (number, piece) in bytes.chunks(step).enumerate() {
+            spool.store(piece, (number * step) as u64).unwrap();
+        }
+        (dir, spool, bytes)
+    }
+
+    #[test]
+    fn zeros_become_holes_in_whatever_pieces_they_come() {
+        for step in [1000, 4096, 5000, 1 << 20] {
+            let (_dir, spool, bytes) = stored(&[(0, 16), (5, 16), (0, 32)], step);
+            let block = |number: u64| number * BLOCK;
+            assert_eq!(spool.extent_at(0..block(64)), Extent::new(0..block(16), Kind::Hole));
+            let data = spool.extent_at(block(16)..block(64));
+            assert_eq!(data, Extent::new(block(16)..block(32), Kind::Data));
+            let tail = spool.extent_at(block(32)..block(64));
+            assert_eq!(tail, Extent::new(block(32)..block(64), Kind::Hole));
+            assert!(spool.used() < block(64), "{}", spool.used());
+            assert_eq!(spool.read(&(0..block(64))).unwrap(), bytes);
+        }
+    }
+
+    #[test]
+    fn a_directory_that_is_not_there_is_named() {
+        let error = SpoolFile::create_in(Path::new("/nowhere/at/all")).err().unwrap();
+        assert!(error.to_string().starts_with("no spool in /nowhere/at/all: "), "{error}");
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(48))]
+
+        #[test]
+        fn what_was_stored_is_read_and_no_hole_hides_data(
+            runs in prop::collection::vec((0..3_u8, 1..6_usize), 1..8),
+            step in 1..20_000_usize,
+            at in 0.0..1.0_f64,
+        ) {
+            let (_dir, spool, bytes) = stored(&runs, step);
+            let from = (bytes.len() as f64 * at) as u64;
+            let read = spool.read(&(from..bytes.len() as u64)).unwrap();
+            prop_assert!(read == bytes[from as usize..]);
+            let mut offset = from;
+            while offset < bytes.len() as u64 {
+                let extent = spool.extent_at(offset..bytes.len() as u64);
+                prop_assert!(extent.range.start == offset && !extent.is_empty());
+                if extent.kind == Kind::Hole {
+                    let hole = extent.range.start as usize..extent.range.end as usize;
+                    prop_assert!(is_zero(&bytes[hole]));
+                }
+                offset = extent.range.end;
+            }
+        }
+    }
+}

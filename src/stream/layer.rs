@@ -1,0 +1,106 @@
+//! Streams as layers of a disk. The mount parks the replies of what has to wait; these calls are
+//! for everybody else.
+
+use std::io;
+use std::ops::Range;
+use std::sync::mpsc;
+
+use super::input::Input;
+use super::output::Output;
+use crate::extents::{Extent, Kind};
+use crate::host::errno;
+use crate::layer::{Copy, Layer, ReadBelow, Wait, WritableLayer};
+
+/// What lies past the end.
+fn past(size: u64, range: Range<u64>) -> Result<Range<u64>, Extent> {
+    match range.start < size {
+        true => Ok(range.start..range.end.min(size)),
+        false => Err(Extent::new(range, Kind::Hole)),
+    }
+}
+
+impl Layer for Output {
+    fn size(&self) -> u64 {
+        Output::size(self)
+    }
+
+    fn extent_at(&self, range: Range<u64>, _: Wait) -> io::Result<Extent> {
+        Ok(past(Output::size(self), range).map_or_else(|hole| hole, |range| self.describe(range)))
+    }
+
+    fn read_at(&self, buf: &mut [u8], offset: u64, _: Wait) -> io::Result<Extent> {
+        let range = match past(Output::size(self), offset..offset + buf.len() as u64) {
+            Ok(range) => range,
+            Err(hole) => return Ok(hole),
+        };
+        let len = usize::try_from(range.end - range.start).unwrap_or(buf.len());
+        self.read(&mut buf[..len], offset)?;
+        Ok(Extent::new(range, Kind::Data))
+    }
+
+    fn lend_at(
+        &self,
+        range: Range<u64>,
+        wait: Wait,
+        _: Copy<'_>,
+    ) -> io::Result<(Extent, Option<u64>)> {
+        Ok((Layer::extent_at(self, range, wait)?, None))
+    }
+}
+
+impl WritableLayer for Output {
+    fn write_at(&self, buf: &[u8], offset: u64, _: &dyn ReadBelow, wait: Wait) -> io::Result<()> {
+        if wait == Wait::No {
+            return Err(errno(libc::EAGAIN));
+        }
+        let (tell, told) = mpsc::channel();
+        // Nobody who is gone misses the answer.
+        self.write(offset, buf, 0, Box::new(move |result| drop(tell.send(result))));
+        told.recv().unwrap_or_else(|_| Err(errno(libc::EIO)))
+    }
+
+    fn zero(&self, range: Range<u64>, _: &dyn ReadBelow, _: Wait) -> io::Result<()> {
+        self.discard(range)
+    }
+
+    fn punch_hole(&self, range: Range<u64>, _: &dyn ReadBelow, _: Wait) -> io::Result<()> {
+        self.discard(range)
+    }
+
+    /// Nothing to reserve: what does not fit leaves. Refused, libc would write a byte a block.
+    fn allocate(&self, _: Range<u64>, _: Wait) -> io::Result<()> {
+        Output::sync(self)
+    }
+
+    fn set_size(&self, size: u64) -> io::Result<()> {
+        self.truncate(size)
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        Output::sync(self)
+    }
+}
+
+impl Layer for Input {
+    fn size(&self) -> u64 {
+        Input::size(self)
+    }
+
+    fn extent_at(&self, range: Range<u64>, _: Wait) -> io::Result<Extent> {
+        Ok(Input::extent_at(self, range))
+    }
+
+    fn read_at(&self, _: &mut [u8], _: u64, _: Wait) -> io::Result<Extent> {
+        // What arrives is handed to whoever waits for it, not fetched.
+        Err(errno(libc::EOPNOTSUPP))
+    }
+
+    fn lend_at(
+        &self,
+        range: Range<u64>,
+        wait: Wait,
+        _: Copy<'_>,
+    ) -> io::Result<(Extent, Option<u64>)> {
+        Ok((Layer::extent_at(self, range, wait)?, None))
+    }
+}

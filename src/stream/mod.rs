@@ -1,0 +1,203 @@
+//! Streams: disks whose bytes leave in order while they are written, or arrive in order.
+//!
+//! ```text
+//!   Output:  write ──> window + store ──> sender ──> sink (fifo, file, device, command, stdout)
+//!   Input:   source ──> reader ──> read-window or spool ──> read
+//! ```
+//!
+//! `window` decides what may be changed and what must leave, and `needed` what it would have
+//! taken; with `runs` they know no bytes and do no I/O. `store` holds the bytes, `spill` those
+//! that memory has no room for, `queue` the writes that wait for a stalled sink. `output` and
+//! `input` put the parts to work with one thread each. docs/streams.md explains the policy.
+//!
+//! Locks: each stream has one, held for as long as it takes to copy a request. Sinks, sources and
+//! replies are called without it.
+
+pub mod command;
+pub mod error;
+mod fifo;
+pub mod frames;
+pub mod guard;
+mod inherited;
+pub mod input;
+mod layer;
+pub mod monitor;
+pub mod needed;
+pub mod output;
+mod queue;
+pub mod runs;
+pub mod sink;
+pub mod source;
+mod spill;
+mod stderr;
+pub mod stop;
+pub mod store;
+pub mod window;
+
+use std::io::{self, IoSlice};
+use std::ops::Range;
+use std::sync::Arc;
+
+use serde::Deserialize;
+
+use self::input::{Input, Supplier};
+use self::monitor::Monitor;
+use self::output::{Outlet, Output, Patience, State, Watch};
+use self::sink::Sink;
+use self::source::Source;
+
+/// A stream at work.
+pub enum Stream {
+    /// What is written leaves.
+    Output(Arc<Output>),
+    /// What is read arrives.
+    Input {
+        /// What has arrived.
+        input: Arc<Input>,
+        /// Where it comes from.
+        monitor: Monitor,
+    },
+}
+
+/// What becomes of streams when their mount is about to end.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Ending {
+    /// Those that end with the mount are finished, the others given up.
+    #[default]
+    Settle,
+    /// All are finished.
+    Finish,
+    /// All that are not finished are given up.
+    Abort,
+    /// Nothing yet: the mount goes on for those who have it open.
+    Leave,
+}
+
+impl Stream {
+    /// Where it goes or comes from, as the user wrote it.
+    #[must_use]
+    pub fn describe(&self) -> String {
+        match self {
+            Self::Output(output) => output.status().sink,
+            Self::Input { monitor, .. } => monitor.describe(),
+        }
+    }
+
+    /// Why it does not work any more.
+    #[must_use]
+    pub fn failure(&self) -> Option<String> {
+        match self {
+            Self::Output(output) => output.status().error,
+            Self::Input { input, .. } => input.status().error,
+        }
+    }
+
+    /// What becomes of it at the end of its mount; a line for the user, if there is one.
+    ///
+    /// # Errors
+    /// A line: it is not whole.
+    pub fn settle(
+        &self,
+        ending: Ending,
+        has_writers: &dyn Fn() -> bool,
+        patience: Patience,
+    ) -> Result<Option<String>, String> {
+        match (self, ending) {
+            (_, Ending::Leave) => Ok(None),
+            (Self::Input { input, .. }, _) => input.close().map(|()| None),
+            (Self::Output(output), Ending::Settle) => output.close(has_writers, patience),
+            (Self::Output(output), Ending::Finish) => {
+                let line = output.finish(has_writers, patience).map_err(|error| {
+                    // It never gets whole now.
+                    let _ = output.abort(&error.to_string());
+                    error.to_string()
+                });
+                line.map(Some)
+            }
+            (Self::Output(output), Ending::Abort) => match output.status().state {
+                State::Finished => Ok(None),
+                _ => output.abort("the mount ended before it was finished").map(|()| None),
+            },
+        }
+    }
+}
+
+/// What an error says, without the number that Rust adds to it.
+fn said(error: &io::Error) -> String {
+    let text = error.to_string();
+    match text.rfind(" (os error ") {
+        Some(at) => text[..at].to_owned(),
+        None => text,
+    }
+}
+
+impl Outlet for Sink {
+    fn prepare(&mut self) -> io::Result<()> {
+        Sink::prepare(self)
+    }
+
+    fn data(&mut self, offset: u64, parts: &[IoSlice<'_>]) -> io::Result<()> {
+        Sink::data(self, offset, parts)
+    }
+
+    fn zeros(&mut self, range: Range<u64>) -> io::Result<()> {
+        Sink::zeros(self, range)
+    }
+
+    fn hole(&mut self, range: Range<u64>) -> io::Result<()> {
+        Sink::hole(self, range)
+    }
+
+    fn rewrites(&self) -> bool {
+        Sink::rewrites(self)
+    }
+
+    fn explain(&self, error: &io::Error) -> String {
+        Sink::explain(self, error)
+    }
+
+    fn finish(self: Box<Self>, end: u64) -> Result<(), String> {
+        Sink::finish(*self, end)
+    }
+
+    fn abort(self: Box<Self>) {
+        Sink::abort(*self);
+    }
+}
+
+impl Watch for Monitor {
+    fn kind(&self) -> &'static str {
+        Monitor::kind(self)
+    }
+
+    fn describe(&self) -> String {
+        Monitor::describe(self)
+    }
+
+    fn accepted(&self) -> u64 {
+        Monitor::accepted(self)
+    }
+
+    fn failure(&self) -> Option<String> {
+        Monitor::failure(self)
+    }
+
+    fn kill(&self) {
+        Monitor::kill(self);
+    }
+}
+
+impl Supplier for Source {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        Source::read(self, buf)
+    }
+
+    fn end(self: Box<Self>) -> Result<(), String> {
+        Source::end(*self)
+    }
+
+    fn close(self: Box<Self>) {
+        Source::close(*self);
+    }
+}

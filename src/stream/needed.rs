@@ -1,0 +1,233 @@
+//! What window, and what spill, a workload has needed so far. No bytes, no I/O.
+//!
+//! With a spill of `S` the lazy frontier after step `s` is the lowest `f` with at most `S` bytes
+//! of data at and past `f + window`. A write that changes a byte at `a` needs a frontier at or
+//! before `a`, so it needs, at every step before it,
+//!
+//! ```text
+//!   S >= data in [a + window, size)          and, without spill, a + W >= end of the data
+//! ```
+//!
+//! The greatest such figure over all steps is kept as a set of bytes of its own, `peak`: the most
+//! that ever lay past `x` is again a number of bytes past `x`. While data only grows `peak` is
+//! the present; it is folded in right before data shrinks.
+
+use std::ops::Range;
+
+use super::runs::{Runs, Written};
+
+/// As many chunks as a disk is divided into at most, for counting: 256 KiB of counters.
+const CHUNKS: u64 = 32 << 10;
+/// The smallest chunk worth a counter.
+const SMALLEST_CHUNK: u64 = 64 << 10;
+/// Peaks are remembered in at most so many runs; then they are rounded up.
+const MOST_RUNS: usize = 128 << 10;
+
+/// Counts the data past an offset in a time that does not grow with the number of runs.
+#[derive(Clone, Debug)]
+struct Count {
+    chunk: u64,
+    /// A Fenwick tree of bytes of data a chunk.
+    tree: Vec<u64>,
+    total: u64,
+}
+
+impl Count {
+    fn new(size: u64) -> Self {
+        let chunk = size.div_ceil(CHUNKS).max(SMALLEST_CHUNK).next_power_of_two();
+        let chunks = usize::try_from(size.div_ceil(chunk)).unwrap_or(0);
+        Self { chunk, tree: vec![0; chunks + 1], total: 0 }
+    }
+
+    fn index(&self, offset: u64) -> usize {
+        usize::try_from(offset / self.chunk).unwrap_or(usize::MAX - 1)
+    }
+
+    /// Adds `range` (bytes of data), or takes it away.
+    fn change(&mut self, range: Range<u64>, change: impl Fn(u64, u64) -> u64) {
+        let mut at = range.start;
+        while at < range.end {
+            let end = (at / self.chunk + 1).saturating_mul(self.chunk).min(range.end);
+            let mut node = self.index(at) + 1;
+            while let Some(count) = self.tree.get_mut(node) {
+                *count = change(*count, end - at);
+                node += node & node.wrapping_neg();
+            }
+            at = end;
+        }
+        self.total = change(self.total, range.end.saturating_sub(range.start));
+    }
+
+    /// The bytes of data at and past `offset`, which `runs` hold.
+    fn past(&self, runs: &Runs, offset: u64) -> u64 {
+        let next = (offset / self.chunk + 1).saturating_mul(self.chunk);
+        let mut before = 0;
+        let mut node = (self.index(offset) + 1).min(self.tree.len() - 1);
+        while node > 0 {
+            before += self.tree[node];
+            node &= node - 1;
+        }
+        runs.data_in(offset..next) + (self.total - before)
+    }
+}
+
+/// The figures, and what they are made from.
+#[derive(Clone, Debug)]
+pub struct Needed {
+    size: u64,
+    given: u64,
+    count: Count,
+    peak: Option<(Runs, Count)>,
+    /// Data has grown since it was folded into the peak.
+    grown: bool,
+    /// The end of the highest data there ever was.
+    top: u64,
+    /// The smallest window that would have done, with no spill.
+    pub window: u64,
+    /// The smallest spill that would have done, with the given window.
+    pub spill: u64,
+}
+
+impl Needed {
+    /// Nothing was needed yet, of a disk of `size` bytes whose window is `given`.
+    #[must_use]
+    pub fn new(size: u64, given: u64) -> Self {
+        let count = Count::new(size);
+        let (peak, grown, top, window, spill) = (None, false, 0, 0, 0);
+        Self { size, given, count, peak, grown, top, window, spill }
+    }
+
+    /// A request is going to change the byte at `at`; `runs` are what was written before it.
+    pub fn change_at(&mut self, runs: &Runs, at: u64) {
+        self.window = self.window.max(self.top.saturating_sub(at));
+        let edge = at.saturating_add(self.given);
+        if edge >= self.top {
+            return;
+        }
+        let now = self.count.past(runs, edge);
+        let peak = self.peak.as_ref().map_or(0, |(runs, count)| count.past(runs, edge));
+        self.spill = self.spill.max(now).max(peak);
+    }
+
+    /// `range` is going to be set to `written` in `runs`.
+    pub fn before_set(&mut self, runs: &Runs, range: &Range<u64>, written: Option<Written>) {
+        let grows = written == Some(Written::Data);
+        if !grows && self.grown && runs.data_within(range.clone()).next().is_some() {
+            self.fold(runs);
+        }
+        for part in runs.data_within(range.clone()) {
+            self.count.change(part, u64::wrapping_sub);
+        }
+        if grows {
+            self.count.change(range.clone(), u64::wrapping_add);
+            self.top = self.top.max(range.end);
+            self.grown = true;
+        }
+    }
+
+    /// What was written has been joined to fewer runs with more data: from now on the figures are
+    /// enough, and may be more than enough.
+    pub fn recount(&mut self, runs: &Runs) {
+        self.count = Count::new(self.size);
+        for part in runs.data_within(0..self.size) {
+            self.count.change(part, u64::wrapping_add);
+        }
+    }
+
+    /// Makes the peak the greater of itself and the present, at every offset.
+    ///
+    /// From the end downwards: where both have the same number of bytes past them they go on as
+    /// either does; else the lower one has to catch up first.
+    fn fold(&mut self, runs: &Runs) {
+        self.grown = false;
+        let old = self.peak.take().map(|(runs, _)| runs).unwrap_or_default();
+        let mut edges: Vec<u64> = vec![0];
+        for part in runs.data_within(0..self.size).chain(old.data_within(0..self.size)) {
+            edges.extend([part.start, part.end]);
+        }
+        edges.sort_unstable();
+        edges.dedup();
+        let is_data = |runs: &Runs, at: u64| runs.at(at).1 == Some(Written::Data);
+        let (mut present, mut past) = (0u64, 0u64);
+        let mut peak = Runs::default();
+        for pair in edges.windows(2).rev() {
+            let (start, len) = (pair[0], pair[1] - pair[0]);
+            let before = present.max(past);
+            present += if is_data(runs, start) { len } else { 0 };
+            past += if is_data(&old, start) { len } else { 0 };
+            // The rise lies at the low end: the one behind catches up unseen.
+            let rise = present.max(past) - before;
+            peak.set(start..start + rise, Some(Written::Data));
+        }
+        if peak.len() > MOST_RUNS {
+            peak.coarsen(u64::MAX, self.size.div_ceil(MOST_RUNS as u64));
+        }
+        let mut count = Count::new(self.size);
+        for part in peak.data_within(0..self.size) {
+            count.change(part, u64::wrapping_add);
+        }
+        self.peak = Some((peak, count));
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::cast_possible_truncation)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const SIZE: u64 = 1 << 20;
+
+    proptest! {
+        /// Against the definition: every step's data is counted by hand.
+        #[test]
+        fn the_figures_are_the_greatest_over_all_steps(
+            ops in prop::collection::vec((0..64u64, 1..16u64, 0..3u8), 1..40),
+            given in 0..40u64,
+        ) {
+            let unit = SIZE / 64;
+            let given = given * unit / 2;
+            let mut runs = Runs::default();
+            let mut needed = Needed::new(SIZE, given);
+            let mut steps: Vec<Vec<bool>> = vec![vec![false; 64]];
+            let (mut window, mut spill) = (0, 0);
+            for (start, len, kind) in ops {
+                let end = (start + len).min(64);
+                let range = start * unit..end * unit;
+                needed.change_at(&runs, range.start);
+                for data in &steps {
+                    let ends = |at: usize| (at as u64 + 1) * unit;
+                    let top = data.iter().rposition(|held| *held).map_or(0, ends);
+                    window = window.max(top.saturating_sub(range.start));
+                    let edge = range.start + given;
+                    let past: u64 = (0..64usize).filter(|at| data[*at])
+                        .map(|at| ends(at).saturating_sub(edge.max(ends(at) - unit))).sum();
+                    spill = spill.max(past);
+                }
+                prop_assert_eq!((needed.window, needed.spill), (window, spill));
+                let written = [None, Some(Written::Data), Some(Written::Zeros)][kind as usize];
+                needed.before_set(&runs, &range, written);
+                runs.set(range, written);
+                let mut data = steps[steps.len() - 1].clone();
+                data[start as usize..end as usize].fill(written == Some(Written::Data));
+                steps.push(data);
+            }
+        }
+    }
+
+    #[test]
+    fn a_large_disk_is_counted_in_chunks() {
+        let size = 16 << 40;
+        let mut runs = Runs::default();
+        let mut needed = Needed::new(size, 0);
+        for at in [0, 1 << 30, 5 << 40, size - 4096] {
+            let range = at..at + 4096;
+            needed.before_set(&runs, &range, Some(Written::Data));
+            runs.set(range, Some(Written::Data));
+        }
+        needed.change_at(&runs, (1 << 30) + 512);
+        assert_eq!(needed.spill, 3 * 4096 - 512);
+        assert_eq!(needed.window, size - (1 << 30) - 512);
+    }
+}

@@ -1,0 +1,431 @@
+//! Streams into sinks of memory, which can be held up.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc;
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::spec::{Compress, Flow, Frames, Target};
+
+/// What a sink of memory has got, and whether it takes more.
+#[derive(Default)]
+struct Shared {
+    bytes: Mutex<Vec<u8>>,
+    open: Condvar,
+    held_up: AtomicBool,
+    accepted: AtomicU64,
+    whole: AtomicBool,
+    broken: AtomicBool,
+}
+
+struct Memory {
+    shared: Arc<Shared>,
+    rewrites: bool,
+    stop: Stop,
+}
+
+impl Memory {
+    fn put(&self, offset: u64, parts: &[&[u8]]) -> io::Result<()> {
+        let mut bytes = self.shared.bytes.lock();
+        while self.shared.held_up.load(Ordering::SeqCst) {
+            if self.stop.is_stopped() {
+                return Err(errno(libc::ECANCELED));
+            }
+            self.shared.open.wait_for(&mut bytes, Duration::from_millis(5));
+        }
+        if self.shared.broken.load(Ordering::SeqCst) {
+            return Err(errno(libc::EPIPE));
+        }
+        let mut at = offset as usize;
+        assert!(self.rewrites || at == bytes.len(), "out of order");
+        for part in parts {
+            let end = at + part.len();
+            let len = bytes.len().max(end);
+            bytes.resize(len, 0);
+            bytes[at..end].copy_from_slice(part);
+            at = end;
+        }
+        self.shared.accepted.fetch_max(at as u64, Ordering::SeqCst);
+        Ok(())
+    }
+}
+
+impl Outlet for Memory {
+    fn prepare(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+    fn data(&mut self, offset: u64, parts: &[IoSlice<'_>]) -> io::Result<()> {
+        let parts: Vec<&[u8]> = parts.iter().map(|part| &**part).collect();
+        self.put(offset, &parts)
+    }
+    fn zeros(&mut self, range: Range<u64>) -> io::Result<()> {
+        self.put(range.start, &[&vec![0; (range.end - range.start) as usize]])
+    }
+    fn hole(&mut self, range: Range<u64>) -> io::Result<()> {
+        self.zeros(range)
+    }
+    fn rewrites(&self) -> bool {
+        self.rewrites
+    }
+    fn explain(&self, error: &io::Error) -> String {
+        format!("the sink says {error}")
+    }
+    fn finish(self: Box<Self>, end: u64) -> Result<(), String> {
+        assert_eq!(self.shared.bytes.lock().len() as u64, end);
+        self.shared.whole.store(true, Ordering::SeqCst);
+        Ok(())
+    }
+    fn abort(self: Box<Self>) {}
+}
+
+struct Looks(Arc<Shared>, &'static str);
+
+impl Watch for Looks {
+    fn kind(&self) -> &'static str {
+        self.1
+    }
+    fn describe(&self) -> String {
+        "memory".to_owned()
+    }
+    fn accepted(&self) -> u64 {
+        self.0.accepted.load(Ordering::SeqCst)
+    }
+    fn failure(&self) -> Option<String> {
+        None
+    }
+    fn kill(&self) {}
+}
+
+fn spec(size: u64, window: u64, read_window: u64, spill: u64) -> StreamSpec {
+    StreamSpec {
+        size,
+        dir: "/".into(),
+        flow: Flow::Out(Target::Measure),
+        window,
+        read_window,
+        spill: Some(spill),
+        compress: Compress::Off,
+        finish: FinishWhen::Explicit,
+        pad: Pad::Size,
+        frames: Frames::Raw,
+    }
+}
+
+fn start(spec: &StreamSpec, rewrites: bool) -> (Arc<Output>, Arc<Shared>) {
+    let shared = Arc::new(Shared::default());
+    let stop = Stop::new().unwrap();
+    let outlet = Memory { shared: Arc::clone(&shared), rewrites, stop: stop.clone() };
+    let watch = Box::new(Looks(Arc::clone(&shared), "fifo"));
+    let output = Output::start("o", spec, Box::new(outlet), watch, stop, std::env::temp_dir());
+    (output.unwrap(), shared)
+}
+
+/// Writes and waits for the answer.
+fn write(output: &Output, offset: u64, buf: &[u8]) -> io::Result<()> {
+    let told = write_later(output, offset, buf, 0);
+    told.recv_timeout(Duration::from_secs(30)).expect("an answer")
+}
+
+fn write_later(
+    output: &Output,
+    offset: u64,
+    buf: &[u8],
+    client: u32,
+) -> mpsc::Receiver<io::Result<()>> {
+    let (tell, told) = mpsc::channel();
+    output.write(offset, buf, client, Box::new(move |result| drop(tell.send(result))));
+    told
+}
+
+fn code<T: std::fmt::Debug>(result: io::Result<T>) -> i32 {
+    result.unwrap_err().raw_os_error().unwrap()
+}
+
+fn finish(output: &Output) -> Result<String, FinishError> {
+    output.finish(&|| false, Patience::Total(Duration::from_secs(30)))
+}
+
+#[test]
+fn finish_pads_to_the_size_and_repeats_its_result() {
+    let (output, shared) = start(&spec(1 << 20, 1 << 16, 0, 0), false);
+    write(&output, 100, b"hello").unwrap();
+    let line = finish(&output).unwrap();
+    assert_eq!(line, "o: finished, 1 MiB in memory");
+    assert_eq!(finish(&output).unwrap(), line);
+    assert!(shared.whole.load(Ordering::SeqCst));
+    let bytes = shared.bytes.lock();
+    assert_eq!((bytes.len(), &bytes[100..105]), (1 << 20, &b"hello"[..]));
+    drop(bytes);
+    assert_eq!(code(write(&output, 0, b"x")), libc::EIO);
+    output.sync().unwrap();
+    assert!(output.abort("late").unwrap_err().contains("finished already"));
+}
+
+#[test]
+fn a_stream_can_end_at_its_highest_write() {
+    let mut spec = spec(1 << 20, 0, 0, 0);
+    spec.pad = Pad::Highest;
+    let (output, shared) = start(&spec, false);
+    write(&output, 0, &[1; 3000]).unwrap();
+    write(&output, 8000, &[0; 10]).unwrap();
+    finish(&output).unwrap();
+    assert_eq!(shared.bytes.lock().len(), 8010);
+}
+
+#[test]
+fn a_change_of_what_has_left_fails_the_stream_for_ever() {
+    let (output, _) = start(&spec(1 << 20, 4096, 0, 0), false);
+    write(&output, 0, &[1; 100]).unwrap();
+    write(&output, 10_000, &[1; 100]).unwrap();
+    // Zeros where nothing was are no change.
+    write(&output, 200, &[0; 100]).unwrap();
+    assert_eq!(code(write(&output, 50, &[2; 10])), libc::EIO);
+    assert_eq!(code(output.sync()), libc::EIO);
+    assert_eq!(code(write(&output, 10_050, &[1; 1])), libc::EIO);
+    let status = output.status();
+    assert_eq!(status.state, State::Failed);
+    assert_eq!(status.needed, (10_050, 100));
+    let error = status.error.unwrap();
+    assert!(error.contains("a write at 50 came after the frontier 6004"), "{error}");
+    assert_eq!(finish(&output), Err(FinishError::Failed(error)));
+}
+
+#[test]
+fn what_was_sent_is_read_back_within_the_read_window_only() {
+    let (output, _) = start(&spec(1 << 20, 0, 5000, 0), false);
+    write(&output, 0, &[1; 6000]).unwrap();
+    let mut buf = [9; 100];
+    output.read(&mut buf, 1000).unwrap();
+    assert_eq!(buf, [1; 100]);
+    assert_eq!(code(output.read(&mut buf, 999)), libc::EIO);
+    output.read(&mut buf, 5950).unwrap();
+    assert_eq!((buf[49], buf[50]), (1, 0));
+    // The same bytes once more are no change, as long as that can be told.
+    write(&output, 5000, &[1; 1000]).unwrap();
+    assert_eq!(code(write(&output, 5000, &[2; 1])), libc::EIO);
+}
+
+#[test]
+fn a_stalled_sink_parks_writers_and_bounds_what_is_held() {
+    let window = 64 << 10;
+    let (output, shared) = start(&spec(1 << 30, window, 0, 0), false);
+    shared.held_up.store(true, Ordering::SeqCst);
+    let piece = vec![7; 1 << 20];
+    let mut waiting: Vec<_> =
+        (0..64u64).map(|at| write_later(&output, at << 20, &piece, 0)).collect();
+    let answered = |waiting: &mut Vec<mpsc::Receiver<_>>| {
+        waiting.retain(|told| told.try_recv().is_err());
+        waiting.len()
+    };
+    let left = answered(&mut waiting);
+    assert!((56..64).contains(&left), "{left} wait");
+    let core = output.core.lock();
+    assert!(core.window.held() <= window + BACKLOG, "{}", core.window.held());
+    assert!(core.store.memory() <= window + BACKLOG + (1 << 20));
+    drop(core);
+    // Reads and the status go on.
+    output.read(&mut [0; 10], 1 << 20).unwrap_err();
+    output.read(&mut [0; 10], 900 << 20).unwrap();
+    assert_eq!(output.status().state, State::Open);
+    shared.held_up.store(false, Ordering::SeqCst);
+    shared.open.notify_all();
+    for told in waiting {
+        told.recv_timeout(Duration::from_secs(30)).unwrap().unwrap();
+    }
+    finish(&output).unwrap();
+    assert!(shared.bytes.lock()[..64 << 20].iter().all(|byte| *byte == 7));
+}
+
+#[test]
+fn a_killed_writer_is_released_and_the_others_wait_on() {
+    let (output, shared) = start(&spec(1 << 30, 0, 0, 0), false);
+    shared.held_up.store(true, Ordering::SeqCst);
+    let piece = vec![7; 1 << 20];
+    let mut waiting: Vec<_> =
+        (0..20u64).map(|at| write_later(&output, at << 20, &piece, 5 + (at as u32 & 1))).collect();
+    output.tick(|client| client == 5);
+    let results: Vec<_> = waiting.iter().map(|told| told.try_recv().ok()).collect();
+    let interrupted = |result: &Option<io::Result<()>>| matches!(result, Some(Err(error)) if error.raw_os_error() == Some(libc::EINTR));
+    assert!(results.iter().filter(|result| interrupted(result)).count() >= 6);
+    for (at, result) in results.iter().enumerate() {
+        assert!(!interrupted(result) || at % 2 == 0);
+    }
+    output.abort("enough").unwrap();
+    assert_eq!(output.status().state, State::Aborted);
+    waiting.retain(
+        |told| matches!(told.try_recv(), Ok(Err(error)) if error.raw_os_error() == Some(libc::EIO)),
+    );
+    assert!(!waiting.is_empty());
+    assert!(!shared.whole.load(Ordering::SeqCst));
+}
+
+#[test]
+fn a_broken_sink_is_a_sticky_failure() {
+    let (output, shared) = start(&spec(1 << 20, 0, 0, 0), false);
+    shared.broken.store(true, Ordering::SeqCst);
+    write(&output, 0, &[1; 4096]).unwrap();
+    let until = Instant::now() + Duration::from_secs(10);
+    while output.sync().is_ok() {
+        assert!(Instant::now() < until);
+        thread::sleep(Duration::from_millis(1));
+    }
+    assert_eq!(code(write(&output, 8192, &[1; 1])), libc::EIO);
+    assert!(output.status().error.unwrap().starts_with("the sink says"));
+    assert_eq!(output.status().accepted, 0);
+}
+
+#[test]
+fn finish_waits_for_writers_and_then_says_that_there_are_some() {
+    let (output, _) = start(&spec(4096, 0, 0, 0), false);
+    let busy = output.finish(&|| true, Patience::Total(Duration::from_millis(50)));
+    assert_eq!(busy, Err(FinishError::Busy));
+    assert_eq!(output.status().state, State::Open);
+    finish(&output).unwrap();
+}
+
+#[test]
+fn an_impatient_finish_can_be_asked_again_and_given_up() {
+    let (output, shared) = start(&spec(1 << 20, 0, 0, 0), false);
+    shared.held_up.store(true, Ordering::SeqCst);
+    let soon = Patience::Total(Duration::from_millis(30));
+    for _ in 0..2 {
+        let error = output.finish(&|| false, soon).unwrap_err();
+        assert!(matches!(error, FinishError::StillFinishing(_)), "{error}");
+    }
+    output.abort("enough").unwrap();
+    assert!(matches!(output.finish(&|| false, soon), Err(FinishError::Failed(_))));
+    assert!(!shared.whole.load(Ordering::SeqCst));
+}
+
+#[test]
+fn an_unfinished_stream_is_given_up_at_the_end_unless_it_ends_with_the_mount() {
+    let (output, shared) = start(&spec(1 << 20, 0, 0, 0), false);
+    write(&output, 0, &[1; 10]).unwrap();
+    let line = output.close(&|| false, Patience::Endless).unwrap_err();
+    assert!(line.contains("cowslip finish comes before umount"), "{line}");
+    assert!(!shared.whole.load(Ordering::SeqCst));
+    let mut spec = spec(1 << 20, 0, 0, 0);
+    spec.finish = FinishWhen::Umount;
+    let (output, shared) = start(&spec, false);
+    write(&output, 0, &[1; 10]).unwrap();
+    output.close(&|| false, Patience::Endless).unwrap();
+    assert!(shared.whole.load(Ordering::SeqCst));
+}
+
+#[test]
+fn zeros_and_holes_before_the_frontier_are_refused_only_where_data_has_left() {
+    let (output, _) = start(&spec(1 << 20, 0, 0, 0), false);
+    write(&output, 4096, &[1; 4096]).unwrap();
+    output.discard(0..4096).unwrap();
+    output.discard(8192..1 << 20).unwrap();
+    assert_eq!(code(output.discard(0..8192)), libc::EOPNOTSUPP);
+    assert_eq!(output.status().state, State::Open);
+    output.truncate(8192).unwrap();
+    assert_eq!(code(output.truncate(8000)), libc::EIO);
+    write(&output, 8192, &[1; 10]).unwrap();
+}
+
+#[test]
+fn spilled_data_comes_back_in_order_from_memory_and_file() {
+    for compress in [Compress::Off, Compress::Lz4] {
+        let mut spec = spec(64 << 20, 0, 0, 48 << 20);
+        spec.compress = compress;
+        let (output, shared) = start(&spec, false);
+        let piece = |at: u64| vec![at as u8 + 1; 1 << 20];
+        for at in (0..48u64).rev() {
+            write(&output, at << 20, &piece(at)).unwrap();
+        }
+        assert!(output.core.lock().store.memory() <= BACKLOG);
+        assert_eq!(output.status().frontier, 0);
+        assert_eq!(output.status().needed.1, 47 << 20);
+        let mut buf = [0; 8192];
+        output.read(&mut buf, (20 << 20) - 4096).unwrap();
+        assert_eq!((buf[0], buf[8191]), (20, 21));
+        finish(&output).unwrap();
+        let bytes = shared.bytes.lock();
+        for at in 0..48usize {
+            assert!(bytes[at << 20..(at + 1) << 20].iter().all(|byte| *byte == at as u8 + 1));
+        }
+    }
+}
+
+#[derive(Clone, Debug)]
+enum Op {
+    Write(u64, Vec<u8>),
+    Discard(u64, u64),
+    Read(u64, u64),
+}
+
+const SIZE: u64 = 96 << 10;
+
+fn op() -> impl Strategy<Value = Op> {
+    let bytes = (0..4u8, 1..20_000usize).prop_map(|(value, len)| vec![value; len]);
+    prop_oneof![
+        6 => (0..SIZE, bytes).prop_map(|(at, mut bytes)| {
+            bytes.truncate((SIZE - at) as usize);
+            Op::Write(at, bytes)
+        }),
+        1 => (0..SIZE, 1..40_000u64).prop_map(|(at, len)| Op::Discard(at, (at + len).min(SIZE))),
+        2 => (0..SIZE, 1..9000u64).prop_map(|(at, len)| Op::Read(at, len.min(SIZE - at))),
+    ]
+}
+
+fn run(ops: &[Op], spec: &StreamSpec, rewrites: bool) -> Result<(), TestCaseError> {
+    let (output, shared) = start(spec, rewrites);
+    let mut image = vec![0; SIZE as usize];
+    for op in ops {
+        match op {
+            Op::Write(at, bytes) => match write(&output, *at, bytes) {
+                Ok(()) => image[*at as usize..*at as usize + bytes.len()].copy_from_slice(bytes),
+                Err(error) => {
+                    prop_assert!(!rewrites, "{error}");
+                    prop_assert_eq!(error.raw_os_error(), Some(libc::EIO));
+                    prop_assert_eq!(output.status().state, State::Failed);
+                    return Ok(());
+                }
+            },
+            Op::Discard(start, end) => match output.discard(*start..*end) {
+                Ok(()) => image[*start as usize..*end as usize].fill(0),
+                Err(error) => {
+                    prop_assert!(!rewrites);
+                    prop_assert_eq!(error.raw_os_error(), Some(libc::EOPNOTSUPP));
+                }
+            },
+            Op::Read(at, len) => {
+                let mut buf = vec![9; *len as usize];
+                let gone = output.status().frontier.saturating_sub(spec.read_window);
+                match output.read(&mut buf, *at) {
+                    Ok(()) => prop_assert!(image[*at as usize..].starts_with(&buf)),
+                    Err(error) => {
+                        prop_assert_eq!(error.raw_os_error(), Some(libc::EIO));
+                        prop_assert!(*at < gone);
+                    }
+                }
+            }
+        }
+    }
+    prop_assert!(finish(&output).is_ok());
+    prop_assert!(*shared.bytes.lock() == image, "what came out is not what was written");
+    Ok(())
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(400))]
+
+    #[test]
+    fn the_sink_gets_the_final_image_or_the_stream_is_in_error(
+        ops in prop::collection::vec(op(), 1..30),
+        (window, read_window, spill) in (0..SIZE, 0..SIZE, 0..SIZE),
+    ) {
+        run(&ops, &spec(SIZE, window, read_window, spill), false)?;
+    }
+
+    #[test]
+    fn frames_with_offsets_take_every_order_of_writes(
+        ops in prop::collection::vec(op(), 1..30),
+        (window, read_window, spill) in (0..SIZE / 4, 0..SIZE, 0..SIZE / 4),
+    ) {
+        run(&ops, &spec(SIZE, window, read_window, spill), true)?;
+    }
+}

@@ -1,0 +1,305 @@
+//! Where an output stream goes.
+//!
+//! ```text
+//!            data, zeros, hole
+//!                   │ frames=raw, the target has places      frames=raw          frames=rbd
+//!                   ├──────────────▶ Seekable (file, device)     │                   │ records
+//!                   └──────────────▶ Wire (fifo, cmd, stdout) ◀──┴───────────────────┘
+//! ```
+//!
+//! One thread sends. Everything that may wait is given a [`Stop`]. A failure is for ever: what was
+//! on the wire when it came may be half a record, so nothing can follow it.
+//!
+//! How a stream ends decides whether half an image can be taken for a whole one. A file has its
+//! name only after [`Sink::finish`]; the commands that read a stream see the end of their input
+//! only after it, and are killed before that otherwise, also when the sink is dropped, and, by
+//! their guard, when the daemon is killed. A reader of a named pipe or of our stdout cannot be
+//! told; records have an end mark for it.
+
+mod open;
+mod part;
+mod seekable;
+#[cfg(test)]
+pub(super) mod tests;
+mod wire;
+
+use std::io::{self, IoSlice};
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use super::frames::rbd;
+use super::monitor::Counts;
+use super::stop::Stop;
+use crate::host::errno;
+use crate::spec::Frames;
+use part::Part;
+use seekable::Seekable;
+use wire::Wire;
+
+pub use super::error::SinkError;
+pub use super::monitor::Monitor;
+
+/// Whether commands keep our standard output, and a stream may use standard input or output.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Inherit {
+    /// In the foreground, and in `run`.
+    Stdout,
+    /// In a daemon, which has none.
+    Nothing,
+}
+
+/// What a sink or a source needs to know of the mount.
+#[derive(Clone, Copy, Debug)]
+pub struct Place<'a> {
+    /// The mountpoint, canonical. Nothing may lead into it.
+    pub mountpoint: &'a Path,
+    /// Its `st_dev`, once it is mounted.
+    pub mount_dev: Option<u64>,
+    /// Whether standard input and output are there.
+    pub stdio: Inherit,
+}
+
+/// An open sink; dropped unfinished, it is aborted.
+#[derive(Debug)]
+pub struct Sink {
+    /// `None` once it was closed.
+    out: Option<Out>,
+    /// The file that is renamed at the end.
+    part: Option<Part>,
+    frames: Frames,
+    /// Of the disk, in bytes.
+    size: u64,
+    /// Whether the wire is open, and what comes before all records is out.
+    is_started: bool,
+    /// The errno that everything fails with from now on.
+    broken: Option<i32>,
+    is_finished: bool,
+    monitor: Monitor,
+    stop: Stop,
+}
+
+/// Where the bytes go.
+#[derive(Debug)]
+enum Out {
+    /// A named pipe that nobody reads yet.
+    Fifo(PathBuf),
+    Wire(Wire),
+    Seekable(Seekable),
+    Nothing,
+}
+
+/// What is sent.
+#[derive(Clone, Copy)]
+enum Content<'a, 'b> {
+    Data(&'a [IoSlice<'b>]),
+    Zeros,
+    Hole,
+}
+
+impl Sink {
+    /// A handle for everybody else.
+    #[must_use]
+    pub fn monitor(&self) -> Monitor {
+        self.monitor.clone()
+    }
+
+    /// Whether what was sent may be sent again: the records carry their offsets.
+    #[must_use]
+    pub fn rewrites(&self) -> bool {
+        self.frames == Frames::Rbd
+    }
+
+    /// Why `error` came from this sink, for the user; see [`Monitor::explain`].
+    #[must_use]
+    pub fn explain(&self, error: &io::Error) -> String {
+        self.monitor.explain(error)
+    }
+
+    /// Waits for a reader, where there must be one, and sends what comes before all data. The
+    /// others do it where it was not called.
+    ///
+    /// # Errors
+    /// As [`Self::data`].
+    pub fn prepare(&mut self) -> io::Result<()> {
+        self.unless_broken(Self::start)
+    }
+
+    /// Sends the bytes of the disk from `offset` on, waiting as long as it takes. What lies
+    /// between the last byte sent and `offset` becomes a hole.
+    ///
+    /// # Errors
+    /// `ECANCELED` once stopped, `EPIPE` when nobody reads any more, `ENOSPC` and others of the
+    /// host; [`Self::explain`] has words for them. Every later call fails with the same.
+    /// `EINVAL` for an offset already sent, unless [`Self::rewrites`].
+    pub fn data(&mut self, offset: u64, parts: &[IoSlice<'_>]) -> io::Result<()> {
+        let len: u64 = parts.iter().map(|part| part.len() as u64).sum();
+        let end = offset.checked_add(len).ok_or_else(|| errno(libc::EINVAL))?;
+        self.send(offset..end, Content::Data(parts))
+    }
+
+    /// Sends zeros for `range`: space is allocated for them where the target can.
+    ///
+    /// # Errors
+    /// As [`Self::data`].
+    pub fn zeros(&mut self, range: Range<u64>) -> io::Result<()> {
+        self.send(range, Content::Zeros)
+    }
+
+    /// Sends a hole: `range` was never written.
+    ///
+    /// # Errors
+    /// As [`Self::data`].
+    pub fn hole(&mut self, range: Range<u64>) -> io::Result<()> {
+        self.send(range, Content::Hole)
+    }
+
+    /// The stream is complete and `end` bytes long: closes the target, and waits until it has
+    /// everything: for the commands' statuses, for the disk. What was not sent before `end` is a
+    /// hole.
+    ///
+    /// # Errors
+    /// One line; the target does not look whole then: commands are killed, a file keeps `.part`.
+    pub fn finish(mut self, end: u64) -> Result<(), String> {
+        let sent = self.unless_broken(|sink| sink.send_end(end));
+        sent.map_err(|error| self.explain(&error))?;
+        let out = self.out.take();
+        if let Some(pipeline) = self.monitor.pipeline() {
+            pipeline.release();
+            drop(out);
+            pipeline.wait_or(&self.stop)?;
+        } else if let Some(Out::Seekable(file)) = &out {
+            file.sync().map_err(|error| self.explain(&error))?;
+        }
+        if let Some(part) = &self.part {
+            part.commit((self.frames == Frames::Raw).then_some(end))?;
+        }
+        self.is_finished = true;
+        Ok(())
+    }
+
+    /// Gives up: kills the commands, and closes. A file stays unfinished, as `.part`.
+    pub fn abort(self) {
+        drop(self);
+    }
+
+    fn unless_broken<T>(&mut self, work: impl FnOnce(&mut Self) -> io::Result<T>) -> io::Result<T> {
+        if let Some(code) = self.broken {
+            return Err(errno(code));
+        }
+        let done = work(self);
+        if let Err(error) = &done {
+            self.broken = Some(error.raw_os_error().unwrap_or(libc::EIO));
+        }
+        done
+    }
+
+    fn counts(&self) -> Arc<Counts> {
+        Arc::clone(self.monitor.counts())
+    }
+
+    fn start(&mut self) -> io::Result<()> {
+        if self.is_started {
+            return Ok(());
+        }
+        if let Some(Out::Fifo(path)) = &self.out {
+            self.out = Some(Out::Wire(Wire::to_fifo(path, self.stop.clone())?));
+        }
+        if self.frames == Frames::Rbd {
+            self.put(&rbd::opening(self.size))?;
+        }
+        self.is_started = true;
+        Ok(())
+    }
+
+    fn send(&mut self, range: Range<u64>, content: Content<'_, '_>) -> io::Result<()> {
+        let accepted = self.monitor.accepted();
+        if range.start < accepted && !self.rewrites() {
+            return Err(errno(libc::EINVAL));
+        }
+        self.unless_broken(|sink| {
+            sink.start()?;
+            if range.start > accepted {
+                sink.send_piece(accepted..range.start, Content::Hole)?;
+            }
+            if range.is_empty() { Ok(()) } else { sink.send_piece(range, content) }
+        })
+    }
+
+    fn send_piece(&mut self, range: Range<u64>, content: Content<'_, '_>) -> io::Result<()> {
+        if self.frames == Frames::Rbd {
+            return self.send_record(range, content);
+        }
+        let counts = self.counts();
+        let passed = |len| {
+            counts.wire.fetch_add(len, Ordering::Relaxed);
+            counts.accepted.fetch_add(len, Ordering::Release);
+        };
+        let len = range.end - range.start;
+        match (self.out.as_mut(), content) {
+            (Some(Out::Wire(wire)), Content::Data(parts)) => wire.write_all(parts, passed),
+            (Some(Out::Wire(wire)), _) => wire.write_zeros(len, passed),
+            (Some(Out::Seekable(file)), Content::Data(parts)) => {
+                file.write_all(range.start, parts, passed)
+            }
+            (Some(Out::Seekable(file)), Content::Zeros) => file.write_zeros(range, passed),
+            (Some(Out::Seekable(file)), Content::Hole) => file.hole(range, passed),
+            (Some(Out::Nothing), _) => {
+                passed(len);
+                Ok(())
+            }
+            (Some(Out::Fifo(_)) | None, _) => Err(errno(libc::EBADF)),
+        }
+    }
+
+    fn send_record(&mut self, range: Range<u64>, content: Content<'_, '_>) -> io::Result<()> {
+        match content {
+            Content::Data(parts) => {
+                let header = rbd::data_header(&range);
+                let record: Vec<_> =
+                    std::iter::once(IoSlice::new(&header)).chain(parts.iter().copied()).collect();
+                self.put_all(&record)?;
+            }
+            Content::Zeros | Content::Hole => self.put(&rbd::zeros(&range))?,
+        }
+        // A late rewrite does not move it.
+        self.counts().accepted.fetch_max(range.end, Ordering::Release);
+        Ok(())
+    }
+
+    fn send_end(&mut self, end: u64) -> io::Result<()> {
+        self.start()?;
+        let accepted = self.monitor.accepted();
+        if accepted < end {
+            self.send_piece(accepted..end, Content::Hole)?;
+        }
+        if self.frames == Frames::Rbd { self.put(&rbd::END) } else { Ok(()) }
+    }
+
+    /// Puts bytes on the wire that are not the disk's alone.
+    fn put(&mut self, bytes: &[u8]) -> io::Result<()> {
+        self.put_all(&[IoSlice::new(bytes)])
+    }
+
+    fn put_all(&mut self, parts: &[IoSlice<'_>]) -> io::Result<()> {
+        let counts = self.counts();
+        let passed = |len| {
+            counts.wire.fetch_add(len, Ordering::Relaxed);
+        };
+        match &self.out {
+            Some(Out::Wire(wire)) => wire.write_all(parts, passed),
+            Some(Out::Nothing) => Ok(()),
+            Some(Out::Seekable(_) | Out::Fifo(_)) | None => Err(errno(libc::EBADF)),
+        }
+    }
+}
+
+impl Drop for Sink {
+    fn drop(&mut self) {
+        if !self.is_finished {
+            // Before the pipe is closed, which would look like the end of a whole image.
+            self.monitor.kill();
+        }
+    }
+}

@@ -1,0 +1,163 @@
+//! A sink whose bytes have their places: a file or a block device that holds the disk itself.
+
+use std::fs::File;
+use std::io::{self, IoSlice};
+use std::ops::Range;
+
+use rustix::fs::FallocateFlags;
+use rustix::io::Errno;
+
+use super::wire::{MAX_CALL, ZEROS, fitting};
+use crate::base::raw::HostKind;
+use crate::host::{errno, fallocate};
+use crate::stream::stop::Stop;
+
+/// 1 GiB: how much of a gap a device is asked to discard at once. It may take its time, and
+/// between two calls it is looked whether to stop.
+const MAX_DISCARD: u64 = 1 << 30;
+
+/// A device discards whole sectors; 4 KiB is the largest in use.
+const ALIGNMENT: u64 = 4096;
+
+/// 1 MiB of zeros for one call.
+const ZERO_PIECES: usize = MAX_CALL / ZEROS.len();
+
+/// Where the bytes go.
+#[derive(Debug)]
+pub(super) struct Seekable {
+    file: File,
+    kind: HostKind,
+    gaps: Gaps,
+    stop: Stop,
+}
+
+/// How a device is told of a gap; it goes down until one is supported.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Gaps {
+    /// Discarded, when the device promises zeros after it.
+    Punch,
+    /// Zeroed by the device.
+    Zero,
+    /// Written.
+    Write,
+}
+
+impl Seekable {
+    /// Writes into `file`, which holds only zeros if it is no device.
+    pub(super) fn new(file: File, kind: HostKind, stop: Stop) -> Self {
+        Self { file, kind, gaps: Gaps::Punch, stop }
+    }
+
+    /// Writes all of `parts` from `offset` on; says of each piece how many bytes it was.
+    pub(super) fn write_all(
+        &self,
+        mut offset: u64,
+        parts: &[IoSlice<'_>],
+        mut passed: impl FnMut(u64),
+    ) -> io::Result<()> {
+        let mut parts = parts.to_vec();
+        let mut left = &mut parts[..];
+        IoSlice::advance_slices(&mut left, 0);
+        while !left.is_empty() {
+            let written = self.write_some(left, offset)?;
+            passed(written as u64);
+            offset += written as u64;
+            IoSlice::advance_slices(&mut left, written);
+        }
+        Ok(())
+    }
+
+    /// Writes zeros: they count as data.
+    pub(super) fn write_zeros(
+        &self,
+        range: Range<u64>,
+        mut passed: impl FnMut(u64),
+    ) -> io::Result<()> {
+        let pieces = [IoSlice::new(&ZEROS); ZERO_PIECES];
+        let mut at = range.start;
+        while at < range.end {
+            let written = match usize::try_from(range.end - at) {
+                Ok(last) if last < ZEROS.len() => {
+                    self.write_some(&[IoSlice::new(&ZEROS[..last])], at)
+                }
+                Ok(some) => self.write_some(&pieces[..ZERO_PIECES.min(some / ZEROS.len())], at),
+                Err(_) => self.write_some(&pieces, at),
+            }? as u64;
+            passed(written);
+            at += written;
+        }
+        Ok(())
+    }
+
+    /// Leaves a gap that reads as zeros: nothing to do in a file, which has none but zeros yet.
+    pub(super) fn hole(
+        &mut self,
+        range: Range<u64>,
+        mut passed: impl FnMut(u64),
+    ) -> io::Result<()> {
+        if self.kind == HostKind::File {
+            passed(range.end - range.start);
+            return Ok(());
+        }
+        let first = range.start.next_multiple_of(ALIGNMENT).min(range.end);
+        let last = (range.end - range.end % ALIGNMENT).max(first);
+        self.write_zeros(range.start..first, &mut passed)?;
+        let mut at = first;
+        while at < last {
+            let end = last.min(at.saturating_add(MAX_DISCARD));
+            self.discard(at..end, &mut passed)?;
+            at = end;
+        }
+        self.write_zeros(last..range.end, passed)
+    }
+
+    /// Makes whole sectors of a device read as zeros.
+    fn discard(&mut self, range: Range<u64>, mut passed: impl FnMut(u64)) -> io::Result<()> {
+        loop {
+            if self.stop.is_stopped() {
+                return Err(errno(libc::ECANCELED));
+            }
+            let (how, next) = match self.gaps {
+                // The kernel refuses it unless zeros are read afterwards (blkdev_fallocate).
+                Gaps::Punch => (FallocateFlags::PUNCH_HOLE, Gaps::Zero),
+                Gaps::Zero => (FallocateFlags::ZERO_RANGE, Gaps::Write),
+                Gaps::Write => return self.write_zeros(range, passed),
+            };
+            match fallocate(&self.file, how | FallocateFlags::KEEP_SIZE, range.clone()) {
+                Ok(()) => {
+                    passed(range.end - range.start);
+                    return Ok(());
+                }
+                Err(error) if is_unsupported(&error) => self.gaps = next,
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    /// Everything is on the device.
+    pub(super) fn sync(&self) -> io::Result<()> {
+        self.file.sync_all()
+    }
+
+    fn write_some(&self, parts: &[IoSlice<'_>], offset: u64) -> io::Result<usize> {
+        loop {
+            if self.stop.is_stopped() {
+                return Err(errno(libc::ECANCELED));
+            }
+            let written = match fitting(parts) {
+                0 => rustix::io::pwrite(&self.file, &parts[0][..MAX_CALL], offset),
+                count => rustix::io::pwritev(&self.file, &parts[..count], offset),
+            };
+            match written {
+                Ok(0) => return Err(errno(libc::EIO)),
+                Ok(len) => return Ok(len),
+                Err(Errno::INTR) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+}
+
+fn is_unsupported(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EOPNOTSUPP | libc::EINVAL | libc::ENOSYS))
+}

@@ -1,0 +1,151 @@
+//! A sink that takes bytes one after the other: a pipe, a socket, a file written as a sequence.
+
+use std::io::{self, IoSlice};
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
+
+use rustix::event::{PollFlags, Timespec};
+use rustix::fs::{Mode, OFlags};
+use rustix::io::Errno;
+use rustix::net::{SendAncillaryBuffer, SendFlags, sendmsg};
+use rustix::pipe::fcntl_setpipe_size;
+
+use crate::host::errno;
+use crate::stream::command::PIPE_SIZE;
+use crate::stream::fifo;
+use crate::stream::inherited::{Manner, PIPE_BUF};
+use crate::stream::stop::Stop;
+
+/// How often it is looked whether a reader has come: an open that waits for one cannot be stopped.
+const LOOK: Timespec = Timespec { tv_sec: 0, tv_nsec: 50_000_000 };
+
+/// What zeros are written from.
+pub(super) static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
+
+/// How many pieces one call takes (`IOV_MAX`).
+const MAX_PIECES: usize = 1024;
+
+/// 1 MiB: a file takes that in a moment, and between two calls it is looked whether to stop.
+pub(super) const MAX_CALL: usize = 1 << 20;
+
+/// 1 MiB of zeros: as much as a pipe holds.
+const ZERO_PIECES: usize = MAX_CALL / ZEROS.len();
+
+/// Where the bytes go.
+#[derive(Debug)]
+pub(super) struct Wire {
+    fd: OwnedFd,
+    manner: Manner,
+    stop: Stop,
+}
+
+impl Wire {
+    pub(super) fn new(fd: OwnedFd, manner: Manner, stop: Stop) -> Self {
+        Self { fd, manner, stop }
+    }
+
+    /// Opens the named pipe `path`, once somebody reads it.
+    pub(super) fn to_fifo(path: &Path, stop: Stop) -> io::Result<Self> {
+        let flags = OFlags::WRONLY | OFlags::NONBLOCK | OFlags::CLOEXEC | OFlags::NOCTTY;
+        loop {
+            match rustix::fs::open(path, flags, Mode::empty()) {
+                Err(Errno::NXIO) => stop.sleep(LOOK)?,
+                Err(Errno::INTR) => {}
+                Err(error) => return Err(error.into()),
+                Ok(fd) => {
+                    fifo::check(&fd)?;
+                    // The user's limit on pipes may be used up; a small one is only slower.
+                    let _: Result<usize, Errno> = fcntl_setpipe_size(&fd, PIPE_SIZE);
+                    return Ok(Self::new(fd, Manner::Poll, stop));
+                }
+            }
+        }
+    }
+
+    /// Writes all of `parts`; says of each piece how many bytes it was, once they are out.
+    pub(super) fn write_all(
+        &self,
+        parts: &[IoSlice<'_>],
+        mut passed: impl FnMut(u64),
+    ) -> io::Result<()> {
+        let mut parts = parts.to_vec();
+        let mut left = &mut parts[..];
+        IoSlice::advance_slices(&mut left, 0);
+        while !left.is_empty() {
+            let len = self.write_some(left)?;
+            passed(len as u64);
+            IoSlice::advance_slices(&mut left, len);
+        }
+        Ok(())
+    }
+
+    /// Writes `len` zeros, as [`Self::write_all`] does.
+    pub(super) fn write_zeros(&self, len: u64, mut passed: impl FnMut(u64)) -> io::Result<()> {
+        let pieces = [IoSlice::new(&ZEROS); ZERO_PIECES];
+        let mut left = len;
+        while left > 0 {
+            let written = match usize::try_from(left) {
+                Ok(last) if last < ZEROS.len() => self.write_some(&[IoSlice::new(&ZEROS[..last])]),
+                Ok(some) => self.write_some(&pieces[..ZERO_PIECES.min(some / ZEROS.len())]),
+                Err(_) => self.write_some(&pieces),
+            }? as u64;
+            passed(written);
+            left -= written;
+        }
+        Ok(())
+    }
+
+    /// Writes the beginning of `parts`, whose first is not empty; waits as long as nothing can be
+    /// written.
+    fn write_some(&self, parts: &[IoSlice<'_>]) -> io::Result<usize> {
+        loop {
+            if self.stop.is_stopped() {
+                return Err(errno(libc::ECANCELED));
+            }
+            if self.manner == Manner::Careful {
+                self.wait()?;
+            }
+            match self.try_write(parts) {
+                Ok(0) => return Err(errno(libc::EIO)),
+                Ok(len) => return Ok(len),
+                Err(Errno::INTR) => {}
+                Err(Errno::AGAIN) => self.wait()?,
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+
+    fn wait(&self) -> io::Result<()> {
+        // Errors too end the wait; the write says which.
+        self.stop.wait_for(self.fd.as_fd(), PollFlags::OUT, None).map(|_| ())
+    }
+
+    fn try_write(&self, parts: &[IoSlice<'_>]) -> Result<usize, Errno> {
+        let some = &parts[..parts.len().min(MAX_PIECES)];
+        match self.manner {
+            Manner::Poll => rustix::io::writev(&self.fd, some),
+            Manner::Socket => {
+                let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
+                sendmsg(&self.fd, some, &mut SendAncillaryBuffer::default(), flags)
+            }
+            Manner::Careful => {
+                let first = &parts[0];
+                rustix::io::write(&self.fd, &first[..first.len().min(PIPE_BUF)])
+            }
+            Manner::Plain => match fitting(some) {
+                0 => rustix::io::write(&self.fd, &parts[0][..MAX_CALL]),
+                count => rustix::io::writev(&self.fd, &some[..count]),
+            },
+        }
+    }
+}
+
+/// How many of `parts` are one call's worth; 0 when the first alone is more.
+pub(super) fn fitting(parts: &[IoSlice<'_>]) -> usize {
+    let mut total = 0;
+    let fits = |part: &&IoSlice<'_>| {
+        total += part.len();
+        total <= MAX_CALL
+    };
+    parts.iter().take(MAX_PIECES).take_while(fits).count()
+}

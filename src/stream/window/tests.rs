@@ -1,0 +1,245 @@
+//! The window against a byte array, and against an oracle that tries every policy.
+
+use proptest::prelude::*;
+
+use super::*;
+
+const SIZE: usize = 48;
+
+/// A write of one value; 0 writes zeros, as long as `len`.
+#[derive(Clone, Debug)]
+struct Op {
+    at: usize,
+    value: u8,
+    len: usize,
+    punch: bool,
+}
+
+fn op() -> impl Strategy<Value = Op> {
+    let value = prop_oneof![1 => Just(0u8), 4 => 1..4u8];
+    (0..SIZE, 1..16usize, value, prop::bool::weighted(0.1)).prop_map(|(at, len, value, punch)| Op {
+        at,
+        value,
+        len: len.min(SIZE - at),
+        punch,
+    })
+}
+
+/// A stream whose bytes lie in an array and whose sink is a `Vec`.
+struct Sim {
+    window: Window,
+    held: Vec<u8>,
+    out: Vec<u8>,
+}
+
+impl Sim {
+    fn new(window: u64, spill: u64) -> Self {
+        let window = Window::new(SIZE as u64, window, spill);
+        Self { window, held: vec![0; SIZE], out: Vec::new() }
+    }
+
+    /// Whether it was accepted.
+    fn run(&mut self, op: &Op) -> bool {
+        let value = if op.punch { 0 } else { op.value };
+        let bytes = vec![value; op.len];
+        let offset = op.at as u64;
+        let range = offset..offset + op.len as u64;
+        if let Some(at) = self.window.first_change(offset, &bytes) {
+            self.window.note_change(at);
+            if at < self.window.frontier() {
+                return false;
+            }
+        }
+        let written = match (op.punch, value) {
+            (true, _) => None,
+            (_, 0) => Some(Written::Zeros),
+            _ => Some(Written::Data),
+        };
+        let range = range.start.max(self.window.frontier())..range.end;
+        if !range.is_empty() {
+            self.window.set(range, written);
+            self.held[op.at..op.at + op.len].fill(value);
+        }
+        self.window.advance();
+        self.drain();
+        self.check();
+        true
+    }
+
+    fn drain(&mut self) {
+        while let Some(leaving) = self.window.take(5) {
+            assert_eq!(leaving.range.start, self.out.len() as u64);
+            let range = leaving.range.start as usize..leaving.range.end as usize;
+            match leaving.written {
+                Some(Written::Data) => self.out.extend(&self.held[range]),
+                _ => self.out.resize(range.end, 0),
+            }
+            self.window.accepted(leaving.range.end);
+        }
+    }
+
+    fn check(&self) {
+        let window = &self.window;
+        window.runs.check();
+        assert!(window.sent <= window.taken && window.taken <= window.frontier);
+        assert!(window.beyond <= window.spill);
+        assert_eq!(window.beyond, window.runs.data_in(window.edge()..u64::MAX));
+        assert_eq!(window.held, window.runs.data_in(window.sent..u64::MAX));
+        let written: u64 = window.runs.within(0..window.size).map(|(part, _)| len(&part)).sum();
+        assert_eq!(window.written, written);
+    }
+
+    fn finish(mut self) -> Vec<u8> {
+        self.window.finish(SIZE as u64);
+        self.drain();
+        assert_eq!(self.window.held(), 0);
+        self.out
+    }
+}
+
+/// Whether any in-order policy within the budget gets through, however far it sees: every
+/// frontier that a policy could be at is followed, step by step.
+fn oracle(ops: &[Op], window: usize, spill: usize) -> bool {
+    let mut image = [0u8; SIZE];
+    let mut frontiers = [false; SIZE + 1];
+    frontiers[0] = true;
+    for op in ops {
+        let value = if op.punch { 0 } else { op.value };
+        let range = op.at..op.at + op.len;
+        let changes = |at: &usize| image[*at] != 0 || value != 0;
+        if let Some(first) = range.clone().find(changes) {
+            frontiers[first + 1..].fill(false);
+        }
+        image[range].fill(value);
+        let beyond = |frontier: usize| {
+            image.iter().skip(frontier + window).filter(|byte| **byte != 0).count()
+        };
+        let mut reachable = false;
+        for (frontier, may_be_at) in frontiers.iter_mut().enumerate() {
+            reachable |= *may_be_at;
+            *may_be_at = reachable && beyond(frontier) <= spill;
+        }
+    }
+    frontiers.contains(&true)
+}
+
+fn succeeds(ops: &[Op], window: u64, spill: u64) -> bool {
+    let mut sim = Sim::new(window, spill);
+    ops.iter().all(|op| sim.run(op))
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(10_000))]
+
+    #[test]
+    fn what_comes_out_is_the_final_image_or_the_stream_is_in_error(
+        ops in prop::collection::vec(op(), 1..40),
+        window in 0..=SIZE as u64,
+        spill in 0..=SIZE as u64,
+    ) {
+        let mut sim = Sim::new(window, spill);
+        let mut image = vec![0; SIZE];
+        for op in &ops {
+            if !sim.run(op) {
+                return Ok(());
+            }
+            image[op.at..op.at + op.len].fill(if op.punch { 0 } else { op.value });
+        }
+        prop_assert_eq!(sim.finish(), image);
+    }
+
+    #[test]
+    fn it_fails_only_where_a_policy_that_knows_the_future_fails(
+        ops in prop::collection::vec(op(), 1..25),
+        window in 0..=SIZE,
+        spill in 0..=SIZE,
+    ) {
+        let lazy = succeeds(&ops, window as u64, spill as u64);
+        prop_assert_eq!(lazy, oracle(&ops, window, spill));
+    }
+
+    #[test]
+    fn the_needed_window_and_spill_are_the_smallest_that_do(
+        ops in prop::collection::vec(op(), 1..25),
+        window in 0..=SIZE as u64,
+    ) {
+        let mut sim = Sim::new(window, u64::MAX);
+        prop_assert!(ops.iter().all(|op| sim.run(op)), "without a limit nothing fails");
+        let (needed, spill) = sim.window.needed();
+        prop_assert!(succeeds(&ops, needed, 0));
+        prop_assert!(needed == 0 || !succeeds(&ops, needed - 1, 0));
+        prop_assert!(succeeds(&ops, window, spill));
+        prop_assert!(spill == 0 || !succeeds(&ops, window, spill - 1));
+    }
+
+    #[test]
+    fn a_truncated_stream_has_lost_what_was_held_and_nothing_else(
+        ops in prop::collection::vec(op(), 1..20),
+        window in 0..=SIZE as u64,
+        at in 0..=SIZE,
+    ) {
+        let mut sim = Sim::new(window, 0);
+        let mut image = vec![0; SIZE];
+        for op in &ops {
+            if !sim.run(op) {
+                return Ok(());
+            }
+            image[op.at..op.at + op.len].fill(if op.punch { 0 } else { op.value });
+        }
+        let sent_data = sim.out[at.min(sim.out.len())..].iter().any(|byte| *byte != 0);
+        let highest = sim.window.highest();
+        prop_assert_eq!(sim.window.truncate(at as u64), !sent_data);
+        sim.check();
+        if !sent_data {
+            image[at..].fill(0);
+            prop_assert!(sim.window.highest() <= highest.min((at as u64).max(sim.window.frontier())));
+        }
+        prop_assert_eq!(sim.finish(), image);
+    }
+}
+
+#[test]
+fn a_write_beyond_pushes_the_frontier_just_far_enough() {
+    let mut window = Window::new(100, 10, 0);
+    window.set(0..4, Some(Written::Data));
+    assert!(!window.advance());
+    window.set(20..25, Some(Written::Data));
+    assert!(window.advance());
+    assert_eq!(window.frontier(), 15);
+    assert_eq!(window.take(3), Some(Leaving { range: 0..3, written: Some(Written::Data) }));
+    assert_eq!(window.take(3), Some(Leaving { range: 3..4, written: Some(Written::Data) }));
+    assert_eq!(window.take(3), Some(Leaving { range: 4..15, written: None }));
+    assert_eq!(window.take(3), None);
+    assert_eq!(window.held(), 9);
+    window.accepted(4);
+    assert_eq!(window.held(), 5);
+}
+
+#[test]
+fn the_lowest_data_leaves_first_and_no_more_than_has_to() {
+    let mut window = Window::new(1000, 0, 10);
+    window.set(900..908, Some(Written::Data));
+    assert!(!window.advance());
+    window.set(100..105, Some(Written::Data));
+    assert!(window.advance());
+    assert_eq!(window.frontier(), 103);
+    assert_eq!(window.beyond(), 10);
+}
+
+#[test]
+fn many_runs_that_were_sent_are_joined() {
+    let size = 1 << 40;
+    let mut window = Window::new(size, 0, 0);
+    let count = 3 * MOST_RUNS as u64;
+    for at in (0..count).map(|number| number * 8192) {
+        window.set(at..at + 512, Some(Written::Data));
+        window.advance();
+        while let Some(leaving) = window.take(1 << 20) {
+            window.accepted(leaving.range.end);
+        }
+        assert!(window.runs.len() <= MOST_RUNS + 1);
+    }
+    assert!(!window.is_exact());
+    assert_eq!(window.extent_at(0..size).kind, Kind::Data);
+    assert_eq!(window.held(), 0);
+}
