@@ -28,7 +28,7 @@ use crate::host::errno;
 use crate::layer::Wait;
 use crate::overlay::recover::Recovered;
 use crate::spec::format_size;
-use crate::stream::output::{FinishError, Patience};
+use crate::stream::output::{FinishError, Output, Patience};
 use crate::stream::{Ending, Stream};
 
 /// A client is told at least this often that its request is still being worked on.
@@ -285,6 +285,17 @@ impl Control {
         }
     }
 
+    /// The output stream that a request to `spot` is about.
+    fn output_of(&self, spot: Spot) -> Option<Arc<Output>> {
+        let Spot::DiskCtl(slot) = spot else {
+            return None;
+        };
+        match self.catalog.slot(slot)?.1.disk.stream() {
+            Some(Stream::Output(output)) => Some(Arc::clone(output)),
+            _ => None,
+        }
+    }
+
     fn keep(&self, disk: &Disk, dir: &Path) -> Result<(), String> {
         if !dir.is_absolute() {
             return Err(format!("'{}' is not an absolute path", dir.display()));
@@ -510,6 +521,8 @@ pub struct Session {
 struct SessionState {
     out: Vec<u8>,
     busy: bool,
+    /// The stream whose progress is told meanwhile.
+    progress: Option<Arc<Output>>,
 }
 
 impl Session {
@@ -527,6 +540,7 @@ impl Session {
         if std::mem::replace(&mut self.state.lock().busy, true) {
             return Err(errno(libc::EBUSY));
         }
+        self.state.lock().progress = control.output_of(spot);
         let (session, control, request) = (Arc::clone(self), Arc::clone(control), request.to_vec());
         run(Box::new(move || {
             let answer = match spot {
@@ -550,7 +564,11 @@ impl Session {
             let waiting = |state: &mut SessionState| state.out.is_empty() && state.busy;
             self.more.wait_while_for(&mut state, waiting, PROGRESS);
             if state.out.is_empty() && state.busy {
-                state.out = lines(&json!({ "progress": {} }));
+                let far = state.progress.as_ref().map(|output| output.progress());
+                state.out = lines(&match far {
+                    Some((done, total)) => json!({ "progress": { "done": done, "total": total } }),
+                    None => json!({ "progress": {} }),
+                });
             }
         }
         let len = len.min(state.out.len());

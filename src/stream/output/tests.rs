@@ -1,7 +1,9 @@
 //! Streams into sinks of memory, which can be held up.
 
+use std::io::IoSlice;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc;
+use std::time::{Duration, Instant};
 
 use proptest::prelude::*;
 

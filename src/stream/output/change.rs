@@ -1,0 +1,265 @@
+//! What is done to an output stream: writes, discards, truncation.
+
+use std::io;
+use std::ops::Range;
+
+use super::{BACKLOG, Core, Late, Output, Reply, State, answer_all, index, plain_size};
+use crate::host::errno;
+use crate::stream::runs::Written;
+use crate::stream::store::{PAGE, PAGE_LEN, Page};
+
+static NO_DATA: Page = [0; PAGE_LEN];
+
+/// How a write went.
+pub(super) enum Attempt {
+    Done(io::Result<()>),
+    /// There is no room until the sink has taken more.
+    NoRoom,
+}
+
+impl Output {
+    /// Writes `buf` at `offset`, inside the disk. `reply` is called once: at once, or when the
+    /// sink has made room. `client` is the thread that waits for it, 0 when it is not known.
+    ///
+    /// The reply's errors: `EIO` once the stream is not open any more, and for a change of what
+    /// has left, which fails the stream; `EINTR` when the client is killed while it waits.
+    pub fn write(&self, offset: u64, buf: &[u8], client: u32, reply: Reply) {
+        let mut core = self.core.lock();
+        // In order: what came before waits, too.
+        let attempt = match core.queue.is_empty() {
+            true => self.attempt(&mut core, offset, buf),
+            false if core.state == State::Open => Attempt::NoRoom,
+            false => Attempt::Done(Err(errno(libc::EIO))),
+        };
+        match attempt {
+            Attempt::NoRoom => core.queue.push(offset, buf, client, reply),
+            Attempt::Done(result) => {
+                let refused = self.refused(&mut core);
+                drop(core);
+                self.work.notify_one();
+                reply(result);
+                answer_all(refused, libc::EIO);
+            }
+        }
+    }
+
+    /// The writes that wait for a stream that is not open any more.
+    pub(super) fn refused(&self, core: &mut Core) -> Vec<Reply> {
+        if core.state == State::Open { Vec::new() } else { core.queue.take_all() }
+    }
+
+    pub(super) fn attempt(&self, core: &mut Core, offset: u64, buf: &[u8]) -> Attempt {
+        if core.state != State::Open {
+            return Attempt::Done(Err(errno(libc::EIO)));
+        }
+        let waits = core.window.sent() < core.window.frontier() || !core.late.is_empty();
+        let limit = self.window.saturating_add(self.spill.unwrap_or(u64::MAX / 4));
+        let held = core.window.held() + core.late_bytes + buf.len() as u64;
+        if waits && held > limit.saturating_add(BACKLOG) {
+            return Attempt::NoRoom;
+        }
+        if let Some(at) = core.window.first_change(offset, buf) {
+            core.window.note_change(at);
+            if !self.rewrites && at < core.window.frontier() && !self.is_same(core, offset, buf) {
+                self.fail_late(core, at);
+                return Attempt::Done(Err(errno(libc::EIO)));
+            }
+        }
+        match self.apply(core, offset, buf) {
+            Ok(()) => Attempt::Done(Ok(())),
+            Err(error) if error.raw_os_error() == Some(libc::ENOSPC) => {
+                self.make_room(core, buf.len() as u64)
+            }
+            Err(error) => Attempt::Done(Err(error)),
+        }
+    }
+
+    /// Whether what `buf` has for before the frontier is there already, as far as that can still
+    /// be read.
+    fn is_same(&self, core: &mut Core, offset: u64, buf: &[u8]) -> bool {
+        let frontier = core.window.frontier();
+        let end = frontier.min(offset + buf.len() as u64);
+        if offset < frontier.saturating_sub(self.read_window) {
+            return false;
+        }
+        let mut at = offset;
+        while at < end {
+            let (stop, written) = core.window.runs().at(at);
+            let stop = stop.min(end);
+            let part = &buf[index(at - offset)..index(stop - offset)];
+            let mut there = vec![0; part.len()];
+            if written == Some(Written::Data) && core.store.read(at, &mut there).is_err() {
+                return false;
+            }
+            if there != part {
+                return false;
+            }
+            at = stop;
+        }
+        true
+    }
+
+    /// Stores the write and lets leave what must.
+    fn apply(&self, core: &mut Core, offset: u64, buf: &[u8]) -> io::Result<()> {
+        // Before the frontier nothing changes, unless the frames can say so.
+        let fixed = if self.rewrites { core.window.taken() } else { core.window.frontier() };
+        let end = offset + buf.len() as u64;
+        let start = offset.max(fixed).min(end);
+        let (head, body) = buf.split_at(index(start - offset));
+        store_pieces(core, start, body)?;
+        if self.rewrites {
+            for_pieces(offset, head, |at, piece, written| {
+                let late = match written {
+                    Written::Data => {
+                        core.late_bytes += piece.len() as u64;
+                        Late::Data(piece.to_vec())
+                    }
+                    Written::Zeros => Late::Zeros(piece.len() as u64),
+                };
+                core.late.push_back((at, late));
+            });
+            // Only what can still be read back is kept beside.
+            let kept = core.dropped.clamp(offset, start);
+            let (gone, kept_bytes) = head.split_at(index(kept - offset));
+            store_pieces(core, kept, kept_bytes)?;
+            for_pieces(offset, gone, |at, piece, written| {
+                core.window.set(at..at + piece.len() as u64, Some(written));
+            });
+        }
+        core.window.advance();
+        Ok(())
+    }
+
+    /// The host has no room for what the spill allows: from now on it allows less, and what must
+    /// leave for that leaves.
+    fn make_room(&self, core: &mut Core, len: u64) -> Attempt {
+        let budget = core.window.beyond().saturating_sub(len.max(PAGE));
+        let moved = core.window.advance_to_hold(budget);
+        if moved || core.window.sent() < core.window.frontier() {
+            self.work.notify_one();
+            return Attempt::NoRoom;
+        }
+        Attempt::Done(Err(errno(libc::ENOSPC)))
+    }
+
+    fn fail_late(&self, core: &mut Core, at: u64) {
+        let (window, spill) = core.window.needed();
+        let frontier = core.window.frontier();
+        let why = format!(
+            "a write at {at} came after the frontier {frontier}: so far it needs window={} or spill={}",
+            plain_size(window),
+            plain_size(spill)
+        );
+        self.fail(core, why);
+    }
+
+    pub(super) fn fail(&self, core: &mut Core, why: String) {
+        if matches!(core.state, State::Open | State::Finishing) {
+            log::error!("{}: the stream failed: {why}", self.name);
+            core.state = State::Failed;
+            core.error = Some(why);
+            self.stop.stop();
+            self.work.notify_all();
+            self.changed.notify_all();
+        }
+    }
+
+    /// Makes `range` a hole, or zeros: both cost nothing and are nothing to send.
+    ///
+    /// # Errors
+    /// `EOPNOTSUPP` when other bytes than zeros have left; `EIO` once it is not open any more.
+    pub fn discard(&self, range: Range<u64>) -> io::Result<()> {
+        let mut core = self.core.lock();
+        if core.state != State::Open {
+            return Err(errno(libc::EIO));
+        }
+        let frontier = core.window.frontier();
+        let changed = core.window.runs().data_within(range.clone()).next();
+        if let Some(first) = changed {
+            core.window.note_change(first.start);
+            if !self.rewrites && first.start < frontier {
+                return Err(errno(libc::EOPNOTSUPP));
+            }
+        }
+        let fixed = if self.rewrites { core.window.taken() } else { frontier };
+        if self.rewrites {
+            let head = range.start..range.end.min(fixed);
+            let parts: Vec<_> = core.window.runs().data_within(head).collect();
+            for part in parts {
+                core.late.push_back((part.start, Late::Hole(part.end - part.start)));
+                core.window.set(part, None);
+            }
+        }
+        let rest = range.start.max(fixed)..range.end;
+        if !rest.is_empty() {
+            core.window.set(rest.clone(), None);
+            core.store.drop_within(rest);
+        }
+        drop(core);
+        self.work.notify_one();
+        Ok(())
+    }
+
+    /// Cuts off what is held past `from`; the size stays (truncation).
+    ///
+    /// # Errors
+    /// `EIO` when other bytes than zeros past it have left, and once it is not open any more.
+    pub fn truncate(&self, from: u64) -> io::Result<()> {
+        let mut core = self.core.lock();
+        if core.state != State::Open {
+            return Err(errno(libc::EIO));
+        }
+        let from = from.min(self.size);
+        if !core.window.truncate(from) {
+            return Err(errno(libc::EIO));
+        }
+        let start = from.max(core.window.frontier());
+        core.store.drop_within(start..self.size);
+        Ok(())
+    }
+}
+
+/// Whether a piece of a page holds nothing but zeros.
+fn is_zero(piece: &[u8]) -> bool {
+    // A comparison of memory, many times faster than a loop over bytes.
+    piece == &NO_DATA[..piece.len()]
+}
+
+/// Cuts `buf`, written at `offset`, into runs of data and of zeros, at page borders.
+fn for_pieces(offset: u64, buf: &[u8], mut each: impl FnMut(u64, &[u8], Written)) {
+    let mut open: Option<(usize, Written)> = None;
+    let mut at = 0;
+    while at < buf.len() {
+        let skip = index((offset + at as u64) % PAGE);
+        let end = (at + PAGE_LEN - skip).min(buf.len());
+        let written = if is_zero(&buf[at..end]) { Written::Zeros } else { Written::Data };
+        match open {
+            Some((_, kind)) if kind == written => {}
+            Some((start, kind)) => {
+                each(offset + start as u64, &buf[start..at], kind);
+                open = Some((at, written));
+            }
+            None => open = Some((at, written)),
+        }
+        at = end;
+    }
+    if let Some((start, kind)) = open {
+        each(offset + start as u64, &buf[start..], kind);
+    }
+}
+
+/// Stores the data first, then tells the window.
+fn store_pieces(core: &mut Core, offset: u64, buf: &[u8]) -> io::Result<()> {
+    let mut stored = Ok(());
+    let store = &mut core.store;
+    for_pieces(offset, buf, |at, piece, written| {
+        if written == Written::Data && stored.is_ok() {
+            stored = store.write(at, piece);
+        }
+    });
+    stored?;
+    for_pieces(offset, buf, |at, piece, written| {
+        core.window.set(at..at + piece.len() as u64, Some(written));
+    });
+    Ok(())
+}

@@ -1,0 +1,308 @@
+//! An output stream at work: writes come in, one thread sends what leaves.
+//!
+//! ```text
+//!   write ──> window: fits? ──> store ──> frontier advances ──┐ (under one lock, for as long as
+//!     │          │ no room while the sink is behind           │  it takes to copy)
+//!     │          └──> queue: the reply is parked              v
+//!     └──< reply                 ^                        sender ──> sink   (no lock held)
+//!                                └── carried out as room comes back ──┘
+//! ```
+//!
+//! What is held is bounded by window, spill and [`BACKLOG`]; a write that would make it more
+//! waits in the queue, and no thread waits with it. Whether a write is accepted depends on the
+//! order of writes alone, never on how fast the sink is.
+//!
+//! `change` holds what writes do, `sender` the thread, `ending` how a stream ends.
+//!
+//! A failure is for ever: every later write, sync and close is `EIO`.
+
+mod change;
+mod ending;
+mod outlet;
+mod sender;
+
+use std::collections::VecDeque;
+use std::io;
+use std::ops::Range;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::thread::{self, JoinHandle};
+
+use parking_lot::{Condvar, Mutex};
+
+pub use self::ending::{FinishError, Patience};
+pub use self::outlet::{Outlet, Watch};
+use super::queue::{Queue, Reply};
+use super::runs::Written;
+use super::stop::Stop;
+use super::store::Store;
+use super::window::Window;
+use crate::extents::Extent;
+use crate::host::errno;
+use crate::spec::{FinishWhen, Pad, StreamSpec};
+
+/// What may be on its way to the sink beside what window and spill hold: 4 MiB keep both ends
+/// busy.
+const BACKLOG: u64 = 4 << 20;
+
+/// How far a stream is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum State {
+    /// It takes writes.
+    Open,
+    /// It is complete, and what is left is being sent.
+    Finishing,
+    /// All of it was accepted.
+    Finished,
+    /// It was never complete: a write came too late, or the sink failed.
+    Failed,
+    /// It was given up.
+    Aborted,
+}
+
+impl State {
+    /// The word for it.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Open => "open",
+            Self::Finishing => "finishing",
+            Self::Finished => "finished",
+            Self::Failed => "failed",
+            Self::Aborted => "aborted",
+        }
+    }
+}
+
+/// What a stream says of itself.
+#[derive(Clone, Debug)]
+pub struct Status {
+    /// How far it is.
+    pub state: State,
+    /// Why it failed.
+    pub error: Option<String>,
+    /// The first byte that has not left.
+    pub frontier: u64,
+    /// The end of the highest write.
+    pub highest: u64,
+    /// The sink has accepted everything before this byte.
+    pub accepted: u64,
+    /// The window's size, and the data in it.
+    pub window: (u64, u64),
+    /// The spill's size (`None`: no limit), and the data in it.
+    pub spill: (Option<u64>, u64),
+    /// The window that is needed without spill, and the spill with this window.
+    pub needed: (u64, u64),
+    /// What kind of sink it has.
+    pub kind: &'static str,
+    /// The sink, as the user wrote it.
+    pub sink: String,
+}
+
+enum Late {
+    Data(Vec<u8>),
+    Zeros(u64),
+    Hole(u64),
+}
+
+struct Core {
+    window: Window,
+    store: Store,
+    queue: Queue,
+    /// Later records for what was sent already.
+    late: VecDeque<(u64, Late)>,
+    late_bytes: u64,
+    state: State,
+    error: Option<String>,
+    /// Everything before it was dropped from the store.
+    dropped: u64,
+    /// The sender has ended.
+    ended: bool,
+}
+
+/// An output stream.
+pub struct Output {
+    name: String,
+    size: u64,
+    read_window: u64,
+    spill: Option<u64>,
+    window: u64,
+    pad: Pad,
+    finish: FinishWhen,
+    rewrites: bool,
+    core: Mutex<Core>,
+    /// There is something to do for the sender.
+    work: Condvar,
+    /// The state has changed, or the sender has ended.
+    changed: Condvar,
+    watch: Box<dyn Watch>,
+    stop: Stop,
+    sender: Mutex<Option<JoinHandle<()>>>,
+}
+
+impl Output {
+    /// Starts the stream `name` into `outlet`. What does not fit into memory goes to a file in
+    /// `dir`. `stop` is what the outlet listens to.
+    ///
+    /// # Errors
+    /// The errno of making a thread.
+    pub fn start(
+        name: &str,
+        spec: &StreamSpec,
+        outlet: Box<dyn Outlet>,
+        watch: Box<dyn Watch>,
+        stop: Stop,
+        dir: PathBuf,
+    ) -> io::Result<Arc<Self>> {
+        let measures = watch.kind() == "measure";
+        let spill = if measures { spec.spill } else { Some(spec.spill.unwrap_or(0)) };
+        let kept = spec.window.min(spec.size).saturating_add(spec.read_window.min(spec.size));
+        let memory = if measures { BACKLOG } else { kept.saturating_add(BACKLOG) };
+        let core = Core {
+            window: Window::new(spec.size, spec.window, spill.unwrap_or(u64::MAX)),
+            store: Store::new(memory, dir.clone(), spec.compress),
+            queue: Queue::new(dir),
+            late: VecDeque::new(),
+            late_bytes: 0,
+            state: State::Open,
+            error: None,
+            dropped: 0,
+            ended: false,
+        };
+        let output = Arc::new(Self {
+            name: name.to_owned(),
+            size: spec.size,
+            read_window: spec.read_window,
+            spill,
+            window: spec.window,
+            pad: spec.pad,
+            finish: spec.finish,
+            rewrites: outlet.rewrites(),
+            core: Mutex::new(core),
+            work: Condvar::new(),
+            changed: Condvar::new(),
+            watch,
+            stop,
+            sender: Mutex::new(None),
+        });
+        let ours = Arc::clone(&output);
+        let sender = thread::Builder::new().name("cowslip-send".to_owned());
+        *output.sender.lock() = Some(sender.spawn(move || ours.send(outlet))?);
+        Ok(output)
+    }
+
+    /// The size of the disk in bytes.
+    #[must_use]
+    pub fn size(&self) -> u64 {
+        self.size
+    }
+
+    /// Bytes that were written.
+    #[must_use]
+    pub fn written(&self) -> u64 {
+        self.core.lock().window.written()
+    }
+
+    /// When it is complete.
+    #[must_use]
+    pub fn finish_when(&self) -> FinishWhen {
+        self.finish
+    }
+
+    /// Describes a prefix of `range`, which lies inside the disk.
+    #[must_use]
+    pub fn describe(&self, range: Range<u64>) -> Extent {
+        self.core.lock().window.extent_at(range)
+    }
+
+    /// Reads what was written, zeros where nothing was. Moves nothing.
+    ///
+    /// # Errors
+    /// `EIO` before the frontier and the read-window; the host's errno from the spill.
+    pub fn read(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
+        let mut core = self.core.lock();
+        if offset < core.window.frontier().saturating_sub(self.read_window) {
+            return Err(errno(libc::EIO));
+        }
+        let end = offset + buf.len() as u64;
+        let mut at = offset;
+        while at < end {
+            let (stop, written) = core.window.runs().at(at);
+            let stop = stop.min(end);
+            let part = &mut buf[index(at - offset)..index(stop - offset)];
+            match written {
+                Some(Written::Data) => core.store.read(at, part)?,
+                Some(Written::Zeros) | None => part.fill(0),
+            }
+            at = stop;
+        }
+        Ok(())
+    }
+
+    /// The sticky state: nothing is drained.
+    ///
+    /// # Errors
+    /// `EIO` when the stream failed or was given up.
+    pub fn sync(&self) -> io::Result<()> {
+        match self.core.lock().state {
+            State::Open | State::Finishing | State::Finished => Ok(()),
+            State::Failed | State::Aborted => Err(errno(libc::EIO)),
+        }
+    }
+
+    /// What it says of itself.
+    #[must_use]
+    pub fn status(&self) -> Status {
+        let core = self.core.lock();
+        let window = &core.window;
+        Status {
+            state: core.state,
+            error: core.error.clone(),
+            frontier: window.frontier(),
+            highest: window.highest(),
+            accepted: self.watch.accepted(),
+            window: (self.window, window.used()),
+            spill: (self.spill, window.beyond()),
+            needed: window.needed(),
+            kind: self.watch.kind(),
+            sink: self.watch.describe(),
+        }
+    }
+
+    /// Every second: releases writers that are being killed, and looks after the sink.
+    pub fn tick(&self, is_killed: impl Fn(u32) -> bool) {
+        let killed = self.core.lock().queue.take_killed(is_killed);
+        answer_all(killed, libc::EINTR);
+        let is_open = self.core.lock().state == State::Open;
+        if is_open && let Some(why) = self.watch.failure() {
+            let mut core = self.core.lock();
+            self.fail(&mut core, why);
+            let refused = self.refused(&mut core);
+            drop(core);
+            answer_all(refused, libc::EIO);
+        }
+    }
+}
+
+fn answer_all(replies: Vec<Reply>, code: i32) {
+    for reply in replies {
+        reply(Err(errno(code)));
+    }
+}
+
+fn index(distance: u64) -> usize {
+    usize::try_from(distance).unwrap_or(usize::MAX)
+}
+
+/// A size that can be written into a spec: whole KiB, rounded up.
+fn plain_size(bytes: u64) -> String {
+    if bytes.is_multiple_of(1 << 20) && bytes > 0 {
+        format!("{}M", bytes >> 20)
+    } else {
+        format!("{}K", bytes.div_ceil(1 << 10))
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::cast_possible_truncation)]
+mod tests;
