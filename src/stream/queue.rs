@@ -12,8 +12,8 @@ use std::path::PathBuf;
 use crate::host;
 use crate::layer::Wait;
 
-/// Bytes of memory that waiting writes take at most: a few of the largest requests.
-const MEMORY: usize = 4 << 20;
+/// Bytes of memory that waiting writes take at most: one of the largest requests.
+const MEMORY: usize = 1 << 20;
 
 /// Answers a write.
 pub(super) type Reply = Box<dyn FnOnce(io::Result<()>) + Send>;

@@ -95,6 +95,9 @@ impl Filed {
 /// The bytes of a stream.
 pub struct Store {
     pages: BTreeMap<u64, Arc<Page>>,
+    /// Pages that are in no use now. The allocator would keep them as well, and many more: those
+    /// who write, send and free are different threads.
+    free: Vec<Arc<Page>>,
     /// Pages of memory at most.
     most: usize,
     file: Option<Spill>,
@@ -109,6 +112,7 @@ impl Store {
     pub fn new(memory: u64, dir: PathBuf, compress: Compress) -> Self {
         Self {
             pages: BTreeMap::new(),
+            free: Vec::new(),
             most: usize::try_from(memory / PAGE).unwrap_or(usize::MAX),
             file: None,
             filed: Filed::default(),
@@ -137,7 +141,8 @@ impl Store {
             if let Some(there) = self.pages.get_mut(&page) {
                 Arc::make_mut(there)[skip..skip + piece.len()].copy_from_slice(piece);
             } else if self.pages.len() < self.most && !self.filed.has(page) {
-                let mut fresh = Arc::new([0; PAGE_LEN]);
+                // What is left in a used page is not shown: only what is written is looked at.
+                let mut fresh = self.free.pop().unwrap_or_else(|| Arc::new([0; PAGE_LEN]));
                 Arc::make_mut(&mut fresh)[skip..skip + piece.len()].copy_from_slice(piece);
                 self.pages.insert(page, fresh);
             } else {
@@ -237,7 +242,9 @@ impl Store {
         }
         let gone: Vec<u64> = self.pages.range(pages.clone()).map(|(page, _)| *page).collect();
         for page in gone {
-            self.pages.remove(&page);
+            // One that is still being sent goes when it is.
+            let page = self.pages.remove(&page).filter(|page| Arc::strong_count(page) == 1);
+            self.free.extend(page);
         }
         if let Some(file) = &mut self.file
             && !self.filed.0.is_empty()
