@@ -288,6 +288,8 @@ impl Disk {
         }
         let revision = match &self.layers().top {
             Top::Overlay(overlay) => Some(overlay.revision()),
+            // What has arrived changes by itself.
+            Top::Nothing if self.stream.is_some() => None,
             Top::Nothing => Some(0),
             // Nobody counts the changes of a base.
             Top::Base(_) => None,

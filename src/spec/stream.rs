@@ -1,6 +1,6 @@
 //! What is asked for of a stream: where it goes or comes from, and how far back it can be changed.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::fmt;
 use std::path::PathBuf;
 
@@ -182,13 +182,23 @@ pub enum Frames {
     Rbd,
 }
 
+/// A word as it would have to be written.
+fn quoted(word: &OsStr) -> String {
+    let text = word.to_string_lossy();
+    let is_plain = |c: char| c.is_alphanumeric() || "-_./:=,+@%^~".contains(c);
+    match text.chars().all(is_plain) && !text.is_empty() {
+        true => text.into_owned(),
+        false => format!("'{}'", text.replace('\'', r"'\''")),
+    }
+}
+
 impl fmt::Display for Programs {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for (number, words) in self.0.iter().enumerate() {
             if number > 0 {
                 f.write_str(" | ")?;
             }
-            let words: Vec<_> = words.iter().map(|word| word.to_string_lossy()).collect();
+            let words: Vec<String> = words.iter().map(|word| quoted(word)).collect();
             f.write_str(&words.join(" "))?;
         }
         Ok(())

@@ -185,7 +185,9 @@ mod tests {
                 .iter()
                 .map(|words| words.iter().map(quote).collect::<Vec<_>>().join(" "))
                 .collect();
-            prop_assert_eq!(words(&line.join("|")), programs);
+            prop_assert_eq!(words(&line.join("|")), &programs[..]);
+            let shown = split(OsStr::new(&line.join("|"))).unwrap().to_string();
+            prop_assert_eq!(words(&shown), programs);
         }
 
         #[test]
