@@ -330,7 +330,7 @@ fn a_full_device_is_an_error_in_words() {
 fn a_command_gets_everything_and_its_status_is_the_streams() {
     let bench = Bench::new(4 << 20);
     let mut sink = bench.command(&[&["cat"], &["sh", "-c", "cat > out"]]);
-    assert_eq!(sink.monitor().describe(), "cmd:cat | sh -c cat > out");
+    assert_eq!(sink.monitor().describe(), "cmd:cat | sh -c 'cat > out'");
     send(&mut sink, 0, &bytes(3 << 20)).unwrap();
     sink.finish(4 << 20).unwrap();
     let mut expected = bytes(3 << 20);
