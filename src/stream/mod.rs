@@ -109,9 +109,10 @@ impl Stream {
             (Self::Output(output), Ending::Settle) => output.close(has_writers, patience),
             (Self::Output(output), Ending::Finish) => {
                 let line = output.finish(has_writers, patience).map_err(|error| {
+                    let why = output.too_late(error);
                     // It never gets whole now.
-                    let _ = output.abort(&error.to_string());
-                    error.to_string()
+                    let _ = output.abort(&why);
+                    why
                 });
                 line.map(Some)
             }

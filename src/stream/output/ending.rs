@@ -139,6 +139,19 @@ impl Output {
         MutexGuard::unlocked(core, || answer_all(refused, libc::EIO));
     }
 
+    /// Why a stream is given up that could not be finished in time.
+    pub fn too_late(&self, error: FinishError) -> String {
+        match error {
+            FinishError::StillFinishing(_) => {
+                let (done, total) = self.progress();
+                let (done, total) = (format_size(done), format_size(total));
+                format!("the stream is given up: its sink had {done} of {total} when time was over")
+            }
+            FinishError::Busy => "the stream is given up: it is open for writing".to_owned(),
+            FinishError::Failed(why) => why,
+        }
+    }
+
     fn how_far(&self, core: &Core) -> String {
         let (done, total) = (self.watch.accepted(), self.end_of(core));
         format!(
@@ -214,10 +227,10 @@ impl Output {
                 match self.finish(has_writers, patience) {
                     Ok(line) => Ok((state != State::Finished).then_some(line)),
                     Err(error) => {
-                        let error = error.to_string();
+                        let why = self.too_late(error);
                         // What has failed stays so; what still works does not any more.
-                        let _ = self.abort(&format!("unmounted: {error}"));
-                        Err(error)
+                        let _ = self.abort(&why);
+                        Err(why)
                     }
                 }
             }
