@@ -186,7 +186,12 @@ impl CowslipFs {
         let pool = match spot {
             Spot::DiskCtl(slot) => {
                 let (_, entry) = self.catalog().slot(*slot).ok_or_else(|| errno(libc::ENOENT))?;
-                Arc::clone(entry.disk.pool())
+                // A pool of its own for each: a `finish` waits as long as its sink takes, also
+                // when nobody listens any more, and an `abort` must not wait behind it.
+                match entry.disk.stream() {
+                    Some(_) => Arc::default(),
+                    None => Arc::clone(entry.disk.pool()),
+                }
             }
             _ => Arc::clone(&self.shared.pool),
         };

@@ -80,6 +80,10 @@ pub struct Needed {
     peak: Option<(Runs, Count)>,
     /// Data has grown since it was folded into the peak.
     grown: bool,
+    /// Bytes that have shrunk since, and how often: what lay past an offset meanwhile may have
+    /// been so much more than what lies there now.
+    slack: u64,
+    shrunk: usize,
     /// The end of the highest data there ever was.
     top: u64,
     /// The smallest window that would have done, with no spill.
@@ -93,8 +97,18 @@ impl Needed {
     #[must_use]
     pub fn new(size: u64, given: u64) -> Self {
         let count = Count::new(size);
-        let (peak, grown, top, window, spill) = (None, false, 0, 0, 0);
-        Self { size, given, count, peak, grown, top, window, spill }
+        Self {
+            size,
+            given,
+            count,
+            peak: None,
+            grown: false,
+            slack: 0,
+            shrunk: 0,
+            top: 0,
+            window: 0,
+            spill: 0,
+        }
     }
 
     /// A request is going to change the byte at `at`; `runs` are what was written before it.
@@ -104,7 +118,7 @@ impl Needed {
         if edge >= self.top {
             return;
         }
-        let now = self.count.past(runs, edge);
+        let now = self.count.past(runs, edge) + self.slack;
         let peak = self.peak.as_ref().map_or(0, |(runs, count)| count.past(runs, edge));
         self.spill = self.spill.max(now).max(peak);
     }
@@ -112,8 +126,11 @@ impl Needed {
     /// `range` is going to be set to `written` in `runs`.
     pub fn before_set(&mut self, runs: &Runs, range: &Range<u64>, written: Option<Written>) {
         let grows = written == Some(Written::Data);
-        if !grows && self.grown && runs.data_within(range.clone()).next().is_some() {
-            self.fold(runs);
+        if !grows && self.grown {
+            let shrinks = runs.data_in(range.clone());
+            if shrinks > 0 {
+                self.fold_in_time(runs, shrinks);
+            }
         }
         for part in runs.data_within(range.clone()) {
             self.count.change(part, u64::wrapping_sub);
@@ -134,12 +151,24 @@ impl Needed {
         }
     }
 
+    /// Folds before data shrinks by `shrinks` bytes; with many runs not each time, for it looks at
+    /// all of them: the figures are too high by a 64th at most then.
+    fn fold_in_time(&mut self, runs: &Runs, shrinks: u64) {
+        let many = runs.len() + self.peak.as_ref().map_or(0, |(peak, _)| peak.len());
+        if self.shrunk >= many / 64 || self.slack + shrinks > self.count.total / 64 {
+            self.fold(runs);
+        } else {
+            self.slack += shrinks;
+            self.shrunk += 1;
+        }
+    }
+
     /// Makes the peak the greater of itself and the present, at every offset.
     ///
     /// From the end downwards: where both have the same number of bytes past them they go on as
     /// either does; else the lower one has to catch up first.
     fn fold(&mut self, runs: &Runs) {
-        self.grown = false;
+        (self.grown, self.slack, self.shrunk) = (false, 0, 0);
         let old = self.peak.take().map(|(runs, _)| runs).unwrap_or_default();
         let mut edges: Vec<u64> = vec![0];
         for part in runs.data_within(0..self.size).chain(old.data_within(0..self.size)) {

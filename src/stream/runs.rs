@@ -118,9 +118,12 @@ impl Runs {
         }
     }
 
-    /// Forgets detail before `limit`: runs that lie less than `gap` bytes apart become one run of
+    /// Forgets detail before `limit`: runs that end there and lie less than `gap` bytes apart become one run of
     /// data. What was data stays data.
     pub fn coarsen(&mut self, limit: u64, gap: u64) {
+        // A run that reaches past the limit is not joined: what it holds there is no detail.
+        let across = self.map.range(..limit).next_back().filter(|(_, (end, _))| *end > limit);
+        let limit = across.map_or(limit, |(start, _)| *start);
         let rest = self.map.split_off(&limit);
         let fine = std::mem::replace(&mut self.map, rest);
         let mut open: Option<(u64, u64, Written)> = None;
@@ -223,6 +226,8 @@ mod tests {
                 prop_assert!(*was != Some(Written::Data) || is == Some(Written::Data));
                 prop_assert!(was.is_none() || is.is_some());
             }
+            let (from, is) = (limit as usize, bytes_of(&runs));
+            prop_assert_eq!(&before[from..], &is[from..]);
         }
     }
 }

@@ -93,8 +93,13 @@ impl Spill {
         while done < buf.len() {
             let skip = usize::try_from(at % UNIT).unwrap_or(0);
             let len = (UNIT_LEN - skip).min(buf.len() - done);
-            let unit = self.unit(at / UNIT, true)?;
-            buf[done..done + len].copy_from_slice(&unit.bytes[skip..skip + len]);
+            let piece = &mut buf[done..done + len];
+            match self.unit(at / UNIT, true) {
+                Ok(unit) => piece.copy_from_slice(&unit.bytes[skip..skip + len]),
+                // A full host has no room for the unit that would have to be closed for it; what
+                // is stored can be read, and has to be, for room to come back.
+                Err(_) => piece.copy_from_slice(&self.load(at / UNIT)?[skip..skip + len]),
+            }
             at += len as u64;
             done += len;
         }
@@ -187,5 +192,27 @@ impl Spill {
     /// Bytes of the host that the file takes.
     pub(super) fn allocated(&self) -> u64 {
         std::os::unix::fs::MetadataExt::blocks(&self.file.metadata().unwrap()) * 512
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_stored_is_read_though_no_unit_can_be_closed() {
+        let mut spill = Spill::new(&std::env::temp_dir(), Compress::Lz4).unwrap();
+        for number in 0..=OPEN as u64 {
+            spill.write(&[7; UNIT_LEN], number * UNIT, |_| false).unwrap();
+        }
+        // From now on it cannot be written, as on a full host.
+        let path = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&spill.file));
+        spill.file = File::open(path).unwrap();
+        assert!(spill.write(&[8; UNIT_LEN], 99 * UNIT, |_| false).is_err());
+        let mut bytes = vec![0; UNIT_LEN];
+        for number in 0..=OPEN as u64 {
+            spill.read(&mut bytes, number * UNIT).unwrap();
+            assert!(bytes.iter().all(|byte| *byte == 7));
+        }
     }
 }

@@ -46,6 +46,8 @@ pub struct Window {
     held: u64,
     /// Everything that was written and is neither punched nor truncated.
     written: u64,
+    /// Bytes behind the frontier that can be read back: they are still needed to the byte.
+    kept: u64,
     /// The next gap to be joined, when there are too many runs.
     gap: u64,
     /// More runs than this are too many.
@@ -79,10 +81,16 @@ impl Window {
             beyond: 0,
             held: 0,
             written: 0,
+            kept: 0,
             gap: SMALLEST_GAP,
             most_runs: MOST_RUNS,
             exact: true,
         }
+    }
+
+    /// Has `bytes` before the frontier remembered to the byte: they can be read back.
+    pub fn keep(&mut self, bytes: u64) {
+        self.kept = bytes;
     }
 
     /// The size of the disk.
@@ -218,7 +226,8 @@ impl Window {
             self.held += len(&clip(&range, self.sent..u64::MAX));
             self.beyond += len(&clip(&range, edge..u64::MAX));
         }
-        self.written -= before;
+        // Joined runs hold more than was ever written.
+        self.written = self.written.saturating_sub(before);
         if written.is_some() {
             self.written += len(&range);
             self.highest = self.highest.max(range.end);
@@ -235,10 +244,23 @@ impl Window {
     /// As [`advance`](Self::advance) with another budget: for a host that has no room for what
     /// the spill allows.
     pub fn advance_to_hold(&mut self, spill: u64) -> bool {
-        if self.beyond <= spill {
+        let frontier = self.frontier_to_hold(spill);
+        if frontier == self.frontier {
             return false;
         }
-        let mut excess = self.beyond - spill;
+        self.beyond = spill;
+        self.frontier = frontier;
+        self.forget_detail();
+        true
+    }
+
+    /// The lowest frontier with at most `spill` bytes of data beyond the window.
+    #[must_use]
+    pub fn frontier_to_hold(&self, spill: u64) -> u64 {
+        let mut excess = self.beyond.saturating_sub(spill);
+        if excess == 0 {
+            return self.frontier;
+        }
         let mut edge = self.edge();
         for part in self.runs.data_within(edge..self.size) {
             let inside = len(&part).min(excess);
@@ -248,10 +270,7 @@ impl Window {
                 break;
             }
         }
-        self.beyond = spill;
-        self.frontier = edge - self.window;
-        self.forget_detail();
-        true
+        edge - self.window
     }
 
     /// Lets everything leave, up to `end`.
@@ -298,8 +317,9 @@ impl Window {
         if self.runs.len() <= self.most_runs {
             return;
         }
-        // Only what is sent: the rest is still needed to the byte.
-        self.runs.coarsen(self.sent.min(self.frontier), self.gap);
+        // Only what is sent and cannot be read back: the rest is still needed to the byte.
+        let limit = self.sent.min(self.frontier.saturating_sub(self.kept));
+        self.runs.coarsen(limit, self.gap);
         self.needed.recount(&self.runs);
         self.gap *= 2;
         self.exact = false;

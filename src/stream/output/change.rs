@@ -68,7 +68,7 @@ impl Output {
         match self.apply(core, offset, buf) {
             Ok(()) => Attempt::Done(Ok(())),
             Err(error) if error.raw_os_error() == Some(libc::ENOSPC) => {
-                self.make_room(core, buf.len() as u64)
+                self.make_room(core, offset, buf.len() as u64)
             }
             Err(error) => Attempt::Done(Err(error)),
         }
@@ -110,13 +110,10 @@ impl Output {
         if self.rewrites {
             for_pieces(offset, head, |at, piece, written| {
                 let late = match written {
-                    Written::Data => {
-                        core.late_bytes += piece.len() as u64;
-                        Late::Data(piece.to_vec())
-                    }
+                    Written::Data => Late::Data(piece.to_vec()),
                     Written::Zeros => Late::Zeros(piece.len() as u64),
                 };
-                core.late.push_back((at, late));
+                core.put_late(at, late);
             });
             // Only what can still be read back is kept beside.
             let kept = core.dropped.clamp(offset, start);
@@ -132,10 +129,15 @@ impl Output {
 
     /// The host has no room for what the spill allows: from now on it allows less, and what must
     /// leave for that leaves.
-    fn make_room(&self, core: &mut Core, len: u64) -> Attempt {
+    fn make_room(&self, core: &mut Core, offset: u64, len: u64) -> Attempt {
+        if core.window.sent() < core.window.frontier() {
+            return Attempt::NoRoom;
+        }
         let budget = core.window.beyond().saturating_sub(len.max(PAGE));
-        let moved = core.window.advance_to_hold(budget);
-        if moved || core.window.sent() < core.window.frontier() {
+        let frontier = core.window.frontier_to_hold(budget);
+        // Not past the write itself: it would come too late for what it makes room for.
+        if frontier > core.window.frontier() && frontier <= offset {
+            core.window.advance_to_hold(budget);
             self.work.notify_one();
             return Attempt::NoRoom;
         }
@@ -186,7 +188,7 @@ impl Output {
             let head = range.start..range.end.min(fixed);
             let parts: Vec<_> = core.window.runs().data_within(head).collect();
             for part in parts {
-                core.late.push_back((part.start, Late::Hole(part.end - part.start)));
+                core.put_late(part.start, Late::Hole(part.end - part.start));
                 core.window.set(part, None);
             }
         }
@@ -259,7 +261,14 @@ fn store_pieces(core: &mut Core, offset: u64, buf: &[u8]) -> io::Result<()> {
     });
     stored?;
     for_pieces(offset, buf, |at, piece, written| {
-        core.window.set(at..at + piece.len() as u64, Some(written));
+        let range = at..at + piece.len() as u64;
+        if written == Written::Zeros
+            && core.window.runs().data_within(range.clone()).next().is_some()
+        {
+            // Zeros count as nothing, so they must not take the room of what they cover.
+            core.store.drop_within(range.clone());
+        }
+        core.window.set(range, Some(written));
     });
     Ok(())
 }

@@ -10,6 +10,8 @@ use crate::spec::{FinishWhen, Pad, format_size};
 
 /// How long `finish` waits for writers to go: RELEASE comes after close(2) has returned.
 const WRITERS: Duration = Duration::from_secs(5);
+/// How many times longer a sink may work that was given everything already.
+const LAST: u32 = 10;
 /// How often it looks.
 const LOOK: Duration = Duration::from_millis(20);
 /// How long an aborted sink may take to let go.
@@ -100,6 +102,7 @@ impl Output {
         }
         let mut core = self.core.lock();
         let mut before = self.watch.accepted();
+        let mut at_last = false;
         while core.state == State::Finishing {
             let Some(end) = until else {
                 self.changed.wait(&mut core);
@@ -111,13 +114,20 @@ impl Output {
                 continue;
             }
             let now = self.watch.accepted();
-            match patience {
-                Patience::Stalled(time) if now > before => {
-                    before = now;
-                    until = Some(Instant::now() + time);
+            let has_all = now >= self.end_of(&core);
+            let more = match patience {
+                Patience::Stalled(time) if now > before => Some(time),
+                // What it still does with the last of it may take its time, but not for ever.
+                Patience::Stalled(time) if has_all && !std::mem::replace(&mut at_last, true) => {
+                    Some(time * LAST)
                 }
-                _ => return Err(FinishError::StillFinishing(self.how_far(&core))),
-            }
+                _ => None,
+            };
+            let Some(more) = more else {
+                return Err(FinishError::StillFinishing(self.how_far(&core)));
+            };
+            before = now;
+            until = Some(Instant::now() + more);
         }
         self.result(&core)
     }

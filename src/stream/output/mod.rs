@@ -99,10 +99,23 @@ pub struct Status {
     pub sink: String,
 }
 
+/// What a later record takes beside its bytes: many of zeros alone are many, too.
+const RECORD: u64 = 64;
+
 enum Late {
     Data(Vec<u8>),
     Zeros(u64),
     Hole(u64),
+}
+
+impl Late {
+    /// Bytes of memory, about.
+    fn cost(&self) -> u64 {
+        match self {
+            Self::Data(bytes) => RECORD + bytes.len() as u64,
+            Self::Zeros(_) | Self::Hole(_) => RECORD,
+        }
+    }
 }
 
 struct Core {
@@ -118,6 +131,13 @@ struct Core {
     dropped: u64,
     /// The sender has ended.
     ended: bool,
+}
+
+impl Core {
+    fn put_late(&mut self, offset: u64, late: Late) {
+        self.late_bytes += late.cost();
+        self.late.push_back((offset, late));
+    }
 }
 
 /// An output stream.
@@ -158,8 +178,10 @@ impl Output {
         let spill = if measures { spec.spill } else { Some(spec.spill.unwrap_or(0)) };
         let kept = spec.window.min(spec.size).saturating_add(spec.read_window.min(spec.size));
         let memory = if measures { BACKLOG } else { kept.saturating_add(BACKLOG) };
+        let mut window = Window::new(spec.size, spec.window, spill.unwrap_or(u64::MAX));
+        window.keep(spec.read_window);
         let core = Core {
-            window: Window::new(spec.size, spec.window, spill.unwrap_or(u64::MAX)),
+            window,
             store: Store::new(memory, dir.clone(), spec.compress),
             queue: Queue::new(dir),
             late: VecDeque::new(),
@@ -271,7 +293,13 @@ impl Output {
 
     /// Every second: releases writers that are being killed, and looks after the sink.
     pub fn tick(&self, is_killed: impl Fn(u32) -> bool) {
-        let killed = self.core.lock().queue.take_killed(is_killed);
+        let mut core = self.core.lock();
+        let killed = core.queue.take_killed(is_killed);
+        if !killed.is_empty() && self.finish == FinishWhen::Close {
+            // Its last close comes next, and would look like the end of a whole image.
+            self.fail(&mut core, "a writer was killed before its last write".to_owned());
+        }
+        drop(core);
         answer_all(killed, libc::EINTR);
         let is_open = self.core.lock().state == State::Open;
         if is_open && let Some(why) = self.watch.failure() {

@@ -44,14 +44,12 @@ impl Output {
                     sent.map(|()| self.accepted(Some(range.end), 0))
                 }
                 Step::Late(offset, late) => {
-                    let (sent, len) = match &late {
-                        Late::Data(bytes) => {
-                            (outlet.data(offset, &[IoSlice::new(bytes)]), bytes.len() as u64)
-                        }
-                        Late::Zeros(len) => (outlet.zeros(offset..offset + len), 0),
-                        Late::Hole(len) => (outlet.hole(offset..offset + len), 0),
+                    let sent = match &late {
+                        Late::Data(bytes) => outlet.data(offset, &[IoSlice::new(bytes)]),
+                        Late::Zeros(len) => outlet.zeros(offset..offset + len),
+                        Late::Hole(len) => outlet.hole(offset..offset + len),
                     };
-                    sent.map(|()| self.accepted(None, len))
+                    sent.map(|()| self.accepted(None, late.cost()))
                 }
                 Step::Broken(error) => {
                     let mut core = self.core.lock();

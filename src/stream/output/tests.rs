@@ -431,3 +431,75 @@ proptest! {
         run(&ops, &spec(SIZE, window, read_window, spill), true)?;
     }
 }
+
+#[test]
+fn changes_that_alternate_with_zeros_do_not_cost_the_whole_disk_each() {
+    let mut window = Window::new(64 << 30, 32 << 30, u64::MAX);
+    for at in 0..100_000u64 {
+        window.set(at * 8192..at * 8192 + 4096, Some(Written::Data));
+    }
+    let begun = Instant::now();
+    for at in 0..100u64 {
+        window.set(at * 8192..at * 8192 + 4096, None);
+        window.set(at * 8192..at * 8192 + 4096, Some(Written::Data));
+    }
+    assert!(begun.elapsed() < Duration::from_secs(2), "{:?} for 200 changes", begun.elapsed());
+}
+
+#[test]
+fn a_writer_that_is_killed_does_not_end_a_stream_that_ends_with_its_last_close() {
+    let mut spec = spec(64 << 20, 0, 0, 0);
+    spec.finish = FinishWhen::Close;
+    let (output, shared) = start(&spec, false);
+    shared.held_up.store(true, Ordering::SeqCst);
+    let mut at = 0;
+    let waits = loop {
+        let told = write_later(&output, at, &[1; 1 << 20], 5);
+        at += 1 << 20;
+        if told.recv_timeout(Duration::from_millis(50)).is_err() {
+            break told;
+        }
+    };
+    output.tick(|client| client == 5);
+    assert!(waits.recv().is_err() || output.status().state == State::Failed);
+    output.finish_later();
+    let error = finish(&output).unwrap_err().to_string();
+    assert!(error.contains("killed"), "{error}");
+    assert!(!shared.whole.load(Ordering::SeqCst));
+}
+
+#[test]
+fn later_records_of_zeros_wait_for_a_sink_too() {
+    let (output, shared) = start(&spec(64 << 20, 0, 0, 0), true);
+    write(&output, 0, &[1; 4096]).unwrap();
+    write(&output, 1 << 20, &[1; 4096]).unwrap();
+    while shared.accepted.load(Ordering::SeqCst) < (1 << 20) + 4096 {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    shared.held_up.store(true, Ordering::SeqCst);
+    let mut waiting = Vec::new();
+    for _ in 0..2 * BACKLOG / RECORD {
+        let told = write_later(&output, 0, &[0; 512], 0);
+        if told.try_recv().is_err() {
+            waiting.push(told);
+            break;
+        }
+    }
+    assert!(!waiting.is_empty(), "the memory of later records has no bound");
+    shared.held_up.store(false, Ordering::SeqCst);
+    waiting[0].recv_timeout(Duration::from_secs(30)).unwrap().unwrap();
+    finish(&output).unwrap();
+}
+
+#[test]
+fn data_that_zeros_have_covered_takes_no_room() {
+    let (output, shared) = start(&spec(64 << 20, 0, 0, 8 << 20), false);
+    for at in 1..50u64 {
+        write(&output, at << 20, &[1; 1 << 20]).unwrap();
+        write(&output, at << 20, &[0; 1 << 20]).unwrap();
+    }
+    assert_eq!(output.status().spill.1, 0);
+    assert_eq!(output.core.lock().store.memory(), 0);
+    finish(&output).unwrap();
+    assert!(shared.bytes.lock().iter().all(|byte| *byte == 0));
+}

@@ -173,6 +173,10 @@ impl Sink {
             file.sync().map_err(|error| self.explain(&error))?;
         }
         if let Some(part) = &self.part {
+            if self.stop.is_stopped() {
+                // Given up meanwhile: it must not look whole.
+                return Err(self.explain(&errno(libc::ECANCELED)));
+            }
             part.commit((self.frames == Frames::Raw).then_some(end))?;
         }
         self.is_finished = true;
@@ -300,6 +304,12 @@ impl Drop for Sink {
         if !self.is_finished {
             // Before the pipe is closed, which would look like the end of a whole image.
             self.monitor.kill();
+            if self.out.is_some()
+                && self.monitor.accepted() == 0
+                && let Some(part) = &self.part
+            {
+                part.remove();
+            }
         }
     }
 }

@@ -89,6 +89,12 @@ impl Part {
         })
     }
 
+    /// Nothing was written into it: it goes.
+    pub(super) fn remove(&self) {
+        // The lock is still held, so it is ours. What stays is in nobody's way.
+        let _ = unlinkat(CWD, &self.part, AtFlags::empty());
+    }
+
     fn rename(&self) -> Result<(), Errno> {
         let (from, to) = (&self.part, &self.path);
         if self.overwrite == Overwrite::Yes {

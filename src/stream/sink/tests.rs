@@ -248,6 +248,23 @@ fn an_aborted_file_stays_as_part_and_is_used_again() {
 }
 
 #[test]
+fn a_stream_that_was_given_up_before_its_first_byte_leaves_no_part() {
+    let bench = Bench::new(8192);
+    bench.open(&bench.file("o")).unwrap().abort();
+    assert!(!bench.path("o").exists() && !bench.path("o.part").exists());
+}
+
+#[test]
+fn a_file_that_is_given_up_at_the_very_end_does_not_look_whole() {
+    let bench = Bench::new(4096);
+    let mut sink = bench.open(&bench.file("o")).unwrap();
+    send(&mut sink, 0, &[1; 4096]).unwrap();
+    bench.stop.stop();
+    assert!(sink.finish(4096).unwrap_err().contains("stopped"));
+    assert!(!bench.path("o").exists() && bench.path("o.part").exists());
+}
+
+#[test]
 fn two_streams_cannot_write_one_file() {
     let bench = Bench::new(4096);
     let mut first = bench.open(&bench.file("o")).unwrap();

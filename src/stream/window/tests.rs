@@ -243,3 +243,43 @@ fn many_runs_that_were_sent_are_joined() {
     assert_eq!(window.extent_at(0..size).kind, Kind::Data);
     assert_eq!(window.held(), 0);
 }
+
+#[test]
+fn joining_runs_leaves_what_is_not_sent_as_it_is() {
+    let mut window = Window::new(1 << 30, 0, 0);
+    window.most_runs = 4;
+    for at in 0..8u64 {
+        window.set(at * 8192..at * 8192 + 4096, Some(Written::Data));
+    }
+    // Zeros that the next frontier cuts in two.
+    window.set(65536..1 << 20, Some(Written::Zeros));
+    window.frontier = 80_000;
+    while let Some(leaving) = window.take(1 << 20) {
+        window.accepted(leaving.range.end);
+    }
+    window.beyond = window.runs.data_in(window.edge()..window.size);
+    window.set(2 << 20..(2 << 20) + 4096, Some(Written::Data));
+    window.advance();
+    assert!(!window.is_exact());
+    assert_eq!(window.runs().data_in(80_000..1 << 20), 0, "zeros have become data");
+    while let Some(leaving) = window.take(1 << 20) {
+        window.accepted(leaving.range.end);
+    }
+    assert_eq!(window.held(), 0);
+}
+
+#[test]
+fn holes_in_joined_runs_do_not_count_below_nothing() {
+    let mut window = Window::new(1 << 30, 0, 0);
+    window.most_runs = 4;
+    for at in 0..16u64 {
+        window.set(at * 65536..at * 65536 + 512, Some(Written::Data));
+        window.advance();
+        while let Some(leaving) = window.take(1 << 20) {
+            window.accepted(leaving.range.end);
+        }
+    }
+    assert!(!window.is_exact());
+    window.set(0..16 * 65536, None);
+    assert_eq!(window.written(), 0);
+}
