@@ -6,6 +6,8 @@
 //! A request goes down the modules once and comes back once:
 //! [`fs`] (decodes FUSE) → [`catalog`] (names) → [`disk`] (the stack of layers) → [`overlay`] and
 //! [`base`] → [`extents`]. [`spec`] turns words into plain values before any of that.
+//!
+//! A disk may be a [`stream`] instead: it leaves in order while it is written, or arrives.
 
 pub mod base;
 pub mod catalog;

@@ -213,6 +213,9 @@ fn what_measure_reports_is_the_smallest_that_works() {
     );
     assert_eq!(spill, 1024);
     lab.umount();
+    // `run` says it, too.
+    let output = run(&lab, &["o=stream:8M,window=128K,to=measure:"], work);
+    assert_eq!(String::from_utf8_lossy(&output.stderr), format!("cowslip: {line}"));
     assert!(works(&format!("window={window}K")));
     assert!(!works(&format!("window={}", window * 1024 - 1)));
     assert!(works(&format!("window=128K,spill={spill}K")));

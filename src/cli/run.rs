@@ -85,7 +85,7 @@ fn inside(args: RunArgs) -> anyhow::Result<u8> {
         (_, true) => Streams::Abort,
         (_, false) => Streams::Settle,
     };
-    let cleaned = clean_up(&private, streams);
+    let cleaned = clean_up(&private, streams, &measured(&plan));
     match (ended, cleaned) {
         (Ok(DONE), cleaned) => cleaned.map(|()| DONE),
         (ended, Ok(())) => ended,
@@ -95,6 +95,13 @@ fn inside(args: RunArgs) -> anyhow::Result<u8> {
             ended
         }
     }
+}
+
+/// How the lines of streams that only measure begin.
+fn measured(plan: &Plan) -> Vec<String> {
+    let measures = |source: &Source| matches!(source, Source::Stream(stream) if stream.flow == Flow::Out(Target::Measure));
+    let disks = plan.disks.iter().filter(|disk| measures(&disk.source));
+    disks.map(|disk| format!("{}: ", disk.name)).collect()
 }
 
 /// A new directory for the mount, mode 0700. Not one that removes itself: it would take what is
@@ -174,9 +181,14 @@ fn exit_code(status: ExitStatus) -> u8 {
 }
 
 /// Ends the mount: when its users have left, or after the grace without asking them.
-fn clean_up(mountpoint: &Path, streams: Streams) -> anyhow::Result<()> {
+fn clean_up(mountpoint: &Path, streams: Streams, measured: &[String]) -> anyhow::Result<()> {
     let finished = match umount::end_politely(mountpoint, streams) {
-        Ok(ended) => ended.wait_usual().and(ended.verdict()),
+        Ok(ended) => {
+            // What a stream that only measures has to say is all that it is for.
+            let told = |line: &&String| measured.iter().any(|start| line.starts_with(start));
+            ended.lines.iter().filter(told).for_each(|line| complain(line));
+            ended.wait_usual().and(ended.verdict())
+        }
         Err(error) => {
             log::debug!("unmounting all the same: {error:#}");
             let request = Request::new(Streams::Abort);

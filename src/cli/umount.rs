@@ -200,7 +200,7 @@ fn in_use(mountpoint: &Path, users: &[Opener]) -> anyhow::Error {
 pub(super) struct Ended {
     mountpoint: PathBuf,
     /// What became of the changes, a line each.
-    lines: Vec<String>,
+    pub(super) lines: Vec<String>,
     /// What could not be made durable.
     failed: Vec<String>,
     /// The daemon, if it told.

@@ -10,7 +10,7 @@ use super::{Disk, Layers, Top};
 use crate::host::is_being_killed;
 use crate::layer::{Layer, WritableLayer};
 use crate::overlay::keep::temporary_dir;
-use crate::spec::{DiskSpec, Flow, Mode, Resize, StreamSpec, format_size};
+use crate::spec::{DiskSpec, FinishWhen, Flow, Mode, Resize, StreamSpec, format_size};
 use crate::stream::input::Input;
 use crate::stream::output::{Output, Patience};
 use crate::stream::sink::{Place, Sink};
@@ -56,7 +56,12 @@ pub(super) fn open(
             let output = output.map_err(failed)?;
             let all = vec![Arc::clone(&output) as Arc<dyn Layer>];
             let top = Top::Base(Arc::clone(&output) as Arc<dyn WritableLayer>);
-            let summary = format!("{size}, stream to {goes_to}: complete after 'cowslip finish'");
+            let complete = match stream.finish {
+                FinishWhen::Explicit => "after 'cowslip finish'",
+                FinishWhen::Umount => "at umount",
+                FinishWhen::Close => "after its last writer",
+            };
+            let summary = format!("{size}, stream to {goes_to}: complete {complete}");
             (Stream::Output(output), Layers { top, all }, summary)
         }
         Flow::In { supply, spool } => {
@@ -144,7 +149,7 @@ impl Disk {
     /// A handle that may write was released: a stream that ends with its last writer ends.
     pub fn writer_gone(&self) {
         if let Some(Stream::Output(output)) = &self.stream
-            && output.finish_when() == crate::spec::FinishWhen::Close
+            && output.finish_when() == FinishWhen::Close
             && !self.has_writers()
         {
             output.finish_later();

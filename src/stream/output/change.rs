@@ -58,7 +58,11 @@ impl Output {
         if waits && held > limit.saturating_add(BACKLOG) {
             return Attempt::NoRoom;
         }
-        if let Some(at) = core.window.first_change(offset, buf) {
+        let changed = core.window.first_change(offset, buf);
+        if log::log_enabled!(log::Level::Trace) {
+            self.trace_write(offset, buf, changed);
+        }
+        if let Some(at) = changed {
             core.window.note_change(at);
             if !self.rewrites && at < core.window.frontier() && !self.is_same(core, offset, buf) {
                 self.fail_late(core, at);
@@ -72,6 +76,18 @@ impl Output {
             }
             Err(error) => Attempt::Done(Err(error)),
         }
+    }
+
+    /// What a write is to the window, for whoever wants to check its figures
+    /// (`contrib/bench/streams`).
+    fn trace_write(&self, offset: u64, buf: &[u8], changed: Option<u64>) {
+        let mut pieces = String::new();
+        for_pieces(offset, buf, |_, piece, written| {
+            let letter = if written == Written::Data { 'd' } else { 'z' };
+            pieces += &format!(" {letter}{}", piece.len());
+        });
+        let changed = changed.map_or_else(|| "-".to_owned(), |at| at.to_string());
+        log::trace!("{}: write at {offset}, changes {changed}:{pieces}", self.name);
     }
 
     /// Whether what `buf` has for before the frontier is there already, as far as that can still
@@ -175,6 +191,7 @@ impl Output {
         if core.state != State::Open {
             return Err(errno(libc::EIO));
         }
+        log::trace!("{}: discard {}..{}", self.name, range.start, range.end);
         let frontier = core.window.frontier();
         let changed = core.window.runs().data_within(range.clone()).next();
         if let Some(first) = changed {
@@ -212,6 +229,11 @@ impl Output {
             return Err(errno(libc::EIO));
         }
         let from = from.min(self.size);
+        log::trace!("{}: discard {from}..{}", self.name, self.size);
+        let changed = core.window.runs().data_within(from..self.size).next();
+        if let Some(first) = changed {
+            core.window.note_change(first.start);
+        }
         if !core.window.truncate(from) {
             return Err(errno(libc::EIO));
         }
