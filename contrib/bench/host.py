@@ -104,7 +104,7 @@ class Place:
             try:
                 thing.stop()
             except (Failed, OSError) as error:
-                print(f"contrib/bench/run: cleaning up: {error}", file=sys.stderr)
+                print(f"{sys.argv[0]}: cleaning up: {error}", file=sys.stderr)
         for point in mounts_in(self.path):
             unmount(point)
         # Never into something that is still mounted.

@@ -316,6 +316,16 @@ fn an_unfinished_stream_is_given_up_at_the_end_unless_it_ends_with_the_mount() {
 }
 
 #[test]
+fn a_truncation_of_data_counts_as_needed() {
+    let (output, _) = start(&spec(1 << 20, 0, 0, 1 << 20), false);
+    write(&output, 8192, &[1; 4096]).unwrap();
+    write(&output, 65536, &[1; 4096]).unwrap();
+    assert_eq!(output.status().needed, (0, 0));
+    output.truncate(0).unwrap();
+    assert_eq!(output.status().needed, (65536 + 4096 - 8192, 8192));
+}
+
+#[test]
 fn zeros_and_holes_before_the_frontier_are_refused_only_where_data_has_left() {
     let (output, _) = start(&spec(1 << 20, 0, 0, 0), false);
     write(&output, 4096, &[1; 4096]).unwrap();

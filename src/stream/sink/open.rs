@@ -55,7 +55,7 @@ impl Sink {
             Target::File { path, overwrite } => open_file(spec, path, *overwrite, place, &stop)?,
             Target::Command(programs) => open_command(spec, programs, place, &stop)?,
             Target::Stdout => open_stdout(io::stdout().as_fd(), place, &stop)?,
-            Target::Measure => Opened::new("measure", "measure:", Out::Nothing),
+            Target::Measure => Opened::new("measure", "measure", Out::Nothing),
         };
         let Opened { out, part, monitor } = opened;
         Ok(Self {
