@@ -7,6 +7,7 @@ use super::{BACKLOG, Core, Late, Output, Reply, State, answer_all, index, plain_
 use crate::host::errno;
 use crate::stream::runs::Written;
 use crate::stream::store::{PAGE, PAGE_LEN, Page};
+use crate::stream::window::Window;
 
 static NO_DATA: Page = [0; PAGE_LEN];
 
@@ -58,9 +59,10 @@ impl Output {
         if waits && held > limit.saturating_add(BACKLOG) {
             return Attempt::NoRoom;
         }
-        let changed = core.window.first_change(offset, buf);
+        let pieces = Pieces::of(offset, buf);
+        let changed = pieces.first_change(&core.window);
         if log::log_enabled!(log::Level::Trace) {
-            self.trace_write(offset, buf, changed);
+            self.trace_write(&pieces, changed);
         }
         if let Some(at) = changed {
             core.window.note_change(at);
@@ -69,7 +71,7 @@ impl Output {
                 return Attempt::Done(Err(errno(libc::EIO)));
             }
         }
-        match self.apply(core, offset, buf) {
+        match self.apply(core, &pieces) {
             Ok(()) => Attempt::Done(Ok(())),
             Err(error) if error.raw_os_error() == Some(libc::ENOSPC) => {
                 self.make_room(core, offset, buf.len() as u64)
@@ -80,14 +82,14 @@ impl Output {
 
     /// What a write is to the window, for whoever wants to check its figures
     /// (`contrib/bench/streams`).
-    fn trace_write(&self, offset: u64, buf: &[u8], changed: Option<u64>) {
-        let mut pieces = String::new();
-        for_pieces(offset, buf, |_, piece, written| {
-            let letter = if written == Written::Data { 'd' } else { 'z' };
-            pieces += &format!(" {letter}{}", piece.len());
-        });
+    fn trace_write(&self, pieces: &Pieces<'_>, changed: Option<u64>) {
+        let mut shown = String::new();
+        for (piece, written) in &pieces.list {
+            let letter = if *written == Written::Data { 'd' } else { 'z' };
+            shown += &format!(" {letter}{}", piece.len());
+        }
         let changed = changed.map_or_else(|| "-".to_owned(), |at| at.to_string());
-        log::trace!("{}: write at {offset}, changes {changed}:{pieces}", self.name);
+        log::trace!("{}: write at {}, changes {changed}:{shown}", self.name, pieces.offset);
     }
 
     /// Whether what `buf` has for before the frontier is there already, as far as that can still
@@ -116,27 +118,25 @@ impl Output {
     }
 
     /// Stores the write and lets leave what must.
-    fn apply(&self, core: &mut Core, offset: u64, buf: &[u8]) -> io::Result<()> {
+    fn apply(&self, core: &mut Core, pieces: &Pieces<'_>) -> io::Result<()> {
         // Before the frontier nothing changes, unless the frames can say so.
         let fixed = if self.rewrites { core.window.taken() } else { core.window.frontier() };
-        let end = offset + buf.len() as u64;
-        let start = offset.max(fixed).min(end);
-        let (head, body) = buf.split_at(index(start - offset));
-        store_pieces(core, start, body)?;
+        let Range { start, end } = pieces.range();
+        let fixed = fixed.clamp(start, end);
+        pieces.store(core, fixed..end)?;
         if self.rewrites {
-            for_pieces(offset, head, |at, piece, written| {
+            // Only what can still be read back is kept beside.
+            let kept = core.dropped.clamp(start, fixed);
+            pieces.store(core, kept..fixed)?;
+            pieces.each(start..kept, |at, piece, written| {
+                core.window.set(at..at + piece.len() as u64, Some(written));
+            });
+            pieces.each(start..fixed, |at, piece, written| {
                 let late = match written {
                     Written::Data => Late::Data(piece.to_vec()),
                     Written::Zeros => Late::Zeros(piece.len() as u64),
                 };
                 core.put_late(at, late);
-            });
-            // Only what can still be read back is kept beside.
-            let kept = core.dropped.clamp(offset, start);
-            let (gone, kept_bytes) = head.split_at(index(kept - offset));
-            store_pieces(core, kept, kept_bytes)?;
-            for_pieces(offset, gone, |at, piece, written| {
-                core.window.set(at..at + piece.len() as u64, Some(written));
             });
         }
         core.window.advance();
@@ -249,48 +249,79 @@ fn is_zero(piece: &[u8]) -> bool {
     piece == &NO_DATA[..piece.len()]
 }
 
-/// Cuts `buf`, written at `offset`, into runs of data and of zeros, at page borders.
-fn for_pieces(offset: u64, buf: &[u8], mut each: impl FnMut(u64, &[u8], Written)) {
-    let mut open: Option<(usize, Written)> = None;
-    let mut at = 0;
-    while at < buf.len() {
-        let skip = index((offset + at as u64) % PAGE);
-        let end = (at + PAGE_LEN - skip).min(buf.len());
-        let written = if is_zero(&buf[at..end]) { Written::Zeros } else { Written::Data };
-        match open {
-            Some((_, kind)) if kind == written => {}
-            Some((start, kind)) => {
-                each(offset + start as u64, &buf[start..at], kind);
-                open = Some((at, written));
-            }
-            None => open = Some((at, written)),
-        }
-        at = end;
-    }
-    if let Some((start, kind)) = open {
-        each(offset + start as u64, &buf[start..], kind);
-    }
+/// A write, cut into runs of data and of zeros at page borders: looked at once.
+struct Pieces<'a> {
+    offset: u64,
+    buf: &'a [u8],
+    list: Vec<(Range<usize>, Written)>,
 }
 
-/// Stores the data first, then tells the window.
-fn store_pieces(core: &mut Core, offset: u64, buf: &[u8]) -> io::Result<()> {
-    let mut stored = Ok(());
-    let store = &mut core.store;
-    for_pieces(offset, buf, |at, piece, written| {
-        if written == Written::Data && stored.is_ok() {
-            stored = store.write(at, piece);
+impl<'a> Pieces<'a> {
+    fn of(offset: u64, buf: &'a [u8]) -> Self {
+        let mut list: Vec<(Range<usize>, Written)> = Vec::new();
+        let mut at = 0;
+        while at < buf.len() {
+            let skip = index((offset + at as u64) % PAGE);
+            let end = (at + PAGE_LEN - skip).min(buf.len());
+            let written = if is_zero(&buf[at..end]) { Written::Zeros } else { Written::Data };
+            match list.last_mut() {
+                Some((last, kind)) if *kind == written => last.end = end,
+                _ => list.push((at..end, written)),
+            }
+            at = end;
         }
-    });
-    stored?;
-    for_pieces(offset, buf, |at, piece, written| {
-        let range = at..at + piece.len() as u64;
-        if written == Written::Zeros
-            && core.window.runs().data_within(range.clone()).next().is_some()
-        {
-            // Zeros count as nothing, so they must not take the room of what they cover.
-            core.store.drop_within(range.clone());
+        Self { offset, buf, list }
+    }
+
+    fn range(&self) -> Range<u64> {
+        self.offset..self.offset + self.buf.len() as u64
+    }
+
+    /// Calls `each` with the pieces of `range`, clipped to it.
+    fn each(&self, range: Range<u64>, mut each: impl FnMut(u64, &[u8], Written)) {
+        let part = index(range.start - self.offset)..index(range.end - self.offset);
+        for (piece, written) in &self.list {
+            let clipped = piece.start.max(part.start)..piece.end.min(part.end);
+            if !clipped.is_empty() {
+                each(self.offset + clipped.start as u64, &self.buf[clipped], *written);
+            }
         }
-        core.window.set(range, Some(written));
-    });
-    Ok(())
+    }
+
+    /// As [`Window::first_change`], of all of them.
+    fn first_change(&self, window: &Window) -> Option<u64> {
+        self.list.iter().find_map(|(piece, written)| {
+            let start = self.offset + piece.start as u64;
+            match written {
+                Written::Data => window.first_change(start, &self.buf[piece.clone()]),
+                Written::Zeros => {
+                    let range = start..self.offset + piece.end as u64;
+                    window.runs().data_within(range).next().map(|data| data.start)
+                }
+            }
+        })
+    }
+
+    /// Stores the data of `range` first, then tells the window.
+    fn store(&self, core: &mut Core, range: Range<u64>) -> io::Result<()> {
+        let mut stored = Ok(());
+        let store = &mut core.store;
+        self.each(range.clone(), |at, piece, written| {
+            if written == Written::Data && stored.is_ok() {
+                stored = store.write(at, piece);
+            }
+        });
+        stored?;
+        self.each(range, |at, piece, written| {
+            let range = at..at + piece.len() as u64;
+            if written == Written::Zeros
+                && core.window.runs().data_within(range.clone()).next().is_some()
+            {
+                // Zeros count as nothing, so they must not take the room of what they cover.
+                core.store.drop_within(range.clone());
+            }
+            core.window.set(range, Some(written));
+        });
+        Ok(())
+    }
 }

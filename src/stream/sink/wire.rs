@@ -8,7 +8,7 @@ use rustix::event::{PollFlags, Timespec};
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 use rustix::net::{SendAncillaryBuffer, SendFlags, sendmsg};
-use rustix::pipe::fcntl_setpipe_size;
+use rustix::pipe::{IoSliceRaw, SpliceFlags, fcntl_setpipe_size, vmsplice};
 
 use crate::host::errno;
 use crate::stream::command::PIPE_SIZE;
@@ -84,6 +84,11 @@ impl Wire {
         let pieces = [IoSlice::new(&ZEROS); ZERO_PIECES];
         let mut left = len;
         while left > 0 {
+            if let Some(lent) = self.lend_zeros(left)? {
+                passed(lent);
+                left -= lent;
+                continue;
+            }
             let written = match usize::try_from(left) {
                 Ok(last) if last < ZEROS.len() => self.write_some(&[IoSlice::new(&ZEROS[..last])]),
                 Ok(some) => self.write_some(&pieces[..ZERO_PIECES.min(some / ZEROS.len())]),
@@ -93,6 +98,34 @@ impl Wire {
             left -= written;
         }
         Ok(())
+    }
+
+    /// Puts pages of zeros into a pipe without copying them; `None` when it is none, or for the
+    /// last few bytes.
+    fn lend_zeros(&self, left: u64) -> io::Result<Option<u64>> {
+        if self.manner != Manner::Poll || left < ZEROS.len() as u64 {
+            return Ok(None);
+        }
+        let count = usize::try_from(left / ZEROS.len() as u64).unwrap_or(ZERO_PIECES);
+        let pieces = [(); ZERO_PIECES].map(|()| IoSliceRaw::from_slice(&ZEROS));
+        loop {
+            if self.stop.is_stopped() {
+                return Err(errno(libc::ECANCELED));
+            }
+            // SAFETY: the pipe refers to these pages until they are read: they belong to a static
+            // that nobody can change and that lives as long as the process.
+            let lent = unsafe {
+                vmsplice(&self.fd, &pieces[..count.min(ZERO_PIECES)], SpliceFlags::NONBLOCK)
+            };
+            match lent {
+                // Not a pipe after all.
+                Ok(0) | Err(Errno::BADF | Errno::INVAL) => return Ok(None),
+                Ok(len) => return Ok(Some(len as u64)),
+                Err(Errno::INTR) => {}
+                Err(Errno::AGAIN) => self.wait()?,
+                Err(error) => return Err(error.into()),
+            }
+        }
     }
 
     /// Writes the beginning of `parts`, whose first is not empty; waits as long as nothing can be
