@@ -41,9 +41,9 @@ use crate::extents::Extent;
 use crate::host::errno;
 use crate::spec::{FinishWhen, Pad, StreamSpec};
 
-/// What may be on its way to the sink beside what window and spill hold: 3 MiB keep both ends
+/// What may be on its way to the sink beside what window and spill hold: 2 MiB keep both ends
 /// busy.
-const BACKLOG: u64 = 3 << 20;
+const BACKLOG: u64 = 2 << 20;
 
 /// How far a stream is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
