@@ -8,7 +8,7 @@
 //!                                └── carried out as room comes back ──┘
 //! ```
 //!
-//! What is held is bounded by window, spill and [`BACKLOG`]; a write that would make it more
+//! What is held is bounded by window, spill and a backlog of 2 MiB; a write that would make it more
 //! waits in the queue, and no thread waits with it. Whether a write is accepted depends on the
 //! order of writes alone, never on how fast the sink is.
 //!
