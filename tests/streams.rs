@@ -171,6 +171,8 @@ fn a_late_write_fails_the_stream_for_ever_and_no_other_disk() {
     let file = lab.open("m/o");
     file.write_all_at(&noise(MIB, 1), 0).unwrap();
     file.write_all_at(&noise(MIB, 2), 4 * MIB).unwrap();
+    // A stream that fails before its first byte was taken leaves no file.
+    wait_until("something is sent", || stream(&lab, "o")["accepted"].as_u64().unwrap() > 0);
     file.write_all_at(&[7; 10], MIB).unwrap_err();
     assert_eq!(errno_of(file.write_all_at(&[7; 10], 5 * MIB)), libc::EIO);
     assert_eq!(errno_of(file.sync_all()), libc::EIO);
