@@ -121,18 +121,34 @@ pub fn fallocate(file: impl AsFd, flags: FallocateFlags, range: Range<u64>) -> i
     .map_err(io::Error::from)
 }
 
-/// Whether the thread `tid` (0: unknown) is being killed or is on its way out: whatever it waits
-/// for, it will not look at the answer.
+/// The process that the thread `tid` belongs to; `tid` itself when that cannot be seen.
 #[must_use]
-pub fn is_being_killed(tid: u32) -> bool {
+pub fn process_of(tid: u32) -> u32 {
+    let status = std::fs::read_to_string(format!("/proc/{tid}/status")).unwrap_or_default();
+    let process = status.lines().find_map(|line| line.strip_prefix("Tgid:")?.trim().parse().ok());
+    process.unwrap_or(tid)
+}
+
+/// Whether the process `pid` (0: unknown) is being killed or is on its way out, with all its
+/// threads: whatever it waits for, it will not look at the answer. The thread that asked may be
+/// gone already, for the kernel waits for asynchronous requests with the last one.
+#[must_use]
+pub fn is_being_killed(pid: u32) -> bool {
+    if pid == 0 {
+        return false;
+    }
+    let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
+    let mut ending = tasks.map(|task| is_ending(&task.path())).peekable();
+    ending.peek().is_some() && ending.all(|is_ending| is_ending)
+}
+
+/// Whether the thread behind `task`, a directory of procfs, has SIGKILL pending or exits.
+fn is_ending(task: &std::path::Path) -> bool {
     /// SIGKILL in the masks of proc_pid_status(5).
     const KILL: u64 = 1 << (libc::SIGKILL - 1);
     /// `PF_EXITING` (linux/sched.h): the kernel waits for what the process has under way.
     const EXITING: u64 = 0x4;
-    if tid == 0 {
-        return false;
-    }
-    let status = std::fs::read_to_string(format!("/proc/{tid}/status")).unwrap_or_default();
+    let status = std::fs::read_to_string(task.join("status")).unwrap_or_default();
     let pending = status.lines().filter_map(|line| {
         let mask = line.strip_prefix("SigPnd:").or_else(|| line.strip_prefix("ShdPnd:"))?;
         u64::from_str_radix(mask.trim(), 16).ok()
@@ -140,9 +156,39 @@ pub fn is_being_killed(tid: u32) -> bool {
     if pending.fold(0, |all, mask| all | mask) & KILL != 0 {
         return true;
     }
+    // One that is gone by now does not wait either.
+    let Ok(stat) = std::fs::read_to_string(task.join("stat")) else {
+        return true;
+    };
     // Behind the name in parentheses `flags` is the seventh field (proc_pid_stat(5)).
-    let stat = std::fs::read_to_string(format!("/proc/{tid}/stat")).unwrap_or_default();
     let fields = stat.rsplit_once(')').map_or("", |(_, fields)| fields);
     let flags = fields.split_ascii_whitespace().nth(6).and_then(|flags| flags.parse::<u64>().ok());
     flags.is_some_and(|flags| flags & EXITING != 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_thread_belongs_to_its_process_and_is_not_being_killed() {
+        let process = std::process::id();
+        // A test runs in a thread of its own.
+        let thread = rustix::thread::gettid().as_raw_nonzero().get().cast_unsigned();
+        assert_eq!(process_of(thread), process);
+        assert_eq!(process_of(u32::MAX), u32::MAX);
+        assert!(!is_being_killed(process) && !is_being_killed(0) && !is_being_killed(u32::MAX));
+    }
+
+    #[test]
+    fn a_process_that_was_killed_and_not_reaped_is_ending() {
+        let mut child = std::process::Command::new("sleep").arg("100").spawn().unwrap();
+        assert!(!is_being_killed(child.id()));
+        child.kill().unwrap();
+        let until = std::time::Instant::now() + std::time::Duration::from_secs(30);
+        while !is_being_killed(child.id()) {
+            assert!(std::time::Instant::now() < until);
+        }
+        child.wait().unwrap();
+    }
 }

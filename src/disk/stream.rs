@@ -1,5 +1,7 @@
 //! Disks that are streams: opening one, and what the mount does with it.
 
+use std::cell::RefCell;
+use std::collections::HashMap;
 use std::io;
 use std::sync::Arc;
 
@@ -93,6 +95,12 @@ pub(super) fn open(
     Ok(Opened { disk, summary, notes: Vec::new() })
 }
 
+/// Asks once for each process whether it is being killed: hundreds of requests may be its.
+fn once_each() -> impl Fn(u32) -> bool {
+    let known = RefCell::new(HashMap::new());
+    move |pid| *known.borrow_mut().entry(pid).or_insert_with(|| is_being_killed(pid))
+}
+
 impl Disk {
     /// What is at work when it is a stream.
     #[must_use]
@@ -140,8 +148,8 @@ impl Disk {
     /// Every second: looks after a stream.
     pub fn tick(&self) {
         match &self.stream {
-            Some(Stream::Output(output)) => output.tick(is_being_killed),
-            Some(Stream::Input { input, .. }) => input.release_killed(is_being_killed),
+            Some(Stream::Output(output)) => output.tick(once_each()),
+            Some(Stream::Input { input, .. }) => input.release_killed(once_each()),
             None => {}
         }
     }

@@ -29,7 +29,7 @@ pub(super) struct Waiting {
     pub(super) offset: u64,
     len: usize,
     bytes: Bytes,
-    /// The thread that waits for it; 0: not known.
+    /// The process that waits for it; 0: not known.
     client: u32,
     pub(super) reply: Reply,
 }
@@ -65,6 +65,8 @@ impl Queue {
                 Bytes::Memory(buf.to_vec())
             }
         };
+        // Now, while the thread that asks is there.
+        let client = if client == 0 { 0 } else { host::process_of(client) };
         self.waiting.push_back(Waiting { offset, len, bytes, client, reply });
     }
 

@@ -42,7 +42,7 @@ use self::spool::SpoolFile;
 use self::state::{Parked, Phase, State};
 use super::stop::Stop;
 use crate::extents::{Extent, Kind};
-use crate::host::errno;
+use crate::host::{errno, process_of};
 use crate::spec::Spool;
 
 /// What is held besides the read-window and what parked reads need: 4 MiB, enough for the source
@@ -206,12 +206,14 @@ impl Input {
             }
             return reply(Err(errno(libc::EIO)));
         }
-        let read = Parked { range, client, reply };
+        let mut read = Parked { range, client, reply };
         let mut ready = None;
         if read.range.end <= state.arrived {
             ready = Some(state.answer(read));
             state.trim();
         } else {
+            // Now, while the thread that asks is there.
+            read.client = if client == 0 { 0 } else { process_of(client) };
             state.parked.push(read);
         }
         self.wake(&mut state);

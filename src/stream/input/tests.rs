@@ -426,8 +426,10 @@ fn a_stop_wakes_an_idle_thread() {
 #[test]
 fn only_who_is_killed_is_released() {
     let stream = Plan { granted: 0, ..Plan::of(MIB) }.start();
-    let [unknown, lives, dies] = [0, 7, 8].map(|client| stream.ask(0..100, client));
-    stream.input.release_killed(|client| client != 7);
+    // Processes that cannot be.
+    let [unknown, lives, dies] =
+        [0, 1 << 30, (1 << 30) + 1].map(|client| stream.ask(0..100, client));
+    stream.input.release_killed(|client| client != 1 << 30);
     assert_errno(dies.recv_timeout(PATIENCE).unwrap(), libc::EINTR);
     assert!(is_waiting(&unknown) && is_waiting(&lives));
     stream.poke(u64::MAX);

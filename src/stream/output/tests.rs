@@ -123,6 +123,9 @@ fn start(spec: &StreamSpec, rewrites: bool) -> (Arc<Output>, Arc<Shared>) {
     (output.unwrap(), shared)
 }
 
+/// A process that cannot be.
+const FIRST: u32 = 1 << 30;
+
 /// Writes and waits for the answer.
 fn write(output: &Output, offset: u64, buf: &[u8]) -> io::Result<()> {
     let told = write_later(output, offset, buf, 0);
@@ -244,9 +247,10 @@ fn a_killed_writer_is_released_and_the_others_wait_on() {
     let (output, shared) = start(&spec(1 << 30, 0, 0, 0), false);
     shared.held_up.store(true, Ordering::SeqCst);
     let piece = vec![7; 1 << 20];
-    let mut waiting: Vec<_> =
-        (0..20u64).map(|at| write_later(&output, at << 20, &piece, 5 + (at as u32 & 1))).collect();
-    output.tick(|client| client == 5);
+    let mut waiting: Vec<_> = (0..20u64)
+        .map(|at| write_later(&output, at << 20, &piece, FIRST + (at as u32 & 1)))
+        .collect();
+    output.tick(|client| client == FIRST);
     let results: Vec<_> = waiting.iter().map(|told| told.try_recv().ok()).collect();
     let interrupted = |result: &Option<io::Result<()>>| matches!(result, Some(Err(error)) if error.raw_os_error() == Some(libc::EINTR));
     assert!(results.iter().filter(|result| interrupted(result)).count() >= 6);
@@ -464,13 +468,13 @@ fn a_writer_that_is_killed_does_not_end_a_stream_that_ends_with_its_last_close()
     shared.held_up.store(true, Ordering::SeqCst);
     let mut at = 0;
     let waits = loop {
-        let told = write_later(&output, at, &[1; 1 << 20], 5);
+        let told = write_later(&output, at, &[1; 1 << 20], FIRST);
         at += 1 << 20;
         if told.recv_timeout(Duration::from_millis(50)).is_err() {
             break told;
         }
     };
-    output.tick(|client| client == 5);
+    output.tick(|client| client == FIRST);
     assert!(waits.recv().is_err() || output.status().state == State::Failed);
     output.finish_later();
     let error = finish(&output).unwrap_err().to_string();
