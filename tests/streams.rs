@@ -118,11 +118,12 @@ fn plain_tools_write_the_same_image_as_into_a_file() {
 
 #[test]
 fn a_file_system_made_on_a_stream_is_whole() {
-    for sink in ["to=file:out", ZSTD] {
+    for sink in ["to=file:out", "to=fifo:p", ZSTD] {
         let lab = Lab::new();
         lab.sh("mkdir tree; cp -a /etc/. tree/ 2>/dev/null || true
                 head -c 20M /dev/urandom > tree/big");
         mount(&lab, &[&format!("o=stream:256M,spill=128M,{sink}")]);
+        let mut reader = (sink == "to=fifo:p").then(|| spawn(&lab, "exec cat p > out"));
         lab.sh("parted -s m/o mklabel gpt mkpart a ext4 1MiB 100%");
         let device = lab.loop_device("m/o", "-P --offset 1048576 --sizelimit 250MiB");
         lab.sh(&format!(
@@ -130,6 +131,9 @@ fn a_file_system_made_on_a_stream_is_whole() {
              losetup -d {device}"
         ));
         lab.ok("finish m/o");
+        if let Some(reader) = &mut reader {
+            assert!(ends_within(&mut reader.0, PATIENCE));
+        }
         if sink == ZSTD {
             lab.sh("zstd -q -d o.zst -o out");
         }
