@@ -316,7 +316,8 @@ impl Drop for Lab {
     /// The last resort; in a test that passes there is little to do here.
     fn drop(&mut self) {
         let Some(dir) = self.dir.take() else { return };
-        for pid in daemons_of(dir.path()) {
+        // A guard kills the commands of its daemon once that is dead, if it may live to do so.
+        for pid in daemons_of(dir.path()).into_iter().filter(|pid| !is_guard(*pid)) {
             // Dead, a daemon lets go of whoever waits for it, also when it was stopped.
             let _ = signal(pid, Signal::KILL);
         }
@@ -335,6 +336,11 @@ impl Drop for Lab {
             let _ = dir.keep();
         }
     }
+}
+
+fn is_guard(pid: u32) -> bool {
+    let words = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+    words.split(|byte| *byte == 0).any(|word| word == b"__guard")
 }
 
 /// Everything mounted at `dir` or below, in the order of mounting.
