@@ -455,12 +455,6 @@ impl Mount {
         let until = Instant::now() + PATIENCE;
         let left = || until.saturating_duration_since(Instant::now());
         let disks = self.shared.catalog.disks();
-        for (name, entry) in self.shared.catalog.list() {
-            if let Err(line) = settle_at_the_end(&entry.disk) {
-                log::error!("{name}: {line}");
-                code = 1;
-            }
-        }
         for disk in &disks {
             if !disk.stop(left()) {
                 log::warn!("{}: a request is still waiting for its base", disk.source);
@@ -469,6 +463,13 @@ impl Mount {
         for disk in disks.iter().filter(|disk| disk.stream().is_none()) {
             if let Err(error) = disk.close(left()) {
                 log::error!("{}: not all of it could be made durable: {error}", disk.source);
+                code = 1;
+            }
+        }
+        // Last: a slow sink must not keep the other disks from being durable.
+        for (name, entry) in self.shared.catalog.list() {
+            if let Err(line) = settle_at_the_end(&entry.disk) {
+                log::error!("{name}: {line}");
                 code = 1;
             }
         }

@@ -53,10 +53,7 @@ impl Output {
         if core.state != State::Open {
             return Attempt::Done(Err(errno(libc::EIO)));
         }
-        let waits = core.window.sent() < core.window.frontier() || !core.late.is_empty();
-        let limit = self.window.saturating_add(self.spill.unwrap_or(u64::MAX / 4));
-        let held = core.window.held() + core.late_bytes + buf.len() as u64;
-        if waits && held > limit.saturating_add(BACKLOG) {
+        if !self.has_room(core, buf.len() as u64) {
             return Attempt::NoRoom;
         }
         let pieces = Pieces::of(offset, buf);
@@ -78,6 +75,14 @@ impl Output {
             }
             Err(error) => Attempt::Done(Err(error)),
         }
+    }
+
+    /// Whether `len` bytes more can be held: always, when the sink has nothing to do.
+    pub(super) fn has_room(&self, core: &Core, len: u64) -> bool {
+        let waits = core.window.sent() < core.window.frontier() || !core.late.is_empty();
+        let limit = self.window.saturating_add(self.spill.unwrap_or(u64::MAX / 4));
+        let held = core.window.held() + core.late_bytes + len;
+        !waits || held <= limit.saturating_add(BACKLOG)
     }
 
     /// What a write is to the window, for whoever wants to check its figures

@@ -3,7 +3,7 @@
 use std::io::{self, IoSlice};
 
 use super::change::Attempt;
-use super::{BACKLOG, Core, Late, Outlet, Output, State, answer_all};
+use super::{Core, Late, Outlet, Output, State, answer_all};
 use crate::host::errno;
 use crate::stream::runs::Written;
 use crate::stream::store::Part;
@@ -145,13 +145,7 @@ impl Output {
     /// The oldest write that waits, unless it is plain that there is no room for it.
     fn first_that_may_fit(&self, core: &Core) -> Option<(u64, io::Result<Vec<u8>>)> {
         let len = core.queue.first_len()? as u64;
-        let limit = self.window.saturating_add(self.spill.unwrap_or(u64::MAX / 4));
-        let held = core.window.held() + core.late_bytes + len;
-        let waits = core.window.sent() < core.window.frontier() || !core.late.is_empty();
-        if waits && held > limit.saturating_add(BACKLOG) {
-            return None;
-        }
-        core.queue.first()
+        if self.has_room(core, len) { core.queue.first() } else { None }
     }
 
     fn ended(&self, result: Option<Result<(), String>>) {
