@@ -12,9 +12,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use dashmap::DashMap;
 use parking_lot::RwLock;
 
-use crate::disk::{Disk, Opened, Owner};
+use crate::disk::{Disk, Opened, Owner, Setting};
 use crate::host::errno;
-use crate::store::Store;
+use crate::store::{Store, StoreError};
 
 /// The name that belongs to the mount itself.
 pub const CONTROL: &str = ".cowslip";
@@ -90,9 +90,57 @@ impl Catalog {
     /// As [`Store::open_disks`].
     pub fn open_stored(
         &self,
+        setting: &Setting<'_>,
         each: impl FnMut(&str, Opened) -> Result<(), String>,
     ) -> Result<(), String> {
-        self.store.as_ref().map_or(Ok(()), |store| store.open_disks(each))
+        self.store.as_ref().map_or(Ok(()), |store| store.open_disks(setting, each))
+    }
+
+    /// The store, when `dir` is its directory: a disk whose overlay is to be one of its disks.
+    #[must_use]
+    pub fn store_at(&self, dir: &Path) -> Option<&Store> {
+        let same = |store: &&Store| {
+            let real = |path: &Path| path.canonicalize().ok();
+            real(dir).is_some_and(|dir| Some(dir) == real(store.dir()))
+        };
+        self.store.as_ref().filter(same)
+    }
+
+    /// Makes the disk `to`, which holds what the disk `from` of the store holds now.
+    ///
+    /// # Errors
+    /// A line for the user; nothing is left behind then.
+    pub fn clone_disk(&self, from: &str, to: &str) -> Result<Arc<Disk>, String> {
+        let Some(store) = &self.store else {
+            return Err("the mount has no store: mount with --store DIR, and the disk with \
+                        overlay=DIR, to clone it"
+                .to_owned());
+        };
+        let entry = self.named(from).ok_or_else(|| format!("there is no disk '{from}'"))?;
+        if entry.origin != Origin::Stored {
+            let dir = store.dir().display();
+            return Err(match entry.disk.overlay_dir() {
+                None if entry.disk.overlay().is_some() => {
+                    format!("its changes are temporary: 'cowslip keep FILE {dir}' makes it a disk of the store first")
+                }
+                Some(own) => format!(
+                    "its overlay '{}' lies outside the store '{dir}': make a true copy with cp, or mount it with overlay={dir} from the start",
+                    own.display()
+                ),
+                None => "it has no overlay: only copy-on-write disks have clones".to_owned(),
+            });
+        }
+        check_name(to).map_err(|error| format!("'{to}' cannot be the name of a disk: {error}"))?;
+        if self.named(to).is_some() {
+            return Err(format!("there is a disk '{to}' already: take another name"));
+        }
+        let opened = store.clone_disk(&entry.disk, to).map_err(|error| match error {
+            StoreError::Disk { error, .. } => error.to_string(),
+            error => error.to_string(),
+        })?;
+        let disk = Arc::new(opened.disk);
+        self.add(to, Arc::clone(&disk), Origin::Stored).map_err(|error| error.to_string())?;
+        Ok(disk)
     }
 
     /// Adds a disk under a name that is not taken yet.

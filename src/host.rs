@@ -6,7 +6,7 @@
 use std::fs::File;
 use std::io::{self, IoSlice};
 use std::ops::Range;
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::FileExt;
 
 use rustix::fs::FallocateFlags;
@@ -164,6 +164,38 @@ fn is_ending(task: &std::path::Path) -> bool {
     let fields = stat.rsplit_once(')').map_or("", |(_, fields)| fields);
     let flags = fields.split_ascii_whitespace().nth(6).and_then(|flags| flags.parse::<u64>().ok());
     flags.is_some_and(|flags| flags & EXITING != 0)
+}
+
+/// Copies `from` of the file `source` to `at` of the file `target` inside the host, and tells how
+/// many bytes: fewer at the end of the source, or when an error came after some.
+///
+/// # Errors
+/// The host's errno when nothing was copied; see [`cannot_copy`].
+pub fn copy_range(
+    source: BorrowedFd<'_>,
+    from: Range<u64>,
+    target: BorrowedFd<'_>,
+    at: u64,
+) -> io::Result<u64> {
+    let (mut input, mut output) = (from.start, at);
+    while input < from.end {
+        let len = usize::try_from(from.end - input).unwrap_or(usize::MAX);
+        match rustix::fs::copy_file_range(source, Some(&mut input), target, Some(&mut output), len)
+        {
+            Ok(0) => break,
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Err(error) if input == from.start => return Err(error.into()),
+            Err(_) => break,
+        }
+    }
+    Ok(input - from.start)
+}
+
+/// Whether the host said that it cannot copy between two files, rather than that it failed.
+#[must_use]
+pub fn cannot_copy(error: &io::Error) -> bool {
+    let known = [libc::EXDEV, libc::EOPNOTSUPP, libc::EINVAL, libc::ENOSYS, libc::EAGAIN];
+    error.raw_os_error().is_some_and(|code| known.contains(&code))
 }
 
 #[cfg(test)]

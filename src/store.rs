@@ -13,18 +13,23 @@ use std::collections::HashSet;
 use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use rustix::fs::FlockOperation;
 use uuid::Uuid;
 
-use crate::disk::{self, OpenError, Opened, Owner};
+use crate::disk::{self, Disk, OpenError, Opened, Others, Owner, Setting};
 use crate::overlay::persist::Place;
-use crate::overlay::stack::{Stack, open_dir};
+use crate::overlay::shelf::Shelf;
+use crate::overlay::stack::{Stack, StackError, doing, open_dir};
+use crate::spec::DiskSpec;
 
 /// A store that this process has to itself.
 pub struct Store {
     dir: PathBuf,
     names: File,
+    /// The sealed layers that its disks share.
+    shelf: Arc<Shelf>,
     /// Unlocked when it is closed.
     _lock: File,
 }
@@ -94,7 +99,8 @@ impl Store {
         }
         lock.sync_all().map_err(io("making its directories"))?;
         let names = open_dir(&dir.join("names")).map_err(io("opening its names"))?;
-        let store = Self { dir: dir.to_owned(), names, _lock: lock };
+        let shelf = Arc::default();
+        let store = Self { dir: dir.to_owned(), names, shelf, _lock: lock };
         store.sweep().map_err(io("sweeping what has no name"))?;
         Ok(store)
     }
@@ -169,6 +175,7 @@ impl Store {
     /// The line for the user: of the first disk that cannot be opened, or what `each` says.
     pub fn open_disks(
         &self,
+        setting: &Setting<'_>,
         mut each: impl FnMut(&str, Opened) -> Result<(), String>,
     ) -> Result<(), String> {
         let listed = self.targets().map_err(|error| {
@@ -177,11 +184,19 @@ impl Store {
         })?;
         for (name, uuid) in listed {
             let opened = self
-                .with_place(&uuid, |place| disk::open_stored(&name, place))
+                .with_place(&uuid, |place| disk::open_stored(&name, place, setting, &self.shelf))
                 .map_err(|error| StoreError::Disk { name: name.clone(), error }.to_string())?;
-            each(&name, opened)?;
+            each(&name, self.joined(opened))?;
         }
         Ok(())
+    }
+
+    /// A disk of this store that knows who else may stand on its layers.
+    fn joined(&self, mut opened: Opened) -> Opened {
+        let dir = self.dir.clone();
+        let others: Others = Arc::new(move |uuid| layers_of_others(&dir, uuid));
+        opened.disk.join(&self.shelf, others);
+        opened
     }
 
     /// Makes an empty disk and gives it its name, durably.
@@ -189,9 +204,38 @@ impl Store {
     /// # Errors
     /// [`StoreError`]; nothing is left behind then.
     pub fn create(&self, name: &str, owner: Owner) -> Result<Opened, StoreError> {
+        self.make(name, |uuid, place| disk::create_blank(name, uuid, place, owner))
+    }
+
+    /// Makes the disk that `spec` asks for, with its overlay in this store, and names it.
+    ///
+    /// # Errors
+    /// [`StoreError`]; nothing is left behind then.
+    pub fn create_over(
+        &self,
+        spec: &DiskSpec,
+        setting: &Setting<'_>,
+    ) -> Result<Opened, StoreError> {
+        self.make(&spec.name, |_, place| disk::create_stored(spec, place, setting))
+    }
+
+    /// Makes a disk that holds what `from`, another disk of this store, holds now.
+    ///
+    /// # Errors
+    /// [`StoreError`]; nothing is left behind then.
+    pub fn clone_disk(&self, from: &Disk, name: &str) -> Result<Opened, StoreError> {
+        self.make(name, |_, place| disk::clone_stored(from, name, place, &self.shelf))
+    }
+
+    /// Makes a disk by `make`, which is given its uuid and its place, and names it, durably.
+    fn make(
+        &self,
+        name: &str,
+        make: impl FnOnce(Uuid, Place<'_>) -> Result<Opened, OpenError>,
+    ) -> Result<Opened, StoreError> {
         let uuid = Uuid::new_v4();
         let opened = self
-            .with_place(&uuid, |place| disk::create_blank(name, uuid, place, owner))
+            .with_place(&uuid, |place| make(uuid, place))
             .map_err(|error| StoreError::Disk { name: name.to_owned(), error })?;
         let target = Path::new("../disks").join(uuid.to_string());
         let failed = |error| {
@@ -208,7 +252,7 @@ impl Store {
                 }
             };
         }
-        Ok(opened)
+        Ok(self.joined(opened))
     }
 
     /// Takes the name away, durably; the disk's files stay until [`discard`](Self::discard).
@@ -229,19 +273,45 @@ impl Store {
         self.names.sync_all()
     }
 
-    /// Removes the files of a disk that no name leads to and nobody has open.
+    /// Removes the files of a disk that no name leads to and nobody has open; the layers that
+    /// another disk stands on stay.
     pub fn discard(&self, uuid: &Uuid) {
+        let _alone = self.shelf.alone();
         let dir = self.disk_dir(uuid);
         let stack = open_dir(&dir).ok().and_then(|dir| Stack::read(&dir).ok());
         let layers = stack.map(|stack| stack.layers).unwrap_or_default();
         // First the stack that names the layers: what is left over is swept at the next mount.
-        let mut removed = fs::remove_dir_all(&dir);
-        for layer in layers {
-            let path = self.dir.join("layers").join(layer.uuid.to_string());
-            removed = removed.and(fs::remove_dir_all(path));
-        }
+        let removed = fs::remove_dir_all(&dir).and_then(|()| {
+            let needed = layers_of_others(&self.dir, uuid)?;
+            let free = layers.iter().filter(|layer| !needed.contains(&layer.uuid));
+            let paths = free.map(|layer| self.dir.join("layers").join(layer.uuid.to_string()));
+            paths.fold(Ok(()), |removed, path| removed.and(fs::remove_dir_all(path)))
+        });
         if let Err(error) = removed {
             log::warn!("files of a removed disk are left in '{}': {error}", self.dir.display());
         }
     }
+}
+
+/// The layers that the disks of the store `dir` other than `uuid` stand on.
+///
+/// # Errors
+/// The host's errno, also when a stack cannot be read: nobody knows then what it needs.
+fn layers_of_others(dir: &Path, uuid: &Uuid) -> io::Result<HashSet<Uuid>> {
+    let mut needed = HashSet::new();
+    let own = uuid.to_string();
+    for entry in fs::read_dir(dir.join("disks"))? {
+        let entry = entry?;
+        if entry.file_name().to_str().is_none_or(|name| name == own || name.starts_with('.')) {
+            continue;
+        }
+        match open_dir(&entry.path()).map_err(doing("opening it")).and_then(|dir| Stack::read(&dir))
+        {
+            Ok(stack) => needed.extend(stack.layers.into_iter().map(|layer| layer.uuid)),
+            // It went between the two.
+            Err(StackError::Io { error, .. }) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => return Err(io::Error::other(error.to_string())),
+        }
+    }
+    Ok(needed)
 }

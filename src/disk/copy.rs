@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use super::{Disk, Layers, Top};
 use crate::extents::Kind;
-use crate::host::errno;
+use crate::host::{cannot_copy, copy_range, errno};
 use crate::layer::{Layer, Wait};
 use crate::overlay::Overlay;
 
@@ -103,12 +103,6 @@ fn copy_data(
     Ok(at - from.start)
 }
 
-/// Whether the host said that it cannot copy between these files, rather than that it failed.
-fn cannot(error: &io::Error) -> bool {
-    let known = [libc::EXDEV, libc::EOPNOTSUPP, libc::EINVAL, libc::ENOSYS, libc::EAGAIN];
-    error.raw_os_error().is_some_and(|code| known.contains(&code))
-}
-
 /// The first layer that says Data for a prefix of `range` lends its file to `copy`.
 fn lend_in(
     layers: &[Arc<dyn Layer>],
@@ -124,27 +118,6 @@ fn lend_in(
         }
     }
     Ok(0)
-}
-
-/// Copies `from` of the file `source` to `at` of the file `target` inside the host.
-fn copy_in_host(
-    source: BorrowedFd<'_>,
-    from: Range<u64>,
-    target: BorrowedFd<'_>,
-    at: u64,
-) -> io::Result<u64> {
-    let (mut input, mut output) = (from.start, at);
-    while input < from.end {
-        let len = usize::try_from(from.end - input).unwrap_or(usize::MAX);
-        match rustix::fs::copy_file_range(source, Some(&mut input), target, Some(&mut output), len)
-        {
-            Ok(0) => break,
-            Ok(_) | Err(rustix::io::Errno::INTR) => {}
-            Err(error) if input == from.start => return Err(error.into()),
-            Err(_) => break,
-        }
-    }
-    Ok(input - from.start)
 }
 
 impl Disk {
@@ -182,7 +155,7 @@ impl Disk {
                 self.touch(&layers.top);
                 Ok(copied)
             }
-            Err(error) if cannot(&error) => Ok(0),
+            Err(error) if cannot_copy(&error) => Ok(0),
             Err(error) => Err(error),
         }
     }
@@ -200,7 +173,7 @@ fn copy_into(
     overlay.copy_in(&to, &mut |file, place| {
         let wanted = from.start..from.start + len;
         lend_in(source.all(), wanted, &mut |input, piece| {
-            copy_in_host(input, piece, file, place.start)
+            copy_range(input, piece, file, place.start)
         })
     })
 }

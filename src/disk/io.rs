@@ -13,6 +13,7 @@ use crate::extents::{Extent, Extents, Kind, describe};
 use crate::host::errno;
 use crate::layer::{Layer, ReadBelow, Wait, WritableLayer};
 use crate::overlay::LARGEST;
+use crate::overlay::sealed::Sealed;
 use crate::pool::check_wanted;
 use crate::spec::Resize;
 
@@ -84,29 +85,65 @@ fn read_in(layers: &[Arc<dyn Layer>], buf: &mut [u8], offset: u64, wait: Wait) -
     Ok(())
 }
 
-/// Describes a prefix of `range` through `layers`, top to bottom, and says which layer has it.
-fn piece_in(
+/// Describes a prefix of `range` through `layers`, top to bottom.
+fn extent_in(
     layers: &[Arc<dyn Layer>],
     mut range: Range<u64>,
     wait: Wait,
-) -> io::Result<(Extent, u32)> {
-    let mut depth = 0;
+) -> io::Result<Extent> {
     for layer in layers {
         let extent = layer.extent_at(range, wait)?;
         if extent.kind != Kind::Lower {
-            return Ok((extent, depth));
+            return Ok(extent);
         }
         range = extent.range;
-        depth += 1;
     }
-    Ok((Extent::new(range, Kind::Hole), depth.saturating_sub(1)))
-}
-
-fn extent_in(layers: &[Arc<dyn Layer>], range: Range<u64>, wait: Wait) -> io::Result<Extent> {
-    piece_in(layers, range, wait).map(|(extent, _)| extent)
+    Ok(Extent::new(range, Kind::Hole))
 }
 
 impl Layers {
+    /// The layers of a disk.
+    pub(super) fn new(
+        top: Top,
+        sealed: Option<Arc<Sealed>>,
+        bottom: Option<Arc<dyn Layer>>,
+    ) -> Self {
+        let first = match &top {
+            Top::Overlay(overlay) => Some(Arc::clone(overlay) as Arc<dyn Layer>),
+            Top::Base(_) | Top::Nothing => None,
+        };
+        let middle = sealed.clone().map(|sealed| sealed as Arc<dyn Layer>);
+        let all = first.into_iter().chain(middle).chain(bottom.clone()).collect();
+        Self { top, sealed, bottom, all }
+    }
+
+    /// Describes a prefix of `range`, and says which layer has it: 0 is the top one, the greatest
+    /// number the base.
+    fn piece_at(&self, mut range: Range<u64>, wait: Wait) -> io::Result<(Extent, u32)> {
+        let mut depth = 0;
+        if let Top::Overlay(overlay) = &self.top {
+            let extent = overlay.extent_at(range, wait)?;
+            if extent.kind != Kind::Lower {
+                return Ok((extent, depth));
+            }
+            range = extent.range;
+            depth += 1;
+        }
+        if let Some(sealed) = &self.sealed {
+            let (extent, layer) = sealed.extent_of(&range);
+            depth += u32::try_from(layer).unwrap_or(u32::MAX);
+            if extent.kind != Kind::Lower {
+                return Ok((extent, depth));
+            }
+            range = extent.range;
+        }
+        let extent = match &self.bottom {
+            Some(bottom) => bottom.extent_at(range, wait)?,
+            None => Extent::new(range, Kind::Hole),
+        };
+        Ok((extent, depth))
+    }
+
     /// The disk's size: its top layer's.
     pub(super) fn size(&self) -> u64 {
         self.all.first().map_or(0, |layer| layer.size())
@@ -346,7 +383,7 @@ impl Disk {
         let mut at = range.start;
         let mut pieces = Vec::new();
         while at < end && pieces.len() < limit {
-            let (extent, depth) = piece_in(&layers.all, at..end, wait)?;
+            let (extent, depth) = layers.piece_at(at..end, wait)?;
             at = extent.range.end;
             pieces.push((extent, depth));
         }

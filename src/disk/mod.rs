@@ -6,6 +6,7 @@
 
 mod copy;
 mod io;
+mod life;
 mod open;
 mod stream;
 
@@ -20,7 +21,11 @@ use parking_lot::{Mutex, RwLock};
 use uuid::Uuid;
 
 pub use self::io::{Change, Keep, Whence};
-pub use self::open::{OpenError, Opened, Setting, create_blank, open, open_stored};
+use self::life::Life;
+pub use self::life::{Force, LifeError, Others, Since, SnapshotInfo};
+pub use self::open::{
+    OpenError, Opened, Setting, clone_stored, create_blank, create_stored, open, open_stored,
+};
 use crate::extents::{Extent, Extents, Kind};
 use crate::host::errno;
 use crate::layer::{Layer, Wait, WritableLayer};
@@ -28,7 +33,9 @@ use crate::overlay::Overlay;
 use crate::overlay::persist::{Holder, Residence};
 use crate::overlay::record::{Nanos, Stamp};
 use crate::overlay::recover::Recovered;
+use crate::overlay::sealed::Sealed;
 use crate::overlay::stack::inode_of;
+use crate::overlay::tree::Tree;
 use crate::pool::Pool;
 use crate::spec::{Mode, Resize};
 use crate::stream::Stream;
@@ -49,8 +56,40 @@ enum Top {
 /// The layers of a disk, as they are until the next change of the gate's holder.
 struct Layers {
     top: Top,
+    /// The sealed layers below the top.
+    sealed: Option<Arc<Sealed>>,
+    /// What lies below them all; with `Top::Base` that is the top itself.
+    bottom: Option<Arc<dyn Layer>>,
     /// Top to bottom, `top` included unless it is `Nothing`.
     all: Vec<Arc<dyn Layer>>,
+}
+
+/// Where the overlay of a disk lives, and which layers it has.
+enum Home {
+    /// There is none.
+    Nowhere,
+    /// In files without a name, in this directory: it ends with the mount.
+    Temporary { tree: Tree, dir: PathBuf },
+    /// In a directory.
+    Kept(Residence),
+}
+
+impl Home {
+    /// The layers; none without an overlay.
+    fn tree(&self) -> Option<Tree> {
+        match self {
+            Self::Nowhere => None,
+            Self::Temporary { tree, .. } => Some(tree.clone()),
+            Self::Kept(residence) => Some(residence.stack.tree()),
+        }
+    }
+
+    fn residence(&mut self) -> Option<&mut Residence> {
+        match self {
+            Self::Kept(residence) => Some(residence),
+            Self::Nowhere | Self::Temporary { .. } => None,
+        }
+    }
 }
 
 /// Who owns the mounted file.
@@ -116,8 +155,9 @@ pub struct Disk {
     allocated: Mutex<Option<(u64, u64)>>,
     /// A stat was answered with an older figure than there is.
     stale: AtomicBool,
-    /// The directory of a persistent overlay.
-    residence: Mutex<Option<Residence>>,
+    /// Where its overlay is.
+    home: Mutex<Home>,
+    life: Life,
     overlay_dir: Mutex<Option<PathBuf>>,
     /// What an overlay's `stack` has to say of the base.
     bottom: open::Bottom,
@@ -418,7 +458,7 @@ impl Disk {
     /// # Errors
     /// The host's errno from writing the overlay's `stack`; nothing has changed then.
     pub fn set_owner(&self, owner: Owner) -> stdio::Result<()> {
-        if let Some(residence) = &mut *self.residence.lock() {
+        if let Some(residence) = self.home.lock().residence() {
             let mut stack = residence.stack.clone();
             (stack.uid, stack.gid, stack.perm) = (owner.uid, owner.gid, owner.perm);
             residence.replace(stack).map_err(|error| {
@@ -490,7 +530,7 @@ impl Disk {
 
     /// Tells who looks at a persistent overlay that this daemon has it.
     pub fn announce(&self, holder: &Holder) {
-        if let Some(residence) = &*self.residence.lock() {
+        if let Some(residence) = self.home.lock().residence() {
             residence.announce(holder);
         }
     }
@@ -503,6 +543,7 @@ impl Disk {
     /// # Errors
     /// `ETIMEDOUT` for that; `EIO` when the disk has latched; the host's errno.
     pub fn close(&self, patience: Duration) -> stdio::Result<()> {
+        self.end_life(patience);
         let gate = self.gate.try_write_for(patience);
         self.closed.store(true, Ordering::SeqCst);
         match &self.layers().top {
@@ -514,7 +555,7 @@ impl Disk {
             Top::Base(base) => base.sync()?,
             Top::Nothing => {}
         }
-        if let Some(residence) = &*self.residence.lock() {
+        if let Some(residence) = self.home.lock().residence() {
             residence.withdraw();
         }
         if gate.is_some() { Ok(()) } else { Err(errno(libc::ETIMEDOUT)) }

@@ -12,15 +12,21 @@ use std::time::Duration;
 use parking_lot::{Mutex, RwLock};
 use uuid::Uuid;
 
-use super::{Disk, Layers, Owner, Times, Top, mtime_of, now};
+use super::life::{Life, LifeError};
+use super::{Disk, Home, Layers, Owner, Times, Top, mtime_of, now};
 use crate::base::identity::Identity;
 use crate::base::place::{self, PlaceError};
 use crate::base::{self, Access, Base, BaseError, BaseLayer};
 use crate::layer::{Layer, Wait};
-use crate::overlay::persist::{self, Found, New, Persistent, Place, Residence};
+use crate::overlay::persist::{self, Found, New, Persistent, Place};
 use crate::overlay::record::{Image, Nanos, Stamp};
 use crate::overlay::recover::Recovered;
-use crate::overlay::stack::{BaseRecord, LayerRecord, Stack, StackError, VERSION};
+use crate::overlay::sealed::Sealed;
+use crate::overlay::shelf::Shelf;
+use crate::overlay::stack::{
+    BaseRecord, LayerRecord, Stack, StackError, VERSION, doing, open_dir,
+};
+use crate::overlay::tree::Tree;
 use crate::overlay::{DEFAULT_BLOCK, LARGEST, Overlay, keep};
 use crate::pool::Pool;
 use crate::spec::{DiskSpec, Mode, Source, format_size};
@@ -170,7 +176,8 @@ pub fn open(spec: &DiskSpec, setting: &Setting<'_>) -> Result<Opened, OpenError>
     if let Source::Stream(stream) = &spec.source {
         return super::stream::open(spec, stream, setting);
     }
-    let opened = open_layers(spec, setting)?;
+    let place = spec.overlay.as_deref().map(|dir| Place { dir, layers: None });
+    let opened = open_layers(spec, place, setting, &Arc::default())?;
     if opened.disk.attributes(Wait::No).is_err() {
         // A base of another host: it is waited for now, so that no stat has to later.
         if let Err(error) = opened.disk.attributes(Wait::Yes) {
@@ -180,11 +187,16 @@ pub fn open(spec: &DiskSpec, setting: &Setting<'_>) -> Result<Opened, OpenError>
     Ok(opened)
 }
 
-fn open_layers(spec: &DiskSpec, setting: &Setting<'_>) -> Result<Opened, OpenError> {
+fn open_layers(
+    spec: &DiskSpec,
+    place: Option<Place<'_>>,
+    setting: &Setting<'_>,
+    shelf: &Arc<Shelf>,
+) -> Result<Opened, OpenError> {
     if let Source::File(path) = &spec.source {
         place::refuse_inside(path, setting.mountpoint, setting.mount_dev)?;
     }
-    if let Some(dir) = &spec.overlay {
+    if let Some(Place { dir, .. }) = place {
         place::refuse_inside(dir, setting.mountpoint, setting.mount_dev)?;
     }
     let access = if spec.mode == Mode::ReadWrite { Access::Write } else { Access::Read };
@@ -192,17 +204,17 @@ fn open_layers(spec: &DiskSpec, setting: &Setting<'_>) -> Result<Opened, OpenErr
     let bottom = Bottom::of(&base);
     let owner = first_owner(spec, &bottom, setting);
     let mut notes = notes_on_base(&base, setting);
-    match (&base.layer, &spec.overlay) {
+    match (&base.layer, place) {
         (BaseLayer::Writer(layer), _) => {
-            let all = vec![Arc::clone(layer) as Arc<dyn Layer>];
-            let layers = Layers { top: Top::Base(Arc::clone(layer)), all };
+            let bottom_layer = Arc::clone(layer) as Arc<dyn Layer>;
+            let layers = Layers::new(Top::Base(Arc::clone(layer)), None, Some(bottom_layer));
             let path = bottom.path().unwrap_or(Path::new("")).display().to_string();
             let summary = format!("{}, writes go straight to '{path}'", format_size(base.size));
             let disk = assemble(spec, Uuid::new_v4(), layers, bottom, owner);
             Ok(Opened { disk, summary, notes })
         }
         (BaseLayer::Reader(layer), _) if spec.mode == Mode::ReadOnly => {
-            let layers = Layers { top: Top::Nothing, all: vec![Arc::clone(layer)] };
+            let layers = Layers::new(Top::Nothing, None, Some(Arc::clone(layer)));
             let disk = assemble(spec, Uuid::new_v4(), layers, bottom, owner);
             Ok(Opened { disk, summary: format!("{}, read-only", format_size(base.size)), notes })
         }
@@ -214,27 +226,30 @@ fn open_layers(spec: &DiskSpec, setting: &Setting<'_>) -> Result<Opened, OpenErr
             let overlay = keep::temporary(&dir, block, size, limit, spec.limit)
                 .map_err(|error| OpenError::Temporary { dir: dir.clone(), error })?;
             notes.extend(notes_on_overlay(&dir, setting));
-            let layers = stacked(overlay, layer);
-            let disk = assemble(spec, Uuid::new_v4(), layers, bottom, owner);
+            let layers = stacked(overlay, Vec::new(), layer);
+            let mut disk = assemble(spec, Uuid::new_v4(), layers, bottom, owner);
+            disk.home = Mutex::new(Home::Temporary { tree: Tree::single(Uuid::new_v4(), block), dir });
+            disk.life = Life::new((size, limit), spec.limit);
             let summary = format!(
                 "{}, temporary overlay: changes end at umount ('cowslip keep' saves them)",
                 format_size(size)
             );
             Ok(Opened { disk, summary, notes })
         }
-        (BaseLayer::Reader(layer), Some(dir)) => {
-            let persistent = open_persistent(spec, dir, &base, &bottom, owner, setting)?;
-            notes.extend(notes_on_overlay(dir, setting));
+        (BaseLayer::Reader(layer), Some(place)) => {
+            let persistent =
+                open_persistent(spec, place, &base, &bottom, owner, setting, shelf)?;
+            notes.extend(notes_on_overlay(place.dir, setting));
             let layer = Arc::clone(layer);
-            Ok(settle(spec, persistent, &layer, bottom, dir, notes))
+            Ok(settle(spec, persistent, &layer, bottom, place.dir, notes))
         }
     }
 }
 
-fn stacked(overlay: Overlay, base: &Arc<dyn Layer>) -> Layers {
-    let overlay = Arc::new(overlay);
-    let all = vec![Arc::clone(&overlay) as Arc<dyn Layer>, Arc::clone(base)];
-    Layers { top: Top::Overlay(overlay), all }
+fn stacked(overlay: Overlay, below: Vec<Arc<Overlay>>, base: &Arc<dyn Layer>) -> Layers {
+    overlay.stand_on(&below);
+    let sealed = Sealed::new(below).map(Arc::new);
+    Layers::new(Top::Overlay(Arc::new(overlay)), sealed, Some(Arc::clone(base)))
 }
 
 /// The owner of a disk that was not mounted before: the one who mounts, and readable by whom the
@@ -279,7 +294,8 @@ pub(super) fn assemble(
         both: AtomicU32::new(0),
         allocated: Mutex::new(None),
         stale: false.into(),
-        residence: Mutex::new(None),
+        home: Mutex::new(Home::Nowhere),
+        life: Life::new((0, 0), None),
         overlay_dir: Mutex::new(None),
         bottom,
         recovered: Recovered::Clean,
@@ -302,8 +318,15 @@ fn new_stack(uuid: Uuid, bottom: &Bottom, owner: Owner, block: u32) -> Result<St
         gid: owner.gid,
         perm: owner.perm,
         base: bottom.record()?,
-        layers: vec![LayerRecord { uuid: Uuid::new_v4(), block }],
+        layers: vec![LayerRecord { uuid: Uuid::new_v4(), block, parent: None }],
+        snapshots: Vec::new(),
     })
+}
+
+/// The uuid for a new disk at `place`: in a store its directory is called so.
+fn uuid_for(place: Place<'_>) -> Uuid {
+    let name = place.layers.and_then(|_| place.dir.file_name()?.to_str());
+    name.and_then(|name| Uuid::parse_str(name).ok()).unwrap_or_else(Uuid::new_v4)
 }
 
 fn in_overlay(dir: &Path) -> impl FnOnce(StackError) -> OpenError {
@@ -313,16 +336,17 @@ fn in_overlay(dir: &Path) -> impl FnOnce(StackError) -> OpenError {
 
 fn open_persistent(
     spec: &DiskSpec,
-    dir: &Path,
+    place: Place<'_>,
     base: &Base,
     bottom: &Bottom,
     owner: Owner,
     setting: &Setting<'_>,
+    shelf: &Shelf,
 ) -> Result<Persistent, OpenError> {
-    let place = Place { dir, layers: None };
+    let dir = place.dir;
     if !persist::exists(dir).map_err(in_overlay(dir))? {
         let size = spec.size.unwrap_or(base.size).min(LARGEST);
-        let stack = new_stack(Uuid::new_v4(), bottom, owner, spec.block.unwrap_or(DEFAULT_BLOCK))?;
+        let stack = new_stack(uuid_for(place), bottom, owner, spec.block.unwrap_or(DEFAULT_BLOCK))?;
         let image = &Image::new(size, size.min(base.size));
         let new = New { stack, image, limit: spec.limit };
         return persist::create(place, new).map_err(in_overlay(dir));
@@ -342,7 +366,10 @@ fn open_persistent(
         }
         None => {}
     }
-    let mut persistent = found.open(spec.limit).map_err(in_overlay(dir))?;
+    if place.layers.is_none() {
+        found.sweep();
+    }
+    let mut persistent = found.open(spec.limit, shelf).map_err(in_overlay(dir))?;
     let size = persistent.overlay.size();
     if let Some(wanted) = spec.size.filter(|wanted| *wanted != size) {
         let (has, wanted) = (format_size(size), format_size(wanted));
@@ -420,7 +447,7 @@ fn settle(
     dir: &Path,
     mut notes: Vec<String>,
 ) -> Opened {
-    let Persistent { overlay, recovered, home } = persistent;
+    let Persistent { overlay, below, recovered, home } = persistent;
     let stack = &home.stack;
     let owner = Owner { uid: stack.uid, gid: stack.gid, perm: stack.perm };
     let (mtime, chosen) = last_mtime(&overlay, recovered);
@@ -438,10 +465,16 @@ fn settle(
             "recovered as after a power cut: the disk is as it was at its last sync ({lost} later changes of its map are gone)"
         )),
     }
-    let mut disk = assemble(spec, stack.uuid, stacked(overlay, base), bottom, owner);
+    let chain = stack.tree().live();
+    let uuid = stack.uuid;
+    let layers = stacked(overlay, below.clone(), base);
+    let size = spec.size.unwrap_or(base.size());
+    let mut disk = assemble(spec, uuid, layers, bottom, owner);
+    disk.life = Life::new((size, size.min(base.size())), spec.limit);
+    disk.life.note(&chain, &below);
     disk.times = Times::new(mtime, chosen, recorded);
     disk.recovered = recovered;
-    disk.residence = Mutex::new(Some(home));
+    disk.home = Mutex::new(Home::Kept(home));
     disk.overlay_dir = Mutex::new(Some(dir.to_owned()));
     Opened { disk, summary, notes }
 }
@@ -460,23 +493,35 @@ fn last_mtime(overlay: &Overlay, recovered: Recovered) -> (Nanos, bool) {
     }
 }
 
-/// The spec of a disk that lives in a store: an overlay over nothing.
-fn stored_spec(name: &str, size: u64) -> DiskSpec {
-    DiskSpec::new(name.to_owned(), Source::Blank(size))
-}
-
-/// Opens a disk of a store.
+/// Opens the disk `name` of a store, taking from `shelf` the layers that are open already.
 ///
 /// # Errors
 /// [`OpenError`].
-pub fn open_stored(name: &str, place: Place<'_>) -> Result<Opened, OpenError> {
-    let found = persist::find(place).map_err(in_overlay(place.dir))?;
-    let BaseRecord::Blank { size } = found.stack.base else {
-        let why = "has a base, this version's stores hold only disks without one".to_owned();
-        return Err(OpenError::Mismatch { dir: place.dir.to_owned(), why });
-    };
-    let persistent = found.open(None).map_err(in_overlay(place.dir))?;
-    Ok(settle_stored(name, size, persistent, place.dir))
+pub fn open_stored(
+    name: &str,
+    place: Place<'_>,
+    setting: &Setting<'_>,
+    shelf: &Arc<Shelf>,
+) -> Result<Opened, OpenError> {
+    let stack = open_dir(place.dir).map_err(doing("opening it")).and_then(|dir| Stack::read(&dir));
+    let stack = stack.map_err(in_overlay(place.dir))?;
+    let spec = DiskSpec::new(name.to_owned(), match stack.base {
+        BaseRecord::File { path, .. } => Source::File(path),
+        BaseRecord::Blank { size } => Source::Blank(size),
+    });
+    open_layers(&spec, Some(place), setting, shelf)
+}
+
+/// Makes the disk that `spec` asks for in a store.
+///
+/// # Errors
+/// [`OpenError`]; nothing is left behind then.
+pub fn create_stored(
+    spec: &DiskSpec,
+    place: Place<'_>,
+    setting: &Setting<'_>,
+) -> Result<Opened, OpenError> {
+    open_layers(spec, Some(place), setting, &Arc::default())
 }
 
 /// Makes an empty disk in a store.
@@ -496,9 +541,48 @@ pub fn create_blank(
 }
 
 fn settle_stored(name: &str, size: u64, persistent: Persistent, dir: &Path) -> Opened {
-    let spec = stored_spec(name, size);
+    let spec = DiskSpec::new(name.to_owned(), Source::Blank(size));
     let base: Arc<dyn Layer> = Arc::new(base::blank::Blank::new(size));
     settle(&spec, persistent, &base, Bottom::Blank(size), dir, Vec::new())
+}
+
+/// Makes a disk in a store that holds what `from`, another disk of it, holds now.
+///
+/// # Errors
+/// [`OpenError`], [`LifeError`] as its text; nothing is left behind then.
+pub fn clone_stored(
+    from: &Disk,
+    name: &str,
+    place: Place<'_>,
+    shelf: &Arc<Shelf>,
+) -> Result<Opened, OpenError> {
+    let refused = |error: LifeError| OpenError::NothingToKeep(error.to_string());
+    let _turn = from.begin("a clone").map_err(refused)?;
+    if from.is_latched() {
+        return Err(refused(LifeError::Latched));
+    }
+    let (layer, old) = from.freeze().map_err(refused)?;
+    let spec = DiskSpec::new(name.to_owned(), match &old.base {
+        BaseRecord::File { path, .. } => Source::File(path.clone()),
+        BaseRecord::Blank { size } => Source::Blank(*size),
+    });
+    let base = base::open(&spec.source, None, Access::Read, spec.locking)?;
+    let mut tree = Tree { layers: old.tree().chain(layer), snapshots: Vec::new() };
+    tree.layers.reverse();
+    tree.grow(Uuid::new_v4(), Some(layer));
+    let stack = Stack { uuid: uuid_for(place), ..old.with_tree(tree.clone()) };
+    let size = from.size();
+    let image = Image { mtime: from.overlay().and_then(|top| top.mtime()), ..Image::new(size, size) };
+    let new = New { stack, image: &image, limit: None };
+    let alone = shelf.alone();
+    let mut made = persist::create(place, new).map_err(in_overlay(place.dir))?;
+    drop(alone);
+    for record in tree.live().iter().skip(1) {
+        let layer = made.home.sealed(record.uuid, shelf).map_err(in_overlay(place.dir))?;
+        made.below.push(layer);
+    }
+    let bottom = Bottom::of(&base);
+    Ok(settle(&spec, made, &base.layer.reader(), bottom, place.dir, Vec::new()))
 }
 
 /// What the base's file system cannot do.
@@ -564,6 +648,7 @@ impl Disk {
         if self.stream().is_some() {
             return nothing("the disk is a stream: what was written has left or will");
         }
+        let _turn = self.begin("keeping it").map_err(|error| OpenError::NothingToKeep(error.to_string()))?;
         let _gate = self.gate.write();
         let layers = self.layers();
         let Top::Overlay(overlay) = &layers.top else {
@@ -579,17 +664,20 @@ impl Disk {
             });
         }
         let block = u32::try_from(overlay.block()).unwrap_or(DEFAULT_BLOCK);
+        let refused = |error: LifeError| OpenError::NothingToKeep(error.to_string());
+        let tree = self.tree("changes to keep").map_err(refused)?;
         let stack = new_stack(self.uuid, &self.bottom, self.owner(), block)?;
         self.record_mtime(overlay);
         let place = Place { dir, layers: None };
-        let Persistent { overlay, home, .. } =
-            keep::keep(overlay, place, stack).map_err(in_overlay(dir))?;
-        let below = layers.all.get(1).cloned();
-        let overlay = Arc::new(overlay);
-        let all = std::iter::once(Arc::clone(&overlay) as Arc<dyn Layer>).chain(below).collect();
-        *self.layers.write() = Arc::new(Layers { top: Top::Overlay(overlay), all });
-        let residence: Residence = home;
-        *self.residence.lock() = Some(residence);
+        let all = self.all_layers(&tree).map_err(refused)?;
+        let kept = keep::keep(&all, place, stack.with_tree(tree.clone()));
+        let Persistent { overlay, below, home, .. } = kept.map_err(in_overlay(dir))?;
+        self.life.note(&tree.live(), &below);
+        overlay.stand_on(&below);
+        let sealed = Sealed::new(below).map(Arc::new);
+        let top = Top::Overlay(Arc::new(overlay));
+        *self.layers.write() = Arc::new(Layers::new(top, sealed, layers.bottom.clone()));
+        *self.home.lock() = Home::Kept(home);
         *self.overlay_dir.lock() = Some(dir.to_owned());
         Ok(())
     }

@@ -56,7 +56,7 @@ pub(super) fn open(
                 temporary_dir(),
             );
             let output = output.map_err(failed)?;
-            let all = vec![Arc::clone(&output) as Arc<dyn Layer>];
+            let bottom = Arc::clone(&output) as Arc<dyn Layer>;
             let top = Top::Base(Arc::clone(&output) as Arc<dyn WritableLayer>);
             let complete = match stream.finish {
                 FinishWhen::Explicit => "after 'cowslip finish'",
@@ -64,7 +64,7 @@ pub(super) fn open(
                 FinishWhen::Close => "after its last writer",
             };
             let summary = format!("{size}, stream to {goes_to}: complete {complete}");
-            (Stream::Output(output), Layers { top, all }, summary)
+            (Stream::Output(output), Layers::new(top, None, Some(bottom)), summary)
         }
         Flow::In { supply, spool } => {
             spec.mode = Mode::ReadOnly;
@@ -81,10 +81,10 @@ pub(super) fn open(
                 stop,
             );
             let input = input.map_err(failed)?;
-            let all = vec![Arc::clone(&input) as Arc<dyn Layer>];
+            let bottom = Arc::clone(&input) as Arc<dyn Layer>;
             let summary = format!("{size}, stream from {described}");
             let started = Stream::Input { input, monitor: comes_from };
-            (started, Layers { top: Top::Nothing, all }, summary)
+            (started, Layers::new(Top::Nothing, None, Some(bottom)), summary)
         }
     };
     let bottom = Bottom::Blank(stream.size);

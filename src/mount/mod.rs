@@ -280,13 +280,40 @@ fn open_disks(plan: &Plan, catalog: &Catalog) -> Result<Vec<String>, String> {
         }
         Ok(())
     };
-    catalog.open_stored(|name, opened| put(name, opened, Origin::Stored))?;
+    catalog.open_stored(&setting, |name, opened| put(name, opened, Origin::Stored))?;
     for spec in &plan.disks {
+        if let Some(store) = spec.overlay.as_deref().and_then(|dir| catalog.store_at(dir)) {
+            if let Some(line) = already_stored(catalog, spec)? {
+                log::info!("{line}");
+                continue;
+            }
+            let opened = store.create_over(spec, &setting).map_err(|error| error.to_string())?;
+            put(&spec.name, opened, Origin::Stored)?;
+            continue;
+        }
         let opened =
             disk::open(spec, &setting).map_err(|error| format!("{}: {error}", spec.name))?;
         put(&spec.name, opened, Origin::Given)?;
     }
     Ok(lines)
+}
+
+/// A line when the disk that `spec` asks to have in the store is there already.
+fn already_stored(catalog: &Catalog, spec: &DiskSpec) -> Result<Option<String>, String> {
+    let Some(entry) = catalog.named(&spec.name) else { return Ok(None) };
+    let is_same = match &spec.source {
+        Source::File(path) => path
+            .canonicalize()
+            .is_ok_and(|path| entry.disk.base_path().is_some_and(|base| base == path)),
+        _ => entry.disk.base_path().is_none(),
+    };
+    if is_same {
+        return Ok(Some(format!("{}: is in the store already", spec.name)));
+    }
+    Err(format!(
+        "{}: the store has a disk of that name over '{}': give this one another NAME=",
+        spec.name, entry.disk.source
+    ))
 }
 
 fn mount_and_spawn(plan: &Plan, mountpoint: &Path, shared: Arc<Shared>) -> Result<Mount, String> {

@@ -163,6 +163,20 @@ impl<const CHUNK: u64> BlockMap<CHUNK> {
         Run { range: range.start..BlockIndex(end), state }
     }
 
+    /// The state of all blocks of `chunk` and the first chunk after it where that may change;
+    /// `None` for a mixed chunk, which is always alone.
+    #[must_use]
+    pub fn chunk_at(&self, chunk: u64) -> (Option<State>, u64) {
+        match self.directory.range(..=chunk).next_back() {
+            Some((_, Entry::Uniform { end, state })) if chunk < *end => (Some(*state), *end),
+            Some((start, Entry::Leaf(_))) if chunk == *start => (None, chunk + 1),
+            _ => {
+                let next = self.directory.range(chunk..).next();
+                (Some(State::Lower), next.map_or(u64::MAX / CHUNK, |(start, _)| *start))
+            }
+        }
+    }
+
     /// The runs that make up `range`: ascending, each as long as it can be, without gaps.
     pub fn runs(&self, range: Range<BlockIndex>) -> impl Iterator<Item = Run> + use<'_, CHUNK> {
         let mut rest = range;

@@ -5,13 +5,12 @@ use std::io::{self, IoSlice};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 use rustix::fs::{Mode, OFlags};
 
 use super::blocks::{BlockIndex, State};
 use super::data::{Create, HostFile, Storage};
-use super::persist::{self, New, Persistent, Place};
+use super::persist::{self, Part, Persistent, Place};
 use super::record::{Image, Tag};
 use super::stack::{Stack, StackError, data_in, link_segment};
 use super::{Overlay, stack};
@@ -62,30 +61,49 @@ fn nameless(dir: &Path) -> io::Result<File> {
     }
 }
 
-/// Makes a persistent overlay at `place` that holds what `overlay` holds, durable when it
-/// returns. The caller holds the gate exclusive and uses the new one from then on.
+/// Makes a persistent overlay at `place` of `layers`, one for each of `stack`, durable when it
+/// returns. The caller holds the gate exclusive and uses the new ones from then on.
 ///
-/// On one file system the data file only gets a name; else its data is copied.
+/// On one file system the data files only get names; else their data is copied.
 ///
 /// # Errors
-/// [`StackError`]; `overlay` is as it was and nothing is left behind then.
-pub fn keep(overlay: &Overlay, place: Place<'_>, stack: Stack) -> Result<Persistent, StackError> {
-    let image = overlay.image();
-    let limit = overlay.limit.map(|blocks| blocks * overlay.block);
-    let new = New { stack, image: &image, limit };
-    let kept = persist::build(place, new, |layer| {
-        let file = overlay.data.host_file().ok_or_else(|| host::errno(libc::EOPNOTSUPP))?;
-        match link(file, layer) {
-            Ok(data) => Ok(data),
-            Err(error) if is_elsewhere(&error) => copy(overlay, &image, layer),
-            Err(error) => Err(error),
+/// [`StackError`]; the layers are as they were and nothing is left behind then.
+pub fn keep(
+    layers: &[Arc<Overlay>],
+    place: Place<'_>,
+    stack: Stack,
+) -> Result<Persistent, StackError> {
+    let Some((top, sealed)) = layers.split_last() else {
+        return Err(StackError::Syntax("it has no layer".to_owned()));
+    };
+    for layer in sealed {
+        // Nothing may wait any more to be given back there: a sealed layer is never touched.
+        layer.settle().map_err(stack::doing("giving space back"))?;
+    }
+    let limit = top.limit.map(|blocks| blocks * top.block);
+    let parts = stack.layers.iter().zip(layers).map(|(record, layer)| {
+        let image = layer.image();
+        Part {
+            record: record.clone(),
+            image: image.clone(),
+            put_data: Box::new(move |dir| put(layer, &image, dir)),
         }
-    })?;
+    });
+    let parts = parts.collect();
+    let kept = persist::build(place, stack, parts, limit)?;
     // What waited to be given back there waits here.
     kept.overlay.reclaim();
-    // And what was learnt from the old map must not be taken for the new one's.
-    kept.overlay.revision.store(overlay.revision() + 1, Ordering::Release);
+    kept.overlay.follow(top);
     Ok(kept)
+}
+
+/// Puts the data of a temporary layer into the directory `dir`.
+fn put(layer: &Overlay, image: &Image, dir: &File) -> io::Result<HostFile> {
+    let file = layer.data.host_file().ok_or_else(|| host::errno(libc::EOPNOTSUPP))?;
+    match link(file, dir) {
+        Err(error) if is_elsewhere(&error) => copy(layer, image, dir),
+        linked => linked,
+    }
 }
 
 fn is_elsewhere(error: &io::Error) -> bool {

@@ -26,14 +26,18 @@ pub mod keep;
 mod leaf;
 pub mod life;
 pub mod log;
+mod merge;
 pub mod pending;
 pub mod persist;
 pub mod ranges;
 pub mod readers;
 pub mod record;
 pub mod recover;
+pub mod sealed;
+pub mod shelf;
 pub mod stack;
 mod sync;
+pub mod tree;
 pub mod turns;
 
 use std::fs::File;
@@ -86,6 +90,10 @@ pub struct Overlay {
     revision: AtomicU64,
     /// The most Data blocks there may be.
     limit: Option<u64>,
+    /// Sealed layers below that must be durable before this one vouches for anything.
+    unsettled: Mutex<Vec<Arc<Overlay>>>,
+    /// It is sealed, durable and its log closed: nothing is left to be done for it.
+    settled: Mutex<bool>,
 }
 
 /// What an overlay holds, for people.
@@ -125,13 +133,42 @@ impl Overlay {
             latched: AtomicBool::new(false),
             revision: AtomicU64::new(0),
             limit: limit.map(|limit| limit / block),
+            unsettled: Mutex::default(),
+            settled: Mutex::new(false),
         }
+    }
+
+    /// A layer that was sealed and closed in good order before.
+    #[must_use]
+    pub fn closed(block: u32, data: Arc<dyn Storage>, image: Image, tag: Tag) -> Self {
+        let layer = Self::new(block, data, image, None, tag, None);
+        *layer.settled.lock() = true;
+        layer
+    }
+
+    /// Puts it on `layers`: each of them is made durable before this one vouches for a change.
+    pub fn stand_on(&self, layers: &[Arc<Self>]) {
+        // One that is being settled at this moment is waited for later, not here.
+        let is_open = |layer: &&Arc<Self>| layer.settled.try_lock().is_none_or(|done| !*done);
+        let open = layers.iter().filter(is_open);
+        *self.unsettled.lock() = open.cloned().collect();
+    }
+
+    /// Takes the place of `older`: what was learnt from that map is not taken for this one's.
+    pub fn follow(&self, older: &Self) {
+        self.revision.store(older.revision() + 1, Ordering::Release);
     }
 
     /// Block size in bytes.
     #[must_use]
     pub fn block(&self) -> u64 {
         self.block
+    }
+
+    /// How far down into what lies below one can see, in bytes.
+    #[must_use]
+    pub fn lower_limit(&self) -> u64 {
+        self.map.read().lower_limit
     }
 
     /// Whether its changes end with the mount.

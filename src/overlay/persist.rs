@@ -5,6 +5,7 @@
 //! top layer's `data`: hard links, bind mounts and renames cannot fool it. The file `holder` only
 //! tells people who has the lock.
 
+use std::collections::{HashMap, HashSet};
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::path::Path;
@@ -14,14 +15,16 @@ use std::time::{Duration, Instant};
 
 use rustix::fs::{AtFlags, FlockOperation, OFlags};
 use serde::{Deserialize, Serialize};
+use uuid::Uuid;
 
 use super::data::{HostFile, Storage};
 use super::log::Log;
 use super::record::{Image, Tag};
 use super::recover::{self, Files, Recovered, Trusted};
+use super::shelf::Shelf;
 use super::stack::{
-    LayerDir, LayerRecord, Stack, StackError, create_at, data_in, doing, layer_files, make_dir_at,
-    open_at, open_dir,
+    LayerDir, LayerFiles, LayerRecord, Stack, StackError, create_at, data_in, doing, layer_files,
+    make_dir_at, open_at, open_dir,
 };
 use super::{Overlay, life};
 
@@ -50,8 +53,10 @@ pub struct Holder {
 
 /// A persistent overlay that is open.
 pub struct Persistent {
-    /// The layer.
+    /// The layer that takes the writes.
     pub overlay: Overlay,
+    /// The sealed layers below it, top to bottom.
+    pub below: Vec<Arc<Overlay>>,
     /// How it was found.
     pub recovered: Recovered,
     /// The files that stay with it.
@@ -63,8 +68,10 @@ pub struct Residence {
     /// What makes the disk.
     pub stack: Stack,
     dir: File,
+    layers: File,
     /// Unlocked when the last descriptor of this open file is closed.
-    _lock: File,
+    lock: File,
+    torn: bool,
 }
 
 impl Residence {
@@ -73,9 +80,73 @@ impl Residence {
     /// # Errors
     /// The host's errno; the old one is in place then.
     pub fn replace(&mut self, stack: Stack) -> Result<(), StackError> {
-        stack.write(&self.dir)?;
+        if let Err(error) = stack.write(&self.dir) {
+            // It may have come into its place without that being durable.
+            let is_old = || Stack::read(&self.dir).is_ok_and(|found| found == self.stack);
+            if !is_old()
+                && let Err(again) = self.stack.write(&self.dir)
+            {
+                log::error!("the old 'stack' could not be put back: {again}");
+                self.torn = true;
+            }
+            return Err(error);
+        }
         self.stack = stack;
         Ok(())
+    }
+
+    /// Whether the `stack` in the directory may be another than this one: nothing may be
+    /// acknowledged any more then.
+    #[must_use]
+    pub fn is_torn(&self) -> bool {
+        self.torn
+    }
+
+    /// As [`replace`](Self::replace), with another top, whose lock is `lock`.
+    ///
+    /// # Errors
+    /// As [`replace`](Self::replace).
+    pub fn replace_top(&mut self, stack: Stack, lock: File) -> Result<(), StackError> {
+        self.replace(stack)?;
+        self.lock = lock;
+        Ok(())
+    }
+
+    /// Makes a layer that no stack names yet, durably, and locks it.
+    ///
+    /// # Errors
+    /// [`StackError`]; nothing is left behind then.
+    pub fn add_layer(
+        &self,
+        record: &LayerRecord,
+        image: &Image,
+        limit: Option<u64>,
+    ) -> Result<(Overlay, File), StackError> {
+        make_layer(&self.layers, record, image, limit, |layer| empty_data(layer, image.size))
+            .inspect_err(|_| self.remove_layer(record.uuid))
+    }
+
+    /// Opens the sealed layer `uuid` of this disk, or takes it from `shelf`.
+    ///
+    /// # Errors
+    /// [`StackError`].
+    pub fn sealed(&self, uuid: Uuid, shelf: &Shelf) -> Result<Arc<Overlay>, StackError> {
+        let record = self.stack.layers.iter().find(|layer| layer.uuid == uuid);
+        let record = record.ok_or_else(|| {
+            doing("opening its layer")(io::Error::from_raw_os_error(libc::ENOENT))
+        })?;
+        shelf.get(uuid, || open_sealed(&self.layers, record).map(|(layer, _)| layer))
+    }
+
+    /// Removes the files of a layer that no stack names any more. Best effort: what is left is
+    /// swept when the overlay is opened the next time.
+    pub fn remove_layer(&self, uuid: Uuid) {
+        if self.torn {
+            return; // Nobody knows what the stack names.
+        }
+        if let Err(error) = remove_layer(&self.layers, uuid) {
+            log::debug!("the files of layer {uuid} are left behind: {error}");
+        }
     }
 
     /// Tells others who has it. Best effort: the lock is what counts.
@@ -97,14 +168,41 @@ impl Residence {
     }
 }
 
+/// Removes the directory of the layer `uuid`, its `data` last: that carries the lock.
+fn remove_layer(layers: &File, uuid: Uuid) -> io::Result<()> {
+    let name = uuid.to_string();
+    let dir = open_at(layers, &name, OFlags::RDONLY | OFlags::DIRECTORY)?;
+    for entry in rustix::fs::Dir::read_from(&dir)? {
+        let entry = entry?;
+        if !matches!(entry.file_name().to_bytes(), b"." | b".." | b"data") {
+            rustix::fs::unlinkat(&dir, entry.file_name(), AtFlags::empty())?;
+        }
+    }
+    match rustix::fs::unlinkat(&dir, "data", AtFlags::empty()) {
+        Ok(()) | Err(rustix::io::Errno::NOENT) => {}
+        Err(error) => return Err(error.into()),
+    }
+    Ok(rustix::fs::unlinkat(layers, &name, AtFlags::REMOVEDIR)?)
+}
+
 /// What is to be made.
 pub struct New<'a> {
-    /// The disk's stack, with one layer.
+    /// The disk's stack.
     pub stack: Stack,
-    /// Its layer's first map.
+    /// The first map of its top.
     pub image: &'a Image,
     /// The most bytes of data it may hold.
     pub limit: Option<u64>,
+}
+
+/// A layer to be made in a new overlay, perhaps of one that exists elsewhere.
+pub struct Part<'a> {
+    /// Its place in the stack.
+    pub record: LayerRecord,
+    /// Its map.
+    pub image: Image,
+    /// Makes its data file in the directory of the layer.
+    pub put_data: Box<dyn FnOnce(&File) -> io::Result<HostFile> + 'a>,
 }
 
 /// Whether something is at `dir` already, and has to be opened rather than made.
@@ -125,28 +223,38 @@ pub fn exists(dir: &Path) -> Result<bool, StackError> {
     }
 }
 
-/// Makes an empty overlay.
+/// Makes an overlay with an empty top; all layers below that exist already.
 ///
 /// # Errors
 /// [`StackError`]; nothing is left behind then.
 pub fn create(place: Place<'_>, new: New<'_>) -> Result<Persistent, StackError> {
-    let size = new.image.size;
-    build(place, new, |layer| {
-        let file = create_at(layer, "data")?;
-        // A length from the start: later writes then change blocks only, not the file's size.
-        file.set_len(size.min(super::data::SEGMENT))?;
-        data_in(layer.try_clone()?, file)
-    })
+    let New { stack, image, limit } = new;
+    let part = Part {
+        record: top_layer(&stack)?,
+        image: image.clone(),
+        put_data: Box::new(|layer: &File| empty_data(layer, image.size)),
+    };
+    build(place, stack, vec![part], limit)
 }
 
-/// Builds an overlay whose data file `put_data` makes in the directory of the layer.
+/// An empty data file for a disk of `size` bytes. It has its length from the start: later writes
+/// then change blocks only, not the file's size.
+fn empty_data(layer: &File, size: u64) -> io::Result<HostFile> {
+    let file = create_at(layer, "data")?;
+    file.set_len(size.min(super::data::SEGMENT))?;
+    data_in(layer.try_clone()?, file)
+}
+
+/// Builds an overlay and `parts` of its layers, the top among them; all others exist already.
+/// `limit` caps the bytes of data that the top may hold.
 ///
 /// # Errors
 /// [`StackError`]; nothing is left behind then.
 pub fn build(
     place: Place<'_>,
-    new: New<'_>,
-    put_data: impl FnOnce(&File) -> io::Result<HostFile>,
+    stack: Stack,
+    parts: Vec<Part<'_>>,
+    limit: Option<u64>,
 ) -> Result<Persistent, StackError> {
     let parent = place.dir.parent().unwrap_or(Path::new("/"));
     if !parent.is_dir() {
@@ -162,34 +270,68 @@ pub fn build(
         Some(path) => open_dir(path),
     };
     let layers = layers.map_err(doing("making its layers"))?;
-    let record = new.stack.layers.last().cloned().ok_or(StackError::Layers(0))?;
-    let made = build_in(&dir, &layers, &record, &new, put_data).and_then(|made| {
+    let uuids: Vec<Uuid> = parts.iter().map(|part| part.record.uuid).collect();
+    let made = build_in(&dir, &layers, &stack, parts, limit).and_then(|made| {
         let placed =
             std::fs::rename(temp.path(), place.dir).and_then(|()| open_dir(parent)?.sync_all());
         placed.map_err(doing("putting it in its place"))?;
         Ok(made)
     });
     match made {
-        Ok((overlay, lock)) => {
+        Ok((overlay, below, lock)) => {
             let _ = temp.keep();
-            let home = Residence { stack: new.stack, dir, _lock: lock };
-            Ok(Persistent { overlay, recovered: Recovered::New, home })
+            let home = Residence { stack, dir, layers, lock, torn: false };
+            Ok(Persistent { overlay, below, recovered: Recovered::New, home })
         }
         Err(error) => {
-            if let Some(layers) = place.layers {
+            if place.layers.is_some() {
                 // Not below the temporary directory, which removes itself.
-                let _ = std::fs::remove_dir_all(layers.join(record.uuid.to_string()));
+                uuids.into_iter().for_each(|uuid| {
+                    let _ = remove_layer(&layers, uuid);
+                });
             }
             Err(error)
         }
     }
 }
 
+/// The layers that were built: the top one, those below it, and the lock.
+type Built = (Overlay, Vec<Arc<Overlay>>, File);
+
 fn build_in(
     dir: &File,
     layers: &File,
+    stack: &Stack,
+    parts: Vec<Part<'_>>,
+    limit: Option<u64>,
+) -> Result<Built, StackError> {
+    let mut sealed = HashMap::new();
+    let mut top = None;
+    for Part { record, image, put_data } in parts {
+        let is_top = Some(&record) == stack.layers.last();
+        let limit = limit.filter(|_| is_top);
+        let (layer, lock) = make_layer(layers, &record, &image, limit, put_data)?;
+        if is_top {
+            top = Some((layer, lock));
+        } else {
+            layer.settle().map_err(doing("closing its log"))?;
+            sealed.insert(record.uuid, Arc::new(layer));
+        }
+    }
+    let no_layer = || StackError::Syntax("it has no layer".to_owned());
+    let (overlay, lock) = top.ok_or_else(no_layer)?;
+    stack.write(dir)?;
+    let below = stack.tree().live().into_iter().skip(1);
+    let below = below.filter_map(|record| sealed.get(&record.uuid).cloned()).collect();
+    Ok((overlay, below, lock))
+}
+
+/// Makes the files of a layer durably, and locks it.
+fn make_layer(
+    layers: &File,
     record: &LayerRecord,
-    new: &New<'_>,
+    image: &Image,
+    limit: Option<u64>,
     put_data: impl FnOnce(&File) -> io::Result<HostFile>,
 ) -> Result<(Overlay, File), StackError> {
     let layer = make_dir_at(layers, record.uuid.to_string()).map_err(doing("making its layer"))?;
@@ -201,15 +343,14 @@ fn build_in(
     let start = || -> io::Result<(Log, Tag)> {
         let tag = life::tag(&layer)?;
         let home = Arc::new(LayerDir::new(layer.try_clone()?));
-        let log = Log::create(home, record.uuid, u64::from(record.block), new.image, tag, 1)?;
+        let log = Log::create(home, record.uuid, u64::from(record.block), image, tag, 1)?;
         layer.sync_all()?;
         layers.sync_all()?;
         Ok((log, tag))
     };
     let (log, tag) = start().map_err(doing("writing its log"))?;
-    new.stack.write(dir)?;
-    let image = new.image.clone();
-    let overlay = Overlay::new(record.block, Arc::new(data), image, Some(log), tag, new.limit);
+    let image = image.clone();
+    let overlay = Overlay::new(record.block, Arc::new(data), image, Some(log), tag, limit);
     Ok((overlay, lock))
 }
 
@@ -218,6 +359,7 @@ pub struct Found {
     /// What makes the disk.
     pub stack: Stack,
     dir: File,
+    layers: File,
     lock: File,
     files: Files,
     record: LayerRecord,
@@ -243,17 +385,38 @@ pub fn find(place: Place<'_>) -> Result<Found, StackError> {
         // Once more under the lock: its last holder may have changed it.
         let stack = Stack::read(&dir)?;
         if top_layer(&stack)? == record {
-            return Ok(Found { stack, dir, lock: layer.lock, files: layer.files, record });
+            let (lock, files) = (layer.lock, layer.files);
+            return Ok(Found { stack, dir, layers, lock, files, record });
         }
     }
 }
 
-/// The layer that is written to; the only one in this version.
+/// The layer that is written to.
 fn top_layer(stack: &Stack) -> Result<LayerRecord, StackError> {
-    match &stack.layers[..] {
-        [record] => Ok(record.clone()),
-        layers => Err(StackError::Layers(layers.len())),
+    let top = stack.layers.last().cloned();
+    top.ok_or_else(|| StackError::Syntax("it has no layer".to_owned()))
+}
+
+/// Opens a sealed layer. One that was not closed is recovered, made durable and closed first, by
+/// one process alone.
+fn open_sealed(
+    layers: &File,
+    record: &LayerRecord,
+) -> Result<(Arc<Overlay>, Recovered), StackError> {
+    let in_log = |error| StackError::Log { uuid: record.uuid, error };
+    let LayerFiles { lock, files } = layer_files(layers, record, |_| Ok(()))?;
+    let tag = life::tag(layers).map_err(doing("reading the boot id"))?;
+    let trusted = recover::examine(&files, tag).map_err(in_log)?;
+    if trusted.recovered == Recovered::Clean {
+        let image = recover::load(&files, &trusted).map_err(in_log)?;
+        let layer = Overlay::closed(record.block, Arc::clone(&files.data), image, tag);
+        return Ok((Arc::new(layer), Recovered::Clean));
     }
+    rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive)
+        .map_err(|error| doing("locking a layer to recover it")(error.into()))?;
+    let (layer, recovered) = Overlay::open(&files, tag, None).map_err(in_log)?;
+    layer.settle().map_err(doing("closing the log of a recovered layer"))?;
+    Ok((Arc::new(layer), recovered))
 }
 
 /// Takes the lock; a daemon that is draining is waited for.
@@ -311,15 +474,50 @@ impl Found {
         &*self.files.data
     }
 
-    /// Opens it for use. `limit` caps the bytes of data it may hold.
+    /// Opens it for use, taking from `shelf` the sealed layers that are open already. `limit` caps
+    /// the bytes of data that all its layers may hold together.
     ///
     /// # Errors
-    /// [`StackError::Log`].
-    pub fn open(self, limit: Option<u64>) -> Result<Persistent, StackError> {
+    /// [`StackError`].
+    pub fn open(self, limit: Option<u64>, shelf: &Shelf) -> Result<Persistent, StackError> {
         let tag = life::tag(&self.dir).map_err(doing("reading the boot id"))?;
-        let (overlay, recovered) =
+        let mut recovered = Recovered::Clean;
+        let mut below = Vec::new();
+        // The lowest first: what stands on it is read only once it is as it will stay.
+        for record in self.stack.tree().live().iter().skip(1).rev() {
+            below.push(shelf.get(record.uuid, || {
+                let (layer, found) = open_sealed(&self.layers, record)?;
+                recovered = recovered.and(found);
+                Ok::<_, StackError>(layer)
+            })?);
+        }
+        below.reverse();
+        let held: u64 = below.iter().map(|layer| layer.usage().data).sum();
+        let limit = limit.map(|limit| limit.saturating_sub(held));
+        let (overlay, found) =
             Overlay::open(&self.files, tag, limit).map_err(self.log_error())?;
-        let home = Residence { stack: self.stack, dir: self.dir, _lock: self.lock };
-        Ok(Persistent { overlay, recovered, home })
+        let Self { stack, dir, layers, lock, .. } = self;
+        let home = Residence { stack, dir, layers, lock, torn: false };
+        Ok(Persistent { overlay, below, recovered: recovered.and(found), home })
+    }
+
+    /// Removes the layers that the stack does not name: what an operation that was cut short left
+    /// behind. Only for an overlay that has its layers to itself.
+    pub fn sweep(&self) {
+        let named: HashSet<Uuid> = self.stack.layers.iter().map(|layer| layer.uuid).collect();
+        let Ok(entries) = rustix::fs::Dir::read_from(&self.layers) else {
+            return;
+        };
+        for entry in entries.flatten() {
+            let name = entry.file_name().to_str().ok();
+            let Some(uuid) = name.and_then(|name| Uuid::parse_str(name).ok()) else {
+                continue;
+            };
+            if !named.contains(&uuid)
+                && let Err(error) = remove_layer(&self.layers, uuid)
+            {
+                log::warn!("layer {uuid}, which nothing needs, is left behind: {error}");
+            }
+        }
     }
 }

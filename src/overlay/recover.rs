@@ -34,6 +34,22 @@ pub enum Recovered {
     },
 }
 
+impl Recovered {
+    /// What is to be said of two layers of one disk.
+    #[must_use]
+    pub fn and(self, other: Self) -> Self {
+        match (self, other) {
+            (Self::Vouched { lost }, Self::Vouched { lost: more }) => {
+                Self::Vouched { lost: lost + more }
+            }
+            (found @ Self::Vouched { .. }, _) | (_, found @ Self::Vouched { .. }) => found,
+            (Self::All, _) | (_, Self::All) => Self::All,
+            (Self::New, other) => other,
+            (found, _) => found,
+        }
+    }
+}
+
 /// Why a layer cannot be opened.
 #[derive(Debug, thiserror::Error)]
 pub enum LogError {

@@ -24,10 +24,15 @@ use uuid::Uuid;
 use super::data::{Create, HostFile, Storage};
 use super::log::{Home, Replaced};
 use super::recover::{Files, LogError};
+pub use super::tree::{LayerRecord, SnapshotRecord};
+use super::tree::Tree;
 use crate::base::identity::Identity;
 
 /// The version of everything on disk that this code reads and writes.
 pub const VERSION: u32 = 1;
+
+/// The longest `stack` in bytes: some ten thousand layers.
+const LONGEST: u64 = 4 << 20;
 
 /// The contents of a `stack` file.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -45,8 +50,11 @@ pub struct Stack {
     pub perm: u16,
     /// What lies at the bottom.
     pub base: BaseRecord,
-    /// The overlay's layers, bottom to top; the last one is written to.
+    /// The overlay's layers, each after the one below it; the last one is written to.
     pub layers: Vec<LayerRecord>,
+    /// Its snapshots, in the order they were taken.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub snapshots: Vec<SnapshotRecord>,
 }
 
 /// The base of a disk, as its overlay remembers it.
@@ -67,15 +75,6 @@ pub enum BaseRecord {
         /// Its size in bytes.
         size: u64,
     },
-}
-
-/// One layer of an overlay.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct LayerRecord {
-    /// The name of its directory.
-    pub uuid: Uuid,
-    /// Its block size in bytes.
-    pub block: u32,
 }
 
 /// Why a persistent overlay cannot be made or opened. One line each; the path is put in front by
@@ -105,9 +104,6 @@ pub enum StackError {
     /// Another version wrote it.
     #[error("has format version {0}, this cowslip knows version {VERSION}: use a newer cowslip")]
     Version(u32),
-    /// It has layers that this version cannot stack.
-    #[error("has {0} layers, this version mounts overlays of one: use a newer cowslip")]
-    Layers(usize),
     /// Another daemon has it.
     #[error("is in use by the cowslip mount at '{mountpoint}' (pid {pid}): unmount that first")]
     InUse {
@@ -127,11 +123,23 @@ pub enum StackError {
 }
 
 /// Names what was being done when the host said no.
-pub(super) fn doing(what: &'static str) -> impl FnOnce(io::Error) -> StackError {
+pub(crate) fn doing(what: &'static str) -> impl FnOnce(io::Error) -> StackError {
     move |error| StackError::Io { what, error }
 }
 
 impl Stack {
+    /// Its layers and their names.
+    #[must_use]
+    pub fn tree(&self) -> Tree {
+        Tree { layers: self.layers.clone(), snapshots: self.snapshots.clone() }
+    }
+
+    /// The same disk with other layers.
+    #[must_use]
+    pub fn with_tree(&self, tree: Tree) -> Self {
+        Self { layers: tree.layers, snapshots: tree.snapshots, ..self.clone() }
+    }
+
     /// The file's bytes.
     fn encode(&self) -> Result<Vec<u8>, StackError> {
         let body = toml::to_string(self).map_err(|error| StackError::Syntax(error.to_string()))?;
@@ -158,6 +166,9 @@ impl Stack {
             return Err(StackError::Version(version));
         }
         let stack: Self = toml::from_str(body).map_err(syntax)?;
+        if let Some(fault) = stack.tree().fault() {
+            return Err(StackError::Syntax(fault));
+        }
         let is_block = |block: u32| block.is_power_of_two() && (512..=2 << 20).contains(&block);
         match stack.layers.iter().find(|layer| !is_block(layer.block)) {
             None => Ok(stack),
@@ -182,7 +193,7 @@ impl Stack {
         };
         let mut bytes = Vec::new();
         // A stack is a few hundred bytes; one that never ends is none.
-        file.take(1 << 20).read_to_end(&mut bytes).map_err(doing("reading its 'stack'"))?;
+        file.take(LONGEST).read_to_end(&mut bytes).map_err(doing("reading its 'stack'"))?;
         Self::decode(&bytes)
     }
 
@@ -192,6 +203,10 @@ impl Stack {
     /// The host's errno; the old one is in place then.
     pub fn write(&self, dir: &File) -> Result<(), StackError> {
         let bytes = self.encode()?;
+        if bytes.len() as u64 > LONGEST {
+            // It could not be read again.
+            return Err(doing("writing its 'stack'")(io::Error::from_raw_os_error(libc::EFBIG)));
+        }
         let replace = || -> io::Result<()> {
             let mut file = create_at(dir, "stack.new")?;
             file.write_all(&bytes)?;
@@ -369,7 +384,8 @@ mod tests {
             gid: 2,
             perm: 0o640,
             base: BaseRecord::Blank { size: 1 << 30 },
-            layers: vec![LayerRecord { uuid: Uuid::from_u128(8), block: 4096 }],
+            layers: vec![LayerRecord { uuid: Uuid::from_u128(8), block: 4096, parent: None }],
+            snapshots: Vec::new(),
         }
     }
 

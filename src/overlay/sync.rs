@@ -29,7 +29,10 @@ impl Overlay {
     pub(super) fn sync_all(&self) -> io::Result<()> {
         match &self.log {
             Some(log) => self.turns.run(|| self.sync_now(log))?,
-            None => self.dirty.store(false, Ordering::SeqCst),
+            None => {
+                self.dirty.store(false, Ordering::SeqCst);
+                self.settle_below()?;
+            }
         }
         // After the turn: whoever waited for it need not wait for this.
         self.give_back(self.durable.load(Ordering::SeqCst));
@@ -43,24 +46,58 @@ impl Overlay {
         }
         self.dirty.store(false, Ordering::SeqCst);
         let upto = log.last();
+        self.settle_below().map_err(|error| self.latch_unless_full(log, error))?;
         self.data.sync().map_err(|error| self.latch(log, &error))?;
         let durable = self.durable.load(Ordering::SeqCst);
         if upto > durable {
             let vouch = log.append(&[Record::Vouch { upto, durable }], Purpose::Settle);
-            let vouch = vouch.map_err(|error| {
-                if !is_full(&error) {
-                    return self.latch(log, &error);
-                }
-                // Nothing was lost, only not vouched for: the next sync tries again.
-                self.mark_dirty();
-                error
-            })?;
+            let vouch = vouch.map_err(|error| self.latch_unless_full(log, error))?;
             log.sync().map_err(|error| self.latch(log, &error))?;
             // The Vouch itself is durable as well; with nothing in between it covers itself.
             let durable = if vouch == upto + 1 { vouch } else { upto };
             self.durable.store(durable, Ordering::SeqCst);
         }
         Ok(())
+    }
+
+    /// Makes the overlay read-only for good because something else than a sync of it failed.
+    pub fn give_up(&self) {
+        let error = errno(libc::EIO);
+        match &self.log {
+            Some(log) => drop(self.latch(log, &error)),
+            None => self.latched.store(true, Ordering::SeqCst),
+        }
+    }
+
+    /// A sealed layer's end: everything durable, the log closed in good order. Again is nothing.
+    ///
+    /// # Errors
+    /// As [`close`](Self::close).
+    pub fn settle(&self) -> io::Result<()> {
+        let mut settled = self.settled.lock();
+        if !*settled {
+            self.close()?;
+            *settled = true;
+        }
+        Ok(())
+    }
+
+    /// Makes the sealed layers below durable, once.
+    fn settle_below(&self) -> io::Result<()> {
+        let layers = self.unsettled.lock().clone();
+        layers.iter().try_for_each(|layer| layer.settle())?;
+        self.unsettled.lock().clear();
+        Ok(())
+    }
+
+    /// Latches, unless it was only that there is no space for a record.
+    fn latch_unless_full(&self, log: &Log, error: io::Error) -> io::Error {
+        if !is_full(&error) {
+            return self.latch(log, &error);
+        }
+        // Nothing was lost, only not vouched for: the next sync tries again.
+        self.mark_dirty();
+        error
     }
 
     /// Makes the overlay read-only for good: what the host has in its cache may not be what is
@@ -140,6 +177,7 @@ impl Overlay {
     #[must_use]
     pub fn needs_maintenance(&self) -> bool {
         self.is_dirty()
+            || !self.unsettled.lock().is_empty()
             || !self.pending.lock().is_empty()
             || self.log.as_ref().is_some_and(Log::is_long)
     }
@@ -153,7 +191,8 @@ impl Overlay {
         if self.is_latched() {
             return Ok(());
         }
-        if self.is_dirty() || !self.pending.lock().is_empty() {
+        let is_waiting = || !self.pending.lock().is_empty() || !self.unsettled.lock().is_empty();
+        if self.is_dirty() || is_waiting() {
             self.sync_all()?;
         }
         let Some(log) = &self.log else { return Ok(()) };

@@ -1,0 +1,872 @@
+//! The life of an overlay: snapshots, going back to one, deleting one, starting anew.
+//!
+//! All of them come down to one replacement of the `stack`. What takes time, the merging of layers
+//! that no name holds apart any more, is done in the background afterwards (`tidy`), and gives way
+//! to whoever wants something of the disk.
+
+use std::collections::{HashMap, HashSet};
+use std::fs::File;
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use parking_lot::{Condvar, Mutex, RwLockWriteGuard};
+use uuid::Uuid;
+
+use super::{Disk, Home, Layers, Owner, Top};
+use crate::host::errno;
+use crate::layer::{Layer, WritableLayer};
+use crate::overlay::record::Image;
+use crate::overlay::sealed::Sealed;
+use crate::overlay::shelf::Shelf;
+use crate::overlay::stack::{LayerRecord, SnapshotRecord, Stack, StackError};
+use crate::overlay::tree::{self, Tree};
+use crate::overlay::{Overlay, Usage, keep};
+use crate::spec::{DiskSpec, Mode, Source};
+
+/// How long requests that change the disk are waited for before its layers change.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// How long work in the background may take to give way.
+const GIVE_WAY: Duration = Duration::from_secs(60);
+/// What the top may hold while it is merged with all writers waiting: 16 MiB.
+const LITTLE: u64 = 16 << 20;
+/// How often the top is sealed and merged before what is left is merged with writers waiting.
+const ROUNDS: u32 = 4;
+
+/// Why an operation on a disk's layers was not done; one line each. Nothing has changed then.
+#[derive(Debug, thiserror::Error)]
+pub enum LifeError {
+    /// `mode=ro`, `mode=rw`, a stream.
+    #[error("it has no overlay: only copy-on-write disks have {0}")]
+    NoOverlay(&'static str),
+    /// A name that cannot be a snapshot's.
+    #[error("'{name}' {why}")]
+    Name {
+        /// The name.
+        name: String,
+        /// What is wrong with it.
+        why: &'static str,
+    },
+    /// There is one already.
+    #[error("there is a snapshot '{0}' already: take another name, or delete that one first")]
+    Exists(String),
+    /// There is none.
+    #[error("there is no snapshot '{0}': cowslip snapshot --list shows those there are")]
+    Unknown(String),
+    /// Somebody may be writing.
+    #[error("it is open for writing")]
+    Writers,
+    /// One thing at a time.
+    #[error("{0} is going on: wait for its end")]
+    Busy(&'static str),
+    /// A sync has failed.
+    #[error("it is read-only since a sync failed: unmount it and see the log")]
+    Latched,
+    /// A writer does not come back.
+    #[error("a change still waits for the base or the host: try again")]
+    Stuck,
+    /// The mount ends, or nobody waits for it any more.
+    #[error("interrupted: nothing is lost, run it again")]
+    Interrupted,
+    /// Its files.
+    #[error(transparent)]
+    Stack(#[from] StackError),
+    /// The host said no.
+    #[error("{what}: {error}")]
+    Host {
+        /// What was being done.
+        what: &'static str,
+        /// The host's answer.
+        error: io::Error,
+    },
+    /// It cannot be done to this disk; what, and what to do.
+    #[error("{0}")]
+    Refused(String),
+}
+
+impl LifeError {
+    /// Names what was being done when the host said no.
+    pub(super) fn host(what: &'static str) -> impl FnOnce(io::Error) -> Self {
+        move |error| match error.raw_os_error() {
+            Some(libc::EINTR) => Self::Interrupted,
+            _ => Self::Host { what, error },
+        }
+    }
+}
+
+/// Whether it is done although somebody may be writing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Force {
+    /// It is refused then.
+    No,
+    /// It is done.
+    Yes,
+}
+
+/// Tells which layers the disks other than the given one stand on.
+pub type Others = Arc<dyn Fn(&Uuid) -> io::Result<HashSet<Uuid>> + Send + Sync>;
+
+/// What a disk knows about its layers beyond those it reads through.
+pub(super) struct Life {
+    /// What is being done to the disk as a whole, and whether it has to give way.
+    doing: Mutex<Option<Doing>>,
+    done: Condvar,
+    /// Work that takes long is to stop: the mount ends.
+    pub(super) ending: AtomicBool,
+    /// Sealed layers of this disk, those it does not read through included.
+    sealed: Mutex<HashMap<Uuid, Arc<Overlay>>>,
+    /// Sealed layers open in this process.
+    pub(super) shelf: Arc<Shelf>,
+    /// Who else may stand on them; `None`: nobody.
+    pub(super) others: Option<Others>,
+    /// The files of snapshots that were looked up, by their layer.
+    files: Mutex<HashMap<Uuid, Arc<Disk>>>,
+    /// The size of a new overlay over the base, and how much of the base it shows.
+    pub(super) fresh: (u64, u64),
+    /// What all its layers may hold together, in bytes.
+    pub(super) limit: Option<u64>,
+    /// What the layers were last found to show, under which revision of the top.
+    shown: Mutex<Option<(u64, Uuid, Vec<Usage>)>>,
+}
+
+#[derive(Clone, Copy)]
+struct Doing {
+    what: &'static str,
+    /// It is nobody's request, so it stops when there is one.
+    background: bool,
+    stop: bool,
+}
+
+impl Life {
+    /// `fresh`: the size of a new overlay, and how much of the base it shows.
+    pub(super) fn new(fresh: (u64, u64), limit: Option<u64>) -> Self {
+        Self {
+            doing: Mutex::default(),
+            done: Condvar::new(),
+            ending: AtomicBool::new(false),
+            sealed: Mutex::default(),
+            shelf: Arc::default(),
+            others: None,
+            files: Mutex::default(),
+            fresh,
+            limit,
+            shown: Mutex::default(),
+        }
+    }
+
+    /// Notes the sealed layers `below`, top to bottom, of the stack whose layers are `chain`.
+    pub(super) fn note(&self, chain: &[LayerRecord], below: &[Arc<Overlay>]) {
+        let mut sealed = self.sealed.lock();
+        for (record, layer) in chain.iter().skip(1).zip(below) {
+            sealed.insert(record.uuid, Arc::clone(layer));
+        }
+    }
+}
+
+/// One operation on a disk as a whole, until it is dropped.
+pub(super) struct Turn<'a>(&'a Life);
+
+impl Turn<'_> {
+    /// Whether work that takes long has to stop.
+    pub(super) fn must_stop(&self) -> bool {
+        self.0.ending.load(Ordering::SeqCst)
+            || self.0.doing.lock().is_some_and(|doing| doing.stop)
+            || crate::pool::check_wanted().is_err()
+    }
+}
+
+impl Drop for Turn<'_> {
+    fn drop(&mut self) {
+        *self.0.doing.lock() = None;
+        self.0.done.notify_all();
+    }
+}
+
+/// What is seen of a snapshot.
+#[derive(Clone, Debug)]
+pub struct SnapshotInfo {
+    /// Its name.
+    pub name: String,
+    /// When it was taken, in seconds since the epoch.
+    pub taken: i64,
+    /// The disk's size then, in bytes.
+    pub size: u64,
+    /// What its own layer holds: the changes between the snapshot before it and itself.
+    pub usage: Usage,
+    /// What has changed since; `None` when the disk does not stand on it.
+    pub since: Option<Usage>,
+}
+
+/// A layer that a disk reads through, for `status`.
+#[derive(Clone, Debug)]
+pub struct Since {
+    /// The snapshot it is; `None` for the top and for a layer without a name.
+    pub name: Option<String>,
+    /// Its uuid.
+    pub uuid: Uuid,
+    /// What it holds.
+    pub usage: Usage,
+    /// What it and the layers above it have changed.
+    pub since: Usage,
+}
+
+fn add(one: Usage, other: Usage) -> Usage {
+    Usage { data: one.data + other.data, zero: one.zero + other.zero }
+}
+
+/// Above what a new top is put.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Above {
+    /// The old top, which is sealed by that.
+    Top,
+    /// A sealed layer.
+    Layer(Uuid),
+    /// The base.
+    Base,
+}
+
+/// A top that is made and not yet in its place.
+struct NewTop {
+    uuid: Uuid,
+    overlay: Overlay,
+    lock: Option<File>,
+}
+
+impl Disk {
+    /// Begins an operation on the disk as a whole.
+    pub(super) fn begin(&self, what: &'static str) -> Result<Turn<'_>, LifeError> {
+        self.begin_as(what, false)
+    }
+
+    fn begin_as(&self, what: &'static str, background: bool) -> Result<Turn<'_>, LifeError> {
+        let life = &self.life;
+        if life.ending.load(Ordering::SeqCst) {
+            return Err(LifeError::Interrupted);
+        }
+        let mut doing = life.doing.lock();
+        if let Some(now) = &mut *doing {
+            if background || !now.background {
+                return Err(LifeError::Busy(now.what));
+            }
+            now.stop = true;
+            life.done.wait_while_for(&mut doing, |doing| doing.is_some(), GIVE_WAY);
+            if let Some(now) = &*doing {
+                return Err(LifeError::Busy(now.what));
+            }
+        }
+        *doing = Some(Doing { what, background, stop: false });
+        Ok(Turn(life))
+    }
+
+    /// What is being done to the disk as a whole, for `status`.
+    #[must_use]
+    pub fn doing(&self) -> Option<&'static str> {
+        self.life.doing.lock().map(|doing| doing.what)
+    }
+
+    /// Makes work that takes long stop, and waits for it.
+    pub(super) fn end_life(&self, patience: Duration) {
+        self.life.ending.store(true, Ordering::SeqCst);
+        let mut doing = self.life.doing.lock();
+        self.life.done.wait_while_for(&mut doing, |doing| doing.is_some(), patience);
+    }
+
+    /// The disk's layers and their names; `what` is for the error.
+    pub(super) fn tree(&self, what: &'static str) -> Result<Tree, LifeError> {
+        self.home.lock().tree().ok_or(LifeError::NoOverlay(what))
+    }
+
+    /// The gate, for a change of the layers. What waits behind it has no deadline meanwhile.
+    pub(super) fn enter_to_switch(&self) -> Result<RwLockWriteGuard<'_, ()>, LifeError> {
+        let gate = self.gate.try_write_for(PATIENCE).ok_or(LifeError::Stuck)?;
+        if self.closed.load(Ordering::SeqCst) { Err(LifeError::Interrupted) } else { Ok(gate) }
+    }
+
+    fn check_writers(&self, force: Force) -> Result<(), LifeError> {
+        if force == Force::No && self.has_writers() {
+            return Err(LifeError::Writers);
+        }
+        Ok(())
+    }
+
+    /// Takes a snapshot. It is there, and what was written before it is in it, when this returns;
+    /// that all of that is durable only a sync promises.
+    ///
+    /// # Errors
+    /// [`LifeError`]; nothing has changed then.
+    pub fn snapshot(&self, name: Option<&str>) -> Result<String, LifeError> {
+        let _turn = self.begin("a snapshot")?;
+        let tree = self.tree("snapshots")?;
+        let taken = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |now| now.as_secs());
+        let name = name.map_or_else(|| free_name(&tree, taken), str::to_owned);
+        if let Err(why) = tree::check_name(&name) {
+            return Err(LifeError::Name { name, why });
+        }
+        if tree.snapshot(&name).is_some() {
+            return Err(LifeError::Exists(name));
+        }
+        if self.is_latched() {
+            return Err(LifeError::Latched);
+        }
+        self.seal(Some((&name, taken.cast_signed())))?;
+        Ok(name)
+    }
+
+    /// Freezes the top and puts an empty one above it.
+    fn seal(&self, name: Option<(&str, i64)>) -> Result<(), LifeError> {
+        self.put_top(Above::Top, Force::Yes, |tree, old| {
+            let named = |(name, taken): (&str, i64)| SnapshotRecord {
+                name: name.to_owned(),
+                layer: old,
+                taken,
+            };
+            tree.snapshots.extend(name.map(named));
+        })
+    }
+
+    /// Makes the disk what it was at snapshot `name`. What was changed since is gone, unless
+    /// another snapshot holds it.
+    ///
+    /// # Errors
+    /// [`LifeError`]; nothing has changed then.
+    pub fn revert(&self, name: &str, force: Force) -> Result<(), LifeError> {
+        let _turn = self.begin("a revert")?;
+        let tree = self.tree("snapshots")?;
+        let unknown = || LifeError::Unknown(name.to_owned());
+        let layer = tree.snapshot(name).ok_or_else(unknown)?.layer;
+        self.check_writers(force)?;
+        self.put_top(Above::Layer(layer), force, |_, _| {})
+    }
+
+    /// Makes the disk what its base is. Its snapshots stay.
+    ///
+    /// # Errors
+    /// [`LifeError`]; nothing has changed then.
+    pub fn reset(&self, force: Force) -> Result<(), LifeError> {
+        let _turn = self.begin("a reset")?;
+        self.tree("changes to reset")?;
+        self.check_writers(force)?;
+        self.put_top(Above::Base, force, |_, _| {})
+    }
+
+    /// Opens the layer `uuid` and all below it, top to bottom.
+    fn open_chain(&self, tree: &Tree, uuid: Uuid) -> Result<Vec<Arc<Overlay>>, LifeError> {
+        let mut chain = Vec::new();
+        // The lowest first: what stands on it is read only once it is as it will stay.
+        for record in tree.chain(uuid).iter().rev() {
+            let known = self.life.sealed.lock().get(&record.uuid).cloned();
+            let layer = match (known, &mut *self.home.lock()) {
+                (Some(layer), _) => layer,
+                (None, Home::Kept(home)) => home.sealed(record.uuid, &self.life.shelf)?,
+                (None, _) => return Err(LifeError::host("opening a layer")(errno(libc::ENOENT))),
+            };
+            self.life.sealed.lock().insert(record.uuid, Arc::clone(&layer));
+            chain.push(layer);
+        }
+        chain.reverse();
+        Ok(chain)
+    }
+
+    /// Makes an empty layer for this disk, which no stack names yet.
+    fn make_layer(
+        &self,
+        tree: &Tree,
+        parent: Option<Uuid>,
+        image: &Image,
+        limit: Option<u64>,
+    ) -> Result<NewTop, LifeError> {
+        let uuid = Uuid::new_v4();
+        let block = tree.top().map_or(crate::overlay::DEFAULT_BLOCK, |top| top.block);
+        let record = LayerRecord { uuid, block, parent };
+        let (overlay, lock) = match &mut *self.home.lock() {
+            Home::Kept(home) => {
+                let (overlay, lock) = home.add_layer(&record, image, limit)?;
+                (overlay, Some(lock))
+            }
+            Home::Temporary { dir, .. } => {
+                let made = keep::temporary(dir, block, image.size, image.lower_limit, limit);
+                (made.map_err(LifeError::host("making a file for a layer"))?, None)
+            }
+            Home::Nowhere => return Err(LifeError::NoOverlay("layers")),
+        };
+        Ok(NewTop { uuid, overlay, lock })
+    }
+
+    /// Removes a layer that did not come into a stack.
+    fn unmake(&self, uuid: Uuid) {
+        if let Some(home) = self.home.lock().residence() {
+            home.remove_layer(uuid);
+        }
+    }
+
+    /// Puts an empty top in place. `change` is given the new tree and the old top.
+    fn put_top(
+        &self,
+        above: Above,
+        force: Force,
+        change: impl FnOnce(&mut Tree, Uuid),
+    ) -> Result<(), LifeError> {
+        let tree = self.tree("layers")?;
+        let old = tree.top().map(|top| top.uuid).ok_or(LifeError::NoOverlay("layers"))?;
+        let Some(top) = self.overlay() else { return Err(LifeError::NoOverlay("layers")) };
+        let parent = match above {
+            Above::Top => Some(old),
+            Above::Layer(layer) => Some(layer),
+            Above::Base => None,
+        };
+        let mut below = match above {
+            Above::Top => self.layers().sealed.as_ref().map_or(Vec::new(), |s| s.layers().to_vec()),
+            Above::Layer(layer) => self.open_chain(&tree, layer)?,
+            Above::Base => Vec::new(),
+        };
+        if above == Above::Top {
+            below.insert(0, Arc::clone(&top));
+        }
+        let held: u64 = below.iter().map(|layer| layer.usage().data).sum();
+        let limit = self.life.limit.map(|limit| limit.saturating_sub(held));
+        let size = below.first().map_or(0, |layer| layer.size());
+        let image = |top: &Overlay| match above {
+            Above::Base => Image::new(self.life.fresh.0, self.life.fresh.1),
+            Above::Top => Image::new(top.size(), top.size()),
+            Above::Layer(_) => Image::new(size, size),
+        };
+        // Made before the gate is taken: writers wait for the switch alone.
+        let mut new = self.make_layer(&tree, parent, &image(&top), limit)?;
+        let mut uuid = new.uuid;
+        let _alone = self.life.shelf.alone();
+        let switch = || -> Result<Tree, LifeError> {
+            let _gate = self.enter_to_switch()?;
+            self.check_writers(force)?;
+            if above == Above::Top {
+                if top.size() != new.overlay.size() {
+                    self.unmake(uuid);
+                    new = self.make_layer(&tree, parent, &image(&top), limit)?;
+                    uuid = new.uuid;
+                }
+                self.record_mtime(&top);
+                self.life.shelf.put(old, &top);
+                self.life.sealed.lock().insert(old, Arc::clone(&top));
+            }
+            let mut next = tree.clone();
+            next.grow(uuid, parent);
+            change(&mut next, old);
+            next.prune();
+            self.install(&next, new, below)?;
+            if above != Above::Top {
+                self.touch(&self.layers().top);
+            }
+            Ok(next)
+        };
+        match switch() {
+            Ok(next) => {
+                self.drop_layers(&tree, &next);
+                Ok(())
+            }
+            Err(error) => {
+                self.unmake(uuid);
+                Err(error)
+            }
+        }
+    }
+
+    /// Makes `new` the top, above `below`, and `next` the disk's tree. The gate is the caller's.
+    fn install(
+        &self,
+        next: &Tree,
+        new: NewTop,
+        below: Vec<Arc<Overlay>>,
+    ) -> Result<(), LifeError> {
+        let layers = self.layers();
+        let NewTop { overlay, lock, .. } = new;
+        overlay.stand_on(&below);
+        if let Top::Overlay(old) = &layers.top {
+            overlay.follow(old);
+        }
+        self.times.recorded.store(i64::MIN, Ordering::SeqCst);
+        self.record_mtime(&overlay);
+        self.replace_stack(next, lock)?;
+        let top = Top::Overlay(Arc::new(overlay));
+        let layers = Layers::new(top, Sealed::new(below).map(Arc::new), layers.bottom.clone());
+        *self.layers.write() = Arc::new(layers);
+        Ok(())
+    }
+
+    /// Makes `next` the disk's tree, durably when it is kept.
+    pub(super) fn replace_stack(&self, next: &Tree, lock: Option<File>) -> Result<(), LifeError> {
+        match &mut *self.home.lock() {
+            Home::Nowhere => Err(LifeError::NoOverlay("layers")),
+            Home::Temporary { tree, .. } => {
+                *tree = next.clone();
+                Ok(())
+            }
+            Home::Kept(home) => {
+                let stack = home.stack.with_tree(next.clone());
+                let replaced = match lock {
+                    Some(lock) => home.replace_top(stack, lock),
+                    None => home.replace(stack),
+                };
+                if replaced.is_err()
+                    && home.is_torn()
+                    && let Some(overlay) = self.overlay()
+                {
+                    overlay.give_up();
+                }
+                Ok(replaced?)
+            }
+        }
+    }
+
+    /// Lets go of the layers that were in `old` and are not in `next`. The caller holds the
+    /// shelf alone.
+    fn drop_layers(&self, old: &Tree, next: &Tree) {
+        let gone = |uuid: &Uuid| next.layer(*uuid).is_none();
+        self.life.sealed.lock().retain(|uuid, _| !gone(uuid));
+        self.life.files.lock().retain(|uuid, _| !gone(uuid));
+        let dropped: Vec<Uuid> = old.layers.iter().map(|layer| layer.uuid).filter(gone).collect();
+        if dropped.is_empty() {
+            return;
+        }
+        match self.layers_of_others() {
+            Ok(needed) => {
+                dropped.into_iter().filter(|uuid| !needed.contains(uuid)).for_each(|uuid| {
+                    self.unmake(uuid);
+                });
+            }
+            Err(error) => log::warn!("{}: layers are left behind: {error}", self.source),
+        }
+    }
+
+    /// The layers that other disks stand on.
+    fn layers_of_others(&self) -> io::Result<HashSet<Uuid>> {
+        self.life.others.as_ref().map_or_else(|| Ok(HashSet::new()), |others| others(&self.uuid))
+    }
+
+    /// Deletes a snapshot: its name goes at once. What only it needed is given back in the
+    /// background; what others stand on stays.
+    ///
+    /// # Errors
+    /// [`LifeError`]; nothing has changed then.
+    pub fn delete_snapshot(&self, name: &str) -> Result<(), LifeError> {
+        let _turn = self.begin("the deletion of a snapshot")?;
+        let tree = self.tree("snapshots")?;
+        if tree.snapshot(name).is_none() {
+            return Err(LifeError::Unknown(name.to_owned()));
+        }
+        let mut next = tree.clone();
+        next.snapshots.retain(|snapshot| snapshot.name != name);
+        next.prune();
+        let _alone = self.life.shelf.alone();
+        self.replace_stack(&next, None)?;
+        self.drop_layers(&tree, &next);
+        Ok(())
+    }
+
+    /// A layer that no name holds apart from the only one that stands on it.
+    fn untidy(&self) -> Option<(Tree, Uuid, Uuid)> {
+        let tree = self.home.lock().tree()?;
+        if tree.layers.len() < 2 {
+            return None;
+        }
+        let shared = self.layers_of_others().ok()?;
+        let (lower, upper) = tree.mergeable(|uuid| shared.contains(&uuid))?;
+        Some((tree, lower, upper))
+    }
+
+    /// Whether `tidy` would have something to do.
+    #[must_use]
+    pub fn is_untidy(&self) -> bool {
+        self.life.doing.lock().is_none() && !self.is_latched() && self.untidy().is_some()
+    }
+
+    /// Merges the layers that no name holds apart any more. It gives way to whoever wants
+    /// something of the disk, and is then done later.
+    ///
+    /// # Errors
+    /// [`LifeError`]; the disk reads the same whatever happens.
+    pub fn tidy(&self) -> Result<(), LifeError> {
+        while let Some((tree, lower, upper)) = self.untidy() {
+            let Ok(turn) = self.begin_as("the merging of layers", true) else {
+                return Ok(());
+            };
+            let done = match tree.top() {
+                Some(top) if top.uuid == upper => self.merge_into_top(&turn, lower),
+                _ => self.merge(&turn, lower, upper),
+            };
+            match done {
+                Err(LifeError::Interrupted | LifeError::Stuck) => return Ok(()),
+                done => done?,
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes one sealed layer of `lower` and `upper`, which stands on it alone.
+    fn merge(&self, turn: &Turn<'_>, lower: Uuid, upper: Uuid) -> Result<(), LifeError> {
+        let tree = self.tree("layers")?;
+        let both = self.both(&tree, lower, upper)?;
+        let new = self.merged(&tree, lower, &both, turn)?;
+        let (uuid, layer) = (new.uuid, Arc::new(new.overlay));
+        let done = || -> Result<Tree, LifeError> {
+            layer.settle().map_err(LifeError::host("closing a merged layer"))?;
+            let mut next = tree.clone();
+            next.replace(upper, lower, uuid);
+            self.replace_stack(&next, None)?;
+            Ok(next)
+        };
+        let _alone = self.life.shelf.alone();
+        let next = done().inspect_err(|_| self.unmake(uuid))?;
+        self.life.shelf.put(uuid, &layer);
+        self.life.sealed.lock().insert(uuid, layer);
+        let below = match next.top().and_then(|top| top.parent) {
+            Some(parent) => self.open_chain(&next, parent)?,
+            None => Vec::new(),
+        };
+        {
+            // The bytes are the same: nobody has to wait.
+            let mut layers = self.layers.write();
+            if let Top::Overlay(top) = &layers.top {
+                top.stand_on(&below);
+                let top = Top::Overlay(Arc::clone(top));
+                let sealed = Sealed::new(below).map(Arc::new);
+                *layers = Arc::new(Layers::new(top, sealed, layers.bottom.clone()));
+            }
+        }
+        self.drop_layers(&tree, &next);
+        Ok(())
+    }
+
+    /// The layers `upper` and `lower`, looked up as one.
+    fn both(&self, tree: &Tree, lower: Uuid, upper: Uuid) -> Result<Sealed, LifeError> {
+        let mut chain = self.open_chain(tree, upper)?;
+        let depth = tree.chain(upper).iter().position(|layer| layer.uuid == lower);
+        chain.truncate(depth.unwrap_or(0) + 1);
+        Sealed::new(chain).ok_or(LifeError::NoOverlay("layers"))
+    }
+
+    /// A new layer in the place of `lower` that holds what `both` hold.
+    fn merged(
+        &self,
+        tree: &Tree,
+        lower: Uuid,
+        both: &Sealed,
+        turn: &Turn<'_>,
+    ) -> Result<NewTop, LifeError> {
+        let parent = tree.layer(lower).and_then(|layer| layer.parent);
+        let Some(bottom) = both.layers().last() else { return Err(LifeError::NoOverlay("layers")) };
+        let image = Image::new(bottom.size(), bottom.lower_limit());
+        let new = self.make_layer(tree, parent, &image, None)?;
+        let absorbed = new.overlay.absorb(both, &|| turn.must_stop());
+        if let Err(error) = absorbed {
+            self.unmake(new.uuid);
+            return Err(LifeError::host("merging two layers")(error));
+        }
+        if let Some((mtime, stamp)) = both.layers().first().and_then(|layer| layer.mtime()) {
+            // Best effort, as everywhere: it is recorded again when the mount ends.
+            let _ = new.overlay.record_mtime(mtime, stamp);
+        }
+        Ok(new)
+    }
+
+    /// Makes one layer of the top and `lower`, on which only the top stands. The top is sealed
+    /// and merged with writers going on, until so little is new that they can wait for the rest.
+    fn merge_into_top(&self, turn: &Turn<'_>, lower: Uuid) -> Result<(), LifeError> {
+        self.seal(None)?;
+        let tree = self.tree("layers")?;
+        let parent = |tree: &Tree| tree.top().and_then(|top| top.parent);
+        let sealed = parent(&tree).ok_or(LifeError::NoOverlay("layers"))?;
+        let new = self.merged(&tree, lower, &self.both(&tree, lower, sealed)?, turn)?;
+        let uuid = new.uuid;
+        self.finish_top(turn, lower, new).inspect_err(|_| self.unmake(uuid))
+    }
+
+    fn finish_top(&self, turn: &Turn<'_>, lower: Uuid, new: NewTop) -> Result<(), LifeError> {
+        let absorb = |layer: Arc<Overlay>| -> Result<(), LifeError> {
+            let layer = Sealed::new(vec![layer]).ok_or(LifeError::NoOverlay("layers"))?;
+            let done = new.overlay.absorb(&layer, &|| turn.must_stop());
+            done.map_err(LifeError::host("merging the newest changes"))
+        };
+        let sync = || {
+            let synced = new.overlay.sync();
+            synced.map_err(LifeError::host("making a merged layer durable"))
+        };
+        for _ in 0..ROUNDS {
+            sync()?;
+            let Some(top) = self.overlay() else { return Err(LifeError::NoOverlay("layers")) };
+            if top.usage().data <= LITTLE {
+                break;
+            }
+            self.seal(None)?;
+            absorb(top)?;
+        }
+        let _alone = self.life.shelf.alone();
+        let tree = self.tree("layers")?;
+        let below = match tree.layer(lower).and_then(|layer| layer.parent) {
+            Some(parent) => self.open_chain(&tree, parent)?,
+            None => Vec::new(),
+        };
+        let mut next = tree.clone();
+        {
+            let _gate = self.enter_to_switch()?;
+            let old = tree.top().map(|top| top.uuid).ok_or(LifeError::NoOverlay("layers"))?;
+            let Some(top) = self.overlay() else { return Err(LifeError::NoOverlay("layers")) };
+            absorb(top)?;
+            sync()?;
+            next.replace(old, lower, new.uuid);
+            self.install(&next, new, below)?;
+        }
+        self.drop_layers(&tree, &next);
+        Ok(())
+    }
+
+    /// Freezes what the disk holds for a clone, unless it is frozen already, and tells the layer
+    /// and the stack it belongs to.
+    pub(super) fn freeze(&self) -> Result<(Uuid, Stack), LifeError> {
+        let layers = self.layers();
+        let Top::Overlay(top) = &layers.top else { return Err(LifeError::NoOverlay("clones")) };
+        let usage = top.usage();
+        let is_same = layers.sealed.as_ref().is_some_and(|sealed| sealed.size() == top.size());
+        if !is_same || usage != (Usage { data: 0, zero: 0 }) || top.lower_limit() != top.size() {
+            self.seal(None)?;
+        }
+        let parent = self.tree("clones")?.top().and_then(|top| top.parent);
+        match (&mut *self.home.lock(), parent) {
+            (Home::Kept(home), Some(parent)) => Ok((parent, home.stack.clone())),
+            _ => Err(LifeError::NoOverlay("clones")),
+        }
+    }
+
+    /// Makes the disk one of a store: its sealed layers may be those of other disks as well.
+    pub fn join(&mut self, shelf: &Arc<Shelf>, others: Others) {
+        self.life.shelf = Arc::clone(shelf);
+        self.life.others = Some(others);
+    }
+
+    /// The disk's snapshots, oldest first.
+    ///
+    /// # Errors
+    /// [`LifeError`].
+    pub fn snapshots(&self) -> Result<Vec<SnapshotInfo>, LifeError> {
+        let tree = self.tree("snapshots")?;
+        let live = self.chain();
+        let mut infos = Vec::new();
+        for SnapshotRecord { name, layer, taken } in &tree.snapshots {
+            let opened = self.open_chain(&tree, *layer)?;
+            let Some(top) = opened.first() else { continue };
+            // What the layers above it have changed.
+            let at = live.iter().position(|since| since.uuid == *layer);
+            let since = at.and_then(|at| live.get(at.checked_sub(1)?)).map(|above| above.since);
+            infos.push(SnapshotInfo {
+                name: name.clone(),
+                taken: *taken,
+                size: top.size(),
+                usage: top.usage(),
+                since,
+            });
+        }
+        Ok(infos)
+    }
+
+    /// The overlay's layers that the disk reads through, top to bottom, with what each holds and
+    /// what has changed since the one below it. Empty without an overlay.
+    #[must_use]
+    pub fn chain(&self) -> Vec<Since> {
+        let Some(tree) = self.home.lock().tree() else {
+            return Vec::new();
+        };
+        let layers = self.layers();
+        let Top::Overlay(top) = &layers.top else {
+            return Vec::new();
+        };
+        let mut all = vec![Arc::clone(top)];
+        all.extend(layers.sealed.iter().flat_map(|sealed| sealed.layers().to_vec()));
+        let live = tree.live();
+        let shown = self.shown(top, live.first().map(|top| top.uuid), &all);
+        let mut since = Usage { data: 0, zero: 0 };
+        let entries = live.iter().zip(all.iter().zip(shown));
+        let describe = |(record, (layer, shown)): (&LayerRecord, (&Arc<Overlay>, Usage))| {
+            since = add(since, shown);
+            let name = tree.name_of(record.uuid).map(str::to_owned);
+            Since { name, uuid: record.uuid, usage: layer.usage(), since }
+        };
+        entries.map(describe).collect()
+    }
+
+    /// What each of `all` shows, found out again when the top has changed.
+    fn shown(&self, top: &Overlay, uuid: Option<Uuid>, all: &[Arc<Overlay>]) -> Vec<Usage> {
+        if all.len() == 1 {
+            return vec![top.usage()];
+        }
+        let (revision, uuid) = (top.revision(), uuid.unwrap_or_default());
+        let known = self.life.shown.lock().clone();
+        if let Some((at, of, shown)) = known
+            && (at, of, shown.len()) == (revision, uuid, all.len())
+        {
+            return shown;
+        }
+        let shown = Sealed::new(all.to_vec()).map_or_else(Vec::new, |all| all.shown());
+        *self.life.shown.lock() = Some((revision, uuid, shown.clone()));
+        shown
+    }
+
+    /// The disk as it was at snapshot `name`, to be read.
+    ///
+    /// # Errors
+    /// `ENOENT`; the host's errno.
+    pub fn snapshot_file(&self, name: &str) -> io::Result<Arc<Self>> {
+        let missing = || errno(libc::ENOENT);
+        let tree = self.home.lock().tree().ok_or_else(missing)?;
+        let record = tree.snapshot(name).ok_or_else(missing)?;
+        if let Some(file) = self.life.files.lock().get(&record.layer) {
+            return Ok(Arc::clone(file));
+        }
+        let chain = self.open_chain(&tree, record.layer).map_err(|error| {
+            log::error!("{}: snapshot '{name}' cannot be opened: {error}", self.source);
+            errno(libc::EIO)
+        })?;
+        let time = chain.first().and_then(|layer| layer.mtime()).map(|(mtime, _)| mtime);
+        let bottom = self.layers().bottom.clone();
+        let layers = Layers::new(Top::Nothing, Sealed::new(chain).map(Arc::new), bottom);
+        let mut spec = DiskSpec::new(name.to_owned(), Source::Blank(layers.size()));
+        spec.mode = Mode::ReadOnly;
+        let owner = self.owner();
+        let owner = Owner { perm: owner.perm & 0o444, ..owner };
+        let bottom = super::open::Bottom::Blank(layers.size());
+        let mut disk = super::open::assemble(&spec, record.layer, layers, bottom, owner);
+        let time = time.unwrap_or(record.taken.saturating_mul(1_000_000_000));
+        disk.times = super::Times::new(time, false, None);
+        disk.source = format!("snapshot '{name}' of {}", self.source);
+        let disk = Arc::new(disk);
+        Ok(Arc::clone(self.life.files.lock().entry(record.layer).or_insert(disk)))
+    }
+
+    /// The names of its snapshots, oldest first.
+    #[must_use]
+    pub fn snapshot_names(&self) -> Vec<String> {
+        let tree = self.home.lock().tree();
+        tree.map_or_else(Vec::new, |tree| {
+            tree.snapshots.into_iter().map(|snapshot| snapshot.name).collect()
+        })
+    }
+
+    /// All its layers, each after the one below it, to be kept in a directory.
+    pub(super) fn all_layers(&self, tree: &Tree) -> Result<Vec<Arc<Overlay>>, LifeError> {
+        let top = tree.top().map(|top| top.uuid);
+        let open = |record: &LayerRecord| -> Result<Arc<Overlay>, LifeError> {
+            let missing = || LifeError::NoOverlay("layers");
+            if Some(record.uuid) == top {
+                return self.overlay().ok_or_else(missing);
+            }
+            self.open_chain(tree, record.uuid)?.into_iter().next().ok_or_else(missing)
+        };
+        tree.layers.iter().map(open).collect()
+    }
+}
+
+/// A name for a snapshot that was given none: when it was taken.
+fn free_name(tree: &Tree, taken: u64) -> String {
+    let time = jiff::Timestamp::from_second(taken.cast_signed()).unwrap_or_default();
+    let name = time.strftime("%Y-%m-%d_%H%M%S").to_string();
+    let mut names = std::iter::once(name.clone()).chain((2..).map(|n| format!("{name}-{n}")));
+    names.find(|name| tree.snapshot(name).is_none()).unwrap_or(name)
+}

@@ -1,0 +1,306 @@
+//! Which layers make a disk and its snapshots: a tree that grows upwards from the base. No I/O.
+//!
+//! ```text
+//!   base -- A -- B -- C -- T        T takes the writes: the top
+//!                 \                 B is the snapshot "clean", D is "broken"
+//!                  D
+//! ```
+//!
+//! Every layer but the top is sealed. A layer is kept as long as the top or a snapshot stands on
+//! it; [`Tree::prune`] drops the others.
+
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+/// The longest name of a snapshot in bytes, as for files.
+const LONGEST: usize = 255;
+
+/// One layer of an overlay.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LayerRecord {
+    /// The name of its directory.
+    pub uuid: Uuid,
+    /// Its block size in bytes.
+    pub block: u32,
+    /// The layer below it; `None`: the base.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub parent: Option<Uuid>,
+}
+
+/// A sealed layer that has a name.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SnapshotRecord {
+    /// What it is called.
+    pub name: String,
+    /// The layer that it shows, with all below.
+    pub layer: Uuid,
+    /// When it was taken, in seconds since the epoch.
+    pub taken: i64,
+}
+
+/// The layers of a disk and the names that some of them have.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Tree {
+    /// Each after its parent; the last one is the top.
+    pub layers: Vec<LayerRecord>,
+    /// In the order they were taken.
+    pub snapshots: Vec<SnapshotRecord>,
+}
+
+/// What is wrong with a name for a new snapshot; one line, the name is put in front.
+///
+/// # Errors
+/// That line.
+pub fn check_name(name: &str) -> Result<(), &'static str> {
+    match name {
+        "" => Err("a snapshot needs a name"),
+        "." | ".." => Err("is no name for a snapshot: take a word"),
+        name if name.contains('/') => Err("holds a '/': a snapshot is also a file of that name"),
+        name if name.chars().any(char::is_control) => Err("holds a control character"),
+        name if name.len() > LONGEST => Err("is longer than 255 bytes"),
+        _ => Ok(()),
+    }
+}
+
+impl Tree {
+    /// A tree of one layer over the base.
+    #[must_use]
+    pub fn single(uuid: Uuid, block: u32) -> Self {
+        let layer = LayerRecord { uuid, block, parent: None };
+        Self { layers: vec![layer], snapshots: Vec::new() }
+    }
+
+    /// Why this is no tree, if it is none.
+    #[must_use]
+    pub fn fault(&self) -> Option<String> {
+        let Some(top) = self.layers.last() else {
+            return Some("it has no layer".to_owned());
+        };
+        for (at, layer) in self.layers.iter().enumerate() {
+            let before = &self.layers[..at];
+            if before.iter().any(|other| other.uuid == layer.uuid) {
+                return Some(format!("layer {} is there twice", layer.uuid));
+            }
+            if let Some(parent) = layer.parent
+                && !before.iter().any(|other| other.uuid == parent)
+            {
+                return Some(format!("what is below layer {} is missing", layer.uuid));
+            }
+            if layer.block != top.block {
+                return Some("its layers have blocks of different sizes".to_owned());
+            }
+        }
+        for (at, snapshot) in self.snapshots.iter().enumerate() {
+            if self.snapshots[..at].iter().any(|other| other.name == snapshot.name) {
+                return Some(format!("snapshot '{}' is there twice", snapshot.name));
+            }
+            if self.layer(snapshot.layer).is_none() || snapshot.layer == top.uuid {
+                return Some(format!("the layer of snapshot '{}' is missing", snapshot.name));
+            }
+        }
+        None
+    }
+
+    /// The layer that takes the writes.
+    #[must_use]
+    pub fn top(&self) -> Option<&LayerRecord> {
+        self.layers.last()
+    }
+
+    /// The layer of that uuid.
+    #[must_use]
+    pub fn layer(&self, uuid: Uuid) -> Option<&LayerRecord> {
+        self.layers.iter().find(|layer| layer.uuid == uuid)
+    }
+
+    /// The snapshot of that name.
+    #[must_use]
+    pub fn snapshot(&self, name: &str) -> Option<&SnapshotRecord> {
+        self.snapshots.iter().find(|snapshot| snapshot.name == name)
+    }
+
+    /// The name that a layer has.
+    #[must_use]
+    pub fn name_of(&self, uuid: Uuid) -> Option<&str> {
+        let found = self.snapshots.iter().find(|snapshot| snapshot.layer == uuid)?;
+        Some(&found.name)
+    }
+
+    /// The layer `uuid` and all below it, top to bottom.
+    #[must_use]
+    pub fn chain(&self, uuid: Uuid) -> Vec<LayerRecord> {
+        let mut chain = Vec::new();
+        let mut next = Some(uuid);
+        while let Some(layer) = next.and_then(|uuid| self.layer(uuid)) {
+            chain.push(layer.clone());
+            next = layer.parent;
+        }
+        chain
+    }
+
+    /// The top and all below it, top to bottom.
+    #[must_use]
+    pub fn live(&self) -> Vec<LayerRecord> {
+        self.top().map_or_else(Vec::new, |top| self.chain(top.uuid))
+    }
+
+    /// Makes `new` the top, above `parent`; the old top stays where it is.
+    pub fn grow(&mut self, new: Uuid, parent: Option<Uuid>) {
+        let block = self.top().map_or(super::DEFAULT_BLOCK, |top| top.block);
+        self.layers.push(LayerRecord { uuid: new, block, parent });
+    }
+
+    /// Drops the layers that neither the top nor a snapshot stands on.
+    pub fn prune(&mut self) {
+        let mut kept = std::collections::HashSet::new();
+        let tips = self.top().map(|top| top.uuid).into_iter();
+        for tip in tips.chain(self.snapshots.iter().map(|snapshot| snapshot.layer)) {
+            let mut next = Some(tip);
+            while let Some(uuid) = next.filter(|uuid| kept.insert(*uuid)) {
+                next = self.layer(uuid).and_then(|layer| layer.parent);
+            }
+        }
+        self.layers.retain(|layer| kept.contains(&layer.uuid));
+    }
+
+    /// The layers that stand right on `uuid`.
+    fn children(&self, uuid: Uuid) -> impl Iterator<Item = &LayerRecord> {
+        self.layers.iter().filter(move |layer| layer.parent == Some(uuid))
+    }
+
+    /// A sealed layer without a name and the only layer that stands on it: the two may become one.
+    /// `is_shared` tells whether another disk stands on a layer: that is nobody's to replace.
+    #[must_use]
+    pub fn mergeable(&self, is_shared: impl Fn(Uuid) -> bool) -> Option<(Uuid, Uuid)> {
+        self.layers.iter().find_map(|layer| {
+            let mut children = self.children(layer.uuid);
+            let (child, None) = (children.next()?, children.next()) else {
+                return None;
+            };
+            let is_free = |uuid: Uuid| !is_shared(uuid);
+            let is_nameless = self.name_of(layer.uuid).is_none();
+            (is_nameless && is_free(layer.uuid) && is_free(child.uuid))
+                .then_some((layer.uuid, child.uuid))
+        })
+    }
+
+    /// Puts `new` in the place of `old` and of the layers below it down to `bottom` (included),
+    /// which have neither names nor other children.
+    pub fn replace(&mut self, old: Uuid, bottom: Uuid, new: Uuid) {
+        let parent = self.layer(bottom).and_then(|layer| layer.parent);
+        for layer in &mut self.layers {
+            if layer.uuid == old {
+                (layer.uuid, layer.parent) = (new, parent);
+            } else if layer.parent == Some(old) {
+                layer.parent = Some(new);
+            }
+        }
+        for snapshot in &mut self.snapshots {
+            if snapshot.layer == old {
+                snapshot.layer = new;
+            }
+        }
+        self.prune();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn id(number: u128) -> Uuid {
+        Uuid::from_u128(number)
+    }
+
+    /// base - 1 - 2 - 4(top), and 3 on 2; 2 is "a", 3 is "b".
+    fn sample() -> Tree {
+        let mut tree = Tree::single(id(1), 512);
+        tree.grow(id(2), Some(id(1)));
+        tree.grow(id(3), Some(id(2)));
+        tree.grow(id(4), Some(id(2)));
+        for (name, layer) in [("a", 2), ("b", 3)] {
+            tree.snapshots.push(SnapshotRecord { name: name.into(), layer: id(layer), taken: 0 });
+        }
+        assert_eq!(tree.fault(), None);
+        tree
+    }
+
+    fn uuids(chain: &[LayerRecord]) -> Vec<Uuid> {
+        chain.iter().map(|layer| layer.uuid).collect()
+    }
+
+    #[test]
+    fn a_chain_goes_down_to_the_base() {
+        let tree = sample();
+        assert_eq!(uuids(&tree.live()), [id(4), id(2), id(1)]);
+        assert_eq!(uuids(&tree.chain(id(3))), [id(3), id(2), id(1)]);
+        assert_eq!(tree.name_of(id(3)), Some("b"));
+    }
+
+    #[test]
+    fn what_nothing_stands_on_is_pruned() {
+        let mut tree = sample();
+        tree.snapshots.clear();
+        tree.prune();
+        assert_eq!(uuids(&tree.layers), [id(1), id(2), id(4)]);
+    }
+
+    #[test]
+    fn only_what_no_name_and_nobody_else_holds_apart_is_merged() {
+        let mut tree = sample();
+        let alone = |_| false;
+        assert_eq!(tree.mergeable(alone), Some((id(1), id(2))));
+        assert_eq!(tree.mergeable(|layer| layer == id(1)), None);
+        assert_eq!(tree.mergeable(|layer| layer == id(2)), None);
+        tree.replace(id(2), id(1), id(7));
+        assert_eq!(tree.mergeable(alone), None);
+        // Without its name it still has two layers on it.
+        tree.snapshots.remove(0);
+        assert_eq!(tree.mergeable(alone), None);
+        tree.snapshots.clear();
+        tree.prune();
+        assert_eq!(tree.mergeable(alone), Some((id(7), id(4))));
+    }
+
+    #[test]
+    fn a_merged_layer_takes_the_place_of_both() {
+        let mut tree = sample();
+        tree.snapshots.pop();
+        tree.prune();
+        tree.grow(id(5), Some(id(4)));
+        let name = SnapshotRecord { name: "c".into(), layer: id(4), taken: 0 };
+        tree.snapshots = vec![name];
+        tree.replace(id(4), id(2), id(9));
+        assert_eq!(tree.fault(), None);
+        assert_eq!(uuids(&tree.live()), [id(5), id(9), id(1)]);
+        assert_eq!(tree.name_of(id(9)), Some("c"));
+        assert_eq!(tree.layers.len(), 3);
+    }
+
+    #[test]
+    fn what_is_no_tree_is_told() {
+        let faulty = |change: &dyn Fn(&mut Tree)| {
+            let mut tree = sample();
+            change(&mut tree);
+            tree.fault().unwrap()
+        };
+        assert!(faulty(&|tree| tree.layers.clear()).contains("no layer"));
+        assert!(faulty(&|tree| tree.layers.swap(0, 1)).contains("is missing"));
+        assert!(faulty(&|tree| tree.layers[1].uuid = id(1)).contains("twice"));
+        assert!(faulty(&|tree| tree.layers[1].block = 4096).contains("different sizes"));
+        assert!(faulty(&|tree| tree.snapshots[1].name = "a".into()).contains("twice"));
+        assert!(faulty(&|tree| tree.snapshots[1].layer = id(4)).contains("is missing"));
+    }
+
+    #[test]
+    fn a_name_has_to_be_one_of_a_file() {
+        for bad in ["", ".", "..", "a/b", "a\nb", &"x".repeat(256)] {
+            assert!(check_name(bad).is_err(), "{bad:?}");
+        }
+        for good in ["a", "before update", "2026-11-21", "ä"] {
+            assert_eq!(check_name(good), Ok(()));
+        }
+    }
+}
