@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use dashmap::DashMap;
 use parking_lot::RwLock;
 
-use crate::disk::{Disk, Opened, Owner, Setting};
+use crate::disk::{Disk, Opened, Owner, Setting, Use};
 use crate::host::errno;
 use crate::store::{Store, StoreError};
 
@@ -222,8 +222,29 @@ impl Catalog {
             errno(error.errno().unwrap_or(libc::EIO))
         })?;
         let disk = Arc::new(opened.disk);
-        self.add(name, Arc::clone(&disk), Origin::Stored)?;
+        if let Err(error) = self.add(name, Arc::clone(&disk), Origin::Stored) {
+            // `add` came between: in the store, too, the name is not this one's.
+            store.remove_name(name)?;
+            store.discard(&disk.uuid);
+            return Err(error);
+        }
         Ok(disk)
+    }
+
+    /// Takes a disk that was given out of the mount, unless somebody has it; `entry` is what
+    /// [`named`](Self::named) said. Its control files are gone with it.
+    ///
+    /// # Errors
+    /// `None` when the name leads to something else by now; else who has it.
+    pub fn take(&self, name: &str, entry: &Arc<Entry>) -> Result<(), Option<Use>> {
+        let mut names = self.names.write();
+        if !names.get(name).is_some_and(|there| Arc::ptr_eq(there, entry)) {
+            return Err(None);
+        }
+        entry.disk.retire()?;
+        names.remove(name);
+        self.inodes.remove(&entry.disk.ino());
+        Ok(())
     }
 
     fn stored(&self, what: &str, name: &str) -> io::Result<(&Store, Arc<Entry>)> {
@@ -265,6 +286,12 @@ impl Catalog {
         };
         store.rename(from, to)?;
         let mut names = self.names.write();
+        if replaced.is_none() && names.contains_key(to) {
+            // `add` came between.
+            drop(names);
+            store.rename(to, from)?;
+            return Err(errno(libc::EEXIST));
+        }
         names.remove(from);
         names.insert(to.to_owned(), entry);
         drop(names);

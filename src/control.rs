@@ -10,6 +10,8 @@
 //! one line of JSON written to a `ctl`; the answer is lines of JSON, the last with `ok` or
 //! `error`, and a `progress` line at least every second before it.
 
+mod disks;
+
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -20,6 +22,7 @@ use parking_lot::{Condvar, Mutex};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
+pub use self::disks::{Forget, Gone};
 use crate::base::place;
 use crate::catalog::{Catalog, Entry};
 use crate::disk::Disk;
@@ -141,6 +144,8 @@ pub struct Control {
     pub draining: AtomicBool,
     /// The mount's device number, once it is there.
     pub device: std::sync::OnceLock<u64>,
+    /// Has the kernel forget a disk, once the mount is there.
+    pub forget: std::sync::OnceLock<Forget>,
 }
 
 #[derive(Deserialize)]
@@ -153,6 +158,15 @@ enum MountRequest {
         #[serde(default)]
         timeout_ms: Option<u64>,
     },
+    /// Mount another disk; relative paths in it start at `cwd`.
+    Add {
+        disk: String,
+        cwd: PathBuf,
+        #[serde(default)]
+        force: bool,
+    },
+    /// Let a disk go that the command line or `Add` has named.
+    Remove { name: String },
 }
 
 #[derive(Deserialize)]
@@ -241,6 +255,8 @@ impl Control {
             Ok(MountRequest::Drain { streams, timeout_ms }) => {
                 self.drain(streams, Patience::of_request(timeout_ms))
             }
+            Ok(MountRequest::Add { disk, cwd, force }) => self.add(&disk, &cwd, force),
+            Ok(MountRequest::Remove { name }) => self.remove(&name),
             Err(error) => json!({ "error": format!("request not understood: {error}") }),
         }
     }
@@ -467,6 +483,10 @@ impl MapText {
     fn describe(&self, state: &mut MapState) -> io::Result<()> {
         let size = self.disk.size();
         let pieces = self.disk.pieces(state.next..size, MAP_BATCH, Wait::Yes)?;
+        if self.disk.is_closed() {
+            // It was removed meanwhile: what is left of the text would look whole.
+            return Err(errno(libc::ESTALE));
+        }
         for (extent, depth) in pieces {
             state.next = extent.range.end;
             match &mut state.open {

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   mount, run ──plan──> mount::serve, in a daemon       (no thread before the fork)
-//!   umount, status, map, log, keep ──client──> MNT/.cowslip/...        (every wait bounded)
+//!   umount, status, add, map, ... ──client──> MNT/.cowslip/...        (every wait bounded)
 //!   check ──> overlay::persist, offline
 //! ```
 //!
@@ -11,6 +11,7 @@
 //! Under the names of mount(8)'s helpers (`mount.cowslip` and the like) the program reads its
 //! arguments as those do.
 
+mod add;
 mod check;
 mod client;
 mod guard;
@@ -21,6 +22,7 @@ mod map;
 mod mount;
 mod plan;
 mod progress;
+mod remove;
 mod run;
 mod status;
 mod stream;
@@ -58,6 +60,10 @@ enum Cli {
     Run(run::RunArgs),
     /// End a mount, and say what was discarded
     Umount(umount::UmountArgs),
+    /// Mount another disk in a mount that is there
+    Add(add::AddArgs),
+    /// Let a disk go while its mount goes on
+    Remove(remove::RemoveArgs),
     /// Show mounts and their disks
     Status(status::StatusArgs),
     /// Show what a mounted disk holds where: data, zeros, holes
@@ -118,6 +124,8 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> anyhow::Result<u8> {
         Cli::Mount(args) => mount::run(args),
         Cli::Run(args) => run::run(args),
         Cli::Umount(args) => umount::run(&args),
+        Cli::Add(args) => add::run(&args),
+        Cli::Remove(args) => remove::run(&args),
         Cli::Status(args) => status::run(&args),
         Cli::Map(args) => map::run(&args),
         Cli::Log(args) => log::run(&args),

@@ -105,7 +105,10 @@ impl Wish {
 }
 
 /// Reads one disk. Whether a path with a comma was meant is looked up.
-fn disk(text: &OsStr, dir: &Path) -> anyhow::Result<DiskSpec> {
+///
+/// # Errors
+/// A usage error.
+pub(super) fn disk(text: &OsStr, dir: &Path) -> anyhow::Result<DiskSpec> {
     spec::parse_disk(text, dir, &|path: &Path| path.exists())
         .map_err(|error| Failure::usage(error.to_string()))
 }

@@ -57,13 +57,17 @@ fn explain(place: &Place, error: AskError) -> anyhow::Error {
     let AskError::Busy(said) = error else {
         return error.into();
     };
+    anyhow::anyhow!("{said}: {}: close it there, then finish again", users(place))
+}
+
+/// Who has the disk at `place`, in words.
+pub(super) fn users(place: &Place) -> String {
     let name = place.disk.as_deref().unwrap_or_default();
     let users = who::openers(&place.mountpoint).into_iter();
     let users = users.filter(|user| user.path().is_none_or(|path| path == Path::new(name)));
     let named: Vec<String> = users.map(|user| printable(&user.to_string())).collect();
-    let named = match named.is_empty() {
+    match named.is_empty() {
         true => "processes that you may not see: ask as root".to_owned(),
         false => named.join("; "),
-    };
-    anyhow::anyhow!("{said}: {named}: close it there, then finish again")
+    }
 }

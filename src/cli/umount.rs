@@ -21,13 +21,13 @@ use crate::mount::kernel::{self, Condition, Unmount};
 use crate::mount::who::{self, Exit, Opener};
 
 /// RELEASE and `losetup -d` come after close has returned, so a mount may look used for a moment.
-const GRACE: Duration = Duration::from_secs(5);
+pub(super) const GRACE: Duration = Duration::from_secs(5);
 
 /// How long the daemon may take to end: it syncs first, and disks are slow.
 const ENDING: Duration = Duration::from_secs(60);
 
 /// How often is looked whether the mount is still used. A look takes some milliseconds.
-const LOOK: Duration = Duration::from_millis(100);
+pub(super) const LOOK: Duration = Duration::from_millis(100);
 
 /// Users that are named in the message; the rest is counted.
 const NAMED: usize = 8;
@@ -255,7 +255,8 @@ fn drain(mountpoint: &Path, request: Request) -> Result<(Option<u32>, Value), As
     }
 }
 
-fn texts(list: &Value) -> Vec<String> {
+/// The lines of an answer, fit to print.
+pub(super) fn texts(list: &Value) -> Vec<String> {
     let items = list.as_array().into_iter().flatten();
     items.filter_map(Value::as_str).map(printable).collect()
 }

@@ -270,6 +270,13 @@ impl Disk {
         self.life.ending.store(true, Ordering::SeqCst);
         let mut doing = self.life.doing.lock();
         self.life.done.wait_while_for(&mut doing, |doing| doing.is_some(), patience);
+        drop(doing);
+        self.life.files.lock().clear();
+    }
+
+    /// Handles that its snapshots' files have.
+    pub(super) fn snapshot_openers(&self) -> u32 {
+        self.life.files.lock().values().map(|file| file.openers()).sum()
     }
 
     /// The disk's layers and their names; `what` is for the error.

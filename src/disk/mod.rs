@@ -6,6 +6,7 @@
 
 mod copy;
 mod io;
+mod leave;
 mod life;
 mod open;
 mod stream;
@@ -21,6 +22,7 @@ use parking_lot::{Mutex, RwLock};
 use uuid::Uuid;
 
 pub use self::io::{Change, Keep, Whence};
+pub use self::leave::Use;
 use self::life::Life;
 pub use self::life::{Force, LifeError, Others, Since, SnapshotInfo};
 pub use self::open::{
@@ -170,8 +172,11 @@ pub struct Disk {
     maintaining: AtomicBool,
     /// An operation of unbounded length holds the gate: requests wait without a deadline.
     pub(crate) held: AtomicBool,
-    /// The daemon is on its way out and has closed the overlay: nothing may be changed any more.
+    /// The daemon or the disk is on its way out and the overlay closed: nothing may be changed any
+    /// more.
     closed: AtomicBool,
+    /// The disk is on its way out: nobody can open it.
+    leaving: AtomicBool,
 }
 
 /// The times of a disk, in nanoseconds since the epoch.
@@ -362,11 +367,6 @@ impl Disk {
         Ok(held(&extents) + (size - extents.described_to().min(size)))
     }
 
-    /// A handle was opened.
-    pub fn opened(&self, access: Access) {
-        self.counter(access).fetch_add(1, Ordering::SeqCst);
-    }
-
     /// A handle was released.
     pub fn released(&self, access: Access) {
         self.counter(access).fetch_sub(1, Ordering::SeqCst);
@@ -380,10 +380,12 @@ impl Disk {
         }
     }
 
-    /// Handles that are open.
+    /// Handles that are open, those of its snapshots included.
     #[must_use]
     pub fn openers(&self) -> u32 {
-        [&self.readers, &self.writers, &self.both].iter().map(|n| n.load(Ordering::SeqCst)).sum()
+        let own = [&self.readers, &self.writers, &self.both];
+        let own: u32 = own.iter().map(|n| n.load(Ordering::SeqCst)).sum();
+        own + self.snapshot_openers()
     }
 
     /// Whether a handle reads through the kernel's cache, so that a write has to invalidate it.
@@ -583,7 +585,11 @@ impl Disk {
     /// host says no; the disk is as it was then.
     pub fn keep(&self, dir: &Path) -> Result<(), OpenError> {
         self.held.store(true, Ordering::SeqCst);
-        let kept = self.keep_in(dir);
+        // Marked first: either this sees the mark of `retire`, or `retire` sees this one.
+        let kept = match self.leaving.load(Ordering::SeqCst) {
+            false => self.keep_in(dir),
+            true => Err(OpenError::NothingToKeep("the disk is being removed".to_owned())),
+        };
         self.held.store(false, Ordering::SeqCst);
         kept
     }

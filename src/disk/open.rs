@@ -306,6 +306,7 @@ pub(super) fn assemble(
         maintaining: false.into(),
         held: false.into(),
         closed: false.into(),
+        leaving: false.into(),
     }
 }
 

@@ -122,6 +122,7 @@ impl CowslipFs {
                 let disk = Arc::clone(&self.catalog().slot(slot).ok_or_else(gone)?.1.disk);
                 Handle::Map { text: Arc::new(MapText::new(Arc::clone(&disk))), disk }
             }
+            Spot::DiskCtl(slot) if self.catalog().slot(slot).is_none() => return Err(gone()),
             Spot::Ctl | Spot::DiskCtl(_) => {
                 Handle::Ctl { session: Arc::new(Session::default()), spot }
             }
@@ -316,13 +317,14 @@ impl Write {
     }
 }
 
-/// Opens a disk: readers through the kernel's cache, writers past it.
+/// Opens a disk: readers through the kernel's cache, writers past it. `ESTALE` for one that is
+/// being removed.
 pub(super) fn open_disk(
     handles: &Handles,
     cache: Cache,
     disk: Arc<Disk>,
     flags: OpenFlags,
-) -> (FileHandle, FopenFlags) {
+) -> io::Result<(FileHandle, FopenFlags)> {
     let access = match flags.0 & libc::O_ACCMODE {
         libc::O_RDONLY => Access::Read,
         libc::O_WRONLY => Access::Write,
@@ -335,11 +337,11 @@ pub(super) fn open_disk(
         Cache::None => false,
         Cache::Writeback => true,
     };
-    disk.opened(access);
+    disk.opened(access)?;
     let handle = handles.add(Handle::Disk { disk, access });
     let direct = FopenFlags::FOPEN_DIRECT_IO | FopenFlags::FOPEN_PARALLEL_DIRECT_WRITES;
     // What is cached stays right: every change comes through this mount.
-    (handle, if cached { FopenFlags::FOPEN_KEEP_CACHE } else { direct })
+    Ok((handle, if cached { FopenFlags::FOPEN_KEEP_CACHE } else { direct }))
 }
 
 /// What fallocate(2)'s mode asks for.

@@ -6,6 +6,7 @@
 
 mod answer;
 mod attr;
+mod forget;
 mod handle;
 mod parked;
 mod seats;
@@ -24,6 +25,7 @@ use fuser::{
 
 use self::answer::{Write, decode_change, is_busy, is_sync, moment, open_disk, text};
 use self::attr::TTL;
+pub use self::forget::forgetter;
 use self::handle::{Handle, Handles};
 pub use self::parked::Deadlines;
 use self::parked::{Bound, Lane};
@@ -242,8 +244,10 @@ impl Filesystem for CowslipFs {
         if disk.mode == Mode::ReadOnly && flags.0 & libc::O_ACCMODE != libc::O_RDONLY {
             return reply.error(Errno::EROFS);
         }
-        let (handle, flags) = open_disk(&self.handles, self.shared.cache, disk, flags);
-        reply.opened(handle, flags);
+        match open_disk(&self.handles, self.shared.cache, disk, flags) {
+            Ok((handle, flags)) => reply.opened(handle, flags),
+            Err(error) => reply.error(error.into()),
+        }
     }
 
     fn read(
@@ -507,8 +511,10 @@ impl Filesystem for CowslipFs {
         let (handles, cache) = (Arc::clone(&self.handles), self.shared.cache);
         self.aside(reply, work, move |reply, (disk, found): (Arc<Disk>, disk::Attributes)| {
             let attr = attr::of_disk(disk.ino(), &found);
-            let (handle, flags) = open_disk(&handles, cache, disk, OpenFlags(flags));
-            reply.created(&TTL, &attr, Generation(0), handle, flags);
+            match open_disk(&handles, cache, disk, OpenFlags(flags)) {
+                Ok((handle, flags)) => reply.created(&TTL, &attr, Generation(0), handle, flags),
+                Err(error) => reply.error(error.into()),
+            }
         });
     }
 

@@ -36,7 +36,7 @@ use crate::base::place;
 use crate::catalog::{CONTROL, Catalog, Origin};
 use crate::control::Control;
 use crate::disk::{self, Disk, Opened, Setting};
-use crate::fs::{CowslipFs, Deadlines, Shared};
+use crate::fs::{CowslipFs, Deadlines, Shared, forgetter};
 use crate::journal::{self, Sink};
 use crate::pool::Pool;
 use crate::spec::{Cache, DiskSpec, Flow, MountOptions, Source, Target, check_names};
@@ -195,6 +195,7 @@ fn share(plan: &Plan, catalog: &Arc<Catalog>) -> Arc<Shared> {
         source: plan.source.clone(),
         draining: AtomicBool::new(false),
         device: OnceLock::new(),
+        forget: OnceLock::new(),
     });
     Arc::new(Shared {
         catalog: Arc::clone(catalog),
@@ -350,6 +351,7 @@ fn mount_and_spawn(plan: &Plan, mountpoint: &Path, shared: Arc<Shared>) -> Resul
     let fs = CowslipFs::new(Arc::clone(&shared), workers);
     let session = Session::from_fd(fs, device, acl, config).map_err(undo)?;
     let _ = shared.notifier.set(session.notifier());
+    let _ = shared.control.forget.set(forgetter(session.notifier()));
     if let Some(entry) = kernel::entry_at(mountpoint) {
         let (major, minor) = entry.dev;
         let _ = shared.control.device.set(rustix::fs::makedev(major, minor));

@@ -166,6 +166,15 @@ impl Residence {
     pub fn withdraw(&self) {
         let _ = rustix::fs::unlinkat(&self.dir, "holder", AtFlags::empty());
     }
+
+    /// Lets others have it at once, while this process lives on: a child that was forked a moment
+    /// ago shares the open file until it executes its program. Nothing of ours may use it any more.
+    pub fn unlock(self) {
+        self.withdraw();
+        if let Err(error) = rustix::fs::flock(&self.lock, FlockOperation::Unlock) {
+            log::debug!("an overlay is unlocked only when it is closed: {error}");
+        }
+    }
 }
 
 /// Removes the directory of the layer `uuid`, its `data` last: that carries the lock.

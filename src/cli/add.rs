@@ -1,0 +1,105 @@
+//! `cowslip add`: mounts another disk in a mount that is there.
+
+use std::ffi::{OsStr, OsString};
+use std::path::{Path, PathBuf};
+
+use clap::Args;
+use serde_json::json;
+
+use super::client::Place;
+use super::mount::current_dir;
+use super::plan;
+use super::progress::Progress;
+use super::table::printable;
+use super::umount::texts;
+use super::{DONE, Failure, say};
+use crate::spec::{DiskSpec, Flow, Source, Supply, Target};
+
+#[derive(Debug, Args)]
+pub(super) struct AddArgs {
+    /// Use a base that changed under its overlay
+    #[arg(long)]
+    force: bool,
+    /// The mount
+    mountpoint: PathBuf,
+    /// What to show there, [NAME=]SOURCE[,KEY[=VALUE]]... with SOURCE a path, blank:SIZE or stream:SIZE
+    #[arg(value_name = "DISK")]
+    disk: OsString,
+}
+
+pub(super) fn run(args: &AddArgs) -> anyhow::Result<u8> {
+    let dir = current_dir()?;
+    check(&plan::disk(&args.disk, &dir)?)?;
+    let place = match Place::of(&args.mountpoint) {
+        Ok(place) => place,
+        Err(error) => return Err(swapped(args).unwrap_or(error)),
+    };
+    if let Some(disk) = &place.disk {
+        anyhow::bail!(
+            "'{}' is in the mount at '{at}': cowslip add '{at}' {}",
+            printable(disk),
+            args.disk.to_string_lossy(),
+            at = place.mountpoint.display()
+        );
+    }
+    let (disk, cwd) = (text(&args.disk)?, text(dir.as_os_str())?);
+    let mut progress = Progress::new();
+    let request = json!({ "op": "add", "disk": disk, "cwd": cwd, "force": args.force });
+    let done = place.ask(&request, |now| progress.show(now));
+    progress.end();
+    let done = done?;
+    texts(&done["lines"]).iter().for_each(|line| say(line));
+    Ok(DONE)
+}
+
+/// The disk stands in the place of the mount.
+fn swapped(args: &AddArgs) -> Option<anyhow::Error> {
+    let place = Place::of(Path::new(&args.disk)).ok()?;
+    let is_swapped = place.disk.is_none();
+    is_swapped.then(|| {
+        let (mount, disk) = (args.disk.to_string_lossy(), args.mountpoint.display());
+        Failure::usage(format!("MOUNTPOINT comes first: cowslip add {mount} {disk}"))
+    })
+}
+
+/// Refuses what only the command that mounts has.
+fn check(disk: &DiskSpec) -> anyhow::Result<()> {
+    let Source::Stream(stream) = &disk.source else {
+        return Ok(());
+    };
+    let what = match &stream.flow {
+        Flow::Out(Target::Stdout) => "to=stdout",
+        Flow::In { supply: Supply::Stdin, .. } => "from=stdin",
+        _ => return Ok(()),
+    };
+    let remedy = "the mount that is there has another: name a fifo, a file or a command";
+    Err(Failure::usage(format!("{what} cannot be added: {remedy}")))
+}
+
+/// A request is JSON, which is UTF-8.
+fn text(given: &OsStr) -> anyhow::Result<&str> {
+    given.to_str().ok_or_else(|| {
+        let shown = given.to_string_lossy();
+        anyhow::anyhow!("'{shown}' is not UTF-8: rename it, or name it when mounting")
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::{USAGE, exit_code};
+    use super::*;
+
+    #[test]
+    fn the_standard_streams_are_the_mount_commands() {
+        let refused = |text: &str| {
+            let disk = plan::disk(OsStr::new(text), Path::new("/here")).unwrap();
+            check(&disk).err().map(|error| (exit_code(&error), error.to_string()))
+        };
+        let (code, line) = refused("o=stream:1M,to=stdout").unwrap();
+        assert_eq!(code, USAGE);
+        assert!(line.starts_with("to=stdout cannot be added"), "{line}");
+        assert!(refused("i=stream:1M,from=stdin").unwrap().1.starts_with("from=stdin"));
+        assert_eq!(refused("o=stream:1M,to=file:out"), None);
+        assert_eq!(refused("vm.img"), None);
+    }
+}

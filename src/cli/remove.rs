@@ -1,0 +1,54 @@
+//! `cowslip remove`: lets a disk go while its mount goes on.
+
+use std::path::PathBuf;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use clap::Args;
+use serde_json::{Value, json};
+
+use super::client::{AskError, Place};
+use super::progress::Progress;
+use super::stream::users;
+use super::umount::{GRACE, LOOK, texts};
+use super::{DONE, say, timeout};
+
+#[derive(Debug, Args)]
+pub(super) struct RemoveArgs {
+    /// How long to wait for users of the disk (5s): 10s, 2m
+    #[arg(long, value_name = "T", value_parser = timeout::parse)]
+    timeout: Option<Duration>,
+    /// The mounted disk
+    file: PathBuf,
+}
+
+pub(super) fn run(args: &RemoveArgs) -> anyhow::Result<u8> {
+    let place = Place::of_disk(&args.file)?;
+    let done = remove(&place, args.timeout.unwrap_or(GRACE))?;
+    texts(&done["lines"]).iter().for_each(|line| say(line));
+    let failed = texts(&done["failed"]);
+    if !failed.is_empty() {
+        anyhow::bail!("'{}' is removed, but {}", args.file.display(), failed.join("; "));
+    }
+    Ok(DONE)
+}
+
+/// Asks until nobody has the disk any more, for `grace` at most.
+fn remove(place: &Place, grace: Duration) -> anyhow::Result<Value> {
+    let mount = Place::mount(&place.mountpoint);
+    let name = place.disk.as_deref().unwrap_or_default();
+    let deadline = Instant::now() + grace;
+    let mut progress = Progress::new();
+    let done = loop {
+        let done = mount.ask(&json!({ "op": "remove", "name": name }), |now| progress.show(now));
+        match done {
+            Err(AskError::Busy(_)) if Instant::now() < deadline => thread::sleep(LOOK),
+            done => break done,
+        }
+    };
+    progress.end();
+    done.map_err(|error| match error {
+        AskError::Busy(said) => anyhow::anyhow!("{said}: {}: close it there", users(place)),
+        error => error.into(),
+    })
+}

@@ -1,0 +1,223 @@
+//! Disks that come and go while the mount is there.
+//!
+//! ```text
+//!   add:     parse -> open as `mount` does -> announce -> catalog        else: abandon
+//!   remove:  refuse what is used -> out of the catalog -> the kernel forgets it -> close, unlock
+//! ```
+//!
+//! Between the two steps of each nobody finds the disk: it is in the catalog only while all of it
+//! works.
+
+use std::collections::HashSet;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::sync::mpsc;
+use std::time::Duration;
+
+use parking_lot::Mutex;
+use serde_json::{Value, json};
+
+use super::{Control, farewell};
+use crate::catalog::{Entry, Origin};
+use crate::disk::{self, Disk, Opened, Setting, Use};
+use crate::spec::parse_disk;
+use crate::stream::output::{Patience, State};
+use crate::stream::sink::Inherit;
+use crate::stream::{Ending, Stream};
+
+/// A disk that is not in the mount any more.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Gone {
+    /// The name it had.
+    pub name: String,
+    /// The inode number of the mounted file.
+    pub ino: u64,
+}
+
+/// Has the kernel forget what it knows of a disk. It may wait for requests that are under way, so
+/// it is called by a thread of the disk's own.
+pub type Forget = Arc<dyn Fn(&Gone) + Send + Sync>;
+
+/// How long the kernel is waited for: what it knows holds for a second anyway.
+const FORGETTING: Duration = Duration::from_secs(1);
+/// How long requests that are under way are waited for.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// Why a disk is not removed.
+enum Refusal {
+    /// Somebody has it open: worth asking again.
+    Open,
+    /// The line for the user.
+    Line(String),
+}
+
+/// What became of a removed disk.
+#[derive(Default)]
+struct Farewell {
+    /// What was discarded or kept.
+    lines: Vec<String>,
+    /// What could not be done.
+    failed: Vec<String>,
+}
+
+impl Control {
+    /// Mounts the disk that `text` names and answers what `mount` would print of it.
+    pub(super) fn add(&self, text: &str, cwd: &Path, force: bool) -> Value {
+        match self.add_disk(text, cwd, force) {
+            Ok(lines) => json!({ "ok": { "lines": lines } }),
+            Err(line) => json!({ "error": line }),
+        }
+    }
+
+    fn add_disk(&self, text: &str, cwd: &Path, force: bool) -> Result<Vec<String>, String> {
+        if !cwd.is_absolute() {
+            return Err(format!("'{}' is not an absolute path", cwd.display()));
+        }
+        // The client has looked for a path with a comma already.
+        let spec = parse_disk(text, cwd, &|_| false).map_err(|error| error.to_string())?;
+        let name = &spec.name;
+        let taken = || {
+            format!("there is a disk '{name}' in the mount already: give this one another NAME=")
+        };
+        self.check_stays()?;
+        if self.catalog.named(name).is_some() {
+            return Err(taken());
+        }
+        let setting = Setting {
+            mountpoint: &self.catalog.mountpoint,
+            mount_dev: self.device.get().copied(),
+            uid: rustix::process::getuid().as_raw(),
+            gid: rustix::process::getgid().as_raw(),
+            force,
+            stdio: Inherit::Nothing,
+            looked_at: Mutex::new(HashSet::new()),
+        };
+        let opened = disk::open(&spec, &setting).map_err(|error| format!("{name}: {error}"))?;
+        let Opened { disk, summary, notes } = opened;
+        let disk = Arc::new(disk);
+        disk.announce(&self.holder());
+        let Ok(entry) = self.catalog.add(name, Arc::clone(&disk), Origin::Given) else {
+            disk.abandon();
+            return Err(taken());
+        };
+        // An end that has begun closes what it finds, and may have missed this one. Whoever has
+        // it open already keeps the end waiting.
+        if let Err(line) = self.check_stays()
+            && self.catalog.take(name, &entry).is_ok()
+        {
+            disk.abandon();
+            return Err(line);
+        }
+        log::info!("{name}: added");
+        let mut lines = vec![format!("{name}: {summary}")];
+        for note in notes {
+            log::info!("{name}: {note}");
+            lines.push(format!("{name}: {note}"));
+        }
+        Ok(lines)
+    }
+
+    /// Refuses what would come too late.
+    fn check_stays(&self) -> Result<(), String> {
+        match self.draining.load(Ordering::SeqCst) {
+            false => Ok(()),
+            true => Err("the mount is being unmounted: it takes no disks any more".to_owned()),
+        }
+    }
+
+    /// Lets the disk `name` go and answers what became of its changes.
+    pub(super) fn remove(&self, name: &str) -> Value {
+        match self.remove_disk(name) {
+            Ok(Farewell { lines, failed }) => {
+                json!({ "ok": { "lines": lines, "failed": failed } })
+            }
+            Err(Refusal::Open) => json!({ "error": format!("{name} is in use"), "busy": true }),
+            Err(Refusal::Line(line)) => json!({ "error": line }),
+        }
+    }
+
+    fn remove_disk(&self, name: &str) -> Result<Farewell, Refusal> {
+        let gone = || Refusal::Line(format!("there is no disk '{name}' in the mount"));
+        let entry = self.catalog.named(name).ok_or_else(gone)?;
+        self.check_removable(name, &entry)?;
+        self.catalog.take(name, &entry).map_err(|used| match used {
+            None => gone(),
+            Some(Use::Open) => Refusal::Open,
+            Some(Use::Held) => {
+                Refusal::Line(format!("{name} is being worked on: wait until that is done"))
+            }
+        })?;
+        let disk = Arc::clone(&entry.disk);
+        // What is late finds no disk behind the slot either.
+        drop(entry);
+        self.forget(name, &disk);
+        let done = close(name, &disk);
+        log::info!("{name}: removed");
+        done.lines.iter().for_each(|line| log::info!("{line}"));
+        done.failed.iter().for_each(|line| log::error!("{line}"));
+        Ok(done)
+    }
+
+    fn check_removable(&self, name: &str, entry: &Entry) -> Result<(), Refusal> {
+        let path = self.catalog.mountpoint.join(name);
+        let path = path.display();
+        if entry.origin == Origin::Stored {
+            return Err(Refusal::Line(format!(
+                "{name} is a disk of the store: rm '{path}' removes it with its data"
+            )));
+        }
+        if entry.disk.openers() > 0 {
+            return Err(Refusal::Open);
+        }
+        if let Some(Stream::Output(output)) = entry.disk.stream()
+            && matches!(output.status().state, State::Open | State::Finishing)
+        {
+            return Err(Refusal::Line(format!(
+                "{name} is not finished: cowslip finish '{path}' completes it, cowslip abort '{path}' gives it up"
+            )));
+        }
+        // While the disk is there, what is wrong can still be put right.
+        match entry.disk.sync() {
+            Err(error) if matches!(error.raw_os_error(), Some(libc::ENOSPC | libc::EDQUOT)) => {
+                Err(Refusal::Line(format!("{name}: cannot be made durable: {error}")))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Has the kernel forget the disk, and waits for that: when `remove` has returned nobody may
+    /// see the name.
+    fn forget(&self, name: &str, disk: &Disk) {
+        let Some(forget) = self.forget.get().map(Arc::clone) else {
+            return;
+        };
+        let gone = Gone { name: name.to_owned(), ino: disk.ino() };
+        let (tell, told) = mpsc::channel();
+        disk.notices().run(Box::new(move || {
+            forget(&gone);
+            // Nobody listens any more when it took too long.
+            let _ = tell.send(());
+        }));
+        // What the kernel waits for may need this very thread, so the wait has an end.
+        let _ = told.recv_timeout(FORGETTING);
+    }
+}
+
+/// Closes a disk that nobody can find any more.
+fn close(name: &str, disk: &Disk) -> Farewell {
+    let mut done = Farewell::default();
+    match disk.settle(Ending::Settle, Patience::Endless) {
+        Ok(line) => done.lines.extend(line),
+        Err(why) => done.failed.push(format!("{name}: {why}")),
+    }
+    let left = disk.leave(PATIENCE, |disk| done.lines.extend(farewell(name, disk)));
+    match left {
+        Ok(()) => {}
+        Err(error) if error.raw_os_error() == Some(libc::ETIMEDOUT) => done.failed.push(format!(
+            "{name}: a request still waits for its base: its files stay locked until that ends"
+        )),
+        Err(error) => done.failed.push(format!("{name}: could not be made durable: {error}")),
+    }
+    done
+}
