@@ -6,8 +6,8 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Weak};
 
 use dashmap::DashMap;
 use parking_lot::RwLock;
@@ -67,6 +67,8 @@ pub struct Catalog {
     names: RwLock<BTreeMap<String, Arc<Entry>>>,
     /// By inode number, the nameless ones included.
     inodes: DashMap<u64, Arc<Entry>>,
+    /// Snapshots that were looked up, by inode number.
+    snapshots: DashMap<u64, Weak<Disk>>,
     slots: AtomicU64,
     store: Option<Store>,
 }
@@ -79,6 +81,7 @@ impl Catalog {
             mountpoint: mountpoint.to_owned(),
             names: RwLock::default(),
             inodes: DashMap::new(),
+            snapshots: DashMap::new(),
             slots: AtomicU64::new(1),
             store,
         }
@@ -121,7 +124,9 @@ impl Catalog {
             let dir = store.dir().display();
             return Err(match entry.disk.overlay_dir() {
                 None if entry.disk.overlay().is_some() => {
-                    format!("its changes are temporary: 'cowslip keep FILE {dir}' makes it a disk of the store first")
+                    format!(
+                        "its changes are temporary: 'cowslip keep FILE {dir}' makes it a disk of the store first"
+                    )
                 }
                 Some(own) => format!(
                     "its overlay '{}' lies outside the store '{dir}': make a true copy with cp, or mount it with overlay={dir} from the start",
@@ -168,7 +173,15 @@ impl Catalog {
     /// The disk of that inode.
     #[must_use]
     pub fn inode(&self, ino: u64) -> Option<Arc<Disk>> {
-        self.inodes.get(&ino).map(|entry| Arc::clone(&entry.disk))
+        let disk = self.inodes.get(&ino).map(|entry| Arc::clone(&entry.disk));
+        disk.or_else(|| self.snapshots.get(&ino)?.upgrade())
+    }
+
+    /// Makes a snapshot's file known by its inode number, as long as its disk holds it.
+    pub fn show_snapshot(&self, file: &Arc<Disk>) {
+        if self.snapshots.insert(file.ino(), Arc::downgrade(file)).is_none() {
+            self.snapshots.retain(|_, file| file.strong_count() > 0);
+        }
     }
 
     /// The disk of that slot, and its name.

@@ -4,6 +4,7 @@
 //!   .cowslip/status          JSON of the mount          .cowslip/DISK/status    JSON of the disk
 //!   .cowslip/log             the daemon's log           .cowslip/DISK/map       its extents as JSON
 //!   .cowslip/ctl             requests to the mount      .cowslip/DISK/ctl       requests to the disk
+//!                                                       .cowslip/DISK/snapshots/NAME  as it was
 //! ```
 //!
 //! It is reachable by name and not listed. Its files are direct I/O files of size 0. A request is
@@ -11,6 +12,7 @@
 //! `error`, and a `progress` line at least every second before it.
 
 mod disks;
+mod life;
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -22,7 +24,7 @@ use parking_lot::{Condvar, Mutex};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-pub use self::disks::{Forget, Gone};
+pub use self::disks::{Forget, Stale};
 use crate::base::place;
 use crate::catalog::{Catalog, Entry};
 use crate::disk::Disk;
@@ -58,6 +60,8 @@ pub enum Spot {
     DiskMap(u64),
     /// `.cowslip/DISK/ctl`.
     DiskCtl(u64),
+    /// `.cowslip/DISK/snapshots`: what it holds are disks.
+    Snapshots(u64),
 }
 
 impl Spot {
@@ -74,6 +78,7 @@ impl Spot {
             Self::DiskStatus(slot) => slot * 8 + 1,
             Self::DiskMap(slot) => slot * 8 + 2,
             Self::DiskCtl(slot) => slot * 8 + 3,
+            Self::Snapshots(slot) => slot * 8 + 4,
         }
     }
 
@@ -89,6 +94,7 @@ impl Spot {
             (8..0x4000_0000_0000_0000, slot, 1) => Some(Self::DiskStatus(slot)),
             (8..0x4000_0000_0000_0000, slot, 2) => Some(Self::DiskMap(slot)),
             (8..0x4000_0000_0000_0000, slot, 3) => Some(Self::DiskCtl(slot)),
+            (8..0x4000_0000_0000_0000, slot, 4) => Some(Self::Snapshots(slot)),
             _ => None,
         }
     }
@@ -96,7 +102,7 @@ impl Spot {
     /// Whether it is a directory.
     #[must_use]
     pub fn is_directory(self) -> bool {
-        matches!(self, Self::Directory | Self::Disk(_))
+        matches!(self, Self::Directory | Self::Disk(_) | Self::Snapshots(_))
     }
 
     /// What it holds under `name`.
@@ -110,6 +116,7 @@ impl Spot {
             (Self::Disk(slot), "status") => Some(Self::DiskStatus(slot)),
             (Self::Disk(slot), "map") => Some(Self::DiskMap(slot)),
             (Self::Disk(slot), "ctl") => Some(Self::DiskCtl(slot)),
+            (Self::Disk(slot), "snapshots") => Some(Self::Snapshots(slot)),
             _ => None,
         }
     }
@@ -128,7 +135,7 @@ impl Spot {
                 all.extend(disks.map(|(name, entry)| (name, Self::Disk(entry.slot))));
                 all
             }
-            Self::Disk(_) => named(&["status", "map", "ctl"]),
+            Self::Disk(_) => named(&["status", "map", "ctl", "snapshots"]),
             _ => Vec::new(),
         }
     }
@@ -181,6 +188,30 @@ enum DiskRequest {
     },
     /// Give a stream up.
     Abort,
+    /// Freeze what the disk holds under a name.
+    Snapshot {
+        #[serde(default)]
+        name: Option<String>,
+        #[serde(default)]
+        sync: bool,
+    },
+    /// Tell its snapshots.
+    Snapshots,
+    /// Delete a snapshot.
+    Unsnapshot { name: String },
+    /// Make the disk what it was at a snapshot.
+    Revert {
+        name: String,
+        #[serde(default)]
+        force: bool,
+    },
+    /// Make the disk what its base is.
+    Reset {
+        #[serde(default)]
+        force: bool,
+    },
+    /// Make another disk that holds the same.
+    Clone { name: String },
 }
 
 impl Control {
@@ -218,7 +249,8 @@ impl Control {
             }
         };
         let overlay = disk.overlay().map(|overlay| {
-            let usage = overlay.usage();
+            let chain = disk.chain();
+            let since = chain.last().map_or_else(|| overlay.usage(), |lowest| lowest.since);
             let recovered = match disk.recovered() {
                 Recovered::New | Recovered::Clean => None,
                 Recovered::All => Some("all"),
@@ -228,11 +260,14 @@ impl Control {
                 "temporary": overlay.is_temporary(),
                 "path": disk.overlay_dir().map(|dir| dir.to_string_lossy().into_owned()),
                 "block": overlay.block(),
-                "changed": usage.data,
-                "zeroed": usage.zero,
+                "changed": since.data,
+                "zeroed": since.zero,
                 "allocated": allocated_on_host(disk),
                 "free": disk.space().map(|space| space.available).unwrap_or(0),
                 "recovered": recovered,
+                "doing": disk.doing(),
+                "limit": disk.limit(),
+                "chain": chain.iter().map(life::layer_value).collect::<Vec<_>>(),
             })
         });
         json!({
@@ -297,6 +332,20 @@ impl Control {
             },
             Ok(DiskRequest::Finish { timeout_ms }) => finish(&name, &entry.disk, timeout_ms),
             Ok(DiskRequest::Abort) => abort(&name, &entry.disk),
+            Ok(DiskRequest::Snapshot { name: snapshot, sync }) => {
+                self.snapshot(&name, &entry.disk, snapshot.as_deref(), sync)
+            }
+            Ok(DiskRequest::Snapshots) => life::list(&name, &entry.disk),
+            Ok(DiskRequest::Unsnapshot { name: snapshot }) => {
+                self.unsnapshot(&name, &entry, &snapshot)
+            }
+            Ok(DiskRequest::Revert { name: snapshot, force }) => {
+                self.go_back(&name, &entry.disk, Some(&snapshot), force.into())
+            }
+            Ok(DiskRequest::Reset { force }) => {
+                self.go_back(&name, &entry.disk, None, force.into())
+            }
+            Ok(DiskRequest::Clone { name: new }) => self.clone_disk(&name, &new),
             Err(error) => json!({ "error": format!("request not understood: {error}") }),
         }
     }
@@ -410,7 +459,7 @@ fn stream_value(stream: &Stream) -> Value {
 /// What an unmount does to the changes of a disk, when there are any.
 fn farewell(name: &str, disk: &Disk) -> Option<String> {
     let overlay = disk.overlay()?;
-    let usage = overlay.usage();
+    let usage = disk.chain().last().map_or_else(|| overlay.usage(), |lowest| lowest.since);
     let changed = format_size(usage.data + usage.zero);
     match disk.overlay_dir() {
         None if overlay.revision() == 0 => None,

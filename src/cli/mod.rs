@@ -24,6 +24,7 @@ mod plan;
 mod progress;
 mod remove;
 mod run;
+mod snapshot;
 mod status;
 mod stream;
 mod table;
@@ -72,6 +73,14 @@ enum Cli {
     Log(log::LogArgs),
     /// Keep the changes of a temporary overlay in a directory
     Keep(keep::KeepArgs),
+    /// Freeze what a disk holds under a name; list and delete such snapshots
+    Snapshot(snapshot::SnapshotArgs),
+    /// Make a disk what it was at a snapshot; what was changed since is gone
+    Revert(snapshot::RevertArgs),
+    /// Make a disk what its base is; all that was changed is gone
+    Reset(snapshot::ResetArgs),
+    /// Make another disk of the store that holds the same, at once
+    Clone(snapshot::CloneArgs),
     /// Complete a stream: send what is held, close its sink, wait for it
     Finish(stream::FinishArgs),
     /// Give a stream up: its command is killed, its file stays unfinished
@@ -130,6 +139,10 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> anyhow::Result<u8> {
         Cli::Map(args) => map::run(&args),
         Cli::Log(args) => log::run(&args),
         Cli::Keep(args) => keep::run(&args),
+        Cli::Snapshot(args) => snapshot::snapshot(&args),
+        Cli::Revert(args) => snapshot::revert(&args),
+        Cli::Reset(args) => snapshot::reset(&args),
+        Cli::Clone(args) => snapshot::clone(&args),
         Cli::Finish(args) => stream::finish(&args),
         Cli::Abort(args) => stream::abort(&args),
         Cli::Check(args) => check::run(&args),

@@ -26,18 +26,33 @@ use crate::stream::output::{Patience, State};
 use crate::stream::sink::Inherit;
 use crate::stream::{Ending, Stream};
 
-/// A disk that is not in the mount any more.
+/// What the kernel may still believe and is no longer so.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Gone {
-    /// The name it had.
-    pub name: String,
-    /// The inode number of the mounted file.
-    pub ino: u64,
+pub enum Stale {
+    /// A disk has left the mount.
+    Disk {
+        /// The name it had.
+        name: String,
+        /// The inode number of the mounted file.
+        ino: u64,
+    },
+    /// A disk holds other bytes now.
+    Bytes {
+        /// The inode number of the mounted file.
+        ino: u64,
+    },
+    /// A control directory has lost a name.
+    Name {
+        /// The directory's inode number.
+        parent: u64,
+        /// The name.
+        name: String,
+    },
 }
 
-/// Has the kernel forget what it knows of a disk. It may wait for requests that are under way, so
-/// it is called by a thread of the disk's own.
-pub type Forget = Arc<dyn Fn(&Gone) + Send + Sync>;
+/// Has the kernel forget what is stale. It may wait for requests that are under way, so it is
+/// called by a thread of the disk's own.
+pub type Forget = Arc<dyn Fn(&Stale) + Send + Sync>;
 
 /// How long the kernel is waited for: what it knows holds for a second anyway.
 const FORGETTING: Duration = Duration::from_secs(1);
@@ -151,7 +166,7 @@ impl Control {
         let disk = Arc::clone(&entry.disk);
         // What is late finds no disk behind the slot either.
         drop(entry);
-        self.forget(name, &disk);
+        self.forget(&disk, Stale::Disk { name: name.to_owned(), ino: disk.ino() });
         let done = close(name, &disk);
         log::info!("{name}: removed");
         done.lines.iter().for_each(|line| log::info!("{line}"));
@@ -186,16 +201,15 @@ impl Control {
         }
     }
 
-    /// Has the kernel forget the disk, and waits for that: when `remove` has returned nobody may
-    /// see the name.
-    fn forget(&self, name: &str, disk: &Disk) {
+    /// Has the kernel forget what is `stale` of a disk, and waits for that: nobody may see it when
+    /// the request has been answered.
+    pub(super) fn forget(&self, disk: &Disk, stale: Stale) {
         let Some(forget) = self.forget.get().map(Arc::clone) else {
             return;
         };
-        let gone = Gone { name: name.to_owned(), ino: disk.ino() };
         let (tell, told) = mpsc::channel();
         disk.notices().run(Box::new(move || {
-            forget(&gone);
+            forget(&stale);
             // Nobody listens any more when it took too long.
             let _ = tell.send(());
         }));

@@ -86,11 +86,7 @@ fn read_in(layers: &[Arc<dyn Layer>], buf: &mut [u8], offset: u64, wait: Wait) -
 }
 
 /// Describes a prefix of `range` through `layers`, top to bottom.
-fn extent_in(
-    layers: &[Arc<dyn Layer>],
-    mut range: Range<u64>,
-    wait: Wait,
-) -> io::Result<Extent> {
+fn extent_in(layers: &[Arc<dyn Layer>], mut range: Range<u64>, wait: Wait) -> io::Result<Extent> {
     for layer in layers {
         let extent = layer.extent_at(range, wait)?;
         if extent.kind != Kind::Lower {

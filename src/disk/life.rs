@@ -114,6 +114,8 @@ pub(super) struct Life {
     done: Condvar,
     /// Work that takes long is to stop: the mount ends.
     pub(super) ending: AtomicBool,
+    /// There may be layers to merge.
+    untidy: AtomicBool,
     /// Sealed layers of this disk, those it does not read through included.
     sealed: Mutex<HashMap<Uuid, Arc<Overlay>>>,
     /// Sealed layers open in this process.
@@ -145,6 +147,7 @@ impl Life {
             doing: Mutex::default(),
             done: Condvar::new(),
             ending: AtomicBool::new(false),
+            untidy: AtomicBool::new(true),
             sealed: Mutex::default(),
             shelf: Arc::default(),
             others: None,
@@ -213,6 +216,12 @@ pub struct Since {
 
 fn add(one: Usage, other: Usage) -> Usage {
     Usage { data: one.data + other.data, zero: one.zero + other.zero }
+}
+
+/// How far layers were merged.
+enum Tidied {
+    All,
+    Some,
 }
 
 /// Above what a new top is put.
@@ -478,12 +487,7 @@ impl Disk {
     }
 
     /// Makes `new` the top, above `below`, and `next` the disk's tree. The gate is the caller's.
-    fn install(
-        &self,
-        next: &Tree,
-        new: NewTop,
-        below: Vec<Arc<Overlay>>,
-    ) -> Result<(), LifeError> {
+    fn install(&self, next: &Tree, new: NewTop, below: Vec<Arc<Overlay>>) -> Result<(), LifeError> {
         let layers = self.layers();
         let NewTop { overlay, lock, .. } = new;
         overlay.stand_on(&below);
@@ -566,15 +570,14 @@ impl Disk {
         let _alone = self.life.shelf.alone();
         self.replace_stack(&next, None)?;
         self.drop_layers(&tree, &next);
+        self.life.untidy.store(true, Ordering::SeqCst);
         Ok(())
     }
 
     /// A layer that no name holds apart from the only one that stands on it.
     fn untidy(&self) -> Option<(Tree, Uuid, Uuid)> {
         let tree = self.home.lock().tree()?;
-        if tree.layers.len() < 2 {
-            return None;
-        }
+        tree.mergeable(|_| false)?;
         let shared = self.layers_of_others().ok()?;
         let (lower, upper) = tree.mergeable(|uuid| shared.contains(&uuid))?;
         Some((tree, lower, upper))
@@ -583,7 +586,9 @@ impl Disk {
     /// Whether `tidy` would have something to do.
     #[must_use]
     pub fn is_untidy(&self) -> bool {
-        self.life.doing.lock().is_none() && !self.is_latched() && self.untidy().is_some()
+        self.life.untidy.load(Ordering::SeqCst)
+            && self.life.doing.lock().is_none()
+            && !self.is_latched()
     }
 
     /// Merges the layers that no name holds apart any more. It gives way to whoever wants
@@ -592,20 +597,29 @@ impl Disk {
     /// # Errors
     /// [`LifeError`]; the disk reads the same whatever happens.
     pub fn tidy(&self) -> Result<(), LifeError> {
+        self.life.untidy.store(false, Ordering::SeqCst);
+        let done = self.tidy_all();
+        if !matches!(done, Ok(Tidied::All)) {
+            self.life.untidy.store(true, Ordering::SeqCst);
+        }
+        done.map(|_| ())
+    }
+
+    fn tidy_all(&self) -> Result<Tidied, LifeError> {
         while let Some((tree, lower, upper)) = self.untidy() {
             let Ok(turn) = self.begin_as("the merging of layers", true) else {
-                return Ok(());
+                return Ok(Tidied::Some);
             };
             let done = match tree.top() {
                 Some(top) if top.uuid == upper => self.merge_into_top(&turn, lower),
                 _ => self.merge(&turn, lower, upper),
             };
             match done {
-                Err(LifeError::Interrupted | LifeError::Stuck) => return Ok(()),
+                Err(LifeError::Interrupted | LifeError::Stuck) => return Ok(Tidied::Some),
                 done => done?,
             }
         }
-        Ok(())
+        Ok(Tidied::All)
     }
 
     /// Makes one sealed layer of `lower` and `upper`, which stands on it alone.
@@ -745,6 +759,8 @@ impl Disk {
 
     /// Makes the disk one of a store: its sealed layers may be those of other disks as well.
     pub fn join(&mut self, shelf: &Arc<Shelf>, others: Others) {
+        // Who else needs its layers is asked when something of it was deleted, not at every mount.
+        self.life.untidy = AtomicBool::new(false);
         self.life.shelf = Arc::clone(shelf);
         self.life.others = Some(others);
     }
@@ -845,6 +861,12 @@ impl Disk {
         disk.source = format!("snapshot '{name}' of {}", self.source);
         let disk = Arc::new(disk);
         Ok(Arc::clone(self.life.files.lock().entry(record.layer).or_insert(disk)))
+    }
+
+    /// What all its layers may hold together, in bytes.
+    #[must_use]
+    pub fn limit(&self) -> Option<u64> {
+        self.life.limit
     }
 
     /// The names of its snapshots, oldest first.

@@ -23,9 +23,7 @@ use crate::overlay::record::{Image, Nanos, Stamp};
 use crate::overlay::recover::Recovered;
 use crate::overlay::sealed::Sealed;
 use crate::overlay::shelf::Shelf;
-use crate::overlay::stack::{
-    BaseRecord, LayerRecord, Stack, StackError, VERSION, doing, open_dir,
-};
+use crate::overlay::stack::{BaseRecord, LayerRecord, Stack, StackError, VERSION, doing, open_dir};
 use crate::overlay::tree::Tree;
 use crate::overlay::{DEFAULT_BLOCK, LARGEST, Overlay, keep};
 use crate::pool::Pool;
@@ -228,7 +226,8 @@ fn open_layers(
             notes.extend(notes_on_overlay(&dir, setting));
             let layers = stacked(overlay, Vec::new(), layer);
             let mut disk = assemble(spec, Uuid::new_v4(), layers, bottom, owner);
-            disk.home = Mutex::new(Home::Temporary { tree: Tree::single(Uuid::new_v4(), block), dir });
+            disk.home =
+                Mutex::new(Home::Temporary { tree: Tree::single(Uuid::new_v4(), block), dir });
             disk.life = Life::new((size, limit), spec.limit);
             let summary = format!(
                 "{}, temporary overlay: changes end at umount ('cowslip keep' saves them)",
@@ -237,8 +236,7 @@ fn open_layers(
             Ok(Opened { disk, summary, notes })
         }
         (BaseLayer::Reader(layer), Some(place)) => {
-            let persistent =
-                open_persistent(spec, place, &base, &bottom, owner, setting, shelf)?;
+            let persistent = open_persistent(spec, place, &base, &bottom, owner, setting, shelf)?;
             notes.extend(notes_on_overlay(place.dir, setting));
             let layer = Arc::clone(layer);
             Ok(settle(spec, persistent, &layer, bottom, place.dir, notes))
@@ -506,10 +504,13 @@ pub fn open_stored(
 ) -> Result<Opened, OpenError> {
     let stack = open_dir(place.dir).map_err(doing("opening it")).and_then(|dir| Stack::read(&dir));
     let stack = stack.map_err(in_overlay(place.dir))?;
-    let spec = DiskSpec::new(name.to_owned(), match stack.base {
-        BaseRecord::File { path, .. } => Source::File(path),
-        BaseRecord::Blank { size } => Source::Blank(size),
-    });
+    let spec = DiskSpec::new(
+        name.to_owned(),
+        match stack.base {
+            BaseRecord::File { path, .. } => Source::File(path),
+            BaseRecord::Blank { size } => Source::Blank(size),
+        },
+    );
     open_layers(&spec, Some(place), setting, shelf)
 }
 
@@ -563,17 +564,21 @@ pub fn clone_stored(
         return Err(refused(LifeError::Latched));
     }
     let (layer, old) = from.freeze().map_err(refused)?;
-    let spec = DiskSpec::new(name.to_owned(), match &old.base {
-        BaseRecord::File { path, .. } => Source::File(path.clone()),
-        BaseRecord::Blank { size } => Source::Blank(*size),
-    });
+    let spec = DiskSpec::new(
+        name.to_owned(),
+        match &old.base {
+            BaseRecord::File { path, .. } => Source::File(path.clone()),
+            BaseRecord::Blank { size } => Source::Blank(*size),
+        },
+    );
     let base = base::open(&spec.source, None, Access::Read, spec.locking)?;
     let mut tree = Tree { layers: old.tree().chain(layer), snapshots: Vec::new() };
     tree.layers.reverse();
     tree.grow(Uuid::new_v4(), Some(layer));
     let stack = Stack { uuid: uuid_for(place), ..old.with_tree(tree.clone()) };
     let size = from.size();
-    let image = Image { mtime: from.overlay().and_then(|top| top.mtime()), ..Image::new(size, size) };
+    let image =
+        Image { mtime: from.overlay().and_then(|top| top.mtime()), ..Image::new(size, size) };
     let new = New { stack, image: &image, limit: None };
     let alone = shelf.alone();
     let mut made = persist::create(place, new).map_err(in_overlay(place.dir))?;
@@ -649,7 +654,9 @@ impl Disk {
         if self.stream().is_some() {
             return nothing("the disk is a stream: what was written has left or will");
         }
-        let _turn = self.begin("keeping it").map_err(|error| OpenError::NothingToKeep(error.to_string()))?;
+        let _turn = self
+            .begin("keeping it")
+            .map_err(|error| OpenError::NothingToKeep(error.to_string()))?;
         let _gate = self.gate.write();
         let layers = self.layers();
         let Top::Overlay(overlay) = &layers.top else {

@@ -6,18 +6,20 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use fuser::{
-    Errno, FileHandle, FileType, FopenFlags, INodeNo, OpenFlags, ReplyData, ReplyWrite, TimeOrNow,
+    Errno, FileHandle, FileType, FopenFlags, Generation, INodeNo, OpenFlags, ReplyData, ReplyEntry,
+    ReplyWrite, TimeOrNow,
 };
 
 use super::handle::{Handle, Handles};
 use super::parked::{Bound, Lane, Refuse};
-use super::{CowslipFs, ROOT, Shared};
+use super::{CowslipFs, ROOT, Shared, attr};
 use crate::catalog::Catalog;
 use crate::control::{MapText, Session, Spot};
 use crate::disk::{self, Access, Change, Disk, Keep, Owner};
 use crate::host::errno;
 use crate::journal;
 use crate::layer::Wait;
+use crate::pool::Pool;
 use crate::spec::{Cache, Mode};
 
 /// The name as text; no disk has another.
@@ -41,6 +43,21 @@ impl CowslipFs {
 
     pub(super) fn disk(&self, ino: INodeNo) -> io::Result<Arc<Disk>> {
         self.catalog().inode(ino.0).ok_or_else(|| errno(libc::ENOENT))
+    }
+
+    /// Finds a snapshot's file; its layers may have to be opened first.
+    pub(super) fn lookup_snapshot(&self, slot: u64, name: &str, reply: ReplyEntry) {
+        let name = name.to_owned();
+        let work = move |shared: &Shared| {
+            let (_, entry) = shared.catalog.slot(slot).ok_or_else(|| errno(libc::ENOENT))?;
+            let file = entry.disk.snapshot_file(&name)?;
+            shared.catalog.show_snapshot(&file);
+            let found = file.attributes(Wait::Yes)?;
+            Ok((file.ino(), found))
+        };
+        self.aside(reply, work, |reply, (ino, found): (u64, disk::Attributes)| {
+            reply.entry(&attr::TTL, &attr::of_disk(ino, &found), Generation(0));
+        });
     }
 
     pub(super) fn disk_of(&self, handle: FileHandle) -> io::Result<Arc<Disk>> {
@@ -126,7 +143,9 @@ impl CowslipFs {
             Spot::Ctl | Spot::DiskCtl(_) => {
                 Handle::Ctl { session: Arc::new(Session::default()), spot }
             }
-            Spot::Directory | Spot::Disk(_) => return Err(errno(libc::EISDIR)),
+            Spot::Directory | Spot::Disk(_) | Spot::Snapshots(_) => {
+                return Err(errno(libc::EISDIR));
+            }
         })
     }
 
@@ -184,16 +203,10 @@ impl CowslipFs {
         if uid != 0 && uid != self.shared.owner.0 {
             return Err(errno(libc::EPERM));
         }
-        let pool = match spot {
-            Spot::DiskCtl(slot) => {
-                let (_, entry) = self.catalog().slot(*slot).ok_or_else(|| errno(libc::ENOENT))?;
-                // A pool of its own for each: a `finish` waits as long as its sink takes, also
-                // when nobody listens any more, and an `abort` must not wait behind it.
-                match entry.disk.stream() {
-                    Some(_) => Arc::default(),
-                    None => Arc::clone(entry.disk.pool()),
-                }
-            }
+        let pool: Arc<Pool> = match spot {
+            // A thread of its own for each: a `finish` waits as long as its sink takes, a `commit`
+            // copies as long as there is something, and what else is asked must not wait behind.
+            Spot::DiskCtl(_) => Arc::default(),
             _ => Arc::clone(&self.shared.pool),
         };
         session.request(&self.shared.control, *spot, data, |job| pool.run(job))?;
@@ -216,6 +229,13 @@ impl CowslipFs {
         let kind = |spot: Spot| {
             if spot.is_directory() { FileType::Directory } else { FileType::RegularFile }
         };
+        if let Spot::Snapshots(slot) = spot {
+            let (_, entry) = self.catalog().slot(slot).ok_or_else(|| errno(libc::ENOENT))?;
+            let names = entry.disk.snapshot_names().into_iter();
+            // Whoever wants the number looks the name up.
+            all.extend(names.map(|name| (name, u64::MAX, FileType::RegularFile)));
+            return Ok(all);
+        }
         let children = spot.children(self.catalog()).into_iter();
         all.extend(children.map(|(name, spot)| (name, spot.ino(), kind(spot))));
         Ok(all)

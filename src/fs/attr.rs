@@ -95,7 +95,7 @@ impl CowslipFs {
             Spot::Directory => self.owned(0o755),
             Spot::Status | Spot::Log => self.owned(0o444),
             Spot::Ctl => self.owned(0o600),
-            Spot::Disk(slot) => {
+            Spot::Disk(slot) | Spot::Snapshots(slot) => {
                 let owner = of_disk(slot)?;
                 // Whoever may read the disk may look into its directory.
                 Owner { perm: owner.perm | (owner.perm & 0o444) >> 2, ..owner }

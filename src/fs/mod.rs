@@ -122,6 +122,9 @@ impl Filesystem for CowslipFs {
         let Ok(name) = text(name) else {
             return reply.error(Errno::ENOENT);
         };
+        if let Some(Spot::Snapshots(slot)) = Spot::of(parent.0) {
+            return self.lookup_snapshot(slot, name, reply);
+        }
         if parent.0 != ROOT {
             let spot = Spot::of(parent.0).and_then(|spot| spot.child(name, self.catalog()));
             return match spot.and_then(|spot| self.spot_attr(spot)) {

@@ -392,6 +392,14 @@ fn tick(shared: &Arc<Shared>, stop: &AtomicBool) {
         }
         seconds = 0;
         for disk in disks {
+            if disk.is_untidy() {
+                let there = Arc::clone(&disk);
+                Arc::<Pool>::default().run(Box::new(move || {
+                    if let Err(error) = there.tidy() {
+                        log::warn!("{}: layers are not merged: {error}", there.source);
+                    }
+                }));
+            }
             if disk.needs_maintenance() {
                 let pool = Arc::clone(disk.syncs());
                 pool.run(Box::new(move || {

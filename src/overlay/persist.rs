@@ -503,8 +503,7 @@ impl Found {
         below.reverse();
         let held: u64 = below.iter().map(|layer| layer.usage().data).sum();
         let limit = limit.map(|limit| limit.saturating_sub(held));
-        let (overlay, found) =
-            Overlay::open(&self.files, tag, limit).map_err(self.log_error())?;
+        let (overlay, found) = Overlay::open(&self.files, tag, limit).map_err(self.log_error())?;
         let Self { stack, dir, layers, lock, .. } = self;
         let home = Residence { stack, dir, layers, lock, torn: false };
         Ok(Persistent { overlay, below, recovered: recovered.and(found), home })

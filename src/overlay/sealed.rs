@@ -280,11 +280,14 @@ impl Sealed {
             // Whoever has it, it was cut off.
             return (Extent::new(range.start..end, Kind::Hole), layer.min(self.layers.len() - 1));
         }
-        let extent = Extent::new(range.start..end.min(reach), match owner.state {
-            State::Data => Kind::Data,
-            State::Zero => Kind::Hole,
-            State::Lower => Kind::Lower,
-        });
+        let extent = Extent::new(
+            range.start..end.min(reach),
+            match owner.state {
+                State::Data => Kind::Data,
+                State::Zero => Kind::Hole,
+                State::Lower => Kind::Lower,
+            },
+        );
         (extent, layer)
     }
 }

@@ -24,8 +24,8 @@ use uuid::Uuid;
 use super::data::{Create, HostFile, Storage};
 use super::log::{Home, Replaced};
 use super::recover::{Files, LogError};
-pub use super::tree::{LayerRecord, SnapshotRecord};
 use super::tree::Tree;
+pub use super::tree::{LayerRecord, SnapshotRecord};
 use crate::base::identity::Identity;
 
 /// The version of everything on disk that this code reads and writes.

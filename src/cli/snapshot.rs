@@ -1,0 +1,165 @@
+//! `cowslip snapshot`, `revert`, `reset` and `clone`: the life of an overlay.
+
+use std::path::{Path, PathBuf};
+
+use clap::Args;
+use serde_json::{Value, json};
+
+use super::client::{AskError, Place};
+use super::progress::Progress;
+use super::stream::users;
+use super::table::{Align, Table, printable};
+use super::{DONE, say};
+use crate::spec::format_size;
+
+#[derive(Debug, Args)]
+pub(super) struct SnapshotArgs {
+    /// The mounted disk
+    file: PathBuf,
+    /// What to call it (the time)
+    #[arg(conflicts_with_all = ["list", "delete"])]
+    name: Option<String>,
+    /// Show the snapshots there are
+    #[arg(long, conflicts_with_all = ["delete", "sync"])]
+    list: bool,
+    /// Delete a snapshot; the disk and the other snapshots stay as they are
+    #[arg(long, value_name = "NAME", conflicts_with = "sync")]
+    delete: Option<String>,
+    /// Return only when all that is in it is durable
+    #[arg(long)]
+    sync: bool,
+    /// With --list: one JSON array
+    #[arg(long, requires = "list")]
+    json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct RevertArgs {
+    /// The mounted disk
+    file: PathBuf,
+    /// The snapshot to go back to
+    name: String,
+    /// Also while it is open for writing
+    #[arg(long)]
+    force: bool,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct ResetArgs {
+    /// The mounted disk
+    file: PathBuf,
+    /// Also while it is open for writing
+    #[arg(long)]
+    force: bool,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct CloneArgs {
+    /// The mounted disk, of a store
+    file: PathBuf,
+    /// The name of the new disk in the same mount
+    new: PathBuf,
+}
+
+/// Takes, lists or deletes a snapshot.
+pub(super) fn snapshot(args: &SnapshotArgs) -> anyhow::Result<u8> {
+    let place = Place::of_disk(&args.file)?;
+    if args.list {
+        let done = place.ask(&json!({ "op": "snapshots" }), |_| {})?;
+        list(&done["snapshots"], args.json);
+        return Ok(DONE);
+    }
+    let request = match &args.delete {
+        Some(name) => json!({ "op": "unsnapshot", "name": name }),
+        None => json!({ "op": "snapshot", "name": args.name, "sync": args.sync }),
+    };
+    ask(&place, &request)
+}
+
+/// Makes a disk what it was.
+pub(super) fn revert(args: &RevertArgs) -> anyhow::Result<u8> {
+    let place = Place::of_disk(&args.file)?;
+    ask(&place, &json!({ "op": "revert", "name": args.name, "force": args.force }))
+}
+
+/// Makes a disk what its base is.
+pub(super) fn reset(args: &ResetArgs) -> anyhow::Result<u8> {
+    let place = Place::of_disk(&args.file)?;
+    ask(&place, &json!({ "op": "reset", "force": args.force }))
+}
+
+/// Makes a disk that holds what another one holds.
+pub(super) fn clone(args: &CloneArgs) -> anyhow::Result<u8> {
+    let place = Place::of_disk(&args.file)?;
+    let name = name_in(&place.mountpoint, &args.new)?;
+    ask(&place, &json!({ "op": "clone", "name": name }))
+}
+
+/// The name in the mount that `given`, a name or a path, means.
+fn name_in(mountpoint: &Path, given: &Path) -> anyhow::Result<String> {
+    let elsewhere = || {
+        anyhow::anyhow!(
+            "'{}' is not right in the mount at '{}': a clone lives beside its disk",
+            given.display(),
+            mountpoint.display()
+        )
+    };
+    let name = given.file_name().and_then(|name| name.to_str()).ok_or_else(elsewhere)?;
+    match given.parent() {
+        None => {}
+        Some(parent) if parent.as_os_str().is_empty() => {}
+        Some(parent) => match Place::of(parent) {
+            Ok(Place { mountpoint: there, disk: None }) if there == mountpoint => {}
+            _ => return Err(elsewhere()),
+        },
+    }
+    Ok(name.to_owned())
+}
+
+/// Asks, shows how it gets on, and says what was done.
+pub(super) fn ask(place: &Place, request: &Value) -> anyhow::Result<u8> {
+    let mut progress = Progress::new();
+    let done = place.ask(request, |now| progress.show(now));
+    progress.end();
+    let done = done.map_err(|error| explain(place, error))?;
+    if let Some(line) = done["line"].as_str() {
+        say(&printable(line));
+    }
+    Ok(DONE)
+}
+
+/// A disk that is written to is told with its writers.
+fn explain(place: &Place, error: AskError) -> anyhow::Error {
+    let AskError::Busy(said) = error else {
+        return error.into();
+    };
+    anyhow::anyhow!("{said}: {}: close it there, or use --force", users(place))
+}
+
+fn list(snapshots: &Value, as_json: bool) {
+    if as_json {
+        return say(&snapshots.to_string());
+    }
+    let size = |value: &Value| value.as_u64().map_or_else(|| "-".to_owned(), format_size);
+    let mut table = Table::new([
+        ("NAME", Align::Left),
+        ("TAKEN", Align::Left),
+        ("SIZE", Align::Right),
+        ("HOLDS", Align::Right),
+        ("ZEROED", Align::Right),
+        ("CHANGED SINCE", Align::Right),
+    ]);
+    for snapshot in snapshots.as_array().into_iter().flatten() {
+        let taken = jiff::Timestamp::from_second(snapshot["taken"].as_i64().unwrap_or(0));
+        let taken = taken.unwrap_or_default().strftime("%Y-%m-%d %H:%M:%S UTC").to_string();
+        table.row([
+            snapshot["name"].as_str().unwrap_or("-").to_owned(),
+            taken,
+            size(&snapshot["size"]),
+            size(&snapshot["changed"]),
+            size(&snapshot["zeroed"]),
+            size(&snapshot["since"]["changed"]),
+        ]);
+    }
+    say(table.to_string().trim_end());
+}
