@@ -1,0 +1,187 @@
+//! `cowslip map`: what a mounted disk holds where.
+//!
+//! ```text
+//!   .cowslip/DISK/map ──pieces──> each piece ──┬──> the table, a line each
+//!   .cowslip/DISK/status ──layers──┐           └──> picture ──> svg, strip
+//!                                  └─ names ───────────────────────^
+//! ```
+//!
+//! A map may have a million pieces and more: they are counted or printed as they come.
+
+mod layers;
+mod picture;
+mod pieces;
+mod save;
+mod strip;
+mod svg;
+
+use std::io::{self, BufWriter, IsTerminal, Write};
+use std::path::PathBuf;
+
+use anyhow::Context as _;
+use clap::Args;
+use serde_json::Value;
+
+use self::layers::Layers;
+use self::picture::{Picture, Sums};
+use self::pieces::{Piece, each_piece};
+use self::strip::Strip;
+use super::client::Place;
+use super::{DONE, die_of_a_closed_pipe};
+use crate::spec::format_size;
+
+#[derive(Debug, Args)]
+pub(super) struct MapArgs {
+    /// The mounted disk
+    file: PathBuf,
+    /// One JSON array with qemu-img's keys and `kind`
+    #[arg(long)]
+    json: bool,
+    /// Draw the disk, layer by layer, into the file OUT (- is stdout)
+    #[arg(long, value_name = "OUT", conflicts_with = "json")]
+    svg: Option<PathBuf>,
+}
+
+pub(super) fn run(args: &MapArgs) -> anyhow::Result<u8> {
+    die_of_a_closed_pipe();
+    let place = Place::of_disk(&args.file)?;
+    if args.json {
+        copy(&place)?;
+    } else if let Some(out) = &args.svg {
+        let status = place.status()?;
+        let name = place.disk.clone().unwrap_or_default();
+        let layers = Layers::of(&status);
+        let picture = picture(&place, &status, &layers, svg::COLUMNS)?;
+        save::save(out, svg::draw(&name, &picture, &layers.rows()).as_bytes())?;
+    } else {
+        show(&place)?;
+    }
+    Ok(DONE)
+}
+
+/// The map as the daemon tells it.
+fn copy(place: &Place) -> anyhow::Result<()> {
+    let mut feed = place.open("map");
+    let mut stdout = BufWriter::new(io::stdout().lock());
+    if let Err(error) = io::copy(&mut feed, &mut stdout) {
+        return Err(feed.explain(error).into());
+    }
+    stdout.flush().context("cannot print")
+}
+
+/// The picture of a disk.
+fn picture(
+    place: &Place,
+    status: &Value,
+    layers: &Layers,
+    columns: usize,
+) -> anyhow::Result<Picture> {
+    let size = status["size"].as_u64().unwrap_or(0);
+    let mut picture = Picture::new(size, columns, layers.rows().len());
+    each_of(place, |piece| {
+        picture.add(layers.row(piece.depth), &piece);
+        Ok(())
+    })?;
+    Ok(picture)
+}
+
+/// Calls `each` with every piece of the disk.
+fn each_of(place: &Place, each: impl FnMut(Piece) -> io::Result<()>) -> anyhow::Result<()> {
+    let mut feed = place.open("map");
+    match each_piece(&mut feed, each) {
+        Ok(()) => Ok(()),
+        Err(error) => Err(feed.explain(error).into()),
+    }
+}
+
+/// The table, and on a terminal the strip above it. Both need the whole map, which is asked for
+/// twice: at a terminal nobody reads so many pieces that it matters.
+fn show(place: &Place) -> anyhow::Result<()> {
+    let status = place.status()?;
+    let layers = Layers::of(&status);
+    let stdout = io::stdout();
+    let strip = stdout.is_terminal().then(|| Strip::of_terminal(&stdout, &layers.rows())).flatten();
+    let mut stdout = BufWriter::new(stdout.lock());
+    if let Some(strip) = strip {
+        let picture = picture(place, &status, &layers, strip.columns())?;
+        stdout.write_all(strip.draw(&picture).as_bytes()).context("cannot print")?;
+    }
+    let mut table = Lines::new(&status, &layers);
+    table.head(&mut stdout).context("cannot print")?;
+    // Printing fails here, too, and must not be blamed on the mount.
+    let mut printed = Ok(());
+    each_of(place, |piece| {
+        if printed.is_ok() {
+            printed = table.piece(&piece, &mut stdout);
+        }
+        Ok(())
+    })?;
+    let printed = printed.and_then(|()| table.end(&mut stdout)).and_then(|()| stdout.flush());
+    printed.context("cannot print")
+}
+
+/// A line for each piece, in bytes and for people, and the sums. Not a `Table`: of a million
+/// pieces each would be kept as text.
+struct Lines<'a> {
+    layers: &'a Layers,
+    /// How wide the columns of numbers are.
+    digits: usize,
+    sums: Sums,
+}
+
+impl<'a> Lines<'a> {
+    fn new(status: &Value, layers: &'a Layers) -> Self {
+        // No number in it is larger than the disk.
+        let digits = status["size"].as_u64().unwrap_or(0).to_string().len().max(6);
+        Self { layers, digits, sums: Sums::default() }
+    }
+
+    fn head(&self, to: &mut impl Write) -> io::Result<()> {
+        let digits = self.digits;
+        writeln!(to, "{:>digits$}  {:>digits$}  {:>10}  KIND  FROM", "START", "LENGTH", "")
+    }
+
+    fn piece(&mut self, piece: &Piece, to: &mut impl Write) -> io::Result<()> {
+        let Piece { start, length, depth, kind } = *piece;
+        self.sums.add(kind, length);
+        let digits = self.digits;
+        let (size, kind) = (format_size(length), kind.name());
+        let from = super::table::printable(self.layers.name(depth));
+        writeln!(to, "{start:>digits$}  {length:>digits$}  {size:>10}  {kind:<4}  {from}")
+    }
+
+    fn end(&self, to: &mut impl Write) -> io::Result<()> {
+        let Sums { data, zero, hole } = self.sums;
+        let [data, zero, hole] = [data, zero, hole].map(format_size);
+        writeln!(to, "data {data}, zero {zero}, hole {hole}")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::pieces::Kind;
+    use super::*;
+
+    #[test]
+    fn a_map_is_a_line_a_piece_and_the_sums() {
+        let status = json!({ "size": 1_114_112, "overlay": {} });
+        let layers = Layers::of(&status);
+        let mut lines = Lines::new(&status, &layers);
+        let mut out = Vec::new();
+        lines.head(&mut out).unwrap();
+        let data = Piece { start: 0, length: 65536, depth: 0, kind: Kind::Data };
+        let hole = Piece { start: 65536, length: 1 << 20, depth: 1, kind: Kind::Hole };
+        lines.piece(&data, &mut out).unwrap();
+        lines.piece(&hole, &mut out).unwrap();
+        lines.end(&mut out).unwrap();
+        assert_eq!(
+            String::from_utf8(out).unwrap(),
+            "  START   LENGTH              KIND  FROM\n\
+             \x20     0    65536      64 KiB  data  overlay\n\
+             \x20 65536  1048576       1 MiB  hole  base\n\
+             data 64 KiB, zero 0 bytes, hole 1 MiB\n"
+        );
+    }
+}

@@ -1,0 +1,131 @@
+//! Writing a picture where the user wants it.
+
+use std::fs::{self, Permissions};
+use std::io::{self, Write};
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+
+/// Writes `bytes` to `out`, or to stdout when that is `-`. A file is replaced as a whole or not
+/// at all, and keeps its mode; a device or a pipe is written to.
+///
+/// # Errors
+/// A line with the path.
+pub(super) fn save(out: &Path, bytes: &[u8]) -> anyhow::Result<()> {
+    if out == Path::new("-") {
+        return crate::cli::print(bytes);
+    }
+    let failed = |error: io::Error| {
+        let remedy = match error.kind() {
+            io::ErrorKind::NotFound => ": its directory must exist",
+            io::ErrorKind::IsADirectory => ": name a file in it",
+            _ => "",
+        };
+        anyhow::anyhow!("cannot write '{}': {}{remedy}", out.display(), plain(&error))
+    };
+    write(out, bytes).map_err(failed)
+}
+
+/// The host's words without the number behind them.
+fn plain(error: &io::Error) -> String {
+    let text = error.to_string();
+    text.split(" (os error").next().unwrap_or_default().to_owned()
+}
+
+fn write(out: &Path, bytes: &[u8]) -> io::Result<()> {
+    match fs::metadata(out) {
+        Ok(found) if found.is_dir() => Err(io::Error::from_raw_os_error(libc::EISDIR)),
+        Ok(found) if found.is_file() => {
+            // What a symbolic link leads to is replaced, not the link.
+            replace(&fs::canonicalize(out)?, bytes, Some(found.permissions()))
+        }
+        Ok(_) => fs::OpenOptions::new().write(true).open(out)?.write_all(bytes),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => replace(out, bytes, None),
+        Err(error) => Err(error),
+    }
+}
+
+/// Puts a new file with `bytes` at `path`; without a mode it gets that of any new file.
+fn replace(path: &Path, bytes: &[u8], mode: Option<Permissions>) -> io::Result<()> {
+    let dir = match path.parent() {
+        Some(dir) if dir != Path::new("") => dir.to_owned(),
+        _ => PathBuf::from("."),
+    };
+    let mut builder = tempfile::Builder::new();
+    builder.prefix(".cowslip-map-").permissions(Permissions::from_mode(0o666));
+    let mut temp = builder.tempfile_in(&dir).map_err(bare)?;
+    temp.write_all(bytes).map_err(bare)?;
+    if let Some(mode) = mode {
+        temp.as_file().set_permissions(mode)?;
+    }
+    temp.persist(path).map_err(|error| bare(error.error))?;
+    Ok(())
+}
+
+/// The error without the path of the temporary file, which says nothing to the user.
+fn bare(error: io::Error) -> io::Error {
+    let inner = error.get_ref().and_then(|inner| inner.source());
+    let inner = inner.and_then(|inner| inner.downcast_ref::<io::Error>());
+    match inner.and_then(io::Error::raw_os_error) {
+        Some(errno) => io::Error::from_raw_os_error(errno),
+        None => error,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+
+    use super::*;
+
+    fn names(dir: &Path) -> Vec<String> {
+        let entries = fs::read_dir(dir).unwrap().flatten();
+        entries.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect()
+    }
+
+    #[test]
+    fn a_file_is_replaced_as_a_whole_and_keeps_its_mode() {
+        let dir = tempfile::tempdir().unwrap();
+        let out = dir.path().join("map.svg");
+        save(&out, b"first").unwrap();
+        fs::set_permissions(&out, Permissions::from_mode(0o640)).unwrap();
+        let before = File::open(&out).unwrap();
+        save(&out, b"2nd").unwrap();
+        assert_eq!(fs::read(&out).unwrap(), b"2nd");
+        assert_eq!(fs::metadata(&out).unwrap().permissions().mode() & 0o777, 0o640);
+        assert_eq!(io::read_to_string(before).unwrap(), "first");
+        assert_eq!(names(dir.path()), ["map.svg"]);
+    }
+
+    #[test]
+    fn a_link_stays_and_what_it_leads_to_is_replaced() {
+        let dir = tempfile::tempdir().unwrap();
+        let link = dir.path().join("link");
+        fs::write(dir.path().join("real"), b"old").unwrap();
+        std::os::unix::fs::symlink("real", &link).unwrap();
+        save(&link, b"new").unwrap();
+        assert!(link.is_symlink());
+        assert_eq!(fs::read(dir.path().join("real")).unwrap(), b"new");
+    }
+
+    #[test]
+    fn a_device_is_written_to() {
+        save(Path::new("/dev/null"), b"gone").unwrap();
+        assert!(!fs::metadata("/dev/null").unwrap().is_file());
+    }
+
+    #[test]
+    fn what_cannot_be_written_is_a_line() {
+        let dir = tempfile::tempdir().unwrap();
+        let line = |path: &Path| save(path, b"x").unwrap_err().to_string();
+        let missing = dir.path().join("no/map.svg");
+        assert_eq!(
+            line(&missing),
+            format!(
+                "cannot write '{}': No such file or directory: its directory must exist",
+                missing.display()
+            )
+        );
+        assert!(line(dir.path()).ends_with("': Is a directory: name a file in it"));
+        assert!(names(dir.path()).is_empty());
+    }
+}

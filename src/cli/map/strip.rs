@@ -1,0 +1,368 @@
+//! The picture on a terminal: a line for the whole disk and one for each layer.
+//!
+//! ```text
+//!   the disk  ██▁▁·····▂···········█
+//!   overlay    ▁     ▁      ▁
+//!   base      ██  █······
+//!             |0     |256 MiB      |512 MiB
+//!   █ base data 49.5 MiB  █ overlay data 16.1 MiB  █ zero 0 bytes  · hole 974.5 MiB
+//! ```
+//!
+//! A cell shows two kinds: the lower one as high as its share, in eighths, the other in the
+//! colour behind it. Without colours the shapes still tell data, zeros and holes apart.
+
+use std::env;
+use std::fmt::Write as _;
+use std::os::fd::AsFd;
+
+use super::picture::{Picture, stack, tick_label, ticks};
+use crate::cli::table::printable;
+use crate::spec::format_size;
+
+/// The width of a terminal that does not tell.
+const USUAL_WIDTH: usize = 80;
+/// Fewer cells than that show nothing.
+const LEAST: usize = 16;
+/// What a name has room for.
+const NAME: usize = 16;
+/// As many layers as leave the rest in sight.
+const MOST_ROWS: usize = 12;
+/// Room for a label of the axis.
+const LABEL: usize = 12;
+
+/// Whether the terminal shows colours.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Colors {
+    /// 256 of them.
+    Many,
+    /// It does not, or the user wants none (`NO_COLOR`).
+    None,
+}
+
+/// What a part of a cell is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Paint {
+    Base,
+    Overlay,
+    Zero,
+    Hole,
+    /// Another layer's.
+    Nothing,
+}
+
+impl Paint {
+    /// The colour's number among the 256. Blue and orange differ for every kind of eyes, and
+    /// these two from black and from white.
+    fn color(self) -> Option<u8> {
+        match self {
+            Self::Base => Some(32),
+            Self::Overlay => Some(208),
+            Self::Zero | Self::Hole => Some(245),
+            Self::Nothing => None,
+        }
+    }
+}
+
+/// How a strip is laid out.
+#[derive(Clone, Debug)]
+pub(super) struct Strip {
+    names: Vec<String>,
+    /// How wide the names are.
+    name: usize,
+    /// How wide it all is, and its cells.
+    width: usize,
+    columns: usize,
+    colors: Colors,
+}
+
+impl Strip {
+    /// For the terminal `fd`, with the rows `names`; `None` when it is too narrow for any.
+    pub(super) fn of_terminal(fd: impl AsFd, names: &[String]) -> Option<Self> {
+        let size = rustix::termios::tcgetwinsize(fd).ok();
+        let width = size.map(|size| usize::from(size.ws_col)).filter(|width| *width > 0);
+        let is_set = |name: &str| env::var_os(name).is_some_and(|value| !value.is_empty());
+        let is_dumb = env::var_os("TERM").is_none_or(|term| term.is_empty() || term == "dumb");
+        let colors = if is_set("NO_COLOR") || is_dumb { Colors::None } else { Colors::Many };
+        Self::new(width.unwrap_or(USUAL_WIDTH), colors, names)
+    }
+
+    fn new(width: usize, colors: Colors, names: &[String]) -> Option<Self> {
+        let names: Vec<String> = names.iter().map(|name| cut(&printable(name))).collect();
+        let longest = names.iter().map(|name| name.chars().count()).max().unwrap_or(0);
+        let name = longest.max("the disk".len());
+        // A cell in the last column would make some terminals wrap.
+        let columns = width.checked_sub(name + 3).filter(|columns| *columns >= LEAST)?;
+        Some(Self { names, name, width, columns, colors })
+    }
+
+    /// How many columns its picture has at the most.
+    pub(super) fn columns(&self) -> usize {
+        self.columns
+    }
+
+    /// The lines, an empty one behind them.
+    pub(super) fn draw(&self, picture: &Picture) -> String {
+        if picture.columns() == 0 {
+            return String::new();
+        }
+        let mut to = String::new();
+        let parts = |column: usize| {
+            let cell = picture.whole_cell(column);
+            let data = [(Paint::Overlay, cell.overlay), (Paint::Base, cell.base)];
+            [data[0], data[1], (Paint::Zero, cell.zero), (Paint::Hole, cell.hole)]
+        };
+        self.row(&mut to, "the disk", picture, parts);
+        self.layers(&mut to, picture);
+        self.axis(&mut to, picture);
+        self.legend(&mut to, picture);
+        to.push('\n');
+        to
+    }
+
+    /// A row for each layer that provides something, if they are not too many.
+    fn layers(&self, to: &mut String, picture: &Picture) {
+        let last = picture.rows() - 1;
+        if last == 0 {
+            return;
+        }
+        let busy: Vec<usize> = (0..last).filter(|row| picture.sums(*row).total() > 0).collect();
+        let shown = busy.len().min(MOST_ROWS);
+        for row in busy[..shown].iter().copied().chain([last]) {
+            let data = if row == last { Paint::Base } else { Paint::Overlay };
+            let parts = |column: usize| {
+                let (cell, range) = (picture.cell(row, column), picture.column(column));
+                let rest = (range.end - range.start).saturating_sub(cell.total());
+                let kinds = [(data, cell.data), (Paint::Zero, cell.zero)];
+                [kinds[0], kinds[1], (Paint::Hole, cell.hole), (Paint::Nothing, rest)]
+            };
+            if row == last && shown < busy.len() {
+                let hidden = busy.len() - shown;
+                let _ = writeln!(to, "{hidden} more layers: --svg OUT draws them all");
+            }
+            self.row(to, &self.names[row], picture, parts);
+        }
+    }
+
+    fn row(
+        &self,
+        to: &mut String,
+        name: &str,
+        picture: &Picture,
+        parts: impl Fn(usize) -> [(Paint, u64); 4],
+    ) {
+        let mut pen = Pen { to, colors: self.colors, now: (None, None) };
+        let gap = self.name - name.chars().count();
+        pen.to.push_str(name);
+        pen.to.extend(std::iter::repeat_n(' ', gap + 2));
+        for index in 0..self.columns {
+            // A disk of a few bytes has fewer columns than there are cells.
+            pen.cell(parts(index * picture.columns() / self.columns));
+        }
+        pen.end();
+    }
+
+    fn axis(&self, to: &mut String, picture: &Picture) {
+        let ticks = ticks(picture.size(), (self.columns / LABEL) as u64);
+        let mut line = " ".repeat(self.name + 2);
+        let begin = line.len();
+        for tick in ticks {
+            let at = u128::from(tick) * (self.columns as u128) / u128::from(picture.size());
+            let at = begin + usize::try_from(at).unwrap_or(usize::MAX).min(self.columns - 1);
+            let label = tick_label(tick);
+            // The last one may have room only to the left of its mark.
+            let (at, text) = match at + 1 + label.len() > self.width - 1 {
+                true => (at.saturating_sub(label.len()), format!("{label}|")),
+                false => (at, format!("|{label}")),
+            };
+            if at >= line.len() {
+                line += &" ".repeat(at - line.len());
+                line += &text;
+            }
+        }
+        to.push_str(&line);
+        to.push('\n');
+    }
+
+    fn legend(&self, to: &mut String, picture: &Picture) {
+        let whole = picture.whole();
+        let below = self.names.last().map_or("base", String::as_str);
+        let is_bare = picture.rows() < 2;
+        let items = [
+            (Paint::Base, format!("{below} data"), whole.base),
+            (Paint::Overlay, "overlay data".to_owned(), whole.overlay),
+            (Paint::Zero, "zero".to_owned(), whole.zero),
+            (Paint::Hole, "hole".to_owned(), whole.hole),
+        ];
+        let mut used = 0;
+        for (paint, text, len) in items {
+            if is_bare && paint == Paint::Overlay {
+                continue;
+            }
+            let text = format!(" {text} {}", format_size(len));
+            let wide = 1 + text.chars().count();
+            match used {
+                0 => {}
+                used if used + 3 + wide < self.width => to.push_str("   "),
+                _ => {
+                    to.push('\n');
+                    used = 0;
+                }
+            }
+            used += wide + if used == 0 { 0 } else { 3 };
+            let mut pen = Pen { to, colors: self.colors, now: (None, None) };
+            pen.cell([(paint, 1), (Paint::Nothing, 0), (Paint::Nothing, 0), (Paint::Nothing, 0)]);
+            pen.plain();
+            to.push_str(&text);
+        }
+        to.push('\n');
+    }
+}
+
+/// As much of a name as there is room for.
+fn cut(name: &str) -> String {
+    match name.chars().count() > NAME {
+        true => name.chars().take(NAME - 1).chain(['…']).collect(),
+        false => name.to_owned(),
+    }
+}
+
+/// Draws cells, and changes colours only where they change.
+struct Pen<'a> {
+    to: &'a mut String,
+    colors: Colors,
+    /// The colours of shape and background; `None`: the terminal's own.
+    now: (Option<u8>, Option<u8>),
+}
+
+impl Pen<'_> {
+    /// A cell: the first part that is there from below, the largest of the others behind it.
+    fn cell(&mut self, parts: [(Paint, u64); 4]) {
+        let whole: u64 = parts.iter().map(|(_, len)| len).sum();
+        let mut present = parts.into_iter().filter(|(_, len)| *len > 0);
+        let (lower, len) = present.next().unwrap_or((Paint::Nothing, 0));
+        let upper = present.max_by_key(|(_, len)| *len).map(|(paint, _)| paint);
+        let [eighths, _] = stack([len, whole - len], whole, 8, 1);
+        let glyph = match lower {
+            Paint::Nothing => ' ',
+            Paint::Hole => '·',
+            // Where its colour does not tell it from data.
+            Paint::Zero if self.colors == Colors::None => '░',
+            _ => "▁▂▃▄▅▆▇█".chars().nth(eighths.max(1) as usize - 1).unwrap_or('█'),
+        };
+        // A hole is a dot, and nothing behind another kind.
+        let upper = upper.filter(|upper| lower != Paint::Hole && *upper != Paint::Hole);
+        self.paint(lower.color(), upper.and_then(Paint::color));
+        self.to.push(glyph);
+    }
+
+    fn paint(&mut self, shape: Option<u8>, behind: Option<u8>) {
+        if self.colors == Colors::None || self.now == (shape, behind) {
+            return;
+        }
+        self.to.push_str("\x1b[0");
+        if let Some(color) = shape {
+            let _ = write!(self.to, ";38;5;{color}");
+        }
+        if let Some(color) = behind {
+            let _ = write!(self.to, ";48;5;{color}");
+        }
+        self.to.push('m');
+        self.now = (shape, behind);
+    }
+
+    /// Back to the terminal's own colours.
+    fn plain(&mut self) {
+        self.paint(None, None);
+    }
+
+    fn end(mut self) {
+        self.plain();
+        self.to.push('\n');
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::pieces::{Kind, Piece};
+    use super::*;
+
+    fn names(names: &[&str]) -> Vec<String> {
+        names.iter().map(|name| (*name).to_owned()).collect()
+    }
+
+    /// 32 columns of 4 KiB over a base with data, zeros and holes.
+    fn picture(columns: usize) -> Picture {
+        let mut picture = Picture::new(128 << 10, columns, 2);
+        let mut add = |row: usize, start: u64, length: u64, kind: Kind| {
+            picture.add(row, &Piece { start: start << 10, length: length << 10, depth: row, kind });
+        };
+        add(1, 0, 32, Kind::Data);
+        add(0, 32, 2, Kind::Data);
+        add(1, 34, 30, Kind::Hole);
+        add(0, 64, 32, Kind::Zero);
+        add(1, 96, 31, Kind::Hole);
+        add(0, 127, 1, Kind::Data);
+        picture
+    }
+
+    #[test]
+    fn without_colors_the_shapes_tell_data_zeros_and_holes() {
+        let strip = Strip::new(43, Colors::None, &names(&["overlay", "base"])).unwrap();
+        assert_eq!(strip.columns(), 32);
+        let text = strip.draw(&picture(32));
+        assert_eq!(
+            text,
+            "the disk  ████████▄·······░░░░░░░░·······▂\n\
+             overlay           ▄       ░░░░░░░░       ▂\n\
+             base      ████████········        ········\n\
+             \x20         |0              |64 KiB 128 KiB|\n\
+             █ base data 32 KiB   █ overlay data 3 KiB\n\
+             ░ zero 32 KiB   · hole 61 KiB\n\n"
+        );
+    }
+
+    #[test]
+    fn colors_are_reset_at_the_end_of_every_line() {
+        let strip = Strip::new(43, Colors::Many, &names(&["overlay", "base"])).unwrap();
+        let text = strip.draw(&picture(32));
+        for line in text.lines().filter(|line| line.contains('\x1b')) {
+            let last = line.rsplit('\x1b').next().unwrap();
+            assert!(last.starts_with("[0m"), "{line:?}");
+        }
+        assert!(text.contains("\x1b[0;38;5;32m████████\x1b[0;38;5;208m▄"), "{text:?}");
+    }
+
+    #[test]
+    fn no_line_is_wider_than_the_terminal() {
+        for width in 0..200 {
+            let names = names(&["a name that is much too long for it", "base"]);
+            let Some(strip) = Strip::new(width, Colors::None, &names) else {
+                assert!(width < 40, "{width}");
+                continue;
+            };
+            for line in strip.draw(&picture(strip.columns())).lines() {
+                let used = line.chars().count();
+                assert!(used < width.max(40), "{width}: {line}");
+            }
+        }
+    }
+
+    #[test]
+    fn very_many_layers_are_not_all_shown() {
+        let mut picture = Picture::new(1 << 20, 40, 31);
+        for row in 0..30 {
+            let start = row as u64 * 4096;
+            picture.add(row, &Piece { start, length: 4096, depth: row, kind: Kind::Data });
+        }
+        let names: Vec<String> = (0..31).map(|row| format!("s{row}")).collect();
+        let text = Strip::new(80, Colors::None, &names).unwrap().draw(&picture);
+        assert!(text.contains("18 more layers: --svg OUT draws them all\n"), "{text}");
+        assert!(text.lines().count() < 20, "{text}");
+    }
+
+    #[test]
+    fn an_empty_disk_has_no_strip() {
+        let strip = Strip::new(80, Colors::Many, &names(&["base"])).unwrap();
+        assert_eq!(strip.draw(&Picture::new(0, strip.columns(), 1)), "");
+    }
+}

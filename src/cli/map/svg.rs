@@ -1,0 +1,457 @@
+//! The picture as SVG: the whole disk, an axis in bytes, and a row for each layer.
+//!
+//! ```text
+//!   vm.img  1 GiB                                     title
+//!   [] base data 49.5 MiB  [] overlay data ...        legend, with the sums
+//!   the disk  |##===#.......................#|
+//!             0      256 MiB   512 MiB   ...          axis; its lines go down through all rows
+//!   now       |  =      =                    | 16.1 MiB data
+//!   base      |##  # .....                   | 49.5 MiB data, 974.5 MiB hole
+//! ```
+//!
+//! In each column a kind takes as much of the height as it has of the bytes, data at the bottom;
+//! what is there at all can be seen. Each kind of a row is one path, an edge drawn in steps: a
+//! picture of 64 layers stays below 1 MiB whatever the disk holds.
+
+use std::fmt::Write as _;
+
+use super::picture::{Picture, stack, tick_label, ticks};
+use crate::cli::table::printable;
+use crate::spec::format_size;
+
+/// Columns of a picture: as many as the plot is wide, so that none is blurred.
+pub(super) const COLUMNS: usize = 1000;
+
+/// Where the plot begins and ends, and the margin on the left.
+const LEFT: usize = 150;
+const RIGHT: usize = LEFT + COLUMNS;
+const MARGIN: usize = 16;
+/// The whole picture: room for the sums at the right of the plot.
+const WIDTH: usize = RIGHT + 290;
+/// Where the row of the whole disk begins, and how high it is.
+const TOP: usize = 84;
+const DISK: usize = 64;
+/// What the rows of the layers share, and how high each is at the least and at the most.
+const ROOM: usize = 560;
+const LOWEST: usize = 10;
+const HIGHEST: usize = 40;
+/// The height of a row that provides nothing, if the others are higher.
+const IDLE: usize = 14;
+/// Below that height of a row its text is small.
+const SMALL: usize = 14;
+/// What the disk's name has room for, in narrow characters.
+const TITLE: usize = 60;
+/// So few columns that stand alone in a row are drawn wider: one pixel is soon overlooked.
+const FEW: usize = 40;
+/// Steps of the axis: as many labels as fit side by side.
+const STEPS: u64 = 8;
+
+/// Blue and orange differ for every kind of eyes, and from both backgrounds; what reads as zero
+/// is grey, and hatched where it has no space.
+const STYLE: &str = "\
+text{font:13px system-ui,'DejaVu Sans',sans-serif;fill:#24292f}\
+.h{font-size:18px}.e{font-size:11px}.s{font-size:10px}.h,.t{font-weight:600}.m{fill:#6a727b}.n{font-weight:400}\
+.bg{fill:#fff}.row{fill:#f1f3f5}.f{fill:none;stroke:#9aa2ab}.g{stroke:#9aa2ab;stroke-opacity:.45}\
+.b{fill:#2a6db5}.o{fill:#ee8a12}.z{fill:#98a0aa}.hb{fill:#fff}.hl{stroke:#b9c0c8}\
+@media (prefers-color-scheme:dark){text{fill:#e6e9ec}.m{fill:#9aa2ab}.bg{fill:#14181d}\
+.row{fill:#1e242b}.f{stroke:#6a727b}.b{fill:#4c93dd}.o{fill:#f5a33c}.z{fill:#7b848f}\
+.hb{fill:#14181d}.hl{stroke:#4a525c}}";
+
+/// Draws the disk `name`; `rows` are the names of the picture's rows.
+pub(super) fn draw(name: &str, picture: &Picture, rows: &[String]) -> String {
+    let is_bare = rows.len() < 2;
+    // A base alone is the disk.
+    let layers = if is_bare { Vec::new() } else { places(picture) };
+    let bottom = layers.last().map_or(TOP + DISK + 28, |place| place.y + place.height + 8);
+    let has_second_axis = bottom > TOP + DISK + 400;
+    let height = bottom + if has_second_axis { 28 } else { 12 };
+    let mut to = String::new();
+    head(&mut to, name, picture, height);
+    legend(&mut to, picture, rows);
+    grid(&mut to, picture, bottom);
+    disk_row(&mut to, picture);
+    for (row, place) in layers.iter().enumerate() {
+        layer_row(&mut to, picture, row, &rows[row], place);
+    }
+    axis(&mut to, picture, TOP + DISK + 18);
+    if has_second_axis {
+        axis(&mut to, picture, bottom + 14);
+    }
+    to += "</svg>\n";
+    to
+}
+
+/// Where a row is drawn.
+struct Place {
+    y: usize,
+    height: usize,
+}
+
+/// Where the layers' rows are drawn: the more there are, the lower is each.
+fn places(picture: &Picture) -> Vec<Place> {
+    let full = (ROOM / picture.rows()).clamp(LOWEST, HIGHEST);
+    let gap = if full < SMALL { 2 } else { 6 };
+    let mut y = TOP + DISK + 34;
+    let place = |row: usize| {
+        let is_idle = picture.sums(row).total() == 0;
+        let height = if is_idle { full.min(IDLE) } else { full };
+        let place = Place { y, height };
+        y += height + gap;
+        place
+    };
+    (0..picture.rows()).map(place).collect()
+}
+
+/// Everything up to the title. (Writing to a `String` cannot fail, here and below.)
+fn head(to: &mut String, name: &str, picture: &Picture, height: usize) {
+    let (full, size) = (printable(name), format_size(picture.size()));
+    let (name, full) = (escape(&shorten(&full, TITLE)), escape(&full));
+    let _ = write!(
+        to,
+        r##"<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}" role="img">
+<title>{full}, {size}</title>
+<style>{STYLE}</style>
+<defs><pattern id="hole" width="6" height="6" patternUnits="userSpaceOnUse" patternTransform="rotate(45)"><rect class="hb" width="6" height="6"/><path class="hl" d="M1 0v6"/></pattern></defs>
+<rect class="bg" width="{WIDTH}" height="{height}"/>
+<text class="h" x="{MARGIN}" y="34">{name} <tspan class="m n">{size}</tspan></text>
+"##
+    );
+    if picture.columns() > 0 {
+        let column = picture.column(picture.columns() - 1);
+        let column = format_size(column.end - column.start);
+        let x = WIDTH - MARGIN;
+        let _ = writeln!(
+            to,
+            r#"<text class="m" x="{x}" y="34" text-anchor="end">each column is {column} wide and filled by share; even one block leaves a mark</text>"#
+        );
+    }
+}
+
+/// What the colours mean, and how much there is of each.
+fn legend(to: &mut String, picture: &Picture, rows: &[String]) {
+    let whole = picture.whole();
+    let below = rows.last().map_or("base", String::as_str);
+    let mut items = vec![("b", format!("{below} data"), whole.base)];
+    if rows.len() > 1 {
+        items.push(("o", "overlay data".to_owned(), whole.overlay));
+    }
+    items.push(("z", "zeros, allocated".to_owned(), whole.zero));
+    items.push(("hole", "holes".to_owned(), whole.hole));
+    for (index, (class, text, len)) in items.into_iter().enumerate() {
+        let x = LEFT + index * 250;
+        let fill = match class {
+            "hole" => r#"class="f" style="fill:url(#hole)""#.to_owned(),
+            class => format!(r#"class="{class}""#),
+        };
+        let (text, len) = (escape(&text), format_size(len));
+        let _ = writeln!(
+            to,
+            r#"<rect {fill} x="{x}" y="54" width="13" height="13"/><text x="{}" y="65">{text} <tspan class="m">{len}</tspan></text>"#,
+            x + 20
+        );
+    }
+}
+
+/// Lines from the axis' marks down through all rows.
+fn grid(to: &mut String, picture: &Picture, bottom: usize) {
+    let mut path = String::new();
+    for tick in ticks(picture.size(), STEPS) {
+        let _ = write!(path, "M{:.1} {TOP}V{bottom}", x_of(picture, tick));
+    }
+    let _ = writeln!(to, r#"<path class="g" d="{path}"/>"#);
+}
+
+/// The labels of the axis, with their feet at `y`.
+fn axis(to: &mut String, picture: &Picture, y: usize) {
+    for tick in ticks(picture.size(), STEPS) {
+        let (x, label) = (x_of(picture, tick), tick_label(tick));
+        let _ = writeln!(
+            to,
+            r#"<text class="m" x="{x:.1}" y="{y}" text-anchor="middle">{label}</text>"#
+        );
+    }
+}
+
+/// Where an offset lies on the axis.
+fn x_of(picture: &Picture, offset: u64) -> f64 {
+    let scaled = u128::from(offset) * 1000 * COLUMNS as u128 / u128::from(picture.size().max(1));
+    width(LEFT) + f64::from(u32::try_from(scaled).unwrap_or(u32::MAX)) / 1000.0
+}
+
+/// Pixels, to reckon with.
+fn width(len: usize) -> f64 {
+    f64::from(pixels(len))
+}
+
+/// What all layers together show.
+fn disk_row(to: &mut String, picture: &Picture) {
+    let edges = |column: usize| {
+        let (cell, range) = (picture.whole_cell(column), picture.column(column));
+        let parts = [cell.base, cell.overlay, cell.zero, cell.hole];
+        stack(parts, range.end - range.start, pixels(DISK), pixels(DISK / 8))
+    };
+    let y = TOP + DISK / 2 + 5;
+    let _ = writeln!(to, r#"<text x="{MARGIN}" y="{y}" class="t">the disk</text>"#);
+    let place = Place { y: TOP, height: DISK };
+    bars(to, picture, &place, ["b", "o", "z", "hole"], edges);
+}
+
+/// What one layer provides.
+fn layer_row(to: &mut String, picture: &Picture, row: usize, name: &str, place: &Place) {
+    let Place { y, height } = *place;
+    let edges = |column: usize| {
+        let (cell, range) = (picture.cell(row, column), picture.column(column));
+        let mark = pixels((height / 6).clamp(2, 8));
+        stack([cell.data, cell.zero, cell.hole], range.end - range.start, pixels(height), mark)
+    };
+    let data = if row + 1 == picture.rows() { "b" } else { "o" };
+    let sums = picture.sums(row);
+    let (size, drop) = if height < SMALL { (" s", 4) } else { ("", 5) };
+    let muted = if sums.total() == 0 { "m" } else { "n" };
+    let (y_text, x_sums) = (y + height / 2 + drop, RIGHT + 10);
+    let full = printable(name);
+    let name = escape(&shorten(&full, if height < SMALL { 22 } else { 17 }));
+    let (full, sums) = (escape(&full), sums.show());
+    let _ = writeln!(
+        to,
+        r#"<g><title>{full}: {sums}</title><text class="{muted}{size}" x="{MARGIN}" y="{y_text}">{name}</text><text class="m e{size}" x="{x_sums}" y="{y_text}">{sums}</text>"#
+    );
+    bars(to, picture, place, [data, "z", "hole"], edges);
+    to.push_str("</g>\n");
+}
+
+/// A row's bars: its kinds one behind the other, each up to its edge, and a frame around them.
+fn bars<const KINDS: usize>(
+    to: &mut String,
+    picture: &Picture,
+    place: &Place,
+    classes: [&str; KINDS],
+    edges: impl Fn(usize) -> [u32; KINDS],
+) {
+    let Place { y, height } = *place;
+    let _ = write!(
+        to,
+        r#"<rect class="row" x="{LEFT}" y="{y}" width="{COLUMNS}" height="{height}" fill-opacity=".6"/>"#
+    );
+    let columns: Vec<[u32; KINDS]> = (0..picture.columns()).map(edges).collect();
+    // A disk of a few bytes has fewer columns than there are pixels.
+    let scale = match picture.columns() {
+        0 | COLUMNS => String::new(),
+        few => format!(" scale({:.6} 1)", width(COLUMNS) / width(few)),
+    };
+    let _ =
+        write!(to, r#"<g transform="translate({LEFT} {y}){scale}" shape-rendering="crispEdges">"#);
+    for kind in (0..KINDS).rev() {
+        let below = |edges: &[u32; KINDS]| kind.checked_sub(1).map_or(0, |below| edges[below]);
+        if columns.iter().all(|edges| edges[kind] == below(edges)) {
+            continue;
+        }
+        let fill = match classes[kind] {
+            "hole" => r#"fill="url(#hole)""#.to_owned(),
+            class => format!(r#"class="{class}""#),
+        };
+        let path = steps(height, columns.iter().map(|edges| edges[kind]));
+        let _ = write!(to, r#"<path {fill} d="{path}"/>"#);
+    }
+    for (kind, class) in classes.iter().enumerate().filter(|(_, class)| **class != "hole") {
+        if let Some(path) = lone(height, &columns, kind) {
+            let _ = write!(to, r#"<path class="{class}" d="{path}"/>"#);
+        }
+    }
+    let _ = writeln!(
+        to,
+        r#"</g><rect class="f" x="{LEFT}" y="{y}" width="{COLUMNS}" height="{height}" stroke-opacity=".6"/>"#
+    );
+}
+
+/// The path of an area from the foot of a row up to `edges`, a column each.
+fn steps(height: usize, edges: impl Iterator<Item = u32>) -> String {
+    let mut path = format!("M0 {height}");
+    let (mut now, mut run) = (0, 0_usize);
+    for edge in edges {
+        if edge != now {
+            if run > 0 {
+                let _ = write!(path, "h{run}");
+            }
+            let _ = write!(path, "v{}", i64::from(now) - i64::from(edge));
+            (now, run) = (edge, 0);
+        }
+        run += 1;
+    }
+    let _ = write!(path, "h{run}V{height}z");
+    path
+}
+
+/// The path of the columns that have a kind which their neighbours have not, one column wider on
+/// either side; `None` when there are none, or too many to be overlooked.
+fn lone<const KINDS: usize>(
+    height: usize,
+    columns: &[[u32; KINDS]],
+    kind: usize,
+) -> Option<String> {
+    let foot = |edges: &[u32; KINDS]| kind.checked_sub(1).map_or(0, |below| edges[below]);
+    let len = |at: usize| columns.get(at).map_or(0, |edges| edges[kind] - foot(edges));
+    let is_lone = |at: &usize| {
+        len(*at) > 0 && at.checked_sub(1).is_none_or(|left| len(left) == 0) && len(at + 1) == 0
+    };
+    let lone: Vec<usize> = (0..columns.len()).filter(is_lone).take(FEW + 1).collect();
+    // As wide as they are, columns of a small disk need no help.
+    if lone.is_empty() || lone.len() > FEW || columns.len() < COLUMNS {
+        return None;
+    }
+    let mut path = String::new();
+    for at in lone {
+        let (left, right) = (at.saturating_sub(1), (at + 2).min(columns.len()));
+        let (y, len) = (pixels(height) - foot(&columns[at]), len(at));
+        let _ = write!(path, "M{left} {y}H{right}v-{len}H{left}z");
+    }
+    Some(path)
+}
+
+/// A small number of pixels.
+fn pixels(len: usize) -> u32 {
+    u32::try_from(len).unwrap_or(u32::MAX)
+}
+
+/// As much of `name` as there is room for: `room` narrow characters.
+fn shorten(name: &str, room: usize) -> String {
+    let width = |c: char| if c.is_ascii() { 1 } else { 2 };
+    if name.chars().map(width).sum::<usize>() <= room {
+        return name.to_owned();
+    }
+    let mut left = room - 1;
+    let fits = |c: &char| {
+        let fits = left >= width(*c);
+        left = left.saturating_sub(width(*c));
+        fits
+    };
+    name.chars().take_while(fits).chain(['…']).collect()
+}
+
+/// `text` as XML has it. It holds no control characters; two others are not allowed in XML.
+fn escape(text: &str) -> String {
+    let mut escaped = String::with_capacity(text.len());
+    for c in text.chars() {
+        match c {
+            '&' => escaped += "&amp;",
+            '<' => escaped += "&lt;",
+            '>' => escaped += "&gt;",
+            '"' => escaped += "&quot;",
+            '\u{FFFE}' | '\u{FFFF}' => escaped.push('\u{FFFD}'),
+            c => escaped.push(c),
+        }
+    }
+    escaped
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::pieces::{Kind, Piece};
+    use super::*;
+
+    const KINDS: [Kind; 3] = [Kind::Data, Kind::Zero, Kind::Hole];
+
+    fn add(picture: &mut Picture, row: usize, start: u64, length: u64, kind: Kind) {
+        picture.add(row, &Piece { start, length, depth: row, kind });
+    }
+
+    fn names(rows: usize) -> Vec<String> {
+        let mut names: Vec<String> = (1..rows).map(|row| format!("snapshot-{row}")).collect();
+        names.push("base".to_owned());
+        names
+    }
+
+    /// Elements that are opened and closed in order, with one root; gives their names.
+    fn elements(text: &str) -> Vec<String> {
+        let (mut open, mut all) = (Vec::new(), Vec::new());
+        for tag in text.split('<').skip(1) {
+            let (tag, after) = tag.split_once('>').expect("a tag is closed");
+            assert!(!after.contains('>'), "{after}");
+            if let Some(name) = tag.strip_prefix('/') {
+                assert_eq!(open.pop().as_deref(), Some(name));
+                continue;
+            }
+            assert!(tag.matches('"').count() % 2 == 0, "{tag}");
+            assert!(all.is_empty() || !open.is_empty(), "a second root: {tag}");
+            let name = tag.split([' ', '/']).next().unwrap().to_owned();
+            all.push(name.clone());
+            if !tag.ends_with('/') {
+                open.push(name);
+            }
+        }
+        assert!(open.is_empty(), "{open:?}");
+        all
+    }
+
+    #[test]
+    fn every_layer_has_a_row_with_its_name_and_sums() {
+        let mut picture = Picture::new(1 << 40, COLUMNS, 3);
+        add(&mut picture, 0, 1 << 30, 4096, Kind::Data);
+        add(&mut picture, 2, 1 << 39, 5 << 30, Kind::Zero);
+        let text = draw("vm.img", &picture, &names(3));
+        assert_eq!(elements(&text)[0], "svg");
+        for part in ["snapshot-1: 4 KiB data", "snapshot-2: nothing", "base: 5 GiB zero", "1 TiB"] {
+            assert!(text.contains(part), "{part}: {text}");
+        }
+        assert!(text.contains(r#"class="o" d="M0 40"#), "{text}");
+    }
+
+    #[test]
+    fn names_cannot_break_the_picture() {
+        let mut picture = Picture::new(1 << 20, COLUMNS, 2);
+        add(&mut picture, 0, 0, 4096, Kind::Data);
+        let evil = "</text><script>&\"'\n\u{1b}\u{FFFF}".to_owned();
+        let text = draw(&evil, &picture, &[evil.clone(), "base".to_owned()]);
+        let elements = elements(&text);
+        assert!(!elements.contains(&"script".to_owned()));
+        assert!(
+            text.contains("&lt;/text&gt;&lt;script&gt;&amp;&quot;'\\n\\u{1b}\u{FFFD}"),
+            "{text}"
+        );
+        assert!(text.chars().all(|c| c == '\n' || !c.is_control()));
+        let long = draw(&"é".repeat(255), &picture, &names(2));
+        assert!(long.contains(&format!(">{}… <tspan", "é".repeat(29))), "{long}");
+    }
+
+    #[test]
+    fn disks_without_columns_or_with_few_can_be_drawn() {
+        for size in [0, 1, 3, 512, 999, 1000, 1001, u64::from(u32::MAX), i64::MAX.unsigned_abs()] {
+            let mut picture = Picture::new(size, COLUMNS, 2);
+            add(&mut picture, 0, 0, size, Kind::Data);
+            elements(&draw("d", &picture, &names(2)));
+        }
+    }
+
+    #[test]
+    fn a_block_that_stands_alone_is_drawn_wider() {
+        let mut picture = Picture::new(16 << 40, COLUMNS, 2);
+        add(&mut picture, 1, 0, 16 << 40, Kind::Hole);
+        add(&mut picture, 0, 8 << 40, 4096, Kind::Data);
+        let text = draw("d", &picture, &names(2));
+        assert!(text.contains(r#"<path class="o" d="M499 64H502v-8H499z"/>"#), "{text}");
+    }
+
+    #[test]
+    fn the_worst_of_pictures_is_below_1_mib() {
+        // All columns of all rows differ from their neighbours in every kind.
+        let size = 1 << 40;
+        let mut picture = Picture::new(size, COLUMNS, 65);
+        for column in 0..COLUMNS {
+            let range = picture.column(column);
+            let piece = (range.end - range.start) / 65 / 3;
+            for row in 0..65 {
+                let (mut at, part) = (range.start + row as u64 * piece * 3, row + column);
+                for (index, kind) in KINDS.into_iter().enumerate() {
+                    let len = [4096, piece, piece / 2][(part + index) % 3];
+                    if (part * 7 + index) % 3 != 1 {
+                        add(&mut picture, row, at, len, kind);
+                    }
+                    at += piece;
+                }
+            }
+        }
+        let text = draw("d", &picture, &names(65));
+        elements(&text);
+        assert!((200_000..1 << 20).contains(&text.len()), "{}", text.len());
+    }
+}
