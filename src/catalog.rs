@@ -109,6 +109,29 @@ impl Catalog {
         self.store.as_ref().filter(same)
     }
 
+    /// Makes the disk `name`, whose overlay is temporary, one of the store at `dir`; `None` when
+    /// that is no store of this mount.
+    ///
+    /// # Errors
+    /// A line for the user.
+    pub fn keep_in_store(
+        &self,
+        name: &str,
+        entry: &Entry,
+        dir: &Path,
+    ) -> Option<Result<(), String>> {
+        let store = self.store_at(dir)?;
+        let kept = store.keep(&entry.disk, name).map_err(|error| error.to_string());
+        if kept.is_ok() {
+            let disk = Arc::clone(&entry.disk);
+            let stored = Arc::new(Entry { disk, origin: Origin::Stored, slot: entry.slot });
+            let mut names = self.names.write();
+            names.insert(name.to_owned(), Arc::clone(&stored));
+            self.inodes.insert(stored.disk.ino(), stored);
+        }
+        Some(kept)
+    }
+
     /// Makes the disk `to`, which holds what the disk `from` of the store holds now.
     ///
     /// # Errors

@@ -31,9 +31,10 @@ use crate::disk::Disk;
 use crate::extents::{Extent, Kind};
 use crate::host::errno;
 use crate::layer::Wait;
+use crate::overlay::persist::Place;
 use crate::overlay::recover::Recovered;
 use crate::spec::format_size;
-use crate::stream::output::{FinishError, Output, Patience};
+use crate::stream::output::{FinishError, Patience};
 use crate::stream::{Ending, Stream};
 
 /// A client is told at least this often that its request is still being worked on.
@@ -212,6 +213,38 @@ enum DiskRequest {
     },
     /// Make another disk that holds the same.
     Clone { name: String },
+    /// Merge the overlay down into its base.
+    Commit {
+        #[serde(default)]
+        force: bool,
+    },
+    /// Bring bytes in: from `start` to `end`.
+    Prefetch {
+        start: u64,
+        end: u64,
+        #[serde(default)]
+        copy: bool,
+    },
+    /// Fill the overlay until it needs its base no more; `rate` in bytes a second.
+    Hydrate {
+        #[serde(default)]
+        rate: u64,
+        #[serde(default)]
+        action: HydrateAction,
+    },
+}
+
+/// What is to become of a hydration.
+#[derive(Clone, Copy, Debug, Default, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum HydrateAction {
+    /// Begin it, or go on; answered at its end.
+    #[default]
+    Wait,
+    /// Begin it, or go on; answered at once.
+    Start,
+    Pause,
+    Cancel,
 }
 
 impl Control {
@@ -266,6 +299,9 @@ impl Control {
                 "free": disk.space().map(|space| space.available).unwrap_or(0),
                 "recovered": recovered,
                 "doing": disk.doing(),
+                "hydration": disk.hydration(),
+                "done": disk.progress().0,
+                "total": disk.progress().1,
                 "limit": disk.limit(),
                 "chain": chain.iter().map(life::layer_value).collect::<Vec<_>>(),
             })
@@ -317,12 +353,12 @@ impl Control {
     }
 
     /// Answers a request to a disk.
-    fn answer_disk(&self, slot: u64, request: &[u8]) -> Value {
+    fn answer_disk(&self, slot: u64, request: &[u8], is_gone: &(dyn Fn() -> bool + Sync)) -> Value {
         let Some((name, entry)) = self.catalog.slot(slot) else {
             return json!({ "error": "the disk is gone" });
         };
         match serde_json::from_slice(request) {
-            Ok(DiskRequest::Keep { dir }) => match self.keep(&entry.disk, &dir) {
+            Ok(DiskRequest::Keep { dir }) => match self.keep(&name, &entry, &dir) {
                 Ok(()) => {
                     let line = format!("{name}: changes are kept in '{}'", dir.display());
                     log::info!("{line}");
@@ -346,30 +382,51 @@ impl Control {
                 self.go_back(&name, &entry.disk, None, force.into())
             }
             Ok(DiskRequest::Clone { name: new }) => self.clone_disk(&name, &new),
+            Ok(DiskRequest::Commit { force }) => {
+                self.forget_bytes(&entry.disk);
+                life::commit(&name, &entry.disk, force.into(), is_gone)
+            }
+            Ok(DiskRequest::Prefetch { start, end, copy }) => {
+                life::prefetch(&name, &entry.disk, start..end, copy, is_gone)
+            }
+            Ok(DiskRequest::Hydrate { rate, action }) => {
+                life::hydrate(&name, &entry.disk, rate, action)
+            }
             Err(error) => json!({ "error": format!("request not understood: {error}") }),
         }
     }
 
-    /// The output stream that a request to `spot` is about.
-    fn output_of(&self, spot: Spot) -> Option<Arc<Output>> {
+    /// Tells how far what a request to `spot` is about has come: bytes, and of how many.
+    fn progress_of(&self, spot: Spot) -> Option<Progress> {
         let Spot::DiskCtl(slot) = spot else {
             return None;
         };
-        match self.catalog.slot(slot)?.1.disk.stream() {
-            Some(Stream::Output(output)) => Some(Arc::clone(output)),
-            _ => None,
+        let disk = Arc::clone(&self.catalog.slot(slot)?.1.disk);
+        match disk.stream() {
+            Some(Stream::Output(output)) => {
+                let output = Arc::clone(output);
+                Some(Box::new(move || Some(output.progress())))
+            }
+            Some(Stream::Input { .. }) => None,
+            None => Some(Box::new(move || Some(disk.progress()).filter(|(_, all)| *all > 0))),
         }
     }
 
-    fn keep(&self, disk: &Disk, dir: &Path) -> Result<(), String> {
+    fn keep(&self, name: &str, entry: &Entry, dir: &Path) -> Result<(), String> {
         if !dir.is_absolute() {
             return Err(format!("'{}' is not an absolute path", dir.display()));
         }
         let device = self.device.get().copied();
         place::refuse_inside(dir, &self.catalog.mountpoint, device)
             .map_err(|error| error.to_string())?;
-        disk.keep(dir).map_err(|error| error.to_string())?;
-        disk.announce(&self.holder());
+        match self.catalog.keep_in_store(name, entry, dir) {
+            Some(kept) => kept?,
+            None => {
+                let place = Place { dir, layers: None };
+                entry.disk.keep(place).map_err(|error| error.to_string())?;
+            }
+        }
+        entry.disk.announce(&self.holder());
         Ok(())
     }
 
@@ -579,6 +636,9 @@ impl MapState {
     }
 }
 
+/// How far something has come, in bytes, and of how many.
+type Progress = Box<dyn Fn() -> Option<(u64, u64)> + Send>;
+
 /// One open `ctl` file: requests in, lines out.
 #[derive(Default)]
 pub struct Session {
@@ -590,8 +650,8 @@ pub struct Session {
 struct SessionState {
     out: Vec<u8>,
     busy: bool,
-    /// The stream whose progress is told meanwhile.
-    progress: Option<Arc<Output>>,
+    /// What is told meanwhile.
+    progress: Option<Progress>,
 }
 
 impl Session {
@@ -609,11 +669,14 @@ impl Session {
         if std::mem::replace(&mut self.state.lock().busy, true) {
             return Err(errno(libc::EBUSY));
         }
-        self.state.lock().progress = control.output_of(spot);
+        self.state.lock().progress = control.progress_of(spot);
         let (session, control, request) = (Arc::clone(self), Arc::clone(control), request.to_vec());
         run(Box::new(move || {
+            let there = Arc::clone(&session);
+            // The handle, this job and the question itself: without the first nobody waits.
+            let is_gone = move || Arc::strong_count(&there) < 3;
             let answer = match spot {
-                Spot::DiskCtl(slot) => control.answer_disk(slot, &request),
+                Spot::DiskCtl(slot) => control.answer_disk(slot, &request, &is_gone),
                 _ => control.answer_mount(&request),
             };
             let mut state = session.state.lock();
@@ -633,7 +696,7 @@ impl Session {
             let waiting = |state: &mut SessionState| state.out.is_empty() && state.busy;
             self.more.wait_while_for(&mut state, waiting, PROGRESS);
             if state.out.is_empty() && state.busy {
-                let far = state.progress.as_ref().map(|output| output.progress());
+                let far = state.progress.as_ref().and_then(|progress| progress());
                 state.out = lines(&match far {
                     Some((done, total)) => json!({ "progress": { "done": done, "total": total } }),
                     None => json!({ "progress": {} }),

@@ -192,11 +192,26 @@ impl Store {
     }
 
     /// A disk of this store that knows who else may stand on its layers.
-    fn joined(&self, mut opened: Opened) -> Opened {
+    fn joined(&self, opened: Opened) -> Opened {
+        self.join(&opened.disk);
+        opened
+    }
+
+    fn join(&self, disk: &Disk) {
         let dir = self.dir.clone();
         let others: Others = Arc::new(move |uuid| layers_of_others(&dir, uuid));
-        opened.disk.join(&self.shelf, others);
-        opened
+        disk.join(&self.shelf, others);
+    }
+
+    /// Keeps the temporary overlay of `disk` here and gives it its name, durably.
+    ///
+    /// # Errors
+    /// [`StoreError`]; when it could not be named the disk goes on, and ends with the mount.
+    pub fn keep(&self, disk: &Disk, name: &str) -> Result<(), StoreError> {
+        let kept = self.with_place(&disk.uuid, |place| disk.keep(place));
+        kept.map_err(|error| StoreError::Disk { name: name.to_owned(), error })?;
+        self.join(disk);
+        self.give_name(&disk.uuid, name)
     }
 
     /// Makes an empty disk and gives it its name, durably.
@@ -237,9 +252,15 @@ impl Store {
         let opened = self
             .with_place(&uuid, |place| make(uuid, place))
             .map_err(|error| StoreError::Disk { name: name.to_owned(), error })?;
+        self.give_name(&uuid, name)?;
+        Ok(self.joined(opened))
+    }
+
+    /// Lets `name` lead to the disk `uuid`, durably; without it the disk goes.
+    fn give_name(&self, uuid: &Uuid, name: &str) -> Result<(), StoreError> {
         let target = Path::new("../disks").join(uuid.to_string());
         let failed = |error| {
-            self.discard(&uuid);
+            self.discard(uuid);
             StoreError::Io { dir: self.dir.clone(), what: "naming a new disk", error }
         };
         rustix::fs::symlinkat(target, &self.names, name).map_err(|error| failed(error.into()))?;
@@ -252,7 +273,7 @@ impl Store {
                 }
             };
         }
-        Ok(self.joined(opened))
+        Ok(())
     }
 
     /// Takes the name away, durably; the disk's files stay until [`discard`](Self::discard).

@@ -24,7 +24,7 @@ pub mod raw;
 
 use std::fs::{File, FileType, Metadata};
 use std::io;
-use std::os::unix::fs::{FileExt, FileTypeExt};
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -243,6 +243,61 @@ fn open_file(
         size,
         file: Some(file),
     })
+}
+
+/// A base that is served to be read and now written as well: a commit.
+pub struct Writable {
+    /// To be written.
+    pub layer: RawBase,
+    /// The same file or device.
+    pub file: Arc<File>,
+    /// Its reader, whose locks forbid all others to use it meanwhile.
+    reader: Arc<File>,
+}
+
+impl Drop for Writable {
+    fn drop(&mut self) {
+        lock::downgrade(&self.reader);
+    }
+}
+
+/// Opens the base at `path`, which `reader` serves, to be written too, and shuts all others out.
+///
+/// # Errors
+/// [`BaseError`]: somebody else uses it, it cannot be written, it is not there any more.
+pub fn open_writable(
+    path: &Path,
+    reader: &Arc<File>,
+    locking: Locking,
+) -> Result<Writable, BaseError> {
+    let host = |error: io::Error| host_error(path, Access::Write, error);
+    let meta = reader.metadata().map_err(host)?;
+    let kind = host_kind(path, &meta)?;
+    let file = open_host(path, kind, Access::Write, locking)?;
+    let found = file.metadata().map_err(host)?;
+    if (found.dev(), found.ino()) != (meta.dev(), meta.ino()) {
+        return Err(host(Errno::STALE.into()));
+    }
+    if let Err(error) = lock::lock(reader, path, Access::Write, locking) {
+        lock::downgrade(reader);
+        return Err(error.into());
+    }
+    let size = match kind {
+        HostKind::File => found.len(),
+        HostKind::BlockDevice => {
+            rustix::fs::seek(&file, SeekFrom::End(0)).map_err(|error| host(error.into()))?
+        }
+    };
+    let file = Arc::new(file);
+    let reader = Arc::clone(reader);
+    let layer = RawBase::new(Arc::clone(&file), kind, size).map_err(host);
+    match layer {
+        Ok(layer) => Ok(Writable { layer, file, reader }),
+        Err(error) => {
+            lock::downgrade(&reader);
+            Err(error)
+        }
+    }
 }
 
 fn host_error(path: &Path, access: Access, error: io::Error) -> BaseError {

@@ -14,6 +14,8 @@
 mod add;
 mod check;
 mod client;
+mod commit;
+mod fetch;
 mod guard;
 mod helper;
 mod keep;
@@ -81,6 +83,12 @@ enum Cli {
     Reset(snapshot::ResetArgs),
     /// Make another disk of the store that holds the same, at once
     Clone(snapshot::CloneArgs),
+    /// Merge a disk's changes down into its base
+    Commit(commit::CommitArgs),
+    /// Bring a disk's bytes into the host's cache, or up into its overlay
+    Prefetch(fetch::PrefetchArgs),
+    /// Fill a disk's overlay until it needs its base no more
+    Hydrate(fetch::HydrateArgs),
     /// Complete a stream: send what is held, close its sink, wait for it
     Finish(stream::FinishArgs),
     /// Give a stream up: its command is killed, its file stays unfinished
@@ -143,6 +151,9 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> anyhow::Result<u8> {
         Cli::Revert(args) => snapshot::revert(&args),
         Cli::Reset(args) => snapshot::reset(&args),
         Cli::Clone(args) => snapshot::clone(&args),
+        Cli::Commit(args) => commit::run(&args),
+        Cli::Prefetch(args) => fetch::prefetch(&args),
+        Cli::Hydrate(args) => fetch::hydrate(&args),
         Cli::Finish(args) => stream::finish(&args),
         Cli::Abort(args) => stream::abort(&args),
         Cli::Check(args) => check::run(&args),

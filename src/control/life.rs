@@ -1,10 +1,14 @@
 //! Requests about the life of an overlay: snapshots, going back, clones.
 
+use std::ops::Range;
+use std::sync::Arc;
+
 use serde_json::{Value, json};
 
-use super::{Control, Spot, Stale};
+use super::{Control, HydrateAction, Spot, Stale};
 use crate::catalog::Entry;
-use crate::disk::{Disk, Force, LifeError, Since};
+use crate::disk::{Committed, Disk, Fetch, Force, Hydrate, LifeError, Since};
+use crate::spec::format_size;
 
 /// An answer that says in one line what was done.
 pub(super) fn done(line: &str) -> Value {
@@ -59,6 +63,83 @@ pub(super) fn list(name: &str, disk: &Disk) -> Value {
     json!({ "ok": { "snapshots": values } })
 }
 
+/// Commits a disk; when nobody waits any more it stops, and the next one finishes it.
+pub(super) fn commit(
+    name: &str,
+    disk: &Disk,
+    force: Force,
+    is_gone: &(dyn Fn() -> bool + Sync),
+) -> Value {
+    match disk.commit(force, is_gone) {
+        Ok(Committed { bytes, left: 0 }) => {
+            done(&format!("{name}: {} are in its base now", format_size(bytes)))
+        }
+        Ok(Committed { bytes, left }) => done(&format!(
+            "{name}: {} are in its base now; {} were written meanwhile and stay in the overlay",
+            format_size(bytes),
+            format_size(left)
+        )),
+        Err(error) => refused(name, &error),
+    }
+}
+
+/// Brings bytes of a disk in.
+pub(super) fn prefetch(
+    name: &str,
+    disk: &Disk,
+    range: Range<u64>,
+    copy: bool,
+    is_gone: &(dyn Fn() -> bool + Sync),
+) -> Value {
+    let fetch = if copy { Fetch::Copy } else { Fetch::AsSet };
+    match disk.prefetch(range, fetch, is_gone) {
+        Ok(bytes) if disk.copies_on_cache(fetch) => {
+            done(&format!("{name}: {} copied up into its overlay", format_size(bytes)))
+        }
+        Ok(bytes) => done(&format!("{name}: {} read into the host's cache", format_size(bytes))),
+        Err(error) if error.raw_os_error() == Some(libc::EROFS) => {
+            json!({ "error": format!("{name}: it has no overlay to copy into") })
+        }
+        Err(error) => json!({ "error": format!("{name}: {error}") }),
+    }
+}
+
+/// Begins, pauses or ends a hydration.
+pub(super) fn hydrate(name: &str, disk: &Arc<Disk>, rate: u64, action: HydrateAction) -> Value {
+    let steered = disk.steer(match action {
+        HydrateAction::Wait | HydrateAction::Start => Hydrate::Go(rate),
+        HydrateAction::Pause => Hydrate::Pause,
+        HydrateAction::Cancel => Hydrate::Cancel,
+    });
+    match (action, steered) {
+        (HydrateAction::Wait | HydrateAction::Start, true) => {
+            done(&format!("{name}: goes on being hydrated"))
+        }
+        (HydrateAction::Pause, true) => done(&format!("{name}: its hydration is paused")),
+        (HydrateAction::Cancel, true) => {
+            done(&format!("{name}: its hydration has ended; what was copied stays"))
+        }
+        (HydrateAction::Pause | HydrateAction::Cancel, false) => {
+            json!({ "error": format!("{name}: it is not being hydrated") })
+        }
+        (HydrateAction::Wait, false) => match disk.hydrate(rate) {
+            Ok(()) => done(&format!("{name}: stands alone, without its base")),
+            Err(error) => refused(name, &error),
+        },
+        (HydrateAction::Start, false) => {
+            let (there, log_name) = (Arc::clone(disk), name.to_owned());
+            let work = move || match there.hydrate(rate) {
+                Ok(()) => log::info!("{log_name}: stands alone, without its base"),
+                Err(error) => log::error!("{log_name}: {error}"),
+            };
+            match std::thread::Builder::new().name("cowslip-hydrate".to_owned()).spawn(work) {
+                Ok(_) => done(&format!("{name}: is being hydrated")),
+                Err(error) => json!({ "error": format!("{name}: no thread for it: {error}") }),
+            }
+        }
+    }
+}
+
 impl Control {
     /// Takes a snapshot; under `sync` all of it is durable when it is answered.
     pub(super) fn snapshot(
@@ -89,7 +170,7 @@ impl Control {
         }
         let parent = Spot::Snapshots(entry.slot).ino();
         self.forget(&entry.disk, Stale::Name { parent, name: snapshot.to_owned() });
-        let disk = std::sync::Arc::clone(&entry.disk);
+        let disk = Arc::clone(&entry.disk);
         let tidied = std::thread::Builder::new().name("cowslip-tidy".to_owned()).spawn(move || {
             if let Err(error) = disk.tidy() {
                 log::warn!("{}: layers are not merged: {error}", disk.source);

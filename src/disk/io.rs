@@ -50,7 +50,7 @@ pub enum Keep {
 }
 
 /// The layers below the one that is written to.
-struct Below<'a>(&'a [Arc<dyn Layer>]);
+pub(super) struct Below<'a>(&'a [Arc<dyn Layer>]);
 
 impl ReadBelow for Below<'_> {
     fn read_below(&self, buf: &mut [u8], offset: u64, wait: Wait) -> io::Result<()> {
@@ -115,7 +115,7 @@ impl Layers {
 
     /// Describes a prefix of `range`, and says which layer has it: 0 is the top one, the greatest
     /// number the base.
-    fn piece_at(&self, mut range: Range<u64>, wait: Wait) -> io::Result<(Extent, u32)> {
+    pub(super) fn piece_at(&self, mut range: Range<u64>, wait: Wait) -> io::Result<(Extent, u32)> {
         let mut depth = 0;
         if let Top::Overlay(overlay) = &self.top {
             let extent = overlay.extent_at(range, wait)?;
@@ -155,7 +155,7 @@ impl Layers {
     }
 
     /// The layers below the top.
-    fn below(&self) -> Below<'_> {
+    pub(super) fn below(&self) -> Below<'_> {
         Below(self.all.get(1..).unwrap_or_default())
     }
 
@@ -203,6 +203,17 @@ impl Disk {
         let layers = self.layers();
         let left = layers.size().saturating_sub(offset);
         let len = usize::try_from(left).unwrap_or(usize::MAX).min(buf.len());
+        if self.copies_on_read() && len > 0 {
+            match self.bring_up(offset..offset + len as u64, wait) {
+                Err(error) if error.raw_os_error() == Some(libc::EAGAIN) => return Err(error),
+                // A disk that is full or latched is read all the same.
+                Ok(_) | Err(_) => {}
+            }
+            drop(layers);
+            let layers = self.layers();
+            read_in(layers.all(), &mut buf[..len], offset, wait)?;
+            return Ok(len);
+        }
         read_in(layers.all(), &mut buf[..len], offset, wait)?;
         Ok(len)
     }

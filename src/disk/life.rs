@@ -8,7 +8,7 @@ use std::collections::{HashMap, HashSet};
 use std::fs::File;
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use parking_lot::{Condvar, Mutex, RwLockWriteGuard};
@@ -23,7 +23,7 @@ use crate::overlay::shelf::Shelf;
 use crate::overlay::stack::{LayerRecord, SnapshotRecord, Stack, StackError};
 use crate::overlay::tree::{self, Tree};
 use crate::overlay::{Overlay, Usage, keep};
-use crate::spec::{DiskSpec, Mode, Source};
+use crate::spec::{DiskSpec, Locking, Mode, Source};
 
 /// How long requests that change the disk are waited for before its layers change.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -63,6 +63,9 @@ pub enum LifeError {
     /// A sync has failed.
     #[error("it is read-only since a sync failed: unmount it and see the log")]
     Latched,
+    /// Its base is neither old nor new.
+    #[error("a commit of it was cut short: cowslip commit finishes it, then try again")]
+    Unfinished,
     /// A writer does not come back.
     #[error("a change still waits for the base or the host: try again")]
     Stuck,
@@ -119,13 +122,18 @@ pub(super) struct Life {
     /// Sealed layers of this disk, those it does not read through included.
     sealed: Mutex<HashMap<Uuid, Arc<Overlay>>>,
     /// Sealed layers open in this process.
-    pub(super) shelf: Arc<Shelf>,
+    shelf: Mutex<Arc<Shelf>>,
     /// Who else may stand on them; `None`: nobody.
-    pub(super) others: Option<Others>,
+    others: Mutex<Option<Others>>,
     /// The files of snapshots that were looked up, by their layer.
     files: Mutex<HashMap<Uuid, Arc<Disk>>>,
     /// The size of a new overlay over the base, and how much of the base it shows.
-    pub(super) fresh: (u64, u64),
+    pub(super) fresh: Mutex<(u64, u64)>,
+    /// How a commit locks the base.
+    pub(super) locking: Option<Locking>,
+    /// How far what is being done has come, in bytes, and of how many.
+    pub(super) done_bytes: AtomicU64,
+    pub(super) all_bytes: AtomicU64,
     /// What all its layers may hold together, in bytes.
     pub(super) limit: Option<u64>,
     /// What the layers were last found to show, under which revision of the top.
@@ -149,13 +157,21 @@ impl Life {
             ending: AtomicBool::new(false),
             untidy: AtomicBool::new(true),
             sealed: Mutex::default(),
-            shelf: Arc::default(),
-            others: None,
+            shelf: Mutex::default(),
+            others: Mutex::default(),
             files: Mutex::default(),
-            fresh,
+            fresh: Mutex::new(fresh),
+            locking: None,
+            done_bytes: AtomicU64::new(0),
+            all_bytes: AtomicU64::new(0),
             limit,
             shown: Mutex::default(),
         }
+    }
+
+    /// The sealed layers open in this process.
+    pub(super) fn shelf(&self) -> Arc<Shelf> {
+        Arc::clone(&self.shelf.lock())
     }
 
     /// Notes the sealed layers `below`, top to bottom, of the stack whose layers are `chain`.
@@ -173,14 +189,14 @@ pub(super) struct Turn<'a>(&'a Life);
 impl Turn<'_> {
     /// Whether work that takes long has to stop.
     pub(super) fn must_stop(&self) -> bool {
-        self.0.ending.load(Ordering::SeqCst)
-            || self.0.doing.lock().is_some_and(|doing| doing.stop)
-            || crate::pool::check_wanted().is_err()
+        self.0.ending.load(Ordering::SeqCst) || self.0.doing.lock().is_some_and(|doing| doing.stop)
     }
 }
 
 impl Drop for Turn<'_> {
     fn drop(&mut self) {
+        self.0.done_bytes.store(0, Ordering::Relaxed);
+        self.0.all_bytes.store(0, Ordering::Relaxed);
         *self.0.doing.lock() = None;
         self.0.done.notify_all();
     }
@@ -299,7 +315,7 @@ impl Disk {
         if self.closed.load(Ordering::SeqCst) { Err(LifeError::Interrupted) } else { Ok(gate) }
     }
 
-    fn check_writers(&self, force: Force) -> Result<(), LifeError> {
+    pub(super) fn check_writers(&self, force: Force) -> Result<(), LifeError> {
         if force == Force::No && self.has_writers() {
             return Err(LifeError::Writers);
         }
@@ -374,7 +390,7 @@ impl Disk {
             let known = self.life.sealed.lock().get(&record.uuid).cloned();
             let layer = match (known, &mut *self.home.lock()) {
                 (Some(layer), _) => layer,
-                (None, Home::Kept(home)) => home.sealed(record.uuid, &self.life.shelf)?,
+                (None, Home::Kept(home)) => home.sealed(record.uuid, &self.life.shelf())?,
                 (None, _) => return Err(LifeError::host("opening a layer")(errno(libc::ENOENT))),
             };
             self.life.sealed.lock().insert(record.uuid, Arc::clone(&layer));
@@ -426,6 +442,9 @@ impl Disk {
         let tree = self.tree("layers")?;
         let old = tree.top().map(|top| top.uuid).ok_or(LifeError::NoOverlay("layers"))?;
         let Some(top) = self.overlay() else { return Err(LifeError::NoOverlay("layers")) };
+        if top.is_committing() {
+            return Err(LifeError::Unfinished);
+        }
         let parent = match above {
             Above::Top => Some(old),
             Above::Layer(layer) => Some(layer),
@@ -442,15 +461,17 @@ impl Disk {
         let held: u64 = below.iter().map(|layer| layer.usage().data).sum();
         let limit = self.life.limit.map(|limit| limit.saturating_sub(held));
         let size = below.first().map_or(0, |layer| layer.size());
+        let fresh = *self.life.fresh.lock();
         let image = |top: &Overlay| match above {
-            Above::Base => Image::new(self.life.fresh.0, self.life.fresh.1),
+            Above::Base => Image::new(fresh.0, fresh.1),
             Above::Top => Image::new(top.size(), top.size()),
             Above::Layer(_) => Image::new(size, size),
         };
         // Made before the gate is taken: writers wait for the switch alone.
         let mut new = self.make_layer(&tree, parent, &image(&top), limit)?;
         let mut uuid = new.uuid;
-        let _alone = self.life.shelf.alone();
+        let shelf = self.life.shelf();
+        let _alone = shelf.alone();
         let switch = || -> Result<Tree, LifeError> {
             let _gate = self.enter_to_switch()?;
             self.check_writers(force)?;
@@ -461,7 +482,7 @@ impl Disk {
                     uuid = new.uuid;
                 }
                 self.record_mtime(&top);
-                self.life.shelf.put(old, &top);
+                shelf.put(old, &top);
                 self.life.sealed.lock().insert(old, Arc::clone(&top));
             }
             let mut next = tree.clone();
@@ -530,7 +551,7 @@ impl Disk {
 
     /// Lets go of the layers that were in `old` and are not in `next`. The caller holds the
     /// shelf alone.
-    fn drop_layers(&self, old: &Tree, next: &Tree) {
+    pub(super) fn drop_layers(&self, old: &Tree, next: &Tree) {
         let gone = |uuid: &Uuid| next.layer(*uuid).is_none();
         self.life.sealed.lock().retain(|uuid, _| !gone(uuid));
         self.life.files.lock().retain(|uuid, _| !gone(uuid));
@@ -550,7 +571,8 @@ impl Disk {
 
     /// The layers that other disks stand on.
     fn layers_of_others(&self) -> io::Result<HashSet<Uuid>> {
-        self.life.others.as_ref().map_or_else(|| Ok(HashSet::new()), |others| others(&self.uuid))
+        let others = self.life.others.lock().clone();
+        others.map_or_else(|| Ok(HashSet::new()), |others| others(&self.uuid))
     }
 
     /// Deletes a snapshot: its name goes at once. What only it needed is given back in the
@@ -567,7 +589,8 @@ impl Disk {
         let mut next = tree.clone();
         next.snapshots.retain(|snapshot| snapshot.name != name);
         next.prune();
-        let _alone = self.life.shelf.alone();
+        let shelf = self.life.shelf();
+        let _alone = shelf.alone();
         self.replace_stack(&next, None)?;
         self.drop_layers(&tree, &next);
         self.life.untidy.store(true, Ordering::SeqCst);
@@ -635,9 +658,10 @@ impl Disk {
             self.replace_stack(&next, None)?;
             Ok(next)
         };
-        let _alone = self.life.shelf.alone();
+        let shelf = self.life.shelf();
+        let _alone = shelf.alone();
         let next = done().inspect_err(|_| self.unmake(uuid))?;
-        self.life.shelf.put(uuid, &layer);
+        shelf.put(uuid, &layer);
         self.life.sealed.lock().insert(uuid, layer);
         let below = match next.top().and_then(|top| top.parent) {
             Some(parent) => self.open_chain(&next, parent)?,
@@ -720,7 +744,8 @@ impl Disk {
             self.seal(None)?;
             absorb(top)?;
         }
-        let _alone = self.life.shelf.alone();
+        let shelf = self.life.shelf();
+        let _alone = shelf.alone();
         let tree = self.tree("layers")?;
         let below = match tree.layer(lower).and_then(|layer| layer.parent) {
             Some(parent) => self.open_chain(&tree, parent)?,
@@ -758,11 +783,11 @@ impl Disk {
     }
 
     /// Makes the disk one of a store: its sealed layers may be those of other disks as well.
-    pub fn join(&mut self, shelf: &Arc<Shelf>, others: Others) {
+    pub fn join(&self, shelf: &Arc<Shelf>, others: Others) {
         // Who else needs its layers is asked when something of it was deleted, not at every mount.
-        self.life.untidy = AtomicBool::new(false);
-        self.life.shelf = Arc::clone(shelf);
-        self.life.others = Some(others);
+        self.life.untidy.store(false, Ordering::SeqCst);
+        *self.life.shelf.lock() = Arc::clone(shelf);
+        *self.life.others.lock() = Some(others);
     }
 
     /// The disk's snapshots, oldest first.

@@ -4,7 +4,9 @@
 //! The *gate* is held shared by everything that changes bytes and exclusive by what changes the
 //! size or the layers themselves. Readers take a snapshot of the layers and never wait for it.
 
+mod commit;
 mod copy;
+mod fetch;
 mod io;
 mod leave;
 mod life;
@@ -13,7 +15,7 @@ mod stream;
 
 use std::io as stdio;
 use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU32, Ordering};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -21,6 +23,9 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use parking_lot::{Mutex, RwLock};
 use uuid::Uuid;
 
+pub use self::commit::Committed;
+use self::fetch::Hydration;
+pub use self::fetch::{Fetch, Hydrate};
 pub use self::io::{Change, Keep, Whence};
 pub use self::leave::Use;
 use self::life::Life;
@@ -32,14 +37,14 @@ use crate::extents::{Extent, Extents, Kind};
 use crate::host::errno;
 use crate::layer::{Layer, Wait, WritableLayer};
 use crate::overlay::Overlay;
-use crate::overlay::persist::{Holder, Residence};
+use crate::overlay::persist::{Holder, Place, Residence};
 use crate::overlay::record::{Nanos, Stamp};
 use crate::overlay::recover::Recovered;
 use crate::overlay::sealed::Sealed;
 use crate::overlay::stack::inode_of;
 use crate::overlay::tree::Tree;
 use crate::pool::Pool;
-use crate::spec::{Mode, Resize};
+use crate::spec::{CopyUp, Mode, Resize};
 use crate::stream::Stream;
 
 /// The most extents that are walked for one st_blocks: what lies behind them counts as data.
@@ -160,9 +165,13 @@ pub struct Disk {
     /// Where its overlay is.
     home: Mutex<Home>,
     life: Life,
+    copy_up: CopyUp,
+    hydration: Hydration,
+    /// It has left its base behind.
+    stands_alone: AtomicBool,
     overlay_dir: Mutex<Option<PathBuf>>,
     /// What an overlay's `stack` has to say of the base.
-    bottom: open::Bottom,
+    bottom: Mutex<Arc<open::Bottom>>,
     recovered: Recovered,
     /// What is at work when it is one.
     stream: Option<Stream>,
@@ -263,6 +272,11 @@ impl Disk {
     #[must_use]
     pub fn overlay_dir(&self) -> Option<PathBuf> {
         self.overlay_dir.lock().clone()
+    }
+
+    /// What lies at its bottom.
+    fn bottom(&self) -> Arc<open::Bottom> {
+        Arc::clone(&self.bottom.lock())
     }
 
     /// How the overlay was found when it was opened.
@@ -578,16 +592,16 @@ impl Disk {
         self.overlay().is_some_and(|overlay| overlay.is_latched())
     }
 
-    /// Makes the temporary overlay persistent in `dir`; durable when it returns.
+    /// Makes the temporary overlay persistent at `place`; durable when it returns.
     ///
     /// # Errors
-    /// [`OpenError`] when there is no temporary overlay, when something is in `dir`, or when the
+    /// [`OpenError`] when there is no temporary overlay, when something is there, or when the
     /// host says no; the disk is as it was then.
-    pub fn keep(&self, dir: &Path) -> Result<(), OpenError> {
+    pub fn keep(&self, place: Place<'_>) -> Result<(), OpenError> {
         self.held.store(true, Ordering::SeqCst);
         // Marked first: either this sees the mark of `retire`, or `retire` sees this one.
         let kept = match self.leaving.load(Ordering::SeqCst) {
-            false => self.keep_in(dir),
+            false => self.keep_in(place),
             true => Err(OpenError::NothingToKeep("the disk is being removed".to_owned())),
         };
         self.held.store(false, Ordering::SeqCst);

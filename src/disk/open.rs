@@ -12,6 +12,7 @@ use std::time::Duration;
 use parking_lot::{Mutex, RwLock};
 use uuid::Uuid;
 
+use super::fetch::Hydration;
 use super::life::{Life, LifeError};
 use super::{Disk, Home, Layers, Owner, Times, Top, mtime_of, now};
 use crate::base::identity::Identity;
@@ -294,8 +295,11 @@ pub(super) fn assemble(
         stale: false.into(),
         home: Mutex::new(Home::Nowhere),
         life: Life::new((0, 0), None),
+        copy_up: spec.copy_up,
+        hydration: Hydration::default(),
+        stands_alone: false.into(),
         overlay_dir: Mutex::new(None),
-        bottom,
+        bottom: Mutex::new(Arc::new(bottom)),
         recovered: Recovered::Clean,
         stream: None,
         pool: Arc::new(Pool::default()),
@@ -357,6 +361,8 @@ fn open_persistent(
     }
     match base_mismatch(&found.stack.base, bottom)? {
         Some(Misfit::Other(why)) => return mismatch(why),
+        // What it was is no more and what it will be not yet: the commit has to be finished.
+        Some(Misfit::Changed(_)) if found.is_committing().map_err(in_overlay(dir))? => {}
         Some(Misfit::Changed(why)) if setting.force => {
             log::warn!("overlay '{}' {why}; used all the same (--force)", dir.display());
         }
@@ -468,8 +474,15 @@ fn settle(
     let uuid = stack.uuid;
     let layers = stacked(overlay, below.clone(), base);
     let size = spec.size.unwrap_or(base.size());
+    if layers.top.is_committing() {
+        notes.push(
+            "a commit into the base was cut short: reads are right, 'cowslip commit' finishes it"
+                .to_owned(),
+        );
+    }
     let mut disk = assemble(spec, uuid, layers, bottom, owner);
     disk.life = Life::new((size, size.min(base.size())), spec.limit);
+    disk.life.locking = Some(spec.locking);
     disk.life.note(&chain, &below);
     disk.times = Times::new(mtime, chosen, recorded);
     disk.recovered = recovered;
@@ -625,8 +638,8 @@ fn notes_on_overlay(dir: &Path, setting: &Setting<'_>) -> Vec<String> {
 impl Disk {
     /// What its bottom is called in `status`.
     #[must_use]
-    pub fn base_path(&self) -> Option<&Path> {
-        self.bottom.path()
+    pub fn base_path(&self) -> Option<PathBuf> {
+        self.bottom().path().map(Path::to_owned)
     }
 
     /// The mount did not come about: closes the disk in good order, and removes an overlay that
@@ -649,7 +662,8 @@ impl Disk {
         }
     }
 
-    pub(super) fn keep_in(&self, dir: &Path) -> Result<(), OpenError> {
+    pub(super) fn keep_in(&self, place: Place<'_>) -> Result<(), OpenError> {
+        let dir = place.dir;
         let nothing = |why: &str| Err(OpenError::NothingToKeep(why.to_owned()));
         if self.stream().is_some() {
             return nothing("the disk is a stream: what was written has left or will");
@@ -674,9 +688,8 @@ impl Disk {
         let block = u32::try_from(overlay.block()).unwrap_or(DEFAULT_BLOCK);
         let refused = |error: LifeError| OpenError::NothingToKeep(error.to_string());
         let tree = self.tree("changes to keep").map_err(refused)?;
-        let stack = new_stack(self.uuid, &self.bottom, self.owner(), block)?;
+        let stack = new_stack(self.uuid, &self.bottom(), self.owner(), block)?;
         self.record_mtime(overlay);
-        let place = Place { dir, layers: None };
         let all = self.all_layers(&tree).map_err(refused)?;
         let kept = keep::keep(&all, place, stack.with_tree(tree.clone()));
         let Persistent { overlay, below, home, .. } = kept.map_err(in_overlay(dir))?;

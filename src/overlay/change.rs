@@ -97,7 +97,7 @@ impl Overlay {
 
     /// Puts `blocks` into `state`: in the log, then in the map. Returns the record's sequence.
     /// The caller has locked their ranges and, for Data, written them.
-    fn publish(&self, blocks: &Range<BlockIndex>, state: State) -> io::Result<u64> {
+    pub(super) fn publish(&self, blocks: &Range<BlockIndex>, state: State) -> io::Result<u64> {
         let records: Vec<Record> = {
             let map = self.map.read();
             if map.blocks.run_at(blocks.clone()) == (Run { range: blocks.clone(), state }) {
@@ -131,6 +131,7 @@ impl Overlay {
         let _held = self.lock_for_write(&range, wait)?;
         check_wanted()?;
         let blocks = self.blocks_of(&range);
+        self.note_change(&blocks);
         self.check_limit(&blocks)?;
         let (before, after) = self.surroundings(&range, below, wait)?;
         check_wanted()?;
@@ -204,6 +205,7 @@ impl Overlay {
         let need = self.ranges.need(Need::default(), range, Hold::Exclusive);
         let _held = self.ranges.lock(need, wait).ok_or_else(|| errno(libc::EAGAIN))?;
         check_wanted()?;
+        self.note_change(&self.blocks_of(range));
         // The last block counts as whole when the range reaches the disk's end.
         let end = if range.end >= self.size() {
             range.end.next_multiple_of(self.block)
@@ -240,6 +242,7 @@ impl Overlay {
         let need = self.ranges.need(Need::default(), range, Hold::Shared);
         let _held = self.ranges.lock(need, Wait::Yes).ok_or_else(|| errno(libc::EAGAIN))?;
         check_wanted()?;
+        self.note_change(&self.blocks_of(range));
         self.check_limit(&self.blocks_of(range))?;
         let copied = copy(file, range.clone())?;
         let end = range.start + copied;
@@ -251,6 +254,55 @@ impl Overlay {
         }
         self.mark_dirty();
         Ok(whole.saturating_sub(range.start))
+    }
+}
+
+impl Overlay {
+    /// Copies what `below` has into the blocks that `range` touches and this layer does not hold
+    /// yet, and tells how many bytes. A write that races with it wins.
+    ///
+    /// # Errors
+    /// As [`WritableLayer::write_at`].
+    pub fn copy_up(
+        &self,
+        range: &Range<u64>,
+        below: &dyn ReadBelow,
+        wait: Wait,
+    ) -> io::Result<u64> {
+        self.check_latch()?;
+        let blocks = self.blocks_of(range);
+        let bytes = self.bytes_of(&blocks);
+        let need = self.ranges.need(Need::default(), &bytes, Hold::Exclusive);
+        let _held = self.ranges.lock(need, wait).ok_or_else(|| errno(libc::EAGAIN))?;
+        check_wanted()?;
+        let (lower, limit): (Vec<Run>, u64) = {
+            let map = self.map.read();
+            let lower = map.blocks.runs(blocks).filter(|run| run.state == State::Lower);
+            (lower.collect(), map.lower_limit.min(map.size))
+        };
+        let mut copied = 0;
+        for run in lower {
+            let bytes = self.bytes_of(&run.range);
+            let seen = bytes.start..bytes.end.min(limit);
+            if seen.is_empty() {
+                continue;
+            }
+            let blocks = self.blocks_of(&seen);
+            self.check_limit(&blocks)?;
+            // Whole blocks: what is past the limit reads as zeros.
+            let whole = self.bytes_of(&blocks);
+            let len = |range: &Range<u64>| usize::try_from(range.end - range.start).unwrap_or(0);
+            let mut buf = vec![0; len(&whole)];
+            below.read_below(&mut buf[..len(&seen)], seen.start, wait)?;
+            check_wanted()?;
+            self.note_change(&blocks);
+            self.put(&[IoSlice::new(&buf)], whole.start, &blocks)?;
+            copied += seen.end - seen.start;
+        }
+        if copied > 0 {
+            self.mark_dirty();
+        }
+        Ok(copied)
     }
 }
 
@@ -310,6 +362,7 @@ impl WritableLayer for Overlay {
         let need = self.ranges.need(Need::default(), &self.bytes_of(&cut), Hold::Exclusive);
         let _held = self.ranges.lock(need, Wait::Yes).ok_or_else(|| errno(libc::EAGAIN))?;
         let lower_limit = lower_limit.min(size);
+        self.note_size(size);
         let sequence = match &self.log {
             Some(log) => {
                 let purpose = if size > old { Purpose::Grow } else { Purpose::Relieve };

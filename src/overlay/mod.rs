@@ -21,6 +21,7 @@
 
 pub mod blocks;
 mod change;
+mod commit;
 pub mod data;
 pub mod keep;
 mod leaf;
@@ -49,6 +50,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use parking_lot::{Mutex, RwLock};
 
 use self::blocks::{BlockIndex, State};
+pub use self::commit::CommitTo;
 use self::data::Storage;
 use self::log::Log;
 use self::pending::Pending;
@@ -92,6 +94,10 @@ pub struct Overlay {
     limit: Option<u64>,
     /// Sealed layers below that must be durable before this one vouches for anything.
     unsettled: Mutex<Vec<Arc<Overlay>>>,
+    /// The commit into the base that is under way.
+    commit: Mutex<Option<commit::Progress>>,
+    /// Whether there is one: what every change looks at.
+    is_committing: AtomicBool,
     /// It is sealed, durable and its log closed: nothing is left to be done for it.
     settled: Mutex<bool>,
 }
@@ -134,6 +140,8 @@ impl Overlay {
             revision: AtomicU64::new(0),
             limit: limit.map(|limit| limit / block),
             unsettled: Mutex::default(),
+            commit: Mutex::default(),
+            is_committing: AtomicBool::new(false),
             settled: Mutex::new(false),
         }
     }
@@ -209,6 +217,15 @@ impl Overlay {
     #[must_use]
     pub fn first_file(&self) -> Option<File> {
         self.data.host_file()?.first().try_clone().ok()
+    }
+
+    /// Tells the host that `range` of the data will be read soon.
+    pub fn will_need(&self, range: &Range<u64>) {
+        if let Some(file) = self.data.backing(range.clone()) {
+            let len = std::num::NonZeroU64::new(range.end - range.start);
+            // Advice only.
+            let _ = rustix::fs::fadvise(file, range.start, len, rustix::fs::Advice::WillNeed);
+        }
     }
 
     /// A copy of the map as it is now. The caller holds the gate exclusive.

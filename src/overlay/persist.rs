@@ -477,6 +477,14 @@ impl Found {
         Ok((trusted, image))
     }
 
+    /// Whether a commit into the base was begun and not finished.
+    ///
+    /// # Errors
+    /// [`StackError::Log`].
+    pub fn is_committing(&self) -> Result<bool, StackError> {
+        Ok(self.examine()?.1.is_committing)
+    }
+
     /// The layer's data file.
     #[must_use]
     pub fn data(&self) -> &dyn Storage {

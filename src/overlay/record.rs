@@ -10,7 +10,7 @@
 //! ```
 //!
 //! The checksum covers bytes 4..32 and is seeded with the layer's uuid, so a record of another
-//! layer is never taken for one of ours. Kinds 8 (`Intent`) and 9 (`Done`) are kept for `commit`.
+//! layer is never taken for one of ours.
 
 use std::ops::Range;
 
@@ -81,6 +81,10 @@ pub enum Record {
     },
     /// The layer was synced and closed; everything before is durable.
     Close,
+    /// A commit into the base begins: from here on the base is not what it was.
+    Intent,
+    /// That commit has ended, and the `stack` knows the base as it is now.
+    Done,
 }
 
 /// What the 32 bytes at one place of the log turned out to be.
@@ -110,6 +114,8 @@ impl Record {
             Self::Vouch { upto, durable } => (5, 0, *upto, *durable),
             Self::Poisoned { durable } => (6, 0, *durable, 0),
             Self::Close => (7, 0, 0, 0),
+            Self::Intent => (8, 0, 0, 0),
+            Self::Done => (9, 0, 0, 0),
         };
         let mut bytes = [0; RECORD_LEN];
         bytes[4] = kind;
@@ -152,6 +158,8 @@ impl Record {
             5 => Self::Vouch { upto: a, durable: b },
             6 => Self::Poisoned { durable: a },
             7 => Self::Close,
+            8 => Self::Intent,
+            9 => Self::Done,
             _ => return Decoded::Unknown(kind),
         };
         Decoded::Good(word(8), record)
@@ -173,6 +181,8 @@ pub struct Image {
     pub lower_limit: u64,
     /// The last modification time, if one was recorded.
     pub mtime: Option<(Nanos, Stamp)>,
+    /// A commit into the base has begun and not ended.
+    pub is_committing: bool,
 }
 
 impl Image {
@@ -180,7 +190,7 @@ impl Image {
     /// `lower_limit`.
     #[must_use]
     pub fn new(size: u64, lower_limit: u64) -> Self {
-        Self { blocks: BlockMap::new(), size, lower_limit, mtime: None }
+        Self { blocks: BlockMap::new(), size, lower_limit, mtime: None, is_committing: false }
     }
 
     /// Takes in one record, in order. `block` is the block size in bytes.
@@ -189,6 +199,8 @@ impl Image {
             Record::Set { range, state } => self.blocks.set(range.clone(), *state),
             Record::Size { size, lower_limit } => self.resize(*size, *lower_limit, block),
             Record::Attr { mtime, stamp } => self.mtime = Some((*mtime, *stamp)),
+            Record::Intent => self.is_committing = true,
+            Record::Done => self.is_committing = false,
             Record::Open { .. }
             | Record::Vouch { .. }
             | Record::Poisoned { .. }
@@ -213,6 +225,7 @@ impl Image {
         let sets = runs.filter(|run| run.state != State::Lower);
         std::iter::once(head)
             .chain(attr)
+            .chain(self.is_committing.then_some(Record::Intent))
             .chain(sets.map(|run| Record::Set { range: run.range, state: run.state }))
     }
 }

@@ -459,6 +459,8 @@ mod tests {
             disk.limit.map(|limit| format!("limit={limit}")),
             disk.size.map(|size| format!("size={size}")),
             (disk.resize == Resize::Fixed).then(|| "resize=off".to_owned()),
+            disk.copy_up.read.then(|| "cow-on-read".to_owned()),
+            disk.copy_up.cache.then(|| "cow-on-cache=on".to_owned()),
             disk.uid.map(|uid| format!("uid={uid}")),
             disk.gid.map(|gid| format!("gid={gid}")),
             disk.perm.map(|perm| format!("perm={perm:04o}")),
@@ -496,6 +498,7 @@ mod tests {
             gid in proptest::option::of(0..u32::MAX),
             perm in proptest::option::of(0_u16..=0o777),
             unlocked: bool,
+            (read, cache): (bool, bool),
         ) -> DiskSpec {
             let is_file = path.is_some();
             let source = path.map_or(Source::Blank(4096), |path| Source::File(path.into()));
@@ -509,6 +512,7 @@ mod tests {
                 limit: limit.filter(|_| is_cow),
                 size: size.filter(|_| is_cow),
                 resize: if is_cow { resize } else { Resize::Follow },
+                copy_up: CopyUp { read: read && is_cow, cache: cache && is_cow },
                 locking: if is_file && unlocked { Locking::Off } else { Locking::Qemu },
             }
         }

@@ -82,6 +82,22 @@ static KEYS: &[Key] = &[
     row("limit", For::Cow, "SIZE", Set::Size(|disk, size| some(&mut disk.limit, size))),
     row("size", For::Cow, "SIZE", Set::Size(|disk, size| some(&mut disk.size, size))),
     row("resize", For::Cow, "on|off", Set::Switch(set_resize)),
+    row(
+        "cow-on-read",
+        For::Cow,
+        "on|off",
+        Set::Switch(|disk, switch| {
+            disk.copy_up.read = switch == Switch::On;
+        }),
+    ),
+    row(
+        "cow-on-cache",
+        For::Cow,
+        "on|off",
+        Set::Switch(|disk, switch| {
+            disk.copy_up.cache = switch == Switch::On;
+        }),
+    ),
     row("uid", For::All, "1000", Set::Id(|disk, id| disk.uid = Some(id))),
     row("gid", For::All, "1000", Set::Id(|disk, id| disk.gid = Some(id))),
     row("perm", For::All, "0644", Set::Perm(|disk, perm| disk.perm = Some(perm))),
@@ -531,7 +547,16 @@ mod tests {
     #[test]
     fn keys_of_overlays_are_refused_without_one() {
         for mode in ["ro", "rw"] {
-            for key in ["overlay=d", "block=4K", "limit=1G", "size=1G", "resize=on", "resize=off"] {
+            for key in [
+                "overlay=d",
+                "block=4K",
+                "limit=1G",
+                "size=1G",
+                "resize=on",
+                "resize=off",
+                "cow-on-read=on",
+                "cow-on-cache=off",
+            ] {
                 let message = why(&format!("v.img,{key},mode={mode}"));
                 let name = key.split('=').next().unwrap();
                 let line = format!("'{name}' is for mode=cow, and this disk is mode={mode}");

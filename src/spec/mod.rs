@@ -55,7 +55,7 @@ pub struct DiskSpec {
     /// The format of the base; `None`: raw, unless it looks like another.
     pub format: Option<Format>,
     /// Where the changes are kept (absolute); `None`: they end with the mount. Only with
-    /// [`Mode::Cow`], as are the four after it.
+    /// [`Mode::Cow`], as are the five after it.
     pub overlay: Option<PathBuf>,
     /// The overlay's block size in bytes: a power of two from 512 to 2 MiB.
     pub block: Option<u32>,
@@ -65,6 +65,8 @@ pub struct DiskSpec {
     pub size: Option<u64>,
     /// What a truncate does.
     pub resize: Resize,
+    /// What is copied up into the overlay without being written.
+    pub copy_up: CopyUp,
     /// The owner of the file.
     pub uid: Option<u32>,
     /// The group of the file.
@@ -89,12 +91,22 @@ impl DiskSpec {
             limit: None,
             size: None,
             resize: Resize::Follow,
+            copy_up: CopyUp::default(),
             uid: None,
             gid: None,
             perm: None,
             locking: Locking::Qemu,
         }
     }
+}
+
+/// What a disk copies up into its overlay without being written.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct CopyUp {
+    /// What is read (`cow-on-read`).
+    pub read: bool,
+    /// What is prefetched (`cow-on-cache`).
+    pub cache: bool,
 }
 
 /// What is under a disk.

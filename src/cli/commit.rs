@@ -1,0 +1,112 @@
+//! `cowslip commit`: an overlay's changes go down into its base.
+
+use std::collections::HashSet;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use clap::Args;
+use parking_lot::Mutex;
+use serde_json::json;
+
+use super::client::Place;
+use super::mount::current_dir;
+use super::progress::Progress;
+use super::snapshot::ask;
+use super::{DONE, say};
+use crate::disk::{self, Disk, Force, Setting};
+use crate::overlay::stack::{BaseRecord, Stack, open_dir};
+use crate::spec::{DiskSpec, Source, format_size};
+use crate::stream::sink::Inherit;
+
+/// How long requests under way are waited for at the end; there are none.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// How often is looked how far it is.
+const LOOK: Duration = Duration::from_millis(100);
+
+#[derive(Debug, Args)]
+pub(super) struct CommitArgs {
+    /// The mounted disk, or the directory of an overlay that is not mounted
+    #[arg(value_name = "FILE|OVERLAY")]
+    target: PathBuf,
+    /// Also while it is open for writing
+    #[arg(long)]
+    force: bool,
+}
+
+pub(super) fn run(args: &CommitArgs) -> anyhow::Result<u8> {
+    if !args.target.join("stack").is_file() {
+        let place = Place::of_disk(&args.target).with_context(|| {
+            format!("'{}' is no overlay and no mounted disk", args.target.display())
+        })?;
+        return ask(&place, &json!({ "op": "commit", "force": args.force }));
+    }
+    let dir = current_dir()?.join(&args.target);
+    let dir = dir.canonicalize().with_context(|| format!("overlay '{}'", dir.display()))?;
+    offline(&dir)
+}
+
+/// Commits the overlay in `dir`, which nobody has mounted.
+fn offline(dir: &Path) -> anyhow::Result<u8> {
+    let stack = Stack::read(&open_dir(dir)?)
+        .map_err(|error| anyhow::anyhow!("overlay '{}' {error}", dir.display()))?;
+    let BaseRecord::File { path, .. } = stack.base else {
+        anyhow::bail!(
+            "overlay '{}': its base is blank: there is nothing to commit to",
+            dir.display()
+        );
+    };
+    let name = dir.file_name().map_or("overlay".into(), |name| name.to_string_lossy());
+    let mut spec = DiskSpec::new(name.into_owned(), Source::File(path));
+    spec.overlay = Some(dir.to_owned());
+    let setting = Setting {
+        mountpoint: Path::new("/proc/self/mountpoint"),
+        mount_dev: None,
+        uid: rustix::process::getuid().as_raw(),
+        gid: rustix::process::getgid().as_raw(),
+        force: false,
+        stdio: Inherit::Nothing,
+        looked_at: Mutex::new(HashSet::new()),
+    };
+    let disk = disk::open(&spec, &setting)?.disk;
+    let done = watched(&disk);
+    let closed = disk.close(PATIENCE);
+    let done = done?;
+    closed.with_context(|| format!("overlay '{}'", dir.display()))?;
+    say(&format!("{}: {} are in its base now", dir.display(), format_size(done)));
+    Ok(DONE)
+}
+
+/// Commits `disk` and shows how far it is; tells how many bytes there were.
+fn watched(disk: &Disk) -> anyhow::Result<u64> {
+    let stop = Arc::new(AtomicBool::new(false));
+    for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
+        signal_hook::flag::register(signal, Arc::clone(&stop)).context("signals")?;
+    }
+    let ended = AtomicBool::new(false);
+    let committed = thread::scope(|scope| {
+        scope.spawn(|| {
+            let mut progress = Progress::new();
+            let mut looks = 0u32;
+            while !ended.load(Ordering::SeqCst) {
+                thread::sleep(LOOK);
+                looks += 1;
+                let (done, total) = disk.progress();
+                if looks.is_multiple_of(10) {
+                    progress.show(&json!({ "done": done, "total": total }));
+                }
+            }
+            progress.end();
+        });
+        let committed = disk.commit(Force::No, &|| stop.load(Ordering::SeqCst));
+        ended.store(true, Ordering::SeqCst);
+        committed
+    });
+    let path = disk.overlay_dir().unwrap_or_default();
+    let committed =
+        committed.map_err(|error| anyhow::anyhow!("overlay '{}': {error}", path.display()))?;
+    Ok(committed.bytes)
+}

@@ -1,0 +1,69 @@
+//! `cowslip prefetch` and `cowslip hydrate`: bringing a disk's bytes nearer.
+
+use std::ops::Range;
+use std::path::PathBuf;
+
+use clap::Args;
+use serde_json::json;
+
+use super::client::Place;
+use super::snapshot::ask;
+use crate::spec::{parse_range, parse_size};
+
+#[derive(Debug, Args)]
+pub(super) struct PrefetchArgs {
+    /// The mounted disk
+    file: PathBuf,
+    /// What to bring in, as 1G..2G (all of it)
+    #[arg(value_parser = range)]
+    range: Option<Range<u64>>,
+    /// Copy it up into the overlay, instead of reading it into the host's cache
+    #[arg(long)]
+    copy: bool,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct HydrateArgs {
+    /// The mounted disk
+    file: PathBuf,
+    /// At most so many bytes a second: 100M
+    #[arg(long, value_name = "SIZE", value_parser = size, conflicts_with_all = ["pause", "cancel"])]
+    rate: Option<u64>,
+    /// Return at once: cowslip status shows how far it is
+    #[arg(long, conflicts_with_all = ["pause", "cancel"])]
+    background: bool,
+    /// Let it stand still, until hydrate is asked for again
+    #[arg(long, conflicts_with = "cancel")]
+    pause: bool,
+    /// End it; what was copied stays in the overlay
+    #[arg(long)]
+    cancel: bool,
+}
+
+fn range(text: &str) -> Result<Range<u64>, String> {
+    parse_range(text).map_err(|error| error.to_string())
+}
+
+fn size(text: &str) -> Result<u64, String> {
+    parse_size(text).map_err(|error| error.to_string())
+}
+
+/// Brings bytes of a disk in.
+pub(super) fn prefetch(args: &PrefetchArgs) -> anyhow::Result<u8> {
+    let place = Place::of_disk(&args.file)?;
+    let range = args.range.clone().unwrap_or(0..u64::MAX);
+    let (start, end) = (range.start, range.end);
+    ask(&place, &json!({ "op": "prefetch", "start": start, "end": end, "copy": args.copy }))
+}
+
+/// Fills a disk's overlay until it needs its base no more.
+pub(super) fn hydrate(args: &HydrateArgs) -> anyhow::Result<u8> {
+    let place = Place::of_disk(&args.file)?;
+    let action = match args {
+        HydrateArgs { pause: true, .. } => "pause",
+        HydrateArgs { cancel: true, .. } => "cancel",
+        HydrateArgs { background: true, .. } => "start",
+        _ => "wait",
+    };
+    ask(&place, &json!({ "op": "hydrate", "rate": args.rate.unwrap_or(0), "action": action }))
+}

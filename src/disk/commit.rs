@@ -1,0 +1,226 @@
+//! Committing a disk: its changes go down into its base, and it starts anew above that.
+
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use super::life::{Force, LifeError, Turn};
+use super::open::Bottom;
+use super::{Disk, Home, Top};
+use crate::base::identity::Identity;
+use crate::base::place;
+use crate::base::{self, Writable};
+use crate::extents::Kind;
+use crate::layer::{Layer, Wait, WritableLayer};
+use crate::overlay::stack::{BaseRecord, Stack};
+use crate::overlay::{CommitTo, Overlay};
+use crate::spec::{Locking, format_size};
+
+/// What a commit has done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Committed {
+    /// Bytes that went into the base, zeros included.
+    pub bytes: u64,
+    /// Bytes that were changed meanwhile and stay in the overlay.
+    pub left: u64,
+}
+
+impl Disk {
+    /// Merges the overlay down into its base, and stops once `is_gone` says so. Cut short at any moment, it is finished by another;
+    /// the disk reads the same throughout, and may be written.
+    ///
+    /// # Errors
+    /// [`LifeError`]; before the copying began nothing has changed.
+    pub fn commit(&self, force: Force, is_gone: &dyn Fn() -> bool) -> Result<Committed, LifeError> {
+        let turn = self.begin("a commit")?;
+        let overlay = self.committable()?;
+        self.check_writers(force)?;
+        let Bottom::File { path, file } = &*self.bottom() else {
+            return Err(refused("its base is blank: there is nothing to commit to"));
+        };
+        let resumed = overlay.is_committing();
+        if !resumed {
+            self.check_base()?;
+        }
+        let locking = self.life.locking.unwrap_or(Locking::Qemu);
+        let base = base::open_writable(path, file, locking)
+            .map_err(|error| LifeError::Refused(error.to_string()))?;
+        let (size, has) = (self.size(), base.layer.size());
+        if has < size {
+            return Err(LifeError::Refused(format!(
+                "it is larger ({}) than its base '{}' ({}): shrink it first, or copy it out whole with cp",
+                format_size(size),
+                path.display(),
+                format_size(has)
+            )));
+        }
+        check_space(&overlay, &base, self.overlay_dir().as_deref())?;
+        let before = overlay.usage();
+        let done = self.commit_to(&turn, is_gone, &overlay, &base);
+        overlay.pause_commit();
+        done?;
+        let left = overlay.usage();
+        let (before, left) = (before.data + before.zero, left.data + left.zero);
+        Ok(Committed { bytes: before.saturating_sub(left), left })
+    }
+
+    /// The overlay, when it is one that can be committed.
+    fn committable(&self) -> Result<Arc<Overlay>, LifeError> {
+        let tree = self.tree("changes to commit")?;
+        if matches!(&*self.home.lock(), Home::Temporary { .. }) {
+            return Err(refused(
+                "its overlay is temporary, and a commit that is cut short could not be finished: cowslip keep it in a directory first",
+            ));
+        }
+        if !tree.snapshots.is_empty() {
+            return Err(refused(
+                "it has snapshots, which show the base as it is: delete them first (cowslip snapshot --delete)",
+            ));
+        }
+        if tree.layers.len() > 1 {
+            return Err(refused(
+                "it has several layers: other disks of the store stand on them, or they are still being merged",
+            ));
+        }
+        if self.is_latched() {
+            return Err(LifeError::Latched);
+        }
+        self.overlay().ok_or(LifeError::NoOverlay("changes to commit"))
+    }
+
+    /// Refuses a base that somebody has changed since the overlay was made.
+    fn check_base(&self) -> Result<(), LifeError> {
+        let recorded = match &mut *self.home.lock() {
+            Home::Kept(home) => home.stack.base.clone(),
+            Home::Nowhere | Home::Temporary { .. } => return Ok(()),
+        };
+        let (BaseRecord::File { identity, .. }, Bottom::File { path, file }) =
+            (recorded, &*self.bottom())
+        else {
+            return Ok(());
+        };
+        let now = Identity::of(file).map_err(LifeError::host("reading the base"))?;
+        match identity.differences(&now) {
+            None => Ok(()),
+            Some(what) => Err(LifeError::Refused(format!(
+                "its base '{}' has changed under it ({what}): what would come out is neither",
+                path.display()
+            ))),
+        }
+    }
+
+    fn commit_to(
+        &self,
+        turn: &Turn<'_>,
+        is_gone: &dyn Fn() -> bool,
+        overlay: &Overlay,
+        base: &Writable,
+    ) -> Result<(), LifeError> {
+        let progress = |done, total| {
+            self.life.done_bytes.store(done, Ordering::Relaxed);
+            self.life.all_bytes.store(total, Ordering::Relaxed);
+        };
+        let stop = || turn.must_stop() || is_gone();
+        let to =
+            CommitTo { layer: &base.layer, file: &base.file, progress: &progress, stop: &stop };
+        {
+            let _gate = self.enter_to_switch()?;
+            overlay.begin_commit().map_err(LifeError::host("marking the commit"))?;
+        }
+        overlay.commit_cut(&to).map_err(LifeError::host("zeroing the base"))?;
+        {
+            let _gate = self.enter_to_switch()?;
+            let raised = overlay.raise_limit(base.layer.size());
+            raised.map_err(LifeError::host("marking the commit"))?;
+        }
+        overlay.commit_blocks(&to).map_err(LifeError::host("copying into the base"))?;
+        self.end_commit(overlay, base)
+    }
+
+    /// Cuts a base that is longer than its disk, and writes down what the base is now.
+    fn end_commit(&self, overlay: &Overlay, base: &Writable) -> Result<(), LifeError> {
+        let in_base = || LifeError::host("making the base durable");
+        let is_file = base.file.metadata().is_ok_and(|found| found.is_file());
+        {
+            let _gate = self.enter_to_switch()?;
+            let size = overlay.size();
+            if is_file && size < base.layer.size() {
+                base.layer.set_size(size).map_err(in_base())?;
+            }
+        }
+        base.layer.sync().map_err(in_base())?;
+        let size = base.layer.size();
+        *self.life.fresh.lock() = (size, size);
+        let identity = Identity::of(&base.file).map_err(LifeError::host("reading the base"))?;
+        if let Home::Kept(home) = &mut *self.home.lock()
+            && let BaseRecord::File { path, format, .. } = home.stack.base.clone()
+        {
+            let base = BaseRecord::File { path, format, identity };
+            let stack = Stack { base, ..home.stack.clone() };
+            home.replace(stack)?;
+        }
+        overlay.end_commit().map_err(LifeError::host("marking the commit's end"))
+    }
+
+    /// How far what is being done to it has come: bytes, and of how many.
+    #[must_use]
+    pub fn progress(&self) -> (u64, u64) {
+        let load = |bytes: &std::sync::atomic::AtomicU64| bytes.load(Ordering::Relaxed);
+        (load(&self.life.done_bytes), load(&self.life.all_bytes))
+    }
+}
+
+fn refused(line: &str) -> LifeError {
+    LifeError::Refused(line.to_owned())
+}
+
+/// Refuses when what the overlay holds does not find space in the holes of its base.
+fn check_space(overlay: &Overlay, base: &Writable, dir: Option<&Path>) -> Result<(), LifeError> {
+    let looking = || LifeError::host("looking at the base");
+    let found = base.file.metadata().map_err(looking())?;
+    if !found.is_file() {
+        return Ok(());
+    }
+    let shares = overlay.first_file().and_then(|file| file.metadata().ok());
+    let is_beside = shares.is_some_and(|data| data.dev() == found.dev());
+    let reflinks = || dir.and_then(|dir| place::abilities(dir).ok()).is_some_and(|can| can.reflink);
+    if is_beside && reflinks() {
+        return Ok(()); // The host shares the blocks.
+    }
+    let mut needed = 0;
+    let (mut at, size) = (0, overlay.size().min(base.layer.size()));
+    while at < size {
+        let extent = overlay.extent_at(at..size, Wait::Yes).map_err(looking())?;
+        at = extent.range.end;
+        if extent.kind != Kind::Data {
+            continue;
+        }
+        let mut from = extent.range.start;
+        while from < extent.range.end {
+            let below = base.layer.extent_at(from..extent.range.end, Wait::Yes);
+            let below = below.map_err(looking())?;
+            from = below.range.end;
+            if below.kind == Kind::Hole {
+                needed += below.len();
+            }
+        }
+    }
+    let space = rustix::fs::fstatvfs(&*base.file).map_err(|error| looking()(error.into()))?;
+    let free = space.f_bavail * space.f_frsize;
+    if needed > free {
+        return Err(LifeError::Refused(format!(
+            "not enough space where its base is: {} are needed, {} are free",
+            format_size(needed),
+            format_size(free)
+        )));
+    }
+    Ok(())
+}
+
+impl Top {
+    /// Whether a commit that was begun is not finished.
+    pub(super) fn is_committing(&self) -> bool {
+        matches!(self, Self::Overlay(overlay) if overlay.is_committing())
+    }
+}

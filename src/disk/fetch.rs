@@ -1,0 +1,269 @@
+//! Bringing a disk's bytes nearer: into the host's cache, or up into the overlay, until it needs
+//! its base no more.
+
+use std::io;
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use super::life::LifeError;
+use super::open::Bottom;
+use super::{Disk, Home, Layers, Top};
+use crate::base::blank::Blank;
+use crate::extents::Kind;
+use crate::host::errno;
+use crate::layer::{Layer, Wait, WritableLayer};
+use crate::overlay::stack::{BaseRecord, Stack};
+use crate::overlay::tree::Tree;
+
+/// Bytes brought in between two looks at whether to stop: 1 MiB.
+const PIECE: u64 = 1 << 20;
+/// How often a pause looks whether it is over.
+const LOOK: Duration = Duration::from_millis(100);
+
+/// What is prefetched where.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fetch {
+    /// As the disk's keys say.
+    AsSet,
+    /// Up into the overlay.
+    Copy,
+}
+
+/// How a hydration goes on.
+#[derive(Debug, Default)]
+pub(super) struct Hydration {
+    /// It is under way, or paused.
+    running: AtomicBool,
+    paused: AtomicBool,
+    cancelled: AtomicBool,
+    /// Bytes a second; 0: as many as there are.
+    rate: AtomicU64,
+}
+
+/// What a hydration is to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Hydrate {
+    /// Begin, or go on after a pause, at most so many bytes a second (0: no bound).
+    Go(u64),
+    /// Stand still.
+    Pause,
+    /// End; what was copied stays.
+    Cancel,
+}
+
+impl Disk {
+    /// Brings `range` in and tells how many bytes that were not there. `progress` is told how far
+    /// it is, in bytes.
+    ///
+    /// # Errors
+    /// The host's errno; `EINTR` when nobody waits for it any more; `EROFS` for a copy without an
+    /// overlay.
+    pub fn prefetch(
+        &self,
+        range: Range<u64>,
+        fetch: Fetch,
+        is_gone: &dyn Fn() -> bool,
+    ) -> io::Result<u64> {
+        let brought = self.bring_in(range, fetch, is_gone);
+        self.life.all_bytes.store(0, Ordering::Relaxed);
+        brought
+    }
+
+    fn bring_in(
+        &self,
+        range: Range<u64>,
+        fetch: Fetch,
+        is_gone: &dyn Fn() -> bool,
+    ) -> io::Result<u64> {
+        let range = range.start..range.end.min(self.size());
+        let copies = self.copies_on_cache(fetch);
+        let mut brought = 0;
+        let mut at = range.start;
+        self.life.all_bytes.store(range.end.saturating_sub(at), Ordering::Relaxed);
+        let mut buf = Vec::new();
+        while at < range.end {
+            if self.life.ending.load(Ordering::SeqCst) || is_gone() {
+                return Err(errno(libc::EINTR));
+            }
+            let end = range.end.min(at + PIECE);
+            brought += match copies {
+                true => self.bring_up(at..end, Wait::Yes)?,
+                false => self.warm(at..end, &mut buf)?,
+            };
+            at = end;
+            self.life.done_bytes.store(at - range.start, Ordering::Relaxed);
+        }
+        Ok(brought)
+    }
+
+    /// Has the host read what the disk shows of `range` into its cache.
+    fn warm(&self, range: Range<u64>, buf: &mut Vec<u8>) -> io::Result<u64> {
+        let layers = self.layers();
+        let mut at = range.start;
+        let mut warmed = 0;
+        while at < range.end {
+            let (extent, depth) = layers.piece_at(at..range.end, Wait::Yes)?;
+            at = extent.range.end;
+            if extent.kind != Kind::Data {
+                continue;
+            }
+            if let (Top::Overlay(overlay), 0) = (&layers.top, depth) {
+                overlay.will_need(&extent.range);
+                continue;
+            }
+            buf.resize(usize::try_from(extent.len()).map_err(|_| errno(libc::EFBIG))?, 0);
+            self.read(buf, extent.range.start, Wait::Yes)?;
+            warmed += extent.len();
+        }
+        Ok(warmed)
+    }
+
+    /// Copies what the layers below the overlay hold of `range` up into it, and tells how much.
+    pub(super) fn bring_up(&self, range: Range<u64>, wait: Wait) -> io::Result<u64> {
+        let _gate = self.enter(wait)?;
+        let layers = self.layers();
+        let Top::Overlay(overlay) = &layers.top else { return Err(errno(libc::EROFS)) };
+        let end = range.end.min(layers.size());
+        let (mut at, mut copied) = (range.start, 0);
+        while at < end {
+            let (extent, depth) = layers.piece_at(at..end, wait)?;
+            at = extent.range.end;
+            if extent.kind == Kind::Data && depth > 0 {
+                copied += overlay.copy_up(&extent.range, &layers.below(), wait)?;
+            }
+        }
+        Ok(copied)
+    }
+
+    /// Whether what is prefetched goes up into the overlay.
+    #[must_use]
+    pub fn copies_on_cache(&self, fetch: Fetch) -> bool {
+        fetch == Fetch::Copy || self.copy_up.cache
+    }
+
+    /// Whether reads are to be brought up first (`cow-on-read`).
+    pub(super) fn copies_on_read(&self) -> bool {
+        self.copy_up.read
+    }
+
+    /// What a hydration is doing, for `status`: `None` when there is none.
+    #[must_use]
+    pub fn hydration(&self) -> Option<&'static str> {
+        let hydration = &self.hydration;
+        let running = hydration.running.load(Ordering::SeqCst);
+        running.then(|| if hydration.paused.load(Ordering::SeqCst) { "paused" } else { "running" })
+    }
+
+    /// Steers a hydration that is under way; `false` when there is none.
+    pub fn steer(&self, hydrate: Hydrate) -> bool {
+        let hydration = &self.hydration;
+        if !hydration.running.load(Ordering::SeqCst) {
+            return false;
+        }
+        match hydrate {
+            Hydrate::Go(rate) => {
+                hydration.rate.store(rate, Ordering::SeqCst);
+                hydration.paused.store(false, Ordering::SeqCst);
+            }
+            Hydrate::Pause => hydration.paused.store(true, Ordering::SeqCst),
+            Hydrate::Cancel => hydration.cancelled.store(true, Ordering::SeqCst),
+        }
+        true
+    }
+
+    /// Fills the overlay from all that lies below it, at most `rate` bytes a second (0: no
+    /// bound), until it needs nothing of that any more; then it stands alone.
+    ///
+    /// # Errors
+    /// [`LifeError`]; what was copied stays, and another hydration goes on from there.
+    pub fn hydrate(&self, rate: u64) -> Result<(), LifeError> {
+        let turn = self.begin("a hydration")?;
+        let tree = self.tree("a base to copy from")?;
+        if !tree.snapshots.is_empty() {
+            return Err(LifeError::Refused(
+                "it has snapshots, which need the base as well: delete them first".to_owned(),
+            ));
+        }
+        if self.overlay().is_some_and(|overlay| overlay.is_committing()) {
+            return Err(LifeError::Unfinished);
+        }
+        let hydration = &self.hydration;
+        hydration.rate.store(rate, Ordering::SeqCst);
+        hydration.paused.store(false, Ordering::SeqCst);
+        hydration.cancelled.store(false, Ordering::SeqCst);
+        hydration.running.store(true, Ordering::SeqCst);
+        let stop = || turn.must_stop() || hydration.cancelled.load(Ordering::SeqCst);
+        let done = self.fill(&stop).and_then(|()| self.stand_alone(&tree));
+        hydration.running.store(false, Ordering::SeqCst);
+        done
+    }
+
+    fn fill(&self, stop: &dyn Fn() -> bool) -> Result<(), LifeError> {
+        let copying = || LifeError::host("copying up into the overlay");
+        let hydration = &self.hydration;
+        let mut at = 0;
+        while at < self.size() {
+            while hydration.paused.load(Ordering::SeqCst) && !stop() {
+                thread::sleep(LOOK);
+            }
+            if stop() {
+                return Err(LifeError::Interrupted);
+            }
+            let size = self.size();
+            let piece = self.layers().piece_at(at..size, Wait::Yes).map_err(copying())?;
+            let (extent, depth) = piece;
+            if extent.kind != Kind::Data || depth == 0 {
+                at = extent.range.end;
+            } else {
+                let start = Instant::now();
+                let end = extent.range.end.min(at + PIECE);
+                let copied = self.bring_up(at..end, Wait::Yes).map_err(copying())?;
+                at = end;
+                let rate = hydration.rate.load(Ordering::SeqCst);
+                if let Some(nanos) = copied.saturating_mul(1_000_000_000).checked_div(rate) {
+                    let left = Duration::from_nanos(nanos).saturating_sub(start.elapsed());
+                    thread::sleep(left.min(Duration::from_secs(1)));
+                }
+            }
+            self.life.done_bytes.store(at, Ordering::Relaxed);
+            self.life.all_bytes.store(size, Ordering::Relaxed);
+        }
+        Ok(())
+    }
+
+    /// Leaves all that lies below the overlay behind: it holds whatever is not a hole.
+    fn stand_alone(&self, tree: &Tree) -> Result<(), LifeError> {
+        let Some(overlay) = self.overlay() else { return Err(LifeError::NoOverlay("a base")) };
+        // Most of it without anybody waiting.
+        overlay.sync().map_err(LifeError::host("making the overlay durable"))?;
+        let shelf = self.life.shelf();
+        let _alone = shelf.alone();
+        let mut next = tree.clone();
+        let size = self.layers().bottom.as_ref().map_or(0, |bottom| bottom.size());
+        {
+            let _gate = self.enter_to_switch()?;
+            overlay.sync().map_err(LifeError::host("making the overlay durable"))?;
+            if let Some(top) = next.layers.last_mut() {
+                top.parent = None;
+            }
+            next.prune();
+            if let Home::Kept(home) = &mut *self.home.lock() {
+                let base = BaseRecord::Blank { size };
+                let stack = Stack { base, ..home.stack.with_tree(next.clone()) };
+                home.replace(stack)?;
+            } else {
+                self.replace_stack(&next, None)?;
+            }
+            let bottom: Arc<dyn Layer> = Arc::new(Blank::new(size));
+            *self.layers.write() =
+                Arc::new(Layers::new(Top::Overlay(Arc::clone(&overlay)), None, Some(bottom)));
+            *self.bottom.lock() = Arc::new(Bottom::Blank(size));
+            self.stands_alone.store(true, Ordering::SeqCst);
+        }
+        self.drop_layers(tree, &next);
+        Ok(())
+    }
+}

@@ -1,0 +1,304 @@
+//! Merging an overlay down into its base, while the disk goes on being used.
+//!
+//! ```text
+//!   Intent, vouched           the base may be another from here on; a crash is read that way
+//!   copy Data, zero Zero      a batch of the base's blocks: nobody sees them yet, the overlay
+//!                             still answers for them
+//!   fdatasync(base)           from here on they may be seen
+//!   Data, Zero -> Lower       of the batch, but for what was changed since it was copied
+//!   ... the next batch ...
+//!   identity into `stack`, Done
+//! ```
+//!
+//! The disk reads the same at every moment, and after a crash at any: a block is Lower only once
+//! the base holds it durably. Again is nothing but more of the same.
+
+use std::fs::File;
+use std::io::{self, IoSlice};
+use std::ops::Range;
+use std::os::fd::AsFd;
+use std::sync::atomic::Ordering;
+
+use super::Overlay;
+use super::blocks::{BlockIndex, BlockMap, Run, State};
+use super::log::Purpose;
+use super::ranges::{Hold, Need};
+use super::record::Record;
+use crate::host::{self, errno};
+use crate::layer::{Layer, Wait, WritableLayer};
+
+/// Bytes of the base that are copied before they are made durable and freed: 256 MiB.
+const BATCH: u64 = 256 << 20;
+/// Bytes copied between two looks at whether to stop, and freed under one lock: 8 MiB.
+const PIECE: u64 = 8 << 20;
+/// How often what was changed meanwhile is copied as well.
+const PASSES: u32 = 3;
+
+/// Where a commit goes.
+pub struct CommitTo<'a> {
+    /// The base, for zeros and sizes.
+    pub layer: &'a dyn WritableLayer,
+    /// The same, for the host to copy into.
+    pub file: &'a File,
+    /// Told how many bytes are done, and of how many.
+    pub progress: &'a dyn Fn(u64, u64),
+    /// Whether to stop.
+    pub stop: &'a dyn Fn() -> bool,
+}
+
+/// What a commit that is under way has to know of changes.
+pub(super) struct Progress {
+    /// Blocks that were changed since their copy began: Data here.
+    dirtied: BlockMap,
+    /// The smallest size since it began, in bytes.
+    smallest: u64,
+}
+
+impl Overlay {
+    /// Whether a commit into the base was begun and has not ended: perhaps in an earlier mount.
+    #[must_use]
+    pub fn is_committing(&self) -> bool {
+        self.map.read().is_committing
+    }
+
+    /// Called before `blocks` are changed, with their ranges locked.
+    pub(super) fn note_change(&self, blocks: &Range<BlockIndex>) {
+        if self.is_committing.load(Ordering::SeqCst)
+            && let Some(progress) = &mut *self.commit.lock()
+        {
+            progress.dirtied.set(blocks.clone(), State::Data);
+        }
+    }
+
+    /// Called before the size changes.
+    pub(super) fn note_size(&self, size: u64) {
+        if let Some(progress) = &mut *self.commit.lock() {
+            progress.smallest = progress.smallest.min(size);
+        }
+    }
+
+    fn note_mark(&self, mark: &Record) -> io::Result<()> {
+        if let Some(log) = &self.log {
+            log.append(std::slice::from_ref(mark), Purpose::Settle)?;
+        }
+        self.map.write().is_committing = *mark == Record::Intent;
+        self.mark_dirty();
+        Ok(())
+    }
+
+    /// Begins a commit: durable when it returns. The caller holds the gate exclusive.
+    ///
+    /// # Errors
+    /// The host's errno; nothing has begun then.
+    pub fn begin_commit(&self) -> io::Result<()> {
+        self.check_latch()?;
+        if !self.is_committing() {
+            self.note_mark(&Record::Intent)?;
+        }
+        self.sync()?;
+        let progress = Progress { dirtied: BlockMap::new(), smallest: self.size() };
+        *self.commit.lock() = Some(progress);
+        self.is_committing.store(true, Ordering::SeqCst);
+        Ok(())
+    }
+
+    /// A commit goes no further, for now or because it is done.
+    pub fn pause_commit(&self) {
+        self.is_committing.store(false, Ordering::SeqCst);
+        *self.commit.lock() = None;
+    }
+
+    /// Marks the end of a commit, durably: the `stack` knows the base as it is.
+    ///
+    /// # Errors
+    /// The host's errno.
+    pub fn end_commit(&self) -> io::Result<()> {
+        self.note_mark(&Record::Done)?;
+        self.sync()
+    }
+
+    /// Zeros what the base holds where this layer shows zeros because the disk was smaller once,
+    /// durably, so that the base may be seen there.
+    ///
+    /// # Errors
+    /// The host's errno.
+    pub fn commit_cut(&self, to: &CommitTo<'_>) -> io::Result<()> {
+        let (start, end) = {
+            let map = self.map.read();
+            (map.lower_limit, map.size.min(to.layer.size()))
+        };
+        if start >= end {
+            return Ok(());
+        }
+        let runs: Vec<Run> = {
+            let map = self.map.read();
+            map.blocks.runs(self.blocks_of(&(start..end))).collect()
+        };
+        for run in runs.into_iter().filter(|run| run.state == State::Lower) {
+            let bytes = self.bytes_of(&run.range);
+            to.layer.punch_hole(
+                bytes.start.max(start)..bytes.end.min(end),
+                &super::merge::Nothing,
+                Wait::Yes,
+            )?;
+        }
+        to.layer.sync()
+    }
+
+    /// Lets the base be seen up to where the disk has not been smaller since the commit began.
+    /// The caller holds the gate exclusive, and has made zeros there durable.
+    ///
+    /// # Errors
+    /// The host's errno.
+    pub fn raise_limit(&self, base: u64) -> io::Result<()> {
+        let smallest = self.commit.lock().as_ref().map_or(0, |progress| progress.smallest);
+        let (size, old) = {
+            let map = self.map.read();
+            (map.size, map.lower_limit)
+        };
+        let lower_limit = smallest.min(base).min(size);
+        if lower_limit <= old {
+            return Ok(());
+        }
+        if let Some(log) = &self.log {
+            log.append(&[Record::Size { size, lower_limit }], Purpose::Settle)?;
+        }
+        self.map.write().lower_limit = lower_limit;
+        self.revision.fetch_add(1, Ordering::Release);
+        self.mark_dirty();
+        Ok(())
+    }
+
+    /// Copies what this layer holds into the base, batch by batch, and lets go of it.
+    ///
+    /// # Errors
+    /// `EINTR` when `to.stop` says so; the host's errno. What was let go of is in the base.
+    pub fn commit_blocks(&self, to: &CommitTo<'_>) -> io::Result<()> {
+        for _ in 0..PASSES {
+            let (done, left) = (self.commit_pass(to)?, self.usage());
+            if done == 0 || left.data + left.zero == 0 {
+                break;
+            }
+        }
+        self.sync()
+    }
+
+    /// One pass over the disk; tells how many bytes it has let go of.
+    fn commit_pass(&self, to: &CommitTo<'_>) -> io::Result<u64> {
+        let usage = self.usage();
+        let (total, mut at, mut done, mut freed) = (usage.data + usage.zero, 0, 0, 0);
+        let end = BlockIndex(self.size().min(to.layer.size()).div_ceil(self.block));
+        loop {
+            let batch = self.next_batch(&mut at, end);
+            if batch.is_empty() {
+                return Ok(freed);
+            }
+            for run in &batch {
+                self.commit_run(run, to)?;
+                done += run.len() * self.block;
+                (to.progress)(done.min(total), total);
+            }
+            // Its failure voids the copies: none of them was let go of yet.
+            to.layer.sync()?;
+            for run in &batch {
+                freed += self.let_go(run)?;
+            }
+        }
+    }
+
+    /// The next runs that this layer holds, from block `at` on: at most a batch, in pieces.
+    fn next_batch(&self, at: &mut u64, end: BlockIndex) -> Vec<Run> {
+        let map = self.map.read();
+        let (mut batch, mut bytes) = (Vec::new(), 0);
+        while *at < end.0 && bytes < BATCH {
+            let mut run = map.blocks.run_at(BlockIndex(*at)..end);
+            if run.state == State::Data {
+                run.range.end.0 = run.range.end.0.min(*at + PIECE / self.block);
+                bytes += run.len() * self.block;
+            }
+            *at = run.range.end.0;
+            if run.state != State::Lower {
+                batch.push(run);
+            }
+            if batch.len() >= 1 << 16 {
+                break;
+            }
+        }
+        batch
+    }
+
+    /// Brings one run into the base.
+    fn commit_run(&self, run: &Run, to: &CommitTo<'_>) -> io::Result<()> {
+        if (to.stop)() {
+            return Err(errno(libc::EINTR));
+        }
+        {
+            // What is changed from now on is changed since the copy.
+            let mut commit = self.commit.lock();
+            let progress = commit.as_mut().ok_or_else(|| errno(libc::EINTR))?;
+            progress.dirtied.set(run.range.clone(), State::Lower);
+        }
+        // Whoever marked the run before that and has not written yet has it locked.
+        let need = self.ranges.need(Need::default(), &self.bytes_of(&run.range), Hold::Exclusive);
+        drop(self.ranges.lock(need, Wait::Yes));
+        let bytes = self.bytes_of(&run.range);
+        let bytes = bytes.start..bytes.end.min(self.size()).min(to.layer.size());
+        if bytes.is_empty() {
+            return Ok(());
+        }
+        if run.state == State::Zero {
+            return to.layer.punch_hole(bytes, &super::merge::Nothing, Wait::Yes);
+        }
+        let copied = match self.data.backing(bytes.clone()) {
+            Some(from) => host::copy_range(from, bytes.clone(), to.file.as_fd(), bytes.start),
+            None => Ok(0),
+        };
+        let copied = match copied {
+            Err(error) if host::cannot_copy(&error) => 0,
+            copied => copied?,
+        };
+        let mut at = bytes.start + copied;
+        let mut buf = Vec::new();
+        while at < bytes.end {
+            let len = (bytes.end - at).min(1 << 20);
+            buf.resize(usize::try_from(len).map_err(|_| errno(libc::EFBIG))?, 0);
+            self.data.read_at(&mut buf, at, Wait::Yes)?;
+            host::write_all_at(to.file, &[IoSlice::new(&buf)], at)?;
+            at += len;
+        }
+        Ok(())
+    }
+
+    /// Makes the blocks of `run` Lower that were not changed since their copy; tells their bytes.
+    fn let_go(&self, run: &Run) -> io::Result<u64> {
+        let bytes = self.bytes_of(&run.range);
+        let need = self.ranges.need(Need::default(), &bytes, Hold::Exclusive);
+        let _held = self.ranges.lock(need, Wait::Yes);
+        let clean: Vec<Range<BlockIndex>> = {
+            let commit = self.commit.lock();
+            let progress = commit.as_ref().ok_or_else(|| errno(libc::EINTR))?;
+            let map = self.map.read();
+            // Behind the limit the base is not seen: what is held there stays.
+            let seen =
+                if map.lower_limit >= map.size { u64::MAX } else { map.lower_limit / self.block };
+            let end = BlockIndex(run.range.end.0.min(seen).max(run.range.start.0));
+            let kept = progress.dirtied.runs(run.range.start..end);
+            let clean = kept.filter(|kept| kept.state == State::Lower).map(|kept| kept.range);
+            clean
+                .flat_map(|range| map.blocks.runs(range).collect::<Vec<_>>())
+                .filter(|now| now.state == run.state)
+                .map(|now| now.range)
+                .collect()
+        };
+        let mut freed = 0;
+        for range in clean {
+            let sequence = self.publish(&range, State::Lower)?;
+            if run.state == State::Data {
+                self.free(&range, sequence);
+            }
+            freed += (range.end.0 - range.start.0) * self.block;
+        }
+        self.mark_dirty();
+        Ok(freed)
+    }
+}
