@@ -22,6 +22,7 @@ use cowslip::overlay::Overlay;
 use cowslip::overlay::keep::temporary;
 use cowslip::overlay::persist::{self, New, Persistent, Place};
 use cowslip::overlay::record::Image;
+use cowslip::overlay::shelf::Shelf;
 use cowslip::overlay::stack::{BaseRecord, LayerRecord, Stack, VERSION};
 use uuid::Uuid;
 
@@ -39,7 +40,7 @@ struct Lab {
 impl Lab {
     fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let layer = LayerRecord { uuid: Uuid::new_v4(), block: BLOCK as u32 };
+        let layer = LayerRecord { uuid: Uuid::new_v4(), block: BLOCK as u32, parent: None };
         let stack = Stack {
             version: VERSION,
             uuid: Uuid::new_v4(),
@@ -48,6 +49,7 @@ impl Lab {
             perm: 0o600,
             base: BaseRecord::Blank { size: SIZE },
             layers: vec![layer],
+            snapshots: Vec::new(),
         };
         let path = dir.path().join("vm.cow");
         let new = New { stack, image: &Image::new(SIZE, SIZE), limit: None };
@@ -107,7 +109,7 @@ impl Lab {
         self.overlay().close().unwrap();
         let path = self.dir.path().join("vm.cow");
         drop(self.disk);
-        let disk = persist::find(Place { dir: &path, layers: None }).unwrap().open(None).unwrap();
+        let disk = persist::find(Place { dir: &path, layers: None }).unwrap().open(None, &Shelf::default()).unwrap();
         let mut bytes = vec![0; SIZE as usize];
         read_through(&[&disk.overlay, &self.base], &mut bytes, 0, Wait::Yes).unwrap();
         bytes

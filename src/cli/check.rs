@@ -322,7 +322,8 @@ mod tests {
             gid: 0,
             perm: 0o600,
             base,
-            layers: vec![LayerRecord { uuid: Uuid::new_v4(), block: 4096 }],
+            layers: vec![LayerRecord { uuid: Uuid::new_v4(), block: 4096, parent: None }],
+            snapshots: Vec::new(),
         };
         let image = &image(1 << 20, 0..2);
         let new = New { stack, image, limit: None };

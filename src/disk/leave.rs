@@ -144,6 +144,7 @@ mod tests {
     use super::super::{Opened, Setting, open};
     use super::*;
     use crate::layer::Wait;
+    use crate::overlay::persist::Place;
     use crate::overlay::recover::Recovered;
     use crate::spec::{DiskSpec, Source};
     use crate::stream::sink::Inherit;
@@ -206,7 +207,7 @@ mod tests {
         disk.held.store(false, Ordering::SeqCst);
         assert_eq!(disk.retire(), Ok(()));
         assert_eq!(disk.opened(Access::Read).unwrap_err().raw_os_error(), Some(libc::ESTALE));
-        assert!(disk.keep(Path::new("/nowhere/kept")).is_err());
+        assert!(disk.keep(Place { dir: Path::new("/nowhere/kept"), layers: None }).is_err());
     }
 
     #[test]

@@ -253,6 +253,7 @@ fn describe(source: &Source) -> String {
 mod tests {
     use proptest::prelude::*;
 
+    use super::super::CopyUp;
     use super::*;
     use crate::spec::{Locking, Mode, Resize};
 
@@ -498,7 +499,7 @@ mod tests {
             gid in proptest::option::of(0..u32::MAX),
             perm in proptest::option::of(0_u16..=0o777),
             unlocked: bool,
-            (read, cache): (bool, bool),
+            (read, cache) in any::<(bool, bool)>(),
         ) -> DiskSpec {
             let is_file = path.is_some();
             let source = path.map_or(Source::Blank(4096), |path| Source::File(path.into()));
