@@ -304,8 +304,10 @@ impl Control {
                 "total": disk.progress().1,
                 "limit": disk.limit(),
                 "chain": chain.iter().map(life::layer_value).collect::<Vec<_>>(),
+                "kind": "blocks",
             })
         });
+        let overlay = overlay.or_else(|| reflink_value(disk));
         json!({
             "name": name,
             "path": self.catalog.mountpoint.join(name).to_string_lossy(),
@@ -513,8 +515,30 @@ fn stream_value(stream: &Stream) -> Value {
     }
 }
 
+/// A reflink overlay in `status`.
+fn reflink_value(disk: &Disk) -> Option<Value> {
+    use std::os::unix::fs::MetadataExt;
+    let reflink = disk.reflink()?;
+    let allocated = reflink.data().metadata().map_or(0, |found| found.blocks() * 512);
+    Some(json!({
+        "temporary": false,
+        "path": disk.overlay_dir().map(|dir| dir.to_string_lossy().into_owned()),
+        "block": disk.block(),
+        "changed": reflink.changed_about().unwrap_or(disk.size()),
+        "zeroed": 0,
+        "allocated": allocated,
+        "free": disk.space().map(|space| space.available).unwrap_or(0),
+        "recovered": Value::Null,
+        "kind": "reflink",
+    }))
+}
+
 /// What an unmount does to the changes of a disk, when there are any.
 fn farewell(name: &str, disk: &Disk) -> Option<String> {
+    if let (Some(reflink), Some(dir)) = (disk.reflink(), disk.overlay_dir()) {
+        let changed = format_size(reflink.changed_about().ok()?);
+        return Some(format!("{name}: {changed} of changes kept in '{}'", dir.display()));
+    }
     let overlay = disk.overlay()?;
     let usage = disk.chain().last().map_or_else(|| overlay.usage(), |lowest| lowest.since);
     let changed = format_size(usage.data + usage.zero);

@@ -47,6 +47,7 @@ impl Lab {
             uid: 0,
             gid: 0,
             perm: 0o600,
+            kind: cowslip::spec::OverlayKind::Blocks,
             base: BaseRecord::Blank { size: SIZE },
             layers: vec![layer],
             snapshots: Vec::new(),
@@ -109,7 +110,10 @@ impl Lab {
         self.overlay().close().unwrap();
         let path = self.dir.path().join("vm.cow");
         drop(self.disk);
-        let disk = persist::find(Place { dir: &path, layers: None }).unwrap().open(None, &Shelf::default()).unwrap();
+        let disk = persist::find(Place { dir: &path, layers: None })
+            .unwrap()
+            .open(None, &Shelf::default())
+            .unwrap();
         let mut bytes = vec![0; SIZE as usize];
         read_through(&[&disk.overlay, &self.base], &mut bytes, 0, Wait::Yes).unwrap();
         bytes

@@ -51,7 +51,7 @@ pub struct RawBase {
     file: Arc<File>,
     kind: HostKind,
     manner: Manner,
-    size: AtomicU64,
+    size: Size,
     /// How a read is asked that must not wait: memory never does, and has no `RWF_NOWAIT`.
     no_wait: ReadWriteFlags,
     /// Whether the host was found to know no `RWF_NOWAIT`: every such read is `EAGAIN` then.
@@ -62,12 +62,35 @@ pub struct RawBase {
     has_latched: AtomicBool,
 }
 
+/// Who knows how large it is.
+#[derive(Debug)]
+enum Size {
+    /// We do: it changes only through us, and the host's file must hold at least so many bytes.
+    Ours(AtomicU64),
+    /// The host file does: others change it with our consent, past us. The last answer stands
+    /// when it gives none, or what is there would look like the end of the disk.
+    Host(AtomicU64),
+}
+
 impl RawBase {
     /// Serves the first `size` bytes of `file`.
     ///
     /// # Errors
     /// The host's, when it cannot say which file system this is.
     pub fn new(file: Arc<File>, kind: HostKind, size: u64) -> io::Result<Self> {
+        Self::with_size(file, kind, Size::Ours(AtomicU64::new(size)))
+    }
+
+    /// Serves the regular file `file` whole, however long it is at the moment.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub fn whole(file: Arc<File>) -> io::Result<Self> {
+        let size = AtomicU64::new(file.metadata()?.len());
+        Self::with_size(file, HostKind::File, Size::Host(size))
+    }
+
+    fn with_size(file: Arc<File>, kind: HostKind, size: Size) -> io::Result<Self> {
         let manner = match kind {
             HostKind::File => HostFs::of(&*file)?.manner,
             HostKind::BlockDevice => Manner::Local,
@@ -80,7 +103,7 @@ impl RawBase {
             file,
             kind,
             manner,
-            size: AtomicU64::new(size),
+            size,
             no_wait,
             always_waits: AtomicBool::new(false),
             is_blind: AtomicBool::new(kind == HostKind::BlockDevice),
@@ -92,6 +115,17 @@ impl RawBase {
     #[must_use]
     pub fn kind(&self) -> HostKind {
         self.kind
+    }
+
+    /// Whether a failed sync has made it read-only.
+    #[must_use]
+    pub fn is_latched(&self) -> bool {
+        self.has_latched.load(Ordering::Acquire)
+    }
+
+    /// Makes it read-only, as a failed [`sync`](WritableLayer::sync) does.
+    pub fn latch(&self) {
+        self.has_latched.store(true, Ordering::Release);
     }
 
     /// Reads what is in the page cache, all of `buf` or nothing (`EAGAIN`).
@@ -224,7 +258,17 @@ enum Change {
 
 impl Layer for RawBase {
     fn size(&self) -> u64 {
-        self.size.load(Ordering::Acquire)
+        match &self.size {
+            Size::Ours(size) => size.load(Ordering::Acquire),
+            Size::Host(last) => match self.file.metadata() {
+                Ok(found) => {
+                    last.store(found.len(), Ordering::Release);
+                    found.len()
+                }
+                // As a file system that has shut down answers.
+                Err(_) => last.load(Ordering::Acquire),
+            },
+        }
     }
 
     fn extent_at(&self, range: Range<u64>, wait: Wait) -> io::Result<Extent> {
@@ -335,13 +379,16 @@ impl WritableLayer for RawBase {
         if self.has_latched.load(Ordering::Acquire) {
             return Err(Errno::IO.into());
         }
+        let Size::Ours(published) = &self.size else {
+            return self.file.set_len(size);
+        };
         // The smaller size is published first: a reader must not meet the host's new end inside it.
-        self.size.store(old.min(size), Ordering::Release);
+        published.store(old.min(size), Ordering::Release);
         if let Err(error) = self.file.set_len(size) {
-            self.size.store(old, Ordering::Release);
+            published.store(old, Ordering::Release);
             return Err(error);
         }
-        self.size.store(size, Ordering::Release);
+        published.store(size, Ordering::Release);
         Ok(())
     }
 

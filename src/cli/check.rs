@@ -305,6 +305,7 @@ mod tests {
     use super::*;
     use crate::overlay::persist::New;
     use crate::overlay::stack::{LayerRecord, Stack, VERSION};
+    use crate::spec::OverlayKind;
     use uuid::Uuid;
 
     fn image(size: u64, data: Range<u64>) -> Image {
@@ -321,6 +322,7 @@ mod tests {
             uid: 0,
             gid: 0,
             perm: 0o600,
+            kind: OverlayKind::Blocks,
             base,
             layers: vec![LayerRecord { uuid: Uuid::new_v4(), block: 4096, parent: None }],
             snapshots: Vec::new(),

@@ -52,8 +52,8 @@ pub(super) fn list(name: &str, disk: &Disk) -> Value {
                 "name": snapshot.name,
                 "taken": snapshot.taken,
                 "size": snapshot.size,
-                "changed": snapshot.usage.data,
-                "zeroed": snapshot.usage.zero,
+                "changed": snapshot.usage.map(|usage| usage.data),
+                "zeroed": snapshot.usage.map(|usage| usage.zero),
                 "since": snapshot.since.map(|since| {
                     json!({ "changed": since.data, "zeroed": since.zero })
                 }),

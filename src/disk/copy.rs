@@ -2,7 +2,7 @@
 
 use std::io;
 use std::ops::Range;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 
 use super::{Disk, Layers, Top};
@@ -10,6 +10,7 @@ use crate::extents::Kind;
 use crate::host::{cannot_copy, copy_range, errno};
 use crate::layer::{Layer, Wait};
 use crate::overlay::Overlay;
+use crate::overlay::reflink::Reflink;
 
 /// Bytes read and written at a time where the host cannot copy: 1 MiB.
 const BUFFER: u64 = 1 << 20;
@@ -139,17 +140,18 @@ impl Disk {
     fn copy_blocks(&self, source: &Layers, from: Range<u64>, offset: u64) -> io::Result<u64> {
         let _gate = self.enter(Wait::Yes)?;
         let layers = self.layers();
-        let Top::Overlay(overlay) = &layers.top else {
-            return Ok(0);
-        };
-        let block = overlay.block();
-        let size = overlay.size();
+        let block = u64::from(self.block());
+        let size = layers.size();
         let end = offset.saturating_add(from.end - from.start).min(size);
         let end = if end == size { end } else { end / block * block };
         if !offset.is_multiple_of(block) || offset >= end {
             return Ok(0);
         }
-        let copied = copy_into(overlay, offset..end, source, &from);
+        let copied = match &layers.top {
+            Top::Overlay(overlay) => copy_into(overlay, offset..end, source, &from),
+            Top::Reflink(reflink) => copy_to_file(reflink, offset..end, source, &from),
+            Top::Base(_) | Top::Nothing => return Ok(0),
+        };
         match copied {
             Ok(copied) => {
                 self.touch(&layers.top);
@@ -159,6 +161,22 @@ impl Disk {
             Err(error) => Err(error),
         }
     }
+}
+
+/// Lends the source's file to the one that the target is.
+fn copy_to_file(
+    target: &Reflink,
+    to: Range<u64>,
+    source: &Layers,
+    from: &Range<u64>,
+) -> io::Result<u64> {
+    if target.is_latched() {
+        return Err(errno(libc::EIO));
+    }
+    let wanted = from.start..from.start + (to.end - to.start);
+    lend_in(source.all(), wanted, &mut |input, piece| {
+        copy_range(input, piece, target.data().as_fd(), to.start)
+    })
 }
 
 /// Takes the target's ranges first and lends the source's file inside: a reader never waits for

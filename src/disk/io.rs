@@ -106,6 +106,7 @@ impl Layers {
     ) -> Self {
         let first = match &top {
             Top::Overlay(overlay) => Some(Arc::clone(overlay) as Arc<dyn Layer>),
+            Top::Reflink(reflink) => Some(Arc::clone(reflink) as Arc<dyn Layer>),
             Top::Base(_) | Top::Nothing => None,
         };
         let middle = sealed.clone().map(|sealed| sealed as Arc<dyn Layer>);
@@ -117,6 +118,9 @@ impl Layers {
     /// number the base.
     pub(super) fn piece_at(&self, mut range: Range<u64>, wait: Wait) -> io::Result<(Extent, u32)> {
         let mut depth = 0;
+        if let Top::Reflink(reflink) = &self.top {
+            return Ok((reflink.extent_at(range, wait)?, depth));
+        }
         if let Top::Overlay(overlay) = &self.top {
             let extent = overlay.extent_at(range, wait)?;
             if extent.kind != Kind::Lower {
@@ -149,6 +153,7 @@ impl Layers {
     fn writable(&self) -> io::Result<&dyn WritableLayer> {
         match &self.top {
             Top::Overlay(overlay) => Ok(&**overlay),
+            Top::Reflink(reflink) => Ok(&**reflink),
             Top::Base(base) => Ok(&**base),
             Top::Nothing => Err(errno(libc::EROFS)),
         }
@@ -406,6 +411,7 @@ impl Disk {
         match &self.layers().top {
             Top::Nothing => Ok(()),
             Top::Overlay(overlay) => overlay.sync(),
+            Top::Reflink(reflink) => reflink.sync(),
             Top::Base(base) => base.sync(),
         }
     }

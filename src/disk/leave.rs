@@ -101,6 +101,7 @@ impl Disk {
         let closed = match &layers.top {
             Top::Overlay(overlay) if is_alone => self.close_overlay(overlay),
             Top::Overlay(overlay) => overlay.sync(),
+            Top::Reflink(reflink) => reflink.sync(),
             // Whoever finished or gave up the stream has heard of its end.
             Top::Base(_) if self.stream().is_some() => Ok(()),
             Top::Base(base) => base.sync(),
@@ -128,6 +129,7 @@ impl Layers {
     fn are_unused(&self) -> bool {
         match &self.top {
             Top::Overlay(overlay) => Arc::strong_count(overlay) == 2,
+            Top::Reflink(reflink) => Arc::strong_count(reflink) == 2,
             Top::Base(_) | Top::Nothing => true,
         }
     }

@@ -6,6 +6,7 @@
 
 use std::collections::{HashMap, HashSet};
 use std::fs::File;
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -15,9 +16,11 @@ use parking_lot::{Condvar, Mutex, RwLockWriteGuard};
 use uuid::Uuid;
 
 use super::{Disk, Home, Layers, Owner, Top};
+use crate::base::raw::{HostKind, RawBase};
 use crate::host::errno;
 use crate::layer::{Layer, WritableLayer};
 use crate::overlay::record::Image;
+use crate::overlay::reflink::{self, Reflink, ReflinkError};
 use crate::overlay::sealed::Sealed;
 use crate::overlay::shelf::Shelf;
 use crate::overlay::stack::{LayerRecord, SnapshotRecord, Stack, StackError};
@@ -75,6 +78,9 @@ pub enum LifeError {
     /// Its files.
     #[error(transparent)]
     Stack(#[from] StackError),
+    /// Its reflink overlay.
+    #[error("it {0}")]
+    Reflink(#[from] ReflinkError),
     /// The host said no.
     #[error("{what}: {error}")]
     Host {
@@ -211,8 +217,9 @@ pub struct SnapshotInfo {
     pub taken: i64,
     /// The disk's size then, in bytes.
     pub size: u64,
-    /// What its own layer holds: the changes between the snapshot before it and itself.
-    pub usage: Usage,
+    /// What its own layer holds: the changes between the snapshot before it and itself. `None`
+    /// for a reflink overlay, whose snapshots are whole files.
+    pub usage: Option<Usage>,
     /// What has changed since; `None` when the disk does not stand on it.
     pub since: Option<Usage>,
 }
@@ -306,6 +313,11 @@ impl Disk {
 
     /// The disk's layers and their names; `what` is for the error.
     pub(super) fn tree(&self, what: &'static str) -> Result<Tree, LifeError> {
+        if self.reflink().is_some() {
+            return Err(LifeError::Refused(format!(
+                "its overlay is a reflink copy of the base: only block maps have {what}"
+            )));
+        }
         self.home.lock().tree().ok_or(LifeError::NoOverlay(what))
     }
 
@@ -329,9 +341,15 @@ impl Disk {
     /// [`LifeError`]; nothing has changed then.
     pub fn snapshot(&self, name: Option<&str>) -> Result<String, LifeError> {
         let _turn = self.begin("a snapshot")?;
-        let tree = self.tree("snapshots")?;
         let taken = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |now| now.as_secs());
-        let name = name.map_or_else(|| free_name(&tree, taken), str::to_owned);
+        let names = self.snapshot_names();
+        let name = name.map_or_else(|| free_name(&names, taken), str::to_owned);
+        if let Some(reflink) = self.reflink() {
+            let _gate = self.enter_to_switch()?;
+            reflink.snapshot(&name)?;
+            return Ok(name);
+        }
+        let tree = self.tree("snapshots")?;
         if let Err(why) = tree::check_name(&name) {
             return Err(LifeError::Name { name, why });
         }
@@ -364,6 +382,9 @@ impl Disk {
     /// [`LifeError`]; nothing has changed then.
     pub fn revert(&self, name: &str, force: Force) -> Result<(), LifeError> {
         let _turn = self.begin("a revert")?;
+        if let Some(reflink) = self.reflink() {
+            return self.switch_reflink(force, || reflink.revert(name));
+        }
         let tree = self.tree("snapshots")?;
         let unknown = || LifeError::Unknown(name.to_owned());
         let layer = tree.snapshot(name).ok_or_else(unknown)?.layer;
@@ -377,9 +398,24 @@ impl Disk {
     /// [`LifeError`]; nothing has changed then.
     pub fn reset(&self, force: Force) -> Result<(), LifeError> {
         let _turn = self.begin("a reset")?;
+        if let Some(reflink) = self.reflink() {
+            return self.switch_reflink(force, || reflink.reset());
+        }
         self.tree("changes to reset")?;
         self.check_writers(force)?;
         self.put_top(Above::Base, force, |_, _| {})
+    }
+
+    /// Has the one file of a reflink overlay become another.
+    fn switch_reflink(
+        &self,
+        force: Force,
+        switch: impl FnOnce() -> Result<(), ReflinkError>,
+    ) -> Result<(), LifeError> {
+        self.check_writers(force)?;
+        let _gate = self.enter_to_switch()?;
+        self.check_writers(force)?;
+        Ok(switch()?)
     }
 
     /// Opens the layer `uuid` and all below it, top to bottom.
@@ -582,6 +618,10 @@ impl Disk {
     /// [`LifeError`]; nothing has changed then.
     pub fn delete_snapshot(&self, name: &str) -> Result<(), LifeError> {
         let _turn = self.begin("the deletion of a snapshot")?;
+        if let Some(reflink) = self.reflink() {
+            self.life.files.lock().remove(&snapshot_uuid(&self.uuid, name));
+            return Ok(reflink.delete(name)?);
+        }
         let tree = self.tree("snapshots")?;
         if tree.snapshot(name).is_none() {
             return Err(LifeError::Unknown(name.to_owned()));
@@ -795,6 +835,16 @@ impl Disk {
     /// # Errors
     /// [`LifeError`].
     pub fn snapshots(&self) -> Result<Vec<SnapshotInfo>, LifeError> {
+        if let Some(reflink) = self.reflink() {
+            let info = |snapshot: reflink::Snapshot| SnapshotInfo {
+                name: snapshot.name,
+                taken: super::from_time(snapshot.made) / 1_000_000_000,
+                size: snapshot.size,
+                usage: None,
+                since: None,
+            };
+            return Ok(reflink.list()?.into_iter().map(info).collect());
+        }
         let tree = self.tree("snapshots")?;
         let live = self.chain();
         let mut infos = Vec::new();
@@ -808,7 +858,7 @@ impl Disk {
                 name: name.clone(),
                 taken: *taken,
                 size: top.size(),
-                usage: top.usage(),
+                usage: Some(top.usage()),
                 since,
             });
         }
@@ -863,6 +913,9 @@ impl Disk {
     /// `ENOENT`; the host's errno.
     pub fn snapshot_file(&self, name: &str) -> io::Result<Arc<Self>> {
         let missing = || errno(libc::ENOENT);
+        if let Some(reflink) = self.reflink() {
+            return self.snapshot_of_reflink(&reflink, name);
+        }
         let tree = self.home.lock().tree().ok_or_else(missing)?;
         let record = tree.snapshot(name).ok_or_else(missing)?;
         if let Some(file) = self.life.files.lock().get(&record.layer) {
@@ -875,17 +928,36 @@ impl Disk {
         let time = chain.first().and_then(|layer| layer.mtime()).map(|(mtime, _)| mtime);
         let bottom = self.layers().bottom.clone();
         let layers = Layers::new(Top::Nothing, Sealed::new(chain).map(Arc::new), bottom);
+        let time = time.unwrap_or(record.taken.saturating_mul(1_000_000_000));
+        Ok(self.show_snapshot(name, record.layer, layers, time))
+    }
+
+    fn snapshot_of_reflink(&self, reflink: &Reflink, name: &str) -> io::Result<Arc<Self>> {
+        let uuid = snapshot_uuid(&self.uuid, name);
+        if let Some(file) = self.life.files.lock().get(&uuid) {
+            return Ok(Arc::clone(file));
+        }
+        let file = reflink
+            .open_snapshot(name)
+            .map_err(|error| errno(error.errno().unwrap_or(libc::ENOENT)))?;
+        let found = file.metadata()?;
+        let raw = RawBase::new(Arc::new(file), HostKind::File, found.len())?;
+        let layers = Layers::new(Top::Nothing, None, Some(Arc::new(raw)));
+        Ok(self.show_snapshot(name, uuid, layers, super::mtime_of(&found)))
+    }
+
+    /// Makes a disk that is only read of the layers of a snapshot.
+    fn show_snapshot(&self, name: &str, uuid: Uuid, layers: Layers, mtime: i64) -> Arc<Self> {
         let mut spec = DiskSpec::new(name.to_owned(), Source::Blank(layers.size()));
         spec.mode = Mode::ReadOnly;
         let owner = self.owner();
         let owner = Owner { perm: owner.perm & 0o444, ..owner };
         let bottom = super::open::Bottom::Blank(layers.size());
-        let mut disk = super::open::assemble(&spec, record.layer, layers, bottom, owner);
-        let time = time.unwrap_or(record.taken.saturating_mul(1_000_000_000));
-        disk.times = super::Times::new(time, false, None);
+        let mut disk = super::open::assemble(&spec, uuid, layers, bottom, owner);
+        disk.times = super::Times::new(mtime, false, None);
         disk.source = format!("snapshot '{name}' of {}", self.source);
         let disk = Arc::new(disk);
-        Ok(Arc::clone(self.life.files.lock().entry(record.layer).or_insert(disk)))
+        Arc::clone(self.life.files.lock().entry(uuid).or_insert(disk))
     }
 
     /// What all its layers may hold together, in bytes.
@@ -897,6 +969,10 @@ impl Disk {
     /// The names of its snapshots, oldest first.
     #[must_use]
     pub fn snapshot_names(&self) -> Vec<String> {
+        if let Some(reflink) = self.reflink() {
+            let listed = reflink.list().unwrap_or_default();
+            return listed.into_iter().map(|snapshot| snapshot.name).collect();
+        }
         let tree = self.home.lock().tree();
         tree.map_or_else(Vec::new, |tree| {
             tree.snapshots.into_iter().map(|snapshot| snapshot.name).collect()
@@ -917,10 +993,17 @@ impl Disk {
     }
 }
 
+/// What stands for a snapshot that has no layer of its own.
+fn snapshot_uuid(disk: &Uuid, name: &str) -> Uuid {
+    let mut hasher = DefaultHasher::new();
+    name.hash(&mut hasher);
+    Uuid::from_u64_pair(disk.as_u64_pair().0 ^ hasher.finish(), disk.as_u64_pair().1)
+}
+
 /// A name for a snapshot that was given none: when it was taken.
-fn free_name(tree: &Tree, taken: u64) -> String {
+fn free_name(taken_names: &[String], taken: u64) -> String {
     let time = jiff::Timestamp::from_second(taken.cast_signed()).unwrap_or_default();
     let name = time.strftime("%Y-%m-%d_%H%M%S").to_string();
     let mut names = std::iter::once(name.clone()).chain((2..).map(|n| format!("{name}-{n}")));
-    names.find(|name| tree.snapshot(name).is_none()).unwrap_or(name)
+    names.find(|name| !taken_names.contains(name)).unwrap_or(name)
 }

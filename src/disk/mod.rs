@@ -11,6 +11,7 @@ mod io;
 mod leave;
 mod life;
 mod open;
+mod reflink;
 mod stream;
 
 use std::io as stdio;
@@ -40,6 +41,7 @@ use crate::overlay::Overlay;
 use crate::overlay::persist::{Holder, Place, Residence};
 use crate::overlay::record::{Nanos, Stamp};
 use crate::overlay::recover::Recovered;
+use crate::overlay::reflink::Reflink;
 use crate::overlay::sealed::Sealed;
 use crate::overlay::stack::inode_of;
 use crate::overlay::tree::Tree;
@@ -54,6 +56,8 @@ const BLOCKS_WALK: usize = 16 << 10;
 enum Top {
     /// A copy-on-write layer.
     Overlay(Arc<Overlay>),
+    /// A file that shares its blocks with the base.
+    Reflink(Arc<Reflink>),
     /// The base itself (`mode=rw`).
     Base(Arc<dyn WritableLayer>),
     /// Nothing (`mode=ro`).
@@ -87,7 +91,9 @@ impl Home {
         match self {
             Self::Nowhere => None,
             Self::Temporary { tree, .. } => Some(tree.clone()),
-            Self::Kept(residence) => Some(residence.stack.tree()),
+            Self::Kept(residence) => {
+                Some(residence.stack.tree()).filter(|tree| !tree.layers.is_empty())
+            }
         }
     }
 
@@ -264,7 +270,7 @@ impl Disk {
     pub fn overlay(&self) -> Option<Arc<Overlay>> {
         match &self.layers().top {
             Top::Overlay(overlay) => Some(Arc::clone(overlay)),
-            Top::Base(_) | Top::Nothing => None,
+            Top::Reflink(_) | Top::Base(_) | Top::Nothing => None,
         }
     }
 
@@ -323,6 +329,9 @@ impl Disk {
     /// # Errors
     /// `EAGAIN` under [`Wait::No`] when the base would have to be waited for; the host's errno.
     pub fn attributes(&self, wait: Wait) -> stdio::Result<Attributes> {
+        if let Some(found) = self.reflink_attributes()? {
+            return Ok(found);
+        }
         let allocated = self.allocated(wait)?;
         let time = |cell: &AtomicI64| to_time(cell.load(Ordering::Relaxed));
         Ok(Attributes {
@@ -351,7 +360,7 @@ impl Disk {
             Top::Nothing if self.stream.is_some() => None,
             Top::Nothing => Some(0),
             // Nobody counts the changes of a base.
-            Top::Base(_) => None,
+            Top::Base(_) | Top::Reflink(_) => None,
         };
         let last = *self.allocated.lock();
         if let Some((at, bytes)) = last
@@ -459,6 +468,7 @@ impl Disk {
         if let Some(atime) = atime {
             self.times.atime.store(from_time(atime), Ordering::Relaxed);
         }
+        self.set_reflink_times(atime, mtime);
         if let Some(mtime) = mtime.map(from_time) {
             self.times.mtime.store(mtime, Ordering::Relaxed);
             self.times.chosen.store(true, Ordering::SeqCst);
@@ -494,6 +504,7 @@ impl Disk {
     pub fn space(&self) -> stdio::Result<Space> {
         let file = match &self.layers().top {
             Top::Overlay(overlay) => overlay.first_file(),
+            Top::Reflink(reflink) => reflink.data().try_clone().ok(),
             Top::Base(_) | Top::Nothing => None,
         };
         let found = match file {
@@ -568,6 +579,7 @@ impl Disk {
                 overlay.close()?;
             }
             Top::Overlay(overlay) => overlay.sync()?,
+            Top::Reflink(reflink) => reflink.sync()?,
             Top::Base(base) => base.sync()?,
             Top::Nothing => {}
         }
@@ -590,6 +602,7 @@ impl Disk {
     #[must_use]
     pub fn is_latched(&self) -> bool {
         self.overlay().is_some_and(|overlay| overlay.is_latched())
+            || self.reflink().is_some_and(|reflink| reflink.is_latched())
     }
 
     /// Makes the temporary overlay persistent at `place`; durable when it returns.

@@ -19,7 +19,7 @@ use crate::base::identity::Identity;
 use crate::base::place::{self, PlaceError};
 use crate::base::{self, Access, Base, BaseError, BaseLayer};
 use crate::layer::{Layer, Wait};
-use crate::overlay::persist::{self, Found, New, Persistent, Place};
+use crate::overlay::persist::{self, Found, New, Persistent, Place, Residence};
 use crate::overlay::record::{Image, Nanos, Stamp};
 use crate::overlay::recover::Recovered;
 use crate::overlay::sealed::Sealed;
@@ -28,7 +28,7 @@ use crate::overlay::stack::{BaseRecord, LayerRecord, Stack, StackError, VERSION,
 use crate::overlay::tree::Tree;
 use crate::overlay::{DEFAULT_BLOCK, LARGEST, Overlay, keep};
 use crate::pool::Pool;
-use crate::spec::{DiskSpec, Mode, Source, format_size};
+use crate::spec::{DiskSpec, Mode, OverlayKind, Source, format_size};
 use crate::stream::Ending;
 use crate::stream::output::Patience;
 use crate::stream::sink::Inherit;
@@ -236,6 +236,11 @@ fn open_layers(
             );
             Ok(Opened { disk, summary, notes })
         }
+        (BaseLayer::Reader(layer), Some(Place { dir, .. }))
+            if super::reflink::is_meant(spec, dir)? =>
+        {
+            super::reflink::open(spec, dir, (bottom, Arc::clone(layer)), owner, setting, notes)
+        }
         (BaseLayer::Reader(layer), Some(place)) => {
             let persistent = open_persistent(spec, place, &base, &bottom, owner, setting, shelf)?;
             notes.extend(notes_on_overlay(place.dir, setting));
@@ -313,13 +318,19 @@ pub(super) fn assemble(
 }
 
 /// A new stack of one layer over `bottom`.
-fn new_stack(uuid: Uuid, bottom: &Bottom, owner: Owner, block: u32) -> Result<Stack, OpenError> {
+pub(super) fn new_stack(
+    uuid: Uuid,
+    bottom: &Bottom,
+    owner: Owner,
+    block: u32,
+) -> Result<Stack, OpenError> {
     Ok(Stack {
         version: VERSION,
         uuid,
         uid: owner.uid,
         gid: owner.gid,
         perm: owner.perm,
+        kind: OverlayKind::Blocks,
         base: bottom.record()?,
         layers: vec![LayerRecord { uuid: Uuid::new_v4(), block, parent: None }],
         snapshots: Vec::new(),
@@ -332,7 +343,7 @@ fn uuid_for(place: Place<'_>) -> Uuid {
     name.and_then(|name| Uuid::parse_str(name).ok()).unwrap_or_else(Uuid::new_v4)
 }
 
-fn in_overlay(dir: &Path) -> impl FnOnce(StackError) -> OpenError {
+pub(super) fn in_overlay(dir: &Path) -> impl FnOnce(StackError) -> OpenError {
     let dir = dir.to_owned();
     move |error| OpenError::Overlay { dir, error }
 }
@@ -359,17 +370,9 @@ fn open_persistent(
     if let Some(why) = block_mismatch(spec, &found) {
         return mismatch(why);
     }
-    match base_mismatch(&found.stack.base, bottom)? {
-        Some(Misfit::Other(why)) => return mismatch(why),
-        // What it was is no more and what it will be not yet: the commit has to be finished.
-        Some(Misfit::Changed(_)) if found.is_committing().map_err(in_overlay(dir))? => {}
-        Some(Misfit::Changed(why)) if setting.force => {
-            log::warn!("overlay '{}' {why}; used all the same (--force)", dir.display());
-        }
-        Some(Misfit::Changed(why)) => {
-            return mismatch(format!("{why}: restore the base, or use --force and risk nonsense"));
-        }
-        None => {}
+    // What it was is no more and what it will be not yet: the commit has to be finished.
+    if !found.is_committing().map_err(in_overlay(dir))? {
+        check_base(dir, &found.stack.base, bottom, setting)?;
     }
     if place.layers.is_none() {
         found.sweep();
@@ -382,23 +385,44 @@ fn open_persistent(
             "presents {has}, not {wanted}: leave out size= and use truncate on the mounted file"
         ));
     }
-    adopt_owner(spec, &mut persistent).map_err(in_overlay(dir))?;
+    adopt_owner(spec, &mut persistent.home).map_err(in_overlay(dir))?;
     Ok(persistent)
 }
 
 /// What the spec says of the owner overrules what was kept, and is kept from now on.
-fn adopt_owner(spec: &DiskSpec, persistent: &mut Persistent) -> Result<(), StackError> {
-    let mut stack = persistent.home.stack.clone();
+pub(super) fn adopt_owner(spec: &DiskSpec, home: &mut Residence) -> Result<(), StackError> {
+    let mut stack = home.stack.clone();
     stack.uid = spec.uid.unwrap_or(stack.uid);
     stack.gid = spec.gid.unwrap_or(stack.gid);
     stack.perm = spec.perm.unwrap_or(stack.perm);
-    if stack == persistent.home.stack { Ok(()) } else { persistent.home.replace(stack) }
+    if stack == home.stack { Ok(()) } else { home.replace(stack) }
 }
 
 fn block_mismatch(spec: &DiskSpec, found: &Found) -> Option<String> {
     let wanted = spec.block.filter(|wanted| *wanted != found.block())?;
     let (has, wanted) = (format_size(found.block().into()), format_size(wanted.into()));
     Some(format!("has blocks of {has}, not {wanted}: leave out block=, it is fixed at creation"))
+}
+
+/// Refuses a base that is not the one the overlay at `dir` was made with, or has changed.
+pub(super) fn check_base(
+    dir: &Path,
+    recorded: &BaseRecord,
+    bottom: &Bottom,
+    setting: &Setting<'_>,
+) -> Result<(), OpenError> {
+    let mismatch = |why| Err(OpenError::Mismatch { dir: dir.to_owned(), why });
+    match base_mismatch(recorded, bottom)? {
+        Some(Misfit::Other(why)) => mismatch(why),
+        Some(Misfit::Changed(why)) if setting.force => {
+            log::warn!("overlay '{}' {why}; used all the same (--force)", dir.display());
+            Ok(())
+        }
+        Some(Misfit::Changed(why)) => {
+            mismatch(format!("{why}: restore the base, or use --force and risk nonsense"))
+        }
+        None => Ok(()),
+    }
 }
 
 /// How a base does not fit its overlay.
@@ -623,7 +647,7 @@ fn notes_on_base(base: &Base, setting: &Setting<'_>) -> Vec<String> {
 }
 
 /// What the overlay's file system cannot do.
-fn notes_on_overlay(dir: &Path, setting: &Setting<'_>) -> Vec<String> {
+pub(super) fn notes_on_overlay(dir: &Path, setting: &Setting<'_>) -> Vec<String> {
     // The overlay's own directory, with a mark so that a base beside it is looked at as well.
     if !setting.looked_at.lock().insert(dir.join("overlay")) {
         return Vec::new();
@@ -674,6 +698,9 @@ impl Disk {
         let _gate = self.gate.write();
         let layers = self.layers();
         let Top::Overlay(overlay) = &layers.top else {
+            if let Some(dir) = self.overlay_dir() {
+                return nothing(&format!("the disk is kept already, in '{}'", dir.display()));
+            }
             return nothing("the disk has no overlay: mode=ro and mode=rw have nothing to keep");
         };
         if let Some(dir) = self.overlay_dir() {

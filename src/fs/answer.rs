@@ -110,7 +110,9 @@ impl CowslipFs {
 
     /// Whether the kernel may hold dirty pages of the disk that we have not seen.
     pub(super) fn may_have_dirty_pages(&self, disk: &Disk) -> bool {
-        disk.may_be_mapped() || self.shared.cache == Cache::Writeback && disk.has_writers()
+        let may =
+            disk.may_be_mapped() || self.shared.cache == Cache::Writeback && disk.has_writers();
+        may && !self.terms.is_passed(disk.ino())
     }
 
     /// Drops what the kernel has cached of `len` bytes at `offset` (0: of everything), writing

@@ -9,6 +9,7 @@ mod attr;
 mod forget;
 mod handle;
 mod parked;
+mod passthrough;
 mod seats;
 
 use std::ffi::OsStr;
@@ -29,6 +30,7 @@ pub use self::forget::forgetter;
 use self::handle::{Handle, Handles};
 pub use self::parked::Deadlines;
 use self::parked::{Bound, Lane};
+use self::passthrough::{Terms, Way};
 use self::seats::Seats;
 use crate::catalog::{CONTROL, Catalog, LONGEST_NAME, Over};
 use crate::control::{Control, Spot};
@@ -79,6 +81,7 @@ pub struct Shared {
 pub struct CowslipFs {
     shared: Arc<Shared>,
     handles: Arc<Handles>,
+    terms: Terms,
     seats: Seats,
 }
 
@@ -86,7 +89,12 @@ impl CowslipFs {
     /// The adapter of a mount.
     #[must_use]
     pub fn new(shared: Arc<Shared>, workers: usize) -> Self {
-        Self { shared, handles: Arc::default(), seats: Seats::new(workers) }
+        Self {
+            shared,
+            handles: Arc::default(),
+            terms: Terms::default(),
+            seats: Seats::new(workers),
+        }
     }
 }
 
@@ -115,6 +123,7 @@ impl Filesystem for CowslipFs {
             let _ = config.set_max_readahead(most);
         }
         let _ = config.set_max_background(BACKGROUND);
+        passthrough::negotiate(config, self.shared.cache);
         Ok(())
     }
 
@@ -247,9 +256,18 @@ impl Filesystem for CowslipFs {
         if disk.mode == Mode::ReadOnly && flags.0 & libc::O_ACCMODE != libc::O_RDONLY {
             return reply.error(Errno::EROFS);
         }
-        match open_disk(&self.handles, self.shared.cache, disk, flags) {
-            Ok((handle, flags)) => reply.opened(handle, flags),
-            Err(error) => reply.error(error.into()),
+        let cache = self.shared.cache;
+        let way = self.terms.enter(&disk, cache, |file| reply.open_backing(file));
+        let as_served = if matches!(way, Way::Direct) { Cache::None } else { cache };
+        match (open_disk(&self.handles, as_served, Arc::clone(&disk), flags), way) {
+            (Ok((handle, _)), Way::Passed(backing)) => {
+                reply.opened_passthrough(handle, FopenFlags::empty(), &backing);
+            }
+            (Ok((handle, flags)), Way::Served | Way::Direct) => reply.opened(handle, flags),
+            (Err(error), _) => {
+                self.terms.leave(disk.ino());
+                reply.error(error.into());
+            }
         }
     }
 
@@ -366,6 +384,7 @@ impl Filesystem for CowslipFs {
         if let Some(handle) = self.handles.remove(fh)
             && let Handle::Disk { disk, access } = &*handle
         {
+            self.terms.leave(disk.ino());
             disk.released(*access);
             if *access != Access::Read {
                 disk.writer_gone();

@@ -10,6 +10,7 @@
 //! - `ranges`: which bytes are being changed. `readers`, `pending`: when freed space may go back.
 //! - `turns`: who shares a sync. `recover`: from files to a running overlay. `stack`: which
 //!   layers make a disk, on disk. `keep`: from temporary to persistent.
+//! - `reflink`: the other kind of overlay, which has no map: a reflink copy of its base.
 //!
 //! Locks, outermost first: the disk's gate (held by the caller), `ranges`, the log's tail, the map.
 //! `pending` is taken inside any of them and nothing is taken inside it. Only `ranges` is held
@@ -34,6 +35,7 @@ pub mod ranges;
 pub mod readers;
 pub mod record;
 pub mod recover;
+pub mod reflink;
 pub mod sealed;
 pub mod shelf;
 pub mod stack;

@@ -27,6 +27,7 @@ use super::stack::{
     make_dir_at, open_at, open_dir,
 };
 use super::{Overlay, life};
+use crate::spec::OverlayKind;
 
 /// How long a daemon that is draining is waited for.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -75,6 +76,15 @@ pub struct Residence {
 }
 
 impl Residence {
+    /// The overlay in the open directory `dir`, whose lock `lock` carries.
+    /// Layers, which a reflink overlay has none of, would lie right in it.
+    ///
+    /// # Errors
+    /// The host's errno.
+    pub(super) fn new(stack: Stack, dir: File, lock: File) -> io::Result<Self> {
+        Ok(Self { stack, layers: dir.try_clone()?, dir, lock, torn: false })
+    }
+
     /// Replaces the `stack`, durably.
     ///
     /// # Errors
@@ -402,6 +412,9 @@ pub fn find(place: Place<'_>) -> Result<Found, StackError> {
 
 /// The layer that is written to.
 fn top_layer(stack: &Stack) -> Result<LayerRecord, StackError> {
+    if stack.kind == OverlayKind::Reflink {
+        return Err(StackError::Reflink);
+    }
     let top = stack.layers.last().cloned();
     top.ok_or_else(|| StackError::Syntax("it has no layer".to_owned()))
 }
@@ -428,8 +441,9 @@ fn open_sealed(
     Ok((Arc::new(layer), recovered))
 }
 
-/// Takes the lock; a daemon that is draining is waited for.
-fn lock(dir: &File, data: &File) -> Result<(), StackError> {
+/// Takes the lock; a daemon that is draining is waited for, and the kernel, while it clears up
+/// after one that has died.
+pub(super) fn lock(dir: &File, data: &File) -> Result<(), StackError> {
     let start = Instant::now();
     loop {
         match rustix::fs::flock(data, FlockOperation::NonBlockingLockExclusive) {
@@ -438,7 +452,9 @@ fn lock(dir: &File, data: &File) -> Result<(), StackError> {
             Err(error) => return Err(doing("locking it")(error.into())),
         }
         let holder = read_holder(dir);
-        let is_leaving = holder.as_ref().is_some_and(|holder| holder.draining);
+        let is_leaving = holder.as_ref().is_some_and(|holder| {
+            holder.draining || !Path::new("/proc").join(holder.pid.to_string()).exists()
+        });
         if !is_leaving || start.elapsed() > PATIENCE {
             let (pid, mountpoint) =
                 holder.map_or((0, "unknown".to_owned()), |holder| (holder.pid, holder.mountpoint));

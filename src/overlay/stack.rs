@@ -27,6 +27,7 @@ use super::recover::{Files, LogError};
 use super::tree::Tree;
 pub use super::tree::{LayerRecord, SnapshotRecord};
 use crate::base::identity::Identity;
+use crate::spec::OverlayKind;
 
 /// The version of everything on disk that this code reads and writes.
 pub const VERSION: u32 = 1;
@@ -48,6 +49,9 @@ pub struct Stack {
     pub gid: u32,
     /// Its permission bits.
     pub perm: u16,
+    /// How its changes are kept; block maps, which were there first, need not say so.
+    #[serde(default, skip_serializing_if = "OverlayKind::is_blocks")]
+    pub kind: OverlayKind,
     /// What lies at the bottom.
     pub base: BaseRecord,
     /// The overlay's layers, each after the one below it; the last one is written to.
@@ -104,6 +108,9 @@ pub enum StackError {
     /// Another version wrote it.
     #[error("has format version {0}, this cowslip knows version {VERSION}: use a newer cowslip")]
     Version(u32),
+    /// Its changes are kept in another way than in a block map.
+    #[error("is a reflink overlay: its one file has no block map to look at")]
+    Reflink,
     /// Another daemon has it.
     #[error("is in use by the cowslip mount at '{mountpoint}' (pid {pid}): unmount that first")]
     InUse {
@@ -166,7 +173,9 @@ impl Stack {
             return Err(StackError::Version(version));
         }
         let stack: Self = toml::from_str(body).map_err(syntax)?;
-        if let Some(fault) = stack.tree().fault() {
+        if let Some(fault) = stack.tree().fault()
+            && stack.kind == OverlayKind::Blocks
+        {
             return Err(StackError::Syntax(fault));
         }
         let is_block = |block: u32| block.is_power_of_two() && (512..=2 << 20).contains(&block);
@@ -383,6 +392,7 @@ mod tests {
             uid: 1,
             gid: 2,
             perm: 0o640,
+            kind: OverlayKind::Blocks,
             base: BaseRecord::Blank { size: 1 << 30 },
             layers: vec![LayerRecord { uuid: Uuid::from_u128(8), block: 4096, parent: None }],
             snapshots: Vec::new(),

@@ -255,7 +255,7 @@ mod tests {
 
     use super::super::CopyUp;
     use super::*;
-    use crate::spec::{Locking, Mode, Resize};
+    use crate::spec::{Locking, Mode, OverlayKind, Resize};
 
     const DIR: &str = "/home/me";
 
@@ -509,6 +509,7 @@ mod tests {
                 name, source, mode, uid, gid, perm,
                 format: format.filter(|_| is_file),
                 overlay: overlay.filter(|_| is_cow),
+                overlay_kind: OverlayKind::Blocks,
                 block: block.filter(|_| is_cow),
                 limit: limit.filter(|_| is_cow),
                 size: size.filter(|_| is_cow),

@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 
 use super::error::{decimal, hint, shown};
 use super::{
-    Compress, DiskSpec, FinishWhen, Flow, Format, Frames, Locking, Mode, Overwrite, Pad, Resize,
-    Source, SpecError, Spool, StreamSpec, Target, error, flow, parse_size,
+    Compress, DiskSpec, FinishWhen, Flow, Format, Frames, Locking, Mode, OverlayKind, Overwrite,
+    Pad, Resize, Source, SpecError, Spool, StreamSpec, Target, error, flow, parse_size,
 };
 
 /// A value as it was written, before its key says what it must be.
@@ -75,6 +75,7 @@ pub(super) struct Key {
 /// Every key there is.
 static KEYS: &[Key] = &[
     row("overlay", For::Cow, "DIR", Set::Path(|disk, path| disk.overlay = Some(path))),
+    row("reflink", For::Cow, "on|off", Set::Switch(set_reflink)),
     // A blank disk takes `mode=cow` too; `check_mode` refuses it the others.
     row("mode", For::All, "cow|ro|rw", Set::Word(set_mode)),
     row("format", For::Files, "raw|qcow2|...", Set::Word(set_format)),
@@ -157,6 +158,13 @@ fn set_block(disk: &mut DiskSpec, size: u64) -> Result<(), SpecError> {
     }
     disk.block = block;
     Ok(())
+}
+
+fn set_reflink(disk: &mut DiskSpec, switch: Switch) {
+    disk.overlay_kind = match switch {
+        Switch::On => OverlayKind::Reflink,
+        Switch::Off => OverlayKind::Blocks,
+    };
 }
 
 fn set_resize(disk: &mut DiskSpec, switch: Switch) {
@@ -268,7 +276,29 @@ pub(super) fn apply(
     // Only now: `mode` may be the last of them.
     check_mode(disk)?;
     seen.iter().try_for_each(|(key, _)| key.check(disk))?;
+    check_reflink(disk)?;
     check_stream(disk, &seen)
+}
+
+/// A reflink overlay is a whole file that shares its blocks with another one.
+fn check_reflink(disk: &DiskSpec) -> Result<(), SpecError> {
+    if disk.overlay_kind != OverlayKind::Reflink {
+        return Ok(());
+    }
+    let refused = |name, why| Err(SpecError::key(name, why));
+    if !matches!(disk.source, Source::File(_)) {
+        return refused("reflink", "is for files, and this disk is blank: drop it");
+    }
+    if disk.overlay.is_none() {
+        return refused("reflink", "needs a place to stay: write overlay=DIR,reflink");
+    }
+    if disk.block.is_some() {
+        return refused("block", "is not for reflink, which takes the host's blocks: drop it");
+    }
+    if disk.limit.is_some() {
+        return refused("limit", "is not for reflink, whose space the host counts: drop it");
+    }
+    Ok(())
 }
 
 /// A stream flows one way, and only one.
@@ -502,6 +532,23 @@ mod tests {
     }
 
     #[test]
+    fn reflink_goes_with_a_kept_overlay_over_a_file() {
+        assert_eq!(read("v.img,overlay=d,reflink").overlay_kind, OverlayKind::Reflink);
+        assert_eq!(read("v.img,reflink=on,overlay=d").overlay_kind, OverlayKind::Reflink);
+        assert_eq!(read("v.img,overlay=d,reflink=off").overlay_kind, OverlayKind::Blocks);
+        assert_eq!(read("v.img,overlay=d").overlay_kind, OverlayKind::Blocks);
+        for (keys, hint) in [
+            ("v.img,reflink", "write overlay=DIR,reflink"),
+            ("v=blank:1M,overlay=d,reflink", "this disk is blank"),
+            ("v.img,overlay=d,block=4K,reflink", "'block' is not for reflink"),
+            ("v.img,overlay=d,reflink,limit=1G", "'limit' is not for reflink"),
+            ("v.img,mode=rw,reflink", "this disk is mode=rw"),
+        ] {
+            assert!(why(keys).contains(hint), "{}", why(keys));
+        }
+    }
+
+    #[test]
     fn a_bare_switch_is_on() {
         assert_eq!(read("vm.img,resize,lock").resize, Resize::Follow);
         assert_eq!(read("vm.img,resize=on,lock=on").locking, Locking::Qemu);
@@ -528,7 +575,7 @@ mod tests {
             ("ro", "unknown key 'ro'; did you mean 'mode=ro'?"),
             ("qcow2", "did you mean 'format=qcow2'?"),
             ("name=x", "the name stands first, NAME=SOURCE"),
-            ("colour=red", "known are overlay, mode, format, block, limit"),
+            ("colour=red", "known are overlay, reflink, mode, format, block, limit"),
         ] {
             assert!(
                 why(&format!("v.img,{key}")).contains(hint),

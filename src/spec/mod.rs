@@ -33,6 +33,8 @@ use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
 
+use serde::{Deserialize, Serialize};
+
 pub use config::{Cache, Config, parse_config};
 pub use disk::{check_names, parse_disk};
 pub use error::SpecError;
@@ -57,6 +59,8 @@ pub struct DiskSpec {
     /// Where the changes are kept (absolute); `None`: they end with the mount. Only with
     /// [`Mode::Cow`], as are the five after it.
     pub overlay: Option<PathBuf>,
+    /// How a new overlay keeps its changes.
+    pub overlay_kind: OverlayKind,
     /// The overlay's block size in bytes: a power of two from 512 to 2 MiB.
     pub block: Option<u32>,
     /// The most the overlay may hold, in bytes; a write beyond is `ENOSPC`.
@@ -87,6 +91,7 @@ impl DiskSpec {
             mode: Mode::Cow,
             format: None,
             overlay: None,
+            overlay_kind: OverlayKind::Blocks,
             block: None,
             limit: None,
             size: None,
@@ -107,6 +112,25 @@ pub struct CopyUp {
     pub read: bool,
     /// What is prefetched (`cow-on-cache`).
     pub cache: bool,
+}
+
+/// How an overlay keeps the changes of its disk.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum OverlayKind {
+    /// The changed blocks in a file of their own, and a map of them.
+    #[default]
+    Blocks,
+    /// The whole disk, in a file that shares the base's blocks on the host (a reflink copy).
+    Reflink,
+}
+
+impl OverlayKind {
+    /// Whether it is a block map.
+    #[must_use]
+    pub fn is_blocks(&self) -> bool {
+        *self == Self::Blocks
+    }
 }
 
 /// What is under a disk.

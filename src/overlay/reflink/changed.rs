@@ -1,0 +1,197 @@
+//! What differs from the base, as the host's extents tell it.
+//!
+//! ```text
+//!   base    |==A==|==B==|     |==C==|        letters: places on the host's device
+//!   data    |==A==|==X==|=Y===|     |
+//!   changed       |-----------|-----|
+//! ```
+//!
+//! Bytes that lie at the same place in both files are shared, and so the same; where both have a
+//! hole they are the same, too. All else counts as changed, also what the host does not tell the
+//! place of (not written yet, compressed, reserved): never the other way round.
+
+use std::io;
+use std::ops::Range;
+
+use super::Reflink;
+use super::fiemap::{Map, Mapped};
+use crate::layer::Layer;
+
+/// Whether the host writes what is dirty before it is asked: until then a changed block may still
+/// show as shared.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Flush {
+    /// First, so that the answer is of now; it waits for the device.
+    First,
+    /// Not at all: the answer is of what has been written back.
+    No,
+}
+
+/// What differs from the base.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Changed {
+    /// Bytes of the disk, rising and apart.
+    pub ranges: Vec<Range<u64>>,
+    /// How many they are.
+    pub bytes: u64,
+}
+
+impl Changed {
+    fn add(&mut self, range: Range<u64>) {
+        self.bytes += range.end - range.start;
+        match self.ranges.last_mut() {
+            Some(last) if last.end == range.start => last.end = range.end,
+            _ => self.ranges.push(range),
+        }
+    }
+}
+
+/// What lies at one place of a file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum At {
+    Hole,
+    Place(u64),
+    Unknown,
+}
+
+/// A file's extents, asked for at rising offsets.
+struct Cursor<N> {
+    next: N,
+    current: Option<Mapped>,
+}
+
+impl<N: FnMut() -> io::Result<Option<Mapped>>> Cursor<N> {
+    fn new(mut next: N) -> io::Result<Self> {
+        let current = next()?;
+        Ok(Self { next, current })
+    }
+
+    /// What lies at `offset`, and up to where it goes on so.
+    fn at(&mut self, offset: u64) -> io::Result<(At, u64)> {
+        while self.current.as_ref().is_some_and(|mapped| mapped.range.end <= offset) {
+            self.current = (self.next)()?;
+        }
+        Ok(match &self.current {
+            None => (At::Hole, u64::MAX),
+            Some(mapped) if mapped.range.start > offset => (At::Hole, mapped.range.start),
+            Some(Mapped { range, physical: Some(place) }) => {
+                (At::Place(place + (offset - range.start)), range.end)
+            }
+            Some(mapped) => (At::Unknown, mapped.range.end),
+        })
+    }
+}
+
+/// Walks two files side by side up to `size`; after `limit` steps the rest counts as changed.
+fn compare<A, B>(data: A, base: B, size: u64, limit: u64) -> io::Result<Changed>
+where
+    A: FnMut() -> io::Result<Option<Mapped>>,
+    B: FnMut() -> io::Result<Option<Mapped>>,
+{
+    let (mut data, mut base) = (Cursor::new(data)?, Cursor::new(base)?);
+    let mut found = Changed::default();
+    let (mut at, mut steps) = (0, 0);
+    while at < size {
+        if steps == limit {
+            found.add(at..size);
+            break;
+        }
+        steps += 1;
+        let ((ours, our_end), (theirs, their_end)) = (data.at(at)?, base.at(at)?);
+        let end = our_end.min(their_end).min(size);
+        if ours != theirs || ours == At::Unknown {
+            found.add(at..end);
+        }
+        at = end;
+    }
+    Ok(found)
+}
+
+/// The most steps for [`Reflink::changed_about`]: some 20 ms.
+const GLANCE: u64 = 64 << 10;
+
+impl Reflink {
+    /// What differs from the base now. Flushes the file first.
+    ///
+    /// # Errors
+    /// The host's errno; `EOPNOTSUPP` where it has no FIEMAP.
+    pub fn changed(&self) -> io::Result<Changed> {
+        self.compare(Flush::First, u64::MAX)
+    }
+
+    /// About how many bytes differ from the base: of what has been written back, and of a much
+    /// fragmented file what was not looked at counts as changed.
+    ///
+    /// # Errors
+    /// As [`changed`](Self::changed).
+    pub fn changed_about(&self) -> io::Result<u64> {
+        Ok(self.compare(Flush::No, GLANCE)?.bytes)
+    }
+
+    fn compare(&self, flush: Flush, limit: u64) -> io::Result<Changed> {
+        let (mut data, mut base) = (Map::of(&self.data, flush), Map::of(&self.base, flush));
+        compare(|| data.next(), || base.next(), self.size(), limit)
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::single_range_in_vec_init)] // One range is what is expected.
+mod tests {
+    use super::*;
+
+    fn mapped(start: u64, len: u64, physical: u64) -> Mapped {
+        Mapped { range: start..start + len, physical: Some(physical) }
+    }
+
+    fn unknown(start: u64, len: u64) -> Mapped {
+        Mapped { range: start..start + len, physical: None }
+    }
+
+    fn differ(data: &[Mapped], base: &[Mapped], size: u64) -> Vec<Range<u64>> {
+        let (mut data, mut base) = (data.iter().cloned(), base.iter().cloned());
+        let found = compare(|| Ok(data.next()), || Ok(base.next()), size, u64::MAX).unwrap();
+        let bytes: u64 = found.ranges.iter().map(|range| range.end - range.start).sum();
+        assert_eq!(found.bytes, bytes);
+        found.ranges
+    }
+
+    #[test]
+    fn what_lies_at_the_same_place_is_unchanged_however_it_is_cut() {
+        let whole = [mapped(0, 100, 1000), mapped(200, 50, 5000)];
+        let cut = [mapped(0, 30, 1000), mapped(30, 70, 1030), mapped(200, 50, 5000)];
+        assert_eq!(differ(&cut, &whole, 300), []);
+        assert_eq!(differ(&whole, &cut, 300), []);
+    }
+
+    #[test]
+    fn other_places_new_data_and_new_holes_are_changed() {
+        let base = [mapped(0, 100, 1000), mapped(200, 50, 5000)];
+        let data = [mapped(0, 40, 1000), mapped(40, 20, 7000), mapped(60, 40, 1060)];
+        assert_eq!(differ(&data, &base, 300), [40..60, 200..250]);
+        assert_eq!(differ(&base, &data, 300), [40..60, 200..250]);
+        // The same place of the device at another offset of the file is another thing.
+        assert_eq!(differ(&[mapped(10, 100, 1000)], &[mapped(0, 100, 1000)], 110), [0..110]);
+    }
+
+    #[test]
+    fn what_is_not_told_is_changed_even_on_both_sides() {
+        assert_eq!(differ(&[unknown(0, 10)], &[unknown(0, 10)], 20), [0..10]);
+        assert_eq!(differ(&[unknown(5, 10)], &[mapped(0, 20, 40)], 20), [0..20]);
+        assert_eq!(differ(&[unknown(0, 10)], &[], 20), [0..10]);
+    }
+
+    #[test]
+    fn nothing_past_the_size_is_told() {
+        assert_eq!(differ(&[mapped(0, 100, 0)], &[], 60), [0..60]);
+        assert_eq!(differ(&[], &[mapped(0, 100, 0)], 60), [0..60]);
+        assert_eq!(differ(&[], &[], 60), []);
+    }
+
+    #[test]
+    fn after_the_limit_the_rest_is_changed() {
+        let data = [mapped(0, 10, 0), mapped(20, 10, 50)];
+        let (mut ours, mut theirs) = (data.iter().cloned(), data.iter().cloned());
+        let found = compare(|| Ok(ours.next()), || Ok(theirs.next()), 100, 2).unwrap();
+        assert_eq!(found.ranges, [20..100]);
+    }
+}

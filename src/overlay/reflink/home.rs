@@ -1,0 +1,185 @@
+//! Making and opening reflink overlays, one process at a time.
+//!
+//! As with block maps, a new one is built under a temporary name and renamed into its place when
+//! all of it is durable; the lock is on the inode of `data`.
+
+use std::fs::File;
+use std::io;
+use std::path::Path;
+use std::sync::Arc;
+
+use rustix::fs::{FlockOperation, OFlags};
+
+use super::snapshots::{carry_out, sweep};
+use super::{Origin, Reflink, ReflinkError, intent};
+use crate::base::place::HostFs;
+use crate::overlay::persist::{self, Residence};
+use crate::overlay::stack::{Stack, StackError, create_at, doing, make_dir_at, open_at, open_dir};
+use crate::spec::OverlayKind;
+
+/// A reflink overlay that is open.
+pub struct Persistent {
+    /// The layer.
+    pub layer: Reflink,
+    /// The files that stay with it.
+    pub home: Residence,
+    /// The revert or reset that a crash had interrupted and that is finished now.
+    pub finished: Option<Origin>,
+}
+
+/// A base whose blocks are to be shared.
+pub struct Source<'a> {
+    /// Its path, for messages.
+    pub path: &'a Path,
+    /// A regular file.
+    pub file: &'a Arc<File>,
+}
+
+/// The kind of the overlay at `dir`; `None` when there is none yet.
+///
+/// # Errors
+/// [`StackError`]: something else is there, or its `stack` cannot be read.
+pub fn kind_of(dir: &Path) -> Result<Option<OverlayKind>, StackError> {
+    if !persist::exists(dir)? {
+        return Ok(None);
+    }
+    let open = open_dir(dir).map_err(doing("opening it"))?;
+    Ok(Some(Stack::read(&open)?.kind))
+}
+
+/// Makes the overlay `stack` at `dir`: a reflink copy of `base`, `size` bytes long if that is
+/// given. Durable when it returns.
+///
+/// # Errors
+/// [`ReflinkError`]; nothing is left behind then.
+pub fn create(
+    dir: &Path,
+    stack: Stack,
+    base: &Source<'_>,
+    size: Option<u64>,
+) -> Result<Persistent, ReflinkError> {
+    let parent = dir.parent().unwrap_or(Path::new("/"));
+    if !parent.is_dir() {
+        return Err(StackError::NoParent(parent.to_owned()).into());
+    }
+    let beside = "making a directory beside it";
+    let temp = tempfile::Builder::new().prefix(".cowslip-").tempdir_in(parent);
+    let temp = temp.map_err(doing(beside))?;
+    let open = open_dir(temp.path()).map_err(doing(beside))?;
+    let data = create_at(&open, "data").map_err(doing("making its data"))?;
+    rustix::fs::ioctl_ficlone(&data, base.file)
+        .map_err(|error| refusal(error.into(), &data, base.path))?;
+    let fill = || -> io::Result<File> {
+        if let Some(size) = size {
+            data.set_len(size)?;
+        }
+        data.sync_all()?;
+        make_dir_at(&open, "snapshots")
+    };
+    let snapshots = fill().map_err(doing("making its data durable"))?;
+    rustix::fs::flock(&data, FlockOperation::NonBlockingLockExclusive)
+        .map_err(|error| doing("locking it")(error.into()))?;
+    stack.write(&open)?;
+    std::fs::rename(temp.path(), dir)
+        .and_then(|()| open_dir(parent)?.sync_all())
+        .map_err(doing("putting it in its place"))?;
+    let _ = temp.keep();
+    let home = Home { stack, dir: open, data, snapshots };
+    Ok(home.into_layer(base.file, None)?)
+}
+
+/// What the host means when it does not share blocks.
+fn refusal(error: io::Error, data: &File, base: &Path) -> ReflinkError {
+    match error.raw_os_error() {
+        Some(libc::EXDEV) => ReflinkError::Elsewhere(base.to_owned()),
+        Some(libc::EOPNOTSUPP | libc::ENOTTY | libc::EINVAL | libc::ENOSYS) => {
+            let fs = HostFs::of(data).map_or("its file system", |fs| fs.name);
+            ReflinkError::NoReflinks { fs, error }
+        }
+        _ => doing("sharing the base's blocks")(error).into(),
+    }
+}
+
+/// The open files of an overlay.
+struct Home {
+    stack: Stack,
+    dir: File,
+    data: File,
+    snapshots: File,
+}
+
+impl Home {
+    fn into_layer(
+        self,
+        base: &Arc<File>,
+        finished: Option<Origin>,
+    ) -> Result<Persistent, StackError> {
+        let open = || -> io::Result<(Reflink, File, File)> {
+            let (dir, lock) = (self.dir.try_clone()?, self.data.try_clone()?);
+            let data = Arc::new(self.data);
+            let layer = Reflink::new(data, Arc::clone(base), self.dir, self.snapshots)?;
+            Ok((layer, dir, lock))
+        };
+        let (layer, dir, lock) = open().map_err(doing("opening its data"))?;
+        let home = Residence::new(self.stack, dir, lock).map_err(doing("opening it"))?;
+        Ok(Persistent { layer, home, finished })
+    }
+}
+
+/// A reflink overlay found in its place, its lock taken, nothing changed yet.
+pub struct Found {
+    home: Home,
+}
+
+/// Finds the reflink overlay at `dir` and takes its lock.
+///
+/// # Errors
+/// [`ReflinkError`]: not there, damaged, a block map, in use.
+pub fn find(dir: &Path) -> Result<Found, ReflinkError> {
+    let dir = open_dir(dir).map_err(|error| match error.kind() {
+        io::ErrorKind::NotADirectory => StackError::NotAnOverlay,
+        _ => doing("opening it")(error),
+    })?;
+    if Stack::read(&dir)?.kind != OverlayKind::Reflink {
+        return Err(ReflinkError::Blocks);
+    }
+    let data = open_at(&dir, "data", OFlags::RDWR).map_err(doing("opening its data"))?;
+    persist::lock(&dir, &data)?;
+    // Once more under the lock: its last holder may have changed it.
+    let stack = Stack::read(&dir)?;
+    let snapshots = open_at(&dir, "snapshots", OFlags::RDONLY | OFlags::DIRECTORY)
+        .map_err(doing("opening its snapshots"))?;
+    Ok(Found { home: Home { stack, dir, data, snapshots } })
+}
+
+impl Found {
+    /// What makes the disk.
+    #[must_use]
+    pub fn stack(&self) -> &Stack {
+        &self.home.stack
+    }
+
+    /// The revert or reset that a crash has interrupted; [`open`](Self::open) finishes it.
+    ///
+    /// # Errors
+    /// [`ReflinkError::Intent`] when the note on it is damaged; the host's errno.
+    pub fn interrupted(&self) -> Result<Option<Origin>, ReflinkError> {
+        intent::read(&self.home.dir)
+    }
+
+    /// Opens it for use over `base`, which the caller has found to be the one it was made with.
+    ///
+    /// # Errors
+    /// [`ReflinkError`].
+    pub fn open(self, base: &Arc<File>) -> Result<Persistent, ReflinkError> {
+        let interrupted = self.interrupted()?;
+        let Home { dir, data, snapshots, .. } = &self.home;
+        sweep(dir);
+        if let Some(origin) = &interrupted {
+            carry_out(origin, data, base, snapshots)
+                .and_then(|()| intent::clear(dir))
+                .map_err(|error| ReflinkError::Unfinished { of: origin.clone(), error })?;
+        }
+        Ok(self.home.into_layer(base, interrupted)?)
+    }
+}

@@ -1,0 +1,239 @@
+//! Snapshots of a reflink overlay, and going back to one or to the base.
+//!
+//! A snapshot is a FICLONE out of `data` under a temporary name, fsync, rename, fsync of the
+//! directory: then its name counts. The host clones one moment of the file, dirty pages included.
+//!
+//! Going back is a FICLONE into `data`, whose inode stays, between a durable note (`intent`) and
+//! its removal. When it fails in between, the disk is neither the one nor the other: it latches
+//! read-only, and the next open does it again.
+
+use std::fs::{File, Permissions};
+use std::io;
+use std::os::unix::fs::PermissionsExt;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use rustix::fs::{AtFlags, OFlags, RenameFlags};
+
+use super::intent::{self, Origin};
+use super::{Reflink, ReflinkError};
+use crate::overlay::stack::{create_at, doing, open_at};
+
+/// The name, beside `snapshots`, of the one that is being made: in there it could be a user's.
+const FRESH: &str = "snapshot.new";
+/// The longest name of a file (`NAME_MAX`).
+const LONGEST: usize = 255;
+
+/// A snapshot.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Snapshot {
+    /// Its name.
+    pub name: String,
+    /// The disk's size then, in bytes.
+    pub size: u64,
+    /// When it was made.
+    pub made: SystemTime,
+}
+
+/// Refuses what cannot be the name of a snapshot.
+fn check_name(name: &str) -> Result<(), ReflinkError> {
+    let why = match name {
+        "" => "a name is needed",
+        "." | ".." => "that is a directory's name",
+        _ if name.contains('/') => "a name holds no /",
+        _ if name.chars().any(char::is_control) => "a name holds no control characters",
+        _ if name.len() > LONGEST => "a name has at most 255 bytes",
+        _ => return Ok(()),
+    };
+    Err(ReflinkError::Name { name: name.escape_default().to_string(), why })
+}
+
+/// Makes `to` a copy of `from` that shares its blocks, whatever it was before.
+///
+/// # Errors
+/// The host's errno; `to` may be anything between then.
+pub(super) fn clone_into(from: &File, to: &File) -> io::Result<()> {
+    let len = from.metadata()?.len();
+    if to.metadata()?.len() > len {
+        // What ends inside a block cannot be shared with the middle of a longer file.
+        to.set_len(len)?;
+    }
+    rustix::fs::ioctl_ficlone(to, from)?;
+    Ok(())
+}
+
+/// Removes what a crash has left of a snapshot that was being made.
+pub(super) fn sweep(dir: &File) {
+    let _ = rustix::fs::unlinkat(dir, FRESH, AtFlags::empty());
+}
+
+/// Does what `origin` asks for; the note on it is there already.
+pub(super) fn carry_out(
+    origin: &Origin,
+    data: &File,
+    base: &File,
+    snapshots: &File,
+) -> io::Result<()> {
+    match origin {
+        Origin::Base => clone_into(base, data)?,
+        Origin::Snapshot { name } => {
+            clone_into(&open_at(snapshots, name, OFlags::RDONLY)?, data)?;
+        }
+    }
+    data.sync_all()
+}
+
+impl Reflink {
+    /// Keeps the disk as it is now as the snapshot `name`; durable when it returns. Takes time
+    /// with the number of the file's extents, not with its size.
+    ///
+    /// # Errors
+    /// [`ReflinkError`]: a name that is taken or cannot be one, the host's errno (`ENOSPC`);
+    /// nothing is left behind then.
+    pub fn snapshot(&self, name: &str) -> Result<(), ReflinkError> {
+        let _alone = self.changing.lock();
+        check_name(name)?;
+        self.check_latch()?;
+        let made = self.make(name);
+        if made.is_err() {
+            let _ = rustix::fs::unlinkat(&self.dir, FRESH, AtFlags::empty());
+        }
+        made
+    }
+
+    fn make(&self, name: &str) -> Result<(), ReflinkError> {
+        if self.open_snapshot(name).is_ok() {
+            return Err(ReflinkError::Exists(name.to_owned()));
+        }
+        let copy = || -> io::Result<()> {
+            let file = create_at(&self.dir, FRESH)?;
+            rustix::fs::ioctl_ficlone(&file, &self.data)?;
+            file.set_permissions(Permissions::from_mode(0o400))?;
+            file.sync_all()
+        };
+        copy().map_err(doing("making a snapshot"))?;
+        let over = RenameFlags::NOREPLACE;
+        match rustix::fs::renameat_with(&self.dir, FRESH, &self.snapshots, name, over) {
+            Ok(()) => {}
+            Err(rustix::io::Errno::EXIST) => return Err(ReflinkError::Exists(name.to_owned())),
+            Err(error) => return Err(doing("naming a snapshot")(error.into()).into()),
+        }
+        let placed = self.snapshots.sync_all().and_then(|()| self.dir.sync_all());
+        Ok(placed.map_err(doing("naming a snapshot"))?)
+    }
+
+    /// The file of the snapshot `name`, to be read.
+    ///
+    /// # Errors
+    /// [`ReflinkError::NoSnapshot`]; the host's errno.
+    pub fn open_snapshot(&self, name: &str) -> Result<File, ReflinkError> {
+        check_name(name)?;
+        match open_at(&self.snapshots, name, OFlags::RDONLY) {
+            Ok(file) => Ok(file),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                Err(ReflinkError::NoSnapshot(name.to_owned()))
+            }
+            Err(error) => Err(doing("opening a snapshot")(error).into()),
+        }
+    }
+
+    /// Every snapshot, the oldest first.
+    ///
+    /// # Errors
+    /// The host's errno.
+    pub fn list(&self) -> Result<Vec<Snapshot>, ReflinkError> {
+        let read = || -> io::Result<Vec<Snapshot>> {
+            let mut all = Vec::new();
+            // By the path of the open directory, so that each listing has a position of its own.
+            for entry in rustix::fs::Dir::read_from(&self.snapshots)? {
+                let entry = entry?;
+                let Ok(name) = entry.file_name().to_str() else { continue };
+                if matches!(name, "." | "..") {
+                    continue;
+                }
+                // Deleted since it was listed, or never one of ours.
+                let Ok(file) = open_at(&self.snapshots, name, OFlags::RDONLY) else { continue };
+                let found = file.metadata()?;
+                let made = found.modified().unwrap_or(UNIX_EPOCH);
+                all.push(Snapshot { name: name.to_owned(), size: found.len(), made });
+            }
+            Ok(all)
+        };
+        let mut all = read().map_err(doing("listing its snapshots"))?;
+        all.sort_by(|a, b| (a.made, &a.name).cmp(&(b.made, &b.name)));
+        Ok(all)
+    }
+
+    /// Removes the snapshot `name`; who reads it at the moment may go on.
+    ///
+    /// # Errors
+    /// [`ReflinkError::NoSnapshot`]; the host's errno.
+    pub fn delete(&self, name: &str) -> Result<(), ReflinkError> {
+        let _alone = self.changing.lock();
+        check_name(name)?;
+        match rustix::fs::unlinkat(&self.snapshots, name, AtFlags::empty()) {
+            Ok(()) => Ok(self.snapshots.sync_all().map_err(doing("deleting a snapshot"))?),
+            Err(rustix::io::Errno::NOENT) => Err(ReflinkError::NoSnapshot(name.to_owned())),
+            Err(error) => Err(doing("deleting a snapshot")(error.into()).into()),
+        }
+    }
+
+    /// Makes the disk what it was at the snapshot `name`; durable when it returns. The caller
+    /// holds the gate exclusive and has the kernel drop what it knows of the disk afterwards.
+    ///
+    /// # Errors
+    /// [`ReflinkError`]: nothing has changed, or the disk has latched and the next open goes on.
+    pub fn revert(&self, name: &str) -> Result<(), ReflinkError> {
+        self.open_snapshot(name)?;
+        self.go_back(&Origin::Snapshot { name: name.to_owned() })
+    }
+
+    /// Makes the disk what its base is; durable when it returns. The snapshots stay. The caller
+    /// holds the gate exclusive and has the kernel drop what it knows of the disk afterwards.
+    ///
+    /// # Errors
+    /// As [`revert`](Self::revert).
+    pub fn reset(&self) -> Result<(), ReflinkError> {
+        self.go_back(&Origin::Base)
+    }
+
+    fn go_back(&self, origin: &Origin) -> Result<(), ReflinkError> {
+        let _alone = self.changing.lock();
+        self.check_latch()?;
+        if let Err(error) = intent::note(&self.dir, origin) {
+            // Nothing has begun; a note that is there all the same would begin it at the next open.
+            if intent::clear(&self.dir).is_err() {
+                self.bytes.latch();
+            }
+            return Err(doing("noting what is to be done")(error).into());
+        }
+        if let Err(error) = carry_out(origin, &self.data, &self.base, &self.snapshots) {
+            self.bytes.latch();
+            return Err(ReflinkError::Unfinished { of: origin.clone(), error });
+        }
+        if let Err(error) = intent::clear(&self.dir) {
+            // It would be done again over what is written from now on.
+            self.bytes.latch();
+            return Err(doing("noting that it is done")(error).into());
+        }
+        Ok(())
+    }
+
+    fn check_latch(&self) -> Result<(), ReflinkError> {
+        if self.is_latched() { Err(ReflinkError::Latched) } else { Ok(()) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_that_leads_elsewhere_is_refused() {
+        for name in ["", ".", "..", "a/b", "/", "a\nb", &"x".repeat(256)] {
+            assert!(matches!(check_name(name), Err(ReflinkError::Name { .. })), "{name:?}");
+        }
+        for name in ["a", ".hidden", "intent", "x.new", "ö ö", &"x".repeat(255)] {
+            check_name(name).unwrap();
+        }
+    }
+}

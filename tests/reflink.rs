@@ -1,0 +1,773 @@
+//! Reflink overlays on a real XFS: the mounted disk with the kernel's passthrough and without, and
+//! the library's snapshots, reverts and resets, interrupted ones too.
+
+// Sizes are small here, and a test may panic.
+#![allow(clippy::unwrap_used, clippy::cast_possible_truncation)]
+// One range is what is expected.
+#![allow(clippy::single_range_in_vec_init)]
+
+mod common;
+
+use std::fs::{self, File, OpenOptions};
+use std::io::Write;
+use std::ops::Range;
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
+use std::path::Path;
+use std::sync::{Arc, mpsc};
+use std::thread;
+use std::time::{Duration, Instant, SystemTime};
+
+use common::mount::*;
+use cowslip::base::identity::Identity;
+use cowslip::layer::{Layer, WritableLayer};
+use cowslip::overlay::reflink::{self, Origin, Persistent, Reflink, ReflinkError, Source};
+use cowslip::overlay::stack::{BaseRecord, Stack, StackError, VERSION};
+use cowslip::spec::OverlayKind;
+use rustix::fs::{FallocateFlags, SeekFrom};
+use rustix::process::Signal;
+
+const SIZE: u64 = 4 * MIB;
+const DISK: &str = "d=host/base.img,overlay=host/ov,reflink";
+
+/// A laboratory with a base on a file system of its own.
+fn lab() -> Lab {
+    lab_on("xfs")
+}
+
+fn lab_on(fs: &str) -> Lab {
+    let mut lab = Lab::new();
+    lab.host("host", fs, 400 * MIB);
+    lab.base("host/base.img", SIZE);
+    lab
+}
+
+fn whole(lab: &Lab, name: &str) -> Vec<u8> {
+    fs::read(lab.path(name)).unwrap()
+}
+
+/// Random numbers, the same for the same seed.
+struct Dice(u64);
+
+impl Dice {
+    fn below(&mut self, limit: u64) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0 % limit.max(1)
+    }
+
+    /// A range inside `size`, at block borders as often as not.
+    fn range(&mut self, size: u64) -> Range<u64> {
+        let (start, len) = (self.below(size), 1 + self.below(200_000));
+        let round = if self.below(2) == 0 { 4096 } else { 1 };
+        let start = start / round * round;
+        start..(start + len.next_multiple_of(round)).min(size)
+    }
+}
+
+/// Does one random thing to `file` and to `model`, and looks at the place it did it to.
+fn step(dice: &mut Dice, file: &File, model: &mut Vec<u8>) {
+    const MOST: u64 = 6 * MIB;
+    let size = model.len() as u64;
+    let range = dice.range(size);
+    let bytes = range.start as usize..range.end as usize;
+    match dice.below(10) {
+        0..4 => {
+            // It may end past the end.
+            let data = noise(1 + dice.below(100_000), dice.below(u64::MAX));
+            let start = range.start.min(MOST - data.len() as u64);
+            file.write_all_at(&data, start).unwrap();
+            let end = start as usize + data.len();
+            model.resize(model.len().max(end), 0);
+            model[start as usize..end].copy_from_slice(&data);
+        }
+        4 if !range.is_empty() => {
+            fallocate(file, PUNCH, range.clone()).unwrap();
+            model[bytes].fill(0);
+        }
+        5 if !range.is_empty() => {
+            fallocate(file, ZERO_KEEP, range.clone()).unwrap();
+            model[bytes].fill(0);
+        }
+        6 => {
+            let size = dice.below(MOST);
+            file.set_len(size).unwrap();
+            model.resize(size as usize, 0);
+        }
+        7 if !range.is_empty() => fallocate(file, FallocateFlags::empty(), range).unwrap(),
+        8 => file.sync_all().unwrap(),
+        _ => assert_eq!(read(file, range.start, range.end - range.start), model[bytes]),
+    }
+}
+
+/// Whether `file` is `model`, also where it says that it has holes.
+#[track_caller]
+fn check(file: &File, model: &[u8]) {
+    let size = model.len() as u64;
+    assert_eq!(file.metadata().unwrap().len(), size);
+    assert!(read(file, 0, size) == model, "the bytes differ");
+    let mut at = 0;
+    for run in data_runs(file).into_iter().chain([size..size]) {
+        let hole = &model[at as usize..run.start as usize];
+        assert!(hole.iter().all(|byte| *byte == 0), "data in a hole of {at}..{}", run.start);
+        at = run.end;
+    }
+    assert_eq!(seek(file, SeekFrom::Data(size)), Err(libc::ENXIO));
+    assert_eq!(seek(file, SeekFrom::Hole(size)), Err(libc::ENXIO));
+}
+
+/// Random operations on the disk `words`, remounted now and then, in good order or killed.
+fn model(lab: &Lab, base: &str, words: &str) {
+    let mut model = whole(lab, base);
+    let mut dice = Dice(0x1234_5678_9ABC_DEF1);
+    for round in 0..6 {
+        lab.mount(words);
+        let file = lab.open("m/d");
+        check(&file, &model);
+        for _ in 0..60 {
+            step(&mut dice, &file, &mut model);
+        }
+        check(&file, &model);
+        check(&lab.open_ro("m/d"), &model);
+        if round % 2 == 0 {
+            lab.kill();
+        } else {
+            drop(file);
+            lab.umount();
+        }
+    }
+}
+
+#[test]
+fn a_passed_through_disk_does_what_the_model_does() {
+    let lab = lab();
+    model(&lab, "host/base.img", DISK);
+    assert!(!lab.log().contains("without passthrough"), "{}", lab.log());
+    lab.end();
+}
+
+#[test]
+fn a_disk_on_btrfs_does_what_the_model_does() {
+    let lab = lab_on("btrfs");
+    lab.sh("sync -f host");
+    model(&lab, "host/base.img", DISK);
+    assert!(!lab.log().contains("without passthrough"), "{}", lab.log());
+    lab.sh("rm -r host/ov");
+    let layer = create(&lab).layer;
+    put(&layer, &[1; 4096], 64 * KIB);
+    assert_eq!(layer.changed().unwrap().ranges, [64 * KIB..68 * KIB]);
+    layer.snapshot("one").unwrap();
+    let was = bytes_of(&layer);
+    layer.reset().unwrap();
+    assert_eq!(layer.changed().unwrap().ranges, []);
+    assert_eq!(bytes_of(&layer), whole(&lab, "host/base.img"));
+    layer.revert("one").unwrap();
+    assert_eq!(bytes_of(&layer), was);
+    drop(layer);
+    lab.end();
+}
+
+#[test]
+fn a_reflink_disk_without_passthrough_does_what_the_model_does() {
+    let lab = lab();
+    model(&lab, "host/base.img", &format!("{DISK} --cache none"));
+    model_again_with(&lab, "--cache writeback");
+    lab.end();
+}
+
+/// What the kernel holds back under writeback a killed daemon loses: no kills here.
+fn model_again_with(lab: &Lab, options: &str) {
+    fs::remove_dir_all(lab.path("host/ov")).unwrap();
+    let mut model = whole(lab, "host/base.img");
+    let mut dice = Dice(77);
+    for _ in 0..3 {
+        lab.mount(&format!("{DISK} {options}"));
+        let file = lab.open("m/d");
+        for _ in 0..60 {
+            step(&mut dice, &file, &mut model);
+        }
+        check(&file, &model);
+        drop(file);
+        lab.umount();
+    }
+}
+
+#[test]
+fn on_a_stacked_file_system_the_disk_is_served_and_right() {
+    let mut lab = lab();
+    lab.sh("cd host; mkdir l u w s; mount -t overlay o -o lowerdir=l,upperdir=u,workdir=w s");
+    lab.base("host/s/base.img", SIZE);
+    model(&lab, "host/s/base.img", "d=host/s/base.img,overlay=host/s/ov,reflink");
+    assert!(lab.log().contains("served without passthrough"), "{}", lab.log());
+    lab.end();
+}
+
+#[test]
+fn without_the_right_to_it_the_disk_is_served() {
+    let lab = lab();
+    // Root of a user namespace may mount, and may not have files passed through.
+    lab.sh("unshare -Urm sh -euc '
+        $COWSLIP mount m d=host/base.img,overlay=host/ov,reflink --log log.txt
+        printf served | dd of=m/d bs=6 seek=1000 conv=notrunc,fsync status=none
+        cmp -n 6 -i 6000:0 m/d - <<X
+served
+X
+        $COWSLIP umount m'");
+    assert!(lab.log().contains("served without passthrough"), "{}", lab.log());
+    let mut wanted = whole(&lab, "host/base.img");
+    wanted[6000..6006].copy_from_slice(b"served");
+    assert!(whole(&lab, "host/ov/data") == wanted);
+    lab.end();
+}
+
+#[test]
+fn reads_and_writes_of_an_open_disk_need_no_daemon() {
+    let lab = lab();
+    lab.mount(DISK);
+    let file = lab.open("m/d");
+    // At the first write the kernel learns that there are no extended attributes to ask for.
+    file.write_all_at(b"x", 0).unwrap();
+    let (pid, again) = (lab.pid(), file.try_clone().unwrap());
+    let (tell, told) = mpsc::channel();
+    signal(pid, Signal::STOP).unwrap();
+    let io = thread::spawn(move || {
+        again.write_all_at(b"past the daemon", 5000).unwrap();
+        tell.send(read(&again, 5000, 15)).unwrap();
+    });
+    let found = told.recv_timeout(Duration::from_secs(5));
+    signal(pid, Signal::CONT).unwrap();
+    io.join().unwrap();
+    assert_eq!(found.unwrap(), b"past the daemon");
+    assert_eq!(read(&lab.open_ro("host/ov/data"), 5000, 15), b"past the daemon");
+    drop(file);
+    lab.end();
+}
+
+#[test]
+fn a_write_past_the_end_is_seen_by_everybody() {
+    let lab = lab();
+    lab.mount(DISK);
+    let (file, reader) = (lab.open("m/d"), lab.open_ro("m/d"));
+    let mut end = OpenOptions::new().append(true).open(lab.path("m/d")).unwrap();
+    end.write_all(b"appended").unwrap();
+    assert_eq!(file.metadata().unwrap().len(), SIZE + 8);
+    assert_eq!(lab.disk("d")["size"], SIZE + 8);
+    assert_eq!(read(&reader, SIZE, 8), b"appended");
+    drop(OpenOptions::new().write(true).truncate(true).open(lab.path("m/d")).unwrap());
+    assert_eq!(reader.metadata().unwrap().len(), 0);
+    file.write_all_at(b"x", 10 * MIB).unwrap();
+    assert_eq!(lab.sh("stat -c %s m/d").trim(), (10 * MIB + 1).to_string());
+    assert_eq!(read(&reader, 9 * MIB, 8), [0; 8]);
+    assert_eq!(data_runs(&reader), [10 * MIB..10 * MIB + 1]);
+    drop((file, reader, end));
+    lab.end();
+}
+
+#[test]
+fn holes_and_space_are_the_files_own() {
+    let lab = lab();
+    lab.mount(DISK);
+    let (file, base) = (lab.open("m/d"), lab.open_ro("host/base.img"));
+    assert_eq!(data_runs(&file), data_runs(&base));
+    assert!(file.metadata().unwrap().blocks() * 512 < SIZE);
+    let first = data_runs(&base)[0].clone();
+    fallocate(&file, PUNCH, 64 * KIB..128 * KIB).unwrap();
+    assert_eq!(data_runs(&file)[..2], [0..64 * KIB, 128 * KIB..first.end]);
+    // Written through a mapping, and not yet on its way to the device.
+    lab.sh("python3 -c 'import mmap,os
+fd = os.open(\"m/d\", os.O_RDWR)
+m = mmap.mmap(fd, 1 << 20)
+m[70000] = 7
+os.close(fd)
+assert os.lseek(os.open(\"m/d\", os.O_RDONLY), 65536, os.SEEK_DATA) <= 70000'");
+    drop((file, base));
+    lab.end();
+}
+
+#[test]
+fn times_owner_mode_and_inode_are_there_again() {
+    let lab = lab();
+    lab.mount(DISK);
+    let then = SystemTime::UNIX_EPOCH + Duration::from_nanos(1_234_567_890_123_456_789);
+    lab.open("m/d").set_modified(then).unwrap();
+    lab.sh("chown 12:34 m/d; chmod 640 m/d");
+    let look = || lab.sh("stat -c '%i %u %g %a %Y %s' m/d");
+    let was = look();
+    assert!(was.contains(" 12 34 640 1234567890 "), "{was}");
+    lab.umount();
+    lab.mount(DISK);
+    assert_eq!(look(), was);
+    lab.umount();
+    // What is there says of which kind it is.
+    lab.mount("d=host/base.img,overlay=host/ov");
+    assert_eq!(look(), was);
+    lab.end();
+}
+
+#[test]
+fn writes_that_returned_outlive_the_daemon() {
+    let lab = lab();
+    lab.mount(DISK);
+    let file = lab.open("m/d");
+    file.write_all_at(&noise(100_000, 5), 50_000).unwrap();
+    lab.kill();
+    // Who has it open still writes; and keeps the overlay from being opened twice.
+    file.write_all_at(b"late", 1000).unwrap();
+    let line = lab.refused(1, &format!("mount m {DISK}"));
+    assert!(line.contains("is in use by the cowslip mount at"), "{line}");
+    drop(file);
+    lab.mount(DISK);
+    let file = lab.open_ro("m/d");
+    assert_eq!(read(&file, 50_000, 100_000), noise(100_000, 5));
+    assert_eq!(read(&file, 1000, 4), b"late");
+    drop(file);
+    lab.end();
+}
+
+#[test]
+fn a_power_cut_leaves_what_was_synced_and_a_failed_sync_latches() {
+    let lab = Lab::new();
+    let device = lab.host("host", "xfs", 400 * MIB);
+    File::create(lab.path("host/base.img")).unwrap().write_all(&noise(SIZE, 1)).unwrap();
+    lab.sh("sync -f host");
+    lab.mount(DISK);
+    let file = lab.open("m/d");
+    file.write_all_at(&noise(MIB, 2), MIB).unwrap();
+    file.sync_all().unwrap();
+    file.write_all_at(&noise(MIB, 3), 2 * MIB).unwrap();
+    // Without flushing anything: what a power cut leaves.
+    lab.sh("xfs_io -x -c shutdown host");
+    for _ in 0..2 {
+        assert_eq!(errno_of(file.sync_all()), libc::EIO);
+    }
+    let opened = OpenOptions::new().write(true).open(lab.path("m/d"));
+    assert_eq!(errno_of(opened.and_then(|file| file.write_all_at(b"x", 0))), libc::EIO);
+    assert_eq!(errno_of(file.read_at(&mut [0; 512], 3 * MIB)), libc::EIO);
+    let status = lab.cowslip("status m --json");
+    assert_eq!(status.status.code(), Some(3), "{}", show(&status));
+    assert_eq!(lab.disk("d")["state"], "read-only");
+    drop(file);
+    let output = lab.cowslip("umount m");
+    assert_eq!(output.status.code(), Some(1), "{}", show(&output));
+    lab.sh(&format!("umount host; mount {device} host"));
+    lab.mount(DISK);
+    let found = whole(&lab, "m/d");
+    let (base, third) = (noise(SIZE, 1), noise(MIB, 3));
+    assert!(found[MIB as usize..][..MIB as usize] == noise(MIB, 2));
+    // Each sector of what was not synced is the old or the new one.
+    for at in (0..MIB as usize).step_by(512) {
+        let sector = &found[2 * MIB as usize + at..][..512];
+        let is_old = *sector == base[2 * MIB as usize + at..][..512];
+        assert!(is_old || *sector == third[at..][..512], "at {at}");
+    }
+    lab.end();
+}
+
+#[test]
+fn a_copy_inside_the_mount_is_a_true_copy_that_the_host_makes() {
+    let lab = lab();
+    lab.mount(&format!("{DISK} e=host/base.img,overlay=host/ow,reflink"));
+    let (from, to) = (lab.open("m/d"), lab.open("m/e"));
+    from.write_all_at(&noise(MIB, 8), 0).unwrap();
+    to.set_len(0).unwrap();
+    assert_eq!(copy_range(&from, 0, &to, 0, SIZE).unwrap(), SIZE);
+    assert_eq!(copy_range(&from, 4097, &to, SIZE + 5, 300_000).unwrap(), 300_000);
+    let wanted = [&whole(&lab, "m/d")[..], &[0; 5], &whole(&lab, "m/d")[4097..304_097]].concat();
+    check(&to, &wanted);
+    to.sync_all().unwrap();
+    let shared = lab.sh("xfs_io -r -c 'fiemap -v 0 1m' host/ow/data");
+    assert!(shared.contains("0x20"), "nothing is shared: {shared}");
+    drop((from, to));
+    lab.end();
+}
+
+#[test]
+fn the_base_is_in_use_as_long_as_the_disk_is_mounted() {
+    let lab = lab();
+    lab.mount(DISK);
+    lab.sh("mkdir m2");
+    let line = lab.refused(1, "mount m2 w=host/base.img,mode=rw");
+    assert!(line.contains("uses it as its base"), "{line}");
+    lab.end();
+}
+
+#[test]
+fn a_second_mount_of_the_overlay_is_refused() {
+    let lab = lab();
+    lab.mount(DISK);
+    lab.sh("mkdir m2");
+    let line = lab.refused(1, &format!("mount m2 {DISK}"));
+    assert!(line.contains("is in use by the cowslip mount at"), "{line}");
+    lab.end();
+}
+
+#[test]
+fn a_disk_of_fixed_size_stays_so() {
+    let lab = lab();
+    lab.mount(&format!("{DISK},resize=off"));
+    let file = lab.open("m/d");
+    file.write_all_at(b"inside", SIZE - 6).unwrap();
+    assert_eq!(errno_of(file.write_at(b"outside", SIZE)), libc::ENOSPC);
+    assert_eq!(file.metadata().unwrap().len(), SIZE);
+    drop(file);
+    lab.end();
+}
+
+#[test]
+fn status_tells_the_kind_and_what_has_changed() {
+    let lab = lab();
+    let said = lab.mount(DISK);
+    assert!(said.contains("4 MiB, reflink overlay"), "{said}");
+    let file = lab.open("m/d");
+    file.write_all_at(&[1; 8192], 1 << 20).unwrap();
+    file.sync_all().unwrap();
+    let overlay = lab.disk("d")["overlay"].clone();
+    assert_eq!(overlay["kind"], "reflink");
+    assert_eq!(overlay["changed"], 8192);
+    assert_eq!(overlay["temporary"], false);
+    drop(file);
+    let said = lab.umount();
+    assert!(said.contains("d: 8 KiB of changes kept in '"), "{said}");
+    lab.end();
+}
+
+#[test]
+fn what_cannot_be_shared_is_refused_in_one_line() {
+    let mut lab = lab();
+    lab.base("plain.img", SIZE);
+    let refused = |disk: &str| lab.refused(1, &format!("mount m {disk}"));
+    for (disk, words) in [
+        ("d=host/base.img,overlay=ov,reflink", "is not on the file system of its base"),
+        ("d=plain.img,overlay=host/ov,reflink", "is not on the file system of its base"),
+        ("d=plain.img,overlay=ov,reflink", "has no reflinks here"),
+        ("d=host/base.img,overlay=host/no/ov,reflink", "make it first"),
+    ] {
+        let line = refused(disk);
+        assert!(line.contains(words), "{disk}: {line}");
+    }
+    let device = lab.loop_device("plain.img", "-r");
+    let line = refused(&format!("d={device},overlay=host/ov,reflink"));
+    assert!(line.contains("needs a file as its base for reflink"), "{line}");
+    assert!(!lab.path("ov").exists() && !lab.path("host/ov").exists());
+    let left = lab.sh("ls -A host | grep -v base.img || true");
+    assert_eq!(left, "", "something is left behind");
+    for (disk, words) in [
+        ("d=blank:1M,overlay=host/ov,reflink", "this disk is blank"),
+        ("d=host/base.img,reflink", "write overlay=DIR,reflink"),
+        ("d=host/base.img,overlay=host/ov,reflink,block=64K", "block"),
+        ("d=host/base.img,overlay=host/ov,reflink,limit=1G", "limit"),
+        ("d=host/base.img,mode=ro,reflink", "mode=cow"),
+    ] {
+        let line = lab.refused(2, &format!("mount m {disk}"));
+        assert!(line.contains(words), "{disk}: {line}");
+    }
+    lab.end();
+}
+
+#[test]
+fn an_overlay_of_the_other_kind_is_refused() {
+    let lab = lab();
+    lab.mount("d=host/base.img,overlay=host/ov");
+    lab.umount();
+    let line = lab.refused(1, &format!("mount m {DISK}"));
+    assert!(line.contains("keeps a block map: leave out reflink"), "{line}");
+    lab.sh("rm -r host/ov");
+    lab.mount(DISK);
+    lab.umount();
+    let line = lab.refused(1, "mount m d=host/base.img,overlay=host/ov,block=64K");
+    assert!(line.contains("leave out block="), "{line}");
+    let line = lab.refused(1, &format!("mount m {DISK},size=8M"));
+    assert!(line.contains("presents 4 MiB, not 8 MiB"), "{line}");
+    lab.end();
+}
+
+#[test]
+fn a_base_that_changed_is_refused() {
+    let lab = lab();
+    fs::copy(lab.path("host/base.img"), lab.path("host/b.img")).unwrap();
+    let disk = "d=host/b.img,overlay=host/ov,reflink";
+    lab.mount(disk);
+    lab.open("m/d").write_all_at(b"mine", 0).unwrap();
+    lab.umount();
+    lab.open("host/b.img").write_all_at(b"changed", 100).unwrap();
+    let line = lab.refused(1, &format!("mount m {disk}"));
+    assert!(line.contains("does not fit its base"), "{line}");
+    lab.mount(&format!("{disk} --force"));
+    // The blocks are its own: they did not change with the base.
+    let mut wanted = whole(&lab, "host/base.img");
+    wanted[..4].copy_from_slice(b"mine");
+    check(&lab.open_ro("m/d"), &wanted);
+    lab.end();
+}
+
+// The library, without a mount.
+
+/// What lies below a disk that is one file.
+struct Nothing;
+
+impl cowslip::layer::ReadBelow for Nothing {
+    fn read_below(&self, _: &mut [u8], _: u64, _: cowslip::layer::Wait) -> std::io::Result<()> {
+        unreachable!("nothing is below")
+    }
+
+    fn is_zero_below(&self, _: Range<u64>, _: cowslip::layer::Wait) -> std::io::Result<bool> {
+        unreachable!("nothing is below")
+    }
+}
+
+fn base_of(lab: &Lab) -> Arc<File> {
+    Arc::new(lab.open_ro("host/base.img"))
+}
+
+/// A new overlay at `host/ov`.
+fn create(lab: &Lab) -> Persistent {
+    let (path, file) = (lab.path("host/base.img"), base_of(lab));
+    let identity = Identity::of(&file).unwrap();
+    let stack = Stack {
+        version: VERSION,
+        uuid: uuid::Uuid::new_v4(),
+        uid: 0,
+        gid: 0,
+        perm: 0o600,
+        kind: OverlayKind::Reflink,
+        base: BaseRecord::File { path: path.clone(), format: "raw".to_owned(), identity },
+        layers: Vec::new(),
+    };
+    let base = Source { path: &path, file: &file };
+    reflink::create(&lab.path("host/ov"), stack, &base, None).unwrap()
+}
+
+/// Finds the overlay at `dir`. A child that another test has just started holds its lock, as it
+/// holds all our files, until it executes its program.
+fn find(dir: &Path) -> Result<reflink::Found, ReflinkError> {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        match reflink::find(dir) {
+            Err(ReflinkError::Stack(StackError::InUse { .. })) if Instant::now() < deadline => {
+                thread::sleep(Duration::from_millis(1));
+            }
+            found => return found,
+        }
+    }
+}
+
+fn open(lab: &Lab) -> Result<Persistent, ReflinkError> {
+    find(&lab.path("host/ov"))?.open(&base_of(lab))
+}
+
+fn put(layer: &Reflink, bytes: &[u8], offset: u64) {
+    layer.write_at(bytes, offset, &Nothing, cowslip::layer::Wait::Yes).unwrap();
+}
+
+fn bytes_of(layer: &Reflink) -> Vec<u8> {
+    read(layer.data(), 0, layer.size())
+}
+
+/// An overlay with two snapshots, each other than the base, and what the disk was at each.
+struct Told {
+    lab: Lab,
+    base: Vec<u8>,
+    monday: Vec<u8>,
+    tuesday: Vec<u8>,
+}
+
+impl Told {
+    fn new() -> Self {
+        let lab = lab();
+        let layer = create(&lab).layer;
+        let base = bytes_of(&layer);
+        for index in 0..200 {
+            put(&layer, &noise(3000, index + 9), index * 20_000);
+        }
+        let monday = bytes_of(&layer);
+        layer.snapshot("monday").unwrap();
+        // Shorter, and not at a block's border; then longer than the base.
+        layer.set_size(SIZE / 2 + 77).unwrap();
+        put(&layer, b"tuesday", 4242);
+        let tuesday = bytes_of(&layer);
+        layer.snapshot("tuesday.new").unwrap();
+        layer.set_size(2 * SIZE + 5).unwrap();
+        put(&layer, &noise(50_000, 3), SIZE);
+        Self { lab, base, monday, tuesday }
+    }
+
+    fn ov(&self, name: &str) -> std::path::PathBuf {
+        self.lab.path("host/ov").join(name)
+    }
+}
+
+#[test]
+fn a_snapshot_keeps_what_was_and_revert_and_reset_bring_it_back() {
+    let told = Told::new();
+    let layer = open(&told.lab).unwrap().layer;
+    let inode = layer.data().metadata().unwrap().ino();
+    let names = || layer.list().unwrap().into_iter().map(|found| found.name).collect::<Vec<_>>();
+    assert_eq!(names(), ["monday", "tuesday.new"]);
+    for _ in 0..2 {
+        layer.revert("tuesday.new").unwrap();
+        assert!(bytes_of(&layer) == told.tuesday);
+        layer.revert("monday").unwrap();
+        assert!(bytes_of(&layer) == told.monday);
+        put(&layer, &noise(9999, 1), 12_345);
+        layer.reset().unwrap();
+        assert!(bytes_of(&layer) == told.base);
+        put(&layer, &noise(9999, 2), SIZE + 12_345 - SIZE % 7);
+    }
+    // The snapshots are read-only files of their own.
+    assert!(fs::read(told.ov("snapshots/monday")).unwrap() == told.monday);
+    let mut file = layer.open_snapshot("tuesday.new").unwrap();
+    assert!(file.write_all(b"x").is_err());
+    assert_eq!(layer.list().unwrap()[0].size, SIZE);
+    layer.delete("monday").unwrap();
+    assert_eq!(names(), ["tuesday.new"]);
+    layer.revert("tuesday.new").unwrap();
+    assert!(bytes_of(&layer) == told.tuesday);
+    assert_eq!(layer.data().metadata().unwrap().ino(), inode);
+    drop(layer);
+    told.lab.end();
+}
+
+#[test]
+fn names_that_clash_are_missing_or_lead_elsewhere_change_nothing() {
+    let told = Told::new();
+    let layer = open(&told.lab).unwrap().layer;
+    let was = bytes_of(&layer);
+    assert!(matches!(layer.snapshot("monday"), Err(ReflinkError::Exists(_))));
+    for name in ["", "..", "a/b", "a\n"] {
+        assert!(matches!(layer.snapshot(name), Err(ReflinkError::Name { .. })), "{name:?}");
+        assert!(matches!(layer.revert(name), Err(ReflinkError::Name { .. })), "{name:?}");
+        assert!(matches!(layer.delete(name), Err(ReflinkError::Name { .. })), "{name:?}");
+    }
+    assert!(matches!(layer.revert("never"), Err(ReflinkError::NoSnapshot(_))));
+    assert!(matches!(layer.delete("never"), Err(ReflinkError::NoSnapshot(_))));
+    assert!(bytes_of(&layer) == was);
+    assert_eq!(layer.list().unwrap().len(), 2);
+    assert_eq!(fs::read(told.ov("snapshots/monday")).unwrap(), told.monday);
+    drop(layer);
+    let mut names: Vec<_> =
+        fs::read_dir(told.ov("")).unwrap().map(|e| e.unwrap().file_name()).collect();
+    names.sort();
+    assert_eq!(names, ["data", "snapshots", "stack"]);
+    told.lab.end();
+}
+
+/// The note that a revert leaves when it is interrupted.
+fn leave_intent(told: &Told, body: &str) {
+    let crc = crc32c::crc32c(body.as_bytes());
+    let text = format!("checksum = \"crc32c:{crc:08x}\"\n{body}");
+    fs::write(told.ov("intent"), text).unwrap();
+}
+
+#[test]
+fn an_interrupted_revert_or_reset_is_finished_at_the_next_open() {
+    let told = Told::new();
+    let monday = "from = \"snapshot\"\nname = \"monday\"\n";
+    let tuesday = "from = \"snapshot\"\nname = \"tuesday.new\"\n";
+    let data = OpenOptions::new().read(true).write(true).open(told.ov("data")).unwrap();
+    // As far as it may have come: not at all, cut off, half of one and half of the other.
+    let nothing: &dyn Fn() = &|| {};
+    let cut: &dyn Fn() = &|| data.set_len(1 << 20).unwrap();
+    let mixed: &dyn Fn() = &|| {
+        fs::write(told.ov("data"), &told.monday[..]).unwrap();
+        data.write_all_at(&told.base[..1 << 20], 1 << 20).unwrap();
+    };
+    for (body, wanted) in
+        [(monday, &told.monday), (tuesday, &told.tuesday), ("from = \"base\"\n", &told.base)]
+    {
+        for come_to in [nothing, cut, mixed] {
+            come_to();
+            leave_intent(&told, body);
+            fs::write(told.ov("snapshot.new"), "half").unwrap();
+            fs::write(told.ov("intent.new"), "half").unwrap();
+            let opened = open(&told.lab).unwrap();
+            let is_reset = opened.finished == Some(Origin::Base);
+            assert!(opened.finished.is_some() && is_reset == body.contains("base"));
+            assert!(bytes_of(&opened.layer) == *wanted, "{body}");
+            for name in ["intent", "intent.new", "snapshot.new"] {
+                assert!(!told.ov(name).exists(), "{name}");
+            }
+            put(&opened.layer, b"written after", 100);
+            drop(opened);
+            // It is over: what is written since stays.
+            let again = open(&told.lab).unwrap();
+            assert_eq!(again.finished, None);
+            assert_eq!(&bytes_of(&again.layer)[100..113], b"written after");
+        }
+    }
+    leave_intent(&told, monday);
+    let said = told.lab.mount(DISK);
+    assert!(said.contains("d: the interrupted revert to 'monday' is finished"), "{said}");
+    assert!(whole(&told.lab, "m/d") == told.monday);
+    told.lab.end();
+}
+
+#[test]
+fn what_cannot_be_finished_is_refused_and_left_as_it_is() {
+    let told = Told::new();
+    let was = fs::read(told.ov("data")).unwrap();
+    fs::write(told.ov("intent"), "checksum = \"crc32c:00000000\"\nfrom = \"base\"\n").unwrap();
+    assert!(matches!(open(&told.lab), Err(ReflinkError::Intent)));
+    leave_intent(&told, "from = \"snapshot\"\nname = \"gone\"\n");
+    assert!(matches!(open(&told.lab), Err(ReflinkError::Unfinished { .. })));
+    let line = told.lab.refused(1, &format!("mount m {DISK}"));
+    assert!(line.contains("is in the middle of a revert to 'gone'"), "{line}");
+    assert!(told.ov("intent").exists());
+    assert!(fs::read(told.ov("data")).unwrap() == was);
+    told.lab.end();
+}
+
+#[test]
+fn what_differs_from_the_base_is_told_by_shared_extents() {
+    let lab = lab();
+    let layer = create(&lab).layer;
+    assert_eq!(layer.changed().unwrap().ranges, []);
+    put(&layer, &[1; 100], 5000);
+    put(&layer, &[1; 8192], 8192);
+    put(&layer, &[1; 1], SIZE - 1);
+    let hole = data_runs(layer.data())[0].end.next_multiple_of(4096);
+    put(&layer, &[1; 4096], hole + 4096);
+    let last = (SIZE - 1) / 4096 * 4096;
+    let changed = layer.changed().unwrap();
+    assert_eq!(changed.ranges, [4096..16384, hole + 4096..hole + 8192, last..SIZE]);
+    assert_eq!(changed.bytes, 12288 + 4096 + SIZE - last);
+    assert_eq!(layer.changed_about().unwrap(), changed.bytes);
+    layer.punch_hole(0..4096, &Nothing, cowslip::layer::Wait::Yes).unwrap();
+    assert_eq!(layer.changed().unwrap().ranges[0], 0..16384);
+    layer.set_size(SIZE + MIB).unwrap();
+    put(&layer, &[1; 4096], SIZE + MIB / 2);
+    let changed = layer.changed().unwrap().ranges;
+    assert_eq!(changed.last(), Some(&(SIZE + MIB / 2..SIZE + MIB / 2 + 4096)));
+    layer.reset().unwrap();
+    assert_eq!(layer.changed().unwrap().ranges, []);
+    drop(layer);
+    lab.end();
+}
+
+#[test]
+fn two_openers_exclude_each_other_by_the_inode_of_the_data() {
+    let lab = lab();
+    let one = create(&lab);
+    fs::rename(lab.path("host/ov"), lab.path("host/renamed")).unwrap();
+    let two = reflink::find(Path::new(&lab.path("host/renamed")));
+    assert!(matches!(two, Err(ReflinkError::Stack(StackError::InUse { .. }))));
+    drop(one);
+    find(&lab.path("host/renamed")).unwrap();
+    lab.end();
+}
+
+#[test]
+fn direct_io_reaches_the_file() {
+    let lab = lab();
+    lab.mount(DISK);
+    let mut options = OpenOptions::new();
+    let file = options.read(true).write(true).custom_flags(libc::O_DIRECT);
+    let file = file.open(lab.path("m/d")).unwrap();
+    let data = Aligned::of(&noise(8192, 4));
+    file.write_all_at(data.bytes(), 4096).unwrap();
+    let mut back = Aligned::of(&[0; 8192]);
+    file.read_exact_at(back.bytes_mut(), 4096).unwrap();
+    assert_eq!(back.bytes(), data.bytes());
+    assert_eq!(read(&lab.open_ro("m/d"), 4096, 8192), data.bytes());
+    drop(file);
+    lab.end();
+}
