@@ -100,7 +100,7 @@ fn a_listing_shows_the_disks_and_not_the_control_directory() {
     assert!(lab.path("m/.cowslip/status").is_file());
     assert_eq!(
         lab.sh("ls m/.cowslip; ls m/.cowslip/a"),
-        "a\nb\nc.img\nctl\nlog\nstatus\nctl\nmap\nstatus\n"
+        "a\nb\nc.img\nctl\nlog\nstatus\nctl\nmap\nsnapshots\nstatus\n"
     );
     assert_eq!(errno_of(fs::metadata(lab.path("m/nothing"))), libc::ENOENT);
     for (name, size) in [("a", 2), ("b", 1), ("c.img", 3)] {

@@ -532,6 +532,7 @@ fn create(lab: &Lab) -> Persistent {
         kind: OverlayKind::Reflink,
         base: BaseRecord::File { path: path.clone(), format: "raw".to_owned(), identity },
         layers: Vec::new(),
+        snapshots: Vec::new(),
     };
     let base = Source { path: &path, file: &file };
     reflink::create(&lab.path("host/ov"), stack, &base, None).unwrap()

@@ -122,8 +122,12 @@ impl Disk {
             self.life.all_bytes.store(total, Ordering::Relaxed);
         };
         let stop = || turn.must_stop() || is_gone();
-        let to =
-            CommitTo { layer: &base.layer, file: &base.file, progress: &progress, stop: &stop };
+        let to = CommitTo {
+            layer: &base.layer,
+            file: Some(&base.file),
+            progress: &progress,
+            stop: &stop,
+        };
         {
             let _gate = self.enter_to_switch()?;
             overlay.begin_commit().map_err(LifeError::host("marking the commit"))?;

@@ -14,7 +14,7 @@
 //! the base holds it durably. Again is nothing but more of the same.
 
 use std::fs::File;
-use std::io::{self, IoSlice};
+use std::io;
 use std::ops::Range;
 use std::os::fd::AsFd;
 use std::sync::atomic::Ordering;
@@ -38,8 +38,8 @@ const PASSES: u32 = 3;
 pub struct CommitTo<'a> {
     /// The base, for zeros and sizes.
     pub layer: &'a dyn WritableLayer,
-    /// The same, for the host to copy into.
-    pub file: &'a File,
+    /// The same, for the host to copy into, where it is a file of it.
+    pub file: Option<&'a File>,
     /// Told how many bytes are done, and of how many.
     pub progress: &'a dyn Fn(u64, u64),
     /// Whether to stop.
@@ -174,6 +174,9 @@ impl Overlay {
     /// # Errors
     /// `EINTR` when `to.stop` says so; the host's errno. What was let go of is in the base.
     pub fn commit_blocks(&self, to: &CommitTo<'_>) -> io::Result<()> {
+        // The limit as it is now: else a power cut would bring an older one back, and behind that
+        // a sector half as the base has it by then.
+        self.sync()?;
         for _ in 0..PASSES {
             let (done, left) = (self.commit_pass(to)?, self.usage());
             if done == 0 || left.data + left.zero == 0 {
@@ -249,9 +252,11 @@ impl Overlay {
         if run.state == State::Zero {
             return to.layer.punch_hole(bytes, &super::merge::Nothing, Wait::Yes);
         }
-        let copied = match self.data.backing(bytes.clone()) {
-            Some(from) => host::copy_range(from, bytes.clone(), to.file.as_fd(), bytes.start),
-            None => Ok(0),
+        let copied = match (self.data.backing(bytes.clone()), to.file) {
+            (Some(from), Some(file)) => {
+                host::copy_range(from, bytes.clone(), file.as_fd(), bytes.start)
+            }
+            _ => Ok(0),
         };
         let copied = match copied {
             Err(error) if host::cannot_copy(&error) => 0,
@@ -263,7 +268,7 @@ impl Overlay {
             let len = (bytes.end - at).min(1 << 20);
             buf.resize(usize::try_from(len).map_err(|_| errno(libc::EFBIG))?, 0);
             self.data.read_at(&mut buf, at, Wait::Yes)?;
-            host::write_all_at(to.file, &[IoSlice::new(&buf)], at)?;
+            to.layer.write_at(&buf, at, &super::merge::Nothing, Wait::Yes)?;
             at += len;
         }
         Ok(())

@@ -254,6 +254,8 @@ mod tests {
             any::<(u64, u64)>().prop_map(|(upto, durable)| Record::Vouch { upto, durable }),
             any::<u64>().prop_map(|durable| Record::Poisoned { durable }),
             Just(Record::Close),
+            Just(Record::Intent),
+            Just(Record::Done),
         ]
     }
 
@@ -316,9 +318,9 @@ mod tests {
         let uuid = Uuid::from_u128(1);
         assert_eq!(Record::decode(&[0; RECORD_LEN], &uuid), Decoded::Blank);
         let mut bytes = Record::Close.encode(&uuid, 1);
-        bytes[4] = 8;
+        bytes[4] = 10;
         let crc = checksum(&uuid, &bytes);
         bytes[..4].copy_from_slice(&crc.to_le_bytes());
-        assert_eq!(Record::decode(&bytes, &uuid), Decoded::Unknown(8));
+        assert_eq!(Record::decode(&bytes, &uuid), Decoded::Unknown(10));
     }
 }

@@ -144,7 +144,7 @@ pub fn read_through(
 /// Writes, growing the disk first, as a disk does.
 pub fn write_through(
     overlay: &Overlay,
-    base: &TestBase,
+    base: &dyn ReadBelow,
     buf: &[u8],
     offset: u64,
 ) -> io::Result<()> {
@@ -376,7 +376,7 @@ impl SimDisk {
     }
 
     pub fn write(&mut self, buf: &[u8], offset: u64) -> io::Result<()> {
-        write_through(self.overlay(), &self.base, buf, offset)?;
+        write_through(self.overlay(), &*self.base, buf, offset)?;
         self.shape.write(&(offset..offset + buf.len() as u64));
         Ok(())
     }

@@ -63,6 +63,8 @@ impl Chance {
 pub enum Role {
     Data,
     Log,
+    /// A base that is written to.
+    Base,
     /// The directory that holds the log.
     Dir,
 }
@@ -317,6 +319,18 @@ impl SimFile {
     fn with(host: &Arc<Host>, role: Role, state: FileState) -> Self {
         host.state.lock().used += state.allocated.len() as u64 * SECTOR;
         Self { host: Arc::clone(host), role, state: Mutex::new(state) }
+    }
+
+    /// What a power cut now may leave of it, by `seed`, under `host`.
+    #[must_use]
+    pub fn after_power_cut(&self, host: &Arc<Host>, seed: u64) -> Self {
+        self.crash(host, &mut Chance(seed))
+    }
+
+    /// What is there when only the daemon dies, under `host`.
+    #[must_use]
+    pub fn after_kill(&self, host: &Arc<Host>) -> Self {
+        self.copy(host)
     }
 
     /// What the disk would have of it after a power cut now.
