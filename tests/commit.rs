@@ -1,0 +1,349 @@
+//! Down into the base and up out of it: commit, prefetch, cow-on-read, hydrate, and disks that are
+//! kept in a store.
+
+// Sizes are small here, and a test may panic.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::cast_possible_truncation)]
+
+mod common;
+
+use std::fs;
+use std::os::unix::fs::FileExt;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::Duration;
+
+use common::mount::*;
+
+/// A laboratory with a base that may be written, of `size` bytes.
+fn lab(size: u64) -> Lab {
+    let lab = Lab::new();
+    fs::write(lab.path("base.img"), noise(size, 1)).unwrap();
+    lab
+}
+
+fn changed(lab: &Lab) -> u64 {
+    let overlay = &lab.disk("d")["overlay"];
+    overlay["changed"].as_u64().unwrap() + overlay["zeroed"].as_u64().unwrap()
+}
+
+#[test]
+fn a_commit_makes_the_base_what_the_disk_is() {
+    let lab = lab(8 * MIB);
+    lab.mount("d=base.img,overlay=o");
+    let file = lab.open("m/d");
+    file.write_all_at(&noise(MIB, 2), MIB + 100).unwrap();
+    lab.sh("fallocate -p -o 4M -l 1M m/d");
+    // What was cut off once is zeros in the base as well.
+    file.set_len(6 * MIB + 10).unwrap();
+    file.set_len(8 * MIB).unwrap();
+    drop(file);
+    // Not the checksum, which holes count in: where the disk was cut, a hole began inside a block.
+    let before = fs::read(lab.path("m/d")).unwrap();
+    let said = lab.ok("commit m/d");
+    assert!(said.starts_with("d: 2 MiB are in its base now"), "{said}");
+    assert!(fs::read(lab.path("m/d")).unwrap() == before);
+    lab.sh("cmp m/d base.img");
+    assert_eq!(changed(&lab), 0);
+    assert_eq!(lab.ok("commit m/d"), "d: 0 bytes are in its base now\n");
+    lab.umount();
+    // The overlay fits its base as it is now.
+    lab.mount("d=base.img,overlay=o");
+    assert!(fs::read(lab.path("m/d")).unwrap() == before);
+    lab.end();
+}
+
+#[test]
+fn an_overlay_that_is_not_mounted_is_committed_too() {
+    let lab = lab(4 * MIB);
+    lab.mount("d=base.img,overlay=o");
+    lab.open("m/d").write_all_at(&noise(MIB, 2), 777).unwrap();
+    let before = checksum(&lab.path("m/d"));
+    assert!(lab.refused(1, "commit o").contains("is in use by the cowslip mount at"));
+    lab.umount();
+    assert!(lab.ok("commit o").ends_with("are in its base now\n"));
+    assert_eq!(checksum(&lab.path("base.img")), before);
+    lab.mount("d=base.img,overlay=o");
+    assert_eq!((checksum(&lab.path("m/d")), changed(&lab)), (before, 0));
+    lab.end();
+}
+
+#[test]
+fn a_smaller_disk_makes_a_smaller_base() {
+    let lab = lab(4 * MIB);
+    lab.mount("d=base.img,overlay=o");
+    lab.open("m/d").set_len(MIB + 1).unwrap();
+    lab.ok("commit m/d");
+    assert_eq!(fs::metadata(lab.path("base.img")).unwrap().len(), MIB + 1);
+    lab.sh("cmp m/d base.img");
+    lab.ok("reset m/d");
+    assert_eq!(fs::metadata(lab.path("m/d")).unwrap().len(), MIB + 1);
+    lab.end();
+}
+
+#[test]
+fn what_cannot_be_committed_is_refused_and_nothing_changes() {
+    let lab = lab(4 * MIB);
+    lab.mount("d=base.img,overlay=o t=base.img b=blank:1M,overlay=ob r=base.img,mode=ro");
+    lab.open("m/d").write_all_at(&noise(MIB, 2), 0).unwrap();
+    let base = checksum(&lab.path("base.img"));
+    let line = |words: &str, wanted: &str| {
+        let line = lab.refused(1, words);
+        assert!(line.contains(wanted), "{words}: {line}");
+    };
+    line("commit m/t", "its overlay is temporary");
+    line("commit m/b", "its base is blank");
+    line("commit m/r", "it has no overlay");
+    line("commit m/d", "cannot be written while another");
+    lab.ok("remove m/t");
+    lab.ok("remove m/r");
+    let writer = lab.open("m/d");
+    line("commit m/d", "it is open for writing");
+    drop(writer);
+    lab.ok("snapshot m/d one");
+    line("commit m/d", "it has snapshots");
+    lab.ok("snapshot m/d --delete one");
+    wait_until("the layers are merged", || {
+        lab.disk("d")["overlay"]["chain"].as_array().unwrap().len() == 1
+    });
+    fs::File::options().write(true).open(lab.path("m/d")).unwrap().set_len(5 * MIB).unwrap();
+    line("commit m/d", "it is larger (5 MiB) than its base");
+    fs::File::options().write(true).open(lab.path("m/d")).unwrap().set_len(4 * MIB).unwrap();
+    assert_eq!(checksum(&lab.path("base.img")), base);
+    // Somebody else has written to it.
+    fs::File::options()
+        .write(true)
+        .open(lab.path("base.img"))
+        .unwrap()
+        .write_all_at(b"x", 99)
+        .unwrap();
+    line("commit m/d", "has changed under it");
+    line("commit nothing", "is no overlay and no mounted disk");
+    lab.end();
+}
+
+#[test]
+fn a_base_without_room_for_it_is_refused_before_anything_is_copied() {
+    let lab = Lab::new();
+    lab.host("small", "ext4", 16 * MIB);
+    lab.sh("truncate -s 64M small/base.img");
+    lab.mount("d=small/base.img,overlay=o");
+    lab.open("m/d").write_all_at(&noise(32 * MIB, 2), 0).unwrap();
+    let line = lab.refused(1, "commit m/d");
+    assert!(line.contains("not enough space where its base is: 32 MiB are needed"), "{line}");
+    assert_eq!(allocated(&lab.path("small/base.img")), 0);
+    lab.open("m/d").write_all_at(b"still", 0).unwrap();
+    lab.end();
+}
+
+#[test]
+fn a_commit_that_was_killed_is_finished_by_the_next_and_reads_are_right_meanwhile() {
+    let lab = lab(96 * MIB);
+    lab.mount("d=base.img,overlay=o");
+    lab.open("m/d").write_all_at(&noise(64 * MIB, 2), 4 * MIB).unwrap();
+    lab.sh("sync m/d");
+    let before = checksum(&lab.path("m/d"));
+    let mut cut_short = 0;
+    for delay in [0, 2, 5, 10, 20, 40] {
+        let commit = lab.command(env!("CARGO_BIN_EXE_cowslip")).args(["commit", "m/d"]).spawn();
+        let mut commit = commit.unwrap();
+        thread::sleep(Duration::from_millis(delay));
+        lab.kill();
+        let _ = commit.wait();
+        let said = lab.mount("d=base.img,overlay=o");
+        assert_eq!(checksum(&lab.path("m/d")), before, "after {delay} ms");
+        cut_short += usize::from(said.contains("a commit into the base was cut short"));
+        if said.contains("a commit into the base was cut short") {
+            let line = lab.refused(1, "snapshot m/d");
+            assert!(line.contains("a commit of it was cut short"), "{line}");
+            lab.refused(1, "reset m/d");
+        }
+    }
+    lab.ok("commit m/d");
+    assert_eq!(checksum(&lab.path("m/d")), before);
+    lab.sh("cmp m/d base.img");
+    assert!(cut_short > 0, "no commit was cut short");
+    lab.end();
+}
+
+#[test]
+fn writers_go_on_while_a_disk_is_committed() {
+    let lab = lab(64 * MIB);
+    lab.mount("d=base.img,overlay=o");
+    let mut expected = noise(64 * MIB, 1);
+    let file = lab.open("m/d");
+    for at in 0..16 {
+        let bytes = noise(MIB, 50 + at);
+        file.write_all_at(&bytes, at * 4 * MIB + 1000).unwrap();
+        expected[(at * 4 * MIB + 1000) as usize..][..MIB as usize].copy_from_slice(&bytes);
+    }
+    let done = AtomicBool::new(false);
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            for _ in 0..3 {
+                lab.ok("commit --force m/d");
+            }
+            done.store(true, Ordering::SeqCst);
+        });
+        let mut round = 0;
+        while !done.load(Ordering::SeqCst) {
+            let at = round * 7919 % 60 * MIB + round * 123 % 5000;
+            let bytes = noise(6000, 1000 + round);
+            file.write_all_at(&bytes, at).unwrap();
+            expected[at as usize..][..6000].copy_from_slice(&bytes);
+            assert_eq!(read(&file, at, 6000), bytes);
+            round += 1;
+        }
+        assert!(round > 5, "the commits were over at once");
+    });
+    drop(file);
+    assert!(fs::read(lab.path("m/d")).unwrap() == expected);
+    lab.ok("commit m/d");
+    assert!(fs::read(lab.path("base.img")).unwrap() == expected);
+    lab.end();
+}
+
+#[test]
+fn prefetch_reads_and_with_copy_fills_the_overlay() {
+    let mut lab = Lab::new();
+    lab.base("base.img", 16 * MIB);
+    lab.mount("d=base.img c=base.img,cow-on-cache r=base.img,mode=ro");
+    assert!(lab.ok("prefetch m/d").ends_with("read into the host's cache\n"));
+    assert_eq!(changed(&lab), 0);
+    lab.ok("prefetch m/d 0..1M --copy");
+    let data = data_runs(&lab.open_ro("m/d"));
+    let overlay = lab.ok("map m/d --json");
+    let first = overlay.lines().next().unwrap();
+    assert!(first.contains("\"depth\": 0") && first.contains("\"data\""), "{first}");
+    assert_eq!(data_runs(&lab.open_ro("base.img")), data, "holes became data");
+    lab.ok("prefetch m/c");
+    let map = lab.ok("map m/c --json");
+    assert!(
+        !map.lines().any(|line| line.contains("\"depth\": 1") && line.contains("\"data\": true"))
+    );
+    lab.sh("cmp m/c base.img");
+    let line = lab.refused(1, "prefetch m/r --copy");
+    assert!(line.contains("no overlay to copy into"), "{line}");
+    lab.refused(2, "prefetch m/d 5M..1M");
+    lab.end();
+}
+
+#[test]
+fn what_is_read_is_copied_up_when_the_disk_says_so_and_a_write_wins() {
+    let lab = lab(16 * MIB);
+    lab.mount("d=base.img,overlay=o,cow-on-read");
+    let file = lab.open("m/d");
+    let wanted = noise(16 * MIB, 1);
+    assert!(read(&file, MIB + 5, 5000) == wanted[(MIB + 5) as usize..][..5000]);
+    assert_eq!(changed(&lab), 8192);
+    // Readers and writers of the same places.
+    thread::scope(|scope| {
+        for reader in 0..2 {
+            let file = lab.open("m/d");
+            scope.spawn(move || {
+                for at in 0..512 {
+                    read(&file, 4 * MIB + (at * 8192 + reader * 4096) % (4 * MIB), 4096);
+                }
+            });
+        }
+        for at in 0..512 {
+            file.write_all_at(&[at as u8; 512], 4 * MIB + at * 8192 + 512).unwrap();
+        }
+    });
+    for at in 0..512 {
+        assert_eq!(read(&file, 4 * MIB + at * 8192 + 512, 512), [at as u8; 512], "write {at}");
+        let before = (4 * MIB + at * 8192) as usize;
+        assert!(read(&file, before as u64, 512) == wanted[before..before + 512]);
+    }
+    drop(file);
+    lab.end();
+}
+
+#[test]
+fn a_hydrated_disk_stands_alone() {
+    let lab = lab(16 * MIB);
+    lab.mount("d=base.img,overlay=o");
+    lab.open("m/d").write_all_at(&noise(MIB, 2), 5 * MIB + 3).unwrap();
+    let before = checksum(&lab.path("m/d"));
+    // Slowly at first: it can be paused, steered and ended.
+    lab.ok("hydrate m/d --rate 1M --background");
+    wait_until("it is under way", || lab.disk("d")["overlay"]["hydration"] == "running");
+    assert!(lab.refused(1, "snapshot m/d").contains("a hydration is going on"));
+    lab.ok("hydrate m/d --pause");
+    assert_eq!(lab.disk("d")["overlay"]["hydration"], "paused");
+    lab.ok("hydrate m/d --cancel");
+    wait_until("it has ended", || lab.disk("d")["overlay"]["hydration"].is_null());
+    assert!(lab.refused(1, "hydrate m/d --pause").contains("not being hydrated"));
+    assert!(lab.ok("hydrate m/d").contains("stands alone"));
+    fs::remove_file(lab.path("base.img")).unwrap();
+    assert_eq!(checksum(&lab.path("m/d")), before);
+    lab.umount();
+    lab.mount("d=blank:16M,overlay=o");
+    assert_eq!(checksum(&lab.path("m/d")), before);
+    lab.end();
+}
+
+#[test]
+fn a_disk_with_snapshots_needs_its_base() {
+    let lab = lab(4 * MIB);
+    lab.mount("d=base.img,overlay=o");
+    lab.ok("snapshot m/d one");
+    assert!(lab.refused(1, "hydrate m/d").contains("it has snapshots"));
+    lab.end();
+}
+
+#[test]
+fn a_clone_that_is_hydrated_needs_neither_its_origin_nor_its_base() {
+    let lab = lab(8 * MIB);
+    lab.mount("--store st d=base.img,overlay=st");
+    lab.open("m/d").write_all_at(&noise(MIB, 2), MIB).unwrap();
+    lab.ok("clone m/d c");
+    let before = checksum(&lab.path("m/c"));
+    lab.ok("hydrate m/c");
+    fs::remove_file(lab.path("m/d")).unwrap();
+    fs::remove_file(lab.path("base.img")).unwrap();
+    assert_eq!(checksum(&lab.path("m/c")), before);
+    lab.umount();
+    lab.mount("--store st");
+    assert_eq!(checksum(&lab.path("m/c")), before);
+    assert_eq!(fs::read_dir(lab.path("st/layers")).unwrap().count(), 1);
+    lab.end();
+}
+
+#[test]
+fn a_temporary_disk_is_kept_in_the_store_and_cloned() {
+    let lab = lab(4 * MIB);
+    lab.mount("--store st d=base.img");
+    lab.open("m/d").write_all_at(&noise(MIB, 2), 0).unwrap();
+    let line = lab.refused(1, "clone m/d c");
+    assert!(line.contains("its changes are temporary: 'cowslip keep FILE "), "{line}");
+    lab.ok("snapshot m/d one");
+    lab.ok("keep m/d st");
+    lab.ok("clone m/d c");
+    let line = lab.refused(1, "clone m/d c");
+    assert!(line.contains("there is a disk 'c' already"), "{line}");
+    let before = checksum(&lab.path("m/d"));
+    lab.open("m/c").write_all_at(b"other", 0).unwrap();
+    assert_eq!(checksum(&lab.path("m/d")), before);
+    lab.umount();
+    lab.mount("--store st d=base.img,overlay=st");
+    assert_eq!(checksum(&lab.path("m/d")), before);
+    assert_eq!(checksum(&lab.path("m/.cowslip/d/snapshots/one")), before);
+    assert_eq!(read(&lab.open_ro("m/c"), 0, 5), b"other");
+    lab.end();
+}
+
+#[test]
+fn the_limit_counts_all_layers() {
+    let lab = lab(4 * MIB);
+    lab.mount("d=base.img,overlay=o,limit=1M");
+    let file = lab.open("m/d");
+    file.write_all_at(&noise(MIB / 2, 2), 0).unwrap();
+    lab.ok("snapshot m/d one");
+    file.write_all_at(&noise(MIB / 2, 3), MIB).unwrap();
+    let error = file.write_all_at(&noise(4096, 4), 2 * MIB).unwrap_err();
+    assert_eq!(error.raw_os_error(), Some(libc::ENOSPC));
+    // What it holds itself it may write over.
+    file.write_all_at(&noise(MIB / 2, 5), MIB).unwrap();
+    drop(file);
+    lab.end();
+}
