@@ -91,12 +91,7 @@ impl Store {
         for name in ["layers", "disks", "names"] {
             fs::create_dir_all(dir.join(name)).map_err(io("making its directories"))?;
         }
-        let lock = open_dir(dir).map_err(io("opening it"))?;
-        match rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => {}
-            Err(rustix::io::Errno::WOULDBLOCK) => return Err(StoreError::InUse(dir.to_owned())),
-            Err(error) => return Err(io("locking it")(error.into())),
-        }
+        let lock = lock(dir)?;
         lock.sync_all().map_err(io("making its directories"))?;
         let names = open_dir(&dir.join("names")).map_err(io("opening its names"))?;
         let shelf = Arc::default();
@@ -115,53 +110,15 @@ impl Store {
         self.dir.join("disks").join(uuid.to_string())
     }
 
-    fn target_of(&self, name: &str) -> Option<Uuid> {
-        let target = fs::read_link(self.dir.join("names").join(name)).ok()?;
-        Uuid::parse_str(target.file_name()?.to_str()?).ok()
-    }
-
     /// Every name and the disk it leads to.
     fn targets(&self) -> io::Result<Vec<(String, Uuid)>> {
-        let mut all = Vec::new();
-        for entry in fs::read_dir(self.dir.join("names"))? {
-            let Ok(name) = entry?.file_name().into_string() else {
-                continue;
-            };
-            if let Some(uuid) = self.target_of(&name) {
-                all.push((name, uuid));
-            }
-        }
-        all.sort();
-        Ok(all)
+        targets(&self.dir)
     }
 
     /// Removes disks without a name and layers without a disk: what a crash left behind.
     fn sweep(&self) -> io::Result<()> {
-        let named: HashSet<Uuid> = self.targets()?.into_iter().map(|(_, uuid)| uuid).collect();
-        let mut layers = HashSet::new();
-        for entry in fs::read_dir(self.dir.join("disks"))? {
-            let path = entry?.path();
-            let uuid = path.file_name().and_then(|name| Uuid::parse_str(name.to_str()?).ok());
-            if uuid.is_some_and(|uuid| named.contains(&uuid)) {
-                // One that cannot be read keeps all layers: nothing is guessed.
-                let Ok(stack) = open_dir(&path)
-                    .map_err(|_| ())
-                    .and_then(|dir| Stack::read(&dir).map_err(|_| ()))
-                else {
-                    return Ok(());
-                };
-                layers.extend(stack.layers.into_iter().map(|layer| layer.uuid.to_string()));
-            } else {
-                fs::remove_dir_all(&path)?;
-            }
-        }
-        for entry in fs::read_dir(self.dir.join("layers"))? {
-            let entry = entry?;
-            if !entry.file_name().to_str().is_some_and(|name| layers.contains(name)) {
-                fs::remove_dir_all(entry.path())?;
-            }
-        }
-        Ok(())
+        let leftovers = Leftovers::find(&self.dir)?;
+        leftovers.disks.iter().chain(&leftovers.layers).try_for_each(fs::remove_dir_all)
     }
 
     fn with_place<T>(&self, uuid: &Uuid, use_it: impl FnOnce(Place<'_>) -> T) -> T {
@@ -306,11 +263,106 @@ impl Store {
             let needed = layers_of_others(&self.dir, uuid)?;
             let free = layers.iter().filter(|layer| !needed.contains(&layer.uuid));
             let paths = free.map(|layer| self.dir.join("layers").join(layer.uuid.to_string()));
-            paths.fold(Ok(()), |removed, path| removed.and(fs::remove_dir_all(path)))
+            // All of them, also after one could not be removed.
+            let removed: Vec<io::Result<()>> = paths.map(fs::remove_dir_all).collect();
+            removed.into_iter().collect::<io::Result<()>>()
         });
         if let Err(error) = removed {
             log::warn!("files of a removed disk are left in '{}': {error}", self.dir.display());
         }
+    }
+}
+
+/// Takes the lock of the store at `dir`, which is free again when the file is closed.
+///
+/// # Errors
+/// [`StoreError`]: a mount has it.
+pub fn lock(dir: &Path) -> Result<File, StoreError> {
+    let io = |what| move |error| StoreError::Io { dir: dir.to_owned(), what, error };
+    let lock = open_dir(dir).map_err(io("opening it"))?;
+    match rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => Ok(lock),
+        Err(rustix::io::Errno::WOULDBLOCK) => Err(StoreError::InUse(dir.to_owned())),
+        Err(error) => Err(io("locking it")(error.into())),
+    }
+}
+
+/// The disk that `name` leads to in the store `dir`.
+fn target_of(dir: &Path, name: &str) -> Option<Uuid> {
+    let target = fs::read_link(dir.join("names").join(name)).ok()?;
+    Uuid::parse_str(target.file_name()?.to_str()?).ok()
+}
+
+/// Every name in the store `dir` and the disk it leads to.
+fn targets(dir: &Path) -> io::Result<Vec<(String, Uuid)>> {
+    let mut all = Vec::new();
+    for entry in fs::read_dir(dir.join("names"))? {
+        let Ok(name) = entry?.file_name().into_string() else {
+            continue;
+        };
+        if let Some(uuid) = target_of(dir, &name) {
+            all.push((name, uuid));
+        }
+    }
+    all.sort();
+    Ok(all)
+}
+
+/// What a crash left behind in a store. Only who has its lock may look.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Leftovers {
+    /// Names whose disk is gone.
+    pub names: Vec<String>,
+    /// The directories of disks without a name.
+    pub disks: Vec<PathBuf>,
+    /// The directories of layers that no disk stands on. None while a disk's stack is gone or cannot
+    /// be read: nobody knows then what it needs.
+    pub layers: Vec<PathBuf>,
+}
+
+impl Leftovers {
+    /// Looks for them in the store `dir`.
+    ///
+    /// # Errors
+    /// The host's errno.
+    pub fn find(dir: &Path) -> io::Result<Self> {
+        let named = targets(dir)?;
+        let mut found = Self::default();
+        for (name, uuid) in &named {
+            match fs::symlink_metadata(dir.join("disks").join(uuid.to_string())) {
+                Ok(_) => {}
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                    found.names.push(name.clone());
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        let mut needed = found.names.is_empty().then(HashSet::new);
+        for entry in fs::read_dir(dir.join("disks"))? {
+            let path = entry?.path();
+            let uuid = path.file_name().and_then(|name| Uuid::parse_str(name.to_str()?).ok());
+            if uuid.is_none_or(|uuid| named.iter().all(|(_, other)| *other != uuid)) {
+                found.disks.push(path);
+                continue;
+            }
+            let stack = open_dir(&path).ok().and_then(|dir| Stack::read(&dir).ok());
+            needed = needed.zip(stack).map(|(mut needed, stack)| {
+                needed.extend(stack.layers.into_iter().map(|layer| layer.uuid.to_string()));
+                needed
+            });
+        }
+        for entry in fs::read_dir(dir.join("layers"))? {
+            let entry = entry?;
+            let name = entry.file_name();
+            let is_needed =
+                |needed: &HashSet<String>| name.to_str().is_some_and(|name| needed.contains(name));
+            if needed.as_ref().is_some_and(|needed| !is_needed(needed)) {
+                found.layers.push(entry.path());
+            }
+        }
+        found.disks.sort();
+        found.layers.sort();
+        Ok(found)
     }
 }
 

@@ -89,6 +89,14 @@ impl Identity {
         }
         (!found.is_empty()).then(|| found.join(", "))
     }
+
+    /// As [`differences`](Self::differences), for a base that may have been copied: a copy may have
+    /// another time of last change. The same inode with another time was written to.
+    #[must_use]
+    pub fn differences_of_copy(&self, now: &Self) -> Option<String> {
+        let mtime = if self.inode == now.inode { now.mtime } else { None };
+        self.differences(&Self { mtime, ..now.clone() })
+    }
 }
 
 /// Hashes the samples in order, each into the next.
@@ -184,6 +192,20 @@ mod tests {
         let two = Identity::of(&copy).unwrap();
         assert_ne!(one.inode, two.inode);
         assert_eq!(one.differences(&two), None);
+    }
+
+    #[test]
+    fn a_copy_may_be_younger_but_not_what_was_written_to() {
+        let (original, copy) = (file(10 << 20), file(10 << 20));
+        let was = Identity::of(&original).unwrap();
+        set_mtime(&copy, 1_795_225_562);
+        assert_eq!(was.differences_of_copy(&Identity::of(&copy).unwrap()), None);
+        copy.write_all_at(b"x", 5).unwrap();
+        let what = was.differences_of_copy(&Identity::of(&copy).unwrap());
+        assert_eq!(what.unwrap(), "its contents differ");
+        set_mtime(&original, 1_795_225_562);
+        let what = was.differences_of_copy(&Identity::of(&original).unwrap()).unwrap();
+        assert!(what.starts_with("modified 2026-11-21"), "{what}");
     }
 
     #[test]

@@ -1,99 +1,114 @@
 //! `cowslip check`: is an overlay that is not mounted whole, and is its base the one it knows?
 //!
-//! Looks only, and repairs nothing. A store is checked disk by disk. Exit 0: all is well; 3:
-//! something is damaged, or the base is gone or has changed; 1: it could not be looked at.
+//! Every layer is read as the next mount would read it. Without `--repair` nothing is changed; with
+//! it what the next mount would do is done now, and what nothing needs goes. A store is checked disk
+//! by disk. Exit 0: all is well; 3: something is damaged, or the base is gone or has changed; 1: it
+//! could not be looked at.
 
-use std::collections::HashMap;
 use std::fs::{self, File};
 use std::io;
-use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
 use clap::Args;
 
-use super::table::printable;
+use super::table::{Align, Table, printable};
+use super::target::{Target, is_store, targets};
 use super::{DONE, UNHEALTHY, die_of_a_closed_pipe, print};
 use crate::base::identity::Identity;
-use crate::overlay::blocks::{BlockIndex, State};
-use crate::overlay::data::SEGMENT;
-use crate::overlay::persist::{self, Found, Place};
-use crate::overlay::record::Image;
-use crate::overlay::recover::{LogError, Recovered, Trusted};
+use crate::overlay::persist::{self, Found};
+use crate::overlay::recover::{LogError, Recovered};
 use crate::overlay::stack::{BaseRecord, StackError};
+use crate::overlay::verify::{Look, Sound, contradictions, short};
 use crate::spec::format_size;
+use crate::store::{self, Leftovers};
 
 #[derive(Debug, Args)]
 pub(super) struct CheckArgs {
-    /// The directory of an overlay, or of a store
+    /// The directory of an overlay, of a store, or of one of its disks (STORE/names/NAME)
     overlay: PathBuf,
+    /// Recover what was not closed, and remove what nothing needs
+    #[arg(long)]
+    repair: bool,
+}
+
+/// What is done about what is found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Manner {
+    /// Nothing.
+    Look,
+    /// What is safe.
+    Repair,
 }
 
 pub(super) fn run(args: &CheckArgs) -> anyhow::Result<u8> {
-    die_of_a_closed_pipe();
+    let manner = if args.repair { Manner::Repair } else { Manner::Look };
+    if manner == Manner::Look {
+        die_of_a_closed_pipe();
+    }
     let dir = &args.overlay;
-    let targets = targets(dir)?;
-    if targets.is_empty() {
-        print(format!("the store '{}' holds no disks\n", dir.display()).as_bytes())?;
+    let is_store = is_store(dir);
+    // Held to the end: nobody adds or removes a disk meanwhile.
+    let _lock = if is_store { Some(store::lock(dir)?) } else { None };
+    let (mut text, mut damaged) = (Vec::new(), false);
+    if is_store {
+        let (shown, is_damaged) = check_store(dir, manner)?;
+        damaged |= is_damaged;
+        text.extend(shown);
     }
-    let mut worst = DONE;
-    for (index, target) in targets.iter().enumerate() {
-        if index > 0 {
-            print(b"\n")?;
-        }
-        let findings = check(target)?;
-        print(findings.show(&target.shown).as_bytes())?;
-        if !findings.damage.is_empty() {
-            worst = UNHEALTHY;
-        }
+    for target in targets(dir)? {
+        let findings = check(&target, manner)?;
+        damaged |= !findings.damage.is_empty();
+        text.push(findings.show(&target.shown));
     }
-    Ok(worst)
+    if text.is_empty() {
+        text.push(format!("the store '{}' holds no disks\n", dir.display()));
+    }
+    print(text.join("\n").as_bytes())?;
+    Ok(if damaged { UNHEALTHY } else { DONE })
 }
 
-/// One overlay to be checked.
-#[derive(Clone, Debug, PartialEq, Eq)]
-struct Target {
-    dir: PathBuf,
-    /// Where its layers are, unless inside `dir`.
-    layers: Option<PathBuf>,
-    /// Its name for people.
-    shown: String,
+/// What lies in a store and belongs to no disk, and whether some of that is damage. A repair
+/// removes it first: what has no name is not worth a look.
+fn check_store(dir: &Path, manner: Manner) -> anyhow::Result<(Option<String>, bool)> {
+    let at = || format!("cannot sweep the store '{}'", dir.display());
+    let left = Leftovers::find(dir).with_context(at)?;
+    let names: Vec<PathBuf> = left.names.iter().map(|name| dir.join("names").join(name)).collect();
+    let kinds = [
+        ("name", &names, "it leads nowhere"),
+        ("disk", &left.disks, "it has no name"),
+        ("layer", &left.layers, "no disk needs it"),
+    ];
+    let mut text = String::new();
+    for (kind, paths, why) in kinds {
+        for path in paths {
+            let shown = printable(&path.file_name().unwrap_or_default().to_string_lossy());
+            text += &match (manner, kind) {
+                (Manner::Repair, _) => {
+                    remove(path).with_context(at)?;
+                    format!("repair   removed the {kind} '{shown}': {why}\n")
+                }
+                (Manner::Look, "name") => {
+                    format!("damage   the name '{shown}': {why}, --repair removes it\n")
+                }
+                (Manner::Look, _) => {
+                    format!("unused   the {kind} '{shown}': {why}, the next mount removes it\n")
+                }
+            };
+        }
+    }
+    if manner == Manner::Repair && text.is_empty() {
+        text = "repair   nothing to do\n".to_owned();
+    }
+    let is_damaged = manner == Manner::Look && !left.names.is_empty();
+    let heading = format!("store    {}\n", dir.display());
+    Ok(((!text.is_empty()).then(|| heading + &text), is_damaged))
 }
 
-/// The overlay at `dir`, or those of the store there that have a name: what has none is swept at
-/// the next mount.
-fn targets(dir: &Path) -> anyhow::Result<Vec<Target>> {
-    let names = dir.join("names");
-    let has = |name: &str| dir.join(name).exists();
-    if dir.is_dir() && !has("stack") && !has("layers") && !has("names") {
-        anyhow::bail!(
-            "'{}' is no overlay and no store: it holds neither 'stack' nor 'names'",
-            dir.display()
-        );
-    }
-    if has("stack") || !names.is_dir() {
-        return Ok(vec![Target {
-            dir: dir.to_owned(),
-            layers: None,
-            shown: dir.display().to_string(),
-        }]);
-    }
-    let reading = || format!("cannot read the store '{}'", dir.display());
-    let mut found = Vec::new();
-    for entry in fs::read_dir(&names).with_context(reading)? {
-        let entry = entry.with_context(reading)?;
-        // What is not a link to a disk is a name that was being made.
-        let Ok(link) = fs::read_link(entry.path()) else {
-            continue;
-        };
-        found.push(Target {
-            dir: dir.join("disks").join(link.file_name().unwrap_or_default()),
-            layers: Some(dir.join("layers")),
-            shown: printable(&entry.file_name().to_string_lossy()),
-        });
-    }
-    found.sort_by(|a, b| a.shown.cmp(&b.shown));
-    Ok(found)
+/// Removes a link, a file, or a directory with all that is in it.
+fn remove(path: &Path) -> io::Result<()> {
+    let is_dir = fs::symlink_metadata(path)?.is_dir();
+    if is_dir { fs::remove_dir_all(path) } else { fs::remove_file(path) }
 }
 
 /// What a check found.
@@ -101,6 +116,12 @@ fn targets(dir: &Path) -> anyhow::Result<Vec<Target>> {
 struct Findings {
     /// What there is, each with its heading.
     facts: Vec<(&'static str, String)>,
+    /// A row for each layer.
+    table: Option<String>,
+    /// What could go without loss.
+    unused: Vec<String>,
+    /// What was put right.
+    repair: Vec<String>,
     /// What is wrong.
     damage: Vec<String>,
 }
@@ -115,21 +136,27 @@ impl Findings {
         for (heading, fact) in &self.facts {
             text += &format!("{heading:<7}  {fact}\n");
         }
-        for damage in &self.damage {
-            text += &format!("damage   {damage}\n");
+        let lines = [("unused", &self.unused), ("repair", &self.repair), ("damage", &self.damage)];
+        if let Some(table) = &self.table {
+            let has_more = lines.iter().any(|(_, lines)| !lines.is_empty());
+            text += &format!("\n{table}{}", if has_more { "\n" } else { "" });
+        }
+        for (heading, lines) in lines {
+            for line in lines {
+                text += &format!("{heading:<7}  {line}\n");
+            }
         }
         text
     }
 }
 
-/// Looks at one overlay.
+/// Looks at one overlay, and repairs it first if it may.
 ///
 /// # Errors
 /// When it could not be looked at: it is in use, of another version, or the host said no.
-fn check(target: &Target) -> anyhow::Result<Findings> {
+fn check(target: &Target, manner: Manner) -> anyhow::Result<Findings> {
     let mut findings = Findings::default();
-    let place = Place { dir: &target.dir, layers: target.layers.as_deref() };
-    let found = match persist::find(place) {
+    let found = match persist::find(target.place()) {
         Ok(found) => found,
         Err(error) => {
             findings.damage.push(damage(target, &error)?);
@@ -141,11 +168,78 @@ fn check(target: &Target) -> anyhow::Result<Findings> {
     let layers = found.stack.layers.iter();
     let layers: Vec<String> = layers.map(|layer| layer.uuid.to_string()).collect();
     findings.fact("layers", layers.join(", "));
-    match found.examine() {
-        Ok((trusted, image)) => check_layer(&found, &trusted, &image, &mut findings)?,
-        Err(error) => findings.damage.push(damage(target, &error)?),
+    let mut looks = found.look();
+    let mut damage = damage_in(target, &found, &looks)?;
+    if manner == Manner::Repair {
+        if damage.is_empty() {
+            repair(target, &found, &looks, &mut findings)?;
+            looks = found.look();
+            damage = damage_in(target, &found, &looks)?;
+        } else {
+            // What looks unneeded may be what the lost part can be rescued from.
+            findings.repair.push("nothing was touched: a damaged overlay stays as it is".into());
+        }
     }
+    show_top(&found, &looks, &mut findings);
+    findings.table = Some(table(&found, &looks).to_string());
+    findings.unused.extend(unused(target, &found)?);
+    findings.damage.extend(damage);
     Ok(findings)
+}
+
+/// Does what the next mount would do, and removes what nothing needs.
+fn repair(
+    target: &Target,
+    found: &Found,
+    looks: &[Look],
+    findings: &mut Findings,
+) -> anyhow::Result<()> {
+    let at = || format!("overlay '{}'", target.dir.display());
+    let mut done = Vec::new();
+    for look in looks {
+        let is_open = |sound: &Sound| sound.recovered != Recovered::Clean;
+        if look.found.as_ref().is_ok_and(is_open) {
+            let recovered = found.recover(&look.record).with_context(at)?;
+            let what = match recovered {
+                Recovered::Vouched { lost } if lost > 0 => {
+                    format!("as after a power cut, {lost} records since the last sync are lost")
+                }
+                _ => "nothing is lost".to_owned(),
+            };
+            done.push(format!("recovered layer {}: {what}", short(look.record.uuid)));
+        }
+    }
+    if target.layers.is_none() {
+        for layer in found.unused().with_context(at)? {
+            found.remove_unused(layer).with_context(at)?;
+            let (uuid, bytes) = (layer.uuid, format_size(layer.bytes));
+            done.push(format!("removed layer {uuid}, which nothing needs: {bytes}"));
+        }
+    }
+    for name in found.remove_leftovers().with_context(at)? {
+        done.push(format!("removed '{name}', left behind by a mount that was killed"));
+    }
+    if done.is_empty() {
+        done.push("nothing to do".to_owned());
+    }
+    findings.repair = done;
+    Ok(())
+}
+
+/// What nothing needs: no damage. In a store that is the store's to tell.
+fn unused(target: &Target, found: &Found) -> anyhow::Result<Vec<String>> {
+    if target.layers.is_some() {
+        return Ok(Vec::new());
+    }
+    let at = || format!("overlay '{}'", target.dir.display());
+    let line = |uuid, bytes| {
+        format!(
+            "layer {uuid}: nothing needs it, the next mount removes it ({})",
+            format_size(bytes)
+        )
+    };
+    let layers = found.unused().with_context(at)?;
+    Ok(layers.iter().map(|layer| line(layer.uuid, layer.bytes)).collect())
 }
 
 /// `error` as damage, if that is what it tells.
@@ -185,14 +279,24 @@ fn check_base(base: &BaseRecord, findings: &mut Findings) -> anyhow::Result<()> 
         file => Some(Identity::of(&file.with_context(unreadable)?).with_context(unreadable)?),
     };
     let (verdict, damage) = match found {
-        None => {
-            ("missing", Some(format!("the base '{shown}' is missing: put it back in its place")))
-        }
+        None => (
+            "missing",
+            Some(format!(
+                "the base '{shown}' is missing: put it back, or use cowslip rebase if it was moved"
+            )),
+        ),
         Some(now) => match identity.differences(&now) {
             None => ("unchanged", None),
             Some(what) => (
                 "changed",
-                Some(format!("the base '{shown}' has changed: {what}: put the old one back")),
+                Some(match identity.differences_of_copy(&now) {
+                    Some(_) => {
+                        format!("the base '{shown}' has changed: {what}: put the old one back")
+                    }
+                    None => format!(
+                        "the base '{shown}' has changed: {what}: if it is a copy, use cowslip rebase"
+                    ),
+                }),
             ),
         },
     };
@@ -202,25 +306,88 @@ fn check_base(base: &BaseRecord, findings: &mut Findings) -> anyhow::Result<()> 
     Ok(())
 }
 
-/// What the log says, and whether the data is there for it.
-fn check_layer(
-    found: &Found,
-    trusted: &Trusted,
-    image: &Image,
-    findings: &mut Findings,
-) -> anyhow::Result<()> {
-    let block = u64::from(found.block());
-    let size = format_size(image.size);
-    findings.fact("disk", format!("{size}, blocks of {}", format_size(block)));
-    let bytes = |blocks: u64| format_size(blocks.saturating_mul(block));
-    let (data, zero) = (image.blocks.data_blocks(), image.blocks.zero_blocks());
-    findings.fact("changed", format!("{} of data, {} zeroed", bytes(data), bytes(zero)));
-    let (good, count) = (trusted.scan.good, trusted.count);
-    findings.fact("log", format!("{good} records, {count} of them count"));
-    findings.fact("state", state(trusted.recovered));
-    let ends = segment_ends(found).context("cannot look at the overlay's data")?;
-    findings.damage.extend(misplaced(image, block, &ends));
-    Ok(())
+/// What is wrong with the layers: each by itself, and one against the other.
+fn damage_in(target: &Target, found: &Found, looks: &[Look]) -> anyhow::Result<Vec<String>> {
+    let tree = found.stack.tree();
+    let mut lines = Vec::new();
+    for look in looks {
+        let uuid = look.record.uuid;
+        let which = match tree.name_of(uuid) {
+            // One alone needs no name.
+            None if looks.len() == 1 => String::new(),
+            Some(name) => format!("layer {} (snapshot '{}'): ", short(uuid), printable(name)),
+            None => format!("layer {}: ", short(uuid)),
+        };
+        match &look.found {
+            Ok(sound) => lines.extend(sound.misplaced.iter().map(|line| format!("{which}{line}"))),
+            Err(StackError::Log { error: error @ LogError::Damaged { .. }, .. })
+                if !which.is_empty() =>
+            {
+                lines.push(format!("{which}{error}"));
+            }
+            Err(error) => lines.push(which + &damage(target, error)?),
+        }
+    }
+    lines.extend(contradictions(looks));
+    Ok(lines)
+}
+
+/// What is to be said of the layer that is written to, and of all of them together.
+fn show_top(found: &Found, looks: &[Look], findings: &mut Findings) {
+    let Some(top) = looks.last().and_then(|look| look.found.as_ref().ok()) else {
+        return;
+    };
+    let (size, block) = (format_size(top.size), format_size(found.block().into()));
+    findings.fact("disk", format!("{size}, blocks of {block}"));
+    let (data, zero) = (format_size(top.data), format_size(top.zero));
+    findings.fact("changed", format!("{data} of data, {zero} zeroed"));
+    findings.fact("log", format!("{} records, {} of them count", top.records, top.count));
+    let sound = looks.iter().filter_map(|look| look.found.as_ref().ok());
+    let all = sound.map(|sound| sound.recovered).reduce(Recovered::and);
+    findings.fact("state", state(all.unwrap_or(top.recovered)));
+}
+
+/// A row for each layer, the lowest first.
+fn table(found: &Found, looks: &[Look]) -> Table<6> {
+    let (left, right) = (Align::Left, Align::Right);
+    let mut table = Table::new([
+        ("NAME", left),
+        ("LAYER", left),
+        ("DATA", right),
+        ("ZEROED", right),
+        ("RECORDS", right),
+        ("STATE", left),
+    ]);
+    let tree = found.stack.tree();
+    for look in looks {
+        let uuid = look.record.uuid;
+        let is_top = tree.top().is_some_and(|top| top.uuid == uuid);
+        let name = if is_top { "now" } else { tree.name_of(uuid).unwrap_or("-") };
+        let none = || "-".to_owned();
+        let [data, zero, records, state] = match &look.found {
+            Err(_) => [none(), none(), none(), "damaged".to_owned()],
+            Ok(sound) => [
+                format_size(sound.data),
+                format_size(sound.zero),
+                sound.records.to_string(),
+                state_of(sound),
+            ],
+        };
+        table.row([name.to_owned(), short(uuid), data, zero, records, state]);
+    }
+    table
+}
+
+/// What is to be said of one layer, in a word or two.
+fn state_of(sound: &Sound) -> String {
+    if !sound.misplaced.is_empty() {
+        return "damaged".to_owned();
+    }
+    match sound.recovered {
+        Recovered::New | Recovered::Clean => "clean".to_owned(),
+        Recovered::Vouched { lost } if lost > 0 => format!("needs recovery, {lost} records lost"),
+        Recovered::All | Recovered::Vouched { .. } => "needs recovery".to_owned(),
+    }
 }
 
 /// What the next mount will have to do.
@@ -235,84 +402,15 @@ fn state(recovered: Recovered) -> String {
     }
 }
 
-/// Where each segment of the data file ends, in bytes of the disk, by its index.
-fn segment_ends(found: &Found) -> io::Result<HashMap<u64, u64>> {
-    let Some(data) = found.data().host_file() else {
-        return Ok(HashMap::new());
-    };
-    let mut ends = HashMap::new();
-    for (index, file) in data.segments()? {
-        let index = index as u64;
-        ends.insert(index, index * SEGMENT + file.metadata()?.len());
-    }
-    Ok(ends)
-}
-
-/// Data blocks that cannot be: past the disk's size, or where the data file holds nothing.
-fn misplaced(image: &Image, block: u64, ends: &HashMap<u64, u64>) -> Vec<String> {
-    let (mut outside, mut missing) = (Sum::default(), Sum::default());
-    let all = BlockIndex(0)..BlockIndex(u64::MAX);
-    for run in image.blocks.runs(all).filter(|run| run.state == State::Data) {
-        let bytes = run.range.start.0.saturating_mul(block)..run.range.end.0.saturating_mul(block);
-        // The last block may reach over the end of the disk, and is stored as far as that.
-        let size = image.size;
-        outside.add(bytes.start.max(size.next_multiple_of(block))..bytes.end);
-        for part in by_segment(bytes.start..bytes.end.min(size)) {
-            let end = ends.get(&(part.start / SEGMENT)).copied().unwrap_or(0);
-            missing.add(part.start.max(end)..part.end);
-        }
-    }
-    let line = |sum: Sum, what: &str| {
-        let first = sum.first?;
-        let size = format_size(sum.bytes);
-        Some(format!("{size} of data from byte {first} on {what}"))
-    };
-    let lines = [
-        line(outside, "lie past the end of the disk"),
-        line(missing, "are missing: the data file is too short, restore it from a backup"),
-    ];
-    lines.into_iter().flatten().collect()
-}
-
-/// `range` cut at the borders of segments.
-fn by_segment(range: Range<u64>) -> impl Iterator<Item = Range<u64>> {
-    let mut at = range.start;
-    std::iter::from_fn(move || {
-        let start = at;
-        at = range.end.min((start / SEGMENT + 1).saturating_mul(SEGMENT));
-        (start < range.end).then_some(start..at)
-    })
-}
-
-/// Bytes that were found, and the first of them.
-#[derive(Default)]
-struct Sum {
-    first: Option<u64>,
-    bytes: u64,
-}
-
-impl Sum {
-    fn add(&mut self, range: Range<u64>) {
-        if !range.is_empty() {
-            self.first.get_or_insert(range.start);
-            self.bytes += range.end - range.start;
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::overlay::persist::New;
-    use crate::overlay::stack::{LayerRecord, Stack, VERSION};
+    use crate::overlay::blocks::{BlockIndex, State};
+    use crate::overlay::persist::{New, Place};
+    use crate::overlay::record::Image;
+    use crate::overlay::stack::{LayerRecord, SnapshotRecord, Stack, VERSION, open_dir};
     use crate::spec::OverlayKind;
     use uuid::Uuid;
-
-    fn image(size: u64, data: Range<u64>) -> Image {
-        let mut image = Image::new(size, size);
-        image.blocks.set(BlockIndex(data.start)..BlockIndex(data.end), State::Data);
-        image
-    }
 
     /// Makes an overlay at `dir` over `base`, closed only as far as a daemon that was killed.
     fn make(dir: &Path, base: BaseRecord) {
@@ -327,13 +425,14 @@ mod tests {
             layers: vec![LayerRecord { uuid: Uuid::new_v4(), block: 4096, parent: None }],
             snapshots: Vec::new(),
         };
-        let image = &image(1 << 20, 0..2);
-        let new = New { stack, image, limit: None };
+        let mut image = Image::new(1 << 20, 1 << 20);
+        image.blocks.set(BlockIndex(0)..BlockIndex(2), State::Data);
+        let new = New { stack, image: &image, limit: None };
         drop(persist::create(Place { dir, layers: None }, new).unwrap());
     }
 
     fn checked(dir: &Path) -> Findings {
-        check(&targets(dir).unwrap()[0]).unwrap()
+        check(&targets(dir).unwrap()[0], Manner::Look).unwrap()
     }
 
     fn layer(dir: &Path) -> PathBuf {
@@ -401,10 +500,41 @@ mod tests {
     }
 
     #[test]
+    fn a_stack_that_contradicts_itself_is_damage() {
+        let home = tempfile::tempdir().unwrap();
+        let dir = home.path().join("o");
+        make(&dir, BaseRecord::Blank { size: 1 << 20 });
+        let open = open_dir(&dir).unwrap();
+        let good = Stack::read(&open).unwrap();
+        let mut stack = good.clone();
+        stack.layers[0].parent = Some(Uuid::from_u128(1));
+        stack.write(&open).unwrap();
+        assert!(checked(&dir).damage[0].contains("what is below layer"));
+        let layer = good.layers[0].uuid;
+        let name = "clean".to_owned();
+        let snapshots = vec![SnapshotRecord { name, layer, taken: 0 }];
+        Stack { snapshots, ..good }.write(&open).unwrap();
+        assert!(checked(&dir).damage[0].contains("the layer of snapshot 'clean' is missing"));
+    }
+
+    #[test]
+    fn a_repair_closes_what_was_not_closed_and_says_so() {
+        let home = tempfile::tempdir().unwrap();
+        let dir = home.path().join("o");
+        make(&dir, BaseRecord::Blank { size: 1 << 20 });
+        let targets = targets(&dir).unwrap();
+        let repaired = || check(&targets[0], Manner::Repair).unwrap();
+        assert!(repaired().repair[0].starts_with("recovered layer "));
+        assert_eq!(repaired().repair, ["nothing to do"]);
+        assert!(checked(&dir).show("o").contains("\nstate    clean\n"));
+    }
+
+    #[test]
     fn what_cannot_be_looked_at_is_an_error() {
         let home = tempfile::tempdir().unwrap();
         let dir = home.path().join("o");
-        let error = |dir: &Path| check(&targets(dir).unwrap()[0]).unwrap_err().to_string();
+        let error =
+            |dir: &Path| check(&targets(dir).unwrap()[0], Manner::Look).unwrap_err().to_string();
         assert!(error(&dir).contains("No such file"));
         let line = targets(home.path()).unwrap_err().to_string();
         assert!(line.contains("no overlay and no store"), "{line}");
@@ -412,26 +542,5 @@ mod tests {
         let held = persist::find(Place { dir: &dir, layers: None }).unwrap();
         assert!(error(&dir).contains("is in use"));
         drop(held);
-    }
-
-    #[test]
-    fn data_past_the_end_of_the_disk_is_found() {
-        let ends = HashMap::from([(0, 1 << 20)]);
-        assert_eq!(misplaced(&image(5000, 0..2), 4096, &ends), Vec::<String>::new());
-        let lines = misplaced(&image(5000, 0..4), 4096, &ends);
-        assert_eq!(lines, ["8 KiB of data from byte 8192 on lie past the end of the disk"]);
-    }
-
-    #[test]
-    fn every_segment_has_an_end_of_its_own() {
-        let block = 1 << 20;
-        let border = SEGMENT / block;
-        let image = image(2 * SEGMENT, border - 1..border + 2);
-        let whole = HashMap::from([(0, SEGMENT), (1, SEGMENT + 2 * block)]);
-        assert_eq!(misplaced(&image, block, &whole), Vec::<String>::new());
-        let short = HashMap::from([(0, SEGMENT), (1, SEGMENT + block)]);
-        assert!(misplaced(&image, block, &short)[0].starts_with("1 MiB of data"));
-        let parts: Vec<_> = by_segment(SEGMENT - 1..SEGMENT + 1).collect();
-        assert_eq!(parts, [SEGMENT - 1..SEGMENT, SEGMENT..SEGMENT + 1]);
     }
 }

@@ -3,7 +3,7 @@
 //! ```text
 //!   mount, run ──plan──> mount::serve, in a daemon       (no thread before the fork)
 //!   umount, status, add, map, ... ──client──> MNT/.cowslip/...        (every wait bounded)
-//!   check ──> overlay::persist, offline
+//!   check, rebase ──> overlay::persist, offline
 //! ```
 //!
 //! Nothing here knows what a disk does: a command parses, calls, prints. An error is one line;
@@ -24,12 +24,14 @@ mod map;
 mod mount;
 mod plan;
 mod progress;
+mod rebase;
 mod remove;
 mod run;
 mod snapshot;
 mod status;
 mod stream;
 mod table;
+mod target;
 mod timeout;
 mod umount;
 
@@ -95,6 +97,8 @@ enum Cli {
     Abort(stream::AbortArgs),
     /// Check an overlay or a store that is not mounted
     Check(check::CheckArgs),
+    /// Tell an overlay that is not mounted where its base is now
+    Rebase(rebase::RebaseArgs),
     /// Guard the commands of a stream: cowslip runs this itself
     #[command(name = GUARD, hide = true)]
     Guard(guard::GuardArgs),
@@ -157,6 +161,7 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> anyhow::Result<u8> {
         Cli::Finish(args) => stream::finish(&args),
         Cli::Abort(args) => stream::abort(&args),
         Cli::Check(args) => check::run(&args),
+        Cli::Rebase(args) => rebase::run(&args),
         Cli::Guard(args) => guard::run(&args),
     }
 }

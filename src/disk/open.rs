@@ -371,7 +371,8 @@ fn open_persistent(
         return mismatch(why);
     }
     // What it was is no more and what it will be not yet: the commit has to be finished.
-    if !found.is_committing().map_err(in_overlay(dir))? {
+    let is_changed = matches!(base_mismatch(&found.stack.base, bottom)?, Some(Misfit::Changed(_)));
+    if !is_changed || !found.is_committing().map_err(in_overlay(dir))? {
         check_base(dir, &found.stack.base, bottom, setting)?;
     }
     if place.layers.is_none() {
@@ -448,13 +449,25 @@ fn base_mismatch(recorded: &BaseRecord, now: &Bottom) -> Result<Option<Misfit>, 
         (BaseRecord::File { path, .. }, Bottom::Blank(size)) => other(named(path), blank(*size)),
         (BaseRecord::File { path: was, identity, .. }, Bottom::File { path, file }) => {
             if was != path && !is_same_file(was, file) {
-                return other(named(was), named(path));
+                if was.exists() {
+                    return other(named(was), named(path));
+                }
+                return Ok(Some(Misfit::Other(format!(
+                    "is one of {}, which is gone: if it is {} now, say so with cowslip rebase",
+                    named(was),
+                    named(path)
+                ))));
             }
             let unreadable = |error| OpenError::Unreadable { path: path.clone(), error };
             let is = Identity::of(file).map_err(unreadable)?;
             let changed = identity.differences(&is);
+            let cure = match identity.differences_of_copy(&is) {
+                Some(_) => "",
+                None => "; if it is a copy of that, use cowslip rebase",
+            };
             Ok(changed.map(|what| {
-                Misfit::Changed(format!("does not fit its base {} any more ({what})", named(path)))
+                let named = named(path);
+                Misfit::Changed(format!("does not fit its base {named} any more ({what}{cure})"))
             }))
         }
     }
@@ -548,7 +561,17 @@ pub fn open_stored(
             BaseRecord::Blank { size } => Source::Blank(size),
         },
     );
-    open_layers(&spec, Some(place), setting, shelf)
+    open_layers(&spec, Some(place), setting, shelf).map_err(|error| match error {
+        // The user did not name it, so it is not for the user to check the name.
+        OpenError::Base(BaseError::Missing(base)) => OpenError::Mismatch {
+            dir: place.dir.to_owned(),
+            why: format!(
+                "needs its base '{}', which is gone: put it back, or use cowslip rebase if it was moved",
+                base.display()
+            ),
+        },
+        error => error,
+    })
 }
 
 /// Makes the disk that `spec` asks for in a store.

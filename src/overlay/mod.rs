@@ -10,7 +10,8 @@
 //! - `ranges`: which bytes are being changed. `readers`, `pending`: when freed space may go back.
 //! - `turns`: who shares a sync. `recover`: from files to a running overlay. `stack`: which
 //!   layers make a disk, on disk. `keep`: from temporary to persistent.
-//! - `reflink`: the other kind of overlay, which has no map: a reflink copy of its base.
+//!   `verify`: is it whole? `reflink`: the other kind of overlay, which has no map: a reflink copy
+//!   of its base. `commit`: down into the base. `sealed`, `merge`, `tree`, `shelf`: layers below.
 //!
 //! Locks, outermost first: the disk's gate (held by the caller), `ranges`, the log's tail, the map.
 //! `pending` is taken inside any of them and nothing is taken inside it. Only `ranges` is held
@@ -42,6 +43,7 @@ pub mod stack;
 mod sync;
 pub mod tree;
 pub mod turns;
+pub mod verify;
 
 use std::fs::File;
 use std::io;

@@ -5,7 +5,7 @@
 //! top layer's `data`: hard links, bind mounts and renames cannot fool it. The file `holder` only
 //! tells people who has the lock.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::path::Path;
@@ -20,7 +20,7 @@ use uuid::Uuid;
 use super::data::{HostFile, Storage};
 use super::log::Log;
 use super::record::{Image, Tag};
-use super::recover::{self, Files, Recovered, Trusted};
+use super::recover::{self, Files, Recovered};
 use super::shelf::Shelf;
 use super::stack::{
     LayerDir, LayerFiles, LayerRecord, Stack, StackError, create_at, data_in, doing, layer_files,
@@ -188,7 +188,7 @@ impl Residence {
 }
 
 /// Removes the directory of the layer `uuid`, its `data` last: that carries the lock.
-fn remove_layer(layers: &File, uuid: Uuid) -> io::Result<()> {
+pub(super) fn remove_layer(layers: &File, uuid: Uuid) -> io::Result<()> {
     let name = uuid.to_string();
     let dir = open_at(layers, &name, OFlags::RDONLY | OFlags::DIRECTORY)?;
     for entry in rustix::fs::Dir::read_from(&dir)? {
@@ -221,8 +221,11 @@ pub struct Part<'a> {
     /// Its map.
     pub image: Image,
     /// Makes its data file in the directory of the layer.
-    pub put_data: Box<dyn FnOnce(&File) -> io::Result<HostFile> + 'a>,
+    pub put_data: PutData<'a>,
 }
+
+/// Makes the data file of a layer in the layer's directory.
+pub type PutData<'a> = Box<dyn FnOnce(&File) -> io::Result<HostFile> + 'a>;
 
 /// Whether something is at `dir` already, and has to be opened rather than made.
 ///
@@ -377,8 +380,8 @@ fn make_layer(
 pub struct Found {
     /// What makes the disk.
     pub stack: Stack,
-    dir: File,
-    layers: File,
+    pub(super) dir: File,
+    pub(super) layers: File,
     lock: File,
     files: Files,
     record: LayerRecord,
@@ -421,7 +424,7 @@ fn top_layer(stack: &Stack) -> Result<LayerRecord, StackError> {
 
 /// Opens a sealed layer. One that was not closed is recovered, made durable and closed first, by
 /// one process alone.
-fn open_sealed(
+pub(super) fn open_sealed(
     layers: &File,
     record: &LayerRecord,
 ) -> Result<(Arc<Overlay>, Recovered), StackError> {
@@ -482,29 +485,15 @@ impl Found {
         move |error| StackError::Log { uuid, error }
     }
 
-    /// Reads the log and decides what counts, without changing anything.
-    ///
-    /// # Errors
-    /// [`StackError::Log`].
-    pub fn examine(&self) -> Result<(Trusted, Image), StackError> {
-        let tag = life::tag(&self.dir).map_err(doing("reading the boot id"))?;
-        let trusted = recover::examine(&self.files, tag).map_err(self.log_error())?;
-        let image = recover::load(&self.files, &trusted).map_err(self.log_error())?;
-        Ok((trusted, image))
-    }
-
     /// Whether a commit into the base was begun and not finished.
     ///
     /// # Errors
     /// [`StackError::Log`].
     pub fn is_committing(&self) -> Result<bool, StackError> {
-        Ok(self.examine()?.1.is_committing)
-    }
-
-    /// The layer's data file.
-    #[must_use]
-    pub fn data(&self) -> &dyn Storage {
-        &*self.files.data
+        let tag = life::tag(&self.dir).map_err(doing("reading the boot id"))?;
+        let trusted = recover::examine(&self.files, tag).map_err(self.log_error())?;
+        let image = recover::load(&self.files, &trusted).map_err(self.log_error())?;
+        Ok(image.is_committing)
     }
 
     /// Opens it for use, taking from `shelf` the sealed layers that are open already. `limit` caps
@@ -536,20 +525,18 @@ impl Found {
     /// Removes the layers that the stack does not name: what an operation that was cut short left
     /// behind. Only for an overlay that has its layers to itself.
     pub fn sweep(&self) {
-        let named: HashSet<Uuid> = self.stack.layers.iter().map(|layer| layer.uuid).collect();
-        let Ok(entries) = rustix::fs::Dir::read_from(&self.layers) else {
-            return;
-        };
-        for entry in entries.flatten() {
-            let name = entry.file_name().to_str().ok();
-            let Some(uuid) = name.and_then(|name| Uuid::parse_str(name).ok()) else {
-                continue;
-            };
-            if !named.contains(&uuid)
-                && let Err(error) = remove_layer(&self.layers, uuid)
-            {
+        for layer in self.unused().unwrap_or_default() {
+            if let Err(error) = self.remove_unused(layer) {
+                let uuid = layer.uuid;
                 log::warn!("layer {uuid}, which nothing needs, is left behind: {error}");
             }
         }
+    }
+
+    /// Its directory, locked, for who changes the `stack` and reads no layer.
+    #[must_use]
+    pub fn into_home(self) -> Residence {
+        let Self { stack, dir, layers, lock, .. } = self;
+        Residence { stack, dir, layers, lock, torn: false }
     }
 }

@@ -1,0 +1,210 @@
+//! `cowslip rebase`: an overlay that is not mounted gets to know where its base is now.
+//!
+//! An overlay over another base is garbage, so the new one must be what the overlay remembers of
+//! the old one: its size and a hash of samples. Its inode and its time of last change may be
+//! others, as those of a copy are.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::Context as _;
+use clap::Args;
+
+use super::target::{is_store, single};
+use super::{DONE, say};
+use crate::base::identity::Identity;
+use crate::base::{self, Access, BaseError};
+use crate::overlay::persist;
+use crate::overlay::stack::{BaseRecord, Stack};
+use crate::spec::{Format, Locking, Source};
+
+#[derive(Debug, Args)]
+pub(super) struct RebaseArgs {
+    /// The directory of an overlay, or of one disk of a store (STORE/names/NAME)
+    overlay: PathBuf,
+    /// Where its base is now
+    #[arg(long, value_name = "FILE")]
+    base: PathBuf,
+    /// Also to one that is not what the base was: what the overlay holds may be nonsense there
+    #[arg(long)]
+    force: bool,
+}
+
+/// What to do about a base that is another.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Unlike {
+    Refuse,
+    Take,
+}
+
+pub(super) fn run(args: &RebaseArgs) -> anyhow::Result<u8> {
+    let unlike = if args.force { Unlike::Take } else { Unlike::Refuse };
+    say(&rebase(&args.overlay, &args.base, unlike)?);
+    Ok(DONE)
+}
+
+/// Points the overlay at `dir` to the base `new`, and says what was done.
+fn rebase(dir: &Path, new: &Path, unlike: Unlike) -> anyhow::Result<String> {
+    let shown = dir.display();
+    if is_store(dir) {
+        anyhow::bail!("'{shown}' is a store: name one of its disks, '{shown}/names/NAME'");
+    }
+    let target = single(dir)?;
+    let found = persist::find(target.place())
+        .map_err(|error| anyhow::anyhow!("overlay '{shown}' {error}"))?;
+    if found.is_committing().map_err(|error| anyhow::anyhow!("overlay '{shown}': {error}"))? {
+        anyhow::bail!(
+            "overlay '{shown}': a commit into its base was cut short: cowslip commit '{shown}' finishes it first"
+        );
+    }
+    let BaseRecord::File { path: old, format, identity: was } = found.stack.base.clone() else {
+        anyhow::bail!("overlay '{shown}' is over a blank disk: there is no base that could move");
+    };
+    if format != "raw" {
+        anyhow::bail!("overlay '{shown}' has a base of format {format}: use a newer cowslip");
+    }
+    // The bytes as they are: with the right ones there is nothing to ask about their format.
+    let (path, now) = look(new, Some(Format::Raw))?;
+    let difference = was.differences_of_copy(&now);
+    if let Some(what) = &difference {
+        // What looks like another format can be told more plainly.
+        look(new, None)?;
+        if unlike == Unlike::Refuse {
+            anyhow::bail!(
+                "'{}' is not the base of overlay '{shown}' ({what}): name the right one, or use --force and risk nonsense",
+                new.display()
+            );
+        }
+    }
+    if path == old && now == was {
+        return Ok(format!("{shown}: its base is '{}' already", path.display()));
+    }
+    let base = BaseRecord::File { path: path.clone(), format, identity: now };
+    let stack = Stack { base, ..found.stack.clone() };
+    let mut home = found.into_home();
+    home.replace(stack).map_err(|error| anyhow::anyhow!("overlay '{shown}': {error}"))?;
+    let line = format!("{shown}: its base is now '{}', was '{}'", path.display(), old.display());
+    Ok(match difference {
+        None => line,
+        Some(what) => format!("{line}; forced, it is not the same ({what})"),
+    })
+}
+
+/// Where `path` leads, and who is there.
+fn look(path: &Path, format: Option<Format>) -> anyhow::Result<(PathBuf, Identity)> {
+    let source = Source::File(path.to_owned());
+    let base = base::open(&source, format, Access::Read, Locking::Qemu)?;
+    let unreadable = || format!("cannot read the base '{}'", path.display());
+    let identity = base.identity().with_context(unreadable)?;
+    let missing = || BaseError::Missing(path.to_owned());
+    Ok((base.path.ok_or_else(missing)?, identity.ok_or_else(missing)?))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::os::unix::fs::symlink;
+
+    use uuid::Uuid;
+
+    use super::*;
+    use crate::overlay::persist::{New, Place};
+    use crate::overlay::record::Image;
+    use crate::overlay::stack::{LayerRecord, VERSION, open_dir};
+    use crate::spec::OverlayKind;
+
+    /// An overlay `o` over the file `a`, in a directory of its own.
+    fn make(format: &str) -> tempfile::TempDir {
+        let home = tempfile::tempdir().unwrap();
+        let path = home.path().join("a");
+        fs::write(&path, [7; 9000]).unwrap();
+        let identity = look(&path, None).unwrap().1;
+        put(home.path(), BaseRecord::File { path, format: format.to_owned(), identity });
+        home
+    }
+
+    fn put(home: &Path, base: BaseRecord) {
+        let stack = Stack {
+            version: VERSION,
+            uuid: Uuid::new_v4(),
+            uid: 0,
+            gid: 0,
+            perm: 0o600,
+            base,
+            kind: OverlayKind::Blocks,
+            layers: vec![LayerRecord { uuid: Uuid::new_v4(), block: 4096, parent: None }],
+            snapshots: Vec::new(),
+        };
+        let new = New { stack, image: &Image::new(9000, 9000), limit: None };
+        drop(persist::create(Place { dir: &home.join("o"), layers: None }, new).unwrap());
+    }
+
+    fn tried(home: &Path, name: &str, unlike: Unlike) -> Result<String, String> {
+        rebase(&home.join("o"), &home.join(name), unlike).map_err(|error| format!("{error:#}"))
+    }
+
+    fn base_of(home: &Path) -> (PathBuf, Identity) {
+        let stack = Stack::read(&open_dir(&home.join("o")).unwrap()).unwrap();
+        let BaseRecord::File { path, identity, .. } = stack.base else { panic!("blank") };
+        (path, identity)
+    }
+
+    #[test]
+    fn a_copy_becomes_the_base_under_its_true_path() {
+        let home = make("raw");
+        let home = home.path();
+        fs::write(home.join("copy"), [7; 9000]).unwrap();
+        symlink("copy", home.join("link")).unwrap();
+        let line = tried(home, "link", Unlike::Refuse).unwrap();
+        assert!(line.contains("/copy', was '") && !line.contains("forced"), "{line}");
+        assert_eq!(base_of(home), look(&home.join("copy"), None).unwrap());
+        assert!(tried(home, "copy", Unlike::Refuse).unwrap().ends_with("already"));
+    }
+
+    #[test]
+    fn another_base_is_taken_by_force_alone() {
+        let home = make("raw");
+        let home = home.path();
+        fs::write(home.join("other"), [8; 9000]).unwrap();
+        let before = base_of(home);
+        let line = tried(home, "other", Unlike::Refuse).unwrap_err();
+        assert!(line.contains("is not the base") && line.contains("its contents differ"), "{line}");
+        assert_eq!(base_of(home), before);
+        let line = tried(home, "other", Unlike::Take).unwrap();
+        assert!(line.contains("; forced, it is not the same (its contents differ)"), "{line}");
+        assert_eq!(base_of(home), look(&home.join("other"), None).unwrap());
+    }
+
+    #[test]
+    fn what_is_no_base_is_refused_even_by_force() {
+        let home = make("raw");
+        let home = home.path();
+        fs::write(home.join("qcow2"), [b"QFI\xfb\0\0\0\x03".as_slice(), &[0; 8992]].concat())
+            .unwrap();
+        for (name, why) in [
+            ("none", "does not exist"),
+            ("o", "is a directory"),
+            ("qcow2", "looks like a qcow2 image"),
+        ] {
+            let line = tried(home, name, Unlike::Take).unwrap_err();
+            assert!(line.contains(why) && !line.contains('\n'), "{line}");
+        }
+    }
+
+    #[test]
+    fn an_overlay_that_cannot_be_rebased_says_why() {
+        let home = tempfile::tempdir().unwrap();
+        put(home.path(), BaseRecord::Blank { size: 9000 });
+        fs::write(home.path().join("a"), [7; 9000]).unwrap();
+        assert!(tried(home.path(), "a", Unlike::Take).unwrap_err().contains("over a blank disk"));
+        let home = make("vhdx");
+        assert!(tried(home.path(), "a", Unlike::Take).unwrap_err().contains("of format vhdx"));
+        let home = make("raw");
+        let dir = home.path().join("o");
+        let held = persist::find(Place { dir: &dir, layers: None }).unwrap();
+        assert!(tried(home.path(), "a", Unlike::Take).unwrap_err().contains("is in use"));
+        drop(held);
+        fs::create_dir(home.path().join("names")).unwrap();
+        let line = rebase(home.path(), &dir, Unlike::Take).unwrap_err().to_string();
+        assert!(line.contains("is a store: name one of its disks"), "{line}");
+    }
+}

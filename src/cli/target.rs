@@ -1,0 +1,91 @@
+//! The overlays that a path means, for commands that look at them while they are not mounted.
+//!
+//! ```text
+//!   vm.cow                an overlay
+//!   STORE                 all disks of a store that have a name
+//!   STORE/names/NAME      one of them
+//!   STORE/disks/UUID      the same
+//! ```
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::Context as _;
+
+use super::table::printable;
+use crate::overlay::persist::Place;
+
+/// One overlay.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Target {
+    /// The directory with its `stack`.
+    pub(super) dir: PathBuf,
+    /// Where its layers are, unless inside `dir`.
+    pub(super) layers: Option<PathBuf>,
+    /// Its name for people.
+    pub(super) shown: String,
+}
+
+impl Target {
+    /// Where it lies.
+    pub(super) fn place(&self) -> Place<'_> {
+        Place { dir: &self.dir, layers: self.layers.as_deref() }
+    }
+}
+
+/// Whether `dir` is a store rather than one overlay.
+pub(super) fn is_store(dir: &Path) -> bool {
+    !dir.join("stack").exists() && dir.join("names").is_dir()
+}
+
+/// The overlay at `dir`, or those of the store there that have a name: what has none is swept at
+/// the next mount.
+///
+/// # Errors
+/// A line for the user.
+pub(super) fn targets(dir: &Path) -> anyhow::Result<Vec<Target>> {
+    if is_store(dir) { in_store(dir) } else { Ok(vec![single(dir)?]) }
+}
+
+/// The overlay at `dir`.
+///
+/// # Errors
+/// A line for the user: there is something else.
+pub(super) fn single(dir: &Path) -> anyhow::Result<Target> {
+    let has = |name: &str| dir.join(name).exists();
+    if dir.is_dir() && !has("stack") && !has("layers") {
+        anyhow::bail!(
+            "'{}' is no overlay and no store: it holds neither 'stack' nor 'names'",
+            dir.display()
+        );
+    }
+    let shown = dir.display().to_string();
+    let layers = if has("layers") { None } else { layers_of_store(dir) };
+    Ok(Target { dir: dir.to_owned(), layers, shown })
+}
+
+/// The layers of the store that the disk at `dir` is one of.
+fn layers_of_store(dir: &Path) -> Option<PathBuf> {
+    let dir = dir.canonicalize().ok()?;
+    let disks = dir.parent().filter(|disks| disks.ends_with("disks"))?;
+    Some(disks.parent()?.join("layers")).filter(|layers| layers.is_dir())
+}
+
+fn in_store(dir: &Path) -> anyhow::Result<Vec<Target>> {
+    let reading = || format!("cannot read the store '{}'", dir.display());
+    let mut found = Vec::new();
+    for entry in fs::read_dir(dir.join("names")).with_context(reading)? {
+        let entry = entry.with_context(reading)?;
+        // What is not a link to a disk is a name that was being made.
+        let Ok(link) = fs::read_link(entry.path()) else {
+            continue;
+        };
+        found.push(Target {
+            dir: dir.join("disks").join(link.file_name().unwrap_or_default()),
+            layers: Some(dir.join("layers")),
+            shown: printable(&entry.file_name().to_string_lossy()),
+        });
+    }
+    found.sort_by(|a, b| a.shown.cmp(&b.shown));
+    Ok(found)
+}

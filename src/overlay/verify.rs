@@ -1,0 +1,355 @@
+//! Looking an overlay over that nobody has open, and putting right what is safe to put right.
+//!
+//! Every layer that the stack names is read as the next mount would read it: its log, what of that
+//! counts, and whether the data is there for it. Then the layers are held against each other.
+//! Nothing is guessed at: a repair does what the next mount would do, and no more.
+
+use std::collections::{HashMap, HashSet};
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+
+use rustix::fs::{AtFlags, OFlags};
+use uuid::Uuid;
+
+use super::blocks::{BlockIndex, State};
+use super::data::SEGMENT;
+use super::persist::{Found, open_sealed, remove_layer};
+use super::record::{Image, Tag};
+use super::recover::{self, Files, Recovered};
+use super::stack::{LayerRecord, StackError, doing, layer_files, open_at};
+use super::{Overlay, life};
+use crate::spec::format_size;
+
+/// What a look at one layer found.
+pub struct Look {
+    /// The layer.
+    pub record: LayerRecord,
+    /// What it holds, or why it cannot be read.
+    pub found: Result<Sound, StackError>,
+}
+
+/// A layer whose log can be read.
+#[derive(Clone, Debug)]
+pub struct Sound {
+    /// The disk's size in it, in bytes.
+    pub size: u64,
+    /// How many bytes of what lies below it are seen.
+    pub lower_limit: u64,
+    /// Bytes of data.
+    pub data: u64,
+    /// Bytes that were zeroed.
+    pub zero: u64,
+    /// Good records in its log.
+    pub records: u64,
+    /// The first of them that count.
+    pub count: u64,
+    /// What opening it means.
+    pub recovered: Recovered,
+    /// What its log promises and its data file does not have; a line each.
+    pub misplaced: Vec<String>,
+    /// Its log is not the first one it had: it may have been recovered to an older state.
+    is_rewritten: bool,
+}
+
+/// A layer that no stack names: what an operation that was cut short left behind.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Unused {
+    /// Its directory's name.
+    pub uuid: Uuid,
+    /// Bytes of the host that it takes.
+    pub bytes: u64,
+}
+
+/// The first eight digits of a layer's uuid: enough for people.
+#[must_use]
+pub fn short(uuid: Uuid) -> String {
+    uuid.simple().to_string().chars().take(8).collect()
+}
+
+impl Found {
+    /// Looks at every layer that the stack names, in its order: the top is the last.
+    #[must_use]
+    pub fn look(&self) -> Vec<Look> {
+        let layers = self.stack.layers.iter();
+        layers.map(|record| Look { record: record.clone(), found: self.look_at(record) }).collect()
+    }
+
+    fn look_at(&self, record: &LayerRecord) -> Result<Sound, StackError> {
+        let tag = life::tag(&self.layers).map_err(doing("reading the boot id"))?;
+        // Opened anew, the top too: a recovery puts another log in place.
+        let files = layer_files(&self.layers, record, |_| Ok(()))?.files;
+        sound(&files, tag)
+    }
+
+    /// The layers beside its own that nothing needs. Only for an overlay that has its layers to
+    /// itself.
+    ///
+    /// # Errors
+    /// The host's errno.
+    pub fn unused(&self) -> io::Result<Vec<Unused>> {
+        let named: HashSet<Uuid> = self.stack.layers.iter().map(|layer| layer.uuid).collect();
+        let mut unused = Vec::new();
+        for entry in rustix::fs::Dir::read_from(&self.layers)? {
+            let entry = entry?;
+            let name = entry.file_name().to_str().ok();
+            if let Some(uuid) = name.and_then(|name| Uuid::parse_str(name).ok())
+                && !named.contains(&uuid)
+            {
+                let bytes = allocated(&self.layers, uuid).unwrap_or(0);
+                unused.push(Unused { uuid, bytes });
+            }
+        }
+        unused.sort_by_key(|layer| layer.uuid);
+        Ok(unused)
+    }
+
+    /// Removes such a layer.
+    ///
+    /// # Errors
+    /// The host's errno.
+    pub fn remove_unused(&self, layer: Unused) -> io::Result<()> {
+        remove_layer(&self.layers, layer.uuid)
+    }
+
+    /// The files that a daemon which was killed left behind, as directory and name.
+    fn leftovers(&self) -> io::Result<Vec<(File, &'static str)>> {
+        let mut found = Vec::new();
+        let mut add = |dir: &File, names: &[&'static str]| -> io::Result<()> {
+            for name in names {
+                match rustix::fs::statat(dir, *name, AtFlags::SYMLINK_NOFOLLOW) {
+                    Ok(_) => found.push((dir.try_clone()?, *name)),
+                    Err(rustix::io::Errno::NOENT) => {}
+                    Err(error) => return Err(error.into()),
+                }
+            }
+            Ok(())
+        };
+        add(&self.dir, &["stack.new", "holder.new", "holder"])?;
+        for layer in &self.stack.layers {
+            let flags = OFlags::RDONLY | OFlags::DIRECTORY;
+            add(&open_at(&self.layers, layer.uuid.to_string(), flags)?, &["log.new"])?;
+        }
+        Ok(found)
+    }
+
+    /// Removes the files that a killed daemon left behind, and gives their names. Nothing ever
+    /// reads them: who is here has the lock.
+    ///
+    /// # Errors
+    /// The host's errno.
+    pub fn remove_leftovers(&self) -> io::Result<Vec<&'static str>> {
+        let mut removed = Vec::new();
+        for (dir, name) in self.leftovers()? {
+            rustix::fs::unlinkat(&dir, name, AtFlags::empty())?;
+            removed.push(name);
+        }
+        Ok(removed)
+    }
+
+    /// Recovers the layer `record` as the next mount would, and closes it. Those below it come
+    /// first.
+    ///
+    /// # Errors
+    /// [`StackError`]; the layer is as it was then.
+    pub fn recover(&self, record: &LayerRecord) -> Result<Recovered, StackError> {
+        if self.stack.layers.last() != Some(record) {
+            return open_sealed(&self.layers, record).map(|(_, recovered)| recovered);
+        }
+        let tag = life::tag(&self.dir).map_err(doing("reading the boot id"))?;
+        let in_log = |error| StackError::Log { uuid: record.uuid, error };
+        let files = layer_files(&self.layers, record, |_| Ok(()))?.files;
+        let (top, recovered) = Overlay::open(&files, tag, None).map_err(in_log)?;
+        top.settle().map_err(doing("closing its log"))?;
+        Ok(recovered)
+    }
+}
+
+/// Sizes of layers that cannot stand on each other; a line each.
+#[must_use]
+pub fn contradictions(looks: &[Look]) -> Vec<String> {
+    let sound = |uuid: Uuid| {
+        let look = looks.iter().find(|look| look.record.uuid == uuid)?;
+        look.found.as_ref().ok()
+    };
+    let mut lines = Vec::new();
+    for look in looks {
+        let (Ok(layer), Some(parent)) = (&look.found, look.record.parent) else { continue };
+        let Some(below) = sound(parent) else { continue };
+        // A layer that a power cut took back to its last sync may be smaller than it was.
+        let is_older = below.is_rewritten || below.count < below.records;
+        if layer.lower_limit > below.size && !is_older {
+            lines.push(format!(
+                "layer {} shows {} bytes of layer {} below it, which has only {}: they are not of one disk, restore it from a backup",
+                short(look.record.uuid), layer.lower_limit, short(parent), below.size
+            ));
+        }
+    }
+    lines
+}
+
+/// Reads a layer without changing it.
+fn sound(files: &Files, tag: Tag) -> Result<Sound, StackError> {
+    let in_log = |error| StackError::Log { uuid: files.uuid, error };
+    let trusted = recover::examine(files, tag).map_err(in_log)?;
+    let image = recover::load(files, &trusted).map_err(in_log)?;
+    let ends = segment_ends(files).map_err(doing("looking at its data"))?;
+    let block = u64::from(files.block);
+    Ok(Sound {
+        size: image.size,
+        lower_limit: image.lower_limit,
+        data: image.blocks.data_blocks().saturating_mul(block),
+        zero: image.blocks.zero_blocks().saturating_mul(block),
+        records: trusted.scan.good,
+        count: trusted.count,
+        recovered: trusted.recovered,
+        misplaced: misplaced(&image, block, &ends),
+        is_rewritten: trusted.scan.first > 1,
+    })
+}
+
+/// Bytes of the host that the files of a layer take.
+fn allocated(layers: &File, uuid: Uuid) -> io::Result<u64> {
+    let dir = open_at(layers, uuid.to_string(), OFlags::RDONLY | OFlags::DIRECTORY)?;
+    let mut blocks = 0;
+    for entry in rustix::fs::Dir::read_from(&dir)? {
+        let entry = entry?;
+        if !matches!(entry.file_name().to_bytes(), b"." | b"..") {
+            let stat = rustix::fs::statat(&dir, entry.file_name(), AtFlags::SYMLINK_NOFOLLOW)?;
+            blocks += u64::try_from(stat.st_blocks).unwrap_or(0);
+        }
+    }
+    Ok(blocks * 512)
+}
+
+/// Where each segment of the data file ends, in bytes of the disk, by its index.
+fn segment_ends(files: &Files) -> io::Result<HashMap<u64, u64>> {
+    let Some(data) = files.data.host_file() else {
+        return Ok(HashMap::new());
+    };
+    let mut ends = HashMap::new();
+    for (index, file) in data.segments()? {
+        let index = index as u64;
+        ends.insert(index, index * SEGMENT + file.metadata()?.len());
+    }
+    Ok(ends)
+}
+
+/// Data blocks that cannot be: past the disk's size, or where the data file holds nothing.
+fn misplaced(image: &Image, block: u64, ends: &HashMap<u64, u64>) -> Vec<String> {
+    let (mut outside, mut missing) = (Sum::default(), Sum::default());
+    let all = BlockIndex(0)..BlockIndex(u64::MAX);
+    for run in image.blocks.runs(all).filter(|run| run.state == State::Data) {
+        let bytes = run.range.start.0.saturating_mul(block)..run.range.end.0.saturating_mul(block);
+        // The last block may reach over the end of the disk, and is stored as far as that.
+        let size = image.size;
+        outside.add(bytes.start.max(size.next_multiple_of(block))..bytes.end);
+        for part in by_segment(bytes.start..bytes.end.min(size)) {
+            let end = ends.get(&(part.start / SEGMENT)).copied().unwrap_or(0);
+            missing.add(part.start.max(end)..part.end);
+        }
+    }
+    let line = |sum: Sum, what: &str| {
+        let first = sum.first?;
+        let size = format_size(sum.bytes);
+        Some(format!("{size} of data from byte {first} on {what}"))
+    };
+    let lines = [
+        line(outside, "lie past the end of the disk"),
+        line(missing, "are missing: the data file is too short, restore it from a backup"),
+    ];
+    lines.into_iter().flatten().collect()
+}
+
+/// `range` cut at the borders of segments.
+fn by_segment(range: Range<u64>) -> impl Iterator<Item = Range<u64>> {
+    let mut at = range.start;
+    std::iter::from_fn(move || {
+        let start = at;
+        at = range.end.min((start / SEGMENT + 1).saturating_mul(SEGMENT));
+        (start < range.end).then_some(start..at)
+    })
+}
+
+/// Bytes that were found, and the first of them.
+#[derive(Default)]
+struct Sum {
+    first: Option<u64>,
+    bytes: u64,
+}
+
+impl Sum {
+    fn add(&mut self, range: Range<u64>) {
+        if !range.is_empty() {
+            self.first.get_or_insert(range.start);
+            self.bytes += range.end - range.start;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn image(size: u64, data: Range<u64>) -> Image {
+        let mut image = Image::new(size, size);
+        image.blocks.set(BlockIndex(data.start)..BlockIndex(data.end), State::Data);
+        image
+    }
+
+    fn look(uuid: u128, parent: Option<u128>, size: u64, lower_limit: u64) -> Look {
+        let (uuid, parent) = (Uuid::from_u128(uuid), parent.map(Uuid::from_u128));
+        let found = Sound {
+            size,
+            lower_limit,
+            data: 0,
+            zero: 0,
+            records: 5,
+            count: 5,
+            recovered: Recovered::Clean,
+            misplaced: Vec::new(),
+            is_rewritten: false,
+        };
+        Look { record: LayerRecord { uuid, block: 512, parent }, found: Ok(found) }
+    }
+
+    #[test]
+    fn a_layer_cannot_show_more_of_its_parent_than_there_is() {
+        let looks = |size| [look(1, None, size, 0), look(2, Some(1), 9000, 8000)];
+        assert_eq!(contradictions(&looks(8000)), Vec::<String>::new());
+        let lines = contradictions(&looks(7999));
+        assert!(lines[0].contains("shows 8000 bytes of layer 00000000"), "{lines:?}");
+        assert!(lines[0].contains("which has only 7999"), "{lines:?}");
+    }
+
+    #[test]
+    fn a_parent_that_a_power_cut_took_back_may_be_smaller() {
+        let mut looks = [look(1, None, 10, 0), look(2, Some(1), 9000, 8000)];
+        looks[0].found.as_mut().unwrap().count = 4;
+        assert_eq!(contradictions(&looks), Vec::<String>::new());
+        let parent = looks[0].found.as_mut().unwrap();
+        (parent.count, parent.is_rewritten) = (5, true);
+        assert_eq!(contradictions(&looks), Vec::<String>::new());
+    }
+
+    #[test]
+    fn data_past_the_end_of_the_disk_is_found() {
+        let ends = HashMap::from([(0, 1 << 20)]);
+        assert_eq!(misplaced(&image(5000, 0..2), 4096, &ends), Vec::<String>::new());
+        let lines = misplaced(&image(5000, 0..4), 4096, &ends);
+        assert_eq!(lines, ["8 KiB of data from byte 8192 on lie past the end of the disk"]);
+    }
+
+    #[test]
+    fn every_segment_has_an_end_of_its_own() {
+        let block = 1 << 20;
+        let border = SEGMENT / block;
+        let image = image(2 * SEGMENT, border - 1..border + 2);
+        let whole = HashMap::from([(0, SEGMENT), (1, SEGMENT + 2 * block)]);
+        assert_eq!(misplaced(&image, block, &whole), Vec::<String>::new());
+        let short = HashMap::from([(0, SEGMENT), (1, SEGMENT + block)]);
+        assert!(misplaced(&image, block, &short)[0].starts_with("1 MiB of data"));
+        let parts: Vec<_> = by_segment(SEGMENT - 1..SEGMENT + 1).collect();
+        assert_eq!(parts, [SEGMENT - 1..SEGMENT, SEGMENT..SEGMENT + 1]);
+    }
+}
