@@ -468,6 +468,12 @@ impl Disk {
         }
     }
 
+    /// What a top above `below` may hold, in bytes of data.
+    fn limit_above(&self, below: &[Arc<Overlay>]) -> Option<u64> {
+        let held: u64 = below.iter().map(|layer| layer.usage().data).sum();
+        self.life.limit.map(|limit| limit.saturating_sub(held))
+    }
+
     /// Puts an empty top in place. `change` is given the new tree and the old top.
     fn put_top(
         &self,
@@ -494,8 +500,7 @@ impl Disk {
         if above == Above::Top {
             below.insert(0, Arc::clone(&top));
         }
-        let held: u64 = below.iter().map(|layer| layer.usage().data).sum();
-        let limit = self.life.limit.map(|limit| limit.saturating_sub(held));
+        let limit = self.limit_above(&below);
         let size = below.first().map_or(0, |layer| layer.size());
         let fresh = *self.life.fresh.lock();
         let image = |top: &Overlay| match above {
@@ -765,7 +770,7 @@ impl Disk {
         self.finish_top(turn, lower, new).inspect_err(|_| self.unmake(uuid))
     }
 
-    fn finish_top(&self, turn: &Turn<'_>, lower: Uuid, new: NewTop) -> Result<(), LifeError> {
+    fn finish_top(&self, turn: &Turn<'_>, lower: Uuid, mut new: NewTop) -> Result<(), LifeError> {
         let absorb = |layer: Arc<Overlay>| -> Result<(), LifeError> {
             let layer = Sealed::new(vec![layer]).ok_or(LifeError::NoOverlay("layers"))?;
             let done = new.overlay.absorb(&layer, &|| turn.must_stop());
@@ -798,6 +803,8 @@ impl Disk {
             let Some(top) = self.overlay() else { return Err(LifeError::NoOverlay("layers")) };
             absorb(top)?;
             sync()?;
+            // Only now: what was there may be more than a limit that was lowered since.
+            new.overlay.set_limit(self.limit_above(&below));
             next.replace(old, lower, new.uuid);
             self.install(&next, new, below)?;
         }
@@ -845,11 +852,21 @@ impl Disk {
             };
             return Ok(reflink.list()?.into_iter().map(info).collect());
         }
-        let tree = self.tree("snapshots")?;
+        loop {
+            let tree = self.tree("snapshots")?;
+            match self.snapshots_in(&tree) {
+                // Layers were merged meanwhile: what the tree named is gone.
+                Err(_) if self.tree("snapshots")? != tree => {}
+                found => return found,
+            }
+        }
+    }
+
+    fn snapshots_in(&self, tree: &Tree) -> Result<Vec<SnapshotInfo>, LifeError> {
         let live = self.chain();
         let mut infos = Vec::new();
         for SnapshotRecord { name, layer, taken } in &tree.snapshots {
-            let opened = self.open_chain(&tree, *layer)?;
+            let opened = self.open_chain(tree, *layer)?;
             let Some(top) = opened.first() else { continue };
             // What the layers above it have changed.
             let at = live.iter().position(|since| since.uuid == *layer);
@@ -916,12 +933,22 @@ impl Disk {
         if let Some(reflink) = self.reflink() {
             return self.snapshot_of_reflink(&reflink, name);
         }
-        let tree = self.home.lock().tree().ok_or_else(missing)?;
-        let record = tree.snapshot(name).ok_or_else(missing)?;
+        loop {
+            let tree = self.home.lock().tree().ok_or_else(missing)?;
+            match self.snapshot_file_in(&tree, name) {
+                // Layers were merged meanwhile: what the tree named is gone.
+                Err(_) if self.home.lock().tree().as_ref() != Some(&tree) => {}
+                found => return found,
+            }
+        }
+    }
+
+    fn snapshot_file_in(&self, tree: &Tree, name: &str) -> io::Result<Arc<Self>> {
+        let record = tree.snapshot(name).ok_or_else(|| errno(libc::ENOENT))?;
         if let Some(file) = self.life.files.lock().get(&record.layer) {
             return Ok(Arc::clone(file));
         }
-        let chain = self.open_chain(&tree, record.layer).map_err(|error| {
+        let chain = self.open_chain(tree, record.layer).map_err(|error| {
             log::error!("{}: snapshot '{name}' cannot be opened: {error}", self.source);
             errno(libc::EIO)
         })?;

@@ -116,3 +116,94 @@ impl Overlay {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+    use std::sync::Arc;
+
+    use proptest::prelude::*;
+
+    use super::super::keep::temporary;
+    use super::super::sealed::tests::{Plan, bytes, large, parts, pieces, slow, small};
+    use super::*;
+
+    /// An empty layer in the place of `old`.
+    fn empty(dir: &Path, old: &Overlay) -> Overlay {
+        let block = u32::try_from(old.block()).unwrap();
+        temporary(dir, block, old.size(), old.lower_limit(), None).unwrap()
+    }
+
+    fn sealed(layers: &[Arc<Overlay>]) -> Sealed {
+        Sealed::new(layers.to_vec()).unwrap()
+    }
+
+    /// Whether two stacks give the same bytes, and let the base show at the same places.
+    fn check_same(old: &[Arc<Overlay>], new: &[Arc<Overlay>]) {
+        let size = old[0].size();
+        assert_eq!(new[0].size(), size);
+        let lower = |layers: &[Arc<Overlay>]| {
+            let mut all = pieces(size, |range| slow(layers, range));
+            all.retain(|piece| piece.1 == Kind::Lower);
+            all.into_iter().map(|piece| piece.0).collect::<Vec<_>>()
+        };
+        assert_eq!(lower(new), lower(old), "where the base shows");
+        for layers in [old, new] {
+            for (range, ..) in pieces(size, |range| slow(layers, range)) {
+                for part in parts(&range) {
+                    assert!(bytes(new, part.clone()) == bytes(old, part.clone()), "{part:?}");
+                }
+            }
+        }
+    }
+
+    /// Merges the layer of rank `at` and the one below it, in each of the ways there are.
+    fn check(plan: &Plan, at: usize) {
+        let dir = tempfile::tempdir().unwrap();
+        let old = plan.build(dir.path());
+        let at = at % old.len();
+        let pair = &old[at..old.len().min(at + 2)];
+        let bottom = pair.last().unwrap();
+        let never = || false;
+        let both = empty(dir.path(), bottom);
+        both.absorb(&sealed(pair), &never).unwrap();
+        // As a busy top is merged: one after the other.
+        let each = empty(dir.path(), bottom);
+        for layer in pair.iter().rev() {
+            each.absorb(&sealed(std::slice::from_ref(layer)), &never).unwrap();
+        }
+        for merged in [both, each] {
+            let mut new = old.clone();
+            new.splice(at..at + pair.len(), [Arc::new(merged)]);
+            check_same(&old, &new);
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn a_merged_layer_reads_as_the_two_did(plan in small(), at in 0usize..6) {
+            check(&plan, at);
+        }
+    }
+
+    proptest! {
+        // Each copies megabytes.
+        #![proptest_config(ProptestConfig { max_shrink_iters: 200, ..ProptestConfig::with_cases(24) })]
+
+        #[test]
+        fn a_merged_layer_of_many_chunks_reads_as_the_two_did(plan in large(), at in 0usize..6) {
+            check(&plan, at);
+        }
+    }
+
+    #[test]
+    fn merging_stops_when_it_is_told_to() {
+        let dir = tempfile::tempdir().unwrap();
+        let lower = temporary(dir.path(), 4096, 1 << 20, 1 << 20, None).unwrap();
+        lower.write_at(&[7; 9000], 100, &Nothing, Wait::Yes).unwrap();
+        let lower = Arc::new(lower);
+        let new = empty(dir.path(), &lower);
+        let stopped = new.absorb(&sealed(&[lower]), &|| true).unwrap_err();
+        assert_eq!(stopped.raw_os_error(), Some(libc::EINTR));
+    }
+}

@@ -166,6 +166,11 @@ impl Overlay {
         *self.unsettled.lock() = open.cloned().collect();
     }
 
+    /// Caps what it may hold from now on, in bytes of data.
+    pub fn set_limit(&mut self, limit: Option<u64>) {
+        self.limit = limit.map(|limit| limit / self.block);
+    }
+
     /// Takes the place of `older`: what was learnt from that map is not taken for this one's.
     pub fn follow(&self, older: &Self) {
         self.revision.store(older.revision() + 1, Ordering::Release);

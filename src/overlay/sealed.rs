@@ -326,3 +326,329 @@ impl Layer for Sealed {
         Ok((extent, copied))
     }
 }
+
+#[cfg(test)]
+#[expect(clippy::cast_possible_truncation, reason = "pieces of files of some MiB")]
+pub(super) mod tests {
+    use std::path::Path;
+
+    use proptest::collection::vec;
+    use proptest::prelude::*;
+
+    use super::super::keep::temporary;
+    use super::super::merge::Nothing;
+    use super::*;
+    use crate::layer::WritableLayer;
+
+    /// More than this of one run is not read whole: its two ends are.
+    const WHOLE: u64 = 128 << 10;
+
+    /// Something that makes a layer what it is.
+    #[derive(Clone, Debug)]
+    pub(in crate::overlay) enum Change {
+        Write(u64, u64, u8),
+        Zero(u64, u64),
+        Resize(u64),
+        /// All blocks of a chunk (0), or every second one from its second (1) or third (2) on.
+        Chunk(u64, u64, State),
+    }
+
+    #[derive(Clone, Debug)]
+    pub(in crate::overlay) struct Plan {
+        pub(in crate::overlay) block: u32,
+        /// The size of the lowest, and how much of the base it shows.
+        base: (u64, u64),
+        /// Bottom to top.
+        layers: Vec<Vec<Change>>,
+    }
+
+    fn change(block: u64, most: u64) -> impl Strategy<Value = Change> {
+        let chunk = block * CHUNK_BLOCKS;
+        let place = prop_oneof![
+            3 => 0..=most,
+            3 => (0..=most / block).prop_map(move |at| at * block),
+            2 => (0..=most / chunk, 0u64..3000).prop_map(move |(at, by)| {
+                (at * chunk + by).saturating_sub(1500)
+            }),
+        ];
+        let len = prop_oneof![1..3 * block, (1u64..4).prop_map(move |count| count * block)];
+        let span = prop_oneof![2 => 1..5 * block, 1 => Just(most), 1 => 1..=most];
+        let place = place.boxed();
+        prop_oneof![
+            4 => (place.clone(), len, 1u8..).prop_map(|(at, len, fill)| Change::Write(at, len, fill)),
+            3 => (place.clone(), span).prop_map(|(at, len)| Change::Zero(at, len)),
+            2 => place.prop_map(Change::Resize),
+        ]
+    }
+
+    /// Stacks of small layers.
+    pub(in crate::overlay) fn small() -> impl Strategy<Value = Plan> {
+        prop_oneof![Just(512u32), Just(4096)].prop_flat_map(|block| {
+            let most = u64::from(block) * 40;
+            let layers = vec(vec(change(block.into(), most), 0..6), 1..=6);
+            (1..=most, 0..=most, layers).prop_map(move |(size, shown, layers)| Plan {
+                block,
+                base: (size, shown),
+                layers,
+            })
+        })
+    }
+
+    /// Stacks of layers of more than three chunks.
+    pub(in crate::overlay) fn large() -> impl Strategy<Value = Plan> {
+        let most = 512 * CHUNK_BLOCKS * 7 / 2;
+        let state = prop_oneof![Just(State::Data), Just(State::Zero)];
+        let chunk = (0u64..4, 0u64..3, state)
+            .prop_map(|(chunk, step, state)| Change::Chunk(chunk, step, state));
+        let layers = vec(vec(prop_oneof![4 => change(512, most), 1 => chunk], 0..6), 1..=6);
+        (1..=most, 0..=most, layers).prop_map(|(size, shown, layers)| Plan {
+            block: 512,
+            base: (size, shown),
+            layers,
+        })
+    }
+
+    fn apply(layer: &Overlay, change: &Change) {
+        let (size, block) = (layer.size(), layer.block());
+        match *change {
+            Change::Resize(size) => layer.set_size(size).unwrap(),
+            Change::Write(at, len, fill) => {
+                let end = at + len;
+                if end > size {
+                    layer.set_size(end).unwrap();
+                }
+                let bytes: Vec<u8> = (at..end).map(|at| fill ^ (at % 253) as u8 | 1).collect();
+                layer.write_at(&bytes, at, &Nothing, Wait::Yes).unwrap();
+            }
+            Change::Zero(at, len) => {
+                let range = at.min(size)..(at + len).min(size);
+                if !range.is_empty() {
+                    layer.zero(range, &Nothing, Wait::Yes).unwrap();
+                }
+            }
+            Change::Chunk(chunk, step, state) => {
+                let end = size.div_ceil(block).min((chunk + 1) * CHUNK_BLOCKS);
+                let range = (chunk * CHUNK_BLOCKS).min(end)..end;
+                let mut map = layer.map.write();
+                if step == 0 {
+                    map.blocks.set(BlockIndex(range.start)..BlockIndex(range.end), state);
+                } else {
+                    for at in range.skip(step as usize).step_by(2) {
+                        map.blocks.set(BlockIndex(at)..BlockIndex(at + 1), state);
+                    }
+                }
+            }
+        }
+    }
+
+    impl Plan {
+        /// The layers, top to bottom, each as large as the one below it when it was begun.
+        pub(in crate::overlay) fn build(&self, dir: &Path) -> Vec<Arc<Overlay>> {
+            let (mut size, mut shown) = self.base;
+            shown = shown.min(size);
+            let mut layers = Vec::new();
+            for changes in &self.layers {
+                let layer = temporary(dir, self.block, size, shown, None).unwrap();
+                for change in changes {
+                    apply(&layer, change);
+                }
+                size = layer.size();
+                shown = size;
+                // What was written straight into the map has to be there to be read.
+                let file = layer.first_file().unwrap();
+                if file.metadata().unwrap().len() < size {
+                    file.set_len(size.next_multiple_of(self.block.into())).unwrap();
+                }
+                layers.insert(0, Arc::new(layer));
+            }
+            layers
+        }
+    }
+
+    /// What is at the start of `range`, asked of one layer after the other, and of which.
+    pub(in crate::overlay) fn slow(
+        layers: &[Arc<Overlay>],
+        mut range: Range<u64>,
+    ) -> (Extent, usize) {
+        for (depth, layer) in layers.iter().enumerate() {
+            let extent = layer.extent_at(range.clone(), Wait::Yes).unwrap();
+            assert!(extent.range.start == range.start && !extent.is_empty());
+            if extent.kind != Kind::Lower {
+                return (extent, depth);
+            }
+            range = extent.range;
+        }
+        (Extent::new(range, Kind::Lower), layers.len())
+    }
+
+    /// All pieces of a stack, joined; a hole has no layer.
+    pub(in crate::overlay) fn pieces(
+        size: u64,
+        find: impl Fn(Range<u64>) -> (Extent, usize),
+    ) -> Vec<(Range<u64>, Kind, Option<usize>)> {
+        let mut all: Vec<(Range<u64>, Kind, Option<usize>)> = Vec::new();
+        let mut at = 0;
+        while at < size {
+            let (extent, layer) = find(at..size);
+            assert!(extent.range.start == at && !extent.is_empty() && extent.range.end <= size);
+            at = extent.range.end;
+            let layer = (extent.kind != Kind::Hole).then_some(layer);
+            match all.last_mut() {
+                Some(last) if (last.1, last.2) == (extent.kind, layer) => last.0.end = at,
+                _ => all.push((extent.range, extent.kind, layer)),
+            }
+        }
+        all
+    }
+
+    /// The parts of `range` that are compared.
+    pub(in crate::overlay) fn parts(range: &Range<u64>) -> Vec<Range<u64>> {
+        if range.end - range.start <= WHOLE {
+            return vec![range.clone()];
+        }
+        vec![range.start..range.start + WHOLE / 2, range.end - WHOLE / 2..range.end]
+    }
+
+    /// The bytes of `range` that the layers give; 0xEE where they give none.
+    pub(in crate::overlay) fn bytes(layers: &[Arc<Overlay>], range: Range<u64>) -> Vec<u8> {
+        let mut bytes = vec![0xEE; (range.end - range.start) as usize];
+        let mut at = range.start;
+        while at < range.end {
+            let (extent, layer) = slow(layers, at..range.end);
+            let piece =
+                &mut bytes[(at - range.start) as usize..(extent.range.end - range.start) as usize];
+            match extent.kind {
+                Kind::Data => {
+                    let got = layers[layer].read_at(piece, at, Wait::Yes).unwrap();
+                    assert_eq!(got, extent);
+                }
+                Kind::Zero | Kind::Hole => piece.fill(0),
+                Kind::Lower => {}
+            }
+            at = extent.range.end;
+        }
+        bytes
+    }
+
+    fn fast_bytes(sealed: &Sealed, range: Range<u64>) -> Vec<u8> {
+        let mut bytes = vec![0xEE; (range.end - range.start) as usize];
+        let mut at = range.start;
+        while at < range.end {
+            let rest = &mut bytes[(at - range.start) as usize..];
+            let extent = sealed.read_at(rest, at, Wait::Yes).unwrap();
+            assert_eq!(extent, sealed.extent_at(at..range.end, Wait::Yes).unwrap());
+            if matches!(extent.kind, Kind::Hole | Kind::Zero) {
+                rest[..(extent.range.end - at) as usize].fill(0);
+            }
+            at = extent.range.end;
+        }
+        bytes
+    }
+
+    /// What each layer shows, counted piece by piece.
+    fn slow_shown(layers: &[Arc<Overlay>]) -> Vec<Usage> {
+        let mut shown = vec![Usage { data: 0, zero: 0 }; layers.len()];
+        let size = layers[0].size();
+        let mut at = 0;
+        while at < size {
+            let (extent, layer) = slow(layers, at..size);
+            let len = extent.range.end - at;
+            match extent.kind {
+                Kind::Data => shown[layer].data += len,
+                Kind::Hole => {
+                    let map = layers[layer].map.read();
+                    let state = map.blocks.state(BlockIndex(at / layers[layer].block()));
+                    if at < map.size && state == State::Zero {
+                        shown[layer].zero += len;
+                    }
+                }
+                Kind::Zero | Kind::Lower => {}
+            }
+            at = extent.range.end;
+        }
+        shown
+    }
+
+    fn check(plan: &Plan, asked: &[(u64, u64)]) -> Sealed {
+        let dir = tempfile::tempdir().unwrap();
+        let layers = plan.build(dir.path());
+        let size = layers[0].size();
+        // Asked in any order: what is known by then must not matter.
+        let scattered = Sealed::new(layers.clone()).unwrap();
+        for (at, len) in asked {
+            let at = at % size.max(1);
+            let range = at..at.saturating_add(*len).min(size);
+            if !range.is_empty() {
+                let (found, layer) = scattered.extent_of(&range);
+                let (expected, depth) = slow(&layers, range.clone());
+                assert_eq!(found.kind, expected.kind, "at {at}");
+                assert!(found.range.start == at && found.range.end <= range.end);
+                assert!(found.kind == Kind::Hole || layer == depth, "{layer}, not {depth}");
+            }
+        }
+        assert_eq!(scattered.shown(), slow_shown(&layers));
+        let sealed = Sealed::new(layers.clone()).unwrap();
+        let expected = pieces(size, |range| slow(&layers, range));
+        assert_eq!(pieces(size, |range| scattered.extent_of(&range)), expected);
+        assert_eq!(pieces(size, |range| sealed.extent_of(&range)), expected);
+        for (range, ..) in expected {
+            for part in parts(&range) {
+                let around = part.start.saturating_sub(700)..(part.end + 700).min(size);
+                assert!(fast_bytes(&sealed, around.clone()) == bytes(&layers, around), "{part:?}");
+            }
+        }
+        assert_eq!(sealed.shown(), slow_shown(&layers));
+        assert_eq!(sealed.size(), size);
+        sealed
+    }
+
+    proptest! {
+        #[test]
+        fn small_layers_are_found_as_one_by_one(
+            plan in small(), asked in vec((any::<u64>(), 1u64..100_000), 0..20),
+        ) {
+            check(&plan, &asked);
+        }
+    }
+
+    proptest! {
+        // Each walks through hundreds of thousands of blocks.
+        #![proptest_config(ProptestConfig { max_shrink_iters: 200, ..ProptestConfig::with_cases(32) })]
+
+        #[test]
+        fn layers_of_many_chunks_are_found_as_one_by_one(
+            plan in large(), asked in vec((any::<u64>(), 1u64..100_000_000), 0..20),
+        ) {
+            check(&plan, &asked);
+        }
+    }
+
+    #[test]
+    fn each_kind_of_segment_answers_as_the_layers_do() {
+        let chunk = 512 * CHUNK_BLOCKS;
+        let lower = vec![
+            Change::Chunk(0, 0, State::Data),
+            Change::Write(chunk + 50_000, 3000, 1),
+            Change::Chunk(2, 1, State::Data),
+            Change::Chunk(3, 1, State::Data),
+        ];
+        let upper = vec![
+            Change::Write(chunk + 100, 10_000, 2),
+            Change::Chunk(3, 2, State::Zero),
+            Change::Zero(chunk * 5, 1024),
+        ];
+        let base = (6 * chunk, 5 * chunk + 300);
+        let sealed = check(&Plan { block: 512, base, layers: vec![lower, upper] }, &[]);
+        let directory = sealed.directory.read();
+        let whole = |layer, state| Owner { layer, state };
+        assert!(
+            matches!(&directory[&0], Segment::Uniform { end: 1, owner } if *owner == whole(1, State::Data))
+        );
+        assert!(matches!(&directory[&1], Segment::Runs(runs) if runs.len() > 2));
+        assert!(matches!(&directory[&2], Segment::Walk(layers) if **layers == [1]));
+        assert!(matches!(&directory[&3], Segment::Walk(layers) if **layers == [0, 1]));
+        assert!(
+            matches!(&directory[&4], Segment::Uniform { end: 5, owner } if *owner == sealed.below())
+        );
+    }
+}

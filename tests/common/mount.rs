@@ -386,7 +386,9 @@ fn daemons_of(dir: &Path) -> Vec<u32> {
 pub fn is_alive(pid: u32) -> bool {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
     let state = stat.rsplit(") ").next().and_then(|rest| rest.chars().next());
-    state.is_some_and(|state| !"ZX".contains(state))
+    // The first thread may be dead while others still hold the files and their locks.
+    let threads = fs::read_dir(format!("/proc/{pid}/task")).map_or(0, Iterator::count);
+    threads > 1 || state.is_some_and(|state| !"ZX".contains(state))
 }
 
 pub fn show(output: &Output) -> String {
