@@ -316,7 +316,7 @@ impl Control {
             "state": state,
             "error": error,
             "openers": disk.openers(),
-            "base": disk.source,
+            "base": disk.base_shown(),
             "overlay": overlay,
             "stream": disk.stream().map(stream_value),
         })

@@ -14,6 +14,8 @@ use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use rustix::fs::FlockOperation;
 use uuid::Uuid;
@@ -23,6 +25,11 @@ use crate::overlay::persist::Place;
 use crate::overlay::shelf::Shelf;
 use crate::overlay::stack::{Stack, StackError, doing, open_dir};
 use crate::spec::DiskSpec;
+
+/// How long a store's last user may take to be gone.
+const DYING: Duration = Duration::from_secs(1);
+/// How often is looked whether it is.
+const LOOK: Duration = Duration::from_millis(20);
 
 /// A store that this process has to itself.
 pub struct Store {
@@ -139,11 +146,19 @@ impl Store {
             let dir = self.dir.clone();
             StoreError::Io { dir, what: "reading its names", error }.to_string()
         })?;
+        let shared = shared_layers(&self.dir);
+        if let Err(error) = &shared {
+            log::debug!("store '{}': layers are merged later: {error}", self.dir.display());
+        }
         for (name, uuid) in listed {
             let opened = self
                 .with_place(&uuid, |place| disk::open_stored(&name, place, setting, &self.shelf))
                 .map_err(|error| StoreError::Disk { name: name.clone(), error }.to_string())?;
-            each(&name, self.joined(opened))?;
+            let opened = self.joined(opened);
+            if let Ok(shared) = &shared {
+                opened.disk.note_untidy(shared);
+            }
+            each(&name, opened)?;
         }
         Ok(())
     }
@@ -280,10 +295,15 @@ impl Store {
 pub fn lock(dir: &Path) -> Result<File, StoreError> {
     let io = |what| move |error| StoreError::Io { dir: dir.to_owned(), what, error };
     let lock = open_dir(dir).map_err(io("opening it"))?;
-    match rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive) {
-        Ok(()) => Ok(lock),
-        Err(rustix::io::Errno::WOULDBLOCK) => Err(StoreError::InUse(dir.to_owned())),
-        Err(error) => Err(io("locking it")(error.into())),
+    let start = Instant::now();
+    loop {
+        match rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => return Ok(lock),
+            // The threads of a daemon that was killed end one after the other.
+            Err(rustix::io::Errno::WOULDBLOCK) if start.elapsed() < DYING => thread::sleep(LOOK),
+            Err(rustix::io::Errno::WOULDBLOCK) => return Err(StoreError::InUse(dir.to_owned())),
+            Err(error) => return Err(io("locking it")(error.into())),
+        }
     }
 }
 
@@ -371,20 +391,44 @@ impl Leftovers {
 /// # Errors
 /// The host's errno, also when a stack cannot be read: nobody knows then what it needs.
 fn layers_of_others(dir: &Path, uuid: &Uuid) -> io::Result<HashSet<Uuid>> {
-    let mut needed = HashSet::new();
     let own = uuid.to_string();
+    let mut needed = HashSet::new();
+    each_stack(dir, |name, stack| {
+        if name != own {
+            needed.extend(stack.layers.into_iter().map(|layer| layer.uuid));
+        }
+    })?;
+    Ok(needed)
+}
+
+/// The layers that several disks of the store `dir` stand on.
+///
+/// # Errors
+/// As [`layers_of_others`].
+fn shared_layers(dir: &Path) -> io::Result<HashSet<Uuid>> {
+    let (mut seen, mut shared) = (HashSet::new(), HashSet::new());
+    each_stack(dir, |_, stack| {
+        let again = stack.layers.into_iter().map(|layer| layer.uuid);
+        shared.extend(again.filter(|layer| !seen.insert(*layer)));
+    })?;
+    Ok(shared)
+}
+
+/// Calls `each` with the directory's name and the stack of every disk in the store `dir`.
+fn each_stack(dir: &Path, mut each: impl FnMut(&str, Stack)) -> io::Result<()> {
     for entry in fs::read_dir(dir.join("disks"))? {
         let entry = entry?;
-        if entry.file_name().to_str().is_none_or(|name| name == own || name.starts_with('.')) {
+        let name = entry.file_name();
+        let Some(name) = name.to_str().filter(|name| !name.starts_with('.')) else {
             continue;
-        }
+        };
         match open_dir(&entry.path()).map_err(doing("opening it")).and_then(|dir| Stack::read(&dir))
         {
-            Ok(stack) => needed.extend(stack.layers.into_iter().map(|layer| layer.uuid)),
+            Ok(stack) => each(name, stack),
             // It went between the two.
             Err(StackError::Io { error, .. }) if error.kind() == io::ErrorKind::NotFound => {}
             Err(error) => return Err(io::Error::other(error.to_string())),
         }
     }
-    Ok(needed)
+    Ok(())
 }

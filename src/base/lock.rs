@@ -44,7 +44,7 @@ pub enum LockError {
     Written(PathBuf),
     /// Other disks of ours read from the file that is to be written.
     #[error(
-        "'{}' cannot be written while another cowslip mount uses it as its base: unmount that one first",
+        "'{}' cannot be written while another cowslip disk uses it as its base: unmount or remove that one first",
         .0.display()
     )]
     Used(PathBuf),

@@ -138,6 +138,15 @@ impl Disk {
         Ok(copied)
     }
 
+    /// What it is made from, as `status` shows it.
+    #[must_use]
+    pub fn base_shown(&self) -> String {
+        match (&*self.bottom(), self.stands_alone.load(Ordering::SeqCst)) {
+            (Bottom::Blank(size), true) => format!("blank:{size}"),
+            _ => self.source.clone(),
+        }
+    }
+
     /// Whether what is prefetched goes up into the overlay.
     #[must_use]
     pub fn copies_on_cache(&self, fetch: Fetch) -> bool {

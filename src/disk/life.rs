@@ -837,6 +837,14 @@ impl Disk {
         *self.life.others.lock() = Some(others);
     }
 
+    /// Notes that layers wait to be merged, if they do; `shared` are those of several disks.
+    pub fn note_untidy(&self, shared: &HashSet<Uuid>) {
+        let tree = self.home.lock().tree();
+        if tree.is_some_and(|tree| tree.mergeable(|layer| shared.contains(&layer)).is_some()) {
+            self.life.untidy.store(true, Ordering::SeqCst);
+        }
+    }
+
     /// The disk's snapshots, oldest first.
     ///
     /// # Errors

@@ -445,7 +445,13 @@ fn base_mismatch(recorded: &BaseRecord, now: &Bottom) -> Result<Option<Misfit>, 
     match (recorded, now) {
         (BaseRecord::Blank { size: was }, Bottom::Blank(is)) if was == is => Ok(None),
         (BaseRecord::Blank { size: was }, Bottom::Blank(is)) => other(blank(*was), blank(*is)),
-        (BaseRecord::Blank { size }, Bottom::File { path, .. }) => other(blank(*size), named(path)),
+        (BaseRecord::Blank { size }, Bottom::File { path, .. }) => {
+            Ok(Some(Misfit::Other(format!(
+                "is one of {}, not of {}: an overlay that was hydrated stands alone, mount it as NAME=blank:{size},overlay=...",
+                blank(*size),
+                named(path)
+            ))))
+        }
         (BaseRecord::File { path, .. }, Bottom::Blank(size)) => other(named(path), blank(*size)),
         (BaseRecord::File { path: was, identity, .. }, Bottom::File { path, file }) => {
             if was != path && !is_same_file(was, file) {
@@ -494,11 +500,14 @@ fn settle(
     let owner = Owner { uid: stack.uid, gid: stack.gid, perm: stack.perm };
     let (mtime, chosen) = last_mtime(&overlay, recovered);
     let recorded = overlay.mtime().map(|(mtime, _)| mtime);
+    // Exact for one layer; of several the most it can be, for finding out more takes time.
+    let sealed: u64 = below.iter().map(|layer| layer.usage().data).sum();
+    let changed = overlay.usage().data + sealed;
     let summary = format!(
         "{}, overlay '{}' ({} changed)",
         format_size(overlay.size()),
         dir.display(),
-        format_size(overlay.usage().data)
+        format_size(changed)
     );
     match recovered {
         Recovered::New | Recovered::Clean => {}
