@@ -299,6 +299,7 @@ impl Control {
                 "free": disk.space().map(|space| space.available).unwrap_or(0),
                 "recovered": recovered,
                 "doing": disk.doing(),
+                "committing": overlay.is_committing(),
                 "hydration": disk.hydration(),
                 "done": disk.progress().0,
                 "total": disk.progress().1,

@@ -172,6 +172,13 @@ struct Overlay {
     temporary: bool,
     path: Option<String>,
     changed: u64,
+    /// What is being done to the disk as a whole.
+    doing: Option<String>,
+    hydration: Option<String>,
+    done: u64,
+    total: u64,
+    /// A commit was begun and has not ended.
+    committing: bool,
 }
 
 impl Report {
@@ -219,6 +226,9 @@ impl Report {
         if !self.disks.is_empty() {
             text += &table.to_string();
         }
+        for news in self.disks.iter().filter_map(Disk::news) {
+            text += &format!("  {}\n", printable(&news));
+        }
         let errors = self.disks.iter().filter_map(Disk::complaint);
         for error in self.error.clone().into_iter().chain(errors) {
             text += &format!("  {}\n", printable(&error));
@@ -253,6 +263,19 @@ impl Disk {
             overlay.map_or_else(none, Overlay::place),
             self.base.clone().unwrap_or_else(none),
         ]
+    }
+
+    /// What is being done to it, and how far that is.
+    fn news(&self) -> Option<String> {
+        let overlay = self.overlay.as_ref()?;
+        let Some(doing) = &overlay.doing else {
+            let line = "a commit was cut short: cowslip commit finishes it";
+            return overlay.committing.then(|| format!("{}: {line}", self.name));
+        };
+        let far = u128::from(overlay.done) * 100 / u128::from(overlay.total.max(1));
+        let far = if overlay.total > 0 { format!(", {far} %") } else { String::new() };
+        let paused = if overlay.hydration.as_deref() == Some("paused") { ", paused" } else { "" };
+        Some(format!("{}: {doing} is going on{far}{paused}", self.name))
     }
 
     fn complaint(&self) -> Option<String> {

@@ -91,6 +91,10 @@ pub(super) fn prefetch(
     copy: bool,
     is_gone: &(dyn Fn() -> bool + Sync),
 ) -> Value {
+    if range.start >= disk.size() && disk.size() > 0 {
+        let size = format_size(disk.size());
+        return json!({ "error": format!("{name}: the range begins past its end: it has {size}") });
+    }
     let fetch = if copy { Fetch::Copy } else { Fetch::AsSet };
     match disk.prefetch(range, fetch, is_gone) {
         Ok(bytes) if disk.copies_on_cache(fetch) => {

@@ -4,6 +4,8 @@ use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use super::life::{Force, LifeError, Turn};
 use super::open::Bottom;
@@ -16,6 +18,11 @@ use crate::layer::{Layer, Wait, WritableLayer};
 use crate::overlay::stack::{BaseRecord, Stack};
 use crate::overlay::{CommitTo, Overlay};
 use crate::spec::{Locking, format_size};
+
+/// How long a commit waits for layers that are being merged.
+const MERGING: Duration = Duration::from_secs(60);
+/// How often it looks whether they are.
+const LOOK: Duration = Duration::from_millis(20);
 
 /// What a commit has done.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -33,6 +40,7 @@ impl Disk {
     /// # Errors
     /// [`LifeError`]; before the copying began nothing has changed.
     pub fn commit(&self, force: Force, is_gone: &dyn Fn() -> bool) -> Result<Committed, LifeError> {
+        self.merge_first();
         let turn = self.begin("a commit")?;
         let overlay = self.committable()?;
         self.check_writers(force)?;
@@ -65,6 +73,19 @@ impl Disk {
         Ok(Committed { bytes: before.saturating_sub(left), left })
     }
 
+    /// Waits for layers that are still being merged after their snapshots were deleted.
+    fn merge_first(&self) {
+        let until = Instant::now() + MERGING;
+        while self.is_mergeable() && Instant::now() < until {
+            if let Err(error) = self.tidy() {
+                // What it means for the commit is said there.
+                log::warn!("{}: layers are not merged: {error}", self.source);
+                return;
+            }
+            thread::sleep(LOOK);
+        }
+    }
+
     /// The overlay, when it is one that can be committed.
     fn committable(&self) -> Result<Arc<Overlay>, LifeError> {
         let tree = self.tree("changes to commit")?;
@@ -80,7 +101,7 @@ impl Disk {
         }
         if tree.layers.len() > 1 {
             return Err(refused(
-                "it has several layers: other disks of the store stand on them, or they are still being merged",
+                "it has several layers: other disks of the store stand on them, or they are still being merged (try again then)",
             ));
         }
         if self.is_latched() {

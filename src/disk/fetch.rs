@@ -20,6 +20,8 @@ use crate::overlay::tree::Tree;
 
 /// Bytes brought in between two looks at whether to stop: 1 MiB.
 const PIECE: u64 = 1 << 20;
+/// The least that is copied at a time: 64 KiB.
+const SMALLEST: u64 = 64 << 10;
 /// How often a pause looks whether it is over.
 const LOOK: Duration = Duration::from_millis(100);
 
@@ -228,13 +230,17 @@ impl Disk {
                 at = extent.range.end;
             } else {
                 let start = Instant::now();
-                let end = extent.range.end.min(at + PIECE);
+                let rate = hydration.rate.load(Ordering::SeqCst);
+                // A few pieces a second, however slow it is to be.
+                let piece = if rate == 0 { PIECE } else { (rate / 4).clamp(SMALLEST, PIECE) };
+                let end = extent.range.end.min(at + piece);
                 let copied = self.bring_up(at..end, Wait::Yes).map_err(copying())?;
                 at = end;
-                let rate = hydration.rate.load(Ordering::SeqCst);
                 if let Some(nanos) = copied.saturating_mul(1_000_000_000).checked_div(rate) {
-                    let left = Duration::from_nanos(nanos).saturating_sub(start.elapsed());
-                    thread::sleep(left.min(Duration::from_secs(1)));
+                    let due = Duration::from_nanos(nanos);
+                    while start.elapsed() < due && !stop() {
+                        thread::sleep(due.saturating_sub(start.elapsed()).min(LOOK));
+                    }
                 }
             }
             self.life.done_bytes.store(at, Ordering::Relaxed);

@@ -651,6 +651,12 @@ impl Disk {
         Some((tree, lower, upper))
     }
 
+    /// Whether no snapshot and no other disk holds its layers apart.
+    pub(super) fn is_mergeable(&self) -> bool {
+        let is_nameless = self.home.lock().tree().is_some_and(|tree| tree.snapshots.is_empty());
+        is_nameless && !self.life.ending.load(Ordering::SeqCst) && self.untidy().is_some()
+    }
+
     /// Whether `tidy` would have something to do.
     #[must_use]
     pub fn is_untidy(&self) -> bool {

@@ -420,7 +420,7 @@ pub(super) fn check_base(
             Ok(())
         }
         Some(Misfit::Changed(why)) => {
-            mismatch(format!("{why}: restore the base, or use --force and risk nonsense"))
+            mismatch(format!("{why}: restore the base, or mount with --force and risk nonsense"))
         }
         None => Ok(()),
     }
