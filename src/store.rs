@@ -314,15 +314,22 @@ fn target_of(dir: &Path, name: &str) -> Option<Uuid> {
 }
 
 /// Every name in the store `dir` and the disk it leads to.
+///
+/// # Errors
+/// The host's errno; also when a name is no link to a disk, as in a copy of a store without its
+/// symlinks: its disk would look like one without a name.
 fn targets(dir: &Path) -> io::Result<Vec<(String, Uuid)>> {
     let mut all = Vec::new();
     for entry in fs::read_dir(dir.join("names"))? {
-        let Ok(name) = entry?.file_name().into_string() else {
-            continue;
+        let name = entry?.file_name();
+        let target = name.to_str().and_then(|name| Some((name.to_owned(), target_of(dir, name)?)));
+        let no_link = || {
+            let name = name.to_string_lossy();
+            io::Error::other(format!(
+                "'names/{name}' is no link to one of its disks: remove it, or copy the store again with its symlinks (cp -a)"
+            ))
         };
-        if let Some(uuid) = target_of(dir, &name) {
-            all.push((name, uuid));
-        }
+        all.push(target.ok_or_else(no_link)?);
     }
     all.sort();
     Ok(all)

@@ -244,6 +244,23 @@ fn another_base_is_refused_and_can_be_forced() {
 }
 
 #[test]
+fn a_copy_of_a_store_without_its_symlinks_is_refused_and_keeps_its_disks() {
+    let lab = Lab::new();
+    lab.mount("--store st");
+    lab.sh("echo one > m/a");
+    lab.umount();
+    lab.sh("cp -rL st copy");
+    for words in ["mount m --store copy", "check copy", "check copy --repair"] {
+        let line = lab.refused(1, words);
+        assert!(line.contains("'names/a' is no link to one of its disks: remove it"), "{line}");
+    }
+    lab.sh("rm -r copy/names; cp -a st/names copy/names");
+    lab.mount("--store copy");
+    assert_eq!(lab.sh("cat m/a"), "one\n");
+    lab.end();
+}
+
+#[test]
 fn a_disk_of_a_store_is_rebased_by_its_name() {
     let mut lab = Lab::new();
     lab.base("base.img", SIZE);

@@ -189,6 +189,16 @@ impl Life {
     }
 }
 
+/// What a clone stands on.
+pub(super) struct Frozen {
+    /// The sealed layer.
+    pub(super) layer: Uuid,
+    /// The size of the disk in it, in bytes.
+    pub(super) size: u64,
+    /// The stack it belongs to.
+    pub(super) stack: Stack,
+}
+
 /// One operation on a disk as a whole, until it is dropped.
 pub(super) struct Turn<'a>(&'a Life);
 
@@ -680,9 +690,13 @@ impl Disk {
     }
 
     fn tidy_all(&self) -> Result<Tidied, LifeError> {
-        while let Some((tree, lower, upper)) = self.untidy() {
+        loop {
+            // Before it is found out what to merge: a request would make something else of it.
             let Ok(turn) = self.begin_as("the merging of layers", true) else {
                 return Ok(Tidied::Some);
+            };
+            let Some((tree, lower, upper)) = self.untidy() else {
+                return Ok(Tidied::All);
             };
             let done = match tree.top() {
                 Some(top) if top.uuid == upper => self.merge_into_top(&turn, lower),
@@ -693,7 +707,6 @@ impl Disk {
                 done => done?,
             }
         }
-        Ok(Tidied::All)
     }
 
     /// Makes one sealed layer of `lower` and `upper`, which stands on it alone.
@@ -734,9 +747,10 @@ impl Disk {
 
     /// The layers `upper` and `lower`, looked up as one.
     fn both(&self, tree: &Tree, lower: Uuid, upper: Uuid) -> Result<Sealed, LifeError> {
+        let gone = LifeError::NoOverlay("layers");
         let mut chain = self.open_chain(tree, upper)?;
         let depth = tree.chain(upper).iter().position(|layer| layer.uuid == lower);
-        chain.truncate(depth.unwrap_or(0) + 1);
+        chain.truncate(depth.ok_or(gone)? + 1);
         Sealed::new(chain).ok_or(LifeError::NoOverlay("layers"))
     }
 
@@ -748,8 +762,10 @@ impl Disk {
         both: &Sealed,
         turn: &Turn<'_>,
     ) -> Result<NewTop, LifeError> {
-        let parent = tree.layer(lower).and_then(|layer| layer.parent);
-        let Some(bottom) = both.layers().last() else { return Err(LifeError::NoOverlay("layers")) };
+        let (Some(record), Some(bottom)) = (tree.layer(lower), both.layers().last()) else {
+            return Err(LifeError::NoOverlay("layers"));
+        };
+        let parent = record.parent;
         let image = Image::new(bottom.size(), bottom.lower_limit());
         let new = self.make_layer(tree, parent, &image, None)?;
         let absorbed = new.overlay.absorb(both, &|| turn.must_stop());
@@ -818,9 +834,8 @@ impl Disk {
         Ok(())
     }
 
-    /// Freezes what the disk holds for a clone, unless it is frozen already, and tells the layer
-    /// and the stack it belongs to.
-    pub(super) fn freeze(&self) -> Result<(Uuid, Stack), LifeError> {
+    /// Freezes what the disk holds for a clone, unless it is frozen already.
+    pub(super) fn freeze(&self) -> Result<Frozen, LifeError> {
         let layers = self.layers();
         let Top::Overlay(top) = &layers.top else { return Err(LifeError::NoOverlay("clones")) };
         let usage = top.usage();
@@ -828,9 +843,13 @@ impl Disk {
         if !is_same || usage != (Usage { data: 0, zero: 0 }) || top.lower_limit() != top.size() {
             self.seal(None)?;
         }
-        let parent = self.tree("clones")?.top().and_then(|top| top.parent);
-        match (&mut *self.home.lock(), parent) {
-            (Home::Kept(home), Some(parent)) => Ok((parent, home.stack.clone())),
+        let layer = self.tree("clones")?.top().and_then(|top| top.parent);
+        // Not the size of the disk, which may have been resized since.
+        let size = self.layers().sealed.as_ref().map(|sealed| sealed.size());
+        match (&mut *self.home.lock(), layer, size) {
+            (Home::Kept(home), Some(layer), Some(size)) => {
+                Ok(Frozen { layer, size, stack: home.stack.clone() })
+            }
             _ => Err(LifeError::NoOverlay("clones")),
         }
     }
@@ -1047,4 +1066,70 @@ fn free_name(taken_names: &[String], taken: u64) -> String {
     let name = time.strftime("%Y-%m-%d_%H%M%S").to_string();
     let mut names = std::iter::once(name.clone()).chain((2..).map(|n| format!("{name}-{n}")));
     names.find(|name| !taken_names.contains(name)).unwrap_or(name)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::super::{Setting, open};
+    use super::*;
+    use crate::layer::Wait;
+    use crate::stream::sink::Inherit;
+
+    fn disk(dir: &Path) -> Disk {
+        let mut spec = DiskSpec::new("d".to_owned(), Source::Blank(8 << 20));
+        spec.overlay = Some(dir.to_owned());
+        let setting = Setting {
+            mountpoint: Path::new("/nowhere"),
+            mount_dev: None,
+            uid: 0,
+            gid: 0,
+            force: false,
+            stdio: Inherit::Nothing,
+            looked_at: Mutex::new(HashSet::new()),
+        };
+        open(&spec, &setting).map_err(|error| error.to_string()).unwrap().disk
+    }
+
+    #[test]
+    fn a_revert_just_before_layers_are_merged_keeps_what_the_snapshot_showed() {
+        let room = tempfile::tempdir().unwrap();
+        let disk = Arc::new(disk(&room.path().join("ov")));
+        disk.write(b"kept", 4096, Wait::Yes).unwrap();
+        disk.snapshot(Some("a")).unwrap();
+        disk.write(b"more", 8192, Wait::Yes).unwrap();
+        disk.snapshot(Some("b")).unwrap();
+        disk.write(b"last", 8192, Wait::Yes).unwrap();
+        disk.delete_snapshot("b").unwrap();
+        // It is asked who else needs the layers when they are about to be merged: then comes a
+        // request.
+        let came = Arc::new(Mutex::new(None));
+        let (seen, weak) = (Arc::clone(&came), Arc::downgrade(&disk));
+        let shelf = disk.life.shelf();
+        disk.join(
+            &shelf,
+            Arc::new(move |_| {
+                if let Some(disk) = weak.upgrade().filter(|_| seen.lock().is_none()) {
+                    let other = std::thread::spawn(move || disk.revert("a", Force::Yes));
+                    // Who has to wait for the merging is not waited for.
+                    let until = std::time::Instant::now() + Duration::from_millis(300);
+                    while !other.is_finished() && std::time::Instant::now() < until {
+                        std::thread::sleep(Duration::from_millis(5));
+                    }
+                    *seen.lock() = Some(other);
+                }
+                Ok(HashSet::new())
+            }),
+        );
+        disk.tidy().unwrap();
+        // The lock is let go of first: the revert asks who else needs the layers as well.
+        let other = came.lock().take().unwrap();
+        other.join().unwrap().unwrap();
+        let mut found = [0; 4];
+        disk.read(&mut found, 8192, Wait::Yes).unwrap();
+        assert_eq!(found, [0; 4]);
+        disk.read(&mut found, 4096, Wait::Yes).unwrap();
+        assert_eq!(&found, b"kept");
+    }
 }

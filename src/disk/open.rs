@@ -13,7 +13,7 @@ use parking_lot::{Mutex, RwLock};
 use uuid::Uuid;
 
 use super::fetch::Hydration;
-use super::life::{Life, LifeError};
+use super::life::{Frozen, Life, LifeError};
 use super::{Disk, Home, Layers, Owner, Times, Top, mtime_of, now};
 use crate::base::identity::Identity;
 use crate::base::place::{self, PlaceError};
@@ -420,7 +420,7 @@ pub(super) fn check_base(
             Ok(())
         }
         Some(Misfit::Changed(why)) => {
-            mismatch(format!("{why}: restore the base, or mount with --force and risk nonsense"))
+            mismatch(format!("{why}: restore the base, or use --force and risk nonsense"))
         }
         None => Ok(()),
     }
@@ -632,7 +632,7 @@ pub fn clone_stored(
     if from.is_latched() {
         return Err(refused(LifeError::Latched));
     }
-    let (layer, old) = from.freeze().map_err(refused)?;
+    let Frozen { layer, size, stack: old } = from.freeze().map_err(refused)?;
     let spec = DiskSpec::new(
         name.to_owned(),
         match &old.base {
@@ -645,7 +645,6 @@ pub fn clone_stored(
     tree.layers.reverse();
     tree.grow(Uuid::new_v4(), Some(layer));
     let stack = Stack { uuid: uuid_for(place), ..old.with_tree(tree.clone()) };
-    let size = from.size();
     let image =
         Image { mtime: from.overlay().and_then(|top| top.mtime()), ..Image::new(size, size) };
     let new = New { stack, image: &image, limit: None };
