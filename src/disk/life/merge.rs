@@ -1,0 +1,300 @@
+//! The merging of layers that no name holds apart any more.
+
+use std::collections::HashSet;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use uuid::Uuid;
+
+use super::super::{Disk, Layers, Top};
+use super::switch::NewTop;
+use super::turn::Turn;
+use super::{LifeError, Others};
+use crate::layer::{Layer, WritableLayer};
+use crate::overlay::Overlay;
+use crate::overlay::record::Image;
+use crate::overlay::sealed::Sealed;
+use crate::overlay::shelf::Shelf;
+use crate::overlay::tree::Tree;
+
+/// What the top may hold while it is merged with all writers waiting: 16 MiB.
+const LITTLE: u64 = 16 << 20;
+/// How often the top is sealed and merged before what is left is merged with writers waiting.
+const ROUNDS: u32 = 4;
+
+/// How far layers were merged.
+enum Tidied {
+    All,
+    Some,
+}
+
+impl Disk {
+    /// A layer that no name holds apart from the only one that stands on it.
+    fn untidy(&self) -> Option<(Tree, Uuid, Uuid)> {
+        let tree = self.home.lock().tree()?;
+        tree.mergeable(|_| false)?;
+        let shared = self.layers_of_others().ok()?;
+        let (lower, upper) = tree.mergeable(|uuid| shared.contains(&uuid))?;
+        Some((tree, lower, upper))
+    }
+
+    /// Whether no snapshot and no other disk holds its layers apart.
+    pub(in crate::disk) fn is_mergeable(&self) -> bool {
+        let is_nameless = self.home.lock().tree().is_some_and(|tree| tree.snapshots.is_empty());
+        is_nameless && !self.life.ending.load(Ordering::SeqCst) && self.untidy().is_some()
+    }
+
+    /// Whether `tidy` would have something to do.
+    #[must_use]
+    pub fn is_untidy(&self) -> bool {
+        self.life.untidy.load(Ordering::SeqCst)
+            && self.life.doing.lock().is_none()
+            && !self.is_latched()
+    }
+
+    /// Merges the layers that no name holds apart any more. It gives way to whoever wants
+    /// something of the disk, and is then done later.
+    ///
+    /// # Errors
+    /// [`LifeError`]; the disk reads the same whatever happens.
+    pub fn tidy(&self) -> Result<(), LifeError> {
+        self.life.untidy.store(false, Ordering::SeqCst);
+        let done = self.tidy_all();
+        if !matches!(done, Ok(Tidied::All)) {
+            self.life.untidy.store(true, Ordering::SeqCst);
+        }
+        done.map(|_| ())
+    }
+
+    fn tidy_all(&self) -> Result<Tidied, LifeError> {
+        loop {
+            // Before it is found out what to merge: a request would make something else of it.
+            let Ok(turn) = self.begin_as("the merging of layers", true) else {
+                return Ok(Tidied::Some);
+            };
+            let Some((tree, lower, upper)) = self.untidy() else {
+                return Ok(Tidied::All);
+            };
+            let done = match tree.top() {
+                Some(top) if top.uuid == upper => self.merge_into_top(&turn, lower),
+                _ => self.merge(&turn, lower, upper),
+            };
+            match done {
+                Err(LifeError::Interrupted | LifeError::Stuck) => return Ok(Tidied::Some),
+                done => done?,
+            }
+        }
+    }
+
+    /// Makes one sealed layer of `lower` and `upper`, which stands on it alone.
+    fn merge(&self, turn: &Turn<'_>, lower: Uuid, upper: Uuid) -> Result<(), LifeError> {
+        let tree = self.tree("layers")?;
+        let both = self.both(&tree, lower, upper)?;
+        let new = self.merged(&tree, lower, &both, turn)?;
+        let (uuid, layer) = (new.uuid, Arc::new(new.overlay));
+        let done = || -> Result<Tree, LifeError> {
+            layer.settle().map_err(LifeError::host("closing a merged layer"))?;
+            let mut next = tree.clone();
+            next.replace(upper, lower, uuid);
+            self.replace_stack(&next, None)?;
+            Ok(next)
+        };
+        let shelf = self.life.shelf();
+        let _alone = shelf.alone();
+        let next = done().inspect_err(|_| self.unmake(uuid))?;
+        shelf.put(uuid, &layer);
+        self.life.sealed.lock().insert(uuid, layer);
+        let below = match next.top().and_then(|top| top.parent) {
+            Some(parent) => self.open_chain(&next, parent)?,
+            None => Vec::new(),
+        };
+        {
+            // The bytes are the same: nobody has to wait.
+            let mut layers = self.layers.write();
+            if let Top::Overlay(top) = &layers.top {
+                top.stand_on(&below);
+                let top = Top::Overlay(Arc::clone(top));
+                let sealed = Sealed::new(below).map(Arc::new);
+                *layers = Arc::new(Layers::new(top, sealed, layers.bottom.clone()));
+            }
+        }
+        self.drop_layers(&tree, &next);
+        Ok(())
+    }
+
+    /// The layers `upper` and `lower`, looked up as one.
+    fn both(&self, tree: &Tree, lower: Uuid, upper: Uuid) -> Result<Sealed, LifeError> {
+        let gone = LifeError::NoOverlay("layers");
+        let mut chain = self.open_chain(tree, upper)?;
+        let depth = tree.chain(upper).iter().position(|layer| layer.uuid == lower);
+        chain.truncate(depth.ok_or(gone)? + 1);
+        Sealed::new(chain).ok_or(LifeError::NoOverlay("layers"))
+    }
+
+    /// A new layer in the place of `lower` that holds what `both` hold.
+    fn merged(
+        &self,
+        tree: &Tree,
+        lower: Uuid,
+        both: &Sealed,
+        turn: &Turn<'_>,
+    ) -> Result<NewTop, LifeError> {
+        let (Some(record), Some(bottom)) = (tree.layer(lower), both.layers().last()) else {
+            return Err(LifeError::NoOverlay("layers"));
+        };
+        let parent = record.parent;
+        let image = Image::new(bottom.size(), bottom.lower_limit());
+        let new = self.make_layer(tree, parent, &image, None)?;
+        let absorbed = new.overlay.absorb(both, &|| turn.must_stop());
+        if let Err(error) = absorbed {
+            self.unmake(new.uuid);
+            return Err(LifeError::host("merging two layers")(error));
+        }
+        if let Some((mtime, stamp)) = both.layers().first().and_then(|layer| layer.mtime()) {
+            // Best effort, as everywhere: it is recorded again when the mount ends.
+            let _ = new.overlay.record_mtime(mtime, stamp);
+        }
+        Ok(new)
+    }
+
+    /// Makes one layer of the top and `lower`, on which only the top stands. The top is sealed
+    /// and merged with writers going on, until so little is new that they can wait for the rest.
+    fn merge_into_top(&self, turn: &Turn<'_>, lower: Uuid) -> Result<(), LifeError> {
+        self.seal(None)?;
+        let tree = self.tree("layers")?;
+        let parent = |tree: &Tree| tree.top().and_then(|top| top.parent);
+        let sealed = parent(&tree).ok_or(LifeError::NoOverlay("layers"))?;
+        let new = self.merged(&tree, lower, &self.both(&tree, lower, sealed)?, turn)?;
+        let uuid = new.uuid;
+        self.finish_top(turn, lower, new).inspect_err(|_| self.unmake(uuid))
+    }
+
+    fn finish_top(&self, turn: &Turn<'_>, lower: Uuid, mut new: NewTop) -> Result<(), LifeError> {
+        let absorb = |layer: Arc<Overlay>| -> Result<(), LifeError> {
+            let layer = Sealed::new(vec![layer]).ok_or(LifeError::NoOverlay("layers"))?;
+            let done = new.overlay.absorb(&layer, &|| turn.must_stop());
+            done.map_err(LifeError::host("merging the newest changes"))
+        };
+        let sync = || {
+            let synced = new.overlay.sync();
+            synced.map_err(LifeError::host("making a merged layer durable"))
+        };
+        for _ in 0..ROUNDS {
+            sync()?;
+            let Some(top) = self.overlay() else { return Err(LifeError::NoOverlay("layers")) };
+            if top.usage().data <= LITTLE {
+                break;
+            }
+            self.seal(None)?;
+            absorb(top)?;
+        }
+        let shelf = self.life.shelf();
+        let _alone = shelf.alone();
+        let tree = self.tree("layers")?;
+        let below = match tree.layer(lower).and_then(|layer| layer.parent) {
+            Some(parent) => self.open_chain(&tree, parent)?,
+            None => Vec::new(),
+        };
+        let mut next = tree.clone();
+        {
+            let _gate = self.enter_to_switch()?;
+            let old = tree.top().map(|top| top.uuid).ok_or(LifeError::NoOverlay("layers"))?;
+            let Some(top) = self.overlay() else { return Err(LifeError::NoOverlay("layers")) };
+            absorb(top)?;
+            sync()?;
+            // Only now: what was there may be more than a limit that was lowered since.
+            new.overlay.set_limit(self.limit_above(&below));
+            next.replace(old, lower, new.uuid);
+            self.install(&next, new, below)?;
+        }
+        self.drop_layers(&tree, &next);
+        Ok(())
+    }
+
+    /// Makes the disk one of a store: its sealed layers may be those of other disks as well.
+    pub fn join(&self, shelf: &Arc<Shelf>, others: Others) {
+        // Who else needs its layers is asked when something of it was deleted, not at every mount.
+        self.life.untidy.store(false, Ordering::SeqCst);
+        *self.life.shelf.lock() = Arc::clone(shelf);
+        *self.life.others.lock() = Some(others);
+    }
+
+    /// Notes that layers wait to be merged, if they do; `shared` are those of several disks.
+    pub fn note_untidy(&self, shared: &HashSet<Uuid>) {
+        let tree = self.home.lock().tree();
+        if tree.is_some_and(|tree| tree.mergeable(|layer| shared.contains(&layer)).is_some()) {
+            self.life.untidy.store(true, Ordering::SeqCst);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+    use std::time::{Duration, Instant};
+
+    use parking_lot::Mutex;
+
+    use super::super::super::{Setting, open};
+    use super::super::Force;
+    use super::*;
+    use crate::layer::Wait;
+    use crate::spec::{DiskSpec, Source};
+    use crate::stream::sink::Inherit;
+
+    fn disk(dir: &Path) -> Disk {
+        let mut spec = DiskSpec::new("d".to_owned(), Source::Blank(8 << 20));
+        spec.overlay = Some(dir.to_owned());
+        let setting = Setting {
+            mountpoint: Path::new("/nowhere"),
+            mount_dev: None,
+            uid: 0,
+            gid: 0,
+            force: false,
+            stdio: Inherit::Nothing,
+            looked_at: Mutex::new(HashSet::new()),
+        };
+        open(&spec, &setting).map_err(|error| error.to_string()).unwrap().disk
+    }
+
+    #[test]
+    fn a_revert_just_before_layers_are_merged_keeps_what_the_snapshot_showed() {
+        let room = tempfile::tempdir().unwrap();
+        let disk = Arc::new(disk(&room.path().join("ov")));
+        disk.write(b"kept", 4096, Wait::Yes).unwrap();
+        disk.snapshot(Some("a")).unwrap();
+        disk.write(b"more", 8192, Wait::Yes).unwrap();
+        disk.snapshot(Some("b")).unwrap();
+        disk.write(b"last", 8192, Wait::Yes).unwrap();
+        disk.delete_snapshot("b").unwrap();
+        // It is asked who else needs the layers when they are about to be merged: then comes a
+        // request.
+        let came = Arc::new(Mutex::new(None));
+        let (seen, weak) = (Arc::clone(&came), Arc::downgrade(&disk));
+        let shelf = disk.life.shelf();
+        disk.join(
+            &shelf,
+            Arc::new(move |_| {
+                if let Some(disk) = weak.upgrade().filter(|_| seen.lock().is_none()) {
+                    let other = std::thread::spawn(move || disk.revert("a", Force::Yes));
+                    // Who has to wait for the merging is not waited for.
+                    let until = Instant::now() + Duration::from_millis(300);
+                    while !other.is_finished() && Instant::now() < until {
+                        std::thread::sleep(Duration::from_millis(5));
+                    }
+                    *seen.lock() = Some(other);
+                }
+                Ok(HashSet::new())
+            }),
+        );
+        disk.tidy().unwrap();
+        // The lock is let go of first: the revert asks who else needs the layers as well.
+        let other = came.lock().take().unwrap();
+        other.join().unwrap().unwrap();
+        let mut found = [0; 4];
+        disk.read(&mut found, 8192, Wait::Yes).unwrap();
+        assert_eq!(found, [0; 4]);
+        disk.read(&mut found, 4096, Wait::Yes).unwrap();
+        assert_eq!(&found, b"kept");
+    }
+}

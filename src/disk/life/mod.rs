@@ -1,0 +1,278 @@
+//! The life of an overlay: snapshots, going back to one, deleting one, starting anew.
+//!
+//! All of them come down to one replacement of the `stack`. What takes time, the merging of layers
+//! that no name holds apart any more, is done in the background afterwards (`tidy`), and gives way
+//! to whoever wants something of the disk.
+
+mod error;
+mod merge;
+mod show;
+mod switch;
+mod turn;
+
+use std::collections::{HashMap, HashSet};
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use parking_lot::{Condvar, Mutex};
+use uuid::Uuid;
+
+pub use self::error::LifeError;
+use self::show::snapshot_uuid;
+pub use self::show::{Since, SnapshotInfo};
+use self::switch::Above;
+use self::turn::Doing;
+pub(super) use self::turn::Turn;
+use super::{Disk, Home, Top};
+use crate::layer::Layer;
+use crate::overlay::reflink::ReflinkError;
+use crate::overlay::shelf::Shelf;
+use crate::overlay::stack::{LayerRecord, SnapshotRecord, Stack};
+use crate::overlay::tree::{self, Tree};
+use crate::overlay::{Overlay, Usage};
+use crate::spec::Locking;
+
+/// Whether it is done although somebody may be writing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Force {
+    /// It is refused then.
+    No,
+    /// It is done.
+    Yes,
+}
+
+/// Tells which layers the disks other than the given one stand on.
+pub type Others = Arc<dyn Fn(&Uuid) -> io::Result<HashSet<Uuid>> + Send + Sync>;
+
+/// What a disk knows about its layers beyond those it reads through.
+pub(in crate::disk) struct Life {
+    /// What is being done to the disk as a whole, and whether it has to give way.
+    doing: Mutex<Option<Doing>>,
+    done: Condvar,
+    /// Work that takes long is to stop: the mount ends.
+    pub(in crate::disk) ending: AtomicBool,
+    /// There may be layers to merge.
+    untidy: AtomicBool,
+    /// Sealed layers of this disk, those it does not read through included.
+    sealed: Mutex<HashMap<Uuid, Arc<Overlay>>>,
+    /// Sealed layers open in this process.
+    shelf: Mutex<Arc<Shelf>>,
+    /// Who else may stand on them; `None`: nobody.
+    others: Mutex<Option<Others>>,
+    /// The files of snapshots that were looked up, by their layer.
+    files: Mutex<HashMap<Uuid, Arc<Disk>>>,
+    /// The size of a new overlay over the base, and how much of the base it shows.
+    pub(in crate::disk) fresh: Mutex<(u64, u64)>,
+    /// How a commit locks the base.
+    pub(in crate::disk) locking: Option<Locking>,
+    /// How far what is being done has come, in bytes, and of how many.
+    pub(in crate::disk) done_bytes: AtomicU64,
+    pub(in crate::disk) all_bytes: AtomicU64,
+    /// What all its layers may hold together, in bytes.
+    pub(in crate::disk) limit: Option<u64>,
+    /// What the layers were last found to show, under which revision of the top.
+    shown: Mutex<Option<(u64, Uuid, Vec<Usage>)>>,
+}
+
+impl Life {
+    /// `fresh`: the size of a new overlay, and how much of the base it shows.
+    pub(in crate::disk) fn new(fresh: (u64, u64), limit: Option<u64>) -> Self {
+        Self {
+            doing: Mutex::default(),
+            done: Condvar::new(),
+            ending: AtomicBool::new(false),
+            untidy: AtomicBool::new(true),
+            sealed: Mutex::default(),
+            shelf: Mutex::default(),
+            others: Mutex::default(),
+            files: Mutex::default(),
+            fresh: Mutex::new(fresh),
+            locking: None,
+            done_bytes: AtomicU64::new(0),
+            all_bytes: AtomicU64::new(0),
+            limit,
+            shown: Mutex::default(),
+        }
+    }
+
+    /// The sealed layers open in this process.
+    pub(in crate::disk) fn shelf(&self) -> Arc<Shelf> {
+        Arc::clone(&self.shelf.lock())
+    }
+
+    /// Notes the sealed layers `below`, top to bottom, of the stack whose layers are `chain`.
+    pub(in crate::disk) fn note(&self, chain: &[LayerRecord], below: &[Arc<Overlay>]) {
+        let mut sealed = self.sealed.lock();
+        for (record, layer) in chain.iter().skip(1).zip(below) {
+            sealed.insert(record.uuid, Arc::clone(layer));
+        }
+    }
+}
+
+/// What a clone stands on.
+pub(in crate::disk) struct Frozen {
+    /// The sealed layer.
+    pub(in crate::disk) layer: Uuid,
+    /// The size of the disk in it, in bytes.
+    pub(in crate::disk) size: u64,
+    /// The stack it belongs to.
+    pub(in crate::disk) stack: Stack,
+}
+
+impl Disk {
+    /// The disk's layers and their names; `what` is for the error.
+    pub(in crate::disk) fn tree(&self, what: &'static str) -> Result<Tree, LifeError> {
+        if self.reflink().is_some() {
+            return Err(LifeError::Refused(format!(
+                "its overlay is a reflink copy of the base: only block maps have {what}"
+            )));
+        }
+        self.home.lock().tree().ok_or(LifeError::NoOverlay(what))
+    }
+
+    /// Takes a snapshot. It is there, and what was written before it is in it, when this returns;
+    /// that all of that is durable only a sync promises.
+    ///
+    /// # Errors
+    /// [`LifeError`]; nothing has changed then.
+    pub fn snapshot(&self, name: Option<&str>) -> Result<String, LifeError> {
+        let _turn = self.begin("a snapshot")?;
+        let taken = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |now| now.as_secs());
+        let names = self.snapshot_names();
+        let name = name.map_or_else(|| free_name(&names, taken), str::to_owned);
+        if let Some(reflink) = self.reflink() {
+            let _gate = self.enter_to_switch()?;
+            reflink.snapshot(&name)?;
+            return Ok(name);
+        }
+        let tree = self.tree("snapshots")?;
+        if let Err(why) = tree::check_name(&name) {
+            return Err(LifeError::Name { name, why });
+        }
+        if tree.snapshot(&name).is_some() {
+            return Err(LifeError::Exists(name));
+        }
+        if self.is_latched() {
+            return Err(LifeError::Latched);
+        }
+        self.seal(Some((&name, taken.cast_signed())))?;
+        Ok(name)
+    }
+
+    /// Freezes the top and puts an empty one above it.
+    pub(super) fn seal(&self, name: Option<(&str, i64)>) -> Result<(), LifeError> {
+        self.put_top(Above::Top, Force::Yes, |tree, old| {
+            let named = |(name, taken): (&str, i64)| SnapshotRecord {
+                name: name.to_owned(),
+                layer: old,
+                taken,
+            };
+            tree.snapshots.extend(name.map(named));
+        })
+    }
+
+    /// Makes the disk what it was at snapshot `name`. What was changed since is gone, unless
+    /// another snapshot holds it.
+    ///
+    /// # Errors
+    /// [`LifeError`]; nothing has changed then.
+    pub fn revert(&self, name: &str, force: Force) -> Result<(), LifeError> {
+        let _turn = self.begin("a revert")?;
+        if let Some(reflink) = self.reflink() {
+            return self.switch_reflink(force, || reflink.revert(name));
+        }
+        let tree = self.tree("snapshots")?;
+        let unknown = || LifeError::Unknown(name.to_owned());
+        let layer = tree.snapshot(name).ok_or_else(unknown)?.layer;
+        self.check_writers(force)?;
+        self.put_top(Above::Layer(layer), force, |_, _| {})
+    }
+
+    /// Makes the disk what its base is. Its snapshots stay.
+    ///
+    /// # Errors
+    /// [`LifeError`]; nothing has changed then.
+    pub fn reset(&self, force: Force) -> Result<(), LifeError> {
+        let _turn = self.begin("a reset")?;
+        if let Some(reflink) = self.reflink() {
+            return self.switch_reflink(force, || reflink.reset());
+        }
+        self.tree("changes to reset")?;
+        self.check_writers(force)?;
+        self.put_top(Above::Base, force, |_, _| {})
+    }
+
+    /// Has the one file of a reflink overlay become another.
+    fn switch_reflink(
+        &self,
+        force: Force,
+        switch: impl FnOnce() -> Result<(), ReflinkError>,
+    ) -> Result<(), LifeError> {
+        self.check_writers(force)?;
+        let _gate = self.enter_to_switch()?;
+        self.check_writers(force)?;
+        Ok(switch()?)
+    }
+
+    /// Deletes a snapshot: its name goes at once. What only it needed is given back in the
+    /// background; what others stand on stays.
+    ///
+    /// # Errors
+    /// [`LifeError`]; nothing has changed then.
+    pub fn delete_snapshot(&self, name: &str) -> Result<(), LifeError> {
+        let _turn = self.begin("the deletion of a snapshot")?;
+        if let Some(reflink) = self.reflink() {
+            self.life.files.lock().remove(&snapshot_uuid(&self.uuid, name));
+            return Ok(reflink.delete(name)?);
+        }
+        let tree = self.tree("snapshots")?;
+        if tree.snapshot(name).is_none() {
+            return Err(LifeError::Unknown(name.to_owned()));
+        }
+        let mut next = tree.clone();
+        next.snapshots.retain(|snapshot| snapshot.name != name);
+        next.prune();
+        let shelf = self.life.shelf();
+        let _alone = shelf.alone();
+        self.replace_stack(&next, None)?;
+        self.drop_layers(&tree, &next);
+        self.life.untidy.store(true, Ordering::SeqCst);
+        Ok(())
+    }
+
+    /// Freezes what the disk holds for a clone, unless it is frozen already.
+    pub(in crate::disk) fn freeze(&self) -> Result<Frozen, LifeError> {
+        let layers = self.layers();
+        let Top::Overlay(top) = &layers.top else { return Err(LifeError::NoOverlay("clones")) };
+        let usage = top.usage();
+        let is_same = layers.sealed.as_ref().is_some_and(|sealed| sealed.size() == top.size());
+        if !is_same || usage != (Usage { data: 0, zero: 0 }) || top.lower_limit() != top.size() {
+            self.seal(None)?;
+        }
+        let layer = self.tree("clones")?.top().and_then(|top| top.parent);
+        // Not the size of the disk, which may have been resized since.
+        let size = self.layers().sealed.as_ref().map(|sealed| sealed.size());
+        match (&mut *self.home.lock(), layer, size) {
+            (Home::Kept(home), Some(layer), Some(size)) => {
+                Ok(Frozen { layer, size, stack: home.stack.clone() })
+            }
+            _ => Err(LifeError::NoOverlay("clones")),
+        }
+    }
+
+    /// What all its layers may hold together, in bytes.
+    #[must_use]
+    pub fn limit(&self) -> Option<u64> {
+        self.life.limit
+    }
+}
+
+/// A name for a snapshot that was given none: when it was taken.
+fn free_name(taken_names: &[String], taken: u64) -> String {
+    let time = jiff::Timestamp::from_second(taken.cast_signed()).unwrap_or_default();
+    let name = time.strftime("%Y-%m-%d_%H%M%S").to_string();
+    let mut names = std::iter::once(name.clone()).chain((2..).map(|n| format!("{name}-{n}")));
+    names.find(|name| !taken_names.contains(name)).unwrap_or(name)
+}

@@ -1,0 +1,230 @@
+//! What is seen of a disk's layers: its snapshots, their files, what changed since each.
+
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::io;
+use std::sync::Arc;
+
+use uuid::Uuid;
+
+use super::super::open::{Bottom, assemble};
+use super::super::{Disk, Layers, Owner, Times, Top, from_time, mtime_of};
+use super::LifeError;
+use crate::base::raw::{HostKind, RawBase};
+use crate::host::errno;
+use crate::layer::Layer;
+use crate::overlay::reflink::{self, Reflink};
+use crate::overlay::sealed::Sealed;
+use crate::overlay::stack::{LayerRecord, SnapshotRecord};
+use crate::overlay::tree::Tree;
+use crate::overlay::{Overlay, Usage};
+use crate::spec::{DiskSpec, Mode, Source};
+
+/// What is seen of a snapshot.
+#[derive(Clone, Debug)]
+pub struct SnapshotInfo {
+    /// Its name.
+    pub name: String,
+    /// When it was taken, in seconds since the epoch.
+    pub taken: i64,
+    /// The disk's size then, in bytes.
+    pub size: u64,
+    /// What its own layer holds: the changes between the snapshot before it and itself. `None`
+    /// for a reflink overlay, whose snapshots are whole files.
+    pub usage: Option<Usage>,
+    /// What has changed since; `None` when the disk does not stand on it.
+    pub since: Option<Usage>,
+}
+
+/// A layer that a disk reads through, for `status`.
+#[derive(Clone, Debug)]
+pub struct Since {
+    /// The snapshot it is; `None` for the top and for a layer without a name.
+    pub name: Option<String>,
+    /// Its uuid.
+    pub uuid: Uuid,
+    /// What it holds.
+    pub usage: Usage,
+    /// What it and the layers above it have changed.
+    pub since: Usage,
+}
+
+fn add(one: Usage, other: Usage) -> Usage {
+    Usage { data: one.data + other.data, zero: one.zero + other.zero }
+}
+
+impl Disk {
+    /// The disk's snapshots, oldest first.
+    ///
+    /// # Errors
+    /// [`LifeError`].
+    pub fn snapshots(&self) -> Result<Vec<SnapshotInfo>, LifeError> {
+        if let Some(reflink) = self.reflink() {
+            let info = |snapshot: reflink::Snapshot| SnapshotInfo {
+                name: snapshot.name,
+                taken: from_time(snapshot.made) / 1_000_000_000,
+                size: snapshot.size,
+                usage: None,
+                since: None,
+            };
+            return Ok(reflink.list()?.into_iter().map(info).collect());
+        }
+        loop {
+            let tree = self.tree("snapshots")?;
+            match self.snapshots_in(&tree) {
+                // Layers were merged meanwhile: what the tree named is gone.
+                Err(_) if self.tree("snapshots")? != tree => {}
+                found => return found,
+            }
+        }
+    }
+
+    fn snapshots_in(&self, tree: &Tree) -> Result<Vec<SnapshotInfo>, LifeError> {
+        let live = self.chain();
+        let mut infos = Vec::new();
+        for SnapshotRecord { name, layer, taken } in &tree.snapshots {
+            let opened = self.open_chain(tree, *layer)?;
+            let Some(top) = opened.first() else { continue };
+            // What the layers above it have changed.
+            let at = live.iter().position(|since| since.uuid == *layer);
+            let since = at.and_then(|at| live.get(at.checked_sub(1)?)).map(|above| above.since);
+            infos.push(SnapshotInfo {
+                name: name.clone(),
+                taken: *taken,
+                size: top.size(),
+                usage: Some(top.usage()),
+                since,
+            });
+        }
+        Ok(infos)
+    }
+
+    /// The overlay's layers that the disk reads through, top to bottom, with what each holds and
+    /// what has changed since the one below it. Empty without an overlay.
+    #[must_use]
+    pub fn chain(&self) -> Vec<Since> {
+        let Some(tree) = self.home.lock().tree() else {
+            return Vec::new();
+        };
+        let layers = self.layers();
+        let Top::Overlay(top) = &layers.top else {
+            return Vec::new();
+        };
+        let mut all = vec![Arc::clone(top)];
+        all.extend(layers.sealed.iter().flat_map(|sealed| sealed.layers().to_vec()));
+        let live = tree.live();
+        let shown = self.shown(top, live.first().map(|top| top.uuid), &all);
+        let mut since = Usage { data: 0, zero: 0 };
+        let entries = live.iter().zip(all.iter().zip(shown));
+        let describe = |(record, (layer, shown)): (&LayerRecord, (&Arc<Overlay>, Usage))| {
+            since = add(since, shown);
+            let name = tree.name_of(record.uuid).map(str::to_owned);
+            Since { name, uuid: record.uuid, usage: layer.usage(), since }
+        };
+        entries.map(describe).collect()
+    }
+
+    /// What each of `all` shows, found out again when the top has changed.
+    fn shown(&self, top: &Overlay, uuid: Option<Uuid>, all: &[Arc<Overlay>]) -> Vec<Usage> {
+        if all.len() == 1 {
+            return vec![top.usage()];
+        }
+        let (revision, uuid) = (top.revision(), uuid.unwrap_or_default());
+        let known = self.life.shown.lock().clone();
+        if let Some((at, of, shown)) = known
+            && (at, of, shown.len()) == (revision, uuid, all.len())
+        {
+            return shown;
+        }
+        let shown = Sealed::new(all.to_vec()).map_or_else(Vec::new, |all| all.shown());
+        *self.life.shown.lock() = Some((revision, uuid, shown.clone()));
+        shown
+    }
+
+    /// The disk as it was at snapshot `name`, to be read.
+    ///
+    /// # Errors
+    /// `ENOENT`; the host's errno.
+    pub fn snapshot_file(&self, name: &str) -> io::Result<Arc<Self>> {
+        let missing = || errno(libc::ENOENT);
+        if let Some(reflink) = self.reflink() {
+            return self.snapshot_of_reflink(&reflink, name);
+        }
+        loop {
+            let tree = self.home.lock().tree().ok_or_else(missing)?;
+            match self.snapshot_file_in(&tree, name) {
+                // Layers were merged meanwhile: what the tree named is gone.
+                Err(_) if self.home.lock().tree().as_ref() != Some(&tree) => {}
+                found => return found,
+            }
+        }
+    }
+
+    fn snapshot_file_in(&self, tree: &Tree, name: &str) -> io::Result<Arc<Self>> {
+        let record = tree.snapshot(name).ok_or_else(|| errno(libc::ENOENT))?;
+        if let Some(file) = self.life.files.lock().get(&record.layer) {
+            return Ok(Arc::clone(file));
+        }
+        let chain = self.open_chain(tree, record.layer).map_err(|error| {
+            log::error!("{}: snapshot '{name}' cannot be opened: {error}", self.source);
+            errno(libc::EIO)
+        })?;
+        let time = chain.first().and_then(|layer| layer.mtime()).map(|(mtime, _)| mtime);
+        let bottom = self.layers().bottom.clone();
+        let layers = Layers::new(Top::Nothing, Sealed::new(chain).map(Arc::new), bottom);
+        let time = time.unwrap_or(record.taken.saturating_mul(1_000_000_000));
+        Ok(self.show_snapshot(name, record.layer, layers, time))
+    }
+
+    fn snapshot_of_reflink(&self, reflink: &Reflink, name: &str) -> io::Result<Arc<Self>> {
+        let uuid = snapshot_uuid(&self.uuid, name);
+        if let Some(file) = self.life.files.lock().get(&uuid) {
+            return Ok(Arc::clone(file));
+        }
+        let file = reflink
+            .open_snapshot(name)
+            .map_err(|error| errno(error.errno().unwrap_or(libc::ENOENT)))?;
+        let found = file.metadata()?;
+        let raw = RawBase::new(Arc::new(file), HostKind::File, found.len())?;
+        let layers = Layers::new(Top::Nothing, None, Some(Arc::new(raw)));
+        Ok(self.show_snapshot(name, uuid, layers, mtime_of(&found)))
+    }
+
+    /// Makes a disk that is only read of the layers of a snapshot.
+    fn show_snapshot(&self, name: &str, uuid: Uuid, layers: Layers, mtime: i64) -> Arc<Self> {
+        let mut spec = DiskSpec::new(name.to_owned(), Source::Blank(layers.size()));
+        spec.mode = Mode::ReadOnly;
+        let owner = self.owner();
+        let owner = Owner { perm: owner.perm & 0o444, ..owner };
+        let bottom = Bottom::Blank(layers.size());
+        let mut disk = assemble(&spec, uuid, layers, bottom, owner);
+        disk.times = Times::new(mtime, false, None);
+        disk.source = format!("snapshot '{name}' of {}", self.source);
+        let disk = Arc::new(disk);
+        Arc::clone(self.life.files.lock().entry(uuid).or_insert(disk))
+    }
+
+    /// The names of its snapshots, oldest first.
+    #[must_use]
+    pub fn snapshot_names(&self) -> Vec<String> {
+        if let Some(reflink) = self.reflink() {
+            let listed = reflink.list().unwrap_or_default();
+            return listed.into_iter().map(|snapshot| snapshot.name).collect();
+        }
+        let tree = self.home.lock().tree();
+        tree.map_or_else(Vec::new, |tree| {
+            tree.snapshots.into_iter().map(|snapshot| snapshot.name).collect()
+        })
+    }
+
+    /// Handles that its snapshots' files have.
+    pub(in crate::disk) fn snapshot_openers(&self) -> u32 {
+        self.life.files.lock().values().map(|file| file.openers()).sum()
+    }
+}
+
+/// What stands for a snapshot that has no layer of its own.
+pub(super) fn snapshot_uuid(disk: &Uuid, name: &str) -> Uuid {
+    let mut hasher = DefaultHasher::new();
+    name.hash(&mut hasher);
+    Uuid::from_u64_pair(disk.as_u64_pair().0 ^ hasher.finish(), disk.as_u64_pair().1)
+}
