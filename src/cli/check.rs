@@ -164,7 +164,11 @@ fn check(target: &Target, manner: Manner) -> anyhow::Result<Findings> {
         }
     };
     findings.fact("format", found.stack.version.to_string());
-    check_base(&found.stack.base, &mut findings)?;
+    let is_committing = found.is_committing().unwrap_or(false);
+    check_base(&found.stack.base, is_committing, &mut findings)?;
+    if is_committing {
+        findings.fact("commit", "cut short: reads are right, 'cowslip commit' finishes it");
+    }
     let layers = found.stack.layers.iter();
     let layers: Vec<String> = layers.map(|layer| layer.uuid.to_string()).collect();
     findings.fact("layers", layers.join(", "));
@@ -263,8 +267,12 @@ fn damage(target: &Target, error: &StackError) -> anyhow::Result<String> {
     }
 }
 
-/// Whether the base is there, and is what it was.
-fn check_base(base: &BaseRecord, findings: &mut Findings) -> anyhow::Result<()> {
+/// Whether the base is there, and is what it was: a commit that was cut short has changed it.
+fn check_base(
+    base: &BaseRecord,
+    is_committing: bool,
+    findings: &mut Findings,
+) -> anyhow::Result<()> {
     let (path, format, identity) = match base {
         BaseRecord::Blank { size } => {
             findings.fact("base", format!("blank, {}", format_size(*size)));
@@ -287,6 +295,7 @@ fn check_base(base: &BaseRecord, findings: &mut Findings) -> anyhow::Result<()> 
         ),
         Some(now) => match identity.differences(&now) {
             None => ("unchanged", None),
+            Some(_) if is_committing => ("partly committed to", None),
             Some(what) => (
                 "changed",
                 Some(match identity.differences_of_copy(&now) {

@@ -183,7 +183,7 @@ impl Disk {
         {
             let base = BaseRecord::File { path, format, identity };
             let stack = Stack { base, ..home.stack.clone() };
-            home.replace(stack)?;
+            self.put_stack(home, stack, None)?;
         }
         overlay.end_commit().map_err(LifeError::host("marking the commit's end"))
     }

@@ -268,7 +268,7 @@ impl Disk {
             if let Home::Kept(home) = &mut *self.home.lock() {
                 let base = BaseRecord::Blank { size };
                 let stack = Stack { base, ..home.stack.with_tree(next.clone()) };
-                home.replace(stack)?;
+                self.put_stack(home, stack, None)?;
             } else {
                 self.replace_stack(&next, None)?;
             }

@@ -28,6 +28,11 @@ pub enum LifeError {
     /// Somebody may be writing.
     #[error("it is open for writing")]
     Writers,
+    /// There is no base to go back to.
+    #[error(
+        "it stands alone since it was hydrated, so a reset leaves nothing of it: use --force if you mean it"
+    )]
+    StandsAlone,
     /// One thing at a time.
     #[error("{0} is going on: wait for its end")]
     Busy(&'static str),

@@ -200,6 +200,9 @@ impl Disk {
             return self.switch_reflink(force, || reflink.reset());
         }
         self.tree("changes to reset")?;
+        if self.stands_alone.load(Ordering::SeqCst) && force == Force::No {
+            return Err(LifeError::StandsAlone);
+        }
         self.check_writers(force)?;
         self.put_top(Above::Base, force, |_, _| {})
     }

@@ -12,9 +12,10 @@ use super::super::{Disk, Home, Layers, Top};
 use super::{Force, LifeError};
 use crate::host::errno;
 use crate::layer::Layer;
+use crate::overlay::persist::Residence;
 use crate::overlay::record::Image;
 use crate::overlay::sealed::Sealed;
-use crate::overlay::stack::LayerRecord;
+use crate::overlay::stack::{LayerRecord, Stack};
 use crate::overlay::tree::Tree;
 use crate::overlay::{Overlay, keep};
 
@@ -207,19 +208,30 @@ impl Disk {
             }
             Home::Kept(home) => {
                 let stack = home.stack.with_tree(next.clone());
-                let replaced = match lock {
-                    Some(lock) => home.replace_top(stack, lock),
-                    None => home.replace(stack),
-                };
-                if replaced.is_err()
-                    && home.is_torn()
-                    && let Some(overlay) = self.overlay()
-                {
-                    overlay.give_up();
-                }
-                Ok(replaced?)
+                self.put_stack(home, stack, lock)
             }
         }
+    }
+
+    /// Makes `stack` that of `home`, durably; `lock` is that of a new top. When nobody knows
+    /// whether it is, the disk takes no changes any more.
+    pub(in crate::disk) fn put_stack(
+        &self,
+        home: &mut Residence,
+        stack: Stack,
+        lock: Option<File>,
+    ) -> Result<(), LifeError> {
+        let replaced = match lock {
+            Some(lock) => home.replace_top(stack, lock),
+            None => home.replace(stack),
+        };
+        if replaced.is_err()
+            && home.is_torn()
+            && let Some(overlay) = self.overlay()
+        {
+            overlay.give_up();
+        }
+        Ok(replaced?)
     }
 
     /// Lets go of the layers that were in `old` and are not in `next`. The caller holds the
