@@ -172,6 +172,8 @@ enum MountRequest {
         cwd: PathBuf,
         #[serde(default)]
         force: bool,
+        #[serde(default)]
+        allow_backing: Vec<PathBuf>,
     },
     /// Let a disk go that the command line or `Add` has named.
     Remove { name: String },
@@ -329,7 +331,9 @@ impl Control {
             Ok(MountRequest::Drain { streams, timeout_ms }) => {
                 self.drain(streams, Patience::of_request(timeout_ms))
             }
-            Ok(MountRequest::Add { disk, cwd, force }) => self.add(&disk, &cwd, force),
+            Ok(MountRequest::Add { disk, cwd, force, allow_backing }) => {
+                self.add(&disk, &cwd, force, allow_backing)
+            }
             Ok(MountRequest::Remove { name }) => self.remove(&name),
             Err(error) => json!({ "error": format!("request not understood: {error}") }),
         }

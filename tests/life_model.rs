@@ -72,6 +72,7 @@ fn setting(mountpoint: &Path) -> Setting<'_> {
         uid: 0,
         gid: 0,
         force: false,
+        allow_backing: Vec::new(),
         stdio: Inherit::Nothing,
         looked_at: parking_lot::Mutex::default(),
     }

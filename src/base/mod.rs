@@ -20,6 +20,7 @@ pub mod blank;
 pub mod identity;
 pub mod lock;
 pub mod place;
+pub mod qcow2;
 pub mod raw;
 
 use std::fs::{File, FileType, Metadata};
@@ -35,6 +36,7 @@ use self::blank::Blank;
 use self::identity::Identity;
 use self::lock::LockError;
 use self::place::{HostFs, Manner};
+use self::qcow2::ChainError;
 use self::raw::{HostKind, RawBase};
 use crate::layer::{Layer, WritableLayer};
 use crate::spec::{Format, Locking, Source};
@@ -46,6 +48,19 @@ pub enum Access {
     Read,
     /// To be changed itself: `mode=rw`, and commit.
     Write,
+}
+
+/// How a base is opened.
+#[derive(Clone, Copy, Debug)]
+pub struct Opening<'a> {
+    /// Its format; `None`: raw, unless it looks like something else.
+    pub format: Option<Format>,
+    /// What for.
+    pub access: Access,
+    /// Whether QEMU's locks are taken.
+    pub locking: Locking,
+    /// Directories below which files may lie that an image names, besides its own.
+    pub allow_backing: &'a [PathBuf],
 }
 
 /// An open base.
@@ -152,6 +167,15 @@ pub enum BaseError {
         /// What the user called it.
         format: Format,
     },
+    /// What is written into a qcow2 image is QEMU's to do.
+    #[error(
+        "'{}' is a qcow2 image, which is only read: keep the changes in an overlay, and bring them in with cowslip diff and qemu-img commit",
+        .0.display()
+    )]
+    OnlyRead(PathBuf),
+    /// A qcow2 image, or one that it needs.
+    #[error(transparent)]
+    Chain(#[from] ChainError),
     /// A stream has no base.
     #[error("a stream has no base")]
     Stream,
@@ -173,6 +197,19 @@ pub enum BaseError {
     },
 }
 
+impl BaseError {
+    /// What the host's answer to a use of `path` means.
+    fn host(path: &Path, access: Access, error: io::Error) -> Self {
+        let path = path.to_owned();
+        match error.raw_os_error() {
+            Some(libc::ENOENT | libc::ENOTDIR) => Self::Missing(path),
+            Some(libc::EACCES | libc::EPERM) => Self::Denied { path, access },
+            Some(libc::ENOMEDIUM) => Self::EmptyDevice(path),
+            _ => Self::Host { path, access, error },
+        }
+    }
+}
+
 fn verb(access: Access) -> &'static str {
     match access {
         Access::Read => "read",
@@ -184,14 +221,10 @@ fn verb(access: Access) -> &'static str {
 ///
 /// # Errors
 /// [`BaseError`], for the user.
-pub fn open(
-    source: &Source,
-    format: Option<Format>,
-    access: Access,
-    locking: Locking,
-) -> Result<Base, BaseError> {
+pub fn open(source: &Source, how: Opening<'_>) -> Result<Base, BaseError> {
+    let access = how.access;
     match source {
-        Source::File(path) => open_file(path, format, access, locking),
+        Source::File(path) => open_file(path, how),
         Source::Blank(size) if access == Access::Read => Ok(Base {
             layer: BaseLayer::Reader(Arc::new(Blank::new(*size))),
             path: None,
@@ -203,13 +236,49 @@ pub fn open(
     }
 }
 
-fn open_file(
-    path: &Path,
-    format: Option<Format>,
-    access: Access,
-    locking: Locking,
-) -> Result<Base, BaseError> {
-    let host = |error: io::Error| host_error(path, access, error);
+fn open_file(path: &Path, how: Opening<'_>) -> Result<Base, BaseError> {
+    let Opening { format, access, locking, allow_backing } = how;
+    let host = open_host_file(path, access, locking)?;
+    let unreadable = |error: io::Error| BaseError::host(path, access, error);
+    check_format(path, &host, format).map_err(unreadable)??;
+    let real = path.canonicalize().unwrap_or_else(|_| path.to_owned());
+    let (file, size) = (Arc::clone(&host.file), host.size);
+    let layer = match (access, format) {
+        (Access::Read, Some(Format::Qcow2)) => {
+            let chain = qcow2::open(&real, host, allow_backing, locking)?;
+            BaseLayer::Reader(Arc::new(chain))
+        }
+        (Access::Write, Some(Format::Qcow2)) => return Err(BaseError::OnlyRead(path.to_owned())),
+        (Access::Read, _) => BaseLayer::Reader(host.raw),
+        (Access::Write, _) => BaseLayer::Writer(host.raw),
+    };
+    let size = match &layer {
+        BaseLayer::Reader(layer) => layer.size(),
+        BaseLayer::Writer(_) => size,
+    };
+    Ok(Base { layer, path: Some(real), size, file: Some(file) })
+}
+
+/// A file or device of the host, open and locked.
+pub struct Host {
+    /// It.
+    file: Arc<File>,
+    /// Its bytes; the locks end with it.
+    raw: Arc<RawBase>,
+    /// How many there are.
+    size: u64,
+}
+
+impl Host {
+    /// What tells it from every other.
+    fn key(&self) -> io::Result<(u64, u64)> {
+        let meta = self.file.metadata()?;
+        Ok((meta.dev(), meta.ino()))
+    }
+}
+
+fn open_host_file(path: &Path, access: Access, locking: Locking) -> Result<Host, BaseError> {
+    let host = |error: io::Error| BaseError::host(path, access, error);
     // Looked at before it is opened: opening a watchdog or a tape already does something.
     let kind = host_kind(path, &std::fs::metadata(path).map_err(host)?)?;
     let file = open_host(path, kind, access, locking)?;
@@ -233,16 +302,7 @@ fn open_file(
     let file = Arc::new(file);
     // From here on it releases the locks when it goes.
     let raw = Arc::new(RawBase::new(file.clone(), kind, size).map_err(host)?);
-    check_format(path, &file, size, format).map_err(host)??;
-    Ok(Base {
-        layer: match access {
-            Access::Read => BaseLayer::Reader(raw),
-            Access::Write => BaseLayer::Writer(raw),
-        },
-        path: Some(path.canonicalize().unwrap_or_else(|_| path.to_owned())),
-        size,
-        file: Some(file),
-    })
+    Ok(Host { file, raw, size })
 }
 
 /// A base that is served to be read and now written as well: a commit.
@@ -270,7 +330,7 @@ pub fn open_writable(
     reader: &Arc<File>,
     locking: Locking,
 ) -> Result<Writable, BaseError> {
-    let host = |error: io::Error| host_error(path, Access::Write, error);
+    let host = |error: io::Error| BaseError::host(path, Access::Write, error);
     let meta = reader.metadata().map_err(host)?;
     let kind = host_kind(path, &meta)?;
     let file = open_host(path, kind, Access::Write, locking)?;
@@ -300,16 +360,6 @@ pub fn open_writable(
     }
 }
 
-fn host_error(path: &Path, access: Access, error: io::Error) -> BaseError {
-    let path = path.to_owned();
-    match error.raw_os_error() {
-        Some(libc::ENOENT | libc::ENOTDIR) => BaseError::Missing(path),
-        Some(libc::EACCES | libc::EPERM) => BaseError::Denied { path, access },
-        Some(libc::ENOMEDIUM) => BaseError::EmptyDevice(path),
-        _ => BaseError::Host { path, access, error },
-    }
-}
-
 /// Opens without waiting, and leaves a descriptor that waits as others do.
 fn open_host(
     path: &Path,
@@ -330,12 +380,12 @@ fn open_host(
     }
     let fd = match rustix::fs::open(path, flags, Mode::empty()) {
         Err(Errno::BUSY) if claims => return Err(BaseError::DeviceBusy(path.to_owned())),
-        Err(error) => return Err(host_error(path, access, error.into())),
+        Err(error) => return Err(BaseError::host(path, access, error.into())),
         Ok(fd) => fd,
     };
     rustix::fs::fcntl_getfl(&fd)
         .and_then(|flags| rustix::fs::fcntl_setfl(&fd, flags - OFlags::NONBLOCK))
-        .map_err(|error| host_error(path, access, error.into()))?;
+        .map_err(|error| BaseError::host(path, access, error.into()))?;
     Ok(fd.into())
 }
 
@@ -370,19 +420,18 @@ fn refuse_pseudo(path: &Path, file: &File) -> io::Result<Result<(), BaseError>> 
     }))
 }
 
-/// Refuses what is not raw, or does not look so.
+/// Refuses what is not read, and what does not look raw and is not said to be anything.
 fn check_format(
     path: &Path,
-    file: &File,
-    size: u64,
+    host: &Host,
     format: Option<Format>,
 ) -> io::Result<Result<(), BaseError>> {
     let path = path.to_owned();
     Ok(match format {
-        Some(Format::Raw) => Ok(()),
+        Some(Format::Raw | Format::Qcow2) => Ok(()),
         Some(Format::Luks) => Err(BaseError::Encrypted(path)),
         Some(format) => Err(BaseError::Unread { path, format }),
-        None => match detect(file, size)? {
+        None => match detect(&host.file, host.size)? {
             None => Ok(()),
             Some(Format::Luks) => Err(BaseError::Encrypted(path)),
             Some(format) => Err(BaseError::LooksLike { path, format }),
@@ -509,9 +558,13 @@ mod tests {
     use crate::extents::Kind;
     use crate::layer::{ReadBelow, Wait};
 
+    fn how(format: Option<Format>, access: Access) -> Opening<'static> {
+        Opening { format, access, locking: Locking::Qemu, allow_backing: &[] }
+    }
+
     fn open_path(path: &Path, format: Option<Format>) -> Result<Base, BaseError> {
         let source = Source::File(path.to_owned());
-        open(&source, format, Access::Read, Locking::Qemu)
+        open(&source, how(format, Access::Read))
     }
 
     fn refusal(path: impl AsRef<Path>) -> String {
@@ -549,9 +602,9 @@ mod tests {
     #[test]
     fn a_blank_is_a_hole_and_cannot_be_written() {
         let source = Source::Blank(1 << 40);
-        let base = open(&source, None, Access::Read, Locking::Qemu).unwrap();
+        let base = open(&source, how(None, Access::Read)).unwrap();
         assert_eq!((base.size, base.identity().unwrap()), (1 << 40, None));
-        let written = open(&source, None, Access::Write, Locking::Qemu);
+        let written = open(&source, how(None, Access::Write));
         assert!(matches!(written, Err(BaseError::BlankWritten)));
     }
 
@@ -589,12 +642,12 @@ mod tests {
 
     #[test]
     fn a_host_error_is_told_for_what_it_is() {
-        let denied = host_error(Path::new("/x"), Access::Write, Errno::ACCESS.into());
+        let denied = BaseError::host(Path::new("/x"), Access::Write, Errno::ACCESS.into());
         assert_eq!(
             denied.to_string(),
             "no permission to write base '/x': check its owner and mode, and those of its directories"
         );
-        let broken = host_error(Path::new("/x"), Access::Read, Errno::IO.into());
+        let broken = BaseError::host(Path::new("/x"), Access::Read, Errno::IO.into());
         assert!(broken.to_string().starts_with("cannot read base '/x': Input/output error"));
     }
 
@@ -648,15 +701,15 @@ mod tests {
     #[test]
     fn a_format_we_cannot_read_comes_with_the_line_that_converts() {
         let dir = dir();
-        let path = dir.path().join("my vm.qcow2");
-        fs::write(&path, b"QFI\xfb\0\0\0\x03").unwrap();
-        let Err(error) = open_path(&path, Some(Format::Qcow2)) else {
+        let path = dir.path().join("my vm.vhdx");
+        fs::write(&path, b"vhdxfile").unwrap();
+        let Err(error) = open_path(&path, Some(Format::Vhdx)) else {
             panic!("it was opened");
         };
         let place = dir.path().display();
         let want = format!(
-            "'{place}/my vm.qcow2': format=qcow2 is not read by this version: convert it with \
-             qemu-img convert -f qcow2 -O raw '{place}/my vm.qcow2' '{place}/my vm.img' \
+            "'{place}/my vm.vhdx': format=vhdx is not read by this version: convert it with \
+             qemu-img convert -f vhdx -O raw '{place}/my vm.vhdx' '{place}/my vm.img' \
              (or add ,format=raw for the bytes)"
         );
         assert_eq!(error.to_string(), want);
@@ -668,7 +721,7 @@ mod tests {
     fn two_readers_share_a_base_and_a_writer_is_refused() {
         let file = tempfile::NamedTempFile::new().unwrap();
         let source = Source::File(file.path().to_owned());
-        let open = |access| open(&source, None, access, Locking::Qemu);
+        let open = |access| open(&source, how(None, access));
         let _readers = (open(Access::Read).unwrap(), open(Access::Read).unwrap());
         assert!(matches!(open(Access::Write), Err(BaseError::Locked(LockError::Used(_)))));
     }
@@ -691,7 +744,7 @@ mod tests {
         fs::write(&image, vec![7; 1 << 20]).unwrap();
         let looped = Loop::new(&image, &[]);
         let source = Source::File(looped.path().to_owned());
-        let base = open(&source, None, Access::Write, Locking::Qemu).unwrap();
+        let base = open(&source, how(None, Access::Write)).unwrap();
         assert_eq!(base.size, 1 << 20);
         let identity = base.identity().unwrap().unwrap();
         assert_eq!((identity.size, identity.mtime, identity.inode), (1 << 20, None, None));
@@ -731,8 +784,8 @@ mod tests {
         run("mkfs.ext4", &[Path::new("-q"), looped.path()]);
         run("mount", &[looped.path(), dir.path()]);
         let source = Source::File(looped.path().to_owned());
-        let read = open(&source, None, Access::Read, Locking::Qemu).err();
-        let write = open(&source, None, Access::Write, Locking::Qemu).err();
+        let read = open(&source, how(None, Access::Read)).err();
+        let write = open(&source, how(None, Access::Write)).err();
         run("umount", &[dir.path()]);
         assert!(read.is_none(), "{read:?}");
         assert!(matches!(write, Some(BaseError::DeviceBusy(_))), "{write:?}");

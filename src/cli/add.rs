@@ -20,6 +20,9 @@ pub(super) struct AddArgs {
     /// Use a base that changed under its overlay
     #[arg(long)]
     force: bool,
+    /// Let an image have its backing files below DIR, besides its own directory
+    #[arg(long, value_name = "DIR")]
+    allow_backing: Vec<PathBuf>,
     /// The mount
     mountpoint: PathBuf,
     /// What to show there, [NAME=]SOURCE[,KEY[=VALUE]]... with SOURCE a path, blank:SIZE or stream:SIZE
@@ -44,7 +47,12 @@ pub(super) fn run(args: &AddArgs) -> anyhow::Result<u8> {
     }
     let (disk, cwd) = (text(&args.disk)?, text(dir.as_os_str())?);
     let mut progress = Progress::new();
-    let request = json!({ "op": "add", "disk": disk, "cwd": cwd, "force": args.force });
+    let dirs =
+        args.allow_backing.iter().map(|below| text(dir.join(below).as_os_str()).map(str::to_owned));
+    let dirs = dirs.collect::<anyhow::Result<Vec<_>>>()?;
+    let request = json!({
+        "op": "add", "disk": disk, "cwd": cwd, "force": args.force, "allow_backing": dirs
+    });
     let done = place.ask(&request, |now| progress.show(now));
     progress.end();
     let done = done?;

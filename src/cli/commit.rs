@@ -68,6 +68,7 @@ fn offline(dir: &Path) -> anyhow::Result<u8> {
         uid: rustix::process::getuid().as_raw(),
         gid: rustix::process::getgid().as_raw(),
         force: false,
+        allow_backing: Vec::new(),
         stdio: Inherit::Nothing,
         looked_at: Mutex::new(HashSet::new()),
     };

@@ -22,6 +22,9 @@ pub(super) struct Common {
     /// Keep files that are created in the mount in DIR
     #[arg(long, value_name = "DIR")]
     pub(super) store: Option<PathBuf>,
+    /// Let an image have its backing files below DIR, besides its own directory
+    #[arg(long, value_name = "DIR")]
+    pub(super) allow_backing: Vec<PathBuf>,
     /// What the kernel caches: auto, none or writeback
     #[arg(long, value_name = "auto|none|writeback")]
     pub(super) cache: Option<Cache>,
@@ -73,6 +76,8 @@ impl Wish {
             .map_err(|error| Failure::usage(error.to_string()))?;
         let absolute = |path: PathBuf| dir.join(path);
         let store = self.common.store.map(absolute).or(config.store);
+        let named = self.common.allow_backing.into_iter().map(absolute);
+        let allow_backing = config.allow_backing.into_iter().chain(named).collect();
         let mountpoint = self.mountpoint.map(absolute).or(config.mountpoint);
         let mountpoint = mountpoint.ok_or_else(|| {
             Failure::usage("MOUNTPOINT is missing: cowslip mount MOUNTPOINT [DISK]...")
@@ -91,6 +96,7 @@ impl Wish {
             source: options.fsname.clone().or(self.source).unwrap_or_else(derived),
             disks,
             store,
+            allow_backing,
             cache: self.common.cache.or(config.cache).unwrap_or_default(),
             options,
             log: self.common.log.map(absolute).or(config.log),

@@ -12,7 +12,7 @@ use clap::Args;
 use super::target::{is_store, single};
 use super::{DONE, say};
 use crate::base::identity::Identity;
-use crate::base::{self, Access, BaseError};
+use crate::base::{self, Access, BaseError, Opening};
 use crate::overlay::persist;
 use crate::overlay::stack::{BaseRecord, Stack};
 use crate::spec::{Format, Locking, Source};
@@ -92,7 +92,8 @@ fn rebase(dir: &Path, new: &Path, unlike: Unlike) -> anyhow::Result<String> {
 /// Where `path` leads, and who is there.
 fn look(path: &Path, format: Option<Format>) -> anyhow::Result<(PathBuf, Identity)> {
     let source = Source::File(path.to_owned());
-    let base = base::open(&source, format, Access::Read, Locking::Qemu)?;
+    let how = Opening { format, access: Access::Read, locking: Locking::Qemu, allow_backing: &[] };
+    let base = base::open(&source, how)?;
     let unreadable = || format!("cannot read the base '{}'", path.display());
     let identity = base.identity().with_context(unreadable)?;
     let missing = || BaseError::Missing(path.to_owned());

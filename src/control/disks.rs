@@ -9,7 +9,7 @@
 //! works.
 
 use std::collections::HashSet;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc;
@@ -78,14 +78,26 @@ struct Farewell {
 
 impl Control {
     /// Mounts the disk that `text` names and answers what `mount` would print of it.
-    pub(super) fn add(&self, text: &str, cwd: &Path, force: bool) -> Value {
-        match self.add_disk(text, cwd, force) {
+    pub(super) fn add(
+        &self,
+        text: &str,
+        cwd: &Path,
+        force: bool,
+        allow_backing: Vec<PathBuf>,
+    ) -> Value {
+        match self.add_disk(text, cwd, force, allow_backing) {
             Ok(lines) => json!({ "ok": { "lines": lines } }),
             Err(line) => json!({ "error": line }),
         }
     }
 
-    fn add_disk(&self, text: &str, cwd: &Path, force: bool) -> Result<Vec<String>, String> {
+    fn add_disk(
+        &self,
+        text: &str,
+        cwd: &Path,
+        force: bool,
+        allow_backing: Vec<PathBuf>,
+    ) -> Result<Vec<String>, String> {
         if !cwd.is_absolute() {
             return Err(format!("'{}' is not an absolute path", cwd.display()));
         }
@@ -105,6 +117,7 @@ impl Control {
             uid: rustix::process::getuid().as_raw(),
             gid: rustix::process::getgid().as_raw(),
             force,
+            allow_backing,
             stdio: Inherit::Nothing,
             looked_at: Mutex::new(HashSet::new()),
         };

@@ -17,7 +17,7 @@ use crate::extents::Kind;
 use crate::layer::{Layer, Wait, WritableLayer};
 use crate::overlay::stack::{BaseRecord, Stack};
 use crate::overlay::{CommitTo, Overlay};
-use crate::spec::{Locking, format_size};
+use crate::spec::{Format, Locking, format_size};
 
 /// How long a commit waits for layers that are being merged.
 const MERGING: Duration = Duration::from_secs(60);
@@ -44,9 +44,14 @@ impl Disk {
         let turn = self.begin("a commit")?;
         let overlay = self.committable()?;
         self.check_writers(force)?;
-        let Bottom::File { path, file } = &*self.bottom() else {
+        let Bottom::File { path, file, format, .. } = &*self.bottom() else {
             return Err(refused("its base is blank: there is nothing to commit to"));
         };
+        if *format != Format::Raw {
+            return Err(refused(
+                "its base is a qcow2 image, which only QEMU writes: cowslip diff FILE -o new.qcow2, then qemu-img commit new.qcow2",
+            ));
+        }
         let resumed = overlay.is_committing();
         if !resumed {
             self.check_base()?;
@@ -116,7 +121,7 @@ impl Disk {
             Home::Kept(home) => home.stack.base.clone(),
             Home::Nowhere | Home::Temporary { .. } => return Ok(()),
         };
-        let (BaseRecord::File { identity, .. }, Bottom::File { path, file }) =
+        let (BaseRecord::File { identity, .. }, Bottom::File { path, file, .. }) =
             (recorded, &*self.bottom())
         else {
             return Ok(());

@@ -163,6 +163,7 @@ mod tests {
             uid: 0,
             gid: 0,
             force: false,
+            allow_backing: Vec::new(),
             stdio: Inherit::Nothing,
             looked_at: Mutex::new(HashSet::new()),
         };

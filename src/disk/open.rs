@@ -17,7 +17,7 @@ use super::life::{Frozen, Life, LifeError};
 use super::{Disk, Home, Layers, Owner, Times, Top, mtime_of, now};
 use crate::base::identity::Identity;
 use crate::base::place::{self, PlaceError};
-use crate::base::{self, Access, Base, BaseError, BaseLayer};
+use crate::base::{self, Access, Base, BaseError, BaseLayer, Opening};
 use crate::layer::{Layer, Wait};
 use crate::overlay::persist::{self, Found, New, Persistent, Place, Residence};
 use crate::overlay::record::{Image, Nanos, Stamp};
@@ -28,7 +28,7 @@ use crate::overlay::stack::{BaseRecord, LayerRecord, Stack, StackError, VERSION,
 use crate::overlay::tree::Tree;
 use crate::overlay::{DEFAULT_BLOCK, LARGEST, Overlay, keep};
 use crate::pool::Pool;
-use crate::spec::{DiskSpec, Mode, OverlayKind, Source, format_size};
+use crate::spec::{DiskSpec, Format, Mode, OverlayKind, Source, format_size};
 use crate::stream::Ending;
 use crate::stream::output::Patience;
 use crate::stream::sink::Inherit;
@@ -107,6 +107,8 @@ pub struct Setting<'a> {
     pub gid: u32,
     /// Use a base that changed under its overlay.
     pub force: bool,
+    /// Directories below which files may lie that a base names, besides its own.
+    pub allow_backing: Vec<PathBuf>,
     /// Whether streams may have the caller's standard input and output.
     pub stdio: Inherit,
     /// Directories whose file system was looked at already.
@@ -126,15 +128,19 @@ pub struct Opened {
 /// What lies at the bottom of a disk, as far as `keep` and `status` need it.
 pub(super) enum Bottom {
     /// A file or block device.
-    File { path: PathBuf, file: Arc<File> },
+    File { path: PathBuf, file: Arc<File>, format: Format, allow_backing: Vec<PathBuf> },
     /// Zeros, so many bytes.
     Blank(u64),
 }
 
 impl Bottom {
-    fn of(base: &Base) -> Self {
+    fn of(base: &Base, how: Opening<'_>) -> Self {
         match (&base.path, &base.file) {
-            (Some(path), Some(file)) => Self::File { path: path.clone(), file: Arc::clone(file) },
+            (Some(path), Some(file)) => {
+                let (path, file) = (path.clone(), Arc::clone(file));
+                let allow_backing = how.allow_backing.to_vec();
+                Self::File { path, file, format: how.format.unwrap_or(Format::Raw), allow_backing }
+            }
             _ => Self::Blank(base.size),
         }
     }
@@ -143,10 +149,10 @@ impl Bottom {
     fn record(&self) -> Result<BaseRecord, OpenError> {
         match self {
             Self::Blank(size) => Ok(BaseRecord::Blank { size: *size }),
-            Self::File { path, file } => {
+            Self::File { path, file, format, .. } => {
                 let identity = Identity::of(file)
                     .map_err(|error| OpenError::Unreadable { path: path.clone(), error })?;
-                Ok(BaseRecord::File { path: path.clone(), format: "raw".to_owned(), identity })
+                Ok(BaseRecord::File { path: path.clone(), format: format.to_string(), identity })
             }
         }
     }
@@ -156,6 +162,13 @@ impl Bottom {
         match self {
             Self::File { path, .. } => Some(path),
             Self::Blank(_) => None,
+        }
+    }
+
+    fn allow_backing(&self) -> &[PathBuf] {
+        match self {
+            Self::File { allow_backing, .. } => allow_backing,
+            Self::Blank(_) => &[],
         }
     }
 
@@ -199,8 +212,14 @@ fn open_layers(
         place::refuse_inside(dir, setting.mountpoint, setting.mount_dev)?;
     }
     let access = if spec.mode == Mode::ReadWrite { Access::Write } else { Access::Read };
-    let base = base::open(&spec.source, spec.format, access, spec.locking)?;
-    let bottom = Bottom::of(&base);
+    let how = Opening {
+        format: spec.format,
+        access,
+        locking: spec.locking,
+        allow_backing: &setting.allow_backing,
+    };
+    let base = base::open(&spec.source, how)?;
+    let bottom = Bottom::of(&base, how);
     let owner = first_owner(spec, &bottom, setting);
     let mut notes = notes_on_base(&base, setting);
     match (&base.layer, place) {
@@ -453,7 +472,16 @@ fn base_mismatch(recorded: &BaseRecord, now: &Bottom) -> Result<Option<Misfit>, 
             ))))
         }
         (BaseRecord::File { path, .. }, Bottom::Blank(size)) => other(named(path), blank(*size)),
-        (BaseRecord::File { path: was, identity, .. }, Bottom::File { path, file }) => {
+        (
+            BaseRecord::File { path: was, identity, format },
+            Bottom::File { path, file, format: is, .. },
+        ) => {
+            if *format != is.to_string() {
+                return other(
+                    format!("{} as {format}", named(was)),
+                    format!("{} as {is}", named(path)),
+                );
+            }
             if was != path && !is_same_file(was, file) {
                 if was.exists() {
                     return other(named(was), named(path));
@@ -563,13 +591,7 @@ pub fn open_stored(
 ) -> Result<Opened, OpenError> {
     let stack = open_dir(place.dir).map_err(doing("opening it")).and_then(|dir| Stack::read(&dir));
     let stack = stack.map_err(in_overlay(place.dir))?;
-    let spec = DiskSpec::new(
-        name.to_owned(),
-        match stack.base {
-            BaseRecord::File { path, .. } => Source::File(path),
-            BaseRecord::Blank { size } => Source::Blank(size),
-        },
-    );
+    let spec = over(name, &stack.base).map_err(in_overlay(place.dir))?;
     open_layers(&spec, Some(place), setting, shelf).map_err(|error| match error {
         // The user did not name it, so it is not for the user to check the name.
         OpenError::Base(BaseError::Missing(base)) => OpenError::Mismatch {
@@ -611,6 +633,21 @@ pub fn create_blank(
     Ok(settle_stored(name, 0, persistent, place.dir))
 }
 
+/// What a disk over the recorded `base` is, if nobody says otherwise.
+pub(super) fn over(name: &str, base: &BaseRecord) -> Result<DiskSpec, StackError> {
+    Ok(match base {
+        BaseRecord::Blank { size } => DiskSpec::new(name.to_owned(), Source::Blank(*size)),
+        BaseRecord::File { path, format, .. } => {
+            let known = format.parse();
+            let known =
+                known.map_err(|_| StackError::Syntax(format!("a base of format {format}")))?;
+            let mut spec = DiskSpec::new(name.to_owned(), Source::File(path.clone()));
+            spec.format = Some(known);
+            spec
+        }
+    })
+}
+
 fn settle_stored(name: &str, size: u64, persistent: Persistent, dir: &Path) -> Opened {
     let spec = DiskSpec::new(name.to_owned(), Source::Blank(size));
     let base: Arc<dyn Layer> = Arc::new(base::blank::Blank::new(size));
@@ -633,14 +670,15 @@ pub fn clone_stored(
         return Err(refused(LifeError::Latched));
     }
     let Frozen { layer, size, stack: old } = from.freeze().map_err(refused)?;
-    let spec = DiskSpec::new(
-        name.to_owned(),
-        match &old.base {
-            BaseRecord::File { path, .. } => Source::File(path.clone()),
-            BaseRecord::Blank { size } => Source::Blank(*size),
-        },
-    );
-    let base = base::open(&spec.source, None, Access::Read, spec.locking)?;
+    let spec = over(name, &old.base).map_err(in_overlay(place.dir))?;
+    let bottom = from.bottom();
+    let how = Opening {
+        format: spec.format,
+        access: Access::Read,
+        locking: spec.locking,
+        allow_backing: bottom.allow_backing(),
+    };
+    let base = base::open(&spec.source, how)?;
     let mut tree = Tree { layers: old.tree().chain(layer), snapshots: Vec::new() };
     tree.layers.reverse();
     tree.grow(Uuid::new_v4(), Some(layer));
@@ -655,7 +693,7 @@ pub fn clone_stored(
         let layer = made.home.sealed(record.uuid, shelf).map_err(in_overlay(place.dir))?;
         made.below.push(layer);
     }
-    let bottom = Bottom::of(&base);
+    let bottom = Bottom::of(&base, how);
     Ok(settle(&spec, made, &base.layer.reader(), bottom, place.dir, Vec::new()))
 }
 

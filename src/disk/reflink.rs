@@ -22,7 +22,7 @@ use crate::layer::Layer;
 use crate::overlay::recover::Recovered;
 use crate::overlay::reflink::{self, Persistent, Reflink, ReflinkError, Source};
 use crate::overlay::{DEFAULT_BLOCK, LARGEST};
-use crate::spec::{DiskSpec, OverlayKind, Resize, format_size};
+use crate::spec::{DiskSpec, Format, OverlayKind, Resize, format_size};
 
 /// Whether `spec` asks for a reflink overlay, or `dir` holds one.
 ///
@@ -88,7 +88,10 @@ fn refused(dir: &Path) -> impl Fn(ReflinkError) -> OpenError {
 /// The base as what is shared; refused when it has no blocks that could be.
 fn source_of(bottom: &Bottom) -> Result<Source<'_>, ReflinkError> {
     match bottom {
-        Bottom::File { path, file } if file.metadata().is_ok_and(|found| found.is_file()) => {
+        Bottom::File { format, .. } if *format != Format::Raw => {
+            Err(ReflinkError::Base("a qcow2 image"))
+        }
+        Bottom::File { path, file, .. } if file.metadata().is_ok_and(|found| found.is_file()) => {
             Ok(Source { path, file })
         }
         Bottom::File { .. } => Err(ReflinkError::Base("a block device")),

@@ -84,6 +84,8 @@ pub struct Plan {
     pub disks: Vec<DiskSpec>,
     /// The store's directory; absolute.
     pub store: Option<PathBuf>,
+    /// Directories below which files may lie that a base names; absolute.
+    pub allow_backing: Vec<PathBuf>,
     /// How the kernel's cache is used.
     pub cache: Cache,
     /// `-o`.
@@ -261,6 +263,7 @@ fn open_disks(plan: &Plan, catalog: &Catalog) -> Result<Vec<String>, String> {
         uid,
         gid,
         force: plan.force == Force::Yes,
+        allow_backing: plan.allow_backing.clone(),
         stdio: plan.stdio,
         looked_at: Mutex::new(HashSet::new()),
     };

@@ -20,6 +20,8 @@ pub struct Config {
     pub mountpoint: Option<PathBuf>,
     /// The directory behind the mount, in which new files are kept (absolute).
     pub store: Option<PathBuf>,
+    /// Directories below which files may lie that a base names (absolute).
+    pub allow_backing: Vec<PathBuf>,
     /// What the kernel caches.
     pub cache: Option<Cache>,
     /// Where the log goes (absolute).
@@ -53,7 +55,7 @@ impl FromStr for Cache {
 }
 
 /// The keys at the top of the file.
-const TOP: &[&str] = &["mountpoint", "store", "cache", "log", "options", "disk"];
+const TOP: &[&str] = &["mountpoint", "store", "allow-backing", "cache", "log", "options", "disk"];
 
 /// Reads a configuration. Relative paths start at `dir`, the directory of the file.
 ///
@@ -100,6 +102,12 @@ fn set_top(
         "store" => config.store = Some(path()?),
         "log" => config.log = Some(path()?),
         "cache" => config.cache = Some(string(key, value)?.to_string_lossy().parse()?),
+        "allow-backing" => {
+            let absolute = |dir_name: &OsString| keys::absolute(dir_name, dir);
+            let dirs = strings(key, value)?;
+            let dirs = dirs.iter().map(absolute).collect::<Result<_, _>>();
+            config.allow_backing = dirs.map_err(|error| error.within(key))?;
+        }
         "options" => config.options = options(value)?,
         _ if keys::is_key(key) || matches!(key, "name" | "source") => {
             return Err(SpecError::key(key, "is a disk's key: write it under [[disk]]"));
@@ -120,6 +128,14 @@ fn string(key: &str, value: &DeValue<'_>) -> Result<OsString, SpecError> {
             let kind = other.type_str();
             Err(SpecError::key(key, format!("is a TOML {kind}: write it as a string, in quotes")))
         }
+    }
+}
+
+/// A string, or an array of them.
+fn strings(key: &str, value: &DeValue<'_>) -> Result<Vec<OsString>, SpecError> {
+    match value {
+        DeValue::Array(items) => items.iter().map(|item| string(key, item.get_ref())).collect(),
+        value => Ok(vec![string(key, value)?]),
     }
 }
 

@@ -1,0 +1,290 @@
+//! A qcow2 image and what it is a difference to, opened as one layer.
+//!
+//! The names in an image may have been written by an enemy. Each is followed only as the plain name
+//! of a file below a directory that was allowed (the first image's own, unless others were named),
+//! in the format that is written down beside it, and never guessed from its bytes: what a guest
+//! writes into a raw image stays raw for ever.
+//!
+//! All headers are looked at before the first table is read, so that a chain that is refused costs
+//! little.
+
+use std::collections::HashSet;
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use super::super::{Access, BaseError, Host, open_host_file};
+use super::Image;
+use super::header::{Backing, Header, HeaderError};
+use crate::extents::{Extent, Kind};
+use crate::layer::{Copy, Layer, Wait};
+use crate::spec::Locking;
+
+/// The most images of a chain.
+const DEEPEST: usize = 256;
+
+/// Why a chain is not opened: one line for the user.
+#[derive(Debug, thiserror::Error)]
+pub enum ChainError {
+    /// One of the images.
+    #[error("'{}' {error}", path.display())]
+    Header {
+        /// The image.
+        path: PathBuf,
+        /// What is wrong with it.
+        error: HeaderError,
+    },
+    /// Not the name of a file.
+    #[error(
+        "'{}' names '{name}' as its backing file, and only names of files are followed: put the path there with qemu-img rebase -u",
+        path.display()
+    )]
+    Name {
+        /// The image.
+        path: PathBuf,
+        /// What it says.
+        name: String,
+    },
+    /// As QEMU wrote them long ago.
+    #[error(
+        "'{}' does not say which format its backing file '{name}' has: write it down with qemu-img rebase -u -F FORMAT -b '{name}' '{}'",
+        path.display(), path.display()
+    )]
+    NoFormat {
+        /// The image.
+        path: PathBuf,
+        /// Its backing file.
+        name: String,
+    },
+    /// A format that is not read here.
+    #[error("'{}' has a backing file '{name}' in the format {format}: only raw and qcow2 are read", path.display())]
+    Format {
+        /// The image.
+        path: PathBuf,
+        /// Its backing file.
+        name: String,
+        /// What it is said to be.
+        format: String,
+    },
+    /// Where nobody said that it may.
+    #[error(
+        "'{}' needs '{}', which is not below a directory that is allowed: add --allow-backing {} if you trust the image",
+        path.display(), needed.display(), needed.parent().unwrap_or(Path::new("/")).display()
+    )]
+    Outside {
+        /// The image.
+        path: PathBuf,
+        /// What it names.
+        needed: PathBuf,
+    },
+    /// Its data lies elsewhere, and nobody knows where.
+    #[error("'{}' has its data in another file and does not say in which", .0.display())]
+    NoDataFile(PathBuf),
+    /// It ends nowhere.
+    #[error("'{}' is its own backing file, in the end", .0.display())]
+    Loop(PathBuf),
+    /// It hardly ends.
+    #[error("'{}' has more than {DEEPEST} backing files below it", .0.display())]
+    TooDeep(PathBuf),
+    /// A file that an image names.
+    #[error("'{}' needs another file: {error}", path.display())]
+    Needed {
+        /// The image.
+        path: PathBuf,
+        /// Why that file cannot be opened.
+        error: Box<BaseError>,
+    },
+}
+
+/// A qcow2 image over those it is a difference to.
+pub struct Chain {
+    /// Top to bottom.
+    images: Vec<Arc<dyn Layer>>,
+    size: u64,
+}
+
+/// One image of a chain that is being opened.
+struct Member {
+    path: PathBuf,
+    host: Host,
+    /// None for a raw image, which ends the chain.
+    header: Option<Header>,
+    /// Where its data is, if not in itself.
+    data: Option<Host>,
+}
+
+/// Opens the qcow2 image `path`, which is open as `host`, and all below it. Files that it names
+/// have to lie below its own directory or one of `allowed`.
+///
+/// # Errors
+/// [`ChainError`].
+pub fn open(
+    path: &Path,
+    host: Host,
+    allowed: &[PathBuf],
+    locking: Locking,
+) -> Result<Chain, ChainError> {
+    let own = path.parent().unwrap_or(Path::new("/")).to_owned();
+    let allowed = Allowed { own, named: allowed, locking };
+    let mut seen = HashSet::new();
+    let mut members = vec![Member::read(path.to_owned(), host, "qcow2", &allowed)?];
+    loop {
+        let Some(last) = members.last() else { return Err(ChainError::Loop(path.to_owned())) };
+        if !seen.insert(last.host.key().map_err(|error| last.unreadable(error))?) {
+            return Err(ChainError::Loop(path.to_owned()));
+        }
+        let Some(backing) = last.header.as_ref().and_then(|header| header.backing.clone()) else {
+            break;
+        };
+        if members.len() > DEEPEST {
+            return Err(ChainError::TooDeep(path.to_owned()));
+        }
+        let next = last.next(&backing, &allowed)?;
+        members.push(next);
+    }
+    let size = members.first().and_then(|top| top.header.as_ref()).map_or(0, |top| top.size);
+    let images = members.into_iter().map(Member::build).collect::<Result<_, _>>()?;
+    Ok(Chain { images, size })
+}
+
+/// What may be opened.
+struct Allowed<'a> {
+    /// The directory of the first image: backing files may lie there.
+    own: PathBuf,
+    /// What the user named: data files may lie there as well.
+    named: &'a [PathBuf],
+    locking: Locking,
+}
+
+impl Allowed<'_> {
+    /// Opens `name`, which stands in the image `path`.
+    fn open(
+        &self,
+        path: &Path,
+        name: &str,
+        may_be_own: bool,
+    ) -> Result<(PathBuf, Host), ChainError> {
+        let of_needed =
+            |error| ChainError::Needed { path: path.to_owned(), error: Box::new(error) };
+        let named = path.parent().unwrap_or(Path::new("/")).join(name);
+        let missing = |error| of_needed(BaseError::host(&named, Access::Read, error));
+        let needed = named.canonicalize().map_err(missing)?;
+        let is_below = |dir: &Path| dir.canonicalize().is_ok_and(|dir| needed.starts_with(dir));
+        let is_allowed =
+            self.named.iter().any(|dir| is_below(dir)) || (may_be_own && is_below(&self.own));
+        if !is_allowed {
+            return Err(ChainError::Outside { path: path.to_owned(), needed });
+        }
+        let host = open_host_file(&needed, Access::Read, self.locking).map_err(of_needed)?;
+        Ok((needed, host))
+    }
+}
+
+impl Member {
+    /// Looks at an image of the given format.
+    fn read(
+        path: PathBuf,
+        host: Host,
+        format: &str,
+        allowed: &Allowed<'_>,
+    ) -> Result<Self, ChainError> {
+        if format == "raw" {
+            return Ok(Self { path, host, header: None, data: None });
+        }
+        let wrong = |error| ChainError::Header { path: path.clone(), error };
+        let header = Header::read(&host.file, host.size).map_err(wrong)?;
+        header.check_l1(&host.file, host.size).map_err(wrong)?;
+        let data = match &header.data_file {
+            None => None,
+            Some(None) => return Err(ChainError::NoDataFile(path)),
+            Some(Some(name)) => Some(allowed.open(&path, name, false)?.1),
+        };
+        Ok(Self { path, host, header: Some(header), data })
+    }
+
+    /// The image it is a difference to.
+    fn next(&self, backing: &Backing, allowed: &Allowed<'_>) -> Result<Self, ChainError> {
+        let (path, name) = (self.path.clone(), backing.name.clone());
+        if is_protocol(&name) {
+            return Err(ChainError::Name { path, name });
+        }
+        let format = match backing.format.as_deref() {
+            None => return Err(ChainError::NoFormat { path, name }),
+            Some(format @ ("raw" | "qcow2")) => format,
+            Some(format) => {
+                return Err(ChainError::Format { path, name, format: format.to_owned() });
+            }
+        };
+        let (needed, host) = allowed.open(&path, &name, true)?;
+        Self::read(needed, host, format, allowed)
+    }
+
+    fn unreadable(&self, error: io::Error) -> ChainError {
+        ChainError::Header { path: self.path.clone(), error: error.into() }
+    }
+
+    /// The layer that answers for it.
+    fn build(self) -> Result<Arc<dyn Layer>, ChainError> {
+        let Some(header) = &self.header else { return Ok(self.host.raw) };
+        let data = self.data.as_ref().unwrap_or(&self.host);
+        let image = |file: File| {
+            Image::new(file, Arc::clone(&self.host.raw), Arc::clone(&data.raw), header)
+        };
+        let image = self.host.file.try_clone().and_then(image);
+        Ok(Arc::new(image.map_err(|error| self.unreadable(error))?))
+    }
+}
+
+/// Whether QEMU would take `name` for more than the name of a file: `json:`, `nbd:`, `http:`.
+fn is_protocol(name: &str) -> bool {
+    let before = name.split('/').next().unwrap_or_default();
+    before.contains(':')
+}
+
+impl Layer for Chain {
+    fn size(&self) -> u64 {
+        self.size
+    }
+
+    fn extent_at(&self, mut range: Range<u64>, wait: Wait) -> io::Result<Extent> {
+        for image in &self.images {
+            let found = image.extent_at(range, wait)?;
+            if found.kind != Kind::Lower {
+                return Ok(found);
+            }
+            range = found.range;
+        }
+        Ok(Extent::new(range, Kind::Hole))
+    }
+
+    fn read_at(&self, buf: &mut [u8], offset: u64, wait: Wait) -> io::Result<Extent> {
+        let mut range = offset..offset.saturating_add(buf.len() as u64);
+        for image in &self.images {
+            let len = usize::try_from(range.end - offset).unwrap_or(usize::MAX);
+            let found = image.read_at(&mut buf[..len], offset, wait)?;
+            if found.kind != Kind::Lower {
+                return Ok(found);
+            }
+            range = found.range;
+        }
+        Ok(Extent::new(range, Kind::Hole))
+    }
+
+    fn lend_at(
+        &self,
+        mut range: Range<u64>,
+        wait: Wait,
+        copy: Copy<'_>,
+    ) -> io::Result<(Extent, Option<u64>)> {
+        for image in &self.images {
+            let found = image.lend_at(range, wait, copy)?;
+            if found.0.kind != Kind::Lower {
+                return Ok(found);
+            }
+            range = found.0.range;
+        }
+        Ok((Extent::new(range, Kind::Hole), None))
+    }
+}

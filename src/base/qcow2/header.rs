@@ -1,0 +1,277 @@
+//! The header of a qcow2 file, read by ourselves before anything is built on it.
+//!
+//! Everything in it may have been made by an enemy, so every field that sizes a buffer, opens a
+//! file or leads to another place of the image is checked here, against the format
+//! (`docs/interop/qcow2.rst` of QEMU) and against the file's size. What passes is small and leads
+//! nowhere outside.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+
+/// `QFI\xfb`.
+const MAGIC: &[u8] = b"QFI\xfb";
+/// The fixed part of version 2, and of version 3.
+const V2_LEN: usize = 72;
+const V3_LEN: usize = 104;
+/// Clusters of 512 bytes to 2 MiB.
+const CLUSTER_BITS: std::ops::RangeInclusive<u32> = 9..=21;
+/// The largest L1 table QEMU opens (`QCOW_MAX_L1_SIZE`): 32 MiB.
+const LARGEST_L1: u64 = 32 << 20;
+/// The longest name of a backing file.
+const LONGEST_NAME: u32 = 1023;
+/// Where an L1 entry leads: bits 9 to 55.
+const L1_OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
+
+/// Incompatible features.
+const DIRTY: u64 = 1 << 0;
+const CORRUPT: u64 = 1 << 1;
+const DATA_FILE: u64 = 1 << 2;
+const COMPRESSION: u64 = 1 << 3;
+const EXTENDED_L2: u64 = 1 << 4;
+
+/// Header extensions.
+const EXT_END: u32 = 0;
+const EXT_BACKING_FORMAT: u32 = 0xe279_2aca;
+const EXT_DATA_FILE: u32 = 0x4441_5441;
+
+/// What is wrong with an image, as the end of a line that names it.
+#[derive(Debug, thiserror::Error)]
+pub enum HeaderError {
+    /// The host said no.
+    #[error("cannot be read: {0}")]
+    Io(#[from] io::Error),
+    /// Not a qcow2 file, or a damaged one.
+    #[error("is no sound qcow2 image: {0}")]
+    Damaged(String),
+    /// Sound, and not for us.
+    #[error("{0}")]
+    Refused(&'static str),
+}
+
+fn damaged<T>(why: impl Into<String>) -> Result<T, HeaderError> {
+    Err(HeaderError::Damaged(why.into()))
+}
+
+/// What a qcow2 image says about itself.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Header {
+    /// The size of the disk, in bytes.
+    pub size: u64,
+    /// The size of a cluster, in bytes: 512 to 2 MiB.
+    pub cluster: u64,
+    /// What it is a difference to.
+    pub backing: Option<Backing>,
+    /// Its data lies in another file, of this name if one is written down.
+    pub data_file: Option<Option<String>>,
+    /// The bytes of its L1 table, for [`check_l1`].
+    l1: std::ops::Range<u64>,
+}
+
+/// The name of a backing file as it stands in the image.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Backing {
+    /// Its name.
+    pub name: String,
+    /// Its format, in QEMU's words; none is written down in old images.
+    pub format: Option<String>,
+}
+
+impl Header {
+    /// Reads and checks the header of `file`, which holds `file_size` bytes.
+    ///
+    /// # Errors
+    /// [`HeaderError`].
+    pub fn read(file: &File, file_size: u64) -> Result<Self, HeaderError> {
+        // The header and its extensions end inside the first cluster; those QEMU writes are short.
+        let mut head = vec![0; usize::try_from(file_size.min(64 << 10)).unwrap_or(0)];
+        file.read_exact_at(&mut head, 0)?;
+        let fields = Fields(&head);
+        if head.len() < V2_LEN || !head.starts_with(MAGIC) {
+            return damaged("it has no header");
+        }
+        let version = fields.u32(4)?;
+        if !(2..=3).contains(&version) {
+            return damaged(format!("version {version} is not known"));
+        }
+        let cluster_bits = fields.u32(20)?;
+        if !CLUSTER_BITS.contains(&cluster_bits) {
+            return damaged(format!("clusters of 2^{cluster_bits} bytes"));
+        }
+        if fields.u32(32)? != 0 {
+            return Err(HeaderError::Refused(
+                "is encrypted: decrypt it with qemu-img convert first",
+            ));
+        }
+        let features = if version == 3 { fields.u64(72)? } else { 0 };
+        check_features(features)?;
+        let cluster = 1 << cluster_bits;
+        let size = fields.u64(24)?;
+        let l1 = l1_range(&fields, size, cluster_bits, file_size)?;
+        let header_len = if version == 3 { fields.u32(100)? as usize } else { V2_LEN };
+        if version == 3 && (header_len < V3_LEN || header_len as u64 > cluster) {
+            return damaged(format!("a header of {header_len} bytes"));
+        }
+        let first_cluster = Fields(&head[..head.len().min(1 << cluster_bits)]);
+        let found = extensions(&first_cluster, header_len)?;
+        let backing = backing_name(&first_cluster)?
+            .map(|name| Backing { name, format: found.backing_format });
+        let data_file = (features & DATA_FILE != 0).then_some(found.data_file);
+        Ok(Self { size, cluster, backing, data_file, l1 })
+    }
+
+    /// Checks that all L2 tables lie inside `file` and over nothing that belongs to the header.
+    ///
+    /// # Errors
+    /// [`HeaderError`].
+    pub fn check_l1(&self, file: &File, file_size: u64) -> Result<(), HeaderError> {
+        let mut buf = vec![0; 1 << 16];
+        let mut at = self.l1.start;
+        while at < self.l1.end {
+            let left = usize::try_from(self.l1.end - at).unwrap_or(usize::MAX);
+            let piece = buf.len().min(left);
+            file.read_exact_at(&mut buf[..piece], at)?;
+            for entry in buf[..piece].as_chunks().0 {
+                let offset = u64::from_be_bytes(*entry) & L1_OFFSET;
+                if offset == 0 {
+                    continue;
+                }
+                let end = offset + self.cluster;
+                let is_over =
+                    offset < self.cluster || (offset < self.l1.end && end > self.l1.start);
+                if !offset.is_multiple_of(self.cluster) || is_over || end > file_size {
+                    return damaged(format!("an L2 table at {offset}"));
+                }
+            }
+            at += piece as u64;
+        }
+        Ok(())
+    }
+}
+
+/// Refuses what its bytes cannot be read with.
+fn check_features(features: u64) -> Result<(), HeaderError> {
+    let refuse = |line| Err(HeaderError::Refused(line));
+    if features & CORRUPT != 0 {
+        return refuse("is marked as corrupt: repair it with qemu-img check -r all");
+    }
+    if features & COMPRESSION != 0 {
+        return refuse(
+            "is compressed with zstd, which is not read: convert it with qemu-img convert -O qcow2",
+        );
+    }
+    if features & EXTENDED_L2 != 0 {
+        return refuse(
+            "has extended L2 entries, which are not read: convert it with qemu-img convert -O qcow2",
+        );
+    }
+    if features & DIRTY != 0 {
+        return refuse("was not closed properly: repair it with qemu-img check -r all");
+    }
+    let unknown = features & !DATA_FILE;
+    if unknown != 0 {
+        return damaged(format!("unknown incompatible features {unknown:#x}"));
+    }
+    Ok(())
+}
+
+/// Where the L1 table lies.
+fn l1_range(
+    fields: &Fields<'_>,
+    size: u64,
+    cluster_bits: u32,
+    file_size: u64,
+) -> Result<std::ops::Range<u64>, HeaderError> {
+    let (entries, start) = (u64::from(fields.u32(36)?), fields.u64(40)?);
+    // An L2 table is a cluster of entries of 8 bytes.
+    let mapped_by_one = 1_u64 << (cluster_bits + cluster_bits - 3);
+    let needed = size.div_ceil(mapped_by_one);
+    if entries * 8 > LARGEST_L1 || needed * 8 > LARGEST_L1 || i64::try_from(size).is_err() {
+        return damaged(format!("an L1 table of {} entries for {size} bytes", entries.max(needed)));
+    }
+    if entries < needed {
+        return damaged(format!("an L1 table of {entries} entries, and {needed} are needed"));
+    }
+    let end = start.checked_add(entries * 8);
+    match end {
+        Some(end) if end <= file_size && start.is_multiple_of(1 << cluster_bits) => {
+            if start == 0 && entries > 0 {
+                return damaged("its L1 table lies over its header");
+            }
+            // QEMU may have made the table longer than the disk is: the rest maps nothing.
+            Ok(start..start + needed * 8)
+        }
+        _ => damaged(format!("an L1 table at {start}, outside the file")),
+    }
+}
+
+/// What is wanted of the header's extensions.
+#[derive(Default)]
+struct Extensions {
+    backing_format: Option<String>,
+    data_file: Option<String>,
+}
+
+fn extensions(fields: &Fields<'_>, mut at: usize) -> Result<Extensions, HeaderError> {
+    let mut found = Extensions::default();
+    // Version 2 has them as well, unless the name of the backing file comes right after the header.
+    let name_at = usize::try_from(fields.u64(8)?).unwrap_or(usize::MAX);
+    let end = if name_at == 0 { fields.0.len() } else { name_at.min(fields.0.len()) };
+    while at + 8 <= end {
+        let (kind, len) = (fields.u32(at)?, fields.u32(at + 4)? as usize);
+        if kind == EXT_END {
+            break;
+        }
+        let text = || -> Result<String, HeaderError> {
+            let bytes = fields.bytes(at + 8, len)?;
+            let text = String::from_utf8(bytes.to_vec());
+            text.or_else(|_| damaged("a name that is no text"))
+        };
+        match kind {
+            EXT_BACKING_FORMAT => found.backing_format = Some(text()?),
+            EXT_DATA_FILE => found.data_file = Some(text()?),
+            _ => drop(fields.bytes(at + 8, len)?),
+        }
+        at += 8 + len.next_multiple_of(8);
+    }
+    Ok(found)
+}
+
+fn backing_name(fields: &Fields<'_>) -> Result<Option<String>, HeaderError> {
+    let (at, len) = (fields.u64(8)?, fields.u32(16)?);
+    if at == 0 || len == 0 {
+        return Ok(None);
+    }
+    let at = usize::try_from(at).unwrap_or(usize::MAX);
+    if len > LONGEST_NAME {
+        return damaged(format!("a backing file whose name has {len} bytes"));
+    }
+    let name = String::from_utf8(fields.bytes(at, len as usize)?.to_vec());
+    name.map(Some).or_else(|_| damaged("a backing file whose name is no text"))
+}
+
+/// Big-endian fields of a buffer.
+struct Fields<'a>(&'a [u8]);
+
+impl<'a> Fields<'a> {
+    fn bytes(&self, at: usize, len: usize) -> Result<&'a [u8], HeaderError> {
+        let end = at.checked_add(len);
+        match end.and_then(|end| self.0.get(at..end)) {
+            Some(bytes) => Ok(bytes),
+            None => damaged("its header is cut short"),
+        }
+    }
+
+    fn array<const N: usize>(&self, at: usize) -> Result<[u8; N], HeaderError> {
+        let bytes = self.bytes(at, N)?;
+        bytes.try_into().or_else(|_| damaged("its header is cut short"))
+    }
+
+    fn u32(&self, at: usize) -> Result<u32, HeaderError> {
+        self.array(at).map(u32::from_be_bytes)
+    }
+
+    fn u64(&self, at: usize) -> Result<u64, HeaderError> {
+        self.array(at).map(u64::from_be_bytes)
+    }
+}
