@@ -19,7 +19,7 @@ use super::snapshot::ask;
 use super::{DONE, say};
 use crate::disk::{self, Disk, Force, Setting};
 use crate::overlay::stack::{BaseRecord, Stack, open_dir};
-use crate::spec::{DiskSpec, Source, format_size};
+use crate::spec::format_size;
 use crate::stream::sink::Inherit;
 
 /// How long requests under way are waited for at the end; there are none.
@@ -53,14 +53,15 @@ pub(super) fn run(args: &CommitArgs) -> anyhow::Result<u8> {
 fn offline(dir: &Path) -> anyhow::Result<u8> {
     let stack = Stack::read(&open_dir(dir)?)
         .map_err(|error| anyhow::anyhow!("overlay '{}' {error}", dir.display()))?;
-    let BaseRecord::File { path, .. } = stack.base else {
+    if let BaseRecord::Blank { .. } = stack.base {
         anyhow::bail!(
             "overlay '{}': its base is blank: there is nothing to commit to",
             dir.display()
         );
-    };
+    }
     let name = dir.file_name().map_or("overlay".into(), |name| name.to_string_lossy());
-    let mut spec = DiskSpec::new(name.into_owned(), Source::File(path));
+    let spec = disk::over(&name, &stack.base);
+    let mut spec = spec.map_err(|error| anyhow::anyhow!("overlay '{}' {error}", dir.display()))?;
     spec.overlay = Some(dir.to_owned());
     let setting = Setting {
         mountpoint: Path::new("/proc/self/mountpoint"),

@@ -32,7 +32,7 @@ pub use self::leave::Use;
 use self::life::Life;
 pub use self::life::{Force, LifeError, Others, Since, SnapshotInfo};
 pub use self::open::{
-    OpenError, Opened, Setting, clone_stored, create_blank, create_stored, open, open_stored,
+    OpenError, Opened, Setting, clone_stored, create_blank, create_stored, open, open_stored, over,
 };
 use crate::extents::{Extent, Extents, Kind};
 use crate::host::errno;

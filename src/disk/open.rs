@@ -634,7 +634,10 @@ pub fn create_blank(
 }
 
 /// What a disk over the recorded `base` is, if nobody says otherwise.
-pub(super) fn over(name: &str, base: &BaseRecord) -> Result<DiskSpec, StackError> {
+///
+/// # Errors
+/// [`StackError::Syntax`]: a format that is not known.
+pub fn over(name: &str, base: &BaseRecord) -> Result<DiskSpec, StackError> {
     Ok(match base {
         BaseRecord::Blank { size } => DiskSpec::new(name.to_owned(), Source::Blank(*size)),
         BaseRecord::File { path, format, .. } => {

@@ -84,9 +84,27 @@ impl Image {
 
     /// The run at `range.start`, which is inside the size.
     fn run(&self, range: &Range<u64>, wait: Wait) -> io::Result<Run> {
-        if let Some(run) = self.runs.get(range) {
-            return Ok(run);
+        let run = match self.runs.get(range) {
+            Some(run) => run,
+            None => self.look_up(range, wait)?,
+        };
+        let Place::Data(at) = run.place else { return Ok(run) };
+        let end = self.data.size();
+        if at < end {
+            let len = (run.range.end - run.range.start).min(end - at);
+            return Ok(Run { range: run.range.start..run.range.start + len, ..run });
         }
+        // QEMU leaves the rest of the last cluster away. A cluster that is missing whole was cut off.
+        let cluster = at - at % self.cluster;
+        if cluster >= end {
+            return Err(damaged(&io::Error::other(format!("a cluster at {cluster} is cut off"))));
+        }
+        let len = (run.range.end - run.range.start).min(cluster + self.cluster - at);
+        Ok(Run { range: run.range.start..run.range.start + len, place: Place::Zero })
+    }
+
+    /// Asks the tables what a stretch is.
+    fn look_up(&self, range: &Range<u64>, wait: Wait) -> io::Result<Run> {
         if wait == Wait::No {
             return Err(errno(libc::EAGAIN));
         }
@@ -152,7 +170,14 @@ impl Layer for Image {
         if range.start >= self.size {
             return Ok(Extent::new(range, Kind::Hole));
         }
-        let run = self.run(&(range.start..range.end.min(self.size)), wait)?;
+        let run = match self.run(&(range.start..range.end.min(self.size)), wait) {
+            Err(error) if error.raw_os_error() != Some(libc::EAGAIN) => {
+                // What is damaged is found by who reads it.
+                let cluster = range.start - range.start % self.cluster + self.cluster;
+                return Ok(Extent::new(range.start..range.end.min(cluster), Kind::Data));
+            }
+            run => run?,
+        };
         let kind = match run.place {
             Place::Lower => self.below,
             Place::Zero => Kind::Zero,
