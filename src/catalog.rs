@@ -110,7 +110,7 @@ impl Catalog {
     }
 
     /// Makes the disk `name`, whose overlay is temporary, one of the store at `dir`; `None` when
-    /// that is no store of this mount.
+    /// that has nothing to do with the store of this mount.
     ///
     /// # Errors
     /// A line for the user.
@@ -120,7 +120,10 @@ impl Catalog {
         entry: &Entry,
         dir: &Path,
     ) -> Option<Result<(), String>> {
-        let store = self.store_at(dir)?;
+        let store = match self.store_at(dir) {
+            Some(store) => store,
+            None => return self.inside_store(dir).map(Err),
+        };
         let kept = store.keep(&entry.disk, name).map_err(|error| error.to_string());
         if kept.is_ok() {
             let disk = Arc::clone(&entry.disk);
@@ -130,6 +133,20 @@ impl Catalog {
             self.inodes.insert(stored.disk.ino(), stored);
         }
         Some(kept)
+    }
+
+    /// Why nothing can be kept in `dir`, if that lies inside the store: what has no name there is
+    /// swept at the next mount.
+    fn inside_store(&self, dir: &Path) -> Option<String> {
+        let store = self.store.as_ref()?.dir();
+        let real = dir.ancestors().skip(1).find_map(|parent| parent.canonicalize().ok())?;
+        real.starts_with(store.canonicalize().ok()?).then(|| {
+            format!(
+                "'{}' lies inside the store: name the store itself, '{}', or a directory elsewhere",
+                dir.display(),
+                store.display()
+            )
+        })
     }
 
     /// Makes the disk `to`, which holds what the disk `from` of the store holds now.
@@ -158,7 +175,7 @@ impl Catalog {
                 None => "it has no overlay: only copy-on-write disks have clones".to_owned(),
             });
         }
-        check_name(to).map_err(|error| format!("'{to}' cannot be the name of a disk: {error}"))?;
+        check_name(to).map_err(|_| format!("'{to}' cannot be the name of a disk: take another"))?;
         if self.named(to).is_some() {
             return Err(format!("there is a disk '{to}' already: take another name"));
         }

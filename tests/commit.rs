@@ -117,6 +117,10 @@ fn what_cannot_be_committed_is_refused_and_nothing_changes() {
         .unwrap();
     line("commit m/d", "has changed under it");
     line("commit nothing", "is no overlay and no mounted disk");
+    lab.umount();
+    // There is no --force that helps, so none is named but that of rebase.
+    line("commit o", "or take this one with cowslip rebase --force");
+    line("commit o --force", "has changed under it");
     lab.end();
 }
 
@@ -327,6 +331,11 @@ fn a_temporary_disk_is_kept_in_the_store_and_cloned() {
     let line = lab.refused(1, "clone m/d c");
     assert!(line.contains("its changes are temporary: 'cowslip keep FILE "), "{line}");
     lab.ok("snapshot m/d one");
+    // There the next mount would sweep it.
+    for inside in ["st/disks/own", "st/names", "st/own"] {
+        let line = lab.refused(1, &format!("keep m/d {inside}"));
+        assert!(line.contains("lies inside the store: name the store itself"), "{line}");
+    }
     lab.ok("keep m/d st");
     lab.ok("clone m/d c");
     let line = lab.refused(1, "clone m/d c");
@@ -339,6 +348,12 @@ fn a_temporary_disk_is_kept_in_the_store_and_cloned() {
     assert_eq!(checksum(&lab.path("m/d")), before);
     assert_eq!(checksum(&lab.path("m/.cowslip/d/snapshots/one")), before);
     assert_eq!(read(&lab.open_ro("m/c"), 0, 5), b"other");
+    lab.umount();
+    // Its layers are the store's.
+    for (target, says) in [("st", "is a store"), ("st/names/c", "is a disk of a store")] {
+        let line = lab.refused(1, &format!("commit {target}"));
+        assert!(line.contains(&format!("'{target}' {says}: mount")), "{line}");
+    }
     lab.end();
 }
 

@@ -429,6 +429,7 @@ fn what_cannot_be_cloned_says_what_to_do() {
         ("clone m/d o", "already"),
         ("clone m/d .cowslip", "name"),
         ("clone m/d st/u", "beside"),
+        ("clone m/d m", "is the mountpoint"),
     ] {
         let line = lab.refused(1, words);
         assert!(line.contains(says), "{words}: {line}");

@@ -125,7 +125,7 @@ impl Disk {
         match identity.differences(&now) {
             None => Ok(()),
             Some(what) => Err(LifeError::Refused(format!(
-                "its base '{}' has changed under it ({what}): what would come out is neither",
+                "its base '{}' has changed under it ({what}), and what would come out is neither: put the old one back, or take this one with cowslip rebase --force",
                 path.display()
             ))),
         }

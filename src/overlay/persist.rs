@@ -396,20 +396,23 @@ pub fn find(place: Place<'_>) -> Result<Found, StackError> {
         io::ErrorKind::NotADirectory => StackError::NotAnOverlay,
         _ => doing("opening it")(error),
     })?;
+    // Before its layers: a reflink overlay has none.
+    let mut record = top_layer(&Stack::read(&dir)?)?;
     let layers = match place.layers {
         None => open_at(&dir, "layers", OFlags::RDONLY | OFlags::DIRECTORY),
         Some(path) => open_dir(path),
     };
     let layers = layers.map_err(doing("opening its layers"))?;
     loop {
-        let record = top_layer(&Stack::read(&dir)?)?;
         let layer = layer_files(&layers, &record, |data| lock(&dir, data))?;
         // Once more under the lock: its last holder may have changed it.
         let stack = Stack::read(&dir)?;
-        if top_layer(&stack)? == record {
+        let top = top_layer(&stack)?;
+        if top == record {
             let (lock, files) = (layer.lock, layer.files);
             return Ok(Found { stack, dir, layers, lock, files, record });
         }
+        record = top;
     }
 }
 

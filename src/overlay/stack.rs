@@ -109,7 +109,9 @@ pub enum StackError {
     #[error("has format version {0}, this cowslip knows version {VERSION}: use a newer cowslip")]
     Version(u32),
     /// Its changes are kept in another way than in a block map.
-    #[error("is a reflink overlay: its one file has no block map to look at")]
+    #[error(
+        "is a reflink overlay, which has no block map: it can only be mounted, over the base it was made with"
+    )]
     Reflink,
     /// Another daemon has it.
     #[error("is in use by the cowslip mount at '{mountpoint}' (pid {pid}): unmount that first")]
