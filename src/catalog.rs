@@ -110,7 +110,7 @@ impl Catalog {
     }
 
     /// Makes the disk `name`, whose overlay is temporary, one of the store at `dir`; `None` when
-    /// that has nothing to do with the store of this mount.
+    /// that is no store of this mount.
     ///
     /// # Errors
     /// A line for the user.
@@ -120,10 +120,7 @@ impl Catalog {
         entry: &Entry,
         dir: &Path,
     ) -> Option<Result<(), String>> {
-        let store = match self.store_at(dir) {
-            Some(store) => store,
-            None => return self.inside_store(dir).map(Err),
-        };
+        let store = self.store_at(dir)?;
         let kept = store.keep(&entry.disk, name).map_err(|error| error.to_string());
         if kept.is_ok() {
             let disk = Arc::clone(&entry.disk);
@@ -133,20 +130,6 @@ impl Catalog {
             self.inodes.insert(stored.disk.ino(), stored);
         }
         Some(kept)
-    }
-
-    /// Why nothing can be kept in `dir`, if that lies inside the store: what has no name there is
-    /// swept at the next mount.
-    fn inside_store(&self, dir: &Path) -> Option<String> {
-        let store = self.store.as_ref()?.dir();
-        let real = dir.ancestors().skip(1).find_map(|parent| parent.canonicalize().ok())?;
-        real.starts_with(store.canonicalize().ok()?).then(|| {
-            format!(
-                "'{}' lies inside the store: name the store itself, '{}', or a directory elsewhere",
-                dir.display(),
-                store.display()
-            )
-        })
     }
 
     /// Makes the disk `to`, which holds what the disk `from` of the store holds now.
@@ -184,7 +167,7 @@ impl Catalog {
             error => error.to_string(),
         })?;
         let disk = Arc::new(opened.disk);
-        self.add(to, Arc::clone(&disk), Origin::Stored).map_err(|error| error.to_string())?;
+        self.add_new(store, to, &disk).map_err(|error| error.to_string())?;
         Ok(disk)
     }
 
@@ -275,13 +258,22 @@ impl Catalog {
             errno(error.errno().unwrap_or(libc::EIO))
         })?;
         let disk = Arc::new(opened.disk);
-        if let Err(error) = self.add(name, Arc::clone(&disk), Origin::Stored) {
-            // `add` came between: in the store, too, the name is not this one's.
-            store.remove_name(name)?;
-            store.discard(&disk.uuid);
-            return Err(error);
-        }
+        self.add_new(store, name, &disk)?;
         Ok(disk)
+    }
+
+    /// Adds a disk that was made in `store` just now; without its name it goes there, too.
+    ///
+    /// # Errors
+    /// `EEXIST`: another one came between.
+    pub fn add_new(&self, store: &Store, name: &str, disk: &Arc<Disk>) -> io::Result<Arc<Entry>> {
+        self.add(name, Arc::clone(disk), Origin::Stored).inspect_err(|_| {
+            if let Err(error) = store.remove_name(name) {
+                log::warn!("'{name}' stays in the store: {error}");
+                return;
+            }
+            store.discard(&disk.uuid);
+        })
     }
 
     /// Takes a disk that was given out of the mount, unless somebody has it; `entry` is what

@@ -301,7 +301,9 @@ fn a_disk_with_snapshots_needs_its_base() {
     let lab = lab(4 * MIB);
     lab.mount("d=base.img,overlay=o");
     lab.ok("snapshot m/d one");
-    assert!(lab.refused(1, "hydrate m/d").contains("it has snapshots"));
+    for words in ["hydrate m/d", "hydrate m/d --background"] {
+        assert!(lab.refused(1, words).contains("it has snapshots"));
+    }
     lab.end();
 }
 
@@ -332,10 +334,14 @@ fn a_temporary_disk_is_kept_in_the_store_and_cloned() {
     assert!(line.contains("its changes are temporary: 'cowslip keep FILE "), "{line}");
     lab.ok("snapshot m/d one");
     // There the next mount would sweep it.
-    for inside in ["st/disks/own", "st/names", "st/own"] {
-        let line = lab.refused(1, &format!("keep m/d {inside}"));
-        assert!(line.contains("lies inside the store: name the store itself"), "{line}");
+    for inside in ["st/disks/own", "st/names/own", "st/own"] {
+        for words in ["keep m/d ", "add m e=base.img,overlay=", "add m e=blank:1M,overlay="] {
+            let line = lab.refused(1, &format!("{words}{inside}"));
+            assert!(line.contains("which sweeps what it does not know: name the store"), "{line}");
+        }
     }
+    lab.ok("add m e=blank:1M,overlay=st");
+    assert_eq!(lab.sh("ls st/names"), "e\n");
     lab.ok("keep m/d st");
     lab.ok("clone m/d c");
     let line = lab.refused(1, "clone m/d c");

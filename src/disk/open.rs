@@ -495,7 +495,7 @@ fn settle(
     dir: &Path,
     mut notes: Vec<String>,
 ) -> Opened {
-    let Persistent { overlay, below, recovered, home } = persistent;
+    let Persistent { overlay, below, aside, recovered, home } = persistent;
     let stack = &home.stack;
     let owner = Owner { uid: stack.uid, gid: stack.gid, perm: stack.perm };
     let (mtime, chosen) = last_mtime(&overlay, recovered);
@@ -519,6 +519,10 @@ fn settle(
     let chain = stack.tree().live();
     let uuid = stack.uuid;
     let layers = stacked(overlay, below.clone(), base);
+    if let Top::Overlay(top) = &layers.top {
+        let aside = aside.iter().map(|(_, layer)| Arc::clone(layer));
+        top.stand_on(&below.iter().cloned().chain(aside).collect::<Vec<_>>());
+    }
     let size = spec.size.unwrap_or(base.size());
     if layers.top.is_committing() {
         notes.push(
@@ -529,7 +533,7 @@ fn settle(
     let mut disk = assemble(spec, uuid, layers, bottom, owner);
     disk.life = Life::new((size, size.min(base.size())), spec.limit);
     disk.life.locking = Some(spec.locking);
-    disk.life.note(&chain, &below);
+    disk.life.note(&chain, &below, aside);
     disk.times = Times::new(mtime, chosen, recorded);
     disk.recovered = recovered;
     disk.home = Mutex::new(Home::Kept(home));
@@ -750,8 +754,8 @@ impl Disk {
         self.record_mtime(overlay);
         let all = self.all_layers(&tree).map_err(refused)?;
         let kept = keep::keep(&all, place, stack.with_tree(tree.clone()));
-        let Persistent { overlay, below, home, .. } = kept.map_err(in_overlay(dir))?;
-        self.life.note(&tree.live(), &below);
+        let Persistent { overlay, below, aside, home, .. } = kept.map_err(in_overlay(dir))?;
+        self.life.note(&tree.live(), &below, aside);
         overlay.stand_on(&below);
         let sealed = Sealed::new(below).map(Arc::new);
         let top = Top::Overlay(Arc::new(overlay));

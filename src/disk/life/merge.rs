@@ -112,7 +112,7 @@ impl Disk {
             // The bytes are the same: nobody has to wait.
             let mut layers = self.layers.write();
             if let Top::Overlay(top) = &layers.top {
-                top.stand_on(&below);
+                top.stand_on(&self.to_settle(&next, &below));
                 let top = Top::Overlay(Arc::clone(top));
                 let sealed = Sealed::new(below).map(Arc::new);
                 *layers = Arc::new(Layers::new(top, sealed, layers.bottom.clone()));

@@ -181,7 +181,7 @@ impl Disk {
     ) -> Result<(), LifeError> {
         let layers = self.layers();
         let NewTop { overlay, lock, .. } = new;
-        overlay.stand_on(&below);
+        overlay.stand_on(&self.to_settle(next, &below));
         if let Top::Overlay(old) = &layers.top {
             overlay.follow(old);
         }
@@ -192,6 +192,14 @@ impl Disk {
         let layers = Layers::new(top, Sealed::new(below).map(Arc::new), layers.bottom.clone());
         *self.layers.write() = Arc::new(layers);
         Ok(())
+    }
+
+    /// What a sync of a disk with the layers `next` makes durable: `below`, and what only
+    /// snapshots stand on.
+    pub(super) fn to_settle(&self, next: &Tree, below: &[Arc<Overlay>]) -> Vec<Arc<Overlay>> {
+        let known = self.life.sealed.lock();
+        let known = known.iter().filter(|(uuid, _)| next.layer(**uuid).is_some());
+        below.iter().chain(known.map(|(_, layer)| layer)).cloned().collect()
     }
 
     /// Makes `next` the disk's tree, durably when it is kept.

@@ -76,6 +76,11 @@ impl Disk {
         self.life.doing.lock().map(|doing| doing.what)
     }
 
+    /// What somebody has asked for and is not done yet.
+    pub(in crate::disk) fn request(&self) -> Option<&'static str> {
+        self.life.doing.lock().filter(|doing| !doing.background).map(|doing| doing.what)
+    }
+
     /// Makes work that takes long stop, and waits for it.
     pub(in crate::disk) fn end_life(&self, patience: Duration) {
         self.life.ending.store(true, Ordering::SeqCst);
