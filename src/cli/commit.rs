@@ -111,11 +111,11 @@ fn watched(disk: &Disk) -> anyhow::Result<u64> {
     }
     let ended = AtomicBool::new(false);
     let committed = thread::scope(|scope| {
-        scope.spawn(|| {
+        let shower = scope.spawn(|| {
             let mut progress = Progress::new();
             let mut looks = 0u32;
             while !ended.load(Ordering::SeqCst) {
-                thread::sleep(LOOK);
+                thread::park_timeout(LOOK);
                 looks += 1;
                 let (done, total) = disk.progress();
                 if looks.is_multiple_of(10) {
@@ -126,6 +126,7 @@ fn watched(disk: &Disk) -> anyhow::Result<u64> {
         });
         let committed = disk.commit(Force::No, &|| stop.load(Ordering::SeqCst));
         ended.store(true, Ordering::SeqCst);
+        shower.thread().unpark();
         committed
     });
     let path = disk.overlay_dir().unwrap_or_default();
