@@ -76,7 +76,7 @@ impl Disk {
     /// Waits for layers that are still being merged after their snapshots were deleted.
     fn merge_first(&self) {
         let until = Instant::now() + MERGING;
-        while self.is_mergeable() && Instant::now() < until {
+        while self.is_mergeable() && !self.is_latched() && Instant::now() < until {
             if let Err(error) = self.tidy() {
                 // What it means for the commit is said there.
                 log::warn!("{}: layers are not merged: {error}", self.source);
@@ -102,6 +102,11 @@ impl Disk {
         if tree.layers.len() > 1 {
             return Err(refused(
                 "it has several layers: other disks of the store stand on them, or they are still being merged (try again then)",
+            ));
+        }
+        if self.snapshot_openers() > 0 {
+            return Err(refused(
+                "a snapshot of it that was deleted is still open, and shows the base as it is: close it first",
             ));
         }
         if self.is_latched() {

@@ -290,6 +290,7 @@ pub(super) fn assemble(
         source,
         resize: spec.resize,
         gate: RwLock::new(()),
+        line: Mutex::new(()),
         layers: RwLock::new(Arc::new(layers)),
         owner: Mutex::new(owner),
         times: Times::new(mtime, false, None),
@@ -653,6 +654,10 @@ pub fn clone_stored(
         Image { mtime: from.overlay().and_then(|top| top.mtime()), ..Image::new(size, size) };
     let new = New { stack, image: &image, limit: None };
     let alone = shelf.alone();
+    if !from.is_on_disk() {
+        // What it stood on may have gone with it.
+        return Err(OpenError::NothingToKeep("it was removed meanwhile".to_owned()));
+    }
     let mut made = persist::create(place, new).map_err(in_overlay(place.dir))?;
     drop(alone);
     for record in tree.live().iter().skip(1) {
@@ -701,6 +706,11 @@ impl Disk {
         self.bottom().path().map(Path::to_owned)
     }
 
+    /// Whether its overlay is still in its directory, and not removed.
+    fn is_on_disk(&self) -> bool {
+        self.home.lock().residence().is_some_and(|home| home.is_on_disk())
+    }
+
     /// The mount did not come about: closes the disk in good order, and removes an overlay that
     /// was made for it.
     pub fn abandon(&self) {
@@ -730,7 +740,9 @@ impl Disk {
         let _turn = self
             .begin("keeping it")
             .map_err(|error| OpenError::NothingToKeep(error.to_string()))?;
-        let _gate = self.gate.write();
+        // A change that hangs is not waited for: nobody else could do anything until it ends.
+        let _gate =
+            self.enter_to_switch().map_err(|error| OpenError::NothingToKeep(error.to_string()))?;
         let layers = self.layers();
         let Top::Overlay(overlay) = &layers.top else {
             if let Some(dir) = self.overlay_dir() {

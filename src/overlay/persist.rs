@@ -114,6 +114,12 @@ impl Residence {
         self.torn
     }
 
+    /// Whether the directory still holds this `stack`, and was not removed.
+    #[must_use]
+    pub fn is_on_disk(&self) -> bool {
+        Stack::read(&self.dir).is_ok_and(|found| found == self.stack)
+    }
+
     /// As [`replace`](Self::replace), with another top, whose lock is `lock`.
     ///
     /// # Errors

@@ -141,6 +141,9 @@ impl Disk {
             let _gate = self.enter_to_switch()?;
             self.check_writers(force)?;
             if above == Above::Top {
+                if top.is_latched() {
+                    return Err(LifeError::Latched);
+                }
                 if top.size() != new.overlay.size() {
                     self.unmake(uuid);
                     new = self.make_layer(&tree, parent, &image(&top), limit)?;
@@ -247,7 +250,8 @@ impl Disk {
     pub(in crate::disk) fn drop_layers(&self, old: &Tree, next: &Tree) {
         let gone = |uuid: &Uuid| next.layer(*uuid).is_none();
         self.life.sealed.lock().retain(|uuid, _| !gone(uuid));
-        self.life.files.lock().retain(|uuid, _| !gone(uuid));
+        // Who has one open goes on reading it, and is counted.
+        self.life.files.lock().retain(|uuid, file| !gone(uuid) || file.openers() > 0);
         let dropped: Vec<Uuid> = old.layers.iter().map(|layer| layer.uuid).filter(gone).collect();
         if dropped.is_empty() {
             return;

@@ -1,7 +1,7 @@
 //! Taking turns: one thing at a time is done to a disk as a whole.
 
 use std::sync::atomic::Ordering;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use parking_lot::RwLockWriteGuard;
 
@@ -92,7 +92,8 @@ impl Disk {
 
     /// The gate, for a change of the layers. What waits behind it has no deadline meanwhile.
     pub(in crate::disk) fn enter_to_switch(&self) -> Result<RwLockWriteGuard<'_, ()>, LifeError> {
-        let gate = self.gate.try_write_for(PATIENCE).ok_or(LifeError::Stuck)?;
+        let start = Instant::now();
+        let gate = self.gate_alone(|| start.elapsed() < PATIENCE).ok_or(LifeError::Stuck)?;
         if self.closed.load(Ordering::SeqCst) { Err(LifeError::Interrupted) } else { Ok(gate) }
     }
 
