@@ -79,6 +79,15 @@ need_rust() {
     cargo_is_at_least "$msrv" || die "needs Rust $msrv or newer: run 'rustup update', then run this again"
 }
 
+# Has cargo run the tests as root: built as you, run as root, since they mount loop devices.
+tests_as_root() {
+    local host
+    ((EUID == 0)) && return
+    have sudo || die "the tests mount loop devices and need root: run this as root, or install sudo"
+    host=$(rustc -vV | sed -n 's/^host: //p' | tr 'a-z-' 'A-Z_')
+    export "CARGO_TARGET_${host}_RUNNER=sudo -E"
+}
+
 need_fuse() {
     [[ -c /dev/fuse ]] ||
         die "no /dev/fuse: run 'modprobe fuse' as root, or in a container add --device /dev/fuse --cap-add SYS_ADMIN"

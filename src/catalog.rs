@@ -158,7 +158,7 @@ impl Catalog {
                 None => "it has no overlay: only copy-on-write disks have clones".to_owned(),
             });
         }
-        check_name(to).map_err(|error| format!("'{to}' cannot be the name of a disk: {error}"))?;
+        check_name(to).map_err(|_| format!("'{to}' cannot be the name of a disk: take another"))?;
         if self.named(to).is_some() {
             return Err(format!("there is a disk '{to}' already: take another name"));
         }
@@ -167,7 +167,7 @@ impl Catalog {
             error => error.to_string(),
         })?;
         let disk = Arc::new(opened.disk);
-        self.add(to, Arc::clone(&disk), Origin::Stored).map_err(|error| error.to_string())?;
+        self.add_new(store, to, &disk).map_err(|error| error.to_string())?;
         Ok(disk)
     }
 
@@ -258,13 +258,22 @@ impl Catalog {
             errno(error.errno().unwrap_or(libc::EIO))
         })?;
         let disk = Arc::new(opened.disk);
-        if let Err(error) = self.add(name, Arc::clone(&disk), Origin::Stored) {
-            // `add` came between: in the store, too, the name is not this one's.
-            store.remove_name(name)?;
-            store.discard(&disk.uuid);
-            return Err(error);
-        }
+        self.add_new(store, name, &disk)?;
         Ok(disk)
+    }
+
+    /// Adds a disk that was made in `store` just now; without its name it goes there, too.
+    ///
+    /// # Errors
+    /// `EEXIST`: another one came between.
+    pub fn add_new(&self, store: &Store, name: &str, disk: &Arc<Disk>) -> io::Result<Arc<Entry>> {
+        self.add(name, Arc::clone(disk), Origin::Stored).inspect_err(|_| {
+            if let Err(error) = store.remove_name(name) {
+                log::warn!("'{name}' stays in the store: {error}");
+                return;
+            }
+            store.discard(&disk.uuid);
+        })
     }
 
     /// Takes a disk that was given out of the mount, unless somebody has it; `entry` is what

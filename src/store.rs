@@ -439,3 +439,30 @@ fn each_stack(dir: &Path, mut each: impl FnMut(&str, Stack)) -> io::Result<()> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::layer::Wait;
+
+    #[test]
+    fn a_disk_that_was_removed_meanwhile_has_no_clones() {
+        let room = tempfile::tempdir().unwrap();
+        let store = Store::open(&room.path().join("st")).unwrap();
+        let owner = Owner { uid: 0, gid: 0, perm: 0o600 };
+        let from = store.create("a", owner).unwrap().disk;
+        from.write(b"kept", 0, Wait::Yes).unwrap();
+        // All it holds is sealed from then on: the next clone needs no new layer of it.
+        let first = store.clone_disk(&from, "b").unwrap().disk;
+        for (name, disk) in [("a", &from), ("b", &first)] {
+            store.remove_name(name).unwrap();
+            store.discard(&disk.uuid);
+        }
+        let refused = store.clone_disk(&from, "c").err().unwrap().to_string();
+        assert!(refused.contains("removed meanwhile"), "{refused}");
+        assert_eq!(store.targets().unwrap(), []);
+        for dir in ["disks", "layers"] {
+            assert_eq!(fs::read_dir(store.dir().join(dir)).unwrap().count(), 0, "{dir}");
+        }
+    }
+}

@@ -429,6 +429,7 @@ fn what_cannot_be_cloned_says_what_to_do() {
         ("clone m/d o", "already"),
         ("clone m/d .cowslip", "name"),
         ("clone m/d st/u", "beside"),
+        ("clone m/d m", "is the mountpoint"),
     ] {
         let line = lab.refused(1, words);
         assert!(line.contains(says), "{words}: {line}");
@@ -479,6 +480,50 @@ fn a_thousand_clones_of_one_base_differ_and_come_back() {
     check();
     lab.umount();
     lab.sh("umount fast");
+    lab.end();
+}
+
+#[test]
+fn snapshots_beside_the_disk_are_made_durable_with_it() {
+    let mut lab = Lab::new();
+    lab.base("base.img", 4 * MIB);
+    // What `check` says of a layer that was not closed.
+    let open = |lab: &Lab| lab.ok("check ov").matches("needs recovery").count();
+    lab.mount("d=base.img,overlay=ov");
+    for name in ["a", "b"] {
+        lab.open("m/d").write_all_at(&noise(MIB, 1), 0).unwrap();
+        lab.ok(&format!("snapshot m/d {name}"));
+        lab.ok("reset m/d");
+    }
+    lab.sh("sync m/d");
+    // By a sync, and not only by the end of the mount.
+    lab.kill();
+    let said = lab.ok("check ov");
+    for name in ["a", "b"] {
+        let row = said.lines().find(|line| line.starts_with(&format!("{name} "))).unwrap();
+        assert!(row.ends_with("clean"), "{said}");
+    }
+    lab.mount("d=base.img,overlay=ov");
+    lab.umount();
+    assert_eq!(open(&lab), 0);
+    // And when the daemon died before.
+    lab.mount("d=base.img,overlay=ov");
+    lab.open("m/d").write_all_at(&noise(MIB, 2), 0).unwrap();
+    lab.ok("snapshot m/d c");
+    lab.ok("revert m/d a");
+    lab.kill();
+    assert!(open(&lab) > 0);
+    lab.mount("d=base.img,overlay=ov");
+    lab.umount();
+    assert_eq!(open(&lab), 0);
+    // A temporary disk that is kept.
+    lab.mount("d=base.img");
+    lab.open("m/d").write_all_at(&noise(MIB, 3), 0).unwrap();
+    lab.ok("snapshot m/d a");
+    lab.ok("reset m/d");
+    lab.ok("keep m/d kept");
+    lab.umount();
+    assert!(!lab.ok("check kept").contains("needs recovery"));
     lab.end();
 }
 

@@ -8,7 +8,7 @@
 
 mod common;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
@@ -16,6 +16,7 @@ use std::thread;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use common::mount::*;
+use common::state::*;
 use rustix::process::Signal;
 
 const SIZE: u64 = 2 * MIB;
@@ -43,13 +44,6 @@ impl Dice {
     }
 }
 
-/// A disk and its snapshots as they must be.
-#[derive(Clone, Debug, PartialEq, Eq)]
-struct State {
-    bytes: Vec<u8>,
-    snapshots: BTreeMap<String, Vec<u8>>,
-}
-
 /// Something done to the disk of that name.
 #[derive(Clone, Debug)]
 enum Deed {
@@ -66,7 +60,7 @@ struct World {
     lab: Lab,
     words: &'static str,
     base: Vec<u8>,
-    disks: BTreeMap<String, State>,
+    disks: States,
     pid: u32,
     named: u64,
 }
@@ -132,7 +126,7 @@ impl World {
     }
 
     /// The world after it was done.
-    fn after(&self, disk: &str, deed: &Deed) -> BTreeMap<String, State> {
+    fn after(&self, disk: &str, deed: &Deed) -> States {
         let mut disks = self.disks.clone();
         let state = disks.get_mut(disk).unwrap();
         match deed {
@@ -158,25 +152,6 @@ impl World {
         disks
     }
 
-    /// What is there.
-    fn found(&self) -> BTreeMap<String, State> {
-        let read_all = |path: &Path| fs::read(path).unwrap();
-        let root = self.lab.path("m");
-        let mut found = BTreeMap::new();
-        for entry in fs::read_dir(&root).unwrap() {
-            let name = entry.unwrap().file_name().into_string().unwrap();
-            let dir = root.join(".cowslip").join(&name).join("snapshots");
-            let names = fs::read_dir(&dir).unwrap().map(|entry| entry.unwrap().file_name());
-            let snapshots = names.map(|name| {
-                let bytes = read_all(&dir.join(&name));
-                (name.into_string().unwrap(), bytes)
-            });
-            let snapshots = snapshots.collect();
-            found.insert(name.clone(), State { bytes: read_all(&root.join(&name)), snapshots });
-        }
-        found
-    }
-
     fn remount(&mut self) {
         wait_until("the killed daemon ends", || !is_alive(self.pid));
         self.lab.mount(self.words);
@@ -199,21 +174,9 @@ impl World {
     }
 }
 
-/// Layers in `dir` that are not in `stacks`.
-fn unnamed(dir: &Path, stacks: &str) -> BTreeSet<String> {
-    let entries = fs::read_dir(dir.join("layers")).unwrap();
-    let names = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap());
-    names.filter(|name| !stacks.contains(name.as_str())).collect()
-}
-
 /// Whether `found` is `old` or `new`, or of a write something in which each sector is of one of
 /// them; else where it is not.
-fn check_between(
-    found: &BTreeMap<String, State>,
-    old: &BTreeMap<String, State>,
-    new: &BTreeMap<String, State>,
-    deed: &Deed,
-) -> Result<(), String> {
+fn check_between(found: &States, old: &States, new: &States, deed: &Deed) -> Result<(), String> {
     if found == old || found == new {
         return Ok(());
     }
@@ -238,38 +201,6 @@ fn check_between(
         }
     }
     Err(differences(found, old, new))
-}
-
-fn differences(
-    found: &BTreeMap<String, State>,
-    old: &BTreeMap<String, State>,
-    new: &BTreeMap<String, State>,
-) -> String {
-    let mut lines = String::new();
-    for (name, state) in found {
-        for (what, other) in [("old", old), ("new", new)] {
-            let Some(other) = other.get(name) else {
-                lines += &format!("{name} is not in {what}\n");
-                continue;
-            };
-            let differ = |one: &[u8], two: &[u8]| {
-                let at = one.iter().zip(two).position(|(one, two)| one != two);
-                (one != two)
-                    .then(|| format!("{} instead of {} bytes, first {at:?}", one.len(), two.len()))
-            };
-            if let Some(wrong) = differ(&state.bytes, &other.bytes) {
-                lines += &format!("{name} against {what}: {wrong}\n");
-            }
-            let keys = |state: &State| state.snapshots.keys().cloned().collect::<Vec<_>>();
-            lines += &format!("{name}: {:?}, {what} {:?}\n", keys(state), keys(other));
-            for (shot, bytes) in &state.snapshots {
-                if let Some(wrong) = other.snapshots.get(shot).and_then(|old| differ(bytes, old)) {
-                    lines += &format!("{name}@{shot} against {what}: {wrong}\n");
-                }
-            }
-        }
-    }
-    lines + &format!("{:?}, {:?}, {:?}", found.keys(), old.keys(), new.keys())
 }
 
 #[test]
@@ -298,7 +229,7 @@ fn a_kill_at_any_moment_leaves_what_was_answered_and_nothing_half_done() {
         });
         let (disk, deed) = last.unwrap();
         world.remount();
-        let found = world.found();
+        let found = found(&world.lab);
         check_between(&found, &world.disks, &world.after(&disk, &deed), &deed).unwrap_or_else(
             |wrong| panic!("round {round}, {told:?}, then {deed:?} of {disk} cut short:\n{wrong}"),
         );
@@ -308,7 +239,7 @@ fn a_kill_at_any_moment_leaves_what_was_answered_and_nothing_half_done() {
     // Nothing was only right because something was still cached.
     world.lab.umount();
     world.lab.mount(WORDS);
-    assert!(world.found() == world.disks);
+    assert!(found(&world.lab) == world.disks);
     world.lab.umount();
     assert!(world.lab.ok("check ov").contains("clean"));
     world.lab.end();

@@ -137,6 +137,12 @@ fn an_old_picture_is_replaced_and_what_cannot_be_written_is_one_line() {
     assert!(line.ends_with("No such file or directory: its directory must exist"), "{line}");
     let line = lab.refused(1, "map m/d --svg m");
     assert!(line.ends_with("Is a directory: name a file in it"), "{line}");
+    // What could not be printed is no fault of the mount, and does not look whole.
+    for words in ["map m/d", "map m/d --json", "snapshot m/d --list"] {
+        let line = lab.sh(&format!("$COWSLIP {words} 2>&1 >/dev/full || echo $?"));
+        assert!(line.starts_with("cowslip: cannot print: No space"), "{words}: {line}");
+        assert!(line.ends_with("\n1\n"), "{words}: {line}");
+    }
     let line = lab.refused(2, "map m/d --svg map.svg --json");
     assert!(line.contains("--json") && line.contains("cannot be used with"), "{line}");
     assert_eq!(lab.sh("ls -A | grep -c cowslip-map || true").trim(), "0");

@@ -164,11 +164,7 @@ fn check(target: &Target, manner: Manner) -> anyhow::Result<Findings> {
         }
     };
     findings.fact("format", found.stack.version.to_string());
-    let is_committing = found.is_committing().unwrap_or(false);
-    check_base(&found.stack.base, is_committing, &mut findings)?;
-    if is_committing {
-        findings.fact("commit", "cut short: reads are right, 'cowslip commit' finishes it");
-    }
+    check_base(&found, &mut findings)?;
     let layers = found.stack.layers.iter();
     let layers: Vec<String> = layers.map(|layer| layer.uuid.to_string()).collect();
     findings.fact("layers", layers.join(", "));
@@ -267,13 +263,9 @@ fn damage(target: &Target, error: &StackError) -> anyhow::Result<String> {
     }
 }
 
-/// Whether the base is there, and is what it was: a commit that was cut short has changed it.
-fn check_base(
-    base: &BaseRecord,
-    is_committing: bool,
-    findings: &mut Findings,
-) -> anyhow::Result<()> {
-    let (path, format, identity) = match base {
+/// Whether the base is there, and is what it was or what a commit has made of it so far.
+fn check_base(overlay: &Found, findings: &mut Findings) -> anyhow::Result<()> {
+    let (path, format, identity) = match &overlay.stack.base {
         BaseRecord::Blank { size } => {
             findings.fact("base", format!("blank, {}", format_size(*size)));
             return Ok(());
@@ -293,9 +285,12 @@ fn check_base(
                 "the base '{shown}' is missing: put it back, or use cowslip rebase if it was moved"
             )),
         ),
+        // A log that tells nothing is found to be damaged by itself.
+        Some(_) if overlay.is_committing().unwrap_or(false) => {
+            ("a commit into it was cut short: cowslip commit finishes it", None)
+        }
         Some(now) => match identity.differences(&now) {
             None => ("unchanged", None),
-            Some(_) if is_committing => ("partly committed to", None),
             Some(what) => (
                 "changed",
                 Some(match identity.differences_of_copy(&now) {

@@ -16,8 +16,10 @@ use super::client::Place;
 use super::mount::current_dir;
 use super::progress::Progress;
 use super::snapshot::ask;
+use super::target::{in_store, is_store};
 use super::{DONE, say};
 use crate::disk::{self, Disk, Force, Setting};
+use crate::mount::kernel;
 use crate::overlay::stack::{BaseRecord, Stack, open_dir};
 use crate::spec::format_size;
 use crate::stream::sink::Inherit;
@@ -39,14 +41,34 @@ pub(super) struct CommitArgs {
 
 pub(super) fn run(args: &CommitArgs) -> anyhow::Result<u8> {
     if !args.target.join("stack").is_file() {
-        let place = Place::of_disk(&args.target).with_context(|| {
-            format!("'{}' is no overlay and no mounted disk", args.target.display())
-        })?;
+        let place = mounted(&args.target)?;
         return ask(&place, &json!({ "op": "commit", "force": args.force }));
     }
     let dir = current_dir()?.join(&args.target);
     let dir = dir.canonicalize().with_context(|| format!("overlay '{}'", dir.display()))?;
+    if in_store(&dir) {
+        anyhow::bail!(
+            "'{}' is a disk of a store: mount the store, and commit the mounted disk",
+            args.target.display()
+        );
+    }
     offline(&dir)
+}
+
+/// The mounted disk that `path` is.
+fn mounted(path: &Path) -> anyhow::Result<Place> {
+    let shown = path.display();
+    if is_store(path) {
+        anyhow::bail!("'{shown}' is a store: mount it, and name a mounted disk");
+    }
+    match Place::of(path) {
+        // Of a path in a mount, the mount knows best what is wrong with it.
+        Ok(_) => Place::of_disk(path),
+        Err(error) if kernel::enclosing(path).is_some() => Err(error),
+        Err(_) => anyhow::bail!(
+            "'{shown}' is no overlay and no mounted disk: name the file in its mount, or the directory of an overlay"
+        ),
+    }
 }
 
 /// Commits the overlay in `dir`, which nobody has mounted.
@@ -68,7 +90,8 @@ fn offline(dir: &Path) -> anyhow::Result<u8> {
         mount_dev: None,
         uid: rustix::process::getuid().as_raw(),
         gid: rustix::process::getgid().as_raw(),
-        force: false,
+        // A base that changed is refused by the commit itself, which no force lets pass.
+        force: true,
         allow_backing: Vec::new(),
         stdio: Inherit::Nothing,
         looked_at: Mutex::new(HashSet::new()),
@@ -90,11 +113,11 @@ fn watched(disk: &Disk) -> anyhow::Result<u64> {
     }
     let ended = AtomicBool::new(false);
     let committed = thread::scope(|scope| {
-        scope.spawn(|| {
+        let shower = scope.spawn(|| {
             let mut progress = Progress::new();
             let mut looks = 0u32;
             while !ended.load(Ordering::SeqCst) {
-                thread::sleep(LOOK);
+                thread::park_timeout(LOOK);
                 looks += 1;
                 let (done, total) = disk.progress();
                 if looks.is_multiple_of(10) {
@@ -105,6 +128,7 @@ fn watched(disk: &Disk) -> anyhow::Result<u64> {
         });
         let committed = disk.commit(Force::No, &|| stop.load(Ordering::SeqCst));
         ended.store(true, Ordering::SeqCst);
+        shower.thread().unpark();
         committed
     });
     let path = disk.overlay_dir().unwrap_or_default();

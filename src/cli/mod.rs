@@ -200,9 +200,10 @@ fn usage_line(error: &clap::Error, command: Option<&str>) -> String {
         .lines()
         .map(str::trim)
         .take_while(|line| !line.starts_with("Usage:") && !line.starts_with("For more"))
-        .filter(|line| !line.is_empty())
+        // Of clap's tips only what was probably meant: what begins with a dash is hardly a value.
+        .filter(|line| !line.is_empty() && !line.starts_with("tip: to pass"))
         .collect();
-    let said = said.join(" ");
+    let said = said.join(" ").replace(" tip: ", ": ");
     let said = said.strip_prefix("error: ").unwrap_or(&said);
     format!("{said}: see {name} --help")
 }
@@ -256,6 +257,19 @@ mod tests {
         let (code, line) = refused(&["cowslip", "mont", "m"]);
         assert_eq!(code, USAGE);
         assert!(line.contains("'mount'") && !line.contains('\n'), "{line}");
+        let (_, line) = refused(&["cowslip", "check", "o", "--json"]);
+        assert_eq!(line, "unexpected argument '--json' found: see cowslip check --help");
+        let (_, line) = refused(&["cowslip", "check", "o", "--repai"]);
+        assert!(line.contains("found: a similar argument exists: '--repair': see"), "{line}");
+    }
+
+    #[test]
+    fn json_is_for_a_list_of_snapshots_alone() {
+        for other in [["n", "--json"].as_slice(), &["--delete", "n", "--json"], &["--json"]] {
+            let args = [&["cowslip", "snapshot", "m/d"], other].concat();
+            let (code, line) = refused(&args);
+            assert!(code == USAGE && line.contains("--"), "{args:?}: {line}");
+        }
     }
 
     #[test]

@@ -14,7 +14,7 @@ use super::{DONE, say};
 use crate::base::identity::Identity;
 use crate::base::{self, Access, BaseError, Opening};
 use crate::overlay::persist;
-use crate::overlay::stack::{BaseRecord, Stack};
+use crate::overlay::stack::{BaseRecord, Stack, StackError};
 use crate::spec::{Format, Locking, Source};
 
 #[derive(Debug, Args)]
@@ -49,8 +49,10 @@ fn rebase(dir: &Path, new: &Path, unlike: Unlike) -> anyhow::Result<String> {
         anyhow::bail!("'{shown}' is a store: name one of its disks, '{shown}/names/NAME'");
     }
     let target = single(dir)?;
-    let found = persist::find(target.place())
-        .map_err(|error| anyhow::anyhow!("overlay '{shown}' {error}"))?;
+    let found = persist::find(target.place()).map_err(|error| match error {
+        StackError::Io { .. } => anyhow::anyhow!("overlay '{shown}': {error}"),
+        error => anyhow::anyhow!("overlay '{shown}' {error}"),
+    })?;
     if found.is_committing().map_err(|error| anyhow::anyhow!("overlay '{shown}': {error}"))? {
         anyhow::bail!(
             "overlay '{shown}': a commit into its base was cut short: cowslip commit '{shown}' finishes it first"

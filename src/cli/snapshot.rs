@@ -9,14 +9,14 @@ use super::client::{AskError, Place};
 use super::progress::Progress;
 use super::stream::users;
 use super::table::{Align, Table, printable};
-use super::{DONE, say};
+use super::{DONE, die_of_a_closed_pipe, print, say};
 use crate::spec::format_size;
 
 #[derive(Debug, Args)]
 pub(super) struct SnapshotArgs {
     /// The mounted disk
     file: PathBuf,
-    /// What to call it (the time)
+    /// What to call it (the time it is taken)
     #[arg(conflicts_with_all = ["list", "delete"])]
     name: Option<String>,
     /// Show the snapshots there are
@@ -29,7 +29,8 @@ pub(super) struct SnapshotArgs {
     #[arg(long)]
     sync: bool,
     /// With --list: one JSON array
-    #[arg(long, requires = "list")]
+    // The conflicts are told first: clap drops a requirement that cannot be met.
+    #[arg(long, requires = "list", conflicts_with_all = ["name", "delete", "sync"])]
     json: bool,
 }
 
@@ -65,8 +66,9 @@ pub(super) struct CloneArgs {
 pub(super) fn snapshot(args: &SnapshotArgs) -> anyhow::Result<u8> {
     let place = Place::of_disk(&args.file)?;
     if args.list {
+        die_of_a_closed_pipe();
         let done = place.ask(&json!({ "op": "snapshots" }), |_| {})?;
-        list(&done["snapshots"], args.json);
+        print(list(&done["snapshots"], args.json).as_bytes())?;
         return Ok(DONE);
     }
     let request = match &args.delete {
@@ -104,6 +106,12 @@ fn name_in(mountpoint: &Path, given: &Path) -> anyhow::Result<String> {
             mountpoint.display()
         )
     };
+    if Place::of(given).is_ok_and(|place| place == Place::mount(mountpoint)) {
+        anyhow::bail!(
+            "'{path}' is the mountpoint: name the new disk, '{path}/NAME'",
+            path = given.display()
+        );
+    }
     let name = given.file_name().and_then(|name| name.to_str()).ok_or_else(elsewhere)?;
     match given.parent() {
         None => {}
@@ -136,9 +144,10 @@ fn explain(place: &Place, error: AskError) -> anyhow::Error {
     anyhow::anyhow!("{said}: {}: close it there, or use --force", users(place))
 }
 
-fn list(snapshots: &Value, as_json: bool) {
+/// The snapshots as a table, or as JSON.
+fn list(snapshots: &Value, as_json: bool) -> String {
     if as_json {
-        return say(&snapshots.to_string());
+        return format!("{snapshots}\n");
     }
     let size = |value: &Value| value.as_u64().map_or_else(|| "-".to_owned(), format_size);
     let mut table = Table::new([
@@ -161,5 +170,5 @@ fn list(snapshots: &Value, as_json: bool) {
             size(&snapshot["since"]["changed"]),
         ]);
     }
-    say(table.to_string().trim_end());
+    table.to_string()
 }

@@ -44,7 +44,7 @@ pub(super) fn is_store(dir: &Path) -> bool {
 /// # Errors
 /// A line for the user.
 pub(super) fn targets(dir: &Path) -> anyhow::Result<Vec<Target>> {
-    if is_store(dir) { in_store(dir) } else { Ok(vec![single(dir)?]) }
+    if is_store(dir) { disks_of(dir) } else { Ok(vec![single(dir)?]) }
 }
 
 /// The overlay at `dir`.
@@ -53,13 +53,13 @@ pub(super) fn targets(dir: &Path) -> anyhow::Result<Vec<Target>> {
 /// A line for the user: there is something else.
 pub(super) fn single(dir: &Path) -> anyhow::Result<Target> {
     let has = |name: &str| dir.join(name).exists();
-    if dir.is_dir() && !has("stack") && !has("layers") {
-        anyhow::bail!(
-            "'{}' is no overlay and no store: it holds neither 'stack' nor 'names'",
-            dir.display()
-        );
-    }
     let shown = dir.display().to_string();
+    if dir.exists() && !dir.is_dir() {
+        anyhow::bail!("'{shown}' is a file: name the directory of an overlay or a store");
+    }
+    if dir.is_dir() && !has("stack") && !has("layers") {
+        anyhow::bail!("'{shown}' is no overlay and no store: it holds neither 'stack' nor 'names'");
+    }
     let layers = if has("layers") { None } else { layers_of_store(dir) };
     Ok(Target { dir: dir.to_owned(), layers, shown })
 }
@@ -71,7 +71,12 @@ fn layers_of_store(dir: &Path) -> Option<PathBuf> {
     Some(disks.parent()?.join("layers")).filter(|layers| layers.is_dir())
 }
 
-fn in_store(dir: &Path) -> anyhow::Result<Vec<Target>> {
+/// Whether the overlay at `dir` is a disk of a store, which has its layers there.
+pub(super) fn in_store(dir: &Path) -> bool {
+    !dir.join("layers").exists() && layers_of_store(dir).is_some()
+}
+
+fn disks_of(dir: &Path) -> anyhow::Result<Vec<Target>> {
     let reading = || format!("cannot read the store '{}'", dir.display());
     let mut found = Vec::new();
     for entry in fs::read_dir(dir.join("names")).with_context(reading)? {
@@ -88,4 +93,19 @@ fn in_store(dir: &Path) -> anyhow::Result<Vec<Target>> {
     }
     found.sort_by(|a, b| a.shown.cmp(&b.shown));
     Ok(found)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_no_directory_is_no_damaged_overlay() {
+        let home = tempfile::tempdir().unwrap();
+        let line = |name: &str| format!("{:#}", single(&home.path().join(name)).unwrap_err());
+        fs::write(home.path().join("vm.img"), b"bytes").unwrap();
+        assert!(line("vm.img").contains("is a file: name the directory of an overlay"));
+        fs::create_dir(home.path().join("empty")).unwrap();
+        assert!(line("empty").contains("is no overlay and no store"));
+    }
 }

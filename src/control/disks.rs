@@ -121,11 +121,19 @@ impl Control {
             stdio: Inherit::Nothing,
             looked_at: Mutex::new(HashSet::new()),
         };
-        let opened = disk::open(&spec, &setting).map_err(|error| format!("{name}: {error}"))?;
+        let store = spec.overlay.as_deref().and_then(|dir| self.catalog.store_at(dir));
+        let opened = match store {
+            Some(store) => store.create_over(&spec, &setting).map_err(|error| error.to_string())?,
+            None => disk::open(&spec, &setting).map_err(|error| format!("{name}: {error}"))?,
+        };
         let Opened { disk, summary, notes } = opened;
         let disk = Arc::new(disk);
         disk.announce(&self.holder());
-        let Ok(entry) = self.catalog.add(name, Arc::clone(&disk), Origin::Given) else {
+        let added = match store {
+            Some(store) => self.catalog.add_new(store, name, &disk),
+            None => self.catalog.add(name, Arc::clone(&disk), Origin::Given),
+        };
+        let Ok(entry) = added else {
             disk.abandon();
             return Err(taken());
         };

@@ -131,6 +131,10 @@ pub(super) fn hydrate(name: &str, disk: &Arc<Disk>, rate: u64, action: HydrateAc
             Err(error) => refused(name, &error),
         },
         (HydrateAction::Start, false) => {
+            // What it would be refused for is said here, where somebody reads it.
+            if let Err(error) = disk.check_hydratable() {
+                return refused(name, &error);
+            }
             let (there, log_name) = (Arc::clone(disk), name.to_owned());
             let work = move || match there.hydrate(rate) {
                 Ok(()) => log::info!("{log_name}: stands alone, without its base"),

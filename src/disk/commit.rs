@@ -81,7 +81,7 @@ impl Disk {
     /// Waits for layers that are still being merged after their snapshots were deleted.
     fn merge_first(&self) {
         let until = Instant::now() + MERGING;
-        while self.is_mergeable() && Instant::now() < until {
+        while self.is_mergeable() && !self.is_latched() && Instant::now() < until {
             if let Err(error) = self.tidy() {
                 // What it means for the commit is said there.
                 log::warn!("{}: layers are not merged: {error}", self.source);
@@ -109,6 +109,11 @@ impl Disk {
                 "it has several layers: other disks of the store stand on them, or they are still being merged (try again then)",
             ));
         }
+        if self.snapshot_openers() > 0 {
+            return Err(refused(
+                "a snapshot of it that was deleted is still open, and shows the base as it is: close it first",
+            ));
+        }
         if self.is_latched() {
             return Err(LifeError::Latched);
         }
@@ -130,7 +135,7 @@ impl Disk {
         match identity.differences(&now) {
             None => Ok(()),
             Some(what) => Err(LifeError::Refused(format!(
-                "its base '{}' has changed under it ({what}): what would come out is neither",
+                "its base '{}' has changed under it ({what}), and what would come out is neither: put the old one back, or take this one with cowslip rebase --force",
                 path.display()
             ))),
         }

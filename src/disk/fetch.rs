@@ -192,15 +192,7 @@ impl Disk {
     /// [`LifeError`]; what was copied stays, and another hydration goes on from there.
     pub fn hydrate(&self, rate: u64) -> Result<(), LifeError> {
         let turn = self.begin("a hydration")?;
-        let tree = self.tree("a base to copy from")?;
-        if !tree.snapshots.is_empty() {
-            return Err(LifeError::Refused(
-                "it has snapshots, which need the base as well: delete them first".to_owned(),
-            ));
-        }
-        if self.overlay().is_some_and(|overlay| overlay.is_committing()) {
-            return Err(LifeError::Unfinished);
-        }
+        let tree = self.hydratable()?;
         let hydration = &self.hydration;
         hydration.rate.store(rate, Ordering::SeqCst);
         hydration.paused.store(false, Ordering::SeqCst);
@@ -210,6 +202,31 @@ impl Disk {
         let done = self.fill(&stop).and_then(|()| self.stand_alone(&tree));
         hydration.running.store(false, Ordering::SeqCst);
         done
+    }
+
+    /// Whether a hydration would begin now.
+    ///
+    /// # Errors
+    /// [`LifeError`]: what it would answer.
+    pub fn check_hydratable(&self) -> Result<(), LifeError> {
+        match self.request() {
+            Some(what) => Err(LifeError::Busy(what)),
+            None => self.hydratable().map(drop),
+        }
+    }
+
+    /// The layers of a disk that could stand alone: not with snapshots or a commit to finish.
+    fn hydratable(&self) -> Result<Tree, LifeError> {
+        let tree = self.tree("a base to copy from")?;
+        if !tree.snapshots.is_empty() {
+            return Err(LifeError::Refused(
+                "it has snapshots, which need the base as well: delete them first".to_owned(),
+            ));
+        }
+        if self.overlay().is_some_and(|overlay| overlay.is_committing()) {
+            return Err(LifeError::Unfinished);
+        }
+        Ok(tree)
     }
 
     fn fill(&self, stop: &dyn Fn() -> bool) -> Result<(), LifeError> {

@@ -5,6 +5,8 @@ use std::num::NonZeroUsize;
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::thread;
+use std::time::Duration;
 
 use parking_lot::{RwLockReadGuard, RwLockWriteGuard};
 
@@ -17,6 +19,11 @@ use crate::overlay::sealed::Sealed;
 use crate::pool::check_wanted;
 use crate::spec::Resize;
 
+/// How long who wants the gate for itself keeps all others out at first: changes that are under way
+/// end within milliseconds, unless they wait for a base.
+const IN_LINE: Duration = Duration::from_millis(100);
+/// And at the most: a host that is short of clean pages may stop a write for a second.
+const LONGEST_IN_LINE: Duration = Duration::from_millis(1600);
 /// Steps a seek takes on a FUSE worker before it goes on in the pool.
 const STEPS: usize = 512;
 
@@ -188,10 +195,36 @@ impl Disk {
     /// The gate, for a change of the size.
     fn enter_alone(&self, wait: Wait) -> io::Result<RwLockWriteGuard<'_, ()>> {
         let gate = match wait {
-            Wait::Yes => self.gate.write(),
+            Wait::Yes => {
+                self.gate_alone(|| check_wanted().is_ok()).ok_or_else(|| errno(libc::EIO))?
+            }
             Wait::No => self.gate.try_write().ok_or_else(|| errno(libc::EAGAIN))?,
         };
         self.check_open().map(|()| gate)
+    }
+
+    /// The gate exclusive; `None` once `may_wait` says no.
+    ///
+    /// Whoever stands in line for it keeps all others out, and one change that waits for a base
+    /// may keep it for as long as that hangs. So one at a time stands there, and steps back again
+    /// and again: the others go on.
+    pub(super) fn gate_alone(
+        &self,
+        may_wait: impl Fn() -> bool,
+    ) -> Option<RwLockWriteGuard<'_, ()>> {
+        let mut stint = IN_LINE;
+        loop {
+            if let Some(_first) = self.line.try_lock_for(IN_LINE) {
+                if let Some(gate) = self.gate.try_write_for(stint) {
+                    return Some(gate);
+                }
+                thread::sleep(stint / 2);
+                stint = (stint * 2).min(LONGEST_IN_LINE);
+            }
+            if !may_wait() {
+                return None;
+            }
+        }
     }
 
     /// After the wait for the gate: whether the disk may still be changed, by this request.

@@ -157,6 +157,8 @@ pub struct Disk {
     resize: Resize,
     /// Shared for changes of bytes, exclusive for changes of the size or of the layers.
     gate: RwLock<()>,
+    /// Held while waiting for the gate exclusive (`gate_alone`).
+    line: Mutex<()>,
     /// Locked for a moment only: to take a snapshot, or to put new layers in place.
     layers: RwLock<Arc<Layers>>,
     owner: Mutex<Owner>,

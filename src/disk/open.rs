@@ -309,6 +309,7 @@ pub(super) fn assemble(
         source,
         resize: spec.resize,
         gate: RwLock::new(()),
+        line: Mutex::new(()),
         layers: RwLock::new(Arc::new(layers)),
         owner: Mutex::new(owner),
         times: Times::new(mtime, false, None),
@@ -523,7 +524,7 @@ fn settle(
     dir: &Path,
     mut notes: Vec<String>,
 ) -> Opened {
-    let Persistent { overlay, below, recovered, home } = persistent;
+    let Persistent { overlay, below, aside, recovered, home } = persistent;
     let stack = &home.stack;
     let owner = Owner { uid: stack.uid, gid: stack.gid, perm: stack.perm };
     let (mtime, chosen) = last_mtime(&overlay, recovered);
@@ -547,6 +548,10 @@ fn settle(
     let chain = stack.tree().live();
     let uuid = stack.uuid;
     let layers = stacked(overlay, below.clone(), base);
+    if let Top::Overlay(top) = &layers.top {
+        let aside = aside.iter().map(|(_, layer)| Arc::clone(layer));
+        top.stand_on(&below.iter().cloned().chain(aside).collect::<Vec<_>>());
+    }
     let size = spec.size.unwrap_or(base.size());
     if layers.top.is_committing() {
         notes.push(
@@ -557,7 +562,7 @@ fn settle(
     let mut disk = assemble(spec, uuid, layers, bottom, owner);
     disk.life = Life::new((size, size.min(base.size())), spec.limit);
     disk.life.locking = Some(spec.locking);
-    disk.life.note(&chain, &below);
+    disk.life.note(&chain, &below, aside);
     disk.times = Times::new(mtime, chosen, recorded);
     disk.recovered = recovered;
     disk.home = Mutex::new(Home::Kept(home));
@@ -690,6 +695,10 @@ pub fn clone_stored(
         Image { mtime: from.overlay().and_then(|top| top.mtime()), ..Image::new(size, size) };
     let new = New { stack, image: &image, limit: None };
     let alone = shelf.alone();
+    if !from.is_on_disk() {
+        // What it stood on may have gone with it.
+        return Err(OpenError::NothingToKeep("it was removed meanwhile".to_owned()));
+    }
     let mut made = persist::create(place, new).map_err(in_overlay(place.dir))?;
     drop(alone);
     for record in tree.live().iter().skip(1) {
@@ -738,6 +747,11 @@ impl Disk {
         self.bottom().path().map(Path::to_owned)
     }
 
+    /// Whether its overlay is still in its directory, and not removed.
+    fn is_on_disk(&self) -> bool {
+        self.home.lock().residence().is_some_and(|home| home.is_on_disk())
+    }
+
     /// The mount did not come about: closes the disk in good order, and removes an overlay that
     /// was made for it.
     pub fn abandon(&self) {
@@ -767,7 +781,9 @@ impl Disk {
         let _turn = self
             .begin("keeping it")
             .map_err(|error| OpenError::NothingToKeep(error.to_string()))?;
-        let _gate = self.gate.write();
+        // A change that hangs is not waited for: nobody else could do anything until it ends.
+        let _gate =
+            self.enter_to_switch().map_err(|error| OpenError::NothingToKeep(error.to_string()))?;
         let layers = self.layers();
         let Top::Overlay(overlay) = &layers.top else {
             if let Some(dir) = self.overlay_dir() {
@@ -791,8 +807,8 @@ impl Disk {
         self.record_mtime(overlay);
         let all = self.all_layers(&tree).map_err(refused)?;
         let kept = keep::keep(&all, place, stack.with_tree(tree.clone()));
-        let Persistent { overlay, below, home, .. } = kept.map_err(in_overlay(dir))?;
-        self.life.note(&tree.live(), &below);
+        let Persistent { overlay, below, aside, home, .. } = kept.map_err(in_overlay(dir))?;
+        self.life.note(&tree.live(), &below, aside);
         overlay.stand_on(&below);
         let sealed = Sealed::new(below).map(Arc::new);
         let top = Top::Overlay(Arc::new(overlay));

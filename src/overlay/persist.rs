@@ -24,7 +24,7 @@ use super::recover::{self, Files, Recovered};
 use super::shelf::Shelf;
 use super::stack::{
     LayerDir, LayerFiles, LayerRecord, Stack, StackError, create_at, data_in, doing, layer_files,
-    make_dir_at, open_at, open_dir,
+    make_dir_at, open_at, open_dir, place_of_new,
 };
 use super::{Overlay, life};
 use crate::spec::OverlayKind;
@@ -58,6 +58,8 @@ pub struct Persistent {
     pub overlay: Overlay,
     /// The sealed layers below it, top to bottom.
     pub below: Vec<Arc<Overlay>>,
+    /// The sealed layers that only snapshots beside it stand on.
+    pub aside: Vec<(Uuid, Arc<Overlay>)>,
     /// How it was found.
     pub recovered: Recovered,
     /// The files that stay with it.
@@ -110,6 +112,12 @@ impl Residence {
     #[must_use]
     pub fn is_torn(&self) -> bool {
         self.torn
+    }
+
+    /// Whether the directory still holds this `stack`, and was not removed.
+    #[must_use]
+    pub fn is_on_disk(&self) -> bool {
+        Stack::read(&self.dir).is_ok_and(|found| found == self.stack)
     }
 
     /// As [`replace`](Self::replace), with another top, whose lock is `lock`.
@@ -278,10 +286,10 @@ pub fn build(
     parts: Vec<Part<'_>>,
     limit: Option<u64>,
 ) -> Result<Persistent, StackError> {
-    let parent = place.dir.parent().unwrap_or(Path::new("/"));
-    if !parent.is_dir() {
-        return Err(StackError::NoParent(parent.to_owned()));
-    }
+    let parent = match place.layers {
+        None => place_of_new(place.dir)?,
+        Some(_) => place.dir.parent().unwrap_or(Path::new("/")),
+    };
     let temp = tempfile::Builder::new()
         .prefix(".cowslip-")
         .tempdir_in(parent)
@@ -303,7 +311,8 @@ pub fn build(
         Ok((overlay, below, lock)) => {
             let _ = temp.keep();
             let home = Residence { stack, dir, layers, lock, torn: false };
-            Ok(Persistent { overlay, below, recovered: Recovered::New, home })
+            let aside = Vec::new();
+            Ok(Persistent { overlay, below, aside, recovered: Recovered::New, home })
         }
         Err(error) => {
             if place.layers.is_some() {
@@ -396,20 +405,23 @@ pub fn find(place: Place<'_>) -> Result<Found, StackError> {
         io::ErrorKind::NotADirectory => StackError::NotAnOverlay,
         _ => doing("opening it")(error),
     })?;
+    // Before its layers: a reflink overlay has none.
+    let mut record = top_layer(&Stack::read(&dir)?)?;
     let layers = match place.layers {
         None => open_at(&dir, "layers", OFlags::RDONLY | OFlags::DIRECTORY),
         Some(path) => open_dir(path),
     };
     let layers = layers.map_err(doing("opening its layers"))?;
     loop {
-        let record = top_layer(&Stack::read(&dir)?)?;
         let layer = layer_files(&layers, &record, |data| lock(&dir, data))?;
         // Once more under the lock: its last holder may have changed it.
         let stack = Stack::read(&dir)?;
-        if top_layer(&stack)? == record {
+        let top = top_layer(&stack)?;
+        if top == record {
             let (lock, files) = (layer.lock, layer.files);
             return Ok(Found { stack, dir, layers, lock, files, record });
         }
+        record = top;
     }
 }
 
@@ -514,12 +526,33 @@ impl Found {
             })?);
         }
         below.reverse();
+        let aside = self.open_aside(shelf);
         let held: u64 = below.iter().map(|layer| layer.usage().data).sum();
         let limit = limit.map(|limit| limit.saturating_sub(held));
         let (overlay, found) = Overlay::open(&self.files, tag, limit).map_err(self.log_error())?;
         let Self { stack, dir, layers, lock, .. } = self;
         let home = Residence { stack, dir, layers, lock, torn: false };
-        Ok(Persistent { overlay, below, recovered: recovered.and(found), home })
+        Ok(Persistent { overlay, below, aside, recovered: recovered.and(found), home })
+    }
+
+    /// Opens the layers that the disk does not read through: they are its to make durable, too.
+    fn open_aside(&self, shelf: &Shelf) -> Vec<(Uuid, Arc<Overlay>)> {
+        let tree = self.stack.tree();
+        let live: Vec<Uuid> = tree.live().iter().map(|layer| layer.uuid).collect();
+        // A layer stands behind the one it stands on.
+        let aside = tree.layers.iter().filter(|layer| !live.contains(&layer.uuid));
+        let open = |record: &LayerRecord| {
+            let opened = shelf
+                .get(record.uuid, || open_sealed(&self.layers, record).map(|(layer, _)| layer));
+            match opened {
+                Ok(layer) => Some((record.uuid, layer)),
+                Err(error) => {
+                    log::warn!("layer {}, of a snapshot, cannot be opened: {error}", record.uuid);
+                    None
+                }
+            }
+        };
+        aside.filter_map(open).collect()
     }
 
     /// Removes the layers that the stack does not name: what an operation that was cut short left

@@ -96,6 +96,12 @@ pub enum StackError {
     /// The directory it is to be made in is not there.
     #[error("cannot be made: '{}' is no directory: make it first", .0.display())]
     NoParent(PathBuf),
+    /// A store would take it for what nobody needs.
+    #[error(
+        "cannot be made: it lies inside the store '{}', which sweeps what it does not know: name the store itself, or a directory elsewhere",
+        .0.display()
+    )]
+    InStore(PathBuf),
     /// There is something else in that place.
     #[error("is not an overlay: it holds no 'stack'; name an empty or a new directory")]
     NotAnOverlay,
@@ -109,7 +115,9 @@ pub enum StackError {
     #[error("has format version {0}, this cowslip knows version {VERSION}: use a newer cowslip")]
     Version(u32),
     /// Its changes are kept in another way than in a block map.
-    #[error("is a reflink overlay: its one file has no block map to look at")]
+    #[error(
+        "is a reflink overlay, which has no block map: it can only be mounted, over the base it was made with"
+    )]
     Reflink,
     /// Another daemon has it.
     #[error("is in use by the cowslip mount at '{mountpoint}' (pid {pid}): unmount that first")]
@@ -127,6 +135,24 @@ pub enum StackError {
         /// What is wrong.
         error: LogError,
     },
+}
+
+/// Where a new overlay at `dir` is made: its parent.
+///
+/// # Errors
+/// [`StackError::NoParent`], [`StackError::InStore`].
+pub(in crate::overlay) fn place_of_new(dir: &Path) -> Result<&Path, StackError> {
+    let parent = dir.parent().unwrap_or(Path::new("/"));
+    if !parent.is_dir() {
+        return Err(StackError::NoParent(parent.to_owned()));
+    }
+    let is_store =
+        |dir: &&Path| ["names", "disks", "layers"].iter().all(|name| dir.join(name).is_dir());
+    let real = parent.canonicalize().map_err(doing("looking for its place"))?;
+    match real.ancestors().find(is_store) {
+        Some(store) => Err(StackError::InStore(store.to_owned())),
+        None => Ok(parent),
+    }
 }
 
 /// Names what was being done when the host said no.

@@ -55,8 +55,7 @@ pub struct Tree {
 /// That line.
 pub fn check_name(name: &str) -> Result<(), &'static str> {
     match name {
-        "" => Err("a snapshot needs a name"),
-        "." | ".." => Err("is no name for a snapshot: take a word"),
+        "" | "." | ".." => Err("is no name for a snapshot: take a word"),
         name if name.contains('/') => Err("holds a '/': a snapshot is also a file of that name"),
         name if name.chars().any(char::is_control) => Err("holds a control character"),
         name if name.len() > LONGEST => Err("is longer than 255 bytes"),
@@ -170,19 +169,27 @@ impl Tree {
         self.layers.iter().filter(move |layer| layer.parent == Some(uuid))
     }
 
-    /// A sealed layer without a name and the only layer that stands on it: the two may become one.
+    /// A sealed layer without a name, and the highest layer that it may become one with: each
+    /// between them has no name and is the only one on the one below it. All of them at once, for
+    /// what is merged step by step is copied as often.
     /// `is_shared` tells whether another disk stands on a layer: that is nobody's to replace.
     #[must_use]
     pub fn mergeable(&self, is_shared: impl Fn(Uuid) -> bool) -> Option<(Uuid, Uuid)> {
-        self.layers.iter().find_map(|layer| {
+        let above = |layer: &LayerRecord| -> Option<&LayerRecord> {
             let mut children = self.children(layer.uuid);
             let (child, None) = (children.next()?, children.next()) else {
                 return None;
             };
-            let is_free = |uuid: Uuid| !is_shared(uuid);
             let is_nameless = self.name_of(layer.uuid).is_none();
-            (is_nameless && is_free(layer.uuid) && is_free(child.uuid))
-                .then_some((layer.uuid, child.uuid))
+            let is_free = !is_shared(layer.uuid) && !is_shared(child.uuid);
+            (is_nameless && is_free).then_some(child)
+        };
+        self.layers.iter().find_map(|layer| {
+            let mut upper = above(layer)?;
+            while let Some(next) = above(upper) {
+                upper = next;
+            }
+            Some((layer.uuid, upper.uuid))
         })
     }
 
@@ -262,6 +269,31 @@ mod tests {
         tree.snapshots.clear();
         tree.prune();
         assert_eq!(tree.mergeable(alone), Some((id(7), id(4))));
+    }
+
+    #[test]
+    fn all_that_no_name_holds_apart_is_merged_at_once() {
+        let mut tree = sample();
+        tree.snapshots.remove(0);
+        for layer in 5..9 {
+            tree.grow(id(layer), Some(id(layer - 1)));
+        }
+        let alone = |_| false;
+        // 3 is beside 4, so what is below them goes no further up than 2.
+        assert_eq!(tree.mergeable(alone), Some((id(1), id(2))));
+        tree.snapshots.clear();
+        tree.prune();
+        assert_eq!(tree.mergeable(alone), Some((id(1), id(8))));
+        // Up to another disk's layer, and on above that.
+        assert_eq!(tree.mergeable(|layer| layer == id(5)), Some((id(1), id(4))));
+        assert_eq!(tree.mergeable(|layer| layer <= id(5)), Some((id(6), id(8))));
+        // A name is kept, and so it is the last.
+        tree.snapshots.push(SnapshotRecord { name: "c".into(), layer: id(6), taken: 0 });
+        assert_eq!(tree.mergeable(alone), Some((id(1), id(6))));
+        tree.replace(id(6), id(1), id(9));
+        assert_eq!(tree.fault(), None);
+        assert_eq!(uuids(&tree.live()), [id(8), id(7), id(9)]);
+        assert_eq!(tree.name_of(id(9)), Some("c"));
     }
 
     #[test]

@@ -7,3 +7,5 @@ pub mod library;
 pub mod model;
 pub mod mount;
 pub mod sim;
+pub mod state;
+pub mod strace;

@@ -15,7 +15,7 @@ mod save;
 mod strip;
 mod svg;
 
-use std::io::{self, BufWriter, IsTerminal, Write};
+use std::io::{self, BufWriter, IsTerminal, Read, Write};
 use std::path::PathBuf;
 
 use anyhow::Context as _;
@@ -29,6 +29,9 @@ use self::strip::Strip;
 use super::client::Place;
 use super::{DONE, die_of_a_closed_pipe};
 use crate::spec::format_size;
+
+/// How much of a map is read and printed at a time: what the mount is asked for.
+const PIECE: usize = 128 << 10;
 
 #[derive(Debug, Args)]
 pub(super) struct MapArgs {
@@ -62,11 +65,16 @@ pub(super) fn run(args: &MapArgs) -> anyhow::Result<u8> {
 /// The map as the daemon tells it.
 fn copy(place: &Place) -> anyhow::Result<()> {
     let mut feed = place.open("map");
-    let mut stdout = BufWriter::new(io::stdout().lock());
-    if let Err(error) = io::copy(&mut feed, &mut stdout) {
-        return Err(feed.explain(error).into());
+    let mut stdout = io::stdout().lock();
+    let mut piece = vec![0; PIECE];
+    // Not `io::copy`: when printing fails, that must not be blamed on the mount.
+    loop {
+        let len = feed.read(&mut piece).map_err(|error| feed.explain(error))?;
+        if len == 0 {
+            return stdout.flush().context("cannot print");
+        }
+        stdout.write_all(&piece[..len]).context("cannot print")?;
     }
-    stdout.flush().context("cannot print")
 }
 
 /// The picture of a disk.

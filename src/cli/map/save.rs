@@ -18,6 +18,7 @@ pub(super) fn save(out: &Path, bytes: &[u8]) -> anyhow::Result<()> {
         let remedy = match error.kind() {
             io::ErrorKind::NotFound => ": its directory must exist",
             io::ErrorKind::IsADirectory => ": name a file in it",
+            io::ErrorKind::PermissionDenied => ": name a file that you may write",
             _ => "",
         };
         anyhow::anyhow!("cannot write '{}': {}{remedy}", out.display(), plain(&error))

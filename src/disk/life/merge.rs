@@ -75,6 +75,10 @@ impl Disk {
             let Some((tree, lower, upper)) = self.untidy() else {
                 return Ok(Tidied::All);
             };
+            if self.is_latched() {
+                // What the host gives back of it may not be what was written.
+                return Ok(Tidied::Some);
+            }
             let done = match tree.top() {
                 Some(top) if top.uuid == upper => self.merge_into_top(&turn, lower),
                 _ => self.merge(&turn, lower, upper),
@@ -112,7 +116,7 @@ impl Disk {
             // The bytes are the same: nobody has to wait.
             let mut layers = self.layers.write();
             if let Top::Overlay(top) = &layers.top {
-                top.stand_on(&below);
+                top.stand_on(&self.to_settle(&next, &below));
                 let top = Top::Overlay(Arc::clone(top));
                 let sealed = Sealed::new(below).map(Arc::new);
                 *layers = Arc::new(Layers::new(top, sealed, layers.bottom.clone()));
@@ -200,6 +204,9 @@ impl Disk {
             let _gate = self.enter_to_switch()?;
             let old = tree.top().map(|top| top.uuid).ok_or(LifeError::NoOverlay("layers"))?;
             let Some(top) = self.overlay() else { return Err(LifeError::NoOverlay("layers")) };
+            if top.is_latched() {
+                return Err(LifeError::Latched);
+            }
             absorb(top)?;
             sync()?;
             // Only now: what was there may be more than a limit that was lowered since.
@@ -235,7 +242,7 @@ mod tests {
 
     use parking_lot::Mutex;
 
-    use super::super::super::{Setting, open};
+    use super::super::super::{Access, Setting, open};
     use super::super::Force;
     use super::*;
     use crate::layer::Wait;
@@ -297,5 +304,67 @@ mod tests {
         assert_eq!(found, [0; 4]);
         disk.read(&mut found, 4096, Wait::Yes).unwrap();
         assert_eq!(&found, b"kept");
+    }
+
+    #[test]
+    fn an_open_snapshot_counts_until_it_is_closed() {
+        let room = tempfile::tempdir().unwrap();
+        let disk = disk(&room.path().join("ov"));
+        for name in ["a", "b"] {
+            disk.write(name.as_bytes(), 4096, Wait::Yes).unwrap();
+            disk.snapshot(Some(name)).unwrap();
+        }
+        let open = disk.snapshot_file("b").unwrap();
+        open.opened(Access::Read).unwrap();
+        // What it stands on becomes another layer, and then it is nobody's any more.
+        for name in ["a", "b"] {
+            disk.delete_snapshot(name).unwrap();
+            disk.tidy().unwrap();
+            assert_eq!(disk.openers(), 1);
+        }
+        let refused = disk.commit(Force::Yes, &|| false).unwrap_err().to_string();
+        assert!(refused.contains("still open"), "{refused}");
+        open.released(Access::Read);
+        assert_eq!(disk.openers(), 0);
+        let refused = disk.commit(Force::Yes, &|| false).unwrap_err().to_string();
+        assert!(refused.contains("blank"), "{refused}");
+    }
+
+    #[test]
+    fn a_latched_disk_stays_latched_when_a_snapshot_is_deleted() {
+        let room = tempfile::tempdir().unwrap();
+        let disk = disk(&room.path().join("ov"));
+        disk.write(b"kept", 4096, Wait::Yes).unwrap();
+        disk.snapshot(Some("a")).unwrap();
+        disk.write(b"lost", 8192, Wait::Yes).unwrap();
+        disk.overlay().unwrap().give_up();
+        disk.delete_snapshot("a").unwrap();
+        disk.tidy().unwrap();
+        assert!(disk.is_latched());
+        assert!(disk.write(b"more", 0, Wait::Yes).is_err());
+        assert!(disk.sync().is_err());
+    }
+
+    #[test]
+    fn who_waits_for_a_change_that_hangs_keeps_no_other_change_waiting() {
+        let room = tempfile::tempdir().unwrap();
+        let disk = disk(&room.path().join("ov"));
+        std::thread::scope(|scope| {
+            // As a change has it that waits for its base.
+            let hanging = disk.enter(Wait::Yes).unwrap();
+            let resized = scope.spawn(|| disk.set_size(1 << 20, Wait::Yes));
+            let sealed = scope.spawn(|| disk.snapshot(Some("a")));
+            std::thread::sleep(Duration::from_millis(100));
+            let (start, mut written) = (Instant::now(), 0);
+            while start.elapsed() < Duration::from_secs(1) {
+                written += u32::from(disk.write(b"more", 4096, Wait::No).is_ok());
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            assert!(!resized.is_finished() && !sealed.is_finished());
+            assert!(written > 0, "all other writes had to wait");
+            drop(hanging);
+            resized.join().unwrap().unwrap();
+            sealed.join().unwrap().unwrap();
+        });
     }
 }

@@ -102,12 +102,16 @@ impl Life {
         Arc::clone(&self.shelf.lock())
     }
 
-    /// Notes the sealed layers `below`, top to bottom, of the stack whose layers are `chain`.
-    pub(in crate::disk) fn note(&self, chain: &[LayerRecord], below: &[Arc<Overlay>]) {
-        let mut sealed = self.sealed.lock();
-        for (record, layer) in chain.iter().skip(1).zip(below) {
-            sealed.insert(record.uuid, Arc::clone(layer));
-        }
+    /// Notes all sealed layers that are open: `below`, top to bottom, of the stack whose layers are
+    /// `chain`, and those `aside`, which only snapshots stand on.
+    pub(in crate::disk) fn note(
+        &self,
+        chain: &[LayerRecord],
+        below: &[Arc<Overlay>],
+        aside: Vec<(Uuid, Arc<Overlay>)>,
+    ) {
+        let below = chain.iter().skip(1).map(|record| record.uuid).zip(below.iter().cloned());
+        *self.sealed.lock() = below.chain(aside).collect();
     }
 }
 

@@ -141,6 +141,9 @@ impl Disk {
             let _gate = self.enter_to_switch()?;
             self.check_writers(force)?;
             if above == Above::Top {
+                if top.is_latched() {
+                    return Err(LifeError::Latched);
+                }
                 if top.size() != new.overlay.size() {
                     self.unmake(uuid);
                     new = self.make_layer(&tree, parent, &image(&top), limit)?;
@@ -181,7 +184,7 @@ impl Disk {
     ) -> Result<(), LifeError> {
         let layers = self.layers();
         let NewTop { overlay, lock, .. } = new;
-        overlay.stand_on(&below);
+        overlay.stand_on(&self.to_settle(next, &below));
         if let Top::Overlay(old) = &layers.top {
             overlay.follow(old);
         }
@@ -192,6 +195,14 @@ impl Disk {
         let layers = Layers::new(top, Sealed::new(below).map(Arc::new), layers.bottom.clone());
         *self.layers.write() = Arc::new(layers);
         Ok(())
+    }
+
+    /// What a sync of a disk with the layers `next` makes durable: `below`, and what only
+    /// snapshots stand on.
+    pub(super) fn to_settle(&self, next: &Tree, below: &[Arc<Overlay>]) -> Vec<Arc<Overlay>> {
+        let known = self.life.sealed.lock();
+        let known = known.iter().filter(|(uuid, _)| next.layer(**uuid).is_some());
+        below.iter().chain(known.map(|(_, layer)| layer)).cloned().collect()
     }
 
     /// Makes `next` the disk's tree, durably when it is kept.
@@ -239,7 +250,8 @@ impl Disk {
     pub(in crate::disk) fn drop_layers(&self, old: &Tree, next: &Tree) {
         let gone = |uuid: &Uuid| next.layer(*uuid).is_none();
         self.life.sealed.lock().retain(|uuid, _| !gone(uuid));
-        self.life.files.lock().retain(|uuid, _| !gone(uuid));
+        // Who has one open goes on reading it, and is counted.
+        self.life.files.lock().retain(|uuid, file| !gone(uuid) || file.openers() > 0);
         let dropped: Vec<Uuid> = old.layers.iter().map(|layer| layer.uuid).filter(gone).collect();
         if dropped.is_empty() {
             return;

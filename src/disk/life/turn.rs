@@ -1,7 +1,7 @@
 //! Taking turns: one thing at a time is done to a disk as a whole.
 
 use std::sync::atomic::Ordering;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use parking_lot::RwLockWriteGuard;
 
@@ -76,6 +76,11 @@ impl Disk {
         self.life.doing.lock().map(|doing| doing.what)
     }
 
+    /// What somebody has asked for and is not done yet.
+    pub(in crate::disk) fn request(&self) -> Option<&'static str> {
+        self.life.doing.lock().filter(|doing| !doing.background).map(|doing| doing.what)
+    }
+
     /// Makes work that takes long stop, and waits for it.
     pub(in crate::disk) fn end_life(&self, patience: Duration) {
         self.life.ending.store(true, Ordering::SeqCst);
@@ -87,7 +92,8 @@ impl Disk {
 
     /// The gate, for a change of the layers. What waits behind it has no deadline meanwhile.
     pub(in crate::disk) fn enter_to_switch(&self) -> Result<RwLockWriteGuard<'_, ()>, LifeError> {
-        let gate = self.gate.try_write_for(PATIENCE).ok_or(LifeError::Stuck)?;
+        let start = Instant::now();
+        let gate = self.gate_alone(|| start.elapsed() < PATIENCE).ok_or(LifeError::Stuck)?;
         if self.closed.load(Ordering::SeqCst) { Err(LifeError::Interrupted) } else { Ok(gate) }
     }
 

@@ -14,7 +14,9 @@ use super::snapshots::{carry_out, sweep};
 use super::{Origin, Reflink, ReflinkError, intent};
 use crate::base::place::HostFs;
 use crate::overlay::persist::{self, Residence};
-use crate::overlay::stack::{Stack, StackError, create_at, doing, make_dir_at, open_at, open_dir};
+use crate::overlay::stack::{
+    Stack, StackError, create_at, doing, make_dir_at, open_at, open_dir, place_of_new,
+};
 use crate::spec::OverlayKind;
 
 /// A reflink overlay that is open.
@@ -58,10 +60,7 @@ pub fn create(
     base: &Source<'_>,
     size: Option<u64>,
 ) -> Result<Persistent, ReflinkError> {
-    let parent = dir.parent().unwrap_or(Path::new("/"));
-    if !parent.is_dir() {
-        return Err(StackError::NoParent(parent.to_owned()).into());
-    }
+    let parent = place_of_new(dir)?;
     let beside = "making a directory beside it";
     let temp = tempfile::Builder::new().prefix(".cowslip-").tempdir_in(parent);
     let temp = temp.map_err(doing(beside))?;
