@@ -110,6 +110,37 @@ fn chains_are_read_through_to_the_last_image() {
 }
 
 #[test]
+fn a_backing_file_that_changed_under_an_overlay_is_noticed() {
+    let mut lab = Lab::new();
+    lab.base("base.img", 4 * MIB);
+    lab.sh("qemu-img create -q -f qcow2 -b base.img -F raw top.qcow2");
+    lab.mount("d=top.qcow2,format=qcow2,overlay=ov");
+    lab.open("m/d").write_all_at(b"x", 0).unwrap();
+    lab.umount();
+    assert!(lab.ok("check ov").contains("base.img, 4 MiB, unchanged"));
+    // All of it moves, and is the same.
+    lab.sh("mkdir new; cp -p base.img top.qcow2 new; mv top.qcow2 old.qcow2");
+    lab.ok("rebase ov --base new/top.qcow2");
+    lab.mount("d=new/top.qcow2,format=qcow2,overlay=ov");
+    lab.umount();
+    lab.sh("printf y | dd of=new/base.img bs=1 seek=1000 conv=notrunc status=none");
+    let line = lab.refused(1, "mount m d=new/top.qcow2,format=qcow2,overlay=ov");
+    assert!(line.contains("its backing file '") && line.contains("/new/base.img'"), "{line}");
+    let checked = lab.cowslip("check ov");
+    let said = String::from_utf8_lossy(&checked.stdout);
+    assert!(
+        checked.status.code() == Some(3)
+            && said.contains("base.img', which the base needs, has changed"),
+        "{said}"
+    );
+    let line = lab.refused(1, "rebase ov --base new/top.qcow2");
+    assert!(line.contains("is not the base of overlay") && line.contains("base.img"), "{line}");
+    lab.ok("rebase ov --base new/top.qcow2 --force");
+    lab.mount("d=new/top.qcow2,format=qcow2,overlay=ov");
+    lab.end();
+}
+
+#[test]
 fn a_disk_of_a_store_remembers_the_format_of_its_base() {
     let mut lab = Lab::new();
     lab.base("base.img", 4 * MIB);

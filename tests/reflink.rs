@@ -535,7 +535,12 @@ fn create(lab: &Lab) -> Persistent {
         gid: 0,
         perm: 0o600,
         kind: OverlayKind::Reflink,
-        base: BaseRecord::File { path: path.clone(), format: "raw".to_owned(), identity },
+        base: BaseRecord::File {
+            path: path.clone(),
+            format: "raw".to_owned(),
+            identity,
+            needs: Vec::new(),
+        },
         layers: Vec::new(),
         snapshots: Vec::new(),
     };

@@ -73,6 +73,8 @@ pub struct Base {
     pub size: u64,
     /// The file or device, to be locked further or looked at; none for a blank.
     pub file: Option<Arc<File>>,
+    /// The files it is read from besides, the nearest first.
+    pub needs: Vec<(PathBuf, Arc<File>)>,
 }
 
 /// A base's layer, by what it was opened for.
@@ -230,6 +232,7 @@ pub fn open(source: &Source, how: Opening<'_>) -> Result<Base, BaseError> {
             path: None,
             size: *size,
             file: None,
+            needs: Vec::new(),
         }),
         Source::Blank(_) => Err(BaseError::BlankWritten),
         Source::Stream(_) => Err(BaseError::Stream),
@@ -243,9 +246,11 @@ fn open_file(path: &Path, how: Opening<'_>) -> Result<Base, BaseError> {
     check_format(path, &host, format).map_err(unreadable)??;
     let real = path.canonicalize().unwrap_or_else(|_| path.to_owned());
     let (file, size) = (Arc::clone(&host.file), host.size);
+    let mut needs = Vec::new();
     let layer = match (access, format) {
         (Access::Read, Some(Format::Qcow2)) => {
             let chain = qcow2::open(&real, host, allow_backing, locking)?;
+            needs.extend_from_slice(chain.needs());
             BaseLayer::Reader(Arc::new(chain))
         }
         (Access::Write, Some(Format::Qcow2)) => return Err(BaseError::OnlyRead(path.to_owned())),
@@ -256,7 +261,7 @@ fn open_file(path: &Path, how: Opening<'_>) -> Result<Base, BaseError> {
         BaseLayer::Reader(layer) => layer.size(),
         BaseLayer::Writer(_) => size,
     };
-    Ok(Base { layer, path: Some(real), size, file: Some(file) })
+    Ok(Base { layer, path: Some(real), size, file: Some(file), needs })
 }
 
 /// A file or device of the host, open and locked.

@@ -18,7 +18,7 @@ use super::{DONE, UNHEALTHY, die_of_a_closed_pipe, print};
 use crate::base::identity::Identity;
 use crate::overlay::persist::{self, Found};
 use crate::overlay::recover::{LogError, Recovered};
-use crate::overlay::stack::{BaseRecord, StackError};
+use crate::overlay::stack::{BaseRecord, FileRecord, StackError};
 use crate::overlay::verify::{Look, Sound, contradictions, short};
 use crate::spec::format_size;
 use crate::store::{self, Leftovers};
@@ -265,12 +265,12 @@ fn damage(target: &Target, error: &StackError) -> anyhow::Result<String> {
 
 /// Whether the base is there, and is what it was or what a commit has made of it so far.
 fn check_base(overlay: &Found, findings: &mut Findings) -> anyhow::Result<()> {
-    let (path, format, identity) = match &overlay.stack.base {
+    let (path, format, identity, needs) = match &overlay.stack.base {
         BaseRecord::Blank { size } => {
             findings.fact("base", format!("blank, {}", format_size(*size)));
             return Ok(());
         }
-        BaseRecord::File { path, format, identity } => (path, format, identity),
+        BaseRecord::File { path, format, identity, needs } => (path, format, identity, needs),
     };
     let shown = path.display();
     let unreadable = || format!("cannot read the base '{shown}'");
@@ -307,6 +307,24 @@ fn check_base(overlay: &Found, findings: &mut Findings) -> anyhow::Result<()> {
     let size = format_size(identity.size);
     findings.fact("base", format!("{shown}, {format}, {size}, {verdict}"));
     findings.damage.extend(damage);
+    for FileRecord { path, identity } in needs {
+        let shown = path.display();
+        let now = File::open(path).and_then(|file| Identity::of(&file));
+        let what = match now {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Some("is missing".to_owned()),
+            now => {
+                let now = now.with_context(|| format!("cannot read '{shown}'"))?;
+                identity.differences(&now).map(|what| format!("has changed: {what}"))
+            }
+        };
+        let verdict = if what.is_some() { "not as it was" } else { "unchanged" };
+        findings.fact("below", format!("{shown}, {}, {verdict}", format_size(identity.size)));
+        findings.damage.extend(
+            what.map(|what| {
+                format!("'{shown}', which the base needs, {what}: put the old one back")
+            }),
+        );
+    }
     Ok(())
 }
 
@@ -463,7 +481,12 @@ mod tests {
         let (dir, path) = (home.path().join("o"), home.path().join("vm.img"));
         fs::write(&path, [7; 9000]).unwrap();
         let identity = Identity::of(&File::open(&path).unwrap()).unwrap();
-        let base = BaseRecord::File { path: path.clone(), format: "raw".into(), identity };
+        let base = BaseRecord::File {
+            path: path.clone(),
+            format: "raw".into(),
+            identity,
+            needs: Vec::new(),
+        };
         make(&dir, base);
         assert!(checked(&dir).damage.is_empty());
         fs::write(&path, [7; 100]).unwrap();

@@ -4,7 +4,10 @@
 //! the old one: its size and a hash of samples. Its inode and its time of last change may be
 //! others, as those of a copy are.
 
+use std::fs::File;
+use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use anyhow::Context as _;
 use clap::Args;
@@ -14,7 +17,7 @@ use super::{DONE, say};
 use crate::base::identity::Identity;
 use crate::base::{self, Access, BaseError, Opening};
 use crate::overlay::persist;
-use crate::overlay::stack::{BaseRecord, Stack, StackError};
+use crate::overlay::stack::{BaseRecord, FileRecord, Stack, StackError};
 use crate::spec::{Format, Locking, Source};
 
 #[derive(Debug, Args)]
@@ -27,6 +30,9 @@ pub(super) struct RebaseArgs {
     /// Also to one that is not what the base was: what the overlay holds may be nonsense there
     #[arg(long)]
     force: bool,
+    /// Let an image have its backing files below DIR, besides its own directory
+    #[arg(long, value_name = "DIR")]
+    allow_backing: Vec<PathBuf>,
 }
 
 /// What to do about a base that is another.
@@ -38,12 +44,17 @@ enum Unlike {
 
 pub(super) fn run(args: &RebaseArgs) -> anyhow::Result<u8> {
     let unlike = if args.force { Unlike::Take } else { Unlike::Refuse };
-    say(&rebase(&args.overlay, &args.base, unlike)?);
+    say(&rebase(&args.overlay, &args.base, unlike, &args.allow_backing)?);
     Ok(DONE)
 }
 
 /// Points the overlay at `dir` to the base `new`, and says what was done.
-fn rebase(dir: &Path, new: &Path, unlike: Unlike) -> anyhow::Result<String> {
+fn rebase(
+    dir: &Path,
+    new: &Path,
+    unlike: Unlike,
+    allow_backing: &[PathBuf],
+) -> anyhow::Result<String> {
     let shown = dir.display();
     if is_store(dir) {
         anyhow::bail!("'{shown}' is a store: name one of its disks, '{shown}/names/NAME'");
@@ -58,18 +69,29 @@ fn rebase(dir: &Path, new: &Path, unlike: Unlike) -> anyhow::Result<String> {
             "overlay '{shown}': a commit into its base was cut short: cowslip commit '{shown}' finishes it first"
         );
     }
-    let BaseRecord::File { path: old, format, identity: was } = found.stack.base.clone() else {
+    let BaseRecord::File { path: old, format, identity: was, needs } = found.stack.base.clone()
+    else {
         anyhow::bail!("overlay '{shown}' is over a blank disk: there is no base that could move");
     };
-    if format != "raw" {
+    let known = format.parse::<Format>().ok().filter(|format| format.is_read());
+    let Some(known) = known else {
         anyhow::bail!("overlay '{shown}' has a base of format {format}: use a newer cowslip");
-    }
-    // The bytes as they are: with the right ones there is nothing to ask about their format.
-    let (path, now) = look(new, Some(Format::Raw))?;
-    let difference = was.differences_of_copy(&now);
+    };
+    // Its recorded format: with the right bytes there is nothing to ask about that.
+    let Looked { path, identity: now, needs: needed } = look(new, Some(known), allow_backing)?;
+    let of_needs = || match needs.len() == needed.len() {
+        true => needs.iter().zip(&needed).find_map(|(was, is)| {
+            let what = was.identity.differences_of_copy(&is.identity)?;
+            Some(format!("its backing file '{}': {what}", is.path.display()))
+        }),
+        false => Some("it needs other files".to_owned()),
+    };
+    let difference = was.differences_of_copy(&now).or_else(of_needs);
     if let Some(what) = &difference {
         // What looks like another format can be told more plainly.
-        look(new, None)?;
+        if known == Format::Raw {
+            look(new, None, &[])?;
+        }
         if unlike == Unlike::Refuse {
             anyhow::bail!(
                 "'{}' is not the base of overlay '{shown}' ({what}): name the right one, or use --force and risk nonsense",
@@ -77,10 +99,10 @@ fn rebase(dir: &Path, new: &Path, unlike: Unlike) -> anyhow::Result<String> {
             );
         }
     }
-    if path == old && now == was {
+    if path == old && now == was && needs == needed {
         return Ok(format!("{shown}: its base is '{}' already", path.display()));
     }
-    let base = BaseRecord::File { path: path.clone(), format, identity: now };
+    let base = BaseRecord::File { path: path.clone(), format, identity: now, needs: needed };
     let stack = Stack { base, ..found.stack.clone() };
     let mut home = found.into_home();
     home.replace(stack).map_err(|error| anyhow::anyhow!("overlay '{shown}': {error}"))?;
@@ -91,15 +113,30 @@ fn rebase(dir: &Path, new: &Path, unlike: Unlike) -> anyhow::Result<String> {
     })
 }
 
+/// A base that is to be the new one.
+struct Looked {
+    path: PathBuf,
+    identity: Identity,
+    needs: Vec<FileRecord>,
+}
+
 /// Where `path` leads, and who is there.
-fn look(path: &Path, format: Option<Format>) -> anyhow::Result<(PathBuf, Identity)> {
+fn look(path: &Path, format: Option<Format>, allow_backing: &[PathBuf]) -> anyhow::Result<Looked> {
     let source = Source::File(path.to_owned());
-    let how = Opening { format, access: Access::Read, locking: Locking::Qemu, allow_backing: &[] };
+    let how = Opening { format, access: Access::Read, locking: Locking::Qemu, allow_backing };
     let base = base::open(&source, how)?;
     let unreadable = || format!("cannot read the base '{}'", path.display());
     let identity = base.identity().with_context(unreadable)?;
+    let record = |(path, file): &(PathBuf, Arc<File>)| {
+        Ok(FileRecord { path: path.clone(), identity: Identity::of(file)? })
+    };
+    let needs = base.needs.iter().map(record).collect::<io::Result<_>>();
     let missing = || BaseError::Missing(path.to_owned());
-    Ok((base.path.ok_or_else(missing)?, identity.ok_or_else(missing)?))
+    Ok(Looked {
+        path: base.path.clone().ok_or_else(missing)?,
+        identity: identity.ok_or_else(missing)?,
+        needs: needs.with_context(unreadable)?,
+    })
 }
 
 #[cfg(test)]
@@ -120,8 +157,11 @@ mod tests {
         let home = tempfile::tempdir().unwrap();
         let path = home.path().join("a");
         fs::write(&path, [7; 9000]).unwrap();
-        let identity = look(&path, None).unwrap().1;
-        put(home.path(), BaseRecord::File { path, format: format.to_owned(), identity });
+        let identity = look(&path, None, &[]).unwrap().identity;
+        put(
+            home.path(),
+            BaseRecord::File { path, format: format.to_owned(), identity, needs: Vec::new() },
+        );
         home
     }
 
@@ -142,7 +182,12 @@ mod tests {
     }
 
     fn tried(home: &Path, name: &str, unlike: Unlike) -> Result<String, String> {
-        rebase(&home.join("o"), &home.join(name), unlike).map_err(|error| format!("{error:#}"))
+        rebase(&home.join("o"), &home.join(name), unlike, &[]).map_err(|error| format!("{error:#}"))
+    }
+
+    fn looked(path: &Path) -> (PathBuf, Identity) {
+        let Looked { path, identity, .. } = look(path, None, &[]).unwrap();
+        (path, identity)
     }
 
     fn base_of(home: &Path) -> (PathBuf, Identity) {
@@ -159,7 +204,7 @@ mod tests {
         symlink("copy", home.join("link")).unwrap();
         let line = tried(home, "link", Unlike::Refuse).unwrap();
         assert!(line.contains("/copy', was '") && !line.contains("forced"), "{line}");
-        assert_eq!(base_of(home), look(&home.join("copy"), None).unwrap());
+        assert_eq!(base_of(home), looked(&home.join("copy")));
         assert!(tried(home, "copy", Unlike::Refuse).unwrap().ends_with("already"));
     }
 
@@ -174,7 +219,7 @@ mod tests {
         assert_eq!(base_of(home), before);
         let line = tried(home, "other", Unlike::Take).unwrap();
         assert!(line.contains("; forced, it is not the same (its contents differ)"), "{line}");
-        assert_eq!(base_of(home), look(&home.join("other"), None).unwrap());
+        assert_eq!(base_of(home), looked(&home.join("other")));
     }
 
     #[test]
@@ -207,7 +252,7 @@ mod tests {
         assert!(tried(home.path(), "a", Unlike::Take).unwrap_err().contains("is in use"));
         drop(held);
         fs::create_dir(home.path().join("names")).unwrap();
-        let line = rebase(home.path(), &dir, Unlike::Take).unwrap_err().to_string();
+        let line = rebase(home.path(), &dir, Unlike::Take, &[]).unwrap_err().to_string();
         assert!(line.contains("is a store: name one of its disks"), "{line}");
     }
 }

@@ -7,8 +7,8 @@ use std::sync::atomic::Ordering;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use super::bottom::Bottom;
 use super::life::{Force, LifeError, Turn};
-use super::open::Bottom;
 use super::{Disk, Home, Top};
 use crate::base::identity::Identity;
 use crate::base::place;
@@ -189,9 +189,9 @@ impl Disk {
         *self.life.fresh.lock() = (size, size);
         let identity = Identity::of(&base.file).map_err(LifeError::host("reading the base"))?;
         if let Home::Kept(home) = &mut *self.home.lock()
-            && let BaseRecord::File { path, format, .. } = home.stack.base.clone()
+            && let BaseRecord::File { path, format, needs, .. } = home.stack.base.clone()
         {
-            let base = BaseRecord::File { path, format, identity };
+            let base = BaseRecord::File { path, format, identity, needs };
             let stack = Stack { base, ..home.stack.clone() };
             self.put_stack(home, stack, None)?;
         }

@@ -8,8 +8,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use super::bottom::Bottom;
 use super::life::LifeError;
-use super::open::Bottom;
 use super::{Disk, Home, Layers, Top};
 use crate::base::blank::Blank;
 use crate::extents::Kind;

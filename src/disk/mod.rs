@@ -4,6 +4,7 @@
 //! The *gate* is held shared by everything that changes bytes and exclusive by what changes the
 //! size or the layers themselves. Readers take a snapshot of the layers and never wait for it.
 
+mod bottom;
 mod commit;
 mod copy;
 mod fetch;
@@ -24,6 +25,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use parking_lot::{Mutex, RwLock};
 use uuid::Uuid;
 
+pub use self::bottom::over;
 pub use self::commit::Committed;
 use self::fetch::Hydration;
 pub use self::fetch::{Fetch, Hydrate};
@@ -32,7 +34,7 @@ pub use self::leave::Use;
 use self::life::Life;
 pub use self::life::{Force, LifeError, Others, Since, SnapshotInfo};
 pub use self::open::{
-    OpenError, Opened, Setting, clone_stored, create_blank, create_stored, open, open_stored, over,
+    OpenError, Opened, Setting, clone_stored, create_blank, create_stored, open, open_stored,
 };
 use crate::extents::{Extent, Extents, Kind};
 use crate::host::errno;
@@ -179,7 +181,7 @@ pub struct Disk {
     stands_alone: AtomicBool,
     overlay_dir: Mutex<Option<PathBuf>>,
     /// What an overlay's `stack` has to say of the base.
-    bottom: Mutex<Arc<open::Bottom>>,
+    bottom: Mutex<Arc<bottom::Bottom>>,
     recovered: Recovered,
     /// What is at work when it is one.
     stream: Option<Stream>,
@@ -283,7 +285,7 @@ impl Disk {
     }
 
     /// What lies at its bottom.
-    fn bottom(&self) -> Arc<open::Bottom> {
+    fn bottom(&self) -> Arc<bottom::Bottom> {
         Arc::clone(&self.bottom.lock())
     }
 

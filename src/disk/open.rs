@@ -1,7 +1,6 @@
 //! From a disk's spec to a disk: opening its base, finding or making its overlay.
 
 use std::collections::HashSet;
-use std::fs::{File, Metadata};
 use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -12,10 +11,10 @@ use std::time::Duration;
 use parking_lot::{Mutex, RwLock};
 use uuid::Uuid;
 
+use super::bottom::{Bottom, Misfit, base_mismatch, check_base, over};
 use super::fetch::Hydration;
 use super::life::{Frozen, Life, LifeError};
 use super::{Disk, Home, Layers, Owner, Times, Top, mtime_of, now};
-use crate::base::identity::Identity;
 use crate::base::place::{self, PlaceError};
 use crate::base::{self, Access, Base, BaseError, BaseLayer, Opening};
 use crate::layer::{Layer, Wait};
@@ -24,11 +23,11 @@ use crate::overlay::record::{Image, Nanos, Stamp};
 use crate::overlay::recover::Recovered;
 use crate::overlay::sealed::Sealed;
 use crate::overlay::shelf::Shelf;
-use crate::overlay::stack::{BaseRecord, LayerRecord, Stack, StackError, VERSION, doing, open_dir};
+use crate::overlay::stack::{LayerRecord, Stack, StackError, VERSION, doing, open_dir};
 use crate::overlay::tree::Tree;
 use crate::overlay::{DEFAULT_BLOCK, LARGEST, Overlay, keep};
 use crate::pool::Pool;
-use crate::spec::{DiskSpec, Format, Mode, OverlayKind, Source, format_size};
+use crate::spec::{DiskSpec, Mode, OverlayKind, Source, format_size};
 use crate::stream::Ending;
 use crate::stream::output::Patience;
 use crate::stream::sink::Inherit;
@@ -123,61 +122,6 @@ pub struct Opened {
     pub summary: String,
     /// Notes: what was recovered, what the file systems cannot do.
     pub notes: Vec<String>,
-}
-
-/// What lies at the bottom of a disk, as far as `keep` and `status` need it.
-pub(super) enum Bottom {
-    /// A file or block device.
-    File { path: PathBuf, file: Arc<File>, format: Format, allow_backing: Vec<PathBuf> },
-    /// Zeros, so many bytes.
-    Blank(u64),
-}
-
-impl Bottom {
-    fn of(base: &Base, how: Opening<'_>) -> Self {
-        match (&base.path, &base.file) {
-            (Some(path), Some(file)) => {
-                let (path, file) = (path.clone(), Arc::clone(file));
-                let allow_backing = how.allow_backing.to_vec();
-                Self::File { path, file, format: how.format.unwrap_or(Format::Raw), allow_backing }
-            }
-            _ => Self::Blank(base.size),
-        }
-    }
-
-    /// What an overlay remembers of it.
-    fn record(&self) -> Result<BaseRecord, OpenError> {
-        match self {
-            Self::Blank(size) => Ok(BaseRecord::Blank { size: *size }),
-            Self::File { path, file, format, .. } => {
-                let identity = Identity::of(file)
-                    .map_err(|error| OpenError::Unreadable { path: path.clone(), error })?;
-                Ok(BaseRecord::File { path: path.clone(), format: format.to_string(), identity })
-            }
-        }
-    }
-
-    /// Its path, when it has one.
-    pub(super) fn path(&self) -> Option<&Path> {
-        match self {
-            Self::File { path, .. } => Some(path),
-            Self::Blank(_) => None,
-        }
-    }
-
-    fn allow_backing(&self) -> &[PathBuf] {
-        match self {
-            Self::File { allow_backing, .. } => allow_backing,
-            Self::Blank(_) => &[],
-        }
-    }
-
-    fn metadata(&self) -> Option<Metadata> {
-        match self {
-            Self::File { file, .. } => file.metadata().ok(),
-            Self::Blank(_) => None,
-        }
-    }
 }
 
 /// Opens the disk that `spec` asks for.
@@ -425,96 +369,6 @@ fn block_mismatch(spec: &DiskSpec, found: &Found) -> Option<String> {
     Some(format!("has blocks of {has}, not {wanted}: leave out block=, it is fixed at creation"))
 }
 
-/// Refuses a base that is not the one the overlay at `dir` was made with, or has changed.
-pub(super) fn check_base(
-    dir: &Path,
-    recorded: &BaseRecord,
-    bottom: &Bottom,
-    setting: &Setting<'_>,
-) -> Result<(), OpenError> {
-    let mismatch = |why| Err(OpenError::Mismatch { dir: dir.to_owned(), why });
-    match base_mismatch(recorded, bottom)? {
-        Some(Misfit::Other(why)) => mismatch(why),
-        Some(Misfit::Changed(why)) if setting.force => {
-            log::warn!("overlay '{}' {why}; used all the same (--force)", dir.display());
-            Ok(())
-        }
-        Some(Misfit::Changed(why)) => {
-            mismatch(format!("{why}: restore the base, or use --force and risk nonsense"))
-        }
-        None => Ok(()),
-    }
-}
-
-/// How a base does not fit its overlay.
-enum Misfit {
-    /// It is another one.
-    Other(String),
-    /// It is not what it was.
-    Changed(String),
-}
-
-fn base_mismatch(recorded: &BaseRecord, now: &Bottom) -> Result<Option<Misfit>, OpenError> {
-    let other = |was: String, is: String| {
-        Ok(Some(Misfit::Other(format!(
-            "is one of {was}, not of {is}: name the base it was made with"
-        ))))
-    };
-    let blank = |size: u64| format!("a blank disk of {}", format_size(size));
-    let named = |path: &Path| format!("'{}'", path.display());
-    match (recorded, now) {
-        (BaseRecord::Blank { size: was }, Bottom::Blank(is)) if was == is => Ok(None),
-        (BaseRecord::Blank { size: was }, Bottom::Blank(is)) => other(blank(*was), blank(*is)),
-        (BaseRecord::Blank { size }, Bottom::File { path, .. }) => {
-            Ok(Some(Misfit::Other(format!(
-                "is one of {}, not of {}: an overlay that was hydrated stands alone, mount it as NAME=blank:{size},overlay=...",
-                blank(*size),
-                named(path)
-            ))))
-        }
-        (BaseRecord::File { path, .. }, Bottom::Blank(size)) => other(named(path), blank(*size)),
-        (
-            BaseRecord::File { path: was, identity, format },
-            Bottom::File { path, file, format: is, .. },
-        ) => {
-            if *format != is.to_string() {
-                return other(
-                    format!("{} as {format}", named(was)),
-                    format!("{} as {is}", named(path)),
-                );
-            }
-            if was != path && !is_same_file(was, file) {
-                if was.exists() {
-                    return other(named(was), named(path));
-                }
-                return Ok(Some(Misfit::Other(format!(
-                    "is one of {}, which is gone: if it is {} now, say so with cowslip rebase",
-                    named(was),
-                    named(path)
-                ))));
-            }
-            let unreadable = |error| OpenError::Unreadable { path: path.clone(), error };
-            let is = Identity::of(file).map_err(unreadable)?;
-            let changed = identity.differences(&is);
-            let cure = match identity.differences_of_copy(&is) {
-                Some(_) => "",
-                None => "; if it is a copy of that, use cowslip rebase",
-            };
-            Ok(changed.map(|what| {
-                let named = named(path);
-                Misfit::Changed(format!("does not fit its base {named} any more ({what}{cure})"))
-            }))
-        }
-    }
-}
-
-fn is_same_file(path: &Path, file: &File) -> bool {
-    let (Ok(there), Ok(here)) = (std::fs::metadata(path), file.metadata()) else {
-        return false;
-    };
-    (there.dev(), there.ino()) == (here.dev(), here.ino())
-}
-
 /// A disk over a persistent overlay, with the attributes that the overlay kept.
 fn settle(
     spec: &DiskSpec,
@@ -636,24 +490,6 @@ pub fn create_blank(
     let new = New { stack, image: &Image::new(0, 0), limit: None };
     let persistent = persist::create(place, new).map_err(in_overlay(place.dir))?;
     Ok(settle_stored(name, 0, persistent, place.dir))
-}
-
-/// What a disk over the recorded `base` is, if nobody says otherwise.
-///
-/// # Errors
-/// [`StackError::Syntax`]: a format that is not known.
-pub fn over(name: &str, base: &BaseRecord) -> Result<DiskSpec, StackError> {
-    Ok(match base {
-        BaseRecord::Blank { size } => DiskSpec::new(name.to_owned(), Source::Blank(*size)),
-        BaseRecord::File { path, format, .. } => {
-            let known = format.parse();
-            let known =
-                known.map_err(|_| StackError::Syntax(format!("a base of format {format}")))?;
-            let mut spec = DiskSpec::new(name.to_owned(), Source::File(path.clone()));
-            spec.format = Some(known);
-            spec
-        }
-    })
 }
 
 fn settle_stored(name: &str, size: u64, persistent: Persistent, dir: &Path) -> Opened {

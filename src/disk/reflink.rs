@@ -13,9 +13,9 @@ use std::time::SystemTime;
 use parking_lot::Mutex;
 use uuid::Uuid;
 
+use super::bottom::{Bottom, check_base};
 use super::open::{
-    Bottom, OpenError, Opened, Setting, adopt_owner, assemble, check_base, in_overlay, new_stack,
-    notes_on_overlay,
+    OpenError, Opened, Setting, adopt_owner, assemble, in_overlay, new_stack, notes_on_overlay,
 };
 use super::{Attributes, Disk, Home, Layers, Owner, Times, Top, mtime_of, to_time};
 use crate::layer::Layer;

@@ -7,7 +7,8 @@ use std::sync::Arc;
 
 use uuid::Uuid;
 
-use super::open::{Bottom, OpenError, Opened, Setting, assemble, first_owner};
+use super::bottom::Bottom;
+use super::open::{OpenError, Opened, Setting, assemble, first_owner};
 use super::{Disk, Layers, Top};
 use crate::host::is_being_killed;
 use crate::layer::{Layer, WritableLayer};

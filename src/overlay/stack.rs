@@ -73,12 +73,25 @@ pub enum BaseRecord {
         format: String,
         /// What it was when the overlay was made.
         identity: Identity,
+        /// The files it is read from besides: backing files of a qcow2 image, the nearest first,
+        /// and data files.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        needs: Vec<FileRecord>,
     },
     /// Nothing but zeros.
     Blank {
         /// Its size in bytes.
         size: u64,
     },
+}
+
+/// A file that a base needs.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FileRecord {
+    /// Its absolute path.
+    pub path: PathBuf,
+    /// What it was when the overlay was made.
+    pub identity: Identity,
 }
 
 /// Why a persistent overlay cannot be made or opened. One line each; the path is put in front by

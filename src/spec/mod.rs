@@ -218,6 +218,14 @@ impl Format {
     ];
 }
 
+impl Format {
+    /// Whether this version reads images of it.
+    #[must_use]
+    pub fn is_read(self) -> bool {
+        matches!(self, Self::Raw | Self::Qcow2)
+    }
+}
+
 impl fmt::Display for Format {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let named = Self::NAMES.iter().find(|(_, format)| format == self);

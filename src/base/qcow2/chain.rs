@@ -103,6 +103,15 @@ pub struct Chain {
     /// Top to bottom.
     images: Vec<Arc<dyn Layer>>,
     size: u64,
+    needs: Vec<(PathBuf, Arc<File>)>,
+}
+
+impl Chain {
+    /// The files it is read from besides the image itself.
+    #[must_use]
+    pub fn needs(&self) -> &[(PathBuf, Arc<File>)] {
+        &self.needs
+    }
 }
 
 /// One image of a chain that is being opened.
@@ -112,7 +121,7 @@ struct Member {
     /// None for a raw image, which ends the chain.
     header: Option<Header>,
     /// Where its data is, if not in itself.
-    data: Option<Host>,
+    data: Option<(PathBuf, Host)>,
 }
 
 /// Opens the qcow2 image `path`, which is open as `host`, and all below it. Files that it names
@@ -145,8 +154,9 @@ pub fn open(
         members.push(next);
     }
     let size = members.first().and_then(|top| top.header.as_ref()).map_or(0, |top| top.size);
+    let needs = members.iter().flat_map(Member::files).skip(1).collect();
     let images = members.into_iter().map(Member::build).collect::<Result<_, _>>()?;
-    Ok(Chain { images, size })
+    Ok(Chain { images, size, needs })
 }
 
 /// What may be opened.
@@ -199,7 +209,7 @@ impl Member {
         let data = match &header.data_file {
             None => None,
             Some(None) => return Err(ChainError::NoDataFile(path)),
-            Some(Some(name)) => Some(allowed.open(&path, name, false)?.1),
+            Some(Some(name)) => Some(allowed.open(&path, name, false)?),
         };
         Ok(Self { path, host, header: Some(header), data })
     }
@@ -221,6 +231,12 @@ impl Member {
         Self::read(needed, host, format, allowed)
     }
 
+    /// The files it is read from, the image first.
+    fn files(&self) -> impl Iterator<Item = (PathBuf, Arc<File>)> {
+        let data = self.data.iter().map(|(path, data)| (path.clone(), Arc::clone(&data.file)));
+        std::iter::once((self.path.clone(), Arc::clone(&self.host.file))).chain(data)
+    }
+
     fn unreadable(&self, error: io::Error) -> ChainError {
         ChainError::Header { path: self.path.clone(), error: error.into() }
     }
@@ -228,7 +244,7 @@ impl Member {
     /// The layer that answers for it.
     fn build(self) -> Result<Arc<dyn Layer>, ChainError> {
         let Some(header) = &self.header else { return Ok(self.host.raw) };
-        let data = self.data.as_ref().unwrap_or(&self.host);
+        let data = self.data.as_ref().map_or(&self.host, |(_, data)| data);
         let image = |file: File| {
             Image::new(file, Arc::clone(&self.host.raw), Arc::clone(&data.raw), header)
         };

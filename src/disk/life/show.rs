@@ -6,7 +6,8 @@ use std::sync::Arc;
 
 use uuid::Uuid;
 
-use super::super::open::{Bottom, assemble};
+use super::super::bottom::Bottom;
+use super::super::open::assemble;
 use super::super::{Disk, Layers, Owner, Times, Top, from_time, mtime_of};
 use super::LifeError;
 use crate::base::raw::{HostKind, RawBase};

@@ -1,0 +1,218 @@
+//! What lies at the bottom of a disk, what its overlay remembers of it, and whether the two fit.
+
+use std::fs::{File, Metadata};
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use super::open::{OpenError, Setting};
+use crate::base::identity::Identity;
+use crate::base::{Base, Opening};
+use crate::overlay::stack::{BaseRecord, FileRecord, StackError};
+use crate::spec::{DiskSpec, Format, Source, format_size};
+
+/// What lies at the bottom of a disk, as far as `keep` and `status` need it.
+pub(super) enum Bottom {
+    /// A file or block device.
+    File {
+        path: PathBuf,
+        file: Arc<File>,
+        format: Format,
+        needs: Vec<(PathBuf, Arc<File>)>,
+        allow_backing: Vec<PathBuf>,
+    },
+    /// Zeros, so many bytes.
+    Blank(u64),
+}
+
+impl Bottom {
+    pub(super) fn of(base: &Base, how: Opening<'_>) -> Self {
+        match (&base.path, &base.file) {
+            (Some(path), Some(file)) => {
+                let (path, file) = (path.clone(), Arc::clone(file));
+                let allow_backing = how.allow_backing.to_vec();
+                let (format, needs) = (how.format.unwrap_or(Format::Raw), base.needs.clone());
+                Self::File { path, file, format, needs, allow_backing }
+            }
+            _ => Self::Blank(base.size),
+        }
+    }
+
+    /// What an overlay remembers of it.
+    pub(super) fn record(&self) -> Result<BaseRecord, OpenError> {
+        match self {
+            Self::Blank(size) => Ok(BaseRecord::Blank { size: *size }),
+            Self::File { path, file, format, needs, .. } => {
+                let record = |(path, file): &(PathBuf, Arc<File>)| {
+                    Ok(FileRecord { path: path.clone(), identity: identity_of(path, file)? })
+                };
+                Ok(BaseRecord::File {
+                    path: path.clone(),
+                    format: format.to_string(),
+                    identity: identity_of(path, file)?,
+                    needs: needs.iter().map(record).collect::<Result<_, OpenError>>()?,
+                })
+            }
+        }
+    }
+
+    /// Its path, when it has one.
+    pub(super) fn path(&self) -> Option<&Path> {
+        match self {
+            Self::File { path, .. } => Some(path),
+            Self::Blank(_) => None,
+        }
+    }
+
+    pub(super) fn allow_backing(&self) -> &[PathBuf] {
+        match self {
+            Self::File { allow_backing, .. } => allow_backing,
+            Self::Blank(_) => &[],
+        }
+    }
+
+    pub(super) fn metadata(&self) -> Option<Metadata> {
+        match self {
+            Self::File { file, .. } => file.metadata().ok(),
+            Self::Blank(_) => None,
+        }
+    }
+}
+
+/// Refuses a base that is not the one the overlay at `dir` was made with, or has changed.
+pub(super) fn check_base(
+    dir: &Path,
+    recorded: &BaseRecord,
+    bottom: &Bottom,
+    setting: &Setting<'_>,
+) -> Result<(), OpenError> {
+    let mismatch = |why| Err(OpenError::Mismatch { dir: dir.to_owned(), why });
+    match base_mismatch(recorded, bottom)? {
+        Some(Misfit::Other(why)) => mismatch(why),
+        Some(Misfit::Changed(why)) if setting.force => {
+            log::warn!("overlay '{}' {why}; used all the same (--force)", dir.display());
+            Ok(())
+        }
+        Some(Misfit::Changed(why)) => {
+            mismatch(format!("{why}: restore the base, or use --force and risk nonsense"))
+        }
+        None => Ok(()),
+    }
+}
+
+/// What a disk over the recorded `base` is, if nobody says otherwise.
+///
+/// # Errors
+/// [`StackError::Syntax`]: a format that is not known.
+pub fn over(name: &str, base: &BaseRecord) -> Result<DiskSpec, StackError> {
+    Ok(match base {
+        BaseRecord::Blank { size } => DiskSpec::new(name.to_owned(), Source::Blank(*size)),
+        BaseRecord::File { path, format, .. } => {
+            let known = format.parse();
+            let known =
+                known.map_err(|_| StackError::Syntax(format!("a base of format {format}")))?;
+            let mut spec = DiskSpec::new(name.to_owned(), Source::File(path.clone()));
+            spec.format = Some(known);
+            spec
+        }
+    })
+}
+
+/// How a base does not fit its overlay.
+pub(super) enum Misfit {
+    /// It is another one.
+    Other(String),
+    /// It is not what it was.
+    Changed(String),
+}
+
+pub(super) fn base_mismatch(
+    recorded: &BaseRecord,
+    now: &Bottom,
+) -> Result<Option<Misfit>, OpenError> {
+    let other = |was: String, is: String| {
+        Ok(Some(Misfit::Other(format!(
+            "is one of {was}, not of {is}: name the base it was made with"
+        ))))
+    };
+    let blank = |size: u64| format!("a blank disk of {}", format_size(size));
+    let named = |path: &Path| format!("'{}'", path.display());
+    match (recorded, now) {
+        (BaseRecord::Blank { size: was }, Bottom::Blank(is)) if was == is => Ok(None),
+        (BaseRecord::Blank { size: was }, Bottom::Blank(is)) => other(blank(*was), blank(*is)),
+        (BaseRecord::Blank { size }, Bottom::File { path, .. }) => {
+            Ok(Some(Misfit::Other(format!(
+                "is one of {}, not of {}: an overlay that was hydrated stands alone, mount it as NAME=blank:{size},overlay=...",
+                blank(*size),
+                named(path)
+            ))))
+        }
+        (BaseRecord::File { path, .. }, Bottom::Blank(size)) => other(named(path), blank(*size)),
+        (
+            BaseRecord::File { path: was, identity, format, needs: needed },
+            Bottom::File { path, file, format: is, needs, .. },
+        ) => {
+            if *format != is.to_string() {
+                return other(
+                    format!("{} as {format}", named(was)),
+                    format!("{} as {is}", named(path)),
+                );
+            }
+            if was != path && !is_same_file(was, file) {
+                if was.exists() {
+                    return other(named(was), named(path));
+                }
+                return Ok(Some(Misfit::Other(format!(
+                    "is one of {}, which is gone: if it is {} now, say so with cowslip rebase",
+                    named(was),
+                    named(path)
+                ))));
+            }
+            let is = identity_of(path, file)?;
+            let changed = identity.differences(&is);
+            let cure = match identity.differences_of_copy(&is) {
+                Some(_) => "",
+                None => "; if it is a copy of that, use cowslip rebase",
+            };
+            let changed = match changed {
+                None => changed_needs(needed, needs)?,
+                changed => changed,
+            };
+            Ok(changed.map(|what| {
+                let named = named(path);
+                Misfit::Changed(format!("does not fit its base {named} any more ({what}{cure})"))
+            }))
+        }
+    }
+}
+
+/// What of the files that a base needs is not as it was.
+fn changed_needs(
+    was: &[FileRecord],
+    now: &[(PathBuf, Arc<File>)],
+) -> Result<Option<String>, OpenError> {
+    if was.len() != now.len() {
+        return Ok(Some(format!("it needs {} other files, and needed {}", now.len(), was.len())));
+    }
+    for (was, (path, file)) in was.iter().zip(now) {
+        let shown = path.display();
+        if was.path != *path && !is_same_file(&was.path, file) {
+            return Ok(Some(format!("it needs '{shown}' instead of '{}'", was.path.display())));
+        }
+        if let Some(what) = was.identity.differences(&identity_of(path, file)?) {
+            return Ok(Some(format!("its backing file '{shown}': {what}")));
+        }
+    }
+    Ok(None)
+}
+
+fn identity_of(path: &Path, file: &File) -> Result<Identity, OpenError> {
+    Identity::of(file).map_err(|error| OpenError::Unreadable { path: path.to_owned(), error })
+}
+
+fn is_same_file(path: &Path, file: &File) -> bool {
+    let (Ok(there), Ok(here)) = (std::fs::metadata(path), file.metadata()) else {
+        return false;
+    };
+    (there.dev(), there.ino()) == (here.dev(), here.ino())
+}
