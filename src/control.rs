@@ -227,6 +227,13 @@ enum DiskRequest {
         #[serde(default)]
         copy: bool,
     },
+    /// Freeze it, and tell what has changed since a snapshot or the base.
+    Difference {
+        #[serde(default)]
+        since: Option<String>,
+        #[serde(default)]
+        until: Option<String>,
+    },
     /// Fill the overlay until it needs its base no more; `rate` in bytes a second.
     Hydrate {
         #[serde(default)]
@@ -395,6 +402,9 @@ impl Control {
             }
             Ok(DiskRequest::Prefetch { start, end, copy }) => {
                 life::prefetch(&name, &entry.disk, start..end, copy, is_gone)
+            }
+            Ok(DiskRequest::Difference { since, until }) => {
+                self.difference(&name, &entry.disk, since.as_deref(), until.as_deref())
             }
             Ok(DiskRequest::Hydrate { rate, action }) => {
                 life::hydrate(&name, &entry.disk, rate, action)

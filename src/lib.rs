@@ -14,6 +14,7 @@ pub mod catalog;
 pub mod cli;
 pub mod control;
 pub mod disk;
+pub mod export;
 pub mod extents;
 pub mod fs;
 pub mod host;

@@ -15,9 +15,11 @@ mod add;
 mod check;
 mod client;
 mod commit;
+mod diff;
 mod fetch;
 mod guard;
 mod helper;
+mod import;
 mod keep;
 mod log;
 mod map;
@@ -87,6 +89,10 @@ enum Cli {
     Clone(snapshot::CloneArgs),
     /// Merge a disk's changes down into its base
     Commit(commit::CommitArgs),
+    /// Write what has changed in a disk as a qcow2 image or an rbd diff
+    Diff(diff::DiffArgs),
+    /// Make an overlay of the changes that a qcow2 image holds
+    Import(import::ImportArgs),
     /// Bring a disk's bytes into the host's cache, or up into its overlay
     Prefetch(fetch::PrefetchArgs),
     /// Fill a disk's overlay until it needs its base no more
@@ -156,6 +162,8 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> anyhow::Result<u8> {
         Cli::Reset(args) => snapshot::reset(&args),
         Cli::Clone(args) => snapshot::clone(&args),
         Cli::Commit(args) => commit::run(&args),
+        Cli::Diff(args) => diff::run(&args),
+        Cli::Import(args) => import::run(&args),
         Cli::Prefetch(args) => fetch::prefetch(&args),
         Cli::Hydrate(args) => fetch::hydrate(&args),
         Cli::Finish(args) => stream::finish(&args),

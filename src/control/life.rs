@@ -214,6 +214,26 @@ impl Control {
         })
     }
 
+    /// Freezes the disk and tells what has changed.
+    pub(super) fn difference(
+        &self,
+        name: &str,
+        disk: &Disk,
+        since: Option<&str>,
+        until: Option<&str>,
+    ) -> Value {
+        // What was written through a mapping and is only in the kernel's cache belongs into it.
+        self.forget_bytes(disk);
+        match disk.difference(since, until) {
+            Ok(found) => json!({ "ok": {
+                "file": found.file,
+                "changed": found.changed,
+                "base": found.base.map(|(path, format)| json!({ "path": path, "format": format })),
+            } }),
+            Err(error) => refused(name, &error),
+        }
+    }
+
     /// Makes the disk `new`, which holds what the disk `name` holds now.
     pub(super) fn clone_disk(&self, name: &str, new: &str) -> Value {
         if let Some(entry) = self.catalog.named(name) {

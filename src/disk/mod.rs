@@ -32,7 +32,7 @@ pub use self::fetch::{Fetch, Hydrate};
 pub use self::io::{Change, Keep, Whence};
 pub use self::leave::Use;
 use self::life::Life;
-pub use self::life::{Force, LifeError, Others, Since, SnapshotInfo};
+pub use self::life::{Difference, Force, LifeError, Others, Since, SnapshotInfo};
 pub use self::open::{
     OpenError, Opened, Setting, clone_stored, create_blank, create_stored, open, open_stored,
 };

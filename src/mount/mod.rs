@@ -388,7 +388,10 @@ fn tick(shared: &Arc<Shared>, stop: &AtomicBool) {
         thread::park_timeout(Duration::from_secs(1));
         shared.deadlines.expire();
         let disks = shared.catalog.disks();
-        disks.iter().for_each(|disk| disk.tick());
+        for disk in &disks {
+            disk.tick();
+            disk.let_go();
+        }
         seconds += 1;
         if seconds < MAINTENANCE {
             continue;

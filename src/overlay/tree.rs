@@ -56,6 +56,7 @@ pub struct Tree {
 pub fn check_name(name: &str) -> Result<(), &'static str> {
     match name {
         "" | "." | ".." => Err("is no name for a snapshot: take a word"),
+        name if name.starts_with(".frozen-") => Err("is no name for a snapshot: take a word"),
         name if name.contains('/') => Err("holds a '/': a snapshot is also a file of that name"),
         name if name.chars().any(char::is_control) => Err("holds a control character"),
         name if name.len() > LONGEST => Err("is longer than 255 bytes"),

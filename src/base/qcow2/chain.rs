@@ -20,7 +20,7 @@ use super::Image;
 use super::header::{Backing, Header, HeaderError};
 use crate::extents::{Extent, Kind};
 use crate::layer::{Copy, Layer, Wait};
-use crate::spec::Locking;
+use crate::spec::{Format, Locking};
 
 /// The most images of a chain.
 const DEEPEST: usize = 256;
@@ -157,6 +157,35 @@ pub fn open(
     let needs = members.iter().flat_map(Member::files).skip(1).collect();
     let images = members.into_iter().map(Member::build).collect::<Result<_, _>>()?;
     Ok(Chain { images, size, needs })
+}
+
+/// One image alone, and what it is a difference to.
+pub struct TopImage {
+    /// What it holds itself: [`Kind::Lower`] where that is nothing.
+    pub image: Arc<dyn Layer>,
+    /// The file below it and the format of that.
+    pub backing: Option<(PathBuf, Format)>,
+}
+
+/// Opens the qcow2 image at `path` without what lies below it, which must be allowed all the same.
+///
+/// # Errors
+/// [`BaseError`].
+pub fn open_top(path: &Path, allowed: &[PathBuf]) -> Result<TopImage, BaseError> {
+    let host = open_host_file(path, Access::Read, Locking::Qemu)?;
+    let real = path.canonicalize().unwrap_or_else(|_| path.to_owned());
+    let own = real.parent().unwrap_or(Path::new("/")).to_owned();
+    let allowed = Allowed { own, named: allowed, locking: Locking::Qemu };
+    let top = Member::read(real, host, "qcow2", &allowed)?;
+    let backing = match top.header.as_ref().and_then(|header| header.backing.clone()) {
+        None => None,
+        Some(backing) => {
+            let below = top.next(&backing, &allowed)?;
+            let format = if below.header.is_some() { Format::Qcow2 } else { Format::Raw };
+            Some((below.path, format))
+        }
+    };
+    Ok(TopImage { image: top.build()?, backing })
 }
 
 /// What may be opened.

@@ -25,7 +25,7 @@ use imago::format::drivers::FormatDriverInstance;
 use imago::{ShallowMapping, StorageOpenOptions};
 use parking_lot::Mutex;
 
-pub use self::chain::{Chain, ChainError, open};
+pub use self::chain::{Chain, ChainError, TopImage, open, open_top};
 pub use self::header::{Header, HeaderError};
 use self::runs::{Place, Run, Runs};
 use super::raw::RawBase;

@@ -49,6 +49,7 @@ impl Disk {
     pub fn is_untidy(&self) -> bool {
         self.life.untidy.load(Ordering::SeqCst)
             && self.life.doing.lock().is_none()
+            && self.life.held.lock().is_empty()
             && !self.is_latched()
     }
 

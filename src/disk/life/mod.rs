@@ -4,6 +4,7 @@
 //! that no name holds apart any more, is done in the background afterwards (`tidy`), and gives way
 //! to whoever wants something of the disk.
 
+mod differ;
 mod error;
 mod merge;
 mod show;
@@ -19,6 +20,8 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use parking_lot::{Condvar, Mutex};
 use uuid::Uuid;
 
+pub use self::differ::Difference;
+use self::differ::Held;
 pub use self::error::LifeError;
 use self::show::snapshot_uuid;
 pub use self::show::{Since, SnapshotInfo};
@@ -63,6 +66,8 @@ pub(in crate::disk) struct Life {
     others: Mutex<Option<Others>>,
     /// The files of snapshots that were looked up, by their layer.
     files: Mutex<HashMap<Uuid, Arc<Disk>>>,
+    /// The files of differences.
+    held: Mutex<Vec<Held>>,
     /// The size of a new overlay over the base, and how much of the base it shows.
     pub(in crate::disk) fresh: Mutex<(u64, u64)>,
     /// How a commit locks the base.
@@ -88,6 +93,7 @@ impl Life {
             shelf: Mutex::default(),
             others: Mutex::default(),
             files: Mutex::default(),
+            held: Mutex::default(),
             fresh: Mutex::new(fresh),
             locking: None,
             done_bytes: AtomicU64::new(0),
@@ -249,16 +255,22 @@ impl Disk {
         Ok(())
     }
 
-    /// Freezes what the disk holds for a clone, unless it is frozen already.
-    pub(in crate::disk) fn freeze(&self) -> Result<Frozen, LifeError> {
+    /// Freezes what the disk holds, unless it is frozen already: tells the layer.
+    fn freeze_top(&self) -> Result<Uuid, LifeError> {
         let layers = self.layers();
-        let Top::Overlay(top) = &layers.top else { return Err(LifeError::NoOverlay("clones")) };
+        let Top::Overlay(top) = &layers.top else { return Err(LifeError::NoOverlay("layers")) };
         let usage = top.usage();
         let is_same = layers.sealed.as_ref().is_some_and(|sealed| sealed.size() == top.size());
         if !is_same || usage != (Usage { data: 0, zero: 0 }) || top.lower_limit() != top.size() {
             self.seal(None)?;
         }
-        let layer = self.tree("clones")?.top().and_then(|top| top.parent);
+        let top = self.tree("layers")?.top().and_then(|top| top.parent);
+        top.ok_or(LifeError::NoOverlay("layers"))
+    }
+
+    /// Freezes what the disk holds for a clone.
+    pub(in crate::disk) fn freeze(&self) -> Result<Frozen, LifeError> {
+        let layer = Some(self.freeze_top()?);
         // Not the size of the disk, which may have been resized since.
         let size = self.layers().sealed.as_ref().map(|sealed| sealed.size());
         match (&mut *self.home.lock(), layer, size) {

@@ -150,6 +150,9 @@ impl Disk {
         if let Some(reflink) = self.reflink() {
             return self.snapshot_of_reflink(&reflink, name);
         }
+        if let Some(file) = self.held_file(name) {
+            return Ok(file);
+        }
         loop {
             let tree = self.home.lock().tree().ok_or_else(missing)?;
             match self.snapshot_file_in(&tree, name) {
@@ -191,7 +194,13 @@ impl Disk {
     }
 
     /// Makes a disk that is only read of the layers of a snapshot.
-    fn show_snapshot(&self, name: &str, uuid: Uuid, layers: Layers, mtime: i64) -> Arc<Self> {
+    pub(super) fn show_snapshot(
+        &self,
+        name: &str,
+        uuid: Uuid,
+        layers: Layers,
+        mtime: i64,
+    ) -> Arc<Self> {
         let mut spec = DiskSpec::new(name.to_owned(), Source::Blank(layers.size()));
         spec.mode = Mode::ReadOnly;
         let owner = self.owner();

@@ -87,6 +87,7 @@ impl Disk {
         let mut doing = self.life.doing.lock();
         self.life.done.wait_while_for(&mut doing, |doing| doing.is_some(), patience);
         drop(doing);
+        self.life.held.lock().clear();
         self.life.files.lock().clear();
     }
 

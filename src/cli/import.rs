@@ -1,0 +1,119 @@
+//! `cowslip import`: an image that holds changes becomes an overlay over its backing file.
+
+use std::collections::HashSet;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::Context as _;
+use clap::Args;
+use parking_lot::Mutex;
+
+use super::mount::current_dir;
+use super::{DONE, say};
+use crate::base::qcow2;
+use crate::disk::{self, Change, Disk, Keep, Setting};
+use crate::extents::Kind;
+use crate::layer::{Layer, Wait};
+use crate::spec::{DiskSpec, Format, Source, format_size};
+use crate::stream::sink::Inherit;
+
+/// How long requests under way are waited for at the end; there are none.
+const PATIENCE: Duration = Duration::from_secs(5);
+/// How much is read and written at a time.
+const PIECE: u64 = 1 << 20;
+
+#[derive(Debug, Args)]
+pub(super) struct ImportArgs {
+    /// A qcow2 image
+    image: PathBuf,
+    /// Where to make the overlay
+    #[arg(long, value_name = "DIR")]
+    overlay: PathBuf,
+    /// Let the image have its backing files below DIR, besides its own directory
+    #[arg(long, value_name = "DIR")]
+    allow_backing: Vec<PathBuf>,
+}
+
+pub(super) fn run(args: &ImportArgs) -> anyhow::Result<u8> {
+    let here = current_dir()?;
+    let dir = here.join(&args.overlay);
+    if dir.exists() {
+        anyhow::bail!("'{}' is there already: name a new directory", args.overlay.display());
+    }
+    let allow_backing: Vec<PathBuf> =
+        args.allow_backing.iter().map(|below| here.join(below)).collect();
+    let image = here.join(&args.image);
+    let top = qcow2::open_top(&image, &allow_backing)?;
+    let mut spec = DiskSpec::new(
+        "import".to_owned(),
+        match &top.backing {
+            Some((path, _)) => Source::File(path.clone()),
+            None => Source::Blank(top.image.size()),
+        },
+    );
+    spec.format = top.backing.as_ref().map(|(_, format)| *format);
+    spec.overlay = Some(dir.clone());
+    let setting = Setting {
+        mountpoint: Path::new("/proc/self/mountpoint"),
+        mount_dev: None,
+        uid: rustix::process::getuid().as_raw(),
+        gid: rustix::process::getgid().as_raw(),
+        force: false,
+        allow_backing,
+        stdio: Inherit::Nothing,
+        looked_at: Mutex::new(HashSet::new()),
+    };
+    let disk = disk::open(&spec, &setting)?.disk;
+    let taken = take(&disk, top.image.as_ref());
+    let failed = || format!("overlay '{}'", args.overlay.display());
+    let bytes = match taken {
+        Ok(bytes) => bytes,
+        Err(error) => {
+            // What is half done is of no use to anybody: it was made for this.
+            disk.abandon();
+            let _ = std::fs::remove_dir_all(&dir);
+            return Err(error).with_context(failed);
+        }
+    };
+    disk.close(PATIENCE).with_context(failed)?;
+    let (_, format) = top.backing.map_or((PathBuf::new(), Format::Raw), |backing| backing);
+    let mount = match (&spec.source, format) {
+        (Source::File(path), Format::Raw) => {
+            format!("NAME={},overlay={}", path.display(), args.overlay.display())
+        }
+        (Source::File(path), format) => {
+            format!("NAME={},format={format},overlay={}", path.display(), args.overlay.display())
+        }
+        _ => format!("NAME=blank:{},overlay={}", top.image.size(), args.overlay.display()),
+    };
+    let shown = args.overlay.display();
+    say(&format!("{shown}: holds {} of changes: mount it as {mount}", format_size(bytes)));
+    Ok(DONE)
+}
+
+/// Takes over what `image` itself holds, and tells how much that is.
+fn take(disk: &Disk, image: &dyn Layer) -> std::io::Result<u64> {
+    let size = image.size();
+    disk.set_size(size, Wait::Yes)?;
+    let mut buf = vec![0; usize::try_from(PIECE).unwrap_or(0)];
+    let (mut at, mut taken) = (0, 0);
+    while at < size {
+        let len = usize::try_from((size - at).min(PIECE)).unwrap_or(0);
+        let found = image.read_at(&mut buf[..len], at, Wait::Yes)?;
+        let range = found.range;
+        match found.kind {
+            Kind::Data => {
+                let len = usize::try_from(range.end - range.start).unwrap_or(0);
+                disk.write(&buf[..len], at, Wait::Yes)?;
+            }
+            Kind::Zero => disk.change(range.clone(), Change::Punch, Keep::Size, Wait::Yes)?,
+            Kind::Hole | Kind::Lower => {}
+        }
+        if matches!(found.kind, Kind::Data | Kind::Zero) {
+            taken += range.end - range.start;
+        }
+        at = range.end;
+    }
+    disk.sync()?;
+    Ok(taken)
+}

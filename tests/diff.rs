@@ -1,0 +1,272 @@
+//! What changed leaves as a file that the tools of its format take, and comes back.
+
+// Sizes are small here, and a test may panic.
+#![allow(clippy::unwrap_used, clippy::cast_possible_truncation)]
+
+mod common;
+
+use std::fs::{self, File};
+use std::io::Read;
+use std::os::unix::fs::FileExt;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use common::mount::*;
+use cowslip::stream::frames::rbd::{Decoder, Record};
+use rustix::fs::FallocateFlags;
+
+const SIZE: u64 = 16 * MIB;
+
+/// A mounted disk with data, holes and zeros over those of its base.
+fn changed(lab: &mut Lab, words: &str) {
+    lab.base("base.img", SIZE);
+    lab.mount(words);
+    scatter(lab, 1);
+}
+
+fn scatter(lab: &Lab, seed: u64) {
+    let file = lab.open("m/d");
+    for (at, len) in [(0, 5), (100_000, 10_000), (5 * MIB + 3, 70_000), (SIZE - 100, 100)] {
+        file.write_all_at(&noise(len, seed + at), at).unwrap();
+    }
+    let punch = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+    fallocate(&file, punch, 8 * MIB + seed * 10_000..9 * MIB).unwrap();
+    fallocate(&file, FallocateFlags::ZERO_RANGE, 3 * MIB + 17..3 * MIB + 5000).unwrap();
+}
+
+/// The image is sound and reads as the disk, and holds no cluster that has not changed.
+fn is_the_disk(lab: &Lab, image: &str) {
+    lab.sh(&format!("qemu-img check -q {image}; qemu-img compare -f raw -F qcow2 m/d {image}"));
+}
+
+#[test]
+fn a_diff_is_an_image_that_qemu_takes_as_the_disk() {
+    let mut lab = Lab::new();
+    changed(&mut lab, "d=base.img,overlay=ov");
+    let said = lab.ok("diff m/d -o out.qcow2");
+    assert!(said.starts_with("out.qcow2: ") && said.ends_with("of changes written\n"), "{said}");
+    is_the_disk(&lab, "out.qcow2");
+    let map = lab.sh("qemu-img map --output=json out.qcow2");
+    let map: serde_json::Value = serde_json::from_str(&map).unwrap();
+    let own = map.as_array().unwrap().iter().filter(|run| run["depth"] == 0);
+    let own: u64 = own.map(|run| run["length"].as_u64().unwrap()).sum();
+    // Four places of data, each in one to three clusters, one of zeros, and the hole's.
+    assert!(own > MIB * 9 / 10 && own < MIB + 12 * 65536, "{own} bytes");
+    assert!(fs::metadata(lab.path("out.qcow2")).unwrap().len() < 20 * 65536);
+    let line = lab.refused(1, "diff m/d -o out.qcow2");
+    assert!(line.contains("'out.qcow2' is there already"), "{line}");
+    lab.ok("diff m/d -o out.qcow2 --overwrite");
+    // Its commit makes the base what the disk is.
+    lab.sh("cp base.img base2.img; qemu-img rebase -u -b base2.img -F raw out.qcow2; qemu-img commit -q out.qcow2; cmp m/d base2.img");
+    lab.end();
+}
+
+#[test]
+fn a_whole_disk_needs_no_backing_file() {
+    let mut lab = Lab::new();
+    changed(&mut lab, "d=base.img t=blank:3000000");
+    lab.ok("diff m/d --full -o full.qcow2");
+    is_the_disk(&lab, "full.qcow2");
+    assert!(!lab.sh("qemu-img info full.qcow2").contains("backing file"));
+    // Over a blank base there is no file to name either; sizes are whole sectors.
+    lab.open("m/t").write_all_at(&noise(1000, 5), 2_999_000).unwrap();
+    lab.ok("diff m/t -o t.qcow2");
+    lab.sh("qemu-img check -q t.qcow2; qemu-img compare -f raw -F qcow2 m/t t.qcow2");
+    lab.end();
+}
+
+#[test]
+fn grown_and_cut_disks_are_the_same_in_the_image() {
+    let mut lab = Lab::new();
+    changed(&mut lab, "d=base.img");
+    for sizes in [[SIZE + 3 * MIB, 0], [5 * MIB, 7 * MIB], [MIB + 512, SIZE + MIB], [512, 0]] {
+        for size in sizes.into_iter().filter(|size| *size > 0) {
+            lab.open("m/d").set_len(size).unwrap();
+        }
+        lab.ok("diff m/d -o out.qcow2 --overwrite");
+        is_the_disk(&lab, "out.qcow2");
+    }
+    lab.end();
+}
+
+#[test]
+fn a_diff_of_what_lies_on_an_image_names_that() {
+    let mut lab = Lab::new();
+    lab.base("base.img", SIZE);
+    lab.sh("qemu-img convert -f raw -O qcow2 base.img base.qcow2");
+    lab.mount("d=base.qcow2,format=qcow2,overlay=ov");
+    scatter(&lab, 3);
+    lab.ok("diff m/d -o out.qcow2");
+    is_the_disk(&lab, "out.qcow2");
+    lab.sh("cp m/d want; $COWSLIP umount m; qemu-img commit -q out.qcow2; qemu-img compare -f raw -F qcow2 want base.qcow2");
+    lab.end();
+}
+
+#[test]
+fn a_diff_is_of_one_moment_though_the_disk_is_written() {
+    let mut lab = Lab::new();
+    lab.base("base.img", SIZE);
+    lab.mount("d=base.img,overlay=ov");
+    let done = AtomicBool::new(false);
+    let file = lab.open("m/d");
+    thread::scope(|scope| {
+        // Both ends hold the same number at every moment between two writes of a pair.
+        let writer = scope.spawn(|| {
+            let mut count = 1u64;
+            while !done.load(Ordering::SeqCst) {
+                file.write_all_at(&count.to_le_bytes(), 0).unwrap();
+                file.write_all_at(&noise(300_000, count), 4 * MIB).unwrap();
+                file.write_all_at(&count.to_le_bytes(), SIZE - 8).unwrap();
+                count += 1;
+            }
+        });
+        for round in 0..5 {
+            lab.ok(&format!("diff m/d -o out{round}.qcow2"));
+        }
+        done.store(true, Ordering::SeqCst);
+        writer.join().unwrap();
+    });
+    for round in 0..5 {
+        lab.sh(&format!("qemu-img check -q out{round}.qcow2; qemu-img convert -f qcow2 -O raw out{round}.qcow2 raw"));
+        let raw = fs::read(lab.path("raw")).unwrap();
+        let number = |at: u64| u64::from_le_bytes(raw[at as usize..][..8].try_into().unwrap());
+        let (first, last) = (number(0), number(SIZE - 8));
+        assert!(first == last || first == last + 1, "{first} and {last}");
+        let middle = &raw[4 * MIB as usize..][..300_000];
+        assert!(middle == noise(300_000, first) || middle == noise(300_000, last), "torn");
+    }
+    drop(file);
+    // What was frozen for it becomes one with the top again.
+    assert_eq!(lab.ok("snapshot m/d --list").lines().count(), 1);
+    let limit = Instant::now() + PATIENCE;
+    while lab.disk("d")["overlay"]["chain"].as_array().unwrap().len() > 1 {
+        assert!(Instant::now() < limit, "it is never merged");
+        thread::sleep(Duration::from_millis(200));
+    }
+    lab.end();
+}
+
+#[test]
+fn increments_add_up() {
+    let mut lab = Lab::new();
+    changed(&mut lab, "d=base.img,overlay=ov");
+    lab.ok("snapshot m/d one");
+    scatter(&lab, 7);
+    lab.ok("snapshot m/d two");
+    scatter(&lab, 20);
+    lab.ok("diff m/d --until one -o one.qcow2");
+    lab.ok("diff m/d --since one --until two -o two.qcow2 -b one.qcow2 -F qcow2");
+    lab.ok("diff m/d --since two -o three.qcow2 -b two.qcow2 -F qcow2");
+    is_the_disk(&lab, "three.qcow2");
+    for (image, name) in [("one", "one"), ("two", "two")] {
+        lab.sh(&format!("qemu-img check -q {image}.qcow2; qemu-img compare -f raw -F qcow2 m/.cowslip/d/snapshots/{name} {image}.qcow2"));
+    }
+    // Nothing has changed since.
+    lab.ok("snapshot m/d three");
+    assert!(
+        lab.ok("diff m/d --since three -o none.qcow2 -b x -F raw").contains("0 bytes of changes")
+    );
+    let line = lab.refused(2, "diff m/d --since one -o x.qcow2");
+    assert!(line.contains("name it with -b FILE -F FORMAT"), "{line}");
+    let line = lab.refused(1, "diff m/d --since nope -o x.qcow2 -b y -F raw");
+    assert!(line.contains("there is no snapshot 'nope'"), "{line}");
+    lab.ok("revert m/d one");
+    let line = lab.refused(1, "diff m/d --since two -o x.qcow2 -b y -F raw");
+    assert!(line.contains("does not stand on snapshot 'two'"), "{line}");
+    assert!(!lab.path("x.qcow2").exists());
+    lab.end();
+}
+
+#[test]
+fn an_image_of_changes_becomes_an_overlay_again() {
+    let mut lab = Lab::new();
+    changed(&mut lab, "d=base.img,overlay=ov");
+    lab.open("m/d").set_len(SIZE + MIB).unwrap();
+    let before = checksum(&lab.path("m/d"));
+    lab.ok("diff m/d -o out.qcow2");
+    lab.umount();
+    let said = lab.ok("import out.qcow2 --overlay new");
+    assert!(said.contains("mount it as NAME=") && said.contains("base.img,overlay=new"), "{said}");
+    lab.mount("d=base.img,overlay=new");
+    assert_eq!(checksum(&lab.path("m/d")), before);
+    is_the_disk(&lab, "out.qcow2");
+    lab.umount();
+    let line = lab.refused(1, "import out.qcow2 --overlay new");
+    assert!(line.contains("'new' is there already"), "{line}");
+    // Made by QEMU: compressed, with zeros, over an image, and without a backing file.
+    lab.sh("qemu-img convert -f raw -O qcow2 base.img base.qcow2
+         qemu-img create -q -f qcow2 -b base.qcow2 -F qcow2 top.qcow2
+         qemu-io -c 'write -P 3 1M 100K' -c 'write -z 2M 1M' top.qcow2
+         seq 400000 | head -c 2M >text; qemu-img convert -c -f raw -O qcow2 text text.qcow2");
+    lab.ok("import top.qcow2 --overlay top");
+    lab.mount("d=base.qcow2,format=qcow2,overlay=top");
+    is_the_disk(&lab, "top.qcow2");
+    lab.umount();
+    lab.ok("import text.qcow2 --overlay text.cow");
+    lab.mount("d=blank:2M,overlay=text.cow");
+    lab.sh("cmp m/d text");
+    lab.umount();
+    // What cannot be read leaves nothing behind.
+    lab.sh("truncate -s 300K text.qcow2");
+    lab.refused(1, "import text.qcow2 --overlay cut");
+    assert!(!lab.path("cut").exists());
+    lab.sh("qemu-img create -q -f qcow2 -b /etc/shadow -F raw evil.qcow2 1M");
+    let line = lab.refused(1, "import evil.qcow2 --overlay evil");
+    assert!(
+        line.contains("not below a directory that is allowed") && !lab.path("evil").exists(),
+        "{line}"
+    );
+    lab.end();
+}
+
+#[test]
+fn an_rbd_diff_holds_exactly_what_changed() {
+    let mut lab = Lab::new();
+    changed(&mut lab, "d=base.img");
+    lab.ok("diff m/d -O rbd -o out.rbd");
+    lab.sh("$COWSLIP diff m/d -O rbd -o - >piped.rbd; cmp out.rbd piped.rbd");
+    // Applied to the base it is the disk.
+    let mut image = fs::read(lab.path("base.img")).unwrap();
+    let mut wire = Decoder::new(File::open(lab.path("out.rbd")).unwrap()).unwrap();
+    let mut sent = 0;
+    loop {
+        match wire.next_record().unwrap() {
+            Record::Size(size) => assert_eq!(size, SIZE),
+            Record::Data(range) => {
+                let range = range.start as usize..range.end as usize;
+                sent += range.len();
+                wire.input().read_exact(&mut image[range]).unwrap();
+            }
+            Record::Zeros(range) => image[range.start as usize..range.end as usize].fill(0),
+            Record::End => break,
+        }
+    }
+    assert!(image == fs::read(lab.path("m/d")).unwrap());
+    assert!(sent < 40 * 4096, "{sent} bytes of data");
+    lab.end();
+}
+
+#[test]
+fn what_has_no_diff_says_so() {
+    let lab = Lab::new();
+    lab.sh("truncate -s 1M base.img; mkdir dir");
+    lab.mount("ro=base.img,mode=ro d=base.img");
+    for (code, words, says) in [
+        (1, "diff m/ro -o x", "it has no overlay"),
+        (1, "diff m/nope -o x", "there is no disk 'nope'"),
+        (1, "diff base.img -o x", "not in a cowslip mount"),
+        (1, "diff m/d -o nodir/x", "cannot write 'nodir/x'"),
+        (1, "diff m/d -o dir", "'dir' is there already"),
+        (2, "diff m/d -O qcow2 -o -", "-o FILE"),
+        (2, "diff m/d -O vmdk -o x", "vmdk"),
+        (2, "diff m/d -o x -b y", "backing-format"),
+        (2, "diff m/d -o x -b y -F vmdk", "raw or qcow2"),
+        (2, "diff m/d", "-o"),
+    ] {
+        let line = lab.refused(code, words);
+        assert!(line.contains(says), "{words}: {line}");
+    }
+    assert_eq!(lab.sh("ls -A"), "base.img\ndir\nlog.txt\nm\n");
+    lab.end();
+}
