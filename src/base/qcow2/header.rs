@@ -275,3 +275,69 @@ impl<'a> Fields<'a> {
         self.array(at).map(u64::from_be_bytes)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// A sound image of 64 MiB with one L2 table, a backing file and its format.
+    fn sample() -> Vec<u8> {
+        let mut image = vec![0; 5 << 16];
+        let mut put = |at: usize, bytes: &[u8]| image[at..at + bytes.len()].copy_from_slice(bytes);
+        put(0, MAGIC);
+        put(4, &3_u32.to_be_bytes());
+        put(8, &512_u64.to_be_bytes());
+        put(16, &8_u32.to_be_bytes());
+        put(20, &16_u32.to_be_bytes());
+        put(24, &(64_u64 << 20).to_be_bytes());
+        put(36, &1_u32.to_be_bytes());
+        put(40, &(3_u64 << 16).to_be_bytes());
+        put(100, &104_u32.to_be_bytes());
+        put(104, &EXT_BACKING_FORMAT.to_be_bytes());
+        put(108, &3_u32.to_be_bytes());
+        put(112, b"raw");
+        put(512, b"base.img");
+        put(3 << 16, &(1 << 63 | 4_u64 << 16).to_be_bytes());
+        image
+    }
+
+    fn read(image: &[u8]) -> Result<Header, HeaderError> {
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(image).unwrap();
+        let header = Header::read(&file, image.len() as u64)?;
+        header.check_l1(&file, image.len() as u64).map(|()| header)
+    }
+
+    #[test]
+    fn a_sound_header_is_understood() {
+        let header = read(&sample()).unwrap();
+        let backing = Backing { name: "base.img".to_owned(), format: Some("raw".to_owned()) };
+        assert_eq!(header.backing, Some(backing));
+        assert_eq!((header.size, header.cluster), (64 << 20, 1 << 16));
+        assert_eq!(header.l1, 3 << 16..(3 << 16) + 8);
+    }
+
+    proptest! {
+        #[test]
+        fn whatever_is_in_it_a_header_is_read_or_refused(
+            changes in proptest::collection::vec((0..600_usize, any::<u8>()), 1..8),
+            table in any::<u64>(), len in 0..6_usize << 16,
+        ) {
+            let mut image = sample();
+            for (at, byte) in changes {
+                image[at] = byte;
+            }
+            image[3 << 16..][..8].copy_from_slice(&table.to_be_bytes());
+            image.truncate(len);
+            if let Ok(header) = read(&image) {
+                // What passes leads nowhere outside, and needs little memory.
+                prop_assert!(header.l1.end <= len as u64 && header.l1.end - header.l1.start <= LARGEST_L1);
+                prop_assert!((512..=2 << 20).contains(&header.cluster));
+            }
+        }
+    }
+}
