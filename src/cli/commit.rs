@@ -1,6 +1,5 @@
 //! `cowslip commit`: an overlay's changes go down into its base.
 
-use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -9,7 +8,6 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use clap::Args;
-use parking_lot::Mutex;
 use serde_json::json;
 
 use super::client::Place;
@@ -22,7 +20,6 @@ use crate::disk::{self, Disk, Force, Setting};
 use crate::mount::kernel;
 use crate::overlay::stack::{BaseRecord, Stack, open_dir};
 use crate::spec::format_size;
-use crate::stream::sink::Inherit;
 
 /// How long requests under way are waited for at the end; there are none.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -85,17 +82,8 @@ fn offline(dir: &Path) -> anyhow::Result<u8> {
     let spec = disk::over(&name, &stack.base);
     let mut spec = spec.map_err(|error| anyhow::anyhow!("overlay '{}' {error}", dir.display()))?;
     spec.overlay = Some(dir.to_owned());
-    let setting = Setting {
-        mountpoint: Path::new("/proc/self/mountpoint"),
-        mount_dev: None,
-        uid: rustix::process::getuid().as_raw(),
-        gid: rustix::process::getgid().as_raw(),
-        // A base that changed is refused by the commit itself, which no force lets pass.
-        force: true,
-        allow_backing: Vec::new(),
-        stdio: Inherit::Nothing,
-        looked_at: Mutex::new(HashSet::new()),
-    };
+    // A base that changed is refused by the commit itself, which no force lets pass.
+    let setting = Setting { force: true, ..Setting::unmounted() };
     let disk = disk::open(&spec, &setting)?.disk;
     let done = watched(&disk);
     let closed = disk.close(PATIENCE);

@@ -1,12 +1,10 @@
 //! `cowslip import`: an image that holds changes becomes an overlay over its backing file.
 
-use std::collections::HashSet;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::Context as _;
 use clap::Args;
-use parking_lot::Mutex;
 
 use super::mount::current_dir;
 use super::{DONE, say};
@@ -15,7 +13,6 @@ use crate::disk::{self, Change, Disk, Keep, Setting};
 use crate::extents::Kind;
 use crate::layer::{Layer, Wait};
 use crate::spec::{DiskSpec, Format, Source, format_size};
-use crate::stream::sink::Inherit;
 
 /// How long requests under way are waited for at the end; there are none.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -53,16 +50,7 @@ pub(super) fn run(args: &ImportArgs) -> anyhow::Result<u8> {
     );
     spec.format = top.backing.as_ref().map(|(_, format)| *format);
     spec.overlay = Some(dir.clone());
-    let setting = Setting {
-        mountpoint: Path::new("/proc/self/mountpoint"),
-        mount_dev: None,
-        uid: rustix::process::getuid().as_raw(),
-        gid: rustix::process::getgid().as_raw(),
-        force: false,
-        allow_backing,
-        stdio: Inherit::Nothing,
-        looked_at: Mutex::new(HashSet::new()),
-    };
+    let setting = Setting { allow_backing, ..Setting::unmounted() };
     let disk = disk::open(&spec, &setting)?.disk;
     let taken = take(&disk, top.image.as_ref());
     let failed = || format!("overlay '{}'", args.overlay.display());

@@ -137,11 +137,8 @@ impl Layers {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::HashSet;
     use std::path::Path;
     use std::sync::Barrier;
-
-    use parking_lot::Mutex;
 
     use super::super::{Opened, Setting, open};
     use super::*;
@@ -149,7 +146,6 @@ mod tests {
     use crate::overlay::persist::Place;
     use crate::overlay::recover::Recovered;
     use crate::spec::{DiskSpec, Source};
-    use crate::stream::sink::Inherit;
 
     const SHORT: Duration = Duration::from_millis(50);
     const LONG: Duration = Duration::from_secs(60);
@@ -157,16 +153,7 @@ mod tests {
     fn disk(overlay: Option<&Path>) -> Result<Disk, String> {
         let mut spec = DiskSpec::new("d".to_owned(), Source::Blank(1 << 20));
         spec.overlay = overlay.map(Path::to_owned);
-        let setting = Setting {
-            mountpoint: Path::new("/nowhere"),
-            mount_dev: None,
-            uid: 0,
-            gid: 0,
-            force: false,
-            allow_backing: Vec::new(),
-            stdio: Inherit::Nothing,
-            looked_at: Mutex::new(HashSet::new()),
-        };
+        let setting = Setting::unmounted();
         let opened = open(&spec, &setting).map_err(|error| error.to_string())?;
         let Opened { disk, .. } = opened;
         Ok(disk)

@@ -114,6 +114,23 @@ pub struct Setting<'a> {
     pub looked_at: Mutex<HashSet<PathBuf>>,
 }
 
+impl Setting<'static> {
+    /// For a disk that is opened without being mounted, by who runs this.
+    #[must_use]
+    pub fn unmounted() -> Self {
+        Self {
+            mountpoint: Path::new("/proc/self/mountpoint"),
+            mount_dev: None,
+            uid: rustix::process::getuid().as_raw(),
+            gid: rustix::process::getgid().as_raw(),
+            force: false,
+            allow_backing: Vec::new(),
+            stdio: Inherit::Nothing,
+            looked_at: Mutex::new(HashSet::new()),
+        }
+    }
+}
+
 /// A disk that was opened, and what its user should know.
 pub struct Opened {
     /// The disk.

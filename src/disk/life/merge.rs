@@ -248,21 +248,11 @@ mod tests {
     use super::*;
     use crate::layer::Wait;
     use crate::spec::{DiskSpec, Source};
-    use crate::stream::sink::Inherit;
 
     fn disk(dir: &Path) -> Disk {
         let mut spec = DiskSpec::new("d".to_owned(), Source::Blank(8 << 20));
         spec.overlay = Some(dir.to_owned());
-        let setting = Setting {
-            mountpoint: Path::new("/nowhere"),
-            mount_dev: None,
-            uid: 0,
-            gid: 0,
-            force: false,
-            allow_backing: Vec::new(),
-            stdio: Inherit::Nothing,
-            looked_at: Mutex::new(HashSet::new()),
-        };
+        let setting = Setting::unmounted();
         open(&spec, &setting).map_err(|error| error.to_string()).unwrap().disk
     }
 
