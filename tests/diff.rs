@@ -110,14 +110,18 @@ fn a_diff_is_of_one_moment_though_the_disk_is_written() {
     lab.mount("d=base.img,overlay=ov");
     let done = AtomicBool::new(false);
     let file = lab.open("m/d");
+    let write = |count: u64| {
+        file.write_all_at(&count.to_le_bytes(), 0).unwrap();
+        file.write_all_at(&noise(300_000, count), 4 * MIB).unwrap();
+        file.write_all_at(&count.to_le_bytes(), SIZE - 8).unwrap();
+    };
+    write(1);
     thread::scope(|scope| {
         // Both ends hold the same number at every moment between two writes of a pair.
         let writer = scope.spawn(|| {
-            let mut count = 1u64;
+            let mut count = 2;
             while !done.load(Ordering::SeqCst) {
-                file.write_all_at(&count.to_le_bytes(), 0).unwrap();
-                file.write_all_at(&noise(300_000, count), 4 * MIB).unwrap();
-                file.write_all_at(&count.to_le_bytes(), SIZE - 8).unwrap();
+                write(count);
                 count += 1;
             }
         });
