@@ -252,6 +252,20 @@ fn an_rbd_diff_holds_exactly_what_changed() {
 }
 
 #[test]
+fn a_part_of_a_file_is_no_backing_file() {
+    let mut lab = Lab::new();
+    lab.base("base.img", SIZE);
+    lab.mount("d=base.img,offset=1M,len=8M");
+    lab.open("m/d").write_all_at(&noise(10_000, 1), 77).unwrap();
+    let line = lab.refused(1, "diff m/d -o out.qcow2");
+    assert!(line.contains("is a part of a file") && line.contains("--full"), "{line}");
+    assert!(!lab.path("out.qcow2").exists());
+    lab.ok("diff m/d --full -o out.qcow2");
+    is_the_disk(&lab, "out.qcow2");
+    lab.end();
+}
+
+#[test]
 fn what_has_no_diff_says_so() {
     let lab = Lab::new();
     lab.sh("truncate -s 1M base.img; mkdir dir");

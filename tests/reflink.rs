@@ -538,6 +538,8 @@ fn create(lab: &Lab) -> Persistent {
         base: BaseRecord::File {
             path: path.clone(),
             format: "raw".to_owned(),
+            offset: None,
+            len: None,
             identity,
             needs: Vec::new(),
         },

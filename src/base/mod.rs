@@ -7,6 +7,9 @@
 //!        │ which format? (by its first and last bytes)
 //!        ▼                                   ▼
 //!     RawBase (raw.rs)                    Blank (blank.rs)
+//!        │ all of it, or a part?
+//!        ▼
+//!     View (view.rs), by bytes or as partitions/ says
 //! ```
 //!
 //! `identity.rs` notices a base that changed under an overlay, and `place.rs` one that lies in the
@@ -19,12 +22,15 @@
 pub mod blank;
 pub mod identity;
 pub mod lock;
+pub mod partitions;
 pub mod place;
 pub mod qcow2;
 pub mod raw;
+pub mod view;
 
 use std::fs::{File, FileType, Metadata};
 use std::io;
+use std::ops::Range;
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -38,8 +44,9 @@ use self::lock::LockError;
 use self::place::{HostFs, Manner};
 use self::qcow2::ChainError;
 use self::raw::{HostKind, RawBase};
+use self::view::{PartError, View};
 use crate::layer::{Layer, WritableLayer};
-use crate::spec::{Format, Locking, Source};
+use crate::spec::{Format, Locking, Part, Source};
 
 /// What a base is opened for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -55,6 +62,8 @@ pub enum Access {
 pub struct Opening<'a> {
     /// Its format; `None`: raw, unless it looks like something else.
     pub format: Option<Format>,
+    /// How much of it is served.
+    pub part: Part,
     /// What for.
     pub access: Access,
     /// Whether QEMU's locks are taken.
@@ -69,8 +78,10 @@ pub struct Base {
     pub layer: BaseLayer,
     /// Where it is, canonical; none for a blank.
     pub path: Option<PathBuf>,
-    /// Bytes, when it was opened.
+    /// Bytes, when it was opened; of the part that is served.
     pub size: u64,
+    /// Where that part is, in bytes; none for all of it.
+    pub view: Option<Range<u64>>,
     /// The file or device, to be locked further or looked at; none for a blank.
     pub file: Option<Arc<File>>,
     /// The files it is read from besides, the nearest first.
@@ -178,6 +189,14 @@ pub enum BaseError {
     /// A qcow2 image, or one that it needs.
     #[error(transparent)]
     Chain(#[from] ChainError),
+    /// It has no such part.
+    #[error("'{}' {error}", path.display())]
+    Part {
+        /// As it was given.
+        path: PathBuf,
+        /// What is wrong.
+        error: PartError,
+    },
     /// A stream has no base.
     #[error("a stream has no base")]
     Stream,
@@ -231,6 +250,7 @@ pub fn open(source: &Source, how: Opening<'_>) -> Result<Base, BaseError> {
             layer: BaseLayer::Reader(Arc::new(Blank::new(*size))),
             path: None,
             size: *size,
+            view: None,
             file: None,
             needs: Vec::new(),
         }),
@@ -240,28 +260,33 @@ pub fn open(source: &Source, how: Opening<'_>) -> Result<Base, BaseError> {
 }
 
 fn open_file(path: &Path, how: Opening<'_>) -> Result<Base, BaseError> {
-    let Opening { format, access, locking, allow_backing } = how;
+    let Opening { format, part, access, locking, allow_backing } = how;
     let host = open_host_file(path, access, locking)?;
     let unreadable = |error: io::Error| BaseError::host(path, access, error);
     check_format(path, &host, format).map_err(unreadable)??;
     let real = path.canonicalize().unwrap_or_else(|_| path.to_owned());
-    let (file, size) = (Arc::clone(&host.file), host.size);
+    let (file, raw) = (Arc::clone(&host.file), Arc::clone(&host.raw));
+    let sector = host.sector().map_err(unreadable)?;
     let mut needs = Vec::new();
-    let layer = match (access, format) {
+    let whole: Arc<dyn Layer> = match (access, format) {
         (Access::Read, Some(Format::Qcow2)) => {
             let chain = qcow2::open(&real, host, allow_backing, locking)?;
             needs.extend_from_slice(chain.needs());
-            BaseLayer::Reader(Arc::new(chain))
+            Arc::new(chain)
         }
         (Access::Write, Some(Format::Qcow2)) => return Err(BaseError::OnlyRead(path.to_owned())),
-        (Access::Read, _) => BaseLayer::Reader(host.raw),
-        (Access::Write, _) => BaseLayer::Writer(host.raw),
+        _ => host.raw,
     };
-    let size = match &layer {
-        BaseLayer::Reader(layer) => layer.size(),
-        BaseLayer::Writer(_) => size,
+    let view = view::find(part, &*whole, sector)
+        .map_err(|error| BaseError::Part { path: path.to_owned(), error })?;
+    let size = view.as_ref().map_or(whole.size(), |view| view.end - view.start);
+    let layer = match (access, view.clone()) {
+        (Access::Read, None) => BaseLayer::Reader(whole),
+        (Access::Read, Some(view)) => BaseLayer::Reader(Arc::new(View::new(whole, view))),
+        (Access::Write, None) => BaseLayer::Writer(raw),
+        (Access::Write, Some(view)) => BaseLayer::Writer(Arc::new(View::new(raw, view))),
     };
-    Ok(Base { layer, path: Some(real), size, file: Some(file), needs })
+    Ok(Base { layer, path: Some(real), size, view, file: Some(file), needs })
 }
 
 /// A file or device of the host, open and locked.
@@ -279,6 +304,14 @@ impl Host {
     fn key(&self) -> io::Result<(u64, u64)> {
         let meta = self.file.metadata()?;
         Ok((meta.dev(), meta.ino()))
+    }
+
+    /// The bytes of a device's sectors. A file has none of its own.
+    fn sector(&self) -> io::Result<Option<u64>> {
+        match self.raw.kind() {
+            HostKind::File => Ok(None),
+            HostKind::BlockDevice => Ok(Some(rustix::fs::ioctl_blksszget(&*self.file)?.into())),
+        }
     }
 }
 
@@ -312,10 +345,12 @@ fn open_host_file(path: &Path, access: Access, locking: Locking) -> Result<Host,
 
 /// A base that is served to be read and now written as well: a commit.
 pub struct Writable {
-    /// To be written.
-    pub layer: RawBase,
-    /// The same file or device.
+    /// To be written; nothing but `view`, if there is one.
+    pub layer: Box<dyn WritableLayer>,
+    /// The same file or device, whole.
     pub file: Arc<File>,
+    /// What of it is written; none for all of it.
+    pub view: Option<Range<u64>>,
     /// Its reader, whose locks forbid all others to use it meanwhile.
     reader: Arc<File>,
 }
@@ -326,13 +361,15 @@ impl Drop for Writable {
     }
 }
 
-/// Opens the base at `path`, which `reader` serves, to be written too, and shuts all others out.
+/// Opens the base at `path`, which `reader` serves, to be written too (only `view` of it, if there
+/// is one), and shuts all others out.
 ///
 /// # Errors
 /// [`BaseError`]: somebody else uses it, it cannot be written, it is not there any more.
 pub fn open_writable(
     path: &Path,
     reader: &Arc<File>,
+    view: Option<Range<u64>>,
     locking: Locking,
 ) -> Result<Writable, BaseError> {
     let host = |error: io::Error| BaseError::host(path, Access::Write, error);
@@ -355,9 +392,17 @@ pub fn open_writable(
     };
     let file = Arc::new(file);
     let reader = Arc::clone(reader);
-    let layer = RawBase::new(Arc::clone(&file), kind, size).map_err(host);
+    let part = |error| BaseError::Part { path: path.to_owned(), error };
+    let layer = view.as_ref().map_or(Ok(()), |view| view::check_inside(view, size)).map_err(part);
+    let layer = layer.and_then(|()| RawBase::new(Arc::clone(&file), kind, size).map_err(host));
     match layer {
-        Ok(layer) => Ok(Writable { layer, file, reader }),
+        Ok(raw) => {
+            let layer: Box<dyn WritableLayer> = match view.clone() {
+                None => Box::new(raw),
+                Some(view) => Box::new(View::new(Arc::new(raw), view)),
+            };
+            Ok(Writable { layer, file, view, reader })
+        }
         Err(error) => {
             lock::downgrade(&reader);
             Err(error)
@@ -564,7 +609,7 @@ mod tests {
     use crate::layer::{ReadBelow, Wait};
 
     fn how(format: Option<Format>, access: Access) -> Opening<'static> {
-        Opening { format, access, locking: Locking::Qemu, allow_backing: &[] }
+        Opening { format, part: Part::Whole, access, locking: Locking::Qemu, allow_backing: &[] }
     }
 
     fn open_path(path: &Path, format: Option<Format>) -> Result<Base, BaseError> {

@@ -20,7 +20,7 @@ use crate::overlay::persist::{self, Found};
 use crate::overlay::recover::{LogError, Recovered};
 use crate::overlay::stack::{BaseRecord, FileRecord, StackError};
 use crate::overlay::verify::{Look, Sound, contradictions, short};
-use crate::spec::format_size;
+use crate::spec::{Part, format_size};
 use crate::store::{self, Leftovers};
 
 #[derive(Debug, Args)]
@@ -270,7 +270,7 @@ fn check_base(overlay: &Found, findings: &mut Findings) -> anyhow::Result<()> {
             findings.fact("base", format!("blank, {}", format_size(*size)));
             return Ok(());
         }
-        BaseRecord::File { path, format, identity, needs } => (path, format, identity, needs),
+        BaseRecord::File { path, format, identity, needs, .. } => (path, format, identity, needs),
     };
     let shown = path.display();
     let unreadable = || format!("cannot read the base '{shown}'");
@@ -305,7 +305,13 @@ fn check_base(overlay: &Found, findings: &mut Findings) -> anyhow::Result<()> {
         },
     };
     let size = format_size(identity.size);
-    findings.fact("base", format!("{shown}, {format}, {size}, {verdict}"));
+    let part = match overlay.stack.base.part() {
+        Part::Bytes { offset, len: Some(len) } => {
+            format!("bytes {offset}..{} of ", offset.saturating_add(len))
+        }
+        _ => String::new(),
+    };
+    findings.fact("base", format!("{part}{shown}, {format}, {size}, {verdict}"));
     findings.damage.extend(damage);
     for FileRecord { path, identity } in needs {
         let shown = path.display();
@@ -484,6 +490,8 @@ mod tests {
         let base = BaseRecord::File {
             path: path.clone(),
             format: "raw".into(),
+            offset: None,
+            len: None,
             identity,
             needs: Vec::new(),
         };

@@ -153,6 +153,15 @@ fn freeze(place: &Place, args: &DiffArgs) -> anyhow::Result<Frozen> {
     let text = |key: &str| found["base"][key].as_str().map(str::to_owned);
     let base = text("path").zip(text("format"));
     let base = base.map(|(name, format)| Backing { name, format });
+    if found["base"] == "part"
+        && args.output == Output::Qcow2
+        && args.backing.is_none()
+        && !args.full
+    {
+        anyhow::bail!(
+            "its base is a part of a file, which a qcow2 image has no name for: --full writes all of it"
+        );
+    }
     Ok(Frozen { file, size, runs, base })
 }
 

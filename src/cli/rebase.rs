@@ -18,7 +18,7 @@ use crate::base::identity::Identity;
 use crate::base::{self, Access, BaseError, Opening};
 use crate::overlay::persist;
 use crate::overlay::stack::{BaseRecord, FileRecord, Stack, StackError};
-use crate::spec::{Format, Locking, Source};
+use crate::spec::{Format, Locking, Part, Source};
 
 #[derive(Debug, Args)]
 pub(super) struct RebaseArgs {
@@ -69,7 +69,9 @@ fn rebase(
             "overlay '{shown}': a commit into its base was cut short: cowslip commit '{shown}' finishes it first"
         );
     }
-    let BaseRecord::File { path: old, format, identity: was, needs } = found.stack.base.clone()
+    let part = found.stack.base.part();
+    let BaseRecord::File { path: old, format, offset, len, identity: was, needs } =
+        found.stack.base.clone()
     else {
         anyhow::bail!("overlay '{shown}' is over a blank disk: there is no base that could move");
     };
@@ -78,7 +80,8 @@ fn rebase(
         anyhow::bail!("overlay '{shown}' has a base of format {format}: use a newer cowslip");
     };
     // Its recorded format: with the right bytes there is nothing to ask about that.
-    let Looked { path, identity: now, needs: needed } = look(new, Some(known), allow_backing)?;
+    let Looked { path, identity: now, needs: needed } =
+        look(new, Some(known), part, allow_backing)?;
     let of_needs = || match needs.len() == needed.len() {
         true => needs.iter().zip(&needed).find_map(|(was, is)| {
             let what = was.identity.differences_of_copy(&is.identity)?;
@@ -90,7 +93,7 @@ fn rebase(
     if let Some(what) = &difference {
         // What looks like another format can be told more plainly.
         if known == Format::Raw {
-            look(new, None, &[])?;
+            look(new, None, part, &[])?;
         }
         if unlike == Unlike::Refuse {
             anyhow::bail!(
@@ -102,7 +105,8 @@ fn rebase(
     if path == old && now == was && needs == needed {
         return Ok(format!("{shown}: its base is '{}' already", path.display()));
     }
-    let base = BaseRecord::File { path: path.clone(), format, identity: now, needs: needed };
+    let base =
+        BaseRecord::File { path: path.clone(), format, offset, len, identity: now, needs: needed };
     let stack = Stack { base, ..found.stack.clone() };
     let mut home = found.into_home();
     home.replace(stack).map_err(|error| anyhow::anyhow!("overlay '{shown}': {error}"))?;
@@ -121,9 +125,14 @@ struct Looked {
 }
 
 /// Where `path` leads, and who is there.
-fn look(path: &Path, format: Option<Format>, allow_backing: &[PathBuf]) -> anyhow::Result<Looked> {
+fn look(
+    path: &Path,
+    format: Option<Format>,
+    part: Part,
+    allow_backing: &[PathBuf],
+) -> anyhow::Result<Looked> {
     let source = Source::File(path.to_owned());
-    let how = Opening { format, access: Access::Read, locking: Locking::Qemu, allow_backing };
+    let how = Opening { format, part, access: Access::Read, locking: Locking::Qemu, allow_backing };
     let base = base::open(&source, how)?;
     let unreadable = || format!("cannot read the base '{}'", path.display());
     let identity = base.identity().with_context(unreadable)?;
@@ -157,10 +166,17 @@ mod tests {
         let home = tempfile::tempdir().unwrap();
         let path = home.path().join("a");
         fs::write(&path, [7; 9000]).unwrap();
-        let identity = look(&path, None, &[]).unwrap().identity;
+        let identity = look(&path, None, Part::Whole, &[]).unwrap().identity;
         put(
             home.path(),
-            BaseRecord::File { path, format: format.to_owned(), identity, needs: Vec::new() },
+            BaseRecord::File {
+                path,
+                format: format.to_owned(),
+                offset: None,
+                len: None,
+                identity,
+                needs: Vec::new(),
+            },
         );
         home
     }
@@ -186,7 +202,7 @@ mod tests {
     }
 
     fn looked(path: &Path) -> (PathBuf, Identity) {
-        let Looked { path, identity, .. } = look(path, None, &[]).unwrap();
+        let Looked { path, identity, .. } = look(path, None, Part::Whole, &[]).unwrap();
         (path, identity)
     }
 

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use super::{Control, HydrateAction, Spot, Stale};
 use crate::catalog::Entry;
-use crate::disk::{Committed, Disk, Fetch, Force, Hydrate, LifeError, Since};
+use crate::disk::{Beneath, Committed, Disk, Fetch, Force, Hydrate, LifeError, Since};
 use crate::spec::format_size;
 
 /// An answer that says in one line what was done.
@@ -228,7 +228,11 @@ impl Control {
             Ok(found) => json!({ "ok": {
                 "file": found.file,
                 "changed": found.changed,
-                "base": found.base.map(|(path, format)| json!({ "path": path, "format": format })),
+                "base": match found.base {
+                    Beneath::Nothing => Value::Null,
+                    Beneath::Part => json!("part"),
+                    Beneath::File(path, format) => json!({ "path": path, "format": format }),
+                },
             } }),
             Err(error) => refused(name, &error),
         }

@@ -1,6 +1,7 @@
 //! What lies at the bottom of a disk, what its overlay remembers of it, and whether the two fit.
 
 use std::fs::{File, Metadata};
+use std::ops::Range;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -8,7 +9,7 @@ use std::sync::Arc;
 use super::open::{OpenError, Setting};
 use crate::base::identity::Identity;
 use crate::base::{Base, Opening};
-use crate::overlay::stack::{BaseRecord, FileRecord, StackError};
+use crate::overlay::stack::{BaseRecord, FileRecord, StackError, view_fields};
 use crate::spec::{DiskSpec, Format, Source, format_size};
 
 /// What lies at the bottom of a disk, as far as `keep` and `status` need it.
@@ -18,6 +19,8 @@ pub(super) enum Bottom {
         path: PathBuf,
         file: Arc<File>,
         format: Format,
+        /// The part of it that the disk stands on; none for all of it.
+        view: Option<Range<u64>>,
         needs: Vec<(PathBuf, Arc<File>)>,
         allow_backing: Vec<PathBuf>,
     },
@@ -32,7 +35,8 @@ impl Bottom {
                 let (path, file) = (path.clone(), Arc::clone(file));
                 let allow_backing = how.allow_backing.to_vec();
                 let (format, needs) = (how.format.unwrap_or(Format::Raw), base.needs.clone());
-                Self::File { path, file, format, needs, allow_backing }
+                let view = base.view.clone();
+                Self::File { path, file, format, view, needs, allow_backing }
             }
             _ => Self::Blank(base.size),
         }
@@ -42,13 +46,16 @@ impl Bottom {
     pub(super) fn record(&self) -> Result<BaseRecord, OpenError> {
         match self {
             Self::Blank(size) => Ok(BaseRecord::Blank { size: *size }),
-            Self::File { path, file, format, needs, .. } => {
+            Self::File { path, file, format, view, needs, .. } => {
+                let (offset, len) = view_fields(view.as_ref());
                 let record = |(path, file): &(PathBuf, Arc<File>)| {
                     Ok(FileRecord { path: path.clone(), identity: identity_of(path, file)? })
                 };
                 Ok(BaseRecord::File {
                     path: path.clone(),
                     format: format.to_string(),
+                    offset,
+                    len,
                     identity: identity_of(path, file)?,
                     needs: needs.iter().map(record).collect::<Result<_, OpenError>>()?,
                 })
@@ -113,6 +120,7 @@ pub fn over(name: &str, base: &BaseRecord) -> Result<DiskSpec, StackError> {
                 known.map_err(|_| StackError::Syntax(format!("a base of format {format}")))?;
             let mut spec = DiskSpec::new(name.to_owned(), Source::File(path.clone()));
             spec.format = Some(known);
+            spec.part = base.part();
             spec
         }
     })
@@ -149,8 +157,8 @@ pub(super) fn base_mismatch(
         }
         (BaseRecord::File { path, .. }, Bottom::Blank(size)) => other(named(path), blank(*size)),
         (
-            BaseRecord::File { path: was, identity, format, needs: needed },
-            Bottom::File { path, file, format: is, needs, .. },
+            BaseRecord::File { path: was, identity, format, needs: needed, offset, len },
+            Bottom::File { path, file, format: is, view, needs, .. },
         ) => {
             if *format != is.to_string() {
                 return other(
@@ -168,6 +176,12 @@ pub(super) fn base_mismatch(
                     named(path)
                 ))));
             }
+            if (*offset, *len) != view_fields(view.as_ref()) {
+                return other(
+                    format!("{} {}", named(was), part_shown((*offset, *len))),
+                    format!("{} {}", named(path), part_shown(view_fields(view.as_ref()))),
+                );
+            }
             let is = identity_of(path, file)?;
             let changed = identity.differences(&is);
             let cure = match identity.differences_of_copy(&is) {
@@ -183,6 +197,16 @@ pub(super) fn base_mismatch(
                 Misfit::Changed(format!("does not fit its base {named} any more ({what}{cure})"))
             }))
         }
+    }
+}
+
+/// A part of a base, by where it begins and how many bytes it has.
+fn part_shown(part: (Option<u64>, Option<u64>)) -> String {
+    let (offset, len) = (part.0.unwrap_or(0), part.1);
+    match (part, len.and_then(|len| offset.checked_add(len))) {
+        ((None, None), _) => "as a whole".to_owned(),
+        (_, None) => format!("from byte {offset} on"),
+        (_, Some(end)) => format!("as bytes {offset}..{end}"),
     }
 }
 

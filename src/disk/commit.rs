@@ -14,7 +14,7 @@ use crate::base::identity::Identity;
 use crate::base::place;
 use crate::base::{self, Writable};
 use crate::extents::Kind;
-use crate::layer::{Layer, Wait, WritableLayer};
+use crate::layer::{Layer, Wait};
 use crate::overlay::stack::{BaseRecord, Stack};
 use crate::overlay::{CommitTo, Overlay};
 use crate::spec::{Format, Locking, format_size};
@@ -44,7 +44,7 @@ impl Disk {
         let turn = self.begin("a commit")?;
         let overlay = self.committable()?;
         self.check_writers(force)?;
-        let Bottom::File { path, file, format, .. } = &*self.bottom() else {
+        let Bottom::File { path, file, format, view, .. } = &*self.bottom() else {
             return Err(refused("its base is blank: there is nothing to commit to"));
         };
         if *format != Format::Raw {
@@ -57,7 +57,7 @@ impl Disk {
             self.check_base()?;
         }
         let locking = self.life.locking.unwrap_or(Locking::Qemu);
-        let base = base::open_writable(path, file, locking)
+        let base = base::open_writable(path, file, view.clone(), locking)
             .map_err(|error| LifeError::Refused(error.to_string()))?;
         let (size, has) = (self.size(), base.layer.size());
         if has < size {
@@ -154,8 +154,8 @@ impl Disk {
         };
         let stop = || turn.must_stop() || is_gone();
         let to = CommitTo {
-            layer: &base.layer,
-            file: Some(&base.file),
+            layer: &*base.layer,
+            file: Some((&base.file, base.view.as_ref().map_or(0, |view| view.start))),
             progress: &progress,
             stop: &stop,
         };
@@ -177,10 +177,12 @@ impl Disk {
     fn end_commit(&self, overlay: &Overlay, base: &Writable) -> Result<(), LifeError> {
         let in_base = || LifeError::host("making the base durable");
         let is_file = base.file.metadata().is_ok_and(|found| found.is_file());
+        // What is behind a part of a file is not ours to cut off.
+        let is_whole = base.view.is_none();
         {
             let _gate = self.enter_to_switch()?;
             let size = overlay.size();
-            if is_file && size < base.layer.size() {
+            if is_file && is_whole && size < base.layer.size() {
                 base.layer.set_size(size).map_err(in_base())?;
             }
         }
@@ -189,9 +191,10 @@ impl Disk {
         *self.life.fresh.lock() = (size, size);
         let identity = Identity::of(&base.file).map_err(LifeError::host("reading the base"))?;
         if let Home::Kept(home) = &mut *self.home.lock()
-            && let BaseRecord::File { path, format, needs, .. } = home.stack.base.clone()
+            && let BaseRecord::File { path, format, offset, len, needs, .. } =
+                home.stack.base.clone()
         {
-            let base = BaseRecord::File { path, format, identity, needs };
+            let base = BaseRecord::File { path, format, offset, len, identity, needs };
             let stack = Stack { base, ..home.stack.clone() };
             self.put_stack(home, stack, None)?;
         }

@@ -32,7 +32,7 @@ pub use self::fetch::{Fetch, Hydrate};
 pub use self::io::{Change, Keep, Whence};
 pub use self::leave::Use;
 use self::life::Life;
-pub use self::life::{Difference, Force, LifeError, Others, Since, SnapshotInfo};
+pub use self::life::{Beneath, Difference, Force, LifeError, Others, Since, SnapshotInfo};
 pub use self::open::{
     OpenError, Opened, Setting, clone_stored, create_blank, create_stored, open, open_stored,
 };
@@ -78,6 +78,7 @@ struct Layers {
 }
 
 /// Where the overlay of a disk lives, and which layers it has.
+#[expect(clippy::large_enum_variant, reason = "one a disk, which hardly ever moves")]
 enum Home {
     /// There is none.
     Nowhere,

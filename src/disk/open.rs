@@ -175,6 +175,7 @@ fn open_layers(
     let access = if spec.mode == Mode::ReadWrite { Access::Write } else { Access::Read };
     let how = Opening {
         format: spec.format,
+        part: spec.part,
         access,
         locking: spec.locking,
         allow_backing: &setting.allow_backing,
@@ -535,6 +536,7 @@ pub fn clone_stored(
     let bottom = from.bottom();
     let how = Opening {
         format: spec.format,
+        part: spec.part,
         access: Access::Read,
         locking: spec.locking,
         allow_backing: bottom.allow_backing(),

@@ -91,6 +91,7 @@ fn source_of(bottom: &Bottom) -> Result<Source<'_>, ReflinkError> {
         Bottom::File { format, .. } if *format != Format::Raw => {
             Err(ReflinkError::Base("a qcow2 image"))
         }
+        Bottom::File { view: Some(_), .. } => Err(ReflinkError::Base("a part of one")),
         Bottom::File { path, file, .. } if file.metadata().is_ok_and(|found| found.is_file()) => {
             Ok(Source { path, file })
         }

@@ -38,8 +38,9 @@ const PASSES: u32 = 3;
 pub struct CommitTo<'a> {
     /// The base, for zeros and sizes.
     pub layer: &'a dyn WritableLayer,
-    /// The same, for the host to copy into, where it is a file of it.
-    pub file: Option<&'a File>,
+    /// The same, for the host to copy into, where it is a file of it; and where in that file the
+    /// base begins, in bytes.
+    pub file: Option<(&'a File, u64)>,
     /// Told how many bytes are done, and of how many.
     pub progress: &'a dyn Fn(u64, u64),
     /// Whether to stop.
@@ -253,8 +254,8 @@ impl Overlay {
             return to.layer.punch_hole(bytes, &super::merge::Nothing, Wait::Yes);
         }
         let copied = match (self.data.backing(bytes.clone()), to.file) {
-            (Some(from), Some(file)) => {
-                host::copy_range(from, bytes.clone(), file.as_fd(), bytes.start)
+            (Some(from), Some((file, start))) => {
+                host::copy_range(from, bytes.clone(), file.as_fd(), start + bytes.start)
             }
             _ => Ok(0),
         };

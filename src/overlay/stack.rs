@@ -13,6 +13,7 @@
 
 use std::fs::File;
 use std::io::{self, Read, Write};
+use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -27,7 +28,7 @@ use super::recover::{Files, LogError};
 use super::tree::Tree;
 pub use super::tree::{LayerRecord, SnapshotRecord};
 use crate::base::identity::Identity;
-use crate::spec::OverlayKind;
+use crate::spec::{OverlayKind, Part};
 
 /// The version of everything on disk that this code reads and writes.
 pub const VERSION: u32 = 1;
@@ -63,7 +64,7 @@ pub struct Stack {
 
 /// The base of a disk, as its overlay remembers it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(tag = "source", rename_all = "lowercase")]
+#[serde(tag = "source", rename_all = "lowercase", deny_unknown_fields)]
 pub enum BaseRecord {
     /// A file or block device.
     File {
@@ -71,7 +72,13 @@ pub enum BaseRecord {
         path: PathBuf,
         /// How it is read.
         format: String,
-        /// What it was when the overlay was made.
+        /// Where the part of it begins that is the base, in bytes; `None`: all of it is.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        offset: Option<u64>,
+        /// How many bytes that part has.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        len: Option<u64>,
+        /// What it was when the overlay was made; the whole of it.
         identity: Identity,
         /// The files it is read from besides: backing files of a qcow2 image, the nearest first,
         /// and data files.
@@ -83,6 +90,25 @@ pub enum BaseRecord {
         /// Its size in bytes.
         size: u64,
     },
+}
+
+impl BaseRecord {
+    /// How much of its file the base is.
+    #[must_use]
+    pub fn part(&self) -> Part {
+        match self {
+            Self::Blank { .. } | Self::File { offset: None, len: None, .. } => Part::Whole,
+            Self::File { offset, len, .. } => {
+                Part::Bytes { offset: offset.unwrap_or(0), len: *len }
+            }
+        }
+    }
+}
+
+/// The fields `offset` and `len` of a base that is `view` of its file.
+#[must_use]
+pub fn view_fields(view: Option<&Range<u64>>) -> (Option<u64>, Option<u64>) {
+    (view.map(|view| view.start), view.map(|view| view.end - view.start))
 }
 
 /// A file that a base needs.
@@ -444,6 +470,38 @@ mod tests {
         let dir = open_dir(dir.path()).unwrap();
         sample().write(&dir).unwrap();
         assert_eq!(Stack::read(&dir).unwrap(), sample());
+    }
+
+    fn over_a_file(view: Option<&Range<u64>>) -> Stack {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(9000).unwrap();
+        let identity = Identity::of(&file).unwrap();
+        let (offset, len) = view_fields(view);
+        let needs = vec![FileRecord { path: "/b".into(), identity: identity.clone() }];
+        let (path, format) = ("/a".into(), "qcow2".to_owned());
+        let base = BaseRecord::File { path, format, offset, len, identity, needs };
+        Stack { base, ..sample() }
+    }
+
+    #[test]
+    fn a_part_of_a_base_is_remembered_and_a_whole_one_is_as_it_ever_was() {
+        let whole = over_a_file(None);
+        let text = String::from_utf8(whole.encode().unwrap()).unwrap();
+        assert!(!text.contains("offset") && !text.contains("len"), "{text}");
+        assert_eq!(Stack::decode(text.as_bytes()).unwrap(), whole);
+        assert_eq!(whole.base.part(), Part::Whole);
+        let part = over_a_file(Some(&(512..8192)));
+        assert_eq!(Stack::decode(&part.encode().unwrap()).unwrap(), part);
+        assert_eq!(part.base.part(), Part::Bytes { offset: 512, len: Some(7680) });
+    }
+
+    #[test]
+    fn a_base_with_a_key_that_is_unknown_is_not_mounted_without_it() {
+        let text = String::from_utf8(over_a_file(Some(&(0..512))).encode().unwrap()).unwrap();
+        let body = text.split_once('\n').unwrap().1.replace("\nlen = ", "\nwidth = ");
+        let crc = crc32c::crc32c(body.as_bytes());
+        let text = format!("checksum = \"crc32c:{crc:08x}\"\n{body}");
+        assert!(matches!(Stack::decode(text.as_bytes()), Err(StackError::Syntax(_))));
     }
 
     #[test]

@@ -255,7 +255,7 @@ mod tests {
 
     use super::super::CopyUp;
     use super::*;
-    use crate::spec::{Locking, Mode, OverlayKind, Resize};
+    use crate::spec::{Locking, Mode, OverlayKind, Part, Resize};
 
     const DIR: &str = "/home/me";
 
@@ -452,9 +452,18 @@ mod tests {
             .overlay
             .as_ref()
             .map(|path| double_commas(path.as_os_str()).into_string().unwrap());
+        let (offset, len) = match disk.part {
+            Part::Whole => (None, None),
+            Part::Bytes { offset, len } => {
+                (Some(format!("offset={offset}")), len.map(|len| format!("len={len}")))
+            }
+            Part::Partition(number) => (Some(format!("partition={number}")), None),
+        };
         let keys = [
             (disk.mode != Mode::Cow).then(|| format!("mode={}", disk.mode)),
             disk.format.map(|format| format!("format={format}")),
+            offset,
+            len,
             overlay.map(|path| format!("overlay={path}")),
             disk.block.map(|block| format!("block={block}")),
             disk.limit.map(|limit| format!("limit={limit}")),
@@ -488,12 +497,23 @@ mod tests {
         }
     }
 
+    fn any_part() -> impl Strategy<Value = Part> {
+        let len = proptest::option::of(1..=super::super::MAX_SIZE);
+        prop_oneof![
+            Just(Part::Whole),
+            (0..1_u64 << 54, len)
+                .prop_map(|(sector, len)| Part::Bytes { offset: sector * 512, len }),
+            (1..=u32::MAX).prop_map(Part::Partition),
+        ]
+    }
+
     prop_compose! {
         fn any_disk()(
             name in "[a-z][^/:,=\\pC]{0,20}",
             path in proptest::option::of("/[a-z,=:ü ]{1,20}(/[a-z,=]{1,9})?"),
             mode in prop_oneof![Just(Mode::Cow), Just(Mode::ReadOnly), Just(Mode::ReadWrite)],
             format in proptest::option::of(prop_oneof![Just(Format::Raw), Just(Format::Vhd)]),
+            part in any_part(),
             (overlay, block, limit, size, resize) in cow_keys(),
             uid in proptest::option::of(0..u32::MAX),
             gid in proptest::option::of(0..u32::MAX),
@@ -508,6 +528,7 @@ mod tests {
             DiskSpec {
                 name, source, mode, uid, gid, perm,
                 format: format.filter(|_| is_file),
+                part: if is_file { part } else { Part::Whole },
                 overlay: overlay.filter(|_| is_cow),
                 overlay_kind: OverlayKind::Blocks,
                 block: block.filter(|_| is_cow),

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use super::error::{decimal, hint, shown};
 use super::{
     Compress, DiskSpec, FinishWhen, Flow, Format, Frames, Locking, Mode, OverlayKind, Overwrite,
-    Pad, Resize, Source, SpecError, Spool, StreamSpec, Target, error, flow, parse_size,
+    Pad, Part, Resize, Source, SpecError, Spool, StreamSpec, Target, error, flow, parse_size,
 };
 
 /// A value as it was written, before its key says what it must be.
@@ -53,6 +53,8 @@ enum Set {
     Switch(fn(&mut DiskSpec, Switch)),
     Size(fn(&mut DiskSpec, u64) -> Result<(), SpecError>),
     Id(fn(&mut DiskSpec, u32)),
+    /// A number that counts from 1.
+    Ordinal(fn(&mut DiskSpec, u32)),
     Perm(fn(&mut DiskSpec, u16)),
     Word(fn(&mut DiskSpec, &str) -> Result<(), SpecError>),
     Path(fn(&mut DiskSpec, PathBuf)),
@@ -103,6 +105,14 @@ static KEYS: &[Key] = &[
     row("gid", For::All, "1000", Set::Id(|disk, id| disk.gid = Some(id))),
     row("perm", For::All, "0644", Set::Perm(|disk, perm| disk.perm = Some(perm))),
     row("lock", For::Files, "on|off", Set::Switch(set_lock)),
+    row("offset", For::Files, "1M", Set::Size(set_offset)),
+    row("len", For::Files, "4G", Set::Size(set_len)),
+    row(
+        "partition",
+        For::Files,
+        "1",
+        Set::Ordinal(|disk, number| disk.part = Part::Partition(number)),
+    ),
     // First of a stream's: the others depend on its direction.
     row("to", For::Streams, SINKS, Set::Flow(flow::to)),
     row("from", For::Streams, SOURCES, Set::Flow(flow::from)),
@@ -157,6 +167,32 @@ fn set_block(disk: &mut DiskSpec, size: u64) -> Result<(), SpecError> {
         return Err(SpecError::value(size.to_string(), wanted));
     }
     disk.block = block;
+    Ok(())
+}
+
+fn set_offset(disk: &mut DiskSpec, offset: u64) -> Result<(), SpecError> {
+    // The smallest sector: nothing on a disk begins between two of them.
+    if !offset.is_multiple_of(512) {
+        let wanted = "an offset: take a multiple of 512, as in 1M";
+        return Err(SpecError::value(offset.to_string(), wanted));
+    }
+    let len = match disk.part {
+        Part::Bytes { len, .. } => len,
+        Part::Whole | Part::Partition(_) => None,
+    };
+    disk.part = Part::Bytes { offset, len };
+    Ok(())
+}
+
+fn set_len(disk: &mut DiskSpec, len: u64) -> Result<(), SpecError> {
+    if len == 0 {
+        return Err(SpecError::value("0", "a length: take one byte or more, or drop it"));
+    }
+    let offset = match disk.part {
+        Part::Bytes { offset, .. } => offset,
+        Part::Whole | Part::Partition(_) => 0,
+    };
+    disk.part = Part::Bytes { offset, len: Some(len) };
     Ok(())
 }
 
@@ -267,6 +303,7 @@ pub(super) fn apply(
         seen.push((key, value));
     }
     check_flow(disk, &seen)?;
+    check_part(&seen)?;
     // A stream's direction comes first: the other keys depend on it.
     let (first, rest): (Vec<_>, Vec<_>) = seen.iter().partition(|(key, _)| key.is_flow());
     for (key, value) in first.into_iter().chain(rest) {
@@ -280,6 +317,19 @@ pub(super) fn apply(
     check_stream(disk, &seen)
 }
 
+/// A partition says by itself where it begins and ends.
+fn check_part(seen: &[(&'static Key, &Value)]) -> Result<(), SpecError> {
+    let has = |name: &str| seen.iter().any(|(key, _)| key.name == name);
+    let other = ["offset", "len"].into_iter().find(|name| has(name));
+    match other.filter(|_| has("partition")) {
+        Some(other) => {
+            let why = format!("is there beside {other}=, and says both by itself: drop one");
+            Err(SpecError::key("partition", why))
+        }
+        None => Ok(()),
+    }
+}
+
 /// A reflink overlay is a whole file that shares its blocks with another one.
 fn check_reflink(disk: &DiskSpec) -> Result<(), SpecError> {
     if disk.overlay_kind != OverlayKind::Reflink {
@@ -288,6 +338,9 @@ fn check_reflink(disk: &DiskSpec) -> Result<(), SpecError> {
     let refused = |name, why| Err(SpecError::key(name, why));
     if !matches!(disk.source, Source::File(_)) {
         return refused("reflink", "is for files, and this disk is blank: drop it");
+    }
+    if disk.part != Part::Whole {
+        return refused("reflink", "is for whole files, and this disk is a part of one: drop it");
     }
     if disk.overlay.is_none() {
         return refused("reflink", "needs a place to stay: write overlay=DIR,reflink");
@@ -387,9 +440,10 @@ impl Key {
             (Value::Text(text), _) if !text.is_empty() => Ok(text.clone()),
             (Value::Bare | Value::Bool(true), _) if self.is_switch() => Ok("on".into()),
             (Value::Bool(false), _) if self.is_switch() => Ok("off".into()),
-            (Value::Integer(number, _), Set::Size(_) | Set::StreamSize(_) | Set::Id(_)) => {
-                Ok(number.to_string().into())
-            }
+            (
+                Value::Integer(number, _),
+                Set::Size(_) | Set::StreamSize(_) | Set::Id(_) | Set::Ordinal(_),
+            ) => Ok(number.to_string().into()),
             // `0o644` is plain. What a decimal 644 means is anybody's guess.
             (Value::Integer(number, 8), Set::Perm(_)) => Ok(format!("{number:o}").into()),
             (Value::Bare | Value::Text(_), _) => {
@@ -419,6 +473,7 @@ impl Key {
             Set::Switch(set) => set(disk, parse_switch(word()?)?),
             Set::Size(set) => set(disk, parse_size(word()?)?)?,
             Set::Id(set) => set(disk, parse_id(word()?)?),
+            Set::Ordinal(set) => set(disk, parse_ordinal(word()?)?),
             Set::Perm(set) => set(disk, parse_perm(word()?)?),
             Set::Word(set) => set(disk, word()?)?,
             Set::Path(set) => set(disk, absolute(text, dir)?),
@@ -473,6 +528,14 @@ fn parse_id(text: &str) -> Result<u32, SpecError> {
     id.ok_or_else(|| {
         SpecError::value(text, "a user's or group's number: take one from 0 to 4294967294")
     })
+}
+
+/// A number that counts from 1.
+fn parse_ordinal(text: &str) -> Result<u32, SpecError> {
+    let number = decimal(text).and_then(|number| u32::try_from(number).ok());
+    number
+        .filter(|number| *number > 0)
+        .ok_or_else(|| SpecError::value(text, "a number: count from 1, as in partition=1"))
 }
 
 /// Permission bits, in octal with or without a zero before them.
@@ -545,6 +608,42 @@ mod tests {
             ("v.img,mode=rw,reflink", "this disk is mode=rw"),
         ] {
             assert!(why(keys).contains(hint), "{}", why(keys));
+        }
+    }
+
+    #[test]
+    fn a_part_of_a_file_is_bytes_or_a_partition() {
+        let bytes = |offset, len| Part::Bytes { offset, len };
+        for (keys, part) in [
+            ("v.img", Part::Whole),
+            ("v.img,offset=1M", bytes(1 << 20, None)),
+            ("v.img,len=3", bytes(0, Some(3))),
+            ("v.img,len=4G,offset=512", bytes(512, Some(4 << 30))),
+            ("v.img,offset=0,mode=rw", bytes(0, None)),
+            ("v.img,partition=12,mode=ro", Part::Partition(12)),
+        ] {
+            assert_eq!(read(keys).part, part, "{keys}");
+        }
+        for (keys, hint) in [
+            ("v.img,offset=513", "offset: '513' is not an offset: take a multiple of 512"),
+            ("v.img,len=0", "len: '0' is not a length"),
+            ("v.img,partition=0", "partition: '0' is not a number: count from 1"),
+            ("v.img,partition=-1", "count from 1"),
+            ("v.img,partition=4294967296", "count from 1"),
+            ("v.img,partition=sda1", "count from 1"),
+            ("v.img,partition", "needs a value: write partition=1"),
+            ("v.img,offset=", "needs a value: write offset=1M"),
+            ("v.img,len=1MB", "units are powers of 1024"),
+            ("v.img,len=1,partition=1", "'partition' is there beside len="),
+            ("v.img,partition=1,offset=0", "'partition' is there beside offset="),
+            ("v.img,partiton=1", "did you mean 'partition'?"),
+            ("v.img,ofset=1M", "did you mean 'offset'?"),
+            ("v=blank:1M,offset=512", "this disk is blank"),
+            ("v=blank:1M,len=512", "this disk is blank"),
+            ("v=stream:1M,to=measure:,partition=1", "is not for streams"),
+            ("v.img,overlay=d,reflink,partition=1", "'reflink' is for whole files"),
+        ] {
+            assert!(why(keys).contains(hint), "{keys}: {}", why(keys));
         }
     }
 

@@ -56,6 +56,8 @@ pub struct DiskSpec {
     pub mode: Mode,
     /// The format of the base; `None`: raw, unless it looks like another.
     pub format: Option<Format>,
+    /// How much of the source it is. Only a file has parts.
+    pub part: Part,
     /// Where the changes are kept (absolute); `None`: they end with the mount. Only with
     /// [`Mode::Cow`], as are the five after it.
     pub overlay: Option<PathBuf>,
@@ -90,6 +92,7 @@ impl DiskSpec {
             source,
             mode: Mode::Cow,
             format: None,
+            part: Part::Whole,
             overlay: None,
             overlay_kind: OverlayKind::Blocks,
             block: None,
@@ -103,6 +106,23 @@ impl DiskSpec {
             locking: Locking::Qemu,
         }
     }
+}
+
+/// How much of its source a disk is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Part {
+    /// All of it.
+    #[default]
+    Whole,
+    /// A run of its bytes (`offset=`, `len=`).
+    Bytes {
+        /// Where it begins; a multiple of 512, as written by a user.
+        offset: u64,
+        /// How many there are, at least one; `None`: all to the end.
+        len: Option<u64>,
+    },
+    /// What its partition table calls so, counted as Linux counts: logical ones from 5 on.
+    Partition(u32),
 }
 
 /// What a disk copies up into its overlay without being written.

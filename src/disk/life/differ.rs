@@ -32,6 +32,17 @@ const PREFIX: &str = ".frozen-";
 const KEPT: Duration = Duration::from_secs(30);
 const OPENED: Duration = Duration::from_secs(2);
 
+/// The base of a difference.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Beneath {
+    /// Zeros.
+    Nothing,
+    /// All of a file, and its format.
+    File(PathBuf, String),
+    /// A part of one: no other format has a name for that.
+    Part,
+}
+
 /// What a disk differs in.
 #[derive(Clone, Debug)]
 pub struct Difference {
@@ -39,8 +50,8 @@ pub struct Difference {
     pub file: String,
     /// The name of the file that has data where it was changed.
     pub changed: String,
-    /// Its base and the format of that, if it has one.
-    pub base: Option<(PathBuf, String)>,
+    /// What it is a difference to, without `since`.
+    pub base: Beneath,
 }
 
 /// A file of a difference.
@@ -149,8 +160,9 @@ impl Disk {
         let frozen = Layers::new(Top::Nothing, Sealed::new(chain).map(Arc::new), bottom);
         let marks = Layers::new(Top::Nothing, None, Some(Arc::new(marks)));
         let base = match &*self.bottom() {
-            Bottom::File { path, format, .. } => Some((path.clone(), format.to_string())),
-            Bottom::Blank(_) => None,
+            Bottom::File { view: Some(_), .. } => Beneath::Part,
+            Bottom::File { path, format, .. } => Beneath::File(path.clone(), format.to_string()),
+            Bottom::Blank(_) => Beneath::Nothing,
         };
         Ok(Difference { file: self.hold(frozen, mtime), changed: self.hold(marks, mtime), base })
     }

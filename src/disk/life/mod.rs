@@ -20,8 +20,8 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use parking_lot::{Condvar, Mutex};
 use uuid::Uuid;
 
-pub use self::differ::Difference;
 use self::differ::Held;
+pub use self::differ::{Beneath, Difference};
 pub use self::error::LifeError;
 use self::show::snapshot_uuid;
 pub use self::show::{Since, SnapshotInfo};

@@ -1,0 +1,332 @@
+//! The GUID partition table: a header in the second sector, its entries, and a copy of both at the
+//! end.
+//!
+//! Header and entries carry checksums. The copy is used when the first one is not whole.
+//! (UEFI specification, 5.3.)
+
+use super::{Bytes, Partition, Role, TableError, bytes_of, sector_at};
+
+/// The sizes of an entry, in bytes; the powers of two between them as well.
+const ENTRY: std::ops::RangeInclusive<u64> = 128..=4096;
+/// The most entries: eight times what is usual.
+const MOST: u64 = 1024;
+/// The most bytes of entries that are read: 128 KiB, where 16 KiB are usual.
+const LONGEST: u64 = 128 << 10;
+/// The bytes of a header that mean something.
+const HEADER: usize = 92;
+
+/// What is wrong with a table.
+type Flaw = &'static str;
+/// Nothing calls itself one.
+const NOTHING: Flaw = "there is no GPT where its MBR says so";
+
+/// The partitions of `disk`, whose sectors have one of the sizes `sectors`.
+///
+/// # Errors
+/// [`TableError::Damaged`]: neither the table nor its copy is whole.
+pub(super) fn read(disk: &dyn Bytes, sectors: &[u64]) -> Result<Vec<Partition>, TableError> {
+    let mut worst = NOTHING;
+    for sector in sectors {
+        let first = match Header::read(disk, 1, *sector) {
+            Ok(first) => first,
+            Err(flaw) => {
+                worst = if worst == NOTHING { flaw } else { worst };
+                continue;
+            }
+        };
+        let flaw = match first.partitions(disk) {
+            Ok(found) => return Ok(found),
+            Err(flaw) => flaw,
+        };
+        // Where it says that its copy is, which a disk that has grown has not at its end.
+        let found = copy(disk, first.other, *sector).or_else(|| last(disk, *sector));
+        return found.ok_or_else(|| damaged(flaw));
+    }
+    sectors.iter().find_map(|sector| last(disk, *sector)).ok_or_else(|| damaged(worst))
+}
+
+fn damaged(flaw: Flaw) -> TableError {
+    TableError::Damaged(format!("{flaw}, and no copy at its end is whole"))
+}
+
+/// What the copy in the last sector says.
+fn last(disk: &dyn Bytes, sector: u64) -> Option<Vec<Partition>> {
+    copy(disk, (disk.size() / sector).checked_sub(1)?, sector)
+}
+
+/// What the copy at `lba` says.
+fn copy(disk: &dyn Bytes, lba: u64, sector: u64) -> Option<Vec<Partition>> {
+    let found = Header::read(disk, lba, sector).and_then(|header| header.partitions(disk)).ok()?;
+    log::warn!("the first partition table of a base is damaged: its copy at the end is used");
+    Some(found)
+}
+
+/// A header whose checksum is right.
+struct Header {
+    /// The size of a sector, in bytes.
+    sector: u64,
+    /// Where the copy is: a sector.
+    other: u64,
+    /// Where the entries are: a sector.
+    entries: u64,
+    /// How many.
+    count: u64,
+    /// The bytes of each.
+    entry: u64,
+    /// The checksum of all.
+    crc: u32,
+}
+
+impl Header {
+    fn read(disk: &dyn Bytes, lba: u64, sector: u64) -> Result<Self, Flaw> {
+        let at = lba.checked_mul(sector).ok_or(NOTHING)?;
+        let bytes = sector_at(disk, at, sector).map_err(|_| "its GPT cannot be read")?;
+        let bytes = bytes.filter(|bytes| bytes.starts_with(b"EFI PART")).ok_or(NOTHING)?;
+        let len = usize::try_from(le32(&bytes, 12)).ok();
+        let own = len.filter(|len| *len >= HEADER).and_then(|len| bytes.get(..len));
+        let mut own = own.ok_or("the header of its GPT has an impossible size")?.to_vec();
+        own[16..20].fill(0);
+        if crc32(&own) != le32(&bytes, 16) {
+            return Err("the checksum of its GPT does not match");
+        }
+        if le64(&bytes, 24) != lba {
+            return Err("its GPT says that it belongs elsewhere");
+        }
+        let (count, entry) = (u64::from(le32(&bytes, 80)), u64::from(le32(&bytes, 84)));
+        if !ENTRY.contains(&entry) || !entry.is_power_of_two() {
+            return Err("the entries of its GPT have an impossible size");
+        }
+        if count > MOST || count * entry > LONGEST {
+            return Err("its GPT has too many entries");
+        }
+        let (other, entries, crc) = (le64(&bytes, 32), le64(&bytes, 72), le32(&bytes, 88));
+        Ok(Self { sector, other, entries, count, entry, crc })
+    }
+
+    fn partitions(&self, disk: &dyn Bytes) -> Result<Vec<Partition>, Flaw> {
+        let outside = "the entries of its GPT are past the end";
+        let at = self.entries.checked_mul(self.sector).ok_or(outside)?;
+        let bytes = sector_at(disk, at, self.count * self.entry);
+        let bytes = bytes.map_err(|_| "the entries of its GPT cannot be read")?.ok_or(outside)?;
+        if crc32(&bytes) != self.crc {
+            return Err("the checksum of its GPT's entries does not match");
+        }
+        let len = usize::try_from(self.entry).map_err(|_| outside)?;
+        let entries = (1..).zip(bytes.chunks_exact(len));
+        Ok(entries.filter_map(|(number, entry)| self.partition(number, entry)).collect())
+    }
+
+    /// What an entry says, if it is used.
+    fn partition(&self, number: u32, entry: &[u8]) -> Option<Partition> {
+        if entry[..16].iter().all(|byte| *byte == 0) {
+            return None;
+        }
+        let (first, last) = (le64(entry, 32), le64(entry, 40));
+        let sectors = last.checked_sub(first)?.checked_add(1)?;
+        let range = bytes_of(first, sectors, self.sector)?;
+        Some(Partition { number, range, role: Role::Data })
+    }
+}
+
+fn le32(bytes: &[u8], at: usize) -> u32 {
+    u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]])
+}
+
+fn le64(bytes: &[u8], at: usize) -> u64 {
+    u64::from(le32(bytes, at)) | u64::from(le32(bytes, at + 4)) << 32
+}
+
+/// CRC-32 as Ethernet has it, which is not the CRC32C of our own files.
+fn crc32(bytes: &[u8]) -> u32 {
+    let step = |crc: u32, byte: &u8| {
+        (0..8).fold(crc ^ u32::from(*byte), |crc, _| (crc >> 1) ^ (0xedb8_8320 * (crc & 1)))
+    };
+    !bytes.iter().fold(!0, step)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::Ordering;
+
+    use proptest::prelude::*;
+
+    use super::super::read;
+    use super::super::testing::{Memory, put_entry};
+    use super::*;
+
+    /// What a header says that is not always so.
+    #[derive(Clone, Copy, Debug)]
+    struct Says {
+        lba: u64,
+        other: u64,
+        entries: u64,
+        count: u32,
+        entry: u32,
+    }
+
+    /// A GPT header with a right checksum over the entries in `bytes`.
+    fn put_header(bytes: &mut [u8], at: usize, says: Says, sector: usize) {
+        let from = usize::try_from(says.entries).unwrap_or(usize::MAX).saturating_mul(sector);
+        let len = (says.count as usize).saturating_mul(says.entry as usize);
+        let crc = bytes.get(from..from.saturating_add(len)).map_or(0, crc32);
+        let header = &mut bytes[at..at + HEADER];
+        header[..8].copy_from_slice(b"EFI PART");
+        header[12..16].copy_from_slice(&92_u32.to_le_bytes());
+        header[16..20].fill(0);
+        header[24..32].copy_from_slice(&says.lba.to_le_bytes());
+        header[32..40].copy_from_slice(&says.other.to_le_bytes());
+        header[72..80].copy_from_slice(&says.entries.to_le_bytes());
+        header[80..84].copy_from_slice(&says.count.to_le_bytes());
+        header[84..88].copy_from_slice(&says.entry.to_le_bytes());
+        header[88..92].copy_from_slice(&crc.to_le_bytes());
+        let crc = crc32(header);
+        header[16..20].copy_from_slice(&crc.to_le_bytes());
+    }
+
+    fn put_partition(bytes: &mut [u8], at: usize, first: u64, last: u64) {
+        bytes[at..at + 16].fill(7);
+        bytes[at + 32..at + 40].copy_from_slice(&first.to_le_bytes());
+        bytes[at + 40..at + 48].copy_from_slice(&last.to_le_bytes());
+    }
+
+    /// A disk of 1000 sectors with the partitions 1 and 3, and a copy of the table at its end.
+    fn disk(sector: usize) -> Vec<u8> {
+        let mut bytes = vec![0; 1000 * sector];
+        put_entry(&mut bytes, 0, 0, (0xee, 1, 999));
+        for at in [2, 990] {
+            put_partition(&mut bytes, at * sector, 100, 199);
+            put_partition(&mut bytes, at * sector + 2 * 128, 200, 200);
+        }
+        let usual = Says { lba: 1, other: 999, entries: 2, count: 8, entry: 128 };
+        put_header(&mut bytes, sector, usual, sector);
+        let copy = Says { lba: 999, other: 1, entries: 990, ..usual };
+        put_header(&mut bytes, 999 * sector, copy, sector);
+        bytes
+    }
+
+    fn memory(bytes: Vec<u8>) -> Memory {
+        let size = bytes.len() as u64;
+        Memory::new(bytes, size)
+    }
+
+    fn is_read(bytes: Vec<u8>, sector: u64) {
+        let found = read(&memory(bytes), None).unwrap();
+        let found: Vec<_> = found.into_iter().map(|one| (one.number, one.range)).collect();
+        let want = [(1, 100 * sector..200 * sector), (3, 200 * sector..201 * sector)];
+        assert_eq!(found, want);
+    }
+
+    fn why(bytes: Vec<u8>) -> String {
+        read(&memory(bytes), None).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn the_checksum_is_that_of_the_format() {
+        assert_eq!(crc32(b"123456789"), 0xcbf4_3926);
+    }
+
+    #[test]
+    fn entries_keep_their_places_in_both_sizes_of_sectors() {
+        is_read(disk(512), 512);
+        is_read(disk(4096), 4096);
+    }
+
+    #[test]
+    fn any_flipped_byte_of_the_table_leads_to_its_copy() {
+        for at in (512..512 + HEADER).chain(1024..1024 + 8 * 128) {
+            let mut bytes = disk(512);
+            bytes[at] ^= 0x10;
+            is_read(bytes, 512);
+        }
+        let mut bytes = disk(4096);
+        bytes[4096..3 * 4096].fill(0);
+        is_read(bytes, 4096);
+    }
+
+    #[test]
+    fn a_disk_that_has_grown_is_read_and_its_copy_found_where_it_was() {
+        let mut bytes = disk(512);
+        bytes.resize(2000 * 512, 0);
+        is_read(bytes.clone(), 512);
+        bytes[1024] ^= 1;
+        is_read(bytes, 512);
+    }
+
+    #[test]
+    fn a_table_without_a_whole_copy_is_refused_with_what_is_wrong() {
+        let mut bytes = disk(512);
+        bytes[999 * 512..].fill(0);
+        bytes[1024] ^= 1;
+        assert_eq!(
+            why(bytes.clone()),
+            "has a damaged partition table (the checksum of its GPT's entries does not match, and \
+             no copy at its end is whole): mend it, or name the bytes with offset= and len="
+        );
+        bytes[512 + 40] ^= 1;
+        assert!(why(bytes.clone()).contains("the checksum of its GPT does not match"));
+        bytes[512..1024].fill(0);
+        assert!(why(bytes).contains("there is no GPT where its MBR says so"));
+    }
+
+    #[test]
+    fn a_header_that_asks_for_too_much_is_refused_and_not_obeyed() {
+        let usual = Says { lba: 1, other: 999, entries: 2, count: 8, entry: 128 };
+        for (says, hint) in [
+            (Says { count: 1025, ..usual }, "too many entries"),
+            (Says { count: u32::MAX, ..usual }, "too many entries"),
+            (Says { count: 64, entry: 4096, ..usual }, "too many entries"),
+            (Says { entry: 0, ..usual }, "impossible size"),
+            (Says { entry: 64, ..usual }, "impossible size"),
+            (Says { entry: 192, ..usual }, "impossible size"),
+            (Says { entry: 8192, count: 1, ..usual }, "impossible size"),
+            (Says { entries: 999, ..usual }, "past the end"),
+            (Says { entries: u64::MAX, ..usual }, "past the end"),
+            (Says { lba: 2, ..usual }, "belongs elsewhere"),
+        ] {
+            let mut bytes = disk(512);
+            bytes[999 * 512..].fill(0);
+            put_header(&mut bytes, 512, says, 512);
+            let disk = memory(bytes);
+            let line = read(&disk, None).unwrap_err().to_string();
+            assert!(line.contains(hint), "{says:?}: {line}");
+            assert!(disk.read.load(Ordering::Relaxed) <= 64 << 10);
+        }
+    }
+
+    #[test]
+    fn entries_that_end_before_they_begin_or_overflow_are_left_out() {
+        let mut bytes = disk(512);
+        put_partition(&mut bytes, 1024 + 128, 300, 299);
+        put_partition(&mut bytes, 1024 + 3 * 128, 0, u64::MAX);
+        put_partition(&mut bytes, 1024 + 4 * 128, u64::MAX - 1, u64::MAX);
+        let usual = Says { lba: 1, other: 999, entries: 2, count: 8, entry: 128 };
+        put_header(&mut bytes, 512, usual, 512);
+        is_read(bytes, 512);
+    }
+
+    proptest! {
+        #[test]
+        fn no_header_reads_much(
+            lba in prop_oneof![Just(1), any::<u64>()],
+            (other, entries) in any::<(u64, u64)>(),
+            near in 0..1000_u64,
+            count in prop_oneof![0..2000_u32, any::<u32>()],
+            entry in prop_oneof![Just(128_u32), Just(4096), any::<u32>()],
+            (spoilt, at_near) in any::<(bool, bool)>(),
+        ) {
+            let mut bytes = disk(512);
+            let entries = if at_near { near } else { entries };
+            let other = if at_near { 999 - near } else { other };
+            put_header(&mut bytes, 512, Says { lba, other, entries, count, entry }, 512);
+            if spoilt {
+                bytes[3 * 512] ^= 1;
+            }
+            let disk = memory(bytes);
+            match read(&disk, None) {
+                Ok(found) => prop_assert!(found.len() <= 1024),
+                Err(error) => prop_assert!(!error.to_string().contains('\n')),
+            }
+            prop_assert!(disk.read.load(Ordering::Relaxed) <= 400 << 10);
+        }
+    }
+}

@@ -1,0 +1,260 @@
+//! The table of PCs: four entries in the first sector, and the chain that an extended one begins.
+//!
+//! ```text
+//!   MBR: | 1 | 2 | extended | 4 |          numbers 1 to 4 are the places of the entries
+//!                     │
+//!          EBR: | 5 | next | - | - |       start of 5: after this EBR
+//!                      │                   start of next: after the first EBR
+//!               EBR: | 6 | - | - | - |
+//! ```
+//!
+//! As Linux reads it (`block/partitions/msdos.c`).
+
+use std::collections::HashSet;
+use std::ops::Range;
+
+use super::{Bytes, Partition, Role, TableError, bytes_of, sector_at};
+
+/// The most logical partitions, and the longest chain: more than any system shows.
+const MOST: usize = 128;
+
+/// The bytes of a sector that are its table.
+const LEN: u64 = 512;
+
+/// One entry of a table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Entry {
+    /// What it says it is.
+    kind: u8,
+    /// The first sector.
+    start: u64,
+    /// How many sectors.
+    count: u64,
+}
+
+impl Entry {
+    /// Whether it only keeps old programs off a disk that has a GPT.
+    pub(super) fn is_protective(&self) -> bool {
+        self.kind == 0xee
+    }
+
+    fn is_extended(&self) -> bool {
+        // CHS, LBA, and Linux's own.
+        matches!(self.kind, 0x05 | 0x0f | 0x85) && self.count > 0
+    }
+}
+
+/// The entries in the first 512 bytes of a sector; `None` when that is no table.
+pub(super) fn entries(sector: &[u8]) -> Option<[Entry; 4]> {
+    let table = sector.get(446..510)?;
+    if sector.get(510..512)? != [0x55, 0xaa] {
+        return None;
+    }
+    let mut entries = [Entry { kind: 0, start: 0, count: 0 }; 4];
+    for (entry, bytes) in entries.iter_mut().zip(table.chunks_exact(16)) {
+        // Active or not: anything else is the code of a boot sector.
+        if bytes[0] & 0x7f != 0 {
+            return None;
+        }
+        let number = |at: usize| {
+            u64::from(u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]]))
+        };
+        *entry = Entry { kind: bytes[4], start: number(8), count: number(12) };
+    }
+    Some(entries)
+}
+
+/// The partitions of the disk whose first sector has `entries`.
+///
+/// # Errors
+/// [`TableError`].
+pub(super) fn read(
+    disk: &dyn Bytes,
+    entries: &[Entry; 4],
+    sector: u64,
+) -> Result<Vec<Partition>, TableError> {
+    let mut found = Vec::new();
+    for (number, entry) in (1..).zip(entries) {
+        let Some(range) = bytes_of(entry.start, entry.count, sector) else { continue };
+        let role = if entry.is_extended() { Role::Extended } else { Role::Data };
+        found.push(Partition { number, range, role });
+    }
+    let extended = found.iter().filter(|one| one.role == Role::Extended);
+    let extended: Vec<Range<u64>> = extended.map(|one| one.range.clone()).collect();
+    let mut chain = Chain { disk, sector, seen: HashSet::new(), found };
+    for whole in extended {
+        chain.follow(&whole)?;
+    }
+    Ok(chain.found)
+}
+
+/// What has been found on the way along the chains.
+struct Chain<'a> {
+    disk: &'a dyn Bytes,
+    sector: u64,
+    /// Where the sectors were that have been read.
+    seen: HashSet<u64>,
+    found: Vec<Partition>,
+}
+
+impl Chain<'_> {
+    /// Finds the logical partitions in the extended one that is `whole`.
+    fn follow(&mut self, whole: &Range<u64>) -> Result<(), TableError> {
+        let damaged = |why: &str| TableError::Damaged(why.to_owned());
+        let mut at = whole.start;
+        loop {
+            if !self.seen.insert(at) {
+                return Err(damaged("its chain of logical partitions is a loop"));
+            }
+            if self.seen.len() > MOST {
+                return Err(damaged("its chain of logical partitions is longer than 128"));
+            }
+            let Some(bytes) = sector_at(self.disk, at, LEN)? else {
+                return Err(damaged("its chain of logical partitions leads past the end"));
+            };
+            // An extended partition in which nothing was made yet.
+            let Some(entries) = entries(&bytes) else { return Ok(()) };
+            self.take(&entries, at, whole)?;
+            let Some(next) = entries.iter().find(|entry| entry.is_extended()) else {
+                return Ok(());
+            };
+            let next = whole.start + next.start * self.sector;
+            if !whole.contains(&next) {
+                return Err(damaged("its chain of logical partitions leaves the extended one"));
+            }
+            at = next;
+        }
+    }
+
+    /// Takes the partitions that the sector at `at` names.
+    fn take(
+        &mut self,
+        entries: &[Entry; 4],
+        at: u64,
+        whole: &Range<u64>,
+    ) -> Result<(), TableError> {
+        for (index, entry) in entries.iter().enumerate() {
+            let range = bytes_of(entry.start, entry.count, self.sector)
+                .filter(|_| !entry.is_extended())
+                .and_then(|range| Some(at.checked_add(range.start)?..at.checked_add(range.end)?));
+            let Some(range) = range.filter(|range| i64::try_from(range.end).is_ok()) else {
+                continue;
+            };
+            // The last two are unused, and some programs left something there.
+            if index >= 2 && (range.start < whole.start || range.end > whole.end) {
+                continue;
+            }
+            let logical = self.found.iter().filter(|one| one.number > 4).count();
+            if logical >= MOST {
+                let why = "it has more than 128 logical partitions".to_owned();
+                return Err(TableError::Damaged(why));
+            }
+            let number = u32::try_from(logical).unwrap_or(u32::MAX).saturating_add(5);
+            self.found.push(Partition { number, range, role: Role::Data });
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::read;
+    use super::super::testing::{Memory, put_entry};
+    use super::*;
+
+    const S: u64 = 512;
+
+    fn numbers(disk: &Memory) -> Vec<(u32, Range<u64>)> {
+        let found = read(disk, None).unwrap();
+        found.into_iter().map(|one| (one.number, one.range)).collect()
+    }
+
+    /// An extended partition of 1000 sectors from 100 on, in place 2.
+    fn extended() -> Vec<u8> {
+        let mut bytes = vec![0; 2000 * 512];
+        put_entry(&mut bytes, 0, 1, (0x0f, 100, 1000));
+        bytes
+    }
+
+    fn why(bytes: Vec<u8>) -> String {
+        let size = bytes.len() as u64;
+        read(&Memory::new(bytes, size), None).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn an_entry_keeps_the_number_of_its_place() {
+        let mut bytes = vec![0; 512];
+        put_entry(&mut bytes, 0, 0, (0x83, 1, 9));
+        put_entry(&mut bytes, 0, 3, (0x07, 100, 50));
+        bytes[446] = 0x80;
+        let disk = Memory::new(bytes.clone(), 1 << 30);
+        assert_eq!(numbers(&disk), [(1, S..10 * S), (4, 100 * S..150 * S)]);
+        let of_4k = read(&disk, Some(4096)).unwrap();
+        assert_eq!(of_4k[1].range, 100 * 4096..150 * 4096);
+        // Code where the flag would be: a boot sector.
+        bytes[462] = 0x33;
+        assert!(why(bytes).contains("has no partition table"));
+    }
+
+    #[test]
+    fn logical_partitions_count_from_5_and_start_after_their_own_record() {
+        let mut bytes = extended();
+        put_entry(&mut bytes, 0, 0, (0x83, 1, 50));
+        put_entry(&mut bytes, 100 * 512, 0, (0x83, 2, 100));
+        put_entry(&mut bytes, 100 * 512, 1, (0x05, 300, 200));
+        put_entry(&mut bytes, 400 * 512, 0, (0x83, 1, 199));
+        // Rubbish in a place that is not used.
+        put_entry(&mut bytes, 400 * 512, 2, (0x83, 5000, 199));
+        let disk = Memory::new(bytes, 2000 * S);
+        let want =
+            [(1, S..51 * S), (2, 100 * S..1100 * S), (5, 102 * S..202 * S), (6, 401 * S..600 * S)];
+        assert_eq!(numbers(&disk), want);
+    }
+
+    #[test]
+    fn an_empty_extended_partition_holds_nothing() {
+        assert_eq!(numbers(&Memory::new(extended(), 2000 * S)), [(2, 100 * S..1100 * S)]);
+    }
+
+    #[test]
+    fn a_chain_that_leads_back_is_refused() {
+        let mut bytes = extended();
+        put_entry(&mut bytes, 100 * 512, 0, (0x83, 1, 10));
+        put_entry(&mut bytes, 100 * 512, 1, (0x05, 300, 200));
+        put_entry(&mut bytes, 400 * 512, 1, (0x05, 300, 200));
+        assert!(why(bytes.clone()).contains("is a loop"));
+        put_entry(&mut bytes, 400 * 512, 1, (0x05, 0, 200));
+        assert!(why(bytes.clone()).contains("is a loop"));
+        // Two extended ones in the same place.
+        put_entry(&mut bytes, 400 * 512, 1, (0, 0, 0));
+        put_entry(&mut bytes, 0, 2, (0x05, 100, 1000));
+        assert!(why(bytes).contains("is a loop"));
+    }
+
+    #[test]
+    fn a_chain_that_leaves_its_partition_or_the_disk_is_refused() {
+        let mut bytes = extended();
+        put_entry(&mut bytes, 100 * 512, 1, (0x05, 1000, 200));
+        assert!(why(bytes.clone()).contains("leaves the extended one"));
+        put_entry(&mut bytes, 100 * 512, 1, (0x05, u32::MAX, u32::MAX));
+        assert!(why(bytes.clone()).contains("leaves the extended one"));
+        put_entry(&mut bytes, 0, 1, (0x05, 3000, 200));
+        assert!(why(bytes).contains("leads past the end"));
+    }
+
+    #[test]
+    fn a_chain_without_end_is_refused() {
+        let mut bytes = extended();
+        for record in 0..200_u32 {
+            let at = (100 + record as usize) * 512;
+            put_entry(&mut bytes, at, 1, (0x05, record + 1, 1));
+        }
+        assert!(why(bytes.clone()).contains("longer than 128"));
+        for record in 0..100_usize {
+            for index in [0, 2, 3] {
+                put_entry(&mut bytes, (100 + record) * 512, index, (0x83, 1, 1));
+            }
+        }
+        assert!(why(bytes).contains("more than 128 logical partitions"));
+    }
+}

@@ -1,0 +1,296 @@
+//! Partition tables: where the partitions of a disk begin and end.
+//!
+//! ```text
+//!   sector 0    1        2 ...                       ... last - 1 ...   last
+//!   | MBR     | GPT    | its entries | partitions | copy of entries | backup GPT |
+//!       │         an MBR of one entry of type 0xEE says: look at the GPT
+//!       └ else: four entries; an extended one begins a chain of further MBRs (mbr.rs)
+//! ```
+//!
+//! A table may have been written by an enemy: each number in it is checked, a chain is followed a
+//! bounded way, and a few hundred KiB are read at the most. What Linux would make of a table is
+//! what comes out, with its numbers.
+//!
+//! The crates that read such tables write them as well, and leave it to the table how much is read;
+//! what is needed here is small.
+
+mod gpt;
+mod mbr;
+
+use std::io;
+use std::ops::Range;
+
+use crate::extents::Kind;
+use crate::host::errno;
+use crate::layer::{Layer, Wait};
+use crate::spec::format_size;
+
+/// The sizes of sectors that disks have, in bytes; the second is rare in files.
+const SECTORS: [u64; 2] = [512, 4096];
+
+/// How many partitions a message lists: it has to stay one line.
+const LISTED: usize = 16;
+
+/// Why there are no partitions to be told; one line, for the name of the base before it.
+#[derive(Debug, thiserror::Error)]
+pub enum TableError {
+    /// The host cannot read it.
+    #[error("cannot be read for its partition table: {0}")]
+    Unreadable(#[from] io::Error),
+    /// Nothing there looks like one.
+    #[error("has no partition table: drop partition=, or name its bytes with offset= and len=")]
+    Nothing,
+    /// It contradicts itself.
+    #[error(
+        "has a damaged partition table ({0}): mend it, or name the bytes with offset= and len="
+    )]
+    Damaged(String),
+}
+
+/// What is read for its table.
+pub trait Bytes {
+    /// How many there are.
+    fn size(&self) -> u64;
+
+    /// Fills `buf` with the bytes from `at` on, all of which are inside the size.
+    ///
+    /// # Errors
+    /// The host's.
+    fn fill(&self, buf: &mut [u8], at: u64) -> io::Result<()>;
+}
+
+impl Bytes for &dyn Layer {
+    fn size(&self) -> u64 {
+        Layer::size(*self)
+    }
+
+    fn fill(&self, buf: &mut [u8], at: u64) -> io::Result<()> {
+        let mut done = 0;
+        while done < buf.len() {
+            let rest = &mut buf[done..];
+            let found = self.read_at(rest, at + done as u64, Wait::Yes)?;
+            let len = usize::try_from(found.len()).unwrap_or(usize::MAX).min(rest.len());
+            if len == 0 {
+                return Err(errno(libc::EIO));
+            }
+            if found.kind != Kind::Data {
+                rest[..len].fill(0);
+            }
+            done += len;
+        }
+        Ok(())
+    }
+}
+
+/// What a partition is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Role {
+    /// To hold something.
+    Data,
+    /// To hold the logical ones.
+    Extended,
+}
+
+/// A partition.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Partition {
+    /// As Linux counts: from 1, logical ones from 5 on.
+    pub number: u32,
+    /// Its bytes; not empty, and perhaps not all inside the disk.
+    pub range: Range<u64>,
+    /// What for.
+    pub role: Role,
+}
+
+/// Reads the partitions of `disk`, whose sectors have `sector` bytes, if that is known.
+///
+/// # Errors
+/// [`TableError`].
+pub fn read(disk: &dyn Bytes, sector: Option<u64>) -> Result<Vec<Partition>, TableError> {
+    let first = sector_at(disk, 0, SECTORS[0])?.ok_or(TableError::Nothing)?;
+    let entries = mbr::entries(&first).ok_or(TableError::Nothing)?;
+    if entries.iter().any(mbr::Entry::is_protective) {
+        let sectors = match sector {
+            Some(4096) => [4096, 512],
+            _ => SECTORS,
+        };
+        return gpt::read(disk, &sectors);
+    }
+    mbr::read(disk, &entries, sector.unwrap_or(SECTORS[0]))
+}
+
+/// The `len` bytes at `at`; `None` when they are not all inside.
+fn sector_at(disk: &dyn Bytes, at: u64, len: u64) -> io::Result<Option<Vec<u8>>> {
+    let is_inside = at.checked_add(len).is_some_and(|end| end <= disk.size());
+    let Some(len) = usize::try_from(len).ok().filter(|_| is_inside) else { return Ok(None) };
+    let mut bytes = vec![0; len];
+    disk.fill(&mut bytes, at)?;
+    Ok(Some(bytes))
+}
+
+/// `sectors` sectors from `start` on, in bytes; `None` when there are none, or past all numbers.
+fn bytes_of(start: u64, sectors: u64, sector: u64) -> Option<Range<u64>> {
+    let (start, len) = (start.checked_mul(sector)?, sectors.checked_mul(sector)?);
+    let end = start.checked_add(len).filter(|end| i64::try_from(*end).is_ok())?;
+    (len > 0).then_some(start..end)
+}
+
+/// What there is, for a message: `1 (100 MiB), 2 (4 GiB)`.
+#[must_use]
+pub fn listed(partitions: &[Partition]) -> String {
+    let one = |partition: &Partition| match partition.role {
+        Role::Data => {
+            let size = format_size(partition.range.end - partition.range.start);
+            format!("{} ({size})", partition.number)
+        }
+        Role::Extended => format!("{} (extended)", partition.number),
+    };
+    let mut shown: Vec<String> = partitions.iter().take(LISTED).map(one).collect();
+    if partitions.len() > LISTED {
+        shown.push(format!("and {} more", partitions.len() - LISTED));
+    }
+    if shown.is_empty() { "none".to_owned() } else { shown.join(", ") }
+}
+
+#[cfg(test)]
+pub(super) mod testing {
+    //! A disk in memory, and what there is to make a table in it.
+
+    use std::sync::atomic::{AtomicU64, Ordering};
+
+    use super::*;
+
+    /// Bytes from offset 0 on, zeros up to the size, and a count of what was read.
+    pub(crate) struct Memory {
+        pub(crate) bytes: Vec<u8>,
+        pub(crate) size: u64,
+        pub(crate) read: AtomicU64,
+    }
+
+    impl Memory {
+        pub(crate) fn new(bytes: Vec<u8>, size: u64) -> Self {
+            Self { bytes, size, read: AtomicU64::new(0) }
+        }
+    }
+
+    impl Bytes for Memory {
+        fn size(&self) -> u64 {
+            self.size
+        }
+
+        fn fill(&self, buf: &mut [u8], at: u64) -> io::Result<()> {
+            assert!(at + buf.len() as u64 <= self.size, "read past the end");
+            self.read.fetch_add(buf.len() as u64, Ordering::Relaxed);
+            for (at, byte) in (at..).zip(buf) {
+                let at = usize::try_from(at).unwrap();
+                *byte = self.bytes.get(at).copied().unwrap_or(0);
+            }
+            Ok(())
+        }
+    }
+
+    /// An entry of an MBR at `at` (bytes), where its sector begins.
+    pub(crate) fn put_entry(
+        bytes: &mut [u8],
+        at: usize,
+        index: usize,
+        (kind, start, count): (u8, u32, u32),
+    ) {
+        let entry = at + 446 + index * 16;
+        bytes[entry + 4] = kind;
+        bytes[entry + 8..entry + 12].copy_from_slice(&start.to_le_bytes());
+        bytes[entry + 12..entry + 16].copy_from_slice(&count.to_le_bytes());
+        bytes[at + 510..at + 512].copy_from_slice(&[0x55, 0xaa]);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::Ordering;
+
+    use proptest::prelude::*;
+
+    use super::testing::{Memory, put_entry};
+    use super::*;
+
+    fn why(disk: &Memory) -> String {
+        read(disk, None).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn what_has_no_table_says_so() {
+        for size in [0, 511, 512, 1 << 20] {
+            assert!(why(&Memory::new(Vec::new(), size)).contains("has no partition table"));
+        }
+        // The boot sector of a FAT file system: a signature, and code where entries would be.
+        let mut fat = vec![0x90; 512];
+        fat[510..].copy_from_slice(&[0x55, 0xaa]);
+        assert!(why(&Memory::new(fat, 1 << 20)).contains("has no partition table"));
+    }
+
+    #[test]
+    fn a_message_lists_what_there_is_on_one_line() {
+        assert_eq!(listed(&[]), "none");
+        let make = |number| Partition { number, range: 0..1 << 20, role: Role::Data };
+        let mut all: Vec<Partition> = (1..=2).map(make).collect();
+        all[1].role = Role::Extended;
+        assert_eq!(listed(&all), "1 (1 MiB), 2 (extended)");
+        let all: Vec<Partition> = (1..=128).map(make).collect();
+        assert!(listed(&all).ends_with("16 (1 MiB), and 112 more"));
+    }
+
+    #[test]
+    fn a_read_fills_holes_with_zeros() {
+        let blank = crate::base::blank::Blank::new(4096);
+        let blank: &dyn Layer = &blank;
+        let mut buf = [7; 512];
+        blank.fill(&mut buf, 100).unwrap();
+        assert_eq!(buf, [0; 512]);
+    }
+
+    /// 64 KiB that begin as a table does, and are anything from there on.
+    fn hostile() -> impl Strategy<Value = Vec<u8>> {
+        let entry = (
+            prop_oneof![Just(5_u8), Just(0x83), Just(0xee), any::<u8>()],
+            0..140_u32,
+            any::<u32>(),
+        );
+        let sector = proptest::collection::vec(entry, 4);
+        proptest::collection::vec(sector, 1..128).prop_map(|sectors| {
+            let mut bytes = vec![0; 512 * 128];
+            for (at, entries) in sectors.iter().enumerate() {
+                for (index, entry) in entries.iter().enumerate() {
+                    put_entry(&mut bytes, at * 512, index, *entry);
+                }
+            }
+            bytes
+        })
+    }
+
+    proptest! {
+        #[test]
+        fn no_table_reads_much_or_lists_many(
+            bytes in hostile(), size in 512..1_u64 << 40, large: bool,
+        ) {
+            let disk = Memory::new(bytes, size);
+            let sector = if large { 4096 } else { 512 };
+            match read(&disk, Some(sector)) {
+                Ok(found) => {
+                    prop_assert!(found.len() <= 4 + 128);
+                    prop_assert!(found.iter().all(|one| one.range.start < one.range.end));
+                    prop_assert!(found.is_sorted_by(|one, next| one.number < next.number));
+                }
+                Err(error) => prop_assert!(!error.to_string().contains('\n')),
+            }
+            prop_assert!(disk.read.load(Ordering::Relaxed) <= 256 << 10);
+        }
+
+        #[test]
+        fn no_bytes_break_the_parser(bytes: Vec<u8>, size in 0..1_u64 << 20) {
+            let mut bytes = bytes;
+            bytes.resize(2048, 0);
+            bytes[510..512].copy_from_slice(&[0x55, 0xaa]);
+            let _ = read(&Memory::new(bytes, size), None);
+        }
+    }
+}
