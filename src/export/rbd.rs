@@ -1,10 +1,25 @@
-//! An rbd diff of what changed: records that `rbd import-diff` takes.
+//! An rbd diff of what changed, version 1: the one that `rbd import-diff` and `rbd merge-diff` take.
+//!
+//! ```text
+//!   "rbd diff v1\n"
+//!   's' size             the size of the disk
+//!   'w' offset n bytes   data
+//!   'z' offset n         zeros
+//!   'e'                  the end
+//! ```
+//!
+//! Every number is a little-endian u64. Source: Ceph, doc/dev/rbd-diff.rst. Offsets rise, and no
+//! record is empty: `merge-diff` refuses both. Version 2, which streams speak
+//! (`stream/frames/rbd.rs`), puts a length after every tag.
 
 use std::fs::File;
 use std::io::{self, Write};
+use std::ops::Range;
 
 use super::{Kind, Run, Watch, copy};
-use crate::stream::frames::rbd;
+
+/// What every diff of version 1 begins with.
+const BANNER: &[u8] = b"rbd diff v1\n";
 
 /// Writes `runs` of `file`, a disk of `size` bytes, to `out`.
 ///
@@ -17,23 +32,32 @@ pub fn write(
     size: u64,
     watch: Watch<'_>,
 ) -> io::Result<()> {
-    out.write_all(&rbd::opening(size))?;
+    out.write_all(BANNER)?;
+    out.write_all(b"s")?;
+    out.write_all(&size.to_le_bytes())?;
     let total = runs.iter().filter(|run| run.kind == Kind::Data);
     let total = total.map(|run| run.range.end - run.range.start).sum();
     let (mut done, mut buf) = (0, Vec::new());
     for run in runs {
         if run.kind == Kind::Zero {
-            out.write_all(&rbd::zeros(&run.range))?;
+            out.write_all(&header(b'z', &run.range))?;
             continue;
         }
         copy(file, run.range.clone(), &mut buf, |bytes, at| {
-            out.write_all(&rbd::data_header(&(at..at + bytes.len() as u64)))?;
+            out.write_all(&header(b'w', &(at..at + bytes.len() as u64)))?;
             out.write_all(bytes)?;
             done += bytes.len() as u64;
             watch(done, total);
             Ok(())
         })?;
     }
-    out.write_all(&rbd::END)?;
+    out.write_all(b"e")?;
     out.flush()
+}
+
+fn header(tag: u8, range: &Range<u64>) -> [u8; 17] {
+    let mut bytes = [tag; 17];
+    bytes[1..9].copy_from_slice(&range.start.to_le_bytes());
+    bytes[9..].copy_from_slice(&(range.end - range.start).to_le_bytes());
+    bytes
 }

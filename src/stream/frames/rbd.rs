@@ -1,4 +1,5 @@
-//! The rbd diff, version 2: records that carry offsets, as `rbd import-diff` reads them.
+//! The rbd diff, version 2: records that carry offsets. `rbd` itself writes it inside its export
+//! format 2; `import-diff` and `merge-diff` take version 1 alone (`export/rbd.rs`).
 //!
 //! ```text
 //!   "rbd diff v2\n"
