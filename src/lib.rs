@@ -8,6 +8,7 @@
 //! [`base`] → [`extents`]. [`spec`] turns words into plain values before any of that.
 //!
 //! A disk may be a [`stream`] instead: it leaves in order while it is written, or arrives.
+//! [`transfer`] sends files of any kind through pipes, and needs no mount.
 
 pub mod base;
 pub mod catalog;
@@ -26,3 +27,4 @@ pub mod pool;
 pub mod spec;
 pub mod store;
 pub mod stream;
+pub mod transfer;

@@ -4,6 +4,7 @@
 //!   mount, run ──plan──> mount::serve, in a daemon       (no thread before the fork)
 //!   umount, status, add, map, ... ──client──> MNT/.cowslip/...        (every wait bounded)
 //!   check, rebase ──> overlay::persist, offline
+//!   send, recv ──> transfer, no mount needed
 //! ```
 //!
 //! Nothing here knows what a disk does: a command parses, calls, prints. An error is one line;
@@ -23,12 +24,15 @@ mod import;
 mod keep;
 mod log;
 mod map;
+mod meter;
 mod mount;
 mod plan;
 mod progress;
 mod rebase;
+mod recv;
 mod remove;
 mod run;
+mod send;
 mod snapshot;
 mod status;
 mod stream;
@@ -101,6 +105,10 @@ enum Cli {
     Finish(stream::FinishArgs),
     /// Give a stream up: its command is killed, its file stays unfinished
     Abort(stream::AbortArgs),
+    /// Send a file or a device to stdout, holes as holes: cowslip send FILE | cowslip recv NAME
+    Send(send::SendArgs),
+    /// Receive from stdin what cowslip send sends
+    Recv(recv::RecvArgs),
     /// Check an overlay or a store that is not mounted
     Check(check::CheckArgs),
     /// Tell an overlay that is not mounted where its base is now
@@ -168,6 +176,8 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> anyhow::Result<u8> {
         Cli::Hydrate(args) => fetch::hydrate(&args),
         Cli::Finish(args) => stream::finish(&args),
         Cli::Abort(args) => stream::abort(&args),
+        Cli::Send(args) => send::run(&args),
+        Cli::Recv(args) => recv::run(&args),
         Cli::Check(args) => check::run(&args),
         Cli::Rebase(args) => rebase::run(&args),
         Cli::Guard(args) => guard::run(&args),

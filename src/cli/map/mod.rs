@@ -10,7 +10,7 @@
 
 mod layers;
 mod picture;
-mod pieces;
+pub(super) mod pieces;
 mod save;
 mod strip;
 mod svg;

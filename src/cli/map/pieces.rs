@@ -10,7 +10,7 @@ const BUFFER: usize = 128 << 10;
 /// What a piece of a disk is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub(super) enum Kind {
+pub(in crate::cli) enum Kind {
     /// Holds bytes.
     Data,
     /// Reads as zero and has space.
@@ -21,7 +21,7 @@ pub(super) enum Kind {
 
 impl Kind {
     /// As the map has it.
-    pub(super) fn name(self) -> &'static str {
+    pub(in crate::cli) fn name(self) -> &'static str {
         match self {
             Self::Data => "data",
             Self::Zero => "zero",
@@ -32,15 +32,15 @@ impl Kind {
 
 /// One element of the array. Keys that are not known here are left alone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
-pub(super) struct Piece {
+pub(in crate::cli) struct Piece {
     /// Its first byte.
-    pub(super) start: u64,
+    pub(in crate::cli) start: u64,
     /// Its bytes.
-    pub(super) length: u64,
+    pub(in crate::cli) length: u64,
     /// The layer that provides it: 0 is the top one, the greatest the base.
-    pub(super) depth: usize,
+    pub(in crate::cli) depth: usize,
     /// What it is.
-    pub(super) kind: Kind,
+    pub(in crate::cli) kind: Kind,
 }
 
 /// Calls `each` with every element of the array in `feed`.
@@ -50,7 +50,7 @@ pub(super) struct Piece {
 ///
 /// # Errors
 /// Those of `feed` and `each`; `InvalidData` for what is no such array, or one cut short.
-pub(super) fn each_piece(
+pub(in crate::cli) fn each_piece(
     feed: impl Read,
     mut each: impl FnMut(Piece) -> io::Result<()>,
 ) -> io::Result<()> {

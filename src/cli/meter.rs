@@ -1,0 +1,128 @@
+//! How far a transfer is, on a terminal: data, holes, rate, time left.
+//!
+//! At both ends of `cowslip send ... | cowslip recv ...` there is the same terminal, with one line
+//! for it: the end that locks the terminal first has it.
+
+use std::fs::File;
+use std::io::{self, IsTerminal, Write};
+use std::time::{Duration, Instant};
+
+use rustix::fs::{FlockOperation, Mode, OFlags, flock};
+
+use crate::spec::format_size;
+use crate::transfer::Told;
+
+/// How often the line changes.
+const EVERY: Duration = Duration::from_millis(250);
+
+/// The line; nothing where there is no terminal.
+pub(super) struct Meter {
+    /// The terminal, locked.
+    _terminal: Option<File>,
+    is_shown: bool,
+    /// About how much data there is, where that is known.
+    data: Option<u64>,
+    started: Instant,
+    shown: Option<Instant>,
+}
+
+impl Meter {
+    pub(super) fn new(data: Option<u64>) -> Self {
+        let terminal = io::stderr().is_terminal().then(lock);
+        let is_shown = matches!(&terminal, Some(Ok(_)));
+        let terminal = terminal.and_then(Result::ok);
+        Self { _terminal: terminal, is_shown, data, started: Instant::now(), shown: None }
+    }
+
+    pub(super) fn show(&mut self, told: &Told) {
+        if !self.is_shown || self.shown.unwrap_or(self.started).elapsed() < EVERY {
+            return;
+        }
+        self.shown = Some(Instant::now());
+        let text = line(told, self.data, self.started.elapsed());
+        let _ = write!(io::stderr(), "\r\x1b[K{text}");
+    }
+
+    pub(super) fn end(&mut self) {
+        if self.shown.take().is_some() {
+            let _ = write!(io::stderr(), "\r\x1b[K");
+        }
+    }
+}
+
+/// Locks the terminal behind stderr. The lock is on an open file of its own: what is inherited
+/// is shared with the other end.
+fn lock() -> rustix::io::Result<File> {
+    let flags = OFlags::RDONLY | OFlags::NOCTTY | OFlags::CLOEXEC | OFlags::NONBLOCK;
+    let file = File::from(rustix::fs::open("/proc/self/fd/2", flags, Mode::empty())?);
+    flock(&file, FlockOperation::NonBlockingLockExclusive)?;
+    Ok(file)
+}
+
+/// What is shown after `time`. `data`: about how much of it there is.
+fn line(told: &Told, data: Option<u64>, time: Duration) -> String {
+    let millis = u64::try_from(time.as_millis()).unwrap_or(u64::MAX).max(1);
+    let rate = per_second(told.data, millis);
+    let mut text = format!(
+        "{} of data, {} of holes, {}/s",
+        format_size(told.data),
+        format_size(told.holes),
+        format_size(rate)
+    );
+    let Some(size) = told.size.filter(|size| *size > told.from) else {
+        return text;
+    };
+    let (done, total) = (told.reached - told.from, size - told.from);
+    text += &format!(", {} %", u128::from(done) * 100 / u128::from(total));
+    // Holes take no time: what is left is the data that is left, as far as anybody knows.
+    let left = total.saturating_sub(done);
+    let left = data.map_or(left, |data| data.saturating_sub(told.data).min(left));
+    if rate > 0 {
+        let seconds = left.div_ceil(rate);
+        text += &match (seconds / 3600, seconds / 60 % 60, seconds % 60) {
+            (0, 0, seconds) => format!(", {seconds} s left"),
+            (0, minutes, seconds) => format!(", {minutes}:{seconds:02} min left"),
+            (hours, minutes, _) => format!(", {hours}:{minutes:02} h left"),
+        };
+    }
+    text
+}
+
+fn per_second(bytes: u64, millis: u64) -> u64 {
+    u64::try_from(u128::from(bytes) * 1000 / u128::from(millis)).unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn told(from: u64, reached: u64, size: Option<u64>, data: u64) -> Told {
+        Told { from, reached, size, data, holes: reached - from - data }
+    }
+
+    #[test]
+    fn a_line_has_data_holes_rate_share_and_time_left() {
+        let mib = 1 << 20;
+        let half = told(0, 500 * mib, Some(1000 * mib), 100 * mib);
+        assert_eq!(
+            line(&half, None, Duration::from_secs(2)),
+            "100 MiB of data, 400 MiB of holes, 50 MiB/s, 50 %, 10 s left"
+        );
+        // Of the 500 MiB that are left only 50 are data.
+        let text = line(&half, Some(150 * mib), Duration::from_secs(2));
+        assert!(text.ends_with("50 %, 1 s left"), "{text}");
+        let slow = line(&half, None, Duration::from_secs(200));
+        assert!(slow.ends_with("16:40 min left"), "{slow}");
+        let slower = line(&half, None, Duration::from_secs(20_000));
+        assert!(slower.ends_with(" 27:46 h left"), "{slower}");
+    }
+
+    #[test]
+    fn of_a_pipe_there_is_no_share_and_of_nothing_no_time() {
+        let text = line(&told(0, 10, None, 10), None, Duration::from_secs(1));
+        assert_eq!(text, "10 bytes of data, 0 bytes of holes, 10 bytes/s");
+        let none = line(&told(5, 5, Some(6), 0), None, Duration::ZERO);
+        assert!(none.ends_with("0 bytes/s, 0 %"), "{none}");
+        assert!(!line(&told(5, 5, Some(5), 0), None, Duration::ZERO).contains('%'));
+    }
+}

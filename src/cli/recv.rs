@@ -1,0 +1,76 @@
+//! `cowslip recv`: what `cowslip send` sends, from stdin into a file.
+
+use std::fs::File;
+use std::io::{self, IsTerminal, Write};
+use std::os::fd::AsFd;
+use std::path::PathBuf;
+
+use anyhow::Context as _;
+use clap::Args;
+
+use super::meter::Meter;
+use super::send::frames;
+use super::{DONE, Failure, say};
+use crate::spec::{Frames, format_size};
+use crate::transfer::{Begin, Existing, ReceivePlan, receive, resume_offset};
+
+#[derive(Debug, Args)]
+pub(super) struct RecvArgs {
+    /// The file; it is FILE.part until all of it is there
+    file: PathBuf,
+    /// Go on with what arrived before
+    #[arg(long)]
+    resume: bool,
+    /// Print where 'cowslip send --from' has to begin for --resume, and do nothing else
+    #[arg(long, conflicts_with_all = ["resume", "overwrite", "frames", "onto"])]
+    resume_offset: bool,
+    /// Replace the file, or write to the device
+    #[arg(long)]
+    overwrite: bool,
+    /// What comes over the wire: rbd (data and holes as records), or raw (plain bytes)
+    #[arg(long, value_name = "rbd|raw", default_value = "rbd", value_parser = frames)]
+    frames: Frames,
+    /// For 'cowslip send --since': the file that holds that snapshot; it stays as it is
+    #[arg(long, value_name = "OLD")]
+    onto: Option<PathBuf>,
+}
+
+pub(super) fn run(args: &RecvArgs) -> anyhow::Result<u8> {
+    if args.resume_offset {
+        super::print(format!("{}\n", resume_offset(&args.file)?).as_bytes())?;
+        return Ok(DONE);
+    }
+    let stdin = io::stdin();
+    if stdin.is_terminal() {
+        return Err(Failure::usage("nobody types an image: cowslip send FILE | cowslip recv NAME"));
+    }
+    if args.frames == Frames::Raw && (args.resume || args.onto.is_some()) {
+        return Err(Failure::usage(
+            "--resume and --onto need --frames rbd: plain bytes say nothing",
+        ));
+    }
+    // Not `Stdin`, which has a buffer of its own.
+    let input = File::from(stdin.as_fd().try_clone_to_owned().context("cannot use stdin")?);
+    let plan = ReceivePlan {
+        path: args.file.clone(),
+        existing: if args.overwrite { Existing::Overwrite } else { Existing::Refuse },
+        begin: if args.resume { Begin::Resume } else { Begin::Anew },
+        frames: args.frames,
+        onto: args.onto.clone(),
+    };
+    let mut meter = Meter::new(None);
+    let received = receive(input, &plan, &mut |told| meter.show(told));
+    meter.end();
+    let received = received?;
+    let file = args.file.display();
+    if args.frames == Frames::Rbd && !received.is_verified {
+        let _ = writeln!(
+            io::stderr(),
+            "cowslip: the sender of '{file}' sends no checksums: nothing verified what arrived"
+        );
+    }
+    let told = received.told;
+    let [size, data, holes] = [told.size.unwrap_or(0), told.data, told.holes].map(format_size);
+    say(&format!("{file}: {size}, received {data} of data and {holes} of holes"));
+    Ok(DONE)
+}

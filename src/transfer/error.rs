@@ -1,0 +1,49 @@
+//! Why a transfer did not come to its end.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+/// Why a transfer failed; one line for the user.
+#[derive(Debug, thiserror::Error)]
+pub enum TransferError {
+    /// It cannot be done as asked; nothing was written.
+    #[error("{0}")]
+    Refused(String),
+    /// The host refuses.
+    #[error("cannot {verb} '{}': {why}", path.display())]
+    Host {
+        /// What was tried.
+        verb: &'static str,
+        /// On what.
+        path: PathBuf,
+        /// What the host says.
+        why: String,
+    },
+    /// The stream cannot be written.
+    #[error("cannot write the stream: {0}")]
+    Output(String),
+    /// The stream is cut or damaged.
+    #[error("{what}: {left}")]
+    Broken {
+        /// What is wrong with it, and where.
+        what: String,
+        /// What is left of it, and what to do.
+        left: String,
+    },
+    /// It failed after the transfer had begun; the line says what is left.
+    #[error("{0}")]
+    Late(String),
+}
+
+impl TransferError {
+    /// The host refused to `verb` the file at `path`.
+    pub(super) fn host(verb: &'static str, path: &Path, error: &io::Error) -> Self {
+        Self::Host { verb, path: path.to_owned(), why: plain(error) }
+    }
+}
+
+/// The host's words without the number behind them.
+pub(super) fn plain(error: &io::Error) -> String {
+    let text = error.to_string();
+    text.split(" (os error").next().unwrap_or_default().to_owned()
+}

@@ -1,0 +1,60 @@
+//! A copy of an older file for a stream of changes to be put onto.
+
+use std::fs::File;
+use std::io::{self, IoSlice};
+use std::ops::Range;
+use std::os::fd::AsFd;
+
+use super::source::{Detect, Source};
+use super::zeros::{Holds, runs};
+use crate::host::{cannot_copy, copy_range, write_all_at};
+
+/// What is copied at a time where the host cannot do it alone.
+const PIECE: usize = 1 << 20;
+
+/// Makes `target`, which is `from` bytes long, hold from there on what `source` (a file or a device)
+/// holds: shared where the file system can, else copied with its holes.
+///
+/// # Errors
+/// The host's.
+pub(super) fn copy(source: &Source, target: &File, from: u64) -> io::Result<()> {
+    if from == 0 && rustix::fs::ioctl_ficlone(target, source.file()).is_ok() {
+        return Ok(());
+    }
+    let size = source.size().unwrap_or(0);
+    target.set_len(size.max(from))?;
+    let mut left = from..size;
+    while !left.is_empty() {
+        let (run, holds) = source.run(&left)?;
+        left.start = run.end;
+        if holds == Holds::Data {
+            data(source, target, run)?;
+        }
+    }
+    Ok(())
+}
+
+fn data(source: &Source, target: &File, range: Range<u64>) -> io::Result<()> {
+    let mut at = range.start;
+    // A copy inside the host would make zeros of a device data.
+    if !source.detects(Detect::AsNeeded) {
+        match copy_range(source.file().as_fd(), range.clone(), target.as_fd(), at) {
+            Ok(len) => at += len,
+            Err(error) if cannot_copy(&error) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    let mut piece = vec![0; PIECE];
+    while at < range.end {
+        let len = usize::try_from(range.end - at).unwrap_or(PIECE).min(PIECE);
+        source.read_at(&mut piece[..len], at)?;
+        for (run, holds) in runs(&piece[..len], at) {
+            if holds == Holds::Data || !source.detects(Detect::AsNeeded) {
+                let start = at + run.start as u64;
+                write_all_at(target, &[IoSlice::new(&piece[run])], start)?;
+            }
+        }
+        at += len as u64;
+    }
+    Ok(())
+}

@@ -1,0 +1,220 @@
+//! What is sent: a file or a device that can be looked at anywhere, or a pipe.
+
+use std::fs::File;
+use std::io::{self, Read};
+use std::num::NonZeroU64;
+use std::ops::Range;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{Advice, OFlags, SeekFrom, fadvise};
+use rustix::io::Errno;
+use xxhash_rust::xxh3::xxh3_64;
+
+use super::TransferError;
+use super::zeros::Holds;
+
+/// 4 MiB: how far ahead a source is asked for; the kernel's own read-ahead is 128 KiB.
+const AHEAD: u64 = 4 << 20;
+
+/// Whether zeros are looked for in data.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Detect {
+    /// Where the source cannot tell holes.
+    AsNeeded,
+    /// Everywhere (`--detect-zeroes`).
+    Always,
+}
+
+/// An open source.
+#[derive(Debug)]
+pub struct Source {
+    file: File,
+    path: PathBuf,
+    /// `None`: a pipe, which ends where it ends.
+    size: Option<u64>,
+    /// Whether it can tell where its holes are.
+    knows_holes: bool,
+    /// Bytes of data that it has at most, as far as its file system says.
+    data: Option<u64>,
+    before: Option<Stamp>,
+}
+
+/// What changes when a file is written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Stamp {
+    inode: u64,
+    size: u64,
+    mtime: (i64, i64),
+}
+
+impl Stamp {
+    fn of(file: &File) -> io::Result<Self> {
+        let meta = file.metadata()?;
+        let mtime = (meta.mtime(), meta.mtime_nsec());
+        Ok(Self { inode: meta.ino(), size: meta.len(), mtime })
+    }
+}
+
+impl Source {
+    /// Opens `path`; `-` is the standard input.
+    ///
+    /// # Errors
+    /// A line when it cannot be read or is no file, block device or pipe.
+    pub fn open(path: &Path) -> Result<Self, TransferError> {
+        let failed = |error: io::Error| TransferError::host("read", path, &error);
+        let file = if path == Path::new("-") {
+            use std::os::fd::AsFd;
+            File::from(io::stdin().as_fd().try_clone_to_owned().map_err(failed)?)
+        } else {
+            let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NOCTTY;
+            let fd = rustix::fs::open(path, flags, rustix::fs::Mode::empty());
+            File::from(fd.map_err(|error| failed(error.into()))?)
+        };
+        Self::of(file, path)
+    }
+
+    fn of(file: File, path: &Path) -> Result<Self, TransferError> {
+        let failed = |error: io::Error| TransferError::host("read", path, &error);
+        let meta = file.metadata().map_err(failed)?;
+        let (kind, path) = (meta.file_type(), path.to_owned());
+        if kind.is_fifo() || kind.is_socket() {
+            return Ok(Self {
+                file,
+                path,
+                size: None,
+                knows_holes: false,
+                data: None,
+                before: None,
+            });
+        }
+        if !kind.is_file() && !kind.is_block_device() {
+            let what = if kind.is_dir() { "a directory" } else { "no file" };
+            return Err(TransferError::Refused(format!(
+                "'{}' is {what}: name a file or a block device",
+                path.display()
+            )));
+        }
+        // A faster read-ahead; it is only advice.
+        let _ = fadvise(&file, 0, None, Advice::Sequential);
+        if !kind.is_file() {
+            let size = rustix::fs::seek(&file, SeekFrom::End(0));
+            let size = size.map_err(|error| TransferError::host("read", &path, &error.into()))?;
+            let size = Some(size);
+            return Ok(Self { file, path, size, knows_holes: false, data: size, before: None });
+        }
+        let before = Some(Stamp::of(&file).map_err(failed)?);
+        let allocated = meta.blocks().saturating_mul(512);
+        let size = meta.len();
+        let knows_holes = tells_holes(&file, size, allocated);
+        let data = Some(allocated.min(size));
+        Ok(Self { file, path, size: Some(size), knows_holes, data, before })
+    }
+
+    /// Its bytes; `None` for a pipe.
+    #[must_use]
+    pub fn size(&self) -> Option<u64> {
+        self.size
+    }
+
+    /// About how many of its bytes are data, where that is known.
+    #[must_use]
+    pub fn data(&self) -> Option<u64> {
+        self.data
+    }
+
+    /// What to call it.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Tells this state of this file from others; 0 where nothing can: of pipes and devices.
+    #[must_use]
+    pub fn identity(&self) -> u64 {
+        let Some(stamp) = self.before else {
+            return 0;
+        };
+        let mut bytes = Vec::with_capacity(32);
+        bytes.extend(stamp.inode.to_le_bytes());
+        bytes.extend(stamp.size.to_le_bytes());
+        bytes.extend(stamp.mtime.0.to_le_bytes());
+        bytes.extend(stamp.mtime.1.to_le_bytes());
+        xxh3_64(&bytes).max(1)
+    }
+
+    /// Whether somebody has written to it since it was opened.
+    #[must_use]
+    pub fn has_changed(&self) -> bool {
+        self.before.is_some_and(|before| Stamp::of(&self.file).is_ok_and(|now| now != before))
+    }
+
+    /// The open file.
+    pub(super) fn file(&self) -> &File {
+        &self.file
+    }
+
+    /// Whether zeros in it are looked for.
+    pub(super) fn detects(&self, detect: Detect) -> bool {
+        detect == Detect::Always || !self.knows_holes
+    }
+
+    /// What a prefix of `range` holds, by its map alone.
+    pub(super) fn run(&self, range: &Range<u64>) -> io::Result<(Range<u64>, Holds)> {
+        if !self.knows_holes {
+            return Ok((range.clone(), Holds::Data));
+        }
+        let data = match rustix::fs::seek(&self.file, SeekFrom::Data(range.start)) {
+            Ok(data) => data.min(range.end),
+            Err(Errno::NXIO) => range.end,
+            Err(error) => return Err(error.into()),
+        };
+        if data > range.start {
+            return Ok((range.start..data, Holds::Zeros));
+        }
+        let hole = rustix::fs::seek(&self.file, SeekFrom::Hole(range.start))?;
+        let end = if hole > range.start { hole.min(range.end) } else { range.end };
+        Ok((range.start..end, Holds::Data))
+    }
+
+    /// Fills `buf` with what is at `offset`; `UnexpectedEof` when it is not there any more.
+    pub(super) fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
+        use std::os::unix::fs::FileExt;
+        if offset.is_multiple_of(AHEAD) {
+            // The disk works on while this is hashed and written; it is only advice.
+            let _ = fadvise(&self.file, offset + AHEAD, NonZeroU64::new(AHEAD), Advice::WillNeed);
+        }
+        self.file.read_exact_at(buf, offset)
+    }
+
+    /// Of a pipe: fills `buf`, or as much of it as there is before the end.
+    pub(super) fn read_next(&self, buf: &mut [u8]) -> io::Result<usize> {
+        let mut done = 0;
+        while done < buf.len() {
+            match (&self.file).read(&mut buf[done..]) {
+                Ok(0) => break,
+                Ok(len) => done += len,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(done)
+    }
+
+    /// Whether it has fewer bytes than when it was opened.
+    pub(super) fn is_shorter(&self) -> bool {
+        let now = Stamp::of(&self.file);
+        self.before.is_some_and(|before| now.is_ok_and(|now| now.size < before.size))
+    }
+}
+
+/// Whether the holes of a file can be asked for. A file system that cannot tell says that there
+/// are none, though the file takes less room than it is long.
+fn tells_holes(file: &File, size: u64, allocated: u64) -> bool {
+    match rustix::fs::seek(file, SeekFrom::Hole(0)) {
+        Ok(hole) => hole < size || allocated >= size,
+        // Empty.
+        Err(Errno::NXIO) => true,
+        Err(_) => false,
+    }
+}

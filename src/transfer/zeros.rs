@@ -1,0 +1,89 @@
+//! Finding zeros in data. Pure.
+
+use std::ops::Range;
+
+/// Bytes in a block: what file systems give space by.
+pub(super) const BLOCK: u64 = 4096;
+
+/// What a run holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Holds {
+    /// Bytes, not all zero.
+    Data,
+    /// Zeros alone.
+    Zeros,
+}
+
+/// The runs of `bytes`, which lie at `offset` of their file. Runs of zeros begin and end at
+/// whole blocks of the file, or at an end of `bytes`; neighbours differ.
+pub(super) fn runs(bytes: &[u8], offset: u64) -> Vec<(Range<usize>, Holds)> {
+    let mut runs: Vec<(Range<usize>, Holds)> = Vec::new();
+    let mut at = 0;
+    while at < bytes.len() {
+        let rest = BLOCK - (offset + at as u64) % BLOCK;
+        let end = usize::try_from(rest).map_or(bytes.len(), |rest| bytes.len().min(at + rest));
+        let holds = if is_zero(&bytes[at..end]) { Holds::Zeros } else { Holds::Data };
+        match runs.last_mut() {
+            Some((range, last)) if *last == holds => range.end = end,
+            _ => runs.push((at..end, holds)),
+        }
+        at = end;
+    }
+    runs
+}
+
+/// Whether `bytes` are zeros: mostly the first few say no, else whole pieces are looked at, which
+/// the compiler makes wide instructions of.
+fn is_zero(bytes: &[u8]) -> bool {
+    bytes.iter().take(16).all(|byte| *byte == 0)
+        && bytes.chunks(512).all(|piece| piece.iter().fold(0, |all, byte| all | byte) == 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn zeros_are_found_by_whole_blocks_of_the_file() {
+        let mut bytes = vec![0; 3 * 4096];
+        bytes[5000] = 1;
+        let all =
+            [(0..4096, Holds::Zeros), (4096..8192, Holds::Data), (8192..3 * 4096, Holds::Zeros)];
+        assert_eq!(runs(&bytes, 8192), all);
+        // 96 bytes are left of the block they begin in.
+        let shifted =
+            [(0..4192, Holds::Zeros), (4192..8288, Holds::Data), (8288..3 * 4096, Holds::Zeros)];
+        assert_eq!(runs(&bytes, 4000), shifted);
+        assert_eq!(runs(&[], 7), []);
+    }
+
+    proptest! {
+        #[test]
+        fn runs_cover_everything_alternate_and_tell_the_truth(
+            pieces in prop::collection::vec((any::<bool>(), 1usize..6000), 0..8),
+            offset in 0u64..10_000,
+        ) {
+            let bytes: Vec<u8> = pieces
+                .iter()
+                .flat_map(|(zero, len)| vec![u8::from(!*zero); *len])
+                .collect();
+            let found = runs(&bytes, offset);
+            let mut at = 0;
+            for (index, (range, holds)) in found.iter().enumerate() {
+                prop_assert_eq!(range.start, at);
+                prop_assert!(range.end > at);
+                at = range.end;
+                prop_assert!(index == 0 || found[index - 1].1 != *holds);
+                let zero = bytes[range.clone()].iter().all(|byte| *byte == 0);
+                prop_assert!(zero == (*holds == Holds::Zeros));
+                for edge in [range.start, range.end] {
+                    let inner = edge > 0 && edge < bytes.len();
+                    prop_assert!(!inner || (offset + edge as u64).is_multiple_of(BLOCK));
+                }
+            }
+            prop_assert_eq!(at, bytes.len());
+        }
+    }
+}

@@ -1,0 +1,486 @@
+//! `cowslip send` and `cowslip recv`: a file through a pipe, with its holes, whole or not at all.
+
+// Sizes are small here, and a test may panic.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::cast_possible_truncation)]
+
+mod common;
+
+use std::fs::{self, File};
+use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
+use std::path::Path;
+use std::process::{Output, Stdio};
+
+use common::mount::*;
+use cowslip::stream::frames::rbd;
+use proptest::prelude::*;
+
+/// Places with data: where they start, and their bytes.
+type Pieces = &'static [(u64, u64)];
+
+/// A sparse file: `size` bytes, with noise at these places.
+fn sparse(lab: &Lab, name: &str, size: u64, data: &[(u64, u64)]) {
+    let file = File::create(lab.path(name)).unwrap();
+    file.set_len(size).unwrap();
+    for (start, len) in data {
+        file.write_all_at(&noise(*len, start + 1), *start).unwrap();
+    }
+    file.sync_all().unwrap();
+}
+
+/// `cowslip recv WORDS` of these bytes.
+fn recv(lab: &Lab, words: &str, wire: &[u8]) -> Output {
+    put(&lab.path("wire"), wire);
+    let mut command = lab.command(COWSLIP);
+    command.arg("recv").args(words.split_whitespace());
+    command.stdin(File::open(lab.path("wire")).unwrap());
+    command.stdout(Stdio::piped()).stderr(Stdio::piped()).output().unwrap()
+}
+
+/// What `cowslip send WORDS` sends.
+#[track_caller]
+fn wire(lab: &Lab, words: &str) -> Vec<u8> {
+    lab.sh(&format!("$COWSLIP send {words} > wire.out"));
+    fs::read(lab.path("wire.out")).unwrap()
+}
+
+#[track_caller]
+fn same(lab: &Lab, one: &str, two: &str) {
+    let (a, b) = (lab.open_ro(one), lab.open_ro(two));
+    assert_eq!(a.metadata().unwrap().len(), b.metadata().unwrap().len());
+    assert_eq!(checksum(&lab.path(one)), checksum(&lab.path(two)), "{one} {two}");
+    assert_eq!(data_runs(&a), data_runs(&b), "{one} {two}");
+}
+
+fn is_there(lab: &Lab, name: &str) -> bool {
+    fs::symlink_metadata(lab.path(name)).is_ok()
+}
+
+#[test]
+fn a_file_arrives_with_its_bytes_size_and_holes() {
+    let lab = Lab::new();
+    let files: [(&str, u64, Pieces); 6] = [
+        ("empty", 0, &[]),
+        ("hole", 5 * MIB, &[]),
+        ("data", 3 * MIB + 17, &[(0, 3 * MIB + 17)]),
+        ("trailing", 9 * MIB + 1, &[(0, 4096), (MIB, 300 * KIB)]),
+        ("leading", 9 * MIB, &[(8 * MIB, MIB)]),
+        ("odd", 150 * MIB + 511, &[(64 * KIB, 100 * MIB + 5), (150 * MIB, 511)]),
+    ];
+    for (name, size, data) in files {
+        sparse(&lab, name, size, data);
+        lab.sh(&format!("$COWSLIP send {name} | $COWSLIP recv {name}.out"));
+        same(&lab, name, &format!("{name}.out"));
+        let rest = lab.sh("ls -a");
+        assert!(!rest.contains(".part"), "{rest}");
+    }
+    lab.end();
+}
+
+#[test]
+fn a_terabyte_of_holes_costs_nothing() {
+    let lab = Lab::new();
+    sparse(&lab, "big", TIB, &[(77 * GIB, MIB), (TIB - 4096, 4096)]);
+    let sent = wire(&lab, "big");
+    assert!(sent.len() as u64 <= MIB + 4096 + 1000, "{}", sent.len());
+    assert!(recv(&lab, "out", &sent).status.success());
+    same(&lab, "big", "out");
+    assert!(allocated(&lab.path("out")) < 2 * MIB);
+    lab.end();
+}
+
+#[test]
+fn records_say_exactly_what_the_file_holds() {
+    let lab = Lab::new();
+    sparse(&lab, "x", 3 * MIB, &[(MIB, 10)]);
+    let sent = wire(&lab, "x");
+    let mut decoder = rbd::Decoder::new(&sent[..]).unwrap();
+    let mut found = Vec::new();
+    loop {
+        let record = decoder.next_record().unwrap();
+        if let rbd::Record::Data(range) = &record {
+            let len = (range.end - range.start) as usize;
+            *decoder.input() = &decoder.input()[len..];
+        }
+        found.push(record);
+        if found.last() == Some(&rbd::Record::End) {
+            break;
+        }
+    }
+    use rbd::Record::{Data, End, Size, Zeros};
+    let data = MIB..MIB + 4096;
+    let all = [Size(3 * MIB), Zeros(0..MIB), Data(data), Zeros(MIB + 4096..3 * MIB), End];
+    assert_eq!(found, all);
+    lab.end();
+}
+
+#[test]
+fn a_stream_cut_anywhere_leaves_no_file_and_can_be_resumed_until_it_is_whole() {
+    let lab = Lab::new();
+    sparse(&lab, "x", 300 * MIB, &[(MIB, 70 * MIB), (100 * MIB, 80 * MIB), (299 * MIB, 100)]);
+    let mut seed = noise(64, 9).into_iter();
+    let mut cuts = 0;
+    let mut offset = 0;
+    loop {
+        let sent = wire(&lab, &format!("x --from {offset}"));
+        // 10 to 100 MB more each time, also inside headers now and then.
+        let more = 10_000_000 + usize::from(seed.next().unwrap()) * 350_003;
+        if more >= sent.len() {
+            break;
+        }
+        let output = recv(&lab, "out --resume", &sent[..more]);
+        let line = one_line(1, &output, "a cut stream");
+        assert!(line.contains("the stream was cut at byte"), "{line}");
+        assert!(!is_there(&lab, "out"));
+        cuts += 1;
+        let said: u64 = lab.ok("recv out --resume-offset").trim().parse().unwrap();
+        assert!(said >= offset, "{said} {offset}");
+        if said > 0 {
+            assert!(line.contains(&format!("send --from {said} ")), "{line}");
+        }
+        offset = said;
+    }
+    assert!(cuts >= 2 && offset > 0, "{cuts} {offset}");
+    // Both ends start at once, and the receiver may be the first.
+    lab.sh("$COWSLIP send x --from $($COWSLIP recv out --resume-offset) |
+        $COWSLIP recv out --resume");
+    same(&lab, "x", "out");
+    assert!(!is_there(&lab, "out.part") && !is_there(&lab, "out.part.state"));
+    lab.end();
+}
+
+#[test]
+fn what_was_not_verified_is_written_again() {
+    let lab = Lab::new();
+    sparse(&lab, "x", 140 * MIB, &[(0, 140 * MIB)]);
+    let mut sent = wire(&lab, "x");
+    // Damage in the second piece, found at its checkpoint.
+    sent[100 << 20] ^= 1;
+    let line = one_line(1, &recv(&lab, "out", &sent), "damage");
+    assert!(line.contains("damaged") && line.contains("send --from 67108864 "), "{line}");
+    // Sent again from the start, and cut: the old promise does not count any more.
+    let sent = wire(&lab, "x");
+    let mut worse = sent.clone();
+    worse[1 << 20] ^= 1;
+    one_line(1, &recv(&lab, "out --resume", &worse), "damage");
+    assert_eq!(lab.ok("recv out --resume-offset"), "0\n");
+    let from = wire(&lab, "x --from 64M");
+    let line = one_line(1, &recv(&lab, "out --resume", &from), "a gap");
+    assert!(line.contains("begins at byte 67108864"), "{line}");
+    assert!(recv(&lab, "out --resume", &sent).status.success());
+    same(&lab, "x", "out");
+    lab.end();
+}
+
+#[test]
+fn every_flipped_bit_of_a_stream_is_noticed_or_harmless() {
+    let lab = Lab::new();
+    sparse(&lab, "x", 64 * KIB, &[(8 * KIB, 5000), (40 * KIB, 4096)]);
+    let sent = wire(&lab, "x");
+    let sum = checksum(&lab.path("x"));
+    let at = (0..sent.len(), 0..8u8);
+    let mut runner = proptest::test_runner::TestRunner::new(ProptestConfig {
+        cases: 150,
+        failure_persistence: None,
+        ..ProptestConfig::default()
+    });
+    let all = |at: usize, bit: u8| {
+        let mut wire = sent.clone();
+        wire[at] ^= 1 << bit;
+        let output = recv(&lab, "out --overwrite", &wire);
+        if is_there(&lab, "out") {
+            assert!(output.status.success(), "{at}.{bit}\n{}", show(&output));
+            assert_eq!(checksum(&lab.path("out")), sum, "{at}.{bit}");
+            fs::remove_file(lab.path("out")).unwrap();
+        } else {
+            one_line(1, &output, &format!("{at}.{bit}"));
+        }
+    };
+    // Headers and checkpoints, where it is worst, and anywhere.
+    for byte in (0..180).chain(sent.len() - 140..sent.len()) {
+        all(byte, (byte % 8) as u8);
+    }
+    runner
+        .run(&at, |(at, bit)| {
+            all(at, bit);
+            Ok(())
+        })
+        .unwrap();
+    lab.end();
+}
+
+#[test]
+fn a_short_stream_cut_at_every_byte_never_becomes_a_file() {
+    let lab = Lab::new();
+    sparse(&lab, "x", 8 * KIB, &[(0, 100)]);
+    lab.sh("truncate -s 100 x");
+    let sent = wire(&lab, "x");
+    for cut in 0..sent.len() {
+        one_line(1, &recv(&lab, "out", &sent[..cut]), &format!("cut at {cut}"));
+        assert!(!is_there(&lab, "out"));
+    }
+    assert!(recv(&lab, "out", &sent).status.success());
+    same(&lab, "x", "out");
+    lab.end();
+}
+
+#[test]
+fn what_is_there_is_refused_unless_it_may_be_replaced() {
+    let lab = Lab::new();
+    sparse(&lab, "x", MIB, &[(0, 5000)]);
+    let sent = wire(&lab, "x");
+    lab.sh("echo old > out; chmod 640 out; mkdir dir; mkfifo fifo; ln -s out link; ln -s no gone");
+    let refused = |words: &str, part: &str| {
+        let line = one_line(1, &recv(&lab, words, &sent), words);
+        assert!(line.contains(part), "{words}: {line}");
+    };
+    refused("out", "'out' exists: --overwrite replaces it");
+    refused("out --resume", "'out' exists");
+    refused("link", "'link' exists");
+    refused("dir", "is a directory");
+    refused("dir --overwrite", "is a directory");
+    refused("fifo --overwrite", "name a file or a block device");
+    refused("gone --overwrite", "a link to nothing");
+    refused("none/x", "No such file");
+    refused("new --onto out", "leave --onto out");
+    assert_eq!(fs::read(lab.path("out")).unwrap(), b"old\n");
+    assert!(recv(&lab, "link --overwrite", &sent).status.success());
+    same(&lab, "x", "out");
+    assert_eq!(fs::metadata(lab.path("out")).unwrap().permissions().mode() & 0o777, 0o640);
+    lab.sh("test -L link; umask 027; $COWSLIP recv new < wire; test $(stat -c %a new) = 640");
+    lab.end();
+}
+
+#[test]
+fn a_part_is_not_lost_by_forgetting_resume() {
+    let lab = Lab::new();
+    sparse(&lab, "x", 80 * MIB, &[(0, 80 * MIB)]);
+    let sent = wire(&lab, "x");
+    one_line(1, &recv(&lab, "out", &sent[..70 << 20]), "cut");
+    let line = one_line(1, &recv(&lab, "out", &sent), "again");
+    assert!(line.contains("--resume goes on") && line.contains("67108864"), "{line}");
+    // A source that changed meanwhile would make one file of two.
+    lab.open("x").write_all_at(b"new", 0).unwrap();
+    let other = wire(&lab, "x --from 64M");
+    let line = one_line(1, &recv(&lab, "out --resume", &other), "changed");
+    assert!(line.contains("changed since 'out.part' was begun"), "{line}");
+    assert!(recv(&lab, "out --overwrite", &wire(&lab, "x")).status.success());
+    same(&lab, "x", "out");
+    lab.end();
+}
+
+#[test]
+fn plain_bytes_go_both_ways() {
+    let lab = Lab::new();
+    sparse(&lab, "x", 9 * MIB + 100, &[(MIB, 8192), (5 * MIB, 4096)]);
+    lab.sh("$COWSLIP send x --frames raw > raw; cmp x raw
+        test $(stat -c %b raw) -ge $(( 9 * 2048 ))
+        $COWSLIP recv out --frames raw < raw
+        $COWSLIP send x --from 1M --frames raw | cmp -i 0:1048576 - x");
+    same(&lab, "x", "out");
+    lab.refused(2, "recv y --frames raw --resume");
+    lab.refused(2, "recv y --frames tar");
+    lab.refused(2, "send x --frames raw --since s");
+    lab.end();
+}
+
+#[test]
+fn zeros_become_holes_where_asked_for_and_where_nobody_can_tell() {
+    let lab = Lab::new();
+    let mut bytes = noise(MIB, 1);
+    bytes[100_000..900_000].fill(0);
+    put(&lab.path("x"), &bytes);
+    let len = |words: &str| {
+        lab.sh(&format!("{words} | tee wire | $COWSLIP recv out --overwrite; cmp x out"));
+        fs::metadata(lab.path("wire")).unwrap().len()
+    };
+    assert!(len("$COWSLIP send x") > MIB);
+    assert!(len("$COWSLIP send x --detect-zeroes") < 300 * KIB);
+    let holes = data_runs(&lab.open_ro("out"));
+    assert_eq!(holes, [0..102_400, 897_024..MIB]);
+    // A pipe knows neither its holes nor its size.
+    assert!(len("cat x | $COWSLIP send -") < 300 * KIB);
+    assert_eq!(data_runs(&lab.open_ro("out")), holes);
+    lab.sh("$COWSLIP send - < x > wire; $COWSLIP recv stdin < wire; cmp x stdin");
+    lab.sh("cat x | $COWSLIP send - --from 5000 --frames raw | cmp -i 0:5000 - x");
+    lab.end();
+}
+
+#[test]
+fn a_block_device_can_be_sent_and_received() {
+    let lab = Lab::new();
+    sparse(&lab, "x", 16 * MIB, &[(0, 4096), (5 * MIB, MIB)]);
+    let device = lab.loop_device("x", "");
+    lab.sh(&format!("$COWSLIP send {device} | tee wire | $COWSLIP recv out; cmp x out"));
+    assert!(fs::metadata(lab.path("wire")).unwrap().len() < 2 * MIB);
+    assert_eq!(data_runs(&lab.open_ro("out")), data_runs(&lab.open_ro("x")));
+    lab.sh("tr '\\0' z < /dev/zero | head -c 20M > y");
+    let target = lab.loop_device("y", "");
+    let sent = fs::read(lab.path("wire")).unwrap();
+    let line = one_line(1, &recv(&lab, &target, &sent), "a device");
+    assert!(line.contains("is a device: --overwrite writes to it"), "{line}");
+    one_line(1, &recv(&lab, &format!("{target} --resume --overwrite"), &sent), "a device");
+    let output = recv(&lab, &format!("{target} --overwrite"), &sent);
+    assert!(output.status.success(), "{}", show(&output));
+    lab.sh(&format!("cmp -n {} x {target}; losetup -d {target} {device}", 16 * MIB));
+    assert_eq!(read(&lab.open_ro("y"), 16 * MIB, 100), [b'z'; 100]);
+    let small = lab.loop_device("wire", "");
+    let line = one_line(1, &recv(&lab, &format!("{small} --overwrite"), &sent), "too small");
+    assert!(line.contains("use a larger device"), "{line}");
+    lab.sh(&format!("losetup -d {small}"));
+    lab.end();
+}
+
+#[test]
+fn a_mounted_disk_is_sent_as_it_is() {
+    let mut lab = Lab::new();
+    lab.base("base.img", 16 * MIB);
+    lab.mount("d=base.img");
+    let disk = lab.open("m/d");
+    disk.write_all_at(&noise(100_000, 3), 12_345).unwrap();
+    fallocate(&disk, PUNCH, MIB..9 * MIB).unwrap();
+    lab.sh("$COWSLIP send m/d | $COWSLIP recv out; cmp m/d out");
+    assert_eq!(data_runs(&lab.open_ro("out")), data_runs(&lab.open_ro("m/d")));
+    drop(disk);
+    lab.umount();
+    lab.end();
+}
+
+#[test]
+fn changes_since_a_snapshot_are_put_onto_what_it_was() {
+    let mut lab = Lab::new();
+    lab.base("base.img", 64 * MIB);
+    lab.mount("d=base.img,overlay=ov");
+    let disk = lab.open("m/d");
+    disk.write_all_at(&noise(MIB, 3), 8 * MIB).unwrap();
+    lab.ok("snapshot m/d monday");
+    lab.sh("$COWSLIP send m/d | $COWSLIP recv old");
+    disk.write_all_at(&noise(5000, 4), MIB).unwrap();
+    fallocate(&disk, PUNCH, 8 * MIB..8 * MIB + 64 * KIB).unwrap();
+    lab.ok("snapshot m/d tuesday");
+    disk.write_all_at(&noise(5000, 5), 30 * MIB).unwrap();
+    disk.set_len(40 * MIB).unwrap();
+    disk.set_len(70 * MIB).unwrap();
+    drop(disk);
+    let sent = wire(&lab, "m/d --since monday");
+    assert!(sent.len() < 40_000, "{}", sent.len());
+    let line = one_line(1, &recv(&lab, "new", &sent), "no --onto");
+    assert!(line.contains("since 'monday'") && line.contains("--onto OLD"), "{line}");
+    let before = checksum(&lab.path("old"));
+    let output = recv(&lab, "new --onto old", &sent);
+    assert!(output.status.success(), "{}", show(&output));
+    lab.sh("cmp m/d new");
+    assert_eq!(checksum(&lab.path("old")), before);
+    one_line(1, &recv(&lab, "cut --onto old", &sent[..sent.len() - 1]), "cut");
+    assert!(!is_there(&lab, "cut"));
+    lab.refused(1, "send m/d --since friday");
+    lab.refused(1, "send base.img --since monday");
+    lab.umount();
+    lab.end();
+}
+
+#[test]
+fn a_stream_of_another_sender_is_taken_with_a_note() {
+    let lab = Lab::new();
+    let mut plain = rbd::opening(MIB).to_vec();
+    // Later records cover earlier ones, and what none covers is a hole.
+    for (start, byte) in [(65_536u64, 1u8), (0, 2), (67_000, 3)] {
+        plain.extend(rbd::data_header(&(start..start + 5000)));
+        plain.extend([byte; 5000]);
+    }
+    plain.extend(rbd::zeros(&(0..100)));
+    plain.extend(b"t\x06\0\0\0\0\0\0\0\x02\0\0\0ab?\x01\0\0\0\0\0\0\0xe");
+    let output = recv(&lab, "out", &plain);
+    assert!(output.status.success(), "{}", show(&output));
+    assert!(show(&output).contains("nothing verified what arrived"), "{}", show(&output));
+    let mut expected = vec![0; MIB as usize];
+    expected[65_536..67_000].fill(1);
+    expected[100..5000].fill(2);
+    expected[67_000..72_000].fill(3);
+    assert!(fs::read(lab.path("out")).unwrap() == expected);
+    assert_eq!(data_runs(&lab.open_ro("out")), [0..8192, 65_536..73_728]);
+    let line = one_line(1, &recv(&lab, "out --resume", &plain), "resumed");
+    assert!(line.contains("exists"), "{line}");
+    one_line(1, &recv(&lab, "out --overwrite", b"rbd diff v1\ne"), "version 1");
+    lab.end();
+}
+
+#[test]
+fn the_map_is_the_same_where_the_file_system_allocates_more_than_it_was_asked_for() {
+    let lab = Lab::new();
+    sparse(&lab, "x", 64 * MIB, &[(0, 4096), (20 * MIB, MIB), (41 * MIB, 4096)]);
+    lab.host("xfs", "xfs", 400 * MIB);
+    lab.sh("xfs_io -c 'extsize 16m' xfs; $COWSLIP send x | $COWSLIP recv xfs/out; cmp x xfs/out");
+    assert_eq!(data_runs(&lab.open_ro("xfs/out")), data_runs(&lab.open_ro("x")));
+    let taken = allocated(&lab.path("xfs/out"));
+    assert!(taken <= allocated(&lab.path("x")) + 64 * KIB, "{taken}");
+    lab.sh("umount xfs");
+    lab.end();
+}
+
+#[test]
+fn a_source_that_gets_shorter_is_an_error_and_no_file() {
+    let lab = Lab::new();
+    sparse(&lab, "x", 64 * MIB, &[(0, 64 * MIB)]);
+    // The pipe is full long before the end, so the source is cut in the middle of it.
+    let mut sender = lab.command(COWSLIP);
+    let mut sender = sender.args(["send", "x"]);
+    sender = sender.stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut sender = sender.spawn().unwrap();
+    let mut stdout = sender.stdout.take().unwrap();
+    let mut first = [0; 12];
+    std::io::Read::read_exact(&mut stdout, &mut first).unwrap();
+    assert_eq!(&first, rbd::BANNER);
+    lab.sh("truncate -s 32M x");
+    let mut rest = first.to_vec();
+    std::io::Read::read_to_end(&mut stdout, &mut rest).unwrap();
+    let line = one_line(1, &sender.wait_with_output().unwrap(), "shorter");
+    assert!(line.contains("got shorter while it was sent"), "{line}");
+    one_line(1, &recv(&lab, "out", &rest), "the stream of it");
+    assert!(!is_there(&lab, "out"));
+    lab.end();
+}
+
+#[test]
+fn bad_words_are_one_line_and_a_closed_pipe_is_silence() {
+    let lab = Lab::new();
+    sparse(&lab, "x", 8 * MIB, &[(0, 8 * MIB)]);
+    lab.refused(1, "send nothing");
+    lab.refused(1, "send m");
+    lab.refused(1, "send /dev/null");
+    lab.refused(2, "send");
+    lab.refused(2, "send x --from some");
+    let line = lab.refused(1, "send x --from 9M");
+    assert!(line.contains("has 8388608 bytes"), "{line}");
+    lab.refused(2, "recv");
+    lab.refused(1, "recv m");
+    lab.refused(2, "recv x --resume-offset --overwrite");
+    assert_eq!(lab.ok("recv nothing --resume-offset"), "0\n");
+    assert_eq!(lab.sh("{ $COWSLIP send x; } 2> err | head -c 5; cat err"), "rbd d");
+    lab.end();
+}
+
+#[test]
+fn two_receivers_do_not_share_a_part() {
+    let lab = Lab::new();
+    sparse(&lab, "x", MIB, &[(0, MIB)]);
+    let sent = wire(&lab, "x");
+    let mut first = lab.command(COWSLIP);
+    let mut first = first.args(["recv", "out"]).stdin(Stdio::piped()).stdout(Stdio::null());
+    first = first.stderr(Stdio::inherit());
+    let mut first = first.spawn().unwrap();
+    let mut stdin = first.stdin.take().unwrap();
+    std::io::Write::write_all(&mut stdin, &sent[..1000]).unwrap();
+    wait_until("the part", || is_there(&lab, "out.part"));
+    let inode = fs::metadata(lab.path("out.part")).unwrap().ino();
+    let lock = format!(":{inode} ");
+    wait_until("the lock", || fs::read_to_string("/proc/locks").unwrap().contains(&lock));
+    let line = one_line(1, &recv(&lab, "out", &sent), "the second");
+    assert!(line.contains("received by another"), "{line}");
+    assert_eq!(fs::metadata(lab.path("out.part")).unwrap().ino(), inode);
+    std::io::Write::write_all(&mut stdin, &sent[1000..]).unwrap();
+    drop(stdin);
+    assert!(first.wait().unwrap().success());
+    same(&lab, "x", "out");
+    assert!(Path::new(&lab.path("out")).is_file());
+    lab.end();
+}
