@@ -261,7 +261,8 @@ fn ask(lab: &Lab, request: &str) -> Option<fs::File> {
 }
 
 /// Kills the daemon later and later after `request` was made of a disk with three snapshots, `a`
-/// to `c`, each of which holds a MiB; then the disk must be as one of `legal` says.
+/// to `c`, each of which holds a MiB; then the disk must be as one of `legal` says. What a kill hits
+/// is left to the clock here; `life_kill.rs` hits every change.
 fn killed_later_and_later(
     request: &str,
     is_deleted: &str,
@@ -269,7 +270,6 @@ fn killed_later_and_later(
 ) {
     let lab = Lab::new();
     let words = "d=blank:4M,overlay=ov";
-    let (mut done, mut not_done) = (0, 0);
     let mut whole = Duration::ZERO;
     for step in 0..=STEPS {
         lab.mount(words);
@@ -318,10 +318,6 @@ fn killed_later_and_later(
                 assert!(fs::read(path).unwrap() == *model, "step {step}: {name} has other bytes");
             }
         }
-        match kept == 3 && found == models[3] {
-            true => not_done += 1,
-            false => done += 1,
-        }
         // Merging is taken up again after a few seconds, so only one step waits for it. All that
         // is left then are the snapshots and the top.
         if step == 23 {
@@ -332,7 +328,6 @@ fn killed_later_and_later(
         lab.umount();
         lab.sh("rm -r ov");
     }
-    assert!(done > 0 && not_done > 0, "{done} done, {not_done} not: the kills came at one time");
     lab.end();
 }
 
