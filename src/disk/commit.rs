@@ -109,6 +109,11 @@ impl Disk {
                 "it has several layers: other disks of the store stand on them, or they are still being merged (try again then)",
             ));
         }
+        if self.is_compared() {
+            return Err(refused(
+                "a diff of it is being read, which shows the base as it is: wait for its end",
+            ));
+        }
         if self.snapshot_openers() > 0 {
             return Err(refused(
                 "a snapshot of it that was deleted is still open, and shows the base as it is: close it first",

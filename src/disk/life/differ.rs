@@ -167,6 +167,11 @@ impl Disk {
         Ok(Difference { file: self.hold(frozen, mtime), changed: self.hold(marks, mtime), base })
     }
 
+    /// Whether files of a difference are there to be read.
+    pub(in crate::disk) fn is_compared(&self) -> bool {
+        !self.life.held.lock().is_empty()
+    }
+
     /// Shows `layers` as a file for a while, and tells its name.
     fn hold(&self, layers: Layers, mtime: i64) -> String {
         let uuid = Uuid::new_v4();
