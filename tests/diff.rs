@@ -176,6 +176,8 @@ fn increments_add_up() {
     lab.ok("revert m/d one");
     let line = lab.refused(1, "diff m/d --since two -o x.qcow2 -b y -F raw");
     assert!(line.contains("does not stand on snapshot 'two'"), "{line}");
+    // Nothing was frozen for it: there are the top and the one layer of the snapshot.
+    assert_eq!(lab.disk("d")["overlay"]["chain"].as_array().unwrap().len(), 2);
     assert!(!lab.path("x.qcow2").exists());
     lab.end();
 }

@@ -327,6 +327,15 @@ fn a_block_device_can_be_sent_and_received() {
     let line = one_line(1, &recv(&lab, &format!("{small} --overwrite"), &sent), "too small");
     assert!(line.contains("use a larger device"), "{line}");
     lab.sh(&format!("losetup -d {small}"));
+    // One that is mounted is not written over, whatever was said.
+    lab.sh("truncate -s 64M fs; mkfs.ext4 -q fs; mkdir inside");
+    let used = lab.loop_device("fs", "");
+    lab.sh(&format!("mount {used} inside; echo kept >inside/file; sync"));
+    let line = one_line(1, &recv(&lab, &format!("{used} --overwrite"), &sent), "mounted");
+    assert!(line.contains("busy"), "{line}");
+    lab.sh(&format!("umount inside; e2fsck -fn {used} 2>/dev/null; mount {used} inside"));
+    assert_eq!(lab.sh("cat inside/file"), "kept\n");
+    lab.sh(&format!("umount inside; losetup -d {used}"));
     lab.end();
 }
 

@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::io::{self, Read};
 use std::ops::Range;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -233,7 +233,9 @@ impl<'a> Receiver<'a> {
         let told = Told { size: Some(head.size), ..Told::default() };
         let part = match place {
             Place::Device(path) => {
-                let file = File::options().read(true).write(true).open(&path);
+                // The kernel's own lock: what is mounted or part of something is not written over.
+                let mut options = File::options();
+                let file = options.read(true).write(true).custom_flags(libc::O_EXCL).open(&path);
                 let file = file.map_err(|error| TransferError::host("write", &path, &error))?;
                 let size = device_size(&file, &path)?;
                 if size < head.size {

@@ -131,8 +131,19 @@ impl Disk {
             found.ok_or_else(|| LifeError::Unknown(name.to_owned()))
         };
         let since = since.map(|name| Ok::<_, LifeError>((name, layer_of(name)?))).transpose()?;
+        let until = until.map(layer_of).transpose()?;
+        if let Some((name, old)) = since {
+            // Refused before anything is frozen.
+            let from = until.or_else(|| tree.top().map(|top| top.uuid));
+            let chain = from.map_or_else(Vec::new, |from| tree.chain(from));
+            if chain.iter().all(|record| record.uuid != old) {
+                return Err(LifeError::Refused(format!(
+                    "it does not stand on snapshot '{name}': it has gone back to another"
+                )));
+            }
+        }
         let layer = match until {
-            Some(name) => layer_of(name)?,
+            Some(layer) => layer,
             None if self.is_latched() => return Err(LifeError::Latched),
             None => self.freeze_top()?,
         };
@@ -144,13 +155,9 @@ impl Disk {
         let records = tree.chain(layer);
         let (upper, below) = match since {
             None => (chain.len(), bottom.as_ref().map_or(0, |bottom| bottom.size())),
-            Some((name, old)) => {
+            Some((_, old)) => {
                 let at = records.iter().position(|record| record.uuid == old);
-                let at = at.ok_or_else(|| {
-                    LifeError::Refused(format!(
-                        "it does not stand on snapshot '{name}': it has gone back to another"
-                    ))
-                })?;
+                let at = at.ok_or(LifeError::NoOverlay("differences"))?;
                 (at, chain.get(at).map_or(0, |layer| layer.size()))
             }
         };
