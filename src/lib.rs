@@ -17,6 +17,7 @@ pub mod control;
 pub mod disk;
 pub mod export;
 pub mod extents;
+pub mod formats;
 pub mod fs;
 pub mod host;
 pub mod journal;

@@ -202,6 +202,19 @@ mod tests {
     }
 
     #[test]
+    fn formats_that_must_know_the_end_first_are_refused_with_the_way_there_is() {
+        for (format, tool) in [("android-sparse", "img2simg PATH OUT"), ("tar", "tar -S")] {
+            for to in ["stdout", "file:o", "fifo:o", "cmd:cat"] {
+                let line = why(&format!("to={to},frames={format}"));
+                assert!(line.contains(&format!("frames: '{format}' puts")), "{line}");
+                assert!(line.contains("to=file:PATH") && line.contains(tool), "{line}");
+                assert!(!line.contains('\n'), "{line}");
+            }
+        }
+        assert!(why("to=stdout,frames=rdb").contains("did you mean 'rbd'?"));
+    }
+
+    #[test]
     fn keys_of_other_disks_are_refused() {
         for key in [
             "overlay=d",

@@ -228,8 +228,22 @@ fn set_finish(stream: &mut StreamSpec, text: &str) -> Result<(), SpecError> {
 }
 
 fn set_frames(stream: &mut StreamSpec, text: &str) -> Result<(), SpecError> {
-    stream.frames = error::choose("frames", text, Frames::NAMES)?;
-    Ok(())
+    // Formats that a stream cannot have are better answered with the way that there is.
+    let why = match text {
+        "android-sparse" => {
+            "puts the number of its chunks before them, which a stream knows only at its end: write \
+             to=file:PATH, then run img2simg PATH OUT"
+        }
+        "tar" => {
+            "puts the map of all holes before the data, which a stream knows only at its end: write \
+             to=file:PATH, then run tar -S -cf OUT PATH"
+        }
+        _ => {
+            stream.frames = error::choose("frames", text, Frames::NAMES)?;
+            return Ok(());
+        }
+    };
+    Err(SpecError::key(text, why))
 }
 
 fn set_pad(stream: &mut StreamSpec, switch: Switch) -> Result<(), SpecError> {

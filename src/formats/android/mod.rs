@@ -1,0 +1,241 @@
+//! Android sparse images, version 1.0: what `simg2img` and `fastboot` read.
+//!
+//! ```text
+//!   header, 28 bytes:  magic u32  major u16  minor u16  header len u16  chunk header len u16
+//!                      block size u32  blocks u32  chunks u32  checksum u32
+//!   chunk, 12 bytes:   type u16  0 u16  blocks u32  len with this header u32, then
+//!     RAW 0xCAC1         the bytes of its blocks
+//!     FILL 0xCAC2        4 bytes that are repeated
+//!     DONT_CARE 0xCAC3   nothing
+//!     CRC32 0xCAC4       the checksum of all before it; it has no blocks
+//! ```
+//!
+//! Every number is little-endian. Chunks have no offsets: they follow each other from the first
+//! block to the last. Source: AOSP, libsparse/sparse_format.h.
+//!
+//! The header has the number of chunks, so it can only be written once all runs are known. A
+//! [`Plan`] knows them beforehand, for a pipe; for a file, [`Writer::finish_patching`] writes the
+//! header again at the end.
+//!
+//! DONT_CARE is not zero: the target keeps what it had. A hole that must read as zeros is a FILL
+//! of 0 ([`Content::Zeros`]). Only what is to stay as it is, as what a diff does not change, is
+//! [`Content::DontCare`].
+
+mod reader;
+mod writer;
+
+use std::io;
+use std::ops::Range;
+
+pub use reader::{Body, Checksums, Decoder, Record};
+pub use writer::{Plan, Totals, Writer};
+
+/// The block size that is written, in bytes: the one every Android tool takes.
+pub const BLOCK: u64 = 4096;
+
+const MAGIC: u32 = 0xED26_FF3A;
+const HEADER_LEN: u16 = 28;
+const CHUNK_LEN: u16 = 12;
+
+const RAW: u16 = 0xCAC1;
+const FILL: u16 = 0xCAC2;
+const DONT_CARE: u16 = 0xCAC3;
+const CRC32: u16 = 0xCAC4;
+
+/// What a run of an image is.
+///
+/// The order is that of precedence: a block with some of several is the greatest of them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Content {
+    /// The target keeps what it had.
+    DontCare,
+    /// It reads as zeros afterwards.
+    Zeros,
+    /// Bytes.
+    Data,
+}
+
+/// A run of an image.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Run {
+    /// Where, in bytes.
+    pub range: Range<u64>,
+    /// What.
+    pub content: Content,
+}
+
+/// Joins `runs` to runs of whole blocks that cover all of `0..size` and follow each other.
+///
+/// ```text
+///   given      |--- zeros ---|- data -|              .         |- zeros -|
+///   blocks     |       |       |       |       |       |       |       |
+///   returned   |-zeros-|---- data -----|-- don't care -|---- zeros ----|
+/// ```
+///
+/// What no run covers is [`Content::DontCare`]. A block takes the strongest of what it holds, so
+/// a data run may get longer: its bytes are read anew, by the range that is returned.
+///
+/// # Errors
+/// `InvalidInput`, in one line for the user, when `size` is no multiple of [`BLOCK`] or more than
+/// the format can say (16 TiB less a block), when runs are not in rising order, or leave the size.
+pub fn whole_blocks(size: u64, runs: impl IntoIterator<Item = Run>) -> io::Result<Vec<Run>> {
+    check_size(size)?;
+    let mut blocks = Blocks { runs: Vec::new(), end: 0 };
+    let mut last = 0;
+    for Run { range, content } in runs {
+        if range.start < last || range.end > size || range.start > range.end {
+            return Err(refused("the runs are not in order, or leave the disk".to_owned()));
+        }
+        last = range.end;
+        if !range.is_empty() {
+            // It cannot overflow: the size is a multiple of the block.
+            let whole = range.start / BLOCK * BLOCK..range.end.div_ceil(BLOCK) * BLOCK;
+            blocks.add(whole, content);
+        }
+    }
+    blocks.fill_to(size);
+    Ok(blocks.runs)
+}
+
+/// Runs of whole blocks, being joined.
+struct Blocks {
+    runs: Vec<Run>,
+    end: u64,
+}
+
+impl Blocks {
+    /// Adds a range that begins at the earliest with the last block there is.
+    fn add(&mut self, range: Range<u64>, content: Content) {
+        self.fill_to(range.start);
+        let mut start = range.start;
+        if start < self.end {
+            // They share one block.
+            let strongest = self.runs.last().map_or(content, |run| run.content.max(content));
+            self.cut_last_block();
+            self.push(start..start + BLOCK, strongest);
+            start += BLOCK;
+        }
+        self.push(start..range.end, content);
+    }
+
+    fn fill_to(&mut self, end: u64) {
+        self.push(self.end..end, Content::DontCare);
+    }
+
+    fn cut_last_block(&mut self) {
+        self.end = self.end.saturating_sub(BLOCK);
+        if let Some(run) = self.runs.last_mut() {
+            run.range.end = self.end;
+            if run.range.is_empty() {
+                self.runs.pop();
+            }
+        }
+    }
+
+    fn push(&mut self, range: Range<u64>, content: Content) {
+        if range.start >= range.end {
+            return;
+        }
+        self.end = range.end;
+        match self.runs.last_mut() {
+            Some(run) if run.content == content => run.range.end = range.end,
+            _ => self.runs.push(Run { range, content }),
+        }
+    }
+}
+
+/// The number of blocks of a disk of `size` bytes.
+fn check_size(size: u64) -> io::Result<u32> {
+    if !size.is_multiple_of(BLOCK) {
+        let next = size.div_ceil(BLOCK).saturating_mul(BLOCK);
+        return Err(refused(format!(
+            "an Android sparse image has whole blocks of {BLOCK} bytes, and the disk has {size} \
+             bytes: mount it with size={next} to export it"
+        )));
+    }
+    u32::try_from(size / BLOCK).map_err(|_| {
+        refused(format!(
+            "an Android sparse image holds less than 16 TiB, and the disk has {size} bytes"
+        ))
+    })
+}
+
+fn refused(why: String) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidInput, why)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn run(range: Range<u64>, content: Content) -> Run {
+        Run { range, content }
+    }
+
+    #[test]
+    fn a_block_takes_the_strongest_of_what_it_holds() {
+        let runs = [
+            run(0..6000, Content::Zeros),
+            run(6000..9000, Content::Data),
+            run(20480..20481, Content::Zeros),
+            run(20481..20482, Content::DontCare),
+        ];
+        let expected = [
+            run(0..4096, Content::Zeros),
+            run(4096..12288, Content::Data),
+            run(12288..20480, Content::DontCare),
+            run(20480..24576, Content::Zeros),
+        ];
+        assert_eq!(whole_blocks(24576, runs).unwrap(), expected);
+    }
+
+    #[test]
+    fn a_size_that_is_not_whole_blocks_is_refused_with_what_to_do() {
+        let line = whole_blocks(10000, []).unwrap_err().to_string();
+        assert!(line.contains("size=12288") && !line.contains('\n'), "{line}");
+        let line = whole_blocks(1 << 44, []).unwrap_err().to_string();
+        assert!(line.contains("16 TiB"), "{line}");
+        assert_eq!(whole_blocks(0, []).unwrap(), []);
+    }
+
+    #[test]
+    fn runs_out_of_order_are_refused() {
+        let zeros = |range| run(range, Content::Zeros);
+        assert!(whole_blocks(8192, [zeros(4096..8192), zeros(0..10)]).is_err());
+        assert!(whole_blocks(8192, [zeros(4096..8193)]).is_err());
+    }
+
+    proptest! {
+        #[test]
+        fn every_block_is_what_its_bytes_say(
+            lens in prop::collection::vec((1..9000u64, 0..3u8), 0..30),
+        ) {
+            let mut runs = Vec::new();
+            let mut at = 0;
+            for (len, kind) in lens {
+                let content = [Content::DontCare, Content::Zeros, Content::Data][usize::from(kind)];
+                runs.push(run(at..at + len, content));
+                at += len;
+            }
+            let size = at.next_multiple_of(BLOCK);
+            let joined = whole_blocks(size, runs.clone()).unwrap();
+            let mut end = 0;
+            for pair in joined.windows(2) {
+                prop_assert!(pair[0].content != pair[1].content, "not joined");
+            }
+            for Run { range, content } in joined {
+                prop_assert_eq!(range.start, end);
+                end = range.end;
+                for block in range.step_by(4096) {
+                    let of_block = runs.iter()
+                        .filter(|run| run.range.start < block + BLOCK && run.range.end > block)
+                        .map(|run| run.content).max();
+                    prop_assert_eq!(of_block.unwrap_or(Content::DontCare), content);
+                }
+            }
+            prop_assert_eq!(end, size);
+        }
+    }
+}

@@ -1,0 +1,482 @@
+//! Reads Android sparse images.
+//!
+//! What comes is not trusted: no length is believed before it agrees with the others, and nothing
+//! is allocated by one.
+
+use std::io::{self, Read};
+use std::ops::Range;
+
+use super::{CHUNK_LEN, CRC32, DONT_CARE, FILL, HEADER_LEN, MAGIC, RAW};
+
+/// 64 KiB: what is read at once of data that nobody wants.
+const SKIP: usize = 64 << 10;
+
+/// Whether the checksum chunks of an image are held against its content.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Checksums {
+    /// They are skipped. Images that Android's own tools have made with checksums are wrong in
+    /// them: libsparse counts one block of each fill, and nothing of what it does not care for.
+    #[default]
+    Skip,
+    /// They must be right, with fills as they read and don't-cares as zeros, as the format says.
+    Verify,
+}
+
+/// A record of an image. Ranges are bytes of the disk, in order, and leave no gap.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Record {
+    /// The size of the disk in bytes; it comes first.
+    Size(u64),
+    /// The bytes of this range come next: [`Decoder::body`] has them.
+    Data(Range<u64>),
+    /// These four bytes, repeated.
+    Fill(Range<u64>, [u8; 4]),
+    /// The target keeps what it had.
+    DontCare(Range<u64>),
+    /// The image is whole.
+    End,
+}
+
+/// Reads the records of an image.
+#[derive(Debug)]
+pub struct Decoder<R> {
+    input: R,
+    block: u32,
+    /// In bytes.
+    size: u64,
+    chunks_left: u32,
+    /// Bytes of each chunk's header beyond those that are known.
+    extra: u16,
+    position: u64,
+    /// Bytes of the data record at hand that were not read.
+    unread: u64,
+    is_size_told: bool,
+    /// Of everything so far, where it is wanted.
+    sum: Option<crc32fast::Hasher>,
+}
+
+/// The bytes of a data record.
+#[derive(Debug)]
+pub struct Body<'a, R>(&'a mut Decoder<R>);
+
+impl<R: Read> Decoder<R> {
+    /// Reads the header.
+    ///
+    /// # Errors
+    /// `InvalidData` when it is no Android sparse image of version 1, or contradicts itself;
+    /// `UnexpectedEof`; `input`'s own.
+    pub fn new(mut input: R, checksums: Checksums) -> io::Result<Self> {
+        let header: [u8; HEADER_LEN as usize] = bytes(&mut input)?;
+        if long(&header, 0) != MAGIC {
+            return Err(invalid("it is no Android sparse image"));
+        }
+        if short(&header, 4) != 1 {
+            return Err(invalid("it is an Android sparse image of an unknown version"));
+        }
+        let missing = || invalid("the headers of the Android sparse image are too short");
+        let more = short(&header, 8).checked_sub(HEADER_LEN).ok_or_else(missing)?;
+        let extra = short(&header, 10).checked_sub(CHUNK_LEN).ok_or_else(missing)?;
+        let (block, blocks) = (long(&header, 12), long(&header, 16));
+        if block == 0 || !block.is_multiple_of(4) {
+            return Err(invalid("the block size of the Android sparse image is no multiple of 4"));
+        }
+        let size = u64::from(block) * u64::from(blocks);
+        if i64::try_from(size).is_err() {
+            return Err(invalid("the Android sparse image is larger than any file can be"));
+        }
+        skip(&mut input, more.into())?;
+        Ok(Self {
+            input,
+            block,
+            size,
+            chunks_left: long(&header, 20),
+            extra,
+            position: 0,
+            unread: 0,
+            is_size_told: false,
+            sum: (checksums == Checksums::Verify).then(crc32fast::Hasher::new),
+        })
+    }
+
+    /// The next record. Of a data record whatever was not read is skipped first.
+    ///
+    /// # Errors
+    /// `InvalidData` when a length contradicts the others, a chunk is unknown, or a checksum is
+    /// wrong; `UnexpectedEof`; the input's own.
+    pub fn next_record(&mut self) -> io::Result<Record> {
+        if !self.is_size_told {
+            self.is_size_told = true;
+            return Ok(Record::Size(self.size));
+        }
+        self.skip_unread()?;
+        while self.chunks_left > 0 {
+            self.chunks_left -= 1;
+            if let Some(record) = self.chunk()? {
+                return Ok(record);
+            }
+        }
+        if self.position != self.size {
+            return Err(invalid("the chunks do not reach the end of the Android sparse image"));
+        }
+        Ok(Record::End)
+    }
+
+    /// The bytes of the data record at hand.
+    pub fn body(&mut self) -> Body<'_, R> {
+        Body(self)
+    }
+
+    /// The next chunk; `None` for one without blocks.
+    fn chunk(&mut self) -> io::Result<Option<Record>> {
+        let header: [u8; CHUNK_LEN as usize] = bytes(&mut self.input)?;
+        skip(&mut self.input, self.extra.into())?;
+        let len = u64::from(self.block) * u64::from(long(&header, 4));
+        let end = self.position.checked_add(len).filter(|end| *end <= self.size);
+        let end = end.ok_or_else(|| invalid("a chunk is past the end of the image"))?;
+        let kind = short(&header, 0);
+        let body = match kind {
+            RAW => len,
+            FILL | CRC32 => 4,
+            DONT_CARE => 0,
+            _ => return Err(invalid("a chunk of the Android sparse image is unknown")),
+        };
+        let headers = u64::from(CHUNK_LEN) + u64::from(self.extra);
+        if u64::from(long(&header, 8)) != headers + body || (kind == CRC32 && len > 0) {
+            return Err(invalid("a chunk of the Android sparse image has two lengths"));
+        }
+        let range = self.position..end;
+        self.position = end;
+        let record = match kind {
+            RAW => {
+                self.unread = len;
+                Record::Data(range)
+            }
+            FILL => {
+                let value = bytes(&mut self.input)?;
+                self.add_fill(value, len);
+                Record::Fill(range, value)
+            }
+            DONT_CARE => {
+                self.add_fill([0; 4], len);
+                Record::DontCare(range)
+            }
+            _ => {
+                let expected = u32::from_le_bytes(bytes(&mut self.input)?);
+                return self.check_sum(expected).map(|()| None);
+            }
+        };
+        Ok((len > 0).then_some(record))
+    }
+
+    fn check_sum(&self, expected: u32) -> io::Result<()> {
+        match &self.sum {
+            Some(sum) if sum.clone().finalize() != expected => {
+                Err(invalid("a checksum of the Android sparse image is wrong: it is damaged"))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Takes `len` bytes of a pattern into the checksum, in as many steps as `len` has bits: an
+    /// image of some bytes can have terabytes of it.
+    fn add_fill(&mut self, value: [u8; 4], len: u64) {
+        let Some(sum) = &mut self.sum else {
+            return;
+        };
+        let mut twice = crc32fast::Hasher::new();
+        twice.update(&value);
+        let mut count = len / 4;
+        while count > 0 {
+            if count & 1 == 1 {
+                sum.combine(&twice);
+            }
+            count >>= 1;
+            twice.combine(&twice.clone());
+        }
+    }
+
+    fn skip_unread(&mut self) -> io::Result<()> {
+        let mut unwanted = vec![0; if self.unread > 0 { SKIP } else { 0 }];
+        while self.unread > 0 {
+            if self.body().read(&mut unwanted)? == 0 {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+        }
+        Ok(())
+    }
+}
+
+impl<R: Read> Read for Body<'_, R> {
+    /// Ends with the record; an input that ends before it is `UnexpectedEof`.
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        let decoder = &mut *self.0;
+        let most = usize::try_from(decoder.unread).unwrap_or(usize::MAX).min(buf.len());
+        if most == 0 {
+            return Ok(0);
+        }
+        let len = decoder.input.read(&mut buf[..most])?;
+        if len == 0 {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        decoder.unread -= len as u64;
+        if let Some(sum) = &mut decoder.sum {
+            sum.update(&buf[..len]);
+        }
+        Ok(len)
+    }
+}
+
+fn short(header: &[u8], at: usize) -> u16 {
+    u16::from_le_bytes([header[at], header[at + 1]])
+}
+
+fn long(header: &[u8], at: usize) -> u32 {
+    u32::from_le_bytes([header[at], header[at + 1], header[at + 2], header[at + 3]])
+}
+
+fn bytes<const N: usize>(input: &mut impl Read) -> io::Result<[u8; N]> {
+    let mut bytes = [0; N];
+    input.read_exact(&mut bytes)?;
+    Ok(bytes)
+}
+
+fn skip(input: &mut impl Read, len: u64) -> io::Result<()> {
+    let skipped = io::copy(&mut input.take(len), &mut io::sink())?;
+    if skipped < len { Err(io::ErrorKind::UnexpectedEof.into()) } else { Ok(()) }
+}
+
+fn invalid(why: &'static str) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, why)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Cursor;
+
+    use proptest::prelude::*;
+
+    use super::super::{BLOCK, Content, Plan, Run, Writer};
+    use super::*;
+
+    /// An image made by hand: the header's lengths, the block size, and chunks.
+    fn image(lens: [u16; 2], block: u32, blocks: u32, chunks: &[&[u8]]) -> Vec<u8> {
+        let mut wire = MAGIC.to_le_bytes().to_vec();
+        for number in [1, 0, lens[0], lens[1]] {
+            wire.extend(number.to_le_bytes());
+        }
+        for number in [block, blocks, u32::try_from(chunks.len()).unwrap(), 0] {
+            wire.extend(number.to_le_bytes());
+        }
+        wire.resize(lens[0].max(28).into(), b'?');
+        wire.extend(chunks.concat());
+        wire
+    }
+
+    fn chunk(kind: u16, blocks: u32, len: u32, body: &[u8]) -> Vec<u8> {
+        let mut bytes = kind.to_le_bytes().to_vec();
+        bytes.extend([0; 2]);
+        bytes.extend(blocks.to_le_bytes());
+        bytes.extend(len.to_le_bytes());
+        bytes.extend(body);
+        bytes
+    }
+
+    fn decode(wire: &[u8], checksums: Checksums) -> io::Result<Vec<(Record, Vec<u8>)>> {
+        let mut decoder = Decoder::new(wire, checksums)?;
+        let mut records = Vec::new();
+        loop {
+            let record = decoder.next_record()?;
+            let mut bytes = Vec::new();
+            decoder.body().read_to_end(&mut bytes)?;
+            let is_last = record == Record::End;
+            records.push((record, bytes));
+            if is_last {
+                return Ok(records);
+            }
+        }
+    }
+
+    fn why(wire: &[u8]) -> io::ErrorKind {
+        decode(wire, Checksums::Skip).unwrap_err().kind()
+    }
+
+    #[test]
+    fn longer_headers_are_skipped() {
+        let raw = [&chunk(RAW, 1, 24, b"####")[..], b"12345678"].concat();
+        let wire = image([40, 16], 8, 1, &[&raw]);
+        let records = decode(&wire, Checksums::Skip).unwrap();
+        assert_eq!(records[1], (Record::Data(0..8), b"12345678".to_vec()));
+        assert_eq!(records[2].0, Record::End);
+    }
+
+    #[test]
+    fn data_that_nobody_reads_is_skipped_and_still_counted() {
+        let data = [9; 4096 * 20];
+        let sum = crc32fast::hash(&data);
+        for (sum, fine) in [(sum, true), (sum ^ 1, false)] {
+            let wire = image(
+                [28, 12],
+                4096,
+                20,
+                &[&chunk(RAW, 20, 12 + 4096 * 20, &data), &chunk(CRC32, 0, 16, &sum.to_le_bytes())],
+            );
+            let mut decoder = Decoder::new(&wire[..], Checksums::Verify).unwrap();
+            decoder.next_record().unwrap();
+            assert_eq!(decoder.next_record().unwrap(), Record::Data(0..4096 * 20));
+            assert_eq!(decoder.next_record().is_ok(), fine);
+            decode(&wire, Checksums::Skip).unwrap();
+        }
+    }
+
+    #[test]
+    fn a_terabyte_of_fill_is_checked_at_once() {
+        let fill = |blocks: u32| chunk(FILL, blocks, 16, b"abcd");
+        let sum = crc32fast::hash(&b"abcd".repeat(1024 * 3));
+        let small = image([28, 12], 4096, 3, &[&fill(3), &chunk(CRC32, 0, 16, &sum.to_le_bytes())]);
+        decode(&small, Checksums::Verify).unwrap();
+        let zeros = crc32fast::hash(&[0; 8192]);
+        let skipped = image(
+            [28, 12],
+            4096,
+            2,
+            &[&chunk(DONT_CARE, 2, 12, b""), &chunk(CRC32, 0, 16, &zeros.to_le_bytes())],
+        );
+        decode(&skipped, Checksums::Verify).unwrap();
+        let large = image(
+            [28, 12],
+            4096,
+            u32::MAX - 1,
+            &[&fill(u32::MAX - 1), &chunk(CRC32, 0, 16, &[0; 4])],
+        );
+        assert_eq!(
+            decode(&large, Checksums::Verify).unwrap_err().kind(),
+            io::ErrorKind::InvalidData
+        );
+    }
+
+    #[test]
+    fn hostile_headers_are_refused() {
+        let whole = |block, blocks| image([28, 12], block, blocks, &[]);
+        for wire in [
+            [b"not one.".as_slice(), &[0; 40]].concat(),
+            [&whole(4096, 0)[..4], &[2, 0], &[0; 40]].concat(),
+            image([27, 12], 4096, 0, &[]),
+            image([28, 11], 4096, 0, &[]),
+            whole(0, 0),
+            whole(4097, 0),
+            whole(u32::MAX - 3, u32::MAX),
+            // Nothing reaches the end.
+            whole(4096, 1),
+        ] {
+            assert_eq!(why(&wire), io::ErrorKind::InvalidData, "{wire:?}");
+        }
+        assert!(decode(&whole(4096, 0), Checksums::Skip).is_ok(), "an empty one is none of those");
+    }
+
+    #[test]
+    fn chunks_that_contradict_themselves_are_refused() {
+        for bad in [
+            chunk(RAW, 1, 12, b""),
+            chunk(RAW, 1, 4096 + 11, &[0; 4095]),
+            chunk(RAW, u32::MAX, u32::MAX, b""),
+            chunk(RAW, 0x10_0001, 12 + 4096, &[0; 4096]),
+            chunk(FILL, 1, 12, b""),
+            chunk(FILL, 1, 20, &[0; 8]),
+            chunk(FILL, 2, 16, &[0; 4]),
+            chunk(DONT_CARE, 1, 16, &[0; 4]),
+            chunk(DONT_CARE, 1, 0, b""),
+            chunk(CRC32, 1, 16, &[0; 4]),
+            chunk(CRC32, 0, 12, b""),
+            chunk(0xCAC5, 1, 12, b""),
+        ] {
+            assert_eq!(why(&image([28, 12], 4096, 1, &[&bad])), io::ErrorKind::InvalidData);
+        }
+    }
+
+    #[test]
+    fn an_image_that_was_cut_short_is_an_error_wherever_it_was_cut() {
+        let wire = image(
+            [28, 12],
+            4096,
+            3,
+            &[
+                &chunk(RAW, 1, 12 + 4096, &[3; 4096]),
+                &chunk(FILL, 1, 16, b"abcd"),
+                &chunk(DONT_CARE, 1, 12, b""),
+            ],
+        );
+        decode(&wire, Checksums::Skip).unwrap();
+        for cut in (0..wire.len()).filter(|cut| *cut < 100 || *cut > 4000) {
+            assert_eq!(why(&wire[..cut]), io::ErrorKind::UnexpectedEof, "cut at {cut}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn what_was_written_is_read(
+            lens in prop::collection::vec((1..5u64, 0..3u8, any::<u8>()), 0..20),
+            piece in 1..9000usize,
+        ) {
+            let mut runs = Vec::<Run>::new();
+            let mut image = Vec::new();
+            for (blocks, kind, byte) in lens {
+                let content = [Content::DontCare, Content::Zeros, Content::Data][usize::from(kind)];
+                let start = image.len() as u64;
+                let end = start + blocks * BLOCK;
+                let byte = if content == Content::Data { byte } else { 0 };
+                image.resize(usize::try_from(end).unwrap(), byte);
+                runs.push(Run { range: start..end, content });
+            }
+            let size = image.len() as u64;
+            let runs = super::super::whole_blocks(size, runs).unwrap();
+            let plan = Plan::new(size, &runs).unwrap();
+            let mut planned = Writer::planned(Vec::new(), plan).unwrap();
+            let mut patched = Writer::unplanned(Cursor::new(Vec::new()), size).unwrap();
+            for run in &runs {
+                planned.run(run).unwrap();
+                patched.run(run).unwrap();
+                if run.content == Content::Data {
+                    let range = usize::try_from(run.range.start).unwrap()
+                        ..usize::try_from(run.range.end).unwrap();
+                    for bytes in image[range].chunks(piece) {
+                        planned.bytes(bytes).unwrap();
+                        patched.bytes(bytes).unwrap();
+                    }
+                }
+            }
+            let (wire, totals) = planned.finish().unwrap();
+            let (other, _) = patched.finish_patching().unwrap();
+            prop_assert_eq!(&wire, other.get_ref());
+            prop_assert_eq!(totals.len, wire.len() as u64);
+
+            let records = decode(&wire, Checksums::Verify).unwrap();
+            prop_assert_eq!(&records[0].0, &Record::Size(size));
+            prop_assert_eq!(records.len(), runs.len() + 2);
+            for (run, (record, bytes)) in runs.iter().zip(&records[1..]) {
+                let range = run.range.clone();
+                match run.content {
+                    Content::DontCare => prop_assert_eq!(record, &Record::DontCare(range)),
+                    Content::Zeros => prop_assert_eq!(record, &Record::Fill(range, [0; 4])),
+                    Content::Data => {
+                        let at = usize::try_from(range.start).unwrap();
+                        prop_assert_eq!(record, &Record::Data(range));
+                        prop_assert_eq!(&image[at..at + bytes.len()], &bytes[..]);
+                    }
+                }
+            }
+        }
+
+        #[test]
+        fn noise_is_never_more_than_an_error(
+            noise in prop::collection::vec(any::<u8>(), 0..200),
+            at in 0..150usize,
+        ) {
+            let raw = chunk(RAW, 1, 20, b"12345678");
+            let mut wire = image([28, 12], 8, 3, &[&raw, &chunk(FILL, 2, 16, b"abcd")]);
+            let at = at.min(wire.len());
+            wire.splice(at..wire.len().min(at + noise.len()), noise);
+            // Every record takes bytes of the input, so this comes to an end.
+            let _: io::Result<_> = decode(&wire, Checksums::Verify);
+        }
+    }
+}

@@ -1,0 +1,237 @@
+//! bmap 2.0: which blocks of an image have data, with checksums; what `bmaptool copy` reads.
+//!
+//! An XML file beside the image. `bmaptool` writes the mapped blocks only, checks each range of
+//! them against its sha256, and leaves everything else of the target as it was (a new file gets
+//! holes there). The checksum of the file itself is made with zeros in its own place. The last
+//! block of an image may be cut short; its checksum then counts the bytes that are there.
+//! Source: bmap-tools, `bmaptools/BmapCreate.py`.
+
+use std::io::{self, Write};
+use std::ops::Range;
+
+use sha2::{Digest, Sha256};
+
+/// The block size that is written, in bytes.
+pub const BLOCK: u64 = 4096;
+
+/// 1 MiB: what of the image is read at once.
+const PIECE: usize = 1 << 20;
+
+/// What a bmap says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Totals {
+    /// Blocks of the image.
+    pub blocks: u64,
+    /// Blocks that are mapped.
+    pub mapped: u64,
+    /// Ranges of mapped blocks.
+    pub ranges: usize,
+}
+
+/// Writes the bmap of an image of `size` bytes to `output`.
+///
+/// `runs` are its data, in rising order, in bytes; they are rounded to blocks and joined. `read`
+/// fills the buffer with the bytes from the offset on, all of them.
+///
+/// # Errors
+/// `InvalidInput`, in one line for the user, when the image is empty, or the runs are out of order
+/// or leave it; what `read` and `output` return.
+pub fn write(
+    output: &mut impl Write,
+    size: u64,
+    runs: impl IntoIterator<Item = Range<u64>>,
+    mut read: impl FnMut(u64, &mut [u8]) -> io::Result<()>,
+) -> io::Result<Totals> {
+    if size == 0 {
+        return Err(refused("an empty image has no bmap"));
+    }
+    let mut buf = vec![0; PIECE];
+    let mut ranges = Vec::new();
+    for blocks in whole_blocks(size, runs)? {
+        let bytes = blocks.start * BLOCK..(blocks.end.saturating_mul(BLOCK)).min(size);
+        let sum = sum_of(bytes, &mut buf, &mut read)?;
+        ranges.push((blocks, sum));
+    }
+    let mapped = ranges.iter().map(|(blocks, _)| blocks.end - blocks.start).sum();
+    let totals = Totals { blocks: size.div_ceil(BLOCK), mapped, ranges: ranges.len() };
+    // Twice: the checksum stands in the middle of what it counts.
+    let mut hasher = Hashing(Sha256::new());
+    render(&mut hasher, size, totals, &ranges, &"0".repeat(64))?;
+    let sum = hex(&hasher.0.finalize().into());
+    render(output, size, totals, &ranges, &sum)?;
+    output.flush()?;
+    Ok(totals)
+}
+
+/// The blocks of `runs`, joined where they touch.
+fn whole_blocks(
+    size: u64,
+    runs: impl IntoIterator<Item = Range<u64>>,
+) -> io::Result<Vec<Range<u64>>> {
+    let mut joined = Vec::<Range<u64>>::new();
+    let mut last = 0;
+    for run in runs {
+        if run.start < last || run.end > size || run.start > run.end {
+            return Err(refused("the runs are not in order, or leave the image"));
+        }
+        last = run.end;
+        let blocks = run.start / BLOCK..run.end.div_ceil(BLOCK);
+        match joined.last_mut() {
+            _ if run.is_empty() => {}
+            Some(before) if blocks.start <= before.end => before.end = before.end.max(blocks.end),
+            _ => joined.push(blocks),
+        }
+    }
+    Ok(joined)
+}
+
+fn sum_of(
+    bytes: Range<u64>,
+    buf: &mut [u8],
+    read: &mut impl FnMut(u64, &mut [u8]) -> io::Result<()>,
+) -> io::Result<[u8; 32]> {
+    let mut hasher = Sha256::new();
+    let mut at = bytes.start;
+    while at < bytes.end {
+        let len = usize::try_from(bytes.end - at).unwrap_or(usize::MAX).min(buf.len());
+        read(at, &mut buf[..len])?;
+        hasher.update(&buf[..len]);
+        at += len as u64;
+    }
+    Ok(hasher.finalize().into())
+}
+
+fn render(
+    output: &mut impl Write,
+    size: u64,
+    totals: Totals,
+    ranges: &[(Range<u64>, [u8; 32])],
+    sum: &str,
+) -> io::Result<()> {
+    let Totals { blocks, mapped, .. } = totals;
+    write!(
+        output,
+        "<?xml version=\"1.0\" ?>\n\
+         <bmap version=\"2.0\">\n\
+         \x20   <ImageSize> {size} </ImageSize>\n\
+         \x20   <BlockSize> {BLOCK} </BlockSize>\n\
+         \x20   <BlocksCount> {blocks} </BlocksCount>\n\
+         \x20   <MappedBlocksCount> {mapped} </MappedBlocksCount>\n\
+         \x20   <ChecksumType> sha256 </ChecksumType>\n\
+         \x20   <BmapFileChecksum> {sum} </BmapFileChecksum>\n\
+         \x20   <BlockMap>\n"
+    )?;
+    for (blocks, sum) in ranges {
+        let (first, last, sum) = (blocks.start, blocks.end.saturating_sub(1), hex(sum));
+        // The format's ranges include their end; a single block stands alone.
+        match first == last {
+            true => writeln!(output, "        <Range chksum=\"{sum}\"> {first} </Range>")?,
+            false => writeln!(output, "        <Range chksum=\"{sum}\"> {first}-{last} </Range>")?,
+        }
+    }
+    output.write_all(b"    </BlockMap>\n</bmap>\n")
+}
+
+fn hex(sum: &[u8; 32]) -> String {
+    const DIGITS: &[u8; 16] = b"0123456789abcdef";
+    let digit = |value: u8| char::from(DIGITS[usize::from(value & 15)]);
+    sum.iter().flat_map(|byte| [digit(byte >> 4), digit(*byte)]).collect()
+}
+
+/// Hashes what is written.
+struct Hashing(Sha256);
+
+impl Write for Hashing {
+    fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
+        self.0.update(buf);
+        Ok(buf.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+fn refused(why: &'static str) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidInput, why)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn bmap(image: &[u8], runs: &[Range<u64>]) -> io::Result<(String, Totals)> {
+        let mut output = Vec::new();
+        let totals =
+            write(&mut output, image.len() as u64, runs.iter().cloned(), |offset, buf| {
+                let at = usize::try_from(offset).unwrap();
+                buf.copy_from_slice(&image[at..at + buf.len()]);
+                Ok(())
+            })?;
+        Ok((String::from_utf8(output).unwrap(), totals))
+    }
+
+    fn sha256(bytes: &[u8]) -> String {
+        hex(&Sha256::digest(bytes).into())
+    }
+
+    #[test]
+    fn ranges_are_whole_blocks_joined_and_the_last_may_be_short() {
+        let mut image = vec![0; 50_000];
+        image[5000..9000].fill(7);
+        image[49_999] = 1;
+        let runs = [5000..6000, 6000..9000, 12_288..12_289, 49_999..50_000];
+        let (text, totals) = bmap(&image, &runs).unwrap();
+        assert_eq!(totals, Totals { blocks: 13, mapped: 4, ranges: 2 });
+        let first = format!("<Range chksum=\"{}\"> 1-3 </Range>", sha256(&image[4096..16_384]));
+        let last = format!("<Range chksum=\"{}\"> 12 </Range>", sha256(&image[49_152..]));
+        assert!(text.contains(&first) && text.contains(&last), "{text}");
+    }
+
+    #[test]
+    fn the_file_has_its_own_checksum() {
+        let (text, _) = bmap(&[3; 5000], &[0..5000]).unwrap();
+        let (_, rest) = text.split_once("<BmapFileChecksum> ").unwrap();
+        let sum = &rest[..64];
+        assert_eq!(sha256(text.replacen(sum, &"0".repeat(64), 1).as_bytes()), sum);
+    }
+
+    #[test]
+    fn what_is_no_image_is_refused() {
+        let kind = |image: &[u8], runs: &[Range<u64>]| bmap(image, runs).unwrap_err().kind();
+        let (first, second) = (0..4096, 8192..9000);
+        assert_eq!(kind(&[], &[]), io::ErrorKind::InvalidInput);
+        assert_eq!(kind(&[0; 8192], std::slice::from_ref(&second)), io::ErrorKind::InvalidInput);
+        assert_eq!(kind(&[0; 9000], &[second, first]), io::ErrorKind::InvalidInput);
+    }
+
+    #[test]
+    fn an_image_that_cannot_be_read_gives_its_error() {
+        let failed =
+            write(&mut Vec::new(), 4096, [0..4096], |_, _| Err(crate::host::errno(libc::EIO)));
+        assert_eq!(failed.unwrap_err().raw_os_error(), Some(libc::EIO));
+    }
+
+    proptest! {
+        #[test]
+        fn exactly_the_blocks_with_data_are_mapped(
+            pieces in prop::collection::vec((0..9000u64, 1..9000u64), 1..20),
+        ) {
+            let mut runs = Vec::new();
+            let mut at = 0;
+            for (gap, len) in pieces {
+                runs.push(at + gap..at + gap + len);
+                at += gap + len;
+            }
+            let joined = whole_blocks(at, runs.clone()).unwrap();
+            prop_assert!(joined.windows(2).all(|pair| pair[0].end < pair[1].start));
+            for block in 0..at.div_ceil(BLOCK) {
+                let (start, end) = (block * BLOCK, (block + 1) * BLOCK);
+                let has_data = runs.iter().any(|run| run.start < end && run.end > start);
+                prop_assert_eq!(joined.iter().any(|range| range.contains(&block)), has_data);
+            }
+        }
+    }
+}

@@ -1,0 +1,256 @@
+//! The codecs of other tools' formats, held against those tools: `simg2img`, `img2simg` (Debian's
+//! android-sdk-libsparse-utils) and `bmaptool` (bmap-tools). `contrib/test` installs them.
+
+// Sizes are small here, and a test may panic.
+#![allow(clippy::unwrap_used, clippy::cast_possible_truncation)]
+
+use std::fs::{self, File};
+use std::io::{self, Read, Write};
+use std::ops::Range;
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::Path;
+use std::process::Command;
+
+use cowslip::formats::android::{
+    BLOCK, Checksums, Content, Decoder, Plan, Record, Run, Writer, whole_blocks,
+};
+use cowslip::formats::bmap;
+
+const MIB: u64 = 1 << 20;
+
+/// Runs a program in `dir`; its output when it fails is the test's.
+fn run(dir: &Path, line: &[&str]) {
+    let output = Command::new(line[0]).args(&line[1..]).current_dir(dir).output();
+    let output = output.unwrap_or_else(|error| panic!("{}: {error}: run contrib/test", line[0]));
+    assert!(output.status.success(), "{line:?}: {output:?}");
+}
+
+fn of(content: Content, range: Range<u64>) -> Run {
+    Run { range, content }
+}
+
+/// The bytes that stand at `offset`: never zero, never four times the same.
+fn noise(offset: u64, len: usize) -> Vec<u8> {
+    let byte = |at: u64| (at.wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 56) as u8 | 1;
+    (offset..).take(len).map(byte).collect()
+}
+
+fn write_data<W: Write>(writer: &mut Writer<W>, range: Range<u64>) {
+    let mut at = range.start;
+    while at < range.end {
+        let len = (range.end - at).min(100_000) as usize;
+        writer.bytes(&noise(at, len)).unwrap();
+        at += len as u64;
+    }
+}
+
+fn write_runs<W: Write>(writer: &mut Writer<W>, runs: &[Run]) {
+    for run in runs {
+        writer.run(run).unwrap();
+        if run.content == Content::Data {
+            write_data(writer, run.range.clone());
+        }
+    }
+}
+
+/// What `runs` make of a target that has `before` in every byte.
+fn expected(runs: &[Run], before: u8) -> Vec<u8> {
+    runs.iter()
+        .flat_map(|run| {
+            let len = (run.range.end - run.range.start) as usize;
+            match run.content {
+                Content::Data => noise(run.range.start, len),
+                Content::Zeros => vec![0; len],
+                Content::DontCare => vec![before; len],
+            }
+        })
+        .collect()
+}
+
+fn some_runs() -> (u64, Vec<Run>) {
+    let size = 100 * MIB;
+    let runs = [
+        of(Content::Data, 0..BLOCK),
+        of(Content::Zeros, BLOCK..3 * MIB),
+        // More than one chunk.
+        of(Content::Data, 5 * MIB..78 * MIB),
+        of(Content::Zeros, 78 * MIB..79 * MIB),
+        of(Content::Data, 90 * MIB..90 * MIB + BLOCK),
+    ];
+    (size, whole_blocks(size, runs).unwrap())
+}
+
+#[test]
+fn simg2img_reads_what_was_written_to_a_pipe_and_to_a_file() {
+    let dir = tempfile::tempdir().unwrap();
+    let (size, runs) = some_runs();
+    let plan = Plan::new(size, &runs).unwrap();
+    let mut planned = Writer::planned(Vec::new(), plan).unwrap();
+    write_runs(&mut planned, &runs);
+    let (bytes, _) = planned.finish().unwrap();
+    fs::write(dir.path().join("planned"), &bytes).unwrap();
+    let file = File::create(dir.path().join("patched")).unwrap();
+    let mut patched = Writer::unplanned(io::BufWriter::new(file), size).unwrap();
+    write_runs(&mut patched, &runs);
+    patched.finish_patching().unwrap();
+
+    run(dir.path(), &["cmp", "planned", "patched"]);
+    run(dir.path(), &["simg2img", "planned", "image"]);
+    assert!(fs::read(dir.path().join("image")).unwrap() == expected(&runs, 0));
+}
+
+#[test]
+fn simg2img_zeroes_zeros_and_leaves_what_it_need_not_care_for() {
+    let dir = tempfile::tempdir().unwrap();
+    let (size, runs) = some_runs();
+    let mut writer = Writer::planned(Vec::new(), Plan::new(size, &runs).unwrap()).unwrap();
+    write_runs(&mut writer, &runs);
+    fs::write(dir.path().join("sparse"), writer.finish().unwrap().0).unwrap();
+    // simg2img truncates a file, but not a device.
+    let target = dir.path().join("device");
+    fs::write(&target, vec![0xEE; size as usize]).unwrap();
+    let device = Loop::new(&target);
+    run(dir.path(), &["simg2img", "sparse", &device.0]);
+    run(dir.path(), &["blockdev", "--flushbufs", &device.0]);
+    drop(device);
+    assert!(fs::read(&target).unwrap() == expected(&runs, 0xEE));
+}
+
+#[test]
+#[ignore = "writes 5 GiB: contrib/interop android runs it"]
+fn simg2img_loses_nothing_of_five_gigabytes_of_zeros() {
+    let dir = tempfile::tempdir_in("/var/tmp").unwrap();
+    let size = 5 << 30;
+    let runs = [of(Content::Zeros, 0..size - BLOCK), of(Content::Data, size - BLOCK..size)];
+    let mut writer = Writer::planned(Vec::new(), Plan::new(size, &runs).unwrap()).unwrap();
+    write_runs(&mut writer, &runs);
+    fs::write(dir.path().join("sparse"), writer.finish().unwrap().0).unwrap();
+    run(dir.path(), &["simg2img", "sparse", "image"]);
+    let image = File::open(dir.path().join("image")).unwrap();
+    let metadata = image.metadata().unwrap();
+    assert_eq!(metadata.len(), size);
+    // It writes zeros out: what it has lost would be a hole.
+    assert!(metadata.blocks() * 512 >= size, "{} of {size}", metadata.blocks() * 512);
+    let mut last = vec![0; BLOCK as usize];
+    image.read_exact_at(&mut last, size - BLOCK).unwrap();
+    assert!(last == noise(size - BLOCK, BLOCK as usize));
+}
+
+#[test]
+fn what_img2simg_wrote_is_read() {
+    let dir = tempfile::tempdir().unwrap();
+    let (_, runs) = some_runs();
+    let mut image = expected(&runs, 0);
+    // Fills that are not zeros, and a size that is not whole blocks: img2simg pads it.
+    image[(80 * MIB) as usize..(81 * MIB) as usize].copy_from_slice(&b"abcd".repeat(1 << 18));
+    image.truncate(image.len() - 5000);
+    fs::write(dir.path().join("image"), &image).unwrap();
+    image.resize(image.len().next_multiple_of(BLOCK as usize), 0);
+    run(dir.path(), &["img2simg", "image", "sparse"]);
+    let file = File::open(dir.path().join("sparse")).unwrap();
+    let (bytes, fills) = decode(io::BufReader::new(file));
+    assert!(bytes == image);
+    assert!(fills > 1, "img2simg has found no fill");
+}
+
+/// The image in a sparse image, and how many fills it has.
+fn decode(input: impl Read) -> (Vec<u8>, usize) {
+    let mut decoder = Decoder::new(input, Checksums::Verify).unwrap();
+    let (mut image, mut fills) = (Vec::new(), 0);
+    let Record::Size(size) = decoder.next_record().unwrap() else { panic!("no size") };
+    loop {
+        match decoder.next_record().unwrap() {
+            Record::Size(_) => panic!("a second size"),
+            Record::Data(range) => {
+                assert_eq!(image.len() as u64, range.start);
+                decoder.body().read_to_end(&mut image).unwrap();
+                assert_eq!(image.len() as u64, range.end);
+            }
+            Record::Fill(range, value) => {
+                fills += 1;
+                image.extend(value.repeat(((range.end - range.start) / 4) as usize));
+            }
+            Record::DontCare(range) => image.resize(range.end as usize, 0),
+            Record::End => break,
+        }
+    }
+    assert_eq!(image.len() as u64, size);
+    (image, fills)
+}
+
+/// An image with three runs of data and an odd end, and what bmaptool is told of it.
+fn image_and_bmap(dir: &Path) -> Vec<u8> {
+    let size = 20 * MIB + 1234;
+    let runs = [100..5000, 3 * MIB + 7..9 * MIB, 20 * MIB + 1000..20 * MIB + 1234];
+    let mut image = vec![0; size as usize];
+    for run in &runs {
+        let len = (run.end - run.start) as usize;
+        image[run.start as usize..run.end as usize].copy_from_slice(&noise(run.start, len));
+    }
+    fs::write(dir.join("image"), &image).unwrap();
+    let file = File::open(dir.join("image")).unwrap();
+    let mut output = File::create(dir.join("image.bmap")).unwrap();
+    let read = |offset, buf: &mut [u8]| file.read_exact_at(buf, offset);
+    let totals = bmap::write(&mut output, size, runs, read).unwrap();
+    assert_eq!((totals.ranges, totals.blocks), (3, 5121));
+    image
+}
+
+#[test]
+fn bmaptool_copies_by_our_bmap() {
+    let dir = tempfile::tempdir().unwrap();
+    let image = image_and_bmap(dir.path());
+    run(dir.path(), &["bmaptool", "copy", "--bmap", "image.bmap", "image", "copy"]);
+    assert!(fs::read(dir.path().join("copy")).unwrap() == image);
+    let copied = fs::metadata(dir.path().join("copy")).unwrap().blocks() * 512;
+    assert!(copied < 7 * MIB, "{copied} bytes of 6 MiB");
+}
+
+#[test]
+fn bmaptool_sees_damage_by_our_bmap() {
+    let refuses = |damage: &dyn Fn(&Path)| {
+        let dir = tempfile::tempdir().unwrap();
+        image_and_bmap(dir.path());
+        damage(dir.path());
+        let line = ["copy", "--bmap", "image.bmap", "image", "copy"];
+        let output = Command::new("bmaptool").args(line).current_dir(dir.path()).output().unwrap();
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(!output.status.success() && said.contains("checksum"), "{said}");
+    };
+    refuses(&|dir| {
+        let image = fs::OpenOptions::new().write(true).open(dir.join("image")).unwrap();
+        image.write_all_at(&[0], 5 * MIB).unwrap();
+    });
+    refuses(&|dir| {
+        let text = fs::read_to_string(dir.join("image.bmap")).unwrap();
+        fs::write(dir.join("image.bmap"), text.replace(" 768-2303 ", " 768-2302 ")).unwrap();
+    });
+}
+
+#[test]
+fn bmaptool_takes_an_image_that_is_one_hole() {
+    let dir = tempfile::tempdir().unwrap();
+    File::create(dir.path().join("image")).unwrap().set_len(MIB).unwrap();
+    let mut output = File::create(dir.path().join("image.bmap")).unwrap();
+    let read = |_, _: &mut [u8]| panic!("nothing is read");
+    bmap::write(&mut output, MIB, [], read).unwrap();
+    run(dir.path(), &["bmaptool", "copy", "--bmap", "image.bmap", "image", "copy"]);
+    assert_eq!(fs::metadata(dir.path().join("copy")).unwrap().len(), MIB);
+}
+
+/// A loop device that goes again.
+struct Loop(String);
+
+impl Loop {
+    fn new(file: &Path) -> Self {
+        let output = Command::new("losetup").args(["-f", "--show"]).arg(file).output().unwrap();
+        assert!(output.status.success(), "{output:?}");
+        Self(String::from_utf8(output.stdout).unwrap().trim().to_owned())
+    }
+}
+
+impl Drop for Loop {
+    fn drop(&mut self) {
+        let _ = Command::new("losetup").args(["-d", &self.0]).status();
+    }
+}
