@@ -267,6 +267,65 @@ fn an_rbd_diff_holds_exactly_what_changed() {
     lab.end();
 }
 
+/// A device that holds the base: the tools cut a file, and leave of a device what they do not write.
+fn base_device(lab: &Lab) -> String {
+    lab.sh("cp base.img target.img");
+    lab.loop_device("target.img", "")
+}
+
+fn end_device(lab: &Lab, device: &str) {
+    lab.sh(&format!("blockdev --flushbufs {device}; losetup -d {device}"));
+}
+
+#[test]
+fn an_android_image_changes_a_base_into_the_disk() {
+    let mut lab = Lab::new();
+    changed(&mut lab, "d=base.img,block=512");
+    lab.ok("diff m/d -O android-sparse -o out.simg");
+    lab.sh("$COWSLIP diff m/d -O android-sparse -o - >piped.simg; cmp out.simg piped.simg");
+    assert!(fs::metadata(lab.path("out.simg")).unwrap().len() < 40 * 4096);
+    let device = base_device(&lab);
+    lab.sh(&format!("simg2img out.simg {device}; cmp m/d {device}"));
+    end_device(&lab, &device);
+    lab.ok("diff m/d --full -O android-sparse -o full.simg");
+    lab.sh("simg2img full.simg full.img; cmp m/d full.img");
+    let sent = fs::metadata(lab.path("full.simg")).unwrap().len();
+    let data: u64 = data_runs(&lab.open_ro("m/d")).iter().map(|run| run.end - run.start).sum();
+    assert!(sent < data + 100 * 4096, "{sent} bytes of {data} of data");
+    lab.end();
+}
+
+#[test]
+fn a_size_that_is_not_whole_blocks_is_no_android_image() {
+    let lab = Lab::new();
+    lab.sh("truncate -s 1000000 base.img");
+    lab.mount("d=base.img");
+    let line = lab.refused(1, "diff m/d -O android-sparse -o out");
+    assert!(line.contains("size=1003520"), "{line}");
+    assert!(!lab.path("out").exists());
+    lab.end();
+}
+
+#[test]
+fn bmaptool_copies_a_disk_and_its_changes_by_our_maps() {
+    let mut lab = Lab::new();
+    changed(&mut lab, "d=base.img");
+    lab.ok("diff m/d --full -O bmap -o full.bmap");
+    lab.sh("bmaptool -q copy --bmap full.bmap m/d full.img; cmp m/d full.img");
+    lab.ok("diff m/d -O bmap -o changes.bmap");
+    let map = lab.sh("$COWSLIP diff m/d -O bmap -o -; grep Mapped changes.bmap");
+    assert!(map.contains("<ImageSize> 16777216 </ImageSize>"), "{map}");
+    let device = base_device(&lab);
+    // Also what was punched and zeroed: it is in the map, so it is written.
+    lab.sh(&format!("bmaptool -q copy --bmap changes.bmap m/d {device}; cmp m/d {device}"));
+    end_device(&lab, &device);
+    // The disk is another one now, which its map does not fit.
+    scatter(&lab, 2);
+    let output = lab.output("bmaptool", &["-q", "copy", "--bmap", "full.bmap", "m/d", "not.img"]);
+    assert!(!output.status.success(), "{}", show(&output));
+    lab.end();
+}
+
 #[test]
 fn a_part_of_a_file_is_no_backing_file() {
     let mut lab = Lab::new();
@@ -297,6 +356,7 @@ fn what_has_no_diff_says_so() {
         (2, "diff m/d -o x -b y", "backing-format"),
         (2, "diff m/d -o x -b y -F vmdk", "raw or qcow2"),
         (2, "diff m/d", "-o"),
+        (2, "diff m/d -O bmap -o x -b y -F raw", "only a qcow2 image"),
     ] {
         let line = lab.refused(code, words);
         assert!(line.contains(says), "{words}: {line}");

@@ -16,6 +16,7 @@ use serde_json::{Value, json};
 use super::client::Place;
 use super::progress::Progress;
 use super::{DONE, Failure, die_of_a_closed_pipe, say};
+use crate::export::bmap::Mapped;
 use crate::export::qcow2::Backing;
 use crate::export::{self, Run};
 use crate::spec::format_size;
@@ -31,6 +32,10 @@ enum Output {
     Qcow2,
     /// Records as `rbd import-diff` takes them
     Rbd,
+    /// An Android sparse image: what has not changed is not in it (sizes of whole 4 KiB)
+    AndroidSparse,
+    /// The block map by which `bmaptool copy` writes and verifies what has changed
+    Bmap,
 }
 
 #[derive(Debug, Args)]
@@ -49,7 +54,7 @@ pub(super) struct DiffArgs {
     /// The format
     #[arg(short = 'O', value_enum, default_value_t, value_name = "FORMAT")]
     output: Output,
-    /// The file to write (- is stdout, for rbd)
+    /// The file to write (- is stdout, but for qcow2)
     #[arg(short = 'o', value_name = "OUT")]
     out: PathBuf,
     /// Write over OUT if it is there
@@ -79,10 +84,13 @@ pub(super) fn run(args: &DiffArgs) -> anyhow::Result<u8> {
         (Output::Qcow2, true) => {
             return Err(Failure::usage("a qcow2 image is written here and there: -o FILE"));
         }
-        (Output::Rbd, true) if io::stdout().is_terminal() => {
+        (Output::Rbd | Output::AndroidSparse, true) if io::stdout().is_terminal() => {
             return Err(Failure::usage("a diff is no text for a terminal: -o FILE, or a pipe"));
         }
         _ => {}
+    }
+    if args.backing.is_some() && args.output != Output::Qcow2 {
+        return Err(Failure::usage("-b: only a qcow2 image names a backing file"));
     }
     if let (Output::Qcow2, Some(name), None) = (args.output, &args.since, &args.backing) {
         return Err(Failure::usage(format!(
@@ -104,7 +112,7 @@ pub(super) fn run(args: &DiffArgs) -> anyhow::Result<u8> {
     if to_stdout {
         die_of_a_closed_pipe();
         let mut out = BufWriter::new(io::stdout().lock());
-        write_rbd(&mut out, &frozen).context("cannot print")?;
+        write_plainly(&mut out, &frozen, args).context("cannot print")?;
         return Ok(DONE);
     }
     let out = absolute(&args.out)?;
@@ -113,12 +121,11 @@ pub(super) fn run(args: &DiffArgs) -> anyhow::Result<u8> {
     // Whole under its name, or not there.
     let part =
         tempfile::Builder::new().prefix(".cowslip-").tempfile_in(dir).with_context(failed)?;
-    match args.output {
-        Output::Qcow2 => write_qcow2(part.as_file(), &frozen, args).with_context(failed)?,
-        Output::Rbd => {
-            let mut to = BufWriter::with_capacity(1 << 20, part.as_file());
-            write_rbd(&mut to, &frozen).with_context(failed)?;
-        }
+    if args.output == Output::Qcow2 {
+        write_qcow2(part.as_file(), &frozen, args).with_context(failed)?;
+    } else {
+        let mut to = BufWriter::with_capacity(1 << 20, part.as_file());
+        write_plainly(&mut to, &frozen, args).with_context(failed)?;
     }
     part.as_file().sync_all().with_context(failed)?;
     set_mode(part.as_file()).with_context(failed)?;
@@ -177,10 +184,21 @@ fn write_qcow2(out: &File, frozen: &Frozen, args: &DiffArgs) -> io::Result<()> {
     written
 }
 
-fn write_rbd(out: &mut dyn Write, frozen: &Frozen) -> io::Result<()> {
+/// Writes what leaves from its first byte to its last.
+fn write_plainly(out: &mut dyn Write, frozen: &Frozen, args: &DiffArgs) -> io::Result<()> {
     let mut shown = Shown::new();
     let mut watch = |done, total| shown.at(done, total);
-    let written = export::rbd::write(out, &frozen.file, &frozen.runs, frozen.size, &mut watch);
+    let Frozen { file, size, runs, .. } = frozen;
+    let written = match args.output {
+        Output::Bmap => {
+            let mapped = if args.full { Mapped::Data } else { Mapped::All };
+            export::bmap::write(out, file, runs, *size, mapped, &mut watch)
+        }
+        Output::AndroidSparse => export::android::write(out, file, runs, *size, &mut watch),
+        Output::Rbd => export::rbd::write(out, file, runs, *size, &mut watch),
+        // It is written here and there.
+        Output::Qcow2 => Err(io::ErrorKind::NotSeekable.into()),
+    };
     shown.progress.end();
     written
 }

@@ -93,7 +93,7 @@ enum Cli {
     Clone(snapshot::CloneArgs),
     /// Merge a disk's changes down into its base
     Commit(commit::CommitArgs),
-    /// Write what has changed in a disk as a qcow2 image or an rbd diff
+    /// Write what has changed in a disk as an image or a diff that other tools take
     Diff(diff::DiffArgs),
     /// Make an overlay of the changes that a qcow2 image holds
     Import(import::ImportArgs),

@@ -2,10 +2,12 @@
 //!
 //! ```text
 //!   the disk, frozen ──┐
-//!                      ├─> plan: runs of data and of zeros ──> qcow2.rs, rbd.rs
+//!                      ├─> plan: runs of data and of zeros ──> qcow2.rs, rbd.rs, android.rs, bmap.rs
 //!   where it changed ──┘
 //! ```
 
+pub mod android;
+pub mod bmap;
 pub mod qcow2;
 pub mod rbd;
 
@@ -89,6 +91,11 @@ fn split(file: &File, range: Range<u64>, runs: &mut Vec<Run>) -> io::Result<()> 
         at = data.end;
     }
     Ok(())
+}
+
+/// How many bytes the runs have that are data.
+fn data_of<'a>(runs: impl Iterator<Item = (&'a Range<u64>, bool)>) -> u64 {
+    runs.filter(|(_, is_data)| *is_data).map(|(range, _)| range.end - range.start).sum()
 }
 
 /// Reads all of `range` of `file` piece by piece; each is handed to `take` with its offset.

@@ -12,7 +12,7 @@ use imago::format::builder::{FormatCreateBuilder, FormatDriverBuilder};
 use imago::format::drivers::FormatDriverInstance;
 use imago::{DenyImplicitOpenGate, StorageOpenOptions};
 
-use super::{Kind, Run, Watch, copy};
+use super::{Kind, Run, Watch, copy, data_of};
 
 /// The size of a cluster, QEMU's own choice: 64 KiB.
 pub const CLUSTER: u64 = 64 << 10;
@@ -54,8 +54,7 @@ pub fn write(
         Ok(Image::builder(storage).backing(None).write(true))
     })?;
     let runs = clusters(runs, size);
-    let total = runs.iter().filter(|run| run.kind == Kind::Data);
-    let total = total.map(|run| run.range.end - run.range.start).sum();
+    let total = data_of(runs.iter().map(|run| (&run.range, run.kind == Kind::Data)));
     let (mut done, mut buf) = (0, Vec::new());
     for Run { range, kind } in runs {
         let mut at = range.start;

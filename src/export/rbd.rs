@@ -16,7 +16,7 @@ use std::fs::File;
 use std::io::{self, Write};
 use std::ops::Range;
 
-use super::{Kind, Run, Watch, copy};
+use super::{Kind, Run, Watch, copy, data_of};
 
 /// What every diff of version 1 begins with.
 const BANNER: &[u8] = b"rbd diff v1\n";
@@ -35,8 +35,7 @@ pub fn write(
     out.write_all(BANNER)?;
     out.write_all(b"s")?;
     out.write_all(&size.to_le_bytes())?;
-    let total = runs.iter().filter(|run| run.kind == Kind::Data);
-    let total = total.map(|run| run.range.end - run.range.start).sum();
+    let total = data_of(runs.iter().map(|run| (&run.range, run.kind == Kind::Data)));
     let (mut done, mut buf) = (0, Vec::new());
     for run in runs {
         if run.kind == Kind::Zero {

@@ -13,9 +13,8 @@
 //! Every number is little-endian. Chunks have no offsets: they follow each other from the first
 //! block to the last. Source: AOSP, libsparse/sparse_format.h.
 //!
-//! The header has the number of chunks, so it can only be written once all runs are known. A
-//! [`Plan`] knows them beforehand, for a pipe; for a file, [`Writer::finish_patching`] writes the
-//! header again at the end.
+//! The header has the number of chunks, so it can only be written once all runs are known: a
+//! [`Plan`] counts them beforehand.
 //!
 //! DONT_CARE is not zero: the target keeps what it had. A hole that must read as zeros is a FILL
 //! of 0 ([`Content::Zeros`]). Only what is to stay as it is, as what a diff does not change, is
@@ -43,9 +42,7 @@ const DONT_CARE: u16 = 0xCAC3;
 const CRC32: u16 = 0xCAC4;
 
 /// What a run of an image is.
-///
-/// The order is that of precedence: a block with some of several is the greatest of them.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Content {
     /// The target keeps what it had.
     DontCare,
@@ -69,77 +66,55 @@ pub struct Run {
 /// ```text
 ///   given      |--- zeros ---|- data -|              .         |- zeros -|
 ///   blocks     |       |       |       |       |       |       |       |
-///   returned   |-zeros-|---- data -----|-- don't care -|---- zeros ----|
+///   returned   |-zeros-|---- data -----|-- don't care -|- data -|-zeros-|
 /// ```
 ///
-/// What no run covers is [`Content::DontCare`]. A block takes the strongest of what it holds, so
-/// a data run may get longer: its bytes are read anew, by the range that is returned.
+/// What no run covers is [`Content::DontCare`]. A block that is not all of one kind is data, so a
+/// data run may be longer than what was given: its bytes are read anew, by the range returned.
 ///
 /// # Errors
 /// `InvalidInput`, in one line for the user, when `size` is no multiple of [`BLOCK`] or more than
 /// the format can say (16 TiB less a block), when runs are not in rising order, or leave the size.
 pub fn whole_blocks(size: u64, runs: impl IntoIterator<Item = Run>) -> io::Result<Vec<Run>> {
     check_size(size)?;
-    let mut blocks = Blocks { runs: Vec::new(), end: 0 };
-    let mut last = 0;
+    let mut all = Joined::default();
+    let mut end = 0;
     for Run { range, content } in runs {
-        if range.start < last || range.end > size || range.start > range.end {
+        if range.start < end || range.end > size || range.start > range.end {
             return Err(refused("the runs are not in order, or leave the disk".to_owned()));
         }
-        last = range.end;
-        if !range.is_empty() {
-            // It cannot overflow: the size is a multiple of the block.
-            let whole = range.start / BLOCK * BLOCK..range.end.div_ceil(BLOCK) * BLOCK;
-            blocks.add(whole, content);
-        }
+        all.push(end..range.start, Content::DontCare);
+        end = range.end;
+        all.push(range, content);
     }
-    blocks.fill_to(size);
-    Ok(blocks.runs)
+    all.push(end..size, Content::DontCare);
+    let mut blocks = Joined::default();
+    for Run { range, content } in all.0 {
+        // It cannot overflow: the size is a multiple of the block.
+        let (first, last) = (range.start.next_multiple_of(BLOCK), range.end / BLOCK * BLOCK);
+        let shared = |at: u64| at / BLOCK * BLOCK..at.next_multiple_of(BLOCK);
+        blocks.push(shared(range.start), Content::Data);
+        blocks.push(first..last, content);
+        blocks.push(shared(range.end), Content::Data);
+    }
+    Ok(blocks.0)
 }
 
-/// Runs of whole blocks, being joined.
-struct Blocks {
-    runs: Vec<Run>,
-    end: u64,
-}
+/// Runs that follow each other, those of one kind as one.
+#[derive(Default)]
+struct Joined(Vec<Run>);
 
-impl Blocks {
-    /// Adds a range that begins at the earliest with the last block there is.
-    fn add(&mut self, range: Range<u64>, content: Content) {
-        self.fill_to(range.start);
-        let mut start = range.start;
-        if start < self.end {
-            // They share one block.
-            let strongest = self.runs.last().map_or(content, |run| run.content.max(content));
-            self.cut_last_block();
-            self.push(start..start + BLOCK, strongest);
-            start += BLOCK;
-        }
-        self.push(start..range.end, content);
-    }
-
-    fn fill_to(&mut self, end: u64) {
-        self.push(self.end..end, Content::DontCare);
-    }
-
-    fn cut_last_block(&mut self) {
-        self.end = self.end.saturating_sub(BLOCK);
-        if let Some(run) = self.runs.last_mut() {
-            run.range.end = self.end;
-            if run.range.is_empty() {
-                self.runs.pop();
-            }
-        }
-    }
-
+impl Joined {
+    /// Adds what of `range` lies behind all before it.
     fn push(&mut self, range: Range<u64>, content: Content) {
-        if range.start >= range.end {
+        let reached = self.0.last().map_or(0, |run| run.range.end);
+        let range = range.start.max(reached)..range.end;
+        if range.is_empty() {
             return;
         }
-        self.end = range.end;
-        match self.runs.last_mut() {
+        match self.0.last_mut() {
             Some(run) if run.content == content => run.range.end = range.end,
-            _ => self.runs.push(Run { range, content }),
+            _ => self.0.push(Run { range, content }),
         }
     }
 }
@@ -175,20 +150,24 @@ mod tests {
     }
 
     #[test]
-    fn a_block_takes_the_strongest_of_what_it_holds() {
+    fn a_block_of_more_than_one_kind_is_data() {
         let runs = [
             run(0..6000, Content::Zeros),
             run(6000..9000, Content::Data),
             run(20480..20481, Content::Zeros),
             run(20481..20482, Content::DontCare),
+            run(24576..30000, Content::Zeros),
+            run(30000..32768, Content::Zeros),
         ];
         let expected = [
             run(0..4096, Content::Zeros),
             run(4096..12288, Content::Data),
             run(12288..20480, Content::DontCare),
-            run(20480..24576, Content::Zeros),
+            // Zeros would take what is not to be touched with them.
+            run(20480..24576, Content::Data),
+            run(24576..32768, Content::Zeros),
         ];
-        assert_eq!(whole_blocks(24576, runs).unwrap(), expected);
+        assert_eq!(whole_blocks(32768, runs).unwrap(), expected);
     }
 
     #[test]
@@ -229,10 +208,14 @@ mod tests {
                 prop_assert_eq!(range.start, end);
                 end = range.end;
                 for block in range.step_by(4096) {
-                    let of_block = runs.iter()
+                    let mut of_block = runs.iter()
                         .filter(|run| run.range.start < block + BLOCK && run.range.end > block)
-                        .map(|run| run.content).max();
-                    prop_assert_eq!(of_block.unwrap_or(Content::DontCare), content);
+                        .map(|run| run.content)
+                        // Behind the last of them up to the size.
+                        .chain((block + BLOCK > at).then_some(Content::DontCare));
+                    let first = of_block.next().unwrap();
+                    let one = of_block.all(|other| other == first);
+                    prop_assert_eq!(if one { first } else { Content::Data }, content);
                 }
             }
             prop_assert_eq!(end, size);

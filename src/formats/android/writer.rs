@@ -1,6 +1,6 @@
 //! Writes Android sparse images.
 
-use std::io::{self, Seek, SeekFrom, Write};
+use std::io::{self, Write};
 use std::ops::Range;
 
 use super::{
@@ -32,7 +32,17 @@ pub struct Totals {
     pub len: u64,
 }
 
-/// The header of an image whose runs are known.
+impl Totals {
+    fn add(&mut self, piece: &Piece) -> io::Result<()> {
+        let more = self.chunks.checked_add(1);
+        self.chunks = more.ok_or_else(|| refused("there are too many chunks".to_owned()))?;
+        // It cannot overflow: 2^32 chunks of less than 2^32 bytes.
+        self.len += piece.total();
+        Ok(())
+    }
+}
+
+/// What an image will have: the runs of it are known before it begins.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Plan {
     totals: Totals,
@@ -45,18 +55,19 @@ impl Plan {
     /// `InvalidInput` when the runs do not follow each other from 0 to `size` in whole blocks,
     /// when `size` does not fit the format, or when there are more chunks than it can count.
     pub fn new<'a>(size: u64, runs: impl IntoIterator<Item = &'a Run>) -> io::Result<Self> {
-        let mut writer = Writer::start(io::sink(), size)?;
+        let mut totals = Totals { blocks: check_size(size)?, chunks: 0, len: HEADER_LEN.into() };
+        let mut position = 0;
         for run in runs {
-            writer.check(run)?;
+            check_next(run, position, size)?;
             for piece in Pieces::of(run) {
-                writer.count(&piece)?;
+                totals.add(&piece)?;
             }
-            writer.position = run.range.end;
+            position = run.range.end;
         }
-        if writer.position != size {
+        if position != size {
             return Err(refused("the runs do not reach the end of the disk".to_owned()));
         }
-        Ok(Self { totals: writer.totals })
+        Ok(Self { totals })
     }
 
     /// What the image will have.
@@ -73,7 +84,6 @@ impl Plan {
 #[derive(Debug)]
 pub struct Writer<W> {
     output: W,
-    size: u64,
     /// Where the next run begins.
     position: u64,
     /// Data of the last run that has not been handed over.
@@ -81,32 +91,18 @@ pub struct Writer<W> {
     /// Data of the chunk at hand that has not.
     in_chunk: u64,
     totals: Totals,
-    plan: Option<Plan>,
+    plan: Plan,
 }
 
 impl<W: Write> Writer<W> {
-    /// Begins an image whose runs are known, on any output.
+    /// Begins an image; `output` need not seek.
     ///
     /// # Errors
     /// `output`'s own.
-    pub fn planned(output: W, plan: Plan) -> io::Result<Self> {
-        let size = u64::from(plan.totals.blocks) * BLOCK;
-        let mut writer = Self::start(output, size)?;
-        writer.plan = Some(plan);
-        writer.output.write_all(&header(plan.totals))?;
-        Ok(writer)
-    }
-
-    /// Begins an image of a disk of `size` bytes whose runs are not known yet: its header is not
-    /// valid before [`Self::finish_patching`].
-    ///
-    /// # Errors
-    /// `InvalidInput` when `size` does not fit the format (in one line for the user); `output`'s own.
-    pub fn unplanned(output: W, size: u64) -> io::Result<Self> {
-        let mut writer = Self::start(output, size)?;
-        // Half an image must not look like one.
-        writer.output.write_all(&[0; HEADER_LEN as usize])?;
-        Ok(writer)
+    pub fn new(mut output: W, plan: Plan) -> io::Result<Self> {
+        output.write_all(&header(plan.totals))?;
+        let totals = Totals { chunks: 0, len: HEADER_LEN.into(), ..plan.totals };
+        Ok(Self { output, position: 0, missing: 0, in_chunk: 0, totals, plan })
     }
 
     /// The next run; zeros and don't-cares are written at once.
@@ -115,7 +111,10 @@ impl<W: Write> Writer<W> {
     /// `InvalidInput` when it does not begin where the last one ended, is not whole blocks, or
     /// data of the last one is missing; `output`'s own.
     pub fn run(&mut self, run: &Run) -> io::Result<()> {
-        self.check(run)?;
+        if self.missing > 0 {
+            return Err(refused("data of the last run is missing".to_owned()));
+        }
+        check_next(run, self.position, self.size())?;
         if run.content == Content::Data {
             self.missing = run.range.end - run.range.start;
         } else {
@@ -156,42 +155,24 @@ impl<W: Write> Writer<W> {
         Ok(())
     }
 
-    /// Ends a planned image.
+    /// Ends the image.
     ///
     /// # Errors
-    /// `InvalidInput` when it is not what was planned, or there was no plan; `output`'s own.
+    /// `InvalidInput` when it is not what was planned; `output`'s own.
     pub fn finish(mut self) -> io::Result<(W, Totals)> {
-        self.check_end()?;
-        if self.plan != Some(Plan { totals: self.totals }) {
+        if self.missing > 0 || self.position != self.size() || self.plan.totals != self.totals {
             return Err(refused("the image is not what its header says".to_owned()));
         }
         self.output.flush()?;
         Ok((self.output, self.totals))
     }
 
-    fn start(output: W, size: u64) -> io::Result<Self> {
-        let totals = Totals { blocks: check_size(size)?, chunks: 0, len: HEADER_LEN.into() };
-        Ok(Self { output, size, position: 0, missing: 0, in_chunk: 0, totals, plan: None })
-    }
-
-    fn check(&self, run: &Run) -> io::Result<()> {
-        let Range { start, end } = run.range;
-        let whole = start.is_multiple_of(BLOCK) && end.is_multiple_of(BLOCK);
-        if self.missing > 0 || start != self.position || end < start || end > self.size || !whole {
-            return Err(refused("a run does not follow the last one in whole blocks".to_owned()));
-        }
-        Ok(())
-    }
-
-    fn check_end(&self) -> io::Result<()> {
-        if self.missing > 0 || self.position != self.size {
-            return Err(refused("the image ends before the disk does".to_owned()));
-        }
-        Ok(())
+    fn size(&self) -> u64 {
+        u64::from(self.totals.blocks) * BLOCK
     }
 
     fn chunk(&mut self, piece: &Piece) -> io::Result<()> {
-        self.count(piece)?;
+        self.totals.add(piece)?;
         let mut bytes = [0; CHUNK_LEN as usize];
         let kind = match piece.kind {
             Kind::Raw => RAW,
@@ -203,29 +184,16 @@ impl<W: Write> Writer<W> {
         bytes[8..].copy_from_slice(&number(piece.total())?.to_le_bytes());
         self.output.write_all(&bytes)
     }
-
-    fn count(&mut self, piece: &Piece) -> io::Result<()> {
-        let more = self.totals.chunks.checked_add(1);
-        self.totals.chunks = more.ok_or_else(|| refused("there are too many chunks".to_owned()))?;
-        // It cannot overflow: 2^32 chunks of less than 2^32 bytes.
-        self.totals.len += piece.total();
-        Ok(())
-    }
 }
 
-impl<W: Write + Seek> Writer<W> {
-    /// Ends the image and writes its header, where it began: the output has nothing else in it.
-    ///
-    /// # Errors
-    /// `InvalidInput` when the runs do not reach the end of the disk; `output`'s own.
-    pub fn finish_patching(mut self) -> io::Result<(W, Totals)> {
-        self.check_end()?;
-        self.output.seek(SeekFrom::Start(0))?;
-        self.output.write_all(&header(self.totals))?;
-        self.output.seek(SeekFrom::Start(self.totals.len))?;
-        self.output.flush()?;
-        Ok((self.output, self.totals))
+/// Refuses a run that does not go on at `position` in whole blocks, inside `size`.
+fn check_next(run: &Run, position: u64, size: u64) -> io::Result<()> {
+    let Range { start, end } = run.range;
+    let whole = start.is_multiple_of(BLOCK) && end.is_multiple_of(BLOCK);
+    if start != position || end < start || end > size || !whole {
+        return Err(refused("a run does not follow the last one in whole blocks".to_owned()));
     }
+    Ok(())
 }
 
 /// A chunk to be.
@@ -309,8 +277,6 @@ fn number(value: u64) -> io::Result<u32> {
 
 #[cfg(test)]
 mod tests {
-    use std::io::Cursor;
-
     use super::*;
 
     fn run(range: Range<u64>, content: Content) -> Run {
@@ -324,7 +290,8 @@ mod tests {
             run(4096..12288, Content::Zeros),
             run(12288..16384, Content::DontCare),
         ];
-        let mut writer = Writer::unplanned(Cursor::new(Vec::new()), 16384).unwrap();
+        let plan = Plan::new(16384, &runs).unwrap();
+        let mut writer = Writer::new(Vec::new(), plan).unwrap();
         for run in &runs {
             writer.run(run).unwrap();
             if run.content == Content::Data {
@@ -332,16 +299,16 @@ mod tests {
                 writer.bytes(&[7; 3096]).unwrap();
             }
         }
-        let (output, totals) = writer.finish_patching().unwrap();
+        let (output, totals) = writer.finish().unwrap();
         let mut wire =
             b"\x3a\xff\x26\xed\x01\0\0\0\x1c\0\x0c\0\0\x10\0\0\x04\0\0\0\x03\0\0\0\0\0\0\0"
                 .to_vec();
         wire.extend(b"\xc1\xca\0\0\x01\0\0\0\x0c\x10\0\0");
         wire.extend([7; 4096]);
         wire.extend(b"\xc2\xca\0\0\x02\0\0\0\x10\0\0\0\0\0\0\0\xc3\xca\0\0\x01\0\0\0\x0c\0\0\0");
-        assert_eq!(output.get_ref(), &wire);
+        assert_eq!(output, wire);
         assert_eq!(totals, Totals { blocks: 4, chunks: 3, len: wire.len() as u64 });
-        assert_eq!(totals, Plan::new(16384, &runs).unwrap().totals());
+        assert_eq!(totals, plan.totals());
     }
 
     #[test]
@@ -366,12 +333,12 @@ mod tests {
     fn what_was_not_planned_is_refused() {
         let data = run(0..8192, Content::Data);
         let plan = Plan::new(8192, [&data]).unwrap();
-        let mut writer = Writer::planned(Vec::new(), plan).unwrap();
+        let mut writer = Writer::new(Vec::new(), plan).unwrap();
         assert!(writer.run(&run(4096..8192, Content::Zeros)).is_err(), "it leaves a gap");
         writer.run(&data).unwrap();
         assert!(writer.bytes(&[0; 8193]).is_err(), "it is too much");
-        assert!(Writer::planned(Vec::new(), plan).unwrap().finish().is_err(), "nothing came");
-        let mut writer = Writer::planned(Vec::new(), plan).unwrap();
+        assert!(Writer::new(Vec::new(), plan).unwrap().finish().is_err(), "nothing came");
+        let mut writer = Writer::new(Vec::new(), plan).unwrap();
         writer.run(&run(0..8192, Content::Zeros)).unwrap();
         assert!(writer.finish().is_err(), "other chunks");
         assert!(Plan::new(8192, [&run(0..4096, Content::Data)]).is_err(), "it is too short");
