@@ -192,7 +192,7 @@ mod tests {
 
     #[test]
     fn the_file_has_its_own_checksum() {
-        let (text, _) = bmap(&[3; 5000], &[0..5000]).unwrap();
+        let (text, _) = bmap(&[3; 5000], std::slice::from_ref(&(0..5000))).unwrap();
         let (_, rest) = text.split_once("<BmapFileChecksum> ").unwrap();
         let sum = &rest[..64];
         assert_eq!(sha256(text.replacen(sum, &"0".repeat(64), 1).as_bytes()), sum);
@@ -209,8 +209,8 @@ mod tests {
 
     #[test]
     fn an_image_that_cannot_be_read_gives_its_error() {
-        let failed =
-            write(&mut Vec::new(), 4096, [0..4096], |_, _| Err(crate::host::errno(libc::EIO)));
+        let read = |_, _: &mut [u8]| Err(crate::host::errno(libc::EIO));
+        let failed = write(&mut Vec::new(), 4096, std::iter::once(0..4096), read);
         assert_eq!(failed.unwrap_err().raw_os_error(), Some(libc::EIO));
     }
 

@@ -251,7 +251,6 @@ fn invalid(why: &'static str) -> io::Error {
 
 #[cfg(test)]
 mod tests {
-    use std::io::Cursor;
 
     use proptest::prelude::*;
 
