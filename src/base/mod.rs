@@ -3,8 +3,8 @@
 //! ```text
 //!   spec::Source::File(path)          spec::Source::Blank(size)
 //!        │ what is there? (never opens what is no file)
-//!        │ open, look again, lock (lock.rs)
-//!        │ which format? (by its first and last bytes)
+//!        │ open, look again (host.rs), lock (lock.rs)
+//!        │ which format? (detect.rs: by its first and last bytes)
 //!        ▼                                   ▼
 //!     RawBase (raw.rs)                    Blank (blank.rs)
 //!        │ all of it, or a part?
@@ -20,6 +20,9 @@
 //! here, with the line the user needs, and never guessed.
 
 pub mod blank;
+mod detect;
+mod error;
+mod host;
 pub mod identity;
 pub mod lock;
 pub mod partitions;
@@ -28,23 +31,19 @@ pub mod qcow2;
 pub mod raw;
 pub mod view;
 
-use std::fs::{File, FileType, Metadata};
+use std::fs::File;
 use std::io;
 use std::ops::Range;
-use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use rustix::fs::{Mode, OFlags, SeekFrom};
-use rustix::io::Errno;
-
 use self::blank::Blank;
+use self::detect::check_format;
+pub use self::error::BaseError;
+use self::host::open_host_file;
+pub use self::host::{Host, Writable, open_writable};
 use self::identity::Identity;
-use self::lock::LockError;
-use self::place::{HostFs, Manner};
-use self::qcow2::ChainError;
-use self::raw::{HostKind, RawBase};
-use self::view::{PartError, View};
+use self::view::View;
 use crate::layer::{Layer, WritableLayer};
 use crate::spec::{Format, Locking, Part, Source};
 
@@ -118,126 +117,6 @@ impl Base {
     }
 }
 
-/// Why a base cannot be opened; each is one line for the user.
-#[derive(Debug, thiserror::Error)]
-pub enum BaseError {
-    /// Nothing is there.
-    #[error("base '{}' does not exist: check the path", .0.display())]
-    Missing(PathBuf),
-    /// The host forbids it.
-    #[error(
-        "no permission to {} base '{}': check its owner and mode, and those of its directories",
-        verb(*access), path.display()
-    )]
-    Denied {
-        /// As it was given.
-        path: PathBuf,
-        /// What was asked.
-        access: Access,
-    },
-    /// It is no file and no block device.
-    #[error("base '{}' is {what}: name a file or a block device", path.display())]
-    NoFile {
-        /// As it was given.
-        path: PathBuf,
-        /// With its article: `a directory`.
-        what: String,
-    },
-    /// A device with nothing in it.
-    #[error("base '{}' is an empty block device: put a medium in, or attach it first", .0.display())]
-    EmptyDevice(PathBuf),
-    /// A device that somebody has claimed.
-    #[error(
-        "'{}' is in use (mounted, or part of LVM, RAID or swap) and cannot be written: free it first, or add ,lock=off",
-        .0.display()
-    )]
-    DeviceBusy(PathBuf),
-    /// It has the marks of another format than raw.
-    #[error(
-        "'{}' looks like a {format} image: add ,format={format} (or ,format=raw for the bytes)",
-        path.display()
-    )]
-    LooksLike {
-        /// As it was given.
-        path: PathBuf,
-        /// What it looks like.
-        format: Format,
-    },
-    /// It is encrypted, by its marks or by the user's word.
-    #[error(
-        "'{}' looks like a luks image: open it with cryptsetup and name the /dev/mapper device (or add ,format=raw for the encrypted bytes)",
-        .0.display()
-    )]
-    Encrypted(PathBuf),
-    /// The format is not read by this version.
-    #[error(
-        "'{}': format={format} is not read by this version: convert it with {} (or add ,format=raw for the bytes)",
-        path.display(), convert_line(path, *format)
-    )]
-    Unread {
-        /// As it was given.
-        path: PathBuf,
-        /// What the user called it.
-        format: Format,
-    },
-    /// What is written into a qcow2 image is QEMU's to do.
-    #[error(
-        "'{}' is a qcow2 image, which is only read: keep the changes in an overlay, and bring them in with cowslip diff and qemu-img commit",
-        .0.display()
-    )]
-    OnlyRead(PathBuf),
-    /// A qcow2 image, or one that it needs.
-    #[error(transparent)]
-    Chain(#[from] ChainError),
-    /// It has no such part.
-    #[error("'{}' {error}", path.display())]
-    Part {
-        /// As it was given.
-        path: PathBuf,
-        /// What is wrong.
-        error: PartError,
-    },
-    /// A stream has no base.
-    #[error("a stream has no base")]
-    Stream,
-    /// A blank cannot be written to.
-    #[error("blank: holds nothing that could be written: leave mode=rw away")]
-    BlankWritten,
-    /// Somebody else uses it.
-    #[error(transparent)]
-    Locked(#[from] LockError),
-    /// Anything else the host says.
-    #[error("cannot {} base '{}': {error}", verb(*access), path.display())]
-    Host {
-        /// As it was given.
-        path: PathBuf,
-        /// What was asked.
-        access: Access,
-        /// What the host said.
-        error: io::Error,
-    },
-}
-
-impl BaseError {
-    /// What the host's answer to a use of `path` means.
-    fn host(path: &Path, access: Access, error: io::Error) -> Self {
-        let path = path.to_owned();
-        match error.raw_os_error() {
-            Some(libc::ENOENT | libc::ENOTDIR) => Self::Missing(path),
-            Some(libc::EACCES | libc::EPERM) => Self::Denied { path, access },
-            Some(libc::ENOMEDIUM) => Self::EmptyDevice(path),
-            _ => Self::Host { path, access, error },
-        }
-    }
-}
-
-fn verb(access: Access) -> &'static str {
-    match access {
-        Access::Read => "read",
-        Access::Write => "write",
-    }
-}
-
 /// Opens what is under a disk. Nothing waits on the way: not for a FIFO's other end, not for a lock.
 ///
 /// # Errors
@@ -289,275 +168,6 @@ fn open_file(path: &Path, how: Opening<'_>) -> Result<Base, BaseError> {
     Ok(Base { layer, path: Some(real), size, view, file: Some(file), needs })
 }
 
-/// A file or device of the host, open and locked.
-pub struct Host {
-    /// It.
-    file: Arc<File>,
-    /// Its bytes; the locks end with it.
-    raw: Arc<RawBase>,
-    /// How many there are.
-    size: u64,
-}
-
-impl Host {
-    /// What tells it from every other.
-    fn key(&self) -> io::Result<(u64, u64)> {
-        let meta = self.file.metadata()?;
-        Ok((meta.dev(), meta.ino()))
-    }
-
-    /// The bytes of a device's sectors. A file has none of its own.
-    fn sector(&self) -> io::Result<Option<u64>> {
-        match self.raw.kind() {
-            HostKind::File => Ok(None),
-            HostKind::BlockDevice => Ok(Some(rustix::fs::ioctl_blksszget(&*self.file)?.into())),
-        }
-    }
-}
-
-fn open_host_file(path: &Path, access: Access, locking: Locking) -> Result<Host, BaseError> {
-    let host = |error: io::Error| BaseError::host(path, access, error);
-    // Looked at before it is opened: opening a watchdog or a tape already does something.
-    let kind = host_kind(path, &std::fs::metadata(path).map_err(host)?)?;
-    let file = open_host(path, kind, access, locking)?;
-    let meta = file.metadata().map_err(host)?;
-    if host_kind(path, &meta)? != kind {
-        // Replaced between the two looks.
-        return Err(host(Errno::STALE.into()));
-    }
-    refuse_pseudo(path, &file).map_err(host)??;
-    // Locked before its size and bytes are looked at: nobody changes them from then on.
-    lock::lock(&file, path, access, locking).inspect_err(|_| lock::release(&file))?;
-    let size = match kind {
-        HostKind::File => file.metadata().map_err(host)?.len(),
-        HostKind::BlockDevice => {
-            rustix::fs::seek(&file, SeekFrom::End(0)).map_err(|error| host(error.into()))?
-        }
-    };
-    if size == 0 && kind == HostKind::BlockDevice {
-        return Err(BaseError::EmptyDevice(path.to_owned()));
-    }
-    let file = Arc::new(file);
-    // From here on it releases the locks when it goes.
-    let raw = Arc::new(RawBase::new(file.clone(), kind, size).map_err(host)?);
-    Ok(Host { file, raw, size })
-}
-
-/// A base that is served to be read and now written as well: a commit.
-pub struct Writable {
-    /// To be written; nothing but `view`, if there is one.
-    pub layer: Box<dyn WritableLayer>,
-    /// The same file or device, whole.
-    pub file: Arc<File>,
-    /// What of it is written; none for all of it.
-    pub view: Option<Range<u64>>,
-    /// Its reader, whose locks forbid all others to use it meanwhile.
-    reader: Arc<File>,
-}
-
-impl Drop for Writable {
-    fn drop(&mut self) {
-        lock::downgrade(&self.reader);
-    }
-}
-
-/// Opens the base at `path`, which `reader` serves, to be written too (only `view` of it, if there
-/// is one), and shuts all others out.
-///
-/// # Errors
-/// [`BaseError`]: somebody else uses it, it cannot be written, it is not there any more.
-pub fn open_writable(
-    path: &Path,
-    reader: &Arc<File>,
-    view: Option<Range<u64>>,
-    locking: Locking,
-) -> Result<Writable, BaseError> {
-    let host = |error: io::Error| BaseError::host(path, Access::Write, error);
-    let meta = reader.metadata().map_err(host)?;
-    let kind = host_kind(path, &meta)?;
-    let file = open_host(path, kind, Access::Write, locking)?;
-    let found = file.metadata().map_err(host)?;
-    if (found.dev(), found.ino()) != (meta.dev(), meta.ino()) {
-        return Err(host(Errno::STALE.into()));
-    }
-    if let Err(error) = lock::lock(reader, path, Access::Write, locking) {
-        lock::downgrade(reader);
-        return Err(error.into());
-    }
-    let size = match kind {
-        HostKind::File => found.len(),
-        HostKind::BlockDevice => {
-            rustix::fs::seek(&file, SeekFrom::End(0)).map_err(|error| host(error.into()))?
-        }
-    };
-    let file = Arc::new(file);
-    let reader = Arc::clone(reader);
-    let part = |error| BaseError::Part { path: path.to_owned(), error };
-    let layer = view.as_ref().map_or(Ok(()), |view| view::check_inside(view, size)).map_err(part);
-    let layer = layer.and_then(|()| RawBase::new(Arc::clone(&file), kind, size).map_err(host));
-    match layer {
-        Ok(raw) => {
-            let layer: Box<dyn WritableLayer> = match view.clone() {
-                None => Box::new(raw),
-                Some(view) => Box::new(View::new(Arc::new(raw), view)),
-            };
-            Ok(Writable { layer, file, view, reader })
-        }
-        Err(error) => {
-            lock::downgrade(&reader);
-            Err(error)
-        }
-    }
-}
-
-/// Opens without waiting, and leaves a descriptor that waits as others do.
-fn open_host(
-    path: &Path,
-    kind: HostKind,
-    access: Access,
-    locking: Locking,
-) -> Result<File, BaseError> {
-    let mut flags = OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
-    flags |= match access {
-        Access::Read => OFlags::RDONLY,
-        Access::Write => OFlags::RDWR,
-    };
-    let claims =
-        kind == HostKind::BlockDevice && access == Access::Write && locking == Locking::Qemu;
-    if claims {
-        // The kernel's own lock on devices: refused while mounted, and not to be mounted then.
-        flags |= OFlags::EXCL;
-    }
-    let fd = match rustix::fs::open(path, flags, Mode::empty()) {
-        Err(Errno::BUSY) if claims => return Err(BaseError::DeviceBusy(path.to_owned())),
-        Err(error) => return Err(BaseError::host(path, access, error.into())),
-        Ok(fd) => fd,
-    };
-    rustix::fs::fcntl_getfl(&fd)
-        .and_then(|flags| rustix::fs::fcntl_setfl(&fd, flags - OFlags::NONBLOCK))
-        .map_err(|error| BaseError::host(path, access, error.into()))?;
-    Ok(fd.into())
-}
-
-/// Refuses all that is neither file nor block device.
-fn host_kind(path: &Path, meta: &Metadata) -> Result<HostKind, BaseError> {
-    let kind: FileType = meta.file_type();
-    let what = if kind.is_file() {
-        return Ok(HostKind::File);
-    } else if kind.is_block_device() {
-        return Ok(HostKind::BlockDevice);
-    } else if kind.is_dir() {
-        "a directory"
-    } else if kind.is_fifo() {
-        "a FIFO"
-    } else if kind.is_socket() {
-        "a socket"
-    } else {
-        "a character device"
-    };
-    Err(BaseError::NoFile { path: path.to_owned(), what: what.to_owned() })
-}
-
-/// Refuses the kernel's own words: files of /proc have a size of 0 and other bytes at every read.
-fn refuse_pseudo(path: &Path, file: &File) -> io::Result<Result<(), BaseError>> {
-    let fs = HostFs::of(file)?;
-    if fs.manner != Manner::Pseudo {
-        return Ok(Ok(()));
-    }
-    Ok(Err(BaseError::NoFile {
-        path: path.to_owned(),
-        what: format!("a {} file of the kernel", fs.name),
-    }))
-}
-
-/// Refuses what is not read, and what does not look raw and is not said to be anything.
-fn check_format(
-    path: &Path,
-    host: &Host,
-    format: Option<Format>,
-) -> io::Result<Result<(), BaseError>> {
-    let path = path.to_owned();
-    Ok(match format {
-        Some(Format::Raw | Format::Qcow2) => Ok(()),
-        Some(Format::Luks) => Err(BaseError::Encrypted(path)),
-        Some(format) => Err(BaseError::Unread { path, format }),
-        None => match detect(&host.file, host.size)? {
-            None => Ok(()),
-            Some(Format::Luks) => Err(BaseError::Encrypted(path)),
-            Some(format) => Err(BaseError::LooksLike { path, format }),
-        },
-    })
-}
-
-/// The marks at the start of a file, each at its offset: from qemu's `block/*.c`, and cryptsetup's
-/// on-disk format for LUKS.
-const MAGICS: &[(usize, &[u8], Format)] = &[
-    (0, b"QFI\xfb\0\0\0\x01", Format::Qcow),
-    (0, b"QFI\xfb", Format::Qcow2),
-    (0, b"QED\0", Format::Qed),
-    (0, b"KDMV", Format::Vmdk),
-    (0, b"COWD", Format::Vmdk),
-    (0, b"# Disk DescriptorFile", Format::Vmdk),
-    (0, b"vhdxfile", Format::Vhdx),
-    (0, b"conectix", Format::Vhd),
-    (64, &0xbeda_107f_u32.to_le_bytes(), Format::Vdi),
-    (0, b"WithoutFreeSpace", Format::Parallels),
-    (0, b"WithouFreSpacExt", Format::Parallels),
-    (0, b"LUKS\xba\xbe", Format::Luks),
-];
-
-/// The marks of the last 512 bytes.
-const TRAILERS: &[(&[u8], Format)] = &[(b"conectix", Format::Vhd), (b"koly", Format::Dmg)];
-
-/// What `file` of `size` bytes looks like, unless it is raw.
-fn detect(file: &File, size: u64) -> io::Result<Option<Format>> {
-    let head = read_up_to(file, 0)?;
-    let magic = MAGICS.iter().find(|(at, magic, _)| {
-        let there = head.get(*at..).unwrap_or_default();
-        there.starts_with(magic)
-    });
-    if let Some((_, _, format)) = magic {
-        return Ok(Some(*format));
-    }
-    let tail = read_up_to(file, size.saturating_sub(512))?;
-    let trailer = TRAILERS.iter().find(|(magic, _)| tail.starts_with(magic));
-    Ok(trailer.map(|(_, format)| *format))
-}
-
-/// Up to 512 bytes from `offset` on; fewer where the file ends.
-fn read_up_to(file: &File, offset: u64) -> io::Result<Vec<u8>> {
-    let mut buf = vec![0; 512];
-    let mut done = 0;
-    while done < buf.len() {
-        match file.read_at(&mut buf[done..], offset + done as u64) {
-            Ok(0) => break,
-            Ok(got) => done += got,
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) => return Err(error),
-        }
-    }
-    buf.truncate(done);
-    Ok(buf)
-}
-
-/// The command that makes a raw image of `path`, to be pasted into a shell.
-fn convert_line(path: &Path, format: Format) -> String {
-    let suffix = if path.extension().is_some_and(|suffix| suffix == "img") { "raw" } else { "img" };
-    let output = path.with_extension(suffix);
-    let (input, output) = (shell_quoted(path), shell_quoted(&output));
-    format!("qemu-img convert -f {format} -O raw {input} {output}")
-}
-
-/// `path` as one word of a POSIX shell.
-fn shell_quoted(path: &Path) -> String {
-    let text = path.to_string_lossy();
-    let is_plain = |c: char| c.is_ascii_alphanumeric() || "/._-+:,@%=".contains(c);
-    if text.chars().all(is_plain) {
-        return text.into_owned();
-    }
-    format!("'{}'", text.replace('\'', r"'\''"))
-}
-
 #[cfg(test)]
 pub(crate) mod testing {
     //! Real devices for the tests of this folder; they need root.
@@ -605,8 +215,12 @@ mod tests {
 
     use super::testing::{Loop, run};
     use super::*;
+    use crate::base::error::convert_line;
+    use crate::base::lock::LockError;
     use crate::extents::Kind;
     use crate::layer::{ReadBelow, Wait};
+    use rustix::fs::OFlags;
+    use rustix::io::Errno;
 
     fn how(format: Option<Format>, access: Access) -> Opening<'static> {
         Opening { format, part: Part::Whole, access, locking: Locking::Qemu, allow_backing: &[] }

@@ -7,52 +7,39 @@
 //!           stop the pools -> sync and close every disk -> exit code
 //! ```
 //!
-//! `kernel` mounts and unmounts, `mountinfo` reads the mount table, `daemon` forks, `who` tells
+//! `disks` opens what is to be mounted, `run` is the life and the end of a mount. `kernel` mounts and unmounts, `mountinfo` reads the mount table, `daemon` forks, `who` tells
 //! who has files of a mount open. Only this file and `fs` name `fuser`.
 
 pub mod daemon;
+mod disks;
 pub mod kernel;
 mod mountinfo;
+mod run;
 pub mod who;
 
-use std::collections::HashSet;
 use std::fs::OpenOptions;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{self, RecvTimeoutError, Sender};
+use std::sync::atomic::AtomicBool;
+use std::sync::mpsc;
 use std::sync::{Arc, OnceLock};
-use std::thread::{self, JoinHandle};
-use std::time::{Duration, Instant, SystemTime};
+use std::thread;
+use std::time::{Duration, SystemTime};
 
 use fuser::{Config, Session, SessionACL};
-use parking_lot::Mutex;
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
-use signal_hook::iterator::Signals;
 
 use self::daemon::Ready;
+use self::disks::{open_disks, open_store};
 use self::kernel::{Contents, MountRequest, Unmount};
-use crate::base::place;
-use crate::catalog::{CONTROL, Catalog, Origin};
+use self::run::{Mount, tick};
+use crate::catalog::{CONTROL, Catalog};
 use crate::control::Control;
-use crate::disk::{self, Disk, Opened, Setting};
 use crate::fs::{CowslipFs, Deadlines, Shared, forgetter};
 use crate::journal::{self, Sink};
 use crate::pool::Pool;
-use crate::spec::{Cache, DiskSpec, Flow, MountOptions, Source, Target, check_names};
-use crate::store::Store;
-use crate::stream::Ending;
-use crate::stream::output::Patience;
+use crate::spec::{Cache, DiskSpec, Flow, MountOptions, Source, Target};
 use crate::stream::sink::Inherit;
 
-/// Changes go to the device after at most this many seconds.
-const MAINTENANCE: u32 = 5;
-/// How long open handles are waited for after a signal.
-const GRACE: Duration = Duration::from_secs(5);
-/// How long threads that wait for a base are waited for at the end, all together.
-const PATIENCE: Duration = Duration::from_secs(5);
-/// How long a sink may get nothing done before a stream that ends with its mount is given up.
-const STALLED: Duration = Duration::from_secs(60);
 /// Read-ahead of the mount in KiB: cold sequential reads are twice as fast as with the kernel's 128.
 const READ_AHEAD: u32 = 1024;
 
@@ -154,17 +141,6 @@ fn raise_file_limit() {
     let _ = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum });
 }
 
-/// A mount that is there.
-struct Mount {
-    shared: Arc<Shared>,
-    workers: JoinHandle<io::Result<()>>,
-    style: Style,
-    /// Says that the workers have ended.
-    ended: mpsc::Receiver<()>,
-    stop: Arc<AtomicBool>,
-    ticker: JoinHandle<()>,
-}
-
 fn start(plan: &Plan, ready: &Ready) -> Result<Mount, String> {
     let sink = open_log(plan)?;
     journal::start(sink);
@@ -246,80 +222,6 @@ fn open_log(plan: &Plan) -> Result<Sink, String> {
     }
 }
 
-fn open_store(plan: &Plan, mountpoint: &Path) -> Result<Option<Store>, String> {
-    let Some(dir) = &plan.store else { return Ok(None) };
-    place::refuse_inside(dir, mountpoint, None).map_err(|error| error.to_string())?;
-    Store::open(dir).map(Some).map_err(|error| error.to_string())
-}
-
-/// Opens every disk of the store and of the plan into `catalog`, and returns what is to be said
-/// of them.
-fn open_disks(plan: &Plan, catalog: &Catalog) -> Result<Vec<String>, String> {
-    check_names(&plan.disks).map_err(|error| error.to_string())?;
-    let (uid, gid) = owner();
-    let setting = Setting {
-        mountpoint: &catalog.mountpoint,
-        mount_dev: None,
-        uid,
-        gid,
-        force: plan.force == Force::Yes,
-        allow_backing: plan.allow_backing.clone(),
-        stdio: plan.stdio,
-        looked_at: Mutex::new(HashSet::new()),
-    };
-    let mut lines = Vec::new();
-    let mut put = |name: &str, opened: Opened, origin| {
-        let Opened { disk, summary, notes } = opened;
-        let disk = Arc::new(disk);
-        if catalog.add(name, Arc::clone(&disk), origin).is_err() {
-            disk.abandon();
-            return Err(format!(
-                "two disks are named '{name}', one of them in the store: give one another NAME="
-            ));
-        }
-        lines.push(format!("{name}: {summary}"));
-        for note in notes {
-            log::info!("{name}: {note}");
-            lines.push(format!("{name}: {note}"));
-        }
-        Ok(())
-    };
-    catalog.open_stored(&setting, |name, opened| put(name, opened, Origin::Stored))?;
-    for spec in &plan.disks {
-        if let Some(store) = spec.overlay.as_deref().and_then(|dir| catalog.store_at(dir)) {
-            if let Some(line) = already_stored(catalog, spec)? {
-                log::info!("{line}");
-                continue;
-            }
-            let opened = store.create_over(spec, &setting).map_err(|error| error.to_string())?;
-            put(&spec.name, opened, Origin::Stored)?;
-            continue;
-        }
-        let opened =
-            disk::open(spec, &setting).map_err(|error| format!("{}: {error}", spec.name))?;
-        put(&spec.name, opened, Origin::Given)?;
-    }
-    Ok(lines)
-}
-
-/// A line when the disk that `spec` asks to have in the store is there already.
-fn already_stored(catalog: &Catalog, spec: &DiskSpec) -> Result<Option<String>, String> {
-    let Some(entry) = catalog.named(&spec.name) else { return Ok(None) };
-    let is_same = match &spec.source {
-        Source::File(path) => path
-            .canonicalize()
-            .is_ok_and(|path| entry.disk.base_path().is_some_and(|base| base == path)),
-        _ => entry.disk.base_path().is_none(),
-    };
-    if is_same {
-        return Ok(Some(format!("{}: is in the store already", spec.name)));
-    }
-    Err(format!(
-        "{}: the store has a disk of that name over '{}': give this one another NAME=",
-        spec.name, entry.disk.source
-    ))
-}
-
 fn mount_and_spawn(plan: &Plan, mountpoint: &Path, shared: Arc<Shared>) -> Result<Mount, String> {
     let options = &plan.options;
     let mut flags = kernel::DEFAULT_FLAGS;
@@ -379,165 +281,6 @@ fn spawn(style: Style, shared: Arc<Shared>, session: Session<CowslipFs>) -> io::
         result
     })?;
     Ok(Mount { shared, workers, style, ended, stop, ticker })
-}
-
-/// Every second: answers what has waited too long; every few: has each disk synced.
-fn tick(shared: &Arc<Shared>, stop: &AtomicBool) {
-    let mut seconds = 0;
-    while !stop.load(Ordering::SeqCst) {
-        thread::park_timeout(Duration::from_secs(1));
-        shared.deadlines.expire();
-        let disks = shared.catalog.disks();
-        for disk in &disks {
-            disk.tick();
-            disk.let_go();
-        }
-        seconds += 1;
-        if seconds < MAINTENANCE {
-            continue;
-        }
-        seconds = 0;
-        for disk in disks {
-            if disk.is_untidy() {
-                let there = Arc::clone(&disk);
-                Arc::<Pool>::default().run(Box::new(move || {
-                    if let Err(error) = there.tidy() {
-                        log::warn!("{}: layers are not merged: {error}", there.source);
-                    }
-                }));
-            }
-            if disk.needs_maintenance() {
-                let pool = Arc::clone(disk.syncs());
-                pool.run(Box::new(move || {
-                    if let Err(error) = disk.maintain() {
-                        log::error!("{}: background sync: {error}", disk.source);
-                    }
-                }));
-            }
-        }
-    }
-}
-
-impl Mount {
-    fn announce(&self) {
-        let holder = self.shared.control.holder();
-        for disk in self.shared.catalog.disks() {
-            disk.announce(&holder);
-        }
-    }
-
-    /// Takes the mount away, though files in it may be open.
-    fn leave(&self) {
-        self.shared.control.draining.store(true, Ordering::SeqCst);
-        self.announce();
-        let mountpoint = &self.shared.catalog.mountpoint;
-        let is_ours = kernel::entry_at(mountpoint).is_some_and(|entry| {
-            let (major, minor) = entry.dev;
-            self.shared.control.device.get() == Some(&rustix::fs::makedev(major, minor))
-        });
-        if is_ours && let Err(error) = kernel::unmount(mountpoint, Unmount::Lazy) {
-            log::warn!("'{}' is not unmounted: {error}", mountpoint.display());
-        }
-    }
-
-    /// Waits for the end and closes everything.
-    fn run(self) -> u8 {
-        let signals = Signals::new([SIGTERM, SIGINT, SIGHUP]);
-        let (asked, ask) = (signals.as_ref().ok().map(Signals::handle), mpsc::channel());
-        let (tell, told): (Sender<i32>, _) = ask;
-        let listener = signals.ok().and_then(|mut signals| {
-            let listen = move || {
-                for signal in signals.forever() {
-                    if tell.send(signal).is_err() {
-                        break;
-                    }
-                }
-            };
-            thread::Builder::new().name("cowslip-signal".to_owned()).spawn(listen).ok()
-        });
-        self.wait(&told);
-        if self.style == Style::Foreground {
-            let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
-        }
-        if let Some(asked) = asked {
-            asked.close();
-        }
-        let code = self.close();
-        if let Some(listener) = listener {
-            // It ends with its handle; a panic in it has ended the process already.
-            let _ = listener.join();
-        }
-        code
-    }
-
-    /// Until the workers have ended, or a signal has come and open handles have had their time.
-    fn wait(&self, told: &mpsc::Receiver<i32>) {
-        loop {
-            match self.ended.recv_timeout(Duration::from_millis(200)) {
-                Ok(()) | Err(RecvTimeoutError::Disconnected) => return,
-                Err(RecvTimeoutError::Timeout) => {}
-            }
-            if let Ok(signal) = told.try_recv() {
-                log::info!("signal {signal}: leaving");
-                self.leave();
-                if self.ended.recv_timeout(GRACE) == Err(RecvTimeoutError::Timeout) {
-                    log::warn!("files are still open: they will get errors from now on");
-                }
-                return;
-            }
-        }
-    }
-
-    /// Everything durable, every log closed; 1 when something could not be done.
-    fn close(self) -> u8 {
-        self.shared.control.draining.store(true, Ordering::SeqCst);
-        self.announce();
-        self.stop.store(true, Ordering::SeqCst);
-        self.ticker.thread().unpark();
-        let mut code = 0;
-        let until = Instant::now() + PATIENCE;
-        let left = || until.saturating_duration_since(Instant::now());
-        let disks = self.shared.catalog.disks();
-        for disk in &disks {
-            if !disk.stop(left()) {
-                log::warn!("{}: a request is still waiting for its base", disk.source);
-            }
-        }
-        for disk in disks.iter().filter(|disk| disk.stream().is_none()) {
-            if let Err(error) = disk.close(left()) {
-                log::error!("{}: not all of it could be made durable: {error}", disk.source);
-                code = 1;
-            }
-        }
-        // Last: a slow sink must not keep the other disks from being durable.
-        for (name, entry) in self.shared.catalog.list() {
-            if let Err(line) = settle_at_the_end(&entry.disk) {
-                log::error!("{name}: {line}");
-                code = 1;
-            }
-        }
-        self.shared.pool.stop(left());
-        if self.workers.is_finished()
-            && let Ok(Err(error)) = self.workers.join()
-        {
-            log::error!("FUSE: {error}");
-            code = 1;
-        }
-        // The ticker ends with `stop`; it holds nothing that has to be closed.
-        let _ = self.ticker.join();
-        log::info!("unmounted");
-        code
-    }
-}
-
-/// Finishes a stream that ends with its mount, for as long as its sink gets on, and gives up what
-/// is unfinished.
-fn settle_at_the_end(disk: &Disk) -> Result<(), String> {
-    let said = disk.settle(Ending::Settle, Patience::Stalled(STALLED))?;
-    if let Some(line) = said {
-        log::info!("{line}");
-    }
-    Ok(())
 }
 
 /// The path of a mount's control directory.

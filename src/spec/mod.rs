@@ -9,7 +9,7 @@
 //! ```
 //!
 //! Both spellings become a name, a source and a list of keys, and from there on they share the
-//! code: the table in `keys.rs` is the only place that knows a key, its type and the disks it is
+//! code: the table in `keys/` is the only place that knows a key, its type and the disks it is
 //! for.
 //!
 //! Nothing here touches a file. A relative path is joined to the directory the caller names and

@@ -1,14 +1,17 @@
-//! The keys of a disk: one table, for the command line and for TOML.
+//! The keys of a disk: one table (`table.rs`), for the command line and for TOML.
+//! `check.rs` says which of them go together.
+
+mod check;
+mod table;
 
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
-use super::error::{decimal, hint, shown};
-use super::{
-    Compress, DiskSpec, FinishWhen, Flow, Format, Frames, Locking, Mode, OverlayKind, Overwrite,
-    Pad, Part, Resize, Source, SpecError, Spool, StreamSpec, Target, error, flow, parse_size,
-};
+use self::check::{check_flow, check_mode, check_part, check_reflink, check_stream};
+use self::table::KEYS;
+use super::error::{self, decimal, hint, shown};
+use super::{DiskSpec, Flow, Format, Mode, Source, SpecError, StreamSpec, parse_size};
 
 /// A value as it was written, before its key says what it must be.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -74,207 +77,6 @@ pub(super) struct Key {
     sample: &'static str,
 }
 
-/// Every key there is.
-static KEYS: &[Key] = &[
-    row("overlay", For::Cow, "DIR", Set::Path(|disk, path| disk.overlay = Some(path))),
-    row("reflink", For::Cow, "on|off", Set::Switch(set_reflink)),
-    // A blank disk takes `mode=cow` too; `check_mode` refuses it the others.
-    row("mode", For::All, "cow|ro|rw", Set::Word(set_mode)),
-    row("format", For::Files, "raw|qcow2|...", Set::Word(set_format)),
-    row("block", For::Cow, "4K", Set::Size(set_block)),
-    row("limit", For::Cow, "SIZE", Set::Size(|disk, size| some(&mut disk.limit, size))),
-    row("size", For::Cow, "SIZE", Set::Size(|disk, size| some(&mut disk.size, size))),
-    row("resize", For::Cow, "on|off", Set::Switch(set_resize)),
-    row(
-        "cow-on-read",
-        For::Cow,
-        "on|off",
-        Set::Switch(|disk, switch| {
-            disk.copy_up.read = switch == Switch::On;
-        }),
-    ),
-    row(
-        "cow-on-cache",
-        For::Cow,
-        "on|off",
-        Set::Switch(|disk, switch| {
-            disk.copy_up.cache = switch == Switch::On;
-        }),
-    ),
-    row("uid", For::All, "1000", Set::Id(|disk, id| disk.uid = Some(id))),
-    row("gid", For::All, "1000", Set::Id(|disk, id| disk.gid = Some(id))),
-    row("perm", For::All, "0644", Set::Perm(|disk, perm| disk.perm = Some(perm))),
-    row("lock", For::Files, "on|off", Set::Switch(set_lock)),
-    row("offset", For::Files, "1M", Set::Size(set_offset)),
-    row("len", For::Files, "4G", Set::Size(set_len)),
-    row(
-        "partition",
-        For::Files,
-        "1",
-        Set::Ordinal(|disk, number| disk.part = Part::Partition(number)),
-    ),
-    // First of a stream's: the others depend on its direction.
-    row("to", For::Streams, SINKS, Set::Flow(flow::to)),
-    row("from", For::Streams, SOURCES, Set::Flow(flow::from)),
-    row("window", For::Outputs, "64M", Set::StreamSize(|stream, size| stream.window = size)),
-    row(
-        "read-window",
-        For::Streams,
-        "64M",
-        Set::StreamSize(|stream, size| {
-            stream.read_window = size;
-        }),
-    ),
-    row("spill", For::Outputs, "1G", Set::StreamSize(|stream, size| stream.spill = Some(size))),
-    row("spill-compress", For::Outputs, "on|off|lz4", Set::StreamWord(set_compress)),
-    row("finish", For::Outputs, "explicit|umount|close", Set::StreamWord(set_finish)),
-    row("pad", For::Outputs, "on|off", Set::StreamSwitch(set_pad)),
-    row("frames", For::Outputs, "raw|rbd", Set::StreamWord(set_frames)),
-    row("overwrite", For::Outputs, "on|off", Set::StreamSwitch(set_overwrite)),
-    row("spool", For::Inputs, "on|off", Set::StreamSwitch(set_spool)),
-];
-
-/// What `to=` takes.
-const SINKS: &str = "fifo:PATH, file:PATH, cmd:COMMAND, stdout or measure:";
-/// What `from=` takes.
-const SOURCES: &str = "fifo:PATH, file:PATH, cmd:COMMAND or stdin";
-
-const fn row(name: &'static str, applies: For, sample: &'static str, set: Set) -> Key {
-    Key { name, applies, set, sample }
-}
-
-fn some(field: &mut Option<u64>, size: u64) -> Result<(), SpecError> {
-    *field = Some(size);
-    Ok(())
-}
-
-fn set_mode(disk: &mut DiskSpec, text: &str) -> Result<(), SpecError> {
-    disk.mode = error::choose("mode", text, Mode::NAMES)?;
-    Ok(())
-}
-
-fn set_format(disk: &mut DiskSpec, text: &str) -> Result<(), SpecError> {
-    disk.format = Some(text.parse()?);
-    Ok(())
-}
-
-fn set_block(disk: &mut DiskSpec, size: u64) -> Result<(), SpecError> {
-    // 512 is the smallest sector, 2 MiB the largest page and qcow2's largest cluster.
-    let block = u32::try_from(size).ok().filter(|block| block.is_power_of_two());
-    let block = block.filter(|block| (512..=2 << 20).contains(block));
-    if block.is_none() {
-        let wanted = "a block size: take a power of two from 512 to 2M, as in 4K or 64K";
-        return Err(SpecError::value(size.to_string(), wanted));
-    }
-    disk.block = block;
-    Ok(())
-}
-
-fn set_offset(disk: &mut DiskSpec, offset: u64) -> Result<(), SpecError> {
-    // The smallest sector: nothing on a disk begins between two of them.
-    if !offset.is_multiple_of(512) {
-        let wanted = "an offset: take a multiple of 512, as in 1M";
-        return Err(SpecError::value(offset.to_string(), wanted));
-    }
-    let len = match disk.part {
-        Part::Bytes { len, .. } => len,
-        Part::Whole | Part::Partition(_) => None,
-    };
-    disk.part = Part::Bytes { offset, len };
-    Ok(())
-}
-
-fn set_len(disk: &mut DiskSpec, len: u64) -> Result<(), SpecError> {
-    if len == 0 {
-        return Err(SpecError::value("0", "a length: take one byte or more, or drop it"));
-    }
-    let offset = match disk.part {
-        Part::Bytes { offset, .. } => offset,
-        Part::Whole | Part::Partition(_) => 0,
-    };
-    disk.part = Part::Bytes { offset, len: Some(len) };
-    Ok(())
-}
-
-fn set_reflink(disk: &mut DiskSpec, switch: Switch) {
-    disk.overlay_kind = match switch {
-        Switch::On => OverlayKind::Reflink,
-        Switch::Off => OverlayKind::Blocks,
-    };
-}
-
-fn set_resize(disk: &mut DiskSpec, switch: Switch) {
-    disk.resize = match switch {
-        Switch::On => Resize::Follow,
-        Switch::Off => Resize::Fixed,
-    };
-}
-
-fn set_lock(disk: &mut DiskSpec, switch: Switch) {
-    disk.locking = match switch {
-        Switch::On => Locking::Qemu,
-        Switch::Off => Locking::Off,
-    };
-}
-
-fn set_compress(stream: &mut StreamSpec, text: &str) -> Result<(), SpecError> {
-    stream.compress = error::choose("compression", text, Compress::NAMES)?;
-    Ok(())
-}
-
-fn set_finish(stream: &mut StreamSpec, text: &str) -> Result<(), SpecError> {
-    stream.finish = error::choose("end", text, FinishWhen::NAMES)?;
-    Ok(())
-}
-
-fn set_frames(stream: &mut StreamSpec, text: &str) -> Result<(), SpecError> {
-    // Formats that a stream cannot have are better answered with the way that there is.
-    let why = match text {
-        "android-sparse" => {
-            "puts the number of its chunks before them, which a stream knows only at its end: write \
-             to=file:PATH, then run img2simg PATH OUT"
-        }
-        "tar" => {
-            "puts the map of all holes before the data, which a stream knows only at its end: write \
-             to=file:PATH, then run tar -S -cf OUT PATH"
-        }
-        _ => {
-            stream.frames = error::choose("frames", text, Frames::NAMES)?;
-            return Ok(());
-        }
-    };
-    Err(SpecError::key(text, why))
-}
-
-fn set_pad(stream: &mut StreamSpec, switch: Switch) -> Result<(), SpecError> {
-    stream.pad = match switch {
-        Switch::On => Pad::Size,
-        Switch::Off => Pad::Highest,
-    };
-    Ok(())
-}
-
-fn set_overwrite(stream: &mut StreamSpec, switch: Switch) -> Result<(), SpecError> {
-    let Flow::Out(Target::File { overwrite, .. }) = &mut stream.flow else {
-        return Err(SpecError::key("overwrite", "is for to=file:PATH: drop it"));
-    };
-    *overwrite = match switch {
-        Switch::On => Overwrite::Yes,
-        Switch::Off => Overwrite::No,
-    };
-    Ok(())
-}
-
-fn set_spool(stream: &mut StreamSpec, switch: Switch) -> Result<(), SpecError> {
-    if let Flow::In { spool, .. } = &mut stream.flow {
-        *spool = match switch {
-            Switch::On => Spool::On,
-            Switch::Off => Spool::Off,
-        };
-    }
-    Ok(())
-}
-
 /// Whether `name` is a disk's key, a stream's included.
 pub(super) fn is_key(name: &str) -> bool {
     KEYS.iter().any(|key| key.name == name)
@@ -329,90 +131,6 @@ pub(super) fn apply(
     seen.iter().try_for_each(|(key, _)| key.check(disk))?;
     check_reflink(disk)?;
     check_stream(disk, &seen)
-}
-
-/// A partition says by itself where it begins and ends.
-fn check_part(seen: &[(&'static Key, &Value)]) -> Result<(), SpecError> {
-    let has = |name: &str| seen.iter().any(|(key, _)| key.name == name);
-    let other = ["offset", "len"].into_iter().find(|name| has(name));
-    match other.filter(|_| has("partition")) {
-        Some(other) => {
-            let why = format!("is there beside {other}=, and says both by itself: drop one");
-            Err(SpecError::key("partition", why))
-        }
-        None => Ok(()),
-    }
-}
-
-/// A reflink overlay is a whole file that shares its blocks with another one.
-fn check_reflink(disk: &DiskSpec) -> Result<(), SpecError> {
-    if disk.overlay_kind != OverlayKind::Reflink {
-        return Ok(());
-    }
-    let refused = |name, why| Err(SpecError::key(name, why));
-    if !matches!(disk.source, Source::File(_)) {
-        return refused("reflink", "is for files, and this disk is blank: drop it");
-    }
-    if disk.part != Part::Whole {
-        return refused("reflink", "is for whole files, and this disk is a part of one: drop it");
-    }
-    if disk.overlay.is_none() {
-        return refused("reflink", "needs a place to stay: write overlay=DIR,reflink");
-    }
-    if disk.block.is_some() {
-        return refused("block", "is not for reflink, which takes the host's blocks: drop it");
-    }
-    if disk.limit.is_some() {
-        return refused("limit", "is not for reflink, whose space the host counts: drop it");
-    }
-    Ok(())
-}
-
-/// A stream flows one way, and only one.
-fn check_flow(disk: &DiskSpec, seen: &[(&'static Key, &Value)]) -> Result<(), SpecError> {
-    let flows = seen.iter().filter(|(key, _)| key.is_flow()).count();
-    match (&disk.source, flows) {
-        (Source::Stream(_), 0) => Err(SpecError::Missing(
-            "a stream needs to=SINK or from=SOURCE: see cowslip mount --help",
-        )),
-        (Source::Stream(_), 2) => {
-            Err(SpecError::key("from", "is there beside to=: a stream flows one way, drop one"))
-        }
-        _ => Ok(()),
-    }
-}
-
-/// What of a stream's keys needs another one.
-fn check_stream(disk: &DiskSpec, seen: &[(&'static Key, &Value)]) -> Result<(), SpecError> {
-    let Source::Stream(stream) = &disk.source else {
-        return Ok(());
-    };
-    let has = |name: &str| seen.iter().any(|(key, _)| key.name == name);
-    let measures = stream.flow == Flow::Out(Target::Measure);
-    if has("spill-compress") && !has("spill") && !measures {
-        return Err(SpecError::key(
-            "spill-compress",
-            "needs spill=SIZE: without it nothing spills",
-        ));
-    }
-    if has("frames") && measures {
-        return Err(SpecError::key(
-            "frames",
-            "has no use with to=measure:, which sends nothing: drop it",
-        ));
-    }
-    Ok(())
-}
-
-/// A blank disk has no base to read or to write.
-fn check_mode(disk: &DiskSpec) -> Result<(), SpecError> {
-    match (&disk.source, disk.mode) {
-        (Source::File(_) | Source::Stream(_), _) | (Source::Blank(_), Mode::Cow) => Ok(()),
-        (Source::Blank(_), mode) => {
-            let why = "is for files, and this disk is blank: drop it, a blank disk is mode=cow";
-            Err(SpecError::key(format!("mode={mode}"), why))
-        }
-    }
 }
 
 impl Key {
@@ -577,6 +295,8 @@ mod tests {
 
     use super::super::parse_disk;
     use super::*;
+    use crate::spec::{Locking, Resize};
+    use crate::spec::{OverlayKind, Part};
 
     fn read(text: &str) -> DiskSpec {
         parse_disk(text, Path::new("/home"), &|_| false).unwrap()

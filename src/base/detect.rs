@@ -1,0 +1,80 @@
+//! Which format a file has, by its first and last bytes.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+use super::error::BaseError;
+use super::host::Host;
+use crate::spec::Format;
+
+/// Refuses what is not read, and what does not look raw and is not said to be anything.
+pub(super) fn check_format(
+    path: &Path,
+    host: &Host,
+    format: Option<Format>,
+) -> io::Result<Result<(), BaseError>> {
+    let path = path.to_owned();
+    Ok(match format {
+        Some(Format::Raw | Format::Qcow2) => Ok(()),
+        Some(Format::Luks) => Err(BaseError::Encrypted(path)),
+        Some(format) => Err(BaseError::Unread { path, format }),
+        None => match detect(&host.file, host.size)? {
+            None => Ok(()),
+            Some(Format::Luks) => Err(BaseError::Encrypted(path)),
+            Some(format) => Err(BaseError::LooksLike { path, format }),
+        },
+    })
+}
+
+/// The marks at the start of a file, each at its offset: from qemu's `block/*.c`, and cryptsetup's
+/// on-disk format for LUKS.
+const MAGICS: &[(usize, &[u8], Format)] = &[
+    (0, b"QFI\xfb\0\0\0\x01", Format::Qcow),
+    (0, b"QFI\xfb", Format::Qcow2),
+    (0, b"QED\0", Format::Qed),
+    (0, b"KDMV", Format::Vmdk),
+    (0, b"COWD", Format::Vmdk),
+    (0, b"# Disk DescriptorFile", Format::Vmdk),
+    (0, b"vhdxfile", Format::Vhdx),
+    (0, b"conectix", Format::Vhd),
+    (64, &0xbeda_107f_u32.to_le_bytes(), Format::Vdi),
+    (0, b"WithoutFreeSpace", Format::Parallels),
+    (0, b"WithouFreSpacExt", Format::Parallels),
+    (0, b"LUKS\xba\xbe", Format::Luks),
+];
+
+/// The marks of the last 512 bytes.
+const TRAILERS: &[(&[u8], Format)] = &[(b"conectix", Format::Vhd), (b"koly", Format::Dmg)];
+
+/// What `file` of `size` bytes looks like, unless it is raw.
+fn detect(file: &File, size: u64) -> io::Result<Option<Format>> {
+    let head = read_up_to(file, 0)?;
+    let magic = MAGICS.iter().find(|(at, magic, _)| {
+        let there = head.get(*at..).unwrap_or_default();
+        there.starts_with(magic)
+    });
+    if let Some((_, _, format)) = magic {
+        return Ok(Some(*format));
+    }
+    let tail = read_up_to(file, size.saturating_sub(512))?;
+    let trailer = TRAILERS.iter().find(|(magic, _)| tail.starts_with(magic));
+    Ok(trailer.map(|(_, format)| *format))
+}
+
+/// Up to 512 bytes from `offset` on; fewer where the file ends.
+fn read_up_to(file: &File, offset: u64) -> io::Result<Vec<u8>> {
+    let mut buf = vec![0; 512];
+    let mut done = 0;
+    while done < buf.len() {
+        match file.read_at(&mut buf[done..], offset + done as u64) {
+            Ok(0) => break,
+            Ok(got) => done += got,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    buf.truncate(done);
+    Ok(buf)
+}

@@ -1,0 +1,148 @@
+//! Why a base cannot be opened: each reason is one line for the user.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+use super::Access;
+use super::lock::LockError;
+use super::qcow2::ChainError;
+use super::view::PartError;
+use crate::spec::Format;
+
+/// Why a base cannot be opened; each is one line for the user.
+#[derive(Debug, thiserror::Error)]
+pub enum BaseError {
+    /// Nothing is there.
+    #[error("base '{}' does not exist: check the path", .0.display())]
+    Missing(PathBuf),
+    /// The host forbids it.
+    #[error(
+        "no permission to {} base '{}': check its owner and mode, and those of its directories",
+        verb(*access), path.display()
+    )]
+    Denied {
+        /// As it was given.
+        path: PathBuf,
+        /// What was asked.
+        access: Access,
+    },
+    /// It is no file and no block device.
+    #[error("base '{}' is {what}: name a file or a block device", path.display())]
+    NoFile {
+        /// As it was given.
+        path: PathBuf,
+        /// With its article: `a directory`.
+        what: String,
+    },
+    /// A device with nothing in it.
+    #[error("base '{}' is an empty block device: put a medium in, or attach it first", .0.display())]
+    EmptyDevice(PathBuf),
+    /// A device that somebody has claimed.
+    #[error(
+        "'{}' is in use (mounted, or part of LVM, RAID or swap) and cannot be written: free it first, or add ,lock=off",
+        .0.display()
+    )]
+    DeviceBusy(PathBuf),
+    /// It has the marks of another format than raw.
+    #[error(
+        "'{}' looks like a {format} image: add ,format={format} (or ,format=raw for the bytes)",
+        path.display()
+    )]
+    LooksLike {
+        /// As it was given.
+        path: PathBuf,
+        /// What it looks like.
+        format: Format,
+    },
+    /// It is encrypted, by its marks or by the user's word.
+    #[error(
+        "'{}' looks like a luks image: open it with cryptsetup and name the /dev/mapper device (or add ,format=raw for the encrypted bytes)",
+        .0.display()
+    )]
+    Encrypted(PathBuf),
+    /// The format is not read by this version.
+    #[error(
+        "'{}': format={format} is not read by this version: convert it with {} (or add ,format=raw for the bytes)",
+        path.display(), convert_line(path, *format)
+    )]
+    Unread {
+        /// As it was given.
+        path: PathBuf,
+        /// What the user called it.
+        format: Format,
+    },
+    /// What is written into a qcow2 image is QEMU's to do.
+    #[error(
+        "'{}' is a qcow2 image, which is only read: keep the changes in an overlay, and bring them in with cowslip diff and qemu-img commit",
+        .0.display()
+    )]
+    OnlyRead(PathBuf),
+    /// A qcow2 image, or one that it needs.
+    #[error(transparent)]
+    Chain(#[from] ChainError),
+    /// It has no such part.
+    #[error("'{}' {error}", path.display())]
+    Part {
+        /// As it was given.
+        path: PathBuf,
+        /// What is wrong.
+        error: PartError,
+    },
+    /// A stream has no base.
+    #[error("a stream has no base")]
+    Stream,
+    /// A blank cannot be written to.
+    #[error("blank: holds nothing that could be written: leave mode=rw away")]
+    BlankWritten,
+    /// Somebody else uses it.
+    #[error(transparent)]
+    Locked(#[from] LockError),
+    /// Anything else the host says.
+    #[error("cannot {} base '{}': {error}", verb(*access), path.display())]
+    Host {
+        /// As it was given.
+        path: PathBuf,
+        /// What was asked.
+        access: Access,
+        /// What the host said.
+        error: io::Error,
+    },
+}
+
+impl BaseError {
+    /// What the host's answer to a use of `path` means.
+    pub(in crate::base) fn host(path: &Path, access: Access, error: io::Error) -> Self {
+        let path = path.to_owned();
+        match error.raw_os_error() {
+            Some(libc::ENOENT | libc::ENOTDIR) => Self::Missing(path),
+            Some(libc::EACCES | libc::EPERM) => Self::Denied { path, access },
+            Some(libc::ENOMEDIUM) => Self::EmptyDevice(path),
+            _ => Self::Host { path, access, error },
+        }
+    }
+}
+
+fn verb(access: Access) -> &'static str {
+    match access {
+        Access::Read => "read",
+        Access::Write => "write",
+    }
+}
+
+/// The command that makes a raw image of `path`, to be pasted into a shell.
+pub(super) fn convert_line(path: &Path, format: Format) -> String {
+    let suffix = if path.extension().is_some_and(|suffix| suffix == "img") { "raw" } else { "img" };
+    let output = path.with_extension(suffix);
+    let (input, output) = (shell_quoted(path), shell_quoted(&output));
+    format!("qemu-img convert -f {format} -O raw {input} {output}")
+}
+
+/// `path` as one word of a POSIX shell.
+fn shell_quoted(path: &Path) -> String {
+    let text = path.to_string_lossy();
+    let is_plain = |c: char| c.is_ascii_alphanumeric() || "/._-+:,@%=".contains(c);
+    if text.chars().all(is_plain) {
+        return text.into_owned();
+    }
+    format!("'{}'", text.replace('\'', r"'\''"))
+}

@@ -1,0 +1,204 @@
+//! Files and devices of the host: looked at, opened without waiting, looked at again, locked.
+
+use std::fs::{File, FileType, Metadata};
+use std::io;
+use std::ops::Range;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::Path;
+use std::sync::Arc;
+
+use rustix::fs::{Mode, OFlags, SeekFrom};
+use rustix::io::Errno;
+
+use super::error::BaseError;
+use super::place::{HostFs, Manner};
+use super::raw::{HostKind, RawBase};
+use super::view::{self, View};
+use super::{Access, lock};
+use crate::layer::WritableLayer;
+use crate::spec::Locking;
+
+/// A file or device of the host, open and locked.
+pub struct Host {
+    /// It.
+    pub(in crate::base) file: Arc<File>,
+    /// Its bytes; the locks end with it.
+    pub(in crate::base) raw: Arc<RawBase>,
+    /// How many there are.
+    pub(in crate::base) size: u64,
+}
+
+impl Host {
+    /// What tells it from every other.
+    pub(in crate::base) fn key(&self) -> io::Result<(u64, u64)> {
+        let meta = self.file.metadata()?;
+        Ok((meta.dev(), meta.ino()))
+    }
+
+    /// The bytes of a device's sectors. A file has none of its own.
+    pub(in crate::base) fn sector(&self) -> io::Result<Option<u64>> {
+        match self.raw.kind() {
+            HostKind::File => Ok(None),
+            HostKind::BlockDevice => Ok(Some(rustix::fs::ioctl_blksszget(&*self.file)?.into())),
+        }
+    }
+}
+
+pub(super) fn open_host_file(
+    path: &Path,
+    access: Access,
+    locking: Locking,
+) -> Result<Host, BaseError> {
+    let host = |error: io::Error| BaseError::host(path, access, error);
+    // Looked at before it is opened: opening a watchdog or a tape already does something.
+    let kind = host_kind(path, &std::fs::metadata(path).map_err(host)?)?;
+    let file = open_host(path, kind, access, locking)?;
+    let meta = file.metadata().map_err(host)?;
+    if host_kind(path, &meta)? != kind {
+        // Replaced between the two looks.
+        return Err(host(Errno::STALE.into()));
+    }
+    refuse_pseudo(path, &file).map_err(host)??;
+    // Locked before its size and bytes are looked at: nobody changes them from then on.
+    lock::lock(&file, path, access, locking).inspect_err(|_| lock::release(&file))?;
+    let size = match kind {
+        HostKind::File => file.metadata().map_err(host)?.len(),
+        HostKind::BlockDevice => {
+            rustix::fs::seek(&file, SeekFrom::End(0)).map_err(|error| host(error.into()))?
+        }
+    };
+    if size == 0 && kind == HostKind::BlockDevice {
+        return Err(BaseError::EmptyDevice(path.to_owned()));
+    }
+    let file = Arc::new(file);
+    // From here on it releases the locks when it goes.
+    let raw = Arc::new(RawBase::new(file.clone(), kind, size).map_err(host)?);
+    Ok(Host { file, raw, size })
+}
+
+/// A base that is served to be read and now written as well: a commit.
+pub struct Writable {
+    /// To be written; nothing but `view`, if there is one.
+    pub layer: Box<dyn WritableLayer>,
+    /// The same file or device, whole.
+    pub file: Arc<File>,
+    /// What of it is written; none for all of it.
+    pub view: Option<Range<u64>>,
+    /// Its reader, whose locks forbid all others to use it meanwhile.
+    reader: Arc<File>,
+}
+
+impl Drop for Writable {
+    fn drop(&mut self) {
+        lock::downgrade(&self.reader);
+    }
+}
+
+/// Opens the base at `path`, which `reader` serves, to be written too (only `view` of it, if there
+/// is one), and shuts all others out.
+///
+/// # Errors
+/// [`BaseError`]: somebody else uses it, it cannot be written, it is not there any more.
+pub fn open_writable(
+    path: &Path,
+    reader: &Arc<File>,
+    view: Option<Range<u64>>,
+    locking: Locking,
+) -> Result<Writable, BaseError> {
+    let host = |error: io::Error| BaseError::host(path, Access::Write, error);
+    let meta = reader.metadata().map_err(host)?;
+    let kind = host_kind(path, &meta)?;
+    let file = open_host(path, kind, Access::Write, locking)?;
+    let found = file.metadata().map_err(host)?;
+    if (found.dev(), found.ino()) != (meta.dev(), meta.ino()) {
+        return Err(host(Errno::STALE.into()));
+    }
+    if let Err(error) = lock::lock(reader, path, Access::Write, locking) {
+        lock::downgrade(reader);
+        return Err(error.into());
+    }
+    let size = match kind {
+        HostKind::File => found.len(),
+        HostKind::BlockDevice => {
+            rustix::fs::seek(&file, SeekFrom::End(0)).map_err(|error| host(error.into()))?
+        }
+    };
+    let file = Arc::new(file);
+    let reader = Arc::clone(reader);
+    let part = |error| BaseError::Part { path: path.to_owned(), error };
+    let layer = view.as_ref().map_or(Ok(()), |view| view::check_inside(view, size)).map_err(part);
+    let layer = layer.and_then(|()| RawBase::new(Arc::clone(&file), kind, size).map_err(host));
+    match layer {
+        Ok(raw) => {
+            let layer: Box<dyn WritableLayer> = match view.clone() {
+                None => Box::new(raw),
+                Some(view) => Box::new(View::new(Arc::new(raw), view)),
+            };
+            Ok(Writable { layer, file, view, reader })
+        }
+        Err(error) => {
+            lock::downgrade(&reader);
+            Err(error)
+        }
+    }
+}
+
+/// Opens without waiting, and leaves a descriptor that waits as others do.
+fn open_host(
+    path: &Path,
+    kind: HostKind,
+    access: Access,
+    locking: Locking,
+) -> Result<File, BaseError> {
+    let mut flags = OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
+    flags |= match access {
+        Access::Read => OFlags::RDONLY,
+        Access::Write => OFlags::RDWR,
+    };
+    let claims =
+        kind == HostKind::BlockDevice && access == Access::Write && locking == Locking::Qemu;
+    if claims {
+        // The kernel's own lock on devices: refused while mounted, and not to be mounted then.
+        flags |= OFlags::EXCL;
+    }
+    let fd = match rustix::fs::open(path, flags, Mode::empty()) {
+        Err(Errno::BUSY) if claims => return Err(BaseError::DeviceBusy(path.to_owned())),
+        Err(error) => return Err(BaseError::host(path, access, error.into())),
+        Ok(fd) => fd,
+    };
+    rustix::fs::fcntl_getfl(&fd)
+        .and_then(|flags| rustix::fs::fcntl_setfl(&fd, flags - OFlags::NONBLOCK))
+        .map_err(|error| BaseError::host(path, access, error.into()))?;
+    Ok(fd.into())
+}
+
+/// Refuses all that is neither file nor block device.
+fn host_kind(path: &Path, meta: &Metadata) -> Result<HostKind, BaseError> {
+    let kind: FileType = meta.file_type();
+    let what = if kind.is_file() {
+        return Ok(HostKind::File);
+    } else if kind.is_block_device() {
+        return Ok(HostKind::BlockDevice);
+    } else if kind.is_dir() {
+        "a directory"
+    } else if kind.is_fifo() {
+        "a FIFO"
+    } else if kind.is_socket() {
+        "a socket"
+    } else {
+        "a character device"
+    };
+    Err(BaseError::NoFile { path: path.to_owned(), what: what.to_owned() })
+}
+
+/// Refuses the kernel's own words: files of /proc have a size of 0 and other bytes at every read.
+fn refuse_pseudo(path: &Path, file: &File) -> io::Result<Result<(), BaseError>> {
+    let fs = HostFs::of(file)?;
+    if fs.manner != Manner::Pseudo {
+        return Ok(Ok(()));
+    }
+    Ok(Err(BaseError::NoFile {
+        path: path.to_owned(),
+        what: format!("a {} file of the kernel", fs.name),
+    }))
+}

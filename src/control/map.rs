@@ -1,0 +1,112 @@
+//! The text of a `map`: made as the reader goes on.
+
+use std::io;
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+
+use crate::disk::Disk;
+use crate::extents::{Extent, Kind};
+use crate::host::errno;
+use crate::layer::Wait;
+
+/// Extents described at a time for a `map`: a few milliseconds of work.
+const MAP_BATCH: usize = 4096;
+
+/// A `map` that is being read: JSON made as the reader goes on, so that a disk of a million
+/// extents costs no memory.
+pub struct MapText {
+    disk: Arc<Disk>,
+    state: Mutex<MapState>,
+}
+
+#[derive(Default)]
+struct MapState {
+    /// Where in the text `ready` begins.
+    start: u64,
+    ready: Vec<u8>,
+    /// The next byte of the disk to describe.
+    next: u64,
+    /// An extent that may go on in the next batch.
+    open: Option<(Extent, u32)>,
+    begun: bool,
+    ended: bool,
+}
+
+impl MapText {
+    /// The map of `disk`, from its beginning.
+    #[must_use]
+    pub fn new(disk: Arc<Disk>) -> Self {
+        Self { disk, state: Mutex::default() }
+    }
+
+    /// Up to `len` bytes of the text from `offset` on, which must not go backwards.
+    ///
+    /// # Errors
+    /// `ESPIPE` for an offset before what was read; the host's errno from the base.
+    pub fn read(&self, offset: u64, len: usize) -> io::Result<Vec<u8>> {
+        let mut state = self.state.lock();
+        if offset < state.start {
+            return Err(errno(libc::ESPIPE));
+        }
+        while !state.ended && state.start + (state.ready.len() as u64) < offset + len as u64 {
+            self.describe(&mut state)?;
+        }
+        let skip = usize::try_from(offset - state.start).unwrap_or(usize::MAX);
+        let skip = skip.min(state.ready.len());
+        state.ready.drain(..skip);
+        state.start = offset;
+        let len = len.min(state.ready.len());
+        Ok(state.ready[..len].to_vec())
+    }
+
+    /// Describes the next batch of extents.
+    fn describe(&self, state: &mut MapState) -> io::Result<()> {
+        let size = self.disk.size();
+        let pieces = self.disk.pieces(state.next..size, MAP_BATCH, Wait::Yes)?;
+        if self.disk.is_closed() {
+            // It was removed meanwhile: what is left of the text would look whole.
+            return Err(errno(libc::ESTALE));
+        }
+        for (extent, depth) in pieces {
+            state.next = extent.range.end;
+            match &mut state.open {
+                Some((open, at)) if open.kind == extent.kind && *at == depth => {
+                    open.range.end = extent.range.end;
+                }
+                _ => {
+                    state.flush();
+                    state.open = Some((extent, depth));
+                }
+            }
+        }
+        if state.next >= size {
+            state.flush();
+            state.ready.extend_from_slice(if state.begun { b"]\n" } else { b"[]\n" });
+            state.ended = true;
+        }
+        Ok(())
+    }
+}
+
+impl MapState {
+    /// Writes the extent that is open.
+    fn flush(&mut self) {
+        let Some((extent, depth)) = self.open.take() else {
+            return;
+        };
+        let (kind, zero, data) = match extent.kind {
+            Kind::Data => ("data", false, true),
+            Kind::Zero => ("zero", true, true),
+            Kind::Hole | Kind::Lower => ("hole", true, false),
+        };
+        let before = if self.begun { ",\n" } else { "[" };
+        self.begun = true;
+        let text = format!(
+            "{before}{{ \"start\": {}, \"length\": {}, \"depth\": {depth}, \"present\": true, \"zero\": {zero}, \"data\": {data}, \"kind\": \"{kind}\"}}",
+            extent.range.start,
+            extent.len(),
+        );
+        self.ready.extend_from_slice(text.as_bytes());
+    }
+}

@@ -1,0 +1,64 @@
+//! The `.cowslip` directory inside a mount: what the command line talks to.
+//!
+//! ```text
+//!   .cowslip/status          JSON of the mount          .cowslip/DISK/status    JSON of the disk
+//!   .cowslip/log             the daemon's log           .cowslip/DISK/map       its extents as JSON
+//!   .cowslip/ctl             requests to the mount      .cowslip/DISK/ctl       requests to the disk
+//!                                                       .cowslip/DISK/snapshots/NAME  as it was
+//! ```
+//!
+//! It is reachable by name and not listed. Its files are direct I/O files of size 0. A request is
+//! one line of JSON written to a `ctl`; the answer is lines of JSON, the last with `ok` or
+//! `error`, and a `progress` line at least every second before it.
+
+mod disks;
+mod life;
+mod map;
+mod request;
+mod session;
+mod spot;
+mod status;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use serde_json::Value;
+
+pub use self::disks::{Forget, Stale};
+pub use self::map::MapText;
+use self::request::{HydrateAction, farewell};
+pub use self::session::Session;
+pub use self::spot::Spot;
+use crate::catalog::Catalog;
+
+/// What the control files know of the mount.
+pub struct Control {
+    /// The disks.
+    pub catalog: Arc<Catalog>,
+    /// What the mount table shows as its source.
+    pub source: String,
+    /// The daemon is on its way out.
+    pub draining: AtomicBool,
+    /// The mount's device number, once it is there.
+    pub device: std::sync::OnceLock<u64>,
+    /// Has the kernel forget a disk, once the mount is there.
+    pub forget: std::sync::OnceLock<Forget>,
+}
+
+impl Control {
+    /// What others read who want an overlay of this mount.
+    #[must_use]
+    pub fn holder(&self) -> crate::overlay::persist::Holder {
+        crate::overlay::persist::Holder {
+            pid: std::process::id(),
+            mountpoint: self.catalog.mountpoint.to_string_lossy().into_owned(),
+            draining: self.draining.load(Ordering::SeqCst),
+        }
+    }
+}
+
+fn lines(value: &Value) -> Vec<u8> {
+    let mut text = value.to_string().into_bytes();
+    text.push(b'\n');
+    text
+}

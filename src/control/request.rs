@@ -1,0 +1,285 @@
+//! What a `ctl` takes: requests to the mount and to a disk, and their answers.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use serde::Deserialize;
+use serde_json::{Value, json};
+
+use super::session::Progress;
+use super::spot::Spot;
+use super::{Control, life};
+use crate::base::place;
+use crate::catalog::Entry;
+use crate::disk::Disk;
+use crate::overlay::persist::Place;
+use crate::spec::format_size;
+use crate::stream::output::{FinishError, Patience};
+use crate::stream::{Ending, Stream};
+
+#[derive(Deserialize)]
+#[serde(tag = "op", rename_all = "lowercase", deny_unknown_fields)]
+enum MountRequest {
+    /// Sync every disk, say what an unmount will discard, and bring streams to their end.
+    Drain {
+        #[serde(default)]
+        streams: Ending,
+        #[serde(default)]
+        timeout_ms: Option<u64>,
+    },
+    /// Mount another disk; relative paths in it start at `cwd`.
+    Add {
+        disk: String,
+        cwd: PathBuf,
+        #[serde(default)]
+        force: bool,
+        #[serde(default)]
+        allow_backing: Vec<PathBuf>,
+    },
+    /// Let a disk go that the command line or `Add` has named.
+    Remove { name: String },
+}
+
+#[derive(Deserialize)]
+#[serde(tag = "op", rename_all = "lowercase", deny_unknown_fields)]
+enum DiskRequest {
+    /// Make a temporary overlay persistent.
+    Keep { dir: PathBuf },
+    /// Complete a stream.
+    Finish {
+        #[serde(default)]
+        timeout_ms: Option<u64>,
+    },
+    /// Give a stream up.
+    Abort,
+    /// Freeze what the disk holds under a name.
+    Snapshot {
+        #[serde(default)]
+        name: Option<String>,
+        #[serde(default)]
+        sync: bool,
+    },
+    /// Tell its snapshots.
+    Snapshots,
+    /// Delete a snapshot.
+    Unsnapshot { name: String },
+    /// Make the disk what it was at a snapshot.
+    Revert {
+        name: String,
+        #[serde(default)]
+        force: bool,
+    },
+    /// Make the disk what its base is.
+    Reset {
+        #[serde(default)]
+        force: bool,
+    },
+    /// Make another disk that holds the same.
+    Clone { name: String },
+    /// Merge the overlay down into its base.
+    Commit {
+        #[serde(default)]
+        force: bool,
+    },
+    /// Bring bytes in: from `start` to `end`.
+    Prefetch {
+        start: u64,
+        end: u64,
+        #[serde(default)]
+        copy: bool,
+    },
+    /// Freeze it, and tell what has changed since a snapshot or the base.
+    Difference {
+        #[serde(default)]
+        since: Option<String>,
+        #[serde(default)]
+        until: Option<String>,
+    },
+    /// Fill the overlay until it needs its base no more; `rate` in bytes a second.
+    Hydrate {
+        #[serde(default)]
+        rate: u64,
+        #[serde(default)]
+        action: HydrateAction,
+    },
+}
+
+/// What is to become of a hydration.
+#[derive(Clone, Copy, Debug, Default, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(super) enum HydrateAction {
+    /// Begin it, or go on; answered at its end.
+    #[default]
+    Wait,
+    /// Begin it, or go on; answered at once.
+    Start,
+    Pause,
+    Cancel,
+}
+
+impl Control {
+    /// Answers a request to the mount.
+    pub(super) fn answer_mount(&self, request: &[u8]) -> Value {
+        match serde_json::from_slice(request) {
+            Ok(MountRequest::Drain { streams, timeout_ms }) => {
+                self.drain(streams, Patience::of_request(timeout_ms))
+            }
+            Ok(MountRequest::Add { disk, cwd, force, allow_backing }) => {
+                self.add(&disk, &cwd, force, allow_backing)
+            }
+            Ok(MountRequest::Remove { name }) => self.remove(&name),
+            Err(error) => json!({ "error": format!("request not understood: {error}") }),
+        }
+    }
+
+    /// Makes everything durable and says what will become of each disk.
+    fn drain(&self, streams: Ending, patience: Patience) -> Value {
+        let (mut said, mut failed) = (Vec::new(), Vec::new());
+        for (name, entry) in self.catalog.list() {
+            if entry.disk.stream().is_some() {
+                match entry.disk.settle(streams, patience) {
+                    Ok(line) => said.extend(line),
+                    Err(why) => failed.push(format!("{name}: {why}")),
+                }
+                continue;
+            }
+            if let Err(error) = entry.disk.sync() {
+                failed.push(format!("{name}: could not be made durable: {error}"));
+                continue;
+            }
+            said.extend(farewell(&name, &entry.disk));
+        }
+        json!({ "ok": { "lines": said, "failed": failed } })
+    }
+
+    /// Answers a request to a disk.
+    pub(super) fn answer_disk(
+        &self,
+        slot: u64,
+        request: &[u8],
+        is_gone: &(dyn Fn() -> bool + Sync),
+    ) -> Value {
+        let Some((name, entry)) = self.catalog.slot(slot) else {
+            return json!({ "error": "the disk is gone" });
+        };
+        match serde_json::from_slice(request) {
+            Ok(DiskRequest::Keep { dir }) => match self.keep(&name, &entry, &dir) {
+                Ok(()) => {
+                    let line = format!("{name}: changes are kept in '{}'", dir.display());
+                    log::info!("{line}");
+                    json!({ "ok": { "line": line } })
+                }
+                Err(error) => json!({ "error": error }),
+            },
+            Ok(DiskRequest::Finish { timeout_ms }) => finish(&name, &entry.disk, timeout_ms),
+            Ok(DiskRequest::Abort) => abort(&name, &entry.disk),
+            Ok(DiskRequest::Snapshot { name: snapshot, sync }) => {
+                self.snapshot(&name, &entry.disk, snapshot.as_deref(), sync)
+            }
+            Ok(DiskRequest::Snapshots) => life::list(&name, &entry.disk),
+            Ok(DiskRequest::Unsnapshot { name: snapshot }) => {
+                self.unsnapshot(&name, &entry, &snapshot)
+            }
+            Ok(DiskRequest::Revert { name: snapshot, force }) => {
+                self.go_back(&name, &entry.disk, Some(&snapshot), force.into())
+            }
+            Ok(DiskRequest::Reset { force }) => {
+                self.go_back(&name, &entry.disk, None, force.into())
+            }
+            Ok(DiskRequest::Clone { name: new }) => self.clone_disk(&name, &new),
+            Ok(DiskRequest::Commit { force }) => {
+                self.forget_bytes(&entry.disk);
+                life::commit(&name, &entry.disk, force.into(), is_gone)
+            }
+            Ok(DiskRequest::Prefetch { start, end, copy }) => {
+                life::prefetch(&name, &entry.disk, start..end, copy, is_gone)
+            }
+            Ok(DiskRequest::Difference { since, until }) => {
+                self.difference(&name, &entry.disk, since.as_deref(), until.as_deref())
+            }
+            Ok(DiskRequest::Hydrate { rate, action }) => {
+                life::hydrate(&name, &entry.disk, rate, action)
+            }
+            Err(error) => json!({ "error": format!("request not understood: {error}") }),
+        }
+    }
+
+    /// Tells how far what a request to `spot` is about has come: bytes, and of how many.
+    pub(super) fn progress_of(&self, spot: Spot) -> Option<Progress> {
+        let Spot::DiskCtl(slot) = spot else {
+            return None;
+        };
+        let disk = Arc::clone(&self.catalog.slot(slot)?.1.disk);
+        match disk.stream() {
+            Some(Stream::Output(output)) => {
+                let output = Arc::clone(output);
+                Some(Box::new(move || Some(output.progress())))
+            }
+            Some(Stream::Input { .. }) => None,
+            None => Some(Box::new(move || Some(disk.progress()).filter(|(_, all)| *all > 0))),
+        }
+    }
+
+    fn keep(&self, name: &str, entry: &Entry, dir: &Path) -> Result<(), String> {
+        if !dir.is_absolute() {
+            return Err(format!("'{}' is not an absolute path", dir.display()));
+        }
+        let device = self.device.get().copied();
+        place::refuse_inside(dir, &self.catalog.mountpoint, device)
+            .map_err(|error| error.to_string())?;
+        match self.catalog.keep_in_store(name, entry, dir) {
+            Some(kept) => kept?,
+            None => {
+                let place = Place { dir, layers: None };
+                entry.disk.keep(place).map_err(|error| error.to_string())?;
+            }
+        }
+        entry.disk.announce(&self.holder());
+        Ok(())
+    }
+}
+
+fn finish(name: &str, disk: &Disk, timeout_ms: Option<u64>) -> Value {
+    let Some(Stream::Output(output)) = disk.stream() else {
+        return json!({ "error": format!("{name} is no output stream: there is nothing to finish") });
+    };
+    match output.finish(&|| disk.has_writers(), Patience::of_request(timeout_ms)) {
+        Ok(line) => json!({ "ok": { "line": line } }),
+        Err(error @ FinishError::Busy) => {
+            json!({ "error": format!("{name} {error}"), "busy": true })
+        }
+        Err(error) => json!({ "error": format!("{name}: {error}") }),
+    }
+}
+
+fn abort(name: &str, disk: &Disk) -> Value {
+    let result = match disk.stream() {
+        Some(Stream::Output(output)) => output.abort("aborted"),
+        Some(Stream::Input { input, .. }) => {
+            // Whatever had failed before, it is over now.
+            let _ = input.close();
+            Ok(())
+        }
+        None => Err("it is no stream: there is nothing to abort".to_owned()),
+    };
+    match result {
+        Ok(()) => json!({ "ok": { "line": format!("{name}: aborted") } }),
+        Err(why) => json!({ "error": format!("{name}: {why}") }),
+    }
+}
+
+/// What an unmount does to the changes of a disk, when there are any.
+pub(super) fn farewell(name: &str, disk: &Disk) -> Option<String> {
+    if let (Some(reflink), Some(dir)) = (disk.reflink(), disk.overlay_dir()) {
+        let changed = format_size(reflink.changed_about().ok()?);
+        return Some(format!("{name}: {changed} of changes kept in '{}'", dir.display()));
+    }
+    let overlay = disk.overlay()?;
+    let usage = disk.chain().last().map_or_else(|| overlay.usage(), |lowest| lowest.since);
+    let changed = format_size(usage.data + usage.zero);
+    match disk.overlay_dir() {
+        None if overlay.revision() == 0 => None,
+        None => Some(format!("{name}: {changed} of changes discarded (temporary overlay)")),
+        Some(dir) => Some(format!("{name}: {changed} of changes kept in '{}'", dir.display())),
+    }
+}

@@ -1,0 +1,156 @@
+//! The text of the `status` files.
+
+use std::sync::atomic::Ordering;
+
+use serde_json::{Value, json};
+
+use super::{Control, life, lines};
+use crate::catalog::Entry;
+use crate::disk::Disk;
+use crate::overlay::recover::Recovered;
+use crate::stream::Stream;
+
+impl Control {
+    /// The text of `.cowslip/status`.
+    #[must_use]
+    pub fn status(&self) -> Vec<u8> {
+        let state = if self.draining.load(Ordering::SeqCst) { "draining" } else { "ready" };
+        let disks: Vec<Value> =
+            self.catalog.list().iter().map(|(name, entry)| self.disk_value(name, entry)).collect();
+        let mount = json!({
+            "mountpoint": self.catalog.mountpoint.to_string_lossy(),
+            "source": self.source,
+            "pid": std::process::id(),
+            "state": state,
+            "disks": disks,
+        });
+        lines(&json!({ "schema": 1, "mounts": [mount] }))
+    }
+
+    /// The text of `.cowslip/DISK/status`.
+    #[must_use]
+    pub fn disk_status(&self, name: &str, entry: &Entry) -> Vec<u8> {
+        lines(&self.disk_value(name, entry))
+    }
+
+    fn disk_value(&self, name: &str, entry: &Entry) -> Value {
+        let disk = &entry.disk;
+        let (state, error) = if disk.is_latched() {
+            let why = "a sync failed: nothing written since is safe, see the log";
+            ("read-only", Some(why.to_owned()))
+        } else {
+            match disk.stream().and_then(Stream::failure) {
+                Some(why) => ("failed", Some(why)),
+                None => ("ok", None),
+            }
+        };
+        let overlay = disk.overlay().map(|overlay| {
+            let chain = disk.chain();
+            let since = chain.last().map_or_else(|| overlay.usage(), |lowest| lowest.since);
+            let recovered = match disk.recovered() {
+                Recovered::New | Recovered::Clean => None,
+                Recovered::All => Some("all"),
+                Recovered::Vouched { .. } => Some("vouched"),
+            };
+            json!({
+                "temporary": overlay.is_temporary(),
+                "path": disk.overlay_dir().map(|dir| dir.to_string_lossy().into_owned()),
+                "block": overlay.block(),
+                "changed": since.data,
+                "zeroed": since.zero,
+                "allocated": allocated_on_host(disk),
+                "free": disk.space().map(|space| space.available).unwrap_or(0),
+                "recovered": recovered,
+                "doing": disk.doing(),
+                "committing": overlay.is_committing(),
+                "hydration": disk.hydration(),
+                "done": disk.progress().0,
+                "total": disk.progress().1,
+                "limit": disk.limit(),
+                "chain": chain.iter().map(life::layer_value).collect::<Vec<_>>(),
+                "kind": "blocks",
+            })
+        });
+        let overlay = overlay.or_else(|| reflink_value(disk));
+        json!({
+            "name": name,
+            "path": self.catalog.mountpoint.join(name).to_string_lossy(),
+            "size": disk.size(),
+            "mode": disk.mode.to_string(),
+            "state": state,
+            "error": error,
+            "openers": disk.openers(),
+            "base": disk.base_shown(),
+            "overlay": overlay,
+            "stream": disk.stream().map(stream_value),
+        })
+    }
+}
+
+/// A stream in `status`.
+fn stream_value(stream: &Stream) -> Value {
+    match stream {
+        Stream::Output(output) => {
+            let status = output.status();
+            json!({
+                "direction": "out",
+                "state": status.state.name(),
+                "frontier": status.frontier,
+                "highest": status.highest,
+                "accepted": status.accepted,
+                "window": { "size": status.window.0, "used": status.window.1 },
+                "spill": { "size": status.spill.0, "used": status.spill.1 },
+                "needed": { "window": status.needed.0, "spill": status.needed.1 },
+                "sink": {
+                    "kind": status.kind,
+                    "description": status.sink,
+                    "status": status.error.as_deref().unwrap_or(status.state.name()),
+                },
+            })
+        }
+        Stream::Input { input, monitor } => {
+            let status = input.status();
+            json!({
+                "direction": "in",
+                "state": status.state.name(),
+                "frontier": status.arrived,
+                "highest": status.highest,
+                "accepted": status.arrived,
+                "window": { "size": status.window, "used": status.used },
+                "spill": { "size": Value::Null, "used": status.spooled },
+                "needed": { "window": status.needed, "spill": 0 },
+                "sink": Value::Null,
+                "source": {
+                    "kind": monitor.kind(),
+                    "description": monitor.describe(),
+                    "status": status.error.as_deref().unwrap_or(status.state.name()),
+                },
+            })
+        }
+    }
+}
+
+/// A reflink overlay in `status`.
+fn reflink_value(disk: &Disk) -> Option<Value> {
+    use std::os::unix::fs::MetadataExt;
+    let reflink = disk.reflink()?;
+    let allocated = reflink.data().metadata().map_or(0, |found| found.blocks() * 512);
+    Some(json!({
+        "temporary": false,
+        "path": disk.overlay_dir().map(|dir| dir.to_string_lossy().into_owned()),
+        "block": disk.block(),
+        "changed": reflink.changed_about().unwrap_or(disk.size()),
+        "zeroed": 0,
+        "allocated": allocated,
+        "free": disk.space().map(|space| space.available).unwrap_or(0),
+        "recovered": Value::Null,
+        "kind": "reflink",
+    }))
+}
+
+/// Bytes that the overlay's data file takes on the host.
+fn allocated_on_host(disk: &Disk) -> u64 {
+    use std::os::unix::fs::MetadataExt;
+    let file = disk.overlay().and_then(|overlay| overlay.first_file());
+    file.and_then(|file| file.metadata().ok()).map_or(0, |found| found.blocks() * 512)
+}

@@ -1,0 +1,182 @@
+//! Disks over a persistent overlay: the new one is made, the old one must fit its base.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+use uuid::Uuid;
+
+use super::error::OpenError;
+use super::{Opened, Setting, assemble, stacked};
+use crate::base::Base;
+use crate::disk::bottom::{Bottom, Misfit, base_mismatch, check_base};
+use crate::disk::life::Life;
+use crate::disk::{Home, Owner, Times, Top, mtime_of, now};
+use crate::layer::Layer;
+use crate::overlay::persist::{self, Found, New, Persistent, Place, Residence};
+use crate::overlay::record::{Image, Nanos, Stamp};
+use crate::overlay::recover::Recovered;
+use crate::overlay::shelf::Shelf;
+use crate::overlay::stack::{LayerRecord, Stack, StackError, VERSION};
+use crate::overlay::{DEFAULT_BLOCK, LARGEST, Overlay};
+use crate::spec::{DiskSpec, OverlayKind, format_size};
+
+/// A new stack of one layer over `bottom`.
+pub(in crate::disk) fn new_stack(
+    uuid: Uuid,
+    bottom: &Bottom,
+    owner: Owner,
+    block: u32,
+) -> Result<Stack, OpenError> {
+    Ok(Stack {
+        version: VERSION,
+        uuid,
+        uid: owner.uid,
+        gid: owner.gid,
+        perm: owner.perm,
+        kind: OverlayKind::Blocks,
+        base: bottom.record()?,
+        layers: vec![LayerRecord { uuid: Uuid::new_v4(), block, parent: None }],
+        snapshots: Vec::new(),
+    })
+}
+
+/// The uuid for a new disk at `place`: in a store its directory is called so.
+pub(super) fn uuid_for(place: Place<'_>) -> Uuid {
+    let name = place.layers.and_then(|_| place.dir.file_name()?.to_str());
+    name.and_then(|name| Uuid::parse_str(name).ok()).unwrap_or_else(Uuid::new_v4)
+}
+
+pub(in crate::disk) fn in_overlay(dir: &Path) -> impl FnOnce(StackError) -> OpenError {
+    let dir = dir.to_owned();
+    move |error| OpenError::Overlay { dir, error }
+}
+
+pub(super) fn open_persistent(
+    spec: &DiskSpec,
+    place: Place<'_>,
+    base: &Base,
+    bottom: &Bottom,
+    owner: Owner,
+    setting: &Setting<'_>,
+    shelf: &Shelf,
+) -> Result<Persistent, OpenError> {
+    let dir = place.dir;
+    if !persist::exists(dir).map_err(in_overlay(dir))? {
+        let size = spec.size.unwrap_or(base.size).min(LARGEST);
+        let stack = new_stack(uuid_for(place), bottom, owner, spec.block.unwrap_or(DEFAULT_BLOCK))?;
+        let image = &Image::new(size, size.min(base.size));
+        let new = New { stack, image, limit: spec.limit };
+        return persist::create(place, new).map_err(in_overlay(dir));
+    }
+    let found = persist::find(place).map_err(in_overlay(dir))?;
+    let mismatch = |why| Err(OpenError::Mismatch { dir: dir.to_owned(), why });
+    if let Some(why) = block_mismatch(spec, &found) {
+        return mismatch(why);
+    }
+    // What it was is no more and what it will be not yet: the commit has to be finished.
+    let is_changed = matches!(base_mismatch(&found.stack.base, bottom)?, Some(Misfit::Changed(_)));
+    if !is_changed || !found.is_committing().map_err(in_overlay(dir))? {
+        check_base(dir, &found.stack.base, bottom, setting)?;
+    }
+    if place.layers.is_none() {
+        found.sweep();
+    }
+    let mut persistent = found.open(spec.limit, shelf).map_err(in_overlay(dir))?;
+    let size = persistent.overlay.size();
+    if let Some(wanted) = spec.size.filter(|wanted| *wanted != size) {
+        let (has, wanted) = (format_size(size), format_size(wanted));
+        return mismatch(format!(
+            "presents {has}, not {wanted}: leave out size= and use truncate on the mounted file"
+        ));
+    }
+    adopt_owner(spec, &mut persistent.home).map_err(in_overlay(dir))?;
+    Ok(persistent)
+}
+
+/// What the spec says of the owner overrules what was kept, and is kept from now on.
+pub(in crate::disk) fn adopt_owner(
+    spec: &DiskSpec,
+    home: &mut Residence,
+) -> Result<(), StackError> {
+    let mut stack = home.stack.clone();
+    stack.uid = spec.uid.unwrap_or(stack.uid);
+    stack.gid = spec.gid.unwrap_or(stack.gid);
+    stack.perm = spec.perm.unwrap_or(stack.perm);
+    if stack == home.stack { Ok(()) } else { home.replace(stack) }
+}
+
+fn block_mismatch(spec: &DiskSpec, found: &Found) -> Option<String> {
+    let wanted = spec.block.filter(|wanted| *wanted != found.block())?;
+    let (has, wanted) = (format_size(found.block().into()), format_size(wanted.into()));
+    Some(format!("has blocks of {has}, not {wanted}: leave out block=, it is fixed at creation"))
+}
+
+/// A disk over a persistent overlay, with the attributes that the overlay kept.
+pub(super) fn settle(
+    spec: &DiskSpec,
+    persistent: Persistent,
+    base: &Arc<dyn Layer>,
+    bottom: Bottom,
+    dir: &Path,
+    mut notes: Vec<String>,
+) -> Opened {
+    let Persistent { overlay, below, aside, recovered, home } = persistent;
+    let stack = &home.stack;
+    let owner = Owner { uid: stack.uid, gid: stack.gid, perm: stack.perm };
+    let (mtime, chosen) = last_mtime(&overlay, recovered);
+    let recorded = overlay.mtime().map(|(mtime, _)| mtime);
+    // Exact for one layer; of several the most it can be, for finding out more takes time.
+    let sealed: u64 = below.iter().map(|layer| layer.usage().data).sum();
+    let changed = overlay.usage().data + sealed;
+    let summary = format!(
+        "{}, overlay '{}' ({} changed)",
+        format_size(overlay.size()),
+        dir.display(),
+        format_size(changed)
+    );
+    match recovered {
+        Recovered::New | Recovered::Clean => {}
+        Recovered::All => notes.push("recovered: the daemon had died, nothing is lost".to_owned()),
+        Recovered::Vouched { lost } => notes.push(format!(
+            "recovered as after a power cut: the disk is as it was at its last sync ({lost} later changes of its map are gone)"
+        )),
+    }
+    let chain = stack.tree().live();
+    let uuid = stack.uuid;
+    let layers = stacked(overlay, below.clone(), base);
+    if let Top::Overlay(top) = &layers.top {
+        let aside = aside.iter().map(|(_, layer)| Arc::clone(layer));
+        top.stand_on(&below.iter().cloned().chain(aside).collect::<Vec<_>>());
+    }
+    let size = spec.size.unwrap_or(base.size());
+    if layers.top.is_committing() {
+        notes.push(
+            "a commit into the base was cut short: reads are right, 'cowslip commit' finishes it"
+                .to_owned(),
+        );
+    }
+    let mut disk = assemble(spec, uuid, layers, bottom, owner);
+    disk.life = Life::new((size, size.min(base.size())), spec.limit);
+    disk.life.locking = Some(spec.locking);
+    disk.life.note(&chain, &below, aside);
+    disk.times = Times::new(mtime, chosen, recorded);
+    disk.recovered = recovered;
+    disk.home = Mutex::new(Home::Kept(home));
+    disk.overlay_dir = Mutex::new(Some(dir.to_owned()));
+    Opened { disk, summary, notes }
+}
+
+/// The modification time to go on with. After a crash the data file may know a later write than
+/// the log does.
+fn last_mtime(overlay: &Overlay, recovered: Recovered) -> (Nanos, bool) {
+    let Some((mtime, stamp)) = overlay.mtime() else {
+        return (now(), false);
+    };
+    let data = overlay.first_file().and_then(|file| file.metadata().ok());
+    match (stamp, recovered, data) {
+        (Stamp::Chosen, ..) => (mtime, true),
+        (Stamp::Written, Recovered::All, Some(found)) => (mtime.max(mtime_of(&found)), false),
+        (Stamp::Written, ..) => (mtime, false),
+    }
+}

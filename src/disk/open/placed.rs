@@ -1,0 +1,95 @@
+//! A disk and its place: what was temporary is kept, what was made for no mount is removed.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::error::OpenError;
+use super::persistent::{in_overlay, new_stack};
+use crate::disk::life::LifeError;
+use crate::disk::{Disk, Home, Layers, Top};
+use crate::overlay::persist::{self, Persistent, Place};
+use crate::overlay::recover::Recovered;
+use crate::overlay::sealed::Sealed;
+use crate::overlay::{DEFAULT_BLOCK, keep};
+use crate::stream::Ending;
+use crate::stream::output::Patience;
+
+impl Disk {
+    /// What its bottom is called in `status`.
+    #[must_use]
+    pub fn base_path(&self) -> Option<PathBuf> {
+        self.bottom().path().map(Path::to_owned)
+    }
+
+    /// Whether its overlay is still in its directory, and not removed.
+    pub(super) fn is_on_disk(&self) -> bool {
+        self.home.lock().residence().is_some_and(|home| home.is_on_disk())
+    }
+
+    /// The mount did not come about: closes the disk in good order, and removes an overlay that
+    /// was made for it.
+    pub fn abandon(&self) {
+        if self.stream().is_some() {
+            if let Err(error) = self.settle(Ending::Abort, Patience::Endless) {
+                log::warn!("{}: {error}", self.source);
+            }
+            return;
+        }
+        if let Err(error) = self.close(Duration::MAX) {
+            log::warn!("{}: {error}", self.source);
+        }
+        if self.recovered == Recovered::New
+            && let Some(dir) = self.overlay_dir()
+            && let Err(error) = std::fs::remove_dir_all(&dir)
+        {
+            log::warn!("'{}' is left behind: {error}", dir.display());
+        }
+    }
+
+    pub(in crate::disk) fn keep_in(&self, place: Place<'_>) -> Result<(), OpenError> {
+        let dir = place.dir;
+        let nothing = |why: &str| Err(OpenError::NothingToKeep(why.to_owned()));
+        if self.stream().is_some() {
+            return nothing("the disk is a stream: what was written has left or will");
+        }
+        let _turn = self
+            .begin("keeping it")
+            .map_err(|error| OpenError::NothingToKeep(error.to_string()))?;
+        // A change that hangs is not waited for: nobody else could do anything until it ends.
+        let _gate =
+            self.enter_to_switch().map_err(|error| OpenError::NothingToKeep(error.to_string()))?;
+        let layers = self.layers();
+        let Top::Overlay(overlay) = &layers.top else {
+            if let Some(dir) = self.overlay_dir() {
+                return nothing(&format!("the disk is kept already, in '{}'", dir.display()));
+            }
+            return nothing("the disk has no overlay: mode=ro and mode=rw have nothing to keep");
+        };
+        if let Some(dir) = self.overlay_dir() {
+            return nothing(&format!("the disk is kept already, in '{}'", dir.display()));
+        }
+        if persist::exists(dir).map_err(in_overlay(dir))? {
+            return Err(OpenError::Mismatch {
+                dir: dir.to_owned(),
+                why: "is there already: name a new directory".to_owned(),
+            });
+        }
+        let block = u32::try_from(overlay.block()).unwrap_or(DEFAULT_BLOCK);
+        let refused = |error: LifeError| OpenError::NothingToKeep(error.to_string());
+        let tree = self.tree("changes to keep").map_err(refused)?;
+        let stack = new_stack(self.uuid, &self.bottom(), self.owner(), block)?;
+        self.record_mtime(overlay);
+        let all = self.all_layers(&tree).map_err(refused)?;
+        let kept = keep::keep(&all, place, stack.with_tree(tree.clone()));
+        let Persistent { overlay, below, aside, home, .. } = kept.map_err(in_overlay(dir))?;
+        self.life.note(&tree.live(), &below, aside);
+        overlay.stand_on(&below);
+        let sealed = Sealed::new(below).map(Arc::new);
+        let top = Top::Overlay(Arc::new(overlay));
+        *self.layers.write() = Arc::new(Layers::new(top, sealed, layers.bottom.clone()));
+        *self.home.lock() = Home::Kept(home);
+        *self.overlay_dir.lock() = Some(dir.to_owned());
+        Ok(())
+    }
+}

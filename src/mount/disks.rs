@@ -1,0 +1,88 @@
+//! The disks of a mount: opened one after the other before anything is mounted.
+
+use std::collections::HashSet;
+use std::path::Path;
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+
+use super::{Force, Plan, owner};
+use crate::base::place;
+use crate::catalog::{Catalog, Origin};
+use crate::disk::{self, Opened, Setting};
+use crate::spec::{DiskSpec, Source, check_names};
+use crate::store::Store;
+
+pub(super) fn open_store(plan: &Plan, mountpoint: &Path) -> Result<Option<Store>, String> {
+    let Some(dir) = &plan.store else { return Ok(None) };
+    place::refuse_inside(dir, mountpoint, None).map_err(|error| error.to_string())?;
+    Store::open(dir).map(Some).map_err(|error| error.to_string())
+}
+
+/// Opens every disk of the store and of the plan into `catalog`, and returns what is to be said
+/// of them.
+pub(super) fn open_disks(plan: &Plan, catalog: &Catalog) -> Result<Vec<String>, String> {
+    check_names(&plan.disks).map_err(|error| error.to_string())?;
+    let (uid, gid) = owner();
+    let setting = Setting {
+        mountpoint: &catalog.mountpoint,
+        mount_dev: None,
+        uid,
+        gid,
+        force: plan.force == Force::Yes,
+        allow_backing: plan.allow_backing.clone(),
+        stdio: plan.stdio,
+        looked_at: Mutex::new(HashSet::new()),
+    };
+    let mut lines = Vec::new();
+    let mut put = |name: &str, opened: Opened, origin| {
+        let Opened { disk, summary, notes } = opened;
+        let disk = Arc::new(disk);
+        if catalog.add(name, Arc::clone(&disk), origin).is_err() {
+            disk.abandon();
+            return Err(format!(
+                "two disks are named '{name}', one of them in the store: give one another NAME="
+            ));
+        }
+        lines.push(format!("{name}: {summary}"));
+        for note in notes {
+            log::info!("{name}: {note}");
+            lines.push(format!("{name}: {note}"));
+        }
+        Ok(())
+    };
+    catalog.open_stored(&setting, |name, opened| put(name, opened, Origin::Stored))?;
+    for spec in &plan.disks {
+        if let Some(store) = spec.overlay.as_deref().and_then(|dir| catalog.store_at(dir)) {
+            if let Some(line) = already_stored(catalog, spec)? {
+                log::info!("{line}");
+                continue;
+            }
+            let opened = store.create_over(spec, &setting).map_err(|error| error.to_string())?;
+            put(&spec.name, opened, Origin::Stored)?;
+            continue;
+        }
+        let opened =
+            disk::open(spec, &setting).map_err(|error| format!("{}: {error}", spec.name))?;
+        put(&spec.name, opened, Origin::Given)?;
+    }
+    Ok(lines)
+}
+
+/// A line when the disk that `spec` asks to have in the store is there already.
+fn already_stored(catalog: &Catalog, spec: &DiskSpec) -> Result<Option<String>, String> {
+    let Some(entry) = catalog.named(&spec.name) else { return Ok(None) };
+    let is_same = match &spec.source {
+        Source::File(path) => path
+            .canonicalize()
+            .is_ok_and(|path| entry.disk.base_path().is_some_and(|base| base == path)),
+        _ => entry.disk.base_path().is_none(),
+    };
+    if is_same {
+        return Ok(Some(format!("{}: is in the store already", spec.name)));
+    }
+    Err(format!(
+        "{}: the store has a disk of that name over '{}': give this one another NAME=",
+        spec.name, entry.disk.source
+    ))
+}

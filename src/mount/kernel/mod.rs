@@ -1,0 +1,225 @@
+//! The host kernel's side of a mount: making it, asking whether it lives, ending it.
+//!
+//! cowslip mounts itself instead of leaving that to its FUSE crate, for three reasons: the type
+//! must read `fuse.cowslip` for root and users alike (it is how a mount is found again), the
+//! errno of an unmount must survive, and nothing may be unmounted that is not known to be ours.
+//! What comes out of [`mount`] is the connection to the kernel, an open `/dev/fuse`; the mount
+//! lives for as long as somebody holds it, and is *dead* (every call answers `ENOTCONN`) once
+//! nobody does.
+//!
+//! A question about a mount never waits for it. Where a path lies is `mountinfo`'s to say, and
+//! its answers are re-exported here; the one call that must ask the mount itself,
+//! [`condition`], has a bound.
+
+mod condition;
+mod error;
+mod helper;
+mod prepare;
+mod unmount;
+
+use std::ffi::CString;
+use std::fs;
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::path::Path;
+
+use rustix::fs::{Mode, OFlags};
+use rustix::io::Errno;
+use rustix::mount::MountFlags;
+
+pub use self::condition::{Condition, condition};
+pub use self::error::MountError;
+use self::helper::mount_by_helper;
+pub use self::prepare::{Contents, Prepared, prepare_mountpoint};
+pub use self::unmount::{Unmount, unmount};
+pub use super::mountinfo::{
+    Enclosed, FSTYPE, MountEntry, cowslip_mounts, enclosing, entry_at, mounts, resolve,
+};
+pub(super) use super::mountinfo::{known_mounts, parse_mountinfo};
+
+/// What a mount has unless it is told otherwise: `nosuid,nodev`.
+pub const DEFAULT_FLAGS: MountFlags = MountFlags::NOSUID.union(MountFlags::NODEV);
+
+const DEVICE: &str = "/dev/fuse";
+
+/// The `-o` words that are mount flags: the one that sets it, the one that clears it, the flag.
+const FLAG_WORDS: [(&str, &str, MountFlags); 8] = [
+    ("ro", "rw", MountFlags::RDONLY),
+    ("nosuid", "suid", MountFlags::NOSUID),
+    ("nodev", "dev", MountFlags::NODEV),
+    ("noexec", "exec", MountFlags::NOEXEC),
+    ("sync", "async", MountFlags::SYNCHRONOUS),
+    ("dirsync", "nodirsync", MountFlags::DIRSYNC),
+    ("noatime", "atime", MountFlags::NOATIME),
+    ("nodiratime", "diratime", MountFlags::NODIRATIME),
+];
+
+/// `flags` after the `-o` option `word`; `None` when that is not a mount flag.
+pub fn with_option(flags: MountFlags, word: &str) -> Option<MountFlags> {
+    FLAG_WORDS.iter().find_map(|&(set, clear, flag)| match word {
+        _ if word == set => Some(flags | flag),
+        _ if word == clear => Some(flags - flag),
+        _ => None,
+    })
+}
+
+/// Who may use a mount.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Access {
+    /// Only the user who mounted it: not even root.
+    Owner,
+    /// Everybody (`allow_other`), as far as the modes of the files go.
+    Everybody,
+}
+
+/// What to mount, and where.
+#[derive(Clone, Copy, Debug)]
+pub struct MountRequest<'a> {
+    /// The directory, as [`Prepared::mountpoint`] gives it.
+    pub mountpoint: &'a Path,
+    /// The first field of mtab, verbatim; an empty one reads `cowslip`.
+    pub source: &'a str,
+    /// Who may use it.
+    pub access: Access,
+    /// The mount's flags; start from [`DEFAULT_FLAGS`].
+    pub flags: MountFlags,
+}
+
+impl MountRequest<'_> {
+    fn source(&self) -> &str {
+        if self.source.is_empty() { "cowslip" } else { self.source }
+    }
+
+    fn refused(&self, reason: String) -> MountError {
+        let mountpoint = self.mountpoint.to_owned();
+        MountError::Refused { mountpoint, reason }
+    }
+}
+
+/// Mounts, and gives the connection that requests are read from. Dropping it kills the mount.
+///
+/// Root calls mount(2); everybody else, and a root without the capability, asks fusermount3.
+/// The mount is not answering yet: no call into it may be made before somebody serves the
+/// connection. [`entry_at`] may be asked at once.
+///
+/// # Errors
+/// Everything [`MountError`] lists from `NoDevice` to `Refused`; nothing is mounted then.
+pub fn mount(req: &MountRequest<'_>) -> Result<OwnedFd, MountError> {
+    if !Path::new(DEVICE).exists() {
+        return Err(MountError::NoDevice);
+    }
+    if !rustix::process::geteuid().is_root() {
+        return mount_by_helper(req);
+    }
+    match mount_by_kernel(req) {
+        Err(MountError::NotPermitted { mountpoint }) => {
+            log::debug!("mount(2) is not permitted, trying fusermount3");
+            mount_by_helper(req).map_err(|_| MountError::NotPermitted { mountpoint })
+        }
+        done => done,
+    }
+}
+
+fn mount_by_kernel(req: &MountRequest<'_>) -> Result<OwnedFd, MountError> {
+    let device = rustix::fs::open(DEVICE, OFlags::RDWR | OFlags::CLOEXEC, Mode::empty()).map_err(
+        |error| match error {
+            // A container's device rules answer EPERM for a node that is there.
+            Errno::NOENT | Errno::PERM | Errno::ACCESS => MountError::NoDevice,
+            _ => MountError::Device { error: error.into() },
+        },
+    )?;
+    let data = format!(
+        "fd={},rootmode=40000,user_id={},group_id={},default_permissions{}",
+        device.as_raw_fd(),
+        rustix::process::getuid().as_raw(),
+        rustix::process::getgid().as_raw(),
+        match req.access {
+            Access::Owner => "",
+            Access::Everybody => ",allow_other",
+        }
+    );
+    let data = CString::new(data).map_err(|error| req.refused(error.to_string()))?;
+    match rustix::mount::mount(req.source(), req.mountpoint, FSTYPE, req.flags, &*data) {
+        Ok(()) => Ok(device),
+        Err(Errno::PERM) => Err(MountError::NotPermitted { mountpoint: req.mountpoint.to_owned() }),
+        Err(Errno::NODEV) => Err(MountError::Device { error: Errno::NODEV.into() }),
+        Err(error) => Err(req.refused(io::Error::from(error).to_string())),
+    }
+}
+
+/// Raises the kernel's read-ahead of the mount with device number `dev` to `kib` KiB, and says
+/// whether it is that much now. Call it once the mount answers: the handshake lowers it. Only
+/// root may, so a "no" is no error.
+pub fn raise_read_ahead(dev: (u32, u32), kib: u32) -> bool {
+    let path = format!("/sys/class/bdi/{}:{}/read_ahead_kb", dev.0, dev.1);
+    let is_enough =
+        || fs::read_to_string(&path).ok()?.trim().parse().ok().map(|now: u32| now >= kib);
+    is_enough() == Some(true) || fs::write(&path, kib.to_string()).is_ok()
+}
+
+/// Requests and mountpoints for tests.
+#[cfg(test)]
+mod testing {
+    use super::*;
+    use std::path::PathBuf;
+
+    pub(super) fn request<'a>(mountpoint: &'a Path, source: &'a str) -> MountRequest<'a> {
+        MountRequest { mountpoint, source, access: Access::Owner, flags: DEFAULT_FLAGS }
+    }
+
+    /// A directory that is a clean mountpoint again when the test ends, however it ends.
+    pub(super) struct Mountpoint {
+        pub(super) path: PathBuf,
+        /// Removed after `drop` below has unmounted.
+        _dir: tempfile::TempDir,
+    }
+
+    impl Mountpoint {
+        pub(super) fn new() -> Self {
+            let dir = tempfile::tempdir().unwrap();
+            let path = dir.path().canonicalize().unwrap();
+            Self { path, _dir: dir }
+        }
+    }
+
+    impl Drop for Mountpoint {
+        fn drop(&mut self) {
+            while entry_at(&self.path).is_some() && unmount(&self.path, Unmount::Lazy).is_ok() {}
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::testing::{Mountpoint, request};
+    use super::*;
+
+    #[test]
+    fn option_words_set_and_clear_flags() {
+        let flags = with_option(DEFAULT_FLAGS, "ro").unwrap();
+        assert!(flags.contains(MountFlags::RDONLY | MountFlags::NODEV));
+        assert_eq!(with_option(flags, "rw"), Some(DEFAULT_FLAGS));
+        assert_eq!(with_option(flags, "out.zst"), None);
+    }
+
+    #[test]
+    fn a_mount_shows_its_type_and_source_and_dies_with_its_connection() {
+        let at = Mountpoint::new();
+        let source = r"/srv/a,b\c d.img";
+        assert_eq!(condition(&at.path), Condition::NotMounted);
+        let connection = mount(&request(&at.path, source)).unwrap();
+        let entry = entry_at(&at.path).unwrap();
+        assert_eq!((entry.fstype.as_str(), entry.source.to_str()), (FSTYPE, Some(source)));
+        assert!(cowslip_mounts().contains(&entry));
+        let inside = enclosing(&at.path.join("vm1.img")).unwrap();
+        assert_eq!((inside.mount.dev, inside.inner), (entry.dev, "vm1.img".into()));
+        drop(connection);
+        assert_eq!(condition(&at.path), Condition::Dead);
+        unmount(&at.path, Unmount::Plain).unwrap();
+        assert_eq!(condition(&at.path), Condition::NotMounted);
+        assert_eq!(
+            unmount(&at.path, Unmount::Plain).unwrap_err().raw_os_error(),
+            Some(libc::EINVAL)
+        );
+    }
+}

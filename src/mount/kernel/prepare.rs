@@ -1,0 +1,125 @@
+//! A mountpoint before the mount: there, empty, and cleared of dead mounts.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use super::condition::{Condition, probe};
+use super::error::MountError;
+use super::unmount::{Unmount, unmount};
+use crate::mount::mountinfo::{entry_at, resolve};
+
+/// Whether a mountpoint may hold files, which the mount will hide.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Contents {
+    /// It must be empty.
+    None,
+    /// `-o nonempty`.
+    Any,
+}
+
+/// A mountpoint that is ready to be mounted on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Prepared {
+    /// Absolute and without symlinks: what [`MountEntry::mountpoint`](super::MountEntry::mountpoint) will be.
+    pub mountpoint: PathBuf,
+    /// How many dead cowslip mounts were cleared away, one above the other.
+    pub cleared: usize,
+}
+
+/// Sees to it that `path` can be mounted on, and clears dead cowslip mounts off it.
+///
+/// # Errors
+/// Everything [`MountError`] lists from `Missing` on.
+pub fn prepare_mountpoint(path: &Path, contents: Contents) -> Result<Prepared, MountError> {
+    let look = |error| MountError::Look { mountpoint: path.to_owned(), error };
+    let mountpoint = resolve(path).map_err(look)?;
+    let cleared = clear_dead(&mountpoint)?;
+    let metadata = fs::metadata(&mountpoint).map_err(|error| match error.kind() {
+        io::ErrorKind::NotFound => MountError::Missing(path.to_owned()),
+        io::ErrorKind::NotADirectory => MountError::NotADirectory(path.to_owned()),
+        _ => look(error),
+    })?;
+    if !metadata.is_dir() {
+        return Err(MountError::NotADirectory(path.to_owned()));
+    }
+    if contents == Contents::None && fs::read_dir(&mountpoint).map_err(look)?.next().is_some() {
+        return Err(MountError::NotEmpty(path.to_owned()));
+    }
+    Ok(Prepared { mountpoint, cleared })
+}
+
+/// Unmounts the dead cowslip mounts at `mountpoint`, and gives their number.
+fn clear_dead(mountpoint: &Path) -> Result<usize, MountError> {
+    let mut cleared = 0;
+    while let Some(entry) = entry_at(mountpoint) {
+        match (probe(mountpoint.to_owned()), entry.is_cowslip()) {
+            (Condition::Dead, true) => {
+                unmount(mountpoint, Unmount::Lazy).map_err(|error| MountError::Clear {
+                    mountpoint: mountpoint.to_owned(),
+                    error,
+                })?;
+                cleared += 1;
+            }
+            (Condition::Dead, false) => {
+                let (mountpoint, fstype) = (mountpoint.to_owned(), entry.fstype);
+                return Err(MountError::ForeignDead { mountpoint, fstype });
+            }
+            (_, true) => return Err(MountError::Already(mountpoint.to_owned())),
+            (_, false) => break,
+        }
+    }
+    Ok(cleared)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::mount::kernel::mount;
+    use crate::mount::kernel::testing::{Mountpoint, request};
+
+    #[test]
+    fn a_mountpoint_must_be_an_empty_directory() {
+        let dir = tempfile::tempdir().unwrap();
+        let said = |path: &Path, contents| match prepare_mountpoint(path, contents) {
+            Ok(prepared) => format!("{}", prepared.cleared),
+            Err(error) => error.to_string().replace(dir.path().to_str().unwrap(), "DIR"),
+        };
+        assert_eq!(
+            said(&dir.path().join("m"), Contents::None),
+            "mountpoint 'DIR/m' does not exist: create it with mkdir"
+        );
+        assert_eq!(said(dir.path(), Contents::None), "0");
+        let file = dir.path().join("f");
+        fs::write(&file, "x").unwrap();
+        assert!(said(&file, Contents::Any).contains("'DIR/f' is not a directory"));
+        assert!(said(&file.join("m"), Contents::Any).contains("'DIR/f/m' is not a directory"));
+        assert!(said(dir.path(), Contents::None).contains("add -o nonempty"));
+        assert_eq!(said(dir.path(), Contents::Any), "0");
+    }
+
+    #[test]
+    fn dead_mounts_are_cleared_however_many_lie_there() {
+        let at = Mountpoint::new();
+        // The helper looks into what lies there, as root, so a user's mounts never lie in a stack.
+        let stacked = match rustix::process::geteuid().is_root() {
+            true => 3,
+            false => 1,
+        };
+        let connections: Vec<_> =
+            (0..stacked).map(|_| mount(&request(&at.path, "s")).unwrap()).collect();
+        drop(connections);
+        let prepared = prepare_mountpoint(&at.path, Contents::None).unwrap();
+        assert_eq!(prepared, Prepared { mountpoint: at.path.clone(), cleared: stacked });
+        assert_eq!(entry_at(&at.path), None);
+    }
+
+    #[test]
+    fn a_mount_that_does_not_answer_counts_as_alive() {
+        let at = Mountpoint::new();
+        let _connection = mount(&request(&at.path, "s")).unwrap();
+        // Refused as one that lives: it is not cleared away.
+        let error = prepare_mountpoint(&at.path, Contents::None).unwrap_err();
+        assert!(matches!(error, MountError::Already(_)), "{error}");
+    }
+}

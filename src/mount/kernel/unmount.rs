@@ -1,0 +1,82 @@
+//! The end of a mount.
+
+use std::io;
+use std::path::Path;
+
+use rustix::io::Errno;
+use rustix::mount::UnmountFlags;
+
+use super::helper::{one_line, spawn_helper};
+use crate::mount::mountinfo::mounts;
+
+/// How to unmount.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Unmount {
+    /// Only when nobody uses it, else `EBUSY`.
+    Plain,
+    /// The name goes at once, the mount when its last user has left.
+    Lazy,
+}
+
+/// Unmounts the topmost mount at `mountpoint`, which must be spelt as [`MountEntry`](super::MountEntry) has it.
+///
+/// # Errors
+/// `EBUSY` while somebody uses it; `EINVAL` when nothing is mounted there; `EPERM` for a mount of
+/// another user; what fusermount3 said when that is none of these.
+pub fn unmount(mountpoint: &Path, how: Unmount) -> io::Result<()> {
+    let flags = match how {
+        Unmount::Plain => UnmountFlags::NOFOLLOW,
+        Unmount::Lazy => UnmountFlags::NOFOLLOW | UnmountFlags::DETACH,
+    };
+    if rustix::process::geteuid().is_root() {
+        match rustix::mount::unmount(mountpoint, flags) {
+            Err(Errno::PERM) => {} // a container's root may have mounted by the helper
+            done => return Ok(done?),
+        }
+    }
+    if !mounts()?.iter().any(|entry| entry.mountpoint == mountpoint) {
+        return Err(Errno::INVAL.into());
+    }
+    let helper = spawn_helper(|helper| {
+        helper.arg(match how {
+            Unmount::Plain => "-u",
+            Unmount::Lazy => "-uz",
+        });
+        helper.arg("--").arg(mountpoint);
+    });
+    let output = match helper {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Err(Errno::PERM.into()),
+        helper => helper?.wait_with_output()?,
+    };
+    match output.status.success() {
+        true => Ok(()),
+        false => Err(unmount_error(one_line(&output))),
+    }
+}
+
+/// The errno behind what `fusermount3 -u` says.
+fn unmount_error(said: String) -> io::Error {
+    let errno = match () {
+        () if said.contains("busy") => Errno::BUSY,
+        // "entry for M not found in /etc/mtab": it was there a moment ago, so it is another's.
+        () if said.contains("not found in") => Errno::PERM,
+        () if said.contains("not permitted") => Errno::PERM,
+        () if said.contains("Invalid argument") => Errno::INVAL,
+        () => return io::Error::other(said),
+    };
+    errno.into()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_the_helper_says_becomes_an_errno() {
+        let errno = |said: &str| unmount_error(said.into()).raw_os_error();
+        let busy = "fusermount3: failed to unmount /m: Device or resource busy";
+        assert_eq!(errno(busy), Some(libc::EBUSY));
+        assert_eq!(errno("fusermount3: entry for /m not found in /etc/mtab"), Some(libc::EPERM));
+        assert_eq!(errno("fusermount3: something new"), None);
+    }
+}

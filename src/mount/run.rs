@@ -1,0 +1,201 @@
+//! The life of a mount: its ticks, its signals, its end.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{self, RecvTimeoutError, Sender};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
+
+use super::Style;
+use super::kernel::{self, Unmount};
+use crate::disk::Disk;
+use crate::fs::Shared;
+use crate::pool::Pool;
+use crate::stream::Ending;
+use crate::stream::output::Patience;
+
+/// Changes go to the device after at most this many seconds.
+const MAINTENANCE: u32 = 5;
+
+/// How long open handles are waited for after a signal.
+const GRACE: Duration = Duration::from_secs(5);
+
+/// How long threads that wait for a base are waited for at the end, all together.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// How long a sink may get nothing done before a stream that ends with its mount is given up.
+const STALLED: Duration = Duration::from_secs(60);
+
+/// Every second: answers what has waited too long; every few: has each disk synced.
+pub(super) fn tick(shared: &Arc<Shared>, stop: &AtomicBool) {
+    let mut seconds = 0;
+    while !stop.load(Ordering::SeqCst) {
+        thread::park_timeout(Duration::from_secs(1));
+        shared.deadlines.expire();
+        let disks = shared.catalog.disks();
+        for disk in &disks {
+            disk.tick();
+            disk.let_go();
+        }
+        seconds += 1;
+        if seconds < MAINTENANCE {
+            continue;
+        }
+        seconds = 0;
+        for disk in disks {
+            if disk.is_untidy() {
+                let there = Arc::clone(&disk);
+                Arc::<Pool>::default().run(Box::new(move || {
+                    if let Err(error) = there.tidy() {
+                        log::warn!("{}: layers are not merged: {error}", there.source);
+                    }
+                }));
+            }
+            if disk.needs_maintenance() {
+                let pool = Arc::clone(disk.syncs());
+                pool.run(Box::new(move || {
+                    if let Err(error) = disk.maintain() {
+                        log::error!("{}: background sync: {error}", disk.source);
+                    }
+                }));
+            }
+        }
+    }
+}
+
+/// A mount that is there.
+pub(super) struct Mount {
+    pub(super) shared: Arc<Shared>,
+    pub(super) workers: JoinHandle<io::Result<()>>,
+    pub(super) style: Style,
+    /// Says that the workers have ended.
+    pub(super) ended: mpsc::Receiver<()>,
+    pub(super) stop: Arc<AtomicBool>,
+    pub(super) ticker: JoinHandle<()>,
+}
+
+impl Mount {
+    pub(super) fn announce(&self) {
+        let holder = self.shared.control.holder();
+        for disk in self.shared.catalog.disks() {
+            disk.announce(&holder);
+        }
+    }
+
+    /// Takes the mount away, though files in it may be open.
+    pub(super) fn leave(&self) {
+        self.shared.control.draining.store(true, Ordering::SeqCst);
+        self.announce();
+        let mountpoint = &self.shared.catalog.mountpoint;
+        let is_ours = kernel::entry_at(mountpoint).is_some_and(|entry| {
+            let (major, minor) = entry.dev;
+            self.shared.control.device.get() == Some(&rustix::fs::makedev(major, minor))
+        });
+        if is_ours && let Err(error) = kernel::unmount(mountpoint, Unmount::Lazy) {
+            log::warn!("'{}' is not unmounted: {error}", mountpoint.display());
+        }
+    }
+
+    /// Waits for the end and closes everything.
+    pub(super) fn run(self) -> u8 {
+        let signals = Signals::new([SIGTERM, SIGINT, SIGHUP]);
+        let (asked, ask) = (signals.as_ref().ok().map(Signals::handle), mpsc::channel());
+        let (tell, told): (Sender<i32>, _) = ask;
+        let listener = signals.ok().and_then(|mut signals| {
+            let listen = move || {
+                for signal in signals.forever() {
+                    if tell.send(signal).is_err() {
+                        break;
+                    }
+                }
+            };
+            thread::Builder::new().name("cowslip-signal".to_owned()).spawn(listen).ok()
+        });
+        self.wait(&told);
+        if self.style == Style::Foreground {
+            let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
+        }
+        if let Some(asked) = asked {
+            asked.close();
+        }
+        let code = self.close();
+        if let Some(listener) = listener {
+            // It ends with its handle; a panic in it has ended the process already.
+            let _ = listener.join();
+        }
+        code
+    }
+
+    /// Until the workers have ended, or a signal has come and open handles have had their time.
+    fn wait(&self, told: &mpsc::Receiver<i32>) {
+        loop {
+            match self.ended.recv_timeout(Duration::from_millis(200)) {
+                Ok(()) | Err(RecvTimeoutError::Disconnected) => return,
+                Err(RecvTimeoutError::Timeout) => {}
+            }
+            if let Ok(signal) = told.try_recv() {
+                log::info!("signal {signal}: leaving");
+                self.leave();
+                if self.ended.recv_timeout(GRACE) == Err(RecvTimeoutError::Timeout) {
+                    log::warn!("files are still open: they will get errors from now on");
+                }
+                return;
+            }
+        }
+    }
+
+    /// Everything durable, every log closed; 1 when something could not be done.
+    fn close(self) -> u8 {
+        self.shared.control.draining.store(true, Ordering::SeqCst);
+        self.announce();
+        self.stop.store(true, Ordering::SeqCst);
+        self.ticker.thread().unpark();
+        let mut code = 0;
+        let until = Instant::now() + PATIENCE;
+        let left = || until.saturating_duration_since(Instant::now());
+        let disks = self.shared.catalog.disks();
+        for disk in &disks {
+            if !disk.stop(left()) {
+                log::warn!("{}: a request is still waiting for its base", disk.source);
+            }
+        }
+        for disk in disks.iter().filter(|disk| disk.stream().is_none()) {
+            if let Err(error) = disk.close(left()) {
+                log::error!("{}: not all of it could be made durable: {error}", disk.source);
+                code = 1;
+            }
+        }
+        // Last: a slow sink must not keep the other disks from being durable.
+        for (name, entry) in self.shared.catalog.list() {
+            if let Err(line) = settle_at_the_end(&entry.disk) {
+                log::error!("{name}: {line}");
+                code = 1;
+            }
+        }
+        self.shared.pool.stop(left());
+        if self.workers.is_finished()
+            && let Ok(Err(error)) = self.workers.join()
+        {
+            log::error!("FUSE: {error}");
+            code = 1;
+        }
+        // The ticker ends with `stop`; it holds nothing that has to be closed.
+        let _ = self.ticker.join();
+        log::info!("unmounted");
+        code
+    }
+}
+
+/// Finishes a stream that ends with its mount, for as long as its sink gets on, and gives up what
+/// is unfinished.
+fn settle_at_the_end(disk: &Disk) -> Result<(), String> {
+    let said = disk.settle(Ending::Settle, Patience::Stalled(STALLED))?;
+    if let Some(line) = said {
+        log::info!("{line}");
+    }
+    Ok(())
+}

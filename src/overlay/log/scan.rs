@@ -1,0 +1,186 @@
+//! Reading a log: what of it is good, what ends that, and what it adds up to.
+
+use std::io;
+
+use uuid::Uuid;
+
+use super::{BATCH, RECORD_BYTES};
+use crate::host;
+use crate::layer::Wait;
+use crate::overlay::data::Storage;
+use crate::overlay::record::{Decoded, Image, RECORD_LEN, Record, Tag};
+
+/// What reading a log from end to end found.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Scan {
+    /// The sequence of the first record.
+    pub first: u64,
+    /// Records that are good from the start on.
+    pub good: u64,
+    /// The highest sequence seen anywhere: never to be used again.
+    pub highest: u64,
+    /// The tag of the last good `Open`.
+    pub tag: Option<Tag>,
+    /// The `upto` of the last good `Vouch`.
+    pub vouched: Option<u64>,
+    /// `durable` of a `Poisoned` record.
+    pub poisoned: Option<u64>,
+    /// The last good record is `Close`, and nothing follows.
+    pub closed: bool,
+    /// What ends the good part.
+    pub end: End,
+}
+
+/// What comes after the good records of a log.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum End {
+    /// Nothing.
+    Whole,
+    /// Bytes that are no record, and no good record after them: an append that was cut short.
+    Torn,
+    /// Never-written places before later records, none of them known to have been durable: what
+    /// a power cut leaves when the host wrote the log's pages out of order.
+    Gap,
+    /// A record that was good once and is not any more.
+    Damaged,
+    /// A record kind of a later version.
+    Unknown(u8),
+}
+
+impl Scan {
+    /// The sequence of the last good record.
+    #[must_use]
+    pub fn last(&self) -> u64 {
+        (self.first + self.good).saturating_sub(1)
+    }
+}
+
+impl Scan {
+    /// Takes in the next record while all before were good.
+    fn take(&mut self, decoded: Decoded) {
+        match decoded {
+            Decoded::Good(sequence, record) => {
+                if self.good == 0 {
+                    self.first = sequence;
+                }
+                if sequence != self.first + self.good {
+                    self.end = End::Damaged;
+                    return;
+                }
+                self.good += 1;
+                self.closed = record == Record::Close;
+                match record {
+                    Record::Open { tag } => self.tag = Some(tag),
+                    Record::Vouch { upto, .. } => self.vouched = Some(upto),
+                    Record::Poisoned { durable } => self.poisoned = Some(durable),
+                    _ => {}
+                }
+            }
+            Decoded::Blank => self.end = End::Gap,
+            Decoded::Bad => self.end = End::Torn,
+            Decoded::Unknown(kind) => self.end = End::Unknown(kind),
+        }
+    }
+}
+
+/// Reads a whole log of the layer `uuid`.
+///
+/// # Errors
+/// The host's errno from reading.
+pub fn scan(file: &dyn Storage, uuid: &Uuid) -> io::Result<Scan> {
+    let mut scan = Scan {
+        first: 0,
+        good: 0,
+        highest: 0,
+        tag: None,
+        vouched: None,
+        poisoned: None,
+        closed: false,
+        end: End::Whole,
+    };
+    let mut later = Later::default();
+    let len = file.len()?;
+    for_each_record(file, 0, len / RECORD_BYTES, &mut |bytes| {
+        let decoded = Record::decode(bytes, uuid);
+        if scan.end == End::Whole {
+            scan.take(decoded);
+        } else {
+            later.take(decoded);
+        }
+        Ok(())
+    })?;
+    if scan.end == End::Whole && !len.is_multiple_of(RECORD_BYTES) {
+        scan.end = End::Torn;
+    }
+    if scan.end != End::Whole {
+        scan.closed = false;
+    }
+    scan.highest = scan.last().max(later.highest);
+    scan.end = match scan.end {
+        End::Gap if later.records > 0 && later.durable > scan.last() => End::Damaged,
+        End::Gap if later.records == 0 => End::Torn,
+        End::Torn if later.records > 0 => End::Damaged,
+        end => end,
+    };
+    Ok(scan)
+}
+
+/// What is learnt from good records behind the first bad one.
+#[derive(Default)]
+struct Later {
+    records: u64,
+    highest: u64,
+    /// The highest sequence that one of them knew to be durable.
+    durable: u64,
+}
+
+impl Later {
+    fn take(&mut self, decoded: Decoded) {
+        if let Decoded::Good(sequence, record) = decoded {
+            self.records += 1;
+            self.highest = self.highest.max(sequence);
+            if let Record::Vouch { durable, .. } | Record::Poisoned { durable } = record {
+                self.durable = self.durable.max(durable);
+            }
+        }
+    }
+}
+
+/// Applies the first `count` records of a log to `image`. `block` is the block size in bytes.
+///
+/// # Errors
+/// The host's errno; `EIO` when a record is not what it was a moment ago.
+pub fn replay(
+    file: &dyn Storage,
+    uuid: &Uuid,
+    count: u64,
+    block: u64,
+    image: &mut Image,
+) -> io::Result<()> {
+    for_each_record(file, 0, count, &mut |bytes| match Record::decode(bytes, uuid) {
+        Decoded::Good(_, record) => {
+            image.apply(&record, block);
+            Ok(())
+        }
+        _ => Err(host::errno(libc::EIO)),
+    })
+}
+
+pub(super) fn for_each_record(
+    file: &dyn Storage,
+    from: u64,
+    to: u64,
+    each: &mut dyn FnMut(&[u8; RECORD_LEN]) -> io::Result<()>,
+) -> io::Result<()> {
+    let mut buf = Vec::new();
+    let mut at = from;
+    while at < to {
+        let count = usize::try_from(to - at).unwrap_or(BATCH).min(BATCH);
+        buf.resize(count * RECORD_LEN, 0);
+        file.read_at(&mut buf, at * RECORD_BYTES, Wait::Yes)?;
+        let (records, _) = buf.as_chunks::<RECORD_LEN>();
+        records.iter().try_for_each(&mut *each)?;
+        at += count as u64;
+    }
+    Ok(())
+}

@@ -1,0 +1,45 @@
+//! Records written one after the other: a new log.
+
+use std::io::{self, IoSlice};
+
+use uuid::Uuid;
+
+use super::BATCH;
+use crate::overlay::data::Storage;
+use crate::overlay::record::{RECORD_LEN, Record};
+
+/// Writes records one after the other, a batch at a time.
+pub(super) struct Writer<'a> {
+    file: &'a dyn Storage,
+    uuid: Uuid,
+    pub(super) sequence: u64,
+    offset: u64,
+    buf: Vec<u8>,
+}
+
+impl<'a> Writer<'a> {
+    pub(super) fn new(file: &'a dyn Storage, uuid: Uuid, first: u64) -> Self {
+        Self { file, uuid, sequence: first, offset: 0, buf: Vec::new() }
+    }
+
+    pub(super) fn put(&mut self, record: &Record) -> io::Result<()> {
+        let bytes = record.encode(&self.uuid, self.sequence);
+        self.sequence += 1;
+        self.copy(&bytes)
+    }
+
+    pub(super) fn copy(&mut self, bytes: &[u8; RECORD_LEN]) -> io::Result<()> {
+        self.buf.extend_from_slice(bytes);
+        if self.buf.len() >= BATCH * RECORD_LEN {
+            self.flush()?;
+        }
+        Ok(())
+    }
+
+    pub(super) fn flush(&mut self) -> io::Result<()> {
+        self.file.write_at(&[IoSlice::new(&self.buf)], self.offset)?;
+        self.offset += self.buf.len() as u64;
+        self.buf.clear();
+        Ok(())
+    }
+}

@@ -1,0 +1,177 @@
+//! New overlays: built beside their place, and renamed into it when all of it is durable.
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::io;
+use std::path::Path;
+use std::sync::Arc;
+
+use rustix::fs::FlockOperation;
+use uuid::Uuid;
+
+use super::residence::{Residence, remove_layer};
+use super::{Persistent, Place, top_layer};
+use crate::overlay::data::{HostFile, SEGMENT, Storage};
+use crate::overlay::log::Log;
+use crate::overlay::record::{Image, Tag};
+use crate::overlay::recover::Recovered;
+use crate::overlay::stack::{
+    LayerDir, LayerRecord, Stack, StackError, create_at, data_in, doing, make_dir_at, open_dir,
+    place_of_new,
+};
+use crate::overlay::{Overlay, life};
+
+/// What is to be made.
+pub struct New<'a> {
+    /// The disk's stack.
+    pub stack: Stack,
+    /// The first map of its top.
+    pub image: &'a Image,
+    /// The most bytes of data it may hold.
+    pub limit: Option<u64>,
+}
+
+/// A layer to be made in a new overlay, perhaps of one that exists elsewhere.
+pub struct Part<'a> {
+    /// Its place in the stack.
+    pub record: LayerRecord,
+    /// Its map.
+    pub image: Image,
+    /// Makes its data file in the directory of the layer.
+    pub put_data: PutData<'a>,
+}
+
+/// Makes the data file of a layer in the layer's directory.
+pub type PutData<'a> = Box<dyn FnOnce(&File) -> io::Result<HostFile> + 'a>;
+
+/// Makes an overlay with an empty top; all layers below that exist already.
+///
+/// # Errors
+/// [`StackError`]; nothing is left behind then.
+pub fn create(place: Place<'_>, new: New<'_>) -> Result<Persistent, StackError> {
+    let New { stack, image, limit } = new;
+    let part = Part {
+        record: top_layer(&stack)?,
+        image: image.clone(),
+        put_data: Box::new(|layer: &File| empty_data(layer, image.size)),
+    };
+    build(place, stack, vec![part], limit)
+}
+
+/// An empty data file for a disk of `size` bytes. It has its length from the start: later writes
+/// then change blocks only, not the file's size.
+pub(super) fn empty_data(layer: &File, size: u64) -> io::Result<HostFile> {
+    let file = create_at(layer, "data")?;
+    file.set_len(size.min(SEGMENT))?;
+    data_in(layer.try_clone()?, file)
+}
+
+/// Builds an overlay and `parts` of its layers, the top among them; all others exist already.
+/// `limit` caps the bytes of data that the top may hold.
+///
+/// # Errors
+/// [`StackError`]; nothing is left behind then.
+pub fn build(
+    place: Place<'_>,
+    stack: Stack,
+    parts: Vec<Part<'_>>,
+    limit: Option<u64>,
+) -> Result<Persistent, StackError> {
+    let parent = match place.layers {
+        None => place_of_new(place.dir)?,
+        Some(_) => place.dir.parent().unwrap_or(Path::new("/")),
+    };
+    let temp = tempfile::Builder::new()
+        .prefix(".cowslip-")
+        .tempdir_in(parent)
+        .map_err(doing("making a directory beside it"))?;
+    let dir = open_dir(temp.path()).map_err(doing("making a directory beside it"))?;
+    let layers = match place.layers {
+        None => make_dir_at(&dir, "layers"),
+        Some(path) => open_dir(path),
+    };
+    let layers = layers.map_err(doing("making its layers"))?;
+    let uuids: Vec<Uuid> = parts.iter().map(|part| part.record.uuid).collect();
+    let made = build_in(&dir, &layers, &stack, parts, limit).and_then(|made| {
+        let placed =
+            std::fs::rename(temp.path(), place.dir).and_then(|()| open_dir(parent)?.sync_all());
+        placed.map_err(doing("putting it in its place"))?;
+        Ok(made)
+    });
+    match made {
+        Ok((overlay, below, lock)) => {
+            let _ = temp.keep();
+            let home = Residence { stack, dir, layers, lock, torn: false };
+            let aside = Vec::new();
+            Ok(Persistent { overlay, below, aside, recovered: Recovered::New, home })
+        }
+        Err(error) => {
+            if place.layers.is_some() {
+                // Not below the temporary directory, which removes itself.
+                uuids.into_iter().for_each(|uuid| {
+                    let _ = remove_layer(&layers, uuid);
+                });
+            }
+            Err(error)
+        }
+    }
+}
+
+/// The layers that were built: the top one, those below it, and the lock.
+type Built = (Overlay, Vec<Arc<Overlay>>, File);
+
+fn build_in(
+    dir: &File,
+    layers: &File,
+    stack: &Stack,
+    parts: Vec<Part<'_>>,
+    limit: Option<u64>,
+) -> Result<Built, StackError> {
+    let mut sealed = HashMap::new();
+    let mut top = None;
+    for Part { record, image, put_data } in parts {
+        let is_top = Some(&record) == stack.layers.last();
+        let limit = limit.filter(|_| is_top);
+        let (layer, lock) = make_layer(layers, &record, &image, limit, put_data)?;
+        if is_top {
+            top = Some((layer, lock));
+        } else {
+            layer.settle().map_err(doing("closing its log"))?;
+            sealed.insert(record.uuid, Arc::new(layer));
+        }
+    }
+    let no_layer = || StackError::Syntax("it has no layer".to_owned());
+    let (overlay, lock) = top.ok_or_else(no_layer)?;
+    stack.write(dir)?;
+    let below = stack.tree().live().into_iter().skip(1);
+    let below = below.filter_map(|record| sealed.get(&record.uuid).cloned()).collect();
+    Ok((overlay, below, lock))
+}
+
+/// Makes the files of a layer durably, and locks it.
+pub(super) fn make_layer(
+    layers: &File,
+    record: &LayerRecord,
+    image: &Image,
+    limit: Option<u64>,
+    put_data: impl FnOnce(&File) -> io::Result<HostFile>,
+) -> Result<(Overlay, File), StackError> {
+    let layer = make_dir_at(layers, record.uuid.to_string()).map_err(doing("making its layer"))?;
+    let data = put_data(&layer).map_err(doing("making its data"))?;
+    data.sync().map_err(doing("making its data durable"))?;
+    let lock = data.first().try_clone().map_err(doing("locking it"))?;
+    rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive)
+        .map_err(|error| doing("locking it")(error.into()))?;
+    let start = || -> io::Result<(Log, Tag)> {
+        let tag = life::tag(&layer)?;
+        let home = Arc::new(LayerDir::new(layer.try_clone()?));
+        let log = Log::create(home, record.uuid, u64::from(record.block), image, tag, 1)?;
+        layer.sync_all()?;
+        layers.sync_all()?;
+        Ok((log, tag))
+    };
+    let (log, tag) = start().map_err(doing("writing its log"))?;
+    let image = image.clone();
+    let overlay = Overlay::new(record.block, Arc::new(data), image, Some(log), tag, limit);
+    Ok((overlay, lock))
+}

@@ -1,0 +1,203 @@
+//! Overlays that are there: locked first, read after.
+
+use std::fs::File;
+use std::io::{self, Read};
+use std::path::Path;
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use rustix::fs::{FlockOperation, OFlags};
+use uuid::Uuid;
+
+use super::residence::Residence;
+use super::{Holder, Persistent, Place, top_layer};
+use crate::overlay::recover::{self, Files, Recovered};
+use crate::overlay::shelf::Shelf;
+use crate::overlay::stack::{
+    LayerFiles, LayerRecord, Stack, StackError, doing, layer_files, open_at, open_dir,
+};
+use crate::overlay::{Overlay, life};
+
+/// How long a daemon that is draining is waited for.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// A persistent overlay found in its place, its lock taken, its log not read yet.
+pub struct Found {
+    /// What makes the disk.
+    pub stack: Stack,
+    pub(in crate::overlay) dir: File,
+    pub(in crate::overlay) layers: File,
+    lock: File,
+    files: Files,
+    record: LayerRecord,
+}
+
+/// Finds the overlay at `place` and takes its lock.
+///
+/// # Errors
+/// [`StackError`]: not there, damaged, of another version, in use.
+pub fn find(place: Place<'_>) -> Result<Found, StackError> {
+    let dir = open_dir(place.dir).map_err(|error| match error.kind() {
+        io::ErrorKind::NotADirectory => StackError::NotAnOverlay,
+        _ => doing("opening it")(error),
+    })?;
+    // Before its layers: a reflink overlay has none.
+    let mut record = top_layer(&Stack::read(&dir)?)?;
+    let layers = match place.layers {
+        None => open_at(&dir, "layers", OFlags::RDONLY | OFlags::DIRECTORY),
+        Some(path) => open_dir(path),
+    };
+    let layers = layers.map_err(doing("opening its layers"))?;
+    loop {
+        let layer = layer_files(&layers, &record, |data| lock(&dir, data))?;
+        // Once more under the lock: its last holder may have changed it.
+        let stack = Stack::read(&dir)?;
+        let top = top_layer(&stack)?;
+        if top == record {
+            let (lock, files) = (layer.lock, layer.files);
+            return Ok(Found { stack, dir, layers, lock, files, record });
+        }
+        record = top;
+    }
+}
+
+/// Opens a sealed layer. One that was not closed is recovered, made durable and closed first, by
+/// one process alone.
+pub(in crate::overlay) fn open_sealed(
+    layers: &File,
+    record: &LayerRecord,
+) -> Result<(Arc<Overlay>, Recovered), StackError> {
+    let in_log = |error| StackError::Log { uuid: record.uuid, error };
+    let LayerFiles { lock, files } = layer_files(layers, record, |_| Ok(()))?;
+    let tag = life::tag(layers).map_err(doing("reading the boot id"))?;
+    let trusted = recover::examine(&files, tag).map_err(in_log)?;
+    if trusted.recovered == Recovered::Clean {
+        let image = recover::load(&files, &trusted).map_err(in_log)?;
+        let layer = Overlay::closed(record.block, Arc::clone(&files.data), image, tag);
+        return Ok((Arc::new(layer), Recovered::Clean));
+    }
+    rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive)
+        .map_err(|error| doing("locking a layer to recover it")(error.into()))?;
+    let (layer, recovered) = Overlay::open(&files, tag, None).map_err(in_log)?;
+    layer.settle().map_err(doing("closing the log of a recovered layer"))?;
+    Ok((Arc::new(layer), recovered))
+}
+
+/// Takes the lock; a daemon that is draining is waited for, and the kernel, while it clears up
+/// after one that has died.
+pub(in crate::overlay) fn lock(dir: &File, data: &File) -> Result<(), StackError> {
+    let start = Instant::now();
+    loop {
+        match rustix::fs::flock(data, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => return Ok(()),
+            Err(rustix::io::Errno::WOULDBLOCK) => {}
+            Err(error) => return Err(doing("locking it")(error.into())),
+        }
+        let holder = read_holder(dir);
+        let is_leaving = holder.as_ref().is_some_and(|holder| {
+            holder.draining || !Path::new("/proc").join(holder.pid.to_string()).exists()
+        });
+        if !is_leaving || start.elapsed() > PATIENCE {
+            let (pid, mountpoint) =
+                holder.map_or((0, "unknown".to_owned()), |holder| (holder.pid, holder.mountpoint));
+            return Err(StackError::InUse { pid, mountpoint });
+        }
+        thread::sleep(Duration::from_millis(20));
+    }
+}
+
+fn read_holder(dir: &File) -> Option<Holder> {
+    let mut bytes = Vec::new();
+    open_at(dir, "holder", OFlags::RDONLY).ok()?.take(1 << 16).read_to_end(&mut bytes).ok()?;
+    serde_json::from_slice(&bytes).ok()
+}
+
+impl Found {
+    /// The block size in bytes.
+    #[must_use]
+    pub fn block(&self) -> u32 {
+        self.record.block
+    }
+
+    fn log_error(&self) -> impl Fn(recover::LogError) -> StackError + use<> {
+        let uuid = self.record.uuid;
+        move |error| StackError::Log { uuid, error }
+    }
+
+    /// Whether a commit into the base was begun and not finished.
+    ///
+    /// # Errors
+    /// [`StackError::Log`].
+    pub fn is_committing(&self) -> Result<bool, StackError> {
+        let tag = life::tag(&self.dir).map_err(doing("reading the boot id"))?;
+        let trusted = recover::examine(&self.files, tag).map_err(self.log_error())?;
+        let image = recover::load(&self.files, &trusted).map_err(self.log_error())?;
+        Ok(image.is_committing)
+    }
+
+    /// Opens it for use, taking from `shelf` the sealed layers that are open already. `limit` caps
+    /// the bytes of data that all its layers may hold together.
+    ///
+    /// # Errors
+    /// [`StackError`].
+    pub fn open(self, limit: Option<u64>, shelf: &Shelf) -> Result<Persistent, StackError> {
+        let tag = life::tag(&self.dir).map_err(doing("reading the boot id"))?;
+        let mut recovered = Recovered::Clean;
+        let mut below = Vec::new();
+        // The lowest first: what stands on it is read only once it is as it will stay.
+        for record in self.stack.tree().live().iter().skip(1).rev() {
+            below.push(shelf.get(record.uuid, || {
+                let (layer, found) = open_sealed(&self.layers, record)?;
+                recovered = recovered.and(found);
+                Ok::<_, StackError>(layer)
+            })?);
+        }
+        below.reverse();
+        let aside = self.open_aside(shelf);
+        let held: u64 = below.iter().map(|layer| layer.usage().data).sum();
+        let limit = limit.map(|limit| limit.saturating_sub(held));
+        let (overlay, found) = Overlay::open(&self.files, tag, limit).map_err(self.log_error())?;
+        let Self { stack, dir, layers, lock, .. } = self;
+        let home = Residence { stack, dir, layers, lock, torn: false };
+        Ok(Persistent { overlay, below, aside, recovered: recovered.and(found), home })
+    }
+
+    /// Opens the layers that the disk does not read through: they are its to make durable, too.
+    fn open_aside(&self, shelf: &Shelf) -> Vec<(Uuid, Arc<Overlay>)> {
+        let tree = self.stack.tree();
+        let live: Vec<Uuid> = tree.live().iter().map(|layer| layer.uuid).collect();
+        // A layer stands behind the one it stands on.
+        let aside = tree.layers.iter().filter(|layer| !live.contains(&layer.uuid));
+        let open = |record: &LayerRecord| {
+            let opened = shelf
+                .get(record.uuid, || open_sealed(&self.layers, record).map(|(layer, _)| layer));
+            match opened {
+                Ok(layer) => Some((record.uuid, layer)),
+                Err(error) => {
+                    log::warn!("layer {}, of a snapshot, cannot be opened: {error}", record.uuid);
+                    None
+                }
+            }
+        };
+        aside.filter_map(open).collect()
+    }
+
+    /// Removes the layers that the stack does not name: what an operation that was cut short left
+    /// behind. Only for an overlay that has its layers to itself.
+    pub fn sweep(&self) {
+        for layer in self.unused().unwrap_or_default() {
+            if let Err(error) = self.remove_unused(layer) {
+                let uuid = layer.uuid;
+                log::warn!("layer {uuid}, which nothing needs, is left behind: {error}");
+            }
+        }
+    }
+
+    /// Its directory, locked, for who changes the `stack` and reads no layer.
+    #[must_use]
+    pub fn into_home(self) -> Residence {
+        let Self { stack, dir, layers, lock, .. } = self;
+        Residence { stack, dir, layers, lock, torn: false }
+    }
+}

@@ -1,0 +1,88 @@
+//! Making and opening persistent overlays, one process at a time.
+//!
+//! A new overlay is built under a temporary name beside its place and renamed into it when all
+//! of it is durable, so there is never half an overlay to be found. The lock is on the inode of the
+//! top layer's `data`: hard links, bind mounts and renames cannot fool it. The file `holder` only
+//! tells people who has the lock.
+
+mod build;
+mod found;
+mod residence;
+
+use std::io;
+use std::path::Path;
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+pub use self::build::{New, Part, PutData, build, create};
+pub use self::found::{Found, find};
+pub(super) use self::found::{lock, open_sealed};
+pub use self::residence::Residence;
+pub(super) use self::residence::remove_layer;
+use super::Overlay;
+use super::recover::Recovered;
+use super::stack::{LayerRecord, Stack, StackError, doing};
+use crate::spec::OverlayKind;
+
+/// Where a persistent overlay lies.
+#[derive(Clone, Copy, Debug)]
+pub struct Place<'a> {
+    /// The directory with its `stack`.
+    pub dir: &'a Path,
+    /// The directory of its layers; `None`: `layers` inside `dir`.
+    pub layers: Option<&'a Path>,
+}
+
+/// Who has an overlay open, as its `holder` file tells people.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Holder {
+    /// The daemon's process id.
+    pub pid: u32,
+    /// Where it is mounted.
+    pub mountpoint: String,
+    /// It is on its way out: worth waiting for.
+    pub draining: bool,
+}
+
+/// A persistent overlay that is open.
+pub struct Persistent {
+    /// The layer that takes the writes.
+    pub overlay: Overlay,
+    /// The sealed layers below it, top to bottom.
+    pub below: Vec<Arc<Overlay>>,
+    /// The sealed layers that only snapshots beside it stand on.
+    pub aside: Vec<(Uuid, Arc<Overlay>)>,
+    /// How it was found.
+    pub recovered: Recovered,
+    /// The files that stay with it.
+    pub home: Residence,
+}
+
+/// Whether something is at `dir` already, and has to be opened rather than made.
+///
+/// # Errors
+/// [`StackError::NotAnOverlay`] when it is something else.
+pub fn exists(dir: &Path) -> Result<bool, StackError> {
+    match std::fs::read_dir(dir) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(error) if error.kind() == io::ErrorKind::NotADirectory => Err(StackError::NotAnOverlay),
+        Err(error) => Err(doing("opening it")(error)),
+        Ok(mut entries) => match dir.join("stack").try_exists() {
+            Ok(true) => Ok(true),
+            Ok(false) if entries.next().is_none() => Ok(false),
+            Ok(false) => Err(StackError::NotAnOverlay),
+            Err(error) => Err(doing("opening its 'stack'")(error)),
+        },
+    }
+}
+
+/// The layer that is written to.
+fn top_layer(stack: &Stack) -> Result<LayerRecord, StackError> {
+    if stack.kind == OverlayKind::Reflink {
+        return Err(StackError::Reflink);
+    }
+    let top = stack.layers.last().cloned();
+    top.ok_or_else(|| StackError::Syntax("it has no layer".to_owned()))
+}

@@ -1,0 +1,94 @@
+//! Which keys go together.
+
+use super::{Key, Value};
+use crate::spec::{DiskSpec, Flow, Mode, OverlayKind, Part, Source, SpecError, Target};
+
+/// A partition says by itself where it begins and ends.
+pub(super) fn check_part(seen: &[(&'static Key, &Value)]) -> Result<(), SpecError> {
+    let has = |name: &str| seen.iter().any(|(key, _)| key.name == name);
+    let other = ["offset", "len"].into_iter().find(|name| has(name));
+    match other.filter(|_| has("partition")) {
+        Some(other) => {
+            let why = format!("is there beside {other}=, and says both by itself: drop one");
+            Err(SpecError::key("partition", why))
+        }
+        None => Ok(()),
+    }
+}
+
+/// A reflink overlay is a whole file that shares its blocks with another one.
+pub(super) fn check_reflink(disk: &DiskSpec) -> Result<(), SpecError> {
+    if disk.overlay_kind != OverlayKind::Reflink {
+        return Ok(());
+    }
+    let refused = |name, why| Err(SpecError::key(name, why));
+    if !matches!(disk.source, Source::File(_)) {
+        return refused("reflink", "is for files, and this disk is blank: drop it");
+    }
+    if disk.part != Part::Whole {
+        return refused("reflink", "is for whole files, and this disk is a part of one: drop it");
+    }
+    if disk.overlay.is_none() {
+        return refused("reflink", "needs a place to stay: write overlay=DIR,reflink");
+    }
+    if disk.block.is_some() {
+        return refused("block", "is not for reflink, which takes the host's blocks: drop it");
+    }
+    if disk.limit.is_some() {
+        return refused("limit", "is not for reflink, whose space the host counts: drop it");
+    }
+    Ok(())
+}
+
+/// A stream flows one way, and only one.
+pub(super) fn check_flow(
+    disk: &DiskSpec,
+    seen: &[(&'static Key, &Value)],
+) -> Result<(), SpecError> {
+    let flows = seen.iter().filter(|(key, _)| key.is_flow()).count();
+    match (&disk.source, flows) {
+        (Source::Stream(_), 0) => Err(SpecError::Missing(
+            "a stream needs to=SINK or from=SOURCE: see cowslip mount --help",
+        )),
+        (Source::Stream(_), 2) => {
+            Err(SpecError::key("from", "is there beside to=: a stream flows one way, drop one"))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// What of a stream's keys needs another one.
+pub(super) fn check_stream(
+    disk: &DiskSpec,
+    seen: &[(&'static Key, &Value)],
+) -> Result<(), SpecError> {
+    let Source::Stream(stream) = &disk.source else {
+        return Ok(());
+    };
+    let has = |name: &str| seen.iter().any(|(key, _)| key.name == name);
+    let measures = stream.flow == Flow::Out(Target::Measure);
+    if has("spill-compress") && !has("spill") && !measures {
+        return Err(SpecError::key(
+            "spill-compress",
+            "needs spill=SIZE: without it nothing spills",
+        ));
+    }
+    if has("frames") && measures {
+        return Err(SpecError::key(
+            "frames",
+            "has no use with to=measure:, which sends nothing: drop it",
+        ));
+    }
+    Ok(())
+}
+
+/// A blank disk has no base to read or to write.
+pub(super) fn check_mode(disk: &DiskSpec) -> Result<(), SpecError> {
+    match (&disk.source, disk.mode) {
+        (Source::File(_) | Source::Stream(_), _) | (Source::Blank(_), Mode::Cow) => Ok(()),
+        (Source::Blank(_), mode) => {
+            let why = "is for files, and this disk is blank: drop it, a blank disk is mode=cow";
+            Err(SpecError::key(format!("mode={mode}"), why))
+        }
+    }
+}
