@@ -3,12 +3,13 @@
 import ctypes
 import os
 import re
+import signal
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 
-from host import Failed, Place, progress, resident, run
+from host import Failed, Place, is_alive, progress, resident, run, unmount, wait_until
 from targets import Mount, quote
 
 BLOCK = 4096
@@ -32,6 +33,7 @@ class Scale:
 
     rounds: int
     extents: int
+    opens: int
 
 
 @dataclass
@@ -52,9 +54,9 @@ class Row:
         return median(self.samples) if self.samples else None
 
 
-_libc = ctypes.CDLL(None, use_errno=True)
+libc = ctypes.CDLL(None, use_errno=True)
 # The name that takes 64-bit offsets on every machine.
-_libc.fallocate64.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+libc.fallocate64.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
 
 
 def fallocate(path: Path, mode: int, size: int) -> float:
@@ -62,7 +64,7 @@ def fallocate(path: Path, mode: int, size: int) -> float:
     fd = os.open(path, os.O_RDWR)
     try:
         start = time.perf_counter()
-        result = _libc.fallocate64(fd, mode | FALLOC_FL_KEEP_SIZE, 0, size)
+        result = libc.fallocate64(fd, mode | FALLOC_FL_KEEP_SIZE, 0, size)
         took = time.perf_counter() - start
         if result != 0:
             raise Failed(f"fallocate {path}: {os.strerror(ctypes.get_errno())}")
@@ -129,10 +131,11 @@ def mounting(place: Place, program: Path, rounds: int) -> list[Row]:
     overlay = quote(place.path / "untouched.cow")
     kinds = {"temporary": f"blank:{HUGE}", "persistent": f"blank:{HUGE},overlay={overlay}"}
     memory = Row("rss-untouched", "resident memory, untouched 16 TiB disk", "MiB", "< 32")
+    end = Row("umount", "umount of it", "ms", "< 50")
     rows = []
     progress("mounts")
     for kind, source in kinds.items():
-        row = Row(f"mount-{kind}", f"mount of an untouched 16 TiB disk, {kind} overlay", "ms", "< 100")
+        row = Row(f"mount-{kind}", f"mount of an untouched 16 TiB disk, {kind} overlay", "ms", "< 50")
         mount = Mount(place, program, f"untouched-{kind}", source)
         # The first one creates the overlay, which is not what is asked.
         mount.start()
@@ -142,9 +145,55 @@ def mounting(place: Place, program: Path, rounds: int) -> list[Row]:
             mount.start()
             row.samples.append((time.perf_counter() - start) * 1e3)
             memory.samples.append(resident(mount.find_pid()))
+            start = time.perf_counter()
             mount.stop()
+            end.samples.append((time.perf_counter() - start) * 1e3)
         rows.append(row)
-    return [*rows, memory]
+    return [*rows, end, memory]
+
+
+def many_disks(place: Place, program: Path, scale: Scale) -> list[Row]:
+    """Memory by the number of disks, and by how often they were opened."""
+    rows = []
+    for count in (1, 16, 256):
+        progress(f"{count} disks")
+        mount = Mount(place, program, f"many{count}", "blank:1G")
+        mount.more = [f"d{number}=blank:1G" for number in range(count - 1)]
+        mount.start()
+        pid = mount.find_pid()
+        rows.append(Row(f"rss-{count}", f"resident memory, {count} untouched disks", "MiB", "", [resident(pid)]))
+        if count == 1:
+            progress(f"{scale.opens:,} opens")
+            before = resident(pid)
+            for _ in range(scale.opens):
+                os.close(os.open(mount.path, os.O_RDONLY))
+            growth = Row("opens", f"what {scale.opens:,} opens add to it", "MiB", "nothing", [resident(pid) - before])
+        mount.stop()
+    return [*rows, growth]
+
+
+def recovering(place: Place, program: Path, rounds: int) -> list[Row]:
+    """Mounts of a disk whose map takes 64 MiB in memory: closed in order, and killed."""
+    overlay = quote(place.path / "map.cow")
+    mount = Mount(place, program, "map", f"blank:{HUGE},overlay={overlay}")
+    mount.start()
+    progress("a map of 64 MiB")
+    write_at(mount.path, range(0, 2 * TIB, CHUNK // WRITES_A_CHUNK))
+    opened = Row("mount-map", "mount of a disk with 64 MiB of map", "ms", "< 500")
+    killed = Row("recovery", "mount of it after kill -9", "ms", "< 1000")
+    for _ in range(rounds):
+        for row in (opened, killed):
+            if row is killed:
+                os.kill(mount.find_pid(), signal.SIGKILL)
+                wait_until("the end of the daemon", lambda: not is_alive(mount.pid))
+                unmount(mount.point)
+            else:
+                mount.stop()
+            start = time.perf_counter()
+            mount.start()
+            row.samples.append((time.perf_counter() - start) * 1e3)
+    mount.stop()
+    return [opened, killed]
 
 
 def seeking(place: Place, program: Path, scale: Scale) -> list[Row]:
@@ -161,7 +210,7 @@ def seeking(place: Place, program: Path, scale: Scale) -> list[Row]:
     for path in (mount.path, host):
         write_at(path, places)
     os.sync()
-    row = Row("seek-walk", f"SEEK_DATA/SEEK_HOLE walk, {scale.extents:,} extents, each", "µs", "< 25")
+    row = Row("seek-walk", f"SEEK_DATA/SEEK_HOLE walk, {scale.extents:,} extents, each", "µs", "<= 15")
     for _ in range(scale.rounds):
         row.samples.append(walk(mount.path, scale.extents))
         row.host.append(walk(host, scale.extents))
@@ -201,6 +250,8 @@ def whole_disk(place: Place, program: Path, rounds: int) -> list[Row]:
 def measure(place: Place, program: Path, scale: Scale) -> list[Row]:
     """All figures of real mounts."""
     rows = mounting(place, program, scale.rounds)
+    rows += many_disks(place, program, scale)
+    rows += recovering(place, program, scale.rounds)
     rows += seeking(place, program, scale)
     rows += whole_disk(place, program, scale.rounds)
     progress("")

@@ -3,9 +3,8 @@
 from statistics import median
 
 from figures import Row
-from jobs import Caches, Job, Results, Section
-
-HOST, COWSLIP = 0, 1
+from jobs import HOST, Caches, Job, Results, Section
+from scale import Table
 
 
 def amount(value: float | None, unit: str = "") -> str:
@@ -14,6 +13,8 @@ def amount(value: float | None, unit: str = "") -> str:
         return "-"
     if unit == "IOPS" and value >= 1000:
         return f"{value / 1000:.1f}k" if value < 100_000 else f"{value / 1000:.0f}k"
+    if unit == "s" and value < 10:
+        return f"{value:.2f}"
     return f"{value:.1f}" if value < 100 else f"{value:.0f}"
 
 
@@ -51,22 +52,27 @@ def print_environment(facts: dict) -> None:
         print("The machine is not idle: ratios may hold, absolute figures will not.")
 
 
+def goal(value: float | None) -> str:
+    return f">= {value:g}" if value else ""
+
+
 def job_row(results: Results, job: Job) -> list[str]:
-    host, cowslip, *peers = results.names
-    hollow = results.hollow if job.section is Section.FSYNC else set()
+    peers = results.peers()
+    durable = job.section in (Section.FSYNC, Section.WRITEBACK)
+    hollow = results.hollow if durable else set()
     cells = [f"  {job.title}", job.unit]
-    cells += [amount(results.median(job, name), job.unit) for name in (host, cowslip)]
-    cells += [ratio(results.ratio(job, cowslip, host)), f">= {job.floor:.2f}" if job.floor else ""]
+    cells += [amount(results.median(job, name), job.unit) for name in (HOST, job.ours)]
+    cells += [ratio(results.ratio(job, HOST)), goal(job.floor)]
     cells += [amount(results.median(job, name), job.unit) + "*" * (name in hollow) for name in peers]
     if peers:
-        cells.append(ratio(results.ratio(job, cowslip, results.best_peer(job))))
-    return cells + [spread(results.of(job, name), job.unit) for name in (host, cowslip)]
+        cells += [ratio(results.ratio(job, results.best_peer(job))), goal(job.lead)]
+    return cells + [spread(results.of(job, name), job.unit) for name in (HOST, job.ours)]
 
 
 def print_jobs(results: Results) -> None:
     """One table; sections in the order of `Section`."""
-    host, cowslip, *peers = results.names
-    head = ["", "", host, cowslip, "/host", "target", *peers, *(["/best peer"] if peers else [])]
+    peers = results.peers()
+    head = ["", "", HOST, "cowslip", "/host", "target", *peers, *(["/best peer", "target"] if peers else [])]
     head += ["host min-max", "cowslip min-max"]
     rows = []
     for section in Section:
@@ -97,7 +103,6 @@ def print_figures(rows: list[Row]) -> None:
 
 
 def jobs_as_json(results: Results) -> dict:
-    host, cowslip = results.names[HOST], results.names[COWSLIP]
     listed = []
     for job in results.jobs:
         best = results.best_peer(job)
@@ -111,10 +116,12 @@ def jobs_as_json(results: Results) -> dict:
                 "fio": list(job.options),
                 "medians": {name: results.median(job, name) for name in results.names},
                 "samples": {name: results.of(job, name) for name in results.names},
-                "ratio_to_host": results.ratio(job, cowslip, host),
+                "target": job.ours,
+                "ratio_to_host": results.ratio(job, HOST),
                 "target_ratio": job.floor,
+                "target_ratio_to_best_peer": job.lead,
                 "best_peer": best,
-                "ratio_to_best_peer": results.ratio(job, cowslip, best),
+                "ratio_to_best_peer": results.ratio(job, best),
             }
         )
     caches = {kind.name.lower(): kind.value for kind in Caches}
@@ -136,5 +143,37 @@ def figures_as_json(rows: list[Row]) -> dict:
                 "note": row.note,
             }
             for row in rows
+        ]
+    }
+
+
+def print_scale(table: Table) -> None:
+    """A row for each variant; beside each figure its ratio to the first of the group."""
+    rows, group = [], None
+    for variant in table.variants:
+        if variant.group != group:
+            group = variant.group
+            rows.append([f"by {group}"])
+        cells = [f"  {variant.title}"]
+        for job in table.jobs:
+            cells += [amount(variant.median(job.key), job.unit), ratio(table.ratio(variant, job.key))]
+        rows.append(cells)
+    print("\nThe same work on more and on larger; ratios are to the first of each group")
+    head = [""]
+    for job in table.jobs:
+        head += [f"{job.title}, {job.unit}", ""]
+    print_table(head, rows)
+
+
+def scale_as_json(table: Table) -> dict:
+    return {
+        "scale": [
+            {
+                "group": variant.group,
+                "title": variant.title,
+                "samples": variant.samples,
+                "ratios": {job.key: table.ratio(variant, job.key) for job in table.jobs},
+            }
+            for variant in table.variants
         ]
     }

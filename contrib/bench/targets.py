@@ -11,6 +11,7 @@ import signal
 import subprocess
 from pathlib import Path
 
+import jobs
 from host import Failed, Place, end, mounts_in, run, unmount, wait_until
 
 CHUNK = 1 << 20
@@ -35,7 +36,7 @@ def quote(path: Path) -> str:
 class HostFile:
     """The bare file. It is overwritten in place; there is nothing to be fresh."""
 
-    name = "host file"
+    name = jobs.HOST
     fsync_is_real = True
 
     def __init__(self, place: Place, size: int):
@@ -55,17 +56,20 @@ class HostFile:
 class Mount:
     """A cowslip mount of one disk, `disk` in the mount."""
 
-    def __init__(self, place: Place, program: Path, name: str, source: str):
+    def __init__(self, place: Place, program: Path, name: str, source: str, *options: str):
         self.program = program
+        self.options = options
         self.point = place.path / name
         self.path = self.point / "disk"
         self.disk = f"disk={source}"
+        #: Other disks of the mount.
+        self.more = []
         self.pid = None
         self.point.mkdir()
         place.keep(self)
 
     def start(self) -> None:
-        run(self.program, "mount", self.point, self.disk)
+        run(self.program, "mount", *self.options, self.point, self.disk, *self.more)
         self.path.stat()
 
     def is_up(self) -> bool:
@@ -91,18 +95,43 @@ class Mount:
 class Cowslip(Mount):
     """cowslip with a persistent overlay, so fsync has something to make durable."""
 
-    name = "cowslip"
+    name = jobs.OURS
     fsync_is_real = True
 
+    options: tuple[str, ...] = ()
+
     def __init__(self, place: Place, base: Path, program: Path):
-        self.overlay = place.path / "disk.cow"
-        super().__init__(place, program, "cowslip", f"{quote(base)},overlay={quote(self.overlay)}")
+        self.overlay = place.path / f"{self.name}.cow"
+        source = f"{quote(base)},overlay={quote(self.overlay)}"
+        super().__init__(place, program, self.name, source, *self.options)
 
     def fresh(self) -> None:
         self.stop()
         shutil.rmtree(self.overlay, ignore_errors=True)
         self.start()
         self.find_pid()
+
+
+class Writeback(Cowslip):
+    """The same, with the kernel holding writes back."""
+
+    name = jobs.WRITEBACK
+    options = ("--cache", "writeback")
+
+
+class Plain(Mount):
+    """A disk without an overlay, in the mode that it is named after."""
+
+    fsync_is_real = True
+
+    def __init__(self, place: Place, file: Path, program: Path, name: str):
+        self.name = name
+        super().__init__(place, program, name.replace("=", "-"), f"{quote(file)},{name}")
+
+    def fresh(self) -> None:
+        if not self.is_up():
+            self.start()
+            self.find_pid()
 
 
 class Peer:
@@ -203,4 +232,24 @@ class Nbdkit(Peer):
         self.launch("nbdfuse", self.path, "[", "nbdkit", "--filter=cow", "file", self.base, "]")
 
 
-PEERS = [Qemu, Nbdkit]
+class Xmount(Peer):
+    """xmount over the raw base with a cache file. It goes into the background by itself."""
+
+    name = "xmount"
+    fsync_is_real = False
+    programs = ("xmount",)
+
+    def fresh(self) -> None:
+        self.stop()
+        point, cache = self.dir / "m", self.dir / "cache"
+        point.mkdir(exist_ok=True)
+        cache.unlink(missing_ok=True)
+        run("xmount", "--in", "raw", self.base, "--out", "raw", "--cache", cache, point)
+        self.path = point / f"{self.base.stem}.dd"
+        wait_until(f"the disk of {self.name}", self.path.exists)
+
+    def is_up(self) -> bool:
+        return bool(mounts_in(self.dir))
+
+
+PEERS = [Qemu, Nbdkit, Xmount]
