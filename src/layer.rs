@@ -124,4 +124,9 @@ pub trait WritableLayer: Layer {
     /// # Errors
     /// The host's errno; the layer has latched then and every later write and sync is `EIO`.
     fn sync(&self) -> io::Result<()>;
+
+    /// Whether a failed sync has made it read-only. A stream fails in ways of its own.
+    fn is_latched(&self) -> bool {
+        false
+    }
 }

@@ -244,6 +244,95 @@ fn reads_and_writes_of_an_open_disk_need_no_daemon() {
 }
 
 #[test]
+fn a_file_of_mode_rw_that_is_passed_through_does_what_the_model_does() {
+    let lab = lab();
+    lab.sh("cp host/base.img host/rw.img");
+    model(&lab, "host/rw.img", "d=host/rw.img,mode=rw,passthrough");
+    assert!(!lab.log().contains("without passthrough"), "{}", lab.log());
+    lab.mount("d=host/rw.img,mode=rw,passthrough");
+    let file = lab.open("m/d");
+    file.write_all_at(b"x", 0).unwrap();
+    let (pid, again) = (lab.pid(), file.try_clone().unwrap());
+    signal(pid, Signal::STOP).unwrap();
+    let (tell, told) = mpsc::channel();
+    let io = thread::spawn(move || {
+        again.write_all_at(b"past the daemon", 5000).unwrap();
+        tell.send(read(&again, 5000, 15)).unwrap();
+    });
+    let found = told.recv_timeout(Duration::from_secs(5));
+    signal(pid, Signal::CONT).unwrap();
+    io.join().unwrap();
+    assert_eq!(found.unwrap(), b"past the daemon");
+    assert_eq!(read(&lab.open_ro("host/rw.img"), 5000, 15), b"past the daemon");
+    drop(file);
+    lab.end();
+}
+
+#[test]
+fn a_file_of_mode_ro_that_is_passed_through_is_read_past_the_daemon_and_never_written() {
+    let lab = lab();
+    lab.mount("d=host/base.img,mode=ro,passthrough");
+    let file = lab.open_ro("m/d");
+    let (pid, again) = (lab.pid(), file.try_clone().unwrap());
+    signal(pid, Signal::STOP).unwrap();
+    let (tell, told) = mpsc::channel();
+    let io = thread::spawn(move || tell.send(read(&again, 4000, 5000)).unwrap());
+    let found = told.recv_timeout(Duration::from_secs(5));
+    signal(pid, Signal::CONT).unwrap();
+    io.join().unwrap();
+    assert_eq!(found.unwrap(), read(&lab.open_ro("host/base.img"), 4000, 5000));
+    let written = OpenOptions::new().write(true).open(lab.path("m/d"));
+    assert_eq!(errno_of(written), libc::EROFS);
+    let before = lab.sh("stat -c %Y host/base.img");
+    lab.sh("touch -d 2001-01-01 m/d || true");
+    assert_eq!(lab.sh("stat -c %Y host/base.img"), before);
+    drop(file);
+    lab.end();
+}
+
+#[test]
+fn a_failed_sync_latches_a_file_of_mode_rw_and_status_says_so() {
+    for words in ["d=host/rw.img,mode=rw", "d=host/rw.img,mode=rw,passthrough"] {
+        let lab = Lab::new();
+        lab.host("host", "xfs", 400 * MIB);
+        File::create(lab.path("host/rw.img")).unwrap().write_all(&noise(MIB, 1)).unwrap();
+        lab.sh("sync -f host");
+        lab.mount(words);
+        let file = lab.open("m/d");
+        file.write_all_at(&noise(5000, 2), 5000).unwrap();
+        lab.sh("xfs_io -x -c shutdown host");
+        for _ in 0..2 {
+            assert_eq!(errno_of(file.sync_all()), libc::EIO, "{words}");
+        }
+        assert_eq!(lab.disk("d")["state"], "read-only", "{words}");
+        let opened = OpenOptions::new().write(true).open(lab.path("m/d"));
+        assert_eq!(errno_of(opened.and_then(|file| file.write_all_at(b"x", 0))), libc::EIO);
+        drop(file);
+        let output = lab.cowslip("umount m");
+        assert_eq!(output.status.code(), Some(1), "{}", show(&output));
+        lab.end();
+    }
+}
+
+#[test]
+fn what_is_no_whole_file_is_not_passed_through() {
+    let lab = lab();
+    lab.sh("qemu-img create -q -f qcow2 host/q.qcow2 1M");
+    let device = lab.loop_device("host/base.img", "-r");
+    for (code, words, says) in [
+        (2, "d=host/base.img,passthrough", "is for mode=ro and mode=rw"),
+        (2, "d=host/base.img,mode=ro,offset=512,passthrough", "is for whole files"),
+        (1, "d=host/q.qcow2,format=qcow2,mode=ro,passthrough", "is not a raw file"),
+        (1, &format!("d={device},mode=ro,passthrough"), "is not a raw file"),
+    ] {
+        let line = lab.refused(code, &format!("mount m {words}"));
+        assert!(line.contains(says), "{line}");
+    }
+    lab.sh(&format!("losetup -d {device}"));
+    lab.end();
+}
+
+#[test]
 fn a_write_past_the_end_is_seen_by_everybody() {
     let lab = lab();
     lab.mount(DISK);

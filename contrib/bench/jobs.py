@@ -47,8 +47,8 @@ class Section(Enum):
     DIRECT = "O_DIRECT, no fsync: all but the host file go through the host's page cache, where the base is warm"
     FSYNC = "Ends with fsync, or has one after each write: durable when it ends"
     WRITEBACK = "--cache writeback, ends with fsync"
-    READ_ONLY = "mode=ro, beside the file itself"
-    IN_PLACE = "mode=rw, beside a file like it"
+    READ_ONLY = "mode=ro,passthrough, beside the file itself"
+    IN_PLACE = "mode=rw,passthrough, beside a file like it"
     TOOLS = "Plain tools, seconds; nothing is made durable but by the unmount"
 
 

@@ -120,13 +120,13 @@ class Writeback(Cowslip):
 
 
 class Plain(Mount):
-    """A disk without an overlay, in the mode that it is named after."""
+    """A disk without an overlay, in the mode that it is named after, passed through (root)."""
 
     fsync_is_real = True
 
     def __init__(self, place: Place, file: Path, program: Path, name: str):
         self.name = name
-        super().__init__(place, program, name.replace("=", "-"), f"{quote(file)},{name}")
+        super().__init__(place, program, name.replace("=", "-"), f"{quote(file)},{name},passthrough")
 
     def fresh(self) -> None:
         if not self.is_up():

@@ -77,6 +77,12 @@ pub enum BaseError {
         .0.display()
     )]
     OnlyRead(PathBuf),
+    /// It is no file that the kernel could read and write itself.
+    #[error(
+        "'{}' is not a raw file, which alone is passed through: leave out passthrough",
+        .0.display()
+    )]
+    NotPassed(PathBuf),
     /// A qcow2 image, or one that it needs.
     #[error(transparent)]
     Chain(#[from] ChainError),

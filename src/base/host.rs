@@ -16,7 +16,7 @@ use super::raw::{HostKind, RawBase};
 use super::view::{self, View};
 use super::{Access, lock};
 use crate::layer::WritableLayer;
-use crate::spec::Locking;
+use crate::spec::{Locking, Passthrough};
 
 /// A file or device of the host, open and locked.
 pub struct Host {
@@ -48,6 +48,7 @@ pub(super) fn open_host_file(
     path: &Path,
     access: Access,
     locking: Locking,
+    passthrough: Passthrough,
 ) -> Result<Host, BaseError> {
     let host = |error: io::Error| BaseError::host(path, access, error);
     // Looked at before it is opened: opening a watchdog or a tape already does something.
@@ -72,7 +73,11 @@ pub(super) fn open_host_file(
     }
     let file = Arc::new(file);
     // From here on it releases the locks when it goes.
-    let raw = Arc::new(RawBase::new(file.clone(), kind, size).map_err(host)?);
+    let raw = match (kind, passthrough) {
+        (HostKind::File, Passthrough::On) => RawBase::whole(file.clone()),
+        _ => RawBase::new(file.clone(), kind, size),
+    };
+    let raw = Arc::new(raw.map_err(host)?);
     Ok(Host { file, raw, size })
 }
 

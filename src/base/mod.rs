@@ -45,7 +45,7 @@ pub use self::host::{Host, Writable, open_writable};
 use self::identity::Identity;
 use self::view::View;
 use crate::layer::{Layer, WritableLayer};
-use crate::spec::{Format, Locking, Part, Source};
+use crate::spec::{Format, Locking, Part, Passthrough, Source};
 
 /// What a base is opened for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -67,6 +67,8 @@ pub struct Opening<'a> {
     pub access: Access,
     /// Whether QEMU's locks are taken.
     pub locking: Locking,
+    /// Whether others may read and write it with our consent, past us: the kernel.
+    pub passthrough: Passthrough,
     /// Directories below which files may lie that an image names, besides its own.
     pub allow_backing: &'a [PathBuf],
 }
@@ -139,8 +141,8 @@ pub fn open(source: &Source, how: Opening<'_>) -> Result<Base, BaseError> {
 }
 
 fn open_file(path: &Path, how: Opening<'_>) -> Result<Base, BaseError> {
-    let Opening { format, part, access, locking, allow_backing } = how;
-    let host = open_host_file(path, access, locking)?;
+    let Opening { format, part, access, locking, passthrough, allow_backing } = how;
+    let host = open_host_file(path, access, locking, passthrough)?;
     let unreadable = |error: io::Error| BaseError::host(path, access, error);
     check_format(path, &host, format).map_err(unreadable)??;
     let real = path.canonicalize().unwrap_or_else(|_| path.to_owned());
@@ -156,6 +158,11 @@ fn open_file(path: &Path, how: Opening<'_>) -> Result<Base, BaseError> {
         (Access::Write, Some(Format::Qcow2)) => return Err(BaseError::OnlyRead(path.to_owned())),
         _ => host.raw,
     };
+    if passthrough == Passthrough::On
+        && (format.is_some_and(|format| format != Format::Raw) || sector.is_some())
+    {
+        return Err(BaseError::NotPassed(path.to_owned()));
+    }
     let view = view::find(part, &*whole, sector)
         .map_err(|error| BaseError::Part { path: path.to_owned(), error })?;
     let size = view.as_ref().map_or(whole.size(), |view| view.end - view.start);
@@ -223,7 +230,8 @@ mod tests {
     use rustix::io::Errno;
 
     fn how(format: Option<Format>, access: Access) -> Opening<'static> {
-        Opening { format, part: Part::Whole, access, locking: Locking::Qemu, allow_backing: &[] }
+        let (part, locking, passthrough) = (Part::Whole, Locking::Qemu, Passthrough::Off);
+        Opening { format, part, access, locking, passthrough, allow_backing: &[] }
     }
 
     fn open_path(path: &Path, format: Option<Format>) -> Result<Base, BaseError> {

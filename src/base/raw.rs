@@ -117,12 +117,6 @@ impl RawBase {
         self.kind
     }
 
-    /// Whether a failed sync has made it read-only.
-    #[must_use]
-    pub fn is_latched(&self) -> bool {
-        self.has_latched.load(Ordering::Acquire)
-    }
-
     /// Makes it read-only, as a failed [`sync`](WritableLayer::sync) does.
     pub fn latch(&self) {
         self.has_latched.store(true, Ordering::Release);
@@ -401,6 +395,10 @@ impl WritableLayer for RawBase {
             self.has_latched.store(true, Ordering::Release);
         }
         answer
+    }
+
+    fn is_latched(&self) -> bool {
+        self.has_latched.load(Ordering::Acquire)
     }
 }
 

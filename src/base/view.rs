@@ -235,6 +235,10 @@ impl WritableLayer for View<RawBase> {
     fn sync(&self) -> io::Result<()> {
         self.base.sync()
     }
+
+    fn is_latched(&self) -> bool {
+        self.base.is_latched()
+    }
 }
 
 #[cfg(test)]

@@ -18,7 +18,7 @@ use crate::base::identity::Identity;
 use crate::base::{self, Access, BaseError, Opening};
 use crate::overlay::persist;
 use crate::overlay::stack::{BaseRecord, FileRecord, Stack, StackError};
-use crate::spec::{Format, Locking, Part, Source};
+use crate::spec::{Format, Locking, Part, Passthrough, Source};
 
 #[derive(Debug, Args)]
 pub(super) struct RebaseArgs {
@@ -132,7 +132,8 @@ fn look(
     allow_backing: &[PathBuf],
 ) -> anyhow::Result<Looked> {
     let source = Source::File(path.to_owned());
-    let how = Opening { format, part, access: Access::Read, locking: Locking::Qemu, allow_backing };
+    let (access, locking, passthrough) = (Access::Read, Locking::Qemu, Passthrough::Off);
+    let how = Opening { format, part, access, locking, passthrough, allow_backing };
     let base = base::open(&source, how)?;
     let unreadable = || format!("cannot read the base '{}'", path.display());
     let identity = base.identity().with_context(unreadable)?;

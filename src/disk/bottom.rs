@@ -71,6 +71,13 @@ impl Bottom {
         }
     }
 
+    pub(super) fn file(&self) -> Option<&Arc<File>> {
+        match self {
+            Self::File { file, .. } => Some(file),
+            Self::Blank(_) => None,
+        }
+    }
+
     pub(super) fn allow_backing(&self) -> &[PathBuf] {
         match self {
             Self::File { allow_backing, .. } => allow_backing,

@@ -157,7 +157,7 @@ impl Layers {
     }
 
     /// What takes changes; `EROFS` when nothing does.
-    fn writable(&self) -> io::Result<&dyn WritableLayer> {
+    pub(super) fn writable(&self) -> io::Result<&dyn WritableLayer> {
         match &self.top {
             Top::Overlay(overlay) => Ok(&**overlay),
             Top::Reflink(reflink) => Ok(&**reflink),

@@ -14,6 +14,7 @@ mod life;
 mod open;
 mod reflink;
 mod stream;
+mod whole;
 
 use std::io as stdio;
 use std::os::unix::fs::MetadataExt;
@@ -48,7 +49,7 @@ use crate::overlay::sealed::Sealed;
 use crate::overlay::stack::inode_of;
 use crate::overlay::tree::Tree;
 use crate::pool::Pool;
-use crate::spec::{CopyUp, Mode, Resize};
+use crate::spec::{CopyUp, Mode, Passthrough, Resize};
 use crate::stream::Stream;
 
 /// The most extents that are walked for one st_blocks: what lies behind them counts as data.
@@ -158,6 +159,8 @@ pub struct Disk {
     /// What it was made from, for people.
     pub source: String,
     resize: Resize,
+    /// Whether the kernel may go straight to its file.
+    passthrough: Passthrough,
     /// Shared for changes of bytes, exclusive for changes of the size or of the layers.
     gate: RwLock<()>,
     /// Held while waiting for the gate exclusive (`gate_alone`).
@@ -334,7 +337,7 @@ impl Disk {
     /// # Errors
     /// `EAGAIN` under [`Wait::No`] when the base would have to be waited for; the host's errno.
     pub fn attributes(&self, wait: Wait) -> stdio::Result<Attributes> {
-        if let Some(found) = self.reflink_attributes()? {
+        if let Some(found) = self.file_attributes()? {
             return Ok(found);
         }
         let allocated = self.allocated(wait)?;
@@ -473,7 +476,7 @@ impl Disk {
         if let Some(atime) = atime {
             self.times.atime.store(from_time(atime), Ordering::Relaxed);
         }
-        self.set_reflink_times(atime, mtime);
+        self.set_file_times(atime, mtime);
         if let Some(mtime) = mtime.map(from_time) {
             self.times.mtime.store(mtime, Ordering::Relaxed);
             self.times.chosen.store(true, Ordering::SeqCst);
@@ -606,8 +609,7 @@ impl Disk {
     /// Whether a failed sync has made the disk read-only.
     #[must_use]
     pub fn is_latched(&self) -> bool {
-        self.overlay().is_some_and(|overlay| overlay.is_latched())
-            || self.reflink().is_some_and(|reflink| reflink.is_latched())
+        self.layers().writable().is_ok_and(WritableLayer::is_latched)
     }
 
     /// Makes the temporary overlay persistent at `place`; durable when it returns.

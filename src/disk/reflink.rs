@@ -1,14 +1,7 @@
-//! Disks over a reflink overlay: opening one, and what is asked of its file instead of the disk.
-//!
-//! Writes may come past the daemon (passthrough), so size, times and space are the file's own, at
-//! the moment they are asked for.
+//! Disks over a reflink overlay: opening one.
 
-use std::fs::File;
-use std::io;
-use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::SystemTime;
 
 use parking_lot::Mutex;
 use uuid::Uuid;
@@ -17,12 +10,12 @@ use super::bottom::{Bottom, check_base};
 use super::open::{
     OpenError, Opened, Setting, adopt_owner, assemble, in_overlay, new_stack, notes_on_overlay,
 };
-use super::{Attributes, Disk, Home, Layers, Owner, Times, Top, mtime_of, to_time};
+use super::{Disk, Home, Layers, Owner, Times, Top, mtime_of};
 use crate::layer::Layer;
 use crate::overlay::recover::Recovered;
 use crate::overlay::reflink::{self, Persistent, Reflink, ReflinkError, Source};
 use crate::overlay::{DEFAULT_BLOCK, LARGEST};
-use crate::spec::{DiskSpec, Format, OverlayKind, Resize, format_size};
+use crate::spec::{DiskSpec, Format, OverlayKind, format_size};
 
 /// Whether `spec` asks for a reflink overlay, or `dir` holds one.
 ///
@@ -159,44 +152,6 @@ impl Disk {
         match &self.layers().top {
             Top::Reflink(reflink) => Some(Arc::clone(reflink)),
             Top::Overlay(_) | Top::Base(_) | Top::Nothing => None,
-        }
-    }
-
-    /// The host file that is the whole disk, when reads and writes may go straight to it: its
-    /// bytes, its length and its times are the disk's, and whoever may write the disk may make it
-    /// longer. The same answer from the disk's first open to its last release.
-    #[must_use]
-    pub fn passthrough(&self) -> Option<Arc<File>> {
-        // A disk of fixed size refuses what a file takes.
-        let reflink = self.reflink().filter(|_| self.resize == Resize::Follow)?;
-        Some(Arc::clone(reflink.data()))
-    }
-
-    /// What stat(2) says, when the disk is one file.
-    pub(super) fn reflink_attributes(&self) -> io::Result<Option<Attributes>> {
-        let Some(reflink) = self.reflink() else { return Ok(None) };
-        let found = reflink.data().metadata()?;
-        let changed = |secs: i64, nanos: i64| {
-            let after_chown = self.times.ctime.load(std::sync::atomic::Ordering::Relaxed);
-            secs.saturating_mul(1_000_000_000).saturating_add(nanos).max(after_chown)
-        };
-        Ok(Some(Attributes {
-            size: found.len(),
-            allocated: found.blocks() * 512,
-            owner: self.owner(),
-            atime: found.accessed()?,
-            mtime: found.modified()?,
-            ctime: to_time(changed(found.ctime(), found.ctime_nsec())),
-            block: self.block(),
-        }))
-    }
-
-    /// Sets the times that are given, when the disk is one file.
-    pub(super) fn set_reflink_times(&self, atime: Option<SystemTime>, mtime: Option<SystemTime>) {
-        if let Some(reflink) = self.reflink()
-            && let Err(error) = reflink.set_times(atime, mtime)
-        {
-            log::warn!("the times of {} are not set: {error}", self.source);
         }
     }
 }

@@ -387,6 +387,10 @@ impl WritableLayer for Overlay {
     fn sync(&self) -> io::Result<()> {
         self.sync_all()
     }
+
+    fn is_latched(&self) -> bool {
+        Overlay::is_latched(self)
+    }
 }
 
 impl Overlay {

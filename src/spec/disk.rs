@@ -255,6 +255,7 @@ mod tests {
 
     use super::super::CopyUp;
     use super::*;
+    use crate::spec::Passthrough;
     use crate::spec::{Locking, Mode, OverlayKind, Part, Resize};
 
     const DIR: &str = "/home/me";
@@ -475,6 +476,7 @@ mod tests {
             disk.gid.map(|gid| format!("gid={gid}")),
             disk.perm.map(|perm| format!("perm={perm:04o}")),
             (disk.locking == Locking::Off).then(|| "lock=off".to_owned()),
+            (disk.passthrough == Passthrough::On).then(|| "passthrough".to_owned()),
         ];
         for key in keys.into_iter().flatten() {
             text.push(",");
@@ -519,7 +521,7 @@ mod tests {
             gid in proptest::option::of(0..u32::MAX),
             perm in proptest::option::of(0_u16..=0o777),
             unlocked: bool,
-            (read, cache) in any::<(bool, bool)>(),
+            (read, cache, passed) in any::<(bool, bool, bool)>(),
         ) -> DiskSpec {
             let is_file = path.is_some();
             let source = path.map_or(Source::Blank(4096), |path| Source::File(path.into()));
@@ -537,6 +539,10 @@ mod tests {
                 resize: if is_cow { resize } else { Resize::Follow },
                 copy_up: CopyUp { read: read && is_cow, cache: cache && is_cow },
                 locking: if is_file && unlocked { Locking::Off } else { Locking::Qemu },
+                passthrough: match part {
+                    Part::Whole if passed && is_file && !is_cow => Passthrough::On,
+                    _ => Passthrough::Off,
+                },
             }
         }
     }

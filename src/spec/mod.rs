@@ -81,6 +81,8 @@ pub struct DiskSpec {
     pub perm: Option<u16>,
     /// Whether qemu's locks are taken on the base.
     pub locking: Locking,
+    /// Whether the kernel may go straight to the file. Only without an overlay.
+    pub passthrough: Passthrough,
 }
 
 impl DiskSpec {
@@ -104,6 +106,7 @@ impl DiskSpec {
             gid: None,
             perm: None,
             locking: Locking::Qemu,
+            passthrough: Passthrough::Off,
         }
     }
 }
@@ -269,6 +272,16 @@ pub enum Resize {
     Follow,
     /// Other sizes are refused, and `O_TRUNC` discards (`resize=off`).
     Fixed,
+}
+
+/// Who reads and writes the file that a disk without an overlay is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Passthrough {
+    /// The daemon, which bounds every wait and notices what is missing.
+    #[default]
+    Off,
+    /// The kernel, where it can: as fast as the file, and as patient.
+    On,
 }
 
 /// Whether qemu's locks are taken on a base.

@@ -125,6 +125,7 @@ fn open_layers(
         part: spec.part,
         access,
         locking: spec.locking,
+        passthrough: spec.passthrough,
         allow_backing: &setting.allow_backing,
     };
     let base = base::open(&spec.source, how)?;
@@ -217,6 +218,7 @@ pub(super) fn assemble(
         mode: spec.mode,
         source,
         resize: spec.resize,
+        passthrough: spec.passthrough,
         gate: RwLock::new(()),
         line: Mutex::new(()),
         layers: RwLock::new(Arc::new(layers)),

@@ -104,6 +104,7 @@ pub fn clone_stored(
         part: spec.part,
         access: Access::Read,
         locking: spec.locking,
+        passthrough: spec.passthrough,
         allow_backing: bottom.allow_backing(),
     };
     let base = base::open(&spec.source, how)?;

@@ -33,11 +33,10 @@ mod home;
 mod intent;
 mod snapshots;
 
-use std::fs::{File, FileTimes};
+use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::sync::Arc;
-use std::time::SystemTime;
 
 use parking_lot::Mutex;
 
@@ -79,25 +78,6 @@ impl Reflink {
     #[must_use]
     pub fn is_latched(&self) -> bool {
         self.bytes.is_latched()
-    }
-
-    /// Sets the times that are given.
-    ///
-    /// # Errors
-    /// The host's errno.
-    pub fn set_times(
-        &self,
-        atime: Option<SystemTime>,
-        mtime: Option<SystemTime>,
-    ) -> io::Result<()> {
-        let mut times = FileTimes::new();
-        if let Some(atime) = atime {
-            times = times.set_accessed(atime);
-        }
-        if let Some(mtime) = mtime {
-            times = times.set_modified(mtime);
-        }
-        self.data.set_times(times)
     }
 }
 
@@ -153,5 +133,9 @@ impl WritableLayer for Reflink {
 
     fn sync(&self) -> io::Result<()> {
         self.bytes.sync()
+    }
+
+    fn is_latched(&self) -> bool {
+        self.bytes.is_latched()
     }
 }

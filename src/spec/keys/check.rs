@@ -1,7 +1,9 @@
 //! Which keys go together.
 
 use super::{Key, Value};
-use crate::spec::{DiskSpec, Flow, Mode, OverlayKind, Part, Source, SpecError, Target};
+use crate::spec::{
+    DiskSpec, Flow, Mode, OverlayKind, Part, Passthrough, Source, SpecError, Target,
+};
 
 /// A partition says by itself where it begins and ends.
 pub(super) fn check_part(seen: &[(&'static Key, &Value)]) -> Result<(), SpecError> {
@@ -36,6 +38,24 @@ pub(super) fn check_reflink(disk: &DiskSpec) -> Result<(), SpecError> {
     }
     if disk.limit.is_some() {
         return refused("limit", "is not for reflink, whose space the host counts: drop it");
+    }
+    Ok(())
+}
+
+/// Only a disk that is a whole file can be read and written as that.
+pub(super) fn check_passthrough(disk: &DiskSpec) -> Result<(), SpecError> {
+    if disk.passthrough == Passthrough::Off {
+        return Ok(());
+    }
+    let refused = |why| Err(SpecError::key("passthrough", why));
+    if disk.mode == Mode::Cow {
+        return refused(
+            "is for mode=ro and mode=rw, and this disk has an overlay: drop it, or make the \
+             overlay one with reflink",
+        );
+    }
+    if disk.part != Part::Whole {
+        return refused("is for whole files, and this disk is a part of one: drop it");
     }
     Ok(())
 }

@@ -8,7 +8,9 @@ use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
-use self::check::{check_flow, check_mode, check_part, check_reflink, check_stream};
+use self::check::{
+    check_flow, check_mode, check_part, check_passthrough, check_reflink, check_stream,
+};
 use self::table::KEYS;
 use super::error::{self, decimal, hint, shown};
 use super::{DiskSpec, Flow, Format, Mode, Source, SpecError, StreamSpec, parse_size};
@@ -130,6 +132,7 @@ pub(super) fn apply(
     check_mode(disk)?;
     seen.iter().try_for_each(|(key, _)| key.check(disk))?;
     check_reflink(disk)?;
+    check_passthrough(disk)?;
     check_stream(disk, &seen)
 }
 

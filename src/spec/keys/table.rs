@@ -3,7 +3,7 @@
 use super::{For, Key, Set, Switch};
 use crate::spec::{
     Compress, DiskSpec, FinishWhen, Flow, Frames, Locking, Mode, OverlayKind, Overwrite, Pad, Part,
-    Resize, SpecError, Spool, StreamSpec, Target, error, flow,
+    Passthrough, Resize, SpecError, Spool, StreamSpec, Target, error, flow,
 };
 
 /// Every key there is.
@@ -37,6 +37,7 @@ pub(super) static KEYS: &[Key] = &[
     row("gid", For::All, "1000", Set::Id(|disk, id| disk.gid = Some(id))),
     row("perm", For::All, "0644", Set::Perm(|disk, perm| disk.perm = Some(perm))),
     row("lock", For::Files, "on|off", Set::Switch(set_lock)),
+    row("passthrough", For::Files, "on|off", Set::Switch(set_passthrough)),
     row("offset", For::Files, "1M", Set::Size(set_offset)),
     row("len", For::Files, "4G", Set::Size(set_len)),
     row(
@@ -133,6 +134,13 @@ fn set_reflink(disk: &mut DiskSpec, switch: Switch) {
     disk.overlay_kind = match switch {
         Switch::On => OverlayKind::Reflink,
         Switch::Off => OverlayKind::Blocks,
+    };
+}
+
+fn set_passthrough(disk: &mut DiskSpec, switch: Switch) {
+    disk.passthrough = match switch {
+        Switch::On => Passthrough::On,
+        Switch::Off => Passthrough::Off,
     };
 }
 
