@@ -8,6 +8,7 @@ use std::io::{self, IoSlice};
 use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::FileExt;
+use std::path::Path;
 
 use rustix::fs::FallocateFlags;
 
@@ -17,6 +18,33 @@ use crate::layer::Wait;
 #[must_use]
 pub fn errno(code: i32) -> io::Error {
     io::Error::from_raw_os_error(code)
+}
+
+/// What an error says, without the number that Rust adds to it.
+#[must_use]
+pub fn said(error: &io::Error) -> String {
+    let text = error.to_string();
+    match text.rfind(" (os error ") {
+        Some(at) => text[..at].to_owned(),
+        None => text,
+    }
+}
+
+/// Makes what `path` is named durable: syncs the directory it is in.
+///
+/// # Errors
+/// The host's errno.
+pub fn sync_dir_of(path: &Path) -> io::Result<()> {
+    let parent = match path.parent() {
+        Some(parent) if parent != Path::new("") => parent,
+        Some(_) => Path::new("."),
+        None => Path::new("/"),
+    };
+    match File::open(parent)?.sync_all() {
+        // Some file systems cannot sync a directory; there it is as durable as it gets.
+        Err(error) if error.raw_os_error() == Some(libc::EINVAL) => Ok(()),
+        done => done,
+    }
 }
 
 /// Reads up to `buf.len()` bytes at `offset`; fewer only at the end of the file.

@@ -24,6 +24,7 @@ pub mod journal;
 pub mod layer;
 pub mod mount;
 pub mod overlay;
+pub mod part;
 pub mod pool;
 pub mod spec;
 pub mod store;

@@ -6,7 +6,9 @@
 mod common;
 
 use std::fs;
-use std::os::unix::fs::FileExt;
+use std::io::Read;
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::process::Stdio;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -362,5 +364,34 @@ fn what_has_no_diff_says_so() {
         assert!(line.contains(says), "{words}: {line}");
     }
     assert_eq!(lab.sh("ls -A"), "base.img\ndir\nlog.txt\nm\n");
+    lab.end();
+}
+
+#[test]
+fn a_commit_waits_until_nobody_reads_a_diff() {
+    let lab = Lab::new();
+    lab.sh("truncate -s 16M base.img");
+    lab.mount("d=base.img,overlay=ov");
+    lab.open("m/d").write_all_at(&noise(8 * MIB, 1), MIB).unwrap();
+    let before = checksum(&lab.path("m/d"));
+    // Its pipe is full long before the end, and nobody reads on.
+    let mut diff = lab.command(COWSLIP);
+    diff.args(["diff", "m/d", "-O", "rbd", "-o", "-"]).stdout(Stdio::piped());
+    let mut diff = Running(diff.spawn().unwrap());
+    let mut stdout = diff.0.stdout.take().unwrap();
+    stdout.read_exact(&mut [0; 12]).unwrap();
+    let line = lab.refused(1, "commit m/d");
+    assert!(line.contains("a diff of it is being read"), "{line}");
+    assert_eq!(lab.open_ro("base.img").metadata().unwrap().blocks(), 0, "the base is as it was");
+    std::io::copy(&mut stdout, &mut std::io::sink()).unwrap();
+    assert!(diff.0.wait().unwrap().success());
+    // What was frozen is let go of a moment after it was closed.
+    let limit = Instant::now() + PATIENCE;
+    while !lab.cowslip("commit m/d").status.success() {
+        assert!(Instant::now() < limit, "it is held for ever");
+        thread::sleep(Duration::from_millis(100));
+    }
+    assert_eq!(checksum(&lab.path("base.img")), before);
+    assert_eq!(checksum(&lab.path("m/d")), before);
     lab.end();
 }

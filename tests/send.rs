@@ -6,9 +6,11 @@
 mod common;
 
 use std::fs::{self, File};
+use std::io::{Read, Write};
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::path::Path;
-use std::process::{Output, Stdio};
+use std::process::{ChildStdout, Output, Stdio};
+use std::time::Instant;
 
 use common::mount::*;
 use cowslip::stream::frames::rbd;
@@ -16,6 +18,19 @@ use proptest::prelude::*;
 
 /// Places with data: where they start, and their bytes.
 type Pieces = &'static [(u64, u64)];
+
+/// As [`common::mount::one_line`], less the lines a second that slow transfers print.
+#[track_caller]
+fn one_line(code: i32, output: &Output, what: &str) -> String {
+    let text = String::from_utf8_lossy(&output.stderr).into_owned();
+    let lines = text.split_inclusive('\n').filter(|line| !is_progress(line));
+    let stderr = lines.collect::<String>().into_bytes();
+    common::mount::one_line(code, &Output { stderr, ..output.clone() }, what)
+}
+
+fn is_progress(line: &str) -> bool {
+    ["sent ", "received "].iter().any(|verb| line.starts_with(verb)) && line.contains(" of data, ")
+}
 
 /// A sparse file: `size` bytes, with noise at these places.
 fn sparse(lab: &Lab, name: &str, size: u64, data: &[(u64, u64)]) {
@@ -426,22 +441,160 @@ fn the_map_is_the_same_where_the_file_system_allocates_more_than_it_was_asked_fo
     lab.end();
 }
 
+/// `cowslip send WORDS` whose stream nobody reads past its banner.
+#[track_caller]
+fn begin_send(lab: &Lab, words: &str) -> (std::process::Child, ChildStdout) {
+    let mut sender = lab.command(COWSLIP);
+    sender.arg("send").args(words.split_whitespace());
+    let mut sender = sender.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut stdout = sender.stdout.take().unwrap();
+    let mut first = [0; 12];
+    stdout.read_exact(&mut first).unwrap();
+    assert_eq!(&first, rbd::BANNER);
+    (sender, stdout)
+}
+
+#[test]
+fn a_mounted_disk_is_sent_as_it_was_at_one_moment() {
+    let mut lab = Lab::new();
+    lab.base("base.img", 64 * MIB);
+    lab.mount("d=base.img,overlay=ov t=base.img");
+    for disk in ["m/d", "m/t"] {
+        let file = lab.open(disk);
+        file.write_all_at(&noise(9 * MIB, 3), 12_345).unwrap();
+        lab.sh(&format!("cp --sparse=always {disk} want"));
+        // The pipe is full long before the end.
+        let (sender, mut stdout) = begin_send(&lab, disk);
+        // All of it, first to last, and in the middle of that a part that is cut off.
+        file.write_all_at(&noise(63 * MIB, 8), 0).unwrap();
+        file.set_len(40 * MIB).unwrap();
+        file.set_len(65 * MIB).unwrap();
+        file.sync_all().unwrap();
+        let mut sent = rbd::BANNER.to_vec();
+        stdout.read_to_end(&mut sent).unwrap();
+        let output = sender.wait_with_output().unwrap();
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success() && said.lines().all(is_progress), "{said}");
+        assert!(recv(&lab, "out --overwrite", &sent).status.success());
+        lab.sh(&format!("cmp want out; ! cmp -s {disk} out"));
+    }
+    lab.umount();
+    lab.end();
+}
+
+#[test]
+fn changes_are_sent_as_they_were_at_one_moment() {
+    let mut lab = Lab::new();
+    lab.base("base.img", 64 * MIB);
+    lab.mount("d=base.img,overlay=ov");
+    let disk = lab.open("m/d");
+    disk.write_all_at(&noise(MIB, 3), 8 * MIB).unwrap();
+    lab.ok("snapshot m/d monday");
+    disk.write_all_at(&noise(20 * MIB, 5), 30 * MIB).unwrap();
+    lab.sh("cp m/d want; $COWSLIP send m/.cowslip/d/snapshots/monday | $COWSLIP recv old");
+    let (sender, mut stdout) = begin_send(&lab, "m/d --since monday");
+    disk.write_all_at(&noise(63 * MIB, 8), 0).unwrap();
+    // Not even a new snapshot disturbs it.
+    lab.ok("snapshot m/d tuesday");
+    let mut sent = rbd::BANNER.to_vec();
+    stdout.read_to_end(&mut sent).unwrap();
+    assert!(sender.wait_with_output().unwrap().status.success());
+    assert!((sent.len() as u64) < 20 * MIB + 10_000, "{}", sent.len());
+    assert!(recv(&lab, "new --onto old", &sent).status.success());
+    lab.sh("cmp want new");
+    drop(disk);
+    lab.umount();
+    lab.end();
+}
+
+#[test]
+fn a_frozen_disk_can_be_resumed_until_it_is_written_to() {
+    let mut lab = Lab::new();
+    lab.base("base.img", 200 * MIB);
+    lab.mount("d=base.img,overlay=ov");
+    let disk = lab.open("m/d");
+    disk.write_all_at(&noise(130 * MIB, 3), 0).unwrap();
+    let sent = wire(&lab, "m/d");
+    one_line(1, &recv(&lab, "out", &sent[..80 << 20]), "cut");
+    assert_eq!(lab.ok("recv out --resume-offset"), "67108864\n");
+    // What was frozen before is one with the disk again, or not: it is the same disk.
+    let rest = wire(&lab, "m/d --from 64M");
+    one_line(1, &recv(&lab, "out --resume", &rest[..65 << 20]), "cut");
+    assert_eq!(lab.ok("recv out --resume-offset"), "134217728\n");
+    disk.write_all_at(b"new", 199 * MIB).unwrap();
+    let line = one_line(1, &recv(&lab, "out --resume", &wire(&lab, "m/d --from 128M")), "changed");
+    assert!(line.contains("changed since 'out.part' was begun"), "{line}");
+    drop(disk);
+    lab.umount();
+    lab.end();
+}
+
+#[test]
+fn a_disk_that_cannot_be_frozen_is_sent_live_and_a_change_is_told() {
+    let lab = Lab::new();
+    sparse(&lab, "base.img", 64 * MIB, &[(0, 64 * MIB)]);
+    lab.mount("d=base.img,mode=rw");
+    let disk = lab.open("m/d");
+    let (sender, mut stdout) = begin_send(&lab, "m/d");
+    disk.write_all_at(&noise(MIB, 8), 60 * MIB).unwrap();
+    let mut sent = rbd::BANNER.to_vec();
+    stdout.read_to_end(&mut sent).unwrap();
+    let output = sender.wait_with_output().unwrap();
+    let line = one_line(0, &output, "written to");
+    assert!(line.contains("was written to while it was sent"), "{line}");
+    assert!(recv(&lab, "out", &sent).status.success());
+    lab.sh("cmp m/d out");
+    let line = lab.refused(1, "send m/d --since monday");
+    assert!(line.contains("no overlay"), "{line}");
+    drop(disk);
+    lab.umount();
+    lab.end();
+}
+
+#[test]
+fn who_may_only_read_a_disk_can_send_it_too() {
+    let mut lab = Lab::new();
+    lab.base("base.img", 16 * MIB);
+    lab.mount("d=base.img,perm=0644 -o allow_other");
+    lab.open("m/d").write_all_at(&noise(100_000, 3), 12_345).unwrap();
+    // Another user may not reach the program where it was built.
+    lab.sh("chmod 755 .; cp $COWSLIP program; chmod 755 program
+        setpriv --reuid 65534 --clear-groups ./program send m/d | $COWSLIP recv out; cmp m/d out
+        ! setpriv --reuid 65534 --clear-groups ./program send m/d --since x 2> why");
+    let why = fs::read_to_string(lab.path("why")).unwrap();
+    assert!(why.contains("does not let you ask"), "{why}");
+    assert_eq!(lab.disk("d")["overlay"]["chain"].as_array().unwrap().len(), 1, "it was frozen");
+    lab.umount();
+    lab.end();
+}
+
+#[test]
+fn off_a_terminal_a_slow_transfer_prints_a_line_a_second() {
+    let lab = Lab::new();
+    sparse(&lab, "x", 32 * MIB, &[(0, 32 * MIB)]);
+    let slow = "i=0; while [ $i -lt 8 ]; do head -c 4M; sleep 0.4; i=$((i + 1)); done; cat";
+    let begun = Instant::now();
+    lab.sh(&format!("$COWSLIP send x 2> sent | {{ {slow}; }} | $COWSLIP recv out 2> received"));
+    same(&lab, "x", "out");
+    for verb in ["sent", "received"] {
+        let text = fs::read_to_string(lab.path(verb)).unwrap();
+        let lines = text.lines().count();
+        assert!((2..=begun.elapsed().as_secs() as usize + 1).contains(&lines), "{text}");
+        assert!(text.lines().all(|line| line.starts_with(verb) && is_progress(line)), "{text}");
+        assert!(!text.contains(['\r', '\x1b']), "{text}");
+    }
+    lab.end();
+}
+
 #[test]
 fn a_source_that_gets_shorter_is_an_error_and_no_file() {
     let lab = Lab::new();
     sparse(&lab, "x", 64 * MIB, &[(0, 64 * MIB)]);
     // The pipe is full long before the end, so the source is cut in the middle of it.
-    let mut sender = lab.command(COWSLIP);
-    let mut sender = sender.args(["send", "x"]);
-    sender = sender.stdout(Stdio::piped()).stderr(Stdio::piped());
-    let mut sender = sender.spawn().unwrap();
-    let mut stdout = sender.stdout.take().unwrap();
-    let mut first = [0; 12];
-    std::io::Read::read_exact(&mut stdout, &mut first).unwrap();
-    assert_eq!(&first, rbd::BANNER);
+    let (sender, mut stdout) = begin_send(&lab, "x");
     lab.sh("truncate -s 32M x");
-    let mut rest = first.to_vec();
-    std::io::Read::read_to_end(&mut stdout, &mut rest).unwrap();
+    let mut rest = rbd::BANNER.to_vec();
+    stdout.read_to_end(&mut rest).unwrap();
     let line = one_line(1, &sender.wait_with_output().unwrap(), "shorter");
     assert!(line.contains("got shorter while it was sent"), "{line}");
     one_line(1, &recv(&lab, "out", &rest), "the stream of it");
@@ -478,7 +631,7 @@ fn two_receivers_do_not_share_a_part() {
     first = first.stderr(Stdio::inherit());
     let mut first = first.spawn().unwrap();
     let mut stdin = first.stdin.take().unwrap();
-    std::io::Write::write_all(&mut stdin, &sent[..1000]).unwrap();
+    stdin.write_all(&sent[..1000]).unwrap();
     wait_until("the part", || is_there(&lab, "out.part"));
     let inode = fs::metadata(lab.path("out.part")).unwrap().ino();
     let lock = format!(":{inode} ");
@@ -486,7 +639,7 @@ fn two_receivers_do_not_share_a_part() {
     let line = one_line(1, &recv(&lab, "out", &sent), "the second");
     assert!(line.contains("received by another"), "{line}");
     assert_eq!(fs::metadata(lab.path("out.part")).unwrap().ino(), inode);
-    std::io::Write::write_all(&mut stdin, &sent[1000..]).unwrap();
+    stdin.write_all(&sent[1000..]).unwrap();
     drop(stdin);
     assert!(first.wait().unwrap().success());
     same(&lab, "x", "out");

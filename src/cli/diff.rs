@@ -1,8 +1,7 @@
 //! `cowslip diff`: the changes of a mounted disk as a file that other tools take.
 //!
-//! The daemon freezes the disk and shows it as two files, one of them with data where something
-//! changed (`disk/life/differ.rs`). What is written, and where to, is done here, with the rights of
-//! who asked.
+//! The daemon freezes the disk (`moment.rs`). What is written, and where to, is done here, with the
+//! rights of who asked.
 
 use std::fs::{self, File};
 use std::io::{self, BufWriter, IsTerminal, Write};
@@ -11,9 +10,10 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use clap::{Args, ValueEnum};
-use serde_json::{Value, json};
+use serde_json::Value;
 
 use super::client::Place;
+use super::moment::Moment;
 use super::progress::Progress;
 use super::{DONE, Failure, die_of_a_closed_pipe, say};
 use crate::export::bmap::Mapped;
@@ -142,29 +142,16 @@ pub(super) fn run(args: &DiffArgs) -> anyhow::Result<u8> {
 
 /// Has the daemon freeze the disk, and finds out what has changed.
 fn freeze(place: &Place, args: &DiffArgs) -> anyhow::Result<Frozen> {
-    let mut progress = Progress::new();
-    let request = json!({ "op": "difference", "since": args.since, "until": args.until });
-    let found = place.ask(&request, |now| progress.show(now));
-    progress.end();
-    let found = found?;
-    let dir = place.mountpoint.join(".cowslip").join(place.disk.as_deref().unwrap_or_default());
-    let open = |key: &str| -> io::Result<File> {
-        File::open(dir.join("snapshots").join(found[key].as_str().unwrap_or_default()))
-    };
+    let (since, until) = (args.since.as_deref(), args.until.as_deref());
+    let Moment { file, changed, base: found } = Moment::freeze(place, &args.file, since, until)?;
     let failed = || format!("cannot read '{}'", args.file.display());
-    let file = open("file").with_context(failed)?;
-    let changed = open("changed").with_context(failed)?;
     let size = file.metadata().with_context(failed)?.len();
     let changed = (!args.full).then_some(&changed);
     let runs = export::plan(&file, changed, size).with_context(failed)?;
-    let text = |key: &str| found["base"][key].as_str().map(str::to_owned);
+    let text = |key: &str| found[key].as_str().map(str::to_owned);
     let base = text("path").zip(text("format"));
     let base = base.map(|(name, format)| Backing { name, format });
-    if found["base"] == "part"
-        && args.output == Output::Qcow2
-        && args.backing.is_none()
-        && !args.full
-    {
+    if found == "part" && args.output == Output::Qcow2 && args.backing.is_none() && !args.full {
         anyhow::bail!(
             "its base is a part of a file, which a qcow2 image has no name for: --full writes all of it"
         );

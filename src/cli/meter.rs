@@ -1,51 +1,51 @@
-//! How far a transfer is, on a terminal: data, holes, rate, time left.
+//! How far a transfer is: data, holes, rate, time left.
 //!
 //! At both ends of `cowslip send ... | cowslip recv ...` there is the same terminal, with one line
 //! for it: the end that locks the terminal first has it.
 
 use std::fs::File;
-use std::io::{self, IsTerminal, Write};
+use std::io::{self, IsTerminal};
 use std::time::{Duration, Instant};
 
 use rustix::fs::{FlockOperation, Mode, OFlags, flock};
 
+use super::progress::Line;
 use crate::spec::format_size;
 use crate::transfer::Told;
 
-/// How often the line changes.
-const EVERY: Duration = Duration::from_millis(250);
-
-/// The line; nothing where there is no terminal.
+/// What is shown.
 pub(super) struct Meter {
+    /// `None`: the other end has the terminal.
+    line: Option<Line>,
     /// The terminal, locked.
     _terminal: Option<File>,
-    is_shown: bool,
+    /// What is done with the bytes: sent, received.
+    verb: &'static str,
     /// About how much data there is, where that is known.
     data: Option<u64>,
     started: Instant,
-    shown: Option<Instant>,
 }
 
 impl Meter {
-    pub(super) fn new(data: Option<u64>) -> Self {
+    pub(super) fn new(verb: &'static str, data: Option<u64>) -> Self {
         let terminal = io::stderr().is_terminal().then(lock);
-        let is_shown = matches!(&terminal, Some(Ok(_)));
+        let line = (!matches!(&terminal, Some(Err(_)))).then(Line::new);
         let terminal = terminal.and_then(Result::ok);
-        Self { _terminal: terminal, is_shown, data, started: Instant::now(), shown: None }
+        Self { line, _terminal: terminal, verb, data, started: Instant::now() }
     }
 
     pub(super) fn show(&mut self, told: &Told) {
-        if !self.is_shown || self.shown.unwrap_or(self.started).elapsed() < EVERY {
-            return;
+        if let Some(shown) = &mut self.line
+            && shown.is_due()
+        {
+            let text = line(told, self.data, self.started.elapsed());
+            shown.show(&format!("{} {text}", self.verb));
         }
-        self.shown = Some(Instant::now());
-        let text = line(told, self.data, self.started.elapsed());
-        let _ = write!(io::stderr(), "\r\x1b[K{text}");
     }
 
     pub(super) fn end(&mut self) {
-        if self.shown.take().is_some() {
-            let _ = write!(io::stderr(), "\r\x1b[K");
+        if let Some(line) = &mut self.line {
+            line.end();
         }
     }
 }

@@ -25,6 +25,7 @@ mod keep;
 mod log;
 mod map;
 mod meter;
+mod moment;
 mod mount;
 mod plan;
 mod progress;

@@ -11,8 +11,8 @@ use clap::Args;
 use super::meter::Meter;
 use super::send::frames;
 use super::{DONE, Failure, say};
-use crate::spec::{Frames, format_size};
-use crate::transfer::{Begin, Existing, ReceivePlan, receive, resume_offset};
+use crate::spec::{Overwrite, format_size};
+use crate::transfer::{Begin, Frames, ReceivePlan, receive, resume_offset};
 
 #[derive(Debug, Args)]
 pub(super) struct RecvArgs {
@@ -27,10 +27,11 @@ pub(super) struct RecvArgs {
     /// Replace the file, or write to the device
     #[arg(long)]
     overwrite: bool,
-    /// What comes over the wire: rbd (data and holes as records), or raw (plain bytes)
-    #[arg(long, value_name = "rbd|raw", default_value = "rbd", value_parser = frames)]
+    /// What comes over the wire: rbd (data and holes as records), raw (plain bytes) or android-sparse
+    #[arg(long, value_name = "FRAMES", default_value = "rbd", value_parser = frames)]
     frames: Frames,
-    /// For 'cowslip send --since': the file that holds that snapshot; it stays as it is
+    /// What does not arrive is as in this file, which stays as it is: for 'cowslip send --since',
+    /// the file that holds that snapshot
     #[arg(long, value_name = "OLD")]
     onto: Option<PathBuf>,
 }
@@ -44,21 +45,23 @@ pub(super) fn run(args: &RecvArgs) -> anyhow::Result<u8> {
     if stdin.is_terminal() {
         return Err(Failure::usage("nobody types an image: cowslip send FILE | cowslip recv NAME"));
     }
-    if args.frames == Frames::Raw && (args.resume || args.onto.is_some()) {
-        return Err(Failure::usage(
-            "--resume and --onto need --frames rbd: plain bytes say nothing",
-        ));
+    let is_raw = args.frames == Frames::Raw;
+    if args.resume && args.frames != Frames::Rbd {
+        return Err(Failure::usage("--resume needs --frames rbd: nothing else says what is right"));
+    }
+    if args.onto.is_some() && is_raw {
+        return Err(Failure::usage("--onto needs other --frames: plain bytes have no gaps"));
     }
     // Not `Stdin`, which has a buffer of its own.
     let input = File::from(stdin.as_fd().try_clone_to_owned().context("cannot use stdin")?);
     let plan = ReceivePlan {
         path: args.file.clone(),
-        existing: if args.overwrite { Existing::Overwrite } else { Existing::Refuse },
+        overwrite: if args.overwrite { Overwrite::Yes } else { Overwrite::No },
         begin: if args.resume { Begin::Resume } else { Begin::Anew },
         frames: args.frames,
         onto: args.onto.clone(),
     };
-    let mut meter = Meter::new(None);
+    let mut meter = Meter::new("received", None);
     let received = receive(input, &plan, &mut |told| meter.show(told));
     meter.end();
     let received = received?;

@@ -8,15 +8,14 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
 use clap::Args;
-use serde_json::Value;
 
-use super::client::Place;
-use super::map::pieces::each_piece;
+use super::client::{AskError, Place};
 use super::meter::Meter;
-use super::table::printable;
+use super::moment::Moment;
 use super::{DONE, Failure, die_of_a_closed_pipe};
-use crate::spec::{Frames, parse_size};
-use crate::transfer::{Changes, Detect, SendPlan, Source, send};
+use crate::export;
+use crate::spec::parse_size;
+use crate::transfer::{Changes, Detect, Frames, SendPlan, Source, send};
 
 /// 1 MiB: what anybody may make a pipe, so that the two ends wait less for each other.
 const PIPE: usize = 1 << 20;
@@ -28,8 +27,8 @@ pub(super) struct SendArgs {
     /// Begin at this byte: what 'cowslip recv --resume-offset' says
     #[arg(long, value_name = "OFFSET", value_parser = size)]
     from: Option<u64>,
-    /// What goes over the wire: rbd (data and holes as records), or raw (plain bytes)
-    #[arg(long, value_name = "rbd|raw", default_value = "rbd", value_parser = frames)]
+    /// What goes over the wire: rbd (data and holes as records), raw (plain bytes) or android-sparse
+    #[arg(long, value_name = "FRAMES", default_value = "rbd", value_parser = frames)]
     frames: Frames,
     /// Send blocks that hold only zeros as holes
     #[arg(long)]
@@ -48,7 +47,8 @@ pub(super) fn frames(text: &str) -> Result<Frames, String> {
     match text {
         "rbd" => Ok(Frames::Rbd),
         "raw" => Ok(Frames::Raw),
-        _ => Err("write rbd or raw".to_owned()),
+        "android-sparse" => Ok(Frames::AndroidSparse),
+        _ => Err("write rbd, raw or android-sparse".to_owned()),
     }
 }
 
@@ -60,22 +60,27 @@ pub(super) fn run(args: &SendArgs) -> anyhow::Result<u8> {
             "an image is not for a terminal: cowslip send FILE | cowslip recv NAME",
         ));
     }
-    if args.since.is_some() && args.frames == Frames::Raw {
-        return Err(Failure::usage("--since needs --frames rbd: plain bytes have no gaps"));
+    if args.since.is_some() && args.frames != Frames::Rbd {
+        return Err(Failure::usage("--since needs --frames rbd: only records say since when"));
+    }
+    if args.frames == Frames::AndroidSparse && (args.from.is_some() || args.detect_zeroes) {
+        return Err(Failure::usage(
+            "--from and --detect-zeroes need --frames rbd: an Android sparse image begins with \
+             all that it holds",
+        ));
     }
     // Not `Stdout`, which looks for line ends.
     let out = File::from(stdout.as_fd().try_clone_to_owned().context("cannot use stdout")?);
     // What is no pipe cannot be one, and a smaller one works as well.
     let _ = rustix::pipe::fcntl_setpipe_size(&out, PIPE);
-    let changes = args.since.as_deref().map(|since| changes(&args.file, since)).transpose()?;
-    let source = Source::open(&args.file)?;
+    let (source, changes) = open(&args.file, args.since.as_deref())?;
     let plan = SendPlan {
         from: args.from.unwrap_or(0),
         frames: args.frames,
         detect: if args.detect_zeroes { Detect::Always } else { Detect::AsNeeded },
         changes,
     };
-    let mut meter = Meter::new(source.data());
+    let mut meter = Meter::new("sent", source.data());
     let sent = send(&source, out, &plan, &mut |told| meter.show(told));
     meter.end();
     if sent?.has_changed {
@@ -89,61 +94,43 @@ pub(super) fn run(args: &SendArgs) -> anyhow::Result<u8> {
     Ok(DONE)
 }
 
-/// What changed in the mounted disk `file` since its snapshot `since`: what layers above the
-/// snapshot's provide.
-fn changes(file: &Path, since: &str) -> anyhow::Result<Changes> {
-    let place = Place::of_disk(file)?;
-    let before = place.status()?;
-    let depth = depth(&before, since).with_context(|| {
-        let (file, since) = (file.display(), printable(since));
-        format!("'{file}' has no snapshot '{since}' below it: cowslip snapshot {file} --list")
-    })?;
-    let mut ranges: Vec<Range<u64>> = Vec::new();
-    let mut feed = place.open("map");
-    let read = each_piece(&mut feed, |piece| {
-        let end = piece.start.saturating_add(piece.length);
-        if piece.depth < depth {
-            match ranges.last_mut() {
-                Some(last) if last.end == piece.start => last.end = end,
-                _ => ranges.push(piece.start..end),
-            }
+/// Opens what is sent: of a mounted disk one moment, if its mount can freeze it.
+fn open(file: &Path, since: Option<&str>) -> anyhow::Result<(Source, Option<Changes>)> {
+    let place = match Place::of_disk(file) {
+        Ok(place) if file != Path::new("-") => place,
+        Err(error) if since.is_some() => return Err(error),
+        _ => return Ok((Source::open(file)?, None)),
+    };
+    let mut changes = None;
+    let frozen = Source::frozen(file, || {
+        let moment = Moment::freeze(&place, file, since, None)?;
+        if let Some(since) = since {
+            let ranges = ranges(&moment).with_context(|| cannot_read(file))?;
+            changes = Some(Changes { since: since.to_owned(), ranges });
         }
-        Ok(())
+        Ok::<_, anyhow::Error>(moment.file)
     });
-    read.map_err(|error| feed.explain(error))?;
-    // Meanwhile a snapshot may have come or gone, and the depths with it.
-    if chain(&place.status()?) != chain(&before) {
-        anyhow::bail!("the layers of '{}' changed meanwhile: try again", file.display());
+    match frozen {
+        // Without an overlay of blocks, or for somebody who may only read: as any other file.
+        Err(error) if since.is_none() && is_refused(&error) => Ok((Source::open(file)?, None)),
+        frozen => Ok((frozen?, changes)),
     }
-    Ok(Changes { since: since.to_owned(), ranges })
 }
 
-/// The layers of a disk, top to bottom, by what stays the same while they are there.
-fn chain(status: &Value) -> Vec<(&Value, &Value)> {
-    let chain = status["overlay"]["chain"].as_array();
-    chain.into_iter().flatten().map(|layer| (&layer["uuid"], &layer["name"])).collect()
+/// Where it has changed.
+fn ranges(moment: &Moment) -> io::Result<Vec<Range<u64>>> {
+    let size = moment.file.metadata()?.len();
+    let runs = export::plan(&moment.file, Some(&moment.changed), size)?;
+    Ok(runs.into_iter().map(|run| run.range).collect())
 }
 
-/// How many layers lie above the snapshot `name`; `None` when the disk does not stand on it.
-fn depth(status: &Value, name: &str) -> Option<usize> {
-    // The top one is no snapshot, whatever its name.
-    chain(status).iter().skip(1).position(|(_, layer)| *layer == name).map(|above| above + 1)
+/// Whether the mount answers, and does not freeze the disk.
+fn is_refused(error: &anyhow::Error) -> bool {
+    use AskError::{Busy, Denied, NoDisk, ReadOnly, Refused};
+    let asked = error.downcast_ref::<AskError>();
+    matches!(asked, Some(Denied(_) | ReadOnly(_) | NoDisk { .. } | Busy(_) | Refused(_)))
 }
 
-#[cfg(test)]
-mod tests {
-    use serde_json::json;
-
-    use super::*;
-
-    #[test]
-    fn a_snapshot_lies_below_the_layers_above_it() {
-        let layer = |name: Option<&str>| json!({ "name": name, "uuid": "u" });
-        let chain = [layer(Some("now")), layer(Some("b")), layer(None), layer(Some("a"))];
-        let status = json!({ "overlay": { "chain": chain } });
-        assert_eq!(depth(&status, "b"), Some(1));
-        assert_eq!(depth(&status, "a"), Some(3));
-        assert_eq!((depth(&status, "now"), depth(&status, "c")), (None, None));
-        assert_eq!(depth(&json!({ "overlay": null }), "a"), None);
-    }
+fn cannot_read(file: &Path) -> String {
+    format!("cannot read '{}'", file.display())
 }

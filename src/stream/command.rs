@@ -32,9 +32,9 @@ use rustix::pipe::{PipeFlags, fcntl_setpipe_size, pipe_with};
 use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, kill_process_group, waitid};
 
 use super::guard::{self, Guard};
-use super::said;
 use super::stderr::Stderr;
 use super::stop::Stop;
+use crate::host::said;
 use crate::spec::Programs;
 
 /// As much as an unprivileged process may ask for: 1 MiB. It evens out who waits for whom.

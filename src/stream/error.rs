@@ -3,8 +3,8 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
-use super::said;
 use crate::base::place::PlaceError;
+use crate::host::said;
 
 /// Why a sink or a source cannot be opened; one line for the user.
 #[derive(Debug, thiserror::Error)]

@@ -124,15 +124,6 @@ impl Stream {
     }
 }
 
-/// What an error says, without the number that Rust adds to it.
-fn said(error: &io::Error) -> String {
-    let text = error.to_string();
-    match text.rfind(" (os error ") {
-        Some(at) => text[..at].to_owned(),
-        None => text,
-    }
-}
-
 impl Outlet for Sink {
     fn prepare(&mut self) -> io::Result<()> {
         Sink::prepare(self)

@@ -7,7 +7,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use super::command::Pipeline;
-use super::said;
+use crate::host::said;
 
 /// How long a program that has closed its input may take to say why.
 const LAST_WORDS: Duration = Duration::from_secs(1);

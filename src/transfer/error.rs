@@ -3,6 +3,9 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
+use crate::host::said;
+use crate::part::PartError;
+
 /// Why a transfer failed; one line for the user.
 #[derive(Debug, thiserror::Error)]
 pub enum TransferError {
@@ -38,12 +41,20 @@ pub enum TransferError {
 impl TransferError {
     /// The host refused to `verb` the file at `path`.
     pub(super) fn host(verb: &'static str, path: &Path, error: &io::Error) -> Self {
-        Self::Host { verb, path: path.to_owned(), why: plain(error) }
+        Self::Host { verb, path: path.to_owned(), why: said(error) }
     }
 }
 
-/// The host's words without the number behind them.
-pub(super) fn plain(error: &io::Error) -> String {
-    let text = error.to_string();
-    text.split(" (os error").next().unwrap_or_default().to_owned()
+impl From<PartError> for TransferError {
+    fn from(error: PartError) -> Self {
+        match error {
+            PartError::Busy(path) => {
+                let path = path.display();
+                let line = format!("'{path}' is being received by another cowslip: wait for it");
+                Self::Refused(line)
+            }
+            PartError::Host { verb, path, error } => Self::host(verb, &path, &error),
+            error => Self::Refused(error.to_string()),
+        }
+    }
 }

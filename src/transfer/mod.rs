@@ -16,22 +16,35 @@
 //!
 //! `docs/transfer.md` has the format of a checkpoint and the promises.
 
+mod android;
 pub mod checkpoint;
 mod error;
 mod onto;
-mod part;
 mod recv;
 mod send;
 mod source;
+mod spot;
 mod state;
 mod target;
 mod wire;
 mod zeros;
 
 pub use error::TransferError;
-pub use recv::{Begin, Existing, ReceivePlan, Received, receive, resume_offset};
+pub use recv::{Begin, ReceivePlan, Received, receive, resume_offset};
 pub use send::{Changes, SendPlan, Sent, send};
 pub use source::{Detect, Source};
+
+/// What goes over the wire.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Frames {
+    /// The records of an rbd diff, version 2, with checkpoints.
+    #[default]
+    Rbd,
+    /// The bytes alone, in order.
+    Raw,
+    /// An Android sparse image.
+    AndroidSparse,
+}
 
 /// How far a transfer is.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

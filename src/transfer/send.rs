@@ -3,12 +3,12 @@
 use std::io::{self, Write};
 use std::ops::Range;
 
+use super::android;
 use super::checkpoint::{Chain, INTERVAL, Mark, Stage};
-use super::error::plain;
 use super::source::{Detect, Source};
 use super::zeros::{Holds, runs};
-use super::{BUFFER, Told, TransferError};
-use crate::spec::Frames;
+use super::{BUFFER, Frames, Told, TransferError};
+use crate::host::said;
 use crate::stream::frames::rbd;
 
 /// Room for a record's header before its bytes, so that both leave at once. A page, so that what
@@ -27,7 +27,7 @@ pub struct Changes {
 /// What to send, and how.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SendPlan {
-    /// The first byte of the source that is sent.
+    /// The first byte of the source that is sent. An Android sparse image is always whole.
     pub from: u64,
     /// What goes over the wire.
     pub frames: Frames,
@@ -65,6 +65,10 @@ pub fn send<W: Write>(
             source.path().display(),
             plan.from
         )));
+    }
+    if plan.frames == Frames::AndroidSparse {
+        let told = android::send(source, out, tell)?;
+        return Ok(Sent { told, has_changed: source.has_changed() });
     }
     let mut sender = Sender::new(source, out, plan, tell);
     sender.begin().map_err(|error| sender.explain(Failed::Out(error)))?;
@@ -122,13 +126,9 @@ impl<'a, W: Write> Sender<'a, W> {
     fn explain(&self, failed: Failed) -> TransferError {
         let path = self.source.path();
         match failed {
-            Failed::Out(error) => TransferError::Output(plain(&error)),
+            Failed::Out(error) => TransferError::Output(said(&error)),
             Failed::In(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
-                TransferError::Late(format!(
-                    "'{}' got shorter while it was sent: send it when nobody writes to it, or a \
-                     snapshot of it",
-                    path.display()
-                ))
+                self.source.got_shorter()
             }
             Failed::In(error) => TransferError::host("read", path, &error),
         }

@@ -1,6 +1,6 @@
 //! What is sent: a file or a device that can be looked at anywhere, or a pipe.
 
-use std::fs::File;
+use std::fs::{self, File, Metadata};
 use std::io::{self, Read};
 use std::num::NonZeroU64;
 use std::ops::Range;
@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::{Advice, OFlags, SeekFrom, fadvise};
 use rustix::io::Errno;
+use uuid::Uuid;
 use xxhash_rust::xxh3::xxh3_64;
 
 use super::TransferError;
@@ -38,6 +39,8 @@ pub struct Source {
     /// Bytes of data that it has at most, as far as its file system says.
     data: Option<u64>,
     before: Option<Stamp>,
+    /// Tells this state of this file from others; 0 where nothing can: of pipes and devices.
+    identity: u64,
 }
 
 /// What changes when a file is written.
@@ -50,9 +53,23 @@ struct Stamp {
 
 impl Stamp {
     fn of(file: &File) -> io::Result<Self> {
-        let meta = file.metadata()?;
+        Ok(Self::from(&file.metadata()?))
+    }
+
+    fn identity(&self) -> u64 {
+        let mut bytes = Vec::with_capacity(32);
+        bytes.extend(self.inode.to_le_bytes());
+        bytes.extend(self.size.to_le_bytes());
+        bytes.extend(self.mtime.0.to_le_bytes());
+        bytes.extend(self.mtime.1.to_le_bytes());
+        xxh3_64(&bytes).max(1)
+    }
+}
+
+impl From<&Metadata> for Stamp {
+    fn from(meta: &Metadata) -> Self {
         let mtime = (meta.mtime(), meta.mtime_nsec());
-        Ok(Self { inode: meta.ino(), size: meta.len(), mtime })
+        Self { inode: meta.ino(), size: meta.len(), mtime }
     }
 }
 
@@ -74,6 +91,27 @@ impl Source {
         Self::of(file, path)
     }
 
+    /// Opens the disk at `path` at one moment: `freeze` gives a file that holds what it did then,
+    /// and never changes.
+    ///
+    /// # Errors
+    /// Those of `freeze`; a line when the file cannot be read.
+    pub fn frozen<E: From<TransferError>>(
+        path: &Path,
+        freeze: impl FnOnce() -> Result<File, E>,
+    ) -> Result<Self, E> {
+        let stamp = || fs::metadata(path).ok().map(|meta| Stamp::from(&meta));
+        // Another transfer may go on with this one only if the disk has not changed since.
+        let before = stamp();
+        let file = freeze()?;
+        let identity = match before {
+            Some(before) if stamp() == Some(before) => before.identity(),
+            // It was being written: no other moment of it is this one.
+            _ => Uuid::new_v4().as_u64_pair().0.max(1),
+        };
+        Ok(Self { identity, ..Self::of(file, path)? })
+    }
+
     fn of(file: File, path: &Path) -> Result<Self, TransferError> {
         let failed = |error: io::Error| TransferError::host("read", path, &error);
         let meta = file.metadata().map_err(failed)?;
@@ -86,6 +124,7 @@ impl Source {
                 knows_holes: false,
                 data: None,
                 before: None,
+                identity: 0,
             });
         }
         if !kind.is_file() && !kind.is_block_device() {
@@ -101,14 +140,16 @@ impl Source {
             let size = rustix::fs::seek(&file, SeekFrom::End(0));
             let size = size.map_err(|error| TransferError::host("read", &path, &error.into()))?;
             let size = Some(size);
-            return Ok(Self { file, path, size, knows_holes: false, data: size, before: None });
+            let (knows_holes, before, identity) = (false, None, 0);
+            return Ok(Self { file, path, size, knows_holes, data: size, before, identity });
         }
-        let before = Some(Stamp::of(&file).map_err(failed)?);
+        let before = Stamp::from(&meta);
         let allocated = meta.blocks().saturating_mul(512);
         let size = meta.len();
         let knows_holes = tells_holes(&file, size, allocated);
         let data = Some(allocated.min(size));
-        Ok(Self { file, path, size: Some(size), knows_holes, data, before })
+        let (size, identity) = (Some(size), before.identity());
+        Ok(Self { file, path, size, knows_holes, data, before: Some(before), identity })
     }
 
     /// Its bytes; `None` for a pipe.
@@ -132,15 +173,7 @@ impl Source {
     /// Tells this state of this file from others; 0 where nothing can: of pipes and devices.
     #[must_use]
     pub fn identity(&self) -> u64 {
-        let Some(stamp) = self.before else {
-            return 0;
-        };
-        let mut bytes = Vec::with_capacity(32);
-        bytes.extend(stamp.inode.to_le_bytes());
-        bytes.extend(stamp.size.to_le_bytes());
-        bytes.extend(stamp.mtime.0.to_le_bytes());
-        bytes.extend(stamp.mtime.1.to_le_bytes());
-        xxh3_64(&bytes).max(1)
+        self.identity
     }
 
     /// Whether somebody has written to it since it was opened.
@@ -199,6 +232,15 @@ impl Source {
             }
         }
         Ok(done)
+    }
+
+    /// The error for a source that has fewer bytes than it had.
+    pub(super) fn got_shorter(&self) -> TransferError {
+        TransferError::Late(format!(
+            "'{}' got shorter while it was sent: send it when nobody writes to it, or a snapshot \
+             of it",
+            self.path.display()
+        ))
     }
 
     /// Whether it has fewer bytes than when it was opened.

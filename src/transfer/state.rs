@@ -14,7 +14,8 @@ use std::thread::{Builder, JoinHandle};
 
 use serde::{Deserialize, Serialize};
 
-use super::part::with_suffix;
+use crate::host::sync_dir_of;
+use crate::part::with_suffix;
 
 /// What is known of a part.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -61,11 +62,13 @@ impl State {
         fs::rename(&new, &path)
     }
 
-    /// There is nothing to go on with.
+    /// There is nothing to go on with, also after a power cut: an old state must not come back
+    /// beside a part that is written anew.
     pub(super) fn remove(part: &Path) -> io::Result<()> {
         match fs::remove_file(path_of(part)) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-            done => done,
+            Err(error) => Err(error),
+            Ok(()) => sync_dir_of(part),
         }
     }
 }

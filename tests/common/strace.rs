@@ -180,12 +180,19 @@ fn words(out: &std::path::Path, calls: &str, kills: &[String]) -> Vec<String> {
 
 /// Runs `cowslip WORDS` under strace.
 pub fn run(lab: &Lab, words_of_it: &str, kills: &[String]) -> (Output, Seen) {
+    run_on(lab, words_of_it, "/dev/null", kills)
+}
+
+/// Runs `cowslip WORDS` under strace, with the file `input` of the laboratory as its stdin.
+pub fn run_on(lab: &Lab, words_of_it: &str, input: &str, kills: &[String]) -> (Output, Seen) {
     let out = lab.path("strace.txt");
-    let mut args = words(&out, CHANGING, kills);
+    let script = format!("exec strace \"$@\" < {input}");
+    let mut args = vec!["-c".to_owned(), script, "strace".to_owned()];
+    args.extend(words(&out, CHANGING, kills));
     args.extend(["-E".to_owned(), EXACT.to_owned(), COWSLIP.to_owned()]);
     args.extend(words_of_it.split_whitespace().map(str::to_owned));
     let args: Vec<&str> = args.iter().map(String::as_str).collect();
-    (lab.output("strace", &args), Seen::read(lab, &out))
+    (lab.output("sh", &args), Seen::read(lab, &out))
 }
 
 /// Stops the process `pid` when one of its threads has made its `nth` call of that `name`, which

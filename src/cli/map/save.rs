@@ -5,6 +5,8 @@ use std::io::{self, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
+use crate::host::said;
+
 /// Writes `bytes` to `out`, or to stdout when that is `-`. A file is replaced as a whole or not
 /// at all, and keeps its mode; a device or a pipe is written to.
 ///
@@ -21,15 +23,9 @@ pub(super) fn save(out: &Path, bytes: &[u8]) -> anyhow::Result<()> {
             io::ErrorKind::PermissionDenied => ": name a file that you may write",
             _ => "",
         };
-        anyhow::anyhow!("cannot write '{}': {}{remedy}", out.display(), plain(&error))
+        anyhow::anyhow!("cannot write '{}': {}{remedy}", out.display(), said(&error))
     };
     write(out, bytes).map_err(failed)
-}
-
-/// The host's words without the number behind them.
-fn plain(error: &io::Error) -> String {
-    let text = error.to_string();
-    text.split(" (os error").next().unwrap_or_default().to_owned()
 }
 
 fn write(out: &Path, bytes: &[u8]) -> io::Result<()> {

@@ -17,7 +17,6 @@
 //! told; records have an end mark for it.
 
 mod open;
-mod part;
 mod seekable;
 #[cfg(test)]
 pub(super) mod tests;
@@ -32,9 +31,9 @@ use std::sync::atomic::Ordering;
 use super::frames::rbd;
 use super::monitor::Counts;
 use super::stop::Stop;
-use crate::host::errno;
-use crate::spec::Frames;
-use part::Part;
+use crate::host::{errno, said};
+use crate::part::Part;
+use crate::spec::{Frames, Overwrite};
 use seekable::Seekable;
 use wire::Wire;
 
@@ -67,7 +66,8 @@ pub struct Sink {
     /// `None` once it was closed.
     out: Option<Out>,
     /// The file that is renamed at the end.
-    part: Option<Part>,
+    /// The file, and whether it may replace another.
+    part: Option<(Part, Overwrite)>,
     frames: Frames,
     /// Of the disk, in bytes.
     size: u64,
@@ -172,12 +172,17 @@ impl Sink {
         } else if let Some(Out::Seekable(file)) = &out {
             file.sync().map_err(|error| self.explain(&error))?;
         }
-        if let Some(part) = &self.part {
+        if let Some((part, overwrite)) = &self.part {
             if self.stop.is_stopped() {
                 // Given up meanwhile: it must not look whole.
                 return Err(self.explain(&errno(libc::ECANCELED)));
             }
-            part.commit((self.frames == Frames::Raw).then_some(end))?;
+            if self.frames == Frames::Raw {
+                let path = part.path().display();
+                let sized = part.file().set_len(end);
+                sized.map_err(|error| format!("cannot end '{path}': {}", said(&error)))?;
+            }
+            part.commit(*overwrite)?;
         }
         self.is_finished = true;
         Ok(())
@@ -306,7 +311,7 @@ impl Drop for Sink {
             self.monitor.kill();
             if self.out.is_some()
                 && self.monitor.accepted() == 0
-                && let Some(part) = &self.part
+                && let Some((part, _)) = &self.part
             {
                 part.remove();
             }

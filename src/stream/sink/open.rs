@@ -10,15 +10,15 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::Path;
 use std::process::Stdio;
 
-use rustix::fs::{FileType, Mode, OFlags, SeekFrom};
+use rustix::fs::{FileType, Mode, OFlags, SeekFrom, fchmod};
 use rustix::io::Errno;
 
-use super::part::Part;
 use super::seekable::Seekable;
 use super::wire::Wire;
 use super::{Inherit, Monitor, Out, Place, Sink, SinkError};
 use crate::base::place::refuse_inside;
 use crate::base::raw::HostKind;
+use crate::part::{Part, PartError};
 use crate::spec::{Frames, Overwrite, Programs, StreamSpec, Target};
 use crate::stream::command::{End, Pipeline};
 use crate::stream::fifo::{self, word_for};
@@ -28,7 +28,8 @@ use crate::stream::stop::Stop;
 /// What a sink is made of.
 struct Opened {
     out: Out,
-    part: Option<Part>,
+    /// The file, and whether it may replace another.
+    part: Option<(Part, Overwrite)>,
     monitor: Monitor,
 }
 
@@ -129,13 +130,32 @@ fn open_part(
     label: &str,
     stop: &Stop,
 ) -> Result<Opened, SinkError> {
-    let part = Part::create(path, overwrite, mode)?;
-    let file = part.file().map_err(|error| SinkError::host("write", path, &error))?;
+    let part = Part::find(path).and_then(|old| {
+        let perm = mode.map_or(0o666, |mode| mode.bits());
+        Part::create(path, old, perm)
+    });
+    let part = part.map_err(part_error)?;
+    let file = part.file().try_clone().and_then(|file| match mode {
+        // Its successor is readable for nobody else, whatever the umask.
+        Some(mode) => Ok(fchmod(&file, mode).map(|()| file)?),
+        None => Ok(file),
+    });
+    let file = file.map_err(|error| SinkError::host("write", part.path(), &error))?;
     let out = match spec.frames {
         Frames::Raw => Out::Seekable(Seekable::new(file, HostKind::File, stop.clone())),
         Frames::Rbd => Out::Wire(Wire::new(file.into(), Manner::Plain, stop.clone())),
     };
-    Ok(Opened { part: Some(part), ..Opened::new("file", label, out) })
+    Ok(Opened { part: Some((part, overwrite)), ..Opened::new("file", label, out) })
+}
+
+fn part_error(error: PartError) -> SinkError {
+    match error {
+        PartError::Busy(path) => SinkError::Busy(path),
+        PartError::NoFile { path, kind } => {
+            SinkError::wrong(&path, word_for(kind), "remove it; the stream is written there")
+        }
+        PartError::Host { verb, path, error } => SinkError::host(verb, &path, &error),
+    }
 }
 
 fn open_device(

@@ -1,0 +1,127 @@
+//! Receiving: what arrives becomes a file, under its name only when all of it is there.
+//!
+//! ```text
+//!   rbd ──────────> records.rs ──┐
+//!   raw ──────────> plain.rs ────┼──> receiver.rs ──> NAME.part ──> NAME
+//!   android-sparse > sparse.rs ──┘         place.rs: whether, and where
+//! ```
+//!
+//! Only records with checkpoints can be resumed: nothing else says what of it is right before
+//! its end.
+
+mod place;
+mod plain;
+mod receiver;
+mod records;
+mod sparse;
+
+use std::fs::File;
+use std::io::{self, Read};
+use std::path::{Path, PathBuf};
+
+use self::place::{Place, no_resume};
+use self::receiver::Receiver;
+use self::records::Head;
+use super::spot::Spot;
+use super::state::State;
+use super::wire::Wire;
+use super::{Frames, Told, TransferError};
+use crate::host::said;
+use crate::part::path_for;
+use crate::spec::Overwrite;
+
+/// Where to begin.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Begin {
+    /// With nothing.
+    Anew,
+    /// With what arrived before.
+    Resume,
+}
+
+/// What to receive, and where.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ReceivePlan {
+    /// The file or device.
+    pub path: PathBuf,
+    /// What to do about a file of that name.
+    pub overwrite: Overwrite,
+    /// Where to begin.
+    pub begin: Begin,
+    /// What comes over the wire.
+    pub frames: Frames,
+    /// The file that a stream of changes is put onto; it stays as it is.
+    pub onto: Option<PathBuf>,
+}
+
+/// What was received.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Received {
+    /// How much of what.
+    pub told: Told,
+    /// Whether checkpoints vouched for it: other senders send none.
+    pub is_verified: bool,
+}
+
+/// Where to send from so that `receive` can resume `path`; 0 when there is nothing to resume.
+///
+/// # Errors
+/// A line when it is no file, or cannot be read.
+pub fn resume_offset(path: &Path) -> Result<u64, TransferError> {
+    let name = match Spot::of(path)? {
+        Spot::Free(name) | Spot::File(name, _) => name,
+        Spot::Device(name) => return Err(no_resume(&name)),
+    };
+    // Not locked: in a pipeline the receiver that will resume may have been started already.
+    let path = path_for(&name);
+    match File::open(&path) {
+        Ok(file) => Ok(State::load(&path, &file).map_or(0, |state| state.offset)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(0),
+        Err(error) => Err(TransferError::host("read", &path, &error)),
+    }
+}
+
+/// Receives a file from `input`; `tell` hears how far it is.
+///
+/// # Errors
+/// A line: a file that is there already, a stream that is cut, damaged or another one than the
+/// part's, what the host refuses. Nothing has the name then that did not have it before.
+pub fn receive<R: Read>(
+    input: R,
+    plan: &ReceivePlan,
+    tell: &mut dyn FnMut(&Told),
+) -> Result<Received, TransferError> {
+    let place = Place::of(plan)?;
+    match plan.frames {
+        Frames::Raw => {
+            let mut receiver = Receiver::open(place, plan, &Head::default(), tell)?;
+            let read = receiver.plain(input);
+            receiver.finish(read)
+        }
+        Frames::Rbd => {
+            let mut wire = Wire::new(input).map_err(|error| nothing(&error))?;
+            let head = Head::read(&mut wire).map_err(|error| nothing(&error))?;
+            let mut receiver = Receiver::open(place, plan, &head, tell)?;
+            let read = receiver.records(&mut wire, head);
+            receiver.finish(read)
+        }
+        Frames::AndroidSparse => {
+            let (mut image, head) = sparse::begin(input)?;
+            let mut receiver = Receiver::open(place, plan, &head, tell)?;
+            let read = receiver.sparse(&mut image);
+            receiver.finish(read)
+        }
+    }
+}
+
+/// The error for a stream of which nothing was used.
+fn nothing(error: &io::Error) -> TransferError {
+    let what = match error.kind() {
+        io::ErrorKind::InvalidData => "what arrives is no rbd diff v2, or is damaged".to_owned(),
+        io::ErrorKind::UnexpectedEof => "the stream was cut at its beginning".to_owned(),
+        _ => format!("cannot read the stream: {}", said(error)),
+    };
+    let left = "nothing was written; 'cowslip send' makes such a stream, and --frames raw takes \
+                plain bytes";
+    TransferError::Broken { what, left: left.to_owned() }
+}

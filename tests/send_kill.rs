@@ -1,0 +1,261 @@
+//! `cowslip recv` killed at every change that it makes to files: the name is whole or not there,
+//! and what was promised of a part is there.
+//!
+//! The receiver has two threads: one writes what arrives, one makes it durable and says so. Which
+//! of them is where when the other is killed is left to chance, so not every kill is at the same
+//! state; what must hold afterwards holds at any. A power cut is not a kill: for that it is the
+//! order of syncs that is looked at.
+
+// Sizes are small here, and a test may panic.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::cast_possible_truncation)]
+
+mod common;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::{self, File};
+use std::process::{Output, Stdio};
+
+use common::mount::*;
+use common::strace::{self, Call, Seen, kill_at};
+use cowslip::stream::frames::rbd;
+use cowslip::transfer::checkpoint::{Chain, Mark, Stage};
+
+/// What lies between two checkpoints here: small, so that there are many.
+const PIECE: u64 = 64 * KIB;
+const SIZE: u64 = 16 * PIECE;
+/// Of the source, as its sender tells it.
+const IDENTITY: u64 = 77;
+
+/// What is sent: in every other piece a hole and data, else data alone.
+fn image() -> Vec<u8> {
+    let mut bytes = noise(SIZE, 5);
+    for piece in bytes.chunks_mut(2 * PIECE as usize) {
+        piece[..20 * KIB as usize].fill(0);
+    }
+    bytes
+}
+
+/// The stream that sends `image` from `origin` on, with a checkpoint after every piece.
+fn stream(image: &[u8], origin: u64) -> Vec<u8> {
+    let (mut wire, mut chain) = (Vec::new(), Chain::default());
+    let put = |wire: &mut Vec<u8>, chain: &mut Chain, bytes: &[u8]| {
+        chain.update(bytes);
+        wire.extend(bytes);
+    };
+    put(&mut wire, &mut chain, &rbd::opening(SIZE));
+    let mut mark = Mark { start: origin, end: origin, identity: IDENTITY, origin };
+    wire.extend(chain.record(&mark, Stage::Middle));
+    while mark.end < SIZE {
+        mark = Mark { start: mark.end, end: mark.end + PIECE, ..mark };
+        let mut at = mark.start;
+        if at.is_multiple_of(2 * PIECE) {
+            put(&mut wire, &mut chain, &rbd::zeros(&(at..at + 20 * KIB)));
+            at += 20 * KIB;
+        }
+        put(&mut wire, &mut chain, &rbd::data_header(&(at..mark.end)));
+        put(&mut wire, &mut chain, &image[at as usize..mark.end as usize]);
+        wire.extend(chain.record(&mark, Stage::Middle));
+    }
+    mark.start = SIZE;
+    wire.extend(chain.record(&mark, Stage::Last));
+    wire.extend(rbd::END);
+    wire
+}
+
+fn recv(lab: &Lab, words: &str, wire: &[u8]) -> Output {
+    put(&lab.path("again"), wire);
+    let mut command = lab.command(COWSLIP);
+    command.arg("recv").args(words.split_whitespace());
+    command.stdin(File::open(lab.path("again")).unwrap());
+    command.stdout(Stdio::piped()).stderr(Stdio::piped()).output().unwrap()
+}
+
+/// What is there before each try: a file, and a part of as many bytes, verified.
+#[track_caller]
+fn prepare(lab: &Lab, old: Option<&[u8]>, begun: u64) {
+    lab.sh("rm -f out out.part out.part.state out.part.state.new");
+    if begun > 0 {
+        let sent = stream(&image(), 0);
+        // Cut in the middle of the piece behind it.
+        let end = sent.len() as u64 * (2 * begun + PIECE) / (2 * SIZE);
+        one_line(1, &recv(lab, "out", &sent[..end as usize]), "a cut stream");
+        assert_eq!(lab.ok("recv out --resume-offset").trim(), begun.to_string());
+    }
+    if let Some(old) = old {
+        put(&lab.path("out"), old);
+    }
+}
+
+/// After a kill: the name holds what it did, or all that was sent; what a part's state promises is
+/// there; and it can be gone on with.
+#[track_caller]
+fn look(lab: &Lab, image: &[u8], old: Option<&[u8]>, words: &str, at: &str) -> u64 {
+    let now = fs::read(lab.path("out")).ok();
+    let is_whole = now.as_deref() == Some(image);
+    assert!(is_whole || now.as_deref() == old, "{at}: it is neither");
+    let said: u64 = lab.ok("recv out --resume-offset").trim().parse().unwrap();
+    if is_whole {
+        assert_eq!(said, 0, "{at}: something is left to resume");
+        assert!(!lab.path("out.part").exists(), "{at}");
+        return SIZE;
+    }
+    if said > 0 {
+        let part = fs::read(lab.path("out.part")).unwrap();
+        assert!(part[..said as usize] == image[..said as usize], "{at}: {said} bytes are promised");
+    }
+    let output = recv(lab, &format!("{words} --resume"), &stream(image, said));
+    assert!(output.status.success(), "{at}: from {said}\n{}", show(&output));
+    assert!(fs::read(lab.path("out")).unwrap() == image, "{at}: from {said}");
+    let mut left = fs::read_dir(lab.dir()).unwrap().flatten().map(|entry| entry.file_name());
+    assert!(!left.any(|name| name.to_string_lossy().contains(".part")), "{at}: something is left");
+    said
+}
+
+/// The file that is received, by a path that strace shows in every call.
+fn target(lab: &Lab) -> String {
+    format!("{}/out", lab.dir().canonicalize().unwrap().display())
+}
+
+/// Kills at every change: by its name and its number in whichever thread comes to it first.
+/// `begun`: how much is there before, and stays there whatever is killed.
+fn kill_everywhere(old: Option<&[u8]>, flags: &str, begun: u64) {
+    let lab = Lab::new();
+    let words = format!("{} {flags}", target(&lab));
+    let first = if begun > 0 { format!("{words} --resume") } else { words.clone() };
+    let image = image();
+    put(&lab.path("wire"), &stream(&image, begun));
+    let receive = |kills: &[String]| {
+        prepare(&lab, old, begun);
+        strace::run_on(&lab, &format!("recv {first}"), "wire", kills)
+    };
+    let (output, plain) = receive(&[]);
+    assert!(output.status.success() && !plain.killed, "{}", show(&output));
+    assert!(fs::read(lab.path("out")).unwrap() == image);
+    let points: BTreeSet<(String, u32)> =
+        plain.calls.iter().map(|call| (call.name.clone(), call.nth)).collect();
+    let (mut kills, mut resumed, mut whole) = (0, BTreeSet::new(), 0);
+    for (name, nth) in points {
+        let (_, seen) = receive(&[kill_at(&name, nth)]);
+        kills += u32::from(seen.killed);
+        let at = format!("killed at {name} {nth}\n{}", seen.text);
+        match look(&lab, &image, old, &words, &at) {
+            SIZE => whole += 1,
+            from => drop(resumed.insert(from)),
+        }
+    }
+    println!("{kills} kills, resumed from {resumed:?}, {whole} whole");
+    // The writer alone makes that many changes; how many states are kept meanwhile is chance.
+    assert!(kills > 10, "{kills} kills");
+    assert_eq!(resumed.first(), Some(&begun), "{resumed:?}");
+    assert!(whole > 0, "none was after the rename");
+    lab.end();
+}
+
+#[test]
+fn a_receiver_killed_at_any_change_leaves_no_name_and_a_part_that_can_be_resumed() {
+    kill_everywhere(None, "", 0);
+}
+
+#[test]
+fn a_file_that_is_to_be_replaced_stays_until_its_successor_is_whole() {
+    kill_everywhere(Some(b"what was there before"), "--overwrite", 0);
+}
+
+#[test]
+fn what_was_verified_before_stays_whatever_is_killed() {
+    kill_everywhere(None, "", SIZE / 2);
+}
+
+/// Where the calls that `is_it` knows are among `calls`.
+fn positions(calls: &[Call], is_it: impl Fn(&Call) -> bool) -> Vec<usize> {
+    calls.iter().enumerate().filter(|(_, call)| is_it(call)).map(|(index, _)| index).collect()
+}
+
+/// What a call is done to, by its first descriptor's path.
+fn is_on(call: &Call, path: &str) -> bool {
+    call.shown.contains(&format!("{path}>"))
+}
+
+fn is_sync(call: &Call) -> bool {
+    matches!(call.name.as_str(), "fsync" | "fdatasync")
+}
+
+fn is_write(call: &Call) -> bool {
+    call.name.contains("write") || matches!(call.name.as_str(), "fallocate" | "ftruncate")
+}
+
+#[test]
+fn a_name_and_a_state_are_given_only_to_what_is_durable() {
+    let lab = Lab::new();
+    let dir = lab.dir().canonicalize().unwrap().display().to_string();
+    let image = image();
+    put(&lab.path("wire"), &stream(&image, 0));
+    let (output, Seen { calls, text, .. }) =
+        strace::run_on(&lab, &format!("recv {}", target(&lab)), "wire", &[]);
+    assert!(output.status.success(), "{}", show(&output));
+    let part = format!("{dir}/out.part");
+    // The last write, a sync, the name, a sync of the directory; only then the state goes.
+    let renamed = |to: &str| {
+        positions(&calls, |call| {
+            call.name.starts_with("rename") && call.shown.contains(&format!("/{to}\""))
+        })
+    };
+    let [name] = renamed("out")[..] else { panic!("one name\n{text}") };
+    let written = positions(&calls, |call| is_write(call) && is_on(call, &part));
+    let last = *written.last().unwrap();
+    let synced = positions(&calls, |call| call.name == "fsync" && is_on(call, &part));
+    assert!(synced.iter().any(|sync| (last..name).contains(sync)), "{text}");
+    let listed = positions(&calls, |call| is_sync(call) && is_on(call, &dir));
+    let gone = positions(&calls, |call| {
+        call.name.starts_with("unlink") && call.shown.contains("/out.part.state\"")
+    });
+    assert!(listed.iter().any(|sync| (name..*gone.last().unwrap()).contains(sync)), "{text}");
+    // Each state: the part's data, then its own, then its name, all by one thread.
+    let mut threads: BTreeMap<u32, Vec<&Call>> = BTreeMap::new();
+    calls.iter().for_each(|call| threads.entry(call.thread).or_default().push(call));
+    let mut states = 0;
+    for calls in threads.values() {
+        for (index, call) in calls.iter().enumerate() {
+            if call.name.starts_with("rename") && call.shown.contains("/out.part.state\"") {
+                let before: Vec<&str> = calls[index.checked_sub(4).unwrap()..index]
+                    .iter()
+                    .map(|call| call.name.as_str())
+                    .collect();
+                assert_eq!(before, ["fdatasync", "openat", "write", "fdatasync"], "{text}");
+                assert!(is_on(calls[index - 4], &part), "{text}");
+                assert!(is_on(calls[index - 1], &format!("{part}.state.new")), "{text}");
+                states += 1;
+            }
+        }
+    }
+    assert!(states > 0, "no state was kept\n{text}");
+    lab.end();
+}
+
+#[test]
+fn a_state_that_does_not_hold_any_more_is_gone_for_good_before_its_part_is_written_anew() {
+    let lab = Lab::new();
+    let dir = lab.dir().canonicalize().unwrap().display().to_string();
+    let image = image();
+    let (out, part) = (target(&lab), format!("{dir}/out.part"));
+    for flags in ["--resume", "--overwrite"] {
+        let words = format!("recv {out} {flags}");
+        let sent = stream(&image, 0);
+        prepare(&lab, None, 0);
+        recv(&lab, "out", &sent[..sent.len() / 2]);
+        assert_ne!(lab.ok("recv out --resume-offset"), "0\n");
+        put(&lab.path("wire"), &sent);
+        let (output, Seen { calls, text, .. }) = strace::run_on(&lab, &words, "wire", &[]);
+        assert!(output.status.success(), "{}", show(&output));
+        let gone = positions(&calls, |call| {
+            call.name.starts_with("unlink") && call.shown.contains("/out.part.state\"")
+        })[0];
+        let changed = positions(&calls, |call| {
+            is_write(call) && is_on(call, &part)
+                || call.name.starts_with("unlink") && call.shown.contains("/out.part\"")
+        });
+        let synced = positions(&calls, |call| is_sync(call) && is_on(call, &dir));
+        assert!(synced.iter().any(|sync| (gone..changed[0]).contains(sync)), "{words}\n{text}");
+    }
+    lab.end();
+}
