@@ -40,7 +40,7 @@ fn small(sum: Option<u32>) -> Vec<u8> {
     let contents = [Data, Zeros, DontCare, Data].into_iter().zip(0..);
     let run = |(content, at): (Content, u64)| Run { range: at * 4096..(at + 1) * 4096, content };
     let runs: Vec<Run> = contents.map(run).collect();
-    let mut writer = Writer::planned(Vec::new(), Plan::new(4 * 4096, &runs).unwrap()).unwrap();
+    let mut writer = Writer::new(Vec::new(), Plan::new(4 * 4096, &runs).unwrap()).unwrap();
     for run in &runs {
         writer.run(run).unwrap();
         if run.content == Data {

@@ -37,7 +37,7 @@ pub(super) fn send<W: Write>(
     let (runs, plan) = plan(source, size)?;
     let mut told = Told { size: Some(size), ..Told::default() };
     let write = || -> Result<(), Failed> {
-        let mut writer = Writer::planned(out, plan).map_err(Failed::Out)?;
+        let mut writer = Writer::new(out, plan).map_err(Failed::Out)?;
         let mut buffer = vec![0; BUFFER];
         for run in &runs {
             writer.run(run).map_err(Failed::Out)?;
