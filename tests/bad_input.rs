@@ -67,7 +67,11 @@ fn a_base_that_looks_like_another_format_is_refused() {
         qemu-img create -q -f luks --object secret,id=s,data=abc -o key-secret=s,iter-time=10 a.luks 1M
     ");
     for format in ["qcow2", "vmdk", "vhdx", "vdi"] {
-        let (hint, raw) = (format!("format={format}"), "format=raw");
+        let hint = match format {
+            "qcow2" => "add ,format=qcow2".to_owned(),
+            _ => format!("qemu-img convert -f {format} -O raw "),
+        };
+        let raw = "format=raw";
         refuse(&lab, 1, &format!("a.{format}"), &[&hint, raw, &format!("a.{format}")]);
         refuse(&lab, 1, &format!("a.{format},mode=rw"), &[raw]);
         lab.mount(&format!("d=a.{format},format=raw"));

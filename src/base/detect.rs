@@ -23,7 +23,8 @@ pub(super) fn check_format(
         None => match detect(&host.file, host.size)? {
             None => Ok(()),
             Some(Format::Luks) => Err(BaseError::Encrypted(path)),
-            Some(format) => Err(BaseError::LooksLike { path, format }),
+            Some(Format::Qcow2) => Err(BaseError::LooksLike { path, format: Format::Qcow2 }),
+            Some(format) => Err(BaseError::Unread { path, format }),
         },
     })
 }

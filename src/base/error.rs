@@ -62,13 +62,13 @@ pub enum BaseError {
     Encrypted(PathBuf),
     /// The format is not read by this version.
     #[error(
-        "'{}': format={format} is not read by this version: convert it with {} (or add ,format=raw for the bytes)",
+        "'{}': {format} images are not read by this version: convert it with {} (or add ,format=raw for the bytes)",
         path.display(), convert_line(path, *format)
     )]
     Unread {
         /// As it was given.
         path: PathBuf,
-        /// What the user called it.
+        /// What it looks like, or was called.
         format: Format,
     },
     /// What is written into a qcow2 image is QEMU's to do.
