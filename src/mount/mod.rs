@@ -7,8 +7,9 @@
 //!           stop the pools -> sync and close every disk -> exit code
 //! ```
 //!
-//! `disks` opens what is to be mounted, `run` is the life and the end of a mount. `kernel` mounts and unmounts, `mountinfo` reads the mount table, `daemon` forks, `who` tells
-//! who has files of a mount open. Only this file and `fs` name `fuser`.
+//! `disks` opens what is to be mounted, `run` is the life and the end of a mount. `kernel` mounts
+//! and unmounts, `mountinfo` reads the mount table, `daemon` forks, `who` tells who has files of a
+//! mount open. Only this file and `fs` name `fuser`.
 
 pub mod daemon;
 mod disks;

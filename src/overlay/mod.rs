@@ -205,8 +205,9 @@ impl Overlay {
     pub fn usage(&self) -> Usage {
         let map = self.map.read();
         Usage {
-            data: map.blocks.data_blocks() * self.block,
-            zero: map.blocks.zero_blocks() * self.block,
+            // A log may name more blocks than the disk has bytes for.
+            data: map.blocks.data_blocks().saturating_mul(self.block),
+            zero: map.blocks.zero_blocks().saturating_mul(self.block),
         }
     }
 

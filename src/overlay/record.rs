@@ -16,10 +16,16 @@ use std::ops::Range;
 
 use uuid::Uuid;
 
+use super::LARGEST;
 use super::blocks::{BlockIndex, BlockMap, State};
 
 /// The length of a record in bytes: a power of two, so records never straddle a sector.
 pub const RECORD_LEN: usize = 32;
+/// The blocks of the largest disk in blocks of the smallest size, 512 bytes.
+const MOST_BLOCKS: u64 = LARGEST.div_ceil(512);
+/// The highest sequence that is believed: a million records a second reach it in 146,000 years, and
+/// sums of a few of them never overflow.
+const LAST: u64 = 1 << 62;
 
 /// Names one life of the host and of the file system under an overlay. While it stays the same,
 /// what was written is still in the page cache or on the disk; another one is read as a power cut.
@@ -96,7 +102,8 @@ pub enum Decoded {
     Blank,
     /// Anything else: the checksum does not match.
     Bad,
-    /// The checksum matches, yet this version does not know what it means.
+    /// The checksum matches, yet this version does not know what it means: another kind, or
+    /// numbers that no disk has.
     Unknown(u8),
 }
 
@@ -147,22 +154,27 @@ impl Record {
         let record = match kind {
             1 => Self::Open { tag: Tag([a, b]) },
             2 => match State::try_from(detail) {
-                Ok(state) if a < b => Self::Set { range: BlockIndex(a)..BlockIndex(b), state },
+                Ok(state) if a < b && b <= MOST_BLOCKS => {
+                    Self::Set { range: BlockIndex(a)..BlockIndex(b), state }
+                }
                 _ => return Decoded::Unknown(kind),
             },
-            3 => Self::Size { size: a, lower_limit: b },
+            3 if a.max(b) <= LARGEST => Self::Size { size: a, lower_limit: b },
             4 => Self::Attr {
                 mtime: a.cast_signed(),
                 stamp: if detail == 1 { Stamp::Chosen } else { Stamp::Written },
             },
-            5 => Self::Vouch { upto: a, durable: b },
-            6 => Self::Poisoned { durable: a },
+            5 if a.max(b) <= LAST => Self::Vouch { upto: a, durable: b },
+            6 if a <= LAST => Self::Poisoned { durable: a },
             7 => Self::Close,
             8 => Self::Intent,
             9 => Self::Done,
             _ => return Decoded::Unknown(kind),
         };
-        Decoded::Good(word(8), record)
+        match word(8) {
+            sequence @ 0..=LAST => Decoded::Good(sequence, record),
+            _ => Decoded::Unknown(kind),
+        }
     }
 }
 
@@ -246,13 +258,14 @@ mod tests {
             (0u64..1 << 40, 1u64..1 << 20, any_state()).prop_map(|(start, len, state)| {
                 Record::Set { range: BlockIndex(start)..BlockIndex(start + len), state }
             }),
-            any::<(u64, u64)>().prop_map(|(size, lower_limit)| Record::Size { size, lower_limit }),
+            (0..=LARGEST, 0..=LARGEST)
+                .prop_map(|(size, lower_limit)| Record::Size { size, lower_limit }),
             (any::<i64>(), any::<bool>()).prop_map(|(mtime, chosen)| Record::Attr {
                 mtime,
                 stamp: if chosen { Stamp::Chosen } else { Stamp::Written },
             }),
-            any::<(u64, u64)>().prop_map(|(upto, durable)| Record::Vouch { upto, durable }),
-            any::<u64>().prop_map(|durable| Record::Poisoned { durable }),
+            (0..=LAST, 0..=LAST).prop_map(|(upto, durable)| Record::Vouch { upto, durable }),
+            (0..=LAST).prop_map(|durable| Record::Poisoned { durable }),
             Just(Record::Close),
             Just(Record::Intent),
             Just(Record::Done),
@@ -262,7 +275,7 @@ mod tests {
     proptest! {
         #[test]
         fn a_record_survives_its_bytes(
-            record in any_record(), sequence: u64, uuid in any::<u128>().prop_map(Uuid::from_u128)
+            record in any_record(), sequence in 0..=LAST, uuid in any::<u128>().prop_map(Uuid::from_u128)
         ) {
             let bytes = record.encode(&uuid, sequence);
             prop_assert_eq!(Record::decode(&bytes, &uuid), Decoded::Good(sequence, record));
@@ -305,6 +318,27 @@ mod tests {
                 prop_assert_eq!(again.blocks.state(block), image.blocks.state(block));
             }
         }
+    }
+
+    #[test]
+    fn numbers_that_no_disk_has_are_not_believed() {
+        let uuid = Uuid::from_u128(1);
+        let range = BlockIndex(0)..BlockIndex(MOST_BLOCKS + 1);
+        let state = State::Data;
+        let records = [
+            Record::Set { range, state },
+            Record::Size { size: LARGEST + 1, lower_limit: 0 },
+            Record::Size { size: 0, lower_limit: LARGEST + 1 },
+            Record::Vouch { upto: u64::MAX, durable: 0 },
+            Record::Vouch { upto: 0, durable: LAST + 1 },
+            Record::Poisoned { durable: u64::MAX },
+        ];
+        for record in records {
+            let found = Record::decode(&record.encode(&uuid, 1), &uuid);
+            assert!(matches!(found, Decoded::Unknown(_)), "{record:?}: {found:?}");
+        }
+        let last = Record::Close.encode(&uuid, u64::MAX);
+        assert_eq!(Record::decode(&last, &uuid), Decoded::Unknown(7));
     }
 
     #[test]

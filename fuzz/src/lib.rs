@@ -1,0 +1,231 @@
+//! What the fuzz targets share: a limit on memory, a place for files, a file in memory.
+//!
+//! A target is one parser and what is asked of its answer right after. It has found something when
+//! it panics, takes longer than libFuzzer's `-timeout`, or takes more memory than [`LIMIT`]; and when
+//! an answer breaks the promise of its documentation, which the targets assert.
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::fs::File;
+use std::io::{self, IoSlice};
+use std::ops::Range;
+use std::os::fd::BorrowedFd;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use cowslip::extents::Kind;
+use cowslip::layer::{Layer, Wait};
+use cowslip::overlay::data::{HostFile, Storage};
+use cowslip::overlay::log::{Home, Replaced};
+use parking_lot::Mutex;
+use tempfile::TempDir;
+
+/// What everything together may have on the heap: 64 MiB, as for a hostile image.
+pub const LIMIT: usize = 64 << 20;
+
+/// Ends the process where more than [`LIMIT`] bytes are asked for. Sanitizers have that, too; this
+/// one is there without them, and counts only what Rust asks for.
+struct Limited;
+
+static TAKEN: AtomicUsize = AtomicUsize::new(0);
+
+fn take(bytes: usize) {
+    if TAKEN.fetch_add(bytes, Ordering::Relaxed).saturating_add(bytes) > LIMIT {
+        // The message itself needs memory.
+        TAKEN.store(0, Ordering::Relaxed);
+        panic!("more than 64 MiB of memory: {bytes} bytes were asked for last");
+    }
+}
+
+// SAFETY: every call goes to the system's allocator as it came.
+unsafe impl GlobalAlloc for Limited {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        take(layout.size());
+        // SAFETY: as the caller promises.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
+        take(layout.size());
+        // SAFETY: as the caller promises.
+        unsafe { System.alloc_zeroed(layout) }
+    }
+
+    unsafe fn dealloc(&self, at: *mut u8, layout: Layout) {
+        TAKEN.fetch_sub(layout.size(), Ordering::Relaxed);
+        // SAFETY: as the caller promises.
+        unsafe { System.dealloc(at, layout) }
+    }
+
+    unsafe fn realloc(&self, at: *mut u8, layout: Layout, new: usize) -> *mut u8 {
+        take(new);
+        TAKEN.fetch_sub(layout.size(), Ordering::Relaxed);
+        // SAFETY: as the caller promises.
+        unsafe { System.realloc(at, layout, new) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Limited = Limited;
+
+/// A directory in memory that holds one file, the input. It goes with the process, or is removed
+/// by who started that.
+pub struct Lab {
+    dir: TempDir,
+    file: File,
+    path: PathBuf,
+}
+
+impl Lab {
+    /// An empty file called `name`, in a directory of its own.
+    ///
+    /// # Panics
+    /// When the host has no room for it.
+    #[must_use]
+    pub fn new(name: &str) -> Self {
+        let shm = Path::new("/dev/shm");
+        let root = if shm.is_dir() { shm.to_owned() } else { std::env::temp_dir() };
+        let root = std::env::var_os("COWSLIP_FUZZ_DIR").map_or(root, PathBuf::from);
+        let dir = tempfile::Builder::new().prefix("cowslip-fuzz-").tempdir_in(root).unwrap();
+        let path = dir.path().join(name);
+        let file = File::create(&path).unwrap();
+        Self { dir, file, path }
+    }
+
+    /// Makes the file hold `bytes`.
+    ///
+    /// # Panics
+    /// When the host has no room for them.
+    pub fn put(&self, bytes: &[u8]) -> &Path {
+        self.file.set_len(0).unwrap();
+        self.file.write_all_at(bytes, 0).unwrap();
+        &self.path
+    }
+
+    /// The directory.
+    #[must_use]
+    pub fn dir(&self) -> &Path {
+        self.dir.path()
+    }
+}
+
+/// Most pieces of a layer that are looked at, and most bytes of it that are read.
+const PIECES: usize = 4096;
+const READ: u64 = 4 << 20;
+
+/// Maps and reads `layer` as a reader would, within bounds, and checks what it promises.
+///
+/// # Panics
+/// When an answer is not what [`Layer`] says.
+pub fn walk(layer: &dyn Layer) {
+    let size = layer.size();
+    let (mut at, mut read) = (0, 0);
+    let mut buf = vec![0; 1 << 16];
+    for _ in 0..PIECES {
+        if at >= size {
+            break;
+        }
+        let Ok(found) = layer.extent_at(at..size, Wait::Yes) else { break };
+        assert!(found.range.start == at && found.range.end > at && found.range.end <= size);
+        let end = found.range.end;
+        if found.kind == Kind::Data && read < READ {
+            let len = usize::try_from(end - at).unwrap_or(usize::MAX).min(buf.len());
+            match layer.read_at(&mut buf[..len], at, Wait::Yes) {
+                Ok(found) => {
+                    let end = found.range.end;
+                    assert!(found.range.start == at && end > at && end <= at + len as u64);
+                    read += end - at;
+                    at = end;
+                }
+                // The next piece may be whole.
+                Err(_) => at = end,
+            }
+        } else {
+            at = end;
+        }
+    }
+    // The end may be far away.
+    if let Some(last) = size.checked_sub(1) {
+        let _ = layer.read_at(&mut [0], last, Wait::Yes);
+    }
+}
+
+/// A file in memory.
+#[derive(Default)]
+pub struct Memory(Mutex<Vec<u8>>);
+
+impl Memory {
+    /// One that holds `bytes`.
+    #[must_use]
+    pub fn new(bytes: Vec<u8>) -> Arc<Self> {
+        Arc::new(Self(Mutex::new(bytes)))
+    }
+}
+
+impl Storage for Memory {
+    fn read_at(&self, buf: &mut [u8], offset: u64, _: Wait) -> io::Result<()> {
+        let bytes = self.0.lock();
+        let from = usize::try_from(offset).unwrap_or(usize::MAX).min(bytes.len());
+        let len = buf.len().min(bytes.len() - from);
+        buf[..len].copy_from_slice(&bytes[from..from + len]);
+        buf[len..].fill(0);
+        Ok(())
+    }
+
+    fn write_at(&self, parts: &[IoSlice<'_>], offset: u64) -> io::Result<()> {
+        let mut bytes = self.0.lock();
+        let mut at = usize::try_from(offset).map_err(io::Error::other)?;
+        for part in parts {
+            let end = at + part.len();
+            if bytes.len() < end {
+                bytes.resize(end, 0);
+            }
+            bytes[at..end].copy_from_slice(part);
+            at = end;
+        }
+        Ok(())
+    }
+
+    fn punch(&self, _: Range<u64>) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn allocate(&self, _: Range<u64>) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn len(&self) -> io::Result<u64> {
+        Ok(self.0.lock().len() as u64)
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn forget_cache(&self) {}
+
+    fn backing(&self, _: Range<u64>) -> Option<BorrowedFd<'_>> {
+        None
+    }
+
+    fn host_file(&self) -> Option<&HostFile> {
+        None
+    }
+}
+
+/// Where the logs of a layer in memory go.
+#[derive(Default)]
+pub struct MemoryHome(pub Mutex<Option<Arc<Memory>>>);
+
+impl Home for MemoryHome {
+    fn replace_log(
+        &self,
+        fill: &mut dyn FnMut(&dyn Storage) -> io::Result<()>,
+    ) -> io::Result<Replaced> {
+        let file = Arc::new(Memory::default());
+        fill(&*file)?;
+        *self.0.lock() = Some(Arc::clone(&file));
+        Ok(Replaced { file, placed: Ok(()) })
+    }
+}

@@ -1,0 +1,35 @@
+//! qcow2 images: header, tables, compressed clusters; opened, mapped and read.
+#![no_main]
+
+use std::path::Path;
+use std::sync::LazyLock;
+
+use cowslip::base::{self, Access, Opening, qcow2};
+use cowslip::spec::{Format, Locking, Part, Source};
+use cowslip_fuzz::{Lab, walk};
+use libfuzzer_sys::fuzz_target;
+
+static LAB: LazyLock<Lab> = LazyLock::new(|| Lab::new("i"));
+
+fn open(path: &Path, part: Part) {
+    let how = Opening {
+        format: Some(Format::Qcow2),
+        part,
+        access: Access::Read,
+        locking: Locking::Off,
+        allow_backing: &[],
+    };
+    let Ok(base) = base::open(&Source::File(path.to_owned()), how) else { return };
+    // Nothing is there but the image, and it cannot be its own backing file.
+    assert!(base.needs.is_empty(), "it was let to open {:?}", base.needs);
+    walk(&*base.layer.reader());
+}
+
+fuzz_target!(|bytes: &[u8]| {
+    let path = LAB.put(bytes);
+    open(path, Part::Whole);
+    open(path, Part::Partition(1));
+    if let Ok(top) = qcow2::open_top(path, &[]) {
+        assert!(top.backing.is_none());
+    }
+});

@@ -1,0 +1,23 @@
+//! The records of streams: rbd diff v2, as sinks write and `recv` reads them.
+#![no_main]
+
+use std::io::Read;
+
+use cowslip::stream::frames::rbd::{Decoder, Record};
+use libfuzzer_sys::fuzz_target;
+
+fuzz_target!(|bytes: &[u8]| {
+    let Ok(mut decoder) = Decoder::new(bytes) else { return };
+    loop {
+        match decoder.next_record() {
+            Err(_) | Ok(Record::End) => break,
+            Ok(Record::Size(_)) => {}
+            Ok(Record::Zeros(range)) => assert!(range.start <= range.end),
+            Ok(Record::Data(range)) => {
+                assert!(range.start <= range.end);
+                let mut body = decoder.input().take(range.end - range.start);
+                let _ = std::io::copy(&mut body, &mut std::io::sink());
+            }
+        }
+    }
+});

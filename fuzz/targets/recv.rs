@@ -1,0 +1,37 @@
+//! What `recv` makes of what comes over the wire: records, checkpoints, a file.
+#![no_main]
+
+use std::sync::LazyLock;
+
+use cowslip::spec::Frames;
+use cowslip::transfer::{Begin, Existing, ReceivePlan, receive, resume_offset};
+use cowslip_fuzz::Lab;
+use libfuzzer_sys::fuzz_target;
+
+static LAB: LazyLock<Lab> = LazyLock::new(|| Lab::new("old.img"));
+
+fuzz_target!(|bytes: &[u8]| {
+    let onto = LAB.put(&[7; 9000]).to_owned();
+    let path = LAB.dir().join("new.img");
+    let mut plan = ReceivePlan {
+        path: path.clone(),
+        existing: Existing::Overwrite,
+        begin: Begin::Anew,
+        frames: Frames::Rbd,
+        onto: None,
+    };
+    // As a whole; then cut in two, the second half resumed; then as changes of another file.
+    let _ = receive(bytes, &plan, &mut |_| ());
+    let _ = receive(&bytes[..bytes.len() / 2], &plan, &mut |_| ());
+    let _ = resume_offset(&path);
+    plan.begin = Begin::Resume;
+    let _ = receive(bytes, &plan, &mut |_| ());
+    plan.begin = Begin::Anew;
+    plan.onto = Some(onto);
+    let _ = receive(bytes, &plan, &mut |_| ());
+    for name in ["new.img", "new.img.part", "new.img.part.state", "new.img.part.state.new"] {
+        let _ = std::fs::remove_file(LAB.dir().join(name));
+    }
+    let left = std::fs::read_dir(LAB.dir()).unwrap().count();
+    assert_eq!(left, 1, "files are left behind");
+});
