@@ -2,6 +2,9 @@
 //!
 //! Disks given on the command line keep their names; disks of a store can be made, renamed and
 //! removed. A removed disk stays, without a name, until its last handle is released.
+//!
+//! The windows of a disk have no names of their own: `NAME.pN` leads to partition N of the disk
+//! NAME, whatever that is called by now.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -12,7 +15,7 @@ use std::sync::{Arc, Weak};
 use dashmap::DashMap;
 use parking_lot::RwLock;
 
-use crate::disk::{Disk, Opened, Owner, Setting, Use};
+use crate::disk::{Disk, Opened, Owner, Setting, Shown, Use, Window, split_name};
 use crate::host::errno;
 use crate::store::{Store, StoreError};
 
@@ -60,13 +63,51 @@ fn check_name(name: &str) -> io::Result<()> {
     Ok(())
 }
 
+/// The names of a mount's disks.
+type Names = BTreeMap<String, Arc<Entry>>;
+
+/// The window that `name` leads to.
+fn find_window(names: &Names, name: &str) -> Option<(Arc<Disk>, Arc<Window>)> {
+    let (disk, number) = split_name(name)?;
+    let disk = &names.get(disk)?.disk;
+    let window = disk.windows().iter().find(|window| window.number() == number)?;
+    Some((Arc::clone(disk), Arc::clone(window)))
+}
+
+/// Why `disk` cannot be called `name` beside `names`, in one line without its name: a window is in
+/// the way.
+fn find_clash(names: &Names, name: &str, disk: &Disk) -> Option<String> {
+    if let Some((other, window)) = find_window(names, name)
+        && other.uuid != disk.uuid
+    {
+        let number = window.number();
+        return Some(format!(
+            "that is the name of partition {number} of another disk: give one another NAME="
+        ));
+    }
+    disk.windows().iter().find_map(|window| {
+        let (part, number) = (window.name(name), window.number());
+        if part.len() > LONGEST_NAME as usize {
+            return Some(format!(
+                "partition {number} would have too long a name: give the disk a shorter NAME="
+            ));
+        }
+        names.get(&part).filter(|other| other.disk.uuid != disk.uuid)?;
+        Some(format!(
+            "partition {number} is shown as '{part}', and so is another disk: give one another NAME="
+        ))
+    })
+}
+
 /// The names and inodes of a mount.
 pub struct Catalog {
     /// Where it is mounted.
     pub mountpoint: PathBuf,
-    names: RwLock<BTreeMap<String, Arc<Entry>>>,
+    names: RwLock<Names>,
     /// By inode number, the nameless ones included.
     inodes: DashMap<u64, Arc<Entry>>,
+    /// The windows of those disks, by inode number.
+    windows: DashMap<u64, Shown>,
     /// Snapshots that were looked up, by inode number.
     snapshots: DashMap<u64, Weak<Disk>>,
     slots: AtomicU64,
@@ -81,6 +122,7 @@ impl Catalog {
             mountpoint: mountpoint.to_owned(),
             names: RwLock::default(),
             inodes: DashMap::new(),
+            windows: DashMap::new(),
             snapshots: DashMap::new(),
             slots: AtomicU64::new(1),
             store,
@@ -159,7 +201,7 @@ impl Catalog {
             });
         }
         check_name(to).map_err(|_| format!("'{to}' cannot be the name of a disk: take another"))?;
-        if self.named(to).is_some() {
+        if self.named(to).is_some() || self.window_named(to).is_some() {
             return Err(format!("there is a disk '{to}' already: take another name"));
         }
         let opened = store.clone_disk(&entry.disk, to).map_err(|error| match error {
@@ -177,14 +219,54 @@ impl Catalog {
     /// `EEXIST`; the disk comes back with it.
     pub fn add(&self, name: &str, disk: Arc<Disk>, origin: Origin) -> io::Result<Arc<Entry>> {
         let mut names = self.names.write();
-        if names.contains_key(name) || self.inodes.contains_key(&disk.ino()) {
+        if names.contains_key(name)
+            || self.inodes.contains_key(&disk.ino())
+            || find_clash(&names, name, &disk).is_some()
+            || disk.windows().iter().any(|window| self.windows.contains_key(&window.ino()))
+        {
             return Err(errno(libc::EEXIST));
         }
+        self.show_windows(&disk);
         let slot = self.slots.fetch_add(1, Ordering::Relaxed);
         let entry = Arc::new(Entry { disk, origin, slot });
         names.insert(name.to_owned(), Arc::clone(&entry));
         self.inodes.insert(entry.disk.ino(), Arc::clone(&entry));
         Ok(entry)
+    }
+
+    /// Makes the windows of `disk` known by their inode numbers.
+    fn show_windows(&self, disk: &Arc<Disk>) {
+        for window in disk.windows() {
+            let shown = Shown::part(Arc::clone(disk), Arc::clone(window));
+            self.windows.insert(window.ino(), shown);
+        }
+    }
+
+    /// Shows the partitions of the disk `name`, which is in the catalog already, and returns what
+    /// is to be said of that. Only while nobody can open it.
+    ///
+    /// # Errors
+    /// A line for the user, without the name; the disk has no windows then, or none that is seen.
+    pub fn show_partitions(&self, name: &str, entry: &Entry) -> Result<Vec<String>, String> {
+        let notes = entry.disk.show_partitions(name).map_err(|error| error.to_string())?;
+        self.check_clash(name, &entry.disk)?;
+        self.show_windows(&entry.disk);
+        Ok(notes)
+    }
+
+    /// Refuses a disk `name` whose name or whose windows' names are in the way of another's.
+    ///
+    /// # Errors
+    /// A line for the user, without the name.
+    pub fn check_clash(&self, name: &str, disk: &Disk) -> Result<(), String> {
+        find_clash(&self.names.read(), name, disk).map_or(Ok(()), Err)
+    }
+
+    /// The window of that name.
+    #[must_use]
+    pub fn window_named(&self, name: &str) -> Option<Shown> {
+        let (disk, window) = find_window(&self.names.read(), name)?;
+        Some(Shown::part(disk, window))
     }
 
     /// The disk of that name.
@@ -193,11 +275,28 @@ impl Catalog {
         self.names.read().get(name).cloned()
     }
 
-    /// The disk of that inode.
+    /// What the file of that name shows: a disk or a window.
     #[must_use]
-    pub fn inode(&self, ino: u64) -> Option<Arc<Disk>> {
+    pub fn shown(&self, name: &str) -> Option<Shown> {
+        let disk = self.named(name).map(|entry| Shown::from(Arc::clone(&entry.disk)));
+        disk.or_else(|| self.window_named(name))
+    }
+
+    /// What the file of that inode shows: a disk, a window or a snapshot.
+    #[must_use]
+    pub fn inode(&self, ino: u64) -> Option<Shown> {
         let disk = self.inodes.get(&ino).map(|entry| Arc::clone(&entry.disk));
-        disk.or_else(|| self.snapshots.get(&ino)?.upgrade())
+        let window = || self.windows.get(&ino).map(|shown| shown.clone());
+        let snapshot = || self.snapshots.get(&ino)?.upgrade().map(Shown::from);
+        disk.map(Shown::from).or_else(window).or_else(snapshot)
+    }
+
+    /// What is behind that inode leads nowhere any more.
+    fn drop_inodes(&self, disk: &Disk) -> bool {
+        for window in disk.windows() {
+            self.windows.remove(&window.ino());
+        }
+        self.inodes.remove(&disk.ino()).is_some()
     }
 
     /// Makes a snapshot's file known by its inode number, as long as its disk holds it.
@@ -248,7 +347,7 @@ impl Catalog {
     /// # Errors
     /// `EPERM` without a store; `EEXIST`; `EINVAL` for a name that cannot be one; the host's.
     pub fn create(&self, name: &str, owner: Owner) -> io::Result<Arc<Disk>> {
-        if self.named(name).is_some() || name == CONTROL {
+        if self.shown(name).is_some() || name == CONTROL {
             return Err(errno(libc::EEXIST));
         }
         check_name(name)?;
@@ -288,11 +387,15 @@ impl Catalog {
         }
         entry.disk.retire()?;
         names.remove(name);
-        self.inodes.remove(&entry.disk.ino());
+        self.drop_inodes(&entry.disk);
         Ok(())
     }
 
     fn stored(&self, what: &str, name: &str) -> io::Result<(&Store, Arc<Entry>)> {
+        if self.window_named(name).is_some() {
+            log::warn!("{what} '{name}' refused: it is a partition of another disk");
+            return Err(errno(libc::EPERM));
+        }
         let entry = self.named(name).ok_or_else(|| errno(libc::ENOENT))?;
         let store = self.store_for(what, name)?;
         if entry.origin == Origin::Given {
@@ -305,7 +408,7 @@ impl Catalog {
     /// Removes a disk's name; the disk goes with its last handle.
     ///
     /// # Errors
-    /// `ENOENT`; `EPERM` for a disk that is not the store's; the host's errno.
+    /// `ENOENT`; `EPERM` for a disk that is not the store's and for a window; the host's errno.
     pub fn unlink(&self, name: &str) -> io::Result<()> {
         let (store, entry) = self.stored("unlink", name)?;
         store.remove_name(name)?;
@@ -314,10 +417,11 @@ impl Catalog {
         Ok(())
     }
 
-    /// Renames a disk of the store.
+    /// Renames a disk of the store; its windows go with it.
     ///
     /// # Errors
-    /// As [`unlink`](Self::unlink); `EEXIST` when `over` refuses.
+    /// As [`unlink`](Self::unlink); `EEXIST` when `over` refuses, and when a window would have the
+    /// name of another disk.
     pub fn rename(&self, from: &str, to: &str, over: Over) -> io::Result<()> {
         let (store, entry) = self.stored("rename", from)?;
         check_name(to)?;
@@ -327,11 +431,17 @@ impl Catalog {
         let replaced = match self.named(to) {
             Some(_) if over == Over::Refuse => return Err(errno(libc::EEXIST)),
             Some(_) => Some(self.stored("rename over", to)?.1),
+            None if self.window_named(to).is_some() => return Err(errno(libc::EPERM)),
             None => None,
         };
+        if let Err(line) = self.check_clash(to, &entry.disk) {
+            log::warn!("rename '{from}' to '{to}' refused: {line}");
+            return Err(errno(libc::EEXIST));
+        }
         store.rename(from, to)?;
         let mut names = self.names.write();
-        if replaced.is_none() && names.contains_key(to) {
+        let clashes = || names.contains_key(to) || find_clash(&names, to, &entry.disk).is_some();
+        if replaced.is_none() && clashes() {
             // `add` came between.
             drop(names);
             store.rename(to, from)?;
@@ -355,7 +465,7 @@ impl Catalog {
 
     /// A handle of `disk` was released: a disk without a name and without handles goes.
     pub fn dispose(&self, disk: &Arc<Disk>) {
-        if !self.is_orphan(disk) || self.inodes.remove(&disk.ino()).is_none() {
+        if !self.is_orphan(disk) || !self.drop_inodes(disk) {
             return;
         }
         if let Some(store) = &self.store {

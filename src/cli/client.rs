@@ -15,6 +15,7 @@ use rustix::io::Errno;
 use serde_json::Value;
 
 use super::table::printable;
+use crate::disk::split_name;
 use crate::mount::kernel;
 
 /// How long a mount may stay silent before it counts as hanging.
@@ -50,6 +51,19 @@ pub(super) enum AskError {
         mountpoint: PathBuf,
         /// The name that was asked for.
         disk: String,
+    },
+    /// It is a part of a disk.
+    #[error("'{part}' is partition {number} of the disk '{disk}' and no disk: name '{}'",
+        mountpoint.join(disk).display())]
+    Part {
+        /// The mount.
+        mountpoint: PathBuf,
+        /// What was named.
+        part: String,
+        /// The disk.
+        disk: String,
+        /// Which of its partitions.
+        number: u32,
     },
     /// Something else.
     #[error("cannot ask the mount at '{}': {error}", mountpoint.display())]
@@ -139,10 +153,25 @@ impl Place {
             (Some(Errno::ACCESS | Errno::PERM), _) => AskError::Denied(mountpoint),
             (Some(Errno::ROFS), _) => AskError::ReadOnly(mountpoint),
             (Some(Errno::NOENT | Errno::NOTDIR), Some(disk)) => {
-                AskError::NoDisk { mountpoint, disk: printable(disk) }
+                self.part().unwrap_or(AskError::NoDisk { mountpoint, disk: printable(disk) })
             }
             _ => AskError::Host { mountpoint, error },
         }
+    }
+
+    /// What is to be said when it is no disk but a partition of one.
+    pub(super) fn part(&self) -> Option<AskError> {
+        let part = self.disk.as_deref()?;
+        let (disk, number) = split_name(part)?;
+        let whole = Self { disk: Some(disk.to_owned()), mountpoint: self.mountpoint.clone() };
+        let status = whole.status().ok()?;
+        let is_shown = |one: &Value| one["number"] == number;
+        status["partitions"].as_array()?.iter().any(is_shown).then(|| AskError::Part {
+            mountpoint: whole.mountpoint,
+            part: printable(part),
+            disk: printable(disk),
+            number,
+        })
     }
 
     /// Starts to read its control file `file`.

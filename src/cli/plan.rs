@@ -74,6 +74,8 @@ impl Wish {
         let options = config.options.iter().chain(&self.common.options);
         let options = spec::parse_mount_options(options)
             .map_err(|error| Failure::usage(error.to_string()))?;
+        let cache = self.common.cache.or(config.cache).unwrap_or_default();
+        spec::check_cache(&disks, cache).map_err(|error| Failure::usage(error.to_string()))?;
         let absolute = |path: PathBuf| dir.join(path);
         let store = self.common.store.map(absolute).or(config.store);
         let named = self.common.allow_backing.into_iter().map(absolute);
@@ -97,7 +99,7 @@ impl Wish {
             disks,
             store,
             allow_backing,
-            cache: self.common.cache.or(config.cache).unwrap_or_default(),
+            cache,
             options,
             log: self.common.log.map(absolute).or(config.log),
             force: match self.common.force {

@@ -59,6 +59,9 @@ fn of_path(path: &Path) -> anyhow::Result<Value> {
     if let (Some(name), Some(disks)) = (&place.disk, mount["disks"].as_array_mut())
         && only(disks, name).is_err()
     {
+        if let Some(error) = place.part() {
+            return Err(error.into());
+        }
         anyhow::bail!(
             "there is no disk '{}' in the mount at '{}': cowslip status lists them",
             printable(name),
@@ -146,6 +149,15 @@ struct Disk {
     base: Option<String>,
     overlay: Option<Overlay>,
     stream: Option<StreamReport>,
+    partitions: Vec<PartReport>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+struct PartReport {
+    name: String,
+    offset: u64,
+    size: u64,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -226,6 +238,9 @@ impl Report {
         if !self.disks.is_empty() {
             text += &table.to_string();
         }
+        for part in self.disks.iter().flat_map(Disk::parts) {
+            text += &format!("  {}\n", printable(&part));
+        }
         for news in self.disks.iter().filter_map(Disk::news) {
             text += &format!("  {}\n", printable(&news));
         }
@@ -263,6 +278,16 @@ impl Disk {
             overlay.map_or_else(none, Overlay::place),
             self.base.clone().unwrap_or_else(none),
         ]
+    }
+
+    /// Its partitions, a line each.
+    fn parts(&self) -> Vec<String> {
+        let one = |part: &PartReport| {
+            let (start, end) = (part.offset, part.offset.saturating_add(part.size));
+            let size = format_size(part.size);
+            format!("{}: {size}, bytes {start}..{end} of {}", part.name, self.name)
+        };
+        self.partitions.iter().map(one).collect()
     }
 
     /// What is being done to it, and how far that is.
@@ -374,6 +399,19 @@ mod tests {
              \x20 vm.img     20 GiB  cow   ok        1   64 KiB  temporary  /srv/vm.img\n\
              \x20 b       512 bytes  ro    ok        0        -  -          /srv/b\n"
         );
+    }
+
+    #[test]
+    fn partitions_are_listed_below_the_table() {
+        let mut mount = mount("ok");
+        mount["disks"][0]["partitions"] = json!([
+            { "number": 1, "name": "vm.img.p1", "offset": 1048576, "size": 4194304 },
+            { "number": 5, "name": "vm.img.p5", "offset": 8388608, "size": 512 },
+        ]);
+        let shown = Report::of(&mount).show();
+        let want = "\n  vm.img.p1: 4 MiB, bytes 1048576..5242880 of vm.img\n\
+                    \x20 vm.img.p5: 512 bytes, bytes 8388608..8389120 of vm.img\n";
+        assert!(shown.ends_with(want), "{shown}");
     }
 
     #[test]

@@ -20,8 +20,8 @@ use serde_json::{Value, json};
 
 use super::{Control, farewell};
 use crate::catalog::{Entry, Origin};
-use crate::disk::{self, Disk, Opened, Setting, Use};
-use crate::spec::parse_disk;
+use crate::disk::{self, Disk, Opened, Setting, Use, split_name};
+use crate::spec::{check_cache, parse_disk};
 use crate::stream::output::{Patience, State};
 use crate::stream::sink::Inherit;
 use crate::stream::{Ending, Stream};
@@ -33,13 +33,13 @@ pub enum Stale {
     Disk {
         /// The name it had.
         name: String,
-        /// The inode number of the mounted file.
-        ino: u64,
+        /// The mounted file and those of its windows, each with its inode number.
+        files: Vec<(String, u64)>,
     },
     /// A disk holds other bytes now.
     Bytes {
-        /// The inode number of the mounted file.
-        ino: u64,
+        /// The inode numbers of the mounted file and of its windows.
+        inos: Vec<u64>,
     },
     /// A control directory has lost a name.
     Name {
@@ -103,12 +103,13 @@ impl Control {
         }
         // The client has looked for a path with a comma already.
         let spec = parse_disk(text, cwd, &|_| false).map_err(|error| error.to_string())?;
+        check_cache([&spec], self.cache).map_err(|error| error.to_string())?;
         let name = &spec.name;
         let taken = || {
             format!("there is a disk '{name}' in the mount already: give this one another NAME=")
         };
         self.check_stays()?;
-        if self.catalog.named(name).is_some() {
+        if self.catalog.shown(name).is_some() {
             return Err(taken());
         }
         let setting = Setting {
@@ -128,6 +129,8 @@ impl Control {
         };
         let Opened { disk, summary, notes } = opened;
         let disk = Arc::new(disk);
+        let clash = self.catalog.check_clash(name, &disk);
+        clash.map_err(|line| format!("{name}: {line}")).inspect_err(|_| disk.abandon())?;
         disk.announce(&self.holder());
         let added = match store {
             Some(store) => self.catalog.add_new(store, name, &disk),
@@ -175,6 +178,13 @@ impl Control {
 
     fn remove_disk(&self, name: &str) -> Result<Farewell, Refusal> {
         let gone = || Refusal::Line(format!("there is no disk '{name}' in the mount"));
+        if self.catalog.window_named(name).is_some()
+            && let Some((disk, number)) = split_name(name)
+        {
+            return Err(Refusal::Line(format!(
+                "'{name}' is partition {number} of the disk '{disk}', and goes with it: name that"
+            )));
+        }
         let entry = self.catalog.named(name).ok_or_else(gone)?;
         self.check_removable(name, &entry)?;
         self.catalog.take(name, &entry).map_err(|used| match used {
@@ -187,7 +197,9 @@ impl Control {
         let disk = Arc::clone(&entry.disk);
         // What is late finds no disk behind the slot either.
         drop(entry);
-        self.forget(&disk, Stale::Disk { name: name.to_owned(), ino: disk.ino() });
+        let parts = disk.windows().iter().map(|window| (window.name(name), window.ino()));
+        let files = std::iter::once((name.to_owned(), disk.ino())).chain(parts).collect();
+        self.forget(&disk, Stale::Disk { name: name.to_owned(), files });
         let done = close(name, &disk);
         log::info!("{name}: removed");
         done.lines.iter().for_each(|line| log::info!("{line}"));

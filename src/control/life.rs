@@ -255,6 +255,7 @@ impl Control {
     /// Has the kernel write back and forget what it has cached of a disk.
     /// It keeps pages of a disk that nobody has open, too.
     pub(super) fn forget_bytes(&self, disk: &Disk) {
-        self.forget(disk, Stale::Bytes { ino: disk.ino() });
+        let inos = disk.files_of(0..u64::MAX).map(|(ino, _)| ino).collect();
+        self.forget(disk, Stale::Bytes { inos });
     }
 }

@@ -30,6 +30,7 @@ use self::request::{HydrateAction, farewell};
 pub use self::session::Session;
 pub use self::spot::Spot;
 use crate::catalog::Catalog;
+use crate::spec::Cache;
 
 /// What the control files know of the mount.
 pub struct Control {
@@ -37,6 +38,8 @@ pub struct Control {
     pub catalog: Arc<Catalog>,
     /// What the mount table shows as its source.
     pub source: String,
+    /// How the kernel's cache is used.
+    pub cache: Cache,
     /// The daemon is on its way out.
     pub draining: AtomicBool,
     /// The mount's device number, once it is there.

@@ -26,8 +26,8 @@ pub enum Spot {
 }
 
 impl Spot {
-    /// Its inode number: 2 to 5 for the mount's own, then eight a slot. Disks' own numbers start
-    /// at 2^62.
+    /// Its inode number: 2 to 5 for the mount's own, then eight a slot. Those of disks' windows
+    /// start at 2^61, disks' own at 2^62.
     #[must_use]
     pub fn ino(self) -> u64 {
         match self {
@@ -51,11 +51,11 @@ impl Spot {
             (3, ..) => Some(Self::Status),
             (4, ..) => Some(Self::Log),
             (5, ..) => Some(Self::Ctl),
-            (8..0x4000_0000_0000_0000, slot, 0) => Some(Self::Disk(slot)),
-            (8..0x4000_0000_0000_0000, slot, 1) => Some(Self::DiskStatus(slot)),
-            (8..0x4000_0000_0000_0000, slot, 2) => Some(Self::DiskMap(slot)),
-            (8..0x4000_0000_0000_0000, slot, 3) => Some(Self::DiskCtl(slot)),
-            (8..0x4000_0000_0000_0000, slot, 4) => Some(Self::Snapshots(slot)),
+            (8..0x2000_0000_0000_0000, slot, 0) => Some(Self::Disk(slot)),
+            (8..0x2000_0000_0000_0000, slot, 1) => Some(Self::DiskStatus(slot)),
+            (8..0x2000_0000_0000_0000, slot, 2) => Some(Self::DiskMap(slot)),
+            (8..0x2000_0000_0000_0000, slot, 3) => Some(Self::DiskCtl(slot)),
+            (8..0x2000_0000_0000_0000, slot, 4) => Some(Self::Snapshots(slot)),
             _ => None,
         }
     }
@@ -122,6 +122,7 @@ mod tests {
             assert_eq!(Spot::of(spot.ino()), Some(spot));
         }
         assert_eq!(Spot::of(1), None);
+        assert_eq!(Spot::of(1 << 61), None);
         assert_eq!(Spot::of(1 << 62), None);
     }
 }

@@ -1,12 +1,13 @@
 //! The text of the `status` files.
 
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use serde_json::{Value, json};
 
 use super::{Control, life, lines};
 use crate::catalog::Entry;
-use crate::disk::Disk;
+use crate::disk::{Disk, Window};
 use crate::overlay::recover::Recovered;
 use crate::stream::Stream;
 
@@ -83,8 +84,23 @@ impl Control {
             "base": disk.base_shown(),
             "overlay": overlay,
             "stream": disk.stream().map(stream_value),
+            "partitions": partitions_value(name, disk),
         })
     }
+}
+
+/// The windows of a disk in `status`: what each shows of it, and where in it that is.
+fn partitions_value(name: &str, disk: &Disk) -> Vec<Value> {
+    let one = |window: &Arc<Window>| {
+        let range = window.range();
+        json!({
+            "number": window.number(),
+            "name": window.name(name),
+            "offset": range.start,
+            "size": range.end - range.start,
+        })
+    };
+    disk.windows().iter().map(one).collect()
 }
 
 /// A stream in `status`.

@@ -377,12 +377,17 @@ impl Disk {
     /// `ENXIO` at and past the end, and when there is no data any more; `EAGAIN` under
     /// [`Wait::No`] when it would have to wait or takes long.
     pub fn seek(&self, offset: u64, whence: Whence, wait: Wait) -> io::Result<u64> {
+        self.seek_in(offset..u64::MAX, whence, wait)
+    }
+
+    /// As [`seek`](Self::seek), in `range`, at whose end is the end.
+    pub(super) fn seek_in(&self, range: Range<u64>, whence: Whence, wait: Wait) -> io::Result<u64> {
         let layers = self.layers();
-        let size = layers.size();
-        if offset >= size {
+        let size = layers.size().min(range.end);
+        if range.start >= size {
             return Err(errno(libc::ENXIO));
         }
-        let mut at = offset;
+        let mut at = range.start;
         let mut steps = 0;
         while at < size {
             if wait == Wait::No && steps == STEPS {

@@ -15,12 +15,14 @@ mod open;
 mod reflink;
 mod stream;
 mod whole;
+mod window;
 
 use std::io as stdio;
+use std::ops::Range;
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU32, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use parking_lot::{Mutex, RwLock};
@@ -37,6 +39,8 @@ pub use self::life::{Beneath, Difference, Force, LifeError, Others, Since, Snaps
 pub use self::open::{
     OpenError, Opened, Setting, clone_stored, create_blank, create_stored, open, open_stored,
 };
+use self::window::Windows;
+pub use self::window::{Shown, Window, WindowsError, split_name};
 use crate::extents::{Extent, Extents, Kind};
 use crate::host::errno;
 use crate::layer::{Layer, Wait, WritableLayer};
@@ -176,6 +180,8 @@ pub struct Disk {
     allocated: Mutex<Option<(u64, u64)>>,
     /// A stat was answered with an older figure than there is.
     stale: AtomicBool,
+    /// Its partitions as files of their own, if they are to be seen.
+    windows: OnceLock<Windows>,
     /// Where its overlay is.
     home: Mutex<Home>,
     life: Life,
@@ -341,27 +347,42 @@ impl Disk {
             return Ok(found);
         }
         let allocated = self.allocated(wait)?;
+        Ok(self.described(self.size(), allocated))
+    }
+
+    /// What stat(2) says of a file of `size` bytes that shows this disk.
+    fn described(&self, size: u64, allocated: u64) -> Attributes {
         let time = |cell: &AtomicI64| to_time(cell.load(Ordering::Relaxed));
-        Ok(Attributes {
-            size: self.size(),
+        Attributes {
+            size,
             allocated,
             owner: self.owner(),
             atime: time(&self.times.atime),
             mtime: time(&self.times.mtime),
             ctime: time(&self.times.ctime),
             block: self.block(),
-        })
+        }
     }
 
-    /// Bytes of data in the disk, from its extents. After [`BLOCKS_WALK`] of them the rest counts
-    /// as data: it never claims a hole that is not there.
-    ///
-    /// A base that would have to be waited for does not hold up a stat: that gets the last
-    /// figure, and `maintain` finds the new one.
+    /// Bytes of data in the disk.
     fn allocated(&self, wait: Wait) -> stdio::Result<u64> {
         if let Some(Stream::Output(output)) = &self.stream {
             return Ok(output.written());
         }
+        self.allocated_in(0..self.size(), &self.allocated, wait)
+    }
+
+    /// Bytes of data in `range`, from the extents. After [`BLOCKS_WALK`] of them the rest counts
+    /// as data: it never claims a hole that is not there. `known` keeps the figure.
+    ///
+    /// A base that would have to be waited for does not hold up a stat: that gets the last
+    /// figure, and `maintain` finds the new one.
+    fn allocated_in(
+        &self,
+        range: Range<u64>,
+        known: &Mutex<Option<(u64, u64)>>,
+        wait: Wait,
+    ) -> stdio::Result<u64> {
         let revision = match &self.layers().top {
             Top::Overlay(overlay) => Some(overlay.revision()),
             // What has arrived changes by itself.
@@ -370,15 +391,15 @@ impl Disk {
             // Nobody counts the changes of a base.
             Top::Base(_) | Top::Reflink(_) => None,
         };
-        let last = *self.allocated.lock();
+        let last = *known.lock();
         if let Some((at, bytes)) = last
             && revision == Some(at)
         {
             return Ok(bytes);
         }
-        match (self.walk_allocated(wait), last) {
+        match (self.walk_allocated(range, wait), last) {
             (Ok(bytes), _) => {
-                *self.allocated.lock() = Some((revision.unwrap_or(0), bytes));
+                *known.lock() = Some((revision.unwrap_or(0), bytes));
                 Ok(bytes)
             }
             (Err(error), Some((_, bytes))) if error.raw_os_error() == Some(libc::EAGAIN) => {
@@ -389,13 +410,13 @@ impl Disk {
         }
     }
 
-    fn walk_allocated(&self, wait: Wait) -> stdio::Result<u64> {
-        let size = self.size();
-        let extents = self.extents(0..size, BLOCKS_WALK, wait)?;
+    fn walk_allocated(&self, range: Range<u64>, wait: Wait) -> stdio::Result<u64> {
+        let end = range.end;
+        let extents = self.extents(range, BLOCKS_WALK, wait)?;
         let held = |extents: &Extents| -> u64 {
             extents.iter().filter(|extent| extent.kind != Kind::Hole).map(Extent::len).sum()
         };
-        Ok(held(&extents) + (size - extents.described_to().min(size)))
+        Ok(held(&extents) + (end - extents.described_to().min(end)))
     }
 
     /// A handle was released.
@@ -556,7 +577,7 @@ impl Disk {
             overlay.maintain()?;
         }
         if self.stale.swap(false, Ordering::SeqCst)
-            && let Err(error) = self.allocated(Wait::Yes)
+            && let Err(error) = self.allocated(Wait::Yes).and_then(|_| self.count_windows())
         {
             log::debug!("{}: its extents are not known: {error}", self.source);
         }

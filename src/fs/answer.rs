@@ -2,11 +2,12 @@
 
 use std::ffi::OsStr;
 use std::io;
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::SystemTime;
 
 use fuser::{
-    Errno, FileHandle, FileType, FopenFlags, Generation, INodeNo, OpenFlags, ReplyData, ReplyEntry,
+    Errno, FileHandle, FileType, FopenFlags, Generation, OpenFlags, ReplyData, ReplyEntry,
     ReplyWrite, TimeOrNow,
 };
 
@@ -15,7 +16,7 @@ use super::parked::{Bound, Lane, Refuse};
 use super::{CowslipFs, ROOT, Shared, attr};
 use crate::catalog::Catalog;
 use crate::control::{MapText, Session, Spot};
-use crate::disk::{self, Access, Change, Disk, Keep, Owner};
+use crate::disk::{self, Access, Change, Disk, Keep, Owner, Shown};
 use crate::host::errno;
 use crate::journal;
 use crate::layer::Wait;
@@ -41,10 +42,6 @@ impl CowslipFs {
         &self.shared.catalog
     }
 
-    pub(super) fn disk(&self, ino: INodeNo) -> io::Result<Arc<Disk>> {
-        self.catalog().inode(ino.0).ok_or_else(|| errno(libc::ENOENT))
-    }
-
     /// Finds a snapshot's file; its layers may have to be opened first.
     pub(super) fn lookup_snapshot(&self, slot: u64, name: &str, reply: ReplyEntry) {
         let name = name.to_owned();
@@ -60,9 +57,9 @@ impl CowslipFs {
         });
     }
 
-    pub(super) fn disk_of(&self, handle: FileHandle) -> io::Result<Arc<Disk>> {
+    pub(super) fn shown_by(&self, handle: FileHandle) -> io::Result<Shown> {
         match self.handles.find(handle).as_deref() {
-            Some(Handle::Disk { disk, .. }) => Ok(Arc::clone(disk)),
+            Some(Handle::Disk { shown, .. }) => Ok(shown.clone()),
             Some(_) => Err(errno(libc::EINVAL)),
             None => Err(errno(libc::EBADF)),
         }
@@ -113,18 +110,6 @@ impl CowslipFs {
         let may =
             disk.may_be_mapped() || self.shared.cache == Cache::Writeback && disk.has_writers();
         may && !self.terms.is_passed(disk.ino())
-    }
-
-    /// Drops what the kernel has cached of `len` bytes at `offset` (0: of everything), writing
-    /// dirty pages back first. Only from a pool thread.
-    pub(super) fn invalidate(shared: &Shared, disk: &Disk, offset: u64, len: u64) {
-        let Some(notifier) = shared.notifier.get() else {
-            return;
-        };
-        let (offset, len) = (offset.cast_signed(), len.cast_signed());
-        if let Err(error) = notifier.inval_inode(INodeNo(disk.ino()), offset, len) {
-            log::debug!("the kernel's cache is not invalidated: {error}");
-        }
     }
 
     pub(super) fn open_spot(&self, spot: Spot) -> io::Result<Handle> {
@@ -222,8 +207,14 @@ impl CowslipFs {
             ("..".to_owned(), ROOT, FileType::Directory),
         ];
         if ino == ROOT {
-            let disks = self.catalog().list().into_iter();
-            all.extend(disks.map(|(name, entry)| (name, entry.disk.ino(), FileType::RegularFile)));
+            for (name, entry) in self.catalog().list() {
+                let parts = entry.disk.windows().iter();
+                let parts: Vec<_> = parts
+                    .map(|part| (part.name(&name), part.ino(), FileType::RegularFile))
+                    .collect();
+                all.push((name, entry.disk.ino(), FileType::RegularFile));
+                all.extend(parts);
+            }
             return Ok(all);
         }
         let spot = Spot::of(ino).filter(|spot| spot.is_directory());
@@ -244,17 +235,22 @@ impl CowslipFs {
     }
 
     pub(super) fn set_attributes(
-        disk: &Disk,
+        shown: &Shown,
         owner: Option<Owner>,
         size: Option<u64>,
         times: (Option<SystemTime>, Option<SystemTime>),
         wait: Wait,
     ) -> io::Result<disk::Attributes> {
+        let disk = shown.disk();
         if disk.mode == Mode::ReadOnly && (owner.is_some() || size.is_some()) {
             return Err(errno(libc::EROFS));
         }
+        if shown.is_window() && owner.is_some() {
+            // They are the disk's.
+            return Err(errno(libc::EPERM));
+        }
         if let Some(size) = size {
-            disk.set_size(size, wait)?;
+            shown.set_size(size, wait)?;
         }
         if let Some(owner) = owner {
             disk.set_owner(owner)?;
@@ -262,7 +258,7 @@ impl CowslipFs {
         if times != (None, None) {
             disk.set_times(times.0, times.1);
         }
-        disk.attributes(wait)
+        shown.attributes(wait)
     }
 }
 
@@ -287,31 +283,45 @@ fn attempt<R: Refuse, T: 'static>(
     }
 }
 
+/// How the bytes of a write have come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Via {
+    /// Straight from the client.
+    Call,
+    /// From the kernel's cache, where their page is locked until the answer.
+    Cache,
+}
+
 /// A write to a disk, but for its bytes.
 #[derive(Clone, Copy)]
 pub(super) struct Write {
+    /// Where in the disk.
     pub(super) offset: u64,
     /// What is answered: how many bytes.
     pub(super) written: u32,
     /// Somebody reads through the kernel's cache, which must forget the range first.
     pub(super) cached: bool,
+    pub(super) via: Via,
     /// It must be durable first (`O_DSYNC`).
     pub(super) sync: bool,
 }
 
 impl Write {
     /// Writes `data` without waiting, and in one of the disk's pools what has to wait.
-    pub(super) fn run(
-        self,
-        shared: &Arc<Shared>,
-        disk: &Arc<Disk>,
-        data: &[u8],
-        reply: ReplyWrite,
-    ) {
-        let Self { offset, written, cached, sync } = self;
-        let result = disk.write(data, offset, Wait::No);
+    pub(super) fn run(self, shared: &Arc<Shared>, shown: &Shown, data: &[u8], reply: ReplyWrite) {
+        let Self { offset, written, via, sync, .. } = self;
+        let range = self.range();
+        // Older bytes of another file's must not come after these.
+        let first = via == Via::Call && shown.is_dirty_elsewhere(&range);
+        let result = match first {
+            false => shown.disk().write(data, offset, Wait::No),
+            true => Err(errno(libc::EAGAIN)),
+        };
         match result {
-            Ok(()) if !sync && !cached => return reply.written(written),
+            Ok(()) if !sync && !self.must_tell(shown) => {
+                reply.written(written);
+                return self.tell_late(shared, shown);
+            }
             Err(error) if error.raw_os_error() != Some(libc::EAGAIN) => {
                 return reply.error(error.into());
             }
@@ -319,23 +329,59 @@ impl Write {
         }
         let left = result.is_err().then(|| data.to_vec());
         let bound = if sync { Bound::Open } else { Bound::Base };
-        let lane = match (cached, sync) {
+        let (there, notify) = (shown.clone(), Arc::clone(shared));
+        let work = move || {
+            if first {
+                CowslipFs::invalidate_others(&notify, &there, range);
+            }
+            if let Some(data) = left {
+                there.disk().write(&data, offset, Wait::Yes)?;
+            }
+            self.tell(&notify, &there);
+            if sync { there.disk().sync() } else { Ok(()) }
+        };
+        let (late, notify) = (shown.clone(), Arc::clone(shared));
+        let send = move |reply: ReplyWrite, ()| {
+            reply.written(written);
+            self.tell_late(&notify, &late);
+        };
+        shared.deadlines.later(shown.disk(), self.lane(shown), bound, reply, work, send);
+    }
+
+    /// The bytes of the disk.
+    fn range(&self) -> Range<u64> {
+        self.offset..self.offset.saturating_add(self.written.into())
+    }
+
+    /// Whether the kernel must forget something before the answer. To be asked after the write.
+    fn must_tell(&self, shown: &Shown) -> bool {
+        self.cached || self.via == Via::Call && shown.is_cached_elsewhere(&self.range())
+    }
+
+    /// Has the kernel forget it.
+    fn tell(&self, shared: &Shared, shown: &Shown) {
+        if self.cached {
+            CowslipFs::invalidate(shared, shown.disk(), self.range());
+        } else if self.must_tell(shown) {
+            CowslipFs::invalidate_others(shared, shown, self.range());
+        }
+    }
+
+    /// After the answer: has the kernel forget what other files have of a page that it wrote back.
+    fn tell_late(&self, shared: &Arc<Shared>, shown: &Shown) {
+        if self.via == Via::Cache {
+            CowslipFs::answer_noticed(shared, shown, self.range(), || ());
+        }
+    }
+
+    /// Which of the disk's pools does what has to wait.
+    fn lane(&self, shown: &Shown) -> Lane {
+        let may_tell = self.via == Via::Call && !shown.disk().windows().is_empty();
+        match (self.cached || may_tell, self.sync) {
             (true, _) => Lane::Notices,
             (false, true) => Lane::Sync,
             (false, false) => Lane::Work,
-        };
-        let (there, notify) = (Arc::clone(disk), Arc::clone(shared));
-        let work = move || {
-            if let Some(data) = left {
-                there.write(&data, offset, Wait::Yes)?;
-            }
-            if cached {
-                CowslipFs::invalidate(&notify, &there, offset, u64::from(written));
-            }
-            if sync { there.sync() } else { Ok(()) }
-        };
-        let send = move |reply: ReplyWrite, ()| reply.written(written);
-        shared.deadlines.later(disk, lane, bound, reply, work, send);
+        }
     }
 }
 
@@ -344,7 +390,7 @@ impl Write {
 pub(super) fn open_disk(
     handles: &Handles,
     cache: Cache,
-    disk: Arc<Disk>,
+    shown: Shown,
     flags: OpenFlags,
 ) -> io::Result<(FileHandle, FopenFlags)> {
     let access = match flags.0 & libc::O_ACCMODE {
@@ -354,16 +400,24 @@ pub(super) fn open_disk(
     };
     let cached = match cache {
         // A stream is never cached: what it answers changes as it flows.
-        _ if disk.stream().is_some() => false,
+        _ if shown.disk().stream().is_some() => false,
+        _ if shown.is_window() => false,
         Cache::Auto => access == Access::Read,
         Cache::None => false,
         Cache::Writeback => true,
     };
-    disk.opened(access)?;
-    let handle = handles.add(Handle::Disk { disk, access });
+    shown.opened(access)?;
+    let is_alone = shown.disk().windows().is_empty();
+    let handle = handles.add(Handle::Disk { shown, access });
     let direct = FopenFlags::FOPEN_DIRECT_IO | FopenFlags::FOPEN_PARALLEL_DIRECT_WRITES;
-    // What is cached stays right: every change comes through this mount.
-    Ok((handle, if cached { FopenFlags::FOPEN_KEEP_CACHE } else { direct }))
+    let flags = match (cached, is_alone) {
+        // What is cached stays right: every change comes through this mount.
+        (true, true) => FopenFlags::FOPEN_KEEP_CACHE,
+        // While nobody has the file open, nobody tells the kernel of changes through another one.
+        (true, false) => FopenFlags::empty(),
+        (false, _) => direct,
+    };
+    Ok((handle, flags))
 }
 
 /// What fallocate(2)'s mode asks for.

@@ -6,6 +6,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use fuser::{FileAttr, FileType, INodeNo, ReplyAttr};
 
+use super::window::ttl;
 use super::{CowslipFs, ROOT};
 use crate::control::Spot;
 use crate::disk::{Attributes, Owner, Space};
@@ -110,16 +111,17 @@ impl CowslipFs {
         Some(plain(spot.ino(), kind, owner, self.shared.mounted))
     }
 
-    /// The attributes of a listed name, if they can be had without waiting.
-    pub(super) fn attr_in_listing(&self, ino: u64, kind: FileType) -> Option<FileAttr> {
+    /// The attributes of a listed name, if they can be had without waiting, and how long they hold.
+    pub(super) fn attr_in_listing(&self, ino: u64, kind: FileType) -> Option<(Duration, FileAttr)> {
         if ino == ROOT {
-            return Some(self.root_attr());
+            return Some((TTL, self.root_attr()));
         }
         if let Some(spot) = Spot::of(ino) {
-            return self.spot_attr(spot);
+            return self.spot_attr(spot).map(|attr| (TTL, attr));
         }
-        let found = self.shared.catalog.inode(ino)?.attributes(Wait::No).ok()?;
-        (kind == FileType::RegularFile).then(|| of_disk(ino, &found))
+        let shown = self.shared.catalog.inode(ino)?;
+        let found = shown.attributes(Wait::No).ok()?;
+        (kind == FileType::RegularFile).then(|| (ttl(&shown), of_disk(ino, &found)))
     }
 
     /// Answers a change of a control file's attributes, which changes nothing.

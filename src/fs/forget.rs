@@ -22,16 +22,24 @@ pub fn forgetter(notifier: Notifier) -> Forget {
 
 fn forget(notifier: &Notifier, stale: &Stale) -> io::Result<()> {
     match stale {
-        Stale::Disk { name, ino } => {
-            let name = OsStr::new(name);
-            let file = notifier.inval_entry(INodeNo(ROOT), name);
-            let control = notifier.inval_entry(INodeNo(Spot::Directory.ino()), name);
-            // Whoever still points to the file (O_PATH, a bind mount) keeps its pages, and an
-            // overlay that comes back has the same inode number.
-            let pages = notifier.inval_inode(INodeNo(*ino), 0, 0);
-            file.and(control).and(pages)
+        Stale::Disk { name, files } => {
+            let control = notifier.inval_entry(INodeNo(Spot::Directory.ino()), OsStr::new(name));
+            all(files.iter().map(|(name, ino)| {
+                let file = notifier.inval_entry(INodeNo(ROOT), OsStr::new(name));
+                // Whoever still points to the file (O_PATH, a bind mount) keeps its pages, and an
+                // overlay that comes back has the same inode number.
+                file.and(notifier.inval_inode(INodeNo(*ino), 0, 0))
+            }))
+            .and(control)
         }
-        Stale::Bytes { ino } => notifier.inval_inode(INodeNo(*ino), 0, 0),
+        Stale::Bytes { inos } => {
+            all(inos.iter().map(|ino| notifier.inval_inode(INodeNo(*ino), 0, 0)))
+        }
         Stale::Name { parent, name } => notifier.inval_entry(INodeNo(*parent), OsStr::new(name)),
     }
+}
+
+/// All of it is done, whatever fails; the first error.
+fn all(done: impl Iterator<Item = io::Result<()>>) -> io::Result<()> {
+    done.fold(Ok(()), io::Result::and)
 }

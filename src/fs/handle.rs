@@ -7,12 +7,12 @@ use dashmap::DashMap;
 use fuser::FileHandle;
 
 use crate::control::{MapText, Session, Spot};
-use crate::disk::{Access, Disk};
+use crate::disk::{Access, Disk, Shown};
 
 /// One open file or directory.
 pub(super) enum Handle {
-    /// A disk.
-    Disk { disk: Arc<Disk>, access: Access },
+    /// A disk, or a window of one.
+    Disk { shown: Shown, access: Access },
     /// A text as it was when it was opened.
     Text(Vec<u8>),
     /// The log, from this offset of all that was ever logged.

@@ -11,6 +11,7 @@ mod handle;
 mod parked;
 mod passthrough;
 mod seats;
+mod window;
 
 use std::ffi::OsStr;
 use std::io;
@@ -24,7 +25,7 @@ use fuser::{
     ReplyLseek, ReplyOpen, ReplyStatfs, ReplyWrite, Request, TimeOrNow, WriteFlags,
 };
 
-use self::answer::{Write, decode_change, is_busy, is_sync, moment, open_disk, text};
+use self::answer::{Via, Write, decode_change, is_busy, is_sync, moment, open_disk, text};
 use self::attr::TTL;
 pub use self::forget::forgetter;
 use self::handle::{Handle, Handles};
@@ -32,9 +33,10 @@ pub use self::parked::Deadlines;
 use self::parked::{Bound, Lane};
 use self::passthrough::{Terms, Way};
 use self::seats::Seats;
+use self::window::{ALL, ttl};
 use crate::catalog::{CONTROL, Catalog, LONGEST_NAME, Over};
 use crate::control::{Control, Spot};
-use crate::disk::{self, Access, Disk, Owner, Whence};
+use crate::disk::{self, Access, Disk, Owner, Shown, Whence};
 use crate::host::errno;
 use crate::layer::Wait;
 use crate::pool::Pool;
@@ -150,13 +152,10 @@ impl Filesystem for CowslipFs {
         if name.len() > LONGEST_NAME as usize {
             return reply.error(Errno::ENAMETOOLONG);
         }
-        let Some(entry) = self.catalog().named(name) else {
-            return reply.error(Errno::ENOENT);
-        };
-        let ino = entry.disk.ino();
-        self.now_or_later(&entry.disk, reply, Disk::attributes, move |reply, found| {
-            reply.entry(&TTL, &attr::of_disk(ino, &found), Generation(0));
-        });
+        match self.catalog().shown(name) {
+            Some(shown) => self.reply_entry(&shown, reply),
+            None => reply.error(Errno::ENOENT),
+        }
     }
 
     fn forget(&self, _: &Request, _: INodeNo, _: u64) {
@@ -173,12 +172,15 @@ impl Filesystem for CowslipFs {
                 None => reply.error(Errno::ENOENT),
             };
         }
-        match self.disk(ino) {
-            Ok(disk) => self.now_or_later(&disk, reply, Disk::attributes, move |reply, found| {
-                reply.attr(&TTL, &attr::of_disk(ino.0, &found));
-            }),
-            Err(error) => reply.error(error.into()),
-        }
+        let shown = match self.shown(ino) {
+            Ok(shown) => shown,
+            Err(error) => return reply.error(error.into()),
+        };
+        let (ttl, there) = (ttl(&shown), shown.clone());
+        let work = move |_: &Disk, wait| there.attributes(wait);
+        self.now_or_later(shown.disk(), reply, work, move |reply, found: disk::Attributes| {
+            reply.attr(&ttl, &attr::of_disk(ino.0, &found));
+        });
     }
 
     fn setattr(
@@ -199,15 +201,15 @@ impl Filesystem for CowslipFs {
         _: Option<BsdFileFlags>,
         reply: ReplyAttr,
     ) {
-        let disk = match self.disk(ino) {
-            Ok(disk) => disk,
+        let shown = match self.shown(ino) {
+            Ok(shown) => shown,
             // A control file is always empty to begin with: `>` truncates it for nothing.
             Err(_) if Spot::of(ino.0).is_some_and(|spot| !spot.is_directory()) => {
                 return self.getattr_of_spot(ino, reply);
             }
             Err(_) => return reply.error(Errno::EPERM),
         };
-        let old = disk.owner();
+        let old = shown.disk().owner();
         let owner = Owner {
             uid: uid.unwrap_or(old.uid),
             gid: gid.unwrap_or(old.gid),
@@ -216,27 +218,31 @@ impl Filesystem for CowslipFs {
         };
         let owner = (owner != old).then_some(owner);
         let times = (moment(atime), moment(mtime));
+        let ttl = ttl(&shown);
         let send = move |reply: ReplyAttr, found: disk::Attributes| {
-            reply.attr(&TTL, &attr::of_disk(ino.0, &found));
+            reply.attr(&ttl, &attr::of_disk(ino.0, &found));
         };
+        let there = shown.clone();
         if owner.is_some() {
             // It is written durably.
-            let work = move |disk: &Disk| Self::set_attributes(disk, owner, size, times, Wait::Yes);
-            return self.later(&disk, Lane::Work, reply, work, send);
+            let work = move |_: &Disk| Self::set_attributes(&there, owner, size, times, Wait::Yes);
+            return self.later(shown.disk(), Lane::Work, reply, work, send);
         }
-        if size == Some(0) && disk.is_fixed() {
+        if size == Some(0) && shown.is_fixed() {
             // The kernel sees no new size and would keep what it has cached. Only once it has the
             // answer does it let dirty pages go, which the invalidation waits for.
-            let (shared, there) = (Arc::clone(&self.shared), Arc::clone(&disk));
-            let work = move |disk: &Disk| Self::set_attributes(disk, None, size, times, Wait::Yes);
+            let (shared, target) = (Arc::clone(&self.shared), shown.clone());
+            let work = move |_: &Disk| Self::set_attributes(&there, None, size, times, Wait::Yes);
             let send = move |reply, found| {
+                Self::invalidate_others(&shared, &target, ALL);
                 send(reply, found);
-                Self::invalidate(&shared, &there, 0, 0);
+                Self::invalidate(&shared, target.disk(), ALL);
             };
-            return self.later(&disk, Lane::Notices, reply, work, send);
+            return self.later(shown.disk(), Lane::Notices, reply, work, send);
         }
-        let work = move |disk: &Disk, wait| Self::set_attributes(disk, None, size, times, wait);
-        self.change_now_or_later(&disk, reply, work, send);
+        let range = if size.is_some() { ALL } else { 0..0 };
+        let work = move |shown: &Shown, wait| Self::set_attributes(shown, None, size, times, wait);
+        self.change_noticed(&shown, range, reply, work, send);
     }
 
     fn open(&self, _: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
@@ -249,17 +255,18 @@ impl Filesystem for CowslipFs {
                 Err(error) => reply.error(error.into()),
             };
         }
-        let disk = match self.disk(ino) {
-            Ok(disk) => disk,
+        let shown = match self.shown(ino) {
+            Ok(shown) => shown,
             Err(error) => return reply.error(error.into()),
         };
+        let disk = shown.disk();
         if disk.mode == Mode::ReadOnly && flags.0 & libc::O_ACCMODE != libc::O_RDONLY {
             return reply.error(Errno::EROFS);
         }
         let cache = self.shared.cache;
-        let way = self.terms.enter(&disk, cache, |file| reply.open_backing(file));
+        let way = self.terms.enter(disk, cache, |file| reply.open_backing(file));
         let as_served = if matches!(way, Way::Direct) { Cache::None } else { cache };
-        match (open_disk(&self.handles, as_served, Arc::clone(&disk), flags), way) {
+        match (open_disk(&self.handles, as_served, shown.clone(), flags), way) {
             (Ok((handle, _)), Way::Passed(backing)) => {
                 reply.opened_passthrough(handle, FopenFlags::empty(), &backing);
             }
@@ -285,10 +292,10 @@ impl Filesystem for CowslipFs {
         let Some(handle) = self.handles.find(fh) else {
             return reply.error(Errno::EBADF);
         };
-        let Handle::Disk { disk, .. } = &*handle else {
+        let Handle::Disk { shown, .. } = &*handle else {
             return self.read_control(&handle, offset, size, reply);
         };
-        let len = size as usize;
+        let (len, disk) = (size as usize, shown.disk());
         if let Some(Stream::Input { input, .. }) = disk.stream() {
             let send = move |result: io::Result<Vec<u8>>| match result {
                 Ok(bytes) => reply.data(&bytes),
@@ -300,14 +307,14 @@ impl Filesystem for CowslipFs {
             if buffer.len() < len {
                 buffer.resize(len, 0);
             }
-            let result = disk.read(&mut buffer[..len], offset, Wait::No);
+            let result = shown.read(&mut buffer[..len], offset, Wait::No);
             if !is_busy(&result) {
                 return match result {
                     Ok(got) => reply.data(&buffer[..got]),
                     Err(error) => reply.error(error.into()),
                 };
             }
-            let there = Arc::clone(disk);
+            let there = shown.clone();
             let work = move || {
                 let mut buffer = vec![0; len];
                 let got = there.read(&mut buffer, offset, Wait::Yes)?;
@@ -334,13 +341,21 @@ impl Filesystem for CowslipFs {
         let Some(handle) = self.handles.find(fh) else {
             return reply.error(Errno::EBADF);
         };
-        let Handle::Disk { disk, .. } = &*handle else {
+        let Handle::Disk { shown, .. } = &*handle else {
             return match self.write_control(request.uid(), &handle, data) {
                 Ok(len) => reply.written(len),
                 Err(error) => reply.error(error.into()),
             };
         };
-        let Ok(written) = u32::try_from(data.len()) else {
+        let disk = shown.disk();
+        let room = match shown.room(offset, data.len() as u64) {
+            Ok(room) => room,
+            Err(error) => return reply.error(error.into()),
+        };
+        // Fewer than there are only at a window's end.
+        let len = usize::try_from(room.end - room.start).unwrap_or(usize::MAX).min(data.len());
+        let (offset, data) = (room.start, &data[..len]);
+        let Ok(written) = u32::try_from(len) else {
             return reply.error(Errno::EINVAL);
         };
         if let Some(Stream::Output(output)) = disk.stream() {
@@ -352,21 +367,26 @@ impl Filesystem for CowslipFs {
         }
         // What comes from the kernel's own cache is in it already; its page is locked until the
         // answer, so an invalidation would wait for itself.
-        let cached = !write_flags.contains(WriteFlags::FUSE_WRITE_CACHE)
+        let via = match write_flags.contains(WriteFlags::FUSE_WRITE_CACHE) {
+            true => Via::Cache,
+            false => Via::Call,
+        };
+        let cached = via == Via::Call
             && self.shared.cache == Cache::Auto
+            && !shown.is_window()
             && disk.has_cached_readers();
-        let write = Write { offset, written, cached, sync: is_sync(flags) };
+        let write = Write { offset, written, cached, via, sync: is_sync(flags) };
         if let Some(_seat) = self.seats.take() {
-            return write.run(&self.shared, disk, data, reply);
+            return write.run(&self.shared, shown, data, reply);
         }
-        let (shared, there, data) = (Arc::clone(&self.shared), Arc::clone(disk), data.to_vec());
+        let (shared, there, data) = (Arc::clone(&self.shared), shown.clone(), data.to_vec());
         disk.syncs().run(Box::new(move || write.run(&shared, &there, &data, reply)));
     }
 
     fn flush(&self, _: &Request, _: INodeNo, fh: FileHandle, _: LockOwner, reply: ReplyEmpty) {
         // Nothing is held back; a disk that has failed says so at close, too.
-        match self.disk_of(fh) {
-            Ok(disk) if disk.is_failed() => reply.error(Errno::EIO),
+        match self.shown_by(fh) {
+            Ok(shown) if shown.disk().is_failed() => reply.error(Errno::EIO),
             _ => reply.ok(),
         }
     }
@@ -382,10 +402,11 @@ impl Filesystem for CowslipFs {
         reply: ReplyEmpty,
     ) {
         if let Some(handle) = self.handles.remove(fh)
-            && let Handle::Disk { disk, access } = &*handle
+            && let Handle::Disk { shown, access } = &*handle
         {
+            let disk = shown.disk();
             self.terms.leave(disk.ino());
-            disk.released(*access);
+            shown.released(*access);
             if *access != Access::Read {
                 disk.writer_gone();
             }
@@ -402,8 +423,10 @@ impl Filesystem for CowslipFs {
     }
 
     fn fsync(&self, _: &Request, _: INodeNo, fh: FileHandle, _: bool, reply: ReplyEmpty) {
-        match self.disk_of(fh) {
-            Ok(disk) => self.later(&disk, Lane::Sync, reply, Disk::sync, |reply, ()| reply.ok()),
+        match self.shown_by(fh) {
+            Ok(shown) => {
+                self.later(shown.disk(), Lane::Sync, reply, Disk::sync, |reply, ()| reply.ok());
+            }
             Err(error) => reply.error(error.into()),
         }
     }
@@ -458,7 +481,7 @@ impl Filesystem for CowslipFs {
         for (at, (name, ino, kind)) in entries.iter().enumerate().skip(skip) {
             let attr = self.attr_in_listing(*ino, *kind);
             let (ttl, attr) = match attr {
-                Some(attr) => (TTL, attr),
+                Some(found) => found,
                 // Not to be had without waiting: the kernel asks again when it needs it.
                 None => (std::time::Duration::ZERO, attr::unknown(*ino, *kind)),
             };
@@ -480,7 +503,7 @@ impl Filesystem for CowslipFs {
     }
 
     fn statfs(&self, _: &Request, ino: INodeNo, reply: ReplyStatfs) {
-        let disk = self.disk(ino).ok();
+        let disk = self.shown(ino).ok().map(|shown| Arc::clone(shown.disk()));
         let disk = disk.or_else(|| self.catalog().list().first().map(|(_, e)| Arc::clone(&e.disk)));
         let block = disk.as_ref().map_or(4096, |disk| disk.block());
         let work = move |shared: &Shared| match disk {
@@ -533,7 +556,7 @@ impl Filesystem for CowslipFs {
         let (handles, cache) = (Arc::clone(&self.handles), self.shared.cache);
         self.aside(reply, work, move |reply, (disk, found): (Arc<Disk>, disk::Attributes)| {
             let attr = attr::of_disk(disk.ino(), &found);
-            match open_disk(&handles, cache, disk, OpenFlags(flags)) {
+            match open_disk(&handles, cache, disk.into(), OpenFlags(flags)) {
                 Ok((handle, flags)) => reply.created(&TTL, &attr, Generation(0), handle, flags),
                 Err(error) => reply.error(error.into()),
             }
@@ -597,8 +620,8 @@ impl Filesystem for CowslipFs {
         mode: i32,
         reply: ReplyEmpty,
     ) {
-        let disk = match self.disk_of(fh) {
-            Ok(disk) => disk,
+        let shown = match self.shown_by(fh) {
+            Ok(shown) => shown,
             Err(error) => return reply.error(error.into()),
         };
         let Some((change, keep)) = decode_change(mode) else {
@@ -607,8 +630,9 @@ impl Filesystem for CowslipFs {
         let Some(end) = offset.checked_add(length) else {
             return reply.error(Errno::EFBIG);
         };
-        let work = move |disk: &Disk, wait| disk.change(offset..end, change, keep, wait);
-        self.change_now_or_later(&disk, reply, work, |reply, ()| reply.ok());
+        let span = shown.span(offset, length);
+        let work = move |shown: &Shown, wait| shown.change(offset..end, change, keep, wait);
+        self.change_noticed(&shown, span, reply, work, |reply, ()| reply.ok());
     }
 
     fn lseek(
@@ -620,10 +644,11 @@ impl Filesystem for CowslipFs {
         whence: i32,
         reply: ReplyLseek,
     ) {
-        let disk = match self.disk_of(fh) {
-            Ok(disk) => disk,
+        let shown = match self.shown_by(fh) {
+            Ok(shown) => shown,
             Err(error) => return reply.error(error.into()),
         };
+        let disk = Arc::clone(shown.disk());
         let whence = match whence {
             libc::SEEK_DATA => Whence::Data,
             libc::SEEK_HOLE => Whence::Hole,
@@ -636,10 +661,9 @@ impl Filesystem for CowslipFs {
         if self.may_have_dirty_pages(&disk) {
             // Pages that were written through a mapping have not come to us yet.
             let shared = Arc::clone(&self.shared);
-            let there = Arc::clone(&disk);
             let work = move || {
-                Self::invalidate(&shared, &there, 0, 0);
-                there.seek(offset, whence, Wait::Yes)
+                Self::invalidate(&shared, shown.disk(), ALL);
+                shown.seek(offset, whence, Wait::Yes)
             };
             return self.shared.deadlines.later(
                 &disk,
@@ -650,7 +674,7 @@ impl Filesystem for CowslipFs {
                 send,
             );
         }
-        let work = move |disk: &Disk, wait| disk.seek(offset, whence, wait);
+        let work = move |_: &Disk, wait| shown.seek(offset, whence, wait);
         self.now_or_later(&disk, reply, work, send);
     }
 
@@ -667,25 +691,32 @@ impl Filesystem for CowslipFs {
         _: CopyFileRangeFlags,
         reply: ReplyWrite,
     ) {
-        let (source, target) = match (self.disk_of(fh_in), self.disk_of(fh_out)) {
+        let (source, target) = match (self.shown_by(fh_in), self.shown_by(fh_out)) {
             (Ok(source), Ok(target)) => (source, target),
             (Err(error), _) | (_, Err(error)) => return reply.error(error.into()),
         };
-        let Some(end) = offset_in.checked_add(len) else {
+        if offset_in.checked_add(len).is_none() {
             return reply.error(Errno::EINVAL);
-        };
-        let cached = target.has_cached_readers() && self.shared.cache == Cache::Auto;
+        }
+        let cached = target.disk().has_cached_readers() && self.shared.cache == Cache::Auto;
+        let notice = cached || !target.disk().windows().is_empty();
         let shared = Arc::clone(&self.shared);
-        let there = Arc::clone(&target);
+        let there = target.clone();
         let work = move || {
-            let copied = there.copy_from(&source, offset_in..end, offset_out)?;
-            if cached && copied > 0 {
-                Self::invalidate(&shared, &there, offset_out, copied);
+            let place = there.span(offset_out, len);
+            if there.is_dirty_elsewhere(&place) {
+                // Older bytes of another file's must not come after these.
+                Self::invalidate_others(&shared, &there, place);
             }
-            u32::try_from(copied).map_err(|_| errno(libc::EIO))
+            let copied = there.copy_from(&source, (offset_in, len), offset_out)?;
+            let len = copied.end - copied.start;
+            if notice && len > 0 {
+                Self::invalidate(&shared, there.disk(), copied);
+            }
+            u32::try_from(len).map_err(|_| errno(libc::EIO))
         };
-        let lane = if cached { Lane::Notices } else { Lane::Work };
+        let lane = if notice { Lane::Notices } else { Lane::Work };
         let deadlines = &self.shared.deadlines;
-        deadlines.later(&target, lane, Bound::Base, reply, work, ReplyWrite::written);
+        deadlines.later(target.disk(), lane, Bound::Base, reply, work, ReplyWrite::written);
     }
 }

@@ -10,7 +10,7 @@ use super::{Force, Plan, owner};
 use crate::base::place;
 use crate::catalog::{Catalog, Origin};
 use crate::disk::{self, Opened, Setting};
-use crate::spec::{DiskSpec, Source, check_names};
+use crate::spec::{DiskSpec, Partitions, Source, check_names};
 use crate::store::Store;
 
 pub(super) fn open_store(plan: &Plan, mountpoint: &Path) -> Result<Option<Store>, String> {
@@ -38,6 +38,8 @@ pub(super) fn open_disks(plan: &Plan, catalog: &Catalog) -> Result<Vec<String>, 
     let mut put = |name: &str, opened: Opened, origin| {
         let Opened { disk, summary, notes } = opened;
         let disk = Arc::new(disk);
+        let clash = catalog.check_clash(name, &disk);
+        clash.map_err(|line| format!("{name}: {line}")).inspect_err(|_| disk.abandon())?;
         if catalog.add(name, Arc::clone(&disk), origin).is_err() {
             disk.abandon();
             return Err(format!(
@@ -52,10 +54,12 @@ pub(super) fn open_disks(plan: &Plan, catalog: &Catalog) -> Result<Vec<String>, 
         Ok(())
     };
     catalog.open_stored(&setting, |name, opened| put(name, opened, Origin::Stored))?;
+    let mut stored = Vec::new();
     for spec in &plan.disks {
         if let Some(store) = spec.overlay.as_deref().and_then(|dir| catalog.store_at(dir)) {
             if let Some(line) = already_stored(catalog, spec)? {
                 log::info!("{line}");
+                stored.extend(show_stored(catalog, spec)?);
                 continue;
             }
             let opened = store.create_over(spec, &setting).map_err(|error| error.to_string())?;
@@ -66,7 +70,19 @@ pub(super) fn open_disks(plan: &Plan, catalog: &Catalog) -> Result<Vec<String>, 
             disk::open(spec, &setting).map_err(|error| format!("{}: {error}", spec.name))?;
         put(&spec.name, opened, Origin::Given)?;
     }
+    lines.extend(stored);
     Ok(lines)
+}
+
+/// Shows the partitions of a disk that the store had already, if `spec` asks for it.
+fn show_stored(catalog: &Catalog, spec: &DiskSpec) -> Result<Vec<String>, String> {
+    let Some(entry) = catalog.named(&spec.name).filter(|_| spec.partitions == Partitions::Shown)
+    else {
+        return Ok(Vec::new());
+    };
+    let with_name = |line: String| format!("{}: {line}", spec.name);
+    let notes = catalog.show_partitions(&spec.name, &entry).map_err(with_name)?;
+    Ok(notes.into_iter().map(with_name).collect())
 }
 
 /// A line when the disk that `spec` asks to have in the store is there already.

@@ -172,6 +172,7 @@ fn share(plan: &Plan, catalog: &Arc<Catalog>) -> Arc<Shared> {
     let control = Arc::new(Control {
         catalog: Arc::clone(catalog),
         source: plan.source.clone(),
+        cache: plan.cache,
         draining: AtomicBool::new(false),
         device: OnceLock::new(),
         forget: OnceLock::new(),

@@ -216,7 +216,7 @@ fn untyped(value: &DeValue<'_>) -> Value {
 mod tests {
     use proptest::prelude::*;
 
-    use super::super::{Format, Locking, Mode, Resize, Source, parse_disk};
+    use super::super::{Format, Locking, Mode, Partitions, Resize, Source, parse_disk};
     use super::*;
 
     const DIR: &str = "/etc/cowslip";
@@ -268,12 +268,13 @@ mod tests {
     #[test]
     fn disks_keep_their_order_and_default_names() {
         let config = read(
-            "[[disk]]\nsource = 'z.qcow2'\nmode = 'ro'\nlock = true\n\
+            "[[disk]]\nsource = 'z.qcow2'\nmode = 'ro'\nlock = true\npartitions = true\n\
              [[disk]]\nname = 'b'\nsource = 'blank:1G'\n[[disk]]\nsource = '/a/a=b.img'\n",
         );
         let names: Vec<&str> = config.disks.iter().map(|disk| disk.name.as_str()).collect();
         assert_eq!(names, ["z.img", "b", "a=b.img"]);
         assert_eq!(config.disks[0].mode, Mode::ReadOnly);
+        assert_eq!(config.disks[0].partitions, Partitions::Shown);
         assert_eq!(config.disks[1].source, Source::Blank(1 << 30));
         assert_eq!(config.disks[0].source, Source::File("/etc/cowslip/z.qcow2".into()));
     }

@@ -7,7 +7,9 @@ use std::path::{Path, PathBuf};
 
 use super::error::shown;
 use super::keys::{self, Value};
-use super::{DiskSpec, Format, Source, SpecError, StreamSpec, format_size, parse_size};
+use super::{
+    Cache, DiskSpec, Format, Partitions, Source, SpecError, StreamSpec, format_size, parse_size,
+};
 
 /// The directory inside the mount through which cowslip is controlled.
 const CONTROL: &str = ".cowslip";
@@ -240,6 +242,27 @@ pub fn check_names(disks: &[DiskSpec]) -> Result<(), SpecError> {
     Ok(())
 }
 
+/// Checks that what the kernel caches goes with every disk.
+///
+/// # Errors
+/// The first disk it does not go with.
+pub fn check_cache<'a>(
+    disks: impl IntoIterator<Item = &'a DiskSpec>,
+    cache: Cache,
+) -> Result<(), SpecError> {
+    let found = disks.into_iter().find(|disk| disk.partitions == Partitions::Shown);
+    match found.filter(|_| cache == Cache::Writeback) {
+        Some(disk) => {
+            // A write that the kernel holds back for one file cannot be seen in the other.
+            let why = "does not go with --cache writeback, under which the disk and its partitions \
+                       would differ: drop one of them";
+            let place = format!("disk '{}'", shown(&disk.name));
+            Err(SpecError::key("partitions", why).within(place))
+        }
+        None => Ok(()),
+    }
+}
+
 /// A source in a message.
 fn describe(source: &Source) -> String {
     match source {
@@ -440,6 +463,20 @@ mod tests {
         );
     }
 
+    #[test]
+    fn partitions_do_not_go_with_writeback() {
+        let disks = [read("a.img"), read("b.img,partitions")];
+        for cache in [Cache::Auto, Cache::None] {
+            assert_eq!(check_cache(&disks, cache), Ok(()));
+        }
+        assert_eq!(check_cache(&disks[..1], Cache::Writeback), Ok(()));
+        let line = check_cache(&disks, Cache::Writeback).unwrap_err().to_string();
+        assert!(
+            line.starts_with("disk 'b.img': 'partitions' does not go with --cache writeback"),
+            "{line}"
+        );
+    }
+
     /// The disk as the command line would have it.
     fn to_spec(disk: &DiskSpec) -> OsString {
         let mut text = OsString::from(&disk.name);
@@ -477,6 +514,7 @@ mod tests {
             disk.perm.map(|perm| format!("perm={perm:04o}")),
             (disk.locking == Locking::Off).then(|| "lock=off".to_owned()),
             (disk.passthrough == Passthrough::On).then(|| "passthrough".to_owned()),
+            (disk.partitions == Partitions::Shown).then(|| "partitions".to_owned()),
         ];
         for key in keys.into_iter().flatten() {
             text.push(",");
@@ -520,7 +558,7 @@ mod tests {
             uid in proptest::option::of(0..u32::MAX),
             gid in proptest::option::of(0..u32::MAX),
             perm in proptest::option::of(0_u16..=0o777),
-            unlocked: bool,
+            (unlocked, partitions) in any::<(bool, bool)>(),
             (read, cache, passed) in any::<(bool, bool, bool)>(),
         ) -> DiskSpec {
             let is_file = path.is_some();
@@ -531,6 +569,7 @@ mod tests {
                 name, source, mode, uid, gid, perm,
                 format: format.filter(|_| is_file),
                 part: if is_file { part } else { Part::Whole },
+                partitions: if partitions { Partitions::Shown } else { Partitions::Hidden },
                 overlay: overlay.filter(|_| is_cow),
                 overlay_kind: OverlayKind::Blocks,
                 block: block.filter(|_| is_cow),

@@ -36,7 +36,7 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 
 pub use config::{Cache, Config, parse_config};
-pub use disk::{check_names, parse_disk};
+pub use disk::{check_cache, check_names, parse_disk};
 pub use error::SpecError;
 pub use options::{MountOptions, parse_mount_options};
 pub use size::{MAX_SIZE, format_size, parse_range, parse_size};
@@ -58,6 +58,8 @@ pub struct DiskSpec {
     pub format: Option<Format>,
     /// How much of the source it is. Only a file has parts.
     pub part: Part,
+    /// Whether its partitions are files beside it.
+    pub partitions: Partitions,
     /// Where the changes are kept (absolute); `None`: they end with the mount. Only with
     /// [`Mode::Cow`], as are the five after it.
     pub overlay: Option<PathBuf>,
@@ -95,6 +97,7 @@ impl DiskSpec {
             mode: Mode::Cow,
             format: None,
             part: Part::Whole,
+            partitions: Partitions::Hidden,
             overlay: None,
             overlay_kind: OverlayKind::Blocks,
             block: None,
@@ -126,6 +129,16 @@ pub enum Part {
     },
     /// What its partition table calls so, counted as Linux counts: logical ones from 5 on.
     Partition(u32),
+}
+
+/// Whether the partitions of a disk are files beside it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Partitions {
+    /// Only the disk is seen.
+    #[default]
+    Hidden,
+    /// Each is `NAME.pN` (`partitions`).
+    Shown,
 }
 
 /// What a disk copies up into its overlay without being written.

@@ -153,7 +153,7 @@ pub fn listed(partitions: &[Partition]) -> String {
 }
 
 #[cfg(test)]
-pub(super) mod testing {
+pub(crate) mod testing {
     //! A disk in memory, and what there is to make a table in it.
 
     use std::sync::atomic::{AtomicU64, Ordering};

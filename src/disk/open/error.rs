@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use crate::base::BaseError;
 use crate::base::place::PlaceError;
+use crate::disk::WindowsError;
 use crate::overlay::stack::StackError;
 
 /// Why a disk cannot be mounted; each is one line for the user.
@@ -51,6 +52,9 @@ pub enum OpenError {
     /// Its sink or its source.
     #[error("{0}")]
     Stream(String),
+    /// Its partitions.
+    #[error(transparent)]
+    Windows(#[from] WindowsError),
     /// There is nothing to keep.
     #[error("{0}")]
     NothingToKeep(String),

@@ -12,8 +12,8 @@ mod stored;
 use std::collections::HashSet;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::AtomicU32;
+use std::sync::{Arc, OnceLock};
 
 use parking_lot::{Mutex, RwLock};
 use uuid::Uuid;
@@ -38,7 +38,7 @@ use crate::overlay::shelf::Shelf;
 use crate::overlay::tree::Tree;
 use crate::overlay::{DEFAULT_BLOCK, Overlay, keep};
 use crate::pool::Pool;
-use crate::spec::{DiskSpec, Mode, Source, format_size};
+use crate::spec::{DiskSpec, Mode, Partitions, Source, format_size};
 use crate::stream::sink::Inherit;
 
 /// What a mount says of all its disks.
@@ -97,12 +97,21 @@ pub fn open(spec: &DiskSpec, setting: &Setting<'_>) -> Result<Opened, OpenError>
         return super::stream::open(spec, stream, setting);
     }
     let place = spec.overlay.as_deref().map(|dir| Place { dir, layers: None });
-    let opened = open_layers(spec, place, setting, &Arc::default())?;
+    let opened = with_windows(spec, open_layers(spec, place, setting, &Arc::default())?)?;
     if opened.disk.attributes(Wait::No).is_err() {
         // A base of another host: it is waited for now, so that no stat has to later.
         if let Err(error) = opened.disk.attributes(Wait::Yes) {
             log::debug!("{}: its extents are not known: {error}", spec.name);
         }
+    }
+    Ok(opened)
+}
+
+/// Finds the partitions of a disk that is to show them.
+fn with_windows(spec: &DiskSpec, mut opened: Opened) -> Result<Opened, OpenError> {
+    if spec.partitions == Partitions::Shown {
+        let notes = opened.disk.show_partitions(&spec.name);
+        opened.notes.extend(notes.inspect_err(|_| opened.disk.abandon())?);
     }
     Ok(opened)
 }
@@ -229,6 +238,7 @@ pub(super) fn assemble(
         both: AtomicU32::new(0),
         allocated: Mutex::new(None),
         stale: false.into(),
+        windows: OnceLock::new(),
         home: Mutex::new(Home::Nowhere),
         life: Life::new((0, 0), None),
         copy_up: spec.copy_up,

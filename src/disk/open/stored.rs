@@ -7,7 +7,7 @@ use uuid::Uuid;
 
 use super::error::OpenError;
 use super::persistent::{in_overlay, new_stack, settle, uuid_for};
-use super::{Opened, Setting, open_layers};
+use super::{Opened, Setting, open_layers, with_windows};
 use crate::base::{self, Access, BaseError, Opening};
 use crate::disk::bottom::{Bottom, over};
 use crate::disk::life::{Frozen, LifeError};
@@ -56,7 +56,7 @@ pub fn create_stored(
     place: Place<'_>,
     setting: &Setting<'_>,
 ) -> Result<Opened, OpenError> {
-    open_layers(spec, Some(place), setting, &Arc::default())
+    with_windows(spec, open_layers(spec, Some(place), setting, &Arc::default())?)
 }
 
 /// Makes an empty disk in a store.

@@ -2,7 +2,7 @@
 
 use super::{Key, Value};
 use crate::spec::{
-    DiskSpec, Flow, Mode, OverlayKind, Part, Passthrough, Source, SpecError, Target,
+    DiskSpec, Flow, Mode, OverlayKind, Part, Partitions, Passthrough, Source, SpecError, Target,
 };
 
 /// A partition says by itself where it begins and ends.
@@ -30,6 +30,10 @@ pub(super) fn check_reflink(disk: &DiskSpec) -> Result<(), SpecError> {
     if disk.part != Part::Whole {
         return refused("reflink", "is for whole files, and this disk is a part of one: drop it");
     }
+    if disk.partitions == Partitions::Shown {
+        let why = "is not for reflink, whose bytes the kernel reads and writes itself: drop one";
+        return refused("partitions", why);
+    }
     if disk.overlay.is_none() {
         return refused("reflink", "needs a place to stay: write overlay=DIR,reflink");
     }
@@ -56,6 +60,9 @@ pub(super) fn check_passthrough(disk: &DiskSpec) -> Result<(), SpecError> {
     }
     if disk.part != Part::Whole {
         return refused("is for whole files, and this disk is a part of one: drop it");
+    }
+    if disk.partitions == Partitions::Shown {
+        return refused("does not go with partitions, which the kernel would pass by: drop one");
     }
     Ok(())
 }

@@ -43,6 +43,8 @@ enum Switch {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum For {
     All,
+    /// What has bytes at every offset, blank disks too.
+    Disks,
     Files,
     Cow,
     /// Streams of either direction.
@@ -148,7 +150,7 @@ impl Key {
             For::Streams | For::Outputs | For::Inputs if !is_stream => {
                 "is only for streams, NAME=stream:SIZE: drop it"
             }
-            For::Files | For::Cow if is_stream => "is not for streams: drop it",
+            For::Disks | For::Files | For::Cow if is_stream => "is not for streams: drop it",
             // A stream has no base that a mode could be about.
             For::All if is_stream && self.name == "mode" => "is not for streams: drop it",
             _ => return Ok(()),
@@ -298,6 +300,7 @@ mod tests {
 
     use super::super::parse_disk;
     use super::*;
+    use crate::spec::Partitions;
     use crate::spec::{Locking, Resize};
     use crate::spec::{OverlayKind, Part};
 
@@ -379,8 +382,20 @@ mod tests {
             ("v=blank:1M,len=512", "this disk is blank"),
             ("v=stream:1M,to=measure:,partition=1", "is not for streams"),
             ("v.img,overlay=d,reflink,partition=1", "'reflink' is for whole files"),
+            ("v.img,overlay=d,reflink,partitions", "'partitions' is not for reflink"),
+            ("v=stream:1M,to=measure:,partitions", "'partitions' is not for streams"),
+            ("v.img,partitions=2", "unknown setting '2'"),
         ] {
             assert!(why(keys).contains(hint), "{keys}: {}", why(keys));
+        }
+    }
+
+    #[test]
+    fn partitions_are_shown_of_every_disk_that_keeps_its_bytes() {
+        for text in ["v.img", "v.img,mode=ro", "v.img,mode=rw", "v.img,len=1M", "b=blank:1M"] {
+            assert_eq!(read(text).partitions, Partitions::Hidden);
+            assert_eq!(read(&format!("{text},partitions")).partitions, Partitions::Shown);
+            assert_eq!(read(&format!("{text},partitions=off")).partitions, Partitions::Hidden);
         }
     }
 

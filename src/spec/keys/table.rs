@@ -3,7 +3,7 @@
 use super::{For, Key, Set, Switch};
 use crate::spec::{
     Compress, DiskSpec, FinishWhen, Flow, Frames, Locking, Mode, OverlayKind, Overwrite, Pad, Part,
-    Passthrough, Resize, SpecError, Spool, StreamSpec, Target, error, flow,
+    Partitions, Passthrough, Resize, SpecError, Spool, StreamSpec, Target, error, flow,
 };
 
 /// Every key there is.
@@ -46,6 +46,7 @@ pub(super) static KEYS: &[Key] = &[
         "1",
         Set::Ordinal(|disk, number| disk.part = Part::Partition(number)),
     ),
+    row("partitions", For::Disks, "on|off", Set::Switch(set_partitions)),
     // First of a stream's: the others depend on its direction.
     row("to", For::Streams, SINKS, Set::Flow(flow::to)),
     row("from", For::Streams, SOURCES, Set::Flow(flow::from)),
@@ -128,6 +129,13 @@ fn set_len(disk: &mut DiskSpec, len: u64) -> Result<(), SpecError> {
     };
     disk.part = Part::Bytes { offset, len: Some(len) };
     Ok(())
+}
+
+fn set_partitions(disk: &mut DiskSpec, switch: Switch) {
+    disk.partitions = match switch {
+        Switch::On => Partitions::Shown,
+        Switch::Off => Partitions::Hidden,
+    };
 }
 
 fn set_reflink(disk: &mut DiskSpec, switch: Switch) {

@@ -1,0 +1,122 @@
+//! One disk behind several files: what the kernel keeps of each of them stays right.
+//!
+//! ```text
+//!   write through disk.img.p1 ──▶ the disk's bytes ──▶ pages of disk.img that show them: dropped
+//!   write through disk.img    ──▶ the disk's bytes ──▶ pages of its windows: dropped
+//!                                                  then the answer
+//! ```
+//!
+//! The file that a change came through needs nothing: the kernel looks after its pages by itself.
+//! A write that comes from its cache is answered first, since its page is locked until then, and
+//! two such pages of two files would wait for each other.
+
+use std::io;
+use std::ops::Range;
+use std::sync::Arc;
+use std::time::Duration;
+
+use fuser::{INodeNo, ReplyEntry};
+
+use super::attr::{self, TTL};
+use super::parked::{Bound, Lane, Refuse};
+use super::{CowslipFs, Shared};
+use crate::disk::{self, Disk, Shown};
+use crate::host::errno;
+use crate::layer::Wait;
+
+/// All bytes of a disk.
+pub(super) const ALL: Range<u64> = 0..u64::MAX;
+
+/// How long the kernel may believe what it was told of a file. Of one of several that show the same
+/// bytes it does not see every change.
+pub(super) fn ttl(shown: &Shown) -> Duration {
+    if shown.disk().windows().is_empty() { TTL } else { Duration::ZERO }
+}
+
+impl CowslipFs {
+    /// What the file `ino` shows.
+    pub(super) fn shown(&self, ino: INodeNo) -> io::Result<Shown> {
+        self.catalog().inode(ino.0).ok_or_else(|| errno(libc::ENOENT))
+    }
+
+    /// Answers a look-up of a name that leads to `shown`.
+    pub(super) fn reply_entry(&self, shown: &Shown, reply: ReplyEntry) {
+        let (ino, ttl, there) = (shown.ino(), ttl(shown), shown.clone());
+        let work = move |_: &Disk, wait| there.attributes(wait);
+        self.now_or_later(shown.disk(), reply, work, move |reply, found: disk::Attributes| {
+            reply.entry(&ttl, &attr::of_disk(ino, &found), fuser::Generation(0));
+        });
+    }
+
+    /// Drops what the kernel has cached of `range` of a disk, through whichever file, writing dirty
+    /// pages back first. Only from a pool thread.
+    pub(super) fn invalidate(shared: &Shared, disk: &Disk, range: Range<u64>) {
+        Self::invalidate_but(shared, disk, range, None);
+    }
+
+    /// As [`invalidate`](Self::invalidate), for all files but the one that `shown` is.
+    pub(super) fn invalidate_others(shared: &Shared, shown: &Shown, range: Range<u64>) {
+        Self::invalidate_but(shared, shown.disk(), range, Some(shown.ino()));
+    }
+
+    fn invalidate_but(shared: &Shared, disk: &Disk, range: Range<u64>, except: Option<u64>) {
+        let Some(notifier) = shared.notifier.get() else {
+            return;
+        };
+        for (ino, range) in disk.files_of(range).filter(|(ino, _)| Some(*ino) != except) {
+            // No length stands for all that follows.
+            let len = i64::try_from(range.end).map_or(0, |end| end - range.start.cast_signed());
+            if let Err(error) = notifier.inval_inode(INodeNo(ino), range.start.cast_signed(), len) {
+                log::debug!("the kernel's cache is not invalidated: {error}");
+            }
+        }
+    }
+
+    /// Gives an answer about a change of `range` (bytes of the disk) through `shown`, once the
+    /// kernel has dropped what it holds of that for other files.
+    pub(super) fn answer_noticed(
+        shared: &Arc<Shared>,
+        shown: &Shown,
+        range: Range<u64>,
+        answer: impl FnOnce() + Send + 'static,
+    ) {
+        if !shown.is_cached_elsewhere(&range) {
+            return answer();
+        }
+        let (shared, there) = (Arc::clone(shared), shown.clone());
+        shown.disk().notices().run(Box::new(move || {
+            Self::invalidate_others(&shared, &there, range);
+            answer();
+        }));
+    }
+
+    /// Carries out a change of `range` (bytes of the disk) through `shown`, as
+    /// [`change_now_or_later`](Self::change_now_or_later) does, and has the kernel drop what it
+    /// holds of that for other files before it is answered.
+    pub(super) fn change_noticed<R: Refuse, T: Send + 'static>(
+        &self,
+        shown: &Shown,
+        range: Range<u64>,
+        reply: R,
+        work: impl Fn(&Shown, Wait) -> io::Result<T> + Send + 'static,
+        send: impl FnOnce(R, T) + Send + 'static,
+    ) {
+        let (shared, there) = (Arc::clone(&self.shared), shown.clone());
+        let (early, target) = (Arc::clone(&self.shared), shown.clone());
+        let told = range.clone();
+        let send = move |reply: R, value: T| {
+            Self::answer_noticed(&shared, &there, told, move || send(reply, value));
+        };
+        if !shown.is_dirty_elsewhere(&range) {
+            let work = move |_: &Disk, wait| work(&target, wait);
+            return self.change_now_or_later(shown.disk(), reply, work, send);
+        }
+        // Older bytes of theirs must not come after the change.
+        let work = move || {
+            Self::invalidate_others(&early, &target, range);
+            work(&target, Wait::Yes)
+        };
+        let deadlines = &self.shared.deadlines;
+        deadlines.later(shown.disk(), Lane::Notices, Bound::Base, reply, work, send);
+    }
+}
