@@ -579,7 +579,7 @@ mod tests {
                 copy_up: CopyUp { read: read && is_cow, cache: cache && is_cow },
                 locking: if is_file && unlocked { Locking::Off } else { Locking::Qemu },
                 passthrough: match part {
-                    Part::Whole if passed && is_file && !is_cow => Passthrough::On,
+                    Part::Whole if passed && is_file && !is_cow && !partitions => Passthrough::On,
                     _ => Passthrough::Off,
                 },
             }

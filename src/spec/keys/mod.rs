@@ -300,9 +300,7 @@ mod tests {
 
     use super::super::parse_disk;
     use super::*;
-    use crate::spec::Partitions;
-    use crate::spec::{Locking, Resize};
-    use crate::spec::{OverlayKind, Part};
+    use crate::spec::{Locking, OverlayKind, Part, Partitions, Passthrough, Resize};
 
     fn read(text: &str) -> DiskSpec {
         parse_disk(text, Path::new("/home"), &|_| false).unwrap()
@@ -384,6 +382,10 @@ mod tests {
             ("v.img,overlay=d,reflink,partition=1", "'reflink' is for whole files"),
             ("v.img,overlay=d,reflink,partitions", "'partitions' is not for reflink"),
             ("v=stream:1M,to=measure:,partitions", "'partitions' is not for streams"),
+            ("v.img,passthrough", "is for mode=ro and mode=rw"),
+            ("v.img,mode=ro,passthrough,len=512", "is for whole files"),
+            ("v.img,mode=rw,passthrough,partitions", "does not go with partitions"),
+            ("v=blank:1M,passthrough", "this disk is blank"),
             ("v.img,partitions=2", "unknown setting '2'"),
         ] {
             assert!(why(keys).contains(hint), "{keys}: {}", why(keys));
@@ -401,6 +403,8 @@ mod tests {
 
     #[test]
     fn a_bare_switch_is_on() {
+        assert_eq!(read("v.img,mode=ro,passthrough").passthrough, Passthrough::On);
+        assert_eq!(read("v.img,passthrough=off").passthrough, Passthrough::Off);
         assert_eq!(read("vm.img,resize,lock").resize, Resize::Follow);
         assert_eq!(read("vm.img,resize=on,lock=on").locking, Locking::Qemu);
         assert!(why("vm.img,lock=no").contains("lock: unknown setting 'no'; known are on, off"));
