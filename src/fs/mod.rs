@@ -55,7 +55,7 @@ const BACKGROUND: u16 = 4096;
 const PERMISSIONS: u32 = 0o1777;
 
 thread_local! {
-    /// Each worker's buffer for reads, kept between requests.
+    /// Each worker's buffer for reads, and each pool thread's, kept between requests.
     static BUFFER: std::cell::RefCell<Vec<u8>> = const { std::cell::RefCell::new(Vec::new()) };
 }
 
@@ -316,12 +316,18 @@ impl Filesystem for CowslipFs {
             }
             let there = shown.clone();
             let work = move || {
-                let mut buffer = vec![0; len];
-                let got = there.read(&mut buffer, offset, Wait::Yes)?;
-                buffer.truncate(got);
-                Ok(buffer)
+                // Its own thread's, as long as that lives: new memory costs as much as the copy.
+                let mut buffer = BUFFER.take();
+                if buffer.len() < len {
+                    buffer.resize(len, 0);
+                }
+                let got = there.read(&mut buffer[..len], offset, Wait::Yes)?;
+                Ok((buffer, got))
             };
-            let send = |reply: ReplyData, buffer: Vec<u8>| reply.data(&buffer);
+            let send = |reply: ReplyData, (buffer, got): (Vec<u8>, usize)| {
+                reply.data(&buffer[..got]);
+                BUFFER.set(buffer);
+            };
             self.shared.deadlines.later(disk, Lane::Work, Bound::Base, reply, work, send);
         });
     }
