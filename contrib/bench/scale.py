@@ -123,6 +123,10 @@ def measure(place: Place, program: Path, size: int, rounds: int, quick: bool) ->
                 for variant in table.variants:
                     progress(f"scale, round {number} of {rounds}: {job.key}, {variant.title}")
                     os.sync()
+                    # The first who writes has the kernel drop what it cached, whatever he writes.
+                    if "write" in job.key:
+                        for path in variant.paths:
+                            os.close(os.open(path, os.O_RDWR))
                     if job.caches is jobs.Caches.WARM:
                         for path in variant.paths:
                             jobs.read_through(path, size)
