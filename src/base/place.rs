@@ -435,6 +435,9 @@ pub fn shows_holes(file: &File) -> io::Result<bool> {
 #[cfg(test)]
 mod tests {
     use std::os::unix::fs::symlink;
+    use std::process::Command;
+    use std::thread;
+    use std::time::Duration;
 
     use super::*;
     use crate::base::testing::{Loop, run};
@@ -490,6 +493,18 @@ mod tests {
 
     impl Drop for Mounted {
         fn drop(&mut self) {
+            // A loop device that somebody else looks at just now, in search of a free one, lets go
+            // of its file only when he does.
+            let is_busy = || {
+                let unmounted = Command::new("umount").arg("-q").arg(&self.0).status();
+                !unmounted.unwrap().success()
+            };
+            for _ in 0..50 {
+                if !is_busy() {
+                    return;
+                }
+                thread::sleep(Duration::from_millis(100));
+            }
             run("umount", &[&self.0]);
         }
     }
