@@ -20,6 +20,7 @@ use std::thread;
 use std::time::{Duration, Instant, UNIX_EPOCH};
 
 use common::mount::*;
+use common::strace::Strace;
 use rustix::fs::{FallocateFlags, SeekFrom};
 use rustix::process::Signal;
 
@@ -884,6 +885,27 @@ fn a_base_that_hangs_holds_nobody_but_its_readers() {
     wait_until("the base answers again", || slow.read_exact_at(&mut [0; 4096], 2 * MIB).is_ok());
     assert_eq!(read(&slow, MIB, 4096), read(&lab.open_ro("base.img"), MIB, 4096));
     drop((slow, files));
+    lab.umount();
+    lab.ok("umount inner");
+    lab.end();
+}
+
+#[test]
+fn a_read_that_has_to_wait_is_answered_though_no_thread_can_be_made() {
+    let (lab, _) = lab_with_a_slow_base();
+    let slow = lab.open_with("m/slow", libc::O_DIRECT);
+    // Threads without work are gone after 5 seconds.
+    thread::sleep(Duration::from_secs(6));
+    let no_more = "inject=?clone,?clone3:error=EAGAIN".to_owned();
+    let strace = Strace::attach_with(&lab, lab.pid(), "?clone,?clone3", &[no_more]);
+    let mut found = Aligned::of(&[0; 4096]);
+    for turn in 0..8 {
+        slow.read_exact_at(found.bytes_mut(), turn * MIB).unwrap();
+        assert_eq!(found.bytes(), read(&lab.open_ro("base.img"), turn * MIB, 4096));
+    }
+    drop(slow);
+    strace.end(&lab, || true);
+    assert!(lab.log().contains("no thread for a disk's work"), "{}", lab.log());
     lab.umount();
     lab.ok("umount inner");
     lab.end();

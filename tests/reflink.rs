@@ -220,6 +220,23 @@ X
     lab.end();
 }
 
+/// What `ask` finds in `file` while the daemon is stopped.
+#[track_caller]
+fn without_the_daemon(
+    lab: &Lab,
+    file: &File,
+    ask: impl FnOnce(&File) -> Vec<u8> + Send + 'static,
+) -> Vec<u8> {
+    let (pid, again) = (lab.pid(), file.try_clone().unwrap());
+    let (tell, told) = mpsc::channel();
+    signal(pid, Signal::STOP).unwrap();
+    let io = thread::spawn(move || tell.send(ask(&again)).unwrap());
+    let found = told.recv_timeout(Duration::from_secs(5));
+    signal(pid, Signal::CONT).unwrap();
+    io.join().unwrap();
+    found.unwrap()
+}
+
 #[test]
 fn reads_and_writes_of_an_open_disk_need_no_daemon() {
     let lab = lab();
@@ -227,17 +244,11 @@ fn reads_and_writes_of_an_open_disk_need_no_daemon() {
     let file = lab.open("m/d");
     // At the first write the kernel learns that there are no extended attributes to ask for.
     file.write_all_at(b"x", 0).unwrap();
-    let (pid, again) = (lab.pid(), file.try_clone().unwrap());
-    let (tell, told) = mpsc::channel();
-    signal(pid, Signal::STOP).unwrap();
-    let io = thread::spawn(move || {
-        again.write_all_at(b"past the daemon", 5000).unwrap();
-        tell.send(read(&again, 5000, 15)).unwrap();
+    let found = without_the_daemon(&lab, &file, |file| {
+        file.write_all_at(b"past the daemon", 5000).unwrap();
+        read(file, 5000, 15)
     });
-    let found = told.recv_timeout(Duration::from_secs(5));
-    signal(pid, Signal::CONT).unwrap();
-    io.join().unwrap();
-    assert_eq!(found.unwrap(), b"past the daemon");
+    assert_eq!(found, b"past the daemon");
     assert_eq!(read(&lab.open_ro("host/ov/data"), 5000, 15), b"past the daemon");
     drop(file);
     lab.end();
@@ -252,17 +263,11 @@ fn a_file_of_mode_rw_that_is_passed_through_does_what_the_model_does() {
     lab.mount("d=host/rw.img,mode=rw,passthrough");
     let file = lab.open("m/d");
     file.write_all_at(b"x", 0).unwrap();
-    let (pid, again) = (lab.pid(), file.try_clone().unwrap());
-    signal(pid, Signal::STOP).unwrap();
-    let (tell, told) = mpsc::channel();
-    let io = thread::spawn(move || {
-        again.write_all_at(b"past the daemon", 5000).unwrap();
-        tell.send(read(&again, 5000, 15)).unwrap();
+    let found = without_the_daemon(&lab, &file, |file| {
+        file.write_all_at(b"past the daemon", 5000).unwrap();
+        read(file, 5000, 15)
     });
-    let found = told.recv_timeout(Duration::from_secs(5));
-    signal(pid, Signal::CONT).unwrap();
-    io.join().unwrap();
-    assert_eq!(found.unwrap(), b"past the daemon");
+    assert_eq!(found, b"past the daemon");
     assert_eq!(read(&lab.open_ro("host/rw.img"), 5000, 15), b"past the daemon");
     drop(file);
     lab.end();
@@ -273,14 +278,8 @@ fn a_file_of_mode_ro_that_is_passed_through_is_read_past_the_daemon_and_never_wr
     let lab = lab();
     lab.mount("d=host/base.img,mode=ro,passthrough");
     let file = lab.open_ro("m/d");
-    let (pid, again) = (lab.pid(), file.try_clone().unwrap());
-    signal(pid, Signal::STOP).unwrap();
-    let (tell, told) = mpsc::channel();
-    let io = thread::spawn(move || tell.send(read(&again, 4000, 5000)).unwrap());
-    let found = told.recv_timeout(Duration::from_secs(5));
-    signal(pid, Signal::CONT).unwrap();
-    io.join().unwrap();
-    assert_eq!(found.unwrap(), read(&lab.open_ro("host/base.img"), 4000, 5000));
+    let found = without_the_daemon(&lab, &file, |file| read(file, 4000, 5000));
+    assert_eq!(found, read(&lab.open_ro("host/base.img"), 4000, 5000));
     let written = OpenOptions::new().write(true).open(lab.path("m/d"));
     assert_eq!(errno_of(written), libc::EROFS);
     let before = lab.sh("stat -c %Y host/base.img");

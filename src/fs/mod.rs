@@ -303,33 +303,37 @@ impl Filesystem for CowslipFs {
             };
             return input.read(offset, len, request.pid(), Box::new(send));
         }
-        BUFFER.with_borrow_mut(|buffer| {
+        let left = BUFFER.with_borrow_mut(|buffer| {
             if buffer.len() < len {
                 buffer.resize(len, 0);
             }
             let result = shown.read(&mut buffer[..len], offset, Wait::No);
-            if !is_busy(&result) {
-                return match result {
-                    Ok(got) => reply.data(&buffer[..got]),
-                    Err(error) => reply.error(error.into()),
-                };
+            if is_busy(&result) {
+                return Some(reply);
             }
-            let there = shown.clone();
-            let work = move || {
-                // Its own thread's, as long as that lives: new memory costs as much as the copy.
-                let mut buffer = BUFFER.take();
-                if buffer.len() < len {
-                    buffer.resize(len, 0);
-                }
-                let got = there.read(&mut buffer[..len], offset, Wait::Yes)?;
-                Ok((buffer, got))
-            };
-            let send = |reply: ReplyData, (buffer, got): (Vec<u8>, usize)| {
-                reply.data(&buffer[..got]);
-                BUFFER.set(buffer);
-            };
-            self.shared.deadlines.later(disk, Lane::Work, Bound::Base, reply, work, send);
+            match result {
+                Ok(got) => reply.data(&buffer[..got]),
+                Err(error) => reply.error(error.into()),
+            }
+            None
         });
+        let Some(reply) = left else { return };
+        // With no hand on the buffer: where no thread can be made, this one does the work itself.
+        let there = shown.clone();
+        let work = move || {
+            // Its own thread's, as long as that lives: new memory costs as much as the copy.
+            let mut buffer = BUFFER.take();
+            if buffer.len() < len {
+                buffer.resize(len, 0);
+            }
+            let got = there.read(&mut buffer[..len], offset, Wait::Yes)?;
+            Ok((buffer, got))
+        };
+        let send = |reply: ReplyData, (buffer, got): (Vec<u8>, usize)| {
+            reply.data(&buffer[..got]);
+            BUFFER.set(buffer);
+        };
+        self.shared.deadlines.later(disk, Lane::Work, Bound::Base, reply, work, send);
     }
 
     fn write(

@@ -133,8 +133,9 @@ impl Strace {
         Self::attach_with(lab, pid, CHANGING, kills)
     }
 
+    /// As [`attach`](Self::attach), with other system calls than those that change a file.
     #[track_caller]
-    fn attach_with(lab: &Lab, pid: u32, calls: &str, kills: &[String]) -> Self {
+    pub fn attach_with(lab: &Lab, pid: u32, calls: &str, kills: &[String]) -> Self {
         let (out, said) = (lab.path("strace.txt"), lab.path("strace.err"));
         let mut command = lab.command("strace");
         command.args(words(&out, calls, kills)).args(["-p", &pid.to_string()]);
