@@ -16,6 +16,7 @@ use std::sync::Mutex;
 use std::thread;
 
 use common::mount::*;
+use common::written;
 
 const SECTOR: u64 = 512;
 
@@ -259,7 +260,7 @@ fn a_torn_end_of_the_log_is_the_older_state() {
     lab.ok("umount m");
     let log = layer_dir(&lab.path("ov")).join("log");
     let bytes = fs::read(&log).unwrap();
-    fs::write(&log, &bytes[..bytes.len() - 7]).unwrap();
+    fs::write(&log, &bytes[..written(&bytes) - 7]).unwrap();
     lab.mount("d=blank:8M,overlay=ov");
     let file = lab.open_ro("m/d");
     assert_eq!(read(&file, 0, 5), b"first");

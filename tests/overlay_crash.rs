@@ -13,6 +13,7 @@ use std::thread;
 use common::library::{SimDisk, SimDisks, TestBase};
 use common::model::{End, Menu, Model, Op, apply, op, perform};
 use common::sim::{Chance, Deed, Role, SECTOR};
+use common::written;
 use cowslip::layer::{Wait, WritableLayer};
 use cowslip::overlay::data::{Create, HostFile, SEGMENT, Storage};
 use cowslip::overlay::log;
@@ -337,7 +338,7 @@ fn logged() -> (SimDisk, Model, u64) {
         }
         if round == 1 {
             model.synced();
-            known = disk.layer.home.log().len().unwrap() / RECORD_LEN as u64;
+            known = written(&disk.layer.home.log().bytes()) as u64 / RECORD_LEN as u64;
         }
     }
     (disk, model, known)
@@ -364,14 +365,16 @@ fn with_harm(
 #[test]
 fn every_flipped_byte_of_a_log_is_refused_or_an_older_state() {
     let (disk, model, known) = logged();
-    let bytes = disk.layer.home.log().bytes();
-    for at in 0..bytes.len() as u64 {
+    let log = disk.layer.home.log();
+    let bytes = log.bytes();
+    let len = written(&bytes) as u64;
+    for at in 0..len {
         for life in [1, 2] {
             let found = with_harm(&disk, &model, life, |log| {
                 log.damage(at, &[bytes[at as usize] ^ 0x20]);
             });
             let is_damaged = matches!(found, Some(LogError::Damaged { .. }));
-            let is_last = at / RECORD_LEN as u64 + 1 == bytes.len() as u64 / RECORD_LEN as u64;
+            let is_last = at / RECORD_LEN as u64 + 1 == len / RECORD_LEN as u64;
             assert!(is_damaged || is_last, "byte {at}, life {life}: {found:?}");
             assert!(is_damaged || at / RECORD_LEN as u64 >= known, "byte {at} was durable");
         }
@@ -381,7 +384,7 @@ fn every_flipped_byte_of_a_log_is_refused_or_an_older_state() {
 #[test]
 fn a_lost_sector_of_the_log_is_damage_unless_the_power_may_have_taken_it() {
     let (disk, model, known) = logged();
-    let len = disk.layer.home.log().len().unwrap();
+    let len = written(&disk.layer.home.log().bytes()) as u64;
     let mut gaps = 0;
     for at in (0..len).step_by(512) {
         let blank =
@@ -406,7 +409,7 @@ fn a_lost_sector_of_the_log_is_damage_unless_the_power_may_have_taken_it() {
 #[test]
 fn a_log_cut_short_is_an_older_state_or_refused() {
     let (disk, model, known) = logged();
-    let len = disk.layer.home.log().len().unwrap();
+    let len = written(&disk.layer.home.log().bytes()) as u64;
     // It cannot be told from one whose tail the power took: what was known to be durable was known
     // from records that are gone as well.
     assert!(with_harm(&disk, &model, 2, |log| log.cut(40)).is_some(), "no vouch is left");
@@ -419,7 +422,7 @@ fn a_log_cut_short_is_an_older_state_or_refused() {
 #[test]
 fn a_record_of_a_later_version_is_named() {
     let (disk, model, _) = logged();
-    let len = disk.layer.home.log().len().unwrap();
+    let len = written(&disk.layer.home.log().bytes()) as u64;
     let mut bytes = Record::Close.encode(&disk.layer.uuid, 1000);
     bytes[4] = 200;
     let crc = crc32c::crc32c_append(crc32c::crc32c(disk.layer.uuid.as_bytes()), &bytes[4..]);
@@ -451,11 +454,11 @@ fn a_cut_while_the_log_is_reduced_loses_nothing() {
     for cut in 0.. {
         let (mut disk, mut model) = long();
         let host = Arc::clone(&disk.layer.host);
-        let before = disk.layer.home.log().len().unwrap();
+        let before = written(&disk.layer.home.log().bytes()) as u64;
         let start = host.steps();
         host.cut_at(start + cut);
         let done = disk.overlay().maintain().is_ok();
-        let is_shorter = disk.layer.home.log().len().unwrap() < before / 10;
+        let is_shorter = (written(&disk.layer.home.log().bytes()) as u64) < before / 10;
         if !host.is_off() {
             assert!(done && is_shorter, "the log was not reduced");
             host.cut_at(u64::MAX);
@@ -693,7 +696,7 @@ fn a_log_scan_counts_the_sequences_behind_a_gap() {
     let (disk, ..) = logged();
     let log = disk.layer.home.log();
     let whole = log::scan(&*log, &disk.layer.uuid).unwrap();
-    let len = log.len().unwrap();
+    let len = written(&log.bytes()) as u64;
     log.damage(len - 512 - len % 512, &[0; 512]);
     let gap = log::scan(&*log, &disk.layer.uuid).unwrap();
     assert!(gap.good < whole.good);

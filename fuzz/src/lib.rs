@@ -195,6 +195,19 @@ impl Storage for Memory {
         Ok(())
     }
 
+    fn extend(&self, range: Range<u64>) -> io::Result<()> {
+        let mut bytes = self.0.lock();
+        let end = usize::try_from(range.end).map_err(io::Error::other)?.max(bytes.len());
+        bytes.resize(end, 0);
+        Ok(())
+    }
+
+    fn truncate(&self, len: u64) -> io::Result<()> {
+        let len = usize::try_from(len).map_err(io::Error::other)?;
+        self.0.lock().truncate(len);
+        Ok(())
+    }
+
     fn len(&self) -> io::Result<u64> {
         Ok(self.0.lock().len() as u64)
     }

@@ -13,6 +13,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 
 use parking_lot::RwLock;
+use rustix::fs::FallocateFlags;
 
 use crate::host;
 use crate::layer::Wait;
@@ -46,6 +47,19 @@ pub trait Storage: Send + Sync {
     /// # Errors
     /// `ENOSPC`; `EOPNOTSUPP` where the file system cannot.
     fn allocate(&self, range: Range<u64>) -> io::Result<()>;
+
+    /// Reserves space for `range`, which reads as zeros; the file is at least as long as that then.
+    /// What is written there later changes no length, and so a sync of it writes no more than it.
+    ///
+    /// # Errors
+    /// As [`allocate`](Self::allocate).
+    fn extend(&self, range: Range<u64>) -> io::Result<()>;
+
+    /// Cuts the file at `len`, with the space reserved past it.
+    ///
+    /// # Errors
+    /// The host's errno.
+    fn truncate(&self, len: u64) -> io::Result<()>;
 
     /// The file's length: that of the last segment's end, when there are several.
     ///
@@ -221,6 +235,18 @@ impl Storage for HostFile {
             Some(file) => host::allocate(file, inside),
             None => Err(host::errno(libc::EIO)),
         })
+    }
+
+    fn extend(&self, range: Range<u64>) -> io::Result<()> {
+        self.visit(range, Create::IfMissing, |file, inside, _| match file {
+            Some(file) => host::fallocate(file, FallocateFlags::empty(), inside),
+            None => Err(host::errno(libc::EIO)),
+        })
+    }
+
+    fn truncate(&self, len: u64) -> io::Result<()> {
+        // Only the log is cut, and that has no second segment.
+        self.first.set_len(len.min(SEGMENT))
     }
 
     fn len(&self) -> io::Result<u64> {

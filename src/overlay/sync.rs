@@ -217,6 +217,6 @@ impl Overlay {
         self.sync_all()?;
         let Some(log) = &self.log else { return Ok(()) };
         log.append(&[Record::Close], Purpose::Settle)?;
-        log.sync()
+        log.finish()
     }
 }

@@ -76,6 +76,7 @@ pub enum Deed {
     Write,
     Punch,
     Allocate,
+    Truncate,
     Sync,
     Rename,
 }
@@ -254,6 +255,19 @@ impl FileState {
             self.len = len;
             self.lens.push(len);
         }
+    }
+
+    /// Cuts the file and tells how many sectors that frees.
+    fn truncate(&mut self, len: u64) -> u64 {
+        let past: Vec<u64> =
+            self.sectors.range(len / SECTOR..).map(|(sector, _)| *sector).collect();
+        for sector in past {
+            let kept = len.saturating_sub(sector * SECTOR).min(SECTOR) as usize;
+            self.put(sector, |next| next[kept..].fill(0));
+        }
+        self.len = len;
+        self.lens.push(len);
+        self.allocated.split_off(&len.div_ceil(SECTOR)).len() as u64
     }
 
     fn sync(&mut self) {
@@ -459,6 +473,19 @@ impl Storage for SimFile {
                 state.allocated.insert(sector);
             }
         }
+        Ok(())
+    }
+
+    fn extend(&self, range: Range<u64>) -> io::Result<()> {
+        self.allocate(range.clone())?;
+        self.state.lock().grow(range.end);
+        Ok(())
+    }
+
+    fn truncate(&self, len: u64) -> io::Result<()> {
+        self.host.step(self.role, Deed::Truncate)?;
+        let freed = self.state.lock().truncate(len);
+        self.host.give_back(freed);
         Ok(())
     }
 

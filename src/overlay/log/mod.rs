@@ -115,7 +115,7 @@ impl Tail {
             return Ok(());
         }
         let upto = end.next_multiple_of(STEP);
-        match self.file.allocate(self.end()..upto) {
+        match self.file.extend(self.end()..upto) {
             Ok(()) => self.reserved = upto,
             Err(error) if is_full(&error) => {
                 // Past the reserve the write itself says whether there is still room.
@@ -234,6 +234,21 @@ impl Log {
             Arc::clone(&tail.file)
         };
         file.sync()
+    }
+
+    /// Makes every record durable and gives back the space reserved for more: the end.
+    ///
+    /// # Errors
+    /// The host's errno.
+    pub fn finish(&self) -> io::Result<()> {
+        let mut tail = self.tail.lock();
+        if tail.reserved != 0 {
+            // A host that cannot cut leaves zeros there, which say nothing.
+            let _ = tail.file.truncate(tail.end());
+            tail.reserved = 0;
+        }
+        drop(tail);
+        self.sync()
     }
 
     /// Whether the log has grown enough beyond its map to be worth reducing.

@@ -34,7 +34,7 @@ pub struct Scan {
 /// What comes after the good records of a log.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum End {
-    /// Nothing.
+    /// Nothing, or space reserved for more, which reads as zeros.
     Whole,
     /// Bytes that are no record, and no good record after them: an append that was cut short.
     Torn,
@@ -98,7 +98,7 @@ pub fn scan(file: &dyn Storage, uuid: &Uuid) -> io::Result<Scan> {
         closed: false,
         end: End::Whole,
     };
-    let mut later = Later::default();
+    let mut later = Later { is_blank: true, records: 0, highest: 0, durable: 0 };
     let len = file.len()?;
     for_each_record(file, 0, len / RECORD_BYTES, &mut |bytes| {
         let decoded = Record::decode(bytes, uuid);
@@ -112,22 +112,23 @@ pub fn scan(file: &dyn Storage, uuid: &Uuid) -> io::Result<Scan> {
     if scan.end == End::Whole && !len.is_multiple_of(RECORD_BYTES) {
         scan.end = End::Torn;
     }
-    if scan.end != End::Whole {
-        scan.closed = false;
-    }
     scan.highest = scan.last().max(later.highest);
     scan.end = match scan.end {
+        // Space reserved for records that never came.
+        End::Gap if later.is_blank => End::Whole,
         End::Gap if later.records > 0 && later.durable > scan.last() => End::Damaged,
         End::Gap if later.records == 0 => End::Torn,
         End::Torn if later.records > 0 => End::Damaged,
         end => end,
     };
+    scan.closed &= scan.end == End::Whole && len.is_multiple_of(RECORD_BYTES);
     Ok(scan)
 }
 
-/// What is learnt from good records behind the first bad one.
-#[derive(Default)]
+/// What is learnt from what is behind the first bad record.
 struct Later {
+    /// There was nothing but blank places.
+    is_blank: bool,
     records: u64,
     highest: u64,
     /// The highest sequence that one of them knew to be durable.
@@ -136,6 +137,7 @@ struct Later {
 
 impl Later {
     fn take(&mut self, decoded: Decoded) {
+        self.is_blank &= decoded == Decoded::Blank;
         if let Decoded::Good(sequence, record) = decoded {
             self.records += 1;
             self.highest = self.highest.max(sequence);
