@@ -913,6 +913,39 @@ fn a_read_that_has_to_wait_is_answered_though_no_thread_can_be_made() {
 }
 
 #[test]
+fn syncs_that_hang_leave_a_worker_for_the_others() {
+    let lab = Lab::new();
+    lab.mount("a=blank:8M,overlay=a b=blank:8M,overlay=b c=blank:8M,overlay=c d=blank:8M");
+    let free = lab.open_with("m/d", libc::O_DIRECT);
+    free.write_all_at(Aligned::of(&noise(4096, 1)).bytes(), 0).unwrap();
+    let slow = "inject=fdatasync:delay_enter=5000000".to_owned();
+    let strace = Strace::attach_with(&lab, lab.pid(), "fdatasync", &[slow]);
+    let ended = AtomicBool::new(false);
+    thread::scope(|scope| {
+        for name in ["a", "b", "c"] {
+            let (lab, ended) = (&lab, &ended);
+            scope.spawn(move || {
+                let file = lab.open(&format!("m/{name}"));
+                file.write_all_at(b"x", 0).unwrap();
+                file.sync_all().unwrap();
+                ended.store(true, Ordering::SeqCst);
+            });
+        }
+        thread::sleep(Duration::from_millis(300));
+        let mut found = Aligned::of(&[0; 4096]);
+        free.read_exact_at(found.bytes_mut(), 0).unwrap();
+        assert_eq!(found.bytes(), noise(4096, 1));
+        free.write_all_at(Aligned::of(&noise(4096, 2)).bytes(), 4096).unwrap();
+        free.sync_all().unwrap();
+        assert!(lab.sh("cat m/.cowslip/status").contains("\"d\""));
+        assert!(!ended.load(Ordering::SeqCst), "it waited for a sync of another disk");
+    });
+    drop(free);
+    strace.end(&lab, || true);
+    lab.end();
+}
+
+#[test]
 fn a_disk_whose_base_hangs_can_be_looked_at_and_opened() {
     let (lab, inner) = lab_with_a_slow_base();
     signal(inner, Signal::STOP).unwrap();

@@ -453,4 +453,15 @@ impl Disk {
             Top::Base(base) => base.sync(),
         }
     }
+
+    /// Whether [`sync`](Self::sync) takes about as long as the device needs for a few blocks.
+    #[must_use]
+    pub fn is_quick_to_sync(&self) -> bool {
+        match &self.layers().top {
+            Top::Nothing => true,
+            Top::Overlay(overlay) => overlay.is_quick_to_sync(),
+            // Others may have written to their files.
+            Top::Reflink(_) | Top::Base(_) => false,
+        }
+    }
 }

@@ -7,8 +7,8 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use fuser::{
-    Errno, FileHandle, FileType, FopenFlags, Generation, OpenFlags, ReplyData, ReplyEntry,
-    ReplyWrite, TimeOrNow,
+    Errno, FileHandle, FileType, FopenFlags, Generation, OpenFlags, ReplyData, ReplyEmpty,
+    ReplyEntry, ReplyWrite, TimeOrNow,
 };
 
 use super::handle::{Handle, Handles};
@@ -103,6 +103,25 @@ impl CowslipFs {
     ) {
         let there = Arc::clone(disk);
         self.shared.deadlines.later(disk, lane, Bound::Open, reply, move || work(&there), send);
+    }
+
+    /// An fsync that takes as long as the device needs for a few blocks: handing it to another
+    /// thread would cost as much. One at a time: those who come meanwhile share the next sync.
+    pub(super) fn sync_now(&self, disk: &Arc<Disk>, reply: ReplyEmpty) {
+        let Some(seat) = self.seats.take_first() else {
+            return self.sync_later(disk, reply);
+        };
+        match disk.sync() {
+            Ok(()) => reply.ok(),
+            Err(error) => reply.error(error.into()),
+        }
+        drop(seat);
+        self.linger.look();
+    }
+
+    /// An fsync, by a thread that may take its time.
+    pub(super) fn sync_later(&self, disk: &Arc<Disk>, reply: ReplyEmpty) {
+        self.later(disk, Lane::Sync, reply, Disk::sync, |reply, ()| reply.ok());
     }
 
     /// Whether the kernel may hold dirty pages of the disk that we have not seen.
@@ -318,8 +337,12 @@ impl Write {
             true => Err(errno(libc::EAGAIN)),
         };
         match result {
-            Ok(()) if !sync && !self.must_tell(shown) => {
-                reply.written(written);
+            Ok(()) if !self.must_tell(shown) && (!sync || shown.disk().is_quick_to_sync()) => {
+                let durable = if sync { shown.disk().sync() } else { Ok(()) };
+                match durable {
+                    Ok(()) => reply.written(written),
+                    Err(error) => reply.error(error.into()),
+                }
                 return self.tell_late(shared, shown);
             }
             Err(error) if error.raw_os_error() != Some(libc::EAGAIN) => {

@@ -8,6 +8,7 @@ mod answer;
 mod attr;
 mod forget;
 mod handle;
+mod linger;
 mod parked;
 mod passthrough;
 mod seats;
@@ -15,6 +16,7 @@ mod window;
 
 use std::ffi::OsStr;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::sync::{Arc, OnceLock};
 use std::time::SystemTime;
 
@@ -29,6 +31,7 @@ use self::answer::{Via, Write, decode_change, is_busy, is_sync, moment, open_dis
 use self::attr::TTL;
 pub use self::forget::forgetter;
 use self::handle::{Handle, Handles};
+use self::linger::Linger;
 pub use self::parked::Deadlines;
 use self::parked::{Bound, Lane};
 use self::passthrough::{Terms, Way};
@@ -85,17 +88,20 @@ pub struct CowslipFs {
     handles: Arc<Handles>,
     terms: Terms,
     seats: Seats,
+    linger: Linger,
 }
 
 impl CowslipFs {
-    /// The adapter of a mount.
+    /// The adapter of a mount. `device` is its connection to the kernel, to look whether there is
+    /// a request.
     #[must_use]
-    pub fn new(shared: Arc<Shared>, workers: usize) -> Self {
+    pub fn new(shared: Arc<Shared>, workers: usize, device: Option<OwnedFd>) -> Self {
         Self {
             shared,
             handles: Arc::default(),
             terms: Terms::default(),
             seats: Seats::new(workers),
+            linger: Linger::new(device),
         }
     }
 }
@@ -317,7 +323,7 @@ impl Filesystem for CowslipFs {
             }
             None
         });
-        let Some(reply) = left else { return };
+        let Some(reply) = left else { return self.linger.look() };
         // With no hand on the buffer: where no thread can be made, this one does the work itself.
         let there = shown.clone();
         let work = move || {
@@ -386,8 +392,10 @@ impl Filesystem for CowslipFs {
             && !shown.is_window()
             && disk.has_cached_readers();
         let write = Write { offset, written, cached, via, sync: is_sync(flags) };
-        if let Some(_seat) = self.seats.take() {
-            return write.run(&self.shared, shown, data, reply);
+        if let Some(seat) = self.seats.take() {
+            write.run(&self.shared, shown, data, reply);
+            drop(seat);
+            return self.linger.look();
         }
         let (shared, there, data) = (Arc::clone(&self.shared), shown.clone(), data.to_vec());
         disk.syncs().run(Box::new(move || write.run(&shared, &there, &data, reply)));
@@ -434,9 +442,8 @@ impl Filesystem for CowslipFs {
 
     fn fsync(&self, _: &Request, _: INodeNo, fh: FileHandle, _: bool, reply: ReplyEmpty) {
         match self.shown_by(fh) {
-            Ok(shown) => {
-                self.later(shown.disk(), Lane::Sync, reply, Disk::sync, |reply, ()| reply.ok());
-            }
+            Ok(shown) if shown.disk().is_quick_to_sync() => self.sync_now(shown.disk(), reply),
+            Ok(shown) => self.sync_later(shown.disk(), reply),
             Err(error) => reply.error(error.into()),
         }
     }
@@ -686,6 +693,7 @@ impl Filesystem for CowslipFs {
         }
         let work = move |_: &Disk, wait| shown.seek(offset, whence, wait);
         self.now_or_later(&disk, reply, work, send);
+        self.linger.look();
     }
 
     fn copy_file_range(

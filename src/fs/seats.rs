@@ -25,6 +25,12 @@ impl Seats {
         // Dropping the seat gives back what was counted one too many.
         (taken < self.most).then_some(seat)
     }
+
+    /// A seat, if nobody has one.
+    pub(super) fn take_first(&self) -> Option<Seat<'_>> {
+        let seat = self.take()?;
+        (self.taken.load(Ordering::Relaxed) == 1).then_some(seat)
+    }
 }
 
 /// A taken seat.
@@ -49,7 +55,12 @@ mod tests {
         let second = seats.take();
         assert!(first.is_some() && second.is_some());
         assert!(seats.take().is_none());
+        assert!(seats.take_first().is_none());
         drop(first);
         assert!(seats.take().is_some());
+        drop(second);
+        let alone = seats.take_first();
+        assert!(alone.is_some());
+        assert!(seats.take_first().is_none() && seats.take().is_some());
     }
 }

@@ -255,7 +255,7 @@ fn mount_and_spawn(plan: &Plan, mountpoint: &Path, shared: Arc<Shared>) -> Resul
         let _ = kernel::unmount(mountpoint, Unmount::Lazy);
         format!("FUSE at '{}': {error}", mountpoint.display())
     };
-    let fs = CowslipFs::new(Arc::clone(&shared), workers);
+    let fs = CowslipFs::new(Arc::clone(&shared), workers, device.try_clone().ok());
     let session = Session::from_fd(fs, device, acl, config).map_err(undo)?;
     let _ = shared.notifier.set(session.notifier());
     let _ = shared.control.forget.set(forgetter(session.notifier()));

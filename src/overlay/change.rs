@@ -159,8 +159,13 @@ impl Overlay {
     }
 
     /// Runs `change`; when the host is full and freed space is still waiting to go back, gives it
-    /// back and tries once more.
-    fn with_relief(&self, wait: Wait, change: impl Fn() -> io::Result<()>) -> io::Result<()> {
+    /// back and tries once more. It writes `len` bytes of data.
+    fn with_relief(
+        &self,
+        wait: Wait,
+        len: u64,
+        change: impl Fn() -> io::Result<()>,
+    ) -> io::Result<()> {
         self.check_latch()?;
         let done = match change() {
             Err(error) if is_full(&error) && !self.pending.lock().is_empty() => match wait {
@@ -173,7 +178,7 @@ impl Overlay {
             other => other,
         };
         if done.is_ok() {
-            self.mark_dirty();
+            self.mark_dirty(len);
         }
         done
     }
@@ -252,8 +257,9 @@ impl Overlay {
             self.zero_past(whole)?;
             self.publish(&self.blocks_of(&(range.start..whole)), State::Data)?;
         }
-        self.mark_dirty();
-        Ok(whole.saturating_sub(range.start))
+        let len = whole.saturating_sub(range.start);
+        self.mark_dirty(len);
+        Ok(len)
     }
 }
 
@@ -300,7 +306,7 @@ impl Overlay {
             copied += seen.end - seen.start;
         }
         if copied > 0 {
-            self.mark_dirty();
+            self.mark_dirty(copied);
         }
         Ok(copied)
     }
@@ -314,14 +320,14 @@ impl WritableLayer for Overlay {
         below: &dyn ReadBelow,
         wait: Wait,
     ) -> io::Result<()> {
-        self.with_relief(wait, || self.try_write(buf, offset, below, wait))
+        self.with_relief(wait, buf.len() as u64, || self.try_write(buf, offset, below, wait))
     }
 
     fn zero(&self, range: Range<u64>, below: &dyn ReadBelow, wait: Wait) -> io::Result<()> {
         if range.is_empty() {
             return Ok(());
         }
-        self.with_relief(wait, || self.try_zero(&range, below, wait))
+        self.with_relief(wait, 0, || self.try_zero(&range, below, wait))
     }
 
     fn punch_hole(&self, range: Range<u64>, below: &dyn ReadBelow, wait: Wait) -> io::Result<()> {
@@ -330,7 +336,7 @@ impl WritableLayer for Overlay {
     }
 
     fn allocate(&self, range: Range<u64>, wait: Wait) -> io::Result<()> {
-        self.with_relief(wait, || {
+        self.with_relief(wait, 0, || {
             // Shared with writers, not with what gives space back.
             let need = self.ranges.need(Need::default(), &range, Hold::Shared);
             let _held = self.ranges.lock(need, wait).ok_or_else(|| errno(libc::EAGAIN))?;
@@ -380,7 +386,7 @@ impl WritableLayer for Overlay {
             // Done before the disk grows in any case; now only for what `surroundings` says.
             ::log::debug!("the tail of the last block is not zeroed yet: {error}");
         }
-        self.mark_dirty();
+        self.mark_dirty(0);
         Ok(())
     }
 

@@ -83,7 +83,7 @@ impl Overlay {
             log.append(std::slice::from_ref(mark), Purpose::Settle)?;
         }
         self.map.write().is_committing = *mark == Record::Intent;
-        self.mark_dirty();
+        self.mark_dirty(0);
         Ok(())
     }
 
@@ -166,7 +166,7 @@ impl Overlay {
         }
         self.map.write().lower_limit = lower_limit;
         self.revision.fetch_add(1, Ordering::Release);
-        self.mark_dirty();
+        self.mark_dirty(0);
         Ok(())
     }
 
@@ -304,7 +304,7 @@ impl Overlay {
             }
             freed += (range.end.0 - range.start.0) * self.block;
         }
-        self.mark_dirty();
+        self.mark_dirty(0);
         Ok(freed)
     }
 }

@@ -88,8 +88,8 @@ pub struct Overlay {
     turns: Turns,
     /// The highest sequence whose record, and the data behind it, is durable.
     durable: AtomicU64,
-    /// Something was changed since the last sync began.
-    dirty: AtomicBool,
+    /// Bytes that were changed since the last sync began; no longer counted once they are many.
+    dirty: AtomicU64,
     /// A sync failed: no write and no sync succeeds any more.
     latched: AtomicBool,
     /// Counts changes of the map, for those who keep what they learnt from it.
@@ -139,7 +139,7 @@ impl Overlay {
             pending: Mutex::default(),
             turns: Turns::default(),
             durable: AtomicU64::new(durable),
-            dirty: AtomicBool::new(false),
+            dirty: AtomicU64::new(0),
             latched: AtomicBool::new(false),
             revision: AtomicU64::new(0),
             limit: limit.map(|limit| limit / block),
@@ -293,11 +293,12 @@ impl Overlay {
         self.pending.lock().add(0..end, self.durable.load(Ordering::Relaxed));
     }
 
-    /// Called after a change: one that a running sync has passed already is then the next one's.
-    fn mark_dirty(&self) {
-        // A plain load first: the line stays shared between the workers while it is set.
-        if !self.dirty.load(Ordering::Relaxed) {
-            self.dirty.store(true, Ordering::SeqCst);
+    /// Called after a change of `len` bytes of data: one that a running sync has passed already is
+    /// then the next one's.
+    fn mark_dirty(&self, len: u64) {
+        // A plain load first: the line stays shared between the workers once there are many.
+        if self.dirty.load(Ordering::Relaxed) <= sync::FEW {
+            self.dirty.fetch_add(len.max(1), Ordering::SeqCst);
         }
     }
 }

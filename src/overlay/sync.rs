@@ -12,6 +12,8 @@ use super::{Overlay, is_full};
 use crate::host::errno;
 use crate::layer::Wait;
 
+/// Up to so many changed bytes are few: written as quickly as one block, more or less.
+pub(super) const FEW: u64 = 128 << 10;
 /// Freed space goes back in pieces of at most this many bytes, each under its range's lock.
 const PIECE: u64 = 1 << 30;
 /// Where something is being changed, in pieces of this many: it holds few of the range locks.
@@ -21,7 +23,16 @@ impl Overlay {
     /// Whether something was changed since the last sync began.
     #[must_use]
     pub fn is_dirty(&self) -> bool {
-        self.dirty.load(Ordering::Relaxed)
+        self.dirty.load(Ordering::Relaxed) > 0
+    }
+
+    /// Whether a sync would take about as long as the device needs for a few blocks.
+    #[must_use]
+    pub fn is_quick_to_sync(&self) -> bool {
+        self.dirty.load(Ordering::Relaxed) <= FEW
+            && self.turns.is_free()
+            && self.unsettled.lock().is_empty()
+            && self.pending.lock().is_empty()
     }
 
     /// Makes all that was acknowledged before the call durable, and gives freed space back. A
@@ -30,7 +41,7 @@ impl Overlay {
         match &self.log {
             Some(log) => self.turns.run(|| self.sync_now(log))?,
             None => {
-                self.dirty.store(false, Ordering::SeqCst);
+                self.dirty.store(0, Ordering::SeqCst);
                 self.settle_below()?;
             }
         }
@@ -44,7 +55,7 @@ impl Overlay {
         if self.is_latched() {
             return Err(errno(libc::EIO));
         }
-        self.dirty.store(false, Ordering::SeqCst);
+        self.dirty.store(0, Ordering::SeqCst);
         let upto = log.last();
         self.settle_below().map_err(|error| self.latch_unless_full(log, error))?;
         self.data.sync().map_err(|error| self.latch(log, &error))?;
@@ -96,7 +107,7 @@ impl Overlay {
             return self.latch(log, &error);
         }
         // Nothing was lost, only not vouched for: the next sync tries again.
-        self.mark_dirty();
+        self.mark_dirty(0);
         error
     }
 

@@ -26,6 +26,11 @@ struct State {
 }
 
 impl Turns {
+    /// Whether a run would begin at once.
+    pub fn is_free(&self) -> bool {
+        !self.state.lock().running
+    }
+
     /// Returns after a run of `sync` that began after this call.
     ///
     /// # Errors

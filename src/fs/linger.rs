@@ -1,0 +1,152 @@
+//! A worker that has answered looks for the next request before it goes to sleep.
+//!
+//! One client that waits for each answer (a database, `qemu` at depth one, a walk of `lseek`) asks
+//! again within microseconds. Waking a thread on another core costs as much as the request itself,
+//! and more in a virtual machine. So one worker, and never more, asks the connection again and again
+//! for a moment. Whether that pays is learnt from what comes: a client that thinks for longer, and a
+//! queue that is never empty, soon have workers that sleep, and a look now and then.
+
+use std::hint::spin_loop;
+use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
+/// How long a worker looks: a client's thread is back within this, also when its core had gone to
+/// sleep. The kernel's halt polling of virtual processors waits for as long.
+const MOMENT: Duration = Duration::from_micros(20);
+/// After a look that was in vain at most so many answers go by without one.
+const LONGEST_REST: u32 = 256;
+/// So many go by when the next request was there already: more are coming than one worker takes.
+const BUSY_REST: u32 = 16;
+
+/// Looks for the next request, when that pays.
+pub(super) struct Linger {
+    /// The connection; `None` where nobody could ask while a worker looks.
+    device: Option<OwnedFd>,
+    /// Somebody looks.
+    is_taken: AtomicBool,
+    /// Answers to come that nobody looks after.
+    rest: AtomicU32,
+    /// How many there were after the last look that was in vain.
+    last_rest: AtomicU32,
+}
+
+/// What a look has found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Found {
+    /// A request that was there before.
+    Queue,
+    /// One that came.
+    Request,
+    /// Nothing.
+    Nothing,
+}
+
+impl Linger {
+    /// Looks at `device`, the connection to the kernel.
+    pub(super) fn new(device: Option<OwnedFd>) -> Self {
+        let is_alone = thread::available_parallelism().map_or(1, usize::from) < 2;
+        Self {
+            device: device.filter(|_| !is_alone),
+            is_taken: AtomicBool::new(false),
+            rest: AtomicU32::new(0),
+            last_rest: AtomicU32::new(0),
+        }
+    }
+
+    /// Called by a worker that has answered and would go back to ask for the next request.
+    pub(super) fn look(&self) {
+        let Some(device) = &self.device else { return };
+        let rest = self.rest.load(Ordering::Relaxed);
+        if rest > 0 {
+            // Counted by several at once some are lost, which is as good.
+            self.rest.store(rest - 1, Ordering::Relaxed);
+            return;
+        }
+        if self.is_taken.swap(true, Ordering::Acquire) {
+            return;
+        }
+        self.learn(look_at(device));
+        self.is_taken.store(false, Ordering::Release);
+    }
+
+    fn learn(&self, found: Found) {
+        let rest = match found {
+            Found::Request => 0,
+            Found::Queue => BUSY_REST,
+            Found::Nothing => (self.last_rest.load(Ordering::Relaxed) * 2).clamp(1, LONGEST_REST),
+        };
+        if found != Found::Queue {
+            self.last_rest.store(rest, Ordering::Relaxed);
+        }
+        self.rest.store(rest, Ordering::Relaxed);
+    }
+}
+
+fn look_at(device: &OwnedFd) -> Found {
+    let begin = Instant::now();
+    let mut found = Found::Queue;
+    loop {
+        let mut asked = [PollFd::new(device, PollFlags::IN)];
+        // An error is the reading worker's to see.
+        if poll(&mut asked, Some(&Timespec::default())) != Ok(0) {
+            return found;
+        }
+        if begin.elapsed() >= MOMENT {
+            return Found::Nothing;
+        }
+        found = Found::Request;
+        spin_loop();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use super::*;
+
+    fn pipe() -> (OwnedFd, std::fs::File) {
+        let (read, write) = rustix::pipe::pipe().unwrap();
+        (read, write.into())
+    }
+
+    #[test]
+    fn looks_in_vain_become_rare_and_one_that_pays_brings_them_back() {
+        let linger = Linger::new(Some(pipe().0));
+        for expected in [1, 2, 4, 8, 16, 32, 64, 128, 256, 256] {
+            linger.learn(Found::Nothing);
+            assert_eq!(linger.rest.load(Ordering::Relaxed), expected);
+        }
+        linger.learn(Found::Queue);
+        assert_eq!(linger.rest.load(Ordering::Relaxed), BUSY_REST);
+        linger.learn(Found::Request);
+        assert_eq!(linger.rest.load(Ordering::Relaxed), 0);
+        linger.learn(Found::Nothing);
+        assert_eq!(linger.rest.load(Ordering::Relaxed), 1);
+    }
+
+    #[test]
+    fn a_look_ends_when_something_comes_and_without() {
+        let (read, mut write) = pipe();
+        assert_eq!(look_at(&read), Found::Nothing);
+        write.write_all(b"x").unwrap();
+        assert_eq!(look_at(&read), Found::Queue);
+    }
+
+    #[test]
+    fn while_one_looks_and_while_it_rests_nobody_else_does() {
+        let (read, _write) = pipe();
+        let linger = Linger::new(Some(read));
+        linger.is_taken.store(true, Ordering::Relaxed);
+        linger.look();
+        assert_eq!(linger.rest.load(Ordering::Relaxed), 0, "it did not look");
+        linger.is_taken.store(false, Ordering::Relaxed);
+        linger.rest.store(5, Ordering::Relaxed);
+        linger.look();
+        assert_eq!(linger.rest.load(Ordering::Relaxed), 4);
+    }
+}
