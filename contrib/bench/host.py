@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Self
 
 # Longer than any one command here takes; a hang is told and not waited for.
 PATIENCE = 600
@@ -23,7 +24,7 @@ def run(*command, timeout=PATIENCE, **more) -> str:
     command = [str(word) for word in command]
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=timeout, **more
+            command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=timeout, check=False, **more
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise Failed(f"{command[0]}: {error}") from error
@@ -87,7 +88,7 @@ class Place:
     def __init__(self, where: Path):
         self.where = where
 
-    def __enter__(self) -> "Place":
+    def __enter__(self) -> Self:
         self.path = Path(tempfile.mkdtemp(prefix="cowslip-bench-", dir=self.where)).resolve()
         self.kept = []
         return self

@@ -3,8 +3,9 @@
 from statistics import median
 
 from figures import Row
-from jobs import HOST, Caches, Job, Results, Section
+from jobs import HOST, Caches, Job, Section
 from scale import Table
+from turns import Results
 
 
 def amount(value: float | None, unit: str = "") -> str:

@@ -10,6 +10,7 @@ import jobs
 from figures import BLOCK, FALLOC_FL_KEEP_SIZE, FALLOC_FL_ZERO_RANGE, MIB, TIB, libc
 from host import Failed, Place, progress, run
 from targets import Mount, fill, quote
+from turns import read_through, run_fio
 
 # What a layer holds of the disk, in pieces that alternate with those of the others.
 PIECE = 64 << 10
@@ -129,10 +130,10 @@ def measure(place: Place, program: Path, size: int, rounds: int, quick: bool) ->
                             os.close(os.open(path, os.O_RDWR))
                     if job.caches is jobs.Caches.WARM:
                         for path in variant.paths:
-                            jobs.read_through(path, size)
+                            read_through(path, size)
                     # fio goes around several files by itself.
                     names = ":".join(str(path) for path in variant.paths)
-                    figure = jobs.run_fio(job, names, size)
+                    figure = run_fio(job, names, size)
                     # The first round touches blocks for the first time.
                     if number > 0:
                         variant.samples.setdefault(job.key, []).append(figure)
