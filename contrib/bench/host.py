@@ -44,11 +44,18 @@ def wait_until(what: str, is_so, timeout: float = 20.0) -> None:
 
 
 def is_alive(pid: int) -> bool:
-    try:
-        # A zombie is not alive: somebody else has to reap it.
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except (OSError, IndexError):
-        return False
+    """Whether a thread of it still has files open.
+
+    The first thread may be a zombie while others are on their way out, and a zombie is not alive:
+    somebody else has to reap it.
+    """
+    for stat in Path(f"/proc/{pid}/task").glob("*/stat"):
+        try:
+            if stat.read_text().rsplit(")", 1)[1].split()[0] not in "ZX":
+                return True
+        except (OSError, IndexError):
+            continue
+    return False
 
 
 def end(pid: int) -> None:
