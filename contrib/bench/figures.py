@@ -110,6 +110,19 @@ def walk(path: Path, extents: int) -> float:
         os.close(fd)
 
 
+def seek_in_vain(path: Path, pairs: int) -> float:
+    """Two seeks that end where they begin, as often as given; µs for two, what an extent takes of them."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        start = time.perf_counter()
+        for at in range(0, pairs * BLOCK, BLOCK):
+            os.lseek(fd, at, os.SEEK_HOLE)
+            os.lseek(fd, at, os.SEEK_HOLE)
+        return (time.perf_counter() - start) * 1e6 / pairs
+    finally:
+        os.close(fd)
+
+
 def seek_data(path: Path, start: int, expected: int) -> float:
     """One SEEK_DATA, the median of many; µs."""
     fd = os.open(path, os.O_RDONLY)
@@ -197,7 +210,7 @@ def recovering(place: Place, program: Path, rounds: int) -> list[Row]:
 
 
 def seeking(place: Place, program: Path, scale: Scale) -> list[Row]:
-    """A walk along alternating data and holes, beside a host file of the same shape."""
+    """A walk along alternating data and holes, beside a host file of the same shape; and its requests alone."""
     size = scale.extents * 2 * BLOCK
     places = range(0, size, 2 * BLOCK)
     host = place.path / "extents.img"
@@ -205,18 +218,27 @@ def seeking(place: Place, program: Path, scale: Scale) -> list[Row]:
         file.truncate(size)
     overlay = quote(place.path / "extents.cow")
     mount = Mount(place, program, "extents", f"blank:{size},overlay={overlay}")
+    # A second disk, a second file: nothing but holes.
+    mount.more = [f"holes=blank:{size}"]
+    nothing = place.path / "nothing.img"
+    with open(nothing, "xb") as file:
+        file.truncate(size)
     mount.start()
     progress(f"writing {scale.extents:,} extents, twice")
     for path in (mount.path, host):
         write_at(path, places)
     os.sync()
     row = Row("seek-walk", f"SEEK_DATA/SEEK_HOLE walk, {scale.extents:,} extents, each", "µs", "<= 15")
+    bound = Row("seek-bound", "two seeks on a disk of holes: no walk can be faster", "µs", "")
     for _ in range(scale.rounds):
         row.samples.append(walk(mount.path, scale.extents))
         row.host.append(walk(host, scale.extents))
+        bound.samples.append(seek_in_vain(mount.point / "holes", scale.extents))
+        bound.host.append(seek_in_vain(nothing, scale.extents))
     mount.stop()
-    host.unlink()
-    return [row]
+    for path in (host, nothing):
+        path.unlink()
+    return [row, bound]
 
 
 def whole_disk(place: Place, program: Path, rounds: int) -> list[Row]:

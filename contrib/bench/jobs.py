@@ -7,14 +7,20 @@ from enum import Enum
 import tools
 
 # The names of the targets that jobs are made for.
-HOST, OURS, WRITEBACK, READ_ONLY, IN_PLACE = "host file", "cowslip", "writeback", "mode=ro", "mode=rw"
+HOST, SPARSE = "host file", "sparse host file"
+OURS, WRITEBACK, READ_ONLY, IN_PLACE = "cowslip", "writeback", "mode=ro", "mode=rw"
+HOLES, USER = "disk of holes", "mount of a user"
+# All but the peers.
+OWN = (HOST, SPARSE, OURS, WRITEBACK, READ_ONLY, IN_PLACE, HOLES, USER)
+# What runs a command as a user who may nothing, from root.
+AS_USER = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
 
 
 class Caches(Enum):
     """What a job finds in the caches."""
 
     WARM = "warm: the whole disk was read through the same file just before"
-    COLD = "cold: all caches of the host were dropped just before"
+    COLD = "cold: what lies below was read once, then dropped from the host's caches, just before"
     KEPT = "as the job before left them"
 
 
@@ -30,8 +36,10 @@ class Section(Enum):
 
     CACHED = "Cached reads: page cache warm, the disk's data lies in the base"
     COLD = "Cold reads: caches dropped before each, the disk's data lies in the base"
-    DIRECT = "O_DIRECT, no fsync: all but the host file go through the host's page cache, where the base is warm"
+    DIRECT = "O_DIRECT, no fsync: all but the host file go through the host's page cache, so they can exceed its device"
+    HOLES = "The bound of the 4k reads above: a disk of holes, answered from memory; what is left is the request itself"
     FSYNC = "Ends with fsync, or has one after each write: durable when it ends"
+    SPARSE = "The same, first touch, beside a host file that is sparse as well and has to allocate, too"
     WRITEBACK = "--cache writeback, ends with fsync"
     READ_ONLY = "mode=ro,passthrough, beside the file itself"
     IN_PLACE = "mode=rw,passthrough, beside a file like it"
@@ -43,7 +51,8 @@ class Job:
     """One job: of fio, by its options, or of a tool. `share` is the part of the disk fio moves.
 
     `floor` is the ratio to the host aimed at, `lead` that to the best peer. `ours` is the target
-    it is made for; host file and peers run it as well.
+    it is made for, `beside` the one that stands in the host file's column; where the two are the
+    usual ones, the peers run it as well. `by` are the words that its commands are run by.
     """
 
     key: str
@@ -56,6 +65,8 @@ class Job:
     lead: float | None = None
     begins: Begins = Begins.AS_IT_IS
     ours: str = OURS
+    beside: str = HOST
+    by: tuple[str, ...] = ()
     tool: Callable | None = None
 
     @property
@@ -66,10 +77,9 @@ class Job:
 
     def is_for(self, target) -> bool:
         """Whether a target takes part."""
-        if target.name in (WRITEBACK, READ_ONLY, IN_PLACE):
-            return self.ours == target.name
-        has_peers = self.section not in (Section.READ_ONLY, Section.IN_PLACE)
-        return target.name == HOST or self.ours == target.name or (has_peers and target.name != OURS)
+        if target.name in OWN:
+            return target.name in (self.ours, self.beside)
+        return self.ours in (OURS, WRITEBACK) and self.beside == HOST
 
 
 def _sequential(way: str, *more: str) -> tuple[str, ...]:
@@ -93,7 +103,7 @@ _WRITE_GOALS = {("4k", "qd1"): (2, 2.5), ("4k", "qd16"): (2.5, 4)}
 _NONE = (None, None)
 
 
-def _reads() -> list[Job]:
+def _reads(root: bool) -> list[Job]:
     """Of what lies in the base."""
     warm, cold = Caches.WARM, Caches.COLD
     plain, sequential = "--ioengine=psync", _sequential("read")
@@ -104,6 +114,8 @@ def _reads() -> list[Job]:
         Job("seq-read-cold", "sequential read 1M", Section.COLD, cold, sequential, 1, 0.9, 1.3),
         Job("rand-read-cold", "random read 4k O_DIRECT qd16", Section.COLD, cold,
             _random("read", "4k", *_DEPTHS["qd16"]), 1 / 8),
+        *([Job("seq-read-cold-user", "sequential read 1M, mounted by a user who cannot raise read-ahead", Section.COLD,
+               cold, sequential, 1, ours=USER, by=AS_USER)] if root else []),
         Job("seq-read-direct", "sequential read 1M", Section.DIRECT, warm, direct, 1),
     ]
     for size, share in (("4k", 1 / 8), ("64k", 1 / 2)):
@@ -112,6 +124,11 @@ def _reads() -> list[Job]:
             key = f"rand-read-{size}-{depth}".replace(" ", "")
             jobs.append(Job(key, f"random read {size} {depth}", Section.DIRECT, warm,
                             _random("read", size, *options), share, floor, lead))
+            # At once, so that a machine that is slow for a while is slow for both.
+            if size == "4k":
+                key = f"holes-read-{size}-{depth}".replace(" ", "")
+                jobs.append(Job(key, f"random read {size} {depth}", Section.HOLES, Caches.KEPT,
+                                _random("read", size, *options), share, ours=HOLES))
     return jobs
 
 
@@ -143,8 +160,16 @@ def _writes() -> list[Job]:
                    _NONE, (0.2, 2))
     jobs += _twice("write-fsync-each", "random write 4k, fsync after each", Section.FSYNC, each, 1 / 512,
                    (0.45, 1.5), (0.8, 1.5))
-    jobs += _twice("seq-write-fsync", "sequential write 1M, one fsync", Section.FSYNC,
-                   _sequential("write", end), 1, _NONE, (0.9, 1.1))
+    large = _sequential("write", end)
+    jobs += _twice("seq-write-fsync", "sequential write 1M, one fsync", Section.FSYNC, large, 1, _NONE, (0.9, 1.1))
+    jobs += [
+        Job(f"sparse-{key}", title, Section.SPARSE, Caches.KEPT, options, share, begins=Begins.FRESH, beside=SPARSE)
+        for key, title, options, share in (
+            ("rand-write-fsync", "random write 4k buffered, one fsync", small, 1 / 8),
+            ("write-fsync-each", "random write 4k, fsync after each", each, 1 / 512),
+            ("seq-write-fsync", "sequential write 1M, one fsync", large, 1),
+        )
+    ]
     jobs.append(Job("rand-write-writeback", "random write 4k buffered, one fsync", Section.WRITEBACK, Caches.KEPT,
                     small, 1 / 8, 0.4, 4, Begins.FRESH, WRITEBACK))
     return jobs
@@ -191,6 +216,5 @@ def _tools(root: bool) -> list[Job]:
 
 def all_jobs(parts: set[str], root: bool) -> list[Job]:
     """In the order they run in: reads before anything is written, first touch before second."""
-    jobs = [*_reads(), *_writes(), *_modes()] if "jobs" in parts else []
-    jobs += _tools(root) if "tools" in parts else []
-    return [job for job in jobs if root or job.section is not Section.COLD]
+    jobs = [*_reads(root), *_writes(), *_modes()] if "jobs" in parts else []
+    return jobs + (_tools(root) if "tools" in parts else [])

@@ -62,12 +62,12 @@ def job_row(results: Results, job: Job) -> list[str]:
     durable = job.section in (Section.FSYNC, Section.WRITEBACK)
     hollow = results.hollow if durable else set()
     cells = [f"  {job.title}", job.unit]
-    cells += [amount(results.median(job, name), job.unit) for name in (HOST, job.ours)]
-    cells += [ratio(results.ratio(job, HOST)), goal(job.floor)]
+    cells += [amount(results.median(job, name), job.unit) for name in (job.beside, job.ours)]
+    cells += [ratio(results.ratio(job, job.beside)), goal(job.floor)]
     cells += [amount(results.median(job, name), job.unit) + "*" * (name in hollow) for name in peers]
     if peers:
         cells += [ratio(results.ratio(job, results.best_peer(job))), goal(job.lead)]
-    return cells + [spread(results.of(job, name), job.unit) for name in (HOST, job.ours)]
+    return cells + [spread(results.of(job, name), job.unit) for name in (job.beside, job.ours)]
 
 
 def print_jobs(results: Results) -> None:
@@ -118,7 +118,8 @@ def jobs_as_json(results: Results) -> dict:
                 "medians": {name: results.median(job, name) for name in results.names},
                 "samples": {name: results.of(job, name) for name in results.names},
                 "target": job.ours,
-                "ratio_to_host": results.ratio(job, HOST),
+                "beside": job.beside,
+                "ratio_to_host": results.ratio(job, job.beside),
                 "target_ratio": job.floor,
                 "target_ratio_to_best_peer": job.lead,
                 "best_peer": best,

@@ -50,8 +50,7 @@ class Maker:
 
     def __init__(self, place: Place, program: Path, size: int):
         self.place, self.program, self.size = place, program, size
-        self.base = place.path / "scale.img"
-        fill(self.base, size)
+        self.base = fill(place.path / "scale.img", size)
 
     def mount(self, name: str, *sources: str) -> tuple[Mount, list[Path]]:
         mount = Mount(self.place, self.program, name, sources[0])

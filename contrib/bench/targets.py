@@ -1,6 +1,7 @@
 """What the fio jobs run on: the host file, cowslip, and the peers, each over a file of one kind.
 
-A target has a `path` to open. `fresh` gives it an empty overlay over the base, so that every block
+A target has a `path` to open, and is `below` in a file of the host; no two of those that are read
+cold share that one. `fresh` gives it an empty overlay over the base, so that every block
 is a first touch again; `stop` takes down whatever is up. Peers run with the defaults they ship.
 """
 
@@ -17,7 +18,7 @@ from host import Failed, Place, end, mounts_in, run, unmount, wait_until
 CHUNK = 1 << 20
 
 
-def fill(path: Path, size: int) -> None:
+def fill(path: Path, size: int) -> Path:
     """Writes a file whose every block is allocated and unlike the others."""
     noise = bytearray(os.urandom(CHUNK))
     with open(path, "xb", buffering=0) as file:
@@ -26,6 +27,9 @@ def fill(path: Path, size: int) -> None:
                 noise[at : at + 8] = (index * CHUNK + at).to_bytes(8, "little")
             file.write(noise)
         os.fsync(file.fileno())
+        # Whatever the umask: a user who may nothing reads some of them.
+        os.fchmod(file.fileno(), 0o644)
+    return path
 
 
 def quote(path: Path) -> str:
@@ -40,8 +44,7 @@ class HostFile:
     fsync_is_real = True
 
     def __init__(self, place: Place, size: int):
-        self.path = place.path / "host.img"
-        fill(self.path, size)
+        self.path = self.below = fill(place.path / "host.img", size)
 
     def is_up(self) -> bool:
         return True
@@ -53,8 +56,34 @@ class HostFile:
         pass
 
 
+class SparseHost:
+    """A file of the host that has no block until it is written, made anew each time."""
+
+    name = jobs.SPARSE
+    fsync_is_real = True
+
+    def __init__(self, place: Place, size: int):
+        self.path = place.path / "sparse.img"
+        self.size = size
+
+    def is_up(self) -> bool:
+        return True
+
+    def fresh(self) -> None:
+        self.path.unlink(missing_ok=True)
+        with open(self.path, "xb") as file:
+            file.truncate(self.size)
+
+    def stop(self) -> None:
+        pass
+
+
 class Mount:
     """A cowslip mount of one disk, `disk` in the mount."""
+
+    fsync_is_real = True
+    #: The words that cowslip's commands are run by.
+    by: tuple[str, ...] = ()
 
     def __init__(self, place: Place, program: Path, name: str, source: str, *options: str):
         self.program = program
@@ -68,15 +97,27 @@ class Mount:
         self.point.mkdir()
         place.keep(self)
 
+    def cowslip(self, *words, **more) -> str:
+        """Runs cowslip, as whoever mounts."""
+        return run(*self.by, self.program, *words, **more)
+
     def start(self) -> None:
-        run(self.program, "mount", *self.options, self.point, self.disk, *self.more)
-        self.path.stat()
+        self.cowslip("mount", *self.options, self.point, self.disk, *self.more)
+        # Nobody but the user who mounts may look into it.
+        if not self.by:
+            self.path.stat()
+
+    def fresh(self) -> None:
+        """Mounted; there is no overlay to be empty."""
+        if not self.is_up():
+            self.start()
+            self.find_pid()
 
     def is_up(self) -> bool:
         return bool(mounts_in(self.point))
 
     def find_pid(self) -> int:
-        status = json.loads(run(self.program, "status", "--json", self.point))
+        status = json.loads(self.cowslip("status", "--json", self.point))
         self.pid = status["mounts"][0]["pid"]
         return self.pid
 
@@ -84,7 +125,7 @@ class Mount:
         if not self.is_up():
             return
         try:
-            run(self.program, "umount", self.point, timeout=120)
+            self.cowslip("umount", self.point, timeout=120)
         except Failed:
             unmount(self.point)
             if self.pid is not None:
@@ -96,11 +137,10 @@ class Cowslip(Mount):
     """cowslip with a persistent overlay, so fsync has something to make durable."""
 
     name = jobs.OURS
-    fsync_is_real = True
-
     options: tuple[str, ...] = ()
 
     def __init__(self, place: Place, base: Path, program: Path):
+        self.below = base
         self.overlay = place.path / f"{self.name}.cow"
         source = f"{quote(base)},overlay={quote(self.overlay)}"
         super().__init__(place, program, self.name, source, *self.options)
@@ -122,16 +162,37 @@ class Writeback(Cowslip):
 class Plain(Mount):
     """A disk without an overlay, in the mode that it is named after, passed through (root)."""
 
-    fsync_is_real = True
-
     def __init__(self, place: Place, file: Path, program: Path, name: str):
         self.name = name
         super().__init__(place, program, name.replace("=", "-"), f"{quote(file)},{name},passthrough")
 
-    def fresh(self) -> None:
-        if not self.is_up():
-            self.start()
-            self.find_pid()
+
+class Holes(Mount):
+    """A disk that has no data: every read is answered from memory, the host is not asked."""
+
+    name = jobs.HOLES
+
+    def __init__(self, place: Place, size: int, program: Path):
+        super().__init__(place, program, "holes", f"blank:{size}")
+
+
+class User(Mount):
+    """cowslip with a persistent overlay, mounted by a user who may nothing; nobody else can look into it."""
+
+    name = jobs.USER
+    by = jobs.AS_USER
+
+    def __init__(self, place: Place, base: Path, program: Path):
+        self.below = base
+        home = place.path / "home"
+        home.mkdir()
+        # That user can get here, and need not get to where the program lies.
+        place.path.chmod(0o711)
+        program = Path(shutil.copy(program, home / "cowslip"))
+        program.chmod(0o755)
+        super().__init__(place, program, "home/m", f"{quote(base)},overlay={quote(home / 'user.cow')}")
+        for path in (home, self.point):
+            os.chown(path, 65534, 65534)
 
 
 class Peer:
@@ -141,7 +202,7 @@ class Peer:
     programs: tuple[str, ...]
 
     def __init__(self, place: Place, base: Path):
-        self.base = base
+        self.base = self.below = base
         self.dir = place.path / self.name
         self.dir.mkdir()
         self.child = None

@@ -12,17 +12,7 @@ from statistics import median
 
 import host
 from host import Failed, drop_caches
-from jobs import (
-    HOST,
-    IN_PLACE,
-    OURS,
-    READ_ONLY,
-    WRITEBACK,
-    Begins,
-    Caches,
-    Job,
-    Section,
-)
+from jobs import HOST, OURS, OWN, Begins, Caches, Job, Section
 
 # The slowest reader needs no longer for a figure; a write must do all of its work, or the second
 # pass would touch blocks that the first has not.
@@ -53,14 +43,14 @@ class Results:
         return median(values) if values else None
 
     def ratio(self, job: Job, to: str | None) -> float | None:
-        """Of the job's own target, median by median, above 1 when it is faster; None where one is missing."""
+        """Of the job's target, median by median, above 1 when it is faster; None where one is missing."""
         ours, other = self.median(job, job.ours), self.median(job, to) if to else None
         if not ours or not other:
             return None
         return other / ours if job.unit == "s" else ours / other
 
     def peers(self) -> list[str]:
-        return [name for name in self.names if name not in (HOST, OURS, WRITEBACK, READ_ONLY, IN_PLACE)]
+        return [name for name in self.names if name not in OWN]
 
     def best_peer(self, job: Job) -> str | None:
         """The fastest peer that does the same work: where fsync counts, only those that do it."""
@@ -83,7 +73,7 @@ def run_fio(job: Job, path, size: int) -> float:
         command.append(f"--io_size={int(size * job.share) >> 20 << 20}")
     if job.options[0].endswith("read"):
         command.append(f"--runtime={READ_SECONDS}")
-    output = host.run(*command)
+    output = host.run(*job.by, *command)
     # fio may put a warning before the JSON.
     done = json.loads(output[output.index("{") :])["jobs"][0]
     if done["error"] != 0:
@@ -111,7 +101,10 @@ def prepare(job: Job, target) -> None:
         raise Failed("is not mounted any more")
     os.sync()
     if job.caches is Caches.COLD:
-        drop_caches()
+        # In a virtual machine the hypervisor has a cache as well, which favours whoever reads a file
+        # second: now everybody does.
+        read_through(target.below)
+        drop_caches(target.below, target.path)
     elif job.caches is Caches.WARM:
         read_through(target.path)
 
