@@ -163,7 +163,8 @@ pub fn open(files: &Files, tag: Tag) -> Result<(Image, Log, Recovered), LogError
     let image = load(files, &trusted)?;
     let home = Arc::clone(&files.home);
     let (uuid, block) = (files.uuid, u64::from(files.block));
-    let log = if trusted.recovered == Recovered::Clean {
+    let is_kept = trusted.recovered == Recovered::Clean && !log::is_wasteful(&trusted.scan, &image);
+    let log = if is_kept {
         Log::reopen(home, uuid, block, Arc::clone(&files.log), &trusted.scan, tag)?
     } else {
         Log::create(home, uuid, block, &image, tag, trusted.scan.highest + 1)?

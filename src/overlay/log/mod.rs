@@ -37,7 +37,9 @@ const RESERVE: u64 = 64 << 10;
 /// The last of the reserve, for the records that a sync and a close need: without them nothing
 /// that was freed could be given back.
 const LAST: u64 = 4 << 10;
-/// A log below this many records is never worth reducing (2 MiB).
+/// A log below this many records is not worth it at its opening either (8 KiB).
+const WASTE: u64 = 1 << 8;
+/// A log below this many records is never worth reducing while it is in use (2 MiB).
 const SMALL: u64 = 1 << 16;
 /// Records read or written at a time: 1 MiB.
 const BATCH: usize = (1 << 20) / RECORD_LEN;
@@ -126,6 +128,13 @@ impl Tail {
         }
         Ok(())
     }
+}
+
+/// Whether a log that was closed in good order had better be written anew than continued: every
+/// opening and closing adds to it, though nobody changes anything. A large one is reduced while
+/// it is in use, not while somebody waits for a mount.
+pub fn is_wasteful(scan: &Scan, image: &Image) -> bool {
+    (WASTE..SMALL).contains(&scan.good) && (image.records().count() as u64) < scan.good / 4
 }
 
 impl Log {
