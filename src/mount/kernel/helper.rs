@@ -1,5 +1,6 @@
 //! Mounts by `fusermount3`, which is how a user may mount.
 
+use std::fmt::Write;
 use std::io::{self, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -11,13 +12,15 @@ use rustix::net::{
 };
 
 use super::error::MountError;
-use super::{Access, FLAG_WORDS, MountRequest};
+use super::{Access, FLAG_WORDS, MAX_READ, MountRequest};
 use crate::mount::mountinfo::FSTYPE;
 
 /// The `-o` list for fusermount3.
 fn helper_options(req: &MountRequest<'_>) -> String {
     let subtype = FSTYPE.trim_start_matches("fuse.");
-    let mut list = format!("fsname={},subtype={subtype},default_permissions", escape(req.source()));
+    let source = escape(req.source());
+    let mut list = format!("fsname={source},subtype={subtype},default_permissions");
+    let _ = write!(list, ",max_read={MAX_READ}");
     if req.access == Access::Everybody {
         list.push_str(",allow_other");
     }
@@ -140,7 +143,7 @@ mod tests {
         let request = request(Path::new("/m"), r"/srv/a,b\c.img");
         assert_eq!(
             helper_options(&request),
-            r"fsname=/srv/a\,b\\c.img,subtype=cowslip,default_permissions,nosuid,nodev"
+            r"fsname=/srv/a\,b\\c.img,subtype=cowslip,default_permissions,max_read=262144,nosuid,nodev"
         );
     }
 

@@ -42,6 +42,10 @@ pub const DEFAULT_FLAGS: MountFlags = MountFlags::NOSUID.union(MountFlags::NODEV
 
 const DEVICE: &str = "/dev/fuse";
 
+/// The longest read in one request, in bytes. A longer one is asked for in parts: several workers
+/// copy at once, and the first part is there while the others are still on their way.
+const MAX_READ: u32 = 256 << 10;
+
 /// The `-o` words that are mount flags: the one that sets it, the one that clears it, the flag.
 const FLAG_WORDS: [(&str, &str, MountFlags); 8] = [
     ("ro", "rw", MountFlags::RDONLY),
@@ -129,7 +133,7 @@ fn mount_by_kernel(req: &MountRequest<'_>) -> Result<OwnedFd, MountError> {
         },
     )?;
     let data = format!(
-        "fd={},rootmode=40000,user_id={},group_id={},default_permissions{}",
+        "fd={},rootmode=40000,user_id={},group_id={},default_permissions,max_read={MAX_READ}{}",
         device.as_raw_fd(),
         rustix::process::getuid().as_raw(),
         rustix::process::getgid().as_raw(),
