@@ -10,6 +10,7 @@
 //! A disk may be a [`stream`] instead: it leaves in order while it is written, or arrives.
 //! [`transfer`] sends files of any kind through pipes, and needs no mount.
 
+pub mod aligned;
 pub mod base;
 pub mod catalog;
 pub mod cli;

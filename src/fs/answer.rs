@@ -14,6 +14,7 @@ use fuser::{
 use super::handle::{Handle, Handles};
 use super::parked::{Bound, Lane, Refuse};
 use super::{CowslipFs, ROOT, Shared, attr};
+use crate::aligned::Aligned;
 use crate::catalog::Catalog;
 use crate::control::{MapText, Session, Spot};
 use crate::disk::{self, Access, Change, Disk, Keep, Owner, Shown};
@@ -350,7 +351,7 @@ impl Write {
             }
             Ok(()) | Err(_) => {}
         }
-        let left = result.is_err().then(|| data.to_vec());
+        let left = result.is_err().then(|| Aligned::of(data));
         let bound = if sync { Bound::Open } else { Bound::Base };
         let (there, notify) = (shown.clone(), Arc::clone(shared));
         let work = move || {
@@ -358,7 +359,7 @@ impl Write {
                 CowslipFs::invalidate_others(&notify, &there, range);
             }
             if let Some(data) = left {
-                there.disk().write(&data, offset, Wait::Yes)?;
+                there.disk().write(data.bytes(), offset, Wait::Yes)?;
             }
             self.tell(&notify, &there);
             if sync { there.disk().sync() } else { Ok(()) }

@@ -14,6 +14,7 @@ mod passthrough;
 mod seats;
 mod window;
 
+use std::cell::RefCell;
 use std::ffi::OsStr;
 use std::io;
 use std::os::fd::OwnedFd;
@@ -37,6 +38,7 @@ use self::parked::{Bound, Lane};
 use self::passthrough::{Terms, Way};
 use self::seats::Seats;
 use self::window::{ALL, ttl};
+use crate::aligned::Aligned;
 use crate::catalog::{CONTROL, Catalog, LONGEST_NAME, Over};
 use crate::control::{Control, Spot};
 use crate::disk::{self, Access, Disk, Owner, Shown, Whence};
@@ -59,7 +61,8 @@ const PERMISSIONS: u32 = 0o1777;
 
 thread_local! {
     /// Each worker's buffer for reads, and each pool thread's, kept between requests.
-    static BUFFER: std::cell::RefCell<Vec<u8>> = const { std::cell::RefCell::new(Vec::new()) };
+    /// Aligned: what is read past the host's cache comes right into it.
+    static BUFFER: RefCell<Aligned> = const { RefCell::new(Aligned::new()) };
 }
 
 /// What the adapter shares with the mount around it.
@@ -310,15 +313,13 @@ impl Filesystem for CowslipFs {
             return input.read(offset, len, request.pid(), Box::new(send));
         }
         let left = BUFFER.with_borrow_mut(|buffer| {
-            if buffer.len() < len {
-                buffer.resize(len, 0);
-            }
-            let result = shown.read(&mut buffer[..len], offset, Wait::No);
+            let room = buffer.room(len);
+            let result = shown.read(room, offset, Wait::No);
             if is_busy(&result) {
                 return Some(reply);
             }
             match result {
-                Ok(got) => reply.data(&buffer[..got]),
+                Ok(got) => reply.data(&room[..got]),
                 Err(error) => reply.error(error.into()),
             }
             None
@@ -329,14 +330,11 @@ impl Filesystem for CowslipFs {
         let work = move || {
             // Its own thread's, as long as that lives: new memory costs as much as the copy.
             let mut buffer = BUFFER.take();
-            if buffer.len() < len {
-                buffer.resize(len, 0);
-            }
-            let got = there.read(&mut buffer[..len], offset, Wait::Yes)?;
+            let got = there.read(buffer.room(len), offset, Wait::Yes)?;
             Ok((buffer, got))
         };
-        let send = |reply: ReplyData, (buffer, got): (Vec<u8>, usize)| {
-            reply.data(&buffer[..got]);
+        let send = |reply: ReplyData, (buffer, got): (Aligned, usize)| {
+            reply.data(&buffer.bytes()[..got]);
             BUFFER.set(buffer);
         };
         self.shared.deadlines.later(disk, Lane::Work, Bound::Base, reply, work, send);
