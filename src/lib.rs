@@ -15,6 +15,7 @@ pub mod base;
 pub mod catalog;
 pub mod cli;
 pub mod control;
+pub mod direct;
 pub mod disk;
 pub mod export;
 pub mod extents;

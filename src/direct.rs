@@ -1,0 +1,433 @@
+//! Host files read and written past the host's page cache (`O_DIRECT`).
+//!
+//! The descriptor is a second one of the same file: locks, holes, lengths and syncs stay with the
+//! first. Direct I/O takes whole units of the device, from memory that is aligned as well:
+//!
+//! ```text
+//!   units      |        |        |        |        |
+//!   written         |xxxxxxxxxxxxxxxxxxxxx|              inner
+//!   on device  |oooo xxxxxxxxxxxxxxxxxxxxx|              outer: the head is read first
+//! ```
+//!
+//! Nothing goes through the cache for its odd ends: a unit that is written in part is read, filled
+//! and written back. So nobody else may write in it meanwhile, and whoever writes has what it
+//! touches for itself ([`DirectFile::alone`]). That keeps two writes of the same bytes in order,
+//! too: one that the device holds up is not overtaken by a later one.
+//!
+//! What others do through the cache is seen. The kernel writes dirty pages of the range back
+//! before a direct read or write, and drops the pages of what a direct write has changed
+//! (`iomap_dio_rw`, `generic_file_direct_write`). Two kinds of change of ours go that way: holes
+//! and zeros that start or end inside a page, and copies inside the host.
+
+use std::cell::RefCell;
+use std::fs::File;
+use std::io::{self, IoSlice};
+use std::ops::Range;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{FileExt, FileTypeExt};
+
+use parking_lot::{Condvar, Mutex};
+use rustix::fs::{AtFlags, Mode, OFlags, StatxFlags};
+
+use crate::aligned::{ALIGNMENT, Aligned};
+use crate::host::errno;
+use crate::pool::check_wanted;
+
+/// The most that goes through the buffer at once: 1 MiB, the largest request of the kernel.
+const MOST: u64 = 1 << 20;
+/// What every device and file system takes whose kernel does not say (before Linux 6.1).
+const SAFE_UNIT: u32 = 4096;
+
+thread_local! {
+    /// What is not aligned passes through here.
+    static BOUNCE: RefCell<Aligned> = const { RefCell::new(Aligned::new()) };
+}
+
+/// A file that is read and written past the host's cache.
+#[derive(Debug)]
+pub struct DirectFile {
+    file: File,
+    /// Offsets and lengths on the device are multiples of this many bytes: a power of two.
+    unit: u64,
+    /// And memory begins at multiples of this many.
+    memory: usize,
+    /// Who writes has whole multiples of this for itself: a unit, and the page that a change
+    /// through the cache would take.
+    grain: u64,
+    turns: Turns,
+}
+
+impl DirectFile {
+    /// Opens the file behind `file` once more, for the same access.
+    ///
+    /// # Errors
+    /// `EINVAL` when its file system has no direct I/O; else the host's errno.
+    pub fn reopen(file: &File) -> io::Result<Self> {
+        let access = rustix::fs::fcntl_getfl(file)? & OFlags::RWMODE;
+        let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+        let flags = access | OFlags::DIRECT | OFlags::CLOEXEC | OFlags::NOCTTY;
+        let file = File::from(rustix::fs::open(path, flags, Mode::empty())?);
+        let (unit, memory) = alignment(&file)?;
+        let fits = unit.is_power_of_two() && u64::from(unit) <= MOST;
+        if !fits || !memory.is_power_of_two() || memory as usize > ALIGNMENT {
+            return Err(errno(libc::EINVAL));
+        }
+        let (unit, page) = (u64::from(unit), rustix::param::page_size() as u64);
+        let (memory, grain) = (memory as usize, unit.max(page));
+        Ok(Self { file, unit, memory, grain, turns: Turns::default() })
+    }
+
+    /// Whether the device takes `len` bytes at `offset` right from or into `memory`.
+    fn takes(&self, memory: *const u8, offset: u64, len: usize) -> bool {
+        offset.is_multiple_of(self.unit)
+            && (len as u64).is_multiple_of(self.unit)
+            && memory.align_offset(self.memory) == 0
+    }
+
+    /// Reads up to `buf.len()` bytes at `offset`; fewer only at the end of the file.
+    ///
+    /// # Errors
+    /// The host's errno.
+    pub fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
+        let mut done = 0;
+        while done < buf.len() {
+            let (rest, at) = (&mut buf[done..], offset + done as u64);
+            let whole = rest.len() - rest.len() % to_len(self.unit);
+            let got = if whole > 0 && self.takes(rest.as_ptr(), at, whole) {
+                read(&self.file, &mut rest[..whole], at)?
+            } else {
+                self.read_around(rest, at)?
+            };
+            if got == 0 {
+                break;
+            }
+            done += got;
+        }
+        Ok(done)
+    }
+
+    /// Reads the units around the front of `buf`, as many as the buffer takes; 0 at the end.
+    fn read_around(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
+        let piece = Piece::at(self.unit, offset..offset + buf.len() as u64);
+        let before = to_len(piece.inner.start - piece.outer.start);
+        let len = to_len(piece.inner.end - piece.inner.start);
+        BOUNCE.with_borrow_mut(|bounce| {
+            let room = bounce.room(to_len(piece.outer.end - piece.outer.start));
+            let got = read(&self.file, room, piece.outer.start)?.saturating_sub(before).min(len);
+            buf[..got].copy_from_slice(&room[before..before + got]);
+            Ok(got)
+        })
+    }
+
+    /// Keeps all others from writing near `range` until what is returned is dropped.
+    ///
+    /// # Errors
+    /// `EIO` when nobody waits for this thread's request any more.
+    pub fn alone(&self, range: &Range<u64>) -> io::Result<Alone<'_>> {
+        let end = range.end.checked_next_multiple_of(self.grain);
+        let end = end.ok_or_else(|| errno(libc::EFBIG))?;
+        let range = range.start / self.grain * self.grain..end;
+        self.turns.enter(&range)?;
+        Ok(Alone { file: self, range })
+    }
+
+    /// Writes all of `parts`, one after the other, at `offset`. The file ends behind a whole unit
+    /// then, if it grows.
+    ///
+    /// # Errors
+    /// The host's errno; part of it may have been written then.
+    pub fn write_all_at(&self, parts: &[IoSlice<'_>], offset: u64) -> io::Result<()> {
+        let total: usize = parts.iter().map(|part| part.len()).sum();
+        let end = offset.checked_add(total as u64).ok_or_else(|| errno(libc::EFBIG))?;
+        self.alone(&(offset..end))?.write_all_at(parts, offset)
+    }
+
+    /// Reads the units at both ends of `piece` that are not written whole; behind the file's end
+    /// there are zeros.
+    fn read_ends(&self, room: &mut [u8], piece: &Piece) -> io::Result<()> {
+        let unit = to_len(self.unit);
+        let last = room.len().saturating_sub(unit);
+        let (is_head, is_tail) =
+            (piece.inner.start > piece.outer.start, piece.inner.end < piece.outer.end);
+        let head = is_head.then_some(0);
+        let tail = (is_tail && !(is_head && last == 0)).then_some(last);
+        for at in [head, tail].into_iter().flatten() {
+            let room = &mut room[at..at + unit];
+            let got = read(&self.file, room, piece.outer.start + at as u64)?;
+            room[got..].fill(0);
+        }
+        Ok(())
+    }
+}
+
+/// The right to write near a range, alone.
+pub struct Alone<'a> {
+    file: &'a DirectFile,
+    range: Range<u64>,
+}
+
+impl Alone<'_> {
+    /// The bytes that are read and written as one.
+    #[must_use]
+    pub fn unit(&self) -> u64 {
+        self.file.unit
+    }
+
+    /// As [`DirectFile::write_all_at`], inside the range.
+    ///
+    /// # Errors
+    /// The host's errno; part of it may have been written then.
+    pub fn write_all_at(&self, parts: &[IoSlice<'_>], offset: u64) -> io::Result<()> {
+        let Self { file, .. } = self;
+        if let [only] = parts
+            && file.takes(only.as_ptr(), offset, only.len())
+        {
+            return file.file.write_all_at(only, offset);
+        }
+        let total: usize = parts.iter().map(|part| part.len()).sum();
+        let end = offset + total as u64;
+        let mut at = offset;
+        BOUNCE.with_borrow_mut(|bounce| {
+            while at < end {
+                let piece = Piece::at(file.unit, at..end);
+                let room = bounce.room(to_len(piece.outer.end - piece.outer.start));
+                file.read_ends(room, &piece)?;
+                let from = to_len(piece.inner.start - piece.outer.start);
+                let to = to_len(piece.inner.end - piece.outer.start);
+                gather(&mut room[from..to], parts, to_len(at - offset));
+                file.file.write_all_at(room, piece.outer.start)?;
+                at = piece.inner.end;
+            }
+            Ok(())
+        })
+    }
+}
+
+impl Drop for Alone<'_> {
+    fn drop(&mut self) {
+        self.file.turns.leave(&self.range);
+    }
+}
+
+/// The front of a range, and the whole units around it.
+#[derive(Debug, PartialEq, Eq)]
+struct Piece {
+    inner: Range<u64>,
+    /// At most [`MOST`] bytes.
+    outer: Range<u64>,
+}
+
+impl Piece {
+    /// The piece of `range` (not empty) that is done first.
+    fn at(unit: u64, range: Range<u64>) -> Self {
+        let start = range.start / unit * unit;
+        let end = range.end.saturating_add(unit - 1) / unit * unit;
+        let end = end.min(start.saturating_add(MOST));
+        Self { inner: range.start..range.end.min(end), outer: start..end }
+    }
+}
+
+/// Fills `buf` with the bytes of `parts`, the first `skip` of them left out.
+fn gather(mut buf: &mut [u8], parts: &[IoSlice<'_>], mut skip: usize) {
+    for part in parts {
+        let rest = &part[skip.min(part.len())..];
+        skip -= part.len() - rest.len();
+        let len = rest.len().min(buf.len());
+        buf[..len].copy_from_slice(&rest[..len]);
+        buf = &mut buf[len..];
+    }
+}
+
+/// One read, again when interrupted.
+fn read(file: &File, buf: &mut [u8], offset: u64) -> io::Result<usize> {
+    loop {
+        match file.read_at(buf, offset) {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            done => return done,
+        }
+    }
+}
+
+/// A length in memory.
+#[expect(clippy::cast_possible_truncation, reason = "of a buffer, or a part of one")]
+fn to_len(len: u64) -> usize {
+    len as usize
+}
+
+/// What offsets and memory must be multiples of for direct I/O on `file` (statx(2), since Linux
+/// 6.1 for files and 6.11 for devices).
+fn alignment(file: &File) -> io::Result<(u32, u32)> {
+    let mask = StatxFlags::DIOALIGN | StatxFlags::BASIC_STATS;
+    if let Ok(found) = rustix::fs::statx(file, "", AtFlags::EMPTY_PATH, mask)
+        && found.stx_mask & StatxFlags::DIOALIGN.bits() != 0
+    {
+        // Zeros say that there is none for this file, whatever open(2) said.
+        return Ok((found.stx_dio_offset_align, found.stx_dio_mem_align));
+    }
+    if file.metadata()?.file_type().is_block_device() {
+        let sector = rustix::fs::ioctl_blksszget(file)?;
+        return Ok((sector, sector));
+    }
+    Ok((SAFE_UNIT, SAFE_UNIT))
+}
+
+/// The ranges that are being written, each by one thread.
+#[derive(Debug, Default)]
+struct Turns {
+    ranges: Mutex<Vec<Range<u64>>>,
+    left: Condvar,
+}
+
+impl Turns {
+    /// Waits until nobody writes in `range`, and enters it.
+    fn enter(&self, range: &Range<u64>) -> io::Result<()> {
+        let meets = |other: &Range<u64>| other.start < range.end && range.start < other.end;
+        let mut ranges = self.ranges.lock();
+        while ranges.iter().any(meets) {
+            self.left.wait(&mut ranges);
+            check_wanted()?;
+        }
+        ranges.push(range.clone());
+        Ok(())
+    }
+
+    fn leave(&self, range: &Range<u64>) {
+        let mut ranges = self.ranges.lock();
+        if let Some(at) = ranges.iter().position(|other| other == range) {
+            ranges.swap_remove(at);
+        }
+        drop(ranges);
+        self.left.notify_all();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+    use std::sync::Arc;
+    use std::thread;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// On the disk the repository is built on, which takes direct I/O. Units of `unit`, which the
+    /// kernel takes as well when it asks for less.
+    fn direct(unit: u64, size: u64) -> (File, DirectFile) {
+        let file = tempfile::tempfile_in("/var/tmp").unwrap();
+        file.set_len(size).unwrap();
+        let mut direct = DirectFile::reopen(&file).unwrap();
+        direct.unit = direct.unit.max(unit);
+        direct.grain = direct.grain.max(unit);
+        (file, direct)
+    }
+
+    #[derive(Debug, Clone)]
+    struct Op {
+        offset: u64,
+        parts: Vec<usize>,
+        fill: u8,
+        /// Where in its memory a read begins.
+        shift: usize,
+    }
+
+    fn op() -> impl Strategy<Value = Op> {
+        let edge = || prop_oneof![Just(0), Just(512), Just(4096), 0_usize..20_000];
+        let place = prop_oneof![0_u64..60_000, (0_u64..12).prop_map(|at| at * 4096)];
+        (place, proptest::collection::vec(edge(), 1..4), 1_u8.., prop_oneof![Just(0), 0_usize..9])
+            .prop_map(|(offset, parts, fill, shift)| Op { offset, parts, fill, shift })
+    }
+
+    /// What `parts` hold, one after the other.
+    fn bytes(op: &Op) -> Vec<Vec<u8>> {
+        let some = |len: &usize| (op.fill..=255).cycle().take(*len).collect();
+        op.parts.iter().map(some).collect()
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(48))]
+
+        #[test]
+        fn any_write_and_read_is_what_a_byte_array_has(
+            unit in prop_oneof![Just(512_u64), Just(4096), Just(65_536)],
+            size in 0_u64..100_000,
+            ops in proptest::collection::vec(op(), 1..12),
+        ) {
+            let (file, direct) = direct(unit, size);
+            let mut model = vec![0; to_len(size)];
+            for op in &ops {
+                let parts = bytes(op);
+                let slices: Vec<_> = parts.iter().map(|part| IoSlice::new(part)).collect();
+                direct.write_all_at(&slices, op.offset).unwrap();
+                let (start, whole) = (to_len(op.offset), parts.concat());
+                let end = start + whole.len();
+                model.resize(model.len().max(end), 0);
+                model[start..end].copy_from_slice(&whole);
+                let mut memory = Aligned::default();
+                let room = &mut memory.room(op.shift + whole.len())[op.shift..];
+                prop_assert_eq!(direct.read_at(room, op.offset).unwrap_or(0), room.len());
+                prop_assert!(room == whole);
+            }
+            // It may end behind a whole unit.
+            let len = to_len(file.metadata().unwrap().len());
+            model.resize(len, 0);
+            let mut found = vec![1; len + 5000];
+            prop_assert_eq!(direct.read_at(&mut found, 0).unwrap(), len);
+            prop_assert!(found[..len] == model[..len]);
+            let mut cached = vec![1; len];
+            file.read_exact_at(&mut cached, 0).unwrap();
+            prop_assert!(cached == model[..len]);
+        }
+
+        #[test]
+        fn pieces_are_whole_units_and_cover_a_range_once(
+            unit in prop_oneof![Just(512_u64), Just(4096)],
+            start in 0_u64..3_000_000,
+            len in 1_u64..3_000_000,
+        ) {
+            let mut at = start;
+            while at < start + len {
+                let piece = Piece::at(unit, at..start + len);
+                prop_assert!(piece.outer.start.is_multiple_of(unit));
+                prop_assert!(piece.outer.end.is_multiple_of(unit));
+                prop_assert!(piece.outer.end - piece.outer.start <= MOST);
+                prop_assert!(piece.outer.start <= piece.inner.start);
+                prop_assert!(piece.inner.end <= piece.outer.end);
+                prop_assert!(piece.inner.start == at && piece.inner.end > at);
+                // Only the ends of all are odd.
+                prop_assert!(at == start || piece.inner.start == piece.outer.start);
+                prop_assert!(piece.inner.end == start + len || piece.inner.end == piece.outer.end);
+                at = piece.inner.end;
+            }
+            prop_assert_eq!(at, start + len);
+        }
+    }
+
+    #[test]
+    fn writers_of_one_unit_do_not_undo_each_other() {
+        let (_file, direct) = direct(4096, 4096);
+        let direct = Arc::new(direct);
+        let writer = |at: u8| {
+            let direct = Arc::clone(&direct);
+            thread::spawn(move || {
+                for round in 0..40 {
+                    let part = [at * 40 + round; 600];
+                    direct.write_all_at(&[IoSlice::new(&part)], u64::from(at) * 600).unwrap();
+                    let mut got = [0; 600];
+                    direct.read_at(&mut got, u64::from(at) * 600).unwrap();
+                    assert_eq!(got, part);
+                }
+            })
+        };
+        let writers: Vec<_> = (0..6).map(writer).collect();
+        writers.into_iter().for_each(|writer| writer.join().unwrap());
+    }
+
+    #[test]
+    fn a_file_system_without_direct_io_is_told() {
+        let file = File::open("/proc/version").unwrap();
+        let error = DirectFile::reopen(&file).unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(libc::EINVAL));
+        assert!(DirectFile::reopen(&File::open(Path::new("/dev/null")).unwrap()).is_err());
+    }
+}
