@@ -244,7 +244,9 @@ impl Overlay {
     pub fn copy_in(&self, range: &Range<u64>, copy: Copy<'_>) -> io::Result<u64> {
         self.check_latch()?;
         let file = self.data.backing(range.clone()).ok_or_else(|| errno(libc::EOPNOTSUPP))?;
-        let need = self.ranges.need(Need::default(), range, Hold::Shared);
+        // A direct write reads what it writes only in part, and would put it back as it was before.
+        let hold = if self.is_direct() { Hold::Exclusive } else { Hold::Shared };
+        let need = self.ranges.need(Need::default(), range, hold);
         let _held = self.ranges.lock(need, Wait::Yes).ok_or_else(|| errno(libc::EAGAIN))?;
         check_wanted()?;
         self.note_change(&self.blocks_of(range));

@@ -10,11 +10,12 @@ use std::fs::File;
 use std::io::{self, IoSlice};
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use parking_lot::RwLock;
 use rustix::fs::FallocateFlags;
 
+use crate::direct::DirectFile;
 use crate::host;
 use crate::layer::Wait;
 
@@ -97,17 +98,53 @@ pub enum Create {
 
 /// A host file, in segments when it is longer than the host allows.
 pub struct HostFile {
-    first: File,
+    first: Segment,
     /// Segments 1 and on, as far as they were opened.
-    more: RwLock<Vec<Option<Arc<File>>>>,
+    more: RwLock<Vec<Option<Arc<Segment>>>>,
     open: Option<OpenSegment>,
+}
+
+/// A file of the host, and how its bytes are got at.
+struct Segment {
+    file: File,
+    /// Past the host's page cache, once that was asked for.
+    direct: OnceLock<DirectFile>,
+}
+
+impl Segment {
+    fn new(file: File) -> Self {
+        Self { file, direct: OnceLock::new() }
+    }
+
+    fn go_direct(&self) -> io::Result<()> {
+        if self.direct.get().is_none() {
+            // Should another thread be first: one is as good as the other, nothing is written yet.
+            let _ = self.direct.set(DirectFile::reopen(&self.file)?);
+        }
+        Ok(())
+    }
+
+    fn read_at(&self, buf: &mut [u8], offset: u64, wait: Wait) -> io::Result<usize> {
+        match (self.direct.get(), wait) {
+            (None, _) => host::read_at(&self.file, buf, offset, wait),
+            (Some(_), Wait::No) => Err(host::errno(libc::EAGAIN)),
+            (Some(direct), Wait::Yes) => direct.read_at(buf, offset),
+        }
+    }
+
+    fn write_all_at(&self, parts: &[IoSlice<'_>], offset: u64) -> io::Result<()> {
+        match self.direct.get() {
+            None => host::write_all_at(&self.file, parts, offset),
+            Some(direct) => direct.write_all_at(parts, offset),
+        }
+    }
 }
 
 impl HostFile {
     /// A file that never needs a second segment (the log).
     #[must_use]
     pub fn single(file: File) -> Self {
-        Self { first: file, more: RwLock::default(), open: None }
+        Self { first: Segment::new(file), more: RwLock::default(), open: None }
     }
 
     /// A data file whose further segments `open` makes. Those that are there already are `more`:
@@ -118,16 +155,34 @@ impl HostFile {
         let mut slots = vec![None; count];
         for (index, file) in more {
             if let Some(slot) = index.checked_sub(1).and_then(|at| slots.get_mut(at)) {
-                *slot = Some(Arc::new(file));
+                *slot = Some(Arc::new(Segment::new(file)));
             }
         }
-        Self { first, more: RwLock::new(slots), open: Some(open) }
+        Self { first: Segment::new(first), more: RwLock::new(slots), open: Some(open) }
     }
 
     /// The first segment's file: the one that carries the lock.
     #[must_use]
     pub fn first(&self) -> &File {
-        &self.first
+        &self.first.file
+    }
+
+    /// From now on its bytes are read and written past the host's page cache: those of the
+    /// segments to come as well. Nothing of it is being written at that moment.
+    ///
+    /// # Errors
+    /// As [`DirectFile::reopen`].
+    pub fn go_direct(&self) -> io::Result<()> {
+        // Locked first: no segment comes in between.
+        let more = self.more.write();
+        more.iter().flatten().try_for_each(|segment| segment.go_direct())?;
+        self.first.go_direct()
+    }
+
+    /// Whether the host's page cache is passed by.
+    #[must_use]
+    pub fn is_direct(&self) -> bool {
+        self.first.direct.get().is_some()
     }
 
     /// All segments that exist, with their index.
@@ -135,18 +190,18 @@ impl HostFile {
     /// # Errors
     /// The host's errno from opening one.
     pub fn segments(&self) -> io::Result<Vec<(usize, File)>> {
-        let mut all = vec![(0, self.first.try_clone()?)];
-        for (at, file) in self.more.read().iter().enumerate() {
-            if let Some(file) = file {
-                all.push((at + 1, file.try_clone()?));
+        let mut all = vec![(0, self.first.file.try_clone()?)];
+        for (at, segment) in self.more.read().iter().enumerate() {
+            if let Some(segment) = segment {
+                all.push((at + 1, segment.file.try_clone()?));
             }
         }
         Ok(all)
     }
 
-    fn segment(&self, index: usize, create: Create) -> io::Result<Option<Arc<File>>> {
-        if let Some(Some(file)) = self.more.read().get(index - 1) {
-            return Ok(Some(Arc::clone(file)));
+    fn segment(&self, index: usize, create: Create) -> io::Result<Option<Arc<Segment>>> {
+        if let Some(Some(segment)) = self.more.read().get(index - 1) {
+            return Ok(Some(Arc::clone(segment)));
         }
         let Some(open) = &self.open else {
             return Err(host::errno(libc::EFBIG));
@@ -156,7 +211,13 @@ impl HostFile {
             more.resize(index, None);
         }
         if more[index - 1].is_none() {
-            more[index - 1] = open(index, create)?.map(Arc::new);
+            let opened = open(index, create)?.map(Segment::new);
+            if let Some(segment) = &opened
+                && self.is_direct()
+            {
+                segment.go_direct()?;
+            }
+            more[index - 1] = opened.map(Arc::new);
         }
         Ok(more[index - 1].clone())
     }
@@ -167,7 +228,7 @@ impl HostFile {
         &self,
         range: Range<u64>,
         create: Create,
-        mut each: impl FnMut(Option<&File>, Range<u64>, u64) -> io::Result<()>,
+        mut each: impl FnMut(Option<&Segment>, Range<u64>, u64) -> io::Result<()>,
     ) -> io::Result<()> {
         let mut at = range.start;
         while at < range.end {
@@ -200,7 +261,7 @@ impl Storage for HostFile {
             let len = (inside.end - inside.start) as usize;
             let piece = &mut buf[at as usize..at as usize + len];
             let got = match file {
-                Some(file) => host::read_at(file, piece, inside.start, wait)?,
+                Some(file) => file.read_at(piece, inside.start, wait)?,
                 None => 0,
             };
             piece[got..].fill(0);
@@ -212,27 +273,27 @@ impl Storage for HostFile {
         let total: usize = parts.iter().map(|part| part.len()).sum();
         let end = offset.checked_add(total as u64).ok_or_else(|| host::errno(libc::EFBIG))?;
         if end <= SEGMENT {
-            return host::write_all_at(&self.first, parts, offset);
+            return self.first.write_all_at(parts, offset);
         }
         // Rare: only past the first 8 TiB is a copy made, to cut it at the border.
         let whole: Vec<u8> = parts.iter().flat_map(|part| part.iter().copied()).collect();
         self.visit(offset..end, Create::IfMissing, |file, inside, at| {
             let file = file.ok_or_else(|| host::errno(libc::EIO))?;
             let piece = &whole[at as usize..at as usize + (inside.end - inside.start) as usize];
-            host::write_all_at(file, &[IoSlice::new(piece)], inside.start)
+            file.write_all_at(&[IoSlice::new(piece)], inside.start)
         })
     }
 
     fn punch(&self, range: Range<u64>) -> io::Result<()> {
         self.visit(range, Create::Never, |file, inside, _| match file {
-            Some(file) => host::punch(file, inside),
+            Some(file) => host::punch(&file.file, inside),
             None => Ok(()),
         })
     }
 
     fn allocate(&self, range: Range<u64>) -> io::Result<()> {
         self.visit(range, Create::IfMissing, |file, inside, _| match file {
-            Some(file) => host::allocate(file, inside),
+            Some(file) => host::allocate(&file.file, inside),
             None => Err(host::errno(libc::EIO)),
         })
     }
@@ -253,15 +314,15 @@ impl Storage for HostFile {
         let more = self.more.read();
         let last = more.iter().enumerate().rev().find_map(|(at, file)| Some((at, file.as_ref()?)));
         match last {
-            None => Ok(self.first.metadata()?.len()),
-            Some((at, file)) => Ok((at as u64 + 1) * SEGMENT + file.metadata()?.len()),
+            None => Ok(self.first.file.metadata()?.len()),
+            Some((at, file)) => Ok((at as u64 + 1) * SEGMENT + file.file.metadata()?.len()),
         }
     }
 
     fn sync(&self) -> io::Result<()> {
-        self.first.sync_data()?;
+        self.first.file.sync_data()?;
         let more: Vec<_> = self.more.read().iter().flatten().cloned().collect();
-        more.iter().try_for_each(|file| file.sync_data())
+        more.iter().try_for_each(|segment| segment.file.sync_data())
     }
 
     fn forget_cache(&self) {
@@ -269,12 +330,12 @@ impl Storage for HostFile {
             // Advice only: a page that cannot be dropped is one that was never lost.
             let _ = rustix::fs::fadvise(file, 0, None, rustix::fs::Advice::DontNeed);
         };
-        drop_cache(&self.first);
-        self.more.read().iter().flatten().for_each(|file| drop_cache(file));
+        drop_cache(&self.first.file);
+        self.more.read().iter().flatten().for_each(|segment| drop_cache(&segment.file));
     }
 
     fn backing(&self, range: Range<u64>) -> Option<BorrowedFd<'_>> {
-        (range.end <= SEGMENT).then(|| self.first.as_fd())
+        (range.end <= SEGMENT).then(|| self.first.file.as_fd())
     }
 
     fn host_file(&self) -> Option<&HostFile> {

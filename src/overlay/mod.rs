@@ -55,7 +55,7 @@ use parking_lot::{Mutex, RwLock};
 
 use self::blocks::{BlockIndex, State};
 pub use self::commit::CommitTo;
-use self::data::Storage;
+use self::data::{HostFile, Storage};
 use self::log::Log;
 use self::pending::Pending;
 use self::ranges::RangeLocks;
@@ -229,9 +229,26 @@ impl Overlay {
         self.data.host_file()?.first().try_clone().ok()
     }
 
-    /// Tells the host that `range` of the data will be read soon.
+    /// From now on the host's page cache is passed by.
+    ///
+    /// # Errors
+    /// `EINVAL` when the host's file system has no direct I/O; else the host's errno.
+    pub fn go_direct(&self) -> io::Result<()> {
+        self.data.host_file().map_or(Ok(()), HostFile::go_direct)
+    }
+
+    /// Whether the host's page cache is passed by.
+    #[must_use]
+    pub fn is_direct(&self) -> bool {
+        self.data.host_file().is_some_and(HostFile::is_direct)
+    }
+
+    /// Tells the host that `range` of the data will be read soon. What is not to be in its cache
+    /// is not brought there.
     pub fn will_need(&self, range: &Range<u64>) {
-        if let Some(file) = self.data.backing(range.clone()) {
+        if !self.is_direct()
+            && let Some(file) = self.data.backing(range.clone())
+        {
             let len = std::num::NonZeroU64::new(range.end - range.start);
             // Advice only.
             let _ = rustix::fs::fadvise(file, range.start, len, rustix::fs::Advice::WillNeed);
