@@ -5,6 +5,8 @@
 //! Holes are asked of the host with `SEEK_DATA` and `SEEK_HOLE`; a host that cannot tell has data
 //! everywhere, which is always safe.
 //!
+//! With `direct` bytes pass by the host's page cache: every read and write waits for the device.
+//!
 //! A base that got shorter behind our back is `EIO` where bytes are missing, never zeros.
 //!
 //! With `mode=rw` the same type takes writes. Its bytes are the host file's own, so nothing is
@@ -24,6 +26,7 @@ use rustix::io::{Errno, ReadWriteFlags};
 
 use super::lock;
 use super::place::{HostFs, Manner};
+use crate::direct::{Alone, DirectFile};
 use crate::extents::{Extent, Kind};
 use crate::host;
 use crate::layer::{Copy, Layer, ReadBelow, Wait, WritableLayer};
@@ -49,6 +52,8 @@ const DEVICE_ALIGNMENT: u64 = 4096;
 #[derive(Debug)]
 pub struct RawBase {
     file: Arc<File>,
+    /// The same past the host's page cache, if its bytes are to go that way.
+    direct: Option<DirectFile>,
     kind: HostKind,
     manner: Manner,
     size: Size,
@@ -101,6 +106,7 @@ impl RawBase {
         };
         Ok(Self {
             file,
+            direct: None,
             kind,
             manner,
             size,
@@ -109,6 +115,15 @@ impl RawBase {
             is_blind: AtomicBool::new(kind == HostKind::BlockDevice),
             has_latched: AtomicBool::new(false),
         })
+    }
+
+    /// Has its bytes pass by the host's page cache.
+    ///
+    /// # Errors
+    /// As [`DirectFile::reopen`].
+    pub fn past_cache(mut self) -> io::Result<Self> {
+        self.direct = Some(DirectFile::reopen(&self.file)?);
+        Ok(self)
     }
 
     /// What kind of host object this is.
@@ -188,6 +203,7 @@ impl RawBase {
         // A device carries out discards and zeroing at its own speed; a file's file system
         // notes them down.
         let waits = self.manner == Manner::Remote
+            || (self.direct.is_some() && change == Change::Write)
             || (self.kind == HostKind::BlockDevice && change == Change::Free);
         if wait == Wait::No && waits {
             return Err(Errno::AGAIN.into());
@@ -197,15 +213,17 @@ impl RawBase {
 
     /// Makes `range` zero by the first of `ways` that the host knows, else by writing zeros.
     fn free(&self, range: Range<u64>, ways: &[FallocateFlags]) -> io::Result<()> {
+        // Whoever writes a part of a unit puts the rest of it back.
+        let alone = self.direct.as_ref().map(|direct| direct.alone(&range)).transpose()?;
         let inner = match self.kind {
             HostKind::File => range.clone(),
             HostKind::BlockDevice => aligned(&range),
         };
         if inner.is_empty() || !self.free_by_host(&inner, ways)? {
-            return self.write_zeros(range);
+            return self.write_zeros(range, alone.as_ref());
         }
-        self.write_zeros(range.start..inner.start)?;
-        self.write_zeros(inner.end..range.end)
+        self.write_zeros(range.start..inner.start, alone.as_ref())?;
+        self.write_zeros(inner.end..range.end, alone.as_ref())
     }
 
     fn free_by_host(&self, range: &Range<u64>, ways: &[FallocateFlags]) -> io::Result<bool> {
@@ -223,12 +241,43 @@ impl RawBase {
         Ok(false)
     }
 
-    fn write_zeros(&self, range: Range<u64>) -> io::Result<()> {
+    /// Writes past the host's cache, to a file only inside its last whole unit: what is behind
+    /// would come with a whole one, and make the file longer. That rest goes through the cache,
+    /// and on to the device as the other bytes do.
+    fn write_direct(&self, alone: &Alone<'_>, buf: &[u8], offset: u64) -> io::Result<()> {
+        let (size, unit) = (self.size(), alone.unit());
+        let border = if size.is_multiple_of(unit) { u64::MAX } else { size / unit * unit };
+        let whole = usize::try_from(border.saturating_sub(offset)).unwrap_or(usize::MAX);
+        let (whole, mut rest) = buf.split_at(whole.min(buf.len()));
+        if !whole.is_empty() {
+            alone.write_all_at(&[io::IoSlice::new(whole)], offset)?;
+        }
+        let mut at = offset + whole.len() as u64;
+        while !rest.is_empty() {
+            let part = [io::IoSlice::new(rest)];
+            match rustix::io::pwritev2(&*self.file, &part, at, ReadWriteFlags::DSYNC) {
+                Ok(0) => return Err(Errno::IO.into()),
+                Ok(len) => {
+                    rest = &rest[len..];
+                    at += len as u64;
+                }
+                Err(Errno::INTR) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(())
+    }
+
+    fn write_zeros(&self, range: Range<u64>, alone: Option<&Alone<'_>>) -> io::Result<()> {
         let mut at = range.start;
         while at < range.end {
             let len = (range.end - at).min(ZEROS.len() as u64);
             #[expect(clippy::cast_possible_truncation, reason = "at most ZEROS.len()")]
-            self.file.write_all_at(&ZEROS[..len as usize], at)?;
+            let zeros = &ZEROS[..len as usize];
+            match alone {
+                None => self.file.write_all_at(zeros, at)?,
+                Some(alone) => self.write_direct(alone, zeros, at)?,
+            }
             at += len;
         }
         Ok(())
@@ -292,10 +341,16 @@ impl Layer for RawBase {
         let len = (asked.end.min(size) - offset) as usize;
         let buf = &mut buf[..len];
         if wait == Wait::No {
+            if self.direct.is_some() {
+                return Err(Errno::AGAIN.into());
+            }
             self.read_cached(buf, offset)?;
             return Ok(extent(offset..offset + len as u64, Kind::Data));
         }
-        let got = host::read_at(&self.file, buf, offset, Wait::Yes)?;
+        let got = match &self.direct {
+            None => host::read_at(&self.file, buf, offset, Wait::Yes)?,
+            Some(direct) => direct.read_at(buf, offset)?,
+        };
         if got == len {
             return Ok(extent(offset..offset + len as u64, Kind::Data));
         }
@@ -335,7 +390,11 @@ impl WritableLayer for RawBase {
         wait: Wait,
     ) -> io::Result<()> {
         self.may_change(wait, Change::Write)?;
-        self.file.write_all_at(buf, offset)
+        let Some(direct) = &self.direct else {
+            return self.file.write_all_at(buf, offset);
+        };
+        let alone = direct.alone(&(offset..offset + buf.len() as u64))?;
+        self.write_direct(&alone, buf, offset)
     }
 
     fn zero(&self, range: Range<u64>, _below: &dyn ReadBelow, wait: Wait) -> io::Result<()> {
