@@ -83,6 +83,17 @@ pub enum BaseError {
         .0.display()
     )]
     NotPassed(PathBuf),
+    /// Its file system has no direct I/O.
+    #[error(
+        "base '{}' cannot be read past the host's cache, its file system has no O_DIRECT ({}): leave out direct, or put it on ext4, XFS or btrfs",
+        path.display(), crate::host::said(error)
+    )]
+    NoDirect {
+        /// As it was given.
+        path: PathBuf,
+        /// What the host said.
+        error: io::Error,
+    },
     /// A qcow2 image, or one that it needs.
     #[error(transparent)]
     Chain(#[from] ChainError),

@@ -16,7 +16,7 @@ use super::raw::{HostKind, RawBase};
 use super::view::{self, View};
 use super::{Access, lock};
 use crate::layer::WritableLayer;
-use crate::spec::{Locking, Passthrough};
+use crate::spec::{Direct, Locking, Passthrough};
 
 /// A file or device of the host, open and locked.
 pub struct Host {
@@ -49,6 +49,7 @@ pub(super) fn open_host_file(
     access: Access,
     locking: Locking,
     passthrough: Passthrough,
+    direct: Direct,
 ) -> Result<Host, BaseError> {
     let host = |error: io::Error| BaseError::host(path, access, error);
     // Looked at before it is opened: opening a watchdog or a tape already does something.
@@ -77,8 +78,12 @@ pub(super) fn open_host_file(
         (HostKind::File, Passthrough::On) => RawBase::whole(file.clone()),
         _ => RawBase::new(file.clone(), kind, size),
     };
-    let raw = Arc::new(raw.map_err(host)?);
-    Ok(Host { file, raw, size })
+    let mut raw = raw.map_err(host)?;
+    if direct == Direct::On {
+        let refused = |error| BaseError::NoDirect { path: path.to_owned(), error };
+        raw = raw.past_cache().map_err(refused)?;
+    }
+    Ok(Host { file, raw: Arc::new(raw), size })
 }
 
 /// A base that is served to be read and now written as well: a commit.

@@ -45,7 +45,7 @@ pub use self::host::{Host, Writable, open_writable};
 use self::identity::Identity;
 use self::view::View;
 use crate::layer::{Layer, WritableLayer};
-use crate::spec::{Format, Locking, Part, Passthrough, Source};
+use crate::spec::{Direct, Format, Locking, Part, Passthrough, Source};
 
 /// What a base is opened for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -69,6 +69,8 @@ pub struct Opening<'a> {
     pub locking: Locking,
     /// Whether others may read and write it with our consent, past us: the kernel.
     pub passthrough: Passthrough,
+    /// Whether its bytes pass by the host's page cache; only those of a raw one can.
+    pub direct: Direct,
     /// Directories below which files may lie that an image names, besides its own.
     pub allow_backing: &'a [PathBuf],
 }
@@ -141,8 +143,8 @@ pub fn open(source: &Source, how: Opening<'_>) -> Result<Base, BaseError> {
 }
 
 fn open_file(path: &Path, how: Opening<'_>) -> Result<Base, BaseError> {
-    let Opening { format, part, access, locking, passthrough, allow_backing } = how;
-    let host = open_host_file(path, access, locking, passthrough)?;
+    let Opening { format, part, access, locking, passthrough, direct, allow_backing } = how;
+    let host = open_host_file(path, access, locking, passthrough, direct)?;
     let unreadable = |error: io::Error| BaseError::host(path, access, error);
     check_format(path, &host, format).map_err(unreadable)??;
     let real = path.canonicalize().unwrap_or_else(|_| path.to_owned());
@@ -231,7 +233,8 @@ mod tests {
 
     fn how(format: Option<Format>, access: Access) -> Opening<'static> {
         let (part, locking, passthrough) = (Part::Whole, Locking::Qemu, Passthrough::Off);
-        Opening { format, part, access, locking, passthrough, allow_backing: &[] }
+        let direct = Direct::Off;
+        Opening { format, part, access, locking, passthrough, direct, allow_backing: &[] }
     }
 
     fn open_path(path: &Path, format: Option<Format>) -> Result<Base, BaseError> {

@@ -18,7 +18,7 @@ use crate::base::identity::Identity;
 use crate::base::{self, Access, BaseError, Opening};
 use crate::overlay::persist;
 use crate::overlay::stack::{BaseRecord, FileRecord, Stack, StackError};
-use crate::spec::{Format, Locking, Part, Passthrough, Source};
+use crate::spec::{Direct, Format, Locking, Part, Passthrough, Source};
 
 #[derive(Debug, Args)]
 pub(super) struct RebaseArgs {
@@ -133,7 +133,8 @@ fn look(
 ) -> anyhow::Result<Looked> {
     let source = Source::File(path.to_owned());
     let (access, locking, passthrough) = (Access::Read, Locking::Qemu, Passthrough::Off);
-    let how = Opening { format, part, access, locking, passthrough, allow_backing };
+    let direct = Direct::Off;
+    let how = Opening { format, part, access, locking, passthrough, direct, allow_backing };
     let base = base::open(&source, how)?;
     let unreadable = || format!("cannot read the base '{}'", path.display());
     let identity = base.identity().with_context(unreadable)?;

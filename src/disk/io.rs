@@ -17,7 +17,7 @@ use crate::layer::{Layer, ReadBelow, Wait, WritableLayer};
 use crate::overlay::LARGEST;
 use crate::overlay::sealed::Sealed;
 use crate::pool::check_wanted;
-use crate::spec::Resize;
+use crate::spec::{Direct, Resize};
 
 /// How long who wants the gate for itself keeps all others out at first: changes that are under way
 /// end within milliseconds, unless they wait for a base.
@@ -183,6 +183,20 @@ impl Layers {
 }
 
 impl Disk {
+    /// `EAGAIN` for what a direct disk would do at the device's speed: a worker is not for that.
+    ///
+    /// A write through the host's page cache is done by the worker, which keeps its seat for a
+    /// microsecond or two. One past it lasts as long as the device takes, and on a device that
+    /// hangs all workers but one would be held by one disk. The disk's own pool has the threads
+    /// for that, and a bound after which the client has its answer. Here and not in the layers: a
+    /// size is changed before the bytes are written, and nothing may have changed with `EAGAIN`.
+    fn check_wait(&self, wait: Wait) -> io::Result<()> {
+        match (self.direct, wait) {
+            (Direct::On, Wait::No) => Err(errno(libc::EAGAIN)),
+            (Direct::Off, _) | (_, Wait::Yes) => Ok(()),
+        }
+    }
+
     /// The gate, for a change of bytes.
     pub(super) fn enter(&self, wait: Wait) -> io::Result<RwLockReadGuard<'_, ()>> {
         let gate = match wait {
@@ -242,6 +256,7 @@ impl Disk {
         let left = layers.size().saturating_sub(offset);
         let len = usize::try_from(left).unwrap_or(usize::MAX).min(buf.len());
         if self.copies_on_read() && len > 0 {
+            self.check_wait(wait)?;
             match self.bring_up(offset..offset + len as u64, wait) {
                 Err(error) if error.raw_os_error() == Some(libc::EAGAIN) => return Err(error),
                 // A disk that is full or latched is read all the same.
@@ -266,6 +281,7 @@ impl Disk {
         if buf.is_empty() {
             return Ok(());
         }
+        self.check_wait(wait)?;
         let end = offset.checked_add(buf.len() as u64).filter(|end| *end <= LARGEST);
         let end = end.ok_or_else(|| errno(libc::EFBIG))?;
         let layers = {
@@ -316,6 +332,7 @@ impl Disk {
     /// # Errors
     /// As [`write`](Self::write).
     pub fn set_size(&self, size: u64, wait: Wait) -> io::Result<()> {
+        self.check_wait(wait)?;
         let _gate = self.enter_alone(wait)?;
         let layers = self.layers();
         let top = layers.writable()?;
@@ -347,6 +364,7 @@ impl Disk {
         if range.end > LARGEST {
             return Err(errno(libc::EFBIG));
         }
+        self.check_wait(wait)?;
         if keep == Keep::Nothing && range.end > self.size() {
             let _gate = self.enter_alone(wait)?;
             let layers = self.layers();

@@ -7,6 +7,7 @@
 mod bottom;
 mod commit;
 mod copy;
+mod direct;
 mod fetch;
 mod io;
 mod leave;
@@ -53,7 +54,7 @@ use crate::overlay::sealed::Sealed;
 use crate::overlay::stack::inode_of;
 use crate::overlay::tree::Tree;
 use crate::pool::Pool;
-use crate::spec::{CopyUp, Mode, Passthrough, Resize};
+use crate::spec::{CopyUp, Direct, Mode, Passthrough, Resize};
 use crate::stream::Stream;
 
 /// The most extents that are walked for one st_blocks: what lies behind them counts as data.
@@ -165,6 +166,8 @@ pub struct Disk {
     resize: Resize,
     /// Whether the kernel may go straight to its file.
     passthrough: Passthrough,
+    /// Whether its files pass by the host's page cache: then every read and write of them waits.
+    direct: Direct,
     /// Shared for changes of bytes, exclusive for changes of the size or of the layers.
     gate: RwLock<()>,
     /// Held while waiting for the gate exclusive (`gate_alone`).

@@ -278,7 +278,7 @@ mod tests {
 
     use super::super::CopyUp;
     use super::*;
-    use crate::spec::Passthrough;
+    use crate::spec::{Direct, Passthrough};
     use crate::spec::{Locking, Mode, OverlayKind, Part, Resize};
 
     const DIR: &str = "/home/me";
@@ -514,6 +514,7 @@ mod tests {
             disk.perm.map(|perm| format!("perm={perm:04o}")),
             (disk.locking == Locking::Off).then(|| "lock=off".to_owned()),
             (disk.passthrough == Passthrough::On).then(|| "passthrough".to_owned()),
+            (disk.direct == Direct::On).then(|| "direct".to_owned()),
             (disk.partitions == Partitions::Shown).then(|| "partitions".to_owned()),
         ];
         for key in keys.into_iter().flatten() {
@@ -558,7 +559,7 @@ mod tests {
             uid in proptest::option::of(0..u32::MAX),
             gid in proptest::option::of(0..u32::MAX),
             perm in proptest::option::of(0_u16..=0o777),
-            (unlocked, partitions) in any::<(bool, bool)>(),
+            (unlocked, partitions, direct) in any::<(bool, bool, bool)>(),
             (read, cache, passed) in any::<(bool, bool, bool)>(),
         ) -> DiskSpec {
             let is_file = path.is_some();
@@ -581,6 +582,10 @@ mod tests {
                 passthrough: match part {
                     Part::Whole if passed && is_file && !is_cow && !partitions => Passthrough::On,
                     _ => Passthrough::Off,
+                },
+                direct: match format {
+                    None | Some(Format::Raw) if direct && !passed => Direct::On,
+                    _ => Direct::Off,
                 },
             }
         }

@@ -85,6 +85,8 @@ pub struct DiskSpec {
     pub locking: Locking,
     /// Whether the kernel may go straight to the file. Only without an overlay.
     pub passthrough: Passthrough,
+    /// Whether its bytes pass by the host's page cache.
+    pub direct: Direct,
 }
 
 impl DiskSpec {
@@ -110,6 +112,7 @@ impl DiskSpec {
             perm: None,
             locking: Locking::Qemu,
             passthrough: Passthrough::Off,
+            direct: Direct::Off,
         }
     }
 }
@@ -294,6 +297,16 @@ pub enum Passthrough {
     #[default]
     Off,
     /// The kernel, where it can: as fast as the file, and as patient.
+    On,
+}
+
+/// How the host keeps the bytes of a disk's files.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Direct {
+    /// In its page cache, as those of any file.
+    #[default]
+    Off,
+    /// Not at all: they are read from the device and written to it (`O_DIRECT`).
     On,
 }
 

@@ -20,7 +20,7 @@ use super::Image;
 use super::header::{Backing, Header, HeaderError};
 use crate::extents::{Extent, Kind};
 use crate::layer::{Copy, Layer, Wait};
-use crate::spec::{Format, Locking, Passthrough};
+use crate::spec::{Direct, Format, Locking, Passthrough};
 
 /// The most images of a chain.
 const DEEPEST: usize = 256;
@@ -172,7 +172,7 @@ pub struct TopImage {
 /// # Errors
 /// [`BaseError`].
 pub fn open_top(path: &Path, allowed: &[PathBuf]) -> Result<TopImage, BaseError> {
-    let host = open_host_file(path, Access::Read, Locking::Qemu, Passthrough::Off)?;
+    let host = open_host_file(path, Access::Read, Locking::Qemu, Passthrough::Off, Direct::Off)?;
     let real = path.canonicalize().unwrap_or_else(|_| path.to_owned());
     let own = real.parent().unwrap_or(Path::new("/")).to_owned();
     let allowed = Allowed { own, named: allowed, locking: Locking::Qemu };
@@ -216,7 +216,8 @@ impl Allowed<'_> {
         if !is_allowed {
             return Err(ChainError::Outside { path: path.to_owned(), needed });
         }
-        let host = open_host_file(&needed, Access::Read, self.locking, Passthrough::Off)
+        let (passthrough, direct) = (Passthrough::Off, Direct::Off);
+        let host = open_host_file(&needed, Access::Read, self.locking, passthrough, direct)
             .map_err(of_needed)?;
         Ok((needed, host))
     }

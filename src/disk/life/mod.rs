@@ -108,6 +108,11 @@ impl Life {
         Arc::clone(&self.shelf.lock())
     }
 
+    /// All sealed layers that are open for it, those of snapshots beside it too.
+    pub(super) fn known(&self) -> Vec<Arc<Overlay>> {
+        self.sealed.lock().values().cloned().collect()
+    }
+
     /// Notes all sealed layers that are open: `below`, top to bottom, of the stack whose layers are
     /// `chain`, and those `aside`, which only snapshots stand on.
     pub(in crate::disk) fn note(

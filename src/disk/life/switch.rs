@@ -53,6 +53,8 @@ impl Disk {
                 (None, Home::Kept(home)) => home.sealed(record.uuid, &self.life.shelf())?,
                 (None, _) => return Err(LifeError::host("opening a layer")(errno(libc::ENOENT))),
             };
+            self.take_along(&layer)
+                .map_err(LifeError::host("opening a layer past the host's cache"))?;
             self.life.sealed.lock().insert(record.uuid, Arc::clone(&layer));
             chain.push(layer);
         }
@@ -82,6 +84,10 @@ impl Disk {
             }
             Home::Nowhere => return Err(LifeError::NoOverlay("layers")),
         };
+        if let Err(error) = self.take_along(&overlay) {
+            self.unmake(uuid);
+            return Err(LifeError::host("opening a layer past the host's cache")(error));
+        }
         Ok(NewTop { uuid, overlay, lock })
     }
 

@@ -49,6 +49,17 @@ pub enum OpenError {
         /// The host's answer.
         error: io::Error,
     },
+    /// The files of its overlay, on a file system that has no direct I/O.
+    #[error(
+        "overlay '{}' cannot be written past the host's cache, its file system has no O_DIRECT ({}): leave out direct, or put it on ext4, XFS or btrfs",
+        dir.display(), crate::host::said(error)
+    )]
+    NoDirect {
+        /// The directory of the overlay, or of the files of a temporary one.
+        dir: PathBuf,
+        /// The host's answer.
+        error: io::Error,
+    },
     /// Its sink or its source.
     #[error("{0}")]
     Stream(String),

@@ -38,7 +38,7 @@ use crate::overlay::shelf::Shelf;
 use crate::overlay::tree::Tree;
 use crate::overlay::{DEFAULT_BLOCK, Overlay, keep};
 use crate::pool::Pool;
-use crate::spec::{DiskSpec, Mode, Partitions, Source, format_size};
+use crate::spec::{Direct, DiskSpec, Mode, Partitions, Source, format_size};
 use crate::stream::sink::Inherit;
 
 /// What a mount says of all its disks.
@@ -97,7 +97,7 @@ pub fn open(spec: &DiskSpec, setting: &Setting<'_>) -> Result<Opened, OpenError>
         return super::stream::open(spec, stream, setting);
     }
     let place = spec.overlay.as_deref().map(|dir| Place { dir, layers: None });
-    let opened = with_windows(spec, open_layers(spec, place, setting, &Arc::default())?)?;
+    let opened = complete(spec, open_layers(spec, place, setting, &Arc::default())?)?;
     if opened.disk.attributes(Wait::No).is_err() {
         // A base of another host: it is waited for now, so that no stat has to later.
         if let Err(error) = opened.disk.attributes(Wait::Yes) {
@@ -107,8 +107,10 @@ pub fn open(spec: &DiskSpec, setting: &Setting<'_>) -> Result<Opened, OpenError>
     Ok(opened)
 }
 
-/// Finds the partitions of a disk that is to show them.
-fn with_windows(spec: &DiskSpec, mut opened: Opened) -> Result<Opened, OpenError> {
+/// Has the layers of a disk pass by the host's cache if they are to, and finds the partitions of
+/// one that is to show them.
+fn complete(spec: &DiskSpec, mut opened: Opened) -> Result<Opened, OpenError> {
+    opened.disk.go_direct().inspect_err(|_| opened.disk.abandon())?;
     if spec.partitions == Partitions::Shown {
         let notes = opened.disk.show_partitions(&spec.name);
         opened.notes.extend(notes.inspect_err(|_| opened.disk.abandon())?);
@@ -135,6 +137,7 @@ fn open_layers(
         access,
         locking: spec.locking,
         passthrough: spec.passthrough,
+        direct: spec.direct,
         allow_backing: &setting.allow_backing,
     };
     let base = base::open(&spec.source, how)?;
@@ -177,6 +180,10 @@ fn open_layers(
         (BaseLayer::Reader(layer), Some(Place { dir, .. }))
             if super::reflink::is_meant(spec, dir)? =>
         {
+            if spec.direct == Direct::On {
+                let why = "is a reflink copy, whose bytes the kernel reads and writes itself: leave out direct";
+                return Err(OpenError::Mismatch { dir: dir.to_owned(), why: why.to_owned() });
+            }
             super::reflink::open(spec, dir, (bottom, Arc::clone(layer)), owner, setting, notes)
         }
         (BaseLayer::Reader(layer), Some(place)) => {
@@ -228,6 +235,7 @@ pub(super) fn assemble(
         source,
         resize: spec.resize,
         passthrough: spec.passthrough,
+        direct: spec.direct,
         gate: RwLock::new(()),
         line: Mutex::new(()),
         layers: RwLock::new(Arc::new(layers)),

@@ -82,7 +82,15 @@ impl Disk {
         self.record_mtime(overlay);
         let all = self.all_layers(&tree).map_err(refused)?;
         let kept = keep::keep(&all, place, stack.with_tree(tree.clone()));
-        let Persistent { overlay, below, aside, home, .. } = kept.map_err(in_overlay(dir))?;
+        let kept = kept.map_err(in_overlay(dir))?;
+        if let Err(error) = self.take_all_along(&kept) {
+            // The disk goes on where it was.
+            if let Err(error) = std::fs::remove_dir_all(dir) {
+                log::warn!("'{}' is left behind: {error}", dir.display());
+            }
+            return Err(OpenError::NoDirect { dir: dir.to_owned(), error });
+        }
+        let Persistent { overlay, below, aside, home, .. } = kept;
         self.life.note(&tree.live(), &below, aside);
         overlay.stand_on(&below);
         let sealed = Sealed::new(below).map(Arc::new);

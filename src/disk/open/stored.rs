@@ -7,7 +7,7 @@ use uuid::Uuid;
 
 use super::error::OpenError;
 use super::persistent::{in_overlay, new_stack, settle, uuid_for};
-use super::{Opened, Setting, open_layers, with_windows};
+use super::{Opened, Setting, complete, open_layers};
 use crate::base::{self, Access, BaseError, Opening};
 use crate::disk::bottom::{Bottom, over};
 use crate::disk::life::{Frozen, LifeError};
@@ -56,7 +56,7 @@ pub fn create_stored(
     place: Place<'_>,
     setting: &Setting<'_>,
 ) -> Result<Opened, OpenError> {
-    with_windows(spec, open_layers(spec, Some(place), setting, &Arc::default())?)
+    complete(spec, open_layers(spec, Some(place), setting, &Arc::default())?)
 }
 
 /// Makes an empty disk in a store.
@@ -97,7 +97,8 @@ pub fn clone_stored(
         return Err(refused(LifeError::Latched));
     }
     let Frozen { layer, size, stack: old } = from.freeze().map_err(refused)?;
-    let spec = over(name, &old.base).map_err(in_overlay(place.dir))?;
+    let mut spec = over(name, &old.base).map_err(in_overlay(place.dir))?;
+    spec.direct = from.direct;
     let bottom = from.bottom();
     let how = Opening {
         format: spec.format,
@@ -105,6 +106,7 @@ pub fn clone_stored(
         access: Access::Read,
         locking: spec.locking,
         passthrough: spec.passthrough,
+        direct: spec.direct,
         allow_backing: bottom.allow_backing(),
     };
     let base = base::open(&spec.source, how)?;
@@ -127,5 +129,5 @@ pub fn clone_stored(
         made.below.push(layer);
     }
     let bottom = Bottom::of(&base, how);
-    Ok(settle(&spec, made, &base.layer.reader(), bottom, place.dir, Vec::new()))
+    complete(&spec, settle(&spec, made, &base.layer.reader(), bottom, place.dir, Vec::new()))
 }

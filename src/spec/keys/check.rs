@@ -2,7 +2,8 @@
 
 use super::{Key, Value};
 use crate::spec::{
-    DiskSpec, Flow, Mode, OverlayKind, Part, Partitions, Passthrough, Source, SpecError, Target,
+    Direct, DiskSpec, Flow, Format, Mode, OverlayKind, Part, Partitions, Passthrough, Source,
+    SpecError, Target,
 };
 
 /// A partition says by itself where it begins and ends.
@@ -63,6 +64,28 @@ pub(super) fn check_passthrough(disk: &DiskSpec) -> Result<(), SpecError> {
     }
     if disk.partitions == Partitions::Shown {
         return refused("does not go with partitions, which the kernel would pass by: drop one");
+    }
+    Ok(())
+}
+
+/// Direct I/O is of the files that the daemon reads and writes, and of raw ones.
+pub(super) fn check_direct(disk: &DiskSpec) -> Result<(), SpecError> {
+    if disk.direct == Direct::Off {
+        return Ok(());
+    }
+    let refused = |why| Err(SpecError::key("direct", why));
+    if disk.overlay_kind == OverlayKind::Reflink {
+        return refused(
+            "is not for reflink, whose bytes the kernel reads and writes itself: drop one",
+        );
+    }
+    if disk.passthrough == Passthrough::On {
+        return refused(
+            "is not for passthrough, where the kernel reads and writes by itself: drop one",
+        );
+    }
+    if disk.format.is_some_and(|format| format != Format::Raw) {
+        return refused("is for raw bases: drop it, or convert the base with qemu-img");
     }
     Ok(())
 }

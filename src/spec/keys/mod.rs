@@ -9,7 +9,8 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use self::check::{
-    check_flow, check_mode, check_part, check_passthrough, check_reflink, check_stream,
+    check_direct, check_flow, check_mode, check_part, check_passthrough, check_reflink,
+    check_stream,
 };
 use self::table::KEYS;
 use super::error::{self, decimal, hint, shown};
@@ -135,6 +136,7 @@ pub(super) fn apply(
     seen.iter().try_for_each(|(key, _)| key.check(disk))?;
     check_reflink(disk)?;
     check_passthrough(disk)?;
+    check_direct(disk)?;
     check_stream(disk, &seen)
 }
 
@@ -300,7 +302,7 @@ mod tests {
 
     use super::super::parse_disk;
     use super::*;
-    use crate::spec::{Locking, OverlayKind, Part, Partitions, Passthrough, Resize};
+    use crate::spec::{Direct, Locking, OverlayKind, Part, Partitions, Passthrough, Resize};
 
     fn read(text: &str) -> DiskSpec {
         parse_disk(text, Path::new("/home"), &|_| false).unwrap()
@@ -386,6 +388,10 @@ mod tests {
             ("v.img,mode=ro,passthrough,len=512", "is for whole files"),
             ("v.img,mode=rw,passthrough,partitions", "does not go with partitions"),
             ("v=blank:1M,passthrough", "this disk is blank"),
+            ("v.img,overlay=d,reflink,direct", "'direct' is not for reflink"),
+            ("v.img,mode=ro,direct,passthrough", "'direct' is not for passthrough"),
+            ("v.img,format=qcow2,direct", "'direct' is for raw bases"),
+            ("v=stream:1M,to=measure:,direct", "'direct' is not for streams"),
             ("v.img,partitions=2", "unknown setting '2'"),
         ] {
             assert!(why(keys).contains(hint), "{keys}: {}", why(keys));
@@ -405,6 +411,11 @@ mod tests {
     fn a_bare_switch_is_on() {
         assert_eq!(read("v.img,mode=ro,passthrough").passthrough, Passthrough::On);
         assert_eq!(read("v.img,passthrough=off").passthrough, Passthrough::Off);
+        for text in ["v.img", "v.img,mode=ro", "v.img,mode=rw,len=1M,partitions", "b=blank:1M"] {
+            assert_eq!(read(text).direct, Direct::Off);
+            assert_eq!(read(&format!("{text},direct")).direct, Direct::On);
+            assert_eq!(read(&format!("{text},direct=off")).direct, Direct::Off);
+        }
         assert_eq!(read("vm.img,resize,lock").resize, Resize::Follow);
         assert_eq!(read("vm.img,resize=on,lock=on").locking, Locking::Qemu);
         assert!(why("vm.img,lock=no").contains("lock: unknown setting 'no'; known are on, off"));

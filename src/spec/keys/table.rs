@@ -2,8 +2,8 @@
 
 use super::{For, Key, Set, Switch};
 use crate::spec::{
-    Compress, DiskSpec, FinishWhen, Flow, Frames, Locking, Mode, OverlayKind, Overwrite, Pad, Part,
-    Partitions, Passthrough, Resize, SpecError, Spool, StreamSpec, Target, error, flow,
+    Compress, Direct, DiskSpec, FinishWhen, Flow, Frames, Locking, Mode, OverlayKind, Overwrite,
+    Pad, Part, Partitions, Passthrough, Resize, SpecError, Spool, StreamSpec, Target, error, flow,
 };
 
 /// Every key there is.
@@ -38,6 +38,7 @@ pub(super) static KEYS: &[Key] = &[
     row("perm", For::All, "0644", Set::Perm(|disk, perm| disk.perm = Some(perm))),
     row("lock", For::Files, "on|off", Set::Switch(set_lock)),
     row("passthrough", For::Files, "on|off", Set::Switch(set_passthrough)),
+    row("direct", For::Disks, "on|off", Set::Switch(set_direct)),
     row("offset", For::Files, "1M", Set::Size(set_offset)),
     row("len", For::Files, "4G", Set::Size(set_len)),
     row(
@@ -149,6 +150,13 @@ fn set_passthrough(disk: &mut DiskSpec, switch: Switch) {
     disk.passthrough = match switch {
         Switch::On => Passthrough::On,
         Switch::Off => Passthrough::Off,
+    };
+}
+
+fn set_direct(disk: &mut DiskSpec, switch: Switch) {
+    disk.direct = match switch {
+        Switch::On => Direct::On,
+        Switch::Off => Direct::Off,
     };
 }
 
