@@ -18,12 +18,12 @@ use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
 use common::mount::*;
+use common::random::*;
 use cowslip::base::identity::Identity;
 use cowslip::layer::{Layer, WritableLayer};
 use cowslip::overlay::reflink::{self, Origin, Persistent, Reflink, ReflinkError, Source};
 use cowslip::overlay::stack::{BaseRecord, Stack, StackError, VERSION};
 use cowslip::spec::OverlayKind;
-use rustix::fs::{FallocateFlags, SeekFrom};
 use rustix::process::Signal;
 
 const SIZE: u64 = 4 * MIB;
@@ -39,103 +39,6 @@ fn lab_on(fs: &str) -> Lab {
     lab.host("host", fs, 400 * MIB);
     lab.base("host/base.img", SIZE);
     lab
-}
-
-fn whole(lab: &Lab, name: &str) -> Vec<u8> {
-    fs::read(lab.path(name)).unwrap()
-}
-
-/// Random numbers, the same for the same seed.
-struct Dice(u64);
-
-impl Dice {
-    fn below(&mut self, limit: u64) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0 % limit.max(1)
-    }
-
-    /// A range inside `size`, at block borders as often as not.
-    fn range(&mut self, size: u64) -> Range<u64> {
-        let (start, len) = (self.below(size), 1 + self.below(200_000));
-        let round = if self.below(2) == 0 { 4096 } else { 1 };
-        let start = start / round * round;
-        start..(start + len.next_multiple_of(round)).min(size)
-    }
-}
-
-/// Does one random thing to `file` and to `model`, and looks at the place it did it to.
-fn step(dice: &mut Dice, file: &File, model: &mut Vec<u8>) {
-    const MOST: u64 = 6 * MIB;
-    let size = model.len() as u64;
-    let range = dice.range(size);
-    let bytes = range.start as usize..range.end as usize;
-    match dice.below(10) {
-        0..4 => {
-            // It may end past the end.
-            let data = noise(1 + dice.below(100_000), dice.below(u64::MAX));
-            let start = range.start.min(MOST - data.len() as u64);
-            file.write_all_at(&data, start).unwrap();
-            let end = start as usize + data.len();
-            model.resize(model.len().max(end), 0);
-            model[start as usize..end].copy_from_slice(&data);
-        }
-        4 if !range.is_empty() => {
-            fallocate(file, PUNCH, range.clone()).unwrap();
-            model[bytes].fill(0);
-        }
-        5 if !range.is_empty() => {
-            fallocate(file, ZERO_KEEP, range.clone()).unwrap();
-            model[bytes].fill(0);
-        }
-        6 => {
-            let size = dice.below(MOST);
-            file.set_len(size).unwrap();
-            model.resize(size as usize, 0);
-        }
-        7 if !range.is_empty() => fallocate(file, FallocateFlags::empty(), range).unwrap(),
-        8 => file.sync_all().unwrap(),
-        _ => assert_eq!(read(file, range.start, range.end - range.start), model[bytes]),
-    }
-}
-
-/// Whether `file` is `model`, also where it says that it has holes.
-#[track_caller]
-fn check(file: &File, model: &[u8]) {
-    let size = model.len() as u64;
-    assert_eq!(file.metadata().unwrap().len(), size);
-    assert!(read(file, 0, size) == model, "the bytes differ");
-    let mut at = 0;
-    for run in data_runs(file).into_iter().chain([size..size]) {
-        let hole = &model[at as usize..run.start as usize];
-        assert!(hole.iter().all(|byte| *byte == 0), "data in a hole of {at}..{}", run.start);
-        at = run.end;
-    }
-    assert_eq!(seek(file, SeekFrom::Data(size)), Err(libc::ENXIO));
-    assert_eq!(seek(file, SeekFrom::Hole(size)), Err(libc::ENXIO));
-}
-
-/// Random operations on the disk `words`, remounted now and then, in good order or killed.
-fn model(lab: &Lab, base: &str, words: &str) {
-    let mut model = whole(lab, base);
-    let mut dice = Dice(0x1234_5678_9ABC_DEF1);
-    for round in 0..6 {
-        lab.mount(words);
-        let file = lab.open("m/d");
-        check(&file, &model);
-        for _ in 0..60 {
-            step(&mut dice, &file, &mut model);
-        }
-        check(&file, &model);
-        check(&lab.open_ro("m/d"), &model);
-        if round % 2 == 0 {
-            lab.kill();
-        } else {
-            drop(file);
-            lab.umount();
-        }
-    }
 }
 
 #[test]

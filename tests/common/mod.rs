@@ -6,6 +6,7 @@
 pub mod library;
 pub mod model;
 pub mod mount;
+pub mod random;
 pub mod sim;
 pub mod state;
 pub mod strace;
