@@ -31,7 +31,7 @@ use rustix::fs::{AtFlags, Mode, OFlags, StatxFlags};
 
 use crate::aligned::{ALIGNMENT, Aligned};
 use crate::host::errno;
-use crate::pool::check_wanted;
+use crate::pool::{Changing, begin_change, check_wanted};
 
 /// The most that goes through the buffer at once: 1 MiB, the largest request of the kernel.
 const MOST: u64 = 1 << 20;
@@ -128,7 +128,9 @@ impl DirectFile {
         let end = end.ok_or_else(|| errno(libc::EFBIG))?;
         let range = range.start / self.grain * self.grain..end;
         self.turns.enter(&range)?;
-        Ok(Alone { file: self, range })
+        let mut alone = Alone { file: self, range, changing: None };
+        alone.changing = Some(begin_change()?);
+        Ok(alone)
     }
 
     /// Writes all of `parts`, one after the other, at `offset`. The file ends behind a whole unit
@@ -164,6 +166,8 @@ impl DirectFile {
 pub struct Alone<'a> {
     file: &'a DirectFile,
     range: Range<u64>,
+    /// Who asked for it waits for its end, and is not told `EIO` meanwhile.
+    changing: Option<Changing>,
 }
 
 impl Alone<'_> {
@@ -206,6 +210,7 @@ impl Alone<'_> {
 impl Drop for Alone<'_> {
     fn drop(&mut self) {
         self.file.turns.leave(&self.range);
+        self.changing = None;
     }
 }
 

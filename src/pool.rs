@@ -7,6 +7,7 @@
 use std::cell::RefCell;
 use std::collections::VecDeque;
 use std::io;
+use std::rc::Rc;
 use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
@@ -21,15 +22,27 @@ const MOST_THREADS: usize = 8;
 const IDLE: Duration = Duration::from_secs(5);
 
 thread_local! {
-    /// Asks whether the request that this thread works on was answered without it.
-    static GIVEN_UP: RefCell<Option<Box<dyn Fn() -> bool>>> = const { RefCell::new(None) };
+    /// The request that this thread works on.
+    static REQUEST: RefCell<Option<Rc<dyn Request>>> = const { RefCell::new(None) };
 }
 
-/// Runs `work`, in which [`check_wanted`] fails once `given_up` says so.
-pub fn while_wanted<T>(given_up: impl Fn() -> bool + 'static, work: impl FnOnce() -> T) -> T {
-    GIVEN_UP.set(Some(Box::new(given_up)));
+/// A request that may be answered before the work on it has ended.
+pub trait Request {
+    /// Whether it was: nobody waits for the work any more.
+    fn is_given_up(&self) -> bool;
+
+    /// From now on it is not given up; `false` when it was already.
+    fn hold(&self) -> bool;
+
+    /// It may be given up again.
+    fn release(&self);
+}
+
+/// Runs `work`, in which [`check_wanted`] fails once `request` is given up.
+pub fn while_wanted<T>(request: impl Request + 'static, work: impl FnOnce() -> T) -> T {
+    REQUEST.set(Some(Rc::new(request)));
     let result = work();
-    GIVEN_UP.set(None);
+    REQUEST.set(None);
     result
 }
 
@@ -39,8 +52,33 @@ pub fn while_wanted<T>(given_up: impl Fn() -> bool + 'static, work: impl FnOnce(
 /// # Errors
 /// `EIO` when nobody waits for this thread's request.
 pub fn check_wanted() -> io::Result<()> {
-    let given_up = GIVEN_UP.with_borrow(|given_up| given_up.as_ref().is_some_and(|ask| ask()));
+    let given_up = REQUEST.with_borrow(|request| request.as_ref().is_some_and(|r| r.is_given_up()));
     if given_up { Err(errno(libc::EIO)) } else { Ok(()) }
+}
+
+/// As [`check_wanted`], before a change that may take long itself and cannot be called back: until
+/// the answer is dropped, by this thread, the request is not given up.
+///
+/// # Errors
+/// As [`check_wanted`].
+pub fn begin_change() -> io::Result<Changing> {
+    let request = REQUEST.with_borrow(Clone::clone);
+    match &request {
+        Some(held) if !held.hold() => Err(errno(libc::EIO)),
+        _ => Ok(Changing(request)),
+    }
+}
+
+/// A change under way, on behalf of a request that waits for its end.
+#[must_use]
+pub struct Changing(Option<Rc<dyn Request>>);
+
+impl Drop for Changing {
+    fn drop(&mut self) {
+        if let Some(request) = &self.0 {
+            request.release();
+        }
+    }
 }
 
 /// A piece of work.

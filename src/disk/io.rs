@@ -188,7 +188,7 @@ impl Disk {
     /// A write through the host's page cache is done by the worker, which keeps its seat for a
     /// microsecond or two. One past it lasts as long as the device takes, and on a device that
     /// hangs all workers but one would be held by one disk. The disk's own pool has the threads
-    /// for that, and a bound after which the client has its answer. Here and not in the layers: a
+    /// for that. Here and not in the layers: a
     /// size is changed before the bytes are written, and nothing may have changed with `EAGAIN`.
     fn check_wait(&self, wait: Wait) -> io::Result<()> {
         match (self.direct, wait) {

@@ -7,14 +7,14 @@
 use std::collections::VecDeque;
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use fuser::Errno;
 use parking_lot::Mutex;
 
 use crate::disk::Disk;
-use crate::pool;
+use crate::pool::{self, Request};
 
 /// A reply that can refuse.
 pub(super) trait Refuse: Send + 'static {
@@ -71,18 +71,65 @@ trait Late: Send + Sync {
     /// Whether it was given.
     fn is_given(&self) -> bool;
 
-    /// Answers `EIO` if nobody has answered; whether it did.
-    fn expire(&self) -> bool;
+    /// Answers `EIO` if nobody has answered and no change is under way.
+    fn expire(&self) -> Expired;
 }
 
-impl<R: Refuse> Late for Mutex<Option<R>> {
+/// What became of a reply whose time has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Expired {
+    /// It was given in time.
+    Given,
+    /// It is `EIO` now.
+    Refused,
+    /// What would be refused is being done: it ends when the host has done it.
+    Held,
+}
+
+/// A reply until it is given.
+struct Slot<R> {
+    reply: Mutex<Option<R>>,
+    /// A change is under way that cannot be called back. Written under the lock of `reply`.
+    held: AtomicBool,
+}
+
+impl<R: Refuse> Late for Slot<R> {
     fn is_given(&self) -> bool {
-        self.lock().is_none()
+        self.reply.lock().is_none()
     }
 
-    fn expire(&self) -> bool {
-        let reply = self.lock().take();
-        reply.map(|reply| reply.refuse(Errno::EIO)).is_some()
+    fn expire(&self) -> Expired {
+        let mut reply = self.reply.lock();
+        if reply.is_some() && self.held.load(Ordering::Relaxed) {
+            return Expired::Held;
+        }
+        match reply.take() {
+            Some(reply) => {
+                reply.refuse(Errno::EIO);
+                Expired::Refused
+            }
+            None => Expired::Given,
+        }
+    }
+}
+
+/// The request behind a slot, as the work sees it.
+struct Asked<R>(Arc<Slot<R>>);
+
+impl<R> Request for Asked<R> {
+    fn is_given_up(&self) -> bool {
+        self.0.reply.lock().is_none()
+    }
+
+    fn hold(&self) -> bool {
+        let reply = self.0.reply.lock();
+        self.0.held.store(true, Ordering::Relaxed);
+        reply.is_some()
+    }
+
+    fn release(&self) {
+        let _reply = self.0.reply.lock();
+        self.0.held.store(false, Ordering::Relaxed);
     }
 }
 
@@ -105,12 +152,17 @@ impl Deadlines {
             }
         }
         for mut late in due {
-            if late.disk.held.load(Ordering::SeqCst) {
-                // A long operation of ours holds the disk: not the base's fault.
-                late.until = now + self.bound;
-                self.waiting.lock().push_back(late);
-            } else if late.reply.expire() {
-                log::error!("{}: no answer for {:?}: EIO", late.disk.source, self.bound);
+            // A long operation of ours may hold the disk: not the base's fault.
+            let is_ours = late.disk.held.load(Ordering::SeqCst);
+            match if is_ours { Expired::Held } else { late.reply.expire() } {
+                Expired::Given => {}
+                Expired::Held => {
+                    late.until = now + self.bound;
+                    self.waiting.lock().push_back(late);
+                }
+                Expired::Refused => {
+                    log::error!("{}: no answer for {:?}: EIO", late.disk.source, self.bound);
+                }
             }
         }
     }
@@ -125,7 +177,7 @@ impl Deadlines {
         work: impl FnOnce() -> io::Result<T> + Send + 'static,
         send: impl FnOnce(R, T) + Send + 'static,
     ) {
-        let slot = Arc::new(Mutex::new(Some(reply)));
+        let slot = Arc::new(Slot { reply: Mutex::new(Some(reply)), held: false.into() });
         if bound == Bound::Base {
             let until = Instant::now() + self.bound;
             let (reply, disk) = (Arc::clone(&slot) as Arc<dyn Late>, Arc::clone(disk));
@@ -137,12 +189,11 @@ impl Deadlines {
             Lane::Sync => disk.syncs(),
         };
         threads.run(Box::new(move || {
-            if slot.lock().is_none() {
+            if slot.is_given() {
                 return; // It was given up while it stood in the queue: nothing is done.
             }
-            let there = Arc::clone(&slot);
-            let result = pool::while_wanted(move || there.lock().is_none(), work);
-            let Some(reply) = slot.lock().take() else {
+            let result = pool::while_wanted(Asked(Arc::clone(&slot)), work);
+            let Some(reply) = slot.reply.lock().take() else {
                 return;
             };
             match result {
