@@ -207,7 +207,8 @@ fn a_killed_daemon_of_a_direct_disk_loses_nothing_that_returned() {
 fn a_direct_disk_stays_direct_from_layer_to_layer() {
     for (key, is_direct) in [("direct", true), ("direct=off", false)] {
         let lab = lab_on("xfs", 512);
-        lab.mount(&format!("d=host/base.img,{key}"));
+        // The temporary overlay beside the place where it is kept: there it only gets a name.
+        lab.sh(&format!("TMPDIR=$PWD/host $COWSLIP mount m d=host/base.img,{key} --log log.txt"));
         let was = whole(&lab, "host/base.img");
         let mut seen = Vec::new();
         let mut look = |step: &str| {
@@ -269,6 +270,50 @@ fn a_direct_disk_that_is_found_again_reads_its_old_layers_past_the_cache() {
 }
 
 #[test]
+fn what_the_host_copies_by_itself_is_read_and_written_past_the_cache() {
+    for (fs, sector) in [("ext4", 512), ("xfs", 4096)] {
+        let lab = lab_on(fs, sector);
+        lab.sh("cp host/base.img host/rw.img");
+        lab.mount("d=host/rw.img,overlay=host/ov,block=512,direct e=host/base.img,direct");
+        let mut model = use_all(&lab, whole(&lab, "m/d"));
+        let (file, other) = (lab.open("m/d"), lab.open("m/e"));
+        let write = |offset: u64, len: u64, model: &mut Vec<u8>| {
+            let bytes = noise(len, offset + len);
+            file.write_all_at(&bytes, offset).unwrap();
+            model[offset as usize..(offset + len) as usize].copy_from_slice(&bytes);
+        };
+        // From one disk to the other.
+        let copied = noise(300_000, 5);
+        other.write_all_at(&copied, 1000).unwrap();
+        for (from, to, len) in [(1000, 512, 200_000), (1500, 700_000, 100_001)] {
+            assert_eq!(copy_range(&other, from, &file, to, len).unwrap(), len);
+            let at = from as usize - 1000;
+            model[to as usize..(to + len) as usize].copy_from_slice(&copied[at..at + len as usize]);
+            write(to + 100, 50, &mut model);
+            write(to + len - 10, 5000, &mut model);
+        }
+        assert!(read(&file, 0, SIZE) == model, "{fs}");
+        // The layers of a deleted snapshot, into one.
+        lab.ok("snapshot m/d one");
+        write(2_000_001, 9000, &mut model);
+        lab.ok("snapshot m/d --delete one");
+        wait_until("the layers are one", || data_files(&lab).len() == 1);
+        write(2_000_500, 700, &mut model);
+        assert!(read(&file, 0, SIZE) == model, "{fs}");
+        // And down into the base, over which writing goes on.
+        drop((file, other));
+        lab.ok("commit m/d");
+        let file = lab.open("m/d");
+        file.write_all_at(b"again", 2_000_600).unwrap();
+        model[2_000_600..2_000_605].copy_from_slice(b"again");
+        assert!(read(&file, 0, SIZE) == model, "{fs}");
+        drop(file);
+        lab.umount();
+        lab.end();
+    }
+}
+
+#[test]
 fn writes_that_hang_past_the_cache_hold_up_no_other_disk() {
     let lab = lab_on("xfs", 512);
     lab.mount("d=host/base.img,overlay=host/ov,direct e=blank:1M");
@@ -299,6 +344,56 @@ fn writes_that_hang_past_the_cache_hold_up_no_other_disk() {
     assert_eq!(ended.load(Ordering::SeqCst), 16);
     assert_eq!(read(&hanging, 64 * KIB, 4096), [1; 4096]);
     drop((hanging, other));
+    lab.end();
+}
+
+#[test]
+fn a_direct_write_that_hangs_in_its_device_is_done_and_answered_late() {
+    let lab = lab_on("xfs", 512);
+    lab.mount("d=host/base.img,overlay=host/ov,direct -o io_timeout=1");
+    let file = lab.open("m/d");
+    lab.sh("fsfreeze -f host");
+    thread::scope(|scope| {
+        let first = scope.spawn(|| file.write_all_at(&[1; 8192], 4096));
+        thread::sleep(Duration::from_millis(2800));
+        // Neither done nor refused: what is refused must not happen later.
+        assert!(!first.is_finished());
+        // It has the bytes until it ends; who waits for that is refused in time, and never done.
+        let second = scope.spawn(|| lab.open("m/d").write_all_at(&[2; 8192], 4096));
+        assert_eq!(errno_of(second.join().unwrap()), libc::EIO);
+        assert!(!first.is_finished());
+        lab.sh("fsfreeze -u host");
+        first.join().unwrap().unwrap();
+    });
+    thread::sleep(Duration::from_millis(300));
+    assert_eq!(read(&file, 4096, 8192), [1; 8192]);
+    drop(file);
+    lab.end();
+}
+
+#[test]
+fn a_clone_of_a_direct_disk_is_direct() {
+    let lab = lab_on("xfs", 512);
+    lab.mount("--store host/st d=host/base.img,overlay=host/st,direct");
+    let model = use_all(&lab, whole(&lab, "m/d"));
+    lab.ok("clone m/d c");
+    let layers = || lab.sh("ls host/st/layers/*/data").lines().map(|l| lab.path(l)).collect();
+    let all: Vec<PathBuf> = layers();
+    assert!(all.len() > 1);
+    all.iter().for_each(|data| forget(data));
+    forget(&lab.path("host/base.img"));
+    assert!(whole(&lab, "m/c") == model);
+    let (file, bytes) = (lab.open("m/c"), noise(9000, 3));
+    file.write_all_at(&bytes, 777).unwrap();
+    assert_eq!(read(&file, 777, 9000), bytes);
+    drop(file);
+    let pages = |all: &[PathBuf]| all.iter().map(|data| cached(&lab, data)).sum::<u64>();
+    assert_eq!(pages(&all) + cached(&lab, &lab.path("host/base.img")), 0);
+    lab.umount();
+    // A store does not keep the key.
+    lab.mount("--store host/st");
+    assert!(whole(&lab, "m/d") == model);
+    assert!(pages(&all) > 0);
     lab.end();
 }
 
