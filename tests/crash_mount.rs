@@ -109,11 +109,11 @@ fn the_umount_command_clears_a_dead_mount_and_nothing_is_lost() {
 }
 
 /// Synced data, later writes, a power cut, and what is found then.
-fn a_power_cut_on(fs: &str) {
+fn a_power_cut_on(fs: &str, key: &str) {
     let mut lab = Lab::new();
     lab.base("base.img", 16 * MIB);
     let device = lab.host("host", fs, 320 * MIB);
-    let words = "d=base.img,overlay=host/ov e=blank:16M,overlay=host/ow";
+    let words = &format!("d=base.img,overlay=host/ov{key} e=blank:16M,overlay=host/ow{key}");
     lab.mount(words);
     // Of each sector: what it may be.
     let mut legal: Vec<Vec<Vec<u8>>> = Vec::new();
@@ -183,12 +183,22 @@ fn a_power_cut_on(fs: &str) {
 
 #[test]
 fn a_power_cut_on_ext4_leaves_what_was_synced() {
-    a_power_cut_on("ext4");
+    a_power_cut_on("ext4", "");
+}
+
+#[test]
+fn a_power_cut_on_ext4_leaves_of_a_direct_disk_what_was_synced() {
+    a_power_cut_on("ext4", ",direct");
 }
 
 #[test]
 fn a_power_cut_on_xfs_leaves_what_was_synced() {
-    a_power_cut_on("xfs");
+    a_power_cut_on("xfs", "");
+}
+
+#[test]
+fn a_power_cut_on_xfs_leaves_of_a_direct_disk_what_was_synced() {
+    a_power_cut_on("xfs", ",direct");
 }
 
 #[test]
