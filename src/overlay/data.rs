@@ -300,14 +300,14 @@ impl Storage for HostFile {
 
     fn extend(&self, range: Range<u64>) -> io::Result<()> {
         self.visit(range, Create::IfMissing, |file, inside, _| match file {
-            Some(file) => host::fallocate(file, FallocateFlags::empty(), inside),
+            Some(file) => host::fallocate(&file.file, FallocateFlags::empty(), inside),
             None => Err(host::errno(libc::EIO)),
         })
     }
 
     fn truncate(&self, len: u64) -> io::Result<()> {
         // Only the log is cut, and that has no second segment.
-        self.first.set_len(len.min(SEGMENT))
+        self.first.file.set_len(len.min(SEGMENT))
     }
 
     fn len(&self) -> io::Result<u64> {
