@@ -14,11 +14,17 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
-/// How long a worker looks: a client's thread is back within this, also when its core had gone to
-/// sleep. The kernel's halt polling of virtual processors waits for as long.
-const MOMENT: Duration = Duration::from_micros(20);
-/// After a look that was in vain at most so many answers go by without one.
-const LONGEST_REST: u32 = 256;
+/// How long a worker looks: a client that does nothing but ask is back within this.
+const MOMENT: Duration = Duration::from_micros(10);
+/// A look in vain takes twice to four times what one that finds something saves, and takes it from
+/// whoever else wants to run. So it uses up the credit of so many others...
+const PRICE: u32 = 4;
+/// ...of which there is never more than this.
+const MOST_CREDIT: u32 = 16;
+/// Without credit so many answers go by without a look, twice as many each time...
+const SHORTEST_REST: u32 = 8;
+/// ...up to this.
+const LONGEST_REST: u32 = 4096;
 /// So many go by when the next request was there already: more are coming than one worker takes.
 const BUSY_REST: u32 = 16;
 
@@ -30,8 +36,10 @@ pub(super) struct Linger {
     is_taken: AtomicBool,
     /// Answers to come that nobody looks after.
     rest: AtomicU32,
-    /// How many there were after the last look that was in vain.
-    last_rest: AtomicU32,
+    /// How many there are to be the next time.
+    next_rest: AtomicU32,
+    /// How well the last looks have paid.
+    credit: AtomicU32,
 }
 
 /// What a look has found.
@@ -53,7 +61,8 @@ impl Linger {
             device: device.filter(|_| !is_alone),
             is_taken: AtomicBool::new(false),
             rest: AtomicU32::new(0),
-            last_rest: AtomicU32::new(0),
+            next_rest: AtomicU32::new(SHORTEST_REST),
+            credit: AtomicU32::new(0),
         }
     }
 
@@ -74,15 +83,25 @@ impl Linger {
     }
 
     fn learn(&self, found: Found) {
-        let rest = match found {
-            Found::Request => 0,
-            Found::Queue => BUSY_REST,
-            Found::Nothing => (self.last_rest.load(Ordering::Relaxed) * 2).clamp(1, LONGEST_REST),
-        };
-        if found != Found::Queue {
-            self.last_rest.store(rest, Ordering::Relaxed);
+        let credit = self.credit.load(Ordering::Relaxed);
+        match found {
+            Found::Request => {
+                self.credit.store((credit + 1).min(MOST_CREDIT), Ordering::Relaxed);
+                if credit == MOST_CREDIT {
+                    self.next_rest.store(SHORTEST_REST, Ordering::Relaxed);
+                }
+            }
+            Found::Queue => self.rest.store(BUSY_REST, Ordering::Relaxed),
+            Found::Nothing if credit >= PRICE => {
+                self.credit.store(credit - PRICE, Ordering::Relaxed);
+            }
+            Found::Nothing => {
+                let rest = self.next_rest.load(Ordering::Relaxed);
+                self.credit.store(0, Ordering::Relaxed);
+                self.rest.store(rest, Ordering::Relaxed);
+                self.next_rest.store((rest * 2).min(LONGEST_REST), Ordering::Relaxed);
+            }
         }
-        self.rest.store(rest, Ordering::Relaxed);
     }
 }
 
@@ -117,16 +136,24 @@ mod tests {
     #[test]
     fn looks_in_vain_become_rare_and_one_that_pays_brings_them_back() {
         let linger = Linger::new(Some(pipe().0));
-        for expected in [1, 2, 4, 8, 16, 32, 64, 128, 256, 256] {
+        let rest = || linger.rest.swap(0, Ordering::Relaxed);
+        for expected in [8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 4096] {
             linger.learn(Found::Nothing);
-            assert_eq!(linger.rest.load(Ordering::Relaxed), expected);
+            assert_eq!(rest(), expected);
+        }
+        // One that pays is not enough, and three of four are not.
+        for _ in 0..20 {
+            (0..3).for_each(|_| linger.learn(Found::Request));
+            linger.learn(Found::Nothing);
+            assert_eq!(rest(), LONGEST_REST);
         }
         linger.learn(Found::Queue);
-        assert_eq!(linger.rest.load(Ordering::Relaxed), BUSY_REST);
-        linger.learn(Found::Request);
-        assert_eq!(linger.rest.load(Ordering::Relaxed), 0);
-        linger.learn(Found::Nothing);
-        assert_eq!(linger.rest.load(Ordering::Relaxed), 1);
+        assert_eq!(rest(), BUSY_REST);
+        (0..=MOST_CREDIT).for_each(|_| linger.learn(Found::Request));
+        for expected in [0, 0, 0, 0, SHORTEST_REST] {
+            linger.learn(Found::Nothing);
+            assert_eq!(rest(), expected);
+        }
     }
 
     #[test]
