@@ -1,11 +1,12 @@
 //! One worker is always kept free.
 //!
-//! A worker that writes into the host's page cache may be held there: by a full cache, by a file
-//! system that hangs. Were all workers held, no request of any disk would be answered, nor the
-//! control files. So the last free one does no such work; it hands it to the disk's pool.
+//! A worker that writes into the host's page cache, or makes a few blocks durable, may be held
+//! there: by a full cache, by a file system that hangs. Were all workers held, no request of any
+//! disk would be answered, nor the control files. So the last free one does no such work; it hands
+//! it to the disk's pool.
 //!
-//! A disk with the key `direct` holds no worker at all: each of its writes takes as long as the
-//! device, so the disk answers `EAGAIN` to a worker and the write is its pool's from the start.
+//! A write to a disk with the key `direct` holds no worker at all: it takes as long as the device,
+//! so the disk answers `EAGAIN` to a worker and the write is its pool's from the start.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 
