@@ -128,6 +128,14 @@ fn a_power_cut_on(fs: &str, key: &str) {
     }
     e.write_all_at(&noise(MIB, 9), 100).unwrap();
     e.sync_data().unwrap();
+    for index in 0..150u64 {
+        // Every third write goes to blocks that an earlier one has touched.
+        let at = 2 * MIB + (index - index % 3 * (index % 2)) * 5000;
+        e.write_all_at(&noise(600, index), at).unwrap();
+        e.sync_data().unwrap();
+    }
+    let journal = fs::metadata(layer_dir(&lab.path("host/ow")).join("journal"));
+    assert_eq!(journal.is_ok_and(|found| found.len() > 0), key.is_empty(), "small syncs");
     let synced = read(&d, 0, 16 * MIB);
     let blank = read(&e, 0, 16 * MIB);
     let note = |legal: &mut Vec<Vec<Vec<u8>>>| {

@@ -170,6 +170,118 @@ fn a_cut_at_every_storage_operation_leaves_what_was_promised() {
     assert!(cut > 60, "the script had only {cut} storage operations");
 }
 
+/// Small syncs, most of which are entries in the journal.
+fn small_syncs() -> Vec<Op> {
+    let sync = || Op::Sync { disk: 0 };
+    let punch = |range| Op::Punch { disk: 0, range };
+    let truncate = |size| Op::Truncate { disk: 0, size };
+    vec![
+        write(0, 4096, 1),
+        sync(),
+        write(4096, 100, 2),
+        sync(),
+        // Overwrites: the bytes in the older entries must not come back.
+        write(0, 4096, 3),
+        sync(),
+        write(8192, 8192, 4),
+        write(4100, 10, 5),
+        sync(),
+        sync(),
+        write(0, 600, 6),
+        // Zeros in a block, and behind the end.
+        Op::Zero { disk: 0, range: 8200..8300 },
+        sync(),
+        write(37_000, 2900, 6),
+        sync(),
+        truncate(38_000),
+        truncate(39_500),
+        sync(),
+        write(0, 700, 7),
+        // A whole sync, for there is space to be given back; then entries of a new generation.
+        punch(4096..8192),
+        sync(),
+        write(4096, 10, 7),
+        sync(),
+        write(0, 4096, 8),
+        sync(),
+        truncate(20_000),
+        truncate(30_000),
+        sync(),
+        write(18_000, 3000, 9),
+        sync(),
+        write(21_000, 512, 10),
+        sync(),
+        punch(16_384..24_576),
+        write(16_384, 4096, 11),
+        sync(),
+        write(20_480, 10, 12),
+        sync(),
+        write(100, 10, 13),
+        sync(),
+        write(20_490, 10, 14),
+        sync(),
+        write(100, 10, 15),
+    ]
+}
+
+#[test]
+fn a_cut_at_every_storage_operation_of_small_syncs_leaves_what_was_promised() {
+    let mut cut = 0;
+    loop {
+        let (mut target, mut models) = pair();
+        target.0[0].accustom();
+        let host = Arc::clone(&target.0[0].layer.host);
+        host.cut_at(host.steps() + cut);
+        let left = play(&mut target, &mut models, &small_syncs());
+        check_ends(&target.0[0], &left, 0..6, &format!("cut {cut}"));
+        if !host.is_off() {
+            break;
+        }
+        cut += 1;
+    }
+    assert!(cut > 40, "the script had only {cut} storage operations");
+}
+
+#[test]
+fn a_cut_of_a_recovery_from_the_journal_is_followed_by_another() {
+    let (mut target, mut models) = pair();
+    target.0[0].accustom();
+    play(&mut target, &mut models, &small_syncs());
+    for seed in 0..10 {
+        let mut cut = 0;
+        loop {
+            let layer = target.0[0].layer.power_cut(seed);
+            layer.host.cut_at(layer.host.steps() + cut);
+            let opened = SimDisk::open(layer.clone(), &target.0[0].base, 2, None);
+            let is_cut = layer.host.is_off();
+            drop(opened);
+            let again = layer.power_cut(seed + cut);
+            let (found, _) = SimDisk::open(again, &target.0[0].base, 3, None).unwrap();
+            legal(&models[0], &found, &format!("seed {seed}, cut {cut}"));
+            if !is_cut {
+                break;
+            }
+            cut += 1;
+        }
+        assert!(cut > 5, "the recovery had only {cut} storage operations");
+    }
+}
+
+#[test]
+fn a_journal_that_fails_is_given_up_and_syncs_go_on() {
+    for (deed, code) in [(Deed::Write, libc::ENOSPC), (Deed::Sync, libc::EIO)] {
+        let (mut target, mut models) = pair();
+        target.0[0].accustom();
+        play(&mut target, &mut models, &small_syncs()[..6]);
+        target.0[0].layer.host.fail(Role::Journal, deed, 0, code);
+        play(&mut target, &mut models, &small_syncs()[6..]);
+        assert!(!target.0[0].overlay().is_latched());
+        for seed in 0..6 {
+            legal(&models[0], &target.0[0].after_power_cut(seed).unwrap().0, "power cut");
+        }
+    }
+}
+
 /// Few blocks, so that the same ones are freed and touched again and again.
 fn crowded() -> BoxedStrategy<Vec<Op>> {
     let block = || 0u64..4;
@@ -192,11 +304,14 @@ proptest! {
     #[test]
     fn any_script_cut_anywhere_leaves_what_was_promised(
         mut ops in prop_oneof![vec(op(MENU), 1..30), crowded()],
-        cut in 0u64..120, seed: u64,
+        cut in 0u64..120, seed: u64, is_accustomed: bool,
     ) {
         // What was asked to be allocated is not given back.
         ops.retain(|op| !matches!(op, Op::Allocate { .. }));
         let (mut target, mut models) = pair();
+        if is_accustomed {
+            target.0[0].accustom();
+        }
         let host = Arc::clone(&target.0[0].layer.host);
         host.cut_at(host.steps() + cut);
         let left = play(&mut target, &mut models, &ops);
@@ -207,8 +322,12 @@ proptest! {
     fn a_failed_sync_latches_and_the_last_good_one_counts(
         before in crowded(), after in crowded(), role in prop_oneof![Just(Role::Data), Just(Role::Log)],
         code in prop_oneof![Just(libc::EIO), Just(libc::ENOSPC)], times in 1u64..3, seed: u64,
+        is_accustomed: bool,
     ) {
         let (mut target, mut models) = pair();
+        if is_accustomed {
+            target.0[0].accustom();
+        }
         play(&mut target, &mut models, &before);
         let unsynced: Vec<Op> = after.into_iter()
             .filter(|op| !matches!(op, Op::Sync { .. } | Op::Restart { .. })).collect();

@@ -16,7 +16,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use cowslip::extents::Kind;
 use cowslip::layer::{Layer, Wait};
-use cowslip::overlay::data::{HostFile, Storage};
+use cowslip::overlay::data::{Create, HostFile, Storage};
 use cowslip::overlay::log::{Home, Replaced};
 use parking_lot::Mutex;
 use tempfile::TempDir;
@@ -240,5 +240,9 @@ impl Home for MemoryHome {
         fill(&*file)?;
         *self.0.lock() = Some(Arc::clone(&file));
         Ok(Replaced { file, placed: Ok(()) })
+    }
+
+    fn journal(&self, _: Create) -> io::Result<Option<Arc<dyn Storage>>> {
+        Ok(None)
     }
 }

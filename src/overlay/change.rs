@@ -13,6 +13,7 @@ use super::blocks::{BlockIndex, Run, State};
 use super::log::{Log, Purpose};
 use super::ranges::{Held, Hold, Need};
 use super::record::Record;
+use super::sync::Pace;
 use super::{LARGEST, Overlay, is_full};
 use crate::extents::Kind;
 use crate::host::errno;
@@ -149,8 +150,10 @@ impl Overlay {
         offset: u64,
         blocks: &Range<BlockIndex>,
     ) -> io::Result<()> {
-        let done =
-            self.data.write_at(parts, offset).and_then(|()| self.publish(blocks, State::Data));
+        let done = self.data.write_at(parts, offset).and_then(|()| {
+            self.note_written(blocks);
+            self.publish(blocks, State::Data)
+        });
         if done.is_err() {
             // What was written of it takes space that no record speaks of.
             self.free(blocks, self.log.as_ref().map_or(0, Log::last));
@@ -171,7 +174,7 @@ impl Overlay {
             Err(error) if is_full(&error) && !self.pending.lock().is_empty() => match wait {
                 Wait::No => Err(errno(libc::EAGAIN)),
                 Wait::Yes => {
-                    self.sync()?;
+                    self.sync_all(Pace::Whole)?;
                     change()
                 }
             },
@@ -191,7 +194,11 @@ impl Overlay {
         let state = self.map.read().blocks.state(block);
         match state {
             State::Zero => return Ok(()),
-            State::Data => return self.data.write_at(&[IoSlice::new(&zeros())], range.start),
+            State::Data => {
+                self.data.write_at(&[IoSlice::new(&zeros())], range.start)?;
+                self.note_written(&blocks);
+                return Ok(());
+            }
             State::Lower => {}
         }
         let lower = self.look_up(range);
@@ -252,6 +259,7 @@ impl Overlay {
         self.note_change(&self.blocks_of(range));
         self.check_limit(&self.blocks_of(range))?;
         let copied = copy(file, range.clone())?;
+        self.note_written(&self.blocks_of(range));
         let end = range.start + copied;
         // A block that was copied in part is not published: it keeps what it had.
         let whole = if end >= range.end { range.end } else { end / self.block * self.block };
@@ -393,7 +401,7 @@ impl WritableLayer for Overlay {
     }
 
     fn sync(&self) -> io::Result<()> {
-        self.sync_all()
+        self.sync_all(Pace::Quick)
     }
 
     fn is_latched(&self) -> bool {
@@ -414,6 +422,7 @@ impl Overlay {
         if at < end {
             let zeros = vec![0; usize::try_from(end - at).map_err(|_| errno(libc::EFBIG))?];
             self.data.write_at(&[IoSlice::new(&zeros)], at)?;
+            self.note_written(&self.blocks_of(&(at..end)));
         }
         Ok(())
     }

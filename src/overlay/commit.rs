@@ -24,6 +24,7 @@ use super::blocks::{BlockIndex, BlockMap, Run, State};
 use super::log::Purpose;
 use super::ranges::{Hold, Need};
 use super::record::Record;
+use super::sync::Pace;
 use crate::host::{self, errno};
 use crate::layer::{Layer, Wait, WritableLayer};
 
@@ -96,7 +97,7 @@ impl Overlay {
         if !self.is_committing() {
             self.note_mark(&Record::Intent)?;
         }
-        self.sync()?;
+        self.sync_all(Pace::Whole)?;
         let progress = Progress { dirtied: BlockMap::new(), smallest: self.size() };
         *self.commit.lock() = Some(progress);
         self.is_committing.store(true, Ordering::SeqCst);
@@ -115,7 +116,7 @@ impl Overlay {
     /// The host's errno.
     pub fn end_commit(&self) -> io::Result<()> {
         self.note_mark(&Record::Done)?;
-        self.sync()
+        self.sync_all(Pace::Whole)
     }
 
     /// Zeros what the base holds where this layer shows zeros because the disk was smaller once,
@@ -177,14 +178,14 @@ impl Overlay {
     pub fn commit_blocks(&self, to: &CommitTo<'_>) -> io::Result<()> {
         // The limit as it is now: else a power cut would bring an older one back, and behind that
         // a sector half as the base has it by then.
-        self.sync()?;
+        self.sync_all(Pace::Whole)?;
         for _ in 0..PASSES {
             let (done, left) = (self.commit_pass(to)?, self.usage());
             if done == 0 || left.data + left.zero == 0 {
                 break;
             }
         }
-        self.sync()
+        self.sync_all(Pace::Whole)
     }
 
     /// One pass over the disk; tells how many bytes it has let go of.

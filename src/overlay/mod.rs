@@ -11,7 +11,7 @@
 //! - `turns`: who shares a sync. `recover`: from files to a running overlay. `stack`: which
 //!   layers make a disk, on disk. `keep`: from temporary to persistent.
 //!   `verify`: is it whole? `reflink`: the other kind of overlay, which has no map: a reflink copy
-//!   of its base. `commit`: down into the base. `sealed`, `merge`, `tree`, `shelf`: layers below.
+//!   of its base. `journal`: syncs of few changes. `commit`: down into the base. `sealed`, `merge`, `tree`, `shelf`: layers below.
 //!
 //! Locks, outermost first: the disk's gate (held by the caller), `ranges`, the log's tail, the map.
 //! `pending` is taken inside any of them and nothing is taken inside it. Only `ranges` is held
@@ -25,6 +25,7 @@ pub mod blocks;
 mod change;
 mod commit;
 pub mod data;
+pub mod journal;
 pub mod keep;
 mod leaf;
 pub mod life;
@@ -56,6 +57,7 @@ use parking_lot::{Mutex, RwLock};
 use self::blocks::{BlockIndex, State};
 pub use self::commit::CommitTo;
 use self::data::{HostFile, Storage};
+use self::journal::{Fresh, Journal};
 use self::log::Log;
 use self::pending::Pending;
 use self::ranges::RangeLocks;
@@ -86,6 +88,9 @@ pub struct Overlay {
     readers: Readers,
     pending: Mutex<Pending>,
     turns: Turns,
+    /// What the next sync has to write, while that is little.
+    fresh: Fresh,
+    journal: Journal,
     /// The highest sequence whose record, and the data behind it, is durable.
     durable: AtomicU64,
     /// Bytes that were changed since the last sync began; no longer counted once they are many.
@@ -138,6 +143,8 @@ impl Overlay {
             readers: Readers::default(),
             pending: Mutex::default(),
             turns: Turns::default(),
+            fresh: Fresh::default(),
+            journal: Journal::default(),
             durable: AtomicU64::new(durable),
             dirty: AtomicU64::new(0),
             latched: AtomicBool::new(false),
@@ -308,6 +315,13 @@ impl Overlay {
         let len = self.data.len().unwrap_or(0).max(self.size());
         let end = len.next_multiple_of(self.block);
         self.pending.lock().add(0..end, self.durable.load(Ordering::Relaxed));
+    }
+
+    /// Called when the bytes of `blocks` were written, before a record says so.
+    fn note_written(&self, blocks: &Range<BlockIndex>) {
+        if self.log.is_some() {
+            self.fresh.note(blocks);
+        }
     }
 
     /// Called after a change of `len` bytes of data: one that a running sync has passed already is

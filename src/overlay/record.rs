@@ -82,8 +82,10 @@ pub enum Record {
     },
     /// A sync failed; only what is covered by `durable` may be trusted.
     Poisoned {
-        /// The highest durable `upto`.
+        /// The highest durable sequence.
         durable: u64,
+        /// The `upto` of the last durable `Vouch`: the journal's generation.
+        vouched: u64,
     },
     /// The layer was synced and closed; everything before is durable.
     Close,
@@ -119,7 +121,7 @@ impl Record {
                 (4, u8::from(*stamp == Stamp::Chosen), mtime.cast_unsigned(), 0)
             }
             Self::Vouch { upto, durable } => (5, 0, *upto, *durable),
-            Self::Poisoned { durable } => (6, 0, *durable, 0),
+            Self::Poisoned { durable, vouched } => (6, 0, *durable, *vouched),
             Self::Close => (7, 0, 0, 0),
             Self::Intent => (8, 0, 0, 0),
             Self::Done => (9, 0, 0, 0),
@@ -165,7 +167,7 @@ impl Record {
                 stamp: if detail == 1 { Stamp::Chosen } else { Stamp::Written },
             },
             5 if a.max(b) <= LAST => Self::Vouch { upto: a, durable: b },
-            6 if a <= LAST => Self::Poisoned { durable: a },
+            6 if a.max(b) <= LAST => Self::Poisoned { durable: a, vouched: b },
             7 => Self::Close,
             8 => Self::Intent,
             9 => Self::Done,
@@ -265,7 +267,8 @@ mod tests {
                 stamp: if chosen { Stamp::Chosen } else { Stamp::Written },
             }),
             (0..=LAST, 0..=LAST).prop_map(|(upto, durable)| Record::Vouch { upto, durable }),
-            (0..=LAST).prop_map(|durable| Record::Poisoned { durable }),
+            (0..=LAST, 0..=LAST)
+                .prop_map(|(durable, vouched)| Record::Poisoned { durable, vouched }),
             Just(Record::Close),
             Just(Record::Intent),
             Just(Record::Done),
@@ -331,7 +334,7 @@ mod tests {
             Record::Size { size: 0, lower_limit: LARGEST + 1 },
             Record::Vouch { upto: u64::MAX, durable: 0 },
             Record::Vouch { upto: 0, durable: LAST + 1 },
-            Record::Poisoned { durable: u64::MAX },
+            Record::Poisoned { durable: u64::MAX, vouched: 0 },
         ];
         for record in records {
             let found = Record::decode(&record.encode(&uuid, 1), &uuid);

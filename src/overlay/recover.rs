@@ -8,13 +8,15 @@
 //!   Poisoned                      what its `durable` covers counts, read from the device
 //! ```
 
-use std::io;
+use std::io::{self, IoSlice};
 use std::sync::Arc;
 
 use uuid::Uuid;
 
 use super::Overlay;
-use super::data::Storage;
+use super::blocks::{BlockIndex, State};
+use super::data::{Create, Storage};
+use super::journal::{self, Found};
 use super::log::{self, End, Home, Log, Scan};
 use super::record::{Image, Tag};
 
@@ -92,6 +94,8 @@ pub struct Trusted {
     pub count: u64,
     /// How it was found.
     pub recovered: Recovered,
+    /// What the journal adds to them.
+    pub journal: Found,
 }
 
 /// Reads the log and decides what of it counts under `tag`. Changes nothing but caches.
@@ -101,7 +105,7 @@ pub struct Trusted {
 pub fn examine(files: &Files, tag: Tag) -> Result<Trusted, LogError> {
     let mut scan = log::scan(&*files.log, &files.uuid)?;
     // Kept: the record itself may be one that never reached the device.
-    let poisoned = scan.poisoned;
+    let (poisoned, generation) = (scan.poisoned, scan.generation);
     let is_alive = poisoned.is_none() && !scan.closed && scan.tag == Some(tag);
     let is_synced = is_alive && files.data.sync().is_ok() && files.log.sync().is_ok();
     if poisoned.is_some() || is_alive != is_synced {
@@ -123,23 +127,33 @@ pub fn examine(files: &Files, tag: Tag) -> Result<Trusted, LogError> {
         return damaged(&scan, "no record vouches for the layer's beginning");
     };
     let upto = |sequence: u64| (sequence + 1).saturating_sub(scan.first).min(scan.good);
-    let less = |sequence| {
-        let count = upto(sequence);
-        (count, Recovered::Vouched { lost: scan.good - count })
+    // Up to `sequence`, and what the journal holds from `generation` on.
+    let less = |sequence, generation| -> Result<Trusted, LogError> {
+        let journal = read_journal(files, generation)?;
+        let lost = (scan.last() + 1).saturating_sub(journal.end.max(sequence + 1));
+        let recovered = Recovered::Vouched { lost };
+        Ok(Trusted { scan: scan.clone(), count: upto(sequence), recovered, journal })
     };
-    let (count, recovered) = if let Some(durable) = poisoned {
-        if durable > scan.last() {
-            return damaged(&scan, "it was durable once and is gone");
-        }
-        less(durable)
-    } else if scan.closed {
-        (scan.good, Recovered::Clean)
-    } else if is_synced {
-        (scan.good, Recovered::All)
-    } else {
-        less(vouched)
+    let all = |recovered| {
+        let (count, journal) = (scan.good, Found::default());
+        Ok(Trusted { scan: scan.clone(), count, recovered, journal })
     };
-    Ok(Trusted { scan, count, recovered })
+    match poisoned {
+        Some(durable) if durable > scan.last() => damaged(&scan, "it was durable once and is gone"),
+        Some(durable) => less(durable, generation.unwrap_or(durable)),
+        None if scan.closed => all(Recovered::Clean),
+        None if is_synced => all(Recovered::All),
+        None => less(vouched, vouched),
+    }
+}
+
+/// What the journal adds to a log that is durable up to `generation`, read from the device.
+fn read_journal(files: &Files, generation: u64) -> io::Result<Found> {
+    let Some(file) = files.home.journal(Create::Never)? else {
+        return Ok(Found::default());
+    };
+    file.forget_cache();
+    journal::read(&*file, &files.uuid, files.block, generation)
 }
 
 /// Reads what counts of a log into a map.
@@ -150,6 +164,7 @@ pub fn load(files: &Files, trusted: &Trusted) -> Result<Image, LogError> {
     let mut image = Image::new(0, 0);
     let block = u64::from(files.block);
     log::replay(&*files.log, &files.uuid, trusted.count, block, &mut image)?;
+    trusted.journal.records.iter().for_each(|record| image.apply(record, block));
     Ok(image)
 }
 
@@ -167,9 +182,21 @@ pub fn open(files: &Files, tag: Tag) -> Result<(Image, Log, Recovered), LogError
     let log = if is_kept {
         Log::reopen(home, uuid, block, Arc::clone(&files.log), &trusted.scan, tag)?
     } else {
-        Log::create(home, uuid, block, &image, tag, trusted.scan.highest + 1)?
+        put_back(files, &trusted, &image)?;
+        let first = trusted.scan.highest.max(trusted.journal.end) + 1;
+        Log::create(home, uuid, block, &image, tag, first)?
     };
     Ok((image, log, trusted.recovered))
+}
+
+/// Writes the journal's bytes to where they belong, durably: the log to come vouches for them.
+fn put_back(files: &Files, trusted: &Trusted, image: &Image) -> io::Result<()> {
+    let is_data = |block: &BlockIndex| image.blocks.state(*block) == State::Data;
+    let blocks = &trusted.journal.blocks;
+    for (block, bytes) in blocks.iter().filter(|(block, _)| is_data(block)) {
+        files.data.write_at(&[IoSlice::new(bytes)], block.0 * u64::from(files.block))?;
+    }
+    if blocks.is_empty() { Ok(()) } else { files.data.sync() }
 }
 
 impl Overlay {

@@ -358,6 +358,21 @@ impl Home for LayerDir {
         }
         Ok(Replaced { file: Arc::new(file), placed: self.dir.sync_all() })
     }
+
+    fn journal(&self, create: Create) -> io::Result<Option<Arc<dyn Storage>>> {
+        let file = match open_at(&self.dir, "journal", OFlags::RDWR) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => match create {
+                Create::Never => return Ok(None),
+                Create::IfMissing => {
+                    let file = create_at(&self.dir, "journal")?;
+                    self.dir.sync_all()?;
+                    file
+                }
+            },
+            found => found?,
+        };
+        Ok(Some(Arc::new(HostFile::single(file))))
+    }
 }
 
 /// The name of segment `index` of a data file.

@@ -4,7 +4,8 @@ use std::io;
 use std::ops::Range;
 use std::sync::atomic::Ordering;
 
-use super::blocks::State;
+use super::blocks::{BlockIndex, State};
+use super::journal::Draft;
 use super::log::{Log, Purpose};
 use super::ranges::{Hold, Need};
 use super::record::{Nanos, Record, Stamp};
@@ -18,6 +19,15 @@ pub(super) const FEW: u64 = 128 << 10;
 const PIECE: u64 = 1 << 30;
 /// Where something is being changed, in pieces of this many: it holds few of the range locks.
 const SMALL_PIECE: u64 = 1 << 20;
+
+/// How much a sync is to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Pace {
+    /// What a client waits for.
+    Quick,
+    /// All of it: data and log as they are, and freed space given back.
+    Whole,
+}
 
 impl Overlay {
     /// Whether something was changed since the last sync began.
@@ -37,9 +47,9 @@ impl Overlay {
 
     /// Makes all that was acknowledged before the call durable, and gives freed space back. A
     /// temporary overlay promises nothing: only the space goes back.
-    pub(super) fn sync_all(&self) -> io::Result<()> {
+    pub(super) fn sync_all(&self, pace: Pace) -> io::Result<()> {
         match &self.log {
-            Some(log) => self.turns.run(|| self.sync_now(log))?,
+            Some(log) => self.turns.run(|| self.sync_now(log, pace))?,
             None => {
                 self.dirty.store(0, Ordering::SeqCst);
                 self.settle_below()?;
@@ -50,16 +60,26 @@ impl Overlay {
         Ok(())
     }
 
-    /// One sync: the data behind every record so far, then a `Vouch` for them, then the log.
-    fn sync_now(&self, log: &Log) -> io::Result<()> {
+    /// One sync: the data behind every record so far, then a `Vouch` for them, then the log; or,
+    /// of few changes, an entry in the journal.
+    fn sync_now(&self, log: &Log, pace: Pace) -> io::Result<()> {
         if self.is_latched() {
             return Err(errno(libc::EIO));
         }
         self.dirty.store(0, Ordering::SeqCst);
+        // In this order: whoever has put a record there has noted its blocks.
         let upto = log.last();
+        let fresh = self.fresh.take();
         self.settle_below().map_err(|error| self.latch_unless_full(log, error))?;
+        if pace == Pace::Quick
+            && let Some(fresh) = fresh
+            && self.sync_to_journal(log, upto, &fresh)
+        {
+            return Ok(());
+        }
         self.data.sync().map_err(|error| self.latch(log, &error))?;
         let durable = self.durable.load(Ordering::SeqCst);
+        // So it is while there are entries: the first of them had a new record.
         if upto > durable {
             let vouch = log.append(&[Record::Vouch { upto, durable }], Purpose::Settle);
             let vouch = vouch.map_err(|error| self.latch_unless_full(log, error))?;
@@ -67,8 +87,52 @@ impl Overlay {
             // The Vouch itself is durable as well; with nothing in between it covers itself.
             let durable = if vouch == upto + 1 { vouch } else { upto };
             self.durable.store(durable, Ordering::SeqCst);
+            log.note_vouched(upto);
+            self.journal.restart();
         }
         Ok(())
+    }
+
+    /// Makes the changes in `fresh`, and the records up to `upto`, durable in the journal; `false`
+    /// when they do not fit, or somebody changes those blocks at this moment.
+    fn sync_to_journal(&self, log: &Log, upto: u64, fresh: &[BlockIndex]) -> bool {
+        let generation = log.vouched();
+        let next = self.journal.next(generation);
+        let count = (upto + 1).saturating_sub(next);
+        if count == 0 && fresh.is_empty() && self.journal.is_used() {
+            return true; // Nothing was changed since the last entry.
+        }
+        // Overwrites alone are as quick the other way. Freed space waits for a whole sync.
+        let is_plain = upto <= self.durable.load(Ordering::SeqCst);
+        if is_plain || self.is_direct() || !self.pending.lock().is_empty() {
+            return false;
+        }
+        let Ok(block) = u32::try_from(self.block) else { return false };
+        if !self.journal.takes(count, fresh.len(), self.block) {
+            return false;
+        }
+        let (Some(bytes), Ok(records)) = (self.bytes_now(fresh), log.raw(next, count)) else {
+            return false;
+        };
+        let uuid = log.uuid();
+        let (blocks, bytes, records) = (fresh, &bytes[..], &records[..]);
+        let draft = Draft { uuid, block, generation, records, blocks, bytes };
+        self.journal.write(log.home(), &draft)
+    }
+
+    /// What `blocks` hold, while nobody changes them.
+    fn bytes_now(&self, blocks: &[BlockIndex]) -> Option<Vec<u8>> {
+        let range = |block: &BlockIndex| self.bytes_of(&(*block..BlockIndex(block.0 + 1)));
+        let need = blocks.iter().fold(Need::default(), |need, block| {
+            self.ranges.need(need, &range(block), Hold::Exclusive)
+        });
+        let _held = self.ranges.lock(need, Wait::No)?;
+        let len = usize::try_from(self.block).ok()?;
+        let mut bytes = vec![0; blocks.len() * len];
+        for (block, piece) in blocks.iter().zip(bytes.chunks_mut(len)) {
+            self.data.read_at(piece, range(block).start, Wait::Yes).ok()?;
+        }
+        Some(bytes)
     }
 
     /// Makes the overlay read-only for good because something else than a sync of it failed.
@@ -117,7 +181,8 @@ impl Overlay {
         self.latched.store(true, Ordering::SeqCst);
         let durable = self.durable.load(Ordering::SeqCst);
         ::log::error!("sync failed, the disk is read-only from now on: {error}");
-        let poisoned = log.append(&[Record::Poisoned { durable }], Purpose::Settle);
+        let poisoned =
+            log.append(&[Record::Poisoned { durable, vouched: log.vouched() }], Purpose::Settle);
         if let Err(error) = poisoned.and_then(|_| log.sync()) {
             ::log::error!("could not mark the log as poisoned: {error}");
         }
@@ -188,6 +253,7 @@ impl Overlay {
     #[must_use]
     pub fn needs_maintenance(&self) -> bool {
         self.is_dirty()
+            || self.journal.is_used()
             || !self.unsettled.lock().is_empty()
             || !self.pending.lock().is_empty()
             || self.log.as_ref().is_some_and(Log::is_long)
@@ -203,15 +269,15 @@ impl Overlay {
             return Ok(());
         }
         let is_waiting = || !self.pending.lock().is_empty() || !self.unsettled.lock().is_empty();
-        if self.is_dirty() || is_waiting() {
-            self.sync_all()?;
+        if self.is_dirty() || self.journal.is_used() || is_waiting() {
+            self.sync_all(Pace::Whole)?;
         }
         let Some(log) = &self.log else { return Ok(()) };
         if !log.is_long() {
             return Ok(());
         }
         self.turns.run(|| {
-            self.sync_now(log)?;
+            self.sync_now(log, Pace::Whole)?;
             if let Err(error) = log.reduce(self.durable.load(Ordering::SeqCst), self.tag) {
                 // No sync has failed, and others may share this one: the log goes on.
                 ::log::warn!("a long log could not be reduced: {error}");
@@ -225,8 +291,9 @@ impl Overlay {
     /// # Errors
     /// `EIO` when the overlay has latched; the host's errno.
     pub fn close(&self) -> io::Result<()> {
-        self.sync_all()?;
+        self.sync_all(Pace::Whole)?;
         let Some(log) = &self.log else { return Ok(()) };
+        self.journal.finish();
         log.append(&[Record::Close], Purpose::Settle)?;
         log.finish()
     }

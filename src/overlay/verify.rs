@@ -193,8 +193,14 @@ fn sound(files: &Files, tag: Tag) -> Result<Sound, StackError> {
     let in_log = |error| StackError::Log { uuid: files.uuid, error };
     let trusted = recover::examine(files, tag).map_err(in_log)?;
     let image = recover::load(files, &trusted).map_err(in_log)?;
-    let ends = segment_ends(files).map_err(doing("looking at its data"))?;
+    let mut ends = segment_ends(files).map_err(doing("looking at its data"))?;
     let block = u64::from(files.block);
+    for held in trusted.journal.blocks.keys() {
+        // It is written where it belongs when the layer is opened.
+        let end = (held.0 + 1).saturating_mul(block);
+        let known = ends.entry((end - 1) / SEGMENT).or_default();
+        *known = end.max(*known);
+    }
     Ok(Sound {
         size: image.size,
         lower_limit: image.lower_limit,

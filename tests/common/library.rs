@@ -14,7 +14,7 @@ use cowslip::overlay::Overlay;
 use cowslip::overlay::blocks::{BlockIndex, State};
 use cowslip::overlay::data::Storage;
 use cowslip::overlay::log::{Home, Log};
-use cowslip::overlay::record::{Image, Tag};
+use cowslip::overlay::record::{Image, Stamp, Tag};
 use cowslip::overlay::recover::{LogError, Recovered};
 
 use super::model::{End, Model, Target};
@@ -282,6 +282,15 @@ impl SimDisk {
         let overlay = Overlay::new(layer.block, data, image, log, Tag([1; 2]), limit);
         let shape = Shape::of(&overlay);
         Self { layer, base: Arc::clone(base), overlay: Some(overlay), life: 1, limit, shape }
+    }
+
+    /// Has it seen so many small syncs that the next ones go to its journal.
+    pub fn accustom(&mut self) {
+        for turn in 0..9 {
+            self.overlay().record_mtime(turn, Stamp::Written).unwrap();
+            self.overlay().sync().unwrap();
+        }
+        assert!(self.layer.home.has_journal());
     }
 
     #[must_use]

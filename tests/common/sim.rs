@@ -27,7 +27,7 @@ use std::time::Duration;
 
 use cowslip::host::errno;
 use cowslip::layer::Wait;
-use cowslip::overlay::data::{HostFile, Storage};
+use cowslip::overlay::data::{Create, HostFile, Storage};
 use cowslip::overlay::log::{Home, Replaced};
 use cowslip::overlay::recover::Files;
 use parking_lot::{Condvar, Mutex};
@@ -63,6 +63,7 @@ impl Chance {
 pub enum Role {
     Data,
     Log,
+    Journal,
     /// A base that is written to.
     Base,
     /// The directory that holds the log.
@@ -534,6 +535,13 @@ impl Drop for SimFile {
 pub struct SimHome {
     host: Arc<Host>,
     names: Mutex<Names>,
+    journal: Mutex<Option<SimJournal>>,
+}
+
+/// The journal's file, and whether its name is durable.
+struct SimJournal {
+    file: Arc<SimFile>,
+    is_placed: bool,
 }
 
 struct Names {
@@ -549,12 +557,20 @@ impl SimHome {
         Arc::clone(names.since.last().unwrap_or(&names.durable))
     }
 
+    /// Whether there is a journal with something in it.
+    pub fn has_journal(&self) -> bool {
+        self.journal.lock().as_ref().is_some_and(|found| found.file.len().unwrap() > 0)
+    }
+
     fn sync_dir(&self) -> io::Result<()> {
         self.host.step(Role::Dir, Deed::Sync)?;
         let mut names = self.names.lock();
         if let Some(newest) = names.since.pop() {
             names.durable = newest;
             names.since.clear();
+        }
+        if let Some(journal) = &mut *self.journal.lock() {
+            journal.is_placed = true;
         }
         Ok(())
     }
@@ -571,6 +587,16 @@ impl Home for SimHome {
         self.host.step(Role::Dir, Deed::Rename)?;
         self.names.lock().since.push(Arc::clone(&file));
         Ok(Replaced { file, placed: self.sync_dir() })
+    }
+
+    fn journal(&self, create: Create) -> io::Result<Option<Arc<dyn Storage>>> {
+        if self.journal.lock().is_none() && create == Create::IfMissing {
+            let file = Arc::new(SimFile::new(&self.host, Role::Journal));
+            *self.journal.lock() = Some(SimJournal { file, is_placed: false });
+            self.sync_dir()?;
+        }
+        let journal = self.journal.lock();
+        Ok(journal.as_ref().map(|journal| Arc::clone(&journal.file) as Arc<dyn Storage>))
     }
 }
 
@@ -591,12 +617,20 @@ impl SimLayer {
         let host = Arc::<Host>::default();
         let data = SimFile::new(&host, Role::Data);
         let log = SimFile::new(&host, Role::Log);
-        Self::of(host, data, log, block)
+        Self::of(host, data, log, None, block)
     }
 
-    fn of(host: Arc<Host>, data: SimFile, log: SimFile, block: u32) -> Self {
+    fn of(
+        host: Arc<Host>,
+        data: SimFile,
+        log: SimFile,
+        journal: Option<SimFile>,
+        block: u32,
+    ) -> Self {
         let names = Mutex::new(Names { durable: Arc::new(log), since: Vec::new() });
-        let home = Arc::new(SimHome { host: Arc::clone(&host), names });
+        let journal = journal.map(|file| SimJournal { file: Arc::new(file), is_placed: true });
+        let journal = Mutex::new(journal);
+        let home = Arc::new(SimHome { host: Arc::clone(&host), names, journal });
         Self { host, data: Arc::new(data), home, uuid: Uuid::from_u128(0xC0), block }
     }
 
@@ -625,7 +659,10 @@ impl SimLayer {
             }
         };
         let data = self.data.crash(&host, &mut chance);
-        Self::of(host, data, log, self.block)
+        let journal = self.home.journal.lock();
+        let journal = journal.as_ref().filter(|found| found.is_placed || chance.below(2) == 0);
+        let journal = journal.map(|found| found.file.crash(&host, &mut chance));
+        Self::of(host, data, log, journal, self.block)
     }
 
     /// What is there when only the daemon dies: everything, in the cache as before.
@@ -637,6 +674,8 @@ impl SimLayer {
         let host = Arc::<Host>::default();
         let log = self.home.log().copy(&host);
         let data = self.data.copy(&host);
-        Self::of(host, data, log, self.block)
+        let journal = self.home.journal.lock();
+        let journal = journal.as_ref().map(|found| found.file.copy(&host));
+        Self::of(host, data, log, journal, self.block)
     }
 }

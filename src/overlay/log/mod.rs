@@ -17,6 +17,7 @@ mod writer;
 
 use std::io::{self, IoSlice};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use parking_lot::Mutex;
 use uuid::Uuid;
@@ -24,7 +25,7 @@ use uuid::Uuid;
 use self::scan::for_each_record;
 pub use self::scan::{End, Scan, replay, scan};
 use self::writer::Writer;
-use super::data::Storage;
+use super::data::{Create, Storage};
 use super::is_full;
 use super::record::{Image, RECORD_LEN, Record, Tag};
 use crate::host;
@@ -55,6 +56,12 @@ pub trait Home: Send + Sync {
         &self,
         fill: &mut dyn FnMut(&dyn Storage) -> io::Result<()>,
     ) -> io::Result<Replaced>;
+
+    /// The layer's journal; made, durably, when it is not there and `create` says so.
+    ///
+    /// # Errors
+    /// The host's errno.
+    fn journal(&self, create: Create) -> io::Result<Option<Arc<dyn Storage>>>;
 }
 
 /// A new log that is in its place.
@@ -83,6 +90,8 @@ pub struct Log {
     block: u64,
     home: Arc<dyn Home>,
     tail: Mutex<Tail>,
+    /// The `upto` of the last durable `Vouch`.
+    vouched: AtomicU64,
 }
 
 /// Where the next record goes. Its lock is held for one small write.
@@ -163,7 +172,8 @@ impl Log {
             Ok(())
         })?;
         placed?;
-        Ok(Self::at(home, uuid, block, file, first, next))
+        // Its last record vouches for all of it.
+        Ok(Self::at(home, uuid, block, file, (first, next), next - 1))
     }
 
     /// Goes on with a log that was closed in good order.
@@ -178,7 +188,8 @@ impl Log {
         scan: &Scan,
         tag: Tag,
     ) -> io::Result<Self> {
-        let log = Self::at(home, uuid, block, file, scan.first, scan.last() + 1);
+        let vouched = scan.vouched.unwrap_or(0);
+        let log = Self::at(home, uuid, block, file, (scan.first, scan.last() + 1), vouched);
         log.append(&[Record::Open { tag }], Purpose::Settle)?;
         // Every `Vouch` to come says that what was there at the beginning is durable.
         log.sync()?;
@@ -190,12 +201,12 @@ impl Log {
         uuid: Uuid,
         block: u64,
         file: Arc<dyn Storage>,
-        first: u64,
-        next: u64,
+        (first, next): (u64, u64),
+        vouched: u64,
     ) -> Self {
         let reduce_at = SMALL.max((next - first) * 4);
         let tail = Tail { file, first, next, reserved: 0, reduce_at, misplaced: None };
-        Self { uuid, block, home, tail: Mutex::new(tail) }
+        Self { uuid, block, home, tail: Mutex::new(tail), vouched: AtomicU64::new(vouched) }
     }
 
     /// Appends `records` in one write and returns the sequence of the last.
@@ -222,6 +233,49 @@ impl Log {
         tail.file.write_at(&[IoSlice::new(bytes)], tail.end())?;
         tail.next = sequence;
         Ok(sequence - 1)
+    }
+
+    /// The bytes of `count` records from sequence `first` on, which are there.
+    ///
+    /// # Errors
+    /// The host's errno.
+    pub fn raw(&self, first: u64, count: u64) -> io::Result<Vec<[u8; RECORD_LEN]>> {
+        let (file, from) = {
+            let tail = self.tail.lock();
+            if let Some(code) = tail.misplaced {
+                return Err(host::errno(code));
+            }
+            (Arc::clone(&tail.file), first - tail.first)
+        };
+        let mut records = Vec::new();
+        for_each_record(&*file, from, from + count, &mut |bytes| {
+            records.push(*bytes);
+            Ok(())
+        })?;
+        Ok(records)
+    }
+
+    /// The `upto` of the last durable `Vouch`.
+    #[must_use]
+    pub fn vouched(&self) -> u64 {
+        self.vouched.load(Ordering::SeqCst)
+    }
+
+    /// A `Vouch` up to `upto` has become durable.
+    pub fn note_vouched(&self, upto: u64) {
+        self.vouched.store(upto, Ordering::SeqCst);
+    }
+
+    /// The layer's uuid.
+    #[must_use]
+    pub fn uuid(&self) -> &Uuid {
+        &self.uuid
+    }
+
+    /// Where its files are.
+    #[must_use]
+    pub fn home(&self) -> &dyn Home {
+        &*self.home
     }
 
     /// The sequence of the last record appended.
@@ -297,6 +351,7 @@ impl Log {
             for_each_record(&*file, copied.start, copied.end, &mut |bytes| writer.copy(bytes))?;
             writer.flush()
         })?;
+        self.note_vouched(durable);
         tail.file = new;
         tail.first = start;
         tail.reserved = 0;

@@ -25,6 +25,8 @@ pub struct Scan {
     pub vouched: Option<u64>,
     /// `durable` of a `Poisoned` record.
     pub poisoned: Option<u64>,
+    /// `vouched` of it.
+    pub generation: Option<u64>,
     /// The last good record is `Close`, and nothing follows.
     pub closed: bool,
     /// What ends the good part.
@@ -72,7 +74,10 @@ impl Scan {
                 match record {
                     Record::Open { tag } => self.tag = Some(tag),
                     Record::Vouch { upto, .. } => self.vouched = Some(upto),
-                    Record::Poisoned { durable } => self.poisoned = Some(durable),
+                    Record::Poisoned { durable, vouched } => {
+                        self.poisoned = Some(durable);
+                        self.generation = Some(vouched);
+                    }
                     _ => {}
                 }
             }
@@ -95,6 +100,7 @@ pub fn scan(file: &dyn Storage, uuid: &Uuid) -> io::Result<Scan> {
         tag: None,
         vouched: None,
         poisoned: None,
+        generation: None,
         closed: false,
         end: End::Whole,
     };
@@ -141,7 +147,7 @@ impl Later {
         if let Decoded::Good(sequence, record) = decoded {
             self.records += 1;
             self.highest = self.highest.max(sequence);
-            if let Record::Vouch { durable, .. } | Record::Poisoned { durable } = record {
+            if let Record::Vouch { durable, .. } | Record::Poisoned { durable, .. } = record {
                 self.durable = self.durable.max(durable);
             }
         }

@@ -1,0 +1,464 @@
+//! Syncs of few changes at the price of one write to the device.
+//!
+//! A sync is two in turn: the data, for which the host has to note down new blocks as well, then
+//! the log. For a client that syncs after every small write that is most of its time. So what few
+//! blocks hold, and the log's records about them, go into one entry of the layer's `journal`, whose
+//! space lies ready on the device:
+//!
+//! ```text
+//!   | entry 0 | entry 1 | entry 2 |  old entries, of other generations  |   256 KiB, then a whole sync
+//!   `- header 512: what, records -+- the blocks' bytes -+
+//! ```
+//!
+//! An entry counts after a power cut, while it belongs to the generation of the log: the newest
+//! sequence that a whole sync has made durable there. So the next whole sync makes all entries void
+//! at once, and they are written over. As long as there are entries, every sync is one more or a
+//! whole one: a block's bytes in an entry must not come back over newer ones.
+
+use std::collections::BTreeMap;
+use std::io::{self, IoSlice};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use parking_lot::Mutex;
+use uuid::Uuid;
+use zerocopy::little_endian::{U32, U64};
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
+
+use super::blocks::BlockIndex;
+use super::data::{Create, Storage};
+use super::log::Home;
+use super::record::{Decoded, RECORD_LEN, Record};
+use crate::layer::Wait;
+
+/// The length of the file.
+const LEN: u64 = 256 << 10;
+/// The most blocks in an entry...
+const MOST_BLOCKS: usize = 8;
+/// ...and bytes of them: as much as a device takes as quickly as one block.
+const MOST_BYTES: u64 = 64 << 10;
+/// The most records.
+const MOST_RECORDS: usize = 10;
+/// The header's length: one sector.
+const HEADER: usize = 512;
+/// So many syncs that could have been an entry go by before the file is made: one sync is no habit.
+const HABIT: u32 = 8;
+const MAGIC: [u8; 4] = *b"cslj";
+
+/// The first bytes of an entry.
+#[derive(Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+struct Header {
+    /// CRC-32C of all that follows, bytes and blocks included, seeded with the layer's uuid.
+    checksum: U32,
+    magic: [u8; 4],
+    generation: U64,
+    /// The sequence of the first record; without one, of the next to come.
+    first: U64,
+    /// The entry's number in its generation, from 0.
+    number: U32,
+    /// The block size in bytes.
+    block: U32,
+    records: U32,
+    blocks: U32,
+    indexes: [U64; MOST_BLOCKS],
+    record: [[u8; RECORD_LEN]; MOST_RECORDS],
+    reserved: [u8; HEADER - 40 - 8 * MOST_BLOCKS - RECORD_LEN * MOST_RECORDS],
+}
+
+/// One sync's changes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Entry {
+    /// The sequence of the first record.
+    pub first: u64,
+    /// The log's records, in order.
+    pub records: Vec<Record>,
+    /// What blocks hold, each `block` bytes.
+    pub blocks: Vec<(BlockIndex, Vec<u8>)>,
+}
+
+impl Entry {
+    /// The sequence after the last record.
+    fn end(&self) -> u64 {
+        self.first + self.records.len() as u64
+    }
+}
+
+/// What the good entries of a journal add up to.
+#[derive(Debug, Default)]
+pub struct Found {
+    /// The records that follow those of the log.
+    pub records: Vec<Record>,
+    /// The newest bytes of blocks.
+    pub blocks: BTreeMap<BlockIndex, Vec<u8>>,
+    /// The sequence after the last record.
+    pub end: u64,
+}
+
+/// Reads the entries that follow `generation`, a sequence of the layer `uuid`'s log.
+///
+/// # Errors
+/// The host's errno.
+pub fn read(file: &dyn Storage, uuid: &Uuid, block: u32, generation: u64) -> io::Result<Found> {
+    let mut found = Found { end: generation + 1, ..Found::default() };
+    let mut number = 0;
+    let mut at = 0;
+    while let Some((entry, len)) = read_entry(file, uuid, block, (generation, number), at)? {
+        if entry.first != found.end {
+            break;
+        }
+        found.end = entry.end();
+        found.records.extend(entry.records);
+        found.blocks.extend(entry.blocks);
+        number += 1;
+        at += len;
+    }
+    Ok(found)
+}
+
+fn read_entry(
+    file: &dyn Storage,
+    uuid: &Uuid,
+    block: u32,
+    (generation, number): (u64, u32),
+    at: u64,
+) -> io::Result<Option<(Entry, u64)>> {
+    if at + HEADER as u64 > LEN {
+        return Ok(None);
+    }
+    let mut head = [0; HEADER];
+    file.read_at(&mut head, at, Wait::Yes)?;
+    let Ok(header) = Header::read_from_bytes(&head) else { return Ok(None) };
+    let (records, blocks) = (header.records.get() as usize, header.blocks.get() as usize);
+    let fits = records <= MOST_RECORDS && blocks <= MOST_BLOCKS;
+    let is_next = header.generation == generation && header.number == number;
+    if header.magic != MAGIC || header.block != block || !fits || !is_next {
+        return Ok(None);
+    }
+    let len = blocks as u64 * u64::from(block);
+    if len > MOST_BYTES || at + HEADER as u64 + len > LEN {
+        return Ok(None);
+    }
+    let mut bytes = vec![0; blocks * block as usize];
+    file.read_at(&mut bytes, at + HEADER as u64, Wait::Yes)?;
+    if header.checksum != checksum(uuid, &head[4..], &bytes) {
+        return Ok(None);
+    }
+    let first = header.first.get();
+    let mut decoded = Vec::new();
+    for (sequence, record) in (first..).zip(&header.record[..records]) {
+        match Record::decode(record, uuid) {
+            Decoded::Good(found, record) if found == sequence => decoded.push(record),
+            _ => return Ok(None),
+        }
+    }
+    let indexes = header.indexes[..blocks].iter().map(|index| BlockIndex(index.get()));
+    let pieces = bytes.chunks(block as usize).map(<[u8]>::to_vec);
+    let entry = Entry { first, records: decoded, blocks: indexes.zip(pieces).collect() };
+    Ok(Some((entry, HEADER as u64 + len)))
+}
+
+fn checksum(uuid: &Uuid, head: &[u8], blocks: &[u8]) -> u32 {
+    let seed = crc32c::crc32c(uuid.as_bytes());
+    crc32c::crc32c_append(crc32c::crc32c_append(seed, head), blocks)
+}
+
+/// The journal of a layer that is open for writing.
+#[derive(Default)]
+pub(super) struct Journal {
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    file: Option<Arc<dyn Storage>>,
+    /// Syncs that could have been an entry.
+    habit: u32,
+    /// It has failed: there are no more entries.
+    is_broken: bool,
+    /// Entries of this generation.
+    number: u32,
+    /// Where the next one goes.
+    end: u64,
+    /// The sequence after the last record in one.
+    next: u64,
+}
+
+/// What an entry is made of.
+pub(super) struct Draft<'a> {
+    pub(super) uuid: &'a Uuid,
+    pub(super) block: u32,
+    /// The newest sequence that a whole sync has made durable.
+    pub(super) generation: u64,
+    /// The records from [`Journal::next`] on, as they are in the log.
+    pub(super) records: &'a [[u8; RECORD_LEN]],
+    pub(super) blocks: &'a [BlockIndex],
+    /// Their bytes.
+    pub(super) bytes: &'a [u8],
+}
+
+impl Journal {
+    /// Whether there are entries: a whole sync must make them void.
+    pub(super) fn is_used(&self) -> bool {
+        self.state.lock().number > 0
+    }
+
+    /// The first sequence that neither the log nor an entry has durably.
+    pub(super) fn next(&self, generation: u64) -> u64 {
+        let state = self.state.lock();
+        if state.number > 0 { state.next } else { generation + 1 }
+    }
+
+    /// Whether an entry of so many records and blocks could be written. It may be too early.
+    pub(super) fn takes(&self, records: u64, blocks: usize, block: u64) -> bool {
+        let mut state = self.state.lock();
+        let bytes = blocks as u64 * block;
+        let fits = records <= MOST_RECORDS as u64 && blocks <= MOST_BLOCKS && bytes <= MOST_BYTES;
+        if !fits || state.is_broken || state.end + HEADER as u64 + bytes > LEN {
+            return false;
+        }
+        state.habit = state.habit.saturating_add(1);
+        state.habit > HABIT
+    }
+
+    /// Writes an entry, durably; `false` when it cannot be, and a whole sync is needed.
+    pub(super) fn write(&self, home: &dyn Home, draft: &Draft<'_>) -> bool {
+        let mut state = self.state.lock();
+        let done = state.write(home, draft);
+        if let Err(error) = &done {
+            log::warn!("syncs are slower from now on, the journal cannot be written: {error}");
+            state.is_broken = true;
+        }
+        done.is_ok()
+    }
+
+    /// A whole sync was done: the entries are void.
+    pub(super) fn restart(&self) {
+        let mut state = self.state.lock();
+        (state.number, state.end) = (0, 0);
+    }
+
+    /// The end: gives the space back. Best effort, for nothing counts in it any more.
+    pub(super) fn finish(&self) {
+        if let Some(file) = self.state.lock().file.take() {
+            let _ = file.truncate(0);
+        }
+    }
+}
+
+impl State {
+    fn write(&mut self, home: &dyn Home, draft: &Draft<'_>) -> io::Result<()> {
+        let file = self.file(home)?;
+        let (number, next) = match self.number {
+            0 => (0, draft.generation + 1),
+            number => (number, self.next),
+        };
+        let mut header = Header::new(draft, number, next);
+        header.checksum = checksum(draft.uuid, &header.as_bytes()[4..], draft.bytes).into();
+        file.write_at(&[IoSlice::new(header.as_bytes()), IoSlice::new(draft.bytes)], self.end)?;
+        file.sync()?;
+        self.number = number + 1;
+        self.end += (HEADER + draft.bytes.len()) as u64;
+        self.next = next + draft.records.len() as u64;
+        Ok(())
+    }
+
+    /// The file, all of its space written once: only then does an entry need nothing of the host
+    /// but its bytes.
+    fn file(&mut self, home: &dyn Home) -> io::Result<Arc<dyn Storage>> {
+        if let Some(file) = &self.file {
+            return Ok(Arc::clone(file));
+        }
+        let file = home.journal(Create::IfMissing)?;
+        let file = file.ok_or_else(|| crate::host::errno(libc::ENOENT))?;
+        let zeros = vec![0; 64 << 10];
+        for at in (0..LEN).step_by(zeros.len()) {
+            file.write_at(&[IoSlice::new(&zeros)], at)?;
+        }
+        file.sync()?;
+        self.file = Some(Arc::clone(&file));
+        Ok(file)
+    }
+}
+
+impl Header {
+    fn new(draft: &Draft<'_>, number: u32, first: u64) -> Self {
+        let mut header = Self::new_zeroed();
+        header.magic = MAGIC;
+        header.generation = draft.generation.into();
+        header.first = first.into();
+        header.number = number.into();
+        header.block = draft.block.into();
+        header.records = u32::try_from(draft.records.len()).unwrap_or(u32::MAX).into();
+        header.blocks = u32::try_from(draft.blocks.len()).unwrap_or(u32::MAX).into();
+        for (place, index) in header.indexes.iter_mut().zip(draft.blocks) {
+            *place = index.0.into();
+        }
+        for (place, record) in header.record.iter_mut().zip(draft.records) {
+            *place = *record;
+        }
+        header
+    }
+
+    fn new_zeroed() -> Self {
+        zerocopy::FromZeros::new_zeroed()
+    }
+}
+
+/// The blocks whose bytes were written since the last sync began, while they are few.
+#[derive(Default)]
+pub(super) struct Fresh {
+    /// There are too many to be listed.
+    is_many: AtomicBool,
+    blocks: Mutex<Vec<BlockIndex>>,
+}
+
+impl Fresh {
+    /// Called when blocks have been written and before a record says so: a sync that finds the
+    /// record finds the blocks as well.
+    pub(super) fn note(&self, blocks: &std::ops::Range<BlockIndex>) {
+        if self.is_many.load(Ordering::SeqCst) {
+            // The sync that takes them writes all that was written before it began.
+            return;
+        }
+        let mut list = self.blocks.lock();
+        if blocks.end.0 - blocks.start.0 > MOST_BLOCKS as u64 {
+            self.is_many.store(true, Ordering::SeqCst);
+            return;
+        }
+        for block in (blocks.start.0..blocks.end.0).map(BlockIndex) {
+            if list.contains(&block) {
+                continue;
+            }
+            if list.len() == MOST_BLOCKS {
+                self.is_many.store(true, Ordering::SeqCst);
+                return;
+            }
+            list.push(block);
+        }
+    }
+
+    /// Takes all so far; `None` when they were too many.
+    pub(super) fn take(&self) -> Option<Vec<BlockIndex>> {
+        let mut list = self.blocks.lock();
+        let taken = std::mem::take(&mut *list);
+        (!self.is_many.swap(false, Ordering::SeqCst)).then_some(taken)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::blocks::State as BlockState;
+    use super::super::data::HostFile;
+    use super::super::log::Replaced;
+    use super::*;
+
+    const BLOCK: u32 = 512;
+    const ID: Uuid = Uuid::from_u128(5);
+
+    /// One journal, in a file without a name.
+    struct Place(Arc<HostFile>);
+
+    impl Home for Place {
+        fn replace_log(
+            &self,
+            _: &mut dyn FnMut(&dyn Storage) -> io::Result<()>,
+        ) -> io::Result<Replaced> {
+            Err(crate::host::errno(libc::ENOSYS))
+        }
+
+        fn journal(&self, _: Create) -> io::Result<Option<Arc<dyn Storage>>> {
+            Ok(Some(Arc::clone(&self.0) as Arc<dyn Storage>))
+        }
+    }
+
+    fn place() -> Place {
+        Place(Arc::new(HostFile::single(tempfile::tempfile().unwrap())))
+    }
+
+    /// Writes an entry that makes `block` Data, full of `fill`.
+    fn add(journal: &Journal, home: &Place, generation: u64, block: u64, fill: u8) {
+        let range = BlockIndex(block)..BlockIndex(block + 1);
+        let record = Record::Set { range, state: BlockState::Data };
+        let records = [record.encode(&ID, journal.next(generation))];
+        let (blocks, bytes) = ([BlockIndex(block)], [fill; BLOCK as usize]);
+        let draft = Draft {
+            uuid: &ID,
+            block: BLOCK,
+            generation,
+            records: &records,
+            blocks: &blocks,
+            bytes: &bytes,
+        };
+        assert!(journal.write(home, &draft));
+    }
+
+    fn found(home: &Place, generation: u64) -> Vec<(u64, u8)> {
+        let found = read(&*home.0, &ID, BLOCK, generation).unwrap();
+        assert_eq!(found.end, generation + 1 + found.records.len() as u64);
+        found.blocks.into_iter().map(|(block, bytes)| (block.0, bytes[0])).collect()
+    }
+
+    #[test]
+    fn the_newest_bytes_of_a_block_count_and_only_those_of_the_logs_generation() {
+        let (journal, home) = (Journal::default(), place());
+        add(&journal, &home, 7, 3, 1);
+        add(&journal, &home, 7, 4, 2);
+        add(&journal, &home, 7, 3, 9);
+        assert_eq!(found(&home, 7), [(3, 9), (4, 2)]);
+        assert_eq!(found(&home, 6), []);
+        assert_eq!(found(&home, 8), []);
+        // The second and third are of an older generation now.
+        journal.restart();
+        add(&journal, &home, 20, 5, 6);
+        assert_eq!(found(&home, 20), [(5, 6)]);
+        assert_eq!(found(&home, 7), []);
+        journal.finish();
+        assert_eq!(found(&home, 20), []);
+    }
+
+    #[test]
+    fn an_entry_with_any_byte_changed_does_not_count_nor_does_what_follows() {
+        let (journal, home) = (Journal::default(), place());
+        (0..3).for_each(|block| add(&journal, &home, 1, block, 5));
+        let len = (HEADER + BLOCK as usize) as u64;
+        for at in len..2 * len {
+            let mut byte = [0];
+            home.0.read_at(&mut byte, at, Wait::Yes).unwrap();
+            home.0.write_at(&[IoSlice::new(&[byte[0] ^ 4])], at).unwrap();
+            assert_eq!(found(&home, 1), [(0, 5)], "byte {at}");
+            home.0.write_at(&[IoSlice::new(&byte)], at).unwrap();
+        }
+        assert_eq!(found(&home, 1).len(), 3);
+    }
+
+    #[test]
+    fn what_is_too_much_is_refused_and_so_is_the_beginning_of_a_habit() {
+        let journal = Journal::default();
+        for _ in 0..HABIT {
+            assert!(!journal.takes(1, 1, 4096));
+        }
+        assert!(journal.takes(1, 1, 4096));
+        assert!(!journal.takes(MOST_RECORDS as u64 + 1, 1, 4096));
+        assert!(!journal.takes(1, MOST_BLOCKS + 1, 512));
+        assert!(!journal.takes(1, 2, MOST_BYTES));
+        journal.state.lock().end = LEN - 4096;
+        assert!(!journal.takes(1, 1, 4096), "it does not fit any more");
+    }
+
+    #[test]
+    fn few_blocks_are_listed_and_many_are_not() {
+        let fresh = Fresh::default();
+        let note = |from, to| fresh.note(&(BlockIndex(from)..BlockIndex(to)));
+        note(3, 5);
+        note(4, 6);
+        assert_eq!(fresh.take().unwrap(), [3, 4, 5].map(BlockIndex));
+        assert_eq!(fresh.take().unwrap(), []);
+        note(0, 1 << 40);
+        note(1, 2);
+        assert!(fresh.take().is_none());
+        (0..9).for_each(|block| note(block, block + 1));
+        assert!(fresh.take().is_none());
+        assert_eq!(fresh.take().unwrap(), []);
+    }
+}
