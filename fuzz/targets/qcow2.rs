@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::LazyLock;
 
 use cowslip::base::{self, Access, Opening, qcow2};
-use cowslip::spec::{Format, Locking, Part, Source};
+use cowslip::spec::{Direct, Format, Locking, Part, Passthrough, Source};
 use cowslip_fuzz::{Lab, walk};
 use libfuzzer_sys::fuzz_target;
 
@@ -17,6 +17,8 @@ fn open(path: &Path, part: Part) {
         part,
         access: Access::Read,
         locking: Locking::Off,
+        passthrough: Passthrough::Off,
+        direct: Direct::Off,
         allow_backing: &[],
     };
     let Ok(base) = base::open(&Source::File(path.to_owned()), how) else { return };

@@ -3,8 +3,8 @@
 
 use std::sync::LazyLock;
 
-use cowslip::spec::Frames;
-use cowslip::transfer::{Begin, Existing, ReceivePlan, receive, resume_offset};
+use cowslip::spec::Overwrite;
+use cowslip::transfer::{Begin, Frames, ReceivePlan, receive, resume_offset};
 use cowslip_fuzz::Lab;
 use libfuzzer_sys::fuzz_target;
 
@@ -15,7 +15,7 @@ fuzz_target!(|bytes: &[u8]| {
     let path = LAB.dir().join("new.img");
     let mut plan = ReceivePlan {
         path: path.clone(),
-        existing: Existing::Overwrite,
+        overwrite: Overwrite::Yes,
         begin: Begin::Anew,
         frames: Frames::Rbd,
         onto: None,
