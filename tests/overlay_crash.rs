@@ -226,10 +226,30 @@ fn small_syncs() -> Vec<Op> {
 
 #[test]
 fn a_cut_at_every_storage_operation_of_small_syncs_leaves_what_was_promised() {
+    cut_small_syncs(None);
+}
+
+#[test]
+fn small_syncs_of_an_overlay_that_was_closed_or_recovered_are_as_durable() {
+    for end in [End::Clean, End::Kill, End::PowerCut(3)] {
+        cut_small_syncs(Some(end));
+    }
+}
+
+/// Cuts the power at every storage operation of small syncs, of a new overlay or of one that has
+/// had an `end` and was opened again.
+fn cut_small_syncs(end: Option<End>) {
     let mut cut = 0;
     loop {
         let (mut target, mut models) = pair();
         target.0[0].accustom();
+        if let Some(end) = end {
+            // Its last syncs are entries as well.
+            play(&mut target, &mut models, &[write(8192, 100, 90), Op::Sync { disk: 0 }]);
+            play(&mut target, &mut models, &[write(8192, 10, 91), Op::Sync { disk: 0 }]);
+            play(&mut target, &mut models, &[Op::Restart { end }]);
+            target.0[0].accustom();
+        }
         let host = Arc::clone(&target.0[0].layer.host);
         host.cut_at(host.steps() + cut);
         let left = play(&mut target, &mut models, &small_syncs());
