@@ -67,10 +67,11 @@ impl Overlay {
             return Err(errno(libc::EIO));
         }
         self.dirty.store(0, Ordering::SeqCst);
-        // In this order: whoever has put a record there has noted its blocks.
         let upto = log.last();
-        let fresh = self.fresh.take();
         self.settle_below().map_err(|error| self.latch_unless_full(log, error))?;
+        // After `upto`: whoever has put a record there has noted its blocks. And after what may
+        // fail and be tried again: what is taken here is made durable here, or the disk latches.
+        let fresh = self.fresh.take();
         if pace == Pace::Quick
             && let Some(fresh) = fresh
             && self.sync_to_journal(log, upto, &fresh)
