@@ -150,10 +150,10 @@ impl Overlay {
         offset: u64,
         blocks: &Range<BlockIndex>,
     ) -> io::Result<()> {
-        let done = self.data.write_at(parts, offset).and_then(|()| {
-            self.note_written(blocks);
-            self.publish(blocks, State::Data)
-        });
+        let written = self.data.write_at(parts, offset);
+        // Also when it failed: some of it may be there, and is seen.
+        self.note_written(blocks);
+        let done = written.and_then(|()| self.publish(blocks, State::Data));
         if done.is_err() {
             // What was written of it takes space that no record speaks of.
             self.free(blocks, self.log.as_ref().map_or(0, Log::last));
@@ -195,9 +195,9 @@ impl Overlay {
         match state {
             State::Zero => return Ok(()),
             State::Data => {
-                self.data.write_at(&[IoSlice::new(&zeros())], range.start)?;
+                let written = self.data.write_at(&[IoSlice::new(&zeros())], range.start);
                 self.note_written(&blocks);
-                return Ok(());
+                return written;
             }
             State::Lower => {}
         }
@@ -258,8 +258,9 @@ impl Overlay {
         check_wanted()?;
         self.note_change(&self.blocks_of(range));
         self.check_limit(&self.blocks_of(range))?;
-        let copied = copy(file, range.clone())?;
+        let copied = copy(file, range.clone());
         self.note_written(&self.blocks_of(range));
+        let copied = copied?;
         let end = range.start + copied;
         // A block that was copied in part is not published: it keeps what it had.
         let whole = if end >= range.end { range.end } else { end / self.block * self.block };
@@ -421,8 +422,9 @@ impl Overlay {
         let end = at.next_multiple_of(self.block);
         if at < end {
             let zeros = vec![0; usize::try_from(end - at).map_err(|_| errno(libc::EFBIG))?];
-            self.data.write_at(&[IoSlice::new(&zeros)], at)?;
+            let written = self.data.write_at(&[IoSlice::new(&zeros)], at);
             self.note_written(&self.blocks_of(&(at..end)));
+            return written;
         }
         Ok(())
     }

@@ -68,13 +68,13 @@ struct Header {
 
 /// One sync's changes.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Entry {
+struct Entry {
     /// The sequence of the first record.
-    pub first: u64,
+    first: u64,
     /// The log's records, in order.
-    pub records: Vec<Record>,
+    records: Vec<Record>,
     /// What blocks hold, each `block` bytes.
-    pub blocks: Vec<(BlockIndex, Vec<u8>)>,
+    blocks: Vec<(BlockIndex, Vec<u8>)>,
 }
 
 impl Entry {
