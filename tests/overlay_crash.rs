@@ -274,6 +274,7 @@ fn a_cut_of_a_recovery_from_the_journal_is_followed_by_another() {
             layer.host.cut_at(layer.host.steps() + cut);
             let opened = SimDisk::open(layer.clone(), &target.0[0].base, 2, None);
             let is_cut = layer.host.is_off();
+            assert!(is_cut || opened.is_ok() && !layer.home.has_journal(), "it is empty again");
             drop(opened);
             let again = layer.power_cut(seed + cut);
             let (found, _) = SimDisk::open(again, &target.0[0].base, 3, None).unwrap();

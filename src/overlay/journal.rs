@@ -163,6 +163,14 @@ fn checksum(uuid: &Uuid, head: &[u8], blocks: &[u8]) -> u32 {
     crc32c::crc32c_append(crc32c::crc32c_append(seed, head), blocks)
 }
 
+/// Gives the space of a journal back whose entries belong to an older log. Best effort, for nothing
+/// counts in it any more.
+pub fn clear(home: &dyn Home) {
+    if let Ok(Some(file)) = home.journal(Create::Never) {
+        let _ = file.truncate(0);
+    }
+}
+
 /// The journal of a layer that is open for writing.
 #[derive(Default)]
 pub(super) struct Journal {

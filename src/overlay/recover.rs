@@ -184,7 +184,9 @@ pub fn open(files: &Files, tag: Tag) -> Result<(Image, Log, Recovered), LogError
     } else {
         put_back(files, &trusted, &image)?;
         let first = trusted.scan.highest.max(trusted.journal.end) + 1;
-        Log::create(home, uuid, block, &image, tag, first)?
+        let log = Log::create(home, uuid, block, &image, tag, first)?;
+        journal::clear(&*files.home);
+        log
     };
     Ok((image, log, trusted.recovered))
 }
