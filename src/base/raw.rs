@@ -391,7 +391,7 @@ impl WritableLayer for RawBase {
     ) -> io::Result<()> {
         self.may_change(wait, Change::Write)?;
         let Some(direct) = &self.direct else {
-            return self.file.write_all_at(buf, offset);
+            return host::write_all_at(&self.file, &[io::IoSlice::new(buf)], offset);
         };
         let alone = direct.alone(&(offset..offset + buf.len() as u64))?;
         self.write_direct(&alone, buf, offset)
