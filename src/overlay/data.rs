@@ -15,6 +15,7 @@ use std::sync::{Arc, OnceLock};
 use parking_lot::RwLock;
 use rustix::fs::FallocateFlags;
 
+use crate::base::place::{HostFs, Manner};
 use crate::direct::DirectFile;
 use crate::host;
 use crate::layer::Wait;
@@ -107,13 +108,16 @@ pub struct HostFile {
 /// A file of the host, and how its bytes are got at.
 struct Segment {
     file: File,
+    /// It lies in memory: reading it never waits, and the host has no `RWF_NOWAIT` for it.
+    is_memory: bool,
     /// Past the host's page cache, once that was asked for.
     direct: OnceLock<DirectFile>,
 }
 
 impl Segment {
     fn new(file: File) -> Self {
-        Self { file, direct: OnceLock::new() }
+        let is_memory = HostFs::of(&file).is_ok_and(|fs| fs.manner == Manner::Memory);
+        Self { file, is_memory, direct: OnceLock::new() }
     }
 
     fn go_direct(&self) -> io::Result<()> {
@@ -126,6 +130,7 @@ impl Segment {
 
     fn read_at(&self, buf: &mut [u8], offset: u64, wait: Wait) -> io::Result<usize> {
         match (self.direct.get(), wait) {
+            (None, _) if self.is_memory => host::read_at(&self.file, buf, offset, Wait::Yes),
             (None, _) => host::read_at(&self.file, buf, offset, wait),
             (Some(_), Wait::No) => Err(host::errno(libc::EAGAIN)),
             (Some(direct), Wait::Yes) => direct.read_at(buf, offset),
@@ -340,5 +345,19 @@ impl Storage for HostFile {
 
     fn host_file(&self) -> Option<&HostFile> {
         Some(self)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_is_read_without_waiting_though_it_knows_no_nowait() {
+        let data = HostFile::single(tempfile::tempfile_in("/dev/shm").unwrap());
+        data.write_at(&[IoSlice::new(&[3; 4096])], 0).unwrap();
+        let mut buf = [0; 4096];
+        data.read_at(&mut buf, 0, Wait::No).unwrap();
+        assert_eq!(buf, [3; 4096]);
     }
 }
