@@ -3,9 +3,10 @@
 use std::io::{self, Write};
 use std::process::ExitCode;
 
-use cowslip::cli;
+use cowslip::{cli, host};
 
 fn main() -> ExitCode {
+    host::keep_one_heap();
     // No thread may exist before this: `mount` and `run` fork.
     let code = cli::run(std::env::args_os()).unwrap_or_else(|error| {
         // Not eprintln!, which panics when nobody listens any more.

@@ -517,6 +517,31 @@ fn disks_of_odd_sizes_are_exactly_that_long() {
 }
 
 #[test]
+fn a_map_that_is_cleared_and_filled_again_takes_no_more_memory() {
+    let lab = Lab::new();
+    lab.mount("big=blank:1T");
+    let file = lab.open("m/big");
+    let memory = || {
+        let status = fs::read_to_string(format!("/proc/{}/status", lab.pid())).unwrap();
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
+        line.trim().trim_end_matches(" kB").parse::<u64>().unwrap() * KIB
+    };
+    let mut found = Vec::new();
+    for way in [PUNCH, ZERO_KEEP].repeat(3) {
+        for at in (0..TIB).step_by(128 << 20) {
+            file.write_all_at(&[1; 4096], at).unwrap();
+        }
+        found.push(memory());
+        fallocate(&file, way, 0..TIB).unwrap();
+    }
+    // From the second time on parts of it are Data, parts Zero, parts neither: all it can be.
+    let (full, last) = (found[1], found[5]);
+    assert!(full > 64 * MIB && last < full + full / 20, "{found:?}");
+    drop(file);
+    lab.end();
+}
+
+#[test]
 fn sixteen_tebibytes_can_be_written_at_their_very_end() {
     let lab = Lab::new();
     lab.mount("big=blank:16T,overlay=ov");
