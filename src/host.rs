@@ -137,6 +137,16 @@ fn rest_of<'a>(parts: &'a [IoSlice<'_>], mut done: usize) -> &'a [u8] {
     &[]
 }
 
+/// Has the host begin to write `range` to the device, and waits for nothing (sync_file_range(2)). Best
+/// effort: what fails is the next sync's to report.
+pub fn begin_write_out(file: impl AsFd, range: Range<u64>) {
+    let file = file.as_fd().as_raw_fd();
+    let len = range.end.saturating_sub(range.start);
+    let (Ok(start), Ok(len)) = (i64::try_from(range.start), i64::try_from(len)) else { return };
+    // SAFETY: takes numbers and touches no memory; `file` is open for the whole call.
+    unsafe { libc::sync_file_range(file, start, len, libc::SYNC_FILE_RANGE_WRITE) };
+}
+
 /// Gives the space of `range` back to the host; the file keeps its length.
 ///
 /// # Errors

@@ -971,6 +971,37 @@ fn syncs_that_hang_leave_a_worker_for_the_others() {
 }
 
 #[test]
+fn a_small_overwrite_is_written_out_early_when_a_sync_is_to_be_expected() {
+    let lab = Lab::new();
+    lab.mount("d=blank:32M,overlay=ov");
+    let file = lab.open("m/d");
+    file.write_all_at(&noise(8 * MIB, 1), 0).unwrap();
+    file.sync_all().unwrap();
+    let early = |turns: u64, at: &dyn Fn(u64) -> u64, len: u64, is_synced: bool| {
+        let strace = Strace::attach_with(&lab, lab.pid(), "sync_file_range", &[]);
+        for turn in 0..turns {
+            file.write_all_at(&noise(len, turn), at(turn)).unwrap();
+            if is_synced || turn + 1 == turns {
+                file.sync_all().unwrap();
+            }
+        }
+        strace.end(&lab, || true).calls.len()
+    };
+    let there = |turn| turn * 3000 % (7 * MIB);
+    assert_eq!(early(30, &there, 4096, false), 0, "no syncs");
+    assert_eq!(early(30, &there, 128 * KIB, true), 0, "large ones");
+    assert_eq!(early(30, &|turn| 8 * MIB + turn * 4096, 4096, true), 0, "first touches");
+    // What the journal holds of those is made void by one sync of more.
+    assert_eq!(early(1, &there, MIB, true), 0);
+    assert_eq!(early(8, &there, 4096, true), 0, "too few");
+    // A sync that is quicker than the worker leaves nothing to be written.
+    let found = early(30, &there, 4096, true);
+    assert!((1..=30).contains(&found), "{found}");
+    drop(file);
+    lab.end();
+}
+
+#[test]
 fn a_disk_whose_base_hangs_can_be_looked_at_and_opened() {
     let (lab, inner) = lab_with_a_slow_base();
     signal(inner, Signal::STOP).unwrap();

@@ -472,6 +472,19 @@ impl Disk {
         }
     }
 
+    /// Called after `range`, in bytes, was written and answered: what helps the sync that comes next,
+    /// when one is to be expected.
+    pub fn prepare_sync(&self, range: Range<u64>) {
+        let expects = match &self.layers.read().top {
+            Top::Overlay(overlay) if overlay.expects_sync() => Some(Arc::clone(overlay)),
+            Top::Overlay(_) | Top::Reflink(_) | Top::Base(_) | Top::Nothing => None,
+        };
+        // Not under the lock: a host that hangs would hold up whoever wants the layers.
+        if let Some(overlay) = expects {
+            overlay.begin_write_out(range);
+        }
+    }
+
     /// Whether [`sync`](Self::sync) takes about as long as the device needs for a few blocks.
     #[must_use]
     pub fn is_quick_to_sync(&self) -> bool {

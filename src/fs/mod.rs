@@ -392,6 +392,7 @@ impl Filesystem for CowslipFs {
         let write = Write { offset, written, cached, via, sync: is_sync(flags) };
         if let Some(seat) = self.seats.take() {
             write.run(&self.shared, shown, data, reply);
+            disk.prepare_sync(room);
             drop(seat);
             return self.linger.look();
         }

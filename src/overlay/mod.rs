@@ -50,7 +50,7 @@ use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
 use parking_lot::{Mutex, RwLock};
 
@@ -95,6 +95,8 @@ pub struct Overlay {
     durable: AtomicU64,
     /// Bytes that were changed since the last sync began; no longer counted once they are many.
     dirty: AtomicU64,
+    /// Syncs in a row, each of a small overwrite.
+    habit: AtomicU32,
     /// A sync failed: no write and no sync succeeds any more.
     latched: AtomicBool,
     /// Counts changes of the map, for those who keep what they learnt from it.
@@ -147,6 +149,7 @@ impl Overlay {
             journal: Journal::default(),
             durable: AtomicU64::new(durable),
             dirty: AtomicU64::new(0),
+            habit: AtomicU32::new(0),
             latched: AtomicBool::new(false),
             revision: AtomicU64::new(0),
             limit: limit.map(|limit| limit / block),

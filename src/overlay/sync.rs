@@ -10,11 +10,15 @@ use super::log::{Log, Purpose};
 use super::ranges::{Hold, Need};
 use super::record::{Nanos, Record, Stamp};
 use super::{Overlay, is_full};
-use crate::host::errno;
+use crate::host::{self, errno};
 use crate::layer::Wait;
 
 /// Up to so many changed bytes are few: written as quickly as one block, more or less.
 pub(super) const FEW: u64 = 128 << 10;
+/// What a small overwrite is at the most, in bytes.
+const SMALL: u64 = 64 << 10;
+/// So many syncs in a row, each of a small overwrite, are a habit.
+const HABIT: u32 = 8;
 /// Freed space goes back in pieces of at most this many bytes, each under its range's lock.
 const PIECE: u64 = 1 << 30;
 /// Where something is being changed, in pieces of this many: it holds few of the range locks.
@@ -45,6 +49,30 @@ impl Overlay {
             && self.pending.lock().is_empty()
     }
 
+    /// Whether a sync is to be expected of just what was written since the last one: so were the ones
+    /// before, each of a small overwrite.
+    #[must_use]
+    pub fn expects_sync(&self) -> bool {
+        self.habit.load(Ordering::Relaxed) >= HABIT && self.is_small_overwrite()
+    }
+
+    /// Has the host begin to write `range`, in bytes, to the device: part of that is done by the time
+    /// a sync of it comes. Best effort.
+    pub fn begin_write_out(&self, range: Range<u64>) {
+        if !self.is_direct()
+            && let Some(file) = self.data.backing(range.clone())
+        {
+            host::begin_write_out(file, range);
+        }
+    }
+
+    /// Whether what was written since the last sync is little, and nothing else has changed.
+    fn is_small_overwrite(&self) -> bool {
+        let has_record =
+            || self.log.as_ref().is_none_or(|log| log.last() > self.durable.load(Ordering::SeqCst));
+        (1..=SMALL).contains(&self.dirty.load(Ordering::Relaxed)) && !has_record()
+    }
+
     /// Makes all that was acknowledged before the call durable, and gives freed space back. A
     /// temporary overlay promises nothing: only the space goes back.
     pub(super) fn sync_all(&self, pace: Pace) -> io::Result<()> {
@@ -65,6 +93,11 @@ impl Overlay {
     fn sync_now(&self, log: &Log, pace: Pace) -> io::Result<()> {
         if self.is_latched() {
             return Err(errno(libc::EIO));
+        }
+        if self.is_small_overwrite() {
+            self.habit.fetch_add(1, Ordering::Relaxed);
+        } else if self.is_dirty() {
+            self.habit.store(0, Ordering::Relaxed);
         }
         self.dirty.store(0, Ordering::SeqCst);
         let upto = log.last();
