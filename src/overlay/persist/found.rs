@@ -95,7 +95,8 @@ pub(in crate::overlay) fn lock(dir: &File, data: &File) -> Result<(), StackError
             Err(error) => return Err(doing("locking it")(error.into())),
         }
         let holder = read_holder(dir);
-        let is_leaving = holder.as_ref().is_some_and(|holder| {
+        // Without a word of who it is: one that begins or ends, or a child of it that was just forked.
+        let is_leaving = holder.as_ref().is_none_or(|holder| {
             holder.draining || !Path::new("/proc").join(holder.pid.to_string()).exists()
         });
         if !is_leaving || start.elapsed() > PATIENCE {
