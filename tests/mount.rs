@@ -997,6 +997,15 @@ fn a_small_overwrite_is_written_out_early_when_a_sync_is_to_be_expected() {
     // A sync that is quicker than the worker leaves nothing to be written.
     let found = early(30, &there, 4096, true);
     assert!((1..=30).contains(&found), "{found}");
+    // Two writes to a sync: one is begun with, and then no more.
+    let strace = Strace::attach_with(&lab, lab.pid(), "sync_file_range", &[]);
+    for turn in 0..30 {
+        file.write_all_at(&noise(4096, turn), 0).unwrap();
+        file.write_all_at(&noise(4096, turn), 8192).unwrap();
+        file.sync_all().unwrap();
+    }
+    let found = strace.end(&lab, || true).calls.len();
+    assert!(found <= 4, "{found}");
     drop(file);
     lab.end();
 }

@@ -476,7 +476,9 @@ impl Disk {
     /// when one is to be expected.
     pub fn prepare_sync(&self, range: Range<u64>) {
         let expects = match &self.layers.read().top {
-            Top::Overlay(overlay) if overlay.expects_sync() => Some(Arc::clone(overlay)),
+            Top::Overlay(overlay) if overlay.expects_sync_of(range.end - range.start) => {
+                Some(Arc::clone(overlay))
+            }
             Top::Overlay(_) | Top::Reflink(_) | Top::Base(_) | Top::Nothing => None,
         };
         // Not under the lock: a host that hangs would hold up whoever wants the layers.

@@ -217,6 +217,12 @@ impl Journal {
         if state.number > 0 { state.next } else { generation + 1 }
     }
 
+    /// The newest sequence in an entry, 0 when there is none.
+    pub(super) fn last(&self) -> u64 {
+        let state = self.state.lock();
+        if state.number > 0 { state.next - 1 } else { 0 }
+    }
+
     /// Whether an entry of so many records and blocks could be written. It may be too early.
     pub(super) fn takes(&self, records: u64, blocks: usize, block: u64) -> bool {
         let mut state = self.state.lock();

@@ -49,11 +49,20 @@ impl Overlay {
             && self.pending.lock().is_empty()
     }
 
-    /// Whether a sync is to be expected of just what was written since the last one: so were the ones
-    /// before, each of a small overwrite.
+    /// Called after a write of `len` bytes: whether a sync of just that is to be expected. So were the
+    /// ones before, each of one small overwrite.
     #[must_use]
-    pub fn expects_sync(&self) -> bool {
-        self.habit.load(Ordering::Relaxed) >= HABIT && self.is_small_overwrite()
+    pub fn expects_sync_of(&self, len: u64) -> bool {
+        if self.habit.load(Ordering::Relaxed) < HABIT || !self.is_small_overwrite() {
+            return false;
+        }
+        let is_first = self.dirty.load(Ordering::Relaxed) == len;
+        if !is_first {
+            // Who writes several times before a sync may write the same block: it would go to the
+            // device each time, and some file systems have the second write wait for the first.
+            self.habit.store(0, Ordering::Relaxed);
+        }
+        is_first
     }
 
     /// Has the host begin to write `range`, in bytes, to the device: part of that is done by the time
@@ -68,9 +77,9 @@ impl Overlay {
 
     /// Whether what was written since the last sync is little, and nothing else has changed.
     fn is_small_overwrite(&self) -> bool {
-        let has_record =
-            || self.log.as_ref().is_none_or(|log| log.last() > self.durable.load(Ordering::SeqCst));
-        (1..=SMALL).contains(&self.dirty.load(Ordering::Relaxed)) && !has_record()
+        let Some(log) = &self.log else { return false };
+        let is_small = (1..=SMALL).contains(&self.dirty.load(Ordering::Relaxed));
+        is_small && log.last() <= self.durable.load(Ordering::SeqCst).max(self.journal.last())
     }
 
     /// Makes all that was acknowledged before the call durable, and gives freed space back. A
@@ -138,7 +147,9 @@ impl Overlay {
         }
         // Overwrites alone are as quick the other way. Freed space waits for a whole sync.
         let is_plain = upto <= self.durable.load(Ordering::SeqCst);
-        if is_plain || self.is_direct() || !self.pending.lock().is_empty() {
+        // And quicker, once a whole sync has made the entries void.
+        let is_habit = self.habit.load(Ordering::Relaxed) >= HABIT;
+        if is_plain || is_habit || self.is_direct() || !self.pending.lock().is_empty() {
             return false;
         }
         let Ok(block) = u32::try_from(self.block) else { return false };
