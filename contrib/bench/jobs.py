@@ -158,7 +158,7 @@ def _writes() -> list[Job]:
     small, each = _random("write", "4k", plain, end), _random("write", "4k", plain, "--fsync=1")
     jobs += _twice("rand-write-fsync", "random write 4k buffered, one fsync", Section.FSYNC, small, 1 / 8,
                    _NONE, (0.2, 2))
-    jobs += _twice("write-fsync-each", "random write 4k, fsync after each", Section.FSYNC, each, 1 / 512,
+    jobs += _twice("write-fsync-each", "random write 4k, fsync after each", Section.FSYNC, each, 1 / 64,
                    (0.45, 1.5), (0.8, 1.5))
     large = _sequential("write", end)
     jobs += _twice("seq-write-fsync", "sequential write 1M, one fsync", Section.FSYNC, large, 1, _NONE, (0.9, 1.1))
@@ -166,7 +166,7 @@ def _writes() -> list[Job]:
         Job(f"sparse-{key}", title, Section.SPARSE, Caches.KEPT, options, share, begins=Begins.FRESH, beside=SPARSE)
         for key, title, options, share in (
             ("rand-write-fsync", "random write 4k buffered, one fsync", small, 1 / 8),
-            ("write-fsync-each", "random write 4k, fsync after each", each, 1 / 512),
+            ("write-fsync-each", "random write 4k, fsync after each", each, 1 / 64),
             ("seq-write-fsync", "sequential write 1M, one fsync", large, 1),
         )
     ]
