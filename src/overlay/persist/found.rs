@@ -21,6 +21,9 @@ use crate::overlay::{Overlay, life};
 
 /// How long a daemon that is draining is waited for.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// How long for one that has left no word of who it is: it begins or ends just now, or a child that it
+/// has forked is about to become another program.
+const MOMENT: Duration = Duration::from_millis(200);
 
 /// A persistent overlay found in its place, its lock taken, its log not read yet.
 pub struct Found {
@@ -95,17 +98,22 @@ pub(in crate::overlay) fn lock(dir: &File, data: &File) -> Result<(), StackError
             Err(error) => return Err(doing("locking it")(error.into())),
         }
         let holder = read_holder(dir);
-        // Without a word of who it is: one that begins or ends, or a child of it that was just forked.
-        let is_leaving = holder.as_ref().is_none_or(|holder| {
-            holder.draining || !Path::new("/proc").join(holder.pid.to_string()).exists()
-        });
-        if !is_leaving || start.elapsed() > PATIENCE {
+        let patience = match &holder {
+            None => MOMENT,
+            Some(holder) if holder.draining || !is_running(holder.pid) => PATIENCE,
+            Some(_) => Duration::ZERO,
+        };
+        if start.elapsed() >= patience {
             let (pid, mountpoint) =
                 holder.map_or((0, "unknown".to_owned()), |holder| (holder.pid, holder.mountpoint));
             return Err(StackError::InUse { pid, mountpoint });
         }
         thread::sleep(Duration::from_millis(20));
     }
+}
+
+fn is_running(pid: u32) -> bool {
+    Path::new("/proc").join(pid.to_string()).exists()
 }
 
 fn read_holder(dir: &File) -> Option<Holder> {
