@@ -99,8 +99,8 @@ fn read_cached(file: &File, buf: &mut [u8], offset: u64) -> io::Result<usize> {
 /// it: 4 KiB into 1 MiB take four times as long, and the sync after it twice as long.
 const PIECE: u64 = 64 << 10;
 
-/// Writes all of `parts`, one after the other, from `offset` on; one system call when that is no
-/// more than a piece.
+/// Writes all of `parts`, one after the other, from `offset` on; one system call when all of it lies
+/// between two multiples of [`PIECE`].
 ///
 /// # Errors
 /// The host's errno; part of it may have been written then.

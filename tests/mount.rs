@@ -981,6 +981,8 @@ fn a_small_overwrite_is_written_out_early_when_a_sync_is_to_be_expected() {
         let strace = Strace::attach_with(&lab, lab.pid(), "sync_file_range", &[]);
         for turn in 0..turns {
             file.write_all_at(&noise(len, turn), at(turn)).unwrap();
+            // For the worker to come to it: a sync that is quicker leaves nothing to be begun with.
+            thread::sleep(Duration::from_millis(2));
             if is_synced || turn + 1 == turns {
                 file.sync_all().unwrap();
             }
@@ -994,9 +996,8 @@ fn a_small_overwrite_is_written_out_early_when_a_sync_is_to_be_expected() {
     // What the journal holds of those is made void by one sync of more.
     assert_eq!(early(1, &there, MIB, true), 0);
     assert_eq!(early(8, &there, 4096, true), 0, "too few");
-    // A sync that is quicker than the worker leaves nothing to be written.
     let found = early(30, &there, 4096, true);
-    assert!((1..=30).contains(&found), "{found}");
+    assert!((20..=30).contains(&found), "{found}");
     // Two writes to a sync: one is begun with, and then no more.
     let strace = Strace::attach_with(&lab, lab.pid(), "sync_file_range", &[]);
     for turn in 0..30 {

@@ -472,19 +472,16 @@ impl Disk {
         }
     }
 
-    /// Called after `range`, in bytes, was written and answered: what helps the sync that comes next,
-    /// when one is to be expected.
+    /// Called after `range`, in bytes, was written and answered: has the host begin with what the next
+    /// sync will ask of it, when one is to be expected.
     pub fn prepare_sync(&self, range: Range<u64>) {
-        let expects = match &self.layers.read().top {
-            Top::Overlay(overlay) if overlay.expects_sync_of(range.end - range.start) => {
-                Some(Arc::clone(overlay))
-            }
-            Top::Overlay(_) | Top::Reflink(_) | Top::Base(_) | Top::Nothing => None,
+        // No more than a number is looked at under the lock: what a host that hangs may hold up
+        // would hold up whoever wants the layers.
+        let overlay = match &self.layers.read().top {
+            Top::Overlay(overlay) if overlay.is_synced_often() => Arc::clone(overlay),
+            Top::Overlay(_) | Top::Reflink(_) | Top::Base(_) | Top::Nothing => return,
         };
-        // Not under the lock: a host that hangs would hold up whoever wants the layers.
-        if let Some(overlay) = expects {
-            overlay.begin_write_out(range);
-        }
+        overlay.prepare_sync(range);
     }
 
     /// Whether [`sync`](Self::sync) takes about as long as the device needs for a few blocks.

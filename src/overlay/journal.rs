@@ -211,16 +211,10 @@ impl Journal {
         self.state.lock().number > 0
     }
 
-    /// The first sequence that neither the log nor an entry has durably.
-    pub(super) fn next(&self, generation: u64) -> u64 {
+    /// The first sequence that no entry has, nor the log up to `durable`.
+    pub(super) fn next(&self, durable: u64) -> u64 {
         let state = self.state.lock();
-        if state.number > 0 { state.next } else { generation + 1 }
-    }
-
-    /// The newest sequence in an entry, 0 when there is none.
-    pub(super) fn last(&self) -> u64 {
-        let state = self.state.lock();
-        if state.number > 0 { state.next - 1 } else { 0 }
+        if state.number > 0 { state.next } else { durable + 1 }
     }
 
     /// Whether an entry of so many records and blocks could be written. It may be too early.

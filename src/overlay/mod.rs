@@ -11,7 +11,8 @@
 //! - `turns`: who shares a sync. `recover`: from files to a running overlay. `stack`: which
 //!   layers make a disk, on disk. `keep`: from temporary to persistent.
 //!   `verify`: is it whole? `reflink`: the other kind of overlay, which has no map: a reflink copy
-//!   of its base. `journal`: syncs of few changes. `commit`: down into the base. `sealed`, `merge`, `tree`, `shelf`: layers below.
+//!   of its base. `journal`: syncs of few changes. `commit`: down into the base. `sealed`, `merge`,
+//!   `tree`, `shelf`: layers below.
 //!
 //! Locks, outermost first: the disk's gate (held by the caller), `ranges`, the log's tail, the map.
 //! `pending` is taken inside any of them and nothing is taken inside it. Only `ranges` is held

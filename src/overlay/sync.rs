@@ -49,28 +49,26 @@ impl Overlay {
             && self.pending.lock().is_empty()
     }
 
-    /// Called after a write of `len` bytes: whether a sync of just that is to be expected. So were the
-    /// ones before, each of one small overwrite.
+    /// Whether the last syncs were each of a small overwrite. Waits for nothing.
     #[must_use]
-    pub fn expects_sync_of(&self, len: u64) -> bool {
-        if self.habit.load(Ordering::Relaxed) < HABIT || !self.is_small_overwrite() {
-            return false;
+    pub fn is_synced_often(&self) -> bool {
+        self.habit.load(Ordering::Relaxed) >= HABIT
+    }
+
+    /// Called after `range`, in bytes, was written to an overlay that is synced often. When that is all
+    /// since the last sync, the host begins to write it to the device: part of that is done by the
+    /// time a sync of it comes. Best effort.
+    pub fn prepare_sync(&self, range: Range<u64>) {
+        if !self.is_small_overwrite() || self.is_direct() {
+            return;
         }
-        let is_first = self.dirty.load(Ordering::Relaxed) == len;
-        if !is_first {
+        if self.dirty.load(Ordering::Relaxed) != range.end - range.start {
             // Who writes several times before a sync may write the same block: it would go to the
             // device each time, and some file systems have the second write wait for the first.
             self.habit.store(0, Ordering::Relaxed);
+            return;
         }
-        is_first
-    }
-
-    /// Has the host begin to write `range`, in bytes, to the device: part of that is done by the time
-    /// a sync of it comes. Best effort.
-    pub fn begin_write_out(&self, range: Range<u64>) {
-        if !self.is_direct()
-            && let Some(file) = self.data.backing(range.clone())
-        {
+        if let Some(file) = self.data.backing(range.clone()) {
             host::begin_write_out(file, range);
         }
     }
@@ -79,7 +77,7 @@ impl Overlay {
     fn is_small_overwrite(&self) -> bool {
         let Some(log) = &self.log else { return false };
         let is_small = (1..=SMALL).contains(&self.dirty.load(Ordering::Relaxed));
-        is_small && log.last() <= self.durable.load(Ordering::SeqCst).max(self.journal.last())
+        is_small && log.last() < self.journal.next(self.durable.load(Ordering::SeqCst))
     }
 
     /// Makes all that was acknowledged before the call durable, and gives freed space back. A
@@ -145,11 +143,11 @@ impl Overlay {
         if count == 0 && fresh.is_empty() && self.journal.is_used() {
             return true; // Nothing was changed since the last entry.
         }
-        // Overwrites alone are as quick the other way. Freed space waits for a whole sync.
+        // Overwrites alone are as quick the other way, and quicker once they are a habit: a whole sync
+        // makes the entries void. Freed space waits for one, too.
         let is_plain = upto <= self.durable.load(Ordering::SeqCst);
-        // And quicker, once a whole sync has made the entries void.
-        let is_habit = self.habit.load(Ordering::Relaxed) >= HABIT;
-        if is_plain || is_habit || self.is_direct() || !self.pending.lock().is_empty() {
+        if is_plain || self.is_synced_often() || self.is_direct() || !self.pending.lock().is_empty()
+        {
             return false;
         }
         let Ok(block) = u32::try_from(self.block) else { return false };
