@@ -100,7 +100,7 @@ fn read_cached(file: &File, buf: &mut [u8], offset: u64) -> io::Result<usize> {
 const PIECE: u64 = 64 << 10;
 
 /// Writes all of `parts`, one after the other, from `offset` on; one system call when all of it lies
-/// between two multiples of [`PIECE`].
+/// between two multiples of 64 KiB.
 ///
 /// # Errors
 /// The host's errno; part of it may have been written then.
