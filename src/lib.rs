@@ -14,6 +14,7 @@ pub mod aligned;
 pub mod base;
 pub mod catalog;
 pub mod cli;
+pub mod confined;
 pub mod control;
 pub mod direct;
 pub mod disk;

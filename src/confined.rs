@@ -1,0 +1,370 @@
+//! The one way to open what a name from outside leads to, and the one way to create.
+//!
+//! Overlays, stores, states of transfers, configurations and images may have been made by somebody
+//! else. A name in them, and what lies under a name, is hostile until it was looked at:
+//!
+//! | what could be there | what happens here |
+//! |---|---|
+//! | a name with `/`, `..`, an absolute path | refused: a name is one plain component |
+//! | a symbolic link | refused (`O_NOFOLLOW`) |
+//! | a named pipe, a socket, a device, a directory | refused, and never waited for (`O_NONBLOCK`) |
+//! | a file of somebody else | refused: its owner is root, this process's user or the directory's |
+//! | a file that never ends | read up to a limit, then refused |
+//! | a file in the place of a new one | never written into (`O_EXCL`) |
+//!
+//! Everything is done relative to an open directory, so that a rename of what holds it changes
+//! nothing. Whether the directory itself is to be believed is [`trust`](crate::trust)'s to say.
+
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::{Component, Path};
+
+use rustix::fs::{AtFlags, CWD, Mode, OFlags};
+
+/// What an opened file is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Access {
+    /// Reading.
+    Read,
+    /// Reading and writing.
+    ReadWrite,
+}
+
+impl Access {
+    fn flags(self) -> OFlags {
+        match self {
+            Self::Read => OFlags::RDONLY,
+            Self::ReadWrite => OFlags::RDWR,
+        }
+    }
+}
+
+/// Opens the directory at `path`, which the user has named: links on the way are followed.
+///
+/// # Errors
+/// The host's errno; `ENOTDIR` when something else is there.
+pub fn open_dir(path: &Path) -> io::Result<File> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    Ok(File::from(rustix::fs::open(path, flags, Mode::empty())?))
+}
+
+/// Opens the regular file or block device at `path`, which the user or a record of his has named:
+/// links on the way are followed, anything else there is refused without waiting for it.
+///
+/// # Errors
+/// The host's errno; [`io::ErrorKind::InvalidInput`] when something else is there.
+pub fn open_input(path: &Path, access: Access) -> io::Result<File> {
+    let file = open_nonblocking(CWD, path, access.flags())?;
+    let kind = file.metadata()?.file_type();
+    if kind.is_file() || kind.is_block_device() { Ok(file) } else { Err(refusal(kind)) }
+}
+
+/// Opens the regular file `name` in `dir`.
+///
+/// # Errors
+/// The host's errno; [`io::ErrorKind::InvalidInput`] for a link, for something that is no regular
+/// file, for a file of another user, and for a name that is not one plain component.
+pub fn open_file(dir: &File, name: impl AsRef<Path>, access: Access) -> io::Result<File> {
+    let name = plain(name.as_ref())?;
+    let opened = open_nonblocking(dir, name, access.flags() | OFlags::NOFOLLOW);
+    let file = opened.map_err(|error| explain(dir, name, error))?;
+    let found = file.metadata()?;
+    if !found.is_file() {
+        return Err(refusal(found.file_type()));
+    }
+    check_owner(dir, found.uid())?;
+    Ok(file)
+}
+
+/// Opens the directory `name` in `dir`.
+///
+/// # Errors
+/// As [`open_file`].
+pub fn open_subdir(dir: &File, name: impl AsRef<Path>) -> io::Result<File> {
+    let name = plain(name.as_ref())?;
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW;
+    let opened = open_nonblocking(dir, name, flags);
+    let file = opened.map_err(|error| explain(dir, name, error))?;
+    check_owner(dir, file.metadata()?.uid())?;
+    Ok(file)
+}
+
+/// Reads the regular file `name` in `dir`, of at most `limit` bytes.
+///
+/// # Errors
+/// As [`open_file`]; `EFBIG` when it is longer.
+pub fn read_file(dir: &File, name: impl AsRef<Path>, limit: u64) -> io::Result<Vec<u8>> {
+    read_to_limit(&open_file(dir, name, Access::Read)?, limit)
+}
+
+/// Reads all of `file`, which holds at most `limit` bytes.
+///
+/// # Errors
+/// `EFBIG` when it holds more; the host's errno.
+pub fn read_to_limit(file: impl Read, limit: u64) -> io::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    file.take(limit.saturating_add(1)).read_to_end(&mut bytes)?;
+    if bytes.len() as u64 > limit {
+        return Err(io::Error::from_raw_os_error(libc::EFBIG));
+    }
+    Ok(bytes)
+}
+
+/// Creates the file `name` in `dir` for reading and writing, for this user alone (0600).
+///
+/// # Errors
+/// `EEXIST` when something is there, a link included; the host's errno.
+pub fn create_file(dir: impl AsFd, name: impl AsRef<Path>) -> io::Result<File> {
+    let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+    let name = plain(name.as_ref())?;
+    Ok(File::from(rustix::fs::openat(dir, name, flags, Mode::RUSR | Mode::WUSR)?))
+}
+
+/// As [`create_file`], for a name that only leftovers of an earlier attempt can have: what is there
+/// is unlinked first.
+///
+/// # Errors
+/// The host's errno, `EISDIR` among them.
+pub fn recreate_file(dir: impl AsFd, name: impl AsRef<Path>) -> io::Result<File> {
+    remove_file(&dir, &name)?;
+    create_file(dir, name)
+}
+
+/// Unlinks `name` in `dir`, if it is there; a link itself, never what it leads to.
+///
+/// # Errors
+/// The host's errno, `EISDIR` among them.
+pub fn remove_file(dir: impl AsFd, name: impl AsRef<Path>) -> io::Result<()> {
+    match rustix::fs::unlinkat(dir, plain(name.as_ref())?, AtFlags::empty()) {
+        Ok(()) | Err(rustix::io::Errno::NOENT) => Ok(()),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Creates the directory `name` in `dir`, for this user alone (0700), and opens it.
+///
+/// # Errors
+/// `EEXIST` when something is there; the host's errno.
+pub fn create_dir(dir: &File, name: impl AsRef<Path>) -> io::Result<File> {
+    let name = plain(name.as_ref())?;
+    rustix::fs::mkdirat(dir, name, Mode::RUSR | Mode::WUSR | Mode::XUSR)?;
+    open_subdir(dir, name)
+}
+
+/// Replaces the file `name` in `dir` by one that holds `bytes`, durably: `new` is its name until it
+/// is whole.
+///
+/// # Errors
+/// The host's errno. Unless the directory alone could not be synced, the old file is in place then.
+pub fn replace_file(dir: &File, name: &str, new: &str, bytes: &[u8]) -> io::Result<()> {
+    let mut file = recreate_file(dir, new)?;
+    file.write_all(bytes)?;
+    file.sync_all()?;
+    rustix::fs::renameat(dir, new, dir, name)?;
+    dir.sync_all()
+}
+
+/// `name`, when it is one plain component.
+fn plain(name: &Path) -> io::Result<&Path> {
+    let mut parts = name.components();
+    match (parts.next(), parts.next()) {
+        // Components forget a `/` at the end.
+        (Some(Component::Normal(part)), None) if part == name.as_os_str() => Ok(name),
+        _ => Err(refused("its name is not one plain component")),
+    }
+}
+
+/// Opens without waiting, neither for the other end of a pipe nor for a terminal.
+fn open_nonblocking(dir: impl AsFd, name: &Path, flags: OFlags) -> io::Result<File> {
+    let flags = flags | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
+    let fd: OwnedFd =
+        rustix::io::retry_on_intr(|| rustix::fs::openat(&dir, name, flags, Mode::empty()))?;
+    // A regular file ignores the flag, but for leases; a device does not.
+    let set = rustix::fs::fcntl_getfl(&fd)?;
+    rustix::fs::fcntl_setfl(&fd, set - OFlags::NONBLOCK)?;
+    Ok(File::from(fd))
+}
+
+fn check_owner(dir: &File, owner: u32) -> io::Result<()> {
+    let own = rustix::process::geteuid().as_raw();
+    if owner == 0 || owner == own || owner == dir.metadata()?.uid() {
+        return Ok(());
+    }
+    Err(refused(&format!("it belongs to another user (uid {owner})")))
+}
+
+/// Says of a link, a pipe or a socket what it is: the errno speaks of what opening it would mean.
+fn explain(dir: &File, name: &Path, error: io::Error) -> io::Error {
+    let found = rustix::fs::statat(dir, name, AtFlags::SYMLINK_NOFOLLOW);
+    match (error.raw_os_error(), found) {
+        (Some(libc::ELOOP | libc::ENOTDIR | libc::ENXIO | libc::EISDIR), Ok(found)) => {
+            let kind = rustix::fs::FileType::from_raw_mode(found.st_mode);
+            refused(&format!("it is {}", describe(kind)))
+        }
+        _ => error,
+    }
+}
+
+fn refusal(kind: std::fs::FileType) -> io::Error {
+    use rustix::fs::FileType as Type;
+    let kind = match () {
+        () if kind.is_dir() => Type::Directory,
+        () if kind.is_fifo() => Type::Fifo,
+        () if kind.is_socket() => Type::Socket,
+        () if kind.is_char_device() => Type::CharacterDevice,
+        () if kind.is_block_device() => Type::BlockDevice,
+        () if kind.is_file() => Type::RegularFile,
+        () => Type::Unknown,
+    };
+    refused(&format!("it is {}", describe(kind)))
+}
+
+fn describe(kind: rustix::fs::FileType) -> &'static str {
+    use rustix::fs::FileType as Type;
+    match kind {
+        Type::Symlink => "a symbolic link, which is not followed here",
+        Type::Directory => "a directory",
+        Type::Fifo => "a named pipe, not a file",
+        Type::Socket => "a socket, not a file",
+        Type::CharacterDevice => "a character device, not a file",
+        Type::BlockDevice => "a block device, not a file",
+        Type::RegularFile => "a file, not a directory",
+        Type::Unknown => "no file",
+    }
+}
+
+fn refused(why: &str) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidInput, why.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::{PermissionsExt, symlink};
+    use std::os::unix::net::UnixListener;
+
+    use super::*;
+
+    /// A directory with one of everything that is not what is expected, and its open file.
+    fn room() -> (tempfile::TempDir, File) {
+        let room = tempfile::tempdir().unwrap();
+        let at = |name: &str| room.path().join(name);
+        std::fs::write(at("file"), b"0123456789").unwrap();
+        std::fs::create_dir(at("dir")).unwrap();
+        symlink(at("file"), at("link")).unwrap();
+        symlink(at("dir"), at("link-to-dir")).unwrap();
+        symlink(at("nothing"), at("dangling")).unwrap();
+        rustix::fs::mkfifoat(CWD, at("fifo"), Mode::RUSR | Mode::WUSR).unwrap();
+        UnixListener::bind(at("socket")).unwrap();
+        let dir = open_dir(room.path()).unwrap();
+        (room, dir)
+    }
+
+    #[test]
+    fn only_a_regular_file_is_opened_and_nothing_is_waited_for() {
+        let (_room, dir) = room();
+        for access in [Access::Read, Access::ReadWrite] {
+            assert!(open_file(&dir, "file", access).is_ok());
+            for (name, why) in [
+                ("dir", "a directory"),
+                ("link", "a symbolic link"),
+                ("dangling", "a symbolic link"),
+                ("fifo", "a named pipe"),
+                ("socket", "a socket"),
+            ] {
+                let error = open_file(&dir, name, access).unwrap_err();
+                assert_eq!(error.kind(), io::ErrorKind::InvalidInput, "{name}: {error}");
+                assert!(error.to_string().contains(why), "{name}: {error}");
+            }
+            let missing = open_file(&dir, "nothing", access).unwrap_err();
+            assert_eq!(missing.kind(), io::ErrorKind::NotFound);
+        }
+    }
+
+    #[test]
+    fn only_a_directory_is_opened_as_one() {
+        let (_room, dir) = room();
+        assert!(open_subdir(&dir, "dir").is_ok());
+        for name in ["file", "link", "link-to-dir", "fifo", "socket"] {
+            let error = open_subdir(&dir, name).unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::InvalidInput, "{name}: {error}");
+        }
+    }
+
+    #[test]
+    fn what_the_user_names_may_be_a_link_but_not_a_pipe() {
+        let (room, _) = room();
+        for name in ["file", "link"] {
+            assert!(open_input(&room.path().join(name), Access::Read).is_ok());
+        }
+        for name in ["dir", "fifo", "socket", "dangling"] {
+            assert!(open_input(&room.path().join(name), Access::Read).is_err(), "{name}");
+        }
+        assert!(open_input(Path::new("/dev/null"), Access::Read).is_err());
+    }
+
+    #[test]
+    fn a_name_is_one_plain_component() {
+        let (room, dir) = room();
+        let absolute = room.path().join("file");
+        let absolute = absolute.to_str().unwrap();
+        for name in ["", ".", "..", "/", "dir/", "dir/x", "../x", "./file", absolute] {
+            for error in [
+                open_file(&dir, name, Access::Read).unwrap_err(),
+                open_subdir(&dir, name).unwrap_err(),
+                create_file(&dir, name).unwrap_err(),
+                create_dir(&dir, name).unwrap_err(),
+                remove_file(&dir, name).unwrap_err(),
+            ] {
+                assert_eq!(error.kind(), io::ErrorKind::InvalidInput, "{name:?}: {error}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_file_of_another_user_is_refused() {
+        let (room, dir) = room();
+        // The tests run as root.
+        std::os::unix::fs::chown(room.path().join("file"), Some(12345), None).unwrap();
+        let error = open_file(&dir, "file", Access::Read).unwrap_err();
+        assert!(error.to_string().contains("uid 12345"), "{error}");
+        std::os::unix::fs::chown(room.path(), Some(12345), None).unwrap();
+        assert!(open_file(&dir, "file", Access::Read).is_ok());
+    }
+
+    #[test]
+    fn reading_stops_at_the_limit() {
+        let (_room, dir) = room();
+        assert_eq!(read_file(&dir, "file", 10).unwrap(), b"0123456789");
+        let error = read_file(&dir, "file", 9).unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(libc::EFBIG));
+    }
+
+    #[test]
+    fn what_is_created_is_new_and_private() {
+        let (room, dir) = room();
+        let mode = |name: &str| {
+            std::fs::symlink_metadata(room.path().join(name)).unwrap().permissions().mode() & 0o777
+        };
+        for name in ["file", "dir", "link", "dangling", "fifo"] {
+            assert!(create_file(&dir, name).is_err(), "{name}");
+            assert!(create_dir(&dir, name).is_err(), "{name}");
+        }
+        create_file(&dir, "new").unwrap();
+        create_dir(&dir, "new-dir").unwrap();
+        assert_eq!((mode("new"), mode("new-dir")), (0o600, 0o700));
+    }
+
+    #[test]
+    fn a_file_is_replaced_whatever_lies_under_the_names() {
+        let (room, dir) = room();
+        // `new` leads to a file that must stay as it is, and so does the name itself.
+        symlink(room.path().join("file"), room.path().join("state.new")).unwrap();
+        symlink(room.path().join("file"), room.path().join("state")).unwrap();
+        replace_file(&dir, "state", "state.new", b"text").unwrap();
+        assert_eq!(read_file(&dir, "state", 100).unwrap(), b"text");
+        assert_eq!(read_file(&dir, "file", 100).unwrap(), b"0123456789");
+        assert!(!room.path().join("state.new").exists());
+    }
+}
