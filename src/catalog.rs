@@ -168,23 +168,27 @@ impl Catalog {
             let disk = Arc::clone(&entry.disk);
             let stored = Arc::new(Entry { disk, origin: Origin::Stored, slot: entry.slot });
             let mut names = self.names.write();
+            if names.get(name).is_none_or(|there| there.slot != entry.slot) {
+                return Some(Err(
+                    "it was removed meanwhile: the store has it all the same".to_owned()
+                ));
+            }
             names.insert(name.to_owned(), Arc::clone(&stored));
             self.inodes.insert(stored.disk.ino(), stored);
         }
         Some(kept)
     }
 
-    /// Makes the disk `to`, which holds what the disk `from` of the store holds now.
+    /// Makes the disk `to`, which holds what the disk `entry` of the store holds now.
     ///
     /// # Errors
     /// A line for the user; nothing is left behind then.
-    pub fn clone_disk(&self, from: &str, to: &str) -> Result<Arc<Disk>, String> {
+    pub fn clone_disk(&self, entry: &Entry, to: &str) -> Result<Arc<Disk>, String> {
         let Some(store) = &self.store else {
             return Err("the mount has no store: mount with --store DIR, and the disk with \
                         overlay=DIR, to clone it"
                 .to_owned());
         };
-        let entry = self.named(from).ok_or_else(|| format!("there is no disk '{from}'"))?;
         if entry.origin != Origin::Stored {
             let dir = store.dir().display();
             return Err(match entry.disk.overlay_dir() {

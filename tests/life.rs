@@ -6,7 +6,10 @@
 mod common;
 
 use std::fs;
+use std::io::{Read, Write};
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use common::mount::*;
 use rustix::fs::SeekFrom;
@@ -410,6 +413,162 @@ fn a_clone_is_a_disk_of_its_own() {
     lab.kill();
     lab.mount("--store st");
     assert!(all(&lab, "m/d") == d && all(&lab, "m/e") == e && all(&lab, "m/f") == e);
+    lab.end();
+}
+
+/// A store with the disks `golden` and `vm`, as others know them by name: what the kernel may still
+/// believe of a name must not lead a command to the disk that had it before.
+fn golden_and_vm() -> Lab {
+    let lab = Lab::new();
+    lab.mount("--store st");
+    lab.sh("echo golden >m/golden; echo changed >m/vm");
+    lab
+}
+
+#[test]
+fn a_command_right_after_a_rename_acts_on_the_disk_that_has_the_name_now() {
+    let lab = golden_and_vm();
+    for round in 0..4 {
+        // The snapshot has the kernel look up what belongs to 'vm'.
+        lab.ok(&format!("snapshot m/vm before{round}"));
+        lab.sh("mv m/vm m/vm.old; $COWSLIP clone m/golden m/vm");
+        assert_eq!(lab.ok("snapshot m/vm --list").lines().count(), 1, "a clone has no snapshots");
+        let reset = lab.sh("$COWSLIP reset m/vm; cat m/vm.old m/vm");
+        assert_eq!(reset, "vm: is as its base\nchanged\n", "round {round}");
+        lab.sh("rm m/vm; mv m/vm.old m/vm");
+        assert_eq!(lab.sh("$COWSLIP send m/vm --frames raw | cat"), "changed\n");
+        assert_eq!(lab.disk("vm")["inode"], lab.path("m/vm").metadata().unwrap().ino());
+    }
+    lab.end();
+}
+
+#[test]
+fn a_command_right_after_a_rename_reads_and_copies_the_disk_that_has_the_name_now() {
+    let lab = golden_and_vm();
+    let vm = lab.sh("stat -c %i m/vm");
+    for _ in 0..4 {
+        lab.sh("$COWSLIP map m/vm >/dev/null; $COWSLIP snapshot m/vm --list >/dev/null");
+        lab.sh("mv m/vm m/vm.old; mv m/golden m/vm");
+        assert_eq!(lab.sh("$COWSLIP send m/vm --frames raw | cat"), "golden\n");
+        lab.sh(
+            "$COWSLIP diff m/vm --full -O qcow2 -o d.q; qemu-img convert -O raw d.q d.raw; rm d.q",
+        );
+        assert_eq!(lab.sh("head -c 7 d.raw; rm d.raw"), "golden\n");
+        assert_eq!(
+            lab.sh("$COWSLIP clone m/vm m/copy >/dev/null; cat m/copy; rm m/copy"),
+            "golden\n"
+        );
+        let known =
+            |name: &str| lab.sh(&format!("grep -o '\"inode\":[0-9]*' m/.cowslip/{name}/status"));
+        assert_eq!(known("vm.old").trim().strip_prefix("\"inode\":"), Some(vm.trim()));
+        assert!(known("vm") != known("vm.old"));
+        lab.sh("mv m/vm m/golden; mv m/vm.old m/vm");
+        // The name is another's as soon as it is free.
+        lab.sh("$COWSLIP snapshot m/vm x; cp m/golden m/ci; $COWSLIP snapshot m/ci a; rm m/ci");
+        lab.sh("$COWSLIP clone m/golden m/ci; $COWSLIP snapshot m/ci b; rm m/ci");
+        lab.sh("$COWSLIP snapshot m/vm --delete x; ! test -e m/.cowslip/vm/snapshots/x");
+    }
+    lab.end();
+}
+
+#[test]
+fn a_request_is_refused_by_another_disk_than_the_one_it_means() {
+    let lab = golden_and_vm();
+    lab.sh("$COWSLIP clone m/vm m/other; $COWSLIP add m g=blank:1M");
+    let inode = |name: &str| lab.path(name).metadata().unwrap().ino();
+    let ask = |ctl: &str, request: &str| {
+        let mut file = lab.open(&format!("m/.cowslip/{ctl}"));
+        file.write_all(request.as_bytes()).unwrap();
+        let mut said = String::new();
+        file.read_to_string(&mut said).unwrap();
+        said
+    };
+    let requests = [
+        r#""op":"reset""#,
+        r#""op":"revert","name":"s""#,
+        r#""op":"snapshot","name":"t""#,
+        r#""op":"unsnapshot","name":"s""#,
+        r#""op":"clone","name":"c""#,
+        r#""op":"commit""#,
+        r#""op":"keep","dir":"/nowhere""#,
+        r#""op":"difference""#,
+        r#""op":"hydrate""#,
+        r#""op":"prefetch","start":0,"end":1"#,
+        r#""op":"snapshots""#,
+        r#""op":"finish""#,
+        r#""op":"abort""#,
+    ];
+    lab.ok("snapshot m/vm s");
+    for request in requests {
+        let said = ask("vm/ctl", &format!("{{{request},\"inode\":{}}}", inode("m/other")));
+        assert!(said.contains("\"stale\":true") && said.contains("nothing is done"), "{said}");
+    }
+    let remove = |inode: u64| format!(r#"{{"op":"remove","name":"g","inode":{inode}}}"#);
+    let said = ask("ctl", &remove(inode("m/vm")));
+    assert!(said.contains("\"stale\":true"), "{said}");
+    assert_eq!(
+        lab.sh("cat m/vm; ls m/.cowslip/vm/snapshots; ls m"),
+        "changed\ns\ng\ngolden\nother\nvm\n"
+    );
+    // A request that means this one, and one that does not say.
+    let said =
+        ask("vm/ctl", &format!(r#"{{"op":"snapshot","name":"t","inode":{}}}"#, inode("m/vm")));
+    assert!(said.contains("'t' taken"), "{said}");
+    let said = ask("vm/ctl", r#"{"op":"reset"}"#);
+    assert!(said.contains("is as its base"), "{said}");
+    let said = ask("ctl", &remove(inode("m/g")));
+    assert!(said.contains("\"ok\""), "{said}");
+    assert_eq!(lab.sh("cat m/vm; ls m"), "golden\nother\nvm\n");
+    lab.end();
+}
+
+/// Ends a thread that looks at it, also when its test panics.
+struct Ends<'a>(&'a AtomicBool);
+
+impl Drop for Ends<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+#[test]
+fn a_command_never_acts_on_a_disk_that_takes_the_name_of_another_meanwhile() {
+    let lab = Lab::new();
+    lab.mount("--store st");
+    lab.sh("echo mine >m/vm; echo others >m/other; touch bound; mount --bind m/vm bound");
+    let over = AtomicBool::new(false);
+    let (mut done, mut refused) = (0, 0);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !over.load(Ordering::Relaxed) {
+                for (from, to) in [("vm", "x"), ("other", "vm"), ("x", "other")] {
+                    fs::rename(lab.path("m").join(from), lab.path("m").join(to)).unwrap();
+                }
+                // Long enough under each name for a command to come through.
+                std::thread::sleep(Duration::from_millis(20));
+            }
+        });
+        let _end = Ends(&over);
+        for round in 0..60 {
+            let words = ["reset bound --force", "snapshot bound", "clone bound c"][round % 3];
+            let output = lab.cowslip(words);
+            match output.status.success() {
+                true => done += 1,
+                false => {
+                    let line = one_line(1, &output, words);
+                    let known = ["renamed, removed or replaced", "there is no disk '"];
+                    assert!(known.iter().any(|known| line.contains(known)), "{line}");
+                    refused += 1;
+                }
+            }
+            if fs::exists(lab.path("m/c")).unwrap() {
+                assert!(lab.sh("cat m/c; rm m/c") != "others\n", "a clone of the other one");
+            }
+        }
+    });
+    // The bound one is what was reset, however it was called by then.
+    assert_eq!(lab.sh("cat bound; umount bound; cat m/vm m/other"), "others\n");
+    assert!(done > 0, "{refused} were refused and none came through");
     lab.end();
 }
 

@@ -4,13 +4,16 @@
 //! on a thread of its own, which hands on what it reads piece by piece, and whoever waits for the
 //! next piece waits [`PATIENCE`] at most. A daemon at work shows a sign of life every second.
 
-use std::fs::OpenOptions;
+use std::cell::OnceCell;
+use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read, Write};
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::thread;
 use std::time::Duration;
 
+use rustix::fs::{Mode, OFlags, openat};
 use rustix::io::Errno;
 use serde_json::Value;
 
@@ -65,6 +68,10 @@ pub(super) enum AskError {
         /// Which of its partitions.
         number: u32,
     },
+    /// Its name leads to another disk by now.
+    #[error("'{}' was renamed, removed or replaced meanwhile: nothing is done: ask again",
+        .0.display())]
+    Changed(PathBuf),
     /// Something else.
     #[error("cannot ask the mount at '{}': {error}", mountpoint.display())]
     Host {
@@ -82,18 +89,30 @@ pub(super) enum AskError {
 }
 
 /// One place that can be asked: a mount, or a disk in it.
-#[derive(Clone, Debug, PartialEq, Eq)]
+///
+/// A disk is the one whose file has that name when it is first asked, whatever is called so later:
+/// what reaches another is refused as [`AskError::Changed`].
+#[derive(Clone, Debug)]
 pub(super) struct Place {
     /// Where it is mounted, as mountinfo has it.
     pub(super) mountpoint: PathBuf,
     /// The disk; `None`: the mount as a whole.
     pub(super) disk: Option<String>,
+    /// What it was called by who named it.
+    path: PathBuf,
+    /// The inode number of the disk's file.
+    inode: OnceCell<u64>,
 }
 
 impl Place {
     /// The mount at `mountpoint`.
     pub(super) fn mount(mountpoint: &Path) -> Self {
-        Self { mountpoint: mountpoint.to_owned(), disk: None }
+        Self::new(mountpoint, None, mountpoint)
+    }
+
+    fn new(mountpoint: &Path, disk: Option<String>, path: &Path) -> Self {
+        let (mountpoint, path) = (mountpoint.to_owned(), path.to_owned());
+        Self { mountpoint, disk, path, inode: OnceCell::new() }
     }
 
     /// What `path` is: a mountpoint or a file in a mount. Asks no mount.
@@ -112,7 +131,7 @@ impl Place {
         match (names.next(), names.next()) {
             (None, _) => Ok(Self::mount(&mountpoint)),
             (Some(name), None) => {
-                Ok(Self { mountpoint, disk: Some(name.to_string_lossy().into_owned()) })
+                Ok(Self::new(&mountpoint, Some(name.to_string_lossy().into_owned()), path))
             }
             (Some(_), Some(_)) => anyhow::bail!(
                 "'{}' is no disk of the mount at '{}': name a file right in it",
@@ -137,11 +156,29 @@ impl Place {
         Ok(place)
     }
 
-    /// Its control file `file`.
-    fn file(&self, file: &str) -> PathBuf {
+    /// Its directory of control files.
+    fn control(&self) -> PathBuf {
         let mut path = self.mountpoint.join(".cowslip");
         path.extend(&self.disk);
-        path.join(file)
+        path
+    }
+
+    /// The inode number of the disk's file, which says what disk it is; `None` of a mount.
+    ///
+    /// # Errors
+    /// [`AskError`].
+    pub(super) fn inode(&self) -> Result<Option<u64>, AskError> {
+        if self.disk.is_none() {
+            return Ok(None);
+        }
+        if let Some(inode) = self.inode.get() {
+            return Ok(Some(*inode));
+        }
+        // Not in the mountpoint: a file that is bound elsewhere may have another name by now.
+        let path = self.path.clone();
+        let looked = patiently(move || rustix::fs::stat(&path).map_err(io::Error::from));
+        let inode = looked.map_err(|error| self.error(error))?.st_ino;
+        Ok(Some(*self.inode.get_or_init(|| inode)))
     }
 
     fn error(&self, error: io::Error) -> AskError {
@@ -152,6 +189,7 @@ impl Place {
             (Some(Errno::NOTCONN | Errno::CONNABORTED), _) => AskError::Dead(mountpoint),
             (Some(Errno::ACCESS | Errno::PERM), _) => AskError::Denied(mountpoint),
             (Some(Errno::ROFS), _) => AskError::ReadOnly(mountpoint),
+            (Some(Errno::STALE), Some(_)) => AskError::Changed(self.path.clone()),
             (Some(Errno::NOENT | Errno::NOTDIR), Some(disk)) => {
                 self.part().unwrap_or(AskError::NoDisk { mountpoint, disk: printable(disk) })
             }
@@ -163,7 +201,8 @@ impl Place {
     pub(super) fn part(&self) -> Option<AskError> {
         let part = self.disk.as_deref()?;
         let (disk, number) = split_name(part)?;
-        let whole = Self { disk: Some(disk.to_owned()), mountpoint: self.mountpoint.clone() };
+        let path = self.mountpoint.join(disk);
+        let whole = Self::new(&self.mountpoint, Some(disk.to_owned()), &path);
         let status = whole.status().ok()?;
         let is_shown = |one: &Value| one["number"] == number;
         status["partitions"].as_array()?.iter().any(is_shown).then(|| AskError::Part {
@@ -175,19 +214,33 @@ impl Place {
     }
 
     /// Starts to read its control file `file`.
-    pub(super) fn open(&self, file: &str) -> Feed<'_> {
-        Feed::start(self, self.file(file), None)
+    ///
+    /// # Errors
+    /// [`AskError`].
+    pub(super) fn open(&self, file: &'static str) -> Result<Feed<'_>, AskError> {
+        Ok(Feed::start(self, file, None, self.inode()?))
     }
 
     /// Reads all of its control file `file`.
     ///
     /// # Errors
     /// [`AskError`].
-    pub(super) fn read(&self, file: &str) -> Result<Vec<u8>, AskError> {
+    pub(super) fn read(&self, file: &'static str) -> Result<Vec<u8>, AskError> {
         let mut bytes = Vec::new();
-        let mut feed = self.open(file);
+        let mut feed = self.open(file)?;
         feed.read_to_end(&mut bytes).map_err(|error| self.error(error))?;
         Ok(bytes)
+    }
+
+    /// Opens the file `name` among the disk's snapshots.
+    ///
+    /// # Errors
+    /// The host's; `ESTALE` when the disk's name leads to another by now.
+    pub(super) fn open_snapshot(&self, name: &str) -> io::Result<File> {
+        let dir = open_control(&self.control(), self.inode.get().copied())?;
+        let flags = OFlags::RDONLY | OFlags::CLOEXEC;
+        let snapshots = openat(&dir, "snapshots", OFlags::PATH | flags, Mode::empty())?;
+        Ok(openat(&snapshots, name, flags, Mode::empty())?.into())
     }
 
     /// Its status: the whole mount's document, or that of the disk.
@@ -208,7 +261,12 @@ impl Place {
         request: &Value,
         mut progress: impl FnMut(&Value),
     ) -> Result<Value, AskError> {
-        let feed = Feed::start(self, self.file("ctl"), Some(request.to_string()));
+        let inode = self.inode()?;
+        let mut request = request.clone();
+        if let Some(inode) = inode {
+            request["inode"] = inode.into();
+        }
+        let feed = Feed::start(self, "ctl", Some(request.to_string()), inode);
         let mut answer = None;
         // Read to the end: an open control file would keep the mount busy.
         for line in BufReader::new(feed).lines() {
@@ -224,8 +282,10 @@ impl Place {
             } else if let Some(error) = said.get("error") {
                 let text = error.as_str().map_or_else(|| error.to_string(), str::to_owned);
                 let text = printable(&text);
-                answer = Some(Err(match said["busy"].as_bool() {
-                    Some(true) => AskError::Busy(text),
+                let is = |key: &str| said[key].as_bool() == Some(true);
+                answer = Some(Err(match &self.disk {
+                    _ if is("busy") => AskError::Busy(text),
+                    Some(_) if is("stale") => self.error(Errno::STALE.into()),
                     _ => AskError::Refused(text),
                 }));
             } else if let Some(ok) = said.get_mut("ok") {
@@ -249,13 +309,19 @@ pub(super) struct Feed<'a> {
 }
 
 impl<'a> Feed<'a> {
-    fn start(place: &'a Place, path: PathBuf, request: Option<String>) -> Self {
+    fn start(
+        place: &'a Place,
+        file: &'static str,
+        request: Option<String>,
+        inode: Option<u64>,
+    ) -> Self {
+        let dir = place.control();
         // A few pieces ahead: the reader of a long map need not wait for each.
         let (to, pieces) = sync_channel(4);
         let fetcher = thread::Builder::new().name("ask".into());
         let failed = to.clone();
         let started = fetcher.spawn(move || {
-            if let Err(error) = fetch(&path, request.as_deref(), &to) {
+            if let Err(error) = fetch(&dir, file, request.as_deref(), inode, &to) {
                 let _ = to.send(Err(error));
             }
         });
@@ -271,15 +337,47 @@ impl<'a> Feed<'a> {
     }
 }
 
-/// Writes `request` to the file, if there is one, and reads the file to its end. It is closed
+/// Does `work`, which may hang with a mount, on a thread of its own; `TimedOut` when it takes longer
+/// than [`PATIENCE`].
+fn patiently<T: Send + 'static>(
+    work: impl FnOnce() -> io::Result<T> + Send + 'static,
+) -> io::Result<T> {
+    let (to, done) = sync_channel(1);
+    thread::Builder::new().name("ask".into()).spawn(move || {
+        // Nobody waits any more when it took too long.
+        let _ = to.send(work());
+    })?;
+    done.recv_timeout(PATIENCE).unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
+}
+
+/// Opens a directory of control files, which from then on is that of one disk; `ESTALE` when that
+/// is not the one of `inode`.
+fn open_control(dir: &Path, inode: Option<u64>) -> io::Result<OwnedFd> {
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let dir = rustix::fs::open(dir, flags, Mode::empty())?;
+    if let Some(inode) = inode {
+        let status = openat(&dir, "status", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?;
+        let status: Value = serde_json::from_reader(File::from(status))?;
+        if status["inode"] != inode {
+            return Err(Errno::STALE.into());
+        }
+    }
+    Ok(dir)
+}
+
+/// Writes `request` to the control file, if there is one, and reads that to its end. It is closed
 /// before the channel: when the reader sees the end, the mount is not held any more.
 fn fetch(
-    path: &Path,
+    dir: &Path,
+    file: &str,
     request: Option<&str>,
+    inode: Option<u64>,
     to: &SyncSender<io::Result<Vec<u8>>>,
 ) -> io::Result<()> {
-    let write = request.is_some();
-    let mut file = OpenOptions::new().read(true).write(write).open(path)?;
+    // With a request goes what disk it means, and the daemon compares.
+    let dir = open_control(dir, inode.filter(|_| request.is_none()))?;
+    let access = if request.is_some() { OFlags::RDWR } else { OFlags::RDONLY };
+    let mut file = File::from(openat(&dir, file, access | OFlags::CLOEXEC, Mode::empty())?);
     if let Some(request) = request {
         file.write_all(request.as_bytes())?;
     }
@@ -333,8 +431,9 @@ mod tests {
 
     #[test]
     fn what_does_not_answer_is_said_in_one_line() {
-        let (dir, place) = mount();
-        let place = Place { disk: Some("vm.img".into()), ..place };
+        let (dir, _) = mount();
+        let file = dir.path().join("vm.img");
+        let place = Place::new(dir.path(), Some("vm.img".into()), &file);
         let line = |error: io::Error| place.error(error).to_string();
         let at = dir.path().display();
         assert_eq!(

@@ -4,7 +4,6 @@
 //! changed (`disk/life/differ.rs`). They are there as long as they are open.
 
 use std::fs::File;
-use std::io;
 use std::path::Path;
 
 use anyhow::Context as _;
@@ -41,10 +40,7 @@ impl Moment {
         let found = place.ask(&request, |now| progress.show(now));
         progress.end();
         let mut found = found?;
-        let dir = place.mountpoint.join(".cowslip").join(place.disk.as_deref().unwrap_or_default());
-        let open = |key: &str| -> io::Result<File> {
-            File::open(dir.join("snapshots").join(found[key].as_str().unwrap_or_default()))
-        };
+        let open = |key: &str| place.open_snapshot(found[key].as_str().unwrap_or_default());
         let failed = || format!("cannot read '{}'", shown.display());
         let file = open("file").with_context(failed)?;
         let changed = open("changed").with_context(failed)?;

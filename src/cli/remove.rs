@@ -37,10 +37,11 @@ pub(super) fn run(args: &RemoveArgs) -> anyhow::Result<u8> {
 fn remove(place: &Place, grace: Duration) -> anyhow::Result<Value> {
     let mount = Place::mount(&place.mountpoint);
     let name = place.disk.as_deref().unwrap_or_default();
+    let request = json!({ "op": "remove", "name": name, "inode": place.inode()? });
     let deadline = Instant::now() + grace;
     let mut progress = Progress::new();
     let done = loop {
-        let done = mount.ask(&json!({ "op": "remove", "name": name }), |now| progress.show(now));
+        let done = mount.ask(&request, |now| progress.show(now));
         match done {
             Err(AskError::Busy(_)) if Instant::now() < deadline => thread::sleep(LOOK),
             done => break done,

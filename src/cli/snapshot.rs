@@ -106,7 +106,8 @@ fn name_in(mountpoint: &Path, given: &Path) -> anyhow::Result<String> {
             mountpoint.display()
         )
     };
-    if Place::of(given).is_ok_and(|place| place == Place::mount(mountpoint)) {
+    let is_mountpoint = |place: Place| place.disk.is_none() && place.mountpoint == mountpoint;
+    if Place::of(given).is_ok_and(is_mountpoint) {
         anyhow::bail!(
             "'{path}' is the mountpoint: name the new disk, '{path}/NAME'",
             path = given.display()
@@ -117,7 +118,7 @@ fn name_in(mountpoint: &Path, given: &Path) -> anyhow::Result<String> {
         None => {}
         Some(parent) if parent.as_os_str().is_empty() => {}
         Some(parent) => match Place::of(parent) {
-            Ok(Place { mountpoint: there, disk: None }) if there == mountpoint => {}
+            Ok(Place { mountpoint: there, disk: None, .. }) if there == mountpoint => {}
             _ => return Err(elsewhere()),
         },
     }

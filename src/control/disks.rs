@@ -18,7 +18,7 @@ use std::time::Duration;
 use parking_lot::Mutex;
 use serde_json::{Value, json};
 
-use super::{Control, farewell};
+use super::{Control, another, farewell, is_meant};
 use crate::catalog::{Entry, Origin};
 use crate::disk::{self, Disk, Opened, Setting, Use, split_name};
 use crate::spec::{check_cache, parse_disk};
@@ -31,8 +31,6 @@ use crate::stream::{Ending, Stream};
 pub enum Stale {
     /// A disk has left the mount.
     Disk {
-        /// The name it had.
-        name: String,
         /// The mounted file and those of its windows, each with its inode number.
         files: Vec<(String, u64)>,
     },
@@ -40,13 +38,6 @@ pub enum Stale {
     Bytes {
         /// The inode numbers of the mounted file and of its windows.
         inos: Vec<u64>,
-    },
-    /// A control directory has lost a name.
-    Name {
-        /// The directory's inode number.
-        parent: u64,
-        /// The name.
-        name: String,
     },
 }
 
@@ -63,6 +54,8 @@ const PATIENCE: Duration = Duration::from_secs(5);
 enum Refusal {
     /// Somebody has it open: worth asking again.
     Open,
+    /// Its name leads to another disk than the one that was meant.
+    Another,
     /// The line for the user.
     Line(String),
 }
@@ -165,18 +158,20 @@ impl Control {
         }
     }
 
-    /// Lets the disk `name` go and answers what became of its changes.
-    pub(super) fn remove(&self, name: &str) -> Value {
-        match self.remove_disk(name) {
+    /// Lets the disk `name` go and answers what became of its changes. `inode`: which disk that has
+    /// to be.
+    pub(super) fn remove(&self, name: &str, inode: Option<u64>) -> Value {
+        match self.remove_disk(name, inode) {
             Ok(Farewell { lines, failed }) => {
                 json!({ "ok": { "lines": lines, "failed": failed } })
             }
+            Err(Refusal::Another) => another(name),
             Err(Refusal::Open) => json!({ "error": format!("{name} is in use"), "busy": true }),
             Err(Refusal::Line(line)) => json!({ "error": line }),
         }
     }
 
-    fn remove_disk(&self, name: &str) -> Result<Farewell, Refusal> {
+    fn remove_disk(&self, name: &str, inode: Option<u64>) -> Result<Farewell, Refusal> {
         let gone = || Refusal::Line(format!("there is no disk '{name}' in the mount"));
         if self.catalog.window_named(name).is_some()
             && let Some((disk, number)) = split_name(name)
@@ -186,6 +181,9 @@ impl Control {
             )));
         }
         let entry = self.catalog.named(name).ok_or_else(gone)?;
+        if !is_meant(&entry.disk, inode) {
+            return Err(Refusal::Another);
+        }
         self.check_removable(name, &entry)?;
         self.catalog.take(name, &entry).map_err(|used| match used {
             None => gone(),
@@ -199,7 +197,7 @@ impl Control {
         drop(entry);
         let parts = disk.windows().iter().map(|window| (window.name(name), window.ino()));
         let files = std::iter::once((name.to_owned(), disk.ino())).chain(parts).collect();
-        self.forget(&disk, Stale::Disk { name: name.to_owned(), files });
+        self.forget(&disk, Stale::Disk { files });
         let done = close(name, &disk);
         log::info!("{name}: removed");
         done.lines.iter().for_each(|line| log::info!("{line}"));

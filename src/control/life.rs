@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use serde_json::{Value, json};
 
-use super::{Control, HydrateAction, Spot, Stale};
+use super::{Control, HydrateAction, Stale};
 use crate::catalog::Entry;
 use crate::disk::{Beneath, Committed, Disk, Fetch, Force, Hydrate, LifeError, Since};
 use crate::spec::format_size;
@@ -176,8 +176,6 @@ impl Control {
         if let Err(error) = entry.disk.delete_snapshot(snapshot) {
             return refused(name, &error);
         }
-        let parent = Spot::Snapshots(entry.slot).ino();
-        self.forget(&entry.disk, Stale::Name { parent, name: snapshot.to_owned() });
         let disk = Arc::clone(&entry.disk);
         let tidied = std::thread::Builder::new().name("cowslip-tidy".to_owned()).spawn(move || {
             if let Err(error) = disk.tidy() {
@@ -239,11 +237,9 @@ impl Control {
     }
 
     /// Makes the disk `new`, which holds what the disk `name` holds now.
-    pub(super) fn clone_disk(&self, name: &str, new: &str) -> Value {
-        if let Some(entry) = self.catalog.named(name) {
-            self.forget_bytes(&entry.disk);
-        }
-        match self.catalog.clone_disk(name, new) {
+    pub(super) fn clone_disk(&self, name: &str, entry: &Entry, new: &str) -> Value {
+        self.forget_bytes(&entry.disk);
+        match self.catalog.clone_disk(entry, new) {
             Ok(disk) => {
                 disk.announce(&self.holder());
                 done(&format!("{new}: holds what {name} holds"))

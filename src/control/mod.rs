@@ -10,6 +10,11 @@
 //! It is reachable by name and not listed. Its files are direct I/O files of size 0. A request is
 //! one line of JSON written to a `ctl`; the answer is lines of JSON, the last with `ok` or
 //! `error`, and a `progress` line at least every second before it.
+//!
+//! Names change while a request is on its way. One about a disk may say in `inode` which one it
+//! means, by the inode number of the mounted file: it is refused (`stale`) when it has reached
+//! another. What it reached stays the same from then on: a control directory belongs to a disk, not
+//! to a name, and the disk that was checked is the one that is acted on.
 
 mod disks;
 mod life;
@@ -26,7 +31,7 @@ use serde_json::Value;
 
 pub use self::disks::{Forget, Stale};
 pub use self::map::MapText;
-use self::request::{HydrateAction, farewell};
+use self::request::{HydrateAction, another, farewell, is_meant};
 pub use self::session::Session;
 pub use self::spot::Spot;
 use crate::catalog::Catalog;

@@ -37,7 +37,11 @@ enum MountRequest {
         allow_backing: Vec<PathBuf>,
     },
     /// Let a disk go that the command line or `Add` has named.
-    Remove { name: String },
+    Remove {
+        name: String,
+        #[serde(default)]
+        inode: Option<u64>,
+    },
 }
 
 #[derive(Deserialize)]
@@ -117,6 +121,30 @@ pub(super) enum HydrateAction {
     Cancel,
 }
 
+/// A request to a disk, and the inode number of the one that it means.
+fn parse(request: &[u8]) -> serde_json::Result<(Option<u64>, DiskRequest)> {
+    let mut request: Value = serde_json::from_slice(request)?;
+    let inode = request.as_object_mut().and_then(|keys| keys.remove("inode"));
+    let inode = inode.map_or(Ok(None), serde_json::from_value)?;
+    Ok((inode, serde_json::from_value(request)?))
+}
+
+/// Whether `disk` is the one that a request means: any, when it does not say.
+pub(super) fn is_meant(disk: &Disk, inode: Option<u64>) -> bool {
+    inode.is_none_or(|inode| inode == disk.ino())
+}
+
+/// The answer when it is another.
+pub(super) fn another(name: &str) -> Value {
+    json!({
+        "error": format!(
+            "{name} is another disk by now, the one that was meant was renamed, removed or replaced: \
+             nothing is done: ask again"
+        ),
+        "stale": true,
+    })
+}
+
 impl Control {
     /// Answers a request to the mount.
     pub(super) fn answer_mount(&self, request: &[u8]) -> Value {
@@ -127,7 +155,7 @@ impl Control {
             Ok(MountRequest::Add { disk, cwd, force, allow_backing }) => {
                 self.add(&disk, &cwd, force, allow_backing)
             }
-            Ok(MountRequest::Remove { name }) => self.remove(&name),
+            Ok(MountRequest::Remove { name, inode }) => self.remove(&name, inode),
             Err(error) => json!({ "error": format!("request not understood: {error}") }),
         }
     }
@@ -162,8 +190,15 @@ impl Control {
         let Some((name, entry)) = self.catalog.slot(slot) else {
             return json!({ "error": "the disk is gone" });
         };
-        match serde_json::from_slice(request) {
-            Ok(DiskRequest::Keep { dir }) => match self.keep(&name, &entry, &dir) {
+        let (inode, request) = match parse(request) {
+            Ok(parsed) => parsed,
+            Err(error) => return json!({ "error": format!("request not understood: {error}") }),
+        };
+        if !is_meant(&entry.disk, inode) {
+            return another(&name);
+        }
+        match request {
+            DiskRequest::Keep { dir } => match self.keep(&name, &entry, &dir) {
                 Ok(()) => {
                     let line = format!("{name}: changes are kept in '{}'", dir.display());
                     log::info!("{line}");
@@ -171,36 +206,31 @@ impl Control {
                 }
                 Err(error) => json!({ "error": error }),
             },
-            Ok(DiskRequest::Finish { timeout_ms }) => finish(&name, &entry.disk, timeout_ms),
-            Ok(DiskRequest::Abort) => abort(&name, &entry.disk),
-            Ok(DiskRequest::Snapshot { name: snapshot, sync }) => {
+            DiskRequest::Finish { timeout_ms } => finish(&name, &entry.disk, timeout_ms),
+            DiskRequest::Abort => abort(&name, &entry.disk),
+            DiskRequest::Snapshot { name: snapshot, sync } => {
                 self.snapshot(&name, &entry.disk, snapshot.as_deref(), sync)
             }
-            Ok(DiskRequest::Snapshots) => life::list(&name, &entry.disk),
-            Ok(DiskRequest::Unsnapshot { name: snapshot }) => {
-                self.unsnapshot(&name, &entry, &snapshot)
-            }
-            Ok(DiskRequest::Revert { name: snapshot, force }) => {
+            DiskRequest::Snapshots => life::list(&name, &entry.disk),
+            DiskRequest::Unsnapshot { name: snapshot } => self.unsnapshot(&name, &entry, &snapshot),
+            DiskRequest::Revert { name: snapshot, force } => {
                 self.go_back(&name, &entry.disk, Some(&snapshot), force.into())
             }
-            Ok(DiskRequest::Reset { force }) => {
-                self.go_back(&name, &entry.disk, None, force.into())
-            }
-            Ok(DiskRequest::Clone { name: new }) => self.clone_disk(&name, &new),
-            Ok(DiskRequest::Commit { force }) => {
+            DiskRequest::Reset { force } => self.go_back(&name, &entry.disk, None, force.into()),
+            DiskRequest::Clone { name: new } => self.clone_disk(&name, &entry, &new),
+            DiskRequest::Commit { force } => {
                 self.forget_bytes(&entry.disk);
                 life::commit(&name, &entry.disk, force.into(), is_gone)
             }
-            Ok(DiskRequest::Prefetch { start, end, copy }) => {
+            DiskRequest::Prefetch { start, end, copy } => {
                 life::prefetch(&name, &entry.disk, start..end, copy, is_gone)
             }
-            Ok(DiskRequest::Difference { since, until }) => {
+            DiskRequest::Difference { since, until } => {
                 self.difference(&name, &entry.disk, since.as_deref(), until.as_deref())
             }
-            Ok(DiskRequest::Hydrate { rate, action }) => {
+            DiskRequest::Hydrate { rate, action } => {
                 life::hydrate(&name, &entry.disk, rate, action)
             }
-            Err(error) => json!({ "error": format!("request not understood: {error}") }),
         }
     }
 

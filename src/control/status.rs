@@ -75,6 +75,7 @@ impl Control {
         let overlay = overlay.or_else(|| reflink_value(disk));
         json!({
             "name": name,
+            "inode": disk.ino(),
             "path": self.catalog.mountpoint.join(name).to_string_lossy(),
             "size": disk.size(),
             "mode": disk.mode.to_string(),

@@ -54,7 +54,8 @@ impl CowslipFs {
             Ok((file.ino(), found))
         };
         self.aside(reply, work, |reply, (ino, found): (u64, disk::Attributes)| {
-            reply.entry(&attr::TTL, &attr::of_disk(ino, &found), Generation(0));
+            let attr = attr::of_disk(ino, &found);
+            reply.entry_with_ttls(&attr::TTL, &attr::NO_TIME, &attr, Generation(0));
         });
     }
 

@@ -15,6 +15,9 @@ use crate::layer::Wait;
 /// How long the kernel may believe an answer. Every change comes through it, so it knows better
 /// by itself; a second bounds what it cannot know (space given back in the background).
 pub(super) const TTL: Duration = Duration::from_secs(1);
+/// For what changes without the kernel's knowledge. A name below `.cowslip` leads to another disk as
+/// soon as disks are renamed, removed or cloned, and a command must not act on the one before.
+pub(super) const NO_TIME: Duration = Duration::ZERO;
 
 /// The attributes of a disk.
 pub(super) fn of_disk(ino: u64, found: &Attributes) -> FileAttr {
@@ -117,7 +120,7 @@ impl CowslipFs {
             return Some((TTL, self.root_attr()));
         }
         if let Some(spot) = Spot::of(ino) {
-            return self.spot_attr(spot).map(|attr| (TTL, attr));
+            return self.spot_attr(spot).map(|attr| (NO_TIME, attr));
         }
         let shown = self.shared.catalog.inode(ino)?;
         let found = shown.attributes(Wait::No).ok()?;

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use fuser::{INodeNo, Notifier};
 
 use super::ROOT;
-use crate::control::{Forget, Spot, Stale};
+use crate::control::{Forget, Stale};
 
 /// What tells the kernel, for threads that may wait: a name is forgotten only when nobody looks
 /// into its directory.
@@ -22,20 +22,15 @@ pub fn forgetter(notifier: Notifier) -> Forget {
 
 fn forget(notifier: &Notifier, stale: &Stale) -> io::Result<()> {
     match stale {
-        Stale::Disk { name, files } => {
-            let control = notifier.inval_entry(INodeNo(Spot::Directory.ino()), OsStr::new(name));
-            all(files.iter().map(|(name, ino)| {
-                let file = notifier.inval_entry(INodeNo(ROOT), OsStr::new(name));
-                // Whoever still points to the file (O_PATH, a bind mount) keeps its pages, and an
-                // overlay that comes back has the same inode number.
-                file.and(notifier.inval_inode(INodeNo(*ino), 0, 0))
-            }))
-            .and(control)
-        }
+        Stale::Disk { files } => all(files.iter().map(|(name, ino)| {
+            let file = notifier.inval_entry(INodeNo(ROOT), OsStr::new(name));
+            // Whoever still points to the file (O_PATH, a bind mount) keeps its pages, and an
+            // overlay that comes back has the same inode number.
+            file.and(notifier.inval_inode(INodeNo(*ino), 0, 0))
+        })),
         Stale::Bytes { inos } => {
             all(inos.iter().map(|ino| notifier.inval_inode(INodeNo(*ino), 0, 0)))
         }
-        Stale::Name { parent, name } => notifier.inval_entry(INodeNo(*parent), OsStr::new(name)),
     }
 }
 

@@ -29,7 +29,7 @@ use fuser::{
 };
 
 use self::answer::{Via, Write, decode_change, is_busy, is_sync, moment, open_disk, text};
-use self::attr::TTL;
+use self::attr::{NO_TIME, TTL};
 pub use self::forget::forgetter;
 use self::handle::{Handle, Handles};
 use self::linger::Linger;
@@ -145,16 +145,13 @@ impl Filesystem for CowslipFs {
         if let Some(Spot::Snapshots(slot)) = Spot::of(parent.0) {
             return self.lookup_snapshot(slot, name, reply);
         }
-        if parent.0 != ROOT {
-            let spot = Spot::of(parent.0).and_then(|spot| spot.child(name, self.catalog()));
-            return match spot.and_then(|spot| self.spot_attr(spot)) {
-                Some(attr) => reply.entry(&TTL, &attr, Generation(0)),
-                None => reply.error(Errno::ENOENT),
+        if parent.0 != ROOT || name == CONTROL {
+            let spot = match parent.0 {
+                ROOT => Some(Spot::Directory),
+                parent => Spot::of(parent).and_then(|spot| spot.child(name, self.catalog())),
             };
-        }
-        if name == CONTROL {
-            return match self.spot_attr(Spot::Directory) {
-                Some(attr) => reply.entry(&TTL, &attr, Generation(0)),
+            return match spot.and_then(|spot| self.spot_attr(spot)) {
+                Some(attr) => reply.entry_with_ttls(&TTL, &NO_TIME, &attr, Generation(0)),
                 None => reply.error(Errno::ENOENT),
             };
         }
@@ -499,7 +496,7 @@ impl Filesystem for CowslipFs {
             let (ttl, attr) = match attr {
                 Some(found) => found,
                 // Not to be had without waiting: the kernel asks again when it needs it.
-                None => (std::time::Duration::ZERO, attr::unknown(*ino, *kind)),
+                None => (NO_TIME, attr::unknown(*ino, *kind)),
             };
             if reply.add(INodeNo(*ino), at as u64 + 1, name, &ttl, &attr, Generation(0)) {
                 break;

@@ -17,7 +17,7 @@ use std::time::Duration;
 
 use fuser::{INodeNo, ReplyEntry};
 
-use super::attr::{self, TTL};
+use super::attr::{self, NO_TIME, TTL};
 use super::parked::{Bound, Lane, Refuse};
 use super::{CowslipFs, Shared};
 use crate::disk::{self, Disk, Shown};
@@ -30,7 +30,7 @@ pub(super) const ALL: Range<u64> = 0..u64::MAX;
 /// How long the kernel may believe what it was told of a file. Of one of several that show the same
 /// bytes it does not see every change.
 pub(super) fn ttl(shown: &Shown) -> Duration {
-    if shown.disk().windows().is_empty() { TTL } else { Duration::ZERO }
+    if shown.disk().windows().is_empty() { TTL } else { NO_TIME }
 }
 
 impl CowslipFs {

@@ -64,7 +64,7 @@ pub(super) fn run(args: &MapArgs) -> anyhow::Result<u8> {
 
 /// The map as the daemon tells it.
 fn copy(place: &Place) -> anyhow::Result<()> {
-    let mut feed = place.open("map");
+    let mut feed = place.open("map")?;
     let mut stdout = io::stdout().lock();
     let mut piece = vec![0; PIECE];
     // Not `io::copy`: when printing fails, that must not be blamed on the mount.
@@ -95,7 +95,7 @@ fn picture(
 
 /// Calls `each` with every piece of the disk.
 fn each_of(place: &Place, each: impl FnMut(Piece) -> io::Result<()>) -> anyhow::Result<()> {
-    let mut feed = place.open("map");
+    let mut feed = place.open("map")?;
     match each_piece(&mut feed, each) {
         Ok(()) => Ok(()),
         Err(error) => Err(feed.explain(error).into()),
