@@ -1,7 +1,8 @@
 //! Which names the mount shows, and which disk is behind each inode.
 //!
 //! Disks given on the command line keep their names; disks of a store can be made, renamed and
-//! removed. A removed disk stays, without a name, until its last handle is released.
+//! removed. A removed disk stays, without a name, until its last handle is released and the kernel has
+//! forgotten it: who has found its name before opens it, as in any file system.
 //!
 //! The windows of a disk have no names of their own: `NAME.pN` leads to partition N of the disk
 //! NAME, whatever that is called by now.
@@ -286,6 +287,17 @@ impl Catalog {
         disk.or_else(|| self.window_named(name))
     }
 
+    /// As [`shown`](Self::shown), for the kernel, which is led there: the disk stays, also without
+    /// its name, until the kernel has [`forgotten`](Disk::forgotten) that.
+    #[must_use]
+    pub fn look_up(&self, name: &str) -> Option<Shown> {
+        // Under the lock: who takes the name away sees that it was looked up.
+        let names = self.names.read();
+        let disk = names.get(name).map(|entry| Shown::from(Arc::clone(&entry.disk)));
+        let window = || find_window(&names, name).map(|(disk, part)| Shown::part(disk, part));
+        disk.or_else(window).inspect(|shown| shown.disk().refer())
+    }
+
     /// What the file of that inode shows: a disk, a window or a snapshot.
     #[must_use]
     pub fn inode(&self, ino: u64) -> Option<Shown> {
@@ -293,14 +305,6 @@ impl Catalog {
         let window = || self.windows.get(&ino).map(|shown| shown.clone());
         let snapshot = || self.snapshots.get(&ino)?.upgrade().map(Shown::from);
         disk.map(Shown::from).or_else(window).or_else(snapshot)
-    }
-
-    /// What is behind that inode leads nowhere any more.
-    fn drop_inodes(&self, disk: &Disk) -> bool {
-        for window in disk.windows() {
-            self.windows.remove(&window.ino());
-        }
-        self.inodes.remove(&disk.ino()).is_some()
     }
 
     /// Makes a snapshot's file known by its inode number, as long as its disk holds it.
@@ -391,7 +395,10 @@ impl Catalog {
         }
         entry.disk.retire()?;
         names.remove(name);
-        self.drop_inodes(&entry.disk);
+        self.inodes.remove(&entry.disk.ino());
+        for window in entry.disk.windows() {
+            self.windows.remove(&window.ino());
+        }
         Ok(())
     }
 
@@ -416,7 +423,10 @@ impl Catalog {
     pub fn unlink(&self, name: &str) -> io::Result<()> {
         let (store, entry) = self.stored("unlink", name)?;
         store.remove_name(name)?;
-        self.names.write().remove(name);
+        let mut names = self.names.write();
+        names.remove(name);
+        entry.disk.lose_name();
+        drop(names);
         self.dispose(&entry.disk);
         Ok(())
     }
@@ -453,6 +463,9 @@ impl Catalog {
         }
         names.remove(from);
         names.insert(to.to_owned(), entry);
+        if let Some(replaced) = &replaced {
+            replaced.disk.lose_name();
+        }
         drop(names);
         if let Some(replaced) = replaced {
             self.dispose(&replaced.disk);
@@ -460,17 +473,14 @@ impl Catalog {
         Ok(())
     }
 
-    /// Whether a disk has neither a name nor a handle any more.
-    #[must_use]
-    pub fn is_orphan(&self, disk: &Disk) -> bool {
-        let is_named = || self.names.read().values().any(|entry| entry.disk.uuid == disk.uuid);
-        disk.openers() == 0 && !is_named()
-    }
-
-    /// A handle of `disk` was released: a disk without a name and without handles goes.
+    /// Lets a disk go that [nobody can reach](Disk::is_orphan) any more.
     pub fn dispose(&self, disk: &Arc<Disk>) {
-        if !self.is_orphan(disk) || !self.drop_inodes(disk) {
+        // Whoever refers to it by its number does so while it is in the map.
+        if self.inodes.remove_if(&disk.ino(), |_, entry| entry.disk.is_orphan()).is_none() {
             return;
+        }
+        for window in disk.windows() {
+            self.windows.remove(&window.ino());
         }
         if let Some(store) = &self.store {
             // Its overlay is not closed: nobody will ever look at it again.

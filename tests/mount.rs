@@ -63,6 +63,63 @@ fn attributes_are_set_and_are_there_again_at_the_next_mount() {
 }
 
 #[test]
+fn times_before_1970_are_kept_to_the_nanosecond() {
+    let mut lab = Lab::new();
+    lab.base("base.img", MIB);
+    lab.sh("truncate -s 1M rw.img");
+    let words = "d=base.img,overlay=ov w=rw.img,mode=rw";
+    lab.mount(words);
+    // What stat(2) and utimensat(2) say: seconds may be negative, nanoseconds are not.
+    let times =
+        [(-2, 500_000_000), (-1, 750_000_000), (-1, 0), (-86_400, 1), (0, 0), (3, 999_999_999)];
+    for name in ["m/d", "m/w"] {
+        for (secs, nanos) in times {
+            let time = rustix::fs::Timespec { tv_sec: secs, tv_nsec: nanos };
+            let times = rustix::fs::Timestamps { last_access: time, last_modification: time };
+            rustix::fs::utimensat(
+                rustix::fs::CWD,
+                lab.path(name),
+                &times,
+                rustix::fs::AtFlags::empty(),
+            )
+            .unwrap();
+            let found = fs::metadata(lab.path(name)).unwrap();
+            assert_eq!((found.mtime(), found.mtime_nsec()), (secs, nanos), "{name}");
+            assert_eq!((found.atime(), found.atime_nsec()), (secs, nanos), "{name}");
+        }
+    }
+    lab.sh("touch -d '1969-12-31 23:59:58.25 UTC' m/d");
+    lab.umount();
+    lab.mount(words);
+    assert_eq!(lab.sh("stat -c %.Y m/d"), "-1.750000000\n");
+    lab.end();
+}
+
+#[test]
+fn the_unit_of_a_disk_is_no_coarser_than_its_holes() {
+    let mut lab = Lab::new();
+    lab.base("base.img", MIB);
+    lab.host("host", "ext4 -b 1024", 16 * MIB);
+    lab.sh("cp base.img host/fine.img; truncate -s 8M mbr.img");
+    // One partition, of 1000 sectors from the 63rd on.
+    let mut entry = [0; 66];
+    (entry[4], entry[8]) = (0x83, 63);
+    entry[64..].copy_from_slice(&[0x55, 0xAA]);
+    entry[12..14].copy_from_slice(&1000u16.to_le_bytes());
+    lab.open("mbr.img").write_all_at(&entry, 446).unwrap();
+    lab.mount(
+        "fine=base.img,block=512 usual=base.img blank=blank:8M,block=2M coarse=base.img,block=64K \
+         host=host/fine.img,mode=ro odd=base.img,offset=32256 part=mbr.img,partitions",
+    );
+    let unit = |name: &str| fs::metadata(lab.path("m").join(name)).unwrap().blksize();
+    let units = ["fine", "usual", "blank", "coarse", "host", "odd", "part", "part.p1"].map(unit);
+    assert_eq!(units, [512, 4096, 2 << 20, 4096, 1024, 512, 4096, 512]);
+    lab.umount();
+    lab.sh("umount host");
+    lab.end();
+}
+
+#[test]
 fn attributes_survive_a_killed_daemon() {
     let lab = Lab::new();
     lab.mount("d=blank:8M,overlay=ov");

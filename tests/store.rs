@@ -7,6 +7,8 @@ mod common;
 
 use std::fs::{self, File, OpenOptions};
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use common::mount::*;
 
@@ -124,6 +126,123 @@ fn an_unlinked_file_lives_until_its_last_handle() {
     wait_until("the removed disk's files go", || count(&lab, "disks") == 1);
     again(&lab);
     assert_eq!(lab.sh("cat m/a"), "new\n");
+    lab.end();
+}
+
+#[test]
+fn a_file_that_is_replaced_is_there_for_its_readers_at_every_moment() {
+    let lab = lab();
+    lab.sh("echo version >m/a");
+    let is_over = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            for _ in 0..300 {
+                fs::write(lab.path("m/new"), "version\n").unwrap();
+                fs::rename(lab.path("m/new"), lab.path("m/a")).unwrap();
+            }
+            is_over.store(true, Ordering::Relaxed);
+        });
+        for listing in [false, true] {
+            let (lab, is_over) = (&lab, &is_over);
+            scope.spawn(move || {
+                while !is_over.load(Ordering::Relaxed) {
+                    let text = fs::read_to_string(lab.path("m/a"));
+                    assert_eq!(text.expect("a file is there"), "version\n");
+                    fs::metadata(lab.path("m/a")).expect("a file is there");
+                    if listing {
+                        names(lab);
+                    }
+                }
+            });
+        }
+    });
+    wait_until("the replaced disks' files go", || count(&lab, "disks") == 1);
+    again(&lab);
+    assert_eq!(lab.sh("cat m/a"), "version\n");
+    lab.end();
+}
+
+#[test]
+fn who_has_found_a_name_can_open_the_file_though_it_is_gone() {
+    let lab = lab();
+    lab.sh("echo old >m/a; echo new >m/b; echo other >m/c");
+    let found = |name: &str| -> File {
+        let flags = rustix::fs::OFlags::PATH | rustix::fs::OFlags::CLOEXEC;
+        rustix::fs::open(lab.path(name), flags, rustix::fs::Mode::empty()).unwrap().into()
+    };
+    let (replaced, removed) = (found("m/a"), found("m/c"));
+    lab.sh("mv m/b m/a; rm m/c");
+    for (file, text) in [(&replaced, "old\n"), (&removed, "other\n")] {
+        let open = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(file));
+        assert_eq!(fs::read_to_string(open).unwrap(), text);
+        assert_eq!(file.metadata().unwrap().nlink(), 0);
+    }
+    assert_eq!(count(&lab, "disks"), 3);
+    drop((replaced, removed));
+    wait_until("the files of what is gone go", || count(&lab, "disks") == 1);
+    assert_eq!(lab.sh("cat m/a"), "new\n");
+    lab.end();
+}
+
+#[test]
+fn what_is_looked_up_listed_and_removed_in_any_order_leaves_nothing() {
+    let lab = lab();
+    for round in 0..20 {
+        lab.sh(&format!(
+            "for i in 1 2 3; do echo $i >m/f$i; done; ls -l m >/dev/null; stat m/f1 >/dev/null
+             mv m/f1 m/f2; ls -l m >/dev/null; cat m/f2 >m/g{round}; rm m/f2 m/g{round}
+             find m -name 'f*' -exec rm {{}} +; ! cat m/f1 2>/dev/null; mknod m/n p 2>/dev/null || :"
+        ));
+    }
+    wait_until("all of it goes", || count(&lab, "disks") == 0 && count(&lab, "layers") == 0);
+    lab.end();
+}
+
+#[test]
+fn an_open_file_without_a_name_has_no_link() {
+    let lab = lab();
+    lab.sh("echo one >m/a; echo two >m/b; echo three >m/c");
+    let files = ["m/a", "m/b", "m/c"].map(|name| lab.open(name));
+    let links = || files.iter().map(|file| file.metadata().unwrap().nlink()).collect::<Vec<_>>();
+    assert_eq!(links(), [1, 1, 1]);
+    lab.sh("rm m/a; mv m/c m/b");
+    assert_eq!(links(), [0, 0, 1]);
+    // What the kernel knows by itself has an end.
+    std::thread::sleep(Duration::from_millis(1100));
+    assert_eq!(links(), [0, 0, 1]);
+    lab.ok("snapshot m/b s");
+    let snapshot = lab.open_ro("m/.cowslip/b/snapshots/s");
+    assert_eq!(snapshot.metadata().unwrap().nlink(), 1);
+    lab.ok("snapshot m/b --delete s");
+    std::thread::sleep(Duration::from_millis(1100));
+    assert_eq!(snapshot.metadata().unwrap().nlink(), 0);
+    assert_eq!(read(&snapshot, 0, 6), b"three\n");
+    drop((files, snapshot));
+    lab.end();
+}
+
+#[test]
+fn mknod_makes_a_file_and_nothing_else() {
+    let lab = lab();
+    lab.sh("python3 -c 'import os, stat
+os.mknod(\"m/a\", 0o640 | stat.S_IFREG); os.mknod(\"m/b\", 0o600)'");
+    let made = fs::metadata(lab.path("m/a")).unwrap();
+    assert_eq!((made.len(), made.mode() & 0o7777, made.is_file()), (0, 0o640, true));
+    lab.sh("! mknod m/p p; ! mknod m/c c 1 3; ! mknod m/a p; echo text >m/a");
+    again(&lab);
+    assert_eq!((names(&lab), lab.sh("cat m/a")), (vec!["a".into(), "b".into()], "text\n".into()));
+    lab.end();
+}
+
+#[test]
+fn tar_restores_files_that_had_attributes_of_their_own() {
+    let lab = lab();
+    lab.sh("
+        mkdir from; echo text >from/a; setfattr -n user.origin -v here from/a; chmod 640 from/a
+        touch -d 2001-02-03T04:05:06.5Z from/a; tar --xattrs -C from -cf a.tar a
+        tar --xattrs -C m -xf a.tar; cmp from/a m/a
+        test \"$(stat -c '%a %Y' from/a)\" = \"$(stat -c '%a %Y' m/a)\"
+    ");
     lab.end();
 }
 

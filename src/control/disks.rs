@@ -39,6 +39,13 @@ pub enum Stale {
         /// The inode numbers of the mounted file and of its windows.
         inos: Vec<u64>,
     },
+    /// A snapshot's name is gone: what is cached of its file is of no use to anybody.
+    Name {
+        /// The inode number of the directory.
+        parent: u64,
+        /// The name.
+        name: String,
+    },
 }
 
 /// Has the kernel forget what is stale. It may wait for requests that are under way, so it is

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use serde_json::{Value, json};
 
-use super::{Control, HydrateAction, Stale};
+use super::{Control, HydrateAction, Spot, Stale};
 use crate::catalog::Entry;
 use crate::disk::{Beneath, Committed, Disk, Fetch, Force, Hydrate, LifeError, Since};
 use crate::spec::format_size;
@@ -176,6 +176,8 @@ impl Control {
         if let Err(error) = entry.disk.delete_snapshot(snapshot) {
             return refused(name, &error);
         }
+        let parent = Spot::Snapshots(entry.slot).ino();
+        self.forget(&entry.disk, Stale::Name { parent, name: snapshot.to_owned() });
         let disk = Arc::clone(&entry.disk);
         let tidied = std::thread::Builder::new().name("cowslip-tidy".to_owned()).spawn(move || {
             if let Err(error) = disk.tidy() {

@@ -28,6 +28,14 @@ pub(super) enum Bottom {
     Blank(u64),
 }
 
+/// The units of what begins at byte `start` of something in units of `unit` bytes: a power of two,
+/// and at least a sector, which tools count on.
+pub(super) fn grain_at(start: u64, unit: u32) -> u32 {
+    let unit = if unit.is_power_of_two() { unit } else { 512 };
+    let start = u32::try_from(start & start.wrapping_neg()).unwrap_or(u32::MAX);
+    if start == 0 { unit.max(512) } else { unit.min(start).max(512) }
+}
+
 impl Bottom {
     pub(super) fn of(base: &Base, how: Opening<'_>) -> Self {
         match (&base.path, &base.file) {
@@ -40,6 +48,15 @@ impl Bottom {
             }
             _ => Self::Blank(base.size),
         }
+    }
+
+    /// In what units its holes come, in bytes: no hole begins or ends between two of them, unless
+    /// its part begins at no sector of the file.
+    pub(super) fn grain(&self) -> u32 {
+        let Self::File { file, view, .. } = self else { return u32::MAX };
+        let unit = file.metadata().map_or(0, |found| found.blksize());
+        let start = view.as_ref().map_or(0, |view| view.start);
+        grain_at(start, u32::try_from(unit).unwrap_or(u32::MAX))
     }
 
     /// What an overlay remembers of it.

@@ -22,7 +22,7 @@ use std::io as stdio;
 use std::ops::Range;
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -140,8 +140,10 @@ pub struct Attributes {
     pub mtime: SystemTime,
     /// Last change of anything.
     pub ctime: SystemTime,
-    /// Preferred unit of I/O: the block size in bytes.
+    /// Preferred unit of I/O in bytes: no hole begins or ends between two of them.
     pub block: u32,
+    /// Names that lead to it: one, or none any more.
+    pub links: u32,
 }
 
 /// How an open handle uses the kernel's page cache.
@@ -209,6 +211,13 @@ pub struct Disk {
     closed: AtomicBool,
     /// The disk is on its way out: nobody can open it.
     leaving: AtomicBool,
+    /// No hole of what lies at the bottom begins or ends between two of these, in bytes.
+    grain: u32,
+    /// No name leads to it any more.
+    nameless: AtomicBool,
+    /// How often the kernel was led to it and has not forgotten it since: it may open the disk
+    /// though that has no name any more.
+    references: AtomicU64,
 }
 
 /// The times of a disk, in nanoseconds since the epoch.
@@ -363,8 +372,42 @@ impl Disk {
             atime: time(&self.times.atime),
             mtime: time(&self.times.mtime),
             ctime: time(&self.times.ctime),
-            block: self.block(),
+            block: self.unit(),
+            links: self.links(),
         }
+    }
+
+    /// The preferred unit of I/O, in bytes.
+    fn unit(&self) -> u32 {
+        self.block().min(self.grain)
+    }
+
+    /// How many names lead to it.
+    fn links(&self) -> u32 {
+        (!self.nameless.load(Ordering::SeqCst)).into()
+    }
+
+    /// The disk has lost its name.
+    pub fn lose_name(&self) {
+        self.nameless.store(true, Ordering::SeqCst);
+    }
+
+    /// The kernel is led to the disk once more.
+    pub fn refer(&self) {
+        self.references.fetch_add(1, Ordering::SeqCst);
+    }
+
+    /// The kernel has forgotten `count` of the times it was led here.
+    pub fn forgotten(&self, count: u64) {
+        let less = |references: u64| Some(references.saturating_sub(count));
+        let _ = self.references.fetch_update(Ordering::SeqCst, Ordering::SeqCst, less);
+    }
+
+    /// Whether nobody can reach the disk any more: it has no name and no handle, and the kernel
+    /// knows nothing of it.
+    #[must_use]
+    pub fn is_orphan(&self) -> bool {
+        self.links() == 0 && self.references.load(Ordering::SeqCst) == 0 && self.openers() == 0
     }
 
     /// Bytes of data in the disk.

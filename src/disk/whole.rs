@@ -46,7 +46,8 @@ impl Disk {
             atime: found.accessed()?,
             mtime: found.modified()?,
             ctime: to_time(changed(found.ctime(), found.ctime_nsec())),
-            block: self.block(),
+            block: self.unit(),
+            links: self.links(),
         }))
     }
 

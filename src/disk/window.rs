@@ -26,7 +26,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use parking_lot::Mutex;
 use uuid::Uuid;
 
-use super::bottom::Bottom;
+use super::bottom::{Bottom, grain_at};
 use super::{Access, Attributes, Change, Disk, Keep, Top, Whence};
 use crate::base::partitions::{self, Bytes, Role, TableError};
 use crate::host::errno;
@@ -456,7 +456,8 @@ impl Shown {
         let Some(window) = &self.window else { return self.disk.attributes(wait) };
         let held = window.held(&self.disk);
         let allocated = self.disk.allocated_in(held.clone(), &window.allocated, wait)?;
-        Ok(self.disk.described(held.end - held.start, allocated))
+        let found = self.disk.described(held.end - held.start, allocated);
+        Ok(Attributes { block: grain_at(held.start, found.block), ..found })
     }
 }
 

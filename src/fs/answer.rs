@@ -4,16 +4,16 @@ use std::ffi::OsStr;
 use std::io;
 use std::ops::Range;
 use std::sync::Arc;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use fuser::{
-    Errno, FileHandle, FileType, FopenFlags, Generation, OpenFlags, ReplyData, ReplyEmpty,
-    ReplyEntry, ReplyWrite, TimeOrNow,
+    Errno, FileHandle, FileType, FopenFlags, Generation, INodeNo, OpenFlags, ReplyData, ReplyEmpty,
+    ReplyEntry, ReplyWrite, Request, TimeOrNow,
 };
 
 use super::handle::{Handle, Handles};
 use super::parked::{Bound, Lane, Refuse};
-use super::{CowslipFs, ROOT, Shared, attr};
+use super::{CowslipFs, PERMISSIONS, ROOT, Shared, attr};
 use crate::aligned::Aligned;
 use crate::catalog::Catalog;
 use crate::control::{MapText, Session, Spot};
@@ -57,6 +57,40 @@ impl CowslipFs {
             let attr = attr::of_disk(ino, &found);
             reply.entry_with_ttls(&attr::TTL, &attr::NO_TIME, &attr, Generation(0));
         });
+    }
+
+    /// Makes the disk `name`, and has `send` answer with it.
+    pub(super) fn make<R: Refuse>(
+        &self,
+        request: &Request,
+        parent: INodeNo,
+        name: &OsStr,
+        mode: u32,
+        reply: R,
+        send: impl FnOnce(R, &Arc<Disk>, disk::Attributes) + Send + 'static,
+    ) {
+        let name = match text(name) {
+            Ok(name) if parent.0 == ROOT => name.to_owned(),
+            Ok(_) => return reply.refuse(Errno::EPERM),
+            Err(error) => return reply.refuse(error.into()),
+        };
+        let perm = u16::try_from(mode & PERMISSIONS).unwrap_or(0o600);
+        let owner = Owner { uid: request.uid(), gid: request.gid(), perm };
+        let work = move |shared: &Shared| {
+            let disk = shared.catalog.create(&name, owner)?;
+            let found = disk.attributes(Wait::Yes)?;
+            Ok((disk, found))
+        };
+        self.aside(reply, work, |reply, (disk, found)| send(reply, &disk, found));
+    }
+
+    /// The kernel has forgotten a disk `count` times, and it may be that nobody can reach it now.
+    pub(super) fn forgotten(shared: &Arc<Shared>, disk: &Arc<Disk>, count: u64) {
+        disk.forgotten(count);
+        if disk.is_orphan() {
+            let (there, disk) = (Arc::clone(shared), Arc::clone(disk));
+            shared.pool.run(Box::new(move || there.catalog.dispose(&disk)));
+        }
     }
 
     pub(super) fn shown_by(&self, handle: FileHandle) -> io::Result<Shown> {
@@ -458,7 +492,44 @@ pub(super) fn decode_change(mode: i32) -> Option<(Change, Keep)> {
 
 pub(super) fn moment(time: Option<TimeOrNow>) -> Option<SystemTime> {
     time.map(|time| match time {
-        TimeOrNow::SpecificTime(time) => time,
+        TimeOrNow::SpecificTime(time) => as_meant(time),
         TimeOrNow::Now => SystemTime::now(),
     })
+}
+
+/// What the kernel has said, of what fuser makes of it. A time before 1970 comes as seconds that
+/// are negative and nanoseconds that are not: half a second before is -1 and 500,000,000. fuser
+/// (0.18) takes both from the epoch, so the fraction has gone the wrong way twice.
+fn as_meant(time: SystemTime) -> SystemTime {
+    let Err(before) = time.duration_since(UNIX_EPOCH) else { return time };
+    let fraction = Duration::from_nanos(before.duration().subsec_nanos().into());
+    time.checked_add(2 * fraction).unwrap_or(time)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// As fuser 0.18 decodes what the kernel says.
+    fn decoded(secs: i64, nanos: u32) -> SystemTime {
+        match u64::try_from(secs) {
+            Ok(secs) => UNIX_EPOCH + Duration::new(secs, nanos),
+            Err(_) => UNIX_EPOCH - Duration::new(secs.unsigned_abs(), nanos),
+        }
+    }
+
+    #[test]
+    fn times_before_1970_are_what_the_kernel_says() {
+        for (secs, nanos) in
+            [(-1, 750_000_000), (-2, 500_000_000), (-2, 0), (-1, 1), (0, 5), (7, 9)]
+        {
+            let time = as_meant(decoded(secs, nanos));
+            let meant = i128::from(secs) * 1_000_000_000 + i128::from(nanos);
+            let found = match time.duration_since(UNIX_EPOCH) {
+                Ok(after) => after.as_nanos().cast_signed(),
+                Err(before) => -before.duration().as_nanos().cast_signed(),
+            };
+            assert_eq!(found, meant, "{secs} s and {nanos} ns");
+        }
+    }
 }

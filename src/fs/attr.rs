@@ -2,15 +2,13 @@
 
 use std::io;
 use std::path::Path;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime};
 
 use fuser::{FileAttr, FileType, INodeNo, ReplyAttr};
 
-use super::window::ttl;
 use super::{CowslipFs, ROOT};
 use crate::control::Spot;
 use crate::disk::{Attributes, Owner, Space};
-use crate::layer::Wait;
 
 /// How long the kernel may believe an answer. Every change comes through it, so it knows better
 /// by itself; a second bounds what it cannot know (space given back in the background).
@@ -31,11 +29,11 @@ pub(super) fn of_disk(ino: u64, found: &Attributes) -> FileAttr {
         crtime: found.ctime,
         kind: FileType::RegularFile,
         perm: found.owner.perm,
-        nlink: 1,
+        nlink: found.links,
         uid: found.owner.uid,
         gid: found.owner.gid,
         rdev: 0,
-        blksize: found.block.max(4096),
+        blksize: found.block,
         flags: 0,
     }
 }
@@ -58,11 +56,6 @@ fn plain(ino: u64, kind: FileType, owner: Owner, time: SystemTime) -> FileAttr {
         blksize: 4096,
         flags: 0,
     }
-}
-
-/// Stands in for attributes that cannot be had without waiting; the kernel keeps it for no time.
-pub(super) fn unknown(ino: u64, kind: FileType) -> FileAttr {
-    plain(ino, kind, Owner { uid: 0, gid: 0, perm: 0 }, UNIX_EPOCH)
 }
 
 /// Space on the file system of `dir`, or none.
@@ -112,19 +105,6 @@ impl CowslipFs {
         };
         let kind = if spot.is_directory() { FileType::Directory } else { FileType::RegularFile };
         Some(plain(spot.ino(), kind, owner, self.shared.mounted))
-    }
-
-    /// The attributes of a listed name, if they can be had without waiting, and how long they hold.
-    pub(super) fn attr_in_listing(&self, ino: u64, kind: FileType) -> Option<(Duration, FileAttr)> {
-        if ino == ROOT {
-            return Some((TTL, self.root_attr()));
-        }
-        if let Some(spot) = Spot::of(ino) {
-            return self.spot_attr(spot).map(|attr| (NO_TIME, attr));
-        }
-        let shown = self.shared.catalog.inode(ino)?;
-        let found = shown.attributes(Wait::No).ok()?;
-        (kind == FileType::RegularFile).then(|| (ttl(&shown), of_disk(ino, &found)))
     }
 
     /// Answers a change of a control file's attributes, which changes nothing.

@@ -31,6 +31,7 @@ fn forget(notifier: &Notifier, stale: &Stale) -> io::Result<()> {
         Stale::Bytes { inos } => {
             all(inos.iter().map(|ino| notifier.inval_inode(INodeNo(*ino), 0, 0)))
         }
+        Stale::Name { parent, name } => notifier.inval_entry(INodeNo(*parent), OsStr::new(name)),
     }
 }
 

@@ -24,8 +24,8 @@ use std::time::SystemTime;
 use fuser::{
     AccessFlags, BsdFileFlags, CopyFileRangeFlags, Errno, FileHandle, Filesystem, FopenFlags,
     Generation, INodeNo, InitFlags, KernelConfig, LockOwner, Notifier, OpenFlags, RenameFlags,
-    ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry,
-    ReplyLseek, ReplyOpen, ReplyStatfs, ReplyWrite, Request, TimeOrNow, WriteFlags,
+    ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory, ReplyEmpty, ReplyEntry, ReplyLseek,
+    ReplyOpen, ReplyStatfs, ReplyWrite, Request, TimeOrNow, WriteFlags,
 };
 
 use self::answer::{Via, Write, decode_change, is_busy, is_sync, moment, open_disk, text};
@@ -115,14 +115,14 @@ impl Filesystem for CowslipFs {
             InitFlags::FUSE_ASYNC_DIO,
             InitFlags::FUSE_PARALLEL_DIROPS,
             InitFlags::FUSE_DIRECT_IO_ALLOW_MMAP,
-            InitFlags::FUSE_DO_READDIRPLUS,
-            InitFlags::FUSE_READDIRPLUS_AUTO,
             // Without it the kernel asks for `security.capability` at every buffered write.
             InitFlags::FUSE_HANDLE_KILLPRIV_V2,
         ];
         if self.shared.cache == Cache::Writeback {
             wanted.push(InitFlags::FUSE_WRITEBACK_CACHE);
         }
+        // No READDIRPLUS: attributes that had to be waited for could only be made up, and a size of 0
+        // would end the reads of who has the file open.
         for flag in wanted {
             if config.add_capabilities(flag).is_err() {
                 log::info!("this kernel's FUSE has no {flag:?}");
@@ -158,14 +158,16 @@ impl Filesystem for CowslipFs {
         if name.len() > LONGEST_NAME as usize {
             return reply.error(Errno::ENAMETOOLONG);
         }
-        match self.catalog().shown(name) {
+        match self.catalog().look_up(name) {
             Some(shown) => self.reply_entry(&shown, reply),
             None => reply.error(Errno::ENOENT),
         }
     }
 
-    fn forget(&self, _: &Request, _: INodeNo, _: u64) {
-        // An inode lives as long as its name or a handle: there is nothing to count.
+    fn forget(&self, _: &Request, ino: INodeNo, count: u64) {
+        if let Some(shown) = self.catalog().inode(ino.0) {
+            Self::forgotten(&self.shared, shown.disk(), count);
+        }
     }
 
     fn getattr(&self, _: &Request, ino: INodeNo, _: Option<FileHandle>, reply: ReplyAttr) {
@@ -213,7 +215,10 @@ impl Filesystem for CowslipFs {
             Err(_) if Spot::of(ino.0).is_some_and(|spot| !spot.is_directory()) => {
                 return self.getattr_of_spot(ino, reply);
             }
-            Err(_) => return reply.error(Errno::EPERM),
+            Err(_) if ino.0 == ROOT || Spot::of(ino.0).is_some() => {
+                return reply.error(Errno::EPERM);
+            }
+            Err(error) => return reply.error(error.into()),
         };
         let old = shown.disk().owner();
         let owner = Owner {
@@ -424,7 +429,7 @@ impl Filesystem for CowslipFs {
             if *access != Access::Read {
                 disk.writer_gone();
             }
-            if self.catalog().is_orphan(disk) {
+            if disk.is_orphan() {
                 let disk = Arc::clone(disk);
                 let work = move |shared: &Shared| {
                     shared.catalog.dispose(&disk);
@@ -470,35 +475,6 @@ impl Filesystem for CowslipFs {
         let skip = usize::try_from(offset).unwrap_or(usize::MAX);
         for (at, (name, ino, kind)) in entries.iter().enumerate().skip(skip) {
             if reply.add(INodeNo(*ino), at as u64 + 1, *kind, name) {
-                break;
-            }
-        }
-        reply.ok();
-    }
-
-    fn readdirplus(
-        &self,
-        _: &Request,
-        _: INodeNo,
-        fh: FileHandle,
-        offset: u64,
-        mut reply: ReplyDirectoryPlus,
-    ) {
-        let Some(handle) = self.handles.find(fh) else {
-            return reply.error(Errno::EBADF);
-        };
-        let Handle::Directory(entries) = &*handle else {
-            return reply.error(Errno::ENOTDIR);
-        };
-        let skip = usize::try_from(offset).unwrap_or(usize::MAX);
-        for (at, (name, ino, kind)) in entries.iter().enumerate().skip(skip) {
-            let attr = self.attr_in_listing(*ino, *kind);
-            let (ttl, attr) = match attr {
-                Some(found) => found,
-                // Not to be had without waiting: the kernel asks again when it needs it.
-                None => (NO_TIME, attr::unknown(*ino, *kind)),
-            };
-            if reply.add(INodeNo(*ino), at as u64 + 1, name, &ttl, &attr, Generation(0)) {
                 break;
             }
         }
@@ -554,30 +530,37 @@ impl Filesystem for CowslipFs {
         flags: i32,
         reply: ReplyCreate,
     ) {
-        let name = match text(name) {
-            Ok(name) if parent.0 == ROOT => name.to_owned(),
-            Ok(_) => return reply.error(Errno::EPERM),
-            Err(error) => return reply.error(error.into()),
-        };
-        let perm = u16::try_from(mode & PERMISSIONS).unwrap_or(0o600);
-        let owner = Owner { uid: request.uid(), gid: request.gid(), perm };
-        let work = move |shared: &Shared| {
-            let disk = shared.catalog.create(&name, owner)?;
-            let found = disk.attributes(Wait::Yes)?;
-            Ok((disk, found))
-        };
         let (handles, cache) = (Arc::clone(&self.handles), self.shared.cache);
-        self.aside(reply, work, move |reply, (disk, found): (Arc<Disk>, disk::Attributes)| {
+        self.make(request, parent, name, mode, reply, move |reply, disk, found| {
             let attr = attr::of_disk(disk.ino(), &found);
-            match open_disk(&handles, cache, disk.into(), OpenFlags(flags)) {
-                Ok((handle, flags)) => reply.created(&TTL, &attr, Generation(0), handle, flags),
+            match open_disk(&handles, cache, disk.clone().into(), OpenFlags(flags)) {
+                Ok((handle, flags)) => {
+                    disk.refer();
+                    reply.created(&TTL, &attr, Generation(0), handle, flags);
+                }
                 Err(error) => reply.error(error.into()),
             }
         });
     }
 
-    fn mknod(&self, _: &Request, _: INodeNo, _: &OsStr, _: u32, _: u32, _: u32, reply: ReplyEntry) {
-        reply.error(Errno::EPERM);
+    fn mknod(
+        &self,
+        request: &Request,
+        parent: INodeNo,
+        name: &OsStr,
+        mode: u32,
+        _: u32,
+        _: u32,
+        reply: ReplyEntry,
+    ) {
+        // A file alone is a disk.
+        if !matches!(mode & libc::S_IFMT, libc::S_IFREG | 0) {
+            return reply.error(Errno::EPERM);
+        }
+        self.make(request, parent, name, mode, reply, move |reply, disk, found| {
+            disk.refer();
+            reply.entry(&TTL, &attr::of_disk(disk.ino(), &found), Generation(0));
+        });
     }
 
     fn mkdir(&self, _: &Request, _: INodeNo, _: &OsStr, _: u32, _: u32, reply: ReplyEntry) {

@@ -33,17 +33,41 @@ pub(super) fn ttl(shown: &Shown) -> Duration {
     if shown.disk().windows().is_empty() { TTL } else { NO_TIME }
 }
 
+/// A disk that the kernel is about to be led to, and is not when this is dropped with it.
+struct Led {
+    shared: Arc<Shared>,
+    disk: Option<Arc<Disk>>,
+}
+
+impl Led {
+    /// The answer goes out that leads there.
+    fn arrives(mut self) {
+        self.disk = None;
+    }
+}
+
+impl Drop for Led {
+    fn drop(&mut self) {
+        if let Some(disk) = &self.disk {
+            CowslipFs::forgotten(&self.shared, disk, 1);
+        }
+    }
+}
+
 impl CowslipFs {
-    /// What the file `ino` shows.
+    /// What the file `ino` shows. `ESTALE` when that is gone: the kernel looks the name up again.
     pub(super) fn shown(&self, ino: INodeNo) -> io::Result<Shown> {
-        self.catalog().inode(ino.0).ok_or_else(|| errno(libc::ENOENT))
+        self.catalog().inode(ino.0).ok_or_else(|| errno(libc::ESTALE))
     }
 
-    /// Answers a look-up of a name that leads to `shown`.
+    /// Answers a look-up of a name that leads to `shown`, which is
+    /// [referred to](Disk::refer) for that.
     pub(super) fn reply_entry(&self, shown: &Shown, reply: ReplyEntry) {
         let (ino, ttl, there) = (shown.ino(), ttl(shown), shown.clone());
+        let led = Led { shared: Arc::clone(&self.shared), disk: Some(Arc::clone(shown.disk())) };
         let work = move |_: &Disk, wait| there.attributes(wait);
         self.now_or_later(shown.disk(), reply, work, move |reply, found: disk::Attributes| {
+            led.arrives();
             reply.entry(&ttl, &attr::of_disk(ino, &found), fuser::Generation(0));
         });
     }

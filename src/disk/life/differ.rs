@@ -183,7 +183,7 @@ impl Disk {
     fn hold(&self, layers: Layers, mtime: i64) -> String {
         let uuid = Uuid::new_v4();
         let name = format!("{PREFIX}{uuid}");
-        let file = self.show_snapshot(&name, uuid, layers, mtime);
+        let file = self.show_snapshot(&name, (uuid, uuid), layers, mtime);
         let held = Held { uuid, file, until: Instant::now() + KEPT };
         self.life.held.lock().push(held);
         name

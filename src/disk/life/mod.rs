@@ -242,19 +242,27 @@ impl Disk {
     pub fn delete_snapshot(&self, name: &str) -> Result<(), LifeError> {
         let _turn = self.begin("the deletion of a snapshot")?;
         if let Some(reflink) = self.reflink() {
-            self.life.files.lock().remove(&snapshot_uuid(&self.uuid, name));
-            return Ok(reflink.delete(name)?);
+            reflink.delete(name)?;
+            if let Some(file) = self.life.files.lock().remove(&snapshot_uuid(&self.uuid, name)) {
+                file.lose_name();
+            }
+            return Ok(());
         }
         let tree = self.tree("snapshots")?;
-        if tree.snapshot(name).is_none() {
+        let Some(layer) = tree.snapshot(name).map(|snapshot| snapshot.layer) else {
             return Err(LifeError::Unknown(name.to_owned()));
-        }
+        };
         let mut next = tree.clone();
         next.snapshots.retain(|snapshot| snapshot.name != name);
         next.prune();
         let shelf = self.life.shelf();
         let _alone = shelf.alone();
         self.replace_stack(&next, None)?;
+        if next.name_of(layer).is_none()
+            && let Some(file) = self.life.files.lock().get(&layer)
+        {
+            file.lose_name();
+        }
         self.drop_layers(&tree, &next);
         self.life.untidy.store(true, Ordering::SeqCst);
         Ok(())

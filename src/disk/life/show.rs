@@ -176,7 +176,7 @@ impl Disk {
         let bottom = self.layers().bottom.clone();
         let layers = Layers::new(Top::Nothing, Sealed::new(chain).map(Arc::new), bottom);
         let time = time.unwrap_or(record.taken.saturating_mul(1_000_000_000));
-        Ok(self.show_snapshot(name, record.layer, layers, time))
+        Ok(self.show_snapshot(name, (record.layer, record.layer), layers, time))
     }
 
     fn snapshot_of_reflink(&self, reflink: &Reflink, name: &str) -> io::Result<Arc<Self>> {
@@ -190,14 +190,16 @@ impl Disk {
         let found = file.metadata()?;
         let raw = RawBase::new(Arc::new(file), HostKind::File, found.len())?;
         let layers = Layers::new(Top::Nothing, None, Some(Arc::new(raw)));
-        Ok(self.show_snapshot(name, uuid, layers, mtime_of(&found)))
+        // Another of this name is another file: what the kernel has cached of one is not the other's.
+        Ok(self.show_snapshot(name, (uuid, Uuid::new_v4()), layers, mtime_of(&found)))
     }
 
-    /// Makes a disk that is only read of the layers of a snapshot.
+    /// Makes a disk that is only read of the layers of a snapshot: it is kept under `key` and is
+    /// `uuid`.
     pub(super) fn show_snapshot(
         &self,
         name: &str,
-        uuid: Uuid,
+        (key, uuid): (Uuid, Uuid),
         layers: Layers,
         mtime: i64,
     ) -> Arc<Self> {
@@ -210,7 +212,7 @@ impl Disk {
         disk.times = Times::new(mtime, false, None);
         disk.source = format!("snapshot '{name}' of {}", self.source);
         let disk = Arc::new(disk);
-        Arc::clone(self.life.files.lock().entry(uuid).or_insert(disk))
+        Arc::clone(self.life.files.lock().entry(key).or_insert(disk))
     }
 
     /// The names of its snapshots, oldest first.

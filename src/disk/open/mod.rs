@@ -229,6 +229,7 @@ pub(super) fn assemble(
         Some(path) => path.display().to_string(),
         None => format!("blank:{}", layers.size()),
     };
+    let grain = bottom.grain();
     Disk {
         uuid,
         mode: spec.mode,
@@ -263,5 +264,8 @@ pub(super) fn assemble(
         held: false.into(),
         closed: false.into(),
         leaving: false.into(),
+        grain,
+        nameless: false.into(),
+        references: 0.into(),
     }
 }
