@@ -15,11 +15,11 @@
 //! Everything is done relative to an open directory, so that a rename of what holds it changes
 //! nothing. Whether the directory itself is to be believed is [`trust`](crate::trust)'s to say.
 
-use std::fs::File;
+use std::fs::{File, Metadata};
 use std::io::{self, Read, Write};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
-use std::path::{Component, Path};
+use std::path::{Component, Path, PathBuf};
 
 use rustix::fs::{AtFlags, CWD, Mode, OFlags};
 
@@ -56,9 +56,77 @@ pub fn open_dir(path: &Path) -> io::Result<File> {
 /// # Errors
 /// The host's errno; [`io::ErrorKind::InvalidInput`] when something else is there.
 pub fn open_input(path: &Path, access: Access) -> io::Result<File> {
-    let file = open_nonblocking(CWD, path, access.flags())?;
-    let kind = file.metadata()?.file_type();
-    if kind.is_file() || kind.is_block_device() { Ok(file) } else { Err(refusal(kind)) }
+    let located = Located::at(path)?;
+    let kind = located.metadata().file_type();
+    if kind.is_file() || kind.is_block_device() {
+        located.open(access.flags())
+    } else {
+        Err(refusal(kind))
+    }
+}
+
+/// What a path leads to, held without being open: looking at it waits for nothing and starts
+/// nothing, and what was judged is what is opened, whatever becomes of the path meanwhile.
+#[derive(Debug)]
+pub struct Located {
+    fd: OwnedFd,
+    metadata: Metadata,
+}
+
+impl Located {
+    /// What is at `path`; links are followed.
+    ///
+    /// # Errors
+    /// The host's errno.
+    pub fn at(path: &Path) -> io::Result<Self> {
+        let flags = OFlags::PATH | OFlags::CLOEXEC;
+        let file = File::from(rustix::fs::open(path, flags, Mode::empty())?);
+        let metadata = file.metadata()?;
+        Ok(Self { fd: file.into(), metadata })
+    }
+
+    /// What it is, as it was when it was found.
+    #[must_use]
+    pub fn metadata(&self) -> &Metadata {
+        &self.metadata
+    }
+
+    /// Where it lies now: absolute, without links.
+    ///
+    /// # Errors
+    /// The host's errno; `ENOENT` when it has no name any more.
+    pub fn real_path(&self) -> io::Result<PathBuf> {
+        real_path(&self.fd)
+    }
+
+    /// Opens it, without waiting: neither for the other end of a pipe nor for a terminal.
+    ///
+    /// # Errors
+    /// The host's errno.
+    pub fn open(&self, flags: OFlags) -> io::Result<File> {
+        open_nonblocking(CWD, Path::new(&of_descriptor(&self.fd)), flags)
+    }
+}
+
+/// Where the open file or directory lies now: absolute, without links. A path that was looked up
+/// again may lead elsewhere by then; this is what the descriptor itself says.
+///
+/// # Errors
+/// The host's errno; `ENOENT` when it has no name any more.
+pub fn real_path(fd: impl AsFd) -> io::Result<PathBuf> {
+    let path = std::fs::read_link(of_descriptor(&fd))?;
+    // The kernel marks what was unlinked so; a file may also be called that.
+    let is_gone = path.as_os_str().as_encoded_bytes().ends_with(b" (deleted)")
+        && rustix::fs::fstat(fd)?.st_nlink == 0;
+    if is_gone || !path.is_absolute() {
+        return Err(io::Error::from_raw_os_error(libc::ENOENT));
+    }
+    Ok(path)
+}
+
+/// The name by which the kernel lets a descriptor be opened once more.
+fn of_descriptor(fd: impl AsFd) -> String {
+    format!("/proc/self/fd/{}", fd.as_fd().as_raw_fd())
 }
 
 /// Opens the regular file `name` in `dir`.
@@ -158,11 +226,16 @@ pub fn create_dir(dir: &File, name: impl AsRef<Path>) -> io::Result<File> {
 ///
 /// # Errors
 /// The host's errno. Unless the directory alone could not be synced, the old file is in place then.
-pub fn replace_file(dir: &File, name: &str, new: &str, bytes: &[u8]) -> io::Result<()> {
-    let mut file = recreate_file(dir, new)?;
+pub fn replace_file(
+    dir: &File,
+    name: impl AsRef<Path>,
+    new: impl AsRef<Path>,
+    bytes: &[u8],
+) -> io::Result<()> {
+    let mut file = recreate_file(dir, &new)?;
     file.write_all(bytes)?;
     file.sync_all()?;
-    rustix::fs::renameat(dir, new, dir, name)?;
+    rustix::fs::renameat(dir, new.as_ref(), dir, plain(name.as_ref())?)?;
     dir.sync_all()
 }
 
@@ -302,6 +375,26 @@ mod tests {
             assert!(open_input(&room.path().join(name), Access::Read).is_err(), "{name}");
         }
         assert!(open_input(Path::new("/dev/null"), Access::Read).is_err());
+    }
+
+    #[test]
+    fn what_was_located_is_opened_whatever_becomes_of_its_name() {
+        let (room, dir) = room();
+        let at = |name: &str| room.path().join(name);
+        let real = room.path().canonicalize().unwrap();
+        let located = Located::at(&at("link")).unwrap();
+        assert_eq!(located.real_path().unwrap(), real.join("file"));
+        std::fs::rename(at("file"), at("moved (deleted)")).unwrap();
+        std::fs::write(at("file"), b"other").unwrap();
+        assert_eq!(located.real_path().unwrap(), real.join("moved (deleted)"));
+        let file = located.open(OFlags::RDONLY).unwrap();
+        assert_eq!(read_to_limit(file, 100).unwrap(), b"0123456789");
+        std::fs::remove_file(at("moved (deleted)")).unwrap();
+        let error = located.real_path().unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(libc::ENOENT));
+        // A pipe nobody writes into is looked at without being opened.
+        assert!(Located::at(&at("fifo")).unwrap().metadata().file_type().is_fifo());
+        drop(dir);
     }
 
     #[test]

@@ -7,10 +7,15 @@
 mod common;
 
 use std::fs::{self, OpenOptions};
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use common::mount::*;
+use cowslip::base::{Access, Opening};
+use cowslip::spec::{Direct, Format, Locking, Part, Passthrough, Source};
+use rustix::fs::{CWD, RenameFlags};
 
 /// The disks of `names`, mounted read-only, compare equal to what QEMU reads of the images.
 fn same_as_qemu(lab: &Lab, names: &[&str]) {
@@ -233,6 +238,73 @@ fn nothing_is_opened_that_was_not_allowed() {
     )
     .unwrap();
     lab.mount("--config a.toml");
+    lab.end();
+}
+
+/// Opens `image` as a mount would, with nothing allowed but its own directory.
+fn open(image: &Path) -> Result<cowslip::base::Base, cowslip::base::BaseError> {
+    let how = Opening {
+        format: Some(Format::Qcow2),
+        part: Part::Whole,
+        access: Access::Read,
+        locking: Locking::Off,
+        passthrough: Passthrough::Off,
+        direct: Direct::Off,
+        allow_backing: &[],
+    };
+    cowslip::base::open(&Source::File(image.to_owned()), how)
+}
+
+#[test]
+fn a_directory_that_becomes_a_link_meanwhile_leads_nowhere() {
+    let lab = Lab::new();
+    lab.sh("mkdir -p own/sub out
+         truncate -s 1M own/sub/base; truncate -s 1M out/base
+         ln -s ../out own/link
+         qemu-img create -q -f qcow2 -b sub/base -F raw own/top.qcow2
+         qemu-img create -q -f qcow2 -u -b $PWD/out/base -F raw own/sub/low.qcow2 1M
+         qemu-img create -q -f qcow2 out/low.qcow2 1M");
+    let forbidden = fs::metadata(lab.path("out/base")).unwrap().ino();
+    let is_over = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let (sub, link) = (lab.path("own/sub"), lab.path("own/link"));
+            while !is_over.load(Ordering::Relaxed) {
+                rustix::fs::renameat_with(CWD, &sub, CWD, &link, RenameFlags::EXCHANGE).unwrap();
+            }
+        });
+        // By what the image names, and by where the image itself lies.
+        let images = ["own/top.qcow2", "own/sub/low.qcow2"].map(|image| lab.path(image));
+        let needs = |image: &PathBuf| open(image).map_or_else(|_| Vec::new(), |base| base.needs);
+        let opened = (0..5000).flat_map(|_| &images).flat_map(needs);
+        let mut found = opened.map(|(_, file)| file.metadata().unwrap().ino());
+        let is_any_forbidden = found.any(|inode| inode == forbidden);
+        is_over.store(true, Ordering::Relaxed);
+        assert!(!is_any_forbidden, "a file outside was opened");
+    });
+    lab.end();
+}
+
+#[test]
+fn a_chain_whose_tables_are_too_much_to_hold_is_refused() {
+    let lab = Lab::new();
+    // Each a few KiB on the disk, with an L1 table of 32 MiB, the largest there is.
+    lab.sh("qemu-img create -q -f qcow2 -o cluster_size=512 0.qcow2 1M
+         for i in 1 2 3 4; do
+             qemu-img create -q -f qcow2 -u -o cluster_size=512 -b $((i - 1)).qcow2 -F qcow2 $i.qcow2 1M
+         done");
+    for number in 0..5 {
+        let path = lab.path(&format!("{number}.qcow2"));
+        let file = OpenOptions::new().write(true).open(path).unwrap();
+        file.set_len(40 << 20).unwrap();
+        file.write_all_at(&(4_u32 << 20).to_be_bytes(), 36).unwrap();
+        file.write_all_at(&(1_u64 << 20).to_be_bytes(), 40).unwrap();
+    }
+    lab.mount("d=2.qcow2,format=qcow2,mode=ro");
+    lab.umount();
+    // The fourth is one too many.
+    hostile(&lab, "3.qcow2", &["0.qcow2'", "to more than 128 MiB"]);
+    hostile(&lab, "4.qcow2", &["1.qcow2'", "to more than 128 MiB"]);
     lab.end();
 }
 

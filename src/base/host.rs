@@ -4,10 +4,10 @@ use std::fs::{File, FileType, Metadata};
 use std::io;
 use std::ops::Range;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use rustix::fs::{Mode, OFlags, SeekFrom};
+use rustix::fs::{OFlags, SeekFrom};
 use rustix::io::Errno;
 
 use super::error::BaseError;
@@ -15,6 +15,7 @@ use super::place::{HostFs, Manner};
 use super::raw::{HostKind, RawBase};
 use super::view::{self, View};
 use super::{Access, lock};
+use crate::confined::{self, Located};
 use crate::layer::WritableLayer;
 use crate::spec::{Direct, Locking, Passthrough};
 
@@ -26,6 +27,8 @@ pub struct Host {
     pub(in crate::base) raw: Arc<RawBase>,
     /// How many there are.
     pub(in crate::base) size: u64,
+    /// Where it lies, canonical.
+    pub(in crate::base) real: PathBuf,
 }
 
 impl Host {
@@ -51,15 +54,23 @@ pub(super) fn open_host_file(
     passthrough: Passthrough,
     direct: Direct,
 ) -> Result<Host, BaseError> {
+    let located = Located::at(path).map_err(|error| BaseError::host(path, access, error))?;
+    open_located(&located, path, access, locking, passthrough, direct)
+}
+
+/// Opens what was found at `path`, which is for messages alone.
+pub(super) fn open_located(
+    located: &Located,
+    path: &Path,
+    access: Access,
+    locking: Locking,
+    passthrough: Passthrough,
+    direct: Direct,
+) -> Result<Host, BaseError> {
     let host = |error: io::Error| BaseError::host(path, access, error);
     // Looked at before it is opened: opening a watchdog or a tape already does something.
-    let kind = host_kind(path, &std::fs::metadata(path).map_err(host)?)?;
-    let file = open_host(path, kind, access, locking)?;
-    let meta = file.metadata().map_err(host)?;
-    if host_kind(path, &meta)? != kind {
-        // Replaced between the two looks.
-        return Err(host(Errno::STALE.into()));
-    }
+    let kind = host_kind(path, located.metadata())?;
+    let file = open_host(located, path, kind, access, locking)?;
     refuse_pseudo(path, &file).map_err(host)??;
     // Locked before its size and bytes are looked at: nobody changes them from then on.
     lock::lock(&file, path, access, locking).inspect_err(|_| lock::release(&file))?;
@@ -83,7 +94,8 @@ pub(super) fn open_host_file(
         let refused = |error| BaseError::NoDirect { path: path.to_owned(), error };
         raw = raw.past_cache().map_err(refused)?;
     }
-    Ok(Host { file, raw: Arc::new(raw), size })
+    let real = confined::real_path(&*file).unwrap_or_else(|_| path.to_owned());
+    Ok(Host { file, raw: Arc::new(raw), size, real })
 }
 
 /// A base that is served to be read and now written as well: a commit.
@@ -118,17 +130,18 @@ pub fn open_writable(
     let host = |error: io::Error| BaseError::host(path, Access::Write, error);
     let meta = reader.metadata().map_err(host)?;
     let kind = host_kind(path, &meta)?;
-    let file = open_host(path, kind, Access::Write, locking)?;
-    let found = file.metadata().map_err(host)?;
+    let located = Located::at(path).map_err(host)?;
+    let found = located.metadata();
     if (found.dev(), found.ino()) != (meta.dev(), meta.ino()) {
         return Err(host(Errno::STALE.into()));
     }
+    let file = open_host(&located, path, kind, Access::Write, locking)?;
     if let Err(error) = lock::lock(reader, path, Access::Write, locking) {
         lock::downgrade(reader);
         return Err(error.into());
     }
     let size = match kind {
-        HostKind::File => found.len(),
+        HostKind::File => file.metadata().map_err(host)?.len(),
         HostKind::BlockDevice => {
             rustix::fs::seek(&file, SeekFrom::End(0)).map_err(|error| host(error.into()))?
         }
@@ -155,13 +168,13 @@ pub fn open_writable(
 
 /// Opens without waiting, and leaves a descriptor that waits as others do.
 fn open_host(
+    located: &Located,
     path: &Path,
     kind: HostKind,
     access: Access,
     locking: Locking,
 ) -> Result<File, BaseError> {
-    let mut flags = OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
-    flags |= match access {
+    let mut flags = match access {
         Access::Read => OFlags::RDONLY,
         Access::Write => OFlags::RDWR,
     };
@@ -171,15 +184,10 @@ fn open_host(
         // The kernel's own lock on devices: refused while mounted, and not to be mounted then.
         flags |= OFlags::EXCL;
     }
-    let fd = match rustix::fs::open(path, flags, Mode::empty()) {
-        Err(Errno::BUSY) if claims => return Err(BaseError::DeviceBusy(path.to_owned())),
-        Err(error) => return Err(BaseError::host(path, access, error.into())),
-        Ok(fd) => fd,
-    };
-    rustix::fs::fcntl_getfl(&fd)
-        .and_then(|flags| rustix::fs::fcntl_setfl(&fd, flags - OFlags::NONBLOCK))
-        .map_err(|error| BaseError::host(path, access, error.into()))?;
-    Ok(fd.into())
+    located.open(flags).map_err(|error| match error.raw_os_error() {
+        Some(libc::EBUSY) if claims => BaseError::DeviceBusy(path.to_owned()),
+        _ => BaseError::host(path, access, error),
+    })
 }
 
 /// Refuses all that is neither file nor block device.

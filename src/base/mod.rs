@@ -40,8 +40,8 @@ use std::sync::Arc;
 use self::blank::Blank;
 use self::detect::check_format;
 pub use self::error::BaseError;
-use self::host::open_host_file;
 pub use self::host::{Host, Writable, open_writable};
+use self::host::{open_host_file, open_located};
 use self::identity::Identity;
 use self::view::View;
 use crate::layer::{Layer, WritableLayer};
@@ -147,13 +147,13 @@ fn open_file(path: &Path, how: Opening<'_>) -> Result<Base, BaseError> {
     let host = open_host_file(path, access, locking, passthrough, direct)?;
     let unreadable = |error: io::Error| BaseError::host(path, access, error);
     check_format(path, &host, format).map_err(unreadable)??;
-    let real = path.canonicalize().unwrap_or_else(|_| path.to_owned());
+    let real = host.real.clone();
     let (file, raw) = (Arc::clone(&host.file), Arc::clone(&host.raw));
     let sector = host.sector().map_err(unreadable)?;
     let mut needs = Vec::new();
     let whole: Arc<dyn Layer> = match (access, format) {
         (Access::Read, Some(Format::Qcow2)) => {
-            let chain = qcow2::open(&real, host, allow_backing, locking)?;
+            let chain = qcow2::open(host, allow_backing, locking)?;
             needs.extend_from_slice(chain.needs());
             Arc::new(chain)
         }

@@ -3,7 +3,8 @@
 //! The names in an image may have been written by an enemy. Each is followed only as the plain name
 //! of a file below a directory that was allowed (the first image's own, unless others were named),
 //! in the format that is written down beside it, and never guessed from its bytes: what a guest
-//! writes into a raw image stays raw for ever.
+//! writes into a raw image stays raw for ever. Where a file lies is asked of the file that was
+//! found, and that one is opened: a directory that becomes a link meanwhile leads nowhere.
 //!
 //! All headers are looked at before the first table is read, so that a chain that is refused costs
 //! little.
@@ -15,9 +16,11 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::super::{Access, BaseError, Host, open_host_file};
-use super::Image;
+use super::super::{Access, BaseError, Host, open_host_file, open_located};
 use super::header::{Backing, Header, HeaderError};
+use super::tables::{Budget, MOST_TABLES};
+use super::{Image, inflated::Inflated};
+use crate::confined::Located;
 use crate::extents::{Extent, Kind};
 use crate::layer::{Copy, Layer, Wait};
 use crate::spec::{Direct, Format, Locking, Passthrough};
@@ -88,6 +91,12 @@ pub enum ChainError {
     /// It hardly ends.
     #[error("'{}' has more than {DEEPEST} backing files below it", .0.display())]
     TooDeep(PathBuf),
+    /// Its tables, and those of the images above it, are too much to hold.
+    #[error(
+        "'{}' brings the tables of the images to more than {} MiB: make the chain shorter, or its clusters larger, with qemu-img convert",
+        .0.display(), MOST_TABLES >> 20
+    )]
+    TooLarge(PathBuf),
     /// A file that an image names.
     #[error("'{}' needs another file: {error}", path.display())]
     Needed {
@@ -124,38 +133,37 @@ struct Member {
     data: Option<(PathBuf, Host)>,
 }
 
-/// Opens the qcow2 image `path`, which is open as `host`, and all below it. Files that it names
-/// have to lie below its own directory or one of `allowed`.
+/// Opens the qcow2 image `host` and all below it. Files that it names have to lie below its own
+/// directory or one of `allowed`.
 ///
 /// # Errors
 /// [`ChainError`].
-pub fn open(
-    path: &Path,
-    host: Host,
-    allowed: &[PathBuf],
-    locking: Locking,
-) -> Result<Chain, ChainError> {
-    let own = path.parent().unwrap_or(Path::new("/")).to_owned();
-    let allowed = Allowed { own, named: allowed, locking };
+pub fn open(host: Host, allowed: &[PathBuf], locking: Locking) -> Result<Chain, ChainError> {
+    let path = host.real.clone();
+    let allowed = Allowed::below(&path, allowed, locking);
     let mut seen = HashSet::new();
-    let mut members = vec![Member::read(path.to_owned(), host, "qcow2", &allowed)?];
+    let mut budget = Budget::default();
+    let mut members = vec![Member::read(path.clone(), host, "qcow2", &allowed)?];
     loop {
-        let Some(last) = members.last() else { return Err(ChainError::Loop(path.to_owned())) };
+        let Some(last) = members.last() else { return Err(ChainError::Loop(path)) };
         if !seen.insert(last.host.key().map_err(|error| last.unreadable(error))?) {
-            return Err(ChainError::Loop(path.to_owned()));
+            return Err(ChainError::Loop(path));
         }
+        last.charge(&mut budget)?;
         let Some(backing) = last.header.as_ref().and_then(|header| header.backing.clone()) else {
             break;
         };
         if members.len() > DEEPEST {
-            return Err(ChainError::TooDeep(path.to_owned()));
+            return Err(ChainError::TooDeep(path));
         }
         let next = last.next(&backing, &allowed)?;
         members.push(next);
     }
     let size = members.first().and_then(|top| top.header.as_ref()).map_or(0, |top| top.size);
     let needs = members.iter().flat_map(Member::files).skip(1).collect();
-    let images = members.into_iter().map(Member::build).collect::<Result<_, _>>()?;
+    let inflated = Inflated::new();
+    let build = |member: Member| member.build(&budget, &inflated);
+    let images = members.into_iter().map(build).collect::<Result<_, _>>()?;
     Ok(Chain { images, size, needs })
 }
 
@@ -173,10 +181,11 @@ pub struct TopImage {
 /// [`BaseError`].
 pub fn open_top(path: &Path, allowed: &[PathBuf]) -> Result<TopImage, BaseError> {
     let host = open_host_file(path, Access::Read, Locking::Qemu, Passthrough::Off, Direct::Off)?;
-    let real = path.canonicalize().unwrap_or_else(|_| path.to_owned());
-    let own = real.parent().unwrap_or(Path::new("/")).to_owned();
-    let allowed = Allowed { own, named: allowed, locking: Locking::Qemu };
+    let real = host.real.clone();
+    let allowed = Allowed::below(&real, allowed, Locking::Qemu);
     let top = Member::read(real, host, "qcow2", &allowed)?;
+    let mut budget = Budget::default();
+    top.charge(&mut budget)?;
     let backing = match top.header.as_ref().and_then(|header| header.backing.clone()) {
         None => None,
         Some(backing) => {
@@ -185,19 +194,26 @@ pub fn open_top(path: &Path, allowed: &[PathBuf]) -> Result<TopImage, BaseError>
             Some((below.path, format))
         }
     };
-    Ok(TopImage { image: top.build()?, backing })
+    Ok(TopImage { image: top.build(&budget, &Inflated::new())?, backing })
 }
 
 /// What may be opened.
-struct Allowed<'a> {
+struct Allowed {
     /// The directory of the first image: backing files may lie there.
     own: PathBuf,
     /// What the user named: data files may lie there as well.
-    named: &'a [PathBuf],
+    named: Vec<PathBuf>,
     locking: Locking,
 }
 
-impl Allowed<'_> {
+impl Allowed {
+    /// For the image that lies at `image`, canonical.
+    fn below(image: &Path, named: &[PathBuf], locking: Locking) -> Self {
+        let own = image.parent().unwrap_or(Path::new("/")).to_owned();
+        let named = named.iter().filter_map(|dir| dir.canonicalize().ok()).collect();
+        Self { own, named, locking }
+    }
+
     /// Opens `name`, which stands in the image `path`.
     fn open(
         &self,
@@ -209,15 +225,17 @@ impl Allowed<'_> {
             |error| ChainError::Needed { path: path.to_owned(), error: Box::new(error) };
         let named = path.parent().unwrap_or(Path::new("/")).join(name);
         let missing = |error| of_needed(BaseError::host(&named, Access::Read, error));
-        let needed = named.canonicalize().map_err(missing)?;
-        let is_below = |dir: &Path| dir.canonicalize().is_ok_and(|dir| needed.starts_with(dir));
-        let is_allowed =
-            self.named.iter().any(|dir| is_below(dir)) || (may_be_own && is_below(&self.own));
+        // Found first and judged by where it lies, then opened itself: never again by its path,
+        // which may lead elsewhere by then.
+        let located = Located::at(&named).map_err(missing)?;
+        let needed = located.real_path().map_err(missing)?;
+        let is_allowed = self.named.iter().any(|dir| needed.starts_with(dir))
+            || (may_be_own && needed.starts_with(&self.own));
         if !is_allowed {
             return Err(ChainError::Outside { path: path.to_owned(), needed });
         }
         let (passthrough, direct) = (Passthrough::Off, Direct::Off);
-        let host = open_host_file(&needed, Access::Read, self.locking, passthrough, direct)
+        let host = open_located(&located, &needed, Access::Read, self.locking, passthrough, direct)
             .map_err(of_needed)?;
         Ok((needed, host))
     }
@@ -229,7 +247,7 @@ impl Member {
         path: PathBuf,
         host: Host,
         format: &str,
-        allowed: &Allowed<'_>,
+        allowed: &Allowed,
     ) -> Result<Self, ChainError> {
         if format == "raw" {
             return Ok(Self { path, host, header: None, data: None });
@@ -246,7 +264,7 @@ impl Member {
     }
 
     /// The image it is a difference to.
-    fn next(&self, backing: &Backing, allowed: &Allowed<'_>) -> Result<Self, ChainError> {
+    fn next(&self, backing: &Backing, allowed: &Allowed) -> Result<Self, ChainError> {
         let (path, name) = (self.path.clone(), backing.name.clone());
         if is_protocol(&name) {
             return Err(ChainError::Name { path, name });
@@ -272,14 +290,31 @@ impl Member {
         ChainError::Header { path: self.path.clone(), error: error.into() }
     }
 
+    /// Takes what its tables need out of `budget`.
+    fn charge(&self, budget: &mut Budget) -> Result<(), ChainError> {
+        match &self.header {
+            Some(header) if !budget.charge(header) => Err(ChainError::TooLarge(self.path.clone())),
+            _ => Ok(()),
+        }
+    }
+
     /// The layer that answers for it.
-    fn build(self) -> Result<Arc<dyn Layer>, ChainError> {
+    fn build(
+        self,
+        budget: &Budget,
+        inflated: &Arc<Inflated>,
+    ) -> Result<Arc<dyn Layer>, ChainError> {
         let Some(header) = &self.header else { return Ok(self.host.raw) };
         let data = self.data.as_ref().map_or(&self.host, |(_, data)| data);
-        let image = |file: File| {
-            Image::new(file, Arc::clone(&self.host.raw), Arc::clone(&data.raw), header)
-        };
-        let image = self.host.file.try_clone().and_then(image);
+        let (own, data) = (Arc::clone(&self.host.raw), Arc::clone(&data.raw));
+        let image = Image::new(
+            Arc::clone(&self.host.file),
+            own,
+            data,
+            header,
+            budget,
+            Arc::clone(inflated),
+        );
         Ok(Arc::new(image.map_err(|error| self.unreadable(error))?))
     }
 }

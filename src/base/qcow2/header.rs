@@ -64,8 +64,10 @@ pub struct Header {
     pub backing: Option<Backing>,
     /// Its data lies in another file, of this name if one is written down.
     pub data_file: Option<Option<String>>,
-    /// The bytes of its L1 table, for [`check_l1`].
+    /// The bytes of its L1 table that map the disk, for [`check_l1`](Self::check_l1).
     l1: std::ops::Range<u64>,
+    /// How long that table is as a whole, in bytes: all of it is held.
+    l1_len: u64,
 }
 
 /// The name of a backing file as it stands in the image.
@@ -108,6 +110,7 @@ impl Header {
         let cluster = 1 << cluster_bits;
         let size = fields.u64(24)?;
         let l1 = l1_range(&fields, size, cluster_bits, file_size)?;
+        let l1_len = u64::from(fields.u32(36)?) * 8;
         let header_len = if version == 3 { fields.u32(100)? as usize } else { V2_LEN };
         if version == 3 && (header_len < V3_LEN || header_len as u64 > cluster) {
             return damaged(format!("a header of {header_len} bytes"));
@@ -117,7 +120,19 @@ impl Header {
         let backing = backing_name(&first_cluster)?
             .map(|name| Backing { name, format: found.backing_format });
         let data_file = (features & DATA_FILE != 0).then_some(found.data_file);
-        Ok(Self { size, cluster, backing, data_file, l1 })
+        Ok(Self { size, cluster, backing, data_file, l1, l1_len })
+    }
+
+    /// How many bytes its L1 table takes, all of which are held.
+    #[must_use]
+    pub fn l1_len(&self) -> u64 {
+        self.l1_len
+    }
+
+    /// How many bytes of the disk one L2 table maps: a cluster of entries of 8 bytes.
+    #[must_use]
+    pub fn mapped_by_one(&self) -> u64 {
+        self.cluster * (self.cluster / 8)
     }
 
     /// Checks that all L2 tables lie inside `file` and over nothing that belongs to the header.
@@ -183,7 +198,6 @@ fn l1_range(
     file_size: u64,
 ) -> Result<std::ops::Range<u64>, HeaderError> {
     let (entries, start) = (u64::from(fields.u32(36)?), fields.u64(40)?);
-    // An L2 table is a cluster of entries of 8 bytes.
     let mapped_by_one = 1_u64 << (cluster_bits + cluster_bits - 3);
     let needed = size.div_ceil(mapped_by_one);
     if entries * 8 > LARGEST_L1 || needed * 8 > LARGEST_L1 || i64::try_from(size).is_err() {

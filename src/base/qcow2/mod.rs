@@ -3,7 +3,7 @@
 //! ```text
 //!   Chain ── Image ── header.rs  what it says of itself, checked before anything is believed
 //!     │        │      runs.rs    what lies where, remembered
-//!     │        └───── imago      reads the tables and inflates clusters
+//!     │        └────── tables.rs imago reads the tables and inflates clusters, within a budget
 //!     └───── Image, or RawBase for a raw one
 //! ```
 //!
@@ -13,30 +13,24 @@
 
 mod chain;
 mod header;
+mod inflated;
 mod runs;
+mod tables;
 
-use std::collections::VecDeque;
 use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::sync::Arc;
 
-use imago::format::drivers::FormatDriverInstance;
-use imago::{ShallowMapping, StorageOpenOptions};
-use parking_lot::Mutex;
-
 pub use self::chain::{Chain, ChainError, TopImage, open, open_top};
 pub use self::header::{Header, HeaderError};
+use self::inflated::Inflated;
 use self::runs::{Place, Run, Runs};
+use self::tables::{Budget, Mapping, Tables};
 use super::raw::RawBase;
 use crate::extents::{Extent, Kind};
 use crate::host::errno;
 use crate::layer::{Copy, Layer, Wait};
-
-/// How much inflated data an image keeps: reads come in pieces smaller than a cluster.
-const INFLATED: usize = 4 << 20;
-
-type Tables = imago::qcow2::Qcow2<imago::file::File>;
 
 /// One image of a chain.
 pub struct Image {
@@ -48,8 +42,7 @@ pub struct Image {
     size: u64,
     cluster: u64,
     runs: Runs,
-    /// Clusters that were inflated, the newest last.
-    inflated: Mutex<VecDeque<(u64, Arc<[u8]>)>>,
+    inflated: Arc<Inflated>,
     /// What reads where it has nothing.
     below: Kind,
 }
@@ -60,24 +53,22 @@ impl Image {
     ///
     /// # Errors
     /// The host's, and `InvalidData`.
-    fn new(file: File, own: Arc<RawBase>, data: Arc<RawBase>, header: &Header) -> io::Result<Self> {
-        let as_storage = |file| imago::file::File::from_open_file(file, StorageOpenOptions::new());
-        let external = match header.data_file {
-            // Only the tables are read through it.
-            Some(_) => Some(as_storage(file.try_clone()?)?),
-            None => None,
-        };
-        let mut tables = Tables::open_image(as_storage(file)?, false)?;
-        tables.set_data_file(external);
-        tables.set_backing(None);
+    fn new(
+        file: Arc<File>,
+        own: Arc<RawBase>,
+        data: Arc<RawBase>,
+        header: &Header,
+        budget: &Budget,
+        inflated: Arc<Inflated>,
+    ) -> io::Result<Self> {
         Ok(Self {
-            tables,
+            tables: Tables::open(file, header, budget)?,
             _own: own,
             data,
             size: header.size,
             cluster: header.cluster,
-            runs: Runs::new(header.size, header.cluster),
-            inflated: Mutex::default(),
+            runs: Runs::new(header.size, header.cluster, budget.images()),
+            inflated,
             below: if header.backing.is_some() { Kind::Lower } else { Kind::Hole },
         })
     }
@@ -113,13 +104,12 @@ impl Image {
         let mut at = stretch.start;
         while at < stretch.end {
             let (mapping, len) =
-                self.tables.get_mapping(at, stretch.end - at).map_err(|error| damaged(&error))?;
+                self.tables.mapping(at, stretch.end - at).map_err(|error| damaged(&error))?;
             let place = match mapping {
-                ShallowMapping::Zero { explicit: false, .. } => Place::Lower,
-                ShallowMapping::Zero { .. } => Place::Zero,
-                ShallowMapping::Raw { offset, .. } => Place::Data(offset),
-                ShallowMapping::Special { .. } => Place::Packed,
-                _ => return Err(errno(libc::EIO)),
+                Mapping::Nothing => Place::Lower,
+                Mapping::Zero => Place::Zero,
+                Mapping::Data(offset) => Place::Data(offset),
+                Mapping::Packed => Place::Packed,
             };
             let end = at + len.clamp(1, stretch.end - at);
             runs::push(&mut runs, Run { range: at..end, place });
@@ -130,10 +120,8 @@ impl Image {
 
     /// The bytes of the compressed cluster that begins at `start`.
     fn inflate(&self, start: u64, wait: Wait) -> io::Result<Arc<[u8]>> {
-        let known = |kept: &VecDeque<(u64, Arc<[u8]>)>| {
-            kept.iter().find(|(at, _)| *at == start).map(|(_, bytes)| Arc::clone(bytes))
-        };
-        if let Some(bytes) = known(&self.inflated.lock()) {
+        let key = (std::ptr::from_ref(self).addr(), start);
+        if let Some(bytes) = self.inflated.get(key) {
             return Ok(bytes);
         }
         if wait == Wait::No {
@@ -141,16 +129,9 @@ impl Image {
         }
         let len = usize::try_from(self.cluster.min(self.size - start)).unwrap_or(usize::MAX);
         let mut bytes = vec![0; len];
-        self.tables.readv_special((&mut bytes).into(), start).map_err(|error| damaged(&error))?;
+        self.tables.inflate(&mut bytes, start).map_err(|error| damaged(&error))?;
         let bytes: Arc<[u8]> = bytes.into();
-        let mut kept = self.inflated.lock();
-        if known(&kept).is_none() {
-            kept.push_back((start, Arc::clone(&bytes)));
-        }
-        let most = usize::try_from(INFLATED as u64 / self.cluster).unwrap_or(1).max(2);
-        while kept.len() > most {
-            kept.pop_front();
-        }
+        self.inflated.keep(key, &bytes);
         Ok(bytes)
     }
 }

@@ -17,8 +17,10 @@ use parking_lot::RwLock;
 
 /// How many clusters are asked for at once.
 const CLUSTERS: u64 = 1024;
-/// How many runs are kept: 12 MiB.
+/// How many runs an image keeps: 12 MiB.
 const MOST_RUNS: usize = 512 << 10;
+/// And all images of a chain together: 96 MiB.
+const MOST_OF_CHAIN: usize = 4 << 20;
 
 /// What a run of the disk is in one image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -57,6 +59,7 @@ impl Run {
 pub(super) struct Runs {
     cluster: u64,
     size: u64,
+    most: usize,
     known: RwLock<Known>,
 }
 
@@ -69,9 +72,10 @@ struct Known {
 }
 
 impl Runs {
-    /// For a disk of `size` bytes in clusters of `cluster` bytes.
-    pub(super) fn new(size: u64, cluster: u64) -> Self {
-        Self { cluster, size, known: RwLock::default() }
+    /// For a disk of `size` bytes in clusters of `cluster` bytes, one of `images` of a chain.
+    pub(super) fn new(size: u64, cluster: u64, images: u64) -> Self {
+        let share = MOST_OF_CHAIN / usize::try_from(images).unwrap_or(usize::MAX).max(1);
+        Self { cluster, size, most: share.min(MOST_RUNS), known: RwLock::default() }
     }
 
     /// The stretch of the disk that `offset` is asked for with.
@@ -98,7 +102,7 @@ impl Runs {
             Some(old) => known.runs -= old.len(),
             None => known.order.push_back(start),
         }
-        while known.runs > MOST_RUNS && known.order.len() > 1 {
+        while known.runs > self.most && known.order.len() > 1 {
             let Some(oldest) = known.order.pop_front() else { break };
             let gone = known.stretches.remove(&oldest);
             known.runs -= gone.map_or(0, |gone| gone.len());
@@ -158,7 +162,7 @@ mod tests {
 
     #[test]
     fn what_is_kept_is_found_in_part_and_what_is_not_is_unknown() {
-        let runs = Runs::new(1 << 30, 512);
+        let runs = Runs::new(1 << 30, 512, 1);
         let all = vec![run(0..1000, Place::Data(1 << 20)), run(1000..512 * 1024, Place::Lower)];
         let found = runs.keep(all, &(10..20));
         assert_eq!(found, Some(run(10..20, Place::Data((1 << 20) + 10))));
@@ -169,7 +173,7 @@ mod tests {
 
     #[test]
     fn the_oldest_stretches_go_when_there_are_too_many_runs() {
-        let runs = Runs::new(1 << 40, 512);
+        let runs = Runs::new(1 << 40, 512, 1);
         let stretch = |i: u64| {
             let start = i * CLUSTERS * 512;
             let cluster = |c| run(start + c * 512..start + (c + 1) * 512, Place::Data(c * 1024));

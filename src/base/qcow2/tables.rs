@@ -1,0 +1,191 @@
+//! The tables of an image, as the library reads them, and how much of them is held.
+//!
+//! An L1 table is held as long as its image is open, and the library keeps up to 128 L2 tables, each
+//! as long as a cluster: 256 MiB of an image with clusters of 2 MiB, and a chain may have 257 images.
+//! So a chain has a budget. What must be held at once, every L1 table and one L2 table an image, is
+//! charged before anything is read; what is left is shared out as room for further L2 tables, and an
+//! image that has filled its share lets all of them go.
+
+use std::collections::HashSet;
+use std::fs::File;
+use std::io;
+use std::sync::Arc;
+
+use imago::format::drivers::FormatDriverInstance;
+use imago::{ShallowMapping, StorageOpenOptions};
+use parking_lot::{Mutex, RwLock};
+
+use super::header::{Header, HeaderError};
+
+/// The most bytes of tables that a chain may need at once, and the room for further ones that is
+/// shared by its images: 128 MiB each. The largest L1 table there is has 32 MiB; 256 images of
+/// 1 TiB in clusters of 64 KiB need 20 MiB.
+pub(super) const MOST_TABLES: u64 = 128 << 20;
+
+type Qcow2 = imago::qcow2::Qcow2<imago::file::File>;
+
+/// What the tables of a chain need.
+#[derive(Debug, Default)]
+pub(super) struct Budget {
+    needed: u64,
+    images: u64,
+}
+
+impl Budget {
+    /// Adds an image; `false` when it is too much.
+    pub(super) fn charge(&mut self, header: &Header) -> bool {
+        self.images += 1;
+        self.needed = self.needed.saturating_add(header.l1_len() + header.cluster);
+        self.needed <= MOST_TABLES
+    }
+
+    /// How many images it is shared by; at least one.
+    pub(super) fn images(&self) -> u64 {
+        self.images.max(1)
+    }
+}
+
+/// The tables of one image.
+pub(super) struct Tables {
+    file: Arc<File>,
+    header: Header,
+    qcow2: RwLock<Qcow2>,
+    /// The L2 tables that were asked for since they were let go last, by what they map.
+    held: Mutex<HashSet<u64>>,
+    /// How many these may be.
+    most: usize,
+}
+
+impl Tables {
+    /// Reads those of `file`, whose `header` has been checked.
+    ///
+    /// # Errors
+    /// The host's, and `InvalidData`.
+    pub(super) fn open(file: Arc<File>, header: &Header, budget: &Budget) -> io::Result<Self> {
+        let most = MOST_TABLES / budget.images() / header.cluster;
+        Ok(Self {
+            qcow2: RwLock::new(read(&file, header)?),
+            file,
+            header: header.clone(),
+            held: Mutex::default(),
+            most: usize::try_from(most).unwrap_or(usize::MAX).max(1),
+        })
+    }
+
+    /// What a prefix of `len` bytes from `at` on is, and how long that is.
+    ///
+    /// # Errors
+    /// The host's, and `InvalidData`.
+    pub(super) fn mapping(&self, at: u64, len: u64) -> io::Result<(Mapping, u64)> {
+        self.make_room(at)?;
+        let qcow2 = self.qcow2.read();
+        let (mapping, len) = qcow2.get_mapping(at, len)?;
+        let mapping = match mapping {
+            ShallowMapping::Zero { explicit: false, .. } => Mapping::Nothing,
+            ShallowMapping::Zero { .. } => Mapping::Zero,
+            ShallowMapping::Raw { offset, .. } => Mapping::Data(offset),
+            ShallowMapping::Special { .. } => Mapping::Packed,
+            _ => return Err(io::ErrorKind::InvalidData.into()),
+        };
+        Ok((mapping, len))
+    }
+
+    /// Fills `buf` with what the compressed cluster at `start` holds.
+    ///
+    /// # Errors
+    /// The host's, and `InvalidData`.
+    pub(super) fn inflate(&self, buf: &mut [u8], start: u64) -> io::Result<()> {
+        self.make_room(start)?;
+        self.qcow2.read().readv_special(buf.into(), start)
+    }
+
+    /// Lets all L2 tables go when that of `at` would be one too many.
+    fn make_room(&self, at: u64) -> io::Result<()> {
+        let table = at / self.header.mapped_by_one();
+        let mut held = self.held.lock();
+        if held.contains(&table) || held.len() < self.most {
+            held.insert(table);
+            return Ok(());
+        }
+        // They are let go by being read anew; what was checked then has to be so still.
+        let size = self.file.metadata()?.len();
+        let wrong = |error: HeaderError| match error {
+            HeaderError::Io(error) => error,
+            error => io::Error::new(io::ErrorKind::InvalidData, error.to_string()),
+        };
+        // A device has no length of its own.
+        if size > 0 && Header::read(&self.file, size).map_err(wrong)? != self.header {
+            return Err(io::Error::new(io::ErrorKind::InvalidData, "its header has changed"));
+        }
+        *self.qcow2.write() = read(&self.file, &self.header)?;
+        held.clear();
+        held.insert(table);
+        Ok(())
+    }
+}
+
+/// What a stretch of an image is by its tables.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Mapping {
+    /// It says nothing of it.
+    Nothing,
+    /// Zeros.
+    Zero,
+    /// Bytes of the data file, from this offset on.
+    Data(u64),
+    /// A compressed cluster.
+    Packed,
+}
+
+fn read(file: &File, header: &Header) -> io::Result<Qcow2> {
+    let as_storage = |file| imago::file::File::from_open_file(file, StorageOpenOptions::new());
+    let external = match header.data_file {
+        // Only the tables are read through it.
+        Some(_) => Some(as_storage(file.try_clone()?)?),
+        None => None,
+    };
+    let mut qcow2 = Qcow2::open_image(as_storage(file.try_clone()?)?, false)?;
+    qcow2.set_data_file(external);
+    qcow2.set_backing(None);
+    Ok(qcow2)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::FileExt;
+    use std::process::Command;
+
+    use super::*;
+
+    #[test]
+    fn tables_beyond_the_share_are_let_go_and_read_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("image");
+        let path = path.to_str().unwrap();
+        let run = |program: &str, args: &[&str]| {
+            assert!(Command::new(program).args(args).output().unwrap().status.success());
+        };
+        run("qemu-img", &["create", "-q", "-f", "qcow2", "-o", "cluster_size=512", path, "512K"]);
+        for table in (0..16).step_by(2) {
+            run("qemu-io", &["-c", &format!("write -P {} {}K 2K", table + 1, table * 32), path]);
+        }
+        let file = Arc::new(File::options().read(true).write(true).open(path).unwrap());
+        let header = Header::read(&file, file.metadata().unwrap().len()).unwrap();
+        assert_eq!(header.mapped_by_one(), 32 << 10);
+        let open = |images| {
+            Tables::open(Arc::clone(&file), &header, &Budget { needed: 0, images }).unwrap()
+        };
+        let (all, few) = (open(1), open(MOST_TABLES / 512 / 2));
+        assert_eq!((few.most, all.most), (2, 1 << 18));
+        for at in (0..512 << 10).step_by(512).chain((0..512 << 10).step_by(40 << 10)) {
+            let found = few.mapping(at, 512).unwrap();
+            assert_eq!(found, all.mapping(at, 512).unwrap(), "at {at}");
+            assert_eq!(found.0 != Mapping::Nothing, at % (64 << 10) < 2 << 10, "at {at}");
+            assert!(few.held.lock().len() <= 2);
+        }
+        // What is read again is still the image that was checked.
+        file.write_all_at(&21_u32.to_be_bytes(), 20).unwrap();
+        let error = (0..16).find_map(|table| few.mapping(table << 15, 512).err()).unwrap();
+        assert_eq!(error.kind(), io::ErrorKind::InvalidData);
+    }
+}
