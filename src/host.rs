@@ -51,7 +51,15 @@ pub fn sync_dir_of(path: &Path) -> io::Result<()> {
         Some(_) => Path::new("."),
         None => Path::new("/"),
     };
-    match File::open(parent)?.sync_all() {
+    sync_dir(&File::open(parent)?)
+}
+
+/// Makes durable what the open directory `dir` holds.
+///
+/// # Errors
+/// The host's errno.
+pub fn sync_dir(dir: &File) -> io::Result<()> {
+    match dir.sync_all() {
         // Some file systems cannot sync a directory; there it is as durable as it gets.
         Err(error) if error.raw_os_error() == Some(libc::EINVAL) => Ok(()),
         done => done,

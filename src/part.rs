@@ -4,24 +4,27 @@
 //!   NAME.part, locked ──written──> synced ──rename──> NAME ──> its directory synced
 //! ```
 //!
-//! The lock keeps two writers from sharing one. What was cut short stays as `NAME.part`, for
+//! All of it is done in the directory as it was opened first: a name of it that leads elsewhere
+//! later has nothing to say. The lock keeps two writers from sharing one. What was cut short stays as `NAME.part`, for
 //! whoever wants to see how far it came, or to go on with it. A name that is there already is
 //! replaced only when asked for, also when somebody makes it at the last moment.
 
-use std::ffi::OsString;
-use std::fs::{self, File};
+use std::ffi::{OsStr, OsString};
+use std::fs::File;
 use std::io;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use rustix::fs::{
-    AtFlags, CWD, FileType, FlockOperation, Mode, OFlags, RenameFlags, flock, linkat,
-    renameat_with, unlinkat,
+    AtFlags, FileType, FlockOperation, Mode, OFlags, RenameFlags, flock, linkat, renameat,
+    renameat_with, statat, unlinkat,
 };
 use rustix::io::Errno;
 
-use crate::host::{said, sync_dir_of};
+use crate::confined;
+use crate::host::{said, sync_dir};
 use crate::spec::Overwrite;
 
 /// Why there is no part; one line for the user.
@@ -70,10 +73,52 @@ pub fn path_for(name: &Path) -> PathBuf {
     with_suffix(name, ".part")
 }
 
+/// A name in its directory, which is open.
+#[derive(Clone, Debug)]
+pub struct Slot {
+    dir: Arc<File>,
+    name: OsString,
+}
+
+impl Slot {
+    /// That of `path`.
+    ///
+    /// # Errors
+    /// `EISDIR` when it does not end with a name; the host's errno for its directory.
+    pub fn of(path: &Path) -> io::Result<Self> {
+        let name = path.file_name().ok_or_else(|| io::Error::from(Errno::ISDIR))?;
+        let dir = match path.parent() {
+            Some(dir) if dir != Path::new("") => dir,
+            _ => Path::new("."),
+        };
+        Ok(Self { dir: Arc::new(confined::open_dir(dir)?), name: name.to_owned() })
+    }
+
+    /// The directory.
+    #[must_use]
+    pub fn dir(&self) -> &File {
+        &self.dir
+    }
+
+    /// The name with `suffix` at its end.
+    #[must_use]
+    pub fn with_suffix(&self, suffix: &str) -> OsString {
+        let mut name = self.name.clone();
+        name.push(suffix);
+        name
+    }
+
+    /// The name of the part.
+    fn part(&self) -> OsString {
+        self.with_suffix(".part")
+    }
+}
+
 /// A part, locked as long as this is there.
 #[derive(Debug)]
 pub struct Part {
     file: Arc<File>,
+    slot: Slot,
     path: PathBuf,
     name: PathBuf,
 }
@@ -85,27 +130,25 @@ impl Part {
     /// [`PartError`]: another one has it, it is no file, the host refuses.
     pub fn find(name: &Path) -> Result<Option<Self>, PartError> {
         let path = path_for(name);
-        // NONBLOCK: what is there may be a named pipe.
-        let flags = OFlags::RDWR | OFlags::CLOEXEC | OFlags::NOFOLLOW | OFlags::NONBLOCK;
+        let slot = Slot::of(name).map_err(|error| PartError::host("write", &path, error))?;
         loop {
-            let file = match rustix::fs::open(&path, flags | OFlags::NOCTTY, Mode::empty()) {
-                Ok(fd) => File::from(fd),
-                Err(Errno::NOENT) => return Ok(None),
-                Err(error) => return Err(PartError::host("write", &path, error)),
-            };
-            let found = file.metadata().map_err(|error| PartError::host("read", &path, error))?;
-            if !found.is_file() {
-                return Err(PartError::NoFile {
-                    path,
-                    kind: FileType::from_raw_mode(found.mode()),
-                });
-            }
+            let Some(file) = look(&slot, &path, OFlags::RDWR)? else { return Ok(None) };
             lock(&file, &path)?;
             // Whoever had the lock may have renamed or replaced it.
-            if is_at(&file, &path) {
-                return Ok(Some(Self { file: Arc::new(file), path, name: name.to_owned() }));
+            if is_at(&file, &slot) {
+                return Ok(Some(Self { file: Arc::new(file), slot, path, name: name.to_owned() }));
             }
         }
+    }
+
+    /// The part of `name` that is there, to be read and not locked, and where it is.
+    ///
+    /// # Errors
+    /// As [`find`](Self::find).
+    pub fn peek(name: &Path) -> Result<Option<(File, Slot)>, PartError> {
+        let path = path_for(name);
+        let slot = Slot::of(name).map_err(|error| PartError::host("read", &path, error))?;
+        Ok(look(&slot, &path, OFlags::RDONLY)?.map(|file| (file, slot)))
     }
 
     /// A new, empty part of `name`, in place of `old`, the one that was found there. `mode`: of the
@@ -115,31 +158,42 @@ impl Part {
     /// [`PartError`]: another one was faster, the host refuses.
     pub fn create(name: &Path, old: Option<Self>, mode: u32) -> Result<Self, PartError> {
         let path = path_for(name);
-        let failed = |error: Errno| PartError::host("write", &path, error);
+        let failed = |error: io::Error| PartError::host("write", &path, error);
+        let slot = match &old {
+            Some(old) => old.slot.clone(),
+            None => Slot::of(name).map_err(failed)?,
+        };
         // Another inode than the old one's, which nothing that was said of that can mean.
         if old.is_some() {
-            unlinkat(CWD, &path, AtFlags::empty()).map_err(failed)?;
+            confined::remove_file(slot.dir(), slot.part()).map_err(failed)?;
         }
         let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
-        let fd = match rustix::fs::open(&path, flags, Mode::from_raw_mode(mode)) {
+        let mode = Mode::from_raw_mode(mode);
+        let fd = match rustix::fs::openat(slot.dir(), slot.part(), flags, mode) {
             Ok(fd) => fd,
             Err(Errno::EXIST) => return Err(PartError::Busy(path)),
-            Err(error) => return Err(failed(error)),
+            Err(error) => return Err(failed(error.into())),
         };
         drop(old);
         let file = File::from(fd);
         lock(&file, &path)?;
         // Before it was locked another one may have found it, and begun anew.
-        if !is_at(&file, &path) {
+        if !is_at(&file, &slot) {
             return Err(PartError::Busy(path));
         }
-        Ok(Self { file: Arc::new(file), path, name: name.to_owned() })
+        Ok(Self { file: Arc::new(file), slot, path, name: name.to_owned() })
     }
 
     /// The file, to write into.
     #[must_use]
     pub fn file(&self) -> &Arc<File> {
         &self.file
+    }
+
+    /// Its name in its directory, to which that of the part is a longer one.
+    #[must_use]
+    pub fn slot(&self) -> &Slot {
+        &self.slot
     }
 
     /// Where it is until it is whole.
@@ -163,45 +217,174 @@ impl Part {
         // First: the name promises that all of it is there, also after a power cut.
         let synced = self.file.sync_all();
         synced.map_err(|error| format!("cannot write '{path}': {}", said(&error)))?;
-        self.rename(overwrite).map_err(|error| match error {
-            Errno::EXIST => {
-                format!("'{name}' was made by somebody else meanwhile: all of it is in '{path}'")
-            }
-            error => format!("cannot rename '{path}' to '{name}': {}", said(&error.into())),
-        })?;
-        let synced = sync_dir_of(&self.name);
+        self.rename(overwrite).map_err(|error| not_named(&self.path, &self.name, error))?;
+        let synced = sync_dir(self.slot.dir());
         synced.map_err(|error| format!("cannot write the directory of '{name}': {}", said(&error)))
     }
 
     /// Removes it: there is nothing in it that anybody wants.
     pub fn remove(&self) {
         // The lock is still held, so it is ours. What stays is in nobody's way.
-        let _ = unlinkat(CWD, &self.path, AtFlags::empty());
+        let _ = confined::remove_file(self.slot.dir(), self.slot.part());
     }
 
     fn rename(&self, overwrite: Overwrite) -> Result<(), Errno> {
-        let (from, to) = (&self.path, &self.name);
-        if overwrite == Overwrite::Yes {
-            return rustix::fs::rename(from, to);
-        }
-        match renameat_with(CWD, from, CWD, to, RenameFlags::NOREPLACE) {
-            // The file system cannot. A link refuses an existing name too.
-            Err(Errno::INVAL | Errno::NOSYS) => {}
-            done => return done,
-        }
-        match linkat(CWD, from, CWD, to, AtFlags::empty()) {
-            Ok(()) => unlinkat(CWD, from, AtFlags::empty()),
-            Err(Errno::EXIST) => Err(Errno::EXIST),
-            // No links either: look first, which leaves a moment for somebody to be faster.
-            Err(_) => match fs::symlink_metadata(to) {
-                Ok(_) => Err(Errno::EXIST),
-                Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                    rustix::fs::rename(from, to)
-                }
-                Err(error) => Err(Errno::from_io_error(&error).unwrap_or(Errno::IO)),
-            },
+        let (dir, from, to) = (self.slot.dir(), self.slot.part(), &self.slot.name);
+        rename(dir, &from, to, overwrite)
+    }
+}
+
+/// A new file that has no name until it is whole, so that whoever is killed before that leaves
+/// nothing. Where the file system has no files without a name it is a [`Part`].
+#[derive(Debug)]
+pub struct Fresh {
+    file: Arc<File>,
+    slot: Slot,
+    name: PathBuf,
+    /// Where it had to be one.
+    part: Option<Part>,
+}
+
+impl Fresh {
+    /// A new, empty file that is to be `name`. `mode`: of the file, less the umask.
+    ///
+    /// # Errors
+    /// [`PartError`].
+    pub fn create(name: &Path, mode: u32) -> Result<Self, PartError> {
+        let failed = |error: io::Error| PartError::host("write", name, error);
+        let slot = Slot::of(name).map_err(failed)?;
+        let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
+        let name = name.to_owned();
+        match rustix::fs::openat(slot.dir(), ".", flags, Mode::from_raw_mode(mode)) {
+            Ok(fd) => Ok(Self { file: Arc::new(File::from(fd)), slot, name, part: None }),
+            // As kernels and file systems say that they have none.
+            Err(Errno::OPNOTSUPP | Errno::ISDIR | Errno::INVAL | Errno::NOENT) => {
+                let part = Part::create(&name, Part::find(&name)?, mode)?;
+                Ok(Self { file: Arc::clone(part.file()), slot, name, part: Some(part) })
+            }
+            Err(error) => Err(failed(error.into())),
         }
     }
+
+    /// The file, to write into.
+    #[must_use]
+    pub fn file(&self) -> &File {
+        &self.file
+    }
+
+    /// Where it is meanwhile, if anywhere: whoever is ended by a signal removes it there.
+    #[must_use]
+    pub fn path(&self) -> Option<&Path> {
+        self.part.as_ref().map(Part::path)
+    }
+
+    /// Gives it up: nothing of it stays.
+    pub fn discard(self) {
+        if let Some(part) = &self.part {
+            part.remove();
+        }
+    }
+
+    /// It is whole: makes it durable and gives it its name.
+    ///
+    /// # Errors
+    /// A line for the user; what could not be named is at [`path_for`] its name, if it says so.
+    pub fn commit(self, overwrite: Overwrite) -> Result<(), String> {
+        if let Some(part) = self.part {
+            return part.commit(overwrite);
+        }
+        let name = self.name.display();
+        self.file.sync_all().map_err(|error| format!("cannot write '{name}': {}", said(&error)))?;
+        if overwrite == Overwrite::No {
+            match self.link(&self.slot.name) {
+                Err(Errno::EXIST) => {}
+                Err(error) => {
+                    return Err(format!("cannot name '{name}': {}", said(&error.into())));
+                }
+                Ok(()) => return self.sync_dir(),
+            }
+        }
+        // A link replaces nothing: it needs a name of its own first.
+        let old = Part::find(&self.name).map_err(|error| error.to_string())?;
+        if let Some(old) = &old {
+            old.remove();
+        }
+        let part = self.slot.part();
+        self.link(&part)
+            .and_then(|()| rename(self.slot.dir(), &part, &self.slot.name, overwrite))
+            .map_err(|error| not_named(&path_for(&self.name), &self.name, error))?;
+        self.sync_dir()
+    }
+
+    fn link(&self, name: &OsStr) -> Result<(), Errno> {
+        let of_descriptor = format!("/proc/self/fd/{}", self.file.as_raw_fd());
+        let flags = AtFlags::SYMLINK_FOLLOW;
+        linkat(rustix::fs::CWD, of_descriptor, self.slot.dir(), name, flags)
+    }
+
+    fn sync_dir(&self) -> Result<(), String> {
+        let name = self.name.display();
+        let synced = sync_dir(self.slot.dir());
+        synced.map_err(|error| format!("cannot write the directory of '{name}': {}", said(&error)))
+    }
+}
+
+/// Why the whole file at `path` has not become `name`.
+fn not_named(path: &Path, name: &Path, error: Errno) -> String {
+    let (path, name) = (path.display(), name.display());
+    match error {
+        Errno::EXIST => {
+            format!("'{name}' was made by somebody else meanwhile: all of it is in '{path}'")
+        }
+        error => format!("cannot rename '{path}' to '{name}': {}", said(&error.into())),
+    }
+}
+
+/// Renames `from` to `to` in `dir`; over another file only when that was asked for.
+fn rename(dir: &File, from: &OsStr, to: &OsStr, overwrite: Overwrite) -> Result<(), Errno> {
+    if overwrite == Overwrite::Yes {
+        return renameat(dir, from, dir, to);
+    }
+    match renameat_with(dir, from, dir, to, RenameFlags::NOREPLACE) {
+        // The file system cannot. A link refuses an existing name too.
+        Err(Errno::INVAL | Errno::NOSYS) => {}
+        done => return done,
+    }
+    match linkat(dir, from, dir, to, AtFlags::empty()) {
+        Ok(()) => unlinkat(dir, from, AtFlags::empty()),
+        Err(Errno::EXIST) => Err(Errno::EXIST),
+        // No links either: look first, which leaves a moment for somebody to be faster.
+        Err(_) => match statat(dir, to, AtFlags::SYMLINK_NOFOLLOW) {
+            Ok(_) => Err(Errno::EXIST),
+            Err(Errno::NOENT) => renameat(dir, from, dir, to),
+            Err(error) => Err(error),
+        },
+    }
+}
+
+/// The part that is there, open; nothing is waited for, and nothing but a file is taken.
+fn look(slot: &Slot, path: &Path, access: OFlags) -> Result<Option<File>, PartError> {
+    // NONBLOCK: what is there may be a named pipe.
+    let flags = access | OFlags::CLOEXEC | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::NOCTTY;
+    let is_no_file = |kind| PartError::NoFile { path: path.to_owned(), kind };
+    let file = match rustix::fs::openat(slot.dir(), slot.part(), flags, Mode::empty()) {
+        Ok(fd) => File::from(fd),
+        Err(Errno::NOENT) => return Ok(None),
+        Err(error) => {
+            // The errno of a link, a pipe or a socket tells nobody what it is.
+            let found = statat(slot.dir(), slot.part(), AtFlags::SYMLINK_NOFOLLOW);
+            let kind = found.map(|found| FileType::from_raw_mode(found.st_mode));
+            return Err(match kind {
+                Ok(kind) if kind != FileType::RegularFile => is_no_file(kind),
+                _ => PartError::host("open", path, error),
+            });
+        }
+    };
+    let found = file.metadata().map_err(|error| PartError::host("read", path, error))?;
+    if !found.is_file() {
+        return Err(is_no_file(FileType::from_raw_mode(found.mode())));
+    }
+    Ok(Some(file))
 }
 
 fn lock(file: &File, path: &Path) -> Result<(), PartError> {
@@ -212,16 +395,18 @@ fn lock(file: &File, path: &Path) -> Result<(), PartError> {
     }
 }
 
-/// Whether `path` still names `file`.
-fn is_at(file: &File, path: &Path) -> bool {
-    match (file.metadata(), fs::symlink_metadata(path)) {
-        (Ok(file), Ok(named)) => (file.dev(), file.ino()) == (named.dev(), named.ino()),
+/// Whether `file` still is the part of `slot`.
+fn is_at(file: &File, slot: &Slot) -> bool {
+    match (file.metadata(), statat(slot.dir(), slot.part(), AtFlags::SYMLINK_NOFOLLOW)) {
+        (Ok(file), Ok(named)) => (file.dev(), file.ino()) == (named.st_dev, named.st_ino),
         _ => false,
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
 
     #[test]
@@ -260,8 +445,39 @@ mod tests {
     fn what_is_no_file_is_no_part() {
         let home = tempfile::tempdir().unwrap();
         let name = home.path().join("x");
-        rustix::fs::mkfifoat(CWD, path_for(&name), Mode::RUSR | Mode::WUSR).unwrap();
+        rustix::fs::mkfifoat(rustix::fs::CWD, path_for(&name), Mode::RUSR | Mode::WUSR).unwrap();
         let found = Part::find(&name).unwrap_err();
         assert!(matches!(found, PartError::NoFile { kind: FileType::Fifo, .. }), "{found}");
+    }
+
+    #[test]
+    fn a_fresh_file_is_nowhere_until_it_has_its_name() {
+        let home = tempfile::tempdir().unwrap();
+        let name = home.path().join("x");
+        let names = || {
+            let entries = fs::read_dir(home.path()).unwrap().flatten();
+            let mut names: Vec<_> = entries.map(|entry| entry.file_name()).collect();
+            names.sort();
+            names
+        };
+        let make = |bytes: &[u8]| {
+            let fresh = Fresh::create(&name, 0o640).unwrap();
+            assert_eq!(fresh.path(), None);
+            rustix::io::pwrite(fresh.file(), bytes, 0).unwrap();
+            fresh
+        };
+        drop(make(b"given up"));
+        assert!(names().is_empty());
+        make(b"first").commit(Overwrite::No).unwrap();
+        assert_eq!((names(), fs::read(&name).unwrap()), (vec!["x".into()], b"first".to_vec()));
+        assert_eq!(fs::metadata(&name).unwrap().mode() & 0o777 & !0o640, 0);
+        // An old part is in nobody's way.
+        fs::write(path_for(&name), "old").unwrap();
+        make(b"second").commit(Overwrite::Yes).unwrap();
+        assert_eq!((names(), fs::read(&name).unwrap()), (vec!["x".into()], b"second".to_vec()));
+        let line = make(b"third").commit(Overwrite::No).unwrap_err();
+        assert!(line.contains("x.part'"), "{line}");
+        assert_eq!(fs::read(&name).unwrap(), b"second");
+        assert_eq!(fs::read(path_for(&name)).unwrap(), b"third");
     }
 }

@@ -14,6 +14,7 @@ use std::time::Instant;
 
 use common::mount::*;
 use cowslip::stream::frames::rbd;
+use cowslip::transfer::checkpoint::{Chain, Mark, Stage};
 use proptest::prelude::*;
 
 /// Places with data: where they start, and their bytes.
@@ -644,5 +645,63 @@ fn two_receivers_do_not_share_a_part() {
     assert!(first.wait().unwrap().success());
     same(&lab, "x", "out");
     assert!(Path::new(&lab.path("out")).is_file());
+    lab.end();
+}
+
+#[test]
+fn nothing_that_lies_beside_the_file_is_followed_or_waited_for() {
+    let lab = Lab::new();
+    // More than one checkpoint, so that there is a state.
+    sparse(&lab, "a", 72 * MIB, &[(0, 72 * MIB)]);
+    let wire = wire(&lab, "a");
+    fs::write(lab.path("victim"), "whole").unwrap();
+    lab.sh("ln -s victim b.part.state.new; ln -s victim b.part.state");
+    let output = recv(&lab, "b", &wire);
+    assert!(output.status.success(), "{}", show(&output));
+    same(&lab, "a", "b");
+    assert_eq!(fs::read(lab.path("victim")).unwrap(), b"whole");
+    assert!(!is_there(&lab, "b.part.state") && !is_there(&lab, "b.part.state.new"));
+    // A state that is a link means nothing, whatever it leads to.
+    let cut = recv(&lab, "c", &wire[..wire.len() - 100]);
+    assert!(one_line(1, &cut, "a cut stream").contains("verified"));
+    lab.sh("mv c.part.state real; ln -s real c.part.state");
+    assert_eq!(lab.ok("recv c --resume-offset"), "0\n");
+    for (name, make) in [
+        ("c.part", "rm -f c.part c.part.state; mkfifo c.part"),
+        ("c.part", "rm -f c.part; mkdir c.part"),
+        ("c.part", "rmdir c.part; ln -s victim c.part"),
+    ] {
+        lab.sh(make);
+        let line = one_line(1, &recv(&lab, "c", &wire), make);
+        assert!(line.contains(&format!("{name}' is no file: remove it")), "{line}");
+        assert!(lab.refused(1, "recv c --resume-offset").contains("is no file"));
+    }
+    lab.sh("rm c.part; mkfifo c.part.state");
+    assert!(recv(&lab, "c", &wire).status.success());
+    assert_eq!(fs::read(lab.path("victim")).unwrap(), b"whole");
+    lab.end();
+}
+
+#[test]
+fn a_stream_of_nothing_but_checkpoints_takes_no_memory() {
+    let lab = Lab::new();
+    let mut wire = rbd::opening(1 << 30).to_vec();
+    let mut chain = Chain::default();
+    chain.update(&wire);
+    let mark = Mark { start: 0, end: 0, identity: 7, origin: 0 };
+    let name = "s".repeat(255);
+    let since = [&b"f"[..], &259_u64.to_le_bytes(), &255_u32.to_le_bytes(), name.as_bytes()];
+    let since = since.concat();
+    chain.update(&since);
+    wire.extend(since);
+    for _ in 0..200_000 {
+        wire.extend(chain.record(&mark, Stage::Middle));
+    }
+    fs::write(lab.path("old"), "old").unwrap();
+    put(&lab.path("wire"), &wire);
+    // Each state of these names its snapshot; in a queue they would take more than this.
+    let line = "ulimit -v 200000; exec $COWSLIP recv x --onto old <wire";
+    let output = lab.output("sh", &["-c", line]);
+    assert!(one_line(1, &output, line).contains("the stream was cut"));
     lab.end();
 }

@@ -197,7 +197,7 @@ fn a_name_and_a_state_are_given_only_to_what_is_durable() {
     // The last write, a sync, the name, a sync of the directory; only then the state goes.
     let renamed = |to: &str| {
         positions(&calls, |call| {
-            call.name.starts_with("rename") && call.shown.contains(&format!("/{to}\""))
+            call.name.starts_with("rename") && call.shown.contains(&format!("\"{to}\""))
         })
     };
     let [name] = renamed("out")[..] else { panic!("one name\n{text}") };
@@ -207,7 +207,7 @@ fn a_name_and_a_state_are_given_only_to_what_is_durable() {
     assert!(synced.iter().any(|sync| (last..name).contains(sync)), "{text}");
     let listed = positions(&calls, |call| is_sync(call) && is_on(call, &dir));
     let gone = positions(&calls, |call| {
-        call.name.starts_with("unlink") && call.shown.contains("/out.part.state\"")
+        call.name.starts_with("unlink") && call.shown.contains("\"out.part.state\"")
     });
     assert!(listed.iter().any(|sync| (name..*gone.last().unwrap()).contains(sync)), "{text}");
     // Each state: the part's data, then its own, then its name, all by one thread.
@@ -216,13 +216,13 @@ fn a_name_and_a_state_are_given_only_to_what_is_durable() {
     let mut states = 0;
     for calls in threads.values() {
         for (index, call) in calls.iter().enumerate() {
-            if call.name.starts_with("rename") && call.shown.contains("/out.part.state\"") {
-                let before: Vec<&str> = calls[index.checked_sub(4).unwrap()..index]
+            if call.name.starts_with("rename") && call.shown.contains("\"out.part.state\"") {
+                let before: Vec<&str> = calls[index.checked_sub(5).unwrap()..index]
                     .iter()
                     .map(|call| call.name.as_str())
                     .collect();
-                assert_eq!(before, ["fdatasync", "openat", "write", "fdatasync"], "{text}");
-                assert!(is_on(calls[index - 4], &part), "{text}");
+                assert_eq!(before, ["fdatasync", "unlinkat", "openat", "write", "fsync"], "{text}");
+                assert!(is_on(calls[index - 5], &part), "{text}");
                 assert!(is_on(calls[index - 1], &format!("{part}.state.new")), "{text}");
                 states += 1;
             }
@@ -248,11 +248,11 @@ fn a_state_that_does_not_hold_any_more_is_gone_for_good_before_its_part_is_writt
         let (output, Seen { calls, text, .. }) = strace::run_on(&lab, &words, "wire", &[]);
         assert!(output.status.success(), "{}", show(&output));
         let gone = positions(&calls, |call| {
-            call.name.starts_with("unlink") && call.shown.contains("/out.part.state\"")
+            call.name.starts_with("unlink") && call.shown.contains("\"out.part.state\"")
         })[0];
         let changed = positions(&calls, |call| {
             is_write(call) && is_on(call, &part)
-                || call.name.starts_with("unlink") && call.shown.contains("/out.part\"")
+                || call.name.starts_with("unlink") && call.shown.contains("\"out.part\"")
         });
         let synced = positions(&calls, |call| is_sync(call) && is_on(call, &dir));
         assert!(synced.iter().any(|sync| (gone..changed[0]).contains(sync)), "{words}\n{text}");

@@ -178,3 +178,33 @@ fn what_cannot_be_such_an_image_is_refused_before_the_first_byte() {
     assert_eq!(lab.sh("ls"), "m\nodd\nx\n");
     lab.end();
 }
+
+/// An image that is one fill of `blocks` blocks of 1 MiB, in 44 bytes.
+fn fill(blocks: u32) -> Vec<u8> {
+    let mut image = 0xed26_ff3a_u32.to_le_bytes().to_vec();
+    [1_u16, 0, 28, 12].iter().for_each(|number| image.extend(number.to_le_bytes()));
+    [1 << 20, blocks, 1, 0].iter().for_each(|number: &u32| image.extend(number.to_le_bytes()));
+    [0xcac2_u16, 0].iter().for_each(|number| image.extend(number.to_le_bytes()));
+    [blocks, 16, 0x0707_0707].iter().for_each(|number| image.extend(number.to_le_bytes()));
+    image
+}
+
+#[test]
+fn a_few_bytes_do_not_fill_the_disk() {
+    let lab = Lab::new();
+    lab.host("small", "ext4", 64 * MIB);
+    let dir = "small";
+    // Before the first byte of what there is no room for.
+    let output = recv(&lab, &format!("{dir}/x"), &fill(1 << 20));
+    assert!(one_line(1, &output, "a fill of 1 TiB").contains("No space left on device"));
+    assert!(allocated(&lab.path(&format!("{dir}/x.part"))) < MIB);
+    // Room for it is no permission.
+    let output = recv(&lab, "y --limit 8M", &fill(9));
+    let line = one_line(1, &output, "a fill of 9 MiB");
+    assert!(line.contains("has more data than 8 MiB") && line.contains("--limit"), "{line}");
+    assert!(allocated(&lab.path("y.part")) < MIB && !lab.path("y").exists());
+    let output = recv(&lab, "z --limit 9M", &fill(9));
+    assert!(output.status.success(), "{}", show(&output));
+    assert_eq!(fs::read(lab.path("z")).unwrap(), vec![7; 9 << 20]);
+    lab.end();
+}

@@ -9,7 +9,7 @@ use anyhow::Context as _;
 use clap::Args;
 
 use super::meter::Meter;
-use super::send::frames;
+use super::send::{frames, size};
 use super::{DONE, Failure, say};
 use crate::spec::{Overwrite, format_size};
 use crate::transfer::{Begin, Frames, ReceivePlan, receive, resume_offset};
@@ -22,7 +22,7 @@ pub(super) struct RecvArgs {
     #[arg(long)]
     resume: bool,
     /// Print where 'cowslip send --from' has to begin for --resume, and do nothing else
-    #[arg(long, conflicts_with_all = ["resume", "overwrite", "frames", "onto"])]
+    #[arg(long, conflicts_with_all = ["resume", "overwrite", "frames", "onto", "limit"])]
     resume_offset: bool,
     /// Replace the file, or write to the device
     #[arg(long)]
@@ -34,6 +34,9 @@ pub(super) struct RecvArgs {
     /// the file that holds that snapshot
     #[arg(long, value_name = "OLD")]
     onto: Option<PathBuf>,
+    /// Write no more data than this, what an Android sparse image only repeats included (no limit)
+    #[arg(long, value_name = "SIZE", value_parser = size)]
+    limit: Option<u64>,
 }
 
 pub(super) fn run(args: &RecvArgs) -> anyhow::Result<u8> {
@@ -60,6 +63,7 @@ pub(super) fn run(args: &RecvArgs) -> anyhow::Result<u8> {
         begin: if args.resume { Begin::Resume } else { Begin::Anew },
         frames: args.frames,
         onto: args.onto.clone(),
+        limit: args.limit.unwrap_or(u64::MAX),
     };
     let mut meter = Meter::new("received", None);
     let received = receive(input, &plan, &mut |told| meter.show(told));

@@ -38,7 +38,7 @@ pub(super) struct SendArgs {
     since: Option<String>,
 }
 
-fn size(text: &str) -> Result<u64, String> {
+pub(super) fn size(text: &str) -> Result<u64, String> {
     parse_size(text).map_err(|error| error.to_string())
 }
 

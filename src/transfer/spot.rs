@@ -6,6 +6,7 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use super::TransferError;
+use crate::confined::Located;
 
 /// What a path names.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -38,8 +39,8 @@ impl Spot {
             let remedy = "name a file or a block device";
             Err(TransferError::Refused(format!("'{path}' is {what}: {remedy}")))
         };
-        let meta = match fs::metadata(path) {
-            Ok(meta) => meta,
+        let located = match Located::at(path) {
+            Ok(located) => located,
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
                 return match fs::symlink_metadata(path) {
                     Ok(_) => refused("a link to nothing"),
@@ -52,8 +53,9 @@ impl Spot {
             }
             Err(error) => return Err(failed(error)),
         };
+        let meta = located.metadata();
         let kind = meta.file_type();
-        let real = fs::canonicalize(path).map_err(failed)?;
+        let real = located.real_path().map_err(failed)?;
         if kind.is_block_device() {
             return Ok(Self::Device(real));
         }

@@ -4,18 +4,21 @@
 //! of its own: the stream goes on meanwhile, and when the disk is slow only the newest state counts.
 //! It names the inode it speaks of, so a state that was left behind means nothing for another file.
 
-use std::fs::{self, File};
-use std::io::{self, Write};
+use std::fs::File;
+use std::io;
 use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::{Builder, JoinHandle};
 
+use parking_lot::{Condvar, Mutex};
 use serde::{Deserialize, Serialize};
 
-use crate::host::sync_dir_of;
-use crate::part::with_suffix;
+use crate::confined;
+use crate::host::sync_dir;
+use crate::part::Slot;
+
+/// The longest state: a snapshot's name of 255 bytes, each escaped, and a few numbers.
+const LONGEST: u64 = 8 << 10;
 
 /// What is known of a part.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -40,64 +43,81 @@ pub(super) struct State {
 pub(super) const VERSION: u32 = 1;
 
 impl State {
-    /// The state of `file`, the part at `part`; `None` when there is none that can be believed.
-    pub(super) fn load(part: &Path, file: &File) -> Option<Self> {
-        let text = fs::read(path_of(part)).ok()?;
-        let state: Self = serde_json::from_slice(&text).ok()?;
+    /// The state of `file`, the part of `slot`; `None` when there is none that can be believed.
+    pub(super) fn load(slot: &Slot, file: &File) -> Option<Self> {
+        let text = confined::read_file(slot.dir(), slot.with_suffix(NAME), LONGEST).ok()?;
+        let state = Self::decode(&text)?;
         let meta = file.metadata().ok()?;
-        let is_its = state.version == VERSION
-            && state.inode == meta.ino()
+        // A second name of it would be written to as well.
+        let is_its = state.inode == meta.ino()
+            && meta.nlink() == 1
             && state.offset <= meta.len()
             && state.offset > 0;
         is_its.then_some(state)
     }
 
-    /// Replaces the state of `part`.
-    fn store(&self, part: &Path) -> io::Result<()> {
-        let path = path_of(part);
-        let new = with_suffix(&path, ".new");
-        let mut file = File::create(&new)?;
-        file.write_all(&serde_json::to_vec(self)?)?;
-        file.sync_data()?;
-        fs::rename(&new, &path)
+    /// What `text` says, if that is a state of this version.
+    pub(super) fn decode(text: &[u8]) -> Option<Self> {
+        let state: Self = serde_json::from_slice(text).ok()?;
+        (state.version == VERSION).then_some(state)
+    }
+
+    /// Replaces the state of the part of `slot`.
+    fn store(&self, slot: &Slot) -> io::Result<()> {
+        let (name, new) = (slot.with_suffix(NAME), slot.with_suffix(NEW));
+        confined::replace_file(slot.dir(), name, new, &serde_json::to_vec(self)?)
     }
 
     /// There is nothing to go on with, also after a power cut: an old state must not come back
     /// beside a part that is written anew.
-    pub(super) fn remove(part: &Path) -> io::Result<()> {
-        match fs::remove_file(path_of(part)) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-            Err(error) => Err(error),
-            Ok(()) => sync_dir_of(part),
+    pub(super) fn remove(slot: &Slot) -> io::Result<()> {
+        let name = slot.with_suffix(NAME);
+        match rustix::fs::unlinkat(slot.dir(), name, rustix::fs::AtFlags::empty()) {
+            Err(rustix::io::Errno::NOENT) => Ok(()),
+            Err(error) => Err(error.into()),
+            Ok(()) => sync_dir(slot.dir()),
         }
     }
 }
 
-fn path_of(part: &Path) -> PathBuf {
-    with_suffix(part, ".state")
-}
+/// What is added to the name of what is received.
+const NAME: &str = ".part.state";
+/// And until it is whole.
+const NEW: &str = ".part.state.new";
 
 /// Makes data durable and then says so.
 pub(super) struct Keeper {
-    to: Option<Sender<State>>,
+    desk: Arc<Desk>,
     thread: Option<JoinHandle<io::Result<()>>>,
 }
 
+/// What the thread is to do: only the newest state counts, so there is room for one.
+#[derive(Default)]
+struct Desk {
+    order: Mutex<Order>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct Order {
+    state: Option<State>,
+    is_over: bool,
+}
+
 impl Keeper {
-    /// For `file`, the part at `part`.
-    pub(super) fn start(part: &Path, file: &Arc<File>) -> io::Result<Self> {
-        let (to, states) = channel();
-        let (part, file) = (part.to_owned(), Arc::clone(file));
+    /// For `file`, the part of `slot`.
+    pub(super) fn start(slot: &Slot, file: &Arc<File>) -> io::Result<Self> {
+        let desk = Arc::<Desk>::default();
+        let (slot, file, orders) = (slot.clone(), Arc::clone(file), Arc::clone(&desk));
         let thread = Builder::new().name("cowslip-keep".to_owned());
-        let thread = thread.spawn(move || keep(&part, &file, &states))?;
-        Ok(Self { to: Some(to), thread: Some(thread) })
+        let thread = thread.spawn(move || keep(&slot, &file, &orders))?;
+        Ok(Self { desk, thread: Some(thread) })
     }
 
     /// All that `state` speaks of has been written. When the thread has failed, the end says why.
     pub(super) fn note(&self, state: State) {
-        if let Some(to) = &self.to {
-            let _ = to.send(state);
-        }
+        self.desk.order.lock().state = Some(state);
+        self.desk.changed.notify_one();
     }
 
     /// Waits until everything noted is durable.
@@ -105,7 +125,12 @@ impl Keeper {
     /// # Errors
     /// What syncing or storing failed with.
     pub(super) fn end(mut self) -> io::Result<()> {
-        self.to = None;
+        self.join()
+    }
+
+    fn join(&mut self) -> io::Result<()> {
+        self.desk.order.lock().is_over = true;
+        self.desk.changed.notify_one();
         let Some(thread) = self.thread.take() else {
             return Ok(());
         };
@@ -115,22 +140,25 @@ impl Keeper {
 
 impl Drop for Keeper {
     fn drop(&mut self) {
-        self.to = None;
-        if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
-        }
+        let _ = self.join();
     }
 }
 
-fn keep(part: &Path, file: &File, states: &Receiver<State>) -> io::Result<()> {
-    while let Ok(mut state) = states.recv() {
-        while let Ok(newer) = states.try_recv() {
-            state = newer;
-        }
+fn keep(slot: &Slot, file: &File, desk: &Desk) -> io::Result<()> {
+    loop {
+        let state = {
+            let mut order = desk.order.lock();
+            loop {
+                match order.state.take() {
+                    Some(state) => break state,
+                    None if order.is_over => return Ok(()),
+                    None => desk.changed.wait(&mut order),
+                }
+            }
+        };
         file.sync_data()?;
-        state.store(part)?;
+        state.store(slot)?;
     }
-    Ok(())
 }
 
 #[cfg(test)]
@@ -142,38 +170,74 @@ mod tests {
         State { version: VERSION, inode, offset, size: 99, identity: 7, since, overwrite: false }
     }
 
-    #[test]
-    fn the_newest_state_is_there_when_the_keeper_has_ended() {
+    /// A part of 50 bytes in a directory of its own.
+    fn part() -> (tempfile::TempDir, Slot, Arc<File>) {
         let home = tempfile::tempdir().unwrap();
         let part = home.path().join("x.part");
-        fs::write(&part, [1; 50]).unwrap();
-        let file = Arc::new(File::open(&part).unwrap());
+        std::fs::write(&part, [1; 50]).unwrap();
+        let slot = Slot::of(&home.path().join("x")).unwrap();
+        (home, slot, Arc::new(File::open(&part).unwrap()))
+    }
+
+    #[test]
+    fn the_newest_state_is_there_when_the_keeper_has_ended() {
+        let (_home, slot, file) = part();
         let inode = file.metadata().unwrap().ino();
-        let keeper = Keeper::start(&part, &file).unwrap();
+        let keeper = Keeper::start(&slot, &file).unwrap();
         for offset in 1..=50 {
             keeper.note(state(inode, offset));
         }
         keeper.end().unwrap();
-        assert_eq!(State::load(&part, &file), Some(state(inode, 50)));
+        assert_eq!(State::load(&slot, &file), Some(state(inode, 50)));
     }
 
     #[test]
     fn a_state_of_another_file_or_of_a_longer_one_is_none() {
-        let home = tempfile::tempdir().unwrap();
-        let part = home.path().join("x.part");
-        fs::write(&part, [1; 50]).unwrap();
-        let file = File::open(&part).unwrap();
+        let (_home, slot, file) = part();
         let inode = file.metadata().unwrap().ino();
-        assert_eq!(State::load(&part, &file), None);
+        assert_eq!(State::load(&slot, &file), None);
         for (wrong, right) in [(state(inode + 1, 50), false), (state(inode, 51), false)]
             .into_iter()
             .chain([(state(inode, 50), true)])
         {
-            wrong.store(&part).unwrap();
-            assert_eq!(State::load(&part, &file).is_some(), right, "{wrong:?}");
+            wrong.store(&slot).unwrap();
+            assert_eq!(State::load(&slot, &file).is_some(), right, "{wrong:?}");
         }
-        State::remove(&part).unwrap();
-        State::remove(&part).unwrap();
-        assert_eq!(State::load(&part, &file), None);
+        State::remove(&slot).unwrap();
+        State::remove(&slot).unwrap();
+        assert_eq!(State::load(&slot, &file), None);
+    }
+
+    #[test]
+    fn a_state_is_a_short_file_of_one_name_and_no_link() {
+        let (home, slot, file) = part();
+        let at = |name: &str| home.path().join(name);
+        let inode = file.metadata().unwrap().ino();
+        state(inode, 50).store(&slot).unwrap();
+        assert!(State::load(&slot, &file).is_some());
+        std::fs::hard_link(at("x.part"), at("y")).unwrap();
+        assert_eq!(State::load(&slot, &file), None);
+        std::fs::remove_file(at("y")).unwrap();
+        std::fs::rename(at("x.part.state"), at("real")).unwrap();
+        std::os::unix::fs::symlink("real", at("x.part.state")).unwrap();
+        assert_eq!(State::load(&slot, &file), None);
+        let text = std::fs::read(at("real")).unwrap();
+        std::fs::remove_file(at("x.part.state")).unwrap();
+        let long = [&text[..], &vec![b' '; 1 << 20]].concat();
+        std::fs::write(at("x.part.state"), long).unwrap();
+        assert_eq!(State::load(&slot, &file), None);
+    }
+
+    #[test]
+    fn what_lies_in_the_way_of_a_new_state_is_not_written_to() {
+        let (home, slot, file) = part();
+        let victim = home.path().join("victim");
+        std::fs::write(&victim, "whole").unwrap();
+        std::os::unix::fs::symlink(&victim, home.path().join("x.part.state.new")).unwrap();
+        state(file.metadata().unwrap().ino(), 50).store(&slot).unwrap();
+        assert_eq!(std::fs::read(&victim).unwrap(), b"whole");
+        assert!(State::load(&slot, &file).is_some());
+        let made = std::fs::symlink_metadata(home.path().join("x.part.state")).unwrap();
+        assert_eq!((made.is_file(), made.mode() & 0o777), (true, 0o600));
     }
 }

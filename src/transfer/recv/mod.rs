@@ -15,7 +15,6 @@ mod receiver;
 mod records;
 mod sparse;
 
-use std::fs::File;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
@@ -27,7 +26,7 @@ use super::state::State;
 use super::wire::Wire;
 use super::{Frames, Told, TransferError};
 use crate::host::said;
-use crate::part::path_for;
+use crate::part::Part;
 use crate::spec::Overwrite;
 
 /// Where to begin.
@@ -52,6 +51,8 @@ pub struct ReceivePlan {
     pub frames: Frames,
     /// The file that a stream of changes is put onto; it stays as it is.
     pub onto: Option<PathBuf>,
+    /// The most bytes of data that are written, what is only repeated included.
+    pub limit: u64,
 }
 
 /// What was received.
@@ -73,12 +74,8 @@ pub fn resume_offset(path: &Path) -> Result<u64, TransferError> {
         Spot::Device(name) => return Err(no_resume(&name)),
     };
     // Not locked: in a pipeline the receiver that will resume may have been started already.
-    let path = path_for(&name);
-    match File::open(&path) {
-        Ok(file) => Ok(State::load(&path, &file).map_or(0, |state| state.offset)),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(0),
-        Err(error) => Err(TransferError::host("read", &path, &error)),
-    }
+    let found = Part::peek(&name)?.and_then(|(file, slot)| State::load(&slot, &file));
+    Ok(found.map_or(0, |state| state.offset))
 }
 
 /// Receives a file from `input`; `tell` hears how far it is.

@@ -32,7 +32,7 @@ impl Place {
             Spot::File(name, owner) => (name, Some(owner)),
         };
         let part = Part::find(&name)?;
-        let state = part.as_ref().and_then(|part| State::load(part.path(), part.file()));
+        let state = part.as_ref().and_then(|part| State::load(part.slot(), part.file()));
         let resumes = plan.begin == Begin::Resume;
         let may_replace = overwrite || resumes && state.as_ref().is_some_and(|it| it.overwrite);
         if owner.is_some() && !may_replace {

@@ -18,11 +18,12 @@ impl Receiver<'_> {
                 let (start, end) = (at + run.start as u64, at + run.end as u64);
                 let done = match holds {
                     Holds::Data => {
+                        self.check_limit(end - start)?;
                         self.told.data += end - start;
                         self.target.write(&buffer[run], start)
                     }
                     Holds::Zeros => {
-                        self.told.holes += end - start;
+                        self.told.holes = self.told.holes.saturating_add(end - start);
                         self.target.hole(start..end)
                     }
                 };

@@ -1,9 +1,8 @@
 //! The file while it is received, from its first byte to its name.
 
-use std::fs::File;
 use std::io;
 use std::ops::Range;
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -16,9 +15,11 @@ use super::super::{Frames, Told, TransferError};
 use super::place::{Place, check};
 use super::records::Head;
 use super::{ReceivePlan, Received};
-use crate::host::said;
-use crate::part::{Part, path_for};
-use crate::spec::Overwrite;
+use crate::confined::{self, Located};
+use crate::host::{errno, said};
+use crate::part::{Part, Slot, path_for};
+use crate::spec::{Overwrite, format_size};
+use rustix::fs::OFlags;
 
 /// A file or a device that is being received.
 pub(super) struct Receiver<'a> {
@@ -29,6 +30,8 @@ pub(super) struct Receiver<'a> {
     replace: Overwrite,
     /// Whether what is not written is what was there before.
     pub(super) stands_on_something: bool,
+    /// The most bytes of data that are written.
+    limit: u64,
     /// What is kept of it; its offset is the last one that was verified.
     pub(super) state: State,
     pub(super) told: Told,
@@ -46,7 +49,7 @@ impl<'a> Receiver<'a> {
     ) -> Result<Self, TransferError> {
         check(plan, head, &place)?;
         match place {
-            Place::Device(path) => Self::of_device(path, head, tell),
+            Place::Device(path) => Self::of_device(path, plan, head, tell),
             Place::File { name, owner, part, state } => {
                 let part = match (part, state) {
                     (Some(part), Some(old)) => (resume_part(part, &old, head)?, old.overwrite),
@@ -59,13 +62,19 @@ impl<'a> Receiver<'a> {
 
     fn of_device(
         path: PathBuf,
+        plan: &ReceivePlan,
         head: &Head,
         tell: &'a mut dyn FnMut(&Told),
     ) -> Result<Self, TransferError> {
         // The kernel's own lock: what is mounted or part of something is not written over.
-        let mut options = File::options();
-        let file = options.read(true).write(true).custom_flags(libc::O_EXCL).open(&path);
-        let file = file.map_err(|error| TransferError::host("write", &path, &error))?;
+        let open = || match Located::at(&path)? {
+            it if it.metadata().file_type().is_block_device() => {
+                it.open(OFlags::RDWR | OFlags::EXCL)
+            }
+            // Replaced since it was looked at.
+            _ => Err(errno(libc::ESTALE)),
+        };
+        let file = open().map_err(|error| TransferError::host("write", &path, &error))?;
         let size = device_size(&file, &path)?;
         if size < head.size {
             return Err(TransferError::Refused(format!(
@@ -80,6 +89,7 @@ impl<'a> Receiver<'a> {
             device: path,
             replace: Overwrite::Yes,
             stands_on_something: true,
+            limit: plan.limit,
             state: head.state(),
             told: Told { size: Some(head.size), ..Told::default() },
             is_verified: false,
@@ -97,13 +107,16 @@ impl<'a> Receiver<'a> {
         let origin = head.origin();
         let mut clean = origin;
         if let Some(path) = &plan.onto {
+            // A pipe is no file to begin with, and would be waited for.
+            confined::open_input(path, confined::Access::Read)
+                .map_err(|error| TransferError::host("read", path, &error))?;
             let source = Source::open(path)?;
             onto::copy(&source, part.file(), origin)
                 .map_err(|error| TransferError::host("copy", path, &error))?;
             clean = u64::MAX;
         }
         let failed = |error: io::Error| TransferError::host("write", part.path(), &error);
-        let keeper = Keeper::start(part.path(), part.file()).map_err(failed)?;
+        let keeper = Keeper::start(part.slot(), part.file()).map_err(failed)?;
         let mut target = Target::new(part.file(), Kind::File { clean });
         if plan.frames != Frames::Raw {
             target.set_size(head.size).map_err(failed)?;
@@ -117,6 +130,7 @@ impl<'a> Receiver<'a> {
             device: PathBuf::new(),
             replace: if overwrite { Overwrite::Yes } else { Overwrite::No },
             stands_on_something: plan.onto.is_some(),
+            limit: plan.limit,
             state,
             told: Told { from: origin, reached: origin, size: Some(head.size), ..Told::default() },
             is_verified: false,
@@ -132,6 +146,7 @@ impl<'a> Receiver<'a> {
         buffer: &mut [u8],
         read: &mut dyn FnMut(&mut [u8]) -> io::Result<()>,
     ) -> Result<(), Failed> {
+        self.check_limit(range.end - range.start)?;
         let mut at = range.start;
         while at < range.end {
             let most = buffer.len() as u64;
@@ -146,9 +161,34 @@ impl<'a> Receiver<'a> {
         Ok(())
     }
 
+    /// Whether `len` more bytes of data may be written.
+    pub(super) fn check_limit(&self, len: u64) -> Result<(), Failed> {
+        if self.told.data.saturating_add(len) > self.limit {
+            return Err(Failed::Limit(self.limit));
+        }
+        Ok(())
+    }
+
+    /// Whether there is room for `len` bytes of data, none of which the sender had to send.
+    ///
+    /// # Errors
+    /// `ENOSPC` before the first of them when a file has not.
+    pub(super) fn check_room(&self, len: u64) -> Result<(), Failed> {
+        let Some((part, _)) = &self.part else { return Ok(()) };
+        // A file system that does not tell takes what it can.
+        let Ok(found) = rustix::fs::fstatvfs(&**part.file()) else { return Ok(()) };
+        let held = part.file().metadata().map_or(0, |found| found.blocks().saturating_mul(512));
+        let room = found.f_bavail.saturating_mul(found.f_frsize).saturating_add(held);
+        if found.f_frsize > 0 && len > room {
+            return Err(Failed::Target(errno(libc::ENOSPC)));
+        }
+        Ok(())
+    }
+
     /// What reads as zeros.
     pub(super) fn gap(&mut self, range: Range<u64>) -> Result<(), Failed> {
-        self.told.holes += range.end - range.start;
+        // Zeros can be told of again and again.
+        self.told.holes = self.told.holes.saturating_add(range.end - range.start);
         self.told.reached = range.end;
         self.target.hole(range).map_err(Failed::Target)
     }
@@ -169,14 +209,14 @@ impl<'a> Receiver<'a> {
         if let Err(broken) = read {
             // Also then: what was verified is to stay, and to be found.
             let kept = keeper.end();
-            let offset = State::load(part.path(), part.file()).map_or(0, |state| state.offset);
+            let offset = State::load(part.slot(), part.file()).map_or(0, |state| state.offset);
             kept.map_err(failed)?;
             return Err(explain(broken, &path, told, &Left::Part { name: part.name(), offset }));
         }
         keeper.end().map_err(failed)?;
         self.target.settle().map_err(failed)?;
         part.commit(self.replace).map_err(TransferError::Late)?;
-        State::remove(part.path()).map_err(|error| TransferError::host("remove", &path, &error))?;
+        State::remove(part.slot()).map_err(|error| TransferError::host("remove", &path, &error))?;
         Ok(Received { told, is_verified })
     }
 }
@@ -185,7 +225,7 @@ impl<'a> Receiver<'a> {
 fn resume_part(part: Part, old: &State, head: &Head) -> Result<Part, TransferError> {
     let failed = |error: io::Error| TransferError::host("write", part.path(), &error);
     if head.origin() < old.offset {
-        State::remove(part.path()).map_err(failed)?;
+        State::remove(part.slot()).map_err(failed)?;
     }
     // What came after it was never verified.
     part.file().set_len(head.origin()).map_err(failed)?;
@@ -197,7 +237,11 @@ fn begin_part(name: &Path, old: Option<Part>, owner: Option<Owner>) -> Result<Pa
     // First: a state must never meet a file that it does not speak of.
     let path = path_for(name);
     let failed = |error: io::Error| TransferError::host("write", &path, &error);
-    State::remove(&path).map_err(failed)?;
+    let slot = match &old {
+        Some(old) => Ok(old.slot().clone()),
+        None => Slot::of(name),
+    };
+    State::remove(&slot.map_err(failed)?).map_err(failed)?;
     let part = Part::create(name, old, if owner.is_some() { 0o600 } else { 0o666 })?;
     if let Some(owner) = owner {
         owner.give(part.file()).map_err(failed)?;
@@ -209,6 +253,8 @@ fn begin_part(name: &Path, old: Option<Part>, owner: Option<Owner>) -> Result<Pa
 pub(super) enum Failed {
     Stream(io::Error),
     Target(io::Error),
+    /// It is more than so many bytes.
+    Limit(u64),
 }
 
 /// What a broken transfer leaves.
@@ -220,6 +266,13 @@ enum Left<'a> {
 fn explain(failed: Failed, path: &Path, told: Told, left: &Left<'_>) -> TransferError {
     let error = match failed {
         Failed::Target(error) => return TransferError::host("write", path, &error),
+        Failed::Limit(limit) => {
+            let (path, limit) = (path.display(), format_size(limit));
+            return TransferError::Late(format!(
+                "the stream has more data than {limit}: '{path}' has what came before: give a \
+                 larger --limit, or remove it"
+            ));
+        }
         Failed::Stream(error) => error,
     };
     let of = told.size.map_or(String::new(), |size| format!(" of {size}"));

@@ -55,6 +55,7 @@ impl Receiver<'_> {
                 }
                 Record::Fill(range, [0, 0, 0, 0]) => self.gap(range)?,
                 Record::Fill(range, value) => {
+                    self.check_room(range.end - range.start)?;
                     // Every piece begins at a multiple of the buffer's length in the range.
                     buffer.chunks_exact_mut(4).for_each(|four| four.copy_from_slice(&value));
                     self.pieces(range, &mut buffer, &mut |_| Ok(()))?;
