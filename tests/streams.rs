@@ -291,11 +291,18 @@ fn run_fails_with_125_when_the_sink_does() {
         ("cmd:cat | false", "'false' exited with status 1"),
     ] {
         let disk = format!("o=stream:1M,to={sink}");
-        let output = run(&lab, &[&disk], "echo x > $COWSLIP_MNT/o");
+        // The second may have failed already.
+        let output = run(&lab, &[&disk], "echo x > $COWSLIP_MNT/o || true");
         assert_eq!(output.status.code(), Some(125), "{}", show(&output));
         let said = String::from_utf8_lossy(&output.stderr).into_owned();
         assert!(said.contains(why), "{said}");
     }
+    // COMMAND's own failure is the answer, and the sink's is told beside it.
+    let lines = "while echo x > $COWSLIP_MNT/o; do sleep 0.05; done; exit 9";
+    let output = run(&lab, &["o=stream:1M,to=cmd:sh -c 'echo worn >&2; exit 4'"], lines);
+    assert_eq!(output.status.code(), Some(9), "{}", show(&output));
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(said.contains("'sh' exited with status 4: worn"), "{said}");
     lab.end();
 }
 
@@ -400,6 +407,68 @@ fn a_dead_sink_is_a_sticky_error_with_the_bytes_it_took() {
     assert!((100_000..4 * MIB).contains(&taken), "{taken}");
     assert_eq!(fs::read(lab.path("got")).unwrap(), bytes[..100_000]);
     drop(file);
+    lab.refused(1, "umount m");
+    lab.end();
+}
+
+#[test]
+fn a_sink_that_has_gone_fails_the_stream_though_nothing_is_sent() {
+    let lab = Lab::new();
+    for (sink, why) in [
+        ("to=cmd:false", "'false' exited with status 1"),
+        ("to=cmd:sh -c 'echo full >&2; exit 7' | cat", "'sh' exited with status 7: full"),
+        ("to=cmd:cat | false", "'false' exited with status 1"),
+        // All is well with these, and nobody is there to take the rest.
+        ("to=cmd:true", "'true' stopped reading after 0 bytes"),
+        ("to=cmd:head -c 3", "'head' stopped reading after "),
+        ("frames=rbd,to=cmd:true", "'true' stopped reading after "),
+        ("to=fifo:p", "the reader of fifo:"),
+    ] {
+        mount(&lab, &[&format!("o=stream:64M,{sink}")]);
+        if sink.contains("fifo") {
+            let mut reader = spawn(&lab, "exec 3<p");
+            assert!(ends_within(&mut reader.0, PATIENCE));
+        }
+        let file = lab.open("m/o");
+        if sink.contains("head") {
+            // Past the window, so that some of it leaves.
+            let _ = file.write_all_at(&[1; 4096], 0);
+            let _ = file.write_all_at(&[1; 4096], 32 * MIB);
+        }
+        wait_until("the stream fails", || lab.disk("o")["state"] == "failed");
+        let told = stream(&lab, "o").to_string() + &lab.disk("o").to_string();
+        assert!(told.contains(why), "{sink}: {told}");
+        assert_eq!(errno_of(file.sync_all()), libc::EIO, "{sink}");
+        assert_eq!(errno_of(file.write_all_at(&[0; 4096], MIB)), libc::EIO, "{sink}");
+        assert_eq!(errno_of(fallocate(&file, PUNCH, 0..MIB)), libc::EIO, "{sink}");
+        drop(file);
+        lab.refused(1, "umount m");
+    }
+    // One that leaves after the last byte has taken all of them.
+    mount(&lab, &["o=stream:64K,window=0,to=cmd:head -c 65536"]);
+    lab.open("m/o").write_all_at(&noise(65536, 1), 0).unwrap();
+    lab.ok("finish m/o");
+    lab.umount();
+    lab.end();
+}
+
+#[test]
+fn a_source_that_has_failed_is_told_before_anybody_asks_for_its_last_bytes() {
+    let lab = Lab::new();
+    // Four MiB are read ahead; the rest waits in the pipe.
+    mount(&lab, &["in=stream:64M,from=cmd:sh -c 'head -c 4500K /dev/zero; echo worn >&2; exit 5'"]);
+    wait_until("the failure is told", || lab.disk("in")["state"] == "failed");
+    let told = stream(&lab, "in").to_string();
+    assert!(told.contains("'sh' exited with status 5: worn"), "{told}");
+    // What it delivered is there all the same.
+    let file = lab.open_ro("m/in");
+    assert_eq!(read(&file, 4400 * KIB, 4096), [0; 4096]);
+    assert_eq!(errno_of(file.read_exact_at(&mut [0; 4096], 5 * MIB)), libc::EIO);
+    drop(file);
+    lab.refused(1, "umount m");
+    // Also when nobody has asked for anything.
+    mount(&lab, &["in=stream:64M,from=cmd:sh -c 'head -c 4500K /dev/zero; exit 5'"]);
+    wait_until("the failure is told", || lab.disk("in")["state"] == "failed");
     lab.refused(1, "umount m");
     lab.end();
 }

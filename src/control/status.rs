@@ -126,7 +126,7 @@ fn stream_value(stream: &Stream) -> Value {
             })
         }
         Stream::Input { input, monitor } => {
-            let status = input.status();
+            let status = crate::stream::input_status(input, monitor);
             json!({
                 "direction": "in",
                 "state": status.state.name(),

@@ -29,7 +29,9 @@ use rustix::event::Timespec;
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 use rustix::io::Errno;
 use rustix::pipe::{PipeFlags, fcntl_setpipe_size, pipe_with};
-use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, kill_process_group, waitid};
+use rustix::process::{
+    Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, kill_process_group, pidfd_open, waitid,
+};
 
 use super::guard::{self, Guard};
 use super::stderr::Stderr;
@@ -245,6 +247,16 @@ impl Pipeline {
         outcome
     }
 
+    /// A descriptor for each program that becomes readable when that ends; none for those that were
+    /// collected.
+    #[must_use]
+    pub fn endings(&self) -> Vec<OwnedFd> {
+        // Under the lock no pid becomes another's.
+        let state = self.state.lock();
+        let pids = state.children.iter().map(pid_of);
+        pids.filter_map(|pid| pidfd_open(pid, PidfdFlags::empty()).ok()).collect()
+    }
+
     /// The worst that can be said of a program that has ended.
     fn judge(&self) -> Option<String> {
         let bad = |ending: &Ending| *ending != Ending::Exited(0);
@@ -252,9 +264,12 @@ impl Pipeline {
             let ending = program.ending().filter(bad)?;
             Some((&program.name, ending))
         });
-        // SIGPIPE is seldom the cause: the program behind it went first.
-        let (name, ending) =
-            ended.min_by_key(|(_, ending)| *ending == Ending::Killed(libc::SIGPIPE))?;
+        // SIGPIPE is seldom the cause: the program behind it went first, or is going now.
+        let is_pipe = |ending: Ending| ending == Ending::Killed(libc::SIGPIPE);
+        let (name, ending) = ended.min_by_key(|(_, ending)| is_pipe(*ending))?;
+        if is_pipe(ending) && self.programs.iter().any(|program| program.ending().is_none()) {
+            return None;
+        }
         Some(match ending {
             Ending::Exited(status) => match self.stderr.last_line() {
                 Some(line) => format!("'{name}' exited with status {status}: {line}"),

@@ -1,12 +1,16 @@
 //! Named pipes.
 
+use std::fs::File;
 use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
 
-use rustix::fs::{CWD, FileType, Mode, mkfifoat, stat};
+use rustix::fs::{CWD, FileType, Mode, OFlags, fcntl_getfl, fcntl_setfl, mkfifoat, stat};
 use rustix::io::Errno;
 
 use super::error::SinkError;
+use crate::confined::Located;
 
 /// Makes the named pipe `path`, for its owner only, if nothing is there.
 pub(super) fn ensure(path: &Path) -> Result<(), SinkError> {
@@ -45,10 +49,21 @@ pub(super) fn word_for(kind: FileType) -> &'static str {
     }
 }
 
-/// `EINVAL` when `fd` is no named pipe: it was one when it was looked at.
-pub(super) fn check(fd: impl std::os::fd::AsFd) -> io::Result<()> {
-    match FileType::from_raw_mode(rustix::fs::fstat(fd)?.st_mode) {
-        FileType::Fifo => Ok(()),
-        _ => Err(Errno::INVAL.into()),
+/// Opens the named pipe `path`, for a descriptor that does not wait.
+///
+/// # Errors
+/// `EINVAL` when it is none any more; `ENXIO` for a writer when nobody reads; the host's errno.
+pub(super) fn open(path: &Path, access: OFlags) -> io::Result<OwnedFd> {
+    let located = Located::at(path)?;
+    if !located.metadata().file_type().is_fifo() {
+        return Err(Errno::INVAL.into());
     }
+    Ok(unwaiting(located.open(access)?)?)
+}
+
+/// `file`, whose reads and writes do not wait.
+pub(super) fn unwaiting(file: File) -> Result<OwnedFd, Errno> {
+    let fd = OwnedFd::from(file);
+    fcntl_setfl(&fd, fcntl_getfl(&fd)? | OFlags::NONBLOCK)?;
+    Ok(fd)
 }

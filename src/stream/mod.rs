@@ -40,9 +40,9 @@ use std::sync::Arc;
 
 use serde::Deserialize;
 
-use self::input::{Input, Supplier};
+use self::input::{Input, InputState, InputStatus, Supplier};
 use self::monitor::Monitor;
-use self::output::{Outlet, Output, Patience, State, Watch};
+use self::output::{Outlet, Output, Patience, State, Tell, Watch};
 use self::sink::Sink;
 use self::source::Source;
 
@@ -89,7 +89,7 @@ impl Stream {
     pub fn failure(&self) -> Option<String> {
         match self {
             Self::Output(output) => output.status().error,
-            Self::Input { input, .. } => input.status().error,
+            Self::Input { input, monitor } => input_status(input, monitor).error,
         }
     }
 
@@ -105,7 +105,12 @@ impl Stream {
     ) -> Result<Option<String>, String> {
         match (self, ending) {
             (_, Ending::Leave) => Ok(None),
-            (Self::Input { input, .. }, _) => input.close().map(|()| None),
+            (Self::Input { input, monitor }, _) => {
+                // First: at the end its commands are killed.
+                let failure = input_status(input, monitor).error;
+                input.close()?;
+                failure.map_or(Ok(None), Err)
+            }
             (Self::Output(output), Ending::Settle) => output.close(has_writers, patience),
             (Self::Output(output), Ending::Finish) => {
                 let line = output.finish(has_writers, patience).map_err(|error| {
@@ -118,15 +123,34 @@ impl Stream {
             }
             (Self::Output(output), Ending::Abort) => match output.status().state {
                 State::Finished => Ok(None),
+                State::Failed => output.close(has_writers, patience),
                 _ => output.abort("the mount ended before it was finished").map(|()| None),
             },
         }
     }
 }
 
+/// How an input stream stands: also when a command has failed whose last bytes nobody has asked for.
+#[must_use]
+pub fn input_status(input: &Input, monitor: &Monitor) -> InputStatus {
+    let mut status = input.status();
+    if status.state == InputState::Open
+        && status.error.is_none()
+        && let Some(why) = monitor.failure()
+    {
+        status.state = InputState::Failed;
+        status.error = Some(why);
+    }
+    status
+}
+
 impl Outlet for Sink {
     fn prepare(&mut self) -> io::Result<()> {
         Sink::prepare(self)
+    }
+
+    fn watch(&mut self, tell: Tell) {
+        Sink::watch(self, tell);
     }
 
     fn data(&mut self, offset: u64, parts: &[IoSlice<'_>]) -> io::Result<()> {

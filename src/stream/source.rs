@@ -11,7 +11,7 @@ use std::process::Stdio;
 use std::sync::atomic::Ordering;
 
 use rustix::event::PollFlags;
-use rustix::fs::{FileType, Mode, OFlags};
+use rustix::fs::{FileType, OFlags};
 use rustix::io::Errno;
 use rustix::net::RecvFlags;
 use rustix::pipe::fcntl_setpipe_size;
@@ -24,6 +24,7 @@ use super::monitor::Monitor;
 use super::sink::{Inherit, Place};
 use super::stop::Stop;
 use crate::base::place::refuse_inside;
+use crate::confined::Located;
 use crate::host::errno;
 use crate::spec::{Programs, StreamSpec, Supply};
 
@@ -130,18 +131,11 @@ impl Drop for Source {
 
 type Opened = (OwnedFd, Manner, Monitor);
 
-fn open_at(path: &Path) -> Result<OwnedFd, SinkError> {
-    // NONBLOCK: no waiting for the writer of a named pipe.
-    let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC | OFlags::NOCTTY;
-    let opened = rustix::fs::open(path, flags, Mode::empty());
-    opened.map_err(|error| SinkError::host("read", path, &error.into()))
-}
-
 fn open_fifo(path: &Path, place: &Place<'_>) -> Result<Opened, SinkError> {
     refuse_inside(path, place.mountpoint, place.mount_dev)?;
     fifo::ensure(path)?;
-    let fd = open_at(path)?;
-    fifo::check(&fd).map_err(|error| SinkError::host("read", path, &error))?;
+    let fd =
+        fifo::open(path, OFlags::RDONLY).map_err(|error| SinkError::host("read", path, &error))?;
     // The user's limit on pipes may be used up; a small one is only slower.
     let _: Result<usize, Errno> = fcntl_setpipe_size(&fd, PIPE_SIZE);
     let label = format!("fifo:{}", path.display());
@@ -150,7 +144,9 @@ fn open_fifo(path: &Path, place: &Place<'_>) -> Result<Opened, SinkError> {
 
 fn open_file(path: &Path, place: &Place<'_>) -> Result<Opened, SinkError> {
     refuse_inside(path, place.mountpoint, place.mount_dev)?;
-    let found = path.metadata().map_err(|error| SinkError::host("read", path, &error))?;
+    let failed = |error| SinkError::host("read", path, &error);
+    let located = Located::at(path).map_err(failed)?;
+    let found = located.metadata();
     let kind = found.file_type();
     let manner = if kind.is_file() || kind.is_block_device() {
         Manner::Plain
@@ -163,7 +159,8 @@ fn open_file(path: &Path, place: &Place<'_>) -> Result<Opened, SinkError> {
     };
     let name = if kind.is_file() { "file" } else { "device" };
     let label = format!("file:{}", path.display());
-    Ok((open_at(path)?, manner, Monitor::new(name, &label, None)))
+    let fd = located.open(OFlags::RDONLY).and_then(|file| Ok(fifo::unwaiting(file)?));
+    Ok((fd.map_err(failed)?, manner, Monitor::new(name, &label, None)))
 }
 
 fn open_command(spec: &StreamSpec, programs: &Programs) -> Result<Opened, SinkError> {
@@ -302,7 +299,7 @@ mod tests {
         // A pipe without a name, one with (whose writer has gone already), and a socket.
         let (reader, writer) = rustix::pipe::pipe().unwrap();
         fifo::ensure(&path).unwrap();
-        let named = open_at(&path).unwrap();
+        let named = fifo::open(&path, OFlags::RDONLY).unwrap();
         let named_writer = File::options().write(true).open(&path).unwrap();
         let (ours, theirs) = std::os::unix::net::UnixStream::pair().unwrap();
         let inputs = [(reader, writer), (named, named_writer.into()), (ours.into(), theirs.into())];

@@ -31,7 +31,7 @@ use std::thread::{self, JoinHandle};
 use parking_lot::{Condvar, Mutex};
 
 pub use self::ending::{FinishError, Patience};
-pub use self::outlet::{Outlet, Watch};
+pub use self::outlet::{Outlet, Tell, Trouble, Watch};
 use super::queue::{Queue, Reply};
 use super::runs::Written;
 use super::stop::Stop;
@@ -131,6 +131,8 @@ struct Core {
     dropped: u64,
     /// The sender has ended.
     ended: bool,
+    /// Why the sink takes nothing more.
+    gone: Option<String>,
 }
 
 impl Core {
@@ -190,6 +192,7 @@ impl Output {
             error: None,
             dropped: 0,
             ended: false,
+            gone: None,
         };
         let output = Arc::new(Self {
             name: name.to_owned(),
@@ -301,14 +304,27 @@ impl Output {
         }
         drop(core);
         answer_all(killed, libc::EINTR);
-        let is_open = self.core.lock().state == State::Open;
-        if is_open && let Some(why) = self.watch.failure() {
-            let mut core = self.core.lock();
-            self.fail(&mut core, why);
-            let refused = self.refused(&mut core);
-            drop(core);
-            answer_all(refused, libc::EIO);
+        if let Some(why) = self.watch.failure() {
+            self.hear(Trouble::Failed(why));
         }
+    }
+
+    /// What the sink tells of itself.
+    pub(super) fn hear(&self, trouble: Trouble) {
+        let mut core = self.core.lock();
+        if core.state != State::Open {
+            // Who sends the rest of it or waits for its end finds out, too.
+            return;
+        }
+        match trouble {
+            Trouble::Failed(why) => self.fail(&mut core, why),
+            // Whether there is more for it the sender knows, which may be sending the last of it.
+            Trouble::Gone(why) => core.gone = Some(why),
+        }
+        let refused = self.refused(&mut core);
+        drop(core);
+        self.work.notify_all();
+        answer_all(refused, libc::EIO);
     }
 }
 

@@ -3,6 +3,18 @@
 use std::io::{self, IoSlice};
 use std::ops::Range;
 
+/// What becomes of a sink by itself.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Trouble {
+    /// It has failed.
+    Failed(String),
+    /// Nobody takes any more bytes, which is a failure if there are more.
+    Gone(String),
+}
+
+/// Hears of it, in a thread of the sink's.
+pub type Tell = Box<dyn Fn(Trouble) + Send>;
+
 /// Where the bytes go. One thread calls, in the order of the disk; a call takes as long as it
 /// takes and is `ECANCELED` once the stream is stopped.
 pub trait Outlet: Send {
@@ -11,6 +23,10 @@ pub trait Outlet: Send {
     /// # Errors
     /// `ECANCELED`; the host's errno.
     fn prepare(&mut self) -> io::Result<()>;
+
+    /// Has `tell` called when the sink fails or goes away while nothing is sent; called once, after
+    /// [`prepare`](Self::prepare).
+    fn watch(&mut self, tell: Tell);
 
     /// Sends `parts`, the disk's bytes from `offset` on.
     ///

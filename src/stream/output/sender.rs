@@ -1,6 +1,7 @@
 //! The thread that sends what leaves, and makes room for those who wait.
 
 use std::io::{self, IoSlice};
+use std::sync::Arc;
 
 use super::change::Attempt;
 use super::{Core, Late, Outlet, Output, State, answer_all};
@@ -20,13 +21,24 @@ enum Step {
     Abort,
     /// The store cannot give back what it holds.
     Broken(io::Error),
+    /// Nobody is there to take the rest.
+    Gone(String),
 }
 
 impl Output {
     /// The sender's thread.
-    pub(super) fn send(&self, mut outlet: Box<dyn Outlet>) {
-        if let Err(error) = outlet.prepare() {
-            self.sink_failed(&*outlet, &error);
+    pub(super) fn send(self: &Arc<Self>, mut outlet: Box<dyn Outlet>) {
+        match outlet.prepare() {
+            Ok(()) => {
+                // Not held by its own sink: who watches that ends with it.
+                let output = Arc::downgrade(self);
+                outlet.watch(Box::new(move |trouble| {
+                    if let Some(output) = output.upgrade() {
+                        output.hear(trouble);
+                    }
+                }));
+            }
+            Err(error) => self.sink_failed(&*outlet, &error),
         }
         loop {
             let sent = match self.next() {
@@ -52,8 +64,11 @@ impl Output {
                     sent.map(|()| self.accepted(None, late.cost()))
                 }
                 Step::Broken(error) => {
-                    let mut core = self.core.lock();
-                    self.fail(&mut core, format!("its spill cannot be read: {error}"));
+                    self.give_up_on(format!("its spill cannot be read: {error}"));
+                    Ok(())
+                }
+                Step::Gone(why) => {
+                    self.give_up_on(why);
                     Ok(())
                 }
                 Step::Finish(end) => {
@@ -72,7 +87,10 @@ impl Output {
     }
 
     fn sink_failed(&self, outlet: &dyn Outlet, error: &io::Error) {
-        let why = outlet.explain(error);
+        self.give_up_on(outlet.explain(error));
+    }
+
+    fn give_up_on(&self, why: String) {
         let mut core = self.core.lock();
         self.fail(&mut core, why);
         let refused = self.refused(&mut core);
@@ -102,6 +120,11 @@ impl Output {
             }
             if core.state == State::Finishing {
                 return Step::Finish(self.end_of(&core));
+            }
+            // Everything has left that can; what cannot yet, nobody is there for.
+            if core.gone.is_some() && (self.rewrites || self.watch.accepted() < self.end_of(&core))
+            {
+                return Step::Gone(core.gone.take().unwrap_or_default());
             }
             self.work.wait(&mut core);
         }

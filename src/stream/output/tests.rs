@@ -19,6 +19,7 @@ struct Shared {
     accepted: AtomicU64,
     whole: AtomicBool,
     broken: AtomicBool,
+    tell: Mutex<Option<Tell>>,
 }
 
 struct Memory {
@@ -56,6 +57,9 @@ impl Memory {
 impl Outlet for Memory {
     fn prepare(&mut self) -> io::Result<()> {
         Ok(())
+    }
+    fn watch(&mut self, tell: Tell) {
+        *self.shared.tell.lock() = Some(tell);
     }
     fn data(&mut self, offset: u64, parts: &[IoSlice<'_>]) -> io::Result<()> {
         let parts: Vec<&[u8]> = parts.iter().map(|part| &**part).collect();
@@ -516,4 +520,62 @@ fn data_that_zeros_have_covered_takes_no_room() {
     assert_eq!(output.core.lock().store.memory(), 0);
     finish(&output).unwrap();
     assert!(shared.bytes.lock().iter().all(|byte| *byte == 0));
+}
+
+/// Has the sink say something of itself, once it is listened to.
+fn say(shared: &Shared, trouble: Trouble) {
+    let until = Instant::now() + Duration::from_secs(30);
+    while shared.tell.lock().is_none() {
+        assert!(Instant::now() < until, "nobody listens");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    shared.tell.lock().as_ref().unwrap()(trouble);
+}
+
+fn until_failed(output: &Output, why: &str) {
+    let until = Instant::now() + Duration::from_secs(30);
+    while output.status().state != State::Failed {
+        assert!(Instant::now() < until, "it is {:?}", output.status().state);
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    assert_eq!(output.status().error.as_deref(), Some(why));
+    assert_eq!(output.sync().unwrap_err().raw_os_error(), Some(libc::EIO));
+}
+
+#[test]
+fn a_sink_that_fails_by_itself_fails_the_stream_at_once() {
+    let (output, shared) = start(&spec(1 << 20, 1 << 20, 0, 0), false);
+    say(&shared, Trouble::Failed("it broke".to_owned()));
+    until_failed(&output, "it broke");
+}
+
+#[test]
+fn a_sink_that_goes_away_fails_the_stream_only_if_there_is_more_for_it() {
+    let gone = || Trouble::Gone("it went".to_owned());
+    // The disk is longer than what was sent.
+    let (output, shared) = start(&spec(8192, 0, 0, 0), false);
+    write(&output, 0, &[1; 4096]).unwrap();
+    say(&shared, gone());
+    until_failed(&output, "it went");
+    // All of it has left.
+    let (output, shared) = start(&spec(4096, 0, 0, 0), false);
+    write(&output, 0, &[1; 4096]).unwrap();
+    let until = Instant::now() + Duration::from_secs(30);
+    while output.status().accepted < 4096 {
+        assert!(Instant::now() < until);
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    say(&shared, gone());
+    finish(&output).unwrap();
+    // Records have an end.
+    let (output, shared) = start(&spec(4096, 0, 0, 0), true);
+    say(&shared, gone());
+    until_failed(&output, "it went");
+    // It ends where it was written to, and is written to again.
+    let highest = StreamSpec { pad: Pad::Highest, ..spec(1 << 20, 0, 0, 0) };
+    let (output, shared) = start(&highest, false);
+    say(&shared, gone());
+    assert!(output.sync().is_ok());
+    let _ = write(&output, 0, &[0; 4096]);
+    until_failed(&output, "it went");
 }

@@ -20,6 +20,7 @@ mod open;
 mod seekable;
 #[cfg(test)]
 pub(super) mod tests;
+mod watcher;
 mod wire;
 
 use std::io::{self, IoSlice};
@@ -30,11 +31,13 @@ use std::sync::atomic::Ordering;
 
 use super::frames::rbd;
 use super::monitor::Counts;
+use super::output::Tell;
 use super::stop::Stop;
 use crate::host::{errno, said};
 use crate::part::Part;
 use crate::spec::{Frames, Overwrite};
 use seekable::Seekable;
+use watcher::Watcher;
 use wire::Wire;
 
 pub use super::error::SinkError;
@@ -65,8 +68,7 @@ pub struct Place<'a> {
 pub struct Sink {
     /// `None` once it was closed.
     out: Option<Out>,
-    /// The file that is renamed at the end.
-    /// The file, and whether it may replace another.
+    /// The file that is renamed at the end, and whether it may replace another.
     part: Option<(Part, Overwrite)>,
     frames: Frames,
     /// Of the disk, in bytes.
@@ -78,6 +80,7 @@ pub struct Sink {
     is_finished: bool,
     monitor: Monitor,
     stop: Stop,
+    watcher: Option<Watcher>,
 }
 
 /// Where the bytes go.
@@ -126,6 +129,18 @@ impl Sink {
         self.unless_broken(Self::start)
     }
 
+    /// Has `tell` called when the commands fail, or nobody reads any more, while nothing is sent.
+    /// Without the thread for that it is noticed with the next byte.
+    pub fn watch(&mut self, tell: Tell) {
+        let wire = match &self.out {
+            Some(Out::Wire(wire)) => wire.watched(),
+            _ => None,
+        };
+        if wire.is_some() || self.monitor.pipeline().is_some() {
+            self.watcher = Watcher::start(wire, self.monitor.clone(), tell).ok();
+        }
+    }
+
     /// Sends the bytes of the disk from `offset` on, waiting as long as it takes. What lies
     /// between the last byte sent and `offset` becomes a hole.
     ///
@@ -164,6 +179,8 @@ impl Sink {
     pub fn finish(mut self, end: u64) -> Result<(), String> {
         let sent = self.unless_broken(|sink| sink.send_end(end));
         sent.map_err(|error| self.explain(&error))?;
+        // It holds the wire as well, whose closing is the end for those who read.
+        self.watcher = None;
         let out = self.out.take();
         if let Some(pipeline) = self.monitor.pipeline() {
             pipeline.release();
@@ -306,6 +323,7 @@ impl Sink {
 
 impl Drop for Sink {
     fn drop(&mut self) {
+        self.watcher = None;
         if !self.is_finished {
             // Before the pipe is closed, which would look like the end of a whole image.
             self.monitor.kill();

@@ -3,7 +3,6 @@
 //! What is there is looked at first, and what is made is made last, so that a refused stream
 //! leaves nothing behind.
 
-use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
@@ -18,6 +17,7 @@ use super::wire::Wire;
 use super::{Inherit, Monitor, Out, Place, Sink, SinkError};
 use crate::base::place::refuse_inside;
 use crate::base::raw::HostKind;
+use crate::confined::Located;
 use crate::part::{Part, PartError};
 use crate::spec::{Frames, Overwrite, Programs, StreamSpec, Target};
 use crate::stream::command::{End, Pipeline};
@@ -69,6 +69,7 @@ impl Sink {
             is_finished: false,
             monitor,
             stop,
+            watcher: None,
         })
     }
 }
@@ -93,8 +94,9 @@ fn open_file(
 ) -> Result<Opened, SinkError> {
     refuse(path, place)?;
     let label = format!("file:{}", path.display());
-    let found = match path.metadata() {
-        Ok(found) => found,
+    // What is looked at is what is opened: a device that is opened does something already.
+    let located = match Located::at(path) {
+        Ok(located) => located,
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
             if path.is_symlink() {
                 return Err(SinkError::wrong(path, "a link to nothing", "remove it"));
@@ -103,11 +105,12 @@ fn open_file(
         }
         Err(error) => return Err(SinkError::host("write", path, &error)),
     };
+    let found = located.metadata();
     let kind = found.file_type();
     if kind.is_block_device() {
-        open_device(spec, path, &label, stop)
+        open_device(spec, &located, path, &label, stop)
     } else if kind.is_char_device() {
-        open_character_device(path, &label, stop)
+        open_character_device(&located, path, &label, stop)
     } else if !kind.is_file() {
         let remedy = if kind.is_fifo() { "use to=fifo:" } else { "name a file" };
         Err(SinkError::wrong(path, word_for(FileType::from_raw_mode(found.mode())), remedy))
@@ -115,7 +118,7 @@ fn open_file(
         Err(SinkError::Exists(path.to_owned()))
     } else {
         // What a link leads to is replaced, not the link.
-        let real = path.canonicalize().map_err(|error| SinkError::host("write", path, &error))?;
+        let real = located.real_path().map_err(|error| SinkError::host("write", path, &error))?;
         // No set-user-ID or the like for new contents.
         let mode = Mode::from_raw_mode(found.mode() & 0o777);
         open_part(spec, &real, overwrite, Some(mode), &label, stop)
@@ -160,6 +163,7 @@ fn part_error(error: PartError) -> SinkError {
 
 fn open_device(
     spec: &StreamSpec,
+    located: &Located,
     path: &Path,
     label: &str,
     stop: &Stop,
@@ -168,22 +172,28 @@ fn open_device(
         return Err(SinkError::wrong(path, "a block device", "records need a file or a command"));
     }
     // EXCL: refused while it is mounted, or used by anybody who says so.
-    let flags = OFlags::WRONLY | OFlags::EXCL | OFlags::CLOEXEC;
-    let opened = rustix::fs::open(path, flags, Mode::empty());
-    let fd = opened.map_err(|error| SinkError::host("write", path, &error.into()))?;
-    let size = rustix::fs::seek(&fd, SeekFrom::End(0));
+    let opened = located.open(OFlags::WRONLY | OFlags::EXCL);
+    let file = opened.map_err(|error| SinkError::host("write", path, &error))?;
+    let size = rustix::fs::seek(&file, SeekFrom::End(0));
     let size = size.map_err(|error| SinkError::host("measure", path, &error.into()))?;
     if size < spec.size {
         return Err(SinkError::Small { path: path.to_owned(), size, needed: spec.size });
     }
-    let out = Seekable::new(File::from(fd), HostKind::BlockDevice, stop.clone());
+    let out = Seekable::new(file, HostKind::BlockDevice, stop.clone());
     Ok(Opened::new("device", label, Out::Seekable(out)))
 }
 
-fn open_character_device(path: &Path, label: &str, stop: &Stop) -> Result<Opened, SinkError> {
-    let flags = OFlags::WRONLY | OFlags::NONBLOCK | OFlags::CLOEXEC | OFlags::NOCTTY;
-    let opened = rustix::fs::open(path, flags, Mode::empty());
-    let fd = opened.map_err(|error| SinkError::host("write", path, &error.into()))?;
+fn open_character_device(
+    located: &Located,
+    path: &Path,
+    label: &str,
+    stop: &Stop,
+) -> Result<Opened, SinkError> {
+    let opened = located.open(OFlags::WRONLY);
+    let file = opened.map_err(|error| SinkError::host("write", path, &error))?;
+    // Nothing waits but poll(2), which can be stopped.
+    let fd =
+        fifo::unwaiting(file).map_err(|error| SinkError::host("write", path, &error.into()))?;
     if inherited::is_terminal(&fd) {
         return Err(SinkError::wrong(path, "a terminal", "name a file"));
     }

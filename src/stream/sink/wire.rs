@@ -3,9 +3,10 @@
 use std::io::{self, IoSlice};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
+use std::sync::Arc;
 
 use rustix::event::{PollFlags, Timespec};
-use rustix::fs::{Mode, OFlags};
+use rustix::fs::{FileType, OFlags};
 use rustix::io::Errno;
 use rustix::net::{SendAncillaryBuffer, SendFlags, sendmsg};
 use rustix::pipe::{IoSliceRaw, SpliceFlags, fcntl_setpipe_size, vmsplice};
@@ -34,26 +35,31 @@ const ZERO_PIECES: usize = MAX_CALL / ZEROS.len();
 /// Where the bytes go.
 #[derive(Debug)]
 pub(super) struct Wire {
-    fd: OwnedFd,
+    fd: Arc<OwnedFd>,
     manner: Manner,
     stop: Stop,
 }
 
 impl Wire {
     pub(super) fn new(fd: OwnedFd, manner: Manner, stop: Stop) -> Self {
-        Self { fd, manner, stop }
+        Self { fd: Arc::new(fd), manner, stop }
+    }
+
+    /// The descriptor, if it tells that nobody reads any more: that of a pipe or a socket. The
+    /// other side sees the end only when this one is closed as well.
+    pub(super) fn watched(&self) -> Option<Arc<OwnedFd>> {
+        let found = rustix::fs::fstat(&self.fd).ok()?;
+        let kind = FileType::from_raw_mode(found.st_mode);
+        matches!(kind, FileType::Fifo | FileType::Socket).then(|| Arc::clone(&self.fd))
     }
 
     /// Opens the named pipe `path`, once somebody reads it.
     pub(super) fn to_fifo(path: &Path, stop: Stop) -> io::Result<Self> {
-        let flags = OFlags::WRONLY | OFlags::NONBLOCK | OFlags::CLOEXEC | OFlags::NOCTTY;
         loop {
-            match rustix::fs::open(path, flags, Mode::empty()) {
-                Err(Errno::NXIO) => stop.sleep(LOOK)?,
-                Err(Errno::INTR) => {}
-                Err(error) => return Err(error.into()),
+            match fifo::open(path, OFlags::WRONLY) {
+                Err(error) if error.raw_os_error() == Some(libc::ENXIO) => stop.sleep(LOOK)?,
+                Err(error) => return Err(error),
                 Ok(fd) => {
-                    fifo::check(&fd)?;
                     // The user's limit on pipes may be used up; a small one is only slower.
                     let _: Result<usize, Errno> = fcntl_setpipe_size(&fd, PIPE_SIZE);
                     return Ok(Self::new(fd, Manner::Poll, stop));

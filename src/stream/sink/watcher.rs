@@ -1,0 +1,95 @@
+//! A thread that notices when a sink goes away by itself: a command ends, a reader closes its end.
+//! Whoever sends notices only when there is something to send.
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+use std::thread::{Builder, JoinHandle};
+
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::Errno;
+
+use crate::host::errno;
+use crate::stream::command::Pipeline;
+use crate::stream::monitor::Monitor;
+use crate::stream::output::{Tell, Trouble};
+use crate::stream::stop::Stop;
+
+/// Dropped, it has let go of everything.
+#[derive(Debug)]
+pub(super) struct Watcher {
+    stop: Stop,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Watcher {
+    /// Watches the readers of `wire` and the commands of `monitor`.
+    ///
+    /// # Errors
+    /// The errno of eventfd(2), or of making a thread.
+    pub(super) fn start(
+        wire: Option<Arc<OwnedFd>>,
+        monitor: Monitor,
+        tell: Tell,
+    ) -> io::Result<Self> {
+        let stop = Stop::new()?;
+        let until = stop.clone();
+        let thread = Builder::new()
+            .name("cowslip-watch".to_owned())
+            .spawn(move || watch(wire, &monitor, &until, &tell))?;
+        Ok(Self { stop, thread: Some(thread) })
+    }
+}
+
+impl Drop for Watcher {
+    fn drop(&mut self) {
+        self.stop.stop();
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+fn watch(mut wire: Option<Arc<OwnedFd>>, monitor: &Monitor, stop: &Stop, tell: &Tell) {
+    let mut running = monitor.pipeline().map_or_else(Vec::new, Pipeline::endings);
+    while wire.is_some() || !running.is_empty() {
+        let Ok((has_readers, ended)) = wait(wire.as_deref(), &running, stop) else { return };
+        if ended.iter().any(|ended| *ended)
+            && let Some(why) = monitor.failure()
+        {
+            return tell(Trouble::Failed(why));
+        }
+        let mut ended = ended.into_iter();
+        running.retain(|_| ended.next() != Some(true));
+        if !has_readers {
+            // Waits for a command that is just going to say why.
+            let why = monitor.explain(&errno(libc::EPIPE));
+            wire = None;
+            tell(Trouble::Gone(why));
+        }
+    }
+}
+
+/// Waits for something; tells whether the wire has readers, and of each program whether it has
+/// ended.
+///
+/// # Errors
+/// `ECANCELED` once stopped; the errno of poll(2).
+fn wait(wire: Option<&OwnedFd>, running: &[OwnedFd], stop: &Stop) -> io::Result<(bool, Vec<bool>)> {
+    let mut fds = vec![PollFd::from_borrowed_fd(stop.fd(), PollFlags::IN)];
+    fds.extend(running.iter().map(|fd| PollFd::from_borrowed_fd(fd.as_fd(), PollFlags::IN)));
+    // What it tells without being asked: that nobody reads.
+    fds.extend(wire.map(|fd| PollFd::from_borrowed_fd(fd.as_fd(), PollFlags::empty())));
+    while let Err(error) = poll(&mut fds, None) {
+        if error != Errno::INTR {
+            return Err(error.into());
+        }
+    }
+    if stop.is_stopped() {
+        return Err(errno(libc::ECANCELED));
+    }
+    let is_told = |fd: &PollFd<'_>| !fd.revents().is_empty();
+    let ended = fds[1..=running.len()].iter().map(is_told).collect();
+    let has_readers = !fds[1 + running.len()..].iter().any(is_told);
+    Ok((has_readers, ended))
+}
