@@ -5,6 +5,7 @@
 
 mod common;
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::io::Read;
 use std::os::unix::fs::{FileExt, MetadataExt};
@@ -14,6 +15,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use common::mount::*;
+use common::strace;
 use rustix::fs::FallocateFlags;
 
 const SIZE: u64 = 16 * MIB;
@@ -226,6 +228,99 @@ fn an_image_of_changes_becomes_an_overlay_again() {
     lab.end();
 }
 
+/// The names in the laboratory, but for what strace leaves there.
+fn names(lab: &Lab) -> BTreeSet<String> {
+    let entries = fs::read_dir(lab.dir()).unwrap().flatten();
+    let names = entries.map(|entry| entry.file_name().into_string().unwrap());
+    names.filter(|name| !name.starts_with("strace")).collect()
+}
+
+#[test]
+fn who_is_ended_on_the_way_leaves_nothing_behind() {
+    let mut lab = Lab::new();
+    changed(&mut lab, "d=base.img,overlay=ov");
+    lab.sh("echo whole >old; mkdir m2");
+    lab.ok("mount m2 --store pool");
+    let before = names(&lab);
+    // At the sync all of it is written, and nothing has its name.
+    let at_sync = |signal: &str| [format!("inject=fsync:signal={signal}:when=1")];
+    for words in [
+        "diff m/d -o x",
+        "diff m/d -O rbd -o x",
+        "diff m/d -O bmap -o x",
+        "diff m/d -O android-sparse -o x",
+        "diff m/d -O rbd -o old --overwrite",
+        "map m/d --svg x",
+    ] {
+        for signal in ["SIGINT", "SIGTERM", "SIGKILL"] {
+            let (output, seen) = strace::run(&lab, words, &at_sync(signal));
+            assert!(!output.status.success(), "{words}: {}", show(&output));
+            assert!(seen.text.contains(&format!("killed by {signal}")), "{}", seen.text);
+            assert_eq!(names(&lab), before, "{words}: {signal}");
+            assert_eq!(fs::read(lab.path("old")).unwrap(), b"whole\n");
+        }
+    }
+    // A file system without nameless files: the part is seen, and removed where that can be.
+    for (signal, is_left) in [("SIGINT", false), ("SIGTERM", false), ("SIGKILL", true)] {
+        let (output, _) = strace::run(&lab, "diff m/d -O rbd -o m2/x", &at_sync(signal));
+        assert!(!output.status.success(), "{}", show(&output));
+        let left: Vec<_> = fs::read_dir(lab.path("m2")).unwrap().flatten().collect();
+        let left: Vec<_> = left.iter().map(fs::DirEntry::file_name).collect();
+        // Who removes it may come too late: it is whole and has its name then.
+        match is_left {
+            true => assert_eq!(left, ["x.part"], "{signal}"),
+            false => assert!(left.is_empty() || left == ["x"], "{signal}: {left:?}"),
+        }
+        lab.sh("rm -f m2/x");
+    }
+    lab.ok("diff m/d -O rbd -o m2/x");
+    assert!(lab.path("m2/x").exists() && !lab.path("m2/x.part").exists());
+    lab.ok("umount m2");
+    // Half an overlay would be mounted as if it were whole.
+    lab.ok("diff m/d -o in.qcow2");
+    lab.umount();
+    for (signal, is_left) in [("SIGINT", false), ("SIGTERM", false), ("SIGKILL", true)] {
+        let (output, _) = strace::run(&lab, "import in.qcow2 --overlay new/", &at_sync(signal));
+        assert!(!output.status.success(), "{}", show(&output));
+        assert_eq!(lab.path("new.part").exists(), is_left, "{signal}");
+        assert!(!is_left || !lab.path("new").exists());
+        lab.sh("rm -rf new");
+    }
+    let line = lab.refused(1, "import in.qcow2 --overlay new");
+    assert!(line.contains("new.part' is left of an import"), "{line}");
+    lab.sh("rm -r new.part");
+    lab.ok("import in.qcow2 --overlay new/");
+    assert!(lab.path("new").exists() && !lab.path("new.part").exists());
+    lab.end();
+}
+
+#[test]
+fn a_diff_goes_into_a_file_and_into_nothing_else() {
+    let mut lab = Lab::new();
+    changed(&mut lab, "d=base.img,overlay=ov");
+    lab.sh("mkfifo pipe; mkdir dir; mknod null c 1 3; ln -s nothing dangling
+         echo old >real; chmod 640 real; ln -s real link");
+    for (name, why) in [
+        ("pipe", "is no file: name a file, or - for stdout"),
+        ("dir", "is no file"),
+        ("null", "is no file"),
+        ("dangling", "is a link to nothing"),
+        ("no/where", "its directory must exist"),
+    ] {
+        for overwrite in ["", " --overwrite"] {
+            let line = lab.refused(1, &format!("diff m/d -O rbd -o {name}{overwrite}"));
+            assert!(line.contains(name) && line.contains(why), "{line}");
+        }
+    }
+    assert!(lab.refused(1, "map m/d --svg pipe").contains("cannot write 'pipe'"));
+    lab.refused(1, "diff m/d -O rbd -o link");
+    lab.ok("diff m/d -O rbd -o link --overwrite");
+    assert!(lab.path("link").is_symlink());
+    let made = fs::metadata(lab.path("real")).unwrap();
+    assert_eq!((made.mode() & 0o777, made.len() > 4), (0o640, true));
+    lab.end();
+}
+
 #[test]
 fn an_rbd_diff_holds_exactly_what_changed() {
     let mut lab = Lab::new();
@@ -352,7 +447,7 @@ fn what_has_no_diff_says_so() {
         (1, "diff m/nope -o x", "there is no disk 'nope'"),
         (1, "diff base.img -o x", "not in a cowslip mount"),
         (1, "diff m/d -o nodir/x", "cannot write 'nodir/x'"),
-        (1, "diff m/d -o dir", "'dir' is there already"),
+        (1, "diff m/d -o dir", "'dir' is no file"),
         (2, "diff m/d -O qcow2 -o -", "-o FILE"),
         (2, "diff m/d -O vmdk -o x", "vmdk"),
         (2, "diff m/d -o x -b y", "backing-format"),

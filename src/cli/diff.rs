@@ -3,8 +3,9 @@
 //! The daemon freezes the disk (`moment.rs`). What is written, and where to, is done here, with the
 //! rights of who asked.
 
-use std::fs::{self, File};
+use std::fs::{File, Permissions};
 use std::io::{self, BufWriter, IsTerminal, Write};
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -15,11 +16,13 @@ use serde_json::Value;
 use super::client::Place;
 use super::moment::Moment;
 use super::progress::Progress;
-use super::{DONE, Failure, die_of_a_closed_pipe, say};
+use super::{DONE, Failure, die_of_a_closed_pipe, say, tidy};
+use crate::confined::Located;
 use crate::export::bmap::Mapped;
 use crate::export::qcow2::Backing;
 use crate::export::{self, Run};
-use crate::spec::format_size;
+use crate::part::Fresh;
+use crate::spec::{Overwrite, format_size};
 
 /// How often is shown how far it is.
 const SHOWN: Duration = Duration::from_secs(1);
@@ -102,12 +105,7 @@ pub(super) fn run(args: &DiffArgs) -> anyhow::Result<u8> {
     {
         return Err(Failure::usage(format!("-F {format}: a backing file is raw or qcow2")));
     }
-    if !to_stdout && !args.overwrite && fs::symlink_metadata(&args.out).is_ok() {
-        anyhow::bail!(
-            "'{}' is there already: name another, or use --overwrite",
-            args.out.display()
-        );
-    }
+    let (out, mode) = if to_stdout { (PathBuf::new(), None) } else { aim(args)? };
     let frozen = freeze(&place, args)?;
     if to_stdout {
         die_of_a_closed_pipe();
@@ -115,26 +113,29 @@ pub(super) fn run(args: &DiffArgs) -> anyhow::Result<u8> {
         write_plainly(&mut out, &frozen, args).context("cannot print")?;
         return Ok(DONE);
     }
-    let out = absolute(&args.out)?;
     let failed = || format!("cannot write '{}'", args.out.display());
-    let dir = out.parent().unwrap_or(Path::new("/"));
     // Whole under its name, or not there.
-    let part =
-        tempfile::Builder::new().prefix(".cowslip-").tempfile_in(dir).with_context(failed)?;
-    if args.output == Output::Qcow2 {
-        write_qcow2(part.as_file(), &frozen, args).with_context(failed)?;
+    let fresh = Fresh::create(&out, if mode.is_some() { 0o600 } else { 0o666 })?;
+    if let Some(part) = fresh.path() {
+        tidy::remove_on_signal(part.to_owned()).with_context(failed)?;
+    }
+    let written = if args.output == Output::Qcow2 {
+        write_qcow2(fresh.file(), &frozen, args)
     } else {
-        let mut to = BufWriter::with_capacity(1 << 20, part.as_file());
-        write_plainly(&mut to, &frozen, args).with_context(failed)?;
+        let mut to = BufWriter::with_capacity(1 << 20, fresh.file());
+        write_plainly(&mut to, &frozen, args).and_then(|()| to.flush())
+    };
+    let written = written.and_then(|()| match mode {
+        // Its successor is readable for nobody else.
+        Some(mode) => fresh.file().set_permissions(mode),
+        None => Ok(()),
+    });
+    if let Err(error) = written {
+        fresh.discard();
+        return Err(error).with_context(failed);
     }
-    part.as_file().sync_all().with_context(failed)?;
-    set_mode(part.as_file()).with_context(failed)?;
-    match args.overwrite {
-        true => part.persist(&out).map_err(|error| error.error),
-        false => part.persist_noclobber(&out).map_err(|error| error.error),
-    }
-    .and_then(|_| File::open(dir)?.sync_all())
-    .with_context(failed)?;
+    let overwrite = if args.overwrite { Overwrite::Yes } else { Overwrite::No };
+    fresh.commit(overwrite).map_err(anyhow::Error::msg)?;
     let bytes: u64 = frozen.runs.iter().map(|run| run.range.end - run.range.start).sum();
     say(&format!("{}: {} of changes written", args.out.display(), format_size(bytes)));
     Ok(DONE)
@@ -209,15 +210,32 @@ impl Shown {
     }
 }
 
-fn absolute(path: &Path) -> anyhow::Result<PathBuf> {
-    Ok(super::mount::current_dir()?.join(path))
-}
-
-/// The mode of any new file, which a temporary one does not have.
-fn set_mode(file: &File) -> io::Result<()> {
-    use std::os::unix::fs::PermissionsExt;
-    let mask = rustix::process::umask(rustix::fs::Mode::empty());
-    rustix::process::umask(mask);
-    let mode = 0o666 & !mask.bits();
-    file.set_permissions(fs::Permissions::from_mode(mode))
+/// Where the diff goes, and the mode of the file that it replaces there.
+fn aim(args: &DiffArgs) -> anyhow::Result<(PathBuf, Option<Permissions>)> {
+    let shown = args.out.display();
+    let out = super::mount::current_dir()?.join(&args.out);
+    let failed = || format!("cannot write '{shown}'");
+    match Located::at(&out) {
+        Ok(found) if !found.metadata().is_file() => {
+            anyhow::bail!("'{shown}' is no file: name a file, or - for stdout")
+        }
+        Ok(_) if !args.overwrite => {
+            anyhow::bail!("'{shown}' is there already: name another, or use --overwrite")
+        }
+        // What a link leads to is replaced, not the link.
+        Ok(found) => {
+            let mode = found.metadata().mode() & 0o777;
+            Ok((found.real_path().with_context(failed)?, Some(Permissions::from_mode(mode))))
+        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            if out.is_symlink() {
+                anyhow::bail!("'{shown}' is a link to nothing: remove it");
+            }
+            if !out.parent().is_some_and(Path::is_dir) {
+                anyhow::bail!("cannot write '{shown}': its directory must exist");
+            }
+            Ok((out, None))
+        }
+        Err(error) => Err(error).with_context(failed),
+    }
 }

@@ -5,13 +5,17 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use clap::Args;
+use rustix::fs::{CWD, RenameFlags, rename, renameat_with};
+use rustix::io::Errno;
 
 use super::mount::current_dir;
-use super::{DONE, say};
+use super::{DONE, say, tidy};
 use crate::base::qcow2;
 use crate::disk::{self, Change, Disk, Keep, Setting};
 use crate::extents::Kind;
+use crate::host::sync_dir_of;
 use crate::layer::{Layer, Wait};
+use crate::part::path_for;
 use crate::spec::{DiskSpec, Format, Source, format_size};
 
 /// How long requests under way are waited for at the end; there are none.
@@ -33,9 +37,15 @@ pub(super) struct ImportArgs {
 
 pub(super) fn run(args: &ImportArgs) -> anyhow::Result<u8> {
     let here = current_dir()?;
-    let dir = here.join(&args.overlay);
+    // Without a `/` at its end, which would not be part of the name.
+    let dir: PathBuf = here.join(&args.overlay).components().collect();
     if dir.exists() {
         anyhow::bail!("'{}' is there already: name a new directory", args.overlay.display());
+    }
+    // Whole under its name, or not there: half of it would be mounted as if it were all.
+    let part = path_for(&dir);
+    if part.symlink_metadata().is_ok() {
+        anyhow::bail!("'{}' is left of an import that was cut short: remove it", part.display());
     }
     let allow_backing: Vec<PathBuf> =
         args.allow_backing.iter().map(|below| here.join(below)).collect();
@@ -49,21 +59,29 @@ pub(super) fn run(args: &ImportArgs) -> anyhow::Result<u8> {
         },
     );
     spec.format = top.backing.as_ref().map(|(_, format)| *format);
-    spec.overlay = Some(dir.clone());
+    spec.overlay = Some(part.clone());
+    let failed = || format!("overlay '{}'", args.overlay.display());
+    tidy::remove_on_signal(part.clone()).with_context(failed)?;
     let setting = Setting { allow_backing, ..Setting::unmounted() };
     let disk = disk::open(&spec, &setting)?.disk;
     let taken = take(&disk, top.image.as_ref());
-    let failed = || format!("overlay '{}'", args.overlay.display());
     let bytes = match taken {
         Ok(bytes) => bytes,
         Err(error) => {
             // What is half done is of no use to anybody: it was made for this.
             disk.abandon();
-            let _ = std::fs::remove_dir_all(&dir);
+            tidy::remove(&part);
             return Err(error).with_context(failed);
         }
     };
     disk.close(PATIENCE).with_context(failed)?;
+    let named = renameat_with(CWD, &part, CWD, &dir, RenameFlags::NOREPLACE);
+    let named = match named {
+        // The file system cannot; it was not there before.
+        Err(Errno::INVAL | Errno::NOSYS) => rename(&part, &dir),
+        named => named,
+    };
+    named.map_err(std::io::Error::from).and_then(|()| sync_dir_of(&dir)).with_context(failed)?;
     let (_, format) = top.backing.map_or((PathBuf::new(), Format::Raw), |backing| backing);
     let mount = match (&spec.source, format) {
         (Source::File(path), Format::Raw) => {

@@ -39,6 +39,7 @@ mod status;
 mod stream;
 mod table;
 mod target;
+mod tidy;
 mod timeout;
 mod umount;
 

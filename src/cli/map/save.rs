@@ -1,11 +1,16 @@
 //! Writing a picture where the user wants it.
 
-use std::fs::{self, Permissions};
+use std::fs::Permissions;
 use std::io::{self, Write};
 use std::os::unix::fs::PermissionsExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
+use rustix::fs::OFlags;
+
+use crate::confined::Located;
 use crate::host::said;
+use crate::part::{Fresh, PartError};
+use crate::spec::Overwrite;
 
 /// Writes `bytes` to `out`, or to stdout when that is `-`. A file is replaced as a whole or not
 /// at all, and keeps its mode; a device or a pipe is written to.
@@ -29,13 +34,15 @@ pub(super) fn save(out: &Path, bytes: &[u8]) -> anyhow::Result<()> {
 }
 
 fn write(out: &Path, bytes: &[u8]) -> io::Result<()> {
-    match fs::metadata(out) {
-        Ok(found) if found.is_dir() => Err(io::Error::from_raw_os_error(libc::EISDIR)),
-        Ok(found) if found.is_file() => {
+    match Located::at(out) {
+        Ok(found) if found.metadata().is_dir() => Err(io::Error::from_raw_os_error(libc::EISDIR)),
+        Ok(found) if found.metadata().is_file() => {
             // What a symbolic link leads to is replaced, not the link.
-            replace(&fs::canonicalize(out)?, bytes, Some(found.permissions()))
+            let mode = Permissions::from_mode(found.metadata().permissions().mode() & 0o777);
+            replace(&found.real_path()?, bytes, Some(mode))
         }
-        Ok(_) => fs::OpenOptions::new().write(true).open(out)?.write_all(bytes),
+        // A pipe that nobody reads is not waited for.
+        Ok(found) => found.open(OFlags::WRONLY)?.write_all(bytes),
         Err(error) if error.kind() == io::ErrorKind::NotFound => replace(out, bytes, None),
         Err(error) => Err(error),
     }
@@ -43,34 +50,25 @@ fn write(out: &Path, bytes: &[u8]) -> io::Result<()> {
 
 /// Puts a new file with `bytes` at `path`; without a mode it gets that of any new file.
 fn replace(path: &Path, bytes: &[u8], mode: Option<Permissions>) -> io::Result<()> {
-    let dir = match path.parent() {
-        Some(dir) if dir != Path::new("") => dir.to_owned(),
-        _ => PathBuf::from("."),
-    };
-    let mut builder = tempfile::Builder::new();
-    builder.prefix(".cowslip-map-").permissions(Permissions::from_mode(0o666));
-    let mut temp = builder.tempfile_in(&dir).map_err(bare)?;
-    temp.write_all(bytes).map_err(bare)?;
-    if let Some(mode) = mode {
-        temp.as_file().set_permissions(mode)?;
+    let perm = if mode.is_some() { 0o600 } else { 0o666 };
+    let fresh = Fresh::create(path, perm).map_err(|error| match error {
+        PartError::Host { error, .. } => error,
+        error => io::Error::other(error.to_string()),
+    })?;
+    let written = fresh.file().write_all(bytes).and_then(|()| match mode {
+        Some(mode) => fresh.file().set_permissions(mode),
+        None => Ok(()),
+    });
+    if let Err(error) = written {
+        fresh.discard();
+        return Err(error);
     }
-    temp.persist(path).map_err(|error| bare(error.error))?;
-    Ok(())
-}
-
-/// The error without the path of the temporary file, which says nothing to the user.
-fn bare(error: io::Error) -> io::Error {
-    let inner = error.get_ref().and_then(|inner| inner.source());
-    let inner = inner.and_then(|inner| inner.downcast_ref::<io::Error>());
-    match inner.and_then(io::Error::raw_os_error) {
-        Some(errno) => io::Error::from_raw_os_error(errno),
-        None => error,
-    }
+    fresh.commit(Overwrite::Yes).map_err(io::Error::other)
 }
 
 #[cfg(test)]
 mod tests {
-    use std::fs::File;
+    use std::fs::{self, File};
 
     use super::*;
 
