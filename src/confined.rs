@@ -239,6 +239,32 @@ pub fn replace_file(
     dir.sync_all()
 }
 
+/// The names in `dir`, but for `.` and `..`.
+///
+/// # Errors
+/// The host's errno; also for a name that is not UTF-8, which cowslip never gives.
+pub fn entries(dir: &File) -> io::Result<Vec<String>> {
+    let mut names = Vec::new();
+    for entry in rustix::fs::Dir::read_from(dir)? {
+        let entry = entry?;
+        if matches!(entry.file_name().to_bytes(), b"." | b"..") {
+            continue;
+        }
+        let name = entry.file_name().to_str().map_err(|_| {
+            let shown = entry.file_name().to_string_lossy();
+            io::Error::other(format!("it holds '{shown}', which is not cowslip's: move it away"))
+        })?;
+        names.push(name.to_owned());
+    }
+    Ok(names)
+}
+
+/// The line about a directory that is not removed for what else it holds.
+#[must_use]
+pub fn stranger_in(dir: &str, name: &str) -> io::Error {
+    io::Error::other(format!("'{dir}' holds '{name}', which is not cowslip's: it is left alone"))
+}
+
 /// `name`, when it is one plain component.
 fn plain(name: &Path) -> io::Result<&Path> {
     let mut parts = name.components();

@@ -33,3 +33,4 @@ pub mod spec;
 pub mod store;
 pub mod stream;
 pub mod transfer;
+pub mod trust;

@@ -165,7 +165,9 @@ fn a_store_is_swept_by_repair() {
     lab.umount();
     let gone = "../disks/00000000-0000-4000-8000-000000000000";
     symlink(gone, lab.path("st/names/c")).unwrap();
-    lab.sh("rm st/names/b; mkdir st/layers/left st/disks/.cowslip-x");
+    lab.sh(
+        "rm st/names/b; mkdir st/layers/00000000-0000-4000-8000-000000000003 st/disks/.cowslip-x",
+    );
     let said = damaged(&lab, "check st");
     assert!(said.contains("damage   the name 'c': it leads nowhere"), "{said}");
     assert_eq!(said.matches("unused   the disk").count(), 2, "{said}");

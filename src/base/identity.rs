@@ -97,6 +97,16 @@ impl Identity {
         let mtime = if self.inode == now.inode { now.mtime } else { None };
         self.differences(&Self { mtime, ..now.clone() })
     }
+
+    /// Why `now` is another file, whatever it holds; `None` when it is the same, or a device, which
+    /// has no number of its own.
+    #[must_use]
+    pub fn other_file(&self, now: &Self) -> Option<String> {
+        let shown = |inode: &Option<String>| inode.clone().unwrap_or_else(|| "none".to_owned());
+        (self.inode != now.inode).then(|| {
+            format!("another file: inode {}, was {}", shown(&now.inode), shown(&self.inode))
+        })
+    }
 }
 
 /// Hashes the samples in order, each into the next.

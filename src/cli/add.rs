@@ -23,6 +23,8 @@ pub(super) struct AddArgs {
     /// Let an image have its backing files below DIR, besides its own directory
     #[arg(long, value_name = "DIR")]
     allow_backing: Vec<PathBuf>,
+    #[command(flatten)]
+    trust: plan::TrustArgs,
     /// The mount
     mountpoint: PathBuf,
     /// What to show there, [NAME=]SOURCE[,KEY[=VALUE]]... with SOURCE a path, blank:SIZE or stream:SIZE
@@ -50,8 +52,10 @@ pub(super) fn run(args: &AddArgs) -> anyhow::Result<u8> {
     let dirs =
         args.allow_backing.iter().map(|below| text(dir.join(below).as_os_str()).map(str::to_owned));
     let dirs = dirs.collect::<anyhow::Result<Vec<_>>>()?;
+    let trust = args.trust.allow(&dir)?;
     let request = json!({
-        "op": "add", "disk": disk, "cwd": cwd, "force": args.force, "allow_backing": dirs
+        "op": "add", "disk": disk, "cwd": cwd, "force": args.force, "allow_backing": dirs,
+        "trust": trust
     });
     let done = place.ask(&request, |now| progress.show(now));
     progress.end();

@@ -5,23 +5,25 @@
 //! by disk. Exit 0: all is well; 3: something is damaged, or the base is gone or has changed; 1: it
 //! could not be looked at.
 
-use std::fs::{self, File};
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use anyhow::Context as _;
 use clap::Args;
 
+use super::mount::current_dir;
+use super::plan::TrustArgs;
 use super::table::{Align, Table, printable};
 use super::target::{Target, is_store, targets};
 use super::{DONE, UNHEALTHY, die_of_a_closed_pipe, print};
 use crate::base::identity::Identity;
+use crate::confined::{self, Access};
 use crate::overlay::persist::{self, Found};
 use crate::overlay::recover::{LogError, Recovered};
 use crate::overlay::stack::{BaseRecord, FileRecord, StackError};
 use crate::overlay::verify::{Look, Sound, contradictions, short};
 use crate::spec::{Part, format_size};
-use crate::store::{self, Leftovers};
+use crate::store::StoreDirs;
 
 #[derive(Debug, Args)]
 pub(super) struct CheckArgs {
@@ -30,6 +32,8 @@ pub(super) struct CheckArgs {
     /// Recover what was not closed, and remove what nothing needs
     #[arg(long)]
     repair: bool,
+    #[command(flatten)]
+    trust: TrustArgs,
 }
 
 /// What is done about what is found.
@@ -42,6 +46,7 @@ enum Manner {
 }
 
 pub(super) fn run(args: &CheckArgs) -> anyhow::Result<u8> {
+    args.trust.allow(&current_dir()?)?;
     let manner = if args.repair { Manner::Repair } else { Manner::Look };
     if manner == Manner::Look {
         die_of_a_closed_pipe();
@@ -49,10 +54,10 @@ pub(super) fn run(args: &CheckArgs) -> anyhow::Result<u8> {
     let dir = &args.overlay;
     let is_store = is_store(dir);
     // Held to the end: nobody adds or removes a disk meanwhile.
-    let _lock = if is_store { Some(store::lock(dir)?) } else { None };
+    let store = if is_store { Some(StoreDirs::open(dir)?) } else { None };
     let (mut text, mut damaged) = (Vec::new(), false);
-    if is_store {
-        let (shown, is_damaged) = check_store(dir, manner)?;
+    if let Some(store) = &store {
+        let (shown, is_damaged) = check_store(store, manner)?;
         damaged |= is_damaged;
         text.extend(shown);
     }
@@ -70,45 +75,49 @@ pub(super) fn run(args: &CheckArgs) -> anyhow::Result<u8> {
 
 /// What lies in a store and belongs to no disk, and whether some of that is damage. A repair
 /// removes it first: what has no name is not worth a look.
-fn check_store(dir: &Path, manner: Manner) -> anyhow::Result<(Option<String>, bool)> {
-    let at = || format!("cannot sweep the store '{}'", dir.display());
-    let left = Leftovers::find(dir).with_context(at)?;
-    let names: Vec<PathBuf> = left.names.iter().map(|name| dir.join("names").join(name)).collect();
-    let kinds = [
-        ("name", &names, "it leads nowhere"),
-        ("disk", &left.disks, "it has no name"),
-        ("layer", &left.layers, "no disk needs it"),
-    ];
+fn check_store(store: &StoreDirs, manner: Manner) -> anyhow::Result<(Option<String>, bool)> {
+    let at = || format!("cannot sweep the store '{}'", store.path().display());
+    let left = store.leftovers().with_context(at)?;
     let mut text = String::new();
-    for (kind, paths, why) in kinds {
-        for path in paths {
-            let shown = printable(&path.file_name().unwrap_or_default().to_string_lossy());
-            text += &match (manner, kind) {
-                (Manner::Repair, _) => {
-                    remove(path).with_context(at)?;
-                    format!("repair   removed the {kind} '{shown}': {why}\n")
-                }
-                (Manner::Look, "name") => {
-                    format!("damage   the name '{shown}': {why}, --repair removes it\n")
-                }
-                (Manner::Look, _) => {
-                    format!("unused   the {kind} '{shown}': {why}, the next mount removes it\n")
-                }
-            };
-        }
+    let mut tell = |kind: &str, name: &str, why: &str, next: &str, removed: io::Result<()>| {
+        let shown = printable(name);
+        text += &match (manner, removed) {
+            (Manner::Repair, Ok(())) => format!("repair   removed the {kind} '{shown}': {why}\n"),
+            (Manner::Repair, Err(error)) if error.kind() == io::ErrorKind::Other => {
+                format!("unknown  {}\n", printable(&error.to_string()))
+            }
+            (Manner::Repair, Err(error)) => return Err(error).with_context(at),
+            (Manner::Look, _) if kind == "name" => {
+                format!("damage   the name '{shown}': {why}, {next}\n")
+            }
+            (Manner::Look, _) => format!("unused   the {kind} '{shown}': {why}, {next}\n"),
+        };
+        Ok(())
+    };
+    let is_repair = manner == Manner::Repair;
+    let done = |remove: &dyn Fn() -> io::Result<()>| if is_repair { remove() } else { Ok(()) };
+    for name in &left.names {
+        let removed = done(&|| store.remove_name(name));
+        tell("name", name, "it leads nowhere", "--repair removes it", removed)?;
     }
-    if manner == Manner::Repair && text.is_empty() {
+    for name in &left.disks {
+        let removed = done(&|| store.remove_disk(name));
+        tell("disk", name, "it has no name", "the next mount removes it", removed)?;
+    }
+    for uuid in &left.layers {
+        let removed = done(&|| store.remove_layer(*uuid));
+        let name = uuid.to_string();
+        tell("layer", &name, "no disk needs it", "the next mount removes it", removed)?;
+    }
+    for name in &left.strangers {
+        text += &format!("unknown  '{}' is not cowslip's: it is left alone\n", printable(name));
+    }
+    if is_repair && text.is_empty() {
         text = "repair   nothing to do\n".to_owned();
     }
     let is_damaged = manner == Manner::Look && !left.names.is_empty();
-    let heading = format!("store    {}\n", dir.display());
+    let heading = format!("store    {}\n", store.path().display());
     Ok(((!text.is_empty()).then(|| heading + &text), is_damaged))
-}
-
-/// Removes a link, a file, or a directory with all that is in it.
-fn remove(path: &Path) -> io::Result<()> {
-    let is_dir = fs::symlink_metadata(path)?.is_dir();
-    if is_dir { fs::remove_dir_all(path) } else { fs::remove_file(path) }
 }
 
 /// What a check found.
@@ -274,7 +283,7 @@ fn check_base(overlay: &Found, findings: &mut Findings) -> anyhow::Result<()> {
     };
     let shown = path.display();
     let unreadable = || format!("cannot read the base '{shown}'");
-    let found = match File::open(path) {
+    let found = match confined::open_input(path, Access::Read) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => None,
         file => Some(Identity::of(&file.with_context(unreadable)?).with_context(unreadable)?),
     };
@@ -315,7 +324,7 @@ fn check_base(overlay: &Found, findings: &mut Findings) -> anyhow::Result<()> {
     findings.damage.extend(damage);
     for FileRecord { path, identity } in needs {
         let shown = path.display();
-        let now = File::open(path).and_then(|file| Identity::of(&file));
+        let now = confined::open_input(path, Access::Read).and_then(|file| Identity::of(&file));
         let what = match now {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Some("is missing".to_owned()),
             now => {
@@ -432,11 +441,15 @@ fn state(recovered: Recovered) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::fs::{self, File};
+    use std::path::Path;
+
     use super::*;
+    use crate::confined::open_dir;
     use crate::overlay::blocks::{BlockIndex, State};
     use crate::overlay::persist::{New, Place};
     use crate::overlay::record::Image;
-    use crate::overlay::stack::{LayerRecord, SnapshotRecord, Stack, VERSION, open_dir};
+    use crate::overlay::stack::{LayerRecord, SnapshotRecord, Stack, VERSION};
     use crate::spec::OverlayKind;
     use uuid::Uuid;
 

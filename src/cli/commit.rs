@@ -12,13 +12,16 @@ use serde_json::json;
 
 use super::client::Place;
 use super::mount::current_dir;
+use super::plan::TrustArgs;
 use super::progress::Progress;
 use super::snapshot::ask;
+use super::table::printable;
 use super::target::{in_store, is_store};
 use super::{DONE, say};
 use crate::disk::{self, Disk, Force, Setting};
 use crate::mount::kernel;
-use crate::overlay::stack::{BaseRecord, Stack, open_dir};
+use crate::overlay::persist;
+use crate::overlay::stack::{BaseRecord, Stack};
 use crate::spec::format_size;
 
 /// How long requests under way are waited for at the end; there are none.
@@ -34,11 +37,19 @@ pub(super) struct CommitArgs {
     /// Also while it is open for writing
     #[arg(long)]
     force: bool,
+    #[command(flatten)]
+    trust: TrustArgs,
 }
 
 pub(super) fn run(args: &CommitArgs) -> anyhow::Result<u8> {
+    args.trust.allow(&current_dir()?)?;
     if !args.target.join("stack").is_file() {
         let place = mounted(&args.target)?;
+        if let Some(base) =
+            place.status().ok().and_then(|disk| Some(disk["base"].as_str()?.to_owned()))
+        {
+            note(&place.disk.clone().unwrap_or_default(), &base);
+        }
         return ask(&place, &json!({ "op": "commit", "force": args.force }));
     }
     let dir = current_dir()?.join(&args.target);
@@ -68,16 +79,21 @@ fn mounted(path: &Path) -> anyhow::Result<Place> {
     }
 }
 
+/// Says what a commit is about to write to.
+fn note(what: &str, base: &str) {
+    say(&printable(&format!("{what}: its changes go into '{base}'")));
+}
+
 /// Commits the overlay in `dir`, which nobody has mounted.
 fn offline(dir: &Path) -> anyhow::Result<u8> {
-    let stack = Stack::read(&open_dir(dir)?)
-        .map_err(|error| anyhow::anyhow!("overlay '{}' {error}", dir.display()))?;
-    if let BaseRecord::Blank { .. } = stack.base {
+    let stack = persist::open_overlay(dir).and_then(|dir| Stack::read(&dir));
+    let stack = stack.map_err(|error| anyhow::anyhow!("overlay '{}' {error}", dir.display()))?;
+    let BaseRecord::File { path: base, .. } = &stack.base else {
         anyhow::bail!(
             "overlay '{}': its base is blank: there is nothing to commit to",
             dir.display()
         );
-    }
+    };
     let name = dir.file_name().map_or("overlay".into(), |name| name.to_string_lossy());
     let spec = disk::over(&name, &stack.base);
     let mut spec = spec.map_err(|error| anyhow::anyhow!("overlay '{}' {error}", dir.display()))?;
@@ -85,6 +101,7 @@ fn offline(dir: &Path) -> anyhow::Result<u8> {
     // A base that changed is refused by the commit itself, which no force lets pass.
     let setting = Setting { force: true, ..Setting::unmounted() };
     let disk = disk::open(&spec, &setting)?.disk;
+    note(&dir.display().to_string(), &base.display().to_string());
     let done = watched(&disk);
     let closed = disk.close(PATIENCE);
     let done = done?;

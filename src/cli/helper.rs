@@ -2,7 +2,7 @@
 //! `umount.cowslip MOUNTPOINT [-flnrv]`, under the names that mount(8) and fstab know.
 //!
 //! SOURCE is a TOML file (`*.toml`), one disk, or `none`. In the options stand the mount's own,
-//! the disk's keys, and `config=`, `store=`, `cache=`, `log=`:
+//! the disk's keys, and `config=`, `store=`, `trust=`, `cache=`, `log=`:
 //!
 //! ```text
 //!   /srv/vm.img  /mnt/vm  cowslip  overlay=/srv/vm.cow,allow_other,nofail  0 0
@@ -188,6 +188,7 @@ impl Sorted {
             (b"config", path @ Some(_)) => self.common.config = path,
             (b"store", path @ Some(_)) => self.common.store = path,
             (b"log", path @ Some(_)) => self.common.log = path,
+            (b"trust", Some(dir)) => self.common.trust.dirs.push(dir),
             (b"cache", Some(word)) => {
                 let cache = word.to_string_lossy().parse::<Cache>();
                 self.common.cache = Some(cache.map_err(|error| Failure::usage(error.to_string()))?);

@@ -9,6 +9,7 @@ use rustix::fs::{CWD, RenameFlags, rename, renameat_with};
 use rustix::io::Errno;
 
 use super::mount::current_dir;
+use super::plan::TrustArgs;
 use super::{DONE, say, tidy};
 use crate::base::qcow2;
 use crate::disk::{self, Change, Disk, Keep, Setting};
@@ -33,10 +34,13 @@ pub(super) struct ImportArgs {
     /// Let the image have its backing files below DIR, besides its own directory
     #[arg(long, value_name = "DIR")]
     allow_backing: Vec<PathBuf>,
+    #[command(flatten)]
+    trust: TrustArgs,
 }
 
 pub(super) fn run(args: &ImportArgs) -> anyhow::Result<u8> {
     let here = current_dir()?;
+    args.trust.allow(&here)?;
     // Without a `/` at its end, which would not be part of the name.
     let dir: PathBuf = here.join(&args.overlay).components().collect();
     if dir.exists() {

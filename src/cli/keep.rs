@@ -7,6 +7,7 @@ use serde_json::json;
 
 use super::client::Place;
 use super::mount::current_dir;
+use super::plan::TrustArgs;
 use super::progress::Progress;
 use super::table::printable;
 use super::{DONE, say};
@@ -17,13 +18,16 @@ pub(super) struct KeepArgs {
     file: PathBuf,
     /// A new directory for its changes; what it is made in must be there
     dir: PathBuf,
+    #[command(flatten)]
+    trust: TrustArgs,
 }
 
 pub(super) fn run(args: &KeepArgs) -> anyhow::Result<u8> {
     let place = Place::of_disk(&args.file)?;
-    let dir = destination(&current_dir()?, &args.dir)?;
+    let here = current_dir()?;
+    let (dir, trust) = (destination(&here, &args.dir)?, args.trust.allow(&here)?);
     let mut progress = Progress::new();
-    let done = place.ask(&json!({ "op": "keep", "dir": dir }), |now| {
+    let done = place.ask(&json!({ "op": "keep", "dir": dir, "trust": trust }), |now| {
         progress.show(now);
     });
     progress.end();

@@ -2,16 +2,47 @@
 //! the caller's any more.
 
 use std::ffi::{OsStr, OsString};
-use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
 use clap::Args;
 
 use super::Failure;
+use crate::confined::{self, Access};
 use crate::mount::{Force, Plan, Style};
 use crate::spec::{self, Cache, Config, DiskSpec};
 use crate::stream::sink::Inherit;
+use crate::trust;
+
+/// The longest configuration in bytes: some ten thousand disks.
+const LONGEST_CONFIG: u64 = 4 << 20;
+
+/// Whose files are believed, for every command that opens an overlay or a store.
+#[derive(Clone, Debug, Default, Args)]
+pub(super) struct TrustArgs {
+    /// Believe what lies in or below DIR although another user can write there
+    #[arg(long = "trust", value_name = "DIR")]
+    pub(super) dirs: Vec<PathBuf>,
+}
+
+impl TrustArgs {
+    /// Has this process believe them; a daemon that it becomes, too. Gives them as absolute paths;
+    /// relative ones start at `dir`.
+    ///
+    /// # Errors
+    /// A line for the user.
+    pub(super) fn allow(&self, dir: &Path) -> anyhow::Result<Vec<PathBuf>> {
+        allow(self.dirs.iter().map(|trusted| dir.join(trusted)))
+    }
+}
+
+fn allow(dirs: impl Iterator<Item = PathBuf>) -> anyhow::Result<Vec<PathBuf>> {
+    let allow = |dir: PathBuf| {
+        trust::allow(&dir).with_context(|| format!("cannot trust '{}'", dir.display()))?;
+        Ok(dir)
+    };
+    dirs.map(allow).collect()
+}
 
 /// What `mount` and `run` have in common.
 #[derive(Clone, Debug, Default, Args)]
@@ -37,6 +68,8 @@ pub(super) struct Common {
     /// Use a base that changed under its overlay
     #[arg(long)]
     pub(super) force: bool,
+    #[command(flatten)]
+    pub(super) trust: TrustArgs,
 }
 
 /// Everything that was asked for, before any of it is looked at.
@@ -62,10 +95,12 @@ impl Wish {
     /// # Errors
     /// A usage error for what makes no sense; what the host says of the configuration.
     pub(super) fn plan(self, dir: &Path) -> anyhow::Result<Plan> {
+        self.common.trust.allow(dir)?;
         let (config_path, config) = match &self.common.config {
             Some(path) => (Some(path), read_config(path, dir)?),
             None => (None, Config::default()),
         };
+        allow(config.trust.into_iter())?;
         let mut disks = config.disks;
         for text in &self.disks {
             disks.push(disk(text, dir)?);
@@ -123,15 +158,25 @@ pub(super) fn disk(text: &OsStr, dir: &Path) -> anyhow::Result<DiskSpec> {
 
 fn read_config(path: &Path, dir: &Path) -> anyhow::Result<Config> {
     let full = dir.join(path);
-    let text = fs::read_to_string(&full)
-        .with_context(|| format!("cannot read the configuration '{}'", path.display()))?;
     let home = full.parent().unwrap_or(dir);
+    let text = read_trusted(&full, home)
+        .with_context(|| format!("cannot read the configuration '{}'", path.display()))?;
     spec::parse_config(&text, home)
         .map_err(|error| Failure::usage(format!("'{}' {error}", path.display())))
 }
 
+/// Reads a file that commands may stand in (`to=cmd:`), in the directory `home`.
+fn read_trusted(path: &Path, home: &Path) -> anyhow::Result<String> {
+    let file = confined::open_input(path, Access::Read)?;
+    trust::check_file(&file, &confined::open_dir(home)?)?;
+    let bytes = confined::read_to_limit(file, LONGEST_CONFIG)?;
+    String::from_utf8(bytes).context("it is not UTF-8")
+}
+
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::super::{USAGE, exit_code};
     use super::*;
 

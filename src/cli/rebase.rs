@@ -12,6 +12,8 @@ use std::sync::Arc;
 use anyhow::Context as _;
 use clap::Args;
 
+use super::mount::current_dir;
+use super::plan::TrustArgs;
 use super::target::{is_store, single};
 use super::{DONE, say};
 use crate::base::identity::Identity;
@@ -33,6 +35,8 @@ pub(super) struct RebaseArgs {
     /// Let an image have its backing files below DIR, besides its own directory
     #[arg(long, value_name = "DIR")]
     allow_backing: Vec<PathBuf>,
+    #[command(flatten)]
+    trust: TrustArgs,
 }
 
 /// What to do about a base that is another.
@@ -43,6 +47,7 @@ enum Unlike {
 }
 
 pub(super) fn run(args: &RebaseArgs) -> anyhow::Result<u8> {
+    args.trust.allow(&current_dir()?)?;
     let unlike = if args.force { Unlike::Take } else { Unlike::Refuse };
     say(&rebase(&args.overlay, &args.base, unlike, &args.allow_backing)?);
     Ok(DONE)
@@ -64,11 +69,9 @@ fn rebase(
         StackError::Io { .. } => anyhow::anyhow!("overlay '{shown}': {error}"),
         error => anyhow::anyhow!("overlay '{shown}' {error}"),
     })?;
-    if found.is_committing().map_err(|error| anyhow::anyhow!("overlay '{shown}': {error}"))? {
-        anyhow::bail!(
-            "overlay '{shown}': a commit into its base was cut short: cowslip commit '{shown}' finishes it first"
-        );
-    }
+    let is_committing = found.is_committing();
+    let is_committing =
+        is_committing.map_err(|error| anyhow::anyhow!("overlay '{shown}': {error}"))?;
     let part = found.stack.base.part();
     let BaseRecord::File { path: old, format, offset, len, identity: was, needs } =
         found.stack.base.clone()
@@ -89,7 +92,13 @@ fn rebase(
         }),
         false => Some("it needs other files".to_owned()),
     };
-    let difference = was.differences_of_copy(&now).or_else(of_needs);
+    let difference = match is_committing {
+        // Its bytes are neither the old nor the new ones: only the file itself can be told.
+        true => was.other_file(&now).map(|what| {
+            format!("{what}, and a commit was cut short that cowslip commit '{shown}' finishes")
+        }),
+        false => was.differences_of_copy(&now).or_else(of_needs),
+    };
     if let Some(what) = &difference {
         // What looks like another format can be told more plainly.
         if known == Format::Raw {
@@ -158,9 +167,10 @@ mod tests {
     use uuid::Uuid;
 
     use super::*;
+    use crate::confined::open_dir;
     use crate::overlay::persist::{New, Place};
     use crate::overlay::record::Image;
-    use crate::overlay::stack::{LayerRecord, VERSION, open_dir};
+    use crate::overlay::stack::{LayerRecord, VERSION};
     use crate::spec::OverlayKind;
 
     /// An overlay `o` over the file `a`, in a directory of its own.

@@ -16,6 +16,7 @@ use crate::overlay::persist::Place;
 use crate::spec::format_size;
 use crate::stream::output::{FinishError, Patience};
 use crate::stream::{Ending, Stream};
+use crate::trust;
 
 #[derive(Deserialize)]
 #[serde(tag = "op", rename_all = "lowercase", deny_unknown_fields)]
@@ -35,6 +36,8 @@ enum MountRequest {
         force: bool,
         #[serde(default)]
         allow_backing: Vec<PathBuf>,
+        #[serde(default)]
+        trust: Vec<PathBuf>,
     },
     /// Let a disk go that the command line or `Add` has named.
     Remove {
@@ -48,7 +51,11 @@ enum MountRequest {
 #[serde(tag = "op", rename_all = "lowercase", deny_unknown_fields)]
 enum DiskRequest {
     /// Make a temporary overlay persistent.
-    Keep { dir: PathBuf },
+    Keep {
+        dir: PathBuf,
+        #[serde(default)]
+        trust: Vec<PathBuf>,
+    },
     /// Complete a stream.
     Finish {
         #[serde(default)]
@@ -152,8 +159,11 @@ impl Control {
             Ok(MountRequest::Drain { streams, timeout_ms }) => {
                 self.drain(streams, Patience::of_request(timeout_ms))
             }
-            Ok(MountRequest::Add { disk, cwd, force, allow_backing }) => {
-                self.add(&disk, &cwd, force, allow_backing)
+            Ok(MountRequest::Add { disk, cwd, force, allow_backing, trust }) => {
+                match allow(&trust) {
+                    Ok(()) => self.add(&disk, &cwd, force, allow_backing),
+                    Err(line) => json!({ "error": line }),
+                }
             }
             Ok(MountRequest::Remove { name, inode }) => self.remove(&name, inode),
             Err(error) => json!({ "error": format!("request not understood: {error}") }),
@@ -198,14 +208,16 @@ impl Control {
             return another(&name);
         }
         match request {
-            DiskRequest::Keep { dir } => match self.keep(&name, &entry, &dir) {
-                Ok(()) => {
-                    let line = format!("{name}: changes are kept in '{}'", dir.display());
-                    log::info!("{line}");
-                    json!({ "ok": { "line": line } })
+            DiskRequest::Keep { dir, trust } => {
+                match allow(&trust).and_then(|()| self.keep(&name, &entry, &dir)) {
+                    Ok(()) => {
+                        let line = format!("{name}: changes are kept in '{}'", dir.display());
+                        log::info!("{line}");
+                        json!({ "ok": { "line": line } })
+                    }
+                    Err(error) => json!({ "error": error }),
                 }
-                Err(error) => json!({ "error": error }),
-            },
+            }
             DiskRequest::Finish { timeout_ms } => finish(&name, &entry.disk, timeout_ms),
             DiskRequest::Abort => abort(&name, &entry.disk),
             DiskRequest::Snapshot { name: snapshot, sync } => {
@@ -312,4 +324,11 @@ pub(super) fn farewell(name: &str, disk: &Disk) -> Option<String> {
         None => Some(format!("{name}: {changed} of changes discarded (temporary overlay)")),
         Some(dir) => Some(format!("{name}: {changed} of changes kept in '{}'", dir.display())),
     }
+}
+
+/// Believes the directories that whoever mounted names.
+fn allow(dirs: &[PathBuf]) -> Result<(), String> {
+    dirs.iter().try_for_each(|dir| {
+        trust::allow(dir).map_err(|error| format!("cannot trust '{}': {error}", dir.display()))
+    })
 }

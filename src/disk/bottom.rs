@@ -80,6 +80,15 @@ impl Bottom {
         }
     }
 
+    /// Whether it is the very file that `recorded` speaks of, whatever it holds by now.
+    pub(super) fn is_file_of(&self, recorded: &BaseRecord) -> Result<bool, OpenError> {
+        let (Self::File { path, file, .. }, BaseRecord::File { identity, .. }) = (self, recorded)
+        else {
+            return Ok(false);
+        };
+        Ok(identity.other_file(&identity_of(path, file)?).is_none())
+    }
+
     /// Its path, when it has one.
     pub(super) fn path(&self) -> Option<&Path> {
         match self {

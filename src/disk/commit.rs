@@ -52,10 +52,7 @@ impl Disk {
                 "its base is a qcow2 image, which only QEMU writes: cowslip diff FILE -o new.qcow2, then qemu-img commit new.qcow2",
             ));
         }
-        let resumed = overlay.is_committing();
-        if !resumed {
-            self.check_base()?;
-        }
+        self.check_base(overlay.is_committing())?;
         let locking = self.life.locking.unwrap_or(Locking::Qemu);
         let base = base::open_writable(path, file, view.clone(), locking)
             .map_err(|error| LifeError::Refused(error.to_string()))?;
@@ -125,8 +122,9 @@ impl Disk {
         self.overlay().ok_or(LifeError::NoOverlay("changes to commit"))
     }
 
-    /// Refuses a base that somebody has changed since the overlay was made.
-    fn check_base(&self) -> Result<(), LifeError> {
+    /// Refuses a base that somebody has changed since the overlay was made. One that a commit was
+    /// cut short in has other bytes, but has to be the same file.
+    fn check_base(&self, is_resumed: bool) -> Result<(), LifeError> {
         let recorded = match &mut *self.home.lock() {
             Home::Kept(home) => home.stack.base.clone(),
             Home::Nowhere | Home::Temporary { .. } => return Ok(()),
@@ -137,7 +135,14 @@ impl Disk {
             return Ok(());
         };
         let now = Identity::of(file).map_err(LifeError::host("reading the base"))?;
-        match identity.differences(&now) {
+        let other = identity.other_file(&now).filter(|_| is_resumed);
+        if let Some(what) = other {
+            return Err(LifeError::Refused(format!(
+                "'{}' is not the base that the commit began with ({what}): put that one back, or take this one with cowslip rebase --force",
+                path.display()
+            )));
+        }
+        match identity.differences(&now).filter(|_| !is_resumed) {
             None => Ok(()),
             Some(what) => Err(LifeError::Refused(format!(
                 "its base '{}' has changed under it ({what}), and what would come out is neither: put the old one back, or take this one with cowslip rebase --force",

@@ -8,14 +8,14 @@ use std::sync::Arc;
 
 use rustix::fs::{Mode, OFlags};
 
+use super::Overlay;
 use super::blocks::{BlockIndex, State};
 use super::data::{Create, HostFile, Storage};
 use super::persist::{self, Part, Persistent, Place};
 use super::record::{Image, Tag};
-use super::stack::{Stack, StackError, data_in, link_segment};
-use super::{Overlay, stack};
-use crate::host;
+use super::stack::{Stack, StackError, data_in, doing, link_segment};
 use crate::layer::Wait;
+use crate::{confined, host};
 
 /// Data is copied across file systems in pieces of 1 MiB.
 const PIECE: u64 = 1 << 20;
@@ -78,7 +78,7 @@ pub fn keep(
     };
     for layer in sealed {
         // Nothing may wait any more to be given back there: a sealed layer is never touched.
-        layer.settle().map_err(stack::doing("giving space back"))?;
+        layer.settle().map_err(doing("giving space back"))?;
     }
     let limit = top.limit.map(|blocks| blocks * top.block);
     let parts = stack.layers.iter().zip(layers).map(|(record, layer)| {
@@ -131,7 +131,7 @@ fn link(file: &HostFile, layer: &File) -> io::Result<HostFile> {
 
 /// Copies every Data block into a new data file in `layer`.
 fn copy(overlay: &Overlay, image: &Image, layer: &File) -> io::Result<HostFile> {
-    let first = stack::create_at(layer, "data")?;
+    let first = confined::create_file(layer, "data")?;
     first.set_len(image.size.min(super::data::SEGMENT))?;
     let to = data_in(layer.try_clone()?, first)?;
     let mut buf = Vec::new();

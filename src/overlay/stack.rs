@@ -12,13 +12,12 @@
 //! rename of what holds them changes nothing.
 
 use std::fs::File;
-use std::io::{self, Read, Write};
+use std::io;
 use std::ops::Range;
-use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use rustix::fs::{AtFlags, Mode, OFlags};
+use rustix::fs::AtFlags;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
@@ -28,7 +27,9 @@ use super::recover::{Files, LogError};
 use super::tree::Tree;
 pub use super::tree::{LayerRecord, SnapshotRecord};
 use crate::base::identity::Identity;
+use crate::confined::{self, Access, open_dir};
 use crate::spec::{OverlayKind, Part};
+use crate::trust::{self, TrustError};
 
 /// The version of everything on disk that this code reads and writes.
 pub const VERSION: u32 = 1;
@@ -141,6 +142,9 @@ pub enum StackError {
         .0.display()
     )]
     InStore(PathBuf),
+    /// Another user could have made it what it is.
+    #[error(transparent)]
+    Untrusted(#[from] TrustError),
     /// There is something else in that place.
     #[error("is not an overlay: it holds no 'stack'; name an empty or a new directory")]
     NotAnOverlay,
@@ -187,6 +191,7 @@ pub(in crate::overlay) fn place_of_new(dir: &Path) -> Result<&Path, StackError> 
     }
     let is_store =
         |dir: &&Path| ["names", "disks", "layers"].iter().all(|name| dir.join(name).is_dir());
+    trust::check(&open_dir(parent).map_err(doing("looking for its place"))?)?;
     let real = parent.canonicalize().map_err(doing("looking for its place"))?;
     match real.ancestors().find(is_store) {
         Some(store) => Err(StackError::InStore(store.to_owned())),
@@ -258,17 +263,11 @@ impl Stack {
     /// # Errors
     /// [`StackError`]: missing, damaged, of another version.
     pub fn read(dir: &File) -> Result<Self, StackError> {
-        let file = match open_at(dir, "stack", OFlags::RDONLY) {
-            Ok(file) => file,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                return Err(StackError::NotAnOverlay);
-            }
-            Err(error) => return Err(doing("opening its 'stack'")(error)),
-        };
-        let mut bytes = Vec::new();
-        // A stack is a few hundred bytes; one that never ends is none.
-        file.take(LONGEST).read_to_end(&mut bytes).map_err(doing("reading its 'stack'"))?;
-        Self::decode(&bytes)
+        match confined::read_file(dir, "stack", LONGEST) {
+            Ok(bytes) => Self::decode(&bytes),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Err(StackError::NotAnOverlay),
+            Err(error) => Err(doing("reading its 'stack'")(error)),
+        }
     }
 
     /// Replaces the `stack` in `dir`, durably.
@@ -281,14 +280,8 @@ impl Stack {
             // It could not be read again.
             return Err(doing("writing its 'stack'")(io::Error::from_raw_os_error(libc::EFBIG)));
         }
-        let replace = || -> io::Result<()> {
-            let mut file = create_at(dir, "stack.new")?;
-            file.write_all(&bytes)?;
-            file.sync_all()?;
-            rustix::fs::renameat(dir, "stack.new", dir, "stack")?;
-            dir.sync_all()
-        };
-        replace().map_err(doing("writing its 'stack'"))
+        confined::replace_file(dir, "stack", "stack.new", &bytes)
+            .map_err(doing("writing its 'stack'"))
     }
 }
 
@@ -297,36 +290,6 @@ impl Stack {
 pub fn inode_of(uuid: &Uuid) -> u64 {
     // Above the few numbers of the mount's own files, and positive as a signed number.
     uuid.as_u64_pair().0 >> 1 | 1 << 62
-}
-
-/// Opens `name` in `dir` with `flags`, never through a symlink.
-pub(super) fn open_at(dir: &File, name: impl AsRef<Path>, flags: OFlags) -> io::Result<File> {
-    let flags = flags | OFlags::CLOEXEC | OFlags::NOFOLLOW;
-    let fd: OwnedFd = rustix::fs::openat(dir, name.as_ref(), flags, Mode::empty())?;
-    Ok(File::from(fd))
-}
-
-/// Makes `name` in `dir`, empty, for reading and writing.
-pub(super) fn create_at(dir: &File, name: impl AsRef<Path>) -> io::Result<File> {
-    let flags = OFlags::RDWR | OFlags::CREATE | OFlags::TRUNC | OFlags::CLOEXEC | OFlags::NOFOLLOW;
-    let fd = rustix::fs::openat(dir, name.as_ref(), flags, Mode::RUSR | Mode::WUSR)?;
-    Ok(File::from(fd))
-}
-
-/// Makes the directory `name` in `dir` and opens it.
-pub(super) fn make_dir_at(dir: &File, name: impl AsRef<Path>) -> io::Result<File> {
-    let mode = Mode::RUSR | Mode::WUSR | Mode::XUSR;
-    rustix::fs::mkdirat(dir, name.as_ref(), mode)?;
-    open_at(dir, name, OFlags::RDONLY | OFlags::DIRECTORY)
-}
-
-/// Opens a directory by its path.
-///
-/// # Errors
-/// The host's errno.
-pub fn open_dir(path: &Path) -> io::Result<File> {
-    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    Ok(File::from(rustix::fs::open(path, flags, Mode::empty())?))
 }
 
 /// The directory of one layer, as the home of its log.
@@ -347,7 +310,7 @@ impl Home for LayerDir {
         &self,
         fill: &mut dyn FnMut(&dyn Storage) -> io::Result<()>,
     ) -> io::Result<Replaced> {
-        let file = HostFile::single(create_at(&self.dir, "log.new")?);
+        let file = HostFile::single(confined::recreate_file(&self.dir, "log.new")?);
         let done = fill(&file)
             .and_then(|()| file.first().sync_all())
             .and_then(|()| Ok(rustix::fs::renameat(&self.dir, "log.new", &self.dir, "log")?));
@@ -360,11 +323,11 @@ impl Home for LayerDir {
     }
 
     fn journal(&self, create: Create) -> io::Result<Option<Arc<dyn Storage>>> {
-        let file = match open_at(&self.dir, "journal", OFlags::RDWR) {
+        let file = match confined::open_file(&self.dir, "journal", Access::ReadWrite) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => match create {
                 Create::Never => return Ok(None),
                 Create::IfMissing => {
-                    let file = create_at(&self.dir, "journal")?;
+                    let file = confined::create_file(&self.dir, "journal")?;
                     self.dir.sync_all()?;
                     file
                 }
@@ -388,7 +351,7 @@ fn segments_in(dir: &File) -> io::Result<Vec<(usize, File)>> {
         let name = entry.file_name().to_str().ok();
         let index = name.and_then(|name| name.strip_prefix("data.")?.parse().ok());
         if let Some(index) = index.filter(|index| *index > 0) {
-            found.push((index, open_at(dir, segment_name(index), OFlags::RDWR)?));
+            found.push((index, confined::open_file(dir, segment_name(index), Access::ReadWrite)?));
         }
     }
     Ok(found)
@@ -402,12 +365,12 @@ pub(super) fn data_in(dir: File, first: File) -> io::Result<HostFile> {
         more,
         Box::new(move |index, create| {
             let name = segment_name(index);
-            match open_at(&dir, &name, OFlags::RDWR) {
+            match confined::open_file(&dir, &name, Access::ReadWrite) {
                 Ok(file) => Ok(Some(file)),
                 Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
                 Err(_) if create == Create::Never => Ok(None),
                 Err(_) => {
-                    let file = create_at(&dir, &name)?;
+                    let file = confined::create_file(&dir, &name)?;
                     // Its name must be there before a record speaks of its blocks.
                     dir.sync_all()?;
                     Ok(Some(file))
@@ -434,12 +397,11 @@ pub(super) fn layer_files(
     lock: impl FnOnce(&File) -> Result<(), StackError>,
 ) -> Result<LayerFiles, StackError> {
     let name = record.uuid.to_string();
-    let open = |dir: &File, name: &str, flags| open_at(dir, name, flags);
-    let dir = open(layers, &name, OFlags::RDONLY | OFlags::DIRECTORY)
-        .map_err(doing("opening its layer"))?;
-    let first = open(&dir, "data", OFlags::RDWR).map_err(doing("opening its data"))?;
+    let open = |dir: &File, name: &str| confined::open_file(dir, name, Access::ReadWrite);
+    let dir = confined::open_subdir(layers, &name).map_err(doing("opening its layer"))?;
+    let first = open(&dir, "data").map_err(doing("opening its data"))?;
     lock(&first)?;
-    let log = open(&dir, "log", OFlags::RDWR).map_err(doing("opening its log"))?;
+    let log = open(&dir, "log").map_err(doing("opening its log"))?;
     let again = || dir.try_clone().map_err(doing("opening its layer"));
     let locked = first.try_clone().map_err(doing("opening its data"))?;
     let data = data_in(again()?, first).map_err(doing("opening its data"))?;

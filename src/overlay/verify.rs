@@ -9,7 +9,7 @@ use std::fs::File;
 use std::io;
 use std::ops::Range;
 
-use rustix::fs::{AtFlags, OFlags};
+use rustix::fs::AtFlags;
 use uuid::Uuid;
 
 use super::blocks::{BlockIndex, State};
@@ -17,8 +17,9 @@ use super::data::SEGMENT;
 use super::persist::{Found, open_sealed, remove_layer};
 use super::record::{Image, Tag};
 use super::recover::{self, Files, Recovered};
-use super::stack::{LayerRecord, StackError, doing, layer_files, open_at};
+use super::stack::{LayerRecord, StackError, doing, layer_files};
 use super::{Overlay, life};
+use crate::confined;
 use crate::spec::format_size;
 
 /// What a look at one layer found.
@@ -127,8 +128,7 @@ impl Found {
         };
         add(&self.dir, &["stack.new", "holder.new", "holder"])?;
         for layer in &self.stack.layers {
-            let flags = OFlags::RDONLY | OFlags::DIRECTORY;
-            add(&open_at(&self.layers, layer.uuid.to_string(), flags)?, &["log.new"])?;
+            add(&confined::open_subdir(&self.layers, layer.uuid.to_string())?, &["log.new"])?;
         }
         Ok(found)
     }
@@ -216,7 +216,7 @@ fn sound(files: &Files, tag: Tag) -> Result<Sound, StackError> {
 
 /// Bytes of the host that the files of a layer take.
 fn allocated(layers: &File, uuid: Uuid) -> io::Result<u64> {
-    let dir = open_at(layers, uuid.to_string(), OFlags::RDONLY | OFlags::DIRECTORY)?;
+    let dir = confined::open_subdir(layers, uuid.to_string())?;
     let mut blocks = 0;
     for entry in rustix::fs::Dir::read_from(&dir)? {
         let entry = entry?;

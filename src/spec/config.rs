@@ -22,6 +22,8 @@ pub struct Config {
     pub store: Option<PathBuf>,
     /// Directories below which files may lie that a base names (absolute).
     pub allow_backing: Vec<PathBuf>,
+    /// Directories that are believed although another user can write there (absolute).
+    pub trust: Vec<PathBuf>,
     /// What the kernel caches.
     pub cache: Option<Cache>,
     /// Where the log goes (absolute).
@@ -55,7 +57,8 @@ impl FromStr for Cache {
 }
 
 /// The keys at the top of the file.
-const TOP: &[&str] = &["mountpoint", "store", "allow-backing", "cache", "log", "options", "disk"];
+const TOP: &[&str] =
+    &["mountpoint", "store", "allow-backing", "trust", "cache", "log", "options", "disk"];
 
 /// Reads a configuration. Relative paths start at `dir`, the directory of the file.
 ///
@@ -102,12 +105,8 @@ fn set_top(
         "store" => config.store = Some(path()?),
         "log" => config.log = Some(path()?),
         "cache" => config.cache = Some(string(key, value)?.to_string_lossy().parse()?),
-        "allow-backing" => {
-            let absolute = |dir_name: &OsString| keys::absolute(dir_name, dir);
-            let dirs = strings(key, value)?;
-            let dirs = dirs.iter().map(absolute).collect::<Result<_, _>>();
-            config.allow_backing = dirs.map_err(|error| error.within(key))?;
-        }
+        "allow-backing" => config.allow_backing = paths(key, value, dir)?,
+        "trust" => config.trust = paths(key, value, dir)?,
         "options" => config.options = options(value)?,
         _ if keys::is_key(key) || matches!(key, "name" | "source") => {
             return Err(SpecError::key(key, "is a disk's key: write it under [[disk]]"));
@@ -129,6 +128,13 @@ fn string(key: &str, value: &DeValue<'_>) -> Result<OsString, SpecError> {
             Err(SpecError::key(key, format!("is a TOML {kind}: write it as a string, in quotes")))
         }
     }
+}
+
+/// A path, or an array of them; relative ones start at `dir`.
+fn paths(key: &str, value: &DeValue<'_>, dir: &Path) -> Result<Vec<PathBuf>, SpecError> {
+    let absolute = |name: &OsString| keys::absolute(name, dir);
+    let paths = strings(key, value)?.iter().map(absolute).collect::<Result<_, _>>();
+    paths.map_err(|error| error.within(key))
 }
 
 /// A string, or an array of them.

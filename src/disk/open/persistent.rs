@@ -76,7 +76,10 @@ pub(super) fn open_persistent(
     }
     // What it was is no more and what it will be not yet: the commit has to be finished.
     let is_changed = matches!(base_mismatch(&found.stack.base, bottom)?, Some(Misfit::Changed(_)));
-    if !is_changed || !found.is_committing().map_err(in_overlay(dir))? {
+    if !is_changed
+        || !bottom.is_file_of(&found.stack.base)?
+        || !found.is_committing().map_err(in_overlay(dir))?
+    {
         check_base(dir, &found.stack.base, bottom, setting)?;
     }
     if place.layers.is_none() {

@@ -17,7 +17,7 @@ use crate::overlay::DEFAULT_BLOCK;
 use crate::overlay::persist::{self, New, Persistent, Place};
 use crate::overlay::record::Image;
 use crate::overlay::shelf::Shelf;
-use crate::overlay::stack::{Stack, doing, open_dir};
+use crate::overlay::stack::Stack;
 use crate::overlay::tree::Tree;
 use crate::spec::{DiskSpec, Source};
 
@@ -31,7 +31,7 @@ pub fn open_stored(
     setting: &Setting<'_>,
     shelf: &Arc<Shelf>,
 ) -> Result<Opened, OpenError> {
-    let stack = open_dir(place.dir).map_err(doing("opening it")).and_then(|dir| Stack::read(&dir));
+    let stack = persist::open_overlay(place.dir).and_then(|dir| Stack::read(&dir));
     let stack = stack.map_err(in_overlay(place.dir))?;
     let spec = over(name, &stack.base).map_err(in_overlay(place.dir))?;
     open_layers(&spec, Some(place), setting, shelf).map_err(|error| match error {

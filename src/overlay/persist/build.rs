@@ -1,8 +1,9 @@
 //! New overlays: built beside their place, and renamed into it when all of it is durable.
 
 use std::collections::HashMap;
-use std::fs::File;
+use std::fs::{File, Permissions};
 use std::io;
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -11,13 +12,13 @@ use uuid::Uuid;
 
 use super::residence::{Residence, remove_layer};
 use super::{Persistent, Place, top_layer};
+use crate::confined::{self, open_dir};
 use crate::overlay::data::{HostFile, SEGMENT, Storage};
 use crate::overlay::log::Log;
 use crate::overlay::record::{Image, Tag};
 use crate::overlay::recover::Recovered;
 use crate::overlay::stack::{
-    LayerDir, LayerRecord, Stack, StackError, create_at, data_in, doing, make_dir_at, open_dir,
-    place_of_new,
+    LayerDir, LayerRecord, Stack, StackError, data_in, doing, place_of_new,
 };
 use crate::overlay::{Overlay, life};
 
@@ -61,7 +62,7 @@ pub fn create(place: Place<'_>, new: New<'_>) -> Result<Persistent, StackError> 
 /// An empty data file for a disk of `size` bytes. It has its length from the start: later writes
 /// then change blocks only, not the file's size.
 pub(super) fn empty_data(layer: &File, size: u64) -> io::Result<HostFile> {
-    let file = create_at(layer, "data")?;
+    let file = confined::create_file(layer, "data")?;
     file.set_len(size.min(SEGMENT))?;
     data_in(layer.try_clone()?, file)
 }
@@ -83,11 +84,12 @@ pub fn build(
     };
     let temp = tempfile::Builder::new()
         .prefix(".cowslip-")
+        .permissions(Permissions::from_mode(0o700))
         .tempdir_in(parent)
         .map_err(doing("making a directory beside it"))?;
     let dir = open_dir(temp.path()).map_err(doing("making a directory beside it"))?;
     let layers = match place.layers {
-        None => make_dir_at(&dir, "layers"),
+        None => confined::create_dir(&dir, "layers"),
         Some(path) => open_dir(path),
     };
     let layers = layers.map_err(doing("making its layers"))?;
@@ -156,7 +158,8 @@ pub(super) fn make_layer(
     limit: Option<u64>,
     put_data: impl FnOnce(&File) -> io::Result<HostFile>,
 ) -> Result<(Overlay, File), StackError> {
-    let layer = make_dir_at(layers, record.uuid.to_string()).map_err(doing("making its layer"))?;
+    let layer =
+        confined::create_dir(layers, record.uuid.to_string()).map_err(doing("making its layer"))?;
     let data = put_data(&layer).map_err(doing("making its data"))?;
     data.sync().map_err(doing("making its data durable"))?;
     let lock = data.first().try_clone().map_err(doing("locking it"))?;

@@ -1,22 +1,20 @@
 //! Overlays that are there: locked first, read after.
 
 use std::fs::File;
-use std::io::{self, Read};
 use std::path::Path;
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use rustix::fs::{FlockOperation, OFlags};
+use rustix::fs::FlockOperation;
 use uuid::Uuid;
 
 use super::residence::Residence;
-use super::{Holder, Persistent, Place, top_layer};
+use super::{Holder, Persistent, Place, open_overlay, top_layer};
+use crate::confined::{self, open_dir};
 use crate::overlay::recover::{self, Files, Recovered};
 use crate::overlay::shelf::Shelf;
-use crate::overlay::stack::{
-    LayerFiles, LayerRecord, Stack, StackError, doing, layer_files, open_at, open_dir,
-};
+use crate::overlay::stack::{LayerFiles, LayerRecord, Stack, StackError, doing, layer_files};
 use crate::overlay::{Overlay, life};
 
 /// How long a daemon that is draining is waited for.
@@ -24,6 +22,8 @@ const PATIENCE: Duration = Duration::from_secs(10);
 /// How long for one that has left no word of who it is: it begins or ends just now, or a child that it
 /// has forked is about to become another program.
 const MOMENT: Duration = Duration::from_millis(200);
+/// The longest word of who it is, in bytes: a path and a few numbers.
+const LONGEST_HOLDER: u64 = 64 << 10;
 
 /// A persistent overlay found in its place, its lock taken, its log not read yet.
 pub struct Found {
@@ -41,14 +41,11 @@ pub struct Found {
 /// # Errors
 /// [`StackError`]: not there, damaged, of another version, in use.
 pub fn find(place: Place<'_>) -> Result<Found, StackError> {
-    let dir = open_dir(place.dir).map_err(|error| match error.kind() {
-        io::ErrorKind::NotADirectory => StackError::NotAnOverlay,
-        _ => doing("opening it")(error),
-    })?;
+    let dir = open_overlay(place.dir)?;
     // Before its layers: a reflink overlay has none.
     let mut record = top_layer(&Stack::read(&dir)?)?;
     let layers = match place.layers {
-        None => open_at(&dir, "layers", OFlags::RDONLY | OFlags::DIRECTORY),
+        None => confined::open_subdir(&dir, "layers"),
         Some(path) => open_dir(path),
     };
     let layers = layers.map_err(doing("opening its layers"))?;
@@ -117,8 +114,7 @@ fn is_running(pid: u32) -> bool {
 }
 
 fn read_holder(dir: &File) -> Option<Holder> {
-    let mut bytes = Vec::new();
-    open_at(dir, "holder", OFlags::RDONLY).ok()?.take(1 << 16).read_to_end(&mut bytes).ok()?;
+    let bytes = confined::read_file(dir, "holder", LONGEST_HOLDER).ok()?;
     serde_json::from_slice(&bytes).ok()
 }
 

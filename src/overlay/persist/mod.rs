@@ -9,6 +9,7 @@ mod build;
 mod found;
 mod residence;
 
+use std::fs::File;
 use std::io;
 use std::path::Path;
 use std::sync::Arc;
@@ -20,11 +21,13 @@ pub use self::build::{New, Part, PutData, build, create};
 pub use self::found::{Found, find};
 pub(super) use self::found::{lock, open_sealed};
 pub use self::residence::Residence;
-pub(super) use self::residence::remove_layer;
+pub(crate) use self::residence::remove_layer;
 use super::Overlay;
 use super::recover::Recovered;
 use super::stack::{LayerRecord, Stack, StackError, doing};
+use crate::confined::open_dir;
 use crate::spec::OverlayKind;
+use crate::trust;
 
 /// Where a persistent overlay lies.
 #[derive(Clone, Copy, Debug)]
@@ -76,6 +79,20 @@ pub fn exists(dir: &Path) -> Result<bool, StackError> {
             Err(error) => Err(doing("opening its 'stack'")(error)),
         },
     }
+}
+
+/// Opens the directory of an overlay, which nobody else could have put there.
+///
+/// # Errors
+/// [`StackError::NotAnOverlay`] when it is something else, [`StackError::Untrusted`]; the host's
+/// errno.
+pub fn open_overlay(dir: &Path) -> Result<File, StackError> {
+    let dir = open_dir(dir).map_err(|error| match error.kind() {
+        io::ErrorKind::NotADirectory => StackError::NotAnOverlay,
+        _ => doing("opening it")(error),
+    })?;
+    trust::check(&dir)?;
+    Ok(dir)
 }
 
 /// The layer that is written to.

@@ -4,16 +4,17 @@ use std::fs::File;
 use std::io::{self, Write};
 use std::sync::Arc;
 
-use rustix::fs::{AtFlags, FlockOperation, OFlags};
+use rustix::fs::{AtFlags, FlockOperation};
 use uuid::Uuid;
 
 use super::Holder;
 use super::build::{empty_data, make_layer};
 use super::found::open_sealed;
+use crate::confined::{self, entries, stranger_in};
 use crate::overlay::Overlay;
 use crate::overlay::record::Image;
 use crate::overlay::shelf::Shelf;
-use crate::overlay::stack::{LayerRecord, Stack, StackError, create_at, doing, open_at};
+use crate::overlay::stack::{LayerRecord, Stack, StackError, doing};
 
 /// The open directory of a persistent overlay, its `stack` and its lock.
 pub struct Residence {
@@ -120,7 +121,7 @@ impl Residence {
     pub fn announce(&self, holder: &Holder) {
         let write = || -> io::Result<()> {
             let bytes = serde_json::to_vec(holder)?;
-            create_at(&self.dir, "holder.new")?.write_all(&bytes)?;
+            confined::recreate_file(&self.dir, "holder.new")?.write_all(&bytes)?;
             rustix::fs::renameat(&self.dir, "holder.new", &self.dir, "holder")?;
             Ok(())
         };
@@ -144,19 +145,26 @@ impl Residence {
     }
 }
 
-/// Removes the directory of the layer `uuid`, its `data` last: that carries the lock.
-pub(in crate::overlay) fn remove_layer(layers: &File, uuid: Uuid) -> io::Result<()> {
+/// Removes the directory of the layer `uuid`, its `data` last: that carries the lock. One that holds
+/// anything else than a layer's files stays as it is.
+///
+/// # Errors
+/// The host's errno; a line that names what else it holds.
+pub(crate) fn remove_layer(layers: &File, uuid: Uuid) -> io::Result<()> {
     let name = uuid.to_string();
-    let dir = open_at(layers, &name, OFlags::RDONLY | OFlags::DIRECTORY)?;
-    for entry in rustix::fs::Dir::read_from(&dir)? {
-        let entry = entry?;
-        if !matches!(entry.file_name().to_bytes(), b"." | b".." | b"data") {
-            rustix::fs::unlinkat(&dir, entry.file_name(), AtFlags::empty())?;
-        }
+    let dir = confined::open_subdir(layers, &name)?;
+    let files = entries(&dir)?;
+    if let Some(other) = files.iter().find(|file| !is_layer_file(file)) {
+        return Err(stranger_in(&format!("layers/{name}"), other));
     }
-    match rustix::fs::unlinkat(&dir, "data", AtFlags::empty()) {
-        Ok(()) | Err(rustix::io::Errno::NOENT) => {}
-        Err(error) => return Err(error.into()),
-    }
+    let before = files.iter().map(String::as_str).filter(|file| *file != "data");
+    before.chain(["data"]).try_for_each(|file| confined::remove_file(&dir, file))?;
     Ok(rustix::fs::unlinkat(layers, &name, AtFlags::REMOVEDIR)?)
+}
+
+/// Whether a layer has a file of that name.
+fn is_layer_file(name: &str) -> bool {
+    let is_segment = |index: &str| index.parse::<usize>().is_ok();
+    matches!(name, "data" | "log" | "log.new" | "journal")
+        || name.strip_prefix("data.").is_some_and(is_segment)
 }

@@ -3,20 +3,20 @@
 //! As with block maps, a new one is built under a temporary name and renamed into its place when
 //! all of it is durable; the lock is on the inode of `data`.
 
-use std::fs::File;
+use std::fs::{File, Permissions};
 use std::io;
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::sync::Arc;
 
-use rustix::fs::{FlockOperation, OFlags};
+use rustix::fs::FlockOperation;
 
 use super::snapshots::{carry_out, sweep};
 use super::{Origin, Reflink, ReflinkError, intent};
 use crate::base::place::HostFs;
-use crate::overlay::persist::{self, Residence};
-use crate::overlay::stack::{
-    Stack, StackError, create_at, doing, make_dir_at, open_at, open_dir, place_of_new,
-};
+use crate::confined::{self, Access, open_dir};
+use crate::overlay::persist::{self, Residence, open_overlay};
+use crate::overlay::stack::{Stack, StackError, doing, place_of_new};
 use crate::spec::OverlayKind;
 
 /// A reflink overlay that is open.
@@ -45,8 +45,7 @@ pub fn kind_of(dir: &Path) -> Result<Option<OverlayKind>, StackError> {
     if !persist::exists(dir)? {
         return Ok(None);
     }
-    let open = open_dir(dir).map_err(doing("opening it"))?;
-    Ok(Some(Stack::read(&open)?.kind))
+    Ok(Some(Stack::read(&open_overlay(dir)?)?.kind))
 }
 
 /// Makes the overlay `stack` at `dir`: a reflink copy of `base`, `size` bytes long if that is
@@ -62,10 +61,12 @@ pub fn create(
 ) -> Result<Persistent, ReflinkError> {
     let parent = place_of_new(dir)?;
     let beside = "making a directory beside it";
-    let temp = tempfile::Builder::new().prefix(".cowslip-").tempdir_in(parent);
+    let mut draft = tempfile::Builder::new();
+    draft.prefix(".cowslip-").permissions(Permissions::from_mode(0o700));
+    let temp = draft.tempdir_in(parent);
     let temp = temp.map_err(doing(beside))?;
     let open = open_dir(temp.path()).map_err(doing(beside))?;
-    let data = create_at(&open, "data").map_err(doing("making its data"))?;
+    let data = confined::create_file(&open, "data").map_err(doing("making its data"))?;
     rustix::fs::ioctl_ficlone(&data, base.file)
         .map_err(|error| refusal(error.into(), &data, base.path))?;
     let fill = || -> io::Result<File> {
@@ -73,7 +74,7 @@ pub fn create(
             data.set_len(size)?;
         }
         data.sync_all()?;
-        make_dir_at(&open, "snapshots")
+        confined::create_dir(&open, "snapshots")
     };
     let snapshots = fill().map_err(doing("making its data durable"))?;
     rustix::fs::flock(&data, FlockOperation::NonBlockingLockExclusive)
@@ -135,19 +136,17 @@ pub struct Found {
 /// # Errors
 /// [`ReflinkError`]: not there, damaged, a block map, in use.
 pub fn find(dir: &Path) -> Result<Found, ReflinkError> {
-    let dir = open_dir(dir).map_err(|error| match error.kind() {
-        io::ErrorKind::NotADirectory => StackError::NotAnOverlay,
-        _ => doing("opening it")(error),
-    })?;
+    let dir = open_overlay(dir)?;
     if Stack::read(&dir)?.kind != OverlayKind::Reflink {
         return Err(ReflinkError::Blocks);
     }
-    let data = open_at(&dir, "data", OFlags::RDWR).map_err(doing("opening its data"))?;
+    let data =
+        confined::open_file(&dir, "data", Access::ReadWrite).map_err(doing("opening its data"))?;
     persist::lock(&dir, &data)?;
     // Once more under the lock: its last holder may have changed it.
     let stack = Stack::read(&dir)?;
-    let snapshots = open_at(&dir, "snapshots", OFlags::RDONLY | OFlags::DIRECTORY)
-        .map_err(doing("opening its snapshots"))?;
+    let snapshots =
+        confined::open_subdir(&dir, "snapshots").map_err(doing("opening its snapshots"))?;
     Ok(Found { home: Home { stack, dir, data, snapshots } })
 }
 

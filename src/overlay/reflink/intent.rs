@@ -12,18 +12,21 @@
 
 use std::fmt;
 use std::fs::File;
-use std::io::{self, Read, Write};
+use std::io;
 
-use rustix::fs::{AtFlags, OFlags};
 use serde::{Deserialize, Serialize};
 
 use super::ReflinkError;
-use crate::overlay::stack::{create_at, doing, open_at};
+use super::snapshots::check_name;
+use crate::confined;
+use crate::overlay::stack::doing;
 
 /// The file's name.
 const INTENT: &str = "intent";
 /// The name it is written under.
 const FRESH: &str = "intent.new";
+/// The longest note in bytes: a name of 255 bytes, escaped, and a few words.
+const LONGEST: u64 = 64 << 10;
 
 /// What the disk is to be a copy of.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -59,7 +62,12 @@ fn decode(bytes: &[u8]) -> Option<Origin> {
     if head != format!("checksum = \"crc32c:{crc:08x}\"") {
         return None;
     }
-    toml::from_str(body).ok()
+    let origin = toml::from_str(body).ok()?;
+    match &origin {
+        // Whoever wrote it: it leads to a snapshot and nowhere else.
+        Origin::Snapshot { name } if check_name(name).is_err() => None,
+        _ => Some(origin),
+    }
 }
 
 /// Notes in `dir`, durably, that the disk is about to become a copy of `origin`.
@@ -67,11 +75,7 @@ fn decode(bytes: &[u8]) -> Option<Origin> {
 /// # Errors
 /// The host's errno. The note may be there all the same, when only the last sync failed.
 pub(super) fn note(dir: &File, origin: &Origin) -> io::Result<()> {
-    let mut file = create_at(dir, FRESH)?;
-    file.write_all(&encode(origin)?)?;
-    file.sync_all()?;
-    rustix::fs::renameat(dir, FRESH, dir, INTENT)?;
-    dir.sync_all()
+    confined::replace_file(dir, INTENT, FRESH, &encode(origin)?)
 }
 
 /// Takes the note away.
@@ -79,10 +83,8 @@ pub(super) fn note(dir: &File, origin: &Origin) -> io::Result<()> {
 /// # Errors
 /// The host's errno; doing it once more is harmless then.
 pub(super) fn clear(dir: &File) -> io::Result<()> {
-    match rustix::fs::unlinkat(dir, INTENT, AtFlags::empty()) {
-        Ok(()) | Err(rustix::io::Errno::NOENT) => dir.sync_all(),
-        Err(error) => Err(error.into()),
-    }
+    confined::remove_file(dir, INTENT)?;
+    dir.sync_all()
 }
 
 /// What a crash has left undone.
@@ -91,25 +93,21 @@ pub(super) fn clear(dir: &File) -> io::Result<()> {
 /// [`ReflinkError::Intent`] when the note is damaged; the host's errno.
 pub(super) fn read(dir: &File) -> Result<Option<Origin>, ReflinkError> {
     // One that was being written has begun nothing.
-    let _ = rustix::fs::unlinkat(dir, FRESH, AtFlags::empty());
-    let file = match open_at(dir, INTENT, OFlags::RDONLY) {
-        Ok(file) => file,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-        Err(error) => return Err(doing("opening its 'intent'")(error).into()),
-    };
-    let mut bytes = Vec::new();
-    // A name and a few words; one that never ends is none.
-    file.take(1 << 16).read_to_end(&mut bytes).map_err(doing("reading its 'intent'"))?;
-    decode(&bytes).map(Some).ok_or(ReflinkError::Intent)
+    let _ = confined::remove_file(dir, FRESH);
+    match confined::read_file(dir, INTENT, LONGEST) {
+        Ok(bytes) => decode(&bytes).map(Some).ok_or(ReflinkError::Intent),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(doing("reading its 'intent'")(error).into()),
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::overlay::stack::open_dir;
+    use crate::confined::open_dir;
 
     fn monday() -> Origin {
-        Origin::Snapshot { name: "mon\"day\n".to_owned() }
+        Origin::Snapshot { name: "mon\"day".to_owned() }
     }
 
     #[test]

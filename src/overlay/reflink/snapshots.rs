@@ -12,11 +12,12 @@ use std::io;
 use std::os::unix::fs::PermissionsExt;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use rustix::fs::{AtFlags, OFlags, RenameFlags};
+use rustix::fs::{AtFlags, RenameFlags};
 
 use super::intent::{self, Origin};
 use super::{Reflink, ReflinkError};
-use crate::overlay::stack::{create_at, doing, open_at};
+use crate::confined::{self, Access};
+use crate::overlay::stack::doing;
 
 /// The name, beside `snapshots`, of the one that is being made: in there it could be a user's.
 const FRESH: &str = "snapshot.new";
@@ -35,7 +36,7 @@ pub struct Snapshot {
 }
 
 /// Refuses what cannot be the name of a snapshot.
-fn check_name(name: &str) -> Result<(), ReflinkError> {
+pub(super) fn check_name(name: &str) -> Result<(), ReflinkError> {
     let why = match name {
         "" => "a name is needed",
         "." | ".." => "that is a directory's name",
@@ -76,7 +77,7 @@ pub(super) fn carry_out(
     match origin {
         Origin::Base => clone_into(base, data)?,
         Origin::Snapshot { name } => {
-            clone_into(&open_at(snapshots, name, OFlags::RDONLY)?, data)?;
+            clone_into(&confined::open_file(snapshots, name, Access::Read)?, data)?;
         }
     }
     data.sync_all()
@@ -105,7 +106,7 @@ impl Reflink {
             return Err(ReflinkError::Exists(name.to_owned()));
         }
         let copy = || -> io::Result<()> {
-            let file = create_at(&self.dir, FRESH)?;
+            let file = confined::recreate_file(&self.dir, FRESH)?;
             rustix::fs::ioctl_ficlone(&file, &self.data)?;
             file.set_permissions(Permissions::from_mode(0o400))?;
             file.sync_all()
@@ -127,7 +128,7 @@ impl Reflink {
     /// [`ReflinkError::NoSnapshot`]; the host's errno.
     pub fn open_snapshot(&self, name: &str) -> Result<File, ReflinkError> {
         check_name(name)?;
-        match open_at(&self.snapshots, name, OFlags::RDONLY) {
+        match confined::open_file(&self.snapshots, name, Access::Read) {
             Ok(file) => Ok(file),
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
                 Err(ReflinkError::NoSnapshot(name.to_owned()))
@@ -151,7 +152,9 @@ impl Reflink {
                     continue;
                 }
                 // Deleted since it was listed, or never one of ours.
-                let Ok(file) = open_at(&self.snapshots, name, OFlags::RDONLY) else { continue };
+                let Ok(file) = confined::open_file(&self.snapshots, name, Access::Read) else {
+                    continue;
+                };
                 let found = file.metadata()?;
                 let made = found.modified().unwrap_or(UNIX_EPOCH);
                 all.push(Snapshot { name: name.to_owned(), size: found.len(), made });

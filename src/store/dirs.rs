@@ -1,0 +1,347 @@
+//! The directories of a store, held open: what lies in them, and what of that may go.
+//!
+//! Nothing is removed for lying in the wrong place. A directory is a store only by its marker, the
+//! file `store`; a disk or a layer is named by a uuid and holds the files that one is made of.
+//! Anything else stays, and is only told of.
+
+use std::collections::HashSet;
+use std::fs::{DirBuilder, File};
+use std::io;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use rustix::fs::{AtFlags, FlockOperation};
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+use super::StoreError;
+use crate::confined::{self, entries, open_dir, open_subdir, stranger_in};
+use crate::overlay::persist::remove_layer;
+use crate::overlay::stack::{Stack, StackError, doing};
+use crate::trust;
+
+/// How long a store's last user may take to be gone.
+const DYING: Duration = Duration::from_secs(1);
+/// How often is looked whether it is.
+const LOOK: Duration = Duration::from_millis(20);
+
+/// The file that makes a directory a store.
+const MARKER: &str = "store";
+/// The longest marker in bytes.
+const LONGEST_MARKER: u64 = 4 << 10;
+/// The version of a store's layout that this code reads and writes.
+const VERSION: u32 = 1;
+
+/// What a new file system may hold besides.
+const LOST_AND_FOUND: &str = "lost+found";
+/// How the directory of a disk begins while it is being made.
+const DRAFT: &str = ".cowslip-";
+/// The files that the directory of a disk may hold.
+const DISK_FILES: [&str; 4] = ["stack", "stack.new", "holder", "holder.new"];
+
+/// The contents of the marker.
+#[derive(Serialize, Deserialize)]
+struct Marker {
+    version: u32,
+}
+
+/// The open directories of a store, its lock taken.
+pub struct StoreDirs {
+    path: PathBuf,
+    /// Carries the lock, which is free when it is closed.
+    root: File,
+    names: File,
+    disks: File,
+    layers: File,
+}
+
+impl StoreDirs {
+    /// Opens the store at `path`, making it when there is none.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub fn open_or_create(path: &Path) -> Result<Self, StoreError> {
+        let io = |what| move |error| StoreError::Io { dir: path.to_owned(), what, error };
+        DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(path)
+            .map_err(io("making its directories"))?;
+        let root = open_root(path)?;
+        let has_marker = has_marker(path, &root)?;
+        if !has_marker && !is_new(&root).map_err(io("reading it"))? {
+            // One that was made before there were markers.
+            let dirs = Self::open_dirs(path, root)?;
+            return match dirs.is_store_like().map_err(io("reading it"))? {
+                true => dirs.mark(),
+                false => Err(StoreError::NotAStore(path.to_owned())),
+            };
+        }
+        for name in ["layers", "disks", "names"] {
+            match confined::create_dir(&root, name) {
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+                made => drop(made.map_err(io("making its directories"))?),
+            }
+        }
+        let dirs = Self::open_dirs(path, root)?;
+        if has_marker { Ok(dirs) } else { dirs.mark() }
+    }
+
+    /// Opens the store at `path` and changes nothing.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub fn open(path: &Path) -> Result<Self, StoreError> {
+        let io = |what| move |error| StoreError::Io { dir: path.to_owned(), what, error };
+        let root = open_root(path)?;
+        let has_marker = has_marker(path, &root)?;
+        let dirs = Self::open_dirs(path, root)?;
+        if has_marker || dirs.is_store_like().map_err(io("reading it"))? {
+            return Ok(dirs);
+        }
+        Err(StoreError::NotAStore(path.to_owned()))
+    }
+
+    fn open_dirs(path: &Path, root: File) -> Result<Self, StoreError> {
+        let open = |name| match open_subdir(&root, name) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                Err(StoreError::NotAStore(path.to_owned()))
+            }
+            opened => opened.map_err(|error| {
+                let what = "opening its directories";
+                StoreError::Io { dir: path.join(name), what, error }
+            }),
+        };
+        let (names, disks, layers) = (open("names")?, open("disks")?, open("layers")?);
+        Ok(Self { path: path.to_owned(), root, names, disks, layers })
+    }
+
+    /// Makes it a store for good.
+    fn mark(self) -> Result<Self, StoreError> {
+        let text = format!("version = {VERSION}\n");
+        let new = format!("{MARKER}.new");
+        let marked = confined::replace_file(&self.root, MARKER, &new, text.as_bytes());
+        match marked {
+            Ok(()) => Ok(self),
+            Err(error) => {
+                Err(StoreError::Io { dir: self.path, what: "marking it as a store", error })
+            }
+        }
+    }
+
+    /// Where it is.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Its names, each a link to a disk.
+    #[must_use]
+    pub(super) fn names(&self) -> &File {
+        &self.names
+    }
+
+    /// Whether it holds only what a store holds.
+    fn is_store_like(&self) -> io::Result<bool> {
+        let is_uuid = |name: &String| uuid_of(name).is_some();
+        Ok(self.targets().is_ok()
+            && entries(&self.disks)?.iter().all(|name| is_uuid(name) || name.starts_with(DRAFT))
+            && entries(&self.layers)?.iter().all(is_uuid))
+    }
+
+    /// Every name and the disk it leads to, sorted.
+    ///
+    /// # Errors
+    /// The host's errno; also when a name is no link to a disk, as in a copy of a store without
+    /// its symlinks: its disk would look like one without a name.
+    pub fn targets(&self) -> io::Result<Vec<(String, Uuid)>> {
+        let mut all = Vec::new();
+        for name in entries(&self.names)? {
+            let Some(target) = self.target_of(&name) else {
+                return Err(io::Error::other(format!(
+                    "'names/{name}' is no link to one of its disks: remove it, or copy the store again with its symlinks (cp -a)"
+                )));
+            };
+            all.push((name, target));
+        }
+        all.sort();
+        Ok(all)
+    }
+
+    /// The disk that `name` leads to.
+    fn target_of(&self, name: &str) -> Option<Uuid> {
+        let target = rustix::fs::readlinkat(&self.names, name, Vec::new()).ok()?;
+        uuid_of(target.to_str().ok()?.strip_prefix("../disks/")?)
+    }
+
+    /// Calls `each` with the uuid and the stack of every disk.
+    ///
+    /// # Errors
+    /// The host's errno; also when a stack cannot be read.
+    pub(super) fn each_stack(&self, mut each: impl FnMut(Uuid, Stack)) -> io::Result<()> {
+        for uuid in entries(&self.disks)?.iter().filter_map(|name| uuid_of(name)) {
+            match self.stack_of(&uuid) {
+                Ok(stack) => each(uuid, stack),
+                // It went between the two.
+                Err(StackError::Io { error, .. }) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(error) => return Err(io::Error::other(error.to_string())),
+            }
+        }
+        Ok(())
+    }
+
+    /// The stack of the disk `uuid`.
+    ///
+    /// # Errors
+    /// [`StackError`].
+    pub(super) fn stack_of(&self, uuid: &Uuid) -> Result<Stack, StackError> {
+        let dir = open_subdir(&self.disks, uuid.to_string()).map_err(doing("opening it"))?;
+        Stack::read(&dir)
+    }
+
+    /// What a crash left behind.
+    ///
+    /// # Errors
+    /// The host's errno.
+    pub fn leftovers(&self) -> io::Result<Leftovers> {
+        let named = self.targets()?;
+        let disks = entries(&self.disks)?;
+        let mut found = Leftovers::default();
+        let is_gone = |uuid: &Uuid| !disks.contains(&uuid.to_string());
+        found.names.extend(named.iter().filter(|(_, uuid)| is_gone(uuid)).map(|(n, _)| n.clone()));
+        let mut needed = found.names.is_empty().then(HashSet::new);
+        for name in disks {
+            match uuid_of(&name) {
+                Some(uuid) if named.iter().any(|(_, other)| *other == uuid) => {
+                    needed = needed.zip(self.stack_of(&uuid).ok()).map(|(mut needed, stack)| {
+                        needed.extend(stack.layers.into_iter().map(|layer| layer.uuid));
+                        needed
+                    });
+                }
+                Some(_) => found.disks.push(name),
+                None if name.starts_with(DRAFT) => found.disks.push(name),
+                None => found.strangers.push(format!("disks/{name}")),
+            }
+        }
+        for name in entries(&self.layers)? {
+            match (uuid_of(&name), &needed) {
+                (None, _) => found.strangers.push(format!("layers/{name}")),
+                (Some(uuid), Some(needed)) if !needed.contains(&uuid) => found.layers.push(uuid),
+                (Some(_), _) => {}
+            }
+        }
+        found.disks.sort();
+        found.layers.sort();
+        found.strangers.sort();
+        Ok(found)
+    }
+
+    /// Removes a name, durably; the disk's files stay.
+    ///
+    /// # Errors
+    /// The host's errno.
+    pub fn remove_name(&self, name: &str) -> io::Result<()> {
+        rustix::fs::unlinkat(&self.names, name, AtFlags::empty())?;
+        self.names.sync_all()
+    }
+
+    /// Removes the directory `name` of a disk. One that holds anything else than a disk's files
+    /// stays as it is.
+    ///
+    /// # Errors
+    /// The host's errno; a line that names what else it holds.
+    pub fn remove_disk(&self, name: &str) -> io::Result<()> {
+        let dir = open_subdir(&self.disks, name)?;
+        if let Some(other) = entries(&dir)?.iter().find(|file| !DISK_FILES.contains(&&***file)) {
+            return Err(stranger_in(&format!("disks/{name}"), other));
+        }
+        // The stack first: without it there is no disk.
+        DISK_FILES.iter().try_for_each(|file| confined::remove_file(&dir, file))?;
+        Ok(rustix::fs::unlinkat(&self.disks, name, AtFlags::REMOVEDIR)?)
+    }
+
+    /// Removes the layer `uuid`. One that holds anything else than a layer's files stays as it is.
+    ///
+    /// # Errors
+    /// The host's errno; a line that names what else it holds.
+    pub fn remove_layer(&self, uuid: Uuid) -> io::Result<()> {
+        remove_layer(&self.layers, uuid)
+    }
+}
+
+/// What lies in a store and belongs to no disk.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Leftovers {
+    /// Names whose disk is gone.
+    pub names: Vec<String>,
+    /// The directories of disks without a name, or that were being made.
+    pub disks: Vec<String>,
+    /// The layers that no disk stands on. None while a disk's stack is gone or cannot be read:
+    /// nobody knows then what it needs.
+    pub layers: Vec<Uuid>,
+    /// What cowslip has not made, and leaves alone.
+    pub strangers: Vec<String>,
+}
+
+/// Opens and locks what is to be a store, if nobody else could have made it what it is.
+fn open_root(path: &Path) -> Result<File, StoreError> {
+    let io = |what| move |error| StoreError::Io { dir: path.to_owned(), what, error };
+    let root = open_dir(path).map_err(io("opening it"))?;
+    trust::check(&root).map_err(|error| StoreError::Untrusted { dir: path.to_owned(), error })?;
+    let start = Instant::now();
+    loop {
+        match rustix::fs::flock(&root, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => return Ok(root),
+            // The threads of a daemon that was killed end one after the other.
+            Err(rustix::io::Errno::WOULDBLOCK) if start.elapsed() < DYING => thread::sleep(LOOK),
+            Err(rustix::io::Errno::WOULDBLOCK) => return Err(StoreError::InUse(path.to_owned())),
+            Err(error) => return Err(io("locking it")(error.into())),
+        }
+    }
+}
+
+/// Whether there is a marker of a version that is known.
+fn has_marker(path: &Path, root: &File) -> Result<bool, StoreError> {
+    let bytes = match confined::read_file(root, MARKER, LONGEST_MARKER) {
+        Ok(bytes) => bytes,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
+        Err(error) => {
+            let what = "reading its marker";
+            return Err(StoreError::Io { dir: path.to_owned(), what, error });
+        }
+    };
+    let marker = std::str::from_utf8(&bytes).ok().and_then(|text| toml::from_str(text).ok());
+    match marker {
+        Some(Marker { version: VERSION }) => Ok(true),
+        Some(Marker { version }) => Err(StoreError::Version { dir: path.to_owned(), version }),
+        None => Err(StoreError::NotAStore(path.to_owned())),
+    }
+}
+
+/// Whether nothing lies there but what a store that was being made leaves behind.
+fn is_new(root: &File) -> io::Result<bool> {
+    for name in entries(root)? {
+        match name.as_str() {
+            LOST_AND_FOUND => {}
+            "layers" | "disks" | "names" if is_empty(root, &name)? => {}
+            name if name.strip_suffix(".new") == Some(MARKER) => {}
+            _ => return Ok(false),
+        }
+    }
+    Ok(true)
+}
+
+fn is_empty(root: &File, name: &str) -> io::Result<bool> {
+    match open_subdir(root, name) {
+        Ok(dir) => Ok(entries(&dir)?.is_empty()),
+        Err(error) if error.kind() == io::ErrorKind::InvalidInput => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+/// The uuid that `name` is, written as cowslip writes it.
+fn uuid_of(name: &str) -> Option<Uuid> {
+    Uuid::parse_str(name).ok().filter(|uuid| uuid.to_string() == name)
+}

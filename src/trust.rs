@@ -1,0 +1,295 @@
+//! Whose directories are believed.
+//!
+//! What an overlay or a store says is done with the rights of who mounts it: a base that it names
+//! is read, and written to by a commit; layers that it does not name are removed. So it must not be
+//! another user's to write. A directory is believed when nobody but root and this process's user
+//! can put anything else into it or into its place:
+//!
+//! ```text
+//!   /            root's, 0755                      fine
+//!   /tmp         root's, 1777                      fine: sticky, nobody can rename what is not his
+//!   /srv/images  root's, 0775                      root refuses: its group can put anything there
+//!   /home/u1     u1's                              root and u2 refuse: u1 can
+//! ```
+//!
+//! A user who has become root by sudo or pkexec is believed too: who can do that needs no trick. What
+//! is refused is allowed by name (`--trust DIR`), for all that lies in and below DIR. Every look
+//! is at open directories, upwards through `..`, so that no rename can come between.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::sync::LazyLock;
+
+use parking_lot::RwLock;
+use rustix::fs::{Mode, OFlags};
+
+/// A directory, by device and inode.
+type Id = (u64, u64);
+
+/// What [`allow`] was told, for the life of this process.
+static ALLOWED: RwLock<Vec<Id>> = RwLock::new(Vec::new());
+
+/// Why a directory is not believed; one line, the path of what lies in it is put in front.
+#[derive(Debug, thiserror::Error)]
+pub enum TrustError {
+    /// Somebody else could have made it what it is.
+    #[error("cannot be trusted: '{}' {why}: move it, or use --trust '{}'", dir.display(), dir.display())]
+    Untrusted {
+        /// The directory: itself, or one above it.
+        dir: PathBuf,
+        /// Who could.
+        why: String,
+    },
+    /// The host said no.
+    #[error("cannot be looked at: {0}")]
+    Io(#[from] io::Error),
+}
+
+/// Believes all that lies in and below the directory at `path`.
+///
+/// # Errors
+/// The host's errno.
+pub fn allow(path: &Path) -> io::Result<()> {
+    let found = File::from(rustix::fs::open(path, LOOK, Mode::empty())?).metadata()?;
+    let id = (found.dev(), found.ino());
+    let mut allowed = ALLOWED.write();
+    if !allowed.contains(&id) {
+        allowed.push(id);
+    }
+    Ok(())
+}
+
+/// Refuses `dir` when another user could have put something into it, or it into its place.
+///
+/// # Errors
+/// [`TrustError`].
+pub fn check(dir: &File) -> Result<(), TrustError> {
+    check_as(dir, &Viewer::this(), &ALLOWED.read())
+}
+
+/// Refuses the configuration `file`, in the directory `dir`, when another user could have written it.
+///
+/// # Errors
+/// [`TrustError`].
+pub fn check_file(file: &File, dir: &File) -> Result<(), TrustError> {
+    let viewer = Viewer::this();
+    let found = file.metadata()?;
+    let why = viewer.objection(found.uid(), found.mode() & !STICKY);
+    let allowed = ALLOWED.read();
+    match why {
+        Some(why) if !lies_in(dir, &allowed)? => {
+            Err(TrustError::Untrusted { dir: path_of(file), why })
+        }
+        Some(_) => Ok(()),
+        None => check_as(dir, &viewer, &allowed),
+    }
+}
+
+/// How a directory is opened to be looked at: its entries need not be readable.
+const LOOK: OFlags = OFlags::PATH.union(OFlags::DIRECTORY).union(OFlags::CLOEXEC);
+/// The bit that keeps users from renaming what is not theirs.
+const STICKY: u32 = 0o1000;
+
+/// Who looks.
+struct Viewer {
+    uid: u32,
+    /// Who has become root by sudo or pkexec.
+    invoker: Option<u32>,
+}
+
+impl Viewer {
+    fn this() -> Self {
+        /// Read once: a daemon clears its environment.
+        static INVOKER: LazyLock<Option<u32>> = LazyLock::new(|| {
+            let named = |name| std::env::var(name).ok()?.parse().ok();
+            named("SUDO_UID").or_else(|| named("PKEXEC_UID"))
+        });
+        let uid = rustix::process::geteuid().as_raw();
+        Self { uid, invoker: INVOKER.filter(|_| uid == 0) }
+    }
+
+    /// Why something with this owner and mode is another's to write; `None` when it is not.
+    fn objection(&self, owner: u32, mode: u32) -> Option<String> {
+        if owner != 0 && owner != self.uid && Some(owner) != self.invoker {
+            return Some(format!("belongs to another user (uid {owner}), who can change it"));
+        }
+        if mode & STICKY != 0 {
+            return None;
+        }
+        if mode & 0o002 != 0 {
+            return Some("can be written by every user".to_owned());
+        }
+        // An ordinary user's group is often his alone, and his umask lets it write.
+        (mode & 0o020 != 0 && self.uid == 0).then(|| "can be written by its group".to_owned())
+    }
+}
+
+fn check_as(dir: &File, viewer: &Viewer, allowed: &[Id]) -> Result<(), TrustError> {
+    let mut objection = None;
+    let mut is_target = true;
+    let is_allowed = upwards(dir, |at, found| {
+        if allowed.contains(&(found.dev(), found.ino())) {
+            return true;
+        }
+        if objection.is_none() {
+            // A sticky bit guards what others made; what lies right in the target is not that.
+            let mode = if is_target { found.mode() & !STICKY } else { found.mode() };
+            let why = viewer.objection(found.uid(), mode);
+            objection = why.map(|why| TrustError::Untrusted { dir: path_of(at), why });
+        }
+        is_target = false;
+        false
+    })?;
+    match objection {
+        Some(error) if !is_allowed => Err(error),
+        _ => Ok(()),
+    }
+}
+
+fn lies_in(dir: &File, allowed: &[Id]) -> io::Result<bool> {
+    upwards(dir, |_, found| allowed.contains(&(found.dev(), found.ino())))
+}
+
+/// Goes from `dir` up to the root until `is_found` says so, and tells whether it did. What cannot be
+/// searched ends the way: nothing above it is this user's to judge.
+fn upwards(
+    dir: &File,
+    mut is_found: impl FnMut(&File, &std::fs::Metadata) -> bool,
+) -> io::Result<bool> {
+    let mut at = dir.try_clone()?;
+    let mut found = at.metadata()?;
+    loop {
+        if is_found(&at, &found) {
+            return Ok(true);
+        }
+        let above = match rustix::fs::openat(&at, "..", LOOK, Mode::empty()) {
+            Ok(above) => File::from(above),
+            Err(rustix::io::Errno::ACCESS) => return Ok(false),
+            Err(error) => return Err(error.into()),
+        };
+        let next = above.metadata()?;
+        if (next.dev(), next.ino()) == (found.dev(), found.ino()) {
+            return Ok(false);
+        }
+        (at, found) = (above, next);
+    }
+}
+
+/// Where `file` is now, for people.
+fn path_of(file: &File) -> PathBuf {
+    let link = format!("/proc/self/fd/{}", file.as_raw_fd());
+    std::fs::read_link(link).unwrap_or_else(|_| "?".into())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::{self, Permissions};
+    use std::os::unix::fs::{PermissionsExt, chown};
+
+    use super::*;
+    use crate::confined::open_dir;
+
+    const ROOT: Viewer = Viewer { uid: 0, invoker: None };
+    const U1: Viewer = Viewer { uid: 12345, invoker: None };
+
+    fn mode(path: &Path, mode: u32) {
+        fs::set_permissions(path, Permissions::from_mode(mode)).unwrap();
+    }
+
+    fn id(path: &Path) -> Id {
+        let found = fs::metadata(path).unwrap();
+        (found.dev(), found.ino())
+    }
+
+    /// Why `viewer` does not believe the directory at `path`.
+    fn refused(viewer: &Viewer, path: &Path, allowed: &[Id]) -> Option<String> {
+        let dir = open_dir(path).unwrap();
+        check_as(&dir, viewer, allowed).err().map(|error| error.to_string())
+    }
+
+    #[test]
+    fn what_another_user_can_write_is_refused_wherever_on_the_way_it_is() {
+        let room = tempfile::tempdir().unwrap();
+        let (home, inner) = (room.path().join("home"), room.path().join("home/a/o.cow"));
+        fs::create_dir_all(&inner).unwrap();
+        for viewer in [&ROOT, &U1] {
+            assert_eq!(refused(viewer, &inner, &[]).filter(|_| viewer.uid == 0), None);
+        }
+        for (path, bits, why) in [
+            (&home, 0o777, "every user"),
+            (&home, 0o775, "its group"),
+            (&inner, 0o770, "its group"),
+            // Anybody may put things into it; the bit is no help there.
+            (&inner, 0o1777, "every user"),
+        ] {
+            mode(path, bits);
+            let line = refused(&ROOT, &inner, &[]).unwrap();
+            assert!(line.contains(why) && line.contains(&*path.to_string_lossy()), "{line}");
+            mode(path, 0o755);
+        }
+        // As in /tmp.
+        mode(&home, 0o1777);
+        assert_eq!(refused(&ROOT, &inner, &[]), None);
+        chown(&home, Some(12345), None).unwrap();
+        let line = refused(&ROOT, &inner, &[]).unwrap();
+        assert!(line.contains("uid 12345") && line.contains("--trust"), "{line}");
+    }
+
+    #[test]
+    fn an_ordinary_user_believes_himself_root_and_his_group() {
+        let room = tempfile::tempdir().unwrap();
+        let own = room.path().join("own");
+        fs::create_dir(&own).unwrap();
+        mode(room.path(), 0o755);
+        assert_eq!(refused(&U1, &own, &[]), None);
+        chown(&own, Some(12345), None).unwrap();
+        mode(&own, 0o775);
+        assert_eq!(refused(&U1, &own, &[]), None);
+        mode(&own, 0o777);
+        assert!(refused(&U1, &own, &[]).unwrap().contains("every user"));
+        chown(&own, Some(54321), None).unwrap();
+        assert!(refused(&U1, &own, &[]).unwrap().contains("uid 54321"));
+    }
+
+    #[test]
+    fn who_became_root_by_sudo_is_believed_and_nobody_else() {
+        let room = tempfile::tempdir().unwrap();
+        chown(room.path(), Some(12345), None).unwrap();
+        let by = |uid| Viewer { uid: 0, invoker: Some(uid) };
+        assert_eq!(refused(&by(12345), room.path(), &[]), None);
+        assert!(refused(&by(54321), room.path(), &[]).is_some());
+    }
+
+    #[test]
+    fn what_is_allowed_by_name_is_believed_with_all_below() {
+        let room = tempfile::tempdir().unwrap();
+        let inner = room.path().join("home/o.cow");
+        fs::create_dir_all(&inner).unwrap();
+        let home = room.path().join("home");
+        chown(&inner, Some(12345), None).unwrap();
+        chown(&home, Some(12345), None).unwrap();
+        assert!(refused(&ROOT, &inner, &[]).is_some());
+        for allowed in [&inner, &home, &room.path().to_owned()] {
+            assert_eq!(refused(&ROOT, &inner, &[id(allowed)]), None);
+        }
+        // What is above what was named is not believed for its sake.
+        assert!(refused(&ROOT, &home, &[id(&inner)]).is_some());
+    }
+
+    #[test]
+    fn a_configuration_is_believed_as_its_directory_is() {
+        let room = tempfile::tempdir().unwrap();
+        let path = room.path().join("a.toml");
+        fs::write(&path, "").unwrap();
+        let check = || check_file(&File::open(&path).unwrap(), &open_dir(room.path()).unwrap());
+        check().unwrap();
+        mode(&path, 0o666);
+        assert!(check().unwrap_err().to_string().contains("every user"));
+        mode(&path, 0o644);
+        chown(&path, Some(12345), None).unwrap();
+        assert!(check().unwrap_err().to_string().contains("uid 12345"));
+    }
+}

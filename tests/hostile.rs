@@ -1,0 +1,321 @@
+//! What others made: overlays, stores and configurations that lead elsewhere, are not what they seem,
+//! or belong to another user.
+
+// Sizes are small here, and a test may panic.
+#![allow(clippy::unwrap_used, clippy::cast_possible_truncation)]
+
+mod common;
+
+use std::fs;
+use std::os::unix::fs::{MetadataExt, chown, symlink};
+use std::path::Path;
+
+use common::mount::*;
+
+/// A user who is not root.
+const OTHER: u32 = 12345;
+
+/// Gives `path` and all below to `uid`, as if that user had made it.
+fn give(path: &Path, uid: u32) {
+    let owner = format!("{uid}:{uid}");
+    let done = std::process::Command::new("chown").args(["-hR", &owner]).arg(path).status();
+    assert!(done.unwrap().success());
+}
+
+/// Writes `body` behind a line with its checksum, as `stack` and `intent` have it.
+fn write_checked(path: &Path, body: &str) {
+    let crc = crc32c::crc32c(body.as_bytes());
+    fs::write(path, format!("checksum = \"crc32c:{crc:08x}\"\n{body}")).unwrap();
+}
+
+/// Puts `new` in the place of `old` in the `stack` of an overlay, with a right checksum.
+fn forge(stack: &Path, old: &str, new: &str) {
+    let text = fs::read_to_string(stack).unwrap();
+    let body = text.split_once('\n').unwrap().1;
+    assert!(body.contains(old), "{body}");
+    write_checked(stack, &body.replace(old, new));
+}
+
+/// A closed overlay `o` of the disk `d` over `base.img`, with something in it.
+fn overlay(lab: &mut Lab, keys: &str) {
+    lab.base("base.img", MIB);
+    lab.mount(&format!("d=base.img,overlay=o{keys}"));
+    lab.sh("yes changed | head -c 8192 | dd of=m/d conv=notrunc status=none");
+    lab.umount();
+}
+
+/// Calls every command that opens the overlay `o`; each must be refused with a line that holds
+/// `why`.
+#[track_caller]
+fn refused_by_all(lab: &Lab, why: &str) {
+    for words in [
+        "mount m d=base.img,overlay=o",
+        "check o",
+        "check o --repair",
+        "commit o",
+        "rebase o --base base.img",
+    ] {
+        let output = lab.cowslip(words);
+        let text = format!(
+            "{}{}",
+            String::from_utf8_lossy(&output.stdout),
+            String::from_utf8_lossy(&output.stderr)
+        );
+        assert!(!output.status.success(), "{words}: {text}");
+        assert!(text.contains(why), "{words}: {text}");
+    }
+}
+
+#[test]
+fn a_store_is_only_what_has_its_marker_and_nothing_else_is_swept() {
+    let lab = Lab::new();
+    // Other people's data that happens to lie in directories of these names.
+    lab.sh("mkdir -p gis/names gis/layers/roads; echo 1 > gis/layers/roads/data.shp");
+    lab.sh("cp -a gis all; mkdir all/disks");
+    for dir in ["gis", "all"] {
+        for words in ["mount m --store", "check", "check --repair"] {
+            let line = lab.refused(1, &format!("{words} {dir}"));
+            assert!(line.contains("is no store"), "{line}");
+        }
+        assert_eq!(lab.sh(&format!("cat {dir}/layers/roads/data.shp")), "1\n");
+    }
+    lab.end();
+}
+
+#[test]
+fn what_is_not_cowslips_in_a_store_stays() {
+    let lab = Lab::new();
+    lab.mount("--store st");
+    lab.sh("echo kept > m/a");
+    lab.umount();
+    let layer = "st/layers/00000000-0000-4000-8000-000000000001";
+    let disk = "st/disks/00000000-0000-4000-8000-000000000002";
+    lab.sh(&format!(
+        "mkdir -p st/layers/homedir {layer} {disk}; echo 1 > st/layers/homedir/x
+         echo 1 > {layer}/thesis; touch {layer}/data {layer}/log; echo 1 > {disk}/letters; echo 1 > st/disks/file"
+    ));
+    let said = lab.ok("check st --repair");
+    for name in ["homedir", "thesis", "letters", "disks/file"] {
+        assert!(said.contains(name), "{name}: {said}");
+    }
+    lab.mount("--store st");
+    assert_eq!(lab.sh("cat m/a"), "kept\n");
+    assert!(lab.log().contains("is left alone"), "{}", lab.log());
+    lab.umount();
+    lab.sh(&format!(
+        "cat st/layers/homedir/x {layer}/thesis {disk}/letters st/disks/file; ls {layer}/data"
+    ));
+    // What a crash leaves behind is swept all the same.
+    lab.sh(&format!("rm {layer}/thesis {disk}/letters; mkdir st/disks/.cowslip-abcdef"));
+    lab.mount("--store st");
+    lab.umount();
+    lab.sh(&format!("[ ! -e {layer} ]; [ ! -e {disk} ]; [ ! -e st/disks/.cowslip-abcdef ]"));
+    lab.end();
+}
+
+#[test]
+fn the_directories_of_a_store_are_no_links() {
+    let lab = Lab::new();
+    for name in ["disks", "layers", "names"] {
+        lab.sh("mkdir -p home/dir; echo 1 > home/dir/file; rm -rf st");
+        lab.mount("--store st");
+        lab.umount();
+        lab.sh(&format!("rmdir st/{name}"));
+        symlink(lab.path("home"), lab.path("st").join(name)).unwrap();
+        for marker in ["", "rm -f st/store"] {
+            lab.sh(marker);
+            for words in ["mount m --store st", "check st", "check st --repair"] {
+                // Without its marker it is no store at all.
+                lab.refused(1, words);
+            }
+        }
+        assert_eq!(lab.sh("cat home/dir/file"), "1\n");
+    }
+    lab.end();
+}
+
+#[test]
+fn a_store_from_before_there_were_markers_is_one() {
+    let lab = Lab::new();
+    lab.mount("--store st");
+    lab.sh("echo kept > m/a");
+    lab.umount();
+    lab.sh("rm st/store");
+    lab.ok("check st");
+    assert!(!lab.path("st/store").exists(), "check changes nothing");
+    lab.mount("--store st");
+    assert_eq!(lab.sh("cat m/a"), "kept\n");
+    lab.umount();
+    assert_eq!(lab.sh("cat st/store"), "version = 1\n");
+    lab.sh("echo 'version = 2' > st/store");
+    assert!(lab.refused(1, "mount m --store st").contains("use a newer cowslip"));
+    lab.end();
+}
+
+#[test]
+fn an_interrupted_revert_leads_nowhere_but_to_a_snapshot() {
+    let mut lab = Lab::new();
+    lab.host("x", "xfs", 400 * MIB);
+    lab.sh("head -c 1M /dev/urandom > x/base; yes secret | head -c 1M > x/secret; mkdir x/other; cp x/secret x/other/");
+    lab.mount("d=x/base,overlay=x/o,reflink");
+    lab.umount();
+    lab.watch("x/o/data");
+    let secret = lab.path("x/secret").display().to_string();
+    symlink(&secret, lab.path("x/o/snapshots/link")).unwrap();
+    for name in [&*secret, "../../secret", "..", "", "link"] {
+        write_checked(
+            &lab.path("x/o/intent"),
+            &format!("from = \"snapshot\"\nname = \"{name}\"\n"),
+        );
+        let line = lab.refused(1, "mount m d=x/base,overlay=x/o");
+        assert!(line.contains("intent") || line.contains("revert"), "{line}");
+    }
+    lab.end();
+}
+
+#[test]
+fn root_does_not_believe_what_another_user_could_have_made() {
+    let mut lab = Lab::new();
+    overlay(&mut lab, "");
+    give(&lab.path("o"), OTHER);
+    refused_by_all(&lab, "uid 12345");
+    lab.ok("check o --trust o");
+    assert!(lab.mount("d=base.img,overlay=o --trust o").contains("overlay"));
+    lab.umount();
+    // Also where only the way to it is another's, and for a new one.
+    give(&lab.path("o"), 0);
+    lab.sh("mkdir home; mv o home/; ln -s home/o o");
+    chown(lab.path("home"), Some(OTHER), None).unwrap();
+    refused_by_all(&lab, "uid 12345");
+    assert!(lab.refused(1, "mount m d=base.img,overlay=home/new").contains("uid 12345"));
+    lab.ok("check o --trust home");
+    // And where everybody may write.
+    chown(lab.path("home"), Some(0), None).unwrap();
+    lab.sh("chmod 777 home/o");
+    refused_by_all(&lab, "can be written by every user");
+    lab.end();
+}
+
+#[test]
+fn root_does_not_believe_another_users_store_or_configuration() {
+    let lab = Lab::new();
+    lab.mount("--store st");
+    lab.sh("echo text > m/a");
+    lab.umount();
+    give(&lab.path("st"), OTHER);
+    for words in ["mount m --store st", "check st", "check st --repair", "check st/names/a"] {
+        assert!(lab.refused(1, words).contains("uid 12345"), "{words}");
+    }
+    fs::write(lab.path("a.toml"), "mountpoint = \"m\"\nstore = \"st\"\n").unwrap();
+    give(&lab.path("a.toml"), OTHER);
+    assert!(lab.refused(1, "mount --config a.toml").contains("uid 12345"));
+    give(&lab.path("a.toml"), 0);
+    assert!(lab.refused(1, "mount --config a.toml").contains("uid 12345"));
+    fs::write(lab.path("a.toml"), "mountpoint = \"m\"\nstore = \"st\"\ntrust = \"st\"\n").unwrap();
+    lab.ok("mount --config a.toml");
+    assert_eq!(lab.sh("cat m/a"), "text\n");
+    lab.umount();
+    lab.sh("chmod 666 a.toml");
+    assert!(lab.refused(1, "mount --config a.toml").contains("every user"));
+    lab.end();
+}
+
+#[test]
+fn a_live_mount_does_not_believe_another_user_either() {
+    let mut lab = Lab::new();
+    overlay(&mut lab, "");
+    lab.mount("e=base.img");
+    lab.sh("mkdir home; mv o home/");
+    give(&lab.path("home"), OTHER);
+    assert!(lab.refused(1, "add m d=base.img,overlay=home/o").contains("uid 12345"));
+    assert!(lab.refused(1, "keep m/e home/new").contains("uid 12345"));
+    lab.ok("add m d=base.img,overlay=home/o --trust home");
+    lab.ok("keep m/e home/new --trust home");
+    lab.end();
+}
+
+#[test]
+fn a_commit_that_was_cut_short_is_finished_in_the_same_file_alone() {
+    let mut lab = Lab::new();
+    lab.sh("head -c 1M /dev/zero > base.img");
+    lab.mount("d=base.img,overlay=o");
+    lab.sh("yes evil | head -c 1M | dd of=m/d conv=notrunc status=none");
+    lab.umount();
+    // Killed before the first byte is copied: the log says that a commit has begun.
+    lab.sh("strace -f -qq -e trace=copy_file_range -e inject=copy_file_range:signal=KILL:when=1 -o trace $COWSLIP commit o || true");
+    let said = String::from_utf8(lab.cowslip("check o").stdout).unwrap();
+    assert!(said.contains("a commit into it was cut short"), "{said}");
+    lab.sh("cp base.img victim; cp -p base.img copy");
+    lab.watch("victim");
+    // A forged base, and one that has only been replaced: other files under the name.
+    let base = lab.path("base.img").display().to_string();
+    let stack = lab.path("o/stack");
+    forge(&stack, &base, &lab.path("victim").display().to_string());
+    assert!(lab.refused(1, "commit o").contains("inode"));
+    forge(&stack, &lab.path("victim").display().to_string(), &base);
+    lab.sh("mv base.img old; cp -p old base.img");
+    for words in ["commit o", "rebase o --base base.img"] {
+        let line = lab.refused(1, words);
+        assert!(line.contains("inode") || line.contains("modified"), "{words}: {line}");
+    }
+    // The same file under another name is the same, and the line says which it is.
+    lab.ok("rebase o --base old");
+    let said = lab.ok("commit o");
+    assert!(said.contains("/old'"), "{said}");
+    assert_eq!(lab.sh("head -c 5 old; cmp old base.img | wc -l"), "evil\n1\n");
+    lab.end();
+}
+
+#[test]
+fn special_files_hold_nobody_up() {
+    let mut lab = Lab::new();
+    overlay(&mut lab, "");
+    lab.sh("cp -a o good; layer=$(echo o/layers/*); echo $layer > layer");
+    let layer = lab.sh("cat layer").trim().to_owned();
+    for name in ["stack", "layers", &layer, &format!("{layer}/data"), &format!("{layer}/log")] {
+        let name = name.replacen("o/", "", 1);
+        for make in ["mkfifo", "mkdir -p", "ln -s /etc/passwd", "mknod -m 600"] {
+            let more = if make.starts_with("mknod") { "c 1 5" } else { "" };
+            let is_dir = name.matches('/').count() == 1 || name == "layers";
+            if is_dir && make == "mkdir -p" {
+                continue;
+            }
+            lab.sh(&format!("rm -rf o; cp -a good o; rm -rf o/{name}"));
+            lab.sh(&match make {
+                "ln -s /etc/passwd" => format!("ln -s /etc/passwd o/{name}"),
+                make => format!("{make} o/{name} {more}"),
+            });
+            for words in ["mount m d=base.img,overlay=o", "check o", "check o --repair", "commit o"]
+            {
+                let output = lab.cowslip(words);
+                assert!(!output.status.success(), "{words} with {make} {name}: {}", show(&output));
+            }
+        }
+    }
+    // Only a word for people: what is no file is none, and goes with a repair.
+    for make in ["mkfifo", "mkdir", "ln -s /etc/passwd"] {
+        lab.sh(&format!("rm -rf o; cp -a good o; {make} o/holder"));
+        lab.cowslip("check o --repair");
+        lab.mount("d=base.img,overlay=o");
+        lab.umount();
+    }
+    assert!(fs::metadata("/etc/passwd").unwrap().len() > 0);
+    lab.end();
+}
+
+#[test]
+fn what_cowslip_makes_is_its_users_alone() {
+    let mut lab = Lab::new();
+    lab.base("base.img", MIB);
+    lab.sh("umask 000; $COWSLIP mount m d=base.img,overlay=o --store st; echo 1 > m/a; $COWSLIP umount m");
+    let private = |path: &Path| {
+        let found = fs::symlink_metadata(path).unwrap();
+        let is_private = found.file_type().is_symlink() || found.mode() & 0o077 == 0;
+        assert!(is_private, "{}: {:o}", path.display(), found.mode());
+    };
+    for dir in ["o", "st"] {
+        let all = lab.sh(&format!("find {dir}"));
+        all.lines().for_each(|path| private(&lab.path(path)));
+    }
+    lab.end();
+}
