@@ -343,7 +343,7 @@ fn only_who_mounted_and_root_may_ask_for_changes() {
     let mut lab = Lab::new();
     lab.base("base.img", MIB);
     // Another user may not even reach the laboratory: the mount lies beside it.
-    lab.sh("chmod 755 .; mkdir open; chmod 777 open");
+    lab.sh("chmod 755 .; mkdir open; chmod 755 open");
     lab.mount("d=base.img,perm=0666 -o allow_other");
     let request = format!("{{\"op\":\"keep\",\"dir\":\"{}/open/k\"}}", lab.dir().display());
     fs::write(lab.path("request"), request).unwrap();

@@ -280,7 +280,7 @@ fn check_tidy(lab: &Lab, dir: &str, at: &str) {
     let path = lab.path(dir);
     assert_eq!(unnamed(&path, &stacks(&path)), BTreeSet::new(), "{at}");
     lab.ok(&format!("check {dir} --repair"));
-    let known = ["data", "log", "stack", "layers", "disks", "names", "lock"];
+    let known = ["data", "log", "stack", "layers", "disks", "names", "store"];
     let files = lab.sh(&format!("find {dir} -mindepth 1 -printf '%f %l\\n'"));
     for line in files.lines() {
         let (name, link) = line.split_once(' ').unwrap();
