@@ -4,8 +4,9 @@
 use std::fs::File;
 use std::sync::LazyLock;
 
+use cowslip::confined::open_dir;
 use cowslip::overlay::reflink;
-use cowslip::overlay::stack::{Stack, open_dir};
+use cowslip::overlay::stack::Stack;
 use cowslip_fuzz::Lab;
 use libfuzzer_sys::fuzz_target;
 
