@@ -85,8 +85,9 @@ impl Drop for Changing {
 pub type Job = Box<dyn FnOnce() + Send>;
 
 /// A bounded set of threads that work off a queue.
-#[derive(Default)]
 pub struct Pool {
+    /// So many threads at most.
+    most: usize,
     state: Mutex<State>,
     more: Condvar,
     less: Condvar,
@@ -100,12 +101,25 @@ struct State {
     stopping: bool,
 }
 
+impl Default for Pool {
+    fn default() -> Self {
+        Self::of(MOST_THREADS)
+    }
+}
+
 impl Pool {
+    /// A pool of up to `most` threads; none of them is made before there is work.
+    #[must_use]
+    pub fn of(most: usize) -> Self {
+        let (state, more, less) = (Mutex::default(), Condvar::new(), Condvar::new());
+        Self { most, state, more, less }
+    }
+
     /// Has `job` run by one of the pool's threads, soon.
     pub fn run(self: &Arc<Self>, job: Job) {
         let mut state = self.state.lock();
         state.queue.push_back(job);
-        if state.idle >= state.queue.len() || state.threads >= MOST_THREADS {
+        if state.idle >= state.queue.len() || state.threads >= self.most {
             drop(state);
             self.more.notify_one();
             return;

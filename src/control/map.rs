@@ -9,12 +9,14 @@ use crate::disk::Disk;
 use crate::extents::{Extent, Kind};
 use crate::host::errno;
 use crate::layer::Wait;
+use crate::pool::check_wanted;
 
-/// Extents described at a time for a `map`: a few milliseconds of work.
-const MAP_BATCH: usize = 4096;
+/// Extents described at a time for a `map`. What was described and not read yet is kept: 8 KiB.
+const MAP_BATCH: usize = 64;
 
 /// A `map` that is being read: JSON made as the reader goes on, so that a disk of a million
-/// extents costs no memory.
+/// extents costs no memory. It is read in order, as a pipe is: whoever begins elsewhere would have
+/// all before that described for nothing.
 pub struct MapText {
     disk: Arc<Disk>,
     state: Mutex<MapState>,
@@ -22,8 +24,9 @@ pub struct MapText {
 
 #[derive(Default)]
 struct MapState {
-    /// Where in the text `ready` begins.
-    start: u64,
+    /// Where in the text the reader is.
+    at: u64,
+    /// What comes there, as far as it is described.
     ready: Vec<u8>,
     /// The next byte of the disk to describe.
     next: u64,
@@ -40,24 +43,25 @@ impl MapText {
         Self { disk, state: Mutex::default() }
     }
 
-    /// Up to `len` bytes of the text from `offset` on, which must not go backwards.
+    /// Up to `len` bytes of the text from `offset` on, which is where the last read ended.
     ///
     /// # Errors
-    /// `ESPIPE` for an offset before what was read; the host's errno from the base.
+    /// `ESPIPE` for any other offset; the host's errno from the base; `EIO` when nobody waits for
+    /// this read any more.
     pub fn read(&self, offset: u64, len: usize) -> io::Result<Vec<u8>> {
         let mut state = self.state.lock();
-        if offset < state.start {
+        if offset != state.at {
             return Err(errno(libc::ESPIPE));
         }
-        while !state.ended && state.start + (state.ready.len() as u64) < offset + len as u64 {
+        while !state.ended && state.ready.len() < len {
+            check_wanted()?;
             self.describe(&mut state)?;
         }
-        let skip = usize::try_from(offset - state.start).unwrap_or(usize::MAX);
-        let skip = skip.min(state.ready.len());
-        state.ready.drain(..skip);
-        state.start = offset;
         let len = len.min(state.ready.len());
-        Ok(state.ready[..len].to_vec())
+        let rest = state.ready.split_off(len);
+        let read = std::mem::replace(&mut state.ready, rest);
+        state.at += read.len() as u64;
+        Ok(read)
     }
 
     /// Describes the next batch of extents.

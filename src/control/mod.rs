@@ -25,15 +25,16 @@ mod spot;
 mod status;
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use serde_json::Value;
 
 pub use self::disks::{Forget, Stale};
 pub use self::map::MapText;
 use self::request::{HydrateAction, another, farewell, is_meant};
-pub use self::session::Session;
+pub use self::session::{Session, THREADS};
 pub use self::spot::Spot;
+pub use self::status::Reader;
 use crate::catalog::Catalog;
 use crate::spec::Cache;
 
@@ -51,6 +52,8 @@ pub struct Control {
     pub device: std::sync::OnceLock<u64>,
     /// Has the kernel forget a disk, once the mount is there.
     pub forget: std::sync::OnceLock<Forget>,
+    /// Requests that are being worked on.
+    pub running: AtomicUsize,
 }
 
 impl Control {

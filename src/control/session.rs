@@ -2,6 +2,7 @@
 
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use parking_lot::{Condvar, Mutex};
@@ -13,6 +14,17 @@ use crate::host::errno;
 
 /// A client is told at least this often that its request is still being worked on.
 const PROGRESS: Duration = Duration::from_secs(1);
+
+/// The longest request: a disk with all its keys, and paths, need a few kilobytes.
+const LONGEST_REQUEST: usize = 64 << 10;
+/// Answers that may lie unread when another request comes. Each may be as long as it is.
+const MOST_UNREAD: usize = 64 << 10;
+/// Requests that are worked on at a time in a mount, each by a thread: a `finish` waits as long as
+/// its sink takes, a `commit` copies as long as there is something, and what else is asked does
+/// not wait behind them.
+const MOST_RUNNING: usize = 64;
+/// Threads for requests: as many as there may be, and one more each who waits for the answer.
+pub const THREADS: usize = 2 * MOST_RUNNING;
 
 /// How far something has come, in bytes, and of how many.
 pub(super) type Progress = Box<dyn Fn() -> Option<(u64, u64)> + Send>;
@@ -28,6 +40,8 @@ pub struct Session {
 struct SessionState {
     out: Vec<u8>,
     busy: bool,
+    /// Somebody waits for what comes.
+    is_awaited: bool,
     /// What is told meanwhile.
     progress: Option<Progress>,
 }
@@ -36,7 +50,9 @@ impl Session {
     /// Takes a request for `spot` and has `run` do it.
     ///
     /// # Errors
-    /// `EBUSY` while another one is worked on.
+    /// `EBUSY` while another one is worked on; `ENOBUFS` while there are answers that nobody has
+    /// read; `EMSGSIZE` for a request longer than any; `EAGAIN` while as many as there may be are
+    /// worked on.
     pub fn request(
         self: &Arc<Self>,
         control: &Arc<Control>,
@@ -44,10 +60,21 @@ impl Session {
         request: &[u8],
         run: impl FnOnce(crate::pool::Job),
     ) -> io::Result<()> {
-        if std::mem::replace(&mut self.state.lock().busy, true) {
+        if request.len() > LONGEST_REQUEST {
+            return Err(errno(libc::EMSGSIZE));
+        }
+        let mut state = self.state.lock();
+        if state.busy {
             return Err(errno(libc::EBUSY));
         }
-        self.state.lock().progress = control.progress_of(spot);
+        if state.out.len() >= MOST_UNREAD {
+            return Err(errno(libc::ENOBUFS));
+        }
+        let turn = Turn::take(control).ok_or_else(|| errno(libc::EAGAIN))?;
+        state.busy = true;
+        drop(state);
+        let progress = control.progress_of(spot);
+        self.state.lock().progress = progress;
         let (session, control, request) = (Arc::clone(self), Arc::clone(control), request.to_vec());
         run(Box::new(move || {
             let there = Arc::clone(&session);
@@ -57,9 +84,11 @@ impl Session {
                 Spot::DiskCtl(slot) => control.answer_disk(slot, &request, &is_gone),
                 _ => control.answer_mount(&request),
             };
+            drop(turn);
             let mut state = session.state.lock();
             state.out.extend(lines(&answer));
             state.busy = false;
+            state.progress = None;
             session.more.notify_all();
         }));
         Ok(())
@@ -67,12 +96,18 @@ impl Session {
 
     /// The next bytes of the answer: waits for them, but no longer than a second; then a
     /// progress line. Nothing when no request is being worked on.
-    #[must_use]
-    pub fn read(&self, len: usize) -> Vec<u8> {
+    ///
+    /// # Errors
+    /// `EBUSY` while somebody else waits here for the answer.
+    pub fn read(&self, len: usize) -> io::Result<Vec<u8>> {
         let mut state = self.state.lock();
         if state.out.is_empty() && state.busy {
+            if std::mem::replace(&mut state.is_awaited, true) {
+                return Err(errno(libc::EBUSY));
+            }
             let waiting = |state: &mut SessionState| state.out.is_empty() && state.busy;
             self.more.wait_while_for(&mut state, waiting, PROGRESS);
+            state.is_awaited = false;
             if state.out.is_empty() && state.busy {
                 let far = state.progress.as_ref().and_then(|progress| progress());
                 state.out = lines(&match far {
@@ -82,6 +117,24 @@ impl Session {
             }
         }
         let len = len.min(state.out.len());
-        state.out.drain(..len).collect()
+        let rest = state.out.split_off(len);
+        Ok(std::mem::replace(&mut state.out, rest))
+    }
+}
+
+/// One of the requests that may be worked on at a time.
+struct Turn(Arc<Control>);
+
+impl Turn {
+    fn take(control: &Arc<Control>) -> Option<Self> {
+        let more = |running| (running < MOST_RUNNING).then_some(running + 1);
+        control.running.fetch_update(Ordering::SeqCst, Ordering::SeqCst, more).ok()?;
+        Some(Self(Arc::clone(control)))
+    }
+}
+
+impl Drop for Turn {
+    fn drop(&mut self) {
+        self.0.running.fetch_sub(1, Ordering::SeqCst);
     }
 }

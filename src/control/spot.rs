@@ -66,6 +66,12 @@ impl Spot {
         matches!(self, Self::Directory | Self::Disk(_) | Self::Snapshots(_))
     }
 
+    /// Whether it is for who mounted and for root alone.
+    #[must_use]
+    pub fn is_private(self) -> bool {
+        matches!(self, Self::Status | Self::Log | Self::Ctl | Self::DiskCtl(_))
+    }
+
     /// What it holds under `name`.
     #[must_use]
     pub fn child(self, name: &str, catalog: &Catalog) -> Option<Self> {

@@ -11,13 +11,23 @@ use crate::disk::{Disk, Window};
 use crate::overlay::recover::Recovered;
 use crate::stream::Stream;
 
+/// Who reads the status of a disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reader {
+    /// Who mounted it, or root.
+    Trusted,
+    /// Somebody who may read the disk: what lies around it is not his business. Where things are
+    /// on the host, commands, which may hold passwords, and what was said of either stay away.
+    Other,
+}
+
 impl Control {
     /// The text of `.cowslip/status`.
     #[must_use]
     pub fn status(&self) -> Vec<u8> {
         let state = if self.draining.load(Ordering::SeqCst) { "draining" } else { "ready" };
         let disks: Vec<Value> =
-            self.catalog.list().iter().map(|(name, entry)| self.disk_value(name, entry)).collect();
+            self.catalog.list().iter().map(|(name, entry)| self.disk_value(name, entry, Reader::Trusted)).collect();
         let mount = json!({
             "mountpoint": self.catalog.mountpoint.to_string_lossy(),
             "source": self.source,
@@ -30,11 +40,19 @@ impl Control {
 
     /// The text of `.cowslip/DISK/status`.
     #[must_use]
-    pub fn disk_status(&self, name: &str, entry: &Entry) -> Vec<u8> {
-        lines(&self.disk_value(name, entry))
+    pub fn disk_status(&self, name: &str, entry: &Entry, reader: Reader) -> Vec<u8> {
+        lines(&self.disk_value(name, entry, reader))
     }
 
-    fn disk_value(&self, name: &str, entry: &Entry) -> Value {
+    fn disk_value(&self, name: &str, entry: &Entry, reader: Reader) -> Value {
+        let mut value = self.whole_value(name, entry);
+        if reader == Reader::Other {
+            withhold(&mut value);
+        }
+        value
+    }
+
+    fn whole_value(&self, name: &str, entry: &Entry) -> Value {
         let disk = &entry.disk;
         let (state, error) = if disk.is_latched() {
             let why = "a sync failed: nothing written since is safe, see the log";
@@ -87,6 +105,30 @@ impl Control {
             "stream": disk.stream().map(stream_value),
             "partitions": partitions_value(name, disk),
         })
+    }
+}
+
+/// Takes away what is not for everybody who may read the disk.
+fn withhold(disk: &mut Value) {
+    if !disk["error"].is_null() {
+        disk["error"] = json!("whoever mounted it can see why");
+    }
+    let paths = [
+        "/base",
+        "/overlay/path",
+        "/stream/sink/description",
+        "/stream/sink/status",
+        "/stream/source/description",
+        "/stream/source/status",
+    ];
+    for path in paths {
+        if let Some(value) = disk.pointer_mut(path) {
+            *value = Value::Null;
+        }
+    }
+    let layers = disk.pointer_mut("/overlay/chain").and_then(Value::as_array_mut);
+    for layer in layers.into_iter().flatten() {
+        layer["uuid"] = Value::Null;
     }
 }
 

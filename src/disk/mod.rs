@@ -203,6 +203,7 @@ pub struct Disk {
     pool: Arc<Pool>,
     notices: Arc<Pool>,
     syncs: Arc<Pool>,
+    maps: Arc<Pool>,
     maintaining: AtomicBool,
     /// An operation of unbounded length holds the gate: requests wait without a deadline.
     pub(crate) held: AtomicBool,
@@ -335,6 +336,12 @@ impl Disk {
     #[must_use]
     pub fn syncs(&self) -> &Arc<Pool> {
         &self.syncs
+    }
+
+    /// The threads that describe it: who reads its map takes none from who reads the disk.
+    #[must_use]
+    pub fn maps(&self) -> &Arc<Pool> {
+        &self.maps
     }
 
     /// Owner and mode.
@@ -669,8 +676,8 @@ impl Disk {
         let until = Instant::now() + patience;
         let left = || until.saturating_duration_since(Instant::now());
         // All of them, also after one has failed.
-        let pools = [&self.notices, &self.pool, &self.syncs];
-        pools.map(|pool| pool.stop(left())) == [true; 3]
+        let pools = [&self.notices, &self.pool, &self.syncs, &self.maps];
+        pools.map(|pool| pool.stop(left())) == [true; 4]
     }
 
     /// Whether a failed sync has made the disk read-only.

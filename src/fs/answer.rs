@@ -8,20 +8,19 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use fuser::{
     Errno, FileHandle, FileType, FopenFlags, Generation, INodeNo, OpenFlags, ReplyData, ReplyEmpty,
-    ReplyEntry, ReplyWrite, Request, TimeOrNow,
+    ReplyEntry, ReplyOpen, ReplyWrite, Request, TimeOrNow,
 };
 
-use super::handle::{Handle, Handles};
+use super::handle::{Asker, Handle, Handles};
 use super::parked::{Bound, Lane, Refuse};
 use super::{CowslipFs, PERMISSIONS, ROOT, Shared, attr};
 use crate::aligned::Aligned;
 use crate::catalog::Catalog;
-use crate::control::{MapText, Session, Spot};
+use crate::control::{MapText, Reader, Session, Spot};
 use crate::disk::{self, Access, Change, Disk, Keep, Owner, Shown};
 use crate::host::errno;
 use crate::journal;
 use crate::layer::Wait;
-use crate::pool::Pool;
 use crate::spec::{Cache, Mode};
 
 /// The name as text; no disk has another.
@@ -167,28 +166,36 @@ impl CowslipFs {
         may && !self.terms.is_passed(disk.ino())
     }
 
-    pub(super) fn open_spot(&self, spot: Spot) -> io::Result<Handle> {
-        let gone = || errno(libc::ENOENT);
-        let control = &self.shared.control;
-        Ok(match spot {
-            Spot::Status => Handle::Text(control.status()),
-            Spot::Log => Handle::Log(journal::oldest()),
-            Spot::DiskStatus(slot) => {
-                let (name, entry) = self.catalog().slot(slot).ok_or_else(gone)?;
-                Handle::Text(control.disk_status(&name, &entry))
-            }
-            Spot::DiskMap(slot) => {
-                let disk = Arc::clone(&self.catalog().slot(slot).ok_or_else(gone)?.1.disk);
-                Handle::Map { text: Arc::new(MapText::new(Arc::clone(&disk))), disk }
-            }
-            Spot::DiskCtl(slot) if self.catalog().slot(slot).is_none() => return Err(gone()),
-            Spot::Ctl | Spot::DiskCtl(_) => {
-                Handle::Ctl { session: Arc::new(Session::default()), spot }
-            }
-            Spot::Directory | Spot::Disk(_) | Spot::Snapshots(_) => {
-                return Err(errno(libc::EISDIR));
-            }
-        })
+    /// Who sent `request`.
+    pub(super) fn asker(&self, request: &Request) -> Asker {
+        let uid = request.uid();
+        Asker { uid, is_trusted: uid == 0 || uid == self.shared.owner.0 }
+    }
+
+    /// Opens a control file. The kernel has checked its mode; what a request may do and what is
+    /// told of the host is for who mounted and for root, whatever mode a disk was given.
+    pub(super) fn open_control(&self, asker: Asker, spot: Spot, reply: ReplyOpen) {
+        if !asker.is_trusted && spot.is_private() {
+            return reply.error(Errno::EACCES);
+        }
+        let place = match self.handles.place(asker) {
+            Ok(place) => place,
+            Err(error) => return reply.error(error.into()),
+        };
+        let handles = Arc::clone(&self.handles);
+        let send = move |reply: ReplyOpen, handle| {
+            reply.opened(handles.add_at(place, handle), FopenFlags::FOPEN_DIRECT_IO);
+        };
+        let handles = Arc::clone(&self.handles);
+        let work = move |shared: &Shared| open_spot(shared, asker, spot, &handles);
+        if matches!(spot, Spot::Status | Spot::DiskStatus(_)) {
+            // It may take its time: with many disks, or where the host does.
+            return self.aside(reply, work, send);
+        }
+        match work(&self.shared) {
+            Ok(handle) => send(reply, handle),
+            Err(error) => reply.error(error.into()),
+        }
     }
 
     /// Has the mount's own pool answer a request that belongs to no disk.
@@ -216,42 +223,39 @@ impl CowslipFs {
             Handle::Log(start) => reply.data(&journal::read(start + offset, len)),
             Handle::Map { text, disk } => {
                 let text = Arc::clone(text);
-                let work = move |_: &Disk| text.read(offset, len);
-                self.later(disk, Lane::Work, reply, work, |reply, bytes| {
-                    reply.data(&bytes);
-                });
+                let work = move || text.read(offset, len);
+                let send = |reply: ReplyData, bytes: Vec<u8>| reply.data(&bytes);
+                self.shared.deadlines.later(disk, Lane::Map, Bound::Base, reply, work, send);
             }
             Handle::Ctl { session, .. } => {
                 let session = Arc::clone(session);
-                self.aside(
-                    reply,
-                    move |_| Ok(session.read(len)),
-                    |reply, bytes: Vec<u8>| {
-                        reply.data(&bytes);
-                    },
-                );
+                self.shared.asks.run(Box::new(move || match session.read(len) {
+                    Ok(bytes) => reply.data(&bytes),
+                    Err(error) => reply.error(error.into()),
+                }));
             }
             Handle::Directory(_) | Handle::Disk { .. } => reply.error(Errno::EISDIR),
         }
     }
 
     /// A write to a control file.
-    pub(super) fn write_control(&self, uid: u32, handle: &Handle, data: &[u8]) -> io::Result<u32> {
+    pub(super) fn write_control(
+        &self,
+        asker: Asker,
+        handle: &Handle,
+        data: &[u8],
+    ) -> io::Result<u32> {
         let Handle::Ctl { session, spot } = handle else {
             return Err(errno(libc::EACCES));
         };
-        // A request is carried out with the daemon's rights, wherever its paths lead: whoever may
-        // write a disk may not thereby write the host.
-        if uid != 0 && uid != self.shared.owner.0 {
+        // A request is carried out with the daemon's rights, wherever its paths lead. Both who
+        // opened the file and who writes must be trusted: a privileged program can be made to
+        // write what it is told into a file that it was handed, and an open file be handed on.
+        if !asker.is_trusted {
             return Err(errno(libc::EPERM));
         }
-        let pool: Arc<Pool> = match spot {
-            // A thread of its own for each: a `finish` waits as long as its sink takes, a `commit`
-            // copies as long as there is something, and what else is asked must not wait behind.
-            Spot::DiskCtl(_) => Arc::default(),
-            _ => Arc::clone(&self.shared.pool),
-        };
-        session.request(&self.shared.control, *spot, data, |job| pool.run(job))?;
+        let asks = &self.shared.asks;
+        session.request(&self.shared.control, *spot, data, |job| asks.run(job))?;
         u32::try_from(data.len()).map_err(|_| errno(libc::EINVAL))
     }
 
@@ -315,6 +319,35 @@ impl CowslipFs {
         }
         shown.attributes(wait)
     }
+}
+
+/// What a control file holds for `asker`.
+fn open_spot(
+    shared: &Shared,
+    asker: Asker,
+    spot: Spot,
+    handles: &Handles,
+) -> io::Result<Handle> {
+    let gone = || errno(libc::ENOENT);
+    let control = &shared.control;
+    Ok(match spot {
+        Spot::Status => Handle::Text(handles.share(control.status())),
+        Spot::Log => Handle::Log(journal::oldest()),
+        Spot::DiskStatus(slot) => {
+            let (name, entry) = shared.catalog.slot(slot).ok_or_else(gone)?;
+            let reader = if asker.is_trusted { Reader::Trusted } else { Reader::Other };
+            Handle::Text(handles.share(control.disk_status(&name, &entry, reader)))
+        }
+        Spot::DiskMap(slot) => {
+            let disk = Arc::clone(&shared.catalog.slot(slot).ok_or_else(gone)?.1.disk);
+            Handle::Map { text: Arc::new(MapText::new(Arc::clone(&disk))), disk }
+        }
+        Spot::DiskCtl(slot) if shared.catalog.slot(slot).is_none() => return Err(gone()),
+        Spot::Ctl | Spot::DiskCtl(_) => Handle::Ctl { session: Arc::new(Session::default()), spot },
+        Spot::Directory | Spot::Disk(_) | Spot::Snapshots(_) => {
+            return Err(errno(libc::EISDIR));
+        }
+    })
 }
 
 /// Runs `work` without waiting, and in the disk's pool when it would have to wait.

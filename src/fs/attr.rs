@@ -90,8 +90,9 @@ impl CowslipFs {
         };
         let owner = match spot {
             Spot::Directory => self.owned(0o755),
-            Spot::Status | Spot::Log => self.owned(0o444),
+            Spot::Status | Spot::Log => self.owned(0o400),
             Spot::Ctl => self.owned(0o600),
+            Spot::DiskCtl(slot) => of_disk(slot).map(|_| self.owned(0o600))?,
             Spot::Disk(slot) | Spot::Snapshots(slot) => {
                 let owner = of_disk(slot)?;
                 // Whoever may read the disk may look into its directory.
@@ -101,7 +102,6 @@ impl CowslipFs {
                 let owner = of_disk(slot)?;
                 Owner { perm: owner.perm & 0o444, ..owner }
             }
-            Spot::DiskCtl(slot) => of_disk(slot)?,
         };
         let kind = if spot.is_directory() { FileType::Directory } else { FileType::RegularFile };
         Some(plain(spot.ino(), kind, owner, self.shared.mounted))

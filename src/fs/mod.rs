@@ -77,6 +77,8 @@ pub struct Shared {
     pub notifier: OnceLock<Notifier>,
     /// Threads for what belongs to no disk.
     pub pool: Arc<Pool>,
+    /// Threads for requests to the mount and its disks, and for who waits for the answers.
+    pub asks: Arc<Pool>,
     /// How the kernel's cache is used.
     pub cache: Cache,
     /// Who mounted.
@@ -256,15 +258,9 @@ impl Filesystem for CowslipFs {
         self.change_noticed(&shown, range, reply, work, send);
     }
 
-    fn open(&self, _: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
+    fn open(&self, request: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
         if let Some(spot) = Spot::of(ino.0) {
-            return match self.open_spot(spot) {
-                Ok(handle) => {
-                    let flags = FopenFlags::FOPEN_DIRECT_IO;
-                    reply.opened(self.handles.add(handle), flags);
-                }
-                Err(error) => reply.error(error.into()),
-            };
+            return self.open_control(self.asker(request), spot, reply);
         }
         let shown = match self.shown(ino) {
             Ok(shown) => shown,
@@ -358,7 +354,7 @@ impl Filesystem for CowslipFs {
             return reply.error(Errno::EBADF);
         };
         let Handle::Disk { shown, .. } = &*handle else {
-            return match self.write_control(request.uid(), &handle, data) {
+            return match self.write_control(self.asker(request), &handle, data) {
                 Ok(len) => reply.written(len),
                 Err(error) => reply.error(error.into()),
             };
@@ -449,10 +445,12 @@ impl Filesystem for CowslipFs {
         }
     }
 
-    fn opendir(&self, _: &Request, ino: INodeNo, _: OpenFlags, reply: ReplyOpen) {
-        match self.listing(ino.0) {
-            Ok(entries) => {
-                reply.opened(self.handles.add(Handle::Directory(entries)), FopenFlags::empty());
+    fn opendir(&self, request: &Request, ino: INodeNo, _: OpenFlags, reply: ReplyOpen) {
+        let place = self.handles.place(self.asker(request));
+        match place.and_then(|place| Ok((place, self.listing(ino.0)?))) {
+            Ok((place, entries)) => {
+                let handle = self.handles.add_at(place, Handle::Directory(entries));
+                reply.opened(handle, FopenFlags::empty());
             }
             Err(error) => reply.error(error.into()),
         }

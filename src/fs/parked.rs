@@ -31,7 +31,8 @@ macro_rules! refuse {
         })*
     };
 }
-refuse!(ReplyAttr ReplyCreate ReplyData ReplyEmpty ReplyEntry ReplyLseek ReplyStatfs ReplyWrite);
+refuse!(ReplyAttr ReplyCreate ReplyData ReplyEmpty ReplyEntry ReplyLseek ReplyOpen ReplyStatfs);
+refuse!(ReplyWrite);
 
 /// Whether a wait may be as long as it takes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -52,6 +53,8 @@ pub(super) enum Lane {
     /// What tells the kernel to drop its cache: it may wait for a write of the kernel's own, and
     /// so for a worker or for [`Lane::Work`], which never waits for this one.
     Notices,
+    /// What describes the disk, for whoever reads its map.
+    Map,
 }
 
 /// The requests that must be answered by a certain time, oldest first.
@@ -187,6 +190,7 @@ impl Deadlines {
             Lane::Work => disk.pool(),
             Lane::Notices => disk.notices(),
             Lane::Sync => disk.syncs(),
+            Lane::Map => disk.maps(),
         };
         threads.run(Box::new(move || {
             if slot.is_given() {

@@ -21,7 +21,7 @@ pub mod who;
 use std::fs::OpenOptions;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, AtomicUsize};
 use std::sync::mpsc;
 use std::sync::{Arc, OnceLock};
 use std::thread;
@@ -34,7 +34,7 @@ use self::disks::{open_disks, open_store};
 use self::kernel::{Contents, MountRequest, Unmount};
 use self::run::{Mount, tick};
 use crate::catalog::{CONTROL, Catalog};
-use crate::control::Control;
+use crate::control::{self, Control};
 use crate::fs::{CowslipFs, Deadlines, Shared, forgetter};
 use crate::journal::{self, Sink};
 use crate::pool::Pool;
@@ -176,6 +176,7 @@ fn share(plan: &Plan, catalog: &Arc<Catalog>) -> Arc<Shared> {
         draining: AtomicBool::new(false),
         device: OnceLock::new(),
         forget: OnceLock::new(),
+        running: AtomicUsize::new(0),
     });
     Arc::new(Shared {
         catalog: Arc::clone(catalog),
@@ -183,6 +184,7 @@ fn share(plan: &Plan, catalog: &Arc<Catalog>) -> Arc<Shared> {
         deadlines: Deadlines::new(Duration::from_secs(plan.options.io_timeout)),
         notifier: OnceLock::new(),
         pool: Arc::new(Pool::default()),
+        asks: Arc::new(Pool::of(control::THREADS)),
         cache: plan.cache,
         owner: owner(),
         mounted: SystemTime::now(),

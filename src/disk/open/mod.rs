@@ -41,6 +41,9 @@ use crate::pool::Pool;
 use crate::spec::{Direct, DiskSpec, Mode, Partitions, Source, format_size};
 use crate::stream::sink::Inherit;
 
+/// Threads that describe a disk at a time. Its map is asked for now and then.
+const MAPPERS: usize = 2;
+
 /// What a mount says of all its disks.
 pub struct Setting<'a> {
     /// Canonical.
@@ -260,6 +263,7 @@ pub(super) fn assemble(
         pool: Arc::new(Pool::default()),
         notices: Arc::new(Pool::default()),
         syncs: Arc::new(Pool::default()),
+        maps: Arc::new(Pool::of(MAPPERS)),
         maintaining: false.into(),
         held: false.into(),
         closed: false.into(),
