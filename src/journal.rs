@@ -7,6 +7,8 @@ use std::sync::OnceLock;
 
 use parking_lot::Mutex;
 
+use crate::printable;
+
 /// What is kept in memory: some thousand lines.
 const KEPT: usize = 256 << 10;
 
@@ -73,7 +75,9 @@ pub fn start(sink: Sink) {
     builder.parse_default_env();
     builder.format(|out, record| {
         let now = time_of_day();
-        writeln!(out, "{now} {:5} {}", record.level(), record.args())
+        // One line each, whatever names are in it.
+        let text = record.args().to_string();
+        writeln!(out, "{now} {:5} {}", record.level(), printable::line(&text))
     });
     builder.target(env_logger::Target::Pipe(Box::new(Tee(sink))));
     // A second start, in a test, keeps the first.

@@ -29,6 +29,7 @@ pub mod mount;
 pub mod overlay;
 pub mod part;
 pub mod pool;
+pub mod printable;
 pub mod spec;
 pub mod store;
 pub mod stream;

@@ -460,3 +460,32 @@ fn a_mount_that_fails_closes_what_it_opened_and_removes_what_it_made() {
     lab.umount();
     lab.end();
 }
+
+#[test]
+fn nothing_that_is_printed_or_logged_moves_the_cursor() {
+    let mut lab = Lab::new();
+    lab.base("base.img", MIB);
+    let evil = "o\u{1b}[2J\u{202e}v\n2026 forged";
+    let disk = format!("d=base.img,overlay={evil}");
+    let fit = |output: &std::process::Output, lines: usize| {
+        let all = [&output.stdout[..], &output.stderr].concat();
+        let text = String::from_utf8(all).unwrap();
+        let hostile = |c: char| c != '\n' && c.is_control() || c == '\u{202e}';
+        assert!(text.contains("forged") && !text.contains(hostile), "{text:?}");
+        assert!(!text.lines().any(|line| line.starts_with("2026 forged")), "{text:?}");
+        assert!(lines == 0 || text.lines().count() == lines, "{text:?}");
+    };
+    fit(&lab.output(COWSLIP, &["mount", "m", &disk, "--log", "log.txt"]), 1);
+    // In use, by whoever wrote so.
+    fit(&lab.output(COWSLIP, &["check", evil]), 1);
+    fit(&lab.output(COWSLIP, &["status", "m"]), 0);
+    fit(&lab.output(COWSLIP, &["keep", "m/d", evil]), 1);
+    lab.open("m/d").write_all_at(b"x", 0).unwrap();
+    fit(&lab.output(COWSLIP, &["umount", "m"]), 1);
+    fit(&lab.output(COWSLIP, &["check", evil]), 0);
+    fit(&lab.output(COWSLIP, &["commit", &format!("no/{evil}")]), 1);
+    fit(&lab.output(COWSLIP, &["mount", &format!("no/{evil}"), "base.img"]), 1);
+    fit(&lab.output(COWSLIP, &["map", evil]), 1);
+    assert!(!lab.log().contains('\u{1b}'), "{}", lab.log());
+    lab.end();
+}

@@ -8,11 +8,13 @@ mod common;
 
 use std::fs;
 use std::os::unix::fs::FileExt;
+use std::process::Stdio;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
 
 use common::mount::*;
+use rustix::process::Signal;
 
 /// A laboratory with a base that may be written, of `size` bytes.
 fn lab(size: u64) -> Lab {
@@ -376,5 +378,53 @@ fn the_limit_counts_all_layers() {
     // What it holds itself it may write over.
     file.write_all_at(&noise(MIB / 2, 5), MIB).unwrap();
     drop(file);
+    lab.end();
+}
+
+/// Runs `cowslip WORDS`, interrupts it as ^C does once `is_on`, and gives the line it ends with.
+fn interrupted(lab: &Lab, words: &str, is_on: impl FnMut() -> bool) -> String {
+    let words: Vec<&str> = words.split_whitespace().collect();
+    let mut command = lab.command(COWSLIP);
+    command.args(words).stdout(Stdio::null()).stderr(Stdio::piped());
+    let child = command.spawn().unwrap();
+    wait_until("it has begun", is_on);
+    signal(child.id(), Signal::INT).unwrap();
+    let output = child.wait_with_output().unwrap();
+    one_line(130, &output, "interrupted")
+}
+
+#[test]
+fn a_hydration_that_nobody_waits_for_goes_on_and_that_is_said() {
+    let lab = lab(16 * MIB);
+    lab.mount("d=base.img,overlay=o");
+    let doing = || lab.disk("d")["overlay"]["doing"].is_string();
+    let line = interrupted(&lab, "hydrate m/d --rate 64K", doing);
+    assert!(line.contains("goes on in the background: cowslip status"), "{line}");
+    assert!(line.contains("hydrate --cancel"), "{line}");
+    assert!(doing());
+    lab.ok("hydrate m/d --cancel");
+    lab.end();
+}
+
+#[test]
+fn a_commit_that_is_interrupted_says_what_became_of_it() {
+    let lab = lab(192 * MIB);
+    lab.mount("d=base.img,overlay=o");
+    lab.open("m/d").write_all_at(&noise(160 * MIB, 2), 4 * MIB).unwrap();
+    let before = checksum(&lab.path("m/d"));
+    let mut is_first = true;
+    // At once, or once something is written.
+    let line = interrupted(&lab, "commit m/d", || {
+        !std::mem::take(&mut is_first) && lab.disk("d")["overlay"]["doing"].is_string()
+            || lab.disk("d")["overlay"]["changed"] == 0
+    });
+    let overlay = lab.disk("d")["overlay"].clone();
+    let truth = match (&overlay["committing"], &overlay["changed"]) {
+        (committing, _) if *committing == true => "stopped: its base holds a part",
+        (_, changed) if *changed == 0 => "all changes are in the base",
+        _ => "stopped before anything",
+    };
+    assert!(line.contains(truth), "{line}: {overlay}");
+    assert_eq!(checksum(&lab.path("m/d")), before);
     lab.end();
 }

@@ -168,7 +168,9 @@ fn only_who_mounted_and_root_may_open_what_takes_requests() {
 
 #[test]
 fn status_and_log_tell_others_nothing_of_what_is_not_theirs() {
-    let lab = lab("a=base.img,overlay=ov,perm=0644 b=base.img,perm=0600 s=stream:1M,to=cmd:./xyzzy,perm=0644");
+    let lab = lab(
+        "a=base.img,overlay=ov,perm=0644 b=base.img,perm=0600 s=stream:1M,to=cmd:./xyzzy,perm=0644",
+    );
     let here = lab.dir().to_str().unwrap().to_owned();
     as_user(STRANGER, || {
         let text = |name: &str| fs::read_to_string(lab.path(&format!("m/.cowslip/{name}")));
@@ -184,6 +186,21 @@ fn status_and_log_tell_others_nothing_of_what_is_not_theirs() {
             assert!(!told.contains("\"uuid\":\""), "{told}");
         }
     });
+    // What the commands make of it.
+    lab.sh("cp $COWSLIP program; chmod 755 program");
+    let stranger = |words: &str| {
+        lab.sh(&format!("setpriv --reuid {STRANGER} --clear-groups ./program {words}"))
+    };
+    for words in ["status m", "status"] {
+        let told = stranger(words);
+        assert!(told.contains("you may look at 2 of its 3 disks"), "{told}");
+        assert!(told.contains("\n  a  ") && !told.contains("\n  b  "), "{told}");
+    }
+    assert!(stranger("status m/a").contains("\n  a  "));
+    lab.sh(&format!(
+        "! setpriv --reuid {STRANGER} --clear-groups ./program status m/b 2>why
+        grep 'does not let you ask' why"
+    ));
     let all = lab.sh("cat m/.cowslip/status");
     assert!(all.contains("xyzzy") && all.contains(&format!("{here}/ov")), "{all}");
     lab.end();

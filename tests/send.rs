@@ -570,12 +570,14 @@ fn who_may_only_read_a_disk_can_send_it_too() {
 }
 
 #[test]
-fn off_a_terminal_a_slow_transfer_prints_a_line_a_second() {
+fn off_a_terminal_progress_is_shown_when_asked_for_as_a_line_a_second() {
     let lab = Lab::new();
     sparse(&lab, "x", 32 * MIB, &[(0, 32 * MIB)]);
     let slow = "i=0; while [ $i -lt 8 ]; do head -c 4M; sleep 0.4; i=$((i + 1)); done; cat";
     let begun = Instant::now();
-    lab.sh(&format!("$COWSLIP send x 2> sent | {{ {slow}; }} | $COWSLIP recv out 2> received"));
+    lab.sh(&format!(
+        "$COWSLIP send --progress x 2> sent | {{ {slow}; }} | $COWSLIP recv --progress out 2> received"
+    ));
     same(&lab, "x", "out");
     for verb in ["sent", "received"] {
         let text = fs::read_to_string(lab.path(verb)).unwrap();
@@ -584,6 +586,14 @@ fn off_a_terminal_a_slow_transfer_prints_a_line_a_second() {
         assert!(text.lines().all(|line| line.starts_with(verb) && is_progress(line)), "{text}");
         assert!(!text.contains(['\r', '\x1b']), "{text}");
     }
+    let slow = "head -c 4M; sleep 1.5; cat";
+    lab.sh(&format!(
+        "rm out; $COWSLIP send x 2> sent | {{ {slow}; }} | $COWSLIP recv -q out 2> received"
+    ));
+    for verb in ["sent", "received"] {
+        assert_eq!(fs::read_to_string(lab.path(verb)).unwrap(), "", "nobody asked");
+    }
+    lab.refused(2, "send --progress -q x");
     lab.end();
 }
 

@@ -9,8 +9,7 @@ use serde_json::json;
 use super::client::Place;
 use super::mount::current_dir;
 use super::plan;
-use super::progress::Progress;
-use super::table::printable;
+use super::progress::{Progress, Verbosity};
 use super::umount::texts;
 use super::{DONE, Failure, say};
 use crate::spec::{DiskSpec, Flow, Source, Supply, Target};
@@ -41,14 +40,13 @@ pub(super) fn run(args: &AddArgs) -> anyhow::Result<u8> {
     };
     if let Some(disk) = &place.disk {
         anyhow::bail!(
-            "'{}' is in the mount at '{at}': cowslip add '{at}' {}",
-            printable(disk),
+            "'{disk}' is in the mount at '{at}': cowslip add '{at}' {}",
             args.disk.to_string_lossy(),
             at = place.mountpoint.display()
         );
     }
     let (disk, cwd) = (text(&args.disk)?, text(dir.as_os_str())?);
-    let mut progress = Progress::new();
+    let mut progress = Progress::new(Verbosity::default());
     let dirs =
         args.allow_backing.iter().map(|below| text(dir.join(below).as_os_str()).map(str::to_owned));
     let dirs = dirs.collect::<anyhow::Result<Vec<_>>>()?;

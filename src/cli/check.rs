@@ -13,7 +13,7 @@ use clap::Args;
 
 use super::mount::current_dir;
 use super::plan::TrustArgs;
-use super::table::{Align, Table, printable};
+use super::table::{Align, Table};
 use super::target::{Target, is_store, targets};
 use super::{DONE, UNHEALTHY, die_of_a_closed_pipe, print};
 use crate::base::identity::Identity;
@@ -22,6 +22,7 @@ use crate::overlay::persist::{self, Found};
 use crate::overlay::recover::{LogError, Recovered};
 use crate::overlay::stack::{BaseRecord, FileRecord, StackError};
 use crate::overlay::verify::{Look, Sound, contradictions, short};
+use crate::printable;
 use crate::spec::{Part, format_size};
 use crate::store::StoreDirs;
 
@@ -69,7 +70,7 @@ pub(super) fn run(args: &CheckArgs) -> anyhow::Result<u8> {
     if text.is_empty() {
         text.push(format!("the store '{}' holds no disks\n", dir.display()));
     }
-    print(text.join("\n").as_bytes())?;
+    print(&text.join("\n"))?;
     Ok(if damaged { UNHEALTHY } else { DONE })
 }
 
@@ -80,11 +81,11 @@ fn check_store(store: &StoreDirs, manner: Manner) -> anyhow::Result<(Option<Stri
     let left = store.leftovers().with_context(at)?;
     let mut text = String::new();
     let mut tell = |kind: &str, name: &str, why: &str, next: &str, removed: io::Result<()>| {
-        let shown = printable(name);
+        let shown = printable::line(name);
         text += &match (manner, removed) {
             (Manner::Repair, Ok(())) => format!("repair   removed the {kind} '{shown}': {why}\n"),
             (Manner::Repair, Err(error)) if error.kind() == io::ErrorKind::Other => {
-                format!("unknown  {}\n", printable(&error.to_string()))
+                format!("unknown  {}\n", printable::line(&error.to_string()))
             }
             (Manner::Repair, Err(error)) => return Err(error).with_context(at),
             (Manner::Look, _) if kind == "name" => {
@@ -110,7 +111,7 @@ fn check_store(store: &StoreDirs, manner: Manner) -> anyhow::Result<(Option<Stri
         tell("layer", &name, "no disk needs it", "the next mount removes it", removed)?;
     }
     for name in &left.strangers {
-        text += &format!("unknown  '{}' is not cowslip's: it is left alone\n", printable(name));
+        text += &format!("unknown  '{}' is not cowslip's: it is left alone\n", printable::line(name));
     }
     if is_repair && text.is_empty() {
         text = "repair   nothing to do\n".to_owned();
@@ -141,9 +142,10 @@ impl Findings {
     }
 
     fn show(&self, name: &str) -> String {
-        let mut text = format!("overlay  {name}\n");
+        // Each is one line, whatever is in it.
+        let mut text = format!("overlay  {}\n", printable::line(name));
         for (heading, fact) in &self.facts {
-            text += &format!("{heading:<7}  {fact}\n");
+            text += &format!("{heading:<7}  {}\n", printable::line(fact));
         }
         let lines = [("unused", &self.unused), ("repair", &self.repair), ("damage", &self.damage)];
         if let Some(table) = &self.table {
@@ -152,7 +154,7 @@ impl Findings {
         }
         for (heading, lines) in lines {
             for line in lines {
-                text += &format!("{heading:<7}  {line}\n");
+                text += &format!("{heading:<7}  {}\n", printable::line(line));
             }
         }
         text
@@ -352,7 +354,7 @@ fn damage_in(target: &Target, found: &Found, looks: &[Look]) -> anyhow::Result<V
         let which = match tree.name_of(uuid) {
             // One alone needs no name.
             None if looks.len() == 1 => String::new(),
-            Some(name) => format!("layer {} (snapshot '{}'): ", short(uuid), printable(name)),
+            Some(name) => format!("layer {} (snapshot '{}'): ", short(uuid), name),
             None => format!("layer {}: ", short(uuid)),
         };
         match &look.found {

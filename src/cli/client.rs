@@ -3,26 +3,43 @@
 //! Any call into a mount may hang with it, and such a call cannot be interrupted. So each is made
 //! on a thread of its own, which hands on what it reads piece by piece, and whoever waits for the
 //! next piece waits [`PATIENCE`] at most. A daemon at work shows a sign of life every second.
+//!
+//! Any program can be a mount of this type, and what it answers has effects: requests are written
+//! to its files, and what it names is opened. So only mounts of root and of the user who asks are
+//! asked anything, and nothing that they show leads out of them: every name on the way is opened
+//! for itself, is no link, and lies in the mount's own file system.
 
 use std::cell::OnceCell;
 use std::fs::File;
-use std::io::{self, BufRead, BufReader, Read, Write};
-use std::os::fd::OwnedFd;
-use std::path::{Path, PathBuf};
+use std::io::{self, BufReader, Read, Write};
+use std::os::fd::AsFd;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Component, Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use rustix::fs::{Mode, OFlags, openat};
+use rustix::fs::{Dir, Mode, OFlags};
 use rustix::io::Errno;
 use serde_json::Value;
 
-use super::table::printable;
+use super::answer::{self, Unanswered, Why};
 use crate::disk::split_name;
 use crate::mount::kernel;
 
 /// How long a mount may stay silent before it counts as hanging.
 const PATIENCE: Duration = Duration::from_secs(10);
+
+/// How long a whole document may take: a mount that sends a byte now and then is silent, too.
+const DOCUMENT: Duration = Duration::from_secs(60);
+
+/// How often is looked whether the user has had enough.
+const LOOK: Duration = Duration::from_millis(200);
+
+/// Disks that are looked for in a mount that does not tell all of itself.
+const MOST_DISKS: usize = 10_000;
 
 /// What is read at a time: the kernel's own limit for one direct read is a multiple of it.
 const PIECE: usize = 128 << 10;
@@ -42,6 +59,23 @@ pub(super) enum AskError {
     #[error("the mount at '{}' does not let you ask: do it as the user who mounted it",
         .0.display())]
     Denied(PathBuf),
+    /// It is somebody else's, and not to be believed.
+    #[error(
+        "the mount at '{}' is another user's (uid {uid}), who can have it answer anything: \
+         do it as that user", .path.display()
+    )]
+    Foreign {
+        /// The mount.
+        path: PathBuf,
+        /// Whose it is.
+        uid: u32,
+    },
+    /// The user interrupted it; the daemon has been told by that.
+    #[error("interrupted")]
+    Interrupted,
+    /// It works on as many requests as it may.
+    #[error("the mount at '{}' works on as many requests as it may: try again later", .0.display())]
+    Full(PathBuf),
     /// It takes no requests (`-o ro`).
     #[error("the mount at '{}' is read-only: nothing in it has changed or can be",
         .0.display())]
@@ -115,6 +149,11 @@ impl Place {
         Self { mountpoint, disk, path, inode: OnceCell::new() }
     }
 
+    /// The disk `name` of the mount.
+    fn of_mount(mountpoint: &Path, name: &str) -> Self {
+        Self::new(mountpoint, Some(name.to_owned()), &mountpoint.join(name))
+    }
+
     /// What `path` is: a mountpoint or a file in a mount. Asks no mount.
     ///
     /// # Errors
@@ -156,11 +195,10 @@ impl Place {
         Ok(place)
     }
 
-    /// Its directory of control files.
-    fn control(&self) -> PathBuf {
-        let mut path = self.mountpoint.join(".cowslip");
-        path.extend(&self.disk);
-        path
+    /// The names that lead to its directory of control files.
+    fn way(&self) -> Vec<String> {
+        let names = [Some(".cowslip"), self.disk.as_deref()];
+        names.into_iter().flatten().map(str::to_owned).collect()
     }
 
     /// The inode number of the disk's file, which says what disk it is; `None` of a mount.
@@ -176,7 +214,8 @@ impl Place {
         }
         // Not in the mountpoint: a file that is bound elsewhere may have another name by now.
         let path = self.path.clone();
-        let looked = patiently(move || rustix::fs::stat(&path).map_err(io::Error::from));
+        let looked = Door::of(&self.mountpoint)
+            .and_then(|_| patiently(move || rustix::fs::stat(&path).map_err(io::Error::from)));
         let inode = looked.map_err(|error| self.error(error))?.st_ino;
         Ok(Some(*self.inode.get_or_init(|| inode)))
     }
@@ -184,14 +223,23 @@ impl Place {
     fn error(&self, error: io::Error) -> AskError {
         let mountpoint = self.mountpoint.clone();
         let errno = Errno::from_io_error(&error);
+        let known = error.get_ref().and_then(|inner| inner.downcast_ref::<Refusal>());
+        match known {
+            Some(Refusal::Foreign(uid)) => {
+                return AskError::Foreign { path: mountpoint, uid: *uid };
+            }
+            Some(Refusal::Interrupted) => return AskError::Interrupted,
+            None => {}
+        }
         match (errno, &self.disk) {
             _ if error.kind() == io::ErrorKind::TimedOut => AskError::Silent(mountpoint),
             (Some(Errno::NOTCONN | Errno::CONNABORTED), _) => AskError::Dead(mountpoint),
             (Some(Errno::ACCESS | Errno::PERM), _) => AskError::Denied(mountpoint),
             (Some(Errno::ROFS), _) => AskError::ReadOnly(mountpoint),
             (Some(Errno::STALE), Some(_)) => AskError::Changed(self.path.clone()),
+            (Some(Errno::AGAIN), _) => AskError::Full(mountpoint),
             (Some(Errno::NOENT | Errno::NOTDIR), Some(disk)) => {
-                self.part().unwrap_or(AskError::NoDisk { mountpoint, disk: printable(disk) })
+                self.part().unwrap_or(AskError::NoDisk { mountpoint, disk: disk.clone() })
             }
             _ => AskError::Host { mountpoint, error },
         }
@@ -201,14 +249,13 @@ impl Place {
     pub(super) fn part(&self) -> Option<AskError> {
         let part = self.disk.as_deref()?;
         let (disk, number) = split_name(part)?;
-        let path = self.mountpoint.join(disk);
-        let whole = Self::new(&self.mountpoint, Some(disk.to_owned()), &path);
+        let whole = Self::of_mount(&self.mountpoint, disk);
         let status = whole.status().ok()?;
         let is_shown = |one: &Value| one["number"] == number;
         status["partitions"].as_array()?.iter().any(is_shown).then(|| AskError::Part {
             mountpoint: whole.mountpoint,
-            part: printable(part),
-            disk: printable(disk),
+            part: part.to_owned(),
+            disk: disk.to_owned(),
             number,
         })
     }
@@ -226,21 +273,14 @@ impl Place {
     /// # Errors
     /// [`AskError`].
     pub(super) fn read(&self, file: &'static str) -> Result<Vec<u8>, AskError> {
+        let mut feed = self.open(file)?.within(DOCUMENT);
         let mut bytes = Vec::new();
-        let mut feed = self.open(file)?;
-        feed.read_to_end(&mut bytes).map_err(|error| self.error(error))?;
-        Ok(bytes)
-    }
-
-    /// Opens the file `name` among the disk's snapshots.
-    ///
-    /// # Errors
-    /// The host's; `ESTALE` when the disk's name leads to another by now.
-    pub(super) fn open_snapshot(&self, name: &str) -> io::Result<File> {
-        let dir = open_control(&self.control(), self.inode.get().copied())?;
-        let flags = OFlags::RDONLY | OFlags::CLOEXEC;
-        let snapshots = openat(&dir, "snapshots", OFlags::PATH | flags, Mode::empty())?;
-        Ok(openat(&snapshots, name, flags, Mode::empty())?.into())
+        let read = (&mut feed).take(answer::LONGEST + 1).read_to_end(&mut bytes);
+        read.map_err(|error| self.error(error))?;
+        match bytes.len() as u64 > answer::LONGEST {
+            true => Err(self.error(answer::too_long())),
+            false => Ok(bytes),
+        }
     }
 
     /// Its status: the whole mount's document, or that of the disk.
@@ -248,8 +288,35 @@ impl Place {
     /// # Errors
     /// [`AskError`].
     pub(super) fn status(&self) -> Result<Value, AskError> {
-        let bytes = self.read("status")?;
-        serde_json::from_slice(&bytes).map_err(|error| self.error(error.into()))
+        let feed = self.open("status")?.within(DOCUMENT);
+        answer::document(feed).map_err(|error| self.error(error))
+    }
+
+    /// The statuses of those disks of the mount that one may look at, and how many there are.
+    ///
+    /// # Errors
+    /// [`AskError`], when not even their names can be had.
+    pub(super) fn visible(&self) -> Result<(Vec<Value>, usize), AskError> {
+        let names = self.names().map_err(|error| self.error(error))?;
+        let status = |name: &String| Self::of_mount(&self.mountpoint, name).status().ok();
+        Ok((names.iter().filter_map(status).collect(), names.len()))
+    }
+
+    /// The names of the disks of the mount.
+    fn names(&self) -> io::Result<Vec<String>> {
+        let door = Door::of(&self.mountpoint)?;
+        patiently(move || door.list(".cowslip"))
+    }
+
+    /// Opens the file `name` of the directory `dir` in the disk's own one, as the mount has named it.
+    ///
+    /// # Errors
+    /// The mount's errno; `InvalidInput` for what is no plain name or leads elsewhere; `ESTALE` when
+    /// the disk's name leads to another by now.
+    pub(super) fn open_named(&self, dir: &str, name: &str) -> io::Result<File> {
+        let door = Door::of(&self.mountpoint)?;
+        let control = door.control(&self.way(), self.inode.get().copied())?;
+        door.open_in(&control, &[dir, name], OFlags::RDONLY)
     }
 
     /// Sends `request` and waits for the answer; `progress` gets what comes before it.
@@ -259,44 +326,154 @@ impl Place {
     pub(super) fn ask(
         &self,
         request: &Value,
-        mut progress: impl FnMut(&Value),
+        progress: impl FnMut(&Value),
+    ) -> Result<Value, AskError> {
+        self.ask_until(&Arc::default(), request, progress)
+    }
+
+    /// As [`ask`](Self::ask), until `stop` is set: then nobody waits for the answer any more, which
+    /// the daemon sees within a second.
+    ///
+    /// # Errors
+    /// As there; [`AskError::Interrupted`].
+    pub(super) fn ask_until(
+        &self,
+        stop: &Arc<AtomicBool>,
+        request: &Value,
+        progress: impl FnMut(&Value),
     ) -> Result<Value, AskError> {
         let inode = self.inode()?;
         let mut request = request.clone();
         if let Some(inode) = inode {
             request["inode"] = inode.into();
         }
-        let feed = Feed::start(self, "ctl", Some(request.to_string()), inode);
-        let mut answer = None;
+        let mut feed = Feed::start(self, "ctl", Some(request.to_string()), inode);
+        feed.stop = Arc::clone(stop);
         // Read to the end: an open control file would keep the mount busy.
-        for line in BufReader::new(feed).lines() {
-            let line = match line {
-                Err(_) if answer.is_some() => break,
-                line => line.map_err(|error| self.error(error))?,
-            };
-            let Ok(mut said) = serde_json::from_str::<Value>(&line) else {
-                continue;
-            };
-            if let Some(now) = said.get("progress") {
-                progress(now);
-            } else if let Some(error) = said.get("error") {
-                let text = error.as_str().map_or_else(|| error.to_string(), str::to_owned);
-                let text = printable(&text);
-                let is = |key: &str| said[key].as_bool() == Some(true);
-                answer = Some(Err(match &self.disk {
-                    _ if is("busy") => AskError::Busy(text),
-                    Some(_) if is("stale") => self.error(Errno::STALE.into()),
-                    _ => AskError::Refused(text),
-                }));
-            } else if let Some(ok) = said.get_mut("ok") {
-                answer = Some(Ok(ok.take()));
+        answer::read(BufReader::new(feed), progress).map_err(|unanswered| match unanswered {
+            Unanswered::Refused { line, why: Why::Busy } => AskError::Busy(line),
+            Unanswered::Refused { why: Why::Stale, .. } if self.disk.is_some() => {
+                self.error(Errno::STALE.into())
             }
-        }
-        answer.unwrap_or_else(|| {
-            let error = io::Error::other("it ended without an answer");
-            Err(self.error(error))
+            Unanswered::Refused { line, .. } => AskError::Refused(line),
+            Unanswered::Broken(error) => self.error(error),
         })
     }
+}
+
+/// Why a mount is not asked, or no more. Carried by an [`io::Error`].
+#[derive(Debug, thiserror::Error)]
+enum Refusal {
+    #[error("it is another user's")]
+    Foreign(u32),
+    #[error("interrupted")]
+    Interrupted,
+}
+
+/// How a directory is opened to open what is in it.
+const LOOKING: OFlags = OFlags::PATH.union(OFlags::DIRECTORY).union(OFlags::CLOEXEC);
+
+/// The way into a mount: where it is, and which one it was found to be.
+#[derive(Clone, Debug)]
+struct Door {
+    mountpoint: PathBuf,
+    /// `st_dev` of all its files.
+    dev: u64,
+}
+
+impl Door {
+    /// The mount at `mountpoint`, if it is to be believed. Makes no call into it.
+    fn of(mountpoint: &Path) -> io::Result<Self> {
+        let Some(entry) = kernel::entry_at(mountpoint).filter(kernel::MountEntry::is_cowslip)
+        else {
+            return Err(io::Error::other("it is no cowslip mount any more"));
+        };
+        if !entry.is_trusted() {
+            return Err(io::Error::other(Refusal::Foreign(entry.owner.unwrap_or(u32::MAX))));
+        }
+        let (major, minor) = entry.dev;
+        Ok(Self { mountpoint: entry.mountpoint, dev: rustix::fs::makedev(major, minor) })
+    }
+
+    /// Opens what the names `way` lead to from `from` on, a file or a directory; what is not right in
+    /// the mount is refused.
+    fn walk(&self, from: File, way: &[&str], flags: OFlags) -> io::Result<File> {
+        let mut at = from;
+        for (index, name) in way.iter().enumerate() {
+            let mut parts = Path::new(name).components();
+            let is_plain = matches!(parts.next(), Some(Component::Normal(part)) if part == *name);
+            if !is_plain || parts.next().is_some() {
+                return Err(elsewhere("a name that is no plain one"));
+            }
+            let flags = if index + 1 == way.len() { flags | OFlags::CLOEXEC } else { LOOKING };
+            // A pipe is not waited for.
+            let flags = flags | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::NOCTTY;
+            let opened = rustix::io::retry_on_intr(|| {
+                rustix::fs::openat(at.as_fd(), *name, flags, Mode::empty())
+            });
+            at = match opened {
+                Err(Errno::LOOP) => return Err(elsewhere("a link")),
+                opened => File::from(opened?),
+            };
+            self.check(&at)?;
+        }
+        Ok(at)
+    }
+
+    /// The root of the mount.
+    fn root(&self) -> io::Result<File> {
+        let root = File::from(rustix::fs::open(&self.mountpoint, LOOKING, Mode::empty())?);
+        self.check(&root)?;
+        Ok(root)
+    }
+
+    /// Opens a directory of control files, which from then on is that of one disk; `ESTALE` when
+    /// that is not the one of `inode`.
+    fn control(&self, way: &[String], inode: Option<u64>) -> io::Result<File> {
+        let way: Vec<&str> = way.iter().map(String::as_str).collect();
+        let dir = self.walk(self.root()?, &way, LOOKING)?;
+        if let Some(inode) = inode {
+            let status = answer::document(self.open_in(&dir, &["status"], OFlags::RDONLY)?)?;
+            if status["inode"] != inode {
+                return Err(Errno::STALE.into());
+            }
+        }
+        Ok(dir)
+    }
+
+    /// Opens the regular file that `way` leads to from `dir` on.
+    fn open_in(&self, dir: &File, way: &[&str], flags: OFlags) -> io::Result<File> {
+        let file = self.walk(dir.try_clone()?, way, flags)?;
+        if !file.metadata()?.is_file() {
+            return Err(elsewhere("something that is no file"));
+        }
+        Ok(file)
+    }
+
+    /// The directories in the directory `name`.
+    fn list(&self, name: &str) -> io::Result<Vec<String>> {
+        let dir = self.walk(self.root()?, &[name], OFlags::RDONLY | OFlags::DIRECTORY)?;
+        let mut names = Vec::new();
+        for entry in Dir::read_from(&dir)?.take(MOST_DISKS) {
+            let entry = entry?;
+            let name = entry.file_name().to_string_lossy();
+            if entry.file_type() == rustix::fs::FileType::Directory && !name.starts_with('.') {
+                names.push(name.into_owned());
+            }
+        }
+        Ok(names)
+    }
+
+    fn check(&self, file: &File) -> io::Result<()> {
+        match file.metadata()?.dev() == self.dev {
+            true => Ok(()),
+            false => Err(elsewhere("what lies outside of it")),
+        }
+    }
+}
+
+fn elsewhere(what: &str) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidInput, format!("it shows {what} where its file should be"))
 }
 
 /// The bytes of a file in a mount, as they come. A read that waits [`PATIENCE`] fails as
@@ -306,6 +483,10 @@ pub(super) struct Feed<'a> {
     pieces: Receiver<io::Result<Vec<u8>>>,
     /// What was received and not yet taken.
     rest: io::Cursor<Vec<u8>>,
+    /// When all of it has to be there.
+    until: Option<Instant>,
+    /// Nobody wants it any more.
+    stop: Arc<AtomicBool>,
 }
 
 impl<'a> Feed<'a> {
@@ -315,25 +496,53 @@ impl<'a> Feed<'a> {
         request: Option<String>,
         inode: Option<u64>,
     ) -> Self {
-        let dir = place.control();
         // A few pieces ahead: the reader of a long map need not wait for each.
         let (to, pieces) = sync_channel(4);
-        let fetcher = thread::Builder::new().name("ask".into());
         let failed = to.clone();
-        let started = fetcher.spawn(move || {
-            if let Err(error) = fetch(&dir, file, request.as_deref(), inode, &to) {
-                let _ = to.send(Err(error));
-            }
+        let fetcher = thread::Builder::new().name("ask".into());
+        let started = Door::of(&place.mountpoint).and_then(|door| {
+            let way = place.way();
+            fetcher.spawn(move || {
+                if let Err(error) = fetch(&door, &way, file, request.as_deref(), inode, &to) {
+                    let _ = to.send(Err(error));
+                }
+            })
         });
         if let Err(error) = started {
             let _ = failed.send(Err(error));
         }
-        Self { place, pieces, rest: io::Cursor::default() }
+        Self { place, pieces, rest: io::Cursor::default(), until: None, stop: Arc::default() }
+    }
+
+    /// As it is, but all of it must come in `time`.
+    fn within(mut self, time: Duration) -> Self {
+        self.until = Some(Instant::now() + time);
+        self
     }
 
     /// What an error from reading means, for the user.
     pub(super) fn explain(&self, error: io::Error) -> AskError {
         self.place.error(error)
+    }
+
+    /// The next piece; `None` at the end.
+    fn next(&self) -> io::Result<Option<Vec<u8>>> {
+        let silent = Instant::now() + PATIENCE;
+        let until = self.until.map_or(silent, |until| until.min(silent));
+        loop {
+            if self.stop.load(Ordering::SeqCst) {
+                return Err(io::Error::other(Refusal::Interrupted));
+            }
+            let left = until.saturating_duration_since(Instant::now());
+            match self.pieces.recv_timeout(left.min(LOOK)) {
+                Ok(piece) => return piece.map(Some),
+                Err(RecvTimeoutError::Disconnected) => return Ok(None),
+                Err(RecvTimeoutError::Timeout) if left.is_zero() => {
+                    return Err(io::ErrorKind::TimedOut.into());
+                }
+                Err(RecvTimeoutError::Timeout) => {}
+            }
+        }
     }
 }
 
@@ -350,34 +559,22 @@ fn patiently<T: Send + 'static>(
     done.recv_timeout(PATIENCE).unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
 }
 
-/// Opens a directory of control files, which from then on is that of one disk; `ESTALE` when that
-/// is not the one of `inode`.
-fn open_control(dir: &Path, inode: Option<u64>) -> io::Result<OwnedFd> {
-    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    let dir = rustix::fs::open(dir, flags, Mode::empty())?;
-    if let Some(inode) = inode {
-        let status = openat(&dir, "status", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?;
-        let status: Value = serde_json::from_reader(File::from(status))?;
-        if status["inode"] != inode {
-            return Err(Errno::STALE.into());
-        }
-    }
-    Ok(dir)
-}
-
 /// Writes `request` to the control file, if there is one, and reads that to its end. It is closed
 /// before the channel: when the reader sees the end, the mount is not held any more.
 fn fetch(
-    dir: &Path,
+    door: &Door,
+    way: &[String],
     file: &str,
     request: Option<&str>,
     inode: Option<u64>,
     to: &SyncSender<io::Result<Vec<u8>>>,
 ) -> io::Result<()> {
     // With a request goes what disk it means, and the daemon compares.
-    let dir = open_control(dir, inode.filter(|_| request.is_none()))?;
-    let access = if request.is_some() { OFlags::RDWR } else { OFlags::RDONLY };
-    let mut file = File::from(openat(&dir, file, access | OFlags::CLOEXEC, Mode::empty())?);
+    let dir = door.control(way, inode.filter(|_| request.is_none()))?;
+    let flags = if request.is_some() { OFlags::RDWR } else { OFlags::RDONLY };
+    let mut file = door.open_in(&dir, &[file], flags)?;
+    // It would make the mount busy.
+    drop(dir);
     if let Some(request) = request {
         file.write_all(request.as_bytes())?;
     }
@@ -400,11 +597,10 @@ impl Read for Feed<'_> {
             if len > 0 || buf.is_empty() {
                 return Ok(len);
             }
-            self.rest = match self.pieces.recv_timeout(PATIENCE) {
-                Ok(piece) => io::Cursor::new(piece?),
-                Err(RecvTimeoutError::Disconnected) => return Ok(0),
-                Err(RecvTimeoutError::Timeout) => return Err(io::ErrorKind::TimedOut.into()),
+            let Some(piece) = self.next()? else {
+                return Ok(0);
             };
+            self.rest = io::Cursor::new(piece);
         }
     }
 }
@@ -414,36 +610,80 @@ mod tests {
     use super::*;
 
     /// A directory that looks like a mount.
-    fn mount() -> (tempfile::TempDir, Place) {
+    fn mount() -> (tempfile::TempDir, Door) {
         let dir = tempfile::tempdir().unwrap();
-        std::fs::create_dir(dir.path().join(".cowslip")).unwrap();
-        let place = Place::mount(dir.path());
-        (dir, place)
+        std::fs::create_dir_all(dir.path().join(".cowslip/d/snapshots")).unwrap();
+        let dev = std::fs::metadata(dir.path()).unwrap().dev();
+        let door = Door { mountpoint: dir.path().to_owned(), dev };
+        (dir, door)
+    }
+
+    fn open(door: &Door, names: &[&str]) -> io::Result<File> {
+        door.open_in(&door.root()?, names, OFlags::RDONLY)
     }
 
     #[test]
     fn a_long_file_arrives_whole() {
-        let (dir, place) = mount();
+        let (dir, door) = mount();
         let bytes: Vec<u8> = (0..1_000_003u32).map(|i| i.to_le_bytes()[0]).collect();
         std::fs::write(dir.path().join(".cowslip/log"), &bytes).unwrap();
-        assert!(place.read("log").unwrap() == bytes);
+        let (to, pieces) = sync_channel(100);
+        fetch(&door, &[".cowslip".to_owned()], "log", None, None, &to).unwrap();
+        drop(to);
+        let all: Vec<u8> = pieces.iter().flat_map(Result::unwrap).collect();
+        assert!(all == bytes);
+    }
+
+    #[test]
+    fn nothing_in_a_mount_leads_out_of_it() {
+        use std::os::unix::fs::symlink;
+        let (dir, door) = mount();
+        let at = |name: &str| dir.path().join(name);
+        std::fs::write(at("secret"), b"secret").unwrap();
+        std::fs::write(at(".cowslip/d/status"), b"{}").unwrap();
+        symlink(at("secret"), at(".cowslip/status")).unwrap();
+        symlink("/dev", at(".cowslip/e")).unwrap();
+        symlink("d", at(".cowslip/f")).unwrap();
+        rustix::fs::mkfifoat(rustix::fs::CWD, at(".cowslip/log"), Mode::RUSR).unwrap();
+        assert!(open(&door, &[".cowslip", "d", "status"]).is_ok());
+        let refused = |names: &[&str]| open(&door, names).unwrap_err();
+        let dir = [".cowslip", "d", "snapshots"];
+        for name in ["/etc/passwd", "../status", "..", ".", "", "a/../b", "/"] {
+            let error = refused(&[&dir[..], &[name]].concat());
+            assert_eq!(error.kind(), io::ErrorKind::InvalidInput, "{name}: {error}");
+        }
+        for names in [&[".cowslip", "status"][..], &[".cowslip", "log"], &[".cowslip", "d"]] {
+            assert_eq!(refused(names).kind(), io::ErrorKind::InvalidInput, "{names:?}");
+        }
+        for names in [[".cowslip", "e", "null"], [".cowslip", "f", "status"]] {
+            assert!(refused(&names).raw_os_error() == Some(libc::ENOTDIR), "{names:?}");
+        }
+        let elsewhere = Door { dev: door.dev + 1, ..door.clone() };
+        assert!(open(&elsewhere, &[".cowslip", "d", "status"]).is_err());
     }
 
     #[test]
     fn what_does_not_answer_is_said_in_one_line() {
-        let (dir, _) = mount();
-        let file = dir.path().join("vm.img");
-        let place = Place::new(dir.path(), Some("vm.img".into()), &file);
+        let place = Place::of_mount(Path::new("/m"), "vm.img");
         let line = |error: io::Error| place.error(error).to_string();
-        let at = dir.path().display();
+        let none = line(Errno::NOENT.into());
         assert_eq!(
-            place.read("map").unwrap_err().to_string(),
-            format!("there is no disk 'vm.img' in the mount at '{at}': cowslip status lists them")
+            none,
+            "there is no disk 'vm.img' in the mount at '/m': cowslip status lists them"
         );
         let silent = line(io::ErrorKind::TimedOut.into());
         assert!(silent.contains("does not answer"), "{silent}");
         let dead = line(Errno::NOTCONN.into());
         assert!(dead.contains("is dead: cowslip umount '"), "{dead}");
+        let foreign = line(io::Error::other(Refusal::Foreign(7)));
+        assert!(foreign.contains("another user's (uid 7)"), "{foreign}");
+    }
+
+    #[test]
+    fn what_is_no_mount_is_not_asked() {
+        let dir = tempfile::tempdir().unwrap();
+        let line = Place::mount(dir.path()).status().unwrap_err().to_string();
+        assert!(line.contains("no cowslip mount any more"), "{line}");
     }
 
     #[test]

@@ -11,11 +11,11 @@ use clap::Args;
 use serde_json::json;
 
 use super::client::Place;
+use super::long::Long;
 use super::mount::current_dir;
 use super::plan::TrustArgs;
-use super::progress::Progress;
-use super::snapshot::ask;
-use super::table::printable;
+use super::progress::{Progress, Verbosity};
+use super::snapshot::ask_long;
 use super::target::{in_store, is_store};
 use super::{DONE, say};
 use crate::disk::{self, Disk, Force, Setting};
@@ -39,6 +39,8 @@ pub(super) struct CommitArgs {
     force: bool,
     #[command(flatten)]
     trust: TrustArgs,
+    #[command(flatten)]
+    verbosity: Verbosity,
 }
 
 pub(super) fn run(args: &CommitArgs) -> anyhow::Result<u8> {
@@ -50,7 +52,8 @@ pub(super) fn run(args: &CommitArgs) -> anyhow::Result<u8> {
         {
             note(&place.disk.clone().unwrap_or_default(), &base);
         }
-        return ask(&place, &json!({ "op": "commit", "force": args.force }));
+        let request = json!({ "op": "commit", "force": args.force });
+        return ask_long(&place, &request, Long::Commit, args.verbosity);
     }
     let dir = current_dir()?.join(&args.target);
     let dir = dir.canonicalize().with_context(|| format!("overlay '{}'", dir.display()))?;
@@ -60,7 +63,7 @@ pub(super) fn run(args: &CommitArgs) -> anyhow::Result<u8> {
             args.target.display()
         );
     }
-    offline(&dir)
+    offline(&dir, args.verbosity)
 }
 
 /// The mounted disk that `path` is.
@@ -81,11 +84,11 @@ fn mounted(path: &Path) -> anyhow::Result<Place> {
 
 /// Says what a commit is about to write to.
 fn note(what: &str, base: &str) {
-    say(&printable(&format!("{what}: its changes go into '{base}'")));
+    say(&format!("{what}: its changes go into '{base}'"));
 }
 
 /// Commits the overlay in `dir`, which nobody has mounted.
-fn offline(dir: &Path) -> anyhow::Result<u8> {
+fn offline(dir: &Path, verbosity: Verbosity) -> anyhow::Result<u8> {
     let stack = persist::open_overlay(dir).and_then(|dir| Stack::read(&dir));
     let stack = stack.map_err(|error| anyhow::anyhow!("overlay '{}' {error}", dir.display()))?;
     let BaseRecord::File { path: base, .. } = &stack.base else {
@@ -102,7 +105,7 @@ fn offline(dir: &Path) -> anyhow::Result<u8> {
     let setting = Setting { force: true, ..Setting::unmounted() };
     let disk = disk::open(&spec, &setting)?.disk;
     note(&dir.display().to_string(), &base.display().to_string());
-    let done = watched(&disk);
+    let done = watched(&disk, verbosity);
     let closed = disk.close(PATIENCE);
     let done = done?;
     closed.with_context(|| format!("overlay '{}'", dir.display()))?;
@@ -111,7 +114,7 @@ fn offline(dir: &Path) -> anyhow::Result<u8> {
 }
 
 /// Commits `disk` and shows how far it is; tells how many bytes there were.
-fn watched(disk: &Disk) -> anyhow::Result<u64> {
+fn watched(disk: &Disk, verbosity: Verbosity) -> anyhow::Result<u64> {
     let stop = Arc::new(AtomicBool::new(false));
     for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
         signal_hook::flag::register(signal, Arc::clone(&stop)).context("signals")?;
@@ -119,7 +122,7 @@ fn watched(disk: &Disk) -> anyhow::Result<u64> {
     let ended = AtomicBool::new(false);
     let committed = thread::scope(|scope| {
         let shower = scope.spawn(|| {
-            let mut progress = Progress::new();
+            let mut progress = Progress::new(verbosity);
             let mut looks = 0u32;
             while !ended.load(Ordering::SeqCst) {
                 thread::park_timeout(LOOK);

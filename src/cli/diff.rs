@@ -15,7 +15,7 @@ use serde_json::Value;
 
 use super::client::Place;
 use super::moment::Moment;
-use super::progress::Progress;
+use super::progress::{Progress, Verbosity};
 use super::{DONE, Failure, die_of_a_closed_pipe, say, tidy};
 use crate::confined::Located;
 use crate::export::bmap::Mapped;
@@ -69,6 +69,8 @@ pub(super) struct DiffArgs {
     /// The format of that: raw or qcow2
     #[arg(short = 'F', long, value_name = "FORMAT", requires = "backing")]
     backing_format: Option<String>,
+    #[command(flatten)]
+    verbosity: Verbosity,
 }
 
 /// A frozen disk and what is to be written of it.
@@ -144,7 +146,8 @@ pub(super) fn run(args: &DiffArgs) -> anyhow::Result<u8> {
 /// Has the daemon freeze the disk, and finds out what has changed.
 fn freeze(place: &Place, args: &DiffArgs) -> anyhow::Result<Frozen> {
     let (since, until) = (args.since.as_deref(), args.until.as_deref());
-    let Moment { file, changed, base: found } = Moment::freeze(place, &args.file, since, until)?;
+    let Moment { file, changed, base: found } =
+        Moment::freeze(place, &args.file, since, until, args.verbosity)?;
     let failed = || format!("cannot read '{}'", args.file.display());
     let size = file.metadata().with_context(failed)?.len();
     let changed = (!args.full).then_some(&changed);
@@ -164,7 +167,7 @@ fn write_qcow2(out: &File, frozen: &Frozen, args: &DiffArgs) -> io::Result<()> {
     let given = args.backing.clone().zip(args.backing_format.clone());
     let given = given.map(|(name, format)| Backing { name, format });
     let backing = given.or_else(|| frozen.base.clone()).filter(|_| !args.full);
-    let mut shown = Shown::new();
+    let mut shown = Shown::new(args.verbosity);
     let mut watch = |done, total| shown.at(done, total);
     let Frozen { file, size, runs, .. } = frozen;
     let written = export::qcow2::write(out, file, runs, *size, backing.as_ref(), &mut watch);
@@ -174,7 +177,7 @@ fn write_qcow2(out: &File, frozen: &Frozen, args: &DiffArgs) -> io::Result<()> {
 
 /// Writes what leaves from its first byte to its last.
 fn write_plainly(out: &mut dyn Write, frozen: &Frozen, args: &DiffArgs) -> io::Result<()> {
-    let mut shown = Shown::new();
+    let mut shown = Shown::new(args.verbosity);
     let mut watch = |done, total| shown.at(done, total);
     let Frozen { file, size, runs, .. } = frozen;
     let written = match args.output {
@@ -198,8 +201,8 @@ struct Shown {
 }
 
 impl Shown {
-    fn new() -> Self {
-        Self { progress: Progress::new(), last: Instant::now() }
+    fn new(verbosity: Verbosity) -> Self {
+        Self { progress: Progress::new(verbosity), last: Instant::now() }
     }
 
     fn at(&mut self, done: u64, total: u64) {

@@ -7,7 +7,9 @@ use clap::Args;
 use serde_json::json;
 
 use super::client::Place;
-use super::snapshot::ask;
+use super::long::Long;
+use super::progress::Verbosity;
+use super::snapshot::ask_long;
 use crate::spec::{parse_range, parse_size};
 
 #[derive(Debug, Args)]
@@ -20,6 +22,8 @@ pub(super) struct PrefetchArgs {
     /// Copy it up into the overlay, instead of reading it into the host's cache
     #[arg(long)]
     copy: bool,
+    #[command(flatten)]
+    verbosity: Verbosity,
 }
 
 #[derive(Debug, Args)]
@@ -38,6 +42,8 @@ pub(super) struct HydrateArgs {
     /// End it; what was copied stays in the overlay
     #[arg(long)]
     cancel: bool,
+    #[command(flatten)]
+    verbosity: Verbosity,
 }
 
 fn range(text: &str) -> Result<Range<u64>, String> {
@@ -53,7 +59,8 @@ pub(super) fn prefetch(args: &PrefetchArgs) -> anyhow::Result<u8> {
     let place = Place::of_disk(&args.file)?;
     let range = args.range.clone().unwrap_or(0..u64::MAX);
     let (start, end) = (range.start, range.end);
-    ask(&place, &json!({ "op": "prefetch", "start": start, "end": end, "copy": args.copy }))
+    let request = json!({ "op": "prefetch", "start": start, "end": end, "copy": args.copy });
+    ask_long(&place, &request, Long::Prefetch, args.verbosity)
 }
 
 /// Fills a disk's overlay until it needs its base no more.
@@ -65,5 +72,6 @@ pub(super) fn hydrate(args: &HydrateArgs) -> anyhow::Result<u8> {
         HydrateArgs { background: true, .. } => "start",
         _ => "wait",
     };
-    ask(&place, &json!({ "op": "hydrate", "rate": args.rate.unwrap_or(0), "action": action }))
+    let request = json!({ "op": "hydrate", "rate": args.rate.unwrap_or(0), "action": action });
+    ask_long(&place, &request, Long::Hydrate, args.verbosity)
 }

@@ -6,10 +6,10 @@ use clap::Args;
 use serde_json::json;
 
 use super::client::Place;
+use super::long::{self, Long};
 use super::mount::current_dir;
 use super::plan::TrustArgs;
-use super::progress::Progress;
-use super::table::printable;
+use super::progress::Verbosity;
 use super::{DONE, say};
 
 #[derive(Debug, Args)]
@@ -20,20 +20,18 @@ pub(super) struct KeepArgs {
     dir: PathBuf,
     #[command(flatten)]
     trust: TrustArgs,
+    #[command(flatten)]
+    verbosity: Verbosity,
 }
 
 pub(super) fn run(args: &KeepArgs) -> anyhow::Result<u8> {
     let place = Place::of_disk(&args.file)?;
     let here = current_dir()?;
     let (dir, trust) = (destination(&here, &args.dir)?, args.trust.allow(&here)?);
-    let mut progress = Progress::new();
-    let done = place.ask(&json!({ "op": "keep", "dir": dir, "trust": trust }), |now| {
-        progress.show(now);
-    });
-    progress.end();
-    let done = done?;
+    let request = json!({ "op": "keep", "dir": dir, "trust": trust });
+    let done = long::ask(&place, &request, Long::Keep, args.verbosity)?;
     if let Some(line) = done["line"].as_str() {
-        say(&printable(line));
+        say(line);
     }
     Ok(DONE)
 }

@@ -31,7 +31,7 @@ pub(super) fn run(args: &LogArgs) -> anyhow::Result<u8> {
     let place = Place::mount(&mountpoint);
     let mount = kernel::entry_at(&mountpoint);
     let mut seen = place.read("log")?;
-    print(&seen)?;
+    show(&seen)?;
     if !args.follow {
         return Ok(DONE);
     }
@@ -45,9 +45,14 @@ pub(super) fn run(args: &LogArgs) -> anyhow::Result<u8> {
             Err(AskError::Dead(_) | AskError::Host { .. }) => return Ok(DONE),
             now => now?,
         };
-        print(&now[news(&seen, &now)..])?;
+        show(&now[news(&seen, &now)..])?;
         seen = now;
     }
+}
+
+/// Prints a piece of it. Its first line may be cut.
+fn show(text: &[u8]) -> anyhow::Result<()> {
+    print(&String::from_utf8_lossy(text))
 }
 
 /// Where in `now` begins what `seen` does not hold, when bytes were added behind and perhaps

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use rustix::fs::{FlockOperation, Mode, OFlags, flock};
 
-use super::progress::Line;
+use super::progress::{Line, Verbosity, per_second, time};
 use crate::spec::format_size;
 use crate::transfer::Told;
 
@@ -27,9 +27,9 @@ pub(super) struct Meter {
 }
 
 impl Meter {
-    pub(super) fn new(verb: &'static str, data: Option<u64>) -> Self {
+    pub(super) fn new(verb: &'static str, data: Option<u64>, verbosity: Verbosity) -> Self {
         let terminal = io::stderr().is_terminal().then(lock);
-        let line = (!matches!(&terminal, Some(Err(_)))).then(Line::new);
+        let line = (!matches!(&terminal, Some(Err(_)))).then(|| Line::new(verbosity));
         let terminal = terminal.and_then(Result::ok);
         Self { line, _terminal: terminal, verb, data, started: Instant::now() }
     }
@@ -60,8 +60,8 @@ fn lock() -> rustix::io::Result<File> {
 }
 
 /// What is shown after `time`. `data`: about how much of it there is.
-fn line(told: &Told, data: Option<u64>, time: Duration) -> String {
-    let millis = u64::try_from(time.as_millis()).unwrap_or(u64::MAX).max(1);
+fn line(told: &Told, data: Option<u64>, passed: Duration) -> String {
+    let millis = u64::try_from(passed.as_millis()).unwrap_or(u64::MAX).max(1);
     let rate = per_second(told.data, millis);
     let mut text = format!(
         "{} of data, {} of holes, {}/s",
@@ -78,18 +78,14 @@ fn line(told: &Told, data: Option<u64>, time: Duration) -> String {
     let left = total.saturating_sub(done);
     let left = data.map_or(left, |data| data.saturating_sub(told.data).min(left));
     if rate > 0 {
-        let seconds = left.div_ceil(rate);
-        text += &match (seconds / 3600, seconds / 60 % 60, seconds % 60) {
-            (0, 0, seconds) => format!(", {seconds} s left"),
-            (0, minutes, seconds) => format!(", {minutes}:{seconds:02} min left"),
-            (hours, minutes, _) => format!(", {hours}:{minutes:02} h left"),
-        };
+        let by_data = left.div_ceil(rate);
+        // What is known of the data may be far too much; the share of the whole bounds it.
+        let by_share =
+            u128::from(millis) * u128::from(total.saturating_sub(done)) / u128::from(done.max(1));
+        let by_share = u64::try_from(by_share.div_ceil(1000)).unwrap_or(u64::MAX);
+        text += &format!(", {} left", time(by_data.min(by_share)));
     }
     text
-}
-
-fn per_second(bytes: u64, millis: u64) -> u64 {
-    u64::try_from(u128::from(bytes) * 1000 / u128::from(millis)).unwrap_or(u64::MAX)
 }
 
 #[cfg(test)]
@@ -106,15 +102,18 @@ mod tests {
         let half = told(0, 500 * mib, Some(1000 * mib), 100 * mib);
         assert_eq!(
             line(&half, None, Duration::from_secs(2)),
-            "100 MiB of data, 400 MiB of holes, 50 MiB/s, 50 %, 10 s left"
+            "100 MiB of data, 400 MiB of holes, 50 MiB/s, 50 %, 2 s left"
         );
         // Of the 500 MiB that are left only 50 are data.
         let text = line(&half, Some(150 * mib), Duration::from_secs(2));
         assert!(text.ends_with("50 %, 1 s left"), "{text}");
         let slow = line(&half, None, Duration::from_secs(200));
-        assert!(slow.ends_with("16:40 min left"), "{slow}");
+        assert!(slow.ends_with("3:20 min left"), "{slow}");
         let slower = line(&half, None, Duration::from_secs(20_000));
-        assert!(slower.ends_with(" 27:46 h left"), "{slower}");
+        assert!(slower.ends_with(" 5:33 h left"), "{slower}");
+        // Preallocated: what is known of the data is far too much.
+        let text = line(&half, Some(100_000 * mib), Duration::from_secs(2));
+        assert!(text.ends_with("50 %, 2 s left"), "{text}");
     }
 
     #[test]

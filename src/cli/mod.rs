@@ -13,6 +13,7 @@
 //! arguments as those do.
 
 mod add;
+pub mod answer;
 mod check;
 mod client;
 mod commit;
@@ -23,10 +24,12 @@ mod helper;
 mod import;
 mod keep;
 mod log;
+mod long;
 mod map;
 mod meter;
 mod moment;
 mod mount;
+mod out;
 mod plan;
 mod progress;
 mod rebase;
@@ -44,12 +47,12 @@ mod timeout;
 mod umount;
 
 use std::ffi::OsString;
-use std::io::{self, Write};
 
-use anyhow::Context as _;
 use clap::error::ErrorKind;
 use clap::{CommandFactory, FromArgMatches, Parser};
 
+pub use self::out::fail;
+use self::out::{print, print_json, say, warn};
 use crate::stream::guard::{SUBCOMMAND as GUARD, offer};
 
 /// It worked.
@@ -226,22 +229,6 @@ fn usage_line(error: &clap::Error, command: Option<&str>) -> String {
     let said = said.join(" ").replace(" tip: ", ": ");
     let said = said.strip_prefix("error: ").unwrap_or(&said);
     format!("{said}: see {name} --help")
-}
-
-/// Prints a line to stdout. A closed stdout is no reason to stop half way: what is being done
-/// matters more than who reads about it.
-fn say(line: &str) {
-    let _ = writeln!(io::stdout(), "{line}");
-}
-
-/// Prints `text` to stdout, for commands whose answer it is.
-///
-/// # Errors
-/// A line: a report that was cut short must not look whole.
-fn print(text: &[u8]) -> anyhow::Result<()> {
-    let mut stdout = io::stdout().lock();
-    let printed = stdout.write_all(text).and_then(|()| stdout.flush());
-    printed.context("cannot print")
 }
 
 /// Lets a closed stdout end this process in silence, as other tools do (`cowslip map | head`).

@@ -4,13 +4,14 @@
 //! changed (`disk/life/differ.rs`). They are there as long as they are open.
 
 use std::fs::File;
+use std::io;
 use std::path::Path;
 
 use anyhow::Context as _;
 use serde_json::{Value, json};
 
 use super::client::Place;
-use super::progress::Progress;
+use super::progress::{Progress, Verbosity};
 
 /// A disk as it was at one moment.
 pub(super) struct Moment {
@@ -34,16 +35,19 @@ impl Moment {
         shown: &Path,
         since: Option<&str>,
         until: Option<&str>,
+        verbosity: Verbosity,
     ) -> anyhow::Result<Self> {
-        let mut progress = Progress::new();
+        let mut progress = Progress::new(verbosity);
         let request = json!({ "op": "difference", "since": since, "until": until });
         let found = place.ask(&request, |now| progress.show(now));
         progress.end();
-        let mut found = found?;
-        let open = |key: &str| place.open_snapshot(found[key].as_str().unwrap_or_default());
+        let found = found?;
+        let open = |key: &str| -> io::Result<File> {
+            place.open_named("snapshots", found[key].as_str().unwrap_or_default())
+        };
         let failed = || format!("cannot read '{}'", shown.display());
         let file = open("file").with_context(failed)?;
         let changed = open("changed").with_context(failed)?;
-        Ok(Self { file, changed, base: found["base"].take() })
+        Ok(Self { file, changed, base: found["base"].clone() })
     }
 }

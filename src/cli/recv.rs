@@ -1,7 +1,7 @@
 //! `cowslip recv`: what `cowslip send` sends, from stdin into a file.
 
 use std::fs::File;
-use std::io::{self, IsTerminal, Write};
+use std::io::{self, IsTerminal};
 use std::os::fd::AsFd;
 use std::path::PathBuf;
 
@@ -9,8 +9,9 @@ use anyhow::Context as _;
 use clap::Args;
 
 use super::meter::Meter;
+use super::progress::Verbosity;
 use super::send::{frames, size};
-use super::{DONE, Failure, say};
+use super::{DONE, Failure, print, say, warn};
 use crate::spec::{Overwrite, format_size};
 use crate::transfer::{Begin, Frames, ReceivePlan, receive, resume_offset};
 
@@ -37,11 +38,13 @@ pub(super) struct RecvArgs {
     /// Write no more data than this, what an Android sparse image only repeats included (no limit)
     #[arg(long, value_name = "SIZE", value_parser = size)]
     limit: Option<u64>,
+    #[command(flatten)]
+    verbosity: Verbosity,
 }
 
 pub(super) fn run(args: &RecvArgs) -> anyhow::Result<u8> {
     if args.resume_offset {
-        super::print(format!("{}\n", resume_offset(&args.file)?).as_bytes())?;
+        print(&format!("{}\n", resume_offset(&args.file)?))?;
         return Ok(DONE);
     }
     let stdin = io::stdin();
@@ -65,16 +68,13 @@ pub(super) fn run(args: &RecvArgs) -> anyhow::Result<u8> {
         onto: args.onto.clone(),
         limit: args.limit.unwrap_or(u64::MAX),
     };
-    let mut meter = Meter::new("received", None);
+    let mut meter = Meter::new("received", None, args.verbosity);
     let received = receive(input, &plan, &mut |told| meter.show(told));
     meter.end();
     let received = received?;
     let file = args.file.display();
     if args.frames == Frames::Rbd && !received.is_verified {
-        let _ = writeln!(
-            io::stderr(),
-            "cowslip: the sender of '{file}' sends no checksums: nothing verified what arrived"
-        );
+        warn(&format!("the sender of '{file}' sends no checksums: nothing verified what arrived"));
     }
     let told = received.told;
     let [size, data, holes] = [told.size.unwrap_or(0), told.data, told.holes].map(format_size);

@@ -8,7 +8,7 @@ use clap::Args;
 use serde_json::{Value, json};
 
 use super::client::{AskError, Place};
-use super::progress::Progress;
+use super::progress::{Progress, Verbosity};
 use super::stream::users;
 use super::umount::{GRACE, LOOK, texts};
 use super::{DONE, say, timeout};
@@ -39,7 +39,7 @@ fn remove(place: &Place, grace: Duration) -> anyhow::Result<Value> {
     let name = place.disk.as_deref().unwrap_or_default();
     let request = json!({ "op": "remove", "name": name, "inode": place.inode()? });
     let deadline = Instant::now() + grace;
-    let mut progress = Progress::new();
+    let mut progress = Progress::new(Verbosity::default());
     let done = loop {
         let done = mount.ask(&request, |now| progress.show(now));
         match done {

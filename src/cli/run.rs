@@ -7,7 +7,7 @@
 
 use std::ffi::OsString;
 use std::fs;
-use std::io::{self, Write};
+use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
@@ -23,7 +23,7 @@ use signal_hook::iterator::Signals;
 use super::mount::{Started, current_dir, start};
 use super::plan::{Common, Wish};
 use super::umount::{self, How, Request, Streams};
-use super::{DONE, Failure, RUN_FAILED};
+use super::{DONE, Failure, RUN_FAILED, warn};
 use crate::mount::{Plan, Style};
 use crate::spec::{Flow, Source, Supply, Target};
 use crate::stream::sink::Inherit;
@@ -91,7 +91,7 @@ fn inside(args: RunArgs) -> anyhow::Result<u8> {
         (ended, Ok(())) => ended,
         (ended, Err(error)) => {
             // COMMAND's failure is the answer; ours is told beside it.
-            complain(&format!("{error:#}"));
+            warn(&format!("{error:#}"));
             ended
         }
     }
@@ -186,7 +186,7 @@ fn clean_up(mountpoint: &Path, streams: Streams, measured: &[String]) -> anyhow:
         Ok(ended) => {
             // What a stream that only measures has to say is all that it is for.
             let told = |line: &&String| measured.iter().any(|start| line.starts_with(start));
-            ended.lines.iter().filter(told).for_each(|line| complain(line));
+            ended.lines.iter().filter(told).for_each(|line| warn(line));
             ended.wait_usual().and(ended.verdict())
         }
         Err(error) => {
@@ -194,7 +194,7 @@ fn clean_up(mountpoint: &Path, streams: Streams, measured: &[String]) -> anyhow:
             let request = Request::new(Streams::Abort);
             let ended = umount::end(mountpoint, How::Lazily, Duration::ZERO, request)?;
             let shown = mountpoint.display();
-            complain(&format!("'{shown}' is still in use, and ends when its users have left"));
+            warn(&format!("'{shown}' is still in use, and ends when its users have left"));
             match streams {
                 Streams::Finish => Err(error.context("the streams are given up")),
                 _ => ended.verdict(),
@@ -238,11 +238,6 @@ impl Claims {
         }
         Ok(())
     }
-}
-
-/// Prints a line beside the answer.
-fn complain(line: &str) {
-    let _ = writeln!(io::stderr(), "cowslip: {line}");
 }
 
 #[cfg(test)]

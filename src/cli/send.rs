@@ -1,7 +1,7 @@
 //! `cowslip send`: a file, a device or a pipe to stdout, as large as its data.
 
 use std::fs::File;
-use std::io::{self, IsTerminal, Write};
+use std::io::{self, IsTerminal};
 use std::ops::Range;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
@@ -12,7 +12,8 @@ use clap::Args;
 use super::client::{AskError, Place};
 use super::meter::Meter;
 use super::moment::Moment;
-use super::{DONE, Failure, die_of_a_closed_pipe};
+use super::progress::Verbosity;
+use super::{DONE, Failure, die_of_a_closed_pipe, warn};
 use crate::export;
 use crate::spec::parse_size;
 use crate::transfer::{Changes, Detect, Frames, SendPlan, Source, send};
@@ -36,6 +37,8 @@ pub(super) struct SendArgs {
     /// Only what changed since this snapshot of a mounted disk: for 'cowslip recv --onto'
     #[arg(long, value_name = "SNAPSHOT")]
     since: Option<String>,
+    #[command(flatten)]
+    verbosity: Verbosity,
 }
 
 pub(super) fn size(text: &str) -> Result<u64, String> {
@@ -73,29 +76,32 @@ pub(super) fn run(args: &SendArgs) -> anyhow::Result<u8> {
     let out = File::from(stdout.as_fd().try_clone_to_owned().context("cannot use stdout")?);
     // What is no pipe cannot be one, and a smaller one works as well.
     let _ = rustix::pipe::fcntl_setpipe_size(&out, PIPE);
-    let (source, changes) = open(&args.file, args.since.as_deref())?;
+    let (source, changes) = open(&args.file, args.since.as_deref(), args.verbosity)?;
     let plan = SendPlan {
         from: args.from.unwrap_or(0),
         frames: args.frames,
         detect: if args.detect_zeroes { Detect::Always } else { Detect::AsNeeded },
         changes,
     };
-    let mut meter = Meter::new("sent", source.data());
+    let mut meter = Meter::new("sent", source.data(), args.verbosity);
     let sent = send(&source, out, &plan, &mut |told| meter.show(told));
     meter.end();
     if sent?.has_changed {
-        let _ = writeln!(
-            io::stderr(),
-            "cowslip: '{}' was written to while it was sent: what arrives is no one moment of it; \
+        warn(&format!(
+            "'{}' was written to while it was sent: what arrives is no one moment of it; \
              a snapshot would be",
             args.file.display()
-        );
+        ));
     }
     Ok(DONE)
 }
 
 /// Opens what is sent: of a mounted disk one moment, if its mount can freeze it.
-fn open(file: &Path, since: Option<&str>) -> anyhow::Result<(Source, Option<Changes>)> {
+fn open(
+    file: &Path,
+    since: Option<&str>,
+    verbosity: Verbosity,
+) -> anyhow::Result<(Source, Option<Changes>)> {
     let place = match Place::of_disk(file) {
         Ok(place) if file != Path::new("-") => place,
         Err(error) if since.is_some() => return Err(error),
@@ -103,7 +109,7 @@ fn open(file: &Path, since: Option<&str>) -> anyhow::Result<(Source, Option<Chan
     };
     let mut changes = None;
     let frozen = Source::frozen(file, || {
-        let moment = Moment::freeze(&place, file, since, None)?;
+        let moment = Moment::freeze(&place, file, since, None, verbosity)?;
         if let Some(since) = since {
             let ranges = ranges(&moment).with_context(|| cannot_read(file))?;
             changes = Some(Changes { since: since.to_owned(), ranges });

@@ -6,10 +6,11 @@ use clap::Args;
 use serde_json::{Value, json};
 
 use super::client::{AskError, Place};
-use super::progress::Progress;
+use super::long::{self, Long};
+use super::progress::{Progress, Verbosity};
 use super::stream::users;
-use super::table::{Align, Table, printable};
-use super::{DONE, die_of_a_closed_pipe, print, say};
+use super::table::{Align, Table};
+use super::{DONE, die_of_a_closed_pipe, print, print_json, say};
 use crate::spec::format_size;
 
 #[derive(Debug, Args)]
@@ -68,7 +69,10 @@ pub(super) fn snapshot(args: &SnapshotArgs) -> anyhow::Result<u8> {
     if args.list {
         die_of_a_closed_pipe();
         let done = place.ask(&json!({ "op": "snapshots" }), |_| {})?;
-        print(list(&done["snapshots"], args.json).as_bytes())?;
+        match args.json {
+            true => print_json(&done["snapshots"])?,
+            false => print(&list(&done["snapshots"]))?,
+        }
         return Ok(DONE);
     }
     let request = match &args.delete {
@@ -126,30 +130,43 @@ fn name_in(mountpoint: &Path, given: &Path) -> anyhow::Result<String> {
 }
 
 /// Asks, shows how it gets on, and says what was done.
-pub(super) fn ask(place: &Place, request: &Value) -> anyhow::Result<u8> {
-    let mut progress = Progress::new();
+fn ask(place: &Place, request: &Value) -> anyhow::Result<u8> {
+    let mut progress = Progress::new(Verbosity::default());
     let done = place.ask(request, |now| progress.show(now));
     progress.end();
+    report(place, done.map_err(Into::into))
+}
+
+/// As [`ask`], for what takes long.
+pub(super) fn ask_long(
+    place: &Place,
+    request: &Value,
+    work: Long,
+    verbosity: Verbosity,
+) -> anyhow::Result<u8> {
+    report(place, long::ask(place, request, work, verbosity))
+}
+
+fn report(place: &Place, done: anyhow::Result<Value>) -> anyhow::Result<u8> {
     let done = done.map_err(|error| explain(place, error))?;
     if let Some(line) = done["line"].as_str() {
-        say(&printable(line));
+        say(line);
     }
     Ok(DONE)
 }
 
 /// A disk that is written to is told with its writers.
-fn explain(place: &Place, error: AskError) -> anyhow::Error {
-    let AskError::Busy(said) = error else {
-        return error.into();
-    };
-    anyhow::anyhow!("{said}: {}: close it there, or use --force", users(place))
+fn explain(place: &Place, error: anyhow::Error) -> anyhow::Error {
+    match error.downcast_ref() {
+        Some(AskError::Busy(said)) => {
+            anyhow::anyhow!("{said}: {}: close it there, or use --force", users(place))
+        }
+        _ => error,
+    }
 }
 
-/// The snapshots as a table, or as JSON.
-fn list(snapshots: &Value, as_json: bool) -> String {
-    if as_json {
-        return format!("{snapshots}\n");
-    }
+/// The snapshots as a table.
+pub(super) fn list(snapshots: &Value) -> String {
     let size = |value: &Value| value.as_u64().map_or_else(|| "-".to_owned(), format_size);
     let mut table = Table::new([
         ("NAME", Align::Left),

@@ -11,9 +11,10 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::client::{AskError, Place};
-use super::table::{Align, Table, printable};
-use super::{DONE, UNHEALTHY, die_of_a_closed_pipe, print};
+use super::table::{Align, Table};
+use super::{DONE, UNHEALTHY, die_of_a_closed_pipe, print, print_json};
 use crate::mount::kernel::{self, Condition, MountEntry};
+use crate::printable::line as printable;
 use crate::spec::format_size;
 
 #[derive(Debug, Args)]
@@ -32,15 +33,14 @@ pub(super) fn run(args: &StatusArgs) -> anyhow::Result<u8> {
         None => of_all(&kernel::cowslip_mounts()),
     };
     let reports: Vec<Report> = mounts.iter().map(Report::of).collect();
-    let text = if args.json {
-        format!("{}\n", json!({ "schema": 1, "mounts": mounts }))
+    if args.json {
+        print_json(&json!({ "schema": 1, "mounts": mounts }))?;
     } else if reports.is_empty() {
-        "no cowslip mounts\n".to_owned()
+        print("no cowslip mounts\n")?;
     } else {
         let shown: Vec<String> = reports.iter().map(Report::show).collect();
-        shown.join("\n")
-    };
-    print(text.as_bytes())?;
+        print(&shown.join("\n"))?;
+    }
     Ok(match reports.iter().all(Report::is_healthy) {
         true => DONE,
         false => UNHEALTHY,
@@ -52,23 +52,38 @@ fn of_path(path: &Path) -> anyhow::Result<Value> {
     let place = Place::of(path)?;
     let whole = Place::mount(&place.mountpoint);
     let mut mount = match (kernel::entry_at(&place.mountpoint), whole.status()) {
-        (_, Ok(mut status)) => status["mounts"][0].take(),
+        (_, Ok(status)) => only_mount(status),
         (Some(entry), Err(AskError::Dead(_))) => silent(&entry, "dead", None),
+        (Some(entry), Err(error @ AskError::Denied(_))) => match partly(&entry) {
+            Some(told) => told,
+            None => return Err(error.into()),
+        },
         (_, Err(error)) => return Err(error.into()),
     };
-    if let (Some(name), Some(disks)) = (&place.disk, mount["disks"].as_array_mut())
+    let state = mount["state"].clone();
+    let disks = mount.get_mut("disks").and_then(Value::as_array_mut);
+    if let (Some(name), Some(disks)) = (&place.disk, disks)
         && only(disks, name).is_err()
     {
+        // It may be there and somebody else's.
+        if state == "private" {
+            return Err(AskError::Denied(place.mountpoint).into());
+        }
         if let Some(error) = place.part() {
             return Err(error.into());
         }
         anyhow::bail!(
             "there is no disk '{}' in the mount at '{}': cowslip status lists them",
-            printable(name),
+            name,
             place.mountpoint.display()
         );
     }
     Ok(mount)
+}
+
+/// The mount that a mount tells of.
+fn only_mount(mut status: Value) -> Value {
+    status.pointer_mut("/mounts/0").map(Value::take).unwrap_or_default()
 }
 
 /// Leaves only the disk `name`.
@@ -105,11 +120,34 @@ fn of_mount(entry: &MountEntry) -> Value {
         return silent(entry, "dead", None);
     }
     match Place::mount(&entry.mountpoint).status() {
-        Ok(mut status) => status["mounts"][0].take(),
+        Ok(status) => only_mount(status),
         Err(AskError::Dead(_)) => silent(entry, "dead", None),
-        Err(error @ AskError::Denied(_)) => silent(entry, "private", Some(&error)),
+        Err(error @ AskError::Foreign { .. }) => silent(entry, "private", Some(&error)),
+        Err(error @ AskError::Denied(_)) => {
+            partly(entry).unwrap_or_else(|| silent(entry, "private", Some(&error)))
+        }
         Err(error) => silent(entry, "silent", Some(&error)),
     }
+}
+
+/// The report on a mount that tells only of the disks that one may look at; `None` where there are
+/// none.
+fn partly(entry: &MountEntry) -> Option<Value> {
+    let (disks, all) = Place::mount(&entry.mountpoint).visible().ok()?;
+    if disks.is_empty() {
+        return None;
+    }
+    let line =
+        format!("you may look at {} of its {all} disks; whoever mounted it sees more", disks.len());
+    let mut told = silent(entry, "private", None);
+    told["error"] = Value::from(line);
+    told["disks"] = Value::from(disks);
+    Some(told)
+}
+
+/// What `status` shows of a mount that tells `mount` of itself.
+pub(super) fn show(mount: &Value) -> String {
+    Report::of(mount).show()
 }
 
 /// The report on a mount that does not tell.
@@ -211,7 +249,7 @@ impl Report {
     }
 
     fn show(&self) -> String {
-        let mut text = printable(&self.mountpoint);
+        let mut text = printable(&self.mountpoint).into_owned();
         text += &match (self.state.as_str(), self.pid) {
             ("ready", Some(pid)) => format!("  (pid {pid})"),
             (state, Some(pid)) => format!("  ({}, pid {pid})", printable(state)),
@@ -371,6 +409,7 @@ mod tests {
             mountpoint: "/m".into(),
             fstype: kernel::FSTYPE.into(),
             source: "vm.img".into(),
+            owner: Some(0),
         }
     }
 

@@ -7,8 +7,8 @@ use clap::Args;
 use serde_json::{Value, json};
 
 use super::client::{AskError, Place};
-use super::progress::Progress;
-use super::table::printable;
+use super::long::{self, Long};
+use super::progress::Verbosity;
 use super::{DONE, say, timeout};
 use crate::mount::who;
 
@@ -19,6 +19,8 @@ pub(super) struct FinishArgs {
     timeout: Option<Duration>,
     /// The mounted stream
     file: PathBuf,
+    #[command(flatten)]
+    verbosity: Verbosity,
 }
 
 #[derive(Debug, Args)]
@@ -31,11 +33,8 @@ pub(super) struct AbortArgs {
 pub(super) fn finish(args: &FinishArgs) -> anyhow::Result<u8> {
     let place = Place::of_disk(&args.file)?;
     let milliseconds = args.timeout.map(|time| u64::try_from(time.as_millis()).unwrap_or(u64::MAX));
-    let mut progress = Progress::new();
-    let done = place.ask(&json!({ "op": "finish", "timeout_ms": milliseconds }), |now| {
-        progress.show(now);
-    });
-    progress.end();
+    let request = json!({ "op": "finish", "timeout_ms": milliseconds });
+    let done = long::ask(&place, &request, Long::Finish, args.verbosity);
     report(&done.map_err(|error| explain(&place, error))?)
 }
 
@@ -47,17 +46,19 @@ pub(super) fn abort(args: &AbortArgs) -> anyhow::Result<u8> {
 
 fn report(done: &Value) -> anyhow::Result<u8> {
     if let Some(line) = done["line"].as_str() {
-        say(&printable(line));
+        say(line);
     }
     Ok(DONE)
 }
 
 /// A stream that is still written to is told with its writers.
-fn explain(place: &Place, error: AskError) -> anyhow::Error {
-    let AskError::Busy(said) = error else {
-        return error.into();
-    };
-    anyhow::anyhow!("{said}: {}: close it there, then finish again", users(place))
+fn explain(place: &Place, error: anyhow::Error) -> anyhow::Error {
+    match error.downcast_ref() {
+        Some(AskError::Busy(said)) => {
+            anyhow::anyhow!("{said}: {}: close it there, then finish again", users(place))
+        }
+        _ => error,
+    }
 }
 
 /// Who has the disk at `place`, in words.
@@ -65,7 +66,7 @@ pub(super) fn users(place: &Place) -> String {
     let name = place.disk.as_deref().unwrap_or_default();
     let users = who::openers(&place.mountpoint).into_iter();
     let users = users.filter(|user| user.path().is_none_or(|path| path == Path::new(name)));
-    let named: Vec<String> = users.map(|user| printable(&user.to_string())).collect();
+    let named: Vec<String> = users.map(|user| user.to_string()).collect();
     match named.is_empty() {
         true => "processes that you may not see: ask as root".to_owned(),
         false => named.join("; "),

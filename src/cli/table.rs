@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use crate::printable;
+
 /// On which side of its column a cell stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Align {
@@ -38,23 +40,8 @@ impl<const COLUMNS: usize> Table<COLUMNS> {
 
     /// Adds a row. Control characters in it are shown escaped: a name may hold any.
     pub(super) fn row(&mut self, cells: [String; COLUMNS]) {
-        self.rows.push(cells.map(|cell| printable(&cell)));
+        self.rows.push(cells.map(|cell| printable::line(&cell).into_owned()));
     }
-}
-
-/// `text` without control characters, which could move the cursor.
-pub(super) fn printable(text: &str) -> String {
-    if !text.chars().any(char::is_control) {
-        return text.to_owned();
-    }
-    let mut shown = String::new();
-    for c in text.chars() {
-        match c.is_control() {
-            true => shown.extend(c.escape_default()),
-            false => shown.push(c),
-        }
-    }
-    shown
 }
 
 impl<const COLUMNS: usize> fmt::Display for Table<COLUMNS> {

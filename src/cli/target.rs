@@ -12,7 +12,6 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
 
-use super::table::printable;
 use crate::overlay::persist::Place;
 
 /// One overlay.
@@ -88,7 +87,7 @@ fn disks_of(dir: &Path) -> anyhow::Result<Vec<Target>> {
         found.push(Target {
             dir: dir.join("disks").join(link.file_name().unwrap_or_default()),
             layers: Some(dir.join("layers")),
-            shown: printable(&entry.file_name().to_string_lossy()),
+            shown: entry.file_name().to_string_lossy().into_owned(),
         });
     }
     found.sort_by(|a, b| a.shown.cmp(&b.shown));

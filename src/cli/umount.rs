@@ -14,8 +14,7 @@ use clap::Args;
 use serde_json::{Value, json};
 
 use super::client::{AskError, Place};
-use super::progress::Progress;
-use super::table::printable;
+use super::progress::{Progress, Verbosity};
 use super::{DONE, say, timeout};
 use crate::mount::kernel::{self, Condition, Unmount};
 use crate::mount::who::{self, Exit, Opener};
@@ -179,7 +178,7 @@ impl Request {
 
 /// Why it was not unmounted: who has it.
 fn in_use(mountpoint: &Path, users: &[Opener]) -> anyhow::Error {
-    let named = users.iter().take(NAMED).map(|user| printable(&user.to_string()));
+    let named = users.iter().take(NAMED).map(ToString::to_string);
     let mut named: Vec<String> = named.collect();
     if users.len() > NAMED {
         named.push(format!("and {} more", users.len() - NAMED));
@@ -220,7 +219,7 @@ pub(super) fn end(
     let (pid, drained) = match drain(mountpoint, request) {
         Ok(told) => told,
         // Without an answer there is nothing to wait for; what can be done is to let go.
-        Err(AskError::Denied(_)) => (None, Value::Null),
+        Err(AskError::Denied(_) | AskError::Foreign { .. }) => (None, Value::Null),
         Err(error) if how == How::Lazily => {
             log::debug!("unmounting all the same: {error}");
             (None, Value::Null)
@@ -245,7 +244,7 @@ fn drain(mountpoint: &Path, request: Request) -> Result<(Option<u32>, Value), As
     let timeout = request.timeout.map(|time| u64::try_from(time.as_millis()).unwrap_or(u64::MAX));
     let request =
         json!({ "op": "drain", "streams": request.streams.word(), "timeout_ms": timeout });
-    let mut progress = Progress::new();
+    let mut progress = Progress::new(Verbosity::default());
     let answer = place.ask(&request, |now| progress.show(now));
     progress.end();
     match answer {
@@ -255,10 +254,10 @@ fn drain(mountpoint: &Path, request: Request) -> Result<(Option<u32>, Value), As
     }
 }
 
-/// The lines of an answer, fit to print.
+/// The lines of an answer.
 pub(super) fn texts(list: &Value) -> Vec<String> {
     let items = list.as_array().into_iter().flatten();
-    items.filter_map(Value::as_str).map(printable).collect()
+    items.filter_map(Value::as_str).map(str::to_owned).collect()
 }
 
 fn unmount(mountpoint: &Path, how: How, grace: Duration) -> anyhow::Result<()> {

@@ -26,8 +26,12 @@ impl Control {
     #[must_use]
     pub fn status(&self) -> Vec<u8> {
         let state = if self.draining.load(Ordering::SeqCst) { "draining" } else { "ready" };
-        let disks: Vec<Value> =
-            self.catalog.list().iter().map(|(name, entry)| self.disk_value(name, entry, Reader::Trusted)).collect();
+        let disks: Vec<Value> = self
+            .catalog
+            .list()
+            .iter()
+            .map(|(name, entry)| self.disk_value(name, entry, Reader::Trusted))
+            .collect();
         let mount = json!({
             "mountpoint": self.catalog.mountpoint.to_string_lossy(),
             "source": self.source,

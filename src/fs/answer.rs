@@ -322,12 +322,7 @@ impl CowslipFs {
 }
 
 /// What a control file holds for `asker`.
-fn open_spot(
-    shared: &Shared,
-    asker: Asker,
-    spot: Spot,
-    handles: &Handles,
-) -> io::Result<Handle> {
+fn open_spot(shared: &Shared, asker: Asker, spot: Spot, handles: &Handles) -> io::Result<Handle> {
     let gone = || errno(libc::ENOENT);
     let control = &shared.control;
     Ok(match spot {

@@ -25,6 +25,7 @@ use rustix::net::SendFlags;
 use rustix::process::{Pid, WaitOptions, WaitStatus};
 
 use super::who;
+use crate::printable;
 
 /// Which side of the fork this is.
 #[derive(Debug)]
@@ -165,8 +166,9 @@ impl Waiting {
     }
 }
 
+/// Prints what the daemon says; paths and names in it may be anybody's.
 fn print_line(to: &mut dyn Write, text: &[u8]) -> io::Result<()> {
-    to.write_all(text)?;
+    to.write_all(printable::line(&String::from_utf8_lossy(text)).as_bytes())?;
     to.write_all(b"\n")?;
     to.flush()
 }

@@ -33,6 +33,8 @@ pub struct MountEntry {
     pub fstype: String,
     /// The source, as it was mounted.
     pub source: OsString,
+    /// Who mounted it, where the file system says so: FUSE does (`user_id`).
+    pub owner: Option<u32>,
 }
 
 impl MountEntry {
@@ -54,8 +56,21 @@ impl MountEntry {
         fields.find(|&field| field == b"-")?;
         let fstype = unescape(fields.next()?).to_string_lossy().into_owned();
         let source = unescape(fields.next()?);
-        Some(Self { id, parent, dev, root, mountpoint, fstype, source })
+        let owner = fields.next().and_then(owner);
+        Some(Self { id, parent, dev, root, mountpoint, fstype, source, owner })
     }
+
+    /// Whether what it says may be believed: whoever serves it is root or this process's user.
+    pub fn is_trusted(&self) -> bool {
+        let own = rustix::process::geteuid().as_raw();
+        self.owner.is_some_and(|owner| owner == 0 || owner == own)
+    }
+}
+
+/// The user in a FUSE mount's own options.
+fn owner(options: &[u8]) -> Option<u32> {
+    let options = str::from_utf8(options).ok()?;
+    options.split(',').find_map(|option| option.strip_prefix("user_id="))?.parse().ok()
 }
 
 /// Undoes the kernel's octal escapes (`\040` is a space).
@@ -243,6 +258,20 @@ mod tests {
         assert_eq!(entry.mountpoint.as_os_str().as_bytes(), b"/mnt/x\\y\xff");
         assert_eq!(entry.source, "/srv/a,b\tc.img");
         assert!(entry.is_cowslip());
+        assert_eq!((entry.owner, entry.is_trusted()), (Some(0), true));
+    }
+
+    #[test]
+    fn a_mount_of_another_user_or_of_nobody_known_is_not_trusted() {
+        let trusted = |options: &str| {
+            let line = format!("36 35 0:9 / /m rw - fuse.cowslip x {options}");
+            MountEntry::parse(line.as_bytes()).unwrap().is_trusted()
+        };
+        let own = rustix::process::geteuid().as_raw();
+        assert!(trusted("rw,user_id=0,group_id=0") && trusted(&format!("rw,user_id={own}")));
+        for options in ["rw,user_id=12345", "rw", "rw,user_id=", "rw,group_id=0,user_id=x", ""] {
+            assert!(!trusted(options), "{options}");
+        }
     }
 
     #[test]

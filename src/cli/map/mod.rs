@@ -28,6 +28,7 @@ use self::pieces::{Piece, each_piece};
 use self::strip::Strip;
 use super::client::Place;
 use super::{DONE, die_of_a_closed_pipe};
+use crate::printable;
 use crate::spec::format_size;
 
 /// How much of a map is read and printed at a time: what the mount is asked for.
@@ -55,7 +56,7 @@ pub(super) fn run(args: &MapArgs) -> anyhow::Result<u8> {
         let name = place.disk.clone().unwrap_or_default();
         let layers = Layers::of(&status);
         let picture = picture(&place, &status, &layers, svg::COLUMNS)?;
-        save::save(out, svg::draw(&name, &picture, &layers.rows()).as_bytes())?;
+        save::save(out, &svg::draw(&name, &picture, &layers.rows()))?;
     } else {
         show(&place)?;
     }
@@ -73,7 +74,9 @@ fn copy(place: &Place) -> anyhow::Result<()> {
         if len == 0 {
             return stdout.flush().context("cannot print");
         }
-        stdout.write_all(&piece[..len]).context("cannot print")?;
+        // It is ASCII; what is not, nobody has to see as it is.
+        let text = String::from_utf8_lossy(&piece[..len]);
+        stdout.write_all(printable::json(&text).as_bytes()).context("cannot print")?;
     }
 }
 
@@ -100,6 +103,18 @@ fn each_of(place: &Place, each: impl FnMut(Piece) -> io::Result<()>) -> anyhow::
         Ok(()) => Ok(()),
         Err(error) => Err(feed.explain(error).into()),
     }
+}
+
+/// Draws what `map` tells of a disk with that `status`, however little of it makes sense.
+pub(super) fn draw(map: &[u8], status: &Value) -> usize {
+    let layers = Layers::of(status);
+    let (size, rows) = (status["size"].as_u64().unwrap_or(0), layers.rows());
+    let mut picture = Picture::new(size, svg::COLUMNS, rows.len());
+    let _ = each_piece(map, |piece| {
+        picture.add(layers.row(piece.depth), &piece);
+        Ok(())
+    });
+    svg::draw("disk", &picture, &rows).len()
 }
 
 /// The table, and on a terminal the strip above it. Both need the whole map, which is asked for
@@ -154,7 +169,7 @@ impl<'a> Lines<'a> {
         self.sums.add(kind, length);
         let digits = self.digits;
         let (size, kind) = (format_size(length), kind.name());
-        let from = super::table::printable(self.layers.name(depth));
+        let from = printable::line(self.layers.name(depth));
         writeln!(to, "{start:>digits$}  {length:>digits$}  {size:>10}  {kind:<4}  {from}")
     }
 

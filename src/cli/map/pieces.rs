@@ -7,6 +7,9 @@ use serde::Deserialize;
 /// What is read at a time: as much as the feed hands on at once.
 const BUFFER: usize = 128 << 10;
 
+/// The longest element: a few numbers and words.
+const LONGEST: u64 = 64 << 10;
+
 /// What a piece of a disk is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -58,7 +61,7 @@ pub(in crate::cli) fn each_piece(
     let (mut text, mut before) = (Vec::with_capacity(256), b"[");
     loop {
         text.clear();
-        feed.read_until(b'}', &mut text)?;
+        (&mut feed).take(LONGEST).read_until(b'}', &mut text)?;
         let trimmed = text.trim_ascii();
         if !trimmed.ends_with(b"}") {
             return match (trimmed, before) {

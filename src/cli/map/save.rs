@@ -12,14 +12,14 @@ use crate::host::said;
 use crate::part::{Fresh, PartError};
 use crate::spec::Overwrite;
 
-/// Writes `bytes` to `out`, or to stdout when that is `-`. A file is replaced as a whole or not
+/// Writes `text` to `out`, or to stdout when that is `-`. A file is replaced as a whole or not
 /// at all, and keeps its mode; a device or a pipe is written to.
 ///
 /// # Errors
 /// A line with the path.
-pub(super) fn save(out: &Path, bytes: &[u8]) -> anyhow::Result<()> {
+pub(super) fn save(out: &Path, text: &str) -> anyhow::Result<()> {
     if out == Path::new("-") {
-        return crate::cli::print(bytes);
+        return crate::cli::print(text);
     }
     let failed = |error: io::Error| {
         let remedy = match error.kind() {
@@ -30,7 +30,7 @@ pub(super) fn save(out: &Path, bytes: &[u8]) -> anyhow::Result<()> {
         };
         anyhow::anyhow!("cannot write '{}': {}{remedy}", out.display(), said(&error))
     };
-    write(out, bytes).map_err(failed)
+    write(out, text.as_bytes()).map_err(failed)
 }
 
 fn write(out: &Path, bytes: &[u8]) -> io::Result<()> {
@@ -81,10 +81,10 @@ mod tests {
     fn a_file_is_replaced_as_a_whole_and_keeps_its_mode() {
         let dir = tempfile::tempdir().unwrap();
         let out = dir.path().join("map.svg");
-        save(&out, b"first").unwrap();
+        save(&out, "first").unwrap();
         fs::set_permissions(&out, Permissions::from_mode(0o640)).unwrap();
         let before = File::open(&out).unwrap();
-        save(&out, b"2nd").unwrap();
+        save(&out, "2nd").unwrap();
         assert_eq!(fs::read(&out).unwrap(), b"2nd");
         assert_eq!(fs::metadata(&out).unwrap().permissions().mode() & 0o777, 0o640);
         assert_eq!(io::read_to_string(before).unwrap(), "first");
@@ -97,21 +97,21 @@ mod tests {
         let link = dir.path().join("link");
         fs::write(dir.path().join("real"), b"old").unwrap();
         std::os::unix::fs::symlink("real", &link).unwrap();
-        save(&link, b"new").unwrap();
+        save(&link, "new").unwrap();
         assert!(link.is_symlink());
         assert_eq!(fs::read(dir.path().join("real")).unwrap(), b"new");
     }
 
     #[test]
     fn a_device_is_written_to() {
-        save(Path::new("/dev/null"), b"gone").unwrap();
+        save(Path::new("/dev/null"), "gone").unwrap();
         assert!(!fs::metadata("/dev/null").unwrap().is_file());
     }
 
     #[test]
     fn what_cannot_be_written_is_a_line() {
         let dir = tempfile::tempdir().unwrap();
-        let line = |path: &Path| save(path, b"x").unwrap_err().to_string();
+        let line = |path: &Path| save(path, "x").unwrap_err().to_string();
         let missing = dir.path().join("no/map.svg");
         assert_eq!(
             line(&missing),

@@ -16,7 +16,7 @@ use std::fmt::Write as _;
 use std::os::fd::AsFd;
 
 use super::picture::{Picture, stack, tick_label, ticks};
-use crate::cli::table::printable;
+use crate::printable;
 use crate::spec::format_size;
 
 /// The width of a terminal that does not tell.
@@ -87,7 +87,7 @@ impl Strip {
     }
 
     fn new(width: usize, colors: Colors, names: &[String]) -> Option<Self> {
-        let names: Vec<String> = names.iter().map(|name| cut(&printable(name))).collect();
+        let names: Vec<String> = names.iter().map(|name| cut(&printable::line(name))).collect();
         let longest = names.iter().map(|name| name.chars().count()).max().unwrap_or(0);
         let name = longest.max("the disk".len());
         // A cell in the last column would make some terminals wrap.

@@ -16,7 +16,7 @@
 use std::fmt::Write as _;
 
 use super::picture::{Picture, stack, tick_label, ticks};
-use crate::cli::table::printable;
+use crate::printable;
 use crate::spec::format_size;
 
 /// Columns of a picture: as many as the plot is wide, so that none is blurred.
@@ -104,7 +104,7 @@ fn places(picture: &Picture) -> Vec<Place> {
 
 /// Everything up to the title. (Writing to a `String` cannot fail, here and below.)
 fn head(to: &mut String, name: &str, picture: &Picture, height: usize) {
-    let (full, size) = (printable(name), format_size(picture.size()));
+    let (full, size) = (printable::line(name), format_size(picture.size()));
     let (name, full) = (escape(&shorten(&full, TITLE)), escape(&full));
     let _ = write!(
         to,
@@ -209,7 +209,7 @@ fn layer_row(to: &mut String, picture: &Picture, row: usize, name: &str, place: 
     let (size, drop) = if height < SMALL { (" s", 4) } else { ("", 5) };
     let muted = if sums.total() == 0 { "m" } else { "n" };
     let (y_text, x_sums) = (y + height / 2 + drop, RIGHT + 10);
-    let full = printable(name);
+    let full = printable::line(name);
     let name = escape(&shorten(&full, if height < SMALL { 22 } else { 17 }));
     let (full, sums) = (escape(&full), sums.show());
     let _ = writeln!(

@@ -1,0 +1,118 @@
+//! What a mount answers, read with bounds: a mount is another program, and a hostile one may say
+//! anything for as long as it likes.
+
+use std::io::{self, BufRead, Read};
+
+use serde_json::Value;
+
+use super::map::{self, pieces};
+use super::status;
+
+/// The longest answer: the status of a hundred thousand disks.
+pub(super) const LONGEST: u64 = 64 << 20;
+
+/// What is to be made of a refusal.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Why {
+    /// Somebody else has the disk: worth asking again.
+    Busy,
+    /// The disk is another one by now.
+    Stale,
+    /// It will not, or could not.
+    Other,
+}
+
+/// What came instead of an answer.
+#[derive(Debug)]
+pub enum Unanswered {
+    /// The mount says why not.
+    Refused {
+        /// In words.
+        line: String,
+        /// And what is to be made of it.
+        why: Why,
+    },
+    /// It could not be read, or is no answer.
+    Broken(io::Error),
+}
+
+/// The answer in `from`: lines of JSON, of which the last with `ok` or `error` counts. `progress`
+/// gets what is told of how far it is. All of it is read, to the end.
+///
+/// # Errors
+/// [`Unanswered`]; a line longer than 64 MiB is one thing that is no answer.
+pub fn read(from: impl BufRead, mut progress: impl FnMut(&Value)) -> Result<Value, Unanswered> {
+    let mut from = from;
+    let mut answer = None;
+    let mut line = Vec::new();
+    loop {
+        line.clear();
+        let read = (&mut from).take(LONGEST + 1).read_until(b'\n', &mut line);
+        match read {
+            // What comes after the answer is of no interest.
+            Err(_) if answer.is_some() => break,
+            Err(error) => return Err(Unanswered::Broken(error)),
+            Ok(0) => break,
+            Ok(len) if len as u64 > LONGEST => return Err(Unanswered::Broken(too_long())),
+            Ok(_) => {}
+        }
+        let Ok(mut said) = serde_json::from_slice::<Value>(&line) else {
+            continue;
+        };
+        if let Some(now) = said.get("progress") {
+            progress(now);
+        } else if let Some(error) = said.get("error") {
+            let line = error.as_str().map_or_else(|| error.to_string(), str::to_owned);
+            let is = |key: &str| said[key].as_bool() == Some(true);
+            let why = match () {
+                () if is("busy") => Why::Busy,
+                () if is("stale") => Why::Stale,
+                () => Why::Other,
+            };
+            answer = Some(Err(Unanswered::Refused { line, why }));
+        } else if let Some(ok) = said.get_mut("ok") {
+            answer = Some(Ok(ok.take()));
+        }
+    }
+    let nothing = || Err(Unanswered::Broken(io::Error::other("it ended without an answer")));
+    answer.unwrap_or_else(nothing)
+}
+
+/// All of `from`, which is one document.
+///
+/// # Errors
+/// What reading says; a line when it is longer than 64 MiB or no JSON.
+pub fn document(from: impl Read) -> io::Result<Value> {
+    let mut bytes = Vec::new();
+    from.take(LONGEST + 1).read_to_end(&mut bytes)?;
+    if bytes.len() as u64 > LONGEST {
+        return Err(too_long());
+    }
+    serde_json::from_slice(&bytes)
+        .map_err(|error| io::Error::other(format!("its status is not understood: {error}")))
+}
+
+pub(super) fn too_long() -> io::Error {
+    io::Error::other("it answers without end")
+}
+
+/// What the commands make of `bytes` as any answer of a mount: for the fuzz target.
+#[doc(hidden)]
+pub fn make_all_of(bytes: &[u8]) -> usize {
+    let mut shown = 0;
+    let mut progress = super::progress::Gauge::default();
+    if let Ok(answer) = read(bytes, |now| shown += progress.text(now).len()) {
+        shown += super::umount::texts(&answer["lines"]).len();
+        shown += super::snapshot::list(&answer["snapshots"]).len();
+    }
+    if let Ok(status) = document(bytes) {
+        shown += status::show(&status["mounts"][0]).len();
+        shown += map::draw(bytes, &status);
+        shown += status::show(&status).len();
+    }
+    let _ = pieces::each_piece(bytes, |piece| {
+        shown += usize::from(piece.length > 0);
+        Ok(())
+    });
+    shown
+}
