@@ -42,7 +42,7 @@ fn a_commit_makes_the_base_what_the_disk_is() {
     // Not the checksum, which holes count in: where the disk was cut, a hole began inside a block.
     let before = fs::read(lab.path("m/d")).unwrap();
     let said = lab.ok("commit m/d");
-    assert!(said.contains("\nd: 2 MiB are in its base now"), "{said}");
+    assert!(said.contains("\nd: 1 MiB (and 1 MiB zeroed) are in its base now"), "{said}");
     assert!(fs::read(lab.path("m/d")).unwrap() == before);
     lab.sh("cmp m/d base.img");
     assert_eq!(changed(&lab), 0);

@@ -358,3 +358,68 @@ fn only_who_mounted_and_root_may_ask_for_changes() {
     lab.umount();
     lab.end();
 }
+
+#[test]
+fn what_is_zeroed_is_not_counted_as_changed() {
+    let mut lab = Lab::new();
+    lab.base("base.img", 16 * MIB);
+    lab.mount("d=base.img n=blank:0,overlay=ov");
+    lab.open("m/d").write_all_at(&[1; 4096], 0).unwrap();
+    lab.sh("fallocate -p -o 4M -l 1M m/d; truncate -s 1G m/n; printf x | dd of=m/n conv=notrunc status=none
+        fallocate -p -o 512M -l 256M m/n");
+    assert!(lab.ok("status m").contains("4 KiB"));
+    let said = lab.ok("diff m/d -o out.q");
+    assert_eq!(said, "out.q: 4 KiB of changes (and 1 MiB zeroed) written\n");
+    let said = lab.umount();
+    assert!(said.contains("d: 4 KiB of changes (and 1 MiB zeroed) discarded"), "{said}");
+    let line = said.lines().find(|line| line.starts_with("n: ")).unwrap();
+    assert!(
+        line.starts_with("n: 4 KiB of changes (and ") && line.contains(" zeroed) kept in '"),
+        "{said}"
+    );
+    lab.end();
+}
+
+#[test]
+fn changes_whose_overlay_was_removed_are_not_said_to_be_kept() {
+    let mut lab = Lab::new();
+    lab.base("base.img", 16 * MIB);
+    lab.mount("d=base.img,overlay=d.cow e=base.img,overlay=e.cow");
+    for disk in ["d", "e"] {
+        lab.open(&format!("m/{disk}")).write_all_at(&noise(MIB, 1), 0).unwrap();
+    }
+    lab.sh("rm -r d.cow; mv e.cow moved.cow; mkdir e.cow");
+    let output = lab.cowslip("status m");
+    assert_eq!(output.status.code(), Some(3), "{}", show(&output));
+    assert_eq!(lab.disk("d")["state"], "lost");
+    assert_eq!(lab.disk("e")["state"], "ok");
+    let output = lab.cowslip("umount m");
+    assert_eq!(output.status.code(), Some(1), "{}", show(&output));
+    let (said, failed) =
+        (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    assert!(failed.contains("d: 1 MiB of changes are lost: its overlay '"), "{failed}");
+    assert!(said.contains("e: 1 MiB of changes kept in what was '"), "{said}");
+    lab.sh("rmdir e.cow; mv moved.cow e.cow");
+    lab.mount("e=base.img,overlay=e.cow");
+    assert!(read(&lab.open_ro("m/e"), 0, MIB) == noise(MIB, 1));
+    lab.end();
+}
+
+#[test]
+fn a_lack_of_space_is_seen_in_status_and_once_in_the_log() {
+    let mut lab = Lab::new();
+    lab.base("base.img", 16 * MIB);
+    lab.mount("d=base.img,overlay=ov,limit=1M");
+    let disk = lab.open("m/d");
+    assert!(!lab.ok("status m").contains("for want of space"));
+    for number in 0..100 {
+        let written = disk.write_all_at(&noise(64 << 10, number), number * (64 << 10));
+        assert_eq!(written.is_ok(), number < 16, "{number}");
+    }
+    let said = lab.ok("status m");
+    assert!(said.contains("d: a write failed for want of space "), "{said}");
+    assert!(said.contains("and its limit is 1 MiB"), "{said}");
+    assert_eq!(lab.log().matches("a write failed").count(), 1, "{}", lab.log());
+    drop(disk);
+    lab.end();
+}

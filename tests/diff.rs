@@ -490,3 +490,16 @@ fn a_commit_waits_until_nobody_reads_a_diff() {
     assert_eq!(checksum(&lab.path("m/d")), before);
     lab.end();
 }
+
+#[test]
+fn a_commit_right_after_a_diff_or_a_send_is_not_refused() {
+    let lab = Lab::new();
+    fs::write(lab.path("base.img"), noise(4 * MIB, 1)).unwrap();
+    lab.mount("d=base.img,overlay=o");
+    for (number, words) in ["diff m/d -o out.q --overwrite", "send m/d"].into_iter().enumerate() {
+        lab.open("m/d").write_all_at(&noise(MIB, number as u64), MIB).unwrap();
+        lab.sh(&format!("$COWSLIP {words} | cat >sent; $COWSLIP commit m/d"));
+        lab.sh("cmp m/d base.img");
+    }
+    lab.end();
+}

@@ -205,7 +205,8 @@ fn a_mount_of_another_user_is_not_asked() {
     let asked = Arc::clone(&answers.asked);
     served(&lab, 65534, answers);
     let output = lab.cowslip("status");
-    assert!(output.status.success(), "{}", show(&output));
+    // Other mounts of this host may be ill.
+    assert!(matches!(output.status.code(), Some(0 | 3)), "{}", show(&output));
     assert!(lines_of(&output).contains("another user's (uid 65534)"), "{}", show(&output));
     for words in [
         "status m",

@@ -5,7 +5,7 @@ use std::io::{self, BufRead, Read};
 
 use serde_json::Value;
 
-use super::map::{self, pieces};
+use super::map;
 use super::status;
 
 /// The longest answer: the status of a hundred thousand disks.
@@ -96,23 +96,21 @@ pub(super) fn too_long() -> io::Error {
     io::Error::other("it answers without end")
 }
 
-/// What the commands make of `bytes` as any answer of a mount: for the fuzz target.
+/// What the commands make of texts as a mount's `answer` to a request, its `status` and a disk's
+/// `map`: for the fuzz target. Tells how much there was to show.
 #[doc(hidden)]
-pub fn make_all_of(bytes: &[u8]) -> usize {
+#[must_use]
+pub fn make_all_of(answer: &[u8], status: &[u8], map: &[u8]) -> usize {
     let mut shown = 0;
-    let mut progress = super::progress::Gauge::default();
-    if let Ok(answer) = read(bytes, |now| shown += progress.text(now).len()) {
+    let mut gauge = super::progress::Gauge::default();
+    if let Ok(answer) = read(answer, |now| shown += gauge.text(now).len()) {
         shown += super::umount::texts(&answer["lines"]).len();
         shown += super::snapshot::list(&answer["snapshots"]).len();
     }
-    if let Ok(status) = document(bytes) {
-        shown += status::show(&status["mounts"][0]).len();
-        shown += map::draw(bytes, &status);
+    if let Ok(status) = document(status) {
         shown += status::show(&status).len();
+        shown += map::draw(map, &status);
+        shown += status::show(&status::only_mount(status)).len();
     }
-    let _ = pieces::each_piece(bytes, |piece| {
-        shown += usize::from(piece.length > 0);
-        Ok(())
-    });
     shown
 }

@@ -111,7 +111,8 @@ fn check_store(store: &StoreDirs, manner: Manner) -> anyhow::Result<(Option<Stri
         tell("layer", &name, "no disk needs it", "the next mount removes it", removed)?;
     }
     for name in &left.strangers {
-        text += &format!("unknown  '{}' is not cowslip's: it is left alone\n", printable::line(name));
+        text +=
+            &format!("unknown  '{}' is not cowslip's: it is left alone\n", printable::line(name));
     }
     if is_repair && text.is_empty() {
         text = "repair   nothing to do\n".to_owned();

@@ -20,9 +20,9 @@ use super::target::{in_store, is_store};
 use super::{DONE, say};
 use crate::disk::{self, Disk, Force, Setting};
 use crate::mount::kernel;
-use crate::overlay::persist;
 use crate::overlay::stack::{BaseRecord, Stack};
-use crate::spec::format_size;
+use crate::overlay::{Usage, persist};
+use crate::spec::{format_size, format_zeroed};
 
 /// How long requests under way are waited for at the end; there are none.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -109,12 +109,13 @@ fn offline(dir: &Path, verbosity: Verbosity) -> anyhow::Result<u8> {
     let closed = disk.close(PATIENCE);
     let done = done?;
     closed.with_context(|| format!("overlay '{}'", dir.display()))?;
-    say(&format!("{}: {} are in its base now", dir.display(), format_size(done)));
+    let (data, zeroed) = (format_size(done.data), format_zeroed(done.zero));
+    say(&format!("{}: {data}{zeroed} are in its base now", dir.display()));
     Ok(DONE)
 }
 
 /// Commits `disk` and shows how far it is; tells how many bytes there were.
-fn watched(disk: &Disk, verbosity: Verbosity) -> anyhow::Result<u64> {
+fn watched(disk: &Disk, verbosity: Verbosity) -> anyhow::Result<Usage> {
     let stop = Arc::new(AtomicBool::new(false));
     for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
         signal_hook::flag::register(signal, Arc::clone(&stop)).context("signals")?;
@@ -142,5 +143,5 @@ fn watched(disk: &Disk, verbosity: Verbosity) -> anyhow::Result<u64> {
     let path = disk.overlay_dir().unwrap_or_default();
     let committed =
         committed.map_err(|error| anyhow::anyhow!("overlay '{}': {error}", path.display()))?;
-    Ok(committed.bytes)
+    Ok(committed.gone)
 }

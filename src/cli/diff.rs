@@ -20,9 +20,9 @@ use super::{DONE, Failure, die_of_a_closed_pipe, say, tidy};
 use crate::confined::Located;
 use crate::export::bmap::Mapped;
 use crate::export::qcow2::Backing;
-use crate::export::{self, Run};
+use crate::export::{self, Kind, Run};
 use crate::part::Fresh;
-use crate::spec::{Overwrite, format_size};
+use crate::spec::{Overwrite, format_size, format_zeroed};
 
 /// How often is shown how far it is.
 const SHOWN: Duration = Duration::from_secs(1);
@@ -138,8 +138,13 @@ pub(super) fn run(args: &DiffArgs) -> anyhow::Result<u8> {
     }
     let overwrite = if args.overwrite { Overwrite::Yes } else { Overwrite::No };
     fresh.commit(overwrite).map_err(anyhow::Error::msg)?;
-    let bytes: u64 = frozen.runs.iter().map(|run| run.range.end - run.range.start).sum();
-    say(&format!("{}: {} of changes written", args.out.display(), format_size(bytes)));
+    let (mut data, mut zeroed) = (0, 0);
+    for run in &frozen.runs {
+        let sum = if run.kind == Kind::Data { &mut data } else { &mut zeroed };
+        *sum += run.range.end - run.range.start;
+    }
+    let (data, zeroed) = (format_size(data), format_zeroed(zeroed));
+    say(&format!("{}: {data} of changes{zeroed} written", args.out.display()));
     Ok(DONE)
 }
 

@@ -16,8 +16,9 @@ use crate::disk::{self, Change, Disk, Keep, Setting};
 use crate::extents::Kind;
 use crate::host::sync_dir_of;
 use crate::layer::{Layer, Wait};
+use crate::overlay::Usage;
 use crate::part::path_for;
-use crate::spec::{DiskSpec, Format, Source, format_size};
+use crate::spec::{DiskSpec, Format, Source, format_size, format_zeroed};
 
 /// How long requests under way are waited for at the end; there are none.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -69,8 +70,8 @@ pub(super) fn run(args: &ImportArgs) -> anyhow::Result<u8> {
     let setting = Setting { allow_backing, ..Setting::unmounted() };
     let disk = disk::open(&spec, &setting)?.disk;
     let taken = take(&disk, top.image.as_ref());
-    let bytes = match taken {
-        Ok(bytes) => bytes,
+    let taken = match taken {
+        Ok(taken) => taken,
         Err(error) => {
             // What is half done is of no use to anybody: it was made for this.
             disk.abandon();
@@ -97,16 +98,17 @@ pub(super) fn run(args: &ImportArgs) -> anyhow::Result<u8> {
         _ => format!("NAME=blank:{},overlay={}", top.image.size(), args.overlay.display()),
     };
     let shown = args.overlay.display();
-    say(&format!("{shown}: holds {} of changes: mount it as {mount}", format_size(bytes)));
+    let (data, zeroed) = (format_size(taken.data), format_zeroed(taken.zero));
+    say(&format!("{shown}: holds {data} of changes{zeroed}: mount it as {mount}"));
     Ok(DONE)
 }
 
 /// Takes over what `image` itself holds, and tells how much that is.
-fn take(disk: &Disk, image: &dyn Layer) -> std::io::Result<u64> {
+fn take(disk: &Disk, image: &dyn Layer) -> std::io::Result<Usage> {
     let size = image.size();
     disk.set_size(size, Wait::Yes)?;
     let mut buf = vec![0; usize::try_from(PIECE).unwrap_or(0)];
-    let (mut at, mut taken) = (0, 0);
+    let (mut at, mut taken) = (0, Usage { data: 0, zero: 0 });
     while at < size {
         let len = usize::try_from((size - at).min(PIECE)).unwrap_or(0);
         let found = image.read_at(&mut buf[..len], at, Wait::Yes)?;
@@ -115,12 +117,13 @@ fn take(disk: &Disk, image: &dyn Layer) -> std::io::Result<u64> {
             Kind::Data => {
                 let len = usize::try_from(range.end - range.start).unwrap_or(0);
                 disk.write(&buf[..len], at, Wait::Yes)?;
+                taken.data += range.end - range.start;
             }
-            Kind::Zero => disk.change(range.clone(), Change::Punch, Keep::Size, Wait::Yes)?,
+            Kind::Zero => {
+                disk.change(range.clone(), Change::Punch, Keep::Size, Wait::Yes)?;
+                taken.zero += range.end - range.start;
+            }
             Kind::Hole | Kind::Lower => {}
-        }
-        if matches!(found.kind, Kind::Data | Kind::Zero) {
-            taken += range.end - range.start;
         }
         at = range.end;
     }

@@ -82,7 +82,7 @@ fn of_path(path: &Path) -> anyhow::Result<Value> {
 }
 
 /// The mount that a mount tells of.
-fn only_mount(mut status: Value) -> Value {
+pub(super) fn only_mount(mut status: Value) -> Value {
     status.pointer_mut("/mounts/0").map(Value::take).unwrap_or_default()
 }
 
@@ -162,6 +162,21 @@ fn silent(entry: &MountEntry, state: &str, error: Option<&AskError>) -> Value {
     })
 }
 
+/// A base for people: a blank one is told with its size as one would write it.
+fn shown_base(base: &str) -> String {
+    let size = base.strip_prefix("blank:").and_then(|size| size.parse::<u64>().ok());
+    match size {
+        None => base.to_owned(),
+        // A file of a store is as large as what was written to it.
+        Some(0) => "blank".to_owned(),
+        Some(size) => {
+            let power = (size.trailing_zeros() / 10).min(6);
+            let unit = ["", "K", "M", "G", "T", "P", "E"].get(power as usize).unwrap_or(&"");
+            format!("blank:{}{unit}", size >> (10 * power))
+        }
+    }
+}
+
 /// A mount, as far as the table and the exit code need it. Unknown keys are left alone, missing
 /// ones empty: the daemon may be of another version.
 #[derive(Debug, Default, Deserialize)]
@@ -183,6 +198,8 @@ struct Disk {
     mode: String,
     state: String,
     error: Option<String>,
+    /// What is not right and no failure.
+    warning: Option<String>,
     openers: u64,
     base: Option<String>,
     overlay: Option<Overlay>,
@@ -314,7 +331,7 @@ impl Disk {
             self.openers.to_string(),
             overlay.map_or_else(none, |overlay| format_size(overlay.changed)),
             overlay.map_or_else(none, Overlay::place),
-            self.base.clone().unwrap_or_else(none),
+            self.base.as_deref().map_or_else(none, shown_base),
         ]
     }
 
@@ -342,7 +359,7 @@ impl Disk {
     }
 
     fn complaint(&self) -> Option<String> {
-        let error = self.error.as_ref()?;
+        let error = self.error.as_ref().or(self.warning.as_ref())?;
         Some(format!("{}: {error}", self.name))
     }
 }
@@ -398,6 +415,16 @@ mod tests {
         assert_eq!(disk.row(), row);
         let strict = json!({ "stream": { "window": { "size": 0 }, "spill": { "size": 0 } } });
         assert_eq!(Disk::deserialize(&strict).unwrap().row()[6], "-");
+    }
+
+    #[test]
+    fn a_blank_base_is_shown_as_one_writes_it() {
+        assert_eq!(shown_base("blank:3221225472"), "blank:3G");
+        assert_eq!(shown_base("blank:1099511627776"), "blank:1T");
+        assert_eq!(shown_base("blank:1000"), "blank:1000");
+        assert_eq!(shown_base("blank:1536"), "blank:1536");
+        assert_eq!(shown_base("blank:0"), "blank");
+        assert_eq!(shown_base("/srv/blank:3"), "/srv/blank:3");
     }
 
     fn entry() -> MountEntry {

@@ -263,7 +263,10 @@ fn close(name: &str, disk: &Disk) -> Farewell {
         Ok(line) => done.lines.extend(line),
         Err(why) => done.failed.push(format!("{name}: {why}")),
     }
-    let left = disk.leave(PATIENCE, |disk| done.lines.extend(farewell(name, disk)));
+    let left = disk.leave(PATIENCE, |disk| match farewell(name, disk) {
+        Ok(line) => done.lines.extend(line),
+        Err(line) => done.failed.push(line),
+    });
     match left {
         Ok(()) => {}
         Err(error) if error.raw_os_error() == Some(libc::ETIMEDOUT) => done.failed.push(format!(

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use super::{Control, HydrateAction, Spot, Stale};
 use crate::catalog::Entry;
 use crate::disk::{Beneath, Committed, Disk, Fetch, Force, Hydrate, LifeError, Since};
-use crate::spec::format_size;
+use crate::spec::{format_size, format_zeroed};
 
 /// An answer that says in one line what was done.
 pub(super) fn done(line: &str) -> Value {
@@ -71,14 +71,15 @@ pub(super) fn commit(
     is_gone: &(dyn Fn() -> bool + Sync),
 ) -> Value {
     match disk.commit(force, is_gone) {
-        Ok(Committed { bytes, left: 0 }) => {
-            done(&format!("{name}: {} are in its base now", format_size(bytes)))
+        Ok(Committed { gone, left }) => {
+            let (data, zeroed) = (format_size(gone.data), format_zeroed(gone.zero));
+            let mut line = format!("{name}: {data}{zeroed} are in its base now");
+            if left.data > 0 || left.zero > 0 {
+                let (data, zeroed) = (format_size(left.data), format_zeroed(left.zero));
+                line += &format!("; {data}{zeroed} were written meanwhile and stay in the overlay");
+            }
+            done(&line)
         }
-        Ok(Committed { bytes, left }) => done(&format!(
-            "{name}: {} are in its base now; {} were written meanwhile and stay in the overlay",
-            format_size(bytes),
-            format_size(left)
-        )),
         Err(error) => refused(name, &error),
     }
 }

@@ -31,6 +31,7 @@ use serde_json::Value;
 
 pub use self::disks::{Forget, Stale};
 pub use self::map::MapText;
+pub use self::request::is_understood;
 use self::request::{HydrateAction, another, farewell, is_meant};
 pub use self::session::{Session, THREADS};
 pub use self::spot::Spot;

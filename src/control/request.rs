@@ -11,9 +11,10 @@ use super::spot::Spot;
 use super::{Control, life};
 use crate::base::place;
 use crate::catalog::Entry;
-use crate::disk::Disk;
+use crate::disk::{Disk, Whereabouts};
+use crate::overlay::Usage;
 use crate::overlay::persist::Place;
-use crate::spec::format_size;
+use crate::spec::{format_size, format_zeroed};
 use crate::stream::output::{FinishError, Patience};
 use crate::stream::{Ending, Stream};
 use crate::trust;
@@ -152,6 +153,13 @@ pub(super) fn another(name: &str) -> Value {
     })
 }
 
+/// Whether `request` is one to a mount or to a disk: for the fuzz target.
+#[doc(hidden)]
+#[must_use]
+pub fn is_understood(request: &[u8]) -> bool {
+    serde_json::from_slice::<MountRequest>(request).is_ok() || parse(request).is_ok()
+}
+
 impl Control {
     /// Answers a request to the mount.
     pub(super) fn answer_mount(&self, request: &[u8]) -> Value {
@@ -185,7 +193,10 @@ impl Control {
                 failed.push(format!("{name}: could not be made durable: {error}"));
                 continue;
             }
-            said.extend(farewell(&name, &entry.disk));
+            match farewell(&name, &entry.disk) {
+                Ok(line) => said.extend(line),
+                Err(line) => failed.push(line),
+            }
         }
         json!({ "ok": { "lines": said, "failed": failed } })
     }
@@ -311,18 +322,36 @@ fn abort(name: &str, disk: &Disk) -> Value {
 }
 
 /// What an unmount does to the changes of a disk, when there are any.
-pub(super) fn farewell(name: &str, disk: &Disk) -> Option<String> {
-    if let (Some(reflink), Some(dir)) = (disk.reflink(), disk.overlay_dir()) {
-        let changed = format_size(reflink.changed_about().ok()?);
-        return Some(format!("{name}: {changed} of changes kept in '{}'", dir.display()));
-    }
-    let overlay = disk.overlay()?;
-    let usage = disk.chain().last().map_or_else(|| overlay.usage(), |lowest| lowest.since);
-    let changed = format_size(usage.data + usage.zero);
-    match disk.overlay_dir() {
-        None if overlay.revision() == 0 => None,
-        None => Some(format!("{name}: {changed} of changes discarded (temporary overlay)")),
-        Some(dir) => Some(format!("{name}: {changed} of changes kept in '{}'", dir.display())),
+///
+/// # Errors
+/// A line when they are lost, though they were to be kept.
+pub(super) fn farewell(name: &str, disk: &Disk) -> Result<Option<String>, String> {
+    let usage = match (disk.reflink(), disk.overlay()) {
+        (Some(reflink), _) => match reflink.changed_about() {
+            Ok(data) => Usage { data, zero: 0 },
+            Err(_) => return Ok(None),
+        },
+        (None, Some(overlay)) if disk.overlay_dir().is_none() && overlay.revision() == 0 => {
+            return Ok(None);
+        }
+        (None, Some(overlay)) => {
+            disk.chain().last().map_or_else(|| overlay.usage(), |lowest| lowest.since)
+        }
+        (None, None) => return Ok(None),
+    };
+    let (data, zeroed) = (format_size(usage.data), format_zeroed(usage.zero));
+    let changes = format!("{name}: {data} of changes{zeroed}");
+    let dir = disk.overlay_dir().unwrap_or_default();
+    let dir = dir.display();
+    match disk.whereabouts() {
+        None => Ok(Some(format!("{changes} discarded (temporary overlay)"))),
+        Some(Whereabouts::There) => Ok(Some(format!("{changes} kept in '{dir}'"))),
+        Some(Whereabouts::Moved) => {
+            Ok(Some(format!("{changes} kept in what was '{dir}' and has another name now")))
+        }
+        Some(Whereabouts::Removed) => {
+            Err(format!("{changes} are lost: its overlay '{dir}' was removed while it was in use"))
+        }
     }
 }
 

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use super::{Control, life, lines};
 use crate::catalog::Entry;
-use crate::disk::{Disk, Window};
+use crate::disk::{Disk, Whereabouts, Window};
 use crate::overlay::recover::Recovered;
 use crate::stream::Stream;
 
@@ -61,6 +61,10 @@ impl Control {
         let (state, error) = if disk.is_latched() {
             let why = "a sync failed: nothing written since is safe, see the log";
             ("read-only", Some(why.to_owned()))
+        } else if disk.whereabouts() == Some(Whereabouts::Removed) {
+            let why =
+                "its overlay was removed while it is in use: what is in it ends with the mount";
+            ("lost", Some(why.to_owned()))
         } else {
             match disk.stream().and_then(Stream::failure) {
                 Some(why) => ("failed", Some(why)),
@@ -103,6 +107,7 @@ impl Control {
             "mode": disk.mode.to_string(),
             "state": state,
             "error": error,
+            "warning": disk.lack_of_room(),
             "openers": disk.openers(),
             "base": disk.base_shown(),
             "overlay": overlay,

@@ -16,21 +16,23 @@ use crate::base::{self, Writable};
 use crate::extents::Kind;
 use crate::layer::{Layer, Wait};
 use crate::overlay::stack::{BaseRecord, Stack};
-use crate::overlay::{CommitTo, Overlay};
+use crate::overlay::{CommitTo, Overlay, Usage};
 use crate::spec::{Format, Locking, format_size};
 
 /// How long a commit waits for layers that are being merged.
 const MERGING: Duration = Duration::from_secs(60);
+/// How long a commit waits for those who read a diff: as an unmount for who uses the mount.
+const READERS: Duration = Duration::from_secs(5);
 /// How often it looks whether they are.
 const LOOK: Duration = Duration::from_millis(20);
 
 /// What a commit has done.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Committed {
-    /// Bytes that went into the base, zeros included.
-    pub bytes: u64,
-    /// Bytes that were changed meanwhile and stay in the overlay.
-    pub left: u64,
+    /// What went into the base.
+    pub gone: Usage,
+    /// What was changed meanwhile and stays in the overlay.
+    pub left: Usage,
 }
 
 impl Disk {
@@ -40,6 +42,7 @@ impl Disk {
     /// # Errors
     /// [`LifeError`]; before the copying began nothing has changed.
     pub fn commit(&self, force: Force, is_gone: &dyn Fn() -> bool) -> Result<Committed, LifeError> {
+        self.wait_for_readers(is_gone);
         self.merge_first();
         let turn = self.begin("a commit")?;
         let overlay = self.committable()?;
@@ -71,8 +74,24 @@ impl Disk {
         overlay.pause_commit();
         done?;
         let left = overlay.usage();
-        let (before, left) = (before.data + before.zero, left.data + left.zero);
-        Ok(Committed { bytes: before.saturating_sub(left), left })
+        let gone = Usage {
+            data: before.data.saturating_sub(left.data),
+            zero: before.zero.saturating_sub(left.zero),
+        };
+        Ok(Committed { gone, left })
+    }
+
+    /// Waits for those who read what was frozen for a diff: the kernel tells of a file that was closed
+    /// only later.
+    fn wait_for_readers(&self, is_gone: &dyn Fn() -> bool) {
+        let until = Instant::now() + READERS;
+        loop {
+            self.let_go();
+            if !self.is_compared() || is_gone() || Instant::now() >= until {
+                return;
+            }
+            thread::sleep(LOOK);
+        }
     }
 
     /// Waits for layers that are still being merged after their snapshots were deleted.

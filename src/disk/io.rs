@@ -288,7 +288,8 @@ impl Disk {
             let _gate = self.enter(wait)?;
             let layers = self.layers();
             if end <= layers.size() {
-                layers.writable()?.write_at(buf, offset, &layers.below(), wait)?;
+                let top = layers.writable()?;
+                self.noting_room(top.write_at(buf, offset, &layers.below(), wait))?;
                 self.touch(&layers.top);
                 return Ok(());
             }
@@ -313,7 +314,7 @@ impl Disk {
             // Nothing was written: the disk did not grow.
             top.set_size(old)?;
         }
-        written?;
+        self.noting_room(written)?;
         self.touch(&layers.top);
         Ok(())
     }
@@ -379,11 +380,11 @@ impl Disk {
         let range = range.start..range.end.min(top.size());
         if !range.is_empty() {
             let below = layers.below();
-            match change {
-                Change::Allocate => top.allocate(range, wait)?,
-                Change::Zero => top.zero(range, &below, wait)?,
-                Change::Punch => top.punch_hole(range, &below, wait)?,
-            }
+            self.noting_room(match change {
+                Change::Allocate => top.allocate(range, wait),
+                Change::Zero => top.zero(range, &below, wait),
+                Change::Punch => top.punch_hole(range, &below, wait),
+            })?;
         }
         self.touch(&layers.top);
         Ok(())
@@ -464,12 +465,12 @@ impl Disk {
     /// # Errors
     /// `EIO` once the disk has latched.
     pub fn sync(&self) -> io::Result<()> {
-        match &self.layers().top {
+        self.noting_room(match &self.layers().top {
             Top::Nothing => Ok(()),
             Top::Overlay(overlay) => overlay.sync(),
             Top::Reflink(reflink) => reflink.sync(),
             Top::Base(base) => base.sync(),
-        }
+        })
     }
 
     /// Called after `range`, in bytes, was written and answered: has the host begin with what the next

@@ -14,6 +14,8 @@ mod leave;
 mod life;
 mod open;
 mod reflink;
+mod residing;
+mod room;
 mod stream;
 mod whole;
 mod window;
@@ -40,6 +42,9 @@ pub use self::life::{Beneath, Difference, Force, LifeError, Others, Since, Snaps
 pub use self::open::{
     OpenError, Opened, Setting, clone_stored, create_blank, create_stored, open, open_stored,
 };
+use self::residing::Residing;
+pub use self::residing::Whereabouts;
+use self::room::Room;
 use self::window::Windows;
 pub use self::window::{Shown, Window, WindowsError, split_name};
 use crate::extents::{Extent, Extents, Kind};
@@ -194,7 +199,8 @@ pub struct Disk {
     hydration: Hydration,
     /// It has left its base behind.
     stands_alone: AtomicBool,
-    overlay_dir: Mutex<Option<PathBuf>>,
+    overlay_dir: Mutex<Option<Residing>>,
+    room: Room,
     /// What an overlay's `stack` has to say of the base.
     bottom: Mutex<Arc<bottom::Bottom>>,
     recovered: Recovered,
@@ -299,12 +305,6 @@ impl Disk {
             Top::Overlay(overlay) => Some(Arc::clone(overlay)),
             Top::Reflink(_) | Top::Base(_) | Top::Nothing => None,
         }
-    }
-
-    /// The directory of its persistent overlay.
-    #[must_use]
-    pub fn overlay_dir(&self) -> Option<PathBuf> {
-        self.overlay_dir.lock().clone()
     }
 
     /// What lies at its bottom.

@@ -66,7 +66,7 @@ pub(super) fn open(
     }
     disk.recovered = recovered;
     disk.home = Mutex::new(Home::Kept(home));
-    disk.overlay_dir = Mutex::new(Some(dir.to_owned()));
+    disk.overlay_dir = Mutex::new(Some(super::residing::Residing::at(dir)));
     Ok(Opened { disk, summary, notes })
 }
 

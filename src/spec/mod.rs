@@ -39,7 +39,7 @@ pub use config::{Cache, Config, parse_config};
 pub use disk::{check_cache, check_names, parse_disk};
 pub use error::SpecError;
 pub use options::{MountOptions, parse_mount_options};
-pub use size::{MAX_SIZE, format_size, parse_range, parse_size};
+pub use size::{MAX_SIZE, format_size, format_zeroed, parse_range, parse_size};
 pub use stream::{
     Compress, DEFAULT_WINDOW, FinishWhen, Flow, Frames, Overwrite, Pad, Programs, Spool,
     StreamSpec, Supply, Target,

@@ -118,6 +118,12 @@ pub fn format_size(bytes: u64) -> String {
     text
 }
 
+/// What is zeroed beside what was changed, if anything, to be put behind that: ` (and 20 GiB zeroed)`.
+#[must_use]
+pub fn format_zeroed(bytes: u64) -> String {
+    if bytes == 0 { String::new() } else { format!(" (and {} zeroed)", format_size(bytes)) }
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;

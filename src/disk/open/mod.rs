@@ -27,6 +27,7 @@ pub use self::stored::{clone_stored, create_blank, create_stored, open_stored};
 use super::bottom::Bottom;
 use super::fetch::Hydration;
 use super::life::Life;
+use super::room::Room;
 use super::{Disk, Home, Layers, Owner, Times, Top, mtime_of, now};
 use crate::base::place;
 use crate::base::{self, Access, BaseLayer, Opening};
@@ -257,6 +258,7 @@ pub(super) fn assemble(
         hydration: Hydration::default(),
         stands_alone: false.into(),
         overlay_dir: Mutex::new(None),
+        room: Room::default(),
         bottom: Mutex::new(Arc::new(bottom)),
         recovered: Recovered::Clean,
         stream: None,

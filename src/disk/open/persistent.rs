@@ -166,7 +166,7 @@ pub(super) fn settle(
     disk.times = Times::new(mtime, chosen, recorded);
     disk.recovered = recovered;
     disk.home = Mutex::new(Home::Kept(home));
-    disk.overlay_dir = Mutex::new(Some(dir.to_owned()));
+    disk.overlay_dir = Mutex::new(Some(super::super::residing::Residing::at(dir)));
     Opened { disk, summary, notes }
 }
 

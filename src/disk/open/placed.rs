@@ -97,7 +97,7 @@ impl Disk {
         let top = Top::Overlay(Arc::new(overlay));
         *self.layers.write() = Arc::new(Layers::new(top, sealed, layers.bottom.clone()));
         *self.home.lock() = Home::Kept(home);
-        *self.overlay_dir.lock() = Some(dir.to_owned());
+        *self.overlay_dir.lock() = Some(super::super::residing::Residing::at(dir));
         Ok(())
     }
 }

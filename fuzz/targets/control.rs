@@ -1,0 +1,65 @@
+//! Requests to a mount and to a disk in it, as they come through `.cowslip/.../ctl`: read, and carried
+//! out on a disk in memory where they name nothing on the host.
+#![no_main]
+
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize};
+
+use cowslip::catalog::{Catalog, Origin};
+use cowslip::control::{Control, Session, Spot, is_understood};
+use cowslip::disk::{self, Setting};
+use cowslip::spec::{self, Cache};
+use libfuzzer_sys::fuzz_target;
+use serde_json::Value;
+
+/// What a request may be that is carried out: others make or open what they name, or wait.
+const HARMLESS: [&str; 12] = [
+    "drain", "remove", "finish", "abort", "snapshot", "snapshots", "unsnapshot", "revert", "reset",
+    "commit", "prefetch", "difference",
+];
+
+/// A mount of one blank disk, and where that is.
+fn control() -> (Arc<Control>, u64) {
+    let catalog = Arc::new(Catalog::new(Path::new("/mnt"), None));
+    let spec = spec::parse_disk("d=blank:64K", Path::new("/"), &|_| false).unwrap();
+    let disk = Arc::new(disk::open(&spec, &Setting::unmounted()).unwrap().disk);
+    let slot = catalog.add("d", disk, Origin::Given).unwrap().slot;
+    let control = Control {
+        catalog,
+        source: "d".to_owned(),
+        cache: Cache::Auto,
+        draining: AtomicBool::new(false),
+        device: Default::default(),
+        forget: Default::default(),
+        running: AtomicUsize::new(0),
+    };
+    (Arc::new(control), slot)
+}
+
+fuzz_target!(|bytes: &[u8]| {
+    // Several requests to one mount.
+    let (control, slot) = control();
+    for request in bytes.split(|byte| *byte == b'\n').take(8) {
+        let understood = is_understood(request);
+        let op = serde_json::from_slice(request).ok().and_then(|said: Value| {
+            said.get("op").and_then(Value::as_str).map(str::to_owned)
+        });
+        let is_harmless = op.is_some_and(|op| HARMLESS.contains(&op.as_str()));
+        if understood && !is_harmless {
+            continue;
+        }
+        for spot in [Spot::DiskCtl(slot), Spot::Ctl] {
+            let session = Arc::new(Session::default());
+            session.request(&control, spot, request, |job| job()).unwrap();
+            let answer = session.read(usize::MAX).unwrap();
+            let answer: Value = serde_json::from_slice(&answer).unwrap();
+            let is = |key| answer.get(key).is_some();
+            assert!(is("ok") != is("error"), "{answer}");
+            assert!(session.read(1).unwrap().is_empty());
+        }
+    }
+    for disk in control.catalog.disks() {
+        disk.abandon();
+    }
+});
