@@ -214,6 +214,17 @@ fn writers_go_on_while_a_disk_is_committed() {
 }
 
 #[test]
+fn prefetch_goes_over_petabytes_of_nothing_at_once() {
+    let lab = Lab::new();
+    lab.mount("--store st");
+    lab.sh("truncate -s 7E m/f; echo x | dd of=m/f bs=1 seek=3P conv=notrunc");
+    lab.ok("prefetch m/f");
+    lab.ok("snapshot m/f a");
+    assert!(lab.ok("prefetch m/f --copy").contains("4 KiB"));
+    lab.end();
+}
+
+#[test]
 fn prefetch_reads_and_with_copy_fills_the_overlay() {
     let mut lab = Lab::new();
     lab.base("base.img", 16 * MIB);

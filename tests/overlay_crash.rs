@@ -15,7 +15,7 @@ use common::model::{End, Menu, Model, Op, apply, op, perform};
 use common::sim::{Chance, Deed, Role, SECTOR};
 use common::written;
 use cowslip::layer::{Wait, WritableLayer};
-use cowslip::overlay::data::{Create, HostFile, SEGMENT, Storage};
+use cowslip::overlay::data::{HostFile, SEGMENT, Storage};
 use cowslip::overlay::log;
 use cowslip::overlay::record::{RECORD_LEN, Record};
 use cowslip::overlay::recover::{LogError, Recovered};
@@ -852,11 +852,7 @@ fn bytes_across_the_border_of_two_segments_are_one_range() {
         std::fs::File::options().read(true).write(true).create(true).truncate(false).open(name)
     };
     let first = file(0).unwrap();
-    let open = move |index, create| match create {
-        Create::IfMissing => file(index).map(Some),
-        Create::Never => Ok(None),
-    };
-    let data = HostFile::segmented(first, Vec::new(), Box::new(open));
+    let data = HostFile::segmented(first, Vec::new(), Box::new(file));
     let read = |from: u64, len: usize| {
         let mut buf = vec![0xEE; len];
         data.read_at(&mut buf, from, Wait::Yes).unwrap();

@@ -7,11 +7,14 @@
 mod common;
 
 use std::sync::Arc;
+use std::{io, thread};
 
 use common::library::{SimDisk, SimDisks, TestBase};
 use common::model::{Menu, Model, Op, op, run};
+use common::sim::{Deed, Role};
 use cowslip::extents::Kind;
-use cowslip::layer::{Layer, WritableLayer};
+use cowslip::layer::{Layer, Wait, WritableLayer};
+use cowslip::overlay::{LARGEST, Overlay};
 use proptest::collection::vec;
 use proptest::prelude::*;
 
@@ -161,8 +164,66 @@ fn a_zeroed_range_hides_the_base_and_is_a_hole() {
     let mut disk = SimDisk::persistent(&base, 64 << 10, 4096, None);
     disk.zero(4096..12_288).unwrap();
     let layer = disk.overlay();
-    let extent = layer.extent_at(4096..65_536, cowslip::layer::Wait::No).unwrap();
+    let extent = layer.extent_at(4096..65_536, Wait::No).unwrap();
     assert_eq!((extent.range, extent.kind), (4096..12_288, Kind::Hole));
     assert!(disk.read_all()[4096..12_288].iter().all(|byte| *byte == 0));
     disk.check_shape();
+}
+
+/// Sizes at which a step for each so many bytes would take hours.
+const HUGE: [u64; 4] = [16 << 40, 8 << 50, 7 << 60, LARGEST];
+
+#[test]
+fn space_goes_back_in_steps_for_what_there_is_whatever_was_freed() {
+    let base = Arc::new(TestBase::solid(0));
+    for size in HUGE {
+        let disk = SimDisk::persistent(&base, 0, 4096, None);
+        let overlay = disk.overlay();
+        for change in [&|_: &Overlay| Ok(()), &zero_all as &dyn Fn(&Overlay) -> io::Result<()>] {
+            overlay.set_size(size).unwrap();
+            for at in [0, size / 3, size - 10] {
+                overlay.write_at(&[7; 10], at, &*base, Wait::Yes).unwrap();
+            }
+            overlay.sync().unwrap();
+            change(overlay).unwrap();
+            overlay.set_size(0).unwrap();
+            let before = disk.layer.host.steps();
+            overlay.sync().unwrap();
+            let steps = disk.layer.host.steps() - before;
+            assert!(steps < 20, "{steps} steps for {size} bytes");
+            assert!(!disk.layer.data.is_allocated(&(0..size)));
+            assert!(!overlay.needs_maintenance());
+        }
+    }
+}
+
+fn zero_all(overlay: &Overlay) -> io::Result<()> {
+    overlay.zero(0..overlay.size(), &TestBase::solid(0), Wait::Yes)
+}
+
+#[test]
+fn a_sync_beside_a_change_that_hangs_takes_steps_for_what_there_is() {
+    let base = Arc::new(TestBase::solid(0));
+    for size in HUGE {
+        let disk = SimDisk::persistent(&base, 0, 4096, None);
+        let (overlay, host) = (disk.overlay(), &disk.layer.host);
+        overlay.set_size(size).unwrap();
+        for at in [size / 3, size / 2 + (3 << 20)] {
+            overlay.write_at(&[7; 4096], at / 4096 * 4096, &*base, Wait::Yes).unwrap();
+        }
+        zero_all(overlay).unwrap();
+        host.hold(Role::Data, Deed::Write);
+        thread::scope(|scope| {
+            let writer = scope.spawn(|| overlay.write_at(&[8; 4096], 0, &*base, Wait::Yes));
+            host.wait_held(1);
+            // Its range is locked: what is far from it goes back, and nothing waits for it.
+            overlay.sync().unwrap();
+            assert!(!disk.layer.data.is_allocated(&(4096..size)), "of {size} bytes");
+            host.release();
+            writer.join().unwrap().unwrap();
+        });
+        overlay.sync().unwrap();
+        assert!(!overlay.needs_maintenance());
+        assert!(disk.layer.data.is_allocated(&(0..4096)));
+    }
 }

@@ -66,6 +66,17 @@ fn a_file_lives_through_a_killed_daemon() {
 }
 
 #[test]
+fn a_huge_file_that_is_emptied_costs_what_it_held() {
+    let lab = lab();
+    for size in ["16T", "8P", "7E", &i64::MAX.to_string()] {
+        lab.sh(&format!("truncate -s {size} m/f; echo x | dd of=m/f bs=1 seek=5G conv=notrunc"));
+        lab.sh("sync m/f; truncate -s 0 m/f; sync m/f");
+        lab.sh(&format!("truncate -s {size} m/f; fallocate -p -o 1G -l 6E m/f; sync m/f"));
+    }
+    lab.end();
+}
+
+#[test]
 fn o_excl_makes_a_file_once() {
     let lab = lab();
     let make = || OpenOptions::new().write(true).create_new(true).mode(0o604).open(lab.path("m/x"));

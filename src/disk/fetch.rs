@@ -82,6 +82,9 @@ impl Disk {
     ) -> io::Result<u64> {
         let range = range.start..range.end.min(self.size());
         let copies = self.copies_on_cache(fetch);
+        if copies && self.overlay().is_none() {
+            return Err(errno(libc::EROFS));
+        }
         let mut brought = 0;
         let mut at = range.start;
         self.life.all_bytes.store(range.end.saturating_sub(at), Ordering::Relaxed);
@@ -90,12 +93,18 @@ impl Disk {
             if self.life.ending.load(Ordering::SeqCst) || is_gone() {
                 return Err(errno(libc::EINTR));
             }
-            let end = range.end.min(at + PIECE);
-            brought += match copies {
-                true => self.bring_up(at..end, Wait::Yes)?,
-                false => self.warm(at..end, &mut buf)?,
-            };
-            at = end;
+            let (extent, depth) = self.layers().piece_at(at..range.end, Wait::Yes)?;
+            if extent.kind != Kind::Data || (copies && depth == 0) {
+                // One step, however much there is nothing to bring in for.
+                at = extent.range.end;
+            } else {
+                let end = range.end.min(at + PIECE);
+                brought += match copies {
+                    true => self.bring_up(at..end, Wait::Yes)?,
+                    false => self.warm(at..end, &mut buf)?,
+                };
+                at = end;
+            }
             self.life.done_bytes.store(at - range.start, Ordering::Relaxed);
         }
         Ok(brought)

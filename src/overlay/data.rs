@@ -6,6 +6,7 @@
 //!
 //! The trait is there for the tests: a file in memory that forgets what was not synced.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, IoSlice};
 use std::ops::Range;
@@ -13,8 +14,10 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::{Arc, OnceLock};
 
 use parking_lot::RwLock;
-use rustix::fs::FallocateFlags;
+use rustix::fs::{FallocateFlags, SeekFrom};
 
+use super::fiemap::Map;
+use super::reflink::Flush;
 use crate::base::place::{HostFs, Manner};
 use crate::direct::DirectFile;
 use crate::host;
@@ -22,6 +25,8 @@ use crate::layer::Wait;
 
 /// 8 TiB: safely below the largest file of the common host file systems (ext4: 16 TiB - 4 KiB).
 pub const SEGMENT: u64 = 8 << 40;
+/// The last segment that the largest disk has.
+pub(super) const LAST_SEGMENT: usize = (super::LARGEST / SEGMENT) as usize;
 
 /// A host file as a layer needs it. Offsets and ranges are in bytes.
 #[expect(clippy::len_without_is_empty, reason = "nobody asks whether a file is empty")]
@@ -75,6 +80,19 @@ pub trait Storage: Send + Sync {
     /// The host's errno.
     fn sync(&self) -> io::Result<()>;
 
+    /// Where at or after `offset` the file may hold other bytes than zeros: at `offset` itself when
+    /// the host does not tell; `None` when it holds none. Only for a file that nobody writes to.
+    fn next_data(&self, offset: u64) -> Option<u64> {
+        Some(offset)
+    }
+
+    /// Where at or after the start of `range` the host may hold space for a byte of it: at the
+    /// start itself when the host does not tell; `None` when it holds none.
+    ///
+    /// A hint, for what is written at the same moment may be missed. So may be, where the host
+    /// has no FIEMAP, space that was reserved and not written yet.
+    fn next_space(&self, range: Range<u64>) -> Option<u64>;
+
     /// Drops what the host has cached, so that the next read comes from the device.
     fn forget_cache(&self);
 
@@ -85,10 +103,10 @@ pub trait Storage: Send + Sync {
     fn host_file(&self) -> Option<&HostFile>;
 }
 
-/// How a segment's file comes to be: `open(index, create)`.
-pub type OpenSegment = Box<dyn Fn(usize, Create) -> io::Result<Option<File>> + Send + Sync>;
+/// How the file of a segment that is not there yet comes to be, by its index.
+pub type MakeSegment = Box<dyn Fn(usize) -> io::Result<File> + Send + Sync>;
 
-/// Whether a missing segment is to be made.
+/// Whether a missing file is to be made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Create {
     /// Make it.
@@ -100,9 +118,9 @@ pub enum Create {
 /// A host file, in segments when it is longer than the host allows.
 pub struct HostFile {
     first: Segment,
-    /// Segments 1 and on, as far as they were opened.
-    more: RwLock<Vec<Option<Arc<Segment>>>>,
-    open: Option<OpenSegment>,
+    /// Segments 1 and on that exist, by their index: there are as few as were written to.
+    more: RwLock<BTreeMap<usize, Arc<Segment>>>,
+    make: Option<MakeSegment>,
 }
 
 /// A file of the host, and how its bytes are got at.
@@ -149,21 +167,16 @@ impl HostFile {
     /// A file that never needs a second segment (the log).
     #[must_use]
     pub fn single(file: File) -> Self {
-        Self { first: Segment::new(file), more: RwLock::default(), open: None }
+        Self { first: Segment::new(file), more: RwLock::default(), make: None }
     }
 
-    /// A data file whose further segments `open` makes. Those that are there already are `more`:
+    /// A data file whose further segments `make` makes. Those that are there already are `more`:
     /// all of them, for a sync is one of the whole file, whoever has written it.
     #[must_use]
-    pub fn segmented(first: File, more: Vec<(usize, File)>, open: OpenSegment) -> Self {
-        let count = more.iter().map(|(index, _)| *index).max().unwrap_or(0);
-        let mut slots = vec![None; count];
-        for (index, file) in more {
-            if let Some(slot) = index.checked_sub(1).and_then(|at| slots.get_mut(at)) {
-                *slot = Some(Arc::new(Segment::new(file)));
-            }
-        }
-        Self { first: Segment::new(first), more: RwLock::new(slots), open: Some(open) }
+    pub fn segmented(first: File, more: Vec<(usize, File)>, make: MakeSegment) -> Self {
+        let more = more.into_iter().map(|(index, file)| (index, Arc::new(Segment::new(file))));
+        let more = RwLock::new(more.collect());
+        Self { first: Segment::new(first), more, make: Some(make) }
     }
 
     /// The first segment's file: the one that carries the lock.
@@ -180,7 +193,7 @@ impl HostFile {
     pub fn go_direct(&self) -> io::Result<()> {
         // Locked first: no segment comes in between.
         let more = self.more.write();
-        more.iter().flatten().try_for_each(|segment| segment.go_direct())?;
+        more.values().try_for_each(|segment| segment.go_direct())?;
         self.first.go_direct()
     }
 
@@ -196,35 +209,66 @@ impl HostFile {
     /// The host's errno from opening one.
     pub fn segments(&self) -> io::Result<Vec<(usize, File)>> {
         let mut all = vec![(0, self.first.file.try_clone()?)];
-        for (at, segment) in self.more.read().iter().enumerate() {
-            if let Some(segment) = segment {
-                all.push((at + 1, segment.file.try_clone()?));
-            }
+        for (index, segment) in &*self.more.read() {
+            all.push((*index, segment.file.try_clone()?));
         }
         Ok(all)
     }
 
-    fn segment(&self, index: usize, create: Create) -> io::Result<Option<Arc<Segment>>> {
-        if let Some(Some(segment)) = self.more.read().get(index - 1) {
-            return Ok(Some(Arc::clone(segment)));
+    /// The segment `index`, not the first, if it exists.
+    fn segment(&self, index: usize) -> Option<Arc<Segment>> {
+        self.more.read().get(&index).cloned()
+    }
+
+    /// The segment `index`, not the first, made when it is not there.
+    fn make_segment(&self, index: usize) -> io::Result<Arc<Segment>> {
+        if let Some(segment) = self.segment(index) {
+            return Ok(segment);
         }
-        let Some(open) = &self.open else {
+        let Some(make) = &self.make else {
             return Err(host::errno(libc::EFBIG));
         };
         let mut more = self.more.write();
-        if more.len() < index {
-            more.resize(index, None);
+        if let Some(segment) = more.get(&index) {
+            return Ok(Arc::clone(segment));
         }
-        if more[index - 1].is_none() {
-            let opened = open(index, create)?.map(Segment::new);
-            if let Some(segment) = &opened
-                && self.is_direct()
-            {
-                segment.go_direct()?;
+        let segment = Arc::new(Segment::new(make(index)?));
+        if self.is_direct() {
+            segment.go_direct()?;
+        }
+        more.insert(index, Arc::clone(&segment));
+        Ok(segment)
+    }
+
+    /// Calls `each` with every segment there is that `range` touches, with its index and the bytes
+    /// of `range` in it (offsets inside its file), until one gives something.
+    ///
+    /// Takes no step for a segment that does not exist: most of a huge disk has none.
+    fn among<T>(
+        &self,
+        range: &Range<u64>,
+        mut each: impl FnMut(usize, &Segment, Range<u64>) -> Option<T>,
+    ) -> Option<T> {
+        let within = |index: usize| {
+            let floor = index as u64 * SEGMENT;
+            range.start.max(floor) - floor..range.end.min(floor + SEGMENT) - floor
+        };
+        if range.start < range.end.min(SEGMENT)
+            && let Some(found) = each(0, &self.first, within(0))
+        {
+            return Some(found);
+        }
+        let end = segment_of(range.end.saturating_sub(1));
+        let mut next = segment_of(range.start).max(1);
+        while next <= end {
+            let found = self.more.read().range(next..=end).next().map(|(at, it)| (*at, it.clone()));
+            let (index, segment) = found?;
+            if let Some(found) = each(index, &segment, within(index)) {
+                return Some(found);
             }
-            more[index - 1] = opened.map(Arc::new);
+            next = index + 1;
         }
-        Ok(more[index - 1].clone())
+        None
     }
 
     /// Calls `each` with the file of every segment that `range` touches, the bytes of `range`
@@ -244,8 +288,11 @@ impl HostFile {
             if index == 0 {
                 each(Some(&self.first), inside, at - range.start)?;
             } else {
-                let file = self.segment(index, create)?;
-                each(file.as_deref(), inside, at - range.start)?;
+                let segment = match create {
+                    Create::Never => self.segment(index),
+                    Create::IfMissing => Some(self.make_segment(index)?),
+                };
+                each(segment.as_deref(), inside, at - range.start)?;
             }
             at = end;
         }
@@ -256,6 +303,25 @@ impl HostFile {
 /// The segment that byte `offset` lies in.
 fn segment_of(offset: u64) -> usize {
     (offset / SEGMENT) as usize
+}
+
+/// As [`Storage::next_space`], of one file.
+fn next_space_in(file: &File, range: Range<u64>) -> Option<u64> {
+    let next = match Map::from(file, range.start, Flush::No).next() {
+        Ok(extent) => extent?.range.start,
+        // A host that does not tell its extents may still tell its data.
+        Err(_) => next_data_in(file, range.start)?,
+    };
+    (next < range.end).then_some(next.max(range.start))
+}
+
+/// As [`Storage::next_data`], of one file.
+fn next_data_in(file: &File, offset: u64) -> Option<u64> {
+    match rustix::fs::seek(file, SeekFrom::Data(offset)) {
+        Ok(at) => Some(at),
+        Err(rustix::io::Errno::NXIO) => None,
+        Err(_) => Some(offset),
+    }
 }
 
 #[expect(clippy::cast_possible_truncation, reason = "positions inside a buffer in memory")]
@@ -290,10 +356,8 @@ impl Storage for HostFile {
     }
 
     fn punch(&self, range: Range<u64>) -> io::Result<()> {
-        self.visit(range, Create::Never, |file, inside, _| match file {
-            Some(file) => host::punch(&file.file, inside),
-            None => Ok(()),
-        })
+        self.among(&range, |_, segment, inside| host::punch(&segment.file, inside).err())
+            .map_or(Ok(()), Err)
     }
 
     fn allocate(&self, range: Range<u64>) -> io::Result<()> {
@@ -317,17 +381,33 @@ impl Storage for HostFile {
 
     fn len(&self) -> io::Result<u64> {
         let more = self.more.read();
-        let last = more.iter().enumerate().rev().find_map(|(at, file)| Some((at, file.as_ref()?)));
-        match last {
+        match more.last_key_value() {
             None => Ok(self.first.file.metadata()?.len()),
-            Some((at, file)) => Ok((at as u64 + 1) * SEGMENT + file.file.metadata()?.len()),
+            Some((index, segment)) => {
+                // What lies past the end of a segment is nobody's.
+                Ok(*index as u64 * SEGMENT + segment.file.metadata()?.len().min(SEGMENT))
+            }
         }
     }
 
     fn sync(&self) -> io::Result<()> {
         self.first.file.sync_data()?;
-        let more: Vec<_> = self.more.read().iter().flatten().cloned().collect();
+        let more: Vec<_> = self.more.read().values().cloned().collect();
         more.iter().try_for_each(|segment| segment.file.sync_data())
+    }
+
+    fn next_data(&self, offset: u64) -> Option<u64> {
+        if !self.more.read().is_empty() {
+            return Some(offset);
+        }
+        // What lies past the end of a segment is nobody's.
+        next_data_in(&self.first.file, offset).filter(|at| *at < SEGMENT)
+    }
+
+    fn next_space(&self, range: Range<u64>) -> Option<u64> {
+        self.among(&range, |index, segment, inside| {
+            Some(index as u64 * SEGMENT + next_space_in(&segment.file, inside)?)
+        })
     }
 
     fn forget_cache(&self) {
@@ -336,7 +416,7 @@ impl Storage for HostFile {
             let _ = rustix::fs::fadvise(file, 0, None, rustix::fs::Advice::DontNeed);
         };
         drop_cache(&self.first.file);
-        self.more.read().iter().flatten().for_each(|segment| drop_cache(&segment.file));
+        self.more.read().values().for_each(|segment| drop_cache(&segment.file));
     }
 
     fn backing(&self, range: Range<u64>) -> Option<BorrowedFd<'_>> {

@@ -10,7 +10,7 @@ use rustix::fs::{Mode, OFlags};
 
 use super::Overlay;
 use super::blocks::{BlockIndex, State};
-use super::data::{Create, HostFile, Storage};
+use super::data::{HostFile, Storage};
 use super::persist::{self, Part, Persistent, Place};
 use super::record::{Image, Tag};
 use super::stack::{Stack, StackError, data_in, doing, link_segment};
@@ -41,11 +41,7 @@ pub fn temporary(
 ) -> io::Result<Overlay> {
     let first = nameless(dir)?;
     let more = dir.to_owned();
-    let open = move |_, create| match create {
-        Create::IfMissing => nameless(&more).map(Some),
-        Create::Never => Ok(None),
-    };
-    let data = HostFile::segmented(first, Vec::new(), Box::new(open));
+    let data = HostFile::segmented(first, Vec::new(), Box::new(move |_| nameless(&more)));
     let image = Image::new(size, lower_limit);
     Ok(Overlay::new(block, Arc::new(data), image, None, Tag([0; 2]), limit))
 }

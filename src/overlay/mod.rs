@@ -12,7 +12,7 @@
 //!   layers make a disk, on disk. `keep`: from temporary to persistent.
 //!   `verify`: is it whole? `reflink`: the other kind of overlay, which has no map: a reflink copy
 //!   of its base. `journal`: syncs of few changes. `commit`: down into the base. `sealed`, `merge`,
-//!   `tree`, `shelf`: layers below.
+//!   `tree`, `shelf`: layers below. `fiemap`: where the host keeps a file's blocks.
 //!
 //! Locks, outermost first: the disk's gate (held by the caller), `ranges`, the log's tail, the map.
 //! `pending` is taken inside any of them and nothing is taken inside it. Only `ranges` is held
@@ -26,6 +26,7 @@ pub mod blocks;
 mod change;
 mod commit;
 pub mod data;
+mod fiemap;
 pub mod journal;
 pub mod keep;
 mod leaf;

@@ -47,15 +47,17 @@ impl Pending {
         }
     }
 
-    /// The first range at or after `from` that a record up to `durable` freed, cut to `most`
-    /// bytes.
+    /// The first part of `range` that a record up to `durable` freed.
     #[must_use]
-    pub fn first(&self, from: u64, durable: u64, most: u64) -> Option<Range<u64>> {
-        let before = self.ranges.range(..from).next_back();
-        let after = self.ranges.range(from..);
+    pub fn first(&self, range: &Range<u64>, durable: u64) -> Option<Range<u64>> {
+        if range.is_empty() {
+            return None;
+        }
+        let before = self.ranges.range(..range.start).next_back();
+        let after = self.ranges.range(range.clone());
         before.into_iter().chain(after).find_map(|(&start, &(end, sequence))| {
-            let start = start.max(from);
-            (sequence <= durable && start < end).then(|| start..end.min(start.saturating_add(most)))
+            let start = start.max(range.start);
+            (sequence <= durable && start < end).then(|| start..end.min(range.end))
         })
     }
 
@@ -64,12 +66,9 @@ impl Pending {
     pub fn within(&self, range: &Range<u64>, durable: u64) -> Vec<Range<u64>> {
         let mut parts = Vec::new();
         let mut from = range.start;
-        while let Some(part) = self.first(from, durable, u64::MAX) {
-            if part.start >= range.end {
-                break;
-            }
+        while let Some(part) = self.first(&(from..range.end), durable) {
             from = part.end;
-            parts.push(part.start..part.end.min(range.end));
+            parts.push(part);
         }
         parts
     }
@@ -124,8 +123,9 @@ mod tests {
     fn a_piece_is_cut_to_what_was_asked() {
         let mut pending = Pending::default();
         pending.add(10..100, 1);
-        assert_eq!(pending.first(0, 1, 16), Some(10..26));
-        assert_eq!(pending.first(50, 1, 16), Some(50..66));
-        assert_eq!(pending.first(0, 0, 16), None);
+        assert_eq!(pending.first(&(0..26), 1), Some(10..26));
+        assert_eq!(pending.first(&(50..66), 1), Some(50..66));
+        assert_eq!(pending.first(&(100..u64::MAX), 1), None);
+        assert_eq!(pending.first(&(0..26), 0), None);
     }
 }

@@ -21,7 +21,7 @@ use rustix::fs::AtFlags;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use super::data::{Create, HostFile, Storage};
+use super::data::{Create, HostFile, LAST_SEGMENT, Storage};
 use super::log::{Home, Replaced};
 use super::recover::{Files, LogError};
 use super::tree::Tree;
@@ -350,7 +350,11 @@ fn segments_in(dir: &File) -> io::Result<Vec<(usize, File)>> {
         let entry = entry?;
         let name = entry.file_name().to_str().ok();
         let index = name.and_then(|name| name.strip_prefix("data.")?.parse().ok());
-        if let Some(index) = index.filter(|index| *index > 0) {
+        // What no disk has is none of it, whatever its name.
+        let is_one = |index: &usize| {
+            (1..=LAST_SEGMENT).contains(index) && name == Some(&*segment_name(*index))
+        };
+        if let Some(index) = index.filter(is_one) {
             found.push((index, confined::open_file(dir, segment_name(index), Access::ReadWrite)?));
         }
     }
@@ -363,19 +367,16 @@ pub(super) fn data_in(dir: File, first: File) -> io::Result<HostFile> {
     Ok(HostFile::segmented(
         first,
         more,
-        Box::new(move |index, create| {
+        Box::new(move |index| {
             let name = segment_name(index);
             match confined::open_file(&dir, &name, Access::ReadWrite) {
-                Ok(file) => Ok(Some(file)),
-                Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-                Err(_) if create == Create::Never => Ok(None),
-                Err(_) => {
-                    let file = confined::create_file(&dir, &name)?;
-                    // Its name must be there before a record speaks of its blocks.
-                    dir.sync_all()?;
-                    Ok(Some(file))
-                }
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                found => return found,
             }
+            let file = confined::create_file(&dir, &name)?;
+            // Its name must be there before a record speaks of its blocks.
+            dir.sync_all()?;
+            Ok(file)
         }),
     ))
 }

@@ -19,7 +19,8 @@ pub(super) const FEW: u64 = 128 << 10;
 const SMALL: u64 = 64 << 10;
 /// So many syncs in a row, each of a small overwrite, are a habit.
 const HABIT: u32 = 8;
-/// Freed space goes back in pieces of at most this many bytes, each under its range's lock.
+/// Freed space goes back in pieces of at most this many bytes of what the host holds, each under
+/// its range's lock.
 const PIECE: u64 = 1 << 30;
 /// Where something is being changed, in pieces of this many: it holds few of the range locks.
 const SMALL_PIECE: u64 = 1 << 20;
@@ -236,15 +237,19 @@ impl Overlay {
     ///
     /// What is being changed at this moment is left for the next time: a change may be waiting
     /// for a base that hangs, and no sync waits for that.
+    ///
+    /// Takes steps for the space that there is, not for the bytes that were freed: what holds none
+    /// is one piece, however long, and is left as one when some of it is being changed.
     fn give_back(&self, durable: u64) {
         let (mut from, mut most) = (0, PIECE);
         loop {
-            let Some(piece) = self.pending.lock().first(from, durable, most) else {
+            let Some(waiting) = self.pending.lock().first(&(from..u64::MAX), durable) else {
                 return;
             };
+            let (piece, holds_space) = self.next_piece(&waiting, most);
             let need = self.ranges.need(Need::default(), &piece, Hold::Exclusive);
             let Some(_held) = self.ranges.lock(need, Wait::No) else {
-                if most == SMALL_PIECE {
+                if most == SMALL_PIECE || !holds_space {
                     from = piece.end;
                 }
                 most = SMALL_PIECE;
@@ -265,16 +270,35 @@ impl Overlay {
         }
     }
 
+    /// The first piece of `waiting`, whole blocks, and whether the host may hold space for it: at
+    /// most `most` bytes when it may, else all up to where it may again.
+    fn next_piece(&self, waiting: &Range<u64>, most: u64) -> (Range<u64>, bool) {
+        let Range { start, end } = *waiting;
+        if end - start <= SMALL_PIECE {
+            return (start..end, true);
+        }
+        match self.data.next_space(start..end) {
+            None => (start..end, false),
+            Some(at) if at - start >= self.block => (start..at - at % self.block, false),
+            Some(_) => (start..end.min(start.saturating_add(most)), true),
+        }
+    }
+
     /// Punches what the map does not call Data in `part`.
     fn punch_free(&self, part: &Range<u64>) -> io::Result<()> {
-        let free: Vec<_> = {
+        let mut free: Vec<Range<u64>> = Vec::new();
+        {
             let map = self.map.read();
             let runs = map.blocks.runs(self.blocks_of(part));
-            // Lower and Zero runs side by side are one hole; `punch` twice is as good.
-            runs.filter(|run| run.state != State::Data)
-                .map(|run| self.bytes_of(&run.range))
-                .collect()
-        };
+            for run in runs.filter(|run| run.state != State::Data) {
+                let bytes = self.bytes_of(&run.range);
+                // Lower and Zero runs side by side are one hole.
+                match free.last_mut() {
+                    Some(last) if last.end == bytes.start => last.end = bytes.end,
+                    _ => free.push(bytes),
+                }
+            }
+        }
         free.into_iter().try_for_each(|range| self.data.punch(range))
     }
 

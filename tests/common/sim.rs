@@ -510,6 +510,13 @@ impl Storage for SimFile {
         done
     }
 
+    fn next_space(&self, range: Range<u64>) -> Option<u64> {
+        let state = self.state.lock();
+        let sectors = range.start / SECTOR..range.end.div_ceil(SECTOR);
+        let next = state.allocated.range(sectors).next();
+        next.map(|sector| (sector * SECTOR).max(range.start))
+    }
+
     fn forget_cache(&self) {
         for content in self.state.lock().sectors.values_mut() {
             content.stale = None;

@@ -14,8 +14,8 @@ use std::io;
 use std::ops::Range;
 
 use super::Reflink;
-use super::fiemap::{Map, Mapped};
 use crate::layer::Layer;
+use crate::overlay::fiemap::{Map, Mapped};
 
 /// Whether the host writes what is dirty before it is asked: until then a changed block may still
 /// show as shared.

@@ -21,14 +21,12 @@
 //! ```
 //!
 //! - `home`: making and opening. `snapshots`: snapshot, revert, reset, delete. `intent`: what makes
-//!   a revert whole after a crash. `fiemap`: the host's extents; `changed`: what differs from the
-//!   base.
+//!   a revert whole after a crash. `changed`: what differs from the base, as the host's extents tell it.
 //!
 //! Locks: the disk's gate (held by the caller), then `changing`, held across the host's calls.
 
 mod changed;
 mod error;
-mod fiemap;
 mod home;
 mod intent;
 mod snapshots;

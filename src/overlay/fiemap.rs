@@ -13,7 +13,7 @@ use std::io;
 use std::ops::Range;
 use std::os::fd::AsRawFd;
 
-use super::changed::Flush;
+use super::reflink::Flush;
 
 /// `FS_IOC_FIEMAP`: `_IOWR('f', 11, struct fiemap)`, 32 bytes without its extents.
 const FS_IOC_FIEMAP: libc::c_ulong = 0xC020_660B;
@@ -73,10 +73,15 @@ pub(super) struct Map<'a> {
 
 impl<'a> Map<'a> {
     pub(super) fn of(file: &'a File, flush: Flush) -> Self {
+        Self::from(file, 0, flush)
+    }
+
+    /// The extents that reach past byte `start`.
+    pub(super) fn from(file: &'a File, start: u64, flush: Flush) -> Self {
         let extents = [RawExtent::default(); BATCH];
         let empty =
             Request { start: 0, length: 0, flags: 0, mapped: 0, count: 0, reserved: 0, extents };
-        Self { file, flush, request: Box::new(empty), index: 0, next: Some(0) }
+        Self { file, flush, request: Box::new(empty), index: 0, next: Some(start) }
     }
 
     /// Asks for the extents from `start` on.
