@@ -315,6 +315,25 @@ fn a_stack_that_makes_no_sense_is_refused() {
 }
 
 #[test]
+fn files_of_a_layer_that_no_disk_has_cost_nothing() {
+    let lab = with_overlay();
+    lab.sh(
+        "cd ov/layers/*; for i in 1048576 1000000000 4294967296 18446744073709551615 +2 03 0; do
+             truncate -s 1M data.$i
+         done
+         truncate -s 1M data.1048575; truncate -s 15T log",
+    );
+    // In less memory than a list of all segments would take, and less time than all of the log.
+    lab.sh("ulimit -v 2000000; $COWSLIP check ov; $COWSLIP mount m d=base.img,overlay=ov");
+    assert_eq!(read(&lab.open_ro("m/d"), 4096, 7), b"changed");
+    lab.open("m/d").write_all_at(b"more", 8192).unwrap();
+    lab.umount();
+    lab.mount("d=base.img,overlay=ov");
+    assert_eq!(read(&lab.open_ro("m/d"), 8192, 4), b"more");
+    lab.end();
+}
+
+#[test]
 fn an_overlay_in_use_names_who_uses_it() {
     let lab = lab();
     lab.mount("d=base.img,overlay=ov");

@@ -381,6 +381,45 @@ proptest! {
 }
 
 #[test]
+fn a_power_cut_of_what_was_synced_loses_nothing_and_says_so() {
+    let base = Arc::new(TestBase::solid(64 << 10));
+    let cut = |disk: &SimDisk, seed| {
+        let (found, recovered) = disk.after_power_cut(seed).unwrap();
+        let Recovered::Vouched { lost } = recovered else { panic!("{recovered:?}") };
+        (found, lost)
+    };
+    for is_accustomed in [false, true] {
+        let mut disk = SimDisk::persistent(&base, 64 << 10, 4096, None);
+        if is_accustomed {
+            disk.accustom();
+        }
+        for turn in 0..4 {
+            disk.write(&[turn; 100], u64::from(turn) * 8192).unwrap();
+            disk.zero(4096..8192).unwrap();
+            disk.overlay().sync().unwrap();
+            for seed in 0..8 {
+                let (found, lost) = cut(&disk, seed);
+                assert_eq!(lost, 0, "turn {turn}, seed {seed}");
+                assert!(found.read_all() == disk.read_all());
+                // Opened, not changed: there is nothing to be lost either.
+                assert_eq!(cut(&found, seed).1, 0, "opened again");
+            }
+            // Overwritten in place: no change of the map.
+            disk.write(&[turn; 50], 10).unwrap();
+            assert_eq!(cut(&disk, 1).1, 0);
+        }
+        disk.overlay().close().unwrap();
+        let (reopened, _) = disk.after_kill().unwrap();
+        assert_eq!(cut(&reopened, 2).1, 0, "opened after a good end");
+        disk = reopened;
+        disk.write(&[9; 4096], 5 * 8192).unwrap();
+        disk.write(&[9; 4096], 6 * 8192).unwrap();
+        let most = (0..32).map(|seed| cut(&disk, seed).1).max();
+        assert_eq!(most, Some(2), "what was not synced counts");
+    }
+}
+
+#[test]
 fn an_error_of_the_sync_at_recovery_is_read_as_a_power_cut() {
     for seed in 0..20 {
         let (mut target, mut models) = pair();

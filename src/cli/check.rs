@@ -214,7 +214,7 @@ fn repair(
             let recovered = found.recover(&look.record).with_context(at)?;
             let what = match recovered {
                 Recovered::Vouched { lost } if lost > 0 => {
-                    format!("as after a power cut, {lost} records since the last sync are lost")
+                    format!("as after a power cut, {lost} changes since the last sync are lost")
                 }
                 _ => "nothing is lost".to_owned(),
             };
@@ -425,7 +425,7 @@ fn state_of(sound: &Sound) -> String {
     }
     match sound.recovered {
         Recovered::New | Recovered::Clean => "clean".to_owned(),
-        Recovered::Vouched { lost } if lost > 0 => format!("needs recovery, {lost} records lost"),
+        Recovered::Vouched { lost } if lost > 0 => format!("needs recovery, {lost} changes lost"),
         Recovered::All | Recovered::Vouched { .. } => "needs recovery".to_owned(),
     }
 }
@@ -435,9 +435,11 @@ fn state(recovered: Recovered) -> String {
     match recovered {
         Recovered::New | Recovered::Clean => "clean".to_owned(),
         Recovered::All => "needs recovery: nothing is lost (the next mount does it)".to_owned(),
-        Recovered::Vouched { lost: 0 } => "as after a power cut: nothing is lost".to_owned(),
+        Recovered::Vouched { lost: 0 } => {
+            "as after a power cut: all that was synced is there".to_owned()
+        }
         Recovered::Vouched { lost } => {
-            format!("as after a power cut: {lost} records since the last sync are lost")
+            format!("as after a power cut: {lost} changes since the last sync are lost")
         }
     }
 }

@@ -21,10 +21,11 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
-use rustix::net::SendFlags;
+use rustix::net::{RecvFlags, SendFlags};
 use rustix::process::{Pid, WaitOptions, WaitStatus};
 
 use super::who;
+use crate::pool::Request;
 use crate::printable;
 
 /// Which side of the fork this is.
@@ -195,6 +196,24 @@ pub enum Notes {
     Stderr,
 }
 
+/// Whether the command that waits for the daemon is still there.
+struct Awaited(Option<UnixStream>);
+
+impl Request for Awaited {
+    fn is_given_up(&self) -> bool {
+        let Some(parent) = &self.0 else { return false };
+        // It never says anything: there is an end to be read, or nothing.
+        let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
+        matches!(rustix::net::recv(parent, &mut [0; 1], flags), Ok((_, 0)) | Err(Errno::CONNRESET))
+    }
+
+    fn hold(&self) -> bool {
+        !self.is_given_up()
+    }
+
+    fn release(&self) {}
+}
+
 impl Ready {
     /// For `-f`: no parent waits, lines are printed at once, and stdio stays.
     pub fn foreground(notes: Notes) -> Self {
@@ -217,6 +236,15 @@ impl Ready {
             Channel::Parent(parent) => send_frame(parent, Kind::Warning, line.as_bytes()),
             Channel::Foreground(_) => print_line(&mut io::stderr(), line.as_bytes()),
         };
+    }
+
+    /// A request by the command that waits: given up once that is gone. With `-f` nobody waits but
+    /// the user, whose signals end this process.
+    pub fn request(&self) -> impl Request + 'static {
+        Awaited(match &self.channel {
+            Channel::Parent(parent) => parent.try_clone().ok(),
+            Channel::Foreground(_) => None,
+        })
     }
 
     /// The mount answers: the daemon leaves the caller's directory and stdio, and the parent
@@ -308,6 +336,17 @@ mod tests {
 
     /// Names the part that [`helper`] plays.
     const PART: &str = "COWSLIP_TEST_DAEMON";
+
+    #[test]
+    fn a_request_is_given_up_once_the_command_that_waits_is_gone() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let ready = Ready { channel: Channel::Parent(theirs) };
+        let request = ready.request();
+        assert!(!request.is_given_up() && request.hold());
+        drop(ours);
+        assert!(request.is_given_up() && !request.hold());
+        assert!(!Ready::foreground(Notes::Stdout).request().is_given_up());
+    }
 
     /// Not a test of its own but the process that the tests below start: tests run in threads,
     /// and this one forks. It does nothing without its variable.

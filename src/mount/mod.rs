@@ -37,7 +37,7 @@ use crate::catalog::{CONTROL, Catalog};
 use crate::control::{self, Control};
 use crate::fs::{CowslipFs, Deadlines, Shared, forgetter};
 use crate::journal::{self, Sink};
-use crate::pool::Pool;
+use crate::pool::{Pool, while_wanted};
 use crate::spec::{Cache, DiskSpec, Flow, MountOptions, Source, Target};
 use crate::stream::sink::Inherit;
 
@@ -155,7 +155,9 @@ fn start(plan: &Plan, ready: &Ready) -> Result<Mount, String> {
         log::info!("{line}");
     }
     let catalog = Arc::new(Catalog::new(&mountpoint, open_store(plan, &mountpoint)?));
-    let mounted = open_disks(plan, &catalog).and_then(|lines| {
+    // What is opened may have been made to be read for ever: not once nobody waits for it.
+    let opened = while_wanted(ready.request(), || open_disks(plan, &catalog));
+    let mounted = opened.and_then(|lines| {
         give_stdout_away(plan)?;
         let mount = mount_and_spawn(plan, &mountpoint, share(plan, &catalog))?;
         Ok((mount, lines))

@@ -29,9 +29,9 @@ pub enum Recovered {
     Clean,
     /// The daemon had died; nothing that was acknowledged is lost.
     All,
-    /// Read as after a power cut: as it was at the last sync, `lost` records older.
+    /// Read as after a power cut: as it was at the last sync.
     Vouched {
-        /// Records that do not count.
+        /// Changes of the map and the size that are known to have come after that sync.
         lost: u64,
     },
 }
@@ -130,7 +130,9 @@ pub fn examine(files: &Files, tag: Tag) -> Result<Trusted, LogError> {
     // Up to `sequence`, and what the journal holds from `generation` on.
     let less = |sequence, generation| -> Result<Trusted, LogError> {
         let journal = read_journal(files, generation)?;
-        let lost = (scan.last() + 1).saturating_sub(journal.end.max(sequence + 1));
+        // A record that only vouches, or says who opened the layer, is no loss.
+        let known = journal.end.max(sequence + 1).saturating_sub(scan.first).min(scan.good);
+        let lost = log::count_changes(&*files.log, &files.uuid, known..scan.good)?;
         let recovered = Recovered::Vouched { lost };
         Ok(Trusted { scan: scan.clone(), count: upto(sequence), recovered, journal })
     };

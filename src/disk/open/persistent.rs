@@ -141,6 +141,8 @@ pub(super) fn settle(
     match recovered {
         Recovered::New | Recovered::Clean => {}
         Recovered::All => notes.push("recovered: the daemon had died, nothing is lost".to_owned()),
+        Recovered::Vouched { lost: 0 } => notes
+            .push("recovered as after a power cut: all that was synced is there".to_owned()),
         Recovered::Vouched { lost } => notes.push(format!(
             "recovered as after a power cut: the disk is as it was at its last sync ({lost} later changes of its map are gone)"
         )),

@@ -23,7 +23,7 @@ use parking_lot::Mutex;
 use uuid::Uuid;
 
 use self::scan::for_each_record;
-pub use self::scan::{End, Scan, replay, scan};
+pub use self::scan::{End, Scan, count_changes, replay, scan};
 use self::writer::Writer;
 use super::data::{Create, Storage};
 use super::is_full;

@@ -1,6 +1,7 @@
 //! Reading a log: what of it is good, what ends that, and what it adds up to.
 
 use std::io;
+use std::ops::Range;
 
 use uuid::Uuid;
 
@@ -9,6 +10,7 @@ use crate::host;
 use crate::layer::Wait;
 use crate::overlay::data::Storage;
 use crate::overlay::record::{Decoded, Image, RECORD_LEN, Record, Tag};
+use crate::pool::check_wanted;
 
 /// What reading a log from end to end found.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -174,6 +176,25 @@ pub fn replay(
     })
 }
 
+/// How many of the records `range`, counted from the first in the file, change the map or the size.
+///
+/// # Errors
+/// As [`replay`].
+pub fn count_changes(file: &dyn Storage, uuid: &Uuid, range: Range<u64>) -> io::Result<u64> {
+    let mut changes = 0;
+    for_each_record(file, range.start, range.end, &mut |bytes| {
+        let decoded = Record::decode(bytes, uuid);
+        changes += u64::from(matches!(
+            decoded,
+            Decoded::Good(_, Record::Set { .. } | Record::Size { .. })
+        ));
+        Ok(())
+    })?;
+    Ok(changes)
+}
+
+/// Calls `each` with the records from `from` to `to`, counted from the first in the file. Of a
+/// stretch of blank places it sees the first megabyte at least.
 pub(super) fn for_each_record(
     file: &dyn Storage,
     from: u64,
@@ -189,6 +210,82 @@ pub(super) fn for_each_record(
         let (records, _) = buf.as_chunks::<RECORD_LEN>();
         records.iter().try_for_each(&mut *each)?;
         at += count as u64;
+        // A log may be as long as the host lets a file be. Nobody has to wait for its holes...
+        if buf.iter().all(|byte| *byte == 0) {
+            at = file.next_data(at * RECORD_BYTES).map_or(to, |next| at.max(next / RECORD_BYTES));
+        }
+        // ... and whoever is gone does not wait for the rest either.
+        check_wanted()?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::FileExt;
+
+    use super::*;
+    use crate::overlay::data::HostFile;
+    use crate::pool::{Request, while_wanted};
+
+    #[test]
+    fn records_behind_a_hole_of_any_length_are_found_without_reading_it() {
+        let uuid = Uuid::from_u128(3);
+        let file = tempfile::tempfile_in("/var/tmp").unwrap();
+        file.write_all_at(&Record::Open { tag: Tag([1; 2]) }.encode(&uuid, 1), 0).unwrap();
+        let far = 7 << 40;
+        file.write_all_at(&Record::Close.encode(&uuid, 9), far).unwrap();
+        file.set_len(15 << 40).unwrap();
+        let found = scan(&HostFile::single(file), &uuid).unwrap();
+        assert_eq!((found.good, found.highest, found.end), (1, 9, End::Gap));
+    }
+
+    struct Gone;
+
+    impl Request for Gone {
+        fn is_given_up(&self) -> bool {
+            true
+        }
+
+        fn hold(&self) -> bool {
+            false
+        }
+
+        fn release(&self) {}
+    }
+
+    #[test]
+    fn nothing_is_read_on_for_somebody_who_is_gone() {
+        let uuid = Uuid::from_u128(3);
+        let file = tempfile::tempfile().unwrap();
+        let records: Vec<u8> =
+            (1..100_000).flat_map(|at| Record::Intent.encode(&uuid, at)).collect();
+        file.write_all_at(&records, 0).unwrap();
+        let file = HostFile::single(file);
+        assert_eq!(scan(&file, &uuid).unwrap().good, 99_999);
+        let mut seen = 0;
+        let stopped = while_wanted(Gone, || {
+            for_each_record(&file, 0, 99_999, &mut |_| {
+                seen += 1;
+                Ok(())
+            })
+        });
+        assert_eq!(stopped.unwrap_err().raw_os_error(), Some(libc::EIO));
+        assert_eq!(seen, BATCH);
+    }
+
+    #[test]
+    fn only_records_that_change_the_disk_are_changes() {
+        let uuid = Uuid::from_u128(3);
+        let file = tempfile::tempfile().unwrap();
+        let vouch = Record::Vouch { upto: 1, durable: 1 };
+        let size = Record::Size { size: 512, lower_limit: 0 };
+        for (at, record) in (0..).zip([size.clone(), vouch, Record::Close, size, Record::Done]) {
+            file.write_all_at(&record.encode(&uuid, at + 1), at * RECORD_BYTES).unwrap();
+        }
+        let file = HostFile::single(file);
+        assert_eq!(count_changes(&file, &uuid, 0..5).unwrap(), 2);
+        assert_eq!(count_changes(&file, &uuid, 1..5).unwrap(), 1);
+        assert_eq!(count_changes(&file, &uuid, 4..5).unwrap(), 0);
+    }
 }
