@@ -448,12 +448,9 @@ mod tests {
     impl Leaf {
         fn check(&self, len: usize) {
             assert_eq!(self.len, len);
-            for plane in [&self.data, &self.zero] {
-                assert_eq!(plane.ones, plane.bits.iter_ones().count(), "a plane is miscounted");
-                assert_eq!(plane.bits.len(), if plane.ones == 0 { 0 } else { len });
-            }
+            self.zero.check(len);
             let both = |at: &usize| self.zero.has(*at);
-            assert_eq!(self.data.bits.iter_ones().find(both), None, "a block in two states");
+            assert_eq!(self.data.check(len).into_iter().find(both), None, "a block in two states");
             for state in [Lower, Data, Zero] {
                 assert!(!self.is_uniform(state), "a leaf is uniformly {state:?}");
             }
@@ -533,9 +530,9 @@ mod tests {
     }
 
     #[test]
-    fn a_plane_is_there_only_while_it_has_a_bit_set() {
+    fn a_plane_is_there_only_while_it_has_a_block() {
         let planes = |map: &BlockMap<64>| match map.directory.get(&0) {
-            Some(Entry::Leaf(leaf)) => (!leaf.data.bits.is_empty(), !leaf.zero.bits.is_empty()),
+            Some(Entry::Leaf(leaf)) => (leaf.data.bytes() > 0, leaf.zero.bytes() > 0),
             _ => (false, false),
         };
         let mut map = BlockMap::<64>::default();
@@ -546,6 +543,25 @@ mod tests {
         map.set(blocks(0..4), Lower);
         assert_eq!(planes(&map), (false, true));
         map.check();
+    }
+
+    #[test]
+    fn one_block_in_each_chunk_takes_bytes_and_not_kilobytes() {
+        let mut map = BlockMap::new();
+        for chunk in 0..1000 {
+            map.set(blocks(chunk * CHUNK_BLOCKS + 7..chunk * CHUNK_BLOCKS + 8), Data);
+            // And one that is not in each of as many that are.
+            let held = 5000 + chunk;
+            map.set(blocks(held * CHUNK_BLOCKS..(held + 1) * CHUNK_BLOCKS), Data);
+            map.set(blocks(held * CHUNK_BLOCKS + 9..held * CHUNK_BLOCKS + 10), Zero);
+        }
+        map.check();
+        assert_eq!((map.leaves(), map.data_blocks()), (2000, 1000 * CHUNK_BLOCKS));
+        let leaves = map.directory.values().filter_map(|entry| match entry {
+            Entry::Leaf(leaf) => Some(leaf.data.bytes() + leaf.zero.bytes()),
+            Entry::Uniform { .. } => None,
+        });
+        assert!(leaves.sum::<usize>() < 2000 * 100);
     }
 
     #[test]

@@ -1,7 +1,6 @@
 //! One chunk of the block map whose blocks are in more than one state. No I/O.
 //!
-//! A leaf has a plane of bits for Data and one for Zero, 8 KiB each, only there while it has a bit
-//! set; ranges are filled, counted and searched by whole words.
+//! A leaf has a plane for Data and one for Zero: a short list of runs, or 8 KiB of bits.
 
 use std::ops::Range;
 
@@ -99,10 +98,10 @@ impl Leaf {
     pub(super) fn set(&mut self, range: Range<usize>, state: State) {
         // Clear first, so that a plane that empties is freed before the other one is allocated.
         if state != State::Data {
-            self.data.clear(range.clone());
+            self.data.clear(range.clone(), self.len);
         }
         if state != State::Zero {
-            self.zero.clear(range.clone());
+            self.zero.clear(range.clone(), self.len);
         }
         match state {
             State::Lower => {}
@@ -128,58 +127,193 @@ impl Leaf {
     }
 }
 
-/// One bit a block; no memory while no bit is set. `bitvec` fills, counts and searches `Lsb0`
-/// slices by whole words.
-#[derive(Clone, Debug, Default)]
+/// A set of blocks. A few runs are listed; of many there is one bit a block, so a chunk takes no more
+/// than its planes of bits, and a disk that is touched in one place a chunk a few bytes for each.
+/// `bitvec` fills, counts and searches `Lsb0` slices by whole words.
+#[derive(Clone, Debug)]
 pub(super) struct Plane {
-    /// As long as the chunk, or empty.
-    pub(super) bits: BitBox<u64, Lsb0>,
+    set: Set,
     pub(super) ones: usize,
+}
+
+#[derive(Clone, Debug)]
+enum Set {
+    /// Rising and apart: between two of them there is a block. At most [`most_runs`].
+    Runs(Vec<Range<u32>>),
+    /// As long as the chunk.
+    Bits(BitBox<u64, Lsb0>),
+}
+
+/// The most runs that are listed in a chunk of `len` blocks: a quarter of what its bits take. So a
+/// record of the log, 32 bytes, never makes more than 32 bytes of it.
+fn most_runs(len: usize) -> usize {
+    (len / 256).max(2)
+}
+
+impl Default for Plane {
+    fn default() -> Self {
+        Self { set: Set::Runs(Vec::new()), ones: 0 }
+    }
+}
+
+/// A place in a chunk, as runs keep it.
+#[expect(clippy::cast_possible_truncation, reason = "at most the length of a chunk, 65,536")]
+fn place(at: usize) -> u32 {
+    at as u32
+}
+
+fn len_of(run: &Range<u32>) -> usize {
+    (run.end - run.start) as usize
+}
+
+/// The part of `run` inside `range`.
+fn common(run: &Range<u32>, range: &Range<u32>) -> usize {
+    run.end.min(range.end).saturating_sub(run.start.max(range.start)) as usize
 }
 
 impl Plane {
     pub(super) fn has(&self, at: usize) -> bool {
-        self.bits.get(at).is_some_and(|bit| *bit)
+        match &self.set {
+            Set::Bits(bits) => bits.get(at).is_some_and(|bit| *bit),
+            Set::Runs(runs) => {
+                let at = place(at);
+                let next = runs.partition_point(|run| run.end <= at);
+                runs.get(next).is_some_and(|run| run.start <= at)
+            }
+        }
     }
 
     pub(super) fn fill(&mut self, range: Range<usize>, len: usize) {
-        if self.bits.is_empty() {
-            self.bits = BitVec::repeat(false, len).into_boxed_bitslice();
-        }
-        let bits = &mut self.bits[range];
-        self.ones += bits.len() - bits.count_ones();
-        bits.fill(true);
-    }
-
-    pub(super) fn clear(&mut self, range: Range<usize>) {
-        if self.bits.is_empty() {
+        if range.is_empty() {
             return;
         }
-        let bits = &mut self.bits[range];
-        self.ones -= bits.count_ones();
-        bits.fill(false);
+        match &mut self.set {
+            Set::Bits(bits) => {
+                let bits = &mut bits[range];
+                self.ones += bits.len() - bits.count_ones();
+                bits.fill(true);
+            }
+            Set::Runs(runs) => {
+                let mut new = place(range.start)..place(range.end);
+                let first = runs.partition_point(|run| run.end < new.start);
+                let last = runs.partition_point(|run| run.start <= new.end);
+                // What it touches becomes one with it.
+                let old = &runs[first..last];
+                let held: usize = old.iter().map(len_of).sum();
+                new.start = old.first().map_or(new.start, |run| run.start.min(new.start));
+                new.end = old.last().map_or(new.end, |run| run.end.max(new.end));
+                self.ones += len_of(&new) - held;
+                runs.splice(first..last, [new]);
+                self.spread(len);
+            }
+        }
+    }
+
+    pub(super) fn clear(&mut self, range: Range<usize>, len: usize) {
+        if range.is_empty() {
+            return;
+        }
+        match &mut self.set {
+            Set::Bits(bits) => {
+                let bits = &mut bits[range];
+                self.ones -= bits.count_ones();
+                bits.fill(false);
+            }
+            Set::Runs(runs) => {
+                let gone = place(range.start)..place(range.end);
+                let first = runs.partition_point(|run| run.end <= gone.start);
+                let last = runs.partition_point(|run| run.start < gone.end);
+                let old = &runs[first..last];
+                self.ones -= old.iter().map(|run| common(run, &gone)).sum::<usize>();
+                let before = old.first().map(|run| run.start..gone.start);
+                let after = old.last().map(|run| gone.end..run.end);
+                let left = before.into_iter().chain(after).filter(|run| run.start < run.end);
+                let left: Vec<_> = left.collect();
+                runs.splice(first..last, left);
+                self.spread(len);
+            }
+        }
         if self.ones == 0 {
-            self.bits = BitBox::default();
+            *self = Self::default();
+        }
+    }
+
+    /// Goes over to bits when there are too many runs to be listed.
+    fn spread(&mut self, len: usize) {
+        if let Set::Runs(runs) = &self.set
+            && runs.len() > most_runs(len)
+        {
+            let mut bits: BitVec<u64, Lsb0> = BitVec::repeat(false, len);
+            for run in runs {
+                bits[run.start as usize..run.end as usize].fill(true);
+            }
+            self.set = Set::Bits(bits.into_boxed_bitslice());
         }
     }
 
     pub(super) fn count(&self, range: Range<usize>) -> usize {
-        if self.bits.is_empty() { 0 } else { self.bits[range].count_ones() }
+        match &self.set {
+            Set::Bits(bits) => bits[range].count_ones(),
+            Set::Runs(runs) => {
+                let range = place(range.start)..place(range.end);
+                let first = runs.partition_point(|run| run.end <= range.start);
+                let inside = runs[first..].iter().take_while(|run| run.start < range.end);
+                inside.map(|run| common(run, &range)).sum()
+            }
+        }
     }
 
     pub(super) fn end_of_ones(&self, range: Range<usize>) -> usize {
         let (from, to) = (range.start, range.end);
-        if self.bits.is_empty() {
-            return from;
+        match &self.set {
+            Set::Bits(bits) => bits[range].first_zero().map_or(to, |ones| from + ones),
+            Set::Runs(runs) => {
+                let at = place(from);
+                let next = runs.partition_point(|run| run.end <= at);
+                let run = runs.get(next).filter(|run| run.start <= at);
+                run.map_or(from, |run| to.min(run.end as usize))
+            }
         }
-        self.bits[range].first_zero().map_or(to, |ones| from + ones)
     }
 
     pub(super) fn end_of_zeros(&self, range: Range<usize>) -> usize {
         let (from, to) = (range.start, range.end);
-        if self.bits.is_empty() {
-            return to;
+        match &self.set {
+            Set::Bits(bits) => bits[range].first_one().map_or(to, |zeros| from + zeros),
+            Set::Runs(runs) => {
+                let at = place(from);
+                let next = runs.partition_point(|run| run.end <= at);
+                runs.get(next).map_or(to, |run| to.min((run.start as usize).max(from)))
+            }
         }
-        self.bits[range].first_one().map_or(to, |zeros| from + zeros)
+    }
+
+    /// Bytes on the heap.
+    #[cfg(test)]
+    pub(super) fn bytes(&self) -> usize {
+        match &self.set {
+            Set::Bits(bits) => bits.len() / 8,
+            Set::Runs(runs) => runs.capacity() * size_of::<Range<u32>>(),
+        }
+    }
+
+    /// Its blocks; the invariants hold.
+    #[cfg(test)]
+    pub(super) fn check(&self, len: usize) -> Vec<usize> {
+        let ones: Vec<usize> = match &self.set {
+            Set::Bits(bits) => {
+                assert_eq!(bits.len(), len);
+                assert!(self.ones > 0, "bits of nothing");
+                bits.iter_ones().collect()
+            }
+            Set::Runs(runs) => {
+                assert!(runs.len() <= most_runs(len) && runs.iter().all(|run| !run.is_empty()));
+                assert!(runs.is_sorted_by(|one, next| one.end < next.start), "{runs:?}");
+                runs.iter().flat_map(|run| run.start as usize..run.end as usize).collect()
+            }
+        };
+        assert_eq!(self.ones, ones.len(), "a plane is miscounted");
+        assert!(ones.last().is_none_or(|last| *last < len));
+        ones
     }
 }
