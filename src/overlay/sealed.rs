@@ -25,6 +25,7 @@ use std::sync::Arc;
 use parking_lot::RwLock;
 
 use super::blocks::{BlockIndex, CHUNK_BLOCKS, State};
+use super::tree::MOST_LAYERS;
 use super::{Overlay, Usage};
 use crate::extents::{Extent, Kind};
 use crate::host::errno;
@@ -69,10 +70,10 @@ struct Found {
 }
 
 impl Sealed {
-    /// Looks `layers`, top to bottom, up as one. `None` when there is none, or more than 2^15.
+    /// Looks `layers`, top to bottom, up as one. `None` when there is none, or more than [`MOST_LAYERS`].
     #[must_use]
     pub fn new(layers: Vec<Arc<Overlay>>) -> Option<Self> {
-        if layers.is_empty() || layers.len() > 1 << 15 {
+        if layers.is_empty() || layers.len() > MOST_LAYERS {
             return None;
         }
         let mut reach = Vec::with_capacity(layers.len() + 1);

@@ -9,11 +9,15 @@
 //! Every layer but the top is sealed. A layer is kept as long as the top or a snapshot stands on
 //! it; [`Tree::prune`] drops the others.
 
+use std::collections::HashSet;
+
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 /// The longest name of a snapshot in bytes, as for files.
 const LONGEST: usize = 255;
+/// The most layers that are looked up as one.
+pub const MOST_LAYERS: usize = 1 << 15;
 
 /// One layer of an overlay.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -78,25 +82,28 @@ impl Tree {
         let Some(top) = self.layers.last() else {
             return Some("it has no layer".to_owned());
         };
-        for (at, layer) in self.layers.iter().enumerate() {
-            let before = &self.layers[..at];
-            if before.iter().any(|other| other.uuid == layer.uuid) {
+        if self.layers.len() > MOST_LAYERS {
+            return Some(format!("it has more than {MOST_LAYERS} layers"));
+        }
+        let mut known = HashSet::new();
+        for layer in &self.layers {
+            let parent = layer.parent.filter(|parent| !known.contains(parent));
+            if !known.insert(layer.uuid) {
                 return Some(format!("layer {} is there twice", layer.uuid));
             }
-            if let Some(parent) = layer.parent
-                && !before.iter().any(|other| other.uuid == parent)
-            {
+            if parent.is_some() {
                 return Some(format!("what is below layer {} is missing", layer.uuid));
             }
             if layer.block != top.block {
                 return Some("its layers have blocks of different sizes".to_owned());
             }
         }
-        for (at, snapshot) in self.snapshots.iter().enumerate() {
-            if self.snapshots[..at].iter().any(|other| other.name == snapshot.name) {
+        let mut names = HashSet::new();
+        for snapshot in &self.snapshots {
+            if !names.insert(&snapshot.name) {
                 return Some(format!("snapshot '{}' is there twice", snapshot.name));
             }
-            if self.layer(snapshot.layer).is_none() || snapshot.layer == top.uuid {
+            if !known.contains(&snapshot.layer) || snapshot.layer == top.uuid {
                 return Some(format!("the layer of snapshot '{}' is missing", snapshot.name));
             }
         }
@@ -133,9 +140,12 @@ impl Tree {
     pub fn chain(&self, uuid: Uuid) -> Vec<LayerRecord> {
         let mut chain = Vec::new();
         let mut next = Some(uuid);
-        while let Some(layer) = next.and_then(|uuid| self.layer(uuid)) {
-            chain.push(layer.clone());
-            next = layer.parent;
+        // What is below a layer stands before it.
+        for layer in self.layers.iter().rev() {
+            if Some(layer.uuid) == next {
+                chain.push(layer.clone());
+                next = layer.parent;
+            }
         }
         chain
     }
@@ -154,7 +164,7 @@ impl Tree {
 
     /// Drops the layers that neither the top nor a snapshot stands on.
     pub fn prune(&mut self) {
-        let mut kept = std::collections::HashSet::new();
+        let mut kept = HashSet::new();
         let tips = self.top().map(|top| top.uuid).into_iter();
         for tip in tips.chain(self.snapshots.iter().map(|snapshot| snapshot.layer)) {
             let mut next = Some(tip);
@@ -320,6 +330,10 @@ mod tests {
             tree.fault().unwrap()
         };
         assert!(faulty(&|tree| tree.layers.clear()).contains("no layer"));
+        let many = faulty(&|tree| {
+            (0..MOST_LAYERS as u128).for_each(|layer| tree.grow(id(100 + layer), Some(id(4))));
+        });
+        assert!(many.contains("more than 32768 layers"), "{many}");
         assert!(faulty(&|tree| tree.layers.swap(0, 1)).contains("is missing"));
         assert!(faulty(&|tree| tree.layers[1].uuid = id(1)).contains("twice"));
         assert!(faulty(&|tree| tree.layers[1].block = 4096).contains("different sizes"));
