@@ -30,13 +30,15 @@ pub enum Access {
     Read,
     /// Reading and writing.
     ReadWrite,
+    /// Reading and writing; reading alone where the file system is read-only.
+    AsAllowed,
 }
 
 impl Access {
     fn flags(self) -> OFlags {
         match self {
             Self::Read => OFlags::RDONLY,
-            Self::ReadWrite => OFlags::RDWR,
+            Self::ReadWrite | Self::AsAllowed => OFlags::RDWR,
         }
     }
 }
@@ -136,7 +138,13 @@ fn of_descriptor(fd: impl AsFd) -> String {
 /// file, for a file of another user, and for a name that is not one plain component.
 pub fn open_file(dir: &File, name: impl AsRef<Path>, access: Access) -> io::Result<File> {
     let name = plain(name.as_ref())?;
-    let opened = open_nonblocking(dir, name, access.flags() | OFlags::NOFOLLOW);
+    let open = |access: Access| open_nonblocking(dir, name, access.flags() | OFlags::NOFOLLOW);
+    let opened = match open(access) {
+        Err(error) if access == Access::AsAllowed && error.raw_os_error() == Some(libc::EROFS) => {
+            open(Access::Read)
+        }
+        opened => opened,
+    };
     let file = opened.map_err(|error| explain(dir, name, error))?;
     let found = file.metadata()?;
     if !found.is_file() {

@@ -155,6 +155,12 @@ pub fn begin_write_out(file: impl AsFd, range: Range<u64>) {
     unsafe { libc::sync_file_range(file, start, len, libc::SYNC_FILE_RANGE_WRITE) };
 }
 
+/// Whether `file` was opened for reading alone.
+pub fn is_read_only(file: impl AsFd) -> bool {
+    let flags = rustix::fs::fcntl_getfl(file);
+    flags.is_ok_and(|flags| flags & rustix::fs::OFlags::ACCMODE == rustix::fs::OFlags::RDONLY)
+}
+
 /// Gives the space of `range` back to the host; the file keeps its length.
 ///
 /// # Errors

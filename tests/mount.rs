@@ -1198,3 +1198,58 @@ fn st_blocks_is_right_after_keep_too() {
     lab.umount();
     lab.end();
 }
+
+#[test]
+fn an_overlay_on_a_read_only_file_system_can_be_checked_and_read() {
+    let mut lab = Lab::new();
+    lab.host("host", "ext4", 200 * MIB);
+    lab.base("host/base.img", 4 * MIB);
+    lab.mount("d=host/base.img,overlay=host/ov --store host/st");
+    lab.open("m/d").write_all_at(&noise(9000, 1), 5000).unwrap();
+    lab.ok("snapshot m/d a");
+    lab.open("m/d").write_all_at(&noise(9000, 2), 7000).unwrap();
+    lab.sh("echo hello > m/f");
+    lab.umount();
+    // What a crash left behind can stay.
+    lab.sh("mkdir -m 700 host/st/layers/00000000-0000-4000-8000-000000000000");
+    lab.mount("k=host/base.img,overlay=host/killed");
+    lab.open("m/k").write_all_at(&noise(9000, 3), 5000).unwrap();
+    lab.kill();
+    lab.ok("umount m");
+    let check = |dir: &str| {
+        lab.ok(&format!("check {dir}/ov"));
+        lab.ok(&format!("check {dir}/st"));
+        assert!(lab.ok(&format!("check {dir}/killed")).contains("nothing is lost"));
+        let words =
+            format!("d={dir}/base.img,overlay={dir}/ov k={dir}/base.img,overlay={dir}/killed");
+        for options in ["-o ro", ""] {
+            let said = lab.mount(&format!("{words} --store {dir}/st {options}"));
+            assert_eq!(said.matches("read-only file system").count(), 3, "{said}");
+            assert_eq!(read(&lab.open_ro("m/d"), 7000, 9000), noise(9000, 2));
+            assert_eq!(read(&lab.open_ro("m/d"), 5000, 2000), noise(9000, 1)[..2000]);
+            assert_eq!(read(&lab.open_ro("m/k"), 5000, 9000), noise(9000, 3));
+            assert_eq!(lab.sh("cat m/f"), "hello\n");
+            let snapshot = lab.open_ro("m/.cowslip/d/snapshots/a");
+            assert_eq!(read(&snapshot, 5000, 9000), noise(9000, 1));
+            drop(snapshot);
+            for name in ["m/d", "m/k", "m/f"] {
+                let error = OpenOptions::new().write(true).open(lab.path(name)).unwrap_err();
+                assert_eq!(error.raw_os_error(), Some(libc::EROFS), "{name}");
+            }
+            lab.refused(1, "snapshot m/d b");
+            lab.umount();
+        }
+    };
+    lab.sh("mkdir bound; mount --bind host bound; mount -o remount,bind,ro bound");
+    check("bound");
+    lab.sh("umount bound");
+    wait_until("the host is not in use", || {
+        lab.output("mount", &["-o", "remount,ro", "host"]).status.success()
+    });
+    check("host");
+    lab.sh("mount -o remount,rw host");
+    lab.mount("d=host/base.img,overlay=host/ov k=host/base.img,overlay=host/killed");
+    assert_eq!(read(&lab.open_ro("m/k"), 5000, 9000), noise(9000, 3));
+    lab.open("m/d").write_all_at(b"again", 0).unwrap();
+    lab.end();
+}

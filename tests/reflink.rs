@@ -50,6 +50,24 @@ fn a_passed_through_disk_does_what_the_model_does() {
 }
 
 #[test]
+fn a_reflink_overlay_on_a_read_only_file_system_can_be_read() {
+    let lab = lab();
+    lab.mount(DISK);
+    lab.open("m/d").write_all_at(&noise(9000, 1), 5000).unwrap();
+    lab.umount();
+    lab.sh("mount -o remount,ro host");
+    for options in ["-o ro", ""] {
+        assert!(lab.mount(&format!("{DISK} {options}")).contains("read-only file system"));
+        assert_eq!(read(&lab.open_ro("m/d"), 5000, 9000), noise(9000, 1));
+        let error = OpenOptions::new().write(true).open(lab.path("m/d")).unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(libc::EROFS));
+        lab.umount();
+    }
+    lab.sh("mount -o remount,rw host");
+    lab.end();
+}
+
+#[test]
 fn a_disk_on_btrfs_does_what_the_model_does() {
     let lab = lab_on("btrfs");
     lab.sh("sync -f host");

@@ -8,14 +8,15 @@ use uuid::Uuid;
 
 use super::bottom::{Bottom, check_base};
 use super::open::{
-    OpenError, Opened, Setting, adopt_owner, assemble, in_overlay, new_stack, notes_on_overlay,
+    OpenError, Opened, READ_ONLY, Setting, adopt_owner, assemble, in_overlay, new_stack,
+    notes_on_overlay,
 };
 use super::{Disk, Home, Layers, Owner, Times, Top, mtime_of};
 use crate::layer::Layer;
 use crate::overlay::recover::Recovered;
 use crate::overlay::reflink::{self, Persistent, Reflink, ReflinkError, Source};
 use crate::overlay::{DEFAULT_BLOCK, LARGEST};
-use crate::spec::{DiskSpec, Format, OverlayKind, format_size};
+use crate::spec::{DiskSpec, Format, Mode, OverlayKind, format_size};
 
 /// Whether `spec` asks for a reflink overlay, or `dir` holds one.
 ///
@@ -57,12 +58,17 @@ pub(super) fn open(
     let stack = &home.stack;
     let owner = Owner { uid: stack.uid, gid: stack.gid, perm: stack.perm };
     let written = layer.data().metadata().ok();
+    let is_read_only = layer.is_read_only();
     let layer = Arc::new(layer);
     // The base is never asked: the layer above has an answer for all. Its locks are kept with it.
     let layers = Layers::new(Top::Reflink(layer), None, Some(base));
     let mut disk = assemble(spec, stack.uuid, layers, bottom, owner);
     if let Some(found) = written {
         disk.times = Times::new(mtime_of(&found), false, None);
+    }
+    if is_read_only {
+        disk.mode = Mode::ReadOnly;
+        notes.push(READ_ONLY.to_owned());
     }
     disk.recovered = recovered;
     disk.home = Mutex::new(Home::Kept(home));

@@ -113,6 +113,8 @@ pub struct Overlay {
     is_committing: AtomicBool,
     /// It is sealed, durable and its log closed: nothing is left to be done for it.
     settled: Mutex<bool>,
+    /// Its host takes no changes, and so does it.
+    is_read_only: bool,
 }
 
 /// What an overlay holds, for people.
@@ -159,6 +161,7 @@ impl Overlay {
             commit: Mutex::default(),
             is_committing: AtomicBool::new(false),
             settled: Mutex::new(false),
+            is_read_only: false,
         }
     }
 
@@ -203,7 +206,13 @@ impl Overlay {
     /// Whether its changes end with the mount.
     #[must_use]
     pub fn is_temporary(&self) -> bool {
-        self.log.is_none()
+        self.log.is_none() && !self.is_read_only
+    }
+
+    /// Whether its host's file system is read-only: every change is `EROFS`.
+    #[must_use]
+    pub fn is_read_only(&self) -> bool {
+        self.is_read_only
     }
 
     /// Whether a failed sync has made it read-only.
@@ -284,7 +293,11 @@ impl Overlay {
     }
 
     fn check_latch(&self) -> io::Result<()> {
-        if self.is_latched() { Err(errno(libc::EIO)) } else { Ok(()) }
+        match (self.is_read_only, self.is_latched()) {
+            (true, _) => Err(errno(libc::EROFS)),
+            (false, true) => Err(errno(libc::EIO)),
+            (false, false) => Ok(()),
+        }
     }
 
     /// What the map says at the start of `range`.

@@ -19,6 +19,7 @@ use super::data::{Create, Storage};
 use super::journal::{self, Found};
 use super::log::{self, End, Home, Log, Scan};
 use super::record::{Image, Tag};
+use crate::host;
 
 /// How an overlay was found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -66,6 +67,11 @@ pub enum LogError {
         /// What is wrong with it.
         why: &'static str,
     },
+    /// What has to be written first cannot be.
+    #[error(
+        "it was not closed in good order, and its file system is read-only: mount it once where it can be written to"
+    )]
+    ReadOnly,
     /// A later version wrote it.
     #[error("the log holds a record of kind {0}: it was written by a newer version of cowslip")]
     Newer(u8),
@@ -213,6 +219,9 @@ impl Overlay {
         tag: Tag,
         limit: Option<u64>,
     ) -> Result<(Self, Recovered), LogError> {
+        if files.data.host_file().is_some_and(|file| host::is_read_only(file.first())) {
+            return Self::open_read_only(files, tag);
+        }
         let (image, log, recovered) = open(files, tag)?;
         let data = Arc::clone(&files.data);
         let overlay = Self::new(files.block, data, image, Some(log), tag, limit);
@@ -220,5 +229,19 @@ impl Overlay {
             overlay.reclaim();
         }
         Ok((overlay, recovered))
+    }
+
+    /// Opens a layer that nothing can be written to: what counts of its log is in memory alone.
+    fn open_read_only(files: &Files, tag: Tag) -> Result<(Self, Recovered), LogError> {
+        let trusted = examine(files, tag)?;
+        let image = load(files, &trusted)?;
+        let is_data = |block: &BlockIndex| image.blocks.state(*block) == State::Data;
+        if trusted.journal.blocks.keys().any(is_data) {
+            // The data file does not have those bytes.
+            return Err(LogError::ReadOnly);
+        }
+        let mut layer = Self::closed(files.block, Arc::clone(&files.data), image, tag);
+        layer.is_read_only = true;
+        Ok((layer, trusted.recovered))
     }
 }

@@ -323,7 +323,7 @@ impl Home for LayerDir {
     }
 
     fn journal(&self, create: Create) -> io::Result<Option<Arc<dyn Storage>>> {
-        let file = match confined::open_file(&self.dir, "journal", Access::ReadWrite) {
+        let file = match confined::open_file(&self.dir, "journal", Access::AsAllowed) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => match create {
                 Create::Never => return Ok(None),
                 Create::IfMissing => {
@@ -355,7 +355,7 @@ fn segments_in(dir: &File) -> io::Result<Vec<(usize, File)>> {
             (1..=LAST_SEGMENT).contains(index) && name == Some(&*segment_name(*index))
         };
         if let Some(index) = index.filter(is_one) {
-            found.push((index, confined::open_file(dir, segment_name(index), Access::ReadWrite)?));
+            found.push((index, confined::open_file(dir, segment_name(index), Access::AsAllowed)?));
         }
     }
     Ok(found)
@@ -398,7 +398,7 @@ pub(super) fn layer_files(
     lock: impl FnOnce(&File) -> Result<(), StackError>,
 ) -> Result<LayerFiles, StackError> {
     let name = record.uuid.to_string();
-    let open = |dir: &File, name: &str| confined::open_file(dir, name, Access::ReadWrite);
+    let open = |dir: &File, name: &str| confined::open_file(dir, name, Access::AsAllowed);
     let dir = confined::open_subdir(layers, &name).map_err(doing("opening its layer"))?;
     let first = open(&dir, "data").map_err(doing("opening its data"))?;
     lock(&first)?;

@@ -130,7 +130,9 @@ impl Store {
         let layers = layers.into_iter().map(|uuid| self.dirs.remove_layer(uuid));
         for error in disks.chain(layers).filter_map(Result::err) {
             match error.kind() {
-                io::ErrorKind::Other => log::warn!("store '{dir}': {error}"),
+                io::ErrorKind::Other | io::ErrorKind::ReadOnlyFilesystem => {
+                    log::warn!("store '{dir}': {error}");
+                }
                 _ => return Err(error),
             }
         }

@@ -21,7 +21,7 @@ use uuid::Uuid;
 pub use self::error::OpenError;
 use self::notes::notes_on_base;
 pub(super) use self::notes::notes_on_overlay;
-pub(super) use self::persistent::{adopt_owner, in_overlay, new_stack};
+pub(super) use self::persistent::{READ_ONLY, adopt_owner, in_overlay, new_stack};
 use self::persistent::{open_persistent, settle};
 pub use self::stored::{clone_stored, create_blank, create_stored, open_stored};
 use super::bottom::Bottom;

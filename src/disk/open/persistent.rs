@@ -19,7 +19,11 @@ use crate::overlay::recover::Recovered;
 use crate::overlay::shelf::Shelf;
 use crate::overlay::stack::{LayerRecord, Stack, StackError, VERSION};
 use crate::overlay::{DEFAULT_BLOCK, LARGEST, Overlay};
-use crate::spec::{DiskSpec, OverlayKind, format_size};
+use crate::spec::{DiskSpec, Mode, OverlayKind, format_size};
+
+/// What is to be said of a disk whose overlay takes no changes.
+pub(in crate::disk) const READ_ONLY: &str =
+    "its overlay is on a read-only file system: the disk can only be read";
 
 /// A new stack of one layer over `bottom`.
 pub(in crate::disk) fn new_stack(
@@ -147,6 +151,10 @@ pub(super) fn settle(
             "recovered as after a power cut: the disk is as it was at its last sync ({lost} later changes of its map are gone)"
         )),
     }
+    let is_read_only = overlay.is_read_only();
+    if is_read_only {
+        notes.push(READ_ONLY.to_owned());
+    }
     let chain = stack.tree().live();
     let uuid = stack.uuid;
     let layers = stacked(overlay, below.clone(), base);
@@ -167,6 +175,9 @@ pub(super) fn settle(
     disk.life.note(&chain, &below, aside);
     disk.times = Times::new(mtime, chosen, recorded);
     disk.recovered = recovered;
+    if is_read_only {
+        disk.mode = Mode::ReadOnly;
+    }
     disk.home = Mutex::new(Home::Kept(home));
     disk.overlay_dir = Mutex::new(Some(super::super::residing::Residing::at(dir)));
     Opened { disk, summary, notes }

@@ -15,6 +15,7 @@ use super::snapshots::{carry_out, sweep};
 use super::{Origin, Reflink, ReflinkError, intent};
 use crate::base::place::HostFs;
 use crate::confined::{self, Access, open_dir};
+use crate::host;
 use crate::overlay::persist::{self, Residence, open_overlay};
 use crate::overlay::stack::{Stack, StackError, doing, place_of_new};
 use crate::spec::OverlayKind;
@@ -141,7 +142,7 @@ pub fn find(dir: &Path) -> Result<Found, ReflinkError> {
         return Err(ReflinkError::Blocks);
     }
     let data =
-        confined::open_file(&dir, "data", Access::ReadWrite).map_err(doing("opening its data"))?;
+        confined::open_file(&dir, "data", Access::AsAllowed).map_err(doing("opening its data"))?;
     persist::lock(&dir, &data)?;
     // Once more under the lock: its last holder may have changed it.
     let stack = Stack::read(&dir)?;
@@ -174,6 +175,10 @@ impl Found {
         let Home { dir, data, snapshots, .. } = &self.home;
         sweep(dir);
         if let Some(origin) = &interrupted {
+            if host::is_read_only(data) {
+                let error = host::errno(libc::EROFS);
+                return Err(ReflinkError::Unfinished { of: origin.clone(), error });
+            }
             carry_out(origin, data, base, snapshots)
                 .and_then(|()| intent::clear(dir))
                 .map_err(|error| ReflinkError::Unfinished { of: origin.clone(), error })?;

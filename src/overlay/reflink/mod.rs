@@ -72,6 +72,12 @@ impl Reflink {
         &self.data
     }
 
+    /// Whether its host's file system is read-only.
+    #[must_use]
+    pub fn is_read_only(&self) -> bool {
+        crate::host::is_read_only(&*self.data)
+    }
+
     /// Whether a failed sync, or a revert that could not be finished, has made it read-only.
     #[must_use]
     pub fn is_latched(&self) -> bool {
