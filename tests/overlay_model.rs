@@ -9,14 +9,20 @@ mod common;
 use std::sync::Arc;
 use std::{io, thread};
 
-use common::library::{SimDisk, SimDisks, TestBase};
+use common::library::{SimDisk, SimDisks, TestBase, read_through};
 use common::model::{Menu, Model, Op, op, run};
 use common::sim::{Deed, Role};
 use cowslip::extents::Kind;
 use cowslip::layer::{Layer, Wait, WritableLayer};
+use cowslip::overlay::persist::{self, New, Persistent, Place};
+use cowslip::overlay::record::Image;
+use cowslip::overlay::shelf::Shelf;
+use cowslip::overlay::stack::{BaseRecord, LayerRecord, Stack, VERSION};
 use cowslip::overlay::{LARGEST, Overlay};
+use cowslip::spec::OverlayKind;
 use proptest::collection::vec;
 use proptest::prelude::*;
+use uuid::Uuid;
 
 /// A pair of disks and what to do with them.
 #[derive(Clone, Debug)]
@@ -225,5 +231,147 @@ fn a_sync_beside_a_change_that_hangs_takes_steps_for_what_there_is() {
         overlay.sync().unwrap();
         assert!(!overlay.needs_maintenance());
         assert!(disk.layer.data.is_allocated(&(0..4096)));
+    }
+}
+
+/// Where something could go wrong: borders of segments, and of what an offset can be.
+const ANCHORS: [u64; 7] = [0, 8 << 40, 16 << 40, 8 << 50, 1 << 62, 7 << 60, LARGEST];
+/// Bytes before and after them.
+const AROUND: u64 = 40_000;
+
+/// A change near the anchors.
+#[derive(Clone, Debug)]
+enum Far {
+    Write(u64, u64, u8),
+    Zero(u64, u64),
+    Resize(u64),
+    Sync,
+    Reopen,
+}
+
+fn far() -> impl Strategy<Value = Far> {
+    let place = || {
+        (0..ANCHORS.len(), 0..=2 * AROUND)
+            .prop_map(|(anchor, by)| (ANCHORS[anchor] + by).saturating_sub(AROUND).min(LARGEST))
+    };
+    prop_oneof![
+        6 => (place(), 1u64..9000, 1u8..).prop_map(|(at, len, fill)| Far::Write(at, len, fill)),
+        3 => (place(), place()).prop_map(|(one, other)| Far::Zero(one.min(other), one.max(other))),
+        2 => place().prop_map(Far::Resize),
+        1 => Just(Far::Sync),
+        1 => Just(Far::Reopen),
+    ]
+}
+
+/// A persistent overlay over nothing, in files of the host.
+struct FarDisk {
+    dir: tempfile::TempDir,
+    disk: Option<Persistent>,
+}
+
+impl FarDisk {
+    fn new(block: u32) -> Self {
+        let dir = tempfile::tempdir_in("/var/tmp").unwrap();
+        let stack = Stack {
+            version: VERSION,
+            uuid: Uuid::new_v4(),
+            uid: 0,
+            gid: 0,
+            perm: 0o600,
+            kind: OverlayKind::Blocks,
+            base: BaseRecord::Blank { size: 0 },
+            layers: vec![LayerRecord { uuid: Uuid::new_v4(), block, parent: None }],
+            snapshots: Vec::new(),
+        };
+        let new = New { stack, image: &Image::new(LARGEST, 0), limit: None };
+        let path = dir.path().join("ov");
+        let disk = persist::create(Place { dir: &path, layers: None }, new).unwrap();
+        Self { dir, disk: Some(disk) }
+    }
+
+    fn overlay(&self) -> &Overlay {
+        &self.disk.as_ref().unwrap().overlay
+    }
+
+    fn perform(&mut self, change: &Far) {
+        let overlay = self.overlay();
+        let (size, base) = (overlay.size(), TestBase::solid(0));
+        match *change {
+            Far::Write(at, len, fill) => {
+                let bytes = vec![fill; len.min(size.saturating_sub(at)) as usize];
+                if !bytes.is_empty() {
+                    overlay.write_at(&bytes, at, &base, Wait::Yes).unwrap();
+                }
+            }
+            Far::Zero(start, end) => {
+                overlay.zero(start.min(size)..end.min(size), &base, Wait::Yes).unwrap();
+            }
+            Far::Resize(size) => overlay.set_size(size).unwrap(),
+            Far::Sync => overlay.sync().unwrap(),
+            Far::Reopen => {
+                overlay.close().unwrap();
+                drop(self.disk.take());
+                let path = self.dir.path().join("ov");
+                let found = persist::find(Place { dir: &path, layers: None }).unwrap();
+                self.disk = Some(found.open(None, &Shelf::default()).unwrap());
+            }
+        }
+    }
+}
+
+/// What `window` holds after `changes`, and the disk's size.
+fn shown_after(changes: &[Far], window: &std::ops::Range<u64>) -> (Vec<u8>, u64) {
+    let mut bytes = vec![0; (window.end - window.start) as usize];
+    let mut fill = |start: u64, end: u64, fill: u8| {
+        let (start, end) = (start.max(window.start), end.min(window.end));
+        if start < end {
+            bytes[(start - window.start) as usize..(end - window.start) as usize].fill(fill);
+        }
+    };
+    let mut size = LARGEST;
+    for change in changes {
+        match *change {
+            Far::Write(at, len, byte) => fill(at, (at + len).min(size), byte),
+            Far::Zero(start, end) => fill(start, end.min(size), 0),
+            Far::Resize(new) => {
+                fill(new, u64::MAX, 0);
+                size = new;
+            }
+            Far::Sync | Far::Reopen => {}
+        }
+    }
+    (bytes, size)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(48))]
+
+    #[test]
+    fn an_overlay_behaves_as_a_byte_array_up_to_the_largest_offset(
+        changes in vec(far(), 1..30), block in prop_oneof![Just(512u32), Just(4096), Just(2 << 20)],
+    ) {
+        let mut disk = FarDisk::new(block);
+        changes.iter().for_each(|change| disk.perform(change));
+        disk.perform(&Far::Reopen);
+        let overlay = disk.overlay();
+        for anchor in ANCHORS {
+            let window = anchor.saturating_sub(2 * AROUND)..(anchor + 2 * AROUND).min(LARGEST);
+            let (expected, size) = shown_after(&changes, &window);
+            prop_assert_eq!(overlay.size(), size);
+            let seen = size.clamp(window.start, window.end) - window.start;
+            let mut found = vec![0xEE; seen as usize];
+            if seen > 0 {
+                read_through(&[overlay], &mut found, window.start, Wait::Yes).unwrap();
+            }
+            prop_assert!(found == expected[..seen as usize], "around {anchor}");
+        }
+        let (mut at, mut extents) = (0, 0);
+        while at < overlay.size() {
+            at = overlay.extent_at(at..overlay.size(), Wait::No).unwrap().range.end;
+            extents += 1;
+        }
+        prop_assert!(extents <= 4 * changes.len() + 2, "{extents} extents");
+        overlay.sync().unwrap();
+        prop_assert!(!overlay.needs_maintenance());
     }
 }
