@@ -47,7 +47,7 @@ fn a_diff_is_an_image_that_qemu_takes_as_the_disk() {
     let mut lab = Lab::new();
     changed(&mut lab, "d=base.img,overlay=ov");
     let said = lab.ok("diff m/d -o out.qcow2");
-    assert!(said.starts_with("out.qcow2: ") && said.ends_with("of changes written\n"), "{said}");
+    assert!(said.starts_with("out.qcow2: ") && said.ends_with(" zeroed) written\n"), "{said}");
     is_the_disk(&lab, "out.qcow2");
     let map = lab.sh("qemu-img map --output=json out.qcow2");
     let map: serde_json::Value = serde_json::from_str(&map).unwrap();
