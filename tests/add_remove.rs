@@ -291,6 +291,26 @@ fn a_disk_that_is_open_stays_and_remove_names_who_has_it() {
 }
 
 #[test]
+fn who_has_a_disk_is_named_though_another_process_has_another_root() {
+    let lab = lab();
+    lab.ok("add m d=base.img");
+    // The first process of the namespace is in a chroot, to which the mount is not known.
+    lab.sh("unshare -m sh -euc '
+        mkdir root; mount --bind / root
+        (
+            until [ $(readlink /proc/$$/root) != / ]; do sleep 0.01; done
+            exec 3<m/d
+            $COWSLIP remove --timeout 100ms m/d 2>said || true
+            exec 3<&-
+            kill $$
+        ) &
+        exec chroot root sleep 60' || true");
+    let said = fs::read_to_string(lab.path("said")).unwrap();
+    assert!(said.contains("d is in use: sh (pid "), "{said}");
+    lab.end();
+}
+
+#[test]
 fn a_loop_device_holds_its_disk_until_it_is_detached() {
     let lab = lab();
     lab.ok("add m d=blank:16M");

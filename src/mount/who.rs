@@ -118,7 +118,11 @@ pub fn openers(mountpoint: &Path) -> Vec<Opener> {
         return Vec::new();
     };
     let entries = kernel::known_mounts();
-    let mut scan = Scan { dev: mount.dev, views: HashMap::new() };
+    let mut scan = Scan { dev: mount.dev, own: None, views: HashMap::new() };
+    // Whatever root the others there have: links in /proc are shown as seen from ours.
+    if let Ok(own) = fs::read_link("/proc/self/ns/mnt") {
+        scan.own = Some((own, View::of(&entries, mount.dev)));
+    }
     let mut found: Vec<Opener> =
         processes().into_iter().flat_map(|pid| scan.process(pid)).collect();
     found.extend(loop_devices(&View::of(&entries, mount.dev)));
@@ -181,8 +185,11 @@ fn inner(mount: &MountEntry, target: &Path) -> Option<PathBuf> {
 /// One pass over the processes.
 struct Scan {
     dev: (u32, u32),
-    /// By the name of the namespace, such as `mnt:[4026531841]`.
-    views: HashMap<PathBuf, View>,
+    /// The name of our namespace, such as `mnt:[4026531841]`, and our view.
+    own: Option<(PathBuf, View)>,
+    /// Those of others, by the name of the namespace and the root: a process is told of no mount
+    /// that lies outside its root.
+    views: HashMap<(PathBuf, PathBuf), View>,
 }
 
 impl Scan {
@@ -193,10 +200,16 @@ impl Scan {
             return Vec::new();
         };
         let dev = self.dev;
-        let view = self.views.entry(namespace).or_insert_with(|| {
-            let text = fs::read(proc.join("mountinfo")).unwrap_or_default();
-            View::of(&kernel::parse_mountinfo(&text), dev)
-        });
+        let view = match &self.own {
+            Some((own, view)) if *own == namespace => view,
+            _ => {
+                let root = fs::read_link(proc.join("root")).unwrap_or_default();
+                self.views.entry((namespace, root)).or_insert_with(|| {
+                    let text = fs::read(proc.join("mountinfo")).unwrap_or_default();
+                    View::of(&kernel::parse_mountinfo(&text), dev)
+                })
+            }
+        };
         if view.mounts.is_empty() {
             return Vec::new();
         }
