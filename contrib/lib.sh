@@ -15,28 +15,43 @@ have() {
     command -v "$1" >/dev/null
 }
 
+# as_root WHY COMMAND...: runs it as root, or says that WHY needs that.
 as_root() {
     if ((EUID == 0)); then
-        "$@"
+        "${@:2}"
     elif have sudo; then
-        sudo "$@"
+        sudo "${@:2}"
     else
-        die "needs root for '$1': run it as root, or install sudo"
+        die "needs root to $1: run this as root, or install sudo"
     fi
 }
 
+# apt WHY ARGUMENT...: apt-get, which is heard only when it fails.
 apt() {
+    local said status=0
+    # Asked before anything is hidden: this may be where it ends.
+    as_root "$1" true || return
+    said=$(mktemp)
     # Noninteractive by env, since sudo drops variables; the lock is waited for, as unattended-upgrades may hold it.
-    as_root env DEBIAN_FRONTEND=noninteractive apt-get -qq -o DPkg::Lock::Timeout=300 "$@" </dev/null
+    as_root "$1" env DEBIAN_FRONTEND=noninteractive apt-get -q -o DPkg::Lock::Timeout=300 -o Dpkg::Use-Pty=0 "${@:2}" \
+        </dev/null >"$said" 2>&1 || status=$?
+    ((status == 0)) || cat "$said" >&2
+    rm -f "$said"
+    return "$status"
 }
 
 # Installs packages and nothing beyond: what is already there is neither upgraded nor removed.
 install_packages() {
     have apt-get || die "not a Debian system: install the equivalents of: $*"
     echo "installing: $*"
-    apt update || die "apt-get update failed: check the network and /etc/apt/sources.list"
-    apt install -y --no-install-recommends --no-upgrade --no-remove "$@" ||
+    apt "install $*" update || die "apt-get update failed: check the network and /etc/apt/sources.list"
+    apt "install $*" install -y --no-install-recommends --no-upgrade --no-remove "$@" ||
         die "could not install: $*: see apt-get's message above"
+}
+
+# Whether apt-get can install a package. (`apt-cache show` is content with one that others only mention.)
+is_offered() {
+    [[ $(LC_ALL=C apt-cache policy "$1" 2>/dev/null) =~ 'Candidate: '[^\(] ]]
 }
 
 # need COMMAND=PACKAGE...: installs the packages whose command is missing, in one go. Asking for commands,
@@ -44,7 +59,8 @@ install_packages() {
 need() {
     local pair missing=()
     for pair; do
-        have "${pair%%=*}" || missing+=("${pair#*=}")
+        # One package may have several of them.
+        have "${pair%%=*}" || [[ " ${missing[*]} " == *" ${pair#*=} "* ]] || missing+=("${pair#*=}")
     done
     # The linker alone does not do: gcc without libc6-dev is a common half.
     [[ $(cc -print-file-name=crt1.o 2>/dev/null) == /* ]] || missing+=(gcc libc6-dev)
@@ -65,10 +81,9 @@ need_rust() {
     cargo_is_at_least "$msrv" && return
     # Debian 12 and 13 have a cargo that is too old; 13 has rustup. It and Debian's cargo exclude each other.
     if ! have rustup && ! have cargo && have apt-get; then
-        apt update || true
-        if apt-cache show rustup >/dev/null 2>&1; then
-            install_packages rustup ca-certificates
-        fi
+        # A new machine may not know yet what there is.
+        is_offered rustup || apt 'ask for rustup' update || true
+        ! is_offered rustup || install_packages rustup ca-certificates
     fi
     have rustup || die "needs Rust $msrv or newer (Debian's is older): install it from https://rustup.rs, then run this again"
     rustup toolchain install "$msrv" --profile minimal --component clippy,rustfmt --no-self-update ||
