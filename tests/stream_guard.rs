@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 use cowslip::spec::Programs;
 use cowslip::stream::command::{End, Pipeline};
 use rustix::pipe::{PipeFlags, pipe_with};
+use rustix::process::{Pid, Signal};
 use tempfile::TempDir;
 
 const COWSLIP: &str = env!("CARGO_BIN_EXE_cowslip");
@@ -90,14 +91,14 @@ fn a_released_guard_lets_the_end_through() {
 #[test]
 fn a_guard_outlives_the_signals_that_a_service_manager_sends_to_all() {
     let Scene { mut taker, mut guard, data, control, dir: _dir } = scene();
-    let pid = guard.id().to_string();
+    let pid = guard.id();
     // It catches up with its own start first: SigIgn, bit 14 is SIGTERM.
     eventually(|| {
         let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
         let ignored = status.lines().find_map(|line| line.strip_prefix("SigIgn:\t")).unwrap();
         u64::from_str_radix(ignored, 16).unwrap() & (1 << (libc::SIGTERM - 1)) != 0
     });
-    assert!(Command::new("kill").args(["-TERM", &pid]).status().unwrap().success());
+    rustix::process::kill_process(Pid::from_child(&guard), Signal::TERM).unwrap();
     drop(data);
     thread::sleep(Duration::from_millis(100));
     assert!(guard.try_wait().unwrap().is_none() && taker.try_wait().unwrap().is_none());

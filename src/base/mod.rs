@@ -182,6 +182,10 @@ pub(crate) mod testing {
     //! Real devices for the tests of this folder; they need root.
 
     use std::ffi::OsStr;
+    use std::fs::File;
+    use std::io;
+    use std::ops::Range;
+    use std::os::fd::AsRawFd;
     use std::path::{Path, PathBuf};
     use std::process::Command;
 
@@ -207,6 +211,49 @@ pub(crate) mod testing {
         pub(crate) fn path(&self) -> &Path {
             &self.0
         }
+
+        /// Tells the kernel of a partition and answers its device. Not every kernel reads partition
+        /// tables, and no release of util-linux has all the tools that could tell it.
+        pub(crate) fn add_partition(&self, number: i32, bytes: Range<i64>) -> PathBuf {
+            let partition = BlkpgPartition {
+                start: bytes.start,
+                length: bytes.end - bytes.start,
+                number,
+                device: [0; 64],
+                volume: [0; 64],
+            };
+            let len = i32::try_from(size_of::<BlkpgPartition>()).unwrap();
+            let order = BlkpgOrder { operation: 1, flags: 0, len, data: &raw const partition };
+            let device = File::open(&self.0).unwrap();
+            // SAFETY: BLKPG reads the order, and `len` bytes at its `data`; both outlive the call.
+            let done = unsafe { libc::ioctl(device.as_raw_fd(), BLKPG, &raw const order) };
+            assert_eq!(done, 0, "BLKPG: {}", io::Error::last_os_error());
+            let mut name = self.0.clone().into_os_string();
+            name.push(format!("p{number}"));
+            name.into()
+        }
+    }
+
+    /// `_IO(0x12, 105)` of `linux/blkpg.h`.
+    const BLKPG: libc::Ioctl = 0x1269;
+
+    /// `struct blkpg_ioctl_arg`; operation 1 adds a partition.
+    #[repr(C)]
+    struct BlkpgOrder {
+        operation: i32,
+        flags: i32,
+        len: i32,
+        data: *const BlkpgPartition,
+    }
+
+    /// `struct blkpg_partition`.
+    #[repr(C)]
+    struct BlkpgPartition {
+        start: i64,
+        length: i64,
+        number: i32,
+        device: [u8; 64],
+        volume: [u8; 64],
     }
 
     impl Drop for Loop {

@@ -499,7 +499,7 @@ mod tests {
                 let unmounted = Command::new("umount").arg("-q").arg(&self.0).status();
                 !unmounted.unwrap().success()
             };
-            for _ in 0..50 {
+            for _ in 0..600 {
                 if !is_busy() {
                     return;
                 }
@@ -582,11 +582,7 @@ mod tests {
     fn a_partition_is_followed_to_its_loop_device() {
         let scene = Scene::new();
         let looped = Loop::new(&scene.disk, &["-P"]);
-        // Told to the kernel directly: not every one reads partition tables.
-        run("addpart", &[looped.path().to_str().unwrap(), "1", "2048", "32768"]);
-        let mut partition = looped.path().as_os_str().to_owned();
-        partition.push("p1");
-        scene.assert_on_loop(&partition);
+        scene.assert_on_loop(looped.add_partition(1, 1 << 20..17 << 20));
     }
 
     #[test]
