@@ -9,11 +9,11 @@ mod common;
 use std::fs;
 use std::os::unix::fs::FileExt;
 use std::process::Stdio;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
-use std::time::Duration;
 
 use common::mount::*;
+use common::strace::{Call, Seen, Strace, kill_at};
 use rustix::process::Signal;
 
 /// A laboratory with a base that may be written, of `size` bytes.
@@ -140,39 +140,56 @@ fn a_base_without_room_for_it_is_refused_before_anything_is_copied() {
     lab.end();
 }
 
+/// Commits `m/d` under strace, which kills the daemon where `kills` say.
+fn commit_under_strace(lab: &Lab, kills: &[String]) -> Seen {
+    let pid = lab.pid();
+    let strace = Strace::attach(lab, pid, kills);
+    let output = lab.cowslip("commit m/d");
+    let seen = strace.end(lab, || output.status.success());
+    assert_ne!(output.status.success(), seen.killed, "{}", show(&output));
+    if seen.killed {
+        wait_until("the killed daemon ends", || !is_alive(pid));
+    }
+    seen
+}
+
 #[test]
 fn a_commit_that_was_killed_is_finished_by_the_next_and_reads_are_right_meanwhile() {
-    let lab = lab(96 * MIB);
+    let lab = lab(48 * MIB);
     lab.mount("d=base.img,overlay=o");
-    lab.open("m/d").write_all_at(&noise(64 * MIB, 2), 4 * MIB).unwrap();
-    lab.sh("sync m/d");
-    let before = checksum(&lab.path("m/d"));
-    let mut cut_short = 0;
-    for delay in [0, 2, 5, 10, 20, 40] {
-        let commit = lab.command(env!("CARGO_BIN_EXE_cowslip")).args(["commit", "m/d"]).spawn();
-        let mut commit = commit.unwrap();
-        thread::sleep(Duration::from_millis(delay));
-        lab.kill();
-        let _ = commit.wait();
+    let change = |seed| {
+        lab.open("m/d").write_all_at(&noise(40 * MIB, seed), 4 * MIB).unwrap();
+        lab.sh("sync m/d");
+        checksum(&lab.path("m/d"))
+    };
+    change(2);
+    let plain = commit_under_strace(&lab, &[]);
+    // Where it writes to the base, and where it makes that durable.
+    let is_of_base = |call: &&Call| call.shown.contains("/base.img>");
+    let calls: Vec<&Call> = plain.calls.iter().filter(is_of_base).collect();
+    assert!(calls.len() > 3, "{calls:#?}");
+    let places = [0, 1, calls.len() / 2, calls.len() - 1];
+    for (seed, place) in (3..).zip(places) {
+        let before = change(seed);
+        let Call { name, nth, shown, .. } = calls[place];
+        let seen = commit_under_strace(&lab, &[kill_at(name, *nth)]);
+        assert!(seen.killed, "not killed at {shown}");
         // It is no damage, whatever the base looks like now.
         let checked = lab.ok("check o");
+        let fact = "a commit into it was cut short: cowslip commit finishes it\n";
+        assert!(checked.contains(fact), "killed at {shown}: {checked}");
         let said = lab.mount("d=base.img,overlay=o");
-        assert_eq!(checksum(&lab.path("m/d")), before, "after {delay} ms");
-        cut_short += usize::from(said.contains("a commit into the base was cut short"));
-        if said.contains("a commit into the base was cut short") {
-            let fact = "a commit into it was cut short: cowslip commit finishes it\n";
-            assert!(checked.contains(fact), "{checked}");
-            let line = lab.refused(1, "snapshot m/d");
-            assert!(line.contains("a commit of it was cut short"), "{line}");
-            lab.refused(1, "reset m/d");
-            let said = lab.ok("status m");
-            assert!(said.contains("cowslip commit finishes it"), "{said}");
-        }
+        assert!(said.contains("a commit into the base was cut short"), "killed at {shown}: {said}");
+        assert_eq!(checksum(&lab.path("m/d")), before, "killed at {shown}");
+        let line = lab.refused(1, "snapshot m/d");
+        assert!(line.contains("a commit of it was cut short"), "{line}");
+        lab.refused(1, "reset m/d");
+        let said = lab.ok("status m");
+        assert!(said.contains("cowslip commit finishes it"), "{said}");
+        lab.ok("commit m/d");
+        assert_eq!(checksum(&lab.path("m/d")), before, "killed at {shown}");
+        lab.sh("cmp m/d base.img");
     }
-    lab.ok("commit m/d");
-    assert_eq!(checksum(&lab.path("m/d")), before);
-    lab.sh("cmp m/d base.img");
-    assert!(cut_short > 0, "no commit was cut short");
     lab.end();
 }
 
@@ -187,11 +204,13 @@ fn writers_go_on_while_a_disk_is_committed() {
         file.write_all_at(&bytes, at * 4 * MIB + 1000).unwrap();
         expected[(at * 4 * MIB + 1000) as usize..][..MIB as usize].copy_from_slice(&bytes);
     }
-    let done = AtomicBool::new(false);
+    let (done, rounds) = (AtomicBool::new(false), AtomicU64::new(0));
     thread::scope(|scope| {
         scope.spawn(|| {
-            for _ in 0..3 {
+            let mut commits = 0;
+            while commits < 3 || rounds.load(Ordering::SeqCst) < 6 {
                 lab.ok("commit --force m/d");
+                commits += 1;
             }
             done.store(true, Ordering::SeqCst);
         });
@@ -203,8 +222,8 @@ fn writers_go_on_while_a_disk_is_committed() {
             expected[at as usize..][..6000].copy_from_slice(&bytes);
             assert_eq!(read(&file, at, 6000), bytes);
             round += 1;
+            rounds.store(round, Ordering::SeqCst);
         }
-        assert!(round > 5, "the commits were over at once");
     });
     drop(file);
     assert!(fs::read(lab.path("m/d")).unwrap() == expected);

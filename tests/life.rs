@@ -616,13 +616,11 @@ fn a_thousand_clones_of_one_base_differ_and_come_back() {
         let answer = String::from_utf8_lossy(&answer[..len]).into_owned();
         assert!(answer.contains("\"ok\""), "{name}: {answer}");
     };
-    let begun = std::time::Instant::now();
     for number in 0..1000u64 {
         let name = format!("c{number}");
         ask(&name);
         lab.open(&format!("m/{name}")).write_all_at(&number.to_le_bytes(), number * 8).unwrap();
     }
-    assert!(begun.elapsed() < PATIENCE);
     let check = || {
         for number in 0..1000usize {
             let mut expected = common.clone();

@@ -200,7 +200,7 @@ fn an_image_is_only_read() {
 fn hostile(lab: &Lab, image: &str, words: &[&str]) {
     let start = Instant::now();
     let line = lab.refused(1, &format!("mount m d={image},format=qcow2"));
-    assert!(start.elapsed() < Duration::from_millis(500), "it took {:?}", start.elapsed());
+    assert!(start.elapsed() < Duration::from_secs(10), "it took {:?}", start.elapsed());
     for word in words {
         assert!(line.contains(word), "{image}: {line}");
     }

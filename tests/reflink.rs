@@ -150,9 +150,9 @@ fn without_the_daemon(
 ) -> Vec<u8> {
     let (pid, again) = (lab.pid(), file.try_clone().unwrap());
     let (tell, told) = mpsc::channel();
-    signal(pid, Signal::STOP).unwrap();
+    stop(pid);
     let io = thread::spawn(move || tell.send(ask(&again)).unwrap());
-    let found = told.recv_timeout(Duration::from_secs(5));
+    let found = told.recv_timeout(PATIENCE);
     signal(pid, Signal::CONT).unwrap();
     io.join().unwrap();
     found.unwrap()

@@ -354,12 +354,10 @@ fn a_stalled_sink_holds_nobody_but_its_writers() {
     let mut dd = spawn(&lab, "exec dd if=/dev/urandom of=m/o bs=1M oflag=direct conv=notrunc");
     std::thread::sleep(Duration::from_millis(300));
     // Others go on: far more requests than the kernel lets wait in the background.
-    let begin = Instant::now();
     lab.sh("dd if=m/base.img of=/dev/null bs=64k iflag=direct status=none; stat m/o m/base.img");
     lab.sh("fio --name=b --filename=m/base.img --rw=randread --bs=4k --iodepth=64 \
             --ioengine=libaio --direct=1 --size=16M --io_size=16M >/dev/null");
     assert_eq!(lab.disk("o")["state"], "ok");
-    assert!(begin.elapsed() < Duration::from_secs(20));
     let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
     let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();
     let peak: u64 = peak.trim().trim_end_matches(" kB").parse().unwrap();
@@ -367,9 +365,9 @@ fn a_stalled_sink_holds_nobody_but_its_writers() {
     assert!(peak * KIB < (16 + 16 + 16) * MIB, "{peak} kB");
     // Who is killed goes.
     dd.0.kill().unwrap();
-    assert!(ends_within(&mut dd.0, Duration::from_secs(3)), "dd is not released");
+    assert!(ends_within(&mut dd.0, PATIENCE), "dd is not released");
     fio.0.kill().unwrap();
-    assert!(ends_within(&mut fio.0, Duration::from_secs(3)), "fio is not released");
+    assert!(ends_within(&mut fio.0, PATIENCE), "fio is not released");
     wait_until("they are gone", || lab.disk("o")["openers"] == 0);
     let line = lab.refused(1, "finish --timeout 500ms m/o");
     assert!(line.contains("the sink still works"), "{line}");
@@ -751,6 +749,6 @@ fn a_killed_reader_of_an_input_that_stalls_is_released() {
     wait_until("the reader is there", || lab.disk("i")["openers"] == 1);
     std::thread::sleep(Duration::from_millis(200));
     reader.0.kill().unwrap();
-    assert!(ends_within(&mut reader.0, Duration::from_secs(3)), "cat is not released");
+    assert!(ends_within(&mut reader.0, PATIENCE), "cat is not released");
     lab.end();
 }

@@ -534,7 +534,7 @@ mod tests {
     #[test]
     fn a_program_that_never_stops_complaining_is_not_listened_to_for_ever() {
         let (pipeline, fd) =
-            spawn(&[&["sh", "-c", "yes >&2 & sleep 0.1; exit 1"]], End::Input).unwrap();
+            spawn(&[&["sh", "-c", "echo y >&2; yes >&2 & sleep 0.1; exit 1"]], End::Input).unwrap();
         let group = pipeline.group;
         drop(fd);
         assert_eq!(pipeline.wait().unwrap_err(), "'sh' exited with status 1: y");

@@ -86,6 +86,47 @@ pub fn signal(pid: u32, signal: Signal) -> io::Result<()> {
     Ok(rustix::process::kill_process(pid, signal)?)
 }
 
+/// Stops the process `pid`: when this returns, none of its threads does anything any more. (A
+/// SIGSTOP that was sent is not yet obeyed.)
+#[track_caller]
+pub fn stop(pid: u32) {
+    signal(pid, Signal::STOP).unwrap();
+    wait_until("the process stops", || is_stopped(pid));
+}
+
+/// Whether all threads of a process are stopped.
+pub fn is_stopped(pid: u32) -> bool {
+    threads_of(pid).iter().all(|thread| {
+        let stat = fs::read_to_string(thread.join("stat")).unwrap_or_default();
+        let state = stat.rsplit(") ").next().and_then(|rest| rest.chars().next());
+        matches!(state, Some('t' | 'T'))
+    })
+}
+
+/// Waits until `count` threads of the process `pid` are held up in the system call `call`.
+#[track_caller]
+pub fn wait_held_up(pid: u32, call: libc::c_long, count: usize) {
+    let held_up = || -> Vec<PathBuf> {
+        let call = format!("{call} ");
+        let is_in = |thread: &PathBuf| {
+            fs::read_to_string(thread.join("syscall")).is_ok_and(|line| line.starts_with(&call))
+        };
+        threads_of(pid).into_iter().filter(is_in).collect()
+    };
+    wait_until("threads are held up", || {
+        let first = held_up();
+        // Who is only passing through is gone by then, as a rule.
+        thread::sleep(Duration::from_millis(50));
+        let again = held_up();
+        first.iter().filter(|thread| again.contains(thread)).count() >= count
+    });
+}
+
+fn threads_of(pid: u32) -> Vec<PathBuf> {
+    let threads = fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten();
+    threads.flatten().map(|thread| thread.path()).collect()
+}
+
 /// Bytes that differ everywhere and that no other `seed` gives.
 pub fn noise(len: u64, seed: u64) -> Vec<u8> {
     let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;

@@ -142,7 +142,7 @@ impl Host {
     /// Waits until `count` deeds are being held.
     pub fn wait_held(&self, count: usize) {
         let mut state = self.state.lock();
-        let limit = Duration::from_secs(20);
+        let limit = Duration::from_secs(60);
         let late = self.changed.wait_while_for(&mut state, |state| state.waiting < count, limit);
         assert!(!late.timed_out(), "nothing came to be held");
     }
@@ -170,7 +170,7 @@ impl Host {
         while state.held.contains(&(role, deed)) {
             self.changed.notify_all();
             // Bounded: a test that fails while it holds something must end.
-            if self.changed.wait_for(&mut state, Duration::from_secs(10)).timed_out() {
+            if self.changed.wait_for(&mut state, Duration::from_secs(60)).timed_out() {
                 break;
             }
         }

@@ -11,7 +11,7 @@ use std::process::Output;
 
 use rustix::process::Signal;
 
-use super::mount::{COWSLIP, Lab, Running, signal, wait_until};
+use super::mount::{COWSLIP, Lab, Running, is_stopped, signal, wait_until};
 
 /// Every system call that can change a file, its name or how durable it is; `?` where not every
 /// processor has it. (Memory that is mapped from a file cannot be seen so; cowslip maps none.)
@@ -204,14 +204,4 @@ pub fn stop_after<T>(lab: &Lab, pid: u32, name: &str, nth: u32, ask: impl FnOnce
     wait_until("the call is made", || has_come() && is_stopped(pid));
     strace.detach();
     asked
-}
-
-/// Whether all threads of a process are stopped.
-fn is_stopped(pid: u32) -> bool {
-    let tasks = fs::read_dir(format!("/proc/{pid}/task")).unwrap();
-    tasks.flatten().all(|task| {
-        let stat = fs::read_to_string(task.path().join("stat")).unwrap_or_default();
-        let state = stat.rsplit(") ").next().and_then(|rest| rest.chars().next());
-        matches!(state, Some('t' | 'T'))
-    })
 }

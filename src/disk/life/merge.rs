@@ -346,8 +346,11 @@ mod tests {
             let resized = scope.spawn(|| disk.set_size(1 << 20, Wait::Yes));
             let sealed = scope.spawn(|| disk.snapshot(Some("a")));
             std::thread::sleep(Duration::from_millis(100));
+            // For a second, or until the first one, if that takes longer.
             let (start, mut written) = (Instant::now(), 0);
-            while start.elapsed() < Duration::from_secs(1) {
+            while (written == 0 || start.elapsed() < Duration::from_secs(1))
+                && !sealed.is_finished()
+            {
                 written += u32::from(disk.write(b"more", 4096, Wait::No).is_ok());
                 std::thread::sleep(Duration::from_millis(1));
             }

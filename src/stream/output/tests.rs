@@ -275,7 +275,7 @@ fn a_broken_sink_is_a_sticky_failure() {
     let (output, shared) = start(&spec(1 << 20, 0, 0, 0), false);
     shared.broken.store(true, Ordering::SeqCst);
     write(&output, 0, &[1; 4096]).unwrap();
-    let until = Instant::now() + Duration::from_secs(10);
+    let until = Instant::now() + Duration::from_secs(60);
     while output.sync().is_ok() {
         assert!(Instant::now() < until);
         thread::sleep(Duration::from_millis(1));
@@ -456,12 +456,14 @@ fn changes_that_alternate_with_zeros_do_not_cost_the_whole_disk_each() {
     for at in 0..100_000u64 {
         window.set(at * 8192..at * 8192 + 4096, Some(Written::Data));
     }
-    let begun = Instant::now();
+    // The time of this thread alone: others may have the CPU for long.
+    let spent = || rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime).tv_sec;
+    let begun = spent();
     for at in 0..100u64 {
         window.set(at * 8192..at * 8192 + 4096, None);
         window.set(at * 8192..at * 8192 + 4096, Some(Written::Data));
     }
-    assert!(begun.elapsed() < Duration::from_secs(2), "{:?} for 200 changes", begun.elapsed());
+    assert!(spent() - begun <= 2, "{} s for 200 changes", spent() - begun);
 }
 
 #[test]
@@ -474,7 +476,7 @@ fn a_writer_that_is_killed_does_not_end_a_stream_that_ends_with_its_last_close()
     let waits = loop {
         let told = write_later(&output, at, &[1; 1 << 20], FIRST);
         at += 1 << 20;
-        if told.recv_timeout(Duration::from_millis(50)).is_err() {
+        if told.recv_timeout(Duration::from_secs(1)).is_err() {
             break told;
         }
     };
