@@ -25,7 +25,7 @@ pub fn line(text: &str) -> Cow<'_, str> {
     escape(text, is_hostile, |c, to| to.extend(c.escape_default()))
 }
 
-/// `text` as lines: as [`line`], but for the line feeds between them.
+/// `text` as lines: as [`line()`], but for the line feeds between them.
 #[must_use]
 pub fn lines(text: &str) -> Cow<'_, str> {
     let is_hostile = |c| c != '\n' && is_hostile(c);
