@@ -212,6 +212,11 @@ impl Storage for Memory {
         Ok(self.0.lock().len() as u64)
     }
 
+    fn next_space(&self, range: Range<u64>) -> Option<u64> {
+        let end = range.end.min(self.0.lock().len() as u64);
+        (range.start < end).then_some(range.start)
+    }
+
     fn sync(&self) -> io::Result<()> {
         Ok(())
     }
