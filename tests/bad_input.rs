@@ -9,6 +9,8 @@ mod common;
 use std::fs;
 use std::os::unix::fs::FileExt;
 
+use std::os::unix::net::UnixListener;
+
 use common::mount::*;
 
 /// A laboratory with a base, in which nothing is mounted.
@@ -506,5 +508,53 @@ fn nothing_that_is_printed_or_logged_moves_the_cursor() {
     fit(&lab.output(COWSLIP, &["mount", &format!("no/{evil}"), "base.img"]), 1);
     fit(&lab.output(COWSLIP, &["map", evil]), 1);
     assert!(!lab.log().contains('\u{1b}'), "{}", lab.log());
+    lab.end();
+}
+
+#[test]
+fn nothing_is_waited_for_where_a_file_is_expected() {
+    let lab = Lab::new();
+    lab.sh("mkfifo fifo; mkdir dir; ln -s nothing dangling; ln -s loop loop; truncate -s 4M base
+         mkdir parts; $COWSLIP send base >wire");
+    let _socket = UnixListener::bind(lab.path("socket")).unwrap();
+    for kind in ["fifo", "dir", "socket", "dangling", "loop"] {
+        for format in ["raw", "qcow2"] {
+            lab.sh(&format!("qemu-img create -q -f qcow2 -u -b {kind} -F {format} {format}.q 4M"));
+        }
+        let mut words = vec![
+            format!("mount m d={kind}"),
+            format!("mount m d={kind},mode=rw"),
+            format!("mount m d={kind},format=qcow2"),
+            "mount m d=raw.q,format=qcow2".to_owned(),
+            "mount m d=qcow2.q,format=qcow2".to_owned(),
+            format!("mount m d=base --log {kind}"),
+            format!("mount m --config {kind}"),
+            format!("mount m s=stream:4M,from=file:{kind}"),
+            format!("mount m s=stream:4M,to=file:{kind}"),
+            format!("mount m s=stream:4M,overwrite,to=file:{kind}"),
+            format!("import {kind} --overlay ov"),
+            "import raw.q --overlay ov".to_owned(),
+            format!("recv {kind} --resume-offset"),
+        ];
+        if kind != "fifo" {
+            words.extend([
+                format!("send {kind}"),
+                format!("mount m s=stream:4M,from=fifo:{kind}"),
+                format!("mount m s=stream:4M,to=fifo:{kind}"),
+            ]);
+        }
+        for words in words {
+            let line = lab.refused(1, &words);
+            assert!(line.contains('\''), "it names what it is about: {line}");
+        }
+        for line in [
+            format!("$COWSLIP recv {kind} --overwrite <wire"),
+            format!("$COWSLIP recv x --onto {kind} <wire"),
+            format!("rm -rf parts/*; cp -a {kind} parts/x.part; $COWSLIP recv parts/x <wire"),
+        ] {
+            common::mount::one_line(1, &lab.output("sh", &["-c", &line]), &line);
+        }
+        assert!(!lab.path("ov").exists() && !lab.path("nothing").exists(), "{kind}");
+    }
     lab.end();
 }

@@ -709,8 +709,9 @@ fn a_stream_of_nothing_but_checkpoints_takes_no_memory() {
     }
     fs::write(lab.path("old"), "old").unwrap();
     put(&lab.path("wire"), &wire);
-    // Each state of these names its snapshot; in a queue they would take more than this.
-    let line = "ulimit -v 200000; exec $COWSLIP recv x --onto old <wire";
+    // Each state names its snapshot. The disk is slow: in a queue they would take more than this.
+    let line = "ulimit -d 40000; exec strace -f -o strace.txt -e trace=fdatasync \
+                -e inject=fdatasync:delay_enter=3000000 $COWSLIP recv x --onto old <wire";
     let output = lab.output("sh", &["-c", line]);
     assert!(one_line(1, &output, line).contains("the stream was cut"));
     lab.end();

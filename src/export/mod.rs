@@ -68,14 +68,16 @@ pub fn plan(file: &File, changed: Option<&File>, size: u64) -> io::Result<Vec<Ru
 /// The next run of data from `at` on.
 fn next_data(file: &File, at: u64, size: u64) -> io::Result<Option<Range<u64>>> {
     let start = match rustix::fs::seek(file, SeekFrom::Data(at)) {
-        Ok(start) if start < size => start,
+        Ok(start) if start < size => start.max(at),
         Ok(_) | Err(Errno::NXIO) => return Ok(None),
         // It cannot tell: all of it is data.
         Err(Errno::INVAL | Errno::OPNOTSUPP) => return Ok(Some(at..size)),
         Err(error) => return Err(error.into()),
     };
     let end = rustix::fs::seek(file, SeekFrom::Hole(start))?;
-    Ok(Some(start..end.min(size)))
+    // Changed between the two questions, or told wrong: that all of it is data is always safe.
+    let end = if end > start { end.min(size) } else { size };
+    Ok(Some(start..end))
 }
 
 /// Appends what `range` of `file` is.

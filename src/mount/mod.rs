@@ -18,7 +18,6 @@ mod mountinfo;
 mod run;
 pub mod who;
 
-use std::fs::OpenOptions;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicUsize};
@@ -34,6 +33,7 @@ use self::disks::{open_disks, open_store};
 use self::kernel::{Contents, MountRequest, Unmount};
 use self::run::{Mount, tick};
 use crate::catalog::{CONTROL, Catalog};
+use crate::confined;
 use crate::control::{self, Control};
 use crate::fs::{CowslipFs, Deadlines, Shared, forgetter};
 use crate::journal::{self, Sink};
@@ -220,7 +220,7 @@ fn owner() -> (u32, u32) {
 fn open_log(plan: &Plan) -> Result<Sink, String> {
     match (&plan.log, plan.style) {
         (Some(path), _) => {
-            let file = OpenOptions::new().create(true).append(true).open(path);
+            let file = confined::open_append(path);
             file.map(Sink::File).map_err(|error| format!("log '{}': {error}", path.display()))
         }
         (None, Style::Foreground) => Ok(Sink::Stderr),
