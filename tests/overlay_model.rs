@@ -203,6 +203,26 @@ fn space_goes_back_in_steps_for_what_there_is_whatever_was_freed() {
     }
 }
 
+#[test]
+fn space_that_was_reserved_goes_back_where_zeros_were_before() {
+    let base = Arc::new(TestBase::solid(64 << 10));
+    for make in [SimDisk::persistent, SimDisk::temporary] {
+        let disk = make(&base, 64 << 10, 4096, None);
+        let overlay = disk.overlay();
+        zero_all(overlay).unwrap();
+        for is_synced in [true, false] {
+            if is_synced {
+                overlay.sync().unwrap();
+            }
+            overlay.allocate(0..64 << 10, Wait::Yes).unwrap();
+            assert!(disk.layer.data.is_allocated(&(0..64 << 10)));
+            zero_all(overlay).unwrap();
+            overlay.sync().unwrap();
+            assert!(!disk.layer.data.is_allocated(&(0..64 << 10)));
+        }
+    }
+}
+
 fn zero_all(overlay: &Overlay) -> io::Result<()> {
     overlay.zero(0..overlay.size(), &TestBase::solid(0), Wait::Yes)
 }

@@ -237,7 +237,11 @@ impl Overlay {
         }
         let blocks = BlockIndex(whole.start)..BlockIndex(whole.end);
         if !blocks.is_empty() {
-            let sequence = self.publish(&blocks, State::Zero)?;
+            let sequence = match self.publish(&blocks, State::Zero)? {
+                // Nothing new, but space may have been reserved there since.
+                0 => self.log.as_ref().map_or(0, Log::last),
+                new => new,
+            };
             self.free(&blocks, sequence);
         }
         Ok(())
