@@ -18,12 +18,8 @@ use parking_lot::RwLock;
 
 use crate::disk::{Disk, Opened, Owner, Setting, Shown, Use, Window, split_name};
 use crate::host::errno;
+use crate::name::{self, CONTROL};
 use crate::store::{Store, StoreError};
-
-/// The name that belongs to the mount itself.
-pub const CONTROL: &str = ".cowslip";
-/// The longest name, as in other file systems (statfs f_namelen).
-pub const LONGEST_NAME: u32 = 255;
 
 /// Where a disk comes from, and so what may be done with its name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -55,13 +51,8 @@ pub enum Over {
 
 /// Refuses what cannot be the name of a disk.
 fn check_name(name: &str) -> io::Result<()> {
-    if name.len() > LONGEST_NAME as usize {
-        return Err(errno(libc::ENAMETOOLONG));
-    }
-    if name == CONTROL || name.chars().any(char::is_control) {
-        return Err(errno(libc::EINVAL));
-    }
-    Ok(())
+    name::check(name)?;
+    if name == CONTROL { Err(errno(libc::EINVAL)) } else { Ok(()) }
 }
 
 /// The names of a mount's disks.
@@ -88,7 +79,7 @@ fn find_clash(names: &Names, name: &str, disk: &Disk) -> Option<String> {
     }
     disk.windows().iter().find_map(|window| {
         let (part, number) = (window.name(name), window.number());
-        if part.len() > LONGEST_NAME as usize {
+        if name::check(&part).is_err() {
             return Some(format!(
                 "partition {number} would have too long a name: give the disk a shorter NAME="
             ));
@@ -221,8 +212,9 @@ impl Catalog {
     /// Adds a disk under a name that is not taken yet.
     ///
     /// # Errors
-    /// `EEXIST`; the disk comes back with it.
+    /// `EEXIST`; `EINVAL` and `ENAMETOOLONG` for what cannot be the name of a disk.
     pub fn add(&self, name: &str, disk: Arc<Disk>, origin: Origin) -> io::Result<Arc<Entry>> {
+        check_name(name)?;
         let mut names = self.names.write();
         if names.contains_key(name)
             || self.inodes.contains_key(&disk.ino())
@@ -295,7 +287,8 @@ impl Catalog {
         let names = self.names.read();
         let disk = names.get(name).map(|entry| Shown::from(Arc::clone(&entry.disk)));
         let window = || find_window(&names, name).map(|(disk, part)| Shown::part(disk, part));
-        disk.or_else(window).inspect(|shown| shown.disk().refer())
+        // Nobody tells the kernel to forget a window's name with the disk's: it is not counted.
+        disk.inspect(|shown| shown.disk().refer()).or_else(window)
     }
 
     /// What the file of that inode shows: a disk, a window or a snapshot.

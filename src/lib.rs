@@ -26,6 +26,7 @@ pub mod host;
 pub mod journal;
 pub mod layer;
 pub mod mount;
+pub mod name;
 pub mod overlay;
 pub mod part;
 pub mod pool;

@@ -522,15 +522,6 @@ fn a_request_is_refused_by_another_disk_than_the_one_it_means() {
     lab.end();
 }
 
-/// Ends a thread that looks at it, also when its test panics.
-struct Ends<'a>(&'a AtomicBool);
-
-impl Drop for Ends<'_> {
-    fn drop(&mut self) {
-        self.0.store(true, Ordering::Relaxed);
-    }
-}
-
 #[test]
 fn a_command_never_acts_on_a_disk_that_takes_the_name_of_another_meanwhile() {
     let lab = Lab::new();

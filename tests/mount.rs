@@ -1108,6 +1108,49 @@ fn a_small_overwrite_is_written_out_early_when_a_sync_is_to_be_expected() {
 }
 
 #[test]
+fn fallocate_reserves_what_writes_there_will_take() {
+    let lab = Lab::new();
+    lab.mount("d=blank:64M,overlay=ov,block=64K");
+    let file = lab.open("m/d");
+    let reserved = || allocated(&data_file(&lab.path("ov")));
+    let before = reserved();
+    for at in [MIB, 2 * MIB + 5000, 3 * MIB - 1] {
+        fallocate(&file, FallocateFlags::empty(), at..at + 1).unwrap();
+    }
+    assert_eq!(reserved() - before, 3 * 64 * KIB);
+    file.write_all_at(b"x", 2 * MIB + 9000).unwrap();
+    assert_eq!(reserved() - before, 3 * 64 * KIB);
+    // Nothing is data that was not written.
+    let written = 2 * MIB..2 * MIB + 64 * KIB;
+    assert_eq!(data_runs(&file), std::slice::from_ref(&written));
+    drop(file);
+    lab.end();
+}
+
+#[test]
+fn a_base_that_is_interrupted_or_would_wait_is_eio_and_nothing_else() {
+    let mut lab = Lab::new();
+    lab.base("base.img", 16 * MIB);
+    lab.mount("d=base.img");
+    let file = lab.open("m/d");
+    for errno in ["EINTR", "EAGAIN"] {
+        let fails = format!("inject=lseek,pread64,preadv2:error={errno}");
+        let strace = Strace::attach_with(&lab, lab.pid(), "lseek,pread64,preadv2", &[fails]);
+        assert_eq!(seek(&file, SeekFrom::Data(0)), Err(libc::EIO), "{errno}");
+        if errno == "EAGAIN" {
+            assert_eq!(errno_of(file.read_at(&mut [0; 4096], MIB)), libc::EIO);
+            // Half a block: the rest of it comes from the base.
+            assert_eq!(errno_of(file.write_at(&[1; 100], 2 * MIB)), libc::EIO);
+        }
+        strace.end(&lab, || true);
+    }
+    assert_eq!(seek(&file, SeekFrom::Data(0)), Ok(0));
+    assert_eq!(read(&file, 0, MIB), read(&lab.open_ro("base.img"), 0, MIB));
+    drop(file);
+    lab.end();
+}
+
+#[test]
 fn a_disk_whose_base_hangs_can_be_looked_at_and_opened() {
     let (lab, inner) = lab_with_a_slow_base(FOR_EVER);
     stop(inner);

@@ -11,6 +11,8 @@ use std::io::{self, Write};
 use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
 
 use common::mount::*;
 use proptest::prelude::*;
@@ -279,6 +281,57 @@ fn a_mapping_of_one_file_sees_what_is_changed_through_another() {
         of_whole.sync();
     }
     drop((of_part, of_whole, whole, part));
+    lab.end();
+}
+
+#[test]
+fn a_mapping_shows_nothing_of_what_was_discarded_once_that_returned() {
+    let lab = mounted();
+    let part = lab.open("m/disk.img.p1");
+    let of_part = Mapped::new(&lab.open_ro("m/disk.img.p1"), 0, 4096, Map::Read);
+    let is_over = AtomicBool::new(false);
+    thread::scope(|scope| {
+        // Whoever has something to do just then is not always the one who is to be told.
+        for _ in 0..3 {
+            scope.spawn(|| {
+                while !is_over.load(Ordering::Relaxed) {
+                    std::hint::spin_loop();
+                }
+            });
+        }
+        let _end = Ends(&is_over);
+        let stale = (0..3000_u64).find(|round| {
+            part.write_all_at(&noise(4096, round + 1), 0).unwrap();
+            assert!(of_part.bytes() == noise(4096, round + 1));
+            part.set_len(0).unwrap();
+            // SAFETY: it is mapped.
+            let first = unsafe { of_part.0.read_volatile() };
+            first != 0 || of_part.bytes() != [0; 4096]
+        });
+        assert_eq!(stale, None, "the round that showed old bytes");
+    });
+    drop((of_part, part));
+    lab.end();
+}
+
+#[test]
+fn truncating_a_window_with_dirty_pages_ends() {
+    let lab = mounted();
+    let part = lab.open("m/disk.img.p1");
+    let of_part = Mapped::new(&part, 0, 8192, Map::Write);
+    let all: Vec<_> = (0..20).map(|_| lab.open("m/disk.img.p1")).collect();
+    for round in 0..3 {
+        of_part.put(0, 1 + round);
+        of_part.put(4096, 1 + round);
+        thread::scope(|scope| {
+            all.iter().for_each(|file| {
+                scope.spawn(|| file.set_len(0).unwrap());
+            });
+        });
+        part.write_all_at(b"after", 4096).unwrap();
+        assert_eq!(read(&part, 4096, 5), b"after");
+    }
+    drop((of_part, part, all));
     lab.end();
 }
 

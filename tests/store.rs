@@ -6,6 +6,7 @@
 mod common;
 
 use std::fs::{self, File, OpenOptions};
+use std::io::{Read, Write};
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -331,6 +332,51 @@ fn bad_names_are_refused_in_the_mount() {
     lab.sh("echo x > m/a");
     assert!(fs::rename(lab.path("m/a"), lab.path("m/.cowslip")).is_err());
     assert_eq!(names(&lab), ["a"]);
+    lab.end();
+}
+
+#[test]
+fn a_raw_request_names_a_disk_by_one_plain_word() {
+    let lab = lab();
+    lab.sh("echo text >m/a");
+    let outside = lab.path("outside");
+    for bad in [
+        "",
+        ".",
+        "..",
+        "/",
+        "a/b",
+        "../outside",
+        "sub/",
+        ".cowslip",
+        "a\\nb",
+        outside.to_str().unwrap(),
+    ] {
+        let mut ctl = lab.open("m/.cowslip/a/ctl");
+        ctl.write_all(format!("{{\"op\":\"clone\",\"name\":\"{bad}\"}}").as_bytes()).unwrap();
+        let mut said = String::new();
+        ctl.read_to_string(&mut said).unwrap();
+        assert!(said.contains("cannot be the name of a disk"), "{bad}: {said}");
+    }
+    assert_eq!((names(&lab), count(&lab, "names")), (vec!["a".to_owned()], 1));
+    assert!(!outside.exists() && !lab.path("st/outside").exists());
+    assert_eq!((count(&lab, "disks"), count(&lab, "layers")), (1, 1));
+    lab.end();
+}
+
+#[test]
+fn a_name_in_a_store_that_no_file_in_a_mount_can_have_is_refused() {
+    let lab = lab();
+    lab.sh("echo text >m/a");
+    lab.umount();
+    for bad in [".cowslip", "a\nb"] {
+        fs::rename(lab.path("st/names/a"), lab.path("st/names").join(bad)).unwrap();
+        let line = lab.refused(1, "mount m --store st");
+        assert!(line.contains("no file in a mount can be called"), "{line}");
+        fs::rename(lab.path("st/names").join(bad), lab.path("st/names/a")).unwrap();
+    }
+    lab.mount("--store st");
+    assert_eq!(lab.sh("cat m/a"), "text\n");
     lab.end();
 }
 

@@ -47,6 +47,8 @@ const ZEROS: &[u8] = &[0; 1 << 20];
 /// What a block device zeroes by itself must be a multiple of its sector; 4 KiB is the largest in
 /// use, and the rare larger one is caught by the way back to plain writes.
 const DEVICE_ALIGNMENT: u64 = 4096;
+/// How often a call that was interrupted is made again.
+const INTERRUPTIONS: usize = 8;
 
 /// A raw file or block device. Its base locks end with it.
 #[derive(Debug)]
@@ -156,9 +158,15 @@ impl RawBase {
         }
     }
 
+    /// lseek(2). A host that is interrupted again and again is one that does not answer.
+    fn ask(&self, from: SeekFrom) -> Result<u64, Errno> {
+        let asked = (0..INTERRUPTIONS).map(|_| rustix::fs::seek(&*self.file, from));
+        asked.into_iter().find(|found| *found != Err(Errno::INTR)).unwrap_or(Err(Errno::IO))
+    }
+
     /// Asks the host what lies at `range.start`; `range` is inside the size.
     fn seek(&self, range: Range<u64>) -> io::Result<Extent> {
-        let data = match rustix::fs::seek(&*self.file, SeekFrom::Data(range.start)) {
+        let data = match self.ask(SeekFrom::Data(range.start)) {
             Ok(at) => at,
             Err(Errno::NXIO) => return self.seek_past_data(range),
             Err(error) => return self.seek_failed(error, range),
@@ -166,7 +174,7 @@ impl RawBase {
         if data > range.start {
             return Ok(extent(range.start..data.min(range.end), Kind::Hole));
         }
-        let hole = match rustix::fs::seek(&*self.file, SeekFrom::Hole(range.start)) {
+        let hole = match self.ask(SeekFrom::Hole(range.start)) {
             Ok(at) if at > range.start => at,
             // Changed between the two questions (punched, or cut off): Data is always safe.
             Ok(_) | Err(Errno::NXIO) => range.end,
@@ -178,7 +186,7 @@ impl RawBase {
     /// No data from `range.start` on: a hole up to where the host file ends. Past that end, in a
     /// file that got shorter, it is Data, so that reading it is the error it has to be.
     fn seek_past_data(&self, range: Range<u64>) -> io::Result<Extent> {
-        let end_of_file = rustix::fs::seek(&*self.file, SeekFrom::End(0))?;
+        let end_of_file = self.ask(SeekFrom::End(0))?;
         if range.start >= end_of_file {
             return Ok(extent(range, Kind::Data));
         }

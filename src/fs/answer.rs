@@ -148,7 +148,7 @@ impl CowslipFs {
         };
         match disk.sync() {
             Ok(()) => reply.ok(),
-            Err(error) => reply.error(error.into()),
+            Err(error) => reply.fail(error),
         }
         drop(seat);
         self.linger.look();
@@ -208,7 +208,7 @@ impl CowslipFs {
         let shared = Arc::clone(&self.shared);
         self.shared.pool.run(Box::new(move || match work(&shared) {
             Ok(value) => send(reply, value),
-            Err(error) => reply.refuse(error.into()),
+            Err(error) => reply.fail(error),
         }));
     }
 
@@ -362,7 +362,7 @@ fn attempt<R: Refuse, T: 'static>(
     }
     match result {
         Ok(value) => send(reply, value),
-        Err(error) => reply.refuse(error.into()),
+        Err(error) => reply.fail(error),
     }
 }
 
@@ -405,12 +405,12 @@ impl Write {
                 let durable = if sync { shown.disk().sync() } else { Ok(()) };
                 match durable {
                     Ok(()) => reply.written(written),
-                    Err(error) => reply.error(error.into()),
+                    Err(error) => reply.fail(error),
                 }
                 return self.tell_late(shared, shown);
             }
             Err(error) if error.raw_os_error() != Some(libc::EAGAIN) => {
-                return reply.error(error.into());
+                return reply.fail(error);
             }
             Ok(()) | Err(_) => {}
         }

@@ -34,16 +34,17 @@ pub use self::forget::forgetter;
 use self::handle::{Handle, Handles};
 use self::linger::Linger;
 pub use self::parked::Deadlines;
-use self::parked::{Bound, Lane};
+use self::parked::{Bound, Lane, Refuse as _};
 use self::passthrough::{Terms, Way};
 use self::seats::Seats;
 use self::window::{ALL, ttl};
 use crate::aligned::Aligned;
-use crate::catalog::{CONTROL, Catalog, LONGEST_NAME, Over};
+use crate::catalog::{Catalog, Over};
 use crate::control::{Control, Spot};
 use crate::disk::{self, Access, Disk, Owner, Shown, Whence};
 use crate::host::errno;
 use crate::layer::Wait;
+use crate::name::{CONTROL, LONGEST};
 use crate::pool::Pool;
 use crate::spec::{Cache, Mode};
 use crate::stream::Stream;
@@ -157,7 +158,7 @@ impl Filesystem for CowslipFs {
                 None => reply.error(Errno::ENOENT),
             };
         }
-        if name.len() > LONGEST_NAME as usize {
+        if name.len() > LONGEST {
             return reply.error(Errno::ENAMETOOLONG);
         }
         match self.catalog().look_up(name) {
@@ -167,7 +168,7 @@ impl Filesystem for CowslipFs {
     }
 
     fn forget(&self, _: &Request, ino: INodeNo, count: u64) {
-        if let Some(shown) = self.catalog().inode(ino.0) {
+        if let Some(shown) = self.catalog().inode(ino.0).filter(|shown| !shown.is_window()) {
             Self::forgotten(&self.shared, shown.disk(), count);
         }
     }
@@ -242,14 +243,12 @@ impl Filesystem for CowslipFs {
             return self.later(shown.disk(), Lane::Work, reply, work, send);
         }
         if size == Some(0) && shown.is_fixed() {
-            // The kernel sees no new size and would keep what it has cached. Only once it has the
-            // answer does it let dirty pages go, which the invalidation waits for.
+            // The kernel sees no new size and would keep what it has cached.
             let (shared, target) = (Arc::clone(&self.shared), shown.clone());
             let work = move |_: &Disk| Self::set_attributes(&there, None, size, times, Wait::Yes);
             let send = move |reply, found| {
                 Self::invalidate_others(&shared, &target, ALL);
-                send(reply, found);
-                Self::invalidate(&shared, target.disk(), ALL);
+                Self::invalidate_truncated(&shared, &target, || send(reply, found));
             };
             return self.later(shown.disk(), Lane::Notices, reply, work, send);
         }
@@ -318,7 +317,7 @@ impl Filesystem for CowslipFs {
             }
             match result {
                 Ok(got) => reply.data(&room[..got]),
-                Err(error) => reply.error(error.into()),
+                Err(error) => reply.fail(error),
             }
             None
         });
@@ -507,7 +506,7 @@ impl Filesystem for CowslipFs {
                 files,
                 files,
                 block,
-                LONGEST_NAME,
+                u32::try_from(LONGEST).unwrap_or(u32::MAX),
                 block,
             );
         });

@@ -20,6 +20,18 @@ use crate::pool::{self, Request};
 pub(super) trait Refuse: Send + 'static {
     /// Answers with an errno.
     fn refuse(self, errno: Errno);
+
+    /// Answers with what the host said. That a call of ours was interrupted, or would have had to
+    /// wait, is nothing that a client could make anything of: it would ask again for ever.
+    fn fail(self, error: io::Error)
+    where
+        Self: Sized,
+    {
+        self.refuse(match error.raw_os_error() {
+            Some(libc::EINTR | libc::EAGAIN) => Errno::EIO,
+            _ => error.into(),
+        });
+    }
 }
 
 macro_rules! refuse {
@@ -202,7 +214,7 @@ impl Deadlines {
             };
             match result {
                 Ok(value) => send(reply, value),
-                Err(error) => reply.refuse(error.into()),
+                Err(error) => reply.fail(error),
             }
         }));
     }

@@ -13,6 +13,8 @@
 use std::io;
 use std::ops::Range;
 use std::sync::Arc;
+use std::sync::mpsc;
+use std::thread;
 use std::time::Duration;
 
 use fuser::{INodeNo, ReplyEntry};
@@ -23,6 +25,9 @@ use super::{CowslipFs, Shared};
 use crate::disk::{self, Disk, Shown};
 use crate::host::errno;
 use crate::layer::Wait;
+
+/// How long the answer of a truncation waits for pages to be dropped: dirty ones wait for it.
+const DIRTY: Duration = Duration::from_secs(1);
 
 /// All bytes of a disk.
 pub(super) const ALL: Range<u64> = 0..u64::MAX;
@@ -60,11 +65,12 @@ impl CowslipFs {
         self.catalog().inode(ino.0).ok_or_else(|| errno(libc::ESTALE))
     }
 
-    /// Answers a look-up of a name that leads to `shown`, which is
+    /// Answers a look-up of a name that leads to `shown`; a whole disk is
     /// [referred to](Disk::refer) for that.
     pub(super) fn reply_entry(&self, shown: &Shown, reply: ReplyEntry) {
         let (ino, ttl, there) = (shown.ino(), ttl(shown), shown.clone());
-        let led = Led { shared: Arc::clone(&self.shared), disk: Some(Arc::clone(shown.disk())) };
+        let disk = (!shown.is_window()).then(|| Arc::clone(shown.disk()));
+        let led = Led { shared: Arc::clone(&self.shared), disk };
         let work = move |_: &Disk, wait| there.attributes(wait);
         self.now_or_later(shown.disk(), reply, work, move |reply, found: disk::Attributes| {
             led.arrives();
@@ -81,6 +87,32 @@ impl CowslipFs {
     /// As [`invalidate`](Self::invalidate), for all files but the one that `shown` is.
     pub(super) fn invalidate_others(shared: &Shared, shown: &Shown, range: Range<u64>) {
         Self::invalidate_but(shared, shown.disk(), range, Some(shown.ino()));
+    }
+
+    /// Drops what the kernel has cached of the file `shown`, which is being truncated, and has
+    /// `answer` say that it is.
+    ///
+    /// Only with the answer does the kernel write back what is dirty of the file. What is clean goes
+    /// at once; while a dirty page is waited for, the answer goes out after [`DIRTY`].
+    pub(super) fn invalidate_truncated(shared: &Arc<Shared>, shown: &Shown, answer: impl FnOnce()) {
+        let (tell, told) = mpsc::channel();
+        let (there, target) = (Arc::clone(shared), shown.clone());
+        let invalidate = move || {
+            Self::invalidate(&there, target.disk(), ALL);
+            // Nobody listens any more when a page was dirty.
+            let _ = tell.send(());
+        };
+        // A thread of its own: those of the disk may all be here, waiting for it.
+        match thread::Builder::new().name("cowslip-drop".to_owned()).spawn(invalidate) {
+            Ok(_) => {
+                let _ = told.recv_timeout(DIRTY);
+                answer();
+            }
+            Err(_) => {
+                answer();
+                Self::invalidate(shared, shown.disk(), ALL);
+            }
+        }
     }
 
     fn invalidate_but(shared: &Shared, disk: &Disk, range: Range<u64>, except: Option<u64>) {

@@ -40,11 +40,16 @@ pub(super) fn open_disks(plan: &Plan, catalog: &Catalog) -> Result<Vec<String>, 
         let disk = Arc::new(disk);
         let clash = catalog.check_clash(name, &disk);
         clash.map_err(|line| format!("{name}: {line}")).inspect_err(|_| disk.abandon())?;
-        if catalog.add(name, Arc::clone(&disk), origin).is_err() {
+        if let Err(error) = catalog.add(name, Arc::clone(&disk), origin) {
             disk.abandon();
-            return Err(format!(
-                "two disks are named '{name}', one of them in the store: give one another NAME="
-            ));
+            return Err(match error.raw_os_error() {
+                Some(libc::EEXIST) => format!(
+                    "two disks are named '{name}', one of them in the store: give one another NAME="
+                ),
+                _ => format!(
+                    "the store has a disk named {name:?}, which no file in a mount can be called: rename it in 'names'"
+                ),
+            });
         }
         lines.push(format!("{name}: {summary}"));
         for note in notes {

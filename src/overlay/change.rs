@@ -352,13 +352,16 @@ impl WritableLayer for Overlay {
 
     fn allocate(&self, range: Range<u64>, wait: Wait) -> io::Result<()> {
         self.with_relief(wait, 0, || {
+            // Whole blocks: a write of one byte takes all of its.
+            let blocks = self.blocks_of(&range);
+            let bytes = self.bytes_of(&blocks);
             // Shared with writers, not with what gives space back.
-            let need = self.ranges.need(Need::default(), &range, Hold::Shared);
+            let need = self.ranges.need(Need::default(), &bytes, Hold::Shared);
             let _held = self.ranges.lock(need, wait).ok_or_else(|| errno(libc::EAGAIN))?;
             check_wanted()?;
-            self.check_limit(&self.blocks_of(&range))?;
-            self.pending.lock().remove(&range);
-            self.data.allocate(range.clone())
+            self.check_limit(&blocks)?;
+            self.pending.lock().remove(&bytes);
+            self.data.allocate(bytes)
         })
     }
 

@@ -14,8 +14,8 @@ use std::collections::HashSet;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-/// The longest name of a snapshot in bytes, as for files.
-const LONGEST: usize = 255;
+use crate::name::{self, NameError};
+
 /// The most layers that are looked up as one.
 pub const MOST_LAYERS: usize = 1 << 15;
 
@@ -58,13 +58,15 @@ pub struct Tree {
 /// # Errors
 /// That line.
 pub fn check_name(name: &str) -> Result<(), &'static str> {
-    match name {
-        "" | "." | ".." => Err("is no name for a snapshot: take a word"),
-        name if name.starts_with(".frozen-") => Err("is no name for a snapshot: take a word"),
-        name if name.contains('/') => Err("holds a '/': a snapshot is also a file of that name"),
-        name if name.chars().any(char::is_control) => Err("holds a control character"),
-        name if name.len() > LONGEST => Err("is longer than 255 bytes"),
-        _ => Ok(()),
+    match name::check(name) {
+        Err(NameError::Empty | NameError::Directory) => {
+            Err("is no name for a snapshot: take a word")
+        }
+        Err(NameError::Slash) => Err("holds a '/': a snapshot is also a file of that name"),
+        Err(NameError::ControlCharacter) => Err("holds a control character"),
+        Err(NameError::TooLong) => Err("is longer than 255 bytes"),
+        Ok(()) if name.starts_with(".frozen-") => Err("is no name for a snapshot: take a word"),
+        Ok(()) => Ok(()),
     }
 }
 
@@ -100,6 +102,9 @@ impl Tree {
         }
         let mut names = HashSet::new();
         for snapshot in &self.snapshots {
+            if let Err(why) = check_name(&snapshot.name) {
+                return Some(format!("the name of snapshot {:?} {why}", snapshot.name));
+            }
             if !names.insert(&snapshot.name) {
                 return Some(format!("snapshot '{}' is there twice", snapshot.name));
             }
@@ -339,6 +344,7 @@ mod tests {
         assert!(faulty(&|tree| tree.layers[1].block = 4096).contains("different sizes"));
         assert!(faulty(&|tree| tree.snapshots[1].name = "a".into()).contains("twice"));
         assert!(faulty(&|tree| tree.snapshots[1].layer = id(4)).contains("is missing"));
+        assert!(faulty(&|tree| tree.snapshots[1].name = "../x".into()).contains("holds a '/'"));
     }
 
     #[test]

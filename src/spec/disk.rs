@@ -10,12 +10,7 @@ use super::keys::{self, Value};
 use super::{
     Cache, DiskSpec, Format, Partitions, Source, SpecError, StreamSpec, format_size, parse_size,
 };
-
-/// The directory inside the mount through which cowslip is controlled.
-const CONTROL: &str = ".cowslip";
-
-/// The longest name a file can have on Linux, in bytes (`NAME_MAX`).
-const NAME_MAX: usize = 255;
+use crate::name::{self, CONTROL, NameError};
 
 /// Reads a disk as the command line has it.
 ///
@@ -208,18 +203,20 @@ fn default_name(path: &OsStr) -> Result<OsString, SpecError> {
     }
 }
 
-/// `name`, if a file in the mount can be called that.
-fn check_name(name: &OsStr) -> Result<String, SpecError> {
-    let refused = |why| SpecError::Name { name: shown(name), why };
-    let text = name.to_str().ok_or_else(|| refused("it is not UTF-8: write NAME=SOURCE"))?;
-    let why = match text {
-        "" => "it is empty: write NAME=SOURCE, or ./=... for a file that starts with =",
-        "." | ".." => "it is a directory's: take another",
-        CONTROL => "cowslip is controlled through it: take another",
-        _ if text.contains('/') => "it holds a /: take another",
-        _ if text.chars().any(char::is_control) => "it holds a control character: take another",
-        _ if text.len() > NAME_MAX => "it is longer than 255 bytes: take a shorter one",
-        _ => return Ok(text.to_owned()),
+/// `given`, if a file in the mount can be called that.
+fn check_name(given: &OsStr) -> Result<String, SpecError> {
+    let refused = |why| SpecError::Name { name: shown(given), why };
+    let text = given.to_str().ok_or_else(|| refused("it is not UTF-8: write NAME=SOURCE"))?;
+    let why = match name::check(text) {
+        Err(NameError::Empty) => {
+            "it is empty: write NAME=SOURCE, or ./=... for a file that starts with ="
+        }
+        Err(NameError::Directory) => "it is a directory's: take another",
+        Err(NameError::Slash) => "it holds a /: take another",
+        Err(NameError::ControlCharacter) => "it holds a control character: take another",
+        Err(NameError::TooLong) => "it is longer than 255 bytes: take a shorter one",
+        Ok(()) if text == CONTROL => "cowslip is controlled through it: take another",
+        Ok(()) => return Ok(text.to_owned()),
     };
     Err(refused(why))
 }

@@ -21,6 +21,7 @@ use uuid::Uuid;
 
 pub use self::dirs::{Leftovers, StoreDirs};
 use crate::disk::{self, Disk, OpenError, Opened, Others, Owner, Setting};
+use crate::name;
 use crate::overlay::persist::Place;
 use crate::overlay::shelf::Shelf;
 use crate::spec::DiskSpec;
@@ -244,8 +245,10 @@ impl Store {
             self.discard(uuid);
             self.failed("naming a new disk", error)
         };
-        rustix::fs::symlinkat(target, self.dirs.names(), name)
-            .map_err(|error| failed(error.into()))?;
+        let made = name::check(name).map_err(io::Error::from).and_then(|()| {
+            rustix::fs::symlinkat(target, self.dirs.names(), name).map_err(io::Error::from)
+        });
+        made.map_err(failed)?;
         if let Err(error) = self.dirs.names().sync_all() {
             // The name first: one that leads nowhere would be in the way of the next mount.
             return match self.remove_name(name) {
@@ -261,6 +264,7 @@ impl Store {
     /// # Errors
     /// The host's errno.
     pub fn remove_name(&self, name: &str) -> io::Result<()> {
+        name::check(name)?;
         self.dirs.remove_name(name)
     }
 
@@ -269,6 +273,7 @@ impl Store {
     /// # Errors
     /// The host's errno.
     pub fn rename(&self, from: &str, to: &str) -> io::Result<()> {
+        [from, to].into_iter().try_for_each(name::check)?;
         let names = self.dirs.names();
         rustix::fs::renameat(names, from, names, to)?;
         names.sync_all()

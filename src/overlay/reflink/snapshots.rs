@@ -17,12 +17,11 @@ use rustix::fs::{AtFlags, RenameFlags};
 use super::intent::{self, Origin};
 use super::{Reflink, ReflinkError};
 use crate::confined::{self, Access};
+use crate::name::{self, NameError};
 use crate::overlay::stack::doing;
 
 /// The name, beside `snapshots`, of the one that is being made: in there it could be a user's.
 const FRESH: &str = "snapshot.new";
-/// The longest name of a file (`NAME_MAX`).
-const LONGEST: usize = 255;
 
 /// A snapshot.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -37,13 +36,13 @@ pub struct Snapshot {
 
 /// Refuses what cannot be the name of a snapshot.
 pub(super) fn check_name(name: &str) -> Result<(), ReflinkError> {
-    let why = match name {
-        "" => "a name is needed",
-        "." | ".." => "that is a directory's name",
-        _ if name.contains('/') => "a name holds no /",
-        _ if name.chars().any(char::is_control) => "a name holds no control characters",
-        _ if name.len() > LONGEST => "a name has at most 255 bytes",
-        _ => return Ok(()),
+    let why = match name::check(name) {
+        Err(NameError::Empty) => "a name is needed",
+        Err(NameError::Directory) => "that is a directory's name",
+        Err(NameError::Slash) => "a name holds no /",
+        Err(NameError::ControlCharacter) => "a name holds no control characters",
+        Err(NameError::TooLong) => "a name has at most 255 bytes",
+        Ok(()) => return Ok(()),
     };
     Err(ReflinkError::Name { name: name.escape_default().to_string(), why })
 }
@@ -148,7 +147,7 @@ impl Reflink {
             for entry in rustix::fs::Dir::read_from(&self.snapshots)? {
                 let entry = entry?;
                 let Ok(name) = entry.file_name().to_str() else { continue };
-                if matches!(name, "." | "..") {
+                if check_name(name).is_err() {
                     continue;
                 }
                 // Deleted since it was listed, or never one of ours.
