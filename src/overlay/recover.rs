@@ -204,7 +204,10 @@ fn put_back(files: &Files, trusted: &Trusted, image: &Image) -> io::Result<()> {
     let is_data = |block: &BlockIndex| image.blocks.state(*block) == State::Data;
     let blocks = &trusted.journal.blocks;
     for (block, bytes) in blocks.iter().filter(|(block, _)| is_data(block)) {
-        files.data.write_at(&[IoSlice::new(bytes)], block.0 * u64::from(files.block))?;
+        let at = block.0.checked_mul(u64::from(files.block));
+        // A log can call a block Data that no disk of such large blocks has.
+        let at = at.ok_or_else(|| host::errno(libc::EFBIG))?;
+        files.data.write_at(&[IoSlice::new(bytes)], at)?;
     }
     if blocks.is_empty() { Ok(()) } else { files.data.sync() }
 }
@@ -243,5 +246,56 @@ impl Overlay {
         let mut layer = Self::closed(files.block, Arc::clone(&files.data), image, tag);
         layer.is_read_only = true;
         Ok((layer, trusted.recovered))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use super::super::data::HostFile;
+    use super::super::log::Replaced;
+    use super::*;
+
+    struct Nowhere;
+
+    impl Home for Nowhere {
+        fn replace_log(
+            &self,
+            _: &mut dyn FnMut(&dyn Storage) -> io::Result<()>,
+        ) -> io::Result<Replaced> {
+            Err(host::errno(libc::ENOSYS))
+        }
+
+        fn journal(&self, _: Create) -> io::Result<Option<Arc<dyn Storage>>> {
+            Ok(None)
+        }
+    }
+
+    #[test]
+    fn a_block_past_the_largest_offset_is_not_written() {
+        let file = || Arc::new(HostFile::single(tempfile::tempfile().unwrap()));
+        let (data, log, home) = (file(), file(), Arc::new(Nowhere));
+        let uuid = Uuid::from_u128(1);
+        let files = Files { data, log, home, uuid, block: 2 << 20 };
+        let last = BlockIndex((1 << 54) - 1);
+        let mut image = Image::new(0, 0);
+        image.blocks.set(last..BlockIndex(last.0 + 1), State::Data);
+        let scan = Scan {
+            first: 1,
+            good: 1,
+            highest: 1,
+            tag: None,
+            vouched: Some(1),
+            poisoned: None,
+            generation: None,
+            closed: false,
+            end: End::Whole,
+        };
+        let journal = Found { blocks: BTreeMap::from([(last, vec![1])]), ..Found::default() };
+        let trusted = Trusted { scan, count: 1, recovered: Recovered::All, journal };
+        let error = put_back(&files, &trusted, &image).unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(libc::EFBIG));
+        assert_eq!(files.data.len().unwrap(), 0);
     }
 }
