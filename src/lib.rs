@@ -31,6 +31,7 @@ pub mod overlay;
 pub mod part;
 pub mod pool;
 pub mod printable;
+pub mod process;
 pub mod spec;
 pub mod store;
 pub mod stream;

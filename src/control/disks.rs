@@ -21,6 +21,7 @@ use serde_json::{Value, json};
 use super::{Control, another, farewell, is_meant};
 use crate::catalog::{Entry, Origin};
 use crate::disk::{self, Disk, Opened, Setting, Use, split_name};
+use crate::overlay::is_full;
 use crate::spec::{check_cache, parse_disk};
 use crate::stream::output::{Patience, State};
 use crate::stream::sink::Inherit;
@@ -232,7 +233,7 @@ impl Control {
         }
         // While the disk is there, what is wrong can still be put right.
         match entry.disk.sync() {
-            Err(error) if matches!(error.raw_os_error(), Some(libc::ENOSPC | libc::EDQUOT)) => {
+            Err(error) if is_full(&error) => {
                 Err(Refusal::Line(format!("{name}: cannot be made durable: {error}")))
             }
             _ => Ok(()),

@@ -15,6 +15,7 @@ use super::persist::{self, Part, Persistent, Place};
 use super::record::{Image, Tag};
 use super::stack::{Stack, StackError, data_in, doing, link_segment};
 use crate::layer::Wait;
+use crate::process::explain_size;
 use crate::{confined, host};
 
 /// Data is copied across file systems in pieces of 1 MiB.
@@ -128,7 +129,7 @@ fn link(file: &HostFile, layer: &File) -> io::Result<HostFile> {
 /// Copies every Data block into a new data file in `layer`.
 fn copy(overlay: &Overlay, image: &Image, layer: &File) -> io::Result<HostFile> {
     let first = confined::create_file(layer, "data")?;
-    first.set_len(image.size.min(super::data::SEGMENT))?;
+    first.set_len(image.size.min(super::data::SEGMENT)).map_err(explain_size)?;
     let to = data_in(layer.try_clone()?, first)?;
     let mut buf = Vec::new();
     let all = BlockIndex(0)..BlockIndex(image.size.div_ceil(overlay.block));

@@ -352,8 +352,10 @@ impl Overlay {
     }
 }
 
-fn is_full(error: &io::Error) -> bool {
-    matches!(error.raw_os_error(), Some(libc::ENOSPC | libc::EDQUOT))
+/// Whether the host takes no more, which may change: no space, or a limit. A file that has reached
+/// the size it may have is one that is full.
+pub(crate) fn is_full(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::ENOSPC | libc::EDQUOT | libc::EFBIG))
 }
 
 impl Layer for Overlay {

@@ -37,6 +37,7 @@ use super::guard::{self, Guard};
 use super::stderr::Stderr;
 use super::stop::Stop;
 use crate::host::said;
+use crate::process::give_back;
 use crate::spec::Programs;
 
 /// As much as an unprivileged process may ask for: 1 MiB. It evens out who waits for whom.
@@ -338,13 +339,11 @@ impl Started {
         let (program, args) = words.split_first().ok_or("there is a pipe without a program")?;
         let [stdin, stdout, stderr] = stdio;
         let group = self.children.first().map_or(0, |child| pid_of(child).as_raw_pid());
-        let child = Command::new(program)
-            .args(args)
-            .stdin(stdin)
-            .stdout(stdout)
-            .stderr(stderr)
-            .current_dir(dir)
-            .process_group(group)
+        let mut command = Command::new(program);
+        command.args(args).stdin(stdin).stdout(stdout).stderr(stderr);
+        command.current_dir(dir).process_group(group);
+        give_back(&mut command);
+        let child = command
             .spawn()
             .map_err(|error| format!("cannot run '{}': {}", name_of(words), said(&error)))?;
         self.children.push(child);

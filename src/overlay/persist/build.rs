@@ -21,6 +21,7 @@ use crate::overlay::stack::{
     LayerDir, LayerRecord, Stack, StackError, data_in, doing, place_of_new,
 };
 use crate::overlay::{Overlay, life};
+use crate::process::explain_size;
 
 /// What is to be made.
 pub struct New<'a> {
@@ -63,7 +64,7 @@ pub fn create(place: Place<'_>, new: New<'_>) -> Result<Persistent, StackError> 
 /// then change blocks only, not the file's size.
 pub(super) fn empty_data(layer: &File, size: u64) -> io::Result<HostFile> {
     let file = confined::create_file(layer, "data")?;
-    file.set_len(size.min(SEGMENT))?;
+    file.set_len(size.min(SEGMENT)).map_err(explain_size)?;
     data_in(layer.try_clone()?, file)
 }
 
@@ -87,6 +88,9 @@ pub fn build(
         .permissions(Permissions::from_mode(0o700))
         .tempdir_in(parent)
         .map_err(doing("making a directory beside it"))?;
+    // Let go before the directory removes itself: that takes one descriptor for each level, and the
+    // want of one may be why it has to.
+    let _spare = File::open("/dev/null").map_err(doing("making a directory beside it"))?;
     let dir = open_dir(temp.path()).map_err(doing("making a directory beside it"))?;
     let layers = match place.layers {
         None => confined::create_dir(&dir, "layers"),

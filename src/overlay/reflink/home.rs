@@ -18,6 +18,7 @@ use crate::confined::{self, Access, open_dir};
 use crate::host;
 use crate::overlay::persist::{self, Residence, open_overlay};
 use crate::overlay::stack::{Stack, StackError, doing, place_of_new};
+use crate::process::explain_size;
 use crate::spec::OverlayKind;
 
 /// A reflink overlay that is open.
@@ -72,7 +73,7 @@ pub fn create(
         .map_err(|error| refusal(error.into(), &data, base.path))?;
     let fill = || -> io::Result<File> {
         if let Some(size) = size {
-            data.set_len(size)?;
+            data.set_len(size).map_err(explain_size)?;
         }
         data.sync_all()?;
         confined::create_dir(&open, "snapshots")

@@ -19,6 +19,7 @@ use crate::base::place::refuse_inside;
 use crate::base::raw::HostKind;
 use crate::confined::Located;
 use crate::part::{Part, PartError};
+use crate::process::mode_of_new_file;
 use crate::spec::{Frames, Overwrite, Programs, StreamSpec, Target};
 use crate::stream::command::{End, Pipeline};
 use crate::stream::fifo::{self, word_for};
@@ -138,8 +139,9 @@ fn open_part(
         Part::create(path, old, perm)
     });
     let part = part.map_err(part_error)?;
-    let file = part.file().try_clone().and_then(|file| match mode {
-        // Its successor is readable for nobody else, whatever the umask.
+    // The successor of a file is readable for nobody else, whatever the umask; a new one is as the
+    // caller's umask has it, which is not this process's.
+    let file = part.file().try_clone().and_then(|file| match mode.or_else(mode_of_new_file) {
         Some(mode) => Ok(fchmod(&file, mode).map(|()| file)?),
         None => Ok(file),
     });
