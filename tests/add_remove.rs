@@ -479,3 +479,19 @@ fn a_base_that_changed_can_be_forced() {
     lab.ok("add --force m d=b.img,overlay=ov");
     lab.end();
 }
+
+#[test]
+fn a_disk_that_is_in_use_is_told_with_its_users_and_not_with_bind_mounts_of_the_mount() {
+    let mut lab = Lab::new();
+    lab.base("base", MIB);
+    lab.mount("d=base e=base");
+    lab.sh("mkdir other; mount --bind m other");
+    let file = lab.open_ro("m/d");
+    let line = lab.refused(1, "remove m/d --timeout 100ms");
+    assert!(line.contains("(pid ") && !line.contains("the mount at"), "{line}");
+    drop(file);
+    // The bind mount has kept no disk.
+    lab.ok("remove m/d");
+    lab.sh("umount other");
+    lab.end();
+}

@@ -411,3 +411,15 @@ fn a_full_store_says_enospc() {
     lab.sh("umount host");
     lab.end();
 }
+
+#[test]
+fn a_disk_of_a_store_that_was_taken_out_of_it_says_where_its_layers_are() {
+    let mut lab = Lab::new();
+    lab.base("base", MIB);
+    lab.mount("--store st d=base,overlay=st");
+    lab.umount();
+    lab.sh("cp -a st/disks/* out");
+    let line = lab.refused(1, "mount m d=base,overlay=out");
+    assert!(line.contains("a disk of a store has them in the store"), "{line}");
+    lab.end();
+}

@@ -24,6 +24,8 @@ use rustix::fs::{
     minor,
 };
 
+use crate::mount::kernel;
+
 /// How long a path or a chain of devices may be: the kernel's own limit on links in a path.
 const MAX_STEPS: u32 = 40;
 
@@ -219,14 +221,12 @@ fn devices_of(found: &Found) -> Vec<u64> {
     devices
 }
 
-/// The device that a mount was made from, as `/proc/self/mountinfo` (proc_pid_mountinfo(5)) has it.
+/// The device that a mount was made from. What others have mounted, and how it is called, makes no
+/// difference to that.
 fn mount_source(mount_id: u64) -> Option<PathBuf> {
-    let table = fs::read_to_string("/proc/self/mountinfo").ok()?;
-    let id = mount_id.to_string();
-    let line = table.lines().find(|line| line.split(' ').next() == Some(id.as_str()))?;
-    let (_, after) = line.split_once(" - ")?;
-    let source = after.split(' ').nth(1)?;
-    source.starts_with("/dev/").then(|| source.into())
+    let entry = kernel::mounts().ok()?.into_iter().find(|entry| entry.id == mount_id)?;
+    let source = PathBuf::from(entry.source);
+    source.starts_with("/dev").then_some(source)
 }
 
 fn sysfs(dev: u64) -> PathBuf {
@@ -665,5 +665,26 @@ mod tests {
         assert!(shows_holes(&file).unwrap());
         file.set_len(1 << 20).unwrap();
         assert!(shows_holes(&file).unwrap());
+    }
+
+    #[test]
+    fn what_others_have_mounted_hides_no_device() {
+        use std::os::unix::ffi::OsStrExt;
+
+        let dir = tempfile::tempdir().unwrap();
+        // No UTF-8: anybody who may mount can call a mountpoint so.
+        let odd = dir.path().join(std::ffi::OsStr::from_bytes(b"odd \xff\xfe"));
+        fs::create_dir(&odd).unwrap();
+        let mounted =
+            std::process::Command::new("mount").args(["-t", "tmpfs", "tmpfs"]).arg(&odd).status();
+        assert!(mounted.unwrap().success());
+        let entry = kernel::mounts()
+            .unwrap()
+            .into_iter()
+            .find(|entry| entry.source.as_bytes().starts_with(b"/dev/"));
+        let found = entry.as_ref().map(|entry| mount_source(entry.id));
+        let unmounted = std::process::Command::new("umount").arg(&odd).status();
+        assert!(unmounted.unwrap().success());
+        assert_eq!(found, entry.map(|entry| Some(PathBuf::from(entry.source))));
     }
 }

@@ -28,6 +28,7 @@ use super::tree::Tree;
 pub use super::tree::{LayerRecord, SnapshotRecord};
 use crate::base::identity::Identity;
 use crate::confined::{self, Access, open_dir};
+use crate::mount::kernel::{MountEntry, entry_at};
 use crate::spec::{OverlayKind, Part};
 use crate::trust::{self, TrustError};
 
@@ -162,8 +163,15 @@ pub enum StackError {
         "is a reflink overlay, which has no block map: it can only be mounted, over the base it was made with"
     )]
     Reflink,
+    /// A disk of a store, away from it.
+    #[error(
+        "holds no layers: a disk of a store has them in the store: mount that with --store, and \
+         'cowslip keep' makes an overlay of its own of a disk"
+    )]
+    NoLayers,
     /// Another daemon has it.
-    #[error("is in use by the cowslip mount at '{mountpoint}' (pid {pid}): unmount that first")]
+    #[error("is in use by the cowslip mount at '{mountpoint}' (pid {pid}): {}",
+        how_to_end(.mountpoint))]
     InUse {
         /// Its process id, 0 when unknown.
         pid: u32,
@@ -196,6 +204,18 @@ pub(in crate::overlay) fn place_of_new(dir: &Path) -> Result<&Path, StackError> 
     match real.ancestors().find(is_store) {
         Some(store) => Err(StackError::InStore(store.to_owned())),
         None => Ok(parent),
+    }
+}
+
+/// What to do about the mount at `mountpoint`.
+fn how_to_end(mountpoint: &str) -> &'static str {
+    let is_there = |entry: MountEntry| entry.is_cowslip();
+    match entry_at(Path::new(mountpoint)).is_some_and(is_there) {
+        true => "unmount that first",
+        false => {
+            "nothing is mounted there any more, so somebody has a file of it open, or another mount \
+             namespace has a copy: end that"
+        }
     }
 }
 

@@ -48,7 +48,10 @@ pub fn find(place: Place<'_>) -> Result<Found, StackError> {
         None => confined::open_subdir(&dir, "layers"),
         Some(path) => open_dir(path),
     };
-    let layers = layers.map_err(doing("opening its layers"))?;
+    let layers = layers.map_err(|error| match error.kind() {
+        std::io::ErrorKind::NotFound if place.layers.is_none() => StackError::NoLayers,
+        _ => doing("opening its layers")(error),
+    })?;
     loop {
         let layer = layer_files(&layers, &record, |data| lock(&dir, data))?;
         // Once more under the lock: its last holder may have changed it.
