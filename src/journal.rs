@@ -1,10 +1,14 @@
-//! The daemon's log: to stderr or a file, and the last of it in memory for `.cowslip/log`.
+//! The daemon's log: to stderr, a file or the system's log, and the last of it in memory for
+//! `.cowslip/log`.
 
 use std::collections::VecDeque;
 use std::fs::File;
 use std::io::{self, Write};
+use std::os::unix::net::UnixDatagram;
+use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
+use log::{Level, Log, Metadata, Record};
 use parking_lot::Mutex;
 
 use crate::printable;
@@ -43,8 +47,8 @@ pub enum Sink {
     Stderr,
     /// `--log FILE`.
     File(File),
-    /// Nowhere.
-    Nothing,
+    /// To the system's log, what is a warning or worse: it must outlive the daemon.
+    System,
 }
 
 struct Tee(Sink);
@@ -56,13 +60,76 @@ impl Write for Tee {
         let _ = match &mut self.0 {
             Sink::Stderr => io::stderr().write_all(text),
             Sink::File(file) => file.write_all(text),
-            Sink::Nothing => Ok(()),
+            Sink::System => Ok(()),
         };
         Ok(text.len())
     }
 
     fn flush(&mut self) -> io::Result<()> {
         Ok(())
+    }
+}
+
+struct Journal {
+    lines: env_logger::Logger,
+    system: Option<Syslog>,
+}
+
+impl Log for Journal {
+    fn enabled(&self, metadata: &Metadata<'_>) -> bool {
+        self.lines.enabled(metadata)
+    }
+
+    fn log(&self, record: &Record<'_>) {
+        if !self.lines.matches(record) || is_of_an_interrupted_request(record) {
+            return;
+        }
+        self.lines.log(record);
+        if let Some(system) = self.system.as_ref().filter(|_| record.level() <= Level::Warn) {
+            system.send(record.level(), &record.args().to_string());
+        }
+    }
+
+    fn flush(&self) {}
+}
+
+/// Whether `record` is what the FUSE adapter says when the kernel does not want an answer any more,
+/// which is `ENOENT`: its client was killed, or interrupted. Hundreds may come at once.
+fn is_of_an_interrupted_request(record: &Record<'_>) -> bool {
+    record.target().starts_with("fuser")
+        && record.level() == Level::Error
+        && record.args().to_string().starts_with("Failed to send FUSE reply")
+        && record.args().to_string().ends_with("(os error 2)")
+}
+
+/// The system's log, as syslog(3) has it: one datagram a line.
+struct Syslog {
+    socket: UnixDatagram,
+    path: PathBuf,
+}
+
+impl Syslog {
+    /// `LOG_DAEMON`.
+    const FACILITY: u8 = 3;
+    /// The longest line, in bytes: most daemons take 8 KiB and cut the rest.
+    const LONGEST: usize = 4096;
+
+    /// Never waits for whoever listens at `path`.
+    fn at(path: &Path) -> io::Result<Self> {
+        let socket = UnixDatagram::unbound()?;
+        socket.set_nonblocking(true)?;
+        Ok(Self { socket, path: path.to_owned() })
+    }
+
+    fn send(&self, level: Level, text: &str) {
+        let severity = if level == Level::Error { 3 } else { 4 };
+        let priority = Self::FACILITY << 3 | severity;
+        let (now, pid) = (local_time(), std::process::id());
+        let mut line = format!("<{priority}>{now} cowslip[{pid}]: {}", printable::line(text));
+        line.truncate(line.floor_char_boundary(Self::LONGEST));
+        // Nobody listens, or not fast enough: the daemon has other things to do. By its name each
+        // time, since it may have been started anew.
+        let _ = self.socket.send_to(line.as_bytes(), &self.path);
     }
 }
 
@@ -79,9 +146,34 @@ pub fn start(sink: Sink) {
         let text = record.args().to_string();
         writeln!(out, "{now} {:5} {}", record.level(), printable::line(&text))
     });
+    let system = match sink {
+        Sink::System => Syslog::at(Path::new("/dev/log")).ok(),
+        Sink::Stderr | Sink::File(_) => None,
+    };
     builder.target(env_logger::Target::Pipe(Box::new(Tee(sink))));
+    let lines = builder.build();
+    let most = lines.filter();
     // A second start, in a test, keeps the first.
-    let _ = builder.try_init();
+    if log::set_boxed_logger(Box::new(Journal { lines, system })).is_ok() {
+        log::set_max_level(most);
+    }
+}
+
+/// Now in local time, as syslog has it: `Jan 31 12:34:56`.
+fn local_time() -> String {
+    const MONTHS: [&str; 12] =
+        ["Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec"];
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::Realtime).tv_sec;
+    // SAFETY: localtime_r reads `now` and fills `parts`, both of which outlive the call; zero is a
+    // value of each of its fields.
+    let parts = unsafe {
+        let mut parts: libc::tm = std::mem::zeroed();
+        libc::localtime_r(&raw const now, &raw mut parts);
+        parts
+    };
+    let month = usize::try_from(parts.tm_mon).ok().and_then(|month| MONTHS.get(month));
+    let (day, hour, minute, second) = (parts.tm_mday, parts.tm_hour, parts.tm_min, parts.tm_sec);
+    format!("{} {day:2} {hour:02}:{minute:02}:{second:02}", month.unwrap_or(&MONTHS[0]))
 }
 
 /// Now in UTC, as `2026-01-31T12:34:56Z`.
@@ -129,5 +221,42 @@ mod tests {
         assert_eq!(ring.start + ring.bytes.len() as u64, 40_000 * 12);
         assert_eq!(ring.read(39_999 * 12, 100), b"line 039999\n");
         assert_eq!(ring.read(0, 100), ring.read(ring.start, 100));
+    }
+
+    #[test]
+    fn a_line_for_the_system_is_one_datagram_without_control_characters() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("log");
+        let log = Syslog::at(&path).unwrap();
+        // Nobody listens yet.
+        log.send(Level::Warn, "lost");
+        let listener = UnixDatagram::bind(&path).unwrap();
+        log.send(Level::Warn, "a\nb \u{1b}[2J");
+        log.send(Level::Error, &"é".repeat(Syslog::LONGEST));
+        let mut buf = [0; 2 * Syslog::LONGEST];
+        let mut received = || {
+            let len = listener.recv(&mut buf).unwrap();
+            String::from_utf8(buf[..len].to_vec()).unwrap()
+        };
+        let line = received();
+        let end = format!(" cowslip[{}]: a\\nb \\u{{1b}}[2J", std::process::id());
+        assert!(line.starts_with("<28>") && line.ends_with(&end), "{line}");
+        let line = received();
+        assert!(line.starts_with("<27>") && line.len() <= Syslog::LONGEST, "{line}");
+        // A full queue makes nobody wait.
+        (0..10_000).for_each(|_| log.send(Level::Error, "again"));
+    }
+
+    #[test]
+    fn an_answer_that_nobody_wants_any_more_is_no_error() {
+        let is_one = |target: &str, text: &str| {
+            let args = format_args!("{text}");
+            let record = Record::builder().level(Level::Error).target(target).args(args).build();
+            is_of_an_interrupted_request(&record)
+        };
+        let gone = "Failed to send FUSE reply: No such file or directory (os error 2)";
+        assert!(is_one("fuser::reply", gone));
+        assert!(!is_one("cowslip::fs", gone));
+        assert!(!is_one("fuser::reply", "Failed to send FUSE reply: Bad address (os error 14)"));
     }
 }

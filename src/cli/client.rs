@@ -27,7 +27,7 @@ use serde_json::Value;
 
 use super::answer::{self, Unanswered, Why};
 use crate::disk::split_name;
-use crate::mount::kernel;
+use crate::mount::kernel::{self, Held, MountEntry};
 
 /// How long a mount may stay silent before it counts as hanging.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -132,6 +132,8 @@ pub(super) struct Place {
     pub(super) mountpoint: PathBuf,
     /// The disk; `None`: the mount as a whole.
     pub(super) disk: Option<String>,
+    /// The mount, where it is held, and what leads to it then.
+    held: Option<(MountEntry, PathBuf)>,
     /// What it was called by who named it.
     path: PathBuf,
     /// The inode number of the disk's file.
@@ -144,9 +146,15 @@ impl Place {
         Self::new(mountpoint, None, mountpoint)
     }
 
+    /// The mount `held`, for as long as that is held.
+    pub(super) fn held(held: &Held) -> Self {
+        let door = Some((held.entry().clone(), held.door()));
+        Self { held: door, ..Self::mount(held.mountpoint()) }
+    }
+
     fn new(mountpoint: &Path, disk: Option<String>, path: &Path) -> Self {
         let (mountpoint, path) = (mountpoint.to_owned(), path.to_owned());
-        Self { mountpoint, disk, path, inode: OnceCell::new() }
+        Self { mountpoint, disk, held: None, path, inode: OnceCell::new() }
     }
 
     /// The disk `name` of the mount.
@@ -195,6 +203,14 @@ impl Place {
         Ok(place)
     }
 
+    /// What leads into the mount.
+    fn door(&self) -> io::Result<Door> {
+        match &self.held {
+            Some((entry, path)) => Door::to(entry, path.clone()),
+            None => Door::of(&self.mountpoint),
+        }
+    }
+
     /// The names that lead to its directory of control files.
     fn way(&self) -> Vec<String> {
         let names = [Some(".cowslip"), self.disk.as_deref()];
@@ -214,7 +230,8 @@ impl Place {
         }
         // Not in the mountpoint: a file that is bound elsewhere may have another name by now.
         let path = self.path.clone();
-        let looked = Door::of(&self.mountpoint)
+        let looked = self
+            .door()
             .and_then(|_| patiently(move || rustix::fs::stat(&path).map_err(io::Error::from)));
         let inode = looked.map_err(|error| self.error(error))?.st_ino;
         Ok(Some(*self.inode.get_or_init(|| inode)))
@@ -304,7 +321,7 @@ impl Place {
 
     /// The names of the disks of the mount.
     fn names(&self) -> io::Result<Vec<String>> {
-        let door = Door::of(&self.mountpoint)?;
+        let door = self.door()?;
         patiently(move || door.list(".cowslip"))
     }
 
@@ -314,7 +331,7 @@ impl Place {
     /// The mount's errno; `InvalidInput` for what is no plain name or leads elsewhere; `ESTALE` when
     /// the disk's name leads to another by now.
     pub(super) fn open_named(&self, dir: &str, name: &str) -> io::Result<File> {
-        let door = Door::of(&self.mountpoint)?;
+        let door = self.door()?;
         let control = door.control(&self.way(), self.inode.get().copied())?;
         door.open_in(&control, &[dir, name], OFlags::RDONLY)
     }
@@ -384,15 +401,19 @@ struct Door {
 impl Door {
     /// The mount at `mountpoint`, if it is to be believed. Makes no call into it.
     fn of(mountpoint: &Path) -> io::Result<Self> {
-        let Some(entry) = kernel::entry_at(mountpoint).filter(kernel::MountEntry::is_cowslip)
-        else {
+        let Some(entry) = kernel::entry_at(mountpoint).filter(MountEntry::is_cowslip) else {
             return Err(io::Error::other("it is no cowslip mount any more"));
         };
+        Self::to(&entry, entry.mountpoint.clone())
+    }
+
+    /// The mount of `entry`, which `path` leads to.
+    fn to(entry: &MountEntry, path: PathBuf) -> io::Result<Self> {
         if !entry.is_trusted() {
             return Err(io::Error::other(Refusal::Foreign(entry.owner.unwrap_or(u32::MAX))));
         }
         let (major, minor) = entry.dev;
-        Ok(Self { mountpoint: entry.mountpoint, dev: rustix::fs::makedev(major, minor) })
+        Ok(Self { mountpoint: path, dev: rustix::fs::makedev(major, minor) })
     }
 
     /// Opens what the names `way` lead to from `from` on, a file or a directory; what is not right in
@@ -500,7 +521,7 @@ impl<'a> Feed<'a> {
         let (to, pieces) = sync_channel(4);
         let failed = to.clone();
         let fetcher = thread::Builder::new().name("ask".into());
-        let started = Door::of(&place.mountpoint).and_then(|door| {
+        let started = place.door().and_then(|door| {
             let way = place.way();
             fetcher.spawn(move || {
                 if let Err(error) = fetch(&door, &way, file, request.as_deref(), inode, &to) {

@@ -122,7 +122,7 @@ fn watched(disk: &Disk, verbosity: Verbosity) -> anyhow::Result<Usage> {
     }
     let ended = AtomicBool::new(false);
     let committed = thread::scope(|scope| {
-        let shower = scope.spawn(|| {
+        let show = || {
             let mut progress = Progress::new(verbosity);
             let mut looks = 0u32;
             while !ended.load(Ordering::SeqCst) {
@@ -134,10 +134,14 @@ fn watched(disk: &Disk, verbosity: Verbosity) -> anyhow::Result<Usage> {
                 }
             }
             progress.end();
-        });
+        };
+        // Without a thread to spare nothing is shown.
+        let shower = thread::Builder::new().name("progress".into()).spawn_scoped(scope, show);
         let committed = disk.commit(Force::No, &|| stop.load(Ordering::SeqCst));
         ended.store(true, Ordering::SeqCst);
-        shower.thread().unpark();
+        if let Ok(shower) = shower {
+            shower.thread().unpark();
+        }
         committed
     });
     let path = disk.overlay_dir().unwrap_or_default();

@@ -15,7 +15,7 @@ use std::io;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 
-use super::mount::{Started, current_dir, start};
+use super::mount::{current_dir, start};
 use super::plan::{Common, Wish};
 use super::umount::{self, How, UmountArgs};
 use super::{DONE, Failure};
@@ -61,10 +61,7 @@ fn mount(words: Words) -> anyhow::Result<u8> {
     let mut quiet = io::sink();
     let mut stdout = io::stdout();
     let notes: &mut dyn io::Write = if verbose { &mut stdout } else { &mut quiet };
-    match start(&plan, notes)? {
-        Started::Mounted => Ok(DONE),
-        Started::Ended(code) => Ok(code),
-    }
+    Ok(start(&plan, notes)?.end())
 }
 
 /// A helper's arguments, sorted.

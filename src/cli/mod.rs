@@ -65,6 +65,13 @@ const USAGE: u8 = 2;
 const UNHEALTHY: u8 = 3;
 /// `run`: cowslip failed, not COMMAND; as env(1) has it.
 const RUN_FAILED: u8 = 125;
+/// Ended by a signal: this and its number, as in shells.
+const KILLED: u8 = 128;
+
+/// The exit code of what `signal` has ended.
+fn killed_by(signal: i32) -> u8 {
+    u8::try_from(i32::from(KILLED) + signal).unwrap_or(FAILED)
+}
 
 /// Mounts virtual disks as plain files: copy-on-write overlays, exact holes.
 #[derive(Debug, Parser)]

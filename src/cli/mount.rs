@@ -1,6 +1,7 @@
 //! `cowslip mount`: forks the daemon and returns once the mount answers.
 
 use std::ffi::{OsStr, OsString};
+use std::fs;
 use std::io::{self, Write};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
@@ -10,7 +11,7 @@ use clap::Args;
 
 use super::client::Place;
 use super::plan::{Common, Wish};
-use super::{DONE, Failure};
+use super::{DONE, Failure, killed_by};
 use crate::mount::daemon::{self, Notes, Outcome, Ready, Role};
 use crate::mount::{self, Plan, Style, kernel};
 use crate::stream::sink::Inherit;
@@ -49,15 +50,19 @@ pub(super) fn run(args: MountArgs) -> anyhow::Result<u8> {
         },
     };
     let dir = current_dir()?;
-    match start(&wish.plan(&dir)?, &mut io::stdout())? {
-        Started::Mounted => Ok(DONE),
-        Started::Ended(code) => Ok(code),
-    }
+    Ok(start(&wish.plan(&dir)?, &mut io::stdout())?.end())
 }
 
-/// The caller's directory, where relative paths start.
+/// The caller's directory, where relative paths start. Of one that was removed it is what the kernel
+/// calls it, `/a/b (deleted)`: absolute paths need none, and of a relative one it says what is wrong.
 pub(super) fn current_dir() -> anyhow::Result<PathBuf> {
-    std::env::current_dir().context("cannot tell the current directory: change to one that exists")
+    let removed = |error| match fs::read_link("/proc/self/cwd") {
+        Ok(path) => Ok(path),
+        Err(_) => Err(error),
+    };
+    std::env::current_dir()
+        .or_else(removed)
+        .context("cannot tell the current directory: change to one that exists")
 }
 
 /// How far [`start`] has come.
@@ -67,6 +72,23 @@ pub(super) enum Started {
     Mounted,
     /// This was the daemon, which has served and ended with this exit code.
     Ended(u8),
+    /// This is the command, and this signal came: nothing is mounted.
+    Interrupted(i32),
+}
+
+impl Started {
+    /// What to exit with; after a signal this process ends as signals end one, so that a shell
+    /// sees why.
+    pub(super) fn end(self) -> u8 {
+        match self {
+            Self::Mounted => DONE,
+            Self::Ended(code) => code,
+            Self::Interrupted(signal) => {
+                let _ = signal_hook::low_level::emulate_default_handler(signal);
+                killed_by(signal)
+            }
+        }
+    }
 }
 
 /// Mounts. No thread may exist yet. What the daemon has to say goes to `notes` and to stderr.
@@ -88,6 +110,7 @@ pub(super) fn start(plan: &Plan, notes: &mut dyn Write) -> anyhow::Result<Starte
     };
     match waiting.wait(notes, &mut io::stderr()) {
         Outcome::Serving => {}
+        Outcome::Interrupted { signal } => return Ok(Started::Interrupted(signal)),
         Outcome::Failed { code, line } => return Err(Failure { code, line }.into()),
     }
     // The daemon says that it serves; only an answer through the kernel shows it.

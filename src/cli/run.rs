@@ -9,6 +9,7 @@ use std::ffi::OsString;
 use std::fs;
 use std::io;
 use std::os::fd::AsFd;
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -23,8 +24,9 @@ use signal_hook::iterator::Signals;
 use super::mount::{Started, current_dir, start};
 use super::plan::{Common, Wish};
 use super::umount::{self, How, Request, Streams};
-use super::{DONE, Failure, RUN_FAILED, warn};
-use crate::mount::{Plan, Style};
+use super::{DONE, Failure, RUN_FAILED, killed_by, warn};
+use crate::mount::kernel::Held;
+use crate::mount::{Plan, Style, daemon};
 use crate::spec::{Flow, Source, Supply, Target};
 use crate::stream::sink::Inherit;
 
@@ -32,8 +34,6 @@ use crate::stream::sink::Inherit;
 const CANNOT_RUN: u8 = 126;
 /// COMMAND is not there.
 const NOT_FOUND: u8 = 127;
-/// A command that was killed: 128 and the signal's number, as in shells.
-const KILLED: u8 = 128;
 
 #[derive(Debug, Args)]
 pub(super) struct RunArgs {
@@ -65,6 +65,7 @@ fn inside(args: RunArgs) -> anyhow::Result<u8> {
         stdio: Inherit::Stdout,
     };
     let mut plan = wish.plan(&current_dir()?)?;
+    daemon::hold_signals().context("cannot hold signals back")?;
     let private = private_directory()?;
     plan.mountpoint.clone_from(&private);
     // Notes about the disks would get into COMMAND's output.
@@ -73,11 +74,17 @@ fn inside(args: RunArgs) -> anyhow::Result<u8> {
         // The daemon: the directory is the command's to remove.
         Ok(Started::Ended(code)) => return Ok(code),
         Ok(Started::Mounted) => {}
+        Ok(Started::Interrupted(signal)) => {
+            let _ = fs::remove_dir(&private);
+            return Ok(killed_by(signal));
+        }
         Err(error) => {
             let _ = fs::remove_dir(&private);
             return Err(error);
         }
     }
+    // Held from now on: COMMAND may rename what it likes.
+    let held = Held::at(&private).ok().flatten();
     let claims = Claims::of(&plan);
     let ended = command(&args.command, &private, claims);
     let streams = match (&ended, claims.any) {
@@ -85,7 +92,7 @@ fn inside(args: RunArgs) -> anyhow::Result<u8> {
         (_, true) => Streams::Abort,
         (_, false) => Streams::Settle,
     };
-    let cleaned = clean_up(&private, streams, &measured(&plan));
+    let cleaned = clean_up(&private, held.as_ref(), streams, &measured(&plan));
     match (ended, cleaned) {
         (Ok(DONE), cleaned) => cleaned.map(|()| DONE),
         (ended, Ok(())) => ended,
@@ -107,7 +114,9 @@ fn measured(plan: &Plan) -> Vec<String> {
 /// A new directory for the mount, mode 0700. Not one that removes itself: it would take what is
 /// mounted there with it.
 fn private_directory() -> anyhow::Result<PathBuf> {
-    let made = tempfile::Builder::new().prefix("cowslip-").tempdir();
+    // Also where there is no umask that would see to it.
+    let mode = fs::Permissions::from_mode(0o700);
+    let made = tempfile::Builder::new().prefix("cowslip-").permissions(mode).tempdir();
     let made = made.with_context(|| {
         let dir = std::env::temp_dir();
         format!("cannot make a mountpoint in '{}', set TMPDIR", dir.display())
@@ -121,6 +130,9 @@ fn command(words: &[OsString], mountpoint: &Path, claims: Claims) -> anyhow::Res
     // Before the command starts, so that no signal falls between.
     let mut signals = Signals::new([SIGCHLD, SIGINT, SIGQUIT, SIGTERM, SIGHUP])
         .context("cannot handle signals")?;
+    if let Some(signal) = daemon::signal_so_far() {
+        return Ok(killed_by(signal));
+    }
     // clap sees to it that there is one.
     let (program, args) = words.split_first().context("no command")?;
     let mut command = Command::new(program);
@@ -175,14 +187,25 @@ fn owns_the_terminal(stat: &str) -> bool {
 }
 
 fn exit_code(status: ExitStatus) -> u8 {
-    let killed = || status.signal().map(|signal| i32::from(KILLED) + signal);
-    let code = status.code().or_else(killed);
-    code.and_then(|code| u8::try_from(code).ok()).unwrap_or(RUN_FAILED)
+    let code = status.code().and_then(|code| u8::try_from(code).ok());
+    code.or_else(|| status.signal().map(killed_by)).unwrap_or(RUN_FAILED)
 }
 
 /// Ends the mount: when its users have left, or after the grace without asking them.
-fn clean_up(mountpoint: &Path, streams: Streams, measured: &[String]) -> anyhow::Result<()> {
-    let finished = match umount::end_politely(mountpoint, streams) {
+fn clean_up(
+    mountpoint: &Path,
+    held: Option<&Held>,
+    streams: Streams,
+    measured: &[String],
+) -> anyhow::Result<()> {
+    let finished = held.map_or(Ok(()), |held| end(held, streams, measured));
+    let removed = fs::remove_dir(mountpoint)
+        .with_context(|| format!("cannot remove the mountpoint '{}'", mountpoint.display()));
+    finished.and(removed)
+}
+
+fn end(held: &Held, streams: Streams, measured: &[String]) -> anyhow::Result<()> {
+    match umount::end_politely(held, streams) {
         Ok(ended) => {
             // What a stream that only measures has to say is all that it is for.
             let told = |line: &&String| measured.iter().any(|start| line.starts_with(start));
@@ -192,18 +215,15 @@ fn clean_up(mountpoint: &Path, streams: Streams, measured: &[String]) -> anyhow:
         Err(error) => {
             log::debug!("unmounting all the same: {error:#}");
             let request = Request::new(Streams::Abort);
-            let ended = umount::end(mountpoint, How::Lazily, Duration::ZERO, request)?;
-            let shown = mountpoint.display();
+            let ended = umount::end(held, How::Lazily, Duration::ZERO, request)?;
+            let shown = held.mountpoint().display();
             warn(&format!("'{shown}' is still in use, and ends when its users have left"));
             match streams {
                 Streams::Finish => Err(error.context("the streams are given up")),
                 _ => ended.verdict(),
             }
         }
-    };
-    let removed = fs::remove_dir(mountpoint)
-        .with_context(|| format!("cannot remove the mountpoint '{}'", mountpoint.display()));
-    finished.and(removed)
+    }
 }
 
 /// What streams do with the standard input and output that COMMAND would have.

@@ -100,11 +100,16 @@ fn only(disks: &mut Vec<Value>, name: &str) -> Result<(), ()> {
 /// the listing and the question is left out.
 fn of_all(entries: &[MountEntry]) -> Vec<Value> {
     let told: Vec<Value> = thread::scope(|scope| {
-        let asked: Vec<_> =
-            entries.iter().map(|entry| (entry, scope.spawn(move || of_mount(entry)))).collect();
-        let told = asked
-            .into_iter()
-            .map(|(entry, asked)| asked.join().unwrap_or_else(|_| silent(entry, "silent", None)));
+        let ask = |entry| {
+            let asker = thread::Builder::new().name("status".into());
+            asker.spawn_scoped(scope, move || of_mount(entry)).map_err(|_| entry)
+        };
+        // As many at once as there are threads to spare, the others one after the other.
+        let asked: Vec<_> = entries.iter().map(|entry| (entry, ask(entry))).collect();
+        let told = asked.into_iter().map(|(entry, asked)| match asked {
+            Ok(asked) => asked.join().unwrap_or_else(|_| silent(entry, "silent", None)),
+            Err(entry) => of_mount(entry),
+        });
         told.collect()
     });
     let still_there = kernel::cowslip_mounts();

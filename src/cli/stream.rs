@@ -10,7 +10,7 @@ use super::client::{AskError, Place};
 use super::long::{self, Long};
 use super::progress::Verbosity;
 use super::{DONE, say, timeout};
-use crate::mount::who;
+use crate::mount::{kernel, who};
 
 #[derive(Debug, Args)]
 pub(super) struct FinishArgs {
@@ -64,8 +64,10 @@ fn explain(place: &Place, error: anyhow::Error) -> anyhow::Error {
 /// Who has the disk at `place`, in words.
 pub(super) fn users(place: &Place) -> String {
     let name = place.disk.as_deref().unwrap_or_default();
-    let users = who::openers(&place.mountpoint).into_iter();
-    let users = users.filter(|user| user.path().is_none_or(|path| path == Path::new(name)));
+    let mount = kernel::entry_at(&place.mountpoint);
+    let users = mount.map(|mount| who::openers(&mount)).unwrap_or_default().into_iter();
+    // A bind mount keeps the mount, but no disk of it: only who has opened the file does.
+    let users = users.filter(|user| user.path().is_some_and(|path| path == Path::new(name)));
     let named: Vec<String> = users.map(|user| user.to_string()).collect();
     match named.is_empty() {
         true => "processes that you may not see: ask as root".to_owned(),

@@ -10,13 +10,14 @@ use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use anyhow::Context as _;
 use clap::Args;
 use serde_json::{Value, json};
 
 use super::client::{AskError, Place};
 use super::progress::{Progress, Verbosity};
 use super::{DONE, say, timeout};
-use crate::mount::kernel::{self, Condition, Unmount};
+use crate::mount::kernel::{self, Condition, Held, Unmount};
 use crate::mount::who::{self, Exit, Opener};
 
 /// RELEASE and `losetup -d` come after close has returned, so a mount may look used for a moment.
@@ -84,17 +85,17 @@ impl UmountArgs {
 }
 
 pub(super) fn run(args: &UmountArgs) -> anyhow::Result<u8> {
-    let mountpoint = find(&args.mountpoint)?;
-    if clear_dead(&mountpoint)? {
+    let held = find(&args.mountpoint)?;
+    if clear_dead(&held)? {
         return Ok(DONE);
     }
     let grace = args.timeout.unwrap_or(GRACE);
     let ended = if args.lazy {
-        end(&mountpoint, How::Lazily, Duration::ZERO, Request::new(Streams::Leave))?
+        end(&held, How::Lazily, Duration::ZERO, Request::new(Streams::Leave))?
     } else {
-        wait_for_users(&mountpoint, grace)?;
+        wait_for_users(&held, grace)?;
         let request = Request { streams: Streams::Settle, timeout: args.timeout };
-        end(&mountpoint, How::Politely, grace, request)?
+        end(&held, How::Politely, grace, request)?
     };
     ended.lines.iter().for_each(|line| say(line));
     if !args.lazy {
@@ -104,11 +105,13 @@ pub(super) fn run(args: &UmountArgs) -> anyhow::Result<u8> {
     Ok(DONE)
 }
 
-/// The cowslip mount at `path`, as mountinfo spells it.
-fn find(path: &Path) -> anyhow::Result<PathBuf> {
+/// The cowslip mount at `path`, held: seconds may pass until it is unmounted.
+fn find(path: &Path) -> anyhow::Result<Held> {
     let shown = path.display();
     match kernel::entry_at(path) {
-        Some(entry) if entry.is_cowslip() => Ok(entry.mountpoint),
+        Some(entry) if entry.is_cowslip() => {
+            Held::of(entry).with_context(|| format!("cannot look at the mount at '{shown}'"))
+        }
         Some(entry) => anyhow::bail!(
             "'{shown}' is a mount of type {}, not cowslip's: unmount it with umount '{shown}'",
             entry.fstype
@@ -124,12 +127,12 @@ fn find(path: &Path) -> anyhow::Result<PathBuf> {
 }
 
 /// Clears a mount whose daemon is gone, and says so.
-fn clear_dead(mountpoint: &Path) -> anyhow::Result<bool> {
-    if kernel::condition(mountpoint) != Condition::Dead {
+fn clear_dead(held: &Held) -> anyhow::Result<bool> {
+    if held.condition() != Condition::Dead {
         return Ok(false);
     }
-    let shown = mountpoint.display();
-    kernel::unmount(mountpoint, Unmount::Lazy).map_err(|error| {
+    let shown = held.mountpoint().display();
+    held.unmount(Unmount::Lazy).map_err(|error| {
         let remedy = format!("run umount -l '{shown}' as root");
         anyhow::anyhow!("cannot clear the dead mount at '{shown}': {error}: {remedy}")
     })?;
@@ -138,15 +141,15 @@ fn clear_dead(mountpoint: &Path) -> anyhow::Result<bool> {
 }
 
 /// Waits until nobody uses the mount.
-fn wait_for_users(mountpoint: &Path, grace: Duration) -> anyhow::Result<()> {
+fn wait_for_users(held: &Held, grace: Duration) -> anyhow::Result<()> {
     let deadline = Instant::now() + grace;
     loop {
-        let users = who::openers(mountpoint);
+        let users = who::openers(held.entry());
         if users.is_empty() {
             return Ok(());
         }
         if Instant::now() >= deadline {
-            return Err(in_use(mountpoint, &users));
+            return Err(in_use(held.mountpoint(), &users));
         }
         thread::sleep(LOOK);
     }
@@ -156,9 +159,9 @@ fn wait_for_users(mountpoint: &Path, grace: Duration) -> anyhow::Result<()> {
 ///
 /// # Errors
 /// A line; it is still mounted then.
-pub(super) fn end_politely(mountpoint: &Path, streams: Streams) -> anyhow::Result<Ended> {
-    wait_for_users(mountpoint, GRACE)?;
-    end(mountpoint, How::Politely, GRACE, Request::new(streams))
+pub(super) fn end_politely(held: &Held, streams: Streams) -> anyhow::Result<Ended> {
+    wait_for_users(held, GRACE)?;
+    end(held, How::Politely, GRACE, Request::new(streams))
 }
 
 /// What the daemon is asked to do before it is unmounted.
@@ -198,6 +201,8 @@ fn in_use(mountpoint: &Path, users: &[Opener]) -> anyhow::Error {
 #[derive(Debug)]
 pub(super) struct Ended {
     mountpoint: PathBuf,
+    /// The device number of its file system.
+    dev: (u32, u32),
     /// What became of the changes, a line each.
     pub(super) lines: Vec<String>,
     /// What could not be made durable.
@@ -211,12 +216,12 @@ pub(super) struct Ended {
 /// # Errors
 /// A line; it is still mounted then.
 pub(super) fn end(
-    mountpoint: &Path,
+    held: &Held,
     how: How,
     grace: Duration,
     request: Request,
 ) -> anyhow::Result<Ended> {
-    let (pid, drained) = match drain(mountpoint, request) {
+    let (pid, drained) = match drain(held, request) {
         Ok(told) => told,
         // Without an answer there is nothing to wait for; what can be done is to let go.
         Err(AskError::Denied(_) | AskError::Foreign { .. }) => (None, Value::Null),
@@ -226,9 +231,10 @@ pub(super) fn end(
         }
         Err(error) => return Err(error.into()),
     };
-    unmount(mountpoint, how, grace)?;
+    unmount(held, how, grace)?;
     Ok(Ended {
-        mountpoint: mountpoint.to_owned(),
+        mountpoint: held.mountpoint().to_owned(),
+        dev: held.entry().dev,
         lines: texts(&drained["lines"]),
         failed: texts(&drained["failed"]),
         pid,
@@ -236,8 +242,8 @@ pub(super) fn end(
 }
 
 /// The daemon's process id, and what it says to a drain.
-fn drain(mountpoint: &Path, request: Request) -> Result<(Option<u32>, Value), AskError> {
-    let place = Place::mount(mountpoint);
+fn drain(held: &Held, request: Request) -> Result<(Option<u32>, Value), AskError> {
+    let place = Place::held(held);
     let status = place.status()?;
     let pid = status["mounts"][0]["pid"].as_u64();
     let pid = pid.and_then(|pid| u32::try_from(pid).ok());
@@ -260,25 +266,28 @@ pub(super) fn texts(list: &Value) -> Vec<String> {
     items.filter_map(Value::as_str).map(str::to_owned).collect()
 }
 
-fn unmount(mountpoint: &Path, how: How, grace: Duration) -> anyhow::Result<()> {
+fn unmount(held: &Held, how: How, grace: Duration) -> anyhow::Result<()> {
     let flags = match how {
         How::Politely => Unmount::Plain,
         How::Lazily => Unmount::Lazy,
     };
     let deadline = Instant::now() + grace;
+    let mountpoint = held.mountpoint();
     let shown = mountpoint.display();
     loop {
-        let Err(error) = kernel::unmount(mountpoint, flags) else {
+        let Err(error) = held.unmount(flags) else {
             return Ok(());
         };
         match error.raw_os_error() {
             Some(libc::EBUSY) if Instant::now() < deadline => thread::sleep(LOOK),
-            Some(libc::EBUSY) => return Err(in_use(mountpoint, &who::openers(mountpoint))),
+            Some(libc::EBUSY) => {
+                return Err(in_use(mountpoint, &who::openers(held.entry())));
+            }
             Some(libc::EPERM) => anyhow::bail!(
                 "cannot unmount '{shown}': it is another user's: do it as that user or as root"
             ),
             // Somebody else was faster.
-            Some(libc::EINVAL) if kernel::entry_at(mountpoint).is_none() => return Ok(()),
+            Some(libc::EINVAL) if !held.is_there() => return Ok(()),
             _ => return Err(unmount_error(mountpoint, &error)),
         }
     }
@@ -293,21 +302,36 @@ impl Ended {
     /// Waits until the daemon has ended.
     ///
     /// # Errors
-    /// A line when it has not in `patience`.
+    /// A line when it has not in `patience`, or when it cannot: another mount namespace has the
+    /// mount.
     pub(super) fn wait(&self, patience: Duration) -> anyhow::Result<()> {
         let Some(pid) = self.pid else {
             return Ok(());
         };
-        match who::wait_for_exit(pid, patience) {
-            Ok(Exit::StillThere) => anyhow::bail!(
-                "'{}' is unmounted, and its daemon (pid {pid}) still works after {}: \
-                 wait for it before you touch its files",
-                self.mountpoint.display(),
-                timeout::show(patience)
-            ),
-            // No such number here: it lives in another container.
-            Ok(Exit::Exited) | Err(_) => Ok(()),
+        // A namespace that is about to end has as long as any other user of the mount.
+        let grace = patience.min(GRACE);
+        // No such number here: it lives in another container.
+        let is_there = |patience| matches!(who::wait_for_exit(pid, patience), Ok(Exit::StillThere));
+        if !is_there(grace) {
+            return Ok(());
         }
+        let at = self.mountpoint.display();
+        if let Some(elsewhere) = who::elsewhere(self.dev) {
+            let there = elsewhere.mountpoint.display();
+            anyhow::bail!(
+                "'{at}' is unmounted here, but {elsewhere}: its daemon (pid {pid}) works on for that: end it, \
+                 or unmount it there: nsenter -t {} -m umount '{there}'",
+                elsewhere.pid
+            );
+        }
+        if is_there(patience - grace) {
+            anyhow::bail!(
+                "'{at}' is unmounted, and its daemon (pid {pid}) still works after {}: \
+                 wait for it before you touch its files",
+                timeout::show(patience)
+            );
+        }
+        Ok(())
     }
 
     /// As [`wait`](Self::wait), for as long as a daemon usually takes at most.
@@ -364,6 +388,7 @@ mod tests {
             mountpoint: "/m".into(),
             lines: Vec::new(),
             failed: texts(&json!(["a: EIO", "b: EIO"])),
+            dev: (0, 0),
             pid: None,
         };
         let line = ended.verdict().unwrap_err().to_string();

@@ -12,18 +12,28 @@
 //!
 //! The fork comes before any thread exists: the child of a threaded process may do nothing but
 //! exec. With `-f` there is no fork, and [`Ready::foreground`] prints straight.
+//!
+//! A signal that ends the command while it waits has the daemon undo what it began: the parent
+//! passes it on, waits for that, and says so by [`Outcome::Interrupted`]. A parent that is killed
+//! cannot; the daemon gets SIGTERM from the kernel then, until it serves.
 
 use std::fs;
 use std::io::{self, Read, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use rustix::event::{PollFd, PollFlags};
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags};
-use rustix::process::{Pid, WaitOptions, WaitStatus};
+use rustix::process::{
+    Pid, Signal, WaitOptions, WaitStatus, kill_process, set_parent_process_death_signal,
+};
 
+use super::signals::{ENDING, Gate, gate};
 use super::who;
 use crate::pool::Request;
 use crate::printable;
@@ -49,6 +59,11 @@ pub enum Outcome {
         /// The one line to print.
         line: String,
     },
+    /// A signal has ended it: everything is undone.
+    Interrupted {
+        /// Its number.
+        signal: i32,
+    },
 }
 
 /// What a frame says.
@@ -70,6 +85,15 @@ const LINGER: Duration = Duration::from_millis(200);
 
 /// How long the parent waits for a child that said it failed to clean up and end.
 const CLEAN_UP: Duration = Duration::from_secs(10);
+
+/// Has signals that end a mount wait until [`fork`] has the parent note them: for a parent that makes
+/// something before, which must not be left behind.
+///
+/// # Errors
+/// The errno of pthread_sigmask(3).
+pub fn hold_signals() -> io::Result<()> {
+    gate(Gate::Closed)
+}
 
 /// Splits off the daemon: a session of its own, stdio as it was until [`Ready::succeed`].
 ///
@@ -100,6 +124,10 @@ fn split() -> io::Result<Role> {
     let (ours, theirs) = UnixStream::pair()?;
     // What waits in a buffer would be printed by both.
     io::stdout().flush()?;
+    let parent = rustix::process::getpid();
+    // Neither side may be ended by a signal before it listens to it: the child goes on blocking
+    // them until it does.
+    gate(Gate::Closed)?;
     // SAFETY: no other thread exists (`fork` looked), so the child's memory is whole, no lock is
     // held for ever, and it may do whatever a process may.
     let pid = unsafe { libc::fork() };
@@ -107,11 +135,49 @@ fn split() -> io::Result<Role> {
         None => {
             drop(ours);
             rustix::process::setsid()?;
+            set_parent_process_death_signal(Some(Signal::TERM))?;
+            if rustix::process::getppid() != Some(parent) {
+                // It was killed before the kernel could have told us.
+                kill_process(rustix::process::getpid(), Signal::TERM)?;
+            }
             Ok(Role::Child(Ready { channel: Channel::Parent(theirs) }))
         }
-        Some(_) if pid < 0 => Err(io::Error::last_os_error()),
-        Some(child) => Ok(Role::Parent(Waiting { channel: ours, child })),
+        Some(_) if pid < 0 => {
+            let error = io::Error::last_os_error();
+            gate(Gate::Open)?;
+            Err(error)
+        }
+        Some(child) => {
+            let asked = note_signals();
+            gate(Gate::Open)?;
+            Ok(Role::Parent(Waiting { channel: ours, child, asked: asked?, told: false }))
+        }
     }
+}
+
+/// The last signal that came to the parent; 0 while none has.
+static SIGNAL: OnceLock<Arc<AtomicUsize>> = OnceLock::new();
+
+/// The signal that came to the parent since the fork, if one did. From the fork on none of those
+/// that end a mount ends the parent.
+#[must_use]
+pub fn signal_so_far() -> Option<i32> {
+    let signal = SIGNAL.get()?.load(Ordering::SeqCst);
+    i32::try_from(signal).ok().filter(|signal| *signal != 0)
+}
+
+/// Notes signals from now on; gives what becomes readable with each.
+fn note_signals() -> io::Result<UnixStream> {
+    let (asked, tell) = UnixStream::pair()?;
+    asked.set_nonblocking(true)?;
+    let number = SIGNAL.get_or_init(Arc::default);
+    for signal in ENDING {
+        let value = usize::try_from(signal).map_err(|_| Errno::INVAL)?;
+        // In this order: who is woken finds the number.
+        signal_hook::flag::register_usize(signal, Arc::clone(number), value)?;
+        signal_hook::low_level::pipe::register(signal, tell.try_clone()?)?;
+    }
+    Ok(asked)
 }
 
 /// The parent's end.
@@ -119,6 +185,10 @@ fn split() -> io::Result<Role> {
 pub struct Waiting {
     channel: UnixStream,
     child: Pid,
+    /// Readable when a signal has come.
+    asked: UnixStream,
+    /// Whether the child was told of it.
+    told: bool,
 }
 
 impl Waiting {
@@ -126,20 +196,26 @@ impl Waiting {
     /// reaped; it gets 10 seconds to end.
     ///
     /// Waits as long as the child works on it: recovery may take its time, and the user can
-    /// interrupt.
+    /// interrupt. The first signal is passed on; after the second, nothing is waited for.
     pub fn wait(mut self, stdout: &mut dyn Write, stderr: &mut dyn Write) -> Outcome {
         loop {
+            self.wait_for_word();
             let printed = match read_frame(&mut self.channel) {
                 Ok(Some((Kind::Note, text))) => print_line(stdout, &text),
                 Ok(Some((Kind::Warning, text))) => print_line(stderr, &text),
-                Ok(Some((Kind::Serving, _))) => return Outcome::Serving,
+                Ok(Some((Kind::Serving, _))) => {
+                    return self.interrupted().unwrap_or(Outcome::Serving);
+                }
                 Ok(Some((Kind::Failed, text))) => {
+                    if let Some(interrupted) = self.interrupted() {
+                        return interrupted;
+                    }
                     self.reap();
                     let (&code, line) = text.split_first().unwrap_or((&1, &[]));
                     let line = String::from_utf8_lossy(line).into_owned();
                     return Outcome::Failed { code, line };
                 }
-                Ok(None) | Err(_) => return self.died(),
+                Ok(None) | Err(_) => return self.interrupted().unwrap_or_else(|| self.died()),
             };
             if let Err(error) = printed {
                 // A closed stdout is no reason to leave the daemon half started.
@@ -148,7 +224,58 @@ impl Waiting {
         }
     }
 
-    fn died(self) -> Outcome {
+    /// Until the child has said something, or has ended; signals are passed on meanwhile.
+    fn wait_for_word(&mut self) {
+        loop {
+            let (channel, asked) = (&self.channel, &self.asked);
+            let mut fds = [PollFd::new(channel, PollFlags::IN), PollFd::new(asked, PollFlags::IN)];
+            match rustix::event::poll(&mut fds, None) {
+                Ok(_) => {}
+                Err(Errno::INTR) => continue,
+                // Then reading waits, too.
+                Err(_) => return,
+            }
+            let [said, signalled] = fds.map(|fd| !fd.revents().is_empty());
+            if signalled {
+                self.pass_on();
+            }
+            if said {
+                return;
+            }
+        }
+    }
+
+    /// Has the child undo what it began. A second signal ends this process as signals do.
+    fn pass_on(&mut self) {
+        let mut word = [0; 64];
+        if self.asked.read(&mut word).unwrap_or(0) == 0 {
+            return;
+        }
+        if self.told
+            && let Some(signal) = signal_so_far()
+        {
+            let _ = signal_hook::low_level::emulate_default_handler(signal);
+        }
+        self.tell();
+    }
+
+    fn tell(&mut self) {
+        if !self.told {
+            self.told = true;
+            // It has not been reaped, so the number is still its own.
+            let _ = kill_process(self.child, Signal::TERM);
+        }
+    }
+
+    /// What has become of it if a signal came: the child was told, and has ended or soon will.
+    fn interrupted(&mut self) -> Option<Outcome> {
+        let signal = signal_so_far()?;
+        self.tell();
+        self.reap();
+        Some(Outcome::Interrupted { signal })
+    }
+
+    fn died(&self) -> Outcome {
         let how =
             match self.reap().map(|status| (status.exit_status(), status.terminating_signal())) {
                 Some((Some(code), _)) => format!(": exit status {code}"),
@@ -248,16 +375,17 @@ impl Ready {
     }
 
     /// The mount answers: the daemon leaves the caller's directory and stdio, and the parent
-    /// returns. With `-f` nothing happens.
+    /// returns. With `-f` it leaves the directory only.
     ///
     /// # Errors
     /// `EPIPE` when the parent is gone (the user interrupted it): the caller should undo the
     /// mount. The errno of chdir(2) and dup2(2).
     pub fn succeed(self) -> io::Result<()> {
         let Channel::Parent(parent) = &self.channel else {
-            return Ok(());
+            return Ok(rustix::process::chdir("/")?);
         };
         rustix::process::chdir("/")?;
+        set_parent_process_death_signal(None)?;
         let null = fs::OpenOptions::new().read(true).write(true).open("/dev/null")?;
         for stdio in [libc::STDIN_FILENO, libc::STDOUT_FILENO, libc::STDERR_FILENO] {
             // SAFETY: dup2 takes two numbers and touches no memory; std owns neither 0, 1 nor 2

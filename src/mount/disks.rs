@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use parking_lot::Mutex;
 
+use super::signals::Signals;
 use super::{Force, Plan, owner};
 use crate::base::place;
 use crate::catalog::{Catalog, Origin};
@@ -20,9 +21,14 @@ pub(super) fn open_store(plan: &Plan, mountpoint: &Path) -> Result<Option<Store>
 }
 
 /// Opens every disk of the store and of the plan into `catalog`, and returns what is to be said
-/// of them.
-pub(super) fn open_disks(plan: &Plan, catalog: &Catalog) -> Result<Vec<String>, String> {
+/// of them. A signal ends it between two disks.
+pub(super) fn open_disks(
+    plan: &Plan,
+    catalog: &Catalog,
+    signals: &Signals,
+) -> Result<Vec<String>, String> {
     check_names(&plan.disks).map_err(|error| error.to_string())?;
+    signals.check()?;
     let (uid, gid) = owner();
     let setting = Setting {
         mountpoint: &catalog.mountpoint,
@@ -56,7 +62,7 @@ pub(super) fn open_disks(plan: &Plan, catalog: &Catalog) -> Result<Vec<String>, 
             log::info!("{name}: {note}");
             lines.push(format!("{name}: {note}"));
         }
-        Ok(())
+        signals.check()
     };
     catalog.open_stored(&setting, |name, opened| put(name, opened, Origin::Stored))?;
     let mut stored = Vec::new();

@@ -8,30 +8,39 @@
 //! ```
 //!
 //! `disks` opens what is to be mounted, `run` is the life and the end of a mount. `kernel` mounts
-//! and unmounts, `mountinfo` reads the mount table, `daemon` forks, `who` tells who has files of a
-//! mount open. Only this file and `fs` name `fuser`.
+//! and unmounts, `mountinfo` reads the mount table, `daemon` forks, `signals` are listened to from
+//! the first moment on, `room` looks whether the limits suffice, `notify` tells the service manager,
+//! `who` tells who has files of a mount open. Only this file and `fs` name `fuser`.
 
 pub mod daemon;
 mod disks;
 pub mod kernel;
 mod mountinfo;
+mod notify;
+mod room;
 mod run;
+mod signals;
 pub mod who;
 
+use std::fs;
 use std::io;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicUsize};
-use std::sync::mpsc;
+use std::sync::mpsc::{self, TryRecvError};
 use std::sync::{Arc, OnceLock};
-use std::thread;
+use std::thread::{self, JoinHandle};
 use std::time::{Duration, SystemTime};
 
 use fuser::{Config, Session, SessionACL};
+use rustix::io::Errno;
 
 use self::daemon::Ready;
 use self::disks::{open_disks, open_store};
-use self::kernel::{Contents, MountRequest, Unmount};
+use self::kernel::{Contents, Held, MountRequest, Unmount};
+use self::notify::{State, notify};
 use self::run::{Mount, tick};
+use self::signals::Signals;
 use crate::catalog::Catalog;
 use crate::confined;
 use crate::control::{self, Control};
@@ -39,11 +48,19 @@ use crate::fs::{CowslipFs, Deadlines, Shared, forgetter};
 use crate::journal::{self, Sink};
 use crate::name::CONTROL;
 use crate::pool::{Pool, while_wanted};
+use crate::process::{self, Inherited};
 use crate::spec::{Cache, DiskSpec, Flow, MountOptions, Source, Target};
 use crate::stream::sink::Inherit;
 
 /// Read-ahead of the mount in KiB: cold sequential reads are twice as fast as with the kernel's 128.
 const READ_AHEAD: u32 = 1024;
+
+/// How often it is tried to take a mount away that did not come about, and how long between: 2 s.
+const UNDO_TRIES: u32 = 100;
+const UNDO_LOOK: Duration = Duration::from_millis(20);
+
+/// How often is looked whether all workers have started.
+const STARTING_LOOK: Duration = Duration::from_millis(1);
 
 /// Whether a base that changed under its overlay is used all the same.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -102,26 +119,41 @@ impl Plan {
 
 /// Serves `plan` until it is unmounted, and tells `ready` what to print and when the mount is
 /// there. Returns the process's exit code: 0, or 1 when something could not be done.
+///
+/// A signal at any moment ends it in good order; with `-f` one that comes before the mount is there
+/// ends the process as signals do, once everything is undone.
 #[must_use]
 pub fn serve(plan: &Plan, ready: Ready) -> u8 {
     abort_on_panic();
-    raise_file_limit();
-    let mount = match start(plan, &ready) {
-        Ok(mount) => mount,
-        Err(line) => {
-            ready.fail(1, &line);
+    let inherited = Inherited::find();
+    let signals = match Signals::listen() {
+        Ok(signals) => signals,
+        Err(error) => {
+            ready.fail(1, &format!("cannot listen to signals: {error}"));
             return 1;
         }
     };
-    if mount.style == Style::Foreground {
-        // Not under systemd this does nothing.
-        let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
+    let mount = match start(plan, &ready, &signals) {
+        Ok(mount) => mount,
+        Err(line) => {
+            ready.fail(1, &line);
+            if let Some(signal) = signals.came().filter(|_| plan.style == Style::Foreground) {
+                // Whoever started us sees why we ended.
+                let _ = signal_hook::low_level::emulate_default_handler(signal);
+            }
+            return 1;
+        }
+    };
+    signals.serve();
+    match plan.style {
+        Style::Background => inherited.close(),
+        Style::Foreground => notify(State::Ready),
     }
     if ready.succeed().is_err() {
         log::warn!("whoever asked for this mount is gone: it is taken away again");
         mount.leave();
     }
-    mount.run()
+    mount.run(signals)
 }
 
 /// A panic would take one worker away in silence; the kernel's queue would wait for it for ever.
@@ -134,22 +166,16 @@ fn abort_on_panic() {
     }));
 }
 
-/// A disk takes two descriptors and more; the usual soft limit of 1,024 is there for programs that
-/// use select(2), which this one does not.
-fn raise_file_limit() {
-    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-    let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
-    // Without it, opening a disk too many says what is wrong.
-    let _ = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum });
-}
-
-fn start(plan: &Plan, ready: &Ready) -> Result<Mount, String> {
+fn start(plan: &Plan, ready: &Ready, signals: &Signals) -> Result<Mount, String> {
     let sink = open_log(plan)?;
+    process::settle();
     journal::start(sink);
+    let reserve = room::reserve()?;
+    room::check(workers())?;
     let contents = if plan.options.nonempty { Contents::Any } else { Contents::None };
     let prepared = kernel::prepare_mountpoint(&plan.mountpoint, contents)
         .map_err(|error| error.to_string())?;
-    let mountpoint = prepared.mountpoint;
+    let (mountpoint, directory) = (prepared.mountpoint, prepared.directory);
     if prepared.cleared > 0 {
         let line = format!("'{}': cleared a dead mount", mountpoint.display());
         ready.note(&line);
@@ -157,13 +183,22 @@ fn start(plan: &Plan, ready: &Ready) -> Result<Mount, String> {
     }
     let catalog = Arc::new(Catalog::new(&mountpoint, open_store(plan, &mountpoint)?));
     // What is opened may have been made to be read for ever: not once nobody waits for it.
-    let opened = while_wanted(ready.request(), || open_disks(plan, &catalog));
+    let wanted = signals.request(ready.request());
+    let opened = while_wanted(wanted, || open_disks(plan, &catalog, signals));
+    // What was given up has no other reason.
+    let opened = opened.map_err(|line| signals.check().err().unwrap_or(line));
     let mounted = opened.and_then(|lines| {
         give_stdout_away(plan)?;
-        let mount = mount_and_spawn(plan, &mountpoint, share(plan, &catalog))?;
+        // Once more, now that the disks have taken what they need.
+        room::check(workers())?;
+        signals.check()?;
+        let mount = mount_and_spawn(plan, &mountpoint, directory, share(plan, &catalog))?;
         Ok((mount, lines))
     });
-    let (mount, lines) = mounted.inspect_err(|_| abandon(&catalog))?;
+    let (mount, lines) = mounted.inspect_err(|_| {
+        drop(reserve);
+        abandon(&catalog);
+    })?;
     lines.iter().for_each(|line| ready.note(line));
     mount.announce();
     log::info!("mounted at '{}'", mountpoint.display());
@@ -225,11 +260,16 @@ fn open_log(plan: &Plan) -> Result<Sink, String> {
             file.map(Sink::File).map_err(|error| format!("log '{}': {error}", path.display()))
         }
         (None, Style::Foreground) => Ok(Sink::Stderr),
-        (None, Style::Background) => Ok(Sink::Nothing),
+        (None, Style::Background) => Ok(Sink::System),
     }
 }
 
-fn mount_and_spawn(plan: &Plan, mountpoint: &Path, shared: Arc<Shared>) -> Result<Mount, String> {
+fn mount_and_spawn(
+    plan: &Plan,
+    mountpoint: &Path,
+    directory: OwnedFd,
+    shared: Arc<Shared>,
+) -> Result<Mount, String> {
     let options = &plan.options;
     let mut flags = kernel::DEFAULT_FLAGS;
     let words = [
@@ -247,47 +287,107 @@ fn mount_and_spawn(plan: &Plan, mountpoint: &Path, shared: Arc<Shared>) -> Resul
     } else {
         (kernel::Access::Owner, SessionACL::Owner)
     };
-    let request = MountRequest { mountpoint, source: &plan.source, access, flags };
+    let source = &plan.source;
+    let request = MountRequest { mountpoint, directory: directory.as_fd(), source, access, flags };
     let device = kernel::mount(&request).map_err(|error| error.to_string())?;
+    // Below the mount now, where it would keep the file system busy.
+    drop(directory);
+    let held = Held::at(mountpoint).ok().flatten();
     let mut config = Config::default();
     config.acl = acl;
-    // One more than there are cores: a worker that sleeps in the host leaves none idle.
-    let workers = thread::available_parallelism().map_or(2, usize::from) + 1;
+    let workers = workers();
     config.n_threads = Some(workers);
     config.clone_fd = true;
     let undo = |error: io::Error| {
-        // Nobody has seen the mount yet; what cannot be undone dies with this process.
-        let _ = kernel::unmount(mountpoint, Unmount::Lazy);
-        format!("FUSE at '{}': {error}", mountpoint.display())
+        let line = format!("FUSE at '{}': {error}", mountpoint.display());
+        match unmount_again(held.as_ref()) {
+            Ok(()) => line,
+            Err(error) => format!("{line}; and it cannot be unmounted: {error}"),
+        }
     };
     let fs = CowslipFs::new(Arc::clone(&shared), workers, device.try_clone().ok());
     let session = Session::from_fd(fs, device, acl, config).map_err(undo)?;
     let _ = shared.notifier.set(session.notifier());
     let _ = shared.control.forget.set(forgetter(session.notifier()));
-    if let Some(entry) = kernel::entry_at(mountpoint) {
-        let (major, minor) = entry.dev;
-        let _ = shared.control.device.set(rustix::fs::makedev(major, minor));
-        if !kernel::raise_read_ahead(entry.dev, READ_AHEAD) {
+    if let Some(held) = &held {
+        let dev = held.entry().dev;
+        let _ = shared.control.device.set(rustix::fs::makedev(dev.0, dev.1));
+        if !kernel::raise_read_ahead(dev, READ_AHEAD) {
             log::info!("read-ahead stays at the kernel's default: only root can raise it");
         }
     }
-    spawn(plan.style, shared, session).map_err(undo)
+    spawn(plan.style, shared, session, workers).map_err(undo)
 }
 
-fn spawn(style: Style, shared: Arc<Shared>, session: Session<CowslipFs>) -> io::Result<Mount> {
+/// One more than there are cores: a worker that sleeps in the host leaves none idle.
+fn workers() -> usize {
+    thread::available_parallelism().map_or(2, usize::from) + 1
+}
+
+/// Takes away a mount that nobody has seen yet. A user's goes by a program, which may have to wait
+/// until the threads that were there for the mount have left room for it.
+fn unmount_again(held: Option<&Held>) -> io::Result<()> {
+    let Some(held) = held else { return Err(Errno::NOENT.into()) };
+    let mut tries = 0;
+    loop {
+        match held.unmount(Unmount::Lazy) {
+            Err(error) if error.raw_os_error() == Some(libc::EAGAIN) && tries < UNDO_TRIES => {
+                tries += 1;
+                thread::sleep(UNDO_LOOK);
+            }
+            done => return done,
+        }
+    }
+}
+
+fn spawn(
+    style: Style,
+    shared: Arc<Shared>,
+    session: Session<CowslipFs>,
+    count: usize,
+) -> io::Result<Mount> {
     let (end, ended) = mpsc::channel();
     let stop = Arc::new(AtomicBool::new(false));
-    let ticker = thread::Builder::new().name("cowslip-tick".to_owned()).spawn({
-        let (shared, stop) = (Arc::clone(&shared), Arc::clone(&stop));
-        move || tick(&shared, &stop)
-    })?;
     let workers = thread::Builder::new().name("cowslip-fuse".to_owned()).spawn(move || {
         let result = session.run();
         // Nobody listens any more when the process is already leaving.
         let _ = end.send(());
         result
     })?;
+    let workers = wait_for_workers(workers, &ended, count)?;
+    let ticker = thread::Builder::new().name("cowslip-tick".to_owned()).spawn({
+        let (shared, stop) = (Arc::clone(&shared), Arc::clone(&stop));
+        move || tick(&shared, &stop)
+    })?;
     Ok(Mount { shared, workers, style, ended, stop, ticker })
+}
+
+/// Waits until all workers are there. The session starts them in a thread of its own, and says only
+/// by ending that it could not: by then the mount would have been announced.
+fn wait_for_workers(
+    session: JoinHandle<io::Result<()>>,
+    ended: &mpsc::Receiver<()>,
+    count: usize,
+) -> io::Result<JoinHandle<io::Result<()>>> {
+    loop {
+        if ended.try_recv() != Err(TryRecvError::Empty) {
+            // A panic in it has ended the process already.
+            let result = session.join().unwrap_or(Ok(()));
+            return Err(result.err().unwrap_or_else(|| io::Error::other("it ended at once")));
+        }
+        // Without /proc nothing works here; whether it is there is not for this to say.
+        if workers_there().is_none_or(|there| there >= count) {
+            return Ok(session);
+        }
+        thread::sleep(STARTING_LOOK);
+    }
+}
+
+/// How many threads of this process answer requests, by the names that fuser gives them.
+fn workers_there() -> Option<usize> {
+    let names = fs::read_dir("/proc/self/task").ok()?.flatten();
+    let names = names.filter_map(|task| fs::read(task.path().join("comm")).ok());
+    Some(names.filter(|name| name.starts_with(b"fuser-")).count())
 }
 
 /// The path of a mount's control directory.

@@ -3,15 +3,14 @@
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{self, RecvTimeoutError, Sender};
+use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
-use signal_hook::iterator::Signals;
-
 use super::Style;
-use super::kernel::{self, Unmount};
+use super::kernel::{Held, Unmount};
+use super::notify::{State, notify};
+use super::signals::{Signals, name_of};
 use crate::disk::Disk;
 use crate::fs::Shared;
 use crate::pool::Pool;
@@ -91,59 +90,42 @@ impl Mount {
         self.shared.control.draining.store(true, Ordering::SeqCst);
         self.announce();
         let mountpoint = &self.shared.catalog.mountpoint;
-        let is_ours = kernel::entry_at(mountpoint).is_some_and(|entry| {
-            let (major, minor) = entry.dev;
+        let is_ours = |held: &Held| {
+            let (major, minor) = held.entry().dev;
             self.shared.control.device.get() == Some(&rustix::fs::makedev(major, minor))
-        });
-        if is_ours && let Err(error) = kernel::unmount(mountpoint, Unmount::Lazy) {
+        };
+        // What cannot be held has gone, or lies where we may not look.
+        let held = Held::at(mountpoint).ok().flatten().filter(is_ours);
+        if let Some(Err(error)) = held.map(|held| held.unmount(Unmount::Lazy)) {
             log::warn!("'{}' is not unmounted: {error}", mountpoint.display());
         }
     }
 
     /// Waits for the end and closes everything.
-    pub(super) fn run(self) -> u8 {
-        let signals = Signals::new([SIGTERM, SIGINT, SIGHUP]);
-        let (asked, ask) = (signals.as_ref().ok().map(Signals::handle), mpsc::channel());
-        let (tell, told): (Sender<i32>, _) = ask;
-        let listener = signals.ok().and_then(|mut signals| {
-            let listen = move || {
-                for signal in signals.forever() {
-                    if tell.send(signal).is_err() {
-                        break;
-                    }
-                }
-            };
-            thread::Builder::new().name("cowslip-signal".to_owned()).spawn(listen).ok()
-        });
-        self.wait(&told);
+    pub(super) fn run(self, signals: Signals) -> u8 {
+        self.wait(&signals);
         if self.style == Style::Foreground {
-            let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
-        }
-        if let Some(asked) = asked {
-            asked.close();
+            notify(State::Stopping);
         }
         let code = self.close();
-        if let Some(listener) = listener {
-            // It ends with its handle; a panic in it has ended the process already.
-            let _ = listener.join();
-        }
+        signals.close();
         code
     }
 
     /// Until the workers have ended, or a signal has come and open handles have had their time.
-    fn wait(&self, told: &mpsc::Receiver<i32>) {
+    fn wait(&self, signals: &Signals) {
         loop {
-            match self.ended.recv_timeout(Duration::from_millis(200)) {
-                Ok(()) | Err(RecvTimeoutError::Disconnected) => return,
-                Err(RecvTimeoutError::Timeout) => {}
-            }
-            if let Ok(signal) = told.try_recv() {
-                log::info!("signal {signal}: leaving");
+            if let Some(signal) = signals.came() {
+                log::info!("{}: leaving", name_of(signal));
                 self.leave();
                 if self.ended.recv_timeout(GRACE) == Err(RecvTimeoutError::Timeout) {
                     log::warn!("files are still open: they will get errors from now on");
                 }
                 return;
+            }
+            match self.ended.recv_timeout(Duration::from_millis(200)) {
+                Ok(()) | Err(RecvTimeoutError::Disconnected) => return,
+                Err(RecvTimeoutError::Timeout) => {}
             }
         }
     }

@@ -111,12 +111,52 @@ impl fmt::Display for Opener {
     }
 }
 
-/// Who holds the topmost mount at `mountpoint`, except this process; empty when nothing is
-/// mounted there. One line for each process and file, however often it has it open.
-pub fn openers(mountpoint: &Path) -> Vec<Opener> {
-    let Some(mount) = kernel::entry_at(mountpoint) else {
-        return Vec::new();
-    };
+/// A process in whose mount namespace a file system is mounted: it lives on there, whatever is
+/// unmounted here.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Elsewhere {
+    /// The process, one of those that the namespace has.
+    pub pid: u32,
+    /// Its short name.
+    pub command: String,
+    /// Where it is mounted there.
+    pub mountpoint: PathBuf,
+}
+
+impl fmt::Display for Elsewhere {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { pid, command, mountpoint } = self;
+        let at = mountpoint.display();
+        write!(
+            f,
+            "{command} (pid {pid}) has a copy of it at '{at}' in a mount namespace of its own"
+        )
+    }
+}
+
+/// Another mount namespace that has the file system `dev`, if there is one that may be looked at.
+pub fn elsewhere(dev: (u32, u32)) -> Option<Elsewhere> {
+    let ours = fs::read_link("/proc/self/ns/mnt").ok()?;
+    let mut seen = HashSet::from([ours]);
+    processes().into_iter().find_map(|pid| {
+        let proc = PathBuf::from(format!("/proc/{pid}"));
+        let is_new = seen.insert(fs::read_link(proc.join("ns/mnt")).ok()?);
+        let table = fs::read(proc.join("mountinfo")).ok().filter(|_| is_new)?;
+        let there = View::of(&kernel::parse_mountinfo(&table), dev).mounts;
+        let mountpoint = there.into_iter().find(MountEntry::is_cowslip)?.mountpoint;
+        Some(Elsewhere { pid, command: command_of(&proc), mountpoint })
+    })
+}
+
+/// The short name of the process at `proc`, as ps shows it.
+fn command_of(proc: &Path) -> String {
+    let command = fs::read(proc.join("comm")).unwrap_or_default();
+    String::from_utf8_lossy(command.trim_ascii_end()).into_owned()
+}
+
+/// Who holds `mount`, except this process. One line for each process and file, however often it
+/// has it open.
+pub fn openers(mount: &MountEntry) -> Vec<Opener> {
     let entries = kernel::known_mounts();
     let mut scan = Scan { dev: mount.dev, own: None, views: HashMap::new() };
     // Whatever root the others there have: links in /proc are shown as seen from ours.
@@ -222,8 +262,7 @@ impl Scan {
         if held.is_empty() {
             held = mappings(&fs::read(proc.join("maps")).unwrap_or_default(), dev, view);
         }
-        let command = fs::read(proc.join("comm")).unwrap_or_default();
-        let command = String::from_utf8_lossy(command.trim_ascii_end()).into_owned();
+        let command = command_of(&proc);
         let opener = |(path, hold)| Opener::Process { pid, command: command.clone(), path, hold };
         held.into_iter().map(opener).collect()
     }
@@ -407,7 +446,7 @@ mod tests {
         let path = dir.path().join("vm1.img");
         let file = fs::File::create(&path).unwrap();
         let mut cat = Command::new("sleep").arg("60").stdin(file).spawn().unwrap();
-        let found = openers(Path::new("/dev/shm"));
+        let found = openers(&kernel::entry_at(Path::new("/dev/shm")).unwrap());
         cat.kill().unwrap();
         cat.wait().unwrap();
         let inner = path.strip_prefix("/dev/shm").unwrap();

@@ -415,7 +415,7 @@ fn loops_over(dir: &Path) -> Vec<String> {
 }
 
 /// Processes of the program under test that the laboratory at `dir` has started.
-fn daemons_of(dir: &Path) -> Vec<u32> {
+pub fn daemons_of(dir: &Path) -> Vec<u32> {
     let mark = format!("{MARK}={}\0", dir.display());
     let mut found = Vec::new();
     for entry in fs::read_dir("/proc").unwrap().flatten() {

@@ -8,6 +8,7 @@ use std::time::Duration;
 use rustix::fs::{AtFlags, CWD, StatxFlags};
 use rustix::io::Errno;
 
+use super::Held;
 use crate::mount::mountinfo::entry_at;
 
 /// The state of a mount, of whatever type.
@@ -30,6 +31,17 @@ pub fn condition(mountpoint: &Path) -> Condition {
     match entry_at(mountpoint) {
         None => Condition::NotMounted,
         Some(entry) => probe(entry.mountpoint),
+    }
+}
+
+impl Held {
+    /// As [`condition`], of this mount.
+    #[must_use]
+    pub fn condition(&self) -> Condition {
+        match self.is_there() {
+            true => probe(self.door()),
+            false => Condition::NotMounted,
+        }
     }
 }
 

@@ -140,7 +140,8 @@ mod tests {
 
     #[test]
     fn commas_and_backslashes_are_escaped_for_the_helper() {
-        let request = request(Path::new("/m"), r"/srv/a,b\c.img");
+        let at = Mountpoint::new();
+        let request = request(&at, r"/srv/a,b\c.img");
         assert_eq!(
             helper_options(&request),
             r"fsname=/srv/a\,b\\c.img,subtype=cowslip,default_permissions,max_read=262144,nosuid,nodev"
@@ -151,7 +152,7 @@ mod tests {
     fn the_helper_mounts_the_same() {
         let at = Mountpoint::new();
         let source = r"/srv/a,b\c d.img";
-        let connection = mount_by_helper(&request(&at.path, source)).unwrap();
+        let connection = mount_by_helper(&request(&at, source)).unwrap();
         let entry = entry_at(&at.path).unwrap();
         assert_eq!((entry.fstype.as_str(), entry.source.to_str()), (FSTYPE, Some(source)));
         assert!(rustix::io::fcntl_getfd(&connection).unwrap().contains(FdFlags::CLOEXEC));
@@ -159,7 +160,9 @@ mod tests {
 
     #[test]
     fn what_the_helper_refuses_is_one_line() {
-        let request = request(Path::new("/nowhere/at/all"), "s");
+        let at = Mountpoint::new();
+        let mut request = request(&at, "s");
+        request.mountpoint = Path::new("/nowhere/at/all");
         let error = mount_by_helper(&request).unwrap_err().to_string();
         assert!(error.starts_with("cannot mount on '/nowhere/at/all': fusermount3: "), "{error}");
         assert!(!error.contains('\n'), "{error}");

@@ -13,6 +13,7 @@
 
 mod condition;
 mod error;
+mod held;
 mod helper;
 mod prepare;
 mod unmount;
@@ -20,7 +21,7 @@ mod unmount;
 use std::ffi::CString;
 use std::fs;
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 
 use rustix::fs::{Mode, OFlags};
@@ -29,9 +30,10 @@ use rustix::mount::MountFlags;
 
 pub use self::condition::{Condition, condition};
 pub use self::error::MountError;
+pub use self::held::Held;
 use self::helper::mount_by_helper;
 pub use self::prepare::{Contents, Prepared, prepare_mountpoint};
-pub use self::unmount::{Unmount, unmount};
+pub use self::unmount::Unmount;
 pub use super::mountinfo::{
     Enclosed, FSTYPE, MountEntry, cowslip_mounts, enclosing, entry_at, mounts, resolve,
 };
@@ -81,6 +83,8 @@ pub enum Access {
 pub struct MountRequest<'a> {
     /// The directory, as [`Prepared::mountpoint`] gives it.
     pub mountpoint: &'a Path,
+    /// That directory, open: what the mount goes on, whatever the path leads to by now.
+    pub directory: BorrowedFd<'a>,
     /// The first field of mtab, verbatim; an empty one reads `cowslip`.
     pub source: &'a str,
     /// Who may use it.
@@ -143,7 +147,8 @@ fn mount_by_kernel(req: &MountRequest<'_>) -> Result<OwnedFd, MountError> {
         }
     );
     let data = CString::new(data).map_err(|error| req.refused(error.to_string()))?;
-    match rustix::mount::mount(req.source(), req.mountpoint, FSTYPE, req.flags, &*data) {
+    let at = format!("/proc/self/fd/{}", req.directory.as_raw_fd());
+    match rustix::mount::mount(req.source(), at, FSTYPE, req.flags, &*data) {
         Ok(()) => Ok(device),
         Err(Errno::PERM) => Err(MountError::NotPermitted { mountpoint: req.mountpoint.to_owned() }),
         Err(Errno::NODEV) => Err(MountError::Device { error: Errno::NODEV.into() }),
@@ -165,15 +170,24 @@ pub fn raise_read_ahead(dev: (u32, u32), kib: u32) -> bool {
 #[cfg(test)]
 mod testing {
     use super::*;
+    use std::os::fd::AsFd;
     use std::path::PathBuf;
 
-    pub(super) fn request<'a>(mountpoint: &'a Path, source: &'a str) -> MountRequest<'a> {
-        MountRequest { mountpoint, source, access: Access::Owner, flags: DEFAULT_FLAGS }
+    pub(super) fn request<'a>(at: &'a Mountpoint, source: &'a str) -> MountRequest<'a> {
+        let (access, flags) = (Access::Owner, DEFAULT_FLAGS);
+        MountRequest { mountpoint: &at.path, directory: at.fd.as_fd(), source, access, flags }
+    }
+
+    /// Unmounts what is at `path` now.
+    pub(super) fn unmount(path: &Path, how: Unmount) -> io::Result<()> {
+        Held::at(path)?.ok_or(Errno::INVAL)?.unmount(how)
     }
 
     /// A directory that is a clean mountpoint again when the test ends, however it ends.
     pub(super) struct Mountpoint {
         pub(super) path: PathBuf,
+        /// The directory itself, below what is mounted there.
+        pub(super) fd: OwnedFd,
         /// Removed after `drop` below has unmounted.
         _dir: tempfile::TempDir,
     }
@@ -182,7 +196,8 @@ mod testing {
         pub(super) fn new() -> Self {
             let dir = tempfile::tempdir().unwrap();
             let path = dir.path().canonicalize().unwrap();
-            Self { path, _dir: dir }
+            let fd = fs::File::open(&path).unwrap().into();
+            Self { path, fd, _dir: dir }
         }
     }
 
@@ -195,8 +210,9 @@ mod testing {
 
 #[cfg(test)]
 mod tests {
-    use super::testing::{Mountpoint, request};
+    use super::testing::{Mountpoint, request, unmount};
     use super::*;
+    use std::os::fd::AsFd;
 
     #[test]
     fn option_words_set_and_clear_flags() {
@@ -211,7 +227,7 @@ mod tests {
         let at = Mountpoint::new();
         let source = r"/srv/a,b\c d.img";
         assert_eq!(condition(&at.path), Condition::NotMounted);
-        let connection = mount(&request(&at.path, source)).unwrap();
+        let connection = mount(&request(&at, source)).unwrap();
         let entry = entry_at(&at.path).unwrap();
         assert_eq!((entry.fstype.as_str(), entry.source.to_str()), (FSTYPE, Some(source)));
         assert!(cowslip_mounts().contains(&entry));
@@ -225,5 +241,48 @@ mod tests {
             unmount(&at.path, Unmount::Plain).unwrap_err().raw_os_error(),
             Some(libc::EINVAL)
         );
+    }
+
+    #[test]
+    fn a_mount_goes_on_the_directory_that_was_looked_at_and_not_on_its_path() {
+        let at = Mountpoint::new();
+        let (named, away) = (at.path.join("m"), at.path.join("away"));
+        fs::create_dir(&named).unwrap();
+        let prepared = prepare_mountpoint(&named, Contents::None).unwrap();
+        fs::rename(&named, &away).unwrap();
+        fs::create_dir(&named).unwrap();
+        let mut request = request(&at, "s");
+        (request.mountpoint, request.directory) = (&named, prepared.directory.as_fd());
+        let _connection = mount_by_kernel(&request).unwrap();
+        assert!(entry_at(&named).is_none() && entry_at(&away).is_some());
+        unmount(&away, Unmount::Plain).unwrap();
+    }
+
+    #[test]
+    fn a_mount_that_is_held_is_unmounted_wherever_its_directory_is_and_nothing_else() {
+        let at = Mountpoint::new();
+        let (dir, away) = (at.path.join("dir"), at.path.join("away"));
+        fs::create_dir_all(dir.join("m")).unwrap();
+        let on = |path: &Path| {
+            let fd = fs::File::open(path).unwrap();
+            let mut request = request(&at, "s");
+            (request.mountpoint, request.directory) = (path, fd.as_fd());
+            mount_by_kernel(&request).unwrap()
+        };
+        let _ours = on(&dir.join("m"));
+        let held = Held::at(&dir.join("m")).unwrap().unwrap();
+        assert!(held.is_there());
+        fs::rename(&dir, &away).unwrap();
+        fs::create_dir_all(dir.join("m")).unwrap();
+        let _others = on(&dir.join("m"));
+        held.unmount(Unmount::Lazy).unwrap();
+        assert!(entry_at(&away.join("m")).is_none() && entry_at(&dir.join("m")).is_some());
+        assert!(!held.is_there());
+        // Another mount at the same place is another mount.
+        let _again = on(&away.join("m"));
+        assert_eq!(held.unmount(Unmount::Lazy).unwrap_err().raw_os_error(), Some(libc::EINVAL));
+        for path in [away.join("m"), dir.join("m")] {
+            unmount(&path, Unmount::Lazy).unwrap();
+        }
     }
 }

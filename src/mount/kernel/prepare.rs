@@ -1,13 +1,17 @@
 //! A mountpoint before the mount: there, empty, and cleared of dead mounts.
 
 use std::fs;
-use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
-use super::condition::{Condition, probe};
+use rustix::fs::{Mode, OFlags};
+use rustix::io::Errno;
+
+use super::condition::Condition;
 use super::error::MountError;
-use super::unmount::{Unmount, unmount};
-use crate::mount::mountinfo::{entry_at, resolve};
+use super::held::Held;
+use super::unmount::Unmount;
+use crate::mount::mountinfo::resolve;
 
 /// Whether a mountpoint may hold files, which the mount will hide.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -19,10 +23,12 @@ pub enum Contents {
 }
 
 /// A mountpoint that is ready to be mounted on.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Debug)]
 pub struct Prepared {
     /// Absolute and without symlinks: what [`MountEntry::mountpoint`](super::MountEntry::mountpoint) will be.
     pub mountpoint: PathBuf,
+    /// The directory, which is what was looked at.
+    pub directory: OwnedFd,
     /// How many dead cowslip mounts were cleared away, one above the other.
     pub cleared: usize,
 }
@@ -35,34 +41,39 @@ pub fn prepare_mountpoint(path: &Path, contents: Contents) -> Result<Prepared, M
     let look = |error| MountError::Look { mountpoint: path.to_owned(), error };
     let mountpoint = resolve(path).map_err(look)?;
     let cleared = clear_dead(&mountpoint)?;
-    let metadata = fs::metadata(&mountpoint).map_err(|error| match error.kind() {
-        io::ErrorKind::NotFound => MountError::Missing(path.to_owned()),
-        io::ErrorKind::NotADirectory => MountError::NotADirectory(path.to_owned()),
-        _ => look(error),
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let opened = rustix::fs::open(&mountpoint, flags, Mode::empty());
+    let directory = opened.map_err(|error| match error {
+        Errno::NOENT => MountError::Missing(path.to_owned()),
+        Errno::NOTDIR => MountError::NotADirectory(path.to_owned()),
+        _ => look(error.into()),
     })?;
-    if !metadata.is_dir() {
-        return Err(MountError::NotADirectory(path.to_owned()));
+    let itself = PathBuf::from(format!("/proc/self/fd/{}", directory.as_raw_fd()));
+    if fs::read_link(&itself).map_err(look)? != mountpoint {
+        // Renamed, or a link by now: what was named is not what would be mounted on.
+        return Err(look(Errno::STALE.into()));
     }
-    if contents == Contents::None && fs::read_dir(&mountpoint).map_err(look)?.next().is_some() {
+    if contents == Contents::None && fs::read_dir(&itself).map_err(look)?.next().is_some() {
         return Err(MountError::NotEmpty(path.to_owned()));
     }
-    Ok(Prepared { mountpoint, cleared })
+    Ok(Prepared { mountpoint, directory, cleared })
 }
 
 /// Unmounts the dead cowslip mounts at `mountpoint`, and gives their number.
 fn clear_dead(mountpoint: &Path) -> Result<usize, MountError> {
     let mut cleared = 0;
-    while let Some(entry) = entry_at(mountpoint) {
-        match (probe(mountpoint.to_owned()), entry.is_cowslip()) {
+    let look = |error| MountError::Look { mountpoint: mountpoint.to_owned(), error };
+    while let Some(held) = Held::at(mountpoint).map_err(look)? {
+        match (held.condition(), held.entry().is_cowslip()) {
             (Condition::Dead, true) => {
-                unmount(mountpoint, Unmount::Lazy).map_err(|error| MountError::Clear {
+                held.unmount(Unmount::Lazy).map_err(|error| MountError::Clear {
                     mountpoint: mountpoint.to_owned(),
                     error,
                 })?;
                 cleared += 1;
             }
             (Condition::Dead, false) => {
-                let (mountpoint, fstype) = (mountpoint.to_owned(), entry.fstype);
+                let (mountpoint, fstype) = (mountpoint.to_owned(), held.entry().fstype.clone());
                 return Err(MountError::ForeignDead { mountpoint, fstype });
             }
             (_, true) => return Err(MountError::Already(mountpoint.to_owned())),
@@ -75,8 +86,8 @@ fn clear_dead(mountpoint: &Path) -> Result<usize, MountError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::mount::kernel::mount;
     use crate::mount::kernel::testing::{Mountpoint, request};
+    use crate::mount::kernel::{entry_at, mount};
 
     #[test]
     fn a_mountpoint_must_be_an_empty_directory() {
@@ -107,17 +118,17 @@ mod tests {
             false => 1,
         };
         let connections: Vec<_> =
-            (0..stacked).map(|_| mount(&request(&at.path, "s")).unwrap()).collect();
+            (0..stacked).map(|_| mount(&request(&at, "s")).unwrap()).collect();
         drop(connections);
         let prepared = prepare_mountpoint(&at.path, Contents::None).unwrap();
-        assert_eq!(prepared, Prepared { mountpoint: at.path.clone(), cleared: stacked });
+        assert_eq!((&prepared.mountpoint, prepared.cleared), (&at.path, stacked));
         assert_eq!(entry_at(&at.path), None);
     }
 
     #[test]
     fn a_mount_that_does_not_answer_counts_as_alive() {
         let at = Mountpoint::new();
-        let _connection = mount(&request(&at.path, "s")).unwrap();
+        let _connection = mount(&request(&at, "s")).unwrap();
         // Refused as one that lives: it is not cleared away.
         let error = prepare_mountpoint(&at.path, Contents::None).unwrap_err();
         assert!(matches!(error, MountError::Already(_)), "{error}");

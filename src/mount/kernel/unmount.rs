@@ -1,5 +1,6 @@
 //! The end of a mount.
 
+use std::ffi::OsStr;
 use std::io;
 use std::path::Path;
 
@@ -7,7 +8,6 @@ use rustix::io::Errno;
 use rustix::mount::UnmountFlags;
 
 use super::helper::{one_line, spawn_helper};
-use crate::mount::mountinfo::mounts;
 
 /// How to unmount.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -18,31 +18,28 @@ pub enum Unmount {
     Lazy,
 }
 
-/// Unmounts the topmost mount at `mountpoint`, which must be spelt as [`MountEntry`](super::MountEntry) has it.
+/// Unmounts the topmost mount that is called `name` in `directory`.
 ///
 /// # Errors
-/// `EBUSY` while somebody uses it; `EINVAL` when nothing is mounted there; `EPERM` for a mount of
-/// another user; what fusermount3 said when that is none of these.
-pub fn unmount(mountpoint: &Path, how: Unmount) -> io::Result<()> {
+/// As [`Held::unmount`](super::Held::unmount).
+pub(super) fn unmount_in(directory: &Path, name: &OsStr, how: Unmount) -> io::Result<()> {
     let flags = match how {
         Unmount::Plain => UnmountFlags::NOFOLLOW,
         Unmount::Lazy => UnmountFlags::NOFOLLOW | UnmountFlags::DETACH,
     };
     if rustix::process::geteuid().is_root() {
-        match rustix::mount::unmount(mountpoint, flags) {
+        match rustix::mount::unmount(directory.join(name), flags) {
             Err(Errno::PERM) => {} // a container's root may have mounted by the helper
             done => return Ok(done?),
         }
-    }
-    if !mounts()?.iter().any(|entry| entry.mountpoint == mountpoint) {
-        return Err(Errno::INVAL.into());
     }
     let helper = spawn_helper(|helper| {
         helper.arg(match how {
             Unmount::Plain => "-u",
             Unmount::Lazy => "-uz",
         });
-        helper.arg("--").arg(mountpoint);
+        // It takes no directory: it looks the name up where it is started.
+        helper.arg("--").arg(name).current_dir(directory);
     });
     let output = match helper {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Err(Errno::PERM.into()),
