@@ -319,3 +319,24 @@ fn what_cowslip_makes_is_its_users_alone() {
     }
     lab.end();
 }
+
+#[test]
+fn what_a_killed_mount_was_making_goes_with_the_next_one() {
+    let mut lab = Lab::new();
+    lab.base("base.img", MIB);
+    // Killed while the overlay is being made: nothing can be tidied up then.
+    lab.sh("strace -f -qq -o trace -e trace=rename,renameat,renameat2 -e inject=rename,renameat,renameat2:signal=KILL:when=2 $COWSLIP mount m d=base.img,overlay=o || true");
+    let left = || lab.sh("ls -A | grep -c '^.cowslip-' || true").trim().to_owned();
+    assert_eq!((left().as_str(), lab.path("o").exists()), ("1", false));
+    // A moment ago somebody may be at it.
+    lab.mount("d=base.img,overlay=o");
+    assert_eq!(left(), "1");
+    lab.umount();
+    lab.sh("touch -d '1 hour ago' .cowslip-*; mkdir .cowslip-other; echo 1 > .cowslip-other/thesis; touch -d '1 hour ago' .cowslip-other");
+    lab.mount("d=base.img,overlay=o2");
+    assert_eq!(
+        lab.sh("ls -A | grep '^.cowslip-'; cat .cowslip-other/thesis"),
+        ".cowslip-other\n1\n"
+    );
+    lab.end();
+}

@@ -1,15 +1,15 @@
 //! New overlays: built beside their place, and renamed into it when all of it is durable.
 
 use std::collections::HashMap;
-use std::fs::{File, Permissions};
+use std::fs::File;
 use std::io;
-use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::sync::Arc;
 
 use rustix::fs::FlockOperation;
 use uuid::Uuid;
 
+use super::draft::{self, Draft};
 use super::residence::{Residence, remove_layer};
 use super::{Persistent, Place, top_layer};
 use crate::confined::{self, open_dir};
@@ -83,30 +83,22 @@ pub fn build(
         None => place_of_new(place.dir)?,
         Some(_) => place.dir.parent().unwrap_or(Path::new("/")),
     };
-    let temp = tempfile::Builder::new()
-        .prefix(".cowslip-")
-        .permissions(Permissions::from_mode(0o700))
-        .tempdir_in(parent)
-        .map_err(doing("making a directory beside it"))?;
-    // Let go before the directory removes itself: that takes one descriptor for each level, and the
-    // want of one may be why it has to.
-    let _spare = File::open("/dev/null").map_err(doing("making a directory beside it"))?;
-    let dir = open_dir(temp.path()).map_err(doing("making a directory beside it"))?;
+    if place.layers.is_none() {
+        draft::sweep(parent);
+    }
+    let draft = Draft::new(parent).map_err(doing("making a directory beside it"))?;
     let layers = match place.layers {
-        None => confined::create_dir(&dir, "layers"),
+        None => confined::create_dir(draft.dir(), "layers"),
         Some(path) => open_dir(path),
     };
     let layers = layers.map_err(doing("making its layers"))?;
     let uuids: Vec<Uuid> = parts.iter().map(|part| part.record.uuid).collect();
-    let made = build_in(&dir, &layers, &stack, parts, limit).and_then(|made| {
-        let placed =
-            std::fs::rename(temp.path(), place.dir).and_then(|()| open_dir(parent)?.sync_all());
-        placed.map_err(doing("putting it in its place"))?;
-        Ok(made)
+    let made = build_in(draft.dir(), &layers, &stack, parts, limit).and_then(|made| {
+        let dir = draft.place(place.dir, parent).map_err(doing("putting it in its place"))?;
+        Ok((made, dir))
     });
     match made {
-        Ok((overlay, below, lock)) => {
-            let _ = temp.keep();
+        Ok(((overlay, below, lock), dir)) => {
             let home = Residence { stack, dir, layers, lock, torn: false };
             let aside = Vec::new();
             Ok(Persistent { overlay, below, aside, recovered: Recovered::New, home })

@@ -6,6 +6,7 @@
 //! tells people who has the lock.
 
 mod build;
+pub(super) mod draft;
 mod found;
 mod residence;
 
@@ -18,6 +19,7 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 pub use self::build::{New, Part, PutData, build, create};
+pub(super) use self::draft::Draft;
 pub use self::found::{Found, find};
 pub(super) use self::found::{lock, open_sealed};
 pub use self::residence::Residence;

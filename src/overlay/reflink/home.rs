@@ -3,9 +3,8 @@
 //! As with block maps, a new one is built under a temporary name and renamed into its place when
 //! all of it is durable; the lock is on the inode of `data`.
 
-use std::fs::{File, Permissions};
+use std::fs::File;
 use std::io;
-use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -14,9 +13,9 @@ use rustix::fs::FlockOperation;
 use super::snapshots::{carry_out, sweep};
 use super::{Origin, Reflink, ReflinkError, intent};
 use crate::base::place::HostFs;
-use crate::confined::{self, Access, open_dir};
+use crate::confined::{self, Access};
 use crate::host;
-use crate::overlay::persist::{self, Residence, open_overlay};
+use crate::overlay::persist::{self, Draft, Residence, draft, open_overlay};
 use crate::overlay::stack::{Stack, StackError, doing, place_of_new};
 use crate::process::explain_size;
 use crate::spec::OverlayKind;
@@ -62,13 +61,9 @@ pub fn create(
     size: Option<u64>,
 ) -> Result<Persistent, ReflinkError> {
     let parent = place_of_new(dir)?;
-    let beside = "making a directory beside it";
-    let mut draft = tempfile::Builder::new();
-    draft.prefix(".cowslip-").permissions(Permissions::from_mode(0o700));
-    let temp = draft.tempdir_in(parent);
-    let temp = temp.map_err(doing(beside))?;
-    let open = open_dir(temp.path()).map_err(doing(beside))?;
-    let data = confined::create_file(&open, "data").map_err(doing("making its data"))?;
+    draft::sweep(parent);
+    let draft = Draft::new(parent).map_err(doing("making a directory beside it"))?;
+    let data = confined::create_file(draft.dir(), "data").map_err(doing("making its data"))?;
     rustix::fs::ioctl_ficlone(&data, base.file)
         .map_err(|error| refusal(error.into(), &data, base.path))?;
     let fill = || -> io::Result<File> {
@@ -76,17 +71,14 @@ pub fn create(
             data.set_len(size).map_err(explain_size)?;
         }
         data.sync_all()?;
-        confined::create_dir(&open, "snapshots")
+        confined::create_dir(draft.dir(), "snapshots")
     };
     let snapshots = fill().map_err(doing("making its data durable"))?;
     rustix::fs::flock(&data, FlockOperation::NonBlockingLockExclusive)
         .map_err(|error| doing("locking it")(error.into()))?;
-    stack.write(&open)?;
-    std::fs::rename(temp.path(), dir)
-        .and_then(|()| open_dir(parent)?.sync_all())
-        .map_err(doing("putting it in its place"))?;
-    let _ = temp.keep();
-    let home = Home { stack, dir: open, data, snapshots };
+    stack.write(draft.dir())?;
+    let dir = draft.place(dir, parent).map_err(doing("putting it in its place"))?;
+    let home = Home { stack, dir, data, snapshots };
     Ok(home.into_layer(base.file, None)?)
 }
 
