@@ -29,8 +29,13 @@ use rustix::fs::{Mode, OFlags};
 /// A directory, by device and inode.
 type Id = (u64, u64);
 
-/// What [`allow`] was told, for the life of this process.
-static ALLOWED: RwLock<Vec<Id>> = RwLock::new(Vec::new());
+/// What [`allow`] was told, for the life of this process: held open, for a directory that is removed
+/// gives its number to another.
+static ALLOWED: RwLock<Vec<(Id, File)>> = RwLock::new(Vec::new());
+
+fn allowed() -> Vec<Id> {
+    ALLOWED.read().iter().map(|(id, _)| *id).collect()
+}
 
 /// Why a directory is not believed; one line, the path of what lies in it is put in front.
 #[derive(Debug, thiserror::Error)]
@@ -48,16 +53,23 @@ pub enum TrustError {
     Io(#[from] io::Error),
 }
 
-/// Believes all that lies in and below the directory at `path`.
+/// Believes all that lies in and below the directory at `path`, which is absolute.
 ///
 /// # Errors
-/// The host's errno.
+/// The host's errno; a line when links lead elsewhere.
 pub fn allow(path: &Path) -> io::Result<()> {
-    let found = File::from(rustix::fs::open(path, LOOK, Mode::empty())?).metadata()?;
+    let dir = File::from(rustix::fs::open(path, LOOK, Mode::empty())?);
+    let real = path_of(&dir);
+    // A link of another user's could lead to the root of everything.
+    if real != path.components().collect::<PathBuf>() {
+        let real = real.display();
+        return Err(io::Error::other(format!("links lead from there to '{real}': name that")));
+    }
+    let found = dir.metadata()?;
     let id = (found.dev(), found.ino());
     let mut allowed = ALLOWED.write();
-    if !allowed.contains(&id) {
-        allowed.push(id);
+    if allowed.iter().all(|(other, _)| *other != id) {
+        allowed.push((id, dir));
     }
     Ok(())
 }
@@ -67,7 +79,7 @@ pub fn allow(path: &Path) -> io::Result<()> {
 /// # Errors
 /// [`TrustError`].
 pub fn check(dir: &File) -> Result<(), TrustError> {
-    check_as(dir, &Viewer::this(), &ALLOWED.read())
+    check_as(dir, &Viewer::this(), &allowed())
 }
 
 /// Refuses the configuration `file`, in the directory `dir`, when another user could have written it.
@@ -78,7 +90,7 @@ pub fn check_file(file: &File, dir: &File) -> Result<(), TrustError> {
     let viewer = Viewer::this();
     let found = file.metadata()?;
     let why = viewer.objection(found.uid(), found.mode() & !STICKY);
-    let allowed = ALLOWED.read();
+    let allowed = allowed();
     match why {
         Some(why) if !lies_in(dir, &allowed)? => {
             Err(TrustError::Untrusted { dir: path_of(file), why })

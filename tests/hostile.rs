@@ -340,3 +340,114 @@ fn what_a_killed_mount_was_making_goes_with_the_next_one() {
     );
     lab.end();
 }
+
+#[test]
+fn a_commit_follows_no_link_in_the_place_of_its_base() {
+    let mut lab = Lab::new();
+    lab.sh("head -c 1M /dev/zero > base.img; cp -p base.img victim");
+    lab.watch("victim");
+    lab.mount("d=base.img,overlay=o");
+    lab.sh("yes evil | head -c 1M | dd of=m/d conv=notrunc status=none");
+    lab.umount();
+    // The same bytes and times: everything but the file.
+    lab.sh("mv base.img kept; ln -s victim base.img");
+    let line = lab.refused(1, "commit o");
+    assert!(line.contains("/victim' by now"), "{line}");
+    lab.mount("d=base.img,overlay=o");
+    assert!(lab.refused(1, "commit m/d").contains("/victim' by now"));
+    lab.umount();
+    // Nor does one that was cut short.
+    lab.sh("rm base.img; mv kept base.img");
+    lab.sh("strace -f -qq -e trace=copy_file_range -e inject=copy_file_range:signal=KILL:when=1 -o trace $COWSLIP commit o || true");
+    lab.sh("mv base.img kept; ln -s victim base.img");
+    let line = lab.refused(1, "commit o");
+    assert!(line.contains("/victim' by now") || line.contains("inode"), "{line}");
+    lab.sh("rm base.img; mv kept base.img");
+    lab.ok("commit o");
+    assert_eq!(lab.sh("head -c 5 base.img"), "evil\n");
+    lab.end();
+}
+
+#[test]
+fn a_commit_that_was_cut_short_is_not_finished_on_another_device() {
+    let mut lab = Lab::new();
+    lab.sh("truncate -s 4M one; truncate -s 4M two");
+    lab.watch("two");
+    let device = lab.loop_device("one", "");
+    lab.mount(&format!("d={device},overlay=o"));
+    lab.sh("yes evil | head -c 1M | dd of=m/d conv=notrunc status=none");
+    lab.umount();
+    let calls = "pwrite64,pwritev,copy_file_range";
+    lab.sh(&format!(
+        "strace -f -qq -P {device} -e trace={calls} -e inject={calls}:signal=KILL:when=1 -o trace $COWSLIP commit o || true"
+    ));
+    let said = String::from_utf8(lab.cowslip("check o").stdout).unwrap();
+    assert!(said.contains("a commit into it was cut short"), "{said}");
+    lab.sh(&format!("losetup -d {device}; losetup {device} two"));
+    let line = lab.refused(1, "commit o");
+    assert!(line.contains("backing_file"), "{line}");
+    lab.sh(&format!("losetup -d {device}; losetup {device} one"));
+    lab.ok("commit o");
+    lab.sh(&format!("losetup -d {device}"));
+    assert_eq!(lab.sh("head -c 5 one"), "evil\n");
+    lab.end();
+}
+
+#[test]
+fn a_link_that_is_turned_elsewhere_turns_no_store() {
+    let lab = Lab::new();
+    lab.sh("mkdir good bad; ln -s good way");
+    lab.mount("--store way/st");
+    lab.sh("ln -sfn bad way; mkdir -p bad/st/disks bad/st/layers bad/st/names; echo 1 > m/a; rm m/a; echo 2 > m/b");
+    assert_eq!(lab.sh("find bad -type f"), "");
+    lab.umount();
+    lab.sh("ln -sfn good way");
+    lab.mount("--store way/st");
+    assert_eq!(lab.sh("cat m/b"), "2\n");
+    lab.end();
+}
+
+#[test]
+fn trust_is_for_the_directory_that_was_named() {
+    let mut lab = Lab::new();
+    overlay(&mut lab, "");
+    lab.sh("mkdir home; mv o home/; ln -s / home/way");
+    give(&lab.path("home"), OTHER);
+    let line = lab.refused(1, "check home/o --trust home/way");
+    assert!(line.contains("links lead from there to '/'"), "{line}");
+    lab.ok("check home/o --trust home");
+    lab.end();
+}
+
+#[test]
+fn a_disk_is_no_more_readable_than_the_files_below_it() {
+    let lab = Lab::new();
+    lab.sh("
+        head -c 1M /dev/urandom > b.raw; chmod 600 b.raw
+        qemu-img create -q -f qcow2 -b b.raw -F raw i.qcow2; chmod 644 i.qcow2
+        head -c 1M /dev/urandom > open.raw; chmod 644 open.raw
+    ");
+    lab.mount("i=i.qcow2,format=qcow2 o=open.raw");
+    let mode = |name: &str| fs::metadata(lab.path(name)).unwrap().mode() & 0o777;
+    assert_eq!((mode("m/i"), mode("m/o")), (0o600, 0o644));
+    lab.end();
+}
+
+#[test]
+fn a_pipe_of_another_user_gets_nothing() {
+    let lab = Lab::new();
+    lab.sh("mkfifo pipe");
+    give(&lab.path("pipe"), OTHER);
+    let line = lab.refused(1, "mount m o=stream:1M,to=fifo:pipe");
+    assert!(line.contains("a named pipe of another user"), "{line}");
+    lab.end();
+}
+
+#[test]
+fn what_is_received_over_a_program_has_none_of_its_powers() {
+    let lab = Lab::new();
+    lab.sh("head -c 1M /dev/urandom > a; echo 1 > program; chmod 4755 program");
+    lab.sh("$COWSLIP send a | $COWSLIP recv program --overwrite");
+    assert_eq!(fs::metadata(lab.path("program")).unwrap().mode() & 0o7777, 0o755);
+    lab.end();
+}

@@ -13,6 +13,7 @@
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
+use std::path::Path;
 
 use rustix::fs::SeekFrom;
 use serde::{Deserialize, Serialize};
@@ -35,7 +36,8 @@ pub struct Identity {
     /// When it was last changed; none for a block device, whose node says nothing.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mtime: Option<Mtime>,
-    /// Its inode number, in decimal (TOML's integers have a sign); none for a block device.
+    /// Its inode number, in decimal (TOML's integers have a sign); of a block device what else tells
+    /// it, where something does.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub inode: Option<String>,
     /// `crc32c:` and eight hexadecimal digits, over the samples.
@@ -65,7 +67,10 @@ impl Identity {
         Ok(Self {
             size,
             mtime: (!is_device).then_some(mtime),
-            inode: (!is_device).then(|| meta.ino().to_string()),
+            inode: match is_device {
+                true => device_id(meta.rdev()),
+                false => Some(meta.ino().to_string()),
+            },
             hash: sampled_hash(file, size)?,
         })
     }
@@ -102,11 +107,37 @@ impl Identity {
     /// has no number of its own.
     #[must_use]
     pub fn other_file(&self, now: &Self) -> Option<String> {
-        let shown = |inode: &Option<String>| inode.clone().unwrap_or_else(|| "none".to_owned());
-        (self.inode != now.inode).then(|| {
-            format!("another file: inode {}, was {}", shown(&now.inode), shown(&self.inode))
-        })
+        match (&self.inode, &now.inode) {
+            (Some(was), Some(is)) if was != is => {
+                Some(format!("another file: inode {is}, was {was}"))
+            }
+            // Only some devices can be told.
+            (None, None) | (Some(_), Some(_)) => None,
+            (None, Some(_)) | (Some(_), None) if self.mtime.is_none() && now.mtime.is_none() => {
+                None
+            }
+            (None, Some(_)) | (Some(_), None) => Some("a file, and a device".to_owned()),
+        }
     }
+}
+
+/// What tells the block device `rdev` from another that may have its name later: the id of a mapped
+/// device, a world wide name or a serial number, the file of a loop device. `None`: it has none.
+fn device_id(rdev: u64) -> Option<String> {
+    let (major, minor) = (rustix::fs::major(rdev), rustix::fs::minor(rdev));
+    let dir = std::fs::canonicalize(format!("/sys/dev/block/{major}:{minor}")).ok()?;
+    let read = |dir: &Path, name: &str| {
+        let text = std::fs::read_to_string(dir.join(name)).ok()?;
+        Some(text.trim().to_owned()).filter(|text| !text.is_empty())
+    };
+    // A partition lies in the directory of its disk, and has a number.
+    let (disk, part) = match read(&dir, "partition") {
+        Some(number) => (dir.parent()?.to_owned(), format!(" partition {number}")),
+        None => (dir, String::new()),
+    };
+    let names = ["dm/uuid", "wwid", "device/wwid", "serial", "device/serial", "loop/backing_file"];
+    let found = names.iter().find_map(|name| Some(format!("{name} {}", read(&disk, name)?)))?;
+    Some(found + &part)
 }
 
 /// Hashes the samples in order, each into the next.

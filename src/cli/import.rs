@@ -17,6 +17,7 @@ use crate::extents::Kind;
 use crate::host::sync_dir_of;
 use crate::layer::{Layer, Wait};
 use crate::overlay::Usage;
+use crate::overlay::persist;
 use crate::part::path_for;
 use crate::spec::{DiskSpec, Format, Source, format_size, format_zeroed};
 
@@ -47,6 +48,8 @@ pub(super) fn run(args: &ImportArgs) -> anyhow::Result<u8> {
     if dir.exists() {
         anyhow::bail!("'{}' is there already: name a new directory", args.overlay.display());
     }
+    let dir = persist::real_place(&dir)
+        .map_err(|error| anyhow::anyhow!("overlay '{}' {error}", dir.display()))?;
     // Whole under its name, or not there: half of it would be mounted as if it were all.
     let part = path_for(&dir);
     if part.symlink_metadata().is_ok() {
@@ -69,7 +72,13 @@ pub(super) fn run(args: &ImportArgs) -> anyhow::Result<u8> {
     tidy::remove_on_signal(part.clone()).with_context(failed)?;
     let setting = Setting { allow_backing, ..Setting::unmounted() };
     let disk = disk::open(&spec, &setting)?.disk;
-    let taken = take(&disk, top.image.as_ref());
+    // What was allowed must be what was opened: the path may lead elsewhere by now.
+    let taken = match &top.backing {
+        Some((path, _)) if disk.base_path().as_ref() != Some(path) => Err(std::io::Error::other(
+            format!("'{}' changed its place meanwhile: try again", path.display()),
+        )),
+        _ => take(&disk, top.image.as_ref()),
+    };
     let taken = match taken {
         Ok(taken) => taken,
         Err(error) => {

@@ -158,19 +158,25 @@ pub(super) fn disk(text: &OsStr, dir: &Path) -> anyhow::Result<DiskSpec> {
 
 fn read_config(path: &Path, dir: &Path) -> anyhow::Result<Config> {
     let full = dir.join(path);
-    let home = full.parent().unwrap_or(dir);
-    let text = read_trusted(&full, home)
+    let (text, home) = read_trusted(&full)
         .with_context(|| format!("cannot read the configuration '{}'", path.display()))?;
-    spec::parse_config(&text, home)
+    spec::parse_config(&text, &home)
         .map_err(|error| Failure::usage(format!("'{}' {error}", path.display())))
 }
 
-/// Reads a file that commands may stand in (`to=cmd:`), in the directory `home`.
-fn read_trusted(path: &Path, home: &Path) -> anyhow::Result<String> {
-    let file = confined::open_input(path, Access::Read)?;
-    trust::check_file(&file, &confined::open_dir(home)?)?;
+/// Reads a file that commands may stand in (`to=cmd:`), and tells where its directory lies: without
+/// links, and nobody can turn that elsewhere.
+fn read_trusted(path: &Path) -> anyhow::Result<(String, PathBuf)> {
+    let (home, name) = (path.parent().context("it has no directory")?, path.file_name());
+    let home = confined::open_dir(home)?;
+    trust::check(&home)?;
+    let real = confined::real_path(&home)?;
+    // In a directory that is believed; a link there may lead elsewhere.
+    let file = confined::open_input(&real.join(name.context("it has no name")?), Access::Read)?;
+    let lies_in = confined::real_path(&file)?;
+    trust::check_file(&file, &confined::open_dir(lies_in.parent().unwrap_or(&real))?)?;
     let bytes = confined::read_to_limit(file, LONGEST_CONFIG)?;
-    String::from_utf8(bytes).context("it is not UTF-8")
+    Ok((String::from_utf8(bytes).context("it is not UTF-8")?, real))
 }
 
 #[cfg(test)]

@@ -13,7 +13,7 @@ use crate::base::place;
 use crate::catalog::Entry;
 use crate::disk::{Disk, Whereabouts};
 use crate::overlay::Usage;
-use crate::overlay::persist::Place;
+use crate::overlay::persist::{self, Place};
 use crate::spec::{format_size, format_zeroed};
 use crate::stream::output::{FinishError, Patience};
 use crate::stream::{Ending, Stream};
@@ -283,7 +283,9 @@ impl Control {
         match self.catalog.keep_in_store(name, entry, dir) {
             Some(kept) => kept?,
             None => {
-                let place = Place { dir, layers: None };
+                let real = persist::real_place(dir)
+                    .map_err(|error| format!("overlay '{}' {error}", dir.display()))?;
+                let place = Place { dir: &real, layers: None };
                 entry.disk.keep(place).map_err(|error| error.to_string())?;
             }
         }

@@ -104,6 +104,15 @@ impl Bottom {
         }
     }
 
+    /// Every file that it is read from.
+    pub(super) fn files(&self) -> impl Iterator<Item = &File> {
+        let (file, needs) = match self {
+            Self::File { file, needs, .. } => (Some(file), needs.as_slice()),
+            Self::Blank(_) => (None, [].as_slice()),
+        };
+        file.into_iter().chain(needs.iter().map(|(_, file)| file)).map(AsRef::as_ref)
+    }
+
     pub(super) fn allow_backing(&self) -> &[PathBuf] {
         match self {
             Self::File { allow_backing, .. } => allow_backing,

@@ -13,6 +13,7 @@ use super::{Disk, Home, Top};
 use crate::base::identity::Identity;
 use crate::base::place;
 use crate::base::{self, Writable};
+use crate::confined;
 use crate::extents::Kind;
 use crate::layer::{Layer, Wait};
 use crate::overlay::stack::{BaseRecord, Stack};
@@ -148,11 +149,22 @@ impl Disk {
             Home::Kept(home) => home.stack.base.clone(),
             Home::Nowhere | Home::Temporary { .. } => return Ok(()),
         };
-        let (BaseRecord::File { identity, .. }, Bottom::File { path, file, .. }) =
-            (recorded, &*self.bottom())
+        let (
+            BaseRecord::File { identity, path: recorded_path, .. },
+            Bottom::File { path, file, .. },
+        ) = (recorded, &*self.bottom())
         else {
             return Ok(());
         };
+        // A link in its place leads to a file that nobody has named.
+        let real = confined::real_path(&**file).map_err(LifeError::host("looking for the base"))?;
+        if real != recorded_path {
+            return Err(LifeError::Refused(format!(
+                "its base '{}' is '{}' by now: if that is right, say so with cowslip rebase",
+                recorded_path.display(),
+                real.display()
+            )));
+        }
         let now = Identity::of(file).map_err(LifeError::host("reading the base"))?;
         let other = identity.other_file(&now).filter(|_| is_resumed);
         if let Some(what) = other {

@@ -96,6 +96,26 @@ impl Overlay {
         Ok(())
     }
 
+    /// Refuses to reserve space for `blocks` when the host would hold more for this layer than its
+    /// limit: what is reserved is nobody else's, though no block of it is Data.
+    fn check_reserved(&self, blocks: &Range<BlockIndex>) -> io::Result<()> {
+        /// The host's own, for its list of extents.
+        const OVERHEAD: u64 = 1 << 20;
+        let Some(limit) = self.limit else {
+            return Ok(());
+        };
+        let taken = self.data.allocated()?;
+        let map = self.map.read();
+        let (held, data) =
+            (map.blocks.data_blocks(), map.blocks.count(blocks.clone(), State::Data));
+        let reserved =
+            taken.saturating_sub(held * self.block).saturating_sub(OVERHEAD) / self.block;
+        if held + reserved + (blocks.end.0 - blocks.start.0 - data) > limit {
+            return Err(errno(libc::ENOSPC));
+        }
+        Ok(())
+    }
+
     /// Puts `blocks` into `state`: in the log, then in the map. Returns the record's sequence.
     /// The caller has locked their ranges and, for Data, written them.
     pub(super) fn publish(&self, blocks: &Range<BlockIndex>, state: State) -> io::Result<u64> {
@@ -351,18 +371,26 @@ impl WritableLayer for Overlay {
     }
 
     fn allocate(&self, range: Range<u64>, wait: Wait) -> io::Result<()> {
-        self.with_relief(wait, 0, || {
-            // Whole blocks: a write of one byte takes all of its.
-            let blocks = self.blocks_of(&range);
-            let bytes = self.bytes_of(&blocks);
+        // Whole blocks: a write of one byte takes all of its.
+        let blocks = self.blocks_of(&range);
+        let bytes = self.bytes_of(&blocks);
+        let allocated = self.with_relief(wait, 0, || {
             // Shared with writers, not with what gives space back.
             let need = self.ranges.need(Need::default(), &bytes, Hold::Shared);
             let _held = self.ranges.lock(need, wait).ok_or_else(|| errno(libc::EAGAIN))?;
             check_wanted()?;
             self.check_limit(&blocks)?;
+            self.check_reserved(&blocks)?;
             self.pending.lock().remove(&bytes);
-            self.data.allocate(bytes)
-        })
+            self.data.allocate(bytes.clone()).inspect_err(|_| {
+                // The host may have reserved a part. What holds no data by then is given back.
+                self.pending.lock().add(bytes.clone(), self.durable.load(Ordering::Relaxed));
+            })
+        });
+        if allocated.as_ref().is_err_and(is_full) && wait == Wait::Yes {
+            self.sync_all(Pace::Whole)?;
+        }
+        allocated
     }
 
     fn set_size(&self, size: u64) -> io::Result<()> {

@@ -11,6 +11,7 @@ use std::fs::File;
 use std::io::{self, IoSlice};
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::fs::MetadataExt;
 use std::sync::{Arc, OnceLock};
 
 use parking_lot::RwLock;
@@ -54,6 +55,14 @@ pub trait Storage: Send + Sync {
     /// # Errors
     /// `ENOSPC`; `EOPNOTSUPP` where the file system cannot.
     fn allocate(&self, range: Range<u64>) -> io::Result<()>;
+
+    /// Bytes of the host that it takes, what is only reserved included; 0 where nobody knows.
+    ///
+    /// # Errors
+    /// The host's errno.
+    fn allocated(&self) -> io::Result<u64> {
+        Ok(0)
+    }
 
     /// Reserves space for `range`, which reads as zeros; the file is at least as long as that then.
     /// What is written there later changes no length, and so a sync of it writes no more than it.
@@ -365,6 +374,13 @@ impl Storage for HostFile {
             Some(file) => host::allocate(&file.file, inside),
             None => Err(host::errno(libc::EIO)),
         })
+    }
+
+    fn allocated(&self) -> io::Result<u64> {
+        let more = self.more.read();
+        let files = std::iter::once(&self.first).chain(more.values().map(AsRef::as_ref));
+        let blocks = files.map(|segment| Ok(segment.file.metadata()?.blocks()));
+        Ok(blocks.sum::<io::Result<u64>>()? * 512)
     }
 
     fn extend(&self, range: Range<u64>) -> io::Result<()> {

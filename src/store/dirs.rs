@@ -115,7 +115,10 @@ impl StoreDirs {
             }),
         };
         let (names, disks, layers) = (open("names")?, open("disks")?, open("layers")?);
-        Ok(Self { path: path.to_owned(), root, names, disks, layers })
+        let io = |error| StoreError::Io { dir: path.to_owned(), what: "opening it", error };
+        // Nobody can turn that elsewhere: only believed directories lead to it.
+        let path = confined::real_path(&root).map_err(io)?;
+        Ok(Self { path, root, names, disks, layers })
     }
 
     /// Makes it a store for good.

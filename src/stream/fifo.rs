@@ -27,6 +27,14 @@ pub(super) fn ensure(path: &Path) -> Result<(), SinkError> {
     };
     let found = found.map_err(|error| SinkError::host("open", path, &error.into()))?;
     match FileType::from_raw_mode(found.st_mode) {
+        // Whoever made a pipe can open it again, and reads what is sent or sends what is read.
+        FileType::Fifo if ![0, rustix::process::geteuid().as_raw()].contains(&found.st_uid) => {
+            Err(SinkError::wrong(
+                path,
+                "a named pipe of another user",
+                "fifo: needs a named pipe of your own, or nothing there",
+            ))
+        }
         FileType::Fifo => Ok(()),
         kind => Err(SinkError::wrong(
             path,

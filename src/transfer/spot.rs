@@ -60,7 +60,7 @@ impl Spot {
             return Ok(Self::Device(real));
         }
         if kind.is_file() {
-            let owner = Owner { mode: meta.mode() & 0o7777, uid: meta.uid(), gid: meta.gid() };
+            let owner = Owner { mode: meta.mode() & 0o777, uid: meta.uid(), gid: meta.gid() };
             return Ok(Self::File(real, owner));
         }
         refused(if kind.is_dir() { "a directory" } else { "no file" })

@@ -43,6 +43,8 @@ fn write(out: &Path, bytes: &[u8]) -> io::Result<()> {
         }
         // A pipe that nobody reads is not waited for.
         Ok(found) => found.open(OFlags::WRONLY)?.write_all(bytes),
+        // A link that leads nowhere was made for something else.
+        Err(error) if error.kind() == io::ErrorKind::NotFound && out.is_symlink() => Err(error),
         Err(error) if error.kind() == io::ErrorKind::NotFound => replace(out, bytes, None),
         Err(error) => Err(error),
     }
@@ -75,6 +77,15 @@ mod tests {
     fn names(dir: &Path) -> Vec<String> {
         let entries = fs::read_dir(dir).unwrap().flatten();
         entries.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect()
+    }
+
+    #[test]
+    fn a_link_that_leads_nowhere_stays() {
+        let dir = tempfile::tempdir().unwrap();
+        let link = dir.path().join("link");
+        std::os::unix::fs::symlink(dir.path().join("nothing"), &link).unwrap();
+        assert_eq!(write(&link, b"new").unwrap_err().kind(), io::ErrorKind::NotFound);
+        assert!(link.is_symlink() && !dir.path().join("nothing").exists());
     }
 
     #[test]

@@ -32,7 +32,7 @@ use super::{Disk, Home, Layers, Owner, Times, Top, mtime_of, now};
 use crate::base::place;
 use crate::base::{self, Access, BaseLayer, Opening};
 use crate::layer::{Layer, Wait};
-use crate::overlay::persist::Place;
+use crate::overlay::persist::{self, Place};
 use crate::overlay::recover::Recovered;
 use crate::overlay::sealed::Sealed;
 use crate::overlay::shelf::Shelf;
@@ -100,6 +100,8 @@ pub fn open(spec: &DiskSpec, setting: &Setting<'_>) -> Result<Opened, OpenError>
     if let Source::Stream(stream) = &spec.source {
         return super::stream::open(spec, stream, setting);
     }
+    let dir = spec.overlay.as_deref().map(|dir| persist::real_place(dir).map_err(in_overlay(dir)));
+    let spec = &DiskSpec { overlay: dir.transpose()?, ..spec.clone() };
     let place = spec.overlay.as_deref().map(|dir| Place { dir, layers: None });
     let opened = complete(spec, open_layers(spec, place, setting, &Arc::default())?)?;
     if opened.disk.attributes(Wait::No).is_err() {
@@ -208,7 +210,9 @@ fn stacked(overlay: Overlay, below: Vec<Arc<Overlay>>, base: &Arc<dyn Layer>) ->
 /// The owner of a disk that was not mounted before: the one who mounts, and readable by whom the
 /// base is readable.
 pub(super) fn first_owner(spec: &DiskSpec, bottom: &Bottom, setting: &Setting<'_>) -> Owner {
-    let readable = bottom.metadata().map_or(0, |found| found.mode() & 0o044);
+    // What all files that it is read from allow: a backing file may be more private than its image.
+    let modes = bottom.files().map(|file| file.metadata().map_or(0, |found| found.mode()));
+    let readable = modes.reduce(|all, mode| all & mode).unwrap_or(0) & 0o044;
     let perm = if spec.mode == Mode::ReadOnly { 0o400 } else { 0o600 } | readable;
     let perm = u16::try_from(perm).unwrap_or(0o600);
     Owner {

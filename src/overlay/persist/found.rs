@@ -1,6 +1,7 @@
 //! Overlays that are there: locked first, read after.
 
 use std::fs::File;
+use std::io;
 use std::path::Path;
 use std::sync::Arc;
 use std::thread;
@@ -16,6 +17,7 @@ use crate::overlay::recover::{self, Files, Recovered};
 use crate::overlay::shelf::Shelf;
 use crate::overlay::stack::{LayerFiles, LayerRecord, Stack, StackError, doing, layer_files};
 use crate::overlay::{Overlay, life};
+use crate::trust;
 
 /// How long a daemon that is draining is waited for.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -46,7 +48,10 @@ pub fn find(place: Place<'_>) -> Result<Found, StackError> {
     let mut record = top_layer(&Stack::read(&dir)?)?;
     let layers = match place.layers {
         None => confined::open_subdir(&dir, "layers"),
-        Some(path) => open_dir(path),
+        Some(path) => open_dir(path).and_then(|dir| {
+            trust::check(&dir).map_err(io::Error::other)?;
+            Ok(dir)
+        }),
     };
     let layers = layers.map_err(|error| match error.kind() {
         std::io::ErrorKind::NotFound if place.layers.is_none() => StackError::NoLayers,

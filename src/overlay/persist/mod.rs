@@ -12,7 +12,7 @@ mod residence;
 
 use std::fs::File;
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
@@ -27,7 +27,7 @@ pub(crate) use self::residence::remove_layer;
 use super::Overlay;
 use super::recover::Recovered;
 use super::stack::{LayerRecord, Stack, StackError, doing};
-use crate::confined::open_dir;
+use crate::confined::{self, open_dir};
 use crate::spec::OverlayKind;
 use crate::trust;
 
@@ -95,6 +95,26 @@ pub fn open_overlay(dir: &Path) -> Result<File, StackError> {
     })?;
     trust::check(&dir)?;
     Ok(dir)
+}
+
+/// Where the overlay at `dir` lies, or is to be made: a path without links that only believed
+/// directories lead to, so that nobody can turn it elsewhere afterwards.
+///
+/// # Errors
+/// [`StackError`]: untrusted, no directory, no directory to make it in.
+pub fn real_place(dir: &Path) -> Result<PathBuf, StackError> {
+    let looking = || doing("looking for its place");
+    match open_overlay(dir) {
+        Ok(found) => return confined::real_path(&found).map_err(looking()),
+        Err(StackError::Io { error, .. }) if error.kind() == io::ErrorKind::NotFound => {}
+        Err(error) => return Err(error),
+    }
+    let (Some(parent), Some(name)) = (dir.parent(), dir.file_name()) else {
+        return Err(looking()(io::ErrorKind::NotFound.into()));
+    };
+    let found = open_dir(parent).map_err(|_| StackError::NoParent(parent.to_owned()))?;
+    trust::check(&found)?;
+    Ok(confined::real_path(&found).map_err(looking())?.join(name))
 }
 
 /// The layer that is written to.
