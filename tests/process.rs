@@ -172,7 +172,7 @@ fn a_foreground_mount_keeps_what_its_caller_gave_and_its_commands_do_not() {
 #[test]
 fn commands_of_streams_have_the_umask_and_the_limits_of_the_caller() {
     let lab = Lab::new();
-    let before = "umask 027; ulimit -Sn 300; ulimit -Sc 7; export NOTIFY_SOCKET=/nowhere";
+    let before = "umask 027; ulimit -Sn 300; ulimit -c unlimited; ulimit -Sc 7; export NOTIFY_SOCKET=/nowhere";
     let lines = "(umask; ulimit -Sn; ulimit -Sc; echo ${NOTIFY_SOCKET-none})";
     assert_eq!(told_by_a_command(&lab, before, lines, ""), "0027\n300\n7\nnone\n");
     let pid = lab.pid();

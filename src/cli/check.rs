@@ -6,7 +6,7 @@
 //! could not be looked at.
 
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
 use clap::Args;
@@ -58,7 +58,7 @@ pub(super) fn run(args: &CheckArgs) -> anyhow::Result<u8> {
     let store = if is_store { Some(StoreDirs::open(dir)?) } else { None };
     let (mut text, mut damaged) = (Vec::new(), false);
     if let Some(store) = &store {
-        let (shown, is_damaged) = check_store(store, manner)?;
+        let (shown, is_damaged) = check_store(store, dir, manner)?;
         damaged |= is_damaged;
         text.extend(shown);
     }
@@ -76,8 +76,12 @@ pub(super) fn run(args: &CheckArgs) -> anyhow::Result<u8> {
 
 /// What lies in a store and belongs to no disk, and whether some of that is damage. A repair
 /// removes it first: what has no name is not worth a look.
-fn check_store(store: &StoreDirs, manner: Manner) -> anyhow::Result<(Option<String>, bool)> {
-    let at = || format!("cannot sweep the store '{}'", store.path().display());
+fn check_store(
+    store: &StoreDirs,
+    dir: &Path,
+    manner: Manner,
+) -> anyhow::Result<(Option<String>, bool)> {
+    let at = || format!("cannot sweep the store '{}'", dir.display());
     let left = store.leftovers().with_context(at)?;
     let mut text = String::new();
     let mut tell = |kind: &str, name: &str, why: &str, next: &str, removed: io::Result<()>| {
@@ -118,7 +122,7 @@ fn check_store(store: &StoreDirs, manner: Manner) -> anyhow::Result<(Option<Stri
         text = "repair   nothing to do\n".to_owned();
     }
     let is_damaged = manner == Manner::Look && !left.names.is_empty();
-    let heading = format!("store    {}\n", store.path().display());
+    let heading = format!("store    {}\n", dir.display());
     Ok(((!text.is_empty()).then(|| heading + &text), is_damaged))
 }
 
@@ -447,7 +451,6 @@ fn state(recovered: Recovered) -> String {
 #[cfg(test)]
 mod tests {
     use std::fs::{self, File};
-    use std::path::Path;
 
     use super::*;
     use crate::confined::open_dir;

@@ -93,10 +93,15 @@ pub fn build(
     };
     let layers = layers.map_err(doing("making its layers"))?;
     let uuids: Vec<Uuid> = parts.iter().map(|part| part.record.uuid).collect();
-    let made = build_in(draft.dir(), &layers, &stack, parts, limit).and_then(|made| {
-        let dir = draft.place(place.dir, parent).map_err(doing("putting it in its place"))?;
-        Ok((made, dir))
-    });
+    // Not moved into a closure: what is not put into its place removes itself last of all, when the
+    // other descriptors are free for that.
+    let made = match build_in(draft.dir(), &layers, &stack, parts, limit) {
+        Ok(made) => draft
+            .place(place.dir, parent)
+            .map(|dir| (made, dir))
+            .map_err(doing("putting it in its place")),
+        Err(error) => Err(error),
+    };
     match made {
         Ok(((overlay, below, lock), dir)) => {
             let home = Residence { stack, dir, layers, lock, torn: false };
