@@ -228,8 +228,13 @@ pub fn create_file(dir: impl AsFd, name: impl AsRef<Path>) -> io::Result<File> {
 /// # Errors
 /// The host's errno, `EISDIR` among them.
 pub fn recreate_file(dir: impl AsFd, name: impl AsRef<Path>) -> io::Result<File> {
-    remove_file(&dir, &name)?;
-    create_file(dir, name)
+    match create_file(&dir, &name) {
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+            remove_file(&dir, &name)?;
+            create_file(dir, name)
+        }
+        created => created,
+    }
 }
 
 /// Unlinks `name` in `dir`, if it is there; a link itself, never what it leads to.
