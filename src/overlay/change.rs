@@ -383,8 +383,10 @@ impl WritableLayer for Overlay {
             self.check_reserved(&blocks)?;
             self.pending.lock().remove(&bytes);
             self.data.allocate(bytes.clone()).inspect_err(|_| {
-                // The host may have reserved a part. What holds no data by then is given back.
-                self.pending.lock().add(bytes.clone(), self.durable.load(Ordering::Relaxed));
+                // The host may have reserved a part. What holds no data by then is given back: once
+                // every record up to now is vouched, for one of them may have freed what lies here.
+                let sequence = self.log.as_ref().map_or(0, Log::last);
+                self.pending.lock().add(bytes.clone(), sequence);
             })
         });
         if allocated.as_ref().is_err_and(is_full) && wait == Wait::Yes {
