@@ -15,6 +15,7 @@ use std::fs::{self, File, FileTimes, OpenOptions, Permissions};
 use std::io::{Seek, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant, UNIX_EPOCH};
@@ -1014,8 +1015,10 @@ fn a_read_that_has_to_wait_is_answered_though_no_thread_can_be_made() {
     let slow = lab.open_with("m/slow", libc::O_DIRECT);
     // Asked once: who asks for the status has a thread answer.
     let pid = lab.pid();
-    let pool = || lab.sh(&format!("cat /proc/{pid}/task/*/comm")).matches("cowslip-io").count();
-    wait_until("threads without work are gone", || pool() == 0);
+    let is_in_a_pool = |thread: PathBuf| {
+        fs::read_to_string(thread.join("comm")).is_ok_and(|name| name.trim() == "cowslip-io")
+    };
+    wait_until("threads without work are gone", || !threads_of(pid).into_iter().any(is_in_a_pool));
     let no_more = "inject=?clone,?clone3:error=EAGAIN".to_owned();
     let strace = Strace::attach_with(&lab, pid, "?clone,?clone3", &[no_more]);
     for turn in 0..8 {

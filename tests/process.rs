@@ -6,7 +6,7 @@ mod common;
 
 use std::fs::{self, OpenOptions};
 use std::os::linux::net::SocketAddrExt;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::os::unix::net::{SocketAddr, UnixDatagram};
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
@@ -190,6 +190,24 @@ fn commands_of_streams_have_the_umask_and_the_limits_of_the_caller() {
         "umask 027; $COWSLIP mount m s=stream:64K,to=file:made; echo x > m/s; $COWSLIP finish m/s",
     );
     assert_eq!(lab.sh("stat -c %a made").trim(), "640");
+    lab.end();
+}
+
+#[test]
+fn a_daemon_has_no_memory_dump_taken_of_it() {
+    let mut lab = Lab::new();
+    lab.base("base", MIB);
+    // The kernel gives the files of a process to its group as long as it may be dumped, else to
+    // root's (proc(5), `/proc/PID`).
+    lab.sh("setpriv --regid 65534 --clear-groups $COWSLIP mount m d=base");
+    let daemon = fs::metadata(format!("/proc/{}/status", daemons_of(lab.dir())[0])).unwrap();
+    assert_eq!(daemon.gid(), 0);
+    let mut other = lab.command("setpriv");
+    other.args(["--regid", "65534", "--clear-groups", "cat"]).stdin(Stdio::piped());
+    let mut other = Running(other.spawn().unwrap());
+    let is_its_own = |pid: u32| fs::metadata(format!("/proc/{pid}/status")).unwrap().gid() == 65534;
+    wait_until("cat runs", || is_its_own(other.0.id()));
+    drop(other.0.stdin.take());
     lab.end();
 }
 

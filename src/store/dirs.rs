@@ -18,7 +18,7 @@ use uuid::Uuid;
 
 use super::StoreError;
 use crate::confined::{self, entries, open_dir, open_subdir, stranger_in};
-use crate::overlay::persist::remove_layer;
+use crate::overlay::persist::{DRAFT_PREFIX, remove_layer};
 use crate::overlay::stack::{Stack, StackError, doing};
 use crate::trust;
 
@@ -36,8 +36,6 @@ const VERSION: u32 = 1;
 
 /// What a new file system may hold besides.
 const LOST_AND_FOUND: &str = "lost+found";
-/// How the directory of a disk begins while it is being made.
-const DRAFT: &str = ".cowslip-";
 /// The files that the directory of a disk may hold.
 const DISK_FILES: [&str; 4] = ["stack", "stack.new", "holder", "holder.new"];
 
@@ -150,7 +148,9 @@ impl StoreDirs {
     fn is_store_like(&self) -> io::Result<bool> {
         let is_uuid = |name: &String| uuid_of(name).is_some();
         Ok(self.targets().is_ok()
-            && entries(&self.disks)?.iter().all(|name| is_uuid(name) || name.starts_with(DRAFT))
+            && entries(&self.disks)?
+                .iter()
+                .all(|name| is_uuid(name) || name.starts_with(DRAFT_PREFIX))
             && entries(&self.layers)?.iter().all(is_uuid))
     }
 
@@ -224,7 +224,7 @@ impl StoreDirs {
                     });
                 }
                 Some(_) => found.disks.push(name),
-                None if name.starts_with(DRAFT) => found.disks.push(name),
+                None if name.starts_with(DRAFT_PREFIX) => found.disks.push(name),
                 None => found.strangers.push(format!("disks/{name}")),
             }
         }

@@ -132,7 +132,8 @@ pub fn wait_held_up(pid: u32, call: libc::c_long, count: usize) {
     });
 }
 
-fn threads_of(pid: u32) -> Vec<PathBuf> {
+/// The directories of its threads in `/proc`; any of them may be gone when it is looked at.
+pub fn threads_of(pid: u32) -> Vec<PathBuf> {
     let threads = fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten();
     threads.flatten().map(|thread| thread.path()).collect()
 }

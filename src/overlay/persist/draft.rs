@@ -20,7 +20,7 @@ use super::remove_layer;
 use crate::confined::{entries, open_dir, open_subdir, remove_file, stranger_in};
 
 /// How the name of one begins.
-const PREFIX: &str = ".cowslip-";
+pub(crate) const DRAFT_PREFIX: &str = ".cowslip-";
 /// One that is younger may not be locked yet.
 const MINUTE: Duration = Duration::from_secs(60);
 /// The files that may lie right in one.
@@ -42,7 +42,7 @@ impl Draft {
     /// The host's errno.
     pub(in crate::overlay) fn new(parent: &Path) -> io::Result<Self> {
         let mut builder = tempfile::Builder::new();
-        builder.prefix(PREFIX).permissions(Permissions::from_mode(0o700));
+        builder.prefix(DRAFT_PREFIX).permissions(Permissions::from_mode(0o700));
         let temp = builder.tempdir_in(parent)?;
         let dir = open_dir(temp.path())?;
         flock(&dir, FlockOperation::NonBlockingLockExclusive)?;
@@ -74,7 +74,7 @@ pub(in crate::overlay) fn sweep(parent: &Path) {
     let Ok(listing) = rustix::fs::Dir::read_from(&dir) else { return };
     let names =
         listing.flatten().filter_map(|entry| entry.file_name().to_str().ok().map(str::to_owned));
-    for name in names.filter(|name| name.starts_with(PREFIX)) {
+    for name in names.filter(|name| name.starts_with(DRAFT_PREFIX)) {
         match remove_abandoned(&dir, &name) {
             Ok(true) => {
                 log::info!("removed '{name}', left behind by an overlay that was being made");

@@ -19,6 +19,7 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 pub use self::build::{New, Part, PutData, build, create};
+pub(crate) use self::draft::DRAFT_PREFIX;
 pub(super) use self::draft::Draft;
 pub use self::found::{Found, find};
 pub(super) use self::found::{lock, open_sealed};
