@@ -8,7 +8,7 @@ use std::hint::black_box;
 use std::io;
 use std::time::Instant;
 
-use cowslip::overlay::blocks::{BlockIndex, BlockMap, State};
+use cowslip::overlay::blocks::{BlockIndex, BlockMap, BlockState};
 
 /// Blocks of 4 KiB in 1 TiB.
 const BLOCKS: u64 = 1 << 28;
@@ -26,7 +26,7 @@ fn main() -> io::Result<()> {
     let start = Instant::now();
     let mut map = BlockMap::new();
     for block in (0..BLOCKS).step_by(2) {
-        map.set(BlockIndex(block)..BlockIndex(block + 1), State::Data);
+        map.set(BlockIndex(block)..BlockIndex(block + 1), BlockState::Data);
     }
     let (took, after) = (start.elapsed().as_secs_f64(), resident()?);
     // Alive until here.

@@ -6,9 +6,9 @@ use std::hint::black_box;
 use std::num::NonZeroUsize;
 use std::ops::Range;
 
-use cowslip::extents::{Extent, Kind, describe};
-use cowslip::overlay::blocks::{BlockIndex, BlockMap, CHUNK_BLOCKS, State};
-use cowslip::overlay::record::Record;
+use cowslip::extents::{Extent, ExtentKind, describe};
+use cowslip::overlay::blocks::{BlockIndex, BlockMap, CHUNK_BLOCKS, BlockState};
+use cowslip::overlay::record::LogRecord;
 use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_main};
 use uuid::Uuid;
 
@@ -27,7 +27,7 @@ fn blocks(range: Range<u64>) -> Range<BlockIndex> {
 fn alternating(chunks: u64) -> BlockMap {
     let mut map = BlockMap::new();
     for block in (0..chunks * CHUNK_BLOCKS).step_by(2) {
-        map.set(blocks(block..block + 1), State::Data);
+        map.set(blocks(block..block + 1), BlockState::Data);
     }
     map
 }
@@ -49,12 +49,12 @@ fn map(criterion: &mut Criterion) {
     group.bench_function("set one block", |bencher| {
         bencher.iter(|| {
             let block = next();
-            written.set(blocks(block..block + 1), State::Data);
+            written.set(blocks(block..block + 1), BlockState::Data);
         });
     });
     group.bench_function("set 16 TiB over 64 mixed chunks", |bencher| {
         let change = |mut map: BlockMap| {
-            map.set(blocks(0..HUGE), State::Zero);
+            map.set(blocks(0..HUGE), BlockState::Zero);
             map
         };
         let mixed = alternating(CHUNKS);
@@ -81,8 +81,8 @@ fn extents(criterion: &mut Criterion) {
     group.throughput(Throughput::Elements(EXTENTS));
     let answer = |rest: Range<u64>| {
         let kind = match rest.start / 4096 % 2 {
-            0 => Kind::Data,
-            _ => Kind::Hole,
+            0 => ExtentKind::Data,
+            _ => ExtentKind::Hole,
         };
         Ok::<_, Infallible>(Extent::new(rest.start..rest.start + 4096, kind))
     };
@@ -95,13 +95,13 @@ fn extents(criterion: &mut Criterion) {
 fn record(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("record");
     let uuid = Uuid::from_u128(7);
-    let set = Record::Set { range: blocks(3..4), state: State::Data };
+    let set = LogRecord::Set { range: blocks(3..4), state: BlockState::Data };
     let bytes = set.encode(&uuid, 1);
     group.bench_function("encode", |bencher| {
         bencher.iter(|| black_box(&set).encode(&uuid, black_box(1)));
     });
     group.bench_function("decode", |bencher| {
-        bencher.iter(|| Record::decode(black_box(&bytes), &uuid));
+        bencher.iter(|| LogRecord::decode(black_box(&bytes), &uuid));
     });
     group.finish();
 }

@@ -8,12 +8,12 @@ pub const ALIGNMENT: usize = 4096;
 
 /// A buffer that begins on a page border.
 #[derive(Debug, Default)]
-pub struct Aligned {
+pub struct AlignedBuf {
     bytes: Vec<u8>,
     start: usize,
 }
 
-impl Aligned {
+impl AlignedBuf {
     /// One that holds nothing.
     #[must_use]
     pub const fn new() -> Self {
@@ -22,7 +22,7 @@ impl Aligned {
 
     /// A buffer that holds `data`.
     #[must_use]
-    pub fn of(data: &[u8]) -> Self {
+    pub fn copy_of(data: &[u8]) -> Self {
         let mut bytes: Vec<u8> = Vec::with_capacity(data.len() + ALIGNMENT);
         let start = bytes.as_ptr().align_offset(ALIGNMENT).min(ALIGNMENT);
         // Inside the capacity: it is not moved.
@@ -32,7 +32,7 @@ impl Aligned {
     }
 
     /// Room for `len` bytes, kept from call to call; what is in it is left over or zero.
-    pub fn room(&mut self, len: usize) -> &mut [u8] {
+    pub fn prepare(&mut self, len: usize) -> &mut [u8] {
         if self.bytes.len() < self.start + len {
             self.bytes = vec![0; len + ALIGNMENT];
             self.start = self.bytes.as_ptr().align_offset(ALIGNMENT).min(ALIGNMENT);
@@ -42,7 +42,7 @@ impl Aligned {
 
     /// All it holds.
     #[must_use]
-    pub fn bytes(&self) -> &[u8] {
+    pub fn as_slice(&self) -> &[u8] {
         &self.bytes[self.start..]
     }
 }
@@ -53,17 +53,17 @@ mod tests {
 
     #[test]
     fn every_buffer_begins_on_a_page_border_and_holds_what_it_should() {
-        let mut kept = Aligned::default();
+        let mut kept = AlignedBuf::default();
         for len in [0, 1, 511, 4096, 70_000, 4096, 1 << 20, (1 << 20) + 1] {
             let data: Vec<u8> = (0..len).zip((0..251_u8).cycle()).map(|(_, byte)| byte).collect();
-            let copy = Aligned::of(&data);
-            assert_eq!(copy.bytes(), data);
-            assert!(len == 0 || copy.bytes().as_ptr().align_offset(ALIGNMENT) == 0);
-            let room = kept.room(len);
+            let copy = AlignedBuf::copy_of(&data);
+            assert_eq!(copy.as_slice(), data);
+            assert!(len == 0 || copy.as_slice().as_ptr().align_offset(ALIGNMENT) == 0);
+            let room = kept.prepare(len);
             assert_eq!(room.len(), len);
             assert!(len == 0 || room.as_ptr().align_offset(ALIGNMENT) == 0);
             room.copy_from_slice(&data);
-            assert_eq!(kept.bytes()[..len], data);
+            assert_eq!(kept.as_slice()[..len], data);
         }
     }
 }

@@ -16,14 +16,14 @@ use std::sync::{Arc, Weak};
 use dashmap::DashMap;
 use parking_lot::RwLock;
 
-use crate::disk::{Disk, Opened, Owner, Setting, Shown, Use, Window, split_name};
-use crate::host::errno;
-use crate::name::{self, CONTROL};
+use crate::disk::{Disk, OpenedDisk, DiskOwner, OpenContext, DiskFile, InUse, PartitionFile, split_name};
+use crate::host::os_error;
+use crate::name::{self, CONTROL_DIR};
 use crate::store::{Store, StoreError};
 
 /// Where a disk comes from, and so what may be done with its name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Origin {
+pub enum DiskOrigin {
     /// The command line or the TOML file.
     Given,
     /// The store.
@@ -31,45 +31,45 @@ pub enum Origin {
 }
 
 /// A disk in the catalog.
-pub struct Entry {
+pub struct CatalogEntry {
     /// The disk.
     pub disk: Arc<Disk>,
     /// Where it comes from.
-    pub origin: Origin,
+    pub origin: DiskOrigin,
     /// A small number, for the inode numbers of its control files.
     pub slot: u64,
 }
 
 /// What rename(2) does with a disk of the new name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Over {
+pub enum RenameMode {
     /// It goes.
     Replace,
     /// It is an error (`RENAME_NOREPLACE`).
-    Refuse,
+    NoReplace,
 }
 
 /// Refuses what cannot be the name of a disk.
 fn check_name(name: &str) -> io::Result<()> {
     name::check(name)?;
-    if name == CONTROL { Err(errno(libc::EINVAL)) } else { Ok(()) }
+    if name == CONTROL_DIR { Err(os_error(libc::EINVAL)) } else { Ok(()) }
 }
 
 /// The names of a mount's disks.
-type Names = BTreeMap<String, Arc<Entry>>;
+type DiskNames = BTreeMap<String, Arc<CatalogEntry>>;
 
 /// The window that `name` leads to.
-fn find_window(names: &Names, name: &str) -> Option<(Arc<Disk>, Arc<Window>)> {
+fn find_partition(names: &DiskNames, name: &str) -> Option<(Arc<Disk>, Arc<PartitionFile>)> {
     let (disk, number) = split_name(name)?;
     let disk = &names.get(disk)?.disk;
-    let window = disk.windows().iter().find(|window| window.number() == number)?;
+    let window = disk.partition_files().iter().find(|window| window.number() == number)?;
     Some((Arc::clone(disk), Arc::clone(window)))
 }
 
 /// Why `disk` cannot be called `name` beside `names`, in one line without its name: a window is in
 /// the way.
-fn find_clash(names: &Names, name: &str, disk: &Disk) -> Option<String> {
-    if let Some((other, window)) = find_window(names, name)
+fn find_clash(names: &DiskNames, name: &str, disk: &Disk) -> Option<String> {
+    if let Some((other, window)) = find_partition(names, name)
         && other.uuid != disk.uuid
     {
         let number = window.number();
@@ -77,7 +77,7 @@ fn find_clash(names: &Names, name: &str, disk: &Disk) -> Option<String> {
             "that is the name of partition {number} of another disk: give one another NAME="
         ));
     }
-    disk.windows().iter().find_map(|window| {
+    disk.partition_files().iter().find_map(|window| {
         let (part, number) = (window.name(name), window.number());
         if name::check(&part).is_err() {
             return Some(format!(
@@ -95,14 +95,14 @@ fn find_clash(names: &Names, name: &str, disk: &Disk) -> Option<String> {
 pub struct Catalog {
     /// Where it is mounted.
     pub mountpoint: PathBuf,
-    names: RwLock<Names>,
+    names: RwLock<DiskNames>,
     /// By inode number, the nameless ones included.
-    inodes: DashMap<u64, Arc<Entry>>,
+    inodes: DashMap<u64, Arc<CatalogEntry>>,
     /// The windows of those disks, by inode number.
-    windows: DashMap<u64, Shown>,
+    partitions: DashMap<u64, DiskFile>,
     /// Snapshots that were looked up, by inode number.
     snapshots: DashMap<u64, Weak<Disk>>,
-    slots: AtomicU64,
+    next_slot: AtomicU64,
     store: Option<Store>,
 }
 
@@ -114,9 +114,9 @@ impl Catalog {
             mountpoint: mountpoint.to_owned(),
             names: RwLock::default(),
             inodes: DashMap::new(),
-            windows: DashMap::new(),
+            partitions: DashMap::new(),
             snapshots: DashMap::new(),
-            slots: AtomicU64::new(1),
+            next_slot: AtomicU64::new(1),
             store,
         }
     }
@@ -127,8 +127,8 @@ impl Catalog {
     /// As [`Store::open_disks`].
     pub fn open_stored(
         &self,
-        setting: &Setting<'_>,
-        each: impl FnMut(&str, Opened) -> Result<(), String>,
+        setting: &OpenContext<'_>,
+        each: impl FnMut(&str, OpenedDisk) -> Result<(), String>,
     ) -> Result<(), String> {
         self.store.as_ref().map_or(Ok(()), |store| store.open_disks(setting, each))
     }
@@ -151,14 +151,14 @@ impl Catalog {
     pub fn keep_in_store(
         &self,
         name: &str,
-        entry: &Entry,
+        entry: &CatalogEntry,
         dir: &Path,
     ) -> Option<Result<(), String>> {
         let store = self.store_at(dir)?;
         let kept = store.keep(&entry.disk, name).map_err(|error| error.to_string());
         if kept.is_ok() {
             let disk = Arc::clone(&entry.disk);
-            let stored = Arc::new(Entry { disk, origin: Origin::Stored, slot: entry.slot });
+            let stored = Arc::new(CatalogEntry { disk, origin: DiskOrigin::Stored, slot: entry.slot });
             let mut names = self.names.write();
             if names.get(name).is_none_or(|there| there.slot != entry.slot) {
                 return Some(Err(
@@ -175,13 +175,13 @@ impl Catalog {
     ///
     /// # Errors
     /// A line for the user; nothing is left behind then.
-    pub fn clone_disk(&self, entry: &Entry, to: &str) -> Result<Arc<Disk>, String> {
+    pub fn clone_disk(&self, entry: &CatalogEntry, to: &str) -> Result<Arc<Disk>, String> {
         let Some(store) = &self.store else {
             return Err("the mount has no store: mount with --store DIR, and the disk with \
                         overlay=DIR, to clone it"
                 .to_owned());
         };
-        if entry.origin != Origin::Stored {
+        if entry.origin != DiskOrigin::Stored {
             let dir = store.dir().display();
             return Err(match entry.disk.overlay_dir() {
                 None if entry.disk.overlay().is_some() => {
@@ -197,7 +197,7 @@ impl Catalog {
             });
         }
         check_name(to).map_err(|_| format!("'{to}' cannot be the name of a disk: take another"))?;
-        if self.named(to).is_some() || self.window_named(to).is_some() {
+        if self.named(to).is_some() || self.partition_named(to).is_some() {
             return Err(format!("there is a disk '{to}' already: take another name"));
         }
         let opened = store.clone_disk(&entry.disk, to).map_err(|error| match error {
@@ -205,7 +205,7 @@ impl Catalog {
             error => error.to_string(),
         })?;
         let disk = Arc::new(opened.disk);
-        self.add_new(store, to, &disk).map_err(|error| error.to_string())?;
+        self.add_stored(store, to, &disk).map_err(|error| error.to_string())?;
         Ok(disk)
     }
 
@@ -213,29 +213,29 @@ impl Catalog {
     ///
     /// # Errors
     /// `EEXIST`; `EINVAL` and `ENAMETOOLONG` for what cannot be the name of a disk.
-    pub fn add(&self, name: &str, disk: Arc<Disk>, origin: Origin) -> io::Result<Arc<Entry>> {
+    pub fn add(&self, name: &str, disk: Arc<Disk>, origin: DiskOrigin) -> io::Result<Arc<CatalogEntry>> {
         check_name(name)?;
         let mut names = self.names.write();
         if names.contains_key(name)
             || self.inodes.contains_key(&disk.ino())
             || find_clash(&names, name, &disk).is_some()
-            || disk.windows().iter().any(|window| self.windows.contains_key(&window.ino()))
+            || disk.partition_files().iter().any(|window| self.partitions.contains_key(&window.ino()))
         {
-            return Err(errno(libc::EEXIST));
+            return Err(os_error(libc::EEXIST));
         }
-        self.show_windows(&disk);
-        let slot = self.slots.fetch_add(1, Ordering::Relaxed);
-        let entry = Arc::new(Entry { disk, origin, slot });
+        self.index_partitions(&disk);
+        let slot = self.next_slot.fetch_add(1, Ordering::Relaxed);
+        let entry = Arc::new(CatalogEntry { disk, origin, slot });
         names.insert(name.to_owned(), Arc::clone(&entry));
         self.inodes.insert(entry.disk.ino(), Arc::clone(&entry));
         Ok(entry)
     }
 
     /// Makes the windows of `disk` known by their inode numbers.
-    fn show_windows(&self, disk: &Arc<Disk>) {
-        for window in disk.windows() {
-            let shown = Shown::part(Arc::clone(disk), Arc::clone(window));
-            self.windows.insert(window.ino(), shown);
+    fn index_partitions(&self, disk: &Arc<Disk>) {
+        for window in disk.partition_files() {
+            let shown = DiskFile::partition(Arc::clone(disk), Arc::clone(window));
+            self.partitions.insert(window.ino(), shown);
         }
     }
 
@@ -244,10 +244,10 @@ impl Catalog {
     ///
     /// # Errors
     /// A line for the user, without the name; the disk has no windows then, or none that is seen.
-    pub fn show_partitions(&self, name: &str, entry: &Entry) -> Result<Vec<String>, String> {
+    pub fn show_partitions(&self, name: &str, entry: &CatalogEntry) -> Result<Vec<String>, String> {
         let notes = entry.disk.show_partitions(name).map_err(|error| error.to_string())?;
         self.check_clash(name, &entry.disk)?;
-        self.show_windows(&entry.disk);
+        self.index_partitions(&entry.disk);
         Ok(notes)
     }
 
@@ -261,47 +261,47 @@ impl Catalog {
 
     /// The window of that name.
     #[must_use]
-    pub fn window_named(&self, name: &str) -> Option<Shown> {
-        let (disk, window) = find_window(&self.names.read(), name)?;
-        Some(Shown::part(disk, window))
+    pub fn partition_named(&self, name: &str) -> Option<DiskFile> {
+        let (disk, window) = find_partition(&self.names.read(), name)?;
+        Some(DiskFile::partition(disk, window))
     }
 
     /// The disk of that name.
     #[must_use]
-    pub fn named(&self, name: &str) -> Option<Arc<Entry>> {
+    pub fn named(&self, name: &str) -> Option<Arc<CatalogEntry>> {
         self.names.read().get(name).cloned()
     }
 
     /// What the file of that name shows: a disk or a window.
     #[must_use]
-    pub fn shown(&self, name: &str) -> Option<Shown> {
-        let disk = self.named(name).map(|entry| Shown::from(Arc::clone(&entry.disk)));
-        disk.or_else(|| self.window_named(name))
+    pub fn file_named(&self, name: &str) -> Option<DiskFile> {
+        let disk = self.named(name).map(|entry| DiskFile::from(Arc::clone(&entry.disk)));
+        disk.or_else(|| self.partition_named(name))
     }
 
-    /// As [`shown`](Self::shown), for the kernel, which is led there: the disk stays, also without
+    /// As [`file_named`](Self::file_named), for the kernel, which is led there: the disk stays, also without
     /// its name, until the kernel has [`forgotten`](Disk::forgotten) that.
     #[must_use]
-    pub fn look_up(&self, name: &str) -> Option<Shown> {
+    pub fn look_up(&self, name: &str) -> Option<DiskFile> {
         // Under the lock: who takes the name away sees that it was looked up.
         let names = self.names.read();
-        let disk = names.get(name).map(|entry| Shown::from(Arc::clone(&entry.disk)));
-        let window = || find_window(&names, name).map(|(disk, part)| Shown::part(disk, part));
+        let disk = names.get(name).map(|entry| DiskFile::from(Arc::clone(&entry.disk)));
+        let window = || find_partition(&names, name).map(|(disk, part)| DiskFile::partition(disk, part));
         // Nobody tells the kernel to forget a window's name with the disk's: it is not counted.
-        disk.inspect(|shown| shown.disk().refer()).or_else(window)
+        disk.inspect(|shown| shown.disk().add_lookup()).or_else(window)
     }
 
     /// What the file of that inode shows: a disk, a window or a snapshot.
     #[must_use]
-    pub fn inode(&self, ino: u64) -> Option<Shown> {
+    pub fn file_by_ino(&self, ino: u64) -> Option<DiskFile> {
         let disk = self.inodes.get(&ino).map(|entry| Arc::clone(&entry.disk));
-        let window = || self.windows.get(&ino).map(|shown| shown.clone());
-        let snapshot = || self.snapshots.get(&ino)?.upgrade().map(Shown::from);
-        disk.map(Shown::from).or_else(window).or_else(snapshot)
+        let window = || self.partitions.get(&ino).map(|shown| shown.clone());
+        let snapshot = || self.snapshots.get(&ino)?.upgrade().map(DiskFile::from);
+        disk.map(DiskFile::from).or_else(window).or_else(snapshot)
     }
 
     /// Makes a snapshot's file known by its inode number, as long as its disk holds it.
-    pub fn show_snapshot(&self, file: &Arc<Disk>) {
+    pub fn index_snapshot(&self, file: &Arc<Disk>) {
         if self.snapshots.insert(file.ino(), Arc::downgrade(file)).is_none() {
             self.snapshots.retain(|_, file| file.strong_count() > 0);
         }
@@ -309,7 +309,7 @@ impl Catalog {
 
     /// The disk of that slot, and its name.
     #[must_use]
-    pub fn slot(&self, slot: u64) -> Option<(String, Arc<Entry>)> {
+    pub fn disk_by_slot(&self, slot: u64) -> Option<(String, Arc<CatalogEntry>)> {
         let names = self.names.read();
         let (name, entry) = names.iter().find(|(_, entry)| entry.slot == slot)?;
         Some((name.clone(), Arc::clone(entry)))
@@ -317,7 +317,7 @@ impl Catalog {
 
     /// Every name and its disk, in order.
     #[must_use]
-    pub fn list(&self) -> Vec<(String, Arc<Entry>)> {
+    pub fn list(&self) -> Vec<(String, Arc<CatalogEntry>)> {
         let names = self.names.read();
         names.iter().map(|(name, entry)| (name.clone(), Arc::clone(entry))).collect()
     }
@@ -334,12 +334,12 @@ impl Catalog {
         self.store.as_ref().map(Store::dir)
     }
 
-    fn store_for(&self, what: &str, name: &str) -> io::Result<&Store> {
+    fn require_store(&self, what: &str, name: &str) -> io::Result<&Store> {
         self.store.as_ref().ok_or_else(|| {
             log::warn!(
                 "{what} '{name}' refused: mount with --store DIR to make, rename and remove disks"
             );
-            errno(libc::EPERM)
+            os_error(libc::EPERM)
         })
     }
 
@@ -347,18 +347,18 @@ impl Catalog {
     ///
     /// # Errors
     /// `EPERM` without a store; `EEXIST`; `EINVAL` for a name that cannot be one; the host's.
-    pub fn create(&self, name: &str, owner: Owner) -> io::Result<Arc<Disk>> {
-        if self.shown(name).is_some() || name == CONTROL {
-            return Err(errno(libc::EEXIST));
+    pub fn create(&self, name: &str, owner: DiskOwner) -> io::Result<Arc<Disk>> {
+        if self.file_named(name).is_some() || name == CONTROL_DIR {
+            return Err(os_error(libc::EEXIST));
         }
         check_name(name)?;
-        let store = self.store_for("create", name)?;
+        let store = self.require_store("create", name)?;
         let opened = store.create(name, owner).map_err(|error| {
             log::error!("create '{name}': {error}");
-            errno(error.errno().unwrap_or(libc::EIO))
+            os_error(error.os_error().unwrap_or(libc::EIO))
         })?;
         let disk = Arc::new(opened.disk);
-        self.add_new(store, name, &disk)?;
+        self.add_stored(store, name, &disk)?;
         Ok(disk)
     }
 
@@ -366,13 +366,13 @@ impl Catalog {
     ///
     /// # Errors
     /// `EEXIST`: another one came between.
-    pub fn add_new(&self, store: &Store, name: &str, disk: &Arc<Disk>) -> io::Result<Arc<Entry>> {
-        self.add(name, Arc::clone(disk), Origin::Stored).inspect_err(|_| {
+    pub fn add_stored(&self, store: &Store, name: &str, disk: &Arc<Disk>) -> io::Result<Arc<CatalogEntry>> {
+        self.add(name, Arc::clone(disk), DiskOrigin::Stored).inspect_err(|_| {
             if let Err(error) = store.remove_name(name) {
                 log::warn!("'{name}' stays in the store: {error}");
                 return;
             }
-            store.discard(&disk.uuid);
+            store.remove_files(&disk.uuid);
         })
     }
 
@@ -381,7 +381,7 @@ impl Catalog {
     ///
     /// # Errors
     /// `None` when the name leads to something else by now; else who has it.
-    pub fn take(&self, name: &str, entry: &Arc<Entry>) -> Result<(), Option<Use>> {
+    pub fn remove(&self, name: &str, entry: &Arc<CatalogEntry>) -> Result<(), Option<InUse>> {
         let mut names = self.names.write();
         if !names.get(name).is_some_and(|there| Arc::ptr_eq(there, entry)) {
             return Err(None);
@@ -389,22 +389,22 @@ impl Catalog {
         entry.disk.retire()?;
         names.remove(name);
         self.inodes.remove(&entry.disk.ino());
-        for window in entry.disk.windows() {
-            self.windows.remove(&window.ino());
+        for window in entry.disk.partition_files() {
+            self.partitions.remove(&window.ino());
         }
         Ok(())
     }
 
-    fn stored(&self, what: &str, name: &str) -> io::Result<(&Store, Arc<Entry>)> {
-        if self.window_named(name).is_some() {
+    fn require_stored(&self, what: &str, name: &str) -> io::Result<(&Store, Arc<CatalogEntry>)> {
+        if self.partition_named(name).is_some() {
             log::warn!("{what} '{name}' refused: it is a partition of another disk");
-            return Err(errno(libc::EPERM));
+            return Err(os_error(libc::EPERM));
         }
-        let entry = self.named(name).ok_or_else(|| errno(libc::ENOENT))?;
-        let store = self.store_for(what, name)?;
-        if entry.origin == Origin::Given {
+        let entry = self.named(name).ok_or_else(|| os_error(libc::ENOENT))?;
+        let store = self.require_store(what, name)?;
+        if entry.origin == DiskOrigin::Given {
             log::warn!("{what} '{name}' refused: it is not a disk of the store");
-            return Err(errno(libc::EPERM));
+            return Err(os_error(libc::EPERM));
         }
         Ok((store, entry))
     }
@@ -414,11 +414,11 @@ impl Catalog {
     /// # Errors
     /// `ENOENT`; `EPERM` for a disk that is not the store's and for a window; the host's errno.
     pub fn unlink(&self, name: &str) -> io::Result<()> {
-        let (store, entry) = self.stored("unlink", name)?;
+        let (store, entry) = self.require_stored("unlink", name)?;
         store.remove_name(name)?;
         let mut names = self.names.write();
         names.remove(name);
-        entry.disk.lose_name();
+        entry.disk.mark_unlinked();
         drop(names);
         self.dispose(&entry.disk);
         Ok(())
@@ -429,21 +429,21 @@ impl Catalog {
     /// # Errors
     /// As [`unlink`](Self::unlink); `EEXIST` when `over` refuses, and when a window would have the
     /// name of another disk.
-    pub fn rename(&self, from: &str, to: &str, over: Over) -> io::Result<()> {
-        let (store, entry) = self.stored("rename", from)?;
+    pub fn rename(&self, from: &str, to: &str, over: RenameMode) -> io::Result<()> {
+        let (store, entry) = self.require_stored("rename", from)?;
         check_name(to)?;
         if from == to {
             return Ok(());
         }
         let replaced = match self.named(to) {
-            Some(_) if over == Over::Refuse => return Err(errno(libc::EEXIST)),
-            Some(_) => Some(self.stored("rename over", to)?.1),
-            None if self.window_named(to).is_some() => return Err(errno(libc::EPERM)),
+            Some(_) if over == RenameMode::NoReplace => return Err(os_error(libc::EEXIST)),
+            Some(_) => Some(self.require_stored("rename over", to)?.1),
+            None if self.partition_named(to).is_some() => return Err(os_error(libc::EPERM)),
             None => None,
         };
         if let Err(line) = self.check_clash(to, &entry.disk) {
             log::warn!("rename '{from}' to '{to}' refused: {line}");
-            return Err(errno(libc::EEXIST));
+            return Err(os_error(libc::EEXIST));
         }
         store.rename(from, to)?;
         let mut names = self.names.write();
@@ -452,12 +452,12 @@ impl Catalog {
             // `add` came between.
             drop(names);
             store.rename(to, from)?;
-            return Err(errno(libc::EEXIST));
+            return Err(os_error(libc::EEXIST));
         }
         names.remove(from);
         names.insert(to.to_owned(), entry);
         if let Some(replaced) = &replaced {
-            replaced.disk.lose_name();
+            replaced.disk.mark_unlinked();
         }
         drop(names);
         if let Some(replaced) = replaced {
@@ -472,12 +472,12 @@ impl Catalog {
         if self.inodes.remove_if(&disk.ino(), |_, entry| entry.disk.is_orphan()).is_none() {
             return;
         }
-        for window in disk.windows() {
-            self.windows.remove(&window.ino());
+        for window in disk.partition_files() {
+            self.partitions.remove(&window.ino());
         }
         if let Some(store) = &self.store {
             // Its overlay is not closed: nobody will ever look at it again.
-            store.discard(&disk.uuid);
+            store.remove_files(&disk.uuid);
         }
     }
 }

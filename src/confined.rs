@@ -25,7 +25,7 @@ use rustix::fs::{AtFlags, CWD, Mode, OFlags};
 
 /// What an opened file is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Access {
+pub enum FileAccess {
     /// Reading.
     Read,
     /// Reading and writing.
@@ -34,7 +34,7 @@ pub enum Access {
     AsAllowed,
 }
 
-impl Access {
+impl FileAccess {
     fn flags(self) -> OFlags {
         match self {
             Self::Read => OFlags::RDONLY,
@@ -57,13 +57,13 @@ pub fn open_dir(path: &Path) -> io::Result<File> {
 ///
 /// # Errors
 /// The host's errno; [`io::ErrorKind::InvalidInput`] when something else is there.
-pub fn open_input(path: &Path, access: Access) -> io::Result<File> {
-    let located = Located::at(path)?;
+pub fn open_input(path: &Path, access: FileAccess) -> io::Result<File> {
+    let located = PathHandle::at(path)?;
     let kind = located.metadata().file_type();
     if kind.is_file() || kind.is_block_device() {
         located.open(access.flags())
     } else {
-        Err(refusal(kind))
+        Err(wrong_type_error(kind))
     }
 }
 
@@ -74,11 +74,11 @@ pub fn open_input(path: &Path, access: Access) -> io::Result<File> {
 /// The host's errno, `EEXIST` for a link to nothing; [`io::ErrorKind::InvalidInput`] when something
 /// else is there.
 pub fn open_append(path: &Path) -> io::Result<File> {
-    match Located::at(path) {
+    match PathHandle::at(path) {
         Ok(located) => {
             let kind = located.metadata().file_type();
             if !kind.is_file() && !kind.is_char_device() {
-                return Err(refusal(kind));
+                return Err(wrong_type_error(kind));
             }
             located.open(OFlags::WRONLY | OFlags::APPEND)
         }
@@ -94,12 +94,12 @@ pub fn open_append(path: &Path) -> io::Result<File> {
 /// What a path leads to, held without being open: looking at it waits for nothing and starts
 /// nothing, and what was judged is what is opened, whatever becomes of the path meanwhile.
 #[derive(Debug)]
-pub struct Located {
+pub struct PathHandle {
     fd: OwnedFd,
     metadata: Metadata,
 }
 
-impl Located {
+impl PathHandle {
     /// What is at `path`; links are followed.
     ///
     /// # Errors
@@ -130,7 +130,7 @@ impl Located {
     /// # Errors
     /// The host's errno.
     pub fn open(&self, flags: OFlags) -> io::Result<File> {
-        open_nonblocking(CWD, Path::new(&of_descriptor(&self.fd)), flags)
+        open_nonblocking(CWD, Path::new(&proc_fd_path(&self.fd)), flags)
     }
 }
 
@@ -140,7 +140,7 @@ impl Located {
 /// # Errors
 /// The host's errno; `ENOENT` when it has no name any more.
 pub fn real_path(fd: impl AsFd) -> io::Result<PathBuf> {
-    let path = std::fs::read_link(of_descriptor(&fd))?;
+    let path = std::fs::read_link(proc_fd_path(&fd))?;
     // The kernel marks what was unlinked so; a file may also be called that.
     let is_gone = path.as_os_str().as_encoded_bytes().ends_with(b" (deleted)")
         && rustix::fs::fstat(fd)?.st_nlink == 0;
@@ -151,7 +151,7 @@ pub fn real_path(fd: impl AsFd) -> io::Result<PathBuf> {
 }
 
 /// The name by which the kernel lets a descriptor be opened once more.
-fn of_descriptor(fd: impl AsFd) -> String {
+fn proc_fd_path(fd: impl AsFd) -> String {
     format!("/proc/self/fd/{}", fd.as_fd().as_raw_fd())
 }
 
@@ -160,19 +160,19 @@ fn of_descriptor(fd: impl AsFd) -> String {
 /// # Errors
 /// The host's errno; [`io::ErrorKind::InvalidInput`] for a link, for something that is no regular
 /// file, for a file of another user, and for a name that is not one plain component.
-pub fn open_file(dir: &File, name: impl AsRef<Path>, access: Access) -> io::Result<File> {
-    let name = plain(name.as_ref())?;
-    let open = |access: Access| open_nonblocking(dir, name, access.flags() | OFlags::NOFOLLOW);
+pub fn open_file(dir: &File, name: impl AsRef<Path>, access: FileAccess) -> io::Result<File> {
+    let name = single_component(name.as_ref())?;
+    let open = |access: FileAccess| open_nonblocking(dir, name, access.flags() | OFlags::NOFOLLOW);
     let opened = match open(access) {
-        Err(error) if access == Access::AsAllowed && error.raw_os_error() == Some(libc::EROFS) => {
-            open(Access::Read)
+        Err(error) if access == FileAccess::AsAllowed && error.raw_os_error() == Some(libc::EROFS) => {
+            open(FileAccess::Read)
         }
         opened => opened,
     };
-    let file = opened.map_err(|error| explain(dir, name, error))?;
+    let file = opened.map_err(|error| explain_file_type(dir, name, error))?;
     let found = file.metadata()?;
     if !found.is_file() {
-        return Err(refusal(found.file_type()));
+        return Err(wrong_type_error(found.file_type()));
     }
     check_owner(dir, found.uid())?;
     Ok(file)
@@ -183,10 +183,10 @@ pub fn open_file(dir: &File, name: impl AsRef<Path>, access: Access) -> io::Resu
 /// # Errors
 /// As [`open_file`].
 pub fn open_subdir(dir: &File, name: impl AsRef<Path>) -> io::Result<File> {
-    let name = plain(name.as_ref())?;
+    let name = single_component(name.as_ref())?;
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW;
     let opened = open_nonblocking(dir, name, flags);
-    let file = opened.map_err(|error| explain(dir, name, error))?;
+    let file = opened.map_err(|error| explain_file_type(dir, name, error))?;
     check_owner(dir, file.metadata()?.uid())?;
     Ok(file)
 }
@@ -196,7 +196,7 @@ pub fn open_subdir(dir: &File, name: impl AsRef<Path>) -> io::Result<File> {
 /// # Errors
 /// As [`open_file`]; `EFBIG` when it is longer.
 pub fn read_file(dir: &File, name: impl AsRef<Path>, limit: u64) -> io::Result<Vec<u8>> {
-    read_to_limit(&open_file(dir, name, Access::Read)?, limit)
+    read_to_limit(&open_file(dir, name, FileAccess::Read)?, limit)
 }
 
 /// Reads all of `file`, which holds at most `limit` bytes.
@@ -218,7 +218,7 @@ pub fn read_to_limit(file: impl Read, limit: u64) -> io::Result<Vec<u8>> {
 /// `EEXIST` when something is there, a link included; the host's errno.
 pub fn create_file(dir: impl AsFd, name: impl AsRef<Path>) -> io::Result<File> {
     let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC | OFlags::NOFOLLOW;
-    let name = plain(name.as_ref())?;
+    let name = single_component(name.as_ref())?;
     Ok(File::from(rustix::fs::openat(dir, name, flags, Mode::RUSR | Mode::WUSR)?))
 }
 
@@ -242,7 +242,7 @@ pub fn recreate_file(dir: impl AsFd, name: impl AsRef<Path>) -> io::Result<File>
 /// # Errors
 /// The host's errno, `EISDIR` among them.
 pub fn remove_file(dir: impl AsFd, name: impl AsRef<Path>) -> io::Result<()> {
-    match rustix::fs::unlinkat(dir, plain(name.as_ref())?, AtFlags::empty()) {
+    match rustix::fs::unlinkat(dir, single_component(name.as_ref())?, AtFlags::empty()) {
         Ok(()) | Err(rustix::io::Errno::NOENT) => Ok(()),
         Err(error) => Err(error.into()),
     }
@@ -253,7 +253,7 @@ pub fn remove_file(dir: impl AsFd, name: impl AsRef<Path>) -> io::Result<()> {
 /// # Errors
 /// `EEXIST` when something is there; the host's errno.
 pub fn create_dir(dir: &File, name: impl AsRef<Path>) -> io::Result<File> {
-    let name = plain(name.as_ref())?;
+    let name = single_component(name.as_ref())?;
     rustix::fs::mkdirat(dir, name, Mode::RUSR | Mode::WUSR | Mode::XUSR)?;
     open_subdir(dir, name)
 }
@@ -272,7 +272,7 @@ pub fn replace_file(
     let mut file = recreate_file(dir, &new)?;
     file.write_all(bytes)?;
     file.sync_all()?;
-    rustix::fs::renameat(dir, new.as_ref(), dir, plain(name.as_ref())?)?;
+    rustix::fs::renameat(dir, new.as_ref(), dir, single_component(name.as_ref())?)?;
     dir.sync_all()
 }
 
@@ -280,7 +280,7 @@ pub fn replace_file(
 ///
 /// # Errors
 /// The host's errno; also for a name that is not UTF-8, which cowslip never gives.
-pub fn entries(dir: &File) -> io::Result<Vec<String>> {
+pub fn entry_names(dir: &File) -> io::Result<Vec<String>> {
     let mut names = Vec::new();
     for entry in rustix::fs::Dir::read_from(dir)? {
         let entry = entry?;
@@ -298,17 +298,17 @@ pub fn entries(dir: &File) -> io::Result<Vec<String>> {
 
 /// The line about a directory that is not removed for what else it holds.
 #[must_use]
-pub fn stranger_in(dir: &str, name: &str) -> io::Error {
+pub fn foreign_entry_error(dir: &str, name: &str) -> io::Error {
     io::Error::other(format!("'{dir}' holds '{name}', which is not cowslip's: it is left alone"))
 }
 
 /// `name`, when it is one plain component.
-fn plain(name: &Path) -> io::Result<&Path> {
+fn single_component(name: &Path) -> io::Result<&Path> {
     let mut parts = name.components();
     match (parts.next(), parts.next()) {
         // Components forget a `/` at the end.
         (Some(Component::Normal(part)), None) if part == name.as_os_str() => Ok(name),
-        _ => Err(refused("its name is not one plain component")),
+        _ => Err(invalid_input("its name is not one plain component")),
     }
 }
 
@@ -328,22 +328,22 @@ fn check_owner(dir: &File, owner: u32) -> io::Result<()> {
     if owner == 0 || owner == own || owner == dir.metadata()?.uid() {
         return Ok(());
     }
-    Err(refused(&format!("it belongs to another user (uid {owner})")))
+    Err(invalid_input(&format!("it belongs to another user (uid {owner})")))
 }
 
 /// Says of a link, a pipe or a socket what it is: the errno speaks of what opening it would mean.
-fn explain(dir: &File, name: &Path, error: io::Error) -> io::Error {
+fn explain_file_type(dir: &File, name: &Path, error: io::Error) -> io::Error {
     let found = rustix::fs::statat(dir, name, AtFlags::SYMLINK_NOFOLLOW);
     match (error.raw_os_error(), found) {
         (Some(libc::ELOOP | libc::ENOTDIR | libc::ENXIO | libc::EISDIR), Ok(found)) => {
             let kind = rustix::fs::FileType::from_raw_mode(found.st_mode);
-            refused(&format!("it is {}", describe(kind)))
+            invalid_input(&format!("it is {}", file_type_text(kind)))
         }
         _ => error,
     }
 }
 
-fn refusal(kind: std::fs::FileType) -> io::Error {
+fn wrong_type_error(kind: std::fs::FileType) -> io::Error {
     use rustix::fs::FileType as Type;
     let kind = match () {
         () if kind.is_dir() => Type::Directory,
@@ -354,10 +354,10 @@ fn refusal(kind: std::fs::FileType) -> io::Error {
         () if kind.is_file() => Type::RegularFile,
         () => Type::Unknown,
     };
-    refused(&format!("it is {}", describe(kind)))
+    invalid_input(&format!("it is {}", file_type_text(kind)))
 }
 
-fn describe(kind: rustix::fs::FileType) -> &'static str {
+fn file_type_text(kind: rustix::fs::FileType) -> &'static str {
     use rustix::fs::FileType as Type;
     match kind {
         Type::Symlink => "a symbolic link, which is not followed here",
@@ -371,7 +371,7 @@ fn describe(kind: rustix::fs::FileType) -> &'static str {
     }
 }
 
-fn refused(why: &str) -> io::Error {
+fn invalid_input(why: &str) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidInput, why.to_owned())
 }
 
@@ -400,7 +400,7 @@ mod tests {
     #[test]
     fn only_a_regular_file_is_opened_and_nothing_is_waited_for() {
         let (_room, dir) = room();
-        for access in [Access::Read, Access::ReadWrite] {
+        for access in [FileAccess::Read, FileAccess::ReadWrite] {
             assert!(open_file(&dir, "file", access).is_ok());
             for (name, why) in [
                 ("dir", "a directory"),
@@ -432,12 +432,12 @@ mod tests {
     fn what_the_user_names_may_be_a_link_but_not_a_pipe() {
         let (room, _) = room();
         for name in ["file", "link"] {
-            assert!(open_input(&room.path().join(name), Access::Read).is_ok());
+            assert!(open_input(&room.path().join(name), FileAccess::Read).is_ok());
         }
         for name in ["dir", "fifo", "socket", "dangling"] {
-            assert!(open_input(&room.path().join(name), Access::Read).is_err(), "{name}");
+            assert!(open_input(&room.path().join(name), FileAccess::Read).is_err(), "{name}");
         }
-        assert!(open_input(Path::new("/dev/null"), Access::Read).is_err());
+        assert!(open_input(Path::new("/dev/null"), FileAccess::Read).is_err());
     }
 
     #[test]
@@ -445,7 +445,7 @@ mod tests {
         let (room, dir) = room();
         let at = |name: &str| room.path().join(name);
         let real = room.path().canonicalize().unwrap();
-        let located = Located::at(&at("link")).unwrap();
+        let located = PathHandle::at(&at("link")).unwrap();
         assert_eq!(located.real_path().unwrap(), real.join("file"));
         std::fs::rename(at("file"), at("moved (deleted)")).unwrap();
         std::fs::write(at("file"), b"other").unwrap();
@@ -456,7 +456,7 @@ mod tests {
         let error = located.real_path().unwrap_err();
         assert_eq!(error.raw_os_error(), Some(libc::ENOENT));
         // A pipe nobody writes into is looked at without being opened.
-        assert!(Located::at(&at("fifo")).unwrap().metadata().file_type().is_fifo());
+        assert!(PathHandle::at(&at("fifo")).unwrap().metadata().file_type().is_fifo());
         drop(dir);
     }
 
@@ -467,7 +467,7 @@ mod tests {
         let absolute = absolute.to_str().unwrap();
         for name in ["", ".", "..", "/", "dir/", "dir/x", "../x", "./file", absolute] {
             for error in [
-                open_file(&dir, name, Access::Read).unwrap_err(),
+                open_file(&dir, name, FileAccess::Read).unwrap_err(),
                 open_subdir(&dir, name).unwrap_err(),
                 create_file(&dir, name).unwrap_err(),
                 create_dir(&dir, name).unwrap_err(),
@@ -483,10 +483,10 @@ mod tests {
         let (room, dir) = room();
         // The tests run as root.
         std::os::unix::fs::chown(room.path().join("file"), Some(12345), None).unwrap();
-        let error = open_file(&dir, "file", Access::Read).unwrap_err();
+        let error = open_file(&dir, "file", FileAccess::Read).unwrap_err();
         assert!(error.to_string().contains("uid 12345"), "{error}");
         std::os::unix::fs::chown(room.path(), Some(12345), None).unwrap();
-        assert!(open_file(&dir, "file", Access::Read).is_ok());
+        assert!(open_file(&dir, "file", FileAccess::Read).is_ok());
     }
 
     #[test]

@@ -11,7 +11,7 @@
 //!
 //! Nothing goes through the cache for its odd ends: a unit that is written in part is read, filled
 //! and written back. So nobody else may write in it meanwhile, and whoever writes has what it
-//! touches for itself ([`DirectFile::alone`]). That keeps two writes of the same bytes in order,
+//! touches for itself ([`DirectFile::lock_range`]). That keeps two writes of the same bytes in order,
 //! too: one that the device holds up is not overtaken by a later one.
 //!
 //! What others do through the cache is seen. The kernel writes dirty pages of the range back
@@ -29,18 +29,18 @@ use std::os::unix::fs::{FileExt, FileTypeExt};
 use parking_lot::{Condvar, Mutex};
 use rustix::fs::{AtFlags, Mode, OFlags, StatxFlags};
 
-use crate::aligned::{ALIGNMENT, Aligned};
-use crate::host::errno;
-use crate::pool::{Changing, begin_change, check_wanted};
+use crate::aligned::{ALIGNMENT, AlignedBuf};
+use crate::host::os_error;
+use crate::pool::{ReplyHold, hold_reply, check_cancelled};
 
 /// The most that goes through the buffer at once: 1 MiB, the largest request of the kernel.
-const MOST: u64 = 1 << 20;
+const MAX_BOUNCE_LEN: u64 = 1 << 20;
 /// What every device and file system takes whose kernel does not say (before Linux 6.1).
-const SAFE_UNIT: u32 = 4096;
+const SAFE_ALIGNMENT: u32 = 4096;
 
 thread_local! {
     /// What is not aligned passes through here.
-    static BOUNCE: RefCell<Aligned> = const { RefCell::new(Aligned::new()) };
+    static BOUNCE: RefCell<AlignedBuf> = const { RefCell::new(AlignedBuf::new()) };
 }
 
 /// A file that is read and written past the host's cache.
@@ -48,13 +48,13 @@ thread_local! {
 pub struct DirectFile {
     file: File,
     /// Offsets and lengths on the device are multiples of this many bytes: a power of two.
-    unit: u64,
+    offset_align: u64,
     /// And memory begins at multiples of this many.
-    memory: usize,
+    mem_align: usize,
     /// Who writes has whole multiples of this for itself: a unit, and the page that a change
     /// through the cache would take.
-    grain: u64,
-    turns: Turns,
+    lock_grain: u64,
+    write_lock: RangeLock,
 }
 
 impl DirectFile {
@@ -67,21 +67,21 @@ impl DirectFile {
         let path = format!("/proc/self/fd/{}", file.as_raw_fd());
         let flags = access | OFlags::DIRECT | OFlags::CLOEXEC | OFlags::NOCTTY;
         let file = File::from(rustix::fs::open(path, flags, Mode::empty())?);
-        let (unit, memory) = alignment(&file)?;
-        let fits = unit.is_power_of_two() && u64::from(unit) <= MOST;
+        let (unit, memory) = dio_alignment(&file)?;
+        let fits = unit.is_power_of_two() && u64::from(unit) <= MAX_BOUNCE_LEN;
         if !fits || !memory.is_power_of_two() || memory as usize > ALIGNMENT {
-            return Err(errno(libc::EINVAL));
+            return Err(os_error(libc::EINVAL));
         }
         let (unit, page) = (u64::from(unit), rustix::param::page_size() as u64);
         let (memory, grain) = (memory as usize, unit.max(page));
-        Ok(Self { file, unit, memory, grain, turns: Turns::default() })
+        Ok(Self { file, offset_align: unit, mem_align: memory, lock_grain: grain, write_lock: RangeLock::default() })
     }
 
-    /// Whether the device takes `len` bytes at `offset` right from or into `memory`.
-    fn takes(&self, memory: *const u8, offset: u64, len: usize) -> bool {
-        offset.is_multiple_of(self.unit)
-            && (len as u64).is_multiple_of(self.unit)
-            && memory.align_offset(self.memory) == 0
+    /// Whether the device takes `len` bytes at `offset` right from or into `mem_align`.
+    fn is_aligned(&self, memory: *const u8, offset: u64, len: usize) -> bool {
+        offset.is_multiple_of(self.offset_align)
+            && (len as u64).is_multiple_of(self.offset_align)
+            && memory.align_offset(self.mem_align) == 0
     }
 
     /// Reads up to `buf.len()` bytes at `offset`; fewer only at the end of the file.
@@ -92,11 +92,11 @@ impl DirectFile {
         let mut done = 0;
         while done < buf.len() {
             let (rest, at) = (&mut buf[done..], offset + done as u64);
-            let whole = rest.len() - rest.len() % to_len(self.unit);
-            let got = if whole > 0 && self.takes(rest.as_ptr(), at, whole) {
-                read(&self.file, &mut rest[..whole], at)?
+            let whole = rest.len() - rest.len() % to_len(self.offset_align);
+            let got = if whole > 0 && self.is_aligned(rest.as_ptr(), at, whole) {
+                read_retrying(&self.file, &mut rest[..whole], at)?
             } else {
-                self.read_around(rest, at)?
+                self.read_bounced(rest, at)?
             };
             if got == 0 {
                 break;
@@ -107,13 +107,13 @@ impl DirectFile {
     }
 
     /// Reads the units around the front of `buf`, as many as the buffer takes; 0 at the end.
-    fn read_around(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
-        let piece = Piece::at(self.unit, offset..offset + buf.len() as u64);
+    fn read_bounced(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
+        let piece = AlignedPiece::first_of(self.offset_align, offset..offset + buf.len() as u64);
         let before = to_len(piece.inner.start - piece.outer.start);
         let len = to_len(piece.inner.end - piece.inner.start);
         BOUNCE.with_borrow_mut(|bounce| {
-            let room = bounce.room(to_len(piece.outer.end - piece.outer.start));
-            let got = read(&self.file, room, piece.outer.start)?.saturating_sub(before).min(len);
+            let room = bounce.prepare(to_len(piece.outer.end - piece.outer.start));
+            let got = read_retrying(&self.file, room, piece.outer.start)?.saturating_sub(before).min(len);
             buf[..got].copy_from_slice(&room[before..before + got]);
             Ok(got)
         })
@@ -123,13 +123,13 @@ impl DirectFile {
     ///
     /// # Errors
     /// `EIO` when nobody waits for this thread's request any more.
-    pub fn alone(&self, range: &Range<u64>) -> io::Result<Alone<'_>> {
-        let end = range.end.checked_next_multiple_of(self.grain);
-        let end = end.ok_or_else(|| errno(libc::EFBIG))?;
-        let range = range.start / self.grain * self.grain..end;
-        self.turns.enter(&range)?;
-        let mut alone = Alone { file: self, range, changing: None };
-        alone.changing = Some(begin_change()?);
+    pub fn lock_range(&self, range: &Range<u64>) -> io::Result<RangeGuard<'_>> {
+        let end = range.end.checked_next_multiple_of(self.lock_grain);
+        let end = end.ok_or_else(|| os_error(libc::EFBIG))?;
+        let range = range.start / self.lock_grain * self.lock_grain..end;
+        self.write_lock.lock(&range)?;
+        let mut alone = RangeGuard { file: self, range, reply_hold: None };
+        alone.reply_hold = Some(hold_reply()?);
         Ok(alone)
     }
 
@@ -140,14 +140,14 @@ impl DirectFile {
     /// The host's errno; part of it may have been written then.
     pub fn write_all_at(&self, parts: &[IoSlice<'_>], offset: u64) -> io::Result<()> {
         let total: usize = parts.iter().map(|part| part.len()).sum();
-        let end = offset.checked_add(total as u64).ok_or_else(|| errno(libc::EFBIG))?;
-        self.alone(&(offset..end))?.write_all_at(parts, offset)
+        let end = offset.checked_add(total as u64).ok_or_else(|| os_error(libc::EFBIG))?;
+        self.lock_range(&(offset..end))?.write_all_at(parts, offset)
     }
 
     /// Reads the units at both ends of `piece` that are not written whole; behind the file's end
     /// there are zeros.
-    fn read_ends(&self, room: &mut [u8], piece: &Piece) -> io::Result<()> {
-        let unit = to_len(self.unit);
+    fn read_edge_units(&self, room: &mut [u8], piece: &AlignedPiece) -> io::Result<()> {
+        let unit = to_len(self.offset_align);
         let last = room.len().saturating_sub(unit);
         let (is_head, is_tail) =
             (piece.inner.start > piece.outer.start, piece.inner.end < piece.outer.end);
@@ -155,7 +155,7 @@ impl DirectFile {
         let tail = (is_tail && !(is_head && last == 0)).then_some(last);
         for at in [head, tail].into_iter().flatten() {
             let room = &mut room[at..at + unit];
-            let got = read(&self.file, room, piece.outer.start + at as u64)?;
+            let got = read_retrying(&self.file, room, piece.outer.start + at as u64)?;
             room[got..].fill(0);
         }
         Ok(())
@@ -163,18 +163,18 @@ impl DirectFile {
 }
 
 /// The right to write near a range, alone.
-pub struct Alone<'a> {
+pub struct RangeGuard<'a> {
     file: &'a DirectFile,
     range: Range<u64>,
     /// Who asked for it waits for its end, and is not told `EIO` meanwhile.
-    changing: Option<Changing>,
+    reply_hold: Option<ReplyHold>,
 }
 
-impl Alone<'_> {
+impl RangeGuard<'_> {
     /// The bytes that are read and written as one.
     #[must_use]
-    pub fn unit(&self) -> u64 {
-        self.file.unit
+    pub fn offset_align(&self) -> u64 {
+        self.file.offset_align
     }
 
     /// As [`DirectFile::write_all_at`], inside the range.
@@ -184,7 +184,7 @@ impl Alone<'_> {
     pub fn write_all_at(&self, parts: &[IoSlice<'_>], offset: u64) -> io::Result<()> {
         let Self { file, .. } = self;
         if let [only] = parts
-            && file.takes(only.as_ptr(), offset, only.len())
+            && file.is_aligned(only.as_ptr(), offset, only.len())
         {
             return file.file.write_all_at(only, offset);
         }
@@ -193,12 +193,12 @@ impl Alone<'_> {
         let mut at = offset;
         BOUNCE.with_borrow_mut(|bounce| {
             while at < end {
-                let piece = Piece::at(file.unit, at..end);
-                let room = bounce.room(to_len(piece.outer.end - piece.outer.start));
-                file.read_ends(room, &piece)?;
+                let piece = AlignedPiece::first_of(file.offset_align, at..end);
+                let room = bounce.prepare(to_len(piece.outer.end - piece.outer.start));
+                file.read_edge_units(room, &piece)?;
                 let from = to_len(piece.inner.start - piece.outer.start);
                 let to = to_len(piece.inner.end - piece.outer.start);
-                gather(&mut room[from..to], parts, to_len(at - offset));
+                copy_from_parts(&mut room[from..to], parts, to_len(at - offset));
                 file.file.write_all_at(room, piece.outer.start)?;
                 at = piece.inner.end;
             }
@@ -207,33 +207,33 @@ impl Alone<'_> {
     }
 }
 
-impl Drop for Alone<'_> {
+impl Drop for RangeGuard<'_> {
     fn drop(&mut self) {
-        self.file.turns.leave(&self.range);
-        self.changing = None;
+        self.file.write_lock.unlock(&self.range);
+        self.reply_hold = None;
     }
 }
 
 /// The front of a range, and the whole units around it.
 #[derive(Debug, PartialEq, Eq)]
-struct Piece {
+struct AlignedPiece {
     inner: Range<u64>,
-    /// At most [`MOST`] bytes.
+    /// At most [`MAX_BOUNCE_LEN`] bytes.
     outer: Range<u64>,
 }
 
-impl Piece {
+impl AlignedPiece {
     /// The piece of `range` (not empty) that is done first.
-    fn at(unit: u64, range: Range<u64>) -> Self {
+    fn first_of(unit: u64, range: Range<u64>) -> Self {
         let start = range.start / unit * unit;
         let end = range.end.saturating_add(unit - 1) / unit * unit;
-        let end = end.min(start.saturating_add(MOST));
+        let end = end.min(start.saturating_add(MAX_BOUNCE_LEN));
         Self { inner: range.start..range.end.min(end), outer: start..end }
     }
 }
 
 /// Fills `buf` with the bytes of `parts`, the first `skip` of them left out.
-fn gather(mut buf: &mut [u8], parts: &[IoSlice<'_>], mut skip: usize) {
+fn copy_from_parts(mut buf: &mut [u8], parts: &[IoSlice<'_>], mut skip: usize) {
     for part in parts {
         let rest = &part[skip.min(part.len())..];
         skip -= part.len() - rest.len();
@@ -244,7 +244,7 @@ fn gather(mut buf: &mut [u8], parts: &[IoSlice<'_>], mut skip: usize) {
 }
 
 /// One read, again when interrupted.
-fn read(file: &File, buf: &mut [u8], offset: u64) -> io::Result<usize> {
+fn read_retrying(file: &File, buf: &mut [u8], offset: u64) -> io::Result<usize> {
     loop {
         match file.read_at(buf, offset) {
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
@@ -261,7 +261,7 @@ fn to_len(len: u64) -> usize {
 
 /// What offsets and memory must be multiples of for direct I/O on `file` (statx(2), since Linux
 /// 6.1 for files and 6.11 for devices).
-fn alignment(file: &File) -> io::Result<(u32, u32)> {
+fn dio_alignment(file: &File) -> io::Result<(u32, u32)> {
     let mask = StatxFlags::DIOALIGN | StatxFlags::BASIC_STATS;
     if let Ok(found) = rustix::fs::statx(file, "", AtFlags::EMPTY_PATH, mask)
         && found.stx_mask & StatxFlags::DIOALIGN.bits() != 0
@@ -273,36 +273,36 @@ fn alignment(file: &File) -> io::Result<(u32, u32)> {
         let sector = rustix::fs::ioctl_blksszget(file)?;
         return Ok((sector, sector));
     }
-    Ok((SAFE_UNIT, SAFE_UNIT))
+    Ok((SAFE_ALIGNMENT, SAFE_ALIGNMENT))
 }
 
 /// The ranges that are being written, each by one thread.
 #[derive(Debug, Default)]
-struct Turns {
-    ranges: Mutex<Vec<Range<u64>>>,
-    left: Condvar,
+struct RangeLock {
+    locked: Mutex<Vec<Range<u64>>>,
+    unlocked: Condvar,
 }
 
-impl Turns {
+impl RangeLock {
     /// Waits until nobody writes in `range`, and enters it.
-    fn enter(&self, range: &Range<u64>) -> io::Result<()> {
+    fn lock(&self, range: &Range<u64>) -> io::Result<()> {
         let meets = |other: &Range<u64>| other.start < range.end && range.start < other.end;
-        let mut ranges = self.ranges.lock();
+        let mut ranges = self.locked.lock();
         while ranges.iter().any(meets) {
-            self.left.wait(&mut ranges);
-            check_wanted()?;
+            self.unlocked.wait(&mut ranges);
+            check_cancelled()?;
         }
         ranges.push(range.clone());
         Ok(())
     }
 
-    fn leave(&self, range: &Range<u64>) {
-        let mut ranges = self.ranges.lock();
+    fn unlock(&self, range: &Range<u64>) {
+        let mut ranges = self.locked.lock();
         if let Some(at) = ranges.iter().position(|other| other == range) {
             ranges.swap_remove(at);
         }
         drop(ranges);
-        self.left.notify_all();
+        self.unlocked.notify_all();
     }
 }
 
@@ -316,14 +316,14 @@ mod tests {
 
     use super::*;
 
-    /// On the disk the repository is built on, which takes direct I/O. Units of `unit`, which the
+    /// On the disk the repository is built on, which takes direct I/O. Units of `offset_align`, which the
     /// kernel takes as well when it asks for less.
     fn direct(unit: u64, size: u64) -> (File, DirectFile) {
         let file = tempfile::tempfile_in("/var/tmp").unwrap();
         file.set_len(size).unwrap();
         let mut direct = DirectFile::reopen(&file).unwrap();
-        direct.unit = direct.unit.max(unit);
-        direct.grain = direct.grain.max(unit);
+        direct.offset_align = direct.offset_align.max(unit);
+        direct.lock_grain = direct.lock_grain.max(unit);
         (file, direct)
     }
 
@@ -368,8 +368,8 @@ mod tests {
                 let end = start + whole.len();
                 model.resize(model.len().max(end), 0);
                 model[start..end].copy_from_slice(&whole);
-                let mut memory = Aligned::default();
-                let room = &mut memory.room(op.shift + whole.len())[op.shift..];
+                let mut memory = AlignedBuf::default();
+                let room = &mut memory.prepare(op.shift + whole.len())[op.shift..];
                 prop_assert_eq!(direct.read_at(room, op.offset).unwrap_or(0), room.len());
                 prop_assert!(room == whole);
             }
@@ -392,10 +392,10 @@ mod tests {
         ) {
             let mut at = start;
             while at < start + len {
-                let piece = Piece::at(unit, at..start + len);
+                let piece = AlignedPiece::first_of(unit, at..start + len);
                 prop_assert!(piece.outer.start.is_multiple_of(unit));
                 prop_assert!(piece.outer.end.is_multiple_of(unit));
-                prop_assert!(piece.outer.end - piece.outer.start <= MOST);
+                prop_assert!(piece.outer.end - piece.outer.start <= MAX_BOUNCE_LEN);
                 prop_assert!(piece.outer.start <= piece.inner.start);
                 prop_assert!(piece.inner.end <= piece.outer.end);
                 prop_assert!(piece.inner.start == at && piece.inner.end > at);

@@ -20,7 +20,7 @@ use std::ops::Range;
 
 /// What a run of bytes is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Kind {
+pub enum ExtentKind {
     /// Holds bytes that must be read.
     Data,
     /// Reads as zero, and space is allocated for it.
@@ -37,13 +37,13 @@ pub struct Extent {
     /// Where it lies: bytes, half-open.
     pub range: Range<u64>,
     /// What it is.
-    pub kind: Kind,
+    pub kind: ExtentKind,
 }
 
 impl Extent {
     /// The bytes of `range`, all of one `kind`.
     #[must_use]
-    pub fn new(range: Range<u64>, kind: Kind) -> Self {
+    pub fn new(range: Range<u64>, kind: ExtentKind) -> Self {
         Self { range, kind }
     }
 
@@ -75,7 +75,7 @@ impl Extent {
 
 /// What became of a pushed extent, and so whether to push another.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Progress {
+pub enum PushOutcome {
     /// Taken; the asked range goes on.
     More,
     /// All of the asked range is described; there is nothing more to push.
@@ -114,9 +114,9 @@ impl Extents {
     /// ```
     ///
     /// A joined extent needs no room, so the last one goes on growing at the limit; only a
-    /// different kind is [`Progress::Full`]. That makes `described_to` the exact end of the last
+    /// different kind is [`PushOutcome::Full`]. That makes `described_to` the exact end of the last
     /// run or of the range, never the middle of a run.
-    pub fn push(&mut self, mut extent: Extent) -> Progress {
+    pub fn push(&mut self, mut extent: Extent) -> PushOutcome {
         debug_assert_eq!(extent.range.start, self.described_to(), "a gap or an overlap");
         extent.range.end = extent.range.end.min(self.asked.end);
         if !extent.is_empty() {
@@ -124,10 +124,10 @@ impl Extents {
             match self.list.last_mut() {
                 Some(last) if last.kind == extent.kind => last.range.end = extent.range.end,
                 _ if has_room => self.list.push(extent),
-                _ => return Progress::Full,
+                _ => return PushOutcome::Full,
             }
         }
-        if self.is_complete() { Progress::Complete } else { Progress::More }
+        if self.is_complete() { PushOutcome::Complete } else { PushOutcome::More }
     }
 
     /// Described up to here: everything in `asked.start..described_to()` is in the list (bytes).
@@ -150,7 +150,7 @@ impl Extents {
 
     /// What is still to be described; empty when complete.
     #[must_use]
-    pub fn rest(&self) -> Range<u64> {
+    pub fn remaining(&self) -> Range<u64> {
         self.described_to()..self.asked.end
     }
 
@@ -180,7 +180,7 @@ impl<'a> IntoIterator for &'a Extents {
 ///
 /// `ask` is given what is still to be described, never empty, and answers with an extent that
 /// starts where its argument does and is not empty. An answer that breaks this is a layer's
-/// fault; the rest is then called [`Kind::Data`], which is always safe, rather than asked for
+/// fault; the rest is then called [`ExtentKind::Data`], which is always safe, rather than asked for
 /// for ever.
 ///
 /// # Errors
@@ -192,12 +192,12 @@ pub fn describe<E>(
 ) -> Result<Extents, E> {
     let mut extents = Extents::new(asked, limit);
     while !extents.is_complete() {
-        let rest = extents.rest();
+        let rest = extents.remaining();
         let answer = ask(rest.clone())?.clip(&rest);
         let extent = answer
             .filter(|extent| extent.range.start == rest.start)
-            .unwrap_or(Extent::new(rest, Kind::Data));
-        if extents.push(extent) == Progress::Full {
+            .unwrap_or(Extent::new(rest, ExtentKind::Data));
+        if extents.push(extent) == PushOutcome::Full {
             break;
         }
     }
@@ -210,7 +210,7 @@ mod tests {
 
     use proptest::prelude::*;
 
-    use super::Kind::{Data, Hole, Lower, Zero};
+    use super::ExtentKind::{Data, Hole, Lower, Zero};
     use super::*;
 
     impl Extents {
@@ -234,7 +234,7 @@ mod tests {
     }
 
     /// Describes `asked` of a disk given as one kind a byte, one byte at a time.
-    fn bytewise(disk: &[Kind], asked: Range<u64>, limit: usize) -> Extents {
+    fn bytewise(disk: &[ExtentKind], asked: Range<u64>, limit: usize) -> Extents {
         describe(asked, at_most(limit), |rest| {
             let at = usize::try_from(rest.start).unwrap();
             Ok::<_, Infallible>(Extent::new(rest.start..rest.start + 1, disk[at]))
@@ -269,12 +269,12 @@ mod tests {
     #[test]
     fn the_last_extent_grows_at_the_limit_until_another_kind_comes() {
         let mut extents = Extents::new(0..100, at_most(2));
-        assert_eq!(extents.push(Extent::new(0..10, Data)), Progress::More);
-        assert_eq!(extents.push(Extent::new(10..20, Hole)), Progress::More);
-        assert_eq!(extents.push(Extent::new(20..30, Hole)), Progress::More);
-        assert_eq!(extents.push(Extent::new(30..40, Data)), Progress::Full);
+        assert_eq!(extents.push(Extent::new(0..10, Data)), PushOutcome::More);
+        assert_eq!(extents.push(Extent::new(10..20, Hole)), PushOutcome::More);
+        assert_eq!(extents.push(Extent::new(20..30, Hole)), PushOutcome::More);
+        assert_eq!(extents.push(Extent::new(30..40, Data)), PushOutcome::Full);
         assert_eq!(extents.described_to(), 30);
-        assert_eq!(extents.rest(), 30..100);
+        assert_eq!(extents.remaining(), 30..100);
         extents.check();
     }
 
@@ -287,11 +287,11 @@ mod tests {
     #[test]
     fn what_lies_beyond_the_asked_range_is_clipped() {
         let mut extents = Extents::new(5..20, at_most(4));
-        assert_eq!(extents.push(Extent::new(5..10, Zero)), Progress::More);
-        assert_eq!(extents.push(Extent::new(10..u64::MAX, Zero)), Progress::Complete);
+        assert_eq!(extents.push(Extent::new(5..10, Zero)), PushOutcome::More);
+        assert_eq!(extents.push(Extent::new(10..u64::MAX, Zero)), PushOutcome::Complete);
         assert_eq!(extents.as_slice(), [Extent::new(5..20, Zero)]);
         // More of it changes nothing, even with no room for another.
-        assert_eq!(extents.push(Extent::new(20..30, Data)), Progress::Complete);
+        assert_eq!(extents.push(Extent::new(20..30, Data)), PushOutcome::Complete);
         assert_eq!(extents.as_slice(), [Extent::new(5..20, Zero)]);
     }
 
@@ -326,7 +326,7 @@ mod tests {
     }
 
     /// The kinds of a small disk, byte by byte, in runs.
-    fn disk() -> impl Strategy<Value = Vec<Kind>> {
+    fn disk() -> impl Strategy<Value = Vec<ExtentKind>> {
         let kind = prop_oneof![Just(Data), Just(Zero), Just(Hole), Just(Lower)];
         prop::collection::vec((kind, 1_usize..6), 1..20).prop_map(|runs| {
             runs.into_iter().flat_map(|(kind, len)| std::iter::repeat_n(kind, len)).collect()
@@ -354,7 +354,7 @@ mod tests {
             .unwrap();
             extents.check();
 
-            let described: Vec<Kind> = extents
+            let described: Vec<ExtentKind> = extents
                 .iter()
                 .flat_map(|extent| extent.range.clone().map(|_| extent.kind))
                 .collect();

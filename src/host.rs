@@ -16,13 +16,13 @@ use crate::layer::Wait;
 
 /// An error that keeps its errno on the way to the kernel.
 #[must_use]
-pub fn errno(code: i32) -> io::Error {
+pub fn os_error(code: i32) -> io::Error {
     io::Error::from_raw_os_error(code)
 }
 
 /// What an error says, without the number that Rust adds to it.
 #[must_use]
-pub fn said(error: &io::Error) -> String {
+pub fn os_message(error: &io::Error) -> String {
     let text = error.to_string();
     match text.rfind(" (os error ") {
         Some(at) => text[..at].to_owned(),
@@ -33,7 +33,7 @@ pub fn said(error: &io::Error) -> String {
 /// Has all threads allocate from one heap (mallopt(3), `M_ARENA_MAX`). By default glibc gives each a
 /// heap of its own, and what one frees is of no use to the others: a block map that is cleared and
 /// built again took up to twice its size. Requests allocate next to nothing.
-pub fn keep_one_heap() {
+pub fn use_single_arena() {
     // SAFETY: sets a number in the allocator. Elsewhere there is no such setting, and no need.
     #[cfg(target_env = "gnu")]
     unsafe {
@@ -45,7 +45,7 @@ pub fn keep_one_heap() {
 ///
 /// # Errors
 /// The host's errno.
-pub fn sync_dir_of(path: &Path) -> io::Result<()> {
+pub fn sync_parent_dir(path: &Path) -> io::Result<()> {
     let parent = match path.parent() {
         Some(parent) if parent != Path::new("") => parent,
         Some(_) => Path::new("."),
@@ -84,7 +84,7 @@ pub fn read_at(file: &File, buf: &mut [u8], offset: u64, wait: Wait) -> io::Resu
             Ok(len) => done += len,
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             Err(error) if error.raw_os_error() == Some(libc::EOPNOTSUPP) => {
-                return Err(errno(libc::EAGAIN));
+                return Err(os_error(libc::EAGAIN));
             }
             Err(error) => return Err(error),
         }
@@ -95,7 +95,7 @@ pub fn read_at(file: &File, buf: &mut [u8], offset: u64, wait: Wait) -> io::Resu
 /// `preadv2` with `RWF_NOWAIT`: the page cache's answer, or `EAGAIN`.
 fn read_cached(file: &File, buf: &mut [u8], offset: u64) -> io::Result<usize> {
     let part = libc::iovec { iov_base: buf.as_mut_ptr().cast(), iov_len: buf.len() };
-    let offset = i64::try_from(offset).map_err(|_| errno(libc::EINVAL))?;
+    let offset = i64::try_from(offset).map_err(|_| os_error(libc::EINVAL))?;
     // SAFETY: `part` describes `buf`, which is borrowed mutably for the whole call.
     let got =
         unsafe { libc::preadv2(file.as_raw_fd(), &raw const part, 1, offset, libc::RWF_NOWAIT) };
@@ -105,7 +105,7 @@ fn read_cached(file: &File, buf: &mut [u8], offset: u64) -> io::Result<usize> {
 /// The most that one system call writes into the page cache. The kernel keeps what comes at once in
 /// one folio, up to megabytes, and ext4 goes through all blocks of a folio for each later write into
 /// it: 4 KiB into 1 MiB take four times as long, and the sync after it twice as long.
-const PIECE: u64 = 64 << 10;
+const MAX_WRITE_CHUNK: u64 = 64 << 10;
 
 /// Writes all of `parts`, one after the other, from `offset` on; one system call when all of it lies
 /// between two multiples of 64 KiB.
@@ -117,15 +117,15 @@ pub fn write_all_at(file: &File, parts: &[IoSlice<'_>], offset: u64) -> io::Resu
     let mut done = 0;
     while done < total {
         let at = offset + done as u64;
-        let most = usize::try_from(PIECE - at % PIECE).unwrap_or(usize::MAX);
+        let most = usize::try_from(MAX_WRITE_CHUNK - at % MAX_WRITE_CHUNK).unwrap_or(usize::MAX);
         let written = if done == 0 && total <= most {
             rustix::io::pwritev(file, parts, at).map_err(io::Error::from)
         } else {
-            let rest = rest_of(parts, done);
+            let rest = remaining_bytes(parts, done);
             file.write_at(&rest[..rest.len().min(most)], at)
         };
         match written {
-            Ok(0) => return Err(errno(libc::EIO)),
+            Ok(0) => return Err(os_error(libc::EIO)),
             Ok(len) => done += len,
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             Err(error) => return Err(error),
@@ -135,7 +135,7 @@ pub fn write_all_at(file: &File, parts: &[IoSlice<'_>], offset: u64) -> io::Resu
 }
 
 /// What is left of the part that byte `done` lies in.
-fn rest_of<'a>(parts: &'a [IoSlice<'_>], mut done: usize) -> &'a [u8] {
+fn remaining_bytes<'a>(parts: &'a [IoSlice<'_>], mut done: usize) -> &'a [u8] {
     for part in parts {
         if done < part.len() {
             return &part[done..];
@@ -147,7 +147,7 @@ fn rest_of<'a>(parts: &'a [IoSlice<'_>], mut done: usize) -> &'a [u8] {
 
 /// Has the host begin to write `range` to the device, and waits for nothing (sync_file_range(2)). Best
 /// effort: what fails is the next sync's to report.
-pub fn begin_write_out(file: impl AsFd, range: Range<u64>) {
+pub fn start_writeback(file: impl AsFd, range: Range<u64>) {
     let file = file.as_fd().as_raw_fd();
     let len = range.end.saturating_sub(range.start);
     let (Ok(start), Ok(len)) = (i64::try_from(range.start), i64::try_from(len)) else { return };
@@ -165,7 +165,7 @@ pub fn is_read_only(file: impl AsFd) -> bool {
 ///
 /// # Errors
 /// `EOPNOTSUPP` where the file system cannot; else the host's errno.
-pub fn punch(file: impl AsFd, range: Range<u64>) -> io::Result<()> {
+pub fn punch_hole(file: impl AsFd, range: Range<u64>) -> io::Result<()> {
     fallocate(file, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, range)
 }
 
@@ -193,7 +193,7 @@ pub fn fallocate(file: impl AsFd, flags: FallocateFlags, range: Range<u64>) -> i
 
 /// The process that the thread `tid` belongs to; `tid` itself when that cannot be seen.
 #[must_use]
-pub fn process_of(tid: u32) -> u32 {
+pub fn process_of_thread(tid: u32) -> u32 {
     let status = std::fs::read_to_string(format!("/proc/{tid}/status")).unwrap_or_default();
     let process = status.lines().find_map(|line| line.strip_prefix("Tgid:")?.trim().parse().ok());
     process.unwrap_or(tid)
@@ -208,12 +208,12 @@ pub fn is_being_killed(pid: u32) -> bool {
         return false;
     }
     let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
-    let mut ending = tasks.map(|task| is_ending(&task.path())).peekable();
+    let mut ending = tasks.map(|task| is_thread_exiting(&task.path())).peekable();
     ending.peek().is_some() && ending.all(|is_ending| is_ending)
 }
 
 /// Whether the thread behind `task`, a directory of procfs, has SIGKILL pending or exits.
-fn is_ending(task: &std::path::Path) -> bool {
+fn is_thread_exiting(task: &std::path::Path) -> bool {
     /// SIGKILL in the masks of proc_pid_status(5).
     const KILL: u64 = 1 << (libc::SIGKILL - 1);
     /// `PF_EXITING` (linux/sched.h): the kernel waits for what the process has under way.
@@ -240,7 +240,7 @@ fn is_ending(task: &std::path::Path) -> bool {
 /// many bytes: fewer at the end of the source, or when an error came after some.
 ///
 /// # Errors
-/// The host's errno when nothing was copied; see [`cannot_copy`].
+/// The host's errno when nothing was copied; see [`is_copy_unsupported`].
 pub fn copy_range(
     source: BorrowedFd<'_>,
     from: Range<u64>,
@@ -263,7 +263,7 @@ pub fn copy_range(
 
 /// Whether the host said that it cannot copy between two files, rather than that it failed.
 #[must_use]
-pub fn cannot_copy(error: &io::Error) -> bool {
+pub fn is_copy_unsupported(error: &io::Error) -> bool {
     let known = [libc::EXDEV, libc::EOPNOTSUPP, libc::EINVAL, libc::ENOSYS, libc::EAGAIN];
     error.raw_os_error().is_some_and(|code| known.contains(&code))
 }
@@ -297,8 +297,8 @@ mod tests {
         let process = std::process::id();
         // A test runs in a thread of its own.
         let thread = rustix::thread::gettid().as_raw_nonzero().get().cast_unsigned();
-        assert_eq!(process_of(thread), process);
-        assert_eq!(process_of(u32::MAX), u32::MAX);
+        assert_eq!(process_of_thread(thread), process);
+        assert_eq!(process_of_thread(u32::MAX), u32::MAX);
         assert!(!is_being_killed(process) && !is_being_killed(0) && !is_being_killed(u32::MAX));
     }
 

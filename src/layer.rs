@@ -1,6 +1,6 @@
 //! What a layer is: the traits every base, overlay and stream answers.
 //!
-//! A disk is a stack of layers. Reading asks the top layer; where it answers [`Kind::Lower`] the
+//! A disk is a stack of layers. Reading asks the top layer; where it answers [`ExtentKind::Lower`] the
 //! question goes one layer down. Only `disk.rs` walks the stack.
 
 use std::io;
@@ -9,7 +9,7 @@ use std::os::fd::BorrowedFd;
 
 use crate::extents::Extent;
 #[cfg(doc)]
-use crate::extents::Kind;
+use crate::extents::ExtentKind;
 
 /// Whether a call may wait for a device, a lock or another host.
 ///
@@ -24,7 +24,7 @@ pub enum Wait {
 }
 
 /// Copies a range out of a host file and tells how many bytes it took.
-pub type Copy<'a> = &'a mut dyn FnMut(BorrowedFd<'_>, Range<u64>) -> io::Result<u64>;
+pub type CopyFn<'a> = &'a mut dyn FnMut(BorrowedFd<'_>, Range<u64>) -> io::Result<u64>;
 
 /// A read-only layer.
 pub trait Layer: Send + Sync {
@@ -34,22 +34,22 @@ pub trait Layer: Send + Sync {
     /// Describes a non-empty prefix of `range` (bytes, not empty) without reading data.
     ///
     /// The answer starts at `range.start` and ends at or before `range.end`. At and past
-    /// [`size`](Self::size) it is a [`Kind::Hole`]. What a layer cannot tell it calls
-    /// [`Kind::Data`]: always safe.
+    /// [`size`](Self::size) it is a [`ExtentKind::Hole`]. What a layer cannot tell it calls
+    /// [`ExtentKind::Data`]: always safe.
     ///
     /// # Errors
     /// `EAGAIN` under [`Wait::No`] when the answer would have to wait; else the host's errno.
     fn extent_at(&self, range: Range<u64>, wait: Wait) -> io::Result<Extent>;
 
     /// The same answer for `offset..offset + buf.len()` (`buf` is not empty), and when it is
-    /// [`Kind::Data`] the bytes of that prefix are in `buf`. For every other kind `buf` is left
+    /// [`ExtentKind::Data`] the bytes of that prefix are in `buf`. For every other kind `buf` is left
     /// as it was.
     ///
     /// # Errors
     /// As [`extent_at`](Self::extent_at); `EIO` when the host file is shorter than it was.
     fn read_at(&self, buf: &mut [u8], offset: u64, wait: Wait) -> io::Result<Extent>;
 
-    /// The same answer once more, and when it is [`Kind::Data`] and one host file holds that
+    /// The same answer once more, and when it is [`ExtentKind::Data`] and one host file holds that
     /// prefix, `copy` is called with the file and the bytes' place in it, while that place is kept
     /// from being reused. Its result comes back; `None` when there was no file to lend.
     ///
@@ -59,7 +59,7 @@ pub trait Layer: Send + Sync {
         &self,
         range: Range<u64>,
         wait: Wait,
-        copy: Copy<'_>,
+        copy: CopyFn<'_>,
     ) -> io::Result<(Extent, Option<u64>)>;
 }
 

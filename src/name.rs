@@ -6,13 +6,13 @@
 
 use std::io;
 
-use crate::host::errno;
+use crate::host::os_error;
 
 /// The longest name in bytes, as in other file systems (`NAME_MAX`).
-pub const LONGEST: usize = 255;
+pub const MAX_NAME_LEN: usize = 255;
 
 /// The name that belongs to the mount itself.
-pub const CONTROL: &str = ".cowslip";
+pub const CONTROL_DIR: &str = ".cowslip";
 
 /// What is wrong with a name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -29,14 +29,14 @@ pub enum NameError {
     /// It holds a control character, which a terminal may obey.
     #[error("it holds a control character")]
     ControlCharacter,
-    /// It is longer than [`LONGEST`].
+    /// It is longer than [`MAX_NAME_LEN`].
     #[error("it is longer than 255 bytes")]
     TooLong,
 }
 
 impl From<NameError> for io::Error {
     fn from(error: NameError) -> Self {
-        errno(match error {
+        os_error(match error {
             NameError::TooLong => libc::ENAMETOOLONG,
             _ => libc::EINVAL,
         })
@@ -53,7 +53,7 @@ pub fn check(name: &str) -> Result<(), NameError> {
         "." | ".." => Err(NameError::Directory),
         _ if name.contains('/') => Err(NameError::Slash),
         _ if name.chars().any(char::is_control) => Err(NameError::ControlCharacter),
-        _ if name.len() > LONGEST => Err(NameError::TooLong),
+        _ if name.len() > MAX_NAME_LEN => Err(NameError::TooLong),
         _ => Ok(()),
     }
 }

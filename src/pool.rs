@@ -14,22 +14,22 @@ use std::time::Duration;
 
 use parking_lot::{Condvar, Mutex};
 
-use crate::host::errno;
+use crate::host::os_error;
 
 /// Enough to keep a device busy and to let syncs and reads pass each other.
-const MOST_THREADS: usize = 8;
+const MAX_THREADS: usize = 8;
 /// How long a thread without work stays.
-const IDLE: Duration = Duration::from_secs(5);
+const IDLE_TIMEOUT: Duration = Duration::from_secs(5);
 
 thread_local! {
     /// The request that this thread works on.
-    static REQUEST: RefCell<Option<Rc<dyn Request>>> = const { RefCell::new(None) };
+    static CURRENT_REQUEST: RefCell<Option<Rc<dyn Cancellable>>> = const { RefCell::new(None) };
 }
 
 /// A request that may be answered before the work on it has ended.
-pub trait Request {
+pub trait Cancellable {
     /// Whether it was: nobody waits for the work any more.
-    fn is_given_up(&self) -> bool;
+    fn is_cancelled(&self) -> bool;
 
     /// From now on it is not given up; `false` when it was already.
     fn hold(&self) -> bool;
@@ -38,11 +38,11 @@ pub trait Request {
     fn release(&self);
 }
 
-/// Runs `work`, in which [`check_wanted`] fails once `request` is given up.
-pub fn while_wanted<T>(request: impl Request + 'static, work: impl FnOnce() -> T) -> T {
-    REQUEST.set(Some(Rc::new(request)));
+/// Runs `run_worker`, in which [`check_cancelled`] fails once `request` is given up.
+pub fn run_cancellable<T>(request: impl Cancellable + 'static, work: impl FnOnce() -> T) -> T {
+    CURRENT_REQUEST.set(Some(Rc::new(request)));
     let result = work();
-    REQUEST.set(None);
+    CURRENT_REQUEST.set(None);
     result
 }
 
@@ -51,29 +51,29 @@ pub fn while_wanted<T>(request: impl Request + 'static, work: impl FnOnce() -> T
 ///
 /// # Errors
 /// `EIO` when nobody waits for this thread's request.
-pub fn check_wanted() -> io::Result<()> {
-    let given_up = REQUEST.with_borrow(|request| request.as_ref().is_some_and(|r| r.is_given_up()));
-    if given_up { Err(errno(libc::EIO)) } else { Ok(()) }
+pub fn check_cancelled() -> io::Result<()> {
+    let given_up = CURRENT_REQUEST.with_borrow(|request| request.as_ref().is_some_and(|r| r.is_cancelled()));
+    if given_up { Err(os_error(libc::EIO)) } else { Ok(()) }
 }
 
-/// As [`check_wanted`], before a change that may take long itself and cannot be called back: until
+/// As [`check_cancelled`], before a change that may take long itself and cannot be called back: until
 /// the answer is dropped, by this thread, the request is not given up.
 ///
 /// # Errors
-/// As [`check_wanted`].
-pub fn begin_change() -> io::Result<Changing> {
-    let request = REQUEST.with_borrow(Clone::clone);
+/// As [`check_cancelled`].
+pub fn hold_reply() -> io::Result<ReplyHold> {
+    let request = CURRENT_REQUEST.with_borrow(Clone::clone);
     match &request {
-        Some(held) if !held.hold() => Err(errno(libc::EIO)),
-        _ => Ok(Changing(request)),
+        Some(held) if !held.hold() => Err(os_error(libc::EIO)),
+        _ => Ok(ReplyHold(request)),
     }
 }
 
 /// A change under way, on behalf of a request that waits for its end.
 #[must_use]
-pub struct Changing(Option<Rc<dyn Request>>);
+pub struct ReplyHold(Option<Rc<dyn Cancellable>>);
 
-impl Drop for Changing {
+impl Drop for ReplyHold {
     fn drop(&mut self) {
         if let Some(request) = &self.0 {
             request.release();
@@ -87,14 +87,14 @@ pub type Job = Box<dyn FnOnce() + Send>;
 /// A bounded set of threads that work off a queue.
 pub struct Pool {
     /// So many threads at most.
-    most: usize,
-    state: Mutex<State>,
-    more: Condvar,
-    less: Condvar,
+    max_threads: usize,
+    state: Mutex<PoolState>,
+    job_queued: Condvar,
+    thread_ended: Condvar,
 }
 
 #[derive(Default)]
-struct State {
+struct PoolState {
     queue: VecDeque<Job>,
     threads: usize,
     idle: usize,
@@ -103,39 +103,39 @@ struct State {
 
 impl Default for Pool {
     fn default() -> Self {
-        Self::of(MOST_THREADS)
+        Self::with_threads(MAX_THREADS)
     }
 }
 
 impl Pool {
-    /// A pool of up to `most` threads; none of them is made before there is work.
+    /// A pool of up to `max_threads` threads; none of them is made before there is work.
     #[must_use]
-    pub fn of(most: usize) -> Self {
+    pub fn with_threads(most: usize) -> Self {
         let (state, more, less) = (Mutex::default(), Condvar::new(), Condvar::new());
-        Self { most, state, more, less }
+        Self { max_threads: most, state, job_queued: more, thread_ended: less }
     }
 
     /// Has `job` run by one of the pool's threads, soon.
     pub fn run(self: &Arc<Self>, job: Job) {
         let mut state = self.state.lock();
         state.queue.push_back(job);
-        if state.idle >= state.queue.len() || state.threads >= self.most {
+        if state.idle >= state.queue.len() || state.threads >= self.max_threads {
             drop(state);
-            self.more.notify_one();
+            self.job_queued.notify_one();
             return;
         }
         state.threads += 1;
         drop(state);
         let pool = Arc::clone(self);
-        let made = thread::Builder::new().name("cowslip-io".to_owned()).spawn(move || pool.work());
+        let made = thread::Builder::new().name("cowslip-io".to_owned()).spawn(move || pool.run_worker());
         if let Err(error) = made {
             log::error!("no thread for a disk's work: {error}");
-            self.without_thread();
+            self.handle_spawn_failure();
         }
     }
 
     /// A thread could not be made: when there is none at all, the caller does the work.
-    fn without_thread(self: &Arc<Self>) {
+    fn handle_spawn_failure(self: &Arc<Self>) {
         let job = {
             let mut state = self.state.lock();
             state.threads -= 1;
@@ -146,7 +146,7 @@ impl Pool {
         }
     }
 
-    fn work(&self) {
+    fn run_worker(&self) {
         let mut state = self.state.lock();
         loop {
             if let Some(job) = state.queue.pop_front() {
@@ -159,14 +159,14 @@ impl Pool {
                 break;
             }
             state.idle += 1;
-            let waited = self.more.wait_for(&mut state, IDLE);
+            let waited = self.job_queued.wait_for(&mut state, IDLE_TIMEOUT);
             state.idle -= 1;
             if waited.timed_out() && state.queue.is_empty() {
                 break;
             }
         }
         state.threads -= 1;
-        self.less.notify_all();
+        self.thread_ended.notify_all();
     }
 
     /// Lets the threads finish what is queued and leave; returns whether all did within
@@ -174,8 +174,8 @@ impl Pool {
     pub fn stop(&self, patience: Duration) -> bool {
         let mut state = self.state.lock();
         state.stopping = true;
-        self.more.notify_all();
-        !self.less.wait_while_for(&mut state, |state| state.threads > 0, patience).timed_out()
+        self.job_queued.notify_all();
+        !self.thread_ended.wait_while_for(&mut state, |state| state.threads > 0, patience).timed_out()
     }
 }
 

@@ -24,11 +24,11 @@ use rustix::process::{
     DumpableBehavior, Resource, Rlimit, getrlimit, set_dumpable_behavior, setrlimit, umask,
 };
 
-/// What the caller had and [`settle`] took; what is started gets it back.
-static CALLERS: OnceLock<Callers> = OnceLock::new();
+/// What the caller had and [`apply_daemon_limits`] took; what is started gets it back.
+static CALLER: OnceLock<CallerLimits> = OnceLock::new();
 
 #[derive(Debug)]
-struct Callers {
+struct CallerLimits {
     umask: Mode,
     limits: [(Resource, Rlimit); 2],
 }
@@ -39,7 +39,7 @@ struct Callers {
 /// By a handler that does nothing: unlike a signal that is ignored, one with a handler is back at
 /// its default in every program that this one starts. A signal that is ignored already stays so,
 /// for them as well.
-pub fn survive_the_size_limit() {
+pub fn handle_sigxfsz() {
     extern "C" fn nothing(_: libc::c_int) {}
     // SAFETY: both structures are plain data that the calls read and fill; the handler touches
     // nothing, so it may run at any point of any thread.
@@ -59,7 +59,7 @@ pub fn survive_the_size_limit() {
 
 /// The error of a file that could not get its size, with the remedy where that is a limit.
 #[must_use]
-pub fn explain_size(error: io::Error) -> io::Error {
+pub fn explain_size_error(error: io::Error) -> io::Error {
     match error.raw_os_error() {
         Some(libc::EFBIG) => {
             let line = "it is larger than files may be here: raise the limit (ulimit -f), \
@@ -71,14 +71,14 @@ pub fn explain_size(error: io::Error) -> io::Error {
 }
 
 /// Makes this process a daemon to its host: see the table above. Once is enough; what the caller
-/// had is remembered for [`give_back`].
-pub fn settle() {
+/// had is remembered for [`restore_caller_limits`].
+pub fn apply_daemon_limits() {
     let files = getrlimit(Resource::Nofile);
     let core = getrlimit(Resource::Core);
     // What is made is for its owner, whoever mounts; what is for others says so.
     let umask = umask(Mode::RWXG | Mode::RWXO);
     let limits = [(Resource::Nofile, files), (Resource::Core, core)];
-    if CALLERS.set(Callers { umask, limits }).is_err() {
+    if CALLER.set(CallerLimits { umask, limits }).is_err() {
         return;
     }
     // A disk takes two descriptors and more; the usual soft limit of 1,024 is there for programs
@@ -93,16 +93,16 @@ pub fn settle() {
 /// The mode that a file has which the caller makes without saying more; `None` where this
 /// process's umask is the caller's, and does that itself.
 #[must_use]
-pub fn mode_of_new_file() -> Option<Mode> {
+pub fn new_file_mode() -> Option<Mode> {
     let all = Mode::RUSR | Mode::WUSR | Mode::RGRP | Mode::WGRP | Mode::ROTH | Mode::WOTH;
-    CALLERS.get().map(|callers| all - callers.umask)
+    CALLER.get().map(|callers| all - callers.umask)
 }
 
 /// Has `command` start with what the caller had; see the table above.
-pub fn give_back(command: &mut Command) {
+pub fn restore_caller_limits(command: &mut Command) {
     // A program that is started must not speak to the service manager for us.
     command.env_remove("NOTIFY_SOCKET");
-    let Some(callers) = CALLERS.get() else { return };
+    let Some(callers) = CALLER.get() else { return };
     let give_back = move || {
         umask(callers.umask);
         for (resource, limit) in callers.limits.iter().cloned() {
@@ -118,9 +118,9 @@ pub fn give_back(command: &mut Command) {
 /// Descriptors that the caller left open for us, from 3 on. Programs that are started do not get
 /// them; this process has them until they are closed, for a disk may be named by `/dev/fd/N`.
 #[derive(Debug, Default)]
-pub struct Inherited(Vec<RawFd>);
+pub struct InheritedFds(Vec<RawFd>);
 
-impl Inherited {
+impl InheritedFds {
     /// Finds them. To be called before a helper is started that is meant to inherit something.
     #[must_use]
     pub fn find() -> Self {
@@ -128,7 +128,7 @@ impl Inherited {
         let numbers = names.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
         // All that we open is closed on exec; what came through one is not.
         let inherited = numbers
-            .filter(|&number: &RawFd| number > 2 && keep_from_programs(number).unwrap_or(false));
+            .filter(|&number: &RawFd| number > 2 && set_cloexec(number).unwrap_or(false));
         Self(inherited.collect())
     }
 
@@ -144,7 +144,7 @@ impl Inherited {
 }
 
 /// Has `number` closed on exec; `false` when it was already.
-fn keep_from_programs(number: RawFd) -> io::Result<bool> {
+fn set_cloexec(number: RawFd) -> io::Result<bool> {
     // SAFETY: it is in the list of open descriptors, and nothing else runs that could close it.
     let fd = unsafe { BorrowedFd::borrow_raw(number) };
     let flags = rustix::io::fcntl_getfd(fd)?;

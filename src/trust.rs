@@ -27,14 +27,14 @@ use parking_lot::RwLock;
 use rustix::fs::{Mode, OFlags};
 
 /// A directory, by device and inode.
-type Id = (u64, u64);
+type DirId = (u64, u64);
 
 /// What [`allow`] was told, for the life of this process: held open, for a directory that is removed
 /// gives its number to another.
-static ALLOWED: RwLock<Vec<(Id, File)>> = RwLock::new(Vec::new());
+static ALLOWED_DIRS: RwLock<Vec<(DirId, File)>> = RwLock::new(Vec::new());
 
-fn allowed() -> Vec<Id> {
-    ALLOWED.read().iter().map(|(id, _)| *id).collect()
+fn allowed() -> Vec<DirId> {
+    ALLOWED_DIRS.read().iter().map(|(id, _)| *id).collect()
 }
 
 /// Why a directory is not believed; one line, the path of what lies in it is put in front.
@@ -58,7 +58,7 @@ pub enum TrustError {
 /// # Errors
 /// The host's errno; a line when links lead elsewhere.
 pub fn allow(path: &Path) -> io::Result<()> {
-    let dir = File::from(rustix::fs::open(path, LOOK, Mode::empty())?);
+    let dir = File::from(rustix::fs::open(path, OPEN_DIR_FLAGS, Mode::empty())?);
     let real = path_of(&dir);
     // A link of another user's could lead to the root of everything.
     if real != path.components().collect::<PathBuf>() {
@@ -67,7 +67,7 @@ pub fn allow(path: &Path) -> io::Result<()> {
     }
     let found = dir.metadata()?;
     let id = (found.dev(), found.ino());
-    let mut allowed = ALLOWED.write();
+    let mut allowed = ALLOWED_DIRS.write();
     if allowed.iter().all(|(other, _)| *other != id) {
         allowed.push((id, dir));
     }
@@ -79,7 +79,7 @@ pub fn allow(path: &Path) -> io::Result<()> {
 /// # Errors
 /// [`TrustError`].
 pub fn check(dir: &File) -> Result<(), TrustError> {
-    check_as(dir, &Viewer::this(), &allowed())
+    check_as(dir, &Principal::current(), &allowed())
 }
 
 /// Refuses the configuration `file`, in the directory `dir`, when another user could have written it.
@@ -87,12 +87,12 @@ pub fn check(dir: &File) -> Result<(), TrustError> {
 /// # Errors
 /// [`TrustError`].
 pub fn check_file(file: &File, dir: &File) -> Result<(), TrustError> {
-    let viewer = Viewer::this();
+    let viewer = Principal::current();
     let found = file.metadata()?;
-    let why = viewer.objection(found.uid(), found.mode() & !STICKY);
+    let why = viewer.objection(found.uid(), found.mode() & !STICKY_BIT);
     let allowed = allowed();
     match why {
-        Some(why) if !lies_in(dir, &allowed)? => {
+        Some(why) if !is_below(dir, &allowed)? => {
             Err(TrustError::Untrusted { dir: path_of(file), why })
         }
         Some(_) => Ok(()),
@@ -101,19 +101,19 @@ pub fn check_file(file: &File, dir: &File) -> Result<(), TrustError> {
 }
 
 /// How a directory is opened to be looked at: its entries need not be readable.
-const LOOK: OFlags = OFlags::PATH.union(OFlags::DIRECTORY).union(OFlags::CLOEXEC);
+const OPEN_DIR_FLAGS: OFlags = OFlags::PATH.union(OFlags::DIRECTORY).union(OFlags::CLOEXEC);
 /// The bit that keeps users from renaming what is not theirs.
-const STICKY: u32 = 0o1000;
+const STICKY_BIT: u32 = 0o1000;
 
 /// Who looks.
-struct Viewer {
+struct Principal {
     uid: u32,
     /// Who has become root by sudo or pkexec.
     invoker: Option<u32>,
 }
 
-impl Viewer {
-    fn this() -> Self {
+impl Principal {
+    fn current() -> Self {
         /// Read once: a daemon clears its environment.
         static INVOKER: LazyLock<Option<u32>> = LazyLock::new(|| {
             let named = |name| std::env::var(name).ok()?.parse().ok();
@@ -128,7 +128,7 @@ impl Viewer {
         if owner != 0 && owner != self.uid && Some(owner) != self.invoker {
             return Some(format!("belongs to another user (uid {owner}), who can change it"));
         }
-        if mode & STICKY != 0 {
+        if mode & STICKY_BIT != 0 {
             return None;
         }
         if mode & 0o002 != 0 {
@@ -139,16 +139,16 @@ impl Viewer {
     }
 }
 
-fn check_as(dir: &File, viewer: &Viewer, allowed: &[Id]) -> Result<(), TrustError> {
+fn check_as(dir: &File, viewer: &Principal, allowed: &[DirId]) -> Result<(), TrustError> {
     let mut objection = None;
     let mut is_target = true;
-    let is_allowed = upwards(dir, |at, found| {
+    let is_allowed = walk_up(dir, |at, found| {
         if allowed.contains(&(found.dev(), found.ino())) {
             return true;
         }
         if objection.is_none() {
             // A sticky bit guards what others made; what lies right in the target is not that.
-            let mode = if is_target { found.mode() & !STICKY } else { found.mode() };
+            let mode = if is_target { found.mode() & !STICKY_BIT } else { found.mode() };
             let why = viewer.objection(found.uid(), mode);
             objection = why.map(|why| TrustError::Untrusted { dir: path_of(at), why });
         }
@@ -161,13 +161,13 @@ fn check_as(dir: &File, viewer: &Viewer, allowed: &[Id]) -> Result<(), TrustErro
     }
 }
 
-fn lies_in(dir: &File, allowed: &[Id]) -> io::Result<bool> {
-    upwards(dir, |_, found| allowed.contains(&(found.dev(), found.ino())))
+fn is_below(dir: &File, allowed: &[DirId]) -> io::Result<bool> {
+    walk_up(dir, |_, found| allowed.contains(&(found.dev(), found.ino())))
 }
 
 /// Goes from `dir` up to the root until `is_found` says so, and tells whether it did. What cannot be
 /// searched ends the way: nothing above it is this user's to judge.
-fn upwards(
+fn walk_up(
     dir: &File,
     mut is_found: impl FnMut(&File, &std::fs::Metadata) -> bool,
 ) -> io::Result<bool> {
@@ -177,7 +177,7 @@ fn upwards(
         if is_found(&at, &found) {
             return Ok(true);
         }
-        let above = match rustix::fs::openat(&at, "..", LOOK, Mode::empty()) {
+        let above = match rustix::fs::openat(&at, "..", OPEN_DIR_FLAGS, Mode::empty()) {
             Ok(above) => File::from(above),
             Err(rustix::io::Errno::ACCESS) => return Ok(false),
             Err(error) => return Err(error.into()),
@@ -204,20 +204,20 @@ mod tests {
     use super::*;
     use crate::confined::open_dir;
 
-    const ROOT: Viewer = Viewer { uid: 0, invoker: None };
-    const U1: Viewer = Viewer { uid: 12345, invoker: None };
+    const ROOT: Principal = Principal { uid: 0, invoker: None };
+    const U1: Principal = Principal { uid: 12345, invoker: None };
 
     fn mode(path: &Path, mode: u32) {
         fs::set_permissions(path, Permissions::from_mode(mode)).unwrap();
     }
 
-    fn id(path: &Path) -> Id {
+    fn id(path: &Path) -> DirId {
         let found = fs::metadata(path).unwrap();
         (found.dev(), found.ino())
     }
 
     /// Why `viewer` does not believe the directory at `path`.
-    fn refused(viewer: &Viewer, path: &Path, allowed: &[Id]) -> Option<String> {
+    fn refused(viewer: &Principal, path: &Path, allowed: &[DirId]) -> Option<String> {
         let dir = open_dir(path).unwrap();
         check_as(&dir, viewer, allowed).err().map(|error| error.to_string())
     }
@@ -270,7 +270,7 @@ mod tests {
     fn who_became_root_by_sudo_is_believed_and_nobody_else() {
         let room = tempfile::tempdir().unwrap();
         chown(room.path(), Some(12345), None).unwrap();
-        let by = |uid| Viewer { uid: 0, invoker: Some(uid) };
+        let by = |uid| Principal { uid: 0, invoker: Some(uid) };
         assert_eq!(refused(&by(12345), room.path(), &[]), None);
         assert!(refused(&by(54321), room.path(), &[]).is_some());
     }

@@ -14,13 +14,13 @@ use std::sync::Arc;
 use common::library::{read_through, write_through};
 use common::model::{Model, pattern};
 use common::sim::{Deed, Host, Role, SimFile, SimLayer};
-use cowslip::extents::{Extent, Kind};
-use cowslip::host::errno;
-use cowslip::layer::{Copy, Layer, ReadBelow, Wait, WritableLayer};
+use cowslip::extents::{Extent, ExtentKind};
+use cowslip::host::os_error;
+use cowslip::layer::{CopyFn, Layer, ReadBelow, Wait, WritableLayer};
 use cowslip::overlay::data::Storage;
-use cowslip::overlay::log::{Home, Log};
-use cowslip::overlay::record::{Image, Tag};
-use cowslip::overlay::{CommitTo, Overlay};
+use cowslip::overlay::log::{LogDir, Log};
+use cowslip::overlay::record::{LayerMap, BootTag};
+use cowslip::overlay::{CommitTarget, Overlay};
 use proptest::collection::vec;
 use proptest::prelude::*;
 
@@ -39,14 +39,14 @@ impl Layer for SimBase {
     }
 
     fn extent_at(&self, range: Range<u64>, _: Wait) -> io::Result<Extent> {
-        let kind = if range.start < self.size { Kind::Data } else { Kind::Hole };
-        let end = if kind == Kind::Data { range.end.min(self.size) } else { range.end };
+        let kind = if range.start < self.size { ExtentKind::Data } else { ExtentKind::Hole };
+        let end = if kind == ExtentKind::Data { range.end.min(self.size) } else { range.end };
         Ok(Extent::new(range.start..end, kind))
     }
 
     fn read_at(&self, buf: &mut [u8], offset: u64, wait: Wait) -> io::Result<Extent> {
         let extent = self.extent_at(offset..offset + buf.len() as u64, wait)?;
-        if extent.kind == Kind::Data {
+        if extent.kind == ExtentKind::Data {
             self.file.read_at(&mut buf[..extent.len() as usize], offset, wait)?;
         }
         Ok(extent)
@@ -56,7 +56,7 @@ impl Layer for SimBase {
         &self,
         range: Range<u64>,
         wait: Wait,
-        _: Copy<'_>,
+        _: CopyFn<'_>,
     ) -> io::Result<(Extent, Option<u64>)> {
         Ok((self.extent_at(range, wait)?, None))
     }
@@ -87,11 +87,11 @@ impl WritableLayer for SimBase {
     }
 
     fn allocate(&self, _: Range<u64>, _: Wait) -> io::Result<()> {
-        Err(errno(libc::EOPNOTSUPP))
+        Err(os_error(libc::EOPNOTSUPP))
     }
 
     fn set_size(&self, _: u64) -> io::Result<()> {
-        Err(errno(libc::EOPNOTSUPP))
+        Err(os_error(libc::EOPNOTSUPP))
     }
 
     fn sync(&self) -> io::Result<()> {
@@ -114,11 +114,11 @@ impl Bed {
         file.write_at(&[IoSlice::new(&pattern(0, SIZE, 200))], 0).unwrap();
         file.sync().unwrap();
         let base = SimBase { file: Arc::new(file), size: SIZE };
-        let image = Image::new(SIZE, SIZE);
-        let home = Arc::clone(&layer.home) as Arc<dyn Home>;
-        let log = Log::create(home, layer.uuid, u64::from(BLOCK), &image, Tag([1; 2]), 1).unwrap();
+        let image = LayerMap::new(SIZE, SIZE);
+        let home = Arc::clone(&layer.home) as Arc<dyn LogDir>;
+        let log = Log::create(home, layer.uuid, u64::from(BLOCK), &image, BootTag([1; 2]), 1).unwrap();
         let data = Arc::clone(&layer.data) as Arc<dyn Storage>;
-        let overlay = Overlay::new(BLOCK, data, image, Some(log), Tag([1; 2]), None);
+        let overlay = Overlay::new(BLOCK, data, image, Some(log), BootTag([1; 2]), None);
         Self { layer, base, overlay, life: 1 }
     }
 
@@ -133,7 +133,7 @@ impl Bed {
             Some(seed) => self.base.file.after_power_cut(&layer.host, seed.wrapping_mul(31)),
         };
         let life = self.life + u64::from(seed.is_some());
-        let (overlay, _) = Overlay::open(&layer.files(), Tag([life; 2]), None).unwrap();
+        let (overlay, _) = Overlay::open(&layer.files(), BootTag([life; 2]), None).unwrap();
         Self { layer, base: SimBase { file: Arc::new(file), size: SIZE }, overlay, life }
     }
 
@@ -175,17 +175,17 @@ impl Bed {
 
     /// Commits; `meanwhile` is called after each piece.
     fn commit(&self, meanwhile: &dyn Fn()) -> io::Result<()> {
-        let to = CommitTo {
+        let to = CommitTarget {
             layer: &self.base,
             file: None,
-            progress: &|_, _| meanwhile(),
-            stop: &|| false,
+            on_progress: &|_, _| meanwhile(),
+            should_stop: &|| false,
         };
         self.overlay.begin_commit()?;
         let done = self
             .overlay
-            .commit_cut(&to)
-            .and_then(|()| self.overlay.raise_limit(self.base.size))
+            .commit_truncation(&to)
+            .and_then(|()| self.overlay.raise_lower_limit(self.base.size))
             .and_then(|()| self.overlay.commit_blocks(&to));
         self.overlay.pause_commit();
         done?;

@@ -12,7 +12,7 @@ use std::path::Path;
 use std::process::Command;
 
 use cowslip::formats::android::{
-    BLOCK, Checksums, Content, Decoder, Plan, Record, Run, Writer, whole_blocks,
+    BLOCK_SIZE, Checksums, AndroidContent, AndroidDecoder, AndroidPlan, AndroidRecord, AndroidRun, AndroidWriter, whole_blocks,
 };
 use cowslip::formats::bmap;
 
@@ -25,8 +25,8 @@ fn run(dir: &Path, line: &[&str]) {
     assert!(output.status.success(), "{line:?}: {output:?}");
 }
 
-fn of(content: Content, range: Range<u64>) -> Run {
-    Run { range, content }
+fn of(content: AndroidContent, range: Range<u64>) -> AndroidRun {
+    AndroidRun { range, content }
 }
 
 /// The bytes that stand at `offset`: never zero, never four times the same.
@@ -35,47 +35,47 @@ fn noise(offset: u64, len: usize) -> Vec<u8> {
     (offset..).take(len).map(byte).collect()
 }
 
-fn write_data<W: Write>(writer: &mut Writer<W>, range: Range<u64>) {
+fn write_data<W: Write>(writer: &mut AndroidWriter<W>, range: Range<u64>) {
     let mut at = range.start;
     while at < range.end {
         let len = (range.end - at).min(100_000) as usize;
-        writer.bytes(&noise(at, len)).unwrap();
+        writer.write_bytes(&noise(at, len)).unwrap();
         at += len as u64;
     }
 }
 
-fn write_runs<W: Write>(writer: &mut Writer<W>, runs: &[Run]) {
+fn write_runs<W: Write>(writer: &mut AndroidWriter<W>, runs: &[AndroidRun]) {
     for run in runs {
-        writer.run(run).unwrap();
-        if run.content == Content::Data {
+        writer.start_run(run).unwrap();
+        if run.content == AndroidContent::Data {
             write_data(writer, run.range.clone());
         }
     }
 }
 
 /// What `runs` make of a target that has `before` in every byte.
-fn expected(runs: &[Run], before: u8) -> Vec<u8> {
+fn expected(runs: &[AndroidRun], before: u8) -> Vec<u8> {
     runs.iter()
         .flat_map(|run| {
             let len = (run.range.end - run.range.start) as usize;
             match run.content {
-                Content::Data => noise(run.range.start, len),
-                Content::Zeros => vec![0; len],
-                Content::DontCare => vec![before; len],
+                AndroidContent::Data => noise(run.range.start, len),
+                AndroidContent::Zeros => vec![0; len],
+                AndroidContent::DontCare => vec![before; len],
             }
         })
         .collect()
 }
 
-fn some_runs() -> (u64, Vec<Run>) {
+fn some_runs() -> (u64, Vec<AndroidRun>) {
     let size = 100 * MIB;
     let runs = [
-        of(Content::Data, 0..BLOCK),
-        of(Content::Zeros, BLOCK..3 * MIB),
+        of(AndroidContent::Data, 0..BLOCK_SIZE),
+        of(AndroidContent::Zeros, BLOCK_SIZE..3 * MIB),
         // More than one chunk.
-        of(Content::Data, 5 * MIB..78 * MIB),
-        of(Content::Zeros, 78 * MIB..79 * MIB),
-        of(Content::Data, 90 * MIB..90 * MIB + BLOCK),
+        of(AndroidContent::Data, 5 * MIB..78 * MIB),
+        of(AndroidContent::Zeros, 78 * MIB..79 * MIB),
+        of(AndroidContent::Data, 90 * MIB..90 * MIB + BLOCK_SIZE),
     ];
     (size, whole_blocks(size, runs).unwrap())
 }
@@ -84,9 +84,9 @@ fn some_runs() -> (u64, Vec<Run>) {
 fn simg2img_reads_what_was_written() {
     let dir = tempfile::tempdir().unwrap();
     let (size, runs) = some_runs();
-    let plan = Plan::new(size, &runs).unwrap();
+    let plan = AndroidPlan::new(size, &runs).unwrap();
     let file = File::create(dir.path().join("sparse")).unwrap();
-    let mut writer = Writer::new(io::BufWriter::new(file), plan).unwrap();
+    let mut writer = AndroidWriter::new(io::BufWriter::new(file), plan).unwrap();
     write_runs(&mut writer, &runs);
     writer.finish().unwrap();
 
@@ -98,7 +98,7 @@ fn simg2img_reads_what_was_written() {
 fn simg2img_zeroes_zeros_and_leaves_what_it_need_not_care_for() {
     let dir = tempfile::tempdir().unwrap();
     let (size, runs) = some_runs();
-    let mut writer = Writer::new(Vec::new(), Plan::new(size, &runs).unwrap()).unwrap();
+    let mut writer = AndroidWriter::new(Vec::new(), AndroidPlan::new(size, &runs).unwrap()).unwrap();
     write_runs(&mut writer, &runs);
     fs::write(dir.path().join("sparse"), writer.finish().unwrap().0).unwrap();
     // simg2img truncates a file, but not a device.
@@ -116,8 +116,8 @@ fn simg2img_zeroes_zeros_and_leaves_what_it_need_not_care_for() {
 fn simg2img_loses_nothing_of_five_gigabytes_of_zeros() {
     let dir = tempfile::tempdir_in("/var/tmp").unwrap();
     let size = 5 << 30;
-    let runs = [of(Content::Zeros, 0..size - BLOCK), of(Content::Data, size - BLOCK..size)];
-    let mut writer = Writer::new(Vec::new(), Plan::new(size, &runs).unwrap()).unwrap();
+    let runs = [of(AndroidContent::Zeros, 0..size - BLOCK_SIZE), of(AndroidContent::Data, size - BLOCK_SIZE..size)];
+    let mut writer = AndroidWriter::new(Vec::new(), AndroidPlan::new(size, &runs).unwrap()).unwrap();
     write_runs(&mut writer, &runs);
     fs::write(dir.path().join("sparse"), writer.finish().unwrap().0).unwrap();
     run(dir.path(), &["simg2img", "sparse", "image"]);
@@ -126,9 +126,9 @@ fn simg2img_loses_nothing_of_five_gigabytes_of_zeros() {
     assert_eq!(metadata.len(), size);
     // It writes zeros out: what it has lost would be a hole.
     assert!(metadata.blocks() * 512 >= size, "{} of {size}", metadata.blocks() * 512);
-    let mut last = vec![0; BLOCK as usize];
-    image.read_exact_at(&mut last, size - BLOCK).unwrap();
-    assert!(last == noise(size - BLOCK, BLOCK as usize));
+    let mut last = vec![0; BLOCK_SIZE as usize];
+    image.read_exact_at(&mut last, size - BLOCK_SIZE).unwrap();
+    assert!(last == noise(size - BLOCK_SIZE, BLOCK_SIZE as usize));
 }
 
 #[test]
@@ -140,7 +140,7 @@ fn what_img2simg_wrote_is_read() {
     image[(80 * MIB) as usize..(81 * MIB) as usize].copy_from_slice(&b"abcd".repeat(1 << 18));
     image.truncate(image.len() - 5000);
     fs::write(dir.path().join("image"), &image).unwrap();
-    image.resize(image.len().next_multiple_of(BLOCK as usize), 0);
+    image.resize(image.len().next_multiple_of(BLOCK_SIZE as usize), 0);
     run(dir.path(), &["img2simg", "image", "sparse"]);
     let file = File::open(dir.path().join("sparse")).unwrap();
     let (bytes, fills) = decode(io::BufReader::new(file));
@@ -150,23 +150,23 @@ fn what_img2simg_wrote_is_read() {
 
 /// The image in a sparse image, and how many fills it has.
 fn decode(input: impl Read) -> (Vec<u8>, usize) {
-    let mut decoder = Decoder::new(input, Checksums::Verify).unwrap();
+    let mut decoder = AndroidDecoder::new(input, Checksums::Verify).unwrap();
     let (mut image, mut fills) = (Vec::new(), 0);
-    let Record::Size(size) = decoder.next_record().unwrap() else { panic!("no size") };
+    let AndroidRecord::Size(size) = decoder.next_record().unwrap() else { panic!("no size") };
     loop {
         match decoder.next_record().unwrap() {
-            Record::Size(_) => panic!("a second size"),
-            Record::Data(range) => {
+            AndroidRecord::Size(_) => panic!("a second size"),
+            AndroidRecord::Data(range) => {
                 assert_eq!(image.len() as u64, range.start);
                 decoder.body().read_to_end(&mut image).unwrap();
                 assert_eq!(image.len() as u64, range.end);
             }
-            Record::Fill(range, value) => {
+            AndroidRecord::Fill(range, value) => {
                 fills += 1;
                 image.extend(value.repeat(((range.end - range.start) / 4) as usize));
             }
-            Record::DontCare(range) => image.resize(range.end as usize, 0),
-            Record::End => break,
+            AndroidRecord::DontCare(range) => image.resize(range.end as usize, 0),
+            AndroidRecord::End => break,
         }
     }
     assert_eq!(image.len() as u64, size);

@@ -19,14 +19,14 @@ use std::time::Duration;
 
 use common::model::{End, Menu, Model, Op, Target, apply, op, perform, read_all};
 use common::mount::noise;
-use cowslip::disk::{Change, Disk, Force, Keep, LifeError, Setting, Whence, open};
-use cowslip::extents::{Extent, Kind};
-use cowslip::host::errno;
+use cowslip::disk::{FallocateMode, Disk, Force, SizeMode, OperationError, OpenContext, Whence, open};
+use cowslip::extents::{Extent, ExtentKind};
+use cowslip::host::os_error;
 use cowslip::layer::Wait;
-use cowslip::overlay::persist::Place;
+use cowslip::overlay::persist::OverlayPath;
 use cowslip::overlay::recover::Recovered;
-use cowslip::spec::{DiskSpec, Source};
-use cowslip::stream::sink::Inherit;
+use cowslip::spec::{DiskSpec, DiskSource};
+use cowslip::stream::sink::StdioMode;
 use proptest::collection::vec;
 use proptest::prelude::*;
 use proptest::test_runner::FileFailurePersistence;
@@ -62,19 +62,19 @@ struct Held {
     /// What a reset brings back.
     fresh: Vec<u8>,
     snapshots: BTreeMap<String, Vec<u8>>,
-    behind: Vec<JoinHandle<Result<(), LifeError>>>,
+    behind: Vec<JoinHandle<Result<(), OperationError>>>,
 }
 
-fn setting(mountpoint: &Path) -> Setting<'_> {
-    Setting {
+fn setting(mountpoint: &Path) -> OpenContext<'_> {
+    OpenContext {
         mountpoint,
         mount_dev: None,
         uid: 0,
         gid: 0,
         force: false,
         allow_backing: Vec::new(),
-        stdio: Inherit::Nothing,
-        looked_at: parking_lot::Mutex::default(),
+        stdio: StdioMode::Unavailable,
+        probed_dirs: parking_lot::Mutex::default(),
     }
 }
 
@@ -140,9 +140,9 @@ impl Held {
 
     /// Nothing that could be merged is left, and no layer that nothing names.
     fn check_tidied(&self) {
-        assert!(!self.disk().is_untidy());
+        assert!(!self.disk().needs_merge());
         // Beside the top and the snapshots only a layer where two of them part.
-        assert!(self.disk().chain().len() <= 2 * self.snapshots.len() + 1);
+        assert!(self.disk().layer_usages().len() <= 2 * self.snapshots.len() + 1);
         let Some(dir) = &self.spec.overlay else { return };
         let stack = fs::read_to_string(dir.join("stack")).unwrap();
         let mut count = 0;
@@ -169,11 +169,11 @@ fn extents_of(disk: &Disk) -> Vec<Extent> {
             data => data.unwrap(),
         };
         if at < data {
-            all.push(Extent::new(at..data, Kind::Hole));
+            all.push(Extent::new(at..data, ExtentKind::Hole));
         }
         if data < size {
             let hole = disk.seek(data, Whence::Hole, Wait::Yes).unwrap();
-            all.push(Extent::new(data..hole, Kind::Data));
+            all.push(Extent::new(data..hole, ExtentKind::Data));
             at = hole;
         } else {
             at = size;
@@ -200,11 +200,11 @@ impl Target for Pair {
     }
 
     fn zero(&mut self, disk: usize, range: Range<u64>) -> io::Result<()> {
-        self.0[disk].disk().change(range, Change::Zero, Keep::Size, Wait::Yes)
+        self.0[disk].disk().fallocate(range, FallocateMode::Zero, SizeMode::Keep, Wait::Yes)
     }
 
     fn punch(&mut self, disk: usize, range: Range<u64>) -> io::Result<()> {
-        self.0[disk].disk().change(range, Change::Punch, Keep::Size, Wait::Yes)
+        self.0[disk].disk().fallocate(range, FallocateMode::Punch, SizeMode::Keep, Wait::Yes)
     }
 
     fn truncate(&mut self, disk: usize, size: u64) -> io::Result<()> {
@@ -212,7 +212,7 @@ impl Target for Pair {
     }
 
     fn allocate(&mut self, disk: usize, range: Range<u64>) -> io::Result<()> {
-        self.0[disk].disk().change(range, Change::Allocate, Keep::Size, Wait::Yes)
+        self.0[disk].disk().fallocate(range, FallocateMode::Allocate, SizeMode::Keep, Wait::Yes)
     }
 
     fn copy(&mut self, from: (usize, Range<u64>), to: (usize, u64)) -> io::Result<()> {
@@ -221,7 +221,7 @@ impl Target for Pair {
         while !range.is_empty() {
             let copied = target.copy_from(source, range.clone(), offset)?;
             if copied == 0 {
-                return Err(errno(libc::EIO));
+                return Err(os_error(libc::EIO));
             }
             range.start += copied;
             offset += copied;
@@ -256,7 +256,7 @@ impl Pair {
             Step::Snapshot(at, number) => {
                 let (held, name) = (&mut self.0[at], format!("s{number}"));
                 match held.disk().snapshot(Some(&name)) {
-                    Err(LifeError::Exists(_)) => assert!(held.snapshots.contains_key(&name)),
+                    Err(OperationError::SnapshotExists(_)) => assert!(held.snapshots.contains_key(&name)),
                     taken => {
                         assert_eq!(taken.unwrap(), name);
                         let old = held.snapshots.insert(name, models[at].bytes.clone());
@@ -267,7 +267,7 @@ impl Pair {
             Step::Delete(at, rank) => match self.nth(at, rank) {
                 None => {
                     let refused = self.0[at].disk().delete_snapshot("s1").unwrap_err();
-                    assert!(matches!(refused, LifeError::Unknown(_)), "{refused}");
+                    assert!(matches!(refused, OperationError::NoSnapshot(_)), "{refused}");
                 }
                 Some(name) => {
                     self.0[at].disk().delete_snapshot(&name).unwrap();
@@ -286,16 +286,16 @@ impl Pair {
             }
             Step::Tidy(at) => {
                 self.0[at].wait_for_work_behind();
-                self.0[at].disk().tidy().unwrap();
+                self.0[at].disk().merge_layers().unwrap();
                 self.0[at].check_tidied();
             }
             Step::TidyBehind(at) => {
                 let disk = Arc::clone(self.0[at].disk());
-                self.0[at].behind.push(std::thread::spawn(move || disk.tidy()));
+                self.0[at].behind.push(std::thread::spawn(move || disk.merge_layers()));
             }
             Step::Keep(at) => {
                 let dir = room.join(format!("kept{at}"));
-                let kept = self.0[at].disk().keep(Place { dir: &dir, layers: None });
+                let kept = self.0[at].disk().keep(OverlayPath { dir: &dir, layers: None });
                 if self.0[at].spec.overlay.is_some() {
                     assert!(kept.is_err());
                 } else {
@@ -368,7 +368,7 @@ fn check(case: &Case) {
     let path = room.path().join("base.img");
     let shown = [make_base(&path, case.base), vec![0; case.blank as usize]];
     let mut models = shown.clone().map(Model::new);
-    let sources = [Source::File(path), Source::Blank(case.blank)];
+    let sources = [DiskSource::File(path), DiskSource::Blank(case.blank)];
     let mut number = 0;
     let held = sources.map(|source| {
         let mut spec = DiskSpec::new(format!("d{number}"), source);
@@ -402,7 +402,7 @@ fn check(case: &Case) {
     }
     for held in &mut pair.0 {
         held.wait_for_work_behind();
-        held.disk().tidy().unwrap();
+        held.disk().merge_layers().unwrap();
         held.check_tidied();
         held.disk().close(PATIENCE).unwrap();
     }
@@ -423,7 +423,7 @@ proptest! {
 
 /// A persistent disk of 64 KiB, blocks of 4 KiB, that may hold four of them.
 fn limited(room: &Path) -> DiskSpec {
-    let mut spec = DiskSpec::new("d".to_owned(), Source::Blank(64 << 10));
+    let mut spec = DiskSpec::new("d".to_owned(), DiskSource::Blank(64 << 10));
     spec.overlay = Some(room.join("overlay"));
     spec.limit = Some(16 << 10);
     spec
@@ -452,8 +452,8 @@ fn the_limit_holds_after_layers_were_merged() {
     disk.snapshot(Some("a")).unwrap();
     disk.write(&[2; 4096], 4096, Wait::Yes).unwrap();
     disk.delete_snapshot("a").unwrap();
-    disk.tidy().unwrap();
-    assert_eq!(disk.chain().len(), 1);
+    disk.merge_layers().unwrap();
+    assert_eq!(disk.layer_usages().len(), 1);
     disk.write(&[3; 8192], 8192, Wait::Yes).unwrap();
     assert!(is_full(disk.write(&[4; 4096], 32_768, Wait::Yes)));
     disk.close(PATIENCE).unwrap();

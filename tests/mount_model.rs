@@ -12,7 +12,7 @@ use std::os::unix::fs::FileExt;
 
 use common::model::{End, Menu, Model, Op, Target, op, run};
 use common::mount::*;
-use cowslip::extents::{Extent, Kind};
+use cowslip::extents::{Extent, ExtentKind};
 use proptest::prelude::*;
 use proptest::test_runner::FileFailurePersistence;
 
@@ -95,13 +95,13 @@ impl Target for Mounted {
         let (mut all, mut at) = (Vec::new(), 0);
         for run in data_runs(&self.files[disk]) {
             if at < run.start {
-                all.push(Extent { range: at..run.start, kind: Kind::Hole });
+                all.push(Extent { range: at..run.start, kind: ExtentKind::Hole });
             }
             at = run.end;
-            all.push(Extent { range: run, kind: Kind::Data });
+            all.push(Extent { range: run, kind: ExtentKind::Data });
         }
         if at < size {
-            all.push(Extent { range: at..size, kind: Kind::Hole });
+            all.push(Extent { range: at..size, kind: ExtentKind::Hole });
         }
         Ok(all)
     }

@@ -20,9 +20,9 @@ use common::sim::Chance;
 use cowslip::layer::{Layer, Wait, WritableLayer};
 use cowslip::overlay::Overlay;
 use cowslip::overlay::keep::temporary;
-use cowslip::overlay::persist::{self, New, Persistent, Place};
-use cowslip::overlay::record::Image;
-use cowslip::overlay::shelf::Shelf;
+use cowslip::overlay::persist::{self, NewOverlay, OpenedOverlay, OverlayPath};
+use cowslip::overlay::record::LayerMap;
+use cowslip::overlay::shelf::LayerCache;
 use cowslip::overlay::stack::{BaseRecord, LayerRecord, Stack, VERSION};
 use uuid::Uuid;
 
@@ -33,7 +33,7 @@ const SIZE: u64 = BLOCK * BLOCKS;
 /// A persistent overlay in a directory of its own, over a base without a zero byte.
 struct Lab {
     base: TestBase,
-    disk: Persistent,
+    disk: OpenedOverlay,
     dir: tempfile::TempDir,
 }
 
@@ -53,8 +53,8 @@ impl Lab {
             snapshots: Vec::new(),
         };
         let path = dir.path().join("vm.cow");
-        let new = New { stack, image: &Image::new(SIZE, SIZE), limit: None };
-        let disk = persist::create(Place { dir: &path, layers: None }, new).unwrap();
+        let new = NewOverlay { stack, map: &LayerMap::new(SIZE, SIZE), limit: None };
+        let disk = persist::create(OverlayPath { dir: &path, layers: None }, new).unwrap();
         Self { base: TestBase::solid(SIZE), disk, dir }
     }
 
@@ -110,9 +110,9 @@ impl Lab {
         self.overlay().close().unwrap();
         let path = self.dir.path().join("vm.cow");
         drop(self.disk);
-        let disk = persist::find(Place { dir: &path, layers: None })
+        let disk = persist::lock_overlay(OverlayPath { dir: &path, layers: None })
             .unwrap()
-            .open(None, &Shelf::default())
+            .open(None, &LayerCache::default())
             .unwrap();
         let mut bytes = vec![0; SIZE as usize];
         read_through(&[&disk.overlay, &self.base], &mut bytes, 0, Wait::Yes).unwrap();

@@ -15,9 +15,9 @@ use common::model::{End, Menu, Model, Op, apply, op, perform};
 use common::sim::{Chance, Deed, Role, SECTOR};
 use common::written;
 use cowslip::layer::{Wait, WritableLayer};
-use cowslip::overlay::data::{HostFile, SEGMENT, Storage};
+use cowslip::overlay::data::{HostFile, SEGMENT_LEN, Storage};
 use cowslip::overlay::log;
-use cowslip::overlay::record::{RECORD_LEN, Record};
+use cowslip::overlay::record::{RECORD_LEN, LogRecord};
 use cowslip::overlay::recover::{LogError, Recovered};
 use proptest::collection::vec;
 use proptest::prelude::*;
@@ -602,7 +602,7 @@ fn a_log_cut_short_is_an_older_state_or_refused() {
 fn a_record_of_a_later_version_is_named() {
     let (disk, model, _) = logged();
     let len = written(&disk.layer.home.log().bytes()) as u64;
-    let mut bytes = Record::Close.encode(&disk.layer.uuid, 1000);
+    let mut bytes = LogRecord::Close.encode(&disk.layer.uuid, 1000);
     bytes[4] = 200;
     let crc = crc32c::crc32c_append(crc32c::crc32c(disk.layer.uuid.as_bytes()), &bytes[4..]);
     bytes[..4].copy_from_slice(&crc.to_le_bytes());
@@ -897,24 +897,24 @@ fn bytes_across_the_border_of_two_segments_are_one_range() {
         data.read_at(&mut buf, from, Wait::Yes).unwrap();
         buf
     };
-    assert_eq!(read(SEGMENT - 10, 20), [0; 20], "what was never written is zeros");
+    assert_eq!(read(SEGMENT_LEN - 10, 20), [0; 20], "what was never written is zeros");
     let bytes: Vec<u8> = (1..=200).collect();
     let parts = [IoSlice::new(&bytes[..30]), IoSlice::new(&bytes[30..])];
-    data.write_at(&parts, SEGMENT - 100).unwrap();
-    assert_eq!(read(SEGMENT - 100, 200), bytes);
-    assert_eq!(read(SEGMENT, 100), bytes[100..]);
-    assert_eq!(data.len().unwrap(), SEGMENT + 100);
-    data.punch(SEGMENT - 50..SEGMENT + 50).unwrap();
+    data.write_at(&parts, SEGMENT_LEN - 100).unwrap();
+    assert_eq!(read(SEGMENT_LEN - 100, 200), bytes);
+    assert_eq!(read(SEGMENT_LEN, 100), bytes[100..]);
+    assert_eq!(data.len().unwrap(), SEGMENT_LEN + 100);
+    data.punch_hole(SEGMENT_LEN - 50..SEGMENT_LEN + 50).unwrap();
     let mut punched = bytes.clone();
     punched[50..150].fill(0);
-    assert_eq!(read(SEGMENT - 100, 200), punched);
-    data.write_at(&[IoSlice::new(&[9; 10])], 3 * SEGMENT + 5).unwrap();
-    assert_eq!(read(3 * SEGMENT, 20), [[0; 5].as_slice(), &[9; 10], &[0; 5]].concat());
-    assert_eq!(read(2 * SEGMENT, 20), [0; 20]);
+    assert_eq!(read(SEGMENT_LEN - 100, 200), punched);
+    data.write_at(&[IoSlice::new(&[9; 10])], 3 * SEGMENT_LEN + 5).unwrap();
+    assert_eq!(read(3 * SEGMENT_LEN, 20), [[0; 5].as_slice(), &[9; 10], &[0; 5]].concat());
+    assert_eq!(read(2 * SEGMENT_LEN, 20), [0; 20]);
     data.sync().unwrap();
     assert_eq!(data.segments().unwrap().len(), 3);
-    assert!(data.backing(SEGMENT - 1..SEGMENT).is_some());
-    assert!(data.backing(SEGMENT - 1..SEGMENT + 1).is_none());
+    assert!(data.host_fd(SEGMENT_LEN - 1..SEGMENT_LEN).is_some());
+    assert!(data.host_fd(SEGMENT_LEN - 1..SEGMENT_LEN + 1).is_none());
 }
 
 #[test]

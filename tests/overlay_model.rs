@@ -12,13 +12,13 @@ use std::{io, thread};
 use common::library::{SimDisk, SimDisks, TestBase, read_through};
 use common::model::{Menu, Model, Op, op, run};
 use common::sim::{Deed, Role};
-use cowslip::extents::Kind;
+use cowslip::extents::ExtentKind;
 use cowslip::layer::{Layer, Wait, WritableLayer};
-use cowslip::overlay::persist::{self, New, Persistent, Place};
-use cowslip::overlay::record::Image;
-use cowslip::overlay::shelf::Shelf;
+use cowslip::overlay::persist::{self, NewOverlay, OpenedOverlay, OverlayPath};
+use cowslip::overlay::record::LayerMap;
+use cowslip::overlay::shelf::LayerCache;
 use cowslip::overlay::stack::{BaseRecord, LayerRecord, Stack, VERSION};
-use cowslip::overlay::{LARGEST, Overlay};
+use cowslip::overlay::{MAX_DISK_SIZE, Overlay};
 use cowslip::spec::OverlayKind;
 use proptest::collection::vec;
 use proptest::prelude::*;
@@ -171,13 +171,13 @@ fn a_zeroed_range_hides_the_base_and_is_a_hole() {
     disk.zero(4096..12_288).unwrap();
     let layer = disk.overlay();
     let extent = layer.extent_at(4096..65_536, Wait::No).unwrap();
-    assert_eq!((extent.range, extent.kind), (4096..12_288, Kind::Hole));
+    assert_eq!((extent.range, extent.kind), (4096..12_288, ExtentKind::Hole));
     assert!(disk.read_all()[4096..12_288].iter().all(|byte| *byte == 0));
     disk.check_shape();
 }
 
 /// Sizes at which a step for each so many bytes would take hours.
-const HUGE: [u64; 4] = [16 << 40, 8 << 50, 7 << 60, LARGEST];
+const HUGE: [u64; 4] = [16 << 40, 8 << 50, 7 << 60, MAX_DISK_SIZE];
 
 #[test]
 fn space_goes_back_in_steps_for_what_there_is_whatever_was_freed() {
@@ -255,7 +255,7 @@ fn a_sync_beside_a_change_that_hangs_takes_steps_for_what_there_is() {
 }
 
 /// Where something could go wrong: borders of segments, and of what an offset can be.
-const ANCHORS: [u64; 7] = [0, 8 << 40, 16 << 40, 8 << 50, 1 << 62, 7 << 60, LARGEST];
+const ANCHORS: [u64; 7] = [0, 8 << 40, 16 << 40, 8 << 50, 1 << 62, 7 << 60, MAX_DISK_SIZE];
 /// Bytes before and after them.
 const AROUND: u64 = 40_000;
 
@@ -272,7 +272,7 @@ enum Far {
 fn far() -> impl Strategy<Value = Far> {
     let place = || {
         (0..ANCHORS.len(), 0..=2 * AROUND)
-            .prop_map(|(anchor, by)| (ANCHORS[anchor] + by).saturating_sub(AROUND).min(LARGEST))
+            .prop_map(|(anchor, by)| (ANCHORS[anchor] + by).saturating_sub(AROUND).min(MAX_DISK_SIZE))
     };
     prop_oneof![
         6 => (place(), 1u64..9000, 1u8..).prop_map(|(at, len, fill)| Far::Write(at, len, fill)),
@@ -286,7 +286,7 @@ fn far() -> impl Strategy<Value = Far> {
 /// A persistent overlay over nothing, in files of the host.
 struct FarDisk {
     dir: tempfile::TempDir,
-    disk: Option<Persistent>,
+    disk: Option<OpenedOverlay>,
 }
 
 impl FarDisk {
@@ -303,9 +303,9 @@ impl FarDisk {
             layers: vec![LayerRecord { uuid: Uuid::new_v4(), block, parent: None }],
             snapshots: Vec::new(),
         };
-        let new = New { stack, image: &Image::new(LARGEST, 0), limit: None };
+        let new = NewOverlay { stack, map: &LayerMap::new(MAX_DISK_SIZE, 0), limit: None };
         let path = dir.path().join("ov");
-        let disk = persist::create(Place { dir: &path, layers: None }, new).unwrap();
+        let disk = persist::create(OverlayPath { dir: &path, layers: None }, new).unwrap();
         Self { dir, disk: Some(disk) }
     }
 
@@ -332,8 +332,8 @@ impl FarDisk {
                 overlay.close().unwrap();
                 drop(self.disk.take());
                 let path = self.dir.path().join("ov");
-                let found = persist::find(Place { dir: &path, layers: None }).unwrap();
-                self.disk = Some(found.open(None, &Shelf::default()).unwrap());
+                let found = persist::lock_overlay(OverlayPath { dir: &path, layers: None }).unwrap();
+                self.disk = Some(found.open(None, &LayerCache::default()).unwrap());
             }
         }
     }
@@ -348,7 +348,7 @@ fn shown_after(changes: &[Far], window: &std::ops::Range<u64>) -> (Vec<u8>, u64)
             bytes[(start - window.start) as usize..(end - window.start) as usize].fill(fill);
         }
     };
-    let mut size = LARGEST;
+    let mut size = MAX_DISK_SIZE;
     for change in changes {
         match *change {
             Far::Write(at, len, byte) => fill(at, (at + len).min(size), byte),
@@ -375,7 +375,7 @@ proptest! {
         disk.perform(&Far::Reopen);
         let overlay = disk.overlay();
         for anchor in ANCHORS {
-            let window = anchor.saturating_sub(2 * AROUND)..(anchor + 2 * AROUND).min(LARGEST);
+            let window = anchor.saturating_sub(2 * AROUND)..(anchor + 2 * AROUND).min(MAX_DISK_SIZE);
             let (expected, size) = shown_after(&changes, &window);
             prop_assert_eq!(overlay.size(), size);
             let seen = size.clamp(window.start, window.end) - window.start;

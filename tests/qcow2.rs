@@ -13,8 +13,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use common::mount::*;
-use cowslip::base::{Access, Opening};
-use cowslip::spec::{Direct, Format, Locking, Part, Passthrough, Source};
+use cowslip::base::{BaseAccess, BaseOptions};
+use cowslip::spec::{DirectIo, Format, Locking, SourcePart, Passthrough, DiskSource};
 use rustix::fs::{CWD, RenameFlags};
 
 /// The disks of `names`, mounted read-only, compare equal to what QEMU reads of the images.
@@ -243,16 +243,16 @@ fn nothing_is_opened_that_was_not_allowed() {
 
 /// Opens `image` as a mount would, with nothing allowed but its own directory.
 fn open(image: &Path) -> Result<cowslip::base::Base, cowslip::base::BaseError> {
-    let how = Opening {
+    let how = BaseOptions {
         format: Some(Format::Qcow2),
-        part: Part::Whole,
-        access: Access::Read,
+        part: SourcePart::Whole,
+        access: BaseAccess::Read,
         locking: Locking::Off,
         passthrough: Passthrough::Off,
-        direct: Direct::Off,
+        direct: DirectIo::Off,
         allow_backing: &[],
     };
-    cowslip::base::open(&Source::File(image.to_owned()), how)
+    cowslip::base::open(&DiskSource::File(image.to_owned()), how)
 }
 
 #[test]

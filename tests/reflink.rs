@@ -21,7 +21,7 @@ use common::mount::*;
 use common::random::*;
 use cowslip::base::identity::Identity;
 use cowslip::layer::{Layer, WritableLayer};
-use cowslip::overlay::reflink::{self, Origin, Persistent, Reflink, ReflinkError, Source};
+use cowslip::overlay::reflink::{self, RevertTarget, OpenedReflink, Reflink, ReflinkError, SharedBase};
 use cowslip::overlay::stack::{BaseRecord, Stack, StackError, VERSION};
 use cowslip::spec::OverlayKind;
 use rustix::process::Signal;
@@ -534,7 +534,7 @@ fn base_of(lab: &Lab) -> Arc<File> {
 }
 
 /// A new overlay at `host/ov`.
-fn create(lab: &Lab) -> Persistent {
+fn create(lab: &Lab) -> OpenedReflink {
     let (path, file) = (lab.path("host/base.img"), base_of(lab));
     let identity = Identity::of(&file).unwrap();
     let stack = Stack {
@@ -555,16 +555,16 @@ fn create(lab: &Lab) -> Persistent {
         layers: Vec::new(),
         snapshots: Vec::new(),
     };
-    let base = Source { path: &path, file: &file };
+    let base = SharedBase { path: &path, file: &file };
     reflink::create(&lab.path("host/ov"), stack, &base, None).unwrap()
 }
 
 /// Finds the overlay at `dir`. A child that another test has just started holds its lock, as it
 /// holds all our files, until it executes its program.
-fn find(dir: &Path) -> Result<reflink::Found, ReflinkError> {
+fn find(dir: &Path) -> Result<reflink::LockedReflink, ReflinkError> {
     let deadline = Instant::now() + PATIENCE;
     loop {
-        match reflink::find(dir) {
+        match reflink::lock_overlay(dir) {
             Err(ReflinkError::Stack(StackError::InUse { .. })) if Instant::now() < deadline => {
                 thread::sleep(Duration::from_millis(1));
             }
@@ -573,7 +573,7 @@ fn find(dir: &Path) -> Result<reflink::Found, ReflinkError> {
     }
 }
 
-fn open(lab: &Lab) -> Result<Persistent, ReflinkError> {
+fn open(lab: &Lab) -> Result<OpenedReflink, ReflinkError> {
     find(&lab.path("host/ov"))?.open(&base_of(lab))
 }
 
@@ -623,7 +623,7 @@ fn a_snapshot_keeps_what_was_and_revert_and_reset_bring_it_back() {
     let told = Told::new();
     let layer = open(&told.lab).unwrap().layer;
     let inode = layer.data().metadata().unwrap().ino();
-    let names = || layer.list().unwrap().into_iter().map(|found| found.name).collect::<Vec<_>>();
+    let names = || layer.list_snapshots().unwrap().into_iter().map(|found| found.name).collect::<Vec<_>>();
     assert_eq!(names(), ["monday", "tuesday.new"]);
     for _ in 0..2 {
         layer.revert("tuesday.new").unwrap();
@@ -639,8 +639,8 @@ fn a_snapshot_keeps_what_was_and_revert_and_reset_bring_it_back() {
     assert!(fs::read(told.ov("snapshots/monday")).unwrap() == told.monday);
     let mut file = layer.open_snapshot("tuesday.new").unwrap();
     assert!(file.write_all(b"x").is_err());
-    assert_eq!(layer.list().unwrap()[0].size, SIZE);
-    layer.delete("monday").unwrap();
+    assert_eq!(layer.list_snapshots().unwrap()[0].size, SIZE);
+    layer.delete_snapshot("monday").unwrap();
     assert_eq!(names(), ["tuesday.new"]);
     layer.revert("tuesday.new").unwrap();
     assert!(bytes_of(&layer) == told.tuesday);
@@ -658,12 +658,12 @@ fn names_that_clash_are_missing_or_lead_elsewhere_change_nothing() {
     for name in ["", "..", "a/b", "a\n"] {
         assert!(matches!(layer.snapshot(name), Err(ReflinkError::Name { .. })), "{name:?}");
         assert!(matches!(layer.revert(name), Err(ReflinkError::Name { .. })), "{name:?}");
-        assert!(matches!(layer.delete(name), Err(ReflinkError::Name { .. })), "{name:?}");
+        assert!(matches!(layer.delete_snapshot(name), Err(ReflinkError::Name { .. })), "{name:?}");
     }
     assert!(matches!(layer.revert("never"), Err(ReflinkError::NoSnapshot(_))));
-    assert!(matches!(layer.delete("never"), Err(ReflinkError::NoSnapshot(_))));
+    assert!(matches!(layer.delete_snapshot("never"), Err(ReflinkError::NoSnapshot(_))));
     assert!(bytes_of(&layer) == was);
-    assert_eq!(layer.list().unwrap().len(), 2);
+    assert_eq!(layer.list_snapshots().unwrap().len(), 2);
     assert_eq!(fs::read(told.ov("snapshots/monday")).unwrap(), told.monday);
     drop(layer);
     let mut names: Vec<_> =
@@ -702,7 +702,7 @@ fn an_interrupted_revert_or_reset_is_finished_at_the_next_open() {
             fs::write(told.ov("snapshot.new"), "half").unwrap();
             fs::write(told.ov("intent.new"), "half").unwrap();
             let opened = open(&told.lab).unwrap();
-            let is_reset = opened.finished == Some(Origin::Base);
+            let is_reset = opened.finished == Some(RevertTarget::Base);
             assert!(opened.finished.is_some() && is_reset == body.contains("base"));
             assert!(bytes_of(&opened.layer) == *wanted, "{body}");
             for name in ["intent", "intent.new", "snapshot.new"] {
@@ -752,7 +752,7 @@ fn what_differs_from_the_base_is_told_by_shared_extents() {
     let changed = layer.changed().unwrap();
     assert_eq!(changed.ranges, [4096..16384, hole + 4096..hole + 8192, last..SIZE]);
     assert_eq!(changed.bytes, 12288 + 4096 + SIZE - last);
-    assert_eq!(layer.changed_about().unwrap(), changed.bytes);
+    assert_eq!(layer.estimate_changed().unwrap(), changed.bytes);
     layer.punch_hole(0..4096, &Nothing, cowslip::layer::Wait::Yes).unwrap();
     assert_eq!(layer.changed().unwrap().ranges[0], 0..16384);
     layer.set_size(SIZE + MIB).unwrap();
@@ -770,7 +770,7 @@ fn two_openers_exclude_each_other_by_the_inode_of_the_data() {
     let lab = lab();
     let one = create(&lab);
     fs::rename(lab.path("host/ov"), lab.path("host/renamed")).unwrap();
-    let two = reflink::find(Path::new(&lab.path("host/renamed")));
+    let two = reflink::lock_overlay(Path::new(&lab.path("host/renamed")));
     assert!(matches!(two, Err(ReflinkError::Stack(StackError::InUse { .. }))));
     drop(one);
     find(&lab.path("host/renamed")).unwrap();

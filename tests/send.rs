@@ -14,7 +14,7 @@ use std::time::Instant;
 
 use common::mount::*;
 use cowslip::stream::frames::rbd;
-use cowslip::transfer::checkpoint::{Chain, Mark, Stage};
+use cowslip::transfer::checkpoint::{HashChain, Checkpoint, CheckpointKind};
 use proptest::prelude::*;
 
 /// Places with data: where they start, and their bytes.
@@ -109,20 +109,20 @@ fn records_say_exactly_what_the_file_holds() {
     let lab = Lab::new();
     sparse(&lab, "x", 3 * MIB, &[(MIB, 10)]);
     let sent = wire(&lab, "x");
-    let mut decoder = rbd::Decoder::new(&sent[..]).unwrap();
+    let mut decoder = rbd::RbdDecoder::new(&sent[..]).unwrap();
     let mut found = Vec::new();
     loop {
         let record = decoder.next_record().unwrap();
-        if let rbd::Record::Data(range) = &record {
+        if let rbd::RbdRecord::Data(range) = &record {
             let len = (range.end - range.start) as usize;
             *decoder.input() = &decoder.input()[len..];
         }
         found.push(record);
-        if found.last() == Some(&rbd::Record::End) {
+        if found.last() == Some(&rbd::RbdRecord::End) {
             break;
         }
     }
-    use rbd::Record::{Data, End, Size, Zeros};
+    use rbd::RbdRecord::{Data, End, Size, Zeros};
     let data = MIB..MIB + 4096;
     let all = [Size(3 * MIB), Zeros(0..MIB), Data(data), Zeros(MIB + 4096..3 * MIB), End];
     assert_eq!(found, all);
@@ -406,13 +406,13 @@ fn changes_since_a_snapshot_are_put_onto_what_it_was() {
 #[test]
 fn a_stream_of_another_sender_is_taken_with_a_note() {
     let lab = Lab::new();
-    let mut plain = rbd::opening(MIB).to_vec();
+    let mut plain = rbd::preamble(MIB).to_vec();
     // Later records cover earlier ones, and what none covers is a hole.
     for (start, byte) in [(65_536u64, 1u8), (0, 2), (67_000, 3)] {
         plain.extend(rbd::data_header(&(start..start + 5000)));
         plain.extend([byte; 5000]);
     }
-    plain.extend(rbd::zeros(&(0..100)));
+    plain.extend(rbd::zeros_record(&(0..100)));
     plain.extend(b"t\x06\0\0\0\0\0\0\0\x02\0\0\0ab?\x01\0\0\0\0\0\0\0xe");
     let output = recv(&lab, "out", &plain);
     assert!(output.status.success(), "{}", show(&output));
@@ -695,17 +695,17 @@ fn nothing_that_lies_beside_the_file_is_followed_or_waited_for() {
 #[test]
 fn a_stream_of_nothing_but_checkpoints_takes_no_memory() {
     let lab = Lab::new();
-    let mut wire = rbd::opening(1 << 30).to_vec();
-    let mut chain = Chain::default();
+    let mut wire = rbd::preamble(1 << 30).to_vec();
+    let mut chain = HashChain::default();
     chain.update(&wire);
-    let mark = Mark { start: 0, end: 0, identity: 7, origin: 0 };
+    let mark = Checkpoint { start: 0, end: 0, identity: 7, origin: 0 };
     let name = "s".repeat(255);
     let since = [&b"f"[..], &259_u64.to_le_bytes(), &255_u32.to_le_bytes(), name.as_bytes()];
     let since = since.concat();
     chain.update(&since);
     wire.extend(since);
     for _ in 0..200_000 {
-        wire.extend(chain.record(&mark, Stage::Middle));
+        wire.extend(chain.checkpoint_record(&mark, CheckpointKind::Middle));
     }
     fs::write(lab.path("old"), "old").unwrap();
     put(&lab.path("wire"), &wire);

@@ -18,7 +18,7 @@ use std::process::{Output, Stdio};
 use common::mount::*;
 use common::strace::{self, Call, Seen, kill_at};
 use cowslip::stream::frames::rbd;
-use cowslip::transfer::checkpoint::{Chain, Mark, Stage};
+use cowslip::transfer::checkpoint::{HashChain, Checkpoint, CheckpointKind};
 
 /// What lies between two checkpoints here: small, so that there are many.
 const PIECE: u64 = 64 * KIB;
@@ -37,28 +37,28 @@ fn image() -> Vec<u8> {
 
 /// The stream that sends `image` from `origin` on, with a checkpoint after every piece.
 fn stream(image: &[u8], origin: u64) -> Vec<u8> {
-    let (mut wire, mut chain) = (Vec::new(), Chain::default());
-    let put = |wire: &mut Vec<u8>, chain: &mut Chain, bytes: &[u8]| {
+    let (mut wire, mut chain) = (Vec::new(), HashChain::default());
+    let put = |wire: &mut Vec<u8>, chain: &mut HashChain, bytes: &[u8]| {
         chain.update(bytes);
         wire.extend(bytes);
     };
-    put(&mut wire, &mut chain, &rbd::opening(SIZE));
-    let mut mark = Mark { start: origin, end: origin, identity: IDENTITY, origin };
-    wire.extend(chain.record(&mark, Stage::Middle));
+    put(&mut wire, &mut chain, &rbd::preamble(SIZE));
+    let mut mark = Checkpoint { start: origin, end: origin, identity: IDENTITY, origin };
+    wire.extend(chain.checkpoint_record(&mark, CheckpointKind::Middle));
     while mark.end < SIZE {
-        mark = Mark { start: mark.end, end: mark.end + PIECE, ..mark };
+        mark = Checkpoint { start: mark.end, end: mark.end + PIECE, ..mark };
         let mut at = mark.start;
         if at.is_multiple_of(2 * PIECE) {
-            put(&mut wire, &mut chain, &rbd::zeros(&(at..at + 20 * KIB)));
+            put(&mut wire, &mut chain, &rbd::zeros_record(&(at..at + 20 * KIB)));
             at += 20 * KIB;
         }
         put(&mut wire, &mut chain, &rbd::data_header(&(at..mark.end)));
         put(&mut wire, &mut chain, &image[at as usize..mark.end as usize]);
-        wire.extend(chain.record(&mark, Stage::Middle));
+        wire.extend(chain.checkpoint_record(&mark, CheckpointKind::Middle));
     }
     mark.start = SIZE;
-    wire.extend(chain.record(&mark, Stage::Last));
-    wire.extend(rbd::END);
+    wire.extend(chain.checkpoint_record(&mark, CheckpointKind::Last));
+    wire.extend(rbd::END_RECORD);
     wire
 }
 

@@ -10,7 +10,7 @@ use std::os::unix::fs::FileExt;
 use std::process::{Output, Stdio};
 
 use common::mount::*;
-use cowslip::formats::android::{Content, Plan, Run, Writer};
+use cowslip::formats::android::{AndroidContent, AndroidPlan, AndroidRun, AndroidWriter};
 
 const SIZE: u64 = 32 * MIB;
 
@@ -36,15 +36,15 @@ fn recv(lab: &Lab, words: &str, image: &[u8]) -> Output {
 /// An image of four blocks: one of data, one of zeros, one that nobody cares for, one of data.
 /// With its checksum, when there is one.
 fn small(sum: Option<u32>) -> Vec<u8> {
-    use Content::{Data, DontCare, Zeros};
+    use AndroidContent::{Data, DontCare, Zeros};
     let contents = [Data, Zeros, DontCare, Data].into_iter().zip(0..);
-    let run = |(content, at): (Content, u64)| Run { range: at * 4096..(at + 1) * 4096, content };
-    let runs: Vec<Run> = contents.map(run).collect();
-    let mut writer = Writer::new(Vec::new(), Plan::new(4 * 4096, &runs).unwrap()).unwrap();
+    let run = |(content, at): (AndroidContent, u64)| AndroidRun { range: at * 4096..(at + 1) * 4096, content };
+    let runs: Vec<AndroidRun> = contents.map(run).collect();
+    let mut writer = AndroidWriter::new(Vec::new(), AndroidPlan::new(4 * 4096, &runs).unwrap()).unwrap();
     for run in &runs {
-        writer.run(run).unwrap();
+        writer.start_run(run).unwrap();
         if run.content == Data {
-            writer.bytes(&[7; 4096]).unwrap();
+            writer.write_bytes(&[7; 4096]).unwrap();
         }
     }
     let (mut image, totals) = writer.finish().unwrap();

@@ -11,15 +11,15 @@ use std::path::Path;
 
 use common::mount::Lab;
 use cowslip::spec::{
-    Compress, DEFAULT_WINDOW, FinishWhen, Flow, Frames, Overwrite, Pad, StreamSpec, Target,
+    SpillCompression, DEFAULT_WINDOW, FinishWhen, Flow, StreamFrames, Overwrite, Pad, StreamSpec, SinkSpec,
 };
-use cowslip::stream::sink::{Inherit, Place, Sink, SinkError};
+use cowslip::stream::sink::{StdioMode, StreamContext, HostSink, StreamOpenError};
 use cowslip::stream::stop::Stop;
 
 const MIB: u64 = 1 << 20;
 
-fn open(device: &str, size: u64, frames: Frames) -> Result<Sink, SinkError> {
-    let target = Target::File { path: device.into(), overwrite: Overwrite::No };
+fn open(device: &str, size: u64, frames: StreamFrames) -> Result<HostSink, StreamOpenError> {
+    let target = SinkSpec::File { path: device.into(), overwrite: Overwrite::No };
     let spec = StreamSpec {
         size,
         dir: "/".into(),
@@ -27,14 +27,14 @@ fn open(device: &str, size: u64, frames: Frames) -> Result<Sink, SinkError> {
         window: DEFAULT_WINDOW,
         read_window: 0,
         spill: None,
-        compress: Compress::Off,
+        compress: SpillCompression::Off,
         finish: FinishWhen::Explicit,
         pad: Pad::Size,
         frames,
     };
     let mountpoint = Path::new("/nonexistent/mount");
-    let place = Place { mountpoint, mount_dev: None, stdio: Inherit::Nothing };
-    Sink::open(&spec, &target, &place, Stop::new().unwrap())
+    let place = StreamContext { mountpoint, mount_dev: None, stdio: StdioMode::Unavailable };
+    HostSink::open(&spec, &target, &place, Stop::new().unwrap())
 }
 
 #[test]
@@ -43,11 +43,11 @@ fn gaps_of_a_device_are_discarded_and_read_as_zeros() {
     let old = vec![0xee; 16 * MIB as usize];
     fs::write(lab.path("dev"), &old).unwrap();
     let device = lab.loop_device("dev", "");
-    let mut sink = open(&device, 16 * MIB, Frames::Raw).unwrap();
-    sink.data(0, &[IoSlice::new(&[1; 1000])]).unwrap();
+    let mut sink = open(&device, 16 * MIB, StreamFrames::Raw).unwrap();
+    sink.send_data(0, &[IoSlice::new(&[1; 1000])]).unwrap();
     // Neither end of the hole is at a sector's.
-    sink.hole(1000..8 * MIB + 77).unwrap();
-    sink.zeros(8 * MIB + 77..9 * MIB).unwrap();
+    sink.send_hole(1000..8 * MIB + 77).unwrap();
+    sink.send_zeros(8 * MIB + 77..9 * MIB).unwrap();
     assert_eq!((sink.monitor().kind(), sink.monitor().accepted()), ("device", 9 * MIB));
     sink.finish(16 * MIB).unwrap();
     let mut expected = vec![0; 16 * MIB as usize];
@@ -65,12 +65,12 @@ fn a_device_that_is_too_small_in_use_or_asked_for_records_is_refused() {
     fs::write(lab.path("dev"), vec![0xee; MIB as usize]).unwrap();
     let device = lab.loop_device("dev", "");
     let refused = |size, frames| open(&device, size, frames).unwrap_err().to_string();
-    let small = refused(MIB + 512, Frames::Raw);
+    let small = refused(MIB + 512, StreamFrames::Raw);
     assert!(small.contains("has 1048576 bytes, and the stream 1049088"), "{small}");
-    let records = refused(MIB, Frames::Rbd);
+    let records = refused(MIB, StreamFrames::Rbd);
     assert!(records.contains("is a block device: records need a file"), "{records}");
-    let first = open(&device, MIB, Frames::Raw).unwrap();
-    let busy = refused(MIB, Frames::Raw);
+    let first = open(&device, MIB, StreamFrames::Raw).unwrap();
+    let busy = refused(MIB, StreamFrames::Raw);
     assert!(busy.ends_with("Device or resource busy"), "{busy}");
     first.abort();
     assert!(fs::read(&device).unwrap() == vec![0xee; MIB as usize]);

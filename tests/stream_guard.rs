@@ -12,7 +12,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use cowslip::spec::Programs;
-use cowslip::stream::command::{End, Pipeline};
+use cowslip::stream::command::{PipeEnd, Pipeline};
 use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::{Pid, Signal};
 use tempfile::TempDir;
@@ -123,7 +123,7 @@ fn a_guard_refuses_to_guard_every_process_there_is() {
 fn pipeline(dir: &Path) -> (std::sync::Arc<Pipeline>, OwnedFd) {
     let programs = Programs(vec![TAKER.map(Into::into).to_vec()]);
     let guard = Some(Path::new(COWSLIP));
-    Pipeline::spawn_with(&programs, dir, End::Input, Stdio::null(), guard).unwrap()
+    Pipeline::spawn_with(&programs, dir, PipeEnd::Input, Stdio::null(), guard).unwrap()
 }
 
 #[test]
@@ -133,7 +133,7 @@ fn a_pipeline_ends_only_after_its_guard_was_released() {
     rustix::io::write(&data, &[1; 1000]).unwrap();
     let other = data.try_clone().unwrap();
     drop(data);
-    pipeline.release();
+    pipeline.release_guard();
     drop(other);
     pipeline.wait().unwrap();
     assert!(dir.path().join("whole").exists());

@@ -13,7 +13,7 @@ use std::process::{Child, Stdio};
 use std::time::{Duration, Instant};
 
 use common::mount::*;
-use cowslip::stream::frames::rbd::{Decoder, Record};
+use cowslip::stream::frames::rbd::{RbdDecoder, RbdRecord};
 use rustix::process::Signal;
 use serde_json::Value;
 
@@ -545,17 +545,17 @@ fn seek_and_map_tell_what_was_written() {
 
 /// Applies the records of an rbd diff to a file.
 fn apply(diff: &Path, to: &File) {
-    let mut decoder = Decoder::new(File::open(diff).unwrap()).unwrap();
+    let mut decoder = RbdDecoder::new(File::open(diff).unwrap()).unwrap();
     loop {
         match decoder.next_record().unwrap() {
-            Record::Size(size) => to.set_len(size).unwrap(),
-            Record::Data(range) => {
+            RbdRecord::Size(size) => to.set_len(size).unwrap(),
+            RbdRecord::Data(range) => {
                 let mut bytes = vec![0; (range.end - range.start) as usize];
                 decoder.input().read_exact(&mut bytes).unwrap();
                 to.write_all_at(&bytes, range.start).unwrap();
             }
-            Record::Zeros(range) => fallocate(to, PUNCH, range).unwrap(),
-            Record::End => return,
+            RbdRecord::Zeros(range) => fallocate(to, PUNCH, range).unwrap(),
+            RbdRecord::End => return,
         }
     }
 }

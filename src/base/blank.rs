@@ -3,8 +3,8 @@
 use std::io;
 use std::ops::Range;
 
-use crate::extents::{Extent, Kind};
-use crate::layer::{Copy, Layer, Wait};
+use crate::extents::{Extent, ExtentKind};
+use crate::layer::{CopyFn, Layer, Wait};
 
 /// A layer that is one hole.
 #[derive(Clone, Copy, Debug)]
@@ -26,18 +26,18 @@ impl Layer for Blank {
     }
 
     fn extent_at(&self, range: Range<u64>, _wait: Wait) -> io::Result<Extent> {
-        Ok(Extent { range, kind: Kind::Hole })
+        Ok(Extent { range, kind: ExtentKind::Hole })
     }
 
     fn read_at(&self, buf: &mut [u8], offset: u64, _wait: Wait) -> io::Result<Extent> {
-        Ok(Extent { range: offset..offset.saturating_add(buf.len() as u64), kind: Kind::Hole })
+        Ok(Extent { range: offset..offset.saturating_add(buf.len() as u64), kind: ExtentKind::Hole })
     }
 
     fn lend_at(
         &self,
         range: Range<u64>,
         wait: Wait,
-        _copy: Copy<'_>,
+        _copy: CopyFn<'_>,
     ) -> io::Result<(Extent, Option<u64>)> {
         Ok((self.extent_at(range, wait)?, None))
     }
@@ -52,11 +52,11 @@ mod tests {
         let blank = Blank::new(1 << 20);
         assert_eq!(blank.size(), 1 << 20);
         let extent = blank.extent_at(5..700_000, Wait::No).unwrap();
-        assert_eq!((extent.range, extent.kind), (5..700_000, Kind::Hole));
+        assert_eq!((extent.range, extent.kind), (5..700_000, ExtentKind::Hole));
 
         let mut buf = [7u8; 16];
         let extent = blank.read_at(&mut buf, 4096, Wait::No).unwrap();
-        assert_eq!((extent.range, extent.kind), (4096..4112, Kind::Hole));
+        assert_eq!((extent.range, extent.kind), (4096..4112, ExtentKind::Hole));
         assert_eq!(buf, [7u8; 16]);
     }
 }

@@ -6,25 +6,25 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use super::error::BaseError;
-use super::host::Host;
+use super::host::BaseFile;
 use crate::spec::Format;
 
 /// Refuses what is not read, and what does not look raw and is not said to be anything.
 pub(super) fn check_format(
     path: &Path,
-    host: &Host,
+    host: &BaseFile,
     format: Option<Format>,
 ) -> io::Result<Result<(), BaseError>> {
     let path = path.to_owned();
     Ok(match format {
         Some(Format::Raw | Format::Qcow2) => Ok(()),
         Some(Format::Luks) => Err(BaseError::Encrypted(path)),
-        Some(format) => Err(BaseError::Unread { path, format }),
+        Some(format) => Err(BaseError::UnsupportedFormat { path, format }),
         None => match detect(&host.file, host.size)? {
             None => Ok(()),
             Some(Format::Luks) => Err(BaseError::Encrypted(path)),
             Some(Format::Qcow2) => Err(BaseError::LooksLike { path, format: Format::Qcow2 }),
-            Some(format) => Err(BaseError::Unread { path, format }),
+            Some(format) => Err(BaseError::UnsupportedFormat { path, format }),
         },
     })
 }

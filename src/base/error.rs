@@ -3,10 +3,10 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
-use super::Access;
+use super::BaseAccess;
 use super::lock::LockError;
 use super::qcow2::ChainError;
-use super::view::PartError;
+use super::view::ViewError;
 use crate::spec::Format;
 
 /// Why a base cannot be opened; each is one line for the user.
@@ -24,11 +24,11 @@ pub enum BaseError {
         /// As it was given.
         path: PathBuf,
         /// What was asked.
-        access: Access,
+        access: BaseAccess,
     },
     /// It is no file and no block device.
     #[error("base '{}' is {what}: name a file or a block device", path.display())]
-    NoFile {
+    NotAFile {
         /// As it was given.
         path: PathBuf,
         /// With its article: `a directory`.
@@ -63,9 +63,9 @@ pub enum BaseError {
     /// The format is not read by this version.
     #[error(
         "'{}': {format} images are not read by this version: convert it with {} (or add ,format=raw for the bytes)",
-        path.display(), convert_line(path, *format)
+        path.display(), convert_command(path, *format)
     )]
-    Unread {
+    UnsupportedFormat {
         /// As it was given.
         path: PathBuf,
         /// What it looks like, or was called.
@@ -76,17 +76,17 @@ pub enum BaseError {
         "'{}' is a qcow2 image, which is only read: keep the changes in an overlay, and bring them in with cowslip diff and qemu-img commit",
         .0.display()
     )]
-    OnlyRead(PathBuf),
+    ReadOnlyFormat(PathBuf),
     /// It is no file that the kernel could read and write itself.
     #[error(
         "'{}' is not a raw file, which alone is passed through: leave out passthrough",
         .0.display()
     )]
-    NotPassed(PathBuf),
+    NoPassthrough(PathBuf),
     /// Its file system has no direct I/O.
     #[error(
         "base '{}' cannot be read past the host's cache, its file system has no O_DIRECT ({}): leave out direct, or put it on ext4, XFS or btrfs",
-        path.display(), crate::host::said(error)
+        path.display(), crate::host::os_message(error)
     )]
     NoDirect {
         /// As it was given.
@@ -103,24 +103,24 @@ pub enum BaseError {
         /// As it was given.
         path: PathBuf,
         /// What is wrong.
-        error: PartError,
+        error: ViewError,
     },
     /// A stream has no base.
     #[error("a stream has no base")]
     Stream,
     /// A blank cannot be written to.
     #[error("blank: holds nothing that could be written: leave mode=rw away")]
-    BlankWritten,
+    BlankIsReadOnly,
     /// Somebody else uses it.
     #[error(transparent)]
     Locked(#[from] LockError),
     /// Anything else the host says.
     #[error("cannot {} base '{}': {error}", verb(*access), path.display())]
-    Host {
+    Io {
         /// As it was given.
         path: PathBuf,
         /// What was asked.
-        access: Access,
+        access: BaseAccess,
         /// What the host said.
         error: io::Error,
     },
@@ -128,34 +128,34 @@ pub enum BaseError {
 
 impl BaseError {
     /// What the host's answer to a use of `path` means.
-    pub(in crate::base) fn host(path: &Path, access: Access, error: io::Error) -> Self {
+    pub(in crate::base) fn from_io(path: &Path, access: BaseAccess, error: io::Error) -> Self {
         let path = path.to_owned();
         match error.raw_os_error() {
             Some(libc::ENOENT | libc::ENOTDIR) => Self::Missing(path),
             Some(libc::EACCES | libc::EPERM) => Self::Denied { path, access },
             Some(libc::ENOMEDIUM) => Self::EmptyDevice(path),
-            _ => Self::Host { path, access, error },
+            _ => Self::Io { path, access, error },
         }
     }
 }
 
-fn verb(access: Access) -> &'static str {
+fn verb(access: BaseAccess) -> &'static str {
     match access {
-        Access::Read => "read",
-        Access::Write => "write",
+        BaseAccess::Read => "read",
+        BaseAccess::Write => "write",
     }
 }
 
 /// The command that makes a raw image of `path`, to be pasted into a shell.
-pub(super) fn convert_line(path: &Path, format: Format) -> String {
+pub(super) fn convert_command(path: &Path, format: Format) -> String {
     let suffix = if path.extension().is_some_and(|suffix| suffix == "img") { "raw" } else { "img" };
     let output = path.with_extension(suffix);
-    let (input, output) = (shell_quoted(path), shell_quoted(&output));
+    let (input, output) = (shell_quote(path), shell_quote(&output));
     format!("qemu-img convert -f {format} -O raw {input} {output}")
 }
 
 /// `path` as one word of a POSIX shell.
-fn shell_quoted(path: &Path) -> String {
+fn shell_quote(path: &Path) -> String {
     let text = path.to_string_lossy();
     let is_plain = |c: char| c.is_ascii_alphanumeric() || "/._-+:,@%=".contains(c);
     if text.chars().all(is_plain) {

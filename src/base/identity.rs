@@ -22,11 +22,11 @@ use crate::spec::format_size;
 
 /// What is hashed whole at both ends, where partition tables and superblocks are: 64 KiB, which
 /// takes in the superblocks of ext4, xfs, LVM and GPT (both copies).
-const EDGE: usize = 64 << 10;
+const EDGE_LEN: usize = 64 << 10;
 /// A sample: one page, the least that is read from a disk.
-const SAMPLE: usize = 4 << 10;
+const SAMPLE_LEN: usize = 4 << 10;
 /// 64 seeks of a spinning disk are half a second: what a mount may take.
-const SAMPLES: u64 = 64;
+const SAMPLE_COUNT: u64 = 64;
 
 /// A base as it was when the overlay saw it last.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -106,7 +106,7 @@ impl Identity {
     /// Why `now` is another file, whatever it holds; `None` when it is the same, or a device, which
     /// has no number of its own.
     #[must_use]
-    pub fn other_file(&self, now: &Self) -> Option<String> {
+    pub fn file_difference(&self, now: &Self) -> Option<String> {
         match (&self.inode, &now.inode) {
             (Some(was), Some(is)) if was != is => {
                 Some(format!("another file: inode {is}, was {was}"))
@@ -143,27 +143,27 @@ fn device_id(rdev: u64) -> Option<String> {
 /// Hashes the samples in order, each into the next.
 fn sampled_hash(file: &File, size: u64) -> io::Result<String> {
     let mut hash = 0;
-    let mut buf = [0; EDGE];
-    for (at, len) in samples(size) {
+    let mut buf = [0; EDGE_LEN];
+    for (at, len) in sample_positions(size) {
         file.read_exact_at(&mut buf[..len], at)?;
         hash = crc32c::crc32c_append(hash, &buf[..len]);
     }
     Ok(format!("crc32c:{hash:08x}"))
 }
 
-/// Where the samples of a file of `size` bytes lie, as offsets and lengths (at most [`EDGE`]):
+/// Where the samples of a file of `size` bytes lie, as offsets and lengths (at most [`EDGE_LEN`]):
 /// rising, apart, inside.
-fn samples(size: u64) -> Vec<(u64, usize)> {
-    let edge = EDGE as u64;
-    if size <= 2 * edge + SAMPLES * SAMPLE as u64 {
-        let whole = (0..size).step_by(EDGE);
-        let rest = |at| usize::try_from(size - at).map_or(EDGE, |rest| rest.min(EDGE));
+fn sample_positions(size: u64) -> Vec<(u64, usize)> {
+    let edge = EDGE_LEN as u64;
+    if size <= 2 * edge + SAMPLE_COUNT * SAMPLE_LEN as u64 {
+        let whole = (0..size).step_by(EDGE_LEN);
+        let rest = |at| usize::try_from(size - at).map_or(EDGE_LEN, |rest| rest.min(EDGE_LEN));
         return whole.map(|at| (at, rest(at))).collect();
     }
     // The middle in SAMPLES equal parts, with a sample at the start of each.
-    let part = (size - 2 * edge) / SAMPLES;
-    let between = (0..SAMPLES).map(|i| (edge + i * part, SAMPLE));
-    let at_edge = |at| std::iter::once((at, EDGE));
+    let part = (size - 2 * edge) / SAMPLE_COUNT;
+    let between = (0..SAMPLE_COUNT).map(|i| (edge + i * part, SAMPLE_LEN));
+    let at_edge = |at| std::iter::once((at, EDGE_LEN));
     let (first, last) = (at_edge(0), at_edge(size - edge));
     first.chain(between).chain(last).collect()
 }
@@ -180,7 +180,7 @@ fn size_change(was: u64, is: u64) -> String {
 /// `2026-11-21 01:46:02.5 UTC`
 impl std::fmt::Display for Mtime {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let (year, month, day) = civil(self.secs.div_euclid(86_400));
+        let (year, month, day) = civil_from_days(self.secs.div_euclid(86_400));
         let second = self.secs.rem_euclid(86_400);
         let (hour, minute, second) = (second / 3600, second / 60 % 60, second % 60);
         write!(f, "{year}-{month:02}-{day:02} {hour:02}:{minute:02}:{second:02}")?;
@@ -194,7 +194,7 @@ impl std::fmt::Display for Mtime {
 
 /// Year, month and day of a day since 1970-01-01, by Howard Hinnant's `civil_from_days`: years
 /// begin in March, so that the leap day is the last of its year.
-fn civil(days: i64) -> (i64, i64, i64) {
+fn civil_from_days(days: i64) -> (i64, i64, i64) {
     let days = days + 719_468; // 0000-03-01 is day 0
     let era = days.div_euclid(146_097); // 400 years
     let of_era = days.rem_euclid(146_097);
@@ -267,7 +267,7 @@ mod tests {
         let size = 10 << 30;
         let file = file(size);
         let was = Identity::of(&file).unwrap();
-        let (sample, _) = samples(size)[30];
+        let (sample, _) = sample_positions(size)[30];
         for at in [0, 65535, sample + 7, size - 65536, size - 1] {
             file.write_all_at(&[1], at).unwrap();
             set_mtime(&file, 1_700_000_000);
@@ -297,17 +297,17 @@ mod tests {
             (47_540, (2100, 2, 28)),
             (47_541, (2100, 3, 1)),
         ] {
-            assert_eq!(civil(days), date);
+            assert_eq!(civil_from_days(days), date);
         }
     }
 
     proptest! {
         #[test]
         fn samples_rise_stay_apart_and_inside(size in prop_oneof![0..2_000_000u64, any::<u64>()]) {
-            let samples = samples(size);
+            let samples = sample_positions(size);
             let mut end = 0;
             for (at, len) in samples {
-                prop_assert!(at >= end && len > 0 && len <= EDGE);
+                prop_assert!(at >= end && len > 0 && len <= EDGE_LEN);
                 end = at + len as u64;
             }
             prop_assert_eq!(end, size);

@@ -24,7 +24,7 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 
-use super::Access;
+use super::BaseAccess;
 use crate::spec::Locking;
 
 /// Why a base cannot be locked; all of them are for the user.
@@ -35,22 +35,22 @@ pub enum LockError {
         "'{}' is in use by a running VM or qemu tool (qemu's image lock): stop it, or add ,lock=off",
         .0.display()
     )]
-    Qemu(PathBuf),
+    UsedByQemu(PathBuf),
     /// Another disk of ours writes to the file.
     #[error(
         "'{}' is being written by another cowslip mount: unmount that one first",
         .0.display()
     )]
-    Written(PathBuf),
+    HasWriter(PathBuf),
     /// Other disks of ours read from the file that is to be written.
     #[error(
         "'{}' cannot be written while another cowslip disk uses it as its base: unmount or remove that one first",
         .0.display()
     )]
-    Used(PathBuf),
+    HasReaders(PathBuf),
     /// The host could not say.
     #[error("cannot lock '{}': {error}", path.display())]
-    Host {
+    Io {
         /// The file.
         path: PathBuf,
         /// What the host said.
@@ -60,20 +60,20 @@ pub enum LockError {
 
 /// The letters `cowslip` as a number, 6.2 EiB: past the end of any real image, and no place another
 /// program would choose. (A byte lock keeps nobody from reading or writing that byte.)
-const OWN_BASE: i64 = 0x636f_7773_6c69_7000;
+const OWN_LOCK_BASE: i64 = 0x636f_7773_6c69_7000;
 /// Held by all who use the file.
-const USER_BYTE: i64 = OWN_BASE;
+const USER_BYTE: i64 = OWN_LOCK_BASE;
 /// Held by who writes it.
-const WRITER_BYTE: i64 = OWN_BASE + 1;
+const WRITER_BYTE: i64 = OWN_LOCK_BASE + 1;
 
-/// qemu's permission bits, as byte offsets from [`QEMU_USES`] and [`QEMU_FORBIDS`].
-const READ: i64 = 0;
-const WRITE: i64 = 1;
-const RESIZE: i64 = 3;
+/// qemu's permission bits, as byte offsets from [`QEMU_PERM_BASE`] and [`QEMU_SHARED_BASE`].
+const PERM_READ: i64 = 0;
+const PERM_WRITE: i64 = 1;
+const PERM_RESIZE: i64 = 3;
 /// `RAW_LOCK_PERM_BASE`.
-const QEMU_USES: i64 = 100;
+const QEMU_PERM_BASE: i64 = 100;
 /// `RAW_LOCK_SHARED_BASE`.
-const QEMU_FORBIDS: i64 = 200;
+const QEMU_SHARED_BASE: i64 = 200;
 
 /// Locks `file` for `access`, until [`release`] or the end of this open file. A file locked for
 /// reading can be locked for writing afterwards, as commit does; [`downgrade`] undoes that.
@@ -83,9 +83,9 @@ const QEMU_FORBIDS: i64 = 200;
 ///
 /// # Errors
 /// [`LockError`]: who holds the file, or what the host said.
-pub fn lock(file: &File, path: &Path, access: Access, locking: Locking) -> Result<(), LockError> {
+pub fn lock(file: &File, path: &Path, access: BaseAccess, locking: Locking) -> Result<(), LockError> {
     match try_lock(file, path, access, locking) {
-        Err(LockError::Host { error, .. }) if is_unsupported(&error) => {
+        Err(LockError::Io { error, .. }) if is_unsupported(&error) => {
             log::warn!(
                 "'{}': its file system has no locks ({error}): nothing keeps others from writing it",
                 path.display()
@@ -96,9 +96,9 @@ pub fn lock(file: &File, path: &Path, access: Access, locking: Locking) -> Resul
     }
 }
 
-/// Gives back what [`Access::Write`] holds and [`Access::Read`] does not.
+/// Gives back what [`BaseAccess::Write`] holds and [`BaseAccess::Read`] does not.
 pub fn downgrade(file: &File) {
-    for byte in [QEMU_USES + WRITE, QEMU_USES + RESIZE, WRITER_BYTE] {
+    for byte in [QEMU_PERM_BASE + PERM_WRITE, QEMU_PERM_BASE + PERM_RESIZE, WRITER_BYTE] {
         unlock(file, byte, 1);
     }
 }
@@ -106,7 +106,7 @@ pub fn downgrade(file: &File) {
 /// Gives back all locks. Closing alone is not enough at once: a child that was forked a moment
 /// ago shares the open file until it executes its program.
 pub fn release(file: &File) {
-    unlock(file, QEMU_USES, QEMU_FORBIDS + RESIZE + 1 - QEMU_USES);
+    unlock(file, QEMU_PERM_BASE, QEMU_SHARED_BASE + PERM_RESIZE + 1 - QEMU_PERM_BASE);
     unlock(file, USER_BYTE, 1);
     unlock(file, WRITER_BYTE, 1);
 }
@@ -120,55 +120,55 @@ fn unlock(file: &File, start: i64, len: i64) {
     }
 }
 
-fn try_lock(file: &File, path: &Path, access: Access, locking: Locking) -> Result<(), LockError> {
-    let host = |error| LockError::Host { path: path.to_owned(), error };
+fn try_lock(file: &File, path: &Path, access: BaseAccess, locking: Locking) -> Result<(), LockError> {
+    let host = |error| LockError::Io { path: path.to_owned(), error };
     // Ours before qemu's: a writer of ours holds qemu's bytes too, and should be named as ours.
-    if !claim(file, own_bytes(access)).map_err(host)? {
-        return Err(LockError::Written(path.to_owned()));
+    if !try_lock_shared(file, own_lock_bytes(access)).map_err(host)? {
+        return Err(LockError::HasWriter(path.to_owned()));
     }
     if is_held(file, WRITER_BYTE).map_err(host)? {
-        return Err(LockError::Written(path.to_owned()));
+        return Err(LockError::HasWriter(path.to_owned()));
     }
-    if access == Access::Write && is_held(file, USER_BYTE).map_err(host)? {
-        return Err(LockError::Used(path.to_owned()));
+    if access == BaseAccess::Write && is_held(file, USER_BYTE).map_err(host)? {
+        return Err(LockError::HasReaders(path.to_owned()));
     }
     if locking == Locking::Off {
         return Ok(());
     }
-    let used = qemu_bits(access);
+    let used = qemu_perms(access);
     // What may change below us makes what we answered wrong.
-    let forbidden = [WRITE, RESIZE];
-    let hold = used.iter().map(|bit| QEMU_USES + bit);
-    let hold = hold.chain(forbidden.iter().map(|bit| QEMU_FORBIDS + bit));
-    if !claim(file, hold).map_err(host)? {
-        return Err(LockError::Qemu(path.to_owned()));
+    let forbidden = [PERM_WRITE, PERM_RESIZE];
+    let hold = used.iter().map(|bit| QEMU_PERM_BASE + bit);
+    let hold = hold.chain(forbidden.iter().map(|bit| QEMU_SHARED_BASE + bit));
+    if !try_lock_shared(file, hold).map_err(host)? {
+        return Err(LockError::UsedByQemu(path.to_owned()));
     }
-    let test = used.iter().map(|bit| QEMU_FORBIDS + bit);
-    for byte in test.chain(forbidden.iter().map(|bit| QEMU_USES + bit)) {
+    let test = used.iter().map(|bit| QEMU_SHARED_BASE + bit);
+    for byte in test.chain(forbidden.iter().map(|bit| QEMU_PERM_BASE + bit)) {
         if is_held(file, byte).map_err(host)? {
-            return Err(LockError::Qemu(path.to_owned()));
+            return Err(LockError::UsedByQemu(path.to_owned()));
         }
     }
     Ok(())
 }
 
-fn own_bytes(access: Access) -> impl Iterator<Item = i64> {
+fn own_lock_bytes(access: BaseAccess) -> impl Iterator<Item = i64> {
     let bytes: &[i64] = match access {
-        Access::Read => &[USER_BYTE],
-        Access::Write => &[USER_BYTE, WRITER_BYTE],
+        BaseAccess::Read => &[USER_BYTE],
+        BaseAccess::Write => &[USER_BYTE, WRITER_BYTE],
     };
     bytes.iter().copied()
 }
 
-fn qemu_bits(access: Access) -> &'static [i64] {
+fn qemu_perms(access: BaseAccess) -> &'static [i64] {
     match access {
-        Access::Read => &[READ],
-        Access::Write => &[READ, WRITE, RESIZE],
+        BaseAccess::Read => &[PERM_READ],
+        BaseAccess::Write => &[PERM_READ, PERM_WRITE, PERM_RESIZE],
     }
 }
 
 /// Takes a shared lock on each of `bytes`; `false` when another holds one of them exclusively.
-fn claim(file: &File, bytes: impl Iterator<Item = i64>) -> io::Result<bool> {
+fn try_lock_shared(file: &File, bytes: impl Iterator<Item = i64>) -> io::Result<bool> {
     for byte in bytes {
         let mut request = byte_lock(libc::F_RDLCK, byte);
         match ofd_lock(file, libc::F_OFD_SETLK, &mut request) {
@@ -236,8 +236,8 @@ mod tests {
         (dir, path)
     }
 
-    fn open(path: &Path, access: Access) -> File {
-        let write = access == Access::Write;
+    fn open(path: &Path, access: BaseAccess) -> File {
+        let write = access == BaseAccess::Write;
         File::options().read(true).write(write).open(path).unwrap()
     }
 
@@ -251,7 +251,7 @@ mod tests {
         }
     }
 
-    fn take(path: &Path, access: Access, locking: Locking) -> Result<Locked, LockError> {
+    fn take(path: &Path, access: BaseAccess, locking: Locking) -> Result<Locked, LockError> {
         let file = Locked(open(path, access));
         lock(&file.0, path, access, locking).map(|()| file)
     }
@@ -305,41 +305,41 @@ mod tests {
     #[test]
     fn users_share_and_a_writer_is_alone() {
         let (_dir, path) = image();
-        let one = take(&path, Access::Read, Locking::Qemu).unwrap();
-        let two = take(&path, Access::Read, Locking::Qemu).unwrap();
-        let refused = take(&path, Access::Write, Locking::Qemu).unwrap_err();
-        assert!(matches!(refused, LockError::Used(_)), "{refused}");
+        let one = take(&path, BaseAccess::Read, Locking::Qemu).unwrap();
+        let two = take(&path, BaseAccess::Read, Locking::Qemu).unwrap();
+        let refused = take(&path, BaseAccess::Write, Locking::Qemu).unwrap_err();
+        assert!(matches!(refused, LockError::HasReaders(_)), "{refused}");
         drop((one, two));
 
-        let writer = take(&path, Access::Write, Locking::Qemu).unwrap();
-        for access in [Access::Read, Access::Write] {
+        let writer = take(&path, BaseAccess::Write, Locking::Qemu).unwrap();
+        for access in [BaseAccess::Read, BaseAccess::Write] {
             let refused = take(&path, access, Locking::Qemu).unwrap_err();
-            assert!(matches!(refused, LockError::Written(_)), "{refused}");
+            assert!(matches!(refused, LockError::HasWriter(_)), "{refused}");
         }
         drop(writer);
-        take(&path, Access::Write, Locking::Qemu).unwrap();
+        take(&path, BaseAccess::Write, Locking::Qemu).unwrap();
     }
 
     #[test]
     fn a_reader_becomes_the_writer_only_when_it_is_alone() {
         let (_dir, path) = image();
-        let one = take(&path, Access::Read, Locking::Qemu).unwrap();
-        let two = take(&path, Access::Read, Locking::Qemu).unwrap();
-        let upgrade = || lock(&one.0, &path, Access::Write, Locking::Qemu);
-        assert!(matches!(upgrade(), Err(LockError::Used(_))));
+        let one = take(&path, BaseAccess::Read, Locking::Qemu).unwrap();
+        let two = take(&path, BaseAccess::Read, Locking::Qemu).unwrap();
+        let upgrade = || lock(&one.0, &path, BaseAccess::Write, Locking::Qemu);
+        assert!(matches!(upgrade(), Err(LockError::HasReaders(_))));
         downgrade(&one.0);
         drop(two);
         upgrade().unwrap();
-        take(&path, Access::Read, Locking::Qemu).unwrap_err();
+        take(&path, BaseAccess::Read, Locking::Qemu).unwrap_err();
         downgrade(&one.0);
-        take(&path, Access::Read, Locking::Qemu).unwrap();
+        take(&path, BaseAccess::Read, Locking::Qemu).unwrap();
     }
 
     #[test]
     fn lock_off_still_keeps_our_own_mounts_apart() {
         let (_dir, path) = image();
-        let _writer = take(&path, Access::Write, Locking::Off).unwrap();
-        let refused = take(&path, Access::Read, Locking::Off).unwrap_err();
+        let _writer = take(&path, BaseAccess::Write, Locking::Off).unwrap();
+        let refused = take(&path, BaseAccess::Read, Locking::Off).unwrap_err();
         assert_eq!(
             refused.to_string(),
             format!(
@@ -352,9 +352,9 @@ mod tests {
     #[test]
     fn a_refused_writer_leaves_nothing_behind() {
         let (_dir, path) = image();
-        let reader = take(&path, Access::Read, Locking::Qemu).unwrap();
-        take(&path, Access::Write, Locking::Qemu).unwrap_err();
-        take(&path, Access::Read, Locking::Qemu).unwrap();
+        let reader = take(&path, BaseAccess::Read, Locking::Qemu).unwrap();
+        take(&path, BaseAccess::Write, Locking::Qemu).unwrap_err();
+        take(&path, BaseAccess::Read, Locking::Qemu).unwrap();
         drop(reader);
     }
 
@@ -362,7 +362,7 @@ mod tests {
     fn a_running_qemu_that_writes_is_noticed_unless_lock_off() {
         let (_dir, path) = image();
         let _qemu = QemuIo::start(&path, &[]);
-        for access in [Access::Read, Access::Write] {
+        for access in [BaseAccess::Read, BaseAccess::Write] {
             let refused = take(&path, access, Locking::Qemu).unwrap_err();
             assert_eq!(
                 refused.to_string(),
@@ -372,20 +372,20 @@ mod tests {
                 )
             );
         }
-        take(&path, Access::Read, Locking::Off).unwrap();
+        take(&path, BaseAccess::Read, Locking::Off).unwrap();
     }
 
     #[test]
     fn a_running_qemu_that_reads_shares_with_readers() {
         let (_dir, path) = image();
         let _qemu = QemuIo::start(&path, &["-r"]);
-        take(&path, Access::Read, Locking::Qemu).unwrap();
+        take(&path, BaseAccess::Read, Locking::Qemu).unwrap();
     }
 
     #[test]
     fn qemu_may_read_but_not_write_while_we_read() {
         let (_dir, path) = image();
-        let _ours = take(&path, Access::Read, Locking::Qemu).unwrap();
+        let _ours = take(&path, BaseAccess::Read, Locking::Qemu).unwrap();
         let (ok, said) = qemu_io(&path, &[], "write 0 512");
         assert!(!ok && said.contains("\"write\" lock"), "{said}");
         let (ok, said) = qemu_io(&path, &["-r"], "read 0 512");
@@ -395,7 +395,7 @@ mod tests {
     #[test]
     fn qemu_may_not_write_while_we_write() {
         let (_dir, path) = image();
-        let _ours = take(&path, Access::Write, Locking::Qemu).unwrap();
+        let _ours = take(&path, BaseAccess::Write, Locking::Qemu).unwrap();
         let (ok, said) = qemu_io(&path, &[], "write 0 512");
         assert!(!ok && said.contains("\"write\" lock"), "{said}");
     }

@@ -1,7 +1,7 @@
 //! Bases: the bottom of a disk, which nobody changes; and the one place that opens one.
 //!
 //! ```text
-//!   spec::Source::File(path)          spec::Source::Blank(size)
+//!   spec::DiskSource::File(path)          spec::DiskSource::Blank(size)
 //!        │ what is there? (never opens what is no file)
 //!        │ open, look again (host.rs), lock (lock.rs)
 //!        │ which format? (detect.rs: by its first and last bytes)
@@ -15,7 +15,7 @@
 //! `identity.rs` notices a base that changed under an overlay, and `place.rs` one that lies in the
 //! mount it would serve, so that it would wait for itself.
 //!
-//! Invariants: a base opened with [`Access::Read`] is never written, for its descriptor cannot;
+//! Invariants: a base opened with [`BaseAccess::Read`] is never written, for its descriptor cannot;
 //! its locks are held until its layer is dropped; what cannot be told is refused
 //! here, with the line the user needs, and never guessed.
 
@@ -40,16 +40,16 @@ use std::sync::Arc;
 use self::blank::Blank;
 use self::detect::check_format;
 pub use self::error::BaseError;
-pub use self::host::{Host, Writable, open_writable};
-use self::host::{open_host_file, open_located};
+pub use self::host::{BaseFile, WritableBase, open_writable};
+use self::host::{open_base_file, open_located};
 use self::identity::Identity;
-use self::view::View;
+use self::view::RangeView;
 use crate::layer::{Layer, WritableLayer};
-use crate::spec::{Direct, Format, Locking, Part, Passthrough, Source};
+use crate::spec::{DirectIo, Format, Locking, SourcePart, Passthrough, DiskSource};
 
 /// What a base is opened for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Access {
+pub enum BaseAccess {
     /// To be the bottom of a disk.
     Read,
     /// To be changed itself: `mode=rw`, and commit.
@@ -58,19 +58,19 @@ pub enum Access {
 
 /// How a base is opened.
 #[derive(Clone, Copy, Debug)]
-pub struct Opening<'a> {
+pub struct BaseOptions<'a> {
     /// Its format; `None`: raw, unless it looks like something else.
     pub format: Option<Format>,
     /// How much of it is served.
-    pub part: Part,
+    pub part: SourcePart,
     /// What for.
-    pub access: Access,
+    pub access: BaseAccess,
     /// Whether QEMU's locks are taken.
     pub locking: Locking,
     /// Whether others may read and write it with our consent, past us: the kernel.
     pub passthrough: Passthrough,
     /// Whether its bytes pass by the host's page cache; only those of a raw one can.
-    pub direct: Direct,
+    pub direct: DirectIo,
     /// Directories below which files may lie that an image names, besides its own.
     pub allow_backing: &'a [PathBuf],
 }
@@ -94,9 +94,9 @@ pub struct Base {
 /// A base's layer, by what it was opened for.
 #[derive(Clone)]
 pub enum BaseLayer {
-    /// For [`Access::Read`].
+    /// For [`BaseAccess::Read`].
     Reader(Arc<dyn Layer>),
-    /// For [`Access::Write`].
+    /// For [`BaseAccess::Write`].
     Writer(Arc<dyn WritableLayer>),
 }
 
@@ -125,11 +125,11 @@ impl Base {
 ///
 /// # Errors
 /// [`BaseError`], for the user.
-pub fn open(source: &Source, how: Opening<'_>) -> Result<Base, BaseError> {
+pub fn open(source: &DiskSource, how: BaseOptions<'_>) -> Result<Base, BaseError> {
     let access = how.access;
     match source {
-        Source::File(path) => open_file(path, how),
-        Source::Blank(size) if access == Access::Read => Ok(Base {
+        DiskSource::File(path) => open_file(path, how),
+        DiskSource::Blank(size) if access == BaseAccess::Read => Ok(Base {
             layer: BaseLayer::Reader(Arc::new(Blank::new(*size))),
             path: None,
             size: *size,
@@ -137,42 +137,42 @@ pub fn open(source: &Source, how: Opening<'_>) -> Result<Base, BaseError> {
             file: None,
             needs: Vec::new(),
         }),
-        Source::Blank(_) => Err(BaseError::BlankWritten),
-        Source::Stream(_) => Err(BaseError::Stream),
+        DiskSource::Blank(_) => Err(BaseError::BlankIsReadOnly),
+        DiskSource::Stream(_) => Err(BaseError::Stream),
     }
 }
 
-fn open_file(path: &Path, how: Opening<'_>) -> Result<Base, BaseError> {
-    let Opening { format, part, access, locking, passthrough, direct, allow_backing } = how;
-    let host = open_host_file(path, access, locking, passthrough, direct)?;
-    let unreadable = |error: io::Error| BaseError::host(path, access, error);
+fn open_file(path: &Path, how: BaseOptions<'_>) -> Result<Base, BaseError> {
+    let BaseOptions { format, part, access, locking, passthrough, direct, allow_backing } = how;
+    let host = open_base_file(path, access, locking, passthrough, direct)?;
+    let unreadable = |error: io::Error| BaseError::from_io(path, access, error);
     check_format(path, &host, format).map_err(unreadable)??;
-    let real = host.real.clone();
+    let real = host.real_path.clone();
     let (file, raw) = (Arc::clone(&host.file), Arc::clone(&host.raw));
-    let sector = host.sector().map_err(unreadable)?;
+    let sector = host.sector_size().map_err(unreadable)?;
     let mut needs = Vec::new();
     let whole: Arc<dyn Layer> = match (access, format) {
-        (Access::Read, Some(Format::Qcow2)) => {
+        (BaseAccess::Read, Some(Format::Qcow2)) => {
             let chain = qcow2::open(host, allow_backing, locking)?;
             needs.extend_from_slice(chain.needs());
             Arc::new(chain)
         }
-        (Access::Write, Some(Format::Qcow2)) => return Err(BaseError::OnlyRead(path.to_owned())),
+        (BaseAccess::Write, Some(Format::Qcow2)) => return Err(BaseError::ReadOnlyFormat(path.to_owned())),
         _ => host.raw,
     };
     if passthrough == Passthrough::On
         && (format.is_some_and(|format| format != Format::Raw) || sector.is_some())
     {
-        return Err(BaseError::NotPassed(path.to_owned()));
+        return Err(BaseError::NoPassthrough(path.to_owned()));
     }
-    let view = view::find(part, &*whole, sector)
+    let view = view::resolve_part(part, &*whole, sector)
         .map_err(|error| BaseError::Part { path: path.to_owned(), error })?;
     let size = view.as_ref().map_or(whole.size(), |view| view.end - view.start);
     let layer = match (access, view.clone()) {
-        (Access::Read, None) => BaseLayer::Reader(whole),
-        (Access::Read, Some(view)) => BaseLayer::Reader(Arc::new(View::new(whole, view))),
-        (Access::Write, None) => BaseLayer::Writer(raw),
-        (Access::Write, Some(view)) => BaseLayer::Writer(Arc::new(View::new(raw, view))),
+        (BaseAccess::Read, None) => BaseLayer::Reader(whole),
+        (BaseAccess::Read, Some(view)) => BaseLayer::Reader(Arc::new(RangeView::new(whole, view))),
+        (BaseAccess::Write, None) => BaseLayer::Writer(raw),
+        (BaseAccess::Write, Some(view)) => BaseLayer::Writer(Arc::new(RangeView::new(raw, view))),
     };
     Ok(Base { layer, path: Some(real), size, view, file: Some(file), needs })
 }
@@ -198,9 +198,9 @@ pub(crate) mod testing {
     }
 
     /// A loop device, attached until it is dropped.
-    pub(crate) struct Loop(PathBuf);
+    pub(crate) struct LoopDevice(PathBuf);
 
-    impl Loop {
+    impl LoopDevice {
         pub(crate) fn new(file: &Path, flags: &[&str]) -> Self {
             let mut args = ["-f", "--show"].map(OsStr::new).to_vec();
             args.extend(flags.iter().map(OsStr::new));
@@ -223,7 +223,7 @@ pub(crate) mod testing {
                 volume: [0; 64],
             };
             let len = i32::try_from(size_of::<BlkpgPartition>()).unwrap();
-            let order = BlkpgOrder { operation: 1, flags: 0, len, data: &raw const partition };
+            let order = BlkpgIoctlArg { operation: 1, flags: 0, len, data: &raw const partition };
             let device = File::open(&self.0).unwrap();
             // SAFETY: BLKPG reads the order, and `len` bytes at its `data`; both outlive the call.
             let done = unsafe { libc::ioctl(device.as_raw_fd(), BLKPG, &raw const order) };
@@ -239,7 +239,7 @@ pub(crate) mod testing {
 
     /// `struct blkpg_ioctl_arg`; operation 1 adds a partition.
     #[repr(C)]
-    struct BlkpgOrder {
+    struct BlkpgIoctlArg {
         operation: i32,
         flags: i32,
         len: i32,
@@ -256,7 +256,7 @@ pub(crate) mod testing {
         volume: [u8; 64],
     }
 
-    impl Drop for Loop {
+    impl Drop for LoopDevice {
         fn drop(&mut self) {
             run("losetup", &[Path::new("-d"), &self.0]);
         }
@@ -269,24 +269,24 @@ mod tests {
     use std::ops::Range;
     use std::os::unix::net::UnixListener;
 
-    use super::testing::{Loop, run};
+    use super::testing::{LoopDevice, run};
     use super::*;
-    use crate::base::error::convert_line;
+    use crate::base::error::convert_command;
     use crate::base::lock::LockError;
-    use crate::extents::Kind;
+    use crate::extents::ExtentKind;
     use crate::layer::{ReadBelow, Wait};
     use rustix::fs::OFlags;
     use rustix::io::Errno;
 
-    fn how(format: Option<Format>, access: Access) -> Opening<'static> {
-        let (part, locking, passthrough) = (Part::Whole, Locking::Qemu, Passthrough::Off);
-        let direct = Direct::Off;
-        Opening { format, part, access, locking, passthrough, direct, allow_backing: &[] }
+    fn how(format: Option<Format>, access: BaseAccess) -> BaseOptions<'static> {
+        let (part, locking, passthrough) = (SourcePart::Whole, Locking::Qemu, Passthrough::Off);
+        let direct = DirectIo::Off;
+        BaseOptions { format, part, access, locking, passthrough, direct, allow_backing: &[] }
     }
 
     fn open_path(path: &Path, format: Option<Format>) -> Result<Base, BaseError> {
-        let source = Source::File(path.to_owned());
-        open(&source, how(format, Access::Read))
+        let source = DiskSource::File(path.to_owned());
+        open(&source, how(format, BaseAccess::Read))
     }
 
     fn refusal(path: impl AsRef<Path>) -> String {
@@ -323,11 +323,11 @@ mod tests {
 
     #[test]
     fn a_blank_is_a_hole_and_cannot_be_written() {
-        let source = Source::Blank(1 << 40);
-        let base = open(&source, how(None, Access::Read)).unwrap();
+        let source = DiskSource::Blank(1 << 40);
+        let base = open(&source, how(None, BaseAccess::Read)).unwrap();
         assert_eq!((base.size, base.identity().unwrap()), (1 << 40, None));
-        let written = open(&source, how(None, Access::Write));
-        assert!(matches!(written, Err(BaseError::BlankWritten)));
+        let written = open(&source, how(None, BaseAccess::Write));
+        assert!(matches!(written, Err(BaseError::BlankIsReadOnly)));
     }
 
     #[test]
@@ -364,12 +364,12 @@ mod tests {
 
     #[test]
     fn a_host_error_is_told_for_what_it_is() {
-        let denied = BaseError::host(Path::new("/x"), Access::Write, Errno::ACCESS.into());
+        let denied = BaseError::from_io(Path::new("/x"), BaseAccess::Write, Errno::ACCESS.into());
         assert_eq!(
             denied.to_string(),
             "no permission to write base '/x': check its owner and mode, and those of its directories"
         );
-        let broken = BaseError::host(Path::new("/x"), Access::Read, Errno::IO.into());
+        let broken = BaseError::from_io(Path::new("/x"), BaseAccess::Read, Errno::IO.into());
         assert!(broken.to_string().starts_with("cannot read base '/x': Input/output error"));
     }
 
@@ -445,22 +445,22 @@ mod tests {
              (or add ,format=raw for the bytes)"
         );
         assert_eq!(error.to_string(), want);
-        let line = convert_line(Path::new("/p/x.img"), Format::Vdi);
+        let line = convert_command(Path::new("/p/x.img"), Format::Vdi);
         assert_eq!(line, "qemu-img convert -f vdi -O raw /p/x.img /p/x.raw");
     }
 
     #[test]
     fn two_readers_share_a_base_and_a_writer_is_refused() {
         let file = tempfile::NamedTempFile::new().unwrap();
-        let source = Source::File(file.path().to_owned());
+        let source = DiskSource::File(file.path().to_owned());
         let open = |access| open(&source, how(None, access));
-        let _readers = (open(Access::Read).unwrap(), open(Access::Read).unwrap());
-        assert!(matches!(open(Access::Write), Err(BaseError::Locked(LockError::Used(_)))));
+        let _readers = (open(BaseAccess::Read).unwrap(), open(BaseAccess::Read).unwrap());
+        assert!(matches!(open(BaseAccess::Write), Err(BaseError::Locked(LockError::HasReaders(_)))));
     }
 
-    struct Nothing;
+    struct UnreachableBelow;
 
-    impl ReadBelow for Nothing {
+    impl ReadBelow for UnreachableBelow {
         fn read_below(&self, _: &mut [u8], _: u64, _: Wait) -> io::Result<()> {
             unreachable!("a raw base has nothing below")
         }
@@ -474,9 +474,9 @@ mod tests {
         let dir = dir();
         let image = dir.path().join("image");
         fs::write(&image, vec![7; 1 << 20]).unwrap();
-        let looped = Loop::new(&image, &[]);
-        let source = Source::File(looped.path().to_owned());
-        let base = open(&source, how(None, Access::Write)).unwrap();
+        let looped = LoopDevice::new(&image, &[]);
+        let source = DiskSource::File(looped.path().to_owned());
+        let base = open(&source, how(None, BaseAccess::Write)).unwrap();
         assert_eq!(base.size, 1 << 20);
         let identity = base.identity().unwrap().unwrap();
         assert_eq!((identity.size, identity.mtime), (1 << 20, None));
@@ -489,13 +489,13 @@ mod tests {
             panic!("not a writer");
         };
         let extent = layer.extent_at(0..2 << 20, Wait::No).unwrap();
-        assert_eq!((extent.range, extent.kind), (0..1 << 20, Kind::Data));
+        assert_eq!((extent.range, extent.kind), (0..1 << 20, ExtentKind::Data));
 
-        layer.write_at(&[1; 100], 5000, &Nothing, Wait::No).unwrap();
-        let inline = layer.zero(1..5, &Nothing, Wait::No).unwrap_err();
+        layer.write_at(&[1; 100], 5000, &UnreachableBelow, Wait::No).unwrap();
+        let inline = layer.zero(1..5, &UnreachableBelow, Wait::No).unwrap_err();
         assert_eq!(inline.raw_os_error(), Some(libc::EAGAIN));
-        layer.zero(100..5050, &Nothing, Wait::Yes).unwrap();
-        layer.punch_hole(8192..65_536 + 1, &Nothing, Wait::Yes).unwrap();
+        layer.zero(100..5050, &UnreachableBelow, Wait::Yes).unwrap();
+        layer.punch_hole(8192..65_536 + 1, &UnreachableBelow, Wait::Yes).unwrap();
         layer.sync().unwrap();
         let mut want = vec![7; 1 << 20];
         want[5000..5100].fill(1);
@@ -517,12 +517,12 @@ mod tests {
         let dir = dir();
         let image = dir.path().join("image");
         File::create(&image).unwrap().set_len(16 << 20).unwrap();
-        let looped = Loop::new(&image, &[]);
+        let looped = LoopDevice::new(&image, &[]);
         run("mkfs.ext4", &[Path::new("-q"), looped.path()]);
         run("mount", &[looped.path(), dir.path()]);
-        let source = Source::File(looped.path().to_owned());
-        let read = open(&source, how(None, Access::Read)).err();
-        let write = open(&source, how(None, Access::Write)).err();
+        let source = DiskSource::File(looped.path().to_owned());
+        let read = open(&source, how(None, BaseAccess::Read)).err();
+        let write = open(&source, how(None, BaseAccess::Write)).err();
         run("umount", &[dir.path()]);
         assert!(read.is_none(), "{read:?}");
         assert!(matches!(write, Some(BaseError::DeviceBusy(_))), "{write:?}");
@@ -531,7 +531,7 @@ mod tests {
     #[test]
     fn a_device_without_a_medium_is_refused() {
         let empty = tempfile::NamedTempFile::new().unwrap();
-        let looped = Loop::new(empty.path(), &[]);
+        let looped = LoopDevice::new(empty.path(), &[]);
         let want = format!(
             "base '{}' is an empty block device: put a medium in, or attach it first",
             looped.path().display()

@@ -25,11 +25,11 @@ use rustix::fs::{FallocateFlags, SeekFrom};
 use rustix::io::{Errno, ReadWriteFlags};
 
 use super::lock;
-use super::place::{HostFs, Manner};
-use crate::direct::{Alone, DirectFile};
-use crate::extents::{Extent, Kind};
+use super::place::{HostFs, FsKind};
+use crate::direct::{RangeGuard, DirectFile};
+use crate::extents::{Extent, ExtentKind};
 use crate::host;
-use crate::layer::{Copy, Layer, ReadBelow, Wait, WritableLayer};
+use crate::layer::{CopyFn, Layer, ReadBelow, Wait, WritableLayer};
 
 /// What kind of host object holds the bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -48,7 +48,7 @@ const ZEROS: &[u8] = &[0; 1 << 20];
 /// use, and the rare larger one is caught by the way back to plain writes.
 const DEVICE_ALIGNMENT: u64 = 4096;
 /// How often a call that was interrupted is made again.
-const INTERRUPTIONS: usize = 8;
+const MAX_EINTR_RETRIES: usize = 8;
 
 /// A raw file or block device. Its base locks end with it.
 #[derive(Debug)]
@@ -57,21 +57,21 @@ pub struct RawBase {
     /// The same past the host's page cache, if its bytes are to go that way.
     direct: Option<DirectFile>,
     kind: HostKind,
-    manner: Manner,
-    size: Size,
+    fs_kind: FsKind,
+    size: SizeOwner,
     /// How a read is asked that must not wait: memory never does, and has no `RWF_NOWAIT`.
-    no_wait: ReadWriteFlags,
+    no_wait_flags: ReadWriteFlags,
     /// Whether the host was found to know no `RWF_NOWAIT`: every such read is `EAGAIN` then.
-    always_waits: AtomicBool,
+    lacks_nowait: AtomicBool,
     /// Whether the host was found unable to tell holes from data.
-    is_blind: AtomicBool,
+    cannot_seek_holes: AtomicBool,
     /// Whether a sync has failed: see [`WritableLayer::sync`].
-    has_latched: AtomicBool,
+    is_latched: AtomicBool,
 }
 
 /// Who knows how large it is.
 #[derive(Debug)]
-enum Size {
+enum SizeOwner {
     /// We do: it changes only through us, and the host's file must hold at least so many bytes.
     Ours(AtomicU64),
     /// The host file does: others change it with our consent, past us. The last answer stands
@@ -85,7 +85,7 @@ impl RawBase {
     /// # Errors
     /// The host's, when it cannot say which file system this is.
     pub fn new(file: Arc<File>, kind: HostKind, size: u64) -> io::Result<Self> {
-        Self::with_size(file, kind, Size::Ours(AtomicU64::new(size)))
+        Self::with_size(file, kind, SizeOwner::Ours(AtomicU64::new(size)))
     }
 
     /// Serves the regular file `file` whole, however long it is at the moment.
@@ -94,28 +94,28 @@ impl RawBase {
     /// As [`new`](Self::new).
     pub fn whole(file: Arc<File>) -> io::Result<Self> {
         let size = AtomicU64::new(file.metadata()?.len());
-        Self::with_size(file, HostKind::File, Size::Host(size))
+        Self::with_size(file, HostKind::File, SizeOwner::Host(size))
     }
 
-    fn with_size(file: Arc<File>, kind: HostKind, size: Size) -> io::Result<Self> {
+    fn with_size(file: Arc<File>, kind: HostKind, size: SizeOwner) -> io::Result<Self> {
         let manner = match kind {
-            HostKind::File => HostFs::of(&*file)?.manner,
-            HostKind::BlockDevice => Manner::Local,
+            HostKind::File => HostFs::of(&*file)?.kind,
+            HostKind::BlockDevice => FsKind::Local,
         };
         let no_wait = match manner {
-            Manner::Memory => ReadWriteFlags::empty(),
+            FsKind::Memory => ReadWriteFlags::empty(),
             _ => ReadWriteFlags::NOWAIT,
         };
         Ok(Self {
             file,
             direct: None,
             kind,
-            manner,
+            fs_kind: manner,
             size,
-            no_wait,
-            always_waits: AtomicBool::new(false),
-            is_blind: AtomicBool::new(kind == HostKind::BlockDevice),
-            has_latched: AtomicBool::new(false),
+            no_wait_flags: no_wait,
+            lacks_nowait: AtomicBool::new(false),
+            cannot_seek_holes: AtomicBool::new(kind == HostKind::BlockDevice),
+            is_latched: AtomicBool::new(false),
         })
     }
 
@@ -123,7 +123,7 @@ impl RawBase {
     ///
     /// # Errors
     /// As [`DirectFile::reopen`].
-    pub fn past_cache(mut self) -> io::Result<Self> {
+    pub fn with_direct_io(mut self) -> io::Result<Self> {
         self.direct = Some(DirectFile::reopen(&self.file)?);
         Ok(self)
     }
@@ -136,22 +136,22 @@ impl RawBase {
 
     /// Makes it read-only, as a failed [`sync`](WritableLayer::sync) does.
     pub fn latch(&self) {
-        self.has_latched.store(true, Ordering::Release);
+        self.is_latched.store(true, Ordering::Release);
     }
 
     /// Reads what is in the page cache, all of `buf` or nothing (`EAGAIN`).
     fn read_cached(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
-        if self.always_waits.load(Ordering::Relaxed) {
+        if self.lacks_nowait.load(Ordering::Relaxed) {
             return Err(Errno::AGAIN.into());
         }
-        let flags = self.no_wait;
+        let flags = self.no_wait_flags;
         let len = buf.len();
         match rustix::io::preadv2(&*self.file, &mut [io::IoSliceMut::new(buf)], offset, flags) {
             Ok(got) if got == len => Ok(()),
             // Short: the rest is not cached, or the file got shorter; the waiting read finds out.
             Ok(_) | Err(Errno::AGAIN | Errno::INTR) => Err(Errno::AGAIN.into()),
             Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL) => {
-                self.always_waits.store(true, Ordering::Relaxed);
+                self.lacks_nowait.store(true, Ordering::Relaxed);
                 Err(Errno::AGAIN.into())
             }
             Err(error) => Err(error.into()),
@@ -159,60 +159,60 @@ impl RawBase {
     }
 
     /// lseek(2). A host that is interrupted again and again is one that does not answer.
-    fn ask(&self, from: SeekFrom) -> Result<u64, Errno> {
-        let asked = (0..INTERRUPTIONS).map(|_| rustix::fs::seek(&*self.file, from));
+    fn lseek(&self, from: SeekFrom) -> Result<u64, Errno> {
+        let asked = (0..MAX_EINTR_RETRIES).map(|_| rustix::fs::seek(&*self.file, from));
         asked.into_iter().find(|found| *found != Err(Errno::INTR)).unwrap_or(Err(Errno::IO))
     }
 
     /// Asks the host what lies at `range.start`; `range` is inside the size.
-    fn seek(&self, range: Range<u64>) -> io::Result<Extent> {
-        let data = match self.ask(SeekFrom::Data(range.start)) {
+    fn seek_extent(&self, range: Range<u64>) -> io::Result<Extent> {
+        let data = match self.lseek(SeekFrom::Data(range.start)) {
             Ok(at) => at,
             Err(Errno::NXIO) => return self.seek_past_data(range),
             Err(error) => return self.seek_failed(error, range),
         };
         if data > range.start {
-            return Ok(extent(range.start..data.min(range.end), Kind::Hole));
+            return Ok(extent(range.start..data.min(range.end), ExtentKind::Hole));
         }
-        let hole = match self.ask(SeekFrom::Hole(range.start)) {
+        let hole = match self.lseek(SeekFrom::Hole(range.start)) {
             Ok(at) if at > range.start => at,
             // Changed between the two questions (punched, or cut off): Data is always safe.
             Ok(_) | Err(Errno::NXIO) => range.end,
             Err(error) => return self.seek_failed(error, range),
         };
-        Ok(extent(range.start..hole.min(range.end), Kind::Data))
+        Ok(extent(range.start..hole.min(range.end), ExtentKind::Data))
     }
 
     /// No data from `range.start` on: a hole up to where the host file ends. Past that end, in a
     /// file that got shorter, it is Data, so that reading it is the error it has to be.
     fn seek_past_data(&self, range: Range<u64>) -> io::Result<Extent> {
-        let end_of_file = self.ask(SeekFrom::End(0))?;
+        let end_of_file = self.lseek(SeekFrom::End(0))?;
         if range.start >= end_of_file {
-            return Ok(extent(range, Kind::Data));
+            return Ok(extent(range, ExtentKind::Data));
         }
-        Ok(extent(range.start..range.end.min(end_of_file), Kind::Hole))
+        Ok(extent(range.start..range.end.min(end_of_file), ExtentKind::Hole))
     }
 
     fn seek_failed(&self, error: Errno, range: Range<u64>) -> io::Result<Extent> {
         match error {
             Errno::INVAL | Errno::OPNOTSUPP | Errno::NOSYS => {
-                self.is_blind.store(true, Ordering::Relaxed);
-                Ok(extent(range, Kind::Data))
+                self.cannot_seek_holes.store(true, Ordering::Relaxed);
+                Ok(extent(range, ExtentKind::Data))
             }
             error => Err(error.into()),
         }
     }
 
     /// Refuses what a latched base must not do, and what this host may make wait.
-    fn may_change(&self, wait: Wait, change: Change) -> io::Result<()> {
-        if self.has_latched.load(Ordering::Acquire) {
+    fn check_change(&self, wait: Wait, change: HostChange) -> io::Result<()> {
+        if self.is_latched.load(Ordering::Acquire) {
             return Err(Errno::IO.into());
         }
         // A device carries out discards and zeroing at its own speed; a file's file system
         // notes them down.
-        let waits = self.manner == Manner::Remote
-            || (self.direct.is_some() && change == Change::Write)
-            || (self.kind == HostKind::BlockDevice && change == Change::Free);
+        let waits = self.fs_kind == FsKind::Remote
+            || (self.direct.is_some() && change == HostChange::Write)
+            || (self.kind == HostKind::BlockDevice && change == HostChange::Deallocate);
         if wait == Wait::No && waits {
             return Err(Errno::AGAIN.into());
         }
@@ -220,21 +220,21 @@ impl RawBase {
     }
 
     /// Makes `range` zero by the first of `ways` that the host knows, else by writing zeros.
-    fn free(&self, range: Range<u64>, ways: &[FallocateFlags]) -> io::Result<()> {
+    fn zero_range(&self, range: Range<u64>, ways: &[FallocateFlags]) -> io::Result<()> {
         // Whoever writes a part of a unit puts the rest of it back.
-        let alone = self.direct.as_ref().map(|direct| direct.alone(&range)).transpose()?;
+        let alone = self.direct.as_ref().map(|direct| direct.lock_range(&range)).transpose()?;
         let inner = match self.kind {
             HostKind::File => range.clone(),
-            HostKind::BlockDevice => aligned(&range),
+            HostKind::BlockDevice => whole_device_blocks(&range),
         };
-        if inner.is_empty() || !self.free_by_host(&inner, ways)? {
+        if inner.is_empty() || !self.zero_by_host(&inner, ways)? {
             return self.write_zeros(range, alone.as_ref());
         }
         self.write_zeros(range.start..inner.start, alone.as_ref())?;
         self.write_zeros(inner.end..range.end, alone.as_ref())
     }
 
-    fn free_by_host(&self, range: &Range<u64>, ways: &[FallocateFlags]) -> io::Result<bool> {
+    fn zero_by_host(&self, range: &Range<u64>, ways: &[FallocateFlags]) -> io::Result<bool> {
         for &way in ways {
             let flags = way | FallocateFlags::KEEP_SIZE;
             let Err(error) = host::fallocate(&*self.file, flags, range.clone()) else {
@@ -252,8 +252,8 @@ impl RawBase {
     /// Writes past the host's cache, to a file only inside its last whole unit: what is behind
     /// would come with a whole one, and make the file longer. That rest goes through the cache,
     /// and on to the device as the other bytes do.
-    fn write_direct(&self, alone: &Alone<'_>, buf: &[u8], offset: u64) -> io::Result<()> {
-        let (size, unit) = (self.size(), alone.unit());
+    fn write_direct(&self, alone: &RangeGuard<'_>, buf: &[u8], offset: u64) -> io::Result<()> {
+        let (size, unit) = (self.size(), alone.offset_align());
         let border = if size.is_multiple_of(unit) { u64::MAX } else { size / unit * unit };
         let whole = usize::try_from(border.saturating_sub(offset)).unwrap_or(usize::MAX);
         let (whole, mut rest) = buf.split_at(whole.min(buf.len()));
@@ -276,7 +276,7 @@ impl RawBase {
         Ok(())
     }
 
-    fn write_zeros(&self, range: Range<u64>, alone: Option<&Alone<'_>>) -> io::Result<()> {
+    fn write_zeros(&self, range: Range<u64>, alone: Option<&RangeGuard<'_>>) -> io::Result<()> {
         let mut at = range.start;
         while at < range.end {
             let len = (range.end - at).min(ZEROS.len() as u64);
@@ -300,18 +300,18 @@ impl Drop for RawBase {
 
 /// What a change asks of the host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Change {
+enum HostChange {
     /// Bytes, into the page cache.
     Write,
     /// Zeroing or punching.
-    Free,
+    Deallocate,
 }
 
 impl Layer for RawBase {
     fn size(&self) -> u64 {
         match &self.size {
-            Size::Ours(size) => size.load(Ordering::Acquire),
-            Size::Host(last) => match self.file.metadata() {
+            SizeOwner::Ours(size) => size.load(Ordering::Acquire),
+            SizeOwner::Host(last) => match self.file.metadata() {
                 Ok(found) => {
                     last.store(found.len(), Ordering::Release);
                     found.len()
@@ -325,16 +325,16 @@ impl Layer for RawBase {
     fn extent_at(&self, range: Range<u64>, wait: Wait) -> io::Result<Extent> {
         let size = self.size();
         if range.start >= size {
-            return Ok(extent(range, Kind::Hole));
+            return Ok(extent(range, ExtentKind::Hole));
         }
         let range = range.start..range.end.min(size);
-        if self.is_blind.load(Ordering::Relaxed) {
-            return Ok(extent(range, Kind::Data));
+        if self.cannot_seek_holes.load(Ordering::Relaxed) {
+            return Ok(extent(range, ExtentKind::Data));
         }
-        if wait == Wait::No && self.manner == Manner::Remote {
+        if wait == Wait::No && self.fs_kind == FsKind::Remote {
             return Err(Errno::AGAIN.into());
         }
-        self.seek(range)
+        self.seek_extent(range)
     }
 
     /// All that is inside the size is called Data: a question about holes would cost every read
@@ -343,7 +343,7 @@ impl Layer for RawBase {
         let asked = offset..offset.saturating_add(buf.len() as u64);
         let size = self.size();
         if offset >= size {
-            return Ok(extent(asked, Kind::Hole));
+            return Ok(extent(asked, ExtentKind::Hole));
         }
         #[expect(clippy::cast_possible_truncation, reason = "at most buf.len()")]
         let len = (asked.end.min(size) - offset) as usize;
@@ -353,14 +353,14 @@ impl Layer for RawBase {
                 return Err(Errno::AGAIN.into());
             }
             self.read_cached(buf, offset)?;
-            return Ok(extent(offset..offset + len as u64, Kind::Data));
+            return Ok(extent(offset..offset + len as u64, ExtentKind::Data));
         }
         let got = match &self.direct {
             None => host::read_at(&self.file, buf, offset, Wait::Yes)?,
             Some(direct) => direct.read_at(buf, offset)?,
         };
         if got == len {
-            return Ok(extent(offset..offset + len as u64, Kind::Data));
+            return Ok(extent(offset..offset + len as u64, ExtentKind::Data));
         }
         // Was it us who just made the disk shorter? Then the rest is past its end.
         let end = offset + got as u64;
@@ -368,20 +368,20 @@ impl Layer for RawBase {
             return Err(Errno::IO.into());
         }
         if got > 0 {
-            return Ok(extent(offset..end, Kind::Data));
+            return Ok(extent(offset..end, ExtentKind::Data));
         }
-        Ok(extent(asked, Kind::Hole))
+        Ok(extent(asked, ExtentKind::Hole))
     }
 
     fn lend_at(
         &self,
         range: Range<u64>,
         wait: Wait,
-        copy: Copy<'_>,
+        copy: CopyFn<'_>,
     ) -> io::Result<(Extent, Option<u64>)> {
         let found = self.extent_at(range, wait)?;
         // copy_file_range takes no devices.
-        if found.kind != Kind::Data || self.kind == HostKind::BlockDevice {
+        if found.kind != ExtentKind::Data || self.kind == HostKind::BlockDevice {
             return Ok((found, None));
         }
         let copied = copy(self.file.as_fd(), found.range.clone())?;
@@ -397,27 +397,27 @@ impl WritableLayer for RawBase {
         _below: &dyn ReadBelow,
         wait: Wait,
     ) -> io::Result<()> {
-        self.may_change(wait, Change::Write)?;
+        self.check_change(wait, HostChange::Write)?;
         let Some(direct) = &self.direct else {
             return host::write_all_at(&self.file, &[io::IoSlice::new(buf)], offset);
         };
-        let alone = direct.alone(&(offset..offset + buf.len() as u64))?;
+        let alone = direct.lock_range(&(offset..offset + buf.len() as u64))?;
         self.write_direct(&alone, buf, offset)
     }
 
     fn zero(&self, range: Range<u64>, _below: &dyn ReadBelow, wait: Wait) -> io::Result<()> {
-        self.may_change(wait, Change::Free)?;
-        self.free(range, &[FallocateFlags::ZERO_RANGE])
+        self.check_change(wait, HostChange::Deallocate)?;
+        self.zero_range(range, &[FallocateFlags::ZERO_RANGE])
     }
 
     fn punch_hole(&self, range: Range<u64>, _below: &dyn ReadBelow, wait: Wait) -> io::Result<()> {
-        self.may_change(wait, Change::Free)?;
+        self.check_change(wait, HostChange::Deallocate)?;
         let ways = [FallocateFlags::PUNCH_HOLE, FallocateFlags::ZERO_RANGE];
-        self.free(range, &ways)
+        self.zero_range(range, &ways)
     }
 
     fn allocate(&self, range: Range<u64>, wait: Wait) -> io::Result<()> {
-        self.may_change(wait, Change::Write)?;
+        self.check_change(wait, HostChange::Write)?;
         match self.kind {
             HostKind::File => host::allocate(&*self.file, range),
             // It has all its space.
@@ -437,10 +437,10 @@ impl WritableLayer for RawBase {
         if i64::try_from(size).is_err() {
             return Err(Errno::FBIG.into());
         }
-        if self.has_latched.load(Ordering::Acquire) {
+        if self.is_latched.load(Ordering::Acquire) {
             return Err(Errno::IO.into());
         }
-        let Size::Ours(published) = &self.size else {
+        let SizeOwner::Ours(published) = &self.size else {
             return self.file.set_len(size);
         };
         // The smaller size is published first: a reader must not meet the host's new end inside it.
@@ -454,27 +454,27 @@ impl WritableLayer for RawBase {
     }
 
     fn sync(&self) -> io::Result<()> {
-        if self.has_latched.load(Ordering::Acquire) {
+        if self.is_latched.load(Ordering::Acquire) {
             return Err(Errno::IO.into());
         }
         let answer = self.file.sync_data();
         if answer.is_err() {
-            self.has_latched.store(true, Ordering::Release);
+            self.is_latched.store(true, Ordering::Release);
         }
         answer
     }
 
     fn is_latched(&self) -> bool {
-        self.has_latched.load(Ordering::Acquire)
+        self.is_latched.load(Ordering::Acquire)
     }
 }
 
-fn extent(range: Range<u64>, kind: Kind) -> Extent {
+fn extent(range: Range<u64>, kind: ExtentKind) -> Extent {
     Extent { range, kind }
 }
 
 /// The whole device blocks inside `range`; empty, at its start, when there are none.
-fn aligned(range: &Range<u64>) -> Range<u64> {
+fn whole_device_blocks(range: &Range<u64>) -> Range<u64> {
     let start = range.start.next_multiple_of(DEVICE_ALIGNMENT);
     let end = range.end - range.end % DEVICE_ALIGNMENT;
     if start < end { start..end } else { range.start..range.start }
@@ -490,9 +490,9 @@ mod tests {
     use super::*;
 
     /// What nobody may ask: a raw base has nothing below it.
-    struct Nothing;
+    struct UnreachableBelow;
 
-    impl ReadBelow for Nothing {
+    impl ReadBelow for UnreachableBelow {
         fn read_below(&self, _: &mut [u8], _: u64, _: Wait) -> io::Result<()> {
             unreachable!("a raw base has nothing below")
         }
@@ -514,7 +514,7 @@ mod tests {
         (file, raw)
     }
 
-    fn describe(raw: &RawBase, range: Range<u64>) -> Vec<(Range<u64>, Kind)> {
+    fn describe(raw: &RawBase, range: Range<u64>) -> Vec<(Range<u64>, ExtentKind)> {
         let mut found = Vec::new();
         let mut at = range.start;
         while at < range.end {
@@ -534,15 +534,15 @@ mod tests {
         file.write_all_at(&[1; 65536], 2 * K64).unwrap();
         file.write_all_at(&[1; 65536], 8 * K64).unwrap();
         let shape = [
-            (0..2 * K64, Kind::Hole),
-            (2 * K64..3 * K64, Kind::Data),
-            (3 * K64..8 * K64, Kind::Hole),
-            (8 * K64..9 * K64, Kind::Data),
-            (9 * K64..16 * K64, Kind::Hole),
-            (16 * K64..20 * K64, Kind::Hole),
+            (0..2 * K64, ExtentKind::Hole),
+            (2 * K64..3 * K64, ExtentKind::Data),
+            (3 * K64..8 * K64, ExtentKind::Hole),
+            (8 * K64..9 * K64, ExtentKind::Data),
+            (9 * K64..16 * K64, ExtentKind::Hole),
+            (16 * K64..20 * K64, ExtentKind::Hole),
         ];
         assert_eq!(describe(&raw, 0..20 * K64), shape);
-        let inside = [(2 * K64 + 5..2 * K64 + 9, Kind::Data)];
+        let inside = [(2 * K64 + 5..2 * K64 + 9, ExtentKind::Data)];
         assert_eq!(describe(&raw, 2 * K64 + 5..2 * K64 + 9), inside);
     }
 
@@ -550,7 +550,7 @@ mod tests {
     fn a_file_that_got_shorter_is_data_there_and_reading_it_is_an_error() {
         let (file, raw) = base(16 * K64);
         file.set_len(4 * K64).unwrap();
-        let shape = [(0..4 * K64, Kind::Hole), (4 * K64..16 * K64, Kind::Data)];
+        let shape = [(0..4 * K64, ExtentKind::Hole), (4 * K64..16 * K64, ExtentKind::Data)];
         assert_eq!(describe(&raw, 0..16 * K64), shape);
 
         let mut buf = [0; 4096];
@@ -568,10 +568,10 @@ mod tests {
         file.write_all_at(&[9; 1000], 0).unwrap();
         let mut buf = [1; 512];
         let extent = raw.read_at(&mut buf, 900, Wait::Yes).unwrap();
-        assert_eq!((extent.range, extent.kind), (900..1000, Kind::Data));
+        assert_eq!((extent.range, extent.kind), (900..1000, ExtentKind::Data));
         assert_eq!((&buf[..100], &buf[100..]), (&[9; 100][..], &[1; 412][..]));
         let extent = raw.read_at(&mut buf, 1000, Wait::No).unwrap();
-        assert_eq!((extent.range, extent.kind), (1000..1512, Kind::Hole));
+        assert_eq!((extent.range, extent.kind), (1000..1512, ExtentKind::Hole));
     }
 
     #[test]
@@ -585,7 +585,7 @@ mod tests {
         let error = raw.read_at(&mut buf, 0, Wait::No).unwrap_err();
         assert_eq!(error.raw_os_error(), Some(libc::EAGAIN));
         let extent = raw.read_at(&mut buf, 0, Wait::Yes).unwrap();
-        assert_eq!((extent.range, extent.kind), (0..4096, Kind::Data));
+        assert_eq!((extent.range, extent.kind), (0..4096, ExtentKind::Data));
         assert_eq!(buf, [5; 4096]);
         // Now it is cached.
         raw.read_at(&mut buf, 0, Wait::No).unwrap();
@@ -599,16 +599,16 @@ mod tests {
         let mut buf = [0; 4096];
         raw.read_at(&mut buf, 0, Wait::No).unwrap();
         assert_eq!(buf, [3; 4096]);
-        let shape = [(0..4096, Kind::Data), (4096..K64, Kind::Hole)];
+        let shape = [(0..4096, ExtentKind::Data), (4096..K64, ExtentKind::Hole)];
         assert_eq!(describe(&raw, 0..K64), shape);
     }
 
     #[test]
     fn writes_zeros_and_holes_reach_the_file() {
         let (file, raw) = base(16 * K64);
-        raw.write_at(&[7; 4 * 65536], 0, &Nothing, Wait::No).unwrap();
-        raw.zero(100..K64, &Nothing, Wait::No).unwrap();
-        raw.punch_hole(2 * K64..4 * K64, &Nothing, Wait::No).unwrap();
+        raw.write_at(&[7; 4 * 65536], 0, &UnreachableBelow, Wait::No).unwrap();
+        raw.zero(100..K64, &UnreachableBelow, Wait::No).unwrap();
+        raw.punch_hole(2 * K64..4 * K64, &UnreachableBelow, Wait::No).unwrap();
         raw.sync().unwrap();
 
         let mut got = vec![1; 4 * 65536];
@@ -618,7 +618,7 @@ mod tests {
         want[2 * 65536..].fill(0);
         assert_eq!(got, want);
         assert_eq!(file.metadata().unwrap().len(), 16 * K64);
-        assert_eq!(describe(&raw, 2 * K64..16 * K64), [(2 * K64..16 * K64, Kind::Hole)]);
+        assert_eq!(describe(&raw, 2 * K64..16 * K64), [(2 * K64..16 * K64, ExtentKind::Hole)]);
     }
 
     #[test]
@@ -631,9 +631,9 @@ mod tests {
             Ok(5)
         };
         let (found, copied) = raw.lend_at(0..4 * K64, Wait::Yes, &mut copy).unwrap();
-        assert_eq!((found, copied), (extent(0..K64, Kind::Hole), None));
+        assert_eq!((found, copied), (extent(0..K64, ExtentKind::Hole), None));
         let (found, copied) = raw.lend_at(K64..4 * K64, Wait::Yes, &mut copy).unwrap();
-        assert_eq!((found, copied), (extent(K64..2 * K64, Kind::Data), Some(5)));
+        assert_eq!((found, copied), (extent(K64..2 * K64, ExtentKind::Data), Some(5)));
         assert_eq!((lent.len(), &lent[0]), (1, &(K64..2 * K64)));
     }
 
@@ -641,7 +641,7 @@ mod tests {
     fn zeros_are_written_where_the_host_cannot_zero() {
         let (file, raw) = base(3 << 20);
         file.write_all_at(&vec![7; 3 << 20], 0).unwrap();
-        raw.free(10..(3 << 20) - 10, &[]).unwrap();
+        raw.zero_range(10..(3 << 20) - 10, &[]).unwrap();
         let mut got = vec![1; 3 << 20];
         file.read_exact_at(&mut got, 0).unwrap();
         let mut want = vec![0; 3 << 20];
@@ -655,7 +655,7 @@ mod tests {
         use std::os::unix::fs::MetadataExt;
 
         let (file, raw) = base(K64);
-        raw.write_at(&[7; 4096], 0, &Nothing, Wait::Yes).unwrap();
+        raw.write_at(&[7; 4096], 0, &UnreachableBelow, Wait::Yes).unwrap();
         raw.set_size(10).unwrap();
         assert_eq!((raw.size(), file.metadata().unwrap().len()), (10, 10));
         raw.set_size(2 * K64).unwrap();
@@ -678,9 +678,9 @@ mod tests {
         assert!(raw.sync().is_err());
         let again = raw.sync().unwrap_err();
         assert_eq!(again.raw_os_error(), Some(libc::EIO));
-        let write = raw.write_at(&[1], 0, &Nothing, Wait::Yes).unwrap_err();
+        let write = raw.write_at(&[1], 0, &UnreachableBelow, Wait::Yes).unwrap_err();
         assert_eq!(write.raw_os_error(), Some(libc::EIO));
-        let zero = raw.zero(0..1, &Nothing, Wait::No).unwrap_err();
+        let zero = raw.zero(0..1, &UnreachableBelow, Wait::No).unwrap_err();
         assert_eq!(zero.raw_os_error(), Some(libc::EIO));
         let size = raw.set_size(1).unwrap_err();
         assert_eq!(size.raw_os_error(), Some(libc::EIO));
@@ -688,9 +688,9 @@ mod tests {
 
     #[test]
     fn the_whole_blocks_inside_a_range_are_found() {
-        assert_eq!(aligned(&(1..4096)), 1..1);
-        assert_eq!(aligned(&(1..8193)), 4096..8192);
-        assert_eq!(aligned(&(0..4096)), 0..4096);
-        assert_eq!(aligned(&(4097..8191)), 4097..4097);
+        assert_eq!(whole_device_blocks(&(1..4096)), 1..1);
+        assert_eq!(whole_device_blocks(&(1..8193)), 4096..8192);
+        assert_eq!(whole_device_blocks(&(0..4096)), 0..4096);
+        assert_eq!(whole_device_blocks(&(4097..8191)), 4097..4097);
     }
 }

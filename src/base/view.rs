@@ -14,16 +14,16 @@ use std::io;
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::partitions::{self, Role, TableError};
+use super::partitions::{self, PartitionRole, TableError};
 use super::raw::RawBase;
-use crate::extents::{Extent, Kind};
-use crate::host::errno;
-use crate::layer::{Copy, Layer, ReadBelow, Wait, WritableLayer};
-use crate::spec::{Part, format_size};
+use crate::extents::{Extent, ExtentKind};
+use crate::host::os_error;
+use crate::layer::{CopyFn, Layer, ReadBelow, Wait, WritableLayer};
+use crate::spec::{SourcePart, format_size};
 
 /// Why there is no such part; one line, for the name of the base before it.
 #[derive(Debug, thiserror::Error)]
-pub enum PartError {
+pub enum ViewError {
     /// The bytes asked for are not all there.
     #[error(
         "has no bytes {start}..{end}, it ends at {size}: take less, or look whether it is the right base"
@@ -38,7 +38,7 @@ pub enum PartError {
     },
     /// Nothing is left behind the offset.
     #[error("ends at {size}, and offset={offset} is not before that: take a smaller one")]
-    Behind {
+    PastEnd {
         /// The first byte asked for.
         offset: u64,
         /// Where the base ends.
@@ -84,34 +84,34 @@ pub enum PartError {
 /// it.
 ///
 /// # Errors
-/// [`PartError`].
-pub fn find(
-    part: Part,
+/// [`ViewError`].
+pub fn resolve_part(
+    part: SourcePart,
     base: &dyn Layer,
     sector: Option<u64>,
-) -> Result<Option<Range<u64>>, PartError> {
+) -> Result<Option<Range<u64>>, ViewError> {
     let size = base.size();
     match part {
-        Part::Whole => Ok(None),
-        Part::Bytes { offset, .. } if offset >= size => Err(PartError::Behind { offset, size }),
-        Part::Bytes { offset, len: None } => Ok(Some(offset..size)),
-        Part::Bytes { offset, len: Some(len) } => {
+        SourcePart::Whole => Ok(None),
+        SourcePart::Bytes { offset, .. } if offset >= size => Err(ViewError::PastEnd { offset, size }),
+        SourcePart::Bytes { offset, len: None } => Ok(Some(offset..size)),
+        SourcePart::Bytes { offset, len: Some(len) } => {
             let range = offset..offset.saturating_add(len);
             check_inside(&range, size)?;
             Ok(Some(range))
         }
-        Part::Partition(number) => {
+        SourcePart::Partition(number) => {
             let all = partitions::read(&base, sector)?;
             let found = all.iter().find(|one| one.number == number);
-            let has = || partitions::listed(&all);
+            let has = || partitions::list_partitions(&all);
             match found {
-                None => Err(PartError::NoPartition { number, has: has() }),
-                Some(one) if one.role == Role::Extended => {
-                    Err(PartError::Extended { number, has: has() })
+                None => Err(ViewError::NoPartition { number, has: has() }),
+                Some(one) if one.role == PartitionRole::Extended => {
+                    Err(ViewError::Extended { number, has: has() })
                 }
                 Some(one) if one.range.end > size => {
                     let Range { start, end } = one.range;
-                    Err(PartError::CutOff { number, start, end, size })
+                    Err(ViewError::CutOff { number, start, end, size })
                 }
                 Some(one) => Ok(Some(one.range.clone())),
             }
@@ -122,20 +122,20 @@ pub fn find(
 /// Whether all of `range` is in a base of `size` bytes.
 ///
 /// # Errors
-/// [`PartError::Outside`].
-pub fn check_inside(range: &Range<u64>, size: u64) -> Result<(), PartError> {
+/// [`ViewError::Outside`].
+pub fn check_inside(range: &Range<u64>, size: u64) -> Result<(), ViewError> {
     let Range { start, end } = *range;
-    if end <= size { Ok(()) } else { Err(PartError::Outside { start, end, size }) }
+    if end <= size { Ok(()) } else { Err(ViewError::Outside { start, end, size }) }
 }
 
 /// The bytes `range` of a base.
 #[derive(Debug)]
-pub struct View<L: ?Sized> {
+pub struct RangeView<L: ?Sized> {
     base: Arc<L>,
     range: Range<u64>,
 }
 
-impl<L: ?Sized> View<L> {
+impl<L: ?Sized> RangeView<L> {
     /// Shows `range` of `base`, which has all of it.
     #[must_use]
     pub fn new(base: Arc<L>, range: Range<u64>) -> Self {
@@ -147,63 +147,63 @@ impl<L: ?Sized> View<L> {
     }
 
     /// `range` of the view, cut at its end, as one of the base; `None` past the end.
-    fn down(&self, range: &Range<u64>) -> Option<Range<u64>> {
+    fn clip_to_base(&self, range: &Range<u64>) -> Option<Range<u64>> {
         let end = range.end.min(self.len());
         (range.start < end).then(|| self.range.start + range.start..self.range.start + end)
     }
 
     /// What the base found, as the view's.
-    fn up(&self, found: &Extent) -> Extent {
+    fn to_view(&self, found: &Extent) -> Extent {
         let start = self.range.start;
         Extent::new(found.range.start - start..found.range.end - start, found.kind)
     }
 
     /// `range` of the view as one of the base, all of it; `ENOSPC` when it is not inside.
-    fn inside(&self, range: &Range<u64>) -> io::Result<Range<u64>> {
+    fn to_base(&self, range: &Range<u64>) -> io::Result<Range<u64>> {
         if range.end > self.len() {
             // As a block device says it.
-            return Err(errno(libc::ENOSPC));
+            return Err(os_error(libc::ENOSPC));
         }
         Ok(self.range.start + range.start..self.range.start + range.end)
     }
 }
 
-impl<L: Layer + ?Sized> Layer for View<L> {
+impl<L: Layer + ?Sized> Layer for RangeView<L> {
     fn size(&self) -> u64 {
         self.len()
     }
 
     fn extent_at(&self, range: Range<u64>, wait: Wait) -> io::Result<Extent> {
-        match self.down(&range) {
-            None => Ok(Extent::new(range, Kind::Hole)),
-            Some(below) => Ok(self.up(&self.base.extent_at(below, wait)?)),
+        match self.clip_to_base(&range) {
+            None => Ok(Extent::new(range, ExtentKind::Hole)),
+            Some(below) => Ok(self.to_view(&self.base.extent_at(below, wait)?)),
         }
     }
 
     fn read_at(&self, buf: &mut [u8], offset: u64, wait: Wait) -> io::Result<Extent> {
         let asked = offset..offset.saturating_add(buf.len() as u64);
-        let Some(below) = self.down(&asked) else { return Ok(Extent::new(asked, Kind::Hole)) };
+        let Some(below) = self.clip_to_base(&asked) else { return Ok(Extent::new(asked, ExtentKind::Hole)) };
         let len = usize::try_from(below.end - below.start).unwrap_or(usize::MAX).min(buf.len());
-        Ok(self.up(&self.base.read_at(&mut buf[..len], below.start, wait)?))
+        Ok(self.to_view(&self.base.read_at(&mut buf[..len], below.start, wait)?))
     }
 
     fn lend_at(
         &self,
         range: Range<u64>,
         wait: Wait,
-        copy: Copy<'_>,
+        copy: CopyFn<'_>,
     ) -> io::Result<(Extent, Option<u64>)> {
-        let Some(below) = self.down(&range) else {
-            return Ok((Extent::new(range, Kind::Hole), None));
+        let Some(below) = self.clip_to_base(&range) else {
+            return Ok((Extent::new(range, ExtentKind::Hole), None));
         };
         // The file that is lent is the host's, and so is the place in it.
         let (found, copied) = self.base.lend_at(below, wait, copy)?;
-        Ok((self.up(&found), copied))
+        Ok((self.to_view(&found), copied))
     }
 }
 
 /// Only of a raw base, which never asks what is below it: that would be at other offsets.
-impl WritableLayer for View<RawBase> {
+impl WritableLayer for RangeView<RawBase> {
     fn write_at(
         &self,
         buf: &[u8],
@@ -211,25 +211,25 @@ impl WritableLayer for View<RawBase> {
         below: &dyn ReadBelow,
         wait: Wait,
     ) -> io::Result<()> {
-        let range = self.inside(&(offset..offset.saturating_add(buf.len() as u64)))?;
+        let range = self.to_base(&(offset..offset.saturating_add(buf.len() as u64)))?;
         self.base.write_at(buf, range.start, below, wait)
     }
 
     fn zero(&self, range: Range<u64>, below: &dyn ReadBelow, wait: Wait) -> io::Result<()> {
-        self.base.zero(self.inside(&range)?, below, wait)
+        self.base.zero(self.to_base(&range)?, below, wait)
     }
 
     fn punch_hole(&self, range: Range<u64>, below: &dyn ReadBelow, wait: Wait) -> io::Result<()> {
-        self.base.punch_hole(self.inside(&range)?, below, wait)
+        self.base.punch_hole(self.to_base(&range)?, below, wait)
     }
 
     fn allocate(&self, range: Range<u64>, wait: Wait) -> io::Result<()> {
-        self.base.allocate(self.inside(&range)?, wait)
+        self.base.allocate(self.to_base(&range)?, wait)
     }
 
     /// `EINVAL` for another size.
     fn set_size(&self, size: u64) -> io::Result<()> {
-        if size == self.len() { Ok(()) } else { Err(errno(libc::EINVAL)) }
+        if size == self.len() { Ok(()) } else { Err(os_error(libc::EINVAL)) }
     }
 
     fn sync(&self) -> io::Result<()> {
@@ -253,9 +253,9 @@ mod tests {
     use super::super::raw::HostKind;
     use super::*;
 
-    struct Nothing;
+    struct UnreachableBelow;
 
-    impl ReadBelow for Nothing {
+    impl ReadBelow for UnreachableBelow {
         fn read_below(&self, _: &mut [u8], _: u64, _: Wait) -> io::Result<()> {
             unreachable!("a raw base has nothing below")
         }
@@ -265,12 +265,12 @@ mod tests {
     }
 
     /// A file of `bytes`, and `range` of it.
-    fn view(bytes: &[u8], range: Range<u64>) -> (Arc<File>, View<RawBase>) {
+    fn view(bytes: &[u8], range: Range<u64>) -> (Arc<File>, RangeView<RawBase>) {
         let file = tempfile::tempfile_in("/var/tmp").unwrap();
         file.write_all_at(bytes, 0).unwrap();
         let file = Arc::new(file);
         let raw = RawBase::new(Arc::clone(&file), HostKind::File, bytes.len() as u64).unwrap();
-        (file, View::new(Arc::new(raw), range))
+        (file, RangeView::new(Arc::new(raw), range))
     }
 
     fn contents(file: &File) -> Vec<u8> {
@@ -285,21 +285,21 @@ mod tests {
         assert_eq!(view.size(), 3584);
         let mut buf = [1; 1024];
         let found = view.read_at(&mut buf, 3072, Wait::Yes).unwrap();
-        assert_eq!(found, Extent::new(3072..3584, Kind::Data));
+        assert_eq!(found, Extent::new(3072..3584, ExtentKind::Data));
         assert_eq!((&buf[..512], &buf[512..]), (&[7; 512][..], &[1; 512][..]));
         for start in [3584, 8192, u64::MAX - 1] {
-            let hole = Extent::new(start..u64::MAX, Kind::Hole);
+            let hole = Extent::new(start..u64::MAX, ExtentKind::Hole);
             assert_eq!(view.extent_at(start..u64::MAX, Wait::Yes).unwrap(), hole);
         }
         let found = view.extent_at(0..u64::MAX, Wait::Yes).unwrap();
-        assert_eq!(found, Extent::new(0..3584, Kind::Data));
+        assert_eq!(found, Extent::new(0..3584, ExtentKind::Data));
 
         let code = |result: io::Result<()>| result.unwrap_err().raw_os_error();
         let full = Some(libc::ENOSPC);
-        assert_eq!(code(view.write_at(&[9; 2], 3583, &Nothing, Wait::Yes)), full);
-        assert_eq!(code(view.write_at(&[9; 2], u64::MAX, &Nothing, Wait::Yes)), full);
-        assert_eq!(code(view.zero(0..3585, &Nothing, Wait::Yes)), full);
-        assert_eq!(code(view.punch_hole(0..8192, &Nothing, Wait::Yes)), full);
+        assert_eq!(code(view.write_at(&[9; 2], 3583, &UnreachableBelow, Wait::Yes)), full);
+        assert_eq!(code(view.write_at(&[9; 2], u64::MAX, &UnreachableBelow, Wait::Yes)), full);
+        assert_eq!(code(view.zero(0..3585, &UnreachableBelow, Wait::Yes)), full);
+        assert_eq!(code(view.punch_hole(0..8192, &UnreachableBelow, Wait::Yes)), full);
         assert_eq!(code(view.allocate(0..1 << 40, Wait::Yes)), full);
         assert_eq!(code(view.set_size(0)), Some(libc::EINVAL));
         assert_eq!(code(view.set_size(1 << 20)), Some(libc::EINVAL));
@@ -329,21 +329,21 @@ mod tests {
             Ok(5)
         };
         let (found, copied) = view.lend_at(100..9000, Wait::Yes, &mut copy).unwrap();
-        assert_eq!((found, copied), (Extent::new(100..3584, Kind::Data), Some(5)));
+        assert_eq!((found, copied), (Extent::new(100..3584, ExtentKind::Data), Some(5)));
         assert_eq!(lent, Some(612..4096));
     }
 
     #[test]
     fn a_part_that_is_not_there_is_refused() {
         let blank = Blank::new(1 << 20);
-        let why = |part| find(part, &blank, None).unwrap_err().to_string();
-        let bytes = |offset, len| Part::Bytes { offset, len };
+        let why = |part| resolve_part(part, &blank, None).unwrap_err().to_string();
+        let bytes = |offset, len| SourcePart::Bytes { offset, len };
         assert!(why(bytes(1 << 20, None)).starts_with("ends at 1048576, and offset=1048576"));
         assert!(why(bytes(512, Some(1 << 20))).starts_with("has no bytes 512..1049088, it ends"));
         assert!(why(bytes(512, Some(u64::MAX))).starts_with("has no bytes 512.."));
-        assert!(why(Part::Partition(1)).starts_with("has no partition table"));
-        let found = |part| find(part, &blank, None).unwrap();
-        assert_eq!(found(Part::Whole), None);
+        assert!(why(SourcePart::Partition(1)).starts_with("has no partition table"));
+        let found = |part| resolve_part(part, &blank, None).unwrap();
+        assert_eq!(found(SourcePart::Whole), None);
         assert_eq!(found(bytes(512, None)), Some(512..1 << 20));
         assert_eq!(found(bytes(0, Some(1 << 20))), Some(0..1 << 20));
     }
@@ -372,13 +372,13 @@ mod tests {
     }
 
     /// Does `op` to the view and to the bytes it shows.
-    fn step(view: &View<RawBase>, model: &mut [u8], op: &Op) -> Result<(), TestCaseError> {
+    fn step(view: &RangeView<RawBase>, model: &mut [u8], op: &Op) -> Result<(), TestCaseError> {
         let at = |at: u64| usize::try_from(at).unwrap();
         let fits = |range: &Range<u64>| range.end <= model.len() as u64;
         match op {
             Op::Write(start, bytes) => {
                 let range = *start..start + bytes.len() as u64;
-                let done = view.write_at(bytes, *start, &Nothing, Wait::Yes);
+                let done = view.write_at(bytes, *start, &UnreachableBelow, Wait::Yes);
                 prop_assert_eq!(done.is_ok(), fits(&range));
                 if done.is_ok() {
                     model[at(range.start)..at(range.end)].copy_from_slice(bytes);
@@ -386,8 +386,8 @@ mod tests {
             }
             Op::Zero(range) | Op::Punch(range) => {
                 let done = match op {
-                    Op::Zero(_) => view.zero(range.clone(), &Nothing, Wait::Yes),
-                    _ => view.punch_hole(range.clone(), &Nothing, Wait::Yes),
+                    Op::Zero(_) => view.zero(range.clone(), &UnreachableBelow, Wait::Yes),
+                    _ => view.punch_hole(range.clone(), &UnreachableBelow, Wait::Yes),
                 };
                 prop_assert_eq!(done.is_ok(), fits(range));
                 if done.is_ok() {
@@ -407,13 +407,13 @@ mod tests {
                         .copied()
                         .take(model.len().saturating_sub(at(*start)).min(len)))
                 );
-                prop_assert_eq!(found.kind == Kind::Data, at(*start) < model.len());
+                prop_assert_eq!(found.kind == ExtentKind::Data, at(*start) < model.len());
             }
             Op::Extent(range) => {
                 let found = view.extent_at(range.clone(), Wait::Yes).unwrap();
                 prop_assert_eq!(found.range.start, range.start);
                 prop_assert!(found.range.end > range.start && found.range.end <= range.end);
-                if found.kind != Kind::Data {
+                if found.kind != ExtentKind::Data {
                     let shown = model.iter().skip(at(range.start)).take(at(found.len()));
                     prop_assert!(shown.copied().all(|byte| byte == 0));
                 }

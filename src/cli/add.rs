@@ -6,13 +6,13 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 use serde_json::json;
 
-use super::client::Place;
+use super::client::Endpoint;
 use super::mount::current_dir;
 use super::plan;
-use super::progress::{Progress, Verbosity};
-use super::umount::texts;
-use super::{DONE, Failure, say};
-use crate::spec::{DiskSpec, Flow, Source, Supply, Target};
+use super::progress::{ProgressDisplay, Verbosity};
+use super::umount::string_list;
+use super::{EXIT_OK, CliError, print_line};
+use crate::spec::{DiskSpec, Flow, DiskSource, SourceSpec, SinkSpec};
 
 #[derive(Debug, Args)]
 pub(super) struct AddArgs {
@@ -33,10 +33,10 @@ pub(super) struct AddArgs {
 
 pub(super) fn run(args: &AddArgs) -> anyhow::Result<u8> {
     let dir = current_dir()?;
-    check(&plan::disk(&args.disk, &dir)?)?;
-    let place = match Place::of(&args.mountpoint) {
+    check_stdio(&plan::parse_disk_arg(&args.disk, &dir)?)?;
+    let place = match Endpoint::of(&args.mountpoint) {
         Ok(place) => place,
-        Err(error) => return Err(swapped(args).unwrap_or(error)),
+        Err(error) => return Err(swapped_error(args).unwrap_or(error)),
     };
     if let Some(disk) = &place.disk {
         anyhow::bail!(
@@ -45,10 +45,10 @@ pub(super) fn run(args: &AddArgs) -> anyhow::Result<u8> {
             at = place.mountpoint.display()
         );
     }
-    let (disk, cwd) = (text(&args.disk)?, text(dir.as_os_str())?);
-    let mut progress = Progress::new(Verbosity::default());
+    let (disk, cwd) = (utf8_arg(&args.disk)?, utf8_arg(dir.as_os_str())?);
+    let mut progress = ProgressDisplay::new(Verbosity::default());
     let dirs =
-        args.allow_backing.iter().map(|below| text(dir.join(below).as_os_str()).map(str::to_owned));
+        args.allow_backing.iter().map(|below| utf8_arg(dir.join(below).as_os_str()).map(str::to_owned));
     let dirs = dirs.collect::<anyhow::Result<Vec<_>>>()?;
     let trust = args.trust.allow(&dir)?;
     let request = json!({
@@ -58,36 +58,36 @@ pub(super) fn run(args: &AddArgs) -> anyhow::Result<u8> {
     let done = place.ask(&request, |now| progress.show(now));
     progress.end();
     let done = done?;
-    texts(&done["lines"]).iter().for_each(|line| say(line));
-    Ok(DONE)
+    string_list(&done["lines"]).iter().for_each(|line| print_line(line));
+    Ok(EXIT_OK)
 }
 
 /// The disk stands in the place of the mount.
-fn swapped(args: &AddArgs) -> Option<anyhow::Error> {
-    let place = Place::of(Path::new(&args.disk)).ok()?;
+fn swapped_error(args: &AddArgs) -> Option<anyhow::Error> {
+    let place = Endpoint::of(Path::new(&args.disk)).ok()?;
     let is_swapped = place.disk.is_none();
     is_swapped.then(|| {
         let (mount, disk) = (args.disk.to_string_lossy(), args.mountpoint.display());
-        Failure::usage(format!("MOUNTPOINT comes first: cowslip add {mount} {disk}"))
+        CliError::usage(format!("MOUNTPOINT comes first: cowslip add {mount} {disk}"))
     })
 }
 
 /// Refuses what only the command that mounts has.
-fn check(disk: &DiskSpec) -> anyhow::Result<()> {
-    let Source::Stream(stream) = &disk.source else {
+fn check_stdio(disk: &DiskSpec) -> anyhow::Result<()> {
+    let DiskSource::Stream(stream) = &disk.source else {
         return Ok(());
     };
     let what = match &stream.flow {
-        Flow::Out(Target::Stdout) => "to=stdout",
-        Flow::In { supply: Supply::Stdin, .. } => "from=stdin",
+        Flow::Out(SinkSpec::Stdout) => "to=stdout",
+        Flow::In { source: SourceSpec::Stdin, .. } => "from=stdin",
         _ => return Ok(()),
     };
     let remedy = "the mount that is there has another: name a fifo, a file or a command";
-    Err(Failure::usage(format!("{what} cannot be added: {remedy}")))
+    Err(CliError::usage(format!("{what} cannot be added: {remedy}")))
 }
 
 /// A request is JSON, which is UTF-8.
-fn text(given: &OsStr) -> anyhow::Result<&str> {
+fn utf8_arg(given: &OsStr) -> anyhow::Result<&str> {
     given.to_str().ok_or_else(|| {
         let shown = given.to_string_lossy();
         anyhow::anyhow!("'{shown}' is not UTF-8: rename it, or name it when mounting")
@@ -96,17 +96,17 @@ fn text(given: &OsStr) -> anyhow::Result<&str> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{USAGE, exit_code};
+    use super::super::{EXIT_USAGE, exit_code};
     use super::*;
 
     #[test]
     fn the_standard_streams_are_the_mount_commands() {
         let refused = |text: &str| {
-            let disk = plan::disk(OsStr::new(text), Path::new("/here")).unwrap();
-            check(&disk).err().map(|error| (exit_code(&error), error.to_string()))
+            let disk = plan::parse_disk_arg(OsStr::new(text), Path::new("/here")).unwrap();
+            check_stdio(&disk).err().map(|error| (exit_code(&error), error.to_string()))
         };
         let (code, line) = refused("o=stream:1M,to=stdout").unwrap();
-        assert_eq!(code, USAGE);
+        assert_eq!(code, EXIT_USAGE);
         assert!(line.starts_with("to=stdout cannot be added"), "{line}");
         assert!(refused("i=stream:1M,from=stdin").unwrap().1.starts_with("from=stdin"));
         assert_eq!(refused("o=stream:1M,to=file:out"), None);

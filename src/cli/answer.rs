@@ -9,11 +9,11 @@ use super::map;
 use super::status;
 
 /// The longest answer: the status of a hundred thousand disks.
-pub(super) const LONGEST: u64 = 64 << 20;
+pub(super) const MAX_ANSWER_LEN: u64 = 64 << 20;
 
 /// What is to be made of a refusal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Why {
+pub enum RefusalKind {
     /// Somebody else has the disk: worth asking again.
     Busy,
     /// The disk is another one by now.
@@ -24,13 +24,13 @@ pub enum Why {
 
 /// What came instead of an answer.
 #[derive(Debug)]
-pub enum Unanswered {
+pub enum AnswerError {
     /// The mount says why not.
     Refused {
         /// In words.
         line: String,
         /// And what is to be made of it.
-        why: Why,
+        kind: RefusalKind,
     },
     /// It could not be read, or is no answer.
     Broken(io::Error),
@@ -40,20 +40,20 @@ pub enum Unanswered {
 /// gets what is told of how far it is. All of it is read, to the end.
 ///
 /// # Errors
-/// [`Unanswered`]; a line longer than 64 MiB is one thing that is no answer.
-pub fn read(from: impl BufRead, mut progress: impl FnMut(&Value)) -> Result<Value, Unanswered> {
+/// [`AnswerError`]; a line longer than 64 MiB is one thing that is no answer.
+pub fn read_answer(from: impl BufRead, mut progress: impl FnMut(&Value)) -> Result<Value, AnswerError> {
     let mut from = from;
     let mut answer = None;
     let mut line = Vec::new();
     loop {
         line.clear();
-        let read = (&mut from).take(LONGEST + 1).read_until(b'\n', &mut line);
+        let read = (&mut from).take(MAX_ANSWER_LEN + 1).read_until(b'\n', &mut line);
         match read {
             // What comes after the answer is of no interest.
             Err(_) if answer.is_some() => break,
-            Err(error) => return Err(Unanswered::Broken(error)),
+            Err(error) => return Err(AnswerError::Broken(error)),
             Ok(0) => break,
-            Ok(len) if len as u64 > LONGEST => return Err(Unanswered::Broken(too_long())),
+            Ok(len) if len as u64 > MAX_ANSWER_LEN => return Err(AnswerError::Broken(too_long_error())),
             Ok(_) => {}
         }
         let Ok(mut said) = serde_json::from_slice::<Value>(&line) else {
@@ -65,16 +65,16 @@ pub fn read(from: impl BufRead, mut progress: impl FnMut(&Value)) -> Result<Valu
             let line = error.as_str().map_or_else(|| error.to_string(), str::to_owned);
             let is = |key: &str| said[key].as_bool() == Some(true);
             let why = match () {
-                () if is("busy") => Why::Busy,
-                () if is("stale") => Why::Stale,
-                () => Why::Other,
+                () if is("busy") => RefusalKind::Busy,
+                () if is("stale") => RefusalKind::Stale,
+                () => RefusalKind::Other,
             };
-            answer = Some(Err(Unanswered::Refused { line, why }));
+            answer = Some(Err(AnswerError::Refused { line, kind: why }));
         } else if let Some(ok) = said.get_mut("ok") {
             answer = Some(Ok(ok.take()));
         }
     }
-    let nothing = || Err(Unanswered::Broken(io::Error::other("it ended without an answer")));
+    let nothing = || Err(AnswerError::Broken(io::Error::other("it ended without an answer")));
     answer.unwrap_or_else(nothing)
 }
 
@@ -82,17 +82,17 @@ pub fn read(from: impl BufRead, mut progress: impl FnMut(&Value)) -> Result<Valu
 ///
 /// # Errors
 /// What reading says; a line when it is longer than 64 MiB or no JSON.
-pub fn document(from: impl Read) -> io::Result<Value> {
+pub fn read_document(from: impl Read) -> io::Result<Value> {
     let mut bytes = Vec::new();
-    from.take(LONGEST + 1).read_to_end(&mut bytes)?;
-    if bytes.len() as u64 > LONGEST {
-        return Err(too_long());
+    from.take(MAX_ANSWER_LEN + 1).read_to_end(&mut bytes)?;
+    if bytes.len() as u64 > MAX_ANSWER_LEN {
+        return Err(too_long_error());
     }
     serde_json::from_slice(&bytes)
         .map_err(|error| io::Error::other(format!("its status is not understood: {error}")))
 }
 
-pub(super) fn too_long() -> io::Error {
+pub(super) fn too_long_error() -> io::Error {
     io::Error::other("it answers without end")
 }
 
@@ -100,17 +100,17 @@ pub(super) fn too_long() -> io::Error {
 /// `map`: for the fuzz target. Tells how much there was to show.
 #[doc(hidden)]
 #[must_use]
-pub fn make_all_of(answer: &[u8], status: &[u8], map: &[u8]) -> usize {
+pub fn render_for_fuzzing(answer: &[u8], status: &[u8], map: &[u8]) -> usize {
     let mut shown = 0;
-    let mut gauge = super::progress::Gauge::default();
-    if let Ok(answer) = read(answer, |now| shown += gauge.text(now).len()) {
-        shown += super::umount::texts(&answer["lines"]).len();
-        shown += super::snapshot::list(&answer["snapshots"]).len();
+    let mut gauge = super::progress::ProgressFormatter::default();
+    if let Ok(answer) = read_answer(answer, |now| shown += gauge.text(now).len()) {
+        shown += super::umount::string_list(&answer["lines"]).len();
+        shown += super::snapshot::snapshot_table(&answer["snapshots"]).len();
     }
-    if let Ok(status) = document(status) {
-        shown += status::show(&status).len();
-        shown += map::draw(map, &status);
-        shown += status::show(&status::only_mount(status)).len();
+    if let Ok(status) = read_document(status) {
+        shown += status::render_mount(&status).len();
+        shown += map::draw_svg(map, &status);
+        shown += status::render_mount(&status::first_mount(status)).len();
     }
     shown
 }

@@ -14,16 +14,16 @@ use clap::Args;
 use super::mount::current_dir;
 use super::plan::TrustArgs;
 use super::table::{Align, Table};
-use super::target::{Target, is_store, targets};
-use super::{DONE, UNHEALTHY, die_of_a_closed_pipe, print};
+use super::target::{OverlayTarget, is_store, overlay_targets};
+use super::{EXIT_OK, EXIT_UNHEALTHY, restore_sigpipe, print};
 use crate::base::identity::Identity;
-use crate::confined::{self, Access};
-use crate::overlay::persist::{self, Found};
+use crate::confined::{self, FileAccess};
+use crate::overlay::persist::{self, LockedOverlay};
 use crate::overlay::recover::{LogError, Recovered};
 use crate::overlay::stack::{BaseRecord, FileRecord, StackError};
-use crate::overlay::verify::{Look, Sound, contradictions, short};
+use crate::overlay::verify::{LayerCheck, LayerSummary, contradictions, short_uuid};
 use crate::printable;
-use crate::spec::{Part, format_size};
+use crate::spec::{SourcePart, format_size};
 use crate::store::StoreDirs;
 
 #[derive(Debug, Args)]
@@ -39,18 +39,18 @@ pub(super) struct CheckArgs {
 
 /// What is done about what is found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Manner {
+enum CheckMode {
     /// Nothing.
-    Look,
+    Report,
     /// What is safe.
     Repair,
 }
 
 pub(super) fn run(args: &CheckArgs) -> anyhow::Result<u8> {
     args.trust.allow(&current_dir()?)?;
-    let manner = if args.repair { Manner::Repair } else { Manner::Look };
-    if manner == Manner::Look {
-        die_of_a_closed_pipe();
+    let manner = if args.repair { CheckMode::Repair } else { CheckMode::Report };
+    if manner == CheckMode::Report {
+        restore_sigpipe();
     }
     let dir = &args.overlay;
     let is_store = is_store(dir);
@@ -62,16 +62,16 @@ pub(super) fn run(args: &CheckArgs) -> anyhow::Result<u8> {
         damaged |= is_damaged;
         text.extend(shown);
     }
-    for target in targets(dir)? {
+    for target in overlay_targets(dir)? {
         let findings = check(&target, manner)?;
         damaged |= !findings.damage.is_empty();
-        text.push(findings.show(&target.shown));
+        text.push(findings.show(&target.display_name));
     }
     if text.is_empty() {
         text.push(format!("the store '{}' holds no disks\n", dir.display()));
     }
     print(&text.join("\n"))?;
-    Ok(if damaged { UNHEALTHY } else { DONE })
+    Ok(if damaged { EXIT_UNHEALTHY } else { EXIT_OK })
 }
 
 /// What lies in a store and belongs to no disk, and whether some of that is damage. A repair
@@ -79,7 +79,7 @@ pub(super) fn run(args: &CheckArgs) -> anyhow::Result<u8> {
 fn check_store(
     store: &StoreDirs,
     dir: &Path,
-    manner: Manner,
+    manner: CheckMode,
 ) -> anyhow::Result<(Option<String>, bool)> {
     let at = || format!("cannot sweep the store '{}'", dir.display());
     let left = store.leftovers().with_context(at)?;
@@ -87,19 +87,19 @@ fn check_store(
     let mut tell = |kind: &str, name: &str, why: &str, next: &str, removed: io::Result<()>| {
         let shown = printable::line(name);
         text += &match (manner, removed) {
-            (Manner::Repair, Ok(())) => format!("repair   removed the {kind} '{shown}': {why}\n"),
-            (Manner::Repair, Err(error)) if error.kind() == io::ErrorKind::Other => {
+            (CheckMode::Repair, Ok(())) => format!("repair   removed the {kind} '{shown}': {why}\n"),
+            (CheckMode::Repair, Err(error)) if error.kind() == io::ErrorKind::Other => {
                 format!("unknown  {}\n", printable::line(&error.to_string()))
             }
-            (Manner::Repair, Err(error)) => return Err(error).with_context(at),
-            (Manner::Look, _) if kind == "name" => {
+            (CheckMode::Repair, Err(error)) => return Err(error).with_context(at),
+            (CheckMode::Report, _) if kind == "name" => {
                 format!("damage   the name '{shown}': {why}, {next}\n")
             }
-            (Manner::Look, _) => format!("unused   the {kind} '{shown}': {why}, {next}\n"),
+            (CheckMode::Report, _) => format!("unused   the {kind} '{shown}': {why}, {next}\n"),
         };
         Ok(())
     };
-    let is_repair = manner == Manner::Repair;
+    let is_repair = manner == CheckMode::Repair;
     let done = |remove: &dyn Fn() -> io::Result<()>| if is_repair { remove() } else { Ok(()) };
     for name in &left.names {
         let removed = done(&|| store.remove_name(name));
@@ -114,21 +114,21 @@ fn check_store(
         let name = uuid.to_string();
         tell("layer", &name, "no disk needs it", "the next mount removes it", removed)?;
     }
-    for name in &left.strangers {
+    for name in &left.foreign {
         text +=
             &format!("unknown  '{}' is not cowslip's: it is left alone\n", printable::line(name));
     }
     if is_repair && text.is_empty() {
         text = "repair   nothing to do\n".to_owned();
     }
-    let is_damaged = manner == Manner::Look && !left.names.is_empty();
+    let is_damaged = manner == CheckMode::Report && !left.names.is_empty();
     let heading = format!("store    {}\n", dir.display());
     Ok(((!text.is_empty()).then(|| heading + &text), is_damaged))
 }
 
 /// What a check found.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-struct Findings {
+struct CheckReport {
     /// What there is, each with its heading.
     facts: Vec<(&'static str, String)>,
     /// A row for each layer.
@@ -141,8 +141,8 @@ struct Findings {
     damage: Vec<String>,
 }
 
-impl Findings {
-    fn fact(&mut self, heading: &'static str, text: impl Into<String>) {
+impl CheckReport {
+    fn add_fact(&mut self, heading: &'static str, text: impl Into<String>) {
         self.facts.push((heading, text.into()));
     }
 
@@ -170,51 +170,51 @@ impl Findings {
 ///
 /// # Errors
 /// When it could not be looked at: it is in use, of another version, or the host said no.
-fn check(target: &Target, manner: Manner) -> anyhow::Result<Findings> {
-    let mut findings = Findings::default();
-    let found = match persist::find(target.place()) {
+fn check(target: &OverlayTarget, manner: CheckMode) -> anyhow::Result<CheckReport> {
+    let mut findings = CheckReport::default();
+    let found = match persist::lock_overlay(target.overlay_path()) {
         Ok(found) => found,
         Err(error) => {
-            findings.damage.push(damage(target, &error)?);
+            findings.damage.push(damage_line(target, &error)?);
             return Ok(findings);
         }
     };
-    findings.fact("format", found.stack.version.to_string());
+    findings.add_fact("format", found.stack.version.to_string());
     check_base(&found, &mut findings)?;
     let layers = found.stack.layers.iter();
     let layers: Vec<String> = layers.map(|layer| layer.uuid.to_string()).collect();
-    findings.fact("layers", layers.join(", "));
-    let mut looks = found.look();
-    let mut damage = damage_in(target, &found, &looks)?;
-    if manner == Manner::Repair {
+    findings.add_fact("layers", layers.join(", "));
+    let mut looks = found.check_layers();
+    let mut damage = layer_damage(target, &found, &looks)?;
+    if manner == CheckMode::Repair {
         if damage.is_empty() {
             repair(target, &found, &looks, &mut findings)?;
-            looks = found.look();
-            damage = damage_in(target, &found, &looks)?;
+            looks = found.check_layers();
+            damage = layer_damage(target, &found, &looks)?;
         } else {
             // What looks unneeded may be what the lost part can be rescued from.
             findings.repair.push("nothing was touched: a damaged overlay stays as it is".into());
         }
     }
-    show_top(&found, &looks, &mut findings);
-    findings.table = Some(table(&found, &looks).to_string());
-    findings.unused.extend(unused(target, &found)?);
+    add_top_facts(&found, &looks, &mut findings);
+    findings.table = Some(layer_table(&found, &looks).to_string());
+    findings.unused.extend(unused_lines(target, &found)?);
     findings.damage.extend(damage);
     Ok(findings)
 }
 
 /// Does what the next mount would do, and removes what nothing needs.
 fn repair(
-    target: &Target,
-    found: &Found,
-    looks: &[Look],
-    findings: &mut Findings,
+    target: &OverlayTarget,
+    found: &LockedOverlay,
+    looks: &[LayerCheck],
+    findings: &mut CheckReport,
 ) -> anyhow::Result<()> {
     let at = || format!("overlay '{}'", target.dir.display());
     let mut done = Vec::new();
     for look in looks {
-        let is_open = |sound: &Sound| sound.recovered != Recovered::Clean;
-        if look.found.as_ref().is_ok_and(is_open) {
+        let is_open = |sound: &LayerSummary| sound.recovered != Recovered::Clean;
+        if look.summary.as_ref().is_ok_and(is_open) {
             let recovered = found.recover(&look.record).with_context(at)?;
             let what = match recovered {
                 Recovered::Vouched { lost } if lost > 0 => {
@@ -222,11 +222,11 @@ fn repair(
                 }
                 _ => "nothing is lost".to_owned(),
             };
-            done.push(format!("recovered layer {}: {what}", short(look.record.uuid)));
+            done.push(format!("recovered layer {}: {what}", short_uuid(look.record.uuid)));
         }
     }
     if target.layers.is_none() {
-        for layer in found.unused().with_context(at)? {
+        for layer in found.unused_layers().with_context(at)? {
             found.remove_unused(layer).with_context(at)?;
             let (uuid, bytes) = (layer.uuid, format_size(layer.bytes));
             done.push(format!("removed layer {uuid}, which nothing needs: {bytes}"));
@@ -243,7 +243,7 @@ fn repair(
 }
 
 /// What nothing needs: no damage. In a store that is the store's to tell.
-fn unused(target: &Target, found: &Found) -> anyhow::Result<Vec<String>> {
+fn unused_lines(target: &OverlayTarget, found: &LockedOverlay) -> anyhow::Result<Vec<String>> {
     if target.layers.is_some() {
         return Ok(Vec::new());
     }
@@ -254,7 +254,7 @@ fn unused(target: &Target, found: &Found) -> anyhow::Result<Vec<String>> {
             format_size(bytes)
         )
     };
-    let layers = found.unused().with_context(at)?;
+    let layers = found.unused_layers().with_context(at)?;
     Ok(layers.iter().map(|layer| line(layer.uuid, layer.bytes)).collect())
 }
 
@@ -262,7 +262,7 @@ fn unused(target: &Target, found: &Found) -> anyhow::Result<Vec<String>> {
 ///
 /// # Errors
 /// A line when it tells that nothing could be learnt.
-fn damage(target: &Target, error: &StackError) -> anyhow::Result<String> {
+fn damage_line(target: &OverlayTarget, error: &StackError) -> anyhow::Result<String> {
     let is_missing = |error: &io::Error| error.kind() == io::ErrorKind::NotFound;
     // The overlay is there, so what is missing was in it; in a store its name is there.
     let is_inside = || target.layers.is_some() || target.dir.is_dir();
@@ -280,17 +280,17 @@ fn damage(target: &Target, error: &StackError) -> anyhow::Result<String> {
 }
 
 /// Whether the base is there, and is what it was or what a commit has made of it so far.
-fn check_base(overlay: &Found, findings: &mut Findings) -> anyhow::Result<()> {
+fn check_base(overlay: &LockedOverlay, findings: &mut CheckReport) -> anyhow::Result<()> {
     let (path, format, identity, needs) = match &overlay.stack.base {
         BaseRecord::Blank { size } => {
-            findings.fact("base", format!("blank, {}", format_size(*size)));
+            findings.add_fact("base", format!("blank, {}", format_size(*size)));
             return Ok(());
         }
         BaseRecord::File { path, format, identity, needs, .. } => (path, format, identity, needs),
     };
     let shown = path.display();
     let unreadable = || format!("cannot read the base '{shown}'");
-    let found = match confined::open_input(path, Access::Read) {
+    let found = match confined::open_input(path, FileAccess::Read) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => None,
         file => Some(Identity::of(&file.with_context(unreadable)?).with_context(unreadable)?),
     };
@@ -322,16 +322,16 @@ fn check_base(overlay: &Found, findings: &mut Findings) -> anyhow::Result<()> {
     };
     let size = format_size(identity.size);
     let part = match overlay.stack.base.part() {
-        Part::Bytes { offset, len: Some(len) } => {
+        SourcePart::Bytes { offset, len: Some(len) } => {
             format!("bytes {offset}..{} of ", offset.saturating_add(len))
         }
         _ => String::new(),
     };
-    findings.fact("base", format!("{part}{shown}, {format}, {size}, {verdict}"));
+    findings.add_fact("base", format!("{part}{shown}, {format}, {size}, {verdict}"));
     findings.damage.extend(damage);
     for FileRecord { path, identity } in needs {
         let shown = path.display();
-        let now = confined::open_input(path, Access::Read).and_then(|file| Identity::of(&file));
+        let now = confined::open_input(path, FileAccess::Read).and_then(|file| Identity::of(&file));
         let what = match now {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Some("is missing".to_owned()),
             now => {
@@ -340,7 +340,7 @@ fn check_base(overlay: &Found, findings: &mut Findings) -> anyhow::Result<()> {
             }
         };
         let verdict = if what.is_some() { "not as it was" } else { "unchanged" };
-        findings.fact("below", format!("{shown}, {}, {verdict}", format_size(identity.size)));
+        findings.add_fact("below", format!("{shown}, {}, {verdict}", format_size(identity.size)));
         findings.damage.extend(
             what.map(|what| {
                 format!("'{shown}', which the base needs, {what}: put the old one back")
@@ -351,7 +351,7 @@ fn check_base(overlay: &Found, findings: &mut Findings) -> anyhow::Result<()> {
 }
 
 /// What is wrong with the layers: each by itself, and one against the other.
-fn damage_in(target: &Target, found: &Found, looks: &[Look]) -> anyhow::Result<Vec<String>> {
+fn layer_damage(target: &OverlayTarget, found: &LockedOverlay, looks: &[LayerCheck]) -> anyhow::Result<Vec<String>> {
     let tree = found.stack.tree();
     let mut lines = Vec::new();
     for look in looks {
@@ -359,17 +359,17 @@ fn damage_in(target: &Target, found: &Found, looks: &[Look]) -> anyhow::Result<V
         let which = match tree.name_of(uuid) {
             // One alone needs no name.
             None if looks.len() == 1 => String::new(),
-            Some(name) => format!("layer {} (snapshot '{}'): ", short(uuid), name),
-            None => format!("layer {}: ", short(uuid)),
+            Some(name) => format!("layer {} (snapshot '{}'): ", short_uuid(uuid), name),
+            None => format!("layer {}: ", short_uuid(uuid)),
         };
-        match &look.found {
+        match &look.summary {
             Ok(sound) => lines.extend(sound.misplaced.iter().map(|line| format!("{which}{line}"))),
             Err(StackError::Log { error: error @ LogError::Damaged { .. }, .. })
                 if !which.is_empty() =>
             {
                 lines.push(format!("{which}{error}"));
             }
-            Err(error) => lines.push(which + &damage(target, error)?),
+            Err(error) => lines.push(which + &damage_line(target, error)?),
         }
     }
     lines.extend(contradictions(looks));
@@ -377,22 +377,22 @@ fn damage_in(target: &Target, found: &Found, looks: &[Look]) -> anyhow::Result<V
 }
 
 /// What is to be said of the layer that is written to, and of all of them together.
-fn show_top(found: &Found, looks: &[Look], findings: &mut Findings) {
-    let Some(top) = looks.last().and_then(|look| look.found.as_ref().ok()) else {
+fn add_top_facts(found: &LockedOverlay, looks: &[LayerCheck], findings: &mut CheckReport) {
+    let Some(top) = looks.last().and_then(|look| look.summary.as_ref().ok()) else {
         return;
     };
-    let (size, block) = (format_size(top.size), format_size(found.block().into()));
-    findings.fact("disk", format!("{size}, blocks of {block}"));
+    let (size, block) = (format_size(top.size), format_size(found.block_size().into()));
+    findings.add_fact("disk", format!("{size}, blocks of {block}"));
     let (data, zero) = (format_size(top.data), format_size(top.zero));
-    findings.fact("changed", format!("{data} of data, {zero} zeroed"));
-    findings.fact("log", format!("{} records, {} of them count", top.records, top.count));
-    let sound = looks.iter().filter_map(|look| look.found.as_ref().ok());
-    let all = sound.map(|sound| sound.recovered).reduce(Recovered::and);
-    findings.fact("state", state(all.unwrap_or(top.recovered)));
+    findings.add_fact("changed", format!("{data} of data, {zero} zeroed"));
+    findings.add_fact("log", format!("{} records, {} of them count", top.good_records, top.trusted_records));
+    let sound = looks.iter().filter_map(|look| look.summary.as_ref().ok());
+    let all = sound.map(|sound| sound.recovered).reduce(Recovered::combine);
+    findings.add_fact("state", recovery_text(all.unwrap_or(top.recovered)));
 }
 
 /// A row for each layer, the lowest first.
-fn table(found: &Found, looks: &[Look]) -> Table<6> {
+fn layer_table(found: &LockedOverlay, looks: &[LayerCheck]) -> Table<6> {
     let (left, right) = (Align::Left, Align::Right);
     let mut table = Table::new([
         ("NAME", left),
@@ -408,22 +408,22 @@ fn table(found: &Found, looks: &[Look]) -> Table<6> {
         let is_top = tree.top().is_some_and(|top| top.uuid == uuid);
         let name = if is_top { "now" } else { tree.name_of(uuid).unwrap_or("-") };
         let none = || "-".to_owned();
-        let [data, zero, records, state] = match &look.found {
+        let [data, zero, records, state] = match &look.summary {
             Err(_) => [none(), none(), none(), "damaged".to_owned()],
             Ok(sound) => [
                 format_size(sound.data),
                 format_size(sound.zero),
-                sound.records.to_string(),
-                state_of(sound),
+                sound.good_records.to_string(),
+                layer_state(sound),
             ],
         };
-        table.row([name.to_owned(), short(uuid), data, zero, records, state]);
+        table.add_row([name.to_owned(), short_uuid(uuid), data, zero, records, state]);
     }
     table
 }
 
 /// What is to be said of one layer, in a word or two.
-fn state_of(sound: &Sound) -> String {
+fn layer_state(sound: &LayerSummary) -> String {
     if !sound.misplaced.is_empty() {
         return "damaged".to_owned();
     }
@@ -435,7 +435,7 @@ fn state_of(sound: &Sound) -> String {
 }
 
 /// What the next mount will have to do.
-fn state(recovered: Recovered) -> String {
+fn recovery_text(recovered: Recovered) -> String {
     match recovered {
         Recovered::New | Recovered::Clean => "clean".to_owned(),
         Recovered::All => "needs recovery: nothing is lost (the next mount does it)".to_owned(),
@@ -454,9 +454,9 @@ mod tests {
 
     use super::*;
     use crate::confined::open_dir;
-    use crate::overlay::blocks::{BlockIndex, State};
-    use crate::overlay::persist::{New, Place};
-    use crate::overlay::record::Image;
+    use crate::overlay::blocks::{BlockIndex, BlockState};
+    use crate::overlay::persist::{NewOverlay, OverlayPath};
+    use crate::overlay::record::LayerMap;
     use crate::overlay::stack::{LayerRecord, SnapshotRecord, Stack, VERSION};
     use crate::spec::OverlayKind;
     use uuid::Uuid;
@@ -474,14 +474,14 @@ mod tests {
             layers: vec![LayerRecord { uuid: Uuid::new_v4(), block: 4096, parent: None }],
             snapshots: Vec::new(),
         };
-        let mut image = Image::new(1 << 20, 1 << 20);
-        image.blocks.set(BlockIndex(0)..BlockIndex(2), State::Data);
-        let new = New { stack, image: &image, limit: None };
-        drop(persist::create(Place { dir, layers: None }, new).unwrap());
+        let mut image = LayerMap::new(1 << 20, 1 << 20);
+        image.blocks.set(BlockIndex(0)..BlockIndex(2), BlockState::Data);
+        let new = NewOverlay { stack, map: &image, limit: None };
+        drop(persist::create(OverlayPath { dir, layers: None }, new).unwrap());
     }
 
-    fn checked(dir: &Path) -> Findings {
-        check(&targets(dir).unwrap()[0], Manner::Look).unwrap()
+    fn checked(dir: &Path) -> CheckReport {
+        check(&overlay_targets(dir).unwrap()[0], CheckMode::Report).unwrap()
     }
 
     fn layer(dir: &Path) -> PathBuf {
@@ -578,8 +578,8 @@ mod tests {
         let home = tempfile::tempdir().unwrap();
         let dir = home.path().join("o");
         make(&dir, BaseRecord::Blank { size: 1 << 20 });
-        let targets = targets(&dir).unwrap();
-        let repaired = || check(&targets[0], Manner::Repair).unwrap();
+        let targets = overlay_targets(&dir).unwrap();
+        let repaired = || check(&targets[0], CheckMode::Repair).unwrap();
         assert!(repaired().repair[0].starts_with("recovered layer "));
         assert_eq!(repaired().repair, ["nothing to do"]);
         assert!(checked(&dir).show("o").contains("\nstate    clean\n"));
@@ -590,12 +590,12 @@ mod tests {
         let home = tempfile::tempdir().unwrap();
         let dir = home.path().join("o");
         let error =
-            |dir: &Path| check(&targets(dir).unwrap()[0], Manner::Look).unwrap_err().to_string();
+            |dir: &Path| check(&overlay_targets(dir).unwrap()[0], CheckMode::Report).unwrap_err().to_string();
         assert!(error(&dir).contains("No such file"));
-        let line = targets(home.path()).unwrap_err().to_string();
+        let line = overlay_targets(home.path()).unwrap_err().to_string();
         assert!(line.contains("no overlay and no store"), "{line}");
         make(&dir, BaseRecord::Blank { size: 1 });
-        let held = persist::find(Place { dir: &dir, layers: None }).unwrap();
+        let held = persist::lock_overlay(OverlayPath { dir: &dir, layers: None }).unwrap();
         assert!(error(&dir).contains("is in use"));
         drop(held);
     }

@@ -2,7 +2,7 @@
 //!
 //! Any call into a mount may hang with it, and such a call cannot be interrupted. So each is made
 //! on a thread of its own, which hands on what it reads piece by piece, and whoever waits for the
-//! next piece waits [`PATIENCE`] at most. A daemon at work shows a sign of life every second.
+//! next piece waits [`ANSWER_TIMEOUT`] at most. A daemon at work shows a sign of life every second.
 //!
 //! Any program can be a mount of this type, and what it answers has effects: requests are written
 //! to its files, and what it names is opened. So only mounts of root and of the user who asks are
@@ -25,24 +25,24 @@ use rustix::fs::{Dir, Mode, OFlags};
 use rustix::io::Errno;
 use serde_json::Value;
 
-use super::answer::{self, Unanswered, Why};
+use super::answer::{self, AnswerError, RefusalKind};
 use crate::disk::split_name;
-use crate::mount::kernel::{self, Held, MountEntry};
+use crate::mount::kernel::{self, MountHandle, MountEntry};
 
 /// How long a mount may stay silent before it counts as hanging.
-const PATIENCE: Duration = Duration::from_secs(10);
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// How long a whole document may take: a mount that sends a byte now and then is silent, too.
-const DOCUMENT: Duration = Duration::from_secs(60);
+const DOCUMENT_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// How often is looked whether the user has had enough.
-const LOOK: Duration = Duration::from_millis(200);
+const STOP_POLL_INTERVAL: Duration = Duration::from_millis(200);
 
 /// Disks that are looked for in a mount that does not tell all of itself.
-const MOST_DISKS: usize = 10_000;
+const MAX_DISKS: usize = 10_000;
 
 /// What is read at a time: the kernel's own limit for one direct read is a multiple of it.
-const PIECE: usize = 128 << 10;
+const READ_CHUNK: usize = 128 << 10;
 
 /// Why a mount did not answer. One line each.
 #[derive(Debug, thiserror::Error)]
@@ -92,7 +92,7 @@ pub(super) enum AskError {
     /// It is a part of a disk.
     #[error("'{part}' is partition {number} of the disk '{disk}' and no disk: name '{}'",
         mountpoint.join(disk).display())]
-    Part {
+    Partition {
         /// The mount.
         mountpoint: PathBuf,
         /// What was named.
@@ -127,38 +127,38 @@ pub(super) enum AskError {
 /// A disk is the one whose file has that name when it is first asked, whatever is called so later:
 /// what reaches another is refused as [`AskError::Changed`].
 #[derive(Clone, Debug)]
-pub(super) struct Place {
+pub(super) struct Endpoint {
     /// Where it is mounted, as mountinfo has it.
     pub(super) mountpoint: PathBuf,
     /// The disk; `None`: the mount as a whole.
     pub(super) disk: Option<String>,
     /// The mount, where it is held, and what leads to it then.
-    held: Option<(MountEntry, PathBuf)>,
+    handle: Option<(MountEntry, PathBuf)>,
     /// What it was called by who named it.
     path: PathBuf,
     /// The inode number of the disk's file.
     inode: OnceCell<u64>,
 }
 
-impl Place {
+impl Endpoint {
     /// The mount at `mountpoint`.
     pub(super) fn mount(mountpoint: &Path) -> Self {
         Self::new(mountpoint, None, mountpoint)
     }
 
     /// The mount `held`, for as long as that is held.
-    pub(super) fn held(held: &Held) -> Self {
-        let door = Some((held.entry().clone(), held.door()));
-        Self { held: door, ..Self::mount(held.mountpoint()) }
+    pub(super) fn of_handle(held: &MountHandle) -> Self {
+        let door = Some((held.entry().clone(), held.access_path()));
+        Self { handle: door, ..Self::mount(held.mountpoint()) }
     }
 
     fn new(mountpoint: &Path, disk: Option<String>, path: &Path) -> Self {
         let (mountpoint, path) = (mountpoint.to_owned(), path.to_owned());
-        Self { mountpoint, disk, held: None, path, inode: OnceCell::new() }
+        Self { mountpoint, disk, handle: None, path, inode: OnceCell::new() }
     }
 
     /// The disk `name` of the mount.
-    fn of_mount(mountpoint: &Path, name: &str) -> Self {
+    fn named_disk(mountpoint: &Path, name: &str) -> Self {
         Self::new(mountpoint, Some(name.to_owned()), &mountpoint.join(name))
     }
 
@@ -167,7 +167,7 @@ impl Place {
     /// # Errors
     /// A line when it is in no cowslip mount, or below a disk.
     pub(super) fn of(path: &Path) -> anyhow::Result<Self> {
-        let Some(found) = kernel::enclosing(path) else {
+        let Some(found) = kernel::enclosing_mount(path) else {
             anyhow::bail!(
                 "'{}' is not in a cowslip mount: cowslip status lists them",
                 path.display()
@@ -188,7 +188,7 @@ impl Place {
         }
     }
 
-    /// As [`of`](Self::of), for a mounted file.
+    /// As [`at`](Self::at), for a mounted file.
     ///
     /// # Errors
     /// A line, also when it is a mountpoint.
@@ -204,15 +204,15 @@ impl Place {
     }
 
     /// What leads into the mount.
-    fn door(&self) -> io::Result<Door> {
-        match &self.held {
-            Some((entry, path)) => Door::to(entry, path.clone()),
-            None => Door::of(&self.mountpoint),
+    fn confined(&self) -> io::Result<ConfinedMount> {
+        match &self.handle {
+            Some((entry, path)) => ConfinedMount::from_entry(entry, path.clone()),
+            None => ConfinedMount::at(&self.mountpoint),
         }
     }
 
     /// The names that lead to its directory of control files.
-    fn way(&self) -> Vec<String> {
+    fn control_path(&self) -> Vec<String> {
         let names = [Some(".cowslip"), self.disk.as_deref()];
         names.into_iter().flatten().map(str::to_owned).collect()
     }
@@ -231,21 +231,21 @@ impl Place {
         // Not in the mountpoint: a file that is bound elsewhere may have another name by now.
         let path = self.path.clone();
         let looked = self
-            .door()
-            .and_then(|_| patiently(move || rustix::fs::stat(&path).map_err(io::Error::from)));
-        let inode = looked.map_err(|error| self.error(error))?.st_ino;
+            .confined()
+            .and_then(|_| with_timeout(move || rustix::fs::stat(&path).map_err(io::Error::from)));
+        let inode = looked.map_err(|error| self.ask_error(error))?.st_ino;
         Ok(Some(*self.inode.get_or_init(|| inode)))
     }
 
-    fn error(&self, error: io::Error) -> AskError {
+    fn ask_error(&self, error: io::Error) -> AskError {
         let mountpoint = self.mountpoint.clone();
         let errno = Errno::from_io_error(&error);
-        let known = error.get_ref().and_then(|inner| inner.downcast_ref::<Refusal>());
+        let known = error.get_ref().and_then(|inner| inner.downcast_ref::<AskAbort>());
         match known {
-            Some(Refusal::Foreign(uid)) => {
+            Some(AskAbort::Foreign(uid)) => {
                 return AskError::Foreign { path: mountpoint, uid: *uid };
             }
-            Some(Refusal::Interrupted) => return AskError::Interrupted,
+            Some(AskAbort::Interrupted) => return AskError::Interrupted,
             None => {}
         }
         match (errno, &self.disk) {
@@ -256,20 +256,20 @@ impl Place {
             (Some(Errno::STALE), Some(_)) => AskError::Changed(self.path.clone()),
             (Some(Errno::AGAIN), _) => AskError::Full(mountpoint),
             (Some(Errno::NOENT | Errno::NOTDIR), Some(disk)) => {
-                self.part().unwrap_or(AskError::NoDisk { mountpoint, disk: disk.clone() })
+                self.partition_error().unwrap_or(AskError::NoDisk { mountpoint, disk: disk.clone() })
             }
             _ => AskError::Host { mountpoint, error },
         }
     }
 
     /// What is to be said when it is no disk but a partition of one.
-    pub(super) fn part(&self) -> Option<AskError> {
+    pub(super) fn partition_error(&self) -> Option<AskError> {
         let part = self.disk.as_deref()?;
         let (disk, number) = split_name(part)?;
-        let whole = Self::of_mount(&self.mountpoint, disk);
+        let whole = Self::named_disk(&self.mountpoint, disk);
         let status = whole.status().ok()?;
         let is_shown = |one: &Value| one["number"] == number;
-        status["partitions"].as_array()?.iter().any(is_shown).then(|| AskError::Part {
+        status["partitions"].as_array()?.iter().any(is_shown).then(|| AskError::Partition {
             mountpoint: whole.mountpoint,
             part: part.to_owned(),
             disk: disk.to_owned(),
@@ -281,8 +281,8 @@ impl Place {
     ///
     /// # Errors
     /// [`AskError`].
-    pub(super) fn open(&self, file: &'static str) -> Result<Feed<'_>, AskError> {
-        Ok(Feed::start(self, file, None, self.inode()?))
+    pub(super) fn open(&self, file: &'static str) -> Result<MountReader<'_>, AskError> {
+        Ok(MountReader::start(self, file, None, self.inode()?))
     }
 
     /// Reads all of its control file `file`.
@@ -290,12 +290,12 @@ impl Place {
     /// # Errors
     /// [`AskError`].
     pub(super) fn read(&self, file: &'static str) -> Result<Vec<u8>, AskError> {
-        let mut feed = self.open(file)?.within(DOCUMENT);
+        let mut feed = self.open(file)?.with_deadline(DOCUMENT_TIMEOUT);
         let mut bytes = Vec::new();
-        let read = (&mut feed).take(answer::LONGEST + 1).read_to_end(&mut bytes);
-        read.map_err(|error| self.error(error))?;
-        match bytes.len() as u64 > answer::LONGEST {
-            true => Err(self.error(answer::too_long())),
+        let read = (&mut feed).take(answer::MAX_ANSWER_LEN + 1).read_to_end(&mut bytes);
+        read.map_err(|error| self.ask_error(error))?;
+        match bytes.len() as u64 > answer::MAX_ANSWER_LEN {
+            true => Err(self.ask_error(answer::too_long_error())),
             false => Ok(bytes),
         }
     }
@@ -305,24 +305,24 @@ impl Place {
     /// # Errors
     /// [`AskError`].
     pub(super) fn status(&self) -> Result<Value, AskError> {
-        let feed = self.open("status")?.within(DOCUMENT);
-        answer::document(feed).map_err(|error| self.error(error))
+        let feed = self.open("status")?.with_deadline(DOCUMENT_TIMEOUT);
+        answer::read_document(feed).map_err(|error| self.ask_error(error))
     }
 
     /// The statuses of those disks of the mount that one may look at, and how many there are.
     ///
     /// # Errors
     /// [`AskError`], when not even their names can be had.
-    pub(super) fn visible(&self) -> Result<(Vec<Value>, usize), AskError> {
-        let names = self.names().map_err(|error| self.error(error))?;
-        let status = |name: &String| Self::of_mount(&self.mountpoint, name).status().ok();
+    pub(super) fn visible_disks(&self) -> Result<(Vec<Value>, usize), AskError> {
+        let names = self.disk_names().map_err(|error| self.ask_error(error))?;
+        let status = |name: &String| Self::named_disk(&self.mountpoint, name).status().ok();
         Ok((names.iter().filter_map(status).collect(), names.len()))
     }
 
     /// The names of the disks of the mount.
-    fn names(&self) -> io::Result<Vec<String>> {
-        let door = self.door()?;
-        patiently(move || door.list(".cowslip"))
+    fn disk_names(&self) -> io::Result<Vec<String>> {
+        let door = self.confined()?;
+        with_timeout(move || door.list_dirs(".cowslip"))
     }
 
     /// Opens the file `name` of the directory `dir` in the disk's own one, as the mount has named it.
@@ -331,8 +331,8 @@ impl Place {
     /// The mount's errno; `InvalidInput` for what is no plain name or leads elsewhere; `ESTALE` when
     /// the disk's name leads to another by now.
     pub(super) fn open_named(&self, dir: &str, name: &str) -> io::Result<File> {
-        let door = self.door()?;
-        let control = door.control(&self.way(), self.inode.get().copied())?;
+        let door = self.confined()?;
+        let control = door.open_control_dir(&self.control_path(), self.inode.get().copied())?;
         door.open_in(&control, &[dir, name], OFlags::RDONLY)
     }
 
@@ -364,23 +364,23 @@ impl Place {
         if let Some(inode) = inode {
             request["inode"] = inode.into();
         }
-        let mut feed = Feed::start(self, "ctl", Some(request.to_string()), inode);
+        let mut feed = MountReader::start(self, "ctl", Some(request.to_string()), inode);
         feed.stop = Arc::clone(stop);
         // Read to the end: an open control file would keep the mount busy.
-        answer::read(BufReader::new(feed), progress).map_err(|unanswered| match unanswered {
-            Unanswered::Refused { line, why: Why::Busy } => AskError::Busy(line),
-            Unanswered::Refused { why: Why::Stale, .. } if self.disk.is_some() => {
-                self.error(Errno::STALE.into())
+        answer::read_answer(BufReader::new(feed), progress).map_err(|unanswered| match unanswered {
+            AnswerError::Refused { line, kind: RefusalKind::Busy } => AskError::Busy(line),
+            AnswerError::Refused { kind: RefusalKind::Stale, .. } if self.disk.is_some() => {
+                self.ask_error(Errno::STALE.into())
             }
-            Unanswered::Refused { line, .. } => AskError::Refused(line),
-            Unanswered::Broken(error) => self.error(error),
+            AnswerError::Refused { line, .. } => AskError::Refused(line),
+            AnswerError::Broken(error) => self.ask_error(error),
         })
     }
 }
 
 /// Why a mount is not asked, or no more. Carried by an [`io::Error`].
 #[derive(Debug, thiserror::Error)]
-enum Refusal {
+enum AskAbort {
     #[error("it is another user's")]
     Foreign(u32),
     #[error("interrupted")]
@@ -388,35 +388,35 @@ enum Refusal {
 }
 
 /// How a directory is opened to open what is in it.
-const LOOKING: OFlags = OFlags::PATH.union(OFlags::DIRECTORY).union(OFlags::CLOEXEC);
+const OPEN_DIR_FLAGS: OFlags = OFlags::PATH.union(OFlags::DIRECTORY).union(OFlags::CLOEXEC);
 
 /// The way into a mount: where it is, and which one it was found to be.
 #[derive(Clone, Debug)]
-struct Door {
+struct ConfinedMount {
     mountpoint: PathBuf,
     /// `st_dev` of all its files.
     dev: u64,
 }
 
-impl Door {
+impl ConfinedMount {
     /// The mount at `mountpoint`, if it is to be believed. Makes no call into it.
-    fn of(mountpoint: &Path) -> io::Result<Self> {
+    fn at(mountpoint: &Path) -> io::Result<Self> {
         let Some(entry) = kernel::entry_at(mountpoint).filter(MountEntry::is_cowslip) else {
             return Err(io::Error::other("it is no cowslip mount any more"));
         };
-        Self::to(&entry, entry.mountpoint.clone())
+        Self::from_entry(&entry, entry.mountpoint.clone())
     }
 
     /// The mount of `entry`, which `path` leads to.
-    fn to(entry: &MountEntry, path: PathBuf) -> io::Result<Self> {
+    fn from_entry(entry: &MountEntry, path: PathBuf) -> io::Result<Self> {
         if !entry.is_trusted() {
-            return Err(io::Error::other(Refusal::Foreign(entry.owner.unwrap_or(u32::MAX))));
+            return Err(io::Error::other(AskAbort::Foreign(entry.owner.unwrap_or(u32::MAX))));
         }
         let (major, minor) = entry.dev;
         Ok(Self { mountpoint: path, dev: rustix::fs::makedev(major, minor) })
     }
 
-    /// Opens what the names `way` lead to from `from` on, a file or a directory; what is not right in
+    /// Opens what the names `control_path` lead to from `from` on, a file or a directory; what is not right in
     /// the mount is refused.
     fn walk(&self, from: File, way: &[&str], flags: OFlags) -> io::Result<File> {
         let mut at = from;
@@ -424,37 +424,37 @@ impl Door {
             let mut parts = Path::new(name).components();
             let is_plain = matches!(parts.next(), Some(Component::Normal(part)) if part == *name);
             if !is_plain || parts.next().is_some() {
-                return Err(elsewhere("a name that is no plain one"));
+                return Err(not_confined("a name that is no plain one"));
             }
-            let flags = if index + 1 == way.len() { flags | OFlags::CLOEXEC } else { LOOKING };
+            let flags = if index + 1 == way.len() { flags | OFlags::CLOEXEC } else { OPEN_DIR_FLAGS };
             // A pipe is not waited for.
             let flags = flags | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::NOCTTY;
             let opened = rustix::io::retry_on_intr(|| {
                 rustix::fs::openat(at.as_fd(), *name, flags, Mode::empty())
             });
             at = match opened {
-                Err(Errno::LOOP) => return Err(elsewhere("a link")),
+                Err(Errno::LOOP) => return Err(not_confined("a link")),
                 opened => File::from(opened?),
             };
-            self.check(&at)?;
+            self.check_device(&at)?;
         }
         Ok(at)
     }
 
     /// The root of the mount.
-    fn root(&self) -> io::Result<File> {
-        let root = File::from(rustix::fs::open(&self.mountpoint, LOOKING, Mode::empty())?);
-        self.check(&root)?;
+    fn open_root(&self) -> io::Result<File> {
+        let root = File::from(rustix::fs::open(&self.mountpoint, OPEN_DIR_FLAGS, Mode::empty())?);
+        self.check_device(&root)?;
         Ok(root)
     }
 
     /// Opens a directory of control files, which from then on is that of one disk; `ESTALE` when
     /// that is not the one of `inode`.
-    fn control(&self, way: &[String], inode: Option<u64>) -> io::Result<File> {
+    fn open_control_dir(&self, way: &[String], inode: Option<u64>) -> io::Result<File> {
         let way: Vec<&str> = way.iter().map(String::as_str).collect();
-        let dir = self.walk(self.root()?, &way, LOOKING)?;
+        let dir = self.walk(self.open_root()?, &way, OPEN_DIR_FLAGS)?;
         if let Some(inode) = inode {
-            let status = answer::document(self.open_in(&dir, &["status"], OFlags::RDONLY)?)?;
+            let status = answer::read_document(self.open_in(&dir, &["status"], OFlags::RDONLY)?)?;
             if status["inode"] != inode {
                 return Err(Errno::STALE.into());
             }
@@ -462,20 +462,20 @@ impl Door {
         Ok(dir)
     }
 
-    /// Opens the regular file that `way` leads to from `dir` on.
+    /// Opens the regular file that `control_path` leads to from `dir` on.
     fn open_in(&self, dir: &File, way: &[&str], flags: OFlags) -> io::Result<File> {
         let file = self.walk(dir.try_clone()?, way, flags)?;
         if !file.metadata()?.is_file() {
-            return Err(elsewhere("something that is no file"));
+            return Err(not_confined("something that is no file"));
         }
         Ok(file)
     }
 
     /// The directories in the directory `name`.
-    fn list(&self, name: &str) -> io::Result<Vec<String>> {
-        let dir = self.walk(self.root()?, &[name], OFlags::RDONLY | OFlags::DIRECTORY)?;
+    fn list_dirs(&self, name: &str) -> io::Result<Vec<String>> {
+        let dir = self.walk(self.open_root()?, &[name], OFlags::RDONLY | OFlags::DIRECTORY)?;
         let mut names = Vec::new();
-        for entry in Dir::read_from(&dir)?.take(MOST_DISKS) {
+        for entry in Dir::read_from(&dir)?.take(MAX_DISKS) {
             let entry = entry?;
             let name = entry.file_name().to_string_lossy();
             if entry.file_type() == rustix::fs::FileType::Directory && !name.starts_with('.') {
@@ -485,34 +485,34 @@ impl Door {
         Ok(names)
     }
 
-    fn check(&self, file: &File) -> io::Result<()> {
+    fn check_device(&self, file: &File) -> io::Result<()> {
         match file.metadata()?.dev() == self.dev {
             true => Ok(()),
-            false => Err(elsewhere("what lies outside of it")),
+            false => Err(not_confined("what lies outside of it")),
         }
     }
 }
 
-fn elsewhere(what: &str) -> io::Error {
+fn not_confined(what: &str) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidInput, format!("it shows {what} where its file should be"))
 }
 
-/// The bytes of a file in a mount, as they come. A read that waits [`PATIENCE`] fails as
+/// The bytes of a file in a mount, as they come. A read that waits [`ANSWER_TIMEOUT`] fails as
 /// `TimedOut`; the thread behind it ends with the mount or with this process.
-pub(super) struct Feed<'a> {
-    place: &'a Place,
-    pieces: Receiver<io::Result<Vec<u8>>>,
+pub(super) struct MountReader<'a> {
+    endpoint: &'a Endpoint,
+    chunks: Receiver<io::Result<Vec<u8>>>,
     /// What was received and not yet taken.
     rest: io::Cursor<Vec<u8>>,
     /// When all of it has to be there.
-    until: Option<Instant>,
+    deadline: Option<Instant>,
     /// Nobody wants it any more.
     stop: Arc<AtomicBool>,
 }
 
-impl<'a> Feed<'a> {
+impl<'a> MountReader<'a> {
     fn start(
-        place: &'a Place,
+        place: &'a Endpoint,
         file: &'static str,
         request: Option<String>,
         inode: Option<u64>,
@@ -521,10 +521,10 @@ impl<'a> Feed<'a> {
         let (to, pieces) = sync_channel(4);
         let failed = to.clone();
         let fetcher = thread::Builder::new().name("ask".into());
-        let started = place.door().and_then(|door| {
-            let way = place.way();
+        let started = place.confined().and_then(|door| {
+            let way = place.control_path();
             fetcher.spawn(move || {
-                if let Err(error) = fetch(&door, &way, file, request.as_deref(), inode, &to) {
+                if let Err(error) = send_and_read(&door, &way, file, request.as_deref(), inode, &to) {
                     let _ = to.send(Err(error));
                 }
             })
@@ -532,30 +532,30 @@ impl<'a> Feed<'a> {
         if let Err(error) = started {
             let _ = failed.send(Err(error));
         }
-        Self { place, pieces, rest: io::Cursor::default(), until: None, stop: Arc::default() }
+        Self { endpoint: place, chunks: pieces, rest: io::Cursor::default(), deadline: None, stop: Arc::default() }
     }
 
     /// As it is, but all of it must come in `time`.
-    fn within(mut self, time: Duration) -> Self {
-        self.until = Some(Instant::now() + time);
+    fn with_deadline(mut self, time: Duration) -> Self {
+        self.deadline = Some(Instant::now() + time);
         self
     }
 
     /// What an error from reading means, for the user.
-    pub(super) fn explain(&self, error: io::Error) -> AskError {
-        self.place.error(error)
+    pub(super) fn ask_error(&self, error: io::Error) -> AskError {
+        self.endpoint.ask_error(error)
     }
 
     /// The next piece; `None` at the end.
-    fn next(&self) -> io::Result<Option<Vec<u8>>> {
-        let silent = Instant::now() + PATIENCE;
-        let until = self.until.map_or(silent, |until| until.min(silent));
+    fn next_chunk(&self) -> io::Result<Option<Vec<u8>>> {
+        let silent = Instant::now() + ANSWER_TIMEOUT;
+        let until = self.deadline.map_or(silent, |until| until.min(silent));
         loop {
             if self.stop.load(Ordering::SeqCst) {
-                return Err(io::Error::other(Refusal::Interrupted));
+                return Err(io::Error::other(AskAbort::Interrupted));
             }
             let left = until.saturating_duration_since(Instant::now());
-            match self.pieces.recv_timeout(left.min(LOOK)) {
+            match self.chunks.recv_timeout(left.min(STOP_POLL_INTERVAL)) {
                 Ok(piece) => return piece.map(Some),
                 Err(RecvTimeoutError::Disconnected) => return Ok(None),
                 Err(RecvTimeoutError::Timeout) if left.is_zero() => {
@@ -568,8 +568,8 @@ impl<'a> Feed<'a> {
 }
 
 /// Does `work`, which may hang with a mount, on a thread of its own; `TimedOut` when it takes longer
-/// than [`PATIENCE`].
-fn patiently<T: Send + 'static>(
+/// than [`ANSWER_TIMEOUT`].
+fn with_timeout<T: Send + 'static>(
     work: impl FnOnce() -> io::Result<T> + Send + 'static,
 ) -> io::Result<T> {
     let (to, done) = sync_channel(1);
@@ -577,13 +577,13 @@ fn patiently<T: Send + 'static>(
         // Nobody waits any more when it took too long.
         let _ = to.send(work());
     })?;
-    done.recv_timeout(PATIENCE).unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
+    done.recv_timeout(ANSWER_TIMEOUT).unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
 }
 
 /// Writes `request` to the control file, if there is one, and reads that to its end. It is closed
 /// before the channel: when the reader sees the end, the mount is not held any more.
-fn fetch(
-    door: &Door,
+fn send_and_read(
+    door: &ConfinedMount,
     way: &[String],
     file: &str,
     request: Option<&str>,
@@ -591,7 +591,7 @@ fn fetch(
     to: &SyncSender<io::Result<Vec<u8>>>,
 ) -> io::Result<()> {
     // With a request goes what disk it means, and the daemon compares.
-    let dir = door.control(way, inode.filter(|_| request.is_none()))?;
+    let dir = door.open_control_dir(way, inode.filter(|_| request.is_none()))?;
     let flags = if request.is_some() { OFlags::RDWR } else { OFlags::RDONLY };
     let mut file = door.open_in(&dir, &[file], flags)?;
     // It would make the mount busy.
@@ -599,7 +599,7 @@ fn fetch(
     if let Some(request) = request {
         file.write_all(request.as_bytes())?;
     }
-    let mut piece = vec![0; PIECE];
+    let mut piece = vec![0; READ_CHUNK];
     loop {
         let len = match file.read(&mut piece) {
             Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
@@ -611,14 +611,14 @@ fn fetch(
     }
 }
 
-impl Read for Feed<'_> {
+impl Read for MountReader<'_> {
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
         loop {
             let len = self.rest.read(buf)?;
             if len > 0 || buf.is_empty() {
                 return Ok(len);
             }
-            let Some(piece) = self.next()? else {
+            let Some(piece) = self.next_chunk()? else {
                 return Ok(0);
             };
             self.rest = io::Cursor::new(piece);
@@ -631,16 +631,16 @@ mod tests {
     use super::*;
 
     /// A directory that looks like a mount.
-    fn mount() -> (tempfile::TempDir, Door) {
+    fn mount() -> (tempfile::TempDir, ConfinedMount) {
         let dir = tempfile::tempdir().unwrap();
         std::fs::create_dir_all(dir.path().join(".cowslip/d/snapshots")).unwrap();
         let dev = std::fs::metadata(dir.path()).unwrap().dev();
-        let door = Door { mountpoint: dir.path().to_owned(), dev };
+        let door = ConfinedMount { mountpoint: dir.path().to_owned(), dev };
         (dir, door)
     }
 
-    fn open(door: &Door, names: &[&str]) -> io::Result<File> {
-        door.open_in(&door.root()?, names, OFlags::RDONLY)
+    fn open(door: &ConfinedMount, names: &[&str]) -> io::Result<File> {
+        door.open_in(&door.open_root()?, names, OFlags::RDONLY)
     }
 
     #[test]
@@ -649,7 +649,7 @@ mod tests {
         let bytes: Vec<u8> = (0..1_000_003u32).map(|i| i.to_le_bytes()[0]).collect();
         std::fs::write(dir.path().join(".cowslip/log"), &bytes).unwrap();
         let (to, pieces) = sync_channel(100);
-        fetch(&door, &[".cowslip".to_owned()], "log", None, None, &to).unwrap();
+        send_and_read(&door, &[".cowslip".to_owned()], "log", None, None, &to).unwrap();
         drop(to);
         let all: Vec<u8> = pieces.iter().flat_map(Result::unwrap).collect();
         assert!(all == bytes);
@@ -679,14 +679,14 @@ mod tests {
         for names in [[".cowslip", "e", "null"], [".cowslip", "f", "status"]] {
             assert!(refused(&names).raw_os_error() == Some(libc::ENOTDIR), "{names:?}");
         }
-        let elsewhere = Door { dev: door.dev + 1, ..door.clone() };
+        let elsewhere = ConfinedMount { dev: door.dev + 1, ..door.clone() };
         assert!(open(&elsewhere, &[".cowslip", "d", "status"]).is_err());
     }
 
     #[test]
     fn what_does_not_answer_is_said_in_one_line() {
-        let place = Place::of_mount(Path::new("/m"), "vm.img");
-        let line = |error: io::Error| place.error(error).to_string();
+        let place = Endpoint::named_disk(Path::new("/m"), "vm.img");
+        let line = |error: io::Error| place.ask_error(error).to_string();
         let none = line(Errno::NOENT.into());
         assert_eq!(
             none,
@@ -696,20 +696,20 @@ mod tests {
         assert!(silent.contains("does not answer"), "{silent}");
         let dead = line(Errno::NOTCONN.into());
         assert!(dead.contains("is dead: cowslip umount '"), "{dead}");
-        let foreign = line(io::Error::other(Refusal::Foreign(7)));
+        let foreign = line(io::Error::other(AskAbort::Foreign(7)));
         assert!(foreign.contains("another user's (uid 7)"), "{foreign}");
     }
 
     #[test]
     fn what_is_no_mount_is_not_asked() {
         let dir = tempfile::tempdir().unwrap();
-        let line = Place::mount(dir.path()).status().unwrap_err().to_string();
+        let line = Endpoint::mount(dir.path()).status().unwrap_err().to_string();
         assert!(line.contains("no cowslip mount any more"), "{line}");
     }
 
     #[test]
     fn a_path_outside_every_mount_is_refused() {
-        let line = Place::of(Path::new("/proc")).unwrap_err().to_string();
+        let line = Endpoint::of(Path::new("/proc")).unwrap_err().to_string();
         assert!(line.starts_with("'/proc' is not in a cowslip mount"), "{line}");
     }
 }

@@ -10,24 +10,24 @@ use anyhow::Context as _;
 use clap::Args;
 use serde_json::json;
 
-use super::client::Place;
-use super::long::Long;
+use super::client::Endpoint;
+use super::long::LongRequest;
 use super::mount::current_dir;
 use super::plan::TrustArgs;
-use super::progress::{Progress, Verbosity};
+use super::progress::{ProgressDisplay, Verbosity};
 use super::snapshot::ask_long;
-use super::target::{in_store, is_store};
-use super::{DONE, say};
-use crate::disk::{self, Disk, Force, Setting};
+use super::target::{is_in_store, is_store};
+use super::{EXIT_OK, print_line};
+use crate::disk::{self, Disk, Force, OpenContext};
 use crate::mount::kernel;
 use crate::overlay::stack::{BaseRecord, Stack};
 use crate::overlay::{Usage, persist};
 use crate::spec::{format_size, format_zeroed};
 
 /// How long requests under way are waited for at the end; there are none.
-const PATIENCE: Duration = Duration::from_secs(10);
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(10);
 /// How often is looked how far it is.
-const LOOK: Duration = Duration::from_millis(100);
+const POLL_INTERVAL: Duration = Duration::from_millis(100);
 
 #[derive(Debug, Args)]
 pub(super) struct CommitArgs {
@@ -46,36 +46,36 @@ pub(super) struct CommitArgs {
 pub(super) fn run(args: &CommitArgs) -> anyhow::Result<u8> {
     args.trust.allow(&current_dir()?)?;
     if !args.target.join("stack").is_file() {
-        let place = mounted(&args.target)?;
+        let place = mounted_disk(&args.target)?;
         if let Some(base) =
             place.status().ok().and_then(|disk| Some(disk["base"].as_str()?.to_owned()))
         {
-            note(&place.disk.clone().unwrap_or_default(), &base);
+            print_base(&place.disk.clone().unwrap_or_default(), &base);
         }
         let request = json!({ "op": "commit", "force": args.force });
-        return ask_long(&place, &request, Long::Commit, args.verbosity);
+        return ask_long(&place, &request, LongRequest::Commit, args.verbosity);
     }
     let dir = current_dir()?.join(&args.target);
     let dir = dir.canonicalize().with_context(|| format!("overlay '{}'", dir.display()))?;
-    if in_store(&dir) {
+    if is_in_store(&dir) {
         anyhow::bail!(
             "'{}' is a disk of a store: mount the store, and commit the mounted disk",
             args.target.display()
         );
     }
-    offline(&dir, args.verbosity)
+    commit_offline(&dir, args.verbosity)
 }
 
 /// The mounted disk that `path` is.
-fn mounted(path: &Path) -> anyhow::Result<Place> {
+fn mounted_disk(path: &Path) -> anyhow::Result<Endpoint> {
     let shown = path.display();
     if is_store(path) {
         anyhow::bail!("'{shown}' is a store: mount it, and name a mounted disk");
     }
-    match Place::of(path) {
+    match Endpoint::of(path) {
         // Of a path in a mount, the mount knows best what is wrong with it.
-        Ok(_) => Place::of_disk(path),
-        Err(error) if kernel::enclosing(path).is_some() => Err(error),
+        Ok(_) => Endpoint::of_disk(path),
+        Err(error) if kernel::enclosing_mount(path).is_some() => Err(error),
         Err(_) => anyhow::bail!(
             "'{shown}' is no overlay and no mounted disk: name the file in its mount, or the directory of an overlay"
         ),
@@ -83,13 +83,13 @@ fn mounted(path: &Path) -> anyhow::Result<Place> {
 }
 
 /// Says what a commit is about to write to.
-fn note(what: &str, base: &str) {
-    say(&format!("{what}: its changes go into '{base}'"));
+fn print_base(what: &str, base: &str) {
+    print_line(&format!("{what}: its changes go into '{base}'"));
 }
 
 /// Commits the overlay in `dir`, which nobody has mounted.
-fn offline(dir: &Path, verbosity: Verbosity) -> anyhow::Result<u8> {
-    let stack = persist::open_overlay(dir).and_then(|dir| Stack::read(&dir));
+fn commit_offline(dir: &Path, verbosity: Verbosity) -> anyhow::Result<u8> {
+    let stack = persist::open_overlay_dir(dir).and_then(|dir| Stack::read(&dir));
     let stack = stack.map_err(|error| anyhow::anyhow!("overlay '{}' {error}", dir.display()))?;
     let BaseRecord::File { path: base, .. } = &stack.base else {
         anyhow::bail!(
@@ -98,24 +98,24 @@ fn offline(dir: &Path, verbosity: Verbosity) -> anyhow::Result<u8> {
         );
     };
     let name = dir.file_name().map_or("overlay".into(), |name| name.to_string_lossy());
-    let spec = disk::over(&name, &stack.base);
+    let spec = disk::spec_over(&name, &stack.base);
     let mut spec = spec.map_err(|error| anyhow::anyhow!("overlay '{}' {error}", dir.display()))?;
     spec.overlay = Some(dir.to_owned());
     // A base that changed is refused by the commit itself, which no force lets pass.
-    let setting = Setting { force: true, ..Setting::unmounted() };
+    let setting = OpenContext { force: true, ..OpenContext::unmounted() };
     let disk = disk::open(&spec, &setting)?.disk;
-    note(&dir.display().to_string(), &base.display().to_string());
-    let done = watched(&disk, verbosity);
-    let closed = disk.close(PATIENCE);
+    print_base(&dir.display().to_string(), &base.display().to_string());
+    let done = commit_with_progress(&disk, verbosity);
+    let closed = disk.close(CLOSE_TIMEOUT);
     let done = done?;
     closed.with_context(|| format!("overlay '{}'", dir.display()))?;
     let (data, zeroed) = (format_size(done.data), format_zeroed(done.zero));
-    say(&format!("{}: {data}{zeroed} are in its base now", dir.display()));
-    Ok(DONE)
+    print_line(&format!("{}: {data}{zeroed} are in its base now", dir.display()));
+    Ok(EXIT_OK)
 }
 
 /// Commits `disk` and shows how far it is; tells how many bytes there were.
-fn watched(disk: &Disk, verbosity: Verbosity) -> anyhow::Result<Usage> {
+fn commit_with_progress(disk: &Disk, verbosity: Verbosity) -> anyhow::Result<Usage> {
     let stop = Arc::new(AtomicBool::new(false));
     for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
         signal_hook::flag::register(signal, Arc::clone(&stop)).context("signals")?;
@@ -123,10 +123,10 @@ fn watched(disk: &Disk, verbosity: Verbosity) -> anyhow::Result<Usage> {
     let ended = AtomicBool::new(false);
     let committed = thread::scope(|scope| {
         let show = || {
-            let mut progress = Progress::new(verbosity);
+            let mut progress = ProgressDisplay::new(verbosity);
             let mut looks = 0u32;
             while !ended.load(Ordering::SeqCst) {
-                thread::park_timeout(LOOK);
+                thread::park_timeout(POLL_INTERVAL);
                 looks += 1;
                 let (done, total) = disk.progress();
                 if looks.is_multiple_of(10) {
@@ -147,5 +147,5 @@ fn watched(disk: &Disk, verbosity: Verbosity) -> anyhow::Result<Usage> {
     let path = disk.overlay_dir().unwrap_or_default();
     let committed =
         committed.map_err(|error| anyhow::anyhow!("overlay '{}': {error}", path.display()))?;
-    Ok(committed.gone)
+    Ok(committed.committed)
 }

@@ -6,8 +6,8 @@ use std::path::PathBuf;
 use clap::Args;
 use serde_json::json;
 
-use super::client::Place;
-use super::long::Long;
+use super::client::Endpoint;
+use super::long::LongRequest;
 use super::progress::Verbosity;
 use super::snapshot::ask_long;
 use crate::spec::{parse_range, parse_size};
@@ -56,16 +56,16 @@ fn size(text: &str) -> Result<u64, String> {
 
 /// Brings bytes of a disk in.
 pub(super) fn prefetch(args: &PrefetchArgs) -> anyhow::Result<u8> {
-    let place = Place::of_disk(&args.file)?;
+    let place = Endpoint::of_disk(&args.file)?;
     let range = args.range.clone().unwrap_or(0..u64::MAX);
     let (start, end) = (range.start, range.end);
     let request = json!({ "op": "prefetch", "start": start, "end": end, "copy": args.copy });
-    ask_long(&place, &request, Long::Prefetch, args.verbosity)
+    ask_long(&place, &request, LongRequest::Prefetch, args.verbosity)
 }
 
 /// Fills a disk's overlay until it needs its base no more.
 pub(super) fn hydrate(args: &HydrateArgs) -> anyhow::Result<u8> {
-    let place = Place::of_disk(&args.file)?;
+    let place = Endpoint::of_disk(&args.file)?;
     let action = match args {
         HydrateArgs { pause: true, .. } => "pause",
         HydrateArgs { cancel: true, .. } => "cancel",
@@ -73,5 +73,5 @@ pub(super) fn hydrate(args: &HydrateArgs) -> anyhow::Result<u8> {
         _ => "wait",
     };
     let request = json!({ "op": "hydrate", "rate": args.rate.unwrap_or(0), "action": action });
-    ask_long(&place, &request, Long::Hydrate, args.verbosity)
+    ask_long(&place, &request, LongRequest::Hydrate, args.verbosity)
 }

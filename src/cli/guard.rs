@@ -4,8 +4,8 @@ use std::io;
 
 use clap::Args;
 
-use super::DONE;
-use crate::stream::guard::watch;
+use super::EXIT_OK;
+use crate::stream::guard::run_guard;
 
 #[derive(Debug, Args)]
 pub(super) struct GuardArgs {
@@ -14,6 +14,6 @@ pub(super) struct GuardArgs {
 }
 
 pub(super) fn run(args: &GuardArgs) -> anyhow::Result<u8> {
-    watch(io::stdin(), args.group)?;
-    Ok(DONE)
+    run_guard(io::stdin(), args.group)?;
+    Ok(EXIT_OK)
 }

@@ -15,17 +15,17 @@ use std::io;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 
-use super::mount::{current_dir, start};
-use super::plan::{Common, Wish};
-use super::umount::{self, How, UmountArgs};
-use super::{DONE, Failure};
-use crate::mount::Style;
-use crate::spec::{self, Cache, SpecError};
-use crate::stream::sink::Inherit;
+use super::mount::{current_dir, start_mount};
+use super::plan::{CommonArgs, MountCommand};
+use super::umount::{self, EndMode, UmountArgs};
+use super::{EXIT_OK, CliError};
+use crate::mount::DaemonMode;
+use crate::spec::{self, CacheMode, SpecError};
+use crate::stream::sink::StdioMode;
 
 /// Which helper this is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Role {
+pub(super) enum HelperKind {
     /// `mount.cowslip`, `mount.fuse.cowslip`
     Mount,
     /// `umount.cowslip`, `umount.fuse.cowslip`
@@ -33,109 +33,109 @@ pub(super) enum Role {
 }
 
 /// The helper that the program was called as, and the arguments after its name.
-pub(super) fn role(args: &[OsString]) -> Option<(Role, &[OsString])> {
+pub(super) fn helper_kind(args: &[OsString]) -> Option<(HelperKind, &[OsString])> {
     let (program, rest) = args.split_first()?;
     match Path::new(program).file_name()?.as_bytes() {
-        b"mount.cowslip" | b"mount.fuse.cowslip" => Some((Role::Mount, rest)),
-        b"umount.cowslip" | b"umount.fuse.cowslip" => Some((Role::Umount, rest)),
+        b"mount.cowslip" | b"mount.fuse.cowslip" => Some((HelperKind::Mount, rest)),
+        b"umount.cowslip" | b"umount.fuse.cowslip" => Some((HelperKind::Umount, rest)),
         _ => None,
     }
 }
 
-pub(super) fn run(role: Role, args: &[OsString]) -> anyhow::Result<u8> {
-    let words = Words::read(role, args)?;
+pub(super) fn run(role: HelperKind, args: &[OsString]) -> anyhow::Result<u8> {
+    let words = HelperArgs::parse(role, args)?;
     match role {
-        Role::Umount => umount::run(&words.umount()?),
-        Role::Mount => mount(words),
+        HelperKind::Umount => umount::run(&words.umount_args()?),
+        HelperKind::Mount => mount(words),
     }
 }
 
-fn mount(words: Words) -> anyhow::Result<u8> {
-    let (fake, verbose) = (words.has(b'f'), words.has(b'v'));
+fn mount(words: HelperArgs) -> anyhow::Result<u8> {
+    let (fake, verbose) = (words.has_flag(b'f'), words.has_flag(b'v'));
     let dir = current_dir()?;
-    let plan = words.wish(&dir)?.plan(&dir)?;
+    let plan = words.mount_command(&dir)?.into_plan(&dir)?;
     if fake {
-        return Ok(DONE);
+        return Ok(EXIT_OK);
     }
     // At boot nobody reads them; warnings are printed all the same.
     let mut quiet = io::sink();
     let mut stdout = io::stdout();
     let notes: &mut dyn io::Write = if verbose { &mut stdout } else { &mut quiet };
-    Ok(start(&plan, notes)?.end())
+    Ok(start_mount(&plan, notes)?.into_exit_code())
 }
 
 /// A helper's arguments, sorted.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-struct Words {
+struct HelperArgs {
     /// The letters of the flags, such as `sn`.
     flags: Vec<u8>,
     /// What was behind every `-o`.
     options: Vec<OsString>,
     /// The rest.
-    places: Vec<OsString>,
+    operands: Vec<OsString>,
 }
 
-impl Words {
+impl HelperArgs {
     /// Sorts `args`. Flags may stand together (`-sn`), and before and behind the places.
-    fn read(role: Role, args: &[OsString]) -> anyhow::Result<Self> {
+    fn parse(role: HelperKind, args: &[OsString]) -> anyhow::Result<Self> {
         let known: &[u8] = match role {
-            Role::Mount => b"sfnvrw",
-            Role::Umount => b"flnrvi",
+            HelperKind::Mount => b"sfnvrw",
+            HelperKind::Umount => b"flnrvi",
         };
         let mut words = Self::default();
         let mut args = args.iter();
         while let Some(arg) = args.next() {
             let bytes = arg.as_bytes();
             match bytes {
-                b"--" => words.places.extend(args.by_ref().cloned()),
+                b"--" => words.operands.extend(args.by_ref().cloned()),
                 [b'-', letter @ (b'o' | b't' | b'N'), joined @ ..] => {
                     let value = match joined {
                         [] => args.next().cloned(),
                         joined => Some(OsString::from_vec(joined.to_vec())),
                     };
-                    let value = value.ok_or_else(|| refused(arg, "needs a value"))?;
+                    let value = value.ok_or_else(|| usage_error(arg, "needs a value"))?;
                     match letter {
                         b'o' => words.options.push(value),
                         b't' => {} // the type, which is known
-                        _ => return Err(refused(arg, "is not supported")),
+                        _ => return Err(usage_error(arg, "is not supported")),
                     }
                 }
                 [b'-', flags @ ..] if !flags.is_empty() => {
                     if !flags.iter().all(|flag| known.contains(flag)) {
-                        return Err(refused(arg, "is unknown"));
+                        return Err(usage_error(arg, "is unknown"));
                     }
                     words.flags.extend(flags);
                 }
-                _ => words.places.push(arg.clone()),
+                _ => words.operands.push(arg.clone()),
             }
         }
         Ok(words)
     }
 
-    fn has(&self, flag: u8) -> bool {
+    fn has_flag(&self, flag: u8) -> bool {
         self.flags.contains(&flag)
     }
 
-    /// What `umount` is to do. `-f` asks for no more than we do anyway with a dead mount.
-    fn umount(self) -> anyhow::Result<UmountArgs> {
-        let how = match self.has(b'l') {
-            true => How::Lazily,
-            false => How::Politely,
+    /// What `umount_args` is to do. `-f` asks for no more than we do anyway with a dead mount.
+    fn umount_args(self) -> anyhow::Result<UmountArgs> {
+        let how = match self.has_flag(b'l') {
+            true => EndMode::Lazy,
+            false => EndMode::WhenUnused,
         };
-        let [mountpoint] = <[OsString; 1]>::try_from(self.places)
-            .map_err(|_| Failure::usage("a helper takes one place: umount.cowslip MOUNTPOINT"))?;
+        let [mountpoint] = <[OsString; 1]>::try_from(self.operands)
+            .map_err(|_| CliError::usage("a helper takes one place: umount.cowslip MOUNTPOINT"))?;
         Ok(UmountArgs::new(mountpoint.into(), how))
     }
 
     /// What is to be mounted.
-    fn wish(self, dir: &Path) -> anyhow::Result<Wish> {
+    fn mount_command(self, dir: &Path) -> anyhow::Result<MountCommand> {
         let flags = self.flags;
-        let [source, mountpoint] = <[OsString; 2]>::try_from(self.places).map_err(|_| {
-            Failure::usage("a helper takes two places: mount.cowslip SOURCE MOUNTPOINT")
+        let [source, mountpoint] = <[OsString; 2]>::try_from(self.operands).map_err(|_| {
+            CliError::usage("a helper takes two places: mount.cowslip SOURCE MOUNTPOINT")
         })?;
-        let mut sorted = Sorted::default();
-        for option in self.options.iter().flat_map(|list| split(list)) {
-            sorted.take(option, dir)?;
+        let mut sorted = HelperOptions::default();
+        for option in self.options.iter().flat_map(|list| split_commas(list)) {
+            sorted.add_option(option, dir)?;
         }
         for flag in flags {
             match flag {
@@ -144,38 +144,38 @@ impl Words {
                 _ => {}
             }
         }
-        Ok(Wish {
+        Ok(MountCommand {
             disks: sorted.disks(&source)?,
             mountpoint: Some(mountpoint.into()),
             source: Some(source.to_string_lossy().into_owned()),
             common: sorted.common,
-            style: Style::Background,
-            stdio: Inherit::Nothing,
+            mode: DaemonMode::Background,
+            stdio: StdioMode::Unavailable,
         })
     }
 }
 
-fn refused(arg: &OsStr, why: &str) -> anyhow::Error {
+fn usage_error(arg: &OsStr, why: &str) -> anyhow::Error {
     let arg = arg.to_string_lossy();
-    Failure::usage(format!("'{arg}' {why}: see mount(8), external helpers"))
+    CliError::usage(format!("'{arg}' {why}: see mount(8), external helpers"))
 }
 
 /// Splits at commas.
-fn split(list: &OsStr) -> impl Iterator<Item = &OsStr> {
+fn split_commas(list: &OsStr) -> impl Iterator<Item = &OsStr> {
     let pieces = list.as_bytes().split(|byte| *byte == b',');
     pieces.filter(|piece| !piece.is_empty()).map(OsStr::from_bytes)
 }
 
 /// fstab's options, each where it belongs.
 #[derive(Default)]
-struct Sorted {
-    common: Common,
+struct HelperOptions {
+    common: CommonArgs,
     /// `KEY=VALUE` of the disk.
     keys: Vec<OsString>,
 }
 
-impl Sorted {
-    fn take(&mut self, option: &OsStr, dir: &Path) -> anyhow::Result<()> {
+impl HelperOptions {
+    fn add_option(&mut self, option: &OsStr, dir: &Path) -> anyhow::Result<()> {
         let bytes = option.as_bytes();
         let cut = bytes.iter().position(|byte| *byte == b'=');
         let (key, value) = bytes.split_at(cut.unwrap_or(bytes.len()));
@@ -187,10 +187,10 @@ impl Sorted {
             (b"log", path @ Some(_)) => self.common.log = path,
             (b"trust", Some(dir)) => self.common.trust.dirs.push(dir),
             (b"cache", Some(word)) => {
-                let cache = word.to_string_lossy().parse::<Cache>();
-                self.common.cache = Some(cache.map_err(|error| Failure::usage(error.to_string()))?);
+                let cache = word.to_string_lossy().parse::<CacheMode>();
+                self.common.cache = Some(cache.map_err(|error| CliError::usage(error.to_string()))?);
             }
-            _ if is_key(option, dir) => self.keys.push(option.to_owned()),
+            _ if is_disk_key(option, dir) => self.keys.push(option.to_owned()),
             // What is unknown to both is refused as an option.
             _ => {
                 let option = option.to_string_lossy().into_owned();
@@ -209,7 +209,7 @@ impl Sorted {
         if is_config || source == "none" || source == "cowslip" {
             return match self.keys.first() {
                 None => Ok(Vec::new()),
-                Some(key) => Err(Failure::usage(format!(
+                Some(key) => Err(CliError::usage(format!(
                     "'{}' is a disk's key, and '{}' is no disk: write it in the TOML file",
                     key.to_string_lossy(),
                     source.to_string_lossy()
@@ -226,7 +226,7 @@ impl Sorted {
 }
 
 /// Whether `option` begins with a disk's key, its value right or wrong: some disk is asked.
-fn is_key(option: &OsStr, dir: &Path) -> bool {
+fn is_disk_key(option: &OsStr, dir: &Path) -> bool {
     if spec::parse_mount_options([option.to_string_lossy()]).is_ok() {
         return false;
     }
@@ -235,7 +235,7 @@ fn is_key(option: &OsStr, dir: &Path) -> bool {
     let is_unknown = |error: &SpecError| matches!(error, SpecError::Unknown { what: "key", .. });
     match spec::parse_disk(&disk, dir, &|_: &Path| false) {
         Ok(_) => true,
-        Err(SpecError::In { why, .. }) => !is_unknown(&why),
+        Err(SpecError::Within { why, .. }) => !is_unknown(&why),
         Err(error) => !is_unknown(&error),
     }
 }
@@ -248,16 +248,16 @@ mod tests {
         words.iter().map(OsString::from).collect()
     }
 
-    fn wish(words: &[&str]) -> anyhow::Result<Wish> {
-        Words::read(Role::Mount, &args(words))?.wish(Path::new("/"))
+    fn wish(words: &[&str]) -> anyhow::Result<MountCommand> {
+        HelperArgs::parse(HelperKind::Mount, &args(words))?.mount_command(Path::new("/"))
     }
 
     #[test]
     fn the_name_decides_what_the_program_is() {
-        let role = |name: &str| role(&args(&[name, "x"])).map(|(role, rest)| (role, rest.len()));
-        assert_eq!(role("/sbin/mount.cowslip"), Some((Role::Mount, 1)));
-        assert_eq!(role("mount.fuse.cowslip"), Some((Role::Mount, 1)));
-        assert_eq!(role("/sbin/umount.fuse.cowslip"), Some((Role::Umount, 1)));
+        let role = |name: &str| helper_kind(&args(&[name, "x"])).map(|(role, rest)| (role, rest.len()));
+        assert_eq!(role("/sbin/mount.cowslip"), Some((HelperKind::Mount, 1)));
+        assert_eq!(role("mount.fuse.cowslip"), Some((HelperKind::Mount, 1)));
+        assert_eq!(role("/sbin/umount.fuse.cowslip"), Some((HelperKind::Umount, 1)));
         assert_eq!(role("/usr/bin/cowslip"), None);
     }
 
@@ -268,7 +268,7 @@ mod tests {
         let wish = wish(&["/srv/vm.img", "/mnt/vm", "-sn", "-o", line]).unwrap();
         assert_eq!(wish.disks, ["/srv/vm.img,overlay=/srv/vm.cow,resize=off,uid=7"]);
         assert_eq!(wish.common.options, ["rw", "allow_other", "nofail", "x-systemd.automount"]);
-        assert_eq!(wish.common.cache, Some(Cache::None));
+        assert_eq!(wish.common.cache, Some(CacheMode::None));
         assert_eq!(wish.common.log, Some("/l".into()));
         assert_eq!(wish.source.as_deref(), Some("/srv/vm.img"));
         assert_eq!(wish.mountpoint, Some("/mnt/vm".into()));
@@ -294,7 +294,7 @@ mod tests {
     #[test]
     fn an_option_unknown_to_both_is_refused_as_an_option() {
         let wish = wish(&["/srv/vm.img", "/mnt", "-o", "allow_othr"]).unwrap();
-        let error = wish.plan(Path::new("/")).err().unwrap().to_string();
+        let error = wish.into_plan(Path::new("/")).err().unwrap().to_string();
         assert!(error.contains("did you mean \"allow_other\"?"), "{error}");
     }
 
@@ -306,10 +306,10 @@ mod tests {
 
     #[test]
     fn an_unmount_takes_mount_8s_flags() {
-        let words = Words::read(Role::Umount, &args(&["/mnt", "-n", "-l", "-t", "fuse.cowslip"]));
-        let umount = words.unwrap().umount().unwrap();
-        assert_eq!(umount, UmountArgs::new("/mnt".into(), How::Lazily));
-        assert!(Words::read(Role::Umount, &args(&["/mnt", "-x"])).is_err());
+        let words = HelperArgs::parse(HelperKind::Umount, &args(&["/mnt", "-n", "-l", "-t", "fuse.cowslip"]));
+        let umount = words.unwrap().umount_args().unwrap();
+        assert_eq!(umount, UmountArgs::new("/mnt".into(), EndMode::Lazy));
+        assert!(HelperArgs::parse(HelperKind::Umount, &args(&["/mnt", "-x"])).is_err());
         assert!(wish(&["/srv/vm.img"]).is_err());
         assert!(wish(&["a", "b", "-N", "/proc/1/ns/mnt"]).is_err());
         assert!(wish(&["a", "b", "-o"]).is_err());

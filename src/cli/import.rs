@@ -10,21 +10,21 @@ use rustix::io::Errno;
 
 use super::mount::current_dir;
 use super::plan::TrustArgs;
-use super::{DONE, say, tidy};
+use super::{EXIT_OK, print_line, tidy};
 use crate::base::qcow2;
-use crate::disk::{self, Change, Disk, Keep, Setting};
-use crate::extents::Kind;
-use crate::host::sync_dir_of;
+use crate::disk::{self, FallocateMode, Disk, SizeMode, OpenContext};
+use crate::extents::ExtentKind;
+use crate::host::sync_parent_dir;
 use crate::layer::{Layer, Wait};
 use crate::overlay::Usage;
 use crate::overlay::persist;
-use crate::part::path_for;
-use crate::spec::{DiskSpec, Format, Source, format_size, format_zeroed};
+use crate::part::part_path;
+use crate::spec::{DiskSpec, Format, DiskSource, format_size, format_zeroed};
 
 /// How long requests under way are waited for at the end; there are none.
-const PATIENCE: Duration = Duration::from_secs(5);
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
 /// How much is read and written at a time.
-const PIECE: u64 = 1 << 20;
+const COPY_CHUNK: u64 = 1 << 20;
 
 #[derive(Debug, Args)]
 pub(super) struct ImportArgs {
@@ -48,10 +48,10 @@ pub(super) fn run(args: &ImportArgs) -> anyhow::Result<u8> {
     if dir.exists() {
         anyhow::bail!("'{}' is there already: name a new directory", args.overlay.display());
     }
-    let dir = persist::real_place(&dir)
+    let dir = persist::resolve_overlay_path(&dir)
         .map_err(|error| anyhow::anyhow!("overlay '{}' {error}", dir.display()))?;
     // Whole under its name, or not there: half of it would be mounted as if it were all.
-    let part = path_for(&dir);
+    let part = part_path(&dir);
     if part.symlink_metadata().is_ok() {
         anyhow::bail!("'{}' is left of an import that was cut short: remove it", part.display());
     }
@@ -62,77 +62,77 @@ pub(super) fn run(args: &ImportArgs) -> anyhow::Result<u8> {
     let mut spec = DiskSpec::new(
         "import".to_owned(),
         match &top.backing {
-            Some((path, _)) => Source::File(path.clone()),
-            None => Source::Blank(top.image.size()),
+            Some((path, _)) => DiskSource::File(path.clone()),
+            None => DiskSource::Blank(top.image.size()),
         },
     );
     spec.format = top.backing.as_ref().map(|(_, format)| *format);
     spec.overlay = Some(part.clone());
     let failed = || format!("overlay '{}'", args.overlay.display());
     tidy::remove_on_signal(part.clone()).with_context(failed)?;
-    let setting = Setting { allow_backing, ..Setting::unmounted() };
+    let setting = OpenContext { allow_backing, ..OpenContext::unmounted() };
     let disk = disk::open(&spec, &setting)?.disk;
     // What was allowed must be what was opened: the path may lead elsewhere by now.
     let taken = match &top.backing {
         Some((path, _)) if disk.base_path().as_ref() != Some(path) => Err(std::io::Error::other(
             format!("'{}' changed its place meanwhile: try again", path.display()),
         )),
-        _ => take(&disk, top.image.as_ref()),
+        _ => copy_changes(&disk, top.image.as_ref()),
     };
     let taken = match taken {
         Ok(taken) => taken,
         Err(error) => {
             // What is half done is of no use to anybody: it was made for this.
             disk.abandon();
-            tidy::remove(&part);
+            tidy::remove_path(&part);
             return Err(error).with_context(failed);
         }
     };
-    disk.close(PATIENCE).with_context(failed)?;
+    disk.close(CLOSE_TIMEOUT).with_context(failed)?;
     let named = renameat_with(CWD, &part, CWD, &dir, RenameFlags::NOREPLACE);
     let named = match named {
         // The file system cannot; it was not there before.
         Err(Errno::INVAL | Errno::NOSYS) => rename(&part, &dir),
         named => named,
     };
-    named.map_err(std::io::Error::from).and_then(|()| sync_dir_of(&dir)).with_context(failed)?;
+    named.map_err(std::io::Error::from).and_then(|()| sync_parent_dir(&dir)).with_context(failed)?;
     let (_, format) = top.backing.map_or((PathBuf::new(), Format::Raw), |backing| backing);
     let mount = match (&spec.source, format) {
-        (Source::File(path), Format::Raw) => {
+        (DiskSource::File(path), Format::Raw) => {
             format!("NAME={},overlay={}", path.display(), args.overlay.display())
         }
-        (Source::File(path), format) => {
+        (DiskSource::File(path), format) => {
             format!("NAME={},format={format},overlay={}", path.display(), args.overlay.display())
         }
         _ => format!("NAME=blank:{},overlay={}", top.image.size(), args.overlay.display()),
     };
     let shown = args.overlay.display();
     let (data, zeroed) = (format_size(taken.data), format_zeroed(taken.zero));
-    say(&format!("{shown}: holds {data} of changes{zeroed}: mount it as {mount}"));
-    Ok(DONE)
+    print_line(&format!("{shown}: holds {data} of changes{zeroed}: mount it as {mount}"));
+    Ok(EXIT_OK)
 }
 
 /// Takes over what `image` itself holds, and tells how much that is.
-fn take(disk: &Disk, image: &dyn Layer) -> std::io::Result<Usage> {
+fn copy_changes(disk: &Disk, image: &dyn Layer) -> std::io::Result<Usage> {
     let size = image.size();
     disk.set_size(size, Wait::Yes)?;
-    let mut buf = vec![0; usize::try_from(PIECE).unwrap_or(0)];
+    let mut buf = vec![0; usize::try_from(COPY_CHUNK).unwrap_or(0)];
     let (mut at, mut taken) = (0, Usage { data: 0, zero: 0 });
     while at < size {
-        let len = usize::try_from((size - at).min(PIECE)).unwrap_or(0);
+        let len = usize::try_from((size - at).min(COPY_CHUNK)).unwrap_or(0);
         let found = image.read_at(&mut buf[..len], at, Wait::Yes)?;
         let range = found.range;
         match found.kind {
-            Kind::Data => {
+            ExtentKind::Data => {
                 let len = usize::try_from(range.end - range.start).unwrap_or(0);
                 disk.write(&buf[..len], at, Wait::Yes)?;
                 taken.data += range.end - range.start;
             }
-            Kind::Zero => {
-                disk.change(range.clone(), Change::Punch, Keep::Size, Wait::Yes)?;
+            ExtentKind::Zero => {
+                disk.fallocate(range.clone(), FallocateMode::Punch, SizeMode::Keep, Wait::Yes)?;
                 taken.zero += range.end - range.start;
             }
-            Kind::Hole | Kind::Lower => {}
+            ExtentKind::Hole | ExtentKind::Lower => {}
         }
         at = range.end;
     }

@@ -5,12 +5,12 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 use serde_json::json;
 
-use super::client::Place;
-use super::long::{self, Long};
+use super::client::Endpoint;
+use super::long::{self, LongRequest};
 use super::mount::current_dir;
 use super::plan::TrustArgs;
 use super::progress::Verbosity;
-use super::{DONE, say};
+use super::{EXIT_OK, print_line};
 
 #[derive(Debug, Args)]
 pub(super) struct KeepArgs {
@@ -25,15 +25,15 @@ pub(super) struct KeepArgs {
 }
 
 pub(super) fn run(args: &KeepArgs) -> anyhow::Result<u8> {
-    let place = Place::of_disk(&args.file)?;
+    let place = Endpoint::of_disk(&args.file)?;
     let here = current_dir()?;
     let (dir, trust) = (destination(&here, &args.dir)?, args.trust.allow(&here)?);
     let request = json!({ "op": "keep", "dir": dir, "trust": trust });
-    let done = long::ask(&place, &request, Long::Keep, args.verbosity)?;
+    let done = long::ask(&place, &request, LongRequest::Keep, args.verbosity)?;
     if let Some(line) = done["line"].as_str() {
-        say(line);
+        print_line(line);
     }
-    Ok(DONE)
+    Ok(EXIT_OK)
 }
 
 /// `given` as the daemon needs it: absolute, in a directory that exists.

@@ -9,12 +9,12 @@ use std::time::Duration;
 
 use clap::Args;
 
-use super::client::{AskError, Place};
-use super::{DONE, die_of_a_closed_pipe, print};
+use super::client::{AskError, Endpoint};
+use super::{EXIT_OK, restore_sigpipe, print};
 use crate::mount::kernel;
 
 /// How often a log that is followed is looked at.
-const LOOK: Duration = Duration::from_millis(500);
+const FOLLOW_INTERVAL: Duration = Duration::from_millis(500);
 
 #[derive(Debug, Args)]
 pub(super) struct LogArgs {
@@ -26,32 +26,32 @@ pub(super) struct LogArgs {
 }
 
 pub(super) fn run(args: &LogArgs) -> anyhow::Result<u8> {
-    die_of_a_closed_pipe();
-    let mountpoint = Place::of(&args.mountpoint)?.mountpoint;
-    let place = Place::mount(&mountpoint);
+    restore_sigpipe();
+    let mountpoint = Endpoint::of(&args.mountpoint)?.mountpoint;
+    let place = Endpoint::mount(&mountpoint);
     let mount = kernel::entry_at(&mountpoint);
     let mut seen = place.read("log")?;
-    show(&seen)?;
+    print_log(&seen)?;
     if !args.follow {
-        return Ok(DONE);
+        return Ok(EXIT_OK);
     }
     loop {
-        thread::sleep(LOOK);
+        thread::sleep(FOLLOW_INTERVAL);
         if kernel::entry_at(&mountpoint) != mount {
-            return Ok(DONE);
+            return Ok(EXIT_OK);
         }
         let now = match place.read("log") {
             // It ended between the two questions.
-            Err(AskError::Dead(_) | AskError::Host { .. }) => return Ok(DONE),
+            Err(AskError::Dead(_) | AskError::Host { .. }) => return Ok(EXIT_OK),
             now => now?,
         };
-        show(&now[news(&seen, &now)..])?;
+        print_log(&now[new_text_start(&seen, &now)..])?;
         seen = now;
     }
 }
 
 /// Prints a piece of it. Its first line may be cut.
-fn show(text: &[u8]) -> anyhow::Result<()> {
+fn print_log(text: &[u8]) -> anyhow::Result<()> {
     print(&String::from_utf8_lossy(text))
 }
 
@@ -62,7 +62,7 @@ fn show(text: &[u8]) -> anyhow::Result<()> {
 ///   seen  |--dropped--|--- still there ---|
 ///   now               |--- still there ---|--- new ---|
 /// ```
-fn news(seen: &[u8], now: &[u8]) -> usize {
+fn new_text_start(seen: &[u8], now: &[u8]) -> usize {
     let kept = (0..seen.len()).map(|dropped| &seen[dropped..]);
     kept.into_iter().find(|kept| now.starts_with(kept)).map_or(0, <[u8]>::len)
 }
@@ -74,11 +74,11 @@ mod tests {
 
     #[test]
     fn only_what_was_added_is_new() {
-        assert_eq!(news(b"", b"a\nb\n"), 0);
-        assert_eq!(news(b"a\nb\n", b"a\nb\n"), 4);
-        assert_eq!(news(b"a\nb\n", b"a\nb\nc\n"), 4);
-        assert_eq!(news(b"a\nb\n", b"b\nc\n"), 2);
-        assert_eq!(news(b"a\nb\n", b"x\ny\n"), 0);
+        assert_eq!(new_text_start(b"", b"a\nb\n"), 0);
+        assert_eq!(new_text_start(b"a\nb\n", b"a\nb\n"), 4);
+        assert_eq!(new_text_start(b"a\nb\n", b"a\nb\nc\n"), 4);
+        assert_eq!(new_text_start(b"a\nb\n", b"b\nc\n"), 2);
+        assert_eq!(new_text_start(b"a\nb\n", b"x\ny\n"), 0);
     }
 
     proptest! {
@@ -90,7 +90,7 @@ mod tests {
             let dropped = dropped.min(lines - 1);
             let seen = text(0..lines);
             let now = text(dropped..lines + added);
-            prop_assert_eq!(&now[news(&seen, &now)..], text(lines..lines + added));
+            prop_assert_eq!(&now[new_text_start(&seen, &now)..], text(lines..lines + added));
         }
     }
 }

@@ -9,36 +9,36 @@ use std::time::{Duration, Instant};
 
 use rustix::fs::{FlockOperation, Mode, OFlags, flock};
 
-use super::progress::{Line, Verbosity, per_second, time};
+use super::progress::{ProgressLine, Verbosity, bytes_per_second, format_seconds};
 use crate::spec::format_size;
-use crate::transfer::Told;
+use crate::transfer::TransferProgress;
 
 /// What is shown.
-pub(super) struct Meter {
+pub(super) struct TransferMeter {
     /// `None`: the other end has the terminal.
-    line: Option<Line>,
+    line: Option<ProgressLine>,
     /// The terminal, locked.
     _terminal: Option<File>,
     /// What is done with the bytes: sent, received.
     verb: &'static str,
     /// About how much data there is, where that is known.
-    data: Option<u64>,
+    expected_data: Option<u64>,
     started: Instant,
 }
 
-impl Meter {
+impl TransferMeter {
     pub(super) fn new(verb: &'static str, data: Option<u64>, verbosity: Verbosity) -> Self {
-        let terminal = io::stderr().is_terminal().then(lock);
-        let line = (!matches!(&terminal, Some(Err(_)))).then(|| Line::new(verbosity));
+        let terminal = io::stderr().is_terminal().then(lock_terminal);
+        let line = (!matches!(&terminal, Some(Err(_)))).then(|| ProgressLine::new(verbosity));
         let terminal = terminal.and_then(Result::ok);
-        Self { line, _terminal: terminal, verb, data, started: Instant::now() }
+        Self { line, _terminal: terminal, verb, expected_data: data, started: Instant::now() }
     }
 
-    pub(super) fn show(&mut self, told: &Told) {
+    pub(super) fn show(&mut self, told: &TransferProgress) {
         if let Some(shown) = &mut self.line
             && shown.is_due()
         {
-            let text = line(told, self.data, self.started.elapsed());
+            let text = progress_text(told, self.expected_data, self.started.elapsed());
             shown.show(&format!("{} {text}", self.verb));
         }
     }
@@ -52,17 +52,17 @@ impl Meter {
 
 /// Locks the terminal behind stderr. The lock is on an open file of its own: what is inherited
 /// is shared with the other end.
-fn lock() -> rustix::io::Result<File> {
+fn lock_terminal() -> rustix::io::Result<File> {
     let flags = OFlags::RDONLY | OFlags::NOCTTY | OFlags::CLOEXEC | OFlags::NONBLOCK;
     let file = File::from(rustix::fs::open("/proc/self/fd/2", flags, Mode::empty())?);
     flock(&file, FlockOperation::NonBlockingLockExclusive)?;
     Ok(file)
 }
 
-/// What is shown after `time`. `data`: about how much of it there is.
-fn line(told: &Told, data: Option<u64>, passed: Duration) -> String {
+/// What is shown after `format_seconds`. `expected_data`: about how much of it there is.
+fn progress_text(told: &TransferProgress, data: Option<u64>, passed: Duration) -> String {
     let millis = u64::try_from(passed.as_millis()).unwrap_or(u64::MAX).max(1);
-    let rate = per_second(told.data, millis);
+    let rate = bytes_per_second(told.data, millis);
     let mut text = format!(
         "{} of data, {} of holes, {}/s",
         format_size(told.data),
@@ -83,7 +83,7 @@ fn line(told: &Told, data: Option<u64>, passed: Duration) -> String {
         let by_share =
             u128::from(millis) * u128::from(total.saturating_sub(done)) / u128::from(done.max(1));
         let by_share = u64::try_from(by_share.div_ceil(1000)).unwrap_or(u64::MAX);
-        text += &format!(", {} left", time(by_data.min(by_share)));
+        text += &format!(", {} left", format_seconds(by_data.min(by_share)));
     }
     text
 }
@@ -92,8 +92,8 @@ fn line(told: &Told, data: Option<u64>, passed: Duration) -> String {
 mod tests {
     use super::*;
 
-    fn told(from: u64, reached: u64, size: Option<u64>, data: u64) -> Told {
-        Told { from, reached, size, data, holes: reached - from - data }
+    fn told(from: u64, reached: u64, size: Option<u64>, data: u64) -> TransferProgress {
+        TransferProgress { from, reached, size, data, holes: reached - from - data }
     }
 
     #[test]
@@ -101,27 +101,27 @@ mod tests {
         let mib = 1 << 20;
         let half = told(0, 500 * mib, Some(1000 * mib), 100 * mib);
         assert_eq!(
-            line(&half, None, Duration::from_secs(2)),
+            progress_text(&half, None, Duration::from_secs(2)),
             "100 MiB of data, 400 MiB of holes, 50 MiB/s, 50 %, 2 s left"
         );
         // Of the 500 MiB that are left only 50 are data.
-        let text = line(&half, Some(150 * mib), Duration::from_secs(2));
+        let text = progress_text(&half, Some(150 * mib), Duration::from_secs(2));
         assert!(text.ends_with("50 %, 1 s left"), "{text}");
-        let slow = line(&half, None, Duration::from_secs(200));
+        let slow = progress_text(&half, None, Duration::from_secs(200));
         assert!(slow.ends_with("3:20 min left"), "{slow}");
-        let slower = line(&half, None, Duration::from_secs(20_000));
+        let slower = progress_text(&half, None, Duration::from_secs(20_000));
         assert!(slower.ends_with(" 5:33 h left"), "{slower}");
         // Preallocated: what is known of the data is far too much.
-        let text = line(&half, Some(100_000 * mib), Duration::from_secs(2));
+        let text = progress_text(&half, Some(100_000 * mib), Duration::from_secs(2));
         assert!(text.ends_with("50 %, 2 s left"), "{text}");
     }
 
     #[test]
     fn of_a_pipe_there_is_no_share_and_of_nothing_no_time() {
-        let text = line(&told(0, 10, None, 10), None, Duration::from_secs(1));
+        let text = progress_text(&told(0, 10, None, 10), None, Duration::from_secs(1));
         assert_eq!(text, "10 bytes of data, 0 bytes of holes, 10 bytes/s");
-        let none = line(&told(5, 5, Some(6), 0), None, Duration::ZERO);
+        let none = progress_text(&told(5, 5, Some(6), 0), None, Duration::ZERO);
         assert!(none.ends_with("0 bytes/s, 0 %"), "{none}");
-        assert!(!line(&told(5, 5, Some(5), 0), None, Duration::ZERO).contains('%'));
+        assert!(!progress_text(&told(5, 5, Some(5), 0), None, Duration::ZERO).contains('%'));
     }
 }

@@ -51,26 +51,26 @@ use std::ffi::OsString;
 use clap::error::ErrorKind;
 use clap::{CommandFactory, FromArgMatches, Parser};
 
-pub use self::out::fail;
-use self::out::{print, print_json, say, warn};
-use crate::stream::guard::{SUBCOMMAND as GUARD, offer};
+pub use self::out::print_error;
+use self::out::{print, print_json, print_line, warn};
+use crate::stream::guard::{SUBCOMMAND as GUARD, enable_guards};
 
 /// It worked.
-const DONE: u8 = 0;
+const EXIT_OK: u8 = 0;
 /// It did not; the error says why.
-const FAILED: u8 = 1;
+const EXIT_FAILED: u8 = 1;
 /// What was asked for makes no sense.
-const USAGE: u8 = 2;
+const EXIT_USAGE: u8 = 2;
 /// The answer is there, and is a bad one: damage, a failed disk, a dead mount.
-const UNHEALTHY: u8 = 3;
+const EXIT_UNHEALTHY: u8 = 3;
 /// `run`: cowslip failed, not COMMAND; as env(1) has it.
-const RUN_FAILED: u8 = 125;
+const EXIT_RUN_FAILED: u8 = 125;
 /// Ended by a signal: this and its number, as in shells.
-const KILLED: u8 = 128;
+const EXIT_SIGNAL_BASE: u8 = 128;
 
 /// The exit code of what `signal` has ended.
-fn killed_by(signal: i32) -> u8 {
-    u8::try_from(i32::from(KILLED) + signal).unwrap_or(FAILED)
+fn signal_exit_code(signal: i32) -> u8 {
+    u8::try_from(i32::from(EXIT_SIGNAL_BASE) + signal).unwrap_or(EXIT_FAILED)
 }
 
 /// Mounts virtual disks as plain files: copy-on-write overlays, exact holes.
@@ -133,15 +133,15 @@ enum Cli {
 /// An error that has an exit code of its own; without one it is 1.
 #[derive(Debug, thiserror::Error)]
 #[error("{line}")]
-struct Failure {
+struct CliError {
     code: u8,
     line: String,
 }
 
-impl Failure {
+impl CliError {
     /// What was asked for makes no sense.
     fn usage(line: impl Into<String>) -> anyhow::Error {
-        let (code, line) = (USAGE, line.into());
+        let (code, line) = (EXIT_USAGE, line.into());
         Self { code, line }.into()
     }
 }
@@ -149,7 +149,7 @@ impl Failure {
 /// The exit code that goes with an error of [`run()`].
 #[must_use]
 pub fn exit_code(error: &anyhow::Error) -> u8 {
-    error.downcast_ref::<Failure>().map_or(FAILED, |failure| failure.code)
+    error.downcast_ref::<CliError>().map_or(EXIT_FAILED, |failure| failure.code)
 }
 
 /// Does what `args` ask for (the program's name is the first of them), and gives the exit code.
@@ -160,12 +160,12 @@ pub fn exit_code(error: &anyhow::Error) -> u8 {
 /// One line for the user; [`exit_code`] knows what to exit with.
 pub fn run(args: impl IntoIterator<Item = OsString>) -> anyhow::Result<u8> {
     let args: Vec<OsString> = args.into_iter().collect();
-    offer();
-    if let Some((role, rest)) = helper::role(&args) {
+    enable_guards();
+    if let Some((role, rest)) = helper::helper_kind(&args) {
         return helper::run(role, rest);
     }
     let Some(cli) = parse(&args)? else {
-        return Ok(DONE);
+        return Ok(EXIT_OK);
     };
     match cli {
         Cli::Mount(args) => mount::run(args),
@@ -209,10 +209,10 @@ fn parse(args: &[OsString]) -> anyhow::Result<Option<Cli>> {
     }
     let command = args.get(1).map(|arg| arg.to_string_lossy().into_owned());
     let command = command.filter(|name| Cli::command().find_subcommand(name).is_some());
-    let failure = Failure {
+    let failure = CliError {
         code: match command.as_deref() {
-            Some("run") => RUN_FAILED,
-            _ => USAGE,
+            Some("run") => EXIT_RUN_FAILED,
+            _ => EXIT_USAGE,
         },
         line: usage_line(&error, command.as_deref()),
     };
@@ -240,7 +240,7 @@ fn usage_line(error: &clap::Error, command: Option<&str>) -> String {
 
 /// Lets a closed stdout end this process in silence, as other tools do (`cowslip map | head`).
 /// For commands that only look.
-fn die_of_a_closed_pipe() {
+fn restore_sigpipe() {
     // SAFETY: restores the signal's default action and touches no memory. Rust's runtime sets it
     // to "ignore"; nothing of ours depends on that in a command that calls this.
     unsafe { libc::signal(libc::SIGPIPE, libc::SIG_DFL) };
@@ -264,12 +264,12 @@ mod tests {
     #[test]
     fn a_usage_error_is_one_line() {
         let (code, line) = refused(&["cowslip", "umount", "--lazily", "m"]);
-        assert_eq!(code, USAGE);
+        assert_eq!(code, EXIT_USAGE);
         assert!(line.starts_with("unexpected argument '--lazily' found"), "{line}");
         assert!(line.ends_with(": see cowslip umount --help"), "{line}");
         assert!(!line.contains('\n'), "{line}");
         let (code, line) = refused(&["cowslip", "mont", "m"]);
-        assert_eq!(code, USAGE);
+        assert_eq!(code, EXIT_USAGE);
         assert!(line.contains("'mount'") && !line.contains('\n'), "{line}");
         let (_, line) = refused(&["cowslip", "check", "o", "--json"]);
         assert_eq!(line, "unexpected argument '--json' found: see cowslip check --help");
@@ -282,19 +282,19 @@ mod tests {
         for other in [["n", "--json"].as_slice(), &["--delete", "n", "--json"], &["--json"]] {
             let args = [&["cowslip", "snapshot", "m/d"], other].concat();
             let (code, line) = refused(&args);
-            assert!(code == USAGE && line.contains("--"), "{args:?}: {line}");
+            assert!(code == EXIT_USAGE && line.contains("--"), "{args:?}: {line}");
         }
     }
 
     #[test]
     fn no_command_at_all_is_a_usage_error() {
-        let no_command = (USAGE, "no command: see cowslip --help".to_owned());
+        let no_command = (EXIT_USAGE, "no command: see cowslip --help".to_owned());
         assert_eq!(refused(&["cowslip"]), no_command);
     }
 
     #[test]
     fn a_usage_error_of_run_is_not_taken_for_its_commands() {
-        assert_eq!(refused(&["cowslip", "run", "vm.img"]).0, RUN_FAILED);
+        assert_eq!(refused(&["cowslip", "run", "vm.img"]).0, EXIT_RUN_FAILED);
     }
 
     #[test]
@@ -310,8 +310,8 @@ mod tests {
 
     #[test]
     fn an_error_without_a_code_of_its_own_is_1() {
-        assert_eq!(exit_code(&anyhow::anyhow!("no")), FAILED);
-        let inner = Failure::usage("no").context("in m");
-        assert_eq!((exit_code(&inner), format!("{inner:#}").as_str()), (USAGE, "in m: no"));
+        assert_eq!(exit_code(&anyhow::anyhow!("no")), EXIT_FAILED);
+        let inner = CliError::usage("no").context("in m");
+        assert_eq!((exit_code(&inner), format!("{inner:#}").as_str()), (EXIT_USAGE, "in m: no"));
     }
 }

@@ -9,12 +9,12 @@ use std::path::{Path, PathBuf};
 use anyhow::Context as _;
 use clap::Args;
 
-use super::client::Place;
-use super::plan::{Common, Wish};
-use super::{DONE, Failure, killed_by};
-use crate::mount::daemon::{self, Notes, Outcome, Ready, Role};
-use crate::mount::{self, Plan, Style, kernel};
-use crate::stream::sink::Inherit;
+use super::client::Endpoint;
+use super::plan::{CommonArgs, MountCommand};
+use super::{EXIT_OK, CliError, signal_exit_code};
+use crate::mount::daemon::{self, NoteOutput, StartOutcome, StartupReporter, ForkSide};
+use crate::mount::{self, MountPlan, DaemonMode, kernel};
+use crate::stream::sink::StdioMode;
 
 #[derive(Debug, Args)]
 pub(super) struct MountArgs {
@@ -28,29 +28,29 @@ pub(super) struct MountArgs {
     #[arg(short = 'f')]
     foreground: bool,
     #[command(flatten)]
-    common: Common,
+    common: CommonArgs,
 }
 
 pub(super) fn run(args: MountArgs) -> anyhow::Result<u8> {
     if let Some(first) = &args.mountpoint {
         check_order(first, &args.disks)?;
     }
-    let wish = Wish {
+    let wish = MountCommand {
         mountpoint: args.mountpoint,
         source: None,
         disks: args.disks,
         common: args.common,
         stdio: match args.foreground {
-            true => Inherit::Stdout,
-            false => Inherit::Nothing,
+            true => StdioMode::Available,
+            false => StdioMode::Unavailable,
         },
-        style: match args.foreground {
-            true => Style::Foreground,
-            false => Style::Background,
+        mode: match args.foreground {
+            true => DaemonMode::Foreground,
+            false => DaemonMode::Background,
         },
     };
     let dir = current_dir()?;
-    Ok(start(&wish.plan(&dir)?, &mut io::stdout())?.end())
+    Ok(start_mount(&wish.into_plan(&dir)?, &mut io::stdout())?.into_exit_code())
 }
 
 /// The caller's directory, where relative paths start. Of one that was removed it is what the kernel
@@ -65,9 +65,9 @@ pub(super) fn current_dir() -> anyhow::Result<PathBuf> {
         .context("cannot tell the current directory: change to one that exists")
 }
 
-/// How far [`start`] has come.
+/// How far [`start_mount`] has come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Started {
+pub(super) enum StartResult {
     /// This is the command, and the mount answers.
     Mounted,
     /// This was the daemon, which has served and ended with this exit code.
@@ -76,16 +76,16 @@ pub(super) enum Started {
     Interrupted(i32),
 }
 
-impl Started {
+impl StartResult {
     /// What to exit with; after a signal this process ends as signals end one, so that a shell
     /// sees why.
-    pub(super) fn end(self) -> u8 {
+    pub(super) fn into_exit_code(self) -> u8 {
         match self {
-            Self::Mounted => DONE,
+            Self::Mounted => EXIT_OK,
             Self::Ended(code) => code,
             Self::Interrupted(signal) => {
                 let _ = signal_hook::low_level::emulate_default_handler(signal);
-                killed_by(signal)
+                signal_exit_code(signal)
             }
         }
     }
@@ -95,33 +95,33 @@ impl Started {
 ///
 /// # Errors
 /// The daemon's own line when it could not mount; what the mount said when it does not answer.
-pub(super) fn start(plan: &Plan, notes: &mut dyn Write) -> anyhow::Result<Started> {
-    if plan.style == Style::Foreground {
+pub(super) fn start_mount(plan: &MountPlan, notes: &mut dyn Write) -> anyhow::Result<StartResult> {
+    if plan.mode == DaemonMode::Foreground {
         let notes = match plan.has_stdout_sink() {
-            true => Notes::Stderr,
-            false => Notes::Stdout,
+            true => NoteOutput::Stderr,
+            false => NoteOutput::Stdout,
         };
-        return Ok(Started::Ended(mount::serve(plan, Ready::foreground(notes))));
+        return Ok(StartResult::Ended(mount::serve(plan, StartupReporter::foreground(notes))));
     }
     let mountpoint = plan.mountpoint.clone();
     let waiting = match daemon::fork().context("cannot start the daemon")? {
-        Role::Child(ready) => return Ok(Started::Ended(mount::serve(plan, ready))),
-        Role::Parent(waiting) => waiting,
+        ForkSide::Child(ready) => return Ok(StartResult::Ended(mount::serve(plan, ready))),
+        ForkSide::Parent(waiting) => waiting,
     };
     match waiting.wait(notes, &mut io::stderr()) {
-        Outcome::Serving => {}
-        Outcome::Interrupted { signal } => return Ok(Started::Interrupted(signal)),
-        Outcome::Failed { code, line } => return Err(Failure { code, line }.into()),
+        StartOutcome::Serving => {}
+        StartOutcome::Interrupted { signal } => return Ok(StartResult::Interrupted(signal)),
+        StartOutcome::Failed { code, line } => return Err(CliError { code, line }.into()),
     }
     // The daemon says that it serves; only an answer through the kernel shows it.
-    Place::mount(&kernel::resolve(&mountpoint)?).status()?;
-    Ok(Started::Mounted)
+    Endpoint::mount(&kernel::resolve(&mountpoint)?).status()?;
+    Ok(StartResult::Mounted)
 }
 
 /// Refuses a disk in the place of the mountpoint, with the command that was meant.
 fn check_order(first: &Path, rest: &[OsString]) -> anyhow::Result<()> {
     // A mountpoint is not asked what it is: it may be dead, or hang.
-    if kernel::entry_at(first).is_some() || !looks_like_a_disk(first) {
+    if kernel::entry_at(first).is_some() || !looks_like_disk(first) {
         return Ok(());
     }
     let meant = rest.split_last().filter(|(last, _)| Path::new(last).is_dir());
@@ -131,11 +131,11 @@ fn check_order(first: &Path, rest: &[OsString]) -> anyhow::Result<()> {
     let words = words.chain(others.iter().map(OsString::as_os_str));
     let words: Vec<_> = words.map(OsStr::to_string_lossy).collect();
     let line = format!("MOUNTPOINT comes first: cowslip mount {}", words.join(" "));
-    Err(Failure::usage(line))
+    Err(CliError::usage(line))
 }
 
 /// A file, or something with a disk's punctuation; not a directory.
-fn looks_like_a_disk(path: &Path) -> bool {
+fn looks_like_disk(path: &Path) -> bool {
     match path.metadata() {
         Ok(found) => !found.is_dir(),
         Err(_) => path.as_os_str().as_bytes().iter().any(|byte| b"=,".contains(byte)),

@@ -1,4 +1,4 @@
-//! From what was typed, in a configuration or in fstab, to a [`Plan`] that needs no directory of
+//! From what was typed, in a configuration or in fstab, to a [`MountPlan`] that needs no directory of
 //! the caller's any more.
 
 use std::ffi::{OsStr, OsString};
@@ -7,15 +7,15 @@ use std::path::{Path, PathBuf};
 use anyhow::Context as _;
 use clap::Args;
 
-use super::Failure;
-use crate::confined::{self, Access};
-use crate::mount::{Force, Plan, Style};
-use crate::spec::{self, Cache, Config, DiskSpec};
-use crate::stream::sink::Inherit;
+use super::CliError;
+use crate::confined::{self, FileAccess};
+use crate::mount::{OnChangedBase, MountPlan, DaemonMode};
+use crate::spec::{self, CacheMode, Config, DiskSpec};
+use crate::stream::sink::StdioMode;
 use crate::trust;
 
 /// The longest configuration in bytes: some ten thousand disks.
-const LONGEST_CONFIG: u64 = 4 << 20;
+const MAX_CONFIG_LEN: u64 = 4 << 20;
 
 /// Whose files are believed, for every command that opens an overlay or a store.
 #[derive(Clone, Debug, Default, Args)]
@@ -32,11 +32,11 @@ impl TrustArgs {
     /// # Errors
     /// A line for the user.
     pub(super) fn allow(&self, dir: &Path) -> anyhow::Result<Vec<PathBuf>> {
-        allow(self.dirs.iter().map(|trusted| dir.join(trusted)))
+        trust_dirs(self.dirs.iter().map(|trusted| dir.join(trusted)))
     }
 }
 
-fn allow(dirs: impl Iterator<Item = PathBuf>) -> anyhow::Result<Vec<PathBuf>> {
+fn trust_dirs(dirs: impl Iterator<Item = PathBuf>) -> anyhow::Result<Vec<PathBuf>> {
     let allow = |dir: PathBuf| {
         trust::allow(&dir).with_context(|| format!("cannot trust '{}'", dir.display()))?;
         Ok(dir)
@@ -46,7 +46,7 @@ fn allow(dirs: impl Iterator<Item = PathBuf>) -> anyhow::Result<Vec<PathBuf>> {
 
 /// What `mount` and `run` have in common.
 #[derive(Clone, Debug, Default, Args)]
-pub(super) struct Common {
+pub(super) struct CommonArgs {
     /// Take disks and options from a TOML file; the command line wins over it
     #[arg(long, value_name = "FILE.toml")]
     pub(super) config: Option<PathBuf>,
@@ -58,7 +58,7 @@ pub(super) struct Common {
     pub(super) allow_backing: Vec<PathBuf>,
     /// What the kernel caches: auto, none or writeback
     #[arg(long, value_name = "auto|none|writeback")]
-    pub(super) cache: Option<Cache>,
+    pub(super) cache: Option<CacheMode>,
     /// Write the daemon's log to FILE
     #[arg(long, value_name = "FILE")]
     pub(super) log: Option<PathBuf>,
@@ -74,7 +74,7 @@ pub(super) struct Common {
 
 /// Everything that was asked for, before any of it is looked at.
 #[derive(Clone, Debug)]
-pub(super) struct Wish {
+pub(super) struct MountCommand {
     /// Where to; `None`: where the configuration says.
     pub(super) mountpoint: Option<PathBuf>,
     /// What the mount table shows, unless `fsname=` says otherwise; `None`: derived.
@@ -82,53 +82,53 @@ pub(super) struct Wish {
     /// The disks as the command line has them.
     pub(super) disks: Vec<OsString>,
     /// The options.
-    pub(super) common: Common,
+    pub(super) common: CommonArgs,
     /// How the daemon runs.
-    pub(super) style: Style,
+    pub(super) mode: DaemonMode,
     /// Whether streams may have our standard input and output.
-    pub(super) stdio: Inherit,
+    pub(super) stdio: StdioMode,
 }
 
-impl Wish {
+impl MountCommand {
     /// Reads it all; relative paths start at `dir`, those in a configuration at its directory.
     ///
     /// # Errors
     /// A usage error for what makes no sense; what the host says of the configuration.
-    pub(super) fn plan(self, dir: &Path) -> anyhow::Result<Plan> {
+    pub(super) fn into_plan(self, dir: &Path) -> anyhow::Result<MountPlan> {
         self.common.trust.allow(dir)?;
         let (config_path, config) = match &self.common.config {
             Some(path) => (Some(path), read_config(path, dir)?),
             None => (None, Config::default()),
         };
-        allow(config.trust.into_iter())?;
+        trust_dirs(config.trust.into_iter())?;
         let mut disks = config.disks;
         for text in &self.disks {
-            disks.push(disk(text, dir)?);
+            disks.push(parse_disk_arg(text, dir)?);
         }
-        spec::check_names(&disks).map_err(|error| Failure::usage(error.to_string()))?;
+        spec::check_names(&disks).map_err(|error| CliError::usage(error.to_string()))?;
         let options = config.options.iter().chain(&self.common.options);
         let options = spec::parse_mount_options(options)
-            .map_err(|error| Failure::usage(error.to_string()))?;
+            .map_err(|error| CliError::usage(error.to_string()))?;
         let cache = self.common.cache.or(config.cache).unwrap_or_default();
-        spec::check_cache(&disks, cache).map_err(|error| Failure::usage(error.to_string()))?;
+        spec::check_cache(&disks, cache).map_err(|error| CliError::usage(error.to_string()))?;
         let absolute = |path: PathBuf| dir.join(path);
         let store = self.common.store.map(absolute).or(config.store);
         let named = self.common.allow_backing.into_iter().map(absolute);
         let allow_backing = config.allow_backing.into_iter().chain(named).collect();
         let mountpoint = self.mountpoint.map(absolute).or(config.mountpoint);
         let mountpoint = mountpoint.ok_or_else(|| {
-            Failure::usage("MOUNTPOINT is missing: cowslip mount MOUNTPOINT [DISK]...")
+            CliError::usage("MOUNTPOINT is missing: cowslip mount MOUNTPOINT [DISK]...")
         })?;
         if disks.is_empty() && store.is_none() {
             let remedy = "name a DISK, --config FILE.toml or --store DIR";
-            return Err(Failure::usage(format!("there is nothing to mount: {remedy}")));
+            return Err(CliError::usage(format!("there is nothing to mount: {remedy}")));
         }
         let derived = config_path
             .map(|path| path.as_os_str())
             .or(self.disks.first().map(OsString::as_os_str))
             .unwrap_or(OsStr::new("cowslip"));
         let derived = || derived.to_string_lossy().into_owned();
-        Ok(Plan {
+        Ok(MountPlan {
             mountpoint,
             source: options.fsname.clone().or(self.source).unwrap_or_else(derived),
             disks,
@@ -138,10 +138,10 @@ impl Wish {
             options,
             log: self.common.log.map(absolute).or(config.log),
             force: match self.common.force {
-                true => Force::Yes,
-                false => Force::No,
+                true => OnChangedBase::Accept,
+                false => OnChangedBase::Refuse,
             },
-            style: self.style,
+            mode: self.mode,
             stdio: self.stdio,
         })
     }
@@ -151,9 +151,9 @@ impl Wish {
 ///
 /// # Errors
 /// A usage error.
-pub(super) fn disk(text: &OsStr, dir: &Path) -> anyhow::Result<DiskSpec> {
+pub(super) fn parse_disk_arg(text: &OsStr, dir: &Path) -> anyhow::Result<DiskSpec> {
     spec::parse_disk(text, dir, &|path: &Path| path.exists())
-        .map_err(|error| Failure::usage(error.to_string()))
+        .map_err(|error| CliError::usage(error.to_string()))
 }
 
 fn read_config(path: &Path, dir: &Path) -> anyhow::Result<Config> {
@@ -161,7 +161,7 @@ fn read_config(path: &Path, dir: &Path) -> anyhow::Result<Config> {
     let (text, home) = read_trusted(&full)
         .with_context(|| format!("cannot read the configuration '{}'", path.display()))?;
     spec::parse_config(&text, &home)
-        .map_err(|error| Failure::usage(format!("'{}' {error}", path.display())))
+        .map_err(|error| CliError::usage(format!("'{}' {error}", path.display())))
 }
 
 /// Reads a file that commands may stand in (`to=cmd:`), and tells where its directory lies: without
@@ -172,10 +172,10 @@ fn read_trusted(path: &Path) -> anyhow::Result<(String, PathBuf)> {
     trust::check(&home)?;
     let real = confined::real_path(&home)?;
     // In a directory that is believed; a link there may lead elsewhere.
-    let file = confined::open_input(&real.join(name.context("it has no name")?), Access::Read)?;
+    let file = confined::open_input(&real.join(name.context("it has no name")?), FileAccess::Read)?;
     let lies_in = confined::real_path(&file)?;
     trust::check_file(&file, &confined::open_dir(lies_in.parent().unwrap_or(&real))?)?;
-    let bytes = confined::read_to_limit(file, LONGEST_CONFIG)?;
+    let bytes = confined::read_to_limit(file, MAX_CONFIG_LEN)?;
     Ok((String::from_utf8(bytes).context("it is not UTF-8")?, real))
 }
 
@@ -183,23 +183,23 @@ fn read_trusted(path: &Path) -> anyhow::Result<(String, PathBuf)> {
 mod tests {
     use std::fs;
 
-    use super::super::{USAGE, exit_code};
+    use super::super::{EXIT_USAGE, exit_code};
     use super::*;
 
-    fn wish(mountpoint: Option<&str>, disks: &[&str]) -> Wish {
-        Wish {
+    fn wish(mountpoint: Option<&str>, disks: &[&str]) -> MountCommand {
+        MountCommand {
             mountpoint: mountpoint.map(PathBuf::from),
             source: None,
             disks: disks.iter().map(OsString::from).collect(),
-            common: Common::default(),
-            style: Style::Background,
-            stdio: Inherit::Nothing,
+            common: CommonArgs::default(),
+            mode: DaemonMode::Background,
+            stdio: StdioMode::Unavailable,
         }
     }
 
-    fn refused(wish: Wish) -> String {
-        let Err(error) = wish.plan(Path::new("/here")) else { panic!("not refused") };
-        assert_eq!(exit_code(&error), USAGE);
+    fn refused(wish: MountCommand) -> String {
+        let Err(error) = wish.into_plan(Path::new("/here")) else { panic!("not refused") };
+        assert_eq!(exit_code(&error), EXIT_USAGE);
         error.to_string()
     }
 
@@ -208,12 +208,12 @@ mod tests {
         let mut wish = wish(Some("m"), &["vm.img", "/srv/b.img"]);
         wish.common.store = Some("store".into());
         wish.common.log = Some("log".into());
-        let plan = wish.plan(Path::new("/here")).unwrap();
+        let plan = wish.into_plan(Path::new("/here")).unwrap();
         assert_eq!(plan.mountpoint, Path::new("/here/m"));
         assert_eq!(plan.store.as_deref(), Some(Path::new("/here/store")));
         assert_eq!(plan.log.as_deref(), Some(Path::new("/here/log")));
         let sources: Vec<_> = plan.disks.iter().map(|disk| disk.source.clone()).collect();
-        let file = |path: &str| spec::Source::File(path.into());
+        let file = |path: &str| spec::DiskSource::File(path.into());
         assert_eq!(sources, [file("/here/vm.img"), file("/srv/b.img")]);
         assert_eq!(plan.source, "vm.img");
     }
@@ -226,12 +226,12 @@ mod tests {
         fs::write(home.path().join("a.toml"), toml).unwrap();
         let mut wish = wish(None, &["b=blank:1G"]);
         wish.common.config = Some("a.toml".into());
-        wish.common.cache = Some(Cache::Writeback);
+        wish.common.cache = Some(CacheMode::Writeback);
         wish.common.options = vec!["rw".into()];
-        let plan = wish.plan(home.path()).unwrap();
+        let plan = wish.into_plan(home.path()).unwrap();
         assert_eq!(plan.mountpoint, home.path().join("m"));
         assert_eq!(plan.log, Some(home.path().join("l")));
-        assert_eq!(plan.cache, Cache::Writeback);
+        assert_eq!(plan.cache, CacheMode::Writeback);
         assert!(!plan.options.read_only && plan.options.noexec);
         let names: Vec<_> = plan.disks.iter().map(|disk| disk.name.as_str()).collect();
         assert_eq!(names, ["vm.img", "b"]);
@@ -254,7 +254,7 @@ mod tests {
         fs::write(home.path().join("a.toml"), "\nmuntpoint = \"m\"\n").unwrap();
         let mut wish = wish(None, &[]);
         wish.common.config = Some("a.toml".into());
-        let error = wish.plan(home.path()).err().unwrap().to_string();
+        let error = wish.into_plan(home.path()).err().unwrap().to_string();
         assert!(error.starts_with("'a.toml' line 2: unknown key 'muntpoint'"), "{error}");
     }
 
@@ -263,11 +263,11 @@ mod tests {
         let mut named = wish(Some("m"), &["vm.img"]);
         named.source = Some("/srv/verbatim".into());
         let dir = Path::new("/here");
-        assert_eq!(named.clone().plan(dir).unwrap().source, "/srv/verbatim");
+        assert_eq!(named.clone().into_plan(dir).unwrap().source, "/srv/verbatim");
         named.common.options = vec!["fsname=lab".into()];
-        assert_eq!(named.plan(dir).unwrap().source, "lab");
+        assert_eq!(named.into_plan(dir).unwrap().source, "lab");
         let mut stored = wish(Some("m"), &[]);
         stored.common.store = Some("s".into());
-        assert_eq!(stored.plan(dir).unwrap().source, "cowslip");
+        assert_eq!(stored.into_plan(dir).unwrap().source, "cowslip");
     }
 }

@@ -12,10 +12,10 @@ use crate::printable;
 use crate::spec::format_size;
 
 /// How often the line changes on a terminal, and how often there is another elsewhere.
-const CHANGES: Duration = Duration::from_millis(250);
-const ANOTHER: Duration = Duration::from_secs(1);
+const REDRAW_INTERVAL: Duration = Duration::from_millis(250);
+const LINE_INTERVAL: Duration = Duration::from_secs(1);
 /// The width of a terminal that does not tell.
-const WIDTH: usize = 80;
+const DEFAULT_WIDTH: usize = 80;
 
 /// How much of it is shown.
 #[derive(Clone, Copy, Debug, Default, Args)]
@@ -29,58 +29,58 @@ pub(super) struct Verbosity {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Manner {
+enum ProgressStyle {
     /// One line of a terminal, always the same.
-    Changing,
+    Redraw,
     /// A line after the other.
     Lines,
-    Nothing,
+    Silent,
 }
 
 /// The line.
-pub(super) struct Line {
-    manner: Manner,
+pub(super) struct ProgressLine {
+    style: ProgressStyle,
     is_shown: bool,
     last: Instant,
 }
 
-impl Line {
+impl ProgressLine {
     pub(super) fn new(verbosity: Verbosity) -> Self {
         let manner = match verbosity {
-            Verbosity { quiet: true, .. } => Manner::Nothing,
-            _ if io::stderr().is_terminal() => Manner::Changing,
-            Verbosity { progress: true, .. } => Manner::Lines,
-            _ => Manner::Nothing,
+            Verbosity { quiet: true, .. } => ProgressStyle::Silent,
+            _ if io::stderr().is_terminal() => ProgressStyle::Redraw,
+            Verbosity { progress: true, .. } => ProgressStyle::Lines,
+            _ => ProgressStyle::Silent,
         };
-        Self { manner, is_shown: false, last: Instant::now() }
+        Self { style: manner, is_shown: false, last: Instant::now() }
     }
 
     /// Whether it is time to show how far it is.
     pub(super) fn is_due(&self) -> bool {
-        match self.manner {
-            Manner::Changing => self.last.elapsed() >= CHANGES,
-            Manner::Lines => self.last.elapsed() >= ANOTHER,
-            Manner::Nothing => false,
+        match self.style {
+            ProgressStyle::Redraw => self.last.elapsed() >= REDRAW_INTERVAL,
+            ProgressStyle::Lines => self.last.elapsed() >= LINE_INTERVAL,
+            ProgressStyle::Silent => false,
         }
     }
 
     pub(super) fn show(&mut self, text: &str) {
         (self.is_shown, self.last) = (true, Instant::now());
         let text = printable::line(text);
-        let _ = match self.manner {
-            Manner::Changing => {
+        let _ = match self.style {
+            ProgressStyle::Redraw => {
                 let width = tcgetwinsize(io::stderr()).map(|size| usize::from(size.ws_col));
-                let width = width.ok().filter(|width| *width > 0).unwrap_or(WIDTH);
-                write!(io::stderr(), "\r\x1b[K{}", fit(&text, width))
+                let width = width.ok().filter(|width| *width > 0).unwrap_or(DEFAULT_WIDTH);
+                write!(io::stderr(), "\r\x1b[K{}", truncate_to_width(&text, width))
             }
-            Manner::Lines => writeln!(io::stderr(), "{text}"),
-            Manner::Nothing => Ok(()),
+            ProgressStyle::Lines => writeln!(io::stderr(), "{text}"),
+            ProgressStyle::Silent => Ok(()),
         };
     }
 
     /// The work is over: what changes goes, what was printed stays.
     pub(super) fn end(&mut self) {
-        if std::mem::take(&mut self.is_shown) && self.manner == Manner::Changing {
+        if std::mem::take(&mut self.is_shown) && self.style == ProgressStyle::Redraw {
             let _ = write!(io::stderr(), "\r\x1b[K");
         }
     }
@@ -88,7 +88,7 @@ impl Line {
 
 /// As much of `text` as a line of `width` columns holds. The last one stays free: some terminals
 /// begin a new line once it is used.
-fn fit(text: &str, width: usize) -> String {
+fn truncate_to_width(text: &str, width: usize) -> String {
     let room = width.saturating_sub(1);
     match text.chars().count() <= room {
         true => text.to_owned(),
@@ -98,47 +98,47 @@ fn fit(text: &str, width: usize) -> String {
 
 /// How far the daemon is, as it tells, in words.
 #[derive(Default)]
-pub(super) struct Gauge {
+pub(super) struct ProgressFormatter {
     seconds: u64,
     /// Where it was when it was first told.
-    first: Option<(Instant, u64)>,
+    baseline: Option<(Instant, u64)>,
 }
 
-impl Gauge {
+impl ProgressFormatter {
     /// What to show of what the daemon tells `now`, every second.
     pub(super) fn text(&mut self, now: &Value) -> String {
         self.seconds += 1;
         match (now["done"].as_u64(), now["total"].as_u64()) {
-            (Some(done), Some(total)) if total > 0 => self.share(Instant::now(), done, total),
+            (Some(done), Some(total)) if total > 0 => self.share_text(Instant::now(), done, total),
             _ => format!("working, {} s", self.seconds),
         }
     }
 
-    fn share(&mut self, now: Instant, done: u64, total: u64) -> String {
-        let first = self.first.filter(|(_, first)| *first <= done);
-        let (since, first) = *self.first.insert(first.unwrap_or((now, done)));
+    fn share_text(&mut self, now: Instant, done: u64, total: u64) -> String {
+        let first = self.baseline.filter(|(_, first)| *first <= done);
+        let (since, first) = *self.baseline.insert(first.unwrap_or((now, done)));
         let percent = u128::from(done) * 100 / u128::from(total);
         let mut text = format!("{} of {}", format_size(done), format_size(total));
         let millis = u64::try_from((now - since).as_millis()).unwrap_or(u64::MAX);
-        let rate = per_second(done - first, millis.max(1));
+        let rate = bytes_per_second(done - first, millis.max(1));
         if rate > 0 {
             text += &format!(", {}/s", format_size(rate));
         }
         text += &format!(", {percent} %");
         if rate > 0 {
-            text += &format!(", {} left", time(total.saturating_sub(done).div_ceil(rate)));
+            text += &format!(", {} left", format_seconds(total.saturating_sub(done).div_ceil(rate)));
         }
         text
     }
 }
 
 /// `bytes` in `millis`, as bytes a second.
-pub(super) fn per_second(bytes: u64, millis: u64) -> u64 {
+pub(super) fn bytes_per_second(bytes: u64, millis: u64) -> u64 {
     u64::try_from(u128::from(bytes) * 1000 / u128::from(millis)).unwrap_or(u64::MAX)
 }
 
 /// `seconds` for people.
-pub(super) fn time(seconds: u64) -> String {
+pub(super) fn format_seconds(seconds: u64) -> String {
     match (seconds / 3600, seconds / 60 % 60, seconds % 60) {
         (0, 0, seconds) => format!("{seconds} s"),
         (0, minutes, seconds) => format!("{minutes}:{seconds:02} min"),
@@ -147,14 +147,14 @@ pub(super) fn time(seconds: u64) -> String {
 }
 
 /// How far the daemon is, shown.
-pub(super) struct Progress {
-    line: Line,
-    gauge: Gauge,
+pub(super) struct ProgressDisplay {
+    line: ProgressLine,
+    gauge: ProgressFormatter,
 }
 
-impl Progress {
+impl ProgressDisplay {
     pub(super) fn new(verbosity: Verbosity) -> Self {
-        Self { line: Line::new(verbosity), gauge: Gauge::default() }
+        Self { line: ProgressLine::new(verbosity), gauge: ProgressFormatter::default() }
     }
 
     /// The daemon gives a sign of life every second; it may say how far it is.
@@ -174,24 +174,24 @@ mod tests {
 
     #[test]
     fn a_line_never_reaches_the_last_column() {
-        assert_eq!(fit("1 MiB of 2 MiB", 40), "1 MiB of 2 MiB");
-        assert_eq!(fit("0123456789", 10), "012345678");
-        assert_eq!(fit("0123456789", 11), "0123456789");
-        assert_eq!(fit("ä", 0), "");
+        assert_eq!(truncate_to_width("1 MiB of 2 MiB", 40), "1 MiB of 2 MiB");
+        assert_eq!(truncate_to_width("0123456789", 10), "012345678");
+        assert_eq!(truncate_to_width("0123456789", 11), "0123456789");
+        assert_eq!(truncate_to_width("ä", 0), "");
     }
 
     #[test]
     fn a_share_has_rate_and_time_left_once_they_are_known() {
-        let (mut gauge, start) = (Gauge::default(), Instant::now());
+        let (mut gauge, start) = (ProgressFormatter::default(), Instant::now());
         let mib = 1 << 20;
         let mut at = |seconds, done| {
-            gauge.share(start + Duration::from_secs(seconds), done * mib, 1000 * mib)
+            gauge.share_text(start + Duration::from_secs(seconds), done * mib, 1000 * mib)
         };
         assert_eq!(at(0, 100), "100 MiB of 1000 MiB, 10 %");
         assert_eq!(at(10, 300), "300 MiB of 1000 MiB, 20 MiB/s, 30 %, 35 s left");
         // Another piece of work.
         assert_eq!(at(11, 0), "0 bytes of 1000 MiB, 0 %");
         assert_eq!(at(12, 1), "1 MiB of 1000 MiB, 1 MiB/s, 0 %, 16:39 min left");
-        assert_eq!(time(100_000), "27:46 h");
+        assert_eq!(format_seconds(100_000), "27:46 h");
     }
 }

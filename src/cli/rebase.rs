@@ -14,13 +14,13 @@ use clap::Args;
 
 use super::mount::current_dir;
 use super::plan::TrustArgs;
-use super::target::{is_store, single};
-use super::{DONE, say};
+use super::target::{is_store, single_target};
+use super::{EXIT_OK, print_line};
 use crate::base::identity::Identity;
-use crate::base::{self, Access, BaseError, Opening};
+use crate::base::{self, BaseAccess, BaseError, BaseOptions};
 use crate::overlay::persist;
 use crate::overlay::stack::{BaseRecord, FileRecord, Stack, StackError};
-use crate::spec::{Direct, Format, Locking, Part, Passthrough, Source};
+use crate::spec::{DirectIo, Format, Locking, SourcePart, Passthrough, DiskSource};
 
 #[derive(Debug, Args)]
 pub(super) struct RebaseArgs {
@@ -41,31 +41,31 @@ pub(super) struct RebaseArgs {
 
 /// What to do about a base that is another.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Unlike {
+enum OnMismatch {
     Refuse,
-    Take,
+    Accept,
 }
 
 pub(super) fn run(args: &RebaseArgs) -> anyhow::Result<u8> {
     args.trust.allow(&current_dir()?)?;
-    let unlike = if args.force { Unlike::Take } else { Unlike::Refuse };
-    say(&rebase(&args.overlay, &args.base, unlike, &args.allow_backing)?);
-    Ok(DONE)
+    let unlike = if args.force { OnMismatch::Accept } else { OnMismatch::Refuse };
+    print_line(&rebase(&args.overlay, &args.base, unlike, &args.allow_backing)?);
+    Ok(EXIT_OK)
 }
 
 /// Points the overlay at `dir` to the base `new`, and says what was done.
 fn rebase(
     dir: &Path,
     new: &Path,
-    unlike: Unlike,
+    unlike: OnMismatch,
     allow_backing: &[PathBuf],
 ) -> anyhow::Result<String> {
     let shown = dir.display();
     if is_store(dir) {
         anyhow::bail!("'{shown}' is a store: name one of its disks, '{shown}/names/NAME'");
     }
-    let target = single(dir)?;
-    let found = persist::find(target.place()).map_err(|error| match error {
+    let target = single_target(dir)?;
+    let found = persist::lock_overlay(target.overlay_path()).map_err(|error| match error {
         StackError::Io { .. } => anyhow::anyhow!("overlay '{shown}': {error}"),
         error => anyhow::anyhow!("overlay '{shown}' {error}"),
     })?;
@@ -78,13 +78,13 @@ fn rebase(
     else {
         anyhow::bail!("overlay '{shown}' is over a blank disk: there is no base that could move");
     };
-    let known = format.parse::<Format>().ok().filter(|format| format.is_read());
+    let known = format.parse::<Format>().ok().filter(|format| format.is_supported());
     let Some(known) = known else {
         anyhow::bail!("overlay '{shown}' has a base of format {format}: use a newer cowslip");
     };
     // Its recorded format: with the right bytes there is nothing to ask about that.
-    let Looked { path, identity: now, needs: needed } =
-        look(new, Some(known), part, allow_backing)?;
+    let NewBase { path, identity: now, needs: needed } =
+        inspect_base(new, Some(known), part, allow_backing)?;
     let of_needs = || match needs.len() == needed.len() {
         true => needs.iter().zip(&needed).find_map(|(was, is)| {
             let what = was.identity.differences_of_copy(&is.identity)?;
@@ -94,7 +94,7 @@ fn rebase(
     };
     let difference = match is_committing {
         // Its bytes are neither the old nor the new ones: only the file itself can be told.
-        true => was.other_file(&now).map(|what| {
+        true => was.file_difference(&now).map(|what| {
             format!("{what}, and a commit was cut short that cowslip commit '{shown}' finishes")
         }),
         false => was.differences_of_copy(&now).or_else(of_needs),
@@ -102,9 +102,9 @@ fn rebase(
     if let Some(what) = &difference {
         // What looks like another format can be told more plainly.
         if known == Format::Raw {
-            look(new, None, part, &[])?;
+            inspect_base(new, None, part, &[])?;
         }
-        if unlike == Unlike::Refuse {
+        if unlike == OnMismatch::Refuse {
             anyhow::bail!(
                 "'{}' is not the base of overlay '{shown}' ({what}): name the right one, or use --force and risk nonsense",
                 new.display()
@@ -117,8 +117,8 @@ fn rebase(
     let base =
         BaseRecord::File { path: path.clone(), format, offset, len, identity: now, needs: needed };
     let stack = Stack { base, ..found.stack.clone() };
-    let mut home = found.into_home();
-    home.replace(stack).map_err(|error| anyhow::anyhow!("overlay '{shown}': {error}"))?;
+    let mut home = found.into_dir();
+    home.replace_stack(stack).map_err(|error| anyhow::anyhow!("overlay '{shown}': {error}"))?;
     let line = format!("{shown}: its base is now '{}', was '{}'", path.display(), old.display());
     Ok(match difference {
         None => line,
@@ -127,23 +127,23 @@ fn rebase(
 }
 
 /// A base that is to be the new one.
-struct Looked {
+struct NewBase {
     path: PathBuf,
     identity: Identity,
     needs: Vec<FileRecord>,
 }
 
 /// Where `path` leads, and who is there.
-fn look(
+fn inspect_base(
     path: &Path,
     format: Option<Format>,
-    part: Part,
+    part: SourcePart,
     allow_backing: &[PathBuf],
-) -> anyhow::Result<Looked> {
-    let source = Source::File(path.to_owned());
-    let (access, locking, passthrough) = (Access::Read, Locking::Qemu, Passthrough::Off);
-    let direct = Direct::Off;
-    let how = Opening { format, part, access, locking, passthrough, direct, allow_backing };
+) -> anyhow::Result<NewBase> {
+    let source = DiskSource::File(path.to_owned());
+    let (access, locking, passthrough) = (BaseAccess::Read, Locking::Qemu, Passthrough::Off);
+    let direct = DirectIo::Off;
+    let how = BaseOptions { format, part, access, locking, passthrough, direct, allow_backing };
     let base = base::open(&source, how)?;
     let unreadable = || format!("cannot read the base '{}'", path.display());
     let identity = base.identity().with_context(unreadable)?;
@@ -152,7 +152,7 @@ fn look(
     };
     let needs = base.needs.iter().map(record).collect::<io::Result<_>>();
     let missing = || BaseError::Missing(path.to_owned());
-    Ok(Looked {
+    Ok(NewBase {
         path: base.path.clone().ok_or_else(missing)?,
         identity: identity.ok_or_else(missing)?,
         needs: needs.with_context(unreadable)?,
@@ -168,8 +168,8 @@ mod tests {
 
     use super::*;
     use crate::confined::open_dir;
-    use crate::overlay::persist::{New, Place};
-    use crate::overlay::record::Image;
+    use crate::overlay::persist::{NewOverlay, OverlayPath};
+    use crate::overlay::record::LayerMap;
     use crate::overlay::stack::{LayerRecord, VERSION};
     use crate::spec::OverlayKind;
 
@@ -178,7 +178,7 @@ mod tests {
         let home = tempfile::tempdir().unwrap();
         let path = home.path().join("a");
         fs::write(&path, [7; 9000]).unwrap();
-        let identity = look(&path, None, Part::Whole, &[]).unwrap().identity;
+        let identity = inspect_base(&path, None, SourcePart::Whole, &[]).unwrap().identity;
         put(
             home.path(),
             BaseRecord::File {
@@ -205,16 +205,16 @@ mod tests {
             layers: vec![LayerRecord { uuid: Uuid::new_v4(), block: 4096, parent: None }],
             snapshots: Vec::new(),
         };
-        let new = New { stack, image: &Image::new(9000, 9000), limit: None };
-        drop(persist::create(Place { dir: &home.join("o"), layers: None }, new).unwrap());
+        let new = NewOverlay { stack, map: &LayerMap::new(9000, 9000), limit: None };
+        drop(persist::create(OverlayPath { dir: &home.join("o"), layers: None }, new).unwrap());
     }
 
-    fn tried(home: &Path, name: &str, unlike: Unlike) -> Result<String, String> {
+    fn tried(home: &Path, name: &str, unlike: OnMismatch) -> Result<String, String> {
         rebase(&home.join("o"), &home.join(name), unlike, &[]).map_err(|error| format!("{error:#}"))
     }
 
     fn looked(path: &Path) -> (PathBuf, Identity) {
-        let Looked { path, identity, .. } = look(path, None, Part::Whole, &[]).unwrap();
+        let NewBase { path, identity, .. } = inspect_base(path, None, SourcePart::Whole, &[]).unwrap();
         (path, identity)
     }
 
@@ -230,10 +230,10 @@ mod tests {
         let home = home.path();
         fs::write(home.join("copy"), [7; 9000]).unwrap();
         symlink("copy", home.join("link")).unwrap();
-        let line = tried(home, "link", Unlike::Refuse).unwrap();
+        let line = tried(home, "link", OnMismatch::Refuse).unwrap();
         assert!(line.contains("/copy', was '") && !line.contains("forced"), "{line}");
         assert_eq!(base_of(home), looked(&home.join("copy")));
-        assert!(tried(home, "copy", Unlike::Refuse).unwrap().ends_with("already"));
+        assert!(tried(home, "copy", OnMismatch::Refuse).unwrap().ends_with("already"));
     }
 
     #[test]
@@ -242,10 +242,10 @@ mod tests {
         let home = home.path();
         fs::write(home.join("other"), [8; 9000]).unwrap();
         let before = base_of(home);
-        let line = tried(home, "other", Unlike::Refuse).unwrap_err();
+        let line = tried(home, "other", OnMismatch::Refuse).unwrap_err();
         assert!(line.contains("is not the base") && line.contains("its contents differ"), "{line}");
         assert_eq!(base_of(home), before);
-        let line = tried(home, "other", Unlike::Take).unwrap();
+        let line = tried(home, "other", OnMismatch::Accept).unwrap();
         assert!(line.contains("; forced, it is not the same (its contents differ)"), "{line}");
         assert_eq!(base_of(home), looked(&home.join("other")));
     }
@@ -261,7 +261,7 @@ mod tests {
             ("o", "is a directory"),
             ("qcow2", "looks like a qcow2 image"),
         ] {
-            let line = tried(home, name, Unlike::Take).unwrap_err();
+            let line = tried(home, name, OnMismatch::Accept).unwrap_err();
             assert!(line.contains(why) && !line.contains('\n'), "{line}");
         }
     }
@@ -271,16 +271,16 @@ mod tests {
         let home = tempfile::tempdir().unwrap();
         put(home.path(), BaseRecord::Blank { size: 9000 });
         fs::write(home.path().join("a"), [7; 9000]).unwrap();
-        assert!(tried(home.path(), "a", Unlike::Take).unwrap_err().contains("over a blank disk"));
+        assert!(tried(home.path(), "a", OnMismatch::Accept).unwrap_err().contains("over a blank disk"));
         let home = make("vhdx");
-        assert!(tried(home.path(), "a", Unlike::Take).unwrap_err().contains("of format vhdx"));
+        assert!(tried(home.path(), "a", OnMismatch::Accept).unwrap_err().contains("of format vhdx"));
         let home = make("raw");
         let dir = home.path().join("o");
-        let held = persist::find(Place { dir: &dir, layers: None }).unwrap();
-        assert!(tried(home.path(), "a", Unlike::Take).unwrap_err().contains("is in use"));
+        let held = persist::lock_overlay(OverlayPath { dir: &dir, layers: None }).unwrap();
+        assert!(tried(home.path(), "a", OnMismatch::Accept).unwrap_err().contains("is in use"));
         drop(held);
         fs::create_dir(home.path().join("names")).unwrap();
-        let line = rebase(home.path(), &dir, Unlike::Take, &[]).unwrap_err().to_string();
+        let line = rebase(home.path(), &dir, OnMismatch::Accept, &[]).unwrap_err().to_string();
         assert!(line.contains("is a store: name one of its disks"), "{line}");
     }
 }

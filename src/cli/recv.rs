@@ -8,12 +8,12 @@ use std::path::PathBuf;
 use anyhow::Context as _;
 use clap::Args;
 
-use super::meter::Meter;
+use super::meter::TransferMeter;
 use super::progress::Verbosity;
 use super::send::{frames, size};
-use super::{DONE, Failure, print, say, warn};
+use super::{EXIT_OK, CliError, print, print_line, warn};
 use crate::spec::{Overwrite, format_size};
-use crate::transfer::{Begin, Frames, ReceivePlan, receive, resume_offset};
+use crate::transfer::{ReceiveStart, TransferFormat, ReceivePlan, receive, resume_offset};
 
 #[derive(Debug, Args)]
 pub(super) struct RecvArgs {
@@ -30,7 +30,7 @@ pub(super) struct RecvArgs {
     overwrite: bool,
     /// What comes over the wire: rbd (data and holes as records), raw (plain bytes) or android-sparse
     #[arg(long, value_name = "FRAMES", default_value = "rbd", value_parser = frames)]
-    frames: Frames,
+    frames: TransferFormat,
     /// What does not arrive is as in this file, which stays as it is: for 'cowslip send --since',
     /// the file that holds that snapshot
     #[arg(long, value_name = "OLD")]
@@ -45,39 +45,39 @@ pub(super) struct RecvArgs {
 pub(super) fn run(args: &RecvArgs) -> anyhow::Result<u8> {
     if args.resume_offset {
         print(&format!("{}\n", resume_offset(&args.file)?))?;
-        return Ok(DONE);
+        return Ok(EXIT_OK);
     }
     let stdin = io::stdin();
     if stdin.is_terminal() {
-        return Err(Failure::usage("nobody types an image: cowslip send FILE | cowslip recv NAME"));
+        return Err(CliError::usage("nobody types an image: cowslip send FILE | cowslip recv NAME"));
     }
-    let is_raw = args.frames == Frames::Raw;
-    if args.resume && args.frames != Frames::Rbd {
-        return Err(Failure::usage("--resume needs --frames rbd: nothing else says what is right"));
+    let is_raw = args.frames == TransferFormat::Raw;
+    if args.resume && args.frames != TransferFormat::Rbd {
+        return Err(CliError::usage("--resume needs --frames rbd: nothing else says what is right"));
     }
     if args.onto.is_some() && is_raw {
-        return Err(Failure::usage("--onto needs other --frames: plain bytes have no gaps"));
+        return Err(CliError::usage("--onto needs other --frames: plain bytes have no gaps"));
     }
     // Not `Stdin`, which has a buffer of its own.
     let input = File::from(stdin.as_fd().try_clone_to_owned().context("cannot use stdin")?);
     let plan = ReceivePlan {
         path: args.file.clone(),
         overwrite: if args.overwrite { Overwrite::Yes } else { Overwrite::No },
-        begin: if args.resume { Begin::Resume } else { Begin::Anew },
+        start: if args.resume { ReceiveStart::Resume } else { ReceiveStart::New },
         frames: args.frames,
         onto: args.onto.clone(),
         limit: args.limit.unwrap_or(u64::MAX),
     };
-    let mut meter = Meter::new("received", None, args.verbosity);
+    let mut meter = TransferMeter::new("received", None, args.verbosity);
     let received = receive(input, &plan, &mut |told| meter.show(told));
     meter.end();
     let received = received?;
     let file = args.file.display();
-    if args.frames == Frames::Rbd && !received.is_verified {
+    if args.frames == TransferFormat::Rbd && !received.is_verified {
         warn(&format!("the sender of '{file}' sends no checksums: nothing verified what arrived"));
     }
-    let told = received.told;
+    let told = received.progress;
     let [size, data, holes] = [told.size.unwrap_or(0), told.data, told.holes].map(format_size);
-    say(&format!("{file}: {size}, received {data} of data and {holes} of holes"));
-    Ok(DONE)
+    print_line(&format!("{file}: {size}, received {data} of data and {holes} of holes"));
+    Ok(EXIT_OK)
 }

@@ -7,11 +7,11 @@ use std::time::{Duration, Instant};
 use clap::Args;
 use serde_json::{Value, json};
 
-use super::client::{AskError, Place};
-use super::progress::{Progress, Verbosity};
-use super::stream::users;
-use super::umount::{GRACE, LOOK, texts};
-use super::{DONE, say, timeout};
+use super::client::{AskError, Endpoint};
+use super::progress::{ProgressDisplay, Verbosity};
+use super::stream::describe_openers;
+use super::umount::{OPENERS_TIMEOUT, OPENERS_POLL_INTERVAL, string_list};
+use super::{EXIT_OK, print_line, timeout};
 
 #[derive(Debug, Args)]
 pub(super) struct RemoveArgs {
@@ -23,33 +23,33 @@ pub(super) struct RemoveArgs {
 }
 
 pub(super) fn run(args: &RemoveArgs) -> anyhow::Result<u8> {
-    let place = Place::of_disk(&args.file)?;
-    let done = remove(&place, args.timeout.unwrap_or(GRACE))?;
-    texts(&done["lines"]).iter().for_each(|line| say(line));
-    let failed = texts(&done["failed"]);
+    let place = Endpoint::of_disk(&args.file)?;
+    let done = remove(&place, args.timeout.unwrap_or(OPENERS_TIMEOUT))?;
+    string_list(&done["lines"]).iter().for_each(|line| print_line(line));
+    let failed = string_list(&done["failed"]);
     if !failed.is_empty() {
         anyhow::bail!("'{}' is removed, but {}", args.file.display(), failed.join("; "));
     }
-    Ok(DONE)
+    Ok(EXIT_OK)
 }
 
 /// Asks until nobody has the disk any more, for `grace` at most.
-fn remove(place: &Place, grace: Duration) -> anyhow::Result<Value> {
-    let mount = Place::mount(&place.mountpoint);
+fn remove(place: &Endpoint, grace: Duration) -> anyhow::Result<Value> {
+    let mount = Endpoint::mount(&place.mountpoint);
     let name = place.disk.as_deref().unwrap_or_default();
     let request = json!({ "op": "remove", "name": name, "inode": place.inode()? });
     let deadline = Instant::now() + grace;
-    let mut progress = Progress::new(Verbosity::default());
+    let mut progress = ProgressDisplay::new(Verbosity::default());
     let done = loop {
         let done = mount.ask(&request, |now| progress.show(now));
         match done {
-            Err(AskError::Busy(_)) if Instant::now() < deadline => thread::sleep(LOOK),
+            Err(AskError::Busy(_)) if Instant::now() < deadline => thread::sleep(OPENERS_POLL_INTERVAL),
             done => break done,
         }
     };
     progress.end();
     done.map_err(|error| match error {
-        AskError::Busy(said) => anyhow::anyhow!("{said}: {}: close it there", users(place)),
+        AskError::Busy(said) => anyhow::anyhow!("{said}: {}: close it there", describe_openers(place)),
         error => error.into(),
     })
 }

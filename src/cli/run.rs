@@ -21,19 +21,19 @@ use rustix::process::{Pid, Signal};
 use signal_hook::consts::{SIGCHLD, SIGHUP, SIGINT, SIGQUIT, SIGTERM};
 use signal_hook::iterator::Signals;
 
-use super::mount::{Started, current_dir, start};
-use super::plan::{Common, Wish};
-use super::umount::{self, How, Request, Streams};
-use super::{DONE, Failure, RUN_FAILED, killed_by, warn};
-use crate::mount::kernel::Held;
-use crate::mount::{Plan, Style, daemon};
-use crate::spec::{Flow, Source, Supply, Target};
-use crate::stream::sink::Inherit;
+use super::mount::{StartResult, current_dir, start_mount};
+use super::plan::{CommonArgs, MountCommand};
+use super::umount::{self, EndMode, DrainRequest, UnfinishedStreams};
+use super::{EXIT_OK, CliError, EXIT_RUN_FAILED, signal_exit_code, warn};
+use crate::mount::kernel::MountHandle;
+use crate::mount::{MountPlan, DaemonMode, daemon};
+use crate::spec::{Flow, DiskSource, SourceSpec, SinkSpec};
+use crate::stream::sink::StdioMode;
 
 /// COMMAND is there and cannot be run.
-const CANNOT_RUN: u8 = 126;
+const EXIT_CANNOT_RUN: u8 = 126;
 /// COMMAND is not there.
-const NOT_FOUND: u8 = 127;
+const EXIT_NOT_FOUND: u8 = 127;
 
 #[derive(Debug, Args)]
 pub(super) struct RunArgs {
@@ -41,42 +41,42 @@ pub(super) struct RunArgs {
     #[arg(value_name = "DISK")]
     pub(super) disks: Vec<OsString>,
     #[command(flatten)]
-    common: Common,
+    common: CommonArgs,
     /// The command; the mountpoint is in $COWSLIP_MNT
     #[arg(last = true, required = true, value_name = "COMMAND")]
     pub(super) command: Vec<OsString>,
 }
 
 pub(super) fn run(args: RunArgs) -> anyhow::Result<u8> {
-    inside(args).map_err(|error| match error.downcast_ref::<Failure>() {
-        Some(failure) if matches!(failure.code, CANNOT_RUN | NOT_FOUND) => error,
-        _ => Failure { code: RUN_FAILED, line: format!("{error:#}") }.into(),
+    run_mounted(args).map_err(|error| match error.downcast_ref::<CliError>() {
+        Some(failure) if matches!(failure.code, EXIT_CANNOT_RUN | EXIT_NOT_FOUND) => error,
+        _ => CliError { code: EXIT_RUN_FAILED, line: format!("{error:#}") }.into(),
     })
 }
 
-fn inside(args: RunArgs) -> anyhow::Result<u8> {
-    let wish = Wish {
+fn run_mounted(args: RunArgs) -> anyhow::Result<u8> {
+    let wish = MountCommand {
         // Private, whatever the configuration says; its place is known once all else is right.
         mountpoint: Some(PathBuf::from("/")),
         source: None,
         disks: args.disks,
         common: args.common,
-        style: Style::Background,
-        stdio: Inherit::Stdout,
+        mode: DaemonMode::Background,
+        stdio: StdioMode::Available,
     };
-    let mut plan = wish.plan(&current_dir()?)?;
+    let mut plan = wish.into_plan(&current_dir()?)?;
     daemon::hold_signals().context("cannot hold signals back")?;
-    let private = private_directory()?;
+    let private = create_mountpoint()?;
     plan.mountpoint.clone_from(&private);
     // Notes about the disks would get into COMMAND's output.
-    let started = start(&plan, &mut io::sink());
+    let started = start_mount(&plan, &mut io::sink());
     match started {
         // The daemon: the directory is the command's to remove.
-        Ok(Started::Ended(code)) => return Ok(code),
-        Ok(Started::Mounted) => {}
-        Ok(Started::Interrupted(signal)) => {
+        Ok(StartResult::Ended(code)) => return Ok(code),
+        Ok(StartResult::Mounted) => {}
+        Ok(StartResult::Interrupted(signal)) => {
             let _ = fs::remove_dir(&private);
-            return Ok(killed_by(signal));
+            return Ok(signal_exit_code(signal));
         }
         Err(error) => {
             let _ = fs::remove_dir(&private);
@@ -84,17 +84,17 @@ fn inside(args: RunArgs) -> anyhow::Result<u8> {
         }
     }
     // Held from now on: COMMAND may rename what it likes.
-    let held = Held::at(&private).ok().flatten();
-    let claims = Claims::of(&plan);
-    let ended = command(&args.command, &private, claims);
-    let streams = match (&ended, claims.any) {
-        (Ok(DONE), true) => Streams::Finish,
-        (_, true) => Streams::Abort,
-        (_, false) => Streams::Settle,
+    let held = MountHandle::at(&private).ok().flatten();
+    let claims = StdioClaims::of(&plan);
+    let ended = run_command(&args.command, &private, claims);
+    let streams = match (&ended, claims.has_streams) {
+        (Ok(EXIT_OK), true) => UnfinishedStreams::Finish,
+        (_, true) => UnfinishedStreams::Abort,
+        (_, false) => UnfinishedStreams::Settle,
     };
-    let cleaned = clean_up(&private, held.as_ref(), streams, &measured(&plan));
+    let cleaned = clean_up(&private, held.as_ref(), streams, &measure_prefixes(&plan));
     match (ended, cleaned) {
-        (Ok(DONE), cleaned) => cleaned.map(|()| DONE),
+        (Ok(EXIT_OK), cleaned) => cleaned.map(|()| EXIT_OK),
         (ended, Ok(())) => ended,
         (ended, Err(error)) => {
             // COMMAND's failure is the answer; ours is told beside it.
@@ -105,15 +105,15 @@ fn inside(args: RunArgs) -> anyhow::Result<u8> {
 }
 
 /// How the lines of streams that only measure begin.
-fn measured(plan: &Plan) -> Vec<String> {
-    let measures = |source: &Source| matches!(source, Source::Stream(stream) if stream.flow == Flow::Out(Target::Measure));
+fn measure_prefixes(plan: &MountPlan) -> Vec<String> {
+    let measures = |source: &DiskSource| matches!(source, DiskSource::Stream(stream) if stream.flow == Flow::Out(SinkSpec::Measure));
     let disks = plan.disks.iter().filter(|disk| measures(&disk.source));
     disks.map(|disk| format!("{}: ", disk.name)).collect()
 }
 
 /// A new directory for the mount, mode 0700. Not one that removes itself: it would take what is
 /// mounted there with it.
-fn private_directory() -> anyhow::Result<PathBuf> {
+fn create_mountpoint() -> anyhow::Result<PathBuf> {
     // Also where there is no umask that would see to it.
     let mode = fs::Permissions::from_mode(0o700);
     let made = tempfile::Builder::new().prefix("cowslip-").permissions(mode).tempdir();
@@ -126,38 +126,38 @@ fn private_directory() -> anyhow::Result<PathBuf> {
 }
 
 /// Runs COMMAND to its end.
-fn command(words: &[OsString], mountpoint: &Path, claims: Claims) -> anyhow::Result<u8> {
+fn run_command(words: &[OsString], mountpoint: &Path, claims: StdioClaims) -> anyhow::Result<u8> {
     // Before the command starts, so that no signal falls between.
     let mut signals = Signals::new([SIGCHLD, SIGINT, SIGQUIT, SIGTERM, SIGHUP])
         .context("cannot handle signals")?;
-    if let Some(signal) = daemon::signal_so_far() {
-        return Ok(killed_by(signal));
+    if let Some(signal) = daemon::received_signal() {
+        return Ok(signal_exit_code(signal));
     }
     // clap sees to it that there is one.
     let (program, args) = words.split_first().context("no command")?;
     let mut command = Command::new(program);
     command.args(args).env("COWSLIP_MNT", mountpoint);
-    claims.leave(&mut command).context("cannot give the command our stderr")?;
-    let mut child = command.spawn().map_err(|error| Failure {
+    claims.apply_to(&mut command).context("cannot give the command our stderr")?;
+    let mut child = command.spawn().map_err(|error| CliError {
         code: match error.kind() {
-            io::ErrorKind::NotFound => NOT_FOUND,
-            _ => CANNOT_RUN,
+            io::ErrorKind::NotFound => EXIT_NOT_FOUND,
+            _ => EXIT_CANNOT_RUN,
         },
         line: format!("cannot run '{}': {error}", program.to_string_lossy()),
     })?;
     for signal in signals.forever() {
         if let Some(status) = child.try_wait().context("cannot wait for the command")? {
-            return Ok(exit_code(status));
+            return Ok(status_exit_code(status));
         }
         if signal != SIGCHLD {
-            pass_on(signal, &child);
+            forward_signal(signal, &child);
         }
     }
     anyhow::bail!("signals ended before the command did")
 }
 
 /// Gives a signal that we got to the command. The terminal's ^C and ^\ went to it already.
-fn pass_on(signal: i32, child: &Child) {
+fn forward_signal(signal: i32, child: &Child) {
     if matches!(signal, SIGINT | SIGQUIT) && is_in_foreground() {
         return;
     }
@@ -172,12 +172,12 @@ fn pass_on(signal: i32, child: &Child) {
 
 /// Whether the terminal's signals reach this process: its group is the terminal's foreground.
 fn is_in_foreground() -> bool {
-    fs::read_to_string("/proc/self/stat").is_ok_and(|stat| owns_the_terminal(&stat))
+    fs::read_to_string("/proc/self/stat").is_ok_and(|stat| is_foreground_group(&stat))
 }
 
 /// From a stat file (proc_pid_stat(5)): behind the name in parentheses come the state, ppid,
 /// pgrp, session, tty_nr and tpgid.
-fn owns_the_terminal(stat: &str) -> bool {
+fn is_foreground_group(stat: &str) -> bool {
     let Some((_, fields)) = stat.rsplit_once(')') else {
         return false;
     };
@@ -186,41 +186,41 @@ fn owns_the_terminal(stat: &str) -> bool {
     group.is_some() && group == fields.nth(2)
 }
 
-fn exit_code(status: ExitStatus) -> u8 {
+fn status_exit_code(status: ExitStatus) -> u8 {
     let code = status.code().and_then(|code| u8::try_from(code).ok());
-    code.or_else(|| status.signal().map(killed_by)).unwrap_or(RUN_FAILED)
+    code.or_else(|| status.signal().map(signal_exit_code)).unwrap_or(EXIT_RUN_FAILED)
 }
 
 /// Ends the mount: when its users have left, or after the grace without asking them.
 fn clean_up(
     mountpoint: &Path,
-    held: Option<&Held>,
-    streams: Streams,
+    held: Option<&MountHandle>,
+    streams: UnfinishedStreams,
     measured: &[String],
 ) -> anyhow::Result<()> {
-    let finished = held.map_or(Ok(()), |held| end(held, streams, measured));
+    let finished = held.map_or(Ok(()), |held| end_mount(held, streams, measured));
     let removed = fs::remove_dir(mountpoint)
         .with_context(|| format!("cannot remove the mountpoint '{}'", mountpoint.display()));
     finished.and(removed)
 }
 
-fn end(held: &Held, streams: Streams, measured: &[String]) -> anyhow::Result<()> {
-    match umount::end_politely(held, streams) {
+fn end_mount(held: &MountHandle, streams: UnfinishedStreams, measured: &[String]) -> anyhow::Result<()> {
+    match umount::end_when_unused(held, streams) {
         Ok(ended) => {
             // What a stream that only measures has to say is all that it is for.
             let told = |line: &&String| measured.iter().any(|start| line.starts_with(start));
             ended.lines.iter().filter(told).for_each(|line| warn(line));
-            ended.wait_usual().and(ended.verdict())
+            ended.wait_default().and(ended.check_failures())
         }
         Err(error) => {
             log::debug!("unmounting all the same: {error:#}");
-            let request = Request::new(Streams::Abort);
-            let ended = umount::end(held, How::Lazily, Duration::ZERO, request)?;
+            let request = DrainRequest::new(UnfinishedStreams::Abort);
+            let ended = umount::end_mount(held, EndMode::Lazy, Duration::ZERO, request)?;
             let shown = held.mountpoint().display();
             warn(&format!("'{shown}' is still in use, and ends when its users have left"));
             match streams {
-                Streams::Finish => Err(error.context("the streams are given up")),
-                _ => ended.verdict(),
+                UnfinishedStreams::Finish => Err(error.context("the streams are given up")),
+                _ => ended.check_failures(),
             }
         }
     }
@@ -228,27 +228,27 @@ fn end(held: &Held, streams: Streams, measured: &[String]) -> anyhow::Result<()>
 
 /// What streams do with the standard input and output that COMMAND would have.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-struct Claims {
-    any: bool,
+struct StdioClaims {
+    has_streams: bool,
     stdin: bool,
     stdout: bool,
 }
 
-impl Claims {
-    fn of(plan: &Plan) -> Self {
+impl StdioClaims {
+    fn of(plan: &MountPlan) -> Self {
         let mut claims = Self::default();
         for disk in &plan.disks {
-            if let Source::Stream(stream) = &disk.source {
-                claims.any = true;
-                claims.stdout |= stream.flow == Flow::Out(Target::Stdout);
-                claims.stdin |= matches!(stream.flow, Flow::In { supply: Supply::Stdin, .. });
+            if let DiskSource::Stream(stream) = &disk.source {
+                claims.has_streams = true;
+                claims.stdout |= stream.flow == Flow::Out(SinkSpec::Stdout);
+                claims.stdin |= matches!(stream.flow, Flow::In { source: SourceSpec::Stdin, .. });
             }
         }
         claims
     }
 
     /// Leaves COMMAND what no stream has.
-    fn leave(self, command: &mut Command) -> io::Result<()> {
+    fn apply_to(self, command: &mut Command) -> io::Result<()> {
         if self.stdin {
             command.stdin(Stdio::null());
         }
@@ -266,7 +266,7 @@ mod tests {
 
     fn ran(words: &[&str]) -> anyhow::Result<u8> {
         let words: Vec<OsString> = words.iter().map(OsString::from).collect();
-        command(&words, Path::new("/private"), Claims::default())
+        run_command(&words, Path::new("/private"), StdioClaims::default())
     }
 
     #[test]
@@ -279,15 +279,15 @@ mod tests {
     #[test]
     fn a_command_that_cannot_run_is_126_and_a_missing_one_127() {
         let code = |word: &str| super::super::exit_code(&ran(&[word]).unwrap_err());
-        assert_eq!(code("/nowhere/no-such-command"), NOT_FOUND);
-        assert_eq!(code("/proc/self/stat"), CANNOT_RUN);
+        assert_eq!(code("/nowhere/no-such-command"), EXIT_NOT_FOUND);
+        assert_eq!(code("/proc/self/stat"), EXIT_CANNOT_RUN);
     }
 
     #[test]
     fn the_foreground_group_gets_the_terminals_signals_itself() {
-        assert!(owns_the_terminal("9 (a) b) S 1 77 70 34816 77 4194304"));
-        assert!(!owns_the_terminal("9 (a) S 1 77 70 34816 78 4194304"));
-        assert!(!owns_the_terminal("9 (a) S 1 77 70 0 -1 4194304"));
-        assert!(!owns_the_terminal(""));
+        assert!(is_foreground_group("9 (a) b) S 1 77 70 34816 77 4194304"));
+        assert!(!is_foreground_group("9 (a) S 1 77 70 34816 78 4194304"));
+        assert!(!is_foreground_group("9 (a) S 1 77 70 0 -1 4194304"));
+        assert!(!is_foreground_group(""));
     }
 }

@@ -9,17 +9,17 @@ use std::path::{Path, PathBuf};
 use anyhow::Context as _;
 use clap::Args;
 
-use super::client::{AskError, Place};
-use super::meter::Meter;
-use super::moment::Moment;
+use super::client::{AskError, Endpoint};
+use super::meter::TransferMeter;
+use super::moment::PointInTime;
 use super::progress::Verbosity;
-use super::{DONE, Failure, die_of_a_closed_pipe, warn};
+use super::{EXIT_OK, CliError, restore_sigpipe, warn};
 use crate::export;
 use crate::spec::parse_size;
-use crate::transfer::{Changes, Detect, Frames, SendPlan, Source, send};
+use crate::transfer::{Changes, ZeroDetection, TransferFormat, SendPlan, TransferSource, send};
 
 /// 1 MiB: what anybody may make a pipe, so that the two ends wait less for each other.
-const PIPE: usize = 1 << 20;
+const PIPE_SIZE: usize = 1 << 20;
 
 #[derive(Debug, Args)]
 pub(super) struct SendArgs {
@@ -30,7 +30,7 @@ pub(super) struct SendArgs {
     from: Option<u64>,
     /// What goes over the wire: rbd (data and holes as records), raw (plain bytes) or android-sparse
     #[arg(long, value_name = "FRAMES", default_value = "rbd", value_parser = frames)]
-    frames: Frames,
+    frames: TransferFormat,
     /// Send blocks that hold only zeros as holes
     #[arg(long)]
     detect_zeroes: bool,
@@ -46,28 +46,28 @@ pub(super) fn size(text: &str) -> Result<u64, String> {
 }
 
 /// Reads the value of `--frames`.
-pub(super) fn frames(text: &str) -> Result<Frames, String> {
+pub(super) fn frames(text: &str) -> Result<TransferFormat, String> {
     match text {
-        "rbd" => Ok(Frames::Rbd),
-        "raw" => Ok(Frames::Raw),
-        "android-sparse" => Ok(Frames::AndroidSparse),
+        "rbd" => Ok(TransferFormat::Rbd),
+        "raw" => Ok(TransferFormat::Raw),
+        "android-sparse" => Ok(TransferFormat::AndroidSparse),
         _ => Err("write rbd, raw or android-sparse".to_owned()),
     }
 }
 
 pub(super) fn run(args: &SendArgs) -> anyhow::Result<u8> {
-    die_of_a_closed_pipe();
+    restore_sigpipe();
     let stdout = io::stdout();
     if stdout.is_terminal() {
-        return Err(Failure::usage(
+        return Err(CliError::usage(
             "an image is not for a terminal: cowslip send FILE | cowslip recv NAME",
         ));
     }
-    if args.since.is_some() && args.frames != Frames::Rbd {
-        return Err(Failure::usage("--since needs --frames rbd: only records say since when"));
+    if args.since.is_some() && args.frames != TransferFormat::Rbd {
+        return Err(CliError::usage("--since needs --frames rbd: only records say since when"));
     }
-    if args.frames == Frames::AndroidSparse && (args.from.is_some() || args.detect_zeroes) {
-        return Err(Failure::usage(
+    if args.frames == TransferFormat::AndroidSparse && (args.from.is_some() || args.detect_zeroes) {
+        return Err(CliError::usage(
             "--from and --detect-zeroes need --frames rbd: an Android sparse image begins with \
              all that it holds",
         ));
@@ -75,15 +75,15 @@ pub(super) fn run(args: &SendArgs) -> anyhow::Result<u8> {
     // Not `Stdout`, which looks for line ends.
     let out = File::from(stdout.as_fd().try_clone_to_owned().context("cannot use stdout")?);
     // What is no pipe cannot be one, and a smaller one works as well.
-    let _ = rustix::pipe::fcntl_setpipe_size(&out, PIPE);
-    let (source, changes) = open(&args.file, args.since.as_deref(), args.verbosity)?;
+    let _ = rustix::pipe::fcntl_setpipe_size(&out, PIPE_SIZE);
+    let (source, changes) = open_source(&args.file, args.since.as_deref(), args.verbosity)?;
     let plan = SendPlan {
         from: args.from.unwrap_or(0),
         frames: args.frames,
-        detect: if args.detect_zeroes { Detect::Always } else { Detect::AsNeeded },
+        detect: if args.detect_zeroes { ZeroDetection::Always } else { ZeroDetection::AsNeeded },
         changes,
     };
-    let mut meter = Meter::new("sent", source.data(), args.verbosity);
+    let mut meter = TransferMeter::new("sent", source.data_estimate(), args.verbosity);
     let sent = send(&source, out, &plan, &mut |told| meter.show(told));
     meter.end();
     if sent?.has_changed {
@@ -93,45 +93,45 @@ pub(super) fn run(args: &SendArgs) -> anyhow::Result<u8> {
             args.file.display()
         ));
     }
-    Ok(DONE)
+    Ok(EXIT_OK)
 }
 
 /// Opens what is sent: of a mounted disk one moment, if its mount can freeze it.
-fn open(
+fn open_source(
     file: &Path,
     since: Option<&str>,
     verbosity: Verbosity,
-) -> anyhow::Result<(Source, Option<Changes>)> {
-    let place = match Place::of_disk(file) {
+) -> anyhow::Result<(TransferSource, Option<Changes>)> {
+    let place = match Endpoint::of_disk(file) {
         Ok(place) if file != Path::new("-") => place,
         Err(error) if since.is_some() => return Err(error),
-        _ => return Ok((Source::open(file)?, None)),
+        _ => return Ok((TransferSource::open(file)?, None)),
     };
     let mut changes = None;
-    let frozen = Source::frozen(file, || {
-        let moment = Moment::freeze(&place, file, since, None, verbosity)?;
+    let frozen = TransferSource::open_frozen(file, || {
+        let moment = PointInTime::freeze(&place, file, since, None, verbosity)?;
         if let Some(since) = since {
-            let ranges = ranges(&moment).with_context(|| cannot_read(file))?;
+            let ranges = changed_ranges(&moment).with_context(|| cannot_read(file))?;
             changes = Some(Changes { since: since.to_owned(), ranges });
         }
         Ok::<_, anyhow::Error>(moment.file)
     });
     match frozen {
         // Without an overlay of blocks, or for somebody who may only read: as any other file.
-        Err(error) if since.is_none() && is_refused(&error) => Ok((Source::open(file)?, None)),
+        Err(error) if since.is_none() && is_freeze_refused(&error) => Ok((TransferSource::open(file)?, None)),
         frozen => Ok((frozen?, changes)),
     }
 }
 
 /// Where it has changed.
-fn ranges(moment: &Moment) -> io::Result<Vec<Range<u64>>> {
+fn changed_ranges(moment: &PointInTime) -> io::Result<Vec<Range<u64>>> {
     let size = moment.file.metadata()?.len();
-    let runs = export::plan(&moment.file, Some(&moment.changed), size)?;
+    let runs = export::find_runs(&moment.file, Some(&moment.changed), size)?;
     Ok(runs.into_iter().map(|run| run.range).collect())
 }
 
 /// Whether the mount answers, and does not freeze the disk.
-fn is_refused(error: &anyhow::Error) -> bool {
+fn is_freeze_refused(error: &anyhow::Error) -> bool {
     use AskError::{Busy, Denied, NoDisk, ReadOnly, Refused};
     let asked = error.downcast_ref::<AskError>();
     matches!(asked, Some(Denied(_) | ReadOnly(_) | NoDisk { .. } | Busy(_) | Refused(_)))

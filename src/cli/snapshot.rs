@@ -5,12 +5,12 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 use serde_json::{Value, json};
 
-use super::client::{AskError, Place};
-use super::long::{self, Long};
-use super::progress::{Progress, Verbosity};
-use super::stream::users;
+use super::client::{AskError, Endpoint};
+use super::long::{self, LongRequest};
+use super::progress::{ProgressDisplay, Verbosity};
+use super::stream::describe_openers;
 use super::table::{Align, Table};
-use super::{DONE, die_of_a_closed_pipe, print, print_json, say};
+use super::{EXIT_OK, restore_sigpipe, print, print_json, print_line};
 use crate::spec::format_size;
 
 #[derive(Debug, Args)]
@@ -65,44 +65,44 @@ pub(super) struct CloneArgs {
 
 /// Takes, lists or deletes a snapshot.
 pub(super) fn snapshot(args: &SnapshotArgs) -> anyhow::Result<u8> {
-    let place = Place::of_disk(&args.file)?;
+    let place = Endpoint::of_disk(&args.file)?;
     if args.list {
-        die_of_a_closed_pipe();
+        restore_sigpipe();
         let done = place.ask(&json!({ "op": "snapshots" }), |_| {})?;
         match args.json {
             true => print_json(&done["snapshots"])?,
-            false => print(&list(&done["snapshots"]))?,
+            false => print(&snapshot_table(&done["snapshots"]))?,
         }
-        return Ok(DONE);
+        return Ok(EXIT_OK);
     }
     let request = match &args.delete {
         Some(name) => json!({ "op": "unsnapshot", "name": name }),
         None => json!({ "op": "snapshot", "name": args.name, "sync": args.sync }),
     };
-    ask(&place, &request)
+    ask_and_print(&place, &request)
 }
 
 /// Makes a disk what it was.
 pub(super) fn revert(args: &RevertArgs) -> anyhow::Result<u8> {
-    let place = Place::of_disk(&args.file)?;
-    ask(&place, &json!({ "op": "revert", "name": args.name, "force": args.force }))
+    let place = Endpoint::of_disk(&args.file)?;
+    ask_and_print(&place, &json!({ "op": "revert", "name": args.name, "force": args.force }))
 }
 
 /// Makes a disk what its base is.
 pub(super) fn reset(args: &ResetArgs) -> anyhow::Result<u8> {
-    let place = Place::of_disk(&args.file)?;
-    ask(&place, &json!({ "op": "reset", "force": args.force }))
+    let place = Endpoint::of_disk(&args.file)?;
+    ask_and_print(&place, &json!({ "op": "reset", "force": args.force }))
 }
 
 /// Makes a disk that holds what another one holds.
 pub(super) fn clone(args: &CloneArgs) -> anyhow::Result<u8> {
-    let place = Place::of_disk(&args.file)?;
-    let name = name_in(&place.mountpoint, &args.new)?;
-    ask(&place, &json!({ "op": "clone", "name": name }))
+    let place = Endpoint::of_disk(&args.file)?;
+    let name = clone_name(&place.mountpoint, &args.new)?;
+    ask_and_print(&place, &json!({ "op": "clone", "name": name }))
 }
 
 /// The name in the mount that `given`, a name or a path, means.
-fn name_in(mountpoint: &Path, given: &Path) -> anyhow::Result<String> {
+fn clone_name(mountpoint: &Path, given: &Path) -> anyhow::Result<String> {
     let elsewhere = || {
         anyhow::anyhow!(
             "'{}' is not right in the mount at '{}': a clone lives beside its disk",
@@ -110,8 +110,8 @@ fn name_in(mountpoint: &Path, given: &Path) -> anyhow::Result<String> {
             mountpoint.display()
         )
     };
-    let is_mountpoint = |place: Place| place.disk.is_none() && place.mountpoint == mountpoint;
-    if Place::of(given).is_ok_and(is_mountpoint) {
+    let is_mountpoint = |place: Endpoint| place.disk.is_none() && place.mountpoint == mountpoint;
+    if Endpoint::of(given).is_ok_and(is_mountpoint) {
         anyhow::bail!(
             "'{path}' is the mountpoint: name the new disk, '{path}/NAME'",
             path = given.display()
@@ -121,8 +121,8 @@ fn name_in(mountpoint: &Path, given: &Path) -> anyhow::Result<String> {
     match given.parent() {
         None => {}
         Some(parent) if parent.as_os_str().is_empty() => {}
-        Some(parent) => match Place::of(parent) {
-            Ok(Place { mountpoint: there, disk: None, .. }) if there == mountpoint => {}
+        Some(parent) => match Endpoint::of(parent) {
+            Ok(Endpoint { mountpoint: there, disk: None, .. }) if there == mountpoint => {}
             _ => return Err(elsewhere()),
         },
     }
@@ -130,43 +130,43 @@ fn name_in(mountpoint: &Path, given: &Path) -> anyhow::Result<String> {
 }
 
 /// Asks, shows how it gets on, and says what was done.
-fn ask(place: &Place, request: &Value) -> anyhow::Result<u8> {
-    let mut progress = Progress::new(Verbosity::default());
+fn ask_and_print(place: &Endpoint, request: &Value) -> anyhow::Result<u8> {
+    let mut progress = ProgressDisplay::new(Verbosity::default());
     let done = place.ask(request, |now| progress.show(now));
     progress.end();
-    report(place, done.map_err(Into::into))
+    print_result(place, done.map_err(Into::into))
 }
 
-/// As [`ask`], for what takes long.
+/// As [`ask_and_print`], for what takes long.
 pub(super) fn ask_long(
-    place: &Place,
+    place: &Endpoint,
     request: &Value,
-    work: Long,
+    work: LongRequest,
     verbosity: Verbosity,
 ) -> anyhow::Result<u8> {
-    report(place, long::ask(place, request, work, verbosity))
+    print_result(place, long::ask(place, request, work, verbosity))
 }
 
-fn report(place: &Place, done: anyhow::Result<Value>) -> anyhow::Result<u8> {
-    let done = done.map_err(|error| explain(place, error))?;
+fn print_result(place: &Endpoint, done: anyhow::Result<Value>) -> anyhow::Result<u8> {
+    let done = done.map_err(|error| name_openers(place, error))?;
     if let Some(line) = done["line"].as_str() {
-        say(line);
+        print_line(line);
     }
-    Ok(DONE)
+    Ok(EXIT_OK)
 }
 
 /// A disk that is written to is told with its writers.
-fn explain(place: &Place, error: anyhow::Error) -> anyhow::Error {
+fn name_openers(place: &Endpoint, error: anyhow::Error) -> anyhow::Error {
     match error.downcast_ref() {
         Some(AskError::Busy(said)) => {
-            anyhow::anyhow!("{said}: {}: close it there, or use --force", users(place))
+            anyhow::anyhow!("{said}: {}: close it there, or use --force", describe_openers(place))
         }
         _ => error,
     }
 }
 
 /// The snapshots as a table.
-pub(super) fn list(snapshots: &Value) -> String {
+pub(super) fn snapshot_table(snapshots: &Value) -> String {
     let size = |value: &Value| value.as_u64().map_or_else(|| "-".to_owned(), format_size);
     let mut table = Table::new([
         ("NAME", Align::Left),
@@ -179,7 +179,7 @@ pub(super) fn list(snapshots: &Value) -> String {
     for snapshot in snapshots.as_array().into_iter().flatten() {
         let taken = jiff::Timestamp::from_second(snapshot["taken"].as_i64().unwrap_or(0));
         let taken = taken.unwrap_or_default().strftime("%Y-%m-%d %H:%M:%S UTC").to_string();
-        table.row([
+        table.add_row([
             snapshot["name"].as_str().unwrap_or("-").to_owned(),
             taken,
             size(&snapshot["size"]),

@@ -10,10 +10,10 @@ use clap::Args;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use super::client::{AskError, Place};
+use super::client::{AskError, Endpoint};
 use super::table::{Align, Table};
-use super::{DONE, UNHEALTHY, die_of_a_closed_pipe, print, print_json};
-use crate::mount::kernel::{self, Condition, MountEntry};
+use super::{EXIT_OK, EXIT_UNHEALTHY, restore_sigpipe, print, print_json};
+use crate::mount::kernel::{self, MountHealth, MountEntry};
 use crate::printable::line as printable;
 use crate::spec::format_size;
 
@@ -27,34 +27,34 @@ pub(super) struct StatusArgs {
 }
 
 pub(super) fn run(args: &StatusArgs) -> anyhow::Result<u8> {
-    die_of_a_closed_pipe();
+    restore_sigpipe();
     let mounts = match &args.path {
-        Some(path) => vec![of_path(path)?],
-        None => of_all(&kernel::cowslip_mounts()),
+        Some(path) => vec![path_status(path)?],
+        None => all_statuses(&kernel::cowslip_mounts()),
     };
-    let reports: Vec<Report> = mounts.iter().map(Report::of).collect();
+    let reports: Vec<MountReport> = mounts.iter().map(MountReport::of).collect();
     if args.json {
         print_json(&json!({ "schema": 1, "mounts": mounts }))?;
     } else if reports.is_empty() {
         print("no cowslip mounts\n")?;
     } else {
-        let shown: Vec<String> = reports.iter().map(Report::show).collect();
+        let shown: Vec<String> = reports.iter().map(MountReport::render).collect();
         print(&shown.join("\n"))?;
     }
-    Ok(match reports.iter().all(Report::is_healthy) {
-        true => DONE,
-        false => UNHEALTHY,
+    Ok(match reports.iter().all(MountReport::is_healthy) {
+        true => EXIT_OK,
+        false => EXIT_UNHEALTHY,
     })
 }
 
 /// The mount that `path` is or lies in, with that one disk only if it is one.
-fn of_path(path: &Path) -> anyhow::Result<Value> {
-    let place = Place::of(path)?;
-    let whole = Place::mount(&place.mountpoint);
+fn path_status(path: &Path) -> anyhow::Result<Value> {
+    let place = Endpoint::of(path)?;
+    let whole = Endpoint::mount(&place.mountpoint);
     let mut mount = match (kernel::entry_at(&place.mountpoint), whole.status()) {
-        (_, Ok(status)) => only_mount(status),
-        (Some(entry), Err(AskError::Dead(_))) => silent(&entry, "dead", None),
-        (Some(entry), Err(error @ AskError::Denied(_))) => match partly(&entry) {
+        (_, Ok(status)) => first_mount(status),
+        (Some(entry), Err(AskError::Dead(_))) => stub_report(&entry, "dead", None),
+        (Some(entry), Err(error @ AskError::Denied(_))) => match partial_report(&entry) {
             Some(told) => told,
             None => return Err(error.into()),
         },
@@ -63,13 +63,13 @@ fn of_path(path: &Path) -> anyhow::Result<Value> {
     let state = mount["state"].clone();
     let disks = mount.get_mut("disks").and_then(Value::as_array_mut);
     if let (Some(name), Some(disks)) = (&place.disk, disks)
-        && only(disks, name).is_err()
+        && retain_disk(disks, name).is_err()
     {
         // It may be there and somebody else's.
         if state == "private" {
             return Err(AskError::Denied(place.mountpoint).into());
         }
-        if let Some(error) = place.part() {
+        if let Some(error) = place.partition_error() {
             return Err(error.into());
         }
         anyhow::bail!(
@@ -82,12 +82,12 @@ fn of_path(path: &Path) -> anyhow::Result<Value> {
 }
 
 /// The mount that a mount tells of.
-pub(super) fn only_mount(mut status: Value) -> Value {
+pub(super) fn first_mount(mut status: Value) -> Value {
     status.pointer_mut("/mounts/0").map(Value::take).unwrap_or_default()
 }
 
 /// Leaves only the disk `name`.
-fn only(disks: &mut Vec<Value>, name: &str) -> Result<(), ()> {
+fn retain_disk(disks: &mut Vec<Value>, name: &str) -> Result<(), ()> {
     // A dead mount has none to choose from.
     if disks.is_empty() {
         return Ok(());
@@ -98,17 +98,17 @@ fn only(disks: &mut Vec<Value>, name: &str) -> Result<(), ()> {
 
 /// All mounts at once: some may take their time to show that they hang. One that ended between
 /// the listing and the question is left out.
-fn of_all(entries: &[MountEntry]) -> Vec<Value> {
+fn all_statuses(entries: &[MountEntry]) -> Vec<Value> {
     let told: Vec<Value> = thread::scope(|scope| {
         let ask = |entry| {
             let asker = thread::Builder::new().name("status".into());
-            asker.spawn_scoped(scope, move || of_mount(entry)).map_err(|_| entry)
+            asker.spawn_scoped(scope, move || mount_status(entry)).map_err(|_| entry)
         };
         // As many at once as there are threads to spare, the others one after the other.
         let asked: Vec<_> = entries.iter().map(|entry| (entry, ask(entry))).collect();
         let told = asked.into_iter().map(|(entry, asked)| match asked {
-            Ok(asked) => asked.join().unwrap_or_else(|_| silent(entry, "silent", None)),
-            Err(entry) => of_mount(entry),
+            Ok(asked) => asked.join().unwrap_or_else(|_| stub_report(entry, "silent", None)),
+            Err(entry) => mount_status(entry),
         });
         told.collect()
     });
@@ -119,44 +119,44 @@ fn of_all(entries: &[MountEntry]) -> Vec<Value> {
 }
 
 /// What a mount says of itself, or what is to be said of it.
-fn of_mount(entry: &MountEntry) -> Value {
+fn mount_status(entry: &MountEntry) -> Value {
     // First whether it is dead at all: that has a shorter bound.
-    if kernel::condition(&entry.mountpoint) == Condition::Dead {
-        return silent(entry, "dead", None);
+    if kernel::mount_health(&entry.mountpoint) == MountHealth::Dead {
+        return stub_report(entry, "dead", None);
     }
-    match Place::mount(&entry.mountpoint).status() {
-        Ok(status) => only_mount(status),
-        Err(AskError::Dead(_)) => silent(entry, "dead", None),
-        Err(error @ AskError::Foreign { .. }) => silent(entry, "private", Some(&error)),
+    match Endpoint::mount(&entry.mountpoint).status() {
+        Ok(status) => first_mount(status),
+        Err(AskError::Dead(_)) => stub_report(entry, "dead", None),
+        Err(error @ AskError::Foreign { .. }) => stub_report(entry, "private", Some(&error)),
         Err(error @ AskError::Denied(_)) => {
-            partly(entry).unwrap_or_else(|| silent(entry, "private", Some(&error)))
+            partial_report(entry).unwrap_or_else(|| stub_report(entry, "private", Some(&error)))
         }
-        Err(error) => silent(entry, "silent", Some(&error)),
+        Err(error) => stub_report(entry, "silent", Some(&error)),
     }
 }
 
 /// The report on a mount that tells only of the disks that one may look at; `None` where there are
 /// none.
-fn partly(entry: &MountEntry) -> Option<Value> {
-    let (disks, all) = Place::mount(&entry.mountpoint).visible().ok()?;
+fn partial_report(entry: &MountEntry) -> Option<Value> {
+    let (disks, all) = Endpoint::mount(&entry.mountpoint).visible_disks().ok()?;
     if disks.is_empty() {
         return None;
     }
     let line =
         format!("you may look at {} of its {all} disks; whoever mounted it sees more", disks.len());
-    let mut told = silent(entry, "private", None);
+    let mut told = stub_report(entry, "private", None);
     told["error"] = Value::from(line);
     told["disks"] = Value::from(disks);
     Some(told)
 }
 
 /// What `status` shows of a mount that tells `mount` of itself.
-pub(super) fn show(mount: &Value) -> String {
-    Report::of(mount).show()
+pub(super) fn render_mount(mount: &Value) -> String {
+    MountReport::of(mount).render()
 }
 
 /// The report on a mount that does not tell.
-fn silent(entry: &MountEntry, state: &str, error: Option<&AskError>) -> Value {
+fn stub_report(entry: &MountEntry, state: &str, error: Option<&AskError>) -> Value {
     json!({
         "mountpoint": entry.mountpoint.to_string_lossy(),
         "source": entry.source.to_string_lossy(),
@@ -168,7 +168,7 @@ fn silent(entry: &MountEntry, state: &str, error: Option<&AskError>) -> Value {
 }
 
 /// A base for people: a blank one is told with its size as one would write it.
-fn shown_base(base: &str) -> String {
+fn base_text(base: &str) -> String {
     let size = base.strip_prefix("blank:").and_then(|size| size.parse::<u64>().ok());
     match size {
         None => base.to_owned(),
@@ -186,18 +186,18 @@ fn shown_base(base: &str) -> String {
 /// ones empty: the daemon may be of another version.
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
-struct Report {
+struct MountReport {
     mountpoint: String,
     source: String,
     pid: Option<u32>,
     state: String,
     error: Option<String>,
-    disks: Vec<Disk>,
+    disks: Vec<DiskReport>,
 }
 
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
-struct Disk {
+struct DiskReport {
     name: String,
     size: u64,
     mode: String,
@@ -207,14 +207,14 @@ struct Disk {
     warning: Option<String>,
     openers: u64,
     base: Option<String>,
-    overlay: Option<Overlay>,
+    overlay: Option<OverlayReport>,
     stream: Option<StreamReport>,
-    partitions: Vec<PartReport>,
+    partitions: Vec<PartitionReport>,
 }
 
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
-struct PartReport {
+struct PartitionReport {
     name: String,
     offset: u64,
     size: u64,
@@ -226,21 +226,21 @@ struct StreamReport {
     direction: String,
     state: String,
     accepted: u64,
-    window: Room,
-    spill: Room,
+    window: BufferReport,
+    spill: BufferReport,
 }
 
 /// How large something is, if it has a size, and how much of it is used.
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
-struct Room {
+struct BufferReport {
     size: Option<u64>,
     used: u64,
 }
 
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
-struct Overlay {
+struct OverlayReport {
     temporary: bool,
     path: Option<String>,
     changed: u64,
@@ -253,7 +253,7 @@ struct Overlay {
     committing: bool,
 }
 
-impl Report {
+impl MountReport {
     fn of(mount: &Value) -> Self {
         Self::deserialize(mount).unwrap_or_else(|error| Self {
             mountpoint: mount["mountpoint"].as_str().unwrap_or("?").to_owned(),
@@ -270,7 +270,7 @@ impl Report {
             && self.disks.iter().all(|disk| disk.state == "ok")
     }
 
-    fn show(&self) -> String {
+    fn render(&self) -> String {
         let mut text = printable(&self.mountpoint).into_owned();
         text += &match (self.state.as_str(), self.pid) {
             ("ready", Some(pid)) => format!("  (pid {pid})"),
@@ -293,18 +293,18 @@ impl Report {
         ])
         .indented("  ");
         for disk in &self.disks {
-            table.row(disk.row());
+            table.add_row(disk.row());
         }
         if !self.disks.is_empty() {
             text += &table.to_string();
         }
-        for part in self.disks.iter().flat_map(Disk::parts) {
+        for part in self.disks.iter().flat_map(DiskReport::partition_lines) {
             text += &format!("  {}\n", printable(&part));
         }
-        for news in self.disks.iter().filter_map(Disk::news) {
+        for news in self.disks.iter().filter_map(DiskReport::activity_line) {
             text += &format!("  {}\n", printable(&news));
         }
-        let errors = self.disks.iter().filter_map(Disk::complaint);
+        let errors = self.disks.iter().filter_map(DiskReport::problem_line);
         for error in self.error.clone().into_iter().chain(errors) {
             text += &format!("  {}\n", printable(&error));
         }
@@ -312,7 +312,7 @@ impl Report {
     }
 }
 
-impl Disk {
+impl DiskReport {
     fn row(&self) -> [String; 8] {
         let none = || "-".to_owned();
         if let Some(stream) = &self.stream {
@@ -323,7 +323,7 @@ impl Disk {
                 stream.state.clone(),
                 self.openers.to_string(),
                 format_size(stream.accepted),
-                stream.rooms(),
+                stream.buffer_text(),
                 self.base.clone().unwrap_or_else(none),
             ];
         }
@@ -335,14 +335,14 @@ impl Disk {
             self.state.clone(),
             self.openers.to_string(),
             overlay.map_or_else(none, |overlay| format_size(overlay.changed)),
-            overlay.map_or_else(none, Overlay::place),
-            self.base.as_deref().map_or_else(none, shown_base),
+            overlay.map_or_else(none, OverlayReport::location),
+            self.base.as_deref().map_or_else(none, base_text),
         ]
     }
 
     /// Its partitions, a line each.
-    fn parts(&self) -> Vec<String> {
-        let one = |part: &PartReport| {
+    fn partition_lines(&self) -> Vec<String> {
+        let one = |part: &PartitionReport| {
             let (start, end) = (part.offset, part.offset.saturating_add(part.size));
             let size = format_size(part.size);
             format!("{}: {size}, bytes {start}..{end} of {}", part.name, self.name)
@@ -351,7 +351,7 @@ impl Disk {
     }
 
     /// What is being done to it, and how far that is.
-    fn news(&self) -> Option<String> {
+    fn activity_line(&self) -> Option<String> {
         let overlay = self.overlay.as_ref()?;
         let Some(doing) = &overlay.doing else {
             let line = "a commit was cut short: cowslip commit finishes it";
@@ -363,7 +363,7 @@ impl Disk {
         Some(format!("{}: {doing} is going on{far}{paused}", self.name))
     }
 
-    fn complaint(&self) -> Option<String> {
+    fn problem_line(&self) -> Option<String> {
         let error = self.error.as_ref().or(self.warning.as_ref())?;
         Some(format!("{}: {error}", self.name))
     }
@@ -371,8 +371,8 @@ impl Disk {
 
 impl StreamReport {
     /// Window and spill, used and whole.
-    fn rooms(&self) -> String {
-        let room = |name: &str, room: &Room| {
+    fn buffer_text(&self) -> String {
+        let room = |name: &str, room: &BufferReport| {
             let size = room.size.filter(|size| *size > 0).map(format_size);
             size.map(|size| format!("{name} {} of {size}", format_size(room.used)))
         };
@@ -382,8 +382,8 @@ impl StreamReport {
     }
 }
 
-impl Overlay {
-    fn place(&self) -> String {
+impl OverlayReport {
+    fn location(&self) -> String {
         match (&self.path, self.temporary) {
             (Some(path), _) => path.clone(),
             (None, true) => "temporary".to_owned(),
@@ -406,7 +406,7 @@ mod tests {
                 "spill": { "size": 1073741824, "used": 0 },
             },
         });
-        let disk = Disk::deserialize(&disk).unwrap();
+        let disk = DiskReport::deserialize(&disk).unwrap();
         let row = [
             "o",
             "10 GiB",
@@ -419,17 +419,17 @@ mod tests {
         ];
         assert_eq!(disk.row(), row);
         let strict = json!({ "stream": { "window": { "size": 0 }, "spill": { "size": 0 } } });
-        assert_eq!(Disk::deserialize(&strict).unwrap().row()[6], "-");
+        assert_eq!(DiskReport::deserialize(&strict).unwrap().row()[6], "-");
     }
 
     #[test]
     fn a_blank_base_is_shown_as_one_writes_it() {
-        assert_eq!(shown_base("blank:3221225472"), "blank:3G");
-        assert_eq!(shown_base("blank:1099511627776"), "blank:1T");
-        assert_eq!(shown_base("blank:1000"), "blank:1000");
-        assert_eq!(shown_base("blank:1536"), "blank:1536");
-        assert_eq!(shown_base("blank:0"), "blank");
-        assert_eq!(shown_base("/srv/blank:3"), "/srv/blank:3");
+        assert_eq!(base_text("blank:3221225472"), "blank:3G");
+        assert_eq!(base_text("blank:1099511627776"), "blank:1T");
+        assert_eq!(base_text("blank:1000"), "blank:1000");
+        assert_eq!(base_text("blank:1536"), "blank:1536");
+        assert_eq!(base_text("blank:0"), "blank");
+        assert_eq!(base_text("/srv/blank:3"), "/srv/blank:3");
     }
 
     fn entry() -> MountEntry {
@@ -461,10 +461,10 @@ mod tests {
 
     #[test]
     fn a_mount_is_a_line_and_a_table() {
-        let report = Report::of(&mount("ok"));
+        let report = MountReport::of(&mount("ok"));
         assert!(report.is_healthy());
         assert_eq!(
-            report.show(),
+            report.render(),
             "/m  (pid 7)\n\
              \x20 DISK         SIZE  MODE  STATE  OPEN  CHANGED  OVERLAY    BASE\n\
              \x20 vm.img     20 GiB  cow   ok        1   64 KiB  temporary  /srv/vm.img\n\
@@ -479,7 +479,7 @@ mod tests {
             { "number": 1, "name": "vm.img.p1", "offset": 1048576, "size": 4194304 },
             { "number": 5, "name": "vm.img.p5", "offset": 8388608, "size": 512 },
         ]);
-        let shown = Report::of(&mount).show();
+        let shown = MountReport::of(&mount).render();
         let want = "\n  vm.img.p1: 4 MiB, bytes 1048576..5242880 of vm.img\n\
                     \x20 vm.img.p5: 512 bytes, bytes 8388608..8389120 of vm.img\n";
         assert!(shown.ends_with(want), "{shown}");
@@ -487,31 +487,31 @@ mod tests {
 
     #[test]
     fn a_disk_that_failed_and_a_dead_mount_are_unhealthy() {
-        let failed = Report::of(&mount("read-only"));
+        let failed = MountReport::of(&mount("read-only"));
         assert!(!failed.is_healthy());
-        assert!(failed.show().ends_with("\n  vm.img: a sync failed\n"));
-        let dead = Report::of(&silent(&entry(), "dead", None));
+        assert!(failed.render().ends_with("\n  vm.img: a sync failed\n"));
+        let dead = MountReport::of(&stub_report(&entry(), "dead", None));
         assert!(!dead.is_healthy());
-        assert_eq!(dead.show(), "/m  (dead: cowslip umount /m clears it)\n");
+        assert_eq!(dead.render(), "/m  (dead: cowslip umount /m clears it)\n");
     }
 
     #[test]
     fn a_mount_that_may_not_be_asked_is_not_ill_and_one_that_hangs_is() {
         let denied = AskError::Denied("/m".into());
-        let private = Report::of(&silent(&entry(), "private", Some(&denied)));
+        let private = MountReport::of(&stub_report(&entry(), "private", Some(&denied)));
         assert!(private.is_healthy());
-        assert!(private.show().starts_with("/m  (private, vm.img)\n  the mount at '/m'"));
+        assert!(private.render().starts_with("/m  (private, vm.img)\n  the mount at '/m'"));
         let hangs = AskError::Silent("/m".into());
-        assert!(!Report::of(&silent(&entry(), "silent", Some(&hangs))).is_healthy());
-        assert!(!Report::of(&json!({ "disks": 5 })).is_healthy());
+        assert!(!MountReport::of(&stub_report(&entry(), "silent", Some(&hangs))).is_healthy());
+        assert!(!MountReport::of(&json!({ "disks": 5 })).is_healthy());
     }
 
     #[test]
     fn a_path_of_a_disk_shows_that_disk() {
         let mut mount = mount("ok");
         let disks = mount["disks"].as_array_mut().unwrap();
-        only(disks, "b").unwrap();
+        retain_disk(disks, "b").unwrap();
         assert_eq!((disks.len(), &disks[0]["name"]), (1, &json!("b")));
-        assert!(only(disks, "none").is_err());
+        assert!(retain_disk(disks, "none").is_err());
     }
 }

@@ -6,10 +6,10 @@ use std::time::Duration;
 use clap::Args;
 use serde_json::{Value, json};
 
-use super::client::{AskError, Place};
-use super::long::{self, Long};
+use super::client::{AskError, Endpoint};
+use super::long::{self, LongRequest};
 use super::progress::Verbosity;
-use super::{DONE, say, timeout};
+use super::{EXIT_OK, print_line, timeout};
 use crate::mount::{kernel, who};
 
 #[derive(Debug, Args)]
@@ -31,41 +31,41 @@ pub(super) struct AbortArgs {
 
 /// Completes a stream.
 pub(super) fn finish(args: &FinishArgs) -> anyhow::Result<u8> {
-    let place = Place::of_disk(&args.file)?;
+    let place = Endpoint::of_disk(&args.file)?;
     let milliseconds = args.timeout.map(|time| u64::try_from(time.as_millis()).unwrap_or(u64::MAX));
     let request = json!({ "op": "finish", "timeout_ms": milliseconds });
-    let done = long::ask(&place, &request, Long::Finish, args.verbosity);
-    report(&done.map_err(|error| explain(&place, error))?)
+    let done = long::ask(&place, &request, LongRequest::Finish, args.verbosity);
+    print_result(&done.map_err(|error| name_openers(&place, error))?)
 }
 
 /// Gives a stream up.
 pub(super) fn abort(args: &AbortArgs) -> anyhow::Result<u8> {
-    let place = Place::of_disk(&args.file)?;
-    report(&place.ask(&json!({ "op": "abort" }), |_| {})?)
+    let place = Endpoint::of_disk(&args.file)?;
+    print_result(&place.ask(&json!({ "op": "abort" }), |_| {})?)
 }
 
-fn report(done: &Value) -> anyhow::Result<u8> {
+fn print_result(done: &Value) -> anyhow::Result<u8> {
     if let Some(line) = done["line"].as_str() {
-        say(line);
+        print_line(line);
     }
-    Ok(DONE)
+    Ok(EXIT_OK)
 }
 
 /// A stream that is still written to is told with its writers.
-fn explain(place: &Place, error: anyhow::Error) -> anyhow::Error {
+fn name_openers(place: &Endpoint, error: anyhow::Error) -> anyhow::Error {
     match error.downcast_ref() {
         Some(AskError::Busy(said)) => {
-            anyhow::anyhow!("{said}: {}: close it there, then finish again", users(place))
+            anyhow::anyhow!("{said}: {}: close it there, then finish again", describe_openers(place))
         }
         _ => error,
     }
 }
 
 /// Who has the disk at `place`, in words.
-pub(super) fn users(place: &Place) -> String {
+pub(super) fn describe_openers(place: &Endpoint) -> String {
     let name = place.disk.as_deref().unwrap_or_default();
     let mount = kernel::entry_at(&place.mountpoint);
-    let users = mount.map(|mount| who::openers(&mount)).unwrap_or_default().into_iter();
+    let users = mount.map(|mount| who::find_openers(&mount)).unwrap_or_default().into_iter();
     // A bind mount keeps the mount, but no disk of it: only who has opened the file does.
     let users = users.filter(|user| user.path().is_some_and(|path| path == Path::new(name)));
     let named: Vec<String> = users.map(|user| user.to_string()).collect();

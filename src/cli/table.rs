@@ -39,7 +39,7 @@ impl<const COLUMNS: usize> Table<COLUMNS> {
     }
 
     /// Adds a row. Control characters in it are shown escaped: a name may hold any.
-    pub(super) fn row(&mut self, cells: [String; COLUMNS]) {
+    pub(super) fn add_row(&mut self, cells: [String; COLUMNS]) {
         self.rows.push(cells.map(|cell| printable::line(&cell).into_owned()));
     }
 }
@@ -75,8 +75,8 @@ mod tests {
     fn columns_are_as_wide_as_what_is_in_them() {
         let mut table =
             Table::new([("DISK", Align::Left), ("SIZE", Align::Right), ("BASE", Align::Left)]);
-        table.row(["debian.img".into(), "20 GiB".into(), "/srv/d.img".into()]);
-        table.row(["ä.img".into(), "512 bytes".into(), String::new()]);
+        table.add_row(["debian.img".into(), "20 GiB".into(), "/srv/d.img".into()]);
+        table.add_row(["ä.img".into(), "512 bytes".into(), String::new()]);
         assert_eq!(
             table.to_string(),
             "DISK             SIZE  BASE\n\
@@ -89,7 +89,7 @@ mod tests {
     #[test]
     fn a_name_cannot_move_the_cursor() {
         let mut table = Table::new([("NAME", Align::Left)]);
-        table.row(["a\x1b[2Jb\n".into()]);
+        table.add_row(["a\x1b[2Jb\n".into()]);
         assert_eq!(table.to_string(), "NAME\na\\u{1b}[2Jb\\n\n");
     }
 }

@@ -12,23 +12,23 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
 
-use crate::overlay::persist::Place;
+use crate::overlay::persist::OverlayPath;
 
 /// One overlay.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Target {
+pub(super) struct OverlayTarget {
     /// The directory with its `stack`.
     pub(super) dir: PathBuf,
     /// Where its layers are, unless inside `dir`.
     pub(super) layers: Option<PathBuf>,
     /// Its name for people.
-    pub(super) shown: String,
+    pub(super) display_name: String,
 }
 
-impl Target {
+impl OverlayTarget {
     /// Where it lies.
-    pub(super) fn place(&self) -> Place<'_> {
-        Place { dir: &self.dir, layers: self.layers.as_deref() }
+    pub(super) fn overlay_path(&self) -> OverlayPath<'_> {
+        OverlayPath { dir: &self.dir, layers: self.layers.as_deref() }
     }
 }
 
@@ -42,15 +42,15 @@ pub(super) fn is_store(dir: &Path) -> bool {
 ///
 /// # Errors
 /// A line for the user.
-pub(super) fn targets(dir: &Path) -> anyhow::Result<Vec<Target>> {
-    if is_store(dir) { disks_of(dir) } else { Ok(vec![single(dir)?]) }
+pub(super) fn overlay_targets(dir: &Path) -> anyhow::Result<Vec<OverlayTarget>> {
+    if is_store(dir) { store_targets(dir) } else { Ok(vec![single_target(dir)?]) }
 }
 
 /// The overlay at `dir`.
 ///
 /// # Errors
 /// A line for the user: there is something else.
-pub(super) fn single(dir: &Path) -> anyhow::Result<Target> {
+pub(super) fn single_target(dir: &Path) -> anyhow::Result<OverlayTarget> {
     let has = |name: &str| dir.join(name).exists();
     let shown = dir.display().to_string();
     if dir.exists() && !dir.is_dir() {
@@ -59,23 +59,23 @@ pub(super) fn single(dir: &Path) -> anyhow::Result<Target> {
     if dir.is_dir() && !has("stack") && !has("layers") {
         anyhow::bail!("'{shown}' is no overlay and no store: it holds neither 'stack' nor 'names'");
     }
-    let layers = if has("layers") { None } else { layers_of_store(dir) };
-    Ok(Target { dir: dir.to_owned(), layers, shown })
+    let layers = if has("layers") { None } else { store_layers(dir) };
+    Ok(OverlayTarget { dir: dir.to_owned(), layers, display_name: shown })
 }
 
 /// The layers of the store that the disk at `dir` is one of.
-fn layers_of_store(dir: &Path) -> Option<PathBuf> {
+fn store_layers(dir: &Path) -> Option<PathBuf> {
     let dir = dir.canonicalize().ok()?;
     let disks = dir.parent().filter(|disks| disks.ends_with("disks"))?;
     Some(disks.parent()?.join("layers")).filter(|layers| layers.is_dir())
 }
 
 /// Whether the overlay at `dir` is a disk of a store, which has its layers there.
-pub(super) fn in_store(dir: &Path) -> bool {
-    !dir.join("layers").exists() && layers_of_store(dir).is_some()
+pub(super) fn is_in_store(dir: &Path) -> bool {
+    !dir.join("layers").exists() && store_layers(dir).is_some()
 }
 
-fn disks_of(dir: &Path) -> anyhow::Result<Vec<Target>> {
+fn store_targets(dir: &Path) -> anyhow::Result<Vec<OverlayTarget>> {
     let reading = || format!("cannot read the store '{}'", dir.display());
     let mut found = Vec::new();
     for entry in fs::read_dir(dir.join("names")).with_context(reading)? {
@@ -84,13 +84,13 @@ fn disks_of(dir: &Path) -> anyhow::Result<Vec<Target>> {
         let Ok(link) = fs::read_link(entry.path()) else {
             continue;
         };
-        found.push(Target {
+        found.push(OverlayTarget {
             dir: dir.join("disks").join(link.file_name().unwrap_or_default()),
             layers: Some(dir.join("layers")),
-            shown: entry.file_name().to_string_lossy().into_owned(),
+            display_name: entry.file_name().to_string_lossy().into_owned(),
         });
     }
-    found.sort_by(|a, b| a.shown.cmp(&b.shown));
+    found.sort_by(|a, b| a.display_name.cmp(&b.display_name));
     Ok(found)
 }
 
@@ -101,7 +101,7 @@ mod tests {
     #[test]
     fn what_is_no_directory_is_no_damaged_overlay() {
         let home = tempfile::tempdir().unwrap();
-        let line = |name: &str| format!("{:#}", single(&home.path().join(name)).unwrap_err());
+        let line = |name: &str| format!("{:#}", single_target(&home.path().join(name)).unwrap_err());
         fs::write(home.path().join("vm.img"), b"bytes").unwrap();
         assert!(line("vm.img").contains("is a file: name the directory of an overlay"));
         fs::create_dir(home.path().join("empty")).unwrap();

@@ -25,7 +25,7 @@ pub(super) fn parse(text: &str) -> Result<Duration, String> {
 }
 
 /// A time as [`parse`] reads it: `10 s`, `500 ms`.
-pub(super) fn show(time: Duration) -> String {
+pub(super) fn format_timeout(time: Duration) -> String {
     match time.subsec_millis() {
         0 => format!("{} s", time.as_secs()),
         _ => format!("{} ms", time.as_millis()),
@@ -58,8 +58,8 @@ mod tests {
 
     #[test]
     fn a_time_is_shown_in_its_natural_unit() {
-        assert_eq!(show(Duration::from_secs(60)), "60 s");
-        assert_eq!(show(Duration::from_millis(500)), "500 ms");
+        assert_eq!(format_timeout(Duration::from_secs(60)), "60 s");
+        assert_eq!(format_timeout(Duration::from_millis(500)), "500 ms");
     }
 
     proptest! {

@@ -14,23 +14,23 @@ use anyhow::Context as _;
 use clap::Args;
 use serde_json::{Value, json};
 
-use super::client::{AskError, Place};
-use super::progress::{Progress, Verbosity};
-use super::{DONE, say, timeout};
-use crate::mount::kernel::{self, Condition, Held, Unmount};
-use crate::mount::who::{self, Exit, Opener};
+use super::client::{AskError, Endpoint};
+use super::progress::{ProgressDisplay, Verbosity};
+use super::{EXIT_OK, print_line, timeout};
+use crate::mount::kernel::{self, MountHealth, MountHandle, UnmountMode};
+use crate::mount::who::{self, ProcessState, Opener};
 
 /// RELEASE and `losetup -d` come after close has returned, so a mount may look used for a moment.
-pub(super) const GRACE: Duration = Duration::from_secs(5);
+pub(super) const OPENERS_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// How long the daemon may take to end: it syncs first, and disks are slow.
-const ENDING: Duration = Duration::from_secs(60);
+const DAEMON_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// How often is looked whether the mount is still used. A look takes some milliseconds.
-pub(super) const LOOK: Duration = Duration::from_millis(100);
+pub(super) const OPENERS_POLL_INTERVAL: Duration = Duration::from_millis(100);
 
 /// Users that are named in the message; the rest is counted.
-const NAMED: usize = 8;
+const MAX_NAMED_OPENERS: usize = 8;
 
 #[derive(Clone, Debug, PartialEq, Eq, Args)]
 pub(super) struct UmountArgs {
@@ -46,7 +46,7 @@ pub(super) struct UmountArgs {
 
 /// What becomes of streams that are not finished yet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Streams {
+pub(super) enum UnfinishedStreams {
     /// Those that end with the mount are finished, the others given up.
     Settle,
     /// All are finished.
@@ -57,7 +57,7 @@ pub(super) enum Streams {
     Leave,
 }
 
-impl Streams {
+impl UnfinishedStreams {
     fn word(self) -> &'static str {
         match self {
             Self::Settle => "settle",
@@ -70,53 +70,53 @@ impl Streams {
 
 /// How a mount is ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum How {
+pub(super) enum EndMode {
     /// When nobody uses it any more; otherwise it stays.
-    Politely,
+    WhenUnused,
     /// At once, whoever uses it.
-    Lazily,
+    Lazy,
 }
 
 impl UmountArgs {
     /// As the command line would have it, without a time-out.
-    pub(super) fn new(mountpoint: PathBuf, how: How) -> Self {
-        Self { lazy: how == How::Lazily, timeout: None, mountpoint }
+    pub(super) fn new(mountpoint: PathBuf, how: EndMode) -> Self {
+        Self { lazy: how == EndMode::Lazy, timeout: None, mountpoint }
     }
 }
 
 pub(super) fn run(args: &UmountArgs) -> anyhow::Result<u8> {
-    let held = find(&args.mountpoint)?;
-    if clear_dead(&held)? {
-        return Ok(DONE);
+    let held = find_mount(&args.mountpoint)?;
+    if clear_dead_mount(&held)? {
+        return Ok(EXIT_OK);
     }
-    let grace = args.timeout.unwrap_or(GRACE);
+    let grace = args.timeout.unwrap_or(OPENERS_TIMEOUT);
     let ended = if args.lazy {
-        end(&held, How::Lazily, Duration::ZERO, Request::new(Streams::Leave))?
+        end_mount(&held, EndMode::Lazy, Duration::ZERO, DrainRequest::new(UnfinishedStreams::Leave))?
     } else {
         wait_for_users(&held, grace)?;
-        let request = Request { streams: Streams::Settle, timeout: args.timeout };
-        end(&held, How::Politely, grace, request)?
+        let request = DrainRequest { streams: UnfinishedStreams::Settle, timeout: args.timeout };
+        end_mount(&held, EndMode::WhenUnused, grace, request)?
     };
-    ended.lines.iter().for_each(|line| say(line));
+    ended.lines.iter().for_each(|line| print_line(line));
     if !args.lazy {
-        ended.wait(args.timeout.unwrap_or(ENDING))?;
+        ended.wait_for_daemon(args.timeout.unwrap_or(DAEMON_TIMEOUT))?;
     }
-    ended.verdict()?;
-    Ok(DONE)
+    ended.check_failures()?;
+    Ok(EXIT_OK)
 }
 
 /// The cowslip mount at `path`, held: seconds may pass until it is unmounted.
-fn find(path: &Path) -> anyhow::Result<Held> {
+fn find_mount(path: &Path) -> anyhow::Result<MountHandle> {
     let shown = path.display();
     match kernel::entry_at(path) {
         Some(entry) if entry.is_cowslip() => {
-            Held::of(entry).with_context(|| format!("cannot look at the mount at '{shown}'"))
+            MountHandle::of(entry).with_context(|| format!("cannot look at the mount at '{shown}'"))
         }
         Some(entry) => anyhow::bail!(
             "'{shown}' is a mount of type {}, not cowslip's: unmount it with umount '{shown}'",
             entry.fstype
         ),
-        None => match kernel::enclosing(path) {
+        None => match kernel::enclosing_mount(path) {
             Some(found) => anyhow::bail!(
                 "'{shown}' lies in the mount at '{at}': cowslip umount '{at}'",
                 at = found.mount.mountpoint.display()
@@ -127,31 +127,31 @@ fn find(path: &Path) -> anyhow::Result<Held> {
 }
 
 /// Clears a mount whose daemon is gone, and says so.
-fn clear_dead(held: &Held) -> anyhow::Result<bool> {
-    if held.condition() != Condition::Dead {
+fn clear_dead_mount(held: &MountHandle) -> anyhow::Result<bool> {
+    if held.health() != MountHealth::Dead {
         return Ok(false);
     }
     let shown = held.mountpoint().display();
-    held.unmount(Unmount::Lazy).map_err(|error| {
+    held.unmount(UnmountMode::Lazy).map_err(|error| {
         let remedy = format!("run umount -l '{shown}' as root");
         anyhow::anyhow!("cannot clear the dead mount at '{shown}': {error}: {remedy}")
     })?;
-    say(&format!("{shown}: the daemon was gone, the dead mount is cleared away"));
+    print_line(&format!("{shown}: the daemon was gone, the dead mount is cleared away"));
     Ok(true)
 }
 
 /// Waits until nobody uses the mount.
-fn wait_for_users(held: &Held, grace: Duration) -> anyhow::Result<()> {
+fn wait_for_users(held: &MountHandle, grace: Duration) -> anyhow::Result<()> {
     let deadline = Instant::now() + grace;
     loop {
-        let users = who::openers(held.entry());
+        let users = who::find_openers(held.entry());
         if users.is_empty() {
             return Ok(());
         }
         if Instant::now() >= deadline {
-            return Err(in_use(held.mountpoint(), &users));
+            return Err(in_use_error(held.mountpoint(), &users));
         }
-        thread::sleep(LOOK);
+        thread::sleep(OPENERS_POLL_INTERVAL);
     }
 }
 
@@ -159,32 +159,32 @@ fn wait_for_users(held: &Held, grace: Duration) -> anyhow::Result<()> {
 ///
 /// # Errors
 /// A line; it is still mounted then.
-pub(super) fn end_politely(held: &Held, streams: Streams) -> anyhow::Result<Ended> {
-    wait_for_users(held, GRACE)?;
-    end(held, How::Politely, GRACE, Request::new(streams))
+pub(super) fn end_when_unused(held: &MountHandle, streams: UnfinishedStreams) -> anyhow::Result<EndedMount> {
+    wait_for_users(held, OPENERS_TIMEOUT)?;
+    end_mount(held, EndMode::WhenUnused, OPENERS_TIMEOUT, DrainRequest::new(streams))
 }
 
 /// What the daemon is asked to do before it is unmounted.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Request {
-    streams: Streams,
+pub(super) struct DrainRequest {
+    streams: UnfinishedStreams,
     /// How long a sink may take.
     timeout: Option<Duration>,
 }
 
-impl Request {
+impl DrainRequest {
     /// Sinks may take as long as they do.
-    pub(super) fn new(streams: Streams) -> Self {
+    pub(super) fn new(streams: UnfinishedStreams) -> Self {
         Self { streams, timeout: None }
     }
 }
 
 /// Why it was not unmounted: who has it.
-fn in_use(mountpoint: &Path, users: &[Opener]) -> anyhow::Error {
-    let named = users.iter().take(NAMED).map(ToString::to_string);
+fn in_use_error(mountpoint: &Path, users: &[Opener]) -> anyhow::Error {
+    let named = users.iter().take(MAX_NAMED_OPENERS).map(ToString::to_string);
     let mut named: Vec<String> = named.collect();
-    if users.len() > NAMED {
-        named.push(format!("and {} more", users.len() - NAMED));
+    if users.len() > MAX_NAMED_OPENERS {
+        named.push(format!("and {} more", users.len() - MAX_NAMED_OPENERS));
     }
     // Users that may not be seen, or who came and went.
     if named.is_empty() {
@@ -199,7 +199,7 @@ fn in_use(mountpoint: &Path, users: &[Opener]) -> anyhow::Error {
 
 /// A mount that is gone, and what its daemon said before.
 #[derive(Debug)]
-pub(super) struct Ended {
+pub(super) struct EndedMount {
     mountpoint: PathBuf,
     /// The device number of its file system.
     dev: (u32, u32),
@@ -215,42 +215,42 @@ pub(super) struct Ended {
 ///
 /// # Errors
 /// A line; it is still mounted then.
-pub(super) fn end(
-    held: &Held,
-    how: How,
+pub(super) fn end_mount(
+    held: &MountHandle,
+    how: EndMode,
     grace: Duration,
-    request: Request,
-) -> anyhow::Result<Ended> {
+    request: DrainRequest,
+) -> anyhow::Result<EndedMount> {
     let (pid, drained) = match drain(held, request) {
         Ok(told) => told,
         // Without an answer there is nothing to wait for; what can be done is to let go.
         Err(AskError::Denied(_) | AskError::Foreign { .. }) => (None, Value::Null),
-        Err(error) if how == How::Lazily => {
+        Err(error) if how == EndMode::Lazy => {
             log::debug!("unmounting all the same: {error}");
             (None, Value::Null)
         }
         Err(error) => return Err(error.into()),
     };
     unmount(held, how, grace)?;
-    Ok(Ended {
+    Ok(EndedMount {
         mountpoint: held.mountpoint().to_owned(),
         dev: held.entry().dev,
-        lines: texts(&drained["lines"]),
-        failed: texts(&drained["failed"]),
+        lines: string_list(&drained["lines"]),
+        failed: string_list(&drained["failed"]),
         pid,
     })
 }
 
 /// The daemon's process id, and what it says to a drain.
-fn drain(held: &Held, request: Request) -> Result<(Option<u32>, Value), AskError> {
-    let place = Place::held(held);
+fn drain(held: &MountHandle, request: DrainRequest) -> Result<(Option<u32>, Value), AskError> {
+    let place = Endpoint::of_handle(held);
     let status = place.status()?;
     let pid = status["mounts"][0]["pid"].as_u64();
     let pid = pid.and_then(|pid| u32::try_from(pid).ok());
     let timeout = request.timeout.map(|time| u64::try_from(time.as_millis()).unwrap_or(u64::MAX));
     let request =
         json!({ "op": "drain", "streams": request.streams.word(), "timeout_ms": timeout });
-    let mut progress = Progress::new(Verbosity::default());
+    let mut progress = ProgressDisplay::new(Verbosity::default());
     let answer = place.ask(&request, |now| progress.show(now));
     progress.end();
     match answer {
@@ -261,15 +261,15 @@ fn drain(held: &Held, request: Request) -> Result<(Option<u32>, Value), AskError
 }
 
 /// The lines of an answer.
-pub(super) fn texts(list: &Value) -> Vec<String> {
+pub(super) fn string_list(list: &Value) -> Vec<String> {
     let items = list.as_array().into_iter().flatten();
     items.filter_map(Value::as_str).map(str::to_owned).collect()
 }
 
-fn unmount(held: &Held, how: How, grace: Duration) -> anyhow::Result<()> {
+fn unmount(held: &MountHandle, how: EndMode, grace: Duration) -> anyhow::Result<()> {
     let flags = match how {
-        How::Politely => Unmount::Plain,
-        How::Lazily => Unmount::Lazy,
+        EndMode::WhenUnused => UnmountMode::Plain,
+        EndMode::Lazy => UnmountMode::Lazy,
     };
     let deadline = Instant::now() + grace;
     let mountpoint = held.mountpoint();
@@ -279,15 +279,15 @@ fn unmount(held: &Held, how: How, grace: Duration) -> anyhow::Result<()> {
             return Ok(());
         };
         match error.raw_os_error() {
-            Some(libc::EBUSY) if Instant::now() < deadline => thread::sleep(LOOK),
+            Some(libc::EBUSY) if Instant::now() < deadline => thread::sleep(OPENERS_POLL_INTERVAL),
             Some(libc::EBUSY) => {
-                return Err(in_use(mountpoint, &who::openers(held.entry())));
+                return Err(in_use_error(mountpoint, &who::find_openers(held.entry())));
             }
             Some(libc::EPERM) => anyhow::bail!(
                 "cannot unmount '{shown}': it is another user's: do it as that user or as root"
             ),
             // Somebody else was faster.
-            Some(libc::EINVAL) if !held.is_there() => return Ok(()),
+            Some(libc::EINVAL) if !held.is_mounted() => return Ok(()),
             _ => return Err(unmount_error(mountpoint, &error)),
         }
     }
@@ -298,25 +298,25 @@ fn unmount_error(mountpoint: &Path, error: &io::Error) -> anyhow::Error {
     anyhow::anyhow!("cannot unmount '{shown}': {error}: try cowslip umount -l '{shown}'")
 }
 
-impl Ended {
+impl EndedMount {
     /// Waits until the daemon has ended.
     ///
     /// # Errors
     /// A line when it has not in `patience`, or when it cannot: another mount namespace has the
     /// mount.
-    pub(super) fn wait(&self, patience: Duration) -> anyhow::Result<()> {
+    pub(super) fn wait_for_daemon(&self, patience: Duration) -> anyhow::Result<()> {
         let Some(pid) = self.pid else {
             return Ok(());
         };
         // A namespace that is about to end has as long as any other user of the mount.
-        let grace = patience.min(GRACE);
+        let grace = patience.min(OPENERS_TIMEOUT);
         // No such number here: it lives in another container.
-        let is_there = |patience| matches!(who::wait_for_exit(pid, patience), Ok(Exit::StillThere));
+        let is_there = |patience| matches!(who::wait_for_exit(pid, patience), Ok(ProcessState::Running));
         if !is_there(grace) {
             return Ok(());
         }
         let at = self.mountpoint.display();
-        if let Some(elsewhere) = who::elsewhere(self.dev) {
+        if let Some(elsewhere) = who::find_namespace_copy(self.dev) {
             let there = elsewhere.mountpoint.display();
             anyhow::bail!(
                 "'{at}' is unmounted here, but {elsewhere}: its daemon (pid {pid}) works on for that: end it, \
@@ -328,23 +328,23 @@ impl Ended {
             anyhow::bail!(
                 "'{at}' is unmounted, and its daemon (pid {pid}) still works after {}: \
                  wait for it before you touch its files",
-                timeout::show(patience)
+                timeout::format_timeout(patience)
             );
         }
         Ok(())
     }
 
-    /// As [`wait`](Self::wait), for as long as a daemon usually takes at most.
+    /// As [`wait_for_daemon`](Self::wait_for_daemon), for as long as a daemon usually takes at most.
     ///
     /// # Errors
     /// As there.
-    pub(super) fn wait_usual(&self) -> anyhow::Result<()> {
-        self.wait(ENDING)
+    pub(super) fn wait_default(&self) -> anyhow::Result<()> {
+        self.wait_for_daemon(DAEMON_TIMEOUT)
     }
 
     /// # Errors
     /// A line with everything that could not be made durable.
-    pub(super) fn verdict(&self) -> anyhow::Result<()> {
+    pub(super) fn check_failures(&self) -> anyhow::Result<()> {
         if self.failed.is_empty() {
             return Ok(());
         }
@@ -367,33 +367,33 @@ mod tests {
             path: "vm.img".into(),
         };
         let users: Vec<Opener> = (0..10).map(user).collect();
-        let line = in_use(Path::new("/m"), &users).to_string();
+        let line = in_use_error(Path::new("/m"), &users).to_string();
         assert!(line.starts_with("'/m' is in use: /dev/loop0 is attached to vm.img; /dev/loop1"));
         assert!(line.contains("; and 2 more: close it there"), "{line}");
         assert!(line.ends_with("or cowslip umount -l '/m'"), "{line}");
-        let unseen = in_use(Path::new("/m"), &[]).to_string();
+        let unseen = in_use_error(Path::new("/m"), &[]).to_string();
         assert!(unseen.contains("ask as root"), "{unseen}");
     }
 
     #[test]
     fn what_is_no_cowslip_mount_is_left_alone() {
-        let line = |path: &str| find(Path::new(path)).unwrap_err().to_string();
+        let line = |path: &str| find_mount(Path::new(path)).unwrap_err().to_string();
         assert!(line("/proc").contains("is a mount of type proc, not cowslip's"));
         assert!(line("/nowhere").contains("'/nowhere' is not mounted"));
     }
 
     #[test]
     fn what_failed_is_one_line() {
-        let mut ended = Ended {
+        let mut ended = EndedMount {
             mountpoint: "/m".into(),
             lines: Vec::new(),
-            failed: texts(&json!(["a: EIO", "b: EIO"])),
+            failed: string_list(&json!(["a: EIO", "b: EIO"])),
             dev: (0, 0),
             pid: None,
         };
-        let line = ended.verdict().unwrap_err().to_string();
+        let line = ended.check_failures().unwrap_err().to_string();
         assert_eq!(line, "'/m' is unmounted, but a: EIO; b: EIO");
         ended.failed.clear();
-        assert!(ended.verdict().is_ok() && ended.wait(Duration::ZERO).is_ok());
+        assert!(ended.check_failures().is_ok() && ended.wait_for_daemon(Duration::ZERO).is_ok());
     }
 }

@@ -18,18 +18,18 @@ use std::time::Duration;
 use parking_lot::Mutex;
 use serde_json::{Value, json};
 
-use super::{Control, another, farewell, is_meant};
-use crate::catalog::{Entry, Origin};
-use crate::disk::{self, Disk, Opened, Setting, Use, split_name};
-use crate::overlay::is_full;
+use super::{Control, stale_answer, unmount_summary, matches_inode};
+use crate::catalog::{CatalogEntry, DiskOrigin};
+use crate::disk::{self, Disk, OpenedDisk, OpenContext, InUse, split_name};
+use crate::overlay::is_out_of_space;
 use crate::spec::{check_cache, parse_disk};
-use crate::stream::output::{Patience, State};
-use crate::stream::sink::Inherit;
-use crate::stream::{Ending, Stream};
+use crate::stream::output::{DrainTimeout, OutputState};
+use crate::stream::sink::StdioMode;
+use crate::stream::{UnmountPolicy, Stream};
 
 /// What the kernel may still believe and is no longer so.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Stale {
+pub enum Invalidation {
     /// A disk has left the mount.
     Disk {
         /// The mounted file and those of its windows, each with its inode number.
@@ -51,26 +51,26 @@ pub enum Stale {
 
 /// Has the kernel forget what is stale. It may wait for requests that are under way, so it is
 /// called by a thread of the disk's own.
-pub type Forget = Arc<dyn Fn(&Stale) + Send + Sync>;
+pub type Invalidator = Arc<dyn Fn(&Invalidation) + Send + Sync>;
 
 /// How long the kernel is waited for: what it knows holds for a second anyway.
-const FORGETTING: Duration = Duration::from_secs(1);
+const INVALIDATE_TIMEOUT: Duration = Duration::from_secs(1);
 /// How long requests that are under way are waited for.
-const PATIENCE: Duration = Duration::from_secs(5);
+const DRAIN_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Why a disk is not removed.
-enum Refusal {
+enum RemoveError {
     /// Somebody has it open: worth asking again.
     Open,
     /// Its name leads to another disk than the one that was meant.
-    Another,
+    Stale,
     /// The line for the user.
-    Line(String),
+    Message(String),
 }
 
 /// What became of a removed disk.
 #[derive(Default)]
-struct Farewell {
+struct RemoveReport {
     /// What was discarded or kept.
     lines: Vec<String>,
     /// What could not be done.
@@ -109,33 +109,33 @@ impl Control {
         let taken = || {
             format!("there is a disk '{name}' in the mount already: give this one another NAME=")
         };
-        self.check_stays()?;
-        if self.catalog.shown(name).is_some() {
+        self.check_not_draining()?;
+        if self.catalog.file_named(name).is_some() {
             return Err(taken());
         }
-        let setting = Setting {
+        let setting = OpenContext {
             mountpoint: &self.catalog.mountpoint,
             mount_dev: self.device.get().copied(),
             uid: rustix::process::getuid().as_raw(),
             gid: rustix::process::getgid().as_raw(),
             force,
             allow_backing,
-            stdio: Inherit::Nothing,
-            looked_at: Mutex::new(HashSet::new()),
+            stdio: StdioMode::Unavailable,
+            probed_dirs: Mutex::new(HashSet::new()),
         };
         let store = spec.overlay.as_deref().and_then(|dir| self.catalog.store_at(dir));
         let opened = match store {
             Some(store) => store.create_over(&spec, &setting).map_err(|error| error.to_string())?,
             None => disk::open(&spec, &setting).map_err(|error| format!("{name}: {error}"))?,
         };
-        let Opened { disk, summary, notes } = opened;
+        let OpenedDisk { disk, summary, notes } = opened;
         let disk = Arc::new(disk);
         let clash = self.catalog.check_clash(name, &disk);
         clash.map_err(|line| format!("{name}: {line}")).inspect_err(|_| disk.abandon())?;
-        disk.announce(&self.holder());
+        disk.write_holder(&self.holder());
         let added = match store {
-            Some(store) => self.catalog.add_new(store, name, &disk),
-            None => self.catalog.add(name, Arc::clone(&disk), Origin::Given),
+            Some(store) => self.catalog.add_stored(store, name, &disk),
+            None => self.catalog.add(name, Arc::clone(&disk), DiskOrigin::Given),
         };
         let Ok(entry) = added else {
             disk.abandon();
@@ -143,8 +143,8 @@ impl Control {
         };
         // An end that has begun closes what it finds, and may have missed this one. Whoever has
         // it open already keeps the end waiting.
-        if let Err(line) = self.check_stays()
-            && self.catalog.take(name, &entry).is_ok()
+        if let Err(line) = self.check_not_draining()
+            && self.catalog.remove(name, &entry).is_ok()
         {
             disk.abandon();
             return Err(line);
@@ -159,7 +159,7 @@ impl Control {
     }
 
     /// Refuses what would come too late.
-    fn check_stays(&self) -> Result<(), String> {
+    fn check_not_draining(&self) -> Result<(), String> {
         match self.draining.load(Ordering::SeqCst) {
             false => Ok(()),
             true => Err("the mount is being unmounted: it takes no disks any more".to_owned()),
@@ -170,71 +170,71 @@ impl Control {
     /// to be.
     pub(super) fn remove(&self, name: &str, inode: Option<u64>) -> Value {
         match self.remove_disk(name, inode) {
-            Ok(Farewell { lines, failed }) => {
+            Ok(RemoveReport { lines, failed }) => {
                 json!({ "ok": { "lines": lines, "failed": failed } })
             }
-            Err(Refusal::Another) => another(name),
-            Err(Refusal::Open) => json!({ "error": format!("{name} is in use"), "busy": true }),
-            Err(Refusal::Line(line)) => json!({ "error": line }),
+            Err(RemoveError::Stale) => stale_answer(name),
+            Err(RemoveError::Open) => json!({ "error": format!("{name} is in use"), "busy": true }),
+            Err(RemoveError::Message(line)) => json!({ "error": line }),
         }
     }
 
-    fn remove_disk(&self, name: &str, inode: Option<u64>) -> Result<Farewell, Refusal> {
-        let gone = || Refusal::Line(format!("there is no disk '{name}' in the mount"));
-        if self.catalog.window_named(name).is_some()
+    fn remove_disk(&self, name: &str, inode: Option<u64>) -> Result<RemoveReport, RemoveError> {
+        let gone = || RemoveError::Message(format!("there is no disk '{name}' in the mount"));
+        if self.catalog.partition_named(name).is_some()
             && let Some((disk, number)) = split_name(name)
         {
-            return Err(Refusal::Line(format!(
+            return Err(RemoveError::Message(format!(
                 "'{name}' is partition {number} of the disk '{disk}', and goes with it: name that"
             )));
         }
         let entry = self.catalog.named(name).ok_or_else(gone)?;
-        if !is_meant(&entry.disk, inode) {
-            return Err(Refusal::Another);
+        if !matches_inode(&entry.disk, inode) {
+            return Err(RemoveError::Stale);
         }
         self.check_removable(name, &entry)?;
-        self.catalog.take(name, &entry).map_err(|used| match used {
+        self.catalog.remove(name, &entry).map_err(|used| match used {
             None => gone(),
-            Some(Use::Open) => Refusal::Open,
-            Some(Use::Held) => {
-                Refusal::Line(format!("{name} is being worked on: wait until that is done"))
+            Some(InUse::Open) => RemoveError::Open,
+            Some(InUse::Busy) => {
+                RemoveError::Message(format!("{name} is being worked on: wait until that is done"))
             }
         })?;
         let disk = Arc::clone(&entry.disk);
         // What is late finds no disk behind the slot either.
         drop(entry);
-        let parts = disk.windows().iter().map(|window| (window.name(name), window.ino()));
+        let parts = disk.partition_files().iter().map(|window| (window.name(name), window.ino()));
         let files = std::iter::once((name.to_owned(), disk.ino())).chain(parts).collect();
-        self.forget(&disk, Stale::Disk { files });
-        let done = close(name, &disk);
+        self.invalidate(&disk, Invalidation::Disk { files });
+        let done = close_disk(name, &disk);
         log::info!("{name}: removed");
         done.lines.iter().for_each(|line| log::info!("{line}"));
         done.failed.iter().for_each(|line| log::error!("{line}"));
         Ok(done)
     }
 
-    fn check_removable(&self, name: &str, entry: &Entry) -> Result<(), Refusal> {
+    fn check_removable(&self, name: &str, entry: &CatalogEntry) -> Result<(), RemoveError> {
         let path = self.catalog.mountpoint.join(name);
         let path = path.display();
-        if entry.origin == Origin::Stored {
-            return Err(Refusal::Line(format!(
+        if entry.origin == DiskOrigin::Stored {
+            return Err(RemoveError::Message(format!(
                 "{name} is a disk of the store: rm '{path}' removes it with its data"
             )));
         }
-        if entry.disk.openers() > 0 {
-            return Err(Refusal::Open);
+        if entry.disk.handle_count() > 0 {
+            return Err(RemoveError::Open);
         }
         if let Some(Stream::Output(output)) = entry.disk.stream()
-            && matches!(output.status().state, State::Open | State::Finishing)
+            && matches!(output.status().state, OutputState::Open | OutputState::Finishing)
         {
-            return Err(Refusal::Line(format!(
+            return Err(RemoveError::Message(format!(
                 "{name} is not finished: cowslip finish '{path}' completes it, cowslip abort '{path}' gives it up"
             )));
         }
         // While the disk is there, what is wrong can still be put right.
         match entry.disk.sync() {
-            Err(error) if is_full(&error) => {
-                Err(Refusal::Line(format!("{name}: cannot be made durable: {error}")))
+            Err(error) if is_out_of_space(&error) => {
+                Err(RemoveError::Message(format!("{name}: cannot be made durable: {error}")))
             }
             _ => Ok(()),
         }
@@ -242,29 +242,29 @@ impl Control {
 
     /// Has the kernel forget what is `stale` of a disk, and waits for that: nobody may see it when
     /// the request has been answered.
-    pub(super) fn forget(&self, disk: &Disk, stale: Stale) {
-        let Some(forget) = self.forget.get().map(Arc::clone) else {
+    pub(super) fn invalidate(&self, disk: &Disk, stale: Invalidation) {
+        let Some(forget) = self.invalidator.get().map(Arc::clone) else {
             return;
         };
         let (tell, told) = mpsc::channel();
-        disk.notices().run(Box::new(move || {
+        disk.notify_pool().run(Box::new(move || {
             forget(&stale);
             // Nobody listens any more when it took too long.
             let _ = tell.send(());
         }));
         // What the kernel waits for may need this very thread, so the wait has an end.
-        let _ = told.recv_timeout(FORGETTING);
+        let _ = told.recv_timeout(INVALIDATE_TIMEOUT);
     }
 }
 
 /// Closes a disk that nobody can find any more.
-fn close(name: &str, disk: &Disk) -> Farewell {
-    let mut done = Farewell::default();
-    match disk.settle(Ending::Settle, Patience::Endless) {
+fn close_disk(name: &str, disk: &Disk) -> RemoveReport {
+    let mut done = RemoveReport::default();
+    match disk.end_stream(UnmountPolicy::Settle, DrainTimeout::Unlimited) {
         Ok(line) => done.lines.extend(line),
         Err(why) => done.failed.push(format!("{name}: {why}")),
     }
-    let left = disk.leave(PATIENCE, |disk| match farewell(name, disk) {
+    let left = disk.shut_down(DRAIN_TIMEOUT, |disk| match unmount_summary(name, disk) {
         Ok(line) => done.lines.extend(line),
         Err(line) => done.failed.push(line),
     });

@@ -6,10 +6,10 @@ use std::sync::Arc;
 use parking_lot::Mutex;
 
 use crate::disk::Disk;
-use crate::extents::{Extent, Kind};
-use crate::host::errno;
+use crate::extents::{Extent, ExtentKind};
+use crate::host::os_error;
 use crate::layer::Wait;
-use crate::pool::check_wanted;
+use crate::pool::check_cancelled;
 
 /// Extents described at a time for a `map`. What was described and not read yet is kept: 8 KiB.
 const MAP_BATCH: usize = 64;
@@ -25,13 +25,13 @@ pub struct MapText {
 #[derive(Default)]
 struct MapState {
     /// Where in the text the reader is.
-    at: u64,
+    offset: u64,
     /// What comes there, as far as it is described.
     ready: Vec<u8>,
     /// The next byte of the disk to describe.
-    next: u64,
+    next_byte: u64,
     /// An extent that may go on in the next batch.
-    open: Option<(Extent, u32)>,
+    pending: Option<(Extent, u32)>,
     begun: bool,
     ended: bool,
 }
@@ -50,41 +50,41 @@ impl MapText {
     /// this read any more.
     pub fn read(&self, offset: u64, len: usize) -> io::Result<Vec<u8>> {
         let mut state = self.state.lock();
-        if offset != state.at {
-            return Err(errno(libc::ESPIPE));
+        if offset != state.offset {
+            return Err(os_error(libc::ESPIPE));
         }
         while !state.ended && state.ready.len() < len {
-            check_wanted()?;
-            self.describe(&mut state)?;
+            check_cancelled()?;
+            self.describe_batch(&mut state)?;
         }
         let len = len.min(state.ready.len());
         let rest = state.ready.split_off(len);
         let read = std::mem::replace(&mut state.ready, rest);
-        state.at += read.len() as u64;
+        state.offset += read.len() as u64;
         Ok(read)
     }
 
     /// Describes the next batch of extents.
-    fn describe(&self, state: &mut MapState) -> io::Result<()> {
+    fn describe_batch(&self, state: &mut MapState) -> io::Result<()> {
         let size = self.disk.size();
-        let pieces = self.disk.pieces(state.next..size, MAP_BATCH, Wait::Yes)?;
+        let pieces = self.disk.extents_with_depth(state.next_byte..size, MAP_BATCH, Wait::Yes)?;
         if self.disk.is_closed() {
             // It was removed meanwhile: what is left of the text would look whole.
-            return Err(errno(libc::ESTALE));
+            return Err(os_error(libc::ESTALE));
         }
         for (extent, depth) in pieces {
-            state.next = extent.range.end;
-            match &mut state.open {
+            state.next_byte = extent.range.end;
+            match &mut state.pending {
                 Some((open, at)) if open.kind == extent.kind && *at == depth => {
                     open.range.end = extent.range.end;
                 }
                 _ => {
                     state.flush();
-                    state.open = Some((extent, depth));
+                    state.pending = Some((extent, depth));
                 }
             }
         }
-        if state.next >= size {
+        if state.next_byte >= size {
             state.flush();
             state.ready.extend_from_slice(if state.begun { b"]\n" } else { b"[]\n" });
             state.ended = true;
@@ -96,13 +96,13 @@ impl MapText {
 impl MapState {
     /// Writes the extent that is open.
     fn flush(&mut self) {
-        let Some((extent, depth)) = self.open.take() else {
+        let Some((extent, depth)) = self.pending.take() else {
             return;
         };
         let (kind, zero, data) = match extent.kind {
-            Kind::Data => ("data", false, true),
-            Kind::Zero => ("zero", true, true),
-            Kind::Hole | Kind::Lower => ("hole", true, false),
+            ExtentKind::Data => ("data", false, true),
+            ExtentKind::Zero => ("zero", true, true),
+            ExtentKind::Hole | ExtentKind::Lower => ("hole", true, false),
         };
         let before = if self.begun { ",\n" } else { "[" };
         self.begun = true;

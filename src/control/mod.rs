@@ -29,15 +29,15 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use serde_json::Value;
 
-pub use self::disks::{Forget, Stale};
+pub use self::disks::{Invalidator, Invalidation};
 pub use self::map::MapText;
-pub use self::request::is_understood;
-use self::request::{HydrateAction, another, farewell, is_meant};
-pub use self::session::{Session, THREADS};
-pub use self::spot::Spot;
-pub use self::status::Reader;
+pub use self::request::is_valid_request;
+use self::request::{HydrateAction, stale_answer, unmount_summary, matches_inode};
+pub use self::session::{ControlSession, REQUEST_THREADS};
+pub use self::spot::ControlNode;
+pub use self::status::StatusAudience;
 use crate::catalog::Catalog;
-use crate::spec::Cache;
+use crate::spec::CacheMode;
 
 /// What the control files know of the mount.
 pub struct Control {
@@ -46,15 +46,15 @@ pub struct Control {
     /// What the mount table shows as its source.
     pub source: String,
     /// How the kernel's cache is used.
-    pub cache: Cache,
+    pub cache: CacheMode,
     /// The daemon is on its way out.
     pub draining: AtomicBool,
     /// The mount's device number, once it is there.
     pub device: std::sync::OnceLock<u64>,
     /// Has the kernel forget a disk, once the mount is there.
-    pub forget: std::sync::OnceLock<Forget>,
+    pub invalidator: std::sync::OnceLock<Invalidator>,
     /// Requests that are being worked on.
-    pub running: AtomicUsize,
+    pub running_requests: AtomicUsize,
 }
 
 impl Control {
@@ -69,7 +69,7 @@ impl Control {
     }
 }
 
-fn lines(value: &Value) -> Vec<u8> {
+fn json_line(value: &Value) -> Vec<u8> {
     let mut text = value.to_string().into_bytes();
     text.push(b'\n');
     text

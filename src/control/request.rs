@@ -6,17 +6,17 @@ use std::sync::Arc;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use super::session::Progress;
-use super::spot::Spot;
+use super::session::ProgressFn;
+use super::spot::ControlNode;
 use super::{Control, life};
 use crate::base::place;
-use crate::catalog::Entry;
-use crate::disk::{Disk, Whereabouts};
+use crate::catalog::CatalogEntry;
+use crate::disk::{Disk, OverlayDirState};
 use crate::overlay::Usage;
-use crate::overlay::persist::{self, Place};
+use crate::overlay::persist::{self, OverlayPath};
 use crate::spec::{format_size, format_zeroed};
-use crate::stream::output::{FinishError, Patience};
-use crate::stream::{Ending, Stream};
+use crate::stream::output::{FinishError, DrainTimeout};
+use crate::stream::{UnmountPolicy, Stream};
 use crate::trust;
 
 #[derive(Deserialize)]
@@ -25,7 +25,7 @@ enum MountRequest {
     /// Sync every disk, say what an unmount will discard, and bring streams to their end.
     Drain {
         #[serde(default)]
-        streams: Ending,
+        streams: UnmountPolicy,
         #[serde(default)]
         timeout_ms: Option<u64>,
     },
@@ -130,7 +130,7 @@ pub(super) enum HydrateAction {
 }
 
 /// A request to a disk, and the inode number of the one that it means.
-fn parse(request: &[u8]) -> serde_json::Result<(Option<u64>, DiskRequest)> {
+fn parse_disk_request(request: &[u8]) -> serde_json::Result<(Option<u64>, DiskRequest)> {
     let mut request: Value = serde_json::from_slice(request)?;
     let inode = request.as_object_mut().and_then(|keys| keys.remove("inode"));
     let inode = inode.map_or(Ok(None), serde_json::from_value)?;
@@ -138,12 +138,12 @@ fn parse(request: &[u8]) -> serde_json::Result<(Option<u64>, DiskRequest)> {
 }
 
 /// Whether `disk` is the one that a request means: any, when it does not say.
-pub(super) fn is_meant(disk: &Disk, inode: Option<u64>) -> bool {
+pub(super) fn matches_inode(disk: &Disk, inode: Option<u64>) -> bool {
     inode.is_none_or(|inode| inode == disk.ino())
 }
 
 /// The answer when it is another.
-pub(super) fn another(name: &str) -> Value {
+pub(super) fn stale_answer(name: &str) -> Value {
     json!({
         "error": format!(
             "{name} is another disk by now, the one that was meant was renamed, removed or replaced: \
@@ -156,8 +156,8 @@ pub(super) fn another(name: &str) -> Value {
 /// Whether `request` is one to a mount or to a disk: for the fuzz target.
 #[doc(hidden)]
 #[must_use]
-pub fn is_understood(request: &[u8]) -> bool {
-    serde_json::from_slice::<MountRequest>(request).is_ok() || parse(request).is_ok()
+pub fn is_valid_request(request: &[u8]) -> bool {
+    serde_json::from_slice::<MountRequest>(request).is_ok() || parse_disk_request(request).is_ok()
 }
 
 impl Control {
@@ -165,10 +165,10 @@ impl Control {
     pub(super) fn answer_mount(&self, request: &[u8]) -> Value {
         match serde_json::from_slice(request) {
             Ok(MountRequest::Drain { streams, timeout_ms }) => {
-                self.drain(streams, Patience::of_request(timeout_ms))
+                self.drain(streams, DrainTimeout::from_millis(timeout_ms))
             }
             Ok(MountRequest::Add { disk, cwd, force, allow_backing, trust }) => {
-                match allow(&trust) {
+                match trust_dirs(&trust) {
                     Ok(()) => self.add(&disk, &cwd, force, allow_backing),
                     Err(line) => json!({ "error": line }),
                 }
@@ -179,11 +179,11 @@ impl Control {
     }
 
     /// Makes everything durable and says what will become of each disk.
-    fn drain(&self, streams: Ending, patience: Patience) -> Value {
+    fn drain(&self, streams: UnmountPolicy, patience: DrainTimeout) -> Value {
         let (mut said, mut failed) = (Vec::new(), Vec::new());
         for (name, entry) in self.catalog.list() {
             if entry.disk.stream().is_some() {
-                match entry.disk.settle(streams, patience) {
+                match entry.disk.end_stream(streams, patience) {
                     Ok(line) => said.extend(line),
                     Err(why) => failed.push(format!("{name}: {why}")),
                 }
@@ -193,7 +193,7 @@ impl Control {
                 failed.push(format!("{name}: could not be made durable: {error}"));
                 continue;
             }
-            match farewell(&name, &entry.disk) {
+            match unmount_summary(&name, &entry.disk) {
                 Ok(line) => said.extend(line),
                 Err(line) => failed.push(line),
             }
@@ -208,19 +208,19 @@ impl Control {
         request: &[u8],
         is_gone: &(dyn Fn() -> bool + Sync),
     ) -> Value {
-        let Some((name, entry)) = self.catalog.slot(slot) else {
+        let Some((name, entry)) = self.catalog.disk_by_slot(slot) else {
             return json!({ "error": "the disk is gone" });
         };
-        let (inode, request) = match parse(request) {
+        let (inode, request) = match parse_disk_request(request) {
             Ok(parsed) => parsed,
             Err(error) => return json!({ "error": format!("request not understood: {error}") }),
         };
-        if !is_meant(&entry.disk, inode) {
-            return another(&name);
+        if !matches_inode(&entry.disk, inode) {
+            return stale_answer(&name);
         }
         match request {
             DiskRequest::Keep { dir, trust } => {
-                match allow(&trust).and_then(|()| self.keep(&name, &entry, &dir)) {
+                match trust_dirs(&trust).and_then(|()| self.keep(&name, &entry, &dir)) {
                     Ok(()) => {
                         let line = format!("{name}: changes are kept in '{}'", dir.display());
                         log::info!("{line}");
@@ -234,15 +234,15 @@ impl Control {
             DiskRequest::Snapshot { name: snapshot, sync } => {
                 self.snapshot(&name, &entry.disk, snapshot.as_deref(), sync)
             }
-            DiskRequest::Snapshots => life::list(&name, &entry.disk),
-            DiskRequest::Unsnapshot { name: snapshot } => self.unsnapshot(&name, &entry, &snapshot),
+            DiskRequest::Snapshots => life::list_snapshots(&name, &entry.disk),
+            DiskRequest::Unsnapshot { name: snapshot } => self.delete_snapshot(&name, &entry, &snapshot),
             DiskRequest::Revert { name: snapshot, force } => {
-                self.go_back(&name, &entry.disk, Some(&snapshot), force.into())
+                self.restore(&name, &entry.disk, Some(&snapshot), force.into())
             }
-            DiskRequest::Reset { force } => self.go_back(&name, &entry.disk, None, force.into()),
+            DiskRequest::Reset { force } => self.restore(&name, &entry.disk, None, force.into()),
             DiskRequest::Clone { name: new } => self.clone_disk(&name, &entry, &new),
             DiskRequest::Commit { force } => {
-                self.forget_bytes(&entry.disk);
+                self.invalidate_cache(&entry.disk);
                 life::commit(&name, &entry.disk, force.into(), is_gone)
             }
             DiskRequest::Prefetch { start, end, copy } => {
@@ -258,11 +258,11 @@ impl Control {
     }
 
     /// Tells how far what a request to `spot` is about has come: bytes, and of how many.
-    pub(super) fn progress_of(&self, spot: Spot) -> Option<Progress> {
-        let Spot::DiskCtl(slot) = spot else {
+    pub(super) fn progress_of(&self, spot: ControlNode) -> Option<ProgressFn> {
+        let ControlNode::DiskCtl(slot) = spot else {
             return None;
         };
-        let disk = Arc::clone(&self.catalog.slot(slot)?.1.disk);
+        let disk = Arc::clone(&self.catalog.disk_by_slot(slot)?.1.disk);
         match disk.stream() {
             Some(Stream::Output(output)) => {
                 let output = Arc::clone(output);
@@ -273,23 +273,23 @@ impl Control {
         }
     }
 
-    fn keep(&self, name: &str, entry: &Entry, dir: &Path) -> Result<(), String> {
+    fn keep(&self, name: &str, entry: &CatalogEntry, dir: &Path) -> Result<(), String> {
         if !dir.is_absolute() {
             return Err(format!("'{}' is not an absolute path", dir.display()));
         }
         let device = self.device.get().copied();
-        place::refuse_inside(dir, &self.catalog.mountpoint, device)
+        place::check_self_reference(dir, &self.catalog.mountpoint, device)
             .map_err(|error| error.to_string())?;
         match self.catalog.keep_in_store(name, entry, dir) {
             Some(kept) => kept?,
             None => {
-                let real = persist::real_place(dir)
+                let real = persist::resolve_overlay_path(dir)
                     .map_err(|error| format!("overlay '{}' {error}", dir.display()))?;
-                let place = Place { dir: &real, layers: None };
+                let place = OverlayPath { dir: &real, layers: None };
                 entry.disk.keep(place).map_err(|error| error.to_string())?;
             }
         }
-        entry.disk.announce(&self.holder());
+        entry.disk.write_holder(&self.holder());
         Ok(())
     }
 }
@@ -298,7 +298,7 @@ fn finish(name: &str, disk: &Disk, timeout_ms: Option<u64>) -> Value {
     let Some(Stream::Output(output)) = disk.stream() else {
         return json!({ "error": format!("{name} is no output stream: there is nothing to finish") });
     };
-    match output.finish(&|| disk.has_writers(), Patience::of_request(timeout_ms)) {
+    match output.finish(&|| disk.has_writers(), DrainTimeout::from_millis(timeout_ms)) {
         Ok(line) => json!({ "ok": { "line": line } }),
         Err(error @ FinishError::Busy) => {
             json!({ "error": format!("{name} {error}"), "busy": true })
@@ -327,9 +327,9 @@ fn abort(name: &str, disk: &Disk) -> Value {
 ///
 /// # Errors
 /// A line when they are lost, though they were to be kept.
-pub(super) fn farewell(name: &str, disk: &Disk) -> Result<Option<String>, String> {
+pub(super) fn unmount_summary(name: &str, disk: &Disk) -> Result<Option<String>, String> {
     let usage = match (disk.reflink(), disk.overlay()) {
-        (Some(reflink), _) => match reflink.changed_about() {
+        (Some(reflink), _) => match reflink.estimate_changed() {
             Ok(data) => Usage { data, zero: 0 },
             Err(_) => return Ok(None),
         },
@@ -337,7 +337,7 @@ pub(super) fn farewell(name: &str, disk: &Disk) -> Result<Option<String>, String
             return Ok(None);
         }
         (None, Some(overlay)) => {
-            disk.chain().last().map_or_else(|| overlay.usage(), |lowest| lowest.since)
+            disk.layer_usages().last().map_or_else(|| overlay.usage(), |lowest| lowest.since)
         }
         (None, None) => return Ok(None),
     };
@@ -345,20 +345,20 @@ pub(super) fn farewell(name: &str, disk: &Disk) -> Result<Option<String>, String
     let changes = format!("{name}: {data} of changes{zeroed}");
     let dir = disk.overlay_dir().unwrap_or_default();
     let dir = dir.display();
-    match disk.whereabouts() {
+    match disk.overlay_dir_state() {
         None => Ok(Some(format!("{changes} discarded (temporary overlay)"))),
-        Some(Whereabouts::There) => Ok(Some(format!("{changes} kept in '{dir}'"))),
-        Some(Whereabouts::Moved) => {
+        Some(OverlayDirState::InPlace) => Ok(Some(format!("{changes} kept in '{dir}'"))),
+        Some(OverlayDirState::Moved) => {
             Ok(Some(format!("{changes} kept in what was '{dir}' and has another name now")))
         }
-        Some(Whereabouts::Removed) => {
+        Some(OverlayDirState::Removed) => {
             Err(format!("{changes} are lost: its overlay '{dir}' was removed while it was in use"))
         }
     }
 }
 
 /// Believes the directories that whoever mounted names.
-fn allow(dirs: &[PathBuf]) -> Result<(), String> {
+fn trust_dirs(dirs: &[PathBuf]) -> Result<(), String> {
     dirs.iter().try_for_each(|dir| {
         trust::allow(dir).map_err(|error| format!("cannot trust '{}': {error}", dir.display()))
     })

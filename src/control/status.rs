@@ -5,15 +5,15 @@ use std::sync::atomic::Ordering;
 
 use serde_json::{Value, json};
 
-use super::{Control, life, lines};
-use crate::catalog::Entry;
-use crate::disk::{Disk, Whereabouts, Window};
+use super::{Control, life, json_line};
+use crate::catalog::CatalogEntry;
+use crate::disk::{Disk, OverlayDirState, PartitionFile};
 use crate::overlay::recover::Recovered;
 use crate::stream::Stream;
 
 /// Who reads the status of a disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Reader {
+pub enum StatusAudience {
     /// Who mounted it, or root.
     Trusted,
     /// Somebody who may read the disk: what lies around it is not his business. Where things are
@@ -30,7 +30,7 @@ impl Control {
             .catalog
             .list()
             .iter()
-            .map(|(name, entry)| self.disk_value(name, entry, Reader::Trusted))
+            .map(|(name, entry)| self.disk_value(name, entry, StatusAudience::Trusted))
             .collect();
         let mount = json!({
             "mountpoint": self.catalog.mountpoint.to_string_lossy(),
@@ -39,29 +39,29 @@ impl Control {
             "state": state,
             "disks": disks,
         });
-        lines(&json!({ "schema": 1, "mounts": [mount] }))
+        json_line(&json!({ "schema": 1, "mounts": [mount] }))
     }
 
     /// The text of `.cowslip/DISK/status`.
     #[must_use]
-    pub fn disk_status(&self, name: &str, entry: &Entry, reader: Reader) -> Vec<u8> {
-        lines(&self.disk_value(name, entry, reader))
+    pub fn disk_status(&self, name: &str, entry: &CatalogEntry, reader: StatusAudience) -> Vec<u8> {
+        json_line(&self.disk_value(name, entry, reader))
     }
 
-    fn disk_value(&self, name: &str, entry: &Entry, reader: Reader) -> Value {
-        let mut value = self.whole_value(name, entry);
-        if reader == Reader::Other {
-            withhold(&mut value);
+    fn disk_value(&self, name: &str, entry: &CatalogEntry, reader: StatusAudience) -> Value {
+        let mut value = self.full_disk_value(name, entry);
+        if reader == StatusAudience::Other {
+            redact(&mut value);
         }
         value
     }
 
-    fn whole_value(&self, name: &str, entry: &Entry) -> Value {
+    fn full_disk_value(&self, name: &str, entry: &CatalogEntry) -> Value {
         let disk = &entry.disk;
         let (state, error) = if disk.is_latched() {
             let why = "a sync failed: nothing written since is safe, see the log";
             ("read-only", Some(why.to_owned()))
-        } else if disk.whereabouts() == Some(Whereabouts::Removed) {
+        } else if disk.overlay_dir_state() == Some(OverlayDirState::Removed) {
             let why =
                 "its overlay was removed while it is in use: what is in it ends with the mount";
             ("lost", Some(why.to_owned()))
@@ -72,7 +72,7 @@ impl Control {
             }
         };
         let overlay = disk.overlay().map(|overlay| {
-            let chain = disk.chain();
+            let chain = disk.layer_usages();
             let since = chain.last().map_or_else(|| overlay.usage(), |lowest| lowest.since);
             let recovered = match disk.recovered() {
                 Recovered::New | Recovered::Clean => None,
@@ -82,15 +82,15 @@ impl Control {
             json!({
                 "temporary": overlay.is_temporary(),
                 "path": disk.overlay_dir().map(|dir| dir.to_string_lossy().into_owned()),
-                "block": overlay.block(),
+                "block": overlay.block_size(),
                 "changed": since.data,
                 "zeroed": since.zero,
                 "allocated": allocated_on_host(disk),
                 "free": disk.space().map(|space| space.available).unwrap_or(0),
                 "recovered": recovered,
-                "doing": disk.doing(),
+                "doing": disk.operation(),
                 "committing": overlay.is_committing(),
-                "hydration": disk.hydration(),
+                "hydration": disk.hydration_status(),
                 "done": disk.progress().0,
                 "total": disk.progress().1,
                 "limit": disk.limit(),
@@ -107,9 +107,9 @@ impl Control {
             "mode": disk.mode.to_string(),
             "state": state,
             "error": error,
-            "warning": disk.lack_of_room(),
-            "openers": disk.openers(),
-            "base": disk.base_shown(),
+            "warning": disk.no_space_status(),
+            "openers": disk.handle_count(),
+            "base": disk.base_description(),
             "overlay": overlay,
             "stream": disk.stream().map(stream_value),
             "partitions": partitions_value(name, disk),
@@ -118,7 +118,7 @@ impl Control {
 }
 
 /// Takes away what is not for everybody who may read the disk.
-fn withhold(disk: &mut Value) {
+fn redact(disk: &mut Value) {
     if !disk["error"].is_null() {
         disk["error"] = json!("whoever mounted it can see why");
     }
@@ -143,7 +143,7 @@ fn withhold(disk: &mut Value) {
 
 /// The windows of a disk in `status`: what each shows of it, and where in it that is.
 fn partitions_value(name: &str, disk: &Disk) -> Vec<Value> {
-    let one = |window: &Arc<Window>| {
+    let one = |window: &Arc<PartitionFile>| {
         let range = window.range();
         json!({
             "number": window.number(),
@@ -152,7 +152,7 @@ fn partitions_value(name: &str, disk: &Disk) -> Vec<Value> {
             "size": range.end - range.start,
         })
     };
-    disk.windows().iter().map(one).collect()
+    disk.partition_files().iter().map(one).collect()
 }
 
 /// A stream in `status`.
@@ -207,7 +207,7 @@ fn reflink_value(disk: &Disk) -> Option<Value> {
         "temporary": false,
         "path": disk.overlay_dir().map(|dir| dir.to_string_lossy().into_owned()),
         "block": disk.block(),
-        "changed": reflink.changed_about().unwrap_or(disk.size()),
+        "changed": reflink.estimate_changed().unwrap_or(disk.size()),
         "zeroed": 0,
         "allocated": allocated,
         "free": disk.space().map(|space| space.available).unwrap_or(0),
@@ -219,6 +219,6 @@ fn reflink_value(disk: &Disk) -> Option<Value> {
 /// Bytes that the overlay's data file takes on the host.
 fn allocated_on_host(disk: &Disk) -> u64 {
     use std::os::unix::fs::MetadataExt;
-    let file = disk.overlay().and_then(|overlay| overlay.first_file());
+    let file = disk.overlay().and_then(|overlay| overlay.data_file());
     file.and_then(|file| file.metadata().ok()).map_or(0, |found| found.blocks() * 512)
 }

@@ -6,11 +6,11 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::open::{OpenError, Setting};
+use super::open::{OpenError, OpenContext};
 use crate::base::identity::Identity;
-use crate::base::{Base, Opening};
+use crate::base::{Base, BaseOptions};
 use crate::overlay::stack::{BaseRecord, FileRecord, StackError, view_fields};
-use crate::spec::{DiskSpec, Format, Source, format_size};
+use crate::spec::{DiskSpec, Format, DiskSource, format_size};
 
 /// What lies at the bottom of a disk, as far as `keep` and `status` need it.
 pub(super) enum Bottom {
@@ -37,7 +37,7 @@ pub(super) fn grain_at(start: u64, unit: u32) -> u32 {
 }
 
 impl Bottom {
-    pub(super) fn of(base: &Base, how: Opening<'_>) -> Self {
+    pub(super) fn of(base: &Base, how: BaseOptions<'_>) -> Self {
         match (&base.path, &base.file) {
             (Some(path), Some(file)) => {
                 let (path, file) = (path.clone(), Arc::clone(file));
@@ -60,7 +60,7 @@ impl Bottom {
     }
 
     /// What an overlay remembers of it.
-    pub(super) fn record(&self) -> Result<BaseRecord, OpenError> {
+    pub(super) fn to_record(&self) -> Result<BaseRecord, OpenError> {
         match self {
             Self::Blank(size) => Ok(BaseRecord::Blank { size: *size }),
             Self::File { path, file, format, view, needs, .. } => {
@@ -81,12 +81,12 @@ impl Bottom {
     }
 
     /// Whether it is the very file that `recorded` speaks of, whatever it holds by now.
-    pub(super) fn is_file_of(&self, recorded: &BaseRecord) -> Result<bool, OpenError> {
+    pub(super) fn is_recorded_file(&self, recorded: &BaseRecord) -> Result<bool, OpenError> {
         let (Self::File { path, file, .. }, BaseRecord::File { identity, .. }) = (self, recorded)
         else {
             return Ok(false);
         };
-        Ok(identity.other_file(&identity_of(path, file)?).is_none())
+        Ok(identity.file_difference(&identity_of(path, file)?).is_none())
     }
 
     /// Its path, when it has one.
@@ -133,16 +133,16 @@ pub(super) fn check_base(
     dir: &Path,
     recorded: &BaseRecord,
     bottom: &Bottom,
-    setting: &Setting<'_>,
+    setting: &OpenContext<'_>,
 ) -> Result<(), OpenError> {
     let mismatch = |why| Err(OpenError::Mismatch { dir: dir.to_owned(), why });
-    match base_mismatch(recorded, bottom)? {
-        Some(Misfit::Other(why)) => mismatch(why),
-        Some(Misfit::Changed(why)) if setting.force => {
+    match find_mismatch(recorded, bottom)? {
+        Some(BaseMismatch::OtherBase(why)) => mismatch(why),
+        Some(BaseMismatch::Changed(why)) if setting.force => {
             log::warn!("overlay '{}' {why}; used all the same (--force)", dir.display());
             Ok(())
         }
-        Some(Misfit::Changed(why)) => {
+        Some(BaseMismatch::Changed(why)) => {
             mismatch(format!("{why}: restore the base, or use --force and risk nonsense"))
         }
         None => Ok(()),
@@ -153,14 +153,14 @@ pub(super) fn check_base(
 ///
 /// # Errors
 /// [`StackError::Syntax`]: a format that is not known.
-pub fn over(name: &str, base: &BaseRecord) -> Result<DiskSpec, StackError> {
+pub fn spec_over(name: &str, base: &BaseRecord) -> Result<DiskSpec, StackError> {
     Ok(match base {
-        BaseRecord::Blank { size } => DiskSpec::new(name.to_owned(), Source::Blank(*size)),
+        BaseRecord::Blank { size } => DiskSpec::new(name.to_owned(), DiskSource::Blank(*size)),
         BaseRecord::File { path, format, .. } => {
             let known = format.parse();
             let known =
                 known.map_err(|_| StackError::Syntax(format!("a base of format {format}")))?;
-            let mut spec = DiskSpec::new(name.to_owned(), Source::File(path.clone()));
+            let mut spec = DiskSpec::new(name.to_owned(), DiskSource::File(path.clone()));
             spec.format = Some(known);
             spec.part = base.part();
             spec
@@ -169,19 +169,19 @@ pub fn over(name: &str, base: &BaseRecord) -> Result<DiskSpec, StackError> {
 }
 
 /// How a base does not fit its overlay.
-pub(super) enum Misfit {
+pub(super) enum BaseMismatch {
     /// It is another one.
-    Other(String),
+    OtherBase(String),
     /// It is not what it was.
     Changed(String),
 }
 
-pub(super) fn base_mismatch(
+pub(super) fn find_mismatch(
     recorded: &BaseRecord,
     now: &Bottom,
-) -> Result<Option<Misfit>, OpenError> {
+) -> Result<Option<BaseMismatch>, OpenError> {
     let other = |was: String, is: String| {
-        Ok(Some(Misfit::Other(format!(
+        Ok(Some(BaseMismatch::OtherBase(format!(
             "is one of {was}, not of {is}: name the base it was made with"
         ))))
     };
@@ -191,7 +191,7 @@ pub(super) fn base_mismatch(
         (BaseRecord::Blank { size: was }, Bottom::Blank(is)) if was == is => Ok(None),
         (BaseRecord::Blank { size: was }, Bottom::Blank(is)) => other(blank(*was), blank(*is)),
         (BaseRecord::Blank { size }, Bottom::File { path, .. }) => {
-            Ok(Some(Misfit::Other(format!(
+            Ok(Some(BaseMismatch::OtherBase(format!(
                 "is one of {}, not of {}: an overlay that was hydrated stands alone, mount it as NAME=blank:{size},overlay=...",
                 blank(*size),
                 named(path)
@@ -212,7 +212,7 @@ pub(super) fn base_mismatch(
                 if was.exists() {
                     return other(named(was), named(path));
                 }
-                return Ok(Some(Misfit::Other(format!(
+                return Ok(Some(BaseMismatch::OtherBase(format!(
                     "is one of {}, which is gone: if it is {} now, say so with cowslip rebase",
                     named(was),
                     named(path)
@@ -220,8 +220,8 @@ pub(super) fn base_mismatch(
             }
             if (*offset, *len) != view_fields(view.as_ref()) {
                 return other(
-                    format!("{} {}", named(was), part_shown((*offset, *len))),
-                    format!("{} {}", named(path), part_shown(view_fields(view.as_ref()))),
+                    format!("{} {}", named(was), describe_part((*offset, *len))),
+                    format!("{} {}", named(path), describe_part(view_fields(view.as_ref()))),
                 );
             }
             let is = identity_of(path, file)?;
@@ -236,14 +236,14 @@ pub(super) fn base_mismatch(
             };
             Ok(changed.map(|what| {
                 let named = named(path);
-                Misfit::Changed(format!("does not fit its base {named} any more ({what}{cure})"))
+                BaseMismatch::Changed(format!("does not fit its base {named} any more ({what}{cure})"))
             }))
         }
     }
 }
 
 /// A part of a base, by where it begins and how many bytes it has.
-fn part_shown(part: (Option<u64>, Option<u64>)) -> String {
+fn describe_part(part: (Option<u64>, Option<u64>)) -> String {
     let (offset, len) = (part.0.unwrap_or(0), part.1);
     match (part, len.and_then(|len| offset.checked_add(len))) {
         ((None, None), _) => "as a whole".to_owned(),

@@ -8,32 +8,32 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use super::bottom::Bottom;
-use super::life::{Force, LifeError, Turn};
-use super::{Disk, Home, Top};
+use super::life::{Force, OperationError, Operation};
+use super::{Disk, OverlayLocation, Top};
 use crate::base::identity::Identity;
 use crate::base::place;
-use crate::base::{self, Writable};
+use crate::base::{self, WritableBase};
 use crate::confined;
-use crate::extents::Kind;
+use crate::extents::ExtentKind;
 use crate::layer::{Layer, Wait};
 use crate::overlay::stack::{BaseRecord, Stack};
-use crate::overlay::{CommitTo, Overlay, Usage};
+use crate::overlay::{CommitTarget, Overlay, Usage};
 use crate::spec::{Format, Locking, format_size};
 
 /// How long a commit waits for layers that are being merged.
-const MERGING: Duration = Duration::from_secs(60);
+const MERGE_TIMEOUT: Duration = Duration::from_secs(60);
 /// How long a commit waits for those who read a diff: as an unmount for who uses the mount.
-const READERS: Duration = Duration::from_secs(5);
+const READER_TIMEOUT: Duration = Duration::from_secs(5);
 /// How often it looks whether they are.
-const LOOK: Duration = Duration::from_millis(20);
+const POLL_INTERVAL: Duration = Duration::from_millis(20);
 
 /// What a commit has done.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Committed {
+pub struct CommitSummary {
     /// What went into the base.
-    pub gone: Usage,
+    pub committed: Usage,
     /// What was changed meanwhile and stays in the overlay.
-    pub left: Usage,
+    pub remaining: Usage,
 }
 
 impl Disk {
@@ -41,12 +41,12 @@ impl Disk {
     /// the disk reads the same throughout, and may be written.
     ///
     /// # Errors
-    /// [`LifeError`]; before the copying began nothing has changed.
-    pub fn commit(&self, force: Force, is_gone: &dyn Fn() -> bool) -> Result<Committed, LifeError> {
+    /// [`OperationError`]; before the copying began nothing has changed.
+    pub fn commit(&self, force: Force, is_gone: &dyn Fn() -> bool) -> Result<CommitSummary, OperationError> {
         self.wait_for_readers(is_gone);
-        self.merge_first();
-        let turn = self.begin("a commit")?;
-        let overlay = self.committable()?;
+        self.wait_for_merge();
+        let turn = self.begin_operation("a commit")?;
+        let overlay = self.committable_overlay()?;
         self.check_writers(force)?;
         let Bottom::File { path, file, format, view, .. } = &*self.bottom() else {
             return Err(refused("its base is blank: there is nothing to commit to"));
@@ -56,13 +56,13 @@ impl Disk {
                 "its base is a qcow2 image, which only QEMU writes: cowslip diff FILE -o new.qcow2, then qemu-img commit new.qcow2",
             ));
         }
-        self.check_base(overlay.is_committing())?;
-        let locking = self.life.locking.unwrap_or(Locking::Qemu);
+        self.check_base_identity(overlay.is_committing())?;
+        let locking = self.history.locking.unwrap_or(Locking::Qemu);
         let base = base::open_writable(path, file, view.clone(), locking)
-            .map_err(|error| LifeError::Refused(error.to_string()))?;
+            .map_err(|error| OperationError::Refused(error.to_string()))?;
         let (size, has) = (self.size(), base.layer.size());
         if has < size {
-            return Err(LifeError::Refused(format!(
+            return Err(OperationError::Refused(format!(
                 "it is larger ({}) than its base '{}' ({}): shrink it first, or copy it out whole with cp",
                 format_size(size),
                 path.display(),
@@ -71,7 +71,7 @@ impl Disk {
         }
         check_space(&overlay, &base, self.overlay_dir().as_deref())?;
         let before = overlay.usage();
-        let done = self.commit_to(&turn, is_gone, &overlay, &base);
+        let done = self.commit_into(&turn, is_gone, &overlay, &base);
         overlay.pause_commit();
         done?;
         let left = overlay.usage();
@@ -79,39 +79,39 @@ impl Disk {
             data: before.data.saturating_sub(left.data),
             zero: before.zero.saturating_sub(left.zero),
         };
-        Ok(Committed { gone, left })
+        Ok(CommitSummary { committed: gone, remaining: left })
     }
 
     /// Waits for those who read what was frozen for a diff: the kernel tells of a file that was closed
     /// only later.
     fn wait_for_readers(&self, is_gone: &dyn Fn() -> bool) {
-        let until = Instant::now() + READERS;
+        let until = Instant::now() + READER_TIMEOUT;
         loop {
-            self.let_go();
-            if !self.is_compared() || is_gone() || Instant::now() >= until {
+            self.release_expired();
+            if !self.has_diff_files() || is_gone() || Instant::now() >= until {
                 return;
             }
-            thread::sleep(LOOK);
+            thread::sleep(POLL_INTERVAL);
         }
     }
 
     /// Waits for layers that are still being merged after their snapshots were deleted.
-    fn merge_first(&self) {
-        let until = Instant::now() + MERGING;
+    fn wait_for_merge(&self) {
+        let until = Instant::now() + MERGE_TIMEOUT;
         while self.is_mergeable() && !self.is_latched() && Instant::now() < until {
-            if let Err(error) = self.tidy() {
+            if let Err(error) = self.merge_layers() {
                 // What it means for the commit is said there.
                 log::warn!("{}: layers are not merged: {error}", self.source);
                 return;
             }
-            thread::sleep(LOOK);
+            thread::sleep(POLL_INTERVAL);
         }
     }
 
     /// The overlay, when it is one that can be committed.
-    fn committable(&self) -> Result<Arc<Overlay>, LifeError> {
+    fn committable_overlay(&self) -> Result<Arc<Overlay>, OperationError> {
         let tree = self.tree("changes to commit")?;
-        if matches!(&*self.home.lock(), Home::Temporary { .. }) {
+        if matches!(&*self.overlay_location.lock(), OverlayLocation::Temporary { .. }) {
             return Err(refused(
                 "its overlay is temporary, and a commit that is cut short could not be finished: cowslip keep it in a directory first",
             ));
@@ -126,28 +126,28 @@ impl Disk {
                 "it has several layers: other disks of the store stand on them, or they are still being merged (try again then)",
             ));
         }
-        if self.is_compared() {
+        if self.has_diff_files() {
             return Err(refused(
                 "a diff of it is being read, which shows the base as it is: wait for its end",
             ));
         }
-        if self.snapshot_openers() > 0 {
+        if self.snapshot_handle_count() > 0 {
             return Err(refused(
                 "a snapshot of it that was deleted is still open, and shows the base as it is: close it first",
             ));
         }
         if self.is_latched() {
-            return Err(LifeError::Latched);
+            return Err(OperationError::Latched);
         }
-        self.overlay().ok_or(LifeError::NoOverlay("changes to commit"))
+        self.overlay().ok_or(OperationError::NoOverlay("changes to commit"))
     }
 
     /// Refuses a base that somebody has changed since the overlay was made. One that a commit was
     /// cut short in has other bytes, but has to be the same file.
-    fn check_base(&self, is_resumed: bool) -> Result<(), LifeError> {
-        let recorded = match &mut *self.home.lock() {
-            Home::Kept(home) => home.stack.base.clone(),
-            Home::Nowhere | Home::Temporary { .. } => return Ok(()),
+    fn check_base_identity(&self, is_resumed: bool) -> Result<(), OperationError> {
+        let recorded = match &mut *self.overlay_location.lock() {
+            OverlayLocation::Persistent(home) => home.stack.base.clone(),
+            OverlayLocation::NoOverlay | OverlayLocation::Temporary { .. } => return Ok(()),
         };
         let (
             BaseRecord::File { identity, path: recorded_path, .. },
@@ -157,71 +157,71 @@ impl Disk {
             return Ok(());
         };
         // A link in its place leads to a file that nobody has named.
-        let real = confined::real_path(&**file).map_err(LifeError::host("looking for the base"))?;
+        let real = confined::real_path(&**file).map_err(OperationError::io("looking for the base"))?;
         if real != recorded_path {
-            return Err(LifeError::Refused(format!(
+            return Err(OperationError::Refused(format!(
                 "its base '{}' is '{}' by now: if that is right, say so with cowslip rebase",
                 recorded_path.display(),
                 real.display()
             )));
         }
-        let now = Identity::of(file).map_err(LifeError::host("reading the base"))?;
-        let other = identity.other_file(&now).filter(|_| is_resumed);
+        let now = Identity::of(file).map_err(OperationError::io("reading the base"))?;
+        let other = identity.file_difference(&now).filter(|_| is_resumed);
         if let Some(what) = other {
-            return Err(LifeError::Refused(format!(
+            return Err(OperationError::Refused(format!(
                 "'{}' is not the base that the commit began with ({what}): put that one back, or take this one with cowslip rebase --force",
                 path.display()
             )));
         }
         match identity.differences(&now).filter(|_| !is_resumed) {
             None => Ok(()),
-            Some(what) => Err(LifeError::Refused(format!(
+            Some(what) => Err(OperationError::Refused(format!(
                 "its base '{}' has changed under it ({what}), and what would come out is neither: put the old one back, or take this one with cowslip rebase --force",
                 path.display()
             ))),
         }
     }
 
-    fn commit_to(
+    fn commit_into(
         &self,
-        turn: &Turn<'_>,
+        turn: &Operation<'_>,
         is_gone: &dyn Fn() -> bool,
         overlay: &Overlay,
-        base: &Writable,
-    ) -> Result<(), LifeError> {
+        base: &WritableBase,
+    ) -> Result<(), OperationError> {
         let progress = |done, total| {
-            self.life.done_bytes.store(done, Ordering::Relaxed);
-            self.life.all_bytes.store(total, Ordering::Relaxed);
+            self.history.done_bytes.store(done, Ordering::Relaxed);
+            self.history.total_bytes.store(total, Ordering::Relaxed);
         };
         let stop = || turn.must_stop() || is_gone();
-        let to = CommitTo {
+        let to = CommitTarget {
             layer: &*base.layer,
             file: Some((&base.file, base.view.as_ref().map_or(0, |view| view.start))),
-            progress: &progress,
-            stop: &stop,
+            on_progress: &progress,
+            should_stop: &stop,
         };
         {
-            let _gate = self.enter_to_switch()?;
-            overlay.begin_commit().map_err(LifeError::host("marking the commit"))?;
+            let _gate = self.gate_for_layers()?;
+            overlay.begin_commit().map_err(OperationError::io("marking the commit"))?;
         }
-        overlay.commit_cut(&to).map_err(LifeError::host("zeroing the base"))?;
+        overlay.commit_truncation(&to).map_err(OperationError::io("zeroing the base"))?;
         {
-            let _gate = self.enter_to_switch()?;
-            let raised = overlay.raise_limit(base.layer.size());
-            raised.map_err(LifeError::host("marking the commit"))?;
+            let _gate = self.gate_for_layers()?;
+            let raised = overlay.raise_lower_limit(base.layer.size());
+            raised.map_err(OperationError::io("marking the commit"))?;
         }
-        overlay.commit_blocks(&to).map_err(LifeError::host("copying into the base"))?;
-        self.end_commit(overlay, base)
+        overlay.commit_blocks(&to).map_err(OperationError::io("copying into the base"))?;
+        self.finish_commit(overlay, base)
     }
 
     /// Cuts a base that is longer than its disk, and writes down what the base is now.
-    fn end_commit(&self, overlay: &Overlay, base: &Writable) -> Result<(), LifeError> {
-        let in_base = || LifeError::host("making the base durable");
+    fn finish_commit(&self, overlay: &Overlay, base: &WritableBase) -> Result<(), OperationError> {
+        let in_base = || OperationError::io("making the base durable");
         let is_file = base.file.metadata().is_ok_and(|found| found.is_file());
         // What is behind a part of a file is not ours to cut off.
         let is_whole = base.view.is_none();
         {
-            let _gate = self.enter_to_switch()?;
+            let _gate = self.gate_for_layers()?;
             let size = overlay.size();
             if is_file && is_whole && size < base.layer.size() {
                 base.layer.set_size(size).map_err(in_base())?;
@@ -229,41 +229,41 @@ impl Disk {
         }
         base.layer.sync().map_err(in_base())?;
         let size = base.layer.size();
-        *self.life.fresh.lock() = (size, size);
-        let identity = Identity::of(&base.file).map_err(LifeError::host("reading the base"))?;
-        if let Home::Kept(home) = &mut *self.home.lock()
+        *self.history.reset_sizes.lock() = (size, size);
+        let identity = Identity::of(&base.file).map_err(OperationError::io("reading the base"))?;
+        if let OverlayLocation::Persistent(home) = &mut *self.overlay_location.lock()
             && let BaseRecord::File { path, format, offset, len, needs, .. } =
                 home.stack.base.clone()
         {
             let base = BaseRecord::File { path, format, offset, len, identity, needs };
             let stack = Stack { base, ..home.stack.clone() };
-            self.put_stack(home, stack, None)?;
+            self.replace_stack(home, stack, None)?;
         }
-        overlay.end_commit().map_err(LifeError::host("marking the commit's end"))
+        overlay.end_commit().map_err(OperationError::io("marking the commit's end"))
     }
 
     /// How far what is being done to it has come: bytes, and of how many.
     #[must_use]
     pub fn progress(&self) -> (u64, u64) {
         let load = |bytes: &std::sync::atomic::AtomicU64| bytes.load(Ordering::Relaxed);
-        (load(&self.life.done_bytes), load(&self.life.all_bytes))
+        (load(&self.history.done_bytes), load(&self.history.total_bytes))
     }
 }
 
-fn refused(line: &str) -> LifeError {
-    LifeError::Refused(line.to_owned())
+fn refused(line: &str) -> OperationError {
+    OperationError::Refused(line.to_owned())
 }
 
 /// Refuses when what the overlay holds does not find space in the holes of its base.
-fn check_space(overlay: &Overlay, base: &Writable, dir: Option<&Path>) -> Result<(), LifeError> {
-    let looking = || LifeError::host("looking at the base");
+fn check_space(overlay: &Overlay, base: &WritableBase, dir: Option<&Path>) -> Result<(), OperationError> {
+    let looking = || OperationError::io("looking at the base");
     let found = base.file.metadata().map_err(looking())?;
     if !found.is_file() {
         return Ok(());
     }
-    let shares = overlay.first_file().and_then(|file| file.metadata().ok());
+    let shares = overlay.data_file().and_then(|file| file.metadata().ok());
     let is_beside = shares.is_some_and(|data| data.dev() == found.dev());
-    let reflinks = || dir.and_then(|dir| place::abilities(dir).ok()).is_some_and(|can| can.reflink);
+    let reflinks = || dir.and_then(|dir| place::probe_features(dir).ok()).is_some_and(|can| can.reflink);
     if is_beside && reflinks() {
         return Ok(()); // The host shares the blocks.
     }
@@ -272,7 +272,7 @@ fn check_space(overlay: &Overlay, base: &Writable, dir: Option<&Path>) -> Result
     while at < size {
         let extent = overlay.extent_at(at..size, Wait::Yes).map_err(looking())?;
         at = extent.range.end;
-        if extent.kind != Kind::Data {
+        if extent.kind != ExtentKind::Data {
             continue;
         }
         let mut from = extent.range.start;
@@ -280,7 +280,7 @@ fn check_space(overlay: &Overlay, base: &Writable, dir: Option<&Path>) -> Result
             let below = base.layer.extent_at(from..extent.range.end, Wait::Yes);
             let below = below.map_err(looking())?;
             from = below.range.end;
-            if below.kind == Kind::Hole {
+            if below.kind == ExtentKind::Hole {
                 needed += below.len();
             }
         }
@@ -288,7 +288,7 @@ fn check_space(overlay: &Overlay, base: &Writable, dir: Option<&Path>) -> Result
     let space = rustix::fs::fstatvfs(&*base.file).map_err(|error| looking()(error.into()))?;
     let free = space.f_bavail * space.f_frsize;
     if needed > free {
-        return Err(LifeError::Refused(format!(
+        return Err(OperationError::Refused(format!(
             "not enough space where its base is: {} are needed, {} are free",
             format_size(needed),
             format_size(free)

@@ -5,26 +5,26 @@ use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 
-use super::{Disk, Layers, Top};
-use crate::extents::Kind;
-use crate::host::{cannot_copy, copy_range, errno};
+use super::{Disk, LayerStack, Top};
+use crate::extents::ExtentKind;
+use crate::host::{is_copy_unsupported, copy_range, os_error};
 use crate::layer::{Layer, Wait};
 use crate::overlay::Overlay;
 use crate::overlay::reflink::Reflink;
 
 /// Bytes read and written at a time where the host cannot copy: 1 MiB.
-const BUFFER: u64 = 1 << 20;
+const COPY_CHUNK: u64 = 1 << 20;
 /// The most one request copies: a slow host, too, does that within the bound of a request.
-const MOST: u64 = 64 << 20;
+const MAX_COPY_LEN: u64 = 64 << 20;
 
 /// Copies `from` (bytes of `source`) to `offset` of `target` and tells how many bytes: fewer at
 /// the source's end, or when a change of the source came in between.
 ///
 /// # Errors
 /// As [`Disk::read`] and [`Disk::write`] under [`Wait::Yes`].
-pub(super) fn copy(source: &Disk, from: Range<u64>, target: &Disk, offset: u64) -> io::Result<u64> {
+pub(super) fn copy_between(source: &Disk, from: Range<u64>, target: &Disk, offset: u64) -> io::Result<u64> {
     let layers = source.layers();
-    let end = from.end.min(layers.size()).min(from.start.saturating_add(MOST));
+    let end = from.end.min(layers.size()).min(from.start.saturating_add(MAX_COPY_LEN));
     if from.start >= end {
         return Ok(0);
     }
@@ -44,7 +44,7 @@ pub(super) fn copy(source: &Disk, from: Range<u64>, target: &Disk, offset: u64) 
 
 /// Copies `from`, extent by extent, and counts in `done` what is copied.
 fn copy_extents(
-    layers: &Layers,
+    layers: &LayerStack,
     source: &Disk,
     from: Range<u64>,
     target: &Disk,
@@ -56,15 +56,15 @@ fn copy_extents(
         let len = extent.len();
         let to = offset + *done;
         match extent.kind {
-            Kind::Data => {
+            ExtentKind::Data => {
                 let copied = copy_data(layers, source, extent.range, target, to)?;
                 if copied < len {
                     *done += copied;
                     break; // The source has shrunk in between.
                 }
             }
-            Kind::Zero | Kind::Hole | Kind::Lower => {
-                target.change(to..to + len, super::Change::Punch, super::Keep::Size, Wait::Yes)?;
+            ExtentKind::Zero | ExtentKind::Hole | ExtentKind::Lower => {
+                target.fallocate(to..to + len, super::FallocateMode::Punch, super::SizeMode::Keep, Wait::Yes)?;
             }
         }
         *done += len;
@@ -75,7 +75,7 @@ fn copy_extents(
 /// Copies one Data extent: its whole blocks by the host where it can, the rest through a buffer.
 /// Tells how many bytes.
 fn copy_data(
-    layers: &Layers,
+    layers: &LayerStack,
     source: &Disk,
     from: Range<u64>,
     target: &Disk,
@@ -89,11 +89,11 @@ fn copy_data(
             at += by_host;
             continue;
         }
-        let len = (from.end - at).min(BUFFER);
+        let len = (from.end - at).min(COPY_CHUNK);
         // Up to the target's next block border, so that what follows is whole blocks.
         let border = (to + 1).next_multiple_of(u64::from(target.block())) - to;
         let len = if to.is_multiple_of(u64::from(target.block())) { len } else { len.min(border) };
-        let mut buf = vec![0; usize::try_from(len).map_err(|_| errno(libc::EFBIG))?];
+        let mut buf = vec![0; usize::try_from(len).map_err(|_| os_error(libc::EFBIG))?];
         let got = source.read(&mut buf, at, Wait::Yes)?;
         if got == 0 {
             break;
@@ -104,8 +104,8 @@ fn copy_data(
     Ok(at - from.start)
 }
 
-/// The first layer that says Data for a prefix of `range` lends its file to `copy`.
-fn lend_in(
+/// The first layer that says Data for a prefix of `range` lends its file to `copy_between`.
+fn lend_through(
     layers: &[Arc<dyn Layer>],
     mut range: Range<u64>,
     copy: &mut dyn FnMut(BorrowedFd<'_>, Range<u64>) -> io::Result<u64>,
@@ -113,9 +113,9 @@ fn lend_in(
     for layer in layers {
         let (extent, copied) = layer.lend_at(range, Wait::Yes, copy)?;
         match extent.kind {
-            Kind::Data => return Ok(copied.unwrap_or(0)),
-            Kind::Zero | Kind::Hole => return Ok(0),
-            Kind::Lower => range = extent.range,
+            ExtentKind::Data => return Ok(copied.unwrap_or(0)),
+            ExtentKind::Zero | ExtentKind::Hole => return Ok(0),
+            ExtentKind::Lower => range = extent.range,
         }
     }
     Ok(0)
@@ -130,15 +130,15 @@ impl Disk {
     /// `EOPNOTSUPP` for a stream: the kernel then reads and writes by itself.
     pub fn copy_from(&self, source: &Self, from: Range<u64>, offset: u64) -> io::Result<u64> {
         if self.stream().is_some() || source.stream().is_some() {
-            return Err(errno(libc::EOPNOTSUPP));
+            return Err(os_error(libc::EOPNOTSUPP));
         }
-        copy(source, from, self, offset)
+        copy_between(source, from, self, offset)
     }
 
     /// Lets the host copy the whole blocks at the front of `from` to `offset`; 0 when there are
     /// none or the host cannot.
-    fn copy_blocks(&self, source: &Layers, from: Range<u64>, offset: u64) -> io::Result<u64> {
-        let _gate = self.enter(Wait::Yes)?;
+    fn copy_blocks(&self, source: &LayerStack, from: Range<u64>, offset: u64) -> io::Result<u64> {
+        let _gate = self.gate_shared(Wait::Yes)?;
         let layers = self.layers();
         let block = u64::from(self.block());
         let size = layers.size();
@@ -148,49 +148,49 @@ impl Disk {
             return Ok(0);
         }
         let copied = match &layers.top {
-            Top::Overlay(overlay) => copy_into(overlay, offset..end, source, &from),
-            Top::Reflink(reflink) => copy_to_file(reflink, offset..end, source, &from),
+            Top::Overlay(overlay) => copy_to_overlay(overlay, offset..end, source, &from),
+            Top::Reflink(reflink) => copy_to_reflink(reflink, offset..end, source, &from),
             Top::Base(_) | Top::Nothing => return Ok(0),
         };
         match copied {
             Ok(copied) => {
-                self.touch(&layers.top);
+                self.touch_times(&layers.top);
                 Ok(copied)
             }
-            Err(error) if cannot_copy(&error) => Ok(0),
+            Err(error) if is_copy_unsupported(&error) => Ok(0),
             Err(error) => Err(error),
         }
     }
 }
 
 /// Lends the source's file to the one that the target is.
-fn copy_to_file(
+fn copy_to_reflink(
     target: &Reflink,
     to: Range<u64>,
-    source: &Layers,
+    source: &LayerStack,
     from: &Range<u64>,
 ) -> io::Result<u64> {
     if target.is_latched() {
-        return Err(errno(libc::EIO));
+        return Err(os_error(libc::EIO));
     }
     let wanted = from.start..from.start + (to.end - to.start);
-    lend_in(source.all(), wanted, &mut |input, piece| {
+    lend_through(source.all(), wanted, &mut |input, piece| {
         copy_range(input, piece, target.data().as_fd(), to.start)
     })
 }
 
 /// Takes the target's ranges first and lends the source's file inside: a reader never waits for
 /// a lock while it is counted in.
-fn copy_into(
+fn copy_to_overlay(
     overlay: &Overlay,
     to: Range<u64>,
-    source: &Layers,
+    source: &LayerStack,
     from: &Range<u64>,
 ) -> io::Result<u64> {
     let len = to.end - to.start;
     overlay.copy_in(&to, &mut |file, place| {
         let wanted = from.start..from.start + len;
-        lend_in(source.all(), wanted, &mut |input, piece| {
+        lend_through(source.all(), wanted, &mut |input, piece| {
             copy_range(input, piece, file, place.start)
         })
     })

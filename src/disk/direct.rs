@@ -10,13 +10,13 @@ use super::open::OpenError;
 use super::{Disk, Top};
 use crate::overlay::Overlay;
 use crate::overlay::keep::temporary_dir;
-use crate::overlay::persist::Persistent;
-use crate::spec::Direct;
+use crate::overlay::persist::OpenedOverlay;
+use crate::spec::DirectIo;
 
 impl Disk {
     /// Has all layers of the disk pass by the host's cache, if they are to.
     pub(super) fn go_direct(&self) -> Result<(), OpenError> {
-        if self.direct == Direct::Off {
+        if self.direct == DirectIo::Off {
             return Ok(());
         }
         let layers = self.layers();
@@ -25,7 +25,7 @@ impl Disk {
             Top::Reflink(_) | Top::Base(_) | Top::Nothing => None,
         };
         let below = layers.sealed.iter().flat_map(|sealed| sealed.layers());
-        let known = self.life.known();
+        let known = self.history.open_sealed();
         let refused = |error| OpenError::NoDirect {
             dir: self.overlay_dir().as_deref().map_or_else(temporary_dir, Path::to_owned),
             error,
@@ -35,17 +35,17 @@ impl Disk {
     }
 
     /// Has `layer`, which was made or opened for this disk, pass by the host's cache as well.
-    pub(super) fn take_along(&self, layer: &Overlay) -> io::Result<()> {
+    pub(super) fn apply_direct(&self, layer: &Overlay) -> io::Result<()> {
         match self.direct {
-            Direct::On => layer.go_direct(),
-            Direct::Off => Ok(()),
+            DirectIo::On => layer.go_direct(),
+            DirectIo::Off => Ok(()),
         }
     }
 
     /// The same for all layers of an overlay that this disk is moving to.
-    pub(super) fn take_all_along(&self, kept: &Persistent) -> io::Result<()> {
-        let aside = kept.aside.iter().map(|(_, layer)| layer);
-        kept.below.iter().chain(aside).try_for_each(|layer| self.take_along(layer))?;
-        self.take_along(&kept.overlay)
+    pub(super) fn apply_direct_to_all(&self, kept: &OpenedOverlay) -> io::Result<()> {
+        let aside = kept.snapshot_layers.iter().map(|(_, layer)| layer);
+        kept.below.iter().chain(aside).try_for_each(|layer| self.apply_direct(layer))?;
+        self.apply_direct(&kept.overlay)
     }
 }

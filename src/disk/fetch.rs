@@ -9,34 +9,34 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use super::bottom::Bottom;
-use super::life::LifeError;
-use super::{Disk, Home, Layers, Top};
+use super::life::OperationError;
+use super::{Disk, OverlayLocation, LayerStack, Top};
 use crate::base::blank::Blank;
-use crate::extents::Kind;
-use crate::host::errno;
+use crate::extents::ExtentKind;
+use crate::host::os_error;
 use crate::layer::{Layer, Wait, WritableLayer};
 use crate::overlay::stack::{BaseRecord, Stack};
-use crate::overlay::tree::Tree;
+use crate::overlay::tree::LayerTree;
 
 /// Bytes brought in between two looks at whether to stop: 1 MiB.
-const PIECE: u64 = 1 << 20;
+const COPY_CHUNK: u64 = 1 << 20;
 /// The least that is copied at a time: 64 KiB.
-const SMALLEST: u64 = 64 << 10;
+const MIN_COPY_CHUNK: u64 = 64 << 10;
 /// How often a pause looks whether it is over.
-const LOOK: Duration = Duration::from_millis(100);
+const POLL_INTERVAL: Duration = Duration::from_millis(100);
 
 /// What is prefetched where.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Fetch {
+pub enum PrefetchMode {
     /// As the disk's keys say.
-    AsSet,
+    AsConfigured,
     /// Up into the overlay.
-    Copy,
+    CopyUp,
 }
 
 /// How a hydration goes on.
 #[derive(Debug, Default)]
-pub(super) struct Hydration {
+pub(super) struct HydrationState {
     /// It is under way, or paused.
     running: AtomicBool,
     paused: AtomicBool,
@@ -47,9 +47,9 @@ pub(super) struct Hydration {
 
 /// What a hydration is to do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Hydrate {
+pub enum HydrateCommand {
     /// Begin, or go on after a pause, at most so many bytes a second (0: no bound).
-    Go(u64),
+    Run(u64),
     /// Stand still.
     Pause,
     /// End; what was copied stays.
@@ -66,66 +66,66 @@ impl Disk {
     pub fn prefetch(
         &self,
         range: Range<u64>,
-        fetch: Fetch,
+        fetch: PrefetchMode,
         is_gone: &dyn Fn() -> bool,
     ) -> io::Result<u64> {
-        let brought = self.bring_in(range, fetch, is_gone);
-        self.life.all_bytes.store(0, Ordering::Relaxed);
+        let brought = self.prefetch_range(range, fetch, is_gone);
+        self.history.total_bytes.store(0, Ordering::Relaxed);
         brought
     }
 
-    fn bring_in(
+    fn prefetch_range(
         &self,
         range: Range<u64>,
-        fetch: Fetch,
+        fetch: PrefetchMode,
         is_gone: &dyn Fn() -> bool,
     ) -> io::Result<u64> {
         let range = range.start..range.end.min(self.size());
-        let copies = self.copies_on_cache(fetch);
+        let copies = self.prefetch_copies_up(fetch);
         if copies && self.overlay().is_none() {
-            return Err(errno(libc::EROFS));
+            return Err(os_error(libc::EROFS));
         }
         let mut brought = 0;
         let mut at = range.start;
-        self.life.all_bytes.store(range.end.saturating_sub(at), Ordering::Relaxed);
+        self.history.total_bytes.store(range.end.saturating_sub(at), Ordering::Relaxed);
         let mut buf = Vec::new();
         while at < range.end {
-            if self.life.ending.load(Ordering::SeqCst) || is_gone() {
-                return Err(errno(libc::EINTR));
+            if self.history.is_ending.load(Ordering::SeqCst) || is_gone() {
+                return Err(os_error(libc::EINTR));
             }
-            let (extent, depth) = self.layers().piece_at(at..range.end, Wait::Yes)?;
-            if extent.kind != Kind::Data || (copies && depth == 0) {
+            let (extent, depth) = self.layers().extent_with_depth(at..range.end, Wait::Yes)?;
+            if extent.kind != ExtentKind::Data || (copies && depth == 0) {
                 // One step, however much there is nothing to bring in for.
                 at = extent.range.end;
             } else {
-                let end = range.end.min(at + PIECE);
+                let end = range.end.min(at + COPY_CHUNK);
                 brought += match copies {
-                    true => self.bring_up(at..end, Wait::Yes)?,
-                    false => self.warm(at..end, &mut buf)?,
+                    true => self.copy_up(at..end, Wait::Yes)?,
+                    false => self.warm_cache(at..end, &mut buf)?,
                 };
                 at = end;
             }
-            self.life.done_bytes.store(at - range.start, Ordering::Relaxed);
+            self.history.done_bytes.store(at - range.start, Ordering::Relaxed);
         }
         Ok(brought)
     }
 
     /// Has the host read what the disk shows of `range` into its cache.
-    fn warm(&self, range: Range<u64>, buf: &mut Vec<u8>) -> io::Result<u64> {
+    fn warm_cache(&self, range: Range<u64>, buf: &mut Vec<u8>) -> io::Result<u64> {
         let layers = self.layers();
         let mut at = range.start;
         let mut warmed = 0;
         while at < range.end {
-            let (extent, depth) = layers.piece_at(at..range.end, Wait::Yes)?;
+            let (extent, depth) = layers.extent_with_depth(at..range.end, Wait::Yes)?;
             at = extent.range.end;
-            if extent.kind != Kind::Data {
+            if extent.kind != ExtentKind::Data {
                 continue;
             }
             if let (Top::Overlay(overlay), 0) = (&layers.top, depth) {
                 overlay.will_need(&extent.range);
                 continue;
             }
-            buf.resize(usize::try_from(extent.len()).map_err(|_| errno(libc::EFBIG))?, 0);
+            buf.resize(usize::try_from(extent.len()).map_err(|_| os_error(libc::EFBIG))?, 0);
             self.read(buf, extent.range.start, Wait::Yes)?;
             warmed += extent.len();
         }
@@ -133,16 +133,16 @@ impl Disk {
     }
 
     /// Copies what the layers below the overlay hold of `range` up into it, and tells how much.
-    pub(super) fn bring_up(&self, range: Range<u64>, wait: Wait) -> io::Result<u64> {
-        let _gate = self.enter(wait)?;
+    pub(super) fn copy_up(&self, range: Range<u64>, wait: Wait) -> io::Result<u64> {
+        let _gate = self.gate_shared(wait)?;
         let layers = self.layers();
-        let Top::Overlay(overlay) = &layers.top else { return Err(errno(libc::EROFS)) };
+        let Top::Overlay(overlay) = &layers.top else { return Err(os_error(libc::EROFS)) };
         let end = range.end.min(layers.size());
         let (mut at, mut copied) = (range.start, 0);
         while at < end {
-            let (extent, depth) = layers.piece_at(at..end, wait)?;
+            let (extent, depth) = layers.extent_with_depth(at..end, wait)?;
             at = extent.range.end;
-            if extent.kind == Kind::Data && depth > 0 {
+            if extent.kind == ExtentKind::Data && depth > 0 {
                 copied += overlay.copy_up(&extent.range, &layers.below(), wait)?;
             }
         }
@@ -151,8 +151,8 @@ impl Disk {
 
     /// What it is made from, as `status` shows it.
     #[must_use]
-    pub fn base_shown(&self) -> String {
-        match (&*self.bottom(), self.stands_alone.load(Ordering::SeqCst)) {
+    pub fn base_description(&self) -> String {
+        match (&*self.bottom(), self.is_detached.load(Ordering::SeqCst)) {
             (Bottom::Blank(size), true) => format!("blank:{size}"),
             _ => self.source.clone(),
         }
@@ -160,8 +160,8 @@ impl Disk {
 
     /// Whether what is prefetched goes up into the overlay.
     #[must_use]
-    pub fn copies_on_cache(&self, fetch: Fetch) -> bool {
-        fetch == Fetch::Copy || self.copy_up.cache
+    pub fn prefetch_copies_up(&self, fetch: PrefetchMode) -> bool {
+        fetch == PrefetchMode::CopyUp || self.copy_up.cache
     }
 
     /// Whether reads are to be brought up first (`cow-on-read`).
@@ -171,25 +171,25 @@ impl Disk {
 
     /// What a hydration is doing, for `status`: `None` when there is none.
     #[must_use]
-    pub fn hydration(&self) -> Option<&'static str> {
+    pub fn hydration_status(&self) -> Option<&'static str> {
         let hydration = &self.hydration;
         let running = hydration.running.load(Ordering::SeqCst);
         running.then(|| if hydration.paused.load(Ordering::SeqCst) { "paused" } else { "running" })
     }
 
     /// Steers a hydration that is under way; `false` when there is none.
-    pub fn steer(&self, hydrate: Hydrate) -> bool {
+    pub fn control_hydration(&self, hydrate: HydrateCommand) -> bool {
         let hydration = &self.hydration;
         if !hydration.running.load(Ordering::SeqCst) {
             return false;
         }
         match hydrate {
-            Hydrate::Go(rate) => {
+            HydrateCommand::Run(rate) => {
                 hydration.rate.store(rate, Ordering::SeqCst);
                 hydration.paused.store(false, Ordering::SeqCst);
             }
-            Hydrate::Pause => hydration.paused.store(true, Ordering::SeqCst),
-            Hydrate::Cancel => hydration.cancelled.store(true, Ordering::SeqCst),
+            HydrateCommand::Pause => hydration.paused.store(true, Ordering::SeqCst),
+            HydrateCommand::Cancel => hydration.cancelled.store(true, Ordering::SeqCst),
         }
         true
     }
@@ -198,17 +198,17 @@ impl Disk {
     /// bound), until it needs nothing of that any more; then it stands alone.
     ///
     /// # Errors
-    /// [`LifeError`]; what was copied stays, and another hydration goes on from there.
-    pub fn hydrate(&self, rate: u64) -> Result<(), LifeError> {
-        let turn = self.begin("a hydration")?;
-        let tree = self.hydratable()?;
+    /// [`OperationError`]; what was copied stays, and another hydration goes on from there.
+    pub fn hydrate(&self, rate: u64) -> Result<(), OperationError> {
+        let turn = self.begin_operation("a hydration")?;
+        let tree = self.hydratable_tree()?;
         let hydration = &self.hydration;
         hydration.rate.store(rate, Ordering::SeqCst);
         hydration.paused.store(false, Ordering::SeqCst);
         hydration.cancelled.store(false, Ordering::SeqCst);
         hydration.running.store(true, Ordering::SeqCst);
         let stop = || turn.must_stop() || hydration.cancelled.load(Ordering::SeqCst);
-        let done = self.fill(&stop).and_then(|()| self.stand_alone(&tree));
+        let done = self.copy_up_all(&stop).and_then(|()| self.detach_base(&tree));
         hydration.running.store(false, Ordering::SeqCst);
         done
     }
@@ -216,95 +216,95 @@ impl Disk {
     /// Whether a hydration would begin now.
     ///
     /// # Errors
-    /// [`LifeError`]: what it would answer.
-    pub fn check_hydratable(&self) -> Result<(), LifeError> {
-        match self.request() {
-            Some(what) => Err(LifeError::Busy(what)),
-            None => self.hydratable().map(drop),
+    /// [`OperationError`]: what it would answer.
+    pub fn check_hydratable(&self) -> Result<(), OperationError> {
+        match self.requested_operation() {
+            Some(what) => Err(OperationError::Busy(what)),
+            None => self.hydratable_tree().map(drop),
         }
     }
 
     /// The layers of a disk that could stand alone: not with snapshots or a commit to finish.
-    fn hydratable(&self) -> Result<Tree, LifeError> {
+    fn hydratable_tree(&self) -> Result<LayerTree, OperationError> {
         let tree = self.tree("a base to copy from")?;
         if !tree.snapshots.is_empty() {
-            return Err(LifeError::Refused(
+            return Err(OperationError::Refused(
                 "it has snapshots, which need the base as well: delete them first".to_owned(),
             ));
         }
         if self.overlay().is_some_and(|overlay| overlay.is_committing()) {
-            return Err(LifeError::Unfinished);
+            return Err(OperationError::CommitUnfinished);
         }
         Ok(tree)
     }
 
-    fn fill(&self, stop: &dyn Fn() -> bool) -> Result<(), LifeError> {
-        let copying = || LifeError::host("copying up into the overlay");
+    fn copy_up_all(&self, stop: &dyn Fn() -> bool) -> Result<(), OperationError> {
+        let copying = || OperationError::io("copying up into the overlay");
         let hydration = &self.hydration;
         let mut at = 0;
         while at < self.size() {
             while hydration.paused.load(Ordering::SeqCst) && !stop() {
-                thread::sleep(LOOK);
+                thread::sleep(POLL_INTERVAL);
             }
             if stop() {
-                return Err(LifeError::Interrupted);
+                return Err(OperationError::Interrupted);
             }
             let size = self.size();
-            let piece = self.layers().piece_at(at..size, Wait::Yes).map_err(copying())?;
+            let piece = self.layers().extent_with_depth(at..size, Wait::Yes).map_err(copying())?;
             let (extent, depth) = piece;
-            if extent.kind != Kind::Data || depth == 0 {
+            if extent.kind != ExtentKind::Data || depth == 0 {
                 at = extent.range.end;
             } else {
                 let start = Instant::now();
                 let rate = hydration.rate.load(Ordering::SeqCst);
                 // A few pieces a second, however slow it is to be.
-                let piece = if rate == 0 { PIECE } else { (rate / 4).clamp(SMALLEST, PIECE) };
+                let piece = if rate == 0 { COPY_CHUNK } else { (rate / 4).clamp(MIN_COPY_CHUNK, COPY_CHUNK) };
                 let end = extent.range.end.min(at + piece);
-                let copied = self.bring_up(at..end, Wait::Yes).map_err(copying())?;
+                let copied = self.copy_up(at..end, Wait::Yes).map_err(copying())?;
                 at = end;
                 if let Some(nanos) = copied.saturating_mul(1_000_000_000).checked_div(rate) {
                     let due = Duration::from_nanos(nanos);
                     while start.elapsed() < due && !stop() {
-                        thread::sleep(due.saturating_sub(start.elapsed()).min(LOOK));
+                        thread::sleep(due.saturating_sub(start.elapsed()).min(POLL_INTERVAL));
                     }
                 }
             }
-            self.life.done_bytes.store(at, Ordering::Relaxed);
-            self.life.all_bytes.store(size, Ordering::Relaxed);
+            self.history.done_bytes.store(at, Ordering::Relaxed);
+            self.history.total_bytes.store(size, Ordering::Relaxed);
         }
         Ok(())
     }
 
     /// Leaves all that lies below the overlay behind: it holds whatever is not a hole.
-    fn stand_alone(&self, tree: &Tree) -> Result<(), LifeError> {
-        let Some(overlay) = self.overlay() else { return Err(LifeError::NoOverlay("a base")) };
+    fn detach_base(&self, tree: &LayerTree) -> Result<(), OperationError> {
+        let Some(overlay) = self.overlay() else { return Err(OperationError::NoOverlay("a base")) };
         // Most of it without anybody waiting.
-        overlay.sync().map_err(LifeError::host("making the overlay durable"))?;
-        let shelf = self.life.shelf();
-        let _alone = shelf.alone();
+        overlay.sync().map_err(OperationError::io("making the overlay durable"))?;
+        let shelf = self.history.layer_cache();
+        let _alone = shelf.lock_changes();
         let mut next = tree.clone();
         let size = self.layers().bottom.as_ref().map_or(0, |bottom| bottom.size());
         {
-            let _gate = self.enter_to_switch()?;
-            overlay.sync().map_err(LifeError::host("making the overlay durable"))?;
+            let _gate = self.gate_for_layers()?;
+            overlay.sync().map_err(OperationError::io("making the overlay durable"))?;
             if let Some(top) = next.layers.last_mut() {
                 top.parent = None;
             }
             next.prune();
-            if let Home::Kept(home) = &mut *self.home.lock() {
+            if let OverlayLocation::Persistent(home) = &mut *self.overlay_location.lock() {
                 let base = BaseRecord::Blank { size };
                 let stack = Stack { base, ..home.stack.with_tree(next.clone()) };
-                self.put_stack(home, stack, None)?;
+                self.replace_stack(home, stack, None)?;
             } else {
-                self.replace_stack(&next, None)?;
+                self.replace_tree(&next, None)?;
             }
             let bottom: Arc<dyn Layer> = Arc::new(Blank::new(size));
             *self.layers.write() =
-                Arc::new(Layers::new(Top::Overlay(Arc::clone(&overlay)), None, Some(bottom)));
+                Arc::new(LayerStack::new(Top::Overlay(Arc::clone(&overlay)), None, Some(bottom)));
             *self.bottom.lock() = Arc::new(Bottom::Blank(size));
-            self.stands_alone.store(true, Ordering::SeqCst);
+            self.is_detached.store(true, Ordering::SeqCst);
         }
-        self.drop_layers(tree, &next);
+        self.drop_unused_layers(tree, &next);
         Ok(())
     }
 }

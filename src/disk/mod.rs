@@ -31,39 +31,39 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use parking_lot::{Mutex, RwLock};
 use uuid::Uuid;
 
-pub use self::bottom::over;
-pub use self::commit::Committed;
-use self::fetch::Hydration;
-pub use self::fetch::{Fetch, Hydrate};
-pub use self::io::{Change, Keep, Whence};
-pub use self::leave::Use;
-use self::life::Life;
-pub use self::life::{Beneath, Difference, Force, LifeError, Others, Since, SnapshotInfo};
+pub use self::bottom::spec_over;
+pub use self::commit::CommitSummary;
+use self::fetch::HydrationState;
+pub use self::fetch::{PrefetchMode, HydrateCommand};
+pub use self::io::{FallocateMode, SizeMode, Whence};
+pub use self::leave::InUse;
+use self::life::History;
+pub use self::life::{DiffBase, Difference, Force, OperationError, LayerUsers, LayerUsage, SnapshotInfo};
 pub use self::open::{
-    OpenError, Opened, Setting, clone_stored, create_blank, create_stored, open, open_stored,
+    OpenError, OpenedDisk, OpenContext, clone_stored, create_blank, create_stored, open, open_stored,
 };
-use self::residing::Residing;
-pub use self::residing::Whereabouts;
-use self::room::Room;
-use self::window::Windows;
-pub use self::window::{Shown, Window, WindowsError, split_name};
-use crate::extents::{Extent, Extents, Kind};
-use crate::host::errno;
+use self::residing::OverlayDirId;
+pub use self::residing::OverlayDirState;
+use self::room::SpaceFailures;
+use self::window::PartitionFiles;
+pub use self::window::{DiskFile, PartitionFile, PartitionsError, split_name};
+use crate::extents::{Extent, Extents, ExtentKind};
+use crate::host::os_error;
 use crate::layer::{Layer, Wait, WritableLayer};
 use crate::overlay::Overlay;
-use crate::overlay::persist::{Holder, Place, Residence};
-use crate::overlay::record::{Nanos, Stamp};
+use crate::overlay::persist::{Holder, OverlayPath, OverlayDir};
+use crate::overlay::record::{Nanos, MtimeOrigin};
 use crate::overlay::recover::Recovered;
 use crate::overlay::reflink::Reflink;
 use crate::overlay::sealed::Sealed;
 use crate::overlay::stack::inode_of;
-use crate::overlay::tree::Tree;
+use crate::overlay::tree::LayerTree;
 use crate::pool::Pool;
-use crate::spec::{CopyUp, Direct, Mode, Passthrough, Resize};
+use crate::spec::{CopyUp, DirectIo, DiskMode, Passthrough, Resize};
 use crate::stream::Stream;
 
 /// The most extents that are walked for one st_blocks: what lies behind them counts as data.
-const BLOCKS_WALK: usize = 16 << 10;
+const MAX_WALKED_EXTENTS: usize = 16 << 10;
 
 /// What takes a disk's changes.
 enum Top {
@@ -78,7 +78,7 @@ enum Top {
 }
 
 /// The layers of a disk, as they are until the next change of the gate's holder.
-struct Layers {
+struct LayerStack {
     top: Top,
     /// The sealed layers below the top.
     sealed: Option<Arc<Sealed>>,
@@ -90,38 +90,38 @@ struct Layers {
 
 /// Where the overlay of a disk lives, and which layers it has.
 #[expect(clippy::large_enum_variant, reason = "one a disk, which hardly ever moves")]
-enum Home {
+enum OverlayLocation {
     /// There is none.
-    Nowhere,
+    NoOverlay,
     /// In files without a name, in this directory: it ends with the mount.
-    Temporary { tree: Tree, dir: PathBuf },
+    Temporary { tree: LayerTree, dir: PathBuf },
     /// In a directory.
-    Kept(Residence),
+    Persistent(OverlayDir),
 }
 
-impl Home {
+impl OverlayLocation {
     /// The layers; none without an overlay.
-    fn tree(&self) -> Option<Tree> {
+    fn tree(&self) -> Option<LayerTree> {
         match self {
-            Self::Nowhere => None,
+            Self::NoOverlay => None,
             Self::Temporary { tree, .. } => Some(tree.clone()),
-            Self::Kept(residence) => {
+            Self::Persistent(residence) => {
                 Some(residence.stack.tree()).filter(|tree| !tree.layers.is_empty())
             }
         }
     }
 
-    fn residence(&mut self) -> Option<&mut Residence> {
+    fn as_persistent(&mut self) -> Option<&mut OverlayDir> {
         match self {
-            Self::Kept(residence) => Some(residence),
-            Self::Nowhere | Self::Temporary { .. } => None,
+            Self::Persistent(residence) => Some(residence),
+            Self::NoOverlay | Self::Temporary { .. } => None,
         }
     }
 }
 
 /// Who owns the mounted file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Owner {
+pub struct DiskOwner {
     /// User id.
     pub uid: u32,
     /// Group id.
@@ -138,7 +138,7 @@ pub struct Attributes {
     /// Bytes that hold data, in this layer or below.
     pub allocated: u64,
     /// Owner and mode.
-    pub owner: Owner,
+    pub owner: DiskOwner,
     /// Last read, as far as anyone set it.
     pub atime: SystemTime,
     /// Last write.
@@ -146,14 +146,14 @@ pub struct Attributes {
     /// Last change of anything.
     pub ctime: SystemTime,
     /// Preferred unit of I/O in bytes: no hole begins or ends between two of them.
-    pub block: u32,
+    pub blksize: u32,
     /// Names that lead to it: one, or none any more.
-    pub links: u32,
+    pub nlink: u32,
 }
 
 /// How an open handle uses the kernel's page cache.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Access {
+pub enum HandleAccess {
     /// Reads through the cache.
     Read,
     /// Writes only.
@@ -167,64 +167,64 @@ pub struct Disk {
     /// Its own uuid; a persistent overlay keeps it.
     pub uuid: Uuid,
     /// How it may be changed.
-    pub mode: Mode,
+    pub mode: DiskMode,
     /// What it was made from, for people.
     pub source: String,
     resize: Resize,
     /// Whether the kernel may go straight to its file.
     passthrough: Passthrough,
     /// Whether its files pass by the host's page cache: then every read and write of them waits.
-    direct: Direct,
+    direct: DirectIo,
     /// Shared for changes of bytes, exclusive for changes of the size or of the layers.
     gate: RwLock<()>,
     /// Held while waiting for the gate exclusive (`gate_alone`).
-    line: Mutex<()>,
+    gate_queue: Mutex<()>,
     /// Locked for a moment only: to take a snapshot, or to put new layers in place.
-    layers: RwLock<Arc<Layers>>,
-    owner: Mutex<Owner>,
+    layers: RwLock<Arc<LayerStack>>,
+    owner: Mutex<DiskOwner>,
     times: Times,
-    readers: AtomicU32,
-    writers: AtomicU32,
-    both: AtomicU32,
+    read_opens: AtomicU32,
+    write_opens: AtomicU32,
+    read_write_opens: AtomicU32,
     /// The last walk for st_blocks: the overlay's revision and the bytes.
-    allocated: Mutex<Option<(u64, u64)>>,
+    allocated_cache: Mutex<Option<(u64, u64)>>,
     /// A stat was answered with an older figure than there is.
-    stale: AtomicBool,
+    allocated_is_stale: AtomicBool,
     /// Its partitions as files of their own, if they are to be seen.
-    windows: OnceLock<Windows>,
+    partition_files: OnceLock<PartitionFiles>,
     /// Where its overlay is.
-    home: Mutex<Home>,
-    life: Life,
+    overlay_location: Mutex<OverlayLocation>,
+    history: History,
     copy_up: CopyUp,
-    hydration: Hydration,
+    hydration: HydrationState,
     /// It has left its base behind.
-    stands_alone: AtomicBool,
-    overlay_dir: Mutex<Option<Residing>>,
-    room: Room,
+    is_detached: AtomicBool,
+    overlay_dir: Mutex<Option<OverlayDirId>>,
+    space_failures: SpaceFailures,
     /// What an overlay's `stack` has to say of the base.
     bottom: Mutex<Arc<bottom::Bottom>>,
     recovered: Recovered,
     /// What is at work when it is one.
     stream: Option<Stream>,
-    pool: Arc<Pool>,
-    notices: Arc<Pool>,
-    syncs: Arc<Pool>,
-    maps: Arc<Pool>,
+    io_pool: Arc<Pool>,
+    notify_pool: Arc<Pool>,
+    sync_pool: Arc<Pool>,
+    map_pool: Arc<Pool>,
     maintaining: AtomicBool,
     /// An operation of unbounded length holds the gate: requests wait without a deadline.
-    pub(crate) held: AtomicBool,
+    pub(crate) in_long_operation: AtomicBool,
     /// The daemon or the disk is on its way out and the overlay closed: nothing may be changed any
     /// more.
     closed: AtomicBool,
     /// The disk is on its way out: nobody can open it.
-    leaving: AtomicBool,
+    is_retired: AtomicBool,
     /// No hole of what lies at the bottom begins or ends between two of these, in bytes.
     grain: u32,
     /// No name leads to it any more.
-    nameless: AtomicBool,
+    is_unlinked: AtomicBool,
     /// How often the kernel was led to it and has not forgotten it since: it may open the disk
     /// though that has no name any more.
-    references: AtomicU64,
+    lookup_count: AtomicU64,
 }
 
 /// The times of a disk, in nanoseconds since the epoch.
@@ -235,34 +235,34 @@ struct Times {
     /// mtime was chosen by a user and no write has come since.
     chosen: AtomicBool,
     /// The mtime that is in the log.
-    recorded: AtomicI64,
+    logged_mtime: AtomicI64,
 }
 
 impl Times {
-    /// `recorded` is what the log says, if it says anything.
+    /// `logged_mtime` is what the log says, if it says anything.
     fn new(mtime: Nanos, chosen: bool, recorded: Option<Nanos>) -> Self {
         Self {
             atime: mtime.into(),
             mtime: mtime.into(),
             ctime: mtime.into(),
             chosen: chosen.into(),
-            recorded: recorded.unwrap_or(Nanos::MIN).into(),
+            logged_mtime: recorded.unwrap_or(Nanos::MIN).into(),
         }
     }
 }
 
 /// Now, from the kernel's coarse clock: a few nanoseconds to read, exact to a few milliseconds.
-fn now() -> Nanos {
+fn coarse_now() -> Nanos {
     let now = rustix::time::clock_gettime(rustix::time::ClockId::RealtimeCoarse);
     now.tv_sec.saturating_mul(1_000_000_000).saturating_add(now.tv_nsec)
 }
 
-fn to_time(nanos: Nanos) -> SystemTime {
+fn to_system_time(nanos: Nanos) -> SystemTime {
     let distance = Duration::from_nanos(nanos.unsigned_abs());
     if nanos < 0 { UNIX_EPOCH - distance } else { UNIX_EPOCH + distance }
 }
 
-fn from_time(time: SystemTime) -> Nanos {
+fn from_system_time(time: SystemTime) -> Nanos {
     let clamp = |distance: Duration| Nanos::try_from(distance.as_nanos()).unwrap_or(Nanos::MAX);
     match time.duration_since(UNIX_EPOCH) {
         Ok(after) => clamp(after),
@@ -272,7 +272,7 @@ fn from_time(time: SystemTime) -> Nanos {
 
 /// Space on the file system that a disk's changes go to.
 #[derive(Clone, Copy, Debug)]
-pub struct Space {
+pub struct FsSpace {
     /// All of it, in bytes.
     pub total: u64,
     /// Free, in bytes.
@@ -288,7 +288,7 @@ impl Disk {
         inode_of(&self.uuid)
     }
 
-    fn layers(&self) -> Arc<Layers> {
+    fn layers(&self) -> Arc<LayerStack> {
         Arc::clone(&self.layers.read())
     }
 
@@ -320,41 +320,41 @@ impl Disk {
 
     /// Its threads.
     #[must_use]
-    pub fn pool(&self) -> &Arc<Pool> {
-        &self.pool
+    pub fn io_pool(&self) -> &Arc<Pool> {
+        &self.io_pool
     }
 
-    /// The threads that tell the kernel to drop its cache: they may wait for what [`pool`] does.
+    /// The threads that tell the kernel to drop its cache: they may wait for what [`io_pool`] does.
     ///
-    /// [`pool`]: Self::pool
+    /// [`io_pool`]: Self::io_pool
     #[must_use]
-    pub fn notices(&self) -> &Arc<Pool> {
-        &self.notices
+    pub fn notify_pool(&self) -> &Arc<Pool> {
+        &self.notify_pool
     }
 
     /// The threads that wait for the device in a sync.
     #[must_use]
-    pub fn syncs(&self) -> &Arc<Pool> {
-        &self.syncs
+    pub fn sync_pool(&self) -> &Arc<Pool> {
+        &self.sync_pool
     }
 
     /// The threads that describe it: who reads its map takes none from who reads the disk.
     #[must_use]
-    pub fn maps(&self) -> &Arc<Pool> {
-        &self.maps
+    pub fn map_pool(&self) -> &Arc<Pool> {
+        &self.map_pool
     }
 
     /// Owner and mode.
     #[must_use]
-    pub fn owner(&self) -> Owner {
+    pub fn owner(&self) -> DiskOwner {
         *self.owner.lock()
     }
 
     /// Block size in bytes.
     #[must_use]
     pub fn block(&self) -> u32 {
-        let block = self.overlay().map_or(u64::from(crate::overlay::DEFAULT_BLOCK), |o| o.block());
-        u32::try_from(block).unwrap_or(crate::overlay::DEFAULT_BLOCK)
+        let block = self.overlay().map_or(u64::from(crate::overlay::DEFAULT_BLOCK_SIZE), |o| o.block_size());
+        u32::try_from(block).unwrap_or(crate::overlay::DEFAULT_BLOCK_SIZE)
     }
 
     /// What stat(2) says.
@@ -362,16 +362,16 @@ impl Disk {
     /// # Errors
     /// `EAGAIN` under [`Wait::No`] when the base would have to be waited for; the host's errno.
     pub fn attributes(&self, wait: Wait) -> stdio::Result<Attributes> {
-        if let Some(found) = self.file_attributes()? {
+        if let Some(found) = self.single_file_attributes()? {
             return Ok(found);
         }
         let allocated = self.allocated(wait)?;
-        Ok(self.described(self.size(), allocated))
+        Ok(self.attributes_for(self.size(), allocated))
     }
 
     /// What stat(2) says of a file of `size` bytes that shows this disk.
-    fn described(&self, size: u64, allocated: u64) -> Attributes {
-        let time = |cell: &AtomicI64| to_time(cell.load(Ordering::Relaxed));
+    fn attributes_for(&self, size: u64, allocated: u64) -> Attributes {
+        let time = |cell: &AtomicI64| to_system_time(cell.load(Ordering::Relaxed));
         Attributes {
             size,
             allocated,
@@ -379,42 +379,42 @@ impl Disk {
             atime: time(&self.times.atime),
             mtime: time(&self.times.mtime),
             ctime: time(&self.times.ctime),
-            block: self.unit(),
-            links: self.links(),
+            blksize: self.blksize(),
+            nlink: self.nlink(),
         }
     }
 
     /// The preferred unit of I/O, in bytes.
-    fn unit(&self) -> u32 {
+    fn blksize(&self) -> u32 {
         self.block().min(self.grain)
     }
 
     /// How many names lead to it.
-    fn links(&self) -> u32 {
-        (!self.nameless.load(Ordering::SeqCst)).into()
+    fn nlink(&self) -> u32 {
+        (!self.is_unlinked.load(Ordering::SeqCst)).into()
     }
 
     /// The disk has lost its name.
-    pub fn lose_name(&self) {
-        self.nameless.store(true, Ordering::SeqCst);
+    pub fn mark_unlinked(&self) {
+        self.is_unlinked.store(true, Ordering::SeqCst);
     }
 
     /// The kernel is led to the disk once more.
-    pub fn refer(&self) {
-        self.references.fetch_add(1, Ordering::SeqCst);
+    pub fn add_lookup(&self) {
+        self.lookup_count.fetch_add(1, Ordering::SeqCst);
     }
 
     /// The kernel has forgotten `count` of the times it was led here.
-    pub fn forgotten(&self, count: u64) {
+    pub fn forget(&self, count: u64) {
         let less = |references: u64| Some(references.saturating_sub(count));
-        let _ = self.references.fetch_update(Ordering::SeqCst, Ordering::SeqCst, less);
+        let _ = self.lookup_count.fetch_update(Ordering::SeqCst, Ordering::SeqCst, less);
     }
 
     /// Whether nobody can reach the disk any more: it has no name and no handle, and the kernel
     /// knows nothing of it.
     #[must_use]
     pub fn is_orphan(&self) -> bool {
-        self.links() == 0 && self.references.load(Ordering::SeqCst) == 0 && self.openers() == 0
+        self.nlink() == 0 && self.lookup_count.load(Ordering::SeqCst) == 0 && self.handle_count() == 0
     }
 
     /// Bytes of data in the disk.
@@ -422,10 +422,10 @@ impl Disk {
         if let Some(Stream::Output(output)) = &self.stream {
             return Ok(output.written());
         }
-        self.allocated_in(0..self.size(), &self.allocated, wait)
+        self.allocated_in(0..self.size(), &self.allocated_cache, wait)
     }
 
-    /// Bytes of data in `range`, from the extents. After [`BLOCKS_WALK`] of them the rest counts
+    /// Bytes of data in `range`, from the extents. After [`MAX_WALKED_EXTENTS`] of them the rest counts
     /// as data: it never claims a hole that is not there. `known` keeps the figure.
     ///
     /// A base that would have to be waited for does not hold up a stat: that gets the last
@@ -456,7 +456,7 @@ impl Disk {
                 Ok(bytes)
             }
             (Err(error), Some((_, bytes))) if error.raw_os_error() == Some(libc::EAGAIN) => {
-                self.stale.store(true, Ordering::Relaxed);
+                self.allocated_is_stale.store(true, Ordering::Relaxed);
                 Ok(bytes)
             }
             (Err(error), _) => Err(error),
@@ -465,62 +465,62 @@ impl Disk {
 
     fn walk_allocated(&self, range: Range<u64>, wait: Wait) -> stdio::Result<u64> {
         let end = range.end;
-        let extents = self.extents(range, BLOCKS_WALK, wait)?;
+        let extents = self.extents(range, MAX_WALKED_EXTENTS, wait)?;
         let held = |extents: &Extents| -> u64 {
-            extents.iter().filter(|extent| extent.kind != Kind::Hole).map(Extent::len).sum()
+            extents.iter().filter(|extent| extent.kind != ExtentKind::Hole).map(Extent::len).sum()
         };
         Ok(held(&extents) + (end - extents.described_to().min(end)))
     }
 
     /// A handle was released.
-    pub fn released(&self, access: Access) {
-        self.counter(access).fetch_sub(1, Ordering::SeqCst);
+    pub fn release_handle(&self, access: HandleAccess) {
+        self.open_counter(access).fetch_sub(1, Ordering::SeqCst);
     }
 
-    fn counter(&self, access: Access) -> &AtomicU32 {
+    fn open_counter(&self, access: HandleAccess) -> &AtomicU32 {
         match access {
-            Access::Read => &self.readers,
-            Access::Write => &self.writers,
-            Access::ReadWrite => &self.both,
+            HandleAccess::Read => &self.read_opens,
+            HandleAccess::Write => &self.write_opens,
+            HandleAccess::ReadWrite => &self.read_write_opens,
         }
     }
 
     /// Handles that are open, those of its snapshots included.
     #[must_use]
-    pub fn openers(&self) -> u32 {
-        let own = [&self.readers, &self.writers, &self.both];
+    pub fn handle_count(&self) -> u32 {
+        let own = [&self.read_opens, &self.write_opens, &self.read_write_opens];
         let own: u32 = own.iter().map(|n| n.load(Ordering::SeqCst)).sum();
-        own + self.snapshot_openers()
+        own + self.snapshot_handle_count()
     }
 
     /// Whether a handle reads through the kernel's cache, so that a write has to invalidate it.
     #[must_use]
     pub fn has_cached_readers(&self) -> bool {
         // Streams are never cached.
-        self.readers.load(Ordering::SeqCst) > 0 && self.stream.is_none()
+        self.read_opens.load(Ordering::SeqCst) > 0 && self.stream.is_none()
     }
 
     /// Whether a handle may write.
     #[must_use]
     pub fn has_writers(&self) -> bool {
-        self.writers.load(Ordering::SeqCst) > 0 || self.may_be_mapped()
+        self.write_opens.load(Ordering::SeqCst) > 0 || self.may_be_mapped()
     }
 
     /// Whether its size is fixed, so that truncating it to nothing only discards.
     #[must_use]
-    pub fn is_fixed(&self) -> bool {
+    pub fn has_fixed_size(&self) -> bool {
         self.resize == Resize::Fixed
     }
 
     /// Whether a handle may have mapped the disk shared and writable.
     #[must_use]
     pub fn may_be_mapped(&self) -> bool {
-        self.both.load(Ordering::SeqCst) > 0
+        self.read_write_opens.load(Ordering::SeqCst) > 0
     }
 
     /// Notes a change of bytes: mtime and ctime move.
-    fn touch(&self, top: &Top) {
-        let now = now();
+    fn touch_times(&self, top: &Top) {
+        let now = coarse_now();
         self.times.mtime.store(now, Ordering::Relaxed);
         self.times.ctime.store(now, Ordering::Relaxed);
         if self.times.chosen.load(Ordering::Relaxed)
@@ -535,11 +535,11 @@ impl Disk {
     /// Puts the modification time into the log, if it is not there already.
     fn record_mtime(&self, overlay: &Overlay) {
         let mtime = self.times.mtime.load(Ordering::SeqCst);
-        if self.times.recorded.swap(mtime, Ordering::SeqCst) == mtime {
+        if self.times.logged_mtime.swap(mtime, Ordering::SeqCst) == mtime {
             return;
         }
         let chosen = self.times.chosen.load(Ordering::SeqCst);
-        let stamp = if chosen { Stamp::Chosen } else { Stamp::Written };
+        let stamp = if chosen { MtimeOrigin::SetByUser } else { MtimeOrigin::Written };
         if let Err(error) = overlay.record_mtime(mtime, stamp) {
             log::warn!("the time of {} is not recorded: {error}", self.source);
         }
@@ -548,34 +548,34 @@ impl Disk {
     /// Sets the times that are given (`utimes`); ctime moves.
     pub fn set_times(&self, atime: Option<SystemTime>, mtime: Option<SystemTime>) {
         if let Some(atime) = atime {
-            self.times.atime.store(from_time(atime), Ordering::Relaxed);
+            self.times.atime.store(from_system_time(atime), Ordering::Relaxed);
         }
-        self.set_file_times(atime, mtime);
-        if let Some(mtime) = mtime.map(from_time) {
+        self.set_single_file_times(atime, mtime);
+        if let Some(mtime) = mtime.map(from_system_time) {
             self.times.mtime.store(mtime, Ordering::Relaxed);
             self.times.chosen.store(true, Ordering::SeqCst);
             if let Some(overlay) = self.overlay() {
                 self.record_mtime(&overlay);
             }
         }
-        self.times.ctime.store(now(), Ordering::Relaxed);
+        self.times.ctime.store(coarse_now(), Ordering::Relaxed);
     }
 
     /// Changes owner and mode; a persistent disk keeps them.
     ///
     /// # Errors
     /// The host's errno from writing the overlay's `stack`; nothing has changed then.
-    pub fn set_owner(&self, owner: Owner) -> stdio::Result<()> {
-        if let Some(residence) = self.home.lock().residence() {
+    pub fn set_owner(&self, owner: DiskOwner) -> stdio::Result<()> {
+        if let Some(residence) = self.overlay_location.lock().as_persistent() {
             let mut stack = residence.stack.clone();
             (stack.uid, stack.gid, stack.perm) = (owner.uid, owner.gid, owner.perm);
-            residence.replace(stack).map_err(|error| {
+            residence.replace_stack(stack).map_err(|error| {
                 log::error!("{}: the new owner or mode is not kept: {error}", self.source);
-                errno(libc::EIO)
+                os_error(libc::EIO)
             })?;
         }
         *self.owner.lock() = owner;
-        self.times.ctime.store(now(), Ordering::Relaxed);
+        self.times.ctime.store(coarse_now(), Ordering::Relaxed);
         Ok(())
     }
 
@@ -583,19 +583,19 @@ impl Disk {
     ///
     /// # Errors
     /// The host's errno.
-    pub fn space(&self) -> stdio::Result<Space> {
+    pub fn space(&self) -> stdio::Result<FsSpace> {
         let file = match &self.layers().top {
-            Top::Overlay(overlay) => overlay.first_file(),
+            Top::Overlay(overlay) => overlay.data_file(),
             Top::Reflink(reflink) => reflink.data().try_clone().ok(),
             Top::Base(_) | Top::Nothing => None,
         };
         let found = match file {
             Some(file) => rustix::fs::fstatvfs(&file)?,
             None => {
-                return Ok(Space { total: self.size(), free: 0, available: 0 });
+                return Ok(FsSpace { total: self.size(), free: 0, available: 0 });
             }
         };
-        Ok(Space {
+        Ok(FsSpace {
             total: found.f_blocks * found.f_frsize,
             free: found.f_bfree * found.f_frsize,
             available: found.f_bavail * found.f_frsize,
@@ -606,7 +606,7 @@ impl Disk {
     #[must_use]
     pub fn needs_maintenance(&self) -> bool {
         !self.maintaining.load(Ordering::SeqCst)
-            && (self.stale.load(Ordering::Relaxed)
+            && (self.allocated_is_stale.load(Ordering::Relaxed)
                 || self.overlay().is_some_and(|overlay| overlay.needs_maintenance()))
     }
 
@@ -619,18 +619,18 @@ impl Disk {
         if self.maintaining.swap(true, Ordering::SeqCst) {
             return Ok(());
         }
-        let done = self.maintain_alone();
+        let done = self.run_maintenance();
         self.maintaining.store(false, Ordering::SeqCst);
         done
     }
 
-    fn maintain_alone(&self) -> stdio::Result<()> {
+    fn run_maintenance(&self) -> stdio::Result<()> {
         if let Some(overlay) = self.overlay() {
             self.record_mtime(&overlay);
             overlay.maintain()?;
         }
-        if self.stale.swap(false, Ordering::SeqCst)
-            && let Err(error) = self.allocated(Wait::Yes).and_then(|_| self.count_windows())
+        if self.allocated_is_stale.swap(false, Ordering::SeqCst)
+            && let Err(error) = self.allocated(Wait::Yes).and_then(|_| self.refresh_allocated())
         {
             log::debug!("{}: its extents are not known: {error}", self.source);
         }
@@ -638,9 +638,9 @@ impl Disk {
     }
 
     /// Tells who looks at a persistent overlay that this daemon has it.
-    pub fn announce(&self, holder: &Holder) {
-        if let Some(residence) = self.home.lock().residence() {
-            residence.announce(holder);
+    pub fn write_holder(&self, holder: &Holder) {
+        if let Some(residence) = self.overlay_location.lock().as_persistent() {
+            residence.write_holder(holder);
         }
     }
 
@@ -652,7 +652,7 @@ impl Disk {
     /// # Errors
     /// `ETIMEDOUT` for that; `EIO` when the disk has latched; the host's errno.
     pub fn close(&self, patience: Duration) -> stdio::Result<()> {
-        self.end_life(patience);
+        self.end_operations(patience);
         let gate = self.gate.try_write_for(patience);
         self.closed.store(true, Ordering::SeqCst);
         match &self.layers().top {
@@ -665,18 +665,18 @@ impl Disk {
             Top::Base(base) => base.sync()?,
             Top::Nothing => {}
         }
-        if let Some(residence) = self.home.lock().residence() {
-            residence.withdraw();
+        if let Some(residence) = self.overlay_location.lock().as_persistent() {
+            residence.remove_holder();
         }
-        if gate.is_some() { Ok(()) } else { Err(errno(libc::ETIMEDOUT)) }
+        if gate.is_some() { Ok(()) } else { Err(os_error(libc::ETIMEDOUT)) }
     }
 
     /// Lets all its threads finish what they do; whether they did within `patience`.
-    pub fn stop(&self, patience: Duration) -> bool {
+    pub fn stop_pools(&self, patience: Duration) -> bool {
         let until = Instant::now() + patience;
         let left = || until.saturating_duration_since(Instant::now());
         // All of them, also after one has failed.
-        let pools = [&self.notices, &self.pool, &self.syncs, &self.maps];
+        let pools = [&self.notify_pool, &self.io_pool, &self.sync_pool, &self.map_pool];
         pools.map(|pool| pool.stop(left())) == [true; 4]
     }
 
@@ -691,14 +691,14 @@ impl Disk {
     /// # Errors
     /// [`OpenError`] when there is no temporary overlay, when something is there, or when the
     /// host says no; the disk is as it was then.
-    pub fn keep(&self, place: Place<'_>) -> Result<(), OpenError> {
-        self.held.store(true, Ordering::SeqCst);
+    pub fn keep(&self, place: OverlayPath<'_>) -> Result<(), OpenError> {
+        self.in_long_operation.store(true, Ordering::SeqCst);
         // Marked first: either this sees the mark of `retire`, or `retire` sees this one.
-        let kept = match self.leaving.load(Ordering::SeqCst) {
-            false => self.keep_in(place),
+        let kept = match self.is_retired.load(Ordering::SeqCst) {
+            false => self.keep_at(place),
             true => Err(OpenError::NothingToKeep("the disk is being removed".to_owned())),
         };
-        self.held.store(false, Ordering::SeqCst);
+        self.in_long_operation.store(false, Ordering::SeqCst);
         kept
     }
 }

@@ -8,25 +8,25 @@ use uuid::Uuid;
 
 use super::bottom::{Bottom, check_base};
 use super::open::{
-    OpenError, Opened, READ_ONLY, Setting, adopt_owner, assemble, in_overlay, new_stack,
+    OpenError, OpenedDisk, READ_ONLY_NOTE, OpenContext, adopt_owner, new_disk, overlay_error, new_stack,
     notes_on_overlay,
 };
-use super::{Disk, Home, Layers, Owner, Times, Top, mtime_of};
+use super::{Disk, OverlayLocation, LayerStack, DiskOwner, Times, Top, mtime_of};
 use crate::layer::Layer;
 use crate::overlay::recover::Recovered;
-use crate::overlay::reflink::{self, Persistent, Reflink, ReflinkError, Source};
-use crate::overlay::{DEFAULT_BLOCK, LARGEST};
-use crate::spec::{DiskSpec, Format, Mode, OverlayKind, format_size};
+use crate::overlay::reflink::{self, OpenedReflink, Reflink, ReflinkError, SharedBase};
+use crate::overlay::{DEFAULT_BLOCK_SIZE, MAX_DISK_SIZE};
+use crate::spec::{DiskSpec, Format, DiskMode, OverlayKind, format_size};
 
 /// Whether `spec` asks for a reflink overlay, or `dir` holds one.
 ///
 /// # Errors
 /// What is in `dir` is no overlay.
-pub(super) fn is_meant(spec: &DiskSpec, dir: &Path) -> Result<bool, OpenError> {
+pub(super) fn uses_reflink(spec: &DiskSpec, dir: &Path) -> Result<bool, OpenError> {
     if spec.overlay_kind == OverlayKind::Reflink {
         return Ok(true);
     }
-    let there = reflink::kind_of(dir).map_err(in_overlay(dir))?;
+    let there = reflink::overlay_kind(dir).map_err(overlay_error(dir))?;
     Ok(there == Some(OverlayKind::Reflink))
 }
 
@@ -38,61 +38,61 @@ pub(super) fn open(
     spec: &DiskSpec,
     dir: &Path,
     (bottom, base): (Bottom, Arc<dyn Layer>),
-    owner: Owner,
-    setting: &Setting<'_>,
+    owner: DiskOwner,
+    setting: &OpenContext<'_>,
     mut notes: Vec<String>,
-) -> Result<Opened, OpenError> {
-    let (persistent, recovered) = match reflink::kind_of(dir).map_err(in_overlay(dir))? {
+) -> Result<OpenedDisk, OpenError> {
+    let (persistent, recovered) = match reflink::overlay_kind(dir).map_err(overlay_error(dir))? {
         None => (create(spec, dir, &bottom, owner)?, Recovered::New),
         Some(_) => (open_existing(spec, dir, &bottom, setting)?, Recovered::Clean),
     };
-    let Persistent { layer, home, finished } = persistent;
+    let OpenedReflink { layer, dir: home, finished } = persistent;
     notes.extend(finished.map(|of| format!("the interrupted {of} is finished")));
     notes.extend(notes_on_overlay(dir, setting));
     let summary = format!(
         "{}, reflink overlay '{}' ({} changed)",
         format_size(layer.size()),
         dir.display(),
-        format_size(layer.changed_about().unwrap_or(0))
+        format_size(layer.estimate_changed().unwrap_or(0))
     );
     let stack = &home.stack;
-    let owner = Owner { uid: stack.uid, gid: stack.gid, perm: stack.perm };
+    let owner = DiskOwner { uid: stack.uid, gid: stack.gid, perm: stack.perm };
     let written = layer.data().metadata().ok();
     let is_read_only = layer.is_read_only();
     let layer = Arc::new(layer);
     // The base is never asked: the layer above has an answer for all. Its locks are kept with it.
-    let layers = Layers::new(Top::Reflink(layer), None, Some(base));
-    let mut disk = assemble(spec, stack.uuid, layers, bottom, owner);
+    let layers = LayerStack::new(Top::Reflink(layer), None, Some(base));
+    let mut disk = new_disk(spec, stack.uuid, layers, bottom, owner);
     if let Some(found) = written {
         disk.times = Times::new(mtime_of(&found), false, None);
     }
     if is_read_only {
-        disk.mode = Mode::ReadOnly;
-        notes.push(READ_ONLY.to_owned());
+        disk.mode = DiskMode::ReadOnly;
+        notes.push(READ_ONLY_NOTE.to_owned());
     }
     disk.recovered = recovered;
-    disk.home = Mutex::new(Home::Kept(home));
-    disk.overlay_dir = Mutex::new(Some(super::residing::Residing::at(dir)));
-    Ok(Opened { disk, summary, notes })
+    disk.overlay_location = Mutex::new(OverlayLocation::Persistent(home));
+    disk.overlay_dir = Mutex::new(Some(super::residing::OverlayDirId::at(dir)));
+    Ok(OpenedDisk { disk, summary, notes })
 }
 
 /// Names the overlay that said no.
-fn refused(dir: &Path) -> impl Fn(ReflinkError) -> OpenError {
+fn reflink_error(dir: &Path) -> impl Fn(ReflinkError) -> OpenError {
     move |error| match error {
-        ReflinkError::Stack(error) => in_overlay(dir)(error),
+        ReflinkError::Stack(error) => overlay_error(dir)(error),
         error => OpenError::Mismatch { dir: dir.to_owned(), why: error.to_string() },
     }
 }
 
 /// The base as what is shared; refused when it has no blocks that could be.
-fn source_of(bottom: &Bottom) -> Result<Source<'_>, ReflinkError> {
+fn reflink_source(bottom: &Bottom) -> Result<SharedBase<'_>, ReflinkError> {
     match bottom {
         Bottom::File { format, .. } if *format != Format::Raw => {
             Err(ReflinkError::Base("a qcow2 image"))
         }
         Bottom::File { view: Some(_), .. } => Err(ReflinkError::Base("a part of one")),
         Bottom::File { path, file, .. } if file.metadata().is_ok_and(|found| found.is_file()) => {
-            Ok(Source { path, file })
+            Ok(SharedBase { path, file })
         }
         Bottom::File { .. } => Err(ReflinkError::Base("a block device")),
         Bottom::Blank(_) => Err(ReflinkError::Base("blank")),
@@ -103,34 +103,34 @@ fn create(
     spec: &DiskSpec,
     dir: &Path,
     bottom: &Bottom,
-    owner: Owner,
-) -> Result<Persistent, OpenError> {
-    let base = source_of(bottom).map_err(refused(dir))?;
-    let mut stack = new_stack(Uuid::new_v4(), bottom, owner, DEFAULT_BLOCK)?;
+    owner: DiskOwner,
+) -> Result<OpenedReflink, OpenError> {
+    let base = reflink_source(bottom).map_err(reflink_error(dir))?;
+    let mut stack = new_stack(Uuid::new_v4(), bottom, owner, DEFAULT_BLOCK_SIZE)?;
     stack.kind = OverlayKind::Reflink;
     stack.layers.clear();
-    let size = spec.size.map(|size| size.min(LARGEST));
-    reflink::create(dir, stack, &base, size).map_err(refused(dir))
+    let size = spec.size.map(|size| size.min(MAX_DISK_SIZE));
+    reflink::create(dir, stack, &base, size).map_err(reflink_error(dir))
 }
 
 fn open_existing(
     spec: &DiskSpec,
     dir: &Path,
     bottom: &Bottom,
-    setting: &Setting<'_>,
-) -> Result<Persistent, OpenError> {
-    let found = reflink::find(dir).map_err(refused(dir))?;
+    setting: &OpenContext<'_>,
+) -> Result<OpenedReflink, OpenError> {
+    let found = reflink::lock_overlay(dir).map_err(reflink_error(dir))?;
     check_base(dir, &found.stack().base, bottom, setting)?;
-    check_fixed(spec, dir)?;
-    let base = source_of(bottom).map_err(refused(dir))?;
-    let mut there = found.open(base.file).map_err(refused(dir))?;
+    check_keys(spec, dir)?;
+    let base = reflink_source(bottom).map_err(reflink_error(dir))?;
+    let mut there = found.open(base.file).map_err(reflink_error(dir))?;
     check_size(spec, dir, there.layer.size())?;
-    adopt_owner(spec, &mut there.home).map_err(in_overlay(dir))?;
+    adopt_owner(spec, &mut there.dir).map_err(overlay_error(dir))?;
     Ok(there)
 }
 
 /// Refuses keys that an overlay without a block map has no use for.
-fn check_fixed(spec: &DiskSpec, dir: &Path) -> Result<(), OpenError> {
+fn check_keys(spec: &DiskSpec, dir: &Path) -> Result<(), OpenError> {
     let key = match (spec.block, spec.limit) {
         (Some(_), _) => "block=",
         (_, Some(_)) => "limit=",

@@ -8,18 +8,18 @@ use std::sync::Arc;
 use uuid::Uuid;
 
 use super::bottom::Bottom;
-use super::open::{OpenError, Opened, Setting, assemble, first_owner};
-use super::{Disk, Layers, Top};
+use super::open::{OpenError, OpenedDisk, OpenContext, new_disk, initial_owner};
+use super::{Disk, LayerStack, Top};
 use crate::host::is_being_killed;
 use crate::layer::{Layer, WritableLayer};
 use crate::overlay::keep::temporary_dir;
-use crate::spec::{DiskSpec, FinishWhen, Flow, Mode, Resize, StreamSpec, format_size};
+use crate::spec::{DiskSpec, FinishWhen, Flow, DiskMode, Resize, StreamSpec, format_size};
 use crate::stream::input::Input;
-use crate::stream::output::{Output, Patience};
-use crate::stream::sink::{Place, Sink};
-use crate::stream::source::Source;
+use crate::stream::output::{Output, DrainTimeout};
+use crate::stream::sink::{StreamContext, HostSink};
+use crate::stream::source::HostSource;
 use crate::stream::stop::Stop;
-use crate::stream::{Ending, Stream};
+use crate::stream::{UnmountPolicy, Stream};
 
 /// Opens the stream `stream` of the disk `spec`, and starts it.
 ///
@@ -28,9 +28,9 @@ use crate::stream::{Ending, Stream};
 pub(super) fn open(
     spec: &DiskSpec,
     stream: &StreamSpec,
-    setting: &Setting<'_>,
-) -> Result<Opened, OpenError> {
-    let place = Place {
+    setting: &OpenContext<'_>,
+) -> Result<OpenedDisk, OpenError> {
+    let place = StreamContext {
         mountpoint: setting.mountpoint,
         mount_dev: setting.mount_dev,
         stdio: setting.stdio,
@@ -43,8 +43,8 @@ pub(super) fn open(
     let size = format_size(stream.size);
     let (started, layers, summary) = match &stream.flow {
         Flow::Out(target) => {
-            spec.mode = Mode::ReadWrite;
-            let sink = Sink::open(stream, target, &place, stop.clone());
+            spec.mode = DiskMode::ReadWrite;
+            let sink = HostSink::open(stream, target, &place, stop.clone());
             let sink = sink.map_err(|error| refused(error.to_string()))?;
             let watch = sink.monitor();
             let goes_to = watch.describe();
@@ -65,11 +65,11 @@ pub(super) fn open(
                 FinishWhen::Close => "after its last writer",
             };
             let summary = format!("{size}, stream to {goes_to}: complete {complete}");
-            (Stream::Output(output), Layers::new(top, None, Some(bottom)), summary)
+            (Stream::Output(output), LayerStack::new(top, None, Some(bottom)), summary)
         }
-        Flow::In { supply, spool } => {
-            spec.mode = Mode::ReadOnly;
-            let source = Source::open(stream, supply, &place, stop.clone());
+        Flow::In { source: supply, spool } => {
+            spec.mode = DiskMode::ReadOnly;
+            let source = HostSource::open(stream, supply, &place, stop.clone());
             let source = source.map_err(|error| refused(error.to_string()))?;
             let comes_from = source.monitor();
             let described = comes_from.describe();
@@ -85,19 +85,19 @@ pub(super) fn open(
             let bottom = Arc::clone(&input) as Arc<dyn Layer>;
             let summary = format!("{size}, stream from {described}");
             let started = Stream::Input { input, monitor: comes_from };
-            (started, Layers::new(Top::Nothing, None, Some(bottom)), summary)
+            (started, LayerStack::new(Top::Nothing, None, Some(bottom)), summary)
         }
     };
     let bottom = Bottom::Blank(stream.size);
-    let owner = first_owner(&spec, &bottom, setting);
-    let mut disk = assemble(&spec, Uuid::new_v4(), layers, bottom, owner);
+    let owner = initial_owner(&spec, &bottom, setting);
+    let mut disk = new_disk(&spec, Uuid::new_v4(), layers, bottom, owner);
     disk.source = started.describe();
     disk.stream = Some(started);
-    Ok(Opened { disk, summary, notes: Vec::new() })
+    Ok(OpenedDisk { disk, summary, notes: Vec::new() })
 }
 
 /// Asks once for each process whether it is being killed: hundreds of requests may be its.
-fn once_each() -> impl Fn(u32) -> bool {
+fn cached_kill_check() -> impl Fn(u32) -> bool {
     let known = RefCell::new(HashMap::new());
     move |pid| *known.borrow_mut().entry(pid).or_insert_with(|| is_being_killed(pid))
 }
@@ -131,7 +131,7 @@ impl Disk {
         if end.is_none_or(|end| end > output.size()) {
             return reply(Err(io::Error::from_raw_os_error(libc::ENOSPC)));
         }
-        self.touch(&Top::Nothing);
+        self.touch_times(&Top::Nothing);
         output.write(offset, buf, client, reply);
     }
 
@@ -139,29 +139,29 @@ impl Disk {
     ///
     /// # Errors
     /// A line: the stream is not whole.
-    pub fn settle(&self, ending: Ending, patience: Patience) -> Result<Option<String>, String> {
+    pub fn end_stream(&self, ending: UnmountPolicy, patience: DrainTimeout) -> Result<Option<String>, String> {
         match &self.stream {
             None => Ok(None),
-            Some(stream) => stream.settle(ending, &|| self.has_writers(), patience),
+            Some(stream) => stream.end_stream(ending, &|| self.has_writers(), patience),
         }
     }
 
     /// Every second: looks after a stream.
-    pub fn tick(&self) {
+    pub fn tick_stream(&self) {
         match &self.stream {
-            Some(Stream::Output(output)) => output.tick(once_each()),
-            Some(Stream::Input { input, .. }) => input.release_killed(once_each()),
+            Some(Stream::Output(output)) => output.tick(cached_kill_check()),
+            Some(Stream::Input { input, .. }) => input.release_killed(cached_kill_check()),
             None => {}
         }
     }
 
     /// A handle that may write was released: a stream that ends with its last writer ends.
-    pub fn writer_gone(&self) {
+    pub fn finish_after_last_writer(&self) {
         if let Some(Stream::Output(output)) = &self.stream
             && output.finish_when() == FinishWhen::Close
             && !self.has_writers()
         {
-            output.finish_later();
+            output.finish_in_background();
         }
     }
 }

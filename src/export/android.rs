@@ -6,8 +6,8 @@
 use std::fs::File;
 use std::io::{self, Write};
 
-use super::{Kind, Watch, copy, data_of};
-use crate::formats::android::{Content, Plan, Run, Writer, whole_blocks};
+use super::{ExportKind, OnProgress, for_each_chunk, data_len};
+use crate::formats::android::{AndroidContent, AndroidPlan, AndroidRun, AndroidWriter, whole_blocks};
 
 /// Writes `runs` of `file`, a disk of `size` bytes, to `out`.
 ///
@@ -16,24 +16,24 @@ use crate::formats::android::{Content, Plan, Run, Writer, whole_blocks};
 pub fn write(
     out: &mut dyn Write,
     file: &File,
-    runs: &[super::Run],
+    runs: &[super::ExportRun],
     size: u64,
-    watch: Watch<'_>,
+    watch: OnProgress<'_>,
 ) -> io::Result<()> {
     let content = |kind| match kind {
-        Kind::Data => Content::Data,
-        Kind::Zero => Content::Zeros,
+        ExportKind::Data => AndroidContent::Data,
+        ExportKind::Zero => AndroidContent::Zeros,
     };
-    let runs = runs.iter().map(|run| Run { range: run.range.clone(), content: content(run.kind) });
+    let runs = runs.iter().map(|run| AndroidRun { range: run.range.clone(), content: content(run.kind) });
     let runs = whole_blocks(size, runs)?;
-    let mut writer = Writer::new(out, Plan::new(size, &runs)?)?;
-    let total = data_of(runs.iter().map(|run| (&run.range, run.content == Content::Data)));
+    let mut writer = AndroidWriter::new(out, AndroidPlan::new(size, &runs)?)?;
+    let total = data_len(runs.iter().map(|run| (&run.range, run.content == AndroidContent::Data)));
     let (mut done, mut buf) = (0, Vec::new());
     for run in &runs {
-        writer.run(run)?;
-        if run.content == Content::Data {
-            copy(file, run.range.clone(), &mut buf, |bytes, _| {
-                writer.bytes(bytes)?;
+        writer.start_run(run)?;
+        if run.content == AndroidContent::Data {
+            for_each_chunk(file, run.range.clone(), &mut buf, |bytes, _| {
+                writer.write_bytes(bytes)?;
                 done += bytes.len() as u64;
                 watch(done, total);
                 Ok(())

@@ -4,12 +4,12 @@ use std::fs::File;
 use std::io::{self, Write};
 use std::os::unix::fs::FileExt;
 
-use super::{Kind, Run, Watch, data_of};
+use super::{ExportKind, ExportRun, OnProgress, data_len};
 use crate::formats::bmap;
 
 /// Which runs a map names.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Mapped {
+pub enum BmapScope {
     /// Data alone: the target has zeros elsewhere, or nothing that matters.
     Data,
     /// Zeros, too: the target has the disk as it was before the changes.
@@ -23,13 +23,13 @@ pub enum Mapped {
 pub fn write(
     mut out: &mut dyn Write,
     file: &File,
-    runs: &[Run],
+    runs: &[ExportRun],
     size: u64,
-    mapped: Mapped,
-    watch: Watch<'_>,
+    mapped: BmapScope,
+    watch: OnProgress<'_>,
 ) -> io::Result<()> {
-    let is_mapped = |run: &&Run| mapped == Mapped::All || run.kind == Kind::Data;
-    let total = data_of(runs.iter().map(|run| (&run.range, is_mapped(&run))));
+    let is_mapped = |run: &&ExportRun| mapped == BmapScope::All || run.kind == ExportKind::Data;
+    let total = data_len(runs.iter().map(|run| (&run.range, is_mapped(&run))));
     let mut done = 0;
     let read = |at, buf: &mut [u8]| {
         file.read_exact_at(buf, at)?;

@@ -20,11 +20,11 @@ use rustix::fs::SeekFrom;
 use rustix::io::Errno;
 
 /// How much is read and written at a time: 1 MiB.
-const PIECE: usize = 1 << 20;
+const COPY_CHUNK: usize = 1 << 20;
 
 /// What a run of bytes becomes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Kind {
+pub enum ExportKind {
     /// Its bytes are copied.
     Data,
     /// It reads as zeros.
@@ -33,22 +33,22 @@ pub enum Kind {
 
 /// A run of bytes that leaves.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Run {
+pub struct ExportRun {
     /// Bytes of the disk.
     pub range: Range<u64>,
     /// What they are.
-    pub kind: Kind,
+    pub kind: ExportKind,
 }
 
 /// How far it is, and of how many bytes: called now and then.
-pub type Watch<'a> = &'a mut dyn FnMut(u64, u64);
+pub type OnProgress<'a> = &'a mut dyn FnMut(u64, u64);
 
 /// The runs of `file`, `size` bytes long, inside what `changed` has data for; of all of it without
 /// that. In rising order, none empty.
 ///
 /// # Errors
 /// The host's, of a seek.
-pub fn plan(file: &File, changed: Option<&File>, size: u64) -> io::Result<Vec<Run>> {
+pub fn find_runs(file: &File, changed: Option<&File>, size: u64) -> io::Result<Vec<ExportRun>> {
     let mut runs = Vec::new();
     let mut at = 0;
     while at < size {
@@ -60,7 +60,7 @@ pub fn plan(file: &File, changed: Option<&File>, size: u64) -> io::Result<Vec<Ru
             },
         };
         at = range.end;
-        split(file, range, &mut runs)?;
+        push_runs(file, range, &mut runs)?;
     }
     Ok(runs)
 }
@@ -81,13 +81,13 @@ fn next_data(file: &File, at: u64, size: u64) -> io::Result<Option<Range<u64>>> 
 }
 
 /// Appends what `range` of `file` is.
-fn split(file: &File, range: Range<u64>, runs: &mut Vec<Run>) -> io::Result<()> {
+fn push_runs(file: &File, range: Range<u64>, runs: &mut Vec<ExportRun>) -> io::Result<()> {
     let mut at = range.start;
     while at < range.end {
         let data = next_data(file, at, range.end)?.unwrap_or(range.end..range.end);
-        for (range, kind) in [(at..data.start, Kind::Zero), (data.clone(), Kind::Data)] {
+        for (range, kind) in [(at..data.start, ExportKind::Zero), (data.clone(), ExportKind::Data)] {
             if !range.is_empty() {
-                runs.push(Run { range, kind });
+                runs.push(ExportRun { range, kind });
             }
         }
         at = data.end;
@@ -96,7 +96,7 @@ fn split(file: &File, range: Range<u64>, runs: &mut Vec<Run>) -> io::Result<()> 
 }
 
 /// How many bytes the runs have that are data.
-fn data_of<'a>(runs: impl Iterator<Item = (&'a Range<u64>, bool)>) -> u64 {
+fn data_len<'a>(runs: impl Iterator<Item = (&'a Range<u64>, bool)>) -> u64 {
     runs.filter(|(_, is_data)| *is_data).map(|(range, _)| range.end - range.start).sum()
 }
 
@@ -104,16 +104,16 @@ fn data_of<'a>(runs: impl Iterator<Item = (&'a Range<u64>, bool)>) -> u64 {
 ///
 /// # Errors
 /// `UnexpectedEof`; the host's; those of `take`.
-fn copy(
+fn for_each_chunk(
     file: &File,
     range: Range<u64>,
     buf: &mut Vec<u8>,
     mut take: impl FnMut(&[u8], u64) -> io::Result<()>,
 ) -> io::Result<()> {
-    buf.resize(PIECE, 0);
+    buf.resize(COPY_CHUNK, 0);
     let mut at = range.start;
     while at < range.end {
-        let len = usize::try_from(range.end - at).unwrap_or(PIECE).min(PIECE);
+        let len = usize::try_from(range.end - at).unwrap_or(COPY_CHUNK).min(COPY_CHUNK);
         file.read_exact_at(&mut buf[..len], at)?;
         take(&buf[..len], at)?;
         at += len as u64;

@@ -12,16 +12,16 @@ use imago::format::builder::{FormatCreateBuilder, FormatDriverBuilder};
 use imago::format::drivers::FormatDriverInstance;
 use imago::{DenyImplicitOpenGate, StorageOpenOptions};
 
-use super::{Kind, Run, Watch, copy, data_of};
+use super::{ExportKind, ExportRun, OnProgress, for_each_chunk, data_len};
 
 /// The size of a cluster, QEMU's own choice: 64 KiB.
-pub const CLUSTER: u64 = 64 << 10;
+pub const CLUSTER_SIZE: u64 = 64 << 10;
 
-type Image = imago::qcow2::Qcow2<imago::file::File>;
+type Qcow2Image = imago::qcow2::Qcow2<imago::file::File>;
 
 /// What an image is a difference to.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Backing {
+pub struct BackingFile {
     /// The path as it is written into the image.
     pub name: String,
     /// `raw` or `qcow2`.
@@ -35,32 +35,32 @@ pub struct Backing {
 pub fn write(
     out: &File,
     file: &File,
-    runs: &[Run],
+    runs: &[ExportRun],
     size: u64,
-    backing: Option<&Backing>,
-    watch: Watch<'_>,
+    backing: Option<&BackingFile>,
+    watch: OnProgress<'_>,
 ) -> io::Result<()> {
     let options = StorageOpenOptions::new().write(true);
     let storage = imago::file::File::from_open_file(out.try_clone()?, options)?;
-    let cluster = usize::try_from(CLUSTER).map_err(io::Error::other)?;
+    let cluster = usize::try_from(CLUSTER_SIZE).map_err(io::Error::other)?;
     // QEMU counts in sectors.
     let builder =
-        Image::create_builder(storage).cluster_size(cluster).size(size.next_multiple_of(512));
+        Qcow2Image::create_builder(storage).cluster_size(cluster).size(size.next_multiple_of(512));
     let builder = match backing {
-        Some(Backing { name, format }) => builder.backing(name.clone(), format.clone()),
+        Some(BackingFile { name, format }) => builder.backing(name.clone(), format.clone()),
         None => builder,
     };
     let image = builder.create_open(DenyImplicitOpenGate::default(), |storage| {
-        Ok(Image::builder(storage).backing(None).write(true))
+        Ok(Qcow2Image::builder(storage).backing(None).write(true))
     })?;
-    let runs = clusters(runs, size);
-    let total = data_of(runs.iter().map(|run| (&run.range, run.kind == Kind::Data)));
+    let runs = whole_clusters(runs, size);
+    let total = data_len(runs.iter().map(|run| (&run.range, run.kind == ExportKind::Data)));
     let (mut done, mut buf) = (0, Vec::new());
-    for Run { range, kind } in runs {
+    for ExportRun { range, kind } in runs {
         let mut at = range.start;
         while at < range.end {
             let left = range.end - at;
-            if kind == Kind::Zero {
+            if kind == ExportKind::Zero {
                 // What is not in an image without a backing file reads as zeros.
                 let (_, len) = match backing {
                     Some(_) => image.ensure_zero_mapping(at, left)?,
@@ -71,7 +71,7 @@ pub fn write(
             }
             let (_, host, len) = image.ensure_data_mapping(at, left, true)?;
             let len = len.min(left);
-            copy(file, at..at + len, &mut buf, |bytes, from| {
+            for_each_chunk(file, at..at + len, &mut buf, |bytes, from| {
                 out.write_all_at(bytes, host + (from - at))?;
                 done += bytes.len() as u64;
                 watch(done, total);
@@ -85,28 +85,28 @@ pub fn write(
 }
 
 /// `runs` in whole clusters: one that holds data, or zeros only in part, is data.
-fn clusters(runs: &[Run], size: u64) -> Vec<Run> {
-    let mut all: Vec<Run> = Vec::new();
-    let mut push = |start: u64, end: u64, kind: Kind| {
+fn whole_clusters(runs: &[ExportRun], size: u64) -> Vec<ExportRun> {
+    let mut all: Vec<ExportRun> = Vec::new();
+    let mut push = |start: u64, end: u64, kind: ExportKind| {
         let start = all.last().map_or(start, |last| start.max(last.range.end));
         let end = end.min(size);
         match all.last_mut() {
             _ if start >= end => {}
             Some(last) if last.kind == kind && last.range.end == start => last.range.end = end,
-            _ => all.push(Run { range: start..end, kind }),
+            _ => all.push(ExportRun { range: start..end, kind }),
         }
     };
-    for Run { range, kind } in runs {
-        let outer = range.start - range.start % CLUSTER..range.end.next_multiple_of(CLUSTER);
-        let first = range.start.next_multiple_of(CLUSTER);
-        let last = if range.end == size { outer.end } else { range.end - range.end % CLUSTER };
-        if *kind == Kind::Data || first >= last {
-            push(outer.start, outer.end, Kind::Data);
+    for ExportRun { range, kind } in runs {
+        let outer = range.start - range.start % CLUSTER_SIZE..range.end.next_multiple_of(CLUSTER_SIZE);
+        let first = range.start.next_multiple_of(CLUSTER_SIZE);
+        let last = if range.end == size { outer.end } else { range.end - range.end % CLUSTER_SIZE };
+        if *kind == ExportKind::Data || first >= last {
+            push(outer.start, outer.end, ExportKind::Data);
             continue;
         }
-        push(outer.start, first, Kind::Data);
-        push(first, last, Kind::Zero);
-        push(last, outer.end, Kind::Data);
+        push(outer.start, first, ExportKind::Data);
+        push(first, last, ExportKind::Zero);
+        push(last, outer.end, ExportKind::Data);
     }
     all
 }
@@ -119,22 +119,22 @@ mod tests {
 
     #[test]
     fn zeros_that_fill_a_cluster_in_part_are_data() {
-        let run = |start, end, kind| Run { range: start..end, kind };
-        let size = 10 * CLUSTER + 5;
+        let run = |start, end, kind| ExportRun { range: start..end, kind };
+        let size = 10 * CLUSTER_SIZE + 5;
         let runs = [
-            run(10, 20, Kind::Zero),
-            run(20, 30, Kind::Data),
-            run(CLUSTER + 1, 4 * CLUSTER, Kind::Zero),
-            run(4 * CLUSTER, 4 * CLUSTER + 1, Kind::Data),
-            run(9 * CLUSTER, size, Kind::Zero),
+            run(10, 20, ExportKind::Zero),
+            run(20, 30, ExportKind::Data),
+            run(CLUSTER_SIZE + 1, 4 * CLUSTER_SIZE, ExportKind::Zero),
+            run(4 * CLUSTER_SIZE, 4 * CLUSTER_SIZE + 1, ExportKind::Data),
+            run(9 * CLUSTER_SIZE, size, ExportKind::Zero),
         ];
         let expected = [
-            run(0, 2 * CLUSTER, Kind::Data),
-            run(2 * CLUSTER, 4 * CLUSTER, Kind::Zero),
-            run(4 * CLUSTER, 5 * CLUSTER, Kind::Data),
-            run(9 * CLUSTER, size, Kind::Zero),
+            run(0, 2 * CLUSTER_SIZE, ExportKind::Data),
+            run(2 * CLUSTER_SIZE, 4 * CLUSTER_SIZE, ExportKind::Zero),
+            run(4 * CLUSTER_SIZE, 5 * CLUSTER_SIZE, ExportKind::Data),
+            run(9 * CLUSTER_SIZE, size, ExportKind::Zero),
         ];
-        assert_eq!(clusters(&runs, size), expected);
+        assert_eq!(whole_clusters(&runs, size), expected);
     }
 
     proptest! {
@@ -144,28 +144,28 @@ mod tests {
         ) {
             let (mut at, mut runs) = (0, Vec::new());
             for (len, what) in lens {
-                let kind = [None, Some(Kind::Data), Some(Kind::Zero)][usize::from(what)];
+                let kind = [None, Some(ExportKind::Data), Some(ExportKind::Zero)][usize::from(what)];
                 if let Some(kind) = kind {
-                    runs.push(Run { range: at..at + len, kind });
+                    runs.push(ExportRun { range: at..at + len, kind });
                 }
                 at += len;
             }
-            let found = clusters(&runs, at);
-            for start in (0..at.div_ceil(CLUSTER)).map(|cluster| cluster * CLUSTER) {
-                let cluster = start..at.min(start + CLUSTER);
-                let inside = |run: &&Run| run.range.start < cluster.end && run.range.end > start;
-                let touched: Vec<&Run> = runs.iter().filter(inside).collect();
+            let found = whole_clusters(&runs, at);
+            for start in (0..at.div_ceil(CLUSTER_SIZE)).map(|cluster| cluster * CLUSTER_SIZE) {
+                let cluster = start..at.min(start + CLUSTER_SIZE);
+                let inside = |run: &&ExportRun| run.range.start < cluster.end && run.range.end > start;
+                let touched: Vec<&ExportRun> = runs.iter().filter(inside).collect();
                 let covered: u64 = touched.iter().map(|run| run.range.end.min(cluster.end) - run.range.start.max(start)).sum();
-                let all_zero = touched.iter().all(|run| run.kind == Kind::Zero) && covered == cluster.end - start;
+                let all_zero = touched.iter().all(|run| run.kind == ExportKind::Zero) && covered == cluster.end - start;
                 let there = found.iter().find(|run| run.range.contains(&start)).map(|run| run.kind);
                 let expected = match touched.is_empty() {
                     true => None,
-                    false if all_zero => Some(Kind::Zero),
-                    false => Some(Kind::Data),
+                    false if all_zero => Some(ExportKind::Zero),
+                    false => Some(ExportKind::Data),
                 };
                 // Several runs of zeros may make up one cluster, which is data then: the same bytes.
                 let several = touched.len() > 1 && all_zero;
-                prop_assert!(there == expected || (several && there == Some(Kind::Data)));
+                prop_assert!(there == expected || (several && there == Some(ExportKind::Data)));
             }
         }
     }

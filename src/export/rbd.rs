@@ -16,7 +16,7 @@ use std::fs::File;
 use std::io::{self, Write};
 use std::ops::Range;
 
-use super::{Kind, Run, Watch, copy, data_of};
+use super::{ExportKind, ExportRun, OnProgress, for_each_chunk, data_len};
 
 /// What every diff of version 1 begins with.
 const BANNER: &[u8] = b"rbd diff v1\n";
@@ -28,22 +28,22 @@ const BANNER: &[u8] = b"rbd diff v1\n";
 pub fn write(
     out: &mut dyn Write,
     file: &File,
-    runs: &[Run],
+    runs: &[ExportRun],
     size: u64,
-    watch: Watch<'_>,
+    watch: OnProgress<'_>,
 ) -> io::Result<()> {
     out.write_all(BANNER)?;
     out.write_all(b"s")?;
     out.write_all(&size.to_le_bytes())?;
-    let total = data_of(runs.iter().map(|run| (&run.range, run.kind == Kind::Data)));
+    let total = data_len(runs.iter().map(|run| (&run.range, run.kind == ExportKind::Data)));
     let (mut done, mut buf) = (0, Vec::new());
     for run in runs {
-        if run.kind == Kind::Zero {
-            out.write_all(&header(b'z', &run.range))?;
+        if run.kind == ExportKind::Zero {
+            out.write_all(&record_header(b'z', &run.range))?;
             continue;
         }
-        copy(file, run.range.clone(), &mut buf, |bytes, at| {
-            out.write_all(&header(b'w', &(at..at + bytes.len() as u64)))?;
+        for_each_chunk(file, run.range.clone(), &mut buf, |bytes, at| {
+            out.write_all(&record_header(b'w', &(at..at + bytes.len() as u64)))?;
             out.write_all(bytes)?;
             done += bytes.len() as u64;
             watch(done, total);
@@ -54,7 +54,7 @@ pub fn write(
     out.flush()
 }
 
-fn header(tag: u8, range: &Range<u64>) -> [u8; 17] {
+fn record_header(tag: u8, range: &Range<u64>) -> [u8; 17] {
     let mut bytes = [tag; 17];
     bytes[1..9].copy_from_slice(&range.start.to_le_bytes());
     bytes[9..].copy_from_slice(&(range.end - range.start).to_le_bytes());

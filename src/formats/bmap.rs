@@ -12,14 +12,14 @@ use std::ops::Range;
 use sha2::{Digest, Sha256};
 
 /// The block size that is written, in bytes.
-pub const BLOCK: u64 = 4096;
+pub const BLOCK_SIZE: u64 = 4096;
 
 /// 1 MiB: what of the image is read at once.
-const PIECE: usize = 1 << 20;
+const READ_CHUNK: usize = 1 << 20;
 
 /// What a bmap says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Totals {
+pub struct BmapTotals {
     /// Blocks of the image.
     pub blocks: u64,
     /// Blocks that are mapped.
@@ -41,21 +41,21 @@ pub fn write(
     size: u64,
     runs: impl IntoIterator<Item = Range<u64>>,
     mut read: impl FnMut(u64, &mut [u8]) -> io::Result<()>,
-) -> io::Result<Totals> {
+) -> io::Result<BmapTotals> {
     if size == 0 {
-        return Err(refused("an empty image has no bmap"));
+        return Err(invalid_input("an empty image has no bmap"));
     }
-    let mut buf = vec![0; PIECE];
+    let mut buf = vec![0; READ_CHUNK];
     let mut ranges = Vec::new();
     for blocks in whole_blocks(size, runs)? {
-        let bytes = blocks.start * BLOCK..(blocks.end.saturating_mul(BLOCK)).min(size);
-        let sum = sum_of(bytes, &mut buf, &mut read)?;
+        let bytes = blocks.start * BLOCK_SIZE..(blocks.end.saturating_mul(BLOCK_SIZE)).min(size);
+        let sum = checksum(bytes, &mut buf, &mut read)?;
         ranges.push((blocks, sum));
     }
     let mapped = ranges.iter().map(|(blocks, _)| blocks.end - blocks.start).sum();
-    let totals = Totals { blocks: size.div_ceil(BLOCK), mapped, ranges: ranges.len() };
+    let totals = BmapTotals { blocks: size.div_ceil(BLOCK_SIZE), mapped, ranges: ranges.len() };
     // Twice: the checksum stands in the middle of what it counts.
-    let mut hasher = Hashing(Sha256::new());
+    let mut hasher = HashWriter(Sha256::new());
     render(&mut hasher, size, totals, &ranges, &"0".repeat(64))?;
     let sum = hex(&hasher.0.finalize().into());
     render(output, size, totals, &ranges, &sum)?;
@@ -72,10 +72,10 @@ fn whole_blocks(
     let mut last = 0;
     for run in runs {
         if run.start < last || run.end > size || run.start > run.end {
-            return Err(refused("the runs are not in order, or leave the image"));
+            return Err(invalid_input("the runs are not in order, or leave the image"));
         }
         last = run.end;
-        let blocks = run.start / BLOCK..run.end.div_ceil(BLOCK);
+        let blocks = run.start / BLOCK_SIZE..run.end.div_ceil(BLOCK_SIZE);
         match joined.last_mut() {
             _ if run.is_empty() => {}
             Some(before) if blocks.start <= before.end => before.end = before.end.max(blocks.end),
@@ -85,7 +85,7 @@ fn whole_blocks(
     Ok(joined)
 }
 
-fn sum_of(
+fn checksum(
     bytes: Range<u64>,
     buf: &mut [u8],
     read: &mut impl FnMut(u64, &mut [u8]) -> io::Result<()>,
@@ -104,17 +104,17 @@ fn sum_of(
 fn render(
     output: &mut impl Write,
     size: u64,
-    totals: Totals,
+    totals: BmapTotals,
     ranges: &[(Range<u64>, [u8; 32])],
     sum: &str,
 ) -> io::Result<()> {
-    let Totals { blocks, mapped, .. } = totals;
+    let BmapTotals { blocks, mapped, .. } = totals;
     write!(
         output,
         "<?xml version=\"1.0\" ?>\n\
          <bmap version=\"2.0\">\n\
          \x20   <ImageSize> {size} </ImageSize>\n\
-         \x20   <BlockSize> {BLOCK} </BlockSize>\n\
+         \x20   <BlockSize> {BLOCK_SIZE} </BlockSize>\n\
          \x20   <BlocksCount> {blocks} </BlocksCount>\n\
          \x20   <MappedBlocksCount> {mapped} </MappedBlocksCount>\n\
          \x20   <ChecksumType> sha256 </ChecksumType>\n\
@@ -139,9 +139,9 @@ fn hex(sum: &[u8; 32]) -> String {
 }
 
 /// Hashes what is written.
-struct Hashing(Sha256);
+struct HashWriter(Sha256);
 
-impl Write for Hashing {
+impl Write for HashWriter {
     fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
         self.0.update(buf);
         Ok(buf.len())
@@ -152,7 +152,7 @@ impl Write for Hashing {
     }
 }
 
-fn refused(why: &'static str) -> io::Error {
+fn invalid_input(why: &'static str) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidInput, why)
 }
 
@@ -162,7 +162,7 @@ mod tests {
 
     use super::*;
 
-    fn bmap(image: &[u8], runs: &[Range<u64>]) -> io::Result<(String, Totals)> {
+    fn bmap(image: &[u8], runs: &[Range<u64>]) -> io::Result<(String, BmapTotals)> {
         let mut output = Vec::new();
         let totals =
             write(&mut output, image.len() as u64, runs.iter().cloned(), |offset, buf| {
@@ -184,7 +184,7 @@ mod tests {
         image[49_999] = 1;
         let runs = [5000..6000, 6000..9000, 12_288..12_289, 49_999..50_000];
         let (text, totals) = bmap(&image, &runs).unwrap();
-        assert_eq!(totals, Totals { blocks: 13, mapped: 4, ranges: 2 });
+        assert_eq!(totals, BmapTotals { blocks: 13, mapped: 4, ranges: 2 });
         let first = format!("<Range chksum=\"{}\"> 1-3 </Range>", sha256(&image[4096..16_384]));
         let last = format!("<Range chksum=\"{}\"> 12 </Range>", sha256(&image[49_152..]));
         assert!(text.contains(&first) && text.contains(&last), "{text}");
@@ -209,7 +209,7 @@ mod tests {
 
     #[test]
     fn an_image_that_cannot_be_read_gives_its_error() {
-        let read = |_, _: &mut [u8]| Err(crate::host::errno(libc::EIO));
+        let read = |_, _: &mut [u8]| Err(crate::host::os_error(libc::EIO));
         let failed = write(&mut Vec::new(), 4096, std::iter::once(0..4096), read);
         assert_eq!(failed.unwrap_err().raw_os_error(), Some(libc::EIO));
     }
@@ -227,8 +227,8 @@ mod tests {
             }
             let joined = whole_blocks(at, runs.clone()).unwrap();
             prop_assert!(joined.windows(2).all(|pair| pair[0].end < pair[1].start));
-            for block in 0..at.div_ceil(BLOCK) {
-                let (start, end) = (block * BLOCK, (block + 1) * BLOCK);
+            for block in 0..at.div_ceil(BLOCK_SIZE) {
+                let (start, end) = (block * BLOCK_SIZE, (block + 1) * BLOCK_SIZE);
                 let has_data = runs.iter().any(|run| run.start < end && run.end > start);
                 prop_assert_eq!(joined.iter().any(|range| range.contains(&block)), has_data);
             }

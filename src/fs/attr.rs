@@ -6,16 +6,16 @@ use std::time::{Duration, SystemTime};
 
 use fuser::{FileAttr, FileType, INodeNo, ReplyAttr};
 
-use super::{CowslipFs, ROOT};
-use crate::control::Spot;
-use crate::disk::{Attributes, Owner, Space};
+use super::{CowslipFs, ROOT_INO};
+use crate::control::ControlNode;
+use crate::disk::{Attributes, DiskOwner, FsSpace};
 
 /// How long the kernel may believe an answer. Every change comes through it, so it knows better
 /// by itself; a second bounds what it cannot know (space given back in the background).
-pub(super) const TTL: Duration = Duration::from_secs(1);
+pub(super) const ATTR_TTL: Duration = Duration::from_secs(1);
 /// For what changes without the kernel's knowledge. A name below `.cowslip` leads to another disk as
 /// soon as disks are renamed, removed or cloned, and a command must not act on the one before.
-pub(super) const NO_TIME: Duration = Duration::ZERO;
+pub(super) const NO_TTL: Duration = Duration::ZERO;
 
 /// The attributes of a disk.
 pub(super) fn of_disk(ino: u64, found: &Attributes) -> FileAttr {
@@ -29,16 +29,16 @@ pub(super) fn of_disk(ino: u64, found: &Attributes) -> FileAttr {
         crtime: found.ctime,
         kind: FileType::RegularFile,
         perm: found.owner.perm,
-        nlink: found.links,
+        nlink: found.nlink,
         uid: found.owner.uid,
         gid: found.owner.gid,
         rdev: 0,
-        blksize: found.block,
+        blksize: found.blksize,
         flags: 0,
     }
 }
 
-fn plain(ino: u64, kind: FileType, owner: Owner, time: SystemTime) -> FileAttr {
+fn synthetic_attr(ino: u64, kind: FileType, owner: DiskOwner, time: SystemTime) -> FileAttr {
     FileAttr {
         ino: INodeNo(ino),
         size: 0,
@@ -59,12 +59,12 @@ fn plain(ino: u64, kind: FileType, owner: Owner, time: SystemTime) -> FileAttr {
 }
 
 /// Space on the file system of `dir`, or none.
-pub(super) fn space_of(dir: Option<&Path>) -> io::Result<Space> {
+pub(super) fn space_of(dir: Option<&Path>) -> io::Result<FsSpace> {
     let Some(dir) = dir else {
-        return Ok(Space { total: 0, free: 0, available: 0 });
+        return Ok(FsSpace { total: 0, free: 0, available: 0 });
     };
     let found = rustix::fs::statvfs(dir)?;
-    Ok(Space {
+    Ok(FsSpace {
         total: found.f_blocks * found.f_frsize,
         free: found.f_bfree * found.f_frsize,
         available: found.f_bavail * found.f_frsize,
@@ -72,45 +72,45 @@ pub(super) fn space_of(dir: Option<&Path>) -> io::Result<Space> {
 }
 
 impl CowslipFs {
-    fn owned(&self, perm: u16) -> Owner {
+    fn mount_owner(&self, perm: u16) -> DiskOwner {
         let (uid, gid) = self.shared.owner;
-        Owner { uid, gid, perm }
+        DiskOwner { uid, gid, perm }
     }
 
     /// The attributes of the mount's root.
     pub(super) fn root_attr(&self) -> FileAttr {
-        plain(ROOT, FileType::Directory, self.owned(0o755), self.shared.mounted)
+        synthetic_attr(ROOT_INO, FileType::Directory, self.mount_owner(0o755), self.shared.mounted_at)
     }
 
     /// The attributes of a control file; `None` when its disk is gone.
-    pub(super) fn spot_attr(&self, spot: Spot) -> Option<FileAttr> {
+    pub(super) fn node_attr(&self, spot: ControlNode) -> Option<FileAttr> {
         let of_disk = |slot| {
-            let disk = self.shared.catalog.slot(slot)?.1;
+            let disk = self.shared.catalog.disk_by_slot(slot)?.1;
             Some(disk.disk.owner())
         };
         let owner = match spot {
-            Spot::Directory => self.owned(0o755),
-            Spot::Status | Spot::Log => self.owned(0o400),
-            Spot::Ctl => self.owned(0o600),
-            Spot::DiskCtl(slot) => of_disk(slot).map(|_| self.owned(0o600))?,
-            Spot::Disk(slot) | Spot::Snapshots(slot) => {
+            ControlNode::Directory => self.mount_owner(0o755),
+            ControlNode::Status | ControlNode::Log => self.mount_owner(0o400),
+            ControlNode::Ctl => self.mount_owner(0o600),
+            ControlNode::DiskCtl(slot) => of_disk(slot).map(|_| self.mount_owner(0o600))?,
+            ControlNode::Disk(slot) | ControlNode::Snapshots(slot) => {
                 let owner = of_disk(slot)?;
                 // Whoever may read the disk may look into its directory.
-                Owner { perm: owner.perm | (owner.perm & 0o444) >> 2, ..owner }
+                DiskOwner { perm: owner.perm | (owner.perm & 0o444) >> 2, ..owner }
             }
-            Spot::DiskStatus(slot) | Spot::DiskMap(slot) => {
+            ControlNode::DiskStatus(slot) | ControlNode::DiskMap(slot) => {
                 let owner = of_disk(slot)?;
-                Owner { perm: owner.perm & 0o444, ..owner }
+                DiskOwner { perm: owner.perm & 0o444, ..owner }
             }
         };
         let kind = if spot.is_directory() { FileType::Directory } else { FileType::RegularFile };
-        Some(plain(spot.ino(), kind, owner, self.shared.mounted))
+        Some(synthetic_attr(spot.ino(), kind, owner, self.shared.mounted_at))
     }
 
     /// Answers a change of a control file's attributes, which changes nothing.
-    pub(super) fn getattr_of_spot(&self, ino: INodeNo, reply: ReplyAttr) {
-        match Spot::of(ino.0).and_then(|spot| self.spot_attr(spot)) {
-            Some(attr) => reply.attr(&TTL, &attr),
+    pub(super) fn getattr_of_node(&self, ino: INodeNo, reply: ReplyAttr) {
+        match ControlNode::from_ino(ino.0).and_then(|spot| self.node_attr(spot)) {
+            Some(attr) => reply.attr(&ATTR_TTL, &attr),
             None => reply.error(fuser::Errno::ENOENT),
         }
     }

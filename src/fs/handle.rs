@@ -9,20 +9,20 @@ use dashmap::DashMap;
 use fuser::FileHandle;
 use parking_lot::Mutex;
 
-use crate::control::{MapText, Session, Spot};
-use crate::disk::{Access, Disk, Shown};
-use crate::host::errno;
+use crate::control::{MapText, ControlSession, ControlNode};
+use crate::disk::{HandleAccess, Disk, DiskFile};
+use crate::host::os_error;
 
 /// Control files and directories that one user has open at a time in a mount: more than any use
 /// needs, and some kilobytes each.
-const MOST: usize = 1024;
+const MAX_PER_USER: usize = 1024;
 /// As many for all users together who neither mounted nor are root: one user may be many.
-const MOST_OF_OTHERS: usize = 4 * MOST;
+const MAX_UNTRUSTED: usize = 4 * MAX_PER_USER;
 
 /// One open file or directory.
 pub(super) enum Handle {
     /// A disk, or a window of one.
-    Disk { shown: Shown, access: Access },
+    Disk { file: DiskFile, access: HandleAccess },
     /// A text as it was when it was opened.
     Text(Arc<Vec<u8>>),
     /// The log, from this offset of all that was ever logged.
@@ -30,14 +30,14 @@ pub(super) enum Handle {
     /// A map, made while it is read.
     Map { text: Arc<MapText>, disk: Arc<Disk> },
     /// A control file.
-    Ctl { session: Arc<Session>, spot: Spot },
+    Ctl { session: Arc<ControlSession>, node: ControlNode },
     /// A directory, as it was when it was opened.
     Directory(Vec<(String, u64, fuser::FileType)>),
 }
 
 /// Who asks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Asker {
+pub(super) struct Requester {
     pub(super) uid: u32,
     /// Who mounted, or root.
     pub(super) is_trusted: bool,
@@ -46,41 +46,41 @@ pub(super) struct Asker {
 /// All open handles of a mount.
 #[derive(Default)]
 pub(super) struct Handles {
-    open: DashMap<u64, Open>,
+    open: DashMap<u64, OpenHandle>,
     next: AtomicU64,
-    places: Arc<Mutex<Places>>,
+    counts: Arc<Mutex<HandleCounts>>,
     /// The text that was made last: while nothing changes, all who open it share it.
-    last: Mutex<Weak<Vec<u8>>>,
+    last_text: Mutex<Weak<Vec<u8>>>,
 }
 
-struct Open {
+struct OpenHandle {
     handle: Arc<Handle>,
     /// Given back when it is closed.
-    _place: Option<Place>,
+    _permit: Option<HandlePermit>,
 }
 
 /// How many have a place.
 #[derive(Default)]
-struct Places {
-    of: HashMap<u32, usize>,
-    others: usize,
+struct HandleCounts {
+    by_user: HashMap<u32, usize>,
+    untrusted: usize,
 }
 
 /// The right to have one more control file or directory open.
-pub(super) struct Place {
-    asker: Asker,
-    all: Arc<Mutex<Places>>,
+pub(super) struct HandlePermit {
+    requester: Requester,
+    counts: Arc<Mutex<HandleCounts>>,
 }
 
-impl Drop for Place {
+impl Drop for HandlePermit {
     fn drop(&mut self) {
-        let mut all = self.all.lock();
-        if !self.asker.is_trusted {
-            all.others -= 1;
+        let mut all = self.counts.lock();
+        if !self.requester.is_trusted {
+            all.untrusted -= 1;
         }
-        let count = all.of.remove(&self.asker.uid).unwrap_or(1) - 1;
+        let count = all.by_user.remove(&self.requester.uid).unwrap_or(1) - 1;
         if count > 0 {
-            all.of.insert(self.asker.uid, count);
+            all.by_user.insert(self.requester.uid, count);
         }
     }
 }
@@ -90,36 +90,36 @@ impl Handles {
         self.insert(handle, None)
     }
 
-    /// A place for a handle of `asker` that is no disk.
+    /// A place for a handle of `requester` that is no disk.
     ///
     /// # Errors
     /// `EMFILE` when he has, or all others together have, too many.
-    pub(super) fn place(&self, asker: Asker) -> io::Result<Place> {
-        let mut all = self.places.lock();
-        let count = all.of.get(&asker.uid).copied().unwrap_or(0);
-        if count >= MOST || !asker.is_trusted && all.others >= MOST_OF_OTHERS {
-            return Err(errno(libc::EMFILE));
+    pub(super) fn permit(&self, asker: Requester) -> io::Result<HandlePermit> {
+        let mut all = self.counts.lock();
+        let count = all.by_user.get(&asker.uid).copied().unwrap_or(0);
+        if count >= MAX_PER_USER || !asker.is_trusted && all.untrusted >= MAX_UNTRUSTED {
+            return Err(os_error(libc::EMFILE));
         }
-        all.of.insert(asker.uid, count + 1);
+        all.by_user.insert(asker.uid, count + 1);
         if !asker.is_trusted {
-            all.others += 1;
+            all.untrusted += 1;
         }
-        Ok(Place { asker, all: Arc::clone(&self.places) })
+        Ok(HandlePermit { requester: asker, counts: Arc::clone(&self.counts) })
     }
 
-    pub(super) fn add_at(&self, place: Place, handle: Handle) -> FileHandle {
+    pub(super) fn add_with_permit(&self, place: HandlePermit, handle: Handle) -> FileHandle {
         self.insert(handle, Some(place))
     }
 
-    fn insert(&self, handle: Handle, place: Option<Place>) -> FileHandle {
+    fn insert(&self, handle: Handle, place: Option<HandlePermit>) -> FileHandle {
         let number = self.next.fetch_add(1, Ordering::Relaxed);
-        self.open.insert(number, Open { handle: Arc::new(handle), _place: place });
+        self.open.insert(number, OpenHandle { handle: Arc::new(handle), _permit: place });
         FileHandle(number)
     }
 
     /// `text`, or the same one that somebody has open already.
-    pub(super) fn share(&self, text: Vec<u8>) -> Arc<Vec<u8>> {
-        let mut last = self.last.lock();
+    pub(super) fn share_text(&self, text: Vec<u8>) -> Arc<Vec<u8>> {
+        let mut last = self.last_text.lock();
         if let Some(same) = last.upgrade().filter(|last| **last == text) {
             return same;
         }
@@ -144,26 +144,26 @@ mod tests {
     #[test]
     fn places_are_bounded_for_each_user_and_for_all_others_and_come_back() {
         let handles = Handles::default();
-        let asker = |uid| Asker { uid, is_trusted: uid == 0 };
+        let asker = |uid| Requester { uid, is_trusted: uid == 0 };
         let fill = |uid| {
-            let places = std::iter::from_fn(|| handles.place(asker(uid)).ok());
-            places.take(MOST_OF_OTHERS).collect::<Vec<_>>()
+            let places = std::iter::from_fn(|| handles.permit(asker(uid)).ok());
+            places.take(MAX_UNTRUSTED).collect::<Vec<_>>()
         };
-        let mut others: Vec<Vec<Place>> = (1..=4).map(fill).collect();
-        assert!(others.iter().all(|places| places.len() == MOST));
-        assert!(handles.place(asker(5)).is_err());
-        assert_eq!(fill(0).len(), MOST);
+        let mut others: Vec<Vec<HandlePermit>> = (1..=4).map(fill).collect();
+        assert!(others.iter().all(|places| places.len() == MAX_PER_USER));
+        assert!(handles.permit(asker(5)).is_err());
+        assert_eq!(fill(0).len(), MAX_PER_USER);
         others[1].pop();
-        assert!(handles.place(asker(1)).is_err() && handles.place(asker(5)).is_ok());
+        assert!(handles.permit(asker(1)).is_err() && handles.permit(asker(5)).is_ok());
         others.clear();
-        assert!(handles.places.lock().of.is_empty() && handles.places.lock().others == 0);
+        assert!(handles.counts.lock().by_user.is_empty() && handles.counts.lock().untrusted == 0);
     }
 
     #[test]
     fn a_text_that_has_not_changed_is_shared() {
         let handles = Handles::default();
-        let one = handles.share(b"a".to_vec());
-        assert!(Arc::ptr_eq(&one, &handles.share(b"a".to_vec())));
-        assert!(!Arc::ptr_eq(&one, &handles.share(b"b".to_vec())));
+        let one = handles.share_text(b"a".to_vec());
+        assert!(Arc::ptr_eq(&one, &handles.share_text(b"a".to_vec())));
+        assert!(!Arc::ptr_eq(&one, &handles.share_text(b"b".to_vec())));
     }
 }

@@ -25,14 +25,14 @@ use fuser::{BackingId, InitFlags, KernelConfig};
 use parking_lot::Mutex;
 
 use crate::disk::Disk;
-use crate::spec::Cache;
+use crate::spec::CacheMode;
 
 /// Host files may not lie on stacked file systems, and one of those may lie on this mount.
-const STACK_DEPTH: u32 = 1;
+const MAX_STACK_DEPTH: u32 = 1;
 
 /// Asks the kernel for passthrough, unless it keeps dirty pages itself: the two do not go together.
-pub(super) fn negotiate(config: &mut KernelConfig, cache: Cache) {
-    if cache != Cache::Auto {
+pub(super) fn negotiate(config: &mut KernelConfig, cache: CacheMode) {
+    if cache != CacheMode::Auto {
         return;
     }
     if config.add_capabilities(InitFlags::FUSE_PASSTHROUGH).is_err() {
@@ -40,21 +40,21 @@ pub(super) fn negotiate(config: &mut KernelConfig, cache: Cache) {
         return;
     }
     // It refuses only more than the kernel's limit, which is 2.
-    let _ = config.set_max_stack_depth(STACK_DEPTH);
+    let _ = config.set_max_stack_depth(MAX_STACK_DEPTH);
 }
 
 /// How an open of a disk is answered.
-pub(super) enum Way {
+pub(super) enum OpenMode {
     /// As disks are that are more than one file.
     Served,
     /// Past the kernel's cache, though other opens are passed through.
     Direct,
     /// With the host file.
-    Passed(Arc<BackingId>),
+    Passthrough(Arc<BackingId>),
 }
 
 /// From an inode's first open to its last RELEASE.
-struct Term {
+struct PassthroughInode {
     opens: u64,
     /// `None`: served, because the kernel refused.
     backing: Option<Arc<BackingId>>,
@@ -62,45 +62,45 @@ struct Term {
 
 /// The terms of all inodes that could be passed through, by inode number.
 #[derive(Default)]
-pub(super) struct Terms {
-    open: Mutex<HashMap<u64, Term>>,
+pub(super) struct PassthroughInodes {
+    inodes: Mutex<HashMap<u64, PassthroughInode>>,
 }
 
-impl Terms {
+impl PassthroughInodes {
     /// Counts an open of `disk` in and says how it is to be answered; `register` hands a file to
-    /// the kernel. Each call is matched by one of [`leave`](Self::leave).
-    pub(super) fn enter(
+    /// the kernel. Each call is matched by one of [`release`](Self::release).
+    pub(super) fn open(
         &self,
         disk: &Disk,
-        cache: Cache,
+        cache: CacheMode,
         register: impl FnOnce(&File) -> io::Result<BackingId>,
-    ) -> Way {
-        if cache != Cache::Auto {
-            return Way::Served;
+    ) -> OpenMode {
+        if cache != CacheMode::Auto {
+            return OpenMode::Served;
         }
-        let Some(file) = disk.passthrough() else {
-            return Way::Served;
+        let Some(file) = disk.passthrough_file() else {
+            return OpenMode::Served;
         };
         // Held while the kernel takes the file: two first opens must not register it twice.
-        let mut open = self.open.lock();
+        let mut open = self.inodes.lock();
         let term = open.entry(disk.ino()).or_insert_with(|| {
             let backing = register(&file).map(Arc::new);
             if let Err(error) = &backing {
                 log::info!("{}: served without passthrough: {error}", disk.source);
             }
-            Term { opens: 0, backing: backing.ok() }
+            PassthroughInode { opens: 0, backing: backing.ok() }
         });
         term.opens += 1;
         match &term.backing {
-            None => Way::Served,
-            Some(_) if disk.is_latched() => Way::Direct,
-            Some(backing) => Way::Passed(Arc::clone(backing)),
+            None => OpenMode::Served,
+            Some(_) if disk.is_latched() => OpenMode::Direct,
+            Some(backing) => OpenMode::Passthrough(Arc::clone(backing)),
         }
     }
 
     /// An open was released.
-    pub(super) fn leave(&self, ino: u64) {
-        let mut open = self.open.lock();
+    pub(super) fn release(&self, ino: u64) {
+        let mut open = self.inodes.lock();
         let Some(term) = open.get_mut(&ino) else {
             return;
         };
@@ -112,7 +112,7 @@ impl Terms {
     }
 
     /// Whether the kernel goes past us for this inode, and so holds no pages of it.
-    pub(super) fn is_passed(&self, ino: u64) -> bool {
-        self.open.lock().get(&ino).is_some_and(|term| term.backing.is_some())
+    pub(super) fn is_active(&self, ino: u64) -> bool {
+        self.inodes.lock().get(&ino).is_some_and(|term| term.backing.is_some())
     }
 }

@@ -11,10 +11,10 @@
 //! was interrupted. On it run frames: a kind (1 byte), a length (4 bytes, little-endian), a text.
 //!
 //! The fork comes before any thread exists: the child of a threaded process may do nothing but
-//! exec. With `-f` there is no fork, and [`Ready::foreground`] prints straight.
+//! exec. With `-f` there is no fork, and [`StartupReporter::foreground`] prints straight.
 //!
 //! A signal that ends the command while it waits has the daemon undo what it began: the parent
-//! passes it on, waits for that, and says so by [`Outcome::Interrupted`]. A parent that is killed
+//! passes it on, waits for that, and says so by [`StartOutcome::Interrupted`]. A parent that is killed
 //! cannot; the daemon gets SIGTERM from the kernel then, until it serves.
 
 use std::fs;
@@ -33,23 +33,23 @@ use rustix::process::{
     Pid, Signal, WaitOptions, WaitStatus, kill_process, set_parent_process_death_signal,
 };
 
-use super::signals::{ENDING, Gate, gate};
+use super::signals::{TERMINATING_SIGNALS, SignalMask, set_signal_mask};
 use super::who;
-use crate::pool::Request;
+use crate::pool::Cancellable;
 use crate::printable;
 
 /// Which side of the fork this is.
 #[derive(Debug)]
-pub enum Role {
+pub enum ForkSide {
     /// The command: it waits, prints and exits.
-    Parent(Waiting),
+    Parent(StartupWaiter),
     /// The daemon to be.
-    Child(Ready),
+    Child(StartupReporter),
 }
 
 /// How starting the daemon ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Outcome {
+pub enum StartOutcome {
     /// It serves, and goes on without us.
     Serving,
     /// It does not.
@@ -68,7 +68,7 @@ pub enum Outcome {
 
 /// What a frame says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Kind {
+enum FrameKind {
     /// A line for stdout.
     Note,
     /// A line for stderr.
@@ -81,10 +81,10 @@ enum Kind {
 
 /// How long a thread that was joined may still show in `/proc/self/task`: the kernel wakes the
 /// joiner before it takes the entry away.
-const LINGER: Duration = Duration::from_millis(200);
+const THREAD_EXIT_TIMEOUT: Duration = Duration::from_millis(200);
 
 /// How long the parent waits for a child that said it failed to clean up and end.
-const CLEAN_UP: Duration = Duration::from_secs(10);
+const CLEANUP_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Has signals that end a mount wait until [`fork`] has the parent note them: for a parent that makes
 /// something before, which must not be left behind.
@@ -92,23 +92,23 @@ const CLEAN_UP: Duration = Duration::from_secs(10);
 /// # Errors
 /// The errno of pthread_sigmask(3).
 pub fn hold_signals() -> io::Result<()> {
-    gate(Gate::Closed)
+    set_signal_mask(SignalMask::Blocked)
 }
 
-/// Splits off the daemon: a session of its own, stdio as it was until [`Ready::succeed`].
+/// Splits off the daemon: a session of its own, stdio as it was until [`StartupReporter::succeed`].
 ///
 /// # Errors
 /// A line that says so when this process already has threads; the errno of socketpair(2) and
 /// fork(2). There is no child then.
-pub fn fork() -> io::Result<Role> {
+pub fn fork() -> io::Result<ForkSide> {
     if !is_single_threaded()? {
         return Err(io::Error::other("cannot become a daemon: this process has threads already"));
     }
-    split()
+    fork_unchecked()
 }
 
 fn is_single_threaded() -> io::Result<bool> {
-    let deadline = Instant::now() + LINGER;
+    let deadline = Instant::now() + THREAD_EXIT_TIMEOUT;
     loop {
         if fs::read_dir("/proc/self/task")?.count() == 1 {
             return Ok(true);
@@ -120,14 +120,14 @@ fn is_single_threaded() -> io::Result<bool> {
     }
 }
 
-fn split() -> io::Result<Role> {
+fn fork_unchecked() -> io::Result<ForkSide> {
     let (ours, theirs) = UnixStream::pair()?;
     // What waits in a buffer would be printed by both.
     io::stdout().flush()?;
     let parent = rustix::process::getpid();
     // Neither side may be ended by a signal before it listens to it: the child goes on blocking
     // them until it does.
-    gate(Gate::Closed)?;
+    set_signal_mask(SignalMask::Blocked)?;
     // SAFETY: no other thread exists (`fork` looked), so the child's memory is whole, no lock is
     // held for ever, and it may do whatever a process may.
     let pid = unsafe { libc::fork() };
@@ -140,38 +140,38 @@ fn split() -> io::Result<Role> {
                 // It was killed before the kernel could have told us.
                 kill_process(rustix::process::getpid(), Signal::TERM)?;
             }
-            Ok(Role::Child(Ready { channel: Channel::Parent(theirs) }))
+            Ok(ForkSide::Child(StartupReporter { channel: ReportChannel::Parent(theirs) }))
         }
         Some(_) if pid < 0 => {
             let error = io::Error::last_os_error();
-            gate(Gate::Open)?;
+            set_signal_mask(SignalMask::Unblocked)?;
             Err(error)
         }
         Some(child) => {
-            let asked = note_signals();
-            gate(Gate::Open)?;
-            Ok(Role::Parent(Waiting { channel: ours, child, asked: asked?, told: false }))
+            let asked = record_signals();
+            set_signal_mask(SignalMask::Unblocked)?;
+            Ok(ForkSide::Parent(StartupWaiter { channel: ours, child, signalled: asked?, term_sent: false }))
         }
     }
 }
 
 /// The last signal that came to the parent; 0 while none has.
-static SIGNAL: OnceLock<Arc<AtomicUsize>> = OnceLock::new();
+static LAST_SIGNAL: OnceLock<Arc<AtomicUsize>> = OnceLock::new();
 
 /// The signal that came to the parent since the fork, if one did. From the fork on none of those
 /// that end a mount ends the parent.
 #[must_use]
-pub fn signal_so_far() -> Option<i32> {
-    let signal = SIGNAL.get()?.load(Ordering::SeqCst);
+pub fn received_signal() -> Option<i32> {
+    let signal = LAST_SIGNAL.get()?.load(Ordering::SeqCst);
     i32::try_from(signal).ok().filter(|signal| *signal != 0)
 }
 
 /// Notes signals from now on; gives what becomes readable with each.
-fn note_signals() -> io::Result<UnixStream> {
+fn record_signals() -> io::Result<UnixStream> {
     let (asked, tell) = UnixStream::pair()?;
     asked.set_nonblocking(true)?;
-    let number = SIGNAL.get_or_init(Arc::default);
-    for signal in ENDING {
+    let number = LAST_SIGNAL.get_or_init(Arc::default);
+    for signal in TERMINATING_SIGNALS {
         let value = usize::try_from(signal).map_err(|_| Errno::INVAL)?;
         // In this order: who is woken finds the number.
         signal_hook::flag::register_usize(signal, Arc::clone(number), value)?;
@@ -182,38 +182,38 @@ fn note_signals() -> io::Result<UnixStream> {
 
 /// The parent's end.
 #[derive(Debug)]
-pub struct Waiting {
+pub struct StartupWaiter {
     channel: UnixStream,
     child: Pid,
     /// Readable when a signal has come.
-    asked: UnixStream,
+    signalled: UnixStream,
     /// Whether the child was told of it.
-    told: bool,
+    term_sent: bool,
 }
 
-impl Waiting {
+impl StartupWaiter {
     /// Prints what the child says, line by line, until it serves or has failed. A failed child is
     /// reaped; it gets 10 seconds to end.
     ///
     /// Waits as long as the child works on it: recovery may take its time, and the user can
     /// interrupt. The first signal is passed on; after the second, nothing is waited for.
-    pub fn wait(mut self, stdout: &mut dyn Write, stderr: &mut dyn Write) -> Outcome {
+    pub fn wait(mut self, stdout: &mut dyn Write, stderr: &mut dyn Write) -> StartOutcome {
         loop {
-            self.wait_for_word();
+            self.wait_for_frame();
             let printed = match read_frame(&mut self.channel) {
-                Ok(Some((Kind::Note, text))) => print_line(stdout, &text),
-                Ok(Some((Kind::Warning, text))) => print_line(stderr, &text),
-                Ok(Some((Kind::Serving, _))) => {
-                    return self.interrupted().unwrap_or(Outcome::Serving);
+                Ok(Some((FrameKind::Note, text))) => print_line(stdout, &text),
+                Ok(Some((FrameKind::Warning, text))) => print_line(stderr, &text),
+                Ok(Some((FrameKind::Serving, _))) => {
+                    return self.interrupted().unwrap_or(StartOutcome::Serving);
                 }
-                Ok(Some((Kind::Failed, text))) => {
+                Ok(Some((FrameKind::Failed, text))) => {
                     if let Some(interrupted) = self.interrupted() {
                         return interrupted;
                     }
                     self.reap();
                     let (&code, line) = text.split_first().unwrap_or((&1, &[]));
                     let line = String::from_utf8_lossy(line).into_owned();
-                    return Outcome::Failed { code, line };
+                    return StartOutcome::Failed { code, line };
                 }
                 Ok(None) | Err(_) => return self.interrupted().unwrap_or_else(|| self.died()),
             };
@@ -225,9 +225,9 @@ impl Waiting {
     }
 
     /// Until the child has said something, or has ended; signals are passed on meanwhile.
-    fn wait_for_word(&mut self) {
+    fn wait_for_frame(&mut self) {
         loop {
-            let (channel, asked) = (&self.channel, &self.asked);
+            let (channel, asked) = (&self.channel, &self.signalled);
             let mut fds = [PollFd::new(channel, PollFlags::IN), PollFd::new(asked, PollFlags::IN)];
             match rustix::event::poll(&mut fds, None) {
                 Ok(_) => {}
@@ -237,7 +237,7 @@ impl Waiting {
             }
             let [said, signalled] = fds.map(|fd| !fd.revents().is_empty());
             if signalled {
-                self.pass_on();
+                self.forward_signal();
             }
             if said {
                 return;
@@ -246,48 +246,48 @@ impl Waiting {
     }
 
     /// Has the child undo what it began. A second signal ends this process as signals do.
-    fn pass_on(&mut self) {
+    fn forward_signal(&mut self) {
         let mut word = [0; 64];
-        if self.asked.read(&mut word).unwrap_or(0) == 0 {
+        if self.signalled.read(&mut word).unwrap_or(0) == 0 {
             return;
         }
-        if self.told
-            && let Some(signal) = signal_so_far()
+        if self.term_sent
+            && let Some(signal) = received_signal()
         {
             let _ = signal_hook::low_level::emulate_default_handler(signal);
         }
-        self.tell();
+        self.terminate_child();
     }
 
-    fn tell(&mut self) {
-        if !self.told {
-            self.told = true;
+    fn terminate_child(&mut self) {
+        if !self.term_sent {
+            self.term_sent = true;
             // It has not been reaped, so the number is still its own.
             let _ = kill_process(self.child, Signal::TERM);
         }
     }
 
     /// What has become of it if a signal came: the child was told, and has ended or soon will.
-    fn interrupted(&mut self) -> Option<Outcome> {
-        let signal = signal_so_far()?;
-        self.tell();
+    fn interrupted(&mut self) -> Option<StartOutcome> {
+        let signal = received_signal()?;
+        self.terminate_child();
         self.reap();
-        Some(Outcome::Interrupted { signal })
+        Some(StartOutcome::Interrupted { signal })
     }
 
-    fn died(&self) -> Outcome {
+    fn died(&self) -> StartOutcome {
         let how =
             match self.reap().map(|status| (status.exit_status(), status.terminating_signal())) {
                 Some((Some(code), _)) => format!(": exit status {code}"),
                 Some((_, Some(signal))) => format!(": killed by signal {signal}"),
                 _ => String::new(),
             };
-        Outcome::Failed { code: 1, line: format!("the daemon died while starting{how}") }
+        StartOutcome::Failed { code: 1, line: format!("the daemon died while starting{how}") }
     }
 
     fn reap(&self) -> Option<WaitStatus> {
         let pid = u32::try_from(self.child.as_raw_pid()).ok()?;
-        who::wait_for_exit(pid, CLEAN_UP).ok()?;
+        who::wait_for_exit(pid, CLEANUP_TIMEOUT).ok()?;
         // NOHANG: it may still be there, and is then left to init.
         let reaped = rustix::process::waitpid(Some(self.child), WaitOptions::NOHANG).ok()??;
         Some(reaped.1)
@@ -304,19 +304,19 @@ fn print_line(to: &mut dyn Write, text: &[u8]) -> io::Result<()> {
 /// The daemon's end: says how the start goes, and ends with [`succeed`](Self::succeed) or
 /// [`fail`](Self::fail). Dropped without either, the parent reports that the daemon died.
 #[derive(Debug)]
-pub struct Ready {
-    channel: Channel,
+pub struct StartupReporter {
+    channel: ReportChannel,
 }
 
 #[derive(Debug)]
-enum Channel {
+enum ReportChannel {
     Parent(UnixStream),
-    Foreground(Notes),
+    Foreground(NoteOutput),
 }
 
 /// Where notes go in the foreground.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Notes {
+pub enum NoteOutput {
     /// To stdout.
     Stdout,
     /// To stderr: a stream has stdout.
@@ -324,10 +324,10 @@ pub enum Notes {
 }
 
 /// Whether the command that waits for the daemon is still there.
-struct Awaited(Option<UnixStream>);
+struct WaitingCommand(Option<UnixStream>);
 
-impl Request for Awaited {
-    fn is_given_up(&self) -> bool {
+impl Cancellable for WaitingCommand {
+    fn is_cancelled(&self) -> bool {
         let Some(parent) = &self.0 else { return false };
         // It never says anything: there is an end to be read, or nothing.
         let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
@@ -335,42 +335,42 @@ impl Request for Awaited {
     }
 
     fn hold(&self) -> bool {
-        !self.is_given_up()
+        !self.is_cancelled()
     }
 
     fn release(&self) {}
 }
 
-impl Ready {
+impl StartupReporter {
     /// For `-f`: no parent waits, lines are printed at once, and stdio stays.
-    pub fn foreground(notes: Notes) -> Self {
-        Self { channel: Channel::Foreground(notes) }
+    pub fn foreground(notes: NoteOutput) -> Self {
+        Self { channel: ReportChannel::Foreground(notes) }
     }
 
     /// A line for the user's stdout.
     pub fn note(&self, line: &str) {
         // Whoever does not listen any more does not miss it.
         let _ = match &self.channel {
-            Channel::Parent(parent) => send_frame(parent, Kind::Note, line.as_bytes()),
-            Channel::Foreground(Notes::Stdout) => print_line(&mut io::stdout(), line.as_bytes()),
-            Channel::Foreground(Notes::Stderr) => print_line(&mut io::stderr(), line.as_bytes()),
+            ReportChannel::Parent(parent) => send_frame(parent, FrameKind::Note, line.as_bytes()),
+            ReportChannel::Foreground(NoteOutput::Stdout) => print_line(&mut io::stdout(), line.as_bytes()),
+            ReportChannel::Foreground(NoteOutput::Stderr) => print_line(&mut io::stderr(), line.as_bytes()),
         };
     }
 
     /// A line for the user's stderr.
     pub fn warn(&self, line: &str) {
         let _ = match &self.channel {
-            Channel::Parent(parent) => send_frame(parent, Kind::Warning, line.as_bytes()),
-            Channel::Foreground(_) => print_line(&mut io::stderr(), line.as_bytes()),
+            ReportChannel::Parent(parent) => send_frame(parent, FrameKind::Warning, line.as_bytes()),
+            ReportChannel::Foreground(_) => print_line(&mut io::stderr(), line.as_bytes()),
         };
     }
 
     /// A request by the command that waits: given up once that is gone. With `-f` nobody waits but
     /// the user, whose signals end this process.
-    pub fn request(&self) -> impl Request + 'static {
-        Awaited(match &self.channel {
-            Channel::Parent(parent) => parent.try_clone().ok(),
-            Channel::Foreground(_) => None,
+    pub fn request(&self) -> impl Cancellable + 'static {
+        WaitingCommand(match &self.channel {
+            ReportChannel::Parent(parent) => parent.try_clone().ok(),
+            ReportChannel::Foreground(_) => None,
         })
     }
 
@@ -381,7 +381,7 @@ impl Ready {
     /// `EPIPE` when the parent is gone (the user interrupted it): the caller should undo the
     /// mount. The errno of chdir(2) and dup2(2).
     pub fn succeed(self) -> io::Result<()> {
-        let Channel::Parent(parent) = &self.channel else {
+        let ReportChannel::Parent(parent) = &self.channel else {
             return Ok(rustix::process::chdir("/")?);
         };
         rustix::process::chdir("/")?;
@@ -395,23 +395,23 @@ impl Ready {
             }
         }
         // Last: once the parent has returned, its pipes must have no writer left.
-        send_frame(parent, Kind::Serving, b"")
+        send_frame(parent, FrameKind::Serving, b"")
     }
 
     /// The start failed: the parent prints `line` and exits with `code`, after this process has
     /// ended. With `-f` the line goes to stderr. Clean up first; only exiting is left to do.
     pub fn fail(self, code: u8, line: &str) {
         let _ = match &self.channel {
-            Channel::Parent(parent) => {
+            ReportChannel::Parent(parent) => {
                 let text = [&[code], line.as_bytes()].concat();
-                send_frame(parent, Kind::Failed, &text)
+                send_frame(parent, FrameKind::Failed, &text)
             }
-            Channel::Foreground(_) => print_line(&mut io::stderr(), line.as_bytes()),
+            ReportChannel::Foreground(_) => print_line(&mut io::stderr(), line.as_bytes()),
         };
     }
 }
 
-fn send_frame(to: &UnixStream, kind: Kind, text: &[u8]) -> io::Result<()> {
+fn send_frame(to: &UnixStream, kind: FrameKind, text: &[u8]) -> io::Result<()> {
     let len = u32::try_from(text.len()).map_err(|_| Errno::MSGSIZE)?;
     let mut frame = vec![kind.byte()];
     frame.extend(len.to_le_bytes());
@@ -425,14 +425,14 @@ fn send_frame(to: &UnixStream, kind: Kind, text: &[u8]) -> io::Result<()> {
 }
 
 /// The next frame; `None` at the end.
-fn read_frame(from: &mut impl Read) -> io::Result<Option<(Kind, Vec<u8>)>> {
+fn read_frame(from: &mut impl Read) -> io::Result<Option<(FrameKind, Vec<u8>)>> {
     let mut head = [0; 5];
     match from.read_exact(&mut head) {
         Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(None),
         read => read?,
     }
     let [kind, len @ ..] = head;
-    let kind = Kind::ALL.into_iter().find(|known| known.byte() == kind);
+    let kind = FrameKind::ALL.into_iter().find(|known| known.byte() == kind);
     let kind = kind.ok_or(io::ErrorKind::InvalidData)?;
     let len = u32::from_le_bytes(len);
     // By `take`, so that memory grows with what is really there.
@@ -444,7 +444,7 @@ fn read_frame(from: &mut impl Read) -> io::Result<Option<(Kind, Vec<u8>)>> {
     }
 }
 
-impl Kind {
+impl FrameKind {
     const ALL: [Self; 4] = [Self::Note, Self::Warning, Self::Serving, Self::Failed];
 
     const fn byte(self) -> u8 {
@@ -463,17 +463,17 @@ mod tests {
     use std::process::{Command, Output};
 
     /// Names the part that [`helper`] plays.
-    const PART: &str = "COWSLIP_TEST_DAEMON";
+    const TEST_PART_ENV: &str = "COWSLIP_TEST_DAEMON";
 
     #[test]
     fn a_request_is_given_up_once_the_command_that_waits_is_gone() {
         let (ours, theirs) = UnixStream::pair().unwrap();
-        let ready = Ready { channel: Channel::Parent(theirs) };
+        let ready = StartupReporter { channel: ReportChannel::Parent(theirs) };
         let request = ready.request();
-        assert!(!request.is_given_up() && request.hold());
+        assert!(!request.is_cancelled() && request.hold());
         drop(ours);
-        assert!(request.is_given_up() && !request.hold());
-        assert!(!Ready::foreground(Notes::Stdout).request().is_given_up());
+        assert!(request.is_cancelled() && !request.hold());
+        assert!(!StartupReporter::foreground(NoteOutput::Stdout).request().is_cancelled());
     }
 
     /// Not a test of its own but the process that the tests below start: tests run in threads,
@@ -481,21 +481,21 @@ mod tests {
     #[test]
     #[ignore = "run by the other tests"]
     fn helper() {
-        let Ok(part) = std::env::var(PART) else {
+        let Ok(part) = std::env::var(TEST_PART_ENV) else {
             return;
         };
-        // `split`, since even a lone test has its runner's thread beside it; that one only waits.
-        match split().unwrap() {
-            Role::Parent(waiting) => {
+        // `fork_unchecked`, since even a lone test has its runner's thread beside it; that one only waits.
+        match fork_unchecked().unwrap() {
+            ForkSide::Parent(waiting) => {
                 let outcome = waiting.wait(&mut io::stdout(), &mut io::stderr());
                 println!("{outcome:?}");
                 std::process::exit(0);
             }
-            Role::Child(ready) => play(&part, ready),
+            ForkSide::Child(ready) => play(&part, ready),
         }
     }
 
-    fn play(part: &str, ready: Ready) -> ! {
+    fn play(part: &str, ready: StartupReporter) -> ! {
         ready.note("vm1.img: 20 GiB");
         ready.warn("tmpfs is RAM");
         match part {
@@ -519,7 +519,7 @@ mod tests {
         let mut command = Command::new(std::env::current_exe().unwrap());
         let name = format!("{}::helper", module_path!().split_once("::").unwrap().1);
         command.args(["--exact", &name, "--ignored", "--nocapture"]);
-        command.env(PART, part).output().unwrap()
+        command.env(TEST_PART_ENV, part).output().unwrap()
     }
 
     fn assert_says(output: &Output, outcome: &str) {
@@ -561,10 +561,10 @@ mod tests {
     #[test]
     fn frames_arrive_as_they_were_sent() {
         let (mut reader, writer) = UnixStream::pair().unwrap();
-        send_frame(&writer, Kind::Note, b"a\nb").unwrap();
-        send_frame(&writer, Kind::Failed, b"").unwrap();
-        assert_eq!(read_frame(&mut reader).unwrap(), Some((Kind::Note, b"a\nb".to_vec())));
-        assert_eq!(read_frame(&mut reader).unwrap(), Some((Kind::Failed, Vec::new())));
+        send_frame(&writer, FrameKind::Note, b"a\nb").unwrap();
+        send_frame(&writer, FrameKind::Failed, b"").unwrap();
+        assert_eq!(read_frame(&mut reader).unwrap(), Some((FrameKind::Note, b"a\nb".to_vec())));
+        assert_eq!(read_frame(&mut reader).unwrap(), Some((FrameKind::Failed, Vec::new())));
         drop(writer);
         assert_eq!(read_frame(&mut reader).unwrap(), None);
     }
@@ -580,7 +580,7 @@ mod tests {
     fn success_without_a_parent_is_an_error_not_a_signal() {
         let (ours, theirs) = UnixStream::pair().unwrap();
         drop(ours);
-        let error = send_frame(&theirs, Kind::Serving, b"").unwrap_err();
+        let error = send_frame(&theirs, FrameKind::Serving, b"").unwrap_err();
         assert_eq!(error.raw_os_error(), Some(libc::EPIPE));
     }
 }

@@ -7,42 +7,42 @@ use std::sync::Arc;
 use parking_lot::Mutex;
 
 use super::signals::Signals;
-use super::{Force, Plan, owner};
+use super::{OnChangedBase, MountPlan, current_ids};
 use crate::base::place;
-use crate::catalog::{Catalog, Origin};
-use crate::disk::{self, Opened, Setting};
-use crate::spec::{DiskSpec, Partitions, Source, check_names};
+use crate::catalog::{Catalog, DiskOrigin};
+use crate::disk::{self, OpenedDisk, OpenContext};
+use crate::spec::{DiskSpec, Partitions, DiskSource, check_names};
 use crate::store::Store;
 
-pub(super) fn open_store(plan: &Plan, mountpoint: &Path) -> Result<Option<Store>, String> {
+pub(super) fn open_store(plan: &MountPlan, mountpoint: &Path) -> Result<Option<Store>, String> {
     let Some(dir) = &plan.store else { return Ok(None) };
-    place::refuse_inside(dir, mountpoint, None).map_err(|error| error.to_string())?;
+    place::check_self_reference(dir, mountpoint, None).map_err(|error| error.to_string())?;
     Store::open(dir).map(Some).map_err(|error| error.to_string())
 }
 
 /// Opens every disk of the store and of the plan into `catalog`, and returns what is to be said
 /// of them. A signal ends it between two disks.
 pub(super) fn open_disks(
-    plan: &Plan,
+    plan: &MountPlan,
     catalog: &Catalog,
     signals: &Signals,
 ) -> Result<Vec<String>, String> {
     check_names(&plan.disks).map_err(|error| error.to_string())?;
-    signals.check()?;
-    let (uid, gid) = owner();
-    let setting = Setting {
+    signals.check_interrupted()?;
+    let (uid, gid) = current_ids();
+    let setting = OpenContext {
         mountpoint: &catalog.mountpoint,
         mount_dev: None,
         uid,
         gid,
-        force: plan.force == Force::Yes,
+        force: plan.force == OnChangedBase::Accept,
         allow_backing: plan.allow_backing.clone(),
         stdio: plan.stdio,
-        looked_at: Mutex::new(HashSet::new()),
+        probed_dirs: Mutex::new(HashSet::new()),
     };
     let mut lines = Vec::new();
-    let mut put = |name: &str, opened: Opened, origin| {
-        let Opened { disk, summary, notes } = opened;
+    let mut put = |name: &str, opened: OpenedDisk, origin| {
+        let OpenedDisk { disk, summary, notes } = opened;
         let disk = Arc::new(disk);
         let clash = catalog.check_clash(name, &disk);
         clash.map_err(|line| format!("{name}: {line}")).inspect_err(|_| disk.abandon())?;
@@ -62,31 +62,31 @@ pub(super) fn open_disks(
             log::info!("{name}: {note}");
             lines.push(format!("{name}: {note}"));
         }
-        signals.check()
+        signals.check_interrupted()
     };
-    catalog.open_stored(&setting, |name, opened| put(name, opened, Origin::Stored))?;
+    catalog.open_stored(&setting, |name, opened| put(name, opened, DiskOrigin::Stored))?;
     let mut stored = Vec::new();
     for spec in &plan.disks {
         if let Some(store) = spec.overlay.as_deref().and_then(|dir| catalog.store_at(dir)) {
             if let Some(line) = already_stored(catalog, spec)? {
                 log::info!("{line}");
-                stored.extend(show_stored(catalog, spec)?);
+                stored.extend(show_stored_partitions(catalog, spec)?);
                 continue;
             }
             let opened = store.create_over(spec, &setting).map_err(|error| error.to_string())?;
-            put(&spec.name, opened, Origin::Stored)?;
+            put(&spec.name, opened, DiskOrigin::Stored)?;
             continue;
         }
         let opened =
             disk::open(spec, &setting).map_err(|error| format!("{}: {error}", spec.name))?;
-        put(&spec.name, opened, Origin::Given)?;
+        put(&spec.name, opened, DiskOrigin::Given)?;
     }
     lines.extend(stored);
     Ok(lines)
 }
 
 /// Shows the partitions of a disk that the store had already, if `spec` asks for it.
-fn show_stored(catalog: &Catalog, spec: &DiskSpec) -> Result<Vec<String>, String> {
+fn show_stored_partitions(catalog: &Catalog, spec: &DiskSpec) -> Result<Vec<String>, String> {
     let Some(entry) = catalog.named(&spec.name).filter(|_| spec.partitions == Partitions::Shown)
     else {
         return Ok(Vec::new());
@@ -100,7 +100,7 @@ fn show_stored(catalog: &Catalog, spec: &DiskSpec) -> Result<Vec<String>, String
 fn already_stored(catalog: &Catalog, spec: &DiskSpec) -> Result<Option<String>, String> {
     let Some(entry) = catalog.named(&spec.name) else { return Ok(None) };
     let is_same = match &spec.source {
-        Source::File(path) => path
+        DiskSource::File(path) => path
             .canonicalize()
             .is_ok_and(|path| entry.disk.base_path().is_some_and(|base| base == path)),
         _ => entry.disk.base_path().is_none(),

@@ -35,45 +35,45 @@ use std::time::{Duration, SystemTime};
 use fuser::{Config, Session, SessionACL};
 use rustix::io::Errno;
 
-use self::daemon::Ready;
+use self::daemon::StartupReporter;
 use self::disks::{open_disks, open_store};
-use self::kernel::{Contents, Held, MountRequest, Unmount};
-use self::notify::{State, notify};
-use self::run::{Mount, tick};
+use self::kernel::{AllowedContents, MountHandle, MountParams, UnmountMode};
+use self::notify::{ServiceState, notify};
+use self::run::{RunningMount, tick};
 use self::signals::Signals;
 use crate::catalog::Catalog;
 use crate::confined;
 use crate::control::{self, Control};
-use crate::fs::{CowslipFs, Deadlines, Shared, forgetter};
-use crate::journal::{self, Sink};
-use crate::name::CONTROL;
-use crate::pool::{Pool, while_wanted};
-use crate::process::{self, Inherited};
-use crate::spec::{Cache, DiskSpec, Flow, MountOptions, Source, Target};
-use crate::stream::sink::Inherit;
+use crate::fs::{CowslipFs, Deadlines, FsContext, kernel_invalidator};
+use crate::journal::{self, LogTarget};
+use crate::name::CONTROL_DIR;
+use crate::pool::{Pool, run_cancellable};
+use crate::process::{self, InheritedFds};
+use crate::spec::{CacheMode, DiskSpec, Flow, MountOptions, DiskSource, SinkSpec};
+use crate::stream::sink::StdioMode;
 
 /// Read-ahead of the mount in KiB: cold sequential reads are twice as fast as with the kernel's 128.
-const READ_AHEAD: u32 = 1024;
+const READ_AHEAD_KIB: u32 = 1024;
 
 /// How often it is tried to take a mount away that did not come about, and how long between: 2 s.
 const UNDO_TRIES: u32 = 100;
-const UNDO_LOOK: Duration = Duration::from_millis(20);
+const UNDO_INTERVAL: Duration = Duration::from_millis(20);
 
 /// How often is looked whether all workers have started.
-const STARTING_LOOK: Duration = Duration::from_millis(1);
+const WORKER_POLL_INTERVAL: Duration = Duration::from_millis(1);
 
 /// Whether a base that changed under its overlay is used all the same.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Force {
+pub enum OnChangedBase {
     /// It is refused.
-    No,
+    Refuse,
     /// It is used, and the log says so.
-    Yes,
+    Accept,
 }
 
 /// Whether the mount runs behind the caller.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Style {
+pub enum DaemonMode {
     /// As a daemon.
     Background,
     /// In the caller's terminal, or under systemd (`-f`).
@@ -81,7 +81,7 @@ pub enum Style {
 }
 
 /// Everything a mount is to be.
-pub struct Plan {
+pub struct MountPlan {
     /// Where; absolute.
     pub mountpoint: PathBuf,
     /// What the mount table shows.
@@ -93,26 +93,26 @@ pub struct Plan {
     /// Directories below which files may lie that a base names; absolute.
     pub allow_backing: Vec<PathBuf>,
     /// How the kernel's cache is used.
-    pub cache: Cache,
+    pub cache: CacheMode,
     /// `-o`.
     pub options: MountOptions,
     /// `--log`; absolute.
     pub log: Option<PathBuf>,
     /// `--force`.
-    pub force: Force,
+    pub force: OnChangedBase,
     /// `-f`.
-    pub style: Style,
+    pub mode: DaemonMode,
     /// Whether streams may have the caller's standard input and output: with `-f` and `run`.
-    pub stdio: Inherit,
+    pub stdio: StdioMode,
 }
 
-impl Plan {
+impl MountPlan {
     /// Whether a stream goes to the standard output.
     #[must_use]
     pub fn has_stdout_sink(&self) -> bool {
         self.disks.iter().any(|disk| match &disk.source {
-            Source::Stream(stream) => stream.flow == Flow::Out(Target::Stdout),
-            Source::File(_) | Source::Blank(_) => false,
+            DiskSource::Stream(stream) => stream.flow == Flow::Out(SinkSpec::Stdout),
+            DiskSource::File(_) | DiskSource::Blank(_) => false,
         })
     }
 }
@@ -123,9 +123,9 @@ impl Plan {
 /// A signal at any moment ends it in good order; with `-f` one that comes before the mount is there
 /// ends the process as signals do, once everything is undone.
 #[must_use]
-pub fn serve(plan: &Plan, ready: Ready) -> u8 {
+pub fn serve(plan: &MountPlan, ready: StartupReporter) -> u8 {
     abort_on_panic();
-    let inherited = Inherited::find();
+    let inherited = InheritedFds::find();
     let signals = match Signals::listen() {
         Ok(signals) => signals,
         Err(error) => {
@@ -137,21 +137,21 @@ pub fn serve(plan: &Plan, ready: Ready) -> u8 {
         Ok(mount) => mount,
         Err(line) => {
             ready.fail(1, &line);
-            if let Some(signal) = signals.came().filter(|_| plan.style == Style::Foreground) {
+            if let Some(signal) = signals.received().filter(|_| plan.mode == DaemonMode::Foreground) {
                 // Whoever started us sees why we ended.
                 let _ = signal_hook::low_level::emulate_default_handler(signal);
             }
             return 1;
         }
     };
-    signals.serve();
-    match plan.style {
-        Style::Background => inherited.close(),
-        Style::Foreground => notify(State::Ready),
+    signals.set_serving();
+    match plan.mode {
+        DaemonMode::Background => inherited.close(),
+        DaemonMode::Foreground => notify(ServiceState::Ready),
     }
     if ready.succeed().is_err() {
         log::warn!("whoever asked for this mount is gone: it is taken away again");
-        mount.leave();
+        mount.unmount_lazily();
     }
     mount.run(signals)
 }
@@ -166,13 +166,13 @@ fn abort_on_panic() {
     }));
 }
 
-fn start(plan: &Plan, ready: &Ready, signals: &Signals) -> Result<Mount, String> {
+fn start(plan: &MountPlan, ready: &StartupReporter, signals: &Signals) -> Result<RunningMount, String> {
     let sink = open_log(plan)?;
-    process::settle();
+    process::apply_daemon_limits();
     journal::start(sink);
-    let reserve = room::reserve()?;
-    room::check(workers())?;
-    let contents = if plan.options.nonempty { Contents::Any } else { Contents::None };
+    let reserve = room::reserve_fds()?;
+    room::check(worker_count())?;
+    let contents = if plan.options.nonempty { AllowedContents::Any } else { AllowedContents::None };
     let prepared = kernel::prepare_mountpoint(&plan.mountpoint, contents)
         .map_err(|error| error.to_string())?;
     let (mountpoint, directory) = (prepared.mountpoint, prepared.directory);
@@ -183,21 +183,21 @@ fn start(plan: &Plan, ready: &Ready, signals: &Signals) -> Result<Mount, String>
     }
     let catalog = Arc::new(Catalog::new(&mountpoint, open_store(plan, &mountpoint)?));
     // What is opened may have been made to be read for ever: not once nobody waits for it.
-    let wanted = signals.request(ready.request());
-    let opened = while_wanted(wanted, || open_disks(plan, &catalog, signals));
+    let wanted = signals.cancellable(ready.request());
+    let opened = run_cancellable(wanted, || open_disks(plan, &catalog, signals));
     // What was given up has no other reason.
-    let opened = opened.map_err(|line| signals.check().err().unwrap_or(line));
+    let opened = opened.map_err(|line| signals.check_interrupted().err().unwrap_or(line));
     let mounted = opened.and_then(|lines| {
-        give_stdout_away(plan)?;
+        redirect_stdout(plan)?;
         // Once more, now that the disks have taken what they need.
-        room::check(workers())?;
-        signals.check()?;
-        let mount = mount_and_spawn(plan, &mountpoint, directory, share(plan, &catalog))?;
+        room::check(worker_count())?;
+        signals.check_interrupted()?;
+        let mount = mount_and_spawn(plan, &mountpoint, directory, fs_context(plan, &catalog))?;
         Ok((mount, lines))
     });
     let (mount, lines) = mounted.inspect_err(|_| {
         drop(reserve);
-        abandon(&catalog);
+        abandon_disks(&catalog);
     })?;
     lines.iter().for_each(|line| ready.note(line));
     mount.announce();
@@ -206,31 +206,31 @@ fn start(plan: &Plan, ready: &Ready, signals: &Signals) -> Result<Mount, String>
 }
 
 /// What the workers and everything around them share.
-fn share(plan: &Plan, catalog: &Arc<Catalog>) -> Arc<Shared> {
+fn fs_context(plan: &MountPlan, catalog: &Arc<Catalog>) -> Arc<FsContext> {
     let control = Arc::new(Control {
         catalog: Arc::clone(catalog),
         source: plan.source.clone(),
         cache: plan.cache,
         draining: AtomicBool::new(false),
         device: OnceLock::new(),
-        forget: OnceLock::new(),
-        running: AtomicUsize::new(0),
+        invalidator: OnceLock::new(),
+        running_requests: AtomicUsize::new(0),
     });
-    Arc::new(Shared {
+    Arc::new(FsContext {
         catalog: Arc::clone(catalog),
         control,
         deadlines: Deadlines::new(Duration::from_secs(plan.options.io_timeout)),
         notifier: OnceLock::new(),
         pool: Arc::new(Pool::default()),
-        asks: Arc::new(Pool::of(control::THREADS)),
+        control_pool: Arc::new(Pool::with_threads(control::REQUEST_THREADS)),
         cache: plan.cache,
-        owner: owner(),
-        mounted: SystemTime::now(),
+        owner: current_ids(),
+        mounted_at: SystemTime::now(),
     })
 }
 
 /// The mount did not come about: what was opened is closed in good order, what was made goes.
-fn abandon(catalog: &Catalog) {
+fn abandon_disks(catalog: &Catalog) {
     for disk in catalog.disks() {
         disk.abandon();
     }
@@ -238,8 +238,8 @@ fn abandon(catalog: &Catalog) {
 
 /// A stream has the standard output now: nothing else may get into it, and its reader must see
 /// the end when the stream has ended.
-fn give_stdout_away(plan: &Plan) -> Result<(), String> {
-    if plan.style == Style::Background || !plan.has_stdout_sink() {
+fn redirect_stdout(plan: &MountPlan) -> Result<(), String> {
+    if plan.mode == DaemonMode::Background || !plan.has_stdout_sink() {
         return Ok(());
     }
     // SAFETY: dup2 takes two numbers and touches no memory; std owns neither as an `OwnedFd`.
@@ -249,27 +249,27 @@ fn give_stdout_away(plan: &Plan) -> Result<(), String> {
     Ok(())
 }
 
-fn owner() -> (u32, u32) {
+fn current_ids() -> (u32, u32) {
     (rustix::process::getuid().as_raw(), rustix::process::getgid().as_raw())
 }
 
-fn open_log(plan: &Plan) -> Result<Sink, String> {
-    match (&plan.log, plan.style) {
+fn open_log(plan: &MountPlan) -> Result<LogTarget, String> {
+    match (&plan.log, plan.mode) {
         (Some(path), _) => {
             let file = confined::open_append(path);
-            file.map(Sink::File).map_err(|error| format!("log '{}': {error}", path.display()))
+            file.map(LogTarget::File).map_err(|error| format!("log '{}': {error}", path.display()))
         }
-        (None, Style::Foreground) => Ok(Sink::Stderr),
-        (None, Style::Background) => Ok(Sink::System),
+        (None, DaemonMode::Foreground) => Ok(LogTarget::Stderr),
+        (None, DaemonMode::Background) => Ok(LogTarget::System),
     }
 }
 
 fn mount_and_spawn(
-    plan: &Plan,
+    plan: &MountPlan,
     mountpoint: &Path,
     directory: OwnedFd,
-    shared: Arc<Shared>,
-) -> Result<Mount, String> {
+    shared: Arc<FsContext>,
+) -> Result<RunningMount, String> {
     let options = &plan.options;
     let mut flags = kernel::DEFAULT_FLAGS;
     let words = [
@@ -283,24 +283,24 @@ fn mount_and_spawn(
         flags = kernel::with_option(flags, word).unwrap_or(flags);
     }
     let (access, acl) = if options.allow_other {
-        (kernel::Access::Everybody, SessionACL::All)
+        (kernel::MountAccess::Everybody, SessionACL::All)
     } else {
-        (kernel::Access::Owner, SessionACL::Owner)
+        (kernel::MountAccess::Owner, SessionACL::Owner)
     };
     let source = &plan.source;
-    let request = MountRequest { mountpoint, directory: directory.as_fd(), source, access, flags };
+    let request = MountParams { mountpoint, directory: directory.as_fd(), source, access, flags };
     let device = kernel::mount(&request).map_err(|error| error.to_string())?;
     // Below the mount now, where it would keep the file system busy.
     drop(directory);
-    let held = Held::at(mountpoint).ok().flatten();
+    let held = MountHandle::at(mountpoint).ok().flatten();
     let mut config = Config::default();
     config.acl = acl;
-    let workers = workers();
+    let workers = worker_count();
     config.n_threads = Some(workers);
     config.clone_fd = true;
     let undo = |error: io::Error| {
         let line = format!("FUSE at '{}': {error}", mountpoint.display());
-        match unmount_again(held.as_ref()) {
+        match undo_mount(held.as_ref()) {
             Ok(()) => line,
             Err(error) => format!("{line}; and it cannot be unmounted: {error}"),
         }
@@ -308,44 +308,44 @@ fn mount_and_spawn(
     let fs = CowslipFs::new(Arc::clone(&shared), workers, device.try_clone().ok());
     let session = Session::from_fd(fs, device, acl, config).map_err(undo)?;
     let _ = shared.notifier.set(session.notifier());
-    let _ = shared.control.forget.set(forgetter(session.notifier()));
+    let _ = shared.control.invalidator.set(kernel_invalidator(session.notifier()));
     if let Some(held) = &held {
         let dev = held.entry().dev;
         let _ = shared.control.device.set(rustix::fs::makedev(dev.0, dev.1));
-        if !kernel::raise_read_ahead(dev, READ_AHEAD) {
+        if !kernel::raise_read_ahead(dev, READ_AHEAD_KIB) {
             log::info!("read-ahead stays at the kernel's default: only root can raise it");
         }
     }
-    spawn(plan.style, shared, session, workers).map_err(undo)
+    spawn_workers(plan.mode, shared, session, workers).map_err(undo)
 }
 
 /// One more than there are cores: a worker that sleeps in the host leaves none idle.
-fn workers() -> usize {
+fn worker_count() -> usize {
     thread::available_parallelism().map_or(2, usize::from) + 1
 }
 
 /// Takes away a mount that nobody has seen yet. A user's goes by a program, which may have to wait
 /// until the threads that were there for the mount have left room for it.
-fn unmount_again(held: Option<&Held>) -> io::Result<()> {
+fn undo_mount(held: Option<&MountHandle>) -> io::Result<()> {
     let Some(held) = held else { return Err(Errno::NOENT.into()) };
     let mut tries = 0;
     loop {
-        match held.unmount(Unmount::Lazy) {
+        match held.unmount(UnmountMode::Lazy) {
             Err(error) if error.raw_os_error() == Some(libc::EAGAIN) && tries < UNDO_TRIES => {
                 tries += 1;
-                thread::sleep(UNDO_LOOK);
+                thread::sleep(UNDO_INTERVAL);
             }
             done => return done,
         }
     }
 }
 
-fn spawn(
-    style: Style,
-    shared: Arc<Shared>,
+fn spawn_workers(
+    style: DaemonMode,
+    shared: Arc<FsContext>,
     session: Session<CowslipFs>,
     count: usize,
-) -> io::Result<Mount> {
+) -> io::Result<RunningMount> {
     let (end, ended) = mpsc::channel();
     let stop = Arc::new(AtomicBool::new(false));
     let workers = thread::Builder::new().name("cowslip-fuse".to_owned()).spawn(move || {
@@ -359,7 +359,7 @@ fn spawn(
         let (shared, stop) = (Arc::clone(&shared), Arc::clone(&stop));
         move || tick(&shared, &stop)
     })?;
-    Ok(Mount { shared, workers, style, ended, stop, ticker })
+    Ok(RunningMount { shared, workers, mode: style, ended, stop, ticker })
 }
 
 /// Waits until all workers are there. The session starts them in a thread of its own, and says only
@@ -376,15 +376,15 @@ fn wait_for_workers(
             return Err(result.err().unwrap_or_else(|| io::Error::other("it ended at once")));
         }
         // Without /proc nothing works here; whether it is there is not for this to say.
-        if workers_there().is_none_or(|there| there >= count) {
+        if started_workers().is_none_or(|there| there >= count) {
             return Ok(session);
         }
-        thread::sleep(STARTING_LOOK);
+        thread::sleep(WORKER_POLL_INTERVAL);
     }
 }
 
 /// How many threads of this process answer requests, by the names that fuser gives them.
-fn workers_there() -> Option<usize> {
+fn started_workers() -> Option<usize> {
     let names = fs::read_dir("/proc/self/task").ok()?.flatten();
     let names = names.filter_map(|task| fs::read(task.path().join("comm")).ok());
     Some(names.filter(|name| name.starts_with(b"fuser-")).count())
@@ -393,5 +393,5 @@ fn workers_there() -> Option<usize> {
 /// The path of a mount's control directory.
 #[must_use]
 pub fn control_dir(mountpoint: &Path) -> PathBuf {
-    mountpoint.join(CONTROL)
+    mountpoint.join(CONTROL_DIR)
 }

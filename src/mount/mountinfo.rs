@@ -56,7 +56,7 @@ impl MountEntry {
         fields.find(|&field| field == b"-")?;
         let fstype = unescape(fields.next()?).to_string_lossy().into_owned();
         let source = unescape(fields.next()?);
-        let owner = fields.next().and_then(owner);
+        let owner = fields.next().and_then(fuse_owner);
         Some(Self { id, parent, dev, root, mountpoint, fstype, source, owner })
     }
 
@@ -68,7 +68,7 @@ impl MountEntry {
 }
 
 /// The user in a FUSE mount's own options.
-fn owner(options: &[u8]) -> Option<u32> {
+fn fuse_owner(options: &[u8]) -> Option<u32> {
     let options = str::from_utf8(options).ok()?;
     options.split(',').find_map(|option| option.strip_prefix("user_id="))?.parse().ok()
 }
@@ -106,7 +106,7 @@ pub fn mounts() -> io::Result<Vec<MountEntry>> {
 }
 
 /// As [`mounts`], for those who can do nothing about a missing `/proc`.
-pub(super) fn known_mounts() -> Vec<MountEntry> {
+pub(super) fn mounts_or_empty() -> Vec<MountEntry> {
     mounts().unwrap_or_else(|error| {
         log::warn!("cannot read /proc/self/mountinfo: {error}");
         Vec::new()
@@ -115,7 +115,7 @@ pub(super) fn known_mounts() -> Vec<MountEntry> {
 
 /// The mount that `path` (absolute, without symlinks) lies in, as a walk from `/` would find it:
 /// at every step the mount that is met first, so what lies hidden under another is not found.
-fn visible<'a>(entries: &'a [MountEntry], path: &Path) -> Option<&'a MountEntry> {
+fn visible_mount<'a>(entries: &'a [MountEntry], path: &Path) -> Option<&'a MountEntry> {
     let ids: HashSet<u64> = entries.iter().map(|entry| entry.id).collect();
     let mut at: Option<&MountEntry> = None;
     // As many steps as there are mounts: a table read while it changed may hold a circle.
@@ -141,10 +141,10 @@ fn visible<'a>(entries: &'a [MountEntry], path: &Path) -> Option<&'a MountEntry>
 /// # Errors
 /// `ELOOP` on a circle of symlinks; the errno of getcwd(2) for a relative path.
 pub fn resolve(path: &Path) -> io::Result<PathBuf> {
-    resolve_among(&known_mounts(), path)
+    resolve_in(&mounts_or_empty(), path)
 }
 
-fn resolve_among(entries: &[MountEntry], path: &Path) -> io::Result<PathBuf> {
+fn resolve_in(entries: &[MountEntry], path: &Path) -> io::Result<PathBuf> {
     let path = std::path::absolute(path)?;
     walk(entries, &path, |link| fs::read_link(link).ok())
 }
@@ -173,7 +173,7 @@ fn walk(
             continue;
         }
         at.push(name);
-        if visible(entries, &at).is_some_and(MountEntry::is_cowslip) {
+        if visible_mount(entries, &at).is_some_and(MountEntry::is_cowslip) {
             continue;
         }
         let Some(target) = read_link(&at) else {
@@ -194,21 +194,21 @@ fn walk(
 
 /// The topmost mount at exactly `path`, of whatever type.
 pub fn entry_at(path: &Path) -> Option<MountEntry> {
-    let entries = known_mounts();
-    let path = resolve_among(&entries, path).ok()?;
-    visible(&entries, &path).filter(|entry| entry.mountpoint == path).cloned()
+    let entries = mounts_or_empty();
+    let path = resolve_in(&entries, path).ok()?;
+    visible_mount(&entries, &path).filter(|entry| entry.mountpoint == path).cloned()
 }
 
 /// All cowslip mounts this process sees, dead ones too; bind mounts of single files are left out.
 pub fn cowslip_mounts() -> Vec<MountEntry> {
-    let mut entries = known_mounts();
+    let mut entries = mounts_or_empty();
     entries.retain(|entry| entry.is_cowslip() && entry.root == Path::new("/"));
     entries
 }
 
-/// A path inside a cowslip mount: see [`enclosing`].
+/// A path inside a cowslip mount: see [`enclosing_mount`].
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Enclosed {
+pub struct PathInMount {
     /// The mount.
     pub mount: MountEntry,
     /// The path from the mount's own root on, without a leading `/`; empty for the mountpoint.
@@ -217,14 +217,14 @@ pub struct Enclosed {
 
 /// The cowslip mount that `path` lies in. Makes no call into it, so a mount that hangs is found
 /// as well as one that works; whether the path exists there is not known.
-pub fn enclosing(path: &Path) -> Option<Enclosed> {
-    let entries = known_mounts();
-    let path = resolve_among(&entries, path).ok()?;
-    enclosing_among(&entries, &path)
+pub fn enclosing_mount(path: &Path) -> Option<PathInMount> {
+    let entries = mounts_or_empty();
+    let path = resolve_in(&entries, path).ok()?;
+    enclosing_mount_in(&entries, &path)
 }
 
-fn enclosing_among(entries: &[MountEntry], path: &Path) -> Option<Enclosed> {
-    let seen = visible(entries, path).filter(|entry| entry.is_cowslip())?;
+fn enclosing_mount_in(entries: &[MountEntry], path: &Path) -> Option<PathInMount> {
+    let seen = visible_mount(entries, path).filter(|entry| entry.is_cowslip())?;
     let below = path.strip_prefix(&seen.mountpoint).ok()?;
     let root = Path::new("/");
     let inner = match below.as_os_str().is_empty() {
@@ -234,7 +234,7 @@ fn enclosing_among(entries: &[MountEntry], path: &Path) -> Option<Enclosed> {
     // A file bound somewhere else is found in the whole mount, where `.cowslip` is.
     let whole = entries.iter().find(|entry| entry.dev == seen.dev && entry.root == root);
     let inner = inner.strip_prefix(root).ok()?.to_owned();
-    Some(Enclosed { mount: whole.filter(|_| seen.root != root).unwrap_or(seen).clone(), inner })
+    Some(PathInMount { mount: whole.filter(|_| seen.root != root).unwrap_or(seen).clone(), inner })
 }
 
 #[cfg(test)]
@@ -307,7 +307,7 @@ mod tests {
             entry(4, 1, "/hidden/m", "fuse.cowslip"),
             entry(5, 1, "/hidden", "tmpfs"),
         ];
-        let id = |path: &str| visible(&table, Path::new(path)).map(|entry| entry.id);
+        let id = |path: &str| visible_mount(&table, Path::new(path)).map(|entry| entry.id);
         assert_eq!(id("/m/vm1.img"), Some(3));
         assert_eq!(id("/m"), Some(3));
         assert_eq!(id("/mm"), Some(1));
@@ -317,10 +317,10 @@ mod tests {
     #[test]
     fn a_table_without_a_root_or_with_a_circle_does_not_hang() {
         let chroot = [entry(7, 3, "/m", "fuse.cowslip")];
-        assert_eq!(visible(&chroot, Path::new("/m/x")).map(|entry| entry.id), Some(7));
-        assert_eq!(visible(&chroot, Path::new("/n")), None);
+        assert_eq!(visible_mount(&chroot, Path::new("/m/x")).map(|entry| entry.id), Some(7));
+        assert_eq!(visible_mount(&chroot, Path::new("/n")), None);
         let circle = [entry(1, 0, "/", "x"), entry(2, 3, "/", "x"), entry(3, 2, "/", "x")];
-        assert!(visible(&circle, Path::new("/m")).is_some());
+        assert!(visible_mount(&circle, Path::new("/m")).is_some());
     }
 
     #[test]
@@ -350,7 +350,7 @@ mod tests {
         bound.dev = (0, 2);
         let table = [entry(1, 0, "/", "ext4"), bound, entry(2, 1, "/m", "fuse.cowslip")];
         let enclosed = |path: &str| {
-            let enclosed = enclosing_among(&table, Path::new(path))?;
+            let enclosed = enclosing_mount_in(&table, Path::new(path))?;
             Some((enclosed.mount.id, enclosed.inner))
         };
         assert_eq!(enclosed("/etc/disk"), Some((2, "vm1.img".into())));

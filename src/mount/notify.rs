@@ -8,7 +8,7 @@ use std::os::unix::net::{SocketAddr, UnixDatagram};
 
 /// A state of the service.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum State {
+pub(super) enum ServiceState {
     /// The mount answers.
     Ready,
     /// It is being taken away.
@@ -17,13 +17,13 @@ pub(super) enum State {
 
 /// Tells `$NOTIFY_SOCKET`, if there is one. What fails is logged: whoever waits for the word waits
 /// in vain, and should be able to see why.
-pub(super) fn notify(state: State) {
+pub(super) fn notify(state: ServiceState) {
     let Some(socket) = std::env::var_os("NOTIFY_SOCKET").filter(|name| !name.is_empty()) else {
         return;
     };
     let word: &[u8] = match state {
-        State::Ready => b"READY=1\n",
-        State::Stopping => b"STOPPING=1\n",
+        ServiceState::Ready => b"READY=1\n",
+        ServiceState::Stopping => b"STOPPING=1\n",
     };
     if let Err(error) = send(&socket, word) {
         log::warn!("cannot tell $NOTIFY_SOCKET '{}': {error}", socket.display());

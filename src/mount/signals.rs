@@ -20,18 +20,18 @@ use std::time::{Duration, Instant};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Handle;
 
-use crate::pool::Request;
+use crate::pool::Cancellable;
 
 /// The signals that end a mount.
-pub(super) const ENDING: [i32; 3] = [SIGTERM, SIGINT, SIGHUP];
+pub(super) const TERMINATING_SIGNALS: [i32; 3] = [SIGTERM, SIGINT, SIGHUP];
 
 /// A signal that comes this long after another was sent by somebody who does not want to wait. One
 /// that comes earlier may be the same one on another way: a service manager tells command and
 /// daemon, and the command tells the daemon.
-const TWICE: Duration = Duration::from_secs(1);
+const SECOND_SIGNAL_DELAY: Duration = Duration::from_secs(1);
 
 /// How a signal is called; those that we do not handle by their number.
-pub(super) fn name_of(signal: i32) -> String {
+pub(super) fn signal_name(signal: i32) -> String {
     match signal {
         SIGTERM => "SIGTERM".to_owned(),
         SIGINT => "SIGINT".to_owned(),
@@ -42,24 +42,24 @@ pub(super) fn name_of(signal: i32) -> String {
 
 /// Whether signals are let through.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Gate {
+pub(super) enum SignalMask {
     /// They wait.
-    Closed,
+    Blocked,
     /// They come.
-    Open,
+    Unblocked,
 }
 
-/// Has [`ENDING`] wait, or come, in this thread and those that it starts.
-pub(super) fn gate(gate: Gate) -> io::Result<()> {
+/// Has [`TERMINATING_SIGNALS`] wait, or come, in this thread and those that it starts.
+pub(super) fn set_signal_mask(gate: SignalMask) -> io::Result<()> {
     let how = match gate {
-        Gate::Closed => libc::SIG_BLOCK,
-        Gate::Open => libc::SIG_UNBLOCK,
+        SignalMask::Blocked => libc::SIG_BLOCK,
+        SignalMask::Unblocked => libc::SIG_UNBLOCK,
     };
     let mut set = MaybeUninit::uninit();
     // SAFETY: sigemptyset fills the set before anything reads it; the old one is not asked for.
     let failed = unsafe {
         libc::sigemptyset(set.as_mut_ptr());
-        for signal in ENDING {
+        for signal in TERMINATING_SIGNALS {
             libc::sigaddset(set.as_mut_ptr(), signal);
         }
         libc::pthread_sigmask(how, set.as_ptr(), std::ptr::null_mut())
@@ -85,8 +85,8 @@ impl Signals {
     /// # Errors
     /// The host's errno: no descriptors, no thread.
     pub(super) fn listen() -> io::Result<Self> {
-        let mut signals = signal_hook::iterator::Signals::new(ENDING)?;
-        gate(Gate::Open)?;
+        let mut signals = signal_hook::iterator::Signals::new(TERMINATING_SIGNALS)?;
+        set_signal_mask(SignalMask::Unblocked)?;
         let handle = signals.handle();
         let (first, serving) = (Arc::new(AtomicI32::new(0)), Arc::new(AtomicBool::new(false)));
         let (came, is_serving) = (Arc::clone(&first), Arc::clone(&serving));
@@ -95,7 +95,7 @@ impl Signals {
             for signal in signals.forever() {
                 let since = *since.get_or_insert_with(Instant::now);
                 let seen = came.compare_exchange(0, signal, Ordering::SeqCst, Ordering::SeqCst);
-                let insists = seen.is_err() && since.elapsed() >= TWICE;
+                let insists = seen.is_err() && since.elapsed() >= SECOND_SIGNAL_DELAY;
                 if insists && !is_serving.load(Ordering::SeqCst) {
                     // Whatever the start waits for is not worth it.
                     let _ = signal_hook::low_level::emulate_default_handler(signal);
@@ -107,26 +107,26 @@ impl Signals {
     }
 
     /// The first signal, once one has come.
-    pub(super) fn came(&self) -> Option<i32> {
+    pub(super) fn received(&self) -> Option<i32> {
         Some(self.first.load(Ordering::SeqCst)).filter(|signal| *signal != 0)
     }
 
-    /// `request`, given up once a signal has come, too.
-    pub(super) fn request(&self, request: impl Request + 'static) -> impl Request + 'static {
-        Starting { request, first: Arc::clone(&self.first) }
+    /// `cancellable`, given up once a signal has come, too.
+    pub(super) fn cancellable(&self, request: impl Cancellable + 'static) -> impl Cancellable + 'static {
+        StartRequest { request, first: Arc::clone(&self.first) }
     }
 
     /// # Errors
     /// A line, once a signal has come.
-    pub(super) fn check(&self) -> Result<(), String> {
-        match self.came() {
-            Some(signal) => Err(format!("interrupted by {}: nothing is mounted", name_of(signal))),
+    pub(super) fn check_interrupted(&self) -> Result<(), String> {
+        match self.received() {
+            Some(signal) => Err(format!("interrupted by {}: nothing is mounted", signal_name(signal))),
             None => Ok(()),
         }
     }
 
     /// The start is over: a second signal ends nothing any more.
-    pub(super) fn serve(&self) {
+    pub(super) fn set_serving(&self) {
         self.serving.store(true, Ordering::SeqCst);
     }
 
@@ -139,18 +139,18 @@ impl Signals {
 }
 
 /// What a start does for somebody.
-struct Starting<R> {
+struct StartRequest<R> {
     request: R,
     first: Arc<AtomicI32>,
 }
 
-impl<R: Request> Request for Starting<R> {
-    fn is_given_up(&self) -> bool {
-        self.first.load(Ordering::SeqCst) != 0 || self.request.is_given_up()
+impl<R: Cancellable> Cancellable for StartRequest<R> {
+    fn is_cancelled(&self) -> bool {
+        self.first.load(Ordering::SeqCst) != 0 || self.request.is_cancelled()
     }
 
     fn hold(&self) -> bool {
-        !self.is_given_up()
+        !self.is_cancelled()
     }
 
     fn release(&self) {}

@@ -2,7 +2,7 @@
 //!
 //! Most of a disk is long runs and a little of it is finely mixed, so the map is a directory of
 //! chunks of [`CHUNK_BLOCKS`] blocks, kept run-length: an entry is either a uniform run of whole
-//! chunks or one mixed chunk, a leaf. What no entry covers is [`State::Lower`].
+//! chunks or one mixed chunk, a leaf. What no entry covers is [`BlockState::Lower`].
 //!
 //! ```text
 //!   chunk       0      1      2      3      4      5      6      7      8 ...
@@ -24,7 +24,7 @@
 use std::collections::BTreeMap;
 use std::ops::Range;
 
-use super::leaf::{Counts, Leaf};
+use super::leaf::{BlockCounts, Leaf};
 
 /// Blocks in a chunk: 256 MiB of disk at 4 KiB a block. A plane of a leaf is then 8 KiB: small
 /// enough to scan in a microsecond, large enough that 16 TiB are at most 65,536 entries.
@@ -37,7 +37,7 @@ pub struct BlockIndex(pub u64);
 /// What the overlay knows about a block. The numbers are those in the log.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 #[repr(u8)]
-pub enum State {
+pub enum BlockState {
     /// Not the overlay's: the layer below has it.
     #[default]
     Lower = 0,
@@ -47,40 +47,40 @@ pub enum State {
     Zero = 2,
 }
 
-impl From<State> for u8 {
-    fn from(state: State) -> Self {
+impl From<BlockState> for u8 {
+    fn from(state: BlockState) -> Self {
         state as Self
     }
 }
 
-/// A number that is no [`State`]: what was read is damaged or from a newer version.
+/// A number that is no [`BlockState`]: what was read is damaged or from a newer version.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{0} is no block state")]
-pub struct UnknownState(pub u8);
+pub struct UnknownBlockState(pub u8);
 
-impl TryFrom<u8> for State {
-    type Error = UnknownState;
+impl TryFrom<u8> for BlockState {
+    type Error = UnknownBlockState;
 
-    fn try_from(number: u8) -> Result<Self, UnknownState> {
+    fn try_from(number: u8) -> Result<Self, UnknownBlockState> {
         match number {
             0 => Ok(Self::Lower),
             1 => Ok(Self::Data),
             2 => Ok(Self::Zero),
-            _ => Err(UnknownState(number)),
+            _ => Err(UnknownBlockState(number)),
         }
     }
 }
 
 /// Blocks of one state, side by side.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Run {
+pub struct BlockRun {
     /// Where: blocks, half-open.
     pub range: Range<BlockIndex>,
     /// What they are.
-    pub state: State,
+    pub state: BlockState,
 }
 
-impl Run {
+impl BlockRun {
     /// How many blocks it covers.
     #[must_use]
     pub fn len(&self) -> u64 {
@@ -104,15 +104,15 @@ impl Run {
 #[derive(Clone, Debug, Default)]
 pub struct BlockMap<const CHUNK: u64 = CHUNK_BLOCKS> {
     /// Entries by their first chunk.
-    directory: BTreeMap<u64, Entry>,
-    counts: Counts,
+    directory: BTreeMap<u64, ChunkEntry>,
+    counts: BlockCounts,
 }
 
 /// What lies in the directory at a chunk.
 #[derive(Clone, Debug)]
-enum Entry {
+enum ChunkEntry {
     /// All blocks from the chunk it is filed under to the chunk `end` (not included).
-    Uniform { end: u64, state: State },
+    Uniform { end: u64, state: BlockState },
     /// One chunk of more than one state.
     Leaf(Box<Leaf>),
 }
@@ -135,14 +135,14 @@ impl<const CHUNK: u64> BlockMap<CHUNK> {
 
     /// The state of one block.
     #[must_use]
-    pub fn state(&self, block: BlockIndex) -> State {
+    pub fn state(&self, block: BlockIndex) -> BlockState {
         let chunk = block.0 / CHUNK;
         match self.directory.range(..=chunk).next_back() {
-            Some((_, Entry::Uniform { end, state })) if chunk < *end => *state,
-            Some((start, Entry::Leaf(leaf))) if chunk == *start => {
-                leaf.state(Self::offset(block.0))
+            Some((_, ChunkEntry::Uniform { end, state })) if chunk < *end => *state,
+            Some((start, ChunkEntry::Leaf(leaf))) if chunk == *start => {
+                leaf.state(Self::offset_in_chunk(block.0))
             }
-            _ => State::Lower,
+            _ => BlockState::Lower,
         }
     }
 
@@ -150,35 +150,35 @@ impl<const CHUNK: u64> BlockMap<CHUNK> {
     ///
     /// It goes on across chunks as long as the state does. For an empty range it is empty.
     #[must_use]
-    pub fn run_at(&self, range: Range<BlockIndex>) -> Run {
+    pub fn run_at(&self, range: Range<BlockIndex>) -> BlockRun {
         let (first, limit) = (range.start.0, range.end.0.max(range.start.0));
-        let (state, mut end) = self.piece_at(first, limit);
+        let (state, mut end) = self.run_in_entry(first, limit);
         while end < limit {
-            let (next, next_end) = self.piece_at(end, limit);
+            let (next, next_end) = self.run_in_entry(end, limit);
             if next != state {
                 break;
             }
             end = next_end;
         }
-        Run { range: range.start..BlockIndex(end), state }
+        BlockRun { range: range.start..BlockIndex(end), state }
     }
 
     /// The state of all blocks of `chunk` and the first chunk after it where that may change;
     /// `None` for a mixed chunk, which is always alone.
     #[must_use]
-    pub fn chunk_at(&self, chunk: u64) -> (Option<State>, u64) {
+    pub fn chunk_at(&self, chunk: u64) -> (Option<BlockState>, u64) {
         match self.directory.range(..=chunk).next_back() {
-            Some((_, Entry::Uniform { end, state })) if chunk < *end => (Some(*state), *end),
-            Some((start, Entry::Leaf(_))) if chunk == *start => (None, chunk + 1),
+            Some((_, ChunkEntry::Uniform { end, state })) if chunk < *end => (Some(*state), *end),
+            Some((start, ChunkEntry::Leaf(_))) if chunk == *start => (None, chunk + 1),
             _ => {
                 let next = self.directory.range(chunk..).next();
-                (Some(State::Lower), next.map_or(u64::MAX / CHUNK, |(start, _)| *start))
+                (Some(BlockState::Lower), next.map_or(u64::MAX / CHUNK, |(start, _)| *start))
             }
         }
     }
 
     /// The runs that make up `range`: ascending, each as long as it can be, without gaps.
-    pub fn runs(&self, range: Range<BlockIndex>) -> impl Iterator<Item = Run> + use<'_, CHUNK> {
+    pub fn runs(&self, range: Range<BlockIndex>) -> impl Iterator<Item = BlockRun> + use<'_, CHUNK> {
         let mut rest = range;
         std::iter::from_fn(move || {
             let run = (!rest.is_empty()).then(|| self.run_at(rest.clone()))?;
@@ -201,16 +201,16 @@ impl<const CHUNK: u64> BlockMap<CHUNK> {
 
     /// How many blocks of `range` are in `state`.
     #[must_use]
-    pub fn count(&self, range: Range<BlockIndex>, state: State) -> u64 {
+    pub fn count(&self, range: Range<BlockIndex>, state: BlockState) -> u64 {
         if range.is_empty() {
             return 0;
         }
         let len = range.end.0 - range.start.0;
         let counts = self.counts_in(range.start.0..range.end.0.min(Self::END));
         match state {
-            State::Lower => len - counts.data - counts.zero,
-            State::Data => counts.data,
-            State::Zero => counts.zero,
+            BlockState::Lower => len - counts.data - counts.zero,
+            BlockState::Data => counts.data,
+            BlockState::Zero => counts.zero,
         }
     }
 
@@ -223,64 +223,64 @@ impl<const CHUNK: u64> BlockMap<CHUNK> {
     /// ```
     ///
     /// Only head and tail, parts of a chunk, can make a leaf.
-    pub fn set(&mut self, range: Range<BlockIndex>, state: State) {
+    pub fn set(&mut self, range: Range<BlockIndex>, state: BlockState) {
         let (start, end) = (range.start.0, range.end.0.min(Self::END));
         if start >= end {
             return;
         }
         let (first, last) = (start / CHUNK, end / CHUNK);
-        let (from, to) = (Self::offset(start), Self::offset(end));
+        let (from, to) = (Self::offset_in_chunk(start), Self::offset_in_chunk(end));
         if first == last {
-            return self.set_within(first, from..to, state);
+            return self.set_in_chunk(first, from..to, state);
         }
         let whole = start.div_ceil(CHUNK)..last;
         if first < whole.start {
-            self.set_within(first, from..Self::LEN, state);
+            self.set_in_chunk(first, from..Self::LEN, state);
         }
         if !whole.is_empty() {
             self.set_chunks(whole, state);
         }
         if to > 0 {
-            self.set_within(last, 0..to, state);
+            self.set_in_chunk(last, 0..to, state);
         }
     }
 
     /// Makes every block at and past `block` Lower: what a smaller disk no longer has.
     pub fn clear_from(&mut self, block: BlockIndex) {
-        self.set(block..BlockIndex(u64::MAX), State::Lower);
+        self.set(block..BlockIndex(u64::MAX), BlockState::Lower);
     }
 
     /// Where in its chunk a block lies.
     #[expect(clippy::cast_possible_truncation, reason = "less than CHUNK, which is 65,536")]
-    fn offset(block: u64) -> usize {
+    fn offset_in_chunk(block: u64) -> usize {
         (block % CHUNK) as usize
     }
 
     /// The state at `block` and how far the entry there goes on in it, cut at `limit`.
-    fn piece_at(&self, block: u64, limit: u64) -> (State, u64) {
+    fn run_in_entry(&self, block: u64, limit: u64) -> (BlockState, u64) {
         let chunk = block / CHUNK;
         match self.directory.range(..=chunk).next_back() {
-            Some((_, Entry::Uniform { end, state })) if chunk < *end => {
+            Some((_, ChunkEntry::Uniform { end, state })) if chunk < *end => {
                 (*state, limit.min(end * CHUNK))
             }
-            Some((start, Entry::Leaf(leaf))) if chunk == *start => {
+            Some((start, ChunkEntry::Leaf(leaf))) if chunk == *start => {
                 let base = chunk * CHUNK;
-                let from = Self::offset(block);
+                let from = Self::offset_in_chunk(block);
                 let to = usize::try_from(limit - base).map_or(Self::LEN, |to| to.min(Self::LEN));
-                let (state, end) = leaf.run(from..to);
+                let (state, end) = leaf.run_at(from..to);
                 (state, base + end as u64)
             }
             _ => {
                 let next = self.directory.range(chunk..).next();
                 let end = next.map_or(limit, |(start, _)| limit.min(start * CHUNK));
-                (State::Lower, end)
+                (BlockState::Lower, end)
             }
         }
     }
 
     /// Counts a range that ends at or before [`Self::END`].
-    fn counts_in(&self, blocks: Range<u64>) -> Counts {
-        let mut counts = Counts::default();
+    fn counts_in(&self, blocks: Range<u64>) -> BlockCounts {
+        let mut counts = BlockCounts::default();
         if blocks.is_empty() {
             return counts;
         }
@@ -294,11 +294,11 @@ impl<const CHUNK: u64> BlockMap<CHUNK> {
                 continue;
             }
             counts.add(match entry {
-                Entry::Uniform { state, .. } => Counts::of(*state, to - from),
-                Entry::Leaf(leaf) if to - from == CHUNK => leaf.counts(),
-                Entry::Leaf(leaf) => {
-                    let from = Self::offset(from);
-                    leaf.counts_in(from..Self::offset(to - 1) + 1)
+                ChunkEntry::Uniform { state, .. } => BlockCounts::of(*state, to - from),
+                ChunkEntry::Leaf(leaf) if to - from == CHUNK => leaf.counts(),
+                ChunkEntry::Leaf(leaf) => {
+                    let from = Self::offset_in_chunk(from);
+                    leaf.counts_in(from..Self::offset_in_chunk(to - 1) + 1)
                 }
             });
         }
@@ -306,18 +306,18 @@ impl<const CHUNK: u64> BlockMap<CHUNK> {
     }
 
     /// Makes part of one chunk that state: in its leaf, or in a new one if it was uniform.
-    fn set_within(&mut self, chunk: u64, blocks: Range<usize>, state: State) {
-        if !matches!(self.directory.get(&chunk), Some(Entry::Leaf(_))) {
-            let (old, _) = self.piece_at(chunk * CHUNK, (chunk + 1) * CHUNK);
+    fn set_in_chunk(&mut self, chunk: u64, blocks: Range<usize>, state: BlockState) {
+        if !matches!(self.directory.get(&chunk), Some(ChunkEntry::Leaf(_))) {
+            let (old, _) = self.run_in_entry(chunk * CHUNK, (chunk + 1) * CHUNK);
             if old == state {
                 return;
             }
-            self.carve(chunk..chunk + 1);
-            self.counts.add(Counts::of(old, CHUNK));
+            self.clear_chunks(chunk..chunk + 1);
+            self.counts.add(BlockCounts::of(old, CHUNK));
             let leaf = Box::new(Leaf::uniform(old, Self::LEN));
-            self.directory.insert(chunk, Entry::Leaf(leaf));
+            self.directory.insert(chunk, ChunkEntry::Leaf(leaf));
         }
-        let Some(Entry::Leaf(leaf)) = self.directory.get_mut(&chunk) else {
+        let Some(ChunkEntry::Leaf(leaf)) = self.directory.get_mut(&chunk) else {
             return; // Cannot be: it was found or put there above.
         };
         self.counts.subtract(leaf.counts());
@@ -329,26 +329,26 @@ impl<const CHUNK: u64> BlockMap<CHUNK> {
     }
 
     /// Makes whole chunks that state: one entry, merged with its neighbours.
-    fn set_chunks(&mut self, chunks: Range<u64>, state: State) {
-        self.carve(chunks.clone());
-        if state == State::Lower {
+    fn set_chunks(&mut self, chunks: Range<u64>, state: BlockState) {
+        self.clear_chunks(chunks.clone());
+        if state == BlockState::Lower {
             return;
         }
         let blocks = (chunks.end - chunks.start) * CHUNK;
-        self.counts.add(Counts::of(state, blocks));
+        self.counts.add(BlockCounts::of(state, blocks));
         let Range { mut start, mut end } = chunks;
         if let Some((&left, entry)) = self.directory.range(..start).next_back()
             && entry.as_uniform() == Some((start, state))
         {
             start = left;
         }
-        if let Some((right, other)) = self.directory.get(&end).and_then(Entry::as_uniform)
+        if let Some((right, other)) = self.directory.get(&end).and_then(ChunkEntry::as_uniform)
             && other == state
         {
             self.directory.remove(&end);
             end = right;
         }
-        self.directory.insert(start, Entry::Uniform { end, state });
+        self.directory.insert(start, ChunkEntry::Uniform { end, state });
     }
 
     /// Takes `chunks` out of the directory: they are Lower afterwards.
@@ -358,24 +358,24 @@ impl<const CHUNK: u64> BlockMap<CHUNK> {
     ///   chunks             |-----------------------|
     ///   after    |-- Data -|                       |-- Zero --|
     /// ```
-    fn carve(&mut self, chunks: Range<u64>) {
+    fn clear_chunks(&mut self, chunks: Range<u64>) {
         let mut remainder = None;
-        if let Some((_, Entry::Uniform { end, state })) =
+        if let Some((_, ChunkEntry::Uniform { end, state })) =
             self.directory.range_mut(..chunks.start).next_back()
             && *end > chunks.start
         {
             let (reach, state) = (*end, *state);
             *end = chunks.start;
             let gone = (reach.min(chunks.end) - chunks.start) * CHUNK;
-            self.counts.subtract(Counts::of(state, gone));
+            self.counts.subtract(BlockCounts::of(state, gone));
             remainder = Some((reach, state));
         }
         for (start, entry) in self.directory.extract_if(chunks.clone(), |_, _| true) {
             match entry {
-                Entry::Leaf(leaf) => self.counts.subtract(leaf.counts()),
-                Entry::Uniform { end, state } => {
+                ChunkEntry::Leaf(leaf) => self.counts.subtract(leaf.counts()),
+                ChunkEntry::Uniform { end, state } => {
                     let gone = (end.min(chunks.end) - start) * CHUNK;
-                    self.counts.subtract(Counts::of(state, gone));
+                    self.counts.subtract(BlockCounts::of(state, gone));
                     remainder = Some((end, state));
                 }
             }
@@ -383,12 +383,12 @@ impl<const CHUNK: u64> BlockMap<CHUNK> {
         if let Some((end, state)) = remainder
             && end > chunks.end
         {
-            self.directory.insert(chunks.end, Entry::Uniform { end, state });
+            self.directory.insert(chunks.end, ChunkEntry::Uniform { end, state });
         }
     }
 }
 
-impl Entry {
+impl ChunkEntry {
     /// The chunk after the last one it covers, when it is filed under `start`.
     fn end(&self, start: u64) -> u64 {
         match self {
@@ -398,7 +398,7 @@ impl Entry {
     }
 
     /// The end and the state of a uniform run.
-    fn as_uniform(&self) -> Option<(u64, State)> {
+    fn as_uniform(&self) -> Option<(u64, BlockState)> {
         match self {
             Self::Uniform { end, state } => Some((*end, *state)),
             Self::Leaf(_) => None,
@@ -410,26 +410,26 @@ impl Entry {
 mod tests {
     use proptest::prelude::*;
 
-    use super::State::{Data, Lower, Zero};
+    use super::BlockState::{Data, Lower, Zero};
     use super::*;
 
     impl<const CHUNK: u64> BlockMap<CHUNK> {
         /// The invariants of the directory, its leaves and the counts.
         fn check(&self) {
-            let mut counts = Counts::default();
+            let mut counts = BlockCounts::default();
             let mut last = (0, Lower);
             for (&start, entry) in &self.directory {
                 let end = entry.end(start);
                 assert!(last.0 <= start && start < end, "entries overlap or are empty");
                 assert!(end <= Self::END / CHUNK, "an entry beyond the last whole chunk");
                 let state = match entry {
-                    Entry::Uniform { state, .. } => {
+                    ChunkEntry::Uniform { state, .. } => {
                         assert_ne!(*state, Lower, "a uniform Lower run is stored");
                         assert_ne!(last, (start, *state), "neighbours are not merged");
-                        counts.add(Counts::of(*state, (end - start) * CHUNK));
+                        counts.add(BlockCounts::of(*state, (end - start) * CHUNK));
                         *state
                     }
-                    Entry::Leaf(leaf) => {
+                    ChunkEntry::Leaf(leaf) => {
                         leaf.check(Self::LEN);
                         counts.add(leaf.counts());
                         Lower // Merges with nothing.
@@ -441,7 +441,7 @@ mod tests {
         }
 
         fn leaves(&self) -> usize {
-            self.directory.values().filter(|entry| matches!(entry, Entry::Leaf(_))).count()
+            self.directory.values().filter(|entry| matches!(entry, ChunkEntry::Leaf(_))).count()
         }
     }
 
@@ -461,8 +461,8 @@ mod tests {
         BlockIndex(range.start)..BlockIndex(range.end)
     }
 
-    fn run(range: Range<u64>, state: State) -> Run {
-        Run { range: blocks(range), state }
+    fn run(range: Range<u64>, state: BlockState) -> BlockRun {
+        BlockRun { range: blocks(range), state }
     }
 
     const EVERYTHING: Range<u64> = 0..u64::MAX;
@@ -532,7 +532,7 @@ mod tests {
     #[test]
     fn a_plane_is_there_only_while_it_has_a_block() {
         let planes = |map: &BlockMap<64>| match map.directory.get(&0) {
-            Some(Entry::Leaf(leaf)) => (leaf.data.bytes() > 0, leaf.zero.bytes() > 0),
+            Some(ChunkEntry::Leaf(leaf)) => (leaf.data.heap_bytes() > 0, leaf.zero.heap_bytes() > 0),
             _ => (false, false),
         };
         let mut map = BlockMap::<64>::default();
@@ -558,8 +558,8 @@ mod tests {
         map.check();
         assert_eq!((map.leaves(), map.data_blocks()), (2000, 1000 * CHUNK_BLOCKS));
         let leaves = map.directory.values().filter_map(|entry| match entry {
-            Entry::Leaf(leaf) => Some(leaf.data.bytes() + leaf.zero.bytes()),
-            Entry::Uniform { .. } => None,
+            ChunkEntry::Leaf(leaf) => Some(leaf.data.heap_bytes() + leaf.zero.heap_bytes()),
+            ChunkEntry::Uniform { .. } => None,
         });
         assert!(leaves.sum::<usize>() < 2000 * 100);
     }
@@ -616,26 +616,26 @@ mod tests {
     #[test]
     fn states_are_the_numbers_of_the_log() {
         for (number, state) in [(0, Lower), (1, Data), (2, Zero)] {
-            assert_eq!(State::try_from(number), Ok(state));
+            assert_eq!(BlockState::try_from(number), Ok(state));
             assert_eq!(u8::from(state), number);
         }
-        assert_eq!(State::try_from(3), Err(UnknownState(3)));
+        assert_eq!(BlockState::try_from(3), Err(UnknownBlockState(3)));
     }
 
     /// A change to a window of blocks; positions are relative to the window.
     #[derive(Clone, Debug)]
     enum Op {
-        Set(Range<u64>, State),
+        Set(Range<u64>, BlockState),
         /// Everything from the position to `u64::MAX`.
-        SetFrom(u64, State),
+        SetFrom(u64, BlockState),
         ClearFrom(u64),
     }
 
     /// What the map should be: Lower before the window, a vector in it, one state past it.
     struct Oracle<const CHUNK: u64> {
         base: u64,
-        window: Vec<State>,
-        beyond: State,
+        window: Vec<BlockState>,
+        beyond: BlockState,
     }
 
     impl<const CHUNK: u64> Oracle<CHUNK> {
@@ -657,14 +657,14 @@ mod tests {
             }
         }
 
-        fn state(&self, block: u64) -> State {
+        fn state(&self, block: u64) -> BlockState {
             let kept = block >= self.base && block < BlockMap::<CHUNK>::END;
             let at = usize::try_from(block.wrapping_sub(self.base)).unwrap();
             let state = self.window.get(at).copied().unwrap_or(self.beyond);
             if kept { state } else { Lower }
         }
 
-        fn total(&self, state: State) -> u64 {
+        fn total(&self, state: BlockState) -> u64 {
             let inside = self.window.iter().filter(|other| **other == state).count() as u64;
             let beyond = BlockMap::<CHUNK>::END - self.end();
             inside + if self.beyond == state { beyond } else { 0 }
@@ -677,7 +677,7 @@ mod tests {
             assert_eq!(map.data_blocks(), self.total(Data));
             assert_eq!(map.zero_blocks(), self.total(Zero));
 
-            let mut expected: Vec<Run> = Vec::new();
+            let mut expected: Vec<BlockRun> = Vec::new();
             for block in range.clone() {
                 let state = self.state(block);
                 assert_eq!(map.state(BlockIndex(block)), state, "block {block}");
@@ -689,7 +689,7 @@ mod tests {
             assert_eq!(map.runs(blocks(range.clone())).collect::<Vec<_>>(), expected);
             for state in [Lower, Data, Zero] {
                 let runs = expected.iter().filter(|run| run.state == state);
-                let count = runs.map(Run::len).sum::<u64>();
+                let count = runs.map(BlockRun::len).sum::<u64>();
                 assert_eq!(map.count(blocks(range.clone()), state), count, "{state:?}");
             }
         }
@@ -713,7 +713,7 @@ mod tests {
         oracle.compare(&map, base.saturating_sub(CHUNK)..end);
     }
 
-    fn state() -> impl Strategy<Value = State> {
+    fn state() -> impl Strategy<Value = BlockState> {
         prop_oneof![Just(Lower), Just(Data), Just(Zero)]
     }
 

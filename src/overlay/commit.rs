@@ -20,40 +20,40 @@ use std::os::fd::AsFd;
 use std::sync::atomic::Ordering;
 
 use super::Overlay;
-use super::blocks::{BlockIndex, BlockMap, Run, State};
-use super::log::Purpose;
-use super::ranges::{Hold, Need};
-use super::record::Record;
-use super::sync::Pace;
-use crate::host::{self, errno};
+use super::blocks::{BlockIndex, BlockMap, BlockRun, BlockState};
+use super::log::ReserveUse;
+use super::ranges::{LockMode, StripeSet};
+use super::record::LogRecord;
+use super::sync::SyncMode;
+use crate::host::{self, os_error};
 use crate::layer::{Layer, Wait, WritableLayer};
 
 /// Bytes of the base that are copied before they are made durable and freed: 256 MiB.
-const BATCH: u64 = 256 << 20;
+const COMMIT_BATCH: u64 = 256 << 20;
 /// Bytes copied between two looks at whether to stop, and freed under one lock: 8 MiB.
-const PIECE: u64 = 8 << 20;
+const COPY_CHUNK: u64 = 8 << 20;
 /// How often what was changed meanwhile is copied as well.
-const PASSES: u32 = 3;
+const MAX_PASSES: u32 = 3;
 
 /// Where a commit goes.
-pub struct CommitTo<'a> {
+pub struct CommitTarget<'a> {
     /// The base, for zeros and sizes.
     pub layer: &'a dyn WritableLayer,
     /// The same, for the host to copy into, where it is a file of it; and where in that file the
     /// base begins, in bytes.
     pub file: Option<(&'a File, u64)>,
     /// Told how many bytes are done, and of how many.
-    pub progress: &'a dyn Fn(u64, u64),
+    pub on_progress: &'a dyn Fn(u64, u64),
     /// Whether to stop.
-    pub stop: &'a dyn Fn() -> bool,
+    pub should_stop: &'a dyn Fn() -> bool,
 }
 
 /// What a commit that is under way has to know of changes.
-pub(super) struct Progress {
+pub(super) struct CommitTracker {
     /// Blocks that were changed since their copy began: Data here.
-    dirtied: BlockMap,
+    changed: BlockMap,
     /// The smallest size since it began, in bytes.
-    smallest: u64,
+    smallest_size: u64,
 }
 
 impl Overlay {
@@ -68,22 +68,22 @@ impl Overlay {
         if self.is_committing.load(Ordering::SeqCst)
             && let Some(progress) = &mut *self.commit.lock()
         {
-            progress.dirtied.set(blocks.clone(), State::Data);
+            progress.changed.set(blocks.clone(), BlockState::Data);
         }
     }
 
     /// Called before the size changes.
     pub(super) fn note_size(&self, size: u64) {
         if let Some(progress) = &mut *self.commit.lock() {
-            progress.smallest = progress.smallest.min(size);
+            progress.smallest_size = progress.smallest_size.min(size);
         }
     }
 
-    fn note_mark(&self, mark: &Record) -> io::Result<()> {
+    fn record_commit_mark(&self, mark: &LogRecord) -> io::Result<()> {
         if let Some(log) = &self.log {
-            log.append(std::slice::from_ref(mark), Purpose::Settle)?;
+            log.append(std::slice::from_ref(mark), ReserveUse::Full)?;
         }
-        self.map.write().is_committing = *mark == Record::Intent;
+        self.map.write().is_committing = *mark == LogRecord::Intent;
         self.mark_dirty(0);
         Ok(())
     }
@@ -93,12 +93,12 @@ impl Overlay {
     /// # Errors
     /// The host's errno; nothing has begun then.
     pub fn begin_commit(&self) -> io::Result<()> {
-        self.check_latch()?;
+        self.check_writable()?;
         if !self.is_committing() {
-            self.note_mark(&Record::Intent)?;
+            self.record_commit_mark(&LogRecord::Intent)?;
         }
-        self.sync_all(Pace::Whole)?;
-        let progress = Progress { dirtied: BlockMap::new(), smallest: self.size() };
+        self.sync_all(SyncMode::Full)?;
+        let progress = CommitTracker { changed: BlockMap::new(), smallest_size: self.size() };
         *self.commit.lock() = Some(progress);
         self.is_committing.store(true, Ordering::SeqCst);
         Ok(())
@@ -115,8 +115,8 @@ impl Overlay {
     /// # Errors
     /// The host's errno.
     pub fn end_commit(&self) -> io::Result<()> {
-        self.note_mark(&Record::Done)?;
-        self.sync_all(Pace::Whole)
+        self.record_commit_mark(&LogRecord::Done)?;
+        self.sync_all(SyncMode::Full)
     }
 
     /// Zeros what the base holds where this layer shows zeros because the disk was smaller once,
@@ -124,7 +124,7 @@ impl Overlay {
     ///
     /// # Errors
     /// The host's errno.
-    pub fn commit_cut(&self, to: &CommitTo<'_>) -> io::Result<()> {
+    pub fn commit_truncation(&self, to: &CommitTarget<'_>) -> io::Result<()> {
         let (start, end) = {
             let map = self.map.read();
             (map.lower_limit, map.size.min(to.layer.size()))
@@ -132,15 +132,15 @@ impl Overlay {
         if start >= end {
             return Ok(());
         }
-        let runs: Vec<Run> = {
+        let runs: Vec<BlockRun> = {
             let map = self.map.read();
             map.blocks.runs(self.blocks_of(&(start..end))).collect()
         };
-        for run in runs.into_iter().filter(|run| run.state == State::Lower) {
+        for run in runs.into_iter().filter(|run| run.state == BlockState::Lower) {
             let bytes = self.bytes_of(&run.range);
             to.layer.punch_hole(
                 bytes.start.max(start)..bytes.end.min(end),
-                &super::merge::Nothing,
+                &super::merge::NothingBelow,
                 Wait::Yes,
             )?;
         }
@@ -152,8 +152,8 @@ impl Overlay {
     ///
     /// # Errors
     /// The host's errno.
-    pub fn raise_limit(&self, base: u64) -> io::Result<()> {
-        let smallest = self.commit.lock().as_ref().map_or(0, |progress| progress.smallest);
+    pub fn raise_lower_limit(&self, base: u64) -> io::Result<()> {
+        let smallest = self.commit.lock().as_ref().map_or(0, |progress| progress.smallest_size);
         let (size, old) = {
             let map = self.map.read();
             (map.size, map.lower_limit)
@@ -163,7 +163,7 @@ impl Overlay {
             return Ok(());
         }
         if let Some(log) = &self.log {
-            log.append(&[Record::Size { size, lower_limit }], Purpose::Settle)?;
+            log.append(&[LogRecord::Size { size, lower_limit }], ReserveUse::Full)?;
         }
         self.map.write().lower_limit = lower_limit;
         self.revision.fetch_add(1, Ordering::Release);
@@ -175,24 +175,24 @@ impl Overlay {
     ///
     /// # Errors
     /// `EINTR` when `to.stop` says so; the host's errno. What was let go of is in the base.
-    pub fn commit_blocks(&self, to: &CommitTo<'_>) -> io::Result<()> {
+    pub fn commit_blocks(&self, to: &CommitTarget<'_>) -> io::Result<()> {
         // The limit as it is now: else a power cut would bring an older one back, and behind that
         // a sector half as the base has it by then.
-        self.sync_all(Pace::Whole)?;
-        for _ in 0..PASSES {
+        self.sync_all(SyncMode::Full)?;
+        for _ in 0..MAX_PASSES {
             let (done, left) = (self.commit_pass(to)?, self.usage());
             if done == 0 || left.data + left.zero == 0 {
                 break;
             }
         }
-        self.sync_all(Pace::Whole)
+        self.sync_all(SyncMode::Full)
     }
 
     /// One pass over the disk; tells how many bytes it has let go of.
-    fn commit_pass(&self, to: &CommitTo<'_>) -> io::Result<u64> {
+    fn commit_pass(&self, to: &CommitTarget<'_>) -> io::Result<u64> {
         let usage = self.usage();
         let (total, mut at, mut done, mut freed) = (usage.data + usage.zero, 0, 0, 0);
-        let end = BlockIndex(self.size().min(to.layer.size()).div_ceil(self.block));
+        let end = BlockIndex(self.size().min(to.layer.size()).div_ceil(self.block_size));
         loop {
             let batch = self.next_batch(&mut at, end);
             if batch.is_empty() {
@@ -200,29 +200,29 @@ impl Overlay {
             }
             for run in &batch {
                 self.commit_run(run, to)?;
-                done += run.len() * self.block;
-                (to.progress)(done.min(total), total);
+                done += run.len() * self.block_size;
+                (to.on_progress)(done.min(total), total);
             }
             // Its failure voids the copies: none of them was let go of yet.
             to.layer.sync()?;
             for run in &batch {
-                freed += self.let_go(run)?;
+                freed += self.release_unchanged(run)?;
             }
         }
     }
 
     /// The next runs that this layer holds, from block `at` on: at most a batch, in pieces.
-    fn next_batch(&self, at: &mut u64, end: BlockIndex) -> Vec<Run> {
+    fn next_batch(&self, at: &mut u64, end: BlockIndex) -> Vec<BlockRun> {
         let map = self.map.read();
         let (mut batch, mut bytes) = (Vec::new(), 0);
-        while *at < end.0 && bytes < BATCH {
+        while *at < end.0 && bytes < COMMIT_BATCH {
             let mut run = map.blocks.run_at(BlockIndex(*at)..end);
-            if run.state == State::Data {
-                run.range.end.0 = run.range.end.0.min(*at + PIECE / self.block);
-                bytes += run.len() * self.block;
+            if run.state == BlockState::Data {
+                run.range.end.0 = run.range.end.0.min(*at + COPY_CHUNK / self.block_size);
+                bytes += run.len() * self.block_size;
             }
             *at = run.range.end.0;
-            if run.state != State::Lower {
+            if run.state != BlockState::Lower {
                 batch.push(run);
             }
             if batch.len() >= 1 << 16 {
@@ -233,64 +233,64 @@ impl Overlay {
     }
 
     /// Brings one run into the base.
-    fn commit_run(&self, run: &Run, to: &CommitTo<'_>) -> io::Result<()> {
-        if (to.stop)() {
-            return Err(errno(libc::EINTR));
+    fn commit_run(&self, run: &BlockRun, to: &CommitTarget<'_>) -> io::Result<()> {
+        if (to.should_stop)() {
+            return Err(os_error(libc::EINTR));
         }
         {
             // What is changed from now on is changed since the copy.
             let mut commit = self.commit.lock();
-            let progress = commit.as_mut().ok_or_else(|| errno(libc::EINTR))?;
-            progress.dirtied.set(run.range.clone(), State::Lower);
+            let progress = commit.as_mut().ok_or_else(|| os_error(libc::EINTR))?;
+            progress.changed.set(run.range.clone(), BlockState::Lower);
         }
         // Whoever marked the run before that and has not written yet has it locked.
-        let need = self.ranges.need(Need::default(), &self.bytes_of(&run.range), Hold::Exclusive);
-        drop(self.ranges.lock(need, Wait::Yes));
+        let need = self.range_locks.include(StripeSet::default(), &self.bytes_of(&run.range), LockMode::Exclusive);
+        drop(self.range_locks.lock(need, Wait::Yes));
         let bytes = self.bytes_of(&run.range);
         let bytes = bytes.start..bytes.end.min(self.size()).min(to.layer.size());
         if bytes.is_empty() {
             return Ok(());
         }
-        if run.state == State::Zero {
-            return to.layer.punch_hole(bytes, &super::merge::Nothing, Wait::Yes);
+        if run.state == BlockState::Zero {
+            return to.layer.punch_hole(bytes, &super::merge::NothingBelow, Wait::Yes);
         }
-        let copied = match (self.data.backing(bytes.clone()), to.file) {
+        let copied = match (self.data.host_fd(bytes.clone()), to.file) {
             (Some(from), Some((file, start))) => {
                 host::copy_range(from, bytes.clone(), file.as_fd(), start + bytes.start)
             }
             _ => Ok(0),
         };
         let copied = match copied {
-            Err(error) if host::cannot_copy(&error) => 0,
+            Err(error) if host::is_copy_unsupported(&error) => 0,
             copied => copied?,
         };
         let mut at = bytes.start + copied;
         let mut buf = Vec::new();
         while at < bytes.end {
             let len = (bytes.end - at).min(1 << 20);
-            buf.resize(usize::try_from(len).map_err(|_| errno(libc::EFBIG))?, 0);
+            buf.resize(usize::try_from(len).map_err(|_| os_error(libc::EFBIG))?, 0);
             self.data.read_at(&mut buf, at, Wait::Yes)?;
-            to.layer.write_at(&buf, at, &super::merge::Nothing, Wait::Yes)?;
+            to.layer.write_at(&buf, at, &super::merge::NothingBelow, Wait::Yes)?;
             at += len;
         }
         Ok(())
     }
 
     /// Makes the blocks of `run` Lower that were not changed since their copy; tells their bytes.
-    fn let_go(&self, run: &Run) -> io::Result<u64> {
+    fn release_unchanged(&self, run: &BlockRun) -> io::Result<u64> {
         let bytes = self.bytes_of(&run.range);
-        let need = self.ranges.need(Need::default(), &bytes, Hold::Exclusive);
-        let _held = self.ranges.lock(need, Wait::Yes);
+        let need = self.range_locks.include(StripeSet::default(), &bytes, LockMode::Exclusive);
+        let _held = self.range_locks.lock(need, Wait::Yes);
         let clean: Vec<Range<BlockIndex>> = {
             let commit = self.commit.lock();
-            let progress = commit.as_ref().ok_or_else(|| errno(libc::EINTR))?;
+            let progress = commit.as_ref().ok_or_else(|| os_error(libc::EINTR))?;
             let map = self.map.read();
             // Behind the limit the base is not seen: what is held there stays.
             let seen =
-                if map.lower_limit >= map.size { u64::MAX } else { map.lower_limit / self.block };
+                if map.lower_limit >= map.size { u64::MAX } else { map.lower_limit / self.block_size };
             let end = BlockIndex(run.range.end.0.min(seen).max(run.range.start.0));
-            let kept = progress.dirtied.runs(run.range.start..end);
-            let clean = kept.filter(|kept| kept.state == State::Lower).map(|kept| kept.range);
+            let kept = progress.changed.runs(run.range.start..end);
+            let clean = kept.filter(|kept| kept.state == BlockState::Lower).map(|kept| kept.range);
             clean
                 .flat_map(|range| map.blocks.runs(range).collect::<Vec<_>>())
                 .filter(|now| now.state == run.state)
@@ -299,11 +299,11 @@ impl Overlay {
         };
         let mut freed = 0;
         for range in clean {
-            let sequence = self.publish(&range, State::Lower)?;
-            if run.state == State::Data {
-                self.free(&range, sequence);
+            let sequence = self.publish(&range, BlockState::Lower)?;
+            if run.state == BlockState::Data {
+                self.defer_free(&range, sequence);
             }
-            freed += (range.end.0 - range.start.0) * self.block;
+            freed += (range.end.0 - range.start.0) * self.block_size;
         }
         self.mark_dirty(0);
         Ok(freed)

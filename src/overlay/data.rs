@@ -1,7 +1,7 @@
 //! The files a layer keeps on the host: the sparse `data` file and the `log`, as one trait.
 //!
 //! Every block lies at its own disk offset in `data`. Host file systems bound the length of a
-//! file (ext4: 16 TiB less a block), so the bytes past [`SEGMENT`] go to `data.1`, `data.2`, each
+//! file (ext4: 16 TiB less a block), so the bytes past [`SEGMENT_LEN`] go to `data.1`, `data.2`, each
 //! covering one segment; a disk below that size has only `data`.
 //!
 //! The trait is there for the tests: a file in memory that forgets what was not synced.
@@ -17,17 +17,17 @@ use std::sync::{Arc, OnceLock};
 use parking_lot::RwLock;
 use rustix::fs::{FallocateFlags, SeekFrom};
 
-use super::fiemap::Map;
+use super::fiemap::Fiemap;
 use super::reflink::Flush;
-use crate::base::place::{HostFs, Manner};
+use crate::base::place::{HostFs, FsKind};
 use crate::direct::DirectFile;
 use crate::host;
 use crate::layer::Wait;
 
 /// 8 TiB: safely below the largest file of the common host file systems (ext4: 16 TiB - 4 KiB).
-pub const SEGMENT: u64 = 8 << 40;
+pub const SEGMENT_LEN: u64 = 8 << 40;
 /// The last segment that the largest disk has.
-pub(super) const LAST_SEGMENT: usize = (super::LARGEST / SEGMENT) as usize;
+pub(super) const LAST_SEGMENT: usize = (super::MAX_DISK_SIZE / SEGMENT_LEN) as usize;
 
 /// A host file as a layer needs it. Offsets and ranges are in bytes.
 #[expect(clippy::len_without_is_empty, reason = "nobody asks whether a file is empty")]
@@ -48,7 +48,7 @@ pub trait Storage: Send + Sync {
     ///
     /// # Errors
     /// The host's errno; `EOPNOTSUPP` where the file system cannot.
-    fn punch(&self, range: Range<u64>) -> io::Result<()>;
+    fn punch_hole(&self, range: Range<u64>) -> io::Result<()>;
 
     /// Reserves space for `range` without changing what is read or the length.
     ///
@@ -100,13 +100,13 @@ pub trait Storage: Send + Sync {
     ///
     /// A hint, for what is written at the same moment may be missed. So may be, where the host
     /// has no FIEMAP, space that was reserved and not written yet.
-    fn next_space(&self, range: Range<u64>) -> Option<u64>;
+    fn next_allocated(&self, range: Range<u64>) -> Option<u64>;
 
     /// Drops what the host has cached, so that the next read comes from the device.
-    fn forget_cache(&self);
+    fn drop_cache(&self);
 
     /// The host file that holds all of `range` at the range's own offsets, if one does.
-    fn backing(&self, range: Range<u64>) -> Option<BorrowedFd<'_>>;
+    fn host_fd(&self, range: Range<u64>) -> Option<BorrowedFd<'_>>;
 
     /// The host file behind it, if it is one.
     fn host_file(&self) -> Option<&HostFile>;
@@ -126,14 +126,14 @@ pub enum Create {
 
 /// A host file, in segments when it is longer than the host allows.
 pub struct HostFile {
-    first: Segment,
+    first: SegmentFile,
     /// Segments 1 and on that exist, by their index: there are as few as were written to.
-    more: RwLock<BTreeMap<usize, Arc<Segment>>>,
+    more_segments: RwLock<BTreeMap<usize, Arc<SegmentFile>>>,
     make: Option<MakeSegment>,
 }
 
 /// A file of the host, and how its bytes are got at.
-struct Segment {
+struct SegmentFile {
     file: File,
     /// It lies in memory: reading it never waits, and the host has no `RWF_NOWAIT` for it.
     is_memory: bool,
@@ -141,9 +141,9 @@ struct Segment {
     direct: OnceLock<DirectFile>,
 }
 
-impl Segment {
+impl SegmentFile {
     fn new(file: File) -> Self {
-        let is_memory = HostFs::of(&file).is_ok_and(|fs| fs.manner == Manner::Memory);
+        let is_memory = HostFs::of(&file).is_ok_and(|fs| fs.kind == FsKind::Memory);
         Self { file, is_memory, direct: OnceLock::new() }
     }
 
@@ -159,7 +159,7 @@ impl Segment {
         match (self.direct.get(), wait) {
             (None, _) if self.is_memory => host::read_at(&self.file, buf, offset, Wait::Yes),
             (None, _) => host::read_at(&self.file, buf, offset, wait),
-            (Some(_), Wait::No) => Err(host::errno(libc::EAGAIN)),
+            (Some(_), Wait::No) => Err(host::os_error(libc::EAGAIN)),
             (Some(direct), Wait::Yes) => direct.read_at(buf, offset),
         }
     }
@@ -176,16 +176,16 @@ impl HostFile {
     /// A file that never needs a second segment (the log).
     #[must_use]
     pub fn single(file: File) -> Self {
-        Self { first: Segment::new(file), more: RwLock::default(), make: None }
+        Self { first: SegmentFile::new(file), more_segments: RwLock::default(), make: None }
     }
 
-    /// A data file whose further segments `make` makes. Those that are there already are `more`:
+    /// A data file whose further segments `make` makes. Those that are there already are `more_segments`:
     /// all of them, for a sync is one of the whole file, whoever has written it.
     #[must_use]
     pub fn segmented(first: File, more: Vec<(usize, File)>, make: MakeSegment) -> Self {
-        let more = more.into_iter().map(|(index, file)| (index, Arc::new(Segment::new(file))));
+        let more = more.into_iter().map(|(index, file)| (index, Arc::new(SegmentFile::new(file))));
         let more = RwLock::new(more.collect());
-        Self { first: Segment::new(first), more, make: Some(make) }
+        Self { first: SegmentFile::new(first), more_segments: more, make: Some(make) }
     }
 
     /// The first segment's file: the one that carries the lock.
@@ -201,7 +201,7 @@ impl HostFile {
     /// As [`DirectFile::reopen`].
     pub fn go_direct(&self) -> io::Result<()> {
         // Locked first: no segment comes in between.
-        let more = self.more.write();
+        let more = self.more_segments.write();
         more.values().try_for_each(|segment| segment.go_direct())?;
         self.first.go_direct()
     }
@@ -218,30 +218,30 @@ impl HostFile {
     /// The host's errno from opening one.
     pub fn segments(&self) -> io::Result<Vec<(usize, File)>> {
         let mut all = vec![(0, self.first.file.try_clone()?)];
-        for (index, segment) in &*self.more.read() {
+        for (index, segment) in &*self.more_segments.read() {
             all.push((*index, segment.file.try_clone()?));
         }
         Ok(all)
     }
 
     /// The segment `index`, not the first, if it exists.
-    fn segment(&self, index: usize) -> Option<Arc<Segment>> {
-        self.more.read().get(&index).cloned()
+    fn segment(&self, index: usize) -> Option<Arc<SegmentFile>> {
+        self.more_segments.read().get(&index).cloned()
     }
 
     /// The segment `index`, not the first, made when it is not there.
-    fn make_segment(&self, index: usize) -> io::Result<Arc<Segment>> {
+    fn make_segment(&self, index: usize) -> io::Result<Arc<SegmentFile>> {
         if let Some(segment) = self.segment(index) {
             return Ok(segment);
         }
         let Some(make) = &self.make else {
-            return Err(host::errno(libc::EFBIG));
+            return Err(host::os_error(libc::EFBIG));
         };
-        let mut more = self.more.write();
+        let mut more = self.more_segments.write();
         if let Some(segment) = more.get(&index) {
             return Ok(Arc::clone(segment));
         }
-        let segment = Arc::new(Segment::new(make(index)?));
+        let segment = Arc::new(SegmentFile::new(make(index)?));
         if self.is_direct() {
             segment.go_direct()?;
         }
@@ -253,16 +253,16 @@ impl HostFile {
     /// of `range` in it (offsets inside its file), until one gives something.
     ///
     /// Takes no step for a segment that does not exist: most of a huge disk has none.
-    fn among<T>(
+    fn find_in_segments<T>(
         &self,
         range: &Range<u64>,
-        mut each: impl FnMut(usize, &Segment, Range<u64>) -> Option<T>,
+        mut each: impl FnMut(usize, &SegmentFile, Range<u64>) -> Option<T>,
     ) -> Option<T> {
         let within = |index: usize| {
-            let floor = index as u64 * SEGMENT;
-            range.start.max(floor) - floor..range.end.min(floor + SEGMENT) - floor
+            let floor = index as u64 * SEGMENT_LEN;
+            range.start.max(floor) - floor..range.end.min(floor + SEGMENT_LEN) - floor
         };
-        if range.start < range.end.min(SEGMENT)
+        if range.start < range.end.min(SEGMENT_LEN)
             && let Some(found) = each(0, &self.first, within(0))
         {
             return Some(found);
@@ -270,7 +270,7 @@ impl HostFile {
         let end = segment_of(range.end.saturating_sub(1));
         let mut next = segment_of(range.start).max(1);
         while next <= end {
-            let found = self.more.read().range(next..=end).next().map(|(at, it)| (*at, it.clone()));
+            let found = self.more_segments.read().range(next..=end).next().map(|(at, it)| (*at, it.clone()));
             let (index, segment) = found?;
             if let Some(found) = each(index, &segment, within(index)) {
                 return Some(found);
@@ -282,17 +282,17 @@ impl HostFile {
 
     /// Calls `each` with the file of every segment that `range` touches, the bytes of `range`
     /// there (offsets inside that file), and where they start inside `range`.
-    fn visit(
+    fn for_each_segment(
         &self,
         range: Range<u64>,
         create: Create,
-        mut each: impl FnMut(Option<&Segment>, Range<u64>, u64) -> io::Result<()>,
+        mut each: impl FnMut(Option<&SegmentFile>, Range<u64>, u64) -> io::Result<()>,
     ) -> io::Result<()> {
         let mut at = range.start;
         while at < range.end {
             let index = segment_of(at);
-            let floor = index as u64 * SEGMENT;
-            let end = range.end.min(floor + SEGMENT);
+            let floor = index as u64 * SEGMENT_LEN;
+            let end = range.end.min(floor + SEGMENT_LEN);
             let inside = at - floor..end - floor;
             if index == 0 {
                 each(Some(&self.first), inside, at - range.start)?;
@@ -311,12 +311,12 @@ impl HostFile {
 
 /// The segment that byte `offset` lies in.
 fn segment_of(offset: u64) -> usize {
-    (offset / SEGMENT) as usize
+    (offset / SEGMENT_LEN) as usize
 }
 
-/// As [`Storage::next_space`], of one file.
-fn next_space_in(file: &File, range: Range<u64>) -> Option<u64> {
-    let next = match Map::from(file, range.start, Flush::No).next() {
+/// As [`Storage::next_allocated`], of one file.
+fn next_allocated_in(file: &File, range: Range<u64>) -> Option<u64> {
+    let next = match Fiemap::starting_at(file, range.start, Flush::No).next() {
         Ok(extent) => extent?.range.start,
         // A host that does not tell its extents may still tell its data.
         Err(_) => next_data_in(file, range.start)?,
@@ -337,7 +337,7 @@ fn next_data_in(file: &File, offset: u64) -> Option<u64> {
 impl Storage for HostFile {
     fn read_at(&self, buf: &mut [u8], offset: u64, wait: Wait) -> io::Result<()> {
         let range = offset..offset + buf.len() as u64;
-        self.visit(range, Create::Never, |file, inside, at| {
+        self.for_each_segment(range, Create::Never, |file, inside, at| {
             let len = (inside.end - inside.start) as usize;
             let piece = &mut buf[at as usize..at as usize + len];
             let got = match file {
@@ -351,92 +351,92 @@ impl Storage for HostFile {
 
     fn write_at(&self, parts: &[IoSlice<'_>], offset: u64) -> io::Result<()> {
         let total: usize = parts.iter().map(|part| part.len()).sum();
-        let end = offset.checked_add(total as u64).ok_or_else(|| host::errno(libc::EFBIG))?;
-        if end <= SEGMENT {
+        let end = offset.checked_add(total as u64).ok_or_else(|| host::os_error(libc::EFBIG))?;
+        if end <= SEGMENT_LEN {
             return self.first.write_all_at(parts, offset);
         }
         // Rare: only past the first 8 TiB is a copy made, to cut it at the border.
         let whole: Vec<u8> = parts.iter().flat_map(|part| part.iter().copied()).collect();
-        self.visit(offset..end, Create::IfMissing, |file, inside, at| {
-            let file = file.ok_or_else(|| host::errno(libc::EIO))?;
+        self.for_each_segment(offset..end, Create::IfMissing, |file, inside, at| {
+            let file = file.ok_or_else(|| host::os_error(libc::EIO))?;
             let piece = &whole[at as usize..at as usize + (inside.end - inside.start) as usize];
             file.write_all_at(&[IoSlice::new(piece)], inside.start)
         })
     }
 
-    fn punch(&self, range: Range<u64>) -> io::Result<()> {
-        self.among(&range, |_, segment, inside| host::punch(&segment.file, inside).err())
+    fn punch_hole(&self, range: Range<u64>) -> io::Result<()> {
+        self.find_in_segments(&range, |_, segment, inside| host::punch_hole(&segment.file, inside).err())
             .map_or(Ok(()), Err)
     }
 
     fn allocate(&self, range: Range<u64>) -> io::Result<()> {
-        self.visit(range, Create::IfMissing, |file, inside, _| match file {
+        self.for_each_segment(range, Create::IfMissing, |file, inside, _| match file {
             Some(file) => host::allocate(&file.file, inside),
-            None => Err(host::errno(libc::EIO)),
+            None => Err(host::os_error(libc::EIO)),
         })
     }
 
     fn allocated(&self) -> io::Result<u64> {
-        let more = self.more.read();
+        let more = self.more_segments.read();
         let files = std::iter::once(&self.first).chain(more.values().map(AsRef::as_ref));
         let blocks = files.map(|segment| Ok(segment.file.metadata()?.blocks()));
         Ok(blocks.sum::<io::Result<u64>>()? * 512)
     }
 
     fn extend(&self, range: Range<u64>) -> io::Result<()> {
-        self.visit(range, Create::IfMissing, |file, inside, _| match file {
+        self.for_each_segment(range, Create::IfMissing, |file, inside, _| match file {
             Some(file) => host::fallocate(&file.file, FallocateFlags::empty(), inside),
-            None => Err(host::errno(libc::EIO)),
+            None => Err(host::os_error(libc::EIO)),
         })
     }
 
     fn truncate(&self, len: u64) -> io::Result<()> {
         // Only the log is cut, and that has no second segment.
-        self.first.file.set_len(len.min(SEGMENT))
+        self.first.file.set_len(len.min(SEGMENT_LEN))
     }
 
     fn len(&self) -> io::Result<u64> {
-        let more = self.more.read();
+        let more = self.more_segments.read();
         match more.last_key_value() {
             None => Ok(self.first.file.metadata()?.len()),
             Some((index, segment)) => {
                 // What lies past the end of a segment is nobody's.
-                Ok(*index as u64 * SEGMENT + segment.file.metadata()?.len().min(SEGMENT))
+                Ok(*index as u64 * SEGMENT_LEN + segment.file.metadata()?.len().min(SEGMENT_LEN))
             }
         }
     }
 
     fn sync(&self) -> io::Result<()> {
         self.first.file.sync_data()?;
-        let more: Vec<_> = self.more.read().values().cloned().collect();
+        let more: Vec<_> = self.more_segments.read().values().cloned().collect();
         more.iter().try_for_each(|segment| segment.file.sync_data())
     }
 
     fn next_data(&self, offset: u64) -> Option<u64> {
-        if !self.more.read().is_empty() {
+        if !self.more_segments.read().is_empty() {
             return Some(offset);
         }
         // What lies past the end of a segment is nobody's.
-        next_data_in(&self.first.file, offset).filter(|at| *at < SEGMENT)
+        next_data_in(&self.first.file, offset).filter(|at| *at < SEGMENT_LEN)
     }
 
-    fn next_space(&self, range: Range<u64>) -> Option<u64> {
-        self.among(&range, |index, segment, inside| {
-            Some(index as u64 * SEGMENT + next_space_in(&segment.file, inside)?)
+    fn next_allocated(&self, range: Range<u64>) -> Option<u64> {
+        self.find_in_segments(&range, |index, segment, inside| {
+            Some(index as u64 * SEGMENT_LEN + next_allocated_in(&segment.file, inside)?)
         })
     }
 
-    fn forget_cache(&self) {
+    fn drop_cache(&self) {
         let drop_cache = |file: &File| {
             // Advice only: a page that cannot be dropped is one that was never lost.
             let _ = rustix::fs::fadvise(file, 0, None, rustix::fs::Advice::DontNeed);
         };
         drop_cache(&self.first.file);
-        self.more.read().values().for_each(|segment| drop_cache(&segment.file));
+        self.more_segments.read().values().for_each(|segment| drop_cache(&segment.file));
     }
 
-    fn backing(&self, range: Range<u64>) -> Option<BorrowedFd<'_>> {
-        (range.end <= SEGMENT).then(|| self.first.file.as_fd())
+    fn host_fd(&self, range: Range<u64>) -> Option<BorrowedFd<'_>> {
+        (range.end <= SEGMENT_LEN).then(|| self.first.file.as_fd())
     }
 
     fn host_file(&self) -> Option<&HostFile> {

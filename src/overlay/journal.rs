@@ -27,28 +27,28 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 use super::blocks::BlockIndex;
 use super::data::{Create, Storage};
-use super::log::Home;
-use super::record::{Decoded, RECORD_LEN, Record};
+use super::log::LogDir;
+use super::record::{DecodedRecord, RECORD_LEN, LogRecord};
 use crate::layer::Wait;
 
 /// The length of the file.
-const LEN: u64 = 256 << 10;
+const JOURNAL_LEN: u64 = 256 << 10;
 /// The most blocks in an entry...
-const MOST_BLOCKS: usize = 8;
+const MAX_ENTRY_BLOCKS: usize = 8;
 /// ...and bytes of them: as much as a device takes as quickly as one block.
-const MOST_BYTES: u64 = 64 << 10;
+const MAX_ENTRY_BYTES: u64 = 64 << 10;
 /// The most records.
-const MOST_RECORDS: usize = 10;
+const MAX_ENTRY_RECORDS: usize = 10;
 /// The header's length: one sector.
-const HEADER: usize = 512;
+const HEADER_LEN: usize = 512;
 /// So many syncs that could have been an entry go by before the file is made: one sync is no habit.
-const HABIT: u32 = 8;
+const SYNCS_BEFORE_JOURNAL: u32 = 8;
 const MAGIC: [u8; 4] = *b"cslj";
 
 /// The first bytes of an entry.
 #[derive(Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
-struct Header {
+struct EntryHeader {
     /// CRC-32C of all that follows, bytes and blocks included, seeded with the layer's uuid.
     checksum: U32,
     magic: [u8; 4],
@@ -58,26 +58,26 @@ struct Header {
     /// The entry's number in its generation, from 0.
     number: U32,
     /// The block size in bytes.
-    block: U32,
+    block_size: U32,
     records: U32,
     blocks: U32,
-    indexes: [U64; MOST_BLOCKS],
-    record: [[u8; RECORD_LEN]; MOST_RECORDS],
-    reserved: [u8; HEADER - 40 - 8 * MOST_BLOCKS - RECORD_LEN * MOST_RECORDS],
+    indexes: [U64; MAX_ENTRY_BLOCKS],
+    record: [[u8; RECORD_LEN]; MAX_ENTRY_RECORDS],
+    reserved: [u8; HEADER_LEN - 40 - 8 * MAX_ENTRY_BLOCKS - RECORD_LEN * MAX_ENTRY_RECORDS],
 }
 
 /// One sync's changes.
 #[derive(Clone, Debug, PartialEq, Eq)]
-struct Entry {
+struct JournalEntry {
     /// The sequence of the first record.
     first: u64,
     /// The log's records, in order.
-    records: Vec<Record>,
-    /// What blocks hold, each `block` bytes.
+    records: Vec<LogRecord>,
+    /// What blocks hold, each `block_size` bytes.
     blocks: Vec<(BlockIndex, Vec<u8>)>,
 }
 
-impl Entry {
+impl JournalEntry {
     /// The sequence after the last record.
     fn end(&self) -> u64 {
         self.first + self.records.len() as u64
@@ -86,9 +86,9 @@ impl Entry {
 
 /// What the good entries of a journal add up to.
 #[derive(Debug, Default)]
-pub struct Found {
+pub struct JournalContents {
     /// The records that follow those of the log.
-    pub records: Vec<Record>,
+    pub records: Vec<LogRecord>,
     /// The newest bytes of blocks.
     pub blocks: BTreeMap<BlockIndex, Vec<u8>>,
     /// The sequence after the last record.
@@ -99,8 +99,8 @@ pub struct Found {
 ///
 /// # Errors
 /// The host's errno.
-pub fn read(file: &dyn Storage, uuid: &Uuid, block: u32, generation: u64) -> io::Result<Found> {
-    let mut found = Found { end: generation + 1, ..Found::default() };
+pub fn read(file: &dyn Storage, uuid: &Uuid, block: u32, generation: u64) -> io::Result<JournalContents> {
+    let mut found = JournalContents { end: generation + 1, ..JournalContents::default() };
     let mut number = 0;
     let mut at = 0;
     while let Some((entry, len)) = read_entry(file, uuid, block, (generation, number), at)? {
@@ -122,40 +122,40 @@ fn read_entry(
     block: u32,
     (generation, number): (u64, u32),
     at: u64,
-) -> io::Result<Option<(Entry, u64)>> {
-    if at + HEADER as u64 > LEN {
+) -> io::Result<Option<(JournalEntry, u64)>> {
+    if at + HEADER_LEN as u64 > JOURNAL_LEN {
         return Ok(None);
     }
-    let mut head = [0; HEADER];
+    let mut head = [0; HEADER_LEN];
     file.read_at(&mut head, at, Wait::Yes)?;
-    let Ok(header) = Header::read_from_bytes(&head) else { return Ok(None) };
+    let Ok(header) = EntryHeader::read_from_bytes(&head) else { return Ok(None) };
     let (records, blocks) = (header.records.get() as usize, header.blocks.get() as usize);
-    let fits = records <= MOST_RECORDS && blocks <= MOST_BLOCKS;
+    let fits = records <= MAX_ENTRY_RECORDS && blocks <= MAX_ENTRY_BLOCKS;
     let is_next = header.generation == generation && header.number == number;
-    if header.magic != MAGIC || header.block != block || !fits || !is_next {
+    if header.magic != MAGIC || header.block_size != block || !fits || !is_next {
         return Ok(None);
     }
     let len = blocks as u64 * u64::from(block);
-    if len > MOST_BYTES || at + HEADER as u64 + len > LEN {
+    if len > MAX_ENTRY_BYTES || at + HEADER_LEN as u64 + len > JOURNAL_LEN {
         return Ok(None);
     }
     let mut bytes = vec![0; blocks * block as usize];
-    file.read_at(&mut bytes, at + HEADER as u64, Wait::Yes)?;
+    file.read_at(&mut bytes, at + HEADER_LEN as u64, Wait::Yes)?;
     if header.checksum != checksum(uuid, &head[4..], &bytes) {
         return Ok(None);
     }
     let first = header.first.get();
     let mut decoded = Vec::new();
     for (sequence, record) in (first..).zip(&header.record[..records]) {
-        match Record::decode(record, uuid) {
-            Decoded::Good(found, record) if found == sequence => decoded.push(record),
+        match LogRecord::decode(record, uuid) {
+            DecodedRecord::Good(found, record) if found == sequence => decoded.push(record),
             _ => return Ok(None),
         }
     }
     let indexes = header.indexes[..blocks].iter().map(|index| BlockIndex(index.get()));
     let pieces = bytes.chunks(block as usize).map(<[u8]>::to_vec);
-    let entry = Entry { first, records: decoded, blocks: indexes.zip(pieces).collect() };
-    Ok(Some((entry, HEADER as u64 + len)))
+    let entry = JournalEntry { first, records: decoded, blocks: indexes.zip(pieces).collect() };
+    Ok(Some((entry, HEADER_LEN as u64 + len)))
 }
 
 fn checksum(uuid: &Uuid, head: &[u8], blocks: &[u8]) -> u32 {
@@ -165,7 +165,7 @@ fn checksum(uuid: &Uuid, head: &[u8], blocks: &[u8]) -> u32 {
 
 /// Gives the space of a journal back whose entries belong to an older log. Best effort, for nothing
 /// counts in it any more.
-pub fn clear(home: &dyn Home) {
+pub fn clear(home: &dyn LogDir) {
     if let Ok(Some(file)) = home.journal(Create::Never) {
         let _ = file.truncate(0);
     }
@@ -174,31 +174,31 @@ pub fn clear(home: &dyn Home) {
 /// The journal of a layer that is open for writing.
 #[derive(Default)]
 pub(super) struct Journal {
-    state: Mutex<State>,
+    state: Mutex<JournalState>,
 }
 
 #[derive(Default)]
-struct State {
+struct JournalState {
     file: Option<Arc<dyn Storage>>,
     /// Syncs that could have been an entry.
-    habit: u32,
+    eligible_syncs: u32,
     /// It has failed: there are no more entries.
     is_broken: bool,
     /// Entries of this generation.
-    number: u32,
+    entry_count: u32,
     /// Where the next one goes.
     end: u64,
     /// The sequence after the last record in one.
-    next: u64,
+    next_sequence: u64,
 }
 
 /// What an entry is made of.
-pub(super) struct Draft<'a> {
+pub(super) struct NewEntry<'a> {
     pub(super) uuid: &'a Uuid,
-    pub(super) block: u32,
+    pub(super) block_size: u32,
     /// The newest sequence that a whole sync has made durable.
     pub(super) generation: u64,
-    /// The records from [`Journal::next`] on, as they are in the log.
+    /// The records from [`Journal::next_sequence`] on, as they are in the log.
     pub(super) records: &'a [[u8; RECORD_LEN]],
     pub(super) blocks: &'a [BlockIndex],
     /// Their bytes.
@@ -207,30 +207,30 @@ pub(super) struct Draft<'a> {
 
 impl Journal {
     /// Whether there are entries: a whole sync must make them void.
-    pub(super) fn is_used(&self) -> bool {
-        self.state.lock().number > 0
+    pub(super) fn has_entries(&self) -> bool {
+        self.state.lock().entry_count > 0
     }
 
     /// The first sequence that no entry has, nor the log up to `durable`.
-    pub(super) fn next(&self, durable: u64) -> u64 {
+    pub(super) fn next_sequence(&self, durable: u64) -> u64 {
         let state = self.state.lock();
-        if state.number > 0 { state.next } else { durable + 1 }
+        if state.entry_count > 0 { state.next_sequence } else { durable + 1 }
     }
 
     /// Whether an entry of so many records and blocks could be written. It may be too early.
-    pub(super) fn takes(&self, records: u64, blocks: usize, block: u64) -> bool {
+    pub(super) fn accept(&self, records: u64, blocks: usize, block: u64) -> bool {
         let mut state = self.state.lock();
         let bytes = blocks as u64 * block;
-        let fits = records <= MOST_RECORDS as u64 && blocks <= MOST_BLOCKS && bytes <= MOST_BYTES;
-        if !fits || state.is_broken || state.end + HEADER as u64 + bytes > LEN {
+        let fits = records <= MAX_ENTRY_RECORDS as u64 && blocks <= MAX_ENTRY_BLOCKS && bytes <= MAX_ENTRY_BYTES;
+        if !fits || state.is_broken || state.end + HEADER_LEN as u64 + bytes > JOURNAL_LEN {
             return false;
         }
-        state.habit = state.habit.saturating_add(1);
-        state.habit > HABIT
+        state.eligible_syncs = state.eligible_syncs.saturating_add(1);
+        state.eligible_syncs > SYNCS_BEFORE_JOURNAL
     }
 
     /// Writes an entry, durably; `false` when it cannot be, and a whole sync is needed.
-    pub(super) fn write(&self, home: &dyn Home, draft: &Draft<'_>) -> bool {
+    pub(super) fn write(&self, home: &dyn LogDir, draft: &NewEntry<'_>) -> bool {
         let mut state = self.state.lock();
         let done = state.write(home, draft);
         if let Err(error) = &done {
@@ -241,9 +241,9 @@ impl Journal {
     }
 
     /// A whole sync was done: the entries are void.
-    pub(super) fn restart(&self) {
+    pub(super) fn void_entries(&self) {
         let mut state = self.state.lock();
-        (state.number, state.end) = (0, 0);
+        (state.entry_count, state.end) = (0, 0);
     }
 
     /// The end: gives the space back. Best effort, for nothing counts in it any more.
@@ -254,33 +254,33 @@ impl Journal {
     }
 }
 
-impl State {
-    fn write(&mut self, home: &dyn Home, draft: &Draft<'_>) -> io::Result<()> {
+impl JournalState {
+    fn write(&mut self, home: &dyn LogDir, draft: &NewEntry<'_>) -> io::Result<()> {
         let file = self.file(home)?;
-        let (number, next) = match self.number {
+        let (number, next) = match self.entry_count {
             0 => (0, draft.generation + 1),
-            number => (number, self.next),
+            number => (number, self.next_sequence),
         };
-        let mut header = Header::new(draft, number, next);
+        let mut header = EntryHeader::new(draft, number, next);
         header.checksum = checksum(draft.uuid, &header.as_bytes()[4..], draft.bytes).into();
         file.write_at(&[IoSlice::new(header.as_bytes()), IoSlice::new(draft.bytes)], self.end)?;
         file.sync()?;
-        self.number = number + 1;
-        self.end += (HEADER + draft.bytes.len()) as u64;
-        self.next = next + draft.records.len() as u64;
+        self.entry_count = number + 1;
+        self.end += (HEADER_LEN + draft.bytes.len()) as u64;
+        self.next_sequence = next + draft.records.len() as u64;
         Ok(())
     }
 
     /// The file, all of its space written once: only then does an entry need nothing of the host
     /// but its bytes.
-    fn file(&mut self, home: &dyn Home) -> io::Result<Arc<dyn Storage>> {
+    fn file(&mut self, home: &dyn LogDir) -> io::Result<Arc<dyn Storage>> {
         if let Some(file) = &self.file {
             return Ok(Arc::clone(file));
         }
         let file = home.journal(Create::IfMissing)?;
-        let file = file.ok_or_else(|| crate::host::errno(libc::ENOENT))?;
+        let file = file.ok_or_else(|| crate::host::os_error(libc::ENOENT))?;
         let zeros = vec![0; 64 << 10];
-        for at in (0..LEN).step_by(zeros.len()) {
+        for at in (0..JOURNAL_LEN).step_by(zeros.len()) {
             file.write_at(&[IoSlice::new(&zeros)], at)?;
         }
         file.sync()?;
@@ -289,14 +289,14 @@ impl State {
     }
 }
 
-impl Header {
-    fn new(draft: &Draft<'_>, number: u32, first: u64) -> Self {
+impl EntryHeader {
+    fn new(draft: &NewEntry<'_>, number: u32, first: u64) -> Self {
         let mut header = Self::new_zeroed();
         header.magic = MAGIC;
         header.generation = draft.generation.into();
         header.first = first.into();
         header.number = number.into();
-        header.block = draft.block.into();
+        header.block_size = draft.block_size.into();
         header.records = u32::try_from(draft.records.len()).unwrap_or(u32::MAX).into();
         header.blocks = u32::try_from(draft.blocks.len()).unwrap_or(u32::MAX).into();
         for (place, index) in header.indexes.iter_mut().zip(draft.blocks) {
@@ -315,31 +315,31 @@ impl Header {
 
 /// The blocks whose bytes were written since the last sync began, while they are few.
 #[derive(Default)]
-pub(super) struct Fresh {
+pub(super) struct DirtyBlocks {
     /// There are too many to be listed.
-    is_many: AtomicBool,
+    has_overflowed: AtomicBool,
     blocks: Mutex<Vec<BlockIndex>>,
 }
 
-impl Fresh {
+impl DirtyBlocks {
     /// Called when blocks have been written and before a record says so: a sync that finds the
     /// record finds the blocks as well.
-    pub(super) fn note(&self, blocks: &std::ops::Range<BlockIndex>) {
-        if self.is_many.load(Ordering::SeqCst) {
+    pub(super) fn add(&self, blocks: &std::ops::Range<BlockIndex>) {
+        if self.has_overflowed.load(Ordering::SeqCst) {
             // The sync that takes them writes all that was written before it began.
             return;
         }
         let mut list = self.blocks.lock();
-        if blocks.end.0 - blocks.start.0 > MOST_BLOCKS as u64 {
-            self.is_many.store(true, Ordering::SeqCst);
+        if blocks.end.0 - blocks.start.0 > MAX_ENTRY_BLOCKS as u64 {
+            self.has_overflowed.store(true, Ordering::SeqCst);
             return;
         }
         for block in (blocks.start.0..blocks.end.0).map(BlockIndex) {
             if list.contains(&block) {
                 continue;
             }
-            if list.len() == MOST_BLOCKS {
-                self.is_many.store(true, Ordering::SeqCst);
+            if list.len() == MAX_ENTRY_BLOCKS {
+                self.has_overflowed.store(true, Ordering::SeqCst);
                 return;
             }
             list.push(block);
@@ -350,15 +350,15 @@ impl Fresh {
     pub(super) fn take(&self) -> Option<Vec<BlockIndex>> {
         let mut list = self.blocks.lock();
         let taken = std::mem::take(&mut *list);
-        (!self.is_many.swap(false, Ordering::SeqCst)).then_some(taken)
+        (!self.has_overflowed.swap(false, Ordering::SeqCst)).then_some(taken)
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::super::blocks::State as BlockState;
+    use super::super::blocks::BlockState as BlockState;
     use super::super::data::HostFile;
-    use super::super::log::Replaced;
+    use super::super::log::ReplacedLog;
     use super::*;
 
     const BLOCK: u32 = 512;
@@ -367,12 +367,12 @@ mod tests {
     /// One journal, in a file without a name.
     struct Place(Arc<HostFile>);
 
-    impl Home for Place {
+    impl LogDir for Place {
         fn replace_log(
             &self,
             _: &mut dyn FnMut(&dyn Storage) -> io::Result<()>,
-        ) -> io::Result<Replaced> {
-            Err(crate::host::errno(libc::ENOSYS))
+        ) -> io::Result<ReplacedLog> {
+            Err(crate::host::os_error(libc::ENOSYS))
         }
 
         fn journal(&self, _: Create) -> io::Result<Option<Arc<dyn Storage>>> {
@@ -384,15 +384,15 @@ mod tests {
         Place(Arc::new(HostFile::single(tempfile::tempfile().unwrap())))
     }
 
-    /// Writes an entry that makes `block` Data, full of `fill`.
+    /// Writes an entry that makes `block_size` Data, full of `fill`.
     fn add(journal: &Journal, home: &Place, generation: u64, block: u64, fill: u8) {
         let range = BlockIndex(block)..BlockIndex(block + 1);
-        let record = Record::Set { range, state: BlockState::Data };
-        let records = [record.encode(&ID, journal.next(generation))];
+        let record = LogRecord::Set { range, state: BlockState::Data };
+        let records = [record.encode(&ID, journal.next_sequence(generation))];
         let (blocks, bytes) = ([BlockIndex(block)], [fill; BLOCK as usize]);
-        let draft = Draft {
+        let draft = NewEntry {
             uuid: &ID,
-            block: BLOCK,
+            block_size: BLOCK,
             generation,
             records: &records,
             blocks: &blocks,
@@ -417,7 +417,7 @@ mod tests {
         assert_eq!(found(&home, 6), []);
         assert_eq!(found(&home, 8), []);
         // The second and third are of an older generation now.
-        journal.restart();
+        journal.void_entries();
         add(&journal, &home, 20, 5, 6);
         assert_eq!(found(&home, 20), [(5, 6)]);
         assert_eq!(found(&home, 7), []);
@@ -429,7 +429,7 @@ mod tests {
     fn an_entry_with_any_byte_changed_does_not_count_nor_does_what_follows() {
         let (journal, home) = (Journal::default(), place());
         (0..3).for_each(|block| add(&journal, &home, 1, block, 5));
-        let len = (HEADER + BLOCK as usize) as u64;
+        let len = (HEADER_LEN + BLOCK as usize) as u64;
         for at in len..2 * len {
             let mut byte = [0];
             home.0.read_at(&mut byte, at, Wait::Yes).unwrap();
@@ -443,21 +443,21 @@ mod tests {
     #[test]
     fn what_is_too_much_is_refused_and_so_is_the_beginning_of_a_habit() {
         let journal = Journal::default();
-        for _ in 0..HABIT {
-            assert!(!journal.takes(1, 1, 4096));
+        for _ in 0..SYNCS_BEFORE_JOURNAL {
+            assert!(!journal.accept(1, 1, 4096));
         }
-        assert!(journal.takes(1, 1, 4096));
-        assert!(!journal.takes(MOST_RECORDS as u64 + 1, 1, 4096));
-        assert!(!journal.takes(1, MOST_BLOCKS + 1, 512));
-        assert!(!journal.takes(1, 2, MOST_BYTES));
-        journal.state.lock().end = LEN - 4096;
-        assert!(!journal.takes(1, 1, 4096), "it does not fit any more");
+        assert!(journal.accept(1, 1, 4096));
+        assert!(!journal.accept(MAX_ENTRY_RECORDS as u64 + 1, 1, 4096));
+        assert!(!journal.accept(1, MAX_ENTRY_BLOCKS + 1, 512));
+        assert!(!journal.accept(1, 2, MAX_ENTRY_BYTES));
+        journal.state.lock().end = JOURNAL_LEN - 4096;
+        assert!(!journal.accept(1, 1, 4096), "it does not fit any more");
     }
 
     #[test]
     fn few_blocks_are_listed_and_many_are_not() {
-        let fresh = Fresh::default();
-        let note = |from, to| fresh.note(&(BlockIndex(from)..BlockIndex(to)));
+        let fresh = DirtyBlocks::default();
+        let note = |from, to| fresh.add(&(BlockIndex(from)..BlockIndex(to)));
         note(3, 5);
         note(4, 6);
         assert_eq!(fresh.take().unwrap(), [3, 4, 5].map(BlockIndex));

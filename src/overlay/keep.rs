@@ -9,17 +9,17 @@ use std::sync::Arc;
 use rustix::fs::{Mode, OFlags};
 
 use super::Overlay;
-use super::blocks::{BlockIndex, State};
+use super::blocks::{BlockIndex, BlockState};
 use super::data::{HostFile, Storage};
-use super::persist::{self, Part, Persistent, Place};
-use super::record::{Image, Tag};
-use super::stack::{Stack, StackError, data_in, doing, link_segment};
+use super::persist::{self, NewLayer, OpenedOverlay, OverlayPath};
+use super::record::{LayerMap, BootTag};
+use super::stack::{Stack, StackError, data_file_in, doing, link_segment};
 use crate::layer::Wait;
-use crate::process::explain_size;
+use crate::process::explain_size_error;
 use crate::{confined, host};
 
 /// Data is copied across file systems in pieces of 1 MiB.
-const PIECE: u64 = 1 << 20;
+const COPY_CHUNK: u64 = 1 << 20;
 
 /// The directory for temporary overlays: `$TMPDIR`, else `/var/tmp`, which is on a disk.
 #[must_use]
@@ -40,15 +40,15 @@ pub fn temporary(
     lower_limit: u64,
     limit: Option<u64>,
 ) -> io::Result<Overlay> {
-    let first = nameless(dir)?;
+    let first = unnamed_file(dir)?;
     let more = dir.to_owned();
-    let data = HostFile::segmented(first, Vec::new(), Box::new(move |_| nameless(&more)));
-    let image = Image::new(size, lower_limit);
-    Ok(Overlay::new(block, Arc::new(data), image, None, Tag([0; 2]), limit))
+    let data = HostFile::segmented(first, Vec::new(), Box::new(move |_| unnamed_file(&more)));
+    let image = LayerMap::new(size, lower_limit);
+    Ok(Overlay::new(block, Arc::new(data), image, None, BootTag([0; 2]), limit))
 }
 
 /// A file without a name, which `keep` can give one.
-fn nameless(dir: &Path) -> io::Result<File> {
+fn unnamed_file(dir: &Path) -> io::Result<File> {
     let flags = OFlags::RDWR | OFlags::TMPFILE | OFlags::CLOEXEC;
     match rustix::fs::open(dir, flags, Mode::RUSR | Mode::WUSR) {
         Ok(fd) => Ok(File::from(fd)),
@@ -67,43 +67,43 @@ fn nameless(dir: &Path) -> io::Result<File> {
 /// [`StackError`]; the layers are as they were and nothing is left behind then.
 pub fn keep(
     layers: &[Arc<Overlay>],
-    place: Place<'_>,
+    place: OverlayPath<'_>,
     stack: Stack,
-) -> Result<Persistent, StackError> {
+) -> Result<OpenedOverlay, StackError> {
     let Some((top, sealed)) = layers.split_last() else {
         return Err(StackError::Syntax("it has no layer".to_owned()));
     };
     for layer in sealed {
         // Nothing may wait any more to be given back there: a sealed layer is never touched.
-        layer.settle().map_err(doing("giving space back"))?;
+        layer.close_sealed().map_err(doing("giving space back"))?;
     }
-    let limit = top.limit.map(|blocks| blocks * top.block);
+    let limit = top.limit.map(|blocks| blocks * top.block_size);
     let parts = stack.layers.iter().zip(layers).map(|(record, layer)| {
-        let image = layer.image();
-        Part {
+        let image = layer.clone_map();
+        NewLayer {
             record: record.clone(),
-            image: image.clone(),
-            put_data: Box::new(move |dir| put(layer, &image, dir)),
+            map: image.clone(),
+            make_data: Box::new(move |dir| link_or_copy(layer, &image, dir)),
         }
     });
     let parts = parts.collect();
     let kept = persist::build(place, stack, parts, limit)?;
     // What waited to be given back there waits here.
     kept.overlay.reclaim();
-    kept.overlay.follow(top);
+    kept.overlay.continue_revision(top);
     Ok(kept)
 }
 
 /// Puts the data of a temporary layer into the directory `dir`.
-fn put(layer: &Overlay, image: &Image, dir: &File) -> io::Result<HostFile> {
-    let file = layer.data.host_file().ok_or_else(|| host::errno(libc::EOPNOTSUPP))?;
-    match link(file, dir) {
-        Err(error) if is_elsewhere(&error) => copy(layer, image, dir),
+fn link_or_copy(layer: &Overlay, image: &LayerMap, dir: &File) -> io::Result<HostFile> {
+    let file = layer.data.host_file().ok_or_else(|| host::os_error(libc::EOPNOTSUPP))?;
+    match link_data(file, dir) {
+        Err(error) if needs_copy(&error) => copy_data(layer, image, dir),
         linked => linked,
     }
 }
 
-fn is_elsewhere(error: &io::Error) -> bool {
+fn needs_copy(error: &io::Error) -> bool {
     // ENOENT: the file was unlinked by its maker, so it cannot get a name again.
     matches!(
         error.raw_os_error(),
@@ -112,9 +112,9 @@ fn is_elsewhere(error: &io::Error) -> bool {
 }
 
 /// Gives the segments of `file` their names in `layer`.
-fn link(file: &HostFile, layer: &File) -> io::Result<HostFile> {
+fn link_data(file: &HostFile, layer: &File) -> io::Result<HostFile> {
     if file.first().metadata()?.dev() != layer.metadata()?.dev() {
-        return Err(host::errno(libc::EXDEV));
+        return Err(host::os_error(libc::EXDEV));
     }
     let mut first = None;
     for (index, segment) in file.segments()? {
@@ -122,23 +122,23 @@ fn link(file: &HostFile, layer: &File) -> io::Result<HostFile> {
         first = first.or(Some(segment));
     }
     layer.sync_all()?;
-    let first = first.ok_or_else(|| host::errno(libc::EIO))?;
-    data_in(layer.try_clone()?, first)
+    let first = first.ok_or_else(|| host::os_error(libc::EIO))?;
+    data_file_in(layer.try_clone()?, first)
 }
 
 /// Copies every Data block into a new data file in `layer`.
-fn copy(overlay: &Overlay, image: &Image, layer: &File) -> io::Result<HostFile> {
+fn copy_data(overlay: &Overlay, image: &LayerMap, layer: &File) -> io::Result<HostFile> {
     let first = confined::create_file(layer, "data")?;
-    first.set_len(image.size.min(super::data::SEGMENT)).map_err(explain_size)?;
-    let to = data_in(layer.try_clone()?, first)?;
+    first.set_len(image.size.min(super::data::SEGMENT_LEN)).map_err(explain_size_error)?;
+    let to = data_file_in(layer.try_clone()?, first)?;
     let mut buf = Vec::new();
-    let all = BlockIndex(0)..BlockIndex(image.size.div_ceil(overlay.block));
-    for run in image.blocks.runs(all).filter(|run| run.state == State::Data) {
+    let all = BlockIndex(0)..BlockIndex(image.size.div_ceil(overlay.block_size));
+    for run in image.blocks.runs(all).filter(|run| run.state == BlockState::Data) {
         let bytes = overlay.bytes_of(&run.range);
         let mut at = bytes.start;
         while at < bytes.end {
-            let len = (bytes.end - at).min(PIECE);
-            buf.resize(usize::try_from(len).map_err(|_| host::errno(libc::EFBIG))?, 0);
+            let len = (bytes.end - at).min(COPY_CHUNK);
+            buf.resize(usize::try_from(len).map_err(|_| host::os_error(libc::EFBIG))?, 0);
             overlay.data.read_at(&mut buf, at, Wait::Yes)?;
             to.write_at(&[IoSlice::new(&buf)], at)?;
             at += len;

@@ -8,21 +8,21 @@ use bitvec::boxed::BitBox;
 use bitvec::order::Lsb0;
 use bitvec::vec::BitVec;
 
-use super::blocks::State;
+use super::blocks::BlockState;
 
 /// How many blocks are Data and Zero.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(super) struct Counts {
+pub(super) struct BlockCounts {
     pub(super) data: u64,
     pub(super) zero: u64,
 }
 
-impl Counts {
-    pub(super) fn of(state: State, blocks: u64) -> Self {
+impl BlockCounts {
+    pub(super) fn of(state: BlockState, blocks: u64) -> Self {
         let (data, zero) = match state {
-            State::Lower => (0, 0),
-            State::Data => (blocks, 0),
-            State::Zero => (0, blocks),
+            BlockState::Lower => (0, 0),
+            BlockState::Data => (blocks, 0),
+            BlockState::Zero => (0, blocks),
         };
         Self { data, zero }
     }
@@ -48,29 +48,29 @@ pub(super) struct Leaf {
 
 impl Leaf {
     /// A leaf about to be changed: for this moment alone it may be uniform.
-    pub(super) fn uniform(state: State, len: usize) -> Self {
+    pub(super) fn uniform(state: BlockState, len: usize) -> Self {
         let mut leaf = Self { len, data: Plane::default(), zero: Plane::default() };
         leaf.set(0..len, state);
         leaf
     }
 
-    pub(super) fn state(&self, at: usize) -> State {
+    pub(super) fn state(&self, at: usize) -> BlockState {
         if self.data.has(at) {
-            State::Data
+            BlockState::Data
         } else if self.zero.has(at) {
-            State::Zero
+            BlockState::Zero
         } else {
-            State::Lower
+            BlockState::Lower
         }
     }
 
     /// The state at the start of a range that is not empty, and where in the range it ends.
-    pub(super) fn run(&self, range: Range<usize>) -> (State, usize) {
+    pub(super) fn run_at(&self, range: Range<usize>) -> (BlockState, usize) {
         let state = self.state(range.start);
         let end = match state {
-            State::Data => self.data.end_of_ones(range),
-            State::Zero => self.zero.end_of_ones(range),
-            State::Lower => self.end_of_lower(range),
+            BlockState::Data => self.data.end_of_ones(range),
+            BlockState::Zero => self.zero.end_of_ones(range),
+            BlockState::Lower => self.end_of_lower(range),
         };
         (state, end)
     }
@@ -95,35 +95,35 @@ impl Leaf {
         end
     }
 
-    pub(super) fn set(&mut self, range: Range<usize>, state: State) {
+    pub(super) fn set(&mut self, range: Range<usize>, state: BlockState) {
         // Clear first, so that a plane that empties is freed before the other one is allocated.
-        if state != State::Data {
+        if state != BlockState::Data {
             self.data.clear(range.clone(), self.len);
         }
-        if state != State::Zero {
+        if state != BlockState::Zero {
             self.zero.clear(range.clone(), self.len);
         }
         match state {
-            State::Lower => {}
-            State::Data => self.data.fill(range, self.len),
-            State::Zero => self.zero.fill(range, self.len),
+            BlockState::Lower => {}
+            BlockState::Data => self.data.fill(range, self.len),
+            BlockState::Zero => self.zero.fill(range, self.len),
         }
     }
 
-    pub(super) fn is_uniform(&self, state: State) -> bool {
+    pub(super) fn is_uniform(&self, state: BlockState) -> bool {
         match state {
-            State::Lower => self.data.ones + self.zero.ones == 0,
-            State::Data => self.data.ones == self.len,
-            State::Zero => self.zero.ones == self.len,
+            BlockState::Lower => self.data.ones + self.zero.ones == 0,
+            BlockState::Data => self.data.ones == self.len,
+            BlockState::Zero => self.zero.ones == self.len,
         }
     }
 
-    pub(super) fn counts(&self) -> Counts {
-        Counts { data: self.data.ones as u64, zero: self.zero.ones as u64 }
+    pub(super) fn counts(&self) -> BlockCounts {
+        BlockCounts { data: self.data.ones as u64, zero: self.zero.ones as u64 }
     }
 
-    pub(super) fn counts_in(&self, range: Range<usize>) -> Counts {
-        Counts { data: self.data.count(range.clone()) as u64, zero: self.zero.count(range) as u64 }
+    pub(super) fn counts_in(&self, range: Range<usize>) -> BlockCounts {
+        BlockCounts { data: self.data.count(range.clone()) as u64, zero: self.zero.count(range) as u64 }
     }
 }
 
@@ -132,13 +132,13 @@ impl Leaf {
 /// `bitvec` fills, counts and searches `Lsb0` slices by whole words.
 #[derive(Clone, Debug)]
 pub(super) struct Plane {
-    set: Set,
+    repr: PlaneRepr,
     pub(super) ones: usize,
 }
 
 #[derive(Clone, Debug)]
-enum Set {
-    /// Rising and apart: between two of them there is a block. At most [`most_runs`].
+enum PlaneRepr {
+    /// Rising and apart: between two of them there is a block. At most [`max_runs`].
     Runs(Vec<Range<u32>>),
     /// As long as the chunk.
     Bits(BitBox<u64, Lsb0>),
@@ -146,37 +146,37 @@ enum Set {
 
 /// The most runs that are listed in a chunk of `len` blocks: a quarter of what its bits take. So a
 /// record of the log, 32 bytes, never makes more than 32 bytes of it.
-fn most_runs(len: usize) -> usize {
+fn max_runs(len: usize) -> usize {
     (len / 256).max(2)
 }
 
 impl Default for Plane {
     fn default() -> Self {
-        Self { set: Set::Runs(Vec::new()), ones: 0 }
+        Self { repr: PlaneRepr::Runs(Vec::new()), ones: 0 }
     }
 }
 
 /// A place in a chunk, as runs keep it.
 #[expect(clippy::cast_possible_truncation, reason = "at most the length of a chunk, 65,536")]
-fn place(at: usize) -> u32 {
+fn index_in_chunk(at: usize) -> u32 {
     at as u32
 }
 
-fn len_of(run: &Range<u32>) -> usize {
+fn run_len(run: &Range<u32>) -> usize {
     (run.end - run.start) as usize
 }
 
-/// The part of `run` inside `range`.
-fn common(run: &Range<u32>, range: &Range<u32>) -> usize {
+/// The part of `run_at` inside `range`.
+fn overlap_len(run: &Range<u32>, range: &Range<u32>) -> usize {
     run.end.min(range.end).saturating_sub(run.start.max(range.start)) as usize
 }
 
 impl Plane {
     pub(super) fn has(&self, at: usize) -> bool {
-        match &self.set {
-            Set::Bits(bits) => bits.get(at).is_some_and(|bit| *bit),
-            Set::Runs(runs) => {
-                let at = place(at);
+        match &self.repr {
+            PlaneRepr::Bits(bits) => bits.get(at).is_some_and(|bit| *bit),
+            PlaneRepr::Runs(runs) => {
+                let at = index_in_chunk(at);
                 let next = runs.partition_point(|run| run.end <= at);
                 runs.get(next).is_some_and(|run| run.start <= at)
             }
@@ -187,24 +187,24 @@ impl Plane {
         if range.is_empty() {
             return;
         }
-        match &mut self.set {
-            Set::Bits(bits) => {
+        match &mut self.repr {
+            PlaneRepr::Bits(bits) => {
                 let bits = &mut bits[range];
                 self.ones += bits.len() - bits.count_ones();
                 bits.fill(true);
             }
-            Set::Runs(runs) => {
-                let mut new = place(range.start)..place(range.end);
+            PlaneRepr::Runs(runs) => {
+                let mut new = index_in_chunk(range.start)..index_in_chunk(range.end);
                 let first = runs.partition_point(|run| run.end < new.start);
                 let last = runs.partition_point(|run| run.start <= new.end);
                 // What it touches becomes one with it.
                 let old = &runs[first..last];
-                let held: usize = old.iter().map(len_of).sum();
+                let held: usize = old.iter().map(run_len).sum();
                 new.start = old.first().map_or(new.start, |run| run.start.min(new.start));
                 new.end = old.last().map_or(new.end, |run| run.end.max(new.end));
-                self.ones += len_of(&new) - held;
+                self.ones += run_len(&new) - held;
                 runs.splice(first..last, [new]);
-                self.spread(len);
+                self.bits_if_many_runs(len);
             }
         }
     }
@@ -213,24 +213,24 @@ impl Plane {
         if range.is_empty() {
             return;
         }
-        match &mut self.set {
-            Set::Bits(bits) => {
+        match &mut self.repr {
+            PlaneRepr::Bits(bits) => {
                 let bits = &mut bits[range];
                 self.ones -= bits.count_ones();
                 bits.fill(false);
             }
-            Set::Runs(runs) => {
-                let gone = place(range.start)..place(range.end);
+            PlaneRepr::Runs(runs) => {
+                let gone = index_in_chunk(range.start)..index_in_chunk(range.end);
                 let first = runs.partition_point(|run| run.end <= gone.start);
                 let last = runs.partition_point(|run| run.start < gone.end);
                 let old = &runs[first..last];
-                self.ones -= old.iter().map(|run| common(run, &gone)).sum::<usize>();
+                self.ones -= old.iter().map(|run| overlap_len(run, &gone)).sum::<usize>();
                 let before = old.first().map(|run| run.start..gone.start);
                 let after = old.last().map(|run| gone.end..run.end);
                 let left = before.into_iter().chain(after).filter(|run| run.start < run.end);
                 let left: Vec<_> = left.collect();
                 runs.splice(first..last, left);
-                self.spread(len);
+                self.bits_if_many_runs(len);
             }
         }
         if self.ones == 0 {
@@ -239,36 +239,36 @@ impl Plane {
     }
 
     /// Goes over to bits when there are too many runs to be listed.
-    fn spread(&mut self, len: usize) {
-        if let Set::Runs(runs) = &self.set
-            && runs.len() > most_runs(len)
+    fn bits_if_many_runs(&mut self, len: usize) {
+        if let PlaneRepr::Runs(runs) = &self.repr
+            && runs.len() > max_runs(len)
         {
             let mut bits: BitVec<u64, Lsb0> = BitVec::repeat(false, len);
             for run in runs {
                 bits[run.start as usize..run.end as usize].fill(true);
             }
-            self.set = Set::Bits(bits.into_boxed_bitslice());
+            self.repr = PlaneRepr::Bits(bits.into_boxed_bitslice());
         }
     }
 
     pub(super) fn count(&self, range: Range<usize>) -> usize {
-        match &self.set {
-            Set::Bits(bits) => bits[range].count_ones(),
-            Set::Runs(runs) => {
-                let range = place(range.start)..place(range.end);
+        match &self.repr {
+            PlaneRepr::Bits(bits) => bits[range].count_ones(),
+            PlaneRepr::Runs(runs) => {
+                let range = index_in_chunk(range.start)..index_in_chunk(range.end);
                 let first = runs.partition_point(|run| run.end <= range.start);
                 let inside = runs[first..].iter().take_while(|run| run.start < range.end);
-                inside.map(|run| common(run, &range)).sum()
+                inside.map(|run| overlap_len(run, &range)).sum()
             }
         }
     }
 
     pub(super) fn end_of_ones(&self, range: Range<usize>) -> usize {
         let (from, to) = (range.start, range.end);
-        match &self.set {
-            Set::Bits(bits) => bits[range].first_zero().map_or(to, |ones| from + ones),
-            Set::Runs(runs) => {
-                let at = place(from);
+        match &self.repr {
+            PlaneRepr::Bits(bits) => bits[range].first_zero().map_or(to, |ones| from + ones),
+            PlaneRepr::Runs(runs) => {
+                let at = index_in_chunk(from);
                 let next = runs.partition_point(|run| run.end <= at);
                 let run = runs.get(next).filter(|run| run.start <= at);
                 run.map_or(from, |run| to.min(run.end as usize))
@@ -278,10 +278,10 @@ impl Plane {
 
     pub(super) fn end_of_zeros(&self, range: Range<usize>) -> usize {
         let (from, to) = (range.start, range.end);
-        match &self.set {
-            Set::Bits(bits) => bits[range].first_one().map_or(to, |zeros| from + zeros),
-            Set::Runs(runs) => {
-                let at = place(from);
+        match &self.repr {
+            PlaneRepr::Bits(bits) => bits[range].first_one().map_or(to, |zeros| from + zeros),
+            PlaneRepr::Runs(runs) => {
+                let at = index_in_chunk(from);
                 let next = runs.partition_point(|run| run.end <= at);
                 runs.get(next).map_or(to, |run| to.min((run.start as usize).max(from)))
             }
@@ -290,24 +290,24 @@ impl Plane {
 
     /// Bytes on the heap.
     #[cfg(test)]
-    pub(super) fn bytes(&self) -> usize {
-        match &self.set {
-            Set::Bits(bits) => bits.len() / 8,
-            Set::Runs(runs) => runs.capacity() * size_of::<Range<u32>>(),
+    pub(super) fn heap_bytes(&self) -> usize {
+        match &self.repr {
+            PlaneRepr::Bits(bits) => bits.len() / 8,
+            PlaneRepr::Runs(runs) => runs.capacity() * size_of::<Range<u32>>(),
         }
     }
 
     /// Its blocks; the invariants hold.
     #[cfg(test)]
     pub(super) fn check(&self, len: usize) -> Vec<usize> {
-        let ones: Vec<usize> = match &self.set {
-            Set::Bits(bits) => {
+        let ones: Vec<usize> = match &self.repr {
+            PlaneRepr::Bits(bits) => {
                 assert_eq!(bits.len(), len);
                 assert!(self.ones > 0, "bits of nothing");
                 bits.iter_ones().collect()
             }
-            Set::Runs(runs) => {
-                assert!(runs.len() <= most_runs(len) && runs.iter().all(|run| !run.is_empty()));
+            PlaneRepr::Runs(runs) => {
+                assert!(runs.len() <= max_runs(len) && runs.iter().all(|run| !run.is_empty()));
                 assert!(runs.is_sorted_by(|one, next| one.end < next.start), "{runs:?}");
                 runs.iter().flat_map(|run| run.start as usize..run.end as usize).collect()
             }

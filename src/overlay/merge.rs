@@ -14,19 +14,19 @@ use std::os::fd::BorrowedFd;
 
 use super::Overlay;
 use super::sealed::Sealed;
-use crate::extents::Kind;
-use crate::host::{self, errno};
+use crate::extents::ExtentKind;
+use crate::host::{self, os_error};
 use crate::layer::{Layer, ReadBelow, Wait, WritableLayer};
 
 /// The most that is copied between two looks at whether to stop: 32 MiB.
-const PIECE: u64 = 32 << 20;
+const COPY_CHUNK: u64 = 32 << 20;
 /// Bytes read and written at a time where the host cannot copy: 1 MiB.
-const BUFFER: u64 = 1 << 20;
+const COPY_BUFFER_LEN: u64 = 1 << 20;
 
 /// Nothing lies below a layer that is being put together.
-pub(super) struct Nothing;
+pub(super) struct NothingBelow;
 
-impl ReadBelow for Nothing {
+impl ReadBelow for NothingBelow {
     fn read_below(&self, buf: &mut [u8], _: u64, _: Wait) -> io::Result<()> {
         buf.fill(0);
         Ok(())
@@ -42,7 +42,7 @@ impl Overlay {
     ///
     /// # Errors
     /// `EINTR` when `stop` says so between two pieces; `ENOSPC`; the host's errno.
-    pub fn absorb(&self, layers: &Sealed, stop: &dyn Fn() -> bool) -> io::Result<()> {
+    pub fn merge_from(&self, layers: &Sealed, stop: &dyn Fn() -> bool) -> io::Result<()> {
         let (limit, size) = (layers.lower_limit(), layers.size());
         if limit < self.size() {
             // What those layers had cut off once does not come back.
@@ -52,27 +52,27 @@ impl Overlay {
         let mut at = 0;
         while at < size {
             if stop() {
-                return Err(errno(libc::EINTR));
+                return Err(os_error(libc::EINTR));
             }
-            let (extent, _) = layers.extent_of(&(at..size));
+            let (extent, _) = layers.extent_and_layer(&(at..size));
             at = extent.range.end;
             match extent.kind {
-                Kind::Data => self.absorb_data(layers, extent.range, stop)?,
-                Kind::Zero | Kind::Hole => {
+                ExtentKind::Data => self.merge_data(layers, extent.range, stop)?,
+                ExtentKind::Zero | ExtentKind::Hole => {
                     // Behind data that was cut off inside a block: the rest of it is zeros already.
-                    let start = extent.range.start.next_multiple_of(self.block);
-                    let end = extent.range.end.min(limit).next_multiple_of(self.block).min(size);
+                    let start = extent.range.start.next_multiple_of(self.block_size);
+                    let end = extent.range.end.min(limit).next_multiple_of(self.block_size).min(size);
                     if start < end {
-                        self.zero(start..end, &Nothing, Wait::Yes)?;
+                        self.zero(start..end, &NothingBelow, Wait::Yes)?;
                     }
                 }
-                Kind::Lower => {}
+                ExtentKind::Lower => {}
             }
         }
         Ok(())
     }
 
-    fn absorb_data(
+    fn merge_data(
         &self,
         layers: &Sealed,
         range: Range<u64>,
@@ -81,29 +81,29 @@ impl Overlay {
         let mut at = range.start;
         while at < range.end {
             if stop() {
-                return Err(errno(libc::EINTR));
+                return Err(os_error(libc::EINTR));
             }
-            let end = range.end.min(at + PIECE);
+            let end = range.end.min(at + COPY_CHUNK);
             // Whole blocks, or up to the end of the disk.
-            let whole = if end == self.size() { end } else { end / self.block * self.block };
+            let whole = if end == self.size() { end } else { end / self.block_size * self.block_size };
             if at < whole {
-                let copied = self.absorb_in_host(layers, at..whole)?;
+                let copied = self.copy_in_host(layers, at..whole)?;
                 at += copied;
                 if copied > 0 {
                     continue;
                 }
             }
-            let len = (end - at).min(BUFFER);
-            let mut buf = vec![0; usize::try_from(len).map_err(|_| errno(libc::EFBIG))?];
+            let len = (end - at).min(COPY_BUFFER_LEN);
+            let mut buf = vec![0; usize::try_from(len).map_err(|_| os_error(libc::EFBIG))?];
             layers.read_at(&mut buf, at, Wait::Yes)?;
-            self.write_at(&buf, at, &Nothing, Wait::Yes)?;
+            self.write_at(&buf, at, &NothingBelow, Wait::Yes)?;
             at += len;
         }
         Ok(())
     }
 
     /// Has the host copy `range`, whole blocks that are data in one layer; 0 when it cannot.
-    fn absorb_in_host(&self, layers: &Sealed, range: Range<u64>) -> io::Result<u64> {
+    fn copy_in_host(&self, layers: &Sealed, range: Range<u64>) -> io::Result<u64> {
         let copied = self.copy_in(&range, &mut |to, place| {
             let mut lent = |from: BorrowedFd<'_>, piece: Range<u64>| {
                 host::copy_range(from, piece.clone(), to, piece.start)
@@ -111,7 +111,7 @@ impl Overlay {
             Ok(layers.lend_at(place, Wait::Yes, &mut lent)?.1.unwrap_or(0))
         });
         match copied {
-            Err(error) if host::cannot_copy(&error) => Ok(0),
+            Err(error) if host::is_copy_unsupported(&error) => Ok(0),
             copied => copied,
         }
     }
@@ -125,12 +125,12 @@ mod tests {
     use proptest::prelude::*;
 
     use super::super::keep::temporary;
-    use super::super::sealed::tests::{Plan, bytes, large, parts, pieces, slow, small};
+    use super::super::sealed::tests::{StackPlan, bytes, large, parts, pieces, slow, small};
     use super::*;
 
     /// An empty layer in the place of `old`.
     fn empty(dir: &Path, old: &Overlay) -> Overlay {
-        let block = u32::try_from(old.block()).unwrap();
+        let block = u32::try_from(old.block_size()).unwrap();
         temporary(dir, block, old.size(), old.lower_limit(), None).unwrap()
     }
 
@@ -144,7 +144,7 @@ mod tests {
         assert_eq!(new[0].size(), size);
         let lower = |layers: &[Arc<Overlay>]| {
             let mut all = pieces(size, |range| slow(layers, range));
-            all.retain(|piece| piece.1 == Kind::Lower);
+            all.retain(|piece| piece.1 == ExtentKind::Lower);
             all.into_iter().map(|piece| piece.0).collect::<Vec<_>>()
         };
         assert_eq!(lower(new), lower(old), "where the base shows");
@@ -158,7 +158,7 @@ mod tests {
     }
 
     /// Merges the layer of rank `at` and the one below it, in each of the ways there are.
-    fn check(plan: &Plan, at: usize) {
+    fn check(plan: &StackPlan, at: usize) {
         let dir = tempfile::tempdir().unwrap();
         let old = plan.build(dir.path());
         let at = at % old.len();
@@ -166,11 +166,11 @@ mod tests {
         let bottom = pair.last().unwrap();
         let never = || false;
         let both = empty(dir.path(), bottom);
-        both.absorb(&sealed(pair), &never).unwrap();
+        both.merge_from(&sealed(pair), &never).unwrap();
         // As a busy top is merged: one after the other.
         let each = empty(dir.path(), bottom);
         for layer in pair.iter().rev() {
-            each.absorb(&sealed(std::slice::from_ref(layer)), &never).unwrap();
+            each.merge_from(&sealed(std::slice::from_ref(layer)), &never).unwrap();
         }
         for merged in [both, each] {
             let mut new = old.clone();
@@ -200,10 +200,10 @@ mod tests {
     fn merging_stops_when_it_is_told_to() {
         let dir = tempfile::tempdir().unwrap();
         let lower = temporary(dir.path(), 4096, 1 << 20, 1 << 20, None).unwrap();
-        lower.write_at(&[7; 9000], 100, &Nothing, Wait::Yes).unwrap();
+        lower.write_at(&[7; 9000], 100, &NothingBelow, Wait::Yes).unwrap();
         let lower = Arc::new(lower);
         let new = empty(dir.path(), &lower);
-        let stopped = new.absorb(&sealed(&[lower]), &|| true).unwrap_err();
+        let stopped = new.merge_from(&sealed(&[lower]), &|| true).unwrap_err();
         assert_eq!(stopped.raw_os_error(), Some(libc::EINTR));
     }
 }

@@ -7,15 +7,15 @@
 //! ```
 //!
 //! - `change`: writes, zeroing, sizes. `blocks`: the map in memory. `record`, `log`: the durable map. `data`: the host files.
-//! - `ranges`: which bytes are being changed. `readers`, `pending`: when freed space may go back.
-//! - `turns`: who shares a sync. `recover`: from files to a running overlay. `stack`: which
+//! - `range_locks`: which bytes are being changed. `readers`, `pending`: when freed space may go back.
+//! - `group_commit`: who shares a sync. `recover`: from files to a running overlay. `stack`: which
 //!   layers make a disk, on disk. `keep`: from temporary to persistent.
 //!   `verify`: is it whole? `reflink`: the other kind of overlay, which has no map: a reflink copy
 //!   of its base. `journal`: syncs of few changes. `commit`: down into the base. `sealed`, `merge`,
 //!   `tree`, `shelf`: layers below. `fiemap`: where the host keeps a file's blocks.
 //!
-//! Locks, outermost first: the disk's gate (held by the caller), `ranges`, the log's tail, the map.
-//! `pending` is taken inside any of them and nothing is taken inside it. Only `ranges` is held
+//! Locks, outermost first: the disk's gate (held by the caller), `range_locks`, the log's tail, the map.
+//! `pending` is taken inside any of them and nothing is taken inside it. Only `range_locks` is held
 //! across I/O.
 //!
 //! Data first, map after: a crash between the two leaves bytes that nobody looks at. Freeing is
@@ -56,49 +56,49 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
 use parking_lot::{Mutex, RwLock};
 
-use self::blocks::{BlockIndex, State};
-pub use self::commit::CommitTo;
+use self::blocks::{BlockIndex, BlockState};
+pub use self::commit::CommitTarget;
 use self::data::{HostFile, Storage};
-use self::journal::{Fresh, Journal};
+use self::journal::{DirtyBlocks, Journal};
 use self::log::Log;
-use self::pending::Pending;
+use self::pending::PendingFrees;
 use self::ranges::RangeLocks;
 use self::readers::Readers;
-use self::record::{Image, Nanos, Stamp, Tag};
-use self::turns::Turns;
-use crate::extents::{Extent, Kind};
-use crate::host::errno;
-use crate::layer::{Copy, Layer, Wait};
+use self::record::{LayerMap, Nanos, MtimeOrigin, BootTag};
+use self::turns::GroupCommit;
+use crate::extents::{Extent, ExtentKind};
+use crate::host::os_error;
+use crate::layer::{CopyFn, Layer, Wait};
 
 /// The default block size in bytes: the page size, so a page written is never read first.
-pub const DEFAULT_BLOCK: u32 = 4096;
+pub const DEFAULT_BLOCK_SIZE: u32 = 4096;
 /// Ranges are locked in units of at least this many bytes: a 1 MiB write takes nine locks.
 const LOCK_UNIT: u64 = 128 << 10;
 /// The largest size of a disk: what a signed file offset can name.
-pub const LARGEST: u64 = i64::MAX.cast_unsigned();
+pub const MAX_DISK_SIZE: u64 = i64::MAX.cast_unsigned();
 
 /// A copy-on-write layer.
 pub struct Overlay {
     /// Block size in bytes.
-    block: u64,
+    block_size: u64,
     data: Arc<dyn Storage>,
-    map: RwLock<Image>,
+    map: RwLock<LayerMap>,
     /// `None`: a temporary overlay, gone when it is dropped.
     log: Option<Log>,
-    tag: Tag,
-    ranges: RangeLocks,
+    tag: BootTag,
+    range_locks: RangeLocks,
     readers: Readers,
-    pending: Mutex<Pending>,
-    turns: Turns,
+    pending: Mutex<PendingFrees>,
+    group_commit: GroupCommit,
     /// What the next sync has to write, while that is little.
-    fresh: Fresh,
+    dirty_blocks: DirtyBlocks,
     journal: Journal,
     /// The highest sequence whose record, and the data behind it, is durable.
     durable: AtomicU64,
     /// Bytes that were changed since the last sync began; no longer counted once they are many.
-    dirty: AtomicU64,
+    dirty_bytes: AtomicU64,
     /// Syncs in a row, each of a small overwrite.
-    habit: AtomicU32,
+    small_syncs: AtomicU32,
     /// A sync failed: no write and no sync succeeds any more.
     latched: AtomicBool,
     /// Counts changes of the map, for those who keep what they learnt from it.
@@ -106,13 +106,13 @@ pub struct Overlay {
     /// The most Data blocks there may be.
     limit: Option<u64>,
     /// Sealed layers below that must be durable before this one vouches for anything.
-    unsettled: Mutex<Vec<Arc<Overlay>>>,
+    unclosed_layers: Mutex<Vec<Arc<Overlay>>>,
     /// The commit into the base that is under way.
-    commit: Mutex<Option<commit::Progress>>,
+    commit: Mutex<Option<commit::CommitTracker>>,
     /// Whether there is one: what every change looks at.
     is_committing: AtomicBool,
     /// It is sealed, durable and its log closed: nothing is left to be done for it.
-    settled: Mutex<bool>,
+    is_closed: Mutex<bool>,
     /// Its host takes no changes, and so does it.
     is_read_only: bool,
 }
@@ -127,74 +127,74 @@ pub struct Usage {
 }
 
 impl Overlay {
-    /// An overlay over `data` that starts as `image`. `limit` caps the bytes of data it may hold.
+    /// An overlay over `data` that starts as `clone_map`. `limit` caps the bytes of data it may hold.
     #[must_use]
     pub fn new(
         block: u32,
         data: Arc<dyn Storage>,
-        image: Image,
+        image: LayerMap,
         log: Option<Log>,
-        tag: Tag,
+        tag: BootTag,
         limit: Option<u64>,
     ) -> Self {
         let block = u64::from(block);
-        let durable = log.as_ref().map_or(u64::MAX, Log::last);
+        let durable = log.as_ref().map_or(u64::MAX, Log::last_sequence);
         Self {
-            block,
+            block_size: block,
             data,
             map: RwLock::new(image),
             log,
             tag,
-            ranges: RangeLocks::new(block.max(LOCK_UNIT)),
+            range_locks: RangeLocks::new(block.max(LOCK_UNIT)),
             readers: Readers::default(),
             pending: Mutex::default(),
-            turns: Turns::default(),
-            fresh: Fresh::default(),
+            group_commit: GroupCommit::default(),
+            dirty_blocks: DirtyBlocks::default(),
             journal: Journal::default(),
             durable: AtomicU64::new(durable),
-            dirty: AtomicU64::new(0),
-            habit: AtomicU32::new(0),
+            dirty_bytes: AtomicU64::new(0),
+            small_syncs: AtomicU32::new(0),
             latched: AtomicBool::new(false),
             revision: AtomicU64::new(0),
             limit: limit.map(|limit| limit / block),
-            unsettled: Mutex::default(),
+            unclosed_layers: Mutex::default(),
             commit: Mutex::default(),
             is_committing: AtomicBool::new(false),
-            settled: Mutex::new(false),
+            is_closed: Mutex::new(false),
             is_read_only: false,
         }
     }
 
     /// A layer that was sealed and closed in good order before.
     #[must_use]
-    pub fn closed(block: u32, data: Arc<dyn Storage>, image: Image, tag: Tag) -> Self {
+    pub fn closed(block: u32, data: Arc<dyn Storage>, image: LayerMap, tag: BootTag) -> Self {
         let layer = Self::new(block, data, image, None, tag, None);
-        *layer.settled.lock() = true;
+        *layer.is_closed.lock() = true;
         layer
     }
 
     /// Puts it on `layers`: each of them is made durable before this one vouches for a change.
-    pub fn stand_on(&self, layers: &[Arc<Self>]) {
+    pub fn set_lower_layers(&self, layers: &[Arc<Self>]) {
         // One that is being settled at this moment is waited for later, not here.
-        let is_open = |layer: &&Arc<Self>| layer.settled.try_lock().is_none_or(|done| !*done);
+        let is_open = |layer: &&Arc<Self>| layer.is_closed.try_lock().is_none_or(|done| !*done);
         let open = layers.iter().filter(is_open);
-        *self.unsettled.lock() = open.cloned().collect();
+        *self.unclosed_layers.lock() = open.cloned().collect();
     }
 
     /// Caps what it may hold from now on, in bytes of data.
     pub fn set_limit(&mut self, limit: Option<u64>) {
-        self.limit = limit.map(|limit| limit / self.block);
+        self.limit = limit.map(|limit| limit / self.block_size);
     }
 
     /// Takes the place of `older`: what was learnt from that map is not taken for this one's.
-    pub fn follow(&self, older: &Self) {
+    pub fn continue_revision(&self, older: &Self) {
         self.revision.store(older.revision() + 1, Ordering::Release);
     }
 
     /// Block size in bytes.
     #[must_use]
-    pub fn block(&self) -> u64 {
-        self.block
+    pub fn block_size(&self) -> u64 {
+        self.block_size
     }
 
     /// How far down into what lies below one can see, in bytes.
@@ -227,8 +227,8 @@ impl Overlay {
         let map = self.map.read();
         Usage {
             // A log may name more blocks than the disk has bytes for.
-            data: map.blocks.data_blocks().saturating_mul(self.block),
-            zero: map.blocks.zero_blocks().saturating_mul(self.block),
+            data: map.blocks.data_blocks().saturating_mul(self.block_size),
+            zero: map.blocks.zero_blocks().saturating_mul(self.block_size),
         }
     }
 
@@ -240,13 +240,13 @@ impl Overlay {
 
     /// The modification time that the log knows.
     #[must_use]
-    pub fn mtime(&self) -> Option<(Nanos, Stamp)> {
+    pub fn mtime(&self) -> Option<(Nanos, MtimeOrigin)> {
         self.map.read().mtime
     }
 
     /// The data file on the host, to look at its file system.
     #[must_use]
-    pub fn first_file(&self) -> Option<File> {
+    pub fn data_file(&self) -> Option<File> {
         self.data.host_file()?.first().try_clone().ok()
     }
 
@@ -268,7 +268,7 @@ impl Overlay {
     /// is not brought there.
     pub fn will_need(&self, range: &Range<u64>) {
         if !self.is_direct()
-            && let Some(file) = self.data.backing(range.clone())
+            && let Some(file) = self.data.host_fd(range.clone())
         {
             let len = std::num::NonZeroU64::new(range.end - range.start);
             // Advice only.
@@ -278,24 +278,24 @@ impl Overlay {
 
     /// A copy of the map as it is now. The caller holds the gate exclusive.
     #[must_use]
-    pub fn image(&self) -> Image {
+    pub fn clone_map(&self) -> LayerMap {
         self.map.read().clone()
     }
 
     /// The blocks that `range` (bytes) touches.
     fn blocks_of(&self, range: &Range<u64>) -> Range<BlockIndex> {
-        BlockIndex(range.start / self.block)..BlockIndex(range.end.div_ceil(self.block))
+        BlockIndex(range.start / self.block_size)..BlockIndex(range.end.div_ceil(self.block_size))
     }
 
     /// The bytes of `blocks`, up to the largest offset there is.
     fn bytes_of(&self, blocks: &Range<BlockIndex>) -> Range<u64> {
-        blocks.start.0.saturating_mul(self.block)..blocks.end.0.saturating_mul(self.block)
+        blocks.start.0.saturating_mul(self.block_size)..blocks.end.0.saturating_mul(self.block_size)
     }
 
-    fn check_latch(&self) -> io::Result<()> {
+    fn check_writable(&self) -> io::Result<()> {
         match (self.is_read_only, self.is_latched()) {
-            (true, _) => Err(errno(libc::EROFS)),
-            (false, true) => Err(errno(libc::EIO)),
+            (true, _) => Err(os_error(libc::EROFS)),
+            (false, true) => Err(os_error(libc::EIO)),
             (false, false) => Ok(()),
         }
     }
@@ -304,24 +304,24 @@ impl Overlay {
     fn look_up(&self, range: &Range<u64>) -> Extent {
         let map = self.map.read();
         if range.start >= map.size {
-            return Extent::new(range.clone(), Kind::Hole);
+            return Extent::new(range.clone(), ExtentKind::Hole);
         }
         let run = map.blocks.run_at(self.blocks_of(range));
         let mut end = self.bytes_of(&run.range).end.min(range.end).min(map.size);
         let kind = match run.state {
-            State::Data => Kind::Data,
-            State::Zero => Kind::Hole,
-            State::Lower if range.start >= map.lower_limit => Kind::Hole,
-            State::Lower => {
+            BlockState::Data => ExtentKind::Data,
+            BlockState::Zero => ExtentKind::Hole,
+            BlockState::Lower if range.start >= map.lower_limit => ExtentKind::Hole,
+            BlockState::Lower => {
                 end = end.min(map.lower_limit);
-                Kind::Lower
+                ExtentKind::Lower
             }
         };
         Extent::new(range.start..end, kind)
     }
 
     /// Notes that the space of `blocks` may go back once record `sequence` is vouched.
-    fn free(&self, blocks: &Range<BlockIndex>, sequence: u64) {
+    fn defer_free(&self, blocks: &Range<BlockIndex>, sequence: u64) {
         if sequence > 0 || self.log.is_none() {
             self.pending.lock().add(self.bytes_of(blocks), sequence);
         }
@@ -331,14 +331,14 @@ impl Overlay {
     /// file may hold blocks that no record speaks of.
     fn reclaim(&self) {
         let len = self.data.len().unwrap_or(0).max(self.size());
-        let end = len.next_multiple_of(self.block);
+        let end = len.next_multiple_of(self.block_size);
         self.pending.lock().add(0..end, self.durable.load(Ordering::Relaxed));
     }
 
     /// Called when the bytes of `blocks` were written, before a record says so.
     fn note_written(&self, blocks: &Range<BlockIndex>) {
         if self.log.is_some() {
-            self.fresh.note(blocks);
+            self.dirty_blocks.add(blocks);
         }
     }
 
@@ -346,15 +346,15 @@ impl Overlay {
     /// then the next one's.
     fn mark_dirty(&self, len: u64) {
         // A plain load first: the line stays shared between the workers once there are many.
-        if self.dirty.load(Ordering::Relaxed) <= sync::FEW {
-            self.dirty.fetch_add(len.max(1), Ordering::SeqCst);
+        if self.dirty_bytes.load(Ordering::Relaxed) <= sync::MAX_QUICK_SYNC {
+            self.dirty_bytes.fetch_add(len.max(1), Ordering::SeqCst);
         }
     }
 }
 
 /// Whether the host takes no more, which may change: no space, or a limit. A file that has reached
 /// the size it may have is one that is full.
-pub(crate) fn is_full(error: &io::Error) -> bool {
+pub(crate) fn is_out_of_space(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::ENOSPC | libc::EDQUOT | libc::EFBIG))
 }
 
@@ -370,8 +370,8 @@ impl Layer for Overlay {
     fn read_at(&self, buf: &mut [u8], offset: u64, wait: Wait) -> io::Result<Extent> {
         let _reading = self.readers.enter();
         let extent = self.look_up(&(offset..offset + buf.len() as u64));
-        if extent.kind == Kind::Data {
-            let len = usize::try_from(extent.len()).map_err(|_| errno(libc::EFBIG))?;
+        if extent.kind == ExtentKind::Data {
+            let len = usize::try_from(extent.len()).map_err(|_| os_error(libc::EFBIG))?;
             self.data.read_at(&mut buf[..len], offset, wait)?;
         }
         Ok(extent)
@@ -381,12 +381,12 @@ impl Layer for Overlay {
         &self,
         range: Range<u64>,
         _: Wait,
-        copy: Copy<'_>,
+        copy: CopyFn<'_>,
     ) -> io::Result<(Extent, Option<u64>)> {
         let _reading = self.readers.enter();
         let extent = self.look_up(&range);
         let file =
-            if extent.kind == Kind::Data { self.data.backing(extent.range.clone()) } else { None };
+            if extent.kind == ExtentKind::Data { self.data.host_fd(extent.range.clone()) } else { None };
         let copied = file.map(|file| copy(file, extent.range.clone())).transpose()?;
         Ok((extent, copied))
     }

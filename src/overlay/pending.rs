@@ -14,12 +14,12 @@ use std::ops::Range;
 
 /// Freed ranges in bytes, each with the sequence of the record that freed it; never overlapping.
 #[derive(Debug, Default)]
-pub struct Pending {
+pub struct PendingFrees {
     /// By start: end and sequence.
     ranges: BTreeMap<u64, (u64, u64)>,
 }
 
-impl Pending {
+impl PendingFrees {
     /// Adds `range`, freed by record `sequence`, which is later than all before.
     pub fn add(&mut self, range: Range<u64>, sequence: u64) {
         if range.is_empty() {
@@ -93,7 +93,7 @@ mod tests {
             ops in proptest::collection::vec((0u64..64, 1u64..24, any::<bool>()), 1..60),
             durable in 0u64..60,
         ) {
-            let mut pending = Pending::default();
+            let mut pending = PendingFrees::default();
             let mut model = [None::<u64>; 96];
             for (sequence, (start, len, add)) in ops.into_iter().enumerate() {
                 let (sequence, range) = (sequence as u64, start..start + len);
@@ -121,7 +121,7 @@ mod tests {
 
     #[test]
     fn a_piece_is_cut_to_what_was_asked() {
-        let mut pending = Pending::default();
+        let mut pending = PendingFrees::default();
         pending.add(10..100, 1);
         assert_eq!(pending.first(&(0..26), 1), Some(10..26));
         assert_eq!(pending.first(&(50..66), 1), Some(50..66));

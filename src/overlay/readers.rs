@@ -21,14 +21,14 @@ pub struct Readers {
 
 impl Readers {
     /// Counts one reader in, before it looks at the map; dropping the guard counts it out.
-    pub fn enter(&self) -> Reading<'_> {
+    pub fn enter(&self) -> ReaderGuard<'_> {
         loop {
             let generation = self.generation.load(Ordering::SeqCst);
             let count = &self.counts[generation & 1];
             count.fetch_add(1, Ordering::SeqCst);
             // A drain may have turned between the two steps: it would not wait for us then.
             if self.generation.load(Ordering::SeqCst) == generation {
-                return Reading { count };
+                return ReaderGuard { count };
             }
             count.fetch_sub(1, Ordering::SeqCst);
         }
@@ -48,11 +48,11 @@ impl Readers {
 
 /// One reader that is in.
 #[must_use]
-pub struct Reading<'a> {
+pub struct ReaderGuard<'a> {
     count: &'a AtomicUsize,
 }
 
-impl Drop for Reading<'_> {
+impl Drop for ReaderGuard<'_> {
     fn drop(&mut self) {
         self.count.fetch_sub(1, Ordering::SeqCst);
     }

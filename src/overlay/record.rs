@@ -16,48 +16,48 @@ use std::ops::Range;
 
 use uuid::Uuid;
 
-use super::LARGEST;
-use super::blocks::{BlockIndex, BlockMap, State};
+use super::MAX_DISK_SIZE;
+use super::blocks::{BlockIndex, BlockMap, BlockState};
 
 /// The length of a record in bytes: a power of two, so records never straddle a sector.
 pub const RECORD_LEN: usize = 32;
 /// The blocks of the largest disk in blocks of the smallest size, 512 bytes.
-const MOST_BLOCKS: u64 = LARGEST.div_ceil(512);
+const MAX_BLOCKS: u64 = MAX_DISK_SIZE.div_ceil(512);
 /// The highest sequence that is believed: a million records a second reach it in 146,000 years, and
 /// sums of a few of them never overflow.
-const LAST: u64 = 1 << 62;
+const MAX_SEQUENCE: u64 = 1 << 62;
 
 /// Names one life of the host and of the file system under an overlay. While it stays the same,
 /// what was written is still in the page cache or on the disk; another one is read as a power cut.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Tag(pub [u64; 2]);
+pub struct BootTag(pub [u64; 2]);
 
 /// A point in time: nanoseconds since the epoch.
 pub type Nanos = i64;
 
 /// Whether a modification time was set by a user (`utimes`) or moved by a write.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Stamp {
+pub enum MtimeOrigin {
     /// A write moved it; after a crash the data file's own time may be a better one.
     Written,
     /// A user set it; it holds until the next write.
-    Chosen,
+    SetByUser,
 }
 
 /// One entry of the log.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Record {
+pub enum LogRecord {
     /// A daemon opened the layer for writing under this tag.
     Open {
         /// Where and when.
-        tag: Tag,
+        tag: BootTag,
     },
     /// The blocks of `range` are in `state` from now on.
     Set {
         /// Half-open, in blocks.
         range: Range<BlockIndex>,
         /// Their new state.
-        state: State,
+        state: BlockState,
     },
     /// The disk's size changed; blocks at or past the smaller of the old and new size are Lower.
     Size {
@@ -71,7 +71,7 @@ pub enum Record {
         /// The time.
         mtime: Nanos,
         /// Who set it.
-        stamp: Stamp,
+        stamp: MtimeOrigin,
     },
     /// The data behind every record up to and including `upto` is durable.
     Vouch {
@@ -97,9 +97,9 @@ pub enum Record {
 
 /// What the 32 bytes at one place of the log turned out to be.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Decoded {
+pub enum DecodedRecord {
     /// A whole record and its sequence number.
-    Good(u64, Record),
+    Good(u64, LogRecord),
     /// All zeros: never written (or lost before it reached the disk).
     Blank,
     /// Anything else: the checksum does not match.
@@ -109,7 +109,7 @@ pub enum Decoded {
     Unknown(u8),
 }
 
-impl Record {
+impl LogRecord {
     /// The record's bytes under `sequence`, for the layer `uuid`.
     #[must_use]
     pub fn encode(&self, uuid: &Uuid, sequence: u64) -> [u8; RECORD_LEN] {
@@ -118,7 +118,7 @@ impl Record {
             Self::Set { range, state } => (2, u8::from(*state), range.start.0, range.end.0),
             Self::Size { size, lower_limit } => (3, 0, *size, *lower_limit),
             Self::Attr { mtime, stamp } => {
-                (4, u8::from(*stamp == Stamp::Chosen), mtime.cast_unsigned(), 0)
+                (4, u8::from(*stamp == MtimeOrigin::SetByUser), mtime.cast_unsigned(), 0)
             }
             Self::Vouch { upto, durable } => (5, 0, *upto, *durable),
             Self::Poisoned { durable, vouched } => (6, 0, *durable, *vouched),
@@ -139,9 +139,9 @@ impl Record {
 
     /// Reads one record of the layer `uuid`.
     #[must_use]
-    pub fn decode(bytes: &[u8; RECORD_LEN], uuid: &Uuid) -> Decoded {
+    pub fn decode(bytes: &[u8; RECORD_LEN], uuid: &Uuid) -> DecodedRecord {
         if bytes == &[0; RECORD_LEN] {
-            return Decoded::Blank;
+            return DecodedRecord::Blank;
         }
         let word = |at: usize| {
             let mut word = [0; 8];
@@ -150,32 +150,32 @@ impl Record {
         };
         let crc = u32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]);
         if crc != checksum(uuid, bytes) {
-            return Decoded::Bad;
+            return DecodedRecord::Bad;
         }
         let (kind, detail, a, b) = (bytes[4], bytes[5], word(16), word(24));
         let record = match kind {
-            1 => Self::Open { tag: Tag([a, b]) },
-            2 => match State::try_from(detail) {
-                Ok(state) if a < b && b <= MOST_BLOCKS => {
+            1 => Self::Open { tag: BootTag([a, b]) },
+            2 => match BlockState::try_from(detail) {
+                Ok(state) if a < b && b <= MAX_BLOCKS => {
                     Self::Set { range: BlockIndex(a)..BlockIndex(b), state }
                 }
-                _ => return Decoded::Unknown(kind),
+                _ => return DecodedRecord::Unknown(kind),
             },
-            3 if a.max(b) <= LARGEST => Self::Size { size: a, lower_limit: b },
+            3 if a.max(b) <= MAX_DISK_SIZE => Self::Size { size: a, lower_limit: b },
             4 => Self::Attr {
                 mtime: a.cast_signed(),
-                stamp: if detail == 1 { Stamp::Chosen } else { Stamp::Written },
+                stamp: if detail == 1 { MtimeOrigin::SetByUser } else { MtimeOrigin::Written },
             },
-            5 if a.max(b) <= LAST => Self::Vouch { upto: a, durable: b },
-            6 if a.max(b) <= LAST => Self::Poisoned { durable: a, vouched: b },
+            5 if a.max(b) <= MAX_SEQUENCE => Self::Vouch { upto: a, durable: b },
+            6 if a.max(b) <= MAX_SEQUENCE => Self::Poisoned { durable: a, vouched: b },
             7 => Self::Close,
             8 => Self::Intent,
             9 => Self::Done,
-            _ => return Decoded::Unknown(kind),
+            _ => return DecodedRecord::Unknown(kind),
         };
         match word(8) {
-            sequence @ 0..=LAST => Decoded::Good(sequence, record),
-            _ => Decoded::Unknown(kind),
+            sequence @ 0..=MAX_SEQUENCE => DecodedRecord::Good(sequence, record),
+            _ => DecodedRecord::Unknown(kind),
         }
     }
 }
@@ -186,7 +186,7 @@ fn checksum(uuid: &Uuid, bytes: &[u8; RECORD_LEN]) -> u32 {
 
 /// What a layer's records add up to.
 #[derive(Clone, Debug)]
-pub struct Image {
+pub struct LayerMap {
     /// The state of every block.
     pub blocks: BlockMap,
     /// The disk's size in bytes.
@@ -194,12 +194,12 @@ pub struct Image {
     /// Lower bytes at or past this offset read as zeros: the smallest size this layer ever had.
     pub lower_limit: u64,
     /// The last modification time, if one was recorded.
-    pub mtime: Option<(Nanos, Stamp)>,
+    pub mtime: Option<(Nanos, MtimeOrigin)>,
     /// A commit into the base has begun and not ended.
     pub is_committing: bool,
 }
 
-impl Image {
+impl LayerMap {
     /// A layer without any block, of `size` bytes, that shows the layers below up to
     /// `lower_limit`.
     #[must_use]
@@ -208,39 +208,39 @@ impl Image {
     }
 
     /// Takes in one record, in order. `block` is the block size in bytes.
-    pub fn apply(&mut self, record: &Record, block: u64) {
+    pub fn apply(&mut self, record: &LogRecord, block: u64) {
         match record {
-            Record::Set { range, state } => self.blocks.set(range.clone(), *state),
-            Record::Size { size, lower_limit } => self.resize(*size, *lower_limit, block),
-            Record::Attr { mtime, stamp } => self.mtime = Some((*mtime, *stamp)),
-            Record::Intent => self.is_committing = true,
-            Record::Done => self.is_committing = false,
-            Record::Open { .. }
-            | Record::Vouch { .. }
-            | Record::Poisoned { .. }
-            | Record::Close => {}
+            LogRecord::Set { range, state } => self.blocks.set(range.clone(), *state),
+            LogRecord::Size { size, lower_limit } => self.resize(*size, *lower_limit, block),
+            LogRecord::Attr { mtime, stamp } => self.mtime = Some((*mtime, *stamp)),
+            LogRecord::Intent => self.is_committing = true,
+            LogRecord::Done => self.is_committing = false,
+            LogRecord::Open { .. }
+            | LogRecord::Vouch { .. }
+            | LogRecord::Poisoned { .. }
+            | LogRecord::Close => {}
         }
     }
 
-    /// What `Record::Size` means: blocks at or past the smaller size are Lower again. The block
+    /// What `LogRecord::Size` means: blocks at or past the smaller size are Lower again. The block
     /// that holds the smaller size keeps its state; its tail was zeroed before the growth.
     pub fn resize(&mut self, size: u64, lower_limit: u64, block: u64) {
         let cut = self.size.min(size).div_ceil(block);
-        self.blocks.set(BlockIndex(cut)..BlockIndex(u64::MAX), State::Lower);
+        self.blocks.set(BlockIndex(cut)..BlockIndex(u64::MAX), BlockState::Lower);
         self.size = size;
         self.lower_limit = lower_limit;
     }
 
     /// The shortest sequence of records that adds up to this image, without `Open` and `Vouch`.
-    pub fn records(&self) -> impl Iterator<Item = Record> + '_ {
-        let head = Record::Size { size: self.size, lower_limit: self.lower_limit };
-        let attr = self.mtime.map(|(mtime, stamp)| Record::Attr { mtime, stamp });
+    pub fn records(&self) -> impl Iterator<Item = LogRecord> + '_ {
+        let head = LogRecord::Size { size: self.size, lower_limit: self.lower_limit };
+        let attr = self.mtime.map(|(mtime, stamp)| LogRecord::Attr { mtime, stamp });
         let runs = self.blocks.runs(BlockIndex(0)..BlockIndex(u64::MAX));
-        let sets = runs.filter(|run| run.state != State::Lower);
+        let sets = runs.filter(|run| run.state != BlockState::Lower);
         std::iter::once(head)
             .chain(attr)
-            .chain(self.is_committing.then_some(Record::Intent))
-            .chain(sets.map(|run| Record::Set { range: run.range, state: run.state }))
+            .chain(self.is_committing.then_some(LogRecord::Intent))
+            .chain(sets.map(|run| LogRecord::Set { range: run.range, state: run.state }))
     }
 }
 
@@ -250,38 +250,38 @@ mod tests {
 
     use super::*;
 
-    fn any_state() -> impl Strategy<Value = State> {
-        prop_oneof![Just(State::Lower), Just(State::Data), Just(State::Zero)]
+    fn any_state() -> impl Strategy<Value = BlockState> {
+        prop_oneof![Just(BlockState::Lower), Just(BlockState::Data), Just(BlockState::Zero)]
     }
 
-    fn any_record() -> impl Strategy<Value = Record> {
+    fn any_record() -> impl Strategy<Value = LogRecord> {
         prop_oneof![
-            any::<[u64; 2]>().prop_map(|tag| Record::Open { tag: Tag(tag) }),
+            any::<[u64; 2]>().prop_map(|tag| LogRecord::Open { tag: BootTag(tag) }),
             (0u64..1 << 40, 1u64..1 << 20, any_state()).prop_map(|(start, len, state)| {
-                Record::Set { range: BlockIndex(start)..BlockIndex(start + len), state }
+                LogRecord::Set { range: BlockIndex(start)..BlockIndex(start + len), state }
             }),
-            (0..=LARGEST, 0..=LARGEST)
-                .prop_map(|(size, lower_limit)| Record::Size { size, lower_limit }),
-            (any::<i64>(), any::<bool>()).prop_map(|(mtime, chosen)| Record::Attr {
+            (0..=MAX_DISK_SIZE, 0..=MAX_DISK_SIZE)
+                .prop_map(|(size, lower_limit)| LogRecord::Size { size, lower_limit }),
+            (any::<i64>(), any::<bool>()).prop_map(|(mtime, chosen)| LogRecord::Attr {
                 mtime,
-                stamp: if chosen { Stamp::Chosen } else { Stamp::Written },
+                stamp: if chosen { MtimeOrigin::SetByUser } else { MtimeOrigin::Written },
             }),
-            (0..=LAST, 0..=LAST).prop_map(|(upto, durable)| Record::Vouch { upto, durable }),
-            (0..=LAST, 0..=LAST)
-                .prop_map(|(durable, vouched)| Record::Poisoned { durable, vouched }),
-            Just(Record::Close),
-            Just(Record::Intent),
-            Just(Record::Done),
+            (0..=MAX_SEQUENCE, 0..=MAX_SEQUENCE).prop_map(|(upto, durable)| LogRecord::Vouch { upto, durable }),
+            (0..=MAX_SEQUENCE, 0..=MAX_SEQUENCE)
+                .prop_map(|(durable, vouched)| LogRecord::Poisoned { durable, vouched }),
+            Just(LogRecord::Close),
+            Just(LogRecord::Intent),
+            Just(LogRecord::Done),
         ]
     }
 
     proptest! {
         #[test]
         fn a_record_survives_its_bytes(
-            record in any_record(), sequence in 0..=LAST, uuid in any::<u128>().prop_map(Uuid::from_u128)
+            record in any_record(), sequence in 0..=MAX_SEQUENCE, uuid in any::<u128>().prop_map(Uuid::from_u128)
         ) {
             let bytes = record.encode(&uuid, sequence);
-            prop_assert_eq!(Record::decode(&bytes, &uuid), Decoded::Good(sequence, record));
+            prop_assert_eq!(LogRecord::decode(&bytes, &uuid), DecodedRecord::Good(sequence, record));
         }
 
         #[test]
@@ -289,12 +289,12 @@ mod tests {
             let uuid = Uuid::from_u128(uuid);
             let mut bytes = record.encode(&uuid, 7);
             bytes[bit / 8] ^= 1 << (bit % 8);
-            prop_assert_eq!(Record::decode(&bytes, &uuid), Decoded::Bad);
+            prop_assert_eq!(LogRecord::decode(&bytes, &uuid), DecodedRecord::Bad);
         }
 
         #[test]
         fn arbitrary_bytes_never_panic(bytes: [u8; RECORD_LEN], uuid: u128) {
-            let _ = Record::decode(&bytes, &Uuid::from_u128(uuid));
+            let _ = LogRecord::decode(&bytes, &Uuid::from_u128(uuid));
         }
 
         #[test]
@@ -302,16 +302,16 @@ mod tests {
             sets in proptest::collection::vec((0u64..300, 1u64..40, any_state()), 0..60),
             size in 0u64..400 * 4096, resized in proptest::option::of(0u64..400 * 4096),
         ) {
-            let mut image = Image::new(size, size);
+            let mut image = LayerMap::new(size, size);
             for (start, len, state) in sets {
                 let range = BlockIndex(start)..BlockIndex(start + len);
-                image.apply(&Record::Set { range, state }, 4096);
+                image.apply(&LogRecord::Set { range, state }, 4096);
             }
             if let Some(size) = resized {
                 let lower_limit = image.lower_limit.min(size);
-                image.apply(&Record::Size { size, lower_limit }, 4096);
+                image.apply(&LogRecord::Size { size, lower_limit }, 4096);
             }
-            let mut again = Image::new(0, 0);
+            let mut again = LayerMap::new(0, 0);
             for record in image.records() {
                 again.apply(&record, 4096);
             }
@@ -326,38 +326,38 @@ mod tests {
     #[test]
     fn numbers_that_no_disk_has_are_not_believed() {
         let uuid = Uuid::from_u128(1);
-        let range = BlockIndex(0)..BlockIndex(MOST_BLOCKS + 1);
-        let state = State::Data;
+        let range = BlockIndex(0)..BlockIndex(MAX_BLOCKS + 1);
+        let state = BlockState::Data;
         let records = [
-            Record::Set { range, state },
-            Record::Size { size: LARGEST + 1, lower_limit: 0 },
-            Record::Size { size: 0, lower_limit: LARGEST + 1 },
-            Record::Vouch { upto: u64::MAX, durable: 0 },
-            Record::Vouch { upto: 0, durable: LAST + 1 },
-            Record::Poisoned { durable: u64::MAX, vouched: 0 },
+            LogRecord::Set { range, state },
+            LogRecord::Size { size: MAX_DISK_SIZE + 1, lower_limit: 0 },
+            LogRecord::Size { size: 0, lower_limit: MAX_DISK_SIZE + 1 },
+            LogRecord::Vouch { upto: u64::MAX, durable: 0 },
+            LogRecord::Vouch { upto: 0, durable: MAX_SEQUENCE + 1 },
+            LogRecord::Poisoned { durable: u64::MAX, vouched: 0 },
         ];
         for record in records {
-            let found = Record::decode(&record.encode(&uuid, 1), &uuid);
-            assert!(matches!(found, Decoded::Unknown(_)), "{record:?}: {found:?}");
+            let found = LogRecord::decode(&record.encode(&uuid, 1), &uuid);
+            assert!(matches!(found, DecodedRecord::Unknown(_)), "{record:?}: {found:?}");
         }
-        let last = Record::Close.encode(&uuid, u64::MAX);
-        assert_eq!(Record::decode(&last, &uuid), Decoded::Unknown(7));
+        let last = LogRecord::Close.encode(&uuid, u64::MAX);
+        assert_eq!(LogRecord::decode(&last, &uuid), DecodedRecord::Unknown(7));
     }
 
     #[test]
     fn a_record_of_another_layer_is_bad() {
-        let bytes = Record::Close.encode(&Uuid::from_u128(1), 1);
-        assert_eq!(Record::decode(&bytes, &Uuid::from_u128(2)), Decoded::Bad);
+        let bytes = LogRecord::Close.encode(&Uuid::from_u128(1), 1);
+        assert_eq!(LogRecord::decode(&bytes, &Uuid::from_u128(2)), DecodedRecord::Bad);
     }
 
     #[test]
     fn zeros_are_blank_and_a_later_kind_is_unknown() {
         let uuid = Uuid::from_u128(1);
-        assert_eq!(Record::decode(&[0; RECORD_LEN], &uuid), Decoded::Blank);
-        let mut bytes = Record::Close.encode(&uuid, 1);
+        assert_eq!(LogRecord::decode(&[0; RECORD_LEN], &uuid), DecodedRecord::Blank);
+        let mut bytes = LogRecord::Close.encode(&uuid, 1);
         bytes[4] = 10;
         let crc = checksum(&uuid, &bytes);
         bytes[..4].copy_from_slice(&crc.to_le_bytes());
-        assert_eq!(Record::decode(&bytes, &uuid), Decoded::Unknown(10));
+        assert_eq!(LogRecord::decode(&bytes, &uuid), DecodedRecord::Unknown(10));
     }
 }

@@ -14,11 +14,11 @@ use std::sync::Arc;
 use uuid::Uuid;
 
 use super::Overlay;
-use super::blocks::{BlockIndex, State};
+use super::blocks::{BlockIndex, BlockState};
 use super::data::{Create, Storage};
-use super::journal::{self, Found};
-use super::log::{self, End, Home, Log, Scan};
-use super::record::{Image, Tag};
+use super::journal::{self, JournalContents};
+use super::log::{self, LogEnd, LogDir, Log, LogScan};
+use super::record::{LayerMap, BootTag};
 use crate::host;
 
 /// How an overlay was found.
@@ -40,7 +40,7 @@ pub enum Recovered {
 impl Recovered {
     /// What is to be said of two layers of one disk.
     #[must_use]
-    pub fn and(self, other: Self) -> Self {
+    pub fn combine(self, other: Self) -> Self {
         match (self, other) {
             (Self::Vouched { lost }, Self::Vouched { lost: more }) => {
                 Self::Vouched { lost: lost + more }
@@ -78,37 +78,37 @@ pub enum LogError {
 }
 
 /// The files of one layer.
-pub struct Files {
+pub struct LayerFiles {
     /// The sparse data file.
     pub data: Arc<dyn Storage>,
     /// The log.
     pub log: Arc<dyn Storage>,
     /// What can replace the log.
-    pub home: Arc<dyn Home>,
+    pub log_dir: Arc<dyn LogDir>,
     /// The layer's uuid.
     pub uuid: Uuid,
     /// Its block size in bytes.
-    pub block: u32,
+    pub block_size: u32,
 }
 
 /// What a log says, and how much of it counts.
 #[derive(Debug)]
-pub struct Trusted {
+pub struct TrustedLog {
     /// What was found in the log.
-    pub scan: Scan,
+    pub scan: LogScan,
     /// The first records that count.
-    pub count: u64,
+    pub records: u64,
     /// How it was found.
     pub recovered: Recovered,
     /// What the journal adds to them.
-    pub journal: Found,
+    pub journal: JournalContents,
 }
 
 /// Reads the log and decides what of it counts under `tag`. Changes nothing but caches.
 ///
 /// # Errors
 /// [`LogError`]; a damaged log is never guessed at.
-pub fn examine(files: &Files, tag: Tag) -> Result<Trusted, LogError> {
+pub fn examine(files: &LayerFiles, tag: BootTag) -> Result<TrustedLog, LogError> {
     let mut scan = log::scan(&*files.log, &files.uuid)?;
     // Kept: the record itself may be one that never reached the device.
     let (poisoned, generation) = (scan.poisoned, scan.generation);
@@ -116,38 +116,38 @@ pub fn examine(files: &Files, tag: Tag) -> Result<Trusted, LogError> {
     let is_synced = is_alive && files.data.sync().is_ok() && files.log.sync().is_ok();
     if poisoned.is_some() || is_alive != is_synced {
         // What the cache holds may never have reached the device.
-        files.data.forget_cache();
-        files.log.forget_cache();
+        files.data.drop_cache();
+        files.log.drop_cache();
         scan = log::scan(&*files.log, &files.uuid)?;
     }
-    let damaged = |scan: &Scan, why| Err(LogError::Damaged { record: scan.good, why });
+    let damaged = |scan: &LogScan, why| Err(LogError::Damaged { record: scan.good, why });
     match scan.end {
-        End::Unknown(kind) => return Err(LogError::Newer(kind)),
-        End::Damaged => return damaged(&scan, "its checksum or its place is wrong"),
-        End::Gap if is_synced => {
+        LogEnd::Unknown(kind) => return Err(LogError::Newer(kind)),
+        LogEnd::Damaged => return damaged(&scan, "its checksum or its place is wrong"),
+        LogEnd::Gap if is_synced => {
             return damaged(&scan, "it is missing, and later records are there");
         }
-        End::Gap | End::Torn | End::Whole => {}
+        LogEnd::Gap | LogEnd::Torn | LogEnd::Whole => {}
     }
     let Some(vouched) = scan.vouched else {
         return damaged(&scan, "no record vouches for the layer's beginning");
     };
     let upto = |sequence: u64| (sequence + 1).saturating_sub(scan.first).min(scan.good);
     // Up to `sequence`, and what the journal holds from `generation` on.
-    let less = |sequence, generation| -> Result<Trusted, LogError> {
+    let less = |sequence, generation| -> Result<TrustedLog, LogError> {
         let journal = read_journal(files, generation)?;
         // A record that only vouches, or says who opened the layer, is no loss.
         let known = journal.end.max(sequence + 1).saturating_sub(scan.first).min(scan.good);
         let lost = log::count_changes(&*files.log, &files.uuid, known..scan.good)?;
         let recovered = Recovered::Vouched { lost };
-        Ok(Trusted { scan: scan.clone(), count: upto(sequence), recovered, journal })
+        Ok(TrustedLog { scan: scan.clone(), records: upto(sequence), recovered, journal })
     };
     let all = |recovered| {
-        let (count, journal) = (scan.good, Found::default());
-        Ok(Trusted { scan: scan.clone(), count, recovered, journal })
+        let (count, journal) = (scan.good, JournalContents::default());
+        Ok(TrustedLog { scan: scan.clone(), records: count, recovered, journal })
     };
     match poisoned {
-        Some(durable) if durable > scan.last() => damaged(&scan, "it was durable once and is gone"),
+        Some(durable) if durable > scan.last_sequence() => damaged(&scan, "it was durable once and is gone"),
         Some(durable) => less(durable, generation.unwrap_or(durable)),
         None if scan.closed => all(Recovered::Clean),
         None if is_synced => all(Recovered::All),
@@ -156,22 +156,22 @@ pub fn examine(files: &Files, tag: Tag) -> Result<Trusted, LogError> {
 }
 
 /// What the journal adds to a log that is durable up to `generation`, read from the device.
-fn read_journal(files: &Files, generation: u64) -> io::Result<Found> {
-    let Some(file) = files.home.journal(Create::Never)? else {
-        return Ok(Found::default());
+fn read_journal(files: &LayerFiles, generation: u64) -> io::Result<JournalContents> {
+    let Some(file) = files.log_dir.journal(Create::Never)? else {
+        return Ok(JournalContents::default());
     };
-    file.forget_cache();
-    journal::read(&*file, &files.uuid, files.block, generation)
+    file.drop_cache();
+    journal::read(&*file, &files.uuid, files.block_size, generation)
 }
 
 /// Reads what counts of a log into a map.
 ///
 /// # Errors
 /// The host's errno.
-pub fn load(files: &Files, trusted: &Trusted) -> Result<Image, LogError> {
-    let mut image = Image::new(0, 0);
-    let block = u64::from(files.block);
-    log::replay(&*files.log, &files.uuid, trusted.count, block, &mut image)?;
+pub fn load_map(files: &LayerFiles, trusted: &TrustedLog) -> Result<LayerMap, LogError> {
+    let mut image = LayerMap::new(0, 0);
+    let block = u64::from(files.block_size);
+    log::replay(&*files.log, &files.uuid, trusted.records, block, &mut image)?;
     trusted.journal.records.iter().for_each(|record| image.apply(record, block));
     Ok(image)
 }
@@ -181,32 +181,32 @@ pub fn load(files: &Files, trusted: &Trusted) -> Result<Image, LogError> {
 ///
 /// # Errors
 /// [`LogError`]; the layer's files are as they were then.
-pub fn open(files: &Files, tag: Tag) -> Result<(Image, Log, Recovered), LogError> {
+pub fn open_log(files: &LayerFiles, tag: BootTag) -> Result<(LayerMap, Log, Recovered), LogError> {
     let trusted = examine(files, tag)?;
-    let image = load(files, &trusted)?;
-    let home = Arc::clone(&files.home);
-    let (uuid, block) = (files.uuid, u64::from(files.block));
-    let is_kept = trusted.recovered == Recovered::Clean && !log::is_wasteful(&trusted.scan, &image);
+    let image = load_map(files, &trusted)?;
+    let home = Arc::clone(&files.log_dir);
+    let (uuid, block) = (files.uuid, u64::from(files.block_size));
+    let is_kept = trusted.recovered == Recovered::Clean && !log::is_worth_rewriting(&trusted.scan, &image);
     let log = if is_kept {
         Log::reopen(home, uuid, block, Arc::clone(&files.log), &trusted.scan, tag)?
     } else {
-        put_back(files, &trusted, &image)?;
+        replay_journal(files, &trusted, &image)?;
         let first = trusted.scan.highest.max(trusted.journal.end) + 1;
         let log = Log::create(home, uuid, block, &image, tag, first)?;
-        journal::clear(&*files.home);
+        journal::clear(&*files.log_dir);
         log
     };
     Ok((image, log, trusted.recovered))
 }
 
 /// Writes the journal's bytes to where they belong, durably: the log to come vouches for them.
-fn put_back(files: &Files, trusted: &Trusted, image: &Image) -> io::Result<()> {
-    let is_data = |block: &BlockIndex| image.blocks.state(*block) == State::Data;
+fn replay_journal(files: &LayerFiles, trusted: &TrustedLog, image: &LayerMap) -> io::Result<()> {
+    let is_data = |block: &BlockIndex| image.blocks.state(*block) == BlockState::Data;
     let blocks = &trusted.journal.blocks;
     for (block, bytes) in blocks.iter().filter(|(block, _)| is_data(block)) {
-        let at = block.0.checked_mul(u64::from(files.block));
+        let at = block.0.checked_mul(u64::from(files.block_size));
         // A log can call a block Data that no disk of such large blocks has.
-        let at = at.ok_or_else(|| host::errno(libc::EFBIG))?;
+        let at = at.ok_or_else(|| host::os_error(libc::EFBIG))?;
         files.data.write_at(&[IoSlice::new(bytes)], at)?;
     }
     if blocks.is_empty() { Ok(()) } else { files.data.sync() }
@@ -216,18 +216,18 @@ impl Overlay {
     /// Opens a layer for use. `limit` caps the bytes of data it may hold.
     ///
     /// # Errors
-    /// As [`open`].
+    /// As [`open_log`].
     pub fn open(
-        files: &Files,
-        tag: Tag,
+        files: &LayerFiles,
+        tag: BootTag,
         limit: Option<u64>,
     ) -> Result<(Self, Recovered), LogError> {
         if files.data.host_file().is_some_and(|file| host::is_read_only(file.first())) {
             return Self::open_read_only(files, tag);
         }
-        let (image, log, recovered) = open(files, tag)?;
+        let (image, log, recovered) = open_log(files, tag)?;
         let data = Arc::clone(&files.data);
-        let overlay = Self::new(files.block, data, image, Some(log), tag, limit);
+        let overlay = Self::new(files.block_size, data, image, Some(log), tag, limit);
         if recovered != Recovered::Clean {
             overlay.reclaim();
         }
@@ -235,15 +235,15 @@ impl Overlay {
     }
 
     /// Opens a layer that nothing can be written to: what counts of its log is in memory alone.
-    fn open_read_only(files: &Files, tag: Tag) -> Result<(Self, Recovered), LogError> {
+    fn open_read_only(files: &LayerFiles, tag: BootTag) -> Result<(Self, Recovered), LogError> {
         let trusted = examine(files, tag)?;
-        let image = load(files, &trusted)?;
-        let is_data = |block: &BlockIndex| image.blocks.state(*block) == State::Data;
+        let image = load_map(files, &trusted)?;
+        let is_data = |block: &BlockIndex| image.blocks.state(*block) == BlockState::Data;
         if trusted.journal.blocks.keys().any(is_data) {
             // The data file does not have those bytes.
             return Err(LogError::ReadOnly);
         }
-        let mut layer = Self::closed(files.block, Arc::clone(&files.data), image, tag);
+        let mut layer = Self::closed(files.block_size, Arc::clone(&files.data), image, tag);
         layer.is_read_only = true;
         Ok((layer, trusted.recovered))
     }
@@ -254,17 +254,17 @@ mod tests {
     use std::collections::BTreeMap;
 
     use super::super::data::HostFile;
-    use super::super::log::Replaced;
+    use super::super::log::ReplacedLog;
     use super::*;
 
     struct Nowhere;
 
-    impl Home for Nowhere {
+    impl LogDir for Nowhere {
         fn replace_log(
             &self,
             _: &mut dyn FnMut(&dyn Storage) -> io::Result<()>,
-        ) -> io::Result<Replaced> {
-            Err(host::errno(libc::ENOSYS))
+        ) -> io::Result<ReplacedLog> {
+            Err(host::os_error(libc::ENOSYS))
         }
 
         fn journal(&self, _: Create) -> io::Result<Option<Arc<dyn Storage>>> {
@@ -277,11 +277,11 @@ mod tests {
         let file = || Arc::new(HostFile::single(tempfile::tempfile().unwrap()));
         let (data, log, home) = (file(), file(), Arc::new(Nowhere));
         let uuid = Uuid::from_u128(1);
-        let files = Files { data, log, home, uuid, block: 2 << 20 };
+        let files = LayerFiles { data, log, log_dir: home, uuid, block_size: 2 << 20 };
         let last = BlockIndex((1 << 54) - 1);
-        let mut image = Image::new(0, 0);
-        image.blocks.set(last..BlockIndex(last.0 + 1), State::Data);
-        let scan = Scan {
+        let mut image = LayerMap::new(0, 0);
+        image.blocks.set(last..BlockIndex(last.0 + 1), BlockState::Data);
+        let scan = LogScan {
             first: 1,
             good: 1,
             highest: 1,
@@ -290,11 +290,11 @@ mod tests {
             poisoned: None,
             generation: None,
             closed: false,
-            end: End::Whole,
+            end: LogEnd::Whole,
         };
-        let journal = Found { blocks: BTreeMap::from([(last, vec![1])]), ..Found::default() };
-        let trusted = Trusted { scan, count: 1, recovered: Recovered::All, journal };
-        let error = put_back(&files, &trusted, &image).unwrap_err();
+        let journal = JournalContents { blocks: BTreeMap::from([(last, vec![1])]), ..JournalContents::default() };
+        let trusted = TrustedLog { scan, records: 1, recovered: Recovered::All, journal };
+        let error = replay_journal(&files, &trusted, &image).unwrap_err();
         assert_eq!(error.raw_os_error(), Some(libc::EFBIG));
         assert_eq!(files.data.len().unwrap(), 0);
     }

@@ -15,7 +15,7 @@
 //! - One with too many runs to list asks the layers that have something there, and only those.
 //!
 //! Sizes cut what is seen: nothing of a layer shows past its own size, nor past the smallest size
-//! (`lower_limit`) of any layer above it. `reach` holds that bound for each.
+//! (`lower_limit`) of any layer above it. `visible_ends` holds that bound for each.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -24,56 +24,56 @@ use std::sync::Arc;
 
 use parking_lot::RwLock;
 
-use super::blocks::{BlockIndex, CHUNK_BLOCKS, State};
-use super::tree::MOST_LAYERS;
+use super::blocks::{BlockIndex, CHUNK_BLOCKS, BlockState};
+use super::tree::MAX_LAYERS;
 use super::{Overlay, Usage};
-use crate::extents::{Extent, Kind};
-use crate::host::errno;
-use crate::layer::{Copy, Layer, Wait};
+use crate::extents::{Extent, ExtentKind};
+use crate::host::os_error;
+use crate::layer::{CopyFn, Layer, Wait};
 
 /// A chunk with more runs than this is not listed: 16 KiB, about what a leaf of the map takes.
-const MOST_RUNS: usize = 4096;
+const MAX_LISTED_RUNS: usize = 4096;
 
 /// Sealed layers, one above the other.
 pub struct Sealed {
     /// Top to bottom; at least one.
     layers: Vec<Arc<Overlay>>,
     /// Bytes at or past this offset are not seen of the layer; the last is for what lies below.
-    reach: Vec<u64>,
+    visible_ends: Vec<u64>,
     /// By the first chunk.
-    directory: RwLock<BTreeMap<u64, Segment>>,
+    directory: RwLock<BTreeMap<u64, ChunkOwners>>,
 }
 
 /// Who has the blocks of a chunk.
-enum Segment {
+enum ChunkOwners {
     /// The same for all up to the chunk `end` (not included).
-    Uniform { end: u64, owner: Owner },
+    Uniform { end: u64, owner: BlockOwner },
     /// By the first block of each run, counted from the chunk's.
-    Runs(Box<[(u16, Owner)]>),
+    Runs(Box<[(u16, BlockOwner)]>),
     /// To be asked for, of these layers only, top to bottom.
     Walk(Box<[u16]>),
 }
 
 /// Which layer has a block, and how.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Owner {
+struct BlockOwner {
     /// The layer, counted from the top; their number for what lies below all of them.
     layer: u16,
-    state: State,
+    state: BlockState,
 }
 
 /// What lies at a place.
-struct Found {
-    owner: Owner,
+struct OwnedRun {
+    owner: BlockOwner,
     /// The first byte past it that may be another's.
     end: u64,
 }
 
 impl Sealed {
-    /// Looks `layers`, top to bottom, up as one. `None` when there is none, or more than [`MOST_LAYERS`].
+    /// Looks `layers`, top to bottom, up as one. `None` when there is none, or more than [`MAX_LAYERS`].
     #[must_use]
     pub fn new(layers: Vec<Arc<Overlay>>) -> Option<Self> {
-        if layers.is_empty() || layers.len() > MOST_LAYERS {
+        if layers.is_empty() || layers.len() > MAX_LAYERS {
             return None;
         }
         let mut reach = Vec::with_capacity(layers.len() + 1);
@@ -85,7 +85,7 @@ impl Sealed {
             seen = seen.min(map.lower_limit);
         }
         reach.push(seen);
-        Some(Self { layers, reach, directory: RwLock::default() })
+        Some(Self { layers, visible_ends: reach, directory: RwLock::default() })
     }
 
     /// The layers, top to bottom.
@@ -97,120 +97,120 @@ impl Sealed {
     /// How far down into what lies below all of them one can see, in bytes.
     #[must_use]
     pub fn lower_limit(&self) -> u64 {
-        self.reach.last().copied().unwrap_or(0)
+        self.visible_ends.last().copied().unwrap_or(0)
     }
 
-    fn block(&self) -> u64 {
-        self.layers[0].block()
+    fn block_size(&self) -> u64 {
+        self.layers[0].block_size()
     }
 
-    fn below(&self) -> Owner {
-        Owner { layer: u16::try_from(self.layers.len()).unwrap_or(u16::MAX), state: State::Lower }
+    fn lower_owner(&self) -> BlockOwner {
+        BlockOwner { layer: u16::try_from(self.layers.len()).unwrap_or(u16::MAX), state: BlockState::Lower }
     }
 
     /// Who has the first block of `range`, and how far.
-    fn find(&self, range: &Range<u64>) -> Found {
-        let first = range.start / self.block();
+    fn owner_at(&self, range: &Range<u64>) -> OwnedRun {
+        let first = range.start / self.block_size();
         let chunk = first / CHUNK_BLOCKS;
-        if let Some(found) = self.find_in_directory(first, chunk) {
+        if let Some(found) = self.known_owner_at(first, chunk) {
             return found;
         }
-        let segment = self.compose(chunk);
+        let segment = self.resolve_chunk(chunk);
         self.directory.write().insert(chunk, segment);
-        self.find_in_directory(first, chunk).unwrap_or_else(|| {
+        self.known_owner_at(first, chunk).unwrap_or_else(|| {
             // Cannot be: it was put there above. One block of what lies below is always safe
             // to ask about again.
-            Found { owner: self.below(), end: (first + 1) * self.block() }
+            OwnedRun { owner: self.lower_owner(), end: (first + 1) * self.block_size() }
         })
     }
 
-    fn find_in_directory(&self, first: u64, chunk: u64) -> Option<Found> {
-        let bytes = |block: u64| block.saturating_mul(self.block());
+    fn known_owner_at(&self, first: u64, chunk: u64) -> Option<OwnedRun> {
+        let bytes = |block: u64| block.saturating_mul(self.block_size());
         let directory = self.directory.read();
         let (start, segment) = directory.range(..=chunk).next_back()?;
         match segment {
-            Segment::Uniform { end, owner } if chunk < *end => {
-                Some(Found { owner: *owner, end: bytes(end.saturating_mul(CHUNK_BLOCKS)) })
+            ChunkOwners::Uniform { end, owner } if chunk < *end => {
+                Some(OwnedRun { owner: *owner, end: bytes(end.saturating_mul(CHUNK_BLOCKS)) })
             }
-            Segment::Runs(runs) if chunk == *start => {
+            ChunkOwners::Runs(runs) if chunk == *start => {
                 let base = chunk * CHUNK_BLOCKS;
                 let after = runs.partition_point(|(at, _)| u64::from(*at) <= first - base);
                 let end = runs.get(after).map_or(CHUNK_BLOCKS, |(at, _)| u64::from(*at));
                 let owner = runs.get(after.checked_sub(1)?)?.1;
-                Some(Found { owner, end: bytes(base + end) })
+                Some(OwnedRun { owner, end: bytes(base + end) })
             }
-            Segment::Walk(layers) if chunk == *start => {
+            ChunkOwners::Walk(layers) if chunk == *start => {
                 let end = (chunk + 1) * CHUNK_BLOCKS;
                 let (owner, end) = self.walk(layers, first, end);
-                Some(Found { owner, end: bytes(end) })
+                Some(OwnedRun { owner, end: bytes(end) })
             }
             _ => None,
         }
     }
 
     /// Asks `layers` about the blocks from `first` on, up to `end`.
-    fn walk(&self, layers: &[u16], first: u64, mut end: u64) -> (Owner, u64) {
+    fn walk(&self, layers: &[u16], first: u64, mut end: u64) -> (BlockOwner, u64) {
         for &layer in layers {
             let map = self.layers[usize::from(layer)].map.read();
             let run = map.blocks.run_at(BlockIndex(first)..BlockIndex(end));
             end = run.range.end.0;
-            if run.state != State::Lower {
-                return (Owner { layer, state: run.state }, end);
+            if run.state != BlockState::Lower {
+                return (BlockOwner { layer, state: run.state }, end);
             }
         }
-        (self.below(), end)
+        (self.lower_owner(), end)
     }
 
     /// Finds out who has what in `chunk`.
-    fn compose(&self, chunk: u64) -> Segment {
+    fn resolve_chunk(&self, chunk: u64) -> ChunkOwners {
         let mut end = u64::MAX;
         let mut mixed = Vec::new();
-        let mut bottom = self.below();
+        let mut bottom = self.lower_owner();
         for (layer, at) in self.layers.iter().zip(0u16..) {
             let (state, reaches) = layer.map.read().blocks.chunk_at(chunk);
             end = end.min(reaches);
             match state {
-                Some(State::Lower) => {}
+                Some(BlockState::Lower) => {}
                 Some(state) => {
-                    bottom = Owner { layer: at, state };
+                    bottom = BlockOwner { layer: at, state };
                     break;
                 }
                 None => mixed.push(at),
             }
         }
         if mixed.is_empty() {
-            return Segment::Uniform { end, owner: bottom };
+            return ChunkOwners::Uniform { end, owner: bottom };
         }
         let asked = || {
-            let last = (bottom != self.below()).then_some(bottom.layer);
-            Segment::Walk(mixed.iter().copied().chain(last).collect())
+            let last = (bottom != self.lower_owner()).then_some(bottom.layer);
+            ChunkOwners::Walk(mixed.iter().copied().chain(last).collect())
         };
-        if mixed.len() == 1 && bottom == self.below() {
+        if mixed.len() == 1 && bottom == self.lower_owner() {
             return asked();
         }
-        match self.list(chunk, &mixed, bottom) {
-            Some(runs) => Segment::Runs(runs),
+        match self.list_runs(chunk, &mixed, bottom) {
+            Some(runs) => ChunkOwners::Runs(runs),
             None => asked(),
         }
     }
 
     /// The runs of a chunk that `mixed` layers share, over `bottom`; `None` when they are many.
-    fn list(&self, chunk: u64, mixed: &[u16], bottom: Owner) -> Option<Box<[(u16, Owner)]>> {
+    fn list_runs(&self, chunk: u64, mixed: &[u16], bottom: BlockOwner) -> Option<Box<[(u16, BlockOwner)]>> {
         let base = chunk * CHUNK_BLOCKS;
         let whole = BlockIndex(base)..BlockIndex(base + CHUNK_BLOCKS);
         let place = |block: BlockIndex| usize::try_from(block.0 - base).unwrap_or(usize::MAX);
         let mut owners = vec![bottom; place(whole.end)];
         for &layer in mixed.iter().rev() {
             let map = self.layers[usize::from(layer)].map.read();
-            for run in map.blocks.runs(whole.clone()).filter(|run| run.state != State::Lower) {
-                let owner = Owner { layer, state: run.state };
+            for run in map.blocks.runs(whole.clone()).filter(|run| run.state != BlockState::Lower) {
+                let owner = BlockOwner { layer, state: run.state };
                 owners[place(run.range.start)..place(run.range.end)].fill(owner);
             }
         }
         let mut runs = Vec::new();
         let mut at = 0;
         for run in owners.chunk_by(|one, next| one == next) {
-            if runs.len() == MOST_RUNS {
+            if runs.len() == MAX_LISTED_RUNS {
                 return None;
             }
             runs.push((u16::try_from(at).ok()?, run[0]));
@@ -222,25 +222,25 @@ impl Sealed {
     /// For each layer the bytes of which it decides what is read: what it holds and no layer above
     /// hides. So the sum over some layers from the top is what changed since the one below them.
     #[must_use]
-    pub fn shown(&self) -> Vec<Usage> {
+    pub fn visible_usage(&self) -> Vec<Usage> {
         let mut shown = vec![Usage { data: 0, zero: 0 }; self.layers.len()];
-        let (mut at, size) = (0, self.reach[0]);
+        let (mut at, size) = (0, self.visible_ends[0]);
         while at < size {
-            let (first, chunk) = (at / self.block(), at / self.block() / CHUNK_BLOCKS);
-            let end = (chunk + 1).saturating_mul(CHUNK_BLOCKS).saturating_mul(self.block());
-            if let Some((layer, usage)) = self.alone_in(first, chunk, end) {
+            let (first, chunk) = (at / self.block_size(), at / self.block_size() / CHUNK_BLOCKS);
+            let end = (chunk + 1).saturating_mul(CHUNK_BLOCKS).saturating_mul(self.block_size());
+            if let Some((layer, usage)) = self.sole_layer_usage(first, chunk, end) {
                 shown[layer].data += usage.data;
                 shown[layer].zero += usage.zero;
                 at = end;
                 continue;
             }
-            let Found { owner, end } = self.find(&(at..size));
+            let OwnedRun { owner, end } = self.owner_at(&(at..size));
             let layer = usize::from(owner.layer);
-            let len = end.min(self.reach[layer]).saturating_sub(at);
+            let len = end.min(self.visible_ends[layer]).saturating_sub(at);
             match owner.state {
-                State::Data => shown[layer].data += len,
-                State::Zero => shown[layer].zero += len,
-                State::Lower => {}
+                BlockState::Data => shown[layer].data += len,
+                BlockState::Zero => shown[layer].zero += len,
+                BlockState::Lower => {}
             }
             at = end;
         }
@@ -249,44 +249,44 @@ impl Sealed {
 
     /// What the only layer with anything in `chunk`, which begins at block `first` and ends at
     /// byte `end`, has there: counted without a step for each of its runs.
-    fn alone_in(&self, first: u64, chunk: u64, end: u64) -> Option<(usize, Usage)> {
+    fn sole_layer_usage(&self, first: u64, chunk: u64, end: u64) -> Option<(usize, Usage)> {
         if first != chunk * CHUNK_BLOCKS {
             return None;
         }
-        self.find(&(first * self.block()..end));
+        self.owner_at(&(first * self.block_size()..end));
         let directory = self.directory.read();
-        let Some(Segment::Walk(layers)) = directory.get(&chunk) else {
+        let Some(ChunkOwners::Walk(layers)) = directory.get(&chunk) else {
             return None;
         };
         let [layer] = layers[..] else { return None };
         let layer = usize::from(layer);
-        if end > self.reach[layer] {
+        if end > self.visible_ends[layer] {
             return None;
         }
         let map = self.layers[layer].map.read();
         let blocks = BlockIndex(first)..BlockIndex(first + CHUNK_BLOCKS);
-        let bytes = |state| map.blocks.count(blocks.clone(), state) * self.block();
-        Some((layer, Usage { data: bytes(State::Data), zero: bytes(State::Zero) }))
+        let bytes = |state| map.blocks.count(blocks.clone(), state) * self.block_size();
+        Some((layer, Usage { data: bytes(BlockState::Data), zero: bytes(BlockState::Zero) }))
     }
 
     /// What is at the start of `range` (bytes, not empty), and which layer has it: their number
-    /// for [`Kind::Lower`].
+    /// for [`ExtentKind::Lower`].
     #[must_use]
-    pub fn extent_of(&self, range: &Range<u64>) -> (Extent, usize) {
-        let Found { owner, end } = self.find(range);
+    pub fn extent_and_layer(&self, range: &Range<u64>) -> (Extent, usize) {
+        let OwnedRun { owner, end } = self.owner_at(range);
         let layer = usize::from(owner.layer);
-        let reach = self.reach[layer];
+        let reach = self.visible_ends[layer];
         let end = end.min(range.end);
         if range.start >= reach {
             // Whoever has it, it was cut off.
-            return (Extent::new(range.start..end, Kind::Hole), layer.min(self.layers.len() - 1));
+            return (Extent::new(range.start..end, ExtentKind::Hole), layer.min(self.layers.len() - 1));
         }
         let extent = Extent::new(
             range.start..end.min(reach),
             match owner.state {
-                State::Data => Kind::Data,
-                State::Zero => Kind::Hole,
-                State::Lower => Kind::Lower,
+                BlockState::Data => ExtentKind::Data,
+                BlockState::Zero => ExtentKind::Hole,
+                BlockState::Lower => ExtentKind::Lower,
             },
         );
         (extent, layer)
@@ -299,13 +299,13 @@ impl Layer for Sealed {
     }
 
     fn extent_at(&self, range: Range<u64>, _: Wait) -> io::Result<Extent> {
-        Ok(self.extent_of(&range).0)
+        Ok(self.extent_and_layer(&range).0)
     }
 
     fn read_at(&self, buf: &mut [u8], offset: u64, wait: Wait) -> io::Result<Extent> {
-        let (extent, layer) = self.extent_of(&(offset..offset + buf.len() as u64));
-        if extent.kind == Kind::Data {
-            let len = usize::try_from(extent.len()).map_err(|_| errno(libc::EFBIG))?;
+        let (extent, layer) = self.extent_and_layer(&(offset..offset + buf.len() as u64));
+        if extent.kind == ExtentKind::Data {
+            let len = usize::try_from(extent.len()).map_err(|_| os_error(libc::EFBIG))?;
             // A sealed layer frees nothing that its map calls Data: no reader has to be counted.
             self.layers[layer].data.read_at(&mut buf[..len], offset, wait)?;
         }
@@ -316,11 +316,11 @@ impl Layer for Sealed {
         &self,
         range: Range<u64>,
         _: Wait,
-        copy: Copy<'_>,
+        copy: CopyFn<'_>,
     ) -> io::Result<(Extent, Option<u64>)> {
-        let (extent, layer) = self.extent_of(&range);
+        let (extent, layer) = self.extent_and_layer(&range);
         let file = match extent.kind {
-            Kind::Data => self.layers[layer].data.backing(extent.range.clone()),
+            ExtentKind::Data => self.layers[layer].data.host_fd(extent.range.clone()),
             _ => None,
         };
         let copied = file.map(|file| copy(file, extent.range.clone())).transpose()?;
@@ -337,33 +337,33 @@ pub(super) mod tests {
     use proptest::prelude::*;
 
     use super::super::keep::temporary;
-    use super::super::merge::Nothing;
+    use super::super::merge::NothingBelow;
     use super::*;
     use crate::layer::WritableLayer;
 
     /// More than this of one run is not read whole: its two ends are.
-    const WHOLE: u64 = 128 << 10;
+    const MAX_COMPARED_WHOLE: u64 = 128 << 10;
 
     /// Something that makes a layer what it is.
     #[derive(Clone, Debug)]
-    pub(in crate::overlay) enum Change {
+    pub(in crate::overlay) enum LayerChange {
         Write(u64, u64, u8),
         Zero(u64, u64),
         Resize(u64),
         /// All blocks of a chunk (0), or every second one from its second (1) or third (2) on.
-        Chunk(u64, u64, State),
+        Chunk(u64, u64, BlockState),
     }
 
     #[derive(Clone, Debug)]
-    pub(in crate::overlay) struct Plan {
+    pub(in crate::overlay) struct StackPlan {
         pub(in crate::overlay) block: u32,
         /// The size of the lowest, and how much of the base it shows.
         base: (u64, u64),
         /// Bottom to top.
-        layers: Vec<Vec<Change>>,
+        layers: Vec<Vec<LayerChange>>,
     }
 
-    fn change(block: u64, most: u64) -> impl Strategy<Value = Change> {
+    fn change(block: u64, most: u64) -> impl Strategy<Value = LayerChange> {
         let chunk = block * CHUNK_BLOCKS;
         let place = prop_oneof![
             3 => 0..=most,
@@ -376,18 +376,18 @@ pub(super) mod tests {
         let span = prop_oneof![2 => 1..5 * block, 1 => Just(most), 1 => 1..=most];
         let place = place.boxed();
         prop_oneof![
-            4 => (place.clone(), len, 1u8..).prop_map(|(at, len, fill)| Change::Write(at, len, fill)),
-            3 => (place.clone(), span).prop_map(|(at, len)| Change::Zero(at, len)),
-            2 => place.prop_map(Change::Resize),
+            4 => (place.clone(), len, 1u8..).prop_map(|(at, len, fill)| LayerChange::Write(at, len, fill)),
+            3 => (place.clone(), span).prop_map(|(at, len)| LayerChange::Zero(at, len)),
+            2 => place.prop_map(LayerChange::Resize),
         ]
     }
 
     /// Stacks of small layers.
-    pub(in crate::overlay) fn small() -> impl Strategy<Value = Plan> {
+    pub(in crate::overlay) fn small() -> impl Strategy<Value = StackPlan> {
         prop_oneof![Just(512u32), Just(4096)].prop_flat_map(|block| {
             let most = u64::from(block) * 40;
             let layers = vec(vec(change(block.into(), most), 0..6), 1..=6);
-            (1..=most, 0..=most, layers).prop_map(move |(size, shown, layers)| Plan {
+            (1..=most, 0..=most, layers).prop_map(move |(size, shown, layers)| StackPlan {
                 block,
                 base: (size, shown),
                 layers,
@@ -396,38 +396,38 @@ pub(super) mod tests {
     }
 
     /// Stacks of layers of more than three chunks.
-    pub(in crate::overlay) fn large() -> impl Strategy<Value = Plan> {
+    pub(in crate::overlay) fn large() -> impl Strategy<Value = StackPlan> {
         let most = 512 * CHUNK_BLOCKS * 7 / 2;
-        let state = prop_oneof![Just(State::Data), Just(State::Zero)];
+        let state = prop_oneof![Just(BlockState::Data), Just(BlockState::Zero)];
         let chunk = (0u64..4, 0u64..3, state)
-            .prop_map(|(chunk, step, state)| Change::Chunk(chunk, step, state));
+            .prop_map(|(chunk, step, state)| LayerChange::Chunk(chunk, step, state));
         let layers = vec(vec(prop_oneof![4 => change(512, most), 1 => chunk], 0..6), 1..=6);
-        (1..=most, 0..=most, layers).prop_map(|(size, shown, layers)| Plan {
+        (1..=most, 0..=most, layers).prop_map(|(size, shown, layers)| StackPlan {
             block: 512,
             base: (size, shown),
             layers,
         })
     }
 
-    fn apply(layer: &Overlay, change: &Change) {
-        let (size, block) = (layer.size(), layer.block());
+    fn apply(layer: &Overlay, change: &LayerChange) {
+        let (size, block) = (layer.size(), layer.block_size());
         match *change {
-            Change::Resize(size) => layer.set_size(size).unwrap(),
-            Change::Write(at, len, fill) => {
+            LayerChange::Resize(size) => layer.set_size(size).unwrap(),
+            LayerChange::Write(at, len, fill) => {
                 let end = at + len;
                 if end > size {
                     layer.set_size(end).unwrap();
                 }
                 let bytes: Vec<u8> = (at..end).map(|at| fill ^ (at % 253) as u8 | 1).collect();
-                layer.write_at(&bytes, at, &Nothing, Wait::Yes).unwrap();
+                layer.write_at(&bytes, at, &NothingBelow, Wait::Yes).unwrap();
             }
-            Change::Zero(at, len) => {
+            LayerChange::Zero(at, len) => {
                 let range = at.min(size)..(at + len).min(size);
                 if !range.is_empty() {
-                    layer.zero(range, &Nothing, Wait::Yes).unwrap();
+                    layer.zero(range, &NothingBelow, Wait::Yes).unwrap();
                 }
             }
-            Change::Chunk(chunk, step, state) => {
+            LayerChange::Chunk(chunk, step, state) => {
                 let end = size.div_ceil(block).min((chunk + 1) * CHUNK_BLOCKS);
                 let range = (chunk * CHUNK_BLOCKS).min(end)..end;
                 let mut map = layer.map.write();
@@ -442,7 +442,7 @@ pub(super) mod tests {
         }
     }
 
-    impl Plan {
+    impl StackPlan {
         /// The layers, top to bottom, each as large as the one below it when it was begun.
         pub(in crate::overlay) fn build(&self, dir: &Path) -> Vec<Arc<Overlay>> {
             let (mut size, mut shown) = self.base;
@@ -456,7 +456,7 @@ pub(super) mod tests {
                 size = layer.size();
                 shown = size;
                 // What was written straight into the map has to be there to be read.
-                let file = layer.first_file().unwrap();
+                let file = layer.data_file().unwrap();
                 if file.metadata().unwrap().len() < size {
                     file.set_len(size.next_multiple_of(self.block.into())).unwrap();
                 }
@@ -474,26 +474,26 @@ pub(super) mod tests {
         for (depth, layer) in layers.iter().enumerate() {
             let extent = layer.extent_at(range.clone(), Wait::Yes).unwrap();
             assert!(extent.range.start == range.start && !extent.is_empty());
-            if extent.kind != Kind::Lower {
+            if extent.kind != ExtentKind::Lower {
                 return (extent, depth);
             }
             range = extent.range;
         }
-        (Extent::new(range, Kind::Lower), layers.len())
+        (Extent::new(range, ExtentKind::Lower), layers.len())
     }
 
     /// All pieces of a stack, joined; a hole has no layer.
     pub(in crate::overlay) fn pieces(
         size: u64,
         find: impl Fn(Range<u64>) -> (Extent, usize),
-    ) -> Vec<(Range<u64>, Kind, Option<usize>)> {
-        let mut all: Vec<(Range<u64>, Kind, Option<usize>)> = Vec::new();
+    ) -> Vec<(Range<u64>, ExtentKind, Option<usize>)> {
+        let mut all: Vec<(Range<u64>, ExtentKind, Option<usize>)> = Vec::new();
         let mut at = 0;
         while at < size {
             let (extent, layer) = find(at..size);
             assert!(extent.range.start == at && !extent.is_empty() && extent.range.end <= size);
             at = extent.range.end;
-            let layer = (extent.kind != Kind::Hole).then_some(layer);
+            let layer = (extent.kind != ExtentKind::Hole).then_some(layer);
             match all.last_mut() {
                 Some(last) if (last.1, last.2) == (extent.kind, layer) => last.0.end = at,
                 _ => all.push((extent.range, extent.kind, layer)),
@@ -504,10 +504,10 @@ pub(super) mod tests {
 
     /// The parts of `range` that are compared.
     pub(in crate::overlay) fn parts(range: &Range<u64>) -> Vec<Range<u64>> {
-        if range.end - range.start <= WHOLE {
+        if range.end - range.start <= MAX_COMPARED_WHOLE {
             return vec![range.clone()];
         }
-        vec![range.start..range.start + WHOLE / 2, range.end - WHOLE / 2..range.end]
+        vec![range.start..range.start + MAX_COMPARED_WHOLE / 2, range.end - MAX_COMPARED_WHOLE / 2..range.end]
     }
 
     /// The bytes of `range` that the layers give; 0xEE where they give none.
@@ -519,12 +519,12 @@ pub(super) mod tests {
             let piece =
                 &mut bytes[(at - range.start) as usize..(extent.range.end - range.start) as usize];
             match extent.kind {
-                Kind::Data => {
+                ExtentKind::Data => {
                     let got = layers[layer].read_at(piece, at, Wait::Yes).unwrap();
                     assert_eq!(got, extent);
                 }
-                Kind::Zero | Kind::Hole => piece.fill(0),
-                Kind::Lower => {}
+                ExtentKind::Zero | ExtentKind::Hole => piece.fill(0),
+                ExtentKind::Lower => {}
             }
             at = extent.range.end;
         }
@@ -538,7 +538,7 @@ pub(super) mod tests {
             let rest = &mut bytes[(at - range.start) as usize..];
             let extent = sealed.read_at(rest, at, Wait::Yes).unwrap();
             assert_eq!(extent, sealed.extent_at(at..range.end, Wait::Yes).unwrap());
-            if matches!(extent.kind, Kind::Hole | Kind::Zero) {
+            if matches!(extent.kind, ExtentKind::Hole | ExtentKind::Zero) {
                 rest[..(extent.range.end - at) as usize].fill(0);
             }
             at = extent.range.end;
@@ -555,22 +555,22 @@ pub(super) mod tests {
             let (extent, layer) = slow(layers, at..size);
             let len = extent.range.end - at;
             match extent.kind {
-                Kind::Data => shown[layer].data += len,
-                Kind::Hole => {
+                ExtentKind::Data => shown[layer].data += len,
+                ExtentKind::Hole => {
                     let map = layers[layer].map.read();
-                    let state = map.blocks.state(BlockIndex(at / layers[layer].block()));
-                    if at < map.size && state == State::Zero {
+                    let state = map.blocks.state(BlockIndex(at / layers[layer].block_size()));
+                    if at < map.size && state == BlockState::Zero {
                         shown[layer].zero += len;
                     }
                 }
-                Kind::Zero | Kind::Lower => {}
+                ExtentKind::Zero | ExtentKind::Lower => {}
             }
             at = extent.range.end;
         }
         shown
     }
 
-    fn check(plan: &Plan, asked: &[(u64, u64)]) -> Sealed {
+    fn check(plan: &StackPlan, asked: &[(u64, u64)]) -> Sealed {
         let dir = tempfile::tempdir().unwrap();
         let layers = plan.build(dir.path());
         let size = layers[0].size();
@@ -580,25 +580,25 @@ pub(super) mod tests {
             let at = at % size.max(1);
             let range = at..at.saturating_add(*len).min(size);
             if !range.is_empty() {
-                let (found, layer) = scattered.extent_of(&range);
+                let (found, layer) = scattered.extent_and_layer(&range);
                 let (expected, depth) = slow(&layers, range.clone());
                 assert_eq!(found.kind, expected.kind, "at {at}");
                 assert!(found.range.start == at && found.range.end <= range.end);
-                assert!(found.kind == Kind::Hole || layer == depth, "{layer}, not {depth}");
+                assert!(found.kind == ExtentKind::Hole || layer == depth, "{layer}, not {depth}");
             }
         }
-        assert_eq!(scattered.shown(), slow_shown(&layers));
+        assert_eq!(scattered.visible_usage(), slow_shown(&layers));
         let sealed = Sealed::new(layers.clone()).unwrap();
         let expected = pieces(size, |range| slow(&layers, range));
-        assert_eq!(pieces(size, |range| scattered.extent_of(&range)), expected);
-        assert_eq!(pieces(size, |range| sealed.extent_of(&range)), expected);
+        assert_eq!(pieces(size, |range| scattered.extent_and_layer(&range)), expected);
+        assert_eq!(pieces(size, |range| sealed.extent_and_layer(&range)), expected);
         for (range, ..) in expected {
             for part in parts(&range) {
                 let around = part.start.saturating_sub(700)..(part.end + 700).min(size);
                 assert!(fast_bytes(&sealed, around.clone()) == bytes(&layers, around), "{part:?}");
             }
         }
-        assert_eq!(sealed.shown(), slow_shown(&layers));
+        assert_eq!(sealed.visible_usage(), slow_shown(&layers));
         assert_eq!(sealed.size(), size);
         sealed
     }
@@ -628,28 +628,28 @@ pub(super) mod tests {
     fn each_kind_of_segment_answers_as_the_layers_do() {
         let chunk = 512 * CHUNK_BLOCKS;
         let lower = vec![
-            Change::Chunk(0, 0, State::Data),
-            Change::Write(chunk + 50_000, 3000, 1),
-            Change::Chunk(2, 1, State::Data),
-            Change::Chunk(3, 1, State::Data),
+            LayerChange::Chunk(0, 0, BlockState::Data),
+            LayerChange::Write(chunk + 50_000, 3000, 1),
+            LayerChange::Chunk(2, 1, BlockState::Data),
+            LayerChange::Chunk(3, 1, BlockState::Data),
         ];
         let upper = vec![
-            Change::Write(chunk + 100, 10_000, 2),
-            Change::Chunk(3, 2, State::Zero),
-            Change::Zero(chunk * 5, 1024),
+            LayerChange::Write(chunk + 100, 10_000, 2),
+            LayerChange::Chunk(3, 2, BlockState::Zero),
+            LayerChange::Zero(chunk * 5, 1024),
         ];
         let base = (6 * chunk, 5 * chunk + 300);
-        let sealed = check(&Plan { block: 512, base, layers: vec![lower, upper] }, &[]);
+        let sealed = check(&StackPlan { block: 512, base, layers: vec![lower, upper] }, &[]);
         let directory = sealed.directory.read();
-        let whole = |layer, state| Owner { layer, state };
+        let whole = |layer, state| BlockOwner { layer, state };
         assert!(
-            matches!(&directory[&0], Segment::Uniform { end: 1, owner } if *owner == whole(1, State::Data))
+            matches!(&directory[&0], ChunkOwners::Uniform { end: 1, owner } if *owner == whole(1, BlockState::Data))
         );
-        assert!(matches!(&directory[&1], Segment::Runs(runs) if runs.len() > 2));
-        assert!(matches!(&directory[&2], Segment::Walk(layers) if **layers == [1]));
-        assert!(matches!(&directory[&3], Segment::Walk(layers) if **layers == [0, 1]));
+        assert!(matches!(&directory[&1], ChunkOwners::Runs(runs) if runs.len() > 2));
+        assert!(matches!(&directory[&2], ChunkOwners::Walk(layers) if **layers == [1]));
+        assert!(matches!(&directory[&3], ChunkOwners::Walk(layers) if **layers == [0, 1]));
         assert!(
-            matches!(&directory[&4], Segment::Uniform { end: 5, owner } if *owner == sealed.below())
+            matches!(&directory[&4], ChunkOwners::Uniform { end: 5, owner } if *owner == sealed.lower_owner())
         );
     }
 }

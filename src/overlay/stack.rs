@@ -22,21 +22,21 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use super::data::{Create, HostFile, LAST_SEGMENT, Storage};
-use super::log::{Home, Replaced};
-use super::recover::{Files, LogError};
-use super::tree::Tree;
+use super::log::{LogDir, ReplacedLog};
+use super::recover::{LayerFiles, LogError};
+use super::tree::LayerTree;
 pub use super::tree::{LayerRecord, SnapshotRecord};
 use crate::base::identity::Identity;
-use crate::confined::{self, Access, open_dir};
+use crate::confined::{self, FileAccess, open_dir};
 use crate::mount::kernel::{MountEntry, entry_at};
-use crate::spec::{OverlayKind, Part};
+use crate::spec::{OverlayKind, SourcePart};
 use crate::trust::{self, TrustError};
 
 /// The version of everything on disk that this code reads and writes.
 pub const VERSION: u32 = 1;
 
 /// The longest `stack` in bytes: some ten thousand layers.
-const LONGEST: u64 = 4 << 20;
+const MAX_STACK_LEN: u64 = 4 << 20;
 
 /// The contents of a `stack` file.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -97,11 +97,11 @@ pub enum BaseRecord {
 impl BaseRecord {
     /// How much of its file the base is.
     #[must_use]
-    pub fn part(&self) -> Part {
+    pub fn part(&self) -> SourcePart {
         match self {
-            Self::Blank { .. } | Self::File { offset: None, len: None, .. } => Part::Whole,
+            Self::Blank { .. } | Self::File { offset: None, len: None, .. } => SourcePart::Whole,
             Self::File { offset, len, .. } => {
-                Part::Bytes { offset: offset.unwrap_or(0), len: *len }
+                SourcePart::Bytes { offset: offset.unwrap_or(0), len: *len }
             }
         }
     }
@@ -192,7 +192,7 @@ pub enum StackError {
 ///
 /// # Errors
 /// [`StackError::NoParent`], [`StackError::InStore`].
-pub(in crate::overlay) fn place_of_new(dir: &Path) -> Result<&Path, StackError> {
+pub(in crate::overlay) fn parent_for_new(dir: &Path) -> Result<&Path, StackError> {
     let parent = dir.parent().unwrap_or(Path::new("/"));
     if !parent.is_dir() {
         return Err(StackError::NoParent(parent.to_owned()));
@@ -227,13 +227,13 @@ pub(crate) fn doing(what: &'static str) -> impl FnOnce(io::Error) -> StackError 
 impl Stack {
     /// Its layers and their names.
     #[must_use]
-    pub fn tree(&self) -> Tree {
-        Tree { layers: self.layers.clone(), snapshots: self.snapshots.clone() }
+    pub fn tree(&self) -> LayerTree {
+        LayerTree { layers: self.layers.clone(), snapshots: self.snapshots.clone() }
     }
 
     /// The same disk with other layers.
     #[must_use]
-    pub fn with_tree(&self, tree: Tree) -> Self {
+    pub fn with_tree(&self, tree: LayerTree) -> Self {
         Self { layers: tree.layers, snapshots: tree.snapshots, ..self.clone() }
     }
 
@@ -283,7 +283,7 @@ impl Stack {
     /// # Errors
     /// [`StackError`]: missing, damaged, of another version.
     pub fn read(dir: &File) -> Result<Self, StackError> {
-        match confined::read_file(dir, "stack", LONGEST) {
+        match confined::read_file(dir, "stack", MAX_STACK_LEN) {
             Ok(bytes) => Self::decode(&bytes),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Err(StackError::NotAnOverlay),
             Err(error) => Err(doing("reading its 'stack'")(error)),
@@ -296,7 +296,7 @@ impl Stack {
     /// The host's errno; the old one is in place then.
     pub fn write(&self, dir: &File) -> Result<(), StackError> {
         let bytes = self.encode()?;
-        if bytes.len() as u64 > LONGEST {
+        if bytes.len() as u64 > MAX_STACK_LEN {
             // It could not be read again.
             return Err(doing("writing its 'stack'")(io::Error::from_raw_os_error(libc::EFBIG)));
         }
@@ -325,11 +325,11 @@ impl LayerDir {
     }
 }
 
-impl Home for LayerDir {
+impl LogDir for LayerDir {
     fn replace_log(
         &self,
         fill: &mut dyn FnMut(&dyn Storage) -> io::Result<()>,
-    ) -> io::Result<Replaced> {
+    ) -> io::Result<ReplacedLog> {
         let file = HostFile::single(confined::recreate_file(&self.dir, "log.new")?);
         let done = fill(&file)
             .and_then(|()| file.first().sync_all())
@@ -339,11 +339,11 @@ impl Home for LayerDir {
             let _ = rustix::fs::unlinkat(&self.dir, "log.new", AtFlags::empty());
             return Err(error);
         }
-        Ok(Replaced { file: Arc::new(file), placed: self.dir.sync_all() })
+        Ok(ReplacedLog { file: Arc::new(file), dir_synced: self.dir.sync_all() })
     }
 
     fn journal(&self, create: Create) -> io::Result<Option<Arc<dyn Storage>>> {
-        let file = match confined::open_file(&self.dir, "journal", Access::AsAllowed) {
+        let file = match confined::open_file(&self.dir, "journal", FileAccess::AsAllowed) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => match create {
                 Create::Never => return Ok(None),
                 Create::IfMissing => {
@@ -375,21 +375,21 @@ fn segments_in(dir: &File) -> io::Result<Vec<(usize, File)>> {
             (1..=LAST_SEGMENT).contains(index) && name == Some(&*segment_name(*index))
         };
         if let Some(index) = index.filter(is_one) {
-            found.push((index, confined::open_file(dir, segment_name(index), Access::AsAllowed)?));
+            found.push((index, confined::open_file(dir, segment_name(index), FileAccess::AsAllowed)?));
         }
     }
     Ok(found)
 }
 
 /// A data file in the directory `dir` of a layer, whose first segment is open already.
-pub(super) fn data_in(dir: File, first: File) -> io::Result<HostFile> {
+pub(super) fn data_file_in(dir: File, first: File) -> io::Result<HostFile> {
     let more = segments_in(&dir)?;
     Ok(HostFile::segmented(
         first,
         more,
         Box::new(move |index| {
             let name = segment_name(index);
-            match confined::open_file(&dir, &name, Access::ReadWrite) {
+            match confined::open_file(&dir, &name, FileAccess::ReadWrite) {
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {}
                 found => return found,
             }
@@ -412,36 +412,36 @@ pub(super) fn link_segment(file: &File, dir: &File, index: usize) -> io::Result<
 
 /// Opens the files of the layer `record` below the directory `layers`. `lock` takes the lock on
 /// its data before the log is opened: until then its holder may put a new one in its place.
-pub(super) fn layer_files(
+pub(super) fn open_layer_files(
     layers: &File,
     record: &LayerRecord,
     lock: impl FnOnce(&File) -> Result<(), StackError>,
-) -> Result<LayerFiles, StackError> {
+) -> Result<LockedLayer, StackError> {
     let name = record.uuid.to_string();
-    let open = |dir: &File, name: &str| confined::open_file(dir, name, Access::AsAllowed);
+    let open = |dir: &File, name: &str| confined::open_file(dir, name, FileAccess::AsAllowed);
     let dir = confined::open_subdir(layers, &name).map_err(doing("opening its layer"))?;
     let first = open(&dir, "data").map_err(doing("opening its data"))?;
     lock(&first)?;
     let log = open(&dir, "log").map_err(doing("opening its log"))?;
     let again = || dir.try_clone().map_err(doing("opening its layer"));
     let locked = first.try_clone().map_err(doing("opening its data"))?;
-    let data = data_in(again()?, first).map_err(doing("opening its data"))?;
-    Ok(LayerFiles {
+    let data = data_file_in(again()?, first).map_err(doing("opening its data"))?;
+    Ok(LockedLayer {
         lock: locked,
-        files: Files {
+        files: LayerFiles {
             data: Arc::new(data),
             log: Arc::new(HostFile::single(log)),
-            home: Arc::new(LayerDir::new(again()?)),
+            log_dir: Arc::new(LayerDir::new(again()?)),
             uuid: record.uuid,
-            block: record.block,
+            block_size: record.block,
         },
     })
 }
 
 /// A layer's files and the descriptor that carries its lock.
-pub(super) struct LayerFiles {
+pub(super) struct LockedLayer {
     pub(super) lock: File,
-    pub(super) files: Files,
+    pub(super) files: LayerFiles,
 }
 
 #[cfg(test)]
@@ -487,10 +487,10 @@ mod tests {
         let text = String::from_utf8(whole.encode().unwrap()).unwrap();
         assert!(!text.contains("offset") && !text.contains("len"), "{text}");
         assert_eq!(Stack::decode(text.as_bytes()).unwrap(), whole);
-        assert_eq!(whole.base.part(), Part::Whole);
+        assert_eq!(whole.base.part(), SourcePart::Whole);
         let part = over_a_file(Some(&(512..8192)));
         assert_eq!(Stack::decode(&part.encode().unwrap()).unwrap(), part);
-        assert_eq!(part.base.part(), Part::Bytes { offset: 512, len: Some(7680) });
+        assert_eq!(part.base.part(), SourcePart::Bytes { offset: 512, len: Some(7680) });
     }
 
     #[test]

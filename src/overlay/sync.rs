@@ -4,56 +4,56 @@ use std::io;
 use std::ops::Range;
 use std::sync::atomic::Ordering;
 
-use super::blocks::{BlockIndex, State};
-use super::journal::Draft;
-use super::log::{Log, Purpose};
-use super::ranges::{Hold, Need};
-use super::record::{Nanos, Record, Stamp};
-use super::{Overlay, is_full};
-use crate::host::{self, errno};
+use super::blocks::{BlockIndex, BlockState};
+use super::journal::NewEntry;
+use super::log::{Log, ReserveUse};
+use super::ranges::{LockMode, StripeSet};
+use super::record::{Nanos, LogRecord, MtimeOrigin};
+use super::{Overlay, is_out_of_space};
+use crate::host::{self, os_error};
 use crate::layer::Wait;
 
 /// Up to so many changed bytes are few: written as quickly as one block, more or less.
-pub(super) const FEW: u64 = 128 << 10;
+pub(super) const MAX_QUICK_SYNC: u64 = 128 << 10;
 /// What a small overwrite is at the most, in bytes.
-const SMALL: u64 = 64 << 10;
+const MAX_SMALL_OVERWRITE: u64 = 64 << 10;
 /// So many syncs in a row, each of a small overwrite, are a habit.
-const HABIT: u32 = 8;
+const FREQUENT_SYNCS: u32 = 8;
 /// Freed space goes back in pieces of at most this many bytes of what the host holds, each under
 /// its range's lock.
-const PIECE: u64 = 1 << 30;
+const FREE_CHUNK: u64 = 1 << 30;
 /// Where something is being changed, in pieces of this many: it holds few of the range locks.
-const SMALL_PIECE: u64 = 1 << 20;
+const SMALL_FREE_CHUNK: u64 = 1 << 20;
 
 /// How much a sync is to do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Pace {
+pub(super) enum SyncMode {
     /// What a client waits for.
-    Quick,
+    Fast,
     /// All of it: data and log as they are, and freed space given back.
-    Whole,
+    Full,
 }
 
 impl Overlay {
     /// Whether something was changed since the last sync began.
     #[must_use]
     pub fn is_dirty(&self) -> bool {
-        self.dirty.load(Ordering::Relaxed) > 0
+        self.dirty_bytes.load(Ordering::Relaxed) > 0
     }
 
     /// Whether a sync would take about as long as the device needs for a few blocks.
     #[must_use]
     pub fn is_quick_to_sync(&self) -> bool {
-        self.dirty.load(Ordering::Relaxed) <= FEW
-            && self.turns.is_free()
-            && self.unsettled.lock().is_empty()
+        self.dirty_bytes.load(Ordering::Relaxed) <= MAX_QUICK_SYNC
+            && self.group_commit.is_idle()
+            && self.unclosed_layers.lock().is_empty()
             && self.pending.lock().is_empty()
     }
 
     /// Whether the last syncs were each of a small overwrite. Waits for nothing.
     #[must_use]
     pub fn is_synced_often(&self) -> bool {
-        self.habit.load(Ordering::Relaxed) >= HABIT
+        self.small_syncs.load(Ordering::Relaxed) >= FREQUENT_SYNCS
     }
 
     /// Called after `range`, in bytes, was written to an overlay that is synced often. When that is all
@@ -63,57 +63,57 @@ impl Overlay {
         if !self.is_small_overwrite() || self.is_direct() {
             return;
         }
-        if self.dirty.load(Ordering::Relaxed) != range.end - range.start {
+        if self.dirty_bytes.load(Ordering::Relaxed) != range.end - range.start {
             // Who writes several times before a sync may write the same block: it would go to the
             // device each time, and some file systems have the second write wait for the first.
-            self.habit.store(0, Ordering::Relaxed);
+            self.small_syncs.store(0, Ordering::Relaxed);
             return;
         }
-        if let Some(file) = self.data.backing(range.clone()) {
-            host::begin_write_out(file, range);
+        if let Some(file) = self.data.host_fd(range.clone()) {
+            host::start_writeback(file, range);
         }
     }
 
     /// Whether what was written since the last sync is little, and nothing else has changed.
     fn is_small_overwrite(&self) -> bool {
         let Some(log) = &self.log else { return false };
-        let is_small = (1..=SMALL).contains(&self.dirty.load(Ordering::Relaxed));
-        is_small && log.last() < self.journal.next(self.durable.load(Ordering::SeqCst))
+        let is_small = (1..=MAX_SMALL_OVERWRITE).contains(&self.dirty_bytes.load(Ordering::Relaxed));
+        is_small && log.last_sequence() < self.journal.next_sequence(self.durable.load(Ordering::SeqCst))
     }
 
     /// Makes all that was acknowledged before the call durable, and gives freed space back. A
     /// temporary overlay promises nothing: only the space goes back.
-    pub(super) fn sync_all(&self, pace: Pace) -> io::Result<()> {
+    pub(super) fn sync_all(&self, pace: SyncMode) -> io::Result<()> {
         match &self.log {
-            Some(log) => self.turns.run(|| self.sync_now(log, pace))?,
+            Some(log) => self.group_commit.run(|| self.sync_now(log, pace))?,
             None => {
-                self.dirty.store(0, Ordering::SeqCst);
-                self.settle_below()?;
+                self.dirty_bytes.store(0, Ordering::SeqCst);
+                self.close_lower_layers()?;
             }
         }
         // After the turn: whoever waited for it need not wait for this.
-        self.give_back(self.durable.load(Ordering::SeqCst));
+        self.release_freed(self.durable.load(Ordering::SeqCst));
         Ok(())
     }
 
     /// One sync: the data behind every record so far, then a `Vouch` for them, then the log; or,
     /// of few changes, an entry in the journal.
-    fn sync_now(&self, log: &Log, pace: Pace) -> io::Result<()> {
+    fn sync_now(&self, log: &Log, pace: SyncMode) -> io::Result<()> {
         if self.is_latched() {
-            return Err(errno(libc::EIO));
+            return Err(os_error(libc::EIO));
         }
         if self.is_small_overwrite() {
-            self.habit.fetch_add(1, Ordering::Relaxed);
+            self.small_syncs.fetch_add(1, Ordering::Relaxed);
         } else if self.is_dirty() {
-            self.habit.store(0, Ordering::Relaxed);
+            self.small_syncs.store(0, Ordering::Relaxed);
         }
-        self.dirty.store(0, Ordering::SeqCst);
-        let upto = log.last();
-        self.settle_below().map_err(|error| self.latch_unless_full(log, error))?;
+        self.dirty_bytes.store(0, Ordering::SeqCst);
+        let upto = log.last_sequence();
+        self.close_lower_layers().map_err(|error| self.latch_unless_full(log, error))?;
         // After `upto`: whoever has put a record there has noted its blocks. And after what may
         // fail and be tried again: what is taken here is made durable here, or the disk latches.
-        let fresh = self.fresh.take();
-        if pace == Pace::Quick
+        let fresh = self.dirty_blocks.take();
+        if pace == SyncMode::Fast
             && let Some(fresh) = fresh
             && self.sync_to_journal(log, upto, &fresh)
         {
@@ -123,25 +123,25 @@ impl Overlay {
         let durable = self.durable.load(Ordering::SeqCst);
         // So it is while there are entries: the first of them had a new record.
         if upto > durable {
-            let vouch = log.append(&[Record::Vouch { upto, durable }], Purpose::Settle);
+            let vouch = log.append(&[LogRecord::Vouch { upto, durable }], ReserveUse::Full);
             let vouch = vouch.map_err(|error| self.latch_unless_full(log, error))?;
             log.sync().map_err(|error| self.latch(log, &error))?;
             // The Vouch itself is durable as well; with nothing in between it covers itself.
             let durable = if vouch == upto + 1 { vouch } else { upto };
             self.durable.store(durable, Ordering::SeqCst);
-            log.note_vouched(upto);
-            self.journal.restart();
+            log.set_vouched(upto);
+            self.journal.void_entries();
         }
         Ok(())
     }
 
-    /// Makes the changes in `fresh`, and the records up to `upto`, durable in the journal; `false`
+    /// Makes the changes in `dirty_blocks`, and the records up to `upto`, durable in the journal; `false`
     /// when they do not fit, or somebody changes those blocks at this moment.
     fn sync_to_journal(&self, log: &Log, upto: u64, fresh: &[BlockIndex]) -> bool {
         let generation = log.vouched();
-        let next = self.journal.next(generation);
+        let next = self.journal.next_sequence(generation);
         let count = (upto + 1).saturating_sub(next);
-        if count == 0 && fresh.is_empty() && self.journal.is_used() {
+        if count == 0 && fresh.is_empty() && self.journal.has_entries() {
             return true; // Nothing was changed since the last entry.
         }
         // Overwrites alone are as quick the other way, and quicker once they are a habit: a whole sync
@@ -151,27 +151,27 @@ impl Overlay {
         {
             return false;
         }
-        let Ok(block) = u32::try_from(self.block) else { return false };
-        if !self.journal.takes(count, fresh.len(), self.block) {
+        let Ok(block) = u32::try_from(self.block_size) else { return false };
+        if !self.journal.accept(count, fresh.len(), self.block_size) {
             return false;
         }
-        let (Some(bytes), Ok(records)) = (self.bytes_now(fresh), log.raw(next, count)) else {
+        let (Some(bytes), Ok(records)) = (self.read_stable(fresh), log.raw_records(next, count)) else {
             return false;
         };
         let uuid = log.uuid();
         let (blocks, bytes, records) = (fresh, &bytes[..], &records[..]);
-        let draft = Draft { uuid, block, generation, records, blocks, bytes };
-        self.journal.write(log.home(), &draft)
+        let draft = NewEntry { uuid, block_size: block, generation, records, blocks, bytes };
+        self.journal.write(log.dir(), &draft)
     }
 
     /// What `blocks` hold, while nobody changes them.
-    fn bytes_now(&self, blocks: &[BlockIndex]) -> Option<Vec<u8>> {
+    fn read_stable(&self, blocks: &[BlockIndex]) -> Option<Vec<u8>> {
         let range = |block: &BlockIndex| self.bytes_of(&(*block..BlockIndex(block.0 + 1)));
-        let need = blocks.iter().fold(Need::default(), |need, block| {
-            self.ranges.need(need, &range(block), Hold::Exclusive)
+        let need = blocks.iter().fold(StripeSet::default(), |need, block| {
+            self.range_locks.include(need, &range(block), LockMode::Exclusive)
         });
-        let _held = self.ranges.lock(need, Wait::No)?;
-        let len = usize::try_from(self.block).ok()?;
+        let _held = self.range_locks.lock(need, Wait::No)?;
+        let len = usize::try_from(self.block_size).ok()?;
         let mut bytes = vec![0; blocks.len() * len];
         for (block, piece) in blocks.iter().zip(bytes.chunks_mut(len)) {
             self.data.read_at(piece, range(block).start, Wait::Yes).ok()?;
@@ -180,8 +180,8 @@ impl Overlay {
     }
 
     /// Makes the overlay read-only for good because something else than a sync of it failed.
-    pub fn give_up(&self) {
-        let error = errno(libc::EIO);
+    pub fn poison(&self) {
+        let error = os_error(libc::EIO);
         match &self.log {
             Some(log) => drop(self.latch(log, &error)),
             None => self.latched.store(true, Ordering::SeqCst),
@@ -192,8 +192,8 @@ impl Overlay {
     ///
     /// # Errors
     /// As [`close`](Self::close).
-    pub fn settle(&self) -> io::Result<()> {
-        let mut settled = self.settled.lock();
+    pub fn close_sealed(&self) -> io::Result<()> {
+        let mut settled = self.is_closed.lock();
         if !*settled {
             self.close()?;
             *settled = true;
@@ -202,16 +202,16 @@ impl Overlay {
     }
 
     /// Makes the sealed layers below durable, once.
-    fn settle_below(&self) -> io::Result<()> {
-        let layers = self.unsettled.lock().clone();
-        layers.iter().try_for_each(|layer| layer.settle())?;
-        self.unsettled.lock().clear();
+    fn close_lower_layers(&self) -> io::Result<()> {
+        let layers = self.unclosed_layers.lock().clone();
+        layers.iter().try_for_each(|layer| layer.close_sealed())?;
+        self.unclosed_layers.lock().clear();
         Ok(())
     }
 
     /// Latches, unless it was only that there is no space for a record.
     fn latch_unless_full(&self, log: &Log, error: io::Error) -> io::Error {
-        if !is_full(&error) {
+        if !is_out_of_space(&error) {
             return self.latch(log, &error);
         }
         // Nothing was lost, only not vouched for: the next sync tries again.
@@ -226,11 +226,11 @@ impl Overlay {
         let durable = self.durable.load(Ordering::SeqCst);
         ::log::error!("sync failed, the disk is read-only from now on: {error}");
         let poisoned =
-            log.append(&[Record::Poisoned { durable, vouched: log.vouched() }], Purpose::Settle);
+            log.append(&[LogRecord::Poisoned { durable, vouched: log.vouched() }], ReserveUse::Full);
         if let Err(error) = poisoned.and_then(|_| log.sync()) {
             ::log::error!("could not mark the log as poisoned: {error}");
         }
-        errno(libc::EIO)
+        os_error(libc::EIO)
     }
 
     /// Gives back the space of what records up to `durable` freed and nobody has taken since.
@@ -240,57 +240,57 @@ impl Overlay {
     ///
     /// Takes steps for the space that there is, not for the bytes that were freed: what holds none
     /// is one piece, however long, and is left as one when some of it is being changed.
-    fn give_back(&self, durable: u64) {
-        let (mut from, mut most) = (0, PIECE);
+    fn release_freed(&self, durable: u64) {
+        let (mut from, mut most) = (0, FREE_CHUNK);
         loop {
             let Some(waiting) = self.pending.lock().first(&(from..u64::MAX), durable) else {
                 return;
             };
-            let (piece, holds_space) = self.next_piece(&waiting, most);
-            let need = self.ranges.need(Need::default(), &piece, Hold::Exclusive);
-            let Some(_held) = self.ranges.lock(need, Wait::No) else {
-                if most == SMALL_PIECE || !holds_space {
+            let (piece, holds_space) = self.next_free_chunk(&waiting, most);
+            let need = self.range_locks.include(StripeSet::default(), &piece, LockMode::Exclusive);
+            let Some(_held) = self.range_locks.lock(need, Wait::No) else {
+                if most == SMALL_FREE_CHUNK || !holds_space {
                     from = piece.end;
                 }
-                most = SMALL_PIECE;
+                most = SMALL_FREE_CHUNK;
                 continue;
             };
             // Under the lock every change of this piece is whole: map and pending agree.
             let parts = self.pending.lock().within(&piece, durable);
             self.readers.drain();
             for part in &parts {
-                if let Err(error) = self.punch_free(part) {
+                if let Err(error) = self.punch_unused(part) {
                     // Space that stays is no loss of data; a host that cannot punch never will.
                     ::log::debug!("space is not given back: {error}");
                 }
                 self.pending.lock().remove(part);
             }
             from = piece.end;
-            most = (most * 2).min(PIECE);
+            most = (most * 2).min(FREE_CHUNK);
         }
     }
 
     /// The first piece of `waiting`, whole blocks, and whether the host may hold space for it: at
     /// most `most` bytes when it may, else all up to where it may again.
-    fn next_piece(&self, waiting: &Range<u64>, most: u64) -> (Range<u64>, bool) {
+    fn next_free_chunk(&self, waiting: &Range<u64>, most: u64) -> (Range<u64>, bool) {
         let Range { start, end } = *waiting;
-        if end - start <= SMALL_PIECE {
+        if end - start <= SMALL_FREE_CHUNK {
             return (start..end, true);
         }
-        match self.data.next_space(start..end) {
+        match self.data.next_allocated(start..end) {
             None => (start..end, false),
-            Some(at) if at - start >= self.block => (start..at - at % self.block, false),
+            Some(at) if at - start >= self.block_size => (start..at - at % self.block_size, false),
             Some(_) => (start..end.min(start.saturating_add(most)), true),
         }
     }
 
     /// Punches what the map does not call Data in `part`.
-    fn punch_free(&self, part: &Range<u64>) -> io::Result<()> {
+    fn punch_unused(&self, part: &Range<u64>) -> io::Result<()> {
         let mut free: Vec<Range<u64>> = Vec::new();
         {
             let map = self.map.read();
             let runs = map.blocks.runs(self.blocks_of(part));
-            for run in runs.filter(|run| run.state != State::Data) {
+            for run in runs.filter(|run| run.state != BlockState::Data) {
                 let bytes = self.bytes_of(&run.range);
                 // Lower and Zero runs side by side are one hole.
                 match free.last_mut() {
@@ -299,19 +299,19 @@ impl Overlay {
                 }
             }
         }
-        free.into_iter().try_for_each(|range| self.data.punch(range))
+        free.into_iter().try_for_each(|range| self.data.punch_hole(range))
     }
 
     /// Puts a modification time into the log, for the next mount to find.
     ///
     /// # Errors
     /// The host's errno.
-    pub fn record_mtime(&self, mtime: Nanos, stamp: Stamp) -> io::Result<()> {
+    pub fn record_mtime(&self, mtime: Nanos, stamp: MtimeOrigin) -> io::Result<()> {
         self.map.write().mtime = Some((mtime, stamp));
         if let Some(log) = &self.log
             && !self.is_latched()
         {
-            log.append(&[Record::Attr { mtime, stamp }], Purpose::Grow)?;
+            log.append(&[LogRecord::Attr { mtime, stamp }], ReserveUse::Keep)?;
         }
         Ok(())
     }
@@ -320,10 +320,10 @@ impl Overlay {
     #[must_use]
     pub fn needs_maintenance(&self) -> bool {
         self.is_dirty()
-            || self.journal.is_used()
-            || !self.unsettled.lock().is_empty()
+            || self.journal.has_entries()
+            || !self.unclosed_layers.lock().is_empty()
             || !self.pending.lock().is_empty()
-            || self.log.as_ref().is_some_and(Log::is_long)
+            || self.log.as_ref().is_some_and(Log::needs_compaction)
     }
 
     /// What happens in the background every few seconds: a sync when there is something new,
@@ -335,17 +335,17 @@ impl Overlay {
         if self.is_latched() {
             return Ok(());
         }
-        let is_waiting = || !self.pending.lock().is_empty() || !self.unsettled.lock().is_empty();
-        if self.is_dirty() || self.journal.is_used() || is_waiting() {
-            self.sync_all(Pace::Whole)?;
+        let is_waiting = || !self.pending.lock().is_empty() || !self.unclosed_layers.lock().is_empty();
+        if self.is_dirty() || self.journal.has_entries() || is_waiting() {
+            self.sync_all(SyncMode::Full)?;
         }
         let Some(log) = &self.log else { return Ok(()) };
-        if !log.is_long() {
+        if !log.needs_compaction() {
             return Ok(());
         }
-        self.turns.run(|| {
-            self.sync_now(log, Pace::Whole)?;
-            if let Err(error) = log.reduce(self.durable.load(Ordering::SeqCst), self.tag) {
+        self.group_commit.run(|| {
+            self.sync_now(log, SyncMode::Full)?;
+            if let Err(error) = log.compact(self.durable.load(Ordering::SeqCst), self.tag) {
                 // No sync has failed, and others may share this one: the log goes on.
                 ::log::warn!("a long log could not be reduced: {error}");
             }
@@ -358,10 +358,10 @@ impl Overlay {
     /// # Errors
     /// `EIO` when the overlay has latched; the host's errno.
     pub fn close(&self) -> io::Result<()> {
-        self.sync_all(Pace::Whole)?;
+        self.sync_all(SyncMode::Full)?;
         let Some(log) = &self.log else { return Ok(()) };
         self.journal.finish();
-        log.append(&[Record::Close], Purpose::Settle)?;
+        log.append(&[LogRecord::Close], ReserveUse::Full)?;
         log.finish()
     }
 }

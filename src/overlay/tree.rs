@@ -7,7 +7,7 @@
 //! ```
 //!
 //! Every layer but the top is sealed. A layer is kept as long as the top or a snapshot stands on
-//! it; [`Tree::prune`] drops the others.
+//! it; [`LayerTree::prune`] drops the others.
 
 use std::collections::HashSet;
 
@@ -17,7 +17,7 @@ use uuid::Uuid;
 use crate::name::{self, NameError};
 
 /// The most layers that are looked up as one.
-pub const MOST_LAYERS: usize = 1 << 15;
+pub const MAX_LAYERS: usize = 1 << 15;
 
 /// One layer of an overlay.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -46,7 +46,7 @@ pub struct SnapshotRecord {
 
 /// The layers of a disk and the names that some of them have.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Tree {
+pub struct LayerTree {
     /// Each after its parent; the last one is the top.
     pub layers: Vec<LayerRecord>,
     /// In the order they were taken.
@@ -70,7 +70,7 @@ pub fn check_name(name: &str) -> Result<(), &'static str> {
     }
 }
 
-impl Tree {
+impl LayerTree {
     /// A tree of one layer over the base.
     #[must_use]
     pub fn single(uuid: Uuid, block: u32) -> Self {
@@ -84,8 +84,8 @@ impl Tree {
         let Some(top) = self.layers.last() else {
             return Some("it has no layer".to_owned());
         };
-        if self.layers.len() > MOST_LAYERS {
-            return Some(format!("it has more than {MOST_LAYERS} layers"));
+        if self.layers.len() > MAX_LAYERS {
+            return Some(format!("it has more than {MAX_LAYERS} layers"));
         }
         let mut known = HashSet::new();
         for layer in &self.layers {
@@ -162,8 +162,8 @@ impl Tree {
     }
 
     /// Makes `new` the top, above `parent`; the old top stays where it is.
-    pub fn grow(&mut self, new: Uuid, parent: Option<Uuid>) {
-        let block = self.top().map_or(super::DEFAULT_BLOCK, |top| top.block);
+    pub fn push_top(&mut self, new: Uuid, parent: Option<Uuid>) {
+        let block = self.top().map_or(super::DEFAULT_BLOCK_SIZE, |top| top.block);
         self.layers.push(LayerRecord { uuid: new, block, parent });
     }
 
@@ -238,11 +238,11 @@ mod tests {
     }
 
     /// base - 1 - 2 - 4(top), and 3 on 2; 2 is "a", 3 is "b".
-    fn sample() -> Tree {
-        let mut tree = Tree::single(id(1), 512);
-        tree.grow(id(2), Some(id(1)));
-        tree.grow(id(3), Some(id(2)));
-        tree.grow(id(4), Some(id(2)));
+    fn sample() -> LayerTree {
+        let mut tree = LayerTree::single(id(1), 512);
+        tree.push_top(id(2), Some(id(1)));
+        tree.push_top(id(3), Some(id(2)));
+        tree.push_top(id(4), Some(id(2)));
         for (name, layer) in [("a", 2), ("b", 3)] {
             tree.snapshots.push(SnapshotRecord { name: name.into(), layer: id(layer), taken: 0 });
         }
@@ -292,7 +292,7 @@ mod tests {
         let mut tree = sample();
         tree.snapshots.remove(0);
         for layer in 5..9 {
-            tree.grow(id(layer), Some(id(layer - 1)));
+            tree.push_top(id(layer), Some(id(layer - 1)));
         }
         let alone = |_| false;
         // 3 is beside 4, so what is below them goes no further up than 2.
@@ -317,7 +317,7 @@ mod tests {
         let mut tree = sample();
         tree.snapshots.pop();
         tree.prune();
-        tree.grow(id(5), Some(id(4)));
+        tree.push_top(id(5), Some(id(4)));
         let name = SnapshotRecord { name: "c".into(), layer: id(4), taken: 0 };
         tree.snapshots = vec![name];
         tree.replace(id(4), id(2), id(9));
@@ -329,14 +329,14 @@ mod tests {
 
     #[test]
     fn what_is_no_tree_is_told() {
-        let faulty = |change: &dyn Fn(&mut Tree)| {
+        let faulty = |change: &dyn Fn(&mut LayerTree)| {
             let mut tree = sample();
             change(&mut tree);
             tree.fault().unwrap()
         };
         assert!(faulty(&|tree| tree.layers.clear()).contains("no layer"));
         let many = faulty(&|tree| {
-            (0..MOST_LAYERS as u128).for_each(|layer| tree.grow(id(100 + layer), Some(id(4))));
+            (0..MAX_LAYERS as u128).for_each(|layer| tree.push_top(id(100 + layer), Some(id(4))));
         });
         assert!(many.contains("more than 32768 layers"), "{many}");
         assert!(faulty(&|tree| tree.layers.swap(0, 1)).contains("is missing"));

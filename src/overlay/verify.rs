@@ -12,27 +12,27 @@ use std::ops::Range;
 use rustix::fs::AtFlags;
 use uuid::Uuid;
 
-use super::blocks::{BlockIndex, State};
-use super::data::SEGMENT;
-use super::persist::{Found, open_sealed, remove_layer};
-use super::record::{Image, Tag};
-use super::recover::{self, Files, Recovered};
-use super::stack::{LayerRecord, StackError, doing, layer_files};
+use super::blocks::{BlockIndex, BlockState};
+use super::data::SEGMENT_LEN;
+use super::persist::{LockedOverlay, open_sealed, remove_layer};
+use super::record::{LayerMap, BootTag};
+use super::recover::{self, LayerFiles, Recovered};
+use super::stack::{LayerRecord, StackError, doing, open_layer_files};
 use super::{Overlay, life};
 use crate::confined;
 use crate::spec::format_size;
 
 /// What a look at one layer found.
-pub struct Look {
+pub struct LayerCheck {
     /// The layer.
     pub record: LayerRecord,
     /// What it holds, or why it cannot be read.
-    pub found: Result<Sound, StackError>,
+    pub summary: Result<LayerSummary, StackError>,
 }
 
 /// A layer whose log can be read.
 #[derive(Clone, Debug)]
-pub struct Sound {
+pub struct LayerSummary {
     /// The disk's size in it, in bytes.
     pub size: u64,
     /// How many bytes of what lies below it are seen.
@@ -42,9 +42,9 @@ pub struct Sound {
     /// Bytes that were zeroed.
     pub zero: u64,
     /// Good records in its log.
-    pub records: u64,
+    pub good_records: u64,
     /// The first of them that count.
-    pub count: u64,
+    pub trusted_records: u64,
     /// What opening it means.
     pub recovered: Recovered,
     /// What its log promises and its data file does not have; a line each.
@@ -55,7 +55,7 @@ pub struct Sound {
 
 /// A layer that no stack names: what an operation that was cut short left behind.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Unused {
+pub struct UnusedLayer {
     /// Its directory's name.
     pub uuid: Uuid,
     /// Bytes of the host that it takes.
@@ -64,23 +64,23 @@ pub struct Unused {
 
 /// The first eight digits of a layer's uuid: enough for people.
 #[must_use]
-pub fn short(uuid: Uuid) -> String {
+pub fn short_uuid(uuid: Uuid) -> String {
     uuid.simple().to_string().chars().take(8).collect()
 }
 
-impl Found {
+impl LockedOverlay {
     /// Looks at every layer that the stack names, in its order: the top is the last.
     #[must_use]
-    pub fn look(&self) -> Vec<Look> {
+    pub fn check_layers(&self) -> Vec<LayerCheck> {
         let layers = self.stack.layers.iter();
-        layers.map(|record| Look { record: record.clone(), found: self.look_at(record) }).collect()
+        layers.map(|record| LayerCheck { record: record.clone(), summary: self.check_layer(record) }).collect()
     }
 
-    fn look_at(&self, record: &LayerRecord) -> Result<Sound, StackError> {
-        let tag = life::tag(&self.layers).map_err(doing("reading the boot id"))?;
+    fn check_layer(&self, record: &LayerRecord) -> Result<LayerSummary, StackError> {
+        let tag = life::current(&self.layers).map_err(doing("reading the boot id"))?;
         // Opened anew, the top too: a recovery puts another log in place.
-        let files = layer_files(&self.layers, record, |_| Ok(()))?.files;
-        sound(&files, tag)
+        let files = open_layer_files(&self.layers, record, |_| Ok(()))?.files;
+        summarize(&files, tag)
     }
 
     /// The layers beside its own that nothing needs. Only for an overlay that has its layers to
@@ -88,7 +88,7 @@ impl Found {
     ///
     /// # Errors
     /// The host's errno.
-    pub fn unused(&self) -> io::Result<Vec<Unused>> {
+    pub fn unused_layers(&self) -> io::Result<Vec<UnusedLayer>> {
         let named: HashSet<Uuid> = self.stack.layers.iter().map(|layer| layer.uuid).collect();
         let mut unused = Vec::new();
         for entry in rustix::fs::Dir::read_from(&self.layers)? {
@@ -97,8 +97,8 @@ impl Found {
             if let Some(uuid) = name.and_then(|name| Uuid::parse_str(name).ok())
                 && !named.contains(&uuid)
             {
-                let bytes = allocated(&self.layers, uuid).unwrap_or(0);
-                unused.push(Unused { uuid, bytes });
+                let bytes = allocated_bytes(&self.layers, uuid).unwrap_or(0);
+                unused.push(UnusedLayer { uuid, bytes });
             }
         }
         unused.sort_by_key(|layer| layer.uuid);
@@ -109,7 +109,7 @@ impl Found {
     ///
     /// # Errors
     /// The host's errno.
-    pub fn remove_unused(&self, layer: Unused) -> io::Result<()> {
+    pub fn remove_unused(&self, layer: UnusedLayer) -> io::Result<()> {
         remove_layer(&self.layers, layer.uuid)
     }
 
@@ -156,32 +156,32 @@ impl Found {
         if self.stack.layers.last() != Some(record) {
             return open_sealed(&self.layers, record).map(|(_, recovered)| recovered);
         }
-        let tag = life::tag(&self.dir).map_err(doing("reading the boot id"))?;
+        let tag = life::current(&self.dir).map_err(doing("reading the boot id"))?;
         let in_log = |error| StackError::Log { uuid: record.uuid, error };
-        let files = layer_files(&self.layers, record, |_| Ok(()))?.files;
+        let files = open_layer_files(&self.layers, record, |_| Ok(()))?.files;
         let (top, recovered) = Overlay::open(&files, tag, None).map_err(in_log)?;
-        top.settle().map_err(doing("closing its log"))?;
+        top.close_sealed().map_err(doing("closing its log"))?;
         Ok(recovered)
     }
 }
 
 /// Sizes of layers that cannot stand on each other; a line each.
 #[must_use]
-pub fn contradictions(looks: &[Look]) -> Vec<String> {
+pub fn contradictions(looks: &[LayerCheck]) -> Vec<String> {
     let sound = |uuid: Uuid| {
         let look = looks.iter().find(|look| look.record.uuid == uuid)?;
-        look.found.as_ref().ok()
+        look.summary.as_ref().ok()
     };
     let mut lines = Vec::new();
     for look in looks {
-        let (Ok(layer), Some(parent)) = (&look.found, look.record.parent) else { continue };
+        let (Ok(layer), Some(parent)) = (&look.summary, look.record.parent) else { continue };
         let Some(below) = sound(parent) else { continue };
         // A layer that a power cut took back to its last sync may be smaller than it was.
-        let is_older = below.is_rewritten || below.count < below.records;
+        let is_older = below.is_rewritten || below.trusted_records < below.good_records;
         if layer.lower_limit > below.size && !is_older {
             lines.push(format!(
                 "layer {} shows {} bytes of layer {} below it, which has only {}: they are not of one disk, restore it from a backup",
-                short(look.record.uuid), layer.lower_limit, short(parent), below.size
+                short_uuid(look.record.uuid), layer.lower_limit, short_uuid(parent), below.size
             ));
         }
     }
@@ -189,25 +189,25 @@ pub fn contradictions(looks: &[Look]) -> Vec<String> {
 }
 
 /// Reads a layer without changing it.
-fn sound(files: &Files, tag: Tag) -> Result<Sound, StackError> {
+fn summarize(files: &LayerFiles, tag: BootTag) -> Result<LayerSummary, StackError> {
     let in_log = |error| StackError::Log { uuid: files.uuid, error };
     let trusted = recover::examine(files, tag).map_err(in_log)?;
-    let image = recover::load(files, &trusted).map_err(in_log)?;
+    let image = recover::load_map(files, &trusted).map_err(in_log)?;
     let mut ends = segment_ends(files).map_err(doing("looking at its data"))?;
-    let block = u64::from(files.block);
+    let block = u64::from(files.block_size);
     for held in trusted.journal.blocks.keys() {
         // It is written where it belongs when the layer is opened.
         let end = (held.0 + 1).saturating_mul(block);
-        let known = ends.entry((end - 1) / SEGMENT).or_default();
+        let known = ends.entry((end - 1) / SEGMENT_LEN).or_default();
         *known = end.max(*known);
     }
-    Ok(Sound {
+    Ok(LayerSummary {
         size: image.size,
         lower_limit: image.lower_limit,
         data: image.blocks.data_blocks().saturating_mul(block),
         zero: image.blocks.zero_blocks().saturating_mul(block),
-        records: trusted.scan.good,
-        count: trusted.count,
+        good_records: trusted.scan.good,
+        trusted_records: trusted.records,
         recovered: trusted.recovered,
         misplaced: misplaced(&image, block, &ends),
         is_rewritten: trusted.scan.first > 1,
@@ -215,7 +215,7 @@ fn sound(files: &Files, tag: Tag) -> Result<Sound, StackError> {
 }
 
 /// Bytes of the host that the files of a layer take.
-fn allocated(layers: &File, uuid: Uuid) -> io::Result<u64> {
+fn allocated_bytes(layers: &File, uuid: Uuid) -> io::Result<u64> {
     let dir = confined::open_subdir(layers, uuid.to_string())?;
     let mut blocks = 0;
     for entry in rustix::fs::Dir::read_from(&dir)? {
@@ -229,33 +229,33 @@ fn allocated(layers: &File, uuid: Uuid) -> io::Result<u64> {
 }
 
 /// Where each segment of the data file ends, in bytes of the disk, by its index.
-fn segment_ends(files: &Files) -> io::Result<HashMap<u64, u64>> {
+fn segment_ends(files: &LayerFiles) -> io::Result<HashMap<u64, u64>> {
     let Some(data) = files.data.host_file() else {
         return Ok(HashMap::new());
     };
     let mut ends = HashMap::new();
     for (index, file) in data.segments()? {
         let index = index as u64;
-        ends.insert(index, index * SEGMENT + file.metadata()?.len());
+        ends.insert(index, index * SEGMENT_LEN + file.metadata()?.len());
     }
     Ok(ends)
 }
 
 /// Data blocks that cannot be: past the disk's size, or where the data file holds nothing.
-fn misplaced(image: &Image, block: u64, ends: &HashMap<u64, u64>) -> Vec<String> {
-    let (mut outside, mut missing) = (Sum::default(), Sum::default());
+fn misplaced(image: &LayerMap, block: u64, ends: &HashMap<u64, u64>) -> Vec<String> {
+    let (mut outside, mut missing) = (ByteSum::default(), ByteSum::default());
     let all = BlockIndex(0)..BlockIndex(u64::MAX);
-    for run in image.blocks.runs(all).filter(|run| run.state == State::Data) {
+    for run in image.blocks.runs(all).filter(|run| run.state == BlockState::Data) {
         let bytes = run.range.start.0.saturating_mul(block)..run.range.end.0.saturating_mul(block);
         // The last block may reach over the end of the disk, and is stored as far as that.
         let size = image.size;
         outside.add(bytes.start.max(size.next_multiple_of(block))..bytes.end);
-        for part in by_segment(bytes.start..bytes.end.min(size)) {
-            let end = ends.get(&(part.start / SEGMENT)).copied().unwrap_or(0);
+        for part in split_by_segment(bytes.start..bytes.end.min(size)) {
+            let end = ends.get(&(part.start / SEGMENT_LEN)).copied().unwrap_or(0);
             missing.add(part.start.max(end)..part.end);
         }
     }
-    let line = |sum: Sum, what: &str| {
+    let line = |sum: ByteSum, what: &str| {
         let first = sum.first?;
         let size = format_size(sum.bytes);
         Some(format!("{size} of data from byte {first} on {what}"))
@@ -268,23 +268,23 @@ fn misplaced(image: &Image, block: u64, ends: &HashMap<u64, u64>) -> Vec<String>
 }
 
 /// `range` cut at the borders of segments.
-fn by_segment(range: Range<u64>) -> impl Iterator<Item = Range<u64>> {
+fn split_by_segment(range: Range<u64>) -> impl Iterator<Item = Range<u64>> {
     let mut at = range.start;
     std::iter::from_fn(move || {
         let start = at;
-        at = range.end.min((start / SEGMENT + 1).saturating_mul(SEGMENT));
+        at = range.end.min((start / SEGMENT_LEN + 1).saturating_mul(SEGMENT_LEN));
         (start < range.end).then_some(start..at)
     })
 }
 
 /// Bytes that were found, and the first of them.
 #[derive(Default)]
-struct Sum {
+struct ByteSum {
     first: Option<u64>,
     bytes: u64,
 }
 
-impl Sum {
+impl ByteSum {
     fn add(&mut self, range: Range<u64>) {
         if !range.is_empty() {
             self.first.get_or_insert(range.start);
@@ -297,26 +297,26 @@ impl Sum {
 mod tests {
     use super::*;
 
-    fn image(size: u64, data: Range<u64>) -> Image {
-        let mut image = Image::new(size, size);
-        image.blocks.set(BlockIndex(data.start)..BlockIndex(data.end), State::Data);
+    fn image(size: u64, data: Range<u64>) -> LayerMap {
+        let mut image = LayerMap::new(size, size);
+        image.blocks.set(BlockIndex(data.start)..BlockIndex(data.end), BlockState::Data);
         image
     }
 
-    fn look(uuid: u128, parent: Option<u128>, size: u64, lower_limit: u64) -> Look {
+    fn look(uuid: u128, parent: Option<u128>, size: u64, lower_limit: u64) -> LayerCheck {
         let (uuid, parent) = (Uuid::from_u128(uuid), parent.map(Uuid::from_u128));
-        let found = Sound {
+        let found = LayerSummary {
             size,
             lower_limit,
             data: 0,
             zero: 0,
-            records: 5,
-            count: 5,
+            good_records: 5,
+            trusted_records: 5,
             recovered: Recovered::Clean,
             misplaced: Vec::new(),
             is_rewritten: false,
         };
-        Look { record: LayerRecord { uuid, block: 512, parent }, found: Ok(found) }
+        LayerCheck { record: LayerRecord { uuid, block: 512, parent }, summary: Ok(found) }
     }
 
     #[test]
@@ -331,10 +331,10 @@ mod tests {
     #[test]
     fn a_parent_that_a_power_cut_took_back_may_be_smaller() {
         let mut looks = [look(1, None, 10, 0), look(2, Some(1), 9000, 8000)];
-        looks[0].found.as_mut().unwrap().count = 4;
+        looks[0].summary.as_mut().unwrap().trusted_records = 4;
         assert_eq!(contradictions(&looks), Vec::<String>::new());
-        let parent = looks[0].found.as_mut().unwrap();
-        (parent.count, parent.is_rewritten) = (5, true);
+        let parent = looks[0].summary.as_mut().unwrap();
+        (parent.trusted_records, parent.is_rewritten) = (5, true);
         assert_eq!(contradictions(&looks), Vec::<String>::new());
     }
 
@@ -349,13 +349,13 @@ mod tests {
     #[test]
     fn every_segment_has_an_end_of_its_own() {
         let block = 1 << 20;
-        let border = SEGMENT / block;
-        let image = image(2 * SEGMENT, border - 1..border + 2);
-        let whole = HashMap::from([(0, SEGMENT), (1, SEGMENT + 2 * block)]);
+        let border = SEGMENT_LEN / block;
+        let image = image(2 * SEGMENT_LEN, border - 1..border + 2);
+        let whole = HashMap::from([(0, SEGMENT_LEN), (1, SEGMENT_LEN + 2 * block)]);
         assert_eq!(misplaced(&image, block, &whole), Vec::<String>::new());
-        let short = HashMap::from([(0, SEGMENT), (1, SEGMENT + block)]);
+        let short = HashMap::from([(0, SEGMENT_LEN), (1, SEGMENT_LEN + block)]);
         assert!(misplaced(&image, block, &short)[0].starts_with("1 MiB of data"));
-        let parts: Vec<_> = by_segment(SEGMENT - 1..SEGMENT + 1).collect();
-        assert_eq!(parts, [SEGMENT - 1..SEGMENT, SEGMENT..SEGMENT + 1]);
+        let parts: Vec<_> = split_by_segment(SEGMENT_LEN - 1..SEGMENT_LEN + 1).collect();
+        assert_eq!(parts, [SEGMENT_LEN - 1..SEGMENT_LEN, SEGMENT_LEN..SEGMENT_LEN + 1]);
     }
 }

@@ -17,22 +17,22 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use super::StoreError;
-use crate::confined::{self, entries, open_dir, open_subdir, stranger_in};
-use crate::overlay::persist::{DRAFT_PREFIX, remove_layer};
+use crate::confined::{self, entry_names, open_dir, open_subdir, foreign_entry_error};
+use crate::overlay::persist::{STAGING_PREFIX, remove_layer};
 use crate::overlay::stack::{Stack, StackError, doing};
 use crate::trust;
 
 /// How long a store's last user may take to be gone.
-const DYING: Duration = Duration::from_secs(1);
+const RELEASE_TIMEOUT: Duration = Duration::from_secs(1);
 /// How often is looked whether it is.
-const LOOK: Duration = Duration::from_millis(20);
+const POLL_INTERVAL: Duration = Duration::from_millis(20);
 
 /// The file that makes a directory a store.
-const MARKER: &str = "store";
+const MARKER_FILE: &str = "store";
 /// The longest marker in bytes.
-const LONGEST_MARKER: u64 = 4 << 10;
+const MAX_MARKER_LEN: u64 = 4 << 10;
 /// The version of a store's layout that this code reads and writes.
-const VERSION: u32 = 1;
+const STORE_VERSION: u32 = 1;
 
 /// What a new file system may hold besides.
 const LOST_AND_FOUND: &str = "lost+found";
@@ -41,7 +41,7 @@ const DISK_FILES: [&str; 4] = ["stack", "stack.new", "holder", "holder.new"];
 
 /// The contents of the marker.
 #[derive(Serialize, Deserialize)]
-struct Marker {
+struct StoreMarker {
     version: u32,
 }
 
@@ -69,11 +69,11 @@ impl StoreDirs {
             .map_err(io("making its directories"))?;
         let root = open_root(path)?;
         let has_marker = has_marker(path, &root)?;
-        if !has_marker && !is_new(&root).map_err(io("reading it"))? {
+        if !has_marker && !is_unfinished(&root).map_err(io("reading it"))? {
             // One that was made before there were markers.
             let dirs = Self::open_dirs(path, root)?;
             return match dirs.is_store_like().map_err(io("reading it"))? {
-                true => dirs.mark(),
+                true => dirs.write_marker(),
                 false => Err(StoreError::NotAStore(path.to_owned())),
             };
         }
@@ -84,7 +84,7 @@ impl StoreDirs {
             }
         }
         let dirs = Self::open_dirs(path, root)?;
-        if has_marker { Ok(dirs) } else { dirs.mark() }
+        if has_marker { Ok(dirs) } else { dirs.write_marker() }
     }
 
     /// Opens the store at `path` and changes nothing.
@@ -120,10 +120,10 @@ impl StoreDirs {
     }
 
     /// Makes it a store for good.
-    fn mark(self) -> Result<Self, StoreError> {
-        let text = format!("version = {VERSION}\n");
-        let new = format!("{MARKER}.new");
-        let marked = confined::replace_file(&self.root, MARKER, &new, text.as_bytes());
+    fn write_marker(self) -> Result<Self, StoreError> {
+        let text = format!("version = {STORE_VERSION}\n");
+        let new = format!("{MARKER_FILE}.new");
+        let marked = confined::replace_file(&self.root, MARKER_FILE, &new, text.as_bytes());
         match marked {
             Ok(()) => Ok(self),
             Err(error) => {
@@ -146,12 +146,12 @@ impl StoreDirs {
 
     /// Whether it holds only what a store holds.
     fn is_store_like(&self) -> io::Result<bool> {
-        let is_uuid = |name: &String| uuid_of(name).is_some();
-        Ok(self.targets().is_ok()
-            && entries(&self.disks)?
+        let is_uuid = |name: &String| parse_uuid(name).is_some();
+        Ok(self.named_disks().is_ok()
+            && entry_names(&self.disks)?
                 .iter()
-                .all(|name| is_uuid(name) || name.starts_with(DRAFT_PREFIX))
-            && entries(&self.layers)?.iter().all(is_uuid))
+                .all(|name| is_uuid(name) || name.starts_with(STAGING_PREFIX))
+            && entry_names(&self.layers)?.iter().all(is_uuid))
     }
 
     /// Every name and the disk it leads to, sorted.
@@ -159,10 +159,10 @@ impl StoreDirs {
     /// # Errors
     /// The host's errno; also when a name is no link to a disk, as in a copy of a store without
     /// its symlinks: its disk would look like one without a name.
-    pub fn targets(&self) -> io::Result<Vec<(String, Uuid)>> {
+    pub fn named_disks(&self) -> io::Result<Vec<(String, Uuid)>> {
         let mut all = Vec::new();
-        for name in entries(&self.names)? {
-            let Some(target) = self.target_of(&name) else {
+        for name in entry_names(&self.names)? {
+            let Some(target) = self.disk_named(&name) else {
                 return Err(io::Error::other(format!(
                     "'names/{name}' is no link to one of its disks: remove it, or copy the store again with its symlinks (cp -a)"
                 )));
@@ -174,17 +174,17 @@ impl StoreDirs {
     }
 
     /// The disk that `name` leads to.
-    fn target_of(&self, name: &str) -> Option<Uuid> {
+    fn disk_named(&self, name: &str) -> Option<Uuid> {
         let target = rustix::fs::readlinkat(&self.names, name, Vec::new()).ok()?;
-        uuid_of(target.to_str().ok()?.strip_prefix("../disks/")?)
+        parse_uuid(target.to_str().ok()?.strip_prefix("../disks/")?)
     }
 
     /// Calls `each` with the uuid and the stack of every disk.
     ///
     /// # Errors
     /// The host's errno; also when a stack cannot be read.
-    pub(super) fn each_stack(&self, mut each: impl FnMut(Uuid, Stack)) -> io::Result<()> {
-        for uuid in entries(&self.disks)?.iter().filter_map(|name| uuid_of(name)) {
+    pub(super) fn for_each_stack(&self, mut each: impl FnMut(Uuid, Stack)) -> io::Result<()> {
+        for uuid in entry_names(&self.disks)?.iter().filter_map(|name| parse_uuid(name)) {
             match self.stack_of(&uuid) {
                 Ok(stack) => each(uuid, stack),
                 // It went between the two.
@@ -209,14 +209,14 @@ impl StoreDirs {
     /// # Errors
     /// The host's errno.
     pub fn leftovers(&self) -> io::Result<Leftovers> {
-        let named = self.targets()?;
-        let disks = entries(&self.disks)?;
+        let named = self.named_disks()?;
+        let disks = entry_names(&self.disks)?;
         let mut found = Leftovers::default();
         let is_gone = |uuid: &Uuid| !disks.contains(&uuid.to_string());
         found.names.extend(named.iter().filter(|(_, uuid)| is_gone(uuid)).map(|(n, _)| n.clone()));
         let mut needed = found.names.is_empty().then(HashSet::new);
         for name in disks {
-            match uuid_of(&name) {
+            match parse_uuid(&name) {
                 Some(uuid) if named.iter().any(|(_, other)| *other == uuid) => {
                     needed = needed.zip(self.stack_of(&uuid).ok()).map(|(mut needed, stack)| {
                         needed.extend(stack.layers.into_iter().map(|layer| layer.uuid));
@@ -224,20 +224,20 @@ impl StoreDirs {
                     });
                 }
                 Some(_) => found.disks.push(name),
-                None if name.starts_with(DRAFT_PREFIX) => found.disks.push(name),
-                None => found.strangers.push(format!("disks/{name}")),
+                None if name.starts_with(STAGING_PREFIX) => found.disks.push(name),
+                None => found.foreign.push(format!("disks/{name}")),
             }
         }
-        for name in entries(&self.layers)? {
-            match (uuid_of(&name), &needed) {
-                (None, _) => found.strangers.push(format!("layers/{name}")),
+        for name in entry_names(&self.layers)? {
+            match (parse_uuid(&name), &needed) {
+                (None, _) => found.foreign.push(format!("layers/{name}")),
                 (Some(uuid), Some(needed)) if !needed.contains(&uuid) => found.layers.push(uuid),
                 (Some(_), _) => {}
             }
         }
         found.disks.sort();
         found.layers.sort();
-        found.strangers.sort();
+        found.foreign.sort();
         Ok(found)
     }
 
@@ -257,8 +257,8 @@ impl StoreDirs {
     /// The host's errno; a line that names what else it holds.
     pub fn remove_disk(&self, name: &str) -> io::Result<()> {
         let dir = open_subdir(&self.disks, name)?;
-        if let Some(other) = entries(&dir)?.iter().find(|file| !DISK_FILES.contains(&&***file)) {
-            return Err(stranger_in(&format!("disks/{name}"), other));
+        if let Some(other) = entry_names(&dir)?.iter().find(|file| !DISK_FILES.contains(&&***file)) {
+            return Err(foreign_entry_error(&format!("disks/{name}"), other));
         }
         // The stack first: without it there is no disk.
         DISK_FILES.iter().try_for_each(|file| confined::remove_file(&dir, file))?;
@@ -285,7 +285,7 @@ pub struct Leftovers {
     /// nobody knows then what it needs.
     pub layers: Vec<Uuid>,
     /// What cowslip has not made, and leaves alone.
-    pub strangers: Vec<String>,
+    pub foreign: Vec<String>,
 }
 
 /// Opens and locks what is to be a store, if nobody else could have made it what it is.
@@ -298,7 +298,7 @@ fn open_root(path: &Path) -> Result<File, StoreError> {
         match rustix::fs::flock(&root, FlockOperation::NonBlockingLockExclusive) {
             Ok(()) => return Ok(root),
             // The threads of a daemon that was killed end one after the other.
-            Err(rustix::io::Errno::WOULDBLOCK) if start.elapsed() < DYING => thread::sleep(LOOK),
+            Err(rustix::io::Errno::WOULDBLOCK) if start.elapsed() < RELEASE_TIMEOUT => thread::sleep(POLL_INTERVAL),
             Err(rustix::io::Errno::WOULDBLOCK) => return Err(StoreError::InUse(path.to_owned())),
             Err(error) => return Err(io("locking it")(error.into())),
         }
@@ -307,7 +307,7 @@ fn open_root(path: &Path) -> Result<File, StoreError> {
 
 /// Whether there is a marker of a version that is known.
 fn has_marker(path: &Path, root: &File) -> Result<bool, StoreError> {
-    let bytes = match confined::read_file(root, MARKER, LONGEST_MARKER) {
+    let bytes = match confined::read_file(root, MARKER_FILE, MAX_MARKER_LEN) {
         Ok(bytes) => bytes,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
         Err(error) => {
@@ -317,19 +317,19 @@ fn has_marker(path: &Path, root: &File) -> Result<bool, StoreError> {
     };
     let marker = std::str::from_utf8(&bytes).ok().and_then(|text| toml::from_str(text).ok());
     match marker {
-        Some(Marker { version: VERSION }) => Ok(true),
-        Some(Marker { version }) => Err(StoreError::Version { dir: path.to_owned(), version }),
+        Some(StoreMarker { version: STORE_VERSION }) => Ok(true),
+        Some(StoreMarker { version }) => Err(StoreError::Version { dir: path.to_owned(), version }),
         None => Err(StoreError::NotAStore(path.to_owned())),
     }
 }
 
 /// Whether nothing lies there but what a store that was being made leaves behind.
-fn is_new(root: &File) -> io::Result<bool> {
-    for name in entries(root)? {
+fn is_unfinished(root: &File) -> io::Result<bool> {
+    for name in entry_names(root)? {
         match name.as_str() {
             LOST_AND_FOUND => {}
             "layers" | "disks" | "names" if is_empty(root, &name)? => {}
-            name if name.strip_suffix(".new") == Some(MARKER) => {}
+            name if name.strip_suffix(".new") == Some(MARKER_FILE) => {}
             _ => return Ok(false),
         }
     }
@@ -338,13 +338,13 @@ fn is_new(root: &File) -> io::Result<bool> {
 
 fn is_empty(root: &File, name: &str) -> io::Result<bool> {
     match open_subdir(root, name) {
-        Ok(dir) => Ok(entries(&dir)?.is_empty()),
+        Ok(dir) => Ok(entry_names(&dir)?.is_empty()),
         Err(error) if error.kind() == io::ErrorKind::InvalidInput => Ok(false),
         Err(error) => Err(error),
     }
 }
 
 /// The uuid that `name` is, written as cowslip writes it.
-fn uuid_of(name: &str) -> Option<Uuid> {
+fn parse_uuid(name: &str) -> Option<Uuid> {
     Uuid::parse_str(name).ok().filter(|uuid| uuid.to_string() == name)
 }

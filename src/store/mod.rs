@@ -20,10 +20,10 @@ use std::sync::Arc;
 use uuid::Uuid;
 
 pub use self::dirs::{Leftovers, StoreDirs};
-use crate::disk::{self, Disk, OpenError, Opened, Others, Owner, Setting};
+use crate::disk::{self, Disk, OpenError, OpenedDisk, LayerUsers, DiskOwner, OpenContext};
 use crate::name;
-use crate::overlay::persist::Place;
-use crate::overlay::shelf::Shelf;
+use crate::overlay::persist::OverlayPath;
+use crate::overlay::shelf::LayerCache;
 use crate::spec::DiskSpec;
 use crate::trust::TrustError;
 
@@ -31,7 +31,7 @@ use crate::trust::TrustError;
 pub struct Store {
     dirs: Arc<StoreDirs>,
     /// The sealed layers that its disks share.
-    shelf: Arc<Shelf>,
+    layer_cache: Arc<LayerCache>,
 }
 
 /// Why a store cannot be used; each is one line for the user.
@@ -82,10 +82,10 @@ pub enum StoreError {
 impl StoreError {
     /// The host's errno behind it, if there is one.
     #[must_use]
-    pub fn errno(&self) -> Option<i32> {
+    pub fn os_error(&self) -> Option<i32> {
         match self {
             Self::Io { error, .. } => error.raw_os_error(),
-            Self::Disk { error, .. } => error.errno(),
+            Self::Disk { error, .. } => error.os_error(),
             Self::InUse(_) | Self::NotAStore(_) | Self::Untrusted { .. } | Self::Version { .. } => {
                 None
             }
@@ -100,12 +100,12 @@ impl Store {
     /// [`StoreError`].
     pub fn open(dir: &Path) -> Result<Self, StoreError> {
         let dirs = Arc::new(StoreDirs::open_or_create(dir)?);
-        let store = Self { dirs, shelf: Arc::default() };
-        store.sweep().map_err(|error| store.failed("sweeping what has no name", error))?;
+        let store = Self { dirs, layer_cache: Arc::default() };
+        store.remove_leftovers().map_err(|error| store.io_error("sweeping what has no name", error))?;
         Ok(store)
     }
 
-    fn failed(&self, what: &'static str, error: io::Error) -> StoreError {
+    fn io_error(&self, what: &'static str, error: io::Error) -> StoreError {
         StoreError::Io { dir: self.dir().to_owned(), what, error }
     }
 
@@ -121,8 +121,8 @@ impl Store {
 
     /// Removes disks without a name and layers without a disk: what a crash left behind. What is not
     /// cowslip's stays.
-    fn sweep(&self) -> io::Result<()> {
-        let Leftovers { disks, layers, strangers, .. } = self.dirs.leftovers()?;
+    fn remove_leftovers(&self) -> io::Result<()> {
+        let Leftovers { disks, layers, foreign: strangers, .. } = self.dirs.leftovers()?;
         let dir = self.dir().display();
         for stranger in strangers {
             log::warn!("store '{dir}': '{stranger}' is not cowslip's: it is left alone");
@@ -140,9 +140,9 @@ impl Store {
         Ok(())
     }
 
-    fn with_place<T>(&self, uuid: &Uuid, use_it: impl FnOnce(Place<'_>) -> T) -> T {
+    fn with_overlay_path<T>(&self, uuid: &Uuid, use_it: impl FnOnce(OverlayPath<'_>) -> T) -> T {
         let (dir, layers) = (self.disk_dir(uuid), self.dir().join("layers"));
-        use_it(Place { dir: &dir, layers: Some(&layers) })
+        use_it(OverlayPath { dir: &dir, layers: Some(&layers) })
     }
 
     /// Opens every disk, one after the other, and hands it to `each`.
@@ -151,22 +151,22 @@ impl Store {
     /// The line for the user: of the first disk that cannot be opened, or what `each` says.
     pub fn open_disks(
         &self,
-        setting: &Setting<'_>,
-        mut each: impl FnMut(&str, Opened) -> Result<(), String>,
+        setting: &OpenContext<'_>,
+        mut each: impl FnMut(&str, OpenedDisk) -> Result<(), String>,
     ) -> Result<(), String> {
-        let listed = self.dirs.targets();
-        let listed = listed.map_err(|error| self.failed("reading its names", error).to_string())?;
+        let listed = self.dirs.named_disks();
+        let listed = listed.map_err(|error| self.io_error("reading its names", error).to_string())?;
         let shared = shared_layers(&self.dirs);
         if let Err(error) = &shared {
             log::debug!("store '{}': layers are merged later: {error}", self.dir().display());
         }
         for (name, uuid) in listed {
             let opened = self
-                .with_place(&uuid, |place| disk::open_stored(&name, place, setting, &self.shelf))
+                .with_overlay_path(&uuid, |place| disk::open_stored(&name, place, setting, &self.layer_cache))
                 .map_err(|error| StoreError::Disk { name: name.clone(), error }.to_string())?;
-            let opened = self.joined(opened);
+            let opened = self.with_shared_layers(opened);
             if let Ok(shared) = &shared {
-                opened.disk.note_untidy(shared);
+                opened.disk.note_mergeable(shared);
             }
             each(&name, opened)?;
         }
@@ -174,15 +174,15 @@ impl Store {
     }
 
     /// A disk of this store that knows who else may stand on its layers.
-    fn joined(&self, opened: Opened) -> Opened {
-        self.join(&opened.disk);
+    fn with_shared_layers(&self, opened: OpenedDisk) -> OpenedDisk {
+        self.share_layers(&opened.disk);
         opened
     }
 
-    fn join(&self, disk: &Disk) {
+    fn share_layers(&self, disk: &Disk) {
         let dirs = Arc::clone(&self.dirs);
-        let others: Others = Arc::new(move |uuid| layers_of_others(&dirs, uuid));
-        disk.join(&self.shelf, others);
+        let others: LayerUsers = Arc::new(move |uuid| layers_used_by_others(&dirs, uuid));
+        disk.share_layers(&self.layer_cache, others);
     }
 
     /// Keeps the temporary overlay of `disk` here and gives it its name, durably.
@@ -190,9 +190,9 @@ impl Store {
     /// # Errors
     /// [`StoreError`]; when it could not be named the disk goes on, and ends with the mount.
     pub fn keep(&self, disk: &Disk, name: &str) -> Result<(), StoreError> {
-        let kept = self.with_place(&disk.uuid, |place| disk.keep(place));
+        let kept = self.with_overlay_path(&disk.uuid, |place| disk.keep(place));
         kept.map_err(|error| StoreError::Disk { name: name.to_owned(), error })?;
-        self.join(disk);
+        self.share_layers(disk);
         self.give_name(&disk.uuid, name)
     }
 
@@ -200,8 +200,8 @@ impl Store {
     ///
     /// # Errors
     /// [`StoreError`]; nothing is left behind then.
-    pub fn create(&self, name: &str, owner: Owner) -> Result<Opened, StoreError> {
-        self.make(name, |uuid, place| disk::create_blank(name, uuid, place, owner))
+    pub fn create(&self, name: &str, owner: DiskOwner) -> Result<OpenedDisk, StoreError> {
+        self.create_named(name, |uuid, place| disk::create_blank(name, uuid, place, owner))
     }
 
     /// Makes the disk that `spec` asks for, with its overlay in this store, and names it.
@@ -211,39 +211,39 @@ impl Store {
     pub fn create_over(
         &self,
         spec: &DiskSpec,
-        setting: &Setting<'_>,
-    ) -> Result<Opened, StoreError> {
-        self.make(&spec.name, |_, place| disk::create_stored(spec, place, setting))
+        setting: &OpenContext<'_>,
+    ) -> Result<OpenedDisk, StoreError> {
+        self.create_named(&spec.name, |_, place| disk::create_stored(spec, place, setting))
     }
 
     /// Makes a disk that holds what `from`, another disk of this store, holds now.
     ///
     /// # Errors
     /// [`StoreError`]; nothing is left behind then.
-    pub fn clone_disk(&self, from: &Disk, name: &str) -> Result<Opened, StoreError> {
-        self.make(name, |_, place| disk::clone_stored(from, name, place, &self.shelf))
+    pub fn clone_disk(&self, from: &Disk, name: &str) -> Result<OpenedDisk, StoreError> {
+        self.create_named(name, |_, place| disk::clone_stored(from, name, place, &self.layer_cache))
     }
 
-    /// Makes a disk by `make`, which is given its uuid and its place, and names it, durably.
-    fn make(
+    /// Makes a disk by `create_named`, which is given its uuid and its place, and names it, durably.
+    fn create_named(
         &self,
         name: &str,
-        make: impl FnOnce(Uuid, Place<'_>) -> Result<Opened, OpenError>,
-    ) -> Result<Opened, StoreError> {
+        make: impl FnOnce(Uuid, OverlayPath<'_>) -> Result<OpenedDisk, OpenError>,
+    ) -> Result<OpenedDisk, StoreError> {
         let uuid = Uuid::new_v4();
         let opened = self
-            .with_place(&uuid, |place| make(uuid, place))
+            .with_overlay_path(&uuid, |place| make(uuid, place))
             .map_err(|error| StoreError::Disk { name: name.to_owned(), error })?;
         self.give_name(&uuid, name)?;
-        Ok(self.joined(opened))
+        Ok(self.with_shared_layers(opened))
     }
 
     /// Lets `name` lead to the disk `uuid`, durably; without it the disk goes.
     fn give_name(&self, uuid: &Uuid, name: &str) -> Result<(), StoreError> {
         let target = Path::new("../disks").join(uuid.to_string());
         let failed = |error| {
-            self.discard(uuid);
-            self.failed("naming a new disk", error)
+            self.remove_files(uuid);
+            self.io_error("naming a new disk", error)
         };
         let made = name::check(name).map_err(io::Error::from).and_then(|()| {
             rustix::fs::symlinkat(target, self.dirs.names(), name).map_err(io::Error::from)
@@ -253,13 +253,13 @@ impl Store {
             // The name first: one that leads nowhere would be in the way of the next mount.
             return match self.remove_name(name) {
                 Ok(()) => Err(failed(error)),
-                Err(error) => Err(self.failed("naming a new disk", error)),
+                Err(error) => Err(self.io_error("naming a new disk", error)),
             };
         }
         Ok(())
     }
 
-    /// Takes the name away, durably; the disk's files stay until [`discard`](Self::discard).
+    /// Takes the name away, durably; the disk's files stay until [`remove_files`](Self::remove_files).
     ///
     /// # Errors
     /// The host's errno.
@@ -281,12 +281,12 @@ impl Store {
 
     /// Removes the files of a disk that no name leads to and nobody has open; the layers that
     /// another disk stands on stay.
-    pub fn discard(&self, uuid: &Uuid) {
-        let _alone = self.shelf.alone();
+    pub fn remove_files(&self, uuid: &Uuid) {
+        let _alone = self.layer_cache.lock_changes();
         let layers = self.dirs.stack_of(uuid).map(|stack| stack.layers).unwrap_or_default();
         // First the stack that names the layers: what is left over is swept at the next mount.
         let removed = self.dirs.remove_disk(&uuid.to_string()).and_then(|()| {
-            let needed = layers_of_others(&self.dirs, uuid)?;
+            let needed = layers_used_by_others(&self.dirs, uuid)?;
             let free = layers.iter().filter(|layer| !needed.contains(&layer.uuid));
             // All of them, also after one could not be removed.
             let removed: Vec<_> = free.map(|layer| self.dirs.remove_layer(layer.uuid)).collect();
@@ -302,9 +302,9 @@ impl Store {
 ///
 /// # Errors
 /// The host's errno, also when a stack cannot be read: nobody knows then what it needs.
-fn layers_of_others(dirs: &StoreDirs, uuid: &Uuid) -> io::Result<HashSet<Uuid>> {
+fn layers_used_by_others(dirs: &StoreDirs, uuid: &Uuid) -> io::Result<HashSet<Uuid>> {
     let mut needed = HashSet::new();
-    dirs.each_stack(|disk, stack| {
+    dirs.for_each_stack(|disk, stack| {
         if disk != *uuid {
             needed.extend(stack.layers.into_iter().map(|layer| layer.uuid));
         }
@@ -315,10 +315,10 @@ fn layers_of_others(dirs: &StoreDirs, uuid: &Uuid) -> io::Result<HashSet<Uuid>> 
 /// The layers that several disks of a store stand on.
 ///
 /// # Errors
-/// As [`layers_of_others`].
+/// As [`layers_used_by_others`].
 fn shared_layers(dirs: &StoreDirs) -> io::Result<HashSet<Uuid>> {
     let (mut seen, mut shared) = (HashSet::new(), HashSet::new());
-    dirs.each_stack(|_, stack| {
+    dirs.for_each_stack(|_, stack| {
         let again = stack.layers.into_iter().map(|layer| layer.uuid);
         shared.extend(again.filter(|layer| !seen.insert(*layer)));
     })?;
@@ -334,18 +334,18 @@ mod tests {
     fn a_disk_that_was_removed_meanwhile_has_no_clones() {
         let room = tempfile::tempdir().unwrap();
         let store = Store::open(&room.path().join("st")).unwrap();
-        let owner = Owner { uid: 0, gid: 0, perm: 0o600 };
+        let owner = DiskOwner { uid: 0, gid: 0, perm: 0o600 };
         let from = store.create("a", owner).unwrap().disk;
         from.write(b"kept", 0, Wait::Yes).unwrap();
         // All it holds is sealed from then on: the next clone needs no new layer of it.
         let first = store.clone_disk(&from, "b").unwrap().disk;
         for (name, disk) in [("a", &from), ("b", &first)] {
             store.remove_name(name).unwrap();
-            store.discard(&disk.uuid);
+            store.remove_files(&disk.uuid);
         }
         let refused = store.clone_disk(&from, "c").err().unwrap().to_string();
         assert!(refused.contains("removed meanwhile"), "{refused}");
-        assert_eq!(store.dirs.targets().unwrap(), []);
+        assert_eq!(store.dirs.named_disks().unwrap(), []);
         for dir in ["disks", "layers"] {
             assert_eq!(std::fs::read_dir(store.dir().join(dir)).unwrap().count(), 0, "{dir}");
         }

@@ -33,25 +33,25 @@ use rustix::process::{
     Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, kill_process_group, pidfd_open, waitid,
 };
 
-use super::guard::{self, Guard};
-use super::stderr::Stderr;
+use super::guard::{self, GuardProcess};
+use super::stderr::StderrTail;
 use super::stop::Stop;
-use crate::host::said;
-use crate::process::give_back;
+use crate::host::os_message;
+use crate::process::restore_caller_limits;
 use crate::spec::Programs;
 
 /// As much as an unprivileged process may ask for: 1 MiB. It evens out who waits for whom.
 pub(super) const PIPE_SIZE: usize = 1 << 20;
 
 /// How long killed programs are waited for. One that is stuck in the kernel goes later.
-const KILL_PATIENCE: Duration = Duration::from_secs(5);
+const KILL_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// How often it is looked whether a program has ended, where that wait must end on a word.
-const LOOK: Timespec = Timespec { tv_sec: 0, tv_nsec: 5_000_000 };
+const POLL_INTERVAL: Timespec = Timespec { tv_sec: 0, tv_nsec: 5_000_000 };
 
 /// Which end of the pipe of programs is ours.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum End {
+pub enum PipeEnd {
     /// We write what the first program reads.
     Input,
     /// We read what the last program writes.
@@ -63,8 +63,8 @@ pub enum End {
 pub struct Pipeline {
     programs: Vec<Program>,
     group: Pid,
-    state: Mutex<State>,
-    stderr: Stderr,
+    state: Mutex<PipelineState>,
+    stderr: StderrTail,
 }
 
 #[derive(Debug)]
@@ -74,8 +74,8 @@ struct Program {
 }
 
 #[derive(Debug)]
-struct State {
-    guard: Option<Guard>,
+struct PipelineState {
+    guard: Option<GuardProcess>,
     /// Empty once all have been collected: the pids are not ours any more.
     children: Vec<Child>,
     /// What was to be said when they were collected.
@@ -84,18 +84,18 @@ struct State {
 
 /// How a program ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Ending {
+enum ProgramExit {
     Exited(i32),
     Killed(i32),
     /// Somebody else has collected it.
-    Lost,
+    Unknown,
 }
 
 impl Pipeline {
     /// Starts `programs` in `dir`, joined by pipes; gives our end of theirs, which does not block.
     ///
-    /// With [`End::Input`] the last program gets `stdout`, and a guard is started (where
-    /// [`guard::offer`] was called). With [`End::Output`] `stdout` is not used, and the first
+    /// With [`PipeEnd::Input`] the last program gets `stdout`, and a guard is started (where
+    /// [`guard::offer`] was called). With [`PipeEnd::Output`] `stdout` is not used, and the first
     /// program reads /dev/null.
     ///
     /// # Errors
@@ -103,49 +103,49 @@ impl Pipeline {
     pub fn spawn(
         programs: &Programs,
         dir: &Path,
-        end: End,
+        end: PipeEnd,
         stdout: Stdio,
     ) -> Result<(Arc<Self>, OwnedFd), String> {
         Self::spawn_with(programs, dir, end, stdout, guard::program())
     }
 
-    /// [`Self::spawn`] with the program that guards an [`End::Input`], if any.
+    /// [`Self::spawn`] with the program that guards an [`PipeEnd::Input`], if any.
     ///
     /// # Errors
     /// As there.
     pub fn spawn_with(
         programs: &Programs,
         dir: &Path,
-        end: End,
+        end: PipeEnd,
         stdout: Stdio,
         guard: Option<&Path>,
     ) -> Result<(Arc<Self>, OwnedFd), String> {
         if !dir.is_dir() {
             return Err(format!("cannot run commands in '{}': no such directory", dir.display()));
         }
-        let (stderr, stderr_end) = Stderr::new().map_err(|error| no_pipe(&error))?;
-        let (ours, theirs) = data_pipe(end).map_err(|error| no_pipe(&error))?;
+        let (stderr, stderr_end) = StderrTail::new().map_err(|error| pipe_error(&error))?;
+        let (ours, theirs) = data_pipe(end).map_err(|error| pipe_error(&error))?;
         let (first, last) = match end {
-            End::Input => (Stdio::from(theirs), stdout),
-            End::Output => (Stdio::null(), Stdio::from(theirs)),
+            PipeEnd::Input => (Stdio::from(theirs), stdout),
+            PipeEnd::Output => (Stdio::null(), Stdio::from(theirs)),
         };
-        let mut started = Started { children: Vec::new() };
-        started.all(programs, dir, first, last, &stderr_end)?;
+        let mut started = StartingPrograms { children: Vec::new() };
+        started.spawn_all(programs, dir, first, last, &stderr_end)?;
         let Some(group) = started.children.first().map(pid_of) else {
             return Err("there is no program to run".to_owned());
         };
-        let guard = match guard.filter(|_| end == End::Input) {
+        let guard = match guard.filter(|_| end == PipeEnd::Input) {
             Some(program) => Some(start_guard(program, group, &ours, programs)?),
             None => None,
         };
         let children = std::mem::take(&mut started.children);
         let named = programs.0.iter().zip(&children);
         let programs =
-            named.map(|(words, child)| Program { name: name_of(words), pid: pid_of(child) });
+            named.map(|(words, child)| Program { name: program_name(words), pid: pid_of(child) });
         let pipeline = Self {
             programs: programs.collect(),
             group,
-            state: Mutex::new(State { guard, children, outcome: None }),
+            state: Mutex::new(PipelineState { guard, children, outcome: None }),
             stderr,
         };
         Ok((Arc::new(pipeline), ours))
@@ -153,7 +153,7 @@ impl Pipeline {
 
     /// The name of the program that reads what we write.
     #[must_use]
-    pub fn first(&self) -> &str {
+    pub fn first_program(&self) -> &str {
         self.programs.first().map_or("", |program| &program.name)
     }
 
@@ -163,7 +163,7 @@ impl Pipeline {
         let state = self.state.lock();
         match &state.outcome {
             Some(outcome) => outcome.clone().err(),
-            None => self.judge(),
+            None => self.worst_failure(),
         }
     }
 
@@ -171,10 +171,10 @@ impl Pipeline {
     #[must_use]
     pub fn has_ended(&self) -> bool {
         let state = self.state.lock();
-        state.outcome.is_some() || self.programs.iter().all(|program| program.ending().is_some())
+        state.outcome.is_some() || self.programs.iter().all(|program| program.exit().is_some())
     }
 
-    /// Waits until all programs have ended. Our end has to be closed (after [`Self::release`]) for
+    /// Waits until all programs have ended. Our end has to be closed (after [`Self::release_guard`]) for
     /// them to see the end of input.
     ///
     /// # Errors
@@ -185,21 +185,21 @@ impl Pipeline {
             // ECHILD: collected by a `kill` meanwhile, whose outcome stands.
             let _ = rustix::io::retry_on_intr(|| waitid(WaitId::Pid(program.pid), flags));
         }
-        self.collect()
+        self.reap()
     }
 
     /// [`Self::wait`] that `stop` ends; the programs go on then.
     ///
     /// # Errors
     /// As there; also when it was stopped.
-    pub fn wait_or(&self, stop: &Stop) -> Result<(), String> {
+    pub fn wait_unless_stopped(&self, stop: &Stop) -> Result<(), String> {
         while !self.has_ended() {
-            if stop.sleep(LOOK).is_err() {
-                let first = self.first();
+            if stop.sleep(POLL_INTERVAL).is_err() {
+                let first = self.first_program();
                 return Err(format!("it was stopped before '{first}' had ended"));
             }
         }
-        self.collect()
+        self.reap()
     }
 
     /// Kills the whole group and collects it; nothing happens when that is done already.
@@ -213,19 +213,19 @@ impl Pipeline {
             // Now, not before: without its guard the end of input would look meant.
             state.guard = None;
         }
-        let until = Instant::now() + KILL_PATIENCE;
+        let until = Instant::now() + KILL_TIMEOUT;
         while !self.has_ended() {
             if Instant::now() >= until {
                 return;
             }
             thread::sleep(Duration::from_millis(1));
         }
-        let _ = self.collect();
+        let _ = self.reap();
     }
 
     /// Tells the guard that the end of input is meant, and waits until it has let go; to be called
     /// before the write end is closed.
-    pub fn release(&self) {
+    pub fn release_guard(&self) {
         let guard = self.state.lock().guard.take();
         if let Some(guard) = guard {
             guard.release();
@@ -233,14 +233,14 @@ impl Pipeline {
     }
 
     /// Collects the programs, which have all ended, and says how.
-    fn collect(&self) -> Result<(), String> {
+    fn reap(&self) -> Result<(), String> {
         let mut state = self.state.lock();
         if let Some(outcome) = &state.outcome {
             return outcome.clone();
         }
         // It knows the group only by its number, which is about to be given up.
         state.guard = None;
-        let outcome = self.judge().map_or(Ok(()), Err);
+        let outcome = self.worst_failure().map_or(Ok(()), Err);
         for mut child in state.children.drain(..) {
             let _ = child.wait();
         }
@@ -251,7 +251,7 @@ impl Pipeline {
     /// A descriptor for each program that becomes readable when that ends; none for those that were
     /// collected.
     #[must_use]
-    pub fn endings(&self) -> Vec<OwnedFd> {
+    pub fn pidfds(&self) -> Vec<OwnedFd> {
         // Under the lock no pid becomes another's.
         let state = self.state.lock();
         let pids = state.children.iter().map(pid_of);
@@ -259,25 +259,25 @@ impl Pipeline {
     }
 
     /// The worst that can be said of a program that has ended.
-    fn judge(&self) -> Option<String> {
-        let bad = |ending: &Ending| *ending != Ending::Exited(0);
+    fn worst_failure(&self) -> Option<String> {
+        let bad = |ending: &ProgramExit| *ending != ProgramExit::Exited(0);
         let ended = self.programs.iter().filter_map(|program| {
-            let ending = program.ending().filter(bad)?;
+            let ending = program.exit().filter(bad)?;
             Some((&program.name, ending))
         });
         // SIGPIPE is seldom the cause: the program behind it went first, or is going now.
-        let is_pipe = |ending: Ending| ending == Ending::Killed(libc::SIGPIPE);
+        let is_pipe = |ending: ProgramExit| ending == ProgramExit::Killed(libc::SIGPIPE);
         let (name, ending) = ended.min_by_key(|(_, ending)| is_pipe(*ending))?;
-        if is_pipe(ending) && self.programs.iter().any(|program| program.ending().is_none()) {
+        if is_pipe(ending) && self.programs.iter().any(|program| program.exit().is_none()) {
             return None;
         }
         Some(match ending {
-            Ending::Exited(status) => match self.stderr.last_line() {
+            ProgramExit::Exited(status) => match self.stderr.last_line() {
                 Some(line) => format!("'{name}' exited with status {status}: {line}"),
                 None => format!("'{name}' exited with status {status}"),
             },
-            Ending::Killed(signal) => format!("'{name}' was killed by signal {signal}"),
-            Ending::Lost => format!("'{name}' has ended, and nobody knows how"),
+            ProgramExit::Killed(signal) => format!("'{name}' was killed by signal {signal}"),
+            ProgramExit::Unknown => format!("'{name}' has ended, and nobody knows how"),
         })
     }
 }
@@ -290,27 +290,27 @@ impl Drop for Pipeline {
 
 impl Program {
     /// How it ended, if it has. It stays a zombie.
-    fn ending(&self) -> Option<Ending> {
+    fn exit(&self) -> Option<ProgramExit> {
         let flags = WaitIdOptions::EXITED | WaitIdOptions::NOWAIT | WaitIdOptions::NOHANG;
         match rustix::io::retry_on_intr(|| waitid(WaitId::Pid(self.pid), flags)) {
             Ok(None) => None,
             Ok(Some(status)) => match (status.exit_status(), status.terminating_signal()) {
-                (Some(status), _) => Some(Ending::Exited(status)),
-                (_, Some(signal)) => Some(Ending::Killed(signal)),
+                (Some(status), _) => Some(ProgramExit::Exited(status)),
+                (_, Some(signal)) => Some(ProgramExit::Killed(signal)),
                 _ => None,
             },
-            Err(_) => Some(Ending::Lost),
+            Err(_) => Some(ProgramExit::Unknown),
         }
     }
 }
 
 /// Programs that are being started; those that are still here when it is dropped are killed.
-struct Started {
+struct StartingPrograms {
     children: Vec<Child>,
 }
 
-impl Started {
-    fn all(
+impl StartingPrograms {
+    fn spawn_all(
         &mut self,
         programs: &Programs,
         dir: &Path,
@@ -324,34 +324,34 @@ impl Started {
                 Some(last) => (last, Stdio::null()),
                 None => {
                     let (reader, writer) =
-                        pipe_with(PipeFlags::CLOEXEC).map_err(|error| no_pipe(&error.into()))?;
+                        pipe_with(PipeFlags::CLOEXEC).map_err(|error| pipe_error(&error.into()))?;
                     (Stdio::from(writer), Stdio::from(reader))
                 }
             };
-            let stderr = stderr.try_clone().map_err(|error| no_pipe(&error))?;
-            self.one(words, dir, [stdin, stdout, Stdio::from(stderr)])?;
+            let stderr = stderr.try_clone().map_err(|error| pipe_error(&error))?;
+            self.spawn_one(words, dir, [stdin, stdout, Stdio::from(stderr)])?;
             stdin = next;
         }
         Ok(())
     }
 
-    fn one(&mut self, words: &[OsString], dir: &Path, stdio: [Stdio; 3]) -> Result<(), String> {
+    fn spawn_one(&mut self, words: &[OsString], dir: &Path, stdio: [Stdio; 3]) -> Result<(), String> {
         let (program, args) = words.split_first().ok_or("there is a pipe without a program")?;
         let [stdin, stdout, stderr] = stdio;
         let group = self.children.first().map_or(0, |child| pid_of(child).as_raw_pid());
         let mut command = Command::new(program);
         command.args(args).stdin(stdin).stdout(stdout).stderr(stderr);
         command.current_dir(dir).process_group(group);
-        give_back(&mut command);
+        restore_caller_limits(&mut command);
         let child = command
             .spawn()
-            .map_err(|error| format!("cannot run '{}': {}", name_of(words), said(&error)))?;
+            .map_err(|error| format!("cannot run '{}': {}", program_name(words), os_message(&error)))?;
         self.children.push(child);
         Ok(())
     }
 }
 
-impl Drop for Started {
+impl Drop for StartingPrograms {
     fn drop(&mut self) {
         if let Some(first) = self.children.first() {
             let _ = kill_process_group(pid_of(first), Signal::KILL);
@@ -363,11 +363,11 @@ impl Drop for Started {
 }
 
 /// The pipe between us and the programs: our end, and theirs.
-fn data_pipe(end: End) -> io::Result<(OwnedFd, OwnedFd)> {
+fn data_pipe(end: PipeEnd) -> io::Result<(OwnedFd, OwnedFd)> {
     let (reader, writer) = pipe_with(PipeFlags::CLOEXEC)?;
     let (ours, theirs) = match end {
-        End::Input => (writer, reader),
-        End::Output => (reader, writer),
+        PipeEnd::Input => (writer, reader),
+        PipeEnd::Output => (reader, writer),
     };
     // The two ends have flags of their own: the programs' end goes on blocking.
     fcntl_setfl(&ours, fcntl_getfl(&ours)? | OFlags::NONBLOCK)?;
@@ -382,21 +382,21 @@ fn start_guard(
     group: Pid,
     data: &OwnedFd,
     programs: &Programs,
-) -> Result<Guard, String> {
-    let guard = data.try_clone().and_then(|data| Guard::start(program, group, data));
-    guard.map_err(|error| format!("cannot start the guard of '{programs}': {}", said(&error)))
+) -> Result<GuardProcess, String> {
+    let guard = data.try_clone().and_then(|data| GuardProcess::start(program, group, data));
+    guard.map_err(|error| format!("cannot start the guard of '{programs}': {}", os_message(&error)))
 }
 
 fn pid_of(child: &Child) -> Pid {
     Pid::from_child(child)
 }
 
-fn name_of(words: &[OsString]) -> String {
+fn program_name(words: &[OsString]) -> String {
     words.first().map_or_else(String::new, |name| name.to_string_lossy().into_owned())
 }
 
-fn no_pipe(error: &io::Error) -> String {
-    format!("cannot make a pipe: {}", said(error))
+fn pipe_error(error: &io::Error) -> String {
+    format!("cannot make a pipe: {}", os_message(error))
 }
 
 #[cfg(test)]
@@ -411,7 +411,7 @@ mod tests {
 
     type Started = Result<(Arc<Pipeline>, OwnedFd), String>;
 
-    fn spawn(words: &[&[&str]], end: End) -> Started {
+    fn spawn(words: &[&[&str]], end: PipeEnd) -> Started {
         Pipeline::spawn(&programs(words), Path::new("/"), end, Stdio::null())
     }
 
@@ -436,9 +436,9 @@ mod tests {
         let dir = TempDir::new().unwrap();
         let words: &[&[&str]] = &[&["tr", "a", "b"], &["sh", "-c", "cat > out"]];
         let (pipeline, fd) =
-            Pipeline::spawn(&programs(words), dir.path(), End::Input, Stdio::null()).unwrap();
+            Pipeline::spawn(&programs(words), dir.path(), PipeEnd::Input, Stdio::null()).unwrap();
         File::from(fd).write_all(b"banana").unwrap();
-        pipeline.release();
+        pipeline.release_guard();
         pipeline.wait().unwrap();
         assert_eq!(pipeline.failure(), None);
         assert_eq!(std::fs::read(dir.path().join("out")).unwrap(), b"bbnbnb");
@@ -447,20 +447,20 @@ mod tests {
     #[test]
     fn every_status_counts_and_the_last_line_of_stderr_is_told() {
         let script = "cat; echo first >&2; printf 'no \\033 room\\rat all\\n\\n' >&2; exit 4";
-        let (pipeline, fd) = spawn(&[&["sh", "-c", script], &["cat"]], End::Input).unwrap();
+        let (pipeline, fd) = spawn(&[&["sh", "-c", script], &["cat"]], PipeEnd::Input).unwrap();
         drop(fd);
         let said = Err("'sh' exited with status 4: at all".to_owned());
         assert_eq!(pipeline.wait(), said);
         assert_eq!(pipeline.wait(), said);
         assert_eq!(pipeline.failure(), said.err());
-        let (pipeline, fd) = spawn(&[&["cat"], &["false"]], End::Input).unwrap();
+        let (pipeline, fd) = spawn(&[&["cat"], &["false"]], PipeEnd::Input).unwrap();
         drop(fd);
         assert_eq!(pipeline.wait().unwrap_err(), "'false' exited with status 1");
     }
 
     #[test]
     fn the_program_that_died_of_a_closed_pipe_is_not_the_one_to_blame() {
-        let (pipeline, fd) = spawn(&[&["yes"], &["sh", "-c", "exit 9"]], End::Output).unwrap();
+        let (pipeline, fd) = spawn(&[&["yes"], &["sh", "-c", "exit 9"]], PipeEnd::Output).unwrap();
         drop(fd);
         assert_eq!(pipeline.wait().unwrap_err(), "'sh' exited with status 9");
     }
@@ -468,7 +468,7 @@ mod tests {
     #[test]
     fn failure_tells_of_a_program_that_has_ended_and_does_not_wait_for_the_others() {
         let words: &[&[&str]] = &[&["sleep", "1000"], &["sh", "-c", "echo why >&2; kill -9 $$"]];
-        let (pipeline, _fd) = spawn(words, End::Input).unwrap();
+        let (pipeline, _fd) = spawn(words, PipeEnd::Input).unwrap();
         eventually(|| pipeline.failure().is_some());
         assert_eq!(pipeline.failure().unwrap(), "'sh' was killed by signal 9");
         assert!(!pipeline.has_ended());
@@ -478,7 +478,7 @@ mod tests {
     fn a_program_that_cannot_be_started_takes_the_others_with_it() {
         let dir = TempDir::new().unwrap();
         let words: &[&[&str]] = &[&["sh", "-c", "echo $$ > pid; exec sleep 1000"], &["zstdd"]];
-        let started = Pipeline::spawn(&programs(words), dir.path(), End::Input, Stdio::null());
+        let started = Pipeline::spawn(&programs(words), dir.path(), PipeEnd::Input, Stdio::null());
         let line = "cannot run 'zstdd': No such file or directory";
         assert_eq!(started.unwrap_err(), line);
         // It may have been killed before it could write that.
@@ -486,7 +486,7 @@ mod tests {
             assert!(pid.is_empty() || is_gone(pid.trim()));
         }
         let absent = dir.path().join("absent");
-        let started = Pipeline::spawn(&programs(&[&["cat"]]), &absent, End::Input, Stdio::null());
+        let started = Pipeline::spawn(&programs(&[&["cat"]]), &absent, PipeEnd::Input, Stdio::null());
         assert!(started.unwrap_err().ends_with("absent': no such directory"));
     }
 
@@ -494,7 +494,7 @@ mod tests {
     fn a_kill_takes_the_whole_group_and_so_does_a_drop() {
         for how in [Pipeline::kill, |_: &Pipeline| ()] {
             let script = "sleep 1000 & echo $!; wait";
-            let (pipeline, fd) = spawn(&[&["sh", "-c", script], &["cat"]], End::Output).unwrap();
+            let (pipeline, fd) = spawn(&[&["sh", "-c", script], &["cat"]], PipeEnd::Output).unwrap();
             let mut pid = String::new();
             eventually(|| {
                 let mut byte = [0; 1];
@@ -520,7 +520,7 @@ mod tests {
     #[test]
     fn a_grandchild_that_keeps_stderr_keeps_nobody() {
         let script = "sleep 1000 & echo gone >&2; exit 1";
-        let (pipeline, fd) = spawn(&[&["sh", "-c", script]], End::Input).unwrap();
+        let (pipeline, fd) = spawn(&[&["sh", "-c", script]], PipeEnd::Input).unwrap();
         drop(fd);
         let group = pipeline.group;
         let begun = Instant::now();
@@ -533,7 +533,7 @@ mod tests {
     #[test]
     fn a_program_that_never_stops_complaining_is_not_listened_to_for_ever() {
         let (pipeline, fd) =
-            spawn(&[&["sh", "-c", "echo y >&2; yes >&2 & sleep 0.1; exit 1"]], End::Input).unwrap();
+            spawn(&[&["sh", "-c", "echo y >&2; yes >&2 & sleep 0.1; exit 1"]], PipeEnd::Input).unwrap();
         let group = pipeline.group;
         drop(fd);
         assert_eq!(pipeline.wait().unwrap_err(), "'sh' exited with status 1: y");
@@ -542,10 +542,10 @@ mod tests {
 
     #[test]
     fn a_wait_is_ended_by_its_stop() {
-        let (pipeline, _fd) = spawn(&[&["sleep", "1000"]], End::Input).unwrap();
+        let (pipeline, _fd) = spawn(&[&["sleep", "1000"]], PipeEnd::Input).unwrap();
         let stop = Stop::new().unwrap();
         let (other, until) = (Arc::clone(&pipeline), stop.clone());
-        let waiting = thread::spawn(move || other.wait_or(&until));
+        let waiting = thread::spawn(move || other.wait_unless_stopped(&until));
         thread::sleep(Duration::from_millis(20));
         assert!(!waiting.is_finished());
         stop.stop();
@@ -557,13 +557,13 @@ mod tests {
 
     #[test]
     fn our_end_does_not_block_and_theirs_does() {
-        let (_pipeline, fd) = spawn(&[&["sleep", "1000"]], End::Input).unwrap();
+        let (_pipeline, fd) = spawn(&[&["sleep", "1000"]], PipeEnd::Input).unwrap();
         assert!(fcntl_getfl(&fd).unwrap().contains(OFlags::NONBLOCK));
         let (pipeline, fd) =
-            spawn(&[&["sed", "-n", "s/^flags:\\s*//p", "/proc/self/fdinfo/1"]], End::Output)
+            spawn(&[&["sed", "-n", "s/^flags:\\s*//p", "/proc/self/fdinfo/1"]], PipeEnd::Output)
                 .unwrap();
         let stop = Stop::new().unwrap();
-        pipeline.wait_or(&stop).unwrap();
+        pipeline.wait_unless_stopped(&stop).unwrap();
         let mut flags = String::new();
         File::from(fd).read_to_string(&mut flags).unwrap();
         let flags = u32::from_str_radix(flags.trim(), 8).unwrap();

@@ -3,15 +3,15 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
-use crate::base::place::PlaceError;
-use crate::host::said;
+use crate::base::place::SelfReferenceError;
+use crate::host::os_message;
 
 /// Why a sink or a source cannot be opened; one line for the user.
 #[derive(Debug, thiserror::Error)]
-pub enum SinkError {
+pub enum StreamOpenError {
     /// It lies in the mount that would need it.
     #[error(transparent)]
-    Place(#[from] PlaceError),
+    SelfReference(#[from] SelfReferenceError),
     /// There is a file already.
     #[error("'{}' exists: add overwrite to replace it, or name another file", .0.display())]
     Exists(PathBuf),
@@ -20,7 +20,7 @@ pub enum SinkError {
     Busy(PathBuf),
     /// It is not what such a stream can use.
     #[error("'{}' is {what}: {remedy}", path.display())]
-    Wrong {
+    WrongKind {
         /// Where.
         path: PathBuf,
         /// What it is.
@@ -33,7 +33,7 @@ pub enum SinkError {
         "'{}' has {size} bytes, and the stream {needed}: use a larger device, or a smaller stream",
         path.display()
     )]
-    Small {
+    TooSmall {
         /// The device.
         path: PathBuf,
         /// Its bytes.
@@ -56,7 +56,7 @@ pub enum SinkError {
     Command(String),
     /// A daemon has no standard input or output.
     #[error("{0} needs -f or run: a mount in the background has none")]
-    Background(&'static str),
+    NoStdio(&'static str),
     /// Images are not for terminals.
     #[error("{0} is a terminal: redirect it, or name a file")]
     Terminal(&'static str),
@@ -70,16 +70,16 @@ pub enum SinkError {
     },
 }
 
-impl SinkError {
+impl StreamOpenError {
     pub(super) fn host(verb: &'static str, path: &Path, error: &io::Error) -> Self {
-        Self::Host { verb, path: path.to_owned(), why: said(error) }
+        Self::Host { verb, path: path.to_owned(), why: os_message(error) }
     }
 
-    pub(super) fn wrong(path: &Path, what: &'static str, remedy: &'static str) -> Self {
-        Self::Wrong { path: path.to_owned(), what, remedy }
+    pub(super) fn wrong_kind(path: &Path, what: &'static str, remedy: &'static str) -> Self {
+        Self::WrongKind { path: path.to_owned(), what, remedy }
     }
 
     pub(super) fn stdio(what: &'static str, error: &io::Error) -> Self {
-        Self::Stdio { what, why: said(error) }
+        Self::Stdio { what, why: os_message(error) }
     }
 }

@@ -9,43 +9,43 @@ use std::path::Path;
 use rustix::fs::{CWD, FileType, Mode, OFlags, fcntl_getfl, fcntl_setfl, mkfifoat, stat};
 use rustix::io::Errno;
 
-use super::error::SinkError;
-use crate::confined::Located;
+use super::error::StreamOpenError;
+use crate::confined::PathHandle;
 
 /// Makes the named pipe `path`, for its owner only, if nothing is there.
-pub(super) fn ensure(path: &Path) -> Result<(), SinkError> {
+pub(super) fn create_missing(path: &Path) -> Result<(), StreamOpenError> {
     let found = match stat(path) {
         Err(Errno::NOENT) => match mkfifoat(CWD, path, Mode::RUSR | Mode::WUSR) {
             Ok(()) => return Ok(()),
             // Somebody was faster, or it is a link that leads nowhere.
             Err(Errno::EXIST) => stat(path),
             Err(error) => {
-                return Err(SinkError::host("make the named pipe", path, &error.into()));
+                return Err(StreamOpenError::host("make the named pipe", path, &error.into()));
             }
         },
         found => found,
     };
-    let found = found.map_err(|error| SinkError::host("open", path, &error.into()))?;
+    let found = found.map_err(|error| StreamOpenError::host("open", path, &error.into()))?;
     match FileType::from_raw_mode(found.st_mode) {
         // Whoever made a pipe can open it again, and reads what is sent or sends what is read.
         FileType::Fifo if ![0, rustix::process::geteuid().as_raw()].contains(&found.st_uid) => {
-            Err(SinkError::wrong(
+            Err(StreamOpenError::wrong_kind(
                 path,
                 "a named pipe of another user",
                 "fifo: needs a named pipe of your own, or nothing there",
             ))
         }
         FileType::Fifo => Ok(()),
-        kind => Err(SinkError::wrong(
+        kind => Err(StreamOpenError::wrong_kind(
             path,
-            word_for(kind),
+            file_type_name(kind),
             "fifo: needs a named pipe, or nothing there",
         )),
     }
 }
 
 /// A file type in words.
-pub(super) fn word_for(kind: FileType) -> &'static str {
+pub(super) fn file_type_name(kind: FileType) -> &'static str {
     match kind {
         FileType::RegularFile => "a regular file",
         FileType::Directory => "a directory",
@@ -62,15 +62,15 @@ pub(super) fn word_for(kind: FileType) -> &'static str {
 /// # Errors
 /// `EINVAL` when it is none any more; `ENXIO` for a writer when nobody reads; the host's errno.
 pub(super) fn open(path: &Path, access: OFlags) -> io::Result<OwnedFd> {
-    let located = Located::at(path)?;
+    let located = PathHandle::at(path)?;
     if !located.metadata().file_type().is_fifo() {
         return Err(Errno::INVAL.into());
     }
-    Ok(unwaiting(located.open(access)?)?)
+    Ok(set_nonblocking(located.open(access)?)?)
 }
 
 /// `file`, whose reads and writes do not wait.
-pub(super) fn unwaiting(file: File) -> Result<OwnedFd, Errno> {
+pub(super) fn set_nonblocking(file: File) -> Result<OwnedFd, Errno> {
     let fd = OwnedFd::from(file);
     fcntl_setfl(&fd, fcntl_getfl(&fd)? | OFlags::NONBLOCK)?;
     Ok(fd)

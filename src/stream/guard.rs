@@ -29,30 +29,30 @@ use rustix::process::{Pid, Signal, kill_process_group};
 pub const SUBCOMMAND: &str = "__guard";
 
 /// How long a guard that was told to go may take before it is killed.
-const PATIENCE: Duration = Duration::from_secs(2);
+const RELEASE_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// The program that has the subcommand, once it said so.
-static PROGRAM: OnceLock<PathBuf> = OnceLock::new();
+static GUARD_PROGRAM: OnceLock<PathBuf> = OnceLock::new();
 
 /// Says that this very program has the subcommand. Without it nothing is guarded: another program
 /// that uses the library would be started with arguments it does not know.
-pub fn offer() {
-    PROGRAM.get_or_init(|| "/proc/self/exe".into());
+pub fn enable_guards() {
+    GUARD_PROGRAM.get_or_init(|| "/proc/self/exe".into());
 }
 
 /// The program to start guards from.
 pub(super) fn program() -> Option<&'static Path> {
-    PROGRAM.get().map(PathBuf::as_path)
+    GUARD_PROGRAM.get().map(PathBuf::as_path)
 }
 
 /// A running guard; dropped, it is killed and its process group left alone.
 #[derive(Debug)]
-pub(super) struct Guard {
+pub(super) struct GuardProcess {
     child: Child,
     control: Option<OwnedFd>,
 }
 
-impl Guard {
+impl GuardProcess {
     /// Starts `program` as the guard of the process group `group`; it holds `data`.
     pub(super) fn start(program: &Path, group: Pid, data: OwnedFd) -> io::Result<Self> {
         let (reader, control) = pipe_with(PipeFlags::CLOEXEC)?;
@@ -74,7 +74,7 @@ impl Guard {
         if let Some(control) = self.control.take() {
             // EPIPE: it is gone already, and its write end with it.
             let _ = rustix::io::retry_on_intr(|| rustix::io::write(&control, b"."));
-            let until = Instant::now() + PATIENCE;
+            let until = Instant::now() + RELEASE_TIMEOUT;
             while matches!(self.child.try_wait(), Ok(None)) && Instant::now() < until {
                 thread::sleep(Duration::from_millis(1));
             }
@@ -82,7 +82,7 @@ impl Guard {
     }
 }
 
-impl Drop for Guard {
+impl Drop for GuardProcess {
     fn drop(&mut self) {
         // Before the control pipe closes: the end of it would have the group killed, and by then
         // its number may be another group's. (One that was waited for is not killed again.)
@@ -97,11 +97,11 @@ impl Drop for Guard {
 /// # Errors
 /// The errno of read(2), after the group was killed, or of kill(2). `EINVAL` when `group` is no
 /// process group that could be killed.
-pub fn watch(control: impl AsFd, group: i32) -> io::Result<()> {
+pub fn run_guard(control: impl AsFd, group: i32) -> io::Result<()> {
     // 0 and 1 would be our own group and every process there is.
     let group = Some(group).filter(|group| *group > 1).and_then(Pid::from_raw);
     let group = group.ok_or(Errno::INVAL)?;
-    ignore_polite_signals();
+    ignore_termination_signals();
     let mut word = [0; 1];
     let heard = rustix::io::retry_on_intr(|| rustix::io::read(&control, &mut word));
     if matches!(heard, Ok(1)) {
@@ -116,7 +116,7 @@ pub fn watch(control: impl AsFd, group: i32) -> io::Result<()> {
 
 /// A service manager sends its signals to every process at once; the daemon decides what they
 /// mean, and a guard that went first would let go.
-fn ignore_polite_signals() {
+fn ignore_termination_signals() {
     for signal in [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGQUIT] {
         // SAFETY: sets a disposition that runs no code of ours and touches no memory.
         unsafe { libc::signal(signal, libc::SIG_IGN) };

@@ -7,15 +7,15 @@ use std::sync::mpsc;
 
 use super::input::Input;
 use super::output::Output;
-use crate::extents::{Extent, Kind};
-use crate::host::errno;
-use crate::layer::{Copy, Layer, ReadBelow, Wait, WritableLayer};
+use crate::extents::{Extent, ExtentKind};
+use crate::host::os_error;
+use crate::layer::{CopyFn, Layer, ReadBelow, Wait, WritableLayer};
 
 /// What lies past the end.
-fn past(size: u64, range: Range<u64>) -> Result<Range<u64>, Extent> {
+fn clip_to_size(size: u64, range: Range<u64>) -> Result<Range<u64>, Extent> {
     match range.start < size {
         true => Ok(range.start..range.end.min(size)),
-        false => Err(Extent::new(range, Kind::Hole)),
+        false => Err(Extent::new(range, ExtentKind::Hole)),
     }
 }
 
@@ -25,24 +25,24 @@ impl Layer for Output {
     }
 
     fn extent_at(&self, range: Range<u64>, _: Wait) -> io::Result<Extent> {
-        Ok(past(Output::size(self), range).map_or_else(|hole| hole, |range| self.describe(range)))
+        Ok(clip_to_size(Output::size(self), range).map_or_else(|hole| hole, |range| self.extent_at(range)))
     }
 
     fn read_at(&self, buf: &mut [u8], offset: u64, _: Wait) -> io::Result<Extent> {
-        let range = match past(Output::size(self), offset..offset + buf.len() as u64) {
+        let range = match clip_to_size(Output::size(self), offset..offset + buf.len() as u64) {
             Ok(range) => range,
             Err(hole) => return Ok(hole),
         };
         let len = usize::try_from(range.end - range.start).unwrap_or(buf.len());
         self.read(&mut buf[..len], offset)?;
-        Ok(Extent::new(range, Kind::Data))
+        Ok(Extent::new(range, ExtentKind::Data))
     }
 
     fn lend_at(
         &self,
         range: Range<u64>,
         wait: Wait,
-        _: Copy<'_>,
+        _: CopyFn<'_>,
     ) -> io::Result<(Extent, Option<u64>)> {
         Ok((Layer::extent_at(self, range, wait)?, None))
     }
@@ -51,12 +51,12 @@ impl Layer for Output {
 impl WritableLayer for Output {
     fn write_at(&self, buf: &[u8], offset: u64, _: &dyn ReadBelow, wait: Wait) -> io::Result<()> {
         if wait == Wait::No {
-            return Err(errno(libc::EAGAIN));
+            return Err(os_error(libc::EAGAIN));
         }
         let (tell, told) = mpsc::channel();
         // Nobody who is gone misses the answer.
         self.write(offset, buf, 0, Box::new(move |result| drop(tell.send(result))));
-        told.recv().unwrap_or_else(|_| Err(errno(libc::EIO)))
+        told.recv().unwrap_or_else(|_| Err(os_error(libc::EIO)))
     }
 
     fn zero(&self, range: Range<u64>, _: &dyn ReadBelow, _: Wait) -> io::Result<()> {
@@ -92,14 +92,14 @@ impl Layer for Input {
 
     fn read_at(&self, _: &mut [u8], _: u64, _: Wait) -> io::Result<Extent> {
         // What arrives is handed to whoever waits for it, not fetched.
-        Err(errno(libc::EOPNOTSUPP))
+        Err(os_error(libc::EOPNOTSUPP))
     }
 
     fn lend_at(
         &self,
         range: Range<u64>,
         wait: Wait,
-        _: Copy<'_>,
+        _: CopyFn<'_>,
     ) -> io::Result<(Extent, Option<u64>)> {
         Ok((Layer::extent_at(self, range, wait)?, None))
     }

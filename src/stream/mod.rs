@@ -40,11 +40,11 @@ use std::sync::Arc;
 
 use serde::Deserialize;
 
-use self::input::{Input, InputState, InputStatus, Supplier};
+use self::input::{Input, InputState, InputStatus, Source};
 use self::monitor::Monitor;
-use self::output::{Outlet, Output, Patience, State, Tell, Watch};
-use self::sink::Sink;
-use self::source::Source;
+use self::output::{Sink, Output, DrainTimeout, OutputState, SinkCallback, SinkMonitor};
+use self::sink::HostSink;
+use self::source::HostSource;
 
 /// A stream at work.
 pub enum Stream {
@@ -62,7 +62,7 @@ pub enum Stream {
 /// What becomes of streams when their mount is about to end.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub enum Ending {
+pub enum UnmountPolicy {
     /// Those that end with the mount are finished, the others given up.
     #[default]
     Settle,
@@ -97,33 +97,33 @@ impl Stream {
     ///
     /// # Errors
     /// A line: it is not whole.
-    pub fn settle(
+    pub fn end_stream(
         &self,
-        ending: Ending,
+        ending: UnmountPolicy,
         has_writers: &dyn Fn() -> bool,
-        patience: Patience,
+        patience: DrainTimeout,
     ) -> Result<Option<String>, String> {
         match (self, ending) {
-            (_, Ending::Leave) => Ok(None),
+            (_, UnmountPolicy::Leave) => Ok(None),
             (Self::Input { input, monitor }, _) => {
                 // First: at the end its commands are killed.
                 let failure = input_status(input, monitor).error;
                 input.close()?;
                 failure.map_or(Ok(None), Err)
             }
-            (Self::Output(output), Ending::Settle) => output.close(has_writers, patience),
-            (Self::Output(output), Ending::Finish) => {
+            (Self::Output(output), UnmountPolicy::Settle) => output.close(has_writers, patience),
+            (Self::Output(output), UnmountPolicy::Finish) => {
                 let line = output.finish(has_writers, patience).map_err(|error| {
-                    let why = output.too_late(error);
+                    let why = output.abort_reason(error);
                     // It never gets whole now.
                     let _ = output.abort(&why);
                     why
                 });
                 line.map(Some)
             }
-            (Self::Output(output), Ending::Abort) => match output.status().state {
-                State::Finished => Ok(None),
-                State::Failed => output.close(has_writers, patience),
+            (Self::Output(output), UnmountPolicy::Abort) => match output.status().state {
+                OutputState::Finished => Ok(None),
+                OutputState::Failed => output.close(has_writers, patience),
                 _ => output.abort("the mount ended before it was finished").map(|()| None),
             },
         }
@@ -144,45 +144,45 @@ pub fn input_status(input: &Input, monitor: &Monitor) -> InputStatus {
     status
 }
 
-impl Outlet for Sink {
+impl Sink for HostSink {
     fn prepare(&mut self) -> io::Result<()> {
-        Sink::prepare(self)
+        HostSink::prepare(self)
     }
 
-    fn watch(&mut self, tell: Tell) {
-        Sink::watch(self, tell);
+    fn watch(&mut self, tell: SinkCallback) {
+        HostSink::watch(self, tell);
     }
 
-    fn data(&mut self, offset: u64, parts: &[IoSlice<'_>]) -> io::Result<()> {
-        Sink::data(self, offset, parts)
+    fn send_data(&mut self, offset: u64, parts: &[IoSlice<'_>]) -> io::Result<()> {
+        HostSink::send_data(self, offset, parts)
     }
 
-    fn zeros(&mut self, range: Range<u64>) -> io::Result<()> {
-        Sink::zeros(self, range)
+    fn send_zeros(&mut self, range: Range<u64>) -> io::Result<()> {
+        HostSink::send_zeros(self, range)
     }
 
-    fn hole(&mut self, range: Range<u64>) -> io::Result<()> {
-        Sink::hole(self, range)
+    fn send_hole(&mut self, range: Range<u64>) -> io::Result<()> {
+        HostSink::send_hole(self, range)
     }
 
-    fn rewrites(&self) -> bool {
-        Sink::rewrites(self)
+    fn can_rewrite(&self) -> bool {
+        HostSink::can_rewrite(self)
     }
 
     fn explain(&self, error: &io::Error) -> String {
-        Sink::explain(self, error)
+        HostSink::explain(self, error)
     }
 
     fn finish(self: Box<Self>, end: u64) -> Result<(), String> {
-        Sink::finish(*self, end)
+        HostSink::finish(*self, end)
     }
 
     fn abort(self: Box<Self>) {
-        Sink::abort(*self);
+        HostSink::abort(*self);
     }
 }
 
-impl Watch for Monitor {
+impl SinkMonitor for Monitor {
     fn kind(&self) -> &'static str {
         Monitor::kind(self)
     }
@@ -204,16 +204,16 @@ impl Watch for Monitor {
     }
 }
 
-impl Supplier for Source {
+impl Source for HostSource {
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
-        Source::read(self, buf)
+        HostSource::read(self, buf)
     }
 
-    fn end(self: Box<Self>) -> Result<(), String> {
-        Source::end(*self)
+    fn finish(self: Box<Self>) -> Result<(), String> {
+        HostSource::finish(*self)
     }
 
     fn close(self: Box<Self>) {
-        Source::close(*self);
+        HostSource::close(*self);
     }
 }

@@ -7,10 +7,10 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use super::command::Pipeline;
-use crate::host::said;
+use crate::host::os_message;
 
 /// How long a program that has closed its input may take to say why.
-const LAST_WORDS: Duration = Duration::from_secs(1);
+const EXIT_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// A handle on a running sink or source; every clone is the same one.
 #[derive(Clone, Debug)]
@@ -18,25 +18,25 @@ pub struct Monitor {
     kind: &'static str,
     label: Arc<str>,
     pipeline: Option<Arc<Pipeline>>,
-    counts: Arc<Counts>,
+    counters: Arc<StreamCounters>,
 }
 
 /// What the working thread counts.
 #[derive(Debug, Default)]
-pub(super) struct Counts {
+pub(super) struct StreamCounters {
     /// The offset of the disk before which everything has passed.
     pub(super) accepted: AtomicU64,
     /// Bytes on the wire.
-    pub(super) wire: AtomicU64,
+    pub(super) wire_bytes: AtomicU64,
 }
 
 impl Monitor {
     pub(super) fn new(kind: &'static str, label: &str, pipeline: Option<Arc<Pipeline>>) -> Self {
-        Self { kind, label: label.into(), pipeline, counts: Arc::default() }
+        Self { kind, label: label.into(), pipeline, counters: Arc::default() }
     }
 
-    pub(super) fn counts(&self) -> &Arc<Counts> {
-        &self.counts
+    pub(super) fn counters(&self) -> &Arc<StreamCounters> {
+        &self.counters
     }
 
     pub(super) fn pipeline(&self) -> Option<&Pipeline> {
@@ -72,7 +72,7 @@ impl Monitor {
     /// everything; exact also after a failure.
     #[must_use]
     pub fn accepted(&self) -> u64 {
-        self.counts.accepted.load(Ordering::Acquire)
+        self.counters.accepted.load(Ordering::Acquire)
     }
 
     /// Why `error` came from it, for the user: `'zstd' exited with status 1: No space left`.
@@ -82,16 +82,16 @@ impl Monitor {
         match error.raw_os_error() {
             Some(libc::ECANCELED) => format!("{} was stopped", self.label),
             Some(libc::EPIPE) => self.explain_epipe(),
-            _ => format!("{}: {}", self.label, said(error)),
+            _ => format!("{}: {}", self.label, os_message(error)),
         }
     }
 
     fn explain_epipe(&self) -> String {
-        let sent = self.counts.wire.load(Ordering::Acquire);
+        let sent = self.counters.wire_bytes.load(Ordering::Acquire);
         let Some(pipeline) = &self.pipeline else {
             return format!("the reader of {} has gone after {sent} bytes", self.label);
         };
-        let until = Instant::now() + LAST_WORDS;
+        let until = Instant::now() + EXIT_TIMEOUT;
         loop {
             // In this order: what ends between the two is asked about once more.
             let ended = pipeline.has_ended() || Instant::now() >= until;
@@ -99,7 +99,7 @@ impl Monitor {
                 return failure;
             }
             if ended {
-                return format!("'{}' stopped reading after {sent} bytes", pipeline.first());
+                return format!("'{}' stopped reading after {sent} bytes", pipeline.first_program());
             }
             thread::sleep(Duration::from_millis(5));
         }

@@ -14,27 +14,27 @@
 
 use std::ops::Range;
 
-use super::runs::{Runs, Written};
+use super::runs::{WrittenRuns, Written};
 
 /// As many chunks as a disk is divided into at most, for counting: 256 KiB of counters.
-const CHUNKS: u64 = 32 << 10;
+const MAX_CHUNKS: u64 = 32 << 10;
 /// The smallest chunk worth a counter.
-const SMALLEST_CHUNK: u64 = 64 << 10;
+const MIN_CHUNK: u64 = 64 << 10;
 /// Peaks are remembered in at most so many runs; then they are rounded up.
-const MOST_RUNS: usize = 128 << 10;
+const MAX_RUNS: usize = 128 << 10;
 
 /// Counts the data past an offset in a time that does not grow with the number of runs.
 #[derive(Clone, Debug)]
-struct Count {
+struct DataCounter {
     chunk: u64,
     /// A Fenwick tree of bytes of data a chunk.
     tree: Vec<u64>,
     total: u64,
 }
 
-impl Count {
+impl DataCounter {
     fn new(size: u64) -> Self {
-        let chunk = size.div_ceil(CHUNKS).max(SMALLEST_CHUNK).next_power_of_two();
+        let chunk = size.div_ceil(MAX_CHUNKS).max(MIN_CHUNK).next_power_of_two();
         let chunks = usize::try_from(size.div_ceil(chunk)).unwrap_or(0);
         Self { chunk, tree: vec![0; chunks + 1], total: 0 }
     }
@@ -44,7 +44,7 @@ impl Count {
     }
 
     /// Adds `range` (bytes of data), or takes it away.
-    fn change(&mut self, range: Range<u64>, change: impl Fn(u64, u64) -> u64) {
+    fn apply(&mut self, range: Range<u64>, change: impl Fn(u64, u64) -> u64) {
         let mut at = range.start;
         while at < range.end {
             let end = (at / self.chunk + 1).saturating_mul(self.chunk).min(range.end);
@@ -59,7 +59,7 @@ impl Count {
     }
 
     /// The bytes of data at and past `offset`, which `runs` hold.
-    fn past(&self, runs: &Runs, offset: u64) -> u64 {
+    fn data_past(&self, runs: &WrittenRuns, offset: u64) -> u64 {
         let next = (offset / self.chunk + 1).saturating_mul(self.chunk);
         let mut before = 0;
         let mut node = (self.index(offset) + 1).min(self.tree.len() - 1);
@@ -67,7 +67,7 @@ impl Count {
             before += self.tree[node];
             node &= node - 1;
         }
-        runs.data_in(offset..next) + (self.total - before)
+        runs.data_bytes(offset..next) + (self.total - before)
     }
 }
 
@@ -76,16 +76,16 @@ impl Count {
 pub struct Needed {
     size: u64,
     given: u64,
-    count: Count,
-    peak: Option<(Runs, Count)>,
+    counter: DataCounter,
+    peak: Option<(WrittenRuns, DataCounter)>,
     /// Data has grown since it was folded into the peak.
     grown: bool,
     /// Bytes that have shrunk since, and how often: what lay past an offset meanwhile may have
     /// been so much more than what lies there now.
     slack: u64,
-    shrunk: usize,
+    shrink_count: usize,
     /// The end of the highest data there ever was.
-    top: u64,
+    highest: u64,
     /// The smallest window that would have done, with no spill.
     pub window: u64,
     /// The smallest spill that would have done, with the given window.
@@ -96,70 +96,70 @@ impl Needed {
     /// Nothing was needed yet, of a disk of `size` bytes whose window is `given`.
     #[must_use]
     pub fn new(size: u64, given: u64) -> Self {
-        let count = Count::new(size);
+        let count = DataCounter::new(size);
         Self {
             size,
             given,
-            count,
+            counter: count,
             peak: None,
             grown: false,
             slack: 0,
-            shrunk: 0,
-            top: 0,
+            shrink_count: 0,
+            highest: 0,
             window: 0,
             spill: 0,
         }
     }
 
     /// A request is going to change the byte at `at`; `runs` are what was written before it.
-    pub fn change_at(&mut self, runs: &Runs, at: u64) {
-        self.window = self.window.max(self.top.saturating_sub(at));
+    pub fn before_change(&mut self, runs: &WrittenRuns, at: u64) {
+        self.window = self.window.max(self.highest.saturating_sub(at));
         let edge = at.saturating_add(self.given);
-        if edge >= self.top {
+        if edge >= self.highest {
             return;
         }
-        let now = self.count.past(runs, edge) + self.slack;
-        let peak = self.peak.as_ref().map_or(0, |(runs, count)| count.past(runs, edge));
+        let now = self.counter.data_past(runs, edge) + self.slack;
+        let peak = self.peak.as_ref().map_or(0, |(runs, count)| count.data_past(runs, edge));
         self.spill = self.spill.max(now).max(peak);
     }
 
     /// `range` is going to be set to `written` in `runs`.
-    pub fn before_set(&mut self, runs: &Runs, range: &Range<u64>, written: Option<Written>) {
+    pub fn before_set(&mut self, runs: &WrittenRuns, range: &Range<u64>, written: Option<Written>) {
         let grows = written == Some(Written::Data);
         if !grows && self.grown {
-            let shrinks = runs.data_in(range.clone());
+            let shrinks = runs.data_bytes(range.clone());
             if shrinks > 0 {
-                self.fold_in_time(runs, shrinks);
+                self.fold_if_due(runs, shrinks);
             }
         }
         for part in runs.data_within(range.clone()) {
-            self.count.change(part, u64::wrapping_sub);
+            self.counter.apply(part, u64::wrapping_sub);
         }
         if grows {
-            self.count.change(range.clone(), u64::wrapping_add);
-            self.top = self.top.max(range.end);
+            self.counter.apply(range.clone(), u64::wrapping_add);
+            self.highest = self.highest.max(range.end);
             self.grown = true;
         }
     }
 
     /// What was written has been joined to fewer runs with more data: from now on the figures are
     /// enough, and may be more than enough.
-    pub fn recount(&mut self, runs: &Runs) {
-        self.count = Count::new(self.size);
+    pub fn recount(&mut self, runs: &WrittenRuns) {
+        self.counter = DataCounter::new(self.size);
         for part in runs.data_within(0..self.size) {
-            self.count.change(part, u64::wrapping_add);
+            self.counter.apply(part, u64::wrapping_add);
         }
     }
 
     /// Folds before data shrinks by `shrinks` bytes; with many runs not each time, for it looks at
     /// all of them: the figures are too high by a 64th at most then.
-    fn fold_in_time(&mut self, runs: &Runs, shrinks: u64) {
+    fn fold_if_due(&mut self, runs: &WrittenRuns, shrinks: u64) {
         let many = runs.len() + self.peak.as_ref().map_or(0, |(peak, _)| peak.len());
-        if self.shrunk >= many / 64 || self.slack + shrinks > self.count.total / 64 {
-            self.fold(runs);
+        if self.shrink_count >= many / 64 || self.slack + shrinks > self.counter.total / 64 {
+            self.fold_into_peak(runs);
         } else {
             self.slack += shrinks;
-            self.shrunk += 1;
+            self.shrink_count += 1;
         }
     }
 
@@ -167,8 +167,8 @@ impl Needed {
     ///
     /// From the end downwards: where both have the same number of bytes past them they go on as
     /// either does; else the lower one has to catch up first.
-    fn fold(&mut self, runs: &Runs) {
-        (self.grown, self.slack, self.shrunk) = (false, 0, 0);
+    fn fold_into_peak(&mut self, runs: &WrittenRuns) {
+        (self.grown, self.slack, self.shrink_count) = (false, 0, 0);
         let old = self.peak.take().map(|(runs, _)| runs).unwrap_or_default();
         let mut edges: Vec<u64> = vec![0];
         for part in runs.data_within(0..self.size).chain(old.data_within(0..self.size)) {
@@ -176,9 +176,9 @@ impl Needed {
         }
         edges.sort_unstable();
         edges.dedup();
-        let is_data = |runs: &Runs, at: u64| runs.at(at).1 == Some(Written::Data);
+        let is_data = |runs: &WrittenRuns, at: u64| runs.at(at).1 == Some(Written::Data);
         let (mut present, mut past) = (0u64, 0u64);
-        let mut peak = Runs::default();
+        let mut peak = WrittenRuns::default();
         for pair in edges.windows(2).rev() {
             let (start, len) = (pair[0], pair[1] - pair[0]);
             let before = present.max(past);
@@ -188,12 +188,12 @@ impl Needed {
             let rise = present.max(past) - before;
             peak.set(start..start + rise, Some(Written::Data));
         }
-        if peak.len() > MOST_RUNS {
-            peak.coarsen(u64::MAX, self.size.div_ceil(MOST_RUNS as u64));
+        if peak.len() > MAX_RUNS {
+            peak.coarsen(u64::MAX, self.size.div_ceil(MAX_RUNS as u64));
         }
-        let mut count = Count::new(self.size);
+        let mut count = DataCounter::new(self.size);
         for part in peak.data_within(0..self.size) {
-            count.change(part, u64::wrapping_add);
+            count.apply(part, u64::wrapping_add);
         }
         self.peak = Some((peak, count));
     }
@@ -217,14 +217,14 @@ mod tests {
         ) {
             let unit = SIZE / 64;
             let given = given * unit / 2;
-            let mut runs = Runs::default();
+            let mut runs = WrittenRuns::default();
             let mut needed = Needed::new(SIZE, given);
             let mut steps: Vec<Vec<bool>> = vec![vec![false; 64]];
             let (mut window, mut spill) = (0, 0);
             for (start, len, kind) in ops {
                 let end = (start + len).min(64);
                 let range = start * unit..end * unit;
-                needed.change_at(&runs, range.start);
+                needed.before_change(&runs, range.start);
                 for data in &steps {
                     let ends = |at: usize| (at as u64 + 1) * unit;
                     let top = data.iter().rposition(|held| *held).map_or(0, ends);
@@ -248,14 +248,14 @@ mod tests {
     #[test]
     fn a_large_disk_is_counted_in_chunks() {
         let size = 16 << 40;
-        let mut runs = Runs::default();
+        let mut runs = WrittenRuns::default();
         let mut needed = Needed::new(size, 0);
         for at in [0, 1 << 30, 5 << 40, size - 4096] {
             let range = at..at + 4096;
             needed.before_set(&runs, &range, Some(Written::Data));
             runs.set(range, Some(Written::Data));
         }
-        needed.change_at(&runs, (1 << 30) + 512);
+        needed.before_change(&runs, (1 << 30) + 512);
         assert_eq!(needed.spill, 3 * 4096 - 512);
         assert_eq!(needed.window, size - (1 << 30) - 512);
     }

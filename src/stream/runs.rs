@@ -21,11 +21,11 @@ pub enum Written {
 
 /// Runs by where they begin.
 #[derive(Clone, Debug, Default)]
-pub struct Runs {
+pub struct WrittenRuns {
     map: BTreeMap<u64, (u64, Written)>,
 }
 
-impl Runs {
+impl WrittenRuns {
     /// How many there are.
     #[must_use]
     pub fn len(&self) -> usize {
@@ -55,7 +55,7 @@ impl Runs {
 
     /// How many bytes of `range` hold data.
     #[must_use]
-    pub fn data_in(&self, range: Range<u64>) -> u64 {
+    pub fn data_bytes(&self, range: Range<u64>) -> u64 {
         self.data_within(range).map(|part| part.end - part.start).sum()
     }
 
@@ -134,14 +134,14 @@ impl Runs {
                     *kind = Written::Data;
                 }
                 _ => {
-                    self.close(open.replace((start, end, written)));
+                    self.insert_run(open.replace((start, end, written)));
                 }
             }
         }
-        self.close(open);
+        self.insert_run(open);
     }
 
-    fn close(&mut self, run: Option<(u64, u64, Written)>) {
+    fn insert_run(&mut self, run: Option<(u64, u64, Written)>) {
         if let Some((start, end, written)) = run {
             self.map.insert(start, (end, written));
         }
@@ -149,7 +149,7 @@ impl Runs {
 }
 
 #[cfg(test)]
-impl Runs {
+impl WrittenRuns {
     /// Whether the runs are in order, apart and joined.
     pub(super) fn check(&self) {
         let mut last: Option<(u64, Written)> = None;
@@ -173,7 +173,7 @@ mod tests {
 
     const SIZE: usize = 64;
 
-    fn bytes_of(runs: &Runs) -> Vec<Option<Written>> {
+    fn bytes_of(runs: &WrittenRuns) -> Vec<Option<Written>> {
         let mut bytes = vec![None; SIZE];
         for (range, written) in runs.within(0..SIZE as u64) {
             bytes[range.start as usize..range.end as usize].fill(Some(written));
@@ -187,7 +187,7 @@ mod tests {
             ops in prop::collection::vec((0..SIZE, 0..SIZE, 0..3u8), 1..60),
             (from, to) in (0..SIZE, 0..SIZE),
         ) {
-            let mut runs = Runs::default();
+            let mut runs = WrittenRuns::default();
             let mut model = vec![None; SIZE];
             for (a, b, kind) in ops {
                 let (start, end) = (a.min(b), a.max(b));
@@ -199,7 +199,7 @@ mod tests {
             }
             let (start, end) = (from.min(to), from.max(to));
             let data = model[start..end].iter().filter(|w| **w == Some(Written::Data)).count();
-            prop_assert_eq!(runs.data_in(start as u64..end as u64), data as u64);
+            prop_assert_eq!(runs.data_bytes(start as u64..end as u64), data as u64);
             for at in 0..SIZE {
                 let (stop, written) = runs.at(at as u64);
                 prop_assert_eq!(written, model[at]);
@@ -215,7 +215,7 @@ mod tests {
             limit in 0..SIZE as u64,
             gap in 1..20u64,
         ) {
-            let mut runs = Runs::default();
+            let mut runs = WrittenRuns::default();
             for (start, len, data) in ops {
                 let written = if data { Written::Data } else { Written::Zeros };
                 runs.set(start as u64..(start + len).min(SIZE) as u64, Some(written));

@@ -16,41 +16,41 @@ use std::io::{self, IoSlice};
 use std::ops::Range;
 use std::path::Path;
 
-use crate::host::{self, errno};
+use crate::host::{self, os_error};
 use crate::layer::Wait;
-use crate::spec::Compress;
+use crate::spec::SpillCompression;
 
 /// Bytes of disk in a compressed unit.
-pub(super) const UNIT: u64 = UNIT_LEN as u64;
+pub(super) const UNIT_SIZE: u64 = UNIT_LEN as u64;
 const UNIT_LEN: usize = 64 << 10;
 /// Bytes of file a unit may take: the unit as it is, and its length, to whole host blocks.
-const SLOT: u64 = UNIT + 4096;
+const SLOT_SIZE: u64 = UNIT_SIZE + 4096;
 /// Before each unit stands its length.
-const HEADER: usize = 4;
+const HEADER_LEN: usize = 4;
 /// Units that are open: half a MiB.
-const OPEN: usize = 8;
+const MAX_OPEN_UNITS: usize = 8;
 
 /// A unit of the disk that is being written to.
-struct Unit {
+struct SpillUnit {
     bytes: Vec<u8>,
-    changed: bool,
+    is_dirty: bool,
     /// When it was last touched.
-    touched: u64,
+    last_used: u64,
 }
 
 /// The file, and the units that are open.
-pub(super) struct Spill {
+pub(super) struct SpillFile {
     file: File,
-    compress: Compress,
-    open: BTreeMap<u64, Unit>,
+    compress: SpillCompression,
+    open_units: BTreeMap<u64, SpillUnit>,
     clock: u64,
 }
 
-impl Spill {
+impl SpillFile {
     /// A file in `dir` that nobody else can find.
-    pub(super) fn new(dir: &Path, compress: Compress) -> io::Result<Self> {
+    pub(super) fn new(dir: &Path, compress: SpillCompression) -> io::Result<Self> {
         let file = tempfile::tempfile_in(dir)?;
-        Ok(Self { file, compress, open: BTreeMap::new(), clock: 0 })
+        Ok(Self { file, compress, open_units: BTreeMap::new(), clock: 0 })
     }
 
     /// Stores `buf` at `offset` of the disk; `known` says whether anything of the unit at an
@@ -64,19 +64,19 @@ impl Spill {
         offset: u64,
         known: impl Fn(Range<u64>) -> bool,
     ) -> io::Result<()> {
-        if self.compress == Compress::Off {
+        if self.compress == SpillCompression::Off {
             return host::write_all_at(&self.file, &[IoSlice::new(buf)], offset);
         }
         let mut rest = buf;
         let mut at = offset;
         while !rest.is_empty() {
-            let skip = usize::try_from(at % UNIT).unwrap_or(0);
+            let skip = usize::try_from(at % UNIT_SIZE).unwrap_or(0);
             let (piece, more) = rest.split_at((UNIT_LEN - skip).min(rest.len()));
-            let number = at / UNIT;
-            let is_stored = known(number * UNIT..(number + 1) * UNIT);
-            let unit = self.unit(number, is_stored)?;
+            let number = at / UNIT_SIZE;
+            let is_stored = known(number * UNIT_SIZE..(number + 1) * UNIT_SIZE);
+            let unit = self.open_unit(number, is_stored)?;
             unit.bytes[skip..skip + piece.len()].copy_from_slice(piece);
-            unit.changed = true;
+            unit.is_dirty = true;
             at += piece.len() as u64;
             rest = more;
         }
@@ -85,20 +85,20 @@ impl Spill {
 
     /// Reads what was stored at `offset` of the disk.
     pub(super) fn read(&mut self, buf: &mut [u8], offset: u64) -> io::Result<()> {
-        if self.compress == Compress::Off {
+        if self.compress == SpillCompression::Off {
             return read_exact(&self.file, buf, offset);
         }
         let mut at = offset;
         let mut done = 0;
         while done < buf.len() {
-            let skip = usize::try_from(at % UNIT).unwrap_or(0);
+            let skip = usize::try_from(at % UNIT_SIZE).unwrap_or(0);
             let len = (UNIT_LEN - skip).min(buf.len() - done);
             let piece = &mut buf[done..done + len];
-            match self.unit(at / UNIT, true) {
+            match self.open_unit(at / UNIT_SIZE, true) {
                 Ok(unit) => piece.copy_from_slice(&unit.bytes[skip..skip + len]),
                 // A full host has no room for the unit that would have to be closed for it; what
                 // is stored can be read, and has to be, for room to come back.
-                Err(_) => piece.copy_from_slice(&self.load(at / UNIT)?[skip..skip + len]),
+                Err(_) => piece.copy_from_slice(&self.load_unit(at / UNIT_SIZE)?[skip..skip + len]),
             }
             at += len as u64;
             done += len;
@@ -109,65 +109,65 @@ impl Spill {
     /// Gives back the room of `range`, of which nothing is needed any more.
     pub(super) fn discard(&mut self, range: Range<u64>) {
         let range = match self.compress {
-            Compress::Off => range,
-            Compress::Lz4 => {
-                let units = range.start.div_ceil(UNIT)..range.end / UNIT;
+            SpillCompression::Off => range,
+            SpillCompression::Lz4 => {
+                let units = range.start.div_ceil(UNIT_SIZE)..range.end / UNIT_SIZE;
                 if units.is_empty() {
                     return;
                 }
-                self.open.retain(|number, _| !units.contains(number));
-                units.start * SLOT..units.end * SLOT
+                self.open_units.retain(|number, _| !units.contains(number));
+                units.start * SLOT_SIZE..units.end * SLOT_SIZE
             }
         };
         // Room that is not given back is only room; the file goes with the stream.
-        let _ = host::punch(&self.file, range);
+        let _ = host::punch_hole(&self.file, range);
     }
 
     /// The open unit `number`.
-    fn unit(&mut self, number: u64, is_stored: bool) -> io::Result<&mut Unit> {
+    fn open_unit(&mut self, number: u64, is_stored: bool) -> io::Result<&mut SpillUnit> {
         self.clock += 1;
-        if !self.open.contains_key(&number) {
-            if self.open.len() >= OPEN {
-                self.close_oldest()?;
+        if !self.open_units.contains_key(&number) {
+            if self.open_units.len() >= MAX_OPEN_UNITS {
+                self.evict_oldest()?;
             }
-            let bytes = if is_stored { self.load(number)? } else { vec![0; UNIT_LEN] };
-            self.open.insert(number, Unit { bytes, changed: false, touched: 0 });
+            let bytes = if is_stored { self.load_unit(number)? } else { vec![0; UNIT_LEN] };
+            self.open_units.insert(number, SpillUnit { bytes, is_dirty: false, last_used: 0 });
         }
-        let unit = self.open.get_mut(&number).ok_or_else(|| errno(libc::EIO))?;
-        unit.touched = self.clock;
+        let unit = self.open_units.get_mut(&number).ok_or_else(|| os_error(libc::EIO))?;
+        unit.last_used = self.clock;
         Ok(unit)
     }
 
-    fn load(&self, number: u64) -> io::Result<Vec<u8>> {
-        let mut header = [0; HEADER];
-        read_exact(&self.file, &mut header, number * SLOT)?;
+    fn load_unit(&self, number: u64) -> io::Result<Vec<u8>> {
+        let mut header = [0; HEADER_LEN];
+        read_exact(&self.file, &mut header, number * SLOT_SIZE)?;
         let len = u32::from_le_bytes(header) as usize;
         if len == 0 || len > UNIT_LEN {
-            return Err(errno(libc::EIO));
+            return Err(os_error(libc::EIO));
         }
         let mut stored = vec![0; len];
-        read_exact(&self.file, &mut stored, number * SLOT + HEADER as u64)?;
+        read_exact(&self.file, &mut stored, number * SLOT_SIZE + HEADER_LEN as u64)?;
         if len == UNIT_LEN {
             return Ok(stored);
         }
         let bytes = lz4_flex::block::decompress(&stored, UNIT_LEN);
-        bytes.ok().filter(|bytes| bytes.len() == UNIT_LEN).ok_or_else(|| errno(libc::EIO))
+        bytes.ok().filter(|bytes| bytes.len() == UNIT_LEN).ok_or_else(|| os_error(libc::EIO))
     }
 
-    fn close_oldest(&mut self) -> io::Result<()> {
-        let oldest = self.open.iter().min_by_key(|(_, unit)| unit.touched);
+    fn evict_oldest(&mut self) -> io::Result<()> {
+        let oldest = self.open_units.iter().min_by_key(|(_, unit)| unit.last_used);
         let Some((&number, unit)) = oldest else { return Ok(()) };
-        if unit.changed {
+        if unit.is_dirty {
             let packed = lz4_flex::block::compress(&unit.bytes);
             let stored = if packed.len() < UNIT_LEN { &packed } else { &unit.bytes };
-            let len = u32::try_from(stored.len()).map_err(|_| errno(libc::EIO))?.to_le_bytes();
+            let len = u32::try_from(stored.len()).map_err(|_| os_error(libc::EIO))?.to_le_bytes();
             let parts = [IoSlice::new(&len), IoSlice::new(stored)];
-            host::write_all_at(&self.file, &parts, number * SLOT)?;
-            let end = (HEADER + stored.len()) as u64;
+            host::write_all_at(&self.file, &parts, number * SLOT_SIZE)?;
+            let end = (HEADER_LEN + stored.len()) as u64;
             // It may have been longer before.
-            let _ = host::punch(&self.file, number * SLOT + end..(number + 1) * SLOT);
+            let _ = host::punch_hole(&self.file, number * SLOT_SIZE + end..(number + 1) * SLOT_SIZE);
         }
-        self.open.remove(&number);
+        self.open_units.remove(&number);
         Ok(())
     }
 }
@@ -176,7 +176,7 @@ fn read_exact(file: &File, buf: &mut [u8], offset: u64) -> io::Result<()> {
     let mut done = 0;
     while done < buf.len() {
         match host::read_at(file, &mut buf[done..], offset + done as u64, Wait::Yes)? {
-            0 => return Err(errno(libc::EIO)),
+            0 => return Err(os_error(libc::EIO)),
             got => done += got,
         }
     }
@@ -184,7 +184,7 @@ fn read_exact(file: &File, buf: &mut [u8], offset: u64) -> io::Result<()> {
 }
 
 #[cfg(test)]
-impl Spill {
+impl SpillFile {
     pub(super) fn file(&self) -> &File {
         &self.file
     }
@@ -201,17 +201,17 @@ mod tests {
 
     #[test]
     fn what_is_stored_is_read_though_no_unit_can_be_closed() {
-        let mut spill = Spill::new(&std::env::temp_dir(), Compress::Lz4).unwrap();
-        for number in 0..=OPEN as u64 {
-            spill.write(&[7; UNIT_LEN], number * UNIT, |_| false).unwrap();
+        let mut spill = SpillFile::new(&std::env::temp_dir(), SpillCompression::Lz4).unwrap();
+        for number in 0..=MAX_OPEN_UNITS as u64 {
+            spill.write(&[7; UNIT_LEN], number * UNIT_SIZE, |_| false).unwrap();
         }
         // From now on it cannot be written, as on a full host.
         let path = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&spill.file));
         spill.file = File::open(path).unwrap();
-        assert!(spill.write(&[8; UNIT_LEN], 99 * UNIT, |_| false).is_err());
+        assert!(spill.write(&[8; UNIT_LEN], 99 * UNIT_SIZE, |_| false).is_err());
         let mut bytes = vec![0; UNIT_LEN];
-        for number in 0..=OPEN as u64 {
-            spill.read(&mut bytes, number * UNIT).unwrap();
+        for number in 0..=MAX_OPEN_UNITS as u64 {
+            spill.read(&mut bytes, number * UNIT_SIZE).unwrap();
             assert!(bytes.iter().all(|byte| *byte == 7));
         }
     }

@@ -15,41 +15,41 @@ use rustix::pipe::{PipeFlags, pipe_with};
 use super::stop::Stop;
 
 /// How many of the last bytes are kept.
-const KEPT: usize = 4096;
+const TAIL_LEN: usize = 4096;
 
 /// The longest line shown, in characters: an error is one line.
-const LINE: usize = 300;
+const MAX_LINE_CHARS: usize = 300;
 
 /// How many reads somebody who only asks for the last line does at most, 4 KiB each: a full pipe's
 /// worth. A program that never stops writing must not keep him.
-const READS: usize = 16;
+const MAX_READS: usize = 16;
 
 /// What programs write to their stderr. A thread empties the pipe, so that they never wait for us;
 /// it is joined when this is dropped, whoever still holds the other end.
 #[derive(Debug)]
-pub(super) struct Stderr {
-    shared: Arc<Shared>,
+pub(super) struct StderrTail {
+    shared: Arc<StderrPipe>,
     stop: Stop,
     reader: Option<JoinHandle<()>>,
 }
 
 #[derive(Debug)]
-struct Shared {
+struct StderrPipe {
     fd: OwnedFd,
     tail: Mutex<VecDeque<u8>>,
 }
 
-impl Stderr {
+impl StderrTail {
     /// A pipe, and the end of it for the programs.
     pub(super) fn new() -> io::Result<(Self, OwnedFd)> {
         let (fd, theirs) = pipe_with(PipeFlags::CLOEXEC)?;
         fcntl_setfl(&fd, fcntl_getfl(&fd)? | OFlags::NONBLOCK)?;
-        let shared = Arc::new(Shared { fd, tail: Mutex::new(VecDeque::with_capacity(KEPT)) });
+        let shared = Arc::new(StderrPipe { fd, tail: Mutex::new(VecDeque::with_capacity(TAIL_LEN)) });
         let stop = Stop::new()?;
         let (ours, until) = (Arc::clone(&shared), stop.clone());
         let reader = thread::Builder::new()
             .name("cowslip-stderr".to_owned())
-            .spawn(move || ours.read_until(&until))?;
+            .spawn(move || ours.drain_until(&until))?;
         Ok((Self { shared, stop, reader: Some(reader) }, theirs))
     }
 
@@ -57,8 +57,8 @@ impl Stderr {
     /// all it will: what is still in the pipe is read first.
     pub(super) fn last_line(&self) -> Option<String> {
         let mut tail = self.shared.tail.lock();
-        for _ in 0..READS {
-            if !matches!(self.shared.read(&mut tail), Ok(1..)) {
+        for _ in 0..MAX_READS {
+            if !matches!(self.shared.read_once(&mut tail), Ok(1..)) {
                 break;
             }
         }
@@ -66,7 +66,7 @@ impl Stderr {
         // A progress bar ends its lines with a carriage return.
         let line = text.split(['\n', '\r']).map(str::trim).rfind(|line| !line.is_empty())?;
         let mut shown = String::new();
-        for c in line.chars().take(LINE) {
+        for c in line.chars().take(MAX_LINE_CHARS) {
             match c.is_control() {
                 true => shown.extend(c.escape_default()),
                 false => shown.push(c),
@@ -76,7 +76,7 @@ impl Stderr {
     }
 }
 
-impl Drop for Stderr {
+impl Drop for StderrTail {
     fn drop(&mut self) {
         self.stop.stop();
         if let Some(reader) = self.reader.take() {
@@ -85,11 +85,11 @@ impl Drop for Stderr {
     }
 }
 
-impl Shared {
+impl StderrPipe {
     /// Empties the pipe until nobody holds the other end.
-    fn read_until(&self, stop: &Stop) {
+    fn drain_until(&self, stop: &Stop) {
         while stop.wait_for(self.fd.as_fd(), PollFlags::IN, None).is_ok() {
-            match self.read(&mut self.tail.lock()) {
+            match self.read_once(&mut self.tail.lock()) {
                 // Somebody who wanted the last line was faster.
                 Ok(1..) | Err(Errno::AGAIN) => {}
                 Ok(0) | Err(_) => return,
@@ -98,10 +98,10 @@ impl Shared {
     }
 
     /// Reads once, under the lock: the bytes keep their order.
-    fn read(&self, tail: &mut VecDeque<u8>) -> Result<usize, Errno> {
-        let mut buf = [0; KEPT];
+    fn read_once(&self, tail: &mut VecDeque<u8>) -> Result<usize, Errno> {
+        let mut buf = [0; TAIL_LEN];
         let got = rustix::io::retry_on_intr(|| rustix::io::read(&self.fd, &mut buf))?;
-        tail.drain(..(tail.len() + got).saturating_sub(KEPT));
+        tail.drain(..(tail.len() + got).saturating_sub(TAIL_LEN));
         tail.extend(&buf[..got]);
         Ok(got)
     }

@@ -8,14 +8,14 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::io::Errno;
 
-use crate::host::errno;
+use crate::host::os_error;
 
 /// Stops a sink or a source that waits; every clone is the same one.
 #[derive(Clone, Debug)]
-pub struct Stop(Arc<Inner>);
+pub struct Stop(Arc<StopInner>);
 
 #[derive(Debug)]
-struct Inner {
+struct StopInner {
     stopped: AtomicBool,
     /// Readable once stopped.
     fd: OwnedFd,
@@ -28,7 +28,7 @@ impl Stop {
     /// The errno of eventfd(2).
     pub fn new() -> io::Result<Self> {
         let fd = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
-        Ok(Self(Arc::new(Inner { stopped: false.into(), fd })))
+        Ok(Self(Arc::new(StopInner { stopped: false.into(), fd })))
     }
 
     /// Says it; for ever.
@@ -68,7 +68,7 @@ impl Stop {
             match poll(&mut fds, timeout.as_ref()) {
                 Err(Errno::INTR) => {}
                 Err(error) => return Err(error.into()),
-                Ok(_) if self.is_stopped() => return Err(errno(libc::ECANCELED)),
+                Ok(_) if self.is_stopped() => return Err(os_error(libc::ECANCELED)),
                 Ok(_) => return Ok(fds[0].revents()),
             }
         }

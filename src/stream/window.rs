@@ -17,14 +17,14 @@
 use std::ops::Range;
 
 use super::needed::Needed;
-use super::runs::{Runs, Written};
-use crate::extents::{Extent, Kind};
+use super::runs::{WrittenRuns, Written};
+use crate::extents::{Extent, ExtentKind};
 
 /// What was sent is remembered in at most so many runs; then neighbours are joined and count as
 /// data. About 5 MiB.
-const MOST_RUNS: usize = 128 << 10;
+const MAX_RUNS: usize = 128 << 10;
 /// Runs closer than this are joined first.
-const SMALLEST_GAP: u64 = 64 << 10;
+const MIN_COARSEN_GAP: u64 = 64 << 10;
 
 static ZEROS: [u8; 4096] = [0; 4096];
 
@@ -38,26 +38,26 @@ pub struct Window {
     taken: u64,
     sent: u64,
     highest: u64,
-    runs: Runs,
+    runs: WrittenRuns,
     needed: Needed,
     /// Data at and past the edge.
     beyond: u64,
     /// Data at and past `sent`.
-    held: u64,
+    unsent: u64,
     /// Everything that was written and is neither punched nor truncated.
     written: u64,
     /// Bytes behind the frontier that can be read back: they are still needed to the byte.
-    kept: u64,
+    read_window: u64,
     /// The next gap to be joined, when there are too many runs.
-    gap: u64,
+    coarsen_gap: u64,
     /// More runs than this are too many.
-    most_runs: usize,
-    exact: bool,
+    max_runs: usize,
+    is_exact: bool,
 }
 
 /// What the sink gets next.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Leaving {
+pub struct OutgoingRun {
     /// Where it lies.
     pub range: Range<u64>,
     /// What it is; `None`: never written.
@@ -76,21 +76,21 @@ impl Window {
             taken: 0,
             sent: 0,
             highest: 0,
-            runs: Runs::default(),
+            runs: WrittenRuns::default(),
             needed: Needed::new(size, window),
             beyond: 0,
-            held: 0,
+            unsent: 0,
             written: 0,
-            kept: 0,
-            gap: SMALLEST_GAP,
-            most_runs: MOST_RUNS,
-            exact: true,
+            read_window: 0,
+            coarsen_gap: MIN_COARSEN_GAP,
+            max_runs: MAX_RUNS,
+            is_exact: true,
         }
     }
 
     /// Has `bytes` before the frontier remembered to the byte: they can be read back.
-    pub fn keep(&mut self, bytes: u64) {
-        self.kept = bytes;
+    pub fn set_read_window(&mut self, bytes: u64) {
+        self.read_window = bytes;
     }
 
     /// The size of the disk.
@@ -125,14 +125,14 @@ impl Window {
 
     /// Bytes of data that the sink has not accepted.
     #[must_use]
-    pub fn held(&self) -> u64 {
-        self.held
+    pub fn unsent(&self) -> u64 {
+        self.unsent
     }
 
     /// Bytes of data in the window, between frontier and edge.
     #[must_use]
     pub fn used(&self) -> u64 {
-        self.runs.data_in(self.frontier..self.edge())
+        self.runs.data_bytes(self.frontier..self.edge())
     }
 
     /// Bytes of data beyond the window.
@@ -156,14 +156,14 @@ impl Window {
 
     /// What was written where.
     #[must_use]
-    pub fn runs(&self) -> &Runs {
+    pub fn runs(&self) -> &WrittenRuns {
         &self.runs
     }
 
     /// Whether everything that was sent is remembered to the byte.
     #[must_use]
     pub fn is_exact(&self) -> bool {
-        self.exact
+        self.is_exact
     }
 
     fn edge(&self) -> u64 {
@@ -174,7 +174,7 @@ impl Window {
     #[must_use]
     pub fn extent_at(&self, range: Range<u64>) -> Extent {
         let (end, written) = self.runs.at(range.start);
-        let kind = if written.is_some() { Kind::Data } else { Kind::Hole };
+        let kind = if written.is_some() { ExtentKind::Data } else { ExtentKind::Hole };
         Extent::new(range.start..end.min(range.end), kind)
     }
 
@@ -206,7 +206,7 @@ impl Window {
 
     /// Notes that a request changes the byte at `at`, for what is needed. Before the change.
     pub fn note_change(&mut self, at: u64) {
-        self.needed.change_at(&self.runs, at);
+        self.needed.before_change(&self.runs, at);
     }
 
     /// `range` now is what `written` says. Parts before the frontier are for frames that carry
@@ -219,11 +219,11 @@ impl Window {
         let before: u64 = self.runs.within(range.clone()).map(|(part, _)| len(&part)).sum();
         let edge = self.edge();
         for part in self.runs.data_within(range.clone()) {
-            self.held -= len(&clip(&part, self.sent..u64::MAX));
+            self.unsent -= len(&clip(&part, self.sent..u64::MAX));
             self.beyond -= len(&clip(&part, edge..u64::MAX));
         }
         if written == Some(Written::Data) {
-            self.held += len(&clip(&range, self.sent..u64::MAX));
+            self.unsent += len(&clip(&range, self.sent..u64::MAX));
             self.beyond += len(&clip(&range, edge..u64::MAX));
         }
         // Joined runs hold more than was ever written.
@@ -238,25 +238,25 @@ impl Window {
     /// Lets leave what must: the frontier moves by the least that puts no more than `spill` bytes
     /// of data past the edge. Returns whether it moved.
     pub fn advance(&mut self) -> bool {
-        self.advance_to_hold(self.spill)
+        self.advance_to_budget(self.spill)
     }
 
     /// As [`advance`](Self::advance) with another budget: for a host that has no room for what
     /// the spill allows.
-    pub fn advance_to_hold(&mut self, spill: u64) -> bool {
-        let frontier = self.frontier_to_hold(spill);
+    pub fn advance_to_budget(&mut self, spill: u64) -> bool {
+        let frontier = self.frontier_for_budget(spill);
         if frontier == self.frontier {
             return false;
         }
         self.beyond = spill;
         self.frontier = frontier;
-        self.forget_detail();
+        self.coarsen_sent();
         true
     }
 
     /// The lowest frontier with at most `spill` bytes of data beyond the window.
     #[must_use]
-    pub fn frontier_to_hold(&self, spill: u64) -> u64 {
+    pub fn frontier_for_budget(&self, spill: u64) -> u64 {
         let mut excess = self.beyond.saturating_sub(spill);
         if excess == 0 {
             return self.frontier;
@@ -276,7 +276,7 @@ impl Window {
     /// Lets everything leave, up to `end`.
     pub fn finish(&mut self, end: u64) {
         self.frontier = self.frontier.max(end);
-        self.beyond = self.runs.data_in(self.edge()..self.size);
+        self.beyond = self.runs.data_bytes(self.edge()..self.size);
     }
 
     /// Forgets what lies at and past `from` and has not left; whether nothing but zeros had left
@@ -292,7 +292,7 @@ impl Window {
     }
 
     /// What the sink gets next, at most `most` bytes of data; that counts as taken.
-    pub fn take(&mut self, most: u64) -> Option<Leaving> {
+    pub fn take_next(&mut self, most: u64) -> Option<OutgoingRun> {
         if self.taken >= self.frontier {
             return None;
         }
@@ -303,28 +303,28 @@ impl Window {
         }
         let range = self.taken..end;
         self.taken = end;
-        Some(Leaving { range, written })
+        Some(OutgoingRun { range, written })
     }
 
     /// The sink has accepted everything before `to`.
-    pub fn accepted(&mut self, to: u64) {
-        self.held -= self.runs.data_in(self.sent..to.max(self.sent));
+    pub fn mark_accepted(&mut self, to: u64) {
+        self.unsent -= self.runs.data_bytes(self.sent..to.max(self.sent));
         self.sent = self.sent.max(to);
     }
 
     /// Keeps the memory of what has left bounded.
-    fn forget_detail(&mut self) {
-        if self.runs.len() <= self.most_runs {
+    fn coarsen_sent(&mut self) {
+        if self.runs.len() <= self.max_runs {
             return;
         }
         // Only what is sent and cannot be read back: the rest is still needed to the byte.
-        let limit = self.sent.min(self.frontier.saturating_sub(self.kept));
-        self.runs.coarsen(limit, self.gap);
+        let limit = self.sent.min(self.frontier.saturating_sub(self.read_window));
+        self.runs.coarsen(limit, self.coarsen_gap);
         self.needed.recount(&self.runs);
-        self.gap *= 2;
-        self.exact = false;
+        self.coarsen_gap *= 2;
+        self.is_exact = false;
         // What cannot be joined must not be looked at again at every step.
-        self.most_runs = MOST_RUNS.max(self.runs.len() + self.runs.len() / 4);
+        self.max_runs = MAX_RUNS.max(self.runs.len() + self.runs.len() / 4);
     }
 }
 

@@ -23,22 +23,22 @@
 use xxhash_rust::xxh3::Xxh3;
 
 /// The tag of the record.
-pub const TAG: u8 = b'C';
+pub const CHECKPOINT_TAG: u8 = b'C';
 /// What its payload begins with.
-pub const MAGIC: [u8; 8] = *b"cowslip\x01";
+pub const CHECKPOINT_MAGIC: [u8; 8] = *b"cowslip\x01";
 /// The payload's length without `whole`.
-pub const LEN: u64 = 56;
+pub const PAYLOAD_LEN: u64 = 56;
 /// The payload's length with `whole`.
-pub const LAST_LEN: u64 = 72;
+pub const LAST_PAYLOAD_LEN: u64 = 72;
 /// 64 MiB of data between two checkpoints: what a cut costs at most, and seldom enough that a sync
 /// for each costs nothing.
-pub const INTERVAL: u64 = 64 << 20;
+pub const CHECKPOINT_INTERVAL: u64 = 64 << 20;
 /// The bytes of tag, length, magic and numbers: what stands before `piece`.
-pub const HEAD: usize = 9 + 8 + 4 * 8;
+pub const HEAD_LEN: usize = 9 + 8 + 4 * 8;
 
 /// What a checkpoint says, apart from its hashes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Mark {
+pub struct Checkpoint {
     /// Where its piece starts, in bytes of the disk.
     pub start: u64,
     /// Where its piece ends.
@@ -51,21 +51,21 @@ pub struct Mark {
 
 /// Whether more follows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Stage {
+pub enum CheckpointKind {
     /// There is more.
     Middle,
     /// Only the end record follows.
     Last,
 }
 
-impl Mark {
+impl Checkpoint {
     /// The record up to `piece`.
     #[must_use]
-    pub fn head(&self, stage: Stage) -> [u8; HEAD] {
-        let len = if stage == Stage::Last { LAST_LEN } else { LEN };
-        let mut bytes = [TAG; HEAD];
+    pub fn encode_head(&self, stage: CheckpointKind) -> [u8; HEAD_LEN] {
+        let len = if stage == CheckpointKind::Last { LAST_PAYLOAD_LEN } else { PAYLOAD_LEN };
+        let mut bytes = [CHECKPOINT_TAG; HEAD_LEN];
         bytes[1..9].copy_from_slice(&len.to_le_bytes());
-        bytes[9..17].copy_from_slice(&MAGIC);
+        bytes[9..17].copy_from_slice(&CHECKPOINT_MAGIC);
         let numbers = [self.start, self.end, self.identity, self.origin];
         for (place, number) in bytes[17..].chunks_exact_mut(8).zip(numbers) {
             place.copy_from_slice(&number.to_le_bytes());
@@ -75,7 +75,7 @@ impl Mark {
 
     /// Reads the four numbers behind the magic.
     #[must_use]
-    pub fn of(numbers: &[u8; 32]) -> Self {
+    pub fn decode(numbers: &[u8; 32]) -> Self {
         let [mut start, mut end, mut identity, mut origin] = [[0; 8]; 4];
         for (to, from) in [&mut start, &mut end, &mut identity, &mut origin]
             .into_iter()
@@ -94,19 +94,19 @@ impl Mark {
 
 /// The hashes of a stream, at either end of it.
 #[derive(Clone, Default)]
-pub struct Chain {
+pub struct HashChain {
     piece: Xxh3,
     whole: Xxh3,
 }
 
-impl Chain {
+impl HashChain {
     /// The next bytes on the wire.
     pub fn update(&mut self, bytes: &[u8]) {
         self.piece.update(bytes);
     }
 
     /// Ends a piece: its hash, and that of all pieces so far. The next piece begins.
-    pub fn close(&mut self) -> ([u8; 16], [u8; 16]) {
+    pub fn end_piece(&mut self) -> ([u8; 16], [u8; 16]) {
         let piece = self.piece.digest128().to_be_bytes();
         self.whole.update(&piece);
         self.piece.reset();
@@ -114,12 +114,12 @@ impl Chain {
     }
 
     /// The record for `mark`, whose piece ends with it.
-    pub fn record(&mut self, mark: &Mark, stage: Stage) -> Vec<u8> {
-        let mut bytes = mark.head(stage).to_vec();
+    pub fn checkpoint_record(&mut self, mark: &Checkpoint, stage: CheckpointKind) -> Vec<u8> {
+        let mut bytes = mark.encode_head(stage).to_vec();
         self.update(&bytes);
-        let (piece, whole) = self.close();
+        let (piece, whole) = self.end_piece();
         bytes.extend(piece);
-        if stage == Stage::Last {
+        if stage == CheckpointKind::Last {
             bytes.extend(whole);
         }
         bytes
@@ -134,11 +134,11 @@ mod tests {
 
     #[test]
     fn a_record_is_laid_out_as_written_above() {
-        let mark = Mark { start: 1, end: 2, identity: 3, origin: 4 };
-        let mut chain = Chain::default();
+        let mark = Checkpoint { start: 1, end: 2, identity: 3, origin: 4 };
+        let mut chain = HashChain::default();
         chain.update(b"rbd diff v2\n");
-        let bytes = chain.record(&mark, Stage::Last);
-        assert_eq!(bytes.len() as u64, 9 + LAST_LEN);
+        let bytes = chain.checkpoint_record(&mark, CheckpointKind::Last);
+        assert_eq!(bytes.len() as u64, 9 + LAST_PAYLOAD_LEN);
         assert_eq!(&bytes[..17], b"C\x48\0\0\0\0\0\0\0cowslip\x01");
         assert_eq!(&bytes[17..25], b"\x01\0\0\0\0\0\0\0");
         assert_eq!(&bytes[41..49], b"\x04\0\0\0\0\0\0\0");
@@ -146,17 +146,17 @@ mod tests {
         let piece = xxhash_rust::xxh3::xxh3_128(&covered).to_be_bytes();
         assert_eq!(&bytes[49..65], piece);
         assert_eq!(&bytes[65..], xxhash_rust::xxh3::xxh3_128(&piece).to_be_bytes());
-        let middle = chain.record(&mark, Stage::Middle);
-        assert_eq!(middle.len() as u64, 9 + LEN);
+        let middle = chain.checkpoint_record(&mark, CheckpointKind::Middle);
+        assert_eq!(middle.len() as u64, 9 + PAYLOAD_LEN);
     }
 
     proptest! {
         #[test]
         fn a_mark_is_read_as_it_was_written(numbers in any::<[u64; 4]>()) {
             let [start, end, identity, origin] = numbers;
-            let mark = Mark { start, end, identity, origin };
-            let head = mark.head(Stage::Middle);
-            prop_assert_eq!(Mark::of(&head[17..].try_into().unwrap()), mark);
+            let mark = Checkpoint { start, end, identity, origin };
+            let head = mark.encode_head(CheckpointKind::Middle);
+            prop_assert_eq!(Checkpoint::decode(&head[17..].try_into().unwrap()), mark);
         }
 
         #[test]
@@ -167,14 +167,14 @@ mod tests {
             bit in 0..8u8,
         ) {
             let hashes = |after: &[u8]| {
-                let mut chain = Chain::default();
+                let mut chain = HashChain::default();
                 chain.update(&before);
-                let first = chain.close();
+                let first = chain.end_piece();
                 // However it is cut, it is the same.
                 let (one, two) = after.split_at(after.len() / 2);
                 chain.update(one);
                 chain.update(two);
-                (first, chain.close())
+                (first, chain.end_piece())
             };
             let mut other = after.clone();
             let at = at.index(after.len());

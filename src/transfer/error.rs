@@ -3,8 +3,8 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
-use crate::host::said;
-use crate::part::PartError;
+use crate::host::os_message;
+use crate::part::PartFileError;
 
 /// Why a transfer failed; one line for the user.
 #[derive(Debug, thiserror::Error)]
@@ -35,25 +35,25 @@ pub enum TransferError {
     },
     /// It failed after the transfer had begun; the line says what is left.
     #[error("{0}")]
-    Late(String),
+    AfterStart(String),
 }
 
 impl TransferError {
     /// The host refused to `verb` the file at `path`.
     pub(super) fn host(verb: &'static str, path: &Path, error: &io::Error) -> Self {
-        Self::Host { verb, path: path.to_owned(), why: said(error) }
+        Self::Host { verb, path: path.to_owned(), why: os_message(error) }
     }
 }
 
-impl From<PartError> for TransferError {
-    fn from(error: PartError) -> Self {
+impl From<PartFileError> for TransferError {
+    fn from(error: PartFileError) -> Self {
         match error {
-            PartError::Busy(path) => {
+            PartFileError::Busy(path) => {
                 let path = path.display();
                 let line = format!("'{path}' is being received by another cowslip: wait for it");
                 Self::Refused(line)
             }
-            PartError::Host { verb, path, error } => Self::host(verb, &path, &error),
+            PartFileError::Host { verb, path, error } => Self::host(verb, &path, &error),
             error => Self::Refused(error.to_string()),
         }
     }

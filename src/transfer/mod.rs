@@ -30,13 +30,13 @@ mod wire;
 mod zeros;
 
 pub use error::TransferError;
-pub use recv::{Begin, ReceivePlan, Received, receive, resume_offset};
+pub use recv::{ReceiveStart, ReceivePlan, Received, receive, resume_offset};
 pub use send::{Changes, SendPlan, Sent, send};
-pub use source::{Detect, Source};
+pub use source::{ZeroDetection, TransferSource};
 
 /// What goes over the wire.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Frames {
+pub enum TransferFormat {
     /// The records of an rbd diff, version 2, with checkpoints.
     #[default]
     Rbd,
@@ -48,7 +48,7 @@ pub enum Frames {
 
 /// How far a transfer is.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Told {
+pub struct TransferProgress {
     /// The offset it began at.
     pub from: u64,
     /// The offset it has reached.
@@ -63,4 +63,4 @@ pub struct Told {
 
 /// How often a pipe is written and read: half of the second-level cache of common processors, so
 /// what was just hashed is still there when it is copied.
-const BUFFER: usize = 256 << 10;
+const BUFFER_SIZE: usize = 256 << 10;

@@ -5,19 +5,19 @@ use std::io::{self, IoSlice};
 use std::ops::Range;
 use std::os::fd::AsFd;
 
-use super::source::{Detect, Source};
-use super::zeros::{Holds, runs};
-use crate::host::{cannot_copy, copy_range, write_all_at};
+use super::source::{ZeroDetection, TransferSource};
+use super::zeros::{RunKind, split_zeros};
+use crate::host::{is_copy_unsupported, copy_range, write_all_at};
 
 /// What is copied at a time where the host cannot do it alone.
-const PIECE: usize = 1 << 20;
+const COPY_CHUNK: usize = 1 << 20;
 
 /// Makes `target`, which is `from` bytes long, hold from there on what `source` (a file or a device)
 /// holds: shared where the file system can, else copied with its holes.
 ///
 /// # Errors
 /// The host's.
-pub(super) fn copy(source: &Source, target: &File, from: u64) -> io::Result<()> {
+pub(super) fn copy(source: &TransferSource, target: &File, from: u64) -> io::Result<()> {
     if from == 0 && rustix::fs::ioctl_ficlone(target, source.file()).is_ok() {
         return Ok(());
     }
@@ -25,31 +25,31 @@ pub(super) fn copy(source: &Source, target: &File, from: u64) -> io::Result<()> 
     target.set_len(size.max(from))?;
     let mut left = from..size;
     while !left.is_empty() {
-        let (run, holds) = source.run(&left)?;
+        let (run, holds) = source.extent_at(&left)?;
         left.start = run.end;
-        if holds == Holds::Data {
-            data(source, target, run)?;
+        if holds == RunKind::Data {
+            copy_data(source, target, run)?;
         }
     }
     Ok(())
 }
 
-fn data(source: &Source, target: &File, range: Range<u64>) -> io::Result<()> {
+fn copy_data(source: &TransferSource, target: &File, range: Range<u64>) -> io::Result<()> {
     let mut at = range.start;
     // A copy inside the host would make zeros of a device data.
-    if !source.detects(Detect::AsNeeded) {
+    if !source.looks_for_zeros(ZeroDetection::AsNeeded) {
         match copy_range(source.file().as_fd(), range.clone(), target.as_fd(), at) {
             Ok(len) => at += len,
-            Err(error) if cannot_copy(&error) => {}
+            Err(error) if is_copy_unsupported(&error) => {}
             Err(error) => return Err(error),
         }
     }
-    let mut piece = vec![0; PIECE];
+    let mut piece = vec![0; COPY_CHUNK];
     while at < range.end {
-        let len = usize::try_from(range.end - at).unwrap_or(PIECE).min(PIECE);
+        let len = usize::try_from(range.end - at).unwrap_or(COPY_CHUNK).min(COPY_CHUNK);
         source.read_at(&mut piece[..len], at)?;
-        for (run, holds) in runs(&piece[..len], at) {
-            if holds == Holds::Data || !source.detects(Detect::AsNeeded) {
+        for (run, holds) in split_zeros(&piece[..len], at) {
+            if holds == RunKind::Data || !source.looks_for_zeros(ZeroDetection::AsNeeded) {
                 let start = at + run.start as u64;
                 write_all_at(target, &[IoSlice::new(&piece[run])], start)?;
             }

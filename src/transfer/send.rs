@@ -4,16 +4,16 @@ use std::io::{self, Write};
 use std::ops::Range;
 
 use super::android;
-use super::checkpoint::{Chain, INTERVAL, Mark, Stage};
-use super::source::{Detect, Source};
-use super::zeros::{Holds, runs};
-use super::{BUFFER, Frames, Told, TransferError};
-use crate::host::said;
+use super::checkpoint::{HashChain, CHECKPOINT_INTERVAL, Checkpoint, CheckpointKind};
+use super::source::{ZeroDetection, TransferSource};
+use super::zeros::{RunKind, split_zeros};
+use super::{BUFFER_SIZE, TransferFormat, TransferProgress, TransferError};
+use crate::host::os_message;
 use crate::stream::frames::rbd;
 
 /// Room for a record's header before its bytes, so that both leave at once. A page, so that what
 /// is read lands as the host likes it.
-const ROOM: usize = 4096;
+const HEADER_ROOM: usize = 4096;
 
 /// What changed since a snapshot.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -30,9 +30,9 @@ pub struct SendPlan {
     /// The first byte of the source that is sent. An Android sparse image is always whole.
     pub from: u64,
     /// What goes over the wire.
-    pub frames: Frames,
+    pub frames: TransferFormat,
     /// Whether zeros are looked for.
-    pub detect: Detect,
+    pub detect: ZeroDetection,
     /// Only these ranges; all of it without.
     pub changes: Option<Changes>,
 }
@@ -41,21 +41,21 @@ pub struct SendPlan {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Sent {
     /// How much of what.
-    pub told: Told,
+    pub progress: TransferProgress,
     /// Whether somebody wrote to the source meanwhile: then it is no one moment of it.
     pub has_changed: bool,
 }
 
-/// Sends `source` to `out`; `tell` hears how far it is.
+/// Sends `source` to `out`; `on_progress` hears how far it is.
 ///
 /// # Errors
 /// A line: `from` past the end, a source that cannot be read or gets shorter, a stream that
 /// cannot be written.
 pub fn send<W: Write>(
-    source: &Source,
+    source: &TransferSource,
     out: W,
     plan: &SendPlan,
-    tell: &mut dyn FnMut(&Told),
+    tell: &mut dyn FnMut(&TransferProgress),
 ) -> Result<Sent, TransferError> {
     if let Some(size) = source.size()
         && plan.from > size
@@ -66,276 +66,276 @@ pub fn send<W: Write>(
             plan.from
         )));
     }
-    if plan.frames == Frames::AndroidSparse {
+    if plan.frames == TransferFormat::AndroidSparse {
         let told = android::send(source, out, tell)?;
-        return Ok(Sent { told, has_changed: source.has_changed() });
+        return Ok(Sent { progress: told, has_changed: source.has_changed() });
     }
     let mut sender = Sender::new(source, out, plan, tell);
-    sender.begin().map_err(|error| sender.explain(Failed::Out(error)))?;
+    sender.send_header().map_err(|error| sender.explain(SendError::Output(error)))?;
     let sent = match source.size() {
-        Some(size) => sender.all(plan.changes.as_ref(), size),
-        None => sender.pipe(),
+        Some(size) => sender.send_ranges(plan.changes.as_ref(), size),
+        None => sender.send_pipe(),
     };
     sent.map_err(|failed| sender.explain(failed))?;
-    if source.is_shorter() {
-        return Err(sender.explain(Failed::In(io::ErrorKind::UnexpectedEof.into())));
+    if source.has_shrunk() {
+        return Err(sender.explain(SendError::Source(io::ErrorKind::UnexpectedEof.into())));
     }
-    sender.end().map_err(|error| sender.explain(Failed::Out(error)))?;
-    Ok(Sent { told: sender.told, has_changed: source.has_changed() })
+    sender.finish().map_err(|error| sender.explain(SendError::Output(error)))?;
+    Ok(Sent { progress: sender.progress, has_changed: source.has_changed() })
 }
 
 /// Which end failed.
-enum Failed {
-    In(io::Error),
-    Out(io::Error),
+enum SendError {
+    Source(io::Error),
+    Output(io::Error),
 }
 
 struct Sender<'a, W> {
-    source: &'a Source,
+    source: &'a TransferSource,
     out: W,
     plan: &'a SendPlan,
-    tell: &'a mut dyn FnMut(&Told),
-    chain: Chain,
-    told: Told,
+    on_progress: &'a mut dyn FnMut(&TransferProgress),
+    chain: HashChain,
+    progress: TransferProgress,
     /// Zeros that are not sent yet: more may join them.
-    zeros: Range<u64>,
+    pending_zeros: Range<u64>,
     /// The size that the stream was told; of a pipe it is a guess until its end.
-    announced: u64,
+    announced_size: u64,
     /// Where the piece of the next checkpoint starts, and how much data it has.
     piece: (u64, u64),
     buffer: Vec<u8>,
 }
 
 impl<'a, W: Write> Sender<'a, W> {
-    fn new(source: &'a Source, out: W, plan: &'a SendPlan, tell: &'a mut dyn FnMut(&Told)) -> Self {
+    fn new(source: &'a TransferSource, out: W, plan: &'a SendPlan, tell: &'a mut dyn FnMut(&TransferProgress)) -> Self {
         let from = plan.from;
         Self {
             source,
             out,
             plan,
-            tell,
-            chain: Chain::default(),
-            told: Told { from, reached: from, size: source.size(), data: 0, holes: 0 },
-            zeros: from..from,
-            announced: source.size().unwrap_or(from),
+            on_progress: tell,
+            chain: HashChain::default(),
+            progress: TransferProgress { from, reached: from, size: source.size(), data: 0, holes: 0 },
+            pending_zeros: from..from,
+            announced_size: source.size().unwrap_or(from),
             piece: (from, 0),
-            buffer: vec![0; ROOM + BUFFER],
+            buffer: vec![0; HEADER_ROOM + BUFFER_SIZE],
         }
     }
 
-    fn explain(&self, failed: Failed) -> TransferError {
+    fn explain(&self, failed: SendError) -> TransferError {
         let path = self.source.path();
         match failed {
-            Failed::Out(error) => TransferError::Output(said(&error)),
-            Failed::In(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
-                self.source.got_shorter()
+            SendError::Output(error) => TransferError::Output(os_message(&error)),
+            SendError::Source(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
+                self.source.shrunk_error()
             }
-            Failed::In(error) => TransferError::host("read", path, &error),
+            SendError::Source(error) => TransferError::host("read", path, &error),
         }
     }
 
     /// Banner, names, size, and the checkpoint that tells of others.
-    fn begin(&mut self) -> io::Result<()> {
-        if self.plan.frames == Frames::Raw {
+    fn send_header(&mut self) -> io::Result<()> {
+        if self.plan.frames == TransferFormat::Raw {
             return Ok(());
         }
-        let opening = rbd::opening(self.announced);
+        let opening = rbd::preamble(self.announced_size);
         match &self.plan.changes {
-            None => self.emit(&opening)?,
+            None => self.write_hashed(&opening)?,
             Some(changes) => {
                 // The name comes before the size: some readers look no further for it.
                 let (banner, size) = opening.split_at(rbd::BANNER.len());
-                self.emit(banner)?;
+                self.write_hashed(banner)?;
                 let name = changes.since.as_bytes();
                 let len = u32::try_from(name.len()).map_err(|_| io::ErrorKind::InvalidInput)?;
                 let mut record = vec![b'f'];
                 record.extend((u64::from(len) + 4).to_le_bytes());
                 record.extend(len.to_le_bytes());
                 record.extend(name);
-                self.emit(&record)?;
-                self.emit(size)?;
+                self.write_hashed(&record)?;
+                self.write_hashed(size)?;
             }
         }
-        self.checkpoint(Stage::Middle)
+        self.send_checkpoint(CheckpointKind::Middle)
     }
 
-    fn end(&mut self) -> io::Result<()> {
-        if self.plan.frames == Frames::Rbd {
+    fn finish(&mut self) -> io::Result<()> {
+        if self.plan.frames == TransferFormat::Rbd {
             self.flush_zeros()?;
-            if self.announced != self.told.size.unwrap_or(self.told.reached) {
-                self.announce(self.told.reached)?;
+            if self.announced_size != self.progress.size.unwrap_or(self.progress.reached) {
+                self.send_size(self.progress.reached)?;
             }
-            self.checkpoint(Stage::Last)?;
-            self.out.write_all(&rbd::END)?;
+            self.send_checkpoint(CheckpointKind::Last)?;
+            self.out.write_all(&rbd::END_RECORD)?;
         }
         self.out.flush()
     }
 
     /// A file or a device.
-    fn all(&mut self, changes: Option<&Changes>, size: u64) -> Result<(), Failed> {
+    fn send_ranges(&mut self, changes: Option<&Changes>, size: u64) -> Result<(), SendError> {
         let whole = 0..size;
         let ranges = changes.map_or(std::slice::from_ref(&whole), |changes| &changes.ranges);
         for range in ranges {
             let mut left = range.start.max(self.plan.from)..range.end.min(size);
             while !left.is_empty() {
-                let (run, holds) = self.source.run(&left).map_err(Failed::In)?;
+                let (run, holds) = self.source.extent_at(&left).map_err(SendError::Source)?;
                 match holds {
-                    Holds::Zeros => self.hole(run.clone()).map_err(Failed::Out)?,
-                    Holds::Data => self.data(run.clone())?,
+                    RunKind::Zeros => self.add_zeros(run.clone()).map_err(SendError::Output)?,
+                    RunKind::Data => self.send_data(run.clone())?,
                 }
                 left.start = run.end;
             }
         }
-        self.flush_zeros().map_err(Failed::Out)?;
-        self.told.reached = size;
+        self.flush_zeros().map_err(SendError::Output)?;
+        self.progress.reached = size;
         Ok(())
     }
 
-    fn data(&mut self, range: Range<u64>) -> Result<(), Failed> {
+    fn send_data(&mut self, range: Range<u64>) -> Result<(), SendError> {
         let mut at = range.start;
-        let detect = self.source.detects(self.plan.detect);
+        let detect = self.source.looks_for_zeros(self.plan.detect);
         while at < range.end {
             // The first one only up to where the others are aligned.
-            let most = BUFFER as u64 - at % BUFFER as u64;
-            let len = usize::try_from((range.end - at).min(most)).unwrap_or(BUFFER);
-            let into = &mut self.buffer[ROOM..ROOM + len];
-            self.source.read_at(into, at).map_err(Failed::In)?;
-            self.pass(len, at, detect).map_err(Failed::Out)?;
+            let most = BUFFER_SIZE as u64 - at % BUFFER_SIZE as u64;
+            let len = usize::try_from((range.end - at).min(most)).unwrap_or(BUFFER_SIZE);
+            let into = &mut self.buffer[HEADER_ROOM..HEADER_ROOM + len];
+            self.source.read_at(into, at).map_err(SendError::Source)?;
+            self.send_buffer(len, at, detect).map_err(SendError::Output)?;
             at += len as u64;
         }
         Ok(())
     }
 
     /// A pipe: what comes before `from` is read and dropped.
-    fn pipe(&mut self) -> Result<(), Failed> {
+    fn send_pipe(&mut self) -> Result<(), SendError> {
         let mut at = 0;
         loop {
-            let into = &mut self.buffer[ROOM..];
-            let got = self.source.read_next(into).map_err(Failed::In)?;
+            let into = &mut self.buffer[HEADER_ROOM..];
+            let got = self.source.read_pipe(into).map_err(SendError::Source)?;
             let end = at + got as u64;
             if end > self.plan.from {
                 let skip = usize::try_from(self.plan.from.saturating_sub(at)).unwrap_or(got);
-                self.buffer.copy_within(ROOM + skip..ROOM + got, ROOM);
-                let detect = self.source.detects(self.plan.detect);
-                self.pass(got - skip, at + skip as u64, detect).map_err(Failed::Out)?;
+                self.buffer.copy_within(HEADER_ROOM + skip..HEADER_ROOM + got, HEADER_ROOM);
+                let detect = self.source.looks_for_zeros(self.plan.detect);
+                self.send_buffer(got - skip, at + skip as u64, detect).map_err(SendError::Output)?;
             }
             at = end;
-            if got < BUFFER {
+            if got < BUFFER_SIZE {
                 break;
             }
         }
         if at < self.plan.from {
-            return Err(Failed::In(io::Error::other("it ends before the offset of --from")));
+            return Err(SendError::Source(io::Error::other("it ends before the offset of --from")));
         }
-        self.flush_zeros().map_err(Failed::Out)
+        self.flush_zeros().map_err(SendError::Output)
     }
 
     /// Sends the `len` bytes in the buffer, which lie at `offset`.
-    fn pass(&mut self, len: usize, offset: u64, detect: bool) -> io::Result<()> {
-        if !detect || self.plan.frames == Frames::Raw {
-            return self.bytes(0..len, offset);
+    fn send_buffer(&mut self, len: usize, offset: u64, detect: bool) -> io::Result<()> {
+        if !detect || self.plan.frames == TransferFormat::Raw {
+            return self.send_bytes(0..len, offset);
         }
-        for (run, holds) in runs(&self.buffer[ROOM..ROOM + len], offset) {
+        for (run, holds) in split_zeros(&self.buffer[HEADER_ROOM..HEADER_ROOM + len], offset) {
             let start = offset + run.start as u64;
             match holds {
-                Holds::Data => self.bytes(run, start)?,
-                Holds::Zeros => self.hole(start..offset + run.end as u64)?,
+                RunKind::Data => self.send_bytes(run, start)?,
+                RunKind::Zeros => self.add_zeros(start..offset + run.end as u64)?,
             }
         }
         Ok(())
     }
 
-    /// Sends `run` of the buffer, which lies at `start`.
-    fn bytes(&mut self, run: Range<usize>, start: u64) -> io::Result<()> {
+    /// Sends `extent_at` of the buffer, which lies at `start`.
+    fn send_bytes(&mut self, run: Range<usize>, start: u64) -> io::Result<()> {
         if run.is_empty() {
             return Ok(());
         }
         let len = run.len() as u64;
-        let mut first = ROOM + run.start;
-        if self.plan.frames == Frames::Rbd {
+        let mut first = HEADER_ROOM + run.start;
+        if self.plan.frames == TransferFormat::Rbd {
             self.flush_zeros()?;
-            if start + len > self.announced {
-                self.announce(start + len + INTERVAL)?;
+            if start + len > self.announced_size {
+                self.send_size(start + len + CHECKPOINT_INTERVAL)?;
             }
             let header = rbd::data_header(&(start..start + len));
             // What was there has been sent, or is the room.
             first -= header.len();
             self.buffer[first..first + header.len()].copy_from_slice(&header);
-            self.chain.update(&self.buffer[first..ROOM + run.end]);
+            self.chain.update(&self.buffer[first..HEADER_ROOM + run.end]);
         }
-        self.out.write_all(&self.buffer[first..ROOM + run.end])?;
-        self.told.data += len;
-        self.told.reached = start + len;
+        self.out.write_all(&self.buffer[first..HEADER_ROOM + run.end])?;
+        self.progress.data += len;
+        self.progress.reached = start + len;
         self.piece.1 += len;
-        if self.piece.1 >= INTERVAL && self.plan.frames == Frames::Rbd {
-            self.checkpoint(Stage::Middle)?;
+        if self.piece.1 >= CHECKPOINT_INTERVAL && self.plan.frames == TransferFormat::Rbd {
+            self.send_checkpoint(CheckpointKind::Middle)?;
         }
-        (self.tell)(&self.told);
+        (self.on_progress)(&self.progress);
         Ok(())
     }
 
     /// Notes a hole; it leaves with those that follow it.
-    fn hole(&mut self, range: Range<u64>) -> io::Result<()> {
-        self.told.holes += range.end - range.start;
-        if self.plan.frames == Frames::Raw {
-            return self.plain_zeros(&range);
+    fn add_zeros(&mut self, range: Range<u64>) -> io::Result<()> {
+        self.progress.holes += range.end - range.start;
+        if self.plan.frames == TransferFormat::Raw {
+            return self.send_raw_zeros(&range);
         }
-        if self.zeros.end == range.start && !self.zeros.is_empty() {
-            self.zeros.end = range.end;
+        if self.pending_zeros.end == range.start && !self.pending_zeros.is_empty() {
+            self.pending_zeros.end = range.end;
         } else {
             self.flush_zeros()?;
-            self.zeros = range;
+            self.pending_zeros = range;
         }
-        self.told.reached = self.zeros.end;
-        (self.tell)(&self.told);
+        self.progress.reached = self.pending_zeros.end;
+        (self.on_progress)(&self.progress);
         Ok(())
     }
 
-    fn plain_zeros(&mut self, range: &Range<u64>) -> io::Result<()> {
-        self.buffer[ROOM..].fill(0);
+    fn send_raw_zeros(&mut self, range: &Range<u64>) -> io::Result<()> {
+        self.buffer[HEADER_ROOM..].fill(0);
         let mut at = range.start;
         while at < range.end {
-            let len = usize::try_from(range.end - at).unwrap_or(BUFFER).min(BUFFER);
-            self.out.write_all(&self.buffer[ROOM..ROOM + len])?;
+            let len = usize::try_from(range.end - at).unwrap_or(BUFFER_SIZE).min(BUFFER_SIZE);
+            self.out.write_all(&self.buffer[HEADER_ROOM..HEADER_ROOM + len])?;
             at += len as u64;
-            self.told.reached = at;
-            (self.tell)(&self.told);
+            self.progress.reached = at;
+            (self.on_progress)(&self.progress);
         }
         Ok(())
     }
 
     fn flush_zeros(&mut self) -> io::Result<()> {
-        let zeros = self.zeros.clone();
+        let zeros = self.pending_zeros.clone();
         if zeros.is_empty() {
             return Ok(());
         }
-        if zeros.end > self.announced {
-            self.announce(zeros.end + INTERVAL)?;
+        if zeros.end > self.announced_size {
+            self.send_size(zeros.end + CHECKPOINT_INTERVAL)?;
         }
-        self.zeros = zeros.end..zeros.end;
-        self.emit(&rbd::zeros(&zeros))
+        self.pending_zeros = zeros.end..zeros.end;
+        self.write_hashed(&rbd::zeros_record(&zeros))
     }
 
     /// Tells the size (again).
-    fn announce(&mut self, size: u64) -> io::Result<()> {
-        self.announced = size;
-        let opening = rbd::opening(size);
-        self.emit(&opening[rbd::BANNER.len()..])
+    fn send_size(&mut self, size: u64) -> io::Result<()> {
+        self.announced_size = size;
+        let opening = rbd::preamble(size);
+        self.write_hashed(&opening[rbd::BANNER.len()..])
     }
 
-    fn checkpoint(&mut self, stage: Stage) -> io::Result<()> {
-        let mark = Mark {
+    fn send_checkpoint(&mut self, stage: CheckpointKind) -> io::Result<()> {
+        let mark = Checkpoint {
             start: self.piece.0,
-            end: self.told.reached,
+            end: self.progress.reached,
             identity: self.source.identity(),
             origin: self.plan.from,
         };
-        self.piece = (self.told.reached, 0);
-        let record = self.chain.record(&mark, stage);
+        self.piece = (self.progress.reached, 0);
+        let record = self.chain.checkpoint_record(&mark, stage);
         self.out.write_all(&record)
     }
 
-    fn emit(&mut self, bytes: &[u8]) -> io::Result<()> {
+    fn write_hashed(&mut self, bytes: &[u8]) -> io::Result<()> {
         self.chain.update(bytes);
         self.out.write_all(bytes)
     }

@@ -13,14 +13,14 @@ use uuid::Uuid;
 use xxhash_rust::xxh3::xxh3_64;
 
 use super::TransferError;
-use super::zeros::Holds;
+use super::zeros::RunKind;
 
 /// 4 MiB: how far ahead a source is asked for; the kernel's own read-ahead is 128 KiB.
-const AHEAD: u64 = 4 << 20;
+const READ_AHEAD: u64 = 4 << 20;
 
 /// Whether zeros are looked for in data.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Detect {
+pub enum ZeroDetection {
     /// Where the source cannot tell holes.
     AsNeeded,
     /// Everywhere (`--detect-zeroes`).
@@ -29,7 +29,7 @@ pub enum Detect {
 
 /// An open source.
 #[derive(Debug)]
-pub struct Source {
+pub struct TransferSource {
     file: File,
     path: PathBuf,
     /// `None`: a pipe, which ends where it ends.
@@ -37,21 +37,21 @@ pub struct Source {
     /// Whether it can tell where its holes are.
     knows_holes: bool,
     /// Bytes of data that it has at most, as far as its file system says.
-    data: Option<u64>,
-    before: Option<Stamp>,
+    data_estimate: Option<u64>,
+    opened_stamp: Option<FileStamp>,
     /// Tells this state of this file from others; 0 where nothing can: of pipes and devices.
     identity: u64,
 }
 
 /// What changes when a file is written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Stamp {
+struct FileStamp {
     inode: u64,
     size: u64,
     mtime: (i64, i64),
 }
 
-impl Stamp {
+impl FileStamp {
     fn of(file: &File) -> io::Result<Self> {
         Ok(Self::from(&file.metadata()?))
     }
@@ -66,14 +66,14 @@ impl Stamp {
     }
 }
 
-impl From<&Metadata> for Stamp {
+impl From<&Metadata> for FileStamp {
     fn from(meta: &Metadata) -> Self {
         let mtime = (meta.mtime(), meta.mtime_nsec());
         Self { inode: meta.ino(), size: meta.len(), mtime }
     }
 }
 
-impl Source {
+impl TransferSource {
     /// Opens `path`; `-` is the standard input.
     ///
     /// # Errors
@@ -88,7 +88,7 @@ impl Source {
             let fd = rustix::fs::open(path, flags, rustix::fs::Mode::empty());
             File::from(fd.map_err(|error| failed(error.into()))?)
         };
-        Self::of(file, path)
+        Self::from_file(file, path)
     }
 
     /// Opens the disk at `path` at one moment: `freeze` gives a file that holds what it did then,
@@ -96,11 +96,11 @@ impl Source {
     ///
     /// # Errors
     /// Those of `freeze`; a line when the file cannot be read.
-    pub fn frozen<E: From<TransferError>>(
+    pub fn open_frozen<E: From<TransferError>>(
         path: &Path,
         freeze: impl FnOnce() -> Result<File, E>,
     ) -> Result<Self, E> {
-        let stamp = || fs::metadata(path).ok().map(|meta| Stamp::from(&meta));
+        let stamp = || fs::metadata(path).ok().map(|meta| FileStamp::from(&meta));
         // Another transfer may go on with this one only if the disk has not changed since.
         let before = stamp();
         let file = freeze()?;
@@ -109,10 +109,10 @@ impl Source {
             // It was being written: no other moment of it is this one.
             _ => Uuid::new_v4().as_u64_pair().0.max(1),
         };
-        Ok(Self { identity, ..Self::of(file, path)? })
+        Ok(Self { identity, ..Self::from_file(file, path)? })
     }
 
-    fn of(file: File, path: &Path) -> Result<Self, TransferError> {
+    fn from_file(file: File, path: &Path) -> Result<Self, TransferError> {
         let failed = |error: io::Error| TransferError::host("read", path, &error);
         let meta = file.metadata().map_err(failed)?;
         let (kind, path) = (meta.file_type(), path.to_owned());
@@ -122,8 +122,8 @@ impl Source {
                 path,
                 size: None,
                 knows_holes: false,
-                data: None,
-                before: None,
+                data_estimate: None,
+                opened_stamp: None,
                 identity: 0,
             });
         }
@@ -141,15 +141,15 @@ impl Source {
             let size = size.map_err(|error| TransferError::host("read", &path, &error.into()))?;
             let size = Some(size);
             let (knows_holes, before, identity) = (false, None, 0);
-            return Ok(Self { file, path, size, knows_holes, data: size, before, identity });
+            return Ok(Self { file, path, size, knows_holes, data_estimate: size, opened_stamp: before, identity });
         }
-        let before = Stamp::from(&meta);
+        let before = FileStamp::from(&meta);
         let allocated = meta.blocks().saturating_mul(512);
         let size = meta.len();
-        let knows_holes = tells_holes(&file, size, allocated);
+        let knows_holes = reports_holes(&file, size, allocated);
         let data = Some(allocated.min(size));
         let (size, identity) = (Some(size), before.identity());
-        Ok(Self { file, path, size, knows_holes, data, before: Some(before), identity })
+        Ok(Self { file, path, size, knows_holes, data_estimate: data, opened_stamp: Some(before), identity })
     }
 
     /// Its bytes; `None` for a pipe.
@@ -160,8 +160,8 @@ impl Source {
 
     /// About how many of its bytes are data, where that is known.
     #[must_use]
-    pub fn data(&self) -> Option<u64> {
-        self.data
+    pub fn data_estimate(&self) -> Option<u64> {
+        self.data_estimate
     }
 
     /// What to call it.
@@ -179,7 +179,7 @@ impl Source {
     /// Whether somebody has written to it since it was opened.
     #[must_use]
     pub fn has_changed(&self) -> bool {
-        self.before.is_some_and(|before| Stamp::of(&self.file).is_ok_and(|now| now != before))
+        self.opened_stamp.is_some_and(|before| FileStamp::of(&self.file).is_ok_and(|now| now != before))
     }
 
     /// The open file.
@@ -188,14 +188,14 @@ impl Source {
     }
 
     /// Whether zeros in it are looked for.
-    pub(super) fn detects(&self, detect: Detect) -> bool {
-        detect == Detect::Always || !self.knows_holes
+    pub(super) fn looks_for_zeros(&self, detect: ZeroDetection) -> bool {
+        detect == ZeroDetection::Always || !self.knows_holes
     }
 
     /// What a prefix of `range` holds, by its map alone.
-    pub(super) fn run(&self, range: &Range<u64>) -> io::Result<(Range<u64>, Holds)> {
+    pub(super) fn extent_at(&self, range: &Range<u64>) -> io::Result<(Range<u64>, RunKind)> {
         if !self.knows_holes {
-            return Ok((range.clone(), Holds::Data));
+            return Ok((range.clone(), RunKind::Data));
         }
         let data = match rustix::fs::seek(&self.file, SeekFrom::Data(range.start)) {
             Ok(data) => data.min(range.end),
@@ -203,25 +203,25 @@ impl Source {
             Err(error) => return Err(error.into()),
         };
         if data > range.start {
-            return Ok((range.start..data, Holds::Zeros));
+            return Ok((range.start..data, RunKind::Zeros));
         }
         let hole = rustix::fs::seek(&self.file, SeekFrom::Hole(range.start))?;
         let end = if hole > range.start { hole.min(range.end) } else { range.end };
-        Ok((range.start..end, Holds::Data))
+        Ok((range.start..end, RunKind::Data))
     }
 
     /// Fills `buf` with what is at `offset`; `UnexpectedEof` when it is not there any more.
     pub(super) fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
         use std::os::unix::fs::FileExt;
-        if offset.is_multiple_of(AHEAD) {
+        if offset.is_multiple_of(READ_AHEAD) {
             // The disk works on while this is hashed and written; it is only advice.
-            let _ = fadvise(&self.file, offset + AHEAD, NonZeroU64::new(AHEAD), Advice::WillNeed);
+            let _ = fadvise(&self.file, offset + READ_AHEAD, NonZeroU64::new(READ_AHEAD), Advice::WillNeed);
         }
         self.file.read_exact_at(buf, offset)
     }
 
     /// Of a pipe: fills `buf`, or as much of it as there is before the end.
-    pub(super) fn read_next(&self, buf: &mut [u8]) -> io::Result<usize> {
+    pub(super) fn read_pipe(&self, buf: &mut [u8]) -> io::Result<usize> {
         let mut done = 0;
         while done < buf.len() {
             match (&self.file).read(&mut buf[done..]) {
@@ -235,8 +235,8 @@ impl Source {
     }
 
     /// The error for a source that has fewer bytes than it had.
-    pub(super) fn got_shorter(&self) -> TransferError {
-        TransferError::Late(format!(
+    pub(super) fn shrunk_error(&self) -> TransferError {
+        TransferError::AfterStart(format!(
             "'{}' got shorter while it was sent: send it when nobody writes to it, or a snapshot \
              of it",
             self.path.display()
@@ -244,15 +244,15 @@ impl Source {
     }
 
     /// Whether it has fewer bytes than when it was opened.
-    pub(super) fn is_shorter(&self) -> bool {
-        let now = Stamp::of(&self.file);
-        self.before.is_some_and(|before| now.is_ok_and(|now| now.size < before.size))
+    pub(super) fn has_shrunk(&self) -> bool {
+        let now = FileStamp::of(&self.file);
+        self.opened_stamp.is_some_and(|before| now.is_ok_and(|now| now.size < before.size))
     }
 }
 
 /// Whether the holes of a file can be asked for. A file system that cannot tell says that there
 /// are none, though the file takes less room than it is long.
-fn tells_holes(file: &File, size: u64, allocated: u64) -> bool {
+fn reports_holes(file: &File, size: u64, allocated: u64) -> bool {
     match rustix::fs::seek(file, SeekFrom::Hole(0)) {
         Ok(hole) => hole < size || allocated >= size,
         // Empty.

@@ -15,14 +15,14 @@ use serde::{Deserialize, Serialize};
 
 use crate::confined;
 use crate::host::sync_dir;
-use crate::part::Slot;
+use crate::part::FileSlot;
 
 /// The longest state: a snapshot's name of 255 bytes, each escaped, and a few numbers.
-const LONGEST: u64 = 8 << 10;
+const MAX_STATE_SIZE: u64 = 8 << 10;
 
 /// What is known of a part.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) struct State {
+pub(super) struct ReceiveState {
     /// The version of this format.
     pub(super) version: u32,
     /// The part's inode.
@@ -39,13 +39,13 @@ pub(super) struct State {
     pub(super) overwrite: bool,
 }
 
-/// What [`State::version`] is.
-pub(super) const VERSION: u32 = 1;
+/// What [`ReceiveState::version`] is.
+pub(super) const STATE_VERSION: u32 = 1;
 
-impl State {
+impl ReceiveState {
     /// The state of `file`, the part of `slot`; `None` when there is none that can be believed.
-    pub(super) fn load(slot: &Slot, file: &File) -> Option<Self> {
-        let text = confined::read_file(slot.dir(), slot.with_suffix(NAME), LONGEST).ok()?;
+    pub(super) fn load(slot: &FileSlot, file: &File) -> Option<Self> {
+        let text = confined::read_file(slot.dir(), slot.with_suffix(STATE_SUFFIX), MAX_STATE_SIZE).ok()?;
         let state = Self::decode(&text)?;
         let meta = file.metadata().ok()?;
         // A second name of it would be written to as well.
@@ -59,19 +59,19 @@ impl State {
     /// What `text` says, if that is a state of this version.
     pub(super) fn decode(text: &[u8]) -> Option<Self> {
         let state: Self = serde_json::from_slice(text).ok()?;
-        (state.version == VERSION).then_some(state)
+        (state.version == STATE_VERSION).then_some(state)
     }
 
     /// Replaces the state of the part of `slot`.
-    fn store(&self, slot: &Slot) -> io::Result<()> {
-        let (name, new) = (slot.with_suffix(NAME), slot.with_suffix(NEW));
+    fn store(&self, slot: &FileSlot) -> io::Result<()> {
+        let (name, new) = (slot.with_suffix(STATE_SUFFIX), slot.with_suffix(NEW_STATE_SUFFIX));
         confined::replace_file(slot.dir(), name, new, &serde_json::to_vec(self)?)
     }
 
     /// There is nothing to go on with, also after a power cut: an old state must not come back
     /// beside a part that is written anew.
-    pub(super) fn remove(slot: &Slot) -> io::Result<()> {
-        let name = slot.with_suffix(NAME);
+    pub(super) fn remove(slot: &FileSlot) -> io::Result<()> {
+        let name = slot.with_suffix(STATE_SUFFIX);
         match rustix::fs::unlinkat(slot.dir(), name, rustix::fs::AtFlags::empty()) {
             Err(rustix::io::Errno::NOENT) => Ok(()),
             Err(error) => Err(error.into()),
@@ -81,56 +81,56 @@ impl State {
 }
 
 /// What is added to the name of what is received.
-const NAME: &str = ".part.state";
+const STATE_SUFFIX: &str = ".part.state";
 /// And until it is whole.
-const NEW: &str = ".part.state.new";
+const NEW_STATE_SUFFIX: &str = ".part.state.new";
 
 /// Makes data durable and then says so.
-pub(super) struct Keeper {
-    desk: Arc<Desk>,
+pub(super) struct StateWriter {
+    mailbox: Arc<StateMailbox>,
     thread: Option<JoinHandle<io::Result<()>>>,
 }
 
 /// What the thread is to do: only the newest state counts, so there is room for one.
 #[derive(Default)]
-struct Desk {
-    order: Mutex<Order>,
+struct StateMailbox {
+    pending: Mutex<PendingState>,
     changed: Condvar,
 }
 
 #[derive(Default)]
-struct Order {
-    state: Option<State>,
-    is_over: bool,
+struct PendingState {
+    state: Option<ReceiveState>,
+    is_closed: bool,
 }
 
-impl Keeper {
+impl StateWriter {
     /// For `file`, the part of `slot`.
-    pub(super) fn start(slot: &Slot, file: &Arc<File>) -> io::Result<Self> {
-        let desk = Arc::<Desk>::default();
+    pub(super) fn start(slot: &FileSlot, file: &Arc<File>) -> io::Result<Self> {
+        let desk = Arc::<StateMailbox>::default();
         let (slot, file, orders) = (slot.clone(), Arc::clone(file), Arc::clone(&desk));
         let thread = Builder::new().name("cowslip-keep".to_owned());
-        let thread = thread.spawn(move || keep(&slot, &file, &orders))?;
-        Ok(Self { desk, thread: Some(thread) })
+        let thread = thread.spawn(move || write_states(&slot, &file, &orders))?;
+        Ok(Self { mailbox: desk, thread: Some(thread) })
     }
 
     /// All that `state` speaks of has been written. When the thread has failed, the end says why.
-    pub(super) fn note(&self, state: State) {
-        self.desk.order.lock().state = Some(state);
-        self.desk.changed.notify_one();
+    pub(super) fn submit(&self, state: ReceiveState) {
+        self.mailbox.pending.lock().state = Some(state);
+        self.mailbox.changed.notify_one();
     }
 
     /// Waits until everything noted is durable.
     ///
     /// # Errors
     /// What syncing or storing failed with.
-    pub(super) fn end(mut self) -> io::Result<()> {
+    pub(super) fn finish(mut self) -> io::Result<()> {
         self.join()
     }
 
     fn join(&mut self) -> io::Result<()> {
-        self.desk.order.lock().is_over = true;
-        self.desk.changed.notify_one();
+        self.mailbox.pending.lock().is_closed = true;
+        self.mailbox.changed.notify_one();
         let Some(thread) = self.thread.take() else {
             return Ok(());
         };
@@ -138,20 +138,20 @@ impl Keeper {
     }
 }
 
-impl Drop for Keeper {
+impl Drop for StateWriter {
     fn drop(&mut self) {
         let _ = self.join();
     }
 }
 
-fn keep(slot: &Slot, file: &File, desk: &Desk) -> io::Result<()> {
+fn write_states(slot: &FileSlot, file: &File, desk: &StateMailbox) -> io::Result<()> {
     loop {
         let state = {
-            let mut order = desk.order.lock();
+            let mut order = desk.pending.lock();
             loop {
                 match order.state.take() {
                     Some(state) => break state,
-                    None if order.is_over => return Ok(()),
+                    None if order.is_closed => return Ok(()),
                     None => desk.changed.wait(&mut order),
                 }
             }
@@ -165,17 +165,17 @@ fn keep(slot: &Slot, file: &File, desk: &Desk) -> io::Result<()> {
 mod tests {
     use super::*;
 
-    fn state(inode: u64, offset: u64) -> State {
+    fn state(inode: u64, offset: u64) -> ReceiveState {
         let since = Some("before".to_owned());
-        State { version: VERSION, inode, offset, size: 99, identity: 7, since, overwrite: false }
+        ReceiveState { version: STATE_VERSION, inode, offset, size: 99, identity: 7, since, overwrite: false }
     }
 
     /// A part of 50 bytes in a directory of its own.
-    fn part() -> (tempfile::TempDir, Slot, Arc<File>) {
+    fn part() -> (tempfile::TempDir, FileSlot, Arc<File>) {
         let home = tempfile::tempdir().unwrap();
         let part = home.path().join("x.part");
         std::fs::write(&part, [1; 50]).unwrap();
-        let slot = Slot::of(&home.path().join("x")).unwrap();
+        let slot = FileSlot::of(&home.path().join("x")).unwrap();
         (home, slot, Arc::new(File::open(&part).unwrap()))
     }
 
@@ -183,29 +183,29 @@ mod tests {
     fn the_newest_state_is_there_when_the_keeper_has_ended() {
         let (_home, slot, file) = part();
         let inode = file.metadata().unwrap().ino();
-        let keeper = Keeper::start(&slot, &file).unwrap();
+        let keeper = StateWriter::start(&slot, &file).unwrap();
         for offset in 1..=50 {
-            keeper.note(state(inode, offset));
+            keeper.submit(state(inode, offset));
         }
-        keeper.end().unwrap();
-        assert_eq!(State::load(&slot, &file), Some(state(inode, 50)));
+        keeper.finish().unwrap();
+        assert_eq!(ReceiveState::load(&slot, &file), Some(state(inode, 50)));
     }
 
     #[test]
     fn a_state_of_another_file_or_of_a_longer_one_is_none() {
         let (_home, slot, file) = part();
         let inode = file.metadata().unwrap().ino();
-        assert_eq!(State::load(&slot, &file), None);
+        assert_eq!(ReceiveState::load(&slot, &file), None);
         for (wrong, right) in [(state(inode + 1, 50), false), (state(inode, 51), false)]
             .into_iter()
             .chain([(state(inode, 50), true)])
         {
             wrong.store(&slot).unwrap();
-            assert_eq!(State::load(&slot, &file).is_some(), right, "{wrong:?}");
+            assert_eq!(ReceiveState::load(&slot, &file).is_some(), right, "{wrong:?}");
         }
-        State::remove(&slot).unwrap();
-        State::remove(&slot).unwrap();
-        assert_eq!(State::load(&slot, &file), None);
+        ReceiveState::remove(&slot).unwrap();
+        ReceiveState::remove(&slot).unwrap();
+        assert_eq!(ReceiveState::load(&slot, &file), None);
     }
 
     #[test]
@@ -214,18 +214,18 @@ mod tests {
         let at = |name: &str| home.path().join(name);
         let inode = file.metadata().unwrap().ino();
         state(inode, 50).store(&slot).unwrap();
-        assert!(State::load(&slot, &file).is_some());
+        assert!(ReceiveState::load(&slot, &file).is_some());
         std::fs::hard_link(at("x.part"), at("y")).unwrap();
-        assert_eq!(State::load(&slot, &file), None);
+        assert_eq!(ReceiveState::load(&slot, &file), None);
         std::fs::remove_file(at("y")).unwrap();
         std::fs::rename(at("x.part.state"), at("real")).unwrap();
         std::os::unix::fs::symlink("real", at("x.part.state")).unwrap();
-        assert_eq!(State::load(&slot, &file), None);
+        assert_eq!(ReceiveState::load(&slot, &file), None);
         let text = std::fs::read(at("real")).unwrap();
         std::fs::remove_file(at("x.part.state")).unwrap();
         let long = [&text[..], &vec![b' '; 1 << 20]].concat();
         std::fs::write(at("x.part.state"), long).unwrap();
-        assert_eq!(State::load(&slot, &file), None);
+        assert_eq!(ReceiveState::load(&slot, &file), None);
     }
 
     #[test]
@@ -236,7 +236,7 @@ mod tests {
         std::os::unix::fs::symlink(&victim, home.path().join("x.part.state.new")).unwrap();
         state(file.metadata().unwrap().ino(), 50).store(&slot).unwrap();
         assert_eq!(std::fs::read(&victim).unwrap(), b"whole");
-        assert!(State::load(&slot, &file).is_some());
+        assert!(ReceiveState::load(&slot, &file).is_some());
         let made = std::fs::symlink_metadata(home.path().join("x.part.state")).unwrap();
         assert_eq!((made.is_file(), made.mode() & 0o777), (true, 0o600));
     }

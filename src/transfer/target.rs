@@ -11,16 +11,16 @@ use std::sync::Arc;
 
 use rustix::fs::FallocateFlags;
 
-use crate::host::{fallocate, punch, write_all_at};
+use crate::host::{fallocate, punch_hole, write_all_at};
 
 /// A device discards whole sectors; 4 KiB is the largest in use.
-const ALIGNMENT: u64 = 4096;
+const DISCARD_ALIGNMENT: u64 = 4096;
 /// 1 MiB of zeros for one call.
-const ZEROS: usize = 1 << 20;
+const ZERO_CHUNK: usize = 1 << 20;
 
 /// What is written to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Kind {
+pub(super) enum TargetKind {
     /// A file; all at and past `clean` reads as zeros now.
     File {
         /// In bytes.
@@ -32,49 +32,49 @@ pub(super) enum Kind {
 
 /// What is written to, with the last hole.
 #[derive(Debug)]
-pub(super) struct Target {
+pub(super) struct TargetWriter {
     file: Arc<File>,
     is_device: bool,
     /// Up to here something else than zeros may be read.
     highest: u64,
     hole: Range<u64>,
     /// [`highest`](Self::highest) before the hole was told of.
-    below: u64,
+    highest_before_hole: u64,
 }
 
-impl Target {
-    pub(super) fn new(file: &Arc<File>, kind: Kind) -> Self {
+impl TargetWriter {
+    pub(super) fn new(file: &Arc<File>, kind: TargetKind) -> Self {
         let (is_device, highest) = match kind {
-            Kind::File { clean } => (false, clean),
-            Kind::Device => (true, u64::MAX),
+            TargetKind::File { clean } => (false, clean),
+            TargetKind::Device => (true, u64::MAX),
         };
-        Self { file: Arc::clone(file), is_device, highest, hole: 0..0, below: 0 }
+        Self { file: Arc::clone(file), is_device, highest, hole: 0..0, highest_before_hole: 0 }
     }
 
     /// Writes `bytes` at `offset`.
     pub(super) fn write(&mut self, bytes: &[u8], offset: u64) -> io::Result<()> {
         let end = offset + bytes.len() as u64;
         if offset < self.hole.end && self.hole.start < end {
-            self.settle()?;
+            self.flush_hole()?;
         }
         write_all_at(&self.file, &[IoSlice::new(bytes)], offset)?;
         self.highest = self.highest.max(end);
-        self.settle()
+        self.flush_hole()
     }
 
     /// Makes `range` a hole.
-    pub(super) fn hole(&mut self, range: Range<u64>) -> io::Result<()> {
+    pub(super) fn write_hole(&mut self, range: Range<u64>) -> io::Result<()> {
         if self.hole.end == range.start && !self.hole.is_empty() {
             self.hole.end = range.end;
             return Ok(());
         }
-        self.settle()?;
-        (self.hole, self.below) = (range, self.highest);
+        self.flush_hole()?;
+        (self.hole, self.highest_before_hole) = (range, self.highest);
         Ok(())
     }
 
     /// Does what is put off.
-    pub(super) fn settle(&mut self) -> io::Result<()> {
+    pub(super) fn flush_hole(&mut self) -> io::Result<()> {
         let hole = std::mem::take(&mut self.hole);
         if hole.is_empty() {
             return Ok(());
@@ -82,8 +82,8 @@ impl Target {
         if self.is_device {
             return self.discard(hole);
         }
-        match punch(&*self.file, hole.clone()) {
-            Err(error) if is_unsupported(&error) => self.zero(hole.start..hole.end.min(self.below)),
+        match punch_hole(&*self.file, hole.clone()) {
+            Err(error) if is_unsupported(&error) => self.write_zeros(hole.start..hole.end.min(self.highest_before_hole)),
             done => done,
         }
     }
@@ -95,14 +95,14 @@ impl Target {
 
     /// Everything is on the disk.
     pub(super) fn sync(&mut self) -> io::Result<()> {
-        self.settle()?;
+        self.flush_hole()?;
         self.file.sync_all()
     }
 
     fn discard(&self, range: Range<u64>) -> io::Result<()> {
-        let first = range.start.next_multiple_of(ALIGNMENT).min(range.end);
-        let last = (range.end - range.end % ALIGNMENT).max(first);
-        self.zero(range.start..first)?;
+        let first = range.start.next_multiple_of(DISCARD_ALIGNMENT).min(range.end);
+        let last = (range.end - range.end % DISCARD_ALIGNMENT).max(first);
+        self.write_zeros(range.start..first)?;
         // The kernel refuses to punch unless zeros are read afterwards (blkdev_fallocate).
         let inner = first..last;
         let ways = [FallocateFlags::PUNCH_HOLE, FallocateFlags::ZERO_RANGE];
@@ -118,17 +118,17 @@ impl Target {
             }
         }
         if !done {
-            self.zero(inner)?;
+            self.write_zeros(inner)?;
         }
-        self.zero(last..range.end)
+        self.write_zeros(last..range.end)
     }
 
-    fn zero(&self, range: Range<u64>) -> io::Result<()> {
+    fn write_zeros(&self, range: Range<u64>) -> io::Result<()> {
         let mut at = range.start;
-        let len = usize::try_from(range.end.saturating_sub(at)).unwrap_or(ZEROS).min(ZEROS);
+        let len = usize::try_from(range.end.saturating_sub(at)).unwrap_or(ZERO_CHUNK).min(ZERO_CHUNK);
         let zeros = vec![0; len];
         while at < range.end {
-            let len = usize::try_from(range.end - at).unwrap_or(ZEROS).min(ZEROS);
+            let len = usize::try_from(range.end - at).unwrap_or(ZERO_CHUNK).min(ZERO_CHUNK);
             write_all_at(&self.file, &[IoSlice::new(&zeros[..len])], at)?;
             at += len as u64;
         }

@@ -3,11 +3,11 @@
 use std::ops::Range;
 
 /// Bytes in a block: what file systems give space by.
-pub(super) const BLOCK: u64 = 4096;
+pub(super) const BLOCK_SIZE: u64 = 4096;
 
 /// What a run holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Holds {
+pub(super) enum RunKind {
     /// Bytes, not all zero.
     Data,
     /// Zeros alone.
@@ -16,13 +16,13 @@ pub(super) enum Holds {
 
 /// The runs of `bytes`, which lie at `offset` of their file. Runs of zeros begin and end at
 /// whole blocks of the file, or at an end of `bytes`; neighbours differ.
-pub(super) fn runs(bytes: &[u8], offset: u64) -> Vec<(Range<usize>, Holds)> {
-    let mut runs: Vec<(Range<usize>, Holds)> = Vec::new();
+pub(super) fn split_zeros(bytes: &[u8], offset: u64) -> Vec<(Range<usize>, RunKind)> {
+    let mut runs: Vec<(Range<usize>, RunKind)> = Vec::new();
     let mut at = 0;
     while at < bytes.len() {
-        let rest = BLOCK - (offset + at as u64) % BLOCK;
+        let rest = BLOCK_SIZE - (offset + at as u64) % BLOCK_SIZE;
         let end = usize::try_from(rest).map_or(bytes.len(), |rest| bytes.len().min(at + rest));
-        let holds = if is_zero(&bytes[at..end]) { Holds::Zeros } else { Holds::Data };
+        let holds = if is_zero(&bytes[at..end]) { RunKind::Zeros } else { RunKind::Data };
         match runs.last_mut() {
             Some((range, last)) if *last == holds => range.end = end,
             _ => runs.push((at..end, holds)),
@@ -50,13 +50,13 @@ mod tests {
         let mut bytes = vec![0; 3 * 4096];
         bytes[5000] = 1;
         let all =
-            [(0..4096, Holds::Zeros), (4096..8192, Holds::Data), (8192..3 * 4096, Holds::Zeros)];
-        assert_eq!(runs(&bytes, 8192), all);
+            [(0..4096, RunKind::Zeros), (4096..8192, RunKind::Data), (8192..3 * 4096, RunKind::Zeros)];
+        assert_eq!(split_zeros(&bytes, 8192), all);
         // 96 bytes are left of the block they begin in.
         let shifted =
-            [(0..4192, Holds::Zeros), (4192..8288, Holds::Data), (8288..3 * 4096, Holds::Zeros)];
-        assert_eq!(runs(&bytes, 4000), shifted);
-        assert_eq!(runs(&[], 7), []);
+            [(0..4192, RunKind::Zeros), (4192..8288, RunKind::Data), (8288..3 * 4096, RunKind::Zeros)];
+        assert_eq!(split_zeros(&bytes, 4000), shifted);
+        assert_eq!(split_zeros(&[], 7), []);
     }
 
     proptest! {
@@ -69,7 +69,7 @@ mod tests {
                 .iter()
                 .flat_map(|(zero, len)| vec![u8::from(!*zero); *len])
                 .collect();
-            let found = runs(&bytes, offset);
+            let found = split_zeros(&bytes, offset);
             let mut at = 0;
             for (index, (range, holds)) in found.iter().enumerate() {
                 prop_assert_eq!(range.start, at);
@@ -77,10 +77,10 @@ mod tests {
                 at = range.end;
                 prop_assert!(index == 0 || found[index - 1].1 != *holds);
                 let zero = bytes[range.clone()].iter().all(|byte| *byte == 0);
-                prop_assert!(zero == (*holds == Holds::Zeros));
+                prop_assert!(zero == (*holds == RunKind::Zeros));
                 for edge in [range.start, range.end] {
                     let inner = edge > 0 && edge < bytes.len();
-                    prop_assert!(!inner || (offset + edge as u64).is_multiple_of(BLOCK));
+                    prop_assert!(!inner || (offset + edge as u64).is_multiple_of(BLOCK_SIZE));
                 }
             }
             prop_assert_eq!(at, bytes.len());

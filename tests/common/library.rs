@@ -7,14 +7,14 @@ use std::io;
 use std::ops::Range;
 use std::sync::Arc;
 
-use cowslip::extents::{Extent, Kind};
-use cowslip::host::errno;
-use cowslip::layer::{Copy, Layer, ReadBelow, Wait, WritableLayer};
+use cowslip::extents::{Extent, ExtentKind};
+use cowslip::host::os_error;
+use cowslip::layer::{CopyFn, Layer, ReadBelow, Wait, WritableLayer};
 use cowslip::overlay::Overlay;
-use cowslip::overlay::blocks::{BlockIndex, State};
+use cowslip::overlay::blocks::{BlockIndex, BlockState};
 use cowslip::overlay::data::Storage;
-use cowslip::overlay::log::{Home, Log};
-use cowslip::overlay::record::{Image, Stamp, Tag};
+use cowslip::overlay::log::{LogDir, Log};
+use cowslip::overlay::record::{LayerMap, MtimeOrigin, BootTag};
 use cowslip::overlay::recover::{LogError, Recovered};
 
 use super::model::{End, Model, Target};
@@ -66,19 +66,19 @@ impl Layer for TestBase {
 
     fn extent_at(&self, range: Range<u64>, _: Wait) -> io::Result<Extent> {
         if range.start >= self.size() {
-            return Ok(Extent::new(range, Kind::Hole));
+            return Ok(Extent::new(range, ExtentKind::Hole));
         }
         let first = (range.start / SECTOR) as usize;
         let same =
             self.is_data[first..].iter().take_while(|is| **is == self.is_data[first]).count();
         let end = ((first + same) as u64 * SECTOR).min(self.size()).min(range.end);
-        let kind = if self.is_data[first] { Kind::Data } else { Kind::Hole };
+        let kind = if self.is_data[first] { ExtentKind::Data } else { ExtentKind::Hole };
         Ok(Extent::new(range.start..end, kind))
     }
 
     fn read_at(&self, buf: &mut [u8], offset: u64, wait: Wait) -> io::Result<Extent> {
         let extent = self.extent_at(offset..offset + buf.len() as u64, wait)?;
-        if extent.kind == Kind::Data {
+        if extent.kind == ExtentKind::Data {
             let from = &self.bytes[extent.range.start as usize..extent.range.end as usize];
             buf[..from.len()].copy_from_slice(from);
         }
@@ -89,7 +89,7 @@ impl Layer for TestBase {
         &self,
         range: Range<u64>,
         wait: Wait,
-        _: Copy<'_>,
+        _: CopyFn<'_>,
     ) -> io::Result<(Extent, Option<u64>)> {
         Ok((self.extent_at(range, wait)?, None))
     }
@@ -104,7 +104,7 @@ impl ReadBelow for TestBase {
         let mut at = range.start;
         while at < range.end {
             let extent = self.extent_at(at..range.end, wait)?;
-            if extent.kind == Kind::Data {
+            if extent.kind == ExtentKind::Data {
                 return Ok(false);
             }
             at = extent.range.end;
@@ -132,9 +132,9 @@ pub fn read_through(
         let len = extent.len() as usize;
         let piece = &mut buf[done..done + len];
         match extent.kind {
-            Kind::Data => {}
-            Kind::Zero | Kind::Hole => piece.fill(0),
-            Kind::Lower => read_through(below, piece, at, wait)?,
+            ExtentKind::Data => {}
+            ExtentKind::Zero | ExtentKind::Hole => piece.fill(0),
+            ExtentKind::Lower => read_through(below, piece, at, wait)?,
         }
         done += len;
     }
@@ -165,18 +165,18 @@ pub struct Shape {
     block: u64,
     size: u64,
     lower_limit: u64,
-    states: Vec<State>,
+    states: Vec<BlockState>,
 }
 
 impl Shape {
     fn new(block: u64, size: u64, lower_limit: u64) -> Self {
-        let states = vec![State::Lower; size.div_ceil(block) as usize];
+        let states = vec![BlockState::Lower; size.div_ceil(block) as usize];
         Self { block, size, lower_limit, states }
     }
 
     /// The rules start again from what an overlay has.
     fn of(overlay: &Overlay) -> Self {
-        let (image, block) = (overlay.image(), overlay.block());
+        let (image, block) = (overlay.clone_map(), overlay.block_size());
         let mut shape = Self::new(block, image.size, image.lower_limit);
         for (at, state) in shape.states.iter_mut().enumerate() {
             *state = image.blocks.state(BlockIndex(at as u64));
@@ -187,7 +187,7 @@ impl Shape {
     fn resize(&mut self, size: u64) {
         let kept = self.size.min(size).div_ceil(self.block) as usize;
         self.states.truncate(kept);
-        self.states.resize(size.div_ceil(self.block) as usize, State::Lower);
+        self.states.resize(size.div_ceil(self.block) as usize, BlockState::Lower);
         self.lower_limit = self.lower_limit.min(size);
         self.size = size;
     }
@@ -197,7 +197,7 @@ impl Shape {
             self.resize(range.end);
         }
         for at in range.start / self.block..range.end.div_ceil(self.block) {
-            self.states[at as usize] = State::Data;
+            self.states[at as usize] = BlockState::Data;
         }
     }
 
@@ -207,11 +207,11 @@ impl Shape {
             let part = range.start.max(whole.start)..range.end.min(whole.end);
             let state = &mut self.states[at as usize];
             if part == whole {
-                *state = State::Zero;
-            } else if *state == State::Lower {
+                *state = BlockState::Zero;
+            } else if *state == BlockState::Lower {
                 let lower = part.start..part.end.min(self.lower_limit);
                 if !lower.is_empty() && !base.is_zero_below(lower, Wait::Yes).unwrap() {
-                    *state = State::Data;
+                    *state = BlockState::Data;
                 }
             }
         }
@@ -228,12 +228,12 @@ impl Shape {
         for (at, state) in self.states.iter().enumerate() {
             let range = at as u64 * self.block..((at as u64 + 1) * self.block).min(self.size);
             match state {
-                State::Data => push(range, Kind::Data),
-                State::Zero => push(range, Kind::Hole),
-                State::Lower => {
+                BlockState::Data => push(range, ExtentKind::Data),
+                BlockState::Zero => push(range, ExtentKind::Hole),
+                BlockState::Lower => {
                     let cut = self.lower_limit.clamp(range.start, range.end);
-                    push(range.start..cut, Kind::Lower);
-                    push(cut..range.end, Kind::Hole);
+                    push(range.start..cut, ExtentKind::Lower);
+                    push(cut..range.end, ExtentKind::Hole);
                 }
             }
         }
@@ -258,28 +258,28 @@ impl SimDisk {
     #[must_use]
     pub fn persistent(base: &Arc<TestBase>, size: u64, block: u32, limit: Option<u64>) -> Self {
         let layer = SimLayer::new(block);
-        let image = Image::new(size, size.min(base.size()));
-        let home = Arc::clone(&layer.home) as Arc<dyn Home>;
-        let log = Log::create(home, layer.uuid, u64::from(block), &image, Tag([1; 2]), 1).unwrap();
+        let image = LayerMap::new(size, size.min(base.size()));
+        let home = Arc::clone(&layer.home) as Arc<dyn LogDir>;
+        let log = Log::create(home, layer.uuid, u64::from(block), &image, BootTag([1; 2]), 1).unwrap();
         Self::of(layer, base, image, Some(log), limit)
     }
 
     /// A temporary one.
     #[must_use]
     pub fn temporary(base: &Arc<TestBase>, size: u64, block: u32, limit: Option<u64>) -> Self {
-        let image = Image::new(size, size.min(base.size()));
+        let image = LayerMap::new(size, size.min(base.size()));
         Self::of(SimLayer::new(block), base, image, None, limit)
     }
 
     fn of(
         layer: SimLayer,
         base: &Arc<TestBase>,
-        image: Image,
+        image: LayerMap,
         log: Option<Log>,
         limit: Option<u64>,
     ) -> Self {
         let data = Arc::clone(&layer.data) as Arc<dyn Storage>;
-        let overlay = Overlay::new(layer.block, data, image, log, Tag([1; 2]), limit);
+        let overlay = Overlay::new(layer.block, data, image, log, BootTag([1; 2]), limit);
         let shape = Shape::of(&overlay);
         Self { layer, base: Arc::clone(base), overlay: Some(overlay), life: 1, limit, shape }
     }
@@ -289,7 +289,7 @@ impl SimDisk {
         // Nine, and one before them that gives back the space a recovery has found.
         for turn in 0..10 {
             if !self.layer.home.has_journal() {
-                self.overlay().record_mtime(turn, Stamp::Written).unwrap();
+                self.overlay().record_mtime(turn, MtimeOrigin::Written).unwrap();
                 self.overlay().sync().unwrap();
             }
         }
@@ -324,7 +324,7 @@ impl SimDisk {
         life: u64,
         limit: Option<u64>,
     ) -> Result<(Self, Recovered), LogError> {
-        let (overlay, recovered) = Overlay::open(&layer.files(), Tag([life; 2]), limit)?;
+        let (overlay, recovered) = Overlay::open(&layer.files(), BootTag([life; 2]), limit)?;
         let shape = Shape::of(&overlay);
         let base = Arc::clone(base);
         Ok((Self { layer, base, overlay: Some(overlay), life, limit, shape }, recovered))
@@ -362,8 +362,8 @@ impl SimDisk {
             }
         }
         assert_eq!(found, self.shape.extents());
-        let data = self.shape.states.iter().filter(|state| **state == State::Data).count() as u64;
-        assert_eq!(overlay.usage().data, data * overlay.block());
+        let data = self.shape.states.iter().filter(|state| **state == BlockState::Data).count() as u64;
+        assert_eq!(overlay.usage().data, data * overlay.block_size());
     }
 
     /// No block that is not Data takes space once everything was given back.
@@ -372,7 +372,7 @@ impl SimDisk {
         for (at, state) in self.shape.states.iter().enumerate() {
             let range = at as u64 * block..(at as u64 + 1) * block;
             let holds = self.layer.data.is_allocated(&range);
-            assert!(*state == State::Data || !holds, "block {at} is {state:?} and takes space");
+            assert!(*state == BlockState::Data || !holds, "block {at} is {state:?} and takes space");
         }
     }
 
@@ -383,7 +383,7 @@ impl SimDisk {
         for (at, state) in found.shape.states.iter().enumerate() {
             let range = at as u64 * block..(at as u64 + 1) * block;
             let holds = self.layer.data.is_allocated(&range);
-            assert!(*state != State::Data || holds, "block {at} is punched, and durable Data");
+            assert!(*state != BlockState::Data || holds, "block {at} is punched, and durable Data");
         }
     }
 
@@ -406,7 +406,7 @@ impl SimDisk {
     }
 
     fn restart(&mut self, end: End) -> io::Result<()> {
-        let overlay = self.overlay.take().ok_or_else(|| errno(libc::EIO))?;
+        let overlay = self.overlay.take().ok_or_else(|| os_error(libc::EIO))?;
         let (layer, life, expected) = match end {
             End::Clean => {
                 overlay.close()?;
@@ -478,7 +478,7 @@ impl Target for SimDisks {
         let mut at = 0;
         while at < disk.overlay().size() {
             let mut extent = disk.overlay().extent_at(at..disk.overlay().size(), Wait::No)?;
-            if extent.kind == Kind::Lower {
+            if extent.kind == ExtentKind::Lower {
                 extent = disk.base.extent_at(extent.range, Wait::No)?;
             }
             at = extent.range.end;

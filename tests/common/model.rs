@@ -10,7 +10,7 @@
 use std::io;
 use std::ops::Range;
 
-use cowslip::extents::{Extent, Kind};
+use cowslip::extents::{Extent, ExtentKind};
 use proptest::prelude::*;
 
 use super::sim::SECTOR;
@@ -308,7 +308,7 @@ impl Model {
             }
             at = extent.range.end;
             let bytes = &self.bytes[extent.range.start as usize..extent.range.end as usize];
-            if extent.kind != Kind::Data && bytes.iter().any(|byte| *byte != 0) {
+            if extent.kind != ExtentKind::Data && bytes.iter().any(|byte| *byte != 0) {
                 return Err(format!("{extent:?} hides data"));
             }
         }

@@ -25,11 +25,11 @@ use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
-use cowslip::host::errno;
+use cowslip::host::os_error;
 use cowslip::layer::Wait;
 use cowslip::overlay::data::{Create, HostFile, Storage};
-use cowslip::overlay::log::{Home, Replaced};
-use cowslip::overlay::recover::Files;
+use cowslip::overlay::log::{LogDir, ReplacedLog};
+use cowslip::overlay::recover::LayerFiles;
 use parking_lot::{Condvar, Mutex};
 use uuid::Uuid;
 
@@ -176,7 +176,7 @@ impl Host {
         }
         state.waiting -= 1;
         if state.cut.is_some_and(|cut| state.steps >= cut) {
-            return Err(errno(libc::EIO));
+            return Err(os_error(libc::EIO));
         }
         if deed != Deed::Read {
             state.steps += 1;
@@ -190,14 +190,14 @@ impl Host {
             fault.pass = fault.pass.wrapping_sub(1);
         }
         state.faults.retain(|fault| fault.pass != u64::MAX);
-        failed.map_or(Ok(()), |code| Err(errno(code)))
+        failed.map_or(Ok(()), |code| Err(os_error(code)))
     }
 
     /// Takes room for one sector.
     fn take(&self) -> io::Result<()> {
         let mut state = self.state.lock();
         if state.capacity.is_some_and(|capacity| state.used + SECTOR > capacity) {
-            return Err(errno(libc::ENOSPC));
+            return Err(os_error(libc::ENOSPC));
         }
         state.used += SECTOR;
         Ok(())
@@ -444,7 +444,7 @@ impl Storage for SimFile {
         Ok(())
     }
 
-    fn punch(&self, range: Range<u64>) -> io::Result<()> {
+    fn punch_hole(&self, range: Range<u64>) -> io::Result<()> {
         self.host.step(self.role, Deed::Punch)?;
         let mut state = self.state.lock();
         let sectors = range.start / SECTOR..range.end.div_ceil(SECTOR);
@@ -510,20 +510,20 @@ impl Storage for SimFile {
         done
     }
 
-    fn next_space(&self, range: Range<u64>) -> Option<u64> {
+    fn next_allocated(&self, range: Range<u64>) -> Option<u64> {
         let state = self.state.lock();
         let sectors = range.start / SECTOR..range.end.div_ceil(SECTOR);
         let next = state.allocated.range(sectors).next();
         next.map(|sector| (sector * SECTOR).max(range.start))
     }
 
-    fn forget_cache(&self) {
+    fn drop_cache(&self) {
         for content in self.state.lock().sectors.values_mut() {
             content.stale = None;
         }
     }
 
-    fn backing(&self, _: Range<u64>) -> Option<BorrowedFd<'_>> {
+    fn host_fd(&self, _: Range<u64>) -> Option<BorrowedFd<'_>> {
         None
     }
 
@@ -583,17 +583,17 @@ impl SimHome {
     }
 }
 
-impl Home for SimHome {
+impl LogDir for SimHome {
     fn replace_log(
         &self,
         fill: &mut dyn FnMut(&dyn Storage) -> io::Result<()>,
-    ) -> io::Result<Replaced> {
+    ) -> io::Result<ReplacedLog> {
         let file = Arc::new(SimFile::new(&self.host, Role::Log));
         fill(&*file)?;
         file.sync()?;
         self.host.step(Role::Dir, Deed::Rename)?;
         self.names.lock().since.push(Arc::clone(&file));
-        Ok(Replaced { file, placed: self.sync_dir() })
+        Ok(ReplacedLog { file, dir_synced: self.sync_dir() })
     }
 
     fn journal(&self, create: Create) -> io::Result<Option<Arc<dyn Storage>>> {
@@ -643,13 +643,13 @@ impl SimLayer {
 
     /// The files as an overlay opens them.
     #[must_use]
-    pub fn files(&self) -> Files {
-        Files {
+    pub fn files(&self) -> LayerFiles {
+        LayerFiles {
             data: Arc::clone(&self.data) as Arc<dyn Storage>,
             log: self.home.log(),
-            home: Arc::clone(&self.home) as Arc<dyn Home>,
+            log_dir: Arc::clone(&self.home) as Arc<dyn LogDir>,
             uuid: self.uuid,
-            block: self.block,
+            block_size: self.block,
         }
     }
 

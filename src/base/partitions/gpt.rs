@@ -4,33 +4,33 @@
 //! Header and entries carry checksums. The copy is used when the first one is not whole.
 //! (UEFI specification, 5.3.)
 
-use super::{Bytes, Partition, Role, TableError, bytes_of, sector_at};
+use super::{TableSource, Partition, PartitionRole, TableError, sector_range, read_at};
 
 /// The sizes of an entry, in bytes; the powers of two between them as well.
-const ENTRY: std::ops::RangeInclusive<u64> = 128..=4096;
+const ENTRY_SIZES: std::ops::RangeInclusive<u64> = 128..=4096;
 /// The most entries: eight times what is usual.
-const MOST: u64 = 1024;
+const MAX_ENTRIES: u64 = 1024;
 /// The most bytes of entries that are read: 128 KiB, where 16 KiB are usual.
-const LONGEST: u64 = 128 << 10;
+const MAX_TABLE_LEN: u64 = 128 << 10;
 /// The bytes of a header that mean something.
-const HEADER: usize = 92;
+const HEADER_LEN: usize = 92;
 
 /// What is wrong with a table.
 type Flaw = &'static str;
 /// Nothing calls itself one.
-const NOTHING: Flaw = "there is no GPT where its MBR says so";
+const NO_GPT: Flaw = "there is no GPT where its MBR says so";
 
 /// The partitions of `disk`, whose sectors have one of the sizes `sectors`.
 ///
 /// # Errors
 /// [`TableError::Damaged`]: neither the table nor its copy is whole.
-pub(super) fn read(disk: &dyn Bytes, sectors: &[u64]) -> Result<Vec<Partition>, TableError> {
-    let mut worst = NOTHING;
+pub(super) fn read(disk: &dyn TableSource, sectors: &[u64]) -> Result<Vec<Partition>, TableError> {
+    let mut worst = NO_GPT;
     for sector in sectors {
-        let first = match Header::read(disk, 1, *sector) {
+        let first = match GptHeader::read(disk, 1, *sector) {
             Ok(first) => first,
             Err(flaw) => {
-                worst = if worst == NOTHING { flaw } else { worst };
+                worst = if worst == NO_GPT { flaw } else { worst };
                 continue;
             }
         };
@@ -39,10 +39,10 @@ pub(super) fn read(disk: &dyn Bytes, sectors: &[u64]) -> Result<Vec<Partition>, 
             Err(flaw) => flaw,
         };
         // Where it says that its copy is, which a disk that has grown has not at its end.
-        let found = copy(disk, first.other, *sector).or_else(|| last(disk, *sector));
+        let found = read_at_lba(disk, first.alternate_lba, *sector).or_else(|| read_backup(disk, *sector));
         return found.ok_or_else(|| damaged(flaw));
     }
-    sectors.iter().find_map(|sector| last(disk, *sector)).ok_or_else(|| damaged(worst))
+    sectors.iter().find_map(|sector| read_backup(disk, *sector)).ok_or_else(|| damaged(worst))
 }
 
 fn damaged(flaw: Flaw) -> TableError {
@@ -50,40 +50,40 @@ fn damaged(flaw: Flaw) -> TableError {
 }
 
 /// What the copy in the last sector says.
-fn last(disk: &dyn Bytes, sector: u64) -> Option<Vec<Partition>> {
-    copy(disk, (disk.size() / sector).checked_sub(1)?, sector)
+fn read_backup(disk: &dyn TableSource, sector: u64) -> Option<Vec<Partition>> {
+    read_at_lba(disk, (disk.size() / sector).checked_sub(1)?, sector)
 }
 
 /// What the copy at `lba` says.
-fn copy(disk: &dyn Bytes, lba: u64, sector: u64) -> Option<Vec<Partition>> {
-    let found = Header::read(disk, lba, sector).and_then(|header| header.partitions(disk)).ok()?;
+fn read_at_lba(disk: &dyn TableSource, lba: u64, sector: u64) -> Option<Vec<Partition>> {
+    let found = GptHeader::read(disk, lba, sector).and_then(|header| header.partitions(disk)).ok()?;
     log::warn!("the first partition table of a base is damaged: its copy at the end is used");
     Some(found)
 }
 
 /// A header whose checksum is right.
-struct Header {
+struct GptHeader {
     /// The size of a sector, in bytes.
-    sector: u64,
+    sector_size: u64,
     /// Where the copy is: a sector.
-    other: u64,
+    alternate_lba: u64,
     /// Where the entries are: a sector.
-    entries: u64,
+    entries_lba: u64,
     /// How many.
-    count: u64,
+    entry_count: u64,
     /// The bytes of each.
-    entry: u64,
+    entry_size: u64,
     /// The checksum of all.
-    crc: u32,
+    entries_crc: u32,
 }
 
-impl Header {
-    fn read(disk: &dyn Bytes, lba: u64, sector: u64) -> Result<Self, Flaw> {
-        let at = lba.checked_mul(sector).ok_or(NOTHING)?;
-        let bytes = sector_at(disk, at, sector).map_err(|_| "its GPT cannot be read")?;
-        let bytes = bytes.filter(|bytes| bytes.starts_with(b"EFI PART")).ok_or(NOTHING)?;
+impl GptHeader {
+    fn read(disk: &dyn TableSource, lba: u64, sector: u64) -> Result<Self, Flaw> {
+        let at = lba.checked_mul(sector).ok_or(NO_GPT)?;
+        let bytes = read_at(disk, at, sector).map_err(|_| "its GPT cannot be read")?;
+        let bytes = bytes.filter(|bytes| bytes.starts_with(b"EFI PART")).ok_or(NO_GPT)?;
         let len = usize::try_from(le32(&bytes, 12)).ok();
-        let own = len.filter(|len| *len >= HEADER).and_then(|len| bytes.get(..len));
+        let own = len.filter(|len| *len >= HEADER_LEN).and_then(|len| bytes.get(..len));
         let mut own = own.ok_or("the header of its GPT has an impossible size")?.to_vec();
         own[16..20].fill(0);
         if crc32(&own) != le32(&bytes, 16) {
@@ -93,25 +93,25 @@ impl Header {
             return Err("its GPT says that it belongs elsewhere");
         }
         let (count, entry) = (u64::from(le32(&bytes, 80)), u64::from(le32(&bytes, 84)));
-        if !ENTRY.contains(&entry) || !entry.is_power_of_two() {
+        if !ENTRY_SIZES.contains(&entry) || !entry.is_power_of_two() {
             return Err("the entries of its GPT have an impossible size");
         }
-        if count > MOST || count * entry > LONGEST {
+        if count > MAX_ENTRIES || count * entry > MAX_TABLE_LEN {
             return Err("its GPT has too many entries");
         }
         let (other, entries, crc) = (le64(&bytes, 32), le64(&bytes, 72), le32(&bytes, 88));
-        Ok(Self { sector, other, entries, count, entry, crc })
+        Ok(Self { sector_size: sector, alternate_lba: other, entries_lba: entries, entry_count: count, entry_size: entry, entries_crc: crc })
     }
 
-    fn partitions(&self, disk: &dyn Bytes) -> Result<Vec<Partition>, Flaw> {
+    fn partitions(&self, disk: &dyn TableSource) -> Result<Vec<Partition>, Flaw> {
         let outside = "the entries of its GPT are past the end";
-        let at = self.entries.checked_mul(self.sector).ok_or(outside)?;
-        let bytes = sector_at(disk, at, self.count * self.entry);
+        let at = self.entries_lba.checked_mul(self.sector_size).ok_or(outside)?;
+        let bytes = read_at(disk, at, self.entry_count * self.entry_size);
         let bytes = bytes.map_err(|_| "the entries of its GPT cannot be read")?.ok_or(outside)?;
-        if crc32(&bytes) != self.crc {
+        if crc32(&bytes) != self.entries_crc {
             return Err("the checksum of its GPT's entries does not match");
         }
-        let len = usize::try_from(self.entry).map_err(|_| outside)?;
+        let len = usize::try_from(self.entry_size).map_err(|_| outside)?;
         let entries = (1..).zip(bytes.chunks_exact(len));
         Ok(entries.filter_map(|(number, entry)| self.partition(number, entry)).collect())
     }
@@ -123,8 +123,8 @@ impl Header {
         }
         let (first, last) = (le64(entry, 32), le64(entry, 40));
         let sectors = last.checked_sub(first)?.checked_add(1)?;
-        let range = bytes_of(first, sectors, self.sector)?;
-        Some(Partition { number, range, role: Role::Data })
+        let range = sector_range(first, sectors, self.sector_size)?;
+        Some(Partition { number, range, role: PartitionRole::Data })
     }
 }
 
@@ -151,12 +151,12 @@ mod tests {
     use proptest::prelude::*;
 
     use super::super::read;
-    use super::super::testing::{Memory, put_entry};
+    use super::super::testing::{MemoryDisk, put_entry};
     use super::*;
 
     /// What a header says that is not always so.
     #[derive(Clone, Copy, Debug)]
-    struct Says {
+    struct HeaderFields {
         lba: u64,
         other: u64,
         entries: u64,
@@ -165,11 +165,11 @@ mod tests {
     }
 
     /// A GPT header with a right checksum over the entries in `bytes`.
-    fn put_header(bytes: &mut [u8], at: usize, says: Says, sector: usize) {
+    fn put_header(bytes: &mut [u8], at: usize, says: HeaderFields, sector: usize) {
         let from = usize::try_from(says.entries).unwrap_or(usize::MAX).saturating_mul(sector);
         let len = (says.count as usize).saturating_mul(says.entry as usize);
         let crc = bytes.get(from..from.saturating_add(len)).map_or(0, crc32);
-        let header = &mut bytes[at..at + HEADER];
+        let header = &mut bytes[at..at + HEADER_LEN];
         header[..8].copy_from_slice(b"EFI PART");
         header[12..16].copy_from_slice(&92_u32.to_le_bytes());
         header[16..20].fill(0);
@@ -197,16 +197,16 @@ mod tests {
             put_partition(&mut bytes, at * sector, 100, 199);
             put_partition(&mut bytes, at * sector + 2 * 128, 200, 200);
         }
-        let usual = Says { lba: 1, other: 999, entries: 2, count: 8, entry: 128 };
+        let usual = HeaderFields { lba: 1, other: 999, entries: 2, count: 8, entry: 128 };
         put_header(&mut bytes, sector, usual, sector);
-        let copy = Says { lba: 999, other: 1, entries: 990, ..usual };
+        let copy = HeaderFields { lba: 999, other: 1, entries: 990, ..usual };
         put_header(&mut bytes, 999 * sector, copy, sector);
         bytes
     }
 
-    fn memory(bytes: Vec<u8>) -> Memory {
+    fn memory(bytes: Vec<u8>) -> MemoryDisk {
         let size = bytes.len() as u64;
-        Memory::new(bytes, size)
+        MemoryDisk::new(bytes, size)
     }
 
     fn is_read(bytes: Vec<u8>, sector: u64) {
@@ -233,7 +233,7 @@ mod tests {
 
     #[test]
     fn any_flipped_byte_of_the_table_leads_to_its_copy() {
-        for at in (512..512 + HEADER).chain(1024..1024 + 8 * 128) {
+        for at in (512..512 + HEADER_LEN).chain(1024..1024 + 8 * 128) {
             let mut bytes = disk(512);
             bytes[at] ^= 0x10;
             is_read(bytes, 512);
@@ -270,18 +270,18 @@ mod tests {
 
     #[test]
     fn a_header_that_asks_for_too_much_is_refused_and_not_obeyed() {
-        let usual = Says { lba: 1, other: 999, entries: 2, count: 8, entry: 128 };
+        let usual = HeaderFields { lba: 1, other: 999, entries: 2, count: 8, entry: 128 };
         for (says, hint) in [
-            (Says { count: 1025, ..usual }, "too many entries"),
-            (Says { count: u32::MAX, ..usual }, "too many entries"),
-            (Says { count: 64, entry: 4096, ..usual }, "too many entries"),
-            (Says { entry: 0, ..usual }, "impossible size"),
-            (Says { entry: 64, ..usual }, "impossible size"),
-            (Says { entry: 192, ..usual }, "impossible size"),
-            (Says { entry: 8192, count: 1, ..usual }, "impossible size"),
-            (Says { entries: 999, ..usual }, "past the end"),
-            (Says { entries: u64::MAX, ..usual }, "past the end"),
-            (Says { lba: 2, ..usual }, "belongs elsewhere"),
+            (HeaderFields { count: 1025, ..usual }, "too many entries"),
+            (HeaderFields { count: u32::MAX, ..usual }, "too many entries"),
+            (HeaderFields { count: 64, entry: 4096, ..usual }, "too many entries"),
+            (HeaderFields { entry: 0, ..usual }, "impossible size"),
+            (HeaderFields { entry: 64, ..usual }, "impossible size"),
+            (HeaderFields { entry: 192, ..usual }, "impossible size"),
+            (HeaderFields { entry: 8192, count: 1, ..usual }, "impossible size"),
+            (HeaderFields { entries: 999, ..usual }, "past the end"),
+            (HeaderFields { entries: u64::MAX, ..usual }, "past the end"),
+            (HeaderFields { lba: 2, ..usual }, "belongs elsewhere"),
         ] {
             let mut bytes = disk(512);
             bytes[999 * 512..].fill(0);
@@ -299,7 +299,7 @@ mod tests {
         put_partition(&mut bytes, 1024 + 128, 300, 299);
         put_partition(&mut bytes, 1024 + 3 * 128, 0, u64::MAX);
         put_partition(&mut bytes, 1024 + 4 * 128, u64::MAX - 1, u64::MAX);
-        let usual = Says { lba: 1, other: 999, entries: 2, count: 8, entry: 128 };
+        let usual = HeaderFields { lba: 1, other: 999, entries: 2, count: 8, entry: 128 };
         put_header(&mut bytes, 512, usual, 512);
         is_read(bytes, 512);
     }
@@ -317,7 +317,7 @@ mod tests {
             let mut bytes = disk(512);
             let entries = if at_near { near } else { entries };
             let other = if at_near { 999 - near } else { other };
-            put_header(&mut bytes, 512, Says { lba, other, entries, count, entry }, 512);
+            put_header(&mut bytes, 512, HeaderFields { lba, other, entries, count, entry }, 512);
             if spoilt {
                 bytes[3 * 512] ^= 1;
             }

@@ -13,44 +13,44 @@
 use std::collections::HashSet;
 use std::ops::Range;
 
-use super::{Bytes, Partition, Role, TableError, bytes_of, sector_at};
+use super::{TableSource, Partition, PartitionRole, TableError, sector_range, read_at};
 
 /// The most logical partitions, and the longest chain: more than any system shows.
-const MOST: usize = 128;
+const MAX_LOGICAL: usize = 128;
 
 /// The bytes of a sector that are its table.
-const LEN: u64 = 512;
+const MBR_LEN: u64 = 512;
 
 /// One entry of a table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Entry {
+pub(super) struct MbrEntry {
     /// What it says it is.
-    kind: u8,
+    type_id: u8,
     /// The first sector.
     start: u64,
     /// How many sectors.
     count: u64,
 }
 
-impl Entry {
+impl MbrEntry {
     /// Whether it only keeps old programs off a disk that has a GPT.
     pub(super) fn is_protective(&self) -> bool {
-        self.kind == 0xee
+        self.type_id == 0xee
     }
 
     fn is_extended(&self) -> bool {
         // CHS, LBA, and Linux's own.
-        matches!(self.kind, 0x05 | 0x0f | 0x85) && self.count > 0
+        matches!(self.type_id, 0x05 | 0x0f | 0x85) && self.count > 0
     }
 }
 
 /// The entries in the first 512 bytes of a sector; `None` when that is no table.
-pub(super) fn entries(sector: &[u8]) -> Option<[Entry; 4]> {
+pub(super) fn parse_entries(sector: &[u8]) -> Option<[MbrEntry; 4]> {
     let table = sector.get(446..510)?;
     if sector.get(510..512)? != [0x55, 0xaa] {
         return None;
     }
-    let mut entries = [Entry { kind: 0, start: 0, count: 0 }; 4];
+    let mut entries = [MbrEntry { type_id: 0, start: 0, count: 0 }; 4];
     for (entry, bytes) in entries.iter_mut().zip(table.chunks_exact(16)) {
         // Active or not: anything else is the code of a boot sector.
         if bytes[0] & 0x7f != 0 {
@@ -59,62 +59,62 @@ pub(super) fn entries(sector: &[u8]) -> Option<[Entry; 4]> {
         let number = |at: usize| {
             u64::from(u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]]))
         };
-        *entry = Entry { kind: bytes[4], start: number(8), count: number(12) };
+        *entry = MbrEntry { type_id: bytes[4], start: number(8), count: number(12) };
     }
     Some(entries)
 }
 
-/// The partitions of the disk whose first sector has `entries`.
+/// The partitions of the disk whose first sector has `parse_entries`.
 ///
 /// # Errors
 /// [`TableError`].
 pub(super) fn read(
-    disk: &dyn Bytes,
-    entries: &[Entry; 4],
+    disk: &dyn TableSource,
+    entries: &[MbrEntry; 4],
     sector: u64,
 ) -> Result<Vec<Partition>, TableError> {
     let mut found = Vec::new();
     for (number, entry) in (1..).zip(entries) {
-        let Some(range) = bytes_of(entry.start, entry.count, sector) else { continue };
-        let role = if entry.is_extended() { Role::Extended } else { Role::Data };
+        let Some(range) = sector_range(entry.start, entry.count, sector) else { continue };
+        let role = if entry.is_extended() { PartitionRole::Extended } else { PartitionRole::Data };
         found.push(Partition { number, range, role });
     }
-    let extended = found.iter().filter(|one| one.role == Role::Extended);
+    let extended = found.iter().filter(|one| one.role == PartitionRole::Extended);
     let extended: Vec<Range<u64>> = extended.map(|one| one.range.clone()).collect();
-    let mut chain = Chain { disk, sector, seen: HashSet::new(), found };
+    let mut chain = EbrWalk { disk, sector, seen: HashSet::new(), found };
     for whole in extended {
-        chain.follow(&whole)?;
+        chain.walk_chain(&whole)?;
     }
     Ok(chain.found)
 }
 
 /// What has been found on the way along the chains.
-struct Chain<'a> {
-    disk: &'a dyn Bytes,
+struct EbrWalk<'a> {
+    disk: &'a dyn TableSource,
     sector: u64,
     /// Where the sectors were that have been read.
     seen: HashSet<u64>,
     found: Vec<Partition>,
 }
 
-impl Chain<'_> {
+impl EbrWalk<'_> {
     /// Finds the logical partitions in the extended one that is `whole`.
-    fn follow(&mut self, whole: &Range<u64>) -> Result<(), TableError> {
+    fn walk_chain(&mut self, whole: &Range<u64>) -> Result<(), TableError> {
         let damaged = |why: &str| TableError::Damaged(why.to_owned());
         let mut at = whole.start;
         loop {
             if !self.seen.insert(at) {
                 return Err(damaged("its chain of logical partitions is a loop"));
             }
-            if self.seen.len() > MOST {
+            if self.seen.len() > MAX_LOGICAL {
                 return Err(damaged("its chain of logical partitions is longer than 128"));
             }
-            let Some(bytes) = sector_at(self.disk, at, LEN)? else {
+            let Some(bytes) = read_at(self.disk, at, MBR_LEN)? else {
                 return Err(damaged("its chain of logical partitions leads past the end"));
             };
             // An extended partition in which nothing was made yet.
-            let Some(entries) = entries(&bytes) else { return Ok(()) };
-            self.take(&entries, at, whole)?;
+            let Some(entries) = parse_entries(&bytes) else { return Ok(()) };
+            self.add_entries(&entries, at, whole)?;
             let Some(next) = entries.iter().find(|entry| entry.is_extended()) else {
                 return Ok(());
             };
@@ -127,14 +127,14 @@ impl Chain<'_> {
     }
 
     /// Takes the partitions that the sector at `at` names.
-    fn take(
+    fn add_entries(
         &mut self,
-        entries: &[Entry; 4],
+        entries: &[MbrEntry; 4],
         at: u64,
         whole: &Range<u64>,
     ) -> Result<(), TableError> {
         for (index, entry) in entries.iter().enumerate() {
-            let range = bytes_of(entry.start, entry.count, self.sector)
+            let range = sector_range(entry.start, entry.count, self.sector)
                 .filter(|_| !entry.is_extended())
                 .and_then(|range| Some(at.checked_add(range.start)?..at.checked_add(range.end)?));
             let Some(range) = range.filter(|range| i64::try_from(range.end).is_ok()) else {
@@ -145,12 +145,12 @@ impl Chain<'_> {
                 continue;
             }
             let logical = self.found.iter().filter(|one| one.number > 4).count();
-            if logical >= MOST {
+            if logical >= MAX_LOGICAL {
                 let why = "it has more than 128 logical partitions".to_owned();
                 return Err(TableError::Damaged(why));
             }
             let number = u32::try_from(logical).unwrap_or(u32::MAX).saturating_add(5);
-            self.found.push(Partition { number, range, role: Role::Data });
+            self.found.push(Partition { number, range, role: PartitionRole::Data });
         }
         Ok(())
     }
@@ -159,12 +159,12 @@ impl Chain<'_> {
 #[cfg(test)]
 mod tests {
     use super::super::read;
-    use super::super::testing::{Memory, put_entry};
+    use super::super::testing::{MemoryDisk, put_entry};
     use super::*;
 
     const S: u64 = 512;
 
-    fn numbers(disk: &Memory) -> Vec<(u32, Range<u64>)> {
+    fn numbers(disk: &MemoryDisk) -> Vec<(u32, Range<u64>)> {
         let found = read(disk, None).unwrap();
         found.into_iter().map(|one| (one.number, one.range)).collect()
     }
@@ -178,7 +178,7 @@ mod tests {
 
     fn why(bytes: Vec<u8>) -> String {
         let size = bytes.len() as u64;
-        read(&Memory::new(bytes, size), None).unwrap_err().to_string()
+        read(&MemoryDisk::new(bytes, size), None).unwrap_err().to_string()
     }
 
     #[test]
@@ -187,7 +187,7 @@ mod tests {
         put_entry(&mut bytes, 0, 0, (0x83, 1, 9));
         put_entry(&mut bytes, 0, 3, (0x07, 100, 50));
         bytes[446] = 0x80;
-        let disk = Memory::new(bytes.clone(), 1 << 30);
+        let disk = MemoryDisk::new(bytes.clone(), 1 << 30);
         assert_eq!(numbers(&disk), [(1, S..10 * S), (4, 100 * S..150 * S)]);
         let of_4k = read(&disk, Some(4096)).unwrap();
         assert_eq!(of_4k[1].range, 100 * 4096..150 * 4096);
@@ -205,7 +205,7 @@ mod tests {
         put_entry(&mut bytes, 400 * 512, 0, (0x83, 1, 199));
         // Rubbish in a place that is not used.
         put_entry(&mut bytes, 400 * 512, 2, (0x83, 5000, 199));
-        let disk = Memory::new(bytes, 2000 * S);
+        let disk = MemoryDisk::new(bytes, 2000 * S);
         let want =
             [(1, S..51 * S), (2, 100 * S..1100 * S), (5, 102 * S..202 * S), (6, 401 * S..600 * S)];
         assert_eq!(numbers(&disk), want);
@@ -213,7 +213,7 @@ mod tests {
 
     #[test]
     fn an_empty_extended_partition_holds_nothing() {
-        assert_eq!(numbers(&Memory::new(extended(), 2000 * S)), [(2, 100 * S..1100 * S)]);
+        assert_eq!(numbers(&MemoryDisk::new(extended(), 2000 * S)), [(2, 100 * S..1100 * S)]);
     }
 
     #[test]

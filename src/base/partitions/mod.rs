@@ -20,16 +20,16 @@ mod mbr;
 use std::io;
 use std::ops::Range;
 
-use crate::extents::Kind;
-use crate::host::errno;
+use crate::extents::ExtentKind;
+use crate::host::os_error;
 use crate::layer::{Layer, Wait};
 use crate::spec::format_size;
 
 /// The sizes of sectors that disks have, in bytes; the second is rare in files.
-const SECTORS: [u64; 2] = [512, 4096];
+const SECTOR_SIZES: [u64; 2] = [512, 4096];
 
 /// How many partitions a message lists: it has to stay one line.
-const LISTED: usize = 16;
+const MAX_LISTED: usize = 16;
 
 /// Why there are no partitions to be told; one line, for the name of the base before it.
 #[derive(Debug, thiserror::Error)]
@@ -39,7 +39,7 @@ pub enum TableError {
     Unreadable(#[from] io::Error),
     /// Nothing there looks like one.
     #[error("has no partition table: drop partition=, or name its bytes with offset= and len=")]
-    Nothing,
+    NoTable,
     /// It contradicts itself.
     #[error(
         "has a damaged partition table ({0}): mend it, or name the bytes with offset= and len="
@@ -48,7 +48,7 @@ pub enum TableError {
 }
 
 /// What is read for its table.
-pub trait Bytes {
+pub trait TableSource {
     /// How many there are.
     fn size(&self) -> u64;
 
@@ -56,24 +56,24 @@ pub trait Bytes {
     ///
     /// # Errors
     /// The host's.
-    fn fill(&self, buf: &mut [u8], at: u64) -> io::Result<()>;
+    fn read_exact_at(&self, buf: &mut [u8], at: u64) -> io::Result<()>;
 }
 
-impl Bytes for &dyn Layer {
+impl TableSource for &dyn Layer {
     fn size(&self) -> u64 {
         Layer::size(*self)
     }
 
-    fn fill(&self, buf: &mut [u8], at: u64) -> io::Result<()> {
+    fn read_exact_at(&self, buf: &mut [u8], at: u64) -> io::Result<()> {
         let mut done = 0;
         while done < buf.len() {
             let rest = &mut buf[done..];
             let found = self.read_at(rest, at + done as u64, Wait::Yes)?;
             let len = usize::try_from(found.len()).unwrap_or(usize::MAX).min(rest.len());
             if len == 0 {
-                return Err(errno(libc::EIO));
+                return Err(os_error(libc::EIO));
             }
-            if found.kind != Kind::Data {
+            if found.kind != ExtentKind::Data {
                 rest[..len].fill(0);
             }
             done += len;
@@ -84,7 +84,7 @@ impl Bytes for &dyn Layer {
 
 /// What a partition is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Role {
+pub enum PartitionRole {
     /// To hold something.
     Data,
     /// To hold the logical ones.
@@ -99,37 +99,37 @@ pub struct Partition {
     /// Its bytes; not empty, and perhaps not all inside the disk.
     pub range: Range<u64>,
     /// What for.
-    pub role: Role,
+    pub role: PartitionRole,
 }
 
 /// Reads the partitions of `disk`, whose sectors have `sector` bytes, if that is known.
 ///
 /// # Errors
 /// [`TableError`].
-pub fn read(disk: &dyn Bytes, sector: Option<u64>) -> Result<Vec<Partition>, TableError> {
-    let first = sector_at(disk, 0, SECTORS[0])?.ok_or(TableError::Nothing)?;
-    let entries = mbr::entries(&first).ok_or(TableError::Nothing)?;
-    if entries.iter().any(mbr::Entry::is_protective) {
+pub fn read(disk: &dyn TableSource, sector: Option<u64>) -> Result<Vec<Partition>, TableError> {
+    let first = read_at(disk, 0, SECTOR_SIZES[0])?.ok_or(TableError::NoTable)?;
+    let entries = mbr::parse_entries(&first).ok_or(TableError::NoTable)?;
+    if entries.iter().any(mbr::MbrEntry::is_protective) {
         let sectors = match sector {
             Some(4096) => [4096, 512],
-            _ => SECTORS,
+            _ => SECTOR_SIZES,
         };
         return gpt::read(disk, &sectors);
     }
-    mbr::read(disk, &entries, sector.unwrap_or(SECTORS[0]))
+    mbr::read(disk, &entries, sector.unwrap_or(SECTOR_SIZES[0]))
 }
 
 /// The `len` bytes at `at`; `None` when they are not all inside.
-fn sector_at(disk: &dyn Bytes, at: u64, len: u64) -> io::Result<Option<Vec<u8>>> {
+fn read_at(disk: &dyn TableSource, at: u64, len: u64) -> io::Result<Option<Vec<u8>>> {
     let is_inside = at.checked_add(len).is_some_and(|end| end <= disk.size());
     let Some(len) = usize::try_from(len).ok().filter(|_| is_inside) else { return Ok(None) };
     let mut bytes = vec![0; len];
-    disk.fill(&mut bytes, at)?;
+    disk.read_exact_at(&mut bytes, at)?;
     Ok(Some(bytes))
 }
 
 /// `sectors` sectors from `start` on, in bytes; `None` when there are none, or past all numbers.
-fn bytes_of(start: u64, sectors: u64, sector: u64) -> Option<Range<u64>> {
+fn sector_range(start: u64, sectors: u64, sector: u64) -> Option<Range<u64>> {
     let (start, len) = (start.checked_mul(sector)?, sectors.checked_mul(sector)?);
     let end = start.checked_add(len).filter(|end| i64::try_from(*end).is_ok())?;
     (len > 0).then_some(start..end)
@@ -137,17 +137,17 @@ fn bytes_of(start: u64, sectors: u64, sector: u64) -> Option<Range<u64>> {
 
 /// What there is, for a message: `1 (100 MiB), 2 (4 GiB)`.
 #[must_use]
-pub fn listed(partitions: &[Partition]) -> String {
+pub fn list_partitions(partitions: &[Partition]) -> String {
     let one = |partition: &Partition| match partition.role {
-        Role::Data => {
+        PartitionRole::Data => {
             let size = format_size(partition.range.end - partition.range.start);
             format!("{} ({size})", partition.number)
         }
-        Role::Extended => format!("{} (extended)", partition.number),
+        PartitionRole::Extended => format!("{} (extended)", partition.number),
     };
-    let mut shown: Vec<String> = partitions.iter().take(LISTED).map(one).collect();
-    if partitions.len() > LISTED {
-        shown.push(format!("and {} more", partitions.len() - LISTED));
+    let mut shown: Vec<String> = partitions.iter().take(MAX_LISTED).map(one).collect();
+    if partitions.len() > MAX_LISTED {
+        shown.push(format!("and {} more", partitions.len() - MAX_LISTED));
     }
     if shown.is_empty() { "none".to_owned() } else { shown.join(", ") }
 }
@@ -161,24 +161,24 @@ pub(crate) mod testing {
     use super::*;
 
     /// Bytes from offset 0 on, zeros up to the size, and a count of what was read.
-    pub(crate) struct Memory {
+    pub(crate) struct MemoryDisk {
         pub(crate) bytes: Vec<u8>,
         pub(crate) size: u64,
         pub(crate) read: AtomicU64,
     }
 
-    impl Memory {
+    impl MemoryDisk {
         pub(crate) fn new(bytes: Vec<u8>, size: u64) -> Self {
             Self { bytes, size, read: AtomicU64::new(0) }
         }
     }
 
-    impl Bytes for Memory {
+    impl TableSource for MemoryDisk {
         fn size(&self) -> u64 {
             self.size
         }
 
-        fn fill(&self, buf: &mut [u8], at: u64) -> io::Result<()> {
+        fn read_exact_at(&self, buf: &mut [u8], at: u64) -> io::Result<()> {
             assert!(at + buf.len() as u64 <= self.size, "read past the end");
             self.read.fetch_add(buf.len() as u64, Ordering::Relaxed);
             for (at, byte) in (at..).zip(buf) {
@@ -210,33 +210,33 @@ mod tests {
 
     use proptest::prelude::*;
 
-    use super::testing::{Memory, put_entry};
+    use super::testing::{MemoryDisk, put_entry};
     use super::*;
 
-    fn why(disk: &Memory) -> String {
+    fn why(disk: &MemoryDisk) -> String {
         read(disk, None).unwrap_err().to_string()
     }
 
     #[test]
     fn what_has_no_table_says_so() {
         for size in [0, 511, 512, 1 << 20] {
-            assert!(why(&Memory::new(Vec::new(), size)).contains("has no partition table"));
+            assert!(why(&MemoryDisk::new(Vec::new(), size)).contains("has no partition table"));
         }
         // The boot sector of a FAT file system: a signature, and code where entries would be.
         let mut fat = vec![0x90; 512];
         fat[510..].copy_from_slice(&[0x55, 0xaa]);
-        assert!(why(&Memory::new(fat, 1 << 20)).contains("has no partition table"));
+        assert!(why(&MemoryDisk::new(fat, 1 << 20)).contains("has no partition table"));
     }
 
     #[test]
     fn a_message_lists_what_there_is_on_one_line() {
-        assert_eq!(listed(&[]), "none");
-        let make = |number| Partition { number, range: 0..1 << 20, role: Role::Data };
+        assert_eq!(list_partitions(&[]), "none");
+        let make = |number| Partition { number, range: 0..1 << 20, role: PartitionRole::Data };
         let mut all: Vec<Partition> = (1..=2).map(make).collect();
-        all[1].role = Role::Extended;
-        assert_eq!(listed(&all), "1 (1 MiB), 2 (extended)");
+        all[1].role = PartitionRole::Extended;
+        assert_eq!(list_partitions(&all), "1 (1 MiB), 2 (extended)");
         let all: Vec<Partition> = (1..=128).map(make).collect();
-        assert!(listed(&all).ends_with("16 (1 MiB), and 112 more"));
+        assert!(list_partitions(&all).ends_with("16 (1 MiB), and 112 more"));
     }
 
     #[test]
@@ -244,7 +244,7 @@ mod tests {
         let blank = crate::base::blank::Blank::new(4096);
         let blank: &dyn Layer = &blank;
         let mut buf = [7; 512];
-        blank.fill(&mut buf, 100).unwrap();
+        blank.read_exact_at(&mut buf, 100).unwrap();
         assert_eq!(buf, [0; 512]);
     }
 
@@ -272,7 +272,7 @@ mod tests {
         fn no_table_reads_much_or_lists_many(
             bytes in hostile(), size in 512..1_u64 << 40, large: bool,
         ) {
-            let disk = Memory::new(bytes, size);
+            let disk = MemoryDisk::new(bytes, size);
             let sector = if large { 4096 } else { 512 };
             match read(&disk, Some(sector)) {
                 Ok(found) => {
@@ -290,7 +290,7 @@ mod tests {
             let mut bytes = bytes;
             bytes.resize(2048, 0);
             bytes[510..512].copy_from_slice(&[0x55, 0xaa]);
-            let _ = read(&Memory::new(bytes, size), None);
+            let _ = read(&MemoryDisk::new(bytes, size), None);
         }
     }
 }

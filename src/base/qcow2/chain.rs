@@ -16,17 +16,17 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::super::{Access, BaseError, Host, open_host_file, open_located};
-use super::header::{Backing, Header, HeaderError};
-use super::tables::{Budget, MOST_TABLES};
-use super::{Image, inflated::Inflated};
-use crate::confined::Located;
-use crate::extents::{Extent, Kind};
-use crate::layer::{Copy, Layer, Wait};
-use crate::spec::{Direct, Format, Locking, Passthrough};
+use super::super::{BaseAccess, BaseError, BaseFile, open_base_file, open_located};
+use super::header::{BackingRef, Qcow2Header, HeaderError};
+use super::tables::{TableBudget, MAX_TABLE_BYTES};
+use super::{Qcow2Layer, inflated::ClusterCache};
+use crate::confined::PathHandle;
+use crate::extents::{Extent, ExtentKind};
+use crate::layer::{CopyFn, Layer, Wait};
+use crate::spec::{DirectIo, Format, Locking, Passthrough};
 
 /// The most images of a chain.
-const DEEPEST: usize = 256;
+const MAX_BACKING_FILES: usize = 256;
 
 /// Why a chain is not opened: one line for the user.
 #[derive(Debug, thiserror::Error)]
@@ -44,7 +44,7 @@ pub enum ChainError {
         "'{}' names '{name}' as its backing file, and only names of files are followed: put the path there with qemu-img rebase -u",
         path.display()
     )]
-    Name {
+    NotAFileName {
         /// The image.
         path: PathBuf,
         /// What it says.
@@ -63,7 +63,7 @@ pub enum ChainError {
     },
     /// A format that is not read here.
     #[error("'{}' has a backing file '{name}' in the format {format}: only raw and qcow2 are read", path.display())]
-    Format {
+    UnsupportedFormat {
         /// The image.
         path: PathBuf,
         /// Its backing file.
@@ -76,7 +76,7 @@ pub enum ChainError {
         "'{}' needs '{}', which is not below a directory that is allowed: add --allow-backing {} if you trust the image",
         path.display(), needed.display(), needed.parent().unwrap_or(Path::new("/")).display()
     )]
-    Outside {
+    NotAllowed {
         /// The image.
         path: PathBuf,
         /// What it names.
@@ -89,17 +89,17 @@ pub enum ChainError {
     #[error("'{}' is its own backing file, in the end", .0.display())]
     Loop(PathBuf),
     /// It hardly ends.
-    #[error("'{}' has more than {DEEPEST} backing files below it", .0.display())]
+    #[error("'{}' has more than {MAX_BACKING_FILES} backing files below it", .0.display())]
     TooDeep(PathBuf),
     /// Its tables, and those of the images above it, are too much to hold.
     #[error(
         "'{}' brings the tables of the images to more than {} MiB: make the chain shorter, or its clusters larger, with qemu-img convert",
-        .0.display(), MOST_TABLES >> 20
+        .0.display(), MAX_TABLE_BYTES >> 20
     )]
     TooLarge(PathBuf),
     /// A file that an image names.
     #[error("'{}' needs another file: {error}", path.display())]
-    Needed {
+    NeededFile {
         /// The image.
         path: PathBuf,
         /// Why that file cannot be opened.
@@ -108,14 +108,14 @@ pub enum ChainError {
 }
 
 /// A qcow2 image over those it is a difference to.
-pub struct Chain {
+pub struct BackingChain {
     /// Top to bottom.
     images: Vec<Arc<dyn Layer>>,
     size: u64,
     needs: Vec<(PathBuf, Arc<File>)>,
 }
 
-impl Chain {
+impl BackingChain {
     /// The files it is read from besides the image itself.
     #[must_use]
     pub fn needs(&self) -> &[(PathBuf, Arc<File>)] {
@@ -124,13 +124,13 @@ impl Chain {
 }
 
 /// One image of a chain that is being opened.
-struct Member {
+struct ChainImage {
     path: PathBuf,
-    host: Host,
+    file: BaseFile,
     /// None for a raw image, which ends the chain.
-    header: Option<Header>,
+    header: Option<Qcow2Header>,
     /// Where its data is, if not in itself.
-    data: Option<(PathBuf, Host)>,
+    data: Option<(PathBuf, BaseFile)>,
 }
 
 /// Opens the qcow2 image `host` and all below it. Files that it names have to lie below its own
@@ -138,38 +138,38 @@ struct Member {
 ///
 /// # Errors
 /// [`ChainError`].
-pub fn open(host: Host, allowed: &[PathBuf], locking: Locking) -> Result<Chain, ChainError> {
-    let path = host.real.clone();
-    let allowed = Allowed::below(&path, allowed, locking);
+pub fn open(host: BaseFile, allowed: &[PathBuf], locking: Locking) -> Result<BackingChain, ChainError> {
+    let path = host.real_path.clone();
+    let allowed = AllowedDirs::for_image(&path, allowed, locking);
     let mut seen = HashSet::new();
-    let mut budget = Budget::default();
-    let mut members = vec![Member::read(path.clone(), host, "qcow2", &allowed)?];
+    let mut budget = TableBudget::default();
+    let mut members = vec![ChainImage::read(path.clone(), host, "qcow2", &allowed)?];
     loop {
         let Some(last) = members.last() else { return Err(ChainError::Loop(path)) };
-        if !seen.insert(last.host.key().map_err(|error| last.unreadable(error))?) {
+        if !seen.insert(last.file.file_id().map_err(|error| last.unreadable(error))?) {
             return Err(ChainError::Loop(path));
         }
-        last.charge(&mut budget)?;
+        last.charge_tables(&mut budget)?;
         let Some(backing) = last.header.as_ref().and_then(|header| header.backing.clone()) else {
             break;
         };
-        if members.len() > DEEPEST {
+        if members.len() > MAX_BACKING_FILES {
             return Err(ChainError::TooDeep(path));
         }
-        let next = last.next(&backing, &allowed)?;
+        let next = last.open_backing(&backing, &allowed)?;
         members.push(next);
     }
     let size = members.first().and_then(|top| top.header.as_ref()).map_or(0, |top| top.size);
-    let needs = members.iter().flat_map(Member::files).skip(1).collect();
-    let inflated = Inflated::new();
-    let build = |member: Member| member.build(&budget, &inflated);
+    let needs = members.iter().flat_map(ChainImage::files).skip(1).collect();
+    let inflated = ClusterCache::new();
+    let build = |member: ChainImage| member.into_layer(&budget, &inflated);
     let images = members.into_iter().map(build).collect::<Result<_, _>>()?;
-    Ok(Chain { images, size, needs })
+    Ok(BackingChain { images, size, needs })
 }
 
 /// One image alone, and what it is a difference to.
 pub struct TopImage {
-    /// What it holds itself: [`Kind::Lower`] where that is nothing.
+    /// What it holds itself: [`ExtentKind::Lower`] where that is nothing.
     pub image: Arc<dyn Layer>,
     /// The file below it and the format of that.
     pub backing: Option<(PathBuf, Format)>,
@@ -180,38 +180,38 @@ pub struct TopImage {
 /// # Errors
 /// [`BaseError`].
 pub fn open_top(path: &Path, allowed: &[PathBuf]) -> Result<TopImage, BaseError> {
-    let host = open_host_file(path, Access::Read, Locking::Qemu, Passthrough::Off, Direct::Off)?;
-    let real = host.real.clone();
-    let allowed = Allowed::below(&real, allowed, Locking::Qemu);
-    let top = Member::read(real, host, "qcow2", &allowed)?;
-    let mut budget = Budget::default();
-    top.charge(&mut budget)?;
+    let host = open_base_file(path, BaseAccess::Read, Locking::Qemu, Passthrough::Off, DirectIo::Off)?;
+    let real = host.real_path.clone();
+    let allowed = AllowedDirs::for_image(&real, allowed, Locking::Qemu);
+    let top = ChainImage::read(real, host, "qcow2", &allowed)?;
+    let mut budget = TableBudget::default();
+    top.charge_tables(&mut budget)?;
     let backing = match top.header.as_ref().and_then(|header| header.backing.clone()) {
         None => None,
         Some(backing) => {
-            let below = top.next(&backing, &allowed)?;
+            let below = top.open_backing(&backing, &allowed)?;
             let format = if below.header.is_some() { Format::Qcow2 } else { Format::Raw };
             Some((below.path, format))
         }
     };
-    Ok(TopImage { image: top.build(&budget, &Inflated::new())?, backing })
+    Ok(TopImage { image: top.into_layer(&budget, &ClusterCache::new())?, backing })
 }
 
 /// What may be opened.
-struct Allowed {
+struct AllowedDirs {
     /// The directory of the first image: backing files may lie there.
-    own: PathBuf,
+    image_dir: PathBuf,
     /// What the user named: data files may lie there as well.
-    named: Vec<PathBuf>,
+    user_dirs: Vec<PathBuf>,
     locking: Locking,
 }
 
-impl Allowed {
+impl AllowedDirs {
     /// For the image that lies at `image`, canonical.
-    fn below(image: &Path, named: &[PathBuf], locking: Locking) -> Self {
+    fn for_image(image: &Path, named: &[PathBuf], locking: Locking) -> Self {
         let own = image.parent().unwrap_or(Path::new("/")).to_owned();
         let named = named.iter().filter_map(|dir| dir.canonicalize().ok()).collect();
-        Self { own, named, locking }
+        Self { image_dir: own, user_dirs: named, locking }
     }
 
     /// Opens `name`, which stands in the image `path`.
@@ -220,60 +220,60 @@ impl Allowed {
         path: &Path,
         name: &str,
         may_be_own: bool,
-    ) -> Result<(PathBuf, Host), ChainError> {
+    ) -> Result<(PathBuf, BaseFile), ChainError> {
         let of_needed =
-            |error| ChainError::Needed { path: path.to_owned(), error: Box::new(error) };
+            |error| ChainError::NeededFile { path: path.to_owned(), error: Box::new(error) };
         let named = path.parent().unwrap_or(Path::new("/")).join(name);
-        let missing = |error| of_needed(BaseError::host(&named, Access::Read, error));
+        let missing = |error| of_needed(BaseError::from_io(&named, BaseAccess::Read, error));
         // Found first and judged by where it lies, then opened itself: never again by its path,
         // which may lead elsewhere by then.
-        let located = Located::at(&named).map_err(missing)?;
+        let located = PathHandle::at(&named).map_err(missing)?;
         let needed = located.real_path().map_err(missing)?;
-        let is_allowed = self.named.iter().any(|dir| needed.starts_with(dir))
-            || (may_be_own && needed.starts_with(&self.own));
+        let is_allowed = self.user_dirs.iter().any(|dir| needed.starts_with(dir))
+            || (may_be_own && needed.starts_with(&self.image_dir));
         if !is_allowed {
-            return Err(ChainError::Outside { path: path.to_owned(), needed });
+            return Err(ChainError::NotAllowed { path: path.to_owned(), needed });
         }
-        let (passthrough, direct) = (Passthrough::Off, Direct::Off);
-        let host = open_located(&located, &needed, Access::Read, self.locking, passthrough, direct)
+        let (passthrough, direct) = (Passthrough::Off, DirectIo::Off);
+        let host = open_located(&located, &needed, BaseAccess::Read, self.locking, passthrough, direct)
             .map_err(of_needed)?;
         Ok((needed, host))
     }
 }
 
-impl Member {
+impl ChainImage {
     /// Looks at an image of the given format.
     fn read(
         path: PathBuf,
-        host: Host,
+        host: BaseFile,
         format: &str,
-        allowed: &Allowed,
+        allowed: &AllowedDirs,
     ) -> Result<Self, ChainError> {
         if format == "raw" {
-            return Ok(Self { path, host, header: None, data: None });
+            return Ok(Self { path, file: host, header: None, data: None });
         }
         let wrong = |error| ChainError::Header { path: path.clone(), error };
-        let header = Header::read(&host.file, host.size).map_err(wrong)?;
+        let header = Qcow2Header::read(&host.file, host.size).map_err(wrong)?;
         header.check_l1(&host.file, host.size).map_err(wrong)?;
         let data = match &header.data_file {
             None => None,
             Some(None) => return Err(ChainError::NoDataFile(path)),
             Some(Some(name)) => Some(allowed.open(&path, name, false)?),
         };
-        Ok(Self { path, host, header: Some(header), data })
+        Ok(Self { path, file: host, header: Some(header), data })
     }
 
     /// The image it is a difference to.
-    fn next(&self, backing: &Backing, allowed: &Allowed) -> Result<Self, ChainError> {
+    fn open_backing(&self, backing: &BackingRef, allowed: &AllowedDirs) -> Result<Self, ChainError> {
         let (path, name) = (self.path.clone(), backing.name.clone());
         if is_protocol(&name) {
-            return Err(ChainError::Name { path, name });
+            return Err(ChainError::NotAFileName { path, name });
         }
         let format = match backing.format.as_deref() {
             None => return Err(ChainError::NoFormat { path, name }),
             Some(format @ ("raw" | "qcow2")) => format,
             Some(format) => {
-                return Err(ChainError::Format { path, name, format: format.to_owned() });
+                return Err(ChainError::UnsupportedFormat { path, name, format: format.to_owned() });
             }
         };
         let (needed, host) = allowed.open(&path, &name, true)?;
@@ -283,7 +283,7 @@ impl Member {
     /// The files it is read from, the image first.
     fn files(&self) -> impl Iterator<Item = (PathBuf, Arc<File>)> {
         let data = self.data.iter().map(|(path, data)| (path.clone(), Arc::clone(&data.file)));
-        std::iter::once((self.path.clone(), Arc::clone(&self.host.file))).chain(data)
+        std::iter::once((self.path.clone(), Arc::clone(&self.file.file))).chain(data)
     }
 
     fn unreadable(&self, error: io::Error) -> ChainError {
@@ -291,7 +291,7 @@ impl Member {
     }
 
     /// Takes what its tables need out of `budget`.
-    fn charge(&self, budget: &mut Budget) -> Result<(), ChainError> {
+    fn charge_tables(&self, budget: &mut TableBudget) -> Result<(), ChainError> {
         match &self.header {
             Some(header) if !budget.charge(header) => Err(ChainError::TooLarge(self.path.clone())),
             _ => Ok(()),
@@ -299,16 +299,16 @@ impl Member {
     }
 
     /// The layer that answers for it.
-    fn build(
+    fn into_layer(
         self,
-        budget: &Budget,
-        inflated: &Arc<Inflated>,
+        budget: &TableBudget,
+        inflated: &Arc<ClusterCache>,
     ) -> Result<Arc<dyn Layer>, ChainError> {
-        let Some(header) = &self.header else { return Ok(self.host.raw) };
-        let data = self.data.as_ref().map_or(&self.host, |(_, data)| data);
-        let (own, data) = (Arc::clone(&self.host.raw), Arc::clone(&data.raw));
-        let image = Image::new(
-            Arc::clone(&self.host.file),
+        let Some(header) = &self.header else { return Ok(self.file.raw) };
+        let data = self.data.as_ref().map_or(&self.file, |(_, data)| data);
+        let (own, data) = (Arc::clone(&self.file.raw), Arc::clone(&data.raw));
+        let image = Qcow2Layer::new(
+            Arc::clone(&self.file.file),
             own,
             data,
             header,
@@ -325,7 +325,7 @@ fn is_protocol(name: &str) -> bool {
     before.contains(':')
 }
 
-impl Layer for Chain {
+impl Layer for BackingChain {
     fn size(&self) -> u64 {
         self.size
     }
@@ -333,12 +333,12 @@ impl Layer for Chain {
     fn extent_at(&self, mut range: Range<u64>, wait: Wait) -> io::Result<Extent> {
         for image in &self.images {
             let found = image.extent_at(range, wait)?;
-            if found.kind != Kind::Lower {
+            if found.kind != ExtentKind::Lower {
                 return Ok(found);
             }
             range = found.range;
         }
-        Ok(Extent::new(range, Kind::Hole))
+        Ok(Extent::new(range, ExtentKind::Hole))
     }
 
     fn read_at(&self, buf: &mut [u8], offset: u64, wait: Wait) -> io::Result<Extent> {
@@ -346,27 +346,27 @@ impl Layer for Chain {
         for image in &self.images {
             let len = usize::try_from(range.end - offset).unwrap_or(usize::MAX);
             let found = image.read_at(&mut buf[..len], offset, wait)?;
-            if found.kind != Kind::Lower {
+            if found.kind != ExtentKind::Lower {
                 return Ok(found);
             }
             range = found.range;
         }
-        Ok(Extent::new(range, Kind::Hole))
+        Ok(Extent::new(range, ExtentKind::Hole))
     }
 
     fn lend_at(
         &self,
         mut range: Range<u64>,
         wait: Wait,
-        copy: Copy<'_>,
+        copy: CopyFn<'_>,
     ) -> io::Result<(Extent, Option<u64>)> {
         for image in &self.images {
             let found = image.lend_at(range, wait, copy)?;
-            if found.0.kind != Kind::Lower {
+            if found.0.kind != ExtentKind::Lower {
                 return Ok(found);
             }
             range = found.0.range;
         }
-        Ok((Extent::new(range, Kind::Hole), None))
+        Ok((Extent::new(range, ExtentKind::Hole), None))
     }
 }

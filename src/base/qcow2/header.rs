@@ -17,18 +17,18 @@ const V3_LEN: usize = 104;
 /// Clusters of 512 bytes to 2 MiB.
 const CLUSTER_BITS: std::ops::RangeInclusive<u32> = 9..=21;
 /// The largest L1 table QEMU opens (`QCOW_MAX_L1_SIZE`): 32 MiB.
-const LARGEST_L1: u64 = 32 << 20;
+const MAX_L1_LEN: u64 = 32 << 20;
 /// The longest name of a backing file.
-const LONGEST_NAME: u32 = 1023;
+const MAX_BACKING_NAME: u32 = 1023;
 /// Where an L1 entry leads: bits 9 to 55.
 const L1_OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
 
 /// Incompatible features.
-const DIRTY: u64 = 1 << 0;
-const CORRUPT: u64 = 1 << 1;
-const DATA_FILE: u64 = 1 << 2;
-const COMPRESSION: u64 = 1 << 3;
-const EXTENDED_L2: u64 = 1 << 4;
+const INCOMPAT_DIRTY: u64 = 1 << 0;
+const INCOMPAT_CORRUPT: u64 = 1 << 1;
+const INCOMPAT_DATA_FILE: u64 = 1 << 2;
+const INCOMPAT_COMPRESSION: u64 = 1 << 3;
+const INCOMPAT_EXTENDED_L2: u64 = 1 << 4;
 
 /// Header extensions.
 const EXT_END: u32 = 0;
@@ -55,13 +55,13 @@ fn damaged<T>(why: impl Into<String>) -> Result<T, HeaderError> {
 
 /// What a qcow2 image says about itself.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Header {
+pub struct Qcow2Header {
     /// The size of the disk, in bytes.
     pub size: u64,
     /// The size of a cluster, in bytes: 512 to 2 MiB.
-    pub cluster: u64,
+    pub cluster_size: u64,
     /// What it is a difference to.
-    pub backing: Option<Backing>,
+    pub backing: Option<BackingRef>,
     /// Its data lies in another file, of this name if one is written down.
     pub data_file: Option<Option<String>>,
     /// The bytes of its L1 table that map the disk, for [`check_l1`](Self::check_l1).
@@ -72,14 +72,14 @@ pub struct Header {
 
 /// The name of a backing file as it stands in the image.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Backing {
+pub struct BackingRef {
     /// Its name.
     pub name: String,
     /// Its format, in QEMU's words; none is written down in old images.
     pub format: Option<String>,
 }
 
-impl Header {
+impl Qcow2Header {
     /// Reads and checks the header of `file`, which holds `file_size` bytes.
     ///
     /// # Errors
@@ -88,7 +88,7 @@ impl Header {
         // The header and its extensions end inside the first cluster; those QEMU writes are short.
         let mut head = vec![0; usize::try_from(file_size.min(64 << 10)).unwrap_or(0)];
         file.read_exact_at(&mut head, 0)?;
-        let fields = Fields(&head);
+        let fields = HeaderBytes(&head);
         if head.len() < V2_LEN || !head.starts_with(MAGIC) {
             return damaged("it has no header");
         }
@@ -115,12 +115,12 @@ impl Header {
         if version == 3 && (header_len < V3_LEN || header_len as u64 > cluster) {
             return damaged(format!("a header of {header_len} bytes"));
         }
-        let first_cluster = Fields(&head[..head.len().min(1 << cluster_bits)]);
-        let found = extensions(&first_cluster, header_len)?;
-        let backing = backing_name(&first_cluster)?
-            .map(|name| Backing { name, format: found.backing_format });
-        let data_file = (features & DATA_FILE != 0).then_some(found.data_file);
-        Ok(Self { size, cluster, backing, data_file, l1, l1_len })
+        let first_cluster = HeaderBytes(&head[..head.len().min(1 << cluster_bits)]);
+        let found = read_extensions(&first_cluster, header_len)?;
+        let backing = read_backing_name(&first_cluster)?
+            .map(|name| BackingRef { name, format: found.backing_format });
+        let data_file = (features & INCOMPAT_DATA_FILE != 0).then_some(found.data_file);
+        Ok(Self { size, cluster_size: cluster, backing, data_file, l1, l1_len })
     }
 
     /// How many bytes its L1 table takes, all of which are held.
@@ -131,8 +131,8 @@ impl Header {
 
     /// How many bytes of the disk one L2 table maps: a cluster of entries of 8 bytes.
     #[must_use]
-    pub fn mapped_by_one(&self) -> u64 {
-        self.cluster * (self.cluster / 8)
+    pub fn bytes_per_l2(&self) -> u64 {
+        self.cluster_size * (self.cluster_size / 8)
     }
 
     /// Checks that all L2 tables lie inside `file` and over nothing that belongs to the header.
@@ -151,10 +151,10 @@ impl Header {
                 if offset == 0 {
                     continue;
                 }
-                let end = offset + self.cluster;
+                let end = offset + self.cluster_size;
                 let is_over =
-                    offset < self.cluster || (offset < self.l1.end && end > self.l1.start);
-                if !offset.is_multiple_of(self.cluster) || is_over || end > file_size {
+                    offset < self.cluster_size || (offset < self.l1.end && end > self.l1.start);
+                if !offset.is_multiple_of(self.cluster_size) || is_over || end > file_size {
                     return damaged(format!("an L2 table at {offset}"));
                 }
             }
@@ -167,23 +167,23 @@ impl Header {
 /// Refuses what its bytes cannot be read with.
 fn check_features(features: u64) -> Result<(), HeaderError> {
     let refuse = |line| Err(HeaderError::Refused(line));
-    if features & CORRUPT != 0 {
+    if features & INCOMPAT_CORRUPT != 0 {
         return refuse("is marked as corrupt: repair it with qemu-img check -r all");
     }
-    if features & COMPRESSION != 0 {
+    if features & INCOMPAT_COMPRESSION != 0 {
         return refuse(
             "is compressed with zstd, which is not read: convert it with qemu-img convert -O qcow2",
         );
     }
-    if features & EXTENDED_L2 != 0 {
+    if features & INCOMPAT_EXTENDED_L2 != 0 {
         return refuse(
             "has extended L2 entries, which are not read: convert it with qemu-img convert -O qcow2",
         );
     }
-    if features & DIRTY != 0 {
+    if features & INCOMPAT_DIRTY != 0 {
         return refuse("was not closed properly: repair it with qemu-img check -r all");
     }
-    let unknown = features & !DATA_FILE;
+    let unknown = features & !INCOMPAT_DATA_FILE;
     if unknown != 0 {
         return damaged(format!("unknown incompatible features {unknown:#x}"));
     }
@@ -192,7 +192,7 @@ fn check_features(features: u64) -> Result<(), HeaderError> {
 
 /// Where the L1 table lies.
 fn l1_range(
-    fields: &Fields<'_>,
+    fields: &HeaderBytes<'_>,
     size: u64,
     cluster_bits: u32,
     file_size: u64,
@@ -200,7 +200,7 @@ fn l1_range(
     let (entries, start) = (u64::from(fields.u32(36)?), fields.u64(40)?);
     let mapped_by_one = 1_u64 << (cluster_bits + cluster_bits - 3);
     let needed = size.div_ceil(mapped_by_one);
-    if entries * 8 > LARGEST_L1 || needed * 8 > LARGEST_L1 || i64::try_from(size).is_err() {
+    if entries * 8 > MAX_L1_LEN || needed * 8 > MAX_L1_LEN || i64::try_from(size).is_err() {
         return damaged(format!("an L1 table of {} entries for {size} bytes", entries.max(needed)));
     }
     if entries < needed {
@@ -221,13 +221,13 @@ fn l1_range(
 
 /// What is wanted of the header's extensions.
 #[derive(Default)]
-struct Extensions {
+struct HeaderExtensions {
     backing_format: Option<String>,
     data_file: Option<String>,
 }
 
-fn extensions(fields: &Fields<'_>, mut at: usize) -> Result<Extensions, HeaderError> {
-    let mut found = Extensions::default();
+fn read_extensions(fields: &HeaderBytes<'_>, mut at: usize) -> Result<HeaderExtensions, HeaderError> {
+    let mut found = HeaderExtensions::default();
     // Version 2 has them as well, unless the name of the backing file comes right after the header.
     let name_at = usize::try_from(fields.u64(8)?).unwrap_or(usize::MAX);
     let end = if name_at == 0 { fields.0.len() } else { name_at.min(fields.0.len()) };
@@ -251,13 +251,13 @@ fn extensions(fields: &Fields<'_>, mut at: usize) -> Result<Extensions, HeaderEr
     Ok(found)
 }
 
-fn backing_name(fields: &Fields<'_>) -> Result<Option<String>, HeaderError> {
+fn read_backing_name(fields: &HeaderBytes<'_>) -> Result<Option<String>, HeaderError> {
     let (at, len) = (fields.u64(8)?, fields.u32(16)?);
     if at == 0 || len == 0 {
         return Ok(None);
     }
     let at = usize::try_from(at).unwrap_or(usize::MAX);
-    if len > LONGEST_NAME {
+    if len > MAX_BACKING_NAME {
         return damaged(format!("a backing file whose name has {len} bytes"));
     }
     let name = String::from_utf8(fields.bytes(at, len as usize)?.to_vec());
@@ -265,9 +265,9 @@ fn backing_name(fields: &Fields<'_>) -> Result<Option<String>, HeaderError> {
 }
 
 /// Big-endian fields of a buffer.
-struct Fields<'a>(&'a [u8]);
+struct HeaderBytes<'a>(&'a [u8]);
 
-impl<'a> Fields<'a> {
+impl<'a> HeaderBytes<'a> {
     fn bytes(&self, at: usize, len: usize) -> Result<&'a [u8], HeaderError> {
         let end = at.checked_add(len);
         match end.and_then(|end| self.0.get(at..end)) {
@@ -319,19 +319,19 @@ mod tests {
         image
     }
 
-    fn read(image: &[u8]) -> Result<Header, HeaderError> {
+    fn read(image: &[u8]) -> Result<Qcow2Header, HeaderError> {
         let mut file = tempfile::tempfile().unwrap();
         file.write_all(image).unwrap();
-        let header = Header::read(&file, image.len() as u64)?;
+        let header = Qcow2Header::read(&file, image.len() as u64)?;
         header.check_l1(&file, image.len() as u64).map(|()| header)
     }
 
     #[test]
     fn a_sound_header_is_understood() {
         let header = read(&sample()).unwrap();
-        let backing = Backing { name: "base.img".to_owned(), format: Some("raw".to_owned()) };
+        let backing = BackingRef { name: "base.img".to_owned(), format: Some("raw".to_owned()) };
         assert_eq!(header.backing, Some(backing));
-        assert_eq!((header.size, header.cluster), (64 << 20, 1 << 16));
+        assert_eq!((header.size, header.cluster_size), (64 << 20, 1 << 16));
         assert_eq!(header.l1, 3 << 16..(3 << 16) + 8);
     }
 
@@ -349,8 +349,8 @@ mod tests {
             image.truncate(len);
             if let Ok(header) = read(&image) {
                 // What passes leads nowhere outside, and needs little memory.
-                prop_assert!(header.l1.end <= len as u64 && header.l1.end - header.l1.start <= LARGEST_L1);
-                prop_assert!((512..=2 << 20).contains(&header.cluster));
+                prop_assert!(header.l1.end <= len as u64 && header.l1.end - header.l1.start <= MAX_L1_LEN);
+                prop_assert!((512..=2 << 20).contains(&header.cluster_size));
             }
         }
     }

@@ -22,32 +22,32 @@ use std::io;
 use std::ops::Range;
 use std::sync::Arc;
 
-pub use self::chain::{Chain, ChainError, TopImage, open, open_top};
-pub use self::header::{Header, HeaderError};
-use self::inflated::Inflated;
-use self::runs::{Place, Run, Runs};
-use self::tables::{Budget, Mapping, Tables};
+pub use self::chain::{BackingChain, ChainError, TopImage, open, open_top};
+pub use self::header::{Qcow2Header, HeaderError};
+use self::inflated::ClusterCache;
+use self::runs::{RunMapping, ImageRun, RunCache};
+use self::tables::{TableBudget, L2Mapping, ImageTables};
 use super::raw::RawBase;
-use crate::extents::{Extent, Kind};
-use crate::host::errno;
-use crate::layer::{Copy, Layer, Wait};
+use crate::extents::{Extent, ExtentKind};
+use crate::host::os_error;
+use crate::layer::{CopyFn, Layer, Wait};
 
 /// One image of a chain.
-pub struct Image {
-    tables: Tables,
+pub struct Qcow2Layer {
+    tables: ImageTables,
     /// The image itself: its locks end with it.
-    _own: Arc<RawBase>,
+    _image: Arc<RawBase>,
     /// Where its data lies: the image itself, or its data file.
     data: Arc<RawBase>,
     size: u64,
-    cluster: u64,
-    runs: Runs,
-    inflated: Arc<Inflated>,
+    cluster_size: u64,
+    run_cache: RunCache,
+    cluster_cache: Arc<ClusterCache>,
     /// What reads where it has nothing.
-    below: Kind,
+    unallocated_kind: ExtentKind,
 }
 
-impl Image {
+impl Qcow2Layer {
     /// Reads the tables of `own`, which is open as `file` as well and whose `header` has been
     /// checked; `data` is where its bytes are.
     ///
@@ -57,118 +57,118 @@ impl Image {
         file: Arc<File>,
         own: Arc<RawBase>,
         data: Arc<RawBase>,
-        header: &Header,
-        budget: &Budget,
-        inflated: Arc<Inflated>,
+        header: &Qcow2Header,
+        budget: &TableBudget,
+        inflated: Arc<ClusterCache>,
     ) -> io::Result<Self> {
         Ok(Self {
-            tables: Tables::open(file, header, budget)?,
-            _own: own,
+            tables: ImageTables::open(file, header, budget)?,
+            _image: own,
             data,
             size: header.size,
-            cluster: header.cluster,
-            runs: Runs::new(header.size, header.cluster, budget.images()),
-            inflated,
-            below: if header.backing.is_some() { Kind::Lower } else { Kind::Hole },
+            cluster_size: header.cluster_size,
+            run_cache: RunCache::new(header.size, header.cluster_size, budget.images()),
+            cluster_cache: inflated,
+            unallocated_kind: if header.backing.is_some() { ExtentKind::Lower } else { ExtentKind::Hole },
         })
     }
 
     /// The run at `range.start`, which is inside the size.
-    fn run(&self, range: &Range<u64>, wait: Wait) -> io::Result<Run> {
-        let run = match self.runs.get(range) {
+    fn run_at(&self, range: &Range<u64>, wait: Wait) -> io::Result<ImageRun> {
+        let run = match self.run_cache.get(range) {
             Some(run) => run,
-            None => self.look_up(range, wait)?,
+            None => self.look_up_run(range, wait)?,
         };
-        let Place::Data(at) = run.place else { return Ok(run) };
+        let RunMapping::Data(at) = run.mapping else { return Ok(run) };
         let end = self.data.size();
         if at < end {
             let len = (run.range.end - run.range.start).min(end - at);
-            return Ok(Run { range: run.range.start..run.range.start + len, ..run });
+            return Ok(ImageRun { range: run.range.start..run.range.start + len, ..run });
         }
         // QEMU leaves the rest of the last cluster away. A cluster that is missing whole was cut off.
-        let cluster = at - at % self.cluster;
+        let cluster = at - at % self.cluster_size;
         if cluster >= end {
-            return Err(damaged(&io::Error::other(format!("a cluster at {cluster} is cut off"))));
+            return Err(read_error(&io::Error::other(format!("a cluster at {cluster} is cut off"))));
         }
-        let len = (run.range.end - run.range.start).min(cluster + self.cluster - at);
-        Ok(Run { range: run.range.start..run.range.start + len, place: Place::Zero })
+        let len = (run.range.end - run.range.start).min(cluster + self.cluster_size - at);
+        Ok(ImageRun { range: run.range.start..run.range.start + len, mapping: RunMapping::Zero })
     }
 
     /// Asks the tables what a stretch is.
-    fn look_up(&self, range: &Range<u64>, wait: Wait) -> io::Result<Run> {
+    fn look_up_run(&self, range: &Range<u64>, wait: Wait) -> io::Result<ImageRun> {
         if wait == Wait::No {
-            return Err(errno(libc::EAGAIN));
+            return Err(os_error(libc::EAGAIN));
         }
-        let stretch = self.runs.stretch(range.start);
+        let stretch = self.run_cache.stretch_at(range.start);
         let mut runs = Vec::new();
         let mut at = stretch.start;
         while at < stretch.end {
             let (mapping, len) =
-                self.tables.mapping(at, stretch.end - at).map_err(|error| damaged(&error))?;
+                self.tables.mapping(at, stretch.end - at).map_err(|error| read_error(&error))?;
             let place = match mapping {
-                Mapping::Nothing => Place::Lower,
-                Mapping::Zero => Place::Zero,
-                Mapping::Data(offset) => Place::Data(offset),
-                Mapping::Packed => Place::Packed,
+                L2Mapping::Unallocated => RunMapping::Lower,
+                L2Mapping::Zero => RunMapping::Zero,
+                L2Mapping::Data(offset) => RunMapping::Data(offset),
+                L2Mapping::Compressed => RunMapping::Compressed,
             };
             let end = at + len.clamp(1, stretch.end - at);
-            runs::push(&mut runs, Run { range: at..end, place });
+            runs::push_merged(&mut runs, ImageRun { range: at..end, mapping: place });
             at = end;
         }
-        self.runs.keep(runs, range).ok_or_else(|| errno(libc::EIO))
+        self.run_cache.insert(runs, range).ok_or_else(|| os_error(libc::EIO))
     }
 
     /// The bytes of the compressed cluster that begins at `start`.
     fn inflate(&self, start: u64, wait: Wait) -> io::Result<Arc<[u8]>> {
         let key = (std::ptr::from_ref(self).addr(), start);
-        if let Some(bytes) = self.inflated.get(key) {
+        if let Some(bytes) = self.cluster_cache.get(key) {
             return Ok(bytes);
         }
         if wait == Wait::No {
-            return Err(errno(libc::EAGAIN));
+            return Err(os_error(libc::EAGAIN));
         }
-        let len = usize::try_from(self.cluster.min(self.size - start)).unwrap_or(usize::MAX);
+        let len = usize::try_from(self.cluster_size.min(self.size - start)).unwrap_or(usize::MAX);
         let mut bytes = vec![0; len];
-        self.tables.inflate(&mut bytes, start).map_err(|error| damaged(&error))?;
+        self.tables.inflate(&mut bytes, start).map_err(|error| read_error(&error))?;
         let bytes: Arc<[u8]> = bytes.into();
-        self.inflated.keep(key, &bytes);
+        self.cluster_cache.insert(key, &bytes);
         Ok(bytes)
     }
 }
 
 /// What the library could not read: an error with the host's errno, or `EIO`.
-fn damaged(error: &io::Error) -> io::Error {
+fn read_error(error: &io::Error) -> io::Error {
     log::warn!("a qcow2 base cannot be read: {error}");
-    errno(error.raw_os_error().unwrap_or(libc::EIO))
+    os_error(error.raw_os_error().unwrap_or(libc::EIO))
 }
 
-impl Layer for Image {
+impl Layer for Qcow2Layer {
     fn size(&self) -> u64 {
         self.size
     }
 
     fn extent_at(&self, range: Range<u64>, wait: Wait) -> io::Result<Extent> {
         if range.start >= self.size {
-            return Ok(Extent::new(range, Kind::Hole));
+            return Ok(Extent::new(range, ExtentKind::Hole));
         }
-        let run = match self.run(&(range.start..range.end.min(self.size)), wait) {
+        let run = match self.run_at(&(range.start..range.end.min(self.size)), wait) {
             Err(error) if error.raw_os_error() != Some(libc::EAGAIN) => {
                 // What is damaged is found by who reads it.
-                let cluster = range.start - range.start % self.cluster + self.cluster;
-                return Ok(Extent::new(range.start..range.end.min(cluster), Kind::Data));
+                let cluster = range.start - range.start % self.cluster_size + self.cluster_size;
+                return Ok(Extent::new(range.start..range.end.min(cluster), ExtentKind::Data));
             }
             run => run?,
         };
-        let kind = match run.place {
-            Place::Lower => self.below,
-            Place::Zero => Kind::Zero,
-            Place::Packed => Kind::Data,
-            Place::Data(at) => {
+        let kind = match run.mapping {
+            RunMapping::Lower => self.unallocated_kind,
+            RunMapping::Zero => ExtentKind::Zero,
+            RunMapping::Compressed => ExtentKind::Data,
+            RunMapping::Data(at) => {
                 // Allocated clusters may be holes of the file: as QEMU, these are zeros.
                 let found =
                     self.data.extent_at(at..at + (run.range.end - run.range.start), wait)?;
                 let end = run.range.start + found.len();
-                let kind = if found.kind == Kind::Data { Kind::Data } else { Kind::Zero };
+                let kind = if found.kind == ExtentKind::Data { ExtentKind::Data } else { ExtentKind::Zero };
                 return Ok(Extent::new(run.range.start..end, kind));
             }
         };
@@ -178,27 +178,27 @@ impl Layer for Image {
     fn read_at(&self, buf: &mut [u8], offset: u64, wait: Wait) -> io::Result<Extent> {
         let asked = offset..offset.saturating_add(buf.len() as u64);
         if offset >= self.size {
-            return Ok(Extent::new(asked, Kind::Hole));
+            return Ok(Extent::new(asked, ExtentKind::Hole));
         }
-        let run = self.run(&(offset..asked.end.min(self.size)), wait)?;
+        let run = self.run_at(&(offset..asked.end.min(self.size)), wait)?;
         let len = run.range.end - run.range.start;
         let len = usize::try_from(len).unwrap_or(usize::MAX).min(buf.len());
-        match run.place {
-            Place::Lower => Ok(Extent::new(run.range, self.below)),
-            Place::Zero => Ok(Extent::new(run.range, Kind::Zero)),
-            Place::Data(at) => {
+        match run.mapping {
+            RunMapping::Lower => Ok(Extent::new(run.range, self.unallocated_kind)),
+            RunMapping::Zero => Ok(Extent::new(run.range, ExtentKind::Zero)),
+            RunMapping::Data(at) => {
                 let found = self.data.read_at(&mut buf[..len], at, wait)?;
-                let kind = if found.kind == Kind::Data { Kind::Data } else { Kind::Zero };
+                let kind = if found.kind == ExtentKind::Data { ExtentKind::Data } else { ExtentKind::Zero };
                 Ok(Extent::new(offset..offset + found.len(), kind))
             }
-            Place::Packed => {
-                let start = offset - offset % self.cluster;
+            RunMapping::Compressed => {
+                let start = offset - offset % self.cluster_size;
                 let bytes = self.inflate(start, wait)?;
                 let from = usize::try_from(offset - start).unwrap_or(usize::MAX);
-                let Some(rest) = bytes.get(from..) else { return Err(errno(libc::EIO)) };
+                let Some(rest) = bytes.get(from..) else { return Err(os_error(libc::EIO)) };
                 let len = len.min(rest.len());
                 buf[..len].copy_from_slice(&rest[..len]);
-                Ok(Extent::new(offset..offset + len as u64, Kind::Data))
+                Ok(Extent::new(offset..offset + len as u64, ExtentKind::Data))
             }
         }
     }
@@ -207,14 +207,14 @@ impl Layer for Image {
         &self,
         range: Range<u64>,
         wait: Wait,
-        copy: Copy<'_>,
+        copy: CopyFn<'_>,
     ) -> io::Result<(Extent, Option<u64>)> {
         if range.start < self.size
-            && let Run { range: run, place: Place::Data(at) } =
-                self.run(&(range.start..range.end.min(self.size)), wait)?
+            && let ImageRun { range: run, mapping: RunMapping::Data(at) } =
+                self.run_at(&(range.start..range.end.min(self.size)), wait)?
         {
             let (found, copied) = self.data.lend_at(at..at + (run.end - run.start), wait, copy)?;
-            let kind = if found.kind == Kind::Data { Kind::Data } else { Kind::Zero };
+            let kind = if found.kind == ExtentKind::Data { ExtentKind::Data } else { ExtentKind::Zero };
             return Ok((Extent::new(run.start..run.start + found.len(), kind), copied));
         }
         Ok((self.extent_at(range, wait)?, None))

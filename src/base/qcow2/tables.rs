@@ -15,28 +15,28 @@ use imago::format::drivers::FormatDriverInstance;
 use imago::{ShallowMapping, StorageOpenOptions};
 use parking_lot::{Mutex, RwLock};
 
-use super::header::{Header, HeaderError};
+use super::header::{Qcow2Header, HeaderError};
 
 /// The most bytes of tables that a chain may need at once, and the room for further ones that is
 /// shared by its images: 128 MiB each. The largest L1 table there is has 32 MiB; 256 images of
 /// 1 TiB in clusters of 64 KiB need 20 MiB.
-pub(super) const MOST_TABLES: u64 = 128 << 20;
+pub(super) const MAX_TABLE_BYTES: u64 = 128 << 20;
 
 type Qcow2 = imago::qcow2::Qcow2<imago::file::File>;
 
 /// What the tables of a chain need.
 #[derive(Debug, Default)]
-pub(super) struct Budget {
+pub(super) struct TableBudget {
     needed: u64,
     images: u64,
 }
 
-impl Budget {
+impl TableBudget {
     /// Adds an image; `false` when it is too much.
-    pub(super) fn charge(&mut self, header: &Header) -> bool {
+    pub(super) fn charge(&mut self, header: &Qcow2Header) -> bool {
         self.images += 1;
-        self.needed = self.needed.saturating_add(header.l1_len() + header.cluster);
-        self.needed <= MOST_TABLES
+        self.needed = self.needed.saturating_add(header.l1_len() + header.cluster_size);
+        self.needed <= MAX_TABLE_BYTES
     }
 
     /// How many images it is shared by; at least one.
@@ -46,29 +46,29 @@ impl Budget {
 }
 
 /// The tables of one image.
-pub(super) struct Tables {
+pub(super) struct ImageTables {
     file: Arc<File>,
-    header: Header,
+    header: Qcow2Header,
     qcow2: RwLock<Qcow2>,
     /// The L2 tables that were asked for since they were let go last, by what they map.
-    held: Mutex<HashSet<u64>>,
+    loaded_l2: Mutex<HashSet<u64>>,
     /// How many these may be.
-    most: usize,
+    max_loaded_l2: usize,
 }
 
-impl Tables {
+impl ImageTables {
     /// Reads those of `file`, whose `header` has been checked.
     ///
     /// # Errors
     /// The host's, and `InvalidData`.
-    pub(super) fn open(file: Arc<File>, header: &Header, budget: &Budget) -> io::Result<Self> {
-        let most = MOST_TABLES / budget.images() / header.cluster;
+    pub(super) fn open(file: Arc<File>, header: &Qcow2Header, budget: &TableBudget) -> io::Result<Self> {
+        let most = MAX_TABLE_BYTES / budget.images() / header.cluster_size;
         Ok(Self {
-            qcow2: RwLock::new(read(&file, header)?),
+            qcow2: RwLock::new(open_imago(&file, header)?),
             file,
             header: header.clone(),
-            held: Mutex::default(),
-            most: usize::try_from(most).unwrap_or(usize::MAX).max(1),
+            loaded_l2: Mutex::default(),
+            max_loaded_l2: usize::try_from(most).unwrap_or(usize::MAX).max(1),
         })
     }
 
@@ -76,15 +76,15 @@ impl Tables {
     ///
     /// # Errors
     /// The host's, and `InvalidData`.
-    pub(super) fn mapping(&self, at: u64, len: u64) -> io::Result<(Mapping, u64)> {
-        self.make_room(at)?;
+    pub(super) fn mapping(&self, at: u64, len: u64) -> io::Result<(L2Mapping, u64)> {
+        self.evict_l2(at)?;
         let qcow2 = self.qcow2.read();
         let (mapping, len) = qcow2.get_mapping(at, len)?;
         let mapping = match mapping {
-            ShallowMapping::Zero { explicit: false, .. } => Mapping::Nothing,
-            ShallowMapping::Zero { .. } => Mapping::Zero,
-            ShallowMapping::Raw { offset, .. } => Mapping::Data(offset),
-            ShallowMapping::Special { .. } => Mapping::Packed,
+            ShallowMapping::Zero { explicit: false, .. } => L2Mapping::Unallocated,
+            ShallowMapping::Zero { .. } => L2Mapping::Zero,
+            ShallowMapping::Raw { offset, .. } => L2Mapping::Data(offset),
+            ShallowMapping::Special { .. } => L2Mapping::Compressed,
             _ => return Err(io::ErrorKind::InvalidData.into()),
         };
         Ok((mapping, len))
@@ -95,15 +95,15 @@ impl Tables {
     /// # Errors
     /// The host's, and `InvalidData`.
     pub(super) fn inflate(&self, buf: &mut [u8], start: u64) -> io::Result<()> {
-        self.make_room(start)?;
+        self.evict_l2(start)?;
         self.qcow2.read().readv_special(buf.into(), start)
     }
 
     /// Lets all L2 tables go when that of `at` would be one too many.
-    fn make_room(&self, at: u64) -> io::Result<()> {
-        let table = at / self.header.mapped_by_one();
-        let mut held = self.held.lock();
-        if held.contains(&table) || held.len() < self.most {
+    fn evict_l2(&self, at: u64) -> io::Result<()> {
+        let table = at / self.header.bytes_per_l2();
+        let mut held = self.loaded_l2.lock();
+        if held.contains(&table) || held.len() < self.max_loaded_l2 {
             held.insert(table);
             return Ok(());
         }
@@ -114,10 +114,10 @@ impl Tables {
             error => io::Error::new(io::ErrorKind::InvalidData, error.to_string()),
         };
         // A device has no length of its own.
-        if size > 0 && Header::read(&self.file, size).map_err(wrong)? != self.header {
+        if size > 0 && Qcow2Header::read(&self.file, size).map_err(wrong)? != self.header {
             return Err(io::Error::new(io::ErrorKind::InvalidData, "its header has changed"));
         }
-        *self.qcow2.write() = read(&self.file, &self.header)?;
+        *self.qcow2.write() = open_imago(&self.file, &self.header)?;
         held.clear();
         held.insert(table);
         Ok(())
@@ -126,18 +126,18 @@ impl Tables {
 
 /// What a stretch of an image is by its tables.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Mapping {
+pub(super) enum L2Mapping {
     /// It says nothing of it.
-    Nothing,
+    Unallocated,
     /// Zeros.
     Zero,
     /// Bytes of the data file, from this offset on.
     Data(u64),
     /// A compressed cluster.
-    Packed,
+    Compressed,
 }
 
-fn read(file: &File, header: &Header) -> io::Result<Qcow2> {
+fn open_imago(file: &File, header: &Qcow2Header) -> io::Result<Qcow2> {
     let as_storage = |file| imago::file::File::from_open_file(file, StorageOpenOptions::new());
     let external = match header.data_file {
         // Only the tables are read through it.
@@ -170,18 +170,18 @@ mod tests {
             run("qemu-io", &["-c", &format!("write -P {} {}K 2K", table + 1, table * 32), path]);
         }
         let file = Arc::new(File::options().read(true).write(true).open(path).unwrap());
-        let header = Header::read(&file, file.metadata().unwrap().len()).unwrap();
-        assert_eq!(header.mapped_by_one(), 32 << 10);
+        let header = Qcow2Header::read(&file, file.metadata().unwrap().len()).unwrap();
+        assert_eq!(header.bytes_per_l2(), 32 << 10);
         let open = |images| {
-            Tables::open(Arc::clone(&file), &header, &Budget { needed: 0, images }).unwrap()
+            ImageTables::open(Arc::clone(&file), &header, &TableBudget { needed: 0, images }).unwrap()
         };
-        let (all, few) = (open(1), open(MOST_TABLES / 512 / 2));
-        assert_eq!((few.most, all.most), (2, 1 << 18));
+        let (all, few) = (open(1), open(MAX_TABLE_BYTES / 512 / 2));
+        assert_eq!((few.max_loaded_l2, all.max_loaded_l2), (2, 1 << 18));
         for at in (0..512 << 10).step_by(512).chain((0..512 << 10).step_by(40 << 10)) {
             let found = few.mapping(at, 512).unwrap();
             assert_eq!(found, all.mapping(at, 512).unwrap(), "at {at}");
-            assert_eq!(found.0 != Mapping::Nothing, at % (64 << 10) < 2 << 10, "at {at}");
-            assert!(few.held.lock().len() <= 2);
+            assert_eq!(found.0 != L2Mapping::Unallocated, at % (64 << 10) < 2 << 10, "at {at}");
+            assert!(few.loaded_l2.lock().len() <= 2);
         }
         // What is read again is still the image that was checked.
         file.write_all_at(&21_u32.to_be_bytes(), 20).unwrap();

@@ -3,18 +3,18 @@
 use serde_json::Value;
 
 /// As many overlay layers have a row of their own: beyond, rows could not be told apart.
-const MOST_ROWS: usize = 64;
+const MAX_ROWS: usize = 64;
 
 /// The layers of a disk, top to bottom.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Layers {
+pub(super) struct LayerNames {
     /// The names of the overlay's layers, by depth.
     overlay: Vec<String>,
     /// What lies below them all.
     base: &'static str,
 }
 
-impl Layers {
+impl LayerNames {
     /// From the disk's status.
     pub(super) fn of(status: &Value) -> Self {
         let base = if status["stream"].is_object() { "stream" } else { "base" };
@@ -40,8 +40,8 @@ impl Layers {
     /// one, and the base's last.
     pub(super) fn rows(&self) -> Vec<String> {
         let mut rows = self.overlay.clone();
-        if rows.len() > MOST_ROWS {
-            rows.truncate(MOST_ROWS - 1);
+        if rows.len() > MAX_ROWS {
+            rows.truncate(MAX_ROWS - 1);
             rows.push(format!("{} older layers", self.overlay.len() - rows.len()));
         }
         rows.push(self.base.to_owned());
@@ -51,8 +51,8 @@ impl Layers {
     /// The row of what the layer at `depth` provides.
     pub(super) fn row(&self, depth: usize) -> usize {
         match depth < self.overlay.len() {
-            true => depth.min(MOST_ROWS - 1),
-            false => self.overlay.len().min(MOST_ROWS),
+            true => depth.min(MAX_ROWS - 1),
+            false => self.overlay.len().min(MAX_ROWS),
         }
     }
 }
@@ -63,23 +63,23 @@ mod tests {
 
     use super::*;
 
-    fn chain(names: &[Option<&str>]) -> Layers {
+    fn chain(names: &[Option<&str>]) -> LayerNames {
         let chain: Vec<_> = names.iter().map(|name| json!({ "name": name })).collect();
-        Layers::of(&json!({ "overlay": { "chain": chain }, "stream": null }))
+        LayerNames::of(&json!({ "overlay": { "chain": chain }, "stream": null }))
     }
 
     #[test]
     fn a_disk_without_an_overlay_is_all_base() {
-        let bare = Layers::of(&json!({ "overlay": null }));
+        let bare = LayerNames::of(&json!({ "overlay": null }));
         assert_eq!((bare.name(0), bare.rows()), ("base", vec!["base".to_owned()]));
         assert_eq!(bare.row(0), 0);
-        let stream = Layers::of(&json!({ "overlay": null, "stream": {} }));
+        let stream = LayerNames::of(&json!({ "overlay": null, "stream": {} }));
         assert_eq!(stream.name(0), "stream");
     }
 
     #[test]
     fn one_layer_is_the_overlay() {
-        for layers in [Layers::of(&json!({ "overlay": {} })), chain(&[Some("work")])] {
+        for layers in [LayerNames::of(&json!({ "overlay": {} })), chain(&[Some("work")])] {
             assert_eq!((layers.name(0), layers.name(1)), ("overlay", "base"));
             assert_eq!(layers.rows(), ["overlay", "base"]);
         }

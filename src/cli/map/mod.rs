@@ -22,17 +22,17 @@ use anyhow::Context as _;
 use clap::Args;
 use serde_json::Value;
 
-use self::layers::Layers;
-use self::picture::{Picture, Sums};
-use self::pieces::{Piece, each_piece};
+use self::layers::LayerNames;
+use self::picture::{Picture, KindSums};
+use self::pieces::{MapPiece, each_piece};
 use self::strip::Strip;
-use super::client::Place;
-use super::{DONE, die_of_a_closed_pipe};
+use super::client::Endpoint;
+use super::{EXIT_OK, restore_sigpipe};
 use crate::printable;
 use crate::spec::format_size;
 
 /// How much of a map is read and printed at a time: what the mount is asked for.
-const PIECE: usize = 128 << 10;
+const READ_CHUNK: usize = 128 << 10;
 
 #[derive(Debug, Args)]
 pub(super) struct MapArgs {
@@ -47,30 +47,30 @@ pub(super) struct MapArgs {
 }
 
 pub(super) fn run(args: &MapArgs) -> anyhow::Result<u8> {
-    die_of_a_closed_pipe();
-    let place = Place::of_disk(&args.file)?;
+    restore_sigpipe();
+    let place = Endpoint::of_disk(&args.file)?;
     if args.json {
-        copy(&place)?;
+        copy_json(&place)?;
     } else if let Some(out) = &args.svg {
         let status = place.status()?;
         let name = place.disk.clone().unwrap_or_default();
-        let layers = Layers::of(&status);
-        let picture = picture(&place, &status, &layers, svg::COLUMNS)?;
+        let layers = LayerNames::of(&status);
+        let picture = build_picture(&place, &status, &layers, svg::PLOT_COLUMNS)?;
         save::save(out, &svg::draw(&name, &picture, &layers.rows()))?;
     } else {
-        show(&place)?;
+        show_table(&place)?;
     }
-    Ok(DONE)
+    Ok(EXIT_OK)
 }
 
 /// The map as the daemon tells it.
-fn copy(place: &Place) -> anyhow::Result<()> {
+fn copy_json(place: &Endpoint) -> anyhow::Result<()> {
     let mut feed = place.open("map")?;
     let mut stdout = io::stdout().lock();
-    let mut piece = vec![0; PIECE];
-    // Not `io::copy`: when printing fails, that must not be blamed on the mount.
+    let mut piece = vec![0; READ_CHUNK];
+    // Not `io::copy_json`: when printing fails, that must not be blamed on the mount.
     loop {
-        let len = feed.read(&mut piece).map_err(|error| feed.explain(error))?;
+        let len = feed.read(&mut piece).map_err(|error| feed.ask_error(error))?;
         if len == 0 {
             return stdout.flush().context("cannot print");
         }
@@ -81,15 +81,15 @@ fn copy(place: &Place) -> anyhow::Result<()> {
 }
 
 /// The picture of a disk.
-fn picture(
-    place: &Place,
+fn build_picture(
+    place: &Endpoint,
     status: &Value,
-    layers: &Layers,
+    layers: &LayerNames,
     columns: usize,
 ) -> anyhow::Result<Picture> {
     let size = status["size"].as_u64().unwrap_or(0);
     let mut picture = Picture::new(size, columns, layers.rows().len());
-    each_of(place, |piece| {
+    for_each_piece(place, |piece| {
         picture.add(layers.row(piece.depth), &piece);
         Ok(())
     })?;
@@ -97,19 +97,19 @@ fn picture(
 }
 
 /// Calls `each` with every piece of the disk.
-fn each_of(place: &Place, each: impl FnMut(Piece) -> io::Result<()>) -> anyhow::Result<()> {
+fn for_each_piece(place: &Endpoint, each: impl FnMut(MapPiece) -> io::Result<()>) -> anyhow::Result<()> {
     let mut feed = place.open("map")?;
     match each_piece(&mut feed, each) {
         Ok(()) => Ok(()),
-        Err(error) => Err(feed.explain(error).into()),
+        Err(error) => Err(feed.ask_error(error).into()),
     }
 }
 
 /// Draws what `map` tells of a disk with that `status`, however little of it makes sense.
-pub(super) fn draw(map: &[u8], status: &Value) -> usize {
-    let layers = Layers::of(status);
+pub(super) fn draw_svg(map: &[u8], status: &Value) -> usize {
+    let layers = LayerNames::of(status);
     let (size, rows) = (status["size"].as_u64().unwrap_or(0), layers.rows());
-    let mut picture = Picture::new(size, svg::COLUMNS, rows.len());
+    let mut picture = Picture::new(size, svg::PLOT_COLUMNS, rows.len());
     let _ = each_piece(map, |piece| {
         picture.add(layers.row(piece.depth), &piece);
         Ok(())
@@ -119,21 +119,21 @@ pub(super) fn draw(map: &[u8], status: &Value) -> usize {
 
 /// The table, and on a terminal the strip above it. Both need the whole map, which is asked for
 /// twice: at a terminal nobody reads so many pieces that it matters.
-fn show(place: &Place) -> anyhow::Result<()> {
+fn show_table(place: &Endpoint) -> anyhow::Result<()> {
     let status = place.status()?;
-    let layers = Layers::of(&status);
+    let layers = LayerNames::of(&status);
     let stdout = io::stdout();
     let strip = stdout.is_terminal().then(|| Strip::of_terminal(&stdout, &layers.rows())).flatten();
     let mut stdout = BufWriter::new(stdout.lock());
     if let Some(strip) = strip {
-        let picture = picture(place, &status, &layers, strip.columns())?;
+        let picture = build_picture(place, &status, &layers, strip.columns())?;
         stdout.write_all(strip.draw(&picture).as_bytes()).context("cannot print")?;
     }
-    let mut table = Lines::new(&status, &layers);
+    let mut table = MapTable::new(&status, &layers);
     table.head(&mut stdout).context("cannot print")?;
     // Printing fails here, too, and must not be blamed on the mount.
     let mut printed = Ok(());
-    each_of(place, |piece| {
+    for_each_piece(place, |piece| {
         if printed.is_ok() {
             printed = table.piece(&piece, &mut stdout);
         }
@@ -145,18 +145,18 @@ fn show(place: &Place) -> anyhow::Result<()> {
 
 /// A line for each piece, in bytes and for people, and the sums. Not a `Table`: of a million
 /// pieces each would be kept as text.
-struct Lines<'a> {
-    layers: &'a Layers,
+struct MapTable<'a> {
+    layers: &'a LayerNames,
     /// How wide the columns of numbers are.
     digits: usize,
-    sums: Sums,
+    sums: KindSums,
 }
 
-impl<'a> Lines<'a> {
-    fn new(status: &Value, layers: &'a Layers) -> Self {
+impl<'a> MapTable<'a> {
+    fn new(status: &Value, layers: &'a LayerNames) -> Self {
         // No number in it is larger than the disk.
         let digits = status["size"].as_u64().unwrap_or(0).to_string().len().max(6);
-        Self { layers, digits, sums: Sums::default() }
+        Self { layers, digits, sums: KindSums::default() }
     }
 
     fn head(&self, to: &mut impl Write) -> io::Result<()> {
@@ -164,8 +164,8 @@ impl<'a> Lines<'a> {
         writeln!(to, "{:>digits$}  {:>digits$}  {:>10}  KIND  FROM", "START", "LENGTH", "")
     }
 
-    fn piece(&mut self, piece: &Piece, to: &mut impl Write) -> io::Result<()> {
-        let Piece { start, length, depth, kind } = *piece;
+    fn piece(&mut self, piece: &MapPiece, to: &mut impl Write) -> io::Result<()> {
+        let MapPiece { start, length, depth, kind } = *piece;
         self.sums.add(kind, length);
         let digits = self.digits;
         let (size, kind) = (format_size(length), kind.name());
@@ -174,7 +174,7 @@ impl<'a> Lines<'a> {
     }
 
     fn end(&self, to: &mut impl Write) -> io::Result<()> {
-        let Sums { data, zero, hole } = self.sums;
+        let KindSums { data, zero, hole } = self.sums;
         let [data, zero, hole] = [data, zero, hole].map(format_size);
         writeln!(to, "data {data}, zero {zero}, hole {hole}")
     }
@@ -184,18 +184,18 @@ impl<'a> Lines<'a> {
 mod tests {
     use serde_json::json;
 
-    use super::pieces::Kind;
+    use super::pieces::PieceKind;
     use super::*;
 
     #[test]
     fn a_map_is_a_line_a_piece_and_the_sums() {
         let status = json!({ "size": 1_114_112, "overlay": {} });
-        let layers = Layers::of(&status);
-        let mut lines = Lines::new(&status, &layers);
+        let layers = LayerNames::of(&status);
+        let mut lines = MapTable::new(&status, &layers);
         let mut out = Vec::new();
         lines.head(&mut out).unwrap();
-        let data = Piece { start: 0, length: 65536, depth: 0, kind: Kind::Data };
-        let hole = Piece { start: 65536, length: 1 << 20, depth: 1, kind: Kind::Hole };
+        let data = MapPiece { start: 0, length: 65536, depth: 0, kind: PieceKind::Data };
+        let hole = MapPiece { start: 65536, length: 1 << 20, depth: 1, kind: PieceKind::Hole };
         lines.piece(&data, &mut out).unwrap();
         lines.piece(&hole, &mut out).unwrap();
         lines.end(&mut out).unwrap();

@@ -15,12 +15,12 @@
 
 use std::ops::Range;
 
-use super::pieces::{Kind, Piece};
+use super::pieces::{PieceKind, MapPiece};
 use crate::spec::format_size;
 
 /// Bytes of each kind.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(super) struct Sums {
+pub(super) struct KindSums {
     /// Bytes that hold something.
     pub(super) data: u64,
     /// Bytes that read as zero and have space.
@@ -29,13 +29,13 @@ pub(super) struct Sums {
     pub(super) hole: u64,
 }
 
-impl Sums {
+impl KindSums {
     /// Counts `len` bytes of `kind`.
-    pub(super) fn add(&mut self, kind: Kind, len: u64) {
+    pub(super) fn add(&mut self, kind: PieceKind, len: u64) {
         let sum = match kind {
-            Kind::Data => &mut self.data,
-            Kind::Zero => &mut self.zero,
-            Kind::Hole => &mut self.hole,
+            PieceKind::Data => &mut self.data,
+            PieceKind::Zero => &mut self.zero,
+            PieceKind::Hole => &mut self.hole,
         };
         *sum = sum.saturating_add(len);
     }
@@ -57,23 +57,23 @@ impl Sums {
 
 /// What all layers together show.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(super) struct Whole {
+pub(super) struct DiskSums {
     /// Data that the lowest row provides.
     pub(super) base: u64,
     /// Data that the rows above it provide.
     pub(super) overlay: u64,
-    /// As [`Sums::zero`], of all rows.
+    /// As [`KindSums::zero`], of all rows.
     pub(super) zero: u64,
-    /// As [`Sums::hole`], of all rows.
+    /// As [`KindSums::hole`], of all rows.
     pub(super) hole: u64,
 }
 
 /// A layer's bytes in every column.
 #[derive(Clone, Debug, Default)]
-struct Row {
-    sums: Sums,
+struct PictureRow {
+    sums: KindSums,
     /// Empty as long as there is nothing in it.
-    cells: Vec<Sums>,
+    cells: Vec<KindSums>,
 }
 
 /// The picture: a row a layer, the top one first and the base last.
@@ -81,7 +81,7 @@ struct Row {
 pub(super) struct Picture {
     size: u64,
     columns: usize,
-    rows: Vec<Row>,
+    rows: Vec<PictureRow>,
 }
 
 impl Picture {
@@ -89,12 +89,12 @@ impl Picture {
     /// fewer bytes, and `rows` rows, one at least.
     pub(super) fn new(size: u64, columns: usize, rows: usize) -> Self {
         let columns = usize::try_from(size).unwrap_or(usize::MAX).min(columns);
-        Self { size, columns, rows: vec![Row::default(); rows.max(1)] }
+        Self { size, columns, rows: vec![PictureRow::default(); rows.max(1)] }
     }
 
     /// Adds a piece that `row` provides. What lies beyond the disk is left out: it may have
     /// grown since its size was asked for.
-    pub(super) fn add(&mut self, row: usize, piece: &Piece) {
+    pub(super) fn add(&mut self, row: usize, piece: &MapPiece) {
         let end = piece.start.saturating_add(piece.length).min(self.size);
         let (range, last) = (piece.start..end, self.rows.len() - 1);
         if range.is_empty() {
@@ -109,7 +109,7 @@ impl Picture {
             }
         };
         let row = &mut self.rows[row.min(last)];
-        row.cells.resize(self.columns, Sums::default());
+        row.cells.resize(self.columns, KindSums::default());
         for (column, len) in spans {
             row.cells[column].add(piece.kind, len);
         }
@@ -148,27 +148,27 @@ impl Picture {
     }
 
     /// What a row provides.
-    pub(super) fn sums(&self, row: usize) -> Sums {
+    pub(super) fn sums(&self, row: usize) -> KindSums {
         self.rows[row].sums
     }
 
     /// What a row provides in a column.
-    pub(super) fn cell(&self, row: usize, column: usize) -> Sums {
+    pub(super) fn cell(&self, row: usize, column: usize) -> KindSums {
         self.rows[row].cells.get(column).copied().unwrap_or_default()
     }
 
     /// What all rows together show.
-    pub(super) fn whole(&self) -> Whole {
-        self.join(|row| row.sums)
+    pub(super) fn disk_sums(&self) -> DiskSums {
+        self.fold_rows(|row| row.sums)
     }
 
     /// What all rows together show in a column.
-    pub(super) fn whole_cell(&self, column: usize) -> Whole {
-        self.join(|row| row.cells.get(column).copied().unwrap_or_default())
+    pub(super) fn disk_cell(&self, column: usize) -> DiskSums {
+        self.fold_rows(|row| row.cells.get(column).copied().unwrap_or_default())
     }
 
-    fn join(&self, of: impl Fn(&Row) -> Sums) -> Whole {
-        let mut whole = Whole::default();
+    fn fold_rows(&self, of: impl Fn(&PictureRow) -> KindSums) -> DiskSums {
+        let mut whole = DiskSums::default();
         for (index, row) in self.rows.iter().enumerate() {
             let sums = of(row);
             match index + 1 == self.rows.len() {
@@ -187,13 +187,13 @@ fn overlap(a: &Range<u64>, b: &Range<u64>) -> u64 {
     a.end.min(b.end).saturating_sub(a.start.max(b.start))
 }
 
-/// Stacks the parts of a cell of `whole` bytes, the first at the bottom, and gives the upper edge
+/// Stacks the parts of a cell of `disk_sums` bytes, the first at the bottom, and gives the upper edge
 /// of each in steps of a cell that is `height` steps high.
 ///
 /// A part that is there at all is `mark` steps high at least, so that a block of 4 KiB shows on a
 /// disk of 16 TiB; what is left of the height is shared out exactly. Only a cell that is full is
 /// filled to the top.
-pub(super) fn stack<const PARTS: usize>(
+pub(super) fn stack_heights<const PARTS: usize>(
     parts: [u64; PARTS],
     whole: u64,
     height: u32,
@@ -243,11 +243,11 @@ mod tests {
 
     use super::*;
 
-    fn piece(range: Range<u64>, kind: Kind) -> Piece {
-        Piece { start: range.start, length: range.end - range.start, depth: 0, kind }
+    fn piece(range: Range<u64>, kind: PieceKind) -> MapPiece {
+        MapPiece { start: range.start, length: range.end - range.start, depth: 0, kind }
     }
 
-    const KINDS: [Kind; 3] = [Kind::Data, Kind::Zero, Kind::Hole];
+    const KINDS: [PieceKind; 3] = [PieceKind::Data, PieceKind::Zero, PieceKind::Hole];
 
     proptest! {
         #[test]
@@ -271,7 +271,7 @@ mod tests {
                 prop_assert!(range.start == next && !range.is_empty());
                 next = range.end;
                 for row in 0..rows {
-                    let mut expected = Sums::default();
+                    let mut expected = KindSums::default();
                     for at in range.clone() {
                         prop_assert_eq!(picture.column_of(at), column);
                         if let Some((owner, kind)) = bytes.get(usize::try_from(at).unwrap())
@@ -300,10 +300,10 @@ mod tests {
             for (index, pair) in cuts.windows(2).enumerate() {
                 picture.add(index % 3, &piece(pair[0]..pair[1], KINDS[index % 2]));
             }
-            let whole = picture.whole();
+            let whole = picture.disk_sums();
             prop_assert_eq!(whole.base + whole.overlay + whole.zero + whole.hole, size);
             for column in 0..picture.columns() {
-                let cell = picture.whole_cell(column);
+                let cell = picture.disk_cell(column);
                 let range = picture.column(column);
                 let sum = cell.base + cell.overlay + cell.zero + cell.hole;
                 prop_assert_eq!(sum, range.end - range.start);
@@ -322,7 +322,7 @@ mod tests {
             mark in 1_u32..3,
         ) {
             let whole = parts.iter().sum::<u64>() + missing;
-            let edges = stack(parts, whole, height, mark);
+            let edges = stack_heights(parts, whole, height, mark);
             let mut below = 0;
             for (part, edge) in parts.iter().zip(edges) {
                 match part {
@@ -349,24 +349,24 @@ mod tests {
     #[test]
     fn one_block_on_16_tib_is_not_lost() {
         let mut picture = Picture::new(16 << 40, 1000, 2);
-        picture.add(1, &piece(0..16 << 40, Kind::Hole));
-        picture.add(0, &piece((8 << 40)..(8 << 40) + 4096, Kind::Data));
+        picture.add(1, &piece(0..16 << 40, PieceKind::Hole));
+        picture.add(0, &piece((8 << 40)..(8 << 40) + 4096, PieceKind::Data));
         let cells: Vec<usize> = (0..1000).filter(|at| picture.cell(0, *at).data > 0).collect();
         assert_eq!(cells, [500]);
-        let cell = picture.whole_cell(500);
+        let cell = picture.disk_cell(500);
         let column = picture.column(500);
-        let edges = stack([cell.base, cell.overlay], column.end - column.start, 64, 8);
+        let edges = stack_heights([cell.base, cell.overlay], column.end - column.start, 64, 8);
         assert_eq!(edges, [0, 8]);
     }
 
     #[test]
     fn a_disk_smaller_than_the_picture_has_a_column_a_byte() {
         let mut picture = Picture::new(3, 1000, 1);
-        picture.add(0, &piece(0..u64::MAX, Kind::Data));
+        picture.add(0, &piece(0..u64::MAX, PieceKind::Data));
         assert_eq!((picture.columns(), picture.column(2)), (3, 2..3));
         assert_eq!(picture.sums(0).show(), "3 bytes data");
         let mut none = Picture::new(0, 1000, 1);
-        none.add(0, &piece(0..5, Kind::Data));
+        none.add(0, &piece(0..5, PieceKind::Data));
         assert_eq!((none.columns(), none.sums(0).show().as_str()), (0, "nothing"));
     }
 

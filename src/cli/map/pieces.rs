@@ -5,15 +5,15 @@ use std::io::{self, BufRead, BufReader, Read};
 use serde::Deserialize;
 
 /// What is read at a time: as much as the feed hands on at once.
-const BUFFER: usize = 128 << 10;
+const READ_BUFFER_SIZE: usize = 128 << 10;
 
 /// The longest element: a few numbers and words.
-const LONGEST: u64 = 64 << 10;
+const MAX_ELEMENT_LEN: u64 = 64 << 10;
 
 /// What a piece of a disk is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub(in crate::cli) enum Kind {
+pub(in crate::cli) enum PieceKind {
     /// Holds bytes.
     Data,
     /// Reads as zero and has space.
@@ -22,7 +22,7 @@ pub(in crate::cli) enum Kind {
     Hole,
 }
 
-impl Kind {
+impl PieceKind {
     /// As the map has it.
     pub(in crate::cli) fn name(self) -> &'static str {
         match self {
@@ -35,7 +35,7 @@ impl Kind {
 
 /// One element of the array. Keys that are not known here are left alone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
-pub(in crate::cli) struct Piece {
+pub(in crate::cli) struct MapPiece {
     /// Its first byte.
     pub(in crate::cli) start: u64,
     /// Its bytes.
@@ -43,7 +43,7 @@ pub(in crate::cli) struct Piece {
     /// The layer that provides it: 0 is the top one, the greatest the base.
     pub(in crate::cli) depth: usize,
     /// What it is.
-    pub(in crate::cli) kind: Kind,
+    pub(in crate::cli) kind: PieceKind,
 }
 
 /// Calls `each` with every element of the array in `feed`.
@@ -55,29 +55,29 @@ pub(in crate::cli) struct Piece {
 /// Those of `feed` and `each`; `InvalidData` for what is no such array, or one cut short.
 pub(in crate::cli) fn each_piece(
     feed: impl Read,
-    mut each: impl FnMut(Piece) -> io::Result<()>,
+    mut each: impl FnMut(MapPiece) -> io::Result<()>,
 ) -> io::Result<()> {
-    let mut feed = BufReader::with_capacity(BUFFER, feed);
+    let mut feed = BufReader::with_capacity(READ_BUFFER_SIZE, feed);
     let (mut text, mut before) = (Vec::with_capacity(256), b"[");
     loop {
         text.clear();
-        (&mut feed).take(LONGEST).read_until(b'}', &mut text)?;
+        (&mut feed).take(MAX_ELEMENT_LEN).read_until(b'}', &mut text)?;
         let trimmed = text.trim_ascii();
         if !trimmed.ends_with(b"}") {
             return match (trimmed, before) {
                 (b"]", b",") => Ok(()),
                 // Of a disk without a byte.
                 ([b'[', inner @ .., b']'], b"[") if inner.trim_ascii().is_empty() => Ok(()),
-                _ => Err(not_understood()),
+                _ => Err(invalid_map()),
             };
         }
-        let element = trimmed.strip_prefix(before).ok_or_else(not_understood)?;
+        let element = trimmed.strip_prefix(before).ok_or_else(invalid_map)?;
         each(serde_json::from_slice(element)?)?;
         before = b",";
     }
 }
 
-fn not_understood() -> io::Error {
+fn invalid_map() -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, "its map is cut short or not understood")
 }
 
@@ -85,7 +85,7 @@ fn not_understood() -> io::Error {
 mod tests {
     use super::*;
 
-    fn pieces(text: &str) -> io::Result<Vec<Piece>> {
+    fn pieces(text: &str) -> io::Result<Vec<MapPiece>> {
         let mut all = Vec::new();
         each_piece(text.as_bytes(), |piece| {
             all.push(piece);
@@ -101,8 +101,8 @@ mod tests {
     #[test]
     fn an_array_comes_piece_by_piece_however_it_is_laid_out() {
         let expected = [
-            Piece { start: 0, length: 65536, depth: 0, kind: Kind::Data },
-            Piece { start: 65536, length: 1 << 20, depth: 12, kind: Kind::Hole },
+            MapPiece { start: 0, length: 65536, depth: 0, kind: PieceKind::Data },
+            MapPiece { start: 65536, length: 1 << 20, depth: 12, kind: PieceKind::Hole },
         ];
         assert_eq!(pieces(TWO).unwrap(), expected);
         let compact: serde_json::Value = serde_json::from_str(TWO).unwrap();

@@ -7,9 +7,9 @@ use std::path::Path;
 
 use rustix::fs::OFlags;
 
-use crate::confined::Located;
-use crate::host::said;
-use crate::part::{Fresh, PartError};
+use crate::confined::PathHandle;
+use crate::host::os_message;
+use crate::part::{UnnamedFile, PartFileError};
 use crate::spec::Overwrite;
 
 /// Writes `text` to `out`, or to stdout when that is `-`. A file is replaced as a whole or not
@@ -28,33 +28,33 @@ pub(super) fn save(out: &Path, text: &str) -> anyhow::Result<()> {
             io::ErrorKind::PermissionDenied => ": name a file that you may write",
             _ => "",
         };
-        anyhow::anyhow!("cannot write '{}': {}{remedy}", out.display(), said(&error))
+        anyhow::anyhow!("cannot write '{}': {}{remedy}", out.display(), os_message(&error))
     };
-    write(out, text.as_bytes()).map_err(failed)
+    write_output(out, text.as_bytes()).map_err(failed)
 }
 
-fn write(out: &Path, bytes: &[u8]) -> io::Result<()> {
-    match Located::at(out) {
+fn write_output(out: &Path, bytes: &[u8]) -> io::Result<()> {
+    match PathHandle::at(out) {
         Ok(found) if found.metadata().is_dir() => Err(io::Error::from_raw_os_error(libc::EISDIR)),
         Ok(found) if found.metadata().is_file() => {
             // What a symbolic link leads to is replaced, not the link.
             let mode = Permissions::from_mode(found.metadata().permissions().mode() & 0o777);
-            replace(&found.real_path()?, bytes, Some(mode))
+            replace_file(&found.real_path()?, bytes, Some(mode))
         }
         // A pipe that nobody reads is not waited for.
         Ok(found) => found.open(OFlags::WRONLY)?.write_all(bytes),
         // A link that leads nowhere was made for something else.
         Err(error) if error.kind() == io::ErrorKind::NotFound && out.is_symlink() => Err(error),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => replace(out, bytes, None),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => replace_file(out, bytes, None),
         Err(error) => Err(error),
     }
 }
 
 /// Puts a new file with `bytes` at `path`; without a mode it gets that of any new file.
-fn replace(path: &Path, bytes: &[u8], mode: Option<Permissions>) -> io::Result<()> {
+fn replace_file(path: &Path, bytes: &[u8], mode: Option<Permissions>) -> io::Result<()> {
     let perm = if mode.is_some() { 0o600 } else { 0o666 };
-    let fresh = Fresh::create(path, perm).map_err(|error| match error {
-        PartError::Host { error, .. } => error,
+    let fresh = UnnamedFile::create(path, perm).map_err(|error| match error {
+        PartFileError::Host { error, .. } => error,
         error => io::Error::other(error.to_string()),
     })?;
     let written = fresh.file().write_all(bytes).and_then(|()| match mode {
@@ -84,7 +84,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let link = dir.path().join("link");
         std::os::unix::fs::symlink(dir.path().join("nothing"), &link).unwrap();
-        assert_eq!(write(&link, b"new").unwrap_err().kind(), io::ErrorKind::NotFound);
+        assert_eq!(write_output(&link, b"new").unwrap_err().kind(), io::ErrorKind::NotFound);
         assert!(link.is_symlink() && !dir.path().join("nothing").exists());
     }
 

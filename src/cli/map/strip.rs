@@ -15,20 +15,20 @@ use std::env;
 use std::fmt::Write as _;
 use std::os::fd::AsFd;
 
-use super::picture::{Picture, stack, tick_label, ticks};
+use super::picture::{Picture, stack_heights, tick_label, ticks};
 use crate::printable;
 use crate::spec::format_size;
 
 /// The width of a terminal that does not tell.
-const USUAL_WIDTH: usize = 80;
+const DEFAULT_WIDTH: usize = 80;
 /// Fewer cells than that show nothing.
-const LEAST: usize = 16;
+const MIN_COLUMNS: usize = 16;
 /// What a name has room for.
-const NAME: usize = 16;
+const MAX_NAME_WIDTH: usize = 16;
 /// As many layers as leave the rest in sight.
-const MOST_ROWS: usize = 12;
+const MAX_ROWS: usize = 12;
 /// Room for a label of the axis.
-const LABEL: usize = 12;
+const LABEL_WIDTH: usize = 12;
 
 /// Whether the terminal shows colours.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -68,7 +68,7 @@ impl Paint {
 pub(super) struct Strip {
     names: Vec<String>,
     /// How wide the names are.
-    name: usize,
+    name_width: usize,
     /// How wide it all is, and its cells.
     width: usize,
     columns: usize,
@@ -83,16 +83,16 @@ impl Strip {
         let is_set = |name: &str| env::var_os(name).is_some_and(|value| !value.is_empty());
         let is_dumb = env::var_os("TERM").is_none_or(|term| term.is_empty() || term == "dumb");
         let colors = if is_set("NO_COLOR") || is_dumb { Colors::None } else { Colors::Many };
-        Self::new(width.unwrap_or(USUAL_WIDTH), colors, names)
+        Self::new(width.unwrap_or(DEFAULT_WIDTH), colors, names)
     }
 
     fn new(width: usize, colors: Colors, names: &[String]) -> Option<Self> {
-        let names: Vec<String> = names.iter().map(|name| cut(&printable::line(name))).collect();
+        let names: Vec<String> = names.iter().map(|name| truncate_name(&printable::line(name))).collect();
         let longest = names.iter().map(|name| name.chars().count()).max().unwrap_or(0);
         let name = longest.max("the disk".len());
         // A cell in the last column would make some terminals wrap.
-        let columns = width.checked_sub(name + 3).filter(|columns| *columns >= LEAST)?;
-        Some(Self { names, name, width, columns, colors })
+        let columns = width.checked_sub(name + 3).filter(|columns| *columns >= MIN_COLUMNS)?;
+        Some(Self { names, name_width: name, width, columns, colors })
     }
 
     /// How many columns its picture has at the most.
@@ -107,7 +107,7 @@ impl Strip {
         }
         let mut to = String::new();
         let parts = |column: usize| {
-            let cell = picture.whole_cell(column);
+            let cell = picture.disk_cell(column);
             let data = [(Paint::Overlay, cell.overlay), (Paint::Base, cell.base)];
             [data[0], data[1], (Paint::Zero, cell.zero), (Paint::Hole, cell.hole)]
         };
@@ -126,7 +126,7 @@ impl Strip {
             return;
         }
         let busy: Vec<usize> = (0..last).filter(|row| picture.sums(*row).total() > 0).collect();
-        let shown = busy.len().min(MOST_ROWS);
+        let shown = busy.len().min(MAX_ROWS);
         for row in busy[..shown].iter().copied().chain([last]) {
             let data = if row == last { Paint::Base } else { Paint::Overlay };
             let parts = |column: usize| {
@@ -150,20 +150,20 @@ impl Strip {
         picture: &Picture,
         parts: impl Fn(usize) -> [(Paint, u64); 4],
     ) {
-        let mut pen = Pen { to, colors: self.colors, now: (None, None) };
-        let gap = self.name - name.chars().count();
+        let mut pen = Pen { to, colors: self.colors, current: (None, None) };
+        let gap = self.name_width - name.chars().count();
         pen.to.push_str(name);
         pen.to.extend(std::iter::repeat_n(' ', gap + 2));
         for index in 0..self.columns {
             // A disk of a few bytes has fewer columns than there are cells.
-            pen.cell(parts(index * picture.columns() / self.columns));
+            pen.draw_cell(parts(index * picture.columns() / self.columns));
         }
         pen.end();
     }
 
     fn axis(&self, to: &mut String, picture: &Picture) {
-        let ticks = ticks(picture.size(), (self.columns / LABEL) as u64);
-        let mut line = " ".repeat(self.name + 2);
+        let ticks = ticks(picture.size(), (self.columns / LABEL_WIDTH) as u64);
+        let mut line = " ".repeat(self.name_width + 2);
         let begin = line.len();
         for tick in ticks {
             let at = u128::from(tick) * (self.columns as u128) / u128::from(picture.size());
@@ -184,7 +184,7 @@ impl Strip {
     }
 
     fn legend(&self, to: &mut String, picture: &Picture) {
-        let whole = picture.whole();
+        let whole = picture.disk_sums();
         let below = self.names.last().map_or("base", String::as_str);
         let is_bare = picture.rows() < 2;
         let items = [
@@ -209,9 +209,9 @@ impl Strip {
                 }
             }
             used += wide + if used == 0 { 0 } else { 3 };
-            let mut pen = Pen { to, colors: self.colors, now: (None, None) };
-            pen.cell([(paint, 1), (Paint::Nothing, 0), (Paint::Nothing, 0), (Paint::Nothing, 0)]);
-            pen.plain();
+            let mut pen = Pen { to, colors: self.colors, current: (None, None) };
+            pen.draw_cell([(paint, 1), (Paint::Nothing, 0), (Paint::Nothing, 0), (Paint::Nothing, 0)]);
+            pen.reset_colors();
             to.push_str(&text);
         }
         to.push('\n');
@@ -219,9 +219,9 @@ impl Strip {
 }
 
 /// As much of a name as there is room for.
-fn cut(name: &str) -> String {
-    match name.chars().count() > NAME {
-        true => name.chars().take(NAME - 1).chain(['…']).collect(),
+fn truncate_name(name: &str) -> String {
+    match name.chars().count() > MAX_NAME_WIDTH {
+        true => name.chars().take(MAX_NAME_WIDTH - 1).chain(['…']).collect(),
         false => name.to_owned(),
     }
 }
@@ -231,17 +231,17 @@ struct Pen<'a> {
     to: &'a mut String,
     colors: Colors,
     /// The colours of shape and background; `None`: the terminal's own.
-    now: (Option<u8>, Option<u8>),
+    current: (Option<u8>, Option<u8>),
 }
 
 impl Pen<'_> {
     /// A cell: the first part that is there from below, the largest of the others behind it.
-    fn cell(&mut self, parts: [(Paint, u64); 4]) {
+    fn draw_cell(&mut self, parts: [(Paint, u64); 4]) {
         let whole: u64 = parts.iter().map(|(_, len)| len).sum();
         let mut present = parts.into_iter().filter(|(_, len)| *len > 0);
         let (lower, len) = present.next().unwrap_or((Paint::Nothing, 0));
         let upper = present.max_by_key(|(_, len)| *len).map(|(paint, _)| paint);
-        let [eighths, _] = stack([len, whole - len], whole, 8, 1);
+        let [eighths, _] = stack_heights([len, whole - len], whole, 8, 1);
         let glyph = match lower {
             Paint::Nothing => ' ',
             Paint::Hole => '·',
@@ -251,12 +251,12 @@ impl Pen<'_> {
         };
         // A hole is a dot, and nothing behind another kind.
         let upper = upper.filter(|upper| lower != Paint::Hole && *upper != Paint::Hole);
-        self.paint(lower.color(), upper.and_then(Paint::color));
+        self.set_colors(lower.color(), upper.and_then(Paint::color));
         self.to.push(glyph);
     }
 
-    fn paint(&mut self, shape: Option<u8>, behind: Option<u8>) {
-        if self.colors == Colors::None || self.now == (shape, behind) {
+    fn set_colors(&mut self, shape: Option<u8>, behind: Option<u8>) {
+        if self.colors == Colors::None || self.current == (shape, behind) {
             return;
         }
         self.to.push_str("\x1b[0");
@@ -267,23 +267,23 @@ impl Pen<'_> {
             let _ = write!(self.to, ";48;5;{color}");
         }
         self.to.push('m');
-        self.now = (shape, behind);
+        self.current = (shape, behind);
     }
 
     /// Back to the terminal's own colours.
-    fn plain(&mut self) {
-        self.paint(None, None);
+    fn reset_colors(&mut self) {
+        self.set_colors(None, None);
     }
 
     fn end(mut self) {
-        self.plain();
+        self.reset_colors();
         self.to.push('\n');
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::super::pieces::{Kind, Piece};
+    use super::super::pieces::{PieceKind, MapPiece};
     use super::*;
 
     fn names(names: &[&str]) -> Vec<String> {
@@ -293,15 +293,15 @@ mod tests {
     /// 32 columns of 4 KiB over a base with data, zeros and holes.
     fn picture(columns: usize) -> Picture {
         let mut picture = Picture::new(128 << 10, columns, 2);
-        let mut add = |row: usize, start: u64, length: u64, kind: Kind| {
-            picture.add(row, &Piece { start: start << 10, length: length << 10, depth: row, kind });
+        let mut add = |row: usize, start: u64, length: u64, kind: PieceKind| {
+            picture.add(row, &MapPiece { start: start << 10, length: length << 10, depth: row, kind });
         };
-        add(1, 0, 32, Kind::Data);
-        add(0, 32, 2, Kind::Data);
-        add(1, 34, 30, Kind::Hole);
-        add(0, 64, 32, Kind::Zero);
-        add(1, 96, 31, Kind::Hole);
-        add(0, 127, 1, Kind::Data);
+        add(1, 0, 32, PieceKind::Data);
+        add(0, 32, 2, PieceKind::Data);
+        add(1, 34, 30, PieceKind::Hole);
+        add(0, 64, 32, PieceKind::Zero);
+        add(1, 96, 31, PieceKind::Hole);
+        add(0, 127, 1, PieceKind::Data);
         picture
     }
 
@@ -352,7 +352,7 @@ mod tests {
         let mut picture = Picture::new(1 << 20, 40, 31);
         for row in 0..30 {
             let start = row as u64 * 4096;
-            picture.add(row, &Piece { start, length: 4096, depth: row, kind: Kind::Data });
+            picture.add(row, &MapPiece { start, length: 4096, depth: row, kind: PieceKind::Data });
         }
         let names: Vec<String> = (0..31).map(|row| format!("s{row}")).collect();
         let text = Strip::new(80, Colors::None, &names).unwrap().draw(&picture);

@@ -15,36 +15,36 @@
 
 use std::fmt::Write as _;
 
-use super::picture::{Picture, stack, tick_label, ticks};
+use super::picture::{Picture, stack_heights, tick_label, ticks};
 use crate::printable;
 use crate::spec::format_size;
 
 /// Columns of a picture: as many as the plot is wide, so that none is blurred.
-pub(super) const COLUMNS: usize = 1000;
+pub(super) const PLOT_COLUMNS: usize = 1000;
 
 /// Where the plot begins and ends, and the margin on the left.
-const LEFT: usize = 150;
-const RIGHT: usize = LEFT + COLUMNS;
+const PLOT_LEFT: usize = 150;
+const PLOT_RIGHT: usize = PLOT_LEFT + PLOT_COLUMNS;
 const MARGIN: usize = 16;
 /// The whole picture: room for the sums at the right of the plot.
-const WIDTH: usize = RIGHT + 290;
+const PICTURE_WIDTH: usize = PLOT_RIGHT + 290;
 /// Where the row of the whole disk begins, and how high it is.
-const TOP: usize = 84;
-const DISK: usize = 64;
+const DISK_ROW_TOP: usize = 84;
+const DISK_ROW_HEIGHT: usize = 64;
 /// What the rows of the layers share, and how high each is at the least and at the most.
-const ROOM: usize = 560;
-const LOWEST: usize = 10;
-const HIGHEST: usize = 40;
+const LAYERS_HEIGHT: usize = 560;
+const MIN_ROW_HEIGHT: usize = 10;
+const MAX_ROW_HEIGHT: usize = 40;
 /// The height of a row that provides nothing, if the others are higher.
-const IDLE: usize = 14;
+const IDLE_ROW_HEIGHT: usize = 14;
 /// Below that height of a row its text is small.
-const SMALL: usize = 14;
+const SMALL_ROW_HEIGHT: usize = 14;
 /// What the disk's name has room for, in narrow characters.
-const TITLE: usize = 60;
+const MAX_TITLE_WIDTH: usize = 60;
 /// So few columns that stand alone in a row are drawn wider: one pixel is soon overlooked.
-const FEW: usize = 40;
+const MAX_LONE_COLUMNS: usize = 40;
 /// Steps of the axis: as many labels as fit side by side.
-const STEPS: u64 = 8;
+const MAX_AXIS_STEPS: u64 = 8;
 
 /// Blue and orange differ for every kind of eyes, and from both backgrounds; what reads as zero
 /// is grey, and hatched where it has no space.
@@ -61,9 +61,9 @@ text{font:13px system-ui,'DejaVu Sans',sans-serif;fill:#24292f}\
 pub(super) fn draw(name: &str, picture: &Picture, rows: &[String]) -> String {
     let is_bare = rows.len() < 2;
     // A base alone is the disk.
-    let layers = if is_bare { Vec::new() } else { places(picture) };
-    let bottom = layers.last().map_or(TOP + DISK + 28, |place| place.y + place.height + 8);
-    let has_second_axis = bottom > TOP + DISK + 400;
+    let layers = if is_bare { Vec::new() } else { row_layouts(picture) };
+    let bottom = layers.last().map_or(DISK_ROW_TOP + DISK_ROW_HEIGHT + 28, |place| place.y + place.height + 8);
+    let has_second_axis = bottom > DISK_ROW_TOP + DISK_ROW_HEIGHT + 400;
     let height = bottom + if has_second_axis { 28 } else { 12 };
     let mut to = String::new();
     head(&mut to, name, picture, height);
@@ -73,7 +73,7 @@ pub(super) fn draw(name: &str, picture: &Picture, rows: &[String]) -> String {
     for (row, place) in layers.iter().enumerate() {
         layer_row(&mut to, picture, row, &rows[row], place);
     }
-    axis(&mut to, picture, TOP + DISK + 18);
+    axis(&mut to, picture, DISK_ROW_TOP + DISK_ROW_HEIGHT + 18);
     if has_second_axis {
         axis(&mut to, picture, bottom + 14);
     }
@@ -82,20 +82,20 @@ pub(super) fn draw(name: &str, picture: &Picture, rows: &[String]) -> String {
 }
 
 /// Where a row is drawn.
-struct Place {
+struct RowLayout {
     y: usize,
     height: usize,
 }
 
 /// Where the layers' rows are drawn: the more there are, the lower is each.
-fn places(picture: &Picture) -> Vec<Place> {
-    let full = (ROOM / picture.rows()).clamp(LOWEST, HIGHEST);
-    let gap = if full < SMALL { 2 } else { 6 };
-    let mut y = TOP + DISK + 34;
+fn row_layouts(picture: &Picture) -> Vec<RowLayout> {
+    let full = (LAYERS_HEIGHT / picture.rows()).clamp(MIN_ROW_HEIGHT, MAX_ROW_HEIGHT);
+    let gap = if full < SMALL_ROW_HEIGHT { 2 } else { 6 };
+    let mut y = DISK_ROW_TOP + DISK_ROW_HEIGHT + 34;
     let place = |row: usize| {
         let is_idle = picture.sums(row).total() == 0;
-        let height = if is_idle { full.min(IDLE) } else { full };
-        let place = Place { y, height };
+        let height = if is_idle { full.min(IDLE_ROW_HEIGHT) } else { full };
+        let place = RowLayout { y, height };
         y += height + gap;
         place
     };
@@ -105,21 +105,21 @@ fn places(picture: &Picture) -> Vec<Place> {
 /// Everything up to the title. (Writing to a `String` cannot fail, here and below.)
 fn head(to: &mut String, name: &str, picture: &Picture, height: usize) {
     let (full, size) = (printable::line(name), format_size(picture.size()));
-    let (name, full) = (escape(&shorten(&full, TITLE)), escape(&full));
+    let (name, full) = (escape_xml(&shorten(&full, MAX_TITLE_WIDTH)), escape_xml(&full));
     let _ = write!(
         to,
-        r##"<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}" role="img">
+        r##"<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {PICTURE_WIDTH} {height}" width="{PICTURE_WIDTH}" height="{height}" role="img">
 <title>{full}, {size}</title>
 <style>{STYLE}</style>
 <defs><pattern id="hole" width="6" height="6" patternUnits="userSpaceOnUse" patternTransform="rotate(45)"><rect class="hb" width="6" height="6"/><path class="hl" d="M1 0v6"/></pattern></defs>
-<rect class="bg" width="{WIDTH}" height="{height}"/>
+<rect class="bg" width="{PICTURE_WIDTH}" height="{height}"/>
 <text class="h" x="{MARGIN}" y="34">{name} <tspan class="m n">{size}</tspan></text>
 "##
     );
     if picture.columns() > 0 {
         let column = picture.column(picture.columns() - 1);
         let column = format_size(column.end - column.start);
-        let x = WIDTH - MARGIN;
+        let x = PICTURE_WIDTH - MARGIN;
         let _ = writeln!(
             to,
             r#"<text class="m" x="{x}" y="34" text-anchor="end">each column is {column} wide and filled by share; even one block leaves a mark</text>"#
@@ -129,7 +129,7 @@ fn head(to: &mut String, name: &str, picture: &Picture, height: usize) {
 
 /// What the colours mean, and how much there is of each.
 fn legend(to: &mut String, picture: &Picture, rows: &[String]) {
-    let whole = picture.whole();
+    let whole = picture.disk_sums();
     let below = rows.last().map_or("base", String::as_str);
     let mut items = vec![("b", format!("{below} data"), whole.base)];
     if rows.len() > 1 {
@@ -138,12 +138,12 @@ fn legend(to: &mut String, picture: &Picture, rows: &[String]) {
     items.push(("z", "zeros, allocated".to_owned(), whole.zero));
     items.push(("hole", "holes".to_owned(), whole.hole));
     for (index, (class, text, len)) in items.into_iter().enumerate() {
-        let x = LEFT + index * 250;
+        let x = PLOT_LEFT + index * 250;
         let fill = match class {
             "hole" => r#"class="f" style="fill:url(#hole)""#.to_owned(),
             class => format!(r#"class="{class}""#),
         };
-        let (text, len) = (escape(&text), format_size(len));
+        let (text, len) = (escape_xml(&text), format_size(len));
         let _ = writeln!(
             to,
             r#"<rect {fill} x="{x}" y="54" width="13" height="13"/><text x="{}" y="65">{text} <tspan class="m">{len}</tspan></text>"#,
@@ -155,15 +155,15 @@ fn legend(to: &mut String, picture: &Picture, rows: &[String]) {
 /// Lines from the axis' marks down through all rows.
 fn grid(to: &mut String, picture: &Picture, bottom: usize) {
     let mut path = String::new();
-    for tick in ticks(picture.size(), STEPS) {
-        let _ = write!(path, "M{:.1} {TOP}V{bottom}", x_of(picture, tick));
+    for tick in ticks(picture.size(), MAX_AXIS_STEPS) {
+        let _ = write!(path, "M{:.1} {DISK_ROW_TOP}V{bottom}", x_of(picture, tick));
     }
     let _ = writeln!(to, r#"<path class="g" d="{path}"/>"#);
 }
 
 /// The labels of the axis, with their feet at `y`.
 fn axis(to: &mut String, picture: &Picture, y: usize) {
-    for tick in ticks(picture.size(), STEPS) {
+    for tick in ticks(picture.size(), MAX_AXIS_STEPS) {
         let (x, label) = (x_of(picture, tick), tick_label(tick));
         let _ = writeln!(
             to,
@@ -174,44 +174,44 @@ fn axis(to: &mut String, picture: &Picture, y: usize) {
 
 /// Where an offset lies on the axis.
 fn x_of(picture: &Picture, offset: u64) -> f64 {
-    let scaled = u128::from(offset) * 1000 * COLUMNS as u128 / u128::from(picture.size().max(1));
-    width(LEFT) + f64::from(u32::try_from(scaled).unwrap_or(u32::MAX)) / 1000.0
+    let scaled = u128::from(offset) * 1000 * PLOT_COLUMNS as u128 / u128::from(picture.size().max(1));
+    pixels_f64(PLOT_LEFT) + f64::from(u32::try_from(scaled).unwrap_or(u32::MAX)) / 1000.0
 }
 
 /// Pixels, to reckon with.
-fn width(len: usize) -> f64 {
+fn pixels_f64(len: usize) -> f64 {
     f64::from(pixels(len))
 }
 
 /// What all layers together show.
 fn disk_row(to: &mut String, picture: &Picture) {
     let edges = |column: usize| {
-        let (cell, range) = (picture.whole_cell(column), picture.column(column));
+        let (cell, range) = (picture.disk_cell(column), picture.column(column));
         let parts = [cell.base, cell.overlay, cell.zero, cell.hole];
-        stack(parts, range.end - range.start, pixels(DISK), pixels(DISK / 8))
+        stack_heights(parts, range.end - range.start, pixels(DISK_ROW_HEIGHT), pixels(DISK_ROW_HEIGHT / 8))
     };
-    let y = TOP + DISK / 2 + 5;
+    let y = DISK_ROW_TOP + DISK_ROW_HEIGHT / 2 + 5;
     let _ = writeln!(to, r#"<text x="{MARGIN}" y="{y}" class="t">the disk</text>"#);
-    let place = Place { y: TOP, height: DISK };
+    let place = RowLayout { y: DISK_ROW_TOP, height: DISK_ROW_HEIGHT };
     bars(to, picture, &place, ["b", "o", "z", "hole"], edges);
 }
 
 /// What one layer provides.
-fn layer_row(to: &mut String, picture: &Picture, row: usize, name: &str, place: &Place) {
-    let Place { y, height } = *place;
+fn layer_row(to: &mut String, picture: &Picture, row: usize, name: &str, place: &RowLayout) {
+    let RowLayout { y, height } = *place;
     let edges = |column: usize| {
         let (cell, range) = (picture.cell(row, column), picture.column(column));
         let mark = pixels((height / 6).clamp(2, 8));
-        stack([cell.data, cell.zero, cell.hole], range.end - range.start, pixels(height), mark)
+        stack_heights([cell.data, cell.zero, cell.hole], range.end - range.start, pixels(height), mark)
     };
     let data = if row + 1 == picture.rows() { "b" } else { "o" };
     let sums = picture.sums(row);
-    let (size, drop) = if height < SMALL { (" s", 4) } else { ("", 5) };
+    let (size, drop) = if height < SMALL_ROW_HEIGHT { (" s", 4) } else { ("", 5) };
     let muted = if sums.total() == 0 { "m" } else { "n" };
-    let (y_text, x_sums) = (y + height / 2 + drop, RIGHT + 10);
+    let (y_text, x_sums) = (y + height / 2 + drop, PLOT_RIGHT + 10);
     let full = printable::line(name);
-    let name = escape(&shorten(&full, if height < SMALL { 22 } else { 17 }));
-    let (full, sums) = (escape(&full), sums.show());
+    let name = escape_xml(&shorten(&full, if height < SMALL_ROW_HEIGHT { 22 } else { 17 }));
+    let (full, sums) = (escape_xml(&full), sums.show());
     let _ = writeln!(
         to,
         r#"<g><title>{full}: {sums}</title><text class="{muted}{size}" x="{MARGIN}" y="{y_text}">{name}</text><text class="m e{size}" x="{x_sums}" y="{y_text}">{sums}</text>"#
@@ -224,23 +224,23 @@ fn layer_row(to: &mut String, picture: &Picture, row: usize, name: &str, place: 
 fn bars<const KINDS: usize>(
     to: &mut String,
     picture: &Picture,
-    place: &Place,
+    place: &RowLayout,
     classes: [&str; KINDS],
     edges: impl Fn(usize) -> [u32; KINDS],
 ) {
-    let Place { y, height } = *place;
+    let RowLayout { y, height } = *place;
     let _ = write!(
         to,
-        r#"<rect class="row" x="{LEFT}" y="{y}" width="{COLUMNS}" height="{height}" fill-opacity=".6"/>"#
+        r#"<rect class="row" x="{PLOT_LEFT}" y="{y}" width="{PLOT_COLUMNS}" height="{height}" fill-opacity=".6"/>"#
     );
     let columns: Vec<[u32; KINDS]> = (0..picture.columns()).map(edges).collect();
     // A disk of a few bytes has fewer columns than there are pixels.
     let scale = match picture.columns() {
-        0 | COLUMNS => String::new(),
-        few => format!(" scale({:.6} 1)", width(COLUMNS) / width(few)),
+        0 | PLOT_COLUMNS => String::new(),
+        few => format!(" scale({:.6} 1)", pixels_f64(PLOT_COLUMNS) / pixels_f64(few)),
     };
     let _ =
-        write!(to, r#"<g transform="translate({LEFT} {y}){scale}" shape-rendering="crispEdges">"#);
+        write!(to, r#"<g transform="translate({PLOT_LEFT} {y}){scale}" shape-rendering="crispEdges">"#);
     for kind in (0..KINDS).rev() {
         let below = |edges: &[u32; KINDS]| kind.checked_sub(1).map_or(0, |below| edges[below]);
         if columns.iter().all(|edges| edges[kind] == below(edges)) {
@@ -250,22 +250,22 @@ fn bars<const KINDS: usize>(
             "hole" => r#"fill="url(#hole)""#.to_owned(),
             class => format!(r#"class="{class}""#),
         };
-        let path = steps(height, columns.iter().map(|edges| edges[kind]));
+        let path = area_path(height, columns.iter().map(|edges| edges[kind]));
         let _ = write!(to, r#"<path {fill} d="{path}"/>"#);
     }
     for (kind, class) in classes.iter().enumerate().filter(|(_, class)| **class != "hole") {
-        if let Some(path) = lone(height, &columns, kind) {
+        if let Some(path) = lone_columns_path(height, &columns, kind) {
             let _ = write!(to, r#"<path class="{class}" d="{path}"/>"#);
         }
     }
     let _ = writeln!(
         to,
-        r#"</g><rect class="f" x="{LEFT}" y="{y}" width="{COLUMNS}" height="{height}" stroke-opacity=".6"/>"#
+        r#"</g><rect class="f" x="{PLOT_LEFT}" y="{y}" width="{PLOT_COLUMNS}" height="{height}" stroke-opacity=".6"/>"#
     );
 }
 
 /// The path of an area from the foot of a row up to `edges`, a column each.
-fn steps(height: usize, edges: impl Iterator<Item = u32>) -> String {
+fn area_path(height: usize, edges: impl Iterator<Item = u32>) -> String {
     let mut path = format!("M0 {height}");
     let (mut now, mut run) = (0, 0_usize);
     for edge in edges {
@@ -284,7 +284,7 @@ fn steps(height: usize, edges: impl Iterator<Item = u32>) -> String {
 
 /// The path of the columns that have a kind which their neighbours have not, one column wider on
 /// either side; `None` when there are none, or too many to be overlooked.
-fn lone<const KINDS: usize>(
+fn lone_columns_path<const KINDS: usize>(
     height: usize,
     columns: &[[u32; KINDS]],
     kind: usize,
@@ -294,9 +294,9 @@ fn lone<const KINDS: usize>(
     let is_lone = |at: &usize| {
         len(*at) > 0 && at.checked_sub(1).is_none_or(|left| len(left) == 0) && len(at + 1) == 0
     };
-    let lone: Vec<usize> = (0..columns.len()).filter(is_lone).take(FEW + 1).collect();
+    let lone: Vec<usize> = (0..columns.len()).filter(is_lone).take(MAX_LONE_COLUMNS + 1).collect();
     // As wide as they are, columns of a small disk need no help.
-    if lone.is_empty() || lone.len() > FEW || columns.len() < COLUMNS {
+    if lone.is_empty() || lone.len() > MAX_LONE_COLUMNS || columns.len() < PLOT_COLUMNS {
         return None;
     }
     let mut path = String::new();
@@ -329,7 +329,7 @@ fn shorten(name: &str, room: usize) -> String {
 }
 
 /// `text` as XML has it. It holds no control characters; two others are not allowed in XML.
-fn escape(text: &str) -> String {
+fn escape_xml(text: &str) -> String {
     let mut escaped = String::with_capacity(text.len());
     for c in text.chars() {
         match c {
@@ -346,13 +346,13 @@ fn escape(text: &str) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::super::pieces::{Kind, Piece};
+    use super::super::pieces::{PieceKind, MapPiece};
     use super::*;
 
-    const KINDS: [Kind; 3] = [Kind::Data, Kind::Zero, Kind::Hole];
+    const KINDS: [PieceKind; 3] = [PieceKind::Data, PieceKind::Zero, PieceKind::Hole];
 
-    fn add(picture: &mut Picture, row: usize, start: u64, length: u64, kind: Kind) {
-        picture.add(row, &Piece { start, length, depth: row, kind });
+    fn add(picture: &mut Picture, row: usize, start: u64, length: u64, kind: PieceKind) {
+        picture.add(row, &MapPiece { start, length, depth: row, kind });
     }
 
     fn names(rows: usize) -> Vec<String> {
@@ -385,9 +385,9 @@ mod tests {
 
     #[test]
     fn every_layer_has_a_row_with_its_name_and_sums() {
-        let mut picture = Picture::new(1 << 40, COLUMNS, 3);
-        add(&mut picture, 0, 1 << 30, 4096, Kind::Data);
-        add(&mut picture, 2, 1 << 39, 5 << 30, Kind::Zero);
+        let mut picture = Picture::new(1 << 40, PLOT_COLUMNS, 3);
+        add(&mut picture, 0, 1 << 30, 4096, PieceKind::Data);
+        add(&mut picture, 2, 1 << 39, 5 << 30, PieceKind::Zero);
         let text = draw("vm.img", &picture, &names(3));
         assert_eq!(elements(&text)[0], "svg");
         for part in ["snapshot-1: 4 KiB data", "snapshot-2: nothing", "base: 5 GiB zero", "1 TiB"] {
@@ -398,8 +398,8 @@ mod tests {
 
     #[test]
     fn names_cannot_break_the_picture() {
-        let mut picture = Picture::new(1 << 20, COLUMNS, 2);
-        add(&mut picture, 0, 0, 4096, Kind::Data);
+        let mut picture = Picture::new(1 << 20, PLOT_COLUMNS, 2);
+        add(&mut picture, 0, 0, 4096, PieceKind::Data);
         let evil = "</text><script>&\"'\n\u{1b}\u{FFFF}".to_owned();
         let text = draw(&evil, &picture, &[evil.clone(), "base".to_owned()]);
         let elements = elements(&text);
@@ -416,17 +416,17 @@ mod tests {
     #[test]
     fn disks_without_columns_or_with_few_can_be_drawn() {
         for size in [0, 1, 3, 512, 999, 1000, 1001, u64::from(u32::MAX), i64::MAX.unsigned_abs()] {
-            let mut picture = Picture::new(size, COLUMNS, 2);
-            add(&mut picture, 0, 0, size, Kind::Data);
+            let mut picture = Picture::new(size, PLOT_COLUMNS, 2);
+            add(&mut picture, 0, 0, size, PieceKind::Data);
             elements(&draw("d", &picture, &names(2)));
         }
     }
 
     #[test]
     fn a_block_that_stands_alone_is_drawn_wider() {
-        let mut picture = Picture::new(16 << 40, COLUMNS, 2);
-        add(&mut picture, 1, 0, 16 << 40, Kind::Hole);
-        add(&mut picture, 0, 8 << 40, 4096, Kind::Data);
+        let mut picture = Picture::new(16 << 40, PLOT_COLUMNS, 2);
+        add(&mut picture, 1, 0, 16 << 40, PieceKind::Hole);
+        add(&mut picture, 0, 8 << 40, 4096, PieceKind::Data);
         let text = draw("d", &picture, &names(2));
         assert!(text.contains(r#"<path class="o" d="M499 64H502v-8H499z"/>"#), "{text}");
     }
@@ -435,8 +435,8 @@ mod tests {
     fn the_worst_of_pictures_is_below_1_mib() {
         // All columns of all rows differ from their neighbours in every kind.
         let size = 1 << 40;
-        let mut picture = Picture::new(size, COLUMNS, 65);
-        for column in 0..COLUMNS {
+        let mut picture = Picture::new(size, PLOT_COLUMNS, 65);
+        for column in 0..PLOT_COLUMNS {
             let range = picture.column(column);
             let piece = (range.end - range.start) / 65 / 3;
             for row in 0..65 {

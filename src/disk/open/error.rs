@@ -4,8 +4,8 @@ use std::io;
 use std::path::PathBuf;
 
 use crate::base::BaseError;
-use crate::base::place::PlaceError;
-use crate::disk::WindowsError;
+use crate::base::place::SelfReferenceError;
+use crate::disk::PartitionsError;
 use crate::overlay::stack::StackError;
 
 /// Why a disk cannot be mounted; each is one line for the user.
@@ -16,7 +16,7 @@ pub enum OpenError {
     Base(#[from] BaseError),
     /// A file of it lies where it would wait for itself.
     #[error(transparent)]
-    Place(#[from] PlaceError),
+    SelfReference(#[from] SelfReferenceError),
     /// Its overlay.
     #[error("overlay '{}' {error}", dir.display())]
     Overlay {
@@ -52,7 +52,7 @@ pub enum OpenError {
     /// The files of its overlay, on a file system that has no direct I/O.
     #[error(
         "overlay '{}' cannot be written past the host's cache, its file system has no O_DIRECT ({}): leave out direct, or put it on ext4, XFS or btrfs",
-        dir.display(), crate::host::said(error)
+        dir.display(), crate::host::os_message(error)
     )]
     NoDirect {
         /// The directory of the overlay, or of the files of a temporary one.
@@ -65,7 +65,7 @@ pub enum OpenError {
     Stream(String),
     /// Its partitions.
     #[error(transparent)]
-    Windows(#[from] WindowsError),
+    Partitions(#[from] PartitionsError),
     /// There is nothing to keep.
     #[error("{0}")]
     NothingToKeep(String),
@@ -74,7 +74,7 @@ pub enum OpenError {
 impl OpenError {
     /// The host's errno behind it, if there is one.
     #[must_use]
-    pub fn errno(&self) -> Option<i32> {
+    pub fn os_error(&self) -> Option<i32> {
         match self {
             Self::Overlay { error: StackError::Io { error, .. }, .. }
             | Self::Temporary { error, .. }

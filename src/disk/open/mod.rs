@@ -21,32 +21,32 @@ use uuid::Uuid;
 pub use self::error::OpenError;
 use self::notes::notes_on_base;
 pub(super) use self::notes::notes_on_overlay;
-pub(super) use self::persistent::{READ_ONLY, adopt_owner, in_overlay, new_stack};
-use self::persistent::{open_persistent, settle};
+pub(super) use self::persistent::{READ_ONLY_NOTE, adopt_owner, overlay_error, new_stack};
+use self::persistent::{open_persistent, assemble_persistent};
 pub use self::stored::{clone_stored, create_blank, create_stored, open_stored};
 use super::bottom::Bottom;
-use super::fetch::Hydration;
-use super::life::Life;
-use super::room::Room;
-use super::{Disk, Home, Layers, Owner, Times, Top, mtime_of, now};
+use super::fetch::HydrationState;
+use super::life::History;
+use super::room::SpaceFailures;
+use super::{Disk, OverlayLocation, LayerStack, DiskOwner, Times, Top, mtime_of, coarse_now};
 use crate::base::place;
-use crate::base::{self, Access, BaseLayer, Opening};
+use crate::base::{self, BaseAccess, BaseLayer, BaseOptions};
 use crate::layer::{Layer, Wait};
-use crate::overlay::persist::{self, Place};
+use crate::overlay::persist::{self, OverlayPath};
 use crate::overlay::recover::Recovered;
 use crate::overlay::sealed::Sealed;
-use crate::overlay::shelf::Shelf;
-use crate::overlay::tree::Tree;
-use crate::overlay::{DEFAULT_BLOCK, Overlay, keep};
+use crate::overlay::shelf::LayerCache;
+use crate::overlay::tree::LayerTree;
+use crate::overlay::{DEFAULT_BLOCK_SIZE, Overlay, keep};
 use crate::pool::Pool;
-use crate::spec::{Direct, DiskSpec, Mode, Partitions, Source, format_size};
-use crate::stream::sink::Inherit;
+use crate::spec::{DirectIo, DiskSpec, DiskMode, Partitions, DiskSource, format_size};
+use crate::stream::sink::StdioMode;
 
 /// Threads that describe a disk at a time. Its map is asked for now and then.
-const MAPPERS: usize = 2;
+const MAP_THREADS: usize = 2;
 
 /// What a mount says of all its disks.
-pub struct Setting<'a> {
+pub struct OpenContext<'a> {
     /// Canonical.
     pub mountpoint: &'a Path,
     /// The mount's device number, once it is mounted.
@@ -60,12 +60,12 @@ pub struct Setting<'a> {
     /// Directories below which files may lie that a base names, besides its own.
     pub allow_backing: Vec<PathBuf>,
     /// Whether streams may have the caller's standard input and output.
-    pub stdio: Inherit,
+    pub stdio: StdioMode,
     /// Directories whose file system was looked at already.
-    pub looked_at: Mutex<HashSet<PathBuf>>,
+    pub probed_dirs: Mutex<HashSet<PathBuf>>,
 }
 
-impl Setting<'static> {
+impl OpenContext<'static> {
     /// For a disk that is opened without being mounted, by who runs this.
     #[must_use]
     pub fn unmounted() -> Self {
@@ -76,14 +76,14 @@ impl Setting<'static> {
             gid: rustix::process::getgid().as_raw(),
             force: false,
             allow_backing: Vec::new(),
-            stdio: Inherit::Nothing,
-            looked_at: Mutex::new(HashSet::new()),
+            stdio: StdioMode::Unavailable,
+            probed_dirs: Mutex::new(HashSet::new()),
         }
     }
 }
 
 /// A disk that was opened, and what its user should know.
-pub struct Opened {
+pub struct OpenedDisk {
     /// The disk.
     pub disk: Disk,
     /// What `mount` prints of it, after its name.
@@ -96,13 +96,13 @@ pub struct Opened {
 ///
 /// # Errors
 /// [`OpenError`]; nothing is left behind then.
-pub fn open(spec: &DiskSpec, setting: &Setting<'_>) -> Result<Opened, OpenError> {
-    if let Source::Stream(stream) = &spec.source {
+pub fn open(spec: &DiskSpec, setting: &OpenContext<'_>) -> Result<OpenedDisk, OpenError> {
+    if let DiskSource::Stream(stream) = &spec.source {
         return super::stream::open(spec, stream, setting);
     }
-    let dir = spec.overlay.as_deref().map(|dir| persist::real_place(dir).map_err(in_overlay(dir)));
+    let dir = spec.overlay.as_deref().map(|dir| persist::resolve_overlay_path(dir).map_err(overlay_error(dir)));
     let spec = &DiskSpec { overlay: dir.transpose()?, ..spec.clone() };
-    let place = spec.overlay.as_deref().map(|dir| Place { dir, layers: None });
+    let place = spec.overlay.as_deref().map(|dir| OverlayPath { dir, layers: None });
     let opened = complete(spec, open_layers(spec, place, setting, &Arc::default())?)?;
     if opened.disk.attributes(Wait::No).is_err() {
         // A base of another host: it is waited for now, so that no stat has to later.
@@ -115,7 +115,7 @@ pub fn open(spec: &DiskSpec, setting: &Setting<'_>) -> Result<Opened, OpenError>
 
 /// Has the layers of a disk pass by the host's cache if they are to, and finds the partitions of
 /// one that is to show them.
-fn complete(spec: &DiskSpec, mut opened: Opened) -> Result<Opened, OpenError> {
+fn complete(spec: &DiskSpec, mut opened: OpenedDisk) -> Result<OpenedDisk, OpenError> {
     opened.disk.go_direct().inspect_err(|_| opened.disk.abandon())?;
     if spec.partitions == Partitions::Shown {
         let notes = opened.disk.show_partitions(&spec.name);
@@ -126,18 +126,18 @@ fn complete(spec: &DiskSpec, mut opened: Opened) -> Result<Opened, OpenError> {
 
 fn open_layers(
     spec: &DiskSpec,
-    place: Option<Place<'_>>,
-    setting: &Setting<'_>,
-    shelf: &Arc<Shelf>,
-) -> Result<Opened, OpenError> {
-    if let Source::File(path) = &spec.source {
-        place::refuse_inside(path, setting.mountpoint, setting.mount_dev)?;
+    place: Option<OverlayPath<'_>>,
+    setting: &OpenContext<'_>,
+    shelf: &Arc<LayerCache>,
+) -> Result<OpenedDisk, OpenError> {
+    if let DiskSource::File(path) = &spec.source {
+        place::check_self_reference(path, setting.mountpoint, setting.mount_dev)?;
     }
-    if let Some(Place { dir, .. }) = place {
-        place::refuse_inside(dir, setting.mountpoint, setting.mount_dev)?;
+    if let Some(OverlayPath { dir, .. }) = place {
+        place::check_self_reference(dir, setting.mountpoint, setting.mount_dev)?;
     }
-    let access = if spec.mode == Mode::ReadWrite { Access::Write } else { Access::Read };
-    let how = Opening {
+    let access = if spec.mode == DiskMode::ReadWrite { BaseAccess::Write } else { BaseAccess::Read };
+    let how = BaseOptions {
         format: spec.format,
         part: spec.part,
         access,
@@ -148,45 +148,45 @@ fn open_layers(
     };
     let base = base::open(&spec.source, how)?;
     let bottom = Bottom::of(&base, how);
-    let owner = first_owner(spec, &bottom, setting);
+    let owner = initial_owner(spec, &bottom, setting);
     let mut notes = notes_on_base(&base, setting);
     match (&base.layer, place) {
         (BaseLayer::Writer(layer), _) => {
             let bottom_layer = Arc::clone(layer) as Arc<dyn Layer>;
-            let layers = Layers::new(Top::Base(Arc::clone(layer)), None, Some(bottom_layer));
+            let layers = LayerStack::new(Top::Base(Arc::clone(layer)), None, Some(bottom_layer));
             let path = bottom.path().unwrap_or(Path::new("")).display().to_string();
             let summary = format!("{}, writes go straight to '{path}'", format_size(base.size));
-            let disk = assemble(spec, Uuid::new_v4(), layers, bottom, owner);
-            Ok(Opened { disk, summary, notes })
+            let disk = new_disk(spec, Uuid::new_v4(), layers, bottom, owner);
+            Ok(OpenedDisk { disk, summary, notes })
         }
-        (BaseLayer::Reader(layer), _) if spec.mode == Mode::ReadOnly => {
-            let layers = Layers::new(Top::Nothing, None, Some(Arc::clone(layer)));
-            let disk = assemble(spec, Uuid::new_v4(), layers, bottom, owner);
-            Ok(Opened { disk, summary: format!("{}, read-only", format_size(base.size)), notes })
+        (BaseLayer::Reader(layer), _) if spec.mode == DiskMode::ReadOnly => {
+            let layers = LayerStack::new(Top::Nothing, None, Some(Arc::clone(layer)));
+            let disk = new_disk(spec, Uuid::new_v4(), layers, bottom, owner);
+            Ok(OpenedDisk { disk, summary: format!("{}, read-only", format_size(base.size)), notes })
         }
         (BaseLayer::Reader(layer), None) => {
             let dir = keep::temporary_dir();
             let size = spec.size.unwrap_or(base.size);
-            let block = spec.block.unwrap_or(DEFAULT_BLOCK);
+            let block = spec.block.unwrap_or(DEFAULT_BLOCK_SIZE);
             let limit = size.min(base.size);
             let overlay = keep::temporary(&dir, block, size, limit, spec.limit)
                 .map_err(|error| OpenError::Temporary { dir: dir.clone(), error })?;
             notes.extend(notes_on_overlay(&dir, setting));
-            let layers = stacked(overlay, Vec::new(), layer);
-            let mut disk = assemble(spec, Uuid::new_v4(), layers, bottom, owner);
-            disk.home =
-                Mutex::new(Home::Temporary { tree: Tree::single(Uuid::new_v4(), block), dir });
-            disk.life = Life::new((size, limit), spec.limit);
+            let layers = overlay_layers(overlay, Vec::new(), layer);
+            let mut disk = new_disk(spec, Uuid::new_v4(), layers, bottom, owner);
+            disk.overlay_location =
+                Mutex::new(OverlayLocation::Temporary { tree: LayerTree::single(Uuid::new_v4(), block), dir });
+            disk.history = History::new((size, limit), spec.limit);
             let summary = format!(
                 "{}, temporary overlay: changes end at umount ('cowslip keep' saves them)",
                 format_size(size)
             );
-            Ok(Opened { disk, summary, notes })
+            Ok(OpenedDisk { disk, summary, notes })
         }
-        (BaseLayer::Reader(layer), Some(Place { dir, .. }))
-            if super::reflink::is_meant(spec, dir)? =>
+        (BaseLayer::Reader(layer), Some(OverlayPath { dir, .. }))
+            if super::reflink::uses_reflink(spec, dir)? =>
         {
-            if spec.direct == Direct::On {
+            if spec.direct == DirectIo::On {
                 let why = "is a reflink copy, whose bytes the kernel reads and writes itself: leave out direct";
                 return Err(OpenError::Mismatch { dir: dir.to_owned(), why: why.to_owned() });
             }
@@ -196,41 +196,41 @@ fn open_layers(
             let persistent = open_persistent(spec, place, &base, &bottom, owner, setting, shelf)?;
             notes.extend(notes_on_overlay(place.dir, setting));
             let layer = Arc::clone(layer);
-            Ok(settle(spec, persistent, &layer, bottom, place.dir, notes))
+            Ok(assemble_persistent(spec, persistent, &layer, bottom, place.dir, notes))
         }
     }
 }
 
-fn stacked(overlay: Overlay, below: Vec<Arc<Overlay>>, base: &Arc<dyn Layer>) -> Layers {
-    overlay.stand_on(&below);
+fn overlay_layers(overlay: Overlay, below: Vec<Arc<Overlay>>, base: &Arc<dyn Layer>) -> LayerStack {
+    overlay.set_lower_layers(&below);
     let sealed = Sealed::new(below).map(Arc::new);
-    Layers::new(Top::Overlay(Arc::new(overlay)), sealed, Some(Arc::clone(base)))
+    LayerStack::new(Top::Overlay(Arc::new(overlay)), sealed, Some(Arc::clone(base)))
 }
 
 /// The owner of a disk that was not mounted before: the one who mounts, and readable by whom the
 /// base is readable.
-pub(super) fn first_owner(spec: &DiskSpec, bottom: &Bottom, setting: &Setting<'_>) -> Owner {
+pub(super) fn initial_owner(spec: &DiskSpec, bottom: &Bottom, setting: &OpenContext<'_>) -> DiskOwner {
     // What all files that it is read from allow: a backing file may be more private than its image.
     let modes = bottom.files().map(|file| file.metadata().map_or(0, |found| found.mode()));
     let readable = modes.reduce(|all, mode| all & mode).unwrap_or(0) & 0o044;
-    let perm = if spec.mode == Mode::ReadOnly { 0o400 } else { 0o600 } | readable;
+    let perm = if spec.mode == DiskMode::ReadOnly { 0o400 } else { 0o600 } | readable;
     let perm = u16::try_from(perm).unwrap_or(0o600);
-    Owner {
+    DiskOwner {
         uid: spec.uid.unwrap_or(setting.uid),
         gid: spec.gid.unwrap_or(setting.gid),
         perm: spec.perm.unwrap_or(perm),
     }
 }
 
-pub(super) fn assemble(
+pub(super) fn new_disk(
     spec: &DiskSpec,
     uuid: Uuid,
-    layers: Layers,
+    layers: LayerStack,
     bottom: Bottom,
-    owner: Owner,
+    owner: DiskOwner,
 ) -> Disk {
     let mtime = match (&layers.top, bottom.metadata()) {
-        (Top::Overlay(_), _) | (_, None) => now(),
+        (Top::Overlay(_), _) | (_, None) => coarse_now(),
         (_, Some(found)) => mtime_of(&found),
     };
     let source = match bottom.path() {
@@ -246,36 +246,36 @@ pub(super) fn assemble(
         passthrough: spec.passthrough,
         direct: spec.direct,
         gate: RwLock::new(()),
-        line: Mutex::new(()),
+        gate_queue: Mutex::new(()),
         layers: RwLock::new(Arc::new(layers)),
         owner: Mutex::new(owner),
         times: Times::new(mtime, false, None),
-        readers: AtomicU32::new(0),
-        writers: AtomicU32::new(0),
-        both: AtomicU32::new(0),
-        allocated: Mutex::new(None),
-        stale: false.into(),
-        windows: OnceLock::new(),
-        home: Mutex::new(Home::Nowhere),
-        life: Life::new((0, 0), None),
+        read_opens: AtomicU32::new(0),
+        write_opens: AtomicU32::new(0),
+        read_write_opens: AtomicU32::new(0),
+        allocated_cache: Mutex::new(None),
+        allocated_is_stale: false.into(),
+        partition_files: OnceLock::new(),
+        overlay_location: Mutex::new(OverlayLocation::NoOverlay),
+        history: History::new((0, 0), None),
         copy_up: spec.copy_up,
-        hydration: Hydration::default(),
-        stands_alone: false.into(),
+        hydration: HydrationState::default(),
+        is_detached: false.into(),
         overlay_dir: Mutex::new(None),
-        room: Room::default(),
+        space_failures: SpaceFailures::default(),
         bottom: Mutex::new(Arc::new(bottom)),
         recovered: Recovered::Clean,
         stream: None,
-        pool: Arc::new(Pool::default()),
-        notices: Arc::new(Pool::default()),
-        syncs: Arc::new(Pool::default()),
-        maps: Arc::new(Pool::of(MAPPERS)),
+        io_pool: Arc::new(Pool::default()),
+        notify_pool: Arc::new(Pool::default()),
+        sync_pool: Arc::new(Pool::default()),
+        map_pool: Arc::new(Pool::with_threads(MAP_THREADS)),
         maintaining: false.into(),
-        held: false.into(),
+        in_long_operation: false.into(),
         closed: false.into(),
-        leaving: false.into(),
+        is_retired: false.into(),
         grain,
-        nameless: false.into(),
-        references: 0.into(),
+        is_unlinked: false.into(),
+        lookup_count: 0.into(),
     }
 }

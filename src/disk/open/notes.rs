@@ -2,18 +2,18 @@
 
 use std::path::Path;
 
-use super::Setting;
+use super::OpenContext;
 use crate::base::Base;
 use crate::base::place;
 
 /// What the base's file system cannot do.
-pub(super) fn notes_on_base(base: &Base, setting: &Setting<'_>) -> Vec<String> {
+pub(super) fn notes_on_base(base: &Base, setting: &OpenContext<'_>) -> Vec<String> {
     let (Some(path), Some(file)) = (&base.path, &base.file) else {
         return Vec::new();
     };
     let dir = path.parent().unwrap_or(Path::new("/")).to_owned();
     let is_file = file.metadata().is_ok_and(|found| found.is_file());
-    if !is_file || !setting.looked_at.lock().insert(dir) {
+    if !is_file || !setting.probed_dirs.lock().insert(dir) {
         return Vec::new();
     }
     match place::shows_holes(file) {
@@ -25,12 +25,12 @@ pub(super) fn notes_on_base(base: &Base, setting: &Setting<'_>) -> Vec<String> {
 }
 
 /// What the overlay's file system cannot do.
-pub(in crate::disk) fn notes_on_overlay(dir: &Path, setting: &Setting<'_>) -> Vec<String> {
+pub(in crate::disk) fn notes_on_overlay(dir: &Path, setting: &OpenContext<'_>) -> Vec<String> {
     // The overlay's own directory, with a mark so that a base beside it is looked at as well.
-    if !setting.looked_at.lock().insert(dir.join("overlay")) {
+    if !setting.probed_dirs.lock().insert(dir.join("overlay")) {
         return Vec::new();
     }
-    let Ok(found) = place::abilities(dir) else {
+    let Ok(found) = place::probe_features(dir) else {
         return Vec::new();
     };
     let line = |what| format!("'{}' is on {}: {what}", dir.display(), found.fs.name);

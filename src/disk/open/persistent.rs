@@ -7,29 +7,29 @@ use parking_lot::Mutex;
 use uuid::Uuid;
 
 use super::error::OpenError;
-use super::{Opened, Setting, assemble, stacked};
+use super::{OpenedDisk, OpenContext, new_disk, overlay_layers};
 use crate::base::Base;
-use crate::disk::bottom::{Bottom, Misfit, base_mismatch, check_base};
-use crate::disk::life::Life;
-use crate::disk::{Home, Owner, Times, Top, mtime_of, now};
+use crate::disk::bottom::{Bottom, BaseMismatch, find_mismatch, check_base};
+use crate::disk::life::History;
+use crate::disk::{OverlayLocation, DiskOwner, Times, Top, mtime_of, coarse_now};
 use crate::layer::Layer;
-use crate::overlay::persist::{self, Found, New, Persistent, Place, Residence};
-use crate::overlay::record::{Image, Nanos, Stamp};
+use crate::overlay::persist::{self, LockedOverlay, NewOverlay, OpenedOverlay, OverlayPath, OverlayDir};
+use crate::overlay::record::{LayerMap, Nanos, MtimeOrigin};
 use crate::overlay::recover::Recovered;
-use crate::overlay::shelf::Shelf;
+use crate::overlay::shelf::LayerCache;
 use crate::overlay::stack::{LayerRecord, Stack, StackError, VERSION};
-use crate::overlay::{DEFAULT_BLOCK, LARGEST, Overlay};
-use crate::spec::{DiskSpec, Mode, OverlayKind, format_size};
+use crate::overlay::{DEFAULT_BLOCK_SIZE, MAX_DISK_SIZE, Overlay};
+use crate::spec::{DiskSpec, DiskMode, OverlayKind, format_size};
 
 /// What is to be said of a disk whose overlay takes no changes.
-pub(in crate::disk) const READ_ONLY: &str =
+pub(in crate::disk) const READ_ONLY_NOTE: &str =
     "its overlay is on a read-only file system: the disk can only be read";
 
 /// A new stack of one layer over `bottom`.
 pub(in crate::disk) fn new_stack(
     uuid: Uuid,
     bottom: &Bottom,
-    owner: Owner,
+    owner: DiskOwner,
     block: u32,
 ) -> Result<Stack, OpenError> {
     Ok(Stack {
@@ -39,57 +39,57 @@ pub(in crate::disk) fn new_stack(
         gid: owner.gid,
         perm: owner.perm,
         kind: OverlayKind::Blocks,
-        base: bottom.record()?,
+        base: bottom.to_record()?,
         layers: vec![LayerRecord { uuid: Uuid::new_v4(), block, parent: None }],
         snapshots: Vec::new(),
     })
 }
 
 /// The uuid for a new disk at `place`: in a store its directory is called so.
-pub(super) fn uuid_for(place: Place<'_>) -> Uuid {
+pub(super) fn uuid_for(place: OverlayPath<'_>) -> Uuid {
     let name = place.layers.and_then(|_| place.dir.file_name()?.to_str());
     name.and_then(|name| Uuid::parse_str(name).ok()).unwrap_or_else(Uuid::new_v4)
 }
 
-pub(in crate::disk) fn in_overlay(dir: &Path) -> impl FnOnce(StackError) -> OpenError {
+pub(in crate::disk) fn overlay_error(dir: &Path) -> impl FnOnce(StackError) -> OpenError {
     let dir = dir.to_owned();
     move |error| OpenError::Overlay { dir, error }
 }
 
 pub(super) fn open_persistent(
     spec: &DiskSpec,
-    place: Place<'_>,
+    place: OverlayPath<'_>,
     base: &Base,
     bottom: &Bottom,
-    owner: Owner,
-    setting: &Setting<'_>,
-    shelf: &Shelf,
-) -> Result<Persistent, OpenError> {
+    owner: DiskOwner,
+    setting: &OpenContext<'_>,
+    shelf: &LayerCache,
+) -> Result<OpenedOverlay, OpenError> {
     let dir = place.dir;
-    if !persist::exists(dir).map_err(in_overlay(dir))? {
-        let size = spec.size.unwrap_or(base.size).min(LARGEST);
-        let stack = new_stack(uuid_for(place), bottom, owner, spec.block.unwrap_or(DEFAULT_BLOCK))?;
-        let image = &Image::new(size, size.min(base.size));
-        let new = New { stack, image, limit: spec.limit };
-        return persist::create(place, new).map_err(in_overlay(dir));
+    if !persist::exists(dir).map_err(overlay_error(dir))? {
+        let size = spec.size.unwrap_or(base.size).min(MAX_DISK_SIZE);
+        let stack = new_stack(uuid_for(place), bottom, owner, spec.block.unwrap_or(DEFAULT_BLOCK_SIZE))?;
+        let image = &LayerMap::new(size, size.min(base.size));
+        let new = NewOverlay { stack, map: image, limit: spec.limit };
+        return persist::create(place, new).map_err(overlay_error(dir));
     }
-    let found = persist::find(place).map_err(in_overlay(dir))?;
+    let found = persist::lock_overlay(place).map_err(overlay_error(dir))?;
     let mismatch = |why| Err(OpenError::Mismatch { dir: dir.to_owned(), why });
     if let Some(why) = block_mismatch(spec, &found) {
         return mismatch(why);
     }
     // What it was is no more and what it will be not yet: the commit has to be finished.
-    let is_changed = matches!(base_mismatch(&found.stack.base, bottom)?, Some(Misfit::Changed(_)));
+    let is_changed = matches!(find_mismatch(&found.stack.base, bottom)?, Some(BaseMismatch::Changed(_)));
     if !is_changed
-        || !bottom.is_file_of(&found.stack.base)?
-        || !found.is_committing().map_err(in_overlay(dir))?
+        || !bottom.is_recorded_file(&found.stack.base)?
+        || !found.is_committing().map_err(overlay_error(dir))?
     {
         check_base(dir, &found.stack.base, bottom, setting)?;
     }
     if place.layers.is_none() {
-        found.sweep();
+        found.remove_all_unused();
     }
-    let mut persistent = found.open(spec.limit, shelf).map_err(in_overlay(dir))?;
+    let mut persistent = found.open(spec.limit, shelf).map_err(overlay_error(dir))?;
     let size = persistent.overlay.size();
     if let Some(wanted) = spec.size.filter(|wanted| *wanted != size) {
         let (has, wanted) = (format_size(size), format_size(wanted));
@@ -97,40 +97,40 @@ pub(super) fn open_persistent(
             "presents {has}, not {wanted}: leave out size= and use truncate on the mounted file"
         ));
     }
-    adopt_owner(spec, &mut persistent.home).map_err(in_overlay(dir))?;
+    adopt_owner(spec, &mut persistent.dir).map_err(overlay_error(dir))?;
     Ok(persistent)
 }
 
 /// What the spec says of the owner overrules what was kept, and is kept from now on.
 pub(in crate::disk) fn adopt_owner(
     spec: &DiskSpec,
-    home: &mut Residence,
+    home: &mut OverlayDir,
 ) -> Result<(), StackError> {
     let mut stack = home.stack.clone();
     stack.uid = spec.uid.unwrap_or(stack.uid);
     stack.gid = spec.gid.unwrap_or(stack.gid);
     stack.perm = spec.perm.unwrap_or(stack.perm);
-    if stack == home.stack { Ok(()) } else { home.replace(stack) }
+    if stack == home.stack { Ok(()) } else { home.replace_stack(stack) }
 }
 
-fn block_mismatch(spec: &DiskSpec, found: &Found) -> Option<String> {
-    let wanted = spec.block.filter(|wanted| *wanted != found.block())?;
-    let (has, wanted) = (format_size(found.block().into()), format_size(wanted.into()));
+fn block_mismatch(spec: &DiskSpec, found: &LockedOverlay) -> Option<String> {
+    let wanted = spec.block.filter(|wanted| *wanted != found.block_size())?;
+    let (has, wanted) = (format_size(found.block_size().into()), format_size(wanted.into()));
     Some(format!("has blocks of {has}, not {wanted}: leave out block=, it is fixed at creation"))
 }
 
 /// A disk over a persistent overlay, with the attributes that the overlay kept.
-pub(super) fn settle(
+pub(super) fn assemble_persistent(
     spec: &DiskSpec,
-    persistent: Persistent,
+    persistent: OpenedOverlay,
     base: &Arc<dyn Layer>,
     bottom: Bottom,
     dir: &Path,
     mut notes: Vec<String>,
-) -> Opened {
-    let Persistent { overlay, below, aside, recovered, home } = persistent;
+) -> OpenedDisk {
+    let OpenedOverlay { overlay, below, snapshot_layers: aside, recovered, dir: home } = persistent;
     let stack = &home.stack;
-    let owner = Owner { uid: stack.uid, gid: stack.gid, perm: stack.perm };
+    let owner = DiskOwner { uid: stack.uid, gid: stack.gid, perm: stack.perm };
     let (mtime, chosen) = last_mtime(&overlay, recovered);
     let recorded = overlay.mtime().map(|(mtime, _)| mtime);
     // Exact for one layer; of several the most it can be, for finding out more takes time.
@@ -153,14 +153,14 @@ pub(super) fn settle(
     }
     let is_read_only = overlay.is_read_only();
     if is_read_only {
-        notes.push(READ_ONLY.to_owned());
+        notes.push(READ_ONLY_NOTE.to_owned());
     }
     let chain = stack.tree().live();
     let uuid = stack.uuid;
-    let layers = stacked(overlay, below.clone(), base);
+    let layers = overlay_layers(overlay, below.clone(), base);
     if let Top::Overlay(top) = &layers.top {
         let aside = aside.iter().map(|(_, layer)| Arc::clone(layer));
-        top.stand_on(&below.iter().cloned().chain(aside).collect::<Vec<_>>());
+        top.set_lower_layers(&below.iter().cloned().chain(aside).collect::<Vec<_>>());
     }
     let size = spec.size.unwrap_or(base.size());
     if layers.top.is_committing() {
@@ -169,30 +169,30 @@ pub(super) fn settle(
                 .to_owned(),
         );
     }
-    let mut disk = assemble(spec, uuid, layers, bottom, owner);
-    disk.life = Life::new((size, size.min(base.size())), spec.limit);
-    disk.life.locking = Some(spec.locking);
-    disk.life.note(&chain, &below, aside);
+    let mut disk = new_disk(spec, uuid, layers, bottom, owner);
+    disk.history = History::new((size, size.min(base.size())), spec.limit);
+    disk.history.locking = Some(spec.locking);
+    disk.history.set_sealed(&chain, &below, aside);
     disk.times = Times::new(mtime, chosen, recorded);
     disk.recovered = recovered;
     if is_read_only {
-        disk.mode = Mode::ReadOnly;
+        disk.mode = DiskMode::ReadOnly;
     }
-    disk.home = Mutex::new(Home::Kept(home));
-    disk.overlay_dir = Mutex::new(Some(super::super::residing::Residing::at(dir)));
-    Opened { disk, summary, notes }
+    disk.overlay_location = Mutex::new(OverlayLocation::Persistent(home));
+    disk.overlay_dir = Mutex::new(Some(super::super::residing::OverlayDirId::at(dir)));
+    OpenedDisk { disk, summary, notes }
 }
 
 /// The modification time to go on with. After a crash the data file may know a later write than
 /// the log does.
 fn last_mtime(overlay: &Overlay, recovered: Recovered) -> (Nanos, bool) {
     let Some((mtime, stamp)) = overlay.mtime() else {
-        return (now(), false);
+        return (coarse_now(), false);
     };
-    let data = overlay.first_file().and_then(|file| file.metadata().ok());
+    let data = overlay.data_file().and_then(|file| file.metadata().ok());
     match (stamp, recovered, data) {
-        (Stamp::Chosen, ..) => (mtime, true),
-        (Stamp::Written, Recovered::All, Some(found)) => (mtime.max(mtime_of(&found)), false),
-        (Stamp::Written, ..) => (mtime, false),
+        (MtimeOrigin::SetByUser, ..) => (mtime, true),
+        (MtimeOrigin::Written, Recovered::All, Some(found)) => (mtime.max(mtime_of(&found)), false),
+        (MtimeOrigin::Written, ..) => (mtime, false),
     }
 }

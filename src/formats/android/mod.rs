@@ -14,11 +14,11 @@
 //! block to the last. Source: AOSP, libsparse/sparse_format.h.
 //!
 //! The header has the number of chunks, so it can only be written once all runs are known: a
-//! [`Plan`] counts them beforehand.
+//! [`AndroidPlan`] counts them beforehand.
 //!
 //! DONT_CARE is not zero: the target keeps what it had. A hole that must read as zeros is a FILL
-//! of 0 ([`Content::Zeros`]). Only what is to stay as it is, as what a diff does not change, is
-//! [`Content::DontCare`].
+//! of 0 ([`AndroidContent::Zeros`]). Only what is to stay as it is, as what a diff does not change, is
+//! [`AndroidContent::DontCare`].
 
 mod reader;
 mod writer;
@@ -26,15 +26,15 @@ mod writer;
 use std::io;
 use std::ops::Range;
 
-pub use reader::{Body, Checksums, Decoder, Record};
-pub use writer::{Plan, Totals, Writer};
+pub use reader::{AndroidRecordBody, Checksums, AndroidDecoder, AndroidRecord};
+pub use writer::{AndroidPlan, AndroidTotals, AndroidWriter};
 
 /// The block size that is written, in bytes: the one every Android tool takes.
-pub const BLOCK: u64 = 4096;
+pub const BLOCK_SIZE: u64 = 4096;
 
 const MAGIC: u32 = 0xED26_FF3A;
 const HEADER_LEN: u16 = 28;
-const CHUNK_LEN: u16 = 12;
+const CHUNK_HEADER_LEN: u16 = 12;
 
 const RAW: u16 = 0xCAC1;
 const FILL: u16 = 0xCAC2;
@@ -43,7 +43,7 @@ const CRC32: u16 = 0xCAC4;
 
 /// What a run of an image is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Content {
+pub enum AndroidContent {
     /// The target keeps what it had.
     DontCare,
     /// It reads as zeros afterwards.
@@ -54,11 +54,11 @@ pub enum Content {
 
 /// A run of an image.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Run {
+pub struct AndroidRun {
     /// Where, in bytes.
     pub range: Range<u64>,
     /// What.
-    pub content: Content,
+    pub content: AndroidContent,
 }
 
 /// Joins `runs` to runs of whole blocks that cover all of `0..size` and follow each other.
@@ -69,44 +69,44 @@ pub struct Run {
 ///   returned   |-zeros-|---- data -----|-- don't care -|- data -|-zeros-|
 /// ```
 ///
-/// What no run covers is [`Content::DontCare`]. A block that is not all of one kind is data, so a
+/// What no run covers is [`AndroidContent::DontCare`]. A block that is not all of one kind is data, so a
 /// data run may be longer than what was given: its bytes are read anew, by the range returned.
 ///
 /// # Errors
-/// `InvalidInput`, in one line for the user, when `size` is no multiple of [`BLOCK`] or more than
+/// `InvalidInput`, in one line for the user, when `size` is no multiple of [`BLOCK_SIZE`] or more than
 /// the format can say (16 TiB less a block), when runs are not in rising order, or leave the size.
-pub fn whole_blocks(size: u64, runs: impl IntoIterator<Item = Run>) -> io::Result<Vec<Run>> {
-    check_size(size)?;
-    let mut all = Joined::default();
+pub fn whole_blocks(size: u64, runs: impl IntoIterator<Item = AndroidRun>) -> io::Result<Vec<AndroidRun>> {
+    block_count(size)?;
+    let mut all = JoinedRuns::default();
     let mut end = 0;
-    for Run { range, content } in runs {
+    for AndroidRun { range, content } in runs {
         if range.start < end || range.end > size || range.start > range.end {
-            return Err(refused("the runs are not in order, or leave the disk".to_owned()));
+            return Err(invalid_input("the runs are not in order, or leave the disk".to_owned()));
         }
-        all.push(end..range.start, Content::DontCare);
+        all.push(end..range.start, AndroidContent::DontCare);
         end = range.end;
         all.push(range, content);
     }
-    all.push(end..size, Content::DontCare);
-    let mut blocks = Joined::default();
-    for Run { range, content } in all.0 {
+    all.push(end..size, AndroidContent::DontCare);
+    let mut blocks = JoinedRuns::default();
+    for AndroidRun { range, content } in all.0 {
         // It cannot overflow: the size is a multiple of the block.
-        let (first, last) = (range.start.next_multiple_of(BLOCK), range.end / BLOCK * BLOCK);
-        let shared = |at: u64| at / BLOCK * BLOCK..at.next_multiple_of(BLOCK);
-        blocks.push(shared(range.start), Content::Data);
+        let (first, last) = (range.start.next_multiple_of(BLOCK_SIZE), range.end / BLOCK_SIZE * BLOCK_SIZE);
+        let shared = |at: u64| at / BLOCK_SIZE * BLOCK_SIZE..at.next_multiple_of(BLOCK_SIZE);
+        blocks.push(shared(range.start), AndroidContent::Data);
         blocks.push(first..last, content);
-        blocks.push(shared(range.end), Content::Data);
+        blocks.push(shared(range.end), AndroidContent::Data);
     }
     Ok(blocks.0)
 }
 
 /// Runs that follow each other, those of one kind as one.
 #[derive(Default)]
-struct Joined(Vec<Run>);
+struct JoinedRuns(Vec<AndroidRun>);
 
-impl Joined {
+impl JoinedRuns {
     /// Adds what of `range` lies behind all before it.
-    fn push(&mut self, range: Range<u64>, content: Content) {
+    fn push(&mut self, range: Range<u64>, content: AndroidContent) {
         let reached = self.0.last().map_or(0, |run| run.range.end);
         let range = range.start.max(reached)..range.end;
         if range.is_empty() {
@@ -114,28 +114,28 @@ impl Joined {
         }
         match self.0.last_mut() {
             Some(run) if run.content == content => run.range.end = range.end,
-            _ => self.0.push(Run { range, content }),
+            _ => self.0.push(AndroidRun { range, content }),
         }
     }
 }
 
 /// The number of blocks of a disk of `size` bytes.
-fn check_size(size: u64) -> io::Result<u32> {
-    if !size.is_multiple_of(BLOCK) {
-        let next = size.div_ceil(BLOCK).saturating_mul(BLOCK);
-        return Err(refused(format!(
-            "an Android sparse image has whole blocks of {BLOCK} bytes, and the disk has {size} \
+fn block_count(size: u64) -> io::Result<u32> {
+    if !size.is_multiple_of(BLOCK_SIZE) {
+        let next = size.div_ceil(BLOCK_SIZE).saturating_mul(BLOCK_SIZE);
+        return Err(invalid_input(format!(
+            "an Android sparse image has whole blocks of {BLOCK_SIZE} bytes, and the disk has {size} \
              bytes: mount it with size={next} to export it"
         )));
     }
-    u32::try_from(size / BLOCK).map_err(|_| {
-        refused(format!(
+    u32::try_from(size / BLOCK_SIZE).map_err(|_| {
+        invalid_input(format!(
             "an Android sparse image holds less than 16 TiB, and the disk has {size} bytes"
         ))
     })
 }
 
-fn refused(why: String) -> io::Error {
+fn invalid_input(why: String) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidInput, why)
 }
 
@@ -145,27 +145,27 @@ mod tests {
 
     use super::*;
 
-    fn run(range: Range<u64>, content: Content) -> Run {
-        Run { range, content }
+    fn run(range: Range<u64>, content: AndroidContent) -> AndroidRun {
+        AndroidRun { range, content }
     }
 
     #[test]
     fn a_block_of_more_than_one_kind_is_data() {
         let runs = [
-            run(0..6000, Content::Zeros),
-            run(6000..9000, Content::Data),
-            run(20480..20481, Content::Zeros),
-            run(20481..20482, Content::DontCare),
-            run(24576..30000, Content::Zeros),
-            run(30000..32768, Content::Zeros),
+            run(0..6000, AndroidContent::Zeros),
+            run(6000..9000, AndroidContent::Data),
+            run(20480..20481, AndroidContent::Zeros),
+            run(20481..20482, AndroidContent::DontCare),
+            run(24576..30000, AndroidContent::Zeros),
+            run(30000..32768, AndroidContent::Zeros),
         ];
         let expected = [
-            run(0..4096, Content::Zeros),
-            run(4096..12288, Content::Data),
-            run(12288..20480, Content::DontCare),
+            run(0..4096, AndroidContent::Zeros),
+            run(4096..12288, AndroidContent::Data),
+            run(12288..20480, AndroidContent::DontCare),
             // Zeros would take what is not to be touched with them.
-            run(20480..24576, Content::Data),
-            run(24576..32768, Content::Zeros),
+            run(20480..24576, AndroidContent::Data),
+            run(24576..32768, AndroidContent::Zeros),
         ];
         assert_eq!(whole_blocks(32768, runs).unwrap(), expected);
     }
@@ -181,7 +181,7 @@ mod tests {
 
     #[test]
     fn runs_out_of_order_are_refused() {
-        let zeros = |range| run(range, Content::Zeros);
+        let zeros = |range| run(range, AndroidContent::Zeros);
         assert!(whole_blocks(8192, [zeros(4096..8192), zeros(0..10)]).is_err());
         assert!(whole_blocks(8192, [zeros(4096..8193)]).is_err());
     }
@@ -194,28 +194,28 @@ mod tests {
             let mut runs = Vec::new();
             let mut at = 0;
             for (len, kind) in lens {
-                let content = [Content::DontCare, Content::Zeros, Content::Data][usize::from(kind)];
+                let content = [AndroidContent::DontCare, AndroidContent::Zeros, AndroidContent::Data][usize::from(kind)];
                 runs.push(run(at..at + len, content));
                 at += len;
             }
-            let size = at.next_multiple_of(BLOCK);
+            let size = at.next_multiple_of(BLOCK_SIZE);
             let joined = whole_blocks(size, runs.clone()).unwrap();
             let mut end = 0;
             for pair in joined.windows(2) {
                 prop_assert!(pair[0].content != pair[1].content, "not joined");
             }
-            for Run { range, content } in joined {
+            for AndroidRun { range, content } in joined {
                 prop_assert_eq!(range.start, end);
                 end = range.end;
                 for block in range.step_by(4096) {
                     let mut of_block = runs.iter()
-                        .filter(|run| run.range.start < block + BLOCK && run.range.end > block)
+                        .filter(|run| run.range.start < block + BLOCK_SIZE && run.range.end > block)
                         .map(|run| run.content)
                         // Behind the last of them up to the size.
-                        .chain((block + BLOCK > at).then_some(Content::DontCare));
+                        .chain((block + BLOCK_SIZE > at).then_some(AndroidContent::DontCare));
                     let first = of_block.next().unwrap();
                     let one = of_block.all(|other| other == first);
-                    prop_assert_eq!(if one { first } else { Content::Data }, content);
+                    prop_assert_eq!(if one { first } else { AndroidContent::Data }, content);
                 }
             }
             prop_assert_eq!(end, size);

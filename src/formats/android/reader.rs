@@ -6,10 +6,10 @@
 use std::io::{self, Read};
 use std::ops::Range;
 
-use super::{CHUNK_LEN, CRC32, DONT_CARE, FILL, HEADER_LEN, MAGIC, RAW};
+use super::{CHUNK_HEADER_LEN, CRC32, DONT_CARE, FILL, HEADER_LEN, MAGIC, RAW};
 
 /// 64 KiB: what is read at once of data that nobody wants.
-const SKIP: usize = 64 << 10;
+const SKIP_CHUNK: usize = 64 << 10;
 
 /// Whether the checksum chunks of an image are held against its content.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -24,10 +24,10 @@ pub enum Checksums {
 
 /// A record of an image. Ranges are bytes of the disk, in order, and leave no gap.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Record {
+pub enum AndroidRecord {
     /// The size of the disk in bytes; it comes first.
     Size(u64),
-    /// The bytes of this range come next: [`Decoder::body`] has them.
+    /// The bytes of this range come next: [`AndroidDecoder::body`] has them.
     Data(Range<u64>),
     /// These four bytes, repeated.
     Fill(Range<u64>, [u8; 4]),
@@ -39,62 +39,62 @@ pub enum Record {
 
 /// Reads the records of an image.
 #[derive(Debug)]
-pub struct Decoder<R> {
+pub struct AndroidDecoder<R> {
     input: R,
-    block: u32,
+    block_size: u32,
     /// In bytes.
     size: u64,
     chunks_left: u32,
     /// Bytes of each chunk's header beyond those that are known.
-    extra: u16,
+    extra_header_len: u16,
     position: u64,
     /// Bytes of the data record at hand that were not read.
     unread: u64,
-    is_size_told: bool,
+    is_size_returned: bool,
     /// Of everything so far, where it is wanted.
-    sum: Option<crc32fast::Hasher>,
+    checksum: Option<crc32fast::Hasher>,
 }
 
 /// The bytes of a data record.
 #[derive(Debug)]
-pub struct Body<'a, R>(&'a mut Decoder<R>);
+pub struct AndroidRecordBody<'a, R>(&'a mut AndroidDecoder<R>);
 
-impl<R: Read> Decoder<R> {
+impl<R: Read> AndroidDecoder<R> {
     /// Reads the header.
     ///
     /// # Errors
     /// `InvalidData` when it is no Android sparse image of version 1, or contradicts itself;
     /// `UnexpectedEof`; `input`'s own.
     pub fn new(mut input: R, checksums: Checksums) -> io::Result<Self> {
-        let header: [u8; HEADER_LEN as usize] = bytes(&mut input)?;
-        if long(&header, 0) != MAGIC {
-            return Err(invalid("it is no Android sparse image"));
+        let header: [u8; HEADER_LEN as usize] = read_array(&mut input)?;
+        if u32_at(&header, 0) != MAGIC {
+            return Err(invalid_data("it is no Android sparse image"));
         }
-        if short(&header, 4) != 1 {
-            return Err(invalid("it is an Android sparse image of an unknown version"));
+        if u16_at(&header, 4) != 1 {
+            return Err(invalid_data("it is an Android sparse image of an unknown version"));
         }
-        let missing = || invalid("the headers of the Android sparse image are too short");
-        let more = short(&header, 8).checked_sub(HEADER_LEN).ok_or_else(missing)?;
-        let extra = short(&header, 10).checked_sub(CHUNK_LEN).ok_or_else(missing)?;
-        let (block, blocks) = (long(&header, 12), long(&header, 16));
+        let missing = || invalid_data("the headers of the Android sparse image are too short");
+        let more = u16_at(&header, 8).checked_sub(HEADER_LEN).ok_or_else(missing)?;
+        let extra = u16_at(&header, 10).checked_sub(CHUNK_HEADER_LEN).ok_or_else(missing)?;
+        let (block, blocks) = (u32_at(&header, 12), u32_at(&header, 16));
         if block == 0 || !block.is_multiple_of(4) {
-            return Err(invalid("the block size of the Android sparse image is no multiple of 4"));
+            return Err(invalid_data("the block size of the Android sparse image is no multiple of 4"));
         }
         let size = u64::from(block) * u64::from(blocks);
         if i64::try_from(size).is_err() {
-            return Err(invalid("the Android sparse image is larger than any file can be"));
+            return Err(invalid_data("the Android sparse image is larger than any file can be"));
         }
         skip(&mut input, more.into())?;
         Ok(Self {
             input,
-            block,
+            block_size: block,
             size,
-            chunks_left: long(&header, 20),
-            extra,
+            chunks_left: u32_at(&header, 20),
+            extra_header_len: extra,
             position: 0,
             unread: 0,
-            is_size_told: false,
-            sum: (checksums == Checksums::Verify).then(crc32fast::Hasher::new),
+            is_size_returned: false,
+            checksum: (checksums == Checksums::Verify).then(crc32fast::Hasher::new),
         })
     }
 
@@ -103,75 +103,75 @@ impl<R: Read> Decoder<R> {
     /// # Errors
     /// `InvalidData` when a length contradicts the others, a chunk is unknown, or a checksum is
     /// wrong; `UnexpectedEof`; the input's own.
-    pub fn next_record(&mut self) -> io::Result<Record> {
-        if !self.is_size_told {
-            self.is_size_told = true;
-            return Ok(Record::Size(self.size));
+    pub fn next_record(&mut self) -> io::Result<AndroidRecord> {
+        if !self.is_size_returned {
+            self.is_size_returned = true;
+            return Ok(AndroidRecord::Size(self.size));
         }
         self.skip_unread()?;
         while self.chunks_left > 0 {
             self.chunks_left -= 1;
-            if let Some(record) = self.chunk()? {
+            if let Some(record) = self.next_chunk()? {
                 return Ok(record);
             }
         }
         if self.position != self.size {
-            return Err(invalid("the chunks do not reach the end of the Android sparse image"));
+            return Err(invalid_data("the chunks do not reach the end of the Android sparse image"));
         }
-        Ok(Record::End)
+        Ok(AndroidRecord::End)
     }
 
     /// The bytes of the data record at hand.
-    pub fn body(&mut self) -> Body<'_, R> {
-        Body(self)
+    pub fn body(&mut self) -> AndroidRecordBody<'_, R> {
+        AndroidRecordBody(self)
     }
 
     /// The next chunk; `None` for one without blocks.
-    fn chunk(&mut self) -> io::Result<Option<Record>> {
-        let header: [u8; CHUNK_LEN as usize] = bytes(&mut self.input)?;
-        skip(&mut self.input, self.extra.into())?;
-        let len = u64::from(self.block) * u64::from(long(&header, 4));
+    fn next_chunk(&mut self) -> io::Result<Option<AndroidRecord>> {
+        let header: [u8; CHUNK_HEADER_LEN as usize] = read_array(&mut self.input)?;
+        skip(&mut self.input, self.extra_header_len.into())?;
+        let len = u64::from(self.block_size) * u64::from(u32_at(&header, 4));
         let end = self.position.checked_add(len).filter(|end| *end <= self.size);
-        let end = end.ok_or_else(|| invalid("a chunk is past the end of the image"))?;
-        let kind = short(&header, 0);
+        let end = end.ok_or_else(|| invalid_data("a chunk is past the end of the image"))?;
+        let kind = u16_at(&header, 0);
         let body = match kind {
             RAW => len,
             FILL | CRC32 => 4,
             DONT_CARE => 0,
-            _ => return Err(invalid("a chunk of the Android sparse image is unknown")),
+            _ => return Err(invalid_data("a chunk of the Android sparse image is unknown")),
         };
-        let headers = u64::from(CHUNK_LEN) + u64::from(self.extra);
-        if u64::from(long(&header, 8)) != headers + body || (kind == CRC32 && len > 0) {
-            return Err(invalid("a chunk of the Android sparse image has two lengths"));
+        let headers = u64::from(CHUNK_HEADER_LEN) + u64::from(self.extra_header_len);
+        if u64::from(u32_at(&header, 8)) != headers + body || (kind == CRC32 && len > 0) {
+            return Err(invalid_data("a chunk of the Android sparse image has two lengths"));
         }
         let range = self.position..end;
         self.position = end;
         let record = match kind {
             RAW => {
                 self.unread = len;
-                Record::Data(range)
+                AndroidRecord::Data(range)
             }
             FILL => {
-                let value = bytes(&mut self.input)?;
+                let value = read_array(&mut self.input)?;
                 self.add_fill(value, len);
-                Record::Fill(range, value)
+                AndroidRecord::Fill(range, value)
             }
             DONT_CARE => {
                 self.add_fill([0; 4], len);
-                Record::DontCare(range)
+                AndroidRecord::DontCare(range)
             }
             _ => {
-                let expected = u32::from_le_bytes(bytes(&mut self.input)?);
-                return self.check_sum(expected).map(|()| None);
+                let expected = u32::from_le_bytes(read_array(&mut self.input)?);
+                return self.verify_checksum(expected).map(|()| None);
             }
         };
         Ok((len > 0).then_some(record))
     }
 
-    fn check_sum(&self, expected: u32) -> io::Result<()> {
-        match &self.sum {
+    fn verify_checksum(&self, expected: u32) -> io::Result<()> {
+        match &self.checksum {
             Some(sum) if sum.clone().finalize() != expected => {
-                Err(invalid("a checksum of the Android sparse image is wrong: it is damaged"))
+                Err(invalid_data("a checksum of the Android sparse image is wrong: it is damaged"))
             }
             _ => Ok(()),
         }
@@ -180,7 +180,7 @@ impl<R: Read> Decoder<R> {
     /// Takes `len` bytes of a pattern into the checksum, in as many steps as `len` has bits: an
     /// image of some bytes can have terabytes of it.
     fn add_fill(&mut self, value: [u8; 4], len: u64) {
-        let Some(sum) = &mut self.sum else {
+        let Some(sum) = &mut self.checksum else {
             return;
         };
         let mut twice = crc32fast::Hasher::new();
@@ -196,7 +196,7 @@ impl<R: Read> Decoder<R> {
     }
 
     fn skip_unread(&mut self) -> io::Result<()> {
-        let mut unwanted = vec![0; if self.unread > 0 { SKIP } else { 0 }];
+        let mut unwanted = vec![0; if self.unread > 0 { SKIP_CHUNK } else { 0 }];
         while self.unread > 0 {
             if self.body().read(&mut unwanted)? == 0 {
                 return Err(io::ErrorKind::UnexpectedEof.into());
@@ -206,7 +206,7 @@ impl<R: Read> Decoder<R> {
     }
 }
 
-impl<R: Read> Read for Body<'_, R> {
+impl<R: Read> Read for AndroidRecordBody<'_, R> {
     /// Ends with the record; an input that ends before it is `UnexpectedEof`.
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
         let decoder = &mut *self.0;
@@ -219,22 +219,22 @@ impl<R: Read> Read for Body<'_, R> {
             return Err(io::ErrorKind::UnexpectedEof.into());
         }
         decoder.unread -= len as u64;
-        if let Some(sum) = &mut decoder.sum {
+        if let Some(sum) = &mut decoder.checksum {
             sum.update(&buf[..len]);
         }
         Ok(len)
     }
 }
 
-fn short(header: &[u8], at: usize) -> u16 {
+fn u16_at(header: &[u8], at: usize) -> u16 {
     u16::from_le_bytes([header[at], header[at + 1]])
 }
 
-fn long(header: &[u8], at: usize) -> u32 {
+fn u32_at(header: &[u8], at: usize) -> u32 {
     u32::from_le_bytes([header[at], header[at + 1], header[at + 2], header[at + 3]])
 }
 
-fn bytes<const N: usize>(input: &mut impl Read) -> io::Result<[u8; N]> {
+fn read_array<const N: usize>(input: &mut impl Read) -> io::Result<[u8; N]> {
     let mut bytes = [0; N];
     input.read_exact(&mut bytes)?;
     Ok(bytes)
@@ -245,7 +245,7 @@ fn skip(input: &mut impl Read, len: u64) -> io::Result<()> {
     if skipped < len { Err(io::ErrorKind::UnexpectedEof.into()) } else { Ok(()) }
 }
 
-fn invalid(why: &'static str) -> io::Error {
+fn invalid_data(why: &'static str) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, why)
 }
 
@@ -254,7 +254,7 @@ mod tests {
 
     use proptest::prelude::*;
 
-    use super::super::{BLOCK, Content, Plan, Run, Writer};
+    use super::super::{BLOCK_SIZE, AndroidContent, AndroidPlan, AndroidRun, AndroidWriter};
     use super::*;
 
     /// An image made by hand: the header's lengths, the block size, and chunks.
@@ -280,14 +280,14 @@ mod tests {
         bytes
     }
 
-    fn decode(wire: &[u8], checksums: Checksums) -> io::Result<Vec<(Record, Vec<u8>)>> {
-        let mut decoder = Decoder::new(wire, checksums)?;
+    fn decode(wire: &[u8], checksums: Checksums) -> io::Result<Vec<(AndroidRecord, Vec<u8>)>> {
+        let mut decoder = AndroidDecoder::new(wire, checksums)?;
         let mut records = Vec::new();
         loop {
             let record = decoder.next_record()?;
             let mut bytes = Vec::new();
             decoder.body().read_to_end(&mut bytes)?;
-            let is_last = record == Record::End;
+            let is_last = record == AndroidRecord::End;
             records.push((record, bytes));
             if is_last {
                 return Ok(records);
@@ -304,8 +304,8 @@ mod tests {
         let raw = [&chunk(RAW, 1, 24, b"####")[..], b"12345678"].concat();
         let wire = image([40, 16], 8, 1, &[&raw]);
         let records = decode(&wire, Checksums::Skip).unwrap();
-        assert_eq!(records[1], (Record::Data(0..8), b"12345678".to_vec()));
-        assert_eq!(records[2].0, Record::End);
+        assert_eq!(records[1], (AndroidRecord::Data(0..8), b"12345678".to_vec()));
+        assert_eq!(records[2].0, AndroidRecord::End);
     }
 
     #[test]
@@ -319,9 +319,9 @@ mod tests {
                 20,
                 &[&chunk(RAW, 20, 12 + 4096 * 20, &data), &chunk(CRC32, 0, 16, &sum.to_le_bytes())],
             );
-            let mut decoder = Decoder::new(&wire[..], Checksums::Verify).unwrap();
+            let mut decoder = AndroidDecoder::new(&wire[..], Checksums::Verify).unwrap();
             decoder.next_record().unwrap();
-            assert_eq!(decoder.next_record().unwrap(), Record::Data(0..4096 * 20));
+            assert_eq!(decoder.next_record().unwrap(), AndroidRecord::Data(0..4096 * 20));
             assert_eq!(decoder.next_record().is_ok(), fine);
             decode(&wire, Checksums::Skip).unwrap();
         }
@@ -416,27 +416,27 @@ mod tests {
             lens in prop::collection::vec((1..5u64, 0..3u8, any::<u8>()), 0..20),
             piece in 1..9000usize,
         ) {
-            let mut runs = Vec::<Run>::new();
+            let mut runs = Vec::<AndroidRun>::new();
             let mut image = Vec::new();
             for (blocks, kind, byte) in lens {
-                let content = [Content::DontCare, Content::Zeros, Content::Data][usize::from(kind)];
+                let content = [AndroidContent::DontCare, AndroidContent::Zeros, AndroidContent::Data][usize::from(kind)];
                 let start = image.len() as u64;
-                let end = start + blocks * BLOCK;
-                let byte = if content == Content::Data { byte } else { 0 };
+                let end = start + blocks * BLOCK_SIZE;
+                let byte = if content == AndroidContent::Data { byte } else { 0 };
                 image.resize(usize::try_from(end).unwrap(), byte);
-                runs.push(Run { range: start..end, content });
+                runs.push(AndroidRun { range: start..end, content });
             }
             let size = image.len() as u64;
             let runs = super::super::whole_blocks(size, runs).unwrap();
-            let plan = Plan::new(size, &runs).unwrap();
-            let mut writer = Writer::new(Vec::new(), plan).unwrap();
+            let plan = AndroidPlan::new(size, &runs).unwrap();
+            let mut writer = AndroidWriter::new(Vec::new(), plan).unwrap();
             for run in &runs {
-                writer.run(run).unwrap();
-                if run.content == Content::Data {
+                writer.start_run(run).unwrap();
+                if run.content == AndroidContent::Data {
                     let range = usize::try_from(run.range.start).unwrap()
                         ..usize::try_from(run.range.end).unwrap();
                     for bytes in image[range].chunks(piece) {
-                        writer.bytes(bytes).unwrap();
+                        writer.write_bytes(bytes).unwrap();
                     }
                 }
             }
@@ -444,16 +444,16 @@ mod tests {
             prop_assert_eq!(totals.len, wire.len() as u64);
 
             let records = decode(&wire, Checksums::Verify).unwrap();
-            prop_assert_eq!(&records[0].0, &Record::Size(size));
+            prop_assert_eq!(&records[0].0, &AndroidRecord::Size(size));
             prop_assert_eq!(records.len(), runs.len() + 2);
             for (run, (record, bytes)) in runs.iter().zip(&records[1..]) {
                 let range = run.range.clone();
                 match run.content {
-                    Content::DontCare => prop_assert_eq!(record, &Record::DontCare(range)),
-                    Content::Zeros => prop_assert_eq!(record, &Record::Fill(range, [0; 4])),
-                    Content::Data => {
+                    AndroidContent::DontCare => prop_assert_eq!(record, &AndroidRecord::DontCare(range)),
+                    AndroidContent::Zeros => prop_assert_eq!(record, &AndroidRecord::Fill(range, [0; 4])),
+                    AndroidContent::Data => {
                         let at = usize::try_from(range.start).unwrap();
-                        prop_assert_eq!(record, &Record::Data(range));
+                        prop_assert_eq!(record, &AndroidRecord::Data(range));
                         prop_assert_eq!(&image[at..at + bytes.len()], &bytes[..]);
                     }
                 }

@@ -17,10 +17,10 @@ pub enum MountError {
     },
     /// `/dev/fuse` is root's alone, and the helper opens it as the user.
     #[error("users may not open /dev/fuse: chmod 666 /dev/fuse as root, or mount as root")]
-    DeviceIsRoots,
+    DeviceRootOnly,
     /// A user without the set-uid helper.
     #[error("not root and no fusermount3: install the package fuse3")]
-    NoHelper,
+    NoFusermount,
     /// `allow_other` asked for by a user whom the host does not let.
     #[error(
         "allow_other is not permitted: \
@@ -55,7 +55,7 @@ pub enum MountError {
     /// A live cowslip is mounted there.
     #[error("'{}' is already a cowslip mount: name another, or cowslip umount it first",
         .0.display())]
-    Already(PathBuf),
+    AlreadyMounted(PathBuf),
     /// A dead mount that is not ours to clear.
     #[error("'{path}' is a dead {fstype} mount: unmount it with umount -l '{path}'",
         path = .mountpoint.display())]
@@ -68,7 +68,7 @@ pub enum MountError {
     /// A dead cowslip mount that does not go away.
     #[error("cannot clear the dead cowslip mount on '{path}': {error}: run umount -l '{path}' \
          as root", path = .mountpoint.display())]
-    Clear {
+    ClearDead {
         /// Where it is.
         mountpoint: PathBuf,
         /// What the kernel said.
@@ -76,7 +76,7 @@ pub enum MountError {
     },
     /// The mountpoint cannot be looked at.
     #[error("cannot look at mountpoint '{}': {error}", .mountpoint.display())]
-    Look {
+    Inspect {
         /// The mountpoint.
         mountpoint: PathBuf,
         /// What the host said.

@@ -9,7 +9,7 @@
 //!
 //! A question about a mount never waits for it. Where a path lies is `mountinfo`'s to say, and
 //! its answers are re-exported here; the one call that must ask the mount itself,
-//! [`condition`], has a bound.
+//! [`mount_health`], has a bound.
 
 mod condition;
 mod error;
@@ -28,21 +28,21 @@ use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 use rustix::mount::MountFlags;
 
-pub use self::condition::{Condition, condition};
+pub use self::condition::{MountHealth, mount_health};
 pub use self::error::MountError;
-pub use self::held::Held;
-use self::helper::mount_by_helper;
-pub use self::prepare::{Contents, Prepared, prepare_mountpoint};
-pub use self::unmount::Unmount;
+pub use self::held::MountHandle;
+use self::helper::mount_by_fusermount;
+pub use self::prepare::{AllowedContents, PreparedMountpoint, prepare_mountpoint};
+pub use self::unmount::UnmountMode;
 pub use super::mountinfo::{
-    Enclosed, FSTYPE, MountEntry, cowslip_mounts, enclosing, entry_at, mounts, resolve,
+    PathInMount, FSTYPE, MountEntry, cowslip_mounts, enclosing_mount, entry_at, mounts, resolve,
 };
-pub(super) use super::mountinfo::{known_mounts, parse_mountinfo};
+pub(super) use super::mountinfo::{mounts_or_empty, parse_mountinfo};
 
 /// What a mount has unless it is told otherwise: `nosuid,nodev`.
 pub const DEFAULT_FLAGS: MountFlags = MountFlags::NOSUID.union(MountFlags::NODEV);
 
-const DEVICE: &str = "/dev/fuse";
+const FUSE_DEVICE: &str = "/dev/fuse";
 
 /// The longest read in one request, in bytes. A longer one is asked for in parts: several workers
 /// copy at once, and the first part is there while the others are still on their way.
@@ -71,7 +71,7 @@ pub fn with_option(flags: MountFlags, word: &str) -> Option<MountFlags> {
 
 /// Who may use a mount.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Access {
+pub enum MountAccess {
     /// Only the user who mounted it: not even root.
     Owner,
     /// Everybody (`allow_other`), as far as the modes of the files go.
@@ -80,20 +80,20 @@ pub enum Access {
 
 /// What to mount, and where.
 #[derive(Clone, Copy, Debug)]
-pub struct MountRequest<'a> {
-    /// The directory, as [`Prepared::mountpoint`] gives it.
+pub struct MountParams<'a> {
+    /// The directory, as [`PreparedMountpoint::mountpoint`] gives it.
     pub mountpoint: &'a Path,
     /// That directory, open: what the mount goes on, whatever the path leads to by now.
     pub directory: BorrowedFd<'a>,
     /// The first field of mtab, verbatim; an empty one reads `cowslip`.
     pub source: &'a str,
     /// Who may use it.
-    pub access: Access,
+    pub access: MountAccess,
     /// The mount's flags; start from [`DEFAULT_FLAGS`].
     pub flags: MountFlags,
 }
 
-impl MountRequest<'_> {
+impl MountParams<'_> {
     fn source(&self) -> &str {
         if self.source.is_empty() { "cowslip" } else { self.source }
     }
@@ -112,24 +112,24 @@ impl MountRequest<'_> {
 ///
 /// # Errors
 /// Everything [`MountError`] lists from `NoDevice` to `Refused`; nothing is mounted then.
-pub fn mount(req: &MountRequest<'_>) -> Result<OwnedFd, MountError> {
-    if !Path::new(DEVICE).exists() {
+pub fn mount(req: &MountParams<'_>) -> Result<OwnedFd, MountError> {
+    if !Path::new(FUSE_DEVICE).exists() {
         return Err(MountError::NoDevice);
     }
     if !rustix::process::geteuid().is_root() {
-        return mount_by_helper(req);
+        return mount_by_fusermount(req);
     }
-    match mount_by_kernel(req) {
+    match mount_by_syscall(req) {
         Err(MountError::NotPermitted { mountpoint }) => {
             log::debug!("mount(2) is not permitted, trying fusermount3");
-            mount_by_helper(req).map_err(|_| MountError::NotPermitted { mountpoint })
+            mount_by_fusermount(req).map_err(|_| MountError::NotPermitted { mountpoint })
         }
         done => done,
     }
 }
 
-fn mount_by_kernel(req: &MountRequest<'_>) -> Result<OwnedFd, MountError> {
-    let device = rustix::fs::open(DEVICE, OFlags::RDWR | OFlags::CLOEXEC, Mode::empty()).map_err(
+fn mount_by_syscall(req: &MountParams<'_>) -> Result<OwnedFd, MountError> {
+    let device = rustix::fs::open(FUSE_DEVICE, OFlags::RDWR | OFlags::CLOEXEC, Mode::empty()).map_err(
         |error| match error {
             // A container's device rules answer EPERM for a node that is there.
             Errno::NOENT | Errno::PERM | Errno::ACCESS => MountError::NoDevice,
@@ -142,8 +142,8 @@ fn mount_by_kernel(req: &MountRequest<'_>) -> Result<OwnedFd, MountError> {
         rustix::process::getuid().as_raw(),
         rustix::process::getgid().as_raw(),
         match req.access {
-            Access::Owner => "",
-            Access::Everybody => ",allow_other",
+            MountAccess::Owner => "",
+            MountAccess::Everybody => ",allow_other",
         }
     );
     let data = CString::new(data).map_err(|error| req.refused(error.to_string()))?;
@@ -173,18 +173,18 @@ mod testing {
     use std::os::fd::AsFd;
     use std::path::PathBuf;
 
-    pub(super) fn request<'a>(at: &'a Mountpoint, source: &'a str) -> MountRequest<'a> {
-        let (access, flags) = (Access::Owner, DEFAULT_FLAGS);
-        MountRequest { mountpoint: &at.path, directory: at.fd.as_fd(), source, access, flags }
+    pub(super) fn request<'a>(at: &'a TestMountpoint, source: &'a str) -> MountParams<'a> {
+        let (access, flags) = (MountAccess::Owner, DEFAULT_FLAGS);
+        MountParams { mountpoint: &at.path, directory: at.fd.as_fd(), source, access, flags }
     }
 
     /// Unmounts what is at `path` now.
-    pub(super) fn unmount(path: &Path, how: Unmount) -> io::Result<()> {
-        Held::at(path)?.ok_or(Errno::INVAL)?.unmount(how)
+    pub(super) fn unmount(path: &Path, how: UnmountMode) -> io::Result<()> {
+        MountHandle::at(path)?.ok_or(Errno::INVAL)?.unmount(how)
     }
 
     /// A directory that is a clean mountpoint again when the test ends, however it ends.
-    pub(super) struct Mountpoint {
+    pub(super) struct TestMountpoint {
         pub(super) path: PathBuf,
         /// The directory itself, below what is mounted there.
         pub(super) fd: OwnedFd,
@@ -192,7 +192,7 @@ mod testing {
         _dir: tempfile::TempDir,
     }
 
-    impl Mountpoint {
+    impl TestMountpoint {
         pub(super) fn new() -> Self {
             let dir = tempfile::tempdir().unwrap();
             let path = dir.path().canonicalize().unwrap();
@@ -201,16 +201,16 @@ mod testing {
         }
     }
 
-    impl Drop for Mountpoint {
+    impl Drop for TestMountpoint {
         fn drop(&mut self) {
-            while entry_at(&self.path).is_some() && unmount(&self.path, Unmount::Lazy).is_ok() {}
+            while entry_at(&self.path).is_some() && unmount(&self.path, UnmountMode::Lazy).is_ok() {}
         }
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::testing::{Mountpoint, request, unmount};
+    use super::testing::{TestMountpoint, request, unmount};
     use super::*;
     use std::os::fd::AsFd;
 
@@ -224,65 +224,65 @@ mod tests {
 
     #[test]
     fn a_mount_shows_its_type_and_source_and_dies_with_its_connection() {
-        let at = Mountpoint::new();
+        let at = TestMountpoint::new();
         let source = r"/srv/a,b\c d.img";
-        assert_eq!(condition(&at.path), Condition::NotMounted);
+        assert_eq!(mount_health(&at.path), MountHealth::NotMounted);
         let connection = mount(&request(&at, source)).unwrap();
         let entry = entry_at(&at.path).unwrap();
         assert_eq!((entry.fstype.as_str(), entry.source.to_str()), (FSTYPE, Some(source)));
         assert!(cowslip_mounts().contains(&entry));
-        let inside = enclosing(&at.path.join("vm1.img")).unwrap();
+        let inside = enclosing_mount(&at.path.join("vm1.img")).unwrap();
         assert_eq!((inside.mount.dev, inside.inner), (entry.dev, "vm1.img".into()));
         drop(connection);
-        assert_eq!(condition(&at.path), Condition::Dead);
-        unmount(&at.path, Unmount::Plain).unwrap();
-        assert_eq!(condition(&at.path), Condition::NotMounted);
+        assert_eq!(mount_health(&at.path), MountHealth::Dead);
+        unmount(&at.path, UnmountMode::Plain).unwrap();
+        assert_eq!(mount_health(&at.path), MountHealth::NotMounted);
         assert_eq!(
-            unmount(&at.path, Unmount::Plain).unwrap_err().raw_os_error(),
+            unmount(&at.path, UnmountMode::Plain).unwrap_err().raw_os_error(),
             Some(libc::EINVAL)
         );
     }
 
     #[test]
     fn a_mount_goes_on_the_directory_that_was_looked_at_and_not_on_its_path() {
-        let at = Mountpoint::new();
+        let at = TestMountpoint::new();
         let (named, away) = (at.path.join("m"), at.path.join("away"));
         fs::create_dir(&named).unwrap();
-        let prepared = prepare_mountpoint(&named, Contents::None).unwrap();
+        let prepared = prepare_mountpoint(&named, AllowedContents::None).unwrap();
         fs::rename(&named, &away).unwrap();
         fs::create_dir(&named).unwrap();
         let mut request = request(&at, "s");
         (request.mountpoint, request.directory) = (&named, prepared.directory.as_fd());
-        let _connection = mount_by_kernel(&request).unwrap();
+        let _connection = mount_by_syscall(&request).unwrap();
         assert!(entry_at(&named).is_none() && entry_at(&away).is_some());
-        unmount(&away, Unmount::Plain).unwrap();
+        unmount(&away, UnmountMode::Plain).unwrap();
     }
 
     #[test]
     fn a_mount_that_is_held_is_unmounted_wherever_its_directory_is_and_nothing_else() {
-        let at = Mountpoint::new();
+        let at = TestMountpoint::new();
         let (dir, away) = (at.path.join("dir"), at.path.join("away"));
         fs::create_dir_all(dir.join("m")).unwrap();
         let on = |path: &Path| {
             let fd = fs::File::open(path).unwrap();
             let mut request = request(&at, "s");
             (request.mountpoint, request.directory) = (path, fd.as_fd());
-            mount_by_kernel(&request).unwrap()
+            mount_by_syscall(&request).unwrap()
         };
         let _ours = on(&dir.join("m"));
-        let held = Held::at(&dir.join("m")).unwrap().unwrap();
-        assert!(held.is_there());
+        let held = MountHandle::at(&dir.join("m")).unwrap().unwrap();
+        assert!(held.is_mounted());
         fs::rename(&dir, &away).unwrap();
         fs::create_dir_all(dir.join("m")).unwrap();
         let _others = on(&dir.join("m"));
-        held.unmount(Unmount::Lazy).unwrap();
+        held.unmount(UnmountMode::Lazy).unwrap();
         assert!(entry_at(&away.join("m")).is_none() && entry_at(&dir.join("m")).is_some());
-        assert!(!held.is_there());
+        assert!(!held.is_mounted());
         // Another mount at the same place is another mount.
         let _again = on(&away.join("m"));
-        assert_eq!(held.unmount(Unmount::Lazy).unwrap_err().raw_os_error(), Some(libc::EINVAL));
+        assert_eq!(held.unmount(UnmountMode::Lazy).unwrap_err().raw_os_error(), Some(libc::EINVAL));
         for path in [away.join("m"), dir.join("m")] {
-            unmount(&path, Unmount::Lazy).unwrap();
+            unmount(&path, UnmountMode::Lazy).unwrap();
         }
     }
 }

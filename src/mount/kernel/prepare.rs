@@ -7,15 +7,15 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 
-use super::condition::Condition;
+use super::condition::MountHealth;
 use super::error::MountError;
-use super::held::Held;
-use super::unmount::Unmount;
+use super::held::MountHandle;
+use super::unmount::UnmountMode;
 use crate::mount::mountinfo::resolve;
 
 /// Whether a mountpoint may hold files, which the mount will hide.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Contents {
+pub enum AllowedContents {
     /// It must be empty.
     None,
     /// `-o nonempty`.
@@ -24,7 +24,7 @@ pub enum Contents {
 
 /// A mountpoint that is ready to be mounted on.
 #[derive(Debug)]
-pub struct Prepared {
+pub struct PreparedMountpoint {
     /// Absolute and without symlinks: what [`MountEntry::mountpoint`](super::MountEntry::mountpoint) will be.
     pub mountpoint: PathBuf,
     /// The directory, which is what was looked at.
@@ -37,10 +37,10 @@ pub struct Prepared {
 ///
 /// # Errors
 /// Everything [`MountError`] lists from `Missing` on.
-pub fn prepare_mountpoint(path: &Path, contents: Contents) -> Result<Prepared, MountError> {
-    let look = |error| MountError::Look { mountpoint: path.to_owned(), error };
+pub fn prepare_mountpoint(path: &Path, contents: AllowedContents) -> Result<PreparedMountpoint, MountError> {
+    let look = |error| MountError::Inspect { mountpoint: path.to_owned(), error };
     let mountpoint = resolve(path).map_err(look)?;
-    let cleared = clear_dead(&mountpoint)?;
+    let cleared = clear_dead_mounts(&mountpoint)?;
     let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let opened = rustix::fs::open(&mountpoint, flags, Mode::empty());
     let directory = opened.map_err(|error| match error {
@@ -53,30 +53,30 @@ pub fn prepare_mountpoint(path: &Path, contents: Contents) -> Result<Prepared, M
         // Renamed, or a link by now: what was named is not what would be mounted on.
         return Err(look(Errno::STALE.into()));
     }
-    if contents == Contents::None && fs::read_dir(&itself).map_err(look)?.next().is_some() {
+    if contents == AllowedContents::None && fs::read_dir(&itself).map_err(look)?.next().is_some() {
         return Err(MountError::NotEmpty(path.to_owned()));
     }
-    Ok(Prepared { mountpoint, directory, cleared })
+    Ok(PreparedMountpoint { mountpoint, directory, cleared })
 }
 
 /// Unmounts the dead cowslip mounts at `mountpoint`, and gives their number.
-fn clear_dead(mountpoint: &Path) -> Result<usize, MountError> {
+fn clear_dead_mounts(mountpoint: &Path) -> Result<usize, MountError> {
     let mut cleared = 0;
-    let look = |error| MountError::Look { mountpoint: mountpoint.to_owned(), error };
-    while let Some(held) = Held::at(mountpoint).map_err(look)? {
-        match (held.condition(), held.entry().is_cowslip()) {
-            (Condition::Dead, true) => {
-                held.unmount(Unmount::Lazy).map_err(|error| MountError::Clear {
+    let look = |error| MountError::Inspect { mountpoint: mountpoint.to_owned(), error };
+    while let Some(held) = MountHandle::at(mountpoint).map_err(look)? {
+        match (held.health(), held.entry().is_cowslip()) {
+            (MountHealth::Dead, true) => {
+                held.unmount(UnmountMode::Lazy).map_err(|error| MountError::ClearDead {
                     mountpoint: mountpoint.to_owned(),
                     error,
                 })?;
                 cleared += 1;
             }
-            (Condition::Dead, false) => {
+            (MountHealth::Dead, false) => {
                 let (mountpoint, fstype) = (mountpoint.to_owned(), held.entry().fstype.clone());
                 return Err(MountError::ForeignDead { mountpoint, fstype });
             }
-            (_, true) => return Err(MountError::Already(mountpoint.to_owned())),
+            (_, true) => return Err(MountError::AlreadyMounted(mountpoint.to_owned())),
             (_, false) => break,
         }
     }
@@ -86,7 +86,7 @@ fn clear_dead(mountpoint: &Path) -> Result<usize, MountError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::mount::kernel::testing::{Mountpoint, request};
+    use crate::mount::kernel::testing::{TestMountpoint, request};
     use crate::mount::kernel::{entry_at, mount};
 
     #[test]
@@ -97,21 +97,21 @@ mod tests {
             Err(error) => error.to_string().replace(dir.path().to_str().unwrap(), "DIR"),
         };
         assert_eq!(
-            said(&dir.path().join("m"), Contents::None),
+            said(&dir.path().join("m"), AllowedContents::None),
             "mountpoint 'DIR/m' does not exist: create it with mkdir"
         );
-        assert_eq!(said(dir.path(), Contents::None), "0");
+        assert_eq!(said(dir.path(), AllowedContents::None), "0");
         let file = dir.path().join("f");
         fs::write(&file, "x").unwrap();
-        assert!(said(&file, Contents::Any).contains("'DIR/f' is not a directory"));
-        assert!(said(&file.join("m"), Contents::Any).contains("'DIR/f/m' is not a directory"));
-        assert!(said(dir.path(), Contents::None).contains("add -o nonempty"));
-        assert_eq!(said(dir.path(), Contents::Any), "0");
+        assert!(said(&file, AllowedContents::Any).contains("'DIR/f' is not a directory"));
+        assert!(said(&file.join("m"), AllowedContents::Any).contains("'DIR/f/m' is not a directory"));
+        assert!(said(dir.path(), AllowedContents::None).contains("add -o nonempty"));
+        assert_eq!(said(dir.path(), AllowedContents::Any), "0");
     }
 
     #[test]
     fn dead_mounts_are_cleared_however_many_lie_there() {
-        let at = Mountpoint::new();
+        let at = TestMountpoint::new();
         // The helper looks into what lies there, as root, so a user's mounts never lie in a stack.
         let stacked = match rustix::process::geteuid().is_root() {
             true => 3,
@@ -120,17 +120,17 @@ mod tests {
         let connections: Vec<_> =
             (0..stacked).map(|_| mount(&request(&at, "s")).unwrap()).collect();
         drop(connections);
-        let prepared = prepare_mountpoint(&at.path, Contents::None).unwrap();
+        let prepared = prepare_mountpoint(&at.path, AllowedContents::None).unwrap();
         assert_eq!((&prepared.mountpoint, prepared.cleared), (&at.path, stacked));
         assert_eq!(entry_at(&at.path), None);
     }
 
     #[test]
     fn a_mount_that_does_not_answer_counts_as_alive() {
-        let at = Mountpoint::new();
+        let at = TestMountpoint::new();
         let _connection = mount(&request(&at, "s")).unwrap();
         // Refused as one that lives: it is not cleared away.
-        let error = prepare_mountpoint(&at.path, Contents::None).unwrap_err();
-        assert!(matches!(error, MountError::Already(_)), "{error}");
+        let error = prepare_mountpoint(&at.path, AllowedContents::None).unwrap_err();
+        assert!(matches!(error, MountError::AlreadyMounted(_)), "{error}");
     }
 }

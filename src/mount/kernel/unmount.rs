@@ -7,11 +7,11 @@ use std::path::Path;
 use rustix::io::Errno;
 use rustix::mount::UnmountFlags;
 
-use super::helper::{one_line, spawn_helper};
+use super::helper::{error_line, spawn_fusermount};
 
 /// How to unmount.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Unmount {
+pub enum UnmountMode {
     /// Only when nobody uses it, else `EBUSY`.
     Plain,
     /// The name goes at once, the mount when its last user has left.
@@ -22,10 +22,10 @@ pub enum Unmount {
 ///
 /// # Errors
 /// As [`Held::unmount`](super::Held::unmount).
-pub(super) fn unmount_in(directory: &Path, name: &OsStr, how: Unmount) -> io::Result<()> {
+pub(super) fn unmount_in(directory: &Path, name: &OsStr, how: UnmountMode) -> io::Result<()> {
     let flags = match how {
-        Unmount::Plain => UnmountFlags::NOFOLLOW,
-        Unmount::Lazy => UnmountFlags::NOFOLLOW | UnmountFlags::DETACH,
+        UnmountMode::Plain => UnmountFlags::NOFOLLOW,
+        UnmountMode::Lazy => UnmountFlags::NOFOLLOW | UnmountFlags::DETACH,
     };
     if rustix::process::geteuid().is_root() {
         match rustix::mount::unmount(directory.join(name), flags) {
@@ -33,10 +33,10 @@ pub(super) fn unmount_in(directory: &Path, name: &OsStr, how: Unmount) -> io::Re
             done => return Ok(done?),
         }
     }
-    let helper = spawn_helper(|helper| {
+    let helper = spawn_fusermount(|helper| {
         helper.arg(match how {
-            Unmount::Plain => "-u",
-            Unmount::Lazy => "-uz",
+            UnmountMode::Plain => "-u",
+            UnmountMode::Lazy => "-uz",
         });
         // It takes no directory: it looks the name up where it is started.
         helper.arg("--").arg(name).current_dir(directory);
@@ -47,7 +47,7 @@ pub(super) fn unmount_in(directory: &Path, name: &OsStr, how: Unmount) -> io::Re
     };
     match output.status.success() {
         true => Ok(()),
-        false => Err(unmount_error(one_line(&output))),
+        false => Err(unmount_error(error_line(&output))),
     }
 }
 

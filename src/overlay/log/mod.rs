@@ -23,31 +23,31 @@ use parking_lot::Mutex;
 use uuid::Uuid;
 
 use self::scan::for_each_record;
-pub use self::scan::{End, Scan, count_changes, replay, scan};
-use self::writer::Writer;
+pub use self::scan::{LogEnd, LogScan, count_changes, replay, scan};
+use self::writer::LogWriter;
 use super::data::{Create, Storage};
-use super::is_full;
-use super::record::{Image, RECORD_LEN, Record, Tag};
+use super::is_out_of_space;
+use super::record::{LayerMap, RECORD_LEN, LogRecord, BootTag};
 use crate::host;
 
 /// Space is reserved on the host in steps of this many bytes.
-const STEP: u64 = 1 << 20;
+const RESERVE_STEP: u64 = 1 << 20;
 /// Kept back for the records that give space back, so that a full file system can be emptied
 /// again: 2,048 records.
-const RESERVE: u64 = 64 << 10;
+const LOG_RESERVE: u64 = 64 << 10;
 /// The last of the reserve, for the records that a sync and a close need: without them nothing
 /// that was freed could be given back.
-const LAST: u64 = 4 << 10;
+const SYNC_RESERVE: u64 = 4 << 10;
 /// A log below this many records is not worth it at its opening either (8 KiB).
-const WASTE: u64 = 1 << 8;
+const MIN_RECORDS_TO_REWRITE: u64 = 1 << 8;
 /// A log below this many records is never worth reducing while it is in use (2 MiB).
-const SMALL: u64 = 1 << 16;
+const MIN_RECORDS_TO_COMPACT: u64 = 1 << 16;
 /// Records read or written at a time: 1 MiB.
-const BATCH: usize = (1 << 20) / RECORD_LEN;
+const BATCH_RECORDS: usize = (1 << 20) / RECORD_LEN;
 const RECORD_BYTES: u64 = RECORD_LEN as u64;
 
 /// Where a layer's log lives: what can put a new one in place of the old.
-pub trait Home: Send + Sync {
+pub trait LogDir: Send + Sync {
     /// Lets `fill` write a new log, makes it durable and puts it in the place of the old.
     ///
     /// # Errors
@@ -55,7 +55,7 @@ pub trait Home: Send + Sync {
     fn replace_log(
         &self,
         fill: &mut dyn FnMut(&dyn Storage) -> io::Result<()>,
-    ) -> io::Result<Replaced>;
+    ) -> io::Result<ReplacedLog>;
 
     /// The layer's journal; made, durably, when it is not there and `create` says so.
     ///
@@ -65,37 +65,37 @@ pub trait Home: Send + Sync {
 }
 
 /// A new log that is in its place.
-pub struct Replaced {
+pub struct ReplacedLog {
     /// Its file.
     pub file: Arc<dyn Storage>,
     /// Whether its place is durable. If not, a power cut may bring the old log back, which does
     /// not hold what is appended to this one.
-    pub placed: io::Result<()>,
+    pub dir_synced: io::Result<()>,
 }
 
 /// What a record is for when space is short.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Purpose {
+pub enum ReserveUse {
     /// It leads to more space being used: refused before the reserve is touched.
-    Grow,
+    Keep,
     /// It gives space back: may use the reserve but for its last part.
-    Relieve,
+    Partial,
     /// It vouches for others, or marks the log itself: may use all there is.
-    Settle,
+    Full,
 }
 
 /// The log of a layer that is open for writing.
 pub struct Log {
     uuid: Uuid,
-    block: u64,
-    home: Arc<dyn Home>,
-    tail: Mutex<Tail>,
+    block_size: u64,
+    dir: Arc<dyn LogDir>,
+    tail: Mutex<LogTail>,
     /// The `upto` of the last durable `Vouch`.
     vouched: AtomicU64,
 }
 
 /// Where the next record goes. Its lock is held for one small write.
-struct Tail {
+struct LogTail {
     file: Arc<dyn Storage>,
     /// The sequence of the record at offset 0.
     first: u64,
@@ -104,33 +104,33 @@ struct Tail {
     /// Bytes of the file for which the host holds space.
     reserved: u64,
     /// Reduce the log once it holds this many records.
-    reduce_at: u64,
+    compact_at: u64,
     /// The errno for every sync, once the file's place in its directory could not be made durable.
-    misplaced: Option<i32>,
+    dir_sync_error: Option<i32>,
 }
 
-impl Tail {
+impl LogTail {
     fn end(&self) -> u64 {
         (self.next - self.first) * RECORD_BYTES
     }
 
     /// Sees to it that `len` more bytes will find space.
-    fn reserve(&mut self, len: u64, purpose: Purpose) -> io::Result<()> {
+    fn reserve(&mut self, len: u64, purpose: ReserveUse) -> io::Result<()> {
         let kept = match purpose {
-            Purpose::Grow => RESERVE,
-            Purpose::Relieve => LAST,
-            Purpose::Settle => 0,
+            ReserveUse::Keep => LOG_RESERVE,
+            ReserveUse::Partial => SYNC_RESERVE,
+            ReserveUse::Full => 0,
         };
         let end = self.end() + len + kept;
         if end <= self.reserved {
             return Ok(());
         }
-        let upto = end.next_multiple_of(STEP);
+        let upto = end.next_multiple_of(RESERVE_STEP);
         match self.file.extend(self.end()..upto) {
             Ok(()) => self.reserved = upto,
-            Err(error) if is_full(&error) => {
+            Err(error) if is_out_of_space(&error) => {
                 // Past the reserve the write itself says whether there is still room.
-                return if purpose == Purpose::Settle { Ok(()) } else { Err(error) };
+                return if purpose == ReserveUse::Full { Ok(()) } else { Err(error) };
             }
             // A host that cannot reserve: every append then takes its chance.
             Err(_) => self.reserved = u64::MAX,
@@ -142,8 +142,8 @@ impl Tail {
 /// Whether a log that was closed in good order had better be written anew than continued: every
 /// opening and closing adds to it, though nobody changes anything. A large one is reduced while
 /// it is in use, not while somebody waits for a mount.
-pub fn is_wasteful(scan: &Scan, image: &Image) -> bool {
-    (WASTE..SMALL).contains(&scan.good) && (image.records().count() as u64) < scan.good / 4
+pub fn is_worth_rewriting(scan: &LogScan, image: &LayerMap) -> bool {
+    (MIN_RECORDS_TO_REWRITE..MIN_RECORDS_TO_COMPACT).contains(&scan.good) && (image.records().count() as u64) < scan.good / 4
 }
 
 impl Log {
@@ -153,27 +153,27 @@ impl Log {
     /// # Errors
     /// The host's errno; the old log, if any, is still in place then.
     pub fn create(
-        home: Arc<dyn Home>,
+        home: Arc<dyn LogDir>,
         uuid: Uuid,
         block: u64,
-        image: &Image,
-        tag: Tag,
+        image: &LayerMap,
+        tag: BootTag,
         first: u64,
     ) -> io::Result<Self> {
         let mut next = first;
-        let Replaced { file, placed } = home.replace_log(&mut |file| {
-            let mut writer = Writer::new(file, uuid, first);
-            writer.put(&Record::Open { tag })?;
-            image.records().try_for_each(|record| writer.put(&record))?;
+        let ReplacedLog { file, dir_synced: placed } = home.replace_log(&mut |file| {
+            let mut writer = LogWriter::new(file, uuid, first);
+            writer.write_record(&LogRecord::Open { tag })?;
+            image.records().try_for_each(|record| writer.write_record(&record))?;
             let upto = writer.sequence;
-            writer.put(&Record::Vouch { upto, durable: upto })?;
+            writer.write_record(&LogRecord::Vouch { upto, durable: upto })?;
             writer.flush()?;
             next = writer.sequence;
             Ok(())
         })?;
         placed?;
         // Its last record vouches for all of it.
-        Ok(Self::at(home, uuid, block, file, (first, next), next - 1))
+        Ok(Self::from_parts(home, uuid, block, file, (first, next), next - 1))
     }
 
     /// Goes on with a log that was closed in good order.
@@ -181,32 +181,32 @@ impl Log {
     /// # Errors
     /// The host's errno from appending `Open` and making it durable.
     pub fn reopen(
-        home: Arc<dyn Home>,
+        home: Arc<dyn LogDir>,
         uuid: Uuid,
         block: u64,
         file: Arc<dyn Storage>,
-        scan: &Scan,
-        tag: Tag,
+        scan: &LogScan,
+        tag: BootTag,
     ) -> io::Result<Self> {
         let vouched = scan.vouched.unwrap_or(0);
-        let log = Self::at(home, uuid, block, file, (scan.first, scan.last() + 1), vouched);
-        log.append(&[Record::Open { tag }], Purpose::Settle)?;
+        let log = Self::from_parts(home, uuid, block, file, (scan.first, scan.last_sequence() + 1), vouched);
+        log.append(&[LogRecord::Open { tag }], ReserveUse::Full)?;
         // Every `Vouch` to come says that what was there at the beginning is durable.
         log.sync()?;
         Ok(log)
     }
 
-    fn at(
-        home: Arc<dyn Home>,
+    fn from_parts(
+        home: Arc<dyn LogDir>,
         uuid: Uuid,
         block: u64,
         file: Arc<dyn Storage>,
         (first, next): (u64, u64),
         vouched: u64,
     ) -> Self {
-        let reduce_at = SMALL.max((next - first) * 4);
-        let tail = Tail { file, first, next, reserved: 0, reduce_at, misplaced: None };
-        Self { uuid, block, home, tail: Mutex::new(tail), vouched: AtomicU64::new(vouched) }
+        let reduce_at = MIN_RECORDS_TO_COMPACT.max((next - first) * 4);
+        let tail = LogTail { file, first, next, reserved: 0, compact_at: reduce_at, dir_sync_error: None };
+        Self { uuid, block_size: block, dir: home, tail: Mutex::new(tail), vouched: AtomicU64::new(vouched) }
     }
 
     /// Appends `records` in one write and returns the sequence of the last.
@@ -214,7 +214,7 @@ impl Log {
     /// # Errors
     /// `ENOSPC`, also while only the reserve is left that `purpose` may not use; the host's errno.
     /// Nothing was appended then.
-    pub fn append(&self, records: &[Record], purpose: Purpose) -> io::Result<u64> {
+    pub fn append(&self, records: &[LogRecord], purpose: ReserveUse) -> io::Result<u64> {
         let mut tail = self.tail.lock();
         tail.reserve((records.len() * RECORD_LEN) as u64, purpose)?;
         let mut few = [0; 4 * RECORD_LEN];
@@ -239,11 +239,11 @@ impl Log {
     ///
     /// # Errors
     /// The host's errno.
-    pub fn raw(&self, first: u64, count: u64) -> io::Result<Vec<[u8; RECORD_LEN]>> {
+    pub fn raw_records(&self, first: u64, count: u64) -> io::Result<Vec<[u8; RECORD_LEN]>> {
         let (file, from) = {
             let tail = self.tail.lock();
-            if let Some(code) = tail.misplaced {
-                return Err(host::errno(code));
+            if let Some(code) = tail.dir_sync_error {
+                return Err(host::os_error(code));
             }
             (Arc::clone(&tail.file), first - tail.first)
         };
@@ -262,7 +262,7 @@ impl Log {
     }
 
     /// A `Vouch` up to `upto` has become durable.
-    pub fn note_vouched(&self, upto: u64) {
+    pub fn set_vouched(&self, upto: u64) {
         self.vouched.store(upto, Ordering::SeqCst);
     }
 
@@ -274,13 +274,13 @@ impl Log {
 
     /// Where its files are.
     #[must_use]
-    pub fn home(&self) -> &dyn Home {
-        &*self.home
+    pub fn dir(&self) -> &dyn LogDir {
+        &*self.dir
     }
 
     /// The sequence of the last record appended.
     #[must_use]
-    pub fn last(&self) -> u64 {
+    pub fn last_sequence(&self) -> u64 {
         self.tail.lock().next - 1
     }
 
@@ -291,8 +291,8 @@ impl Log {
     pub fn sync(&self) -> io::Result<()> {
         let file = {
             let tail = self.tail.lock();
-            if let Some(code) = tail.misplaced {
-                return Err(host::errno(code));
+            if let Some(code) = tail.dir_sync_error {
+                return Err(host::os_error(code));
             }
             Arc::clone(&tail.file)
         };
@@ -316,9 +316,9 @@ impl Log {
 
     /// Whether the log has grown enough beyond its map to be worth reducing.
     #[must_use]
-    pub fn is_long(&self) -> bool {
+    pub fn needs_compaction(&self) -> bool {
         let tail = self.tail.lock();
-        tail.next - tail.first >= tail.reduce_at
+        tail.next - tail.first >= tail.compact_at
     }
 
     /// Reduces the records up to `durable`, all vouched, to what they add up to; those after it
@@ -327,37 +327,37 @@ impl Log {
     /// # Errors
     /// The host's errno; the log goes on as it was then. When only the new log's place is not
     /// durable the log goes on there, and fails at its next sync.
-    pub fn reduce(&self, durable: u64, tag: Tag) -> io::Result<()> {
+    pub fn compact(&self, durable: u64, tag: BootTag) -> io::Result<()> {
         let (file, first) = {
             let tail = self.tail.lock();
             (Arc::clone(&tail.file), tail.first)
         };
         // Without the lock: these records do not change any more.
-        let mut image = Image::new(0, 0);
-        replay(&*file, &self.uuid, durable + 1 - first, self.block, &mut image)?;
+        let mut image = LayerMap::new(0, 0);
+        replay(&*file, &self.uuid, durable + 1 - first, self.block_size, &mut image)?;
         let count = image.records().count() as u64 + 2;
         let mut tail = self.tail.lock();
         if count >= (durable + 1 - first) / 2 {
-            tail.reduce_at = (tail.next - tail.first) * 2;
+            tail.compact_at = (tail.next - tail.first) * 2;
             return Ok(());
         }
         let start = durable + 1 - count;
         let copied = durable + 1 - first..tail.next - first;
-        let Replaced { file: new, placed } = self.home.replace_log(&mut |out| {
-            let mut writer = Writer::new(out, self.uuid, start);
-            writer.put(&Record::Open { tag })?;
-            image.records().try_for_each(|record| writer.put(&record))?;
-            writer.put(&Record::Vouch { upto: durable, durable })?;
-            for_each_record(&*file, copied.start, copied.end, &mut |bytes| writer.copy(bytes))?;
+        let ReplacedLog { file: new, dir_synced: placed } = self.dir.replace_log(&mut |out| {
+            let mut writer = LogWriter::new(out, self.uuid, start);
+            writer.write_record(&LogRecord::Open { tag })?;
+            image.records().try_for_each(|record| writer.write_record(&record))?;
+            writer.write_record(&LogRecord::Vouch { upto: durable, durable })?;
+            for_each_record(&*file, copied.start, copied.end, &mut |bytes| writer.write_raw(bytes))?;
             writer.flush()
         })?;
-        self.note_vouched(durable);
+        self.set_vouched(durable);
         tail.file = new;
         tail.first = start;
         tail.reserved = 0;
-        tail.reduce_at = SMALL.max(count * 4);
+        tail.compact_at = MIN_RECORDS_TO_COMPACT.max(count * 4);
         if let Err(error) = &placed {
-            tail.misplaced = Some(error.raw_os_error().unwrap_or(libc::EIO));
+            tail.dir_sync_error = Some(error.raw_os_error().unwrap_or(libc::EIO));
         }
         placed
     }

@@ -5,16 +5,16 @@ use std::ops::Range;
 
 use uuid::Uuid;
 
-use super::{BATCH, RECORD_BYTES};
+use super::{BATCH_RECORDS, RECORD_BYTES};
 use crate::host;
 use crate::layer::Wait;
 use crate::overlay::data::Storage;
-use crate::overlay::record::{Decoded, Image, RECORD_LEN, Record, Tag};
-use crate::pool::check_wanted;
+use crate::overlay::record::{DecodedRecord, LayerMap, RECORD_LEN, LogRecord, BootTag};
+use crate::pool::check_cancelled;
 
 /// What reading a log from end to end found.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Scan {
+pub struct LogScan {
     /// The sequence of the first record.
     pub first: u64,
     /// Records that are good from the start on.
@@ -22,7 +22,7 @@ pub struct Scan {
     /// The highest sequence seen anywhere: never to be used again.
     pub highest: u64,
     /// The tag of the last good `Open`.
-    pub tag: Option<Tag>,
+    pub tag: Option<BootTag>,
     /// The `upto` of the last good `Vouch`.
     pub vouched: Option<u64>,
     /// `durable` of a `Poisoned` record.
@@ -32,12 +32,12 @@ pub struct Scan {
     /// The last good record is `Close`, and nothing follows.
     pub closed: bool,
     /// What ends the good part.
-    pub end: End,
+    pub end: LogEnd,
 }
 
 /// What comes after the good records of a log.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum End {
+pub enum LogEnd {
     /// Nothing, or space reserved for more, which reads as zeros.
     Whole,
     /// Bytes that are no record, and no good record after them: an append that was cut short.
@@ -51,41 +51,41 @@ pub enum End {
     Unknown(u8),
 }
 
-impl Scan {
+impl LogScan {
     /// The sequence of the last good record.
     #[must_use]
-    pub fn last(&self) -> u64 {
+    pub fn last_sequence(&self) -> u64 {
         (self.first + self.good).saturating_sub(1)
     }
 }
 
-impl Scan {
+impl LogScan {
     /// Takes in the next record while all before were good.
-    fn take(&mut self, decoded: Decoded) {
+    fn add(&mut self, decoded: DecodedRecord) {
         match decoded {
-            Decoded::Good(sequence, record) => {
+            DecodedRecord::Good(sequence, record) => {
                 if self.good == 0 {
                     self.first = sequence;
                 }
                 if sequence != self.first + self.good {
-                    self.end = End::Damaged;
+                    self.end = LogEnd::Damaged;
                     return;
                 }
                 self.good += 1;
-                self.closed = record == Record::Close;
+                self.closed = record == LogRecord::Close;
                 match record {
-                    Record::Open { tag } => self.tag = Some(tag),
-                    Record::Vouch { upto, .. } => self.vouched = Some(upto),
-                    Record::Poisoned { durable, vouched } => {
+                    LogRecord::Open { tag } => self.tag = Some(tag),
+                    LogRecord::Vouch { upto, .. } => self.vouched = Some(upto),
+                    LogRecord::Poisoned { durable, vouched } => {
                         self.poisoned = Some(durable);
                         self.generation = Some(vouched);
                     }
                     _ => {}
                 }
             }
-            Decoded::Blank => self.end = End::Gap,
-            Decoded::Bad => self.end = End::Torn,
-            Decoded::Unknown(kind) => self.end = End::Unknown(kind),
+            DecodedRecord::Blank => self.end = LogEnd::Gap,
+            DecodedRecord::Bad => self.end = LogEnd::Torn,
+            DecodedRecord::Unknown(kind) => self.end = LogEnd::Unknown(kind),
         }
     }
 }
@@ -94,8 +94,8 @@ impl Scan {
 ///
 /// # Errors
 /// The host's errno from reading.
-pub fn scan(file: &dyn Storage, uuid: &Uuid) -> io::Result<Scan> {
-    let mut scan = Scan {
+pub fn scan(file: &dyn Storage, uuid: &Uuid) -> io::Result<LogScan> {
+    let mut scan = LogScan {
         first: 0,
         good: 0,
         highest: 0,
@@ -104,37 +104,37 @@ pub fn scan(file: &dyn Storage, uuid: &Uuid) -> io::Result<Scan> {
         poisoned: None,
         generation: None,
         closed: false,
-        end: End::Whole,
+        end: LogEnd::Whole,
     };
-    let mut later = Later { is_blank: true, records: 0, highest: 0, durable: 0 };
+    let mut later = TrailingRecords { is_blank: true, records: 0, highest: 0, durable: 0 };
     let len = file.len()?;
     for_each_record(file, 0, len / RECORD_BYTES, &mut |bytes| {
-        let decoded = Record::decode(bytes, uuid);
-        if scan.end == End::Whole {
-            scan.take(decoded);
+        let decoded = LogRecord::decode(bytes, uuid);
+        if scan.end == LogEnd::Whole {
+            scan.add(decoded);
         } else {
-            later.take(decoded);
+            later.add(decoded);
         }
         Ok(())
     })?;
-    if scan.end == End::Whole && !len.is_multiple_of(RECORD_BYTES) {
-        scan.end = End::Torn;
+    if scan.end == LogEnd::Whole && !len.is_multiple_of(RECORD_BYTES) {
+        scan.end = LogEnd::Torn;
     }
-    scan.highest = scan.last().max(later.highest);
+    scan.highest = scan.last_sequence().max(later.highest);
     scan.end = match scan.end {
         // Space reserved for records that never came.
-        End::Gap if later.is_blank => End::Whole,
-        End::Gap if later.records > 0 && later.durable > scan.last() => End::Damaged,
-        End::Gap if later.records == 0 => End::Torn,
-        End::Torn if later.records > 0 => End::Damaged,
+        LogEnd::Gap if later.is_blank => LogEnd::Whole,
+        LogEnd::Gap if later.records > 0 && later.durable > scan.last_sequence() => LogEnd::Damaged,
+        LogEnd::Gap if later.records == 0 => LogEnd::Torn,
+        LogEnd::Torn if later.records > 0 => LogEnd::Damaged,
         end => end,
     };
-    scan.closed &= scan.end == End::Whole && len.is_multiple_of(RECORD_BYTES);
+    scan.closed &= scan.end == LogEnd::Whole && len.is_multiple_of(RECORD_BYTES);
     Ok(scan)
 }
 
 /// What is learnt from what is behind the first bad record.
-struct Later {
+struct TrailingRecords {
     /// There was nothing but blank places.
     is_blank: bool,
     records: u64,
@@ -143,13 +143,13 @@ struct Later {
     durable: u64,
 }
 
-impl Later {
-    fn take(&mut self, decoded: Decoded) {
-        self.is_blank &= decoded == Decoded::Blank;
-        if let Decoded::Good(sequence, record) = decoded {
+impl TrailingRecords {
+    fn add(&mut self, decoded: DecodedRecord) {
+        self.is_blank &= decoded == DecodedRecord::Blank;
+        if let DecodedRecord::Good(sequence, record) = decoded {
             self.records += 1;
             self.highest = self.highest.max(sequence);
-            if let Record::Vouch { durable, .. } | Record::Poisoned { durable, .. } = record {
+            if let LogRecord::Vouch { durable, .. } | LogRecord::Poisoned { durable, .. } = record {
                 self.durable = self.durable.max(durable);
             }
         }
@@ -165,14 +165,14 @@ pub fn replay(
     uuid: &Uuid,
     count: u64,
     block: u64,
-    image: &mut Image,
+    image: &mut LayerMap,
 ) -> io::Result<()> {
-    for_each_record(file, 0, count, &mut |bytes| match Record::decode(bytes, uuid) {
-        Decoded::Good(_, record) => {
+    for_each_record(file, 0, count, &mut |bytes| match LogRecord::decode(bytes, uuid) {
+        DecodedRecord::Good(_, record) => {
             image.apply(&record, block);
             Ok(())
         }
-        _ => Err(host::errno(libc::EIO)),
+        _ => Err(host::os_error(libc::EIO)),
     })
 }
 
@@ -183,10 +183,10 @@ pub fn replay(
 pub fn count_changes(file: &dyn Storage, uuid: &Uuid, range: Range<u64>) -> io::Result<u64> {
     let mut changes = 0;
     for_each_record(file, range.start, range.end, &mut |bytes| {
-        let decoded = Record::decode(bytes, uuid);
+        let decoded = LogRecord::decode(bytes, uuid);
         changes += u64::from(matches!(
             decoded,
-            Decoded::Good(_, Record::Set { .. } | Record::Size { .. })
+            DecodedRecord::Good(_, LogRecord::Set { .. } | LogRecord::Size { .. })
         ));
         Ok(())
     })?;
@@ -204,7 +204,7 @@ pub(super) fn for_each_record(
     let mut buf = Vec::new();
     let mut at = from;
     while at < to {
-        let count = usize::try_from(to - at).unwrap_or(BATCH).min(BATCH);
+        let count = usize::try_from(to - at).unwrap_or(BATCH_RECORDS).min(BATCH_RECORDS);
         buf.resize(count * RECORD_LEN, 0);
         file.read_at(&mut buf, at * RECORD_BYTES, Wait::Yes)?;
         let (records, _) = buf.as_chunks::<RECORD_LEN>();
@@ -215,7 +215,7 @@ pub(super) fn for_each_record(
             at = file.next_data(at * RECORD_BYTES).map_or(to, |next| at.max(next / RECORD_BYTES));
         }
         // ... and whoever is gone does not wait for the rest either.
-        check_wanted()?;
+        check_cancelled()?;
     }
     Ok(())
 }
@@ -226,24 +226,24 @@ mod tests {
 
     use super::*;
     use crate::overlay::data::HostFile;
-    use crate::pool::{Request, while_wanted};
+    use crate::pool::{Cancellable, run_cancellable};
 
     #[test]
     fn records_behind_a_hole_of_any_length_are_found_without_reading_it() {
         let uuid = Uuid::from_u128(3);
         let file = tempfile::tempfile_in("/var/tmp").unwrap();
-        file.write_all_at(&Record::Open { tag: Tag([1; 2]) }.encode(&uuid, 1), 0).unwrap();
+        file.write_all_at(&LogRecord::Open { tag: BootTag([1; 2]) }.encode(&uuid, 1), 0).unwrap();
         let far = 7 << 40;
-        file.write_all_at(&Record::Close.encode(&uuid, 9), far).unwrap();
+        file.write_all_at(&LogRecord::Close.encode(&uuid, 9), far).unwrap();
         file.set_len(15 << 40).unwrap();
         let found = scan(&HostFile::single(file), &uuid).unwrap();
-        assert_eq!((found.good, found.highest, found.end), (1, 9, End::Gap));
+        assert_eq!((found.good, found.highest, found.end), (1, 9, LogEnd::Gap));
     }
 
     struct Gone;
 
-    impl Request for Gone {
-        fn is_given_up(&self) -> bool {
+    impl Cancellable for Gone {
+        fn is_cancelled(&self) -> bool {
             true
         }
 
@@ -259,28 +259,28 @@ mod tests {
         let uuid = Uuid::from_u128(3);
         let file = tempfile::tempfile().unwrap();
         let records: Vec<u8> =
-            (1..100_000).flat_map(|at| Record::Intent.encode(&uuid, at)).collect();
+            (1..100_000).flat_map(|at| LogRecord::Intent.encode(&uuid, at)).collect();
         file.write_all_at(&records, 0).unwrap();
         let file = HostFile::single(file);
         assert_eq!(scan(&file, &uuid).unwrap().good, 99_999);
         let mut seen = 0;
-        let stopped = while_wanted(Gone, || {
+        let stopped = run_cancellable(Gone, || {
             for_each_record(&file, 0, 99_999, &mut |_| {
                 seen += 1;
                 Ok(())
             })
         });
         assert_eq!(stopped.unwrap_err().raw_os_error(), Some(libc::EIO));
-        assert_eq!(seen, BATCH);
+        assert_eq!(seen, BATCH_RECORDS);
     }
 
     #[test]
     fn only_records_that_change_the_disk_are_changes() {
         let uuid = Uuid::from_u128(3);
         let file = tempfile::tempfile().unwrap();
-        let vouch = Record::Vouch { upto: 1, durable: 1 };
-        let size = Record::Size { size: 512, lower_limit: 0 };
-        for (at, record) in (0..).zip([size.clone(), vouch, Record::Close, size, Record::Done]) {
+        let vouch = LogRecord::Vouch { upto: 1, durable: 1 };
+        let size = LogRecord::Size { size: 512, lower_limit: 0 };
+        for (at, record) in (0..).zip([size.clone(), vouch, LogRecord::Close, size, LogRecord::Done]) {
             file.write_all_at(&record.encode(&uuid, at + 1), at * RECORD_BYTES).unwrap();
         }
         let file = HostFile::single(file);

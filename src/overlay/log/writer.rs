@@ -4,12 +4,12 @@ use std::io::{self, IoSlice};
 
 use uuid::Uuid;
 
-use super::BATCH;
+use super::BATCH_RECORDS;
 use crate::overlay::data::Storage;
-use crate::overlay::record::{RECORD_LEN, Record};
+use crate::overlay::record::{RECORD_LEN, LogRecord};
 
 /// Writes records one after the other, a batch at a time.
-pub(super) struct Writer<'a> {
+pub(super) struct LogWriter<'a> {
     file: &'a dyn Storage,
     uuid: Uuid,
     pub(super) sequence: u64,
@@ -17,20 +17,20 @@ pub(super) struct Writer<'a> {
     buf: Vec<u8>,
 }
 
-impl<'a> Writer<'a> {
+impl<'a> LogWriter<'a> {
     pub(super) fn new(file: &'a dyn Storage, uuid: Uuid, first: u64) -> Self {
         Self { file, uuid, sequence: first, offset: 0, buf: Vec::new() }
     }
 
-    pub(super) fn put(&mut self, record: &Record) -> io::Result<()> {
+    pub(super) fn write_record(&mut self, record: &LogRecord) -> io::Result<()> {
         let bytes = record.encode(&self.uuid, self.sequence);
         self.sequence += 1;
-        self.copy(&bytes)
+        self.write_raw(&bytes)
     }
 
-    pub(super) fn copy(&mut self, bytes: &[u8; RECORD_LEN]) -> io::Result<()> {
+    pub(super) fn write_raw(&mut self, bytes: &[u8; RECORD_LEN]) -> io::Result<()> {
         self.buf.extend_from_slice(bytes);
-        if self.buf.len() >= BATCH * RECORD_LEN {
+        if self.buf.len() >= BATCH_RECORDS * RECORD_LEN {
             self.flush()?;
         }
         Ok(())

@@ -9,53 +9,53 @@ use std::sync::Arc;
 use rustix::fs::FlockOperation;
 use uuid::Uuid;
 
-use super::draft::{self, Draft};
-use super::residence::{Residence, remove_layer};
-use super::{Persistent, Place, top_layer};
+use super::draft::{self, StagingDir};
+use super::residence::{OverlayDir, remove_layer};
+use super::{OpenedOverlay, OverlayPath, top_layer};
 use crate::confined::{self, open_dir};
-use crate::overlay::data::{HostFile, SEGMENT, Storage};
+use crate::overlay::data::{HostFile, SEGMENT_LEN, Storage};
 use crate::overlay::log::Log;
-use crate::overlay::record::{Image, Tag};
+use crate::overlay::record::{LayerMap, BootTag};
 use crate::overlay::recover::Recovered;
 use crate::overlay::stack::{
-    LayerDir, LayerRecord, Stack, StackError, data_in, doing, place_of_new,
+    LayerDir, LayerRecord, Stack, StackError, data_file_in, doing, parent_for_new,
 };
 use crate::overlay::{Overlay, life};
-use crate::process::explain_size;
+use crate::process::explain_size_error;
 
 /// What is to be made.
-pub struct New<'a> {
+pub struct NewOverlay<'a> {
     /// The disk's stack.
     pub stack: Stack,
     /// The first map of its top.
-    pub image: &'a Image,
+    pub map: &'a LayerMap,
     /// The most bytes of data it may hold.
     pub limit: Option<u64>,
 }
 
 /// A layer to be made in a new overlay, perhaps of one that exists elsewhere.
-pub struct Part<'a> {
+pub struct NewLayer<'a> {
     /// Its place in the stack.
     pub record: LayerRecord,
     /// Its map.
-    pub image: Image,
+    pub map: LayerMap,
     /// Makes its data file in the directory of the layer.
-    pub put_data: PutData<'a>,
+    pub make_data: MakeData<'a>,
 }
 
 /// Makes the data file of a layer in the layer's directory.
-pub type PutData<'a> = Box<dyn FnOnce(&File) -> io::Result<HostFile> + 'a>;
+pub type MakeData<'a> = Box<dyn FnOnce(&File) -> io::Result<HostFile> + 'a>;
 
 /// Makes an overlay with an empty top; all layers below that exist already.
 ///
 /// # Errors
 /// [`StackError`]; nothing is left behind then.
-pub fn create(place: Place<'_>, new: New<'_>) -> Result<Persistent, StackError> {
-    let New { stack, image, limit } = new;
-    let part = Part {
+pub fn create(place: OverlayPath<'_>, new: NewOverlay<'_>) -> Result<OpenedOverlay, StackError> {
+    let NewOverlay { stack, map: image, limit } = new;
+    let part = NewLayer {
         record: top_layer(&stack)?,
-        image: image.clone(),
-        put_data: Box::new(|layer: &File| empty_data(layer, image.size)),
+        map: image.clone(),
+        make_data: Box::new(|layer: &File| empty_data(layer, image.size)),
     };
     build(place, stack, vec![part], limit)
 }
@@ -64,8 +64,8 @@ pub fn create(place: Place<'_>, new: New<'_>) -> Result<Persistent, StackError> 
 /// then change blocks only, not the file's size.
 pub(super) fn empty_data(layer: &File, size: u64) -> io::Result<HostFile> {
     let file = confined::create_file(layer, "data")?;
-    file.set_len(size.min(SEGMENT)).map_err(explain_size)?;
-    data_in(layer.try_clone()?, file)
+    file.set_len(size.min(SEGMENT_LEN)).map_err(explain_size_error)?;
+    data_file_in(layer.try_clone()?, file)
 }
 
 /// Builds an overlay and `parts` of its layers, the top among them; all others exist already.
@@ -74,19 +74,19 @@ pub(super) fn empty_data(layer: &File, size: u64) -> io::Result<HostFile> {
 /// # Errors
 /// [`StackError`]; nothing is left behind then.
 pub fn build(
-    place: Place<'_>,
+    place: OverlayPath<'_>,
     stack: Stack,
-    parts: Vec<Part<'_>>,
+    parts: Vec<NewLayer<'_>>,
     limit: Option<u64>,
-) -> Result<Persistent, StackError> {
+) -> Result<OpenedOverlay, StackError> {
     let parent = match place.layers {
-        None => place_of_new(place.dir)?,
+        None => parent_for_new(place.dir)?,
         Some(_) => place.dir.parent().unwrap_or(Path::new("/")),
     };
     if place.layers.is_none() {
-        draft::sweep(parent);
+        draft::remove_all_abandoned(parent);
     }
-    let draft = Draft::new(parent).map_err(doing("making a directory beside it"))?;
+    let draft = StagingDir::new(parent).map_err(doing("making a directory beside it"))?;
     let layers = match place.layers {
         None => confined::create_dir(draft.dir(), "layers"),
         Some(path) => open_dir(path),
@@ -97,16 +97,16 @@ pub fn build(
     // other descriptors are free for that.
     let made = match build_in(draft.dir(), &layers, &stack, parts, limit) {
         Ok(made) => draft
-            .place(place.dir, parent)
+            .move_into_place(place.dir, parent)
             .map(|dir| (made, dir))
             .map_err(doing("putting it in its place")),
         Err(error) => Err(error),
     };
     match made {
         Ok(((overlay, below, lock), dir)) => {
-            let home = Residence { stack, dir, layers, lock, torn: false };
+            let home = OverlayDir { stack, dir, layers, lock, torn: false };
             let aside = Vec::new();
-            Ok(Persistent { overlay, below, aside, recovered: Recovered::New, home })
+            Ok(OpenedOverlay { overlay, below, snapshot_layers: aside, recovered: Recovered::New, dir: home })
         }
         Err(error) => {
             if place.layers.is_some() {
@@ -121,25 +121,25 @@ pub fn build(
 }
 
 /// The layers that were built: the top one, those below it, and the lock.
-type Built = (Overlay, Vec<Arc<Overlay>>, File);
+type BuiltLayers = (Overlay, Vec<Arc<Overlay>>, File);
 
 fn build_in(
     dir: &File,
     layers: &File,
     stack: &Stack,
-    parts: Vec<Part<'_>>,
+    parts: Vec<NewLayer<'_>>,
     limit: Option<u64>,
-) -> Result<Built, StackError> {
+) -> Result<BuiltLayers, StackError> {
     let mut sealed = HashMap::new();
     let mut top = None;
-    for Part { record, image, put_data } in parts {
+    for NewLayer { record, map: image, make_data: put_data } in parts {
         let is_top = Some(&record) == stack.layers.last();
         let limit = limit.filter(|_| is_top);
         let (layer, lock) = make_layer(layers, &record, &image, limit, put_data)?;
         if is_top {
             top = Some((layer, lock));
         } else {
-            layer.settle().map_err(doing("closing its log"))?;
+            layer.close_sealed().map_err(doing("closing its log"))?;
             sealed.insert(record.uuid, Arc::new(layer));
         }
     }
@@ -155,7 +155,7 @@ fn build_in(
 pub(super) fn make_layer(
     layers: &File,
     record: &LayerRecord,
-    image: &Image,
+    image: &LayerMap,
     limit: Option<u64>,
     put_data: impl FnOnce(&File) -> io::Result<HostFile>,
 ) -> Result<(Overlay, File), StackError> {
@@ -166,8 +166,8 @@ pub(super) fn make_layer(
     let lock = data.first().try_clone().map_err(doing("locking it"))?;
     rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive)
         .map_err(|error| doing("locking it")(error.into()))?;
-    let start = || -> io::Result<(Log, Tag)> {
-        let tag = life::tag(&layer)?;
+    let start = || -> io::Result<(Log, BootTag)> {
+        let tag = life::current(&layer)?;
         let home = Arc::new(LayerDir::new(layer.try_clone()?));
         let log = Log::create(home, record.uuid, u64::from(record.block), image, tag, 1)?;
         layer.sync_all()?;

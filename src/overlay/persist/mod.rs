@@ -18,12 +18,12 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-pub use self::build::{New, Part, PutData, build, create};
-pub(crate) use self::draft::DRAFT_PREFIX;
-pub(super) use self::draft::Draft;
-pub use self::found::{Found, find};
-pub(super) use self::found::{lock, open_sealed};
-pub use self::residence::Residence;
+pub use self::build::{NewOverlay, NewLayer, MakeData, build, create};
+pub(crate) use self::draft::STAGING_PREFIX;
+pub(super) use self::draft::StagingDir;
+pub use self::found::{LockedOverlay, lock_overlay};
+pub(super) use self::found::{take_lock, open_sealed};
+pub use self::residence::OverlayDir;
 pub(crate) use self::residence::remove_layer;
 use super::Overlay;
 use super::recover::Recovered;
@@ -34,7 +34,7 @@ use crate::trust;
 
 /// Where a persistent overlay lies.
 #[derive(Clone, Copy, Debug)]
-pub struct Place<'a> {
+pub struct OverlayPath<'a> {
     /// The directory with its `stack`.
     pub dir: &'a Path,
     /// The directory of its layers; `None`: `layers` inside `dir`.
@@ -53,17 +53,17 @@ pub struct Holder {
 }
 
 /// A persistent overlay that is open.
-pub struct Persistent {
+pub struct OpenedOverlay {
     /// The layer that takes the writes.
     pub overlay: Overlay,
     /// The sealed layers below it, top to bottom.
     pub below: Vec<Arc<Overlay>>,
     /// The sealed layers that only snapshots beside it stand on.
-    pub aside: Vec<(Uuid, Arc<Overlay>)>,
+    pub snapshot_layers: Vec<(Uuid, Arc<Overlay>)>,
     /// How it was found.
     pub recovered: Recovered,
     /// The files that stay with it.
-    pub home: Residence,
+    pub dir: OverlayDir,
 }
 
 /// Whether something is at `dir` already, and has to be opened rather than made.
@@ -89,7 +89,7 @@ pub fn exists(dir: &Path) -> Result<bool, StackError> {
 /// # Errors
 /// [`StackError::NotAnOverlay`] when it is something else, [`StackError::Untrusted`]; the host's
 /// errno.
-pub fn open_overlay(dir: &Path) -> Result<File, StackError> {
+pub fn open_overlay_dir(dir: &Path) -> Result<File, StackError> {
     let dir = open_dir(dir).map_err(|error| match error.kind() {
         io::ErrorKind::NotADirectory => StackError::NotAnOverlay,
         _ => doing("opening it")(error),
@@ -103,9 +103,9 @@ pub fn open_overlay(dir: &Path) -> Result<File, StackError> {
 ///
 /// # Errors
 /// [`StackError`]: untrusted, no directory, no directory to make it in.
-pub fn real_place(dir: &Path) -> Result<PathBuf, StackError> {
+pub fn resolve_overlay_path(dir: &Path) -> Result<PathBuf, StackError> {
     let looking = || doing("looking for its place");
-    match open_overlay(dir) {
+    match open_overlay_dir(dir) {
         Ok(found) => return confined::real_path(&found).map_err(looking()),
         Err(StackError::Io { error, .. }) if error.kind() == io::ErrorKind::NotFound => {}
         Err(error) => return Err(error),

@@ -15,7 +15,7 @@ use std::ops::Range;
 
 use super::Reflink;
 use crate::layer::Layer;
-use crate::overlay::fiemap::{Map, Mapped};
+use crate::overlay::fiemap::{Fiemap, MappedExtent};
 
 /// Whether the host writes what is dirty before it is asked: until then a changed block may still
 /// show as shared.
@@ -29,14 +29,14 @@ pub enum Flush {
 
 /// What differs from the base.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Changed {
+pub struct ChangedRanges {
     /// Bytes of the disk, rising and apart.
     pub ranges: Vec<Range<u64>>,
     /// How many they are.
     pub bytes: u64,
 }
 
-impl Changed {
+impl ChangedRanges {
     fn add(&mut self, range: Range<u64>) {
         self.bytes += range.end - range.start;
         match self.ranges.last_mut() {
@@ -48,48 +48,48 @@ impl Changed {
 
 /// What lies at one place of a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum At {
+enum PhysicalPlace {
     Hole,
-    Place(u64),
+    Device(u64),
     Unknown,
 }
 
 /// A file's extents, asked for at rising offsets.
-struct Cursor<N> {
+struct ExtentCursor<N> {
     next: N,
-    current: Option<Mapped>,
+    current: Option<MappedExtent>,
 }
 
-impl<N: FnMut() -> io::Result<Option<Mapped>>> Cursor<N> {
+impl<N: FnMut() -> io::Result<Option<MappedExtent>>> ExtentCursor<N> {
     fn new(mut next: N) -> io::Result<Self> {
         let current = next()?;
         Ok(Self { next, current })
     }
 
     /// What lies at `offset`, and up to where it goes on so.
-    fn at(&mut self, offset: u64) -> io::Result<(At, u64)> {
+    fn place_at(&mut self, offset: u64) -> io::Result<(PhysicalPlace, u64)> {
         while self.current.as_ref().is_some_and(|mapped| mapped.range.end <= offset) {
             self.current = (self.next)()?;
         }
         Ok(match &self.current {
-            None => (At::Hole, u64::MAX),
-            Some(mapped) if mapped.range.start > offset => (At::Hole, mapped.range.start),
-            Some(Mapped { range, physical: Some(place) }) => {
-                (At::Place(place + (offset - range.start)), range.end)
+            None => (PhysicalPlace::Hole, u64::MAX),
+            Some(mapped) if mapped.range.start > offset => (PhysicalPlace::Hole, mapped.range.start),
+            Some(MappedExtent { range, physical: Some(place) }) => {
+                (PhysicalPlace::Device(place + (offset - range.start)), range.end)
             }
-            Some(mapped) => (At::Unknown, mapped.range.end),
+            Some(mapped) => (PhysicalPlace::Unknown, mapped.range.end),
         })
     }
 }
 
 /// Walks two files side by side up to `size`; after `limit` steps the rest counts as changed.
-fn compare<A, B>(data: A, base: B, size: u64, limit: u64) -> io::Result<Changed>
+fn compare<A, B>(data: A, base: B, size: u64, limit: u64) -> io::Result<ChangedRanges>
 where
-    A: FnMut() -> io::Result<Option<Mapped>>,
-    B: FnMut() -> io::Result<Option<Mapped>>,
+    A: FnMut() -> io::Result<Option<MappedExtent>>,
+    B: FnMut() -> io::Result<Option<MappedExtent>>,
 {
-    let (mut data, mut base) = (Cursor::new(data)?, Cursor::new(base)?);
-    let mut found = Changed::default();
+    let (mut data, mut base) = (ExtentCursor::new(data)?, ExtentCursor::new(base)?);
+    let mut found = ChangedRanges::default();
     let (mut at, mut steps) = (0, 0);
     while at < size {
         if steps == limit {
@@ -97,9 +97,9 @@ where
             break;
         }
         steps += 1;
-        let ((ours, our_end), (theirs, their_end)) = (data.at(at)?, base.at(at)?);
+        let ((ours, our_end), (theirs, their_end)) = (data.place_at(at)?, base.place_at(at)?);
         let end = our_end.min(their_end).min(size);
-        if ours != theirs || ours == At::Unknown {
+        if ours != theirs || ours == PhysicalPlace::Unknown {
             found.add(at..end);
         }
         at = end;
@@ -107,15 +107,15 @@ where
     Ok(found)
 }
 
-/// The most steps for [`Reflink::changed_about`]: some 20 ms.
-const GLANCE: u64 = 64 << 10;
+/// The most steps for [`Reflink::estimate_changed`]: some 20 ms.
+const MAX_ESTIMATE_STEPS: u64 = 64 << 10;
 
 impl Reflink {
     /// What differs from the base now. Flushes the file first.
     ///
     /// # Errors
     /// The host's errno; `EOPNOTSUPP` where it has no FIEMAP.
-    pub fn changed(&self) -> io::Result<Changed> {
+    pub fn changed(&self) -> io::Result<ChangedRanges> {
         self.compare(Flush::First, u64::MAX)
     }
 
@@ -124,12 +124,12 @@ impl Reflink {
     ///
     /// # Errors
     /// As [`changed`](Self::changed).
-    pub fn changed_about(&self) -> io::Result<u64> {
-        Ok(self.compare(Flush::No, GLANCE)?.bytes)
+    pub fn estimate_changed(&self) -> io::Result<u64> {
+        Ok(self.compare(Flush::No, MAX_ESTIMATE_STEPS)?.bytes)
     }
 
-    fn compare(&self, flush: Flush, limit: u64) -> io::Result<Changed> {
-        let (mut data, mut base) = (Map::of(&self.data, flush), Map::of(&self.base, flush));
+    fn compare(&self, flush: Flush, limit: u64) -> io::Result<ChangedRanges> {
+        let (mut data, mut base) = (Fiemap::new(&self.data, flush), Fiemap::new(&self.base, flush));
         compare(|| data.next(), || base.next(), self.size(), limit)
     }
 }
@@ -139,15 +139,15 @@ impl Reflink {
 mod tests {
     use super::*;
 
-    fn mapped(start: u64, len: u64, physical: u64) -> Mapped {
-        Mapped { range: start..start + len, physical: Some(physical) }
+    fn mapped(start: u64, len: u64, physical: u64) -> MappedExtent {
+        MappedExtent { range: start..start + len, physical: Some(physical) }
     }
 
-    fn unknown(start: u64, len: u64) -> Mapped {
-        Mapped { range: start..start + len, physical: None }
+    fn unknown(start: u64, len: u64) -> MappedExtent {
+        MappedExtent { range: start..start + len, physical: None }
     }
 
-    fn differ(data: &[Mapped], base: &[Mapped], size: u64) -> Vec<Range<u64>> {
+    fn differ(data: &[MappedExtent], base: &[MappedExtent], size: u64) -> Vec<Range<u64>> {
         let (mut data, mut base) = (data.iter().cloned(), base.iter().cloned());
         let found = compare(|| Ok(data.next()), || Ok(base.next()), size, u64::MAX).unwrap();
         let bytes: u64 = found.ranges.iter().map(|range| range.end - range.start).sum();

@@ -3,7 +3,7 @@
 use std::io;
 use std::path::PathBuf;
 
-use super::intent::Origin;
+use super::intent::RevertTarget;
 use crate::overlay::stack::StackError;
 
 /// What is wrong with a reflink overlay. The overlay's path is put in front by the caller.
@@ -57,7 +57,7 @@ pub enum ReflinkError {
     #[error("is in the middle of a {of}, which cannot be finished: {error}")]
     Unfinished {
         /// What had begun.
-        of: Origin,
+        of: RevertTarget,
         /// The host's answer.
         error: io::Error,
     },

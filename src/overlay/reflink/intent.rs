@@ -22,16 +22,16 @@ use crate::confined;
 use crate::overlay::stack::doing;
 
 /// The file's name.
-const INTENT: &str = "intent";
+const INTENT_FILE: &str = "intent";
 /// The name it is written under.
-const FRESH: &str = "intent.new";
+const NEW_INTENT_FILE: &str = "intent.new";
 /// The longest note in bytes: a name of 255 bytes, escaped, and a few words.
-const LONGEST: u64 = 64 << 10;
+const MAX_INTENT_LEN: u64 = 64 << 10;
 
 /// What the disk is to be a copy of.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "from", rename_all = "lowercase", deny_unknown_fields)]
-pub enum Origin {
+pub enum RevertTarget {
     /// Its base: a reset.
     Base,
     /// One of its snapshots: a revert.
@@ -41,7 +41,7 @@ pub enum Origin {
     },
 }
 
-impl fmt::Display for Origin {
+impl fmt::Display for RevertTarget {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Base => f.write_str("reset"),
@@ -50,13 +50,13 @@ impl fmt::Display for Origin {
     }
 }
 
-fn encode(origin: &Origin) -> io::Result<Vec<u8>> {
+fn encode(origin: &RevertTarget) -> io::Result<Vec<u8>> {
     let body = toml::to_string(origin).map_err(io::Error::other)?;
     let crc = crc32c::crc32c(body.as_bytes());
     Ok(format!("checksum = \"crc32c:{crc:08x}\"\n{body}").into_bytes())
 }
 
-fn decode(bytes: &[u8]) -> Option<Origin> {
+fn decode(bytes: &[u8]) -> Option<RevertTarget> {
     let (head, body) = std::str::from_utf8(bytes).ok()?.split_once('\n')?;
     let crc = crc32c::crc32c(body.as_bytes());
     if head != format!("checksum = \"crc32c:{crc:08x}\"") {
@@ -65,7 +65,7 @@ fn decode(bytes: &[u8]) -> Option<Origin> {
     let origin = toml::from_str(body).ok()?;
     match &origin {
         // Whoever wrote it: it leads to a snapshot and nowhere else.
-        Origin::Snapshot { name } if check_name(name).is_err() => None,
+        RevertTarget::Snapshot { name } if check_name(name).is_err() => None,
         _ => Some(origin),
     }
 }
@@ -74,8 +74,8 @@ fn decode(bytes: &[u8]) -> Option<Origin> {
 ///
 /// # Errors
 /// The host's errno. The note may be there all the same, when only the last sync failed.
-pub(super) fn note(dir: &File, origin: &Origin) -> io::Result<()> {
-    confined::replace_file(dir, INTENT, FRESH, &encode(origin)?)
+pub(super) fn write(dir: &File, origin: &RevertTarget) -> io::Result<()> {
+    confined::replace_file(dir, INTENT_FILE, NEW_INTENT_FILE, &encode(origin)?)
 }
 
 /// Takes the note away.
@@ -83,7 +83,7 @@ pub(super) fn note(dir: &File, origin: &Origin) -> io::Result<()> {
 /// # Errors
 /// The host's errno; doing it once more is harmless then.
 pub(super) fn clear(dir: &File) -> io::Result<()> {
-    confined::remove_file(dir, INTENT)?;
+    confined::remove_file(dir, INTENT_FILE)?;
     dir.sync_all()
 }
 
@@ -91,10 +91,10 @@ pub(super) fn clear(dir: &File) -> io::Result<()> {
 ///
 /// # Errors
 /// [`ReflinkError::Intent`] when the note is damaged; the host's errno.
-pub(super) fn read(dir: &File) -> Result<Option<Origin>, ReflinkError> {
+pub(super) fn read(dir: &File) -> Result<Option<RevertTarget>, ReflinkError> {
     // One that was being written has begun nothing.
-    let _ = confined::remove_file(dir, FRESH);
-    match confined::read_file(dir, INTENT, LONGEST) {
+    let _ = confined::remove_file(dir, NEW_INTENT_FILE);
+    match confined::read_file(dir, INTENT_FILE, MAX_INTENT_LEN) {
         Ok(bytes) => decode(&bytes).map(Some).ok_or(ReflinkError::Intent),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
         Err(error) => Err(doing("reading its 'intent'")(error).into()),
@@ -106,8 +106,8 @@ mod tests {
     use super::*;
     use crate::confined::open_dir;
 
-    fn monday() -> Origin {
-        Origin::Snapshot { name: "mon\"day".to_owned() }
+    fn monday() -> RevertTarget {
+        RevertTarget::Snapshot { name: "mon\"day".to_owned() }
     }
 
     #[test]
@@ -115,8 +115,8 @@ mod tests {
         let temp = tempfile::tempdir().unwrap();
         let dir = open_dir(temp.path()).unwrap();
         assert_eq!(read(&dir).unwrap(), None);
-        for origin in [Origin::Base, monday()] {
-            note(&dir, &origin).unwrap();
+        for origin in [RevertTarget::Base, monday()] {
+            write(&dir, &origin).unwrap();
             assert_eq!(read(&dir).unwrap(), Some(origin));
         }
         clear(&dir).unwrap();

@@ -38,14 +38,14 @@ use std::sync::Arc;
 
 use parking_lot::Mutex;
 
-pub use self::changed::{Changed, Flush};
+pub use self::changed::{ChangedRanges, Flush};
 pub use self::error::ReflinkError;
-pub use self::home::{Found, Persistent, Source, create, find, kind_of};
-pub use self::intent::Origin;
-pub use self::snapshots::Snapshot;
+pub use self::home::{LockedReflink, OpenedReflink, SharedBase, create, lock_overlay, overlay_kind};
+pub use self::intent::RevertTarget;
+pub use self::snapshots::ReflinkSnapshot;
 use crate::base::raw::RawBase;
 use crate::extents::Extent;
-use crate::layer::{Copy, Layer, ReadBelow, Wait, WritableLayer};
+use crate::layer::{CopyFn, Layer, ReadBelow, Wait, WritableLayer};
 
 /// A disk in a file of its own that shares blocks with its base.
 pub struct Reflink {
@@ -102,7 +102,7 @@ impl Layer for Reflink {
         &self,
         range: Range<u64>,
         wait: Wait,
-        copy: Copy<'_>,
+        copy: CopyFn<'_>,
     ) -> io::Result<(Extent, Option<u64>)> {
         self.bytes.lend_at(range, wait, copy)
     }

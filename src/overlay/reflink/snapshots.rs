@@ -14,18 +14,18 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use rustix::fs::{AtFlags, RenameFlags};
 
-use super::intent::{self, Origin};
+use super::intent::{self, RevertTarget};
 use super::{Reflink, ReflinkError};
-use crate::confined::{self, Access};
+use crate::confined::{self, FileAccess};
 use crate::name::{self, NameError};
 use crate::overlay::stack::doing;
 
 /// The name, beside `snapshots`, of the one that is being made: in there it could be a user's.
-const FRESH: &str = "snapshot.new";
+const NEW_SNAPSHOT_FILE: &str = "snapshot.new";
 
 /// A snapshot.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Snapshot {
+pub struct ReflinkSnapshot {
     /// Its name.
     pub name: String,
     /// The disk's size then, in bytes.
@@ -51,7 +51,7 @@ pub(super) fn check_name(name: &str) -> Result<(), ReflinkError> {
 ///
 /// # Errors
 /// The host's errno; `to` may be anything between then.
-pub(super) fn clone_into(from: &File, to: &File) -> io::Result<()> {
+pub(super) fn reflink_into(from: &File, to: &File) -> io::Result<()> {
     let len = from.metadata()?.len();
     if to.metadata()?.len() > len {
         // What ends inside a block cannot be shared with the middle of a longer file.
@@ -63,20 +63,20 @@ pub(super) fn clone_into(from: &File, to: &File) -> io::Result<()> {
 
 /// Removes what a crash has left of a snapshot that was being made.
 pub(super) fn sweep(dir: &File) {
-    let _ = rustix::fs::unlinkat(dir, FRESH, AtFlags::empty());
+    let _ = rustix::fs::unlinkat(dir, NEW_SNAPSHOT_FILE, AtFlags::empty());
 }
 
 /// Does what `origin` asks for; the note on it is there already.
-pub(super) fn carry_out(
-    origin: &Origin,
+pub(super) fn revert_data(
+    origin: &RevertTarget,
     data: &File,
     base: &File,
     snapshots: &File,
 ) -> io::Result<()> {
     match origin {
-        Origin::Base => clone_into(base, data)?,
-        Origin::Snapshot { name } => {
-            clone_into(&confined::open_file(snapshots, name, Access::Read)?, data)?;
+        RevertTarget::Base => reflink_into(base, data)?,
+        RevertTarget::Snapshot { name } => {
+            reflink_into(&confined::open_file(snapshots, name, FileAccess::Read)?, data)?;
         }
     }
     data.sync_all()
@@ -93,26 +93,26 @@ impl Reflink {
         let _alone = self.changing.lock();
         check_name(name)?;
         self.check_latch()?;
-        let made = self.make(name);
+        let made = self.make_snapshot(name);
         if made.is_err() {
-            let _ = rustix::fs::unlinkat(&self.dir, FRESH, AtFlags::empty());
+            let _ = rustix::fs::unlinkat(&self.dir, NEW_SNAPSHOT_FILE, AtFlags::empty());
         }
         made
     }
 
-    fn make(&self, name: &str) -> Result<(), ReflinkError> {
+    fn make_snapshot(&self, name: &str) -> Result<(), ReflinkError> {
         if self.open_snapshot(name).is_ok() {
             return Err(ReflinkError::Exists(name.to_owned()));
         }
         let copy = || -> io::Result<()> {
-            let file = confined::recreate_file(&self.dir, FRESH)?;
+            let file = confined::recreate_file(&self.dir, NEW_SNAPSHOT_FILE)?;
             rustix::fs::ioctl_ficlone(&file, &self.data)?;
             file.set_permissions(Permissions::from_mode(0o400))?;
             file.sync_all()
         };
         copy().map_err(doing("making a snapshot"))?;
         let over = RenameFlags::NOREPLACE;
-        match rustix::fs::renameat_with(&self.dir, FRESH, &self.snapshots, name, over) {
+        match rustix::fs::renameat_with(&self.dir, NEW_SNAPSHOT_FILE, &self.snapshots, name, over) {
             Ok(()) => {}
             Err(rustix::io::Errno::EXIST) => return Err(ReflinkError::Exists(name.to_owned())),
             Err(error) => return Err(doing("naming a snapshot")(error.into()).into()),
@@ -127,7 +127,7 @@ impl Reflink {
     /// [`ReflinkError::NoSnapshot`]; the host's errno.
     pub fn open_snapshot(&self, name: &str) -> Result<File, ReflinkError> {
         check_name(name)?;
-        match confined::open_file(&self.snapshots, name, Access::Read) {
+        match confined::open_file(&self.snapshots, name, FileAccess::Read) {
             Ok(file) => Ok(file),
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
                 Err(ReflinkError::NoSnapshot(name.to_owned()))
@@ -140,8 +140,8 @@ impl Reflink {
     ///
     /// # Errors
     /// The host's errno.
-    pub fn list(&self) -> Result<Vec<Snapshot>, ReflinkError> {
-        let read = || -> io::Result<Vec<Snapshot>> {
+    pub fn list_snapshots(&self) -> Result<Vec<ReflinkSnapshot>, ReflinkError> {
+        let read = || -> io::Result<Vec<ReflinkSnapshot>> {
             let mut all = Vec::new();
             // By the path of the open directory, so that each listing has a position of its own.
             for entry in rustix::fs::Dir::read_from(&self.snapshots)? {
@@ -151,12 +151,12 @@ impl Reflink {
                     continue;
                 }
                 // Deleted since it was listed, or never one of ours.
-                let Ok(file) = confined::open_file(&self.snapshots, name, Access::Read) else {
+                let Ok(file) = confined::open_file(&self.snapshots, name, FileAccess::Read) else {
                     continue;
                 };
                 let found = file.metadata()?;
                 let made = found.modified().unwrap_or(UNIX_EPOCH);
-                all.push(Snapshot { name: name.to_owned(), size: found.len(), made });
+                all.push(ReflinkSnapshot { name: name.to_owned(), size: found.len(), made });
             }
             Ok(all)
         };
@@ -169,7 +169,7 @@ impl Reflink {
     ///
     /// # Errors
     /// [`ReflinkError::NoSnapshot`]; the host's errno.
-    pub fn delete(&self, name: &str) -> Result<(), ReflinkError> {
+    pub fn delete_snapshot(&self, name: &str) -> Result<(), ReflinkError> {
         let _alone = self.changing.lock();
         check_name(name)?;
         match rustix::fs::unlinkat(&self.snapshots, name, AtFlags::empty()) {
@@ -186,7 +186,7 @@ impl Reflink {
     /// [`ReflinkError`]: nothing has changed, or the disk has latched and the next open goes on.
     pub fn revert(&self, name: &str) -> Result<(), ReflinkError> {
         self.open_snapshot(name)?;
-        self.go_back(&Origin::Snapshot { name: name.to_owned() })
+        self.revert_to(&RevertTarget::Snapshot { name: name.to_owned() })
     }
 
     /// Makes the disk what its base is; durable when it returns. The snapshots stay. The caller
@@ -195,20 +195,20 @@ impl Reflink {
     /// # Errors
     /// As [`revert`](Self::revert).
     pub fn reset(&self) -> Result<(), ReflinkError> {
-        self.go_back(&Origin::Base)
+        self.revert_to(&RevertTarget::Base)
     }
 
-    fn go_back(&self, origin: &Origin) -> Result<(), ReflinkError> {
+    fn revert_to(&self, origin: &RevertTarget) -> Result<(), ReflinkError> {
         let _alone = self.changing.lock();
         self.check_latch()?;
-        if let Err(error) = intent::note(&self.dir, origin) {
+        if let Err(error) = intent::write(&self.dir, origin) {
             // Nothing has begun; a note that is there all the same would begin it at the next open.
             if intent::clear(&self.dir).is_err() {
                 self.bytes.latch();
             }
             return Err(doing("noting what is to be done")(error).into());
         }
-        if let Err(error) = carry_out(origin, &self.data, &self.base, &self.snapshots) {
+        if let Err(error) = revert_data(origin, &self.data, &self.base, &self.snapshots) {
             self.bytes.latch();
             return Err(ReflinkError::Unfinished { of: origin.clone(), error });
         }

@@ -23,14 +23,14 @@ use std::ops::Range;
 pub const BANNER: &[u8; 12] = b"rbd diff v2\n";
 
 /// The last byte of a whole diff.
-pub const END: [u8; 1] = *b"e";
+pub const END_RECORD: [u8; 1] = *b"e";
 
 /// The most a `f`, `t` or unknown record may be long that a reader skips: 1 MiB. Those hold names.
 const MAX_SKIPPED: u64 = 1 << 20;
 
 /// The bytes that open a diff of a disk of `size` bytes: the banner and the size.
 #[must_use]
-pub fn opening(size: u64) -> [u8; 29] {
+pub fn preamble(size: u64) -> [u8; 29] {
     let mut bytes = [0; 29];
     bytes[..12].copy_from_slice(BANNER);
     bytes[12] = b's';
@@ -43,16 +43,16 @@ pub fn opening(size: u64) -> [u8; 29] {
 #[must_use]
 pub fn data_header(range: &Range<u64>) -> [u8; 25] {
     let len = range.end.saturating_sub(range.start);
-    header(b'w', len.saturating_add(16), range.start, len)
+    record_header(b'w', len.saturating_add(16), range.start, len)
 }
 
 /// The record for a range of zeros or a hole.
 #[must_use]
-pub fn zeros(range: &Range<u64>) -> [u8; 25] {
-    header(b'z', 16, range.start, range.end.saturating_sub(range.start))
+pub fn zeros_record(range: &Range<u64>) -> [u8; 25] {
+    record_header(b'z', 16, range.start, range.end.saturating_sub(range.start))
 }
 
-fn header(tag: u8, payload: u64, offset: u64, len: u64) -> [u8; 25] {
+fn record_header(tag: u8, payload: u64, offset: u64, len: u64) -> [u8; 25] {
     let mut bytes = [tag; 25];
     bytes[1..9].copy_from_slice(&payload.to_le_bytes());
     bytes[9..17].copy_from_slice(&offset.to_le_bytes());
@@ -62,7 +62,7 @@ fn header(tag: u8, payload: u64, offset: u64, len: u64) -> [u8; 25] {
 
 /// A record of a diff.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Record {
+pub enum RbdRecord {
     /// The size of the disk in bytes.
     Size(u64),
     /// The bytes of this range come next: the caller reads them, all of them.
@@ -75,11 +75,11 @@ pub enum Record {
 
 /// Reads the records of a diff.
 #[derive(Debug)]
-pub struct Decoder<R> {
+pub struct RbdDecoder<R> {
     input: R,
 }
 
-impl<R: Read> Decoder<R> {
+impl<R: Read> RbdDecoder<R> {
     /// Reads the banner.
     ///
     /// # Errors
@@ -88,7 +88,7 @@ impl<R: Read> Decoder<R> {
         let mut banner = [0; BANNER.len()];
         input.read_exact(&mut banner)?;
         if &banner != BANNER {
-            return Err(invalid("it is no rbd diff v2"));
+            return Err(invalid_data("it is no rbd diff v2"));
         }
         Ok(Self { input })
     }
@@ -98,24 +98,24 @@ impl<R: Read> Decoder<R> {
     /// # Errors
     /// `InvalidData` when a length contradicts itself; `UnexpectedEof`, also where an end record
     /// is missing; `input`'s own.
-    pub fn next_record(&mut self) -> io::Result<Record> {
+    pub fn next_record(&mut self) -> io::Result<RbdRecord> {
         loop {
-            let [tag] = self.bytes()?;
+            let [tag] = self.read_array()?;
             if tag == b'e' {
-                return Ok(Record::End);
+                return Ok(RbdRecord::End);
             }
-            let payload = self.number()?;
+            let payload = self.read_u64()?;
             match tag {
-                b's' if payload == 8 => return Ok(Record::Size(self.number()?)),
-                b'z' if payload == 16 => return Ok(Record::Zeros(self.range()?)),
+                b's' if payload == 8 => return Ok(RbdRecord::Size(self.read_u64()?)),
+                b'z' if payload == 16 => return Ok(RbdRecord::Zeros(self.range()?)),
                 b'w' if payload >= 16 => {
                     let range = self.range()?;
                     if range.end - range.start != payload - 16 {
-                        return Err(invalid("a data record has two lengths"));
+                        return Err(invalid_data("a data record has two lengths"));
                     }
-                    return Ok(Record::Data(range));
+                    return Ok(RbdRecord::Data(range));
                 }
-                b's' | b'z' | b'w' => return Err(invalid("a record has a wrong length")),
+                b's' | b'z' | b'w' => return Err(invalid_data("a record has a wrong length")),
                 _ => self.skip(payload)?,
             }
         }
@@ -128,30 +128,30 @@ impl<R: Read> Decoder<R> {
 
     fn skip(&mut self, len: u64) -> io::Result<()> {
         if len > MAX_SKIPPED {
-            return Err(invalid("an unknown record is too long"));
+            return Err(invalid_data("an unknown record is too long"));
         }
         let skipped = io::copy(&mut (&mut self.input).take(len), &mut io::sink())?;
         if skipped < len { Err(io::ErrorKind::UnexpectedEof.into()) } else { Ok(()) }
     }
 
     fn range(&mut self) -> io::Result<Range<u64>> {
-        let (offset, len) = (self.number()?, self.number()?);
-        let end = offset.checked_add(len).ok_or_else(|| invalid("a record is past all offsets"))?;
+        let (offset, len) = (self.read_u64()?, self.read_u64()?);
+        let end = offset.checked_add(len).ok_or_else(|| invalid_data("a record is past all offsets"))?;
         Ok(offset..end)
     }
 
-    fn number(&mut self) -> io::Result<u64> {
-        self.bytes().map(u64::from_le_bytes)
+    fn read_u64(&mut self) -> io::Result<u64> {
+        self.read_array().map(u64::from_le_bytes)
     }
 
-    fn bytes<const N: usize>(&mut self) -> io::Result<[u8; N]> {
+    fn read_array<const N: usize>(&mut self) -> io::Result<[u8; N]> {
         let mut bytes = [0; N];
         self.input.read_exact(&mut bytes)?;
         Ok(bytes)
     }
 }
 
-fn invalid(why: &'static str) -> io::Error {
+fn invalid_data(why: &'static str) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, why)
 }
 
@@ -162,17 +162,17 @@ mod tests {
     use super::*;
 
     /// All records of a diff, with the bytes of the data records.
-    fn decode(wire: &[u8]) -> io::Result<Vec<(Record, Vec<u8>)>> {
-        let mut decoder = Decoder::new(wire)?;
+    fn decode(wire: &[u8]) -> io::Result<Vec<(RbdRecord, Vec<u8>)>> {
+        let mut decoder = RbdDecoder::new(wire)?;
         let mut records = Vec::new();
         loop {
             let record = decoder.next_record()?;
             let mut bytes = Vec::new();
-            if let Record::Data(range) = &record {
+            if let RbdRecord::Data(range) = &record {
                 bytes.resize(usize::try_from(range.end - range.start).unwrap(), 0);
                 decoder.input().read_exact(&mut bytes)?;
             }
-            let done = record == Record::End;
+            let done = record == RbdRecord::End;
             records.push((record, bytes));
             if done {
                 assert!(decoder.input().is_empty(), "there is more after the end");
@@ -182,17 +182,17 @@ mod tests {
     }
 
     fn encode(size: u64, pieces: &[(u64, Option<Vec<u8>>, u64)]) -> Vec<u8> {
-        let mut wire = opening(size).to_vec();
+        let mut wire = preamble(size).to_vec();
         for (offset, bytes, len) in pieces {
             match bytes {
                 Some(bytes) => {
                     wire.extend(data_header(&(*offset..offset + bytes.len() as u64)));
                     wire.extend(bytes);
                 }
-                None => wire.extend(zeros(&(*offset..offset + len))),
+                None => wire.extend(zeros_record(&(*offset..offset + len))),
             }
         }
-        wire.extend(END);
+        wire.extend(END_RECORD);
         wire
     }
 
@@ -210,7 +210,7 @@ mod tests {
     fn snapshot_names_and_unknown_tags_are_skipped() {
         let mut wire = BANNER.to_vec();
         wire.extend(b"t\x06\0\0\0\0\0\0\0\x02\0\0\0ab?\x01\0\0\0\0\0\0\0xe");
-        assert_eq!(decode(&wire).unwrap(), [(Record::End, Vec::new())]);
+        assert_eq!(decode(&wire).unwrap(), [(RbdRecord::End, Vec::new())]);
     }
 
     #[test]
@@ -226,16 +226,16 @@ mod tests {
     #[test]
     fn lengths_that_contradict_themselves_are_refused() {
         for record in [
-            &header(b'w', 20, 0, 5)[..],
-            &header(b'w', 15, 0, 0),
-            &header(b'z', 17, 0, 5),
-            &header(b'z', 16, u64::MAX, 2),
-            &header(b'x', u64::MAX, 0, 0),
+            &record_header(b'w', 20, 0, 5)[..],
+            &record_header(b'w', 15, 0, 0),
+            &record_header(b'z', 17, 0, 5),
+            &record_header(b'z', 16, u64::MAX, 2),
+            &record_header(b'x', u64::MAX, 0, 0),
         ] {
-            let wire = [&opening(1)[..], record].concat();
+            let wire = [&preamble(1)[..], record].concat();
             assert_eq!(decode(&wire).unwrap_err().kind(), io::ErrorKind::InvalidData);
         }
-        assert!(Decoder::new(&b"rbd diff v1\ns"[..]).is_err());
+        assert!(RbdDecoder::new(&b"rbd diff v1\ns"[..]).is_err());
     }
 
     proptest! {
@@ -250,15 +250,15 @@ mod tests {
         ) {
             let records = decode(&encode(size, &pieces)).unwrap();
             prop_assert_eq!(records.len(), pieces.len() + 2);
-            prop_assert_eq!(&records[0].0, &Record::Size(size));
+            prop_assert_eq!(&records[0].0, &RbdRecord::Size(size));
             for ((offset, bytes, len), (record, got)) in pieces.iter().zip(&records[1..]) {
                 let end = offset + bytes.as_ref().map_or(*len, |bytes| bytes.len() as u64);
                 match bytes {
                     Some(bytes) => {
-                        prop_assert_eq!(record, &Record::Data(*offset..end));
+                        prop_assert_eq!(record, &RbdRecord::Data(*offset..end));
                         prop_assert_eq!(got, bytes);
                     }
-                    None => prop_assert_eq!(record, &Record::Zeros(*offset..end)),
+                    None => prop_assert_eq!(record, &RbdRecord::Zeros(*offset..end)),
                 }
             }
         }

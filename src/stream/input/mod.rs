@@ -37,22 +37,22 @@ use std::time::Duration;
 use parking_lot::{Condvar, Mutex};
 use rustix::event::{EventfdFlags, eventfd};
 
-use self::kept::CHUNK;
+use self::kept::CHUNK_SIZE;
 use self::spool::SpoolFile;
-use self::state::{Parked, Phase, State};
+use self::state::{PendingRead, InputPhase, InputCore};
 use super::stop::Stop;
-use crate::extents::{Extent, Kind};
-use crate::host::{errno, process_of};
+use crate::extents::{Extent, ExtentKind};
+use crate::host::{os_error, process_of_thread};
 use crate::spec::Spool;
 
 /// What is held besides the read-window and what parked reads need: 4 MiB, enough for the source
 /// to go on while a few requests of 1 MiB are copied out.
 pub const READ_AHEAD: u64 = 4 << 20;
 /// How long `close` waits to hear whether a source that was read to its end has ended well.
-const GRACE: Duration = Duration::from_secs(1);
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Where the bytes come from.
-pub trait Supplier: Send + 'static {
+pub trait Source: Send + 'static {
     /// Reads the next bytes, waits for them; 0 at the end.
     ///
     /// # Errors
@@ -63,14 +63,14 @@ pub trait Supplier: Send + 'static {
     ///
     /// # Errors
     /// One line that says why the source has failed.
-    fn end(self: Box<Self>) -> Result<(), String>;
+    fn finish(self: Box<Self>) -> Result<(), String>;
 
     /// The source is given up before its end. Where no stream could be started it is only dropped.
     fn close(self: Box<Self>);
 }
 
 /// Called once with the bytes of a read.
-pub type Reply = Box<dyn FnOnce(io::Result<Vec<u8>>) + Send>;
+pub type ReadReply = Box<dyn FnOnce(io::Result<Vec<u8>>) + Send>;
 
 /// An input stream. Its thread keeps it alive until [`close`](Self::close).
 pub struct Input {
@@ -80,10 +80,10 @@ pub struct Input {
     spool: Option<SpoolFile>,
     stop: Stop,
     /// Readable when the idle thread has something to do.
-    wake: OwnedFd,
-    state: Mutex<State>,
+    wake_fd: OwnedFd,
+    state: Mutex<InputCore>,
     /// Notified when the thread has nothing more to find out.
-    over: Condvar,
+    ended: Condvar,
     thread: Mutex<Option<JoinHandle<()>>>,
 }
 
@@ -141,7 +141,7 @@ impl Input {
         size: u64,
         read_window: u64,
         spool: Spool,
-        supplier: Box<dyn Supplier>,
+        supplier: Box<dyn Source>,
         stop: Stop,
     ) -> io::Result<Arc<Self>> {
         let spool = match spool {
@@ -156,7 +156,7 @@ impl Input {
         size: u64,
         read_window: u64,
         spool: Option<SpoolFile>,
-        supplier: Box<dyn Supplier>,
+        supplier: Box<dyn Source>,
         stop: Stop,
     ) -> io::Result<Arc<Self>> {
         let window = spool.is_none().then_some(read_window);
@@ -166,9 +166,9 @@ impl Input {
             read_window,
             spool,
             stop,
-            wake: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
-            state: Mutex::new(State::new(window)),
-            over: Condvar::new(),
+            wake_fd: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
+            state: Mutex::new(InputCore::new(window)),
+            ended: Condvar::new(),
             thread: Mutex::new(None),
         });
         let of_thread = Arc::clone(&input);
@@ -193,7 +193,7 @@ impl Input {
     /// The reply is `EIO` when not all of the bytes will arrive or can still be read, when the
     /// read begins too far ahead, or once stopped; the host's errno when the spool cannot be
     /// read; `EINTR` after [`release_killed`](Self::release_killed).
-    pub fn read(self: &Arc<Self>, offset: u64, len: usize, client: u32, reply: Reply) {
+    pub fn read(self: &Arc<Self>, offset: u64, len: usize, client: u32, reply: ReadReply) {
         let range = offset..offset.saturating_add(len as u64).min(self.size);
         if range.is_empty() {
             return reply(Ok(Vec::new()));
@@ -204,26 +204,26 @@ impl Input {
             if let Some(line) = line {
                 log::warn!("{}: {line}", self.name);
             }
-            return reply(Err(errno(libc::EIO)));
+            return reply(Err(os_error(libc::EIO)));
         }
-        let mut read = Parked { range, client, reply };
+        let mut read = PendingRead { range, client, reply };
         let mut ready = None;
         if read.range.end <= state.arrived {
-            ready = Some(state.answer(read));
+            ready = Some(state.complete(read));
             state.trim();
         } else {
             // Now, while the thread that asks is there.
-            read.client = if client == 0 { 0 } else { process_of(client) };
-            state.parked.push(read);
+            read.client = if client == 0 { 0 } else { process_of_thread(client) };
+            state.pending.push(read);
         }
         self.wake(&mut state);
         drop(state);
-        ready.into_iter().for_each(|ready| self.give(ready));
+        ready.into_iter().for_each(|ready| self.send_reply(ready));
     }
 
     /// Answers `EINTR` to the parked reads of clients that are being killed. Called every second.
     pub fn release_killed(&self, is_killed: impl Fn(u32) -> bool) {
-        let clients: Vec<u32> = self.state.lock().parked.iter().map(|read| read.client).collect();
+        let clients: Vec<u32> = self.state.lock().pending.iter().map(|read| read.client).collect();
         // Asked without the lock: it looks into /proc.
         let killed: Vec<u32> =
             clients.into_iter().filter(|client| *client != 0 && is_killed(*client)).collect();
@@ -231,9 +231,9 @@ impl Input {
             return;
         }
         let mut state = self.state.lock();
-        let released = state.unpark(|read| killed.contains(&read.client));
+        let released = state.take_pending(|read| killed.contains(&read.client));
         drop(state);
-        released.into_iter().for_each(|read| (read.reply)(Err(errno(libc::EINTR))));
+        released.into_iter().for_each(|read| (read.reply)(Err(os_error(libc::EINTR))));
     }
 
     /// What a prefix of `range` is: a hole only where zeros have arrived in a spool, and past the
@@ -241,7 +241,7 @@ impl Input {
     #[must_use]
     pub fn extent_at(&self, range: Range<u64>) -> Extent {
         if range.start >= self.size {
-            return Extent::new(range, Kind::Hole);
+            return Extent::new(range, ExtentKind::Hole);
         }
         let range = range.start..range.end.min(self.size);
         let arrived = self.state.lock().arrived;
@@ -249,14 +249,14 @@ impl Input {
             Some(spool) if !range.is_empty() && range.start < arrived => {
                 spool.extent_at(range.start..range.end.min(arrived))
             }
-            _ => Extent::new(range, Kind::Data),
+            _ => Extent::new(range, ExtentKind::Data),
         }
     }
 
     /// How it stands now.
     #[must_use]
     pub fn status(&self) -> InputStatus {
-        let used = self.held();
+        let used = self.memory_used();
         let spooled = self.spool.as_ref().map_or(0, SpoolFile::used);
         let state = self.state.lock();
         InputStatus {
@@ -274,8 +274,8 @@ impl Input {
     /// How much memory the stream takes, in bytes: at most the read-window, [`READ_AHEAD`] and
     /// what one parked read asks for.
     #[must_use]
-    pub fn held(&self) -> u64 {
-        self.state.lock().kept.held() + CHUNK as u64
+    pub fn memory_used(&self) -> u64 {
+        self.state.lock().buffer.memory_used() + CHUNK_SIZE as u64
     }
 
     /// Stops the stream and waits for its thread. A source that was read to its end is given a
@@ -286,8 +286,8 @@ impl Input {
     pub fn close(&self) -> Result<(), String> {
         let mut state = self.state.lock();
         if self.is_ending(&state) && !self.stop.is_stopped() {
-            let waits = |state: &mut State| state.phase != Phase::Over;
-            self.over.wait_while_for(&mut state, waits, GRACE);
+            let waits = |state: &mut InputCore| state.phase != InputPhase::Ended;
+            self.ended.wait_while_for(&mut state, waits, CLOSE_TIMEOUT);
         }
         drop(state);
         self.stop.stop();
@@ -299,12 +299,12 @@ impl Input {
     }
 
     /// Whether only the source's verdict is still to come.
-    fn is_ending(&self, state: &State) -> bool {
-        state.phase == Phase::Ending || (state.phase == Phase::Flowing && self.is_all_read(state))
+    fn is_ending(&self, state: &InputCore) -> bool {
+        state.phase == InputPhase::Ending || (state.phase == InputPhase::Flowing && self.is_all_read(state))
     }
 
     /// Whether all has arrived that there is, and nobody has more to ask for.
-    fn is_all_read(&self, state: &State) -> bool {
+    fn is_all_read(&self, state: &InputCore) -> bool {
         state.arrived == self.size && (self.spool.is_some() || state.demanded() == self.size)
     }
 }

@@ -12,13 +12,13 @@ use std::path::{Path, PathBuf};
 use rustix::fs::SeekFrom;
 use rustix::io::Errno;
 
-use crate::extents::{Extent, Kind};
+use crate::extents::{Extent, ExtentKind};
 use crate::host;
 use crate::layer::Wait;
 use crate::overlay::keep::temporary_dir;
 
 /// 4 KiB: the block of the common host file systems; a hole that is smaller saves nothing.
-const BLOCK: u64 = 4 << 10;
+const BLOCK_SIZE: u64 = 4 << 10;
 
 /// The file. Its bytes lie at the disk's offsets.
 pub(super) struct SpoolFile {
@@ -50,7 +50,7 @@ impl SpoolFile {
     pub(super) fn store(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
         let mut data = 0..0;
         while data.end < bytes.len() {
-            let piece = data.end..piece_end(bytes.len(), data.end, offset);
+            let piece = data.end..block_end(bytes.len(), data.end, offset);
             if is_zero(&bytes[piece.clone()]) {
                 self.write(&bytes[data], offset, piece.start)?;
                 data = piece.end..piece.end;
@@ -75,7 +75,7 @@ impl SpoolFile {
     /// The host's errno.
     pub(super) fn read(&self, range: &Range<u64>) -> io::Result<Vec<u8>> {
         let len =
-            usize::try_from(range.end - range.start).map_err(|_| host::errno(libc::EINVAL))?;
+            usize::try_from(range.end - range.start).map_err(|_| host::os_error(libc::EINVAL))?;
         let mut bytes = vec![0; len];
         // What it leaves is past the end of the file: zeros that were left out.
         host::read_at(&self.file, &mut bytes, range.start, Wait::Yes)?;
@@ -89,14 +89,14 @@ impl SpoolFile {
             // Nothing but zeros from here to where the file ends.
             Err(Errno::NXIO) => range.end,
             // The host cannot tell: data is always right.
-            Err(_) => return Extent::new(range, Kind::Data),
+            Err(_) => return Extent::new(range, ExtentKind::Data),
         };
         if data > range.start {
-            return Extent::new(range.start..data.min(range.end), Kind::Hole);
+            return Extent::new(range.start..data.min(range.end), ExtentKind::Hole);
         }
         let hole = rustix::fs::seek(&self.file, SeekFrom::Hole(range.start)).unwrap_or(range.end);
         let end = if hole > range.start { hole.min(range.end) } else { range.end };
-        Extent::new(range.start..end, Kind::Data)
+        Extent::new(range.start..end, ExtentKind::Data)
     }
 
     /// How much space it takes on the host, in bytes.
@@ -117,8 +117,8 @@ impl SpoolFile {
 }
 
 /// Where the part of a block ends that begins at `at` in `len` bytes that belong at `offset`.
-fn piece_end(len: usize, at: usize, offset: u64) -> usize {
-    let left = BLOCK - (offset + at as u64) % BLOCK;
+fn block_end(len: usize, at: usize, offset: u64) -> usize {
+    let left = BLOCK_SIZE - (offset + at as u64) % BLOCK_SIZE;
     usize::try_from(left).map_or(len, |left| len.min(at + left))
 }
 
@@ -142,7 +142,7 @@ mod tests {
         let dir = tempfile::tempdir_in("/var/tmp").unwrap();
         let spool = SpoolFile::create_in(dir.path()).unwrap();
         let bytes: Vec<u8> =
-            runs.iter().flat_map(|(kind, blocks)| vec![*kind; blocks * BLOCK as usize]).collect();
+            runs.iter().flat_map(|(kind, blocks)| vec![*kind; blocks * BLOCK_SIZE as usize]).collect();
         for (number, piece) in bytes.chunks(step).enumerate() {
             spool.store(piece, (number * step) as u64).unwrap();
         }
@@ -153,12 +153,12 @@ mod tests {
     fn zeros_become_holes_in_whatever_pieces_they_come() {
         for step in [1000, 4096, 5000, 1 << 20] {
             let (_dir, spool, bytes) = stored(&[(0, 16), (5, 16), (0, 32)], step);
-            let block = |number: u64| number * BLOCK;
-            assert_eq!(spool.extent_at(0..block(64)), Extent::new(0..block(16), Kind::Hole));
+            let block = |number: u64| number * BLOCK_SIZE;
+            assert_eq!(spool.extent_at(0..block(64)), Extent::new(0..block(16), ExtentKind::Hole));
             let data = spool.extent_at(block(16)..block(64));
-            assert_eq!(data, Extent::new(block(16)..block(32), Kind::Data));
+            assert_eq!(data, Extent::new(block(16)..block(32), ExtentKind::Data));
             let tail = spool.extent_at(block(32)..block(64));
-            assert_eq!(tail, Extent::new(block(32)..block(64), Kind::Hole));
+            assert_eq!(tail, Extent::new(block(32)..block(64), ExtentKind::Hole));
             assert!(spool.used() < block(64), "{}", spool.used());
             assert_eq!(spool.read(&(0..block(64))).unwrap(), bytes);
         }
@@ -187,7 +187,7 @@ mod tests {
             while offset < bytes.len() as u64 {
                 let extent = spool.extent_at(offset..bytes.len() as u64);
                 prop_assert!(extent.range.start == offset && !extent.is_empty());
-                if extent.kind == Kind::Hole {
+                if extent.kind == ExtentKind::Hole {
                     let hole = extent.range.start as usize..extent.range.end as usize;
                     prop_assert!(is_zero(&bytes[hole]));
                 }

@@ -5,39 +5,39 @@
 use std::ops::Range;
 use std::time::{Duration, Instant};
 
-use super::kept::{CHUNK, Kept};
-use super::{InputState, READ_AHEAD, Reply};
+use super::kept::{CHUNK_SIZE, ReadBuffer};
+use super::{InputState, READ_AHEAD, ReadReply};
 
 /// How far the source is read ahead: chunks are dropped whole, so one more at either end and the
 /// thread's own buffer come off.
-pub(super) const AHEAD: u64 = READ_AHEAD - 3 * CHUNK as u64;
+pub(super) const FETCH_AHEAD: u64 = READ_AHEAD - 3 * CHUNK_SIZE as u64;
 /// 16 MiB: a reader may skip so much at least; a probe of a disk's end skips more, and must not
 /// use the stream up.
-pub(super) const JUMP: u64 = 16 << 20;
+pub(super) const SKIP_LIMIT: u64 = 16 << 20;
 /// A refused read is logged no more often than this.
-const SELDOM: Duration = Duration::from_secs(1);
+const LOG_INTERVAL: Duration = Duration::from_secs(1);
 
 /// How far the thread has come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Phase {
+pub(super) enum InputPhase {
     /// Bytes may arrive.
     Flowing,
     /// None will; what became of the source is not known yet.
     Ending,
     /// It is known.
-    Over,
+    Ended,
 }
 
 /// All of it; offsets and lengths in bytes.
-pub(super) struct State {
+pub(super) struct InputCore {
     /// How far the thread has come.
-    pub(super) phase: Phase,
+    pub(super) phase: InputPhase,
     pub(super) outcome: InputState,
     pub(super) error: Option<String>,
     /// How far back can be read; `None`: a spool keeps everything.
     read_window: Option<u64>,
     /// Empty with a spool.
-    pub(super) kept: Kept,
+    pub(super) buffer: ReadBuffer,
     /// How many bytes have come from the source.
     pub(super) arrived: u64,
     /// The highest end of a read that was answered.
@@ -46,34 +46,34 @@ pub(super) struct State {
     low: u64,
     /// The read-window that the reads so far need.
     pub(super) needed: u64,
-    pub(super) parked: Vec<Parked>,
+    pub(super) pending: Vec<PendingRead>,
     /// The thread waits to be woken.
     pub(super) idle: bool,
-    too_late: Seldom,
-    too_far: Seldom,
+    too_late_log: LogThrottle,
+    too_far_log: LogThrottle,
 }
 
 /// A read, until it is answered.
-pub(super) struct Parked {
+pub(super) struct PendingRead {
     pub(super) range: Range<u64>,
     pub(super) client: u32,
-    pub(super) reply: Reply,
+    pub(super) reply: ReadReply,
 }
 
 /// A read whose bytes are there; with a spool they still have to be fetched.
-pub(super) struct Ready {
+pub(super) struct ReadyRead {
     pub(super) range: Range<u64>,
     pub(super) bytes: Option<Vec<u8>>,
-    pub(super) reply: Reply,
+    pub(super) reply: ReadReply,
 }
 
 /// Lets a line through once in a while.
 #[derive(Default)]
-struct Seldom(Option<Instant>);
+struct LogThrottle(Option<Instant>);
 
-impl Seldom {
-    fn pass(&mut self) -> bool {
-        let pass = self.0.is_none_or(|last| last.elapsed() >= SELDOM);
+impl LogThrottle {
+    fn allow(&mut self) -> bool {
+        let pass = self.0.is_none_or(|last| last.elapsed() >= LOG_INTERVAL);
         if pass {
             self.0 = Some(Instant::now());
         }
@@ -81,41 +81,41 @@ impl Seldom {
     }
 }
 
-impl State {
+impl InputCore {
     /// That of a stream that begins; `read_window` is `None` when a spool keeps everything.
     pub(super) fn new(read_window: Option<u64>) -> Self {
         Self {
             read_window,
-            phase: Phase::Flowing,
+            phase: InputPhase::Flowing,
             outcome: InputState::Open,
             error: None,
-            kept: Kept::default(),
+            buffer: ReadBuffer::default(),
             arrived: 0,
             served: 0,
             low: 0,
             needed: 0,
-            parked: Vec::new(),
+            pending: Vec::new(),
             idle: false,
-            too_late: Seldom::default(),
-            too_far: Seldom::default(),
+            too_late_log: LogThrottle::default(),
+            too_far_log: LogThrottle::default(),
         }
     }
 
     /// The end of what was asked for.
     pub(super) fn demanded(&self) -> u64 {
-        self.parked.iter().map(|read| read.range.end).max().unwrap_or(0).max(self.served)
+        self.pending.iter().map(|read| read.range.end).max().unwrap_or(0).max(self.served)
     }
 
     /// Where the read-window ends. On the way to a read that skips bytes it goes along, so that
     /// what is skipped need not be held.
-    fn front(&self) -> u64 {
-        self.served.max(self.arrived.saturating_sub(AHEAD))
+    fn read_window_end(&self) -> u64 {
+        self.served.max(self.arrived.saturating_sub(FETCH_AHEAD))
     }
 
     /// Whether `range` cannot be read, and the line to log about it, if it is time for one.
     pub(super) fn refusal(&mut self, range: &Range<u64>) -> Option<Option<String>> {
         let at = range.start;
-        let back = self.front().saturating_sub(at);
+        let back = self.read_window_end().saturating_sub(at);
         if self.read_window.is_some() {
             self.needed = self.needed.max(back);
         }
@@ -124,19 +124,19 @@ impl State {
                 "the bytes at {at} were passed and are dropped: EIO; \
                  read-window={back} would have kept them"
             );
-            return Some(self.too_late.pass().then_some(line));
+            return Some(self.too_late_log.allow().then_some(line));
         }
-        if range.end > self.arrived && self.phase != Phase::Flowing {
+        if range.end > self.arrived && self.phase != InputPhase::Flowing {
             return Some(None);
         }
         let demanded = self.demanded();
-        let jump = JUMP.max(self.read_window?);
+        let jump = SKIP_LIMIT.max(self.read_window?);
         if at > demanded.saturating_add(jump) {
             let line = format!(
                 "a read at {at} is too far ahead of the stream, which is read up to {demanded}: \
                  EIO; add spool for random access"
             );
-            return Some(self.too_far.pass().then_some(line));
+            return Some(self.too_far_log.allow().then_some(line));
         }
         None
     }
@@ -144,7 +144,7 @@ impl State {
     /// The next bytes have arrived; with a spool they are in it already.
     pub(super) fn append(&mut self, bytes: &[u8]) {
         if self.read_window.is_some() {
-            self.kept.append(bytes);
+            self.buffer.append(bytes);
         }
         self.arrived += bytes.len() as u64;
     }
@@ -152,23 +152,23 @@ impl State {
     /// Drops what is out of the read-window and what no parked read needs.
     pub(super) fn trim(&mut self) {
         let Some(read_window) = self.read_window else { return };
-        let window = self.front().saturating_sub(read_window);
-        let needed = self.parked.iter().map(|read| read.range.start).min();
+        let window = self.read_window_end().saturating_sub(read_window);
+        let needed = self.pending.iter().map(|read| read.range.start).min();
         let low = needed.map_or(window, |needed| needed.min(window)).min(self.arrived);
         self.low = self.low.max(low);
-        self.kept.drop_before(self.low);
+        self.buffer.drop_before(self.low);
     }
 
     /// Takes the bytes of a read that have all arrived.
-    pub(super) fn answer(&mut self, read: Parked) -> Ready {
+    pub(super) fn complete(&mut self, read: PendingRead) -> ReadyRead {
         self.served = self.served.max(read.range.end);
-        let bytes = self.kept.copy(&read.range);
-        Ready { range: read.range, bytes, reply: read.reply }
+        let bytes = self.buffer.copy_range(&read.range);
+        ReadyRead { range: read.range, bytes, reply: read.reply }
     }
 
     /// Takes the parked reads that `is_over` says so of, oldest first.
-    pub(super) fn unpark(&mut self, mut is_over: impl FnMut(&Parked) -> bool) -> Vec<Parked> {
-        self.parked.extract_if(.., |read| is_over(read)).collect()
+    pub(super) fn take_pending(&mut self, mut is_over: impl FnMut(&PendingRead) -> bool) -> Vec<PendingRead> {
+        self.pending.extract_if(.., |read| is_over(read)).collect()
     }
 
     /// The source has failed, if there is a `failure`.
@@ -186,7 +186,7 @@ mod tests {
 
     #[test]
     fn a_refusal_names_the_offset_and_what_would_have_been_enough_once_a_second() {
-        let mut state = State::new(Some(10));
+        let mut state = InputCore::new(Some(10));
         state.append(&[1; 1000]);
         state.served = 1000;
         state.trim();
@@ -194,7 +194,7 @@ mod tests {
         let line = state.refusal(&(900..1000)).unwrap().unwrap();
         assert!(line.contains("at 900 ") && line.contains("read-window=100 "), "{line}");
         assert_eq!(state.refusal(&(900..1000)), Some(None));
-        state.too_late = Seldom(Instant::now().checked_sub(SELDOM));
+        state.too_late_log = LogThrottle(Instant::now().checked_sub(LOG_INTERVAL));
         assert!(state.refusal(&(900..1000)).unwrap().is_some());
         // One kind of line does not hide the other.
         let line = state.refusal(&(1 << 30..1 << 31)).unwrap().unwrap();
@@ -204,15 +204,15 @@ mod tests {
 
     #[test]
     fn a_stream_with_a_spool_refuses_only_what_will_not_arrive() {
-        let mut state = State::new(None);
+        let mut state = InputCore::new(None);
         state.append(&[1; 1000]);
         state.served = 1000;
         state.trim();
         assert_eq!(state.refusal(&(0..10)), None);
         assert_eq!(state.refusal(&(1 << 30..1 << 31)), None);
-        state.phase = Phase::Over;
+        state.phase = InputPhase::Ended;
         assert_eq!(state.refusal(&(0..1000)), None);
         assert_eq!(state.refusal(&(0..1001)), Some(None));
-        assert_eq!((state.needed, state.kept.held()), (0, 0));
+        assert_eq!((state.needed, state.buffer.memory_used()), (0, 0));
     }
 }

@@ -10,8 +10,8 @@ use std::time::Instant;
 
 use proptest::prelude::*;
 
-use super::kept::CHUNK;
-use super::state::{AHEAD, JUMP};
+use super::kept::CHUNK_SIZE;
+use super::state::{FETCH_AHEAD, SKIP_LIMIT};
 use super::*;
 
 const MIB: u64 = 1 << 20;
@@ -35,14 +35,14 @@ fn bytes(range: Range<u64>) -> &'static [u8] {
 }
 
 /// A source in memory that delivers as far as it was poked.
-struct Feed {
-    shared: Arc<Shared>,
+struct MemorySource {
+    shared: Arc<MemorySourceState>,
     stop: Stop,
     at: u64,
     pieces: u64,
 }
 
-struct Shared {
+struct MemorySourceState {
     /// How far it delivers.
     granted: Mutex<u64>,
     poked: Condvar,
@@ -50,21 +50,21 @@ struct Shared {
     len: u64,
     verdict: Result<(), String>,
     taken: AtomicU64,
-    /// 1: `end` was called, 16: `close` was.
+    /// 1: `finish` was called, 16: `close` was.
     gone: AtomicU32,
     input: OnceLock<Weak<Input>>,
     most_held: AtomicU64,
 }
 
-impl Supplier for Feed {
+impl Source for MemorySource {
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
         if let Some(input) = self.shared.input.get().and_then(Weak::upgrade) {
-            self.shared.most_held.fetch_max(input.held(), Ordering::SeqCst);
+            self.shared.most_held.fetch_max(input.memory_used(), Ordering::SeqCst);
         }
         let mut granted = self.shared.granted.lock();
         while *granted <= self.at && self.at < self.shared.len {
             if self.stop.is_stopped() {
-                return Err(errno(libc::ECANCELED));
+                return Err(os_error(libc::ECANCELED));
             }
             self.shared.poked.wait_for(&mut granted, Duration::from_millis(2));
         }
@@ -79,7 +79,7 @@ impl Supplier for Feed {
         Ok(len)
     }
 
-    fn end(self: Box<Self>) -> Result<(), String> {
+    fn finish(self: Box<Self>) -> Result<(), String> {
         self.shared.gone.fetch_add(1, Ordering::SeqCst);
         self.shared.verdict.clone()
     }
@@ -89,14 +89,14 @@ impl Supplier for Feed {
     }
 }
 
-/// A stream over a [`Feed`], closed at the end of the test.
-struct Stream {
+/// A stream over a [`MemorySource`], closed at the end of the test.
+struct TestStream {
     input: Arc<Input>,
-    shared: Arc<Shared>,
+    shared: Arc<MemorySourceState>,
     stop: Stop,
 }
 
-struct Plan {
+struct TestPlan {
     size: u64,
     len: u64,
     read_window: u64,
@@ -105,7 +105,7 @@ struct Plan {
     verdict: Result<(), String>,
 }
 
-impl Plan {
+impl TestPlan {
     /// A disk of `size` bytes whose source delivers it all at once.
     fn of(size: u64) -> Self {
         let granted = u64::MAX;
@@ -116,13 +116,13 @@ impl Plan {
         Self { spool: Spool::On, ..Self::of(size) }
     }
 
-    fn start(self) -> Stream {
+    fn start(self) -> TestStream {
         let file = (self.spool == Spool::On).then(|| SpoolFile::create().unwrap());
         self.start_in(file)
     }
 
-    fn start_in(self, spool: Option<SpoolFile>) -> Stream {
-        let shared = Arc::new(Shared {
+    fn start_in(self, spool: Option<SpoolFile>) -> TestStream {
+        let shared = Arc::new(MemorySourceState {
             granted: Mutex::new(self.granted),
             poked: Condvar::new(),
             len: self.len,
@@ -134,30 +134,30 @@ impl Plan {
         });
         let stop = Stop::new().unwrap();
         let of_feed = Arc::clone(&shared);
-        let feed = Feed { shared: of_feed, stop: stop.clone(), at: 0, pieces: self.size };
+        let feed = MemorySource { shared: of_feed, stop: stop.clone(), at: 0, pieces: self.size };
         let window = self.read_window;
         let input =
             Input::start_with("d", self.size, window, spool, Box::new(feed), stop.clone()).unwrap();
         shared.input.set(Arc::downgrade(&input)).unwrap();
-        Stream { input, shared, stop }
+        TestStream { input, shared, stop }
     }
 }
 
-impl Drop for Stream {
+impl Drop for TestStream {
     fn drop(&mut self) {
         let _ = self.input.close();
     }
 }
 
-type Answer = io::Result<Vec<u8>>;
+type ReadAnswer = io::Result<Vec<u8>>;
 
-impl Stream {
-    fn ask(&self, range: Range<u64>, client: u32) -> mpsc::Receiver<Answer> {
+impl TestStream {
+    fn ask(&self, range: Range<u64>, client: u32) -> mpsc::Receiver<ReadAnswer> {
         let (tell, told) = mpsc::channel();
         let input = Arc::clone(&self.input);
         let reply = move |answer| {
             // Would hang if a lock were held.
-            let _ = input.held();
+            let _ = input.memory_used();
             tell.send(answer).unwrap();
         };
         let len = (range.end - range.start) as usize;
@@ -165,7 +165,7 @@ impl Stream {
         told
     }
 
-    fn read(&self, range: Range<u64>) -> Answer {
+    fn read(&self, range: Range<u64>) -> ReadAnswer {
         self.ask(range, 0).recv_timeout(PATIENCE).expect("no answer")
     }
 
@@ -205,18 +205,18 @@ impl Stream {
     }
 }
 
-fn assert_errno(answer: Answer, code: i32) {
+fn assert_errno(answer: ReadAnswer, code: i32) {
     assert_eq!(answer.unwrap_err().raw_os_error(), Some(code));
 }
 
-fn is_waiting(told: &mpsc::Receiver<Answer>) -> bool {
+fn is_waiting(told: &mpsc::Receiver<ReadAnswer>) -> bool {
     matches!(told.try_recv(), Err(mpsc::TryRecvError::Empty))
 }
 
 #[test]
 fn a_sequential_reader_gets_the_disk_and_the_source_finishes() {
     let size = 40 * MIB + 12345;
-    let stream = Plan::of(size).start();
+    let stream = TestPlan::of(size).start();
     let mut at = 0;
     while at < size {
         let end = (at + 300_001).min(size);
@@ -233,7 +233,7 @@ fn a_sequential_reader_gets_the_disk_and_the_source_finishes() {
 
 #[test]
 fn a_read_at_the_end_is_short_and_one_past_it_is_empty() {
-    let stream = Plan::of(5000).start();
+    let stream = TestPlan::of(5000).start();
     assert_eq!(stream.read(4000..9000).unwrap(), bytes(4000..5000));
     assert_eq!(stream.read(5000..6000).unwrap(), b"");
     assert_eq!(stream.read(u64::MAX - 9..u64::MAX).unwrap(), b"");
@@ -242,16 +242,16 @@ fn a_read_at_the_end_is_short_and_one_past_it_is_empty() {
 
 #[test]
 fn the_source_of_an_empty_disk_is_checked() {
-    let stream = Plan::of(0).start();
+    let stream = TestPlan::of(0).start();
     stream.until(|status| status.state == InputState::Finished);
-    let stream = Plan { len: 1, ..Plan::of(0) }.start();
+    let stream = TestPlan { len: 1, ..TestPlan::of(0) }.start();
     stream.until(|status| status.state == InputState::Failed);
 }
 
 #[test]
 fn a_read_is_answered_when_its_last_byte_has_arrived() {
     for spool in [Spool::Off, Spool::On] {
-        let stream = Plan { granted: 1000, spool, ..Plan::of(MIB) }.start();
+        let stream = TestPlan { granted: 1000, spool, ..TestPlan::of(MIB) }.start();
         let told = stream.ask(500..1501, 0);
         stream.until(|status| status.arrived == 1000);
         stream.poke(1500);
@@ -264,19 +264,19 @@ fn a_read_is_answered_when_its_last_byte_has_arrived() {
 
 #[test]
 fn without_a_spool_only_the_read_ahead_is_taken_unasked() {
-    let stream = Plan::of(40 * MIB).start();
-    stream.until(|status| status.arrived == AHEAD);
+    let stream = TestPlan::of(40 * MIB).start();
+    stream.until(|status| status.arrived == FETCH_AHEAD);
     stream.right(0..2 * MIB);
-    stream.until(|status| status.arrived == 2 * MIB + AHEAD);
+    stream.until(|status| status.arrived == 2 * MIB + FETCH_AHEAD);
     thread::sleep(Duration::from_millis(20));
-    assert_eq!(stream.taken(), 2 * MIB + AHEAD);
+    assert_eq!(stream.taken(), 2 * MIB + FETCH_AHEAD);
     assert_eq!(stream.input.close(), Ok(()));
     assert_eq!((stream.gone(), stream.input.status().state), (16, InputState::Open));
 }
 
 #[test]
 fn looking_back_works_within_the_read_window_and_is_eio_beyond() {
-    let stream = Plan { read_window: MIB, ..Plan::of(20 * MIB) }.start();
+    let stream = TestPlan { read_window: MIB, ..TestPlan::of(20 * MIB) }.start();
     for at in 0..10 {
         stream.right(at * MIB..(at + 1) * MIB);
     }
@@ -291,7 +291,7 @@ fn looking_back_works_within_the_read_window_and_is_eio_beyond() {
 
 #[test]
 fn a_small_jump_skips_bytes_without_holding_them() {
-    let stream = Plan { read_window: 4096, ..Plan::of(40 * MIB) }.start();
+    let stream = TestPlan { read_window: 4096, ..TestPlan::of(40 * MIB) }.start();
     stream.right(15 * MIB..15 * MIB + 100);
     stream.right(15 * MIB - 3996..15 * MIB);
     stream.eio(15 * MIB - 3997..15 * MIB);
@@ -302,20 +302,20 @@ fn a_small_jump_skips_bytes_without_holding_them() {
 
 #[test]
 fn a_probe_of_the_end_is_eio_and_takes_nothing() {
-    let stream = Plan::of(40 * MIB).start();
+    let stream = TestPlan::of(40 * MIB).start();
     stream.right(0..512);
     stream.eio(40 * MIB - 4096..40 * MIB);
-    stream.eio(512 + JUMP + 1..512 + JUMP + 2);
-    stream.until(|status| status.arrived == 512 + AHEAD || status.arrived == AHEAD);
+    stream.eio(512 + SKIP_LIMIT + 1..512 + SKIP_LIMIT + 2);
+    stream.until(|status| status.arrived == 512 + FETCH_AHEAD || status.arrived == FETCH_AHEAD);
     stream.right(512..1024);
-    assert!(stream.taken() <= 1024 + AHEAD);
+    assert!(stream.taken() <= 1024 + FETCH_AHEAD);
     // As far as the limit it is a jump.
-    stream.right(1024 + JUMP..1025 + JUMP);
+    stream.right(1024 + SKIP_LIMIT..1025 + SKIP_LIMIT);
 }
 
 #[test]
 fn a_wide_read_window_lets_a_reader_jump_as_wide() {
-    let stream = Plan { read_window: 20 * MIB, ..Plan::of(40 * MIB) }.start();
+    let stream = TestPlan { read_window: 20 * MIB, ..TestPlan::of(40 * MIB) }.start();
     stream.right(20 * MIB..21 * MIB);
     stream.right(MIB..2 * MIB);
     stream.eio(MIB - 1..MIB);
@@ -323,7 +323,7 @@ fn a_wide_read_window_lets_a_reader_jump_as_wide() {
 
 #[test]
 fn parked_reads_are_answered_in_any_order_and_keep_what_they_need() {
-    let stream = Plan { granted: 0, ..Plan::of(10 * MIB) }.start();
+    let stream = TestPlan { granted: 0, ..TestPlan::of(10 * MIB) }.start();
     let ranges = [3 * MIB..4 * MIB, 0..MIB, 77..99, MIB / 2..MIB + MIB / 2, 2 * MIB..3 * MIB];
     let told = ranges.clone().map(|range| stream.ask(range, 0));
     assert!(told.iter().all(is_waiting));
@@ -336,7 +336,7 @@ fn parked_reads_are_answered_in_any_order_and_keep_what_they_need() {
 #[test]
 fn an_early_end_is_eio_and_never_zeros() {
     for spool in [Spool::Off, Spool::On] {
-        let stream = Plan { len: 10_000, read_window: MIB, spool, ..Plan::of(MIB) }.start();
+        let stream = TestPlan { len: 10_000, read_window: MIB, spool, ..TestPlan::of(MIB) }.start();
         let told = stream.ask(9000..10_001, 0);
         assert_errno(told.recv_timeout(PATIENCE).unwrap(), libc::EIO);
         stream.right(9000..10_000);
@@ -354,7 +354,7 @@ fn an_early_end_is_eio_and_never_zeros() {
 fn a_command_that_fails_is_reported_by_what_it_did_not_deliver_and_at_unmount() {
     for spool in [Spool::Off, Spool::On] {
         let verdict = Err("zstd: exit status 1: bad data".to_owned());
-        let stream = Plan { len: 7777, spool, verdict: verdict.clone(), ..Plan::of(MIB) }.start();
+        let stream = TestPlan { len: 7777, spool, verdict: verdict.clone(), ..TestPlan::of(MIB) }.start();
         stream.eio(0..MIB);
         stream.right(0..7777);
         assert_eq!(stream.input.close(), verdict);
@@ -367,7 +367,7 @@ fn a_command_that_fails_is_reported_by_what_it_did_not_deliver_and_at_unmount() 
 fn a_command_that_fails_after_the_last_byte_is_reported_at_unmount() {
     for spool in [Spool::Off, Spool::On] {
         let verdict = Err("checksum".to_owned());
-        let stream = Plan { spool, verdict: verdict.clone(), ..Plan::of(MIB) }.start();
+        let stream = TestPlan { spool, verdict: verdict.clone(), ..TestPlan::of(MIB) }.start();
         stream.right(0..MIB);
         // Without a pause: it waits for the verdict.
         assert_eq!(stream.input.close(), verdict);
@@ -377,7 +377,7 @@ fn a_command_that_fails_after_the_last_byte_is_reported_at_unmount() {
 #[test]
 fn a_source_that_goes_on_past_the_disk_fails_the_stream() {
     for spool in [Spool::Off, Spool::On] {
-        let stream = Plan { len: MIB + 1, spool, ..Plan::of(MIB) }.start();
+        let stream = TestPlan { len: MIB + 1, spool, ..TestPlan::of(MIB) }.start();
         stream.right(0..MIB);
         let status = stream.until(|status| status.state == InputState::Failed);
         let why = "the source goes on past the disk's size, 1048576";
@@ -388,7 +388,7 @@ fn a_source_that_goes_on_past_the_disk_fails_the_stream() {
 
 #[test]
 fn without_a_spool_the_end_is_checked_when_everything_was_asked_for() {
-    let stream = Plan { len: MIB + 1, ..Plan::of(MIB) }.start();
+    let stream = TestPlan { len: MIB + 1, ..TestPlan::of(MIB) }.start();
     stream.until(|status| status.arrived == MIB);
     stream.right(0..MIB - 1);
     thread::sleep(Duration::from_millis(20));
@@ -400,7 +400,7 @@ fn without_a_spool_the_end_is_checked_when_everything_was_asked_for() {
 #[test]
 fn a_stop_ends_the_thread_and_refuses_who_waits() {
     for spool in [Spool::Off, Spool::On] {
-        let stream = Plan { granted: 100, spool, ..Plan::of(MIB) }.start();
+        let stream = TestPlan { granted: 100, spool, ..TestPlan::of(MIB) }.start();
         let told = stream.ask(0..200, 0);
         stream.until(|status| status.arrived == 100);
         stream.stop.stop();
@@ -413,8 +413,8 @@ fn a_stop_ends_the_thread_and_refuses_who_waits() {
 
 #[test]
 fn a_stop_wakes_an_idle_thread() {
-    let stream = Plan::of(40 * MIB).start();
-    stream.until(|status| status.arrived == AHEAD);
+    let stream = TestPlan::of(40 * MIB).start();
+    stream.until(|status| status.arrived == FETCH_AHEAD);
     stream.stop.stop();
     let begun = Instant::now();
     while stream.gone() != 16 {
@@ -425,7 +425,7 @@ fn a_stop_wakes_an_idle_thread() {
 
 #[test]
 fn only_who_is_killed_is_released() {
-    let stream = Plan { granted: 0, ..Plan::of(MIB) }.start();
+    let stream = TestPlan { granted: 0, ..TestPlan::of(MIB) }.start();
     // Processes that cannot be.
     let [unknown, lives, dies] =
         [0, 1 << 30, (1 << 30) + 1].map(|client| stream.ask(0..100, client));
@@ -440,29 +440,29 @@ fn only_who_is_killed_is_released() {
 #[test]
 fn a_spool_takes_everything_unasked_and_answers_anywhere() {
     let size = 40 * MIB;
-    let stream = Plan::spooled(size).start();
+    let stream = TestPlan::spooled(size).start();
     stream.right(size - 1000..size);
     stream.until(|status| status.state == InputState::Finished);
     stream.right(0..MIB);
     stream.right(17 * MIB + 1..18 * MIB + 1);
-    assert_eq!(stream.input.status().used, CHUNK as u64);
+    assert_eq!(stream.input.status().used, CHUNK_SIZE as u64);
     assert_eq!(stream.gone(), 1);
 }
 
 #[test]
 fn zeros_in_a_spool_are_holes_once_they_have_arrived() {
     let (at, end) = (3 * MIB, 4 * MIB);
-    let stream = Plan { granted: at + 8192, ..Plan::spooled(8 * MIB) }.start();
+    let stream = TestPlan { granted: at + 8192, ..TestPlan::spooled(8 * MIB) }.start();
     stream.until(|status| status.arrived == at + 8192);
     let extent = |range| stream.input.extent_at(range);
-    assert_eq!(extent(0..8 * MIB), Extent::new(0..at, Kind::Data));
-    assert_eq!(extent(at..8 * MIB), Extent::new(at..at + 8192, Kind::Hole));
-    assert_eq!(extent(at + 8192..9 * MIB), Extent::new(at + 8192..8 * MIB, Kind::Data));
+    assert_eq!(extent(0..8 * MIB), Extent::new(0..at, ExtentKind::Data));
+    assert_eq!(extent(at..8 * MIB), Extent::new(at..at + 8192, ExtentKind::Hole));
+    assert_eq!(extent(at + 8192..9 * MIB), Extent::new(at + 8192..8 * MIB, ExtentKind::Data));
     stream.poke(u64::MAX);
     stream.until(|status| status.state == InputState::Finished);
-    assert_eq!(extent(at..8 * MIB), Extent::new(at..end, Kind::Hole));
-    assert_eq!(extent(end..7 * MIB + 5), Extent::new(end..7 * MIB, Kind::Data));
-    assert_eq!(extent(7 * MIB..9 * MIB), Extent::new(7 * MIB..8 * MIB, Kind::Hole));
+    assert_eq!(extent(at..8 * MIB), Extent::new(at..end, ExtentKind::Hole));
+    assert_eq!(extent(end..7 * MIB + 5), Extent::new(end..7 * MIB, ExtentKind::Data));
+    assert_eq!(extent(7 * MIB..9 * MIB), Extent::new(7 * MIB..8 * MIB, ExtentKind::Hole));
     let spooled = stream.input.status().spooled;
     assert!((6 * MIB..7 * MIB).contains(&spooled), "{spooled}");
     stream.right(2 * MIB..5 * MIB);
@@ -470,17 +470,17 @@ fn zeros_in_a_spool_are_holes_once_they_have_arrived() {
 
 #[test]
 fn without_a_spool_everything_is_data() {
-    let stream = Plan::of(8 * MIB).start();
+    let stream = TestPlan::of(8 * MIB).start();
     stream.right(3 * MIB..4 * MIB);
-    assert_eq!(stream.input.extent_at(0..9 * MIB), Extent::new(0..8 * MIB, Kind::Data));
-    assert_eq!(stream.input.extent_at(8 * MIB..9 * MIB), Extent::new(8 * MIB..9 * MIB, Kind::Hole));
+    assert_eq!(stream.input.extent_at(0..9 * MIB), Extent::new(0..8 * MIB, ExtentKind::Data));
+    assert_eq!(stream.input.extent_at(8 * MIB..9 * MIB), Extent::new(8 * MIB..9 * MIB, ExtentKind::Hole));
 }
 
 #[test]
 fn a_full_spool_fails_the_stream_with_the_errno_of_the_host() {
     let full = File::options().read(true).write(true).open("/dev/full").unwrap();
     let file = SpoolFile::of(full, Path::new("/tmp"));
-    let stream = Plan::spooled(MIB).start_in(Some(file));
+    let stream = TestPlan::spooled(MIB).start_in(Some(file));
     stream.eio(0..10);
     let status = stream.until(|status| status.state == InputState::Failed);
     let why = "the spool in /tmp: No space left on device (os error 28)";
@@ -492,7 +492,7 @@ fn a_full_spool_fails_the_stream_with_the_errno_of_the_host() {
 fn many_readers_at_once_get_the_right_bytes_or_eio() {
     let size = 24 * MIB;
     for (spool, read_window) in [(Spool::On, 0), (Spool::Off, size), (Spool::Off, 2 * MIB)] {
-        let stream = Plan { spool, read_window, ..Plan::of(size) }.start();
+        let stream = TestPlan { spool, read_window, ..TestPlan::of(size) }.start();
         let asked = AtomicU64::new(0);
         thread::scope(|scope| {
             for thread in 0..4_u64 {
@@ -551,7 +551,7 @@ proptest! {
         ops in prop::collection::vec(op(), 1..50),
     ) {
         let len = size.saturating_sub(missing);
-        let stream = Plan { len, read_window, spool, ..Plan::of(size) }.start();
+        let stream = TestPlan { len, read_window, spool, ..TestPlan::of(size) }.start();
         let mut served = 0_u64;
         for op in ops {
             let (at, len) = match op {
@@ -560,7 +560,7 @@ proptest! {
             };
             let range = at..(at + len).min(size);
             let too_late = at < served.saturating_sub(read_window);
-            let too_far = at > served + JUMP.max(read_window);
+            let too_far = at > served + SKIP_LIMIT.max(read_window);
             let refused = spool == Spool::Off && (too_late || too_far);
             match stream.read(at..at + len) {
                 Ok(read) if range.is_empty() => prop_assert!(read.is_empty()),

@@ -30,24 +30,24 @@ use std::thread::{self, JoinHandle};
 
 use parking_lot::{Condvar, Mutex};
 
-pub use self::ending::{FinishError, Patience};
-pub use self::outlet::{Outlet, Tell, Trouble, Watch};
-use super::queue::{Queue, Reply};
+pub use self::ending::{FinishError, DrainTimeout};
+pub use self::outlet::{Sink, SinkCallback, SinkEvent, SinkMonitor};
+use super::queue::{WriteQueue, WriteReply};
 use super::runs::Written;
 use super::stop::Stop;
-use super::store::Store;
+use super::store::PageStore;
 use super::window::Window;
 use crate::extents::Extent;
-use crate::host::errno;
+use crate::host::os_error;
 use crate::spec::{FinishWhen, Pad, StreamSpec};
 
 /// What may be on its way to the sink beside what window and spill hold: 2 MiB keep both ends
 /// busy.
-const BACKLOG: u64 = 2 << 20;
+const BACKLOG_LIMIT: u64 = 2 << 20;
 
 /// How far a stream is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum State {
+pub enum OutputState {
     /// It takes writes.
     Open,
     /// It is complete, and what is left is being sent.
@@ -60,7 +60,7 @@ pub enum State {
     Aborted,
 }
 
-impl State {
+impl OutputState {
     /// The word for it.
     #[must_use]
     pub fn name(self) -> &'static str {
@@ -76,9 +76,9 @@ impl State {
 
 /// What a stream says of itself.
 #[derive(Clone, Debug)]
-pub struct Status {
+pub struct OutputStatus {
     /// How far it is.
-    pub state: State,
+    pub state: OutputState,
     /// Why it failed.
     pub error: Option<String>,
     /// The first byte that has not left.
@@ -100,45 +100,45 @@ pub struct Status {
 }
 
 /// What a later record takes beside its bytes: many of zeros alone are many, too.
-const RECORD: u64 = 64;
+const REWRITE_OVERHEAD: u64 = 64;
 
-enum Late {
+enum Rewrite {
     Data(Vec<u8>),
     Zeros(u64),
     Hole(u64),
 }
 
-impl Late {
+impl Rewrite {
     /// Bytes of memory, about.
     fn cost(&self) -> u64 {
         match self {
-            Self::Data(bytes) => RECORD + bytes.len() as u64,
-            Self::Zeros(_) | Self::Hole(_) => RECORD,
+            Self::Data(bytes) => REWRITE_OVERHEAD + bytes.len() as u64,
+            Self::Zeros(_) | Self::Hole(_) => REWRITE_OVERHEAD,
         }
     }
 }
 
-struct Core {
+struct OutputCore {
     window: Window,
-    store: Store,
-    queue: Queue,
+    store: PageStore,
+    queue: WriteQueue,
     /// Later records for what was sent already.
-    late: VecDeque<(u64, Late)>,
-    late_bytes: u64,
-    state: State,
+    rewrites: VecDeque<(u64, Rewrite)>,
+    rewrite_bytes: u64,
+    state: OutputState,
     error: Option<String>,
     /// Everything before it was dropped from the store.
-    dropped: u64,
+    dropped_end: u64,
     /// The sender has ended.
-    ended: bool,
+    sender_ended: bool,
     /// Why the sink takes nothing more.
-    gone: Option<String>,
+    sink_gone: Option<String>,
 }
 
-impl Core {
-    fn put_late(&mut self, offset: u64, late: Late) {
-        self.late_bytes += late.cost();
-        self.late.push_back((offset, late));
+impl OutputCore {
+    fn push_rewrite(&mut self, offset: u64, late: Rewrite) {
+        self.rewrite_bytes += late.cost();
+        self.rewrites.push_back((offset, late));
     }
 }
 
@@ -151,13 +151,13 @@ pub struct Output {
     window: u64,
     pad: Pad,
     finish: FinishWhen,
-    rewrites: bool,
-    core: Mutex<Core>,
+    can_rewrite: bool,
+    core: Mutex<OutputCore>,
     /// There is something to do for the sender.
     work: Condvar,
     /// The state has changed, or the sender has ended.
     changed: Condvar,
-    watch: Box<dyn Watch>,
+    monitor: Box<dyn SinkMonitor>,
     stop: Stop,
     sender: Mutex<Option<JoinHandle<()>>>,
 }
@@ -171,28 +171,28 @@ impl Output {
     pub fn start(
         name: &str,
         spec: &StreamSpec,
-        outlet: Box<dyn Outlet>,
-        watch: Box<dyn Watch>,
+        outlet: Box<dyn Sink>,
+        watch: Box<dyn SinkMonitor>,
         stop: Stop,
         dir: PathBuf,
     ) -> io::Result<Arc<Self>> {
         let measures = watch.kind() == "measure";
         let spill = if measures { spec.spill } else { Some(spec.spill.unwrap_or(0)) };
         let kept = spec.window.min(spec.size).saturating_add(spec.read_window.min(spec.size));
-        let memory = if measures { BACKLOG } else { kept.saturating_add(BACKLOG) };
+        let memory = if measures { BACKLOG_LIMIT } else { kept.saturating_add(BACKLOG_LIMIT) };
         let mut window = Window::new(spec.size, spec.window, spill.unwrap_or(u64::MAX));
-        window.keep(spec.read_window);
-        let core = Core {
+        window.set_read_window(spec.read_window);
+        let core = OutputCore {
             window,
-            store: Store::new(memory, dir.clone(), spec.compress),
-            queue: Queue::new(dir),
-            late: VecDeque::new(),
-            late_bytes: 0,
-            state: State::Open,
+            store: PageStore::new(memory, dir.clone(), spec.compress),
+            queue: WriteQueue::new(dir),
+            rewrites: VecDeque::new(),
+            rewrite_bytes: 0,
+            state: OutputState::Open,
             error: None,
-            dropped: 0,
-            ended: false,
-            gone: None,
+            dropped_end: 0,
+            sender_ended: false,
+            sink_gone: None,
         };
         let output = Arc::new(Self {
             name: name.to_owned(),
@@ -202,17 +202,17 @@ impl Output {
             window: spec.window,
             pad: spec.pad,
             finish: spec.finish,
-            rewrites: outlet.rewrites(),
+            can_rewrite: outlet.can_rewrite(),
             core: Mutex::new(core),
             work: Condvar::new(),
             changed: Condvar::new(),
-            watch,
+            monitor: watch,
             stop,
             sender: Mutex::new(None),
         });
         let ours = Arc::clone(&output);
         let sender = thread::Builder::new().name("cowslip-send".to_owned());
-        *output.sender.lock() = Some(sender.spawn(move || ours.send(outlet))?);
+        *output.sender.lock() = Some(sender.spawn(move || ours.run_sender(outlet))?);
         Ok(output)
     }
 
@@ -236,7 +236,7 @@ impl Output {
 
     /// Describes a prefix of `range`, which lies inside the disk.
     #[must_use]
-    pub fn describe(&self, range: Range<u64>) -> Extent {
+    pub fn extent_at(&self, range: Range<u64>) -> Extent {
         self.core.lock().window.extent_at(range)
     }
 
@@ -247,7 +247,7 @@ impl Output {
     pub fn read(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
         let mut core = self.core.lock();
         if offset < core.window.frontier().saturating_sub(self.read_window) {
-            return Err(errno(libc::EIO));
+            return Err(os_error(libc::EIO));
         }
         let end = offset + buf.len() as u64;
         let mut at = offset;
@@ -270,27 +270,27 @@ impl Output {
     /// `EIO` when the stream failed or was given up.
     pub fn sync(&self) -> io::Result<()> {
         match self.core.lock().state {
-            State::Open | State::Finishing | State::Finished => Ok(()),
-            State::Failed | State::Aborted => Err(errno(libc::EIO)),
+            OutputState::Open | OutputState::Finishing | OutputState::Finished => Ok(()),
+            OutputState::Failed | OutputState::Aborted => Err(os_error(libc::EIO)),
         }
     }
 
     /// What it says of itself.
     #[must_use]
-    pub fn status(&self) -> Status {
+    pub fn status(&self) -> OutputStatus {
         let core = self.core.lock();
         let window = &core.window;
-        Status {
+        OutputStatus {
             state: core.state,
             error: core.error.clone(),
             frontier: window.frontier(),
             highest: window.highest(),
-            accepted: self.watch.accepted(),
+            accepted: self.monitor.accepted(),
             window: (self.window, window.used()),
             spill: (self.spill, window.beyond()),
             needed: window.needed(),
-            kind: self.watch.kind(),
-            sink: self.watch.describe(),
+            kind: self.monitor.kind(),
+            sink: self.monitor.describe(),
         }
     }
 
@@ -303,34 +303,34 @@ impl Output {
             self.fail(&mut core, "a writer was killed before its last write".to_owned());
         }
         drop(core);
-        answer_all(killed, libc::EINTR);
-        if let Some(why) = self.watch.failure() {
-            self.hear(Trouble::Failed(why));
+        reply_all(killed, libc::EINTR);
+        if let Some(why) = self.monitor.failure() {
+            self.on_sink_event(SinkEvent::Failed(why));
         }
     }
 
     /// What the sink tells of itself.
-    pub(super) fn hear(&self, trouble: Trouble) {
+    pub(super) fn on_sink_event(&self, trouble: SinkEvent) {
         let mut core = self.core.lock();
-        if core.state != State::Open {
+        if core.state != OutputState::Open {
             // Who sends the rest of it or waits for its end finds out, too.
             return;
         }
         match trouble {
-            Trouble::Failed(why) => self.fail(&mut core, why),
+            SinkEvent::Failed(why) => self.fail(&mut core, why),
             // Whether there is more for it the sender knows, which may be sending the last of it.
-            Trouble::Gone(why) => core.gone = Some(why),
+            SinkEvent::Gone(why) => core.sink_gone = Some(why),
         }
-        let refused = self.refused(&mut core);
+        let refused = self.take_refused(&mut core);
         drop(core);
         self.work.notify_all();
-        answer_all(refused, libc::EIO);
+        reply_all(refused, libc::EIO);
     }
 }
 
-fn answer_all(replies: Vec<Reply>, code: i32) {
+fn reply_all(replies: Vec<WriteReply>, code: i32) {
     for reply in replies {
-        reply(Err(errno(code)));
+        reply(Err(os_error(code)));
     }
 }
 
@@ -339,7 +339,7 @@ fn index(distance: u64) -> usize {
 }
 
 /// A size that can be written into a spec: whole KiB, rounded up.
-fn plain_size(bytes: u64) -> String {
+fn spec_size(bytes: u64) -> String {
     if bytes.is_multiple_of(1 << 20) && bytes > 0 {
         format!("{}M", bytes >> 20)
     } else {

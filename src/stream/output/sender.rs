@@ -3,81 +3,81 @@
 use std::io::{self, IoSlice};
 use std::sync::Arc;
 
-use super::change::Attempt;
-use super::{Core, Late, Outlet, Output, State, answer_all};
-use crate::host::errno;
+use super::change::WriteOutcome;
+use super::{OutputCore, Rewrite, Sink, Output, OutputState, reply_all};
+use crate::host::os_error;
 use crate::stream::runs::Written;
-use crate::stream::store::Part;
-use crate::stream::window::Leaving;
+use crate::stream::store::PageBytes;
+use crate::stream::window::OutgoingRun;
 
 /// Data given to the sink at a time: the largest pipe of an unprivileged user.
-const BATCH: u64 = 1 << 20;
+const SEND_BATCH: u64 = 1 << 20;
 
 /// What the sender does next.
-enum Step {
-    Run(Leaving, Vec<Part>),
-    Late(u64, Late),
+enum SenderStep {
+    SendRun(OutgoingRun, Vec<PageBytes>),
+    Rewrite(u64, Rewrite),
     Finish(u64),
     Abort,
     /// The store cannot give back what it holds.
-    Broken(io::Error),
+    StoreFailed(io::Error),
     /// Nobody is there to take the rest.
-    Gone(String),
+    SinkGone(String),
 }
 
 impl Output {
     /// The sender's thread.
-    pub(super) fn send(self: &Arc<Self>, mut outlet: Box<dyn Outlet>) {
+    pub(super) fn run_sender(self: &Arc<Self>, mut outlet: Box<dyn Sink>) {
         match outlet.prepare() {
             Ok(()) => {
                 // Not held by its own sink: who watches that ends with it.
                 let output = Arc::downgrade(self);
                 outlet.watch(Box::new(move |trouble| {
                     if let Some(output) = output.upgrade() {
-                        output.hear(trouble);
+                        output.on_sink_event(trouble);
                     }
                 }));
             }
             Err(error) => self.sink_failed(&*outlet, &error),
         }
         loop {
-            let sent = match self.next() {
-                Step::Run(Leaving { range, written }, parts) => {
+            let sent = match self.next_step() {
+                SenderStep::SendRun(OutgoingRun { range, written }, parts) => {
                     let sent = match written {
                         Some(Written::Data) => {
                             let parts: Vec<_> =
                                 parts.iter().map(|part| IoSlice::new(part.bytes())).collect();
-                            outlet.data(range.start, &parts)
+                            outlet.send_data(range.start, &parts)
                         }
-                        Some(Written::Zeros) => outlet.zeros(range.clone()),
-                        None => outlet.hole(range.clone()),
+                        Some(Written::Zeros) => outlet.send_zeros(range.clone()),
+                        None => outlet.send_hole(range.clone()),
                     };
                     drop(parts);
-                    sent.map(|()| self.accepted(Some(range.end), 0))
+                    sent.map(|()| self.on_accepted(Some(range.end), 0))
                 }
-                Step::Late(offset, late) => {
+                SenderStep::Rewrite(offset, late) => {
                     let sent = match &late {
-                        Late::Data(bytes) => outlet.data(offset, &[IoSlice::new(bytes)]),
-                        Late::Zeros(len) => outlet.zeros(offset..offset + len),
-                        Late::Hole(len) => outlet.hole(offset..offset + len),
+                        Rewrite::Data(bytes) => outlet.send_data(offset, &[IoSlice::new(bytes)]),
+                        Rewrite::Zeros(len) => outlet.send_zeros(offset..offset + len),
+                        Rewrite::Hole(len) => outlet.send_hole(offset..offset + len),
                     };
-                    sent.map(|()| self.accepted(None, late.cost()))
+                    sent.map(|()| self.on_accepted(None, late.cost()))
                 }
-                Step::Broken(error) => {
-                    self.give_up_on(format!("its spill cannot be read: {error}"));
+                SenderStep::StoreFailed(error) => {
+                    self.fail_stream(format!("its spill cannot be read: {error}"));
                     Ok(())
                 }
-                Step::Gone(why) => {
-                    self.give_up_on(why);
+                SenderStep::SinkGone(why) => {
+                    self.fail_stream(why);
                     Ok(())
                 }
-                Step::Finish(end) => {
+                SenderStep::Finish(end) => {
                     let result = outlet.finish(end);
-                    return self.ended(Some(result));
+                    return self.end_sender(Some(result));
                 }
-                Step::Abort => {
+                SenderStep::Abort => {
                     outlet.abort();
-                    return self.ended(None);
+                    return self.end_sender(None);
                 }
             };
             if let Err(error) = sent {
@@ -86,102 +86,102 @@ impl Output {
         }
     }
 
-    fn sink_failed(&self, outlet: &dyn Outlet, error: &io::Error) {
-        self.give_up_on(outlet.explain(error));
+    fn sink_failed(&self, outlet: &dyn Sink, error: &io::Error) {
+        self.fail_stream(outlet.explain(error));
     }
 
-    fn give_up_on(&self, why: String) {
+    fn fail_stream(&self, why: String) {
         let mut core = self.core.lock();
         self.fail(&mut core, why);
-        let refused = self.refused(&mut core);
+        let refused = self.take_refused(&mut core);
         drop(core);
-        answer_all(refused, libc::EIO);
+        reply_all(refused, libc::EIO);
     }
 
     /// Waits for something to do.
-    fn next(&self) -> Step {
+    fn next_step(&self) -> SenderStep {
         let mut core = self.core.lock();
         loop {
             match core.state {
-                State::Failed | State::Aborted => return Step::Abort,
-                State::Open | State::Finishing | State::Finished => {}
+                OutputState::Failed | OutputState::Aborted => return SenderStep::Abort,
+                OutputState::Open | OutputState::Finishing | OutputState::Finished => {}
             }
-            if let Some((offset, late)) = core.late.pop_front() {
-                return Step::Late(offset, late);
+            if let Some((offset, late)) = core.rewrites.pop_front() {
+                return SenderStep::Rewrite(offset, late);
             }
-            if let Some(leaving) = core.window.take(BATCH) {
+            if let Some(leaving) = core.window.take_next(SEND_BATCH) {
                 if leaving.written != Some(Written::Data) {
-                    return Step::Run(leaving, Vec::new());
+                    return SenderStep::SendRun(leaving, Vec::new());
                 }
                 return match core.store.parts(leaving.range.clone()) {
-                    Ok(parts) => Step::Run(leaving, parts),
-                    Err(error) => Step::Broken(error),
+                    Ok(parts) => SenderStep::SendRun(leaving, parts),
+                    Err(error) => SenderStep::StoreFailed(error),
                 };
             }
-            if core.state == State::Finishing {
-                return Step::Finish(self.end_of(&core));
+            if core.state == OutputState::Finishing {
+                return SenderStep::Finish(self.end_offset(&core));
             }
             // Everything has left that can; what cannot yet, nobody is there for.
-            if core.gone.is_some() && (self.rewrites || self.watch.accepted() < self.end_of(&core))
+            if core.sink_gone.is_some() && (self.can_rewrite || self.monitor.accepted() < self.end_offset(&core))
             {
-                return Step::Gone(core.gone.take().unwrap_or_default());
+                return SenderStep::SinkGone(core.sink_gone.take().unwrap_or_default());
             }
             self.work.wait(&mut core);
         }
     }
 
-    /// The sink has taken what came before `to`, and `late` bytes of later records: there may be
+    /// The sink has taken what came before `to`, and `can_rewrite` bytes of later records: there may be
     /// room for those who wait.
-    fn accepted(&self, to: Option<u64>, late: u64) {
+    fn on_accepted(&self, to: Option<u64>, late: u64) {
         let mut core = self.core.lock();
-        core.late_bytes -= late;
+        core.rewrite_bytes -= late;
         if let Some(to) = to {
-            core.window.accepted(to);
+            core.window.mark_accepted(to);
         }
         let keep = core.window.sent().min(core.window.frontier().saturating_sub(self.read_window));
-        if keep > core.dropped {
-            let from = core.dropped;
+        if keep > core.dropped_end {
+            let from = core.dropped_end;
             core.store.drop_before(from, keep);
-            core.dropped = keep;
+            core.dropped_end = keep;
         }
         let mut done = Vec::new();
-        while let Some((offset, bytes)) = self.first_that_may_fit(&core) {
+        while let Some((offset, bytes)) = self.first_fitting(&core) {
             let attempt = match &bytes {
-                Ok(bytes) => self.attempt(&mut core, offset, bytes),
-                Err(_) => Attempt::Done(Err(errno(libc::EIO))),
+                Ok(bytes) => self.try_write(&mut core, offset, bytes),
+                Err(_) => WriteOutcome::Done(Err(os_error(libc::EIO))),
             };
             match attempt {
-                Attempt::NoRoom => break,
-                Attempt::Done(result) => {
+                WriteOutcome::NoRoom => break,
+                WriteOutcome::Done(result) => {
                     done.extend(core.queue.pop().map(|waiting| (waiting.reply, result)));
                 }
             }
         }
-        let refused = self.refused(&mut core);
+        let refused = self.take_refused(&mut core);
         drop(core);
         for (reply, result) in done {
             reply(result);
         }
-        answer_all(refused, libc::EIO);
+        reply_all(refused, libc::EIO);
     }
 
     /// The oldest write that waits, unless it is plain that there is no room for it.
-    fn first_that_may_fit(&self, core: &Core) -> Option<(u64, io::Result<Vec<u8>>)> {
+    fn first_fitting(&self, core: &OutputCore) -> Option<(u64, io::Result<Vec<u8>>)> {
         let len = core.queue.first_len()? as u64;
         if self.has_room(core, len) { core.queue.first() } else { None }
     }
 
-    fn ended(&self, result: Option<Result<(), String>>) {
+    fn end_sender(&self, result: Option<Result<(), String>>) {
         let mut core = self.core.lock();
-        core.ended = true;
+        core.sender_ended = true;
         match result {
-            Some(Ok(())) if core.state == State::Finishing => core.state = State::Finished,
+            Some(Ok(())) if core.state == OutputState::Finishing => core.state = OutputState::Finished,
             Some(Err(why)) => self.fail(&mut core, why),
             Some(Ok(())) | None => {}
         }
-        let refused = self.refused(&mut core);
+        let refused = self.take_refused(&mut core);
         self.changed.notify_all();
         drop(core);
-        answer_all(refused, libc::EIO);
+        reply_all(refused, libc::EIO);
     }
 }

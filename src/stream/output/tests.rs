@@ -8,37 +8,37 @@ use std::time::{Duration, Instant};
 use proptest::prelude::*;
 
 use super::*;
-use crate::spec::{Compress, Flow, Frames, Target};
+use crate::spec::{SpillCompression, Flow, StreamFrames, SinkSpec};
 
 /// What a sink of memory has got, and whether it takes more.
 #[derive(Default)]
-struct Shared {
+struct MemorySinkState {
     bytes: Mutex<Vec<u8>>,
     open: Condvar,
     held_up: AtomicBool,
     accepted: AtomicU64,
     whole: AtomicBool,
     broken: AtomicBool,
-    tell: Mutex<Option<Tell>>,
+    tell: Mutex<Option<SinkCallback>>,
 }
 
-struct Memory {
-    shared: Arc<Shared>,
+struct MemorySink {
+    shared: Arc<MemorySinkState>,
     rewrites: bool,
     stop: Stop,
 }
 
-impl Memory {
+impl MemorySink {
     fn put(&self, offset: u64, parts: &[&[u8]]) -> io::Result<()> {
         let mut bytes = self.shared.bytes.lock();
         while self.shared.held_up.load(Ordering::SeqCst) {
             if self.stop.is_stopped() {
-                return Err(errno(libc::ECANCELED));
+                return Err(os_error(libc::ECANCELED));
             }
             self.shared.open.wait_for(&mut bytes, Duration::from_millis(5));
         }
         if self.shared.broken.load(Ordering::SeqCst) {
-            return Err(errno(libc::EPIPE));
+            return Err(os_error(libc::EPIPE));
         }
         let mut at = offset as usize;
         assert!(self.rewrites || at == bytes.len(), "out of order");
@@ -54,24 +54,24 @@ impl Memory {
     }
 }
 
-impl Outlet for Memory {
+impl Sink for MemorySink {
     fn prepare(&mut self) -> io::Result<()> {
         Ok(())
     }
-    fn watch(&mut self, tell: Tell) {
+    fn watch(&mut self, tell: SinkCallback) {
         *self.shared.tell.lock() = Some(tell);
     }
-    fn data(&mut self, offset: u64, parts: &[IoSlice<'_>]) -> io::Result<()> {
+    fn send_data(&mut self, offset: u64, parts: &[IoSlice<'_>]) -> io::Result<()> {
         let parts: Vec<&[u8]> = parts.iter().map(|part| &**part).collect();
         self.put(offset, &parts)
     }
-    fn zeros(&mut self, range: Range<u64>) -> io::Result<()> {
+    fn send_zeros(&mut self, range: Range<u64>) -> io::Result<()> {
         self.put(range.start, &[&vec![0; (range.end - range.start) as usize]])
     }
-    fn hole(&mut self, range: Range<u64>) -> io::Result<()> {
-        self.zeros(range)
+    fn send_hole(&mut self, range: Range<u64>) -> io::Result<()> {
+        self.send_zeros(range)
     }
-    fn rewrites(&self) -> bool {
+    fn can_rewrite(&self) -> bool {
         self.rewrites
     }
     fn explain(&self, error: &io::Error) -> String {
@@ -85,9 +85,9 @@ impl Outlet for Memory {
     fn abort(self: Box<Self>) {}
 }
 
-struct Looks(Arc<Shared>, &'static str);
+struct MemoryMonitor(Arc<MemorySinkState>, &'static str);
 
-impl Watch for Looks {
+impl SinkMonitor for MemoryMonitor {
     fn kind(&self) -> &'static str {
         self.1
     }
@@ -107,22 +107,22 @@ fn spec(size: u64, window: u64, read_window: u64, spill: u64) -> StreamSpec {
     StreamSpec {
         size,
         dir: "/".into(),
-        flow: Flow::Out(Target::Measure),
+        flow: Flow::Out(SinkSpec::Measure),
         window,
         read_window,
         spill: Some(spill),
-        compress: Compress::Off,
+        compress: SpillCompression::Off,
         finish: FinishWhen::Explicit,
         pad: Pad::Size,
-        frames: Frames::Raw,
+        frames: StreamFrames::Raw,
     }
 }
 
-fn start(spec: &StreamSpec, rewrites: bool) -> (Arc<Output>, Arc<Shared>) {
-    let shared = Arc::new(Shared::default());
+fn start(spec: &StreamSpec, rewrites: bool) -> (Arc<Output>, Arc<MemorySinkState>) {
+    let shared = Arc::new(MemorySinkState::default());
     let stop = Stop::new().unwrap();
-    let outlet = Memory { shared: Arc::clone(&shared), rewrites, stop: stop.clone() };
-    let watch = Box::new(Looks(Arc::clone(&shared), "fifo"));
+    let outlet = MemorySink { shared: Arc::clone(&shared), rewrites, stop: stop.clone() };
+    let watch = Box::new(MemoryMonitor(Arc::clone(&shared), "fifo"));
     let output = Output::start("o", spec, Box::new(outlet), watch, stop, std::env::temp_dir());
     (output.unwrap(), shared)
 }
@@ -152,7 +152,7 @@ fn code<T: std::fmt::Debug>(result: io::Result<T>) -> i32 {
 }
 
 fn finish(output: &Output) -> Result<String, FinishError> {
-    output.finish(&|| false, Patience::Total(Duration::from_secs(30)))
+    output.finish(&|| false, DrainTimeout::Total(Duration::from_secs(30)))
 }
 
 #[test]
@@ -193,7 +193,7 @@ fn a_change_of_what_has_left_fails_the_stream_for_ever() {
     assert_eq!(code(output.sync()), libc::EIO);
     assert_eq!(code(write(&output, 10_050, &[1; 1])), libc::EIO);
     let status = output.status();
-    assert_eq!(status.state, State::Failed);
+    assert_eq!(status.state, OutputState::Failed);
     assert_eq!(status.needed, (10_050, 100));
     let error = status.error.unwrap();
     assert!(error.contains("a write at 50 came after the frontier 6004"), "{error}");
@@ -230,13 +230,13 @@ fn a_stalled_sink_parks_writers_and_bounds_what_is_held() {
     let left = answered(&mut waiting);
     assert!((56..64).contains(&left), "{left} wait");
     let core = output.core.lock();
-    assert!(core.window.held() <= window + BACKLOG, "{}", core.window.held());
-    assert!(core.store.memory() <= window + BACKLOG + (1 << 20));
+    assert!(core.window.unsent() <= window + BACKLOG_LIMIT, "{}", core.window.unsent());
+    assert!(core.store.memory() <= window + BACKLOG_LIMIT + (1 << 20));
     drop(core);
     // Reads and the status go on.
     output.read(&mut [0; 10], 1 << 20).unwrap_err();
     output.read(&mut [0; 10], 900 << 20).unwrap();
-    assert_eq!(output.status().state, State::Open);
+    assert_eq!(output.status().state, OutputState::Open);
     shared.held_up.store(false, Ordering::SeqCst);
     shared.open.notify_all();
     for told in waiting {
@@ -262,7 +262,7 @@ fn a_killed_writer_is_released_and_the_others_wait_on() {
         assert!(!interrupted(result) || at % 2 == 0);
     }
     output.abort("enough").unwrap();
-    assert_eq!(output.status().state, State::Aborted);
+    assert_eq!(output.status().state, OutputState::Aborted);
     waiting.retain(
         |told| matches!(told.try_recv(), Ok(Err(error)) if error.raw_os_error() == Some(libc::EIO)),
     );
@@ -288,9 +288,9 @@ fn a_broken_sink_is_a_sticky_failure() {
 #[test]
 fn finish_waits_for_writers_and_then_says_that_there_are_some() {
     let (output, _) = start(&spec(4096, 0, 0, 0), false);
-    let busy = output.finish(&|| true, Patience::Total(Duration::from_millis(50)));
+    let busy = output.finish(&|| true, DrainTimeout::Total(Duration::from_millis(50)));
     assert_eq!(busy, Err(FinishError::Busy));
-    assert_eq!(output.status().state, State::Open);
+    assert_eq!(output.status().state, OutputState::Open);
     finish(&output).unwrap();
 }
 
@@ -298,7 +298,7 @@ fn finish_waits_for_writers_and_then_says_that_there_are_some() {
 fn an_impatient_finish_can_be_asked_again_and_given_up() {
     let (output, shared) = start(&spec(1 << 20, 0, 0, 0), false);
     shared.held_up.store(true, Ordering::SeqCst);
-    let soon = Patience::Total(Duration::from_millis(30));
+    let soon = DrainTimeout::Total(Duration::from_millis(30));
     for _ in 0..2 {
         let error = output.finish(&|| false, soon).unwrap_err();
         assert!(matches!(error, FinishError::StillFinishing(_)), "{error}");
@@ -312,14 +312,14 @@ fn an_impatient_finish_can_be_asked_again_and_given_up() {
 fn an_unfinished_stream_is_given_up_at_the_end_unless_it_ends_with_the_mount() {
     let (output, shared) = start(&spec(1 << 20, 0, 0, 0), false);
     write(&output, 0, &[1; 10]).unwrap();
-    let line = output.close(&|| false, Patience::Endless).unwrap_err();
+    let line = output.close(&|| false, DrainTimeout::Unlimited).unwrap_err();
     assert!(line.contains("cowslip finish comes before umount"), "{line}");
     assert!(!shared.whole.load(Ordering::SeqCst));
     let mut spec = spec(1 << 20, 0, 0, 0);
     spec.finish = FinishWhen::Umount;
     let (output, shared) = start(&spec, false);
     write(&output, 0, &[1; 10]).unwrap();
-    output.close(&|| false, Patience::Endless).unwrap();
+    output.close(&|| false, DrainTimeout::Unlimited).unwrap();
     assert!(shared.whole.load(Ordering::SeqCst));
 }
 
@@ -340,7 +340,7 @@ fn zeros_and_holes_before_the_frontier_are_refused_only_where_data_has_left() {
     output.discard(0..4096).unwrap();
     output.discard(8192..1 << 20).unwrap();
     assert_eq!(code(output.discard(0..8192)), libc::EOPNOTSUPP);
-    assert_eq!(output.status().state, State::Open);
+    assert_eq!(output.status().state, OutputState::Open);
     output.truncate(8192).unwrap();
     assert_eq!(code(output.truncate(8000)), libc::EIO);
     write(&output, 8192, &[1; 10]).unwrap();
@@ -348,7 +348,7 @@ fn zeros_and_holes_before_the_frontier_are_refused_only_where_data_has_left() {
 
 #[test]
 fn spilled_data_comes_back_in_order_from_memory_and_file() {
-    for compress in [Compress::Off, Compress::Lz4] {
+    for compress in [SpillCompression::Off, SpillCompression::Lz4] {
         let mut spec = spec(64 << 20, 0, 0, 48 << 20);
         spec.compress = compress;
         let (output, shared) = start(&spec, false);
@@ -356,7 +356,7 @@ fn spilled_data_comes_back_in_order_from_memory_and_file() {
         for at in (0..48u64).rev() {
             write(&output, at << 20, &piece(at)).unwrap();
         }
-        assert!(output.core.lock().store.memory() <= BACKLOG);
+        assert!(output.core.lock().store.memory() <= BACKLOG_LIMIT);
         assert_eq!(output.status().frontier, 0);
         assert_eq!(output.status().needed.1, 47 << 20);
         let mut buf = [0; 8192];
@@ -401,7 +401,7 @@ fn run(ops: &[Op], spec: &StreamSpec, rewrites: bool) -> Result<(), TestCaseErro
                 Err(error) => {
                     prop_assert!(!rewrites, "{error}");
                     prop_assert_eq!(error.raw_os_error(), Some(libc::EIO));
-                    prop_assert_eq!(output.status().state, State::Failed);
+                    prop_assert_eq!(output.status().state, OutputState::Failed);
                     return Ok(());
                 }
             },
@@ -481,8 +481,8 @@ fn a_writer_that_is_killed_does_not_end_a_stream_that_ends_with_its_last_close()
         }
     };
     output.tick(|client| client == FIRST);
-    assert!(waits.recv().is_err() || output.status().state == State::Failed);
-    output.finish_later();
+    assert!(waits.recv().is_err() || output.status().state == OutputState::Failed);
+    output.finish_in_background();
     let error = finish(&output).unwrap_err().to_string();
     assert!(error.contains("killed"), "{error}");
     assert!(!shared.whole.load(Ordering::SeqCst));
@@ -498,7 +498,7 @@ fn later_records_of_zeros_wait_for_a_sink_too() {
     }
     shared.held_up.store(true, Ordering::SeqCst);
     let mut waiting = Vec::new();
-    for _ in 0..2 * BACKLOG / RECORD {
+    for _ in 0..2 * BACKLOG_LIMIT / REWRITE_OVERHEAD {
         let told = write_later(&output, 0, &[0; 512], 0);
         if told.try_recv().is_err() {
             waiting.push(told);
@@ -525,7 +525,7 @@ fn data_that_zeros_have_covered_takes_no_room() {
 }
 
 /// Has the sink say something of itself, once it is listened to.
-fn say(shared: &Shared, trouble: Trouble) {
+fn say(shared: &MemorySinkState, trouble: SinkEvent) {
     let until = Instant::now() + Duration::from_secs(30);
     while shared.tell.lock().is_none() {
         assert!(Instant::now() < until, "nobody listens");
@@ -536,7 +536,7 @@ fn say(shared: &Shared, trouble: Trouble) {
 
 fn until_failed(output: &Output, why: &str) {
     let until = Instant::now() + Duration::from_secs(30);
-    while output.status().state != State::Failed {
+    while output.status().state != OutputState::Failed {
         assert!(Instant::now() < until, "it is {:?}", output.status().state);
         std::thread::sleep(Duration::from_millis(1));
     }
@@ -547,13 +547,13 @@ fn until_failed(output: &Output, why: &str) {
 #[test]
 fn a_sink_that_fails_by_itself_fails_the_stream_at_once() {
     let (output, shared) = start(&spec(1 << 20, 1 << 20, 0, 0), false);
-    say(&shared, Trouble::Failed("it broke".to_owned()));
+    say(&shared, SinkEvent::Failed("it broke".to_owned()));
     until_failed(&output, "it broke");
 }
 
 #[test]
 fn a_sink_that_goes_away_fails_the_stream_only_if_there_is_more_for_it() {
-    let gone = || Trouble::Gone("it went".to_owned());
+    let gone = || SinkEvent::Gone("it went".to_owned());
     // The disk is longer than what was sent.
     let (output, shared) = start(&spec(8192, 0, 0, 0), false);
     write(&output, 0, &[1; 4096]).unwrap();

@@ -11,7 +11,7 @@
 //! on the wire when it came may be half a record, so nothing can follow it.
 //!
 //! How a stream ends decides whether half an image can be taken for a whole one. A file has its
-//! name only after [`Sink::finish`]; the commands that read a stream see the end of their input
+//! name only after [`HostSink::finish`]; the commands that read a stream see the end of their input
 //! only after it, and are killed before that otherwise, also when the sink is dropped, and, by
 //! their guard, when the daemon is killed. A reader of a named pipe or of our stdout cannot be
 //! told; records have an end mark for it.
@@ -30,53 +30,53 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use super::frames::rbd;
-use super::monitor::Counts;
-use super::output::Tell;
+use super::monitor::StreamCounters;
+use super::output::SinkCallback;
 use super::stop::Stop;
-use crate::host::{errno, said};
-use crate::part::Part;
-use crate::spec::{Frames, Overwrite};
-use seekable::Seekable;
+use crate::host::{os_error, os_message};
+use crate::part::PartFile;
+use crate::spec::{StreamFrames, Overwrite};
+use seekable::SeekableWriter;
 use watcher::Watcher;
-use wire::Wire;
+use wire::WireWriter;
 
-pub use super::error::SinkError;
+pub use super::error::StreamOpenError;
 pub use super::monitor::Monitor;
 
 /// Whether commands keep our standard output, and a stream may use standard input or output.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Inherit {
+pub enum StdioMode {
     /// In the foreground, and in `run`.
-    Stdout,
+    Available,
     /// In a daemon, which has none.
-    Nothing,
+    Unavailable,
 }
 
 /// What a sink or a source needs to know of the mount.
 #[derive(Clone, Copy, Debug)]
-pub struct Place<'a> {
+pub struct StreamContext<'a> {
     /// The mountpoint, canonical. Nothing may lead into it.
     pub mountpoint: &'a Path,
     /// Its `st_dev`, once it is mounted.
     pub mount_dev: Option<u64>,
     /// Whether standard input and output are there.
-    pub stdio: Inherit,
+    pub stdio: StdioMode,
 }
 
 /// An open sink; dropped unfinished, it is aborted.
 #[derive(Debug)]
-pub struct Sink {
+pub struct HostSink {
     /// `None` once it was closed.
-    out: Option<Out>,
+    backend: Option<SinkBackend>,
     /// The file that is renamed at the end, and whether it may replace another.
-    part: Option<(Part, Overwrite)>,
-    frames: Frames,
+    part: Option<(PartFile, Overwrite)>,
+    frames: StreamFrames,
     /// Of the disk, in bytes.
     size: u64,
     /// Whether the wire is open, and what comes before all records is out.
     is_started: bool,
     /// The errno that everything fails with from now on.
-    broken: Option<i32>,
+    sticky_errno: Option<i32>,
     is_finished: bool,
     monitor: Monitor,
     stop: Stop,
@@ -85,23 +85,23 @@ pub struct Sink {
 
 /// Where the bytes go.
 #[derive(Debug)]
-enum Out {
+enum SinkBackend {
     /// A named pipe that nobody reads yet.
     Fifo(PathBuf),
-    Wire(Wire),
-    Seekable(Seekable),
-    Nothing,
+    Wire(WireWriter),
+    Seekable(SeekableWriter),
+    Discard,
 }
 
 /// What is sent.
 #[derive(Clone, Copy)]
-enum Content<'a, 'b> {
+enum SinkContent<'a, 'b> {
     Data(&'a [IoSlice<'b>]),
     Zeros,
     Hole,
 }
 
-impl Sink {
+impl HostSink {
     /// A handle for everybody else.
     #[must_use]
     pub fn monitor(&self) -> Monitor {
@@ -110,8 +110,8 @@ impl Sink {
 
     /// Whether what was sent may be sent again: the records carry their offsets.
     #[must_use]
-    pub fn rewrites(&self) -> bool {
-        self.frames == Frames::Rbd
+    pub fn can_rewrite(&self) -> bool {
+        self.frames == StreamFrames::Rbd
     }
 
     /// Why `error` came from this sink, for the user; see [`Monitor::explain`].
@@ -124,16 +124,16 @@ impl Sink {
     /// others do it where it was not called.
     ///
     /// # Errors
-    /// As [`Self::data`].
+    /// As [`Self::send_data`].
     pub fn prepare(&mut self) -> io::Result<()> {
-        self.unless_broken(Self::start)
+        self.unless_failed(Self::start)
     }
 
     /// Has `tell` called when the commands fail, or nobody reads any more, while nothing is sent.
     /// Without the thread for that it is noticed with the next byte.
-    pub fn watch(&mut self, tell: Tell) {
-        let wire = match &self.out {
-            Some(Out::Wire(wire)) => wire.watched(),
+    pub fn watch(&mut self, tell: SinkCallback) {
+        let wire = match &self.backend {
+            Some(SinkBackend::Wire(wire)) => wire.hangup_fd(),
             _ => None,
         };
         if wire.is_some() || self.monitor.pipeline().is_some() {
@@ -147,27 +147,27 @@ impl Sink {
     /// # Errors
     /// `ECANCELED` once stopped, `EPIPE` when nobody reads any more, `ENOSPC` and others of the
     /// host; [`Self::explain`] has words for them. Every later call fails with the same.
-    /// `EINVAL` for an offset already sent, unless [`Self::rewrites`].
-    pub fn data(&mut self, offset: u64, parts: &[IoSlice<'_>]) -> io::Result<()> {
+    /// `EINVAL` for an offset already sent, unless [`Self::can_rewrite`].
+    pub fn send_data(&mut self, offset: u64, parts: &[IoSlice<'_>]) -> io::Result<()> {
         let len: u64 = parts.iter().map(|part| part.len() as u64).sum();
-        let end = offset.checked_add(len).ok_or_else(|| errno(libc::EINVAL))?;
-        self.send(offset..end, Content::Data(parts))
+        let end = offset.checked_add(len).ok_or_else(|| os_error(libc::EINVAL))?;
+        self.send(offset..end, SinkContent::Data(parts))
     }
 
     /// Sends zeros for `range`: space is allocated for them where the target can.
     ///
     /// # Errors
-    /// As [`Self::data`].
-    pub fn zeros(&mut self, range: Range<u64>) -> io::Result<()> {
-        self.send(range, Content::Zeros)
+    /// As [`Self::send_data`].
+    pub fn send_zeros(&mut self, range: Range<u64>) -> io::Result<()> {
+        self.send(range, SinkContent::Zeros)
     }
 
     /// Sends a hole: `range` was never written.
     ///
     /// # Errors
-    /// As [`Self::data`].
-    pub fn hole(&mut self, range: Range<u64>) -> io::Result<()> {
-        self.send(range, Content::Hole)
+    /// As [`Self::send_data`].
+    pub fn send_hole(&mut self, range: Range<u64>) -> io::Result<()> {
+        self.send(range, SinkContent::Hole)
     }
 
     /// The stream is complete and `end` bytes long: closes the target, and waits until it has
@@ -177,27 +177,27 @@ impl Sink {
     /// # Errors
     /// One line; the target does not look whole then: commands are killed, a file keeps `.part`.
     pub fn finish(mut self, end: u64) -> Result<(), String> {
-        let sent = self.unless_broken(|sink| sink.send_end(end));
+        let sent = self.unless_failed(|sink| sink.send_end(end));
         sent.map_err(|error| self.explain(&error))?;
         // It holds the wire as well, whose closing is the end for those who read.
         self.watcher = None;
-        let out = self.out.take();
+        let out = self.backend.take();
         if let Some(pipeline) = self.monitor.pipeline() {
-            pipeline.release();
+            pipeline.release_guard();
             drop(out);
-            pipeline.wait_or(&self.stop)?;
-        } else if let Some(Out::Seekable(file)) = &out {
+            pipeline.wait_unless_stopped(&self.stop)?;
+        } else if let Some(SinkBackend::Seekable(file)) = &out {
             file.sync().map_err(|error| self.explain(&error))?;
         }
         if let Some((part, overwrite)) = &self.part {
             if self.stop.is_stopped() {
                 // Given up meanwhile: it must not look whole.
-                return Err(self.explain(&errno(libc::ECANCELED)));
+                return Err(self.explain(&os_error(libc::ECANCELED)));
             }
-            if self.frames == Frames::Raw {
+            if self.frames == StreamFrames::Raw {
                 let path = part.path().display();
                 let sized = part.file().set_len(end);
-                sized.map_err(|error| format!("cannot end '{path}': {}", said(&error)))?;
+                sized.map_err(|error| format!("cannot end '{path}': {}", os_message(&error)))?;
             }
             part.commit(*overwrite)?;
         }
@@ -210,87 +210,87 @@ impl Sink {
         drop(self);
     }
 
-    fn unless_broken<T>(&mut self, work: impl FnOnce(&mut Self) -> io::Result<T>) -> io::Result<T> {
-        if let Some(code) = self.broken {
-            return Err(errno(code));
+    fn unless_failed<T>(&mut self, work: impl FnOnce(&mut Self) -> io::Result<T>) -> io::Result<T> {
+        if let Some(code) = self.sticky_errno {
+            return Err(os_error(code));
         }
         let done = work(self);
         if let Err(error) = &done {
-            self.broken = Some(error.raw_os_error().unwrap_or(libc::EIO));
+            self.sticky_errno = Some(error.raw_os_error().unwrap_or(libc::EIO));
         }
         done
     }
 
-    fn counts(&self) -> Arc<Counts> {
-        Arc::clone(self.monitor.counts())
+    fn counters(&self) -> Arc<StreamCounters> {
+        Arc::clone(self.monitor.counters())
     }
 
     fn start(&mut self) -> io::Result<()> {
         if self.is_started {
             return Ok(());
         }
-        if let Some(Out::Fifo(path)) = &self.out {
-            self.out = Some(Out::Wire(Wire::to_fifo(path, self.stop.clone())?));
+        if let Some(SinkBackend::Fifo(path)) = &self.backend {
+            self.backend = Some(SinkBackend::Wire(WireWriter::open_fifo(path, self.stop.clone())?));
         }
-        if self.frames == Frames::Rbd {
-            self.put(&rbd::opening(self.size))?;
+        if self.frames == StreamFrames::Rbd {
+            self.write_wire(&rbd::preamble(self.size))?;
         }
         self.is_started = true;
         Ok(())
     }
 
-    fn send(&mut self, range: Range<u64>, content: Content<'_, '_>) -> io::Result<()> {
+    fn send(&mut self, range: Range<u64>, content: SinkContent<'_, '_>) -> io::Result<()> {
         let accepted = self.monitor.accepted();
-        if range.start < accepted && !self.rewrites() {
-            return Err(errno(libc::EINVAL));
+        if range.start < accepted && !self.can_rewrite() {
+            return Err(os_error(libc::EINVAL));
         }
-        self.unless_broken(|sink| {
+        self.unless_failed(|sink| {
             sink.start()?;
             if range.start > accepted {
-                sink.send_piece(accepted..range.start, Content::Hole)?;
+                sink.send_piece(accepted..range.start, SinkContent::Hole)?;
             }
             if range.is_empty() { Ok(()) } else { sink.send_piece(range, content) }
         })
     }
 
-    fn send_piece(&mut self, range: Range<u64>, content: Content<'_, '_>) -> io::Result<()> {
-        if self.frames == Frames::Rbd {
+    fn send_piece(&mut self, range: Range<u64>, content: SinkContent<'_, '_>) -> io::Result<()> {
+        if self.frames == StreamFrames::Rbd {
             return self.send_record(range, content);
         }
-        let counts = self.counts();
+        let counts = self.counters();
         let passed = |len| {
-            counts.wire.fetch_add(len, Ordering::Relaxed);
+            counts.wire_bytes.fetch_add(len, Ordering::Relaxed);
             counts.accepted.fetch_add(len, Ordering::Release);
         };
         let len = range.end - range.start;
-        match (self.out.as_mut(), content) {
-            (Some(Out::Wire(wire)), Content::Data(parts)) => wire.write_all(parts, passed),
-            (Some(Out::Wire(wire)), _) => wire.write_zeros(len, passed),
-            (Some(Out::Seekable(file)), Content::Data(parts)) => {
+        match (self.backend.as_mut(), content) {
+            (Some(SinkBackend::Wire(wire)), SinkContent::Data(parts)) => wire.write_all(parts, passed),
+            (Some(SinkBackend::Wire(wire)), _) => wire.write_zeros(len, passed),
+            (Some(SinkBackend::Seekable(file)), SinkContent::Data(parts)) => {
                 file.write_all(range.start, parts, passed)
             }
-            (Some(Out::Seekable(file)), Content::Zeros) => file.write_zeros(range, passed),
-            (Some(Out::Seekable(file)), Content::Hole) => file.hole(range, passed),
-            (Some(Out::Nothing), _) => {
+            (Some(SinkBackend::Seekable(file)), SinkContent::Zeros) => file.write_zeros(range, passed),
+            (Some(SinkBackend::Seekable(file)), SinkContent::Hole) => file.write_hole(range, passed),
+            (Some(SinkBackend::Discard), _) => {
                 passed(len);
                 Ok(())
             }
-            (Some(Out::Fifo(_)) | None, _) => Err(errno(libc::EBADF)),
+            (Some(SinkBackend::Fifo(_)) | None, _) => Err(os_error(libc::EBADF)),
         }
     }
 
-    fn send_record(&mut self, range: Range<u64>, content: Content<'_, '_>) -> io::Result<()> {
+    fn send_record(&mut self, range: Range<u64>, content: SinkContent<'_, '_>) -> io::Result<()> {
         match content {
-            Content::Data(parts) => {
+            SinkContent::Data(parts) => {
                 let header = rbd::data_header(&range);
                 let record: Vec<_> =
                     std::iter::once(IoSlice::new(&header)).chain(parts.iter().copied()).collect();
-                self.put_all(&record)?;
+                self.write_wire_all(&record)?;
             }
-            Content::Zeros | Content::Hole => self.put(&rbd::zeros(&range))?,
+            SinkContent::Zeros | SinkContent::Hole => self.write_wire(&rbd::zeros_record(&range))?,
         }
         // A late rewrite does not move it.
-        self.counts().accepted.fetch_max(range.end, Ordering::Release);
+        self.counters().accepted.fetch_max(range.end, Ordering::Release);
         Ok(())
     }
 
@@ -298,36 +298,36 @@ impl Sink {
         self.start()?;
         let accepted = self.monitor.accepted();
         if accepted < end {
-            self.send_piece(accepted..end, Content::Hole)?;
+            self.send_piece(accepted..end, SinkContent::Hole)?;
         }
-        if self.frames == Frames::Rbd { self.put(&rbd::END) } else { Ok(()) }
+        if self.frames == StreamFrames::Rbd { self.write_wire(&rbd::END_RECORD) } else { Ok(()) }
     }
 
     /// Puts bytes on the wire that are not the disk's alone.
-    fn put(&mut self, bytes: &[u8]) -> io::Result<()> {
-        self.put_all(&[IoSlice::new(bytes)])
+    fn write_wire(&mut self, bytes: &[u8]) -> io::Result<()> {
+        self.write_wire_all(&[IoSlice::new(bytes)])
     }
 
-    fn put_all(&mut self, parts: &[IoSlice<'_>]) -> io::Result<()> {
-        let counts = self.counts();
+    fn write_wire_all(&mut self, parts: &[IoSlice<'_>]) -> io::Result<()> {
+        let counts = self.counters();
         let passed = |len| {
-            counts.wire.fetch_add(len, Ordering::Relaxed);
+            counts.wire_bytes.fetch_add(len, Ordering::Relaxed);
         };
-        match &self.out {
-            Some(Out::Wire(wire)) => wire.write_all(parts, passed),
-            Some(Out::Nothing) => Ok(()),
-            Some(Out::Seekable(_) | Out::Fifo(_)) | None => Err(errno(libc::EBADF)),
+        match &self.backend {
+            Some(SinkBackend::Wire(wire)) => wire.write_all(parts, passed),
+            Some(SinkBackend::Discard) => Ok(()),
+            Some(SinkBackend::Seekable(_) | SinkBackend::Fifo(_)) | None => Err(os_error(libc::EBADF)),
         }
     }
 }
 
-impl Drop for Sink {
+impl Drop for HostSink {
     fn drop(&mut self) {
         self.watcher = None;
         if !self.is_finished {
             // Before the pipe is closed, which would look like the end of a whole image.
             self.monitor.kill();
-            if self.out.is_some()
+            if self.backend.is_some()
                 && self.monitor.accepted() == 0
                 && let Some((part, _)) = &self.part
             {

@@ -7,9 +7,9 @@ use std::ops::Range;
 use rustix::fs::FallocateFlags;
 use rustix::io::Errno;
 
-use super::wire::{MAX_CALL, ZEROS, fitting};
+use super::wire::{MAX_WRITE, ZEROS, fitting_count};
 use crate::base::raw::HostKind;
-use crate::host::{errno, fallocate};
+use crate::host::{os_error, fallocate};
 use crate::stream::stop::Stop;
 
 /// 1 GiB: how much of a gap a device is asked to discard at once. It may take its time, and
@@ -17,23 +17,23 @@ use crate::stream::stop::Stop;
 const MAX_DISCARD: u64 = 1 << 30;
 
 /// A device discards whole sectors; 4 KiB is the largest in use.
-const ALIGNMENT: u64 = 4096;
+const DISCARD_ALIGNMENT: u64 = 4096;
 
 /// 1 MiB of zeros for one call.
-const ZERO_PIECES: usize = MAX_CALL / ZEROS.len();
+const ZERO_IOVECS: usize = MAX_WRITE / ZEROS.len();
 
 /// Where the bytes go.
 #[derive(Debug)]
-pub(super) struct Seekable {
+pub(super) struct SeekableWriter {
     file: File,
     kind: HostKind,
-    gaps: Gaps,
+    hole_method: HoleMethod,
     stop: Stop,
 }
 
 /// How a device is told of a gap; it goes down until one is supported.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Gaps {
+enum HoleMethod {
     /// Discarded, when the device promises zeros after it.
     Punch,
     /// Zeroed by the device.
@@ -42,10 +42,10 @@ enum Gaps {
     Write,
 }
 
-impl Seekable {
+impl SeekableWriter {
     /// Writes into `file`, which holds only zeros if it is no device.
     pub(super) fn new(file: File, kind: HostKind, stop: Stop) -> Self {
-        Self { file, kind, gaps: Gaps::Punch, stop }
+        Self { file, kind, hole_method: HoleMethod::Punch, stop }
     }
 
     /// Writes all of `parts` from `offset` on; says of each piece how many bytes it was.
@@ -73,14 +73,14 @@ impl Seekable {
         range: Range<u64>,
         mut passed: impl FnMut(u64),
     ) -> io::Result<()> {
-        let pieces = [IoSlice::new(&ZEROS); ZERO_PIECES];
+        let pieces = [IoSlice::new(&ZEROS); ZERO_IOVECS];
         let mut at = range.start;
         while at < range.end {
             let written = match usize::try_from(range.end - at) {
                 Ok(last) if last < ZEROS.len() => {
                     self.write_some(&[IoSlice::new(&ZEROS[..last])], at)
                 }
-                Ok(some) => self.write_some(&pieces[..ZERO_PIECES.min(some / ZEROS.len())], at),
+                Ok(some) => self.write_some(&pieces[..ZERO_IOVECS.min(some / ZEROS.len())], at),
                 Err(_) => self.write_some(&pieces, at),
             }? as u64;
             passed(written);
@@ -90,7 +90,7 @@ impl Seekable {
     }
 
     /// Leaves a gap that reads as zeros: nothing to do in a file, which has none but zeros yet.
-    pub(super) fn hole(
+    pub(super) fn write_hole(
         &mut self,
         range: Range<u64>,
         mut passed: impl FnMut(u64),
@@ -99,8 +99,8 @@ impl Seekable {
             passed(range.end - range.start);
             return Ok(());
         }
-        let first = range.start.next_multiple_of(ALIGNMENT).min(range.end);
-        let last = (range.end - range.end % ALIGNMENT).max(first);
+        let first = range.start.next_multiple_of(DISCARD_ALIGNMENT).min(range.end);
+        let last = (range.end - range.end % DISCARD_ALIGNMENT).max(first);
         self.write_zeros(range.start..first, &mut passed)?;
         let mut at = first;
         while at < last {
@@ -115,20 +115,20 @@ impl Seekable {
     fn discard(&mut self, range: Range<u64>, mut passed: impl FnMut(u64)) -> io::Result<()> {
         loop {
             if self.stop.is_stopped() {
-                return Err(errno(libc::ECANCELED));
+                return Err(os_error(libc::ECANCELED));
             }
-            let (how, next) = match self.gaps {
+            let (how, next) = match self.hole_method {
                 // The kernel refuses it unless zeros are read afterwards (blkdev_fallocate).
-                Gaps::Punch => (FallocateFlags::PUNCH_HOLE, Gaps::Zero),
-                Gaps::Zero => (FallocateFlags::ZERO_RANGE, Gaps::Write),
-                Gaps::Write => return self.write_zeros(range, passed),
+                HoleMethod::Punch => (FallocateFlags::PUNCH_HOLE, HoleMethod::Zero),
+                HoleMethod::Zero => (FallocateFlags::ZERO_RANGE, HoleMethod::Write),
+                HoleMethod::Write => return self.write_zeros(range, passed),
             };
             match fallocate(&self.file, how | FallocateFlags::KEEP_SIZE, range.clone()) {
                 Ok(()) => {
                     passed(range.end - range.start);
                     return Ok(());
                 }
-                Err(error) if is_unsupported(&error) => self.gaps = next,
+                Err(error) if is_unsupported(&error) => self.hole_method = next,
                 Err(error) => return Err(error),
             }
         }
@@ -142,14 +142,14 @@ impl Seekable {
     fn write_some(&self, parts: &[IoSlice<'_>], offset: u64) -> io::Result<usize> {
         loop {
             if self.stop.is_stopped() {
-                return Err(errno(libc::ECANCELED));
+                return Err(os_error(libc::ECANCELED));
             }
-            let written = match fitting(parts) {
-                0 => rustix::io::pwrite(&self.file, &parts[0][..MAX_CALL], offset),
+            let written = match fitting_count(parts) {
+                0 => rustix::io::pwrite(&self.file, &parts[0][..MAX_WRITE], offset),
                 count => rustix::io::pwritev(&self.file, &parts[..count], offset),
             };
             match written {
-                Ok(0) => return Err(errno(libc::EIO)),
+                Ok(0) => return Err(os_error(libc::EIO)),
                 Ok(len) => return Ok(len),
                 Err(Errno::INTR) => {}
                 Err(error) => return Err(error.into()),

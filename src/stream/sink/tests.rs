@@ -13,29 +13,29 @@ use tempfile::TempDir;
 
 use super::*;
 use crate::spec::{
-    Compress, DEFAULT_WINDOW, FinishWhen, Flow, Overwrite, Pad, Programs, StreamSpec, Target,
+    SpillCompression, DEFAULT_WINDOW, FinishWhen, Flow, Overwrite, Pad, Programs, StreamSpec, SinkSpec,
 };
 use crate::stream::fifo;
-use crate::stream::frames::rbd::{Decoder, Record};
+use crate::stream::frames::rbd::{RbdDecoder, RbdRecord};
 
 pub(in crate::stream) fn spec(dir: &Path, size: u64) -> StreamSpec {
     StreamSpec {
         size,
         dir: dir.to_owned(),
-        flow: Flow::Out(Target::Measure),
+        flow: Flow::Out(SinkSpec::Measure),
         window: DEFAULT_WINDOW,
         read_window: 0,
         spill: None,
-        compress: Compress::Off,
+        compress: SpillCompression::Off,
         finish: FinishWhen::Explicit,
         pad: Pad::Size,
-        frames: Frames::Raw,
+        frames: StreamFrames::Raw,
     }
 }
 
-pub(in crate::stream) fn place() -> Place<'static> {
+pub(in crate::stream) fn place() -> StreamContext<'static> {
     let mountpoint = Path::new("/nonexistent/mount");
-    Place { mountpoint, mount_dev: None, stdio: Inherit::Nothing }
+    StreamContext { mountpoint, mount_dev: None, stdio: StdioMode::Unavailable }
 }
 
 pub(in crate::stream) fn programs(words: &[&[&str]]) -> Programs {
@@ -43,13 +43,13 @@ pub(in crate::stream) fn programs(words: &[&[&str]]) -> Programs {
 }
 
 /// A directory to work in, and the stop of the sinks opened there.
-struct Bench {
+struct SinkFixture {
     dir: TempDir,
     stop: Stop,
     spec: StreamSpec,
 }
 
-impl Bench {
+impl SinkFixture {
     fn new(size: u64) -> Self {
         let dir = TempDir::new().unwrap();
         let spec = spec(dir.path(), size);
@@ -58,7 +58,7 @@ impl Bench {
 
     fn rbd(size: u64) -> Self {
         let mut bench = Self::new(size);
-        bench.spec.frames = Frames::Rbd;
+        bench.spec.frames = StreamFrames::Rbd;
         bench
     }
 
@@ -66,22 +66,22 @@ impl Bench {
         self.dir.path().join(name)
     }
 
-    fn open(&self, target: &Target) -> Result<Sink, SinkError> {
-        Sink::open(&self.spec, target, &place(), self.stop.clone())
+    fn open(&self, target: &SinkSpec) -> Result<HostSink, StreamOpenError> {
+        HostSink::open(&self.spec, target, &place(), self.stop.clone())
     }
 
-    fn file(&self, name: &str) -> Target {
-        Target::File { path: self.path(name), overwrite: Overwrite::No }
+    fn file(&self, name: &str) -> SinkSpec {
+        SinkSpec::File { path: self.path(name), overwrite: Overwrite::No }
     }
 
-    fn command(&self, words: &[&[&str]]) -> Sink {
-        self.open(&Target::Command(programs(words))).unwrap()
+    fn command(&self, words: &[&[&str]]) -> HostSink {
+        self.open(&SinkSpec::Command(programs(words))).unwrap()
     }
 }
 
-fn send(sink: &mut Sink, offset: u64, bytes: &[u8]) -> io::Result<()> {
+fn send(sink: &mut HostSink, offset: u64, bytes: &[u8]) -> io::Result<()> {
     let (one, two) = bytes.split_at(bytes.len() / 3);
-    sink.data(offset, &[IoSlice::new(one), IoSlice::new(&[]), IoSlice::new(two)])
+    sink.send_data(offset, &[IoSlice::new(one), IoSlice::new(&[]), IoSlice::new(two)])
 }
 
 fn reader_of(path: PathBuf) -> thread::JoinHandle<Vec<u8>> {
@@ -94,17 +94,17 @@ fn bytes(len: usize) -> Vec<u8> {
 
 #[test]
 fn a_named_pipe_is_made_and_gets_the_bytes_in_order() {
-    let bench = Bench::new(8 << 20);
+    let bench = SinkFixture::new(8 << 20);
     let path = bench.path("out");
-    let mut sink = bench.open(&Target::Fifo(path.clone())).unwrap();
+    let mut sink = bench.open(&SinkSpec::Fifo(path.clone())).unwrap();
     let made = path.metadata().unwrap();
     assert!(made.file_type().is_fifo() && made.mode() & 0o077 == 0);
     let reader = reader_of(path);
     sink.prepare().unwrap();
     let data = bytes(3 << 20);
     send(&mut sink, 0, &data).unwrap();
-    sink.zeros(3 << 20..(3 << 20) + 5).unwrap();
-    sink.hole((3 << 20) + 5..(5 << 20) + 1).unwrap();
+    sink.send_zeros(3 << 20..(3 << 20) + 5).unwrap();
+    sink.send_hole((3 << 20) + 5..(5 << 20) + 1).unwrap();
     let monitor = sink.monitor();
     assert_eq!(monitor.accepted(), (5 << 20) + 1);
     // What is missing is a hole, before the next data as at the end.
@@ -119,8 +119,8 @@ fn a_named_pipe_is_made_and_gets_the_bytes_in_order() {
 
 #[test]
 fn a_named_pipe_without_a_reader_is_waited_for_until_stopped() {
-    let bench = Bench::new(1 << 20);
-    let mut sink = bench.open(&Target::Fifo(bench.path("out"))).unwrap();
+    let bench = SinkFixture::new(1 << 20);
+    let mut sink = bench.open(&SinkSpec::Fifo(bench.path("out"))).unwrap();
     let waiting = thread::spawn(move || (sink.prepare(), sink));
     thread::sleep(Duration::from_millis(120));
     assert!(!waiting.is_finished());
@@ -133,9 +133,9 @@ fn a_named_pipe_without_a_reader_is_waited_for_until_stopped() {
 
 #[test]
 fn a_stalled_reader_is_waited_for_until_stopped_and_the_count_is_exact() {
-    let bench = Bench::new(64 << 20);
+    let bench = SinkFixture::new(64 << 20);
     let path = bench.path("out");
-    let mut sink = bench.open(&Target::Fifo(path.clone())).unwrap();
+    let mut sink = bench.open(&SinkSpec::Fifo(path.clone())).unwrap();
     let opening = thread::spawn(move || File::open(path).unwrap());
     sink.prepare().unwrap();
     let mut reader = opening.join().unwrap();
@@ -160,11 +160,11 @@ fn a_stalled_reader_is_waited_for_until_stopped_and_the_count_is_exact() {
 
 #[test]
 fn a_gap_of_terabytes_can_be_stopped() {
-    let bench = Bench::new(1 << 44);
-    let null = Target::File { path: "/dev/null".into(), overwrite: Overwrite::No };
+    let bench = SinkFixture::new(1 << 44);
+    let null = SinkSpec::File { path: "/dev/null".into(), overwrite: Overwrite::No };
     let mut sink = bench.open(&null).unwrap();
     let monitor = sink.monitor();
-    let sending = thread::spawn(move || sink.hole(0..1 << 44));
+    let sending = thread::spawn(move || sink.send_hole(0..1 << 44));
     while monitor.accepted() < 1 << 30 {
         assert!(!sending.is_finished());
         thread::sleep(Duration::from_millis(1));
@@ -176,9 +176,9 @@ fn a_gap_of_terabytes_can_be_stopped() {
 
 #[test]
 fn a_reader_that_goes_is_an_error_for_ever_and_told_of() {
-    let bench = Bench::new(1 << 30);
+    let bench = SinkFixture::new(1 << 30);
     let path = bench.path("out");
-    let mut sink = bench.open(&Target::Fifo(path.clone())).unwrap();
+    let mut sink = bench.open(&SinkSpec::Fifo(path.clone())).unwrap();
     let reader = thread::spawn(move || {
         let mut got = [0; 100];
         File::open(path).unwrap().read_exact(&mut got).unwrap();
@@ -192,28 +192,28 @@ fn a_reader_that_goes_is_an_error_for_ever_and_told_of() {
         bench.path("out").display()
     );
     assert_eq!(sink.explain(&error), said);
-    assert_eq!(sink.hole(accepted..accepted + 1).unwrap_err().raw_os_error(), Some(libc::EPIPE));
+    assert_eq!(sink.send_hole(accepted..accepted + 1).unwrap_err().raw_os_error(), Some(libc::EPIPE));
     assert_eq!(sink.finish(1 << 30).unwrap_err(), said);
 }
 
 #[test]
 fn only_a_named_pipe_is_taken_for_one() {
-    let bench = Bench::new(4096);
+    let bench = SinkFixture::new(4096);
     let path = bench.path("file");
     fs::write(&path, "kept").unwrap();
-    let error = bench.open(&Target::Fifo(path.clone())).unwrap_err().to_string();
+    let error = bench.open(&SinkSpec::Fifo(path.clone())).unwrap_err().to_string();
     assert!(error.contains("is a regular file: fifo: needs a named pipe"), "{error}");
     assert_eq!(fs::read(path).unwrap(), b"kept");
 }
 
 #[test]
 fn a_file_has_its_name_only_when_it_is_whole_and_its_holes_stay() {
-    let bench = Bench::new(64 << 20);
+    let bench = SinkFixture::new(64 << 20);
     let (path, part) = (bench.path("o.img"), bench.path("o.img.part"));
     let mut sink = bench.open(&bench.file("o.img")).unwrap();
     send(&mut sink, 0, &[1; 4096]).unwrap();
-    sink.hole(4096..32 << 20).unwrap();
-    sink.zeros(32 << 20..33 << 20).unwrap();
+    sink.send_hole(4096..32 << 20).unwrap();
+    sink.send_zeros(32 << 20..33 << 20).unwrap();
     assert_eq!(sink.monitor().accepted(), 33 << 20);
     assert!(part.exists() && !path.exists());
     assert_eq!(sink.monitor().describe(), format!("file:{}", path.display()));
@@ -232,14 +232,14 @@ fn a_file_has_its_name_only_when_it_is_whole_and_its_holes_stay() {
 
 #[test]
 fn an_aborted_file_stays_as_part_and_is_used_again() {
-    let bench = Bench::new(8192);
+    let bench = SinkFixture::new(8192);
     let mut sink = bench.open(&bench.file("o")).unwrap();
     send(&mut sink, 0, &[1; 8192]).unwrap();
     sink.abort();
     assert_eq!(fs::read(bench.path("o.part")).unwrap(), [1; 8192]);
     assert!(!bench.path("o").exists());
     let mut sink = bench.open(&bench.file("o")).unwrap();
-    sink.hole(0..4096).unwrap();
+    sink.send_hole(0..4096).unwrap();
     send(&mut sink, 4096, &[2; 10]).unwrap();
     sink.finish(8192).unwrap();
     let mut expected = [0; 8192];
@@ -249,14 +249,14 @@ fn an_aborted_file_stays_as_part_and_is_used_again() {
 
 #[test]
 fn a_stream_that_was_given_up_before_its_first_byte_leaves_no_part() {
-    let bench = Bench::new(8192);
+    let bench = SinkFixture::new(8192);
     bench.open(&bench.file("o")).unwrap().abort();
     assert!(!bench.path("o").exists() && !bench.path("o.part").exists());
 }
 
 #[test]
 fn a_file_that_is_given_up_at_the_very_end_does_not_look_whole() {
-    let bench = Bench::new(4096);
+    let bench = SinkFixture::new(4096);
     let mut sink = bench.open(&bench.file("o")).unwrap();
     send(&mut sink, 0, &[1; 4096]).unwrap();
     bench.stop.stop();
@@ -266,7 +266,7 @@ fn a_file_that_is_given_up_at_the_very_end_does_not_look_whole() {
 
 #[test]
 fn two_streams_cannot_write_one_file() {
-    let bench = Bench::new(4096);
+    let bench = SinkFixture::new(4096);
     let mut first = bench.open(&bench.file("o")).unwrap();
     send(&mut first, 0, &[1; 4096]).unwrap();
     let error = bench.open(&bench.file("o")).unwrap_err().to_string();
@@ -277,7 +277,7 @@ fn two_streams_cannot_write_one_file() {
 
 #[test]
 fn an_existing_file_is_replaced_only_when_asked_for_and_only_at_the_end() {
-    let bench = Bench::new(4096);
+    let bench = SinkFixture::new(4096);
     let path = bench.path("o");
     fs::write(&path, "old").unwrap();
     fs::set_permissions(&path, fs::Permissions::from_mode(0o640)).unwrap();
@@ -288,7 +288,7 @@ fn an_existing_file_is_replaced_only_when_asked_for_and_only_at_the_end() {
     );
     assert!(!bench.path("o.part").exists());
     std::os::unix::fs::symlink("o", bench.path("link")).unwrap();
-    let target = Target::File { path: bench.path("link"), overwrite: Overwrite::Yes };
+    let target = SinkSpec::File { path: bench.path("link"), overwrite: Overwrite::Yes };
     let mut sink = bench.open(&target).unwrap();
     send(&mut sink, 0, b"new").unwrap();
     assert_eq!(fs::read(&path).unwrap(), b"old");
@@ -300,7 +300,7 @@ fn an_existing_file_is_replaced_only_when_asked_for_and_only_at_the_end() {
 
 #[test]
 fn a_file_that_somebody_made_meanwhile_is_not_replaced() {
-    let bench = Bench::new(4096);
+    let bench = SinkFixture::new(4096);
     let sink = bench.open(&bench.file("o")).unwrap();
     fs::write(bench.path("o"), "theirs").unwrap();
     let said = sink.finish(4096).unwrap_err();
@@ -311,31 +311,31 @@ fn a_file_that_somebody_made_meanwhile_is_not_replaced() {
 
 #[test]
 fn what_is_no_file_is_refused_and_so_is_the_mount() {
-    let bench = Bench::new(4096);
+    let bench = SinkFixture::new(4096);
     let error = |path: &Path| {
-        let target = Target::File { path: path.to_owned(), overwrite: Overwrite::Yes };
+        let target = SinkSpec::File { path: path.to_owned(), overwrite: Overwrite::Yes };
         bench.open(&target).unwrap_err().to_string()
     };
     assert!(error(bench.dir.path()).ends_with("is a directory: name a file"));
-    fifo::ensure(&bench.path("pipe")).unwrap();
+    fifo::create_missing(&bench.path("pipe")).unwrap();
     assert!(error(&bench.path("pipe")).ends_with("is a named pipe: use to=fifo:"));
     let absent = bench.path("absent/o");
     let line = format!("cannot write '{}.part': No such file or directory", absent.display());
     assert_eq!(error(&absent), line);
     assert!(error(Path::new("/nonexistent/mount/o")).contains("lies in the mount"));
-    let inside = Target::Fifo("/nonexistent/mount/o".into());
-    assert!(matches!(bench.open(&inside), Err(SinkError::Place(_))));
+    let inside = SinkSpec::Fifo("/nonexistent/mount/o".into());
+    assert!(matches!(bench.open(&inside), Err(StreamOpenError::SelfReference(_))));
     // What is in the place of the .part must be a file too.
     fs::create_dir(bench.path("d.part")).unwrap();
     assert!(bench.open(&bench.file("d")).is_err());
-    fifo::ensure(&bench.path("p.part")).unwrap();
+    fifo::create_missing(&bench.path("p.part")).unwrap();
     assert!(bench.open(&bench.file("p")).is_err());
 }
 
 #[test]
 fn a_full_device_is_an_error_in_words() {
-    let bench = Bench::new(1 << 20);
-    let full = Target::File { path: "/dev/full".into(), overwrite: Overwrite::No };
+    let bench = SinkFixture::new(1 << 20);
+    let full = SinkSpec::File { path: "/dev/full".into(), overwrite: Overwrite::No };
     let mut sink = bench.open(&full).unwrap();
     let error = send(&mut sink, 0, b"x").unwrap_err();
     assert_eq!(error.raw_os_error(), Some(libc::ENOSPC));
@@ -345,7 +345,7 @@ fn a_full_device_is_an_error_in_words() {
 
 #[test]
 fn a_command_gets_everything_and_its_status_is_the_streams() {
-    let bench = Bench::new(4 << 20);
+    let bench = SinkFixture::new(4 << 20);
     let mut sink = bench.command(&[&["cat"], &["sh", "-c", "cat > out"]]);
     assert_eq!(sink.monitor().describe(), "cmd:cat | sh -c 'cat > out'");
     send(&mut sink, 0, &bytes(3 << 20)).unwrap();
@@ -359,8 +359,8 @@ fn a_command_gets_everything_and_its_status_is_the_streams() {
 
 #[test]
 fn a_command_that_stops_reading_is_told_of() {
-    let bench = Bench::new(1 << 30);
-    let many = |sink: &mut Sink| {
+    let bench = SinkFixture::new(1 << 30);
+    let many = |sink: &mut HostSink| {
         (0..).find_map(|turn| send(sink, turn * 65536, &[1; 65536]).err()).unwrap()
     };
     let mut sink = bench.command(&[&["head", "-c", "5"]]);
@@ -376,8 +376,8 @@ fn a_command_that_stops_reading_is_told_of() {
 
 #[test]
 fn an_aborted_command_never_sees_the_end_of_its_input() {
-    for abort in [Sink::abort, drop::<Sink>] {
-        let bench = Bench::new(1 << 20);
+    for abort in [HostSink::abort, drop::<HostSink>] {
+        let bench = SinkFixture::new(1 << 20);
         let mut sink = bench.command(&[&["sh", "-c", "cat > out; touch whole"]]);
         send(&mut sink, 0, &[1; 4096]).unwrap();
         let monitor = sink.monitor();
@@ -390,7 +390,7 @@ fn an_aborted_command_never_sees_the_end_of_its_input() {
 
 #[test]
 fn a_finish_that_waits_for_a_command_is_stopped_and_the_command_killed() {
-    let bench = Bench::new(0);
+    let bench = SinkFixture::new(0);
     let sink = bench.command(&[&["sleep", "1000"]]);
     let monitor = sink.monitor();
     let finishing = thread::spawn(move || sink.finish(0));
@@ -403,40 +403,40 @@ fn a_finish_that_waits_for_a_command_is_stopped_and_the_command_killed() {
 
 #[test]
 fn records_tell_of_everything_and_late_rewrites_do_not_move_the_count() {
-    let bench = Bench::rbd(1 << 20);
+    let bench = SinkFixture::rbd(1 << 20);
     let mut sink = bench.open(&bench.file("o.rbd")).unwrap();
-    assert!(sink.rewrites());
+    assert!(sink.can_rewrite());
     let monitor = sink.monitor();
     send(&mut sink, 0, b"abc").unwrap();
-    sink.hole(3..1000).unwrap();
-    sink.zeros(1000..2000).unwrap();
+    sink.send_hole(3..1000).unwrap();
+    sink.send_zeros(1000..2000).unwrap();
     assert_eq!(monitor.accepted(), 2000);
     send(&mut sink, 1, b"XY").unwrap();
     assert_eq!(monitor.accepted(), 2000);
     sink.finish(5000).unwrap();
     assert_eq!(monitor.accepted(), 5000);
     let file = fs::read(bench.path("o.rbd")).unwrap();
-    let mut decoder = Decoder::new(&file[..]).unwrap();
+    let mut decoder = RbdDecoder::new(&file[..]).unwrap();
     let mut data = [0; 3];
-    assert_eq!(decoder.next_record().unwrap(), Record::Size(1 << 20));
-    assert_eq!(decoder.next_record().unwrap(), Record::Data(0..3));
+    assert_eq!(decoder.next_record().unwrap(), RbdRecord::Size(1 << 20));
+    assert_eq!(decoder.next_record().unwrap(), RbdRecord::Data(0..3));
     decoder.input().read_exact(&mut data).unwrap();
     assert_eq!(&data, b"abc");
-    assert_eq!(decoder.next_record().unwrap(), Record::Zeros(3..1000));
-    assert_eq!(decoder.next_record().unwrap(), Record::Zeros(1000..2000));
-    assert_eq!(decoder.next_record().unwrap(), Record::Data(1..3));
+    assert_eq!(decoder.next_record().unwrap(), RbdRecord::Zeros(3..1000));
+    assert_eq!(decoder.next_record().unwrap(), RbdRecord::Zeros(1000..2000));
+    assert_eq!(decoder.next_record().unwrap(), RbdRecord::Data(1..3));
     decoder.input().read_exact(&mut data[..2]).unwrap();
     assert_eq!(&data, b"XYc");
-    assert_eq!(decoder.next_record().unwrap(), Record::Zeros(2000..5000));
-    assert_eq!(decoder.next_record().unwrap(), Record::End);
+    assert_eq!(decoder.next_record().unwrap(), RbdRecord::Zeros(2000..5000));
+    assert_eq!(decoder.next_record().unwrap(), RbdRecord::End);
     assert!(decoder.input().is_empty());
 }
 
 #[test]
 fn raw_bytes_that_were_sent_cannot_be_sent_again() {
-    let bench = Bench::new(4096);
-    let mut sink = bench.open(&Target::Measure).unwrap();
-    assert!(!sink.rewrites());
+    let bench = SinkFixture::new(4096);
+    let mut sink = bench.open(&SinkSpec::Measure).unwrap();
+    assert!(!sink.can_rewrite());
     send(&mut sink, 0, b"abc").unwrap();
     assert_eq!(send(&mut sink, 2, b"x").unwrap_err().raw_os_error(), Some(libc::EINVAL));
     // It was refused, not half done.
@@ -475,8 +475,8 @@ fn standard_output_is_written_whatever_it_is_and_keeps_its_flags() {
 
 #[test]
 fn standard_output_is_refused_in_the_background_and_without_a_reader() {
-    let bench = Bench::new(4096);
-    let error = bench.open(&Target::Stdout).unwrap_err().to_string();
+    let bench = SinkFixture::new(4096);
+    let error = bench.open(&SinkSpec::Stdout).unwrap_err().to_string();
     assert!(error.starts_with("to=stdout needs -f or run"), "{error}");
     let (reader, writer) = rustix::pipe::pipe().unwrap();
     drop(reader);
@@ -495,11 +495,11 @@ fn standard_output_is_refused_in_the_background_and_without_a_reader() {
 
 #[test]
 fn many_small_parts_and_shared_pipes_go_through() {
-    let bench = Bench::new(1 << 20);
+    let bench = SinkFixture::new(1 << 20);
     let data = bytes(100_000);
     let parts: Vec<_> = data.chunks(7).map(IoSlice::new).collect();
     let mut sink = bench.open(&bench.file("o")).unwrap();
-    sink.data(0, &parts).unwrap();
+    sink.send_data(0, &parts).unwrap();
     sink.finish(100_000).unwrap();
     assert!(fs::read(bench.path("o")).unwrap() == data);
     let (reader, writer) = rustix::pipe::pipe().unwrap();
@@ -508,7 +508,7 @@ fn many_small_parts_and_shared_pipes_go_through() {
         File::from(reader).read_to_end(&mut got).unwrap();
         got
     });
-    let wire = Wire::new(writer, crate::stream::inherited::Manner::Careful, bench.stop.clone());
+    let wire = WireWriter::new(writer, crate::stream::inherited::FdMode::SharedBlocking, bench.stop.clone());
     wire.write_all(&parts, |_| {}).unwrap();
     wire.write_zeros(9000, |_| {}).unwrap();
     drop(wire);

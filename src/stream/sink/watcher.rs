@@ -9,10 +9,10 @@ use std::thread::{Builder, JoinHandle};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 
-use crate::host::errno;
+use crate::host::os_error;
 use crate::stream::command::Pipeline;
 use crate::stream::monitor::Monitor;
-use crate::stream::output::{Tell, Trouble};
+use crate::stream::output::{SinkCallback, SinkEvent};
 use crate::stream::stop::Stop;
 
 /// Dropped, it has let go of everything.
@@ -30,7 +30,7 @@ impl Watcher {
     pub(super) fn start(
         wire: Option<Arc<OwnedFd>>,
         monitor: Monitor,
-        tell: Tell,
+        tell: SinkCallback,
     ) -> io::Result<Self> {
         let stop = Stop::new()?;
         let until = stop.clone();
@@ -50,22 +50,22 @@ impl Drop for Watcher {
     }
 }
 
-fn watch(mut wire: Option<Arc<OwnedFd>>, monitor: &Monitor, stop: &Stop, tell: &Tell) {
-    let mut running = monitor.pipeline().map_or_else(Vec::new, Pipeline::endings);
+fn watch(mut wire: Option<Arc<OwnedFd>>, monitor: &Monitor, stop: &Stop, tell: &SinkCallback) {
+    let mut running = monitor.pipeline().map_or_else(Vec::new, Pipeline::pidfds);
     while wire.is_some() || !running.is_empty() {
         let Ok((has_readers, ended)) = wait(wire.as_deref(), &running, stop) else { return };
         if ended.iter().any(|ended| *ended)
             && let Some(why) = monitor.failure()
         {
-            return tell(Trouble::Failed(why));
+            return tell(SinkEvent::Failed(why));
         }
         let mut ended = ended.into_iter();
         running.retain(|_| ended.next() != Some(true));
         if !has_readers {
             // Waits for a command that is just going to say why.
-            let why = monitor.explain(&errno(libc::EPIPE));
+            let why = monitor.explain(&os_error(libc::EPIPE));
             wire = None;
-            tell(Trouble::Gone(why));
+            tell(SinkEvent::Gone(why));
         }
     }
 }
@@ -86,7 +86,7 @@ fn wait(wire: Option<&OwnedFd>, running: &[OwnedFd], stop: &Stop) -> io::Result<
         }
     }
     if stop.is_stopped() {
-        return Err(errno(libc::ECANCELED));
+        return Err(os_error(libc::ECANCELED));
     }
     let is_told = |fd: &PollFd<'_>| !fd.revents().is_empty();
     let ended = fds[1..=running.len()].iter().map(is_told).collect();

@@ -11,58 +11,58 @@ use rustix::io::Errno;
 use rustix::net::{SendAncillaryBuffer, SendFlags, sendmsg};
 use rustix::pipe::{IoSliceRaw, SpliceFlags, fcntl_setpipe_size, vmsplice};
 
-use crate::host::errno;
+use crate::host::os_error;
 use crate::stream::command::PIPE_SIZE;
 use crate::stream::fifo;
-use crate::stream::inherited::{Manner, PIPE_BUF};
+use crate::stream::inherited::{FdMode, PIPE_BUF};
 use crate::stream::stop::Stop;
 
 /// How often it is looked whether a reader has come: an open that waits for one cannot be stopped.
-const LOOK: Timespec = Timespec { tv_sec: 0, tv_nsec: 50_000_000 };
+const POLL_INTERVAL: Timespec = Timespec { tv_sec: 0, tv_nsec: 50_000_000 };
 
 /// What zeros are written from.
 pub(super) static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
 
 /// How many pieces one call takes (`IOV_MAX`).
-const MAX_PIECES: usize = 1024;
+const MAX_IOVECS: usize = 1024;
 
 /// 1 MiB: a file takes that in a moment, and between two calls it is looked whether to stop.
-pub(super) const MAX_CALL: usize = 1 << 20;
+pub(super) const MAX_WRITE: usize = 1 << 20;
 
 /// 1 MiB of zeros: as much as a pipe holds.
-const ZERO_PIECES: usize = MAX_CALL / ZEROS.len();
+const ZERO_IOVECS: usize = MAX_WRITE / ZEROS.len();
 
 /// Where the bytes go.
 #[derive(Debug)]
-pub(super) struct Wire {
+pub(super) struct WireWriter {
     fd: Arc<OwnedFd>,
-    manner: Manner,
+    mode: FdMode,
     stop: Stop,
 }
 
-impl Wire {
-    pub(super) fn new(fd: OwnedFd, manner: Manner, stop: Stop) -> Self {
-        Self { fd: Arc::new(fd), manner, stop }
+impl WireWriter {
+    pub(super) fn new(fd: OwnedFd, manner: FdMode, stop: Stop) -> Self {
+        Self { fd: Arc::new(fd), mode: manner, stop }
     }
 
     /// The descriptor, if it tells that nobody reads any more: that of a pipe or a socket. The
     /// other side sees the end only when this one is closed as well.
-    pub(super) fn watched(&self) -> Option<Arc<OwnedFd>> {
+    pub(super) fn hangup_fd(&self) -> Option<Arc<OwnedFd>> {
         let found = rustix::fs::fstat(&self.fd).ok()?;
         let kind = FileType::from_raw_mode(found.st_mode);
         matches!(kind, FileType::Fifo | FileType::Socket).then(|| Arc::clone(&self.fd))
     }
 
     /// Opens the named pipe `path`, once somebody reads it.
-    pub(super) fn to_fifo(path: &Path, stop: Stop) -> io::Result<Self> {
+    pub(super) fn open_fifo(path: &Path, stop: Stop) -> io::Result<Self> {
         loop {
             match fifo::open(path, OFlags::WRONLY) {
-                Err(error) if error.raw_os_error() == Some(libc::ENXIO) => stop.sleep(LOOK)?,
+                Err(error) if error.raw_os_error() == Some(libc::ENXIO) => stop.sleep(POLL_INTERVAL)?,
                 Err(error) => return Err(error),
                 Ok(fd) => {
                     // The user's limit on pipes may be used up; a small one is only slower.
                     let _: Result<usize, Errno> = fcntl_setpipe_size(&fd, PIPE_SIZE);
-                    return Ok(Self::new(fd, Manner::Poll, stop));
+                    return Ok(Self::new(fd, FdMode::NonBlocking, stop));
                 }
             }
         }
@@ -87,17 +87,17 @@ impl Wire {
 
     /// Writes `len` zeros, as [`Self::write_all`] does.
     pub(super) fn write_zeros(&self, len: u64, mut passed: impl FnMut(u64)) -> io::Result<()> {
-        let pieces = [IoSlice::new(&ZEROS); ZERO_PIECES];
+        let pieces = [IoSlice::new(&ZEROS); ZERO_IOVECS];
         let mut left = len;
         while left > 0 {
-            if let Some(lent) = self.lend_zeros(left)? {
+            if let Some(lent) = self.splice_zeros(left)? {
                 passed(lent);
                 left -= lent;
                 continue;
             }
             let written = match usize::try_from(left) {
                 Ok(last) if last < ZEROS.len() => self.write_some(&[IoSlice::new(&ZEROS[..last])]),
-                Ok(some) => self.write_some(&pieces[..ZERO_PIECES.min(some / ZEROS.len())]),
+                Ok(some) => self.write_some(&pieces[..ZERO_IOVECS.min(some / ZEROS.len())]),
                 Err(_) => self.write_some(&pieces),
             }? as u64;
             passed(written);
@@ -108,27 +108,27 @@ impl Wire {
 
     /// Puts pages of zeros into a pipe without copying them; `None` when it is none, or for the
     /// last few bytes.
-    fn lend_zeros(&self, left: u64) -> io::Result<Option<u64>> {
-        if self.manner != Manner::Poll || left < ZEROS.len() as u64 {
+    fn splice_zeros(&self, left: u64) -> io::Result<Option<u64>> {
+        if self.mode != FdMode::NonBlocking || left < ZEROS.len() as u64 {
             return Ok(None);
         }
-        let count = usize::try_from(left / ZEROS.len() as u64).unwrap_or(ZERO_PIECES);
-        let pieces = [(); ZERO_PIECES].map(|()| IoSliceRaw::from_slice(&ZEROS));
+        let count = usize::try_from(left / ZEROS.len() as u64).unwrap_or(ZERO_IOVECS);
+        let pieces = [(); ZERO_IOVECS].map(|()| IoSliceRaw::from_slice(&ZEROS));
         loop {
             if self.stop.is_stopped() {
-                return Err(errno(libc::ECANCELED));
+                return Err(os_error(libc::ECANCELED));
             }
             // SAFETY: the pipe refers to these pages until they are read: they belong to a static
             // that nobody can change and that lives as long as the process.
             let lent = unsafe {
-                vmsplice(&self.fd, &pieces[..count.min(ZERO_PIECES)], SpliceFlags::NONBLOCK)
+                vmsplice(&self.fd, &pieces[..count.min(ZERO_IOVECS)], SpliceFlags::NONBLOCK)
             };
             match lent {
                 // Not a pipe after all.
                 Ok(0) | Err(Errno::BADF | Errno::INVAL) => return Ok(None),
                 Ok(len) => return Ok(Some(len as u64)),
                 Err(Errno::INTR) => {}
-                Err(Errno::AGAIN) => self.wait()?,
+                Err(Errno::AGAIN) => self.wait_writable()?,
                 Err(error) => return Err(error.into()),
             }
         }
@@ -139,40 +139,40 @@ impl Wire {
     fn write_some(&self, parts: &[IoSlice<'_>]) -> io::Result<usize> {
         loop {
             if self.stop.is_stopped() {
-                return Err(errno(libc::ECANCELED));
+                return Err(os_error(libc::ECANCELED));
             }
-            if self.manner == Manner::Careful {
-                self.wait()?;
+            if self.mode == FdMode::SharedBlocking {
+                self.wait_writable()?;
             }
             match self.try_write(parts) {
-                Ok(0) => return Err(errno(libc::EIO)),
+                Ok(0) => return Err(os_error(libc::EIO)),
                 Ok(len) => return Ok(len),
                 Err(Errno::INTR) => {}
-                Err(Errno::AGAIN) => self.wait()?,
+                Err(Errno::AGAIN) => self.wait_writable()?,
                 Err(error) => return Err(error.into()),
             }
         }
     }
 
-    fn wait(&self) -> io::Result<()> {
+    fn wait_writable(&self) -> io::Result<()> {
         // Errors too end the wait; the write says which.
         self.stop.wait_for(self.fd.as_fd(), PollFlags::OUT, None).map(|_| ())
     }
 
     fn try_write(&self, parts: &[IoSlice<'_>]) -> Result<usize, Errno> {
-        let some = &parts[..parts.len().min(MAX_PIECES)];
-        match self.manner {
-            Manner::Poll => rustix::io::writev(&self.fd, some),
-            Manner::Socket => {
+        let some = &parts[..parts.len().min(MAX_IOVECS)];
+        match self.mode {
+            FdMode::NonBlocking => rustix::io::writev(&self.fd, some),
+            FdMode::Socket => {
                 let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
                 sendmsg(&self.fd, some, &mut SendAncillaryBuffer::default(), flags)
             }
-            Manner::Careful => {
+            FdMode::SharedBlocking => {
                 let first = &parts[0];
                 rustix::io::write(&self.fd, &first[..first.len().min(PIPE_BUF)])
             }
-            Manner::Plain => match fitting(some) {
-                0 => rustix::io::write(&self.fd, &parts[0][..MAX_CALL]),
+            FdMode::Plain => match fitting_count(some) {
+                0 => rustix::io::write(&self.fd, &parts[0][..MAX_WRITE]),
                 count => rustix::io::writev(&self.fd, &some[..count]),
             },
         }
@@ -180,11 +180,11 @@ impl Wire {
 }
 
 /// How many of `parts` are one call's worth; 0 when the first alone is more.
-pub(super) fn fitting(parts: &[IoSlice<'_>]) -> usize {
+pub(super) fn fitting_count(parts: &[IoSlice<'_>]) -> usize {
     let mut total = 0;
     let fits = |part: &&IoSlice<'_>| {
         total += part.len();
-        total <= MAX_CALL
+        total <= MAX_WRITE
     };
-    parts.iter().take(MAX_PIECES).take_while(fits).count()
+    parts.iter().take(MAX_IOVECS).take_while(fits).count()
 }

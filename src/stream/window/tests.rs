@@ -26,13 +26,13 @@ fn op() -> impl Strategy<Value = Op> {
 }
 
 /// A stream whose bytes lie in an array and whose sink is a `Vec`.
-struct Sim {
+struct SimulatedStream {
     window: Window,
     held: Vec<u8>,
     out: Vec<u8>,
 }
 
-impl Sim {
+impl SimulatedStream {
     fn new(window: u64, spill: u64) -> Self {
         let window = Window::new(SIZE as u64, window, spill);
         Self { window, held: vec![0; SIZE], out: Vec::new() }
@@ -67,14 +67,14 @@ impl Sim {
     }
 
     fn drain(&mut self) {
-        while let Some(leaving) = self.window.take(5) {
+        while let Some(leaving) = self.window.take_next(5) {
             assert_eq!(leaving.range.start, self.out.len() as u64);
             let range = leaving.range.start as usize..leaving.range.end as usize;
             match leaving.written {
                 Some(Written::Data) => self.out.extend(&self.held[range]),
                 _ => self.out.resize(range.end, 0),
             }
-            self.window.accepted(leaving.range.end);
+            self.window.mark_accepted(leaving.range.end);
         }
     }
 
@@ -83,8 +83,8 @@ impl Sim {
         window.runs.check();
         assert!(window.sent <= window.taken && window.taken <= window.frontier);
         assert!(window.beyond <= window.spill);
-        assert_eq!(window.beyond, window.runs.data_in(window.edge()..u64::MAX));
-        assert_eq!(window.held, window.runs.data_in(window.sent..u64::MAX));
+        assert_eq!(window.beyond, window.runs.data_bytes(window.edge()..u64::MAX));
+        assert_eq!(window.unsent, window.runs.data_bytes(window.sent..u64::MAX));
         let written: u64 = window.runs.within(0..window.size).map(|(part, _)| len(&part)).sum();
         assert_eq!(window.written, written);
     }
@@ -92,7 +92,7 @@ impl Sim {
     fn finish(mut self) -> Vec<u8> {
         self.window.finish(SIZE as u64);
         self.drain();
-        assert_eq!(self.window.held(), 0);
+        assert_eq!(self.window.unsent(), 0);
         self.out
     }
 }
@@ -124,7 +124,7 @@ fn oracle(ops: &[Op], window: usize, spill: usize) -> bool {
 }
 
 fn succeeds(ops: &[Op], window: u64, spill: u64) -> bool {
-    let mut sim = Sim::new(window, spill);
+    let mut sim = SimulatedStream::new(window, spill);
     ops.iter().all(|op| sim.run(op))
 }
 
@@ -137,7 +137,7 @@ proptest! {
         window in 0..=SIZE as u64,
         spill in 0..=SIZE as u64,
     ) {
-        let mut sim = Sim::new(window, spill);
+        let mut sim = SimulatedStream::new(window, spill);
         let mut image = vec![0; SIZE];
         for op in &ops {
             if !sim.run(op) {
@@ -163,7 +163,7 @@ proptest! {
         ops in prop::collection::vec(op(), 1..25),
         window in 0..=SIZE as u64,
     ) {
-        let mut sim = Sim::new(window, u64::MAX);
+        let mut sim = SimulatedStream::new(window, u64::MAX);
         prop_assert!(ops.iter().all(|op| sim.run(op)), "without a limit nothing fails");
         let (needed, spill) = sim.window.needed();
         prop_assert!(succeeds(&ops, needed, 0));
@@ -178,7 +178,7 @@ proptest! {
         window in 0..=SIZE as u64,
         at in 0..=SIZE,
     ) {
-        let mut sim = Sim::new(window, 0);
+        let mut sim = SimulatedStream::new(window, 0);
         let mut image = vec![0; SIZE];
         for op in &ops {
             if !sim.run(op) {
@@ -206,13 +206,13 @@ fn a_write_beyond_pushes_the_frontier_just_far_enough() {
     window.set(20..25, Some(Written::Data));
     assert!(window.advance());
     assert_eq!(window.frontier(), 15);
-    assert_eq!(window.take(3), Some(Leaving { range: 0..3, written: Some(Written::Data) }));
-    assert_eq!(window.take(3), Some(Leaving { range: 3..4, written: Some(Written::Data) }));
-    assert_eq!(window.take(3), Some(Leaving { range: 4..15, written: None }));
-    assert_eq!(window.take(3), None);
-    assert_eq!(window.held(), 9);
-    window.accepted(4);
-    assert_eq!(window.held(), 5);
+    assert_eq!(window.take_next(3), Some(OutgoingRun { range: 0..3, written: Some(Written::Data) }));
+    assert_eq!(window.take_next(3), Some(OutgoingRun { range: 3..4, written: Some(Written::Data) }));
+    assert_eq!(window.take_next(3), Some(OutgoingRun { range: 4..15, written: None }));
+    assert_eq!(window.take_next(3), None);
+    assert_eq!(window.unsent(), 9);
+    window.mark_accepted(4);
+    assert_eq!(window.unsent(), 5);
 }
 
 #[test]
@@ -230,53 +230,53 @@ fn the_lowest_data_leaves_first_and_no_more_than_has_to() {
 fn many_runs_that_were_sent_are_joined() {
     let size = 1 << 40;
     let mut window = Window::new(size, 0, 0);
-    let count = 3 * MOST_RUNS as u64;
+    let count = 3 * MAX_RUNS as u64;
     for at in (0..count).map(|number| number * 8192) {
         window.set(at..at + 512, Some(Written::Data));
         window.advance();
-        while let Some(leaving) = window.take(1 << 20) {
-            window.accepted(leaving.range.end);
+        while let Some(leaving) = window.take_next(1 << 20) {
+            window.mark_accepted(leaving.range.end);
         }
-        assert!(window.runs.len() <= MOST_RUNS + 1);
+        assert!(window.runs.len() <= MAX_RUNS + 1);
     }
     assert!(!window.is_exact());
-    assert_eq!(window.extent_at(0..size).kind, Kind::Data);
-    assert_eq!(window.held(), 0);
+    assert_eq!(window.extent_at(0..size).kind, ExtentKind::Data);
+    assert_eq!(window.unsent(), 0);
 }
 
 #[test]
 fn joining_runs_leaves_what_is_not_sent_as_it_is() {
     let mut window = Window::new(1 << 30, 0, 0);
-    window.most_runs = 4;
+    window.max_runs = 4;
     for at in 0..8u64 {
         window.set(at * 8192..at * 8192 + 4096, Some(Written::Data));
     }
     // Zeros that the next frontier cuts in two.
     window.set(65536..1 << 20, Some(Written::Zeros));
     window.frontier = 80_000;
-    while let Some(leaving) = window.take(1 << 20) {
-        window.accepted(leaving.range.end);
+    while let Some(leaving) = window.take_next(1 << 20) {
+        window.mark_accepted(leaving.range.end);
     }
-    window.beyond = window.runs.data_in(window.edge()..window.size);
+    window.beyond = window.runs.data_bytes(window.edge()..window.size);
     window.set(2 << 20..(2 << 20) + 4096, Some(Written::Data));
     window.advance();
     assert!(!window.is_exact());
-    assert_eq!(window.runs().data_in(80_000..1 << 20), 0, "zeros have become data");
-    while let Some(leaving) = window.take(1 << 20) {
-        window.accepted(leaving.range.end);
+    assert_eq!(window.runs().data_bytes(80_000..1 << 20), 0, "zeros have become data");
+    while let Some(leaving) = window.take_next(1 << 20) {
+        window.mark_accepted(leaving.range.end);
     }
-    assert_eq!(window.held(), 0);
+    assert_eq!(window.unsent(), 0);
 }
 
 #[test]
 fn holes_in_joined_runs_do_not_count_below_nothing() {
     let mut window = Window::new(1 << 30, 0, 0);
-    window.most_runs = 4;
+    window.max_runs = 4;
     for at in 0..16u64 {
         window.set(at * 65536..at * 65536 + 512, Some(Written::Data));
         window.advance();
-        while let Some(leaving) = window.take(1 << 20) {
-            window.accepted(leaving.range.end);
+        while let Some(leaving) = window.take_next(1 << 20) {
+            window.mark_accepted(leaving.range.end);
         }
     }
     assert!(!window.is_exact());

@@ -18,22 +18,22 @@ mod sparse;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
-use self::place::{Place, no_resume};
+use self::place::{ReceiveTarget, device_resume_error};
 use self::receiver::Receiver;
-use self::records::Head;
-use super::spot::Spot;
-use super::state::State;
-use super::wire::Wire;
-use super::{Frames, Told, TransferError};
-use crate::host::said;
-use crate::part::Part;
+use self::records::StreamHead;
+use super::spot::Destination;
+use super::state::ReceiveState;
+use super::wire::RecordReader;
+use super::{TransferFormat, TransferProgress, TransferError};
+use crate::host::os_message;
+use crate::part::PartFile;
 use crate::spec::Overwrite;
 
 /// Where to begin.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Begin {
+pub enum ReceiveStart {
     /// With nothing.
-    Anew,
+    New,
     /// With what arrived before.
     Resume,
 }
@@ -46,9 +46,9 @@ pub struct ReceivePlan {
     /// What to do about a file of that name.
     pub overwrite: Overwrite,
     /// Where to begin.
-    pub begin: Begin,
+    pub start: ReceiveStart,
     /// What comes over the wire.
-    pub frames: Frames,
+    pub frames: TransferFormat,
     /// The file that a stream of changes is put onto; it stays as it is.
     pub onto: Option<PathBuf>,
     /// The most bytes of data that are written, what is only repeated included.
@@ -59,7 +59,7 @@ pub struct ReceivePlan {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Received {
     /// How much of what.
-    pub told: Told,
+    pub progress: TransferProgress,
     /// Whether checkpoints vouched for it: other senders send none.
     pub is_verified: bool,
 }
@@ -69,12 +69,12 @@ pub struct Received {
 /// # Errors
 /// A line when it is no file, or cannot be read.
 pub fn resume_offset(path: &Path) -> Result<u64, TransferError> {
-    let name = match Spot::of(path)? {
-        Spot::Free(name) | Spot::File(name, _) => name,
-        Spot::Device(name) => return Err(no_resume(&name)),
+    let name = match Destination::of(path)? {
+        Destination::Missing(name) | Destination::File(name, _) => name,
+        Destination::Device(name) => return Err(device_resume_error(&name)),
     };
     // Not locked: in a pipeline the receiver that will resume may have been started already.
-    let found = Part::peek(&name)?.and_then(|(file, slot)| State::load(&slot, &file));
+    let found = PartFile::open_unlocked(&name)?.and_then(|(file, slot)| ReceiveState::load(&slot, &file));
     Ok(found.map_or(0, |state| state.offset))
 }
 
@@ -86,37 +86,37 @@ pub fn resume_offset(path: &Path) -> Result<u64, TransferError> {
 pub fn receive<R: Read>(
     input: R,
     plan: &ReceivePlan,
-    tell: &mut dyn FnMut(&Told),
+    tell: &mut dyn FnMut(&TransferProgress),
 ) -> Result<Received, TransferError> {
-    let place = Place::of(plan)?;
+    let place = ReceiveTarget::of(plan)?;
     match plan.frames {
-        Frames::Raw => {
-            let mut receiver = Receiver::open(place, plan, &Head::default(), tell)?;
-            let read = receiver.plain(input);
+        TransferFormat::Raw => {
+            let mut receiver = Receiver::open(place, plan, &StreamHead::default(), tell)?;
+            let read = receiver.receive_raw(input);
             receiver.finish(read)
         }
-        Frames::Rbd => {
-            let mut wire = Wire::new(input).map_err(|error| nothing(&error))?;
-            let head = Head::read(&mut wire).map_err(|error| nothing(&error))?;
+        TransferFormat::Rbd => {
+            let mut wire = RecordReader::new(input).map_err(|error| start_error(&error))?;
+            let head = StreamHead::read(&mut wire).map_err(|error| start_error(&error))?;
             let mut receiver = Receiver::open(place, plan, &head, tell)?;
-            let read = receiver.records(&mut wire, head);
+            let read = receiver.receive_records(&mut wire, head);
             receiver.finish(read)
         }
-        Frames::AndroidSparse => {
-            let (mut image, head) = sparse::begin(input)?;
+        TransferFormat::AndroidSparse => {
+            let (mut image, head) = sparse::open_image(input)?;
             let mut receiver = Receiver::open(place, plan, &head, tell)?;
-            let read = receiver.sparse(&mut image);
+            let read = receiver.receive_android(&mut image);
             receiver.finish(read)
         }
     }
 }
 
 /// The error for a stream of which nothing was used.
-fn nothing(error: &io::Error) -> TransferError {
+fn start_error(error: &io::Error) -> TransferError {
     let what = match error.kind() {
         io::ErrorKind::InvalidData => "what arrives is no rbd diff v2, or is damaged".to_owned(),
         io::ErrorKind::UnexpectedEof => "the stream was cut at its beginning".to_owned(),
-        _ => format!("cannot read the stream: {}", said(error)),
+        _ => format!("cannot read the stream: {}", os_message(error)),
     };
     let left = "nothing was written; 'cowslip send' makes such a stream, and --frames raw takes \
                 plain bytes";

@@ -7,72 +7,72 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::super::onto;
-use super::super::source::Source;
-use super::super::spot::Owner;
-use super::super::state::{Keeper, State};
-use super::super::target::{Kind, Target, device_size};
-use super::super::{Frames, Told, TransferError};
-use super::place::{Place, check};
-use super::records::Head;
+use super::super::source::TransferSource;
+use super::super::spot::FileOwner;
+use super::super::state::{StateWriter, ReceiveState};
+use super::super::target::{TargetKind, TargetWriter, device_size};
+use super::super::{TransferFormat, TransferProgress, TransferError};
+use super::place::{ReceiveTarget, check_stream};
+use super::records::StreamHead;
 use super::{ReceivePlan, Received};
-use crate::confined::{self, Located};
-use crate::host::{errno, said};
-use crate::part::{Part, Slot, path_for};
+use crate::confined::{self, PathHandle};
+use crate::host::{os_error, os_message};
+use crate::part::{PartFile, FileSlot, part_path};
 use crate::spec::{Overwrite, format_size};
 use rustix::fs::OFlags;
 
 /// A file or a device that is being received.
 pub(super) struct Receiver<'a> {
-    pub(super) target: Target,
+    pub(super) target: TargetWriter,
     /// `None`: a device.
-    pub(super) part: Option<(Part, Keeper)>,
-    device: PathBuf,
-    replace: Overwrite,
+    pub(super) part: Option<(PartFile, StateWriter)>,
+    device_path: PathBuf,
+    overwrite: Overwrite,
     /// Whether what is not written is what was there before.
-    pub(super) stands_on_something: bool,
+    pub(super) keeps_old_content: bool,
     /// The most bytes of data that are written.
     limit: u64,
     /// What is kept of it; its offset is the last one that was verified.
-    pub(super) state: State,
-    pub(super) told: Told,
+    pub(super) state: ReceiveState,
+    pub(super) progress: TransferProgress,
     pub(super) is_verified: bool,
-    pub(super) tell: &'a mut dyn FnMut(&Told),
+    pub(super) on_progress: &'a mut dyn FnMut(&TransferProgress),
 }
 
 impl<'a> Receiver<'a> {
     /// Makes the place ready for the stream that begins with `head`.
     pub(super) fn open(
-        place: Place,
+        place: ReceiveTarget,
         plan: &ReceivePlan,
-        head: &Head,
-        tell: &'a mut dyn FnMut(&Told),
+        head: &StreamHead,
+        tell: &'a mut dyn FnMut(&TransferProgress),
     ) -> Result<Self, TransferError> {
-        check(plan, head, &place)?;
+        check_stream(plan, head, &place)?;
         match place {
-            Place::Device(path) => Self::of_device(path, plan, head, tell),
-            Place::File { name, owner, part, state } => {
+            ReceiveTarget::Device(path) => Self::open_device(path, plan, head, tell),
+            ReceiveTarget::File { name, owner, part, state } => {
                 let part = match (part, state) {
                     (Some(part), Some(old)) => (resume_part(part, &old, head)?, old.overwrite),
-                    (old, _) => (begin_part(&name, old, owner)?, false),
+                    (old, _) => (create_part(&name, old, owner)?, false),
                 };
-                Self::of_part(part, plan, head, tell)
+                Self::open_part(part, plan, head, tell)
             }
         }
     }
 
-    fn of_device(
+    fn open_device(
         path: PathBuf,
         plan: &ReceivePlan,
-        head: &Head,
-        tell: &'a mut dyn FnMut(&Told),
+        head: &StreamHead,
+        tell: &'a mut dyn FnMut(&TransferProgress),
     ) -> Result<Self, TransferError> {
         // The kernel's own lock: what is mounted or part of something is not written over.
-        let open = || match Located::at(&path)? {
+        let open = || match PathHandle::at(&path)? {
             it if it.metadata().file_type().is_block_device() => {
                 it.open(OFlags::RDWR | OFlags::EXCL)
             }
             // Replaced since it was looked at.
-            _ => Err(errno(libc::ESTALE)),
+            _ => Err(os_error(libc::ESTALE)),
         };
         let file = open().map_err(|error| TransferError::host("write", &path, &error))?;
         let size = device_size(&file, &path)?;
@@ -84,87 +84,87 @@ impl<'a> Receiver<'a> {
             )));
         }
         Ok(Self {
-            target: Target::new(&Arc::new(file), Kind::Device),
+            target: TargetWriter::new(&Arc::new(file), TargetKind::Device),
             part: None,
-            device: path,
-            replace: Overwrite::Yes,
-            stands_on_something: true,
+            device_path: path,
+            overwrite: Overwrite::Yes,
+            keeps_old_content: true,
             limit: plan.limit,
             state: head.state(),
-            told: Told { size: Some(head.size), ..Told::default() },
+            progress: TransferProgress { size: Some(head.size), ..TransferProgress::default() },
             is_verified: false,
-            tell,
+            on_progress: tell,
         })
     }
 
     /// `may_replace`: what the receiver that began the part was told.
-    fn of_part(
-        (part, may_replace): (Part, bool),
+    fn open_part(
+        (part, may_replace): (PartFile, bool),
         plan: &ReceivePlan,
-        head: &Head,
-        tell: &'a mut dyn FnMut(&Told),
+        head: &StreamHead,
+        tell: &'a mut dyn FnMut(&TransferProgress),
     ) -> Result<Self, TransferError> {
         let origin = head.origin();
         let mut clean = origin;
         if let Some(path) = &plan.onto {
             // A pipe is no file to begin with, and would be waited for.
-            confined::open_input(path, confined::Access::Read)
+            confined::open_input(path, confined::FileAccess::Read)
                 .map_err(|error| TransferError::host("read", path, &error))?;
-            let source = Source::open(path)?;
+            let source = TransferSource::open(path)?;
             onto::copy(&source, part.file(), origin)
                 .map_err(|error| TransferError::host("copy", path, &error))?;
             clean = u64::MAX;
         }
         let failed = |error: io::Error| TransferError::host("write", part.path(), &error);
-        let keeper = Keeper::start(part.slot(), part.file()).map_err(failed)?;
-        let mut target = Target::new(part.file(), Kind::File { clean });
-        if plan.frames != Frames::Raw {
+        let keeper = StateWriter::start(part.slot(), part.file()).map_err(failed)?;
+        let mut target = TargetWriter::new(part.file(), TargetKind::File { clean });
+        if plan.frames != TransferFormat::Raw {
             target.set_size(head.size).map_err(failed)?;
         }
         let overwrite = may_replace || plan.overwrite == Overwrite::Yes;
         let inode = part.file().metadata().map_err(failed)?.ino();
         // What is sent again is written again, and is not verified until then.
-        let state = State { inode, offset: origin, overwrite, ..head.state() };
+        let state = ReceiveState { inode, offset: origin, overwrite, ..head.state() };
         Ok(Self {
             target,
-            device: PathBuf::new(),
-            replace: if overwrite { Overwrite::Yes } else { Overwrite::No },
-            stands_on_something: plan.onto.is_some(),
+            device_path: PathBuf::new(),
+            overwrite: if overwrite { Overwrite::Yes } else { Overwrite::No },
+            keeps_old_content: plan.onto.is_some(),
             limit: plan.limit,
             state,
-            told: Told { from: origin, reached: origin, size: Some(head.size), ..Told::default() },
+            progress: TransferProgress { from: origin, reached: origin, size: Some(head.size), ..TransferProgress::default() },
             is_verified: false,
             part: Some((part, keeper)),
-            tell,
+            on_progress: tell,
         })
     }
 
     /// Writes `range`, each piece of which `read` puts into the buffer first.
-    pub(super) fn pieces(
+    pub(super) fn write_data(
         &mut self,
         range: Range<u64>,
         buffer: &mut [u8],
         read: &mut dyn FnMut(&mut [u8]) -> io::Result<()>,
-    ) -> Result<(), Failed> {
+    ) -> Result<(), ReceiveError> {
         self.check_limit(range.end - range.start)?;
         let mut at = range.start;
         while at < range.end {
             let most = buffer.len() as u64;
             let len = usize::try_from((range.end - at).min(most)).unwrap_or(buffer.len());
-            read(&mut buffer[..len]).map_err(Failed::Stream)?;
-            self.target.write(&buffer[..len], at).map_err(Failed::Target)?;
+            read(&mut buffer[..len]).map_err(ReceiveError::Stream)?;
+            self.target.write(&buffer[..len], at).map_err(ReceiveError::Target)?;
             at += len as u64;
-            self.told.data += len as u64;
-            self.told.reached = at;
-            (self.tell)(&self.told);
+            self.progress.data += len as u64;
+            self.progress.reached = at;
+            (self.on_progress)(&self.progress);
         }
         Ok(())
     }
 
     /// Whether `len` more bytes of data may be written.
-    pub(super) fn check_limit(&self, len: u64) -> Result<(), Failed> {
-        if self.told.data.saturating_add(len) > self.limit {
-            return Err(Failed::Limit(self.limit));
+    pub(super) fn check_limit(&self, len: u64) -> Result<(), ReceiveError> {
+        if self.progress.data.saturating_add(len) > self.limit {
+            return Err(ReceiveError::Limit(self.limit));
         }
         Ok(())
     }
@@ -173,59 +173,59 @@ impl<'a> Receiver<'a> {
     ///
     /// # Errors
     /// `ENOSPC` before the first of them when a file has not.
-    pub(super) fn check_room(&self, len: u64) -> Result<(), Failed> {
+    pub(super) fn check_space(&self, len: u64) -> Result<(), ReceiveError> {
         let Some((part, _)) = &self.part else { return Ok(()) };
         // A file system that does not tell takes what it can.
         let Ok(found) = rustix::fs::fstatvfs(&**part.file()) else { return Ok(()) };
         let held = part.file().metadata().map_or(0, |found| found.blocks().saturating_mul(512));
         let room = found.f_bavail.saturating_mul(found.f_frsize).saturating_add(held);
         if found.f_frsize > 0 && len > room {
-            return Err(Failed::Target(errno(libc::ENOSPC)));
+            return Err(ReceiveError::Target(os_error(libc::ENOSPC)));
         }
         Ok(())
     }
 
     /// What reads as zeros.
-    pub(super) fn gap(&mut self, range: Range<u64>) -> Result<(), Failed> {
+    pub(super) fn write_zeros(&mut self, range: Range<u64>) -> Result<(), ReceiveError> {
         // Zeros can be told of again and again.
-        self.told.holes = self.told.holes.saturating_add(range.end - range.start);
-        self.told.reached = range.end;
-        self.target.hole(range).map_err(Failed::Target)
+        self.progress.holes = self.progress.holes.saturating_add(range.end - range.start);
+        self.progress.reached = range.end;
+        self.target.write_hole(range).map_err(ReceiveError::Target)
     }
 
     /// Everything has arrived, or not.
-    pub(super) fn finish(mut self, read: Result<(), Failed>) -> Result<Received, TransferError> {
-        let (told, is_verified) = (self.told, self.is_verified);
+    pub(super) fn finish(mut self, read: Result<(), ReceiveError>) -> Result<Received, TransferError> {
+        let (told, is_verified) = (self.progress, self.is_verified);
         let path = match &self.part {
             Some((part, _)) => part.path().to_owned(),
-            None => self.device.clone(),
+            None => self.device_path.clone(),
         };
         let failed = |error: io::Error| TransferError::host("write", &path, &error);
         let Some((part, keeper)) = self.part.take() else {
-            read.map_err(|failed| explain(failed, &path, told, &Left::Device))?;
+            read.map_err(|failed| explain(failed, &path, told, &PartialResult::Device))?;
             self.target.sync().map_err(failed)?;
-            return Ok(Received { told, is_verified });
+            return Ok(Received { progress: told, is_verified });
         };
         if let Err(broken) = read {
             // Also then: what was verified is to stay, and to be found.
-            let kept = keeper.end();
-            let offset = State::load(part.slot(), part.file()).map_or(0, |state| state.offset);
+            let kept = keeper.finish();
+            let offset = ReceiveState::load(part.slot(), part.file()).map_or(0, |state| state.offset);
             kept.map_err(failed)?;
-            return Err(explain(broken, &path, told, &Left::Part { name: part.name(), offset }));
+            return Err(explain(broken, &path, told, &PartialResult::Part { name: part.name(), offset }));
         }
-        keeper.end().map_err(failed)?;
-        self.target.settle().map_err(failed)?;
-        part.commit(self.replace).map_err(TransferError::Late)?;
-        State::remove(part.slot()).map_err(|error| TransferError::host("remove", &path, &error))?;
-        Ok(Received { told, is_verified })
+        keeper.finish().map_err(failed)?;
+        self.target.flush_hole().map_err(failed)?;
+        part.commit(self.overwrite).map_err(TransferError::AfterStart)?;
+        ReceiveState::remove(part.slot()).map_err(|error| TransferError::host("remove", &path, &error))?;
+        Ok(Received { progress: told, is_verified })
     }
 }
 
 /// The part that `old` speaks of, for a stream that goes on with it.
-fn resume_part(part: Part, old: &State, head: &Head) -> Result<Part, TransferError> {
+fn resume_part(part: PartFile, old: &ReceiveState, head: &StreamHead) -> Result<PartFile, TransferError> {
     let failed = |error: io::Error| TransferError::host("write", part.path(), &error);
     if head.origin() < old.offset {
-        State::remove(part.slot()).map_err(failed)?;
+        ReceiveState::remove(part.slot()).map_err(failed)?;
     }
     // What came after it was never verified.
     part.file().set_len(head.origin()).map_err(failed)?;
@@ -233,24 +233,24 @@ fn resume_part(part: Part, old: &State, head: &Head) -> Result<Part, TransferErr
 }
 
 /// A new part of `name`, in place of `old`. `owner`: of the file that it will replace.
-fn begin_part(name: &Path, old: Option<Part>, owner: Option<Owner>) -> Result<Part, TransferError> {
+fn create_part(name: &Path, old: Option<PartFile>, owner: Option<FileOwner>) -> Result<PartFile, TransferError> {
     // First: a state must never meet a file that it does not speak of.
-    let path = path_for(name);
+    let path = part_path(name);
     let failed = |error: io::Error| TransferError::host("write", &path, &error);
     let slot = match &old {
         Some(old) => Ok(old.slot().clone()),
-        None => Slot::of(name),
+        None => FileSlot::of(name),
     };
-    State::remove(&slot.map_err(failed)?).map_err(failed)?;
-    let part = Part::create(name, old, if owner.is_some() { 0o600 } else { 0o666 })?;
+    ReceiveState::remove(&slot.map_err(failed)?).map_err(failed)?;
+    let part = PartFile::create(name, old, if owner.is_some() { 0o600 } else { 0o666 })?;
     if let Some(owner) = owner {
-        owner.give(part.file()).map_err(failed)?;
+        owner.apply_to(part.file()).map_err(failed)?;
     }
     Ok(part)
 }
 
 /// Which end failed.
-pub(super) enum Failed {
+pub(super) enum ReceiveError {
     Stream(io::Error),
     Target(io::Error),
     /// It is more than so many bytes.
@@ -258,22 +258,22 @@ pub(super) enum Failed {
 }
 
 /// What a broken transfer leaves.
-enum Left<'a> {
+enum PartialResult<'a> {
     Part { name: &'a Path, offset: u64 },
     Device,
 }
 
-fn explain(failed: Failed, path: &Path, told: Told, left: &Left<'_>) -> TransferError {
+fn explain(failed: ReceiveError, path: &Path, told: TransferProgress, left: &PartialResult<'_>) -> TransferError {
     let error = match failed {
-        Failed::Target(error) => return TransferError::host("write", path, &error),
-        Failed::Limit(limit) => {
+        ReceiveError::Target(error) => return TransferError::host("write", path, &error),
+        ReceiveError::Limit(limit) => {
             let (path, limit) = (path.display(), format_size(limit));
-            return TransferError::Late(format!(
+            return TransferError::AfterStart(format!(
                 "the stream has more data than {limit}: '{path}' has what came before: give a \
                  larger --limit, or remove it"
             ));
         }
-        Failed::Stream(error) => error,
+        ReceiveError::Stream(error) => error,
     };
     let of = told.size.map_or(String::new(), |size| format!(" of {size}"));
     let at = format!("byte {}{of}", told.reached);
@@ -283,12 +283,12 @@ fn explain(failed: Failed, path: &Path, told: Told, left: &Left<'_>) -> Transfer
             let why = error.get_ref().map_or(String::new(), |why| format!(" ({why})"));
             format!("the stream is damaged at {at} or before{why}")
         }
-        _ => format!("cannot read the stream at {at}: {}", said(&error)),
+        _ => format!("cannot read the stream at {at}: {}", os_message(&error)),
     };
     let left = match left {
-        Left::Device => format!("'{}' is only partly written, send it again", path.display()),
-        Left::Part { offset: 0, .. } => "no piece of it was whole, send it again".to_owned(),
-        Left::Part { name, offset } => format!(
+        PartialResult::Device => format!("'{}' is only partly written, send it again", path.display()),
+        PartialResult::Part { offset: 0, .. } => "no piece of it was whole, send it again".to_owned(),
+        PartialResult::Part { name, offset } => format!(
             "'{}' has the first {offset} bytes, verified: 'cowslip send --from {offset} ... | \
              cowslip recv {} --resume' goes on",
             path.display(),

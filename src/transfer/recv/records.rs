@@ -3,60 +3,60 @@
 use std::io::{self, Read};
 use std::ops::Range;
 
-use super::super::BUFFER;
-use super::super::checkpoint::{Mark, Stage};
-use super::super::state::{State, VERSION};
-use super::super::wire::{Event, Wire, damaged};
-use super::receiver::{Failed, Receiver};
+use super::super::BUFFER_SIZE;
+use super::super::checkpoint::{Checkpoint, CheckpointKind};
+use super::super::state::{ReceiveState, STATE_VERSION};
+use super::super::wire::{TransferRecord, RecordReader, damaged_error};
+use super::receiver::{ReceiveError, Receiver};
 
 /// What a stream says before its first byte.
 #[derive(Debug, Default)]
-pub(super) struct Head {
+pub(super) struct StreamHead {
     pub(super) size: u64,
     pub(super) since: Option<String>,
     /// Its first checkpoint; other senders send none.
-    pub(super) mark: Option<Mark>,
+    pub(super) checkpoint: Option<Checkpoint>,
     /// What was read too far.
-    next: Option<Event>,
+    next_record: Option<TransferRecord>,
 }
 
-impl Head {
+impl StreamHead {
     /// That of a stream that says its size alone.
-    pub(super) fn of_size(size: u64) -> Self {
+    pub(super) fn with_size(size: u64) -> Self {
         Self { size, ..Self::default() }
     }
 
     /// Where the stream began.
     pub(super) fn origin(&self) -> u64 {
-        self.mark.map_or(0, |mark| mark.origin)
+        self.checkpoint.map_or(0, |mark| mark.origin)
     }
 
     /// What is kept of a file that nothing has arrived of.
-    pub(super) fn state(&self) -> State {
-        State {
-            version: VERSION,
+    pub(super) fn state(&self) -> ReceiveState {
+        ReceiveState {
+            version: STATE_VERSION,
             inode: 0,
             offset: 0,
             size: self.size,
-            identity: self.mark.map_or(0, |mark| mark.identity),
+            identity: self.checkpoint.map_or(0, |mark| mark.identity),
             since: self.since.clone(),
             overwrite: false,
         }
     }
 
-    pub(super) fn read<R: Read>(wire: &mut Wire<R>) -> io::Result<Self> {
+    pub(super) fn read<R: Read>(wire: &mut RecordReader<R>) -> io::Result<Self> {
         let (mut head, mut size) = (Self::default(), None);
         loop {
-            match wire.event()? {
-                Event::Size(bytes) => size = Some(bytes),
-                Event::Since(name) => head.since = Some(name),
-                Event::Checkpoint(mark, Stage::Middle) => head.mark = Some(mark),
-                other => head.next = Some(other),
+            match wire.next_record()? {
+                TransferRecord::Size(bytes) => size = Some(bytes),
+                TransferRecord::Since(name) => head.since = Some(name),
+                TransferRecord::Checkpoint(mark, CheckpointKind::Middle) => head.checkpoint = Some(mark),
+                other => head.next_record = Some(other),
             }
-            if head.mark.is_some() || head.next.is_some() {
+            if head.checkpoint.is_some() || head.next_record.is_some() {
                 // Past what a file can be there is no size, and nothing to make room for.
                 head.size =
-                    size.filter(|size| *size <= crate::spec::MAX_SIZE).ok_or_else(damaged)?;
+                    size.filter(|size| *size <= crate::spec::MAX_SIZE).ok_or_else(damaged_error)?;
                 return Ok(head);
             }
         }
@@ -65,43 +65,43 @@ impl Head {
 
 impl Receiver<'_> {
     /// Takes the records of a stream.
-    pub(super) fn records<R: Read>(
+    pub(super) fn receive_records<R: Read>(
         &mut self,
-        wire: &mut Wire<R>,
-        head: Head,
-    ) -> Result<(), Failed> {
-        let ours = head.mark;
+        wire: &mut RecordReader<R>,
+        head: StreamHead,
+    ) -> Result<(), ReceiveError> {
+        let ours = head.checkpoint;
         let has_gaps = head.since.is_some() || ours.is_none();
         let mut verified = ours.map_or(0, |mark| mark.end);
-        let mut next = head.next;
+        let mut next = head.next_record;
         let mut is_whole = false;
-        let mut buffer = vec![0; BUFFER];
+        let mut buffer = vec![0; BUFFER_SIZE];
         loop {
             let event = match next.take() {
                 Some(event) => event,
-                None => wire.event().map_err(Failed::Stream)?,
+                None => wire.next_record().map_err(ReceiveError::Stream)?,
             };
             // Of the last checkpoint's promise nothing may be changed.
-            if is_whole != (event == Event::End) && (ours.is_some() || is_whole) {
-                return Err(Failed::Stream(damaged()));
+            if is_whole != (event == TransferRecord::End) && (ours.is_some() || is_whole) {
+                return Err(ReceiveError::Stream(damaged_error()));
             }
             match event {
-                Event::End => return Ok(()),
-                Event::Since(_) => return Err(Failed::Stream(damaged())),
-                Event::Size(size) => self.resize(size)?,
-                Event::Data(range) => {
-                    self.expect(&range, ours.is_some(), has_gaps)?;
-                    let mut read = |buf: &mut [u8]| wire.bytes(buf);
-                    self.pieces(range, &mut buffer, &mut read)?;
+                TransferRecord::End => return Ok(()),
+                TransferRecord::Since(_) => return Err(ReceiveError::Stream(damaged_error())),
+                TransferRecord::Size(size) => self.resize(size)?,
+                TransferRecord::Data(range) => {
+                    self.check_range(&range, ours.is_some(), has_gaps)?;
+                    let mut read = |buf: &mut [u8]| wire.read_bytes(buf);
+                    self.write_data(range, &mut buffer, &mut read)?;
                 }
-                Event::Zeros(range) => {
-                    self.expect(&range, ours.is_some(), has_gaps)?;
-                    self.gap(range)?;
-                    (self.tell)(&self.told);
+                TransferRecord::Zeros(range) => {
+                    self.check_range(&range, ours.is_some(), has_gaps)?;
+                    self.write_zeros(range)?;
+                    (self.on_progress)(&self.progress);
                 }
-                Event::Checkpoint(mark, stage) => {
-                    is_whole = stage == Stage::Last;
-                    self.checkpoint(mark, ours, verified, has_gaps, is_whole)?;
+                TransferRecord::Checkpoint(mark, stage) => {
+                    is_whole = stage == CheckpointKind::Last;
+                    self.apply_checkpoint(mark, ours, verified, has_gaps, is_whole)?;
                     verified = mark.end;
                 }
             }
@@ -109,48 +109,48 @@ impl Receiver<'_> {
     }
 
     /// Whether a record may cover `range` now.
-    fn expect(&self, range: &Range<u64>, is_ours: bool, has_gaps: bool) -> Result<(), Failed> {
-        let is_next = range.start == self.told.reached;
-        let is_later = has_gaps && range.start >= self.told.reached;
-        if range.end > self.told.size.unwrap_or(0) || is_ours && !is_next && !is_later {
-            return Err(Failed::Stream(damaged()));
+    fn check_range(&self, range: &Range<u64>, is_ours: bool, has_gaps: bool) -> Result<(), ReceiveError> {
+        let is_next = range.start == self.progress.reached;
+        let is_later = has_gaps && range.start >= self.progress.reached;
+        if range.end > self.progress.size.unwrap_or(0) || is_ours && !is_next && !is_later {
+            return Err(ReceiveError::Stream(damaged_error()));
         }
         Ok(())
     }
 
-    fn resize(&mut self, size: u64) -> Result<(), Failed> {
+    fn resize(&mut self, size: u64) -> Result<(), ReceiveError> {
         if size > crate::spec::MAX_SIZE {
-            return Err(Failed::Stream(damaged()));
+            return Err(ReceiveError::Stream(damaged_error()));
         }
-        self.told.size = Some(size);
+        self.progress.size = Some(size);
         self.state.size = size;
-        self.target.set_size(size).map_err(Failed::Target)
+        self.target.set_size(size).map_err(ReceiveError::Target)
     }
 
-    fn checkpoint(
+    fn apply_checkpoint(
         &mut self,
-        mark: Mark,
-        ours: Option<Mark>,
+        mark: Checkpoint,
+        ours: Option<Checkpoint>,
         verified: u64,
         has_gaps: bool,
         is_whole: bool,
-    ) -> Result<(), Failed> {
+    ) -> Result<(), ReceiveError> {
         let is_reached =
-            if has_gaps { mark.end >= self.told.reached } else { mark.end == self.told.reached };
+            if has_gaps { mark.end >= self.progress.reached } else { mark.end == self.progress.reached };
         let is_its = ours
             .is_some_and(|first| (first.identity, first.origin) == (mark.identity, mark.origin));
-        let is_all = !is_whole || Some(mark.end) == self.told.size;
+        let is_all = !is_whole || Some(mark.end) == self.progress.size;
         if !is_its || !is_reached || !is_all || mark.start != verified {
-            return Err(Failed::Stream(damaged()));
+            return Err(ReceiveError::Stream(damaged_error()));
         }
-        self.told.reached = mark.end;
-        self.target.settle().map_err(Failed::Target)?;
+        self.progress.reached = mark.end;
+        self.target.flush_hole().map_err(ReceiveError::Target)?;
         self.is_verified = is_whole;
         self.state.offset = self.state.offset.max(mark.end);
         if let Some((_, keeper)) = &self.part
             && !is_whole
         {
-            keeper.note(self.state.clone());
+            keeper.submit(self.state.clone());
         }
         Ok(())
     }

@@ -1,0 +1,222 @@
+//! Files and devices of the host: looked at, opened without waiting, looked at again, locked.
+
+use std::fs::{File, FileType, Metadata};
+use std::io;
+use std::ops::Range;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use rustix::fs::{OFlags, SeekFrom};
+use rustix::io::Errno;
+
+use super::error::BaseError;
+use super::place::{HostFs, FsKind};
+use super::raw::{HostKind, RawBase};
+use super::view::{self, RangeView};
+use super::{BaseAccess, lock};
+use crate::confined::{self, PathHandle};
+use crate::layer::WritableLayer;
+use crate::spec::{DirectIo, Locking, Passthrough};
+
+/// A file or device of the host, open and locked.
+pub struct BaseFile {
+    /// It.
+    pub(in crate::base) file: Arc<File>,
+    /// Its bytes; the locks end with it.
+    pub(in crate::base) raw: Arc<RawBase>,
+    /// How many there are.
+    pub(in crate::base) size: u64,
+    /// Where it lies, canonical.
+    pub(in crate::base) real_path: PathBuf,
+}
+
+impl BaseFile {
+    /// What tells it from every other.
+    pub(in crate::base) fn file_id(&self) -> io::Result<(u64, u64)> {
+        let meta = self.file.metadata()?;
+        Ok((meta.dev(), meta.ino()))
+    }
+
+    /// The bytes of a device's sectors. A file has none of its own.
+    pub(in crate::base) fn sector_size(&self) -> io::Result<Option<u64>> {
+        match self.raw.kind() {
+            HostKind::File => Ok(None),
+            HostKind::BlockDevice => Ok(Some(rustix::fs::ioctl_blksszget(&*self.file)?.into())),
+        }
+    }
+}
+
+pub(super) fn open_base_file(
+    path: &Path,
+    access: BaseAccess,
+    locking: Locking,
+    passthrough: Passthrough,
+    direct: DirectIo,
+) -> Result<BaseFile, BaseError> {
+    let located = PathHandle::at(path).map_err(|error| BaseError::from_io(path, access, error))?;
+    open_located(&located, path, access, locking, passthrough, direct)
+}
+
+/// Opens what was found at `path`, which is for messages alone.
+pub(super) fn open_located(
+    located: &PathHandle,
+    path: &Path,
+    access: BaseAccess,
+    locking: Locking,
+    passthrough: Passthrough,
+    direct: DirectIo,
+) -> Result<BaseFile, BaseError> {
+    let host = |error: io::Error| BaseError::from_io(path, access, error);
+    // Looked at before it is opened: opening a watchdog or a tape already does something.
+    let kind = check_kind(path, located.metadata())?;
+    let file = open_descriptor(located, path, kind, access, locking)?;
+    check_not_pseudo(path, &file).map_err(host)??;
+    // Locked before its size and bytes are looked at: nobody changes them from then on.
+    lock::lock(&file, path, access, locking).inspect_err(|_| lock::release(&file))?;
+    let size = match kind {
+        HostKind::File => file.metadata().map_err(host)?.len(),
+        HostKind::BlockDevice => {
+            rustix::fs::seek(&file, SeekFrom::End(0)).map_err(|error| host(error.into()))?
+        }
+    };
+    if size == 0 && kind == HostKind::BlockDevice {
+        return Err(BaseError::EmptyDevice(path.to_owned()));
+    }
+    let file = Arc::new(file);
+    // From here on it releases the locks when it goes.
+    let raw = match (kind, passthrough) {
+        (HostKind::File, Passthrough::On) => RawBase::whole(file.clone()),
+        _ => RawBase::new(file.clone(), kind, size),
+    };
+    let mut raw = raw.map_err(host)?;
+    if direct == DirectIo::On {
+        let refused = |error| BaseError::NoDirect { path: path.to_owned(), error };
+        raw = raw.with_direct_io().map_err(refused)?;
+    }
+    let real = confined::real_path(&*file).unwrap_or_else(|_| path.to_owned());
+    Ok(BaseFile { file, raw: Arc::new(raw), size, real_path: real })
+}
+
+/// A base that is served to be read and now written as well: a commit.
+pub struct WritableBase {
+    /// To be written; nothing but `view`, if there is one.
+    pub layer: Box<dyn WritableLayer>,
+    /// The same file or device, whole.
+    pub file: Arc<File>,
+    /// What of it is written; none for all of it.
+    pub view: Option<Range<u64>>,
+    /// Its reader, whose locks forbid all others to use it meanwhile.
+    reader_file: Arc<File>,
+}
+
+impl Drop for WritableBase {
+    fn drop(&mut self) {
+        lock::downgrade(&self.reader_file);
+    }
+}
+
+/// Opens the base at `path`, which `reader_file` serves, to be written too (only `view` of it, if there
+/// is one), and shuts all others out.
+///
+/// # Errors
+/// [`BaseError`]: somebody else uses it, it cannot be written, it is not there any more.
+pub fn open_writable(
+    path: &Path,
+    reader: &Arc<File>,
+    view: Option<Range<u64>>,
+    locking: Locking,
+) -> Result<WritableBase, BaseError> {
+    let host = |error: io::Error| BaseError::from_io(path, BaseAccess::Write, error);
+    let meta = reader.metadata().map_err(host)?;
+    let kind = check_kind(path, &meta)?;
+    let located = PathHandle::at(path).map_err(host)?;
+    let found = located.metadata();
+    if (found.dev(), found.ino()) != (meta.dev(), meta.ino()) {
+        return Err(host(Errno::STALE.into()));
+    }
+    let file = open_descriptor(&located, path, kind, BaseAccess::Write, locking)?;
+    if let Err(error) = lock::lock(reader, path, BaseAccess::Write, locking) {
+        lock::downgrade(reader);
+        return Err(error.into());
+    }
+    let size = match kind {
+        HostKind::File => file.metadata().map_err(host)?.len(),
+        HostKind::BlockDevice => {
+            rustix::fs::seek(&file, SeekFrom::End(0)).map_err(|error| host(error.into()))?
+        }
+    };
+    let file = Arc::new(file);
+    let reader = Arc::clone(reader);
+    let part = |error| BaseError::Part { path: path.to_owned(), error };
+    let layer = view.as_ref().map_or(Ok(()), |view| view::check_inside(view, size)).map_err(part);
+    let layer = layer.and_then(|()| RawBase::new(Arc::clone(&file), kind, size).map_err(host));
+    match layer {
+        Ok(raw) => {
+            let layer: Box<dyn WritableLayer> = match view.clone() {
+                None => Box::new(raw),
+                Some(view) => Box::new(RangeView::new(Arc::new(raw), view)),
+            };
+            Ok(WritableBase { layer, file, view, reader_file: reader })
+        }
+        Err(error) => {
+            lock::downgrade(&reader);
+            Err(error)
+        }
+    }
+}
+
+/// Opens without waiting, and leaves a descriptor that waits as others do.
+fn open_descriptor(
+    located: &PathHandle,
+    path: &Path,
+    kind: HostKind,
+    access: BaseAccess,
+    locking: Locking,
+) -> Result<File, BaseError> {
+    let mut flags = match access {
+        BaseAccess::Read => OFlags::RDONLY,
+        BaseAccess::Write => OFlags::RDWR,
+    };
+    let claims =
+        kind == HostKind::BlockDevice && access == BaseAccess::Write && locking == Locking::Qemu;
+    if claims {
+        // The kernel's own lock on devices: refused while mounted, and not to be mounted then.
+        flags |= OFlags::EXCL;
+    }
+    located.open(flags).map_err(|error| match error.raw_os_error() {
+        Some(libc::EBUSY) if claims => BaseError::DeviceBusy(path.to_owned()),
+        _ => BaseError::from_io(path, access, error),
+    })
+}
+
+/// Refuses all that is neither file nor block device.
+fn check_kind(path: &Path, meta: &Metadata) -> Result<HostKind, BaseError> {
+    let kind: FileType = meta.file_type();
+    let what = if kind.is_file() {
+        return Ok(HostKind::File);
+    } else if kind.is_block_device() {
+        return Ok(HostKind::BlockDevice);
+    } else if kind.is_dir() {
+        "a directory"
+    } else if kind.is_fifo() {
+        "a FIFO"
+    } else if kind.is_socket() {
+        "a socket"
+    } else {
+        "a character device"
+    };
+    Err(BaseError::NotAFile { path: path.to_owned(), what: what.to_owned() })
+}
+
+/// Refuses the kernel's own words: files of /proc have a size of 0 and other bytes at every read.
+fn check_not_pseudo(path: &Path, file: &File) -> io::Result<Result<(), BaseError>> {
+    let fs = HostFs::of(file)?;
+    if fs.kind != FsKind::Pseudo {
+        return Ok(Ok(()));
+    }
+    Ok(Err(BaseError::NotAFile {
+        path: path.to_owned(),
+        what: format!("a {} file of the kernel", fs.name),
+    }))
+}

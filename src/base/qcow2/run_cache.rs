@@ -1,0 +1,192 @@
+//! What lies where in a qcow2 image, remembered: its tables are asked a stretch at a time, and what
+//! they said is kept as runs.
+//!
+//! ```text
+//!   guest:  |--------- stretch (1024 clusters) ---------|---- not asked for yet ----|
+//!   runs:   |-- Data at H --|- Lower -|- Zero -| Packed |
+//! ```
+//!
+//! A lookup takes no lock that is held over I/O, so who must not wait asks here and nowhere else.
+//! How many runs are kept is bounded, whatever the image: the oldest stretches go first.
+
+use std::collections::{HashMap, VecDeque};
+use std::ops::Range;
+use std::sync::Arc;
+
+use parking_lot::RwLock;
+
+/// How many clusters are asked for at once.
+const STRETCH_CLUSTERS: u64 = 1024;
+/// How many runs an image keeps: 12 MiB.
+const MAX_RUNS: usize = 512 << 10;
+/// And all images of a chain together: 96 MiB.
+const MAX_CHAIN_RUNS: usize = 4 << 20;
+
+/// What a run of the disk is in one image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum RunMapping {
+    /// Not in this image.
+    Lower,
+    /// Zeros by the image's word.
+    Zero,
+    /// Bytes of its data file, from this offset on.
+    Data(u64),
+    /// Compressed, each cluster for itself.
+    Compressed,
+}
+
+/// A run of the disk.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct ImageRun {
+    /// Bytes of the disk.
+    pub(super) range: Range<u64>,
+    /// Where they are.
+    pub(super) mapping: RunMapping,
+}
+
+impl ImageRun {
+    /// The part of it from `offset` to `end`; `offset` lies in it.
+    fn slice(&self, offset: u64, end: u64) -> Self {
+        let place = match self.mapping {
+            RunMapping::Data(at) => RunMapping::Data(at + (offset - self.range.start)),
+            place => place,
+        };
+        Self { range: offset..self.range.end.min(end), mapping: place }
+    }
+}
+
+/// The runs that are known.
+pub(super) struct RunCache {
+    cluster_size: u64,
+    size: u64,
+    max_runs: usize,
+    state: RwLock<RunCacheState>,
+}
+
+#[derive(Default)]
+struct RunCacheState {
+    stretches: HashMap<u64, Arc<[ImageRun]>>,
+    /// Oldest first.
+    order: VecDeque<u64>,
+    run_count: usize,
+}
+
+impl RunCache {
+    /// For a disk of `size` bytes in clusters of `cluster_size` bytes, one of `images` of a chain.
+    pub(super) fn new(size: u64, cluster: u64, images: u64) -> Self {
+        let share = MAX_CHAIN_RUNS / usize::try_from(images).unwrap_or(usize::MAX).max(1);
+        Self { cluster_size: cluster, size, max_runs: share.min(MAX_RUNS), state: RwLock::default() }
+    }
+
+    /// The stretch of the disk that `offset` is asked for with.
+    pub(super) fn stretch_at(&self, offset: u64) -> Range<u64> {
+        let len = STRETCH_CLUSTERS * self.cluster_size;
+        let start = offset - offset % len;
+        start..self.size.min(start.saturating_add(len))
+    }
+
+    /// The run at `range.start`, up to `range.end`, if it is known.
+    pub(super) fn get(&self, range: &Range<u64>) -> Option<ImageRun> {
+        let start = self.stretch_at(range.start).start;
+        let known = self.state.read();
+        find_run(known.stretches.get(&start)?, range)
+    }
+
+    /// Keeps the runs of a whole stretch, and tells the one at `range.start`.
+    pub(super) fn insert(&self, runs: Vec<ImageRun>, range: &Range<u64>) -> Option<ImageRun> {
+        let found = find_run(&runs, range);
+        let start = self.stretch_at(range.start).start;
+        let mut known = self.state.write();
+        known.run_count += runs.len();
+        match known.stretches.insert(start, runs.into()) {
+            Some(old) => known.run_count -= old.len(),
+            None => known.order.push_back(start),
+        }
+        while known.run_count > self.max_runs && known.order.len() > 1 {
+            let Some(oldest) = known.order.pop_front() else { break };
+            let gone = known.stretches.remove(&oldest);
+            known.run_count -= gone.map_or(0, |gone| gone.len());
+        }
+        found
+    }
+}
+
+fn find_run(runs: &[ImageRun], range: &Range<u64>) -> Option<ImageRun> {
+    let at = runs.partition_point(|run| run.range.end <= range.start);
+    let run = runs.get(at).filter(|run| run.range.start <= range.start)?;
+    Some(run.slice(range.start, range.end))
+}
+
+/// Appends `run`, as part of the last one where it goes on with it.
+pub(super) fn push_merged(runs: &mut Vec<ImageRun>, run: ImageRun) {
+    if let Some(last) = runs.last_mut()
+        && last.range.end == run.range.start
+    {
+        let goes_on = match (last.mapping, run.mapping) {
+            (RunMapping::Data(at), RunMapping::Data(next)) => {
+                at + (last.range.end - last.range.start) == next
+            }
+            (was, is) => was == is,
+        };
+        if goes_on {
+            last.range.end = run.range.end;
+            return;
+        }
+    }
+    runs.push(run);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn run(range: Range<u64>, place: RunMapping) -> ImageRun {
+        ImageRun { range, mapping: place }
+    }
+
+    #[test]
+    fn runs_that_go_on_are_one() {
+        let mut runs = Vec::new();
+        push_merged(&mut runs, run(0..512, RunMapping::Data(4096)));
+        push_merged(&mut runs, run(512..1024, RunMapping::Data(4608)));
+        push_merged(&mut runs, run(1024..1536, RunMapping::Data(4608)));
+        push_merged(&mut runs, run(1536..2048, RunMapping::Zero));
+        push_merged(&mut runs, run(2048..4096, RunMapping::Zero));
+        let expected = [
+            run(0..1024, RunMapping::Data(4096)),
+            run(1024..1536, RunMapping::Data(4608)),
+            run(1536..4096, RunMapping::Zero),
+        ];
+        assert_eq!(runs, expected);
+    }
+
+    #[test]
+    fn what_is_kept_is_found_in_part_and_what_is_not_is_unknown() {
+        let runs = RunCache::new(1 << 30, 512, 1);
+        let all = vec![run(0..1000, RunMapping::Data(1 << 20)), run(1000..512 * 1024, RunMapping::Lower)];
+        let found = runs.insert(all, &(10..20));
+        assert_eq!(found, Some(run(10..20, RunMapping::Data((1 << 20) + 10))));
+        assert_eq!(runs.get(&(999..5000)), Some(run(999..1000, RunMapping::Data((1 << 20) + 999))));
+        assert_eq!(runs.get(&(1000..5000)), Some(run(1000..5000, RunMapping::Lower)));
+        assert_eq!(runs.get(&(512 * 1024..600 * 1024)), None);
+    }
+
+    #[test]
+    fn the_oldest_stretches_go_when_there_are_too_many_runs() {
+        let runs = RunCache::new(1 << 40, 512, 1);
+        let stretch = |i: u64| {
+            let start = i * STRETCH_CLUSTERS * 512;
+            let cluster = |c| run(start + c * 512..start + (c + 1) * 512, RunMapping::Data(c * 1024));
+            (start, (0..STRETCH_CLUSTERS).map(cluster).collect::<Vec<_>>())
+        };
+        for i in 0..2 * MAX_RUNS as u64 / STRETCH_CLUSTERS {
+            let (start, all) = stretch(i);
+            assert!(runs.insert(all, &(start..start + 1)).is_some());
+        }
+        let known = runs.state.read();
+        assert_eq!(known.run_count, MAX_RUNS);
+        assert_eq!(known.stretches.len(), known.order.len());
+        drop(known);
+        assert_eq!(runs.get(&(0..1)), None);
+    }
+}

@@ -1,0 +1,690 @@
+//! Where a file lies: on what kind of file system, and whether that is our own mount.
+//!
+//! A base, overlay, sink or spill inside the mount it serves waits for itself for ever, and so does
+//! one on a loop device over a disk of that mount:
+//!
+//! ```text
+//!   path ─▶ file system ─▶ device ─▶ partition of ─▶ loop device ─▶ backing file ─▶ …
+//!                            └─▶ device mapper, RAID: each of its slaves
+//! ```
+//!
+//! The chain is followed through sysfs. Nothing in the mount itself is ever looked up: asking a
+//! mount about itself is the very wait that is to be refused.
+
+use std::collections::VecDeque;
+use std::ffi::OsString;
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::AsFd;
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::{Component, Path, PathBuf};
+
+use rustix::fs::{
+    AtFlags, CWD, FallocateFlags, FileType, Mode, OFlags, SeekFrom, StatxFlags, major, makedev,
+    minor,
+};
+
+use crate::mount::kernel;
+
+/// How long a path or a chain of devices may be: the kernel's own limit on links in a path.
+const MAX_STEPS: u32 = 40;
+
+/// Why a path cannot be used for a disk of this mount.
+#[derive(Debug, thiserror::Error)]
+pub enum SelfReferenceError {
+    /// It lies in the mount.
+    #[error(
+        "'{}' lies in the mount '{}' that would need it: use a path outside the mount",
+        path.display(), mountpoint.display()
+    )]
+    Inside {
+        /// As it was given.
+        path: PathBuf,
+        /// The mount.
+        mountpoint: PathBuf,
+    },
+    /// It lies on a device whose bytes are in the mount.
+    #[error(
+        "'{}' is on a loop device over '{}', which lies in the mount '{}' that would need it: use a path outside the mount",
+        path.display(), backing.display(), mountpoint.display()
+    )]
+    OnLoop {
+        /// As it was given.
+        path: PathBuf,
+        /// The file in the mount.
+        backing: PathBuf,
+        /// The mount.
+        mountpoint: PathBuf,
+    },
+}
+
+/// Refuses `path` when it lies in the mount, or on a device that is backed by it.
+///
+/// `path` need not exist yet; its nearest existing parent counts then. `mountpoint` must be
+/// canonical: it is compared, never looked up. `mount_dev` is the mount's `st_dev` once it is
+/// mounted; it finds the mount under other names (bind mounts) too. What cannot be found out is
+/// let through.
+///
+/// # Errors
+/// [`SelfReferenceError`], for the user.
+pub fn check_self_reference(
+    path: &Path,
+    mountpoint: &Path,
+    mount_dev: Option<u64>,
+) -> Result<(), SelfReferenceError> {
+    let mount = OwnMount { mountpoint, dev: mount_dev };
+    match mount.locate(path) {
+        PathLocation::Outside => Ok(()),
+        PathLocation::Inside => {
+            Err(SelfReferenceError::Inside { path: path.to_owned(), mountpoint: mountpoint.to_owned() })
+        }
+        PathLocation::OnLoop(backing) => Err(SelfReferenceError::OnLoop {
+            path: path.to_owned(),
+            backing,
+            mountpoint: mountpoint.to_owned(),
+        }),
+    }
+}
+
+/// The mount that nothing of it may lie in.
+struct OwnMount<'a> {
+    mountpoint: &'a Path,
+    dev: Option<u64>,
+}
+
+/// Where a path was found to lie.
+enum PathLocation {
+    Outside,
+    Inside,
+    /// On a device over this file in the mount.
+    OnLoop(PathBuf),
+}
+
+/// The end of a walk along a path.
+enum WalkEnd {
+    Inside,
+    /// It, or its nearest parent that exists.
+    At(PathStat),
+    Unknown,
+}
+
+impl OwnMount<'_> {
+    /// Follows `path` to its device, that device to its backing file, and so on.
+    fn locate(&self, path: &Path) -> PathLocation {
+        let mut files = vec![path.to_owned()];
+        for step in 0..MAX_STEPS {
+            let Some(file) = files.pop() else { break };
+            match self.walk(&file) {
+                WalkEnd::Inside if step == 0 => return PathLocation::Inside,
+                WalkEnd::Inside => return PathLocation::OnLoop(file),
+                WalkEnd::At(found) => devices_of(&found)
+                    .into_iter()
+                    .for_each(|dev| backing_files(&sysfs_dir(dev), &mut files)),
+                WalkEnd::Unknown => {}
+            }
+        }
+        PathLocation::Outside
+    }
+
+    /// Resolves `path` one name at a time, and stops before it steps into the mount.
+    fn walk(&self, path: &Path) -> WalkEnd {
+        let Ok(path) = std::path::absolute(path) else {
+            return WalkEnd::Unknown;
+        };
+        let mut todo: VecDeque<OsString> = path_names(&path).collect();
+        let mut here = PathBuf::from("/");
+        let mut links = 0;
+        while let Some(name) = todo.pop_front() {
+            if name == ".." {
+                here.pop();
+                continue;
+            }
+            here.push(name);
+            if here == self.mountpoint && todo.front().is_some_and(|next| next == "..") {
+                continue; // In by one name and out by the next.
+            }
+            if here.starts_with(self.mountpoint) {
+                return WalkEnd::Inside;
+            }
+            // What does not exist (yet) has no links in it.
+            let Some(stat) = stat_no_follow(&here) else { continue };
+            if self.dev == Some(stat.dev) {
+                return WalkEnd::Inside;
+            }
+            if stat.kind != FileType::Symlink {
+                continue;
+            }
+            links += 1;
+            let (Ok(target), true) = (fs::read_link(&here), links <= MAX_STEPS) else {
+                return WalkEnd::Unknown;
+            };
+            here.pop();
+            if target.is_absolute() {
+                here = PathBuf::from("/");
+            }
+            for name in path_names(&target).collect::<Vec<_>>().into_iter().rev() {
+                todo.push_front(name);
+            }
+        }
+        let nearest = here.ancestors().find_map(stat_no_follow);
+        nearest.map_or(WalkEnd::Unknown, WalkEnd::At)
+    }
+}
+
+/// The parts of a path that lead somewhere.
+fn path_names(path: &Path) -> impl Iterator<Item = OsString> + '_ {
+    path.components().filter_map(|part| match part {
+        Component::Normal(name) => Some(name.to_owned()),
+        Component::ParentDir => Some("..".into()),
+        Component::RootDir | Component::CurDir | Component::Prefix(_) => None,
+    })
+}
+
+/// What is at a path.
+#[derive(Clone, Copy)]
+struct PathStat {
+    kind: FileType,
+    /// The device it is, when it is one.
+    rdev: u64,
+    /// The file system's.
+    dev: u64,
+    mount_id: u64,
+}
+
+/// What is at `path`, itself and not what it points to. `DONT_SYNC`: the root of a FUSE mount
+/// answers from the kernel's memory, without asking its server.
+fn stat_no_follow(path: &Path) -> Option<PathStat> {
+    let flags = AtFlags::SYMLINK_NOFOLLOW | AtFlags::STATX_DONT_SYNC | AtFlags::NO_AUTOMOUNT;
+    let mask = StatxFlags::TYPE | StatxFlags::MNT_ID;
+    let stat = rustix::fs::statx(CWD, path, flags, mask).ok()?;
+    Some(PathStat {
+        kind: FileType::from_raw_mode(stat.stx_mode.into()),
+        rdev: makedev(stat.stx_rdev_major, stat.stx_rdev_minor),
+        dev: makedev(stat.stx_dev_major, stat.stx_dev_minor),
+        mount_id: stat.stx_mnt_id,
+    })
+}
+
+/// The devices that hold what is at a path: itself, when it is one, and its file system's.
+fn devices_of(found: &PathStat) -> Vec<u64> {
+    let mut devices = Vec::new();
+    if found.kind == FileType::BlockDevice {
+        devices.push(found.rdev);
+    }
+    if major(found.dev) != 0 {
+        devices.push(found.dev);
+    } else if let Some(source) = mount_source(found.mount_id) {
+        // btrfs makes up its device numbers; the mount table has the real device. (What is in
+        // /dev comes here too, and has no such source.)
+        devices.extend(fs::metadata(&source).map(|device| device.rdev()));
+    }
+    devices
+}
+
+/// The device that a mount was made from. What others have mounted, and how it is called, makes no
+/// difference to that.
+fn mount_source(mount_id: u64) -> Option<PathBuf> {
+    let entry = kernel::mounts().ok()?.into_iter().find(|entry| entry.id == mount_id)?;
+    let source = PathBuf::from(entry.source);
+    source.starts_with("/dev").then_some(source)
+}
+
+fn sysfs_dir(dev: u64) -> PathBuf {
+    format!("/sys/dev/block/{}:{}", major(dev), minor(dev)).into()
+}
+
+/// Adds the files that the bytes of the device at `sysfs_dir` are in, through partitions and slaves.
+fn backing_files(sysfs: &Path, files: &mut Vec<PathBuf>) {
+    let mut devices = vec![sysfs.to_owned()];
+    for _ in 0..MAX_STEPS {
+        let Some(device) = devices.pop() else { return };
+        let Ok(mut device) = device.canonicalize() else {
+            continue;
+        };
+        if device.join("partition").exists() {
+            device.pop();
+        }
+        if let Ok(file) = fs::read(device.join("loop/backing_file")) {
+            files.push(backing_path(&file));
+        }
+        if let Ok(slaves) = fs::read_dir(device.join("slaves")) {
+            devices.extend(slaves.flatten().map(|slave| slave.path()));
+        }
+    }
+}
+
+/// sysfs ends the path with a line feed, and adds a note when the file has been unlinked.
+fn backing_path(line: &[u8]) -> PathBuf {
+    use std::os::unix::ffi::OsStrExt;
+
+    let line = line.strip_suffix(b"\n").unwrap_or(line);
+    let line = line.strip_suffix(b" (deleted)").unwrap_or(line);
+    std::ffi::OsStr::from_bytes(line).into()
+}
+
+/// Whom a file system depends on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FsKind {
+    /// A device of this machine. Questions about extents need no other process or host.
+    Local,
+    /// Memory: gone after a reboot, and it counts as used memory.
+    Memory,
+    /// Another host or process, or unknown: every call may wait for ever.
+    Remote,
+    /// No files at all but the kernel's own words.
+    Pseudo,
+}
+
+/// The file system that something lies on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HostFs {
+    /// As mount(8) calls it; `unknown` when it is none of those we know.
+    pub name: &'static str,
+    /// Whom it depends on.
+    pub kind: FsKind,
+}
+
+/// Magic numbers of statfs(2), from linux/magic.h and the file systems' own headers.
+const KNOWN_FILE_SYSTEMS: &[(u64, &str, FsKind)] = &[
+    (0xef53, "ext4", FsKind::Local),
+    (0x5846_5342, "xfs", FsKind::Local),
+    (0x9123_683e, "btrfs", FsKind::Local),
+    (0xf2f5_2010, "f2fs", FsKind::Local),
+    (0x2fc1_2fc1, "zfs", FsKind::Local),
+    (0xca45_1a4e, "bcachefs", FsKind::Local),
+    (0x3153_464a, "jfs", FsKind::Local),
+    (0x4d44, "vfat", FsKind::Local),
+    (0x2011_bab0, "exfat", FsKind::Local),
+    (0x7366_746e, "ntfs3", FsKind::Local),
+    (0x9660, "iso9660", FsKind::Local),
+    (0x7371_7368, "squashfs", FsKind::Local),
+    (0xe0f5_e1e2, "erofs", FsKind::Local),
+    (0x0102_1994, "tmpfs", FsKind::Memory),
+    (0x8584_58f6, "ramfs", FsKind::Memory),
+    // May lie over anything.
+    (0x794c_7630, "overlay", FsKind::Remote),
+    (0x6573_5546, "fuse", FsKind::Remote),
+    (0x6969, "nfs", FsKind::Remote),
+    (0xff53_4d42, "cifs", FsKind::Remote),
+    (0xfe53_4d42, "smb2", FsKind::Remote),
+    (0x0102_1997, "9p", FsKind::Remote),
+    (0x00c3_6400, "ceph", FsKind::Remote),
+    (0x0116_1970, "gfs2", FsKind::Remote),
+    (0x7461_636f, "ocfs2", FsKind::Remote),
+    (0x9fa0, "proc", FsKind::Pseudo),
+    (0x6265_6572, "sysfs", FsKind::Pseudo),
+    (0x0027_e0eb, "cgroup", FsKind::Pseudo),
+    (0x6367_7270, "cgroup2", FsKind::Pseudo),
+    (0x6462_6720, "debugfs", FsKind::Pseudo),
+    (0x7472_6163, "tracefs", FsKind::Pseudo),
+    (0x7363_6673, "securityfs", FsKind::Pseudo),
+    (0x6265_6570, "configfs", FsKind::Pseudo),
+    (0x6165_676c, "pstore", FsKind::Pseudo),
+    (0xde5e_81e4, "efivarfs", FsKind::Pseudo),
+    (0xcafe_4a11, "bpf", FsKind::Pseudo),
+    (0xf97c_ff8c, "selinuxfs", FsKind::Pseudo),
+    (0x6573_5543, "fusectl", FsKind::Pseudo),
+    (0x4249_4e4d, "binfmt_misc", FsKind::Pseudo),
+    (0x1cd1, "devpts", FsKind::Pseudo),
+];
+
+impl HostFs {
+    /// The file system under an open file or directory.
+    ///
+    /// # Errors
+    /// As fstatfs(2).
+    pub fn of(fd: impl AsFd) -> io::Result<Self> {
+        let magic = rustix::fs::fstatfs(fd)?.f_type;
+        // f_type is a word that some machines sign-extend; the numbers have 32 bits.
+        #[allow(clippy::cast_sign_loss, clippy::unnecessary_cast)]
+        let magic = magic as u64 & 0xffff_ffff;
+        let known = KNOWN_FILE_SYSTEMS.iter().find(|known| known.0 == magic);
+        Ok(known.map_or(Self { name: "unknown", kind: FsKind::Remote }, |&(_, name, manner)| {
+            Self { name, kind: manner }
+        }))
+    }
+}
+
+/// What a file system can do, as far as it matters to an overlay or a base.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FsFeatures {
+    /// Which it is.
+    pub fs: HostFs,
+    /// It tells holes from data.
+    pub seek_hole: bool,
+    /// It gives the space of a part of a file back.
+    pub punch: bool,
+    /// It makes files without a name.
+    pub tmpfile: bool,
+    /// Two files can share their blocks.
+    pub reflink: bool,
+    /// Bytes that we may still write.
+    pub free: u64,
+}
+
+impl FsFeatures {
+    /// What users will miss, a clause each: `holes are not seen (all is data)`.
+    #[must_use]
+    pub fn missing(&self) -> Vec<&'static str> {
+        let mut missing = Vec::new();
+        if !self.seek_hole {
+            missing.push("it cannot tell holes: all counts as data");
+        }
+        if !self.punch {
+            missing.push("it cannot punch holes: freed space is not given back");
+        }
+        if !self.tmpfile {
+            missing.push("it has no O_TMPFILE: a crash may leave files behind");
+        }
+        if self.fs.kind == FsKind::Memory {
+            missing.push("it is memory: what it holds uses RAM and ends with a reboot");
+        }
+        missing
+    }
+}
+
+/// Two blocks of the largest size that file systems here use (64 KiB pages): data, then a hole.
+const PROBE_LEN: usize = 65536;
+
+/// Tries out what the file system under the directory `dir` can do, with a file of its own that
+/// leaves nothing behind.
+///
+/// # Errors
+/// When no file can be made or written there; the host's errno.
+pub fn probe_features(dir: &Path) -> io::Result<FsFeatures> {
+    let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
+    let nameless = rustix::fs::open(dir, flags, Mode::RUSR | Mode::WUSR);
+    let tmpfile = nameless.is_ok();
+    let file = match nameless {
+        Ok(fd) => File::from(fd),
+        Err(_) => tempfile::tempfile_in(dir)?,
+    };
+    let space = rustix::fs::fstatvfs(&file)?;
+    file.set_len(2 * PROBE_LEN as u64)?;
+    file.write_all_at(&[1; PROBE_LEN], 0)?;
+    let hole = rustix::fs::seek(&file, SeekFrom::Hole(0));
+    let copy = tempfile::tempfile_in(dir)?;
+    let reflink = rustix::fs::ioctl_ficlone(&copy, &file).is_ok();
+    let punching = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+    let punch = rustix::fs::fallocate(&file, punching, 0, PROBE_LEN as u64).is_ok();
+    Ok(FsFeatures {
+        fs: HostFs::of(&file)?,
+        seek_hole: hole == Ok(PROBE_LEN as u64),
+        punch,
+        tmpfile,
+        reflink,
+        free: space.f_bavail.saturating_mul(space.f_frsize),
+    })
+}
+
+/// Whether holes can be seen in `file`, without changing anything: `false` only when it surely
+/// has some and the host shows none. Compressed files also take less space than their size, so
+/// the file systems that compress are believed.
+///
+/// # Errors
+/// As fstat(2) and fstatfs(2).
+pub fn shows_holes(file: &File) -> io::Result<bool> {
+    let meta = file.metadata()?;
+    let is_sparse = meta.blocks().saturating_mul(512) < meta.len();
+    if !is_sparse || matches!(HostFs::of(file)?.name, "btrfs" | "zfs" | "f2fs" | "bcachefs") {
+        return Ok(true);
+    }
+    Ok(rustix::fs::seek(file, SeekFrom::Hole(0)).is_ok_and(|hole| hole < meta.len()))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::symlink;
+    use std::process::Command;
+    use std::thread;
+    use std::time::Duration;
+
+    use super::*;
+    use crate::base::testing::{LoopDevice, run};
+
+    /// A directory that stands for the mount, with a disk in it, and one beside it.
+    struct Scene {
+        _dir: tempfile::TempDir,
+        mount: PathBuf,
+        disk: PathBuf,
+        outside: PathBuf,
+    }
+
+    impl Scene {
+        fn new() -> Self {
+            let dir = tempfile::tempdir_in("/var/tmp").unwrap();
+            let root = dir.path().canonicalize().unwrap();
+            let (mount, outside) = (root.join("m"), root.join("o"));
+            fs::create_dir(&mount).unwrap();
+            fs::create_dir(&outside).unwrap();
+            let disk = mount.join("vm.img");
+            File::create(&disk).unwrap().set_len(32 << 20).unwrap();
+            Self { _dir: dir, mount, disk, outside }
+        }
+
+        fn search(&self, path: impl AsRef<Path>) -> Result<(), SelfReferenceError> {
+            check_self_reference(path.as_ref(), &self.mount, None)
+        }
+
+        fn assert_inside(&self, path: impl AsRef<Path>) {
+            let answer = self.search(path);
+            assert!(matches!(answer, Err(SelfReferenceError::Inside { .. })), "{answer:?}");
+        }
+
+        fn assert_on_loop(&self, path: impl AsRef<Path>) {
+            let answer = self.search(path);
+            let Err(SelfReferenceError::OnLoop { backing, .. }) = answer else {
+                panic!("{answer:?}");
+            };
+            assert_eq!(backing, self.disk);
+        }
+    }
+
+    /// Mounts `device` on a directory until it is dropped.
+    struct Mounted(PathBuf);
+
+    impl Mounted {
+        fn new(device: &Path, on: &Path) -> Self {
+            fs::create_dir_all(on).unwrap();
+            run("mount", &[device, on]);
+            Self(on.to_owned())
+        }
+    }
+
+    impl Drop for Mounted {
+        fn drop(&mut self) {
+            // A loop device that somebody else looks at just now, in search of a free one, lets go
+            // of its file only when he does.
+            let is_busy = || {
+                let unmounted = Command::new("umount").arg("-q").arg(&self.0).status();
+                !unmounted.unwrap().success()
+            };
+            for _ in 0..600 {
+                if !is_busy() {
+                    return;
+                }
+                thread::sleep(Duration::from_millis(100));
+            }
+            run("umount", &[&self.0]);
+        }
+    }
+
+    #[test]
+    fn what_lies_in_the_mount_is_refused_by_whatever_name() {
+        let scene = Scene::new();
+        scene.assert_inside(&scene.mount);
+        scene.assert_inside(&scene.disk);
+        scene.assert_inside(scene.mount.join("not/there/yet"));
+        scene.assert_inside(scene.outside.join("../m/vm.img"));
+        scene.assert_inside(scene.outside.join("no/../../m/vm.img"));
+        symlink("../m", scene.outside.join("link")).unwrap();
+        scene.assert_inside(scene.outside.join("link/vm.img"));
+        symlink(&scene.disk, scene.outside.join("far")).unwrap();
+        scene.assert_inside(scene.outside.join("far"));
+
+        scene.search(&scene.outside).unwrap();
+        scene.search(scene.outside.join("not/there/yet")).unwrap();
+        // In by one name and out by the next.
+        scene.search(scene.outside.join("link/../../o")).unwrap();
+        scene.search(scene.mount.with_file_name("m2")).unwrap();
+        let text = scene.search(&scene.disk).unwrap_err().to_string();
+        let (disk, mount) = (scene.disk.display(), scene.mount.display());
+        let want = format!(
+            "'{disk}' lies in the mount '{mount}' that would need it: use a path outside the mount"
+        );
+        assert_eq!(text, want);
+    }
+
+    #[test]
+    fn a_link_that_leads_to_itself_ends() {
+        let scene = Scene::new();
+        let link = scene.outside.join("link");
+        symlink(&link, &link).unwrap();
+        scene.search(&link).unwrap();
+    }
+
+    #[test]
+    fn the_mount_is_known_by_its_device_too() {
+        let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+        let dev = fs::metadata(dir.path()).unwrap().dev();
+        let mountpoint = Path::new("/nowhere");
+        check_self_reference(&dir.path().join("x"), mountpoint, Some(dev)).unwrap_err();
+        check_self_reference(Path::new("/var/tmp"), mountpoint, Some(dev)).unwrap();
+    }
+
+    #[test]
+    fn a_loop_device_over_the_mount_is_refused_with_all_that_lies_on_it() {
+        let scene = Scene::new();
+        let looped = LoopDevice::new(&scene.disk, &[]);
+        scene.assert_on_loop(looped.path());
+
+        run("mkfs.ext4", &[Path::new("-q"), looped.path()]);
+        let mounted = Mounted::new(looped.path(), &scene.outside.join("fs"));
+        scene.assert_on_loop(mounted.0.join("new.img"));
+        scene.assert_on_loop(mounted.0.join("new/er.img"));
+        scene.search(mounted.0.join("../new.img")).unwrap();
+
+        let inner = mounted.0.join("inner.img");
+        File::create(&inner).unwrap().set_len(1 << 20).unwrap();
+        let second = LoopDevice::new(&inner, &[]);
+        scene.assert_on_loop(second.path());
+    }
+
+    #[test]
+    fn a_loop_device_over_another_file_is_let_through() {
+        let scene = Scene::new();
+        let other = scene.outside.join("other.img");
+        File::create(&other).unwrap().set_len(1 << 20).unwrap();
+        scene.search(LoopDevice::new(&other, &[]).path()).unwrap();
+    }
+
+    #[test]
+    fn a_partition_is_followed_to_its_loop_device() {
+        let scene = Scene::new();
+        let looped = LoopDevice::new(&scene.disk, &["-P"]);
+        scene.assert_on_loop(looped.add_partition(1, 1 << 20..17 << 20));
+    }
+
+    #[test]
+    fn a_mapped_device_is_followed_through_its_slaves() {
+        // As sysfs has it; not every machine that runs the tests has the device mapper.
+        let dir = tempfile::tempdir().unwrap();
+        let sys = dir.path();
+        for folder in ["dm-1/slaves", "dm-0/slaves", "loop0/loop", "loop0/loop0p1"] {
+            fs::create_dir_all(sys.join(folder)).unwrap();
+        }
+        fs::write(sys.join("loop0/loop/backing_file"), "/m/vm.img\n").unwrap();
+        fs::write(sys.join("loop0/loop0p1/partition"), "1\n").unwrap();
+        symlink("../../dm-0", sys.join("dm-1/slaves/dm-0")).unwrap();
+        symlink("../../loop0/loop0p1", sys.join("dm-0/slaves/loop0p1")).unwrap();
+        let mut files = Vec::new();
+        backing_files(&sys.join("dm-1"), &mut files);
+        assert_eq!(files, [Path::new("/m/vm.img")]);
+    }
+
+    #[test]
+    fn a_btrfs_over_the_mount_is_found_though_it_makes_up_its_device() {
+        let scene = Scene::new();
+        let file = File::options().write(true).open(&scene.disk).unwrap();
+        file.set_len(128 << 20).unwrap();
+        let looped = LoopDevice::new(&scene.disk, &[]);
+        run("mkfs.btrfs", &[Path::new("-q"), looped.path()]);
+        let mounted = Mounted::new(looped.path(), &scene.outside.join("fs"));
+        scene.assert_on_loop(mounted.0.join("new.img"));
+    }
+
+    #[test]
+    fn a_backing_path_is_read_as_sysfs_writes_it() {
+        for (line, path) in
+            [(&b"/m/a b.img\n"[..], "/m/a b.img"), (b"/m/x (deleted)\n", "/m/x"), (b"/m/x", "/m/x")]
+        {
+            assert_eq!(backing_path(line), Path::new(path));
+        }
+    }
+
+    #[test]
+    fn file_systems_are_told_apart_by_what_they_can() {
+        let dir = tempfile::tempdir_in("/var/tmp").unwrap();
+        for (mkfs, name, reflink) in
+            [(&["mkfs.ext4", "-q"][..], "ext4", false), (&["mkfs.xfs", "-q"], "xfs", true)]
+        {
+            let image = dir.path().join(name);
+            File::create(&image).unwrap().set_len(400 << 20).unwrap();
+            let line = format!("{} '{}'", mkfs.join(" "), image.display());
+            run("sh", &[Path::new("-c"), Path::new(&line)]);
+            let looped = LoopDevice::new(&image, &[]);
+            let mounted = Mounted::new(looped.path(), &dir.path().join("mnt"));
+            let found = probe_features(&mounted.0).unwrap();
+            assert_eq!(found.fs.name, name);
+            assert!(found.seek_hole && found.punch && found.tmpfile, "{found:?}");
+            assert_eq!(found.reflink, reflink);
+            assert!(found.free > 100 << 20 && found.free < 400 << 20, "{found:?}");
+            assert!(found.missing().is_empty());
+            assert_eq!(
+                fs::read_dir(&mounted.0)
+                    .unwrap()
+                    .flatten()
+                    .filter(|entry| entry.file_name() != "lost+found")
+                    .count(),
+                0
+            );
+        }
+    }
+
+    #[test]
+    fn memory_is_called_memory() {
+        let found = probe_features(Path::new("/dev/shm")).unwrap();
+        assert_eq!(found.fs.kind, FsKind::Memory);
+        assert!(found.seek_hole && found.punch && found.tmpfile && !found.reflink);
+        assert_eq!(found.missing().len(), 1);
+    }
+
+    #[test]
+    fn a_sparse_file_that_shows_its_holes_is_seen() {
+        let file = tempfile::tempfile_in("/var/tmp").unwrap();
+        assert!(shows_holes(&file).unwrap());
+        file.set_len(1 << 20).unwrap();
+        assert!(shows_holes(&file).unwrap());
+    }
+
+    #[test]
+    fn what_others_have_mounted_hides_no_device() {
+        use std::os::unix::ffi::OsStrExt;
+
+        let dir = tempfile::tempdir().unwrap();
+        // No UTF-8: anybody who may mount can call a mountpoint so.
+        let odd = dir.path().join(std::ffi::OsStr::from_bytes(b"odd \xff\xfe"));
+        fs::create_dir(&odd).unwrap();
+        let mounted =
+            std::process::Command::new("mount").args(["-t", "tmpfs", "tmpfs"]).arg(&odd).status();
+        assert!(mounted.unwrap().success());
+        let entry = kernel::mounts()
+            .unwrap()
+            .into_iter()
+            .find(|entry| entry.source.as_bytes().starts_with(b"/dev/"));
+        let found = entry.as_ref().map(|entry| mount_source(entry.id));
+        let unmounted = std::process::Command::new("umount").arg(&odd).status();
+        assert!(unmounted.unwrap().success());
+        assert_eq!(found, entry.map(|entry| Some(PathBuf::from(entry.source))));
+    }
+}

@@ -1,0 +1,144 @@
+//! Which keys go together.
+
+use super::{DiskKey, RawValue};
+use crate::spec::{
+    DirectIo, DiskSpec, Flow, Format, DiskMode, OverlayKind, SourcePart, Partitions, Passthrough, DiskSource,
+    SpecError, SinkSpec,
+};
+
+/// A partition says by itself where it begins and ends.
+pub(super) fn check_part(seen: &[(&'static DiskKey, &RawValue)]) -> Result<(), SpecError> {
+    let has = |name: &str| seen.iter().any(|(key, _)| key.name == name);
+    let other = ["offset", "len"].into_iter().find(|name| has(name));
+    match other.filter(|_| has("partition")) {
+        Some(other) => {
+            let why = format!("is there beside {other}=, and says both by itself: drop one");
+            Err(SpecError::key("partition", why))
+        }
+        None => Ok(()),
+    }
+}
+
+/// A reflink overlay is a whole file that shares its blocks with another one.
+pub(super) fn check_reflink(disk: &DiskSpec) -> Result<(), SpecError> {
+    if disk.overlay_kind != OverlayKind::Reflink {
+        return Ok(());
+    }
+    let refused = |name, why| Err(SpecError::key(name, why));
+    if !matches!(disk.source, DiskSource::File(_)) {
+        return refused("reflink", "is for files, and this disk is blank: drop it");
+    }
+    if disk.part != SourcePart::Whole {
+        return refused("reflink", "is for whole files, and this disk is a part of one: drop it");
+    }
+    if disk.partitions == Partitions::Shown {
+        let why = "is not for reflink, whose bytes the kernel reads and writes itself: drop one";
+        return refused("partitions", why);
+    }
+    if disk.overlay.is_none() {
+        return refused("reflink", "needs a place to stay: write overlay=DIR,reflink");
+    }
+    if disk.block.is_some() {
+        return refused("block", "is not for reflink, which takes the host's blocks: drop it");
+    }
+    if disk.limit.is_some() {
+        return refused("limit", "is not for reflink, whose space the host counts: drop it");
+    }
+    Ok(())
+}
+
+/// Only a disk that is a whole file can be read and written as that.
+pub(super) fn check_passthrough(disk: &DiskSpec) -> Result<(), SpecError> {
+    if disk.passthrough == Passthrough::Off {
+        return Ok(());
+    }
+    let refused = |why| Err(SpecError::key("passthrough", why));
+    if disk.mode == DiskMode::Cow {
+        return refused(
+            "is for mode=ro and mode=rw, and this disk has an overlay: drop it, or make the \
+             overlay one with reflink",
+        );
+    }
+    if disk.part != SourcePart::Whole {
+        return refused("is for whole files, and this disk is a part of one: drop it");
+    }
+    if disk.partitions == Partitions::Shown {
+        return refused("does not go with partitions, which the kernel would pass by: drop one");
+    }
+    Ok(())
+}
+
+/// Direct I/O is of the files that the daemon reads and writes, and of raw ones.
+pub(super) fn check_direct(disk: &DiskSpec) -> Result<(), SpecError> {
+    if disk.direct == DirectIo::Off {
+        return Ok(());
+    }
+    let refused = |why| Err(SpecError::key("direct", why));
+    if disk.overlay_kind == OverlayKind::Reflink {
+        return refused(
+            "is not for reflink, whose bytes the kernel reads and writes itself: drop one",
+        );
+    }
+    if disk.passthrough == Passthrough::On {
+        return refused(
+            "is not for passthrough, where the kernel reads and writes by itself: drop one",
+        );
+    }
+    if disk.format.is_some_and(|format| format != Format::Raw) {
+        return refused("is for raw bases: drop it, or convert the base with qemu-img");
+    }
+    Ok(())
+}
+
+/// A stream flows one way, and only one.
+pub(super) fn check_flow(
+    disk: &DiskSpec,
+    seen: &[(&'static DiskKey, &RawValue)],
+) -> Result<(), SpecError> {
+    let flows = seen.iter().filter(|(key, _)| key.is_flow()).count();
+    match (&disk.source, flows) {
+        (DiskSource::Stream(_), 0) => Err(SpecError::Missing(
+            "a stream needs to=SINK or from=SOURCE: see cowslip mount --help",
+        )),
+        (DiskSource::Stream(_), 2) => {
+            Err(SpecError::key("from", "is there beside to=: a stream flows one way, drop one"))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// What of a stream's keys needs another one.
+pub(super) fn check_stream(
+    disk: &DiskSpec,
+    seen: &[(&'static DiskKey, &RawValue)],
+) -> Result<(), SpecError> {
+    let DiskSource::Stream(stream) = &disk.source else {
+        return Ok(());
+    };
+    let has = |name: &str| seen.iter().any(|(key, _)| key.name == name);
+    let measures = stream.flow == Flow::Out(SinkSpec::Measure);
+    if has("spill-compress") && !has("spill") && !measures {
+        return Err(SpecError::key(
+            "spill-compress",
+            "needs spill=SIZE: without it nothing spills",
+        ));
+    }
+    if has("frames") && measures {
+        return Err(SpecError::key(
+            "frames",
+            "has no use with to=measure:, which sends nothing: drop it",
+        ));
+    }
+    Ok(())
+}
+
+/// A blank disk has no base to read or to write.
+pub(super) fn check_mode(disk: &DiskSpec) -> Result<(), SpecError> {
+    match (&disk.source, disk.mode) {
+        (DiskSource::File(_) | DiskSource::Stream(_), _) | (DiskSource::Blank(_), DiskMode::Cow) => Ok(()),
+        (DiskSource::Blank(_), mode) => {
+            let why = "is for files, and this disk is blank: drop it, a blank disk is mode=cow";
+            Err(SpecError::key(format!("mode={mode}"), why))
+        }
+    }
+}

@@ -1,0 +1,547 @@
+//! The keys of a disk: one table (`table.rs`), for the command line and for TOML.
+//! `check.rs` says which of them go together.
+
+mod check;
+mod table;
+
+use std::ffi::{OsStr, OsString};
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+
+use self::check::{
+    check_direct, check_flow, check_mode, check_part, check_passthrough, check_reflink,
+    check_stream,
+};
+use self::table::KEYS;
+use super::error::{self, parse_decimal, hint, escaped};
+use super::{DiskSpec, Flow, Format, DiskMode, DiskSource, SpecError, StreamSpec, parse_size};
+
+/// A value as it was written, before its key says what it must be.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum RawValue {
+    /// None: `KEY` alone, which is `KEY=on`.
+    Bare,
+    /// A text; on the command line every value is one.
+    Text(OsString),
+    /// TOML's integer, and the base it was written in.
+    Integer(i64, u32),
+    /// TOML's boolean.
+    Bool(bool),
+    /// TOML's array of strings: a command.
+    Array(Vec<OsString>),
+    /// Something no key takes, by its name.
+    Other(&'static str),
+}
+
+/// On or off.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Switch {
+    On,
+    Off,
+}
+
+/// Which disks a key is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum KeyScope {
+    All,
+    /// What has bytes at every offset, blank disks too.
+    Disks,
+    Files,
+    Cow,
+    /// Streams of either direction.
+    Streams,
+    /// Streams that leave.
+    Outputs,
+    /// Streams that arrive.
+    Inputs,
+}
+
+/// What a key's value is, and where in the spec it goes.
+enum KeySetter {
+    Switch(fn(&mut DiskSpec, Switch)),
+    Size(fn(&mut DiskSpec, u64) -> Result<(), SpecError>),
+    Id(fn(&mut DiskSpec, u32)),
+    /// A number that counts from 1.
+    Ordinal(fn(&mut DiskSpec, u32)),
+    Perm(fn(&mut DiskSpec, u16)),
+    Word(fn(&mut DiskSpec, &str) -> Result<(), SpecError>),
+    Path(fn(&mut DiskSpec, PathBuf)),
+    /// Where a stream goes or comes from: of the text, the array and the directory.
+    Flow(fn(&RawValue, &Path) -> Result<Flow, SpecError>),
+    StreamSize(fn(&mut StreamSpec, u64)),
+    StreamWord(fn(&mut StreamSpec, &str) -> Result<(), SpecError>),
+    StreamSwitch(fn(&mut StreamSpec, Switch) -> Result<(), SpecError>),
+}
+
+/// A row of the table.
+pub(super) struct DiskKey {
+    name: &'static str,
+    scope: KeyScope,
+    set: KeySetter,
+    /// What a value looks like, for messages.
+    sample: &'static str,
+}
+
+/// Whether `name` is a disk's key, a stream's included.
+pub(super) fn is_key(name: &str) -> bool {
+    KEYS.iter().any(|key| key.name == name)
+}
+
+/// The row of `name`.
+fn find_key(name: &str) -> Result<&'static DiskKey, SpecError> {
+    if let Some(key) = KEYS.iter().find(|key| key.name == name) {
+        return Ok(key);
+    }
+    // Words people write without their key.
+    let hint = if DiskMode::NAMES.iter().any(|(mode, _)| *mode == name) {
+        format!("did you mean 'mode={name}'?")
+    } else if name.parse::<Format>().is_ok() {
+        format!("did you mean 'format={name}'?")
+    } else if name == "name" {
+        "the name stands first, NAME=SOURCE".to_owned()
+    } else {
+        hint(name, &KEYS.iter().map(|key| key.name).collect::<Vec<_>>())
+    };
+    Err(SpecError::Unknown { what: "key", given: escaped(name), hint })
+}
+
+/// Puts every key of a disk into `disk`, whose source is known already, and checks that they go
+/// together.
+///
+/// # Errors
+/// The first key that is unknown, there twice, not for this kind of disk or has a wrong value.
+pub(super) fn apply_keys(
+    disk: &mut DiskSpec,
+    keys: &[(String, RawValue)],
+    dir: &Path,
+) -> Result<(), SpecError> {
+    let mut seen: Vec<(&'static DiskKey, &RawValue)> = Vec::new();
+    for (name, value) in keys {
+        let key = find_key(name)?;
+        if seen.iter().any(|(other, _)| other.name == key.name) {
+            return Err(SpecError::key(key.name, "is given twice: drop one of them"));
+        }
+        seen.push((key, value));
+    }
+    check_flow(disk, &seen)?;
+    check_part(&seen)?;
+    // A stream's direction comes first: the other keys depend on it.
+    let (first, rest): (Vec<_>, Vec<_>) = seen.iter().partition(|(key, _)| key.is_flow());
+    for (key, value) in first.into_iter().chain(rest) {
+        key.check_kind(disk)?;
+        key.set_value(disk, value, dir)?;
+    }
+    // Only now: `mode` may be the last of them.
+    check_mode(disk)?;
+    seen.iter().try_for_each(|(key, _)| key.check(disk))?;
+    check_reflink(disk)?;
+    check_passthrough(disk)?;
+    check_direct(disk)?;
+    check_stream(disk, &seen)
+}
+
+impl DiskKey {
+    fn is_flow(&self) -> bool {
+        matches!(self.set, KeySetter::Flow(_))
+    }
+
+    /// Whether the key is for streams or for the others, as the disk is.
+    fn check_kind(&self, disk: &DiskSpec) -> Result<(), SpecError> {
+        let is_stream = matches!(disk.source, DiskSource::Stream(_));
+        let why = match self.scope {
+            KeyScope::Streams | KeyScope::Outputs | KeyScope::Inputs if !is_stream => {
+                "is only for streams, NAME=stream:SIZE: drop it"
+            }
+            KeyScope::Disks | KeyScope::Files | KeyScope::Cow if is_stream => "is not for streams: drop it",
+            // A stream has no base that a mode could be about.
+            KeyScope::All if is_stream && self.name == "mode" => "is not for streams: drop it",
+            _ => return Ok(()),
+        };
+        Err(SpecError::key(self.name, why))
+    }
+
+    /// Reads `value` as what this key takes and puts it into `disk`.
+    fn set_value(&self, disk: &mut DiskSpec, value: &RawValue, dir: &Path) -> Result<(), SpecError> {
+        if let (KeySetter::Flow(read), DiskSource::Stream(stream)) = (&self.set, &mut disk.source) {
+            if !matches!(value, RawValue::Array(_)) {
+                self.value_text(value)?;
+            }
+            stream.flow = read(value, dir).map_err(|error| error.within(self.name))?;
+            return Ok(());
+        }
+        let text = self.value_text(value)?;
+        self.set_text(disk, &text, dir).map_err(|error| error.within(self.name))
+    }
+
+    /// The value as the text it would be on the command line.
+    fn value_text(&self, value: &RawValue) -> Result<OsString, SpecError> {
+        match (value, &self.set) {
+            (RawValue::Text(text), _) if !text.is_empty() => Ok(text.clone()),
+            (RawValue::Bare | RawValue::Bool(true), _) if self.is_switch() => Ok("on".into()),
+            (RawValue::Bool(false), _) if self.is_switch() => Ok("off".into()),
+            (
+                RawValue::Integer(number, _),
+                KeySetter::Size(_) | KeySetter::StreamSize(_) | KeySetter::Id(_) | KeySetter::Ordinal(_),
+            ) => Ok(number.to_string().into()),
+            // `0o644` is plain. What a decimal 644 means is anybody's guess.
+            (RawValue::Integer(number, 8), KeySetter::Perm(_)) => Ok(format!("{number:o}").into()),
+            (RawValue::Bare | RawValue::Text(_), _) => {
+                let why = format!("needs a value: write {}={}", self.name, self.sample);
+                Err(SpecError::key(self.name, why))
+            }
+            (RawValue::Integer(..), _) => Err(self.wrong_type("a number")),
+            (RawValue::Bool(_), _) => Err(self.wrong_type("a boolean")),
+            (RawValue::Array(_), _) => Err(self.wrong_type("an array")),
+            (RawValue::Other(kind), _) => Err(self.wrong_type(kind)),
+        }
+    }
+
+    /// Whether it is on when it stands alone.
+    fn is_switch(&self) -> bool {
+        matches!(self.set, KeySetter::Switch(_) | KeySetter::StreamSwitch(_)) || self.name == "spill-compress"
+    }
+
+    fn wrong_type(&self, kind: &str) -> SpecError {
+        let (name, sample) = (self.name, self.sample);
+        SpecError::key(name, format!("cannot be {kind}: write {name} = \"{sample}\""))
+    }
+
+    fn set_text(&self, disk: &mut DiskSpec, text: &OsStr, dir: &Path) -> Result<(), SpecError> {
+        let word = || text.to_str().ok_or_else(|| SpecError::value(text, self.sample));
+        match &self.set {
+            KeySetter::Switch(set) => set(disk, parse_switch(word()?)?),
+            KeySetter::Size(set) => set(disk, parse_size(word()?)?)?,
+            KeySetter::Id(set) => set(disk, parse_id(word()?)?),
+            KeySetter::Ordinal(set) => set(disk, parse_ordinal(word()?)?),
+            KeySetter::Perm(set) => set(disk, parse_perm(word()?)?),
+            KeySetter::Word(set) => set(disk, word()?)?,
+            KeySetter::Path(set) => set(disk, absolute(text, dir)?),
+            KeySetter::StreamSize(set) => set(stream_mut(disk)?, parse_size(word()?)?),
+            KeySetter::StreamWord(set) => set(stream_mut(disk)?, word()?)?,
+            KeySetter::StreamSwitch(set) => set(stream_mut(disk)?, parse_switch(word()?)?)?,
+            // `set_value` has taken it.
+            KeySetter::Flow(_) => {}
+        }
+        Ok(())
+    }
+
+    /// Whether the key goes with what the disk has turned out to be.
+    fn check(&self, disk: &DiskSpec) -> Result<(), SpecError> {
+        if let DiskSource::Stream(stream) = &disk.source {
+            let why = match (self.scope, &stream.flow) {
+                (KeyScope::Outputs, Flow::In { .. }) => "is for output streams, and this one has from=",
+                (KeyScope::Inputs, Flow::Out(_)) => "is for input streams, and this one has to=",
+                _ => return Ok(()),
+            };
+            return Err(SpecError::key(self.name, format!("{why}: drop it")));
+        }
+        match (self.scope, &disk.source, disk.mode) {
+            (KeyScope::Files, DiskSource::Blank(_), _) => {
+                let why = "is for files, and this disk is blank: drop it";
+                Err(SpecError::key(self.name, why))
+            }
+            (KeyScope::Cow, _, mode @ (DiskMode::ReadOnly | DiskMode::ReadWrite)) => {
+                let why =
+                    format!("is for mode=cow, and this disk is mode={mode}: drop one of them");
+                Err(SpecError::key(self.name, why))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+fn stream_mut(disk: &mut DiskSpec) -> Result<&mut StreamSpec, SpecError> {
+    match &mut disk.source {
+        DiskSource::Stream(stream) => Ok(stream),
+        _ => Err(SpecError::Missing("not a stream")),
+    }
+}
+
+fn parse_switch(text: &str) -> Result<Switch, SpecError> {
+    error::parse_choice("setting", text, &[("on", Switch::On), ("off", Switch::Off)])
+}
+
+/// A user's or group's number. The largest is not one: to chown(2) it means "leave it".
+fn parse_id(text: &str) -> Result<u32, SpecError> {
+    let id = parse_decimal(text).and_then(|id| u32::try_from(id).ok()).filter(|id| *id != u32::MAX);
+    id.ok_or_else(|| {
+        SpecError::value(text, "a user's or group's number: take one from 0 to 4294967294")
+    })
+}
+
+/// A number that counts from 1.
+fn parse_ordinal(text: &str) -> Result<u32, SpecError> {
+    let number = parse_decimal(text).and_then(|number| u32::try_from(number).ok());
+    number
+        .filter(|number| *number > 0)
+        .ok_or_else(|| SpecError::value(text, "a number: count from 1, as in partition=1"))
+}
+
+/// Permission bits, in octal with or without a zero before them.
+fn parse_perm(text: &str) -> Result<u16, SpecError> {
+    let is_octal = text.bytes().all(|byte| matches!(byte, b'0'..=b'7'));
+    let perm = u16::from_str_radix(text, 8).ok().filter(|perm| is_octal && *perm <= 0o777);
+    perm.ok_or_else(|| SpecError::value(text, "a mode: write it in octal, 0 to 0777, as in 0644"))
+}
+
+/// `value_text` as an absolute path, if `dir` is one. Dots for "here" and doubled slashes go; nothing
+/// is looked up, so `..` stays.
+pub(super) fn absolute(text: &OsStr, dir: &Path) -> Result<PathBuf, SpecError> {
+    if text.is_empty() {
+        return Err(SpecError::Missing("a path is missing"));
+    }
+    if text.as_bytes().contains(&0) {
+        return Err(SpecError::value(text, "a path: no file has a NUL byte in its name"));
+    }
+    Ok(dir.join(text).components().collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashSet;
+
+    use super::super::parse_disk;
+    use super::*;
+    use crate::spec::{DirectIo, Locking, OverlayKind, SourcePart, Partitions, Passthrough, Resize};
+
+    fn read(text: &str) -> DiskSpec {
+        parse_disk(text, Path::new("/home"), &|_| false).unwrap()
+    }
+
+    fn why(text: &str) -> String {
+        parse_disk(text, Path::new("/home"), &|_| false).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn no_key_is_in_the_table_twice() {
+        let names: HashSet<&str> = KEYS.iter().map(|key| key.name).collect();
+        assert_eq!(names.len(), KEYS.len());
+    }
+
+    #[test]
+    fn every_key_lands_in_its_field() {
+        let disk = read(
+            "vm.img,overlay=d,block=64K,limit=1G,size=20G,resize=off,uid=1,gid=2,perm=0640,\
+             lock=off,format=qcow2,mode=cow",
+        );
+        assert_eq!(disk.overlay.as_deref(), Some(Path::new("/home/d")));
+        assert_eq!(
+            (disk.block, disk.limit, disk.size),
+            (Some(65_536), Some(1 << 30), Some(20 << 30))
+        );
+        assert_eq!((disk.uid, disk.gid, disk.perm), (Some(1), Some(2), Some(0o640)));
+        assert_eq!((disk.resize, disk.locking), (Resize::Fixed, Locking::Off));
+        assert_eq!((disk.format, disk.mode), (Some(Format::Qcow2), DiskMode::Cow));
+    }
+
+    #[test]
+    fn reflink_goes_with_a_kept_overlay_over_a_file() {
+        assert_eq!(read("v.img,overlay=d,reflink").overlay_kind, OverlayKind::Reflink);
+        assert_eq!(read("v.img,reflink=on,overlay=d").overlay_kind, OverlayKind::Reflink);
+        assert_eq!(read("v.img,overlay=d,reflink=off").overlay_kind, OverlayKind::Blocks);
+        assert_eq!(read("v.img,overlay=d").overlay_kind, OverlayKind::Blocks);
+        for (keys, hint) in [
+            ("v.img,reflink", "write overlay=DIR,reflink"),
+            ("v=blank:1M,overlay=d,reflink", "this disk is blank"),
+            ("v.img,overlay=d,block=4K,reflink", "'block' is not for reflink"),
+            ("v.img,overlay=d,reflink,limit=1G", "'limit' is not for reflink"),
+            ("v.img,mode=rw,reflink", "this disk is mode=rw"),
+        ] {
+            assert!(why(keys).contains(hint), "{}", why(keys));
+        }
+    }
+
+    #[test]
+    fn a_part_of_a_file_is_bytes_or_a_partition() {
+        let bytes = |offset, len| SourcePart::Bytes { offset, len };
+        for (keys, part) in [
+            ("v.img", SourcePart::Whole),
+            ("v.img,offset=1M", bytes(1 << 20, None)),
+            ("v.img,len=3", bytes(0, Some(3))),
+            ("v.img,len=4G,offset=512", bytes(512, Some(4 << 30))),
+            ("v.img,offset=0,mode=rw", bytes(0, None)),
+            ("v.img,partition=12,mode=ro", SourcePart::Partition(12)),
+        ] {
+            assert_eq!(read(keys).part, part, "{keys}");
+        }
+        for (keys, hint) in [
+            ("v.img,offset=513", "offset: '513' is not an offset: take a multiple of 512"),
+            ("v.img,len=0", "len: '0' is not a length"),
+            ("v.img,partition=0", "partition: '0' is not a number: count from 1"),
+            ("v.img,partition=-1", "count from 1"),
+            ("v.img,partition=4294967296", "count from 1"),
+            ("v.img,partition=sda1", "count from 1"),
+            ("v.img,partition", "needs a value: write partition=1"),
+            ("v.img,offset=", "needs a value: write offset=1M"),
+            ("v.img,len=1MB", "units are powers of 1024"),
+            ("v.img,len=1,partition=1", "'partition' is there beside len="),
+            ("v.img,partition=1,offset=0", "'partition' is there beside offset="),
+            ("v.img,partiton=1", "did you mean 'partition'?"),
+            ("v.img,ofset=1M", "did you mean 'offset'?"),
+            ("v=blank:1M,offset=512", "this disk is blank"),
+            ("v=blank:1M,len=512", "this disk is blank"),
+            ("v=stream:1M,to=measure:,partition=1", "is not for streams"),
+            ("v.img,overlay=d,reflink,partition=1", "'reflink' is for whole files"),
+            ("v.img,overlay=d,reflink,partitions", "'partitions' is not for reflink"),
+            ("v=stream:1M,to=measure:,partitions", "'partitions' is not for streams"),
+            ("v.img,passthrough", "is for mode=ro and mode=rw"),
+            ("v.img,mode=ro,passthrough,len=512", "is for whole files"),
+            ("v.img,mode=rw,passthrough,partitions", "does not go with partitions"),
+            ("v=blank:1M,passthrough", "this disk is blank"),
+            ("v.img,overlay=d,reflink,direct", "'direct' is not for reflink"),
+            ("v.img,mode=ro,direct,passthrough", "'direct' is not for passthrough"),
+            ("v.img,format=qcow2,direct", "'direct' is for raw bases"),
+            ("v=stream:1M,to=measure:,direct", "'direct' is not for streams"),
+            ("v.img,partitions=2", "unknown setting '2'"),
+        ] {
+            assert!(why(keys).contains(hint), "{keys}: {}", why(keys));
+        }
+    }
+
+    #[test]
+    fn partitions_are_shown_of_every_disk_that_keeps_its_bytes() {
+        for text in ["v.img", "v.img,mode=ro", "v.img,mode=rw", "v.img,len=1M", "b=blank:1M"] {
+            assert_eq!(read(text).partitions, Partitions::Hidden);
+            assert_eq!(read(&format!("{text},partitions")).partitions, Partitions::Shown);
+            assert_eq!(read(&format!("{text},partitions=off")).partitions, Partitions::Hidden);
+        }
+    }
+
+    #[test]
+    fn a_bare_switch_is_on() {
+        assert_eq!(read("v.img,mode=ro,passthrough").passthrough, Passthrough::On);
+        assert_eq!(read("v.img,passthrough=off").passthrough, Passthrough::Off);
+        for text in ["v.img", "v.img,mode=ro", "v.img,mode=rw,len=1M,partitions", "b=blank:1M"] {
+            assert_eq!(read(text).direct, DirectIo::Off);
+            assert_eq!(read(&format!("{text},direct")).direct, DirectIo::On);
+            assert_eq!(read(&format!("{text},direct=off")).direct, DirectIo::Off);
+        }
+        assert_eq!(read("vm.img,resize,lock").resize, Resize::Follow);
+        assert_eq!(read("vm.img,resize=on,lock=on").locking, Locking::Qemu);
+        assert!(why("vm.img,lock=no").contains("lock: unknown setting 'no'; known are on, off"));
+    }
+
+    #[test]
+    fn a_bare_key_that_is_no_switch_needs_a_value() {
+        assert_eq!(
+            why("v.img,overlay"),
+            "disk 'v.img,overlay': 'overlay' needs a value: write overlay=DIR"
+        );
+        for key in ["overlay=", "mode", "format", "block", "limit=", "size", "uid", "perm="] {
+            assert!(why(&format!("v.img,{key}")).contains("needs a value"), "{key}");
+        }
+    }
+
+    #[test]
+    fn an_unknown_key_is_refused_with_the_nearest() {
+        for (key, hint) in [
+            ("mdoe=ro", "unknown key 'mdoe'; did you mean 'mode'?"),
+            ("overly=x", "did you mean 'overlay'?"),
+            ("Size=1G", "did you mean 'size'?"),
+            ("ro", "unknown key 'ro'; did you mean 'mode=ro'?"),
+            ("qcow2", "did you mean 'format=qcow2'?"),
+            ("name=x", "the name stands first, NAME=SOURCE"),
+            ("colour=red", "known are overlay, reflink, mode, format, block, limit"),
+        ] {
+            assert!(
+                why(&format!("v.img,{key}")).contains(hint),
+                "{}",
+                why(&format!("v.img,{key}"))
+            );
+        }
+    }
+
+    #[test]
+    fn a_key_given_twice_is_refused() {
+        assert!(why("v.img,uid=1,uid=1").contains("'uid' is given twice"));
+        assert!(why("v.img,lock,lock=off").contains("'lock' is given twice"));
+    }
+
+    #[test]
+    fn keys_of_overlays_are_refused_without_one() {
+        for mode in ["ro", "rw"] {
+            for key in [
+                "overlay=d",
+                "block=4K",
+                "limit=1G",
+                "size=1G",
+                "resize=on",
+                "resize=off",
+                "cow-on-read=on",
+                "cow-on-cache=off",
+            ] {
+                let message = why(&format!("v.img,{key},mode={mode}"));
+                let name = key.split('=').next().unwrap();
+                let line = format!("'{name}' is for mode=cow, and this disk is mode={mode}");
+                assert!(message.contains(&line), "{message}");
+                assert!(why(&format!("v.img,mode={mode},{key}")).contains(&line));
+            }
+            read(&format!("v.img,mode={mode},format=raw,lock=off,uid=0,gid=0,perm=0"));
+        }
+    }
+
+    #[test]
+    fn keys_of_files_are_refused_on_a_blank_disk() {
+        for key in ["format=raw", "lock=off", "lock", "mode=ro", "mode=rw"] {
+            assert!(why(&format!("b=blank:1G,{key}")).contains("this disk is blank"), "{key}");
+        }
+        read("b=blank:1G,mode=cow,overlay=d,block=4K,limit=1M,size=2G,resize=off,uid=1,perm=600");
+    }
+
+    #[test]
+    fn keys_of_streams_are_known_and_refused_elsewhere() {
+        let streams = [KeyScope::Streams, KeyScope::Outputs, KeyScope::Inputs];
+        for key in KEYS.iter().filter(|key| streams.contains(&key.scope)) {
+            for text in [format!("v.img,{}=1", key.name), format!("b=blank:1G,{}", key.name)] {
+                assert!(why(&text).contains("is only for streams"), "{text}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_block_is_a_power_of_two_from_512_to_2m() {
+        assert_eq!(read("v.img,block=512").block, Some(512));
+        assert_eq!(read("v.img,block=2M").block, Some(2 << 20));
+        for block in ["0", "1", "256", "513", "5000", "4M", "3K", "4294967808", "4G"] {
+            assert!(why(&format!("v.img,block={block}")).contains("power of two"), "{block}");
+        }
+    }
+
+    #[test]
+    fn perm_is_octal() {
+        for (text, perm) in [("0", 0), ("644", 0o644), ("0644", 0o644), ("0777", 0o777)] {
+            assert_eq!(read(&format!("v.img,perm={text}")).perm, Some(perm));
+        }
+        for text in ["1777", "8", "0o644", "+644", "-1", "rw", "10000000000000"] {
+            assert!(why(&format!("v.img,perm={text}")).contains("octal"), "{text}");
+        }
+    }
+
+    #[test]
+    fn owners_are_numbers() {
+        assert_eq!(read("v.img,uid=4294967294").uid, Some(u32::MAX - 1));
+        for text in ["root", "-1", "4294967295", "4294967296", "+1", "1K"] {
+            assert!(why(&format!("v.img,uid={text}")).contains("number"), "{text}");
+            assert!(why(&format!("v.img,gid={text}")).contains("gid: "), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_value_that_is_not_utf8_is_refused_unless_it_is_a_path() {
+        let text = OsStr::from_bytes(b"v.img,overlay=d\xff");
+        let disk = parse_disk(text, Path::new("/home"), &|_| false).unwrap();
+        assert_eq!(disk.overlay.unwrap().as_os_str().as_bytes(), b"/home/d\xff");
+        for text in [&b"v.img,mode=r\xff"[..], b"v.img,size=\xff", b"v.img,\xff=1", b"\xff=v.img"] {
+            assert!(parse_disk(OsStr::from_bytes(text), Path::new("/"), &|_| false).is_err());
+        }
+    }
+
+    #[test]
+    fn a_path_is_made_absolute_and_not_looked_up() {
+        let path = |text: &str| absolute(OsStr::new(text), Path::new("/home/me")).unwrap();
+        assert_eq!(path("./a//b/"), Path::new("/home/me/a/b"));
+        assert_eq!(path("../a"), Path::new("/home/me/../a"));
+        assert_eq!(path("/a"), Path::new("/a"));
+        assert!(absolute(OsStr::new("a\0b"), Path::new("/")).is_err());
+    }
+}

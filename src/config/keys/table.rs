@@ -1,0 +1,233 @@
+//! Every key there is, and what each does to the spec.
+
+use super::{KeyScope, DiskKey, KeySetter, Switch};
+use crate::spec::{
+    SpillCompression, DirectIo, DiskSpec, FinishWhen, Flow, StreamFrames, Locking, DiskMode, OverlayKind, Overwrite,
+    Pad, SourcePart, Partitions, Passthrough, Resize, SpecError, Spool, StreamSpec, SinkSpec, error, flow,
+};
+
+/// Every key there is.
+pub(super) static KEYS: &[DiskKey] = &[
+    row("overlay", KeyScope::Cow, "DIR", KeySetter::Path(|disk, path| disk.overlay = Some(path))),
+    row("reflink", KeyScope::Cow, "on|off", KeySetter::Switch(set_reflink)),
+    // A blank disk takes `mode=cow` too; `check_mode` refuses it the others.
+    row("mode", KeyScope::All, "cow|ro|rw", KeySetter::Word(set_mode)),
+    row("format", KeyScope::Files, "raw|qcow2|...", KeySetter::Word(set_format)),
+    row("block", KeyScope::Cow, "4K", KeySetter::Size(set_block)),
+    row("limit", KeyScope::Cow, "SIZE", KeySetter::Size(|disk, size| set_some(&mut disk.limit, size))),
+    row("size", KeyScope::Cow, "SIZE", KeySetter::Size(|disk, size| set_some(&mut disk.size, size))),
+    row("resize", KeyScope::Cow, "on|off", KeySetter::Switch(set_resize)),
+    row(
+        "cow-on-read",
+        KeyScope::Cow,
+        "on|off",
+        KeySetter::Switch(|disk, switch| {
+            disk.copy_up.read = switch == Switch::On;
+        }),
+    ),
+    row(
+        "cow-on-cache",
+        KeyScope::Cow,
+        "on|off",
+        KeySetter::Switch(|disk, switch| {
+            disk.copy_up.cache = switch == Switch::On;
+        }),
+    ),
+    row("uid", KeyScope::All, "1000", KeySetter::Id(|disk, id| disk.uid = Some(id))),
+    row("gid", KeyScope::All, "1000", KeySetter::Id(|disk, id| disk.gid = Some(id))),
+    row("perm", KeyScope::All, "0644", KeySetter::Perm(|disk, perm| disk.perm = Some(perm))),
+    row("lock", KeyScope::Files, "on|off", KeySetter::Switch(set_lock)),
+    row("passthrough", KeyScope::Files, "on|off", KeySetter::Switch(set_passthrough)),
+    row("direct", KeyScope::Disks, "on|off", KeySetter::Switch(set_direct)),
+    row("offset", KeyScope::Files, "1M", KeySetter::Size(set_offset)),
+    row("len", KeyScope::Files, "4G", KeySetter::Size(set_len)),
+    row(
+        "partition",
+        KeyScope::Files,
+        "1",
+        KeySetter::Ordinal(|disk, number| disk.part = SourcePart::Partition(number)),
+    ),
+    row("partitions", KeyScope::Disks, "on|off", KeySetter::Switch(set_partitions)),
+    // First of a stream's: the others depend on its direction.
+    row("to", KeyScope::Streams, SINK_FORMS, KeySetter::Flow(flow::parse_to)),
+    row("from", KeyScope::Streams, SOURCE_FORMS, KeySetter::Flow(flow::parse_from)),
+    row("window", KeyScope::Outputs, "64M", KeySetter::StreamSize(|stream, size| stream.window = size)),
+    row(
+        "read-window",
+        KeyScope::Streams,
+        "64M",
+        KeySetter::StreamSize(|stream, size| {
+            stream.read_window = size;
+        }),
+    ),
+    row("spill", KeyScope::Outputs, "1G", KeySetter::StreamSize(|stream, size| stream.spill = Some(size))),
+    row("spill-compress", KeyScope::Outputs, "on|off|lz4", KeySetter::StreamWord(set_compress)),
+    row("finish", KeyScope::Outputs, "explicit|umount|close", KeySetter::StreamWord(set_finish)),
+    row("pad", KeyScope::Outputs, "on|off", KeySetter::StreamSwitch(set_pad)),
+    row("frames", KeyScope::Outputs, "raw|rbd", KeySetter::StreamWord(set_frames)),
+    row("overwrite", KeyScope::Outputs, "on|off", KeySetter::StreamSwitch(set_overwrite)),
+    row("spool", KeyScope::Inputs, "on|off", KeySetter::StreamSwitch(set_spool)),
+];
+
+/// What `to=` takes.
+const SINK_FORMS: &str = "fifo:PATH, file:PATH, cmd:COMMAND, stdout or measure:";
+
+/// What `from=` takes.
+const SOURCE_FORMS: &str = "fifo:PATH, file:PATH, cmd:COMMAND or stdin";
+
+pub(super) const fn row(name: &'static str, applies: KeyScope, sample: &'static str, set: KeySetter) -> DiskKey {
+    DiskKey { name, scope: applies, set, sample }
+}
+
+fn set_some(field: &mut Option<u64>, size: u64) -> Result<(), SpecError> {
+    *field = Some(size);
+    Ok(())
+}
+
+fn set_mode(disk: &mut DiskSpec, text: &str) -> Result<(), SpecError> {
+    disk.mode = error::parse_choice("mode", text, DiskMode::NAMES)?;
+    Ok(())
+}
+
+fn set_format(disk: &mut DiskSpec, text: &str) -> Result<(), SpecError> {
+    disk.format = Some(text.parse()?);
+    Ok(())
+}
+
+fn set_block(disk: &mut DiskSpec, size: u64) -> Result<(), SpecError> {
+    // 512 is the smallest sector, 2 MiB the largest page and qcow2's largest cluster.
+    let block = u32::try_from(size).ok().filter(|block| block.is_power_of_two());
+    let block = block.filter(|block| (512..=2 << 20).contains(block));
+    if block.is_none() {
+        let wanted = "a block size: take a power of two from 512 to 2M, as in 4K or 64K";
+        return Err(SpecError::value(size.to_string(), wanted));
+    }
+    disk.block = block;
+    Ok(())
+}
+
+fn set_offset(disk: &mut DiskSpec, offset: u64) -> Result<(), SpecError> {
+    // The smallest sector: nothing on a disk begins between two of them.
+    if !offset.is_multiple_of(512) {
+        let wanted = "an offset: take a multiple of 512, as in 1M";
+        return Err(SpecError::value(offset.to_string(), wanted));
+    }
+    let len = match disk.part {
+        SourcePart::Bytes { len, .. } => len,
+        SourcePart::Whole | SourcePart::Partition(_) => None,
+    };
+    disk.part = SourcePart::Bytes { offset, len };
+    Ok(())
+}
+
+fn set_len(disk: &mut DiskSpec, len: u64) -> Result<(), SpecError> {
+    if len == 0 {
+        return Err(SpecError::value("0", "a length: take one byte or more, or drop it"));
+    }
+    let offset = match disk.part {
+        SourcePart::Bytes { offset, .. } => offset,
+        SourcePart::Whole | SourcePart::Partition(_) => 0,
+    };
+    disk.part = SourcePart::Bytes { offset, len: Some(len) };
+    Ok(())
+}
+
+fn set_partitions(disk: &mut DiskSpec, switch: Switch) {
+    disk.partitions = match switch {
+        Switch::On => Partitions::Shown,
+        Switch::Off => Partitions::Hidden,
+    };
+}
+
+fn set_reflink(disk: &mut DiskSpec, switch: Switch) {
+    disk.overlay_kind = match switch {
+        Switch::On => OverlayKind::Reflink,
+        Switch::Off => OverlayKind::Blocks,
+    };
+}
+
+fn set_passthrough(disk: &mut DiskSpec, switch: Switch) {
+    disk.passthrough = match switch {
+        Switch::On => Passthrough::On,
+        Switch::Off => Passthrough::Off,
+    };
+}
+
+fn set_direct(disk: &mut DiskSpec, switch: Switch) {
+    disk.direct = match switch {
+        Switch::On => DirectIo::On,
+        Switch::Off => DirectIo::Off,
+    };
+}
+
+fn set_resize(disk: &mut DiskSpec, switch: Switch) {
+    disk.resize = match switch {
+        Switch::On => Resize::Follow,
+        Switch::Off => Resize::Fixed,
+    };
+}
+
+fn set_lock(disk: &mut DiskSpec, switch: Switch) {
+    disk.locking = match switch {
+        Switch::On => Locking::Qemu,
+        Switch::Off => Locking::Off,
+    };
+}
+
+fn set_compress(stream: &mut StreamSpec, text: &str) -> Result<(), SpecError> {
+    stream.compress = error::parse_choice("compression", text, SpillCompression::NAMES)?;
+    Ok(())
+}
+
+fn set_finish(stream: &mut StreamSpec, text: &str) -> Result<(), SpecError> {
+    stream.finish = error::parse_choice("end", text, FinishWhen::NAMES)?;
+    Ok(())
+}
+
+fn set_frames(stream: &mut StreamSpec, text: &str) -> Result<(), SpecError> {
+    // Formats that a stream cannot have are better answered with the way that there is.
+    let why = match text {
+        "android-sparse" => {
+            "puts the number of its chunks before them, which a stream knows only at its end: write \
+             to=file:PATH, then run img2simg PATH OUT"
+        }
+        "tar" => {
+            "puts the map of all holes before the data, which a stream knows only at its end: write \
+             to=file:PATH, then run tar -S -cf OUT PATH"
+        }
+        _ => {
+            stream.frames = error::parse_choice("frames", text, StreamFrames::NAMES)?;
+            return Ok(());
+        }
+    };
+    Err(SpecError::key(text, why))
+}
+
+fn set_pad(stream: &mut StreamSpec, switch: Switch) -> Result<(), SpecError> {
+    stream.pad = match switch {
+        Switch::On => Pad::Size,
+        Switch::Off => Pad::Highest,
+    };
+    Ok(())
+}
+
+fn set_overwrite(stream: &mut StreamSpec, switch: Switch) -> Result<(), SpecError> {
+    let Flow::Out(SinkSpec::File { overwrite, .. }) = &mut stream.flow else {
+        return Err(SpecError::key("overwrite", "is for to=file:PATH: drop it"));
+    };
+    *overwrite = match switch {
+        Switch::On => Overwrite::Yes,
+        Switch::Off => Overwrite::No,
+    };
+    Ok(())
+}
+
+fn set_spool(stream: &mut StreamSpec, switch: Switch) -> Result<(), SpecError> {
+    if let Flow::In { spool, .. } = &mut stream.flow {
+        *spool = match switch {
+            Switch::On => Spool::On,
+            Switch::Off => Spool::Off,
+        };
+    }
+    Ok(())
+}

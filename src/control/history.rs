@@ -1,0 +1,260 @@
+//! Requests about the life of an overlay: snapshots, going back, clones.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use serde_json::{Value, json};
+
+use super::{Control, HydrateAction, ControlNode, Invalidation};
+use crate::catalog::CatalogEntry;
+use crate::disk::{DiffBase, CommitSummary, Disk, PrefetchMode, Force, HydrateCommand, OperationError, LayerUsage};
+use crate::spec::{format_size, format_zeroed};
+
+/// An answer that says in one line what was done.
+pub(super) fn ok_answer(line: &str) -> Value {
+    log::info!("{line}");
+    json!({ "ok": { "line": line } })
+}
+
+/// The answer for what was not done to the disk `name`. Writers are worth asking again for.
+pub(super) fn error_answer(name: &str, error: &OperationError) -> Value {
+    let busy = matches!(error, OperationError::Writers);
+    json!({ "error": format!("{name}: {error}"), "busy": busy })
+}
+
+impl From<bool> for Force {
+    fn from(force: bool) -> Self {
+        if force { Self::Yes } else { Self::No }
+    }
+}
+
+/// A layer of a disk, as `status` shows it.
+pub(super) fn layer_value(layer: &LayerUsage) -> Value {
+    json!({
+        "name": layer.name,
+        "uuid": layer.uuid,
+        "changed": layer.usage.data,
+        "zeroed": layer.usage.zero,
+        "since": { "changed": layer.since.data, "zeroed": layer.since.zero },
+    })
+}
+
+/// The snapshots of a disk.
+pub(super) fn list_snapshots(name: &str, disk: &Disk) -> Value {
+    let snapshots = match disk.snapshots() {
+        Ok(snapshots) => snapshots,
+        Err(error) => return error_answer(name, &error),
+    };
+    let values: Vec<Value> = snapshots
+        .iter()
+        .map(|snapshot| {
+            json!({
+                "name": snapshot.name,
+                "taken": snapshot.taken,
+                "size": snapshot.size,
+                "changed": snapshot.usage.map(|usage| usage.data),
+                "zeroed": snapshot.usage.map(|usage| usage.zero),
+                "since": snapshot.since.map(|since| {
+                    json!({ "changed": since.data, "zeroed": since.zero })
+                }),
+            })
+        })
+        .collect();
+    json!({ "ok": { "snapshots": values } })
+}
+
+/// Commits a disk; when nobody waits any more it stops, and the next one finishes it.
+pub(super) fn commit(
+    name: &str,
+    disk: &Disk,
+    force: Force,
+    is_gone: &(dyn Fn() -> bool + Sync),
+) -> Value {
+    match disk.commit(force, is_gone) {
+        Ok(CommitSummary { committed: gone, remaining: left }) => {
+            let (data, zeroed) = (format_size(gone.data), format_zeroed(gone.zero));
+            let mut line = format!("{name}: {data}{zeroed} are in its base now");
+            if left.data > 0 || left.zero > 0 {
+                let (data, zeroed) = (format_size(left.data), format_zeroed(left.zero));
+                line += &format!("; {data}{zeroed} were written meanwhile and stay in the overlay");
+            }
+            ok_answer(&line)
+        }
+        Err(error) => error_answer(name, &error),
+    }
+}
+
+/// Brings bytes of a disk in.
+pub(super) fn prefetch(
+    name: &str,
+    disk: &Disk,
+    range: Range<u64>,
+    copy: bool,
+    is_gone: &(dyn Fn() -> bool + Sync),
+) -> Value {
+    if range.start >= disk.size() && disk.size() > 0 {
+        let size = format_size(disk.size());
+        return json!({ "error": format!("{name}: the range begins past its end: it has {size}") });
+    }
+    let fetch = if copy { PrefetchMode::CopyUp } else { PrefetchMode::AsConfigured };
+    match disk.prefetch(range, fetch, is_gone) {
+        Ok(bytes) if disk.prefetch_copies_up(fetch) => {
+            ok_answer(&format!("{name}: {} copied up into its overlay", format_size(bytes)))
+        }
+        Ok(bytes) => ok_answer(&format!("{name}: {} read into the host's cache", format_size(bytes))),
+        Err(error) if error.raw_os_error() == Some(libc::EROFS) => {
+            json!({ "error": format!("{name}: it has no overlay to copy into") })
+        }
+        Err(error) => json!({ "error": format!("{name}: {error}") }),
+    }
+}
+
+/// Begins, pauses or ends a hydration.
+pub(super) fn hydrate(name: &str, disk: &Arc<Disk>, rate: u64, action: HydrateAction) -> Value {
+    let steered = disk.control_hydration(match action {
+        HydrateAction::Wait | HydrateAction::Start => HydrateCommand::Run(rate),
+        HydrateAction::Pause => HydrateCommand::Pause,
+        HydrateAction::Cancel => HydrateCommand::Cancel,
+    });
+    match (action, steered) {
+        (HydrateAction::Wait | HydrateAction::Start, true) => {
+            ok_answer(&format!("{name}: goes on being hydrated"))
+        }
+        (HydrateAction::Pause, true) => ok_answer(&format!("{name}: its hydration is paused")),
+        (HydrateAction::Cancel, true) => {
+            ok_answer(&format!("{name}: its hydration has ended; what was copied stays"))
+        }
+        (HydrateAction::Pause | HydrateAction::Cancel, false) => {
+            json!({ "error": format!("{name}: it is not being hydrated") })
+        }
+        (HydrateAction::Wait, false) => match disk.hydrate(rate) {
+            Ok(()) => ok_answer(&format!("{name}: stands alone, without its base")),
+            Err(error) => error_answer(name, &error),
+        },
+        (HydrateAction::Start, false) => {
+            // What it would be refused for is said here, where somebody reads it.
+            if let Err(error) = disk.check_hydratable() {
+                return error_answer(name, &error);
+            }
+            let (there, log_name) = (Arc::clone(disk), name.to_owned());
+            let work = move || match there.hydrate(rate) {
+                Ok(()) => log::info!("{log_name}: stands alone, without its base"),
+                Err(error) => log::error!("{log_name}: {error}"),
+            };
+            match std::thread::Builder::new().name("cowslip-hydrate".to_owned()).spawn(work) {
+                Ok(_) => ok_answer(&format!("{name}: is being hydrated")),
+                Err(error) => json!({ "error": format!("{name}: no thread for it: {error}") }),
+            }
+        }
+    }
+}
+
+impl Control {
+    /// Takes a snapshot; under `sync` all of it is durable when it is answered.
+    pub(super) fn snapshot(
+        &self,
+        name: &str,
+        disk: &Disk,
+        snapshot: Option<&str>,
+        sync: bool,
+    ) -> Value {
+        // What was written through a mapping and is only in the kernel's cache belongs into it.
+        self.invalidate_cache(disk);
+        let taken = match disk.snapshot(snapshot) {
+            Ok(taken) => taken,
+            Err(error) => return error_answer(name, &error),
+        };
+        if sync && let Err(error) = disk.sync() {
+            return json!({
+                "error": format!("{name}: snapshot '{taken}' is taken and not durable: {error}")
+            });
+        }
+        ok_answer(&format!("{name}: snapshot '{taken}' taken"))
+    }
+
+    /// Deletes a snapshot.
+    pub(super) fn delete_snapshot(&self, name: &str, entry: &CatalogEntry, snapshot: &str) -> Value {
+        if let Err(error) = entry.disk.delete_snapshot(snapshot) {
+            return error_answer(name, &error);
+        }
+        let parent = ControlNode::Snapshots(entry.slot).ino();
+        self.invalidate(&entry.disk, Invalidation::Name { parent, name: snapshot.to_owned() });
+        let disk = Arc::clone(&entry.disk);
+        let tidied = std::thread::Builder::new().name("cowslip-tidy".to_owned()).spawn(move || {
+            if let Err(error) = disk.merge_layers() {
+                log::warn!("{}: layers are not merged: {error}", disk.source);
+            }
+        });
+        if let Err(error) = tidied {
+            log::warn!("{name}: layers are merged later: {error}");
+        }
+        ok_answer(&format!("{name}: snapshot '{snapshot}' deleted"))
+    }
+
+    /// Makes the disk what it was at `snapshot`, or what its base is.
+    pub(super) fn restore(
+        &self,
+        name: &str,
+        disk: &Disk,
+        snapshot: Option<&str>,
+        force: Force,
+    ) -> Value {
+        // Nothing that is in the kernel's cache may come after the switch.
+        self.invalidate_cache(disk);
+        let result = match snapshot {
+            Some(snapshot) => disk.revert(snapshot, force),
+            None => disk.reset(force),
+        };
+        if let Err(error) = result {
+            return error_answer(name, &error);
+        }
+        self.invalidate_cache(disk);
+        ok_answer(&match snapshot {
+            Some(snapshot) => format!("{name}: is as it was at snapshot '{snapshot}'"),
+            None => format!("{name}: is as its base"),
+        })
+    }
+
+    /// Freezes the disk and tells what has changed.
+    pub(super) fn difference(
+        &self,
+        name: &str,
+        disk: &Disk,
+        since: Option<&str>,
+        until: Option<&str>,
+    ) -> Value {
+        // What was written through a mapping and is only in the kernel's cache belongs into it.
+        self.invalidate_cache(disk);
+        match disk.difference(since, until) {
+            Ok(found) => json!({ "ok": {
+                "file": found.frozen_file,
+                "changed": found.changes_file,
+                "base": match found.base {
+                    DiffBase::Zeros => Value::Null,
+                    DiffBase::Part => json!("part"),
+                    DiffBase::File(path, format) => json!({ "path": path, "format": format }),
+                },
+            } }),
+            Err(error) => error_answer(name, &error),
+        }
+    }
+
+    /// Makes the disk `new`, which holds what the disk `name` holds now.
+    pub(super) fn clone_disk(&self, name: &str, entry: &CatalogEntry, new: &str) -> Value {
+        self.invalidate_cache(&entry.disk);
+        match self.catalog.clone_disk(entry, new) {
+            Ok(disk) => {
+                disk.write_holder(&self.holder());
+                ok_answer(&format!("{new}: holds what {name} holds"))
+            }
+            Err(line) => json!({ "error": format!("{name}: {line}") }),
+        }
+    }
+
+    /// Has the kernel write back and forget what it has cached of a disk.
+    /// It keeps pages of a disk that nobody has open, too.
+    pub(super) fn invalidate_cache(&self, disk: &Disk) {
+        let inos = disk.files_showing(0..u64::MAX).map(|(ino, _)| ino).collect();
+        self.invalidate(disk, Invalidation::Bytes { inos });
+    }
+}

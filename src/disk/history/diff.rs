@@ -1,0 +1,214 @@
+//! What a disk differs in: frozen at one moment, beside what it is compared with.
+//!
+//! ```text
+//!                 |-- changed --|        |-changed-|
+//!   layers above  |  data, zero |        |  data   |         of the frozen moment
+//!   ------------------------------------------------------   `since` this snapshot, or the base
+//! ```
+//!
+//! Two files that only who asked knows of: the disk as it is at that moment, and one that has data
+//! where it was changed and holes elsewhere. They are there for a while, then as long as somebody
+//! has them open. The layers they read stay open with them, whatever becomes of the disk.
+
+use std::io;
+use std::ops::Range;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use uuid::Uuid;
+
+use super::super::bottom::Bottom;
+use super::super::{Disk, LayerStack, Top};
+use super::OperationError;
+use crate::extents::{Extent, ExtentKind};
+use crate::layer::{CopyFn, Layer, Wait};
+use crate::overlay::sealed::Sealed;
+
+/// What the files of a difference begin with; no snapshot's name can.
+const DIFF_FILE_PREFIX: &str = ".frozen-";
+/// How long whoever asked has to look for them, and then to open them.
+const LOOKUP_TIMEOUT: Duration = Duration::from_secs(30);
+const OPEN_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// The base of a difference.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum DiffBase {
+    /// Zeros.
+    Zeros,
+    /// All of a file, and its format.
+    File(PathBuf, String),
+    /// A part of one: no other format has a name for that.
+    Part,
+}
+
+/// What a disk differs in.
+#[derive(Clone, Debug)]
+pub struct Difference {
+    /// The name, among the snapshots' files, of the disk as it is at that moment.
+    pub frozen_file: String,
+    /// The name of the file that has data where it was changed.
+    pub changes_file: String,
+    /// What it is a difference to, without `since`.
+    pub base: DiffBase,
+}
+
+/// A file of a difference.
+pub(super) struct DiffFile {
+    uuid: Uuid,
+    file: Arc<Disk>,
+    /// It goes then, unless somebody has it open.
+    expires: Instant,
+}
+
+/// Data where `layers` have something to say, and holes elsewhere.
+struct ChangeMap {
+    layers: Option<Sealed>,
+    /// How much there is to differ from, in bytes: what lies behind it is zeros.
+    base_size: u64,
+    size: u64,
+}
+
+impl Layer for ChangeMap {
+    fn size(&self) -> u64 {
+        self.size
+    }
+
+    fn extent_at(&self, range: Range<u64>, wait: Wait) -> io::Result<Extent> {
+        let Some(layers) = &self.layers else { return Ok(Extent::new(range, ExtentKind::Hole)) };
+        let found = layers.extent_at(range, wait)?;
+        if found.kind != ExtentKind::Lower {
+            return Ok(Extent::new(found.range, ExtentKind::Data));
+        }
+        // Where it was cut off and is there again, what lies below does not show through.
+        let (start, end) = (found.range.start, found.range.end);
+        let hidden = layers.lower_limit()..self.base_size;
+        let (kind, end) = if hidden.contains(&start) {
+            (ExtentKind::Data, end.min(hidden.end))
+        } else if start < hidden.start && !hidden.is_empty() {
+            (ExtentKind::Hole, end.min(hidden.start))
+        } else {
+            (ExtentKind::Hole, end)
+        };
+        Ok(Extent::new(start..end, kind))
+    }
+
+    fn read_at(&self, buf: &mut [u8], offset: u64, wait: Wait) -> io::Result<Extent> {
+        let found = self.extent_at(offset..offset + buf.len() as u64, wait)?;
+        let len = usize::try_from(found.len()).unwrap_or(usize::MAX).min(buf.len());
+        if found.kind == ExtentKind::Data {
+            buf[..len].fill(0);
+        }
+        Ok(found)
+    }
+
+    fn lend_at(
+        &self,
+        range: Range<u64>,
+        wait: Wait,
+        _: CopyFn<'_>,
+    ) -> io::Result<(Extent, Option<u64>)> {
+        Ok((self.extent_at(range, wait)?, None))
+    }
+}
+
+impl Disk {
+    /// Freezes the disk, or takes it as it was at snapshot `expires`, and tells what has changed
+    /// since snapshot `since`, or since there was only its base.
+    ///
+    /// # Errors
+    /// [`OperationError`]: there is no such snapshot, or the one does not stand on the other.
+    pub fn difference(
+        &self,
+        since: Option<&str>,
+        until: Option<&str>,
+    ) -> Result<Difference, OperationError> {
+        let _turn = self.begin_operation("a comparison")?;
+        let tree = self.tree("differences")?;
+        let layer_of = |name: &str| {
+            let found = tree.snapshot(name).map(|found| found.layer);
+            found.ok_or_else(|| OperationError::NoSnapshot(name.to_owned()))
+        };
+        let since = since.map(|name| Ok::<_, OperationError>((name, layer_of(name)?))).transpose()?;
+        let until = until.map(layer_of).transpose()?;
+        if let Some((name, old)) = since {
+            // Refused before anything is frozen.
+            let from = until.or_else(|| tree.top().map(|top| top.uuid));
+            let chain = from.map_or_else(Vec::new, |from| tree.chain(from));
+            if chain.iter().all(|record| record.uuid != old) {
+                return Err(OperationError::Refused(format!(
+                    "it does not stand on snapshot '{name}': it has gone back to another"
+                )));
+            }
+        }
+        let layer = match until {
+            Some(layer) => layer,
+            None if self.is_latched() => return Err(OperationError::Latched),
+            None => self.freeze_top()?,
+        };
+        // Once nobody has it open any more, what was frozen for this may become one with the top.
+        self.history.needs_merge.store(true, Ordering::SeqCst);
+        let tree = self.tree("differences")?;
+        let chain = self.open_chain(&tree, layer)?;
+        let bottom = self.layers().bottom.clone();
+        let records = tree.chain(layer);
+        let (upper, below) = match since {
+            None => (chain.len(), bottom.as_ref().map_or(0, |bottom| bottom.size())),
+            Some((_, old)) => {
+                let at = records.iter().position(|record| record.uuid == old);
+                let at = at.ok_or(OperationError::NoOverlay("differences"))?;
+                (at, chain.get(at).map_or(0, |layer| layer.size()))
+            }
+        };
+        let size = chain.first().map_or(0, |top| top.size());
+        let mtime = chain.first().and_then(|layer| layer.mtime()).map_or(0, |(mtime, _)| mtime);
+        let marks = ChangeMap { layers: Sealed::new(chain[..upper].to_vec()), base_size: below, size };
+        let frozen = LayerStack::new(Top::Nothing, Sealed::new(chain).map(Arc::new), bottom);
+        let marks = LayerStack::new(Top::Nothing, None, Some(Arc::new(marks)));
+        let base = match &*self.bottom() {
+            Bottom::File { view: Some(_), .. } => DiffBase::Part,
+            Bottom::File { path, format, .. } => DiffBase::File(path.clone(), format.to_string()),
+            Bottom::Blank(_) => DiffBase::Zeros,
+        };
+        Ok(Difference { frozen_file: self.add_diff_file(frozen, mtime), changes_file: self.add_diff_file(marks, mtime), base })
+    }
+
+    /// Whether files of a difference are there to be read.
+    pub(in crate::disk) fn has_diff_files(&self) -> bool {
+        !self.history.diff_files.lock().is_empty()
+    }
+
+    /// Shows `layers` as a file for a while, and tells its name.
+    fn add_diff_file(&self, layers: LayerStack, mtime: i64) -> String {
+        let uuid = Uuid::new_v4();
+        let name = format!("{DIFF_FILE_PREFIX}{uuid}");
+        let file = self.make_snapshot_file(&name, (uuid, uuid), layers, mtime);
+        let held = DiffFile { uuid, file, expires: Instant::now() + LOOKUP_TIMEOUT };
+        self.history.diff_files.lock().push(held);
+        name
+    }
+
+    /// The file of a difference.
+    pub(super) fn diff_file(&self, name: &str) -> Option<Arc<Self>> {
+        let uuid = Uuid::parse_str(name.strip_prefix(DIFF_FILE_PREFIX)?).ok()?;
+        let mut held = self.history.diff_files.lock();
+        let DiffFile { file, expires: until, .. } = held.iter_mut().find(|held| held.uuid == uuid)?;
+        *until = Instant::now() + OPEN_TIMEOUT;
+        // A change of the layers lets go of files that nobody has open.
+        self.history.snapshot_files.lock().entry(uuid).or_insert_with(|| Arc::clone(file));
+        Some(Arc::clone(file))
+    }
+
+    /// Lets go of files of differences that were not opened in time, or are closed again.
+    pub fn release_expired(&self) {
+        let mut held = self.history.diff_files.lock();
+        held.retain(|held| {
+            let is_kept = held.file.handle_count() > 0 || Instant::now() < held.expires;
+            if !is_kept {
+                self.history.snapshot_files.lock().remove(&held.uuid);
+            }
+            is_kept
+        });
+    }
+}

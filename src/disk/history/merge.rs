@@ -1,0 +1,364 @@
+//! The merging of layers that no name holds apart any more.
+
+use std::collections::HashSet;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use uuid::Uuid;
+
+use super::super::{Disk, LayerStack, Top};
+use super::switch::NewTop;
+use super::turn::Operation;
+use super::{OperationError, LayerUsers};
+use crate::layer::{Layer, WritableLayer};
+use crate::overlay::Overlay;
+use crate::overlay::record::LayerMap;
+use crate::overlay::sealed::Sealed;
+use crate::overlay::shelf::LayerCache;
+use crate::overlay::tree::LayerTree;
+
+/// What the top may hold while it is merged with all writers waiting: 16 MiB.
+const MAX_FINAL_MERGE: u64 = 16 << 20;
+/// How often the top is sealed and merged before what is left is merged with writers waiting.
+const MAX_SEAL_ROUNDS: u32 = 4;
+
+/// How far layers were merged.
+enum MergeOutcome {
+    Complete,
+    Interrupted,
+}
+
+impl Disk {
+    /// A layer that no name holds apart from the only one that stands on it.
+    fn find_mergeable(&self) -> Option<(LayerTree, Uuid, Uuid)> {
+        let tree = self.overlay_location.lock().tree()?;
+        tree.mergeable(|_| false)?;
+        let shared = self.layers_used_by_others().ok()?;
+        let (lower, upper) = tree.mergeable(|uuid| shared.contains(&uuid))?;
+        Some((tree, lower, upper))
+    }
+
+    /// Whether no snapshot and no other disk holds its layers apart.
+    pub(in crate::disk) fn is_mergeable(&self) -> bool {
+        let is_nameless = self.overlay_location.lock().tree().is_some_and(|tree| tree.snapshots.is_empty());
+        is_nameless && !self.history.is_ending.load(Ordering::SeqCst) && self.find_mergeable().is_some()
+    }
+
+    /// Whether `merge_layers` would have something to do.
+    #[must_use]
+    pub fn needs_merge(&self) -> bool {
+        self.history.needs_merge.load(Ordering::SeqCst)
+            && self.history.running.lock().is_none()
+            && self.history.diff_files.lock().is_empty()
+            && !self.is_latched()
+    }
+
+    /// Merges the layers that no name holds apart any more. It gives way to whoever wants
+    /// something of the disk, and is then done later.
+    ///
+    /// # Errors
+    /// [`OperationError`]; the disk reads the same whatever happens.
+    pub fn merge_layers(&self) -> Result<(), OperationError> {
+        self.history.needs_merge.store(false, Ordering::SeqCst);
+        let done = self.merge_all();
+        if !matches!(done, Ok(MergeOutcome::Complete)) {
+            self.history.needs_merge.store(true, Ordering::SeqCst);
+        }
+        done.map(|_| ())
+    }
+
+    fn merge_all(&self) -> Result<MergeOutcome, OperationError> {
+        loop {
+            // Before it is found out what to merge: a request would make something else of it.
+            let Ok(turn) = self.begin_operation_as("the merging of layers", true) else {
+                return Ok(MergeOutcome::Interrupted);
+            };
+            let Some((tree, lower, upper)) = self.find_mergeable() else {
+                return Ok(MergeOutcome::Complete);
+            };
+            if self.is_latched() {
+                // What the host gives back of it may not be what was written.
+                return Ok(MergeOutcome::Interrupted);
+            }
+            let done = match tree.top() {
+                Some(top) if top.uuid == upper => self.merge_into_top(&turn, lower),
+                _ => self.merge_sealed(&turn, lower, upper),
+            };
+            match done {
+                Err(OperationError::Interrupted | OperationError::WriterStuck) => return Ok(MergeOutcome::Interrupted),
+                done => done?,
+            }
+        }
+    }
+
+    /// Makes one sealed layer of `lower` and `upper`, which stands on it alone.
+    fn merge_sealed(&self, turn: &Operation<'_>, lower: Uuid, upper: Uuid) -> Result<(), OperationError> {
+        let tree = self.tree("layers")?;
+        let both = self.open_pair(&tree, lower, upper)?;
+        let new = self.build_merged(&tree, lower, &both, turn)?;
+        let (uuid, layer) = (new.uuid, Arc::new(new.overlay));
+        let done = || -> Result<LayerTree, OperationError> {
+            layer.close_sealed().map_err(OperationError::io("closing a merged layer"))?;
+            let mut next = tree.clone();
+            next.replace(upper, lower, uuid);
+            self.replace_tree(&next, None)?;
+            Ok(next)
+        };
+        let shelf = self.history.layer_cache();
+        let _alone = shelf.lock_changes();
+        let next = done().inspect_err(|_| self.remove_layer(uuid))?;
+        shelf.insert(uuid, &layer);
+        self.history.sealed.lock().insert(uuid, layer);
+        let below = match next.top().and_then(|top| top.parent) {
+            Some(parent) => self.open_chain(&next, parent)?,
+            None => Vec::new(),
+        };
+        {
+            // The bytes are the same: nobody has to wait.
+            let mut layers = self.layers.write();
+            if let Top::Overlay(top) = &layers.top {
+                top.set_lower_layers(&self.layers_to_sync(&next, &below));
+                let top = Top::Overlay(Arc::clone(top));
+                let sealed = Sealed::new(below).map(Arc::new);
+                *layers = Arc::new(LayerStack::new(top, sealed, layers.bottom.clone()));
+            }
+        }
+        self.drop_unused_layers(&tree, &next);
+        Ok(())
+    }
+
+    /// The layers `upper` and `lower`, looked up as one.
+    fn open_pair(&self, tree: &LayerTree, lower: Uuid, upper: Uuid) -> Result<Sealed, OperationError> {
+        let gone = OperationError::NoOverlay("layers");
+        let mut chain = self.open_chain(tree, upper)?;
+        let depth = tree.chain(upper).iter().position(|layer| layer.uuid == lower);
+        chain.truncate(depth.ok_or(gone)? + 1);
+        Sealed::new(chain).ok_or(OperationError::NoOverlay("layers"))
+    }
+
+    /// A new layer in the place of `lower` that holds what `open_pair` hold.
+    fn build_merged(
+        &self,
+        tree: &LayerTree,
+        lower: Uuid,
+        both: &Sealed,
+        turn: &Operation<'_>,
+    ) -> Result<NewTop, OperationError> {
+        let (Some(record), Some(bottom)) = (tree.layer(lower), both.layers().last()) else {
+            return Err(OperationError::NoOverlay("layers"));
+        };
+        let parent = record.parent;
+        let image = LayerMap::new(bottom.size(), bottom.lower_limit());
+        let new = self.make_layer(tree, parent, &image, None)?;
+        let absorbed = new.overlay.merge_from(both, &|| turn.must_stop());
+        if let Err(error) = absorbed {
+            self.remove_layer(new.uuid);
+            return Err(OperationError::io("merging two layers")(error));
+        }
+        if let Some((mtime, stamp)) = both.layers().first().and_then(|layer| layer.mtime()) {
+            // Best effort, as everywhere: it is recorded again when the mount ends.
+            let _ = new.overlay.record_mtime(mtime, stamp);
+        }
+        Ok(new)
+    }
+
+    /// Makes one layer of the top and `lower`, on which only the top stands. The top is sealed
+    /// and merged with writers going on, until so little is new that they can wait for the rest.
+    fn merge_into_top(&self, turn: &Operation<'_>, lower: Uuid) -> Result<(), OperationError> {
+        self.seal(None)?;
+        let tree = self.tree("layers")?;
+        let parent = |tree: &LayerTree| tree.top().and_then(|top| top.parent);
+        let sealed = parent(&tree).ok_or(OperationError::NoOverlay("layers"))?;
+        let new = self.build_merged(&tree, lower, &self.open_pair(&tree, lower, sealed)?, turn)?;
+        let uuid = new.uuid;
+        self.finish_top_merge(turn, lower, new).inspect_err(|_| self.remove_layer(uuid))
+    }
+
+    fn finish_top_merge(&self, turn: &Operation<'_>, lower: Uuid, mut new: NewTop) -> Result<(), OperationError> {
+        let absorb = |layer: Arc<Overlay>| -> Result<(), OperationError> {
+            let layer = Sealed::new(vec![layer]).ok_or(OperationError::NoOverlay("layers"))?;
+            let done = new.overlay.merge_from(&layer, &|| turn.must_stop());
+            done.map_err(OperationError::io("merging the newest changes"))
+        };
+        let sync = || {
+            let synced = new.overlay.sync();
+            synced.map_err(OperationError::io("making a merged layer durable"))
+        };
+        for _ in 0..MAX_SEAL_ROUNDS {
+            sync()?;
+            let Some(top) = self.overlay() else { return Err(OperationError::NoOverlay("layers")) };
+            if top.usage().data <= MAX_FINAL_MERGE {
+                break;
+            }
+            self.seal(None)?;
+            absorb(top)?;
+        }
+        let shelf = self.history.layer_cache();
+        let _alone = shelf.lock_changes();
+        let tree = self.tree("layers")?;
+        let below = match tree.layer(lower).and_then(|layer| layer.parent) {
+            Some(parent) => self.open_chain(&tree, parent)?,
+            None => Vec::new(),
+        };
+        let mut next = tree.clone();
+        {
+            let _gate = self.gate_for_layers()?;
+            let old = tree.top().map(|top| top.uuid).ok_or(OperationError::NoOverlay("layers"))?;
+            let Some(top) = self.overlay() else { return Err(OperationError::NoOverlay("layers")) };
+            if top.is_latched() {
+                return Err(OperationError::Latched);
+            }
+            absorb(top)?;
+            sync()?;
+            // Only now: what was there may be more than a limit that was lowered since.
+            new.overlay.set_limit(self.limit_above(&below));
+            next.replace(old, lower, new.uuid);
+            self.install_top(&next, new, below)?;
+        }
+        self.drop_unused_layers(&tree, &next);
+        Ok(())
+    }
+
+    /// Makes the disk one of a store: its sealed layers may be those of other disks as well.
+    pub fn share_layers(&self, shelf: &Arc<LayerCache>, others: LayerUsers) {
+        // Who else needs its layers is asked when something of it was deleted, not at every mount.
+        self.history.needs_merge.store(false, Ordering::SeqCst);
+        *self.history.layer_cache.lock() = Arc::clone(shelf);
+        *self.history.layer_users.lock() = Some(others);
+    }
+
+    /// Notes that layers wait to be merged, if they do; `shared` are those of several disks.
+    pub fn note_mergeable(&self, shared: &HashSet<Uuid>) {
+        let tree = self.overlay_location.lock().tree();
+        if tree.is_some_and(|tree| tree.mergeable(|layer| shared.contains(&layer)).is_some()) {
+            self.history.needs_merge.store(true, Ordering::SeqCst);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+    use std::time::{Duration, Instant};
+
+    use parking_lot::Mutex;
+
+    use super::super::super::{HandleAccess, OpenContext, open};
+    use super::super::Force;
+    use super::*;
+    use crate::layer::Wait;
+    use crate::spec::{DiskSpec, DiskSource};
+
+    fn disk(dir: &Path) -> Disk {
+        let mut spec = DiskSpec::new("d".to_owned(), DiskSource::Blank(8 << 20));
+        spec.overlay = Some(dir.to_owned());
+        let setting = OpenContext::unmounted();
+        open(&spec, &setting).map_err(|error| error.to_string()).unwrap().disk
+    }
+
+    #[test]
+    fn a_revert_just_before_layers_are_merged_keeps_what_the_snapshot_showed() {
+        let room = tempfile::tempdir().unwrap();
+        let disk = Arc::new(disk(&room.path().join("ov")));
+        disk.write(b"kept", 4096, Wait::Yes).unwrap();
+        disk.snapshot(Some("a")).unwrap();
+        disk.write(b"more", 8192, Wait::Yes).unwrap();
+        disk.snapshot(Some("b")).unwrap();
+        disk.write(b"last", 8192, Wait::Yes).unwrap();
+        disk.delete_snapshot("b").unwrap();
+        // It is asked who else needs the layers when they are about to be merged: then comes a
+        // request.
+        let came = Arc::new(Mutex::new(None));
+        let (seen, weak) = (Arc::clone(&came), Arc::downgrade(&disk));
+        let shelf = disk.history.layer_cache();
+        disk.share_layers(
+            &shelf,
+            Arc::new(move |_| {
+                if let Some(disk) = weak.upgrade().filter(|_| seen.lock().is_none()) {
+                    let other = std::thread::spawn(move || disk.revert("a", Force::Yes));
+                    // Who has to wait for the merging is not waited for.
+                    let until = Instant::now() + Duration::from_millis(300);
+                    while !other.is_finished() && Instant::now() < until {
+                        std::thread::sleep(Duration::from_millis(5));
+                    }
+                    *seen.lock() = Some(other);
+                }
+                Ok(HashSet::new())
+            }),
+        );
+        disk.merge_layers().unwrap();
+        // The lock is let go of first: the revert asks who else needs the layers as well.
+        let other = came.lock().take().unwrap();
+        other.join().unwrap().unwrap();
+        let mut found = [0; 4];
+        disk.read(&mut found, 8192, Wait::Yes).unwrap();
+        assert_eq!(found, [0; 4]);
+        disk.read(&mut found, 4096, Wait::Yes).unwrap();
+        assert_eq!(&found, b"kept");
+    }
+
+    #[test]
+    fn an_open_snapshot_counts_until_it_is_closed() {
+        let room = tempfile::tempdir().unwrap();
+        let disk = disk(&room.path().join("ov"));
+        for name in ["a", "b"] {
+            disk.write(name.as_bytes(), 4096, Wait::Yes).unwrap();
+            disk.snapshot(Some(name)).unwrap();
+        }
+        let open = disk.snapshot_file("b").unwrap();
+        open.open_handle(HandleAccess::Read).unwrap();
+        // What it stands on becomes another layer, and then it is nobody's any more.
+        for name in ["a", "b"] {
+            disk.delete_snapshot(name).unwrap();
+            disk.merge_layers().unwrap();
+            assert_eq!(disk.handle_count(), 1);
+        }
+        let refused = disk.commit(Force::Yes, &|| false).unwrap_err().to_string();
+        assert!(refused.contains("still open"), "{refused}");
+        open.release_handle(HandleAccess::Read);
+        assert_eq!(disk.handle_count(), 0);
+        let refused = disk.commit(Force::Yes, &|| false).unwrap_err().to_string();
+        assert!(refused.contains("blank"), "{refused}");
+    }
+
+    #[test]
+    fn a_latched_disk_stays_latched_when_a_snapshot_is_deleted() {
+        let room = tempfile::tempdir().unwrap();
+        let disk = disk(&room.path().join("ov"));
+        disk.write(b"kept", 4096, Wait::Yes).unwrap();
+        disk.snapshot(Some("a")).unwrap();
+        disk.write(b"lost", 8192, Wait::Yes).unwrap();
+        disk.overlay().unwrap().poison();
+        disk.delete_snapshot("a").unwrap();
+        disk.merge_layers().unwrap();
+        assert!(disk.is_latched());
+        assert!(disk.write(b"more", 0, Wait::Yes).is_err());
+        assert!(disk.sync().is_err());
+    }
+
+    #[test]
+    fn who_waits_for_a_change_that_hangs_keeps_no_other_change_waiting() {
+        let room = tempfile::tempdir().unwrap();
+        let disk = disk(&room.path().join("ov"));
+        std::thread::scope(|scope| {
+            // As a change has it that waits for its base.
+            let hanging = disk.gate_shared(Wait::Yes).unwrap();
+            let resized = scope.spawn(|| disk.set_size(1 << 20, Wait::Yes));
+            let sealed = scope.spawn(|| disk.snapshot(Some("a")));
+            std::thread::sleep(Duration::from_millis(100));
+            // For a second, or until the first one, if that takes longer.
+            let (start, mut written) = (Instant::now(), 0);
+            while (written == 0 || start.elapsed() < Duration::from_secs(1))
+                && !sealed.is_finished()
+            {
+                written += u32::from(disk.write(b"more", 4096, Wait::No).is_ok());
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            assert!(!resized.is_finished() && !sealed.is_finished());
+            assert!(written > 0, "all other writes had to wait");
+            drop(hanging);
+            resized.join().unwrap().unwrap();
+            sealed.join().unwrap().unwrap();
+        });
+    }
+}

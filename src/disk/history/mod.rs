@@ -1,0 +1,310 @@
+//! The life of an overlay: snapshots, going back to one, deleting one, starting anew.
+//!
+//! All of them come down to one replacement of the `stack`. What takes time, the merging of layers
+//! that no name holds apart any more, is done in the background afterwards (`tidy`), and gives way
+//! to whoever wants something of the disk.
+
+mod differ;
+mod error;
+mod merge;
+mod show;
+mod switch;
+mod turn;
+
+use std::collections::{HashMap, HashSet};
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use parking_lot::{Condvar, Mutex};
+use uuid::Uuid;
+
+use self::differ::DiffFile;
+pub use self::differ::{DiffBase, Difference};
+pub use self::error::OperationError;
+use self::show::snapshot_uuid;
+pub use self::show::{LayerUsage, SnapshotInfo};
+use self::switch::TopParent;
+use self::turn::RunningOperation;
+pub(super) use self::turn::Operation;
+use super::{Disk, OverlayLocation, Top};
+use crate::layer::Layer;
+use crate::overlay::reflink::ReflinkError;
+use crate::overlay::shelf::LayerCache;
+use crate::overlay::stack::{LayerRecord, SnapshotRecord, Stack};
+use crate::overlay::tree::{self, LayerTree};
+use crate::overlay::{Overlay, Usage};
+use crate::spec::Locking;
+
+/// Whether it is done although somebody may be writing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Force {
+    /// It is refused then.
+    No,
+    /// It is done.
+    Yes,
+}
+
+/// Tells which layers the disks other than the given one stand on.
+pub type LayerUsers = Arc<dyn Fn(&Uuid) -> io::Result<HashSet<Uuid>> + Send + Sync>;
+
+/// What a disk knows about its layers beyond those it reads through.
+pub(in crate::disk) struct History {
+    /// What is being done to the disk as a whole, and whether it has to give way.
+    running: Mutex<Option<RunningOperation>>,
+    finished: Condvar,
+    /// Work that takes long is to stop: the mount ends.
+    pub(in crate::disk) is_ending: AtomicBool,
+    /// There may be layers to merge.
+    needs_merge: AtomicBool,
+    /// Sealed layers of this disk, those it does not read through included.
+    sealed: Mutex<HashMap<Uuid, Arc<Overlay>>>,
+    /// Sealed layers open in this process.
+    layer_cache: Mutex<Arc<LayerCache>>,
+    /// Who else may stand on them; `None`: nobody.
+    layer_users: Mutex<Option<LayerUsers>>,
+    /// The files of snapshots that were looked up, by their layer.
+    snapshot_files: Mutex<HashMap<Uuid, Arc<Disk>>>,
+    /// The files of differences.
+    diff_files: Mutex<Vec<DiffFile>>,
+    /// The size of a new overlay over the base, and how much of the base it shows.
+    pub(in crate::disk) reset_sizes: Mutex<(u64, u64)>,
+    /// How a commit locks the base.
+    pub(in crate::disk) locking: Option<Locking>,
+    /// How far what is being done has come, in bytes, and of how many.
+    pub(in crate::disk) done_bytes: AtomicU64,
+    pub(in crate::disk) total_bytes: AtomicU64,
+    /// What all its layers may hold together, in bytes.
+    pub(in crate::disk) limit: Option<u64>,
+    /// What the layers were last found to show, under which revision of the top.
+    visible_usage: Mutex<Option<(u64, Uuid, Vec<Usage>)>>,
+}
+
+impl History {
+    /// `reset_sizes`: the size of a new overlay, and how much of the base it shows.
+    pub(in crate::disk) fn new(fresh: (u64, u64), limit: Option<u64>) -> Self {
+        Self {
+            running: Mutex::default(),
+            finished: Condvar::new(),
+            is_ending: AtomicBool::new(false),
+            needs_merge: AtomicBool::new(true),
+            sealed: Mutex::default(),
+            layer_cache: Mutex::default(),
+            layer_users: Mutex::default(),
+            snapshot_files: Mutex::default(),
+            diff_files: Mutex::default(),
+            reset_sizes: Mutex::new(fresh),
+            locking: None,
+            done_bytes: AtomicU64::new(0),
+            total_bytes: AtomicU64::new(0),
+            limit,
+            visible_usage: Mutex::default(),
+        }
+    }
+
+    /// The sealed layers open in this process.
+    pub(in crate::disk) fn layer_cache(&self) -> Arc<LayerCache> {
+        Arc::clone(&self.layer_cache.lock())
+    }
+
+    /// All sealed layers that are open for it, those of snapshots beside it too.
+    pub(super) fn open_sealed(&self) -> Vec<Arc<Overlay>> {
+        self.sealed.lock().values().cloned().collect()
+    }
+
+    /// Notes all sealed layers that are open: `below`, top to bottom, of the stack whose layers are
+    /// `chain`, and those `aside`, which only snapshots stand on.
+    pub(in crate::disk) fn set_sealed(
+        &self,
+        chain: &[LayerRecord],
+        below: &[Arc<Overlay>],
+        aside: Vec<(Uuid, Arc<Overlay>)>,
+    ) {
+        let below = chain.iter().skip(1).map(|record| record.uuid).zip(below.iter().cloned());
+        *self.sealed.lock() = below.chain(aside).collect();
+    }
+}
+
+/// What a clone stands on.
+pub(in crate::disk) struct FrozenLayer {
+    /// The sealed layer.
+    pub(in crate::disk) layer: Uuid,
+    /// The size of the disk in it, in bytes.
+    pub(in crate::disk) size: u64,
+    /// The stack it belongs to.
+    pub(in crate::disk) stack: Stack,
+}
+
+impl Disk {
+    /// The disk's layers and their names; `what` is for the error.
+    pub(in crate::disk) fn tree(&self, what: &'static str) -> Result<LayerTree, OperationError> {
+        if self.reflink().is_some() {
+            return Err(OperationError::Refused(format!(
+                "its overlay is a reflink copy of the base: only block maps have {what}"
+            )));
+        }
+        self.overlay_location.lock().tree().ok_or(OperationError::NoOverlay(what))
+    }
+
+    /// Takes a snapshot. It is there, and what was written before it is in it, when this returns;
+    /// that all of that is durable only a sync promises.
+    ///
+    /// # Errors
+    /// [`OperationError`]; nothing has changed then.
+    pub fn snapshot(&self, name: Option<&str>) -> Result<String, OperationError> {
+        let _turn = self.begin_operation("a snapshot")?;
+        let taken = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |now| now.as_secs());
+        let names = self.snapshot_names();
+        let name = name.map_or_else(|| unused_name(&names, taken), str::to_owned);
+        if let Some(reflink) = self.reflink() {
+            let _gate = self.gate_for_layers()?;
+            reflink.snapshot(&name)?;
+            return Ok(name);
+        }
+        let tree = self.tree("snapshots")?;
+        if let Err(why) = tree::check_name(&name) {
+            return Err(OperationError::BadName { name, why });
+        }
+        if tree.snapshot(&name).is_some() {
+            return Err(OperationError::SnapshotExists(name));
+        }
+        if self.is_latched() {
+            return Err(OperationError::Latched);
+        }
+        self.seal(Some((&name, taken.cast_signed())))?;
+        Ok(name)
+    }
+
+    /// Freezes the top and puts an empty one above it.
+    pub(super) fn seal(&self, name: Option<(&str, i64)>) -> Result<(), OperationError> {
+        self.put_empty_top(TopParent::Top, Force::Yes, |tree, old| {
+            let named = |(name, taken): (&str, i64)| SnapshotRecord {
+                name: name.to_owned(),
+                layer: old,
+                taken,
+            };
+            tree.snapshots.extend(name.map(named));
+        })
+    }
+
+    /// Makes the disk what it was at snapshot `name`. What was changed since is gone, unless
+    /// another snapshot holds it.
+    ///
+    /// # Errors
+    /// [`OperationError`]; nothing has changed then.
+    pub fn revert(&self, name: &str, force: Force) -> Result<(), OperationError> {
+        let _turn = self.begin_operation("a revert")?;
+        if let Some(reflink) = self.reflink() {
+            return self.switch_reflink(force, || reflink.revert(name));
+        }
+        let tree = self.tree("snapshots")?;
+        let unknown = || OperationError::NoSnapshot(name.to_owned());
+        let layer = tree.snapshot(name).ok_or_else(unknown)?.layer;
+        self.check_writers(force)?;
+        self.put_empty_top(TopParent::Layer(layer), force, |_, _| {})
+    }
+
+    /// Makes the disk what its base is. Its snapshots stay.
+    ///
+    /// # Errors
+    /// [`OperationError`]; nothing has changed then.
+    pub fn reset(&self, force: Force) -> Result<(), OperationError> {
+        let _turn = self.begin_operation("a reset")?;
+        if let Some(reflink) = self.reflink() {
+            return self.switch_reflink(force, || reflink.reset());
+        }
+        self.tree("changes to reset")?;
+        if self.is_detached.load(Ordering::SeqCst) && force == Force::No {
+            return Err(OperationError::Detached);
+        }
+        self.check_writers(force)?;
+        self.put_empty_top(TopParent::Base, force, |_, _| {})
+    }
+
+    /// Has the one file of a reflink overlay become another.
+    fn switch_reflink(
+        &self,
+        force: Force,
+        switch: impl FnOnce() -> Result<(), ReflinkError>,
+    ) -> Result<(), OperationError> {
+        self.check_writers(force)?;
+        let _gate = self.gate_for_layers()?;
+        self.check_writers(force)?;
+        Ok(switch()?)
+    }
+
+    /// Deletes a snapshot: its name goes at once. What only it needed is given back in the
+    /// background; what others stand on stays.
+    ///
+    /// # Errors
+    /// [`OperationError`]; nothing has changed then.
+    pub fn delete_snapshot(&self, name: &str) -> Result<(), OperationError> {
+        let _turn = self.begin_operation("the deletion of a snapshot")?;
+        if let Some(reflink) = self.reflink() {
+            reflink.delete_snapshot(name)?;
+            if let Some(file) = self.history.snapshot_files.lock().remove(&snapshot_uuid(&self.uuid, name)) {
+                file.mark_unlinked();
+            }
+            return Ok(());
+        }
+        let tree = self.tree("snapshots")?;
+        let Some(layer) = tree.snapshot(name).map(|snapshot| snapshot.layer) else {
+            return Err(OperationError::NoSnapshot(name.to_owned()));
+        };
+        let mut next = tree.clone();
+        next.snapshots.retain(|snapshot| snapshot.name != name);
+        next.prune();
+        let shelf = self.history.layer_cache();
+        let _alone = shelf.lock_changes();
+        self.replace_tree(&next, None)?;
+        if next.name_of(layer).is_none()
+            && let Some(file) = self.history.snapshot_files.lock().get(&layer)
+        {
+            file.mark_unlinked();
+        }
+        self.drop_unused_layers(&tree, &next);
+        self.history.needs_merge.store(true, Ordering::SeqCst);
+        Ok(())
+    }
+
+    /// Freezes what the disk holds, unless it is frozen already: tells the layer.
+    fn freeze_top(&self) -> Result<Uuid, OperationError> {
+        let layers = self.layers();
+        let Top::Overlay(top) = &layers.top else { return Err(OperationError::NoOverlay("layers")) };
+        let usage = top.usage();
+        let is_same = layers.sealed.as_ref().is_some_and(|sealed| sealed.size() == top.size());
+        if !is_same || usage != (Usage { data: 0, zero: 0 }) || top.lower_limit() != top.size() {
+            self.seal(None)?;
+        }
+        let top = self.tree("layers")?.top().and_then(|top| top.parent);
+        top.ok_or(OperationError::NoOverlay("layers"))
+    }
+
+    /// Freezes what the disk holds for a clone.
+    pub(in crate::disk) fn freeze(&self) -> Result<FrozenLayer, OperationError> {
+        let layer = Some(self.freeze_top()?);
+        // Not the size of the disk, which may have been resized since.
+        let size = self.layers().sealed.as_ref().map(|sealed| sealed.size());
+        match (&mut *self.overlay_location.lock(), layer, size) {
+            (OverlayLocation::Persistent(home), Some(layer), Some(size)) => {
+                Ok(FrozenLayer { layer, size, stack: home.stack.clone() })
+            }
+            _ => Err(OperationError::NoOverlay("clones")),
+        }
+    }
+
+    /// What all its layers may hold together, in bytes.
+    #[must_use]
+    pub fn limit(&self) -> Option<u64> {
+        self.history.limit
+    }
+}
+
+/// A name for a snapshot that was given none: when it was taken.
+fn unused_name(taken_names: &[String], taken: u64) -> String {
+    let time = jiff::Timestamp::from_second(taken.cast_signed()).unwrap_or_default();
+    let name = time.strftime("%Y-%m-%d_%H%M%S").to_string();
+    let mut names = std::iter::once(name.clone()).chain((2..).map(|n| format!("{name}-{n}")));
+    names.find(|name| !taken_names.contains(name)).unwrap_or(name)
+}

@@ -1,0 +1,293 @@
+//! The replacement of a disk's layers: what snapshot, revert and reset come down to.
+
+use std::collections::HashSet;
+use std::fs::File;
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use uuid::Uuid;
+
+use super::super::{Disk, OverlayLocation, LayerStack, Top};
+use super::{Force, OperationError};
+use crate::host::os_error;
+use crate::layer::Layer;
+use crate::overlay::persist::OverlayDir;
+use crate::overlay::record::LayerMap;
+use crate::overlay::sealed::Sealed;
+use crate::overlay::stack::{LayerRecord, Stack};
+use crate::overlay::tree::LayerTree;
+use crate::overlay::{Overlay, keep};
+
+/// Above what a new top is put.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum TopParent {
+    /// The old top, which is sealed by that.
+    Top,
+    /// A sealed layer.
+    Layer(Uuid),
+    /// The base.
+    Base,
+}
+
+/// A top that is made and not yet in its place.
+pub(super) struct NewTop {
+    pub(super) uuid: Uuid,
+    pub(super) overlay: Overlay,
+    lock: Option<File>,
+}
+
+impl Disk {
+    /// Opens the layer `uuid` and all below it, top to bottom.
+    pub(super) fn open_chain(
+        &self,
+        tree: &LayerTree,
+        uuid: Uuid,
+    ) -> Result<Vec<Arc<Overlay>>, OperationError> {
+        let mut chain = Vec::new();
+        // The lowest first: what stands on it is read only once it is as it will stay.
+        for record in tree.chain(uuid).iter().rev() {
+            let known = self.history.sealed.lock().get(&record.uuid).cloned();
+            let layer = match (known, &mut *self.overlay_location.lock()) {
+                (Some(layer), _) => layer,
+                (None, OverlayLocation::Persistent(home)) => home.open_layer(record.uuid, &self.history.layer_cache())?,
+                (None, _) => return Err(OperationError::io("opening a layer")(os_error(libc::ENOENT))),
+            };
+            self.apply_direct(&layer)
+                .map_err(OperationError::io("opening a layer past the host's cache"))?;
+            self.history.sealed.lock().insert(record.uuid, Arc::clone(&layer));
+            chain.push(layer);
+        }
+        chain.reverse();
+        Ok(chain)
+    }
+
+    /// Makes an empty layer for this disk, which no stack names yet.
+    pub(super) fn make_layer(
+        &self,
+        tree: &LayerTree,
+        parent: Option<Uuid>,
+        image: &LayerMap,
+        limit: Option<u64>,
+    ) -> Result<NewTop, OperationError> {
+        let uuid = Uuid::new_v4();
+        let block = tree.top().map_or(crate::overlay::DEFAULT_BLOCK_SIZE, |top| top.block);
+        let record = LayerRecord { uuid, block, parent };
+        let (overlay, lock) = match &mut *self.overlay_location.lock() {
+            OverlayLocation::Persistent(home) => {
+                let (overlay, lock) = home.add_layer(&record, image, limit)?;
+                (overlay, Some(lock))
+            }
+            OverlayLocation::Temporary { dir, .. } => {
+                let made = keep::temporary(dir, block, image.size, image.lower_limit, limit);
+                (made.map_err(OperationError::io("making a file for a layer"))?, None)
+            }
+            OverlayLocation::NoOverlay => return Err(OperationError::NoOverlay("layers")),
+        };
+        if let Err(error) = self.apply_direct(&overlay) {
+            self.remove_layer(uuid);
+            return Err(OperationError::io("opening a layer past the host's cache")(error));
+        }
+        Ok(NewTop { uuid, overlay, lock })
+    }
+
+    /// Removes a layer that did not come into a stack.
+    pub(super) fn remove_layer(&self, uuid: Uuid) {
+        if let Some(home) = self.overlay_location.lock().as_persistent() {
+            home.remove_layer(uuid);
+        }
+    }
+
+    /// What a top above `below` may hold, in bytes of data.
+    pub(super) fn limit_above(&self, below: &[Arc<Overlay>]) -> Option<u64> {
+        let held: u64 = below.iter().map(|layer| layer.usage().data).sum();
+        self.history.limit.map(|limit| limit.saturating_sub(held))
+    }
+
+    /// Puts an empty top in place. `change` is given the new tree and the old top.
+    pub(super) fn put_empty_top(
+        &self,
+        above: TopParent,
+        force: Force,
+        change: impl FnOnce(&mut LayerTree, Uuid),
+    ) -> Result<(), OperationError> {
+        let tree = self.tree("layers")?;
+        let old = tree.top().map(|top| top.uuid).ok_or(OperationError::NoOverlay("layers"))?;
+        let Some(top) = self.overlay() else { return Err(OperationError::NoOverlay("layers")) };
+        if top.is_committing() {
+            return Err(OperationError::CommitUnfinished);
+        }
+        let parent = match above {
+            TopParent::Top => Some(old),
+            TopParent::Layer(layer) => Some(layer),
+            TopParent::Base => None,
+        };
+        let mut below = match above {
+            TopParent::Top => self.layers().sealed.as_ref().map_or(Vec::new(), |s| s.layers().to_vec()),
+            TopParent::Layer(layer) => self.open_chain(&tree, layer)?,
+            TopParent::Base => Vec::new(),
+        };
+        if above == TopParent::Top {
+            below.insert(0, Arc::clone(&top));
+        }
+        let limit = self.limit_above(&below);
+        let size = below.first().map_or(0, |layer| layer.size());
+        let fresh = *self.history.reset_sizes.lock();
+        let image = |top: &Overlay| match above {
+            TopParent::Base => LayerMap::new(fresh.0, fresh.1),
+            TopParent::Top => LayerMap::new(top.size(), top.size()),
+            TopParent::Layer(_) => LayerMap::new(size, size),
+        };
+        // Made before the gate is taken: writers wait for the switch alone.
+        let mut new = self.make_layer(&tree, parent, &image(&top), limit)?;
+        let mut uuid = new.uuid;
+        let shelf = self.history.layer_cache();
+        let _alone = shelf.lock_changes();
+        let switch = || -> Result<LayerTree, OperationError> {
+            let _gate = self.gate_for_layers()?;
+            self.check_writers(force)?;
+            if above == TopParent::Top {
+                if top.is_latched() {
+                    return Err(OperationError::Latched);
+                }
+                if top.size() != new.overlay.size() {
+                    self.remove_layer(uuid);
+                    new = self.make_layer(&tree, parent, &image(&top), limit)?;
+                    uuid = new.uuid;
+                }
+                self.record_mtime(&top);
+                shelf.insert(old, &top);
+                self.history.sealed.lock().insert(old, Arc::clone(&top));
+            }
+            let mut next = tree.clone();
+            next.push_top(uuid, parent);
+            change(&mut next, old);
+            next.prune();
+            self.install_top(&next, new, below)?;
+            if above != TopParent::Top {
+                self.touch_times(&self.layers().top);
+            }
+            Ok(next)
+        };
+        match switch() {
+            Ok(next) => {
+                self.drop_unused_layers(&tree, &next);
+                Ok(())
+            }
+            Err(error) => {
+                self.remove_layer(uuid);
+                Err(error)
+            }
+        }
+    }
+
+    /// Makes `new` the top, above `below`, and `next` the disk's tree. The gate is the caller's.
+    pub(super) fn install_top(
+        &self,
+        next: &LayerTree,
+        new: NewTop,
+        below: Vec<Arc<Overlay>>,
+    ) -> Result<(), OperationError> {
+        let layers = self.layers();
+        let NewTop { overlay, lock, .. } = new;
+        overlay.set_lower_layers(&self.layers_to_sync(next, &below));
+        if let Top::Overlay(old) = &layers.top {
+            overlay.continue_revision(old);
+        }
+        self.times.logged_mtime.store(i64::MIN, Ordering::SeqCst);
+        self.record_mtime(&overlay);
+        self.replace_tree(next, lock)?;
+        let top = Top::Overlay(Arc::new(overlay));
+        let layers = LayerStack::new(top, Sealed::new(below).map(Arc::new), layers.bottom.clone());
+        *self.layers.write() = Arc::new(layers);
+        Ok(())
+    }
+
+    /// What a sync of a disk with the layers `next` makes durable: `below`, and what only
+    /// snapshots stand on.
+    pub(super) fn layers_to_sync(&self, next: &LayerTree, below: &[Arc<Overlay>]) -> Vec<Arc<Overlay>> {
+        let known = self.history.sealed.lock();
+        let known = known.iter().filter(|(uuid, _)| next.layer(**uuid).is_some());
+        below.iter().chain(known.map(|(_, layer)| layer)).cloned().collect()
+    }
+
+    /// Makes `next` the disk's tree, durably when it is kept.
+    pub(in crate::disk) fn replace_tree(
+        &self,
+        next: &LayerTree,
+        lock: Option<File>,
+    ) -> Result<(), OperationError> {
+        match &mut *self.overlay_location.lock() {
+            OverlayLocation::NoOverlay => Err(OperationError::NoOverlay("layers")),
+            OverlayLocation::Temporary { tree, .. } => {
+                *tree = next.clone();
+                Ok(())
+            }
+            OverlayLocation::Persistent(home) => {
+                let stack = home.stack.with_tree(next.clone());
+                self.replace_stack(home, stack, lock)
+            }
+        }
+    }
+
+    /// Makes `stack` that of `overlay_location`, durably; `lock` is that of a new top. When nobody knows
+    /// whether it is, the disk takes no changes any more.
+    pub(in crate::disk) fn replace_stack(
+        &self,
+        home: &mut OverlayDir,
+        stack: Stack,
+        lock: Option<File>,
+    ) -> Result<(), OperationError> {
+        let replaced = match lock {
+            Some(lock) => home.replace_top(stack, lock),
+            None => home.replace_stack(stack),
+        };
+        if replaced.is_err()
+            && home.is_torn()
+            && let Some(overlay) = self.overlay()
+        {
+            overlay.poison();
+        }
+        Ok(replaced?)
+    }
+
+    /// Lets go of the layers that were in `old` and are not in `next`. The caller holds the
+    /// shelf alone.
+    pub(in crate::disk) fn drop_unused_layers(&self, old: &LayerTree, next: &LayerTree) {
+        let gone = |uuid: &Uuid| next.layer(*uuid).is_none();
+        self.history.sealed.lock().retain(|uuid, _| !gone(uuid));
+        // Who has one open goes on reading it, and is counted.
+        self.history.snapshot_files.lock().retain(|uuid, file| !gone(uuid) || file.handle_count() > 0);
+        let dropped: Vec<Uuid> = old.layers.iter().map(|layer| layer.uuid).filter(gone).collect();
+        if dropped.is_empty() {
+            return;
+        }
+        match self.layers_used_by_others() {
+            Ok(needed) => {
+                dropped.into_iter().filter(|uuid| !needed.contains(uuid)).for_each(|uuid| {
+                    self.remove_layer(uuid);
+                });
+            }
+            Err(error) => log::warn!("{}: layers are left behind: {error}", self.source),
+        }
+    }
+
+    /// The layers that other disks stand on.
+    pub(super) fn layers_used_by_others(&self) -> io::Result<HashSet<Uuid>> {
+        let others = self.history.layer_users.lock().clone();
+        others.map_or_else(|| Ok(HashSet::new()), |others| others(&self.uuid))
+    }
+
+    /// All its layers, each after the one below it, to be kept in a directory.
+    pub(in crate::disk) fn all_layers(&self, tree: &LayerTree) -> Result<Vec<Arc<Overlay>>, OperationError> {
+        let top = tree.top().map(|top| top.uuid);
+        let open = |record: &LayerRecord| -> Result<Arc<Overlay>, OperationError> {
+            let missing = || OperationError::NoOverlay("layers");
+            if Some(record.uuid) == top {
+                return self.overlay().ok_or_else(missing);
+            }
+            self.open_chain(tree, record.uuid)?.into_iter().next().ok_or_else(missing)
+        };
+        tree.layers.iter().map(open).collect()
+    }
+}

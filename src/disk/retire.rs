@@ -1,0 +1,242 @@
+//! How a disk leaves a mount that goes on without it.
+//!
+//! ```text
+//!   retire ──> (out of the catalog) ──> leave: stop the pools -> gate -> take the layers away
+//!      │                                       -> wait until nobody uses them -> close, unlock
+//!      └─ somebody has it: nothing has changed
+//! ```
+//!
+//! The process does not end here, and so neither do its descriptors: what is late may still hold
+//! the disk, but its layers are gone from it by then. Who has them alone closes them, and a log's
+//! `Close` is really its last record.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use super::{HandleAccess, Disk, OverlayLocation, LayerStack, Top};
+use crate::host::os_error;
+use crate::layer::WritableLayer;
+use crate::overlay::Overlay;
+
+/// How often is looked whether a late request has ended; it takes microseconds as a rule.
+const POLL_INTERVAL: Duration = Duration::from_millis(1);
+
+/// Why a disk cannot leave.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum InUse {
+    /// Somebody has it open.
+    Open,
+    /// An operation of unbounded length is at work on it.
+    Busy,
+}
+
+impl Disk {
+    /// A handle was opened.
+    ///
+    /// # Errors
+    /// `ESTALE` once the disk is on its way out: the kernel looks the name up again then.
+    pub fn open_handle(&self, access: HandleAccess) -> io::Result<()> {
+        // Counted first: either this sees the mark of `retire`, or `retire` sees the count.
+        self.open_counter(access).fetch_add(1, Ordering::SeqCst);
+        if self.is_retired.load(Ordering::SeqCst) {
+            self.release_handle(access);
+            return Err(os_error(libc::ESTALE));
+        }
+        Ok(())
+    }
+
+    /// Marks the disk as on its way out, after which nobody can open it any more.
+    ///
+    /// # Errors
+    /// [`InUse`] when somebody has it; it is as it was then.
+    pub fn retire(&self) -> Result<(), InUse> {
+        self.is_retired.store(true, Ordering::SeqCst);
+        let used = match (self.handle_count(), self.in_long_operation.load(Ordering::SeqCst)) {
+            (0, false) => return Ok(()),
+            (0, true) => InUse::Busy,
+            _ => InUse::Open,
+        };
+        self.is_retired.store(false, Ordering::SeqCst);
+        Err(used)
+    }
+
+    /// Whether its layers are gone, or about to be closed: what it shows is not the disk's.
+    #[must_use]
+    pub fn is_closed(&self) -> bool {
+        self.closed.load(Ordering::SeqCst)
+    }
+
+    /// The end of a disk that was retired and that no name leads to: all of it durable, its log
+    /// closed in good order, and its files free for others when this returns. `last_look` sees it
+    /// when nothing can change it any more.
+    ///
+    /// A request that still waits for its base when `patience` is over keeps the files until it
+    /// ends.
+    ///
+    /// # Errors
+    /// `ETIMEDOUT` for that; `EIO` when the disk has latched; the host's errno.
+    pub fn shut_down(&self, patience: Duration, last_look: impl FnOnce(&Self)) -> io::Result<()> {
+        let until = Instant::now() + patience;
+        let left = || until.saturating_duration_since(Instant::now());
+        self.end_operations(left());
+        // Its threads must not stay behind idle; whether all are done is seen below.
+        self.stop_pools(left());
+        let gate = self.gate.try_write_for(left());
+        self.closed.store(true, Ordering::SeqCst);
+        last_look(self);
+        let none = Arc::new(LayerStack::new(Top::Nothing, None, None));
+        let layers = std::mem::replace(&mut *self.layers.write(), none);
+        let home = match std::mem::replace(&mut *self.overlay_location.lock(), OverlayLocation::NoOverlay) {
+            OverlayLocation::Persistent(home) => Some(home),
+            OverlayLocation::NoOverlay | OverlayLocation::Temporary { .. } => None,
+        };
+        let is_alone = || gate.is_some() && Arc::strong_count(&layers) == 1 && layers.is_top_unused();
+        while !is_alone() && !left().is_zero() {
+            thread::sleep(POLL_INTERVAL);
+        }
+        let is_alone = is_alone();
+        let closed = match &layers.top {
+            Top::Overlay(overlay) if is_alone => self.close_overlay(overlay),
+            Top::Overlay(overlay) => overlay.sync(),
+            Top::Reflink(reflink) => reflink.sync(),
+            // Whoever finished or gave up the stream has heard of its end.
+            Top::Base(_) if self.stream().is_some() => Ok(()),
+            Top::Base(base) => base.sync(),
+            Top::Nothing => Ok(()),
+        };
+        match home {
+            Some(home) if is_alone => home.unlock(),
+            Some(home) => home.remove_holder(),
+            None => {}
+        }
+        // The last of a base gives its locks back.
+        drop(layers);
+        closed?;
+        if is_alone { Ok(()) } else { Err(os_error(libc::ETIMEDOUT)) }
+    }
+
+    fn close_overlay(&self, overlay: &Overlay) -> io::Result<()> {
+        self.record_mtime(overlay);
+        overlay.close()
+    }
+}
+
+impl LayerStack {
+    /// Whether nobody works on the overlay: these layers have it twice, as `top` and in `all`.
+    fn is_top_unused(&self) -> bool {
+        match &self.top {
+            Top::Overlay(overlay) => Arc::strong_count(overlay) == 2,
+            Top::Reflink(reflink) => Arc::strong_count(reflink) == 2,
+            Top::Base(_) | Top::Nothing => true,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+    use std::sync::Barrier;
+
+    use super::super::{OpenedDisk, OpenContext, open};
+    use super::*;
+    use crate::layer::Wait;
+    use crate::overlay::persist::OverlayPath;
+    use crate::overlay::recover::Recovered;
+    use crate::spec::{DiskSpec, DiskSource};
+
+    const SHORT: Duration = Duration::from_millis(50);
+    const LONG: Duration = Duration::from_secs(60);
+
+    fn disk(overlay: Option<&Path>) -> Result<Disk, String> {
+        let mut spec = DiskSpec::new("d".to_owned(), DiskSource::Blank(1 << 20));
+        spec.overlay = overlay.map(Path::to_owned);
+        let setting = OpenContext::unmounted();
+        let opened = open(&spec, &setting).map_err(|error| error.to_string())?;
+        let OpenedDisk { disk, .. } = opened;
+        Ok(disk)
+    }
+
+    #[test]
+    fn of_an_open_and_a_retirement_at_the_same_moment_one_fails() {
+        let disk = disk(None).unwrap();
+        let start = Barrier::new(2);
+        let (mut opened, mut retired) = (0, 0);
+        for _ in 0..20_000 {
+            let (open, retire) = thread::scope(|scope| {
+                let other = scope.spawn(|| {
+                    start.wait();
+                    disk.retire().is_ok()
+                });
+                start.wait();
+                let open = disk.open_handle(HandleAccess::Read).is_ok();
+                (open, other.join().unwrap())
+            });
+            assert!(!(open && retire), "a disk that somebody has is gone");
+            assert_eq!(disk.handle_count(), u32::from(open));
+            if open {
+                disk.release_handle(HandleAccess::Read);
+            }
+            disk.is_retired.store(false, Ordering::SeqCst);
+            opened += u32::from(open);
+            retired += u32::from(retire);
+        }
+        assert!(opened > 0 && retired > 0, "no race: {opened} opened, {retired} retired");
+    }
+
+    #[test]
+    fn a_disk_that_is_worked_on_does_not_retire() {
+        let disk = disk(None).unwrap();
+        disk.in_long_operation.store(true, Ordering::SeqCst);
+        assert_eq!(disk.retire(), Err(InUse::Busy));
+        disk.open_handle(HandleAccess::Write).unwrap();
+        assert_eq!(disk.retire(), Err(InUse::Open));
+        disk.release_handle(HandleAccess::Write);
+        disk.in_long_operation.store(false, Ordering::SeqCst);
+        assert_eq!(disk.retire(), Ok(()));
+        assert_eq!(disk.open_handle(HandleAccess::Read).unwrap_err().raw_os_error(), Some(libc::ESTALE));
+        assert!(disk.keep(OverlayPath { dir: Path::new("/nowhere/kept"), layers: None }).is_err());
+    }
+
+    #[test]
+    fn a_disk_that_has_left_is_free_for_others_though_somebody_still_points_to_it() {
+        let room = tempfile::tempdir().unwrap();
+        let dir = room.path().join("ov");
+        let disk = disk(Some(&dir)).unwrap();
+        disk.write(b"kept", 4096, Wait::Yes).unwrap();
+        disk.retire().unwrap();
+        let mut seen = 0;
+        disk.shut_down(LONG, |disk| seen = disk.size()).unwrap();
+        assert_eq!(seen, 1 << 20);
+        let again = self::disk(Some(&dir)).unwrap();
+        assert_eq!(again.recovered(), Recovered::Clean);
+        let mut found = [0; 4];
+        again.read(&mut found, 4096, Wait::Yes).unwrap();
+        assert_eq!(&found, b"kept");
+        // Nothing of the old one reaches the files.
+        assert!(disk.write(b"late", 4096, Wait::Yes).is_err());
+        disk.set_times(None, Some(std::time::SystemTime::now()));
+        disk.maintain().unwrap();
+        disk.sync().unwrap();
+        again.close(LONG).unwrap();
+        drop(again);
+        assert_eq!(self::disk(Some(&dir)).unwrap().recovered(), Recovered::Clean);
+    }
+
+    #[test]
+    fn a_late_request_keeps_the_overlay_until_it_ends() {
+        let room = tempfile::tempdir().unwrap();
+        let dir = room.path().join("ov");
+        let disk = disk(Some(&dir)).unwrap();
+        let late = disk.overlay();
+        disk.retire().unwrap();
+        let error = disk.shut_down(SHORT, |_| {}).unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(libc::ETIMEDOUT));
+        let refused = self::disk(Some(&dir)).err().unwrap();
+        assert!(refused.contains("in use"), "{refused}");
+        drop(late);
+        self::disk(Some(&dir)).unwrap();
+    }
+}

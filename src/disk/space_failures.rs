@@ -1,0 +1,104 @@
+//! Writes that found no room: told once a minute in the log, and in `status` for a while.
+
+use std::io;
+use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
+
+use super::Disk;
+use crate::spec::format_size;
+
+/// How often the log says so, at most.
+const LOG_INTERVAL: Duration = Duration::from_secs(60);
+/// How long `status` remembers.
+const REPORT_PERIOD: Duration = Duration::from_secs(600);
+
+/// What is known of the lack of room.
+#[derive(Default)]
+pub(super) struct SpaceFailures {
+    state: Mutex<SpaceFailureState>,
+}
+
+#[derive(Default)]
+struct SpaceFailureState {
+    /// The last write that found none.
+    last_failure: Option<Instant>,
+    /// When the log said so last.
+    last_logged: Option<Instant>,
+    /// How many were not told since.
+    unlogged: u64,
+}
+
+impl SpaceFailures {
+    /// Notes a failure `now`; how many there were since the log was told, when it is to be told.
+    fn record(&self, now: Instant) -> Option<u64> {
+        let mut state = self.state.lock();
+        state.last_failure = Some(now);
+        state.unlogged += 1;
+        if state.last_logged.is_some_and(|said| now.duration_since(said) < LOG_INTERVAL) {
+            return None;
+        }
+        state.last_logged = Some(now);
+        Some(std::mem::take(&mut state.unlogged))
+    }
+
+    /// How long ago the last failure was, unless that is long.
+    fn age(&self, now: Instant) -> Option<Duration> {
+        let failed = self.state.lock().last_failure?;
+        Some(now.duration_since(failed)).filter(|since| *since < REPORT_PERIOD)
+    }
+}
+
+impl Disk {
+    /// Hands `done` on, and notes when it failed for want of room.
+    pub(super) fn note_no_space<T>(&self, done: io::Result<T>) -> io::Result<T> {
+        if let Err(error) = &done
+            && matches!(error.raw_os_error(), Some(libc::ENOSPC | libc::EDQUOT))
+            && let Some(times) = self.space_failures.record(Instant::now())
+        {
+            let times = if times > 1 {
+                format!(" ({times} since it was last said)")
+            } else {
+                String::new()
+            };
+            log::error!("{}: a write failed{times}: {error}: {}", self.source, self.describe_free_space());
+        }
+        done
+    }
+
+    /// What there is to say of writes that failed for want of room, for some minutes.
+    #[must_use]
+    pub fn no_space_status(&self) -> Option<String> {
+        let since = self.space_failures.age(Instant::now())?;
+        Some(format!(
+            "a write failed for want of space {} s ago: {}",
+            since.as_secs(),
+            self.describe_free_space()
+        ))
+    }
+
+    fn describe_free_space(&self) -> String {
+        let free = self.space().map_or(0, |space| space.available);
+        let limit = self.limit().map(|limit| format!(", and its limit is {}", format_size(limit)));
+        format!("{} are free on its host{}", format_size(free), limit.unwrap_or_default())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_log_hears_of_it_once_a_minute_and_status_for_ten() {
+        let (room, start) = (SpaceFailures::default(), Instant::now());
+        assert_eq!(room.age(start), None);
+        assert_eq!(room.record(start), Some(1));
+        for second in 1..60 {
+            assert_eq!(room.record(start + Duration::from_secs(second)), None);
+        }
+        assert_eq!(room.record(start + Duration::from_secs(60)), Some(60));
+        let later = start + Duration::from_secs(90);
+        assert_eq!(room.age(later), Some(Duration::from_secs(30)));
+        assert_eq!(room.age(start + Duration::from_secs(3600)), None);
+    }
+}

@@ -1,0 +1,98 @@
+//! One worker is always kept free.
+//!
+//! A worker that writes into the host's page cache, or makes a few blocks durable, may be held
+//! there: by a full cache, by a file system that hangs. Were all workers held, no request of any
+//! disk would be answered, nor the control files. So the last free one does no such work; it hands
+//! it to the disk's pool. That costs more than most writes, so it first sees whether another worker
+//! is done within a moment.
+//!
+//! A write to a disk with the key `direct` holds no worker at all: it takes as long as the device,
+//! so the disk answers `EAGAIN` to a worker and the write is its pool's from the start.
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// How long the last free worker waits for another: as long as handing the work over takes, about.
+const ACQUIRE_WAIT: Duration = Duration::from_micros(30);
+
+/// How many workers may do at once what the host could hold up.
+pub(super) struct WorkerLimit {
+    taken: AtomicUsize,
+    max: usize,
+}
+
+impl WorkerLimit {
+    /// Seats for all of `workers` but one.
+    pub(super) fn new(workers: usize) -> Self {
+        Self { taken: AtomicUsize::new(0), max: workers.saturating_sub(1) }
+    }
+
+    /// A seat, unless only one worker is left and stays so for a moment.
+    pub(super) fn acquire(&self) -> Option<WorkerPermit<'_>> {
+        self.try_acquire().or_else(|| self.acquire_within(ACQUIRE_WAIT))
+    }
+
+    fn acquire_within(&self, within: Duration) -> Option<WorkerPermit<'_>> {
+        let begin = Instant::now();
+        loop {
+            // Who has a seat may wait for this very CPU.
+            thread::yield_now();
+            let seat = self.try_acquire();
+            if seat.is_some() || begin.elapsed() >= within {
+                return seat;
+            }
+        }
+    }
+
+    fn try_acquire(&self) -> Option<WorkerPermit<'_>> {
+        let seat = WorkerPermit { limit: self };
+        let taken = self.taken.fetch_add(1, Ordering::Relaxed);
+        // Dropping the seat gives back what was counted one too many.
+        (taken < self.max).then_some(seat)
+    }
+
+    /// A seat, if nobody has one.
+    pub(super) fn try_acquire_first(&self) -> Option<WorkerPermit<'_>> {
+        let seat = self.try_acquire()?;
+        (self.taken.load(Ordering::Relaxed) == 1).then_some(seat)
+    }
+}
+
+/// A taken seat.
+pub(super) struct WorkerPermit<'a> {
+    limit: &'a WorkerLimit,
+}
+
+impl Drop for WorkerPermit<'_> {
+    fn drop(&mut self) {
+        self.limit.taken.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_last_worker_gets_no_seat_until_another_is_back() {
+        let seats = WorkerLimit::new(3);
+        let first = seats.acquire();
+        let second = seats.acquire();
+        assert!(first.is_some() && second.is_some());
+        assert!(seats.acquire().is_none());
+        assert!(seats.try_acquire_first().is_none());
+        drop(first);
+        assert!(seats.acquire().is_some());
+        let third = seats.acquire();
+        assert!(thread::scope(|scope| {
+            let waiting = scope.spawn(|| seats.acquire_within(Duration::MAX).is_some());
+            drop(third);
+            waiting.join().unwrap()
+        }));
+        drop(second);
+        let alone = seats.try_acquire_first();
+        assert!(alone.is_some());
+        assert!(seats.try_acquire_first().is_none() && seats.acquire().is_some());
+    }
+}

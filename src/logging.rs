@@ -1,0 +1,262 @@
+//! The daemon's log: to stderr, a file or the system's log, and the last of it in memory for
+//! `.cowslip/log`.
+
+use std::collections::VecDeque;
+use std::fs::File;
+use std::io::{self, Write};
+use std::os::unix::net::UnixDatagram;
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+
+use log::{Level, Log, Metadata, Record};
+use parking_lot::Mutex;
+
+use crate::printable;
+
+/// What is kept in memory: some thousand lines.
+const RING_CAPACITY: usize = 256 << 10;
+
+static LOG_RING: OnceLock<Mutex<LogRing>> = OnceLock::new();
+
+/// The last bytes of a text that only grows.
+#[derive(Default)]
+struct LogRing {
+    /// Bytes that were dropped at the front.
+    start: u64,
+    bytes: VecDeque<u8>,
+}
+
+impl LogRing {
+    fn push(&mut self, text: &[u8]) {
+        self.bytes.extend(text);
+        let extra = self.bytes.len().saturating_sub(RING_CAPACITY);
+        self.bytes.drain(..extra);
+        self.start += extra as u64;
+    }
+
+    /// Up to `len` bytes from `offset` on, or from the oldest byte that is still there.
+    fn read(&self, offset: u64, len: usize) -> Vec<u8> {
+        let skip = usize::try_from(offset.saturating_sub(self.start)).unwrap_or(usize::MAX);
+        self.bytes.iter().skip(skip).take(len).copied().collect()
+    }
+}
+
+/// Where log lines go besides memory.
+pub enum LogTarget {
+    /// The terminal (`-f`).
+    Stderr,
+    /// `--log FILE`.
+    File(File),
+    /// To the system's log, what is a warning or worse: it must outlive the daemon.
+    System,
+}
+
+struct LogTee(LogTarget);
+
+impl Write for LogTee {
+    fn write(&mut self, text: &[u8]) -> io::Result<usize> {
+        LOG_RING.get_or_init(Mutex::default).lock().push(text);
+        // A log that cannot be written is no reason to fail what was logged.
+        let _ = match &mut self.0 {
+            LogTarget::Stderr => io::stderr().write_all(text),
+            LogTarget::File(file) => file.write_all(text),
+            LogTarget::System => Ok(()),
+        };
+        Ok(text.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+struct DaemonLogger {
+    lines: env_logger::Logger,
+    system: Option<Syslog>,
+}
+
+impl Log for DaemonLogger {
+    fn enabled(&self, metadata: &Metadata<'_>) -> bool {
+        self.lines.enabled(metadata)
+    }
+
+    fn log(&self, record: &Record<'_>) {
+        if !self.lines.matches(record) || is_interrupted_reply(record) {
+            return;
+        }
+        self.lines.log(record);
+        if let Some(system) = self.system.as_ref().filter(|_| record.level() <= Level::Warn) {
+            system.send(record.level(), &record.args().to_string());
+        }
+    }
+
+    fn flush(&self) {}
+}
+
+/// Whether `record` is what the FUSE adapter says when the kernel does not want an answer any more,
+/// which is `ENOENT`: its client was killed, or interrupted. Hundreds may come at once.
+fn is_interrupted_reply(record: &Record<'_>) -> bool {
+    record.target().starts_with("fuser")
+        && record.level() == Level::Error
+        && record.args().to_string().starts_with("Failed to send FUSE reply")
+        && record.args().to_string().ends_with("(os error 2)")
+}
+
+/// The system's log, as syslog(3) has it: one datagram a line.
+struct Syslog {
+    socket: UnixDatagram,
+    path: PathBuf,
+}
+
+impl Syslog {
+    /// `LOG_DAEMON`.
+    const FACILITY: u8 = 3;
+    /// The longest line, in bytes: most daemons take 8 KiB and cut the rest.
+    const MAX_LINE_LEN: usize = 4096;
+
+    /// Never waits for whoever listens at `path`.
+    fn at(path: &Path) -> io::Result<Self> {
+        let socket = UnixDatagram::unbound()?;
+        socket.set_nonblocking(true)?;
+        Ok(Self { socket, path: path.to_owned() })
+    }
+
+    fn send(&self, level: Level, text: &str) {
+        let severity = if level == Level::Error { 3 } else { 4 };
+        let priority = Self::FACILITY << 3 | severity;
+        let (now, pid) = (syslog_time(), std::process::id());
+        let mut line = format!("<{priority}>{now} cowslip[{pid}]: {}", printable::line(text));
+        line.truncate(line.floor_char_boundary(Self::MAX_LINE_LEN));
+        // Nobody listens, or not fast enough: the daemon has other things to do. By its name each
+        // time, since it may have been started anew.
+        let _ = self.socket.send_to(line.as_bytes(), &self.path);
+    }
+}
+
+/// Starts logging. `RUST_LOG` chooses what is logged; by default everything but debugging.
+pub fn start(sink: LogTarget) {
+    let mut builder = env_logger::Builder::new();
+    builder.filter_level(log::LevelFilter::Info);
+    // The adapter logs each request of an operation it does not have; none of that is ours.
+    builder.filter_module("fuser", log::LevelFilter::Error);
+    builder.parse_default_env();
+    builder.format(|out, record| {
+        let now = utc_time();
+        // One line each, whatever names are in it.
+        let text = record.args().to_string();
+        writeln!(out, "{now} {:5} {}", record.level(), printable::line(&text))
+    });
+    let system = match sink {
+        LogTarget::System => Syslog::at(Path::new("/dev/log")).ok(),
+        LogTarget::Stderr | LogTarget::File(_) => None,
+    };
+    builder.target(env_logger::Target::Pipe(Box::new(LogTee(sink))));
+    let lines = builder.build();
+    let most = lines.filter();
+    // A second start, in a test, keeps the first.
+    if log::set_boxed_logger(Box::new(DaemonLogger { lines, system })).is_ok() {
+        log::set_max_level(most);
+    }
+}
+
+/// Now in local time, as syslog has it: `Jan 31 12:34:56`.
+fn syslog_time() -> String {
+    const MONTHS: [&str; 12] =
+        ["Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec"];
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::Realtime).tv_sec;
+    // SAFETY: localtime_r reads `now` and fills `parts`, both of which outlive the call; zero is a
+    // value of each of its fields.
+    let parts = unsafe {
+        let mut parts: libc::tm = std::mem::zeroed();
+        libc::localtime_r(&raw const now, &raw mut parts);
+        parts
+    };
+    let month = usize::try_from(parts.tm_mon).ok().and_then(|month| MONTHS.get(month));
+    let (day, hour, minute, second) = (parts.tm_mday, parts.tm_hour, parts.tm_min, parts.tm_sec);
+    format!("{} {day:2} {hour:02}:{minute:02}:{second:02}", month.unwrap_or(&MONTHS[0]))
+}
+
+/// Now in UTC, as `2026-01-31T12:34:56Z`.
+fn utc_time() -> String {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::Realtime).tv_sec;
+    let (days, rest) = (now.div_euclid(86_400), now.rem_euclid(86_400));
+    // Civil date from days since 1970 (Howard Hinnant, "chrono-compatible low-level date
+    // algorithms": eras of 400 years that begin in March).
+    let shifted = days + 719_468;
+    let era = shifted.div_euclid(146_097);
+    let day_of_era = shifted.rem_euclid(146_097);
+    let year_of_era =
+        (day_of_era - day_of_era / 1_460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
+    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
+    let month_from_march = (5 * day_of_year + 2) / 153;
+    let day = day_of_year - (153 * month_from_march + 2) / 5 + 1;
+    let month = if month_from_march < 10 { month_from_march + 3 } else { month_from_march - 9 };
+    let year = year_of_era + era * 400 + i64::from(month <= 2);
+    let (hour, minute, second) = (rest / 3600, rest / 60 % 60, rest % 60);
+    format!("{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}Z")
+}
+
+/// Up to `len` bytes of the log from `offset` on.
+#[must_use]
+pub fn read(offset: u64, len: usize) -> Vec<u8> {
+    LOG_RING.get_or_init(Mutex::default).lock().read(offset, len)
+}
+
+/// The offset of the oldest byte that is still there.
+#[must_use]
+pub fn oldest_offset() -> u64 {
+    LOG_RING.get_or_init(Mutex::default).lock().start
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_ring_keeps_the_last_bytes_at_their_offsets() {
+        let mut ring = LogRing::default();
+        for number in 0..40_000 {
+            ring.push(format!("line {number:06}\n").as_bytes());
+        }
+        assert_eq!(ring.start + ring.bytes.len() as u64, 40_000 * 12);
+        assert_eq!(ring.read(39_999 * 12, 100), b"line 039999\n");
+        assert_eq!(ring.read(0, 100), ring.read(ring.start, 100));
+    }
+
+    #[test]
+    fn a_line_for_the_system_is_one_datagram_without_control_characters() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("log");
+        let log = Syslog::at(&path).unwrap();
+        // Nobody listens yet.
+        log.send(Level::Warn, "lost");
+        let listener = UnixDatagram::bind(&path).unwrap();
+        log.send(Level::Warn, "a\nb \u{1b}[2J");
+        log.send(Level::Error, &"é".repeat(Syslog::MAX_LINE_LEN));
+        let mut buf = [0; 2 * Syslog::MAX_LINE_LEN];
+        let mut received = || {
+            let len = listener.recv(&mut buf).unwrap();
+            String::from_utf8(buf[..len].to_vec()).unwrap()
+        };
+        let line = received();
+        let end = format!(" cowslip[{}]: a\\nb \\u{{1b}}[2J", std::process::id());
+        assert!(line.starts_with("<28>") && line.ends_with(&end), "{line}");
+        let line = received();
+        assert!(line.starts_with("<27>") && line.len() <= Syslog::MAX_LINE_LEN, "{line}");
+        // A full queue makes nobody wait.
+        (0..10_000).for_each(|_| log.send(Level::Error, "again"));
+    }
+
+    #[test]
+    fn an_answer_that_nobody_wants_any_more_is_no_error() {
+        let is_one = |target: &str, text: &str| {
+            let args = format_args!("{text}");
+            let record = Record::builder().level(Level::Error).target(target).args(args).build();
+            is_interrupted_reply(&record)
+        };
+        let gone = "Failed to send FUSE reply: No such file or directory (os error 2)";
+        assert!(is_one("fuser::reply", gone));
+        assert!(!is_one("cowslip::fs", gone));
+        assert!(!is_one("fuser::reply", "Failed to send FUSE reply: Bad address (os error 14)"));
+    }
+}

@@ -1,0 +1,490 @@
+//! Who holds a mount, for the line that says why it cannot go.
+//!
+//! Everything is read from `/proc` and `/sys`; no path is followed, so a mount that hangs is
+//! asked nothing. A process counts when a file, its working directory, its root or a mapping is
+//! in the mount. Descriptors are matched by mount id, which is exact: a file that lies hidden
+//! under the mountpoint does not count, one that a container opened through its own copy of the
+//! mount does. Loop devices hold a file without any process.
+//!
+//! What the caller may not see (processes of other users, unless root) is left out.
+
+use std::collections::{HashMap, HashSet};
+use std::ffi::OsStr;
+use std::fmt;
+use std::fs;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec};
+use rustix::io::Errno;
+use rustix::process::{Pid, PidfdFlags};
+
+use super::kernel::{self, MountEntry};
+
+/// How a process holds the mount.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum HoldKind {
+    /// An open file or directory.
+    File,
+    /// Its working directory.
+    WorkingDirectory,
+    /// Its root directory.
+    Root,
+    /// A mapping of a file it has closed.
+    Mapping,
+}
+
+/// One who holds a mount. Displays as one line for the user. Paths are inside the mount, without
+/// a leading `/`, and empty for the mount's own directory.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum Opener {
+    /// A process.
+    Process {
+        /// Its id.
+        pid: u32,
+        /// Its short name, as ps shows it (15 bytes at most).
+        command: String,
+        /// What it holds.
+        path: PathBuf,
+        /// In which way.
+        hold: HoldKind,
+    },
+    /// A loop device.
+    Loop {
+        /// Such as `/dev/loop3`.
+        device: PathBuf,
+        /// The file it is attached to.
+        path: PathBuf,
+    },
+    /// Another mount: one made inside this one, or a bind mount of it.
+    Mount {
+        /// Where it is mounted.
+        mountpoint: PathBuf,
+    },
+}
+
+impl Opener {
+    /// The file it has, relative to the mount; `None` for what uses the mount as a whole.
+    pub fn path(&self) -> Option<&Path> {
+        match self {
+            Self::Process { path, .. } | Self::Loop { path, .. } => Some(path),
+            Self::Mount { .. } => None,
+        }
+    }
+
+    /// The process, when it is one.
+    pub fn pid(&self) -> Option<u32> {
+        match self {
+            Self::Process { pid, .. } => Some(*pid),
+            Self::Loop { .. } | Self::Mount { .. } => None,
+        }
+    }
+}
+
+impl fmt::Display for Opener {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Process { pid, command, path, hold } => {
+                write!(f, "{command} (pid {pid}) ")?;
+                let name = match path.as_os_str().is_empty() {
+                    true => Path::new("the mount").display(),
+                    false => path.display(),
+                };
+                match hold {
+                    HoldKind::File => write!(f, "has {name}"),
+                    HoldKind::WorkingDirectory => write!(f, "has its working directory in {name}"),
+                    HoldKind::Root => write!(f, "has its root directory in {name}"),
+                    HoldKind::Mapping => write!(f, "has mapped {name}"),
+                }
+            }
+            Self::Loop { device, path } => {
+                write!(f, "{} is attached to {}", device.display(), path.display())
+            }
+            Self::Mount { mountpoint } => {
+                write!(f, "the mount at {} uses it", mountpoint.display())
+            }
+        }
+    }
+}
+
+/// A process in whose mount namespace a file system is mounted: it lives on there, whatever is
+/// unmounted here.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NamespaceCopy {
+    /// The process, one of those that the namespace has.
+    pub pid: u32,
+    /// Its short name.
+    pub command: String,
+    /// Where it is mounted there.
+    pub mountpoint: PathBuf,
+}
+
+impl fmt::Display for NamespaceCopy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { pid, command, mountpoint } = self;
+        let at = mountpoint.display();
+        write!(
+            f,
+            "{command} (pid {pid}) has a copy of it at '{at}' in a mount namespace of its own"
+        )
+    }
+}
+
+/// Another mount namespace that has the file system `dev`, if there is one that may be looked at.
+pub fn find_namespace_copy(dev: (u32, u32)) -> Option<NamespaceCopy> {
+    let ours = fs::read_link("/proc/self/ns/mnt").ok()?;
+    let mut seen = HashSet::from([ours]);
+    other_processes().into_iter().find_map(|pid| {
+        let proc = PathBuf::from(format!("/proc/{pid}"));
+        let is_new = seen.insert(fs::read_link(proc.join("ns/mnt")).ok()?);
+        let table = fs::read(proc.join("mountinfo")).ok().filter(|_| is_new)?;
+        let there = NamespaceMounts::of(&kernel::parse_mountinfo(&table), dev).mounts;
+        let mountpoint = there.into_iter().find(MountEntry::is_cowslip)?.mountpoint;
+        Some(NamespaceCopy { pid, command: process_name(&proc), mountpoint })
+    })
+}
+
+/// The short name of the process at `proc`, as ps shows it.
+fn process_name(proc: &Path) -> String {
+    let command = fs::read(proc.join("comm")).unwrap_or_default();
+    String::from_utf8_lossy(command.trim_ascii_end()).into_owned()
+}
+
+/// Who holds `mount`, except this process. One line for each process and file, however often it
+/// has it open.
+pub fn find_openers(mount: &MountEntry) -> Vec<Opener> {
+    let entries = kernel::mounts_or_empty();
+    let mut scan = ProcessScan { dev: mount.dev, own: None, views: HashMap::new() };
+    // Whatever root the others there have: links in /proc are shown as seen from ours.
+    if let Ok(own) = fs::read_link("/proc/self/ns/mnt") {
+        scan.own = Some((own, NamespaceMounts::of(&entries, mount.dev)));
+    }
+    let mut found: Vec<Opener> =
+        other_processes().into_iter().flat_map(|pid| scan.scan_process(pid)).collect();
+    found.extend(loop_devices(&NamespaceMounts::of(&entries, mount.dev)));
+    found.extend(
+        entries
+            .into_iter()
+            .filter(|entry| entry.id != mount.id)
+            .filter(|entry| entry.dev == mount.dev || entry.parent == mount.id)
+            .map(|entry| Opener::Mount { mountpoint: entry.mountpoint }),
+    );
+    let mut seen = HashSet::new();
+    found.retain(|opener| seen.insert(opener.clone()));
+    found
+}
+
+/// All processes but this one.
+fn other_processes() -> Vec<u32> {
+    let Ok(entries) = fs::read_dir("/proc") else {
+        return Vec::new();
+    };
+    let mut pids: Vec<u32> =
+        entries.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect();
+    pids.retain(|&pid| pid != std::process::id());
+    pids.sort_unstable();
+    pids
+}
+
+/// Where one mount namespace has the file system: most have it nowhere.
+#[derive(Clone, Debug, Default)]
+struct NamespaceMounts {
+    mounts: Vec<MountEntry>,
+}
+
+impl NamespaceMounts {
+    fn of(entries: &[MountEntry], dev: (u32, u32)) -> Self {
+        Self { mounts: entries.iter().filter(|entry| entry.dev == dev).cloned().collect() }
+    }
+
+    /// The path inside the file system of what `/proc` or `/sys` calls `target`, if it can lie
+    /// there at all.
+    fn inner_path(&self, target: &Path) -> Option<PathBuf> {
+        self.mounts.iter().find_map(|mount| inner_path_in(mount, target))
+    }
+
+    /// As [`inner`](Self::inner), for a file that is known to be open through mount `id`.
+    fn inner_path_by_id(&self, id: u64, target: &Path) -> Option<PathBuf> {
+        inner_path_in(self.mounts.iter().find(|mount| mount.id == id)?, target)
+    }
+}
+
+fn inner_path_in(mount: &MountEntry, target: &Path) -> Option<PathBuf> {
+    // Said of an unlinked file; a name that really ends so is only shortened in the message.
+    let bytes = target.as_os_str().as_bytes();
+    let name = Path::new(OsStr::from_bytes(bytes.strip_suffix(b" (deleted)").unwrap_or(bytes)));
+    let below = name.strip_prefix(&mount.mountpoint).ok()?;
+    let root = mount.root.strip_prefix("/").ok()?;
+    Some(root.iter().chain(below.iter()).collect())
+}
+
+/// One pass over the processes.
+struct ProcessScan {
+    dev: (u32, u32),
+    /// The name of our namespace, such as `mnt:[4026531841]`, and our view.
+    own: Option<(PathBuf, NamespaceMounts)>,
+    /// Those of others, by the name of the namespace and the root: a process is told of no mount
+    /// that lies outside its root.
+    views: HashMap<(PathBuf, PathBuf), NamespaceMounts>,
+}
+
+impl ProcessScan {
+    /// What the process `pid` holds. Empty, too, when it is gone or may not be looked at.
+    fn scan_process(&mut self, pid: u32) -> Vec<Opener> {
+        let proc = PathBuf::from(format!("/proc/{pid}"));
+        let Ok(namespace) = fs::read_link(proc.join("ns/mnt")) else {
+            return Vec::new();
+        };
+        let dev = self.dev;
+        let view = match &self.own {
+            Some((own, view)) if *own == namespace => view,
+            _ => {
+                let root = fs::read_link(proc.join("root")).unwrap_or_default();
+                self.views.entry((namespace, root)).or_insert_with(|| {
+                    let text = fs::read(proc.join("mountinfo")).unwrap_or_default();
+                    NamespaceMounts::of(&kernel::parse_mountinfo(&text), dev)
+                })
+            }
+        };
+        if view.mounts.is_empty() {
+            return Vec::new();
+        }
+        let mut held = open_files(&proc, view);
+        for (link, hold) in [("cwd", HoldKind::WorkingDirectory), ("root", HoldKind::Root)] {
+            let target = fs::read_link(proc.join(link)).ok();
+            held.extend(target.and_then(|target| view.inner_path(&target)).map(|path| (path, hold)));
+        }
+        // Last and only if need be: of all these files only maps takes a lock of the process.
+        if held.is_empty() {
+            held = mappings(&fs::read(proc.join("maps")).unwrap_or_default(), dev, view);
+        }
+        let command = process_name(&proc);
+        let opener = |(path, hold)| Opener::Process { pid, command: command.clone(), path, hold };
+        held.into_iter().map(opener).collect()
+    }
+}
+
+fn open_files(proc: &Path, view: &NamespaceMounts) -> Vec<(PathBuf, HoldKind)> {
+    let Ok(fds) = fs::read_dir(proc.join("fd")) else {
+        return Vec::new();
+    };
+    let open = fds.flatten().filter_map(|fd| {
+        let target = fs::read_link(fd.path()).ok()?;
+        view.inner_path(&target)?;
+        let info = fs::read_to_string(proc.join("fdinfo").join(fd.file_name())).ok()?;
+        Some((view.inner_path_by_id(mount_id(&info)?, &target)?, HoldKind::File))
+    });
+    open.collect()
+}
+
+/// The `mnt_id` line of a fdinfo file.
+fn mount_id(info: &str) -> Option<u64> {
+    info.lines().find_map(|line| line.strip_prefix("mnt_id:")?.trim().parse().ok())
+}
+
+/// The files of file system `dev` in a maps file (proc_pid_maps(5)):
+/// `address perms offset major:minor inode   path`, the device numbers in hexadecimal.
+fn mappings(maps: &[u8], dev: (u32, u32), view: &NamespaceMounts) -> Vec<(PathBuf, HoldKind)> {
+    let wanted = format!("{:02x}:{:02x}", dev.0, dev.1);
+    let mapped = maps.split(|&byte| byte == b'\n').filter_map(|line| {
+        let mut fields = line.splitn(6, |&byte| byte == b' ');
+        (fields.nth(3)? == wanted.as_bytes()).then_some(())?;
+        let path = Path::new(OsStr::from_bytes(fields.nth(1)?.trim_ascii_start()));
+        // Matched by device already: a path from elsewhere is still worth its line.
+        Some((view.inner_path(path).unwrap_or_else(|| path.to_owned()), HoldKind::Mapping))
+    });
+    mapped.collect()
+}
+
+fn loop_devices(view: &NamespaceMounts) -> Vec<Opener> {
+    let Ok(devices) = fs::read_dir("/sys/block") else {
+        return Vec::new();
+    };
+    let attached = devices.flatten().filter_map(|device| {
+        let name = device.file_name();
+        name.as_bytes().starts_with(b"loop").then_some(())?;
+        let file = fs::read(device.path().join("loop/backing_file")).ok()?;
+        let file = Path::new(OsStr::from_bytes(file.strip_suffix(b"\n").unwrap_or(&file)));
+        Some(Opener::Loop { device: Path::new("/dev").join(name), path: view.inner_path(file)? })
+    });
+    attached.collect()
+}
+
+/// Whether a process has ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ProcessState {
+    /// It has, or there was none.
+    Exited,
+    /// It runs on.
+    Running,
+}
+
+/// How often `/proc` is looked at where the kernel has no pidfd_open.
+const EXIT_POLL_INTERVAL: Duration = Duration::from_millis(20);
+
+/// Waits until the process `pid` has ended, `timeout` at most. One that ended and was not reaped
+/// yet counts as ended. It need not be a child.
+///
+/// # Errors
+/// `EINVAL` for a number that is no process id; else the host's errno.
+pub fn wait_for_exit(pid: u32, timeout: Duration) -> io::Result<ProcessState> {
+    let number = i32::try_from(pid).ok().and_then(Pid::from_raw).ok_or(Errno::INVAL)?;
+    let deadline = Instant::now() + timeout;
+    match rustix::process::pidfd_open(number, PidfdFlags::empty()) {
+        Ok(process) => wait_on_pidfd(&process, deadline),
+        Err(Errno::SRCH) => Ok(ProcessState::Exited),
+        // An old kernel, or a sandbox that does not know the call.
+        Err(Errno::NOSYS | Errno::PERM) => Ok(wait_by_polling(pid, deadline)),
+        Err(error) => Err(error.into()),
+    }
+}
+
+fn wait_on_pidfd(process: &OwnedFd, deadline: Instant) -> io::Result<ProcessState> {
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        // More seconds than fit are as good as for ever.
+        let left = Timespec::try_from(left)
+            .unwrap_or(Timespec { tv_sec: i64::from(i32::MAX), tv_nsec: 0 });
+        let mut fds = [PollFd::new(process, PollFlags::IN)];
+        match rustix::event::poll(&mut fds, Some(&left)) {
+            Ok(0) => return Ok(ProcessState::Running),
+            Ok(_) => return Ok(ProcessState::Exited),
+            Err(Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
+
+fn wait_by_polling(pid: u32, deadline: Instant) -> ProcessState {
+    loop {
+        let stat = fs::read(format!("/proc/{pid}/stat")).unwrap_or_default();
+        if has_ended(&stat) {
+            return ProcessState::Exited;
+        }
+        if Instant::now() >= deadline {
+            return ProcessState::Running;
+        }
+        thread::sleep(EXIT_POLL_INTERVAL);
+    }
+}
+
+/// Whether a process with this stat file has ended: none, a zombie or a dead one. The state
+/// follows the name, which is in parentheses and may hold anything, parentheses too.
+fn has_ended(stat: &[u8]) -> bool {
+    let after = stat.iter().rposition(|&byte| byte == b')').and_then(|end| stat.get(end + 2));
+    matches!(after, None | Some(b'Z' | b'X'))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::process::{Command, Stdio};
+
+    fn view(lines: &str) -> NamespaceMounts {
+        NamespaceMounts::of(&kernel::parse_mountinfo(lines.as_bytes()), (0, 53))
+    }
+
+    #[test]
+    fn every_holder_is_one_line() {
+        let opener = |command: &str, pid, path: &str, hold| {
+            let (command, path) = (command.to_owned(), path.into());
+            Opener::Process { pid, command, path, hold }.to_string()
+        };
+        assert_eq!(
+            opener("qemu-system-x86", 4711, "vm1.img", HoldKind::File),
+            "qemu-system-x86 (pid 4711) has vm1.img"
+        );
+        assert_eq!(
+            opener("bash", 7, "", HoldKind::WorkingDirectory),
+            "bash (pid 7) has its working directory in the mount"
+        );
+        let attached = Opener::Loop { device: "/dev/loop3".into(), path: "vm1.img".into() };
+        assert_eq!(attached.to_string(), "/dev/loop3 is attached to vm1.img");
+    }
+
+    #[test]
+    fn a_path_is_taken_as_the_mount_has_it() {
+        let view = view(
+            "9 1 0:53 / /m rw - fuse.cowslip s rw\n\
+             8 1 0:53 /vm2.img /etc/disk rw - fuse.cowslip s rw\n\
+             7 1 0:54 / /n rw - tmpfs s rw\n",
+        );
+        let inner = |path: &str| view.inner_path(Path::new(path));
+        assert_eq!(inner("/m/a/vm1.img"), Some("a/vm1.img".into()));
+        assert_eq!(inner("/m"), Some("".into()));
+        assert_eq!(inner("/m/vm1.img (deleted)"), Some("vm1.img".into()));
+        assert_eq!(inner("/etc/disk"), Some("vm2.img".into()));
+        assert_eq!(inner("/mm/vm1.img"), None);
+        assert_eq!(inner("/n/vm1.img"), None);
+        assert_eq!(inner("socket:[1]"), None);
+        assert_eq!(view.inner_path_by_id(7, Path::new("/m/vm1.img")), None);
+    }
+
+    #[test]
+    fn mappings_are_matched_by_device() {
+        let maps = b"7f0-7f1 r--p 00000000 00:35 12                         /m/a b.img\n\
+                     7f1-7f2 r--p 00000000 00:36 12                         /m/c.img\n\
+                     7f2-7f3 rw-p 00000000 00:00 0 \n";
+        let found = mappings(maps, (0, 0x35), &view("9 1 0:53 / /m rw - fuse.cowslip s rw"));
+        assert_eq!(found, [("a b.img".into(), HoldKind::Mapping)]);
+    }
+
+    #[test]
+    fn the_mount_id_is_read_from_fdinfo() {
+        assert_eq!(mount_id("pos:\t0\nflags:\t0100000\nmnt_id:\t29\nino:\t5\n"), Some(29));
+        assert_eq!(mount_id("pos:\t0\n"), None);
+    }
+
+    #[test]
+    fn a_process_that_opened_a_file_is_found() {
+        // /dev/shm is a mount of its own everywhere; its path stands for the mount's.
+        let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+        let path = dir.path().join("vm1.img");
+        let file = fs::File::create(&path).unwrap();
+        let mut cat = Command::new("sleep").arg("60").stdin(file).spawn().unwrap();
+        let found = find_openers(&kernel::entry_at(Path::new("/dev/shm")).unwrap());
+        cat.kill().unwrap();
+        cat.wait().unwrap();
+        let inner = path.strip_prefix("/dev/shm").unwrap();
+        let is_it = |opener: &&Opener| opener.pid() == Some(cat.id());
+        let found: Vec<_> = found.iter().filter(is_it).collect();
+        let [Opener::Process { path, hold: HoldKind::File, .. }] = found[..] else {
+            panic!("{found:?}")
+        };
+        assert_eq!(path, inner);
+    }
+
+    #[test]
+    fn an_exit_is_awaited_and_a_zombie_has_exited() {
+        let mut child = Command::new("cat").stdin(Stdio::piped()).spawn().unwrap();
+        let short = Duration::from_millis(30);
+        assert_eq!(wait_for_exit(child.id(), short).unwrap(), ProcessState::Running);
+        assert_eq!(wait_by_polling(child.id(), Instant::now() + short), ProcessState::Running);
+        drop(child.stdin.take());
+        let long = Duration::from_secs(60);
+        assert_eq!(wait_for_exit(child.id(), long).unwrap(), ProcessState::Exited);
+        assert_eq!(wait_by_polling(child.id(), Instant::now() + long), ProcessState::Exited);
+        child.wait().unwrap();
+        assert_eq!(wait_for_exit(child.id(), long).unwrap(), ProcessState::Exited);
+        assert_eq!(wait_by_polling(child.id(), Instant::now() + long), ProcessState::Exited);
+    }
+
+    #[test]
+    fn a_strange_name_does_not_hide_the_state() {
+        assert!(has_ended(b"7 (a) Z (b) Z 1 7"));
+        assert!(!has_ended(b"7 (a) Z (b) S 1 7"));
+        assert!(has_ended(b""));
+    }
+
+    #[test]
+    fn a_number_that_is_no_pid_is_refused() {
+        for pid in [0, u32::MAX] {
+            let error = wait_for_exit(pid, Duration::ZERO).unwrap_err();
+            assert_eq!(error.raw_os_error(), Some(libc::EINVAL));
+        }
+    }
+}

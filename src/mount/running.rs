@@ -1,0 +1,183 @@
+//! The life of a mount: its ticks, its signals, its end.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use super::DaemonMode;
+use super::kernel::{MountHandle, UnmountMode};
+use super::notify::{ServiceState, notify};
+use super::signals::{Signals, signal_name};
+use crate::disk::Disk;
+use crate::fs::FsContext;
+use crate::pool::Pool;
+use crate::stream::UnmountPolicy;
+use crate::stream::output::DrainTimeout;
+
+/// Changes go to the device after at most this many seconds.
+const MAINTENANCE_SECS: u32 = 5;
+
+/// How long open handles are waited for after a signal.
+const HANDLE_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How long threads that wait for a base are waited for at the end, all together.
+const STOP_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How long a sink may get nothing done before a stream that ends with its mount is given up.
+const STALL_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// Every second: answers what has waited too long; every few: has each disk synced.
+pub(super) fn tick(shared: &Arc<FsContext>, stop: &AtomicBool) {
+    let mut seconds = 0;
+    while !stop.load(Ordering::SeqCst) {
+        thread::park_timeout(Duration::from_secs(1));
+        shared.deadlines.expire();
+        let disks = shared.catalog.disks();
+        for disk in &disks {
+            disk.tick_stream();
+            disk.release_expired();
+        }
+        seconds += 1;
+        if seconds < MAINTENANCE_SECS {
+            continue;
+        }
+        seconds = 0;
+        for disk in disks {
+            if disk.needs_merge() {
+                let there = Arc::clone(&disk);
+                Arc::<Pool>::default().run(Box::new(move || {
+                    if let Err(error) = there.merge_layers() {
+                        log::warn!("{}: layers are not merged: {error}", there.source);
+                    }
+                }));
+            }
+            if disk.needs_maintenance() {
+                let pool = Arc::clone(disk.sync_pool());
+                pool.run(Box::new(move || {
+                    if let Err(error) = disk.maintain() {
+                        log::error!("{}: background sync: {error}", disk.source);
+                    }
+                }));
+            }
+        }
+    }
+}
+
+/// A mount that is there.
+pub(super) struct RunningMount {
+    pub(super) shared: Arc<FsContext>,
+    pub(super) workers: JoinHandle<io::Result<()>>,
+    pub(super) mode: DaemonMode,
+    /// Says that the workers have ended.
+    pub(super) ended: mpsc::Receiver<()>,
+    pub(super) stop: Arc<AtomicBool>,
+    pub(super) ticker: JoinHandle<()>,
+}
+
+impl RunningMount {
+    pub(super) fn announce(&self) {
+        let holder = self.shared.control.holder();
+        for disk in self.shared.catalog.disks() {
+            disk.write_holder(&holder);
+        }
+    }
+
+    /// Takes the mount away, though files in it may be open.
+    pub(super) fn unmount_lazily(&self) {
+        self.shared.control.draining.store(true, Ordering::SeqCst);
+        self.announce();
+        let mountpoint = &self.shared.catalog.mountpoint;
+        let is_ours = |held: &MountHandle| {
+            let (major, minor) = held.entry().dev;
+            self.shared.control.device.get() == Some(&rustix::fs::makedev(major, minor))
+        };
+        // What cannot be held has gone, or lies where we may not look.
+        let held = MountHandle::at(mountpoint).ok().flatten().filter(is_ours);
+        if let Some(Err(error)) = held.map(|held| held.unmount(UnmountMode::Lazy)) {
+            log::warn!("'{}' is not unmounted: {error}", mountpoint.display());
+        }
+    }
+
+    /// Waits for the end and closes everything.
+    pub(super) fn run(self, signals: Signals) -> u8 {
+        self.wait(&signals);
+        if self.mode == DaemonMode::Foreground {
+            notify(ServiceState::Stopping);
+        }
+        let code = self.close();
+        signals.close();
+        code
+    }
+
+    /// Until the workers have ended, or a signal has come and open handles have had their time.
+    fn wait(&self, signals: &Signals) {
+        loop {
+            if let Some(signal) = signals.received() {
+                log::info!("{}: leaving", signal_name(signal));
+                self.unmount_lazily();
+                if self.ended.recv_timeout(HANDLE_TIMEOUT) == Err(RecvTimeoutError::Timeout) {
+                    log::warn!("files are still open: they will get errors from now on");
+                }
+                return;
+            }
+            match self.ended.recv_timeout(Duration::from_millis(200)) {
+                Ok(()) | Err(RecvTimeoutError::Disconnected) => return,
+                Err(RecvTimeoutError::Timeout) => {}
+            }
+        }
+    }
+
+    /// Everything durable, every log closed; 1 when something could not be done.
+    fn close(self) -> u8 {
+        self.shared.control.draining.store(true, Ordering::SeqCst);
+        self.announce();
+        self.stop.store(true, Ordering::SeqCst);
+        self.ticker.thread().unpark();
+        let mut code = 0;
+        let until = Instant::now() + STOP_TIMEOUT;
+        let left = || until.saturating_duration_since(Instant::now());
+        let disks = self.shared.catalog.disks();
+        for disk in &disks {
+            if !disk.stop_pools(left()) {
+                log::warn!("{}: a request is still waiting for its base", disk.source);
+            }
+        }
+        for disk in disks.iter().filter(|disk| disk.stream().is_none()) {
+            if let Err(error) = disk.close(left()) {
+                log::error!("{}: not all of it could be made durable: {error}", disk.source);
+                code = 1;
+            }
+        }
+        // Last: a slow sink must not keep the other disks from being durable.
+        for (name, entry) in self.shared.catalog.list() {
+            if let Err(line) = end_stream_on_unmount(&entry.disk) {
+                log::error!("{name}: {line}");
+                code = 1;
+            }
+        }
+        self.shared.pool.stop(left());
+        if self.workers.is_finished()
+            && let Ok(Err(error)) = self.workers.join()
+        {
+            log::error!("FUSE: {error}");
+            code = 1;
+        }
+        // The ticker ends with `stop_pools`; it holds nothing that has to be closed.
+        let _ = self.ticker.join();
+        log::info!("unmounted");
+        code
+    }
+}
+
+/// Finishes a stream that ends with its mount, for as long as its sink gets on, and gives up what
+/// is unfinished.
+fn end_stream_on_unmount(disk: &Disk) -> Result<(), String> {
+    let said = disk.end_stream(UnmountPolicy::Settle, DrainTimeout::Stalled(STALL_TIMEOUT))?;
+    if let Some(line) = said {
+        log::info!("{line}");
+    }
+    Ok(())
+}

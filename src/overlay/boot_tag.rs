@@ -1,0 +1,105 @@
+//! The tag of this life of the host: what tells a daemon that died from a power cut.
+
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use uuid::Uuid;
+
+use super::record::BootTag;
+
+/// Marks a tag made from a mount id, so that it never equals one made from an inode.
+const MOUNT_ID_BIT: u64 = 1 << 63;
+
+/// The tag for files on the file system of `dir`.
+///
+/// It is the boot id, mixed with the device number and the superblock's instance: the inode
+/// number of `/sys/fs/{ext4,xfs}/DEV` or `/sys/fs/btrfs/FSID`, which is new with every superblock
+/// and the same in every mount namespace. Elsewhere it is the unique id of the mount (statx(2),
+/// `STATX_MNT_ID_UNIQUE`), which is new with every mount: a remount is then read as a power cut,
+/// the safe reading.
+///
+/// # Errors
+/// The host's errno when `/proc` or `dir` cannot be read.
+pub fn current(dir: &File) -> io::Result<BootTag> {
+    let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id")?;
+    let boot = Uuid::parse_str(boot.trim()).map_err(io::Error::other)?;
+    let (high, low) = boot.as_u64_pair();
+    let dev = dir.metadata()?.dev();
+    let instance = match superblock_inode(dir, dev) {
+        Some(inode) => inode,
+        None => mount_id(dir)? | MOUNT_ID_BIT,
+    };
+    Ok(BootTag([high ^ dev, low ^ instance]))
+}
+
+/// The inode number of the file system's directory in sysfs.
+fn superblock_inode(dir: &File, dev: u64) -> Option<u64> {
+    let path = match sysfs_name(dir)? {
+        "btrfs" => PathBuf::from(format!("/sys/fs/btrfs/{}", btrfs_uuid(dir)?)),
+        name => {
+            let (major, minor) = (rustix::fs::major(dev), rustix::fs::minor(dev));
+            let link = fs::read_link(format!("/sys/dev/block/{major}:{minor}")).ok()?;
+            Path::new("/sys/fs").join(name).join(link.file_name()?)
+        }
+    };
+    fs::metadata(path).ok().map(|found| found.ino())
+}
+
+/// The name sysfs has for the file system of `dir`, when it has a directory there.
+fn sysfs_name(dir: &File) -> Option<&'static str> {
+    // Numbers of statfs(2).
+    match rustix::fs::fstatfs(dir).ok()?.f_type {
+        0xEF53 => Some("ext4"),
+        0x5846_5342 => Some("xfs"),
+        0x9123_683E => Some("btrfs"),
+        _ => None,
+    }
+}
+
+/// The file system's uuid, by `BTRFS_IOC_FS_INFO` (linux/btrfs.h): two u64, then 16 bytes of it.
+fn btrfs_uuid(dir: &File) -> Option<Uuid> {
+    const BTRFS_IOC_FS_INFO: libc::c_ulong = 0x8400_941F;
+    let mut info = [0u8; 1024];
+    // SAFETY: the ioctl fills at most 1,024 bytes, which `info` has.
+    let done = unsafe { libc::ioctl(dir.as_fd().as_raw_fd(), BTRFS_IOC_FS_INFO, info.as_mut_ptr()) };
+    (done == 0).then(|| Uuid::from_slice(&info[16..32]).ok()).flatten()
+}
+
+/// The mount's id, unique since boot (Linux 6.8), or its reused id on older kernels.
+fn mount_id(dir: &File) -> io::Result<u64> {
+    const STATX_MNT_ID_UNIQUE: u32 = 0x4000;
+    for mask in [STATX_MNT_ID_UNIQUE, libc::STATX_MNT_ID] {
+        // SAFETY: an all-zero statx is a valid value of that plain C struct.
+        let mut found: libc::statx = unsafe { std::mem::zeroed() };
+        // SAFETY: the path is an empty C string and `found` outlives the call.
+        let done = unsafe {
+            libc::statx(dir.as_raw_fd(), c"".as_ptr(), libc::AT_EMPTY_PATH, mask, &raw mut found)
+        };
+        if done == 0 && found.stx_mask & mask != 0 {
+            return Ok(found.stx_mnt_id);
+        }
+    }
+    Err(io::Error::from(io::ErrorKind::Unsupported))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_tag_stays_the_same_within_one_life() {
+        let dir = tempfile::tempdir().unwrap();
+        let dir = File::open(dir.path()).unwrap();
+        assert_eq!(current(&dir).unwrap(), current(&dir).unwrap());
+    }
+
+    #[test]
+    fn another_file_system_has_another_tag() {
+        let here = File::open("/").unwrap();
+        let there = File::open("/dev/shm").unwrap();
+        assert_ne!(current(&here).unwrap(), current(&there).unwrap());
+    }
+}

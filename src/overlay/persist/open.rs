@@ -1,0 +1,216 @@
+//! Overlays that are there: locked first, read after.
+
+use std::fs::File;
+use std::io;
+use std::path::Path;
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use rustix::fs::FlockOperation;
+use uuid::Uuid;
+
+use super::residence::OverlayDir;
+use super::{Holder, OpenedOverlay, OverlayPath, open_overlay_dir, top_layer};
+use crate::confined::{self, open_dir};
+use crate::overlay::recover::{self, LayerFiles, Recovered};
+use crate::overlay::shelf::LayerCache;
+use crate::overlay::stack::{LockedLayer, LayerRecord, Stack, StackError, doing, open_layer_files};
+use crate::overlay::{Overlay, life};
+use crate::trust;
+
+/// How long a daemon that is draining is waited for.
+const DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long for one that has left no word of who it is: it begins or ends just now, or a child that it
+/// has forked is about to become another program.
+const UNKNOWN_HOLDER_TIMEOUT: Duration = Duration::from_millis(200);
+/// The longest word of who it is, in bytes: a path and a few numbers.
+const MAX_HOLDER_LEN: u64 = 64 << 10;
+
+/// A persistent overlay found in its place, its lock taken, its log not read yet.
+pub struct LockedOverlay {
+    /// What makes the disk.
+    pub stack: Stack,
+    pub(in crate::overlay) dir: File,
+    pub(in crate::overlay) layers: File,
+    lock: File,
+    files: LayerFiles,
+    top: LayerRecord,
+}
+
+/// Finds the overlay at `place` and takes its lock.
+///
+/// # Errors
+/// [`StackError`]: not there, damaged, of another version, in use.
+pub fn lock_overlay(place: OverlayPath<'_>) -> Result<LockedOverlay, StackError> {
+    let dir = open_overlay_dir(place.dir)?;
+    // Before its layers: a reflink overlay has none.
+    let mut record = top_layer(&Stack::read(&dir)?)?;
+    let layers = match place.layers {
+        None => confined::open_subdir(&dir, "layers"),
+        Some(path) => open_dir(path).and_then(|dir| {
+            trust::check(&dir).map_err(io::Error::other)?;
+            Ok(dir)
+        }),
+    };
+    let layers = layers.map_err(|error| match error.kind() {
+        std::io::ErrorKind::NotFound if place.layers.is_none() => StackError::NoLayers,
+        _ => doing("opening its layers")(error),
+    })?;
+    loop {
+        let layer = open_layer_files(&layers, &record, |data| take_lock(&dir, data))?;
+        // Once more under the lock: its last holder may have changed it.
+        let stack = Stack::read(&dir)?;
+        let top = top_layer(&stack)?;
+        if top == record {
+            let (lock, files) = (layer.lock, layer.files);
+            return Ok(LockedOverlay { stack, dir, layers, lock, files, top: record });
+        }
+        record = top;
+    }
+}
+
+/// Opens a sealed layer. One that was not closed is recovered, made durable and closed first, by
+/// one process alone.
+pub(in crate::overlay) fn open_sealed(
+    layers: &File,
+    record: &LayerRecord,
+) -> Result<(Arc<Overlay>, Recovered), StackError> {
+    let in_log = |error| StackError::Log { uuid: record.uuid, error };
+    let LockedLayer { lock, files } = open_layer_files(layers, record, |_| Ok(()))?;
+    let tag = life::current(layers).map_err(doing("reading the boot id"))?;
+    let trusted = recover::examine(&files, tag).map_err(in_log)?;
+    if trusted.recovered == Recovered::Clean {
+        let image = recover::load_map(&files, &trusted).map_err(in_log)?;
+        let layer = Overlay::closed(record.block, Arc::clone(&files.data), image, tag);
+        return Ok((Arc::new(layer), Recovered::Clean));
+    }
+    rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive)
+        .map_err(|error| doing("locking a layer to recover it")(error.into()))?;
+    let (layer, recovered) = Overlay::open(&files, tag, None).map_err(in_log)?;
+    layer.close_sealed().map_err(doing("closing the log of a recovered layer"))?;
+    Ok((Arc::new(layer), recovered))
+}
+
+/// Takes the lock; a daemon that is draining is waited for, and the kernel, while it clears up
+/// after one that has died.
+pub(in crate::overlay) fn take_lock(dir: &File, data: &File) -> Result<(), StackError> {
+    let start = Instant::now();
+    loop {
+        match rustix::fs::flock(data, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => return Ok(()),
+            Err(rustix::io::Errno::WOULDBLOCK) => {}
+            Err(error) => return Err(doing("locking it")(error.into())),
+        }
+        let holder = read_holder(dir);
+        let patience = match &holder {
+            None => UNKNOWN_HOLDER_TIMEOUT,
+            Some(holder) if holder.draining || !is_running(holder.pid) => DRAIN_TIMEOUT,
+            Some(_) => Duration::ZERO,
+        };
+        if start.elapsed() >= patience {
+            let (pid, mountpoint) =
+                holder.map_or((0, "unknown".to_owned()), |holder| (holder.pid, holder.mountpoint));
+            return Err(StackError::InUse { pid, mountpoint });
+        }
+        thread::sleep(Duration::from_millis(20));
+    }
+}
+
+fn is_running(pid: u32) -> bool {
+    Path::new("/proc").join(pid.to_string()).exists()
+}
+
+fn read_holder(dir: &File) -> Option<Holder> {
+    let bytes = confined::read_file(dir, "holder", MAX_HOLDER_LEN).ok()?;
+    serde_json::from_slice(&bytes).ok()
+}
+
+impl LockedOverlay {
+    /// The block size in bytes.
+    #[must_use]
+    pub fn block_size(&self) -> u32 {
+        self.top.block
+    }
+
+    fn log_error(&self) -> impl Fn(recover::LogError) -> StackError + use<> {
+        let uuid = self.top.uuid;
+        move |error| StackError::Log { uuid, error }
+    }
+
+    /// Whether a commit into the base was begun and not finished.
+    ///
+    /// # Errors
+    /// [`StackError::Log`].
+    pub fn is_committing(&self) -> Result<bool, StackError> {
+        let tag = life::current(&self.dir).map_err(doing("reading the boot id"))?;
+        let trusted = recover::examine(&self.files, tag).map_err(self.log_error())?;
+        let image = recover::load_map(&self.files, &trusted).map_err(self.log_error())?;
+        Ok(image.is_committing)
+    }
+
+    /// Opens it for use, taking from `shelf` the sealed layers that are open already. `limit` caps
+    /// the bytes of data that all its layers may hold together.
+    ///
+    /// # Errors
+    /// [`StackError`].
+    pub fn open(self, limit: Option<u64>, shelf: &LayerCache) -> Result<OpenedOverlay, StackError> {
+        let tag = life::current(&self.dir).map_err(doing("reading the boot id"))?;
+        let mut recovered = Recovered::Clean;
+        let mut below = Vec::new();
+        // The lowest first: what stands on it is read only once it is as it will stay.
+        for record in self.stack.tree().live().iter().skip(1).rev() {
+            below.push(shelf.get_or_open(record.uuid, || {
+                let (layer, found) = open_sealed(&self.layers, record)?;
+                recovered = recovered.combine(found);
+                Ok::<_, StackError>(layer)
+            })?);
+        }
+        below.reverse();
+        let aside = self.open_snapshot_layers(shelf);
+        let held: u64 = below.iter().map(|layer| layer.usage().data).sum();
+        let limit = limit.map(|limit| limit.saturating_sub(held));
+        let (overlay, found) = Overlay::open(&self.files, tag, limit).map_err(self.log_error())?;
+        let Self { stack, dir, layers, lock, .. } = self;
+        let home = OverlayDir { stack, dir, layers, lock, torn: false };
+        Ok(OpenedOverlay { overlay, below, snapshot_layers: aside, recovered: recovered.combine(found), dir: home })
+    }
+
+    /// Opens the layers that the disk does not read through: they are its to make durable, too.
+    fn open_snapshot_layers(&self, shelf: &LayerCache) -> Vec<(Uuid, Arc<Overlay>)> {
+        let tree = self.stack.tree();
+        let live: Vec<Uuid> = tree.live().iter().map(|layer| layer.uuid).collect();
+        // A layer stands behind the one it stands on.
+        let aside = tree.layers.iter().filter(|layer| !live.contains(&layer.uuid));
+        let open = |record: &LayerRecord| {
+            let opened = shelf
+                .get_or_open(record.uuid, || open_sealed(&self.layers, record).map(|(layer, _)| layer));
+            match opened {
+                Ok(layer) => Some((record.uuid, layer)),
+                Err(error) => {
+                    log::warn!("layer {}, of a snapshot, cannot be opened: {error}", record.uuid);
+                    None
+                }
+            }
+        };
+        aside.filter_map(open).collect()
+    }
+
+    /// Removes the layers that the stack does not name: what an operation that was cut short left
+    /// behind. Only for an overlay that has its layers to itself.
+    pub fn remove_all_unused(&self) {
+        for layer in self.unused_layers().unwrap_or_default() {
+            if let Err(error) = self.remove_unused(layer) {
+                let uuid = layer.uuid;
+                log::warn!("layer {uuid}, which nothing needs, is left behind: {error}");
+            }
+        }
+    }
+
+    /// Its directory, locked, for who changes the `stack` and reads no layer.
+    #[must_use]
+    pub fn into_dir(self) -> OverlayDir {
+        let Self { stack, dir, layers, lock, .. } = self;
+        OverlayDir { stack, dir, layers, lock, torn: false }
+    }
+}

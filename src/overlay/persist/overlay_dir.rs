@@ -1,0 +1,170 @@
+//! The open directory of an overlay: its `stack`, its layers' files, its lock.
+
+use std::fs::File;
+use std::io::{self, Write};
+use std::sync::Arc;
+
+use rustix::fs::{AtFlags, FlockOperation};
+use uuid::Uuid;
+
+use super::Holder;
+use super::build::{empty_data, make_layer};
+use super::found::open_sealed;
+use crate::confined::{self, entry_names, foreign_entry_error};
+use crate::overlay::Overlay;
+use crate::overlay::record::LayerMap;
+use crate::overlay::shelf::LayerCache;
+use crate::overlay::stack::{LayerRecord, Stack, StackError, doing};
+
+/// The open directory of a persistent overlay, its `stack` and its lock.
+pub struct OverlayDir {
+    /// What makes the disk.
+    pub stack: Stack,
+    pub(super) dir: File,
+    pub(super) layers: File,
+    /// Unlocked when the last descriptor of this open file is closed.
+    pub(super) lock: File,
+    pub(super) torn: bool,
+}
+
+impl OverlayDir {
+    /// The overlay in the open directory `dir`, whose lock `lock` carries.
+    /// Layers, which a reflink overlay has none of, would lie right in it.
+    ///
+    /// # Errors
+    /// The host's errno.
+    pub(in crate::overlay) fn new(stack: Stack, dir: File, lock: File) -> io::Result<Self> {
+        Ok(Self { stack, layers: dir.try_clone()?, dir, lock, torn: false })
+    }
+
+    /// Replaces the `stack`, durably.
+    ///
+    /// # Errors
+    /// The host's errno; the old one is in place then.
+    pub fn replace_stack(&mut self, stack: Stack) -> Result<(), StackError> {
+        if let Err(error) = stack.write(&self.dir) {
+            // It may have come into its place without that being durable.
+            let is_old = || Stack::read(&self.dir).is_ok_and(|found| found == self.stack);
+            if !is_old()
+                && let Err(again) = self.stack.write(&self.dir)
+            {
+                log::error!("the old 'stack' could not be put back: {again}");
+                self.torn = true;
+            }
+            return Err(error);
+        }
+        self.stack = stack;
+        Ok(())
+    }
+
+    /// Whether the `stack` in the directory may be another than this one: nothing may be
+    /// acknowledged any more then.
+    #[must_use]
+    pub fn is_torn(&self) -> bool {
+        self.torn
+    }
+
+    /// Whether the directory still holds this `stack`, and was not removed.
+    #[must_use]
+    pub fn is_on_disk(&self) -> bool {
+        Stack::read(&self.dir).is_ok_and(|found| found == self.stack)
+    }
+
+    /// As [`replace_stack`](Self::replace_stack), with another top, whose lock is `lock`.
+    ///
+    /// # Errors
+    /// As [`replace_stack`](Self::replace_stack).
+    pub fn replace_top(&mut self, stack: Stack, lock: File) -> Result<(), StackError> {
+        self.replace_stack(stack)?;
+        self.lock = lock;
+        Ok(())
+    }
+
+    /// Makes a layer that no stack names yet, durably, and locks it.
+    ///
+    /// # Errors
+    /// [`StackError`]; nothing is left behind then.
+    pub fn add_layer(
+        &self,
+        record: &LayerRecord,
+        image: &LayerMap,
+        limit: Option<u64>,
+    ) -> Result<(Overlay, File), StackError> {
+        make_layer(&self.layers, record, image, limit, |layer| empty_data(layer, image.size))
+            .inspect_err(|_| self.remove_layer(record.uuid))
+    }
+
+    /// Opens the sealed layer `uuid` of this disk, or takes it from `shelf`.
+    ///
+    /// # Errors
+    /// [`StackError`].
+    pub fn open_layer(&self, uuid: Uuid, shelf: &LayerCache) -> Result<Arc<Overlay>, StackError> {
+        let record = self.stack.layers.iter().find(|layer| layer.uuid == uuid);
+        let record = record.ok_or_else(|| {
+            doing("opening its layer")(io::Error::from_raw_os_error(libc::ENOENT))
+        })?;
+        shelf.get_or_open(uuid, || open_sealed(&self.layers, record).map(|(layer, _)| layer))
+    }
+
+    /// Removes the files of a layer that no stack names any more. Best effort: what is left is
+    /// swept when the overlay is opened the next time.
+    pub fn remove_layer(&self, uuid: Uuid) {
+        if self.torn {
+            return; // Nobody knows what the stack names.
+        }
+        if let Err(error) = remove_layer(&self.layers, uuid) {
+            log::debug!("the files of layer {uuid} are left behind: {error}");
+        }
+    }
+
+    /// Tells others who has it. Best effort: the lock is what counts.
+    pub fn write_holder(&self, holder: &Holder) {
+        let write = || -> io::Result<()> {
+            let bytes = serde_json::to_vec(holder)?;
+            confined::recreate_file(&self.dir, "holder.new")?.write_all(&bytes)?;
+            rustix::fs::renameat(&self.dir, "holder.new", &self.dir, "holder")?;
+            Ok(())
+        };
+        if let Err(error) = write() {
+            log::debug!("the holder file is not written: {error}");
+        }
+    }
+
+    /// Nobody has it any more.
+    pub fn remove_holder(&self) {
+        let _ = rustix::fs::unlinkat(&self.dir, "holder", AtFlags::empty());
+    }
+
+    /// Lets others have it at once, while this process lives on: a child that was forked a moment
+    /// ago shares the open file until it executes its program. Nothing of ours may use it any more.
+    pub fn unlock(self) {
+        self.remove_holder();
+        if let Err(error) = rustix::fs::flock(&self.lock, FlockOperation::Unlock) {
+            log::debug!("an overlay is unlocked only when it is closed: {error}");
+        }
+    }
+}
+
+/// Removes the directory of the layer `uuid`, its `data` last: that carries the lock. One that holds
+/// anything else than a layer's files stays as it is.
+///
+/// # Errors
+/// The host's errno; a line that names what else it holds.
+pub(crate) fn remove_layer(layers: &File, uuid: Uuid) -> io::Result<()> {
+    let name = uuid.to_string();
+    let dir = confined::open_subdir(layers, &name)?;
+    let files = entry_names(&dir)?;
+    if let Some(other) = files.iter().find(|file| !is_layer_file(file)) {
+        return Err(foreign_entry_error(&format!("layers/{name}"), other));
+    }
+    let before = files.iter().map(String::as_str).filter(|file| *file != "data");
+    before.chain(["data"]).try_for_each(|file| confined::remove_file(&dir, file))?;
+    Ok(rustix::fs::unlinkat(layers, &name, AtFlags::REMOVEDIR)?)
+}
+
+/// Whether a layer has a file of that name.
+fn is_layer_file(name: &str) -> bool {
+    let is_segment = |index: &str| index.parse::<usize>().is_ok();
+    matches!(name, "data" | "log" | "log.new" | "journal")
+        || name.strip_prefix("data.").is_some_and(is_segment)
+}

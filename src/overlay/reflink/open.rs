@@ -1,0 +1,181 @@
+//! Making and opening reflink overlays, one process at a time.
+//!
+//! As with block maps, a new one is built under a temporary name and renamed into its place when
+//! all of it is durable; the lock is on the inode of `data`.
+
+use std::fs::File;
+use std::io;
+use std::path::Path;
+use std::sync::Arc;
+
+use rustix::fs::FlockOperation;
+
+use super::snapshots::{revert_data, sweep};
+use super::{RevertTarget, Reflink, ReflinkError, intent};
+use crate::base::place::HostFs;
+use crate::confined::{self, FileAccess};
+use crate::host;
+use crate::overlay::persist::{self, StagingDir, OverlayDir, draft, open_overlay_dir};
+use crate::overlay::stack::{Stack, StackError, doing, parent_for_new};
+use crate::process::explain_size_error;
+use crate::spec::OverlayKind;
+
+/// A reflink overlay that is open.
+pub struct OpenedReflink {
+    /// The layer.
+    pub layer: Reflink,
+    /// The files that stay with it.
+    pub dir: OverlayDir,
+    /// The revert or reset that a crash had interrupted and that is finished now.
+    pub finished: Option<RevertTarget>,
+}
+
+/// A base whose blocks are to be shared.
+pub struct SharedBase<'a> {
+    /// Its path, for messages.
+    pub path: &'a Path,
+    /// A regular file.
+    pub file: &'a Arc<File>,
+}
+
+/// The kind of the overlay at `dir`; `None` when there is none yet.
+///
+/// # Errors
+/// [`StackError`]: something else is there, or its `stack` cannot be read.
+pub fn overlay_kind(dir: &Path) -> Result<Option<OverlayKind>, StackError> {
+    if !persist::exists(dir)? {
+        return Ok(None);
+    }
+    Ok(Some(Stack::read(&open_overlay_dir(dir)?)?.kind))
+}
+
+/// Makes the overlay `stack` at `dir`: a reflink copy of `base`, `size` bytes long if that is
+/// given. Durable when it returns.
+///
+/// # Errors
+/// [`ReflinkError`]; nothing is left behind then.
+pub fn create(
+    dir: &Path,
+    stack: Stack,
+    base: &SharedBase<'_>,
+    size: Option<u64>,
+) -> Result<OpenedReflink, ReflinkError> {
+    let parent = parent_for_new(dir)?;
+    draft::remove_all_abandoned(parent);
+    let draft = StagingDir::new(parent).map_err(doing("making a directory beside it"))?;
+    let data = confined::create_file(draft.dir(), "data").map_err(doing("making its data"))?;
+    rustix::fs::ioctl_ficlone(&data, base.file)
+        .map_err(|error| sharing_error(error.into(), &data, base.path))?;
+    let fill = || -> io::Result<File> {
+        if let Some(size) = size {
+            data.set_len(size).map_err(explain_size_error)?;
+        }
+        data.sync_all()?;
+        confined::create_dir(draft.dir(), "snapshots")
+    };
+    let snapshots = fill().map_err(doing("making its data durable"))?;
+    rustix::fs::flock(&data, FlockOperation::NonBlockingLockExclusive)
+        .map_err(|error| doing("locking it")(error.into()))?;
+    stack.write(draft.dir())?;
+    let dir = draft.move_into_place(dir, parent).map_err(doing("putting it in its place"))?;
+    let home = ReflinkDir { stack, dir, data, snapshots };
+    Ok(home.into_layer(base.file, None)?)
+}
+
+/// What the host means when it does not share blocks.
+fn sharing_error(error: io::Error, data: &File, base: &Path) -> ReflinkError {
+    match error.raw_os_error() {
+        Some(libc::EXDEV) => ReflinkError::Elsewhere(base.to_owned()),
+        Some(libc::EOPNOTSUPP | libc::ENOTTY | libc::EINVAL | libc::ENOSYS) => {
+            let fs = HostFs::of(data).map_or("its file system", |fs| fs.name);
+            ReflinkError::NoReflinks { fs, error }
+        }
+        _ => doing("sharing the base's blocks")(error).into(),
+    }
+}
+
+/// The open files of an overlay.
+struct ReflinkDir {
+    stack: Stack,
+    dir: File,
+    data: File,
+    snapshots: File,
+}
+
+impl ReflinkDir {
+    fn into_layer(
+        self,
+        base: &Arc<File>,
+        finished: Option<RevertTarget>,
+    ) -> Result<OpenedReflink, StackError> {
+        let open = || -> io::Result<(Reflink, File, File)> {
+            let (dir, lock) = (self.dir.try_clone()?, self.data.try_clone()?);
+            let data = Arc::new(self.data);
+            let layer = Reflink::new(data, Arc::clone(base), self.dir, self.snapshots)?;
+            Ok((layer, dir, lock))
+        };
+        let (layer, dir, lock) = open().map_err(doing("opening its data"))?;
+        let home = OverlayDir::new(self.stack, dir, lock).map_err(doing("opening it"))?;
+        Ok(OpenedReflink { layer, dir: home, finished })
+    }
+}
+
+/// A reflink overlay found in its place, its lock taken, nothing changed yet.
+pub struct LockedReflink {
+    files: ReflinkDir,
+}
+
+/// Finds the reflink overlay at `dir` and takes its lock.
+///
+/// # Errors
+/// [`ReflinkError`]: not there, damaged, a block map, in use.
+pub fn lock_overlay(dir: &Path) -> Result<LockedReflink, ReflinkError> {
+    let dir = open_overlay_dir(dir)?;
+    if Stack::read(&dir)?.kind != OverlayKind::Reflink {
+        return Err(ReflinkError::Blocks);
+    }
+    let data =
+        confined::open_file(&dir, "data", FileAccess::AsAllowed).map_err(doing("opening its data"))?;
+    persist::take_lock(&dir, &data)?;
+    // Once more under the lock: its last holder may have changed it.
+    let stack = Stack::read(&dir)?;
+    let snapshots =
+        confined::open_subdir(&dir, "snapshots").map_err(doing("opening its snapshots"))?;
+    Ok(LockedReflink { files: ReflinkDir { stack, dir, data, snapshots } })
+}
+
+impl LockedReflink {
+    /// What makes the disk.
+    #[must_use]
+    pub fn stack(&self) -> &Stack {
+        &self.files.stack
+    }
+
+    /// The revert or reset that a crash has interrupted; [`open`](Self::open) finishes it.
+    ///
+    /// # Errors
+    /// [`ReflinkError::Intent`] when the note on it is damaged; the host's errno.
+    pub fn interrupted(&self) -> Result<Option<RevertTarget>, ReflinkError> {
+        intent::read(&self.files.dir)
+    }
+
+    /// Opens it for use over `base`, which the caller has found to be the one it was made with.
+    ///
+    /// # Errors
+    /// [`ReflinkError`].
+    pub fn open(self, base: &Arc<File>) -> Result<OpenedReflink, ReflinkError> {
+        let interrupted = self.interrupted()?;
+        let ReflinkDir { dir, data, snapshots, .. } = &self.files;
+        sweep(dir);
+        if let Some(origin) = &interrupted {
+            if host::is_read_only(data) {
+                let error = host::os_error(libc::EROFS);
+                return Err(ReflinkError::Unfinished { of: origin.clone(), error });
+            }
+            revert_data(origin, data, base, snapshots)
+                .and_then(|()| intent::clear(dir))
+                .map_err(|error| ReflinkError::Unfinished { of: origin.clone(), error })?;
+        }
+        Ok(self.files.into_layer(base, interrupted)?)
+    }
+}

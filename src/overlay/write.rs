@@ -1,0 +1,468 @@
+//! How an overlay is changed: writes, zeroing, copies in, its size.
+//!
+//! ```text
+//!   a first touch in part        |- before -|-- written --|- after -|   one block, written whole
+//!                                 from below                below
+//! ```
+
+use std::io::{self, IoSlice};
+use std::ops::Range;
+use std::sync::atomic::Ordering;
+
+use super::blocks::{BlockIndex, BlockRun, BlockState};
+use super::log::{Log, ReserveUse};
+use super::ranges::{StripeGuard, LockMode, StripeSet};
+use super::record::LogRecord;
+use super::sync::SyncMode;
+use super::{MAX_DISK_SIZE, Overlay, is_out_of_space};
+use crate::extents::ExtentKind;
+use crate::host::os_error;
+use crate::layer::{CopyFn, Layer, ReadBelow, Wait, WritableLayer};
+use crate::pool::check_cancelled;
+
+impl Overlay {
+    /// The parts of `range` that only cover part of a block: its head and its tail (the same block
+    /// may be both). A write that ends at the disk's end covers its last block.
+    fn partial_blocks(&self, range: &Range<u64>) -> [Option<BlockIndex>; 2] {
+        let head = !range.start.is_multiple_of(self.block_size);
+        let tail = !range.end.is_multiple_of(self.block_size) && range.end < self.size();
+        let first = BlockIndex(range.start / self.block_size);
+        let last = BlockIndex(range.end / self.block_size);
+        [head.then_some(first), (tail && (!head || first != last)).then_some(last)]
+    }
+
+    /// Locks `range` for writing: shared, but exclusive around a block that is touched for the
+    /// first time and only in part.
+    fn lock_for_write(&self, range: &Range<u64>, wait: Wait) -> io::Result<StripeGuard<'_>> {
+        let shared = self.range_locks.include(StripeSet::default(), range, LockMode::Shared);
+        let busy = || os_error(libc::EAGAIN);
+        let partial = self.partial_blocks(range);
+        let held = self.range_locks.lock(shared, wait).ok_or_else(busy)?;
+        let is_first_touch =
+            |block: &BlockIndex| self.map.read().blocks.state(*block) != BlockState::Data;
+        if !partial.iter().flatten().any(is_first_touch) {
+            // Shared is enough, and stays so: only an exclusive holder takes a block's data away.
+            return Ok(held);
+        }
+        drop(held);
+        let need = partial.iter().flatten().fold(shared, |need, block| {
+            let bytes = self.bytes_of(&(*block..BlockIndex(block.0 + 1)));
+            self.range_locks.include(need, &bytes, LockMode::Exclusive)
+        });
+        self.range_locks.lock(need, wait).ok_or_else(busy)
+    }
+
+    /// The bytes of `range`, which lies inside one block that holds no data yet, as they read now.
+    fn read_current(&self, range: Range<u64>, below: &dyn ReadBelow, wait: Wait) -> io::Result<Vec<u8>> {
+        let len = usize::try_from(range.end - range.start).map_err(|_| os_error(libc::EFBIG))?;
+        let mut bytes = vec![0; len];
+        if range.is_empty() {
+            return Ok(bytes);
+        }
+        let extent = self.look_up(&range);
+        if extent.kind == ExtentKind::Lower {
+            let len = usize::try_from(extent.len()).map_err(|_| os_error(libc::EFBIG))?;
+            below.read_below(&mut bytes[..len], range.start, wait)?;
+        }
+        Ok(bytes)
+    }
+
+    /// What has to be written before and after `range` so that the blocks it touches are whole.
+    fn block_padding(
+        &self,
+        range: &Range<u64>,
+        below: &dyn ReadBelow,
+        wait: Wait,
+    ) -> io::Result<(Vec<u8>, Vec<u8>)> {
+        let start = range.start / self.block_size * self.block_size;
+        let head = if self.has_data_at(start) { range.start } else { start };
+        // Past the disk's end as well: with the bytes that an earlier, larger disk left there, a
+        // sector could come out of a power cut half new and half as old as those.
+        let end = range.end.next_multiple_of(self.block_size);
+        let tail = if self.has_data_at(range.end - 1) { range.end } else { end };
+        Ok((self.read_current(head..range.start, below, wait)?, self.read_current(range.end..tail, below, wait)?))
+    }
+
+    /// `ENOSPC` when making all of `blocks` Data would exceed the limit.
+    fn check_limit(&self, blocks: &Range<BlockIndex>) -> io::Result<()> {
+        let Some(limit) = self.limit else {
+            return Ok(());
+        };
+        let map = self.map.read();
+        let new = blocks.end.0 - blocks.start.0 - map.blocks.count(blocks.clone(), BlockState::Data);
+        if new > 0 && map.blocks.data_blocks() + new > limit {
+            return Err(os_error(libc::ENOSPC));
+        }
+        Ok(())
+    }
+
+    /// Refuses to reserve space for `blocks` when the host would hold more for this layer than its
+    /// limit: what is reserved is nobody else's, though no block of it is Data.
+    fn check_reservation(&self, blocks: &Range<BlockIndex>) -> io::Result<()> {
+        /// The host's own, for its list of extents.
+        const HOST_OVERHEAD: u64 = 1 << 20;
+        let Some(limit) = self.limit else {
+            return Ok(());
+        };
+        let taken = self.data.allocated()?;
+        let map = self.map.read();
+        let (held, data) =
+            (map.blocks.data_blocks(), map.blocks.count(blocks.clone(), BlockState::Data));
+        let reserved =
+            taken.saturating_sub(held * self.block_size).saturating_sub(HOST_OVERHEAD) / self.block_size;
+        if held + reserved + (blocks.end.0 - blocks.start.0 - data) > limit {
+            return Err(os_error(libc::ENOSPC));
+        }
+        Ok(())
+    }
+
+    /// Puts `blocks` into `state`: in the log, then in the map. Returns the record's sequence.
+    /// The caller has locked their ranges and, for Data, written them.
+    pub(super) fn publish(&self, blocks: &Range<BlockIndex>, state: BlockState) -> io::Result<u64> {
+        let records: Vec<LogRecord> = {
+            let map = self.map.read();
+            if map.blocks.run_at(blocks.clone()) == (BlockRun { range: blocks.clone(), state }) {
+                return Ok(0); // An overwrite: the usual case, and nothing to say.
+            }
+            let runs = map.blocks.runs(blocks.clone()).filter(|run| run.state != state);
+            runs.map(|run| LogRecord::Set { range: run.range, state }).take(2).collect()
+        };
+        let sequence = match &self.log {
+            Some(log) => {
+                let purpose = if state == BlockState::Data { ReserveUse::Keep } else { ReserveUse::Partial };
+                // A whole-range record says the same as many: fewer bytes, one place.
+                let whole = [LogRecord::Set { range: blocks.clone(), state }];
+                log.append(if records.len() > 1 { &whole } else { &records }, purpose)?
+            }
+            None => 0,
+        };
+        self.map.write().blocks.set(blocks.clone(), state);
+        self.revision.fetch_add(1, Ordering::Release);
+        Ok(sequence)
+    }
+
+    fn try_write(
+        &self,
+        buf: &[u8],
+        offset: u64,
+        below: &dyn ReadBelow,
+        wait: Wait,
+    ) -> io::Result<()> {
+        let range = offset..offset + buf.len() as u64;
+        let _held = self.lock_for_write(&range, wait)?;
+        check_cancelled()?;
+        let blocks = self.blocks_of(&range);
+        self.note_change(&blocks);
+        self.check_limit(&blocks)?;
+        let (before, after) = self.block_padding(&range, below, wait)?;
+        check_cancelled()?;
+        let parts = [IoSlice::new(&before), IoSlice::new(buf), IoSlice::new(&after)];
+        let first = usize::from(before.is_empty());
+        let last = if after.is_empty() { 2 } else { 3 };
+        self.write_blocks(&parts[first..last], offset - before.len() as u64, &blocks)
+    }
+
+    /// Writes `parts` at `offset` and makes `blocks`, the ones they fill, Data. The caller has
+    /// locked their ranges.
+    fn write_blocks(
+        &self,
+        parts: &[IoSlice<'_>],
+        offset: u64,
+        blocks: &Range<BlockIndex>,
+    ) -> io::Result<()> {
+        let written = self.data.write_at(parts, offset);
+        // Also when it failed: some of it may be there, and is seen.
+        self.note_written(blocks);
+        let done = written.and_then(|()| self.publish(blocks, BlockState::Data));
+        if done.is_err() {
+            // What was written of it takes space that no record speaks of.
+            self.defer_free(blocks, self.log.as_ref().map_or(0, Log::last_sequence));
+        }
+        done.map(|_| ())
+    }
+
+    /// Runs `change`; when the host is full and freed space is still waiting to go back, gives it
+    /// back and tries once more. It writes `len` bytes of data.
+    fn retry_when_full(
+        &self,
+        wait: Wait,
+        len: u64,
+        change: impl Fn() -> io::Result<()>,
+    ) -> io::Result<()> {
+        self.check_writable()?;
+        let done = match change() {
+            Err(error) if is_out_of_space(&error) && !self.pending.lock().is_empty() => match wait {
+                Wait::No => Err(os_error(libc::EAGAIN)),
+                Wait::Yes => {
+                    self.sync_all(SyncMode::Full)?;
+                    change()
+                }
+            },
+            other => other,
+        };
+        if done.is_ok() {
+            self.mark_dirty(len);
+        }
+        done
+    }
+
+    /// Zeros the part `range` of one block.
+    fn zero_partial_block(&self, range: &Range<u64>, below: &dyn ReadBelow, wait: Wait) -> io::Result<()> {
+        let block = BlockIndex(range.start / self.block_size);
+        let blocks = block..BlockIndex(block.0 + 1);
+        let zeros = || vec![0; usize::try_from(range.end - range.start).unwrap_or(0)];
+        let state = self.map.read().blocks.state(block);
+        match state {
+            BlockState::Zero => return Ok(()),
+            BlockState::Data => {
+                let written = self.data.write_at(&[IoSlice::new(&zeros())], range.start);
+                self.note_written(&blocks);
+                return written;
+            }
+            BlockState::Lower => {}
+        }
+        let lower = self.look_up(range);
+        if lower.kind != ExtentKind::Lower || below.is_zero_below(lower.range, wait)? {
+            return Ok(());
+        }
+        self.check_limit(&blocks)?;
+        let (before, after) = self.block_padding(range, below, wait)?;
+        check_cancelled()?;
+        let zeros = zeros();
+        let parts = [IoSlice::new(&before), IoSlice::new(&zeros), IoSlice::new(&after)];
+        self.write_blocks(&parts, range.start - before.len() as u64, &blocks)
+    }
+
+    fn try_zero(&self, range: &Range<u64>, below: &dyn ReadBelow, wait: Wait) -> io::Result<()> {
+        let need = self.range_locks.include(StripeSet::default(), range, LockMode::Exclusive);
+        let _held = self.range_locks.lock(need, wait).ok_or_else(|| os_error(libc::EAGAIN))?;
+        check_cancelled()?;
+        self.note_change(&self.blocks_of(range));
+        // The last block counts as whole when the range reaches the disk's end.
+        let end = if range.end >= self.size() {
+            range.end.next_multiple_of(self.block_size)
+        } else {
+            range.end
+        };
+        let whole = range.start.div_ceil(self.block_size)..end / self.block_size;
+        if whole.start > whole.end {
+            return self.zero_partial_block(range, below, wait);
+        }
+        let head = range.start..range.end.min(whole.start * self.block_size);
+        let tail = whole.end * self.block_size..range.end;
+        for part in [head, tail] {
+            if part.start < part.end {
+                self.zero_partial_block(&part, below, wait)?;
+            }
+        }
+        let blocks = BlockIndex(whole.start)..BlockIndex(whole.end);
+        if !blocks.is_empty() {
+            let sequence = match self.publish(&blocks, BlockState::Zero)? {
+                // Nothing new, but space may have been reserved there since.
+                0 => self.log.as_ref().map_or(0, Log::last_sequence),
+                new => new,
+            };
+            self.defer_free(&blocks, sequence);
+        }
+        Ok(())
+    }
+
+    /// Copies `range`, which starts and ends on block borders or at the disk's end, in from a
+    /// host file: `copy` is given the data file and the place, and tells how much it took.
+    ///
+    /// # Errors
+    /// `EOPNOTSUPP` when there is no single host file for it; `ENOSPC`; what `copy` returns.
+    pub fn copy_in(&self, range: &Range<u64>, copy: CopyFn<'_>) -> io::Result<u64> {
+        self.check_writable()?;
+        let file = self.data.host_fd(range.clone()).ok_or_else(|| os_error(libc::EOPNOTSUPP))?;
+        // A direct write reads what it writes only in part, and would put it back as it was before.
+        let hold = if self.is_direct() { LockMode::Exclusive } else { LockMode::Shared };
+        let need = self.range_locks.include(StripeSet::default(), range, hold);
+        let _held = self.range_locks.lock(need, Wait::Yes).ok_or_else(|| os_error(libc::EAGAIN))?;
+        check_cancelled()?;
+        self.note_change(&self.blocks_of(range));
+        self.check_limit(&self.blocks_of(range))?;
+        let copied = copy(file, range.clone());
+        self.note_written(&self.blocks_of(range));
+        let copied = copied?;
+        let end = range.start + copied;
+        // A block that was copied in part is not published: it keeps what it had.
+        let whole = if end >= range.end { range.end } else { end / self.block_size * self.block_size };
+        if whole > range.start {
+            self.zero_block_tail(whole)?;
+            self.publish(&self.blocks_of(&(range.start..whole)), BlockState::Data)?;
+        }
+        let len = whole.saturating_sub(range.start);
+        self.mark_dirty(len);
+        Ok(len)
+    }
+}
+
+impl Overlay {
+    /// Copies what `below` has into the blocks that `range` touches and this layer does not hold
+    /// yet, and tells how many bytes. A write that races with it wins.
+    ///
+    /// # Errors
+    /// As [`WritableLayer::write_at`].
+    pub fn copy_up(
+        &self,
+        range: &Range<u64>,
+        below: &dyn ReadBelow,
+        wait: Wait,
+    ) -> io::Result<u64> {
+        self.check_writable()?;
+        let blocks = self.blocks_of(range);
+        let bytes = self.bytes_of(&blocks);
+        let need = self.range_locks.include(StripeSet::default(), &bytes, LockMode::Exclusive);
+        let _held = self.range_locks.lock(need, wait).ok_or_else(|| os_error(libc::EAGAIN))?;
+        check_cancelled()?;
+        let (lower, limit): (Vec<BlockRun>, u64) = {
+            let map = self.map.read();
+            let lower = map.blocks.runs(blocks).filter(|run| run.state == BlockState::Lower);
+            (lower.collect(), map.lower_limit.min(map.size))
+        };
+        let mut copied = 0;
+        for run in lower {
+            let bytes = self.bytes_of(&run.range);
+            let seen = bytes.start..bytes.end.min(limit);
+            if seen.is_empty() {
+                continue;
+            }
+            let blocks = self.blocks_of(&seen);
+            self.check_limit(&blocks)?;
+            // Whole blocks: what is past the limit reads as zeros.
+            let whole = self.bytes_of(&blocks);
+            let len = |range: &Range<u64>| usize::try_from(range.end - range.start).unwrap_or(0);
+            let mut buf = vec![0; len(&whole)];
+            below.read_below(&mut buf[..len(&seen)], seen.start, wait)?;
+            check_cancelled()?;
+            self.note_change(&blocks);
+            self.write_blocks(&[IoSlice::new(&buf)], whole.start, &blocks)?;
+            copied += seen.end - seen.start;
+        }
+        if copied > 0 {
+            self.mark_dirty(copied);
+        }
+        Ok(copied)
+    }
+}
+
+impl WritableLayer for Overlay {
+    fn write_at(
+        &self,
+        buf: &[u8],
+        offset: u64,
+        below: &dyn ReadBelow,
+        wait: Wait,
+    ) -> io::Result<()> {
+        self.retry_when_full(wait, buf.len() as u64, || self.try_write(buf, offset, below, wait))
+    }
+
+    fn zero(&self, range: Range<u64>, below: &dyn ReadBelow, wait: Wait) -> io::Result<()> {
+        if range.is_empty() {
+            return Ok(());
+        }
+        self.retry_when_full(wait, 0, || self.try_zero(&range, below, wait))
+    }
+
+    fn punch_hole(&self, range: Range<u64>, below: &dyn ReadBelow, wait: Wait) -> io::Result<()> {
+        // A zeroed block holds no space here either: the two are one.
+        self.zero(range, below, wait)
+    }
+
+    fn allocate(&self, range: Range<u64>, wait: Wait) -> io::Result<()> {
+        // Whole blocks: a write of one byte takes all of its.
+        let blocks = self.blocks_of(&range);
+        let bytes = self.bytes_of(&blocks);
+        let allocated = self.retry_when_full(wait, 0, || {
+            // Shared with writers, not with what gives space back.
+            let need = self.range_locks.include(StripeSet::default(), &bytes, LockMode::Shared);
+            let _held = self.range_locks.lock(need, wait).ok_or_else(|| os_error(libc::EAGAIN))?;
+            check_cancelled()?;
+            self.check_limit(&blocks)?;
+            self.check_reservation(&blocks)?;
+            self.pending.lock().remove(&bytes);
+            self.data.allocate(bytes.clone()).inspect_err(|_| {
+                // The host may have reserved a part. What holds no data by then is given back: once
+                // every record up to now is vouched, for one of them may have freed what lies here.
+                let sequence = self.log.as_ref().map_or(0, Log::last_sequence);
+                self.pending.lock().add(bytes.clone(), sequence);
+            })
+        });
+        if allocated.as_ref().is_err_and(is_out_of_space) && wait == Wait::Yes {
+            self.sync_all(SyncMode::Full)?;
+        }
+        allocated
+    }
+
+    fn set_size(&self, size: u64) -> io::Result<()> {
+        self.check_writable()?;
+        if size > MAX_DISK_SIZE {
+            return Err(os_error(libc::EFBIG));
+        }
+        let (old, lower_limit) = {
+            let map = self.map.read();
+            (map.size, map.lower_limit)
+        };
+        if size == old {
+            return Ok(());
+        }
+        if size > old && self.has_data_at(old) {
+            self.zero_block_tail(old)?;
+        }
+        // Empty when the disk grows. Locked although the gate is ours: a sync may be giving back
+        // what was freed earlier, and must not see these blocks free before they wait their turn.
+        let cut = BlockIndex(size.div_ceil(self.block_size))..BlockIndex(old.div_ceil(self.block_size));
+        let need = self.range_locks.include(StripeSet::default(), &self.bytes_of(&cut), LockMode::Exclusive);
+        let _held = self.range_locks.lock(need, Wait::Yes).ok_or_else(|| os_error(libc::EAGAIN))?;
+        let lower_limit = lower_limit.min(size);
+        self.note_size(size);
+        let sequence = match &self.log {
+            Some(log) => {
+                let purpose = if size > old { ReserveUse::Keep } else { ReserveUse::Partial };
+                log.append(&[LogRecord::Size { size, lower_limit }], purpose)?
+            }
+            None => 0,
+        };
+        self.map.write().resize(size, lower_limit, self.block_size);
+        self.revision.fetch_add(1, Ordering::Release);
+        self.defer_free(&cut, sequence);
+        if size < old
+            && self.has_data_at(size)
+            && let Err(error) = self.zero_block_tail(size)
+        {
+            // Done before the disk grows in any case; now only for what `block_padding` says.
+            ::log::debug!("the tail of the last block is not zeroed yet: {error}");
+        }
+        self.mark_dirty(0);
+        Ok(())
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        self.sync_all(SyncMode::Fast)
+    }
+
+    fn is_latched(&self) -> bool {
+        Overlay::is_latched(self)
+    }
+}
+
+impl Overlay {
+    /// Whether the block of byte `at` is Data.
+    fn has_data_at(&self, at: u64) -> bool {
+        self.map.read().blocks.state(BlockIndex(at / self.block_size)) == BlockState::Data
+    }
+
+    /// Zeros what the data file holds from `at`, the disk's end, to the end of that block: it may
+    /// be bytes from before the disk shrank.
+    fn zero_block_tail(&self, at: u64) -> io::Result<()> {
+        let end = at.next_multiple_of(self.block_size);
+        if at < end {
+            let zeros = vec![0; usize::try_from(end - at).map_err(|_| os_error(libc::EFBIG))?];
+            let written = self.data.write_at(&[IoSlice::new(&zeros)], at);
+            self.note_written(&self.blocks_of(&(at..end)));
+            return written;
+        }
+        Ok(())
+    }
+}

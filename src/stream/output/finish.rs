@@ -1,0 +1,270 @@
+//! How an output stream ends: finished, given up, or with its mount.
+
+use std::thread;
+use std::time::{Duration, Instant};
+
+use parking_lot::MutexGuard;
+
+use super::{OutputCore, Output, OutputState, reply_all, spec_size};
+use crate::spec::{FinishWhen, Pad, format_size};
+
+/// How long `finish` waits for writers to go: RELEASE comes after close(2) has returned.
+const WRITERS_TIMEOUT: Duration = Duration::from_secs(5);
+/// How many times longer a sink may work that was given everything already.
+const FINAL_WAIT_FACTOR: u32 = 10;
+/// How often it looks.
+const POLL_INTERVAL: Duration = Duration::from_millis(20);
+/// How long an aborted sink may take to let go.
+const ABORT_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How long a sink is waited for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DrainTimeout {
+    /// As long as it takes.
+    Unlimited,
+    /// So long.
+    Total(Duration),
+    /// Until it has taken nothing for so long.
+    Stalled(Duration),
+}
+
+impl DrainTimeout {
+    /// As a request has it: so many milliseconds, or as long as it takes.
+    #[must_use]
+    pub fn from_millis(milliseconds: Option<u64>) -> Self {
+        milliseconds.map_or(Self::Unlimited, |time| Self::Total(Duration::from_millis(time)))
+    }
+
+    fn duration(self) -> Option<Duration> {
+        match self {
+            Self::Unlimited => None,
+            Self::Total(time) | Self::Stalled(time) => Some(time),
+        }
+    }
+}
+
+/// Why a stream is not finished.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum FinishError {
+    /// Somebody may still write.
+    #[error("is open for writing")]
+    Busy,
+    /// The time is over and the sink still works on it.
+    #[error("{0}")]
+    StillFinishing(String),
+    /// It will never be.
+    #[error("{0}")]
+    Failed(String),
+}
+
+impl Output {
+    /// Where the stream will end, in bytes.
+    pub(super) fn end_offset(&self, core: &OutputCore) -> u64 {
+        match self.pad {
+            Pad::Size => self.size,
+            Pad::Highest => core.window.highest().max(core.window.frontier()),
+        }
+    }
+
+    /// Bytes accepted, and how many there will be.
+    #[must_use]
+    pub fn progress(&self) -> (u64, u64) {
+        let core = self.core.lock();
+        (self.monitor.accepted(), self.end_offset(&core))
+    }
+
+    /// Completes the stream: waits for writers to go, sends what is held, and waits for the sink.
+    /// Called again it waits on, or repeats the result. What it says is for the user.
+    ///
+    /// # Errors
+    /// [`FinishError`]; when `patience` is over the sink goes on, and may be asked for again.
+    pub fn finish(
+        &self,
+        has_writers: &dyn Fn() -> bool,
+        patience: DrainTimeout,
+    ) -> Result<String, FinishError> {
+        let mut until = patience.duration().map(|time| Instant::now() + time);
+        let grace = Instant::now() + patience.duration().map_or(WRITERS_TIMEOUT, |time| time.min(WRITERS_TIMEOUT));
+        loop {
+            let mut core = self.core.lock();
+            if core.state != OutputState::Open {
+                break;
+            }
+            if !has_writers() {
+                self.begin_finish(&mut core);
+                break;
+            }
+            drop(core);
+            if Instant::now() >= grace {
+                return Err(FinishError::Busy);
+            }
+            thread::sleep(POLL_INTERVAL);
+        }
+        let mut core = self.core.lock();
+        let mut before = self.monitor.accepted();
+        let mut at_last = false;
+        while core.state == OutputState::Finishing {
+            let Some(end) = until else {
+                self.changed.wait(&mut core);
+                continue;
+            };
+            if !self.changed.wait_until(&mut core, end).timed_out()
+                || core.state != OutputState::Finishing
+            {
+                continue;
+            }
+            let now = self.monitor.accepted();
+            let has_all = now >= self.end_offset(&core);
+            let more = match patience {
+                DrainTimeout::Stalled(time) if now > before => Some(time),
+                // What it still does with the last of it may take its time, but not for ever.
+                DrainTimeout::Stalled(time) if has_all && !std::mem::replace(&mut at_last, true) => {
+                    Some(time * FINAL_WAIT_FACTOR)
+                }
+                _ => None,
+            };
+            let Some(more) = more else {
+                return Err(FinishError::StillFinishing(self.progress_line(&core)));
+            };
+            before = now;
+            until = Some(Instant::now() + more);
+        }
+        self.finish_result(&core)
+    }
+
+    /// The stream gets whole, in its own time.
+    pub fn finish_in_background(&self) {
+        let mut core = self.core.lock();
+        if core.state == OutputState::Open {
+            self.begin_finish(&mut core);
+        }
+    }
+
+    fn begin_finish(&self, core: &mut MutexGuard<'_, OutputCore>) {
+        core.state = OutputState::Finishing;
+        let end = self.end_offset(core);
+        core.window.finish(end);
+        self.work.notify_all();
+        let refused = core.queue.take_all();
+        MutexGuard::unlocked(core, || reply_all(refused, libc::EIO));
+    }
+
+    /// Why a stream is given up that could not be finished in time.
+    pub fn abort_reason(&self, error: FinishError) -> String {
+        match error {
+            FinishError::StillFinishing(_) => {
+                let (done, total) = self.progress();
+                let (done, total) = (format_size(done), format_size(total));
+                format!("the stream is given up: its sink had {done} of {total} when time was over")
+            }
+            FinishError::Busy => "the stream is given up: it is open for writing".to_owned(),
+            FinishError::Failed(why) => why,
+        }
+    }
+
+    fn progress_line(&self, core: &OutputCore) -> String {
+        let (done, total) = (self.monitor.accepted(), self.end_offset(core));
+        format!(
+            "{} of {} are sent, and the sink still works: cowslip finish again waits on, cowslip abort gives up",
+            format_size(done),
+            format_size(total)
+        )
+    }
+
+    fn finish_result(&self, core: &OutputCore) -> Result<String, FinishError> {
+        let sink = self.monitor.describe();
+        let (window, spill) = core.window.needed();
+        match (core.state, &core.error) {
+            (OutputState::Finished, _) if self.monitor.kind() == "measure" => Ok(format!(
+                "{}: needs window={} (without spill), or spill={} (with window={})",
+                self.name,
+                spec_size(window),
+                spec_size(spill),
+                spec_size(self.window),
+            )),
+            (OutputState::Finished, _) => {
+                let end = format_size(self.end_offset(core));
+                Ok(format!("{}: finished, {end} in {sink}", self.name))
+            }
+            (_, Some(error)) => Err(FinishError::Failed(error.clone())),
+            (state, None) => Err(FinishError::Failed(format!("the stream is {}", state.name()))),
+        }
+    }
+
+    /// Gives the stream up: its programs are killed before their input ends.
+    ///
+    /// # Errors
+    /// A line when it is finished already, or when its sink does not let go.
+    pub fn abort(&self, why: &str) -> Result<(), String> {
+        let mut core = self.core.lock();
+        match core.state {
+            OutputState::Finished => return Err("it is finished already".to_owned()),
+            OutputState::Open | OutputState::Finishing => {
+                log::warn!("{}: the stream is given up: {why}", self.name);
+                core.state = OutputState::Aborted;
+                core.error = Some(why.to_owned());
+            }
+            OutputState::Failed | OutputState::Aborted => {}
+        }
+        let refused = core.queue.take_all();
+        self.stop.stop();
+        self.work.notify_all();
+        self.changed.notify_all();
+        MutexGuard::unlocked(&mut core, || {
+            reply_all(refused, libc::EIO);
+            self.monitor.kill();
+        });
+        let working = |core: &mut OutputCore| !core.sender_ended;
+        if self.changed.wait_while_for(&mut core, working, ABORT_TIMEOUT).timed_out() {
+            return Err("its sink does not let go".to_owned());
+        }
+        Ok(())
+    }
+
+    /// The end of the mount: a stream that is not complete is finished, if it is one that ends
+    /// with the mount, or given up.
+    ///
+    /// # Errors
+    /// A line when it is not whole, and nobody had given it up.
+    pub fn close(
+        &self,
+        has_writers: &dyn Fn() -> bool,
+        patience: DrainTimeout,
+    ) -> Result<Option<String>, String> {
+        let state = self.core.lock().state;
+        let result = match (state, self.finish) {
+            (OutputState::Open, FinishWhen::Umount) | (OutputState::Finishing | OutputState::Finished, _) => {
+                match self.finish(has_writers, patience) {
+                    Ok(line) => Ok((state != OutputState::Finished).then_some(line)),
+                    Err(error) => {
+                        let why = self.abort_reason(error);
+                        // What has failed stays so; what still works does not any more.
+                        let _ = self.abort(&why);
+                        Err(why)
+                    }
+                }
+            }
+            (OutputState::Open, _) => self.abort_unfinished(),
+            (OutputState::Failed, _) => {
+                let error = self.core.lock().error.clone().unwrap_or_default();
+                Err(format!("the stream failed: {error}"))
+            }
+            (OutputState::Aborted, _) => Ok(None),
+        };
+        if self.core.lock().sender_ended
+            && let Some(sender) = self.sender.lock().take()
+        {
+            // It has ended; a panic in it ends the process.
+            let _ = sender.join();
+        }
+        result
+    }
+
+    fn abort_unfinished(&self) -> Result<Option<String>, String> {
+        let was_written = self.core.lock().window.highest() > 0;
+        self.abort("unmounted before it was finished")?;
+        let line =
+            "the stream was not finished, and is given up: cowslip finish comes before umount";
+        if was_written { Err(line.to_owned()) } else { Ok(Some(format!("{}: {line}", self.name))) }
+    }
+}

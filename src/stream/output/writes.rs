@@ -1,0 +1,332 @@
+//! What is done to an output stream: writes, discards, truncation.
+
+use std::io;
+use std::ops::Range;
+
+use super::{BACKLOG_LIMIT, OutputCore, Rewrite, Output, WriteReply, OutputState, reply_all, index, spec_size};
+use crate::host::os_error;
+use crate::stream::runs::Written;
+use crate::stream::store::{PAGE_SIZE, PAGE_LEN, Page};
+use crate::stream::window::Window;
+
+static ZERO_PAGE: Page = [0; PAGE_LEN];
+
+/// How a write went.
+pub(super) enum WriteOutcome {
+    Done(io::Result<()>),
+    /// There is no room until the sink has taken more.
+    NoRoom,
+}
+
+impl Output {
+    /// Writes `buf` at `offset`, inside the disk. `reply` is called once: at once, or when the
+    /// sink has made room. `client` is the thread that waits for it, 0 when it is not known.
+    ///
+    /// The reply's errors: `EIO` once the stream is not open any more, and for a change of what
+    /// has left, which fails the stream; `EINTR` when the client is killed while it waits.
+    pub fn write(&self, offset: u64, buf: &[u8], client: u32, reply: WriteReply) {
+        let mut core = self.core.lock();
+        // In order: what came before waits, too.
+        let attempt = match core.queue.is_empty() {
+            true => self.try_write(&mut core, offset, buf),
+            false if core.state == OutputState::Open => WriteOutcome::NoRoom,
+            false => WriteOutcome::Done(Err(os_error(libc::EIO))),
+        };
+        match attempt {
+            WriteOutcome::NoRoom => core.queue.push(offset, buf, client, reply),
+            WriteOutcome::Done(result) => {
+                let refused = self.take_refused(&mut core);
+                drop(core);
+                self.work.notify_one();
+                reply(result);
+                reply_all(refused, libc::EIO);
+            }
+        }
+    }
+
+    /// The writes that wait for a stream that is not open any more.
+    pub(super) fn take_refused(&self, core: &mut OutputCore) -> Vec<WriteReply> {
+        if core.state == OutputState::Open { Vec::new() } else { core.queue.take_all() }
+    }
+
+    pub(super) fn try_write(&self, core: &mut OutputCore, offset: u64, buf: &[u8]) -> WriteOutcome {
+        if core.state != OutputState::Open {
+            return WriteOutcome::Done(Err(os_error(libc::EIO)));
+        }
+        if !self.has_room(core, buf.len() as u64) {
+            return WriteOutcome::NoRoom;
+        }
+        let pieces = WriteRuns::of(offset, buf);
+        let changed = pieces.first_change(&core.window);
+        if log::log_enabled!(log::Level::Trace) {
+            self.trace_write(&pieces, changed);
+        }
+        if let Some(at) = changed {
+            core.window.note_change(at);
+            if !self.can_rewrite && at < core.window.frontier() && !self.matches_sent(core, offset, buf) {
+                self.fail_late_write(core, at);
+                return WriteOutcome::Done(Err(os_error(libc::EIO)));
+            }
+        }
+        match self.apply(core, &pieces) {
+            Ok(()) => WriteOutcome::Done(Ok(())),
+            Err(error) if error.raw_os_error() == Some(libc::ENOSPC) => {
+                self.make_room(core, offset, buf.len() as u64)
+            }
+            Err(error) => WriteOutcome::Done(Err(error)),
+        }
+    }
+
+    /// Whether `len` bytes more can be held: always, when the sink has nothing to do.
+    pub(super) fn has_room(&self, core: &OutputCore, len: u64) -> bool {
+        let waits = core.window.sent() < core.window.frontier() || !core.rewrites.is_empty();
+        let limit = self.window.saturating_add(self.spill.unwrap_or(u64::MAX / 4));
+        let held = core.window.unsent() + core.rewrite_bytes + len;
+        !waits || held <= limit.saturating_add(BACKLOG_LIMIT)
+    }
+
+    /// What a write is to the window, for whoever wants to check its figures
+    /// (`contrib/bench/streams`).
+    fn trace_write(&self, pieces: &WriteRuns<'_>, changed: Option<u64>) {
+        let mut shown = String::new();
+        for (piece, written) in &pieces.runs {
+            let letter = if *written == Written::Data { 'd' } else { 'z' };
+            shown += &format!(" {letter}{}", piece.len());
+        }
+        let changed = changed.map_or_else(|| "-".to_owned(), |at| at.to_string());
+        log::trace!("{}: write at {}, changes {changed}:{shown}", self.name, pieces.offset);
+    }
+
+    /// Whether what `buf` has for before the frontier is there already, as far as that can still
+    /// be read.
+    fn matches_sent(&self, core: &mut OutputCore, offset: u64, buf: &[u8]) -> bool {
+        let frontier = core.window.frontier();
+        let end = frontier.min(offset + buf.len() as u64);
+        if offset < frontier.saturating_sub(self.read_window) {
+            return false;
+        }
+        let mut at = offset;
+        while at < end {
+            let (stop, written) = core.window.runs().at(at);
+            let stop = stop.min(end);
+            let part = &buf[index(at - offset)..index(stop - offset)];
+            let mut there = vec![0; part.len()];
+            if written == Some(Written::Data) && core.store.read(at, &mut there).is_err() {
+                return false;
+            }
+            if there != part {
+                return false;
+            }
+            at = stop;
+        }
+        true
+    }
+
+    /// Stores the write and lets leave what must.
+    fn apply(&self, core: &mut OutputCore, pieces: &WriteRuns<'_>) -> io::Result<()> {
+        // Before the frontier nothing changes, unless the frames can say so.
+        let fixed = if self.can_rewrite { core.window.taken() } else { core.window.frontier() };
+        let Range { start, end } = pieces.range();
+        let fixed = fixed.clamp(start, end);
+        pieces.store(core, fixed..end)?;
+        if self.can_rewrite {
+            // Only what can still be read back is kept beside.
+            let kept = core.dropped_end.clamp(start, fixed);
+            pieces.store(core, kept..fixed)?;
+            pieces.each(start..kept, |at, piece, written| {
+                core.window.set(at..at + piece.len() as u64, Some(written));
+            });
+            pieces.each(start..fixed, |at, piece, written| {
+                let late = match written {
+                    Written::Data => Rewrite::Data(piece.to_vec()),
+                    Written::Zeros => Rewrite::Zeros(piece.len() as u64),
+                };
+                core.push_rewrite(at, late);
+            });
+        }
+        core.window.advance();
+        Ok(())
+    }
+
+    /// The host has no room for what the spill allows: from now on it allows less, and what must
+    /// leave for that leaves.
+    fn make_room(&self, core: &mut OutputCore, offset: u64, len: u64) -> WriteOutcome {
+        if core.window.sent() < core.window.frontier() {
+            return WriteOutcome::NoRoom;
+        }
+        let budget = core.window.beyond().saturating_sub(len.max(PAGE_SIZE));
+        let frontier = core.window.frontier_for_budget(budget);
+        // Not past the write itself: it would come too late for what it makes room for.
+        if frontier > core.window.frontier() && frontier <= offset {
+            core.window.advance_to_budget(budget);
+            self.work.notify_one();
+            return WriteOutcome::NoRoom;
+        }
+        WriteOutcome::Done(Err(os_error(libc::ENOSPC)))
+    }
+
+    fn fail_late_write(&self, core: &mut OutputCore, at: u64) {
+        let (window, spill) = core.window.needed();
+        let frontier = core.window.frontier();
+        let why = format!(
+            "a write at {at} came after the frontier {frontier}: so far it needs window={} or spill={}",
+            spec_size(window),
+            spec_size(spill)
+        );
+        self.fail(core, why);
+    }
+
+    pub(super) fn fail(&self, core: &mut OutputCore, why: String) {
+        if matches!(core.state, OutputState::Open | OutputState::Finishing) {
+            log::error!("{}: the stream failed: {why}", self.name);
+            core.state = OutputState::Failed;
+            core.error = Some(why);
+            self.stop.stop();
+            self.work.notify_all();
+            self.changed.notify_all();
+        }
+    }
+
+    /// Makes `range` a hole, or zeros: both cost nothing and are nothing to send.
+    ///
+    /// # Errors
+    /// `EOPNOTSUPP` when other bytes than zeros have left; `EIO` once it is not open any more.
+    pub fn discard(&self, range: Range<u64>) -> io::Result<()> {
+        let mut core = self.core.lock();
+        if core.state != OutputState::Open {
+            return Err(os_error(libc::EIO));
+        }
+        log::trace!("{}: discard {}..{}", self.name, range.start, range.end);
+        let frontier = core.window.frontier();
+        let changed = core.window.runs().data_within(range.clone()).next();
+        if let Some(first) = changed {
+            core.window.note_change(first.start);
+            if !self.can_rewrite && first.start < frontier {
+                return Err(os_error(libc::EOPNOTSUPP));
+            }
+        }
+        let fixed = if self.can_rewrite { core.window.taken() } else { frontier };
+        if self.can_rewrite {
+            let head = range.start..range.end.min(fixed);
+            let parts: Vec<_> = core.window.runs().data_within(head).collect();
+            for part in parts {
+                core.push_rewrite(part.start, Rewrite::Hole(part.end - part.start));
+                core.window.set(part, None);
+            }
+        }
+        let rest = range.start.max(fixed)..range.end;
+        if !rest.is_empty() {
+            core.window.set(rest.clone(), None);
+            core.store.drop_within(rest);
+        }
+        drop(core);
+        self.work.notify_one();
+        Ok(())
+    }
+
+    /// Cuts off what is held past `from`; the size stays (truncation).
+    ///
+    /// # Errors
+    /// `EIO` when other bytes than zeros past it have left, and once it is not open any more.
+    pub fn truncate(&self, from: u64) -> io::Result<()> {
+        let mut core = self.core.lock();
+        if core.state != OutputState::Open {
+            return Err(os_error(libc::EIO));
+        }
+        let from = from.min(self.size);
+        log::trace!("{}: discard {from}..{}", self.name, self.size);
+        let changed = core.window.runs().data_within(from..self.size).next();
+        if let Some(first) = changed {
+            core.window.note_change(first.start);
+        }
+        if !core.window.truncate(from) {
+            return Err(os_error(libc::EIO));
+        }
+        let start = from.max(core.window.frontier());
+        core.store.drop_within(start..self.size);
+        Ok(())
+    }
+}
+
+/// Whether a piece of a page holds nothing but zeros.
+fn is_zero(piece: &[u8]) -> bool {
+    // A comparison of memory, many times faster than a loop over bytes.
+    piece == &ZERO_PAGE[..piece.len()]
+}
+
+/// A write, cut into runs of data and of zeros at page borders: looked at once.
+struct WriteRuns<'a> {
+    offset: u64,
+    buf: &'a [u8],
+    runs: Vec<(Range<usize>, Written)>,
+}
+
+impl<'a> WriteRuns<'a> {
+    fn of(offset: u64, buf: &'a [u8]) -> Self {
+        let mut list: Vec<(Range<usize>, Written)> = Vec::new();
+        let mut at = 0;
+        while at < buf.len() {
+            let skip = index((offset + at as u64) % PAGE_SIZE);
+            let end = (at + PAGE_LEN - skip).min(buf.len());
+            let written = if is_zero(&buf[at..end]) { Written::Zeros } else { Written::Data };
+            match list.last_mut() {
+                Some((last, kind)) if *kind == written => last.end = end,
+                _ => list.push((at..end, written)),
+            }
+            at = end;
+        }
+        Self { offset, buf, runs: list }
+    }
+
+    fn range(&self) -> Range<u64> {
+        self.offset..self.offset + self.buf.len() as u64
+    }
+
+    /// Calls `each` with the pieces of `range`, clipped to it.
+    fn each(&self, range: Range<u64>, mut each: impl FnMut(u64, &[u8], Written)) {
+        let part = index(range.start - self.offset)..index(range.end - self.offset);
+        for (piece, written) in &self.runs {
+            let clipped = piece.start.max(part.start)..piece.end.min(part.end);
+            if !clipped.is_empty() {
+                each(self.offset + clipped.start as u64, &self.buf[clipped], *written);
+            }
+        }
+    }
+
+    /// As [`Window::first_change`], of all of them.
+    fn first_change(&self, window: &Window) -> Option<u64> {
+        self.runs.iter().find_map(|(piece, written)| {
+            let start = self.offset + piece.start as u64;
+            match written {
+                Written::Data => window.first_change(start, &self.buf[piece.clone()]),
+                Written::Zeros => {
+                    let range = start..self.offset + piece.end as u64;
+                    window.runs().data_within(range).next().map(|data| data.start)
+                }
+            }
+        })
+    }
+
+    /// Stores the data of `range` first, then tells the window.
+    fn store(&self, core: &mut OutputCore, range: Range<u64>) -> io::Result<()> {
+        let mut stored = Ok(());
+        let store = &mut core.store;
+        self.each(range.clone(), |at, piece, written| {
+            if written == Written::Data && stored.is_ok() {
+                stored = store.write(at, piece);
+            }
+        });
+        stored?;
+        self.each(range, |at, piece, written| {
+            let range = at..at + piece.len() as u64;
+            if written == Written::Zeros
+                && core.window.runs().data_within(range.clone()).next().is_some()
+            {
+                // Zeros count as nothing, so they must not take the room of what they cover.
+                core.store.drop_within(range.clone());
+            }
+            core.window.set(range, Some(written));
+        });
+        Ok(())
+    }
+}

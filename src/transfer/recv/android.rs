@@ -1,0 +1,72 @@
+//! An Android sparse image: what it holds becomes a file with holes.
+//!
+//! | chunk | becomes |
+//! |---|---|
+//! | RAW | its bytes |
+//! | FILL | a hole when it is zeros, else its bytes |
+//! | DONT_CARE | what was there: of a device, or of the file of `--onto`; else a hole |
+//! | CRC32 | nothing; it must be right |
+
+use std::io::{self, BufReader, Read};
+
+use super::super::{BUFFER_SIZE, TransferError};
+use super::receiver::{ReceiveError, Receiver};
+use super::records::StreamHead;
+use crate::formats::android::{Checksums, AndroidDecoder, AndroidRecord};
+use crate::host::os_message;
+
+/// Enough for headers; what is longer is read past it.
+const HEADER_BUFFER: usize = 4096;
+
+/// An image that is being read.
+pub(super) type AndroidImage<R> = AndroidDecoder<BufReader<R>>;
+
+/// Reads the beginning of an image.
+pub(super) fn open_image<R: Read>(input: R) -> Result<(AndroidImage<R>, StreamHead), TransferError> {
+    let begun = (|| {
+        let input = BufReader::with_capacity(HEADER_BUFFER, input);
+        let mut image = AndroidDecoder::new(input, Checksums::Verify)?;
+        match image.next_record()? {
+            AndroidRecord::Size(size) if size <= crate::spec::MAX_SIZE => Ok((image, StreamHead::with_size(size))),
+            _ => Err(io::Error::new(io::ErrorKind::InvalidData, "it is larger than a disk can be")),
+        }
+    })();
+    begun.map_err(|error: io::Error| {
+        let what = match error.kind() {
+            io::ErrorKind::UnexpectedEof => "the stream was cut at its beginning".to_owned(),
+            io::ErrorKind::InvalidData => format!("what arrives cannot be taken: {error}"),
+            _ => format!("cannot read the stream: {}", os_message(&error)),
+        };
+        TransferError::Broken { what, left: "nothing was written".to_owned() }
+    })
+}
+
+impl Receiver<'_> {
+    /// Takes the chunks of an image.
+    pub(super) fn receive_android<R: Read>(&mut self, image: &mut AndroidImage<R>) -> Result<(), ReceiveError> {
+        let mut buffer = vec![0; BUFFER_SIZE];
+        loop {
+            match image.next_record().map_err(ReceiveError::Stream)? {
+                // It came first.
+                AndroidRecord::Size(_) => {}
+                AndroidRecord::Data(range) => {
+                    let mut read = |buf: &mut [u8]| image.body().read_exact(buf);
+                    self.write_data(range, &mut buffer, &mut read)?;
+                }
+                AndroidRecord::Fill(range, [0, 0, 0, 0]) => self.write_zeros(range)?,
+                AndroidRecord::Fill(range, value) => {
+                    self.check_space(range.end - range.start)?;
+                    // Every piece begins at a multiple of the buffer's length in the range.
+                    buffer.chunks_exact_mut(4).for_each(|four| four.copy_from_slice(&value));
+                    self.write_data(range, &mut buffer, &mut |_| Ok(()))?;
+                }
+                AndroidRecord::DontCare(range) if self.keeps_old_content => {
+                    self.progress.reached = range.end;
+                }
+                AndroidRecord::DontCare(range) => self.write_zeros(range)?,
+                AndroidRecord::End => return self.target.flush_hole().map_err(ReceiveError::Target),
+            }
+            (self.on_progress)(&self.progress);
+        }
+    }
+}

@@ -1,0 +1,123 @@
+//! Where something may be received: what is there already decides, and what was asked for.
+
+use std::path::{Path, PathBuf};
+
+use super::super::spot::{FileOwner, Destination};
+use super::super::state::ReceiveState;
+use super::super::{TransferFormat, TransferError};
+use super::records::StreamHead;
+use super::{ReceiveStart, ReceivePlan};
+use crate::part::PartFile;
+use crate::spec::Overwrite;
+
+/// Where it may go.
+pub(super) enum ReceiveTarget {
+    File { name: PathBuf, owner: Option<FileOwner>, part: Option<PartFile>, state: Option<ReceiveState> },
+    Device(PathBuf),
+}
+
+impl ReceiveTarget {
+    pub(super) fn of(plan: &ReceivePlan) -> Result<Self, TransferError> {
+        let spot = Destination::of(&plan.path)?;
+        let shown = plan.path.display();
+        let overwrite = plan.overwrite == Overwrite::Yes;
+        let (name, owner) = match spot {
+            Destination::Device(name) if plan.start == ReceiveStart::Resume => return Err(device_resume_error(&name)),
+            Destination::Device(name) if overwrite => return Ok(Self::Device(name)),
+            Destination::Device(_) => {
+                let line = format!("'{shown}' is a device: --overwrite writes to it");
+                return Err(TransferError::Refused(line));
+            }
+            Destination::Missing(name) => (name, None),
+            Destination::File(name, owner) => (name, Some(owner)),
+        };
+        let part = PartFile::find(&name)?;
+        let state = part.as_ref().and_then(|part| ReceiveState::load(part.slot(), part.file()));
+        let resumes = plan.start == ReceiveStart::Resume;
+        let may_replace = overwrite || resumes && state.as_ref().is_some_and(|it| it.overwrite);
+        if owner.is_some() && !may_replace {
+            let line = format!("'{shown}' exists: --overwrite replaces it");
+            return Err(TransferError::Refused(line));
+        }
+        if let Some(state) = &state
+            && !resumes
+            && !overwrite
+        {
+            let line = format!(
+                "'{shown}.part' holds the first {} bytes of it: --resume goes on with them, \
+                 --overwrite begins anew",
+                state.offset
+            );
+            return Err(TransferError::Refused(line));
+        }
+        let state = state.filter(|_| resumes);
+        Ok(Self::File { name, owner, part, state })
+    }
+}
+
+/// Whether this stream may go there.
+pub(super) fn check_stream(plan: &ReceivePlan, head: &StreamHead, place: &ReceiveTarget) -> Result<(), TransferError> {
+    let refuse = |line: String| Err(TransferError::Refused(line));
+    let shown = plan.path.display();
+    let origin = head.origin();
+    let old = match place {
+        ReceiveTarget::File { state, .. } => state.as_ref(),
+        ReceiveTarget::Device(_) => None,
+    };
+    match (&head.since, &plan.onto) {
+        (Some(since), None) => {
+            return refuse(format!(
+                "the stream holds only what changed since '{since}': name the file that holds \
+                 that snapshot, --onto OLD"
+            ));
+        }
+        (None, Some(_)) if plan.frames == TransferFormat::Rbd => {
+            return refuse(
+                "the stream holds all of a disk: leave --onto out, it is for what 'send --since' \
+                 makes"
+                    .to_owned(),
+            );
+        }
+        (_, Some(_)) if matches!(place, ReceiveTarget::Device(_)) => {
+            return refuse(format!("'{shown}' is a device: changes are received into a file"));
+        }
+        _ => {}
+    }
+    let Some(old) = old else {
+        return match origin {
+            0 => Ok(()),
+            _ => refuse(format!(
+                "the stream begins at byte {origin}, and there is nothing of '{shown}' before it: \
+                 send all of it"
+            )),
+        };
+    };
+    let anew = "--overwrite without --resume begins anew";
+    let Some(mark) = head.checkpoint else {
+        return refuse(format!(
+            "the stream has no checkpoints, so '{shown}' cannot be resumed with it: {anew}"
+        ));
+    };
+    if origin > old.offset {
+        return refuse(format!(
+            "the stream begins at byte {origin}, and '{shown}.part' has {}: send --from {0}",
+            old.offset
+        ));
+    }
+    let is_known = mark.identity != 0 || old.identity != 0;
+    let is_other = mark.identity != old.identity || head.size != old.size;
+    if is_known && is_other || head.since != old.since {
+        return refuse(format!(
+            "the stream is of another file, or of one that changed since '{shown}.part' was \
+             begun: {anew}"
+        ));
+    }
+    Ok(())
+}
+
+/// The error for a device that is to be resumed.
+pub(super) fn device_resume_error(path: &Path) -> TransferError {
+    let path = path.display();
+    let line = format!("'{path}' is a device: only a file can be resumed, send all of it");
+    TransferError::Refused(line)
+}

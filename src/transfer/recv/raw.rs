@@ -1,0 +1,54 @@
+//! Plain bytes: zeros become holes, and the end is where the input ends.
+
+use std::io::{self, Read};
+
+use super::super::BUFFER_SIZE;
+use super::super::zeros::{RunKind, split_zeros};
+use super::receiver::{ReceiveError, Receiver};
+
+impl Receiver<'_> {
+    /// Takes plain bytes up to the end of the input.
+    pub(super) fn receive_raw<R: Read>(&mut self, mut input: R) -> Result<(), ReceiveError> {
+        let mut buffer = vec![0; BUFFER_SIZE];
+        let mut at = 0;
+        self.progress.size = None;
+        loop {
+            let got = read_full(&mut input, &mut buffer).map_err(ReceiveError::Stream)?;
+            for (run, holds) in split_zeros(&buffer[..got], at) {
+                let (start, end) = (at + run.start as u64, at + run.end as u64);
+                let done = match holds {
+                    RunKind::Data => {
+                        self.check_limit(end - start)?;
+                        self.progress.data += end - start;
+                        self.target.write(&buffer[run], start)
+                    }
+                    RunKind::Zeros => {
+                        self.progress.holes = self.progress.holes.saturating_add(end - start);
+                        self.target.write_hole(start..end)
+                    }
+                };
+                done.map_err(ReceiveError::Target)?;
+            }
+            at += got as u64;
+            self.progress.reached = at;
+            (self.on_progress)(&self.progress);
+            if got < BUFFER_SIZE {
+                self.progress.size = Some(at);
+                return self.target.set_size(at).map_err(ReceiveError::Target);
+            }
+        }
+    }
+}
+
+fn read_full(input: &mut impl Read, buffer: &mut [u8]) -> io::Result<usize> {
+    let mut done = 0;
+    while done < buffer.len() {
+        match input.read(&mut buffer[done..]) {
+            Ok(0) => break,
+            Ok(len) => done += len,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(done)
+}

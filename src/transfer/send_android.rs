@@ -1,0 +1,115 @@
+//! Sending a whole file as an Android sparse image.
+//!
+//! Its header counts what follows, so the runs are found first, by the map of the source: holes are
+//! zeros, all else is bytes.
+
+use std::io::{self, Write};
+
+use super::source::TransferSource;
+use super::zeros::RunKind;
+use super::{BUFFER_SIZE, TransferProgress, TransferError};
+use crate::formats::android::{AndroidContent, AndroidPlan, AndroidRun, AndroidWriter, whole_blocks};
+use crate::host::os_message;
+
+/// Why it failed.
+enum AndroidSendError {
+    Source(io::Error),
+    Output(io::Error),
+}
+
+/// Sends all of `source`.
+///
+/// # Errors
+/// A line: a pipe, which nobody knows the runs of; a size that the format has no blocks for; what
+/// cannot be read or written.
+pub(super) fn send<W: Write>(
+    source: &TransferSource,
+    out: W,
+    tell: &mut dyn FnMut(&TransferProgress),
+) -> Result<TransferProgress, TransferError> {
+    let Some(size) = source.size() else {
+        return Err(TransferError::Refused(
+            "an Android sparse image begins with what it will hold, which nobody knows of a pipe: \
+             name a file"
+                .to_owned(),
+        ));
+    };
+    let (runs, plan) = plan_image(source, size)?;
+    let mut told = TransferProgress { size: Some(size), ..TransferProgress::default() };
+    let write = || -> Result<(), AndroidSendError> {
+        let mut writer = AndroidWriter::new(out, plan).map_err(AndroidSendError::Output)?;
+        let mut buffer = vec![0; BUFFER_SIZE];
+        for run in &runs {
+            writer.start_run(run).map_err(AndroidSendError::Output)?;
+            let len = run.range.end - run.range.start;
+            if run.content == AndroidContent::Data {
+                send_data(source, run, &mut writer, &mut buffer, &mut |len| {
+                    told.data += len;
+                    told.reached += len;
+                    tell(&told);
+                })?;
+            } else {
+                told.holes += len;
+                told.reached += len;
+                tell(&told);
+            }
+        }
+        writer.finish().map(drop).map_err(AndroidSendError::Output)
+    };
+    match write() {
+        Ok(()) if source.has_shrunk() => Err(source.shrunk_error()),
+        Ok(()) => Ok(told),
+        Err(AndroidSendError::Output(error)) => Err(TransferError::Output(os_message(&error))),
+        Err(AndroidSendError::Source(error)) if error.kind() == io::ErrorKind::UnexpectedEof => {
+            Err(source.shrunk_error())
+        }
+        Err(AndroidSendError::Source(error)) => Err(TransferError::host("read", source.path(), &error)),
+    }
+}
+
+/// What there is to send, and the header of that.
+fn plan_image(source: &TransferSource, size: u64) -> Result<(Vec<AndroidRun>, AndroidPlan), TransferError> {
+    let path = source.path();
+    let refused = |error: io::Error| {
+        let line = format!("'{}': {}", path.display(), os_message(&error));
+        TransferError::Refused(line)
+    };
+    let found = source_runs(source, size).map_err(|error| TransferError::host("read", path, &error))?;
+    let runs = whole_blocks(size, found).map_err(refused)?;
+    let plan = AndroidPlan::new(size, &runs).map_err(refused)?;
+    Ok((runs, plan))
+}
+
+/// What `source`, a file or a device, holds where.
+fn source_runs(source: &TransferSource, size: u64) -> io::Result<Vec<AndroidRun>> {
+    let mut runs = Vec::new();
+    let mut left = 0..size;
+    while !left.is_empty() {
+        let (range, holds) = source.extent_at(&left)?;
+        left.start = range.end;
+        let content = match holds {
+            RunKind::Data => AndroidContent::Data,
+            RunKind::Zeros => AndroidContent::Zeros,
+        };
+        runs.push(AndroidRun { range, content });
+    }
+    Ok(runs)
+}
+
+fn send_data<W: Write>(
+    source: &TransferSource,
+    run: &AndroidRun,
+    writer: &mut AndroidWriter<W>,
+    buffer: &mut [u8],
+    sent: &mut dyn FnMut(u64),
+) -> Result<(), AndroidSendError> {
+    let mut at = run.range.start;
+    while at < run.range.end {
+        let len = usize::try_from(run.range.end - at).unwrap_or(BUFFER_SIZE).min(BUFFER_SIZE);
+        source.read_at(&mut buffer[..len], at).map_err(AndroidSendError::Source)?;
+        writer.write_bytes(&buffer[..len]).map_err(AndroidSendError::Output)?;
+        at += len as u64;
+        sent(len as u64);
+    }
+    Ok(())
+}
