@@ -7,7 +7,7 @@ use std::num::NonZeroUsize;
 use std::ops::Range;
 
 use cowslip::extents::{Extent, ExtentKind, describe};
-use cowslip::overlay::blocks::{BlockIndex, BlockMap, CHUNK_BLOCKS, BlockState};
+use cowslip::overlay::blocks::{BlockIndex, BlockMap, BlockState, CHUNK_BLOCKS};
 use cowslip::overlay::record::LogRecord;
 use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_main};
 use uuid::Uuid;

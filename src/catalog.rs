@@ -16,7 +16,9 @@ use std::sync::{Arc, Weak};
 use dashmap::DashMap;
 use parking_lot::RwLock;
 
-use crate::disk::{Disk, OpenedDisk, DiskOwner, OpenContext, DiskFile, InUse, PartitionFile, split_name};
+use crate::disk::{
+    Disk, DiskFile, DiskOwner, InUse, OpenContext, OpenedDisk, PartitionFile, split_name,
+};
 use crate::host::os_error;
 use crate::name::{self, CONTROL_DIR};
 use crate::store::{Store, StoreError};
@@ -158,7 +160,8 @@ impl Catalog {
         let kept = store.keep(&entry.disk, name).map_err(|error| error.to_string());
         if kept.is_ok() {
             let disk = Arc::clone(&entry.disk);
-            let stored = Arc::new(CatalogEntry { disk, origin: DiskOrigin::Stored, slot: entry.slot });
+            let stored =
+                Arc::new(CatalogEntry { disk, origin: DiskOrigin::Stored, slot: entry.slot });
             let mut names = self.names.write();
             if names.get(name).is_none_or(|there| there.slot != entry.slot) {
                 return Some(Err(
@@ -213,13 +216,21 @@ impl Catalog {
     ///
     /// # Errors
     /// `EEXIST`; `EINVAL` and `ENAMETOOLONG` for what cannot be the name of a disk.
-    pub fn add(&self, name: &str, disk: Arc<Disk>, origin: DiskOrigin) -> io::Result<Arc<CatalogEntry>> {
+    pub fn add(
+        &self,
+        name: &str,
+        disk: Arc<Disk>,
+        origin: DiskOrigin,
+    ) -> io::Result<Arc<CatalogEntry>> {
         check_name(name)?;
         let mut names = self.names.write();
         if names.contains_key(name)
             || self.inodes.contains_key(&disk.ino())
             || find_clash(&names, name, &disk).is_some()
-            || disk.partition_files().iter().any(|window| self.partitions.contains_key(&window.ino()))
+            || disk
+                .partition_files()
+                .iter()
+                .any(|window| self.partitions.contains_key(&window.ino()))
         {
             return Err(os_error(libc::EEXIST));
         }
@@ -286,7 +297,8 @@ impl Catalog {
         // Under the lock: who takes the name away sees that it was looked up.
         let names = self.names.read();
         let disk = names.get(name).map(|entry| DiskFile::from(Arc::clone(&entry.disk)));
-        let window = || find_partition(&names, name).map(|(disk, part)| DiskFile::partition(disk, part));
+        let window =
+            || find_partition(&names, name).map(|(disk, part)| DiskFile::partition(disk, part));
         // Nobody tells the kernel to forget a window's name with the disk's: it is not counted.
         disk.inspect(|shown| shown.disk().add_lookup()).or_else(window)
     }
@@ -366,7 +378,12 @@ impl Catalog {
     ///
     /// # Errors
     /// `EEXIST`: another one came between.
-    pub fn add_stored(&self, store: &Store, name: &str, disk: &Arc<Disk>) -> io::Result<Arc<CatalogEntry>> {
+    pub fn add_stored(
+        &self,
+        store: &Store,
+        name: &str,
+        disk: &Arc<Disk>,
+    ) -> io::Result<Arc<CatalogEntry>> {
         self.add(name, Arc::clone(disk), DiskOrigin::Stored).inspect_err(|_| {
             if let Err(error) = store.remove_name(name) {
                 log::warn!("'{name}' stays in the store: {error}");

@@ -164,7 +164,9 @@ pub fn open_file(dir: &File, name: impl AsRef<Path>, access: FileAccess) -> io::
     let name = single_component(name.as_ref())?;
     let open = |access: FileAccess| open_nonblocking(dir, name, access.flags() | OFlags::NOFOLLOW);
     let opened = match open(access) {
-        Err(error) if access == FileAccess::AsAllowed && error.raw_os_error() == Some(libc::EROFS) => {
+        Err(error)
+            if access == FileAccess::AsAllowed && error.raw_os_error() == Some(libc::EROFS) =>
+        {
             open(FileAccess::Read)
         }
         opened => opened,

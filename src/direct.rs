@@ -31,7 +31,7 @@ use rustix::fs::{AtFlags, Mode, OFlags, StatxFlags};
 
 use crate::aligned::{ALIGNMENT, AlignedBuf};
 use crate::host::os_error;
-use crate::pool::{ReplyHold, hold_reply, check_cancelled};
+use crate::pool::{ReplyHold, check_cancelled, hold_reply};
 
 /// The most that goes through the buffer at once: 1 MiB, the largest request of the kernel.
 const MAX_BOUNCE_LEN: u64 = 1 << 20;
@@ -74,7 +74,13 @@ impl DirectFile {
         }
         let (unit, page) = (u64::from(unit), rustix::param::page_size() as u64);
         let (memory, grain) = (memory as usize, unit.max(page));
-        Ok(Self { file, offset_align: unit, mem_align: memory, lock_grain: grain, write_lock: RangeLock::default() })
+        Ok(Self {
+            file,
+            offset_align: unit,
+            mem_align: memory,
+            lock_grain: grain,
+            write_lock: RangeLock::default(),
+        })
     }
 
     /// Whether the device takes `len` bytes at `offset` right from or into `mem_align`.
@@ -113,7 +119,8 @@ impl DirectFile {
         let len = to_len(piece.inner.end - piece.inner.start);
         BOUNCE.with_borrow_mut(|bounce| {
             let room = bounce.prepare(to_len(piece.outer.end - piece.outer.start));
-            let got = read_retrying(&self.file, room, piece.outer.start)?.saturating_sub(before).min(len);
+            let got =
+                read_retrying(&self.file, room, piece.outer.start)?.saturating_sub(before).min(len);
             buf[..got].copy_from_slice(&room[before..before + got]);
             Ok(got)
         })

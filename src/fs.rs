@@ -1,18 +1,18 @@
 //! The FUSE adapter: decode, call, reply. With `mount` the only code that names `fuser`.
 //!
 //! A worker asks with [`Wait::No`]; what would have to wait goes to the pool of its disk
-//! (`parked`), so a slow base holds no worker. Invalidations of the kernel's cache are sent by pool
+//! (`reply`), so a slow base holds no worker. Invalidations of the kernel's cache are sent by pool
 //! threads as well, never from a handler: the kernel may need a free worker to carry one out.
 
-mod answer;
 mod attr;
-mod forget;
+mod busy_poll;
 mod handle;
-mod linger;
-mod parked;
+mod invalidation;
+mod ops;
+mod page_cache;
 mod passthrough;
-mod seats;
-mod window;
+mod reply;
+mod worker_limit;
 
 use std::cell::RefCell;
 use std::ffi::OsStr;
@@ -28,25 +28,28 @@ use fuser::{
     ReplyOpen, ReplyStatfs, ReplyWrite, Request, TimeOrNow, WriteFlags,
 };
 
-use self::answer::{WriteOrigin, WriteRequest, decode_fallocate, would_block, is_sync, to_system_time, open_disk, utf8_name};
-use self::attr::{NO_TTL, ATTR_TTL};
-pub use self::forget::kernel_invalidator;
+use self::attr::{ATTR_TTL, NO_TTL};
+use self::busy_poll::BusyPoll;
 use self::handle::{Handle, Handles};
-use self::linger::BusyPoll;
-pub use self::parked::Deadlines;
-use self::parked::{Deadline, PoolKind, ErrorReply as _};
-use self::passthrough::{PassthroughInodes, OpenMode};
-use self::seats::WorkerLimit;
-use self::window::{WHOLE_DISK, attr_ttl};
+pub use self::invalidation::kernel_invalidator;
+use self::ops::{
+    WriteOrigin, WriteRequest, decode_fallocate, is_sync, open_disk, to_system_time, utf8_name,
+    would_block,
+};
+use self::page_cache::{WHOLE_DISK, attr_ttl};
+use self::passthrough::{OpenMode, PassthroughInodes};
+pub use self::reply::Deadlines;
+use self::reply::{Deadline, ErrorReply as _, PoolKind};
+use self::worker_limit::WorkerLimit;
 use crate::aligned::AlignedBuf;
 use crate::catalog::{Catalog, RenameMode};
+use crate::config::{CacheMode, DiskMode};
 use crate::control::{Control, ControlNode};
-use crate::disk::{self, HandleAccess, Disk, DiskOwner, DiskFile, Whence};
+use crate::disk::{self, Disk, DiskFile, DiskOwner, HandleAccess, Whence};
 use crate::host::os_error;
 use crate::layer::Wait;
 use crate::name::{CONTROL_DIR, MAX_NAME_LEN};
 use crate::pool::Pool;
-use crate::spec::{CacheMode, DiskMode};
 use crate::stream::Stream;
 
 /// The root's inode number.
@@ -151,7 +154,9 @@ impl Filesystem for CowslipFs {
         if parent.0 != ROOT_INO || name == CONTROL_DIR {
             let spot = match parent.0 {
                 ROOT_INO => Some(ControlNode::Directory),
-                parent => ControlNode::from_ino(parent).and_then(|spot| spot.child(name, self.catalog())),
+                parent => {
+                    ControlNode::from_ino(parent).and_then(|spot| spot.child(name, self.catalog()))
+                }
             };
             return match spot.and_then(|spot| self.node_attr(spot)) {
                 Some(attr) => reply.entry_with_ttls(&ATTR_TTL, &NO_TTL, &attr, Generation(0)),
@@ -168,7 +173,8 @@ impl Filesystem for CowslipFs {
     }
 
     fn forget(&self, _: &Request, ino: INodeNo, count: u64) {
-        if let Some(shown) = self.catalog().file_by_ino(ino.0).filter(|shown| !shown.is_partition()) {
+        if let Some(shown) = self.catalog().file_by_ino(ino.0).filter(|shown| !shown.is_partition())
+        {
             Self::forget_lookups(&self.shared, shown.disk(), count);
         }
     }
@@ -227,8 +233,7 @@ impl Filesystem for CowslipFs {
         let owner = DiskOwner {
             uid: uid.unwrap_or(old.uid),
             gid: gid.unwrap_or(old.gid),
-            perm: mode
-                .map_or(old.perm, |mode| u16::try_from(mode & PERM_MASK).unwrap_or(old.perm)),
+            perm: mode.map_or(old.perm, |mode| u16::try_from(mode & PERM_MASK).unwrap_or(old.perm)),
         };
         let owner = (owner != old).then_some(owner);
         let times = (to_system_time(atime), to_system_time(mtime));
@@ -253,7 +258,8 @@ impl Filesystem for CowslipFs {
             return self.defer(shown.disk(), PoolKind::Invalidate, reply, work, send);
         }
         let range = if size.is_some() { WHOLE_DISK } else { 0..0 };
-        let work = move |shown: &DiskFile, wait| Self::set_attributes(shown, None, size, times, wait);
+        let work =
+            move |shown: &DiskFile, wait| Self::set_attributes(shown, None, size, times, wait);
         self.change_and_invalidate(&shown, range, reply, work, send);
     }
 
@@ -276,7 +282,9 @@ impl Filesystem for CowslipFs {
             (Ok((handle, _)), OpenMode::Passthrough(backing)) => {
                 reply.opened_passthrough(handle, FopenFlags::empty(), &backing);
             }
-            (Ok((handle, flags)), OpenMode::Served | OpenMode::Direct) => reply.opened(handle, flags),
+            (Ok((handle, flags)), OpenMode::Served | OpenMode::Direct) => {
+                reply.opened(handle, flags)
+            }
             (Err(error), _) => {
                 self.passthrough.release(disk.ino());
                 reply.error(error.into());
@@ -386,7 +394,13 @@ impl Filesystem for CowslipFs {
             && self.shared.cache == CacheMode::Auto
             && !shown.is_partition()
             && disk.has_cached_readers();
-        let write = WriteRequest { offset, len: written, has_cached_readers: cached, origin: via, sync: is_sync(flags) };
+        let write = WriteRequest {
+            offset,
+            len: written,
+            has_cached_readers: cached,
+            origin: via,
+            sync: is_sync(flags),
+        };
         if let Some(seat) = self.worker_limit.acquire() {
             write.run(&self.shared, shown, data, reply);
             disk.prepare_sync(room);

@@ -5,7 +5,7 @@
 //!
 //! A request goes down the modules once and comes back once:
 //! [`fs`] (decodes FUSE) → [`catalog`] (names) → [`disk`] (the stack of layers) → [`overlay`] and
-//! [`base`] → [`extents`]. [`spec`] turns words into plain values before any of that.
+//! [`base`] → [`extents`]. [`config`] turns words into plain values before any of that.
 //!
 //! A disk may be a [`stream`] instead: it leaves in order while it is written, or arrives.
 //! [`transfer`] sends files of any kind through pipes, and needs no mount.
@@ -14,6 +14,7 @@ pub mod aligned;
 pub mod base;
 pub mod catalog;
 pub mod cli;
+pub mod config;
 pub mod confined;
 pub mod control;
 pub mod direct;
@@ -23,16 +24,15 @@ pub mod extents;
 pub mod formats;
 pub mod fs;
 pub mod host;
-pub mod journal;
 pub mod layer;
+pub mod logging;
 pub mod mount;
 pub mod name;
 pub mod overlay;
-pub mod part;
+pub mod part_file;
 pub mod pool;
 pub mod printable;
 pub mod process;
-pub mod spec;
 pub mod store;
 pub mod stream;
 pub mod transfer;

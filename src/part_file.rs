@@ -23,9 +23,9 @@ use rustix::fs::{
 };
 use rustix::io::Errno;
 
+use crate::config::Overwrite;
 use crate::confined;
 use crate::host::{os_message, sync_dir};
-use crate::spec::Overwrite;
 
 /// Why there is no part; one line for the user.
 #[derive(Debug, thiserror::Error)]
@@ -130,7 +130,8 @@ impl PartFile {
     /// [`PartFileError`]: another one has it, it is no file, the host refuses.
     pub fn find(name: &Path) -> Result<Option<Self>, PartFileError> {
         let path = part_path(name);
-        let slot = FileSlot::of(name).map_err(|error| PartFileError::host("write", &path, error))?;
+        let slot =
+            FileSlot::of(name).map_err(|error| PartFileError::host("write", &path, error))?;
         loop {
             let Some(file) = open_existing(&slot, &path, OFlags::RDWR)? else { return Ok(None) };
             lock(&file, &path)?;
@@ -219,7 +220,9 @@ impl PartFile {
         synced.map_err(|error| format!("cannot write '{path}': {}", os_message(&error)))?;
         self.rename(overwrite).map_err(|error| rename_error(&self.path, &self.name, error))?;
         let synced = sync_dir(self.slot.dir());
-        synced.map_err(|error| format!("cannot write the directory of '{name}': {}", os_message(&error)))
+        synced.map_err(|error| {
+            format!("cannot write the directory of '{name}': {}", os_message(&error))
+        })
     }
 
     /// Removes it: there is nothing in it that anybody wants.
@@ -294,7 +297,9 @@ impl UnnamedFile {
             return part.commit(overwrite);
         }
         let name = self.name.display();
-        self.file.sync_all().map_err(|error| format!("cannot write '{name}': {}", os_message(&error)))?;
+        self.file
+            .sync_all()
+            .map_err(|error| format!("cannot write '{name}': {}", os_message(&error)))?;
         if overwrite == Overwrite::No {
             match self.link(&self.slot.name) {
                 Err(Errno::EXIST) => {}
@@ -325,7 +330,9 @@ impl UnnamedFile {
     fn sync_dir(&self) -> Result<(), String> {
         let name = self.name.display();
         let synced = sync_dir(self.slot.dir());
-        synced.map_err(|error| format!("cannot write the directory of '{name}': {}", os_message(&error)))
+        synced.map_err(|error| {
+            format!("cannot write the directory of '{name}': {}", os_message(&error))
+        })
     }
 }
 
@@ -363,7 +370,11 @@ fn rename(dir: &File, from: &OsStr, to: &OsStr, overwrite: Overwrite) -> Result<
 }
 
 /// The part that is there, open; nothing is waited for, and nothing but a file is taken.
-fn open_existing(slot: &FileSlot, path: &Path, access: OFlags) -> Result<Option<File>, PartFileError> {
+fn open_existing(
+    slot: &FileSlot,
+    path: &Path,
+    access: OFlags,
+) -> Result<Option<File>, PartFileError> {
     // NONBLOCK: what is there may be a named pipe.
     let flags = access | OFlags::CLOEXEC | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::NOCTTY;
     let is_no_file = |kind| PartFileError::NotAFile { path: path.to_owned(), kind };

@@ -52,7 +52,8 @@ pub fn run_cancellable<T>(request: impl Cancellable + 'static, work: impl FnOnce
 /// # Errors
 /// `EIO` when nobody waits for this thread's request.
 pub fn check_cancelled() -> io::Result<()> {
-    let given_up = CURRENT_REQUEST.with_borrow(|request| request.as_ref().is_some_and(|r| r.is_cancelled()));
+    let given_up =
+        CURRENT_REQUEST.with_borrow(|request| request.as_ref().is_some_and(|r| r.is_cancelled()));
     if given_up { Err(os_error(libc::EIO)) } else { Ok(()) }
 }
 
@@ -127,7 +128,8 @@ impl Pool {
         state.threads += 1;
         drop(state);
         let pool = Arc::clone(self);
-        let made = thread::Builder::new().name("cowslip-io".to_owned()).spawn(move || pool.run_worker());
+        let made =
+            thread::Builder::new().name("cowslip-io".to_owned()).spawn(move || pool.run_worker());
         if let Err(error) = made {
             log::error!("no thread for a disk's work: {error}");
             self.handle_spawn_failure();
@@ -175,7 +177,10 @@ impl Pool {
         let mut state = self.state.lock();
         state.stopping = true;
         self.job_queued.notify_all();
-        !self.thread_ended.wait_while_for(&mut state, |state| state.threads > 0, patience).timed_out()
+        !self
+            .thread_ended
+            .wait_while_for(&mut state, |state| state.threads > 0, patience)
+            .timed_out()
     }
 }
 

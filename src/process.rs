@@ -127,8 +127,8 @@ impl InheritedFds {
         let names = fs::read_dir("/proc/self/fd").into_iter().flatten().flatten();
         let numbers = names.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
         // All that we open is closed on exec; what came through one is not.
-        let inherited = numbers
-            .filter(|&number: &RawFd| number > 2 && set_cloexec(number).unwrap_or(false));
+        let inherited =
+            numbers.filter(|&number: &RawFd| number > 2 && set_cloexec(number).unwrap_or(false));
         Self(inherited.collect())
     }
 

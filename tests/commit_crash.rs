@@ -18,8 +18,8 @@ use cowslip::extents::{Extent, ExtentKind};
 use cowslip::host::os_error;
 use cowslip::layer::{CopyFn, Layer, ReadBelow, Wait, WritableLayer};
 use cowslip::overlay::data::Storage;
-use cowslip::overlay::log::{LogDir, Log};
-use cowslip::overlay::record::{LayerMap, BootTag};
+use cowslip::overlay::log::{Log, LogDir};
+use cowslip::overlay::record::{BootTag, LayerMap};
 use cowslip::overlay::{CommitTarget, Overlay};
 use proptest::collection::vec;
 use proptest::prelude::*;
@@ -116,7 +116,8 @@ impl Bed {
         let base = SimBase { file: Arc::new(file), size: SIZE };
         let image = LayerMap::new(SIZE, SIZE);
         let home = Arc::clone(&layer.home) as Arc<dyn LogDir>;
-        let log = Log::create(home, layer.uuid, u64::from(BLOCK), &image, BootTag([1; 2]), 1).unwrap();
+        let log =
+            Log::create(home, layer.uuid, u64::from(BLOCK), &image, BootTag([1; 2]), 1).unwrap();
         let data = Arc::clone(&layer.data) as Arc<dyn Storage>;
         let overlay = Overlay::new(BLOCK, data, image, Some(log), BootTag([1; 2]), None);
         Self { layer, base, overlay, life: 1 }

@@ -12,7 +12,8 @@ use std::path::Path;
 use std::process::Command;
 
 use cowslip::formats::android::{
-    BLOCK_SIZE, Checksums, AndroidContent, AndroidDecoder, AndroidPlan, AndroidRecord, AndroidRun, AndroidWriter, whole_blocks,
+    AndroidContent, AndroidDecoder, AndroidPlan, AndroidRecord, AndroidRun, AndroidWriter,
+    BLOCK_SIZE, Checksums, whole_blocks,
 };
 use cowslip::formats::bmap;
 
@@ -98,7 +99,8 @@ fn simg2img_reads_what_was_written() {
 fn simg2img_zeroes_zeros_and_leaves_what_it_need_not_care_for() {
     let dir = tempfile::tempdir().unwrap();
     let (size, runs) = some_runs();
-    let mut writer = AndroidWriter::new(Vec::new(), AndroidPlan::new(size, &runs).unwrap()).unwrap();
+    let mut writer =
+        AndroidWriter::new(Vec::new(), AndroidPlan::new(size, &runs).unwrap()).unwrap();
     write_runs(&mut writer, &runs);
     fs::write(dir.path().join("sparse"), writer.finish().unwrap().0).unwrap();
     // simg2img truncates a file, but not a device.
@@ -116,8 +118,12 @@ fn simg2img_zeroes_zeros_and_leaves_what_it_need_not_care_for() {
 fn simg2img_loses_nothing_of_five_gigabytes_of_zeros() {
     let dir = tempfile::tempdir_in("/var/tmp").unwrap();
     let size = 5 << 30;
-    let runs = [of(AndroidContent::Zeros, 0..size - BLOCK_SIZE), of(AndroidContent::Data, size - BLOCK_SIZE..size)];
-    let mut writer = AndroidWriter::new(Vec::new(), AndroidPlan::new(size, &runs).unwrap()).unwrap();
+    let runs = [
+        of(AndroidContent::Zeros, 0..size - BLOCK_SIZE),
+        of(AndroidContent::Data, size - BLOCK_SIZE..size),
+    ];
+    let mut writer =
+        AndroidWriter::new(Vec::new(), AndroidPlan::new(size, &runs).unwrap()).unwrap();
     write_runs(&mut writer, &runs);
     fs::write(dir.path().join("sparse"), writer.finish().unwrap().0).unwrap();
     run(dir.path(), &["simg2img", "sparse", "image"]);

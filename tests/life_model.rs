@@ -19,13 +19,15 @@ use std::time::Duration;
 
 use common::model::{End, Menu, Model, Op, Target, apply, op, perform, read_all};
 use common::mount::noise;
-use cowslip::disk::{FallocateMode, Disk, Force, SizeMode, OperationError, OpenContext, Whence, open};
+use cowslip::config::{DiskSource, DiskSpec};
+use cowslip::disk::{
+    Disk, FallocateMode, Force, OpenContext, OperationError, SizeMode, Whence, open,
+};
 use cowslip::extents::{Extent, ExtentKind};
 use cowslip::host::os_error;
 use cowslip::layer::Wait;
 use cowslip::overlay::persist::OverlayPath;
 use cowslip::overlay::recover::Recovered;
-use cowslip::spec::{DiskSpec, DiskSource};
 use cowslip::stream::sink::StdioMode;
 use proptest::collection::vec;
 use proptest::prelude::*;
@@ -256,7 +258,9 @@ impl Pair {
             Step::Snapshot(at, number) => {
                 let (held, name) = (&mut self.0[at], format!("s{number}"));
                 match held.disk().snapshot(Some(&name)) {
-                    Err(OperationError::SnapshotExists(_)) => assert!(held.snapshots.contains_key(&name)),
+                    Err(OperationError::SnapshotExists(_)) => {
+                        assert!(held.snapshots.contains_key(&name))
+                    }
                     taken => {
                         assert_eq!(taken.unwrap(), name);
                         let old = held.snapshots.insert(name, models[at].bytes.clone());

@@ -20,9 +20,9 @@ use common::sim::Chance;
 use cowslip::layer::{Layer, Wait, WritableLayer};
 use cowslip::overlay::Overlay;
 use cowslip::overlay::keep::temporary;
+use cowslip::overlay::layer_cache::LayerCache;
 use cowslip::overlay::persist::{self, NewOverlay, OpenedOverlay, OverlayPath};
 use cowslip::overlay::record::LayerMap;
-use cowslip::overlay::shelf::LayerCache;
 use cowslip::overlay::stack::{BaseRecord, LayerRecord, Stack, VERSION};
 use uuid::Uuid;
 
@@ -47,7 +47,7 @@ impl Lab {
             uid: 0,
             gid: 0,
             perm: 0o600,
-            kind: cowslip::spec::OverlayKind::Blocks,
+            kind: cowslip::config::OverlayKind::Blocks,
             base: BaseRecord::Blank { size: SIZE },
             layers: vec![layer],
             snapshots: Vec::new(),

@@ -17,7 +17,7 @@ use common::written;
 use cowslip::layer::{Wait, WritableLayer};
 use cowslip::overlay::data::{HostFile, SEGMENT_LEN, Storage};
 use cowslip::overlay::log;
-use cowslip::overlay::record::{RECORD_LEN, LogRecord};
+use cowslip::overlay::record::{LogRecord, RECORD_LEN};
 use cowslip::overlay::recover::{LogError, Recovered};
 use proptest::collection::vec;
 use proptest::prelude::*;

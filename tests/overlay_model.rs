@@ -12,14 +12,14 @@ use std::{io, thread};
 use common::library::{SimDisk, SimDisks, TestBase, read_through};
 use common::model::{Menu, Model, Op, op, run};
 use common::sim::{Deed, Role};
+use cowslip::config::OverlayKind;
 use cowslip::extents::ExtentKind;
 use cowslip::layer::{Layer, Wait, WritableLayer};
+use cowslip::overlay::layer_cache::LayerCache;
 use cowslip::overlay::persist::{self, NewOverlay, OpenedOverlay, OverlayPath};
 use cowslip::overlay::record::LayerMap;
-use cowslip::overlay::shelf::LayerCache;
 use cowslip::overlay::stack::{BaseRecord, LayerRecord, Stack, VERSION};
 use cowslip::overlay::{MAX_DISK_SIZE, Overlay};
-use cowslip::spec::OverlayKind;
 use proptest::collection::vec;
 use proptest::prelude::*;
 use uuid::Uuid;
@@ -271,8 +271,9 @@ enum Far {
 
 fn far() -> impl Strategy<Value = Far> {
     let place = || {
-        (0..ANCHORS.len(), 0..=2 * AROUND)
-            .prop_map(|(anchor, by)| (ANCHORS[anchor] + by).saturating_sub(AROUND).min(MAX_DISK_SIZE))
+        (0..ANCHORS.len(), 0..=2 * AROUND).prop_map(|(anchor, by)| {
+            (ANCHORS[anchor] + by).saturating_sub(AROUND).min(MAX_DISK_SIZE)
+        })
     };
     prop_oneof![
         6 => (place(), 1u64..9000, 1u8..).prop_map(|(at, len, fill)| Far::Write(at, len, fill)),
@@ -332,7 +333,8 @@ impl FarDisk {
                 overlay.close().unwrap();
                 drop(self.disk.take());
                 let path = self.dir.path().join("ov");
-                let found = persist::lock_overlay(OverlayPath { dir: &path, layers: None }).unwrap();
+                let found =
+                    persist::lock_overlay(OverlayPath { dir: &path, layers: None }).unwrap();
                 self.disk = Some(found.open(None, &LayerCache::default()).unwrap());
             }
         }

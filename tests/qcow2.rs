@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use common::mount::*;
 use cowslip::base::{BaseAccess, BaseOptions};
-use cowslip::spec::{DirectIo, Format, Locking, SourcePart, Passthrough, DiskSource};
+use cowslip::config::{DirectIo, DiskSource, Format, Locking, Passthrough, SourcePart};
 use rustix::fs::{CWD, RenameFlags};
 
 /// The disks of `names`, mounted read-only, compare equal to what QEMU reads of the images.

@@ -20,10 +20,12 @@ use std::time::{Duration, Instant, SystemTime};
 use common::mount::*;
 use common::random::*;
 use cowslip::base::identity::Identity;
+use cowslip::config::OverlayKind;
 use cowslip::layer::{Layer, WritableLayer};
-use cowslip::overlay::reflink::{self, RevertTarget, OpenedReflink, Reflink, ReflinkError, SharedBase};
+use cowslip::overlay::reflink::{
+    self, OpenedReflink, Reflink, ReflinkError, RevertTarget, SharedBase,
+};
 use cowslip::overlay::stack::{BaseRecord, Stack, StackError, VERSION};
-use cowslip::spec::OverlayKind;
 use rustix::process::Signal;
 
 const SIZE: u64 = 4 * MIB;
@@ -623,7 +625,8 @@ fn a_snapshot_keeps_what_was_and_revert_and_reset_bring_it_back() {
     let told = Told::new();
     let layer = open(&told.lab).unwrap().layer;
     let inode = layer.data().metadata().unwrap().ino();
-    let names = || layer.list_snapshots().unwrap().into_iter().map(|found| found.name).collect::<Vec<_>>();
+    let names =
+        || layer.list_snapshots().unwrap().into_iter().map(|found| found.name).collect::<Vec<_>>();
     assert_eq!(names(), ["monday", "tuesday.new"]);
     for _ in 0..2 {
         layer.revert("tuesday.new").unwrap();

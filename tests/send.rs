@@ -14,7 +14,7 @@ use std::time::Instant;
 
 use common::mount::*;
 use cowslip::stream::frames::rbd;
-use cowslip::transfer::checkpoint::{HashChain, Checkpoint, CheckpointKind};
+use cowslip::transfer::checkpoint::{Checkpoint, CheckpointKind, HashChain};
 use proptest::prelude::*;
 
 /// Places with data: where they start, and their bytes.

@@ -18,7 +18,7 @@ use std::process::{Output, Stdio};
 use common::mount::*;
 use common::strace::{self, Call, Seen, kill_at};
 use cowslip::stream::frames::rbd;
-use cowslip::transfer::checkpoint::{HashChain, Checkpoint, CheckpointKind};
+use cowslip::transfer::checkpoint::{Checkpoint, CheckpointKind, HashChain};
 
 /// What lies between two checkpoints here: small, so that there are many.
 const PIECE: u64 = 64 * KIB;

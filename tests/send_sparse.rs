@@ -38,9 +38,13 @@ fn recv(lab: &Lab, words: &str, image: &[u8]) -> Output {
 fn small(sum: Option<u32>) -> Vec<u8> {
     use AndroidContent::{Data, DontCare, Zeros};
     let contents = [Data, Zeros, DontCare, Data].into_iter().zip(0..);
-    let run = |(content, at): (AndroidContent, u64)| AndroidRun { range: at * 4096..(at + 1) * 4096, content };
+    let run = |(content, at): (AndroidContent, u64)| AndroidRun {
+        range: at * 4096..(at + 1) * 4096,
+        content,
+    };
     let runs: Vec<AndroidRun> = contents.map(run).collect();
-    let mut writer = AndroidWriter::new(Vec::new(), AndroidPlan::new(4 * 4096, &runs).unwrap()).unwrap();
+    let mut writer =
+        AndroidWriter::new(Vec::new(), AndroidPlan::new(4 * 4096, &runs).unwrap()).unwrap();
     for run in &runs {
         writer.start_run(run).unwrap();
         if run.content == Data {

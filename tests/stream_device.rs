@@ -10,10 +10,11 @@ use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use common::mount::Lab;
-use cowslip::spec::{
-    SpillCompression, DEFAULT_WINDOW, FinishWhen, Flow, StreamFrames, Overwrite, Pad, StreamSpec, SinkSpec,
+use cowslip::config::{
+    DEFAULT_WINDOW, FinishWhen, Flow, Overwrite, Pad, SinkSpec, SpillCompression, StreamFrames,
+    StreamSpec,
 };
-use cowslip::stream::sink::{StdioMode, StreamContext, HostSink, StreamOpenError};
+use cowslip::stream::sink::{HostSink, StdioMode, StreamContext, StreamOpenError};
 use cowslip::stream::stop::Stop;
 
 const MIB: u64 = 1 << 20;

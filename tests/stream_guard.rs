@@ -11,7 +11,7 @@ use std::process::{Child, Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use cowslip::spec::Programs;
+use cowslip::config::Programs;
 use cowslip::stream::command::{PipeEnd, Pipeline};
 use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::{Pid, Signal};

@@ -14,10 +14,10 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use cowslip::extents::Kind;
+use cowslip::extents::ExtentKind;
 use cowslip::layer::{Layer, Wait};
 use cowslip::overlay::data::{Create, HostFile, Storage};
-use cowslip::overlay::log::{Home, Replaced};
+use cowslip::overlay::log::{LogDir, ReplacedLog};
 use parking_lot::Mutex;
 use tempfile::TempDir;
 
@@ -129,7 +129,7 @@ pub fn walk(layer: &dyn Layer) {
         let Ok(found) = layer.extent_at(at..size, Wait::Yes) else { break };
         assert!(found.range.start == at && found.range.end > at && found.range.end <= size);
         let end = found.range.end;
-        if found.kind == Kind::Data && read < READ {
+        if found.kind == ExtentKind::Data && read < READ {
             let len = usize::try_from(end - at).unwrap_or(usize::MAX).min(buf.len());
             match layer.read_at(&mut buf[..len], at, Wait::Yes) {
                 Ok(found) => {
@@ -187,7 +187,7 @@ impl Storage for Memory {
         Ok(())
     }
 
-    fn punch(&self, _: Range<u64>) -> io::Result<()> {
+    fn punch_hole(&self, _: Range<u64>) -> io::Result<()> {
         Ok(())
     }
 
@@ -212,7 +212,7 @@ impl Storage for Memory {
         Ok(self.0.lock().len() as u64)
     }
 
-    fn next_space(&self, range: Range<u64>) -> Option<u64> {
+    fn next_allocated(&self, range: Range<u64>) -> Option<u64> {
         let end = range.end.min(self.0.lock().len() as u64);
         (range.start < end).then_some(range.start)
     }
@@ -221,9 +221,9 @@ impl Storage for Memory {
         Ok(())
     }
 
-    fn forget_cache(&self) {}
+    fn drop_cache(&self) {}
 
-    fn backing(&self, _: Range<u64>) -> Option<BorrowedFd<'_>> {
+    fn host_fd(&self, _: Range<u64>) -> Option<BorrowedFd<'_>> {
         None
     }
 
@@ -234,17 +234,17 @@ impl Storage for Memory {
 
 /// Where the logs of a layer in memory go.
 #[derive(Default)]
-pub struct MemoryHome(pub Mutex<Option<Arc<Memory>>>);
+pub struct MemoryLogDir(pub Mutex<Option<Arc<Memory>>>);
 
-impl Home for MemoryHome {
+impl LogDir for MemoryLogDir {
     fn replace_log(
         &self,
         fill: &mut dyn FnMut(&dyn Storage) -> io::Result<()>,
-    ) -> io::Result<Replaced> {
+    ) -> io::Result<ReplacedLog> {
         let file = Arc::new(Memory::default());
         fill(&*file)?;
         *self.0.lock() = Some(Arc::clone(&file));
-        Ok(Replaced { file, placed: Ok(()) })
+        Ok(ReplacedLog { file, dir_synced: Ok(()) })
     }
 
     fn journal(&self, _: Create) -> io::Result<Option<Arc<dyn Storage>>> {

@@ -3,7 +3,7 @@
 
 use std::io::Read;
 
-use cowslip::formats::android::{Checksums, Decoder, Record};
+use cowslip::formats::android::{AndroidDecoder, AndroidRecord, Checksums};
 use libfuzzer_sys::fuzz_target;
 
 /// Records without a byte of input behind them are as many as the header says: four thousand million.
@@ -11,24 +11,24 @@ const RECORDS: usize = 1 << 16;
 
 fuzz_target!(|bytes: &[u8]| {
     for checksums in [Checksums::Skip, Checksums::Verify] {
-        let Ok(mut decoder) = Decoder::new(bytes, checksums) else { return };
+        let Ok(mut decoder) = AndroidDecoder::new(bytes, checksums) else { return };
         let (mut size, mut at) = (0, 0);
         for _ in 0..RECORDS {
             match decoder.next_record() {
                 Err(_) => break,
-                Ok(Record::Size(told)) => size = told,
-                Ok(Record::Data(range)) => {
+                Ok(AndroidRecord::Size(told)) => size = told,
+                Ok(AndroidRecord::Data(range)) => {
                     assert!(range.start == at && range.end <= size);
                     at = range.end;
                     // All of it, some of it and nothing.
                     let wanted = (range.end - range.start) / 2 * (range.start / 512 % 3);
                     let _ = std::io::copy(&mut decoder.body().take(wanted), &mut std::io::sink());
                 }
-                Ok(Record::Fill(range, _) | Record::DontCare(range)) => {
+                Ok(AndroidRecord::Fill(range, _) | AndroidRecord::DontCare(range)) => {
                     assert!(range.start == at && range.start < range.end && range.end <= size);
                     at = range.end;
                 }
-                Ok(Record::End) => {
+                Ok(AndroidRecord::End) => {
                     assert_eq!(at, size);
                     break;
                 }

@@ -1,12 +1,12 @@
 //! What a mount answers, as the commands read and show it: three texts with a zero byte between.
 #![no_main]
 
-use cowslip::cli::answer::make_all_of;
+use cowslip::cli::answer::render_for_fuzzing;
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|bytes: &[u8]| {
     let mut texts = bytes.splitn(3, |byte| *byte == 0);
     let mut next = || texts.next().unwrap_or_default();
     let (answer, status, map) = (next(), next(), next());
-    let _ = make_all_of(answer, status, map);
+    let _ = render_for_fuzzing(answer, status, map);
 });

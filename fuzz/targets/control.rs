@@ -6,10 +6,10 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize};
 
-use cowslip::catalog::{Catalog, Origin};
-use cowslip::control::{Control, Session, Spot, is_understood};
-use cowslip::disk::{self, Setting};
-use cowslip::spec::{self, Cache};
+use cowslip::catalog::{Catalog, DiskOrigin};
+use cowslip::config::{self, CacheMode};
+use cowslip::control::{Control, ControlNode, ControlSession, is_valid_request};
+use cowslip::disk::{self, OpenContext};
 use libfuzzer_sys::fuzz_target;
 use serde_json::Value;
 
@@ -31,17 +31,17 @@ const HARMLESS: [&str; 11] = [
 /// A mount of one blank disk, and where that is.
 fn control() -> (Arc<Control>, u64) {
     let catalog = Arc::new(Catalog::new(Path::new("/mnt"), None));
-    let spec = spec::parse_disk("d=blank:64K", Path::new("/"), &|_| false).unwrap();
-    let disk = Arc::new(disk::open(&spec, &Setting::unmounted()).unwrap().disk);
-    let slot = catalog.add("d", disk, Origin::Given).unwrap().slot;
+    let spec = config::parse_disk("d=blank:64K", Path::new("/"), &|_| false).unwrap();
+    let disk = Arc::new(disk::open(&spec, &OpenContext::unmounted()).unwrap().disk);
+    let slot = catalog.add("d", disk, DiskOrigin::Given).unwrap().slot;
     let control = Control {
         catalog,
         source: "d".to_owned(),
-        cache: Cache::Auto,
+        cache: CacheMode::Auto,
         draining: AtomicBool::new(false),
         device: Default::default(),
-        forget: Default::default(),
-        running: AtomicUsize::new(0),
+        invalidator: Default::default(),
+        running_requests: AtomicUsize::new(0),
     };
     (Arc::new(control), slot)
 }
@@ -50,17 +50,17 @@ fuzz_target!(|bytes: &[u8]| {
     // Several requests to one mount.
     let (control, slot) = control();
     for request in bytes.split(|byte| *byte == b'\n').take(8) {
-        let understood = is_understood(request);
-        let op = serde_json::from_slice(request).ok().and_then(|said: Value| {
-            said.get("op").and_then(Value::as_str).map(str::to_owned)
-        });
+        let understood = is_valid_request(request);
+        let op = serde_json::from_slice(request)
+            .ok()
+            .and_then(|said: Value| said.get("op").and_then(Value::as_str).map(str::to_owned));
         let is_harmless = op.is_some_and(|op| HARMLESS.contains(&op.as_str()));
         if understood && !is_harmless {
             continue;
         }
-        for spot in [Spot::DiskCtl(slot), Spot::Ctl] {
-            let session = Arc::new(Session::default());
-            session.request(&control, spot, request, |job| job()).unwrap();
+        for spot in [ControlNode::DiskCtl(slot), ControlNode::Ctl] {
+            let session = Arc::new(ControlSession::default());
+            session.submit(&control, spot, request, |job| job()).unwrap();
             let answer = session.read(usize::MAX).unwrap();
             let answer: Value = serde_json::from_slice(&answer).unwrap();
             let is = |key| answer.get(key).is_some();

@@ -6,9 +6,9 @@ use std::sync::Arc;
 use cowslip::layer::{Layer, Wait};
 use cowslip::overlay::Overlay;
 use cowslip::overlay::log;
-use cowslip::overlay::record::{RECORD_LEN, Tag};
-use cowslip::overlay::recover::{self, Files};
-use cowslip_fuzz::{Memory, MemoryHome, walk};
+use cowslip::overlay::record::{BootTag, RECORD_LEN};
+use cowslip::overlay::recover::{self, LayerFiles};
+use cowslip_fuzz::{Memory, MemoryLogDir, walk};
 use libfuzzer_sys::fuzz_target;
 use uuid::Uuid;
 
@@ -25,9 +25,9 @@ fn seal(bytes: &mut [u8]) {
     }
 }
 
-fn files(log: Arc<Memory>, home: Arc<MemoryHome>, block: u32) -> Files {
+fn files(log: Arc<Memory>, log_dir: Arc<MemoryLogDir>, block_size: u32) -> LayerFiles {
     let data: Arc<Memory> = Arc::default();
-    Files { data, log, home, uuid: LAYER, block }
+    LayerFiles { data, log, log_dir, uuid: LAYER, block_size }
 }
 
 fuzz_target!(|input: &[u8]| {
@@ -37,18 +37,18 @@ fuzz_target!(|input: &[u8]| {
     if choice & 1 == 0 {
         seal(&mut bytes);
     }
-    let block = 512 << (choice >> 1 & 7);
-    let tag = Tag([u64::from(choice >> 4), 0]);
-    let home = Arc::new(MemoryHome::default());
-    let found = files(Memory::new(bytes), Arc::clone(&home), block);
-    let Ok((image, _, _)) = recover::open(&found, tag) else { return };
+    let block_size = 512 << (choice >> 1 & 7);
+    let tag = BootTag([u64::from(choice >> 4), 0]);
+    let log_dir = Arc::new(MemoryLogDir::default());
+    let found = files(Memory::new(bytes), Arc::clone(&log_dir), block_size);
+    let Ok((image, _, _)) = recover::open_log(&found, tag) else { return };
     // A log that was written anew says the same.
-    if let Some(new) = home.0.lock().take() {
+    if let Some(new) = log_dir.0.lock().take() {
         let again = log::scan(&*new, &LAYER).unwrap();
-        assert_eq!(again.end, log::End::Whole);
-        let again = files(new, Arc::default(), block);
+        assert_eq!(again.end, log::LogEnd::Whole);
+        let again = files(new, Arc::default(), block_size);
         let trusted = recover::examine(&again, tag).unwrap();
-        let loaded = recover::load(&again, &trusted).unwrap();
+        let loaded = recover::load_map(&again, &trusted).unwrap();
         assert!(image.records().eq(loaded.records()));
     }
     if let Ok((overlay, _)) = Overlay::open(&found, tag, None) {

@@ -3,7 +3,7 @@
 
 use std::io;
 
-use cowslip::base::partitions::{self, Bytes};
+use cowslip::base::partitions::{self, TableSource};
 use libfuzzer_sys::fuzz_target;
 
 /// A disk whose first bytes and last bytes are the input, with nothing between them.
@@ -12,12 +12,12 @@ struct Disk<'a> {
     size: u64,
 }
 
-impl Bytes for Disk<'_> {
+impl TableSource for Disk<'_> {
     fn size(&self) -> u64 {
         self.size
     }
 
-    fn fill(&self, buf: &mut [u8], at: u64) -> io::Result<()> {
+    fn read_exact_at(&self, buf: &mut [u8], at: u64) -> io::Result<()> {
         assert!(at.checked_add(buf.len() as u64).is_some_and(|end| end <= self.size));
         let gap = self.size - self.bytes.len() as u64;
         for (byte, at) in buf.iter_mut().zip(at..) {
@@ -68,5 +68,5 @@ fuzz_target!(|input: &[u8]| {
     let size = bytes.len() as u64 + gap;
     let Ok(found) = partitions::read(&Disk { bytes: &bytes, size }, sector) else { return };
     assert!(found.iter().all(|one| one.range.start < one.range.end && one.number > 0));
-    let _ = partitions::listed(&found);
+    let _ = partitions::list_partitions(&found);
 });

@@ -4,24 +4,24 @@
 use std::path::Path;
 use std::sync::LazyLock;
 
-use cowslip::base::{self, Access, Opening, qcow2};
-use cowslip::spec::{Direct, Format, Locking, Part, Passthrough, Source};
+use cowslip::base::{self, BaseAccess, BaseOptions, qcow2};
+use cowslip::config::{DirectIo, DiskSource, Format, Locking, Passthrough, SourcePart};
 use cowslip_fuzz::{Lab, walk};
 use libfuzzer_sys::fuzz_target;
 
 static LAB: LazyLock<Lab> = LazyLock::new(|| Lab::new("i"));
 
-fn open(path: &Path, part: Part) {
-    let how = Opening {
+fn open(path: &Path, part: SourcePart) {
+    let how = BaseOptions {
         format: Some(Format::Qcow2),
         part,
-        access: Access::Read,
+        access: BaseAccess::Read,
         locking: Locking::Off,
         passthrough: Passthrough::Off,
-        direct: Direct::Off,
+        direct: DirectIo::Off,
         allow_backing: &[],
     };
-    let Ok(base) = base::open(&Source::File(path.to_owned()), how) else { return };
+    let Ok(base) = base::open(&DiskSource::File(path.to_owned()), how) else { return };
     // Nothing is there but the image, and it cannot be its own backing file.
     assert!(base.needs.is_empty(), "it was let to open {:?}", base.needs);
     walk(&*base.layer.reader());
@@ -29,8 +29,8 @@ fn open(path: &Path, part: Part) {
 
 fuzz_target!(|bytes: &[u8]| {
     let path = LAB.put(bytes);
-    open(path, Part::Whole);
-    open(path, Part::Partition(1));
+    open(path, SourcePart::Whole);
+    open(path, SourcePart::Partition(1));
     if let Ok(top) = qcow2::open_top(path, &[]) {
         assert!(top.backing.is_none());
     }

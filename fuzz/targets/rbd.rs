@@ -3,17 +3,17 @@
 
 use std::io::Read;
 
-use cowslip::stream::frames::rbd::{Decoder, Record};
+use cowslip::stream::frames::rbd::{RbdDecoder, RbdRecord};
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|bytes: &[u8]| {
-    let Ok(mut decoder) = Decoder::new(bytes) else { return };
+    let Ok(mut decoder) = RbdDecoder::new(bytes) else { return };
     loop {
         match decoder.next_record() {
-            Err(_) | Ok(Record::End) => break,
-            Ok(Record::Size(_)) => {}
-            Ok(Record::Zeros(range)) => assert!(range.start <= range.end),
-            Ok(Record::Data(range)) => {
+            Err(_) | Ok(RbdRecord::End) => break,
+            Ok(RbdRecord::Size(_)) => {}
+            Ok(RbdRecord::Zeros(range)) => assert!(range.start <= range.end),
+            Ok(RbdRecord::Data(range)) => {
                 assert!(range.start <= range.end);
                 let mut body = decoder.input().take(range.end - range.start);
                 let _ = std::io::copy(&mut body, &mut std::io::sink());

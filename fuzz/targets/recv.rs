@@ -3,8 +3,8 @@
 
 use std::sync::LazyLock;
 
-use cowslip::spec::Overwrite;
-use cowslip::transfer::{Begin, Frames, ReceivePlan, receive, resume_offset};
+use cowslip::config::Overwrite;
+use cowslip::transfer::{ReceivePlan, ReceiveStart, TransferFormat, receive, resume_offset};
 use cowslip_fuzz::Lab;
 use libfuzzer_sys::fuzz_target;
 
@@ -16,17 +16,18 @@ fuzz_target!(|bytes: &[u8]| {
     let mut plan = ReceivePlan {
         path: path.clone(),
         overwrite: Overwrite::Yes,
-        begin: Begin::Anew,
-        frames: Frames::Rbd,
+        start: ReceiveStart::New,
+        frames: TransferFormat::Rbd,
         onto: None,
+        limit: 1 << 30,
     };
     // As a whole; then cut in two, the second half resumed; then as changes of another file.
     let _ = receive(bytes, &plan, &mut |_| ());
     let _ = receive(&bytes[..bytes.len() / 2], &plan, &mut |_| ());
     let _ = resume_offset(&path);
-    plan.begin = Begin::Resume;
+    plan.start = ReceiveStart::Resume;
     let _ = receive(bytes, &plan, &mut |_| ());
-    plan.begin = Begin::Anew;
+    plan.start = ReceiveStart::New;
     plan.onto = Some(onto);
     let _ = receive(bytes, &plan, &mut |_| ());
     for name in ["new.img", "new.img.part", "new.img.part.state", "new.img.part.state.new"] {

@@ -5,11 +5,11 @@ use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
-use cowslip::spec;
+use cowslip::config;
 use libfuzzer_sys::fuzz_target;
 
 /// Every error is one line.
-fn check<T>(read: Result<T, spec::SpecError>) -> Option<T> {
+fn check<T>(read: Result<T, config::SpecError>) -> Option<T> {
     read.inspect_err(|error| {
         let line = error.to_string();
         assert!(!line.is_empty() && !line.chars().any(char::is_control), "{line:?}");
@@ -19,19 +19,19 @@ fn check<T>(read: Result<T, spec::SpecError>) -> Option<T> {
 
 fuzz_target!(|bytes: &[u8]| {
     for exists in [true, false] {
-        let disk = spec::parse_disk(OsStr::from_bytes(bytes), Path::new("/srv"), &|_| exists);
+        let disk = config::parse_disk(OsStr::from_bytes(bytes), Path::new("/srv"), &|_| exists);
         if let Some(disk) = check(disk) {
             assert!(!disk.name.is_empty() && disk.name.len() <= 255 && !disk.name.contains('/'));
-            let _ = check(spec::check_names(&[disk.clone(), disk]));
+            let _ = check(config::check_names(&[disk.clone(), disk]));
         }
     }
     let Ok(text) = std::str::from_utf8(bytes) else { return };
-    let _ = check(spec::parse_mount_options([text]));
-    if let Some(range) = check(spec::parse_range(text)) {
+    let _ = check(config::parse_mount_options([text]));
+    if let Some(range) = check(config::parse_range(text)) {
         assert!(range.start <= range.end);
     }
-    if let Some(size) = check(spec::parse_size(text)) {
-        assert!(size <= spec::MAX_SIZE);
-        let _ = spec::format_size(size);
+    if let Some(size) = check(config::parse_size(text)) {
+        assert!(size <= config::MAX_SIZE);
+        let _ = config::format_size(size);
     }
 });

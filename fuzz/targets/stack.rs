@@ -24,7 +24,7 @@ fuzz_target!(|bytes: &[u8]| {
     let mut sealed = format!("checksum = \"crc32c:{:08x}\"\n", crc32c::crc32c(bytes)).into_bytes();
     sealed.extend_from_slice(bytes);
     lab.put(&sealed);
-    let _ = reflink::kind_of(lab.dir());
+    let _ = reflink::overlay_kind(lab.dir());
     let Ok(stack) = Stack::read(dir) else { return };
     let mut tree = stack.tree();
     for layer in &stack.layers {

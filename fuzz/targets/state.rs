@@ -4,8 +4,8 @@
 use std::os::unix::fs::MetadataExt;
 use std::sync::LazyLock;
 
-use cowslip::spec::Overwrite;
-use cowslip::transfer::{Begin, Frames, ReceivePlan, receive, resume_offset};
+use cowslip::config::Overwrite;
+use cowslip::transfer::{ReceivePlan, ReceiveStart, TransferFormat, receive, resume_offset};
 use cowslip_fuzz::Lab;
 use libfuzzer_sys::fuzz_target;
 
@@ -32,8 +32,8 @@ fuzz_target!(|bytes: &[u8]| {
     let plan = ReceivePlan {
         path,
         overwrite: Overwrite::No,
-        begin: Begin::Resume,
-        frames: Frames::Rbd,
+        start: ReceiveStart::Resume,
+        frames: TransferFormat::Rbd,
         onto: None,
         limit: 1 << 20,
     };

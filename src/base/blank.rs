@@ -30,7 +30,10 @@ impl Layer for Blank {
     }
 
     fn read_at(&self, buf: &mut [u8], offset: u64, _wait: Wait) -> io::Result<Extent> {
-        Ok(Extent { range: offset..offset.saturating_add(buf.len() as u64), kind: ExtentKind::Hole })
+        Ok(Extent {
+            range: offset..offset.saturating_add(buf.len() as u64),
+            kind: ExtentKind::Hole,
+        })
     }
 
     fn lend_at(

@@ -6,8 +6,8 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use super::error::BaseError;
-use super::host::BaseFile;
-use crate::spec::Format;
+use super::file::BaseFile;
+use crate::config::Format;
 
 /// Refuses what is not read, and what does not look raw and is not said to be anything.
 pub(super) fn check_format(

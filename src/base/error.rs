@@ -7,7 +7,7 @@ use super::BaseAccess;
 use super::lock::LockError;
 use super::qcow2::ChainError;
 use super::view::ViewError;
-use crate::spec::Format;
+use crate::config::Format;
 
 /// Why a base cannot be opened; each is one line for the user.
 #[derive(Debug, thiserror::Error)]

@@ -11,13 +11,13 @@ use rustix::fs::{OFlags, SeekFrom};
 use rustix::io::Errno;
 
 use super::error::BaseError;
-use super::place::{HostFs, FsKind};
 use super::raw::{HostKind, RawBase};
+use super::self_reference::{FsKind, HostFs};
 use super::view::{self, RangeView};
 use super::{BaseAccess, lock};
+use crate::config::{DirectIo, Locking, Passthrough};
 use crate::confined::{self, PathHandle};
 use crate::layer::WritableLayer;
-use crate::spec::{DirectIo, Locking, Passthrough};
 
 /// A file or device of the host, open and locked.
 pub struct BaseFile {

@@ -18,7 +18,7 @@ use std::path::Path;
 use rustix::fs::SeekFrom;
 use serde::{Deserialize, Serialize};
 
-use crate::spec::format_size;
+use crate::config::format_size;
 
 /// What is hashed whole at both ends, where partition tables and superblocks are: 64 KiB, which
 /// takes in the superblocks of ext4, xfs, LVM and GPT (both copies).

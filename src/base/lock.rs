@@ -25,7 +25,7 @@ use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 
 use super::BaseAccess;
-use crate::spec::Locking;
+use crate::config::Locking;
 
 /// Why a base cannot be locked; all of them are for the user.
 #[derive(Debug, thiserror::Error)]
@@ -83,7 +83,12 @@ const QEMU_SHARED_BASE: i64 = 200;
 ///
 /// # Errors
 /// [`LockError`]: who holds the file, or what the host said.
-pub fn lock(file: &File, path: &Path, access: BaseAccess, locking: Locking) -> Result<(), LockError> {
+pub fn lock(
+    file: &File,
+    path: &Path,
+    access: BaseAccess,
+    locking: Locking,
+) -> Result<(), LockError> {
     match try_lock(file, path, access, locking) {
         Err(LockError::Io { error, .. }) if is_unsupported(&error) => {
             log::warn!(
@@ -120,7 +125,12 @@ fn unlock(file: &File, start: i64, len: i64) {
     }
 }
 
-fn try_lock(file: &File, path: &Path, access: BaseAccess, locking: Locking) -> Result<(), LockError> {
+fn try_lock(
+    file: &File,
+    path: &Path,
+    access: BaseAccess,
+    locking: Locking,
+) -> Result<(), LockError> {
     let host = |error| LockError::Io { path: path.to_owned(), error };
     // Ours before qemu's: a writer of ours holds qemu's bytes too, and should be named as ours.
     if !try_lock_shared(file, own_lock_bytes(access)).map_err(host)? {

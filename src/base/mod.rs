@@ -1,7 +1,7 @@
 //! Bases: the bottom of a disk, which nobody changes; and the one place that opens one.
 //!
 //! ```text
-//!   spec::DiskSource::File(path)          spec::DiskSource::Blank(size)
+//!   config::DiskSource::File(path)        config::DiskSource::Blank(size)
 //!        │ what is there? (never opens what is no file)
 //!        │ open, look again (host.rs), lock (lock.rs)
 //!        │ which format? (detect.rs: by its first and last bytes)
@@ -22,13 +22,13 @@
 pub mod blank;
 mod detect;
 mod error;
-mod host;
+mod file;
 pub mod identity;
 pub mod lock;
 pub mod partitions;
-pub mod place;
 pub mod qcow2;
 pub mod raw;
+pub mod self_reference;
 pub mod view;
 
 use std::fs::File;
@@ -40,12 +40,12 @@ use std::sync::Arc;
 use self::blank::Blank;
 use self::detect::check_format;
 pub use self::error::BaseError;
-pub use self::host::{BaseFile, WritableBase, open_writable};
-use self::host::{open_base_file, open_located};
+pub use self::file::{BaseFile, WritableBase, open_writable};
+use self::file::{open_base_file, open_located};
 use self::identity::Identity;
 use self::view::RangeView;
+use crate::config::{DirectIo, DiskSource, Format, Locking, Passthrough, SourcePart};
 use crate::layer::{Layer, WritableLayer};
-use crate::spec::{DirectIo, Format, Locking, SourcePart, Passthrough, DiskSource};
 
 /// What a base is opened for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -157,7 +157,9 @@ fn open_file(path: &Path, how: BaseOptions<'_>) -> Result<Base, BaseError> {
             needs.extend_from_slice(chain.needs());
             Arc::new(chain)
         }
-        (BaseAccess::Write, Some(Format::Qcow2)) => return Err(BaseError::ReadOnlyFormat(path.to_owned())),
+        (BaseAccess::Write, Some(Format::Qcow2)) => {
+            return Err(BaseError::ReadOnlyFormat(path.to_owned()));
+        }
         _ => host.raw,
     };
     if passthrough == Passthrough::On
@@ -455,7 +457,10 @@ mod tests {
         let source = DiskSource::File(file.path().to_owned());
         let open = |access| open(&source, how(None, access));
         let _readers = (open(BaseAccess::Read).unwrap(), open(BaseAccess::Read).unwrap());
-        assert!(matches!(open(BaseAccess::Write), Err(BaseError::Locked(LockError::HasReaders(_)))));
+        assert!(matches!(
+            open(BaseAccess::Write),
+            Err(BaseError::Locked(LockError::HasReaders(_)))
+        ));
     }
 
     struct UnreachableBelow;

@@ -25,8 +25,8 @@ use rustix::fs::{FallocateFlags, SeekFrom};
 use rustix::io::{Errno, ReadWriteFlags};
 
 use super::lock;
-use super::place::{HostFs, FsKind};
-use crate::direct::{RangeGuard, DirectFile};
+use super::self_reference::{FsKind, HostFs};
+use crate::direct::{DirectFile, RangeGuard};
 use crate::extents::{Extent, ExtentKind};
 use crate::host;
 use crate::layer::{CopyFn, Layer, ReadBelow, Wait, WritableLayer};

@@ -75,9 +75,10 @@ pub fn check_self_reference(
     let mount = OwnMount { mountpoint, dev: mount_dev };
     match mount.locate(path) {
         PathLocation::Outside => Ok(()),
-        PathLocation::Inside => {
-            Err(SelfReferenceError::Inside { path: path.to_owned(), mountpoint: mountpoint.to_owned() })
-        }
+        PathLocation::Inside => Err(SelfReferenceError::Inside {
+            path: path.to_owned(),
+            mountpoint: mountpoint.to_owned(),
+        }),
         PathLocation::OnLoop(backing) => Err(SelfReferenceError::OnLoop {
             path: path.to_owned(),
             backing,

@@ -16,10 +16,10 @@ use std::sync::Arc;
 
 use super::partitions::{self, PartitionRole, TableError};
 use super::raw::RawBase;
+use crate::config::{SourcePart, format_size};
 use crate::extents::{Extent, ExtentKind};
 use crate::host::os_error;
 use crate::layer::{CopyFn, Layer, ReadBelow, Wait, WritableLayer};
-use crate::spec::{SourcePart, format_size};
 
 /// Why there is no such part; one line, for the name of the base before it.
 #[derive(Debug, thiserror::Error)]
@@ -93,7 +93,9 @@ pub fn resolve_part(
     let size = base.size();
     match part {
         SourcePart::Whole => Ok(None),
-        SourcePart::Bytes { offset, .. } if offset >= size => Err(ViewError::PastEnd { offset, size }),
+        SourcePart::Bytes { offset, .. } if offset >= size => {
+            Err(ViewError::PastEnd { offset, size })
+        }
         SourcePart::Bytes { offset, len: None } => Ok(Some(offset..size)),
         SourcePart::Bytes { offset, len: Some(len) } => {
             let range = offset..offset.saturating_add(len);
@@ -182,7 +184,9 @@ impl<L: Layer + ?Sized> Layer for RangeView<L> {
 
     fn read_at(&self, buf: &mut [u8], offset: u64, wait: Wait) -> io::Result<Extent> {
         let asked = offset..offset.saturating_add(buf.len() as u64);
-        let Some(below) = self.clip_to_base(&asked) else { return Ok(Extent::new(asked, ExtentKind::Hole)) };
+        let Some(below) = self.clip_to_base(&asked) else {
+            return Ok(Extent::new(asked, ExtentKind::Hole));
+        };
         let len = usize::try_from(below.end - below.start).unwrap_or(usize::MAX).min(buf.len());
         Ok(self.to_view(&self.base.read_at(&mut buf[..len], below.start, wait)?))
     }

@@ -11,8 +11,8 @@ use super::mount::current_dir;
 use super::plan;
 use super::progress::{ProgressDisplay, Verbosity};
 use super::umount::string_list;
-use super::{EXIT_OK, CliError, print_line};
-use crate::spec::{DiskSpec, Flow, DiskSource, SourceSpec, SinkSpec};
+use super::{CliError, EXIT_OK, print_line};
+use crate::config::{DiskSource, DiskSpec, Flow, SinkSpec, SourceSpec};
 
 #[derive(Debug, Args)]
 pub(super) struct AddArgs {
@@ -47,8 +47,10 @@ pub(super) fn run(args: &AddArgs) -> anyhow::Result<u8> {
     }
     let (disk, cwd) = (utf8_arg(&args.disk)?, utf8_arg(dir.as_os_str())?);
     let mut progress = ProgressDisplay::new(Verbosity::default());
-    let dirs =
-        args.allow_backing.iter().map(|below| utf8_arg(dir.join(below).as_os_str()).map(str::to_owned));
+    let dirs = args
+        .allow_backing
+        .iter()
+        .map(|below| utf8_arg(dir.join(below).as_os_str()).map(str::to_owned));
     let dirs = dirs.collect::<anyhow::Result<Vec<_>>>()?;
     let trust = args.trust.allow(&dir)?;
     let request = json!({

@@ -41,7 +41,10 @@ pub enum AnswerError {
 ///
 /// # Errors
 /// [`AnswerError`]; a line longer than 64 MiB is one thing that is no answer.
-pub fn read_answer(from: impl BufRead, mut progress: impl FnMut(&Value)) -> Result<Value, AnswerError> {
+pub fn read_answer(
+    from: impl BufRead,
+    mut progress: impl FnMut(&Value),
+) -> Result<Value, AnswerError> {
     let mut from = from;
     let mut answer = None;
     let mut line = Vec::new();
@@ -53,7 +56,9 @@ pub fn read_answer(from: impl BufRead, mut progress: impl FnMut(&Value)) -> Resu
             Err(_) if answer.is_some() => break,
             Err(error) => return Err(AnswerError::Broken(error)),
             Ok(0) => break,
-            Ok(len) if len as u64 > MAX_ANSWER_LEN => return Err(AnswerError::Broken(too_long_error())),
+            Ok(len) if len as u64 > MAX_ANSWER_LEN => {
+                return Err(AnswerError::Broken(too_long_error()));
+            }
             Ok(_) => {}
         }
         let Ok(mut said) = serde_json::from_slice::<Value>(&line) else {

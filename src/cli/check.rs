@@ -15,15 +15,15 @@ use super::mount::current_dir;
 use super::plan::TrustArgs;
 use super::table::{Align, Table};
 use super::target::{OverlayTarget, is_store, overlay_targets};
-use super::{EXIT_OK, EXIT_UNHEALTHY, restore_sigpipe, print};
+use super::{EXIT_OK, EXIT_UNHEALTHY, print, restore_sigpipe};
 use crate::base::identity::Identity;
+use crate::config::{SourcePart, format_size};
 use crate::confined::{self, FileAccess};
 use crate::overlay::persist::{self, LockedOverlay};
 use crate::overlay::recover::{LogError, Recovered};
 use crate::overlay::stack::{BaseRecord, FileRecord, StackError};
 use crate::overlay::verify::{LayerCheck, LayerSummary, contradictions, short_uuid};
 use crate::printable;
-use crate::spec::{SourcePart, format_size};
 use crate::store::StoreDirs;
 
 #[derive(Debug, Args)]
@@ -87,7 +87,9 @@ fn check_store(
     let mut tell = |kind: &str, name: &str, why: &str, next: &str, removed: io::Result<()>| {
         let shown = printable::line(name);
         text += &match (manner, removed) {
-            (CheckMode::Repair, Ok(())) => format!("repair   removed the {kind} '{shown}': {why}\n"),
+            (CheckMode::Repair, Ok(())) => {
+                format!("repair   removed the {kind} '{shown}': {why}\n")
+            }
             (CheckMode::Repair, Err(error)) if error.kind() == io::ErrorKind::Other => {
                 format!("unknown  {}\n", printable::line(&error.to_string()))
             }
@@ -351,7 +353,11 @@ fn check_base(overlay: &LockedOverlay, findings: &mut CheckReport) -> anyhow::Re
 }
 
 /// What is wrong with the layers: each by itself, and one against the other.
-fn layer_damage(target: &OverlayTarget, found: &LockedOverlay, looks: &[LayerCheck]) -> anyhow::Result<Vec<String>> {
+fn layer_damage(
+    target: &OverlayTarget,
+    found: &LockedOverlay,
+    looks: &[LayerCheck],
+) -> anyhow::Result<Vec<String>> {
     let tree = found.stack.tree();
     let mut lines = Vec::new();
     for look in looks {
@@ -385,7 +391,10 @@ fn add_top_facts(found: &LockedOverlay, looks: &[LayerCheck], findings: &mut Che
     findings.add_fact("disk", format!("{size}, blocks of {block}"));
     let (data, zero) = (format_size(top.data), format_size(top.zero));
     findings.add_fact("changed", format!("{data} of data, {zero} zeroed"));
-    findings.add_fact("log", format!("{} records, {} of them count", top.good_records, top.trusted_records));
+    findings.add_fact(
+        "log",
+        format!("{} records, {} of them count", top.good_records, top.trusted_records),
+    );
     let sound = looks.iter().filter_map(|look| look.summary.as_ref().ok());
     let all = sound.map(|sound| sound.recovered).reduce(Recovered::combine);
     findings.add_fact("state", recovery_text(all.unwrap_or(top.recovered)));
@@ -453,12 +462,12 @@ mod tests {
     use std::fs::{self, File};
 
     use super::*;
+    use crate::config::OverlayKind;
     use crate::confined::open_dir;
     use crate::overlay::blocks::{BlockIndex, BlockState};
     use crate::overlay::persist::{NewOverlay, OverlayPath};
     use crate::overlay::record::LayerMap;
     use crate::overlay::stack::{LayerRecord, SnapshotRecord, Stack, VERSION};
-    use crate::spec::OverlayKind;
     use uuid::Uuid;
 
     /// Makes an overlay at `dir` over `base`, closed only as far as a daemon that was killed.
@@ -589,8 +598,9 @@ mod tests {
     fn what_cannot_be_looked_at_is_an_error() {
         let home = tempfile::tempdir().unwrap();
         let dir = home.path().join("o");
-        let error =
-            |dir: &Path| check(&overlay_targets(dir).unwrap()[0], CheckMode::Report).unwrap_err().to_string();
+        let error = |dir: &Path| {
+            check(&overlay_targets(dir).unwrap()[0], CheckMode::Report).unwrap_err().to_string()
+        };
         assert!(error(&dir).contains("No such file"));
         let line = overlay_targets(home.path()).unwrap_err().to_string();
         assert!(line.contains("no overlay and no store"), "{line}");

@@ -27,7 +27,7 @@ use serde_json::Value;
 
 use super::answer::{self, AnswerError, RefusalKind};
 use crate::disk::split_name;
-use crate::mount::kernel::{self, MountHandle, MountEntry};
+use crate::mount::kernel::{self, MountEntry, MountHandle};
 
 /// How long a mount may stay silent before it counts as hanging.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
@@ -255,9 +255,9 @@ impl Endpoint {
             (Some(Errno::ROFS), _) => AskError::ReadOnly(mountpoint),
             (Some(Errno::STALE), Some(_)) => AskError::Changed(self.path.clone()),
             (Some(Errno::AGAIN), _) => AskError::Full(mountpoint),
-            (Some(Errno::NOENT | Errno::NOTDIR), Some(disk)) => {
-                self.partition_error().unwrap_or(AskError::NoDisk { mountpoint, disk: disk.clone() })
-            }
+            (Some(Errno::NOENT | Errno::NOTDIR), Some(disk)) => self
+                .partition_error()
+                .unwrap_or(AskError::NoDisk { mountpoint, disk: disk.clone() }),
             _ => AskError::Host { mountpoint, error },
         }
     }
@@ -426,7 +426,8 @@ impl ConfinedMount {
             if !is_plain || parts.next().is_some() {
                 return Err(not_confined("a name that is no plain one"));
             }
-            let flags = if index + 1 == way.len() { flags | OFlags::CLOEXEC } else { OPEN_DIR_FLAGS };
+            let flags =
+                if index + 1 == way.len() { flags | OFlags::CLOEXEC } else { OPEN_DIR_FLAGS };
             // A pipe is not waited for.
             let flags = flags | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::NOCTTY;
             let opened = rustix::io::retry_on_intr(|| {
@@ -524,7 +525,8 @@ impl<'a> MountReader<'a> {
         let started = place.confined().and_then(|door| {
             let way = place.control_path();
             fetcher.spawn(move || {
-                if let Err(error) = send_and_read(&door, &way, file, request.as_deref(), inode, &to) {
+                if let Err(error) = send_and_read(&door, &way, file, request.as_deref(), inode, &to)
+                {
                     let _ = to.send(Err(error));
                 }
             })
@@ -532,7 +534,13 @@ impl<'a> MountReader<'a> {
         if let Err(error) = started {
             let _ = failed.send(Err(error));
         }
-        Self { endpoint: place, chunks: pieces, rest: io::Cursor::default(), deadline: None, stop: Arc::default() }
+        Self {
+            endpoint: place,
+            chunks: pieces,
+            rest: io::Cursor::default(),
+            deadline: None,
+            stop: Arc::default(),
+        }
     }
 
     /// As it is, but all of it must come in `time`.

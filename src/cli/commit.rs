@@ -11,18 +11,18 @@ use clap::Args;
 use serde_json::json;
 
 use super::client::Endpoint;
-use super::long::LongRequest;
+use super::long_request::LongRequest;
 use super::mount::current_dir;
 use super::plan::TrustArgs;
 use super::progress::{ProgressDisplay, Verbosity};
 use super::snapshot::ask_long;
 use super::target::{is_in_store, is_store};
 use super::{EXIT_OK, print_line};
+use crate::config::{format_size, format_zeroed};
 use crate::disk::{self, Disk, Force, OpenContext};
 use crate::mount::kernel;
 use crate::overlay::stack::{BaseRecord, Stack};
 use crate::overlay::{Usage, persist};
-use crate::spec::{format_size, format_zeroed};
 
 /// How long requests under way are waited for at the end; there are none.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(10);

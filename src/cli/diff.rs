@@ -14,15 +14,15 @@ use clap::{Args, ValueEnum};
 use serde_json::Value;
 
 use super::client::Endpoint;
-use super::moment::PointInTime;
+use super::point_in_time::PointInTime;
 use super::progress::{ProgressDisplay, Verbosity};
-use super::{EXIT_OK, CliError, restore_sigpipe, print_line, tidy};
+use super::{CliError, EXIT_OK, cleanup, print_line, restore_sigpipe};
+use crate::config::{Overwrite, format_size, format_zeroed};
 use crate::confined::PathHandle;
 use crate::export::bmap::BmapScope;
 use crate::export::qcow2::BackingFile;
 use crate::export::{self, ExportKind, ExportRun};
-use crate::part::UnnamedFile;
-use crate::spec::{Overwrite, format_size, format_zeroed};
+use crate::part_file::UnnamedFile;
 
 /// How often is shown how far it is.
 const PROGRESS_INTERVAL: Duration = Duration::from_secs(1);
@@ -119,7 +119,7 @@ pub(super) fn run(args: &DiffArgs) -> anyhow::Result<u8> {
     // Whole under its name, or not there.
     let fresh = UnnamedFile::create(&out, if mode.is_some() { 0o600 } else { 0o666 })?;
     if let Some(part) = fresh.path() {
-        tidy::remove_on_signal(part.to_owned()).with_context(failed)?;
+        cleanup::remove_on_signal(part.to_owned()).with_context(failed)?;
     }
     let written = if args.output == DiffFormat::Qcow2 {
         write_qcow2(fresh.file(), &frozen, args)

@@ -7,10 +7,10 @@ use clap::Args;
 use serde_json::json;
 
 use super::client::Endpoint;
-use super::long::LongRequest;
+use super::long_request::LongRequest;
 use super::progress::Verbosity;
 use super::snapshot::ask_long;
-use crate::spec::{parse_range, parse_size};
+use crate::config::{parse_range, parse_size};
 
 #[derive(Debug, Args)]
 pub(super) struct PrefetchArgs {

@@ -18,9 +18,9 @@ use std::path::{Path, PathBuf};
 use super::mount::{current_dir, start_mount};
 use super::plan::{CommonArgs, MountCommand};
 use super::umount::{self, EndMode, UmountArgs};
-use super::{EXIT_OK, CliError};
+use super::{CliError, EXIT_OK};
+use crate::config::{self, CacheMode, SpecError};
 use crate::mount::DaemonMode;
-use crate::spec::{self, CacheMode, SpecError};
 use crate::stream::sink::StdioMode;
 
 /// Which helper this is.
@@ -188,7 +188,8 @@ impl HelperOptions {
             (b"trust", Some(dir)) => self.common.trust.dirs.push(dir),
             (b"cache", Some(word)) => {
                 let cache = word.to_string_lossy().parse::<CacheMode>();
-                self.common.cache = Some(cache.map_err(|error| CliError::usage(error.to_string()))?);
+                self.common.cache =
+                    Some(cache.map_err(|error| CliError::usage(error.to_string()))?);
             }
             _ if is_disk_key(option, dir) => self.keys.push(option.to_owned()),
             // What is unknown to both is refused as an option.
@@ -227,13 +228,13 @@ impl HelperOptions {
 
 /// Whether `option` begins with a disk's key, its value right or wrong: some disk is asked.
 fn is_disk_key(option: &OsStr, dir: &Path) -> bool {
-    if spec::parse_mount_options([option.to_string_lossy()]).is_ok() {
+    if config::parse_mount_options([option.to_string_lossy()]).is_ok() {
         return false;
     }
     let mut disk = OsString::from("probe=blank:1,");
     disk.push(option);
     let is_unknown = |error: &SpecError| matches!(error, SpecError::Unknown { what: "key", .. });
-    match spec::parse_disk(&disk, dir, &|_: &Path| false) {
+    match config::parse_disk(&disk, dir, &|_: &Path| false) {
         Ok(_) => true,
         Err(SpecError::Within { why, .. }) => !is_unknown(&why),
         Err(error) => !is_unknown(&error),
@@ -254,7 +255,8 @@ mod tests {
 
     #[test]
     fn the_name_decides_what_the_program_is() {
-        let role = |name: &str| helper_kind(&args(&[name, "x"])).map(|(role, rest)| (role, rest.len()));
+        let role =
+            |name: &str| helper_kind(&args(&[name, "x"])).map(|(role, rest)| (role, rest.len()));
         assert_eq!(role("/sbin/mount.cowslip"), Some((HelperKind::Mount, 1)));
         assert_eq!(role("mount.fuse.cowslip"), Some((HelperKind::Mount, 1)));
         assert_eq!(role("/sbin/umount.fuse.cowslip"), Some((HelperKind::Umount, 1)));
@@ -306,7 +308,10 @@ mod tests {
 
     #[test]
     fn an_unmount_takes_mount_8s_flags() {
-        let words = HelperArgs::parse(HelperKind::Umount, &args(&["/mnt", "-n", "-l", "-t", "fuse.cowslip"]));
+        let words = HelperArgs::parse(
+            HelperKind::Umount,
+            &args(&["/mnt", "-n", "-l", "-t", "fuse.cowslip"]),
+        );
         let umount = words.unwrap().umount_args().unwrap();
         assert_eq!(umount, UmountArgs::new("/mnt".into(), EndMode::Lazy));
         assert!(HelperArgs::parse(HelperKind::Umount, &args(&["/mnt", "-x"])).is_err());

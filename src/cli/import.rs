@@ -10,16 +10,16 @@ use rustix::io::Errno;
 
 use super::mount::current_dir;
 use super::plan::TrustArgs;
-use super::{EXIT_OK, print_line, tidy};
+use super::{EXIT_OK, cleanup, print_line};
 use crate::base::qcow2;
-use crate::disk::{self, FallocateMode, Disk, SizeMode, OpenContext};
+use crate::config::{DiskSource, DiskSpec, Format, format_size, format_zeroed};
+use crate::disk::{self, Disk, FallocateMode, OpenContext, SizeMode};
 use crate::extents::ExtentKind;
 use crate::host::sync_parent_dir;
 use crate::layer::{Layer, Wait};
 use crate::overlay::Usage;
 use crate::overlay::persist;
-use crate::part::part_path;
-use crate::spec::{DiskSpec, Format, DiskSource, format_size, format_zeroed};
+use crate::part_file::part_path;
 
 /// How long requests under way are waited for at the end; there are none.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
@@ -69,7 +69,7 @@ pub(super) fn run(args: &ImportArgs) -> anyhow::Result<u8> {
     spec.format = top.backing.as_ref().map(|(_, format)| *format);
     spec.overlay = Some(part.clone());
     let failed = || format!("overlay '{}'", args.overlay.display());
-    tidy::remove_on_signal(part.clone()).with_context(failed)?;
+    cleanup::remove_on_signal(part.clone()).with_context(failed)?;
     let setting = OpenContext { allow_backing, ..OpenContext::unmounted() };
     let disk = disk::open(&spec, &setting)?.disk;
     // What was allowed must be what was opened: the path may lead elsewhere by now.
@@ -84,7 +84,7 @@ pub(super) fn run(args: &ImportArgs) -> anyhow::Result<u8> {
         Err(error) => {
             // What is half done is of no use to anybody: it was made for this.
             disk.abandon();
-            tidy::remove_path(&part);
+            cleanup::remove_path(&part);
             return Err(error).with_context(failed);
         }
     };
@@ -95,7 +95,10 @@ pub(super) fn run(args: &ImportArgs) -> anyhow::Result<u8> {
         Err(Errno::INVAL | Errno::NOSYS) => rename(&part, &dir),
         named => named,
     };
-    named.map_err(std::io::Error::from).and_then(|()| sync_parent_dir(&dir)).with_context(failed)?;
+    named
+        .map_err(std::io::Error::from)
+        .and_then(|()| sync_parent_dir(&dir))
+        .with_context(failed)?;
     let (_, format) = top.backing.map_or((PathBuf::new(), Format::Raw), |backing| backing);
     let mount = match (&spec.source, format) {
         (DiskSource::File(path), Format::Raw) => {

@@ -6,7 +6,7 @@ use clap::Args;
 use serde_json::json;
 
 use super::client::Endpoint;
-use super::long::{self, LongRequest};
+use super::long_request::{self, LongRequest};
 use super::mount::current_dir;
 use super::plan::TrustArgs;
 use super::progress::Verbosity;
@@ -29,7 +29,7 @@ pub(super) fn run(args: &KeepArgs) -> anyhow::Result<u8> {
     let here = current_dir()?;
     let (dir, trust) = (destination(&here, &args.dir)?, args.trust.allow(&here)?);
     let request = json!({ "op": "keep", "dir": dir, "trust": trust });
-    let done = long::ask(&place, &request, LongRequest::Keep, args.verbosity)?;
+    let done = long_request::ask(&place, &request, LongRequest::Keep, args.verbosity)?;
     if let Some(line) = done["line"].as_str() {
         print_line(line);
     }

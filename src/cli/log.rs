@@ -10,7 +10,7 @@ use std::time::Duration;
 use clap::Args;
 
 use super::client::{AskError, Endpoint};
-use super::{EXIT_OK, restore_sigpipe, print};
+use super::{EXIT_OK, print, restore_sigpipe};
 use crate::mount::kernel;
 
 /// How often a log that is followed is looked at.

@@ -115,7 +115,9 @@ fn outcome_line(status: &Value, work: LongRequest) -> Option<&'static str> {
             "goes on in the background: cowslip finish FILE waits for it again, \
              cowslip abort FILE gives it up",
         ),
-        LongRequest::Finish => Some("interrupted: cowslip status FILE shows the state of the stream"),
+        LongRequest::Finish => {
+            Some("interrupted: cowslip status FILE shows the state of the stream")
+        }
     }
 }
 

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use rustix::fs::{FlockOperation, Mode, OFlags, flock};
 
 use super::progress::{ProgressLine, Verbosity, bytes_per_second, format_seconds};
-use crate::spec::format_size;
+use crate::config::format_size;
 use crate::transfer::TransferProgress;
 
 /// What is shown.

@@ -15,6 +15,7 @@
 mod add;
 pub mod answer;
 mod check;
+mod cleanup;
 mod client;
 mod commit;
 mod diff;
@@ -24,13 +25,13 @@ mod helper;
 mod import;
 mod keep;
 mod log;
-mod long;
+mod long_request;
 mod map;
 mod meter;
-mod moment;
 mod mount;
-mod out;
+mod output;
 mod plan;
+mod point_in_time;
 mod progress;
 mod rebase;
 mod recv;
@@ -42,7 +43,6 @@ mod status;
 mod stream;
 mod table;
 mod target;
-mod tidy;
 mod timeout;
 mod umount;
 
@@ -51,8 +51,8 @@ use std::ffi::OsString;
 use clap::error::ErrorKind;
 use clap::{CommandFactory, FromArgMatches, Parser};
 
-pub use self::out::print_error;
-use self::out::{print, print_json, print_line, warn};
+pub use self::output::print_error;
+use self::output::{print, print_json, print_line, warn};
 use crate::stream::guard::{SUBCOMMAND as GUARD, enable_guards};
 
 /// It worked.

@@ -11,9 +11,9 @@ use clap::Args;
 
 use super::client::Endpoint;
 use super::plan::{CommonArgs, MountCommand};
-use super::{EXIT_OK, CliError, signal_exit_code};
-use crate::mount::daemon::{self, NoteOutput, StartOutcome, StartupReporter, ForkSide};
-use crate::mount::{self, MountPlan, DaemonMode, kernel};
+use super::{CliError, EXIT_OK, signal_exit_code};
+use crate::mount::daemon::{self, ForkSide, NoteOutput, StartOutcome, StartupReporter};
+use crate::mount::{self, DaemonMode, MountPlan, kernel};
 use crate::stream::sink::StdioMode;
 
 #[derive(Debug, Args)]

@@ -8,9 +8,9 @@ use anyhow::Context as _;
 use clap::Args;
 
 use super::CliError;
+use crate::config::{self, CacheMode, Config, DiskSpec};
 use crate::confined::{self, FileAccess};
-use crate::mount::{OnChangedBase, MountPlan, DaemonMode};
-use crate::spec::{self, CacheMode, Config, DiskSpec};
+use crate::mount::{DaemonMode, MountPlan, OnChangedBase};
 use crate::stream::sink::StdioMode;
 use crate::trust;
 
@@ -105,12 +105,12 @@ impl MountCommand {
         for text in &self.disks {
             disks.push(parse_disk_arg(text, dir)?);
         }
-        spec::check_names(&disks).map_err(|error| CliError::usage(error.to_string()))?;
+        config::check_names(&disks).map_err(|error| CliError::usage(error.to_string()))?;
         let options = config.options.iter().chain(&self.common.options);
-        let options = spec::parse_mount_options(options)
+        let options = config::parse_mount_options(options)
             .map_err(|error| CliError::usage(error.to_string()))?;
         let cache = self.common.cache.or(config.cache).unwrap_or_default();
-        spec::check_cache(&disks, cache).map_err(|error| CliError::usage(error.to_string()))?;
+        config::check_cache(&disks, cache).map_err(|error| CliError::usage(error.to_string()))?;
         let absolute = |path: PathBuf| dir.join(path);
         let store = self.common.store.map(absolute).or(config.store);
         let named = self.common.allow_backing.into_iter().map(absolute);
@@ -152,7 +152,7 @@ impl MountCommand {
 /// # Errors
 /// A usage error.
 pub(super) fn parse_disk_arg(text: &OsStr, dir: &Path) -> anyhow::Result<DiskSpec> {
-    spec::parse_disk(text, dir, &|path: &Path| path.exists())
+    config::parse_disk(text, dir, &|path: &Path| path.exists())
         .map_err(|error| CliError::usage(error.to_string()))
 }
 
@@ -160,7 +160,7 @@ fn read_config(path: &Path, dir: &Path) -> anyhow::Result<Config> {
     let full = dir.join(path);
     let (text, home) = read_trusted(&full)
         .with_context(|| format!("cannot read the configuration '{}'", path.display()))?;
-    spec::parse_config(&text, &home)
+    config::parse_config(&text, &home)
         .map_err(|error| CliError::usage(format!("'{}' {error}", path.display())))
 }
 
@@ -213,7 +213,7 @@ mod tests {
         assert_eq!(plan.store.as_deref(), Some(Path::new("/here/store")));
         assert_eq!(plan.log.as_deref(), Some(Path::new("/here/log")));
         let sources: Vec<_> = plan.disks.iter().map(|disk| disk.source.clone()).collect();
-        let file = |path: &str| spec::DiskSource::File(path.into());
+        let file = |path: &str| config::DiskSource::File(path.into());
         assert_eq!(sources, [file("/here/vm.img"), file("/srv/b.img")]);
         assert_eq!(plan.source, "vm.img");
     }

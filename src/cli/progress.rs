@@ -8,8 +8,8 @@ use clap::Args;
 use rustix::termios::tcgetwinsize;
 use serde_json::Value;
 
+use crate::config::format_size;
 use crate::printable;
-use crate::spec::format_size;
 
 /// How often the line changes on a terminal, and how often there is another elsewhere.
 const REDRAW_INTERVAL: Duration = Duration::from_millis(250);
@@ -126,7 +126,8 @@ impl ProgressFormatter {
         }
         text += &format!(", {percent} %");
         if rate > 0 {
-            text += &format!(", {} left", format_seconds(total.saturating_sub(done).div_ceil(rate)));
+            text +=
+                &format!(", {} left", format_seconds(total.saturating_sub(done).div_ceil(rate)));
         }
         text
     }

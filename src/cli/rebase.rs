@@ -18,9 +18,9 @@ use super::target::{is_store, single_target};
 use super::{EXIT_OK, print_line};
 use crate::base::identity::Identity;
 use crate::base::{self, BaseAccess, BaseError, BaseOptions};
+use crate::config::{DirectIo, DiskSource, Format, Locking, Passthrough, SourcePart};
 use crate::overlay::persist;
 use crate::overlay::stack::{BaseRecord, FileRecord, Stack, StackError};
-use crate::spec::{DirectIo, Format, Locking, SourcePart, Passthrough, DiskSource};
 
 #[derive(Debug, Args)]
 pub(super) struct RebaseArgs {
@@ -167,11 +167,11 @@ mod tests {
     use uuid::Uuid;
 
     use super::*;
+    use crate::config::OverlayKind;
     use crate::confined::open_dir;
     use crate::overlay::persist::{NewOverlay, OverlayPath};
     use crate::overlay::record::LayerMap;
     use crate::overlay::stack::{LayerRecord, VERSION};
-    use crate::spec::OverlayKind;
 
     /// An overlay `o` over the file `a`, in a directory of its own.
     fn make(format: &str) -> tempfile::TempDir {
@@ -214,7 +214,8 @@ mod tests {
     }
 
     fn looked(path: &Path) -> (PathBuf, Identity) {
-        let NewBase { path, identity, .. } = inspect_base(path, None, SourcePart::Whole, &[]).unwrap();
+        let NewBase { path, identity, .. } =
+            inspect_base(path, None, SourcePart::Whole, &[]).unwrap();
         (path, identity)
     }
 
@@ -271,9 +272,13 @@ mod tests {
         let home = tempfile::tempdir().unwrap();
         put(home.path(), BaseRecord::Blank { size: 9000 });
         fs::write(home.path().join("a"), [7; 9000]).unwrap();
-        assert!(tried(home.path(), "a", OnMismatch::Accept).unwrap_err().contains("over a blank disk"));
+        assert!(
+            tried(home.path(), "a", OnMismatch::Accept).unwrap_err().contains("over a blank disk")
+        );
         let home = make("vhdx");
-        assert!(tried(home.path(), "a", OnMismatch::Accept).unwrap_err().contains("of format vhdx"));
+        assert!(
+            tried(home.path(), "a", OnMismatch::Accept).unwrap_err().contains("of format vhdx")
+        );
         let home = make("raw");
         let dir = home.path().join("o");
         let held = persist::lock_overlay(OverlayPath { dir: &dir, layers: None }).unwrap();

@@ -11,9 +11,9 @@ use clap::Args;
 use super::meter::TransferMeter;
 use super::progress::Verbosity;
 use super::send::{frames, size};
-use super::{EXIT_OK, CliError, print, print_line, warn};
-use crate::spec::{Overwrite, format_size};
-use crate::transfer::{ReceiveStart, TransferFormat, ReceivePlan, receive, resume_offset};
+use super::{CliError, EXIT_OK, print, print_line, warn};
+use crate::config::{Overwrite, format_size};
+use crate::transfer::{ReceivePlan, ReceiveStart, TransferFormat, receive, resume_offset};
 
 #[derive(Debug, Args)]
 pub(super) struct RecvArgs {
@@ -49,11 +49,15 @@ pub(super) fn run(args: &RecvArgs) -> anyhow::Result<u8> {
     }
     let stdin = io::stdin();
     if stdin.is_terminal() {
-        return Err(CliError::usage("nobody types an image: cowslip send FILE | cowslip recv NAME"));
+        return Err(CliError::usage(
+            "nobody types an image: cowslip send FILE | cowslip recv NAME",
+        ));
     }
     let is_raw = args.frames == TransferFormat::Raw;
     if args.resume && args.frames != TransferFormat::Rbd {
-        return Err(CliError::usage("--resume needs --frames rbd: nothing else says what is right"));
+        return Err(CliError::usage(
+            "--resume needs --frames rbd: nothing else says what is right",
+        ));
     }
     if args.onto.is_some() && is_raw {
         return Err(CliError::usage("--onto needs other --frames: plain bytes have no gaps"));

@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use super::client::{AskError, Endpoint};
 use super::progress::{ProgressDisplay, Verbosity};
 use super::stream::describe_openers;
-use super::umount::{OPENERS_TIMEOUT, OPENERS_POLL_INTERVAL, string_list};
+use super::umount::{OPENERS_POLL_INTERVAL, OPENERS_TIMEOUT, string_list};
 use super::{EXIT_OK, print_line, timeout};
 
 #[derive(Debug, Args)]
@@ -43,13 +43,17 @@ fn remove(place: &Endpoint, grace: Duration) -> anyhow::Result<Value> {
     let done = loop {
         let done = mount.ask(&request, |now| progress.show(now));
         match done {
-            Err(AskError::Busy(_)) if Instant::now() < deadline => thread::sleep(OPENERS_POLL_INTERVAL),
+            Err(AskError::Busy(_)) if Instant::now() < deadline => {
+                thread::sleep(OPENERS_POLL_INTERVAL)
+            }
             done => break done,
         }
     };
     progress.end();
     done.map_err(|error| match error {
-        AskError::Busy(said) => anyhow::anyhow!("{said}: {}: close it there", describe_openers(place)),
+        AskError::Busy(said) => {
+            anyhow::anyhow!("{said}: {}: close it there", describe_openers(place))
+        }
         error => error.into(),
     })
 }

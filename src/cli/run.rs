@@ -23,11 +23,11 @@ use signal_hook::iterator::Signals;
 
 use super::mount::{StartResult, current_dir, start_mount};
 use super::plan::{CommonArgs, MountCommand};
-use super::umount::{self, EndMode, DrainRequest, UnfinishedStreams};
-use super::{EXIT_OK, CliError, EXIT_RUN_FAILED, signal_exit_code, warn};
+use super::umount::{self, DrainRequest, EndMode, UnfinishedStreams};
+use super::{CliError, EXIT_OK, EXIT_RUN_FAILED, signal_exit_code, warn};
+use crate::config::{DiskSource, Flow, SinkSpec, SourceSpec};
 use crate::mount::kernel::MountHandle;
-use crate::mount::{MountPlan, DaemonMode, daemon};
-use crate::spec::{Flow, DiskSource, SourceSpec, SinkSpec};
+use crate::mount::{DaemonMode, MountPlan, daemon};
 use crate::stream::sink::StdioMode;
 
 /// COMMAND is there and cannot be run.
@@ -204,7 +204,11 @@ fn clean_up(
     finished.and(removed)
 }
 
-fn end_mount(held: &MountHandle, streams: UnfinishedStreams, measured: &[String]) -> anyhow::Result<()> {
+fn end_mount(
+    held: &MountHandle,
+    streams: UnfinishedStreams,
+    measured: &[String],
+) -> anyhow::Result<()> {
     match umount::end_when_unused(held, streams) {
         Ok(ended) => {
             // What a stream that only measures has to say is all that it is for.

@@ -11,12 +11,12 @@ use clap::Args;
 
 use super::client::{AskError, Endpoint};
 use super::meter::TransferMeter;
-use super::moment::PointInTime;
+use super::point_in_time::PointInTime;
 use super::progress::Verbosity;
-use super::{EXIT_OK, CliError, restore_sigpipe, warn};
+use super::{CliError, EXIT_OK, restore_sigpipe, warn};
+use crate::config::parse_size;
 use crate::export;
-use crate::spec::parse_size;
-use crate::transfer::{Changes, ZeroDetection, TransferFormat, SendPlan, TransferSource, send};
+use crate::transfer::{Changes, SendPlan, TransferFormat, TransferSource, ZeroDetection, send};
 
 /// 1 MiB: what anybody may make a pipe, so that the two ends wait less for each other.
 const PIPE_SIZE: usize = 1 << 20;
@@ -118,7 +118,9 @@ fn open_source(
     });
     match frozen {
         // Without an overlay of blocks, or for somebody who may only read: as any other file.
-        Err(error) if since.is_none() && is_freeze_refused(&error) => Ok((TransferSource::open(file)?, None)),
+        Err(error) if since.is_none() && is_freeze_refused(&error) => {
+            Ok((TransferSource::open(file)?, None))
+        }
         frozen => Ok((frozen?, changes)),
     }
 }

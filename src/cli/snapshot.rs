@@ -6,12 +6,12 @@ use clap::Args;
 use serde_json::{Value, json};
 
 use super::client::{AskError, Endpoint};
-use super::long::{self, LongRequest};
+use super::long_request::{self, LongRequest};
 use super::progress::{ProgressDisplay, Verbosity};
 use super::stream::describe_openers;
 use super::table::{Align, Table};
-use super::{EXIT_OK, restore_sigpipe, print, print_json, print_line};
-use crate::spec::format_size;
+use super::{EXIT_OK, print, print_json, print_line, restore_sigpipe};
+use crate::config::format_size;
 
 #[derive(Debug, Args)]
 pub(super) struct SnapshotArgs {
@@ -144,7 +144,7 @@ pub(super) fn ask_long(
     work: LongRequest,
     verbosity: Verbosity,
 ) -> anyhow::Result<u8> {
-    print_result(place, long::ask(place, request, work, verbosity))
+    print_result(place, long_request::ask(place, request, work, verbosity))
 }
 
 fn print_result(place: &Endpoint, done: anyhow::Result<Value>) -> anyhow::Result<u8> {

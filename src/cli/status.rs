@@ -12,10 +12,10 @@ use serde_json::{Value, json};
 
 use super::client::{AskError, Endpoint};
 use super::table::{Align, Table};
-use super::{EXIT_OK, EXIT_UNHEALTHY, restore_sigpipe, print, print_json};
-use crate::mount::kernel::{self, MountHealth, MountEntry};
+use super::{EXIT_OK, EXIT_UNHEALTHY, print, print_json, restore_sigpipe};
+use crate::config::format_size;
+use crate::mount::kernel::{self, MountEntry, MountHealth};
 use crate::printable::line as printable;
-use crate::spec::format_size;
 
 #[derive(Debug, Args)]
 pub(super) struct StatusArgs {

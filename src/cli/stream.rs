@@ -7,10 +7,10 @@ use clap::Args;
 use serde_json::{Value, json};
 
 use super::client::{AskError, Endpoint};
-use super::long::{self, LongRequest};
+use super::long_request::{self, LongRequest};
 use super::progress::Verbosity;
 use super::{EXIT_OK, print_line, timeout};
-use crate::mount::{kernel, who};
+use crate::mount::{kernel, openers};
 
 #[derive(Debug, Args)]
 pub(super) struct FinishArgs {
@@ -34,7 +34,7 @@ pub(super) fn finish(args: &FinishArgs) -> anyhow::Result<u8> {
     let place = Endpoint::of_disk(&args.file)?;
     let milliseconds = args.timeout.map(|time| u64::try_from(time.as_millis()).unwrap_or(u64::MAX));
     let request = json!({ "op": "finish", "timeout_ms": milliseconds });
-    let done = long::ask(&place, &request, LongRequest::Finish, args.verbosity);
+    let done = long_request::ask(&place, &request, LongRequest::Finish, args.verbosity);
     print_result(&done.map_err(|error| name_openers(&place, error))?)
 }
 
@@ -55,7 +55,10 @@ fn print_result(done: &Value) -> anyhow::Result<u8> {
 fn name_openers(place: &Endpoint, error: anyhow::Error) -> anyhow::Error {
     match error.downcast_ref() {
         Some(AskError::Busy(said)) => {
-            anyhow::anyhow!("{said}: {}: close it there, then finish again", describe_openers(place))
+            anyhow::anyhow!(
+                "{said}: {}: close it there, then finish again",
+                describe_openers(place)
+            )
         }
         _ => error,
     }
@@ -65,7 +68,7 @@ fn name_openers(place: &Endpoint, error: anyhow::Error) -> anyhow::Error {
 pub(super) fn describe_openers(place: &Endpoint) -> String {
     let name = place.disk.as_deref().unwrap_or_default();
     let mount = kernel::entry_at(&place.mountpoint);
-    let users = mount.map(|mount| who::find_openers(&mount)).unwrap_or_default().into_iter();
+    let users = mount.map(|mount| openers::find_openers(&mount)).unwrap_or_default().into_iter();
     // A bind mount keeps the mount, but no disk of it: only who has opened the file does.
     let users = users.filter(|user| user.path().is_some_and(|path| path == Path::new(name)));
     let named: Vec<String> = users.map(|user| user.to_string()).collect();

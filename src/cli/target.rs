@@ -101,7 +101,8 @@ mod tests {
     #[test]
     fn what_is_no_directory_is_no_damaged_overlay() {
         let home = tempfile::tempdir().unwrap();
-        let line = |name: &str| format!("{:#}", single_target(&home.path().join(name)).unwrap_err());
+        let line =
+            |name: &str| format!("{:#}", single_target(&home.path().join(name)).unwrap_err());
         fs::write(home.path().join("vm.img"), b"bytes").unwrap();
         assert!(line("vm.img").contains("is a file: name the directory of an overlay"));
         fs::create_dir(home.path().join("empty")).unwrap();

@@ -17,8 +17,8 @@ use serde_json::{Value, json};
 use super::client::{AskError, Endpoint};
 use super::progress::{ProgressDisplay, Verbosity};
 use super::{EXIT_OK, print_line, timeout};
-use crate::mount::kernel::{self, MountHealth, MountHandle, UnmountMode};
-use crate::mount::who::{self, ProcessState, Opener};
+use crate::mount::kernel::{self, MountHandle, MountHealth, UnmountMode};
+use crate::mount::openers::{self, Opener, ProcessState};
 
 /// RELEASE and `losetup -d` come after close has returned, so a mount may look used for a moment.
 pub(super) const OPENERS_TIMEOUT: Duration = Duration::from_secs(5);
@@ -91,7 +91,12 @@ pub(super) fn run(args: &UmountArgs) -> anyhow::Result<u8> {
     }
     let grace = args.timeout.unwrap_or(OPENERS_TIMEOUT);
     let ended = if args.lazy {
-        end_mount(&held, EndMode::Lazy, Duration::ZERO, DrainRequest::new(UnfinishedStreams::Leave))?
+        end_mount(
+            &held,
+            EndMode::Lazy,
+            Duration::ZERO,
+            DrainRequest::new(UnfinishedStreams::Leave),
+        )?
     } else {
         wait_for_users(&held, grace)?;
         let request = DrainRequest { streams: UnfinishedStreams::Settle, timeout: args.timeout };
@@ -144,7 +149,7 @@ fn clear_dead_mount(held: &MountHandle) -> anyhow::Result<bool> {
 fn wait_for_users(held: &MountHandle, grace: Duration) -> anyhow::Result<()> {
     let deadline = Instant::now() + grace;
     loop {
-        let users = who::find_openers(held.entry());
+        let users = openers::find_openers(held.entry());
         if users.is_empty() {
             return Ok(());
         }
@@ -159,7 +164,10 @@ fn wait_for_users(held: &MountHandle, grace: Duration) -> anyhow::Result<()> {
 ///
 /// # Errors
 /// A line; it is still mounted then.
-pub(super) fn end_when_unused(held: &MountHandle, streams: UnfinishedStreams) -> anyhow::Result<EndedMount> {
+pub(super) fn end_when_unused(
+    held: &MountHandle,
+    streams: UnfinishedStreams,
+) -> anyhow::Result<EndedMount> {
     wait_for_users(held, OPENERS_TIMEOUT)?;
     end_mount(held, EndMode::WhenUnused, OPENERS_TIMEOUT, DrainRequest::new(streams))
 }
@@ -281,7 +289,7 @@ fn unmount(held: &MountHandle, how: EndMode, grace: Duration) -> anyhow::Result<
         match error.raw_os_error() {
             Some(libc::EBUSY) if Instant::now() < deadline => thread::sleep(OPENERS_POLL_INTERVAL),
             Some(libc::EBUSY) => {
-                return Err(in_use_error(mountpoint, &who::find_openers(held.entry())));
+                return Err(in_use_error(mountpoint, &openers::find_openers(held.entry())));
             }
             Some(libc::EPERM) => anyhow::bail!(
                 "cannot unmount '{shown}': it is another user's: do it as that user or as root"
@@ -311,12 +319,13 @@ impl EndedMount {
         // A namespace that is about to end has as long as any other user of the mount.
         let grace = patience.min(OPENERS_TIMEOUT);
         // No such number here: it lives in another container.
-        let is_there = |patience| matches!(who::wait_for_exit(pid, patience), Ok(ProcessState::Running));
+        let is_there =
+            |patience| matches!(openers::wait_for_exit(pid, patience), Ok(ProcessState::Running));
         if !is_there(grace) {
             return Ok(());
         }
         let at = self.mountpoint.display();
-        if let Some(elsewhere) = who::find_namespace_copy(self.dev) {
+        if let Some(elsewhere) = openers::find_namespace_copy(self.dev) {
             let there = elsewhere.mountpoint.display();
             anyhow::bail!(
                 "'{at}' is unmounted here, but {elsewhere}: its daemon (pid {pid}) works on for that: end it, \

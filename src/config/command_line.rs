@@ -115,7 +115,11 @@ pub(super) fn join_words(words: &[OsString]) -> Result<Programs, CommandLineErro
     let programs: Vec<Vec<OsString>> =
         words.split(|word| word == "|").map(<[OsString]>::to_vec).collect();
     let is_program = |words: &Vec<OsString>| words.first().is_some_and(|first| !first.is_empty());
-    if programs.iter().all(is_program) { Ok(Programs(programs)) } else { Err(CommandLineError::NoProgram) }
+    if programs.iter().all(is_program) {
+        Ok(Programs(programs))
+    } else {
+        Err(CommandLineError::NoProgram)
+    }
 }
 
 #[cfg(test)]
@@ -166,7 +170,8 @@ mod tests {
 
     #[test]
     fn an_array_is_taken_as_it_is() {
-        let array = |words: &[&str]| join_words(&words.iter().map(OsString::from).collect::<Vec<_>>());
+        let array =
+            |words: &[&str]| join_words(&words.iter().map(OsString::from).collect::<Vec<_>>());
         let programs = array(&["a", "$x", "|", "b c"]).unwrap().0;
         assert_eq!(programs, [vec!["a", "$x"], vec!["b c"]]);
         for words in [&[][..], &["|"], &["a", "|"], &[""]] {

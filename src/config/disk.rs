@@ -8,7 +8,8 @@ use std::path::{Path, PathBuf};
 use super::error::escaped;
 use super::keys::{self, RawValue};
 use super::{
-    CacheMode, DiskSpec, Format, Partitions, DiskSource, SpecError, StreamSpec, format_size, parse_size,
+    CacheMode, DiskSource, DiskSpec, Format, Partitions, SpecError, StreamSpec, format_size,
+    parse_size,
 };
 use crate::name::{self, CONTROL_DIR, NameError};
 
@@ -143,8 +144,9 @@ fn split_key(piece: &OsStr) -> Result<(String, RawValue), SpecError> {
         let why = "no key after a comma: drop the comma, or write ,, for one in a path";
         return Err(SpecError::Missing(why));
     }
-    let value = equals
-        .map_or(RawValue::Bare, |at| RawValue::Text(OsStr::from_bytes(&bytes[at + 1..]).to_owned()));
+    let value = equals.map_or(RawValue::Bare, |at| {
+        RawValue::Text(OsStr::from_bytes(&bytes[at + 1..]).to_owned())
+    });
     // A key that is not UTF-8 is unknown, however it is spelt.
     Ok((String::from_utf8_lossy(key).into_owned(), value))
 }
@@ -275,8 +277,8 @@ mod tests {
 
     use super::super::CopyUp;
     use super::*;
-    use crate::spec::{DirectIo, Passthrough};
-    use crate::spec::{Locking, DiskMode, OverlayKind, SourcePart, Resize};
+    use crate::config::{DirectIo, Passthrough};
+    use crate::config::{DiskMode, Locking, OverlayKind, Resize, SourcePart};
 
     const DIR: &str = "/home/me";
 

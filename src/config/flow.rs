@@ -4,11 +4,11 @@ use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
-use super::error::{hint, escaped};
+use super::command_line::{self, CommandLineError};
+use super::error::{escaped, hint};
 use super::keys::{RawValue, absolute};
 use super::stream::Programs;
-use super::words::{self, CommandLineError};
-use super::{Flow, Overwrite, SpecError, Spool, SourceSpec, SinkSpec};
+use super::{Flow, Overwrite, SinkSpec, SourceSpec, SpecError, Spool};
 
 /// Reads `to=`.
 pub(super) fn parse_to(value: &RawValue, dir: &Path) -> Result<Flow, SpecError> {
@@ -23,7 +23,9 @@ pub(super) fn parse_to(value: &RawValue, dir: &Path) -> Result<Flow, SpecError> 
         b"stdout" if rest.is_empty() => SinkSpec::Stdout,
         b"measure" if rest.is_empty() => SinkSpec::Measure,
         b"stdin" => return Err(SpecError::value(kind, "a sink: write from=stdin, or to=stdout")),
-        _ => return Err(unknown_kind("sink", &kind, &["fifo", "file", "cmd", "stdout", "measure"])),
+        _ => {
+            return Err(unknown_kind("sink", &kind, &["fifo", "file", "cmd", "stdout", "measure"]));
+        }
     };
     Ok(Flow::Out(target))
 }
@@ -97,14 +99,20 @@ fn path_value(rest: &FlowValue) -> Result<OsString, SpecError> {
 fn parse_programs(rest: &FlowValue, key: &str) -> Result<Programs, SpecError> {
     let split = match rest {
         FlowValue::Empty => Err(CommandLineError::NoProgram),
-        FlowValue::Text(line) => words::split_command(line),
-        FlowValue::Words(words) => words::join_words(words),
+        FlowValue::Text(line) => command_line::split_command(line),
+        FlowValue::Words(words) => command_line::join_words(words),
     };
     split.map_err(|fault| {
         SpecError::Command(match fault {
-            CommandLineError::NeedsShell => format!("cowslip runs no shell; write {key}=cmd:sh -c '...'"),
-            CommandLineError::Unterminated => "a quote or a backslash has no end in the command".to_owned(),
-            CommandLineError::NoProgram => format!("a program is missing: write {key}=cmd:COMMAND [ARG]..."),
+            CommandLineError::NeedsShell => {
+                format!("cowslip runs no shell; write {key}=cmd:sh -c '...'")
+            }
+            CommandLineError::Unterminated => {
+                "a quote or a backslash has no end in the command".to_owned()
+            }
+            CommandLineError::NoProgram => {
+                format!("a program is missing: write {key}=cmd:COMMAND [ARG]...")
+            }
         })
     })
 }
@@ -124,7 +132,8 @@ mod tests {
     use std::path::PathBuf;
 
     use super::super::{
-        SpillCompression, DiskSpec, FinishWhen, StreamFrames, Pad, DiskSource, StreamSpec, parse_config, parse_disk,
+        DiskSource, DiskSpec, FinishWhen, Pad, SpillCompression, StreamFrames, StreamSpec,
+        parse_config, parse_disk,
     };
     use super::*;
 

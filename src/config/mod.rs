@@ -19,7 +19,7 @@
 //! Every error is one line that says what is wrong, where, and what to write instead; what the
 //! user typed is shown with its control characters escaped.
 
-mod config;
+mod command_line;
 mod disk;
 mod error;
 mod flow;
@@ -27,7 +27,7 @@ mod keys;
 mod options;
 mod size;
 mod stream;
-mod words;
+mod toml_file;
 
 use std::fmt;
 use std::path::PathBuf;
@@ -35,15 +35,15 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
-pub use config::{CacheMode, Config, parse_config};
 pub use disk::{check_cache, check_names, parse_disk};
 pub use error::SpecError;
 pub use options::{MountOptions, parse_mount_options};
 pub use size::{MAX_SIZE, format_size, format_zeroed, parse_range, parse_size};
 pub use stream::{
-    SpillCompression, DEFAULT_WINDOW, FinishWhen, Flow, StreamFrames, Overwrite, Pad, Programs, Spool,
-    StreamSpec, SourceSpec, SinkSpec,
+    DEFAULT_WINDOW, FinishWhen, Flow, Overwrite, Pad, Programs, SinkSpec, SourceSpec,
+    SpillCompression, Spool, StreamFrames, StreamSpec,
 };
+pub use toml_file::{CacheMode, Config, parse_config};
 
 /// One disk, as asked for. `None` means the key was not given.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -1,6 +1,6 @@
 //! The mount's own options, `-o OPT,..`, as mount(8) and fstab write them.
 
-use super::error::{parse_decimal, nearest, escaped};
+use super::error::{escaped, nearest, parse_decimal};
 use super::{SpecError, keys};
 
 /// The options of a mount. Of options that contradict each other the last one counts, as in

@@ -9,7 +9,7 @@ use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
 use super::disk::RawSpec;
-use super::error::{parse_choice, hint, escaped};
+use super::error::{escaped, hint, parse_choice};
 use super::keys::{self, RawValue};
 use super::{DiskSpec, SpecError};
 
@@ -99,7 +99,8 @@ fn set_top_key(
     value: &DeValue<'_>,
     dir: &Path,
 ) -> Result<(), SpecError> {
-    let path = || keys::absolute(&string_value(key, value)?, dir).map_err(|error| error.within(key));
+    let path =
+        || keys::absolute(&string_value(key, value)?, dir).map_err(|error| error.within(key));
     match key {
         "mountpoint" => config.mountpoint = Some(path()?),
         "store" => config.store = Some(path()?),
@@ -140,7 +141,9 @@ fn path_values(key: &str, value: &DeValue<'_>, dir: &Path) -> Result<Vec<PathBuf
 /// A string, or an array of them.
 fn string_values(key: &str, value: &DeValue<'_>) -> Result<Vec<OsString>, SpecError> {
     match value {
-        DeValue::Array(items) => items.iter().map(|item| string_value(key, item.get_ref())).collect(),
+        DeValue::Array(items) => {
+            items.iter().map(|item| string_value(key, item.get_ref())).collect()
+        }
         value => Ok(vec![string_value(key, value)?]),
     }
 }
@@ -164,7 +167,11 @@ fn options_type_error() -> SpecError {
 }
 
 /// The `[[disk]]` tables.
-fn parse_disks(text: &str, value: &Spanned<DeValue<'_>>, dir: &Path) -> Result<Vec<DiskSpec>, SpecError> {
+fn parse_disks(
+    text: &str,
+    value: &Spanned<DeValue<'_>>,
+    dir: &Path,
+) -> Result<Vec<DiskSpec>, SpecError> {
     let refused = |span: Range<usize>| {
         let why = "is a table for each disk: write [[disk]] above name and source";
         at_line(text, &span, SpecError::key("disk", why))
@@ -207,7 +214,9 @@ fn raw_value(value: &DeValue<'_>) -> RawValue {
         DeValue::String(text) => RawValue::Text(text.as_ref().into()),
         DeValue::Boolean(on) => RawValue::Bool(*on),
         DeValue::Integer(number) => i64::from_str_radix(number.as_str(), number.radix())
-            .map_or(RawValue::Other("that large a number"), |n| RawValue::Integer(n, number.radix())),
+            .map_or(RawValue::Other("that large a number"), |n| {
+                RawValue::Integer(n, number.radix())
+            }),
         DeValue::Float(_) => RawValue::Other("a fraction"),
         DeValue::Datetime(_) => RawValue::Other("a date"),
         DeValue::Array(items) => {
@@ -222,7 +231,7 @@ fn raw_value(value: &DeValue<'_>) -> RawValue {
 mod tests {
     use proptest::prelude::*;
 
-    use super::super::{Format, Locking, DiskMode, Partitions, Resize, DiskSource, parse_disk};
+    use super::super::{DiskMode, DiskSource, Format, Locking, Partitions, Resize, parse_disk};
     use super::*;
 
     const DIR: &str = "/etc/cowslip";

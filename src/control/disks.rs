@@ -18,14 +18,14 @@ use std::time::Duration;
 use parking_lot::Mutex;
 use serde_json::{Value, json};
 
-use super::{Control, stale_answer, unmount_summary, matches_inode};
+use super::{Control, matches_inode, stale_answer, unmount_summary};
 use crate::catalog::{CatalogEntry, DiskOrigin};
-use crate::disk::{self, Disk, OpenedDisk, OpenContext, InUse, split_name};
+use crate::config::{check_cache, parse_disk};
+use crate::disk::{self, Disk, InUse, OpenContext, OpenedDisk, split_name};
 use crate::overlay::is_out_of_space;
-use crate::spec::{check_cache, parse_disk};
 use crate::stream::output::{DrainTimeout, OutputState};
 use crate::stream::sink::StdioMode;
-use crate::stream::{UnmountPolicy, Stream};
+use crate::stream::{Stream, UnmountPolicy};
 
 /// What the kernel may still believe and is no longer so.
 #[derive(Clone, Debug, PartialEq, Eq)]

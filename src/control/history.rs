@@ -5,10 +5,12 @@ use std::sync::Arc;
 
 use serde_json::{Value, json};
 
-use super::{Control, HydrateAction, ControlNode, Invalidation};
+use super::{Control, ControlNode, HydrateAction, Invalidation};
 use crate::catalog::CatalogEntry;
-use crate::disk::{DiffBase, CommitSummary, Disk, PrefetchMode, Force, HydrateCommand, OperationError, LayerUsage};
-use crate::spec::{format_size, format_zeroed};
+use crate::config::{format_size, format_zeroed};
+use crate::disk::{
+    CommitSummary, DiffBase, Disk, Force, HydrateCommand, LayerUsage, OperationError, PrefetchMode,
+};
 
 /// An answer that says in one line what was done.
 pub(super) fn ok_answer(line: &str) -> Value {
@@ -101,7 +103,9 @@ pub(super) fn prefetch(
         Ok(bytes) if disk.prefetch_copies_up(fetch) => {
             ok_answer(&format!("{name}: {} copied up into its overlay", format_size(bytes)))
         }
-        Ok(bytes) => ok_answer(&format!("{name}: {} read into the host's cache", format_size(bytes))),
+        Ok(bytes) => {
+            ok_answer(&format!("{name}: {} read into the host's cache", format_size(bytes)))
+        }
         Err(error) if error.raw_os_error() == Some(libc::EROFS) => {
             json!({ "error": format!("{name}: it has no overlay to copy into") })
         }
@@ -173,7 +177,12 @@ impl Control {
     }
 
     /// Deletes a snapshot.
-    pub(super) fn delete_snapshot(&self, name: &str, entry: &CatalogEntry, snapshot: &str) -> Value {
+    pub(super) fn delete_snapshot(
+        &self,
+        name: &str,
+        entry: &CatalogEntry,
+        snapshot: &str,
+    ) -> Value {
         if let Err(error) = entry.disk.delete_snapshot(snapshot) {
             return error_answer(name, &error);
         }

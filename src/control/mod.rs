@@ -17,11 +17,11 @@
 //! to a name, and the disk that was checked is the one that is acted on.
 
 mod disks;
-mod life;
+mod history;
 mod map;
+mod node;
 mod request;
 mod session;
-mod spot;
 mod status;
 
 use std::sync::Arc;
@@ -29,15 +29,15 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use serde_json::Value;
 
-pub use self::disks::{Invalidator, Invalidation};
+pub use self::disks::{Invalidation, Invalidator};
 pub use self::map::MapText;
+pub use self::node::ControlNode;
 pub use self::request::is_valid_request;
-use self::request::{HydrateAction, stale_answer, unmount_summary, matches_inode};
+use self::request::{HydrateAction, matches_inode, stale_answer, unmount_summary};
 pub use self::session::{ControlSession, REQUEST_THREADS};
-pub use self::spot::ControlNode;
 pub use self::status::StatusAudience;
 use crate::catalog::Catalog;
-use crate::spec::CacheMode;
+use crate::config::CacheMode;
 
 /// What the control files know of the mount.
 pub struct Control {

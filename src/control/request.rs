@@ -6,17 +6,17 @@ use std::sync::Arc;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
+use super::node::ControlNode;
 use super::session::ProgressFn;
-use super::spot::ControlNode;
-use super::{Control, life};
-use crate::base::place;
+use super::{Control, history};
+use crate::base::self_reference;
 use crate::catalog::CatalogEntry;
+use crate::config::{format_size, format_zeroed};
 use crate::disk::{Disk, OverlayDirState};
 use crate::overlay::Usage;
 use crate::overlay::persist::{self, OverlayPath};
-use crate::spec::{format_size, format_zeroed};
-use crate::stream::output::{FinishError, DrainTimeout};
-use crate::stream::{UnmountPolicy, Stream};
+use crate::stream::output::{DrainTimeout, FinishError};
+use crate::stream::{Stream, UnmountPolicy};
 use crate::trust;
 
 #[derive(Deserialize)]
@@ -234,8 +234,10 @@ impl Control {
             DiskRequest::Snapshot { name: snapshot, sync } => {
                 self.snapshot(&name, &entry.disk, snapshot.as_deref(), sync)
             }
-            DiskRequest::Snapshots => life::list_snapshots(&name, &entry.disk),
-            DiskRequest::Unsnapshot { name: snapshot } => self.delete_snapshot(&name, &entry, &snapshot),
+            DiskRequest::Snapshots => history::list_snapshots(&name, &entry.disk),
+            DiskRequest::Unsnapshot { name: snapshot } => {
+                self.delete_snapshot(&name, &entry, &snapshot)
+            }
             DiskRequest::Revert { name: snapshot, force } => {
                 self.restore(&name, &entry.disk, Some(&snapshot), force.into())
             }
@@ -243,16 +245,16 @@ impl Control {
             DiskRequest::Clone { name: new } => self.clone_disk(&name, &entry, &new),
             DiskRequest::Commit { force } => {
                 self.invalidate_cache(&entry.disk);
-                life::commit(&name, &entry.disk, force.into(), is_gone)
+                history::commit(&name, &entry.disk, force.into(), is_gone)
             }
             DiskRequest::Prefetch { start, end, copy } => {
-                life::prefetch(&name, &entry.disk, start..end, copy, is_gone)
+                history::prefetch(&name, &entry.disk, start..end, copy, is_gone)
             }
             DiskRequest::Difference { since, until } => {
                 self.difference(&name, &entry.disk, since.as_deref(), until.as_deref())
             }
             DiskRequest::Hydrate { rate, action } => {
-                life::hydrate(&name, &entry.disk, rate, action)
+                history::hydrate(&name, &entry.disk, rate, action)
             }
         }
     }
@@ -278,7 +280,7 @@ impl Control {
             return Err(format!("'{}' is not an absolute path", dir.display()));
         }
         let device = self.device.get().copied();
-        place::check_self_reference(dir, &self.catalog.mountpoint, device)
+        self_reference::check_self_reference(dir, &self.catalog.mountpoint, device)
             .map_err(|error| error.to_string())?;
         match self.catalog.keep_in_store(name, entry, dir) {
             Some(kept) => kept?,

@@ -8,7 +8,7 @@ use std::time::Duration;
 use parking_lot::{Condvar, Mutex};
 use serde_json::json;
 
-use super::spot::ControlNode;
+use super::node::ControlNode;
 use super::{Control, json_line};
 use crate::host::os_error;
 
@@ -47,7 +47,7 @@ struct SessionState {
 }
 
 impl ControlSession {
-    /// Takes a request for `spot` and has `run` do it.
+    /// Takes a request for `node` and has `run` do it.
     ///
     /// # Errors
     /// `EBUSY` while another one is worked on; `ENOBUFS` while there are answers that nobody has

@@ -5,7 +5,7 @@ use std::sync::atomic::Ordering;
 
 use serde_json::{Value, json};
 
-use super::{Control, life, json_line};
+use super::{Control, history, json_line};
 use crate::catalog::CatalogEntry;
 use crate::disk::{Disk, OverlayDirState, PartitionFile};
 use crate::overlay::recover::Recovered;
@@ -94,7 +94,7 @@ impl Control {
                 "done": disk.progress().0,
                 "total": disk.progress().1,
                 "limit": disk.limit(),
-                "chain": chain.iter().map(life::layer_value).collect::<Vec<_>>(),
+                "chain": chain.iter().map(history::layer_value).collect::<Vec<_>>(),
                 "kind": "blocks",
             })
         });

@@ -6,11 +6,11 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::open::{OpenError, OpenContext};
+use super::open::{OpenContext, OpenError};
 use crate::base::identity::Identity;
 use crate::base::{Base, BaseOptions};
+use crate::config::{DiskSource, DiskSpec, Format, format_size};
 use crate::overlay::stack::{BaseRecord, FileRecord, StackError, view_fields};
-use crate::spec::{DiskSpec, Format, DiskSource, format_size};
 
 /// What lies at the bottom of a disk, as far as `keep` and `status` need it.
 pub(super) enum Bottom {
@@ -236,7 +236,9 @@ pub(super) fn find_mismatch(
             };
             Ok(changed.map(|what| {
                 let named = named(path);
-                BaseMismatch::Changed(format!("does not fit its base {named} any more ({what}{cure})"))
+                BaseMismatch::Changed(format!(
+                    "does not fit its base {named} any more ({what}{cure})"
+                ))
             }))
         }
     }

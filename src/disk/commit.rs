@@ -8,17 +8,17 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use super::bottom::Bottom;
-use super::life::{Force, OperationError, Operation};
+use super::history::{Force, Operation, OperationError};
 use super::{Disk, OverlayLocation, Top};
 use crate::base::identity::Identity;
-use crate::base::place;
+use crate::base::self_reference;
 use crate::base::{self, WritableBase};
+use crate::config::{Format, Locking, format_size};
 use crate::confined;
 use crate::extents::ExtentKind;
 use crate::layer::{Layer, Wait};
 use crate::overlay::stack::{BaseRecord, Stack};
 use crate::overlay::{CommitTarget, Overlay, Usage};
-use crate::spec::{Format, Locking, format_size};
 
 /// How long a commit waits for layers that are being merged.
 const MERGE_TIMEOUT: Duration = Duration::from_secs(60);
@@ -42,7 +42,11 @@ impl Disk {
     ///
     /// # Errors
     /// [`OperationError`]; before the copying began nothing has changed.
-    pub fn commit(&self, force: Force, is_gone: &dyn Fn() -> bool) -> Result<CommitSummary, OperationError> {
+    pub fn commit(
+        &self,
+        force: Force,
+        is_gone: &dyn Fn() -> bool,
+    ) -> Result<CommitSummary, OperationError> {
         self.wait_for_readers(is_gone);
         self.wait_for_merge();
         let turn = self.begin_operation("a commit")?;
@@ -157,7 +161,8 @@ impl Disk {
             return Ok(());
         };
         // A link in its place leads to a file that nobody has named.
-        let real = confined::real_path(&**file).map_err(OperationError::io("looking for the base"))?;
+        let real =
+            confined::real_path(&**file).map_err(OperationError::io("looking for the base"))?;
         if real != recorded_path {
             return Err(OperationError::Refused(format!(
                 "its base '{}' is '{}' by now: if that is right, say so with cowslip rebase",
@@ -255,7 +260,11 @@ fn refused(line: &str) -> OperationError {
 }
 
 /// Refuses when what the overlay holds does not find space in the holes of its base.
-fn check_space(overlay: &Overlay, base: &WritableBase, dir: Option<&Path>) -> Result<(), OperationError> {
+fn check_space(
+    overlay: &Overlay,
+    base: &WritableBase,
+    dir: Option<&Path>,
+) -> Result<(), OperationError> {
     let looking = || OperationError::io("looking at the base");
     let found = base.file.metadata().map_err(looking())?;
     if !found.is_file() {
@@ -263,7 +272,9 @@ fn check_space(overlay: &Overlay, base: &WritableBase, dir: Option<&Path>) -> Re
     }
     let shares = overlay.data_file().and_then(|file| file.metadata().ok());
     let is_beside = shares.is_some_and(|data| data.dev() == found.dev());
-    let reflinks = || dir.and_then(|dir| place::probe_features(dir).ok()).is_some_and(|can| can.reflink);
+    let reflinks = || {
+        dir.and_then(|dir| self_reference::probe_features(dir).ok()).is_some_and(|can| can.reflink)
+    };
     if is_beside && reflinks() {
         return Ok(()); // The host shares the blocks.
     }

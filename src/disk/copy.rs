@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use super::{Disk, LayerStack, Top};
 use crate::extents::ExtentKind;
-use crate::host::{is_copy_unsupported, copy_range, os_error};
+use crate::host::{copy_range, is_copy_unsupported, os_error};
 use crate::layer::{Layer, Wait};
 use crate::overlay::Overlay;
 use crate::overlay::reflink::Reflink;
@@ -22,7 +22,12 @@ const MAX_COPY_LEN: u64 = 64 << 20;
 ///
 /// # Errors
 /// As [`Disk::read`] and [`Disk::write`] under [`Wait::Yes`].
-pub(super) fn copy_between(source: &Disk, from: Range<u64>, target: &Disk, offset: u64) -> io::Result<u64> {
+pub(super) fn copy_between(
+    source: &Disk,
+    from: Range<u64>,
+    target: &Disk,
+    offset: u64,
+) -> io::Result<u64> {
     let layers = source.layers();
     let end = from.end.min(layers.size()).min(from.start.saturating_add(MAX_COPY_LEN));
     if from.start >= end {
@@ -64,7 +69,12 @@ fn copy_extents(
                 }
             }
             ExtentKind::Zero | ExtentKind::Hole | ExtentKind::Lower => {
-                target.fallocate(to..to + len, super::FallocateMode::Punch, super::SizeMode::Keep, Wait::Yes)?;
+                target.fallocate(
+                    to..to + len,
+                    super::FallocateMode::Punch,
+                    super::SizeMode::Keep,
+                    Wait::Yes,
+                )?;
             }
         }
         *done += len;

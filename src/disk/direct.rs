@@ -8,10 +8,10 @@ use std::path::Path;
 
 use super::open::OpenError;
 use super::{Disk, Top};
+use crate::config::DirectIo;
 use crate::overlay::Overlay;
 use crate::overlay::keep::temporary_dir;
 use crate::overlay::persist::OpenedOverlay;
-use crate::spec::DirectIo;
 
 impl Disk {
     /// Has all layers of the disk pass by the host's cache, if they are to.

@@ -9,8 +9,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use super::bottom::Bottom;
-use super::life::OperationError;
-use super::{Disk, OverlayLocation, LayerStack, Top};
+use super::history::OperationError;
+use super::{Disk, LayerStack, OverlayLocation, Top};
 use crate::base::blank::Blank;
 use crate::extents::ExtentKind;
 use crate::host::os_error;
@@ -258,7 +258,11 @@ impl Disk {
                 let start = Instant::now();
                 let rate = hydration.rate.load(Ordering::SeqCst);
                 // A few pieces a second, however slow it is to be.
-                let piece = if rate == 0 { COPY_CHUNK } else { (rate / 4).clamp(MIN_COPY_CHUNK, COPY_CHUNK) };
+                let piece = if rate == 0 {
+                    COPY_CHUNK
+                } else {
+                    (rate / 4).clamp(MIN_COPY_CHUNK, COPY_CHUNK)
+                };
                 let end = extent.range.end.min(at + piece);
                 let copied = self.copy_up(at..end, Wait::Yes).map_err(copying())?;
                 at = end;

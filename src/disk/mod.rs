@@ -1,5 +1,5 @@
 //! A disk: its layers, its gate and its attributes. The three loops that walk the layers (read,
-//! write, seek) are in `io`; `open` makes a disk from its spec.
+//! write, seek) are in `read_write`; `open` makes a disk from its spec.
 //!
 //! The *gate* is held shared by everything that changes bytes and exclusive by what changes the
 //! size or the layers themselves. Readers take a snapshot of the layers and never wait for it.
@@ -9,16 +9,16 @@ mod commit;
 mod copy;
 mod direct;
 mod fetch;
-mod io;
-mod leave;
-mod life;
+mod history;
 mod open;
+mod overlay_dir;
+mod partition;
+mod read_write;
 mod reflink;
-mod residing;
-mod room;
+mod retire;
+mod single_file;
+mod space_failures;
 mod stream;
-mod whole;
-mod window;
 
 use std::io as stdio;
 use std::ops::Range;
@@ -34,32 +34,35 @@ use uuid::Uuid;
 pub use self::bottom::spec_over;
 pub use self::commit::CommitSummary;
 use self::fetch::HydrationState;
-pub use self::fetch::{PrefetchMode, HydrateCommand};
-pub use self::io::{FallocateMode, SizeMode, Whence};
-pub use self::leave::InUse;
-use self::life::History;
-pub use self::life::{DiffBase, Difference, Force, OperationError, LayerUsers, LayerUsage, SnapshotInfo};
-pub use self::open::{
-    OpenError, OpenedDisk, OpenContext, clone_stored, create_blank, create_stored, open, open_stored,
+pub use self::fetch::{HydrateCommand, PrefetchMode};
+use self::history::History;
+pub use self::history::{
+    DiffBase, Difference, Force, LayerUsage, LayerUsers, OperationError, SnapshotInfo,
 };
-use self::residing::OverlayDirId;
-pub use self::residing::OverlayDirState;
-use self::room::SpaceFailures;
-use self::window::PartitionFiles;
-pub use self::window::{DiskFile, PartitionFile, PartitionsError, split_name};
-use crate::extents::{Extent, Extents, ExtentKind};
+pub use self::open::{
+    OpenContext, OpenError, OpenedDisk, clone_stored, create_blank, create_stored, open,
+    open_stored,
+};
+use self::overlay_dir::OverlayDirId;
+pub use self::overlay_dir::OverlayDirState;
+use self::partition::PartitionFiles;
+pub use self::partition::{DiskFile, PartitionFile, PartitionsError, split_name};
+pub use self::read_write::{FallocateMode, SizeMode, Whence};
+pub use self::retire::InUse;
+use self::space_failures::SpaceFailures;
+use crate::config::{CopyUp, DirectIo, DiskMode, Passthrough, Resize};
+use crate::extents::{Extent, ExtentKind, Extents};
 use crate::host::os_error;
 use crate::layer::{Layer, Wait, WritableLayer};
 use crate::overlay::Overlay;
-use crate::overlay::persist::{Holder, OverlayPath, OverlayDir};
-use crate::overlay::record::{Nanos, MtimeOrigin};
+use crate::overlay::persist::{Holder, OverlayDir, OverlayPath};
+use crate::overlay::record::{MtimeOrigin, Nanos};
 use crate::overlay::recover::Recovered;
 use crate::overlay::reflink::Reflink;
 use crate::overlay::sealed::Sealed;
 use crate::overlay::stack::inode_of;
 use crate::overlay::tree::LayerTree;
 use crate::pool::Pool;
-use crate::spec::{CopyUp, DirectIo, DiskMode, Passthrough, Resize};
 use crate::stream::Stream;
 
 /// The most extents that are walked for one st_blocks: what lies behind them counts as data.
@@ -353,7 +356,9 @@ impl Disk {
     /// Block size in bytes.
     #[must_use]
     pub fn block(&self) -> u32 {
-        let block = self.overlay().map_or(u64::from(crate::overlay::DEFAULT_BLOCK_SIZE), |o| o.block_size());
+        let block = self
+            .overlay()
+            .map_or(u64::from(crate::overlay::DEFAULT_BLOCK_SIZE), |o| o.block_size());
         u32::try_from(block).unwrap_or(crate::overlay::DEFAULT_BLOCK_SIZE)
     }
 
@@ -414,7 +419,9 @@ impl Disk {
     /// knows nothing of it.
     #[must_use]
     pub fn is_orphan(&self) -> bool {
-        self.nlink() == 0 && self.lookup_count.load(Ordering::SeqCst) == 0 && self.handle_count() == 0
+        self.nlink() == 0
+            && self.lookup_count.load(Ordering::SeqCst) == 0
+            && self.handle_count() == 0
     }
 
     /// Bytes of data in the disk.

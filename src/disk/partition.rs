@@ -27,11 +27,11 @@ use parking_lot::Mutex;
 use uuid::Uuid;
 
 use super::bottom::{Bottom, grain_at};
-use super::{HandleAccess, Attributes, FallocateMode, Disk, SizeMode, Top, Whence};
-use crate::base::partitions::{self, TableSource, PartitionRole, TableError};
+use super::{Attributes, Disk, FallocateMode, HandleAccess, SizeMode, Top, Whence};
+use crate::base::partitions::{self, PartitionRole, TableError, TableSource};
+use crate::config::format_size;
 use crate::host::os_error;
 use crate::layer::Wait;
-use crate::spec::format_size;
 
 /// How many windows the line about them names: it has to stay one line.
 const MAX_LISTED: usize = 16;
@@ -75,7 +75,13 @@ impl PartitionFile {
         // The half of the uuid that the disk's own number is not made of.
         let start = disk.as_u64_pair().1.wrapping_add(number.into());
         let ino = PARTITION_INODES.start + start % (PARTITION_INODES.end - PARTITION_INODES.start);
-        Self { number, range, ino, read_opens: AtomicU32::new(0), allocated_cache: Mutex::new(None) }
+        Self {
+            number,
+            range,
+            ino,
+            read_opens: AtomicU32::new(0),
+            allocated_cache: Mutex::new(None),
+        }
     }
 
     /// The partition's number, as Linux counts.
@@ -174,7 +180,8 @@ impl Disk {
             format!("partition {} begins past the end of the disk, and is not shown", one.number)
         }));
         // A second call would find the windows that are there: they stay.
-        let _ = self.partition_files.set(PartitionFiles { files: each, read_opens: AtomicU32::new(0) });
+        let _ =
+            self.partition_files.set(PartitionFiles { files: each, read_opens: AtomicU32::new(0) });
         Ok(notes)
     }
 
@@ -325,7 +332,9 @@ impl DiskFile {
         let own = self.partition.as_ref().map(|window| window.ino);
         let mut others = windows.files.iter().filter(|other| Some(other.ino) != own);
         self.is_partition() && is_read(&windows.read_opens)
-            || others.any(|other| intersection(&other.range, range).is_some() && is_read(&other.read_opens))
+            || others.any(|other| {
+                intersection(&other.range, range).is_some() && is_read(&other.read_opens)
+            })
     }
 
     /// Whether the kernel may hold pages of `range` (bytes of the disk) for another file that were
@@ -390,7 +399,11 @@ impl DiskFile {
             return Err(os_error(libc::ENOSPC));
         }
         let span = self.span(range.start, range.end - range.start);
-        if span.is_empty() { Ok(()) } else { self.disk.fallocate(span, change, SizeMode::Keep, wait) }
+        if span.is_empty() {
+            Ok(())
+        } else {
+            self.disk.fallocate(span, change, SizeMode::Keep, wait)
+        }
     }
 
     /// As [`Disk::set_size`]. A window refuses every other size, but 0 discards what it holds in
@@ -406,7 +419,9 @@ impl DiskFile {
         let is_overlay = self.disk.overlay().is_some();
         match size {
             _ if size == bytes.end - bytes.start => Ok(()),
-            0 if is_overlay => self.disk.fallocate(bytes, FallocateMode::Punch, SizeMode::Keep, wait),
+            0 if is_overlay => {
+                self.disk.fallocate(bytes, FallocateMode::Punch, SizeMode::Keep, wait)
+            }
             _ => Err(os_error(libc::EINVAL)),
         }
     }
@@ -465,10 +480,10 @@ impl DiskFile {
 mod tests {
     use std::collections::HashSet;
 
-    use super::super::{OpenedDisk, OpenContext, open};
+    use super::super::{OpenContext, OpenedDisk, open};
     use super::*;
     use crate::base::partitions::testing::put_entry;
-    use crate::spec::{DiskSpec, DiskSource};
+    use crate::config::{DiskSource, DiskSpec};
 
     const SECTOR: u64 = 512;
 

@@ -11,13 +11,13 @@ use std::time::Duration;
 use parking_lot::{RwLockReadGuard, RwLockWriteGuard};
 
 use super::{Disk, LayerStack, Top};
-use crate::extents::{Extent, Extents, ExtentKind, describe};
+use crate::config::{DirectIo, Resize};
+use crate::extents::{Extent, ExtentKind, Extents, describe};
 use crate::host::os_error;
 use crate::layer::{Layer, ReadBelow, Wait, WritableLayer};
 use crate::overlay::MAX_DISK_SIZE;
 use crate::overlay::sealed::Sealed;
 use crate::pool::check_cancelled;
-use crate::spec::{DirectIo, Resize};
 
 /// How long who wants the gate for itself keeps all others out at first: changes that are under way
 /// end within milliseconds, unless they wait for a base.
@@ -71,7 +71,12 @@ impl ReadBelow for LowerLayers<'_> {
 }
 
 /// Fills `buf` through `layers`, top to bottom: each fills what it has and narrows the rest.
-fn read_through(layers: &[Arc<dyn Layer>], buf: &mut [u8], offset: u64, wait: Wait) -> io::Result<()> {
+fn read_through(
+    layers: &[Arc<dyn Layer>],
+    buf: &mut [u8],
+    offset: u64,
+    wait: Wait,
+) -> io::Result<()> {
     let Some((layer, below)) = layers.split_first() else {
         buf.fill(0);
         return Ok(());
@@ -93,7 +98,11 @@ fn read_through(layers: &[Arc<dyn Layer>], buf: &mut [u8], offset: u64, wait: Wa
 }
 
 /// Describes a prefix of `range` through `layers`, top to bottom.
-fn extent_through(layers: &[Arc<dyn Layer>], mut range: Range<u64>, wait: Wait) -> io::Result<Extent> {
+fn extent_through(
+    layers: &[Arc<dyn Layer>],
+    mut range: Range<u64>,
+    wait: Wait,
+) -> io::Result<Extent> {
     for layer in layers {
         let extent = layer.extent_at(range, wait)?;
         if extent.kind != ExtentKind::Lower {
@@ -123,7 +132,11 @@ impl LayerStack {
 
     /// Describes a prefix of `range`, and says which layer has it: 0 is the top one, the greatest
     /// number the base.
-    pub(super) fn extent_with_depth(&self, mut range: Range<u64>, wait: Wait) -> io::Result<(Extent, u32)> {
+    pub(super) fn extent_with_depth(
+        &self,
+        mut range: Range<u64>,
+        wait: Wait,
+    ) -> io::Result<(Extent, u32)> {
         let mut depth = 0;
         if let Top::Reflink(reflink) = &self.top {
             return Ok((reflink.extent_at(range, wait)?, depth));
@@ -209,9 +222,9 @@ impl Disk {
     /// The gate, for a change of the size.
     fn gate_exclusive(&self, wait: Wait) -> io::Result<RwLockWriteGuard<'_, ()>> {
         let gate = match wait {
-            Wait::Yes => {
-                self.wait_for_gate(|| check_cancelled().is_ok()).ok_or_else(|| os_error(libc::EIO))?
-            }
+            Wait::Yes => self
+                .wait_for_gate(|| check_cancelled().is_ok())
+                .ok_or_else(|| os_error(libc::EIO))?,
             Wait::No => self.gate.try_write().ok_or_else(|| os_error(libc::EAGAIN))?,
         };
         self.check_changeable().map(|()| gate)

@@ -8,15 +8,15 @@ use uuid::Uuid;
 
 use super::bottom::{Bottom, check_base};
 use super::open::{
-    OpenError, OpenedDisk, READ_ONLY_NOTE, OpenContext, adopt_owner, new_disk, overlay_error, new_stack,
-    notes_on_overlay,
+    OpenContext, OpenError, OpenedDisk, READ_ONLY_NOTE, adopt_owner, new_disk, new_stack,
+    notes_on_overlay, overlay_error,
 };
-use super::{Disk, OverlayLocation, LayerStack, DiskOwner, Times, Top, mtime_of};
+use super::{Disk, DiskOwner, LayerStack, OverlayLocation, Times, Top, mtime_of};
+use crate::config::{DiskMode, DiskSpec, Format, OverlayKind, format_size};
 use crate::layer::Layer;
 use crate::overlay::recover::Recovered;
 use crate::overlay::reflink::{self, OpenedReflink, Reflink, ReflinkError, SharedBase};
 use crate::overlay::{DEFAULT_BLOCK_SIZE, MAX_DISK_SIZE};
-use crate::spec::{DiskSpec, Format, DiskMode, OverlayKind, format_size};
 
 /// Whether `spec` asks for a reflink overlay, or `dir` holds one.
 ///
@@ -72,7 +72,7 @@ pub(super) fn open(
     }
     disk.recovered = recovered;
     disk.overlay_location = Mutex::new(OverlayLocation::Persistent(home));
-    disk.overlay_dir = Mutex::new(Some(super::residing::OverlayDirId::at(dir)));
+    disk.overlay_dir = Mutex::new(Some(super::overlay_dir::OverlayDirId::at(dir)));
     Ok(OpenedDisk { disk, summary, notes })
 }
 

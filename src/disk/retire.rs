@@ -16,7 +16,7 @@ use std::sync::atomic::Ordering;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use super::{HandleAccess, Disk, OverlayLocation, LayerStack, Top};
+use super::{Disk, HandleAccess, LayerStack, OverlayLocation, Top};
 use crate::host::os_error;
 use crate::layer::WritableLayer;
 use crate::overlay::Overlay;
@@ -89,11 +89,14 @@ impl Disk {
         last_look(self);
         let none = Arc::new(LayerStack::new(Top::Nothing, None, None));
         let layers = std::mem::replace(&mut *self.layers.write(), none);
-        let home = match std::mem::replace(&mut *self.overlay_location.lock(), OverlayLocation::NoOverlay) {
-            OverlayLocation::Persistent(home) => Some(home),
-            OverlayLocation::NoOverlay | OverlayLocation::Temporary { .. } => None,
-        };
-        let is_alone = || gate.is_some() && Arc::strong_count(&layers) == 1 && layers.is_top_unused();
+        let home =
+            match std::mem::replace(&mut *self.overlay_location.lock(), OverlayLocation::NoOverlay)
+            {
+                OverlayLocation::Persistent(home) => Some(home),
+                OverlayLocation::NoOverlay | OverlayLocation::Temporary { .. } => None,
+            };
+        let is_alone =
+            || gate.is_some() && Arc::strong_count(&layers) == 1 && layers.is_top_unused();
         while !is_alone() && !left().is_zero() {
             thread::sleep(POLL_INTERVAL);
         }
@@ -140,12 +143,12 @@ mod tests {
     use std::path::Path;
     use std::sync::Barrier;
 
-    use super::super::{OpenedDisk, OpenContext, open};
+    use super::super::{OpenContext, OpenedDisk, open};
     use super::*;
+    use crate::config::{DiskSource, DiskSpec};
     use crate::layer::Wait;
     use crate::overlay::persist::OverlayPath;
     use crate::overlay::recover::Recovered;
-    use crate::spec::{DiskSpec, DiskSource};
 
     const SHORT: Duration = Duration::from_millis(50);
     const LONG: Duration = Duration::from_secs(60);
@@ -196,7 +199,10 @@ mod tests {
         disk.release_handle(HandleAccess::Write);
         disk.in_long_operation.store(false, Ordering::SeqCst);
         assert_eq!(disk.retire(), Ok(()));
-        assert_eq!(disk.open_handle(HandleAccess::Read).unwrap_err().raw_os_error(), Some(libc::ESTALE));
+        assert_eq!(
+            disk.open_handle(HandleAccess::Read).unwrap_err().raw_os_error(),
+            Some(libc::ESTALE)
+        );
         assert!(disk.keep(OverlayPath { dir: Path::new("/nowhere/kept"), layers: None }).is_err());
     }
 

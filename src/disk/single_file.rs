@@ -11,7 +11,7 @@ use std::sync::atomic::Ordering;
 use std::time::SystemTime;
 
 use super::{Attributes, Disk, to_system_time};
-use crate::spec::{DiskMode, Passthrough, Resize};
+use crate::config::{DiskMode, Passthrough, Resize};
 
 impl Disk {
     /// The host file whose bytes, length and times are the disk's.
@@ -52,8 +52,14 @@ impl Disk {
     }
 
     /// Sets the times that are given, when the disk is one file that may be changed.
-    pub(super) fn set_single_file_times(&self, atime: Option<SystemTime>, mtime: Option<SystemTime>) {
-        let Some(file) = self.single_file().filter(|_| self.mode != DiskMode::ReadOnly) else { return };
+    pub(super) fn set_single_file_times(
+        &self,
+        atime: Option<SystemTime>,
+        mtime: Option<SystemTime>,
+    ) {
+        let Some(file) = self.single_file().filter(|_| self.mode != DiskMode::ReadOnly) else {
+            return;
+        };
         let mut times = FileTimes::new();
         if let Some(atime) = atime {
             times = times.set_accessed(atime);

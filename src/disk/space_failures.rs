@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use parking_lot::Mutex;
 
 use super::Disk;
-use crate::spec::format_size;
+use crate::config::format_size;
 
 /// How often the log says so, at most.
 const LOG_INTERVAL: Duration = Duration::from_secs(60);
@@ -61,7 +61,11 @@ impl Disk {
             } else {
                 String::new()
             };
-            log::error!("{}: a write failed{times}: {error}: {}", self.source, self.describe_free_space());
+            log::error!(
+                "{}: a write failed{times}: {error}: {}",
+                self.source,
+                self.describe_free_space()
+            );
         }
         done
     }

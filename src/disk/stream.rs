@@ -8,18 +8,18 @@ use std::sync::Arc;
 use uuid::Uuid;
 
 use super::bottom::Bottom;
-use super::open::{OpenError, OpenedDisk, OpenContext, new_disk, initial_owner};
+use super::open::{OpenContext, OpenError, OpenedDisk, initial_owner, new_disk};
 use super::{Disk, LayerStack, Top};
+use crate::config::{DiskMode, DiskSpec, FinishWhen, Flow, Resize, StreamSpec, format_size};
 use crate::host::is_being_killed;
 use crate::layer::{Layer, WritableLayer};
 use crate::overlay::keep::temporary_dir;
-use crate::spec::{DiskSpec, FinishWhen, Flow, DiskMode, Resize, StreamSpec, format_size};
 use crate::stream::input::Input;
-use crate::stream::output::{Output, DrainTimeout};
-use crate::stream::sink::{StreamContext, HostSink};
+use crate::stream::output::{DrainTimeout, Output};
+use crate::stream::sink::{HostSink, StreamContext};
 use crate::stream::source::HostSource;
 use crate::stream::stop::Stop;
-use crate::stream::{UnmountPolicy, Stream};
+use crate::stream::{Stream, UnmountPolicy};
 
 /// Opens the stream `stream` of the disk `spec`, and starts it.
 ///
@@ -139,7 +139,11 @@ impl Disk {
     ///
     /// # Errors
     /// A line: the stream is not whole.
-    pub fn end_stream(&self, ending: UnmountPolicy, patience: DrainTimeout) -> Result<Option<String>, String> {
+    pub fn end_stream(
+        &self,
+        ending: UnmountPolicy,
+        patience: DrainTimeout,
+    ) -> Result<Option<String>, String> {
         match &self.stream {
             None => Ok(None),
             Some(stream) => stream.end_stream(ending, &|| self.has_writers(), patience),

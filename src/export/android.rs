@@ -6,8 +6,10 @@
 use std::fs::File;
 use std::io::{self, Write};
 
-use super::{ExportKind, OnProgress, for_each_chunk, data_len};
-use crate::formats::android::{AndroidContent, AndroidPlan, AndroidRun, AndroidWriter, whole_blocks};
+use super::{ExportKind, OnProgress, data_len, for_each_chunk};
+use crate::formats::android::{
+    AndroidContent, AndroidPlan, AndroidRun, AndroidWriter, whole_blocks,
+};
 
 /// Writes `runs` of `file`, a disk of `size` bytes, to `out`.
 ///
@@ -24,7 +26,8 @@ pub fn write(
         ExportKind::Data => AndroidContent::Data,
         ExportKind::Zero => AndroidContent::Zeros,
     };
-    let runs = runs.iter().map(|run| AndroidRun { range: run.range.clone(), content: content(run.kind) });
+    let runs =
+        runs.iter().map(|run| AndroidRun { range: run.range.clone(), content: content(run.kind) });
     let runs = whole_blocks(size, runs)?;
     let mut writer = AndroidWriter::new(out, AndroidPlan::new(size, &runs)?)?;
     let total = data_len(runs.iter().map(|run| (&run.range, run.content == AndroidContent::Data)));

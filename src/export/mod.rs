@@ -85,7 +85,8 @@ fn push_runs(file: &File, range: Range<u64>, runs: &mut Vec<ExportRun>) -> io::R
     let mut at = range.start;
     while at < range.end {
         let data = next_data(file, at, range.end)?.unwrap_or(range.end..range.end);
-        for (range, kind) in [(at..data.start, ExportKind::Zero), (data.clone(), ExportKind::Data)] {
+        for (range, kind) in [(at..data.start, ExportKind::Zero), (data.clone(), ExportKind::Data)]
+        {
             if !range.is_empty() {
                 runs.push(ExportRun { range, kind });
             }

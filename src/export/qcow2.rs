@@ -12,7 +12,7 @@ use imago::format::builder::{FormatCreateBuilder, FormatDriverBuilder};
 use imago::format::drivers::FormatDriverInstance;
 use imago::{DenyImplicitOpenGate, StorageOpenOptions};
 
-use super::{ExportKind, ExportRun, OnProgress, for_each_chunk, data_len};
+use super::{ExportKind, ExportRun, OnProgress, data_len, for_each_chunk};
 
 /// The size of a cluster, QEMU's own choice: 64 KiB.
 pub const CLUSTER_SIZE: u64 = 64 << 10;
@@ -97,7 +97,8 @@ fn whole_clusters(runs: &[ExportRun], size: u64) -> Vec<ExportRun> {
         }
     };
     for ExportRun { range, kind } in runs {
-        let outer = range.start - range.start % CLUSTER_SIZE..range.end.next_multiple_of(CLUSTER_SIZE);
+        let outer =
+            range.start - range.start % CLUSTER_SIZE..range.end.next_multiple_of(CLUSTER_SIZE);
         let first = range.start.next_multiple_of(CLUSTER_SIZE);
         let last = if range.end == size { outer.end } else { range.end - range.end % CLUSTER_SIZE };
         if *kind == ExportKind::Data || first >= last {

@@ -16,7 +16,7 @@ use std::fs::File;
 use std::io::{self, Write};
 use std::ops::Range;
 
-use super::{ExportKind, ExportRun, OnProgress, for_each_chunk, data_len};
+use super::{ExportKind, ExportRun, OnProgress, data_len, for_each_chunk};
 
 /// What every diff of version 1 begins with.
 const BANNER: &[u8] = b"rbd diff v1\n";

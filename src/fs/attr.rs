@@ -79,7 +79,12 @@ impl CowslipFs {
 
     /// The attributes of the mount's root.
     pub(super) fn root_attr(&self) -> FileAttr {
-        synthetic_attr(ROOT_INO, FileType::Directory, self.mount_owner(0o755), self.shared.mounted_at)
+        synthetic_attr(
+            ROOT_INO,
+            FileType::Directory,
+            self.mount_owner(0o755),
+            self.shared.mounted_at,
+        )
     }
 
     /// The attributes of a control file; `None` when its disk is gone.

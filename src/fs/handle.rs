@@ -9,8 +9,8 @@ use dashmap::DashMap;
 use fuser::FileHandle;
 use parking_lot::Mutex;
 
-use crate::control::{MapText, ControlSession, ControlNode};
-use crate::disk::{HandleAccess, Disk, DiskFile};
+use crate::control::{ControlNode, ControlSession, MapText};
+use crate::disk::{Disk, DiskFile, HandleAccess};
 use crate::host::os_error;
 
 /// Control files and directories that one user has open at a time in a mount: more than any use

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use fuser::{INodeNo, Notifier};
 
 use super::ROOT_INO;
-use crate::control::{Invalidator, Invalidation};
+use crate::control::{Invalidation, Invalidator};
 
 /// What tells the kernel, for threads that may wait: a name is forgotten only when nobody looks
 /// into its directory.
@@ -31,7 +31,9 @@ fn invalidate(notifier: &Notifier, stale: &Invalidation) -> io::Result<()> {
         Invalidation::Bytes { inos } => {
             first_error(inos.iter().map(|ino| notifier.inval_inode(INodeNo(*ino), 0, 0)))
         }
-        Invalidation::Name { parent, name } => notifier.inval_entry(INodeNo(*parent), OsStr::new(name)),
+        Invalidation::Name { parent, name } => {
+            notifier.inval_entry(INodeNo(*parent), OsStr::new(name))
+        }
     }
 }
 

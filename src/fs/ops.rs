@@ -11,17 +11,17 @@ use fuser::{
     ReplyEntry, ReplyOpen, ReplyWrite, Request, TimeOrNow,
 };
 
-use super::handle::{Requester, Handle, Handles};
-use super::parked::{Deadline, PoolKind, ErrorReply};
-use super::{CowslipFs, PERM_MASK, ROOT_INO, FsContext, attr};
+use super::handle::{Handle, Handles, Requester};
+use super::reply::{Deadline, ErrorReply, PoolKind};
+use super::{CowslipFs, FsContext, PERM_MASK, ROOT_INO, attr};
 use crate::aligned::AlignedBuf;
 use crate::catalog::Catalog;
-use crate::control::{MapText, StatusAudience, ControlSession, ControlNode};
-use crate::disk::{self, HandleAccess, FallocateMode, Disk, SizeMode, DiskOwner, DiskFile};
+use crate::config::{CacheMode, DiskMode};
+use crate::control::{ControlNode, ControlSession, MapText, StatusAudience};
+use crate::disk::{self, Disk, DiskFile, DiskOwner, FallocateMode, HandleAccess, SizeMode};
 use crate::host::os_error;
-use crate::journal;
 use crate::layer::Wait;
-use crate::spec::{CacheMode, DiskMode};
+use crate::logging;
 
 /// The name as text; no disk has another.
 pub(super) fn utf8_name(name: &OsStr) -> io::Result<&str> {
@@ -46,7 +46,8 @@ impl CowslipFs {
     pub(super) fn lookup_snapshot(&self, slot: u64, name: &str, reply: ReplyEntry) {
         let name = name.to_owned();
         let work = move |shared: &FsContext| {
-            let (_, entry) = shared.catalog.disk_by_slot(slot).ok_or_else(|| os_error(libc::ENOENT))?;
+            let (_, entry) =
+                shared.catalog.disk_by_slot(slot).ok_or_else(|| os_error(libc::ENOENT))?;
             let file = entry.disk.snapshot_file(&name)?;
             shared.catalog.index_snapshot(&file);
             let found = file.attributes(Wait::Yes)?;
@@ -137,7 +138,14 @@ impl CowslipFs {
         send: impl FnOnce(R, T) + Send + 'static,
     ) {
         let there = Arc::clone(disk);
-        self.shared.deadlines.defer(disk, lane, Deadline::Unlimited, reply, move || work(&there), send);
+        self.shared.deadlines.defer(
+            disk,
+            lane,
+            Deadline::Unlimited,
+            reply,
+            move || work(&there),
+            send,
+        );
     }
 
     /// An fsync that takes as long as the device needs for a few blocks: handing it to another
@@ -220,12 +228,19 @@ impl CowslipFs {
                 let start = usize::try_from(offset).unwrap_or(usize::MAX).min(text.len());
                 reply.data(&text[start..text.len().min(start + len)]);
             }
-            Handle::Log(start) => reply.data(&journal::read(start + offset, len)),
+            Handle::Log(start) => reply.data(&logging::read(start + offset, len)),
             Handle::Map { text, disk } => {
                 let text = Arc::clone(text);
                 let work = move || text.read(offset, len);
                 let send = |reply: ReplyData, bytes: Vec<u8>| reply.data(&bytes);
-                self.shared.deadlines.defer(disk, PoolKind::Map, Deadline::IoTimeout, reply, work, send);
+                self.shared.deadlines.defer(
+                    disk,
+                    PoolKind::Map,
+                    Deadline::IoTimeout,
+                    reply,
+                    work,
+                    send,
+                );
             }
             Handle::Ctl { session, .. } => {
                 let session = Arc::clone(session);
@@ -282,7 +297,8 @@ impl CowslipFs {
             if spot.is_directory() { FileType::Directory } else { FileType::RegularFile }
         };
         if let ControlNode::Snapshots(slot) = spot {
-            let (_, entry) = self.catalog().disk_by_slot(slot).ok_or_else(|| os_error(libc::ENOENT))?;
+            let (_, entry) =
+                self.catalog().disk_by_slot(slot).ok_or_else(|| os_error(libc::ENOENT))?;
             let names = entry.disk.snapshot_names().into_iter();
             // Whoever wants the number looks the name up.
             all.extend(names.map(|name| (name, u64::MAX, FileType::RegularFile)));
@@ -322,23 +338,33 @@ impl CowslipFs {
 }
 
 /// What a control file holds for `requester`.
-fn open_node(shared: &FsContext, asker: Requester, spot: ControlNode, handles: &Handles) -> io::Result<Handle> {
+fn open_node(
+    shared: &FsContext,
+    asker: Requester,
+    spot: ControlNode,
+    handles: &Handles,
+) -> io::Result<Handle> {
     let gone = || os_error(libc::ENOENT);
     let control = &shared.control;
     Ok(match spot {
         ControlNode::Status => Handle::Text(handles.share_text(control.status())),
-        ControlNode::Log => Handle::Log(journal::oldest_offset()),
+        ControlNode::Log => Handle::Log(logging::oldest_offset()),
         ControlNode::DiskStatus(slot) => {
             let (name, entry) = shared.catalog.disk_by_slot(slot).ok_or_else(gone)?;
-            let reader = if asker.is_trusted { StatusAudience::Trusted } else { StatusAudience::Other };
+            let reader =
+                if asker.is_trusted { StatusAudience::Trusted } else { StatusAudience::Other };
             Handle::Text(handles.share_text(control.disk_status(&name, &entry, reader)))
         }
         ControlNode::DiskMap(slot) => {
             let disk = Arc::clone(&shared.catalog.disk_by_slot(slot).ok_or_else(gone)?.1.disk);
             Handle::Map { text: Arc::new(MapText::new(Arc::clone(&disk))), disk }
         }
-        ControlNode::DiskCtl(slot) if shared.catalog.disk_by_slot(slot).is_none() => return Err(gone()),
-        ControlNode::Ctl | ControlNode::DiskCtl(_) => Handle::Ctl { session: Arc::new(ControlSession::default()), node: spot },
+        ControlNode::DiskCtl(slot) if shared.catalog.disk_by_slot(slot).is_none() => {
+            return Err(gone());
+        }
+        ControlNode::Ctl | ControlNode::DiskCtl(_) => {
+            Handle::Ctl { session: Arc::new(ControlSession::default()), node: spot }
+        }
         ControlNode::Directory | ControlNode::Disk(_) | ControlNode::Snapshots(_) => {
             return Err(os_error(libc::EISDIR));
         }
@@ -391,7 +417,13 @@ pub(super) struct WriteRequest {
 
 impl WriteRequest {
     /// Writes `data` without waiting, and in one of the disk's pools what has to wait.
-    pub(super) fn run(self, shared: &Arc<FsContext>, shown: &DiskFile, data: &[u8], reply: ReplyWrite) {
+    pub(super) fn run(
+        self,
+        shared: &Arc<FsContext>,
+        shown: &DiskFile,
+        data: &[u8],
+        reply: ReplyWrite,
+    ) {
         let Self { offset, len: written, origin: via, sync, .. } = self;
         let range = self.range();
         // Older bytes of another file's must not come after these.
@@ -401,7 +433,9 @@ impl WriteRequest {
             true => Err(os_error(libc::EAGAIN)),
         };
         match result {
-            Ok(()) if !self.must_invalidate(shown) && (!sync || shown.disk().is_quick_to_sync()) => {
+            Ok(())
+                if !self.must_invalidate(shown) && (!sync || shown.disk().is_quick_to_sync()) =>
+            {
                 let durable = if sync { shown.disk().sync() } else { Ok(()) };
                 match durable {
                     Ok(()) => reply.written(written),
@@ -442,7 +476,8 @@ impl WriteRequest {
 
     /// Whether the kernel must forget something before the answer. To be asked after the write.
     fn must_invalidate(&self, shown: &DiskFile) -> bool {
-        self.has_cached_readers || self.origin == WriteOrigin::Client && shown.is_cached_elsewhere(&self.range())
+        self.has_cached_readers
+            || self.origin == WriteOrigin::Client && shown.is_cached_elsewhere(&self.range())
     }
 
     /// Has the kernel forget it.
@@ -463,7 +498,8 @@ impl WriteRequest {
 
     /// Which of the disk's pools does what has to wait.
     fn pool_kind(&self, shown: &DiskFile) -> PoolKind {
-        let may_tell = self.origin == WriteOrigin::Client && !shown.disk().partition_files().is_empty();
+        let may_tell =
+            self.origin == WriteOrigin::Client && !shown.disk().partition_files().is_empty();
         match (self.has_cached_readers || may_tell, self.sync) {
             (true, _) => PoolKind::Invalidate,
             (false, true) => PoolKind::Sync,

@@ -19,8 +19,8 @@ use std::time::Duration;
 
 use fuser::{INodeNo, ReplyEntry};
 
-use super::attr::{self, NO_TTL, ATTR_TTL};
-use super::parked::{Deadline, PoolKind, ErrorReply};
+use super::attr::{self, ATTR_TTL, NO_TTL};
+use super::reply::{Deadline, ErrorReply, PoolKind};
 use super::{CowslipFs, FsContext};
 use crate::disk::{self, Disk, DiskFile};
 use crate::host::os_error;
@@ -94,7 +94,11 @@ impl CowslipFs {
     ///
     /// Only with the answer does the kernel write back what is dirty of the file. What is clean goes
     /// at once; while a dirty page is waited for, the answer goes out after [`TRUNCATE_WAIT`].
-    pub(super) fn invalidate_truncated(shared: &Arc<FsContext>, shown: &DiskFile, answer: impl FnOnce()) {
+    pub(super) fn invalidate_truncated(
+        shared: &Arc<FsContext>,
+        shown: &DiskFile,
+        answer: impl FnOnce(),
+    ) {
         let (tell, told) = mpsc::channel();
         let (there, target) = (Arc::clone(shared), shown.clone());
         let invalidate = move || {

@@ -24,8 +24,8 @@ use std::sync::Arc;
 use fuser::{BackingId, InitFlags, KernelConfig};
 use parking_lot::Mutex;
 
+use crate::config::CacheMode;
 use crate::disk::Disk;
-use crate::spec::CacheMode;
 
 /// Host files may not lie on stacked file systems, and one of those may lie on this mount.
 const MAX_STACK_DEPTH: u32 = 1;

@@ -33,8 +33,8 @@ use rustix::process::{
     Pid, Signal, WaitOptions, WaitStatus, kill_process, set_parent_process_death_signal,
 };
 
-use super::signals::{TERMINATING_SIGNALS, SignalMask, set_signal_mask};
-use super::who;
+use super::openers;
+use super::signals::{SignalMask, TERMINATING_SIGNALS, set_signal_mask};
 use crate::pool::Cancellable;
 use crate::printable;
 
@@ -150,7 +150,12 @@ fn fork_unchecked() -> io::Result<ForkSide> {
         Some(child) => {
             let asked = record_signals();
             set_signal_mask(SignalMask::Unblocked)?;
-            Ok(ForkSide::Parent(StartupWaiter { channel: ours, child, signalled: asked?, term_sent: false }))
+            Ok(ForkSide::Parent(StartupWaiter {
+                channel: ours,
+                child,
+                signalled: asked?,
+                term_sent: false,
+            }))
         }
     }
 }
@@ -287,7 +292,7 @@ impl StartupWaiter {
 
     fn reap(&self) -> Option<WaitStatus> {
         let pid = u32::try_from(self.child.as_raw_pid()).ok()?;
-        who::wait_for_exit(pid, CLEANUP_TIMEOUT).ok()?;
+        openers::wait_for_exit(pid, CLEANUP_TIMEOUT).ok()?;
         // NOHANG: it may still be there, and is then left to init.
         let reaped = rustix::process::waitpid(Some(self.child), WaitOptions::NOHANG).ok()??;
         Some(reaped.1)
@@ -352,15 +357,21 @@ impl StartupReporter {
         // Whoever does not listen any more does not miss it.
         let _ = match &self.channel {
             ReportChannel::Parent(parent) => send_frame(parent, FrameKind::Note, line.as_bytes()),
-            ReportChannel::Foreground(NoteOutput::Stdout) => print_line(&mut io::stdout(), line.as_bytes()),
-            ReportChannel::Foreground(NoteOutput::Stderr) => print_line(&mut io::stderr(), line.as_bytes()),
+            ReportChannel::Foreground(NoteOutput::Stdout) => {
+                print_line(&mut io::stdout(), line.as_bytes())
+            }
+            ReportChannel::Foreground(NoteOutput::Stderr) => {
+                print_line(&mut io::stderr(), line.as_bytes())
+            }
         };
     }
 
     /// A line for the user's stderr.
     pub fn warn(&self, line: &str) {
         let _ = match &self.channel {
-            ReportChannel::Parent(parent) => send_frame(parent, FrameKind::Warning, line.as_bytes()),
+            ReportChannel::Parent(parent) => {
+                send_frame(parent, FrameKind::Warning, line.as_bytes())
+            }
             ReportChannel::Foreground(_) => print_line(&mut io::stderr(), line.as_bytes()),
         };
     }

@@ -7,16 +7,17 @@ use std::sync::Arc;
 use parking_lot::Mutex;
 
 use super::signals::Signals;
-use super::{OnChangedBase, MountPlan, current_ids};
-use crate::base::place;
+use super::{MountPlan, OnChangedBase, current_ids};
+use crate::base::self_reference;
 use crate::catalog::{Catalog, DiskOrigin};
-use crate::disk::{self, OpenedDisk, OpenContext};
-use crate::spec::{DiskSpec, Partitions, DiskSource, check_names};
+use crate::config::{DiskSource, DiskSpec, Partitions, check_names};
+use crate::disk::{self, OpenContext, OpenedDisk};
 use crate::store::Store;
 
 pub(super) fn open_store(plan: &MountPlan, mountpoint: &Path) -> Result<Option<Store>, String> {
     let Some(dir) = &plan.store else { return Ok(None) };
-    place::check_self_reference(dir, mountpoint, None).map_err(|error| error.to_string())?;
+    self_reference::check_self_reference(dir, mountpoint, None)
+        .map_err(|error| error.to_string())?;
     Store::open(dir).map(Some).map_err(|error| error.to_string())
 }
 

@@ -7,20 +7,20 @@
 //!           stop the pools -> sync and close every disk -> exit code
 //! ```
 //!
-//! `disks` opens what is to be mounted, `run` is the life and the end of a mount. `kernel` mounts
+//! `disks` opens what is to be mounted, `running` is the life and the end of a mount. `kernel` mounts
 //! and unmounts, `mountinfo` reads the mount table, `daemon` forks, `signals` are listened to from
-//! the first moment on, `room` looks whether the limits suffice, `notify` tells the service manager,
-//! `who` tells who has files of a mount open. Only this file and `fs` name `fuser`.
+//! the first moment on, `limits` looks whether the limits suffice, `notify` tells the service manager,
+//! `openers` tells who has files of a mount open. Only this file and `fs` name `fuser`.
 
 pub mod daemon;
 mod disks;
 pub mod kernel;
-mod mountinfo;
+mod limits;
+pub(crate) mod mountinfo;
 mod notify;
-mod room;
-mod run;
+pub mod openers;
+mod running;
 mod signals;
-pub mod who;
 
 use std::fs;
 use std::io;
@@ -39,17 +39,17 @@ use self::daemon::StartupReporter;
 use self::disks::{open_disks, open_store};
 use self::kernel::{AllowedContents, MountHandle, MountParams, UnmountMode};
 use self::notify::{ServiceState, notify};
-use self::run::{RunningMount, tick};
+use self::running::{RunningMount, tick};
 use self::signals::Signals;
 use crate::catalog::Catalog;
+use crate::config::{CacheMode, DiskSource, DiskSpec, Flow, MountOptions, SinkSpec};
 use crate::confined;
 use crate::control::{self, Control};
 use crate::fs::{CowslipFs, Deadlines, FsContext, kernel_invalidator};
-use crate::journal::{self, LogTarget};
+use crate::logging::{self, LogTarget};
 use crate::name::CONTROL_DIR;
 use crate::pool::{Pool, run_cancellable};
 use crate::process::{self, InheritedFds};
-use crate::spec::{CacheMode, DiskSpec, Flow, MountOptions, DiskSource, SinkSpec};
 use crate::stream::sink::StdioMode;
 
 /// Read-ahead of the mount in KiB: cold sequential reads are twice as fast as with the kernel's 128.
@@ -102,7 +102,7 @@ pub struct MountPlan {
     pub force: OnChangedBase,
     /// `-f`.
     pub mode: DaemonMode,
-    /// Whether streams may have the caller's standard input and output: with `-f` and `run`.
+    /// Whether streams may have the caller's standard input and output: with `-f` and `running`.
     pub stdio: StdioMode,
 }
 
@@ -137,7 +137,8 @@ pub fn serve(plan: &MountPlan, ready: StartupReporter) -> u8 {
         Ok(mount) => mount,
         Err(line) => {
             ready.fail(1, &line);
-            if let Some(signal) = signals.received().filter(|_| plan.mode == DaemonMode::Foreground) {
+            if let Some(signal) = signals.received().filter(|_| plan.mode == DaemonMode::Foreground)
+            {
                 // Whoever started us sees why we ended.
                 let _ = signal_hook::low_level::emulate_default_handler(signal);
             }
@@ -166,12 +167,16 @@ fn abort_on_panic() {
     }));
 }
 
-fn start(plan: &MountPlan, ready: &StartupReporter, signals: &Signals) -> Result<RunningMount, String> {
+fn start(
+    plan: &MountPlan,
+    ready: &StartupReporter,
+    signals: &Signals,
+) -> Result<RunningMount, String> {
     let sink = open_log(plan)?;
     process::apply_daemon_limits();
-    journal::start(sink);
-    let reserve = room::reserve_fds()?;
-    room::check(worker_count())?;
+    logging::start(sink);
+    let reserve = limits::reserve_fds()?;
+    limits::check(worker_count())?;
     let contents = if plan.options.nonempty { AllowedContents::Any } else { AllowedContents::None };
     let prepared = kernel::prepare_mountpoint(&plan.mountpoint, contents)
         .map_err(|error| error.to_string())?;
@@ -190,7 +195,7 @@ fn start(plan: &MountPlan, ready: &StartupReporter, signals: &Signals) -> Result
     let mounted = opened.and_then(|lines| {
         redirect_stdout(plan)?;
         // Once more, now that the disks have taken what they need.
-        room::check(worker_count())?;
+        limits::check(worker_count())?;
         signals.check_interrupted()?;
         let mount = mount_and_spawn(plan, &mountpoint, directory, fs_context(plan, &catalog))?;
         Ok((mount, lines))

@@ -256,7 +256,9 @@ impl ProcessScan {
         let mut held = open_files(&proc, view);
         for (link, hold) in [("cwd", HoldKind::WorkingDirectory), ("root", HoldKind::Root)] {
             let target = fs::read_link(proc.join(link)).ok();
-            held.extend(target.and_then(|target| view.inner_path(&target)).map(|path| (path, hold)));
+            held.extend(
+                target.and_then(|target| view.inner_path(&target)).map(|path| (path, hold)),
+            );
         }
         // Last and only if need be: of all these files only maps takes a lock of the process.
         if held.is_empty() {

@@ -112,7 +112,10 @@ impl Signals {
     }
 
     /// `cancellable`, given up once a signal has come, too.
-    pub(super) fn cancellable(&self, request: impl Cancellable + 'static) -> impl Cancellable + 'static {
+    pub(super) fn cancellable(
+        &self,
+        request: impl Cancellable + 'static,
+    ) -> impl Cancellable + 'static {
         StartRequest { request, first: Arc::clone(&self.first) }
     }
 
@@ -120,7 +123,9 @@ impl Signals {
     /// A line, once a signal has come.
     pub(super) fn check_interrupted(&self) -> Result<(), String> {
         match self.received() {
-            Some(signal) => Err(format!("interrupted by {}: nothing is mounted", signal_name(signal))),
+            Some(signal) => {
+                Err(format!("interrupted by {}: nothing is mounted", signal_name(signal)))
+            }
             None => Ok(()),
         }
     }

@@ -178,7 +178,10 @@ impl<const CHUNK: u64> BlockMap<CHUNK> {
     }
 
     /// The runs that make up `range`: ascending, each as long as it can be, without gaps.
-    pub fn runs(&self, range: Range<BlockIndex>) -> impl Iterator<Item = BlockRun> + use<'_, CHUNK> {
+    pub fn runs(
+        &self,
+        range: Range<BlockIndex>,
+    ) -> impl Iterator<Item = BlockRun> + use<'_, CHUNK> {
         let mut rest = range;
         std::iter::from_fn(move || {
             let run = (!rest.is_empty()).then(|| self.run_at(rest.clone()))?;
@@ -532,7 +535,9 @@ mod tests {
     #[test]
     fn a_plane_is_there_only_while_it_has_a_block() {
         let planes = |map: &BlockMap<64>| match map.directory.get(&0) {
-            Some(ChunkEntry::Leaf(leaf)) => (leaf.data.heap_bytes() > 0, leaf.zero.heap_bytes() > 0),
+            Some(ChunkEntry::Leaf(leaf)) => {
+                (leaf.data.heap_bytes() > 0, leaf.zero.heap_bytes() > 0)
+            }
             _ => (false, false),
         };
         let mut map = BlockMap::<64>::default();

@@ -64,7 +64,8 @@ fn btrfs_uuid(dir: &File) -> Option<Uuid> {
     const BTRFS_IOC_FS_INFO: libc::c_ulong = 0x8400_941F;
     let mut info = [0u8; 1024];
     // SAFETY: the ioctl fills at most 1,024 bytes, which `info` has.
-    let done = unsafe { libc::ioctl(dir.as_fd().as_raw_fd(), BTRFS_IOC_FS_INFO, info.as_mut_ptr()) };
+    let done =
+        unsafe { libc::ioctl(dir.as_fd().as_raw_fd(), BTRFS_IOC_FS_INFO, info.as_mut_ptr()) };
     (done == 0).then(|| Uuid::from_slice(&info[16..32]).ok()).flatten()
 }
 

@@ -22,7 +22,7 @@ use std::sync::atomic::Ordering;
 use super::Overlay;
 use super::blocks::{BlockIndex, BlockMap, BlockRun, BlockState};
 use super::log::ReserveUse;
-use super::ranges::{LockMode, StripeSet};
+use super::range_locks::{LockMode, StripeSet};
 use super::record::LogRecord;
 use super::sync::SyncMode;
 use crate::host::{self, os_error};
@@ -244,7 +244,11 @@ impl Overlay {
             progress.changed.set(run.range.clone(), BlockState::Lower);
         }
         // Whoever marked the run before that and has not written yet has it locked.
-        let need = self.range_locks.include(StripeSet::default(), &self.bytes_of(&run.range), LockMode::Exclusive);
+        let need = self.range_locks.include(
+            StripeSet::default(),
+            &self.bytes_of(&run.range),
+            LockMode::Exclusive,
+        );
         drop(self.range_locks.lock(need, Wait::Yes));
         let bytes = self.bytes_of(&run.range);
         let bytes = bytes.start..bytes.end.min(self.size()).min(to.layer.size());
@@ -286,8 +290,11 @@ impl Overlay {
             let progress = commit.as_ref().ok_or_else(|| os_error(libc::EINTR))?;
             let map = self.map.read();
             // Behind the limit the base is not seen: what is held there stays.
-            let seen =
-                if map.lower_limit >= map.size { u64::MAX } else { map.lower_limit / self.block_size };
+            let seen = if map.lower_limit >= map.size {
+                u64::MAX
+            } else {
+                map.lower_limit / self.block_size
+            };
             let end = BlockIndex(run.range.end.0.min(seen).max(run.range.start.0));
             let kept = progress.changed.runs(run.range.start..end);
             let clean = kept.filter(|kept| kept.state == BlockState::Lower).map(|kept| kept.range);

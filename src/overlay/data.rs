@@ -19,7 +19,7 @@ use rustix::fs::{FallocateFlags, SeekFrom};
 
 use super::fiemap::Fiemap;
 use super::reflink::Flush;
-use crate::base::place::{HostFs, FsKind};
+use crate::base::self_reference::{FsKind, HostFs};
 use crate::direct::DirectFile;
 use crate::host;
 use crate::layer::Wait;
@@ -270,7 +270,12 @@ impl HostFile {
         let end = segment_of(range.end.saturating_sub(1));
         let mut next = segment_of(range.start).max(1);
         while next <= end {
-            let found = self.more_segments.read().range(next..=end).next().map(|(at, it)| (*at, it.clone()));
+            let found = self
+                .more_segments
+                .read()
+                .range(next..=end)
+                .next()
+                .map(|(at, it)| (*at, it.clone()));
             let (index, segment) = found?;
             if let Some(found) = each(index, &segment, within(index)) {
                 return Some(found);
@@ -365,8 +370,10 @@ impl Storage for HostFile {
     }
 
     fn punch_hole(&self, range: Range<u64>) -> io::Result<()> {
-        self.find_in_segments(&range, |_, segment, inside| host::punch_hole(&segment.file, inside).err())
-            .map_or(Ok(()), Err)
+        self.find_in_segments(&range, |_, segment, inside| {
+            host::punch_hole(&segment.file, inside).err()
+        })
+        .map_or(Ok(()), Err)
     }
 
     fn allocate(&self, range: Range<u64>) -> io::Result<()> {

@@ -79,8 +79,15 @@ impl<'a> Fiemap<'a> {
     /// The extents that reach past byte `start`.
     pub(super) fn starting_at(file: &'a File, start: u64, flush: Flush) -> Self {
         let extents = [FiemapExtent::default(); EXTENTS_PER_CALL];
-        let empty =
-            FiemapRequest { start: 0, length: 0, flags: 0, mapped: 0, count: 0, reserved: 0, extents };
+        let empty = FiemapRequest {
+            start: 0,
+            length: 0,
+            flags: 0,
+            mapped: 0,
+            count: 0,
+            reserved: 0,
+            extents,
+        };
         Self { file, flush, request: Box::new(empty), index: 0, next: Some(start) }
     }
 

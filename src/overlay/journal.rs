@@ -28,7 +28,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 use super::blocks::BlockIndex;
 use super::data::{Create, Storage};
 use super::log::LogDir;
-use super::record::{DecodedRecord, RECORD_LEN, LogRecord};
+use super::record::{DecodedRecord, LogRecord, RECORD_LEN};
 use crate::layer::Wait;
 
 /// The length of the file.
@@ -99,7 +99,12 @@ pub struct JournalContents {
 ///
 /// # Errors
 /// The host's errno.
-pub fn read(file: &dyn Storage, uuid: &Uuid, block: u32, generation: u64) -> io::Result<JournalContents> {
+pub fn read(
+    file: &dyn Storage,
+    uuid: &Uuid,
+    block: u32,
+    generation: u64,
+) -> io::Result<JournalContents> {
     let mut found = JournalContents { end: generation + 1, ..JournalContents::default() };
     let mut number = 0;
     let mut at = 0;
@@ -221,7 +226,9 @@ impl Journal {
     pub(super) fn accept(&self, records: u64, blocks: usize, block: u64) -> bool {
         let mut state = self.state.lock();
         let bytes = blocks as u64 * block;
-        let fits = records <= MAX_ENTRY_RECORDS as u64 && blocks <= MAX_ENTRY_BLOCKS && bytes <= MAX_ENTRY_BYTES;
+        let fits = records <= MAX_ENTRY_RECORDS as u64
+            && blocks <= MAX_ENTRY_BLOCKS
+            && bytes <= MAX_ENTRY_BYTES;
         if !fits || state.is_broken || state.end + HEADER_LEN as u64 + bytes > JOURNAL_LEN {
             return false;
         }
@@ -356,7 +363,7 @@ impl DirtyBlocks {
 
 #[cfg(test)]
 mod tests {
-    use super::super::blocks::BlockState as BlockState;
+    use super::super::blocks::BlockState;
     use super::super::data::HostFile;
     use super::super::log::ReplacedLog;
     use super::*;

@@ -12,7 +12,7 @@ use super::Overlay;
 use super::blocks::{BlockIndex, BlockState};
 use super::data::{HostFile, Storage};
 use super::persist::{self, NewLayer, OpenedOverlay, OverlayPath};
-use super::record::{LayerMap, BootTag};
+use super::record::{BootTag, LayerMap};
 use super::stack::{Stack, StackError, data_file_in, doing, link_segment};
 use crate::layer::Wait;
 use crate::process::explain_size_error;

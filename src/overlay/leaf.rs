@@ -123,7 +123,10 @@ impl Leaf {
     }
 
     pub(super) fn counts_in(&self, range: Range<usize>) -> BlockCounts {
-        BlockCounts { data: self.data.count(range.clone()) as u64, zero: self.zero.count(range) as u64 }
+        BlockCounts {
+            data: self.data.count(range.clone()) as u64,
+            zero: self.zero.count(range) as u64,
+        }
     }
 }
 

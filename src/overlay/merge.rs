@@ -61,7 +61,8 @@ impl Overlay {
                 ExtentKind::Zero | ExtentKind::Hole => {
                     // Behind data that was cut off inside a block: the rest of it is zeros already.
                     let start = extent.range.start.next_multiple_of(self.block_size);
-                    let end = extent.range.end.min(limit).next_multiple_of(self.block_size).min(size);
+                    let end =
+                        extent.range.end.min(limit).next_multiple_of(self.block_size).min(size);
                     if start < end {
                         self.zero(start..end, &NothingBelow, Wait::Yes)?;
                     }
@@ -85,7 +86,8 @@ impl Overlay {
             }
             let end = range.end.min(at + COPY_CHUNK);
             // Whole blocks, or up to the end of the disk.
-            let whole = if end == self.size() { end } else { end / self.block_size * self.block_size };
+            let whole =
+                if end == self.size() { end } else { end / self.block_size * self.block_size };
             if at < whole {
                 let copied = self.copy_in_host(layers, at..whole)?;
                 at += copied;

@@ -6,13 +6,13 @@
 //!             then the map in memory                          what reads and seeks go by
 //! ```
 //!
-//! - `change`: writes, zeroing, sizes. `blocks`: the map in memory. `record`, `log`: the durable map. `data`: the host files.
+//! - `write`: writes, zeroing, sizes. `blocks`: the map in memory. `record`, `log`: the durable map. `data`: the host files.
 //! - `range_locks`: which bytes are being changed. `readers`, `pending`: when freed space may go back.
 //! - `group_commit`: who shares a sync. `recover`: from files to a running overlay. `stack`: which
 //!   layers make a disk, on disk. `keep`: from temporary to persistent.
 //!   `verify`: is it whole? `reflink`: the other kind of overlay, which has no map: a reflink copy
 //!   of its base. `journal`: syncs of few changes. `commit`: down into the base. `sealed`, `merge`,
-//!   `tree`, `shelf`: layers below. `fiemap`: where the host keeps a file's blocks.
+//!   `tree`, `layer_cache`: layers below. `fiemap`: where the host keeps a file's blocks.
 //!
 //! Locks, outermost first: the disk's gate (held by the caller), `range_locks`, the log's tail, the map.
 //! `pending` is taken inside any of them and nothing is taken inside it. Only `range_locks` is held
@@ -23,30 +23,30 @@
 //! power cut never finds a hole where the older map says data.
 
 pub mod blocks;
-mod change;
+pub mod boot_tag;
 mod commit;
 pub mod data;
 mod fiemap;
+pub mod group_commit;
 pub mod journal;
 pub mod keep;
+pub mod layer_cache;
 mod leaf;
-pub mod life;
 pub mod log;
 mod merge;
 pub mod pending;
 pub mod persist;
-pub mod ranges;
+pub mod range_locks;
 pub mod readers;
 pub mod record;
 pub mod recover;
 pub mod reflink;
 pub mod sealed;
-pub mod shelf;
 pub mod stack;
 mod sync;
 pub mod tree;
-pub mod turns;
 pub mod verify;
+mod write;
 
 use std::fs::File;
 use std::io;
@@ -59,13 +59,13 @@ use parking_lot::{Mutex, RwLock};
 use self::blocks::{BlockIndex, BlockState};
 pub use self::commit::CommitTarget;
 use self::data::{HostFile, Storage};
+use self::group_commit::GroupCommit;
 use self::journal::{DirtyBlocks, Journal};
 use self::log::Log;
 use self::pending::PendingFrees;
-use self::ranges::RangeLocks;
+use self::range_locks::RangeLocks;
 use self::readers::Readers;
-use self::record::{LayerMap, Nanos, MtimeOrigin, BootTag};
-use self::turns::GroupCommit;
+use self::record::{BootTag, LayerMap, MtimeOrigin, Nanos};
 use crate::extents::{Extent, ExtentKind};
 use crate::host::os_error;
 use crate::layer::{CopyFn, Layer, Wait};
@@ -385,8 +385,11 @@ impl Layer for Overlay {
     ) -> io::Result<(Extent, Option<u64>)> {
         let _reading = self.readers.enter();
         let extent = self.look_up(&range);
-        let file =
-            if extent.kind == ExtentKind::Data { self.data.host_fd(extent.range.clone()) } else { None };
+        let file = if extent.kind == ExtentKind::Data {
+            self.data.host_fd(extent.range.clone())
+        } else {
+            None
+        };
         let copied = file.map(|file| copy(file, extent.range.clone())).transpose()?;
         Ok((extent, copied))
     }

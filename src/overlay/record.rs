@@ -266,7 +266,8 @@ mod tests {
                 mtime,
                 stamp: if chosen { MtimeOrigin::SetByUser } else { MtimeOrigin::Written },
             }),
-            (0..=MAX_SEQUENCE, 0..=MAX_SEQUENCE).prop_map(|(upto, durable)| LogRecord::Vouch { upto, durable }),
+            (0..=MAX_SEQUENCE, 0..=MAX_SEQUENCE)
+                .prop_map(|(upto, durable)| LogRecord::Vouch { upto, durable }),
             (0..=MAX_SEQUENCE, 0..=MAX_SEQUENCE)
                 .prop_map(|(durable, vouched)| LogRecord::Poisoned { durable, vouched }),
             Just(LogRecord::Close),

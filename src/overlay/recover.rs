@@ -17,8 +17,8 @@ use super::Overlay;
 use super::blocks::{BlockIndex, BlockState};
 use super::data::{Create, Storage};
 use super::journal::{self, JournalContents};
-use super::log::{self, LogEnd, LogDir, Log, LogScan};
-use super::record::{LayerMap, BootTag};
+use super::log::{self, Log, LogDir, LogEnd, LogScan};
+use super::record::{BootTag, LayerMap};
 use crate::host;
 
 /// How an overlay was found.
@@ -147,7 +147,9 @@ pub fn examine(files: &LayerFiles, tag: BootTag) -> Result<TrustedLog, LogError>
         Ok(TrustedLog { scan: scan.clone(), records: count, recovered, journal })
     };
     match poisoned {
-        Some(durable) if durable > scan.last_sequence() => damaged(&scan, "it was durable once and is gone"),
+        Some(durable) if durable > scan.last_sequence() => {
+            damaged(&scan, "it was durable once and is gone")
+        }
         Some(durable) => less(durable, generation.unwrap_or(durable)),
         None if scan.closed => all(Recovered::Clean),
         None if is_synced => all(Recovered::All),
@@ -186,7 +188,8 @@ pub fn open_log(files: &LayerFiles, tag: BootTag) -> Result<(LayerMap, Log, Reco
     let image = load_map(files, &trusted)?;
     let home = Arc::clone(&files.log_dir);
     let (uuid, block) = (files.uuid, u64::from(files.block_size));
-    let is_kept = trusted.recovered == Recovered::Clean && !log::is_worth_rewriting(&trusted.scan, &image);
+    let is_kept =
+        trusted.recovered == Recovered::Clean && !log::is_worth_rewriting(&trusted.scan, &image);
     let log = if is_kept {
         Log::reopen(home, uuid, block, Arc::clone(&files.log), &trusted.scan, tag)?
     } else {
@@ -292,7 +295,10 @@ mod tests {
             closed: false,
             end: LogEnd::Whole,
         };
-        let journal = JournalContents { blocks: BTreeMap::from([(last, vec![1])]), ..JournalContents::default() };
+        let journal = JournalContents {
+            blocks: BTreeMap::from([(last, vec![1])]),
+            ..JournalContents::default()
+        };
         let trusted = TrustedLog { scan, records: 1, recovered: Recovered::All, journal };
         let error = replay_journal(&files, &trusted, &image).unwrap_err();
         assert_eq!(error.raw_os_error(), Some(libc::EFBIG));

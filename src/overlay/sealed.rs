@@ -24,7 +24,7 @@ use std::sync::Arc;
 
 use parking_lot::RwLock;
 
-use super::blocks::{BlockIndex, CHUNK_BLOCKS, BlockState};
+use super::blocks::{BlockIndex, BlockState, CHUNK_BLOCKS};
 use super::tree::MAX_LAYERS;
 use super::{Overlay, Usage};
 use crate::extents::{Extent, ExtentKind};
@@ -105,7 +105,10 @@ impl Sealed {
     }
 
     fn lower_owner(&self) -> BlockOwner {
-        BlockOwner { layer: u16::try_from(self.layers.len()).unwrap_or(u16::MAX), state: BlockState::Lower }
+        BlockOwner {
+            layer: u16::try_from(self.layers.len()).unwrap_or(u16::MAX),
+            state: BlockState::Lower,
+        }
     }
 
     /// Who has the first block of `range`, and how far.
@@ -195,7 +198,12 @@ impl Sealed {
     }
 
     /// The runs of a chunk that `mixed` layers share, over `bottom`; `None` when they are many.
-    fn list_runs(&self, chunk: u64, mixed: &[u16], bottom: BlockOwner) -> Option<Box<[(u16, BlockOwner)]>> {
+    fn list_runs(
+        &self,
+        chunk: u64,
+        mixed: &[u16],
+        bottom: BlockOwner,
+    ) -> Option<Box<[(u16, BlockOwner)]>> {
         let base = chunk * CHUNK_BLOCKS;
         let whole = BlockIndex(base)..BlockIndex(base + CHUNK_BLOCKS);
         let place = |block: BlockIndex| usize::try_from(block.0 - base).unwrap_or(usize::MAX);
@@ -279,7 +287,10 @@ impl Sealed {
         let end = end.min(range.end);
         if range.start >= reach {
             // Whoever has it, it was cut off.
-            return (Extent::new(range.start..end, ExtentKind::Hole), layer.min(self.layers.len() - 1));
+            return (
+                Extent::new(range.start..end, ExtentKind::Hole),
+                layer.min(self.layers.len() - 1),
+            );
         }
         let extent = Extent::new(
             range.start..end.min(reach),
@@ -507,7 +518,10 @@ pub(super) mod tests {
         if range.end - range.start <= MAX_COMPARED_WHOLE {
             return vec![range.clone()];
         }
-        vec![range.start..range.start + MAX_COMPARED_WHOLE / 2, range.end - MAX_COMPARED_WHOLE / 2..range.end]
+        vec![
+            range.start..range.start + MAX_COMPARED_WHOLE / 2,
+            range.end - MAX_COMPARED_WHOLE / 2..range.end,
+        ]
     }
 
     /// The bytes of `range` that the layers give; 0xEE where they give none.

@@ -27,9 +27,9 @@ use super::recover::{LayerFiles, LogError};
 use super::tree::LayerTree;
 pub use super::tree::{LayerRecord, SnapshotRecord};
 use crate::base::identity::Identity;
+use crate::config::{OverlayKind, SourcePart};
 use crate::confined::{self, FileAccess, open_dir};
 use crate::mount::kernel::{MountEntry, entry_at};
-use crate::spec::{OverlayKind, SourcePart};
 use crate::trust::{self, TrustError};
 
 /// The version of everything on disk that this code reads and writes.
@@ -375,7 +375,10 @@ fn segments_in(dir: &File) -> io::Result<Vec<(usize, File)>> {
             (1..=LAST_SEGMENT).contains(index) && name == Some(&*segment_name(*index))
         };
         if let Some(index) = index.filter(is_one) {
-            found.push((index, confined::open_file(dir, segment_name(index), FileAccess::AsAllowed)?));
+            found.push((
+                index,
+                confined::open_file(dir, segment_name(index), FileAccess::AsAllowed)?,
+            ));
         }
     }
     Ok(found)

@@ -7,8 +7,8 @@ use std::sync::atomic::Ordering;
 use super::blocks::{BlockIndex, BlockState};
 use super::journal::NewEntry;
 use super::log::{Log, ReserveUse};
-use super::ranges::{LockMode, StripeSet};
-use super::record::{Nanos, LogRecord, MtimeOrigin};
+use super::range_locks::{LockMode, StripeSet};
+use super::record::{LogRecord, MtimeOrigin, Nanos};
 use super::{Overlay, is_out_of_space};
 use crate::host::{self, os_error};
 use crate::layer::Wait;
@@ -77,8 +77,10 @@ impl Overlay {
     /// Whether what was written since the last sync is little, and nothing else has changed.
     fn is_small_overwrite(&self) -> bool {
         let Some(log) = &self.log else { return false };
-        let is_small = (1..=MAX_SMALL_OVERWRITE).contains(&self.dirty_bytes.load(Ordering::Relaxed));
-        is_small && log.last_sequence() < self.journal.next_sequence(self.durable.load(Ordering::SeqCst))
+        let is_small =
+            (1..=MAX_SMALL_OVERWRITE).contains(&self.dirty_bytes.load(Ordering::Relaxed));
+        is_small
+            && log.last_sequence() < self.journal.next_sequence(self.durable.load(Ordering::SeqCst))
     }
 
     /// Makes all that was acknowledged before the call durable, and gives freed space back. A
@@ -155,7 +157,8 @@ impl Overlay {
         if !self.journal.accept(count, fresh.len(), self.block_size) {
             return false;
         }
-        let (Some(bytes), Ok(records)) = (self.read_stable(fresh), log.raw_records(next, count)) else {
+        let (Some(bytes), Ok(records)) = (self.read_stable(fresh), log.raw_records(next, count))
+        else {
             return false;
         };
         let uuid = log.uuid();
@@ -225,8 +228,8 @@ impl Overlay {
         self.latched.store(true, Ordering::SeqCst);
         let durable = self.durable.load(Ordering::SeqCst);
         ::log::error!("sync failed, the disk is read-only from now on: {error}");
-        let poisoned =
-            log.append(&[LogRecord::Poisoned { durable, vouched: log.vouched() }], ReserveUse::Full);
+        let poisoned = log
+            .append(&[LogRecord::Poisoned { durable, vouched: log.vouched() }], ReserveUse::Full);
         if let Err(error) = poisoned.and_then(|_| log.sync()) {
             ::log::error!("could not mark the log as poisoned: {error}");
         }
@@ -335,7 +338,8 @@ impl Overlay {
         if self.is_latched() {
             return Ok(());
         }
-        let is_waiting = || !self.pending.lock().is_empty() || !self.unclosed_layers.lock().is_empty();
+        let is_waiting =
+            || !self.pending.lock().is_empty() || !self.unclosed_layers.lock().is_empty();
         if self.is_dirty() || self.journal.has_entries() || is_waiting() {
             self.sync_all(SyncMode::Full)?;
         }

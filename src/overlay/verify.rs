@@ -15,12 +15,12 @@ use uuid::Uuid;
 use super::blocks::{BlockIndex, BlockState};
 use super::data::SEGMENT_LEN;
 use super::persist::{LockedOverlay, open_sealed, remove_layer};
-use super::record::{LayerMap, BootTag};
+use super::record::{BootTag, LayerMap};
 use super::recover::{self, LayerFiles, Recovered};
 use super::stack::{LayerRecord, StackError, doing, open_layer_files};
-use super::{Overlay, life};
+use super::{Overlay, boot_tag};
+use crate::config::format_size;
 use crate::confined;
-use crate::spec::format_size;
 
 /// What a look at one layer found.
 pub struct LayerCheck {
@@ -73,11 +73,13 @@ impl LockedOverlay {
     #[must_use]
     pub fn check_layers(&self) -> Vec<LayerCheck> {
         let layers = self.stack.layers.iter();
-        layers.map(|record| LayerCheck { record: record.clone(), summary: self.check_layer(record) }).collect()
+        layers
+            .map(|record| LayerCheck { record: record.clone(), summary: self.check_layer(record) })
+            .collect()
     }
 
     fn check_layer(&self, record: &LayerRecord) -> Result<LayerSummary, StackError> {
-        let tag = life::current(&self.layers).map_err(doing("reading the boot id"))?;
+        let tag = boot_tag::current(&self.layers).map_err(doing("reading the boot id"))?;
         // Opened anew, the top too: a recovery puts another log in place.
         let files = open_layer_files(&self.layers, record, |_| Ok(()))?.files;
         summarize(&files, tag)
@@ -156,7 +158,7 @@ impl LockedOverlay {
         if self.stack.layers.last() != Some(record) {
             return open_sealed(&self.layers, record).map(|(_, recovered)| recovered);
         }
-        let tag = life::current(&self.dir).map_err(doing("reading the boot id"))?;
+        let tag = boot_tag::current(&self.dir).map_err(doing("reading the boot id"))?;
         let in_log = |error| StackError::Log { uuid: record.uuid, error };
         let files = open_layer_files(&self.layers, record, |_| Ok(()))?.files;
         let (top, recovered) = Overlay::open(&files, tag, None).map_err(in_log)?;

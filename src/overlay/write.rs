@@ -11,7 +11,7 @@ use std::sync::atomic::Ordering;
 
 use super::blocks::{BlockIndex, BlockRun, BlockState};
 use super::log::{Log, ReserveUse};
-use super::ranges::{StripeGuard, LockMode, StripeSet};
+use super::range_locks::{LockMode, StripeGuard, StripeSet};
 use super::record::LogRecord;
 use super::sync::SyncMode;
 use super::{MAX_DISK_SIZE, Overlay, is_out_of_space};
@@ -53,7 +53,12 @@ impl Overlay {
     }
 
     /// The bytes of `range`, which lies inside one block that holds no data yet, as they read now.
-    fn read_current(&self, range: Range<u64>, below: &dyn ReadBelow, wait: Wait) -> io::Result<Vec<u8>> {
+    fn read_current(
+        &self,
+        range: Range<u64>,
+        below: &dyn ReadBelow,
+        wait: Wait,
+    ) -> io::Result<Vec<u8>> {
         let len = usize::try_from(range.end - range.start).map_err(|_| os_error(libc::EFBIG))?;
         let mut bytes = vec![0; len];
         if range.is_empty() {
@@ -80,7 +85,10 @@ impl Overlay {
         // sector could come out of a power cut half new and half as old as those.
         let end = range.end.next_multiple_of(self.block_size);
         let tail = if self.has_data_at(range.end - 1) { range.end } else { end };
-        Ok((self.read_current(head..range.start, below, wait)?, self.read_current(range.end..tail, below, wait)?))
+        Ok((
+            self.read_current(head..range.start, below, wait)?,
+            self.read_current(range.end..tail, below, wait)?,
+        ))
     }
 
     /// `ENOSPC` when making all of `blocks` Data would exceed the limit.
@@ -89,7 +97,8 @@ impl Overlay {
             return Ok(());
         };
         let map = self.map.read();
-        let new = blocks.end.0 - blocks.start.0 - map.blocks.count(blocks.clone(), BlockState::Data);
+        let new =
+            blocks.end.0 - blocks.start.0 - map.blocks.count(blocks.clone(), BlockState::Data);
         if new > 0 && map.blocks.data_blocks() + new > limit {
             return Err(os_error(libc::ENOSPC));
         }
@@ -108,8 +117,8 @@ impl Overlay {
         let map = self.map.read();
         let (held, data) =
             (map.blocks.data_blocks(), map.blocks.count(blocks.clone(), BlockState::Data));
-        let reserved =
-            taken.saturating_sub(held * self.block_size).saturating_sub(HOST_OVERHEAD) / self.block_size;
+        let reserved = taken.saturating_sub(held * self.block_size).saturating_sub(HOST_OVERHEAD)
+            / self.block_size;
         if held + reserved + (blocks.end.0 - blocks.start.0 - data) > limit {
             return Err(os_error(libc::ENOSPC));
         }
@@ -129,7 +138,8 @@ impl Overlay {
         };
         let sequence = match &self.log {
             Some(log) => {
-                let purpose = if state == BlockState::Data { ReserveUse::Keep } else { ReserveUse::Partial };
+                let purpose =
+                    if state == BlockState::Data { ReserveUse::Keep } else { ReserveUse::Partial };
                 // A whole-range record says the same as many: fewer bytes, one place.
                 let whole = [LogRecord::Set { range: blocks.clone(), state }];
                 log.append(if records.len() > 1 { &whole } else { &records }, purpose)?
@@ -191,13 +201,15 @@ impl Overlay {
     ) -> io::Result<()> {
         self.check_writable()?;
         let done = match change() {
-            Err(error) if is_out_of_space(&error) && !self.pending.lock().is_empty() => match wait {
-                Wait::No => Err(os_error(libc::EAGAIN)),
-                Wait::Yes => {
-                    self.sync_all(SyncMode::Full)?;
-                    change()
+            Err(error) if is_out_of_space(&error) && !self.pending.lock().is_empty() => {
+                match wait {
+                    Wait::No => Err(os_error(libc::EAGAIN)),
+                    Wait::Yes => {
+                        self.sync_all(SyncMode::Full)?;
+                        change()
+                    }
                 }
-            },
+            }
             other => other,
         };
         if done.is_ok() {
@@ -207,7 +219,12 @@ impl Overlay {
     }
 
     /// Zeros the part `range` of one block.
-    fn zero_partial_block(&self, range: &Range<u64>, below: &dyn ReadBelow, wait: Wait) -> io::Result<()> {
+    fn zero_partial_block(
+        &self,
+        range: &Range<u64>,
+        below: &dyn ReadBelow,
+        wait: Wait,
+    ) -> io::Result<()> {
         let block = BlockIndex(range.start / self.block_size);
         let blocks = block..BlockIndex(block.0 + 1);
         let zeros = || vec![0; usize::try_from(range.end - range.start).unwrap_or(0)];
@@ -287,7 +304,8 @@ impl Overlay {
         let copied = copied?;
         let end = range.start + copied;
         // A block that was copied in part is not published: it keeps what it had.
-        let whole = if end >= range.end { range.end } else { end / self.block_size * self.block_size };
+        let whole =
+            if end >= range.end { range.end } else { end / self.block_size * self.block_size };
         if whole > range.start {
             self.zero_block_tail(whole)?;
             self.publish(&self.blocks_of(&(range.start..whole)), BlockState::Data)?;
@@ -412,8 +430,13 @@ impl WritableLayer for Overlay {
         }
         // Empty when the disk grows. Locked although the gate is ours: a sync may be giving back
         // what was freed earlier, and must not see these blocks free before they wait their turn.
-        let cut = BlockIndex(size.div_ceil(self.block_size))..BlockIndex(old.div_ceil(self.block_size));
-        let need = self.range_locks.include(StripeSet::default(), &self.bytes_of(&cut), LockMode::Exclusive);
+        let cut =
+            BlockIndex(size.div_ceil(self.block_size))..BlockIndex(old.div_ceil(self.block_size));
+        let need = self.range_locks.include(
+            StripeSet::default(),
+            &self.bytes_of(&cut),
+            LockMode::Exclusive,
+        );
         let _held = self.range_locks.lock(need, Wait::Yes).ok_or_else(|| os_error(libc::EAGAIN))?;
         let lower_limit = lower_limit.min(size);
         self.note_size(size);

@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use super::StoreError;
-use crate::confined::{self, entry_names, open_dir, open_subdir, foreign_entry_error};
+use crate::confined::{self, entry_names, foreign_entry_error, open_dir, open_subdir};
 use crate::overlay::persist::{STAGING_PREFIX, remove_layer};
 use crate::overlay::stack::{Stack, StackError, doing};
 use crate::trust;
@@ -257,7 +257,8 @@ impl StoreDirs {
     /// The host's errno; a line that names what else it holds.
     pub fn remove_disk(&self, name: &str) -> io::Result<()> {
         let dir = open_subdir(&self.disks, name)?;
-        if let Some(other) = entry_names(&dir)?.iter().find(|file| !DISK_FILES.contains(&&***file)) {
+        if let Some(other) = entry_names(&dir)?.iter().find(|file| !DISK_FILES.contains(&&***file))
+        {
             return Err(foreign_entry_error(&format!("disks/{name}"), other));
         }
         // The stack first: without it there is no disk.
@@ -298,7 +299,9 @@ fn open_root(path: &Path) -> Result<File, StoreError> {
         match rustix::fs::flock(&root, FlockOperation::NonBlockingLockExclusive) {
             Ok(()) => return Ok(root),
             // The threads of a daemon that was killed end one after the other.
-            Err(rustix::io::Errno::WOULDBLOCK) if start.elapsed() < RELEASE_TIMEOUT => thread::sleep(POLL_INTERVAL),
+            Err(rustix::io::Errno::WOULDBLOCK) if start.elapsed() < RELEASE_TIMEOUT => {
+                thread::sleep(POLL_INTERVAL)
+            }
             Err(rustix::io::Errno::WOULDBLOCK) => return Err(StoreError::InUse(path.to_owned())),
             Err(error) => return Err(io("locking it")(error.into())),
         }

@@ -20,11 +20,11 @@ use std::sync::Arc;
 use uuid::Uuid;
 
 pub use self::dirs::{Leftovers, StoreDirs};
-use crate::disk::{self, Disk, OpenError, OpenedDisk, LayerUsers, DiskOwner, OpenContext};
+use crate::config::DiskSpec;
+use crate::disk::{self, Disk, DiskOwner, LayerUsers, OpenContext, OpenError, OpenedDisk};
 use crate::name;
+use crate::overlay::layer_cache::LayerCache;
 use crate::overlay::persist::OverlayPath;
-use crate::overlay::shelf::LayerCache;
-use crate::spec::DiskSpec;
 use crate::trust::TrustError;
 
 /// A store that this process has to itself.
@@ -101,7 +101,9 @@ impl Store {
     pub fn open(dir: &Path) -> Result<Self, StoreError> {
         let dirs = Arc::new(StoreDirs::open_or_create(dir)?);
         let store = Self { dirs, layer_cache: Arc::default() };
-        store.remove_leftovers().map_err(|error| store.io_error("sweeping what has no name", error))?;
+        store
+            .remove_leftovers()
+            .map_err(|error| store.io_error("sweeping what has no name", error))?;
         Ok(store)
     }
 
@@ -155,14 +157,17 @@ impl Store {
         mut each: impl FnMut(&str, OpenedDisk) -> Result<(), String>,
     ) -> Result<(), String> {
         let listed = self.dirs.named_disks();
-        let listed = listed.map_err(|error| self.io_error("reading its names", error).to_string())?;
+        let listed =
+            listed.map_err(|error| self.io_error("reading its names", error).to_string())?;
         let shared = shared_layers(&self.dirs);
         if let Err(error) = &shared {
             log::debug!("store '{}': layers are merged later: {error}", self.dir().display());
         }
         for (name, uuid) in listed {
             let opened = self
-                .with_overlay_path(&uuid, |place| disk::open_stored(&name, place, setting, &self.layer_cache))
+                .with_overlay_path(&uuid, |place| {
+                    disk::open_stored(&name, place, setting, &self.layer_cache)
+                })
                 .map_err(|error| StoreError::Disk { name: name.clone(), error }.to_string())?;
             let opened = self.with_shared_layers(opened);
             if let Ok(shared) = &shared {

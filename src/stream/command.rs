@@ -36,9 +36,9 @@ use rustix::process::{
 use super::guard::{self, GuardProcess};
 use super::stderr::StderrTail;
 use super::stop::Stop;
+use crate::config::Programs;
 use crate::host::os_message;
 use crate::process::restore_caller_limits;
-use crate::spec::Programs;
 
 /// As much as an unprivileged process may ask for: 1 MiB. It evens out who waits for whom.
 pub(super) const PIPE_SIZE: usize = 1 << 20;
@@ -335,7 +335,12 @@ impl StartingPrograms {
         Ok(())
     }
 
-    fn spawn_one(&mut self, words: &[OsString], dir: &Path, stdio: [Stdio; 3]) -> Result<(), String> {
+    fn spawn_one(
+        &mut self,
+        words: &[OsString],
+        dir: &Path,
+        stdio: [Stdio; 3],
+    ) -> Result<(), String> {
         let (program, args) = words.split_first().ok_or("there is a pipe without a program")?;
         let [stdin, stdout, stderr] = stdio;
         let group = self.children.first().map_or(0, |child| pid_of(child).as_raw_pid());
@@ -343,9 +348,9 @@ impl StartingPrograms {
         command.args(args).stdin(stdin).stdout(stdout).stderr(stderr);
         command.current_dir(dir).process_group(group);
         restore_caller_limits(&mut command);
-        let child = command
-            .spawn()
-            .map_err(|error| format!("cannot run '{}': {}", program_name(words), os_message(&error)))?;
+        let child = command.spawn().map_err(|error| {
+            format!("cannot run '{}': {}", program_name(words), os_message(&error))
+        })?;
         self.children.push(child);
         Ok(())
     }
@@ -486,7 +491,8 @@ mod tests {
             assert!(pid.is_empty() || is_gone(pid.trim()));
         }
         let absent = dir.path().join("absent");
-        let started = Pipeline::spawn(&programs(&[&["cat"]]), &absent, PipeEnd::Input, Stdio::null());
+        let started =
+            Pipeline::spawn(&programs(&[&["cat"]]), &absent, PipeEnd::Input, Stdio::null());
         assert!(started.unwrap_err().ends_with("absent': no such directory"));
     }
 
@@ -494,7 +500,8 @@ mod tests {
     fn a_kill_takes_the_whole_group_and_so_does_a_drop() {
         for how in [Pipeline::kill, |_: &Pipeline| ()] {
             let script = "sleep 1000 & echo $!; wait";
-            let (pipeline, fd) = spawn(&[&["sh", "-c", script], &["cat"]], PipeEnd::Output).unwrap();
+            let (pipeline, fd) =
+                spawn(&[&["sh", "-c", script], &["cat"]], PipeEnd::Output).unwrap();
             let mut pid = String::new();
             eventually(|| {
                 let mut byte = [0; 1];
@@ -533,7 +540,8 @@ mod tests {
     #[test]
     fn a_program_that_never_stops_complaining_is_not_listened_to_for_ever() {
         let (pipeline, fd) =
-            spawn(&[&["sh", "-c", "echo y >&2; yes >&2 & sleep 0.1; exit 1"]], PipeEnd::Input).unwrap();
+            spawn(&[&["sh", "-c", "echo y >&2; yes >&2 & sleep 0.1; exit 1"]], PipeEnd::Input)
+                .unwrap();
         let group = pipeline.group;
         drop(fd);
         assert_eq!(pipeline.wait().unwrap_err(), "'sh' exited with status 1: y");

@@ -3,7 +3,7 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
-use crate::base::place::SelfReferenceError;
+use crate::base::self_reference::SelfReferenceError;
 use crate::host::os_message;
 
 /// Why a sink or a source cannot be opened; one line for the user.

@@ -25,7 +25,8 @@ impl Layer for Output {
     }
 
     fn extent_at(&self, range: Range<u64>, _: Wait) -> io::Result<Extent> {
-        Ok(clip_to_size(Output::size(self), range).map_or_else(|hole| hole, |range| self.extent_at(range)))
+        Ok(clip_to_size(Output::size(self), range)
+            .map_or_else(|hole| hole, |range| self.extent_at(range)))
     }
 
     fn read_at(&self, buf: &mut [u8], offset: u64, _: Wait) -> io::Result<Extent> {

@@ -6,7 +6,7 @@
 //! ```
 //!
 //! `window` decides what may be changed and what must leave, and `needed` what it would have
-//! taken; with `runs` they know no bytes and do no I/O. `store` holds the bytes, `spill` those
+//! taken; with `runs` they know no bytes and do no I/O. `page_store` holds the bytes, `spill` those
 //! that memory has no room for, `queue` the writes that wait for a stalled sink. `output` and
 //! `input` put the parts to work with one thread each. docs/streams.md explains the policy.
 //!
@@ -18,20 +18,20 @@ pub mod error;
 mod fifo;
 pub mod frames;
 pub mod guard;
-mod inherited;
 pub mod input;
 mod layer;
 pub mod monitor;
 pub mod needed;
 pub mod output;
+pub mod page_store;
 mod queue;
 pub mod runs;
 pub mod sink;
 pub mod source;
 mod spill;
 mod stderr;
+mod stdio;
 pub mod stop;
-pub mod store;
 pub mod window;
 
 use std::io::{self, IoSlice};
@@ -42,7 +42,7 @@ use serde::Deserialize;
 
 use self::input::{Input, InputState, InputStatus, Source};
 use self::monitor::Monitor;
-use self::output::{Sink, Output, DrainTimeout, OutputState, SinkCallback, SinkMonitor};
+use self::output::{DrainTimeout, Output, OutputState, Sink, SinkCallback, SinkMonitor};
 use self::sink::HostSink;
 use self::source::HostSource;
 

@@ -99,7 +99,10 @@ impl Monitor {
                 return failure;
             }
             if ended {
-                return format!("'{}' stopped reading after {sent} bytes", pipeline.first_program());
+                return format!(
+                    "'{}' stopped reading after {sent} bytes",
+                    pipeline.first_program()
+                );
             }
             thread::sleep(Duration::from_millis(5));
         }

@@ -14,7 +14,7 @@
 
 use std::ops::Range;
 
-use super::runs::{WrittenRuns, Written};
+use super::runs::{Written, WrittenRuns};
 
 /// As many chunks as a disk is divided into at most, for counting: 256 KiB of counters.
 const MAX_CHUNKS: u64 = 32 << 10;

@@ -12,8 +12,8 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use super::spill::{self, SpillFile};
+use crate::config::SpillCompression;
 use crate::host::os_error;
-use crate::spec::SpillCompression;
 
 /// Bytes in a page: what file systems write at least.
 pub const PAGE_SIZE: u64 = PAGE_LEN as u64;
@@ -170,8 +170,9 @@ impl PageStore {
             none => none.insert(SpillFile::new(&self.dir, self.compress)?),
         };
         let filed = &self.spilled;
-        let known =
-            |range: Range<u64>| (range.start / PAGE_SIZE..range.end / PAGE_SIZE).any(|p| filed.contains(p));
+        let known = |range: Range<u64>| {
+            (range.start / PAGE_SIZE..range.end / PAGE_SIZE).any(|p| filed.contains(p))
+        };
         file.write(buf, offset, known)?;
         for page in offset / PAGE_SIZE..(offset + buf.len() as u64).div_ceil(PAGE_SIZE) {
             self.spilled.insert(page);

@@ -56,7 +56,8 @@ impl WriteQueue {
     /// Puts a write at the end.
     pub(super) fn push(&mut self, offset: u64, buf: &[u8], client: u32, reply: WriteReply) {
         let len = buf.len();
-        let filed = if self.memory_used + len > MEMORY_LIMIT { self.write_to_file(buf) } else { None };
+        let filed =
+            if self.memory_used + len > MEMORY_LIMIT { self.write_to_file(buf) } else { None };
         let bytes = match filed {
             Some(at) => QueuedBytes::File(at),
             // Also when the host has no room for a file: it has to be somewhere.

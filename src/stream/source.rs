@@ -16,17 +16,17 @@ use rustix::io::Errno;
 use rustix::net::RecvFlags;
 use rustix::pipe::fcntl_setpipe_size;
 
-use super::command::{PipeEnd, PIPE_SIZE, Pipeline};
+use super::command::{PIPE_SIZE, PipeEnd, Pipeline};
 use super::error::StreamOpenError;
 use super::fifo::{self, file_type_name};
-use super::inherited::{self, Direction, FdMode};
 use super::monitor::Monitor;
 use super::sink::{StdioMode, StreamContext};
+use super::stdio::{self, Direction, FdMode};
 use super::stop::Stop;
-use crate::base::place::check_self_reference;
+use crate::base::self_reference::check_self_reference;
+use crate::config::{Programs, SourceSpec, StreamSpec};
 use crate::confined::PathHandle;
 use crate::host::os_error;
-use crate::spec::{Programs, StreamSpec, SourceSpec};
 
 /// An open source; dropped, its commands are killed.
 #[derive(Debug)]
@@ -118,7 +118,9 @@ impl HostSource {
                 let (len, _) = rustix::net::recv(&self.fd, buf, RecvFlags::DONTWAIT)?;
                 Ok(len)
             }
-            FdMode::NonBlocking | FdMode::SharedBlocking | FdMode::Plain => rustix::io::read(&self.fd, buf),
+            FdMode::NonBlocking | FdMode::SharedBlocking | FdMode::Plain => {
+                rustix::io::read(&self.fd, buf)
+            }
         }
     }
 }
@@ -134,8 +136,8 @@ type OpenedSource = (OwnedFd, FdMode, Monitor);
 fn open_fifo(path: &Path, place: &StreamContext<'_>) -> Result<OpenedSource, StreamOpenError> {
     check_self_reference(path, place.mountpoint, place.mount_dev)?;
     fifo::create_missing(path)?;
-    let fd =
-        fifo::open(path, OFlags::RDONLY).map_err(|error| StreamOpenError::host("read", path, &error))?;
+    let fd = fifo::open(path, OFlags::RDONLY)
+        .map_err(|error| StreamOpenError::host("read", path, &error))?;
     // The user's limit on pipes may be used up; a small one is only slower.
     let _: Result<usize, Errno> = fcntl_setpipe_size(&fd, PIPE_SIZE);
     let label = format!("fifo:{}", path.display());
@@ -170,7 +172,10 @@ fn open_command(spec: &StreamSpec, programs: &Programs) -> Result<OpenedSource, 
     Ok((fd, FdMode::NonBlocking, Monitor::new("cmd", &label, Some(pipeline))))
 }
 
-fn open_stdin(stdin: std::os::fd::BorrowedFd<'_>, place: &StreamContext<'_>) -> Result<OpenedSource, StreamOpenError> {
+fn open_stdin(
+    stdin: std::os::fd::BorrowedFd<'_>,
+    place: &StreamContext<'_>,
+) -> Result<OpenedSource, StreamOpenError> {
     if place.stdio == StdioMode::Unavailable {
         return Err(StreamOpenError::NoStdio("from=stdin"));
     }
@@ -180,10 +185,10 @@ fn open_stdin(stdin: std::os::fd::BorrowedFd<'_>, place: &StreamContext<'_>) -> 
         let why = "it lies in the mount that would need it".to_owned();
         return Err(StreamOpenError::Stdio { what: "from=stdin", why });
     }
-    if inherited::is_terminal(stdin) {
+    if stdio::is_terminal(stdin) {
         return Err(StreamOpenError::Terminal("from=stdin"));
     }
-    let taken = inherited::acquire(stdin, Direction::Reading);
+    let taken = stdio::acquire(stdin, Direction::Reading);
     let (fd, manner) = taken.map_err(|error| StreamOpenError::stdio("from=stdin", &error))?;
     Ok((fd, manner, Monitor::new("stdin", "stdin", None)))
 }
@@ -238,7 +243,8 @@ mod tests {
     fn a_source_that_waits_is_stopped() {
         let dir = TempDir::new().unwrap();
         let path = dir.path().join("in");
-        for supply in [SourceSpec::Fifo(path), SourceSpec::Command(programs(&[&["sleep", "1000"]]))] {
+        for supply in [SourceSpec::Fifo(path), SourceSpec::Command(programs(&[&["sleep", "1000"]]))]
+        {
             let (mut source, stop) = open(&dir, &supply).unwrap();
             let waiting = thread::spawn(move || (source.read(&mut [0; 10]), source));
             thread::sleep(Duration::from_millis(30));
@@ -281,7 +287,9 @@ mod tests {
         assert!(source.read(&mut [0; 10]).is_err());
         let refused = |supply| open(&dir, &supply).unwrap_err().to_string();
         let name = path.display();
-        assert!(refused(SourceSpec::File(dir.path().into())).ends_with("is a directory: name a file"));
+        assert!(
+            refused(SourceSpec::File(dir.path().into())).ends_with("is a directory: name a file")
+        );
         let absent = dir.path().join("absent");
         let line = format!("cannot read '{}': No such file or directory", absent.display());
         assert_eq!(refused(SourceSpec::File(absent)), line);

@@ -16,9 +16,9 @@ use std::io::{self, IoSlice};
 use std::ops::Range;
 use std::path::Path;
 
+use crate::config::SpillCompression;
 use crate::host::{self, os_error};
 use crate::layer::Wait;
-use crate::spec::SpillCompression;
 
 /// Bytes of disk in a compressed unit.
 pub(super) const UNIT_SIZE: u64 = UNIT_LEN as u64;
@@ -165,7 +165,8 @@ impl SpillFile {
             host::write_all_at(&self.file, &parts, number * SLOT_SIZE)?;
             let end = (HEADER_LEN + stored.len()) as u64;
             // It may have been longer before.
-            let _ = host::punch_hole(&self.file, number * SLOT_SIZE + end..(number + 1) * SLOT_SIZE);
+            let _ =
+                host::punch_hole(&self.file, number * SLOT_SIZE + end..(number + 1) * SLOT_SIZE);
         }
         self.open_units.remove(&number);
         Ok(())

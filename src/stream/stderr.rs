@@ -44,7 +44,8 @@ impl StderrTail {
     pub(super) fn new() -> io::Result<(Self, OwnedFd)> {
         let (fd, theirs) = pipe_with(PipeFlags::CLOEXEC)?;
         fcntl_setfl(&fd, fcntl_getfl(&fd)? | OFlags::NONBLOCK)?;
-        let shared = Arc::new(StderrPipe { fd, tail: Mutex::new(VecDeque::with_capacity(TAIL_LEN)) });
+        let shared =
+            Arc::new(StderrPipe { fd, tail: Mutex::new(VecDeque::with_capacity(TAIL_LEN)) });
         let stop = Stop::new()?;
         let (ours, until) = (Arc::clone(&shared), stop.clone());
         let reader = thread::Builder::new()

@@ -17,7 +17,7 @@
 use std::ops::Range;
 
 use super::needed::Needed;
-use super::runs::{WrittenRuns, Written};
+use super::runs::{Written, WrittenRuns};
 use crate::extents::{Extent, ExtentKind};
 
 /// What was sent is remembered in at most so many runs; then neighbours are joined and count as

@@ -4,7 +4,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use crate::host::os_message;
-use crate::part::PartFileError;
+use crate::part_file::PartFileError;
 
 /// Why a transfer failed; one line for the user.
 #[derive(Debug, thiserror::Error)]

@@ -16,23 +16,23 @@
 //!
 //! `docs/transfer.md` has the format of a checkpoint and the promises.
 
-mod android;
 pub mod checkpoint;
+mod destination;
 mod error;
 mod onto;
+mod record_reader;
 mod recv;
 mod send;
+mod send_android;
 mod source;
-mod spot;
 mod state;
 mod target;
-mod wire;
 mod zeros;
 
 pub use error::TransferError;
-pub use recv::{ReceiveStart, ReceivePlan, Received, receive, resume_offset};
+pub use recv::{ReceivePlan, ReceiveStart, Received, receive, resume_offset};
 pub use send::{Changes, SendPlan, Sent, send};
-pub use source::{ZeroDetection, TransferSource};
+pub use source::{TransferSource, ZeroDetection};
 
 /// What goes over the wire.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

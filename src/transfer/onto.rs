@@ -5,9 +5,9 @@ use std::io::{self, IoSlice};
 use std::ops::Range;
 use std::os::fd::AsFd;
 
-use super::source::{ZeroDetection, TransferSource};
+use super::source::{TransferSource, ZeroDetection};
 use super::zeros::{RunKind, split_zeros};
-use crate::host::{is_copy_unsupported, copy_range, write_all_at};
+use crate::host::{copy_range, is_copy_unsupported, write_all_at};
 
 /// What is copied at a time where the host cannot do it alone.
 const COPY_CHUNK: usize = 1 << 20;

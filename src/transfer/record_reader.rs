@@ -3,7 +3,10 @@
 use std::io::{self, BufRead, BufReader, Read};
 use std::ops::Range;
 
-use super::checkpoint::{HashChain, LAST_PAYLOAD_LEN, PAYLOAD_LEN, CHECKPOINT_MAGIC, Checkpoint, CheckpointKind, CHECKPOINT_TAG};
+use super::checkpoint::{
+    CHECKPOINT_MAGIC, CHECKPOINT_TAG, Checkpoint, CheckpointKind, HashChain, LAST_PAYLOAD_LEN,
+    PAYLOAD_LEN,
+};
 use crate::stream::frames::rbd::{RbdDecoder, RbdRecord};
 
 /// The most that an unknown record may hold: 1 MiB, as the decoder has it. Those hold names.
@@ -119,7 +122,9 @@ impl<R: Read> RecordReader<R> {
         let len = u64::from_le_bytes(input.read_array()?);
         match tag {
             b'f' => self.read_since(len).map(Some),
-            CHECKPOINT_TAG if len == PAYLOAD_LEN || len == LAST_PAYLOAD_LEN => self.read_checkpoint(len),
+            CHECKPOINT_TAG if len == PAYLOAD_LEN || len == LAST_PAYLOAD_LEN => {
+                self.read_checkpoint(len)
+            }
             _ => self.skip(len).map(|()| None),
         }
     }
@@ -156,7 +161,11 @@ impl<R: Read> RecordReader<R> {
             input.input.read_exact(&mut said)?;
             is_right &= said == whole;
         }
-        if is_right { Ok(Some(TransferRecord::Checkpoint(mark, stage))) } else { Err(damaged_error()) }
+        if is_right {
+            Ok(Some(TransferRecord::Checkpoint(mark, stage)))
+        } else {
+            Err(damaged_error())
+        }
     }
 
     fn skip(&mut self, len: u64) -> io::Result<()> {

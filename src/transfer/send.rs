@@ -3,11 +3,11 @@
 use std::io::{self, Write};
 use std::ops::Range;
 
-use super::android;
-use super::checkpoint::{HashChain, CHECKPOINT_INTERVAL, Checkpoint, CheckpointKind};
-use super::source::{ZeroDetection, TransferSource};
+use super::checkpoint::{CHECKPOINT_INTERVAL, Checkpoint, CheckpointKind, HashChain};
+use super::send_android;
+use super::source::{TransferSource, ZeroDetection};
 use super::zeros::{RunKind, split_zeros};
-use super::{BUFFER_SIZE, TransferFormat, TransferProgress, TransferError};
+use super::{BUFFER_SIZE, TransferError, TransferFormat, TransferProgress};
 use crate::host::os_message;
 use crate::stream::frames::rbd;
 
@@ -67,7 +67,7 @@ pub fn send<W: Write>(
         )));
     }
     if plan.frames == TransferFormat::AndroidSparse {
-        let told = android::send(source, out, tell)?;
+        let told = send_android::send(source, out, tell)?;
         return Ok(Sent { progress: told, has_changed: source.has_changed() });
     }
     let mut sender = Sender::new(source, out, plan, tell);
@@ -107,7 +107,12 @@ struct Sender<'a, W> {
 }
 
 impl<'a, W: Write> Sender<'a, W> {
-    fn new(source: &'a TransferSource, out: W, plan: &'a SendPlan, tell: &'a mut dyn FnMut(&TransferProgress)) -> Self {
+    fn new(
+        source: &'a TransferSource,
+        out: W,
+        plan: &'a SendPlan,
+        tell: &'a mut dyn FnMut(&TransferProgress),
+    ) -> Self {
         let from = plan.from;
         Self {
             source,
@@ -115,7 +120,13 @@ impl<'a, W: Write> Sender<'a, W> {
             plan,
             on_progress: tell,
             chain: HashChain::default(),
-            progress: TransferProgress { from, reached: from, size: source.size(), data: 0, holes: 0 },
+            progress: TransferProgress {
+                from,
+                reached: from,
+                size: source.size(),
+                data: 0,
+                holes: 0,
+            },
             pending_zeros: from..from,
             announced_size: source.size().unwrap_or(from),
             piece: (from, 0),
@@ -217,7 +228,8 @@ impl<'a, W: Write> Sender<'a, W> {
                 let skip = usize::try_from(self.plan.from.saturating_sub(at)).unwrap_or(got);
                 self.buffer.copy_within(HEADER_ROOM + skip..HEADER_ROOM + got, HEADER_ROOM);
                 let detect = self.source.looks_for_zeros(self.plan.detect);
-                self.send_buffer(got - skip, at + skip as u64, detect).map_err(SendError::Output)?;
+                self.send_buffer(got - skip, at + skip as u64, detect)
+                    .map_err(SendError::Output)?;
             }
             at = end;
             if got < BUFFER_SIZE {

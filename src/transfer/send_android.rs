@@ -7,8 +7,10 @@ use std::io::{self, Write};
 
 use super::source::TransferSource;
 use super::zeros::RunKind;
-use super::{BUFFER_SIZE, TransferProgress, TransferError};
-use crate::formats::android::{AndroidContent, AndroidPlan, AndroidRun, AndroidWriter, whole_blocks};
+use super::{BUFFER_SIZE, TransferError, TransferProgress};
+use crate::formats::android::{
+    AndroidContent, AndroidPlan, AndroidRun, AndroidWriter, whole_blocks,
+};
 use crate::host::os_message;
 
 /// Why it failed.
@@ -63,18 +65,24 @@ pub(super) fn send<W: Write>(
         Err(AndroidSendError::Source(error)) if error.kind() == io::ErrorKind::UnexpectedEof => {
             Err(source.shrunk_error())
         }
-        Err(AndroidSendError::Source(error)) => Err(TransferError::host("read", source.path(), &error)),
+        Err(AndroidSendError::Source(error)) => {
+            Err(TransferError::host("read", source.path(), &error))
+        }
     }
 }
 
 /// What there is to send, and the header of that.
-fn plan_image(source: &TransferSource, size: u64) -> Result<(Vec<AndroidRun>, AndroidPlan), TransferError> {
+fn plan_image(
+    source: &TransferSource,
+    size: u64,
+) -> Result<(Vec<AndroidRun>, AndroidPlan), TransferError> {
     let path = source.path();
     let refused = |error: io::Error| {
         let line = format!("'{}': {}", path.display(), os_message(&error));
         TransferError::Refused(line)
     };
-    let found = source_runs(source, size).map_err(|error| TransferError::host("read", path, &error))?;
+    let found =
+        source_runs(source, size).map_err(|error| TransferError::host("read", path, &error))?;
     let runs = whole_blocks(size, found).map_err(refused)?;
     let plan = AndroidPlan::new(size, &runs).map_err(refused)?;
     Ok((runs, plan))

@@ -141,7 +141,15 @@ impl TransferSource {
             let size = size.map_err(|error| TransferError::host("read", &path, &error.into()))?;
             let size = Some(size);
             let (knows_holes, before, identity) = (false, None, 0);
-            return Ok(Self { file, path, size, knows_holes, data_estimate: size, opened_stamp: before, identity });
+            return Ok(Self {
+                file,
+                path,
+                size,
+                knows_holes,
+                data_estimate: size,
+                opened_stamp: before,
+                identity,
+            });
         }
         let before = FileStamp::from(&meta);
         let allocated = meta.blocks().saturating_mul(512);
@@ -149,7 +157,15 @@ impl TransferSource {
         let knows_holes = reports_holes(&file, size, allocated);
         let data = Some(allocated.min(size));
         let (size, identity) = (Some(size), before.identity());
-        Ok(Self { file, path, size, knows_holes, data_estimate: data, opened_stamp: Some(before), identity })
+        Ok(Self {
+            file,
+            path,
+            size,
+            knows_holes,
+            data_estimate: data,
+            opened_stamp: Some(before),
+            identity,
+        })
     }
 
     /// Its bytes; `None` for a pipe.
@@ -179,7 +195,8 @@ impl TransferSource {
     /// Whether somebody has written to it since it was opened.
     #[must_use]
     pub fn has_changed(&self) -> bool {
-        self.opened_stamp.is_some_and(|before| FileStamp::of(&self.file).is_ok_and(|now| now != before))
+        self.opened_stamp
+            .is_some_and(|before| FileStamp::of(&self.file).is_ok_and(|now| now != before))
     }
 
     /// The open file.
@@ -215,7 +232,12 @@ impl TransferSource {
         use std::os::unix::fs::FileExt;
         if offset.is_multiple_of(READ_AHEAD) {
             // The disk works on while this is hashed and written; it is only advice.
-            let _ = fadvise(&self.file, offset + READ_AHEAD, NonZeroU64::new(READ_AHEAD), Advice::WillNeed);
+            let _ = fadvise(
+                &self.file,
+                offset + READ_AHEAD,
+                NonZeroU64::new(READ_AHEAD),
+                Advice::WillNeed,
+            );
         }
         self.file.read_exact_at(buf, offset)
     }

@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::confined;
 use crate::host::sync_dir;
-use crate::part::FileSlot;
+use crate::part_file::FileSlot;
 
 /// The longest state: a snapshot's name of 255 bytes, each escaped, and a few numbers.
 const MAX_STATE_SIZE: u64 = 8 << 10;
@@ -45,7 +45,8 @@ pub(super) const STATE_VERSION: u32 = 1;
 impl ReceiveState {
     /// The state of `file`, the part of `slot`; `None` when there is none that can be believed.
     pub(super) fn load(slot: &FileSlot, file: &File) -> Option<Self> {
-        let text = confined::read_file(slot.dir(), slot.with_suffix(STATE_SUFFIX), MAX_STATE_SIZE).ok()?;
+        let text =
+            confined::read_file(slot.dir(), slot.with_suffix(STATE_SUFFIX), MAX_STATE_SIZE).ok()?;
         let state = Self::decode(&text)?;
         let meta = file.metadata().ok()?;
         // A second name of it would be written to as well.
@@ -167,7 +168,15 @@ mod tests {
 
     fn state(inode: u64, offset: u64) -> ReceiveState {
         let since = Some("before".to_owned());
-        ReceiveState { version: STATE_VERSION, inode, offset, size: 99, identity: 7, since, overwrite: false }
+        ReceiveState {
+            version: STATE_VERSION,
+            inode,
+            offset,
+            size: 99,
+            identity: 7,
+            since,
+            overwrite: false,
+        }
     }
 
     /// A part of 50 bytes in a directory of its own.

@@ -83,7 +83,9 @@ impl TargetWriter {
             return self.discard(hole);
         }
         match punch_hole(&*self.file, hole.clone()) {
-            Err(error) if is_unsupported(&error) => self.write_zeros(hole.start..hole.end.min(self.highest_before_hole)),
+            Err(error) if is_unsupported(&error) => {
+                self.write_zeros(hole.start..hole.end.min(self.highest_before_hole))
+            }
             done => done,
         }
     }
@@ -125,7 +127,8 @@ impl TargetWriter {
 
     fn write_zeros(&self, range: Range<u64>) -> io::Result<()> {
         let mut at = range.start;
-        let len = usize::try_from(range.end.saturating_sub(at)).unwrap_or(ZERO_CHUNK).min(ZERO_CHUNK);
+        let len =
+            usize::try_from(range.end.saturating_sub(at)).unwrap_or(ZERO_CHUNK).min(ZERO_CHUNK);
         let zeros = vec![0; len];
         while at < range.end {
             let len = usize::try_from(range.end - at).unwrap_or(ZERO_CHUNK).min(ZERO_CHUNK);

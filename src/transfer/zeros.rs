@@ -49,12 +49,18 @@ mod tests {
     fn zeros_are_found_by_whole_blocks_of_the_file() {
         let mut bytes = vec![0; 3 * 4096];
         bytes[5000] = 1;
-        let all =
-            [(0..4096, RunKind::Zeros), (4096..8192, RunKind::Data), (8192..3 * 4096, RunKind::Zeros)];
+        let all = [
+            (0..4096, RunKind::Zeros),
+            (4096..8192, RunKind::Data),
+            (8192..3 * 4096, RunKind::Zeros),
+        ];
         assert_eq!(split_zeros(&bytes, 8192), all);
         // 96 bytes are left of the block they begin in.
-        let shifted =
-            [(0..4192, RunKind::Zeros), (4192..8288, RunKind::Data), (8288..3 * 4096, RunKind::Zeros)];
+        let shifted = [
+            (0..4192, RunKind::Zeros),
+            (4192..8288, RunKind::Data),
+            (8288..3 * 4096, RunKind::Zeros),
+        ];
         assert_eq!(split_zeros(&bytes, 4000), shifted);
         assert_eq!(split_zeros(&[], 7), []);
     }

@@ -13,8 +13,8 @@ use cowslip::layer::{CopyFn, Layer, ReadBelow, Wait, WritableLayer};
 use cowslip::overlay::Overlay;
 use cowslip::overlay::blocks::{BlockIndex, BlockState};
 use cowslip::overlay::data::Storage;
-use cowslip::overlay::log::{LogDir, Log};
-use cowslip::overlay::record::{LayerMap, MtimeOrigin, BootTag};
+use cowslip::overlay::log::{Log, LogDir};
+use cowslip::overlay::record::{BootTag, LayerMap, MtimeOrigin};
 use cowslip::overlay::recover::{LogError, Recovered};
 
 use super::model::{End, Model, Target};
@@ -260,7 +260,8 @@ impl SimDisk {
         let layer = SimLayer::new(block);
         let image = LayerMap::new(size, size.min(base.size()));
         let home = Arc::clone(&layer.home) as Arc<dyn LogDir>;
-        let log = Log::create(home, layer.uuid, u64::from(block), &image, BootTag([1; 2]), 1).unwrap();
+        let log =
+            Log::create(home, layer.uuid, u64::from(block), &image, BootTag([1; 2]), 1).unwrap();
         Self::of(layer, base, image, Some(log), limit)
     }
 
@@ -362,7 +363,8 @@ impl SimDisk {
             }
         }
         assert_eq!(found, self.shape.extents());
-        let data = self.shape.states.iter().filter(|state| **state == BlockState::Data).count() as u64;
+        let data =
+            self.shape.states.iter().filter(|state| **state == BlockState::Data).count() as u64;
         assert_eq!(overlay.usage().data, data * overlay.block_size());
     }
 
@@ -372,7 +374,10 @@ impl SimDisk {
         for (at, state) in self.shape.states.iter().enumerate() {
             let range = at as u64 * block..(at as u64 + 1) * block;
             let holds = self.layer.data.is_allocated(&range);
-            assert!(*state == BlockState::Data || !holds, "block {at} is {state:?} and takes space");
+            assert!(
+                *state == BlockState::Data || !holds,
+                "block {at} is {state:?} and takes space"
+            );
         }
     }
 

@@ -4,7 +4,7 @@
 //! Header and entries carry checksums. The copy is used when the first one is not whole.
 //! (UEFI specification, 5.3.)
 
-use super::{TableSource, Partition, PartitionRole, TableError, sector_range, read_at};
+use super::{Partition, PartitionRole, TableError, TableSource, read_at, sector_range};
 
 /// The sizes of an entry, in bytes; the powers of two between them as well.
 const ENTRY_SIZES: std::ops::RangeInclusive<u64> = 128..=4096;
@@ -39,7 +39,8 @@ pub(super) fn read(disk: &dyn TableSource, sectors: &[u64]) -> Result<Vec<Partit
             Err(flaw) => flaw,
         };
         // Where it says that its copy is, which a disk that has grown has not at its end.
-        let found = read_at_lba(disk, first.alternate_lba, *sector).or_else(|| read_backup(disk, *sector));
+        let found =
+            read_at_lba(disk, first.alternate_lba, *sector).or_else(|| read_backup(disk, *sector));
         return found.ok_or_else(|| damaged(flaw));
     }
     sectors.iter().find_map(|sector| read_backup(disk, *sector)).ok_or_else(|| damaged(worst))
@@ -56,7 +57,8 @@ fn read_backup(disk: &dyn TableSource, sector: u64) -> Option<Vec<Partition>> {
 
 /// What the copy at `lba` says.
 fn read_at_lba(disk: &dyn TableSource, lba: u64, sector: u64) -> Option<Vec<Partition>> {
-    let found = GptHeader::read(disk, lba, sector).and_then(|header| header.partitions(disk)).ok()?;
+    let found =
+        GptHeader::read(disk, lba, sector).and_then(|header| header.partitions(disk)).ok()?;
     log::warn!("the first partition table of a base is damaged: its copy at the end is used");
     Some(found)
 }
@@ -100,7 +102,14 @@ impl GptHeader {
             return Err("its GPT has too many entries");
         }
         let (other, entries, crc) = (le64(&bytes, 32), le64(&bytes, 72), le32(&bytes, 88));
-        Ok(Self { sector_size: sector, alternate_lba: other, entries_lba: entries, entry_count: count, entry_size: entry, entries_crc: crc })
+        Ok(Self {
+            sector_size: sector,
+            alternate_lba: other,
+            entries_lba: entries,
+            entry_count: count,
+            entry_size: entry,
+            entries_crc: crc,
+        })
     }
 
     fn partitions(&self, disk: &dyn TableSource) -> Result<Vec<Partition>, Flaw> {

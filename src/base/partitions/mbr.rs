@@ -13,7 +13,7 @@
 use std::collections::HashSet;
 use std::ops::Range;
 
-use super::{TableSource, Partition, PartitionRole, TableError, sector_range, read_at};
+use super::{Partition, PartitionRole, TableError, TableSource, read_at, sector_range};
 
 /// The most logical partitions, and the longest chain: more than any system shows.
 const MAX_LOGICAL: usize = 128;

@@ -20,10 +20,10 @@ mod mbr;
 use std::io;
 use std::ops::Range;
 
+use crate::config::format_size;
 use crate::extents::ExtentKind;
 use crate::host::os_error;
 use crate::layer::{Layer, Wait};
-use crate::spec::format_size;
 
 /// The sizes of sectors that disks have, in bytes; the second is rare in files.
 const SECTOR_SIZES: [u64; 2] = [512, 4096];

@@ -17,13 +17,13 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::super::{BaseAccess, BaseError, BaseFile, open_base_file, open_located};
-use super::header::{BackingRef, Qcow2Header, HeaderError};
-use super::tables::{TableBudget, MAX_TABLE_BYTES};
-use super::{Qcow2Layer, inflated::ClusterCache};
+use super::header::{BackingRef, HeaderError, Qcow2Header};
+use super::tables::{MAX_TABLE_BYTES, TableBudget};
+use super::{Qcow2Layer, cluster_cache::ClusterCache};
+use crate::config::{DirectIo, Format, Locking, Passthrough};
 use crate::confined::PathHandle;
 use crate::extents::{Extent, ExtentKind};
 use crate::layer::{CopyFn, Layer, Wait};
-use crate::spec::{DirectIo, Format, Locking, Passthrough};
 
 /// The most images of a chain.
 const MAX_BACKING_FILES: usize = 256;
@@ -138,7 +138,11 @@ struct ChainImage {
 ///
 /// # Errors
 /// [`ChainError`].
-pub fn open(host: BaseFile, allowed: &[PathBuf], locking: Locking) -> Result<BackingChain, ChainError> {
+pub fn open(
+    host: BaseFile,
+    allowed: &[PathBuf],
+    locking: Locking,
+) -> Result<BackingChain, ChainError> {
     let path = host.real_path.clone();
     let allowed = AllowedDirs::for_image(&path, allowed, locking);
     let mut seen = HashSet::new();
@@ -180,7 +184,8 @@ pub struct TopImage {
 /// # Errors
 /// [`BaseError`].
 pub fn open_top(path: &Path, allowed: &[PathBuf]) -> Result<TopImage, BaseError> {
-    let host = open_base_file(path, BaseAccess::Read, Locking::Qemu, Passthrough::Off, DirectIo::Off)?;
+    let host =
+        open_base_file(path, BaseAccess::Read, Locking::Qemu, Passthrough::Off, DirectIo::Off)?;
     let real = host.real_path.clone();
     let allowed = AllowedDirs::for_image(&real, allowed, Locking::Qemu);
     let top = ChainImage::read(real, host, "qcow2", &allowed)?;
@@ -235,8 +240,9 @@ impl AllowedDirs {
             return Err(ChainError::NotAllowed { path: path.to_owned(), needed });
         }
         let (passthrough, direct) = (Passthrough::Off, DirectIo::Off);
-        let host = open_located(&located, &needed, BaseAccess::Read, self.locking, passthrough, direct)
-            .map_err(of_needed)?;
+        let host =
+            open_located(&located, &needed, BaseAccess::Read, self.locking, passthrough, direct)
+                .map_err(of_needed)?;
         Ok((needed, host))
     }
 }
@@ -264,7 +270,11 @@ impl ChainImage {
     }
 
     /// The image it is a difference to.
-    fn open_backing(&self, backing: &BackingRef, allowed: &AllowedDirs) -> Result<Self, ChainError> {
+    fn open_backing(
+        &self,
+        backing: &BackingRef,
+        allowed: &AllowedDirs,
+    ) -> Result<Self, ChainError> {
         let (path, name) = (self.path.clone(), backing.name.clone());
         if is_protocol(&name) {
             return Err(ChainError::NotAFileName { path, name });
@@ -273,7 +283,11 @@ impl ChainImage {
             None => return Err(ChainError::NoFormat { path, name }),
             Some(format @ ("raw" | "qcow2")) => format,
             Some(format) => {
-                return Err(ChainError::UnsupportedFormat { path, name, format: format.to_owned() });
+                return Err(ChainError::UnsupportedFormat {
+                    path,
+                    name,
+                    format: format.to_owned(),
+                });
             }
         };
         let (needed, host) = allowed.open(&path, &name, true)?;

@@ -226,7 +226,10 @@ struct HeaderExtensions {
     data_file: Option<String>,
 }
 
-fn read_extensions(fields: &HeaderBytes<'_>, mut at: usize) -> Result<HeaderExtensions, HeaderError> {
+fn read_extensions(
+    fields: &HeaderBytes<'_>,
+    mut at: usize,
+) -> Result<HeaderExtensions, HeaderError> {
     let mut found = HeaderExtensions::default();
     // Version 2 has them as well, unless the name of the backing file comes right after the header.
     let name_at = usize::try_from(fields.u64(8)?).unwrap_or(usize::MAX);

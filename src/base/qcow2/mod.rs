@@ -12,9 +12,9 @@
 //! below directories that were allowed.
 
 mod chain;
+mod cluster_cache;
 mod header;
-mod inflated;
-mod runs;
+mod run_cache;
 mod tables;
 
 use std::fs::File;
@@ -23,10 +23,10 @@ use std::ops::Range;
 use std::sync::Arc;
 
 pub use self::chain::{BackingChain, ChainError, TopImage, open, open_top};
-pub use self::header::{Qcow2Header, HeaderError};
-use self::inflated::ClusterCache;
-use self::runs::{RunMapping, ImageRun, RunCache};
-use self::tables::{TableBudget, L2Mapping, ImageTables};
+use self::cluster_cache::ClusterCache;
+pub use self::header::{HeaderError, Qcow2Header};
+use self::run_cache::{ImageRun, RunCache, RunMapping};
+use self::tables::{ImageTables, L2Mapping, TableBudget};
 use super::raw::RawBase;
 use crate::extents::{Extent, ExtentKind};
 use crate::host::os_error;
@@ -69,7 +69,11 @@ impl Qcow2Layer {
             cluster_size: header.cluster_size,
             run_cache: RunCache::new(header.size, header.cluster_size, budget.images()),
             cluster_cache: inflated,
-            unallocated_kind: if header.backing.is_some() { ExtentKind::Lower } else { ExtentKind::Hole },
+            unallocated_kind: if header.backing.is_some() {
+                ExtentKind::Lower
+            } else {
+                ExtentKind::Hole
+            },
         })
     }
 
@@ -88,7 +92,9 @@ impl Qcow2Layer {
         // QEMU leaves the rest of the last cluster away. A cluster that is missing whole was cut off.
         let cluster = at - at % self.cluster_size;
         if cluster >= end {
-            return Err(read_error(&io::Error::other(format!("a cluster at {cluster} is cut off"))));
+            return Err(read_error(&io::Error::other(format!(
+                "a cluster at {cluster} is cut off"
+            ))));
         }
         let len = (run.range.end - run.range.start).min(cluster + self.cluster_size - at);
         Ok(ImageRun { range: run.range.start..run.range.start + len, mapping: RunMapping::Zero })
@@ -112,7 +118,7 @@ impl Qcow2Layer {
                 L2Mapping::Compressed => RunMapping::Compressed,
             };
             let end = at + len.clamp(1, stretch.end - at);
-            runs::push_merged(&mut runs, ImageRun { range: at..end, mapping: place });
+            run_cache::push_merged(&mut runs, ImageRun { range: at..end, mapping: place });
             at = end;
         }
         self.run_cache.insert(runs, range).ok_or_else(|| os_error(libc::EIO))
@@ -168,7 +174,11 @@ impl Layer for Qcow2Layer {
                 let found =
                     self.data.extent_at(at..at + (run.range.end - run.range.start), wait)?;
                 let end = run.range.start + found.len();
-                let kind = if found.kind == ExtentKind::Data { ExtentKind::Data } else { ExtentKind::Zero };
+                let kind = if found.kind == ExtentKind::Data {
+                    ExtentKind::Data
+                } else {
+                    ExtentKind::Zero
+                };
                 return Ok(Extent::new(run.range.start..end, kind));
             }
         };
@@ -188,7 +198,11 @@ impl Layer for Qcow2Layer {
             RunMapping::Zero => Ok(Extent::new(run.range, ExtentKind::Zero)),
             RunMapping::Data(at) => {
                 let found = self.data.read_at(&mut buf[..len], at, wait)?;
-                let kind = if found.kind == ExtentKind::Data { ExtentKind::Data } else { ExtentKind::Zero };
+                let kind = if found.kind == ExtentKind::Data {
+                    ExtentKind::Data
+                } else {
+                    ExtentKind::Zero
+                };
                 Ok(Extent::new(offset..offset + found.len(), kind))
             }
             RunMapping::Compressed => {
@@ -214,7 +228,8 @@ impl Layer for Qcow2Layer {
                 self.run_at(&(range.start..range.end.min(self.size)), wait)?
         {
             let (found, copied) = self.data.lend_at(at..at + (run.end - run.start), wait, copy)?;
-            let kind = if found.kind == ExtentKind::Data { ExtentKind::Data } else { ExtentKind::Zero };
+            let kind =
+                if found.kind == ExtentKind::Data { ExtentKind::Data } else { ExtentKind::Zero };
             return Ok((Extent::new(run.start..run.start + found.len(), kind), copied));
         }
         Ok((self.extent_at(range, wait)?, None))

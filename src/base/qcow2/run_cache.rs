@@ -75,7 +75,12 @@ impl RunCache {
     /// For a disk of `size` bytes in clusters of `cluster_size` bytes, one of `images` of a chain.
     pub(super) fn new(size: u64, cluster: u64, images: u64) -> Self {
         let share = MAX_CHAIN_RUNS / usize::try_from(images).unwrap_or(usize::MAX).max(1);
-        Self { cluster_size: cluster, size, max_runs: share.min(MAX_RUNS), state: RwLock::default() }
+        Self {
+            cluster_size: cluster,
+            size,
+            max_runs: share.min(MAX_RUNS),
+            state: RwLock::default(),
+        }
     }
 
     /// The stretch of the disk that `offset` is asked for with.
@@ -163,7 +168,8 @@ mod tests {
     #[test]
     fn what_is_kept_is_found_in_part_and_what_is_not_is_unknown() {
         let runs = RunCache::new(1 << 30, 512, 1);
-        let all = vec![run(0..1000, RunMapping::Data(1 << 20)), run(1000..512 * 1024, RunMapping::Lower)];
+        let all =
+            vec![run(0..1000, RunMapping::Data(1 << 20)), run(1000..512 * 1024, RunMapping::Lower)];
         let found = runs.insert(all, &(10..20));
         assert_eq!(found, Some(run(10..20, RunMapping::Data((1 << 20) + 10))));
         assert_eq!(runs.get(&(999..5000)), Some(run(999..1000, RunMapping::Data((1 << 20) + 999))));
@@ -176,7 +182,8 @@ mod tests {
         let runs = RunCache::new(1 << 40, 512, 1);
         let stretch = |i: u64| {
             let start = i * STRETCH_CLUSTERS * 512;
-            let cluster = |c| run(start + c * 512..start + (c + 1) * 512, RunMapping::Data(c * 1024));
+            let cluster =
+                |c| run(start + c * 512..start + (c + 1) * 512, RunMapping::Data(c * 1024));
             (start, (0..STRETCH_CLUSTERS).map(cluster).collect::<Vec<_>>())
         };
         for i in 0..2 * MAX_RUNS as u64 / STRETCH_CLUSTERS {

@@ -15,7 +15,7 @@ use imago::format::drivers::FormatDriverInstance;
 use imago::{ShallowMapping, StorageOpenOptions};
 use parking_lot::{Mutex, RwLock};
 
-use super::header::{Qcow2Header, HeaderError};
+use super::header::{HeaderError, Qcow2Header};
 
 /// The most bytes of tables that a chain may need at once, and the room for further ones that is
 /// shared by its images: 128 MiB each. The largest L1 table there is has 32 MiB; 256 images of
@@ -61,7 +61,11 @@ impl ImageTables {
     ///
     /// # Errors
     /// The host's, and `InvalidData`.
-    pub(super) fn open(file: Arc<File>, header: &Qcow2Header, budget: &TableBudget) -> io::Result<Self> {
+    pub(super) fn open(
+        file: Arc<File>,
+        header: &Qcow2Header,
+        budget: &TableBudget,
+    ) -> io::Result<Self> {
         let most = MAX_TABLE_BYTES / budget.images() / header.cluster_size;
         Ok(Self {
             qcow2: RwLock::new(open_imago(&file, header)?),
@@ -173,7 +177,8 @@ mod tests {
         let header = Qcow2Header::read(&file, file.metadata().unwrap().len()).unwrap();
         assert_eq!(header.bytes_per_l2(), 32 << 10);
         let open = |images| {
-            ImageTables::open(Arc::clone(&file), &header, &TableBudget { needed: 0, images }).unwrap()
+            ImageTables::open(Arc::clone(&file), &header, &TableBudget { needed: 0, images })
+                .unwrap()
         };
         let (all, few) = (open(1), open(MAX_TABLE_BYTES / 512 / 2));
         assert_eq!((few.max_loaded_l2, all.max_loaded_l2), (2, 1 << 18));

@@ -23,13 +23,13 @@ use clap::Args;
 use serde_json::Value;
 
 use self::layers::LayerNames;
-use self::picture::{Picture, KindSums};
+use self::picture::{KindSums, Picture};
 use self::pieces::{MapPiece, each_piece};
 use self::strip::Strip;
 use super::client::Endpoint;
 use super::{EXIT_OK, restore_sigpipe};
+use crate::config::format_size;
 use crate::printable;
-use crate::spec::format_size;
 
 /// How much of a map is read and printed at a time: what the mount is asked for.
 const READ_CHUNK: usize = 128 << 10;
@@ -97,7 +97,10 @@ fn build_picture(
 }
 
 /// Calls `each` with every piece of the disk.
-fn for_each_piece(place: &Endpoint, each: impl FnMut(MapPiece) -> io::Result<()>) -> anyhow::Result<()> {
+fn for_each_piece(
+    place: &Endpoint,
+    each: impl FnMut(MapPiece) -> io::Result<()>,
+) -> anyhow::Result<()> {
     let mut feed = place.open("map")?;
     match each_piece(&mut feed, each) {
         Ok(()) => Ok(()),

@@ -15,8 +15,8 @@
 
 use std::ops::Range;
 
-use super::pieces::{PieceKind, MapPiece};
-use crate::spec::format_size;
+use super::pieces::{MapPiece, PieceKind};
+use crate::config::format_size;
 
 /// Bytes of each kind.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

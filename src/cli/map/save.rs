@@ -7,10 +7,10 @@ use std::path::Path;
 
 use rustix::fs::OFlags;
 
+use crate::config::Overwrite;
 use crate::confined::PathHandle;
 use crate::host::os_message;
-use crate::part::{UnnamedFile, PartFileError};
-use crate::spec::Overwrite;
+use crate::part_file::{PartFileError, UnnamedFile};
 
 /// Writes `text` to `out`, or to stdout when that is `-`. A file is replaced as a whole or not
 /// at all, and keeps its mode; a device or a pipe is written to.

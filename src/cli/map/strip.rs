@@ -16,8 +16,8 @@ use std::fmt::Write as _;
 use std::os::fd::AsFd;
 
 use super::picture::{Picture, stack_heights, tick_label, ticks};
+use crate::config::format_size;
 use crate::printable;
-use crate::spec::format_size;
 
 /// The width of a terminal that does not tell.
 const DEFAULT_WIDTH: usize = 80;
@@ -87,7 +87,8 @@ impl Strip {
     }
 
     fn new(width: usize, colors: Colors, names: &[String]) -> Option<Self> {
-        let names: Vec<String> = names.iter().map(|name| truncate_name(&printable::line(name))).collect();
+        let names: Vec<String> =
+            names.iter().map(|name| truncate_name(&printable::line(name))).collect();
         let longest = names.iter().map(|name| name.chars().count()).max().unwrap_or(0);
         let name = longest.max("the disk".len());
         // A cell in the last column would make some terminals wrap.
@@ -210,7 +211,12 @@ impl Strip {
             }
             used += wide + if used == 0 { 0 } else { 3 };
             let mut pen = Pen { to, colors: self.colors, current: (None, None) };
-            pen.draw_cell([(paint, 1), (Paint::Nothing, 0), (Paint::Nothing, 0), (Paint::Nothing, 0)]);
+            pen.draw_cell([
+                (paint, 1),
+                (Paint::Nothing, 0),
+                (Paint::Nothing, 0),
+                (Paint::Nothing, 0),
+            ]);
             pen.reset_colors();
             to.push_str(&text);
         }
@@ -283,7 +289,7 @@ impl Pen<'_> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::pieces::{PieceKind, MapPiece};
+    use super::super::pieces::{MapPiece, PieceKind};
     use super::*;
 
     fn names(names: &[&str]) -> Vec<String> {
@@ -294,7 +300,8 @@ mod tests {
     fn picture(columns: usize) -> Picture {
         let mut picture = Picture::new(128 << 10, columns, 2);
         let mut add = |row: usize, start: u64, length: u64, kind: PieceKind| {
-            picture.add(row, &MapPiece { start: start << 10, length: length << 10, depth: row, kind });
+            picture
+                .add(row, &MapPiece { start: start << 10, length: length << 10, depth: row, kind });
         };
         add(1, 0, 32, PieceKind::Data);
         add(0, 32, 2, PieceKind::Data);

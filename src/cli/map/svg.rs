@@ -16,8 +16,8 @@
 use std::fmt::Write as _;
 
 use super::picture::{Picture, stack_heights, tick_label, ticks};
+use crate::config::format_size;
 use crate::printable;
-use crate::spec::format_size;
 
 /// Columns of a picture: as many as the plot is wide, so that none is blurred.
 pub(super) const PLOT_COLUMNS: usize = 1000;
@@ -62,7 +62,9 @@ pub(super) fn draw(name: &str, picture: &Picture, rows: &[String]) -> String {
     let is_bare = rows.len() < 2;
     // A base alone is the disk.
     let layers = if is_bare { Vec::new() } else { row_layouts(picture) };
-    let bottom = layers.last().map_or(DISK_ROW_TOP + DISK_ROW_HEIGHT + 28, |place| place.y + place.height + 8);
+    let bottom = layers
+        .last()
+        .map_or(DISK_ROW_TOP + DISK_ROW_HEIGHT + 28, |place| place.y + place.height + 8);
     let has_second_axis = bottom > DISK_ROW_TOP + DISK_ROW_HEIGHT + 400;
     let height = bottom + if has_second_axis { 28 } else { 12 };
     let mut to = String::new();
@@ -174,7 +176,8 @@ fn axis(to: &mut String, picture: &Picture, y: usize) {
 
 /// Where an offset lies on the axis.
 fn x_of(picture: &Picture, offset: u64) -> f64 {
-    let scaled = u128::from(offset) * 1000 * PLOT_COLUMNS as u128 / u128::from(picture.size().max(1));
+    let scaled =
+        u128::from(offset) * 1000 * PLOT_COLUMNS as u128 / u128::from(picture.size().max(1));
     pixels_f64(PLOT_LEFT) + f64::from(u32::try_from(scaled).unwrap_or(u32::MAX)) / 1000.0
 }
 
@@ -188,7 +191,12 @@ fn disk_row(to: &mut String, picture: &Picture) {
     let edges = |column: usize| {
         let (cell, range) = (picture.disk_cell(column), picture.column(column));
         let parts = [cell.base, cell.overlay, cell.zero, cell.hole];
-        stack_heights(parts, range.end - range.start, pixels(DISK_ROW_HEIGHT), pixels(DISK_ROW_HEIGHT / 8))
+        stack_heights(
+            parts,
+            range.end - range.start,
+            pixels(DISK_ROW_HEIGHT),
+            pixels(DISK_ROW_HEIGHT / 8),
+        )
     };
     let y = DISK_ROW_TOP + DISK_ROW_HEIGHT / 2 + 5;
     let _ = writeln!(to, r#"<text x="{MARGIN}" y="{y}" class="t">the disk</text>"#);
@@ -202,7 +210,12 @@ fn layer_row(to: &mut String, picture: &Picture, row: usize, name: &str, place: 
     let edges = |column: usize| {
         let (cell, range) = (picture.cell(row, column), picture.column(column));
         let mark = pixels((height / 6).clamp(2, 8));
-        stack_heights([cell.data, cell.zero, cell.hole], range.end - range.start, pixels(height), mark)
+        stack_heights(
+            [cell.data, cell.zero, cell.hole],
+            range.end - range.start,
+            pixels(height),
+            mark,
+        )
     };
     let data = if row + 1 == picture.rows() { "b" } else { "o" };
     let sums = picture.sums(row);
@@ -239,8 +252,10 @@ fn bars<const KINDS: usize>(
         0 | PLOT_COLUMNS => String::new(),
         few => format!(" scale({:.6} 1)", pixels_f64(PLOT_COLUMNS) / pixels_f64(few)),
     };
-    let _ =
-        write!(to, r#"<g transform="translate({PLOT_LEFT} {y}){scale}" shape-rendering="crispEdges">"#);
+    let _ = write!(
+        to,
+        r#"<g transform="translate({PLOT_LEFT} {y}){scale}" shape-rendering="crispEdges">"#
+    );
     for kind in (0..KINDS).rev() {
         let below = |edges: &[u32; KINDS]| kind.checked_sub(1).map_or(0, |below| edges[below]);
         if columns.iter().all(|edges| edges[kind] == below(edges)) {
@@ -346,7 +361,7 @@ fn escape_xml(text: &str) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::super::pieces::{PieceKind, MapPiece};
+    use super::super::pieces::{MapPiece, PieceKind};
     use super::*;
 
     const KINDS: [PieceKind; 3] = [PieceKind::Data, PieceKind::Zero, PieceKind::Hole];

@@ -1,9 +1,9 @@
 //! Which keys go together.
 
 use super::{DiskKey, RawValue};
-use crate::spec::{
-    DirectIo, DiskSpec, Flow, Format, DiskMode, OverlayKind, SourcePart, Partitions, Passthrough, DiskSource,
-    SpecError, SinkSpec,
+use crate::config::{
+    DirectIo, DiskMode, DiskSource, DiskSpec, Flow, Format, OverlayKind, Partitions, Passthrough,
+    SinkSpec, SourcePart, SpecError,
 };
 
 /// A partition says by itself where it begins and ends.
@@ -135,7 +135,8 @@ pub(super) fn check_stream(
 /// A blank disk has no base to read or to write.
 pub(super) fn check_mode(disk: &DiskSpec) -> Result<(), SpecError> {
     match (&disk.source, disk.mode) {
-        (DiskSource::File(_) | DiskSource::Stream(_), _) | (DiskSource::Blank(_), DiskMode::Cow) => Ok(()),
+        (DiskSource::File(_) | DiskSource::Stream(_), _)
+        | (DiskSource::Blank(_), DiskMode::Cow) => Ok(()),
         (DiskSource::Blank(_), mode) => {
             let why = "is for files, and this disk is blank: drop it, a blank disk is mode=cow";
             Err(SpecError::key(format!("mode={mode}"), why))

@@ -13,8 +13,8 @@ use self::check::{
     check_stream,
 };
 use self::table::KEYS;
-use super::error::{self, parse_decimal, hint, escaped};
-use super::{DiskSpec, Flow, Format, DiskMode, DiskSource, SpecError, StreamSpec, parse_size};
+use super::error::{self, escaped, hint, parse_decimal};
+use super::{DiskMode, DiskSource, DiskSpec, Flow, Format, SpecError, StreamSpec, parse_size};
 
 /// A value as it was written, before its key says what it must be.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -152,7 +152,9 @@ impl DiskKey {
             KeyScope::Streams | KeyScope::Outputs | KeyScope::Inputs if !is_stream => {
                 "is only for streams, NAME=stream:SIZE: drop it"
             }
-            KeyScope::Disks | KeyScope::Files | KeyScope::Cow if is_stream => "is not for streams: drop it",
+            KeyScope::Disks | KeyScope::Files | KeyScope::Cow if is_stream => {
+                "is not for streams: drop it"
+            }
             // A stream has no base that a mode could be about.
             KeyScope::All if is_stream && self.name == "mode" => "is not for streams: drop it",
             _ => return Ok(()),
@@ -161,7 +163,12 @@ impl DiskKey {
     }
 
     /// Reads `value` as what this key takes and puts it into `disk`.
-    fn set_value(&self, disk: &mut DiskSpec, value: &RawValue, dir: &Path) -> Result<(), SpecError> {
+    fn set_value(
+        &self,
+        disk: &mut DiskSpec,
+        value: &RawValue,
+        dir: &Path,
+    ) -> Result<(), SpecError> {
         if let (KeySetter::Flow(read), DiskSource::Stream(stream)) = (&self.set, &mut disk.source) {
             if !matches!(value, RawValue::Array(_)) {
                 self.value_text(value)?;
@@ -181,7 +188,10 @@ impl DiskKey {
             (RawValue::Bool(false), _) if self.is_switch() => Ok("off".into()),
             (
                 RawValue::Integer(number, _),
-                KeySetter::Size(_) | KeySetter::StreamSize(_) | KeySetter::Id(_) | KeySetter::Ordinal(_),
+                KeySetter::Size(_)
+                | KeySetter::StreamSize(_)
+                | KeySetter::Id(_)
+                | KeySetter::Ordinal(_),
             ) => Ok(number.to_string().into()),
             // `0o644` is plain. What a decimal 644 means is anybody's guess.
             (RawValue::Integer(number, 8), KeySetter::Perm(_)) => Ok(format!("{number:o}").into()),
@@ -198,7 +208,8 @@ impl DiskKey {
 
     /// Whether it is on when it stands alone.
     fn is_switch(&self) -> bool {
-        matches!(self.set, KeySetter::Switch(_) | KeySetter::StreamSwitch(_)) || self.name == "spill-compress"
+        matches!(self.set, KeySetter::Switch(_) | KeySetter::StreamSwitch(_))
+            || self.name == "spill-compress"
     }
 
     fn wrong_type(&self, kind: &str) -> SpecError {
@@ -229,7 +240,9 @@ impl DiskKey {
     fn check(&self, disk: &DiskSpec) -> Result<(), SpecError> {
         if let DiskSource::Stream(stream) = &disk.source {
             let why = match (self.scope, &stream.flow) {
-                (KeyScope::Outputs, Flow::In { .. }) => "is for output streams, and this one has from=",
+                (KeyScope::Outputs, Flow::In { .. }) => {
+                    "is for output streams, and this one has from="
+                }
                 (KeyScope::Inputs, Flow::Out(_)) => "is for input streams, and this one has to=",
                 _ => return Ok(()),
             };
@@ -302,7 +315,9 @@ mod tests {
 
     use super::super::parse_disk;
     use super::*;
-    use crate::spec::{DirectIo, Locking, OverlayKind, SourcePart, Partitions, Passthrough, Resize};
+    use crate::config::{
+        DirectIo, Locking, OverlayKind, Partitions, Passthrough, Resize, SourcePart,
+    };
 
     fn read(text: &str) -> DiskSpec {
         parse_disk(text, Path::new("/home"), &|_| false).unwrap()

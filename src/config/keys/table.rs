@@ -1,9 +1,10 @@
 //! Every key there is, and what each does to the spec.
 
-use super::{KeyScope, DiskKey, KeySetter, Switch};
-use crate::spec::{
-    SpillCompression, DirectIo, DiskSpec, FinishWhen, Flow, StreamFrames, Locking, DiskMode, OverlayKind, Overwrite,
-    Pad, SourcePart, Partitions, Passthrough, Resize, SpecError, Spool, StreamSpec, SinkSpec, error, flow,
+use super::{DiskKey, KeyScope, KeySetter, Switch};
+use crate::config::{
+    DirectIo, DiskMode, DiskSpec, FinishWhen, Flow, Locking, OverlayKind, Overwrite, Pad,
+    Partitions, Passthrough, Resize, SinkSpec, SourcePart, SpecError, SpillCompression, Spool,
+    StreamFrames, StreamSpec, error, flow,
 };
 
 /// Every key there is.
@@ -14,8 +15,18 @@ pub(super) static KEYS: &[DiskKey] = &[
     row("mode", KeyScope::All, "cow|ro|rw", KeySetter::Word(set_mode)),
     row("format", KeyScope::Files, "raw|qcow2|...", KeySetter::Word(set_format)),
     row("block", KeyScope::Cow, "4K", KeySetter::Size(set_block)),
-    row("limit", KeyScope::Cow, "SIZE", KeySetter::Size(|disk, size| set_some(&mut disk.limit, size))),
-    row("size", KeyScope::Cow, "SIZE", KeySetter::Size(|disk, size| set_some(&mut disk.size, size))),
+    row(
+        "limit",
+        KeyScope::Cow,
+        "SIZE",
+        KeySetter::Size(|disk, size| set_some(&mut disk.limit, size)),
+    ),
+    row(
+        "size",
+        KeyScope::Cow,
+        "SIZE",
+        KeySetter::Size(|disk, size| set_some(&mut disk.size, size)),
+    ),
     row("resize", KeyScope::Cow, "on|off", KeySetter::Switch(set_resize)),
     row(
         "cow-on-read",
@@ -51,7 +62,12 @@ pub(super) static KEYS: &[DiskKey] = &[
     // First of a stream's: the others depend on its direction.
     row("to", KeyScope::Streams, SINK_FORMS, KeySetter::Flow(flow::parse_to)),
     row("from", KeyScope::Streams, SOURCE_FORMS, KeySetter::Flow(flow::parse_from)),
-    row("window", KeyScope::Outputs, "64M", KeySetter::StreamSize(|stream, size| stream.window = size)),
+    row(
+        "window",
+        KeyScope::Outputs,
+        "64M",
+        KeySetter::StreamSize(|stream, size| stream.window = size),
+    ),
     row(
         "read-window",
         KeyScope::Streams,
@@ -60,7 +76,12 @@ pub(super) static KEYS: &[DiskKey] = &[
             stream.read_window = size;
         }),
     ),
-    row("spill", KeyScope::Outputs, "1G", KeySetter::StreamSize(|stream, size| stream.spill = Some(size))),
+    row(
+        "spill",
+        KeyScope::Outputs,
+        "1G",
+        KeySetter::StreamSize(|stream, size| stream.spill = Some(size)),
+    ),
     row("spill-compress", KeyScope::Outputs, "on|off|lz4", KeySetter::StreamWord(set_compress)),
     row("finish", KeyScope::Outputs, "explicit|umount|close", KeySetter::StreamWord(set_finish)),
     row("pad", KeyScope::Outputs, "on|off", KeySetter::StreamSwitch(set_pad)),
@@ -75,7 +96,12 @@ const SINK_FORMS: &str = "fifo:PATH, file:PATH, cmd:COMMAND, stdout or measure:"
 /// What `from=` takes.
 const SOURCE_FORMS: &str = "fifo:PATH, file:PATH, cmd:COMMAND or stdin";
 
-pub(super) const fn row(name: &'static str, applies: KeyScope, sample: &'static str, set: KeySetter) -> DiskKey {
+pub(super) const fn row(
+    name: &'static str,
+    applies: KeyScope,
+    sample: &'static str,
+    set: KeySetter,
+) -> DiskKey {
     DiskKey { name, scope: applies, set, sample }
 }
 

@@ -130,7 +130,8 @@ impl Disk {
             let found = tree.snapshot(name).map(|found| found.layer);
             found.ok_or_else(|| OperationError::NoSnapshot(name.to_owned()))
         };
-        let since = since.map(|name| Ok::<_, OperationError>((name, layer_of(name)?))).transpose()?;
+        let since =
+            since.map(|name| Ok::<_, OperationError>((name, layer_of(name)?))).transpose()?;
         let until = until.map(layer_of).transpose()?;
         if let Some((name, old)) = since {
             // Refused before anything is frozen.
@@ -163,7 +164,8 @@ impl Disk {
         };
         let size = chain.first().map_or(0, |top| top.size());
         let mtime = chain.first().and_then(|layer| layer.mtime()).map_or(0, |(mtime, _)| mtime);
-        let marks = ChangeMap { layers: Sealed::new(chain[..upper].to_vec()), base_size: below, size };
+        let marks =
+            ChangeMap { layers: Sealed::new(chain[..upper].to_vec()), base_size: below, size };
         let frozen = LayerStack::new(Top::Nothing, Sealed::new(chain).map(Arc::new), bottom);
         let marks = LayerStack::new(Top::Nothing, None, Some(Arc::new(marks)));
         let base = match &*self.bottom() {
@@ -171,7 +173,11 @@ impl Disk {
             Bottom::File { path, format, .. } => DiffBase::File(path.clone(), format.to_string()),
             Bottom::Blank(_) => DiffBase::Zeros,
         };
-        Ok(Difference { frozen_file: self.add_diff_file(frozen, mtime), changes_file: self.add_diff_file(marks, mtime), base })
+        Ok(Difference {
+            frozen_file: self.add_diff_file(frozen, mtime),
+            changes_file: self.add_diff_file(marks, mtime),
+            base,
+        })
     }
 
     /// Whether files of a difference are there to be read.
@@ -193,7 +199,8 @@ impl Disk {
     pub(super) fn diff_file(&self, name: &str) -> Option<Arc<Self>> {
         let uuid = Uuid::parse_str(name.strip_prefix(DIFF_FILE_PREFIX)?).ok()?;
         let mut held = self.history.diff_files.lock();
-        let DiffFile { file, expires: until, .. } = held.iter_mut().find(|held| held.uuid == uuid)?;
+        let DiffFile { file, expires: until, .. } =
+            held.iter_mut().find(|held| held.uuid == uuid)?;
         *until = Instant::now() + OPEN_TIMEOUT;
         // A change of the layers lets go of files that nobody has open.
         self.history.snapshot_files.lock().entry(uuid).or_insert_with(|| Arc::clone(file));

@@ -7,14 +7,14 @@ use std::sync::atomic::Ordering;
 use uuid::Uuid;
 
 use super::super::{Disk, LayerStack, Top};
-use super::switch::NewTop;
-use super::turn::Operation;
-use super::{OperationError, LayerUsers};
+use super::new_top::NewTop;
+use super::operation::Operation;
+use super::{LayerUsers, OperationError};
 use crate::layer::{Layer, WritableLayer};
 use crate::overlay::Overlay;
+use crate::overlay::layer_cache::LayerCache;
 use crate::overlay::record::LayerMap;
 use crate::overlay::sealed::Sealed;
-use crate::overlay::shelf::LayerCache;
 use crate::overlay::tree::LayerTree;
 
 /// What the top may hold while it is merged with all writers waiting: 16 MiB.
@@ -40,8 +40,11 @@ impl Disk {
 
     /// Whether no snapshot and no other disk holds its layers apart.
     pub(in crate::disk) fn is_mergeable(&self) -> bool {
-        let is_nameless = self.overlay_location.lock().tree().is_some_and(|tree| tree.snapshots.is_empty());
-        is_nameless && !self.history.is_ending.load(Ordering::SeqCst) && self.find_mergeable().is_some()
+        let is_nameless =
+            self.overlay_location.lock().tree().is_some_and(|tree| tree.snapshots.is_empty());
+        is_nameless
+            && !self.history.is_ending.load(Ordering::SeqCst)
+            && self.find_mergeable().is_some()
     }
 
     /// Whether `merge_layers` would have something to do.
@@ -85,14 +88,21 @@ impl Disk {
                 _ => self.merge_sealed(&turn, lower, upper),
             };
             match done {
-                Err(OperationError::Interrupted | OperationError::WriterStuck) => return Ok(MergeOutcome::Interrupted),
+                Err(OperationError::Interrupted | OperationError::WriterStuck) => {
+                    return Ok(MergeOutcome::Interrupted);
+                }
                 done => done?,
             }
         }
     }
 
     /// Makes one sealed layer of `lower` and `upper`, which stands on it alone.
-    fn merge_sealed(&self, turn: &Operation<'_>, lower: Uuid, upper: Uuid) -> Result<(), OperationError> {
+    fn merge_sealed(
+        &self,
+        turn: &Operation<'_>,
+        lower: Uuid,
+        upper: Uuid,
+    ) -> Result<(), OperationError> {
         let tree = self.tree("layers")?;
         let both = self.open_pair(&tree, lower, upper)?;
         let new = self.build_merged(&tree, lower, &both, turn)?;
@@ -128,7 +138,12 @@ impl Disk {
     }
 
     /// The layers `upper` and `lower`, looked up as one.
-    fn open_pair(&self, tree: &LayerTree, lower: Uuid, upper: Uuid) -> Result<Sealed, OperationError> {
+    fn open_pair(
+        &self,
+        tree: &LayerTree,
+        lower: Uuid,
+        upper: Uuid,
+    ) -> Result<Sealed, OperationError> {
         let gone = OperationError::NoOverlay("layers");
         let mut chain = self.open_chain(tree, upper)?;
         let depth = tree.chain(upper).iter().position(|layer| layer.uuid == lower);
@@ -174,7 +189,12 @@ impl Disk {
         self.finish_top_merge(turn, lower, new).inspect_err(|_| self.remove_layer(uuid))
     }
 
-    fn finish_top_merge(&self, turn: &Operation<'_>, lower: Uuid, mut new: NewTop) -> Result<(), OperationError> {
+    fn finish_top_merge(
+        &self,
+        turn: &Operation<'_>,
+        lower: Uuid,
+        mut new: NewTop,
+    ) -> Result<(), OperationError> {
         let absorb = |layer: Arc<Overlay>| -> Result<(), OperationError> {
             let layer = Sealed::new(vec![layer]).ok_or(OperationError::NoOverlay("layers"))?;
             let done = new.overlay.merge_from(&layer, &|| turn.must_stop());
@@ -246,8 +266,8 @@ mod tests {
     use super::super::super::{HandleAccess, OpenContext, open};
     use super::super::Force;
     use super::*;
+    use crate::config::{DiskSource, DiskSpec};
     use crate::layer::Wait;
-    use crate::spec::{DiskSpec, DiskSource};
 
     fn disk(dir: &Path) -> Disk {
         let mut spec = DiskSpec::new("d".to_owned(), DiskSource::Blank(8 << 20));

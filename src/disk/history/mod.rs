@@ -4,12 +4,12 @@
 //! that no name holds apart any more, is done in the background afterwards (`tidy`), and gives way
 //! to whoever wants something of the disk.
 
-mod differ;
+mod diff;
 mod error;
 mod merge;
-mod show;
-mod switch;
-mod turn;
+mod new_top;
+mod operation;
+mod snapshots;
 
 use std::collections::{HashMap, HashSet};
 use std::io;
@@ -20,22 +20,22 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use parking_lot::{Condvar, Mutex};
 use uuid::Uuid;
 
-use self::differ::DiffFile;
-pub use self::differ::{DiffBase, Difference};
+use self::diff::DiffFile;
+pub use self::diff::{DiffBase, Difference};
 pub use self::error::OperationError;
-use self::show::snapshot_uuid;
-pub use self::show::{LayerUsage, SnapshotInfo};
-use self::switch::TopParent;
-use self::turn::RunningOperation;
-pub(super) use self::turn::Operation;
+use self::new_top::TopParent;
+pub(super) use self::operation::Operation;
+use self::operation::RunningOperation;
+use self::snapshots::snapshot_uuid;
+pub use self::snapshots::{LayerUsage, SnapshotInfo};
 use super::{Disk, OverlayLocation, Top};
+use crate::config::Locking;
 use crate::layer::Layer;
+use crate::overlay::layer_cache::LayerCache;
 use crate::overlay::reflink::ReflinkError;
-use crate::overlay::shelf::LayerCache;
 use crate::overlay::stack::{LayerRecord, SnapshotRecord, Stack};
 use crate::overlay::tree::{self, LayerTree};
 use crate::overlay::{Overlay, Usage};
-use crate::spec::Locking;
 
 /// Whether it is done although somebody may be writing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -243,7 +243,9 @@ impl Disk {
         let _turn = self.begin_operation("the deletion of a snapshot")?;
         if let Some(reflink) = self.reflink() {
             reflink.delete_snapshot(name)?;
-            if let Some(file) = self.history.snapshot_files.lock().remove(&snapshot_uuid(&self.uuid, name)) {
+            if let Some(file) =
+                self.history.snapshot_files.lock().remove(&snapshot_uuid(&self.uuid, name))
+            {
                 file.mark_unlinked();
             }
             return Ok(());
@@ -271,7 +273,9 @@ impl Disk {
     /// Freezes what the disk holds, unless it is frozen already: tells the layer.
     fn freeze_top(&self) -> Result<Uuid, OperationError> {
         let layers = self.layers();
-        let Top::Overlay(top) = &layers.top else { return Err(OperationError::NoOverlay("layers")) };
+        let Top::Overlay(top) = &layers.top else {
+            return Err(OperationError::NoOverlay("layers"));
+        };
         let usage = top.usage();
         let is_same = layers.sealed.as_ref().is_some_and(|sealed| sealed.size() == top.size());
         if !is_same || usage != (Usage { data: 0, zero: 0 }) || top.lower_limit() != top.size() {

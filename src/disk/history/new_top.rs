@@ -8,7 +8,7 @@ use std::sync::atomic::Ordering;
 
 use uuid::Uuid;
 
-use super::super::{Disk, OverlayLocation, LayerStack, Top};
+use super::super::{Disk, LayerStack, OverlayLocation, Top};
 use super::{Force, OperationError};
 use crate::host::os_error;
 use crate::layer::Layer;
@@ -50,8 +50,12 @@ impl Disk {
             let known = self.history.sealed.lock().get(&record.uuid).cloned();
             let layer = match (known, &mut *self.overlay_location.lock()) {
                 (Some(layer), _) => layer,
-                (None, OverlayLocation::Persistent(home)) => home.open_layer(record.uuid, &self.history.layer_cache())?,
-                (None, _) => return Err(OperationError::io("opening a layer")(os_error(libc::ENOENT))),
+                (None, OverlayLocation::Persistent(home)) => {
+                    home.open_layer(record.uuid, &self.history.layer_cache())?
+                }
+                (None, _) => {
+                    return Err(OperationError::io("opening a layer")(os_error(libc::ENOENT)));
+                }
             };
             self.apply_direct(&layer)
                 .map_err(OperationError::io("opening a layer past the host's cache"))?;
@@ -123,7 +127,9 @@ impl Disk {
             TopParent::Base => None,
         };
         let mut below = match above {
-            TopParent::Top => self.layers().sealed.as_ref().map_or(Vec::new(), |s| s.layers().to_vec()),
+            TopParent::Top => {
+                self.layers().sealed.as_ref().map_or(Vec::new(), |s| s.layers().to_vec())
+            }
             TopParent::Layer(layer) => self.open_chain(&tree, layer)?,
             TopParent::Base => Vec::new(),
         };
@@ -205,7 +211,11 @@ impl Disk {
 
     /// What a sync of a disk with the layers `next` makes durable: `below`, and what only
     /// snapshots stand on.
-    pub(super) fn layers_to_sync(&self, next: &LayerTree, below: &[Arc<Overlay>]) -> Vec<Arc<Overlay>> {
+    pub(super) fn layers_to_sync(
+        &self,
+        next: &LayerTree,
+        below: &[Arc<Overlay>],
+    ) -> Vec<Arc<Overlay>> {
         let known = self.history.sealed.lock();
         let known = known.iter().filter(|(uuid, _)| next.layer(**uuid).is_some());
         below.iter().chain(known.map(|(_, layer)| layer)).cloned().collect()
@@ -257,7 +267,10 @@ impl Disk {
         let gone = |uuid: &Uuid| next.layer(*uuid).is_none();
         self.history.sealed.lock().retain(|uuid, _| !gone(uuid));
         // Who has one open goes on reading it, and is counted.
-        self.history.snapshot_files.lock().retain(|uuid, file| !gone(uuid) || file.handle_count() > 0);
+        self.history
+            .snapshot_files
+            .lock()
+            .retain(|uuid, file| !gone(uuid) || file.handle_count() > 0);
         let dropped: Vec<Uuid> = old.layers.iter().map(|layer| layer.uuid).filter(gone).collect();
         if dropped.is_empty() {
             return;
@@ -279,7 +292,10 @@ impl Disk {
     }
 
     /// All its layers, each after the one below it, to be kept in a directory.
-    pub(in crate::disk) fn all_layers(&self, tree: &LayerTree) -> Result<Vec<Arc<Overlay>>, OperationError> {
+    pub(in crate::disk) fn all_layers(
+        &self,
+        tree: &LayerTree,
+    ) -> Result<Vec<Arc<Overlay>>, OperationError> {
         let top = tree.top().map(|top| top.uuid);
         let open = |record: &LayerRecord| -> Result<Arc<Overlay>, OperationError> {
             let missing = || OperationError::NoOverlay("layers");

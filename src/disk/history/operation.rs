@@ -27,7 +27,8 @@ pub(in crate::disk) struct Operation<'a>(&'a History);
 impl Operation<'_> {
     /// Whether work that takes long has to stop.
     pub(in crate::disk) fn must_stop(&self) -> bool {
-        self.0.is_ending.load(Ordering::SeqCst) || self.0.running.lock().is_some_and(|doing| doing.must_stop)
+        self.0.is_ending.load(Ordering::SeqCst)
+            || self.0.running.lock().is_some_and(|doing| doing.must_stop)
     }
 }
 
@@ -42,7 +43,10 @@ impl Drop for Operation<'_> {
 
 impl Disk {
     /// Begins an operation on the disk as a whole.
-    pub(in crate::disk) fn begin_operation(&self, what: &'static str) -> Result<Operation<'_>, OperationError> {
+    pub(in crate::disk) fn begin_operation(
+        &self,
+        what: &'static str,
+    ) -> Result<Operation<'_>, OperationError> {
         self.begin_operation_as(what, false)
     }
 
@@ -92,9 +96,13 @@ impl Disk {
     }
 
     /// The gate, for a change of the layers. What waits behind it has no deadline meanwhile.
-    pub(in crate::disk) fn gate_for_layers(&self) -> Result<RwLockWriteGuard<'_, ()>, OperationError> {
+    pub(in crate::disk) fn gate_for_layers(
+        &self,
+    ) -> Result<RwLockWriteGuard<'_, ()>, OperationError> {
         let start = Instant::now();
-        let gate = self.wait_for_gate(|| start.elapsed() < DRAIN_TIMEOUT).ok_or(OperationError::WriterStuck)?;
+        let gate = self
+            .wait_for_gate(|| start.elapsed() < DRAIN_TIMEOUT)
+            .ok_or(OperationError::WriterStuck)?;
         if self.closed.load(Ordering::SeqCst) { Err(OperationError::Interrupted) } else { Ok(gate) }
     }
 

@@ -8,9 +8,10 @@ use uuid::Uuid;
 
 use super::super::bottom::Bottom;
 use super::super::open::new_disk;
-use super::super::{Disk, LayerStack, DiskOwner, Times, Top, from_system_time, mtime_of};
+use super::super::{Disk, DiskOwner, LayerStack, Times, Top, from_system_time, mtime_of};
 use super::OperationError;
 use crate::base::raw::{HostKind, RawBase};
+use crate::config::{DiskMode, DiskSource, DiskSpec};
 use crate::host::os_error;
 use crate::layer::Layer;
 use crate::overlay::reflink::{self, Reflink};
@@ -18,7 +19,6 @@ use crate::overlay::sealed::Sealed;
 use crate::overlay::stack::{LayerRecord, SnapshotRecord};
 use crate::overlay::tree::LayerTree;
 use crate::overlay::{Overlay, Usage};
-use crate::spec::{DiskSpec, DiskMode, DiskSource};
 
 /// What is seen of a snapshot.
 #[derive(Clone, Debug)]

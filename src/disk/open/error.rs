@@ -4,7 +4,7 @@ use std::io;
 use std::path::PathBuf;
 
 use crate::base::BaseError;
-use crate::base::place::SelfReferenceError;
+use crate::base::self_reference::SelfReferenceError;
 use crate::disk::PartitionsError;
 use crate::overlay::stack::StackError;
 

@@ -5,9 +5,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::error::OpenError;
-use super::persistent::{overlay_error, new_stack};
-use crate::disk::life::OperationError;
-use crate::disk::{Disk, OverlayLocation, LayerStack, Top};
+use super::persistent::{new_stack, overlay_error};
+use crate::disk::history::OperationError;
+use crate::disk::{Disk, LayerStack, OverlayLocation, Top};
 use crate::overlay::persist::{self, OpenedOverlay, OverlayPath};
 use crate::overlay::recover::Recovered;
 use crate::overlay::sealed::Sealed;
@@ -97,7 +97,7 @@ impl Disk {
         let top = Top::Overlay(Arc::new(overlay));
         *self.layers.write() = Arc::new(LayerStack::new(top, sealed, layers.bottom.clone()));
         *self.overlay_location.lock() = OverlayLocation::Persistent(home);
-        *self.overlay_dir.lock() = Some(super::super::residing::OverlayDirId::at(dir));
+        *self.overlay_dir.lock() = Some(super::super::overlay_dir::OverlayDirId::at(dir));
         Ok(())
     }
 }

@@ -1,12 +1,12 @@
 //! From a disk's spec to a disk: opening its base, finding or making its overlay.
 //!
-//! `persistent` is for overlays that stay, `stored` for disks of a store, `placed` for a disk that finds its
+//! `persistent` is for overlays that stay, `stored` for disks of a store, `keep_in_dir` for a disk that finds its
 //! place later, or loses it.
 
 mod error;
+mod keep_in_dir;
 mod notes;
 mod persistent;
-mod placed;
 mod stored;
 
 use std::collections::HashSet;
@@ -21,25 +21,25 @@ use uuid::Uuid;
 pub use self::error::OpenError;
 use self::notes::notes_on_base;
 pub(super) use self::notes::notes_on_overlay;
-pub(super) use self::persistent::{READ_ONLY_NOTE, adopt_owner, overlay_error, new_stack};
-use self::persistent::{open_persistent, assemble_persistent};
+pub(super) use self::persistent::{READ_ONLY_NOTE, adopt_owner, new_stack, overlay_error};
+use self::persistent::{assemble_persistent, open_persistent};
 pub use self::stored::{clone_stored, create_blank, create_stored, open_stored};
 use super::bottom::Bottom;
 use super::fetch::HydrationState;
-use super::life::History;
-use super::room::SpaceFailures;
-use super::{Disk, OverlayLocation, LayerStack, DiskOwner, Times, Top, mtime_of, coarse_now};
-use crate::base::place;
+use super::history::History;
+use super::space_failures::SpaceFailures;
+use super::{Disk, DiskOwner, LayerStack, OverlayLocation, Times, Top, coarse_now, mtime_of};
+use crate::base::self_reference;
 use crate::base::{self, BaseAccess, BaseLayer, BaseOptions};
+use crate::config::{DirectIo, DiskMode, DiskSource, DiskSpec, Partitions, format_size};
 use crate::layer::{Layer, Wait};
+use crate::overlay::layer_cache::LayerCache;
 use crate::overlay::persist::{self, OverlayPath};
 use crate::overlay::recover::Recovered;
 use crate::overlay::sealed::Sealed;
-use crate::overlay::shelf::LayerCache;
 use crate::overlay::tree::LayerTree;
 use crate::overlay::{DEFAULT_BLOCK_SIZE, Overlay, keep};
 use crate::pool::Pool;
-use crate::spec::{DirectIo, DiskSpec, DiskMode, Partitions, DiskSource, format_size};
 use crate::stream::sink::StdioMode;
 
 /// Threads that describe a disk at a time. Its map is asked for now and then.
@@ -100,7 +100,10 @@ pub fn open(spec: &DiskSpec, setting: &OpenContext<'_>) -> Result<OpenedDisk, Op
     if let DiskSource::Stream(stream) = &spec.source {
         return super::stream::open(spec, stream, setting);
     }
-    let dir = spec.overlay.as_deref().map(|dir| persist::resolve_overlay_path(dir).map_err(overlay_error(dir)));
+    let dir = spec
+        .overlay
+        .as_deref()
+        .map(|dir| persist::resolve_overlay_path(dir).map_err(overlay_error(dir)));
     let spec = &DiskSpec { overlay: dir.transpose()?, ..spec.clone() };
     let place = spec.overlay.as_deref().map(|dir| OverlayPath { dir, layers: None });
     let opened = complete(spec, open_layers(spec, place, setting, &Arc::default())?)?;
@@ -131,12 +134,13 @@ fn open_layers(
     shelf: &Arc<LayerCache>,
 ) -> Result<OpenedDisk, OpenError> {
     if let DiskSource::File(path) = &spec.source {
-        place::check_self_reference(path, setting.mountpoint, setting.mount_dev)?;
+        self_reference::check_self_reference(path, setting.mountpoint, setting.mount_dev)?;
     }
     if let Some(OverlayPath { dir, .. }) = place {
-        place::check_self_reference(dir, setting.mountpoint, setting.mount_dev)?;
+        self_reference::check_self_reference(dir, setting.mountpoint, setting.mount_dev)?;
     }
-    let access = if spec.mode == DiskMode::ReadWrite { BaseAccess::Write } else { BaseAccess::Read };
+    let access =
+        if spec.mode == DiskMode::ReadWrite { BaseAccess::Write } else { BaseAccess::Read };
     let how = BaseOptions {
         format: spec.format,
         part: spec.part,
@@ -162,7 +166,11 @@ fn open_layers(
         (BaseLayer::Reader(layer), _) if spec.mode == DiskMode::ReadOnly => {
             let layers = LayerStack::new(Top::Nothing, None, Some(Arc::clone(layer)));
             let disk = new_disk(spec, Uuid::new_v4(), layers, bottom, owner);
-            Ok(OpenedDisk { disk, summary: format!("{}, read-only", format_size(base.size)), notes })
+            Ok(OpenedDisk {
+                disk,
+                summary: format!("{}, read-only", format_size(base.size)),
+                notes,
+            })
         }
         (BaseLayer::Reader(layer), None) => {
             let dir = keep::temporary_dir();
@@ -174,8 +182,10 @@ fn open_layers(
             notes.extend(notes_on_overlay(&dir, setting));
             let layers = overlay_layers(overlay, Vec::new(), layer);
             let mut disk = new_disk(spec, Uuid::new_v4(), layers, bottom, owner);
-            disk.overlay_location =
-                Mutex::new(OverlayLocation::Temporary { tree: LayerTree::single(Uuid::new_v4(), block), dir });
+            disk.overlay_location = Mutex::new(OverlayLocation::Temporary {
+                tree: LayerTree::single(Uuid::new_v4(), block),
+                dir,
+            });
             disk.history = History::new((size, limit), spec.limit);
             let summary = format!(
                 "{}, temporary overlay: changes end at umount ('cowslip keep' saves them)",
@@ -209,7 +219,11 @@ fn overlay_layers(overlay: Overlay, below: Vec<Arc<Overlay>>, base: &Arc<dyn Lay
 
 /// The owner of a disk that was not mounted before: the one who mounts, and readable by whom the
 /// base is readable.
-pub(super) fn initial_owner(spec: &DiskSpec, bottom: &Bottom, setting: &OpenContext<'_>) -> DiskOwner {
+pub(super) fn initial_owner(
+    spec: &DiskSpec,
+    bottom: &Bottom,
+    setting: &OpenContext<'_>,
+) -> DiskOwner {
     // What all files that it is read from allow: a backing file may be more private than its image.
     let modes = bottom.files().map(|file| file.metadata().map_or(0, |found| found.mode()));
     let readable = modes.reduce(|all, mode| all & mode).unwrap_or(0) & 0o044;

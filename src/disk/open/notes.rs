@@ -4,7 +4,7 @@ use std::path::Path;
 
 use super::OpenContext;
 use crate::base::Base;
-use crate::base::place;
+use crate::base::self_reference;
 
 /// What the base's file system cannot do.
 pub(super) fn notes_on_base(base: &Base, setting: &OpenContext<'_>) -> Vec<String> {
@@ -16,7 +16,7 @@ pub(super) fn notes_on_base(base: &Base, setting: &OpenContext<'_>) -> Vec<Strin
     if !is_file || !setting.probed_dirs.lock().insert(dir) {
         return Vec::new();
     }
-    match place::shows_holes(file) {
+    match self_reference::shows_holes(file) {
         Ok(false) => {
             vec!["the base's file system cannot tell holes: all of it counts as data".to_owned()]
         }
@@ -30,7 +30,7 @@ pub(in crate::disk) fn notes_on_overlay(dir: &Path, setting: &OpenContext<'_>) -
     if !setting.probed_dirs.lock().insert(dir.join("overlay")) {
         return Vec::new();
     }
-    let Ok(found) = place::probe_features(dir) else {
+    let Ok(found) = self_reference::probe_features(dir) else {
         return Vec::new();
     };
     let line = |what| format!("'{}' is on {}: {what}", dir.display(), found.fs.name);

@@ -7,19 +7,21 @@ use parking_lot::Mutex;
 use uuid::Uuid;
 
 use super::error::OpenError;
-use super::{OpenedDisk, OpenContext, new_disk, overlay_layers};
+use super::{OpenContext, OpenedDisk, new_disk, overlay_layers};
 use crate::base::Base;
-use crate::disk::bottom::{Bottom, BaseMismatch, find_mismatch, check_base};
-use crate::disk::life::History;
-use crate::disk::{OverlayLocation, DiskOwner, Times, Top, mtime_of, coarse_now};
+use crate::config::{DiskMode, DiskSpec, OverlayKind, format_size};
+use crate::disk::bottom::{BaseMismatch, Bottom, check_base, find_mismatch};
+use crate::disk::history::History;
+use crate::disk::{DiskOwner, OverlayLocation, Times, Top, coarse_now, mtime_of};
 use crate::layer::Layer;
-use crate::overlay::persist::{self, LockedOverlay, NewOverlay, OpenedOverlay, OverlayPath, OverlayDir};
-use crate::overlay::record::{LayerMap, Nanos, MtimeOrigin};
+use crate::overlay::layer_cache::LayerCache;
+use crate::overlay::persist::{
+    self, LockedOverlay, NewOverlay, OpenedOverlay, OverlayDir, OverlayPath,
+};
+use crate::overlay::record::{LayerMap, MtimeOrigin, Nanos};
 use crate::overlay::recover::Recovered;
-use crate::overlay::shelf::LayerCache;
 use crate::overlay::stack::{LayerRecord, Stack, StackError, VERSION};
 use crate::overlay::{DEFAULT_BLOCK_SIZE, MAX_DISK_SIZE, Overlay};
-use crate::spec::{DiskSpec, DiskMode, OverlayKind, format_size};
 
 /// What is to be said of a disk whose overlay takes no changes.
 pub(in crate::disk) const READ_ONLY_NOTE: &str =
@@ -68,7 +70,8 @@ pub(super) fn open_persistent(
     let dir = place.dir;
     if !persist::exists(dir).map_err(overlay_error(dir))? {
         let size = spec.size.unwrap_or(base.size).min(MAX_DISK_SIZE);
-        let stack = new_stack(uuid_for(place), bottom, owner, spec.block.unwrap_or(DEFAULT_BLOCK_SIZE))?;
+        let stack =
+            new_stack(uuid_for(place), bottom, owner, spec.block.unwrap_or(DEFAULT_BLOCK_SIZE))?;
         let image = &LayerMap::new(size, size.min(base.size));
         let new = NewOverlay { stack, map: image, limit: spec.limit };
         return persist::create(place, new).map_err(overlay_error(dir));
@@ -79,7 +82,8 @@ pub(super) fn open_persistent(
         return mismatch(why);
     }
     // What it was is no more and what it will be not yet: the commit has to be finished.
-    let is_changed = matches!(find_mismatch(&found.stack.base, bottom)?, Some(BaseMismatch::Changed(_)));
+    let is_changed =
+        matches!(find_mismatch(&found.stack.base, bottom)?, Some(BaseMismatch::Changed(_)));
     if !is_changed
         || !bottom.is_recorded_file(&found.stack.base)?
         || !found.is_committing().map_err(overlay_error(dir))?
@@ -179,7 +183,7 @@ pub(super) fn assemble_persistent(
         disk.mode = DiskMode::ReadOnly;
     }
     disk.overlay_location = Mutex::new(OverlayLocation::Persistent(home));
-    disk.overlay_dir = Mutex::new(Some(super::super::residing::OverlayDirId::at(dir)));
+    disk.overlay_dir = Mutex::new(Some(super::super::overlay_dir::OverlayDirId::at(dir)));
     OpenedDisk { disk, summary, notes }
 }
 

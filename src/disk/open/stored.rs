@@ -6,20 +6,20 @@ use std::sync::Arc;
 use uuid::Uuid;
 
 use super::error::OpenError;
-use super::persistent::{overlay_error, new_stack, assemble_persistent, uuid_for};
-use super::{OpenedDisk, OpenContext, complete, open_layers};
+use super::persistent::{assemble_persistent, new_stack, overlay_error, uuid_for};
+use super::{OpenContext, OpenedDisk, complete, open_layers};
 use crate::base::{self, BaseAccess, BaseError, BaseOptions};
+use crate::config::{DiskSource, DiskSpec};
 use crate::disk::bottom::{Bottom, spec_over};
-use crate::disk::life::{FrozenLayer, OperationError};
+use crate::disk::history::{FrozenLayer, OperationError};
 use crate::disk::{Disk, DiskOwner};
 use crate::layer::Layer;
 use crate::overlay::DEFAULT_BLOCK_SIZE;
+use crate::overlay::layer_cache::LayerCache;
 use crate::overlay::persist::{self, NewOverlay, OpenedOverlay, OverlayPath};
 use crate::overlay::record::LayerMap;
-use crate::overlay::shelf::LayerCache;
 use crate::overlay::stack::Stack;
 use crate::overlay::tree::LayerTree;
-use crate::spec::{DiskSpec, DiskSource};
 
 /// Opens the disk `name` of a store, taking from `shelf` the layers that are open already.
 ///
@@ -129,5 +129,8 @@ pub fn clone_stored(
         made.below.push(layer);
     }
     let bottom = Bottom::of(&base, how);
-    complete(&spec, assemble_persistent(&spec, made, &base.layer.reader(), bottom, place.dir, Vec::new()))
+    complete(
+        &spec,
+        assemble_persistent(&spec, made, &base.layer.reader(), bottom, place.dir, Vec::new()),
+    )
 }

@@ -26,7 +26,7 @@ mod writer;
 use std::io;
 use std::ops::Range;
 
-pub use reader::{AndroidRecordBody, Checksums, AndroidDecoder, AndroidRecord};
+pub use reader::{AndroidDecoder, AndroidRecord, AndroidRecordBody, Checksums};
 pub use writer::{AndroidPlan, AndroidTotals, AndroidWriter};
 
 /// The block size that is written, in bytes: the one every Android tool takes.
@@ -75,7 +75,10 @@ pub struct AndroidRun {
 /// # Errors
 /// `InvalidInput`, in one line for the user, when `size` is no multiple of [`BLOCK_SIZE`] or more than
 /// the format can say (16 TiB less a block), when runs are not in rising order, or leave the size.
-pub fn whole_blocks(size: u64, runs: impl IntoIterator<Item = AndroidRun>) -> io::Result<Vec<AndroidRun>> {
+pub fn whole_blocks(
+    size: u64,
+    runs: impl IntoIterator<Item = AndroidRun>,
+) -> io::Result<Vec<AndroidRun>> {
     block_count(size)?;
     let mut all = JoinedRuns::default();
     let mut end = 0;
@@ -91,7 +94,8 @@ pub fn whole_blocks(size: u64, runs: impl IntoIterator<Item = AndroidRun>) -> io
     let mut blocks = JoinedRuns::default();
     for AndroidRun { range, content } in all.0 {
         // It cannot overflow: the size is a multiple of the block.
-        let (first, last) = (range.start.next_multiple_of(BLOCK_SIZE), range.end / BLOCK_SIZE * BLOCK_SIZE);
+        let (first, last) =
+            (range.start.next_multiple_of(BLOCK_SIZE), range.end / BLOCK_SIZE * BLOCK_SIZE);
         let shared = |at: u64| at / BLOCK_SIZE * BLOCK_SIZE..at.next_multiple_of(BLOCK_SIZE);
         blocks.push(shared(range.start), AndroidContent::Data);
         blocks.push(first..last, content);

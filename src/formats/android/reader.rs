@@ -78,7 +78,9 @@ impl<R: Read> AndroidDecoder<R> {
         let extra = u16_at(&header, 10).checked_sub(CHUNK_HEADER_LEN).ok_or_else(missing)?;
         let (block, blocks) = (u32_at(&header, 12), u32_at(&header, 16));
         if block == 0 || !block.is_multiple_of(4) {
-            return Err(invalid_data("the block size of the Android sparse image is no multiple of 4"));
+            return Err(invalid_data(
+                "the block size of the Android sparse image is no multiple of 4",
+            ));
         }
         let size = u64::from(block) * u64::from(blocks);
         if i64::try_from(size).is_err() {
@@ -116,7 +118,9 @@ impl<R: Read> AndroidDecoder<R> {
             }
         }
         if self.position != self.size {
-            return Err(invalid_data("the chunks do not reach the end of the Android sparse image"));
+            return Err(invalid_data(
+                "the chunks do not reach the end of the Android sparse image",
+            ));
         }
         Ok(AndroidRecord::End)
     }
@@ -254,7 +258,7 @@ mod tests {
 
     use proptest::prelude::*;
 
-    use super::super::{BLOCK_SIZE, AndroidContent, AndroidPlan, AndroidRun, AndroidWriter};
+    use super::super::{AndroidContent, AndroidPlan, AndroidRun, AndroidWriter, BLOCK_SIZE};
     use super::*;
 
     /// An image made by hand: the header's lengths, the block size, and chunks.

@@ -4,7 +4,8 @@ use std::io::{self, Write};
 use std::ops::Range;
 
 use super::{
-    BLOCK_SIZE, CHUNK_HEADER_LEN, AndroidContent, DONT_CARE, FILL, HEADER_LEN, MAGIC, RAW, AndroidRun, block_count, invalid_input,
+    AndroidContent, AndroidRun, BLOCK_SIZE, CHUNK_HEADER_LEN, DONT_CARE, FILL, HEADER_LEN, MAGIC,
+    RAW, block_count, invalid_input,
 };
 
 /// 64 MiB: the most in one RAW chunk. `fastboot` loads whole chunks.
@@ -55,7 +56,8 @@ impl AndroidPlan {
     /// `InvalidInput` when the runs do not follow each other from 0 to `size` in whole blocks,
     /// when `size` does not fit the format, or when there are more chunks than it can count.
     pub fn new<'a>(size: u64, runs: impl IntoIterator<Item = &'a AndroidRun>) -> io::Result<Self> {
-        let mut totals = AndroidTotals { blocks: block_count(size)?, chunks: 0, len: HEADER_LEN.into() };
+        let mut totals =
+            AndroidTotals { blocks: block_count(size)?, chunks: 0, len: HEADER_LEN.into() };
         let mut position = 0;
         for run in runs {
             check_next(run, position, size)?;
@@ -325,7 +327,8 @@ mod tests {
             assert!(pieces.iter().all(|piece| piece.len <= most && piece.len > 0), "{content:?}");
         }
         let zeros = pieces(AndroidContent::Zeros);
-        let touching = |pair: &[Chunk]| pair[0].kind == ChunkKind::Fill && pair[1].kind == ChunkKind::Fill;
+        let touching =
+            |pair: &[Chunk]| pair[0].kind == ChunkKind::Fill && pair[1].kind == ChunkKind::Fill;
         assert!(!zeros.windows(2).any(touching));
     }
 
@@ -334,13 +337,19 @@ mod tests {
         let data = run(0..8192, AndroidContent::Data);
         let plan = AndroidPlan::new(8192, [&data]).unwrap();
         let mut writer = AndroidWriter::new(Vec::new(), plan).unwrap();
-        assert!(writer.start_run(&run(4096..8192, AndroidContent::Zeros)).is_err(), "it leaves a gap");
+        assert!(
+            writer.start_run(&run(4096..8192, AndroidContent::Zeros)).is_err(),
+            "it leaves a gap"
+        );
         writer.start_run(&data).unwrap();
         assert!(writer.write_bytes(&[0; 8193]).is_err(), "it is too much");
         assert!(AndroidWriter::new(Vec::new(), plan).unwrap().finish().is_err(), "nothing came");
         let mut writer = AndroidWriter::new(Vec::new(), plan).unwrap();
         writer.start_run(&run(0..8192, AndroidContent::Zeros)).unwrap();
         assert!(writer.finish().is_err(), "other chunks");
-        assert!(AndroidPlan::new(8192, [&run(0..4096, AndroidContent::Data)]).is_err(), "it is too short");
+        assert!(
+            AndroidPlan::new(8192, [&run(0..4096, AndroidContent::Data)]).is_err(),
+            "it is too short"
+        );
     }
 }

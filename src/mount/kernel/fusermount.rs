@@ -12,7 +12,7 @@ use rustix::net::{
 };
 
 use super::error::MountError;
-use super::{MountAccess, FLAG_WORDS, MAX_READ, MountParams};
+use super::{FLAG_WORDS, MAX_READ, MountAccess, MountParams};
 use crate::mount::mountinfo::FSTYPE;
 
 /// The `-o` list for fusermount3.

@@ -11,10 +11,10 @@
 //! its answers are re-exported here; the one call that must ask the mount itself,
 //! [`mount_health`], has a bound.
 
-mod condition;
 mod error;
-mod held;
-mod helper;
+mod fusermount;
+mod health;
+mod mount_handle;
 mod prepare;
 mod unmount;
 
@@ -28,14 +28,14 @@ use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 use rustix::mount::MountFlags;
 
-pub use self::condition::{MountHealth, mount_health};
 pub use self::error::MountError;
-pub use self::held::MountHandle;
-use self::helper::mount_by_fusermount;
+use self::fusermount::mount_by_fusermount;
+pub use self::health::{MountHealth, mount_health};
+pub use self::mount_handle::MountHandle;
 pub use self::prepare::{AllowedContents, PreparedMountpoint, prepare_mountpoint};
 pub use self::unmount::UnmountMode;
 pub use super::mountinfo::{
-    PathInMount, FSTYPE, MountEntry, cowslip_mounts, enclosing_mount, entry_at, mounts, resolve,
+    FSTYPE, MountEntry, PathInMount, cowslip_mounts, enclosing_mount, entry_at, mounts, resolve,
 };
 pub(super) use super::mountinfo::{mounts_or_empty, parse_mountinfo};
 
@@ -129,13 +129,12 @@ pub fn mount(req: &MountParams<'_>) -> Result<OwnedFd, MountError> {
 }
 
 fn mount_by_syscall(req: &MountParams<'_>) -> Result<OwnedFd, MountError> {
-    let device = rustix::fs::open(FUSE_DEVICE, OFlags::RDWR | OFlags::CLOEXEC, Mode::empty()).map_err(
-        |error| match error {
+    let device = rustix::fs::open(FUSE_DEVICE, OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())
+        .map_err(|error| match error {
             // A container's device rules answer EPERM for a node that is there.
             Errno::NOENT | Errno::PERM | Errno::ACCESS => MountError::NoDevice,
             _ => MountError::Device { error: error.into() },
-        },
-    )?;
+        })?;
     let data = format!(
         "fd={},rootmode=40000,user_id={},group_id={},default_permissions,max_read={MAX_READ}{}",
         device.as_raw_fd(),
@@ -203,7 +202,8 @@ mod testing {
 
     impl Drop for TestMountpoint {
         fn drop(&mut self) {
-            while entry_at(&self.path).is_some() && unmount(&self.path, UnmountMode::Lazy).is_ok() {}
+            while entry_at(&self.path).is_some() && unmount(&self.path, UnmountMode::Lazy).is_ok() {
+            }
         }
     }
 }

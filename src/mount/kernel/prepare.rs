@@ -7,9 +7,9 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 
-use super::condition::MountHealth;
 use super::error::MountError;
-use super::held::MountHandle;
+use super::health::MountHealth;
+use super::mount_handle::MountHandle;
 use super::unmount::UnmountMode;
 use crate::mount::mountinfo::resolve;
 
@@ -37,7 +37,10 @@ pub struct PreparedMountpoint {
 ///
 /// # Errors
 /// Everything [`MountError`] lists from `Missing` on.
-pub fn prepare_mountpoint(path: &Path, contents: AllowedContents) -> Result<PreparedMountpoint, MountError> {
+pub fn prepare_mountpoint(
+    path: &Path,
+    contents: AllowedContents,
+) -> Result<PreparedMountpoint, MountError> {
     let look = |error| MountError::Inspect { mountpoint: path.to_owned(), error };
     let mountpoint = resolve(path).map_err(look)?;
     let cleared = clear_dead_mounts(&mountpoint)?;
@@ -104,7 +107,9 @@ mod tests {
         let file = dir.path().join("f");
         fs::write(&file, "x").unwrap();
         assert!(said(&file, AllowedContents::Any).contains("'DIR/f' is not a directory"));
-        assert!(said(&file.join("m"), AllowedContents::Any).contains("'DIR/f/m' is not a directory"));
+        assert!(
+            said(&file.join("m"), AllowedContents::Any).contains("'DIR/f/m' is not a directory")
+        );
         assert!(said(dir.path(), AllowedContents::None).contains("add -o nonempty"));
         assert_eq!(said(dir.path(), AllowedContents::Any), "0");
     }

@@ -7,7 +7,7 @@ use std::path::Path;
 use rustix::io::Errno;
 use rustix::mount::UnmountFlags;
 
-use super::helper::{error_line, spawn_fusermount};
+use super::fusermount::{error_line, spawn_fusermount};
 
 /// How to unmount.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

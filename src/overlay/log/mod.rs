@@ -27,7 +27,7 @@ pub use self::scan::{LogEnd, LogScan, count_changes, replay, scan};
 use self::writer::LogWriter;
 use super::data::{Create, Storage};
 use super::is_out_of_space;
-use super::record::{LayerMap, RECORD_LEN, LogRecord, BootTag};
+use super::record::{BootTag, LayerMap, LogRecord, RECORD_LEN};
 use crate::host;
 
 /// Space is reserved on the host in steps of this many bytes.
@@ -143,7 +143,8 @@ impl LogTail {
 /// opening and closing adds to it, though nobody changes anything. A large one is reduced while
 /// it is in use, not while somebody waits for a mount.
 pub fn is_worth_rewriting(scan: &LogScan, image: &LayerMap) -> bool {
-    (MIN_RECORDS_TO_REWRITE..MIN_RECORDS_TO_COMPACT).contains(&scan.good) && (image.records().count() as u64) < scan.good / 4
+    (MIN_RECORDS_TO_REWRITE..MIN_RECORDS_TO_COMPACT).contains(&scan.good)
+        && (image.records().count() as u64) < scan.good / 4
 }
 
 impl Log {
@@ -189,7 +190,14 @@ impl Log {
         tag: BootTag,
     ) -> io::Result<Self> {
         let vouched = scan.vouched.unwrap_or(0);
-        let log = Self::from_parts(home, uuid, block, file, (scan.first, scan.last_sequence() + 1), vouched);
+        let log = Self::from_parts(
+            home,
+            uuid,
+            block,
+            file,
+            (scan.first, scan.last_sequence() + 1),
+            vouched,
+        );
         log.append(&[LogRecord::Open { tag }], ReserveUse::Full)?;
         // Every `Vouch` to come says that what was there at the beginning is durable.
         log.sync()?;
@@ -205,8 +213,15 @@ impl Log {
         vouched: u64,
     ) -> Self {
         let reduce_at = MIN_RECORDS_TO_COMPACT.max((next - first) * 4);
-        let tail = LogTail { file, first, next, reserved: 0, compact_at: reduce_at, dir_sync_error: None };
-        Self { uuid, block_size: block, dir: home, tail: Mutex::new(tail), vouched: AtomicU64::new(vouched) }
+        let tail =
+            LogTail { file, first, next, reserved: 0, compact_at: reduce_at, dir_sync_error: None };
+        Self {
+            uuid,
+            block_size: block,
+            dir: home,
+            tail: Mutex::new(tail),
+            vouched: AtomicU64::new(vouched),
+        }
     }
 
     /// Appends `records` in one write and returns the sequence of the last.
@@ -348,7 +363,9 @@ impl Log {
             writer.write_record(&LogRecord::Open { tag })?;
             image.records().try_for_each(|record| writer.write_record(&record))?;
             writer.write_record(&LogRecord::Vouch { upto: durable, durable })?;
-            for_each_record(&*file, copied.start, copied.end, &mut |bytes| writer.write_raw(bytes))?;
+            for_each_record(&*file, copied.start, copied.end, &mut |bytes| {
+                writer.write_raw(bytes)
+            })?;
             writer.flush()
         })?;
         self.set_vouched(durable);

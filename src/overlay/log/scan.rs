@@ -9,7 +9,7 @@ use super::{BATCH_RECORDS, RECORD_BYTES};
 use crate::host;
 use crate::layer::Wait;
 use crate::overlay::data::Storage;
-use crate::overlay::record::{DecodedRecord, LayerMap, RECORD_LEN, LogRecord, BootTag};
+use crate::overlay::record::{BootTag, DecodedRecord, LayerMap, LogRecord, RECORD_LEN};
 use crate::pool::check_cancelled;
 
 /// What reading a log from end to end found.
@@ -280,7 +280,9 @@ mod tests {
         let file = tempfile::tempfile().unwrap();
         let vouch = LogRecord::Vouch { upto: 1, durable: 1 };
         let size = LogRecord::Size { size: 512, lower_limit: 0 };
-        for (at, record) in (0..).zip([size.clone(), vouch, LogRecord::Close, size, LogRecord::Done]) {
+        for (at, record) in
+            (0..).zip([size.clone(), vouch, LogRecord::Close, size, LogRecord::Done])
+        {
             file.write_all_at(&record.encode(&uuid, at + 1), at * RECORD_BYTES).unwrap();
         }
         let file = HostFile::single(file);

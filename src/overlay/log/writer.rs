@@ -6,7 +6,7 @@ use uuid::Uuid;
 
 use super::BATCH_RECORDS;
 use crate::overlay::data::Storage;
-use crate::overlay::record::{RECORD_LEN, LogRecord};
+use crate::overlay::record::{LogRecord, RECORD_LEN};
 
 /// Writes records one after the other, a batch at a time.
 pub(super) struct LogWriter<'a> {

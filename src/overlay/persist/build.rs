@@ -9,18 +9,18 @@ use std::sync::Arc;
 use rustix::fs::FlockOperation;
 use uuid::Uuid;
 
-use super::draft::{self, StagingDir};
-use super::residence::{OverlayDir, remove_layer};
+use super::overlay_dir::{OverlayDir, remove_layer};
+use super::staging::{self, StagingDir};
 use super::{OpenedOverlay, OverlayPath, top_layer};
 use crate::confined::{self, open_dir};
 use crate::overlay::data::{HostFile, SEGMENT_LEN, Storage};
 use crate::overlay::log::Log;
-use crate::overlay::record::{LayerMap, BootTag};
+use crate::overlay::record::{BootTag, LayerMap};
 use crate::overlay::recover::Recovered;
 use crate::overlay::stack::{
     LayerDir, LayerRecord, Stack, StackError, data_file_in, doing, parent_for_new,
 };
-use crate::overlay::{Overlay, life};
+use crate::overlay::{Overlay, boot_tag};
 use crate::process::explain_size_error;
 
 /// What is to be made.
@@ -84,7 +84,7 @@ pub fn build(
         Some(_) => place.dir.parent().unwrap_or(Path::new("/")),
     };
     if place.layers.is_none() {
-        draft::remove_all_abandoned(parent);
+        staging::remove_all_abandoned(parent);
     }
     let draft = StagingDir::new(parent).map_err(doing("making a directory beside it"))?;
     let layers = match place.layers {
@@ -106,7 +106,13 @@ pub fn build(
         Ok(((overlay, below, lock), dir)) => {
             let home = OverlayDir { stack, dir, layers, lock, torn: false };
             let aside = Vec::new();
-            Ok(OpenedOverlay { overlay, below, snapshot_layers: aside, recovered: Recovered::New, dir: home })
+            Ok(OpenedOverlay {
+                overlay,
+                below,
+                snapshot_layers: aside,
+                recovered: Recovered::New,
+                dir: home,
+            })
         }
         Err(error) => {
             if place.layers.is_some() {
@@ -167,7 +173,7 @@ pub(super) fn make_layer(
     rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive)
         .map_err(|error| doing("locking it")(error.into()))?;
     let start = || -> io::Result<(Log, BootTag)> {
-        let tag = life::current(&layer)?;
+        let tag = boot_tag::current(&layer)?;
         let home = Arc::new(LayerDir::new(layer.try_clone()?));
         let log = Log::create(home, record.uuid, u64::from(record.block), image, tag, 1)?;
         layer.sync_all()?;

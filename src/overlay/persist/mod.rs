@@ -6,9 +6,9 @@
 //! tells people who has the lock.
 
 mod build;
-pub(super) mod draft;
-mod found;
-mod residence;
+mod open;
+mod overlay_dir;
+pub(super) mod staging;
 
 use std::fs::File;
 use std::io;
@@ -18,18 +18,18 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-pub use self::build::{NewOverlay, NewLayer, MakeData, build, create};
-pub(crate) use self::draft::STAGING_PREFIX;
-pub(super) use self::draft::StagingDir;
-pub use self::found::{LockedOverlay, lock_overlay};
-pub(super) use self::found::{take_lock, open_sealed};
-pub use self::residence::OverlayDir;
-pub(crate) use self::residence::remove_layer;
+pub use self::build::{MakeData, NewLayer, NewOverlay, build, create};
+pub use self::open::{LockedOverlay, lock_overlay};
+pub(super) use self::open::{open_sealed, take_lock};
+pub use self::overlay_dir::OverlayDir;
+pub(crate) use self::overlay_dir::remove_layer;
+pub(crate) use self::staging::STAGING_PREFIX;
+pub(super) use self::staging::StagingDir;
 use super::Overlay;
 use super::recover::Recovered;
 use super::stack::{LayerRecord, Stack, StackError, doing};
+use crate::config::OverlayKind;
 use crate::confined::{self, open_dir};
-use crate::spec::OverlayKind;
 use crate::trust;
 
 /// Where a persistent overlay lies.

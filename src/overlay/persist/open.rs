@@ -10,13 +10,13 @@ use std::time::{Duration, Instant};
 use rustix::fs::FlockOperation;
 use uuid::Uuid;
 
-use super::residence::OverlayDir;
+use super::overlay_dir::OverlayDir;
 use super::{Holder, OpenedOverlay, OverlayPath, open_overlay_dir, top_layer};
 use crate::confined::{self, open_dir};
+use crate::overlay::layer_cache::LayerCache;
 use crate::overlay::recover::{self, LayerFiles, Recovered};
-use crate::overlay::shelf::LayerCache;
-use crate::overlay::stack::{LockedLayer, LayerRecord, Stack, StackError, doing, open_layer_files};
-use crate::overlay::{Overlay, life};
+use crate::overlay::stack::{LayerRecord, LockedLayer, Stack, StackError, doing, open_layer_files};
+use crate::overlay::{Overlay, boot_tag};
 use crate::trust;
 
 /// How long a daemon that is draining is waited for.
@@ -78,7 +78,7 @@ pub(in crate::overlay) fn open_sealed(
 ) -> Result<(Arc<Overlay>, Recovered), StackError> {
     let in_log = |error| StackError::Log { uuid: record.uuid, error };
     let LockedLayer { lock, files } = open_layer_files(layers, record, |_| Ok(()))?;
-    let tag = life::current(layers).map_err(doing("reading the boot id"))?;
+    let tag = boot_tag::current(layers).map_err(doing("reading the boot id"))?;
     let trusted = recover::examine(&files, tag).map_err(in_log)?;
     if trusted.recovered == Recovered::Clean {
         let image = recover::load_map(&files, &trusted).map_err(in_log)?;
@@ -143,19 +143,19 @@ impl LockedOverlay {
     /// # Errors
     /// [`StackError::Log`].
     pub fn is_committing(&self) -> Result<bool, StackError> {
-        let tag = life::current(&self.dir).map_err(doing("reading the boot id"))?;
+        let tag = boot_tag::current(&self.dir).map_err(doing("reading the boot id"))?;
         let trusted = recover::examine(&self.files, tag).map_err(self.log_error())?;
         let image = recover::load_map(&self.files, &trusted).map_err(self.log_error())?;
         Ok(image.is_committing)
     }
 
-    /// Opens it for use, taking from `shelf` the sealed layers that are open already. `limit` caps
+    /// Opens it for use, taking from `layer_cache` the sealed layers that are open already. `limit` caps
     /// the bytes of data that all its layers may hold together.
     ///
     /// # Errors
     /// [`StackError`].
     pub fn open(self, limit: Option<u64>, shelf: &LayerCache) -> Result<OpenedOverlay, StackError> {
-        let tag = life::current(&self.dir).map_err(doing("reading the boot id"))?;
+        let tag = boot_tag::current(&self.dir).map_err(doing("reading the boot id"))?;
         let mut recovered = Recovered::Clean;
         let mut below = Vec::new();
         // The lowest first: what stands on it is read only once it is as it will stay.
@@ -173,7 +173,13 @@ impl LockedOverlay {
         let (overlay, found) = Overlay::open(&self.files, tag, limit).map_err(self.log_error())?;
         let Self { stack, dir, layers, lock, .. } = self;
         let home = OverlayDir { stack, dir, layers, lock, torn: false };
-        Ok(OpenedOverlay { overlay, below, snapshot_layers: aside, recovered: recovered.combine(found), dir: home })
+        Ok(OpenedOverlay {
+            overlay,
+            below,
+            snapshot_layers: aside,
+            recovered: recovered.combine(found),
+            dir: home,
+        })
     }
 
     /// Opens the layers that the disk does not read through: they are its to make durable, too.
@@ -183,8 +189,9 @@ impl LockedOverlay {
         // A layer stands behind the one it stands on.
         let aside = tree.layers.iter().filter(|layer| !live.contains(&layer.uuid));
         let open = |record: &LayerRecord| {
-            let opened = shelf
-                .get_or_open(record.uuid, || open_sealed(&self.layers, record).map(|(layer, _)| layer));
+            let opened = shelf.get_or_open(record.uuid, || {
+                open_sealed(&self.layers, record).map(|(layer, _)| layer)
+            });
             match opened {
                 Ok(layer) => Some((record.uuid, layer)),
                 Err(error) => {

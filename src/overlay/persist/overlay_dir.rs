@@ -9,11 +9,11 @@ use uuid::Uuid;
 
 use super::Holder;
 use super::build::{empty_data, make_layer};
-use super::found::open_sealed;
+use super::open::open_sealed;
 use crate::confined::{self, entry_names, foreign_entry_error};
 use crate::overlay::Overlay;
+use crate::overlay::layer_cache::LayerCache;
 use crate::overlay::record::LayerMap;
-use crate::overlay::shelf::LayerCache;
 use crate::overlay::stack::{LayerRecord, Stack, StackError, doing};
 
 /// The open directory of a persistent overlay, its `stack` and its lock.
@@ -94,7 +94,7 @@ impl OverlayDir {
             .inspect_err(|_| self.remove_layer(record.uuid))
     }
 
-    /// Opens the sealed layer `uuid` of this disk, or takes it from `shelf`.
+    /// Opens the sealed layer `uuid` of this disk, or takes it from `layer_cache`.
     ///
     /// # Errors
     /// [`StackError`].

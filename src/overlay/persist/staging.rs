@@ -17,7 +17,7 @@ use rustix::fs::{AtFlags, FlockOperation, flock};
 use tempfile::TempDir;
 
 use super::remove_layer;
-use crate::confined::{entry_names, open_dir, open_subdir, remove_file, foreign_entry_error};
+use crate::confined::{entry_names, foreign_entry_error, open_dir, open_subdir, remove_file};
 
 /// How the name of one begins.
 pub(crate) const STAGING_PREFIX: &str = ".cowslip-";
@@ -58,7 +58,11 @@ impl StagingDir {
     ///
     /// # Errors
     /// The host's errno; it is removed then, unless only `parent` could not be synced.
-    pub(in crate::overlay) fn move_into_place(self, path: &Path, parent: &Path) -> io::Result<File> {
+    pub(in crate::overlay) fn move_into_place(
+        self,
+        path: &Path,
+        parent: &Path,
+    ) -> io::Result<File> {
         std::fs::rename(self.temp.path(), path)?;
         // There is nothing left under its old name.
         let _ = self.temp.keep();
@@ -100,8 +104,9 @@ fn remove_abandoned(parent: &File, name: &str) -> io::Result<bool> {
         Err(error) => return Err(error.into()),
     }
     let inside = entry_names(&dir)?;
-    let is_known =
-        |name: &&String| matches!(&***name, "layers" | "snapshots") || KNOWN_FILES.contains(&&***name);
+    let is_known = |name: &&String| {
+        matches!(&***name, "layers" | "snapshots") || KNOWN_FILES.contains(&&***name)
+    };
     if let Some(other) = inside.iter().find(|name| !is_known(name)) {
         return Err(foreign_entry_error(name, other));
     }

@@ -73,7 +73,9 @@ impl<N: FnMut() -> io::Result<Option<MappedExtent>>> ExtentCursor<N> {
         }
         Ok(match &self.current {
             None => (PhysicalPlace::Hole, u64::MAX),
-            Some(mapped) if mapped.range.start > offset => (PhysicalPlace::Hole, mapped.range.start),
+            Some(mapped) if mapped.range.start > offset => {
+                (PhysicalPlace::Hole, mapped.range.start)
+            }
             Some(MappedExtent { range, physical: Some(place) }) => {
                 (PhysicalPlace::Device(place + (offset - range.start)), range.end)
             }

@@ -20,15 +20,15 @@
 //!   vm1.cow/intent       there while a revert or a reset is under way
 //! ```
 //!
-//! - `home`: making and opening. `snapshots`: snapshot, revert, reset, delete. `intent`: what makes
+//! - `open`: making and opening. `snapshots`: snapshot, revert, reset, delete. `intent`: what makes
 //!   a revert whole after a crash. `changed`: what differs from the base, as the host's extents tell it.
 //!
 //! Locks: the disk's gate (held by the caller), then `changing`, held across the host's calls.
 
 mod changed;
 mod error;
-mod home;
 mod intent;
+mod open;
 mod snapshots;
 
 use std::fs::File;
@@ -40,8 +40,10 @@ use parking_lot::Mutex;
 
 pub use self::changed::{ChangedRanges, Flush};
 pub use self::error::ReflinkError;
-pub use self::home::{LockedReflink, OpenedReflink, SharedBase, create, lock_overlay, overlay_kind};
 pub use self::intent::RevertTarget;
+pub use self::open::{
+    LockedReflink, OpenedReflink, SharedBase, create, lock_overlay, overlay_kind,
+};
 pub use self::snapshots::ReflinkSnapshot;
 use crate::base::raw::RawBase;
 use crate::extents::Extent;

@@ -11,14 +11,14 @@ use std::sync::Arc;
 use rustix::fs::FlockOperation;
 
 use super::snapshots::{revert_data, sweep};
-use super::{RevertTarget, Reflink, ReflinkError, intent};
-use crate::base::place::HostFs;
+use super::{Reflink, ReflinkError, RevertTarget, intent};
+use crate::base::self_reference::HostFs;
+use crate::config::OverlayKind;
 use crate::confined::{self, FileAccess};
 use crate::host;
-use crate::overlay::persist::{self, StagingDir, OverlayDir, draft, open_overlay_dir};
+use crate::overlay::persist::{self, OverlayDir, StagingDir, open_overlay_dir, staging};
 use crate::overlay::stack::{Stack, StackError, doing, parent_for_new};
 use crate::process::explain_size_error;
-use crate::spec::OverlayKind;
 
 /// A reflink overlay that is open.
 pub struct OpenedReflink {
@@ -61,7 +61,7 @@ pub fn create(
     size: Option<u64>,
 ) -> Result<OpenedReflink, ReflinkError> {
     let parent = parent_for_new(dir)?;
-    draft::remove_all_abandoned(parent);
+    staging::remove_all_abandoned(parent);
     let draft = StagingDir::new(parent).map_err(doing("making a directory beside it"))?;
     let data = confined::create_file(draft.dir(), "data").map_err(doing("making its data"))?;
     rustix::fs::ioctl_ficlone(&data, base.file)
@@ -134,8 +134,8 @@ pub fn lock_overlay(dir: &Path) -> Result<LockedReflink, ReflinkError> {
     if Stack::read(&dir)?.kind != OverlayKind::Reflink {
         return Err(ReflinkError::Blocks);
     }
-    let data =
-        confined::open_file(&dir, "data", FileAccess::AsAllowed).map_err(doing("opening its data"))?;
+    let data = confined::open_file(&dir, "data", FileAccess::AsAllowed)
+        .map_err(doing("opening its data"))?;
     persist::take_lock(&dir, &data)?;
     // Once more under the lock: its last holder may have changed it.
     let stack = Stack::read(&dir)?;

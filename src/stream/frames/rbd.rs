@@ -136,7 +136,8 @@ impl<R: Read> RbdDecoder<R> {
 
     fn range(&mut self) -> io::Result<Range<u64>> {
         let (offset, len) = (self.read_u64()?, self.read_u64()?);
-        let end = offset.checked_add(len).ok_or_else(|| invalid_data("a record is past all offsets"))?;
+        let end =
+            offset.checked_add(len).ok_or_else(|| invalid_data("a record is past all offsets"))?;
         Ok(offset..end)
     }
 

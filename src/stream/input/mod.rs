@@ -20,7 +20,7 @@
 //! Locks: `state` guards the numbers and the bytes in memory. It is never held while the source
 //! or the spool is read or written, and no reply is given under it.
 
-mod kept;
+mod read_buffer;
 mod reader;
 mod spool;
 mod state;
@@ -37,13 +37,13 @@ use std::time::Duration;
 use parking_lot::{Condvar, Mutex};
 use rustix::event::{EventfdFlags, eventfd};
 
-use self::kept::CHUNK_SIZE;
+use self::read_buffer::CHUNK_SIZE;
 use self::spool::SpoolFile;
-use self::state::{PendingRead, InputPhase, InputCore};
+use self::state::{InputCore, InputPhase, PendingRead};
 use super::stop::Stop;
+use crate::config::Spool;
 use crate::extents::{Extent, ExtentKind};
 use crate::host::{os_error, process_of_thread};
-use crate::spec::Spool;
 
 /// What is held besides the read-window and what parked reads need: 4 MiB, enough for the source
 /// to go on while a few requests of 1 MiB are copied out.
@@ -300,7 +300,8 @@ impl Input {
 
     /// Whether only the source's verdict is still to come.
     fn is_ending(&self, state: &InputCore) -> bool {
-        state.phase == InputPhase::Ending || (state.phase == InputPhase::Flowing && self.is_all_read(state))
+        state.phase == InputPhase::Ending
+            || (state.phase == InputPhase::Flowing && self.is_all_read(state))
     }
 
     /// Whether all has arrived that there is, and nobody has more to ask for.

@@ -5,8 +5,8 @@ use std::os::fd::AsFd;
 
 use rustix::event::PollFlags;
 
-use super::kept::CHUNK_SIZE;
-use super::state::{FETCH_AHEAD, InputPhase, ReadyRead, InputCore};
+use super::read_buffer::CHUNK_SIZE;
+use super::state::{FETCH_AHEAD, InputCore, InputPhase, ReadyRead};
 use super::{Input, InputState, Source};
 use crate::host::os_error;
 
@@ -128,7 +128,8 @@ impl Input {
             state.idle = true;
             return None;
         }
-        let most = usize::try_from(goal - state.arrived).map_or(CHUNK_SIZE, |most| most.min(CHUNK_SIZE));
+        let most =
+            usize::try_from(goal - state.arrived).map_or(CHUNK_SIZE, |most| most.min(CHUNK_SIZE));
         Some(ReaderStep::Read(most))
     }
 

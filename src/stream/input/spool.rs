@@ -141,8 +141,10 @@ mod tests {
     fn stored(runs: &[(u8, usize)], step: usize) -> (tempfile::TempDir, SpoolFile, Vec<u8>) {
         let dir = tempfile::tempdir_in("/var/tmp").unwrap();
         let spool = SpoolFile::create_in(dir.path()).unwrap();
-        let bytes: Vec<u8> =
-            runs.iter().flat_map(|(kind, blocks)| vec![*kind; blocks * BLOCK_SIZE as usize]).collect();
+        let bytes: Vec<u8> = runs
+            .iter()
+            .flat_map(|(kind, blocks)| vec![*kind; blocks * BLOCK_SIZE as usize])
+            .collect();
         for (number, piece) in bytes.chunks(step).enumerate() {
             spool.store(piece, (number * step) as u64).unwrap();
         }

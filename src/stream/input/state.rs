@@ -5,7 +5,7 @@
 use std::ops::Range;
 use std::time::{Duration, Instant};
 
-use super::kept::{CHUNK_SIZE, ReadBuffer};
+use super::read_buffer::{CHUNK_SIZE, ReadBuffer};
 use super::{InputState, READ_AHEAD, ReadReply};
 
 /// How far the source is read ahead: chunks are dropped whole, so one more at either end and the
@@ -167,7 +167,10 @@ impl InputCore {
     }
 
     /// Takes the parked reads that `is_over` says so of, oldest first.
-    pub(super) fn take_pending(&mut self, mut is_over: impl FnMut(&PendingRead) -> bool) -> Vec<PendingRead> {
+    pub(super) fn take_pending(
+        &mut self,
+        mut is_over: impl FnMut(&PendingRead) -> bool,
+    ) -> Vec<PendingRead> {
         self.pending.extract_if(.., |read| is_over(read)).collect()
     }
 

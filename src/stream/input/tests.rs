@@ -10,7 +10,7 @@ use std::time::Instant;
 
 use proptest::prelude::*;
 
-use super::kept::CHUNK_SIZE;
+use super::read_buffer::CHUNK_SIZE;
 use super::state::{FETCH_AHEAD, SKIP_LIMIT};
 use super::*;
 
@@ -354,7 +354,8 @@ fn an_early_end_is_eio_and_never_zeros() {
 fn a_command_that_fails_is_reported_by_what_it_did_not_deliver_and_at_unmount() {
     for spool in [Spool::Off, Spool::On] {
         let verdict = Err("zstd: exit status 1: bad data".to_owned());
-        let stream = TestPlan { len: 7777, spool, verdict: verdict.clone(), ..TestPlan::of(MIB) }.start();
+        let stream =
+            TestPlan { len: 7777, spool, verdict: verdict.clone(), ..TestPlan::of(MIB) }.start();
         stream.eio(0..MIB);
         stream.right(0..7777);
         assert_eq!(stream.input.close(), verdict);
@@ -473,7 +474,10 @@ fn without_a_spool_everything_is_data() {
     let stream = TestPlan::of(8 * MIB).start();
     stream.right(3 * MIB..4 * MIB);
     assert_eq!(stream.input.extent_at(0..9 * MIB), Extent::new(0..8 * MIB, ExtentKind::Data));
-    assert_eq!(stream.input.extent_at(8 * MIB..9 * MIB), Extent::new(8 * MIB..9 * MIB, ExtentKind::Hole));
+    assert_eq!(
+        stream.input.extent_at(8 * MIB..9 * MIB),
+        Extent::new(8 * MIB..9 * MIB, ExtentKind::Hole)
+    );
 }
 
 #[test]

@@ -5,8 +5,8 @@ use std::time::{Duration, Instant};
 
 use parking_lot::MutexGuard;
 
-use super::{OutputCore, Output, OutputState, reply_all, spec_size};
-use crate::spec::{FinishWhen, Pad, format_size};
+use super::{Output, OutputCore, OutputState, reply_all, spec_size};
+use crate::config::{FinishWhen, Pad, format_size};
 
 /// How long `finish` waits for writers to go: RELEASE comes after close(2) has returned.
 const WRITERS_TIMEOUT: Duration = Duration::from_secs(5);
@@ -84,7 +84,8 @@ impl Output {
         patience: DrainTimeout,
     ) -> Result<String, FinishError> {
         let mut until = patience.duration().map(|time| Instant::now() + time);
-        let grace = Instant::now() + patience.duration().map_or(WRITERS_TIMEOUT, |time| time.min(WRITERS_TIMEOUT));
+        let grace = Instant::now()
+            + patience.duration().map_or(WRITERS_TIMEOUT, |time| time.min(WRITERS_TIMEOUT));
         loop {
             let mut core = self.core.lock();
             if core.state != OutputState::Open {
@@ -118,7 +119,9 @@ impl Output {
             let more = match patience {
                 DrainTimeout::Stalled(time) if now > before => Some(time),
                 // What it still does with the last of it may take its time, but not for ever.
-                DrainTimeout::Stalled(time) if has_all && !std::mem::replace(&mut at_last, true) => {
+                DrainTimeout::Stalled(time)
+                    if has_all && !std::mem::replace(&mut at_last, true) =>
+                {
                     Some(time * FINAL_WAIT_FACTOR)
                 }
                 _ => None,
@@ -233,7 +236,8 @@ impl Output {
     ) -> Result<Option<String>, String> {
         let state = self.core.lock().state;
         let result = match (state, self.finish) {
-            (OutputState::Open, FinishWhen::Umount) | (OutputState::Finishing | OutputState::Finished, _) => {
+            (OutputState::Open, FinishWhen::Umount)
+            | (OutputState::Finishing | OutputState::Finished, _) => {
                 match self.finish(has_writers, patience) {
                     Ok(line) => Ok((state != OutputState::Finished).then_some(line)),
                     Err(error) => {

@@ -12,14 +12,14 @@
 //! waits in the queue, and no thread waits with it. Whether a write is accepted depends on the
 //! order of writes alone, never on how fast the sink is.
 //!
-//! `change` holds what writes do, `sender` the thread, `ending` how a stream ends.
+//! `writes` holds what writes do, `sender` the thread, `finish` how a stream ends.
 //!
 //! A failure is for ever: every later write, sync and close is `EIO`.
 
-mod change;
-mod ending;
-mod outlet;
+mod finish;
 mod sender;
+mod sink_trait;
+mod writes;
 
 use std::collections::VecDeque;
 use std::io;
@@ -30,16 +30,16 @@ use std::thread::{self, JoinHandle};
 
 use parking_lot::{Condvar, Mutex};
 
-pub use self::ending::{FinishError, DrainTimeout};
-pub use self::outlet::{Sink, SinkCallback, SinkEvent, SinkMonitor};
+pub use self::finish::{DrainTimeout, FinishError};
+pub use self::sink_trait::{Sink, SinkCallback, SinkEvent, SinkMonitor};
+use super::page_store::PageStore;
 use super::queue::{WriteQueue, WriteReply};
 use super::runs::Written;
 use super::stop::Stop;
-use super::store::PageStore;
 use super::window::Window;
+use crate::config::{FinishWhen, Pad, StreamSpec};
 use crate::extents::Extent;
 use crate::host::os_error;
-use crate::spec::{FinishWhen, Pad, StreamSpec};
 
 /// What may be on its way to the sink beside what window and spill hold: 2 MiB keep both ends
 /// busy.
@@ -163,7 +163,7 @@ pub struct Output {
 }
 
 impl Output {
-    /// Starts the stream `name` into `outlet`. What does not fit into memory goes to a file in
+    /// Starts the stream `name` into `sink_trait`. What does not fit into memory goes to a file in
     /// `dir`. `stop` is what the outlet listens to.
     ///
     /// # Errors

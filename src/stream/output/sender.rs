@@ -3,11 +3,11 @@
 use std::io::{self, IoSlice};
 use std::sync::Arc;
 
-use super::change::WriteOutcome;
-use super::{OutputCore, Rewrite, Sink, Output, OutputState, reply_all};
+use super::writes::WriteOutcome;
+use super::{Output, OutputCore, OutputState, Rewrite, Sink, reply_all};
 use crate::host::os_error;
+use crate::stream::page_store::PageBytes;
 use crate::stream::runs::Written;
-use crate::stream::store::PageBytes;
 use crate::stream::window::OutgoingRun;
 
 /// Data given to the sink at a time: the largest pipe of an unprivileged user.
@@ -122,7 +122,8 @@ impl Output {
                 return SenderStep::Finish(self.end_offset(&core));
             }
             // Everything has left that can; what cannot yet, nobody is there for.
-            if core.sink_gone.is_some() && (self.can_rewrite || self.monitor.accepted() < self.end_offset(&core))
+            if core.sink_gone.is_some()
+                && (self.can_rewrite || self.monitor.accepted() < self.end_offset(&core))
             {
                 return SenderStep::SinkGone(core.sink_gone.take().unwrap_or_default());
             }
@@ -175,7 +176,9 @@ impl Output {
         let mut core = self.core.lock();
         core.sender_ended = true;
         match result {
-            Some(Ok(())) if core.state == OutputState::Finishing => core.state = OutputState::Finished,
+            Some(Ok(())) if core.state == OutputState::Finishing => {
+                core.state = OutputState::Finished
+            }
             Some(Err(why)) => self.fail(&mut core, why),
             Some(Ok(())) | None => {}
         }

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use proptest::prelude::*;
 
 use super::*;
-use crate::spec::{SpillCompression, Flow, StreamFrames, SinkSpec};
+use crate::config::{Flow, SinkSpec, SpillCompression, StreamFrames};
 
 /// What a sink of memory has got, and whether it takes more.
 #[derive(Default)]

@@ -3,10 +3,13 @@
 use std::io;
 use std::ops::Range;
 
-use super::{BACKLOG_LIMIT, OutputCore, Rewrite, Output, WriteReply, OutputState, reply_all, index, spec_size};
+use super::{
+    BACKLOG_LIMIT, Output, OutputCore, OutputState, Rewrite, WriteReply, index, reply_all,
+    spec_size,
+};
 use crate::host::os_error;
+use crate::stream::page_store::{PAGE_LEN, PAGE_SIZE, Page};
 use crate::stream::runs::Written;
-use crate::stream::store::{PAGE_SIZE, PAGE_LEN, Page};
 use crate::stream::window::Window;
 
 static ZERO_PAGE: Page = [0; PAGE_LEN];
@@ -63,7 +66,10 @@ impl Output {
         }
         if let Some(at) = changed {
             core.window.note_change(at);
-            if !self.can_rewrite && at < core.window.frontier() && !self.matches_sent(core, offset, buf) {
+            if !self.can_rewrite
+                && at < core.window.frontier()
+                && !self.matches_sent(core, offset, buf)
+            {
                 self.fail_late_write(core, at);
                 return WriteOutcome::Done(Err(os_error(libc::EIO)));
             }

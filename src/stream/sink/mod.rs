@@ -33,9 +33,9 @@ use super::frames::rbd;
 use super::monitor::StreamCounters;
 use super::output::SinkCallback;
 use super::stop::Stop;
+use crate::config::{Overwrite, StreamFrames};
 use crate::host::{os_error, os_message};
-use crate::part::PartFile;
-use crate::spec::{StreamFrames, Overwrite};
+use crate::part_file::PartFile;
 use seekable::SeekableWriter;
 use watcher::Watcher;
 use wire::WireWriter;
@@ -264,13 +264,19 @@ impl HostSink {
         };
         let len = range.end - range.start;
         match (self.backend.as_mut(), content) {
-            (Some(SinkBackend::Wire(wire)), SinkContent::Data(parts)) => wire.write_all(parts, passed),
+            (Some(SinkBackend::Wire(wire)), SinkContent::Data(parts)) => {
+                wire.write_all(parts, passed)
+            }
             (Some(SinkBackend::Wire(wire)), _) => wire.write_zeros(len, passed),
             (Some(SinkBackend::Seekable(file)), SinkContent::Data(parts)) => {
                 file.write_all(range.start, parts, passed)
             }
-            (Some(SinkBackend::Seekable(file)), SinkContent::Zeros) => file.write_zeros(range, passed),
-            (Some(SinkBackend::Seekable(file)), SinkContent::Hole) => file.write_hole(range, passed),
+            (Some(SinkBackend::Seekable(file)), SinkContent::Zeros) => {
+                file.write_zeros(range, passed)
+            }
+            (Some(SinkBackend::Seekable(file)), SinkContent::Hole) => {
+                file.write_hole(range, passed)
+            }
             (Some(SinkBackend::Discard), _) => {
                 passed(len);
                 Ok(())
@@ -287,7 +293,9 @@ impl HostSink {
                     std::iter::once(IoSlice::new(&header)).chain(parts.iter().copied()).collect();
                 self.write_wire_all(&record)?;
             }
-            SinkContent::Zeros | SinkContent::Hole => self.write_wire(&rbd::zeros_record(&range))?,
+            SinkContent::Zeros | SinkContent::Hole => {
+                self.write_wire(&rbd::zeros_record(&range))?
+            }
         }
         // A late rewrite does not move it.
         self.counters().accepted.fetch_max(range.end, Ordering::Release);
@@ -316,7 +324,9 @@ impl HostSink {
         match &self.backend {
             Some(SinkBackend::Wire(wire)) => wire.write_all(parts, passed),
             Some(SinkBackend::Discard) => Ok(()),
-            Some(SinkBackend::Seekable(_) | SinkBackend::Fifo(_)) | None => Err(os_error(libc::EBADF)),
+            Some(SinkBackend::Seekable(_) | SinkBackend::Fifo(_)) | None => {
+                Err(os_error(libc::EBADF))
+            }
         }
     }
 }

@@ -14,16 +14,16 @@ use rustix::io::Errno;
 
 use super::seekable::SeekableWriter;
 use super::wire::WireWriter;
-use super::{StdioMode, Monitor, SinkBackend, StreamContext, HostSink, StreamOpenError};
-use crate::base::place::check_self_reference;
+use super::{HostSink, Monitor, SinkBackend, StdioMode, StreamContext, StreamOpenError};
 use crate::base::raw::HostKind;
+use crate::base::self_reference::check_self_reference;
+use crate::config::{Overwrite, Programs, SinkSpec, StreamFrames, StreamSpec};
 use crate::confined::PathHandle;
-use crate::part::{PartFile, PartFileError};
+use crate::part_file::{PartFile, PartFileError};
 use crate::process::new_file_mode;
-use crate::spec::{StreamFrames, Overwrite, Programs, StreamSpec, SinkSpec};
 use crate::stream::command::{PipeEnd, Pipeline};
 use crate::stream::fifo::{self, file_type_name};
-use crate::stream::inherited::{self, Direction, FdMode};
+use crate::stream::stdio::{self, Direction, FdMode};
 use crate::stream::stop::Stop;
 
 /// What a sink is made of.
@@ -114,12 +114,17 @@ fn open_file(
         open_character_device(&located, path, &label, stop)
     } else if !kind.is_file() {
         let remedy = if kind.is_fifo() { "use to=fifo:" } else { "name a file" };
-        Err(StreamOpenError::wrong_kind(path, file_type_name(FileType::from_raw_mode(found.mode())), remedy))
+        Err(StreamOpenError::wrong_kind(
+            path,
+            file_type_name(FileType::from_raw_mode(found.mode())),
+            remedy,
+        ))
     } else if overwrite == Overwrite::No {
         Err(StreamOpenError::Exists(path.to_owned()))
     } else {
         // What a link leads to is replaced, not the link.
-        let real = located.real_path().map_err(|error| StreamOpenError::host("write", path, &error))?;
+        let real =
+            located.real_path().map_err(|error| StreamOpenError::host("write", path, &error))?;
         // No set-user-ID or the like for new contents.
         let mode = Mode::from_raw_mode(found.mode() & 0o777);
         open_part(spec, &real, overwrite, Some(mode), &label, stop)
@@ -147,8 +152,12 @@ fn open_part(
     });
     let file = file.map_err(|error| StreamOpenError::host("write", part.path(), &error))?;
     let out = match spec.frames {
-        StreamFrames::Raw => SinkBackend::Seekable(SeekableWriter::new(file, HostKind::File, stop.clone())),
-        StreamFrames::Rbd => SinkBackend::Wire(WireWriter::new(file.into(), FdMode::Plain, stop.clone())),
+        StreamFrames::Raw => {
+            SinkBackend::Seekable(SeekableWriter::new(file, HostKind::File, stop.clone()))
+        }
+        StreamFrames::Rbd => {
+            SinkBackend::Wire(WireWriter::new(file.into(), FdMode::Plain, stop.clone()))
+        }
     };
     Ok(OpenedSink { part: Some((part, overwrite)), ..OpenedSink::new("file", label, out) })
 }
@@ -156,9 +165,11 @@ fn open_part(
 fn part_error(error: PartFileError) -> StreamOpenError {
     match error {
         PartFileError::Busy(path) => StreamOpenError::Busy(path),
-        PartFileError::NotAFile { path, kind } => {
-            StreamOpenError::wrong_kind(&path, file_type_name(kind), "remove it; the stream is written there")
-        }
+        PartFileError::NotAFile { path, kind } => StreamOpenError::wrong_kind(
+            &path,
+            file_type_name(kind),
+            "remove it; the stream is written there",
+        ),
         PartFileError::Host { verb, path, error } => StreamOpenError::host(verb, &path, &error),
     }
 }
@@ -171,7 +182,11 @@ fn open_device(
     stop: &Stop,
 ) -> Result<OpenedSink, StreamOpenError> {
     if spec.frames != StreamFrames::Raw {
-        return Err(StreamOpenError::wrong_kind(path, "a block device", "records need a file or a command"));
+        return Err(StreamOpenError::wrong_kind(
+            path,
+            "a block device",
+            "records need a file or a command",
+        ));
     }
     // EXCL: refused while it is mounted, or used by anybody who says so.
     let opened = located.open(OFlags::WRONLY | OFlags::EXCL);
@@ -194,12 +209,16 @@ fn open_character_device(
     let opened = located.open(OFlags::WRONLY);
     let file = opened.map_err(|error| StreamOpenError::host("write", path, &error))?;
     // Nothing waits but poll(2), which can be stopped.
-    let fd =
-        fifo::set_nonblocking(file).map_err(|error| StreamOpenError::host("write", path, &error.into()))?;
-    if inherited::is_terminal(&fd) {
+    let fd = fifo::set_nonblocking(file)
+        .map_err(|error| StreamOpenError::host("write", path, &error.into()))?;
+    if stdio::is_terminal(&fd) {
         return Err(StreamOpenError::wrong_kind(path, "a terminal", "name a file"));
     }
-    Ok(OpenedSink::new("device", label, SinkBackend::Wire(WireWriter::new(fd, FdMode::NonBlocking, stop.clone()))))
+    Ok(OpenedSink::new(
+        "device",
+        label,
+        SinkBackend::Wire(WireWriter::new(fd, FdMode::NonBlocking, stop.clone())),
+    ))
 }
 
 fn open_command(
@@ -212,11 +231,15 @@ fn open_command(
         StdioMode::Available => Stdio::inherit(),
         StdioMode::Unavailable => Stdio::null(),
     };
-    let (pipeline, fd) =
-        Pipeline::spawn(programs, &spec.dir, PipeEnd::Input, stdout).map_err(StreamOpenError::Command)?;
+    let (pipeline, fd) = Pipeline::spawn(programs, &spec.dir, PipeEnd::Input, stdout)
+        .map_err(StreamOpenError::Command)?;
     let label = format!("cmd:{programs}");
     let out = SinkBackend::Wire(WireWriter::new(fd, FdMode::NonBlocking, stop.clone()));
-    Ok(OpenedSink { backend: out, part: None, monitor: Monitor::new("cmd", &label, Some(pipeline)) })
+    Ok(OpenedSink {
+        backend: out,
+        part: None,
+        monitor: Monitor::new("cmd", &label, Some(pipeline)),
+    })
 }
 
 /// `stdout` is a parameter for the tests.
@@ -224,10 +247,10 @@ pub(super) fn open_as_stdout(
     stdout: std::os::fd::BorrowedFd<'_>,
     stop: &Stop,
 ) -> Result<WireWriter, StreamOpenError> {
-    if inherited::is_terminal(stdout) {
+    if stdio::is_terminal(stdout) {
         return Err(StreamOpenError::Terminal("to=stdout"));
     }
-    let taken = inherited::acquire(stdout, Direction::Writing);
+    let taken = stdio::acquire(stdout, Direction::Writing);
     let (fd, manner) = taken.map_err(|error| match error.raw_os_error() {
         // Opening a pipe without a reader.
         Some(libc::ENXIO) => StreamOpenError::stdio("to=stdout", &Errno::PIPE.into()),

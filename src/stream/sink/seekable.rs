@@ -9,7 +9,7 @@ use rustix::io::Errno;
 
 use super::wire::{MAX_WRITE, ZEROS, fitting_count};
 use crate::base::raw::HostKind;
-use crate::host::{os_error, fallocate};
+use crate::host::{fallocate, os_error};
 use crate::stream::stop::Stop;
 
 /// 1 GiB: how much of a gap a device is asked to discard at once. It may take its time, and

@@ -12,8 +12,9 @@ use rustix::fs::SeekFrom;
 use tempfile::TempDir;
 
 use super::*;
-use crate::spec::{
-    SpillCompression, DEFAULT_WINDOW, FinishWhen, Flow, Overwrite, Pad, Programs, StreamSpec, SinkSpec,
+use crate::config::{
+    DEFAULT_WINDOW, FinishWhen, Flow, Overwrite, Pad, Programs, SinkSpec, SpillCompression,
+    StreamSpec,
 };
 use crate::stream::fifo;
 use crate::stream::frames::rbd::{RbdDecoder, RbdRecord};
@@ -192,7 +193,10 @@ fn a_reader_that_goes_is_an_error_for_ever_and_told_of() {
         bench.path("out").display()
     );
     assert_eq!(sink.explain(&error), said);
-    assert_eq!(sink.send_hole(accepted..accepted + 1).unwrap_err().raw_os_error(), Some(libc::EPIPE));
+    assert_eq!(
+        sink.send_hole(accepted..accepted + 1).unwrap_err().raw_os_error(),
+        Some(libc::EPIPE)
+    );
     assert_eq!(sink.finish(1 << 30).unwrap_err(), said);
 }
 
@@ -508,7 +512,8 @@ fn many_small_parts_and_shared_pipes_go_through() {
         File::from(reader).read_to_end(&mut got).unwrap();
         got
     });
-    let wire = WireWriter::new(writer, crate::stream::inherited::FdMode::SharedBlocking, bench.stop.clone());
+    let wire =
+        WireWriter::new(writer, crate::stream::stdio::FdMode::SharedBlocking, bench.stop.clone());
     wire.write_all(&parts, |_| {}).unwrap();
     wire.write_zeros(9000, |_| {}).unwrap();
     drop(wire);

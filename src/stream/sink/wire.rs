@@ -14,7 +14,7 @@ use rustix::pipe::{IoSliceRaw, SpliceFlags, fcntl_setpipe_size, vmsplice};
 use crate::host::os_error;
 use crate::stream::command::PIPE_SIZE;
 use crate::stream::fifo;
-use crate::stream::inherited::{FdMode, PIPE_BUF};
+use crate::stream::stdio::{FdMode, PIPE_BUF};
 use crate::stream::stop::Stop;
 
 /// How often it is looked whether a reader has come: an open that waits for one cannot be stopped.
@@ -57,7 +57,9 @@ impl WireWriter {
     pub(super) fn open_fifo(path: &Path, stop: Stop) -> io::Result<Self> {
         loop {
             match fifo::open(path, OFlags::WRONLY) {
-                Err(error) if error.raw_os_error() == Some(libc::ENXIO) => stop.sleep(POLL_INTERVAL)?,
+                Err(error) if error.raw_os_error() == Some(libc::ENXIO) => {
+                    stop.sleep(POLL_INTERVAL)?
+                }
                 Err(error) => return Err(error),
                 Ok(fd) => {
                     // The user's limit on pipes may be used up; a small one is only slower.

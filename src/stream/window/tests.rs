@@ -206,8 +206,14 @@ fn a_write_beyond_pushes_the_frontier_just_far_enough() {
     window.set(20..25, Some(Written::Data));
     assert!(window.advance());
     assert_eq!(window.frontier(), 15);
-    assert_eq!(window.take_next(3), Some(OutgoingRun { range: 0..3, written: Some(Written::Data) }));
-    assert_eq!(window.take_next(3), Some(OutgoingRun { range: 3..4, written: Some(Written::Data) }));
+    assert_eq!(
+        window.take_next(3),
+        Some(OutgoingRun { range: 0..3, written: Some(Written::Data) })
+    );
+    assert_eq!(
+        window.take_next(3),
+        Some(OutgoingRun { range: 3..4, written: Some(Written::Data) })
+    );
     assert_eq!(window.take_next(3), Some(OutgoingRun { range: 4..15, written: None }));
     assert_eq!(window.take_next(3), None);
     assert_eq!(window.unsent(), 9);

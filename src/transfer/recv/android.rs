@@ -12,7 +12,7 @@ use std::io::{self, BufReader, Read};
 use super::super::{BUFFER_SIZE, TransferError};
 use super::receiver::{ReceiveError, Receiver};
 use super::records::StreamHead;
-use crate::formats::android::{Checksums, AndroidDecoder, AndroidRecord};
+use crate::formats::android::{AndroidDecoder, AndroidRecord, Checksums};
 use crate::host::os_message;
 
 /// Enough for headers; what is longer is read past it.
@@ -22,12 +22,16 @@ const HEADER_BUFFER: usize = 4096;
 pub(super) type AndroidImage<R> = AndroidDecoder<BufReader<R>>;
 
 /// Reads the beginning of an image.
-pub(super) fn open_image<R: Read>(input: R) -> Result<(AndroidImage<R>, StreamHead), TransferError> {
+pub(super) fn open_image<R: Read>(
+    input: R,
+) -> Result<(AndroidImage<R>, StreamHead), TransferError> {
     let begun = (|| {
         let input = BufReader::with_capacity(HEADER_BUFFER, input);
         let mut image = AndroidDecoder::new(input, Checksums::Verify)?;
         match image.next_record()? {
-            AndroidRecord::Size(size) if size <= crate::spec::MAX_SIZE => Ok((image, StreamHead::with_size(size))),
+            AndroidRecord::Size(size) if size <= crate::config::MAX_SIZE => {
+                Ok((image, StreamHead::with_size(size)))
+            }
             _ => Err(io::Error::new(io::ErrorKind::InvalidData, "it is larger than a disk can be")),
         }
     })();
@@ -43,7 +47,10 @@ pub(super) fn open_image<R: Read>(input: R) -> Result<(AndroidImage<R>, StreamHe
 
 impl Receiver<'_> {
     /// Takes the chunks of an image.
-    pub(super) fn receive_android<R: Read>(&mut self, image: &mut AndroidImage<R>) -> Result<(), ReceiveError> {
+    pub(super) fn receive_android<R: Read>(
+        &mut self,
+        image: &mut AndroidImage<R>,
+    ) -> Result<(), ReceiveError> {
         let mut buffer = vec![0; BUFFER_SIZE];
         loop {
             match image.next_record().map_err(ReceiveError::Stream)? {
@@ -64,7 +71,9 @@ impl Receiver<'_> {
                     self.progress.reached = range.end;
                 }
                 AndroidRecord::DontCare(range) => self.write_zeros(range)?,
-                AndroidRecord::End => return self.target.flush_hole().map_err(ReceiveError::Target),
+                AndroidRecord::End => {
+                    return self.target.flush_hole().map_err(ReceiveError::Target);
+                }
             }
             (self.on_progress)(&self.progress);
         }

@@ -9,25 +9,25 @@
 //! Only records with checkpoints can be resumed: nothing else says what of it is right before
 //! its end.
 
-mod place;
-mod plain;
+mod android;
+mod preflight;
+mod raw;
 mod receiver;
 mod records;
-mod sparse;
 
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
-use self::place::{ReceiveTarget, device_resume_error};
+use self::preflight::{ReceiveTarget, device_resume_error};
 use self::receiver::Receiver;
 use self::records::StreamHead;
-use super::spot::Destination;
+use super::destination::Destination;
+use super::record_reader::RecordReader;
 use super::state::ReceiveState;
-use super::wire::RecordReader;
-use super::{TransferFormat, TransferProgress, TransferError};
+use super::{TransferError, TransferFormat, TransferProgress};
+use crate::config::Overwrite;
 use crate::host::os_message;
-use crate::part::PartFile;
-use crate::spec::Overwrite;
+use crate::part_file::PartFile;
 
 /// Where to begin.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -74,7 +74,8 @@ pub fn resume_offset(path: &Path) -> Result<u64, TransferError> {
         Destination::Device(name) => return Err(device_resume_error(&name)),
     };
     // Not locked: in a pipeline the receiver that will resume may have been started already.
-    let found = PartFile::open_unlocked(&name)?.and_then(|(file, slot)| ReceiveState::load(&slot, &file));
+    let found =
+        PartFile::open_unlocked(&name)?.and_then(|(file, slot)| ReceiveState::load(&slot, &file));
     Ok(found.map_or(0, |state| state.offset))
 }
 
@@ -103,7 +104,7 @@ pub fn receive<R: Read>(
             receiver.finish(read)
         }
         TransferFormat::AndroidSparse => {
-            let (mut image, head) = sparse::open_image(input)?;
+            let (mut image, head) = android::open_image(input)?;
             let mut receiver = Receiver::open(place, plan, &head, tell)?;
             let read = receiver.receive_android(&mut image);
             receiver.finish(read)

@@ -2,17 +2,22 @@
 
 use std::path::{Path, PathBuf};
 
-use super::super::spot::{FileOwner, Destination};
+use super::super::destination::{Destination, FileOwner};
 use super::super::state::ReceiveState;
-use super::super::{TransferFormat, TransferError};
+use super::super::{TransferError, TransferFormat};
 use super::records::StreamHead;
-use super::{ReceiveStart, ReceivePlan};
-use crate::part::PartFile;
-use crate::spec::Overwrite;
+use super::{ReceivePlan, ReceiveStart};
+use crate::config::Overwrite;
+use crate::part_file::PartFile;
 
 /// Where it may go.
 pub(super) enum ReceiveTarget {
-    File { name: PathBuf, owner: Option<FileOwner>, part: Option<PartFile>, state: Option<ReceiveState> },
+    File {
+        name: PathBuf,
+        owner: Option<FileOwner>,
+        part: Option<PartFile>,
+        state: Option<ReceiveState>,
+    },
     Device(PathBuf),
 }
 
@@ -22,7 +27,9 @@ impl ReceiveTarget {
         let shown = plan.path.display();
         let overwrite = plan.overwrite == Overwrite::Yes;
         let (name, owner) = match spot {
-            Destination::Device(name) if plan.start == ReceiveStart::Resume => return Err(device_resume_error(&name)),
+            Destination::Device(name) if plan.start == ReceiveStart::Resume => {
+                return Err(device_resume_error(&name));
+            }
             Destination::Device(name) if overwrite => return Ok(Self::Device(name)),
             Destination::Device(_) => {
                 let line = format!("'{shown}' is a device: --overwrite writes to it");
@@ -56,7 +63,11 @@ impl ReceiveTarget {
 }
 
 /// Whether this stream may go there.
-pub(super) fn check_stream(plan: &ReceivePlan, head: &StreamHead, place: &ReceiveTarget) -> Result<(), TransferError> {
+pub(super) fn check_stream(
+    plan: &ReceivePlan,
+    head: &StreamHead,
+    place: &ReceiveTarget,
+) -> Result<(), TransferError> {
     let refuse = |line: String| Err(TransferError::Refused(line));
     let shown = plan.path.display();
     let origin = head.origin();

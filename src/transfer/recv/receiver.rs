@@ -6,19 +6,19 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use super::super::destination::FileOwner;
 use super::super::onto;
 use super::super::source::TransferSource;
-use super::super::spot::FileOwner;
-use super::super::state::{StateWriter, ReceiveState};
+use super::super::state::{ReceiveState, StateWriter};
 use super::super::target::{TargetKind, TargetWriter, device_size};
-use super::super::{TransferFormat, TransferProgress, TransferError};
-use super::place::{ReceiveTarget, check_stream};
+use super::super::{TransferError, TransferFormat, TransferProgress};
+use super::preflight::{ReceiveTarget, check_stream};
 use super::records::StreamHead;
 use super::{ReceivePlan, Received};
+use crate::config::{Overwrite, format_size};
 use crate::confined::{self, PathHandle};
 use crate::host::{os_error, os_message};
-use crate::part::{PartFile, FileSlot, part_path};
-use crate::spec::{Overwrite, format_size};
+use crate::part_file::{FileSlot, PartFile, part_path};
 use rustix::fs::OFlags;
 
 /// A file or a device that is being received.
@@ -132,7 +132,12 @@ impl<'a> Receiver<'a> {
             keeps_old_content: plan.onto.is_some(),
             limit: plan.limit,
             state,
-            progress: TransferProgress { from: origin, reached: origin, size: Some(head.size), ..TransferProgress::default() },
+            progress: TransferProgress {
+                from: origin,
+                reached: origin,
+                size: Some(head.size),
+                ..TransferProgress::default()
+            },
             is_verified: false,
             part: Some((part, keeper)),
             on_progress: tell,
@@ -194,7 +199,10 @@ impl<'a> Receiver<'a> {
     }
 
     /// Everything has arrived, or not.
-    pub(super) fn finish(mut self, read: Result<(), ReceiveError>) -> Result<Received, TransferError> {
+    pub(super) fn finish(
+        mut self,
+        read: Result<(), ReceiveError>,
+    ) -> Result<Received, TransferError> {
         let (told, is_verified) = (self.progress, self.is_verified);
         let path = match &self.part {
             Some((part, _)) => part.path().to_owned(),
@@ -209,20 +217,31 @@ impl<'a> Receiver<'a> {
         if let Err(broken) = read {
             // Also then: what was verified is to stay, and to be found.
             let kept = keeper.finish();
-            let offset = ReceiveState::load(part.slot(), part.file()).map_or(0, |state| state.offset);
+            let offset =
+                ReceiveState::load(part.slot(), part.file()).map_or(0, |state| state.offset);
             kept.map_err(failed)?;
-            return Err(explain(broken, &path, told, &PartialResult::Part { name: part.name(), offset }));
+            return Err(explain(
+                broken,
+                &path,
+                told,
+                &PartialResult::Part { name: part.name(), offset },
+            ));
         }
         keeper.finish().map_err(failed)?;
         self.target.flush_hole().map_err(failed)?;
         part.commit(self.overwrite).map_err(TransferError::AfterStart)?;
-        ReceiveState::remove(part.slot()).map_err(|error| TransferError::host("remove", &path, &error))?;
+        ReceiveState::remove(part.slot())
+            .map_err(|error| TransferError::host("remove", &path, &error))?;
         Ok(Received { progress: told, is_verified })
     }
 }
 
 /// The part that `old` speaks of, for a stream that goes on with it.
-fn resume_part(part: PartFile, old: &ReceiveState, head: &StreamHead) -> Result<PartFile, TransferError> {
+fn resume_part(
+    part: PartFile,
+    old: &ReceiveState,
+    head: &StreamHead,
+) -> Result<PartFile, TransferError> {
     let failed = |error: io::Error| TransferError::host("write", part.path(), &error);
     if head.origin() < old.offset {
         ReceiveState::remove(part.slot()).map_err(failed)?;
@@ -233,7 +252,11 @@ fn resume_part(part: PartFile, old: &ReceiveState, head: &StreamHead) -> Result<
 }
 
 /// A new part of `name`, in place of `old`. `owner`: of the file that it will replace.
-fn create_part(name: &Path, old: Option<PartFile>, owner: Option<FileOwner>) -> Result<PartFile, TransferError> {
+fn create_part(
+    name: &Path,
+    old: Option<PartFile>,
+    owner: Option<FileOwner>,
+) -> Result<PartFile, TransferError> {
     // First: a state must never meet a file that it does not speak of.
     let path = part_path(name);
     let failed = |error: io::Error| TransferError::host("write", &path, &error);
@@ -263,7 +286,12 @@ enum PartialResult<'a> {
     Device,
 }
 
-fn explain(failed: ReceiveError, path: &Path, told: TransferProgress, left: &PartialResult<'_>) -> TransferError {
+fn explain(
+    failed: ReceiveError,
+    path: &Path,
+    told: TransferProgress,
+    left: &PartialResult<'_>,
+) -> TransferError {
     let error = match failed {
         ReceiveError::Target(error) => return TransferError::host("write", path, &error),
         ReceiveError::Limit(limit) => {
@@ -286,8 +314,12 @@ fn explain(failed: ReceiveError, path: &Path, told: TransferProgress, left: &Par
         _ => format!("cannot read the stream at {at}: {}", os_message(&error)),
     };
     let left = match left {
-        PartialResult::Device => format!("'{}' is only partly written, send it again", path.display()),
-        PartialResult::Part { offset: 0, .. } => "no piece of it was whole, send it again".to_owned(),
+        PartialResult::Device => {
+            format!("'{}' is only partly written, send it again", path.display())
+        }
+        PartialResult::Part { offset: 0, .. } => {
+            "no piece of it was whole, send it again".to_owned()
+        }
         PartialResult::Part { name, offset } => format!(
             "'{}' has the first {offset} bytes, verified: 'cowslip send --from {offset} ... | \
              cowslip recv {} --resume' goes on",

@@ -5,8 +5,8 @@ use std::ops::Range;
 
 use super::super::BUFFER_SIZE;
 use super::super::checkpoint::{Checkpoint, CheckpointKind};
+use super::super::record_reader::{RecordReader, TransferRecord, damaged_error};
 use super::super::state::{ReceiveState, STATE_VERSION};
-use super::super::wire::{TransferRecord, RecordReader, damaged_error};
 use super::receiver::{ReceiveError, Receiver};
 
 /// What a stream says before its first byte.
@@ -50,13 +50,16 @@ impl StreamHead {
             match wire.next_record()? {
                 TransferRecord::Size(bytes) => size = Some(bytes),
                 TransferRecord::Since(name) => head.since = Some(name),
-                TransferRecord::Checkpoint(mark, CheckpointKind::Middle) => head.checkpoint = Some(mark),
+                TransferRecord::Checkpoint(mark, CheckpointKind::Middle) => {
+                    head.checkpoint = Some(mark)
+                }
                 other => head.next_record = Some(other),
             }
             if head.checkpoint.is_some() || head.next_record.is_some() {
                 // Past what a file can be there is no size, and nothing to make room for.
-                head.size =
-                    size.filter(|size| *size <= crate::spec::MAX_SIZE).ok_or_else(damaged_error)?;
+                head.size = size
+                    .filter(|size| *size <= crate::config::MAX_SIZE)
+                    .ok_or_else(damaged_error)?;
                 return Ok(head);
             }
         }
@@ -109,7 +112,12 @@ impl Receiver<'_> {
     }
 
     /// Whether a record may cover `range` now.
-    fn check_range(&self, range: &Range<u64>, is_ours: bool, has_gaps: bool) -> Result<(), ReceiveError> {
+    fn check_range(
+        &self,
+        range: &Range<u64>,
+        is_ours: bool,
+        has_gaps: bool,
+    ) -> Result<(), ReceiveError> {
         let is_next = range.start == self.progress.reached;
         let is_later = has_gaps && range.start >= self.progress.reached;
         if range.end > self.progress.size.unwrap_or(0) || is_ours && !is_next && !is_later {
@@ -119,7 +127,7 @@ impl Receiver<'_> {
     }
 
     fn resize(&mut self, size: u64) -> Result<(), ReceiveError> {
-        if size > crate::spec::MAX_SIZE {
+        if size > crate::config::MAX_SIZE {
             return Err(ReceiveError::Stream(damaged_error()));
         }
         self.progress.size = Some(size);
@@ -135,8 +143,11 @@ impl Receiver<'_> {
         has_gaps: bool,
         is_whole: bool,
     ) -> Result<(), ReceiveError> {
-        let is_reached =
-            if has_gaps { mark.end >= self.progress.reached } else { mark.end == self.progress.reached };
+        let is_reached = if has_gaps {
+            mark.end >= self.progress.reached
+        } else {
+            mark.end == self.progress.reached
+        };
         let is_its = ours
             .is_some_and(|first| (first.identity, first.origin) == (mark.identity, mark.origin));
         let is_all = !is_whole || Some(mark.end) == self.progress.size;
