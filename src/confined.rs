@@ -21,7 +21,8 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Component, Path, PathBuf};
 
-use rustix::fs::{AtFlags, CWD, Mode, OFlags};
+use rustix::fs::{AtFlags, CWD, Mode, OFlags, ResolveFlags};
+use rustix::io::Errno;
 
 /// What an opened file is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -134,20 +135,64 @@ impl PathHandle {
     }
 }
 
-/// Where the open file or directory lies now: absolute, without links. A path that was looked up
-/// again may lead elsewhere by then; this is what the descriptor itself says.
+/// The path of the open file or directory: absolute, without links, and checked to lead to it.
+///
+/// A descriptor may come from another mount namespace (`/proc/PID/root/...`), in which the same
+/// path leads to something else. So the path is opened again, without links, and must be the same
+/// inode on the same mount. Mount ids are unique among all namespaces (proc_pid_mountinfo(5)).
 ///
 /// # Errors
-/// The host's errno; `ENOENT` when it has no name any more.
+/// The host's errno; `ENOENT` when it has no name any more; a line when its path does not lead to it.
 pub fn real_path(fd: impl AsFd) -> io::Result<PathBuf> {
-    let path = std::fs::read_link(proc_fd_path(&fd))?;
-    // The kernel marks what was unlinked so; a file may also be called that.
-    let is_gone = path.as_os_str().as_encoded_bytes().ends_with(b" (deleted)")
-        && rustix::fs::fstat(fd)?.st_nlink == 0;
-    if is_gone || !path.is_absolute() {
-        return Err(io::Error::from_raw_os_error(libc::ENOENT));
+    let mut tries = 3;
+    loop {
+        let path = std::fs::read_link(proc_fd_path(&fd))?;
+        // The kernel marks what was unlinked so; a file may also be called that.
+        let is_gone = path.as_os_str().as_encoded_bytes().ends_with(b" (deleted)")
+            && rustix::fs::fstat(&fd)?.st_nlink == 0;
+        if is_gone || !path.is_absolute() {
+            return Err(io::Error::from_raw_os_error(libc::ENOENT));
+        }
+        if leads_to(&path, &fd)? {
+            return Ok(path);
+        }
+        // Its directory may have been renamed meanwhile.
+        tries -= 1;
+        if tries == 0 {
+            let shown = path.display();
+            let line =
+                format!("its path '{shown}' leads elsewhere: it is in another mount namespace");
+            return Err(io::Error::other(line));
+        }
     }
-    Ok(path)
+}
+
+/// Whether `path`, which has no links in it, leads to what `fd` is: the same inode on the same mount.
+fn leads_to(path: &Path, fd: impl AsFd) -> io::Result<bool> {
+    let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let resolve = ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
+    let there = match rustix::fs::openat2(CWD, path, flags, Mode::empty(), resolve) {
+        Ok(there) => there,
+        Err(Errno::NOENT | Errno::LOOP | Errno::NOTDIR) => return Ok(false),
+        Err(error) => return Err(error.into()),
+    };
+    if mount_id(&there)? != mount_id(&fd)? {
+        return Ok(false);
+    }
+    let (there, here) = (rustix::fs::fstat(&there)?, rustix::fs::fstat(&fd)?);
+    Ok((there.st_dev, there.st_ino) == (here.st_dev, here.st_ino))
+}
+
+/// The id of the mount that `fd` was opened on, as in `/proc/self/mountinfo`. Nothing is asked of
+/// the file system.
+///
+/// # Errors
+/// The host's errno; `ENOSYS` when the kernel does not say.
+pub fn mount_id(fd: impl AsFd) -> io::Result<u64> {
+    let path = format!("/proc/self/fdinfo/{}", fd.as_fd().as_raw_fd());
+    let info = std::fs::read_to_string(path)?;
+    let id = info.lines().find_map(|line| line.strip_prefix("mnt_id:")?.trim().parse().ok());
+    Ok(id.ok_or(Errno::NOSYS)?)
 }
 
 /// The name by which the kernel lets a descriptor be opened once more.
@@ -245,7 +290,7 @@ pub fn recreate_file(dir: impl AsFd, name: impl AsRef<Path>) -> io::Result<File>
 /// The host's errno, `EISDIR` among them.
 pub fn remove_file(dir: impl AsFd, name: impl AsRef<Path>) -> io::Result<()> {
     match rustix::fs::unlinkat(dir, single_component(name.as_ref())?, AtFlags::empty()) {
-        Ok(()) | Err(rustix::io::Errno::NOENT) => Ok(()),
+        Ok(()) | Err(Errno::NOENT) => Ok(()),
         Err(error) => Err(error.into()),
     }
 }

@@ -26,6 +26,9 @@ use std::sync::LazyLock;
 use parking_lot::RwLock;
 use rustix::fs::{Mode, OFlags};
 
+use crate::confined;
+use crate::mount::mountinfo::{MountEntry, mounts};
+
 /// A directory, by device and inode.
 type DirId = (u64, u64);
 
@@ -48,6 +51,9 @@ pub enum TrustError {
         /// Who could.
         why: String,
     },
+    /// Its path does not lead to it.
+    #[error("cannot be trusted: {0}")]
+    Unreachable(io::Error),
     /// The host said no.
     #[error("cannot be looked at: {0}")]
     Io(#[from] io::Error),
@@ -79,7 +85,25 @@ pub fn allow(path: &Path) -> io::Result<()> {
 /// # Errors
 /// [`TrustError`].
 pub fn check(dir: &File) -> Result<(), TrustError> {
-    check_as(dir, &Principal::current(), &allowed())
+    check_as(dir, Use::Contents, &Principal::current(), &allowed())
+}
+
+/// Refuses `dir` when another user could rename or remove what this process creates in it, or put
+/// another directory into its place. What others have in it does not matter: `/tmp` is fine.
+///
+/// # Errors
+/// [`TrustError`].
+pub fn check_parent(dir: &File) -> Result<(), TrustError> {
+    check_as(dir, Use::Parent, &Principal::current(), &allowed())
+}
+
+/// What a directory is to be believed for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Use {
+    /// What lies in it.
+    Contents,
+    /// One entry of this user's, which was or is judged by itself.
+    Parent,
 }
 
 /// Refuses the configuration `file`, in the directory `dir`, when another user could have written it.
@@ -89,14 +113,15 @@ pub fn check(dir: &File) -> Result<(), TrustError> {
 pub fn check_file(file: &File, dir: &File) -> Result<(), TrustError> {
     let viewer = Principal::current();
     let found = file.metadata()?;
-    let why = viewer.objection(found.uid(), found.mode() & !STICKY_BIT);
     let allowed = allowed();
+    let why = viewer.objection(found.uid(), found.mode() & !STICKY_BIT);
+    let why = why.or(FuseMounts::default().objection(file, &viewer)?);
     match why {
         Some(why) if !is_below(dir, &allowed)? => {
             Err(TrustError::Untrusted { dir: path_of(file), why })
         }
         Some(_) => Ok(()),
-        None => check_as(dir, &viewer, &allowed),
+        None => check_as(dir, Use::Parent, &viewer, &allowed),
     }
 }
 
@@ -123,9 +148,13 @@ impl Principal {
         Self { uid, invoker: INVOKER.filter(|_| uid == 0) }
     }
 
+    fn is_believed(&self, owner: u32) -> bool {
+        owner == 0 || owner == self.uid || Some(owner) == self.invoker
+    }
+
     /// Why something with this owner and mode is another's to write; `None` when it is not.
     fn objection(&self, owner: u32, mode: u32) -> Option<String> {
-        if owner != 0 && owner != self.uid && Some(owner) != self.invoker {
+        if !self.is_believed(owner) {
             return Some(format!("belongs to another user (uid {owner}), who can change it"));
         }
         if mode & STICKY_BIT != 0 {
@@ -139,9 +168,18 @@ impl Principal {
     }
 }
 
-fn check_as(dir: &File, viewer: &Principal, allowed: &[DirId]) -> Result<(), TrustError> {
+fn check_as(
+    dir: &File,
+    purpose: Use,
+    viewer: &Principal,
+    allowed: &[DirId],
+) -> Result<(), TrustError> {
+    // What is above it is looked at through `..`: in another mount namespace, others say what that is.
+    confined::real_path(dir).map_err(TrustError::Unreachable)?;
     let mut objection = None;
-    let mut is_target = true;
+    let mut mounts = FuseMounts::default();
+    let mut failed = None;
+    let mut is_target = purpose == Use::Contents;
     let is_allowed = walk_up(dir, |at, found| {
         if allowed.contains(&(found.dev(), found.ino())) {
             return true;
@@ -150,14 +188,50 @@ fn check_as(dir: &File, viewer: &Principal, allowed: &[DirId]) -> Result<(), Tru
             // A sticky bit guards what others made; what lies right in the target is not that.
             let mode = if is_target { found.mode() & !STICKY_BIT } else { found.mode() };
             let why = viewer.objection(found.uid(), mode);
+            let why = why.or_else(|| {
+                mounts.objection(at, viewer).unwrap_or_else(|error| {
+                    failed = Some(error);
+                    None
+                })
+            });
             objection = why.map(|why| TrustError::Untrusted { dir: path_of(at), why });
         }
         is_target = false;
         false
     })?;
+    if let Some(error) = failed {
+        return Err(error.into());
+    }
     match objection {
         Some(error) if !is_allowed => Err(error),
         _ => Ok(()),
+    }
+}
+
+/// The FUSE mounts on the way to a directory: whoever serves one says what lies in it and whose it is.
+#[derive(Default)]
+struct FuseMounts {
+    entries: Option<Vec<MountEntry>>,
+    /// The mount that was looked at last.
+    last: Option<u64>,
+}
+
+impl FuseMounts {
+    /// Why the mount that `file` lies on is another's to change; `None` when it is not, or was looked
+    /// at just before.
+    fn objection(&mut self, file: &File, viewer: &Principal) -> io::Result<Option<String>> {
+        let id = confined::mount_id(file)?;
+        if self.last.replace(id) == Some(id) {
+            return Ok(None);
+        }
+        let entries = match &mut self.entries {
+            Some(entries) => entries,
+            none => none.insert(mounts()?),
+        };
+        let owner = entries.iter().find(|entry| entry.id == id).and_then(|entry| entry.owner);
+        Ok(owner.filter(|owner| !viewer.is_believed(*owner)).map(|owner| {
+            format!("lies on a FUSE file system of another user (uid {owner}), who can change it")
+        }))
     }
 }
 
@@ -219,7 +293,7 @@ mod tests {
     /// Why `viewer` does not believe the directory at `path`.
     fn refused(viewer: &Principal, path: &Path, allowed: &[DirId]) -> Option<String> {
         let dir = open_dir(path).unwrap();
-        check_as(&dir, viewer, allowed).err().map(|error| error.to_string())
+        check_as(&dir, Use::Contents, viewer, allowed).err().map(|error| error.to_string())
     }
 
     #[test]

@@ -451,3 +451,141 @@ fn what_is_received_over_a_program_has_none_of_its_powers() {
     assert_eq!(fs::metadata(lab.path("program")).unwrap().mode() & 0o7777, 0o755);
     lab.end();
 }
+
+/// A process in a mount namespace of its own, in which it runs `lines`, and then waits.
+fn in_own_namespace(lab: &Lab, lines: &str) -> Running {
+    let mut command = lab.command("unshare");
+    command.args(["-m", "sh", "-euc", &format!("{lines}\ntouch ready; exec sleep 1000")]);
+    let running = Running(command.spawn().unwrap());
+    wait_until("the namespace is ready", || lab.path("ready").exists());
+    running
+}
+
+#[test]
+fn another_mount_namespace_is_not_trusted() {
+    let mut lab = Lab::new();
+    overlay(&mut lab, "");
+    lab.mount("--store st");
+    lab.umount();
+    lab.sh("mkdir ns; printf 'mountpoint = \"m\"\n[[disk]]\nsource = \"blank:1M\"\n' > a.toml");
+    let inside = in_own_namespace(&lab, "mount -t tmpfs t ns; cp -a o st a.toml ns");
+    let there = format!("/proc/{}/root{}/ns", inside.pid(), lab.dir().display());
+    symlink(there, lab.path("x")).unwrap();
+    for words in [
+        "mount m d=base.img,overlay=x/o",
+        "mount m d=base.img,overlay=x/new",
+        "mount m --store x/st",
+        "mount --config x/a.toml",
+        "check x/o",
+    ] {
+        let line = lab.refused(1, words);
+        assert!(line.contains("another mount namespace"), "{words}: {line}");
+    }
+    drop(inside);
+    lab.end();
+}
+
+#[test]
+fn an_image_of_another_mount_namespace_has_no_directory_of_its_own() {
+    let lab = Lab::new();
+    lab.sh("mkdir ns; head -c 64K /dev/urandom > secret");
+    let inside = in_own_namespace(
+        &lab,
+        "mount -t tmpfs t ns
+         qemu-img create -q -u -f qcow2 -F raw -b $PWD/secret ns/top.qcow2 64K
+         exec 9<ns/top.qcow2; umount -l ns",
+    );
+    symlink(format!("/proc/{}/fd/9", inside.pid()), lab.path("evil.qcow2")).unwrap();
+    lab.sh("mkdir home; mv evil.qcow2 home");
+    for words in ["mount m v=home/evil.qcow2,format=qcow2", "import home/evil.qcow2 --overlay i"] {
+        let line = lab.refused(1, words);
+        assert!(line.contains("--allow-backing"), "{words}: {line}");
+    }
+    drop(inside);
+    lab.end();
+}
+
+#[test]
+fn a_backing_file_beside_others_belongs_to_the_owner_of_the_image() {
+    let lab = Lab::new();
+    lab.sh("mkdir -m 1777 shared; mkdir home; cd shared; truncate -s 64K root.img other.img
+            for base in root other; do
+                qemu-img create -q -f qcow2 -F raw -b $base.img $base.qcow2
+            done
+            chmod 600 root.img; chown 12345 other.img *.qcow2; ln -s ../shared/root.qcow2 ../home/x");
+    for image in ["shared/root.qcow2", "home/x"] {
+        let mount = format!("mount m v={image},format=qcow2");
+        for words in [mount, format!("import {image} --overlay i")] {
+            let line = lab.refused(1, &words);
+            assert!(line.contains("--allow-backing"), "{words}: {line}");
+        }
+    }
+    lab.ok("mount m v=shared/other.qcow2,format=qcow2");
+    lab.umount();
+    lab.ok("mount m v=shared/root.qcow2,format=qcow2 --allow-backing shared");
+    lab.umount();
+    lab.sh("chown 0 shared/root.qcow2");
+    lab.ok("mount m v=shared/root.qcow2,format=qcow2");
+    lab.end();
+}
+
+#[test]
+fn a_clone_has_the_base_of_its_disk_and_no_other() {
+    let mut lab = Lab::new();
+    lab.base("base.img", MIB);
+    lab.mount("--store st v=base.img,overlay=st");
+    lab.sh("cp base.img secret; mv base.img old; ln -s secret base.img");
+    let line = lab.refused(1, "clone m/v m/c");
+    assert!(line.contains("another file is in the place of its base"), "{line}");
+    lab.sh("rm base.img; mv old base.img");
+    lab.ok("clone m/v m/c");
+    lab.sh("cmp m/v m/c");
+    lab.end();
+}
+
+#[test]
+fn a_pipe_that_was_replaced_by_another_users_gets_nothing() {
+    let lab = Lab::new();
+    lab.mount("o=stream:64K,to=fifo:pipe");
+    lab.sh("mv pipe old; mkfifo pipe");
+    give(&lab.path("pipe"), OTHER);
+    let flags = rustix::fs::OFlags::RDWR | rustix::fs::OFlags::NONBLOCK;
+    let reader = rustix::fs::open(lab.path("pipe"), flags, rustix::fs::Mode::empty()).unwrap();
+    let _ = lab.output("sh", &["-c", "yes secret | head -c 32K > m/o"]);
+    let finished = lab.cowslip("finish m/o --timeout 10");
+    assert!(!finished.status.success(), "{}", show(&finished));
+    let mut bytes = [0; 16];
+    assert_eq!(rustix::io::read(&reader, &mut bytes), Err(rustix::io::Errno::AGAIN));
+    let output = lab.cowslip("umount m");
+    assert!(
+        String::from_utf8_lossy(&output.stderr).contains("Operation not permitted"),
+        "{}",
+        show(&output)
+    );
+    lab.end();
+}
+
+#[test]
+fn a_directory_like_tmp_takes_what_is_new_and_what_is_ones_own() {
+    let mut lab = Lab::new();
+    lab.base("base.img", MIB);
+    lab.sh("mkdir -m 1777 shared");
+    lab.mount("d=base.img,overlay=shared/o e=base.img");
+    lab.ok("keep m/e shared/kept");
+    lab.umount();
+    lab.mount("d=base.img,overlay=shared/o e=base.img,overlay=shared/kept");
+    lab.umount();
+    fs::write(
+        lab.path("shared/a.toml"),
+        "mountpoint = \"m\"\n[[disk]]\nname = \"b\"\nsource = \"blank:1M\"\n",
+    )
+    .unwrap();
+    let text = fs::read_to_string(lab.path("shared/a.toml")).unwrap();
+    let at = lab.path("m").display().to_string();
+    fs::write(lab.path("shared/a.toml"), text.replace("\"m\"", &format!("\"{at}\""))).unwrap();
+    lab.ok("mount --config shared/a.toml");
+    lab.umount();
+    give(&lab.path("shared/o"), OTHER);
+    assert!(lab.refused(1, "mount m d=base.img,overlay=shared/o").contains("uid 12345"));
+    lab.end();
+}

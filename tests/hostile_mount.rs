@@ -42,6 +42,8 @@ struct Answers {
     ctl: Text,
     /// Where all names in the directory of snapshots lead.
     link: PathBuf,
+    /// Whether questions for attributes are taken and never answered.
+    is_silent: bool,
     /// How often something was opened.
     asked: Arc<AtomicUsize>,
     /// The length of the last request: the answer is read behind it.
@@ -84,6 +86,10 @@ impl Filesystem for Answers {
     }
 
     fn getattr(&self, _: &Request, ino: INodeNo, _: Option<FileHandle>, reply: ReplyAttr) {
+        if self.is_silent {
+            // Dropped, it would answer.
+            return std::mem::forget(reply);
+        }
         reply.attr(&Duration::ZERO, &attr(ino.0));
     }
 
@@ -155,7 +161,7 @@ fn attr(ino: u64) -> FileAttr {
         ctime: UNIX_EPOCH,
         crtime: UNIX_EPOCH,
         kind,
-        perm: 0o777,
+        perm: 0o755,
         nlink: 1,
         uid: 0,
         gid: 0,
@@ -327,4 +333,31 @@ fn what_a_mount_says_moves_no_cursor() {
         }
         end(lab);
     }
+}
+
+#[test]
+fn a_fuse_mount_of_another_user_is_not_trusted_whatever_it_says_of_owners() {
+    let lab = Lab::new();
+    served(&lab, 65534, Answers::default());
+    for words in ["mount --config m/d", "mount m2 --store m/.cowslip"] {
+        lab.sh("mkdir -p m2");
+        let line = lab.refused(1, words);
+        let why = "FUSE file system of another user (uid 65534)";
+        assert!(line.contains(why), "{words}: {line}");
+    }
+    end(lab);
+}
+
+#[test]
+fn a_mount_that_takes_questions_and_never_answers_holds_up_nobody() {
+    let lab = Lab::new();
+    served(&lab, 65534, Answers { is_silent: true, ..Answers::default() });
+    for words in ["status m", "status", "umount m"] {
+        let words: Vec<&str> =
+            ["-s", "KILL", "60", COWSLIP].into_iter().chain(words.split(' ')).collect();
+        let ended = lab.output("timeout", &words);
+        assert!(ended.status.code().is_some_and(|code| code < 100), "{}", show(&ended));
+    }
+    assert_eq!(mounts_below(lab.dir()), Vec::<PathBuf>::new());
+    lab.end();
 }

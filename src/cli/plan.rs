@@ -8,6 +8,7 @@ use anyhow::Context as _;
 use clap::Args;
 
 use super::CliError;
+use crate::base::self_reference::{FsKind, HostFs};
 use crate::config::{self, CacheMode, Config, DiskSpec};
 use crate::confined::{self, FileAccess};
 use crate::mount::{DaemonMode, MountPlan, OnChangedBase};
@@ -169,12 +170,16 @@ fn read_config(path: &Path, dir: &Path) -> anyhow::Result<Config> {
 fn read_trusted(path: &Path) -> anyhow::Result<(String, PathBuf)> {
     let (home, name) = (path.parent().context("it has no directory")?, path.file_name());
     let home = confined::open_dir(home)?;
-    trust::check(&home)?;
+    trust::check_parent(&home)?;
     let real = confined::real_path(&home)?;
     // In a directory that is believed; a link there may lead elsewhere.
     let file = confined::open_input(&real.join(name.context("it has no name")?), FileAccess::Read)?;
     let lies_in = confined::real_path(&file)?;
     trust::check_file(&file, &confined::open_dir(lies_in.parent().unwrap_or(&real))?)?;
+    let fs = HostFs::of(&file)?;
+    if fs.kind == FsKind::Pseudo {
+        anyhow::bail!("it is a {} file of the kernel: name a file", fs.name);
+    }
     let bytes = confined::read_to_limit(file, MAX_CONFIG_LEN)?;
     Ok((String::from_utf8(bytes).context("it is not UTF-8")?, real))
 }

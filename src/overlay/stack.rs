@@ -199,7 +199,7 @@ pub(in crate::overlay) fn parent_for_new(dir: &Path) -> Result<&Path, StackError
     }
     let is_store =
         |dir: &&Path| ["names", "disks", "layers"].iter().all(|name| dir.join(name).is_dir());
-    trust::check(&open_dir(parent).map_err(doing("looking for its place"))?)?;
+    trust::check_parent(&open_dir(parent).map_err(doing("looking for its place"))?)?;
     let real = parent.canonicalize().map_err(doing("looking for its place"))?;
     match real.ancestors().find(is_store) {
         Some(store) => Err(StackError::InStore(store.to_owned())),

@@ -14,7 +14,6 @@
 //! the mount, or it was unmounted there. The mount itself must not be held open: it would be busy.
 
 use std::ffi::OsString;
-use std::fs;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
@@ -23,6 +22,7 @@ use rustix::fs::{AtFlags, Mode, OFlags, StatxFlags};
 use rustix::io::Errno;
 
 use super::unmount::{UnmountMode, unmount_in};
+use crate::confined::mount_id;
 use crate::mount::mountinfo::{MountEntry, entry_at};
 
 /// `STATX_MNT_ID_UNIQUE` (linux/stat.h, since 6.8): an id that no later mount gets.
@@ -94,9 +94,7 @@ impl MountHandle {
     fn mount_ids(&self) -> io::Result<(u64, Option<u64>)> {
         let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let there = rustix::fs::openat(&self.parent, &self.name, flags, Mode::empty())?;
-        let info = fs::read_to_string(format!("/proc/self/fdinfo/{}", there.as_raw_fd()))?;
-        let id = info.lines().find_map(|line| line.strip_prefix("mnt_id:")?.trim().parse().ok());
-        let id = id.ok_or(Errno::NOSYS)?;
+        let id = mount_id(&there)?;
         // EACCES: a mount of another user, which answers nobody else; its parent and its id are
         // what it is told by then, as on a kernel without unique ids.
         let flags = AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC;

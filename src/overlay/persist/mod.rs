@@ -114,7 +114,7 @@ pub fn resolve_overlay_path(dir: &Path) -> Result<PathBuf, StackError> {
         return Err(looking()(io::ErrorKind::NotFound.into()));
     };
     let found = open_dir(parent).map_err(|_| StackError::NoParent(parent.to_owned()))?;
-    trust::check(&found)?;
+    trust::check_parent(&found)?;
     Ok(confined::real_path(&found).map_err(looking())?.join(name))
 }
 
