@@ -10,9 +10,10 @@
 //! little.
 
 use std::collections::HashSet;
-use std::fs::File;
+use std::fs::{File, Metadata};
 use std::io;
 use std::ops::Range;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -21,9 +22,10 @@ use super::header::{BackingRef, HeaderError, Qcow2Header};
 use super::tables::{MAX_TABLE_BYTES, TableBudget};
 use super::{Qcow2Layer, cluster_cache::ClusterCache};
 use crate::config::{DirectIo, Format, Locking, Passthrough};
-use crate::confined::PathHandle;
+use crate::confined::{PathHandle, open_dir};
 use crate::extents::{Extent, ExtentKind};
 use crate::layer::{CopyFn, Layer, Wait};
+use crate::trust;
 
 /// The most images of a chain.
 const MAX_BACKING_FILES: usize = 256;
@@ -144,7 +146,7 @@ pub fn open(
     locking: Locking,
 ) -> Result<BackingChain, ChainError> {
     let path = host.real_path.clone();
-    let allowed = AllowedDirs::for_image(&path, allowed, locking);
+    let allowed = AllowedDirs::for_image(&path, &host.file, allowed, locking)?;
     let mut seen = HashSet::new();
     let mut budget = TableBudget::default();
     let mut members = vec![ChainImage::read(path.clone(), host, "qcow2", &allowed)?];
@@ -187,7 +189,7 @@ pub fn open_top(path: &Path, allowed: &[PathBuf]) -> Result<TopImage, BaseError>
     let host =
         open_base_file(path, BaseAccess::Read, Locking::Qemu, Passthrough::Off, DirectIo::Off)?;
     let real = host.real_path.clone();
-    let allowed = AllowedDirs::for_image(&real, allowed, Locking::Qemu);
+    let allowed = AllowedDirs::for_image(&real, &host.file, allowed, Locking::Qemu)?;
     let top = ChainImage::read(real, host, "qcow2", &allowed)?;
     let mut budget = TableBudget::default();
     top.charge_tables(&mut budget)?;
@@ -206,17 +208,38 @@ pub fn open_top(path: &Path, allowed: &[PathBuf]) -> Result<TopImage, BaseError>
 struct AllowedDirs {
     /// The directory of the first image: backing files may lie there.
     image_dir: PathBuf,
+    /// Whether nobody but root and this user can put files there.
+    is_dir_trusted: bool,
+    /// The user who owns the first image.
+    image_owner: u32,
     /// What the user named: data files may lie there as well.
     user_dirs: Vec<PathBuf>,
     locking: Locking,
 }
 
 impl AllowedDirs {
-    /// For the image that lies at `image`, canonical.
-    fn for_image(image: &Path, named: &[PathBuf], locking: Locking) -> Self {
-        let own = image.parent().unwrap_or(Path::new("/")).to_owned();
-        let named = named.iter().filter_map(|dir| dir.canonicalize().ok()).collect();
-        Self { image_dir: own, user_dirs: named, locking }
+    /// For the image `file`, whose canonical path is `image`.
+    fn for_image(
+        image: &Path,
+        file: &File,
+        named: &[PathBuf],
+        locking: Locking,
+    ) -> Result<Self, ChainError> {
+        let unreadable =
+            |error: io::Error| ChainError::Header { path: image.to_owned(), error: error.into() };
+        let image_dir = image.parent().unwrap_or(Path::new("/")).to_owned();
+        let is_dir_trusted = open_dir(&image_dir).is_ok_and(|dir| trust::check(&dir).is_ok());
+        let image_owner = file.metadata().map_err(unreadable)?.uid();
+        let user_dirs = named.iter().filter_map(|dir| dir.canonicalize().ok()).collect();
+        Ok(Self { image_dir, is_dir_trusted, image_owner, user_dirs, locking })
+    }
+
+    /// Whether a backing file may be `found`, which lies at `path`. In the image's own directory it may,
+    /// unless others can put images there: then they could name any file beside theirs, so that it
+    /// has to belong to whoever owns the image.
+    fn is_backing_allowed(&self, path: &Path, found: &Metadata) -> bool {
+        path.starts_with(&self.image_dir)
+            && (self.is_dir_trusted || found.uid() == self.image_owner)
     }
 
     /// Opens `name`, which stands in the image `path`.
@@ -235,7 +258,7 @@ impl AllowedDirs {
         let located = PathHandle::at(&named).map_err(missing)?;
         let needed = located.real_path().map_err(missing)?;
         let is_allowed = self.user_dirs.iter().any(|dir| needed.starts_with(dir))
-            || (may_be_own && needed.starts_with(&self.image_dir));
+            || (may_be_own && self.is_backing_allowed(&needed, located.metadata()));
         if !is_allowed {
             return Err(ChainError::NotAllowed { path: path.to_owned(), needed });
         }
