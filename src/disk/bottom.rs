@@ -104,6 +104,14 @@ impl Bottom {
         }
     }
 
+    /// Whether `base` is read from the same files, by device and inode.
+    pub(super) fn is_same_files(&self, base: &Base) -> bool {
+        let id = |file: &File| file.metadata().map(|found| (found.dev(), found.ino())).ok();
+        let needed = base.needs.iter().map(|(_, file)| &**file);
+        let others = base.file.as_deref().into_iter().chain(needed);
+        self.files().map(id).eq(others.map(id))
+    }
+
     /// Every file that it is read from.
     pub(super) fn files(&self) -> impl Iterator<Item = &File> {
         let (file, needs) = match self {

@@ -21,7 +21,7 @@ use crate::overlay::record::LayerMap;
 use crate::overlay::stack::Stack;
 use crate::overlay::tree::LayerTree;
 
-/// Opens the disk `name` of a store, taking from `shelf` the layers that are open already.
+/// Opens the disk `name` of a store, taking from `layer_cache` the layers that are open already.
 ///
 /// # Errors
 /// [`OpenError`].
@@ -110,6 +110,12 @@ pub fn clone_stored(
         allow_backing: bottom.allow_backing(),
     };
     let base = base::open(&spec.source, how)?;
+    // Opened by its path once more: another file may be there by now.
+    if !bottom.is_same_files(&base) {
+        let line =
+            "another file is in the place of its base, or of one that this needs: put it back";
+        return Err(OpenError::NothingToKeep(line.to_owned()));
+    }
     let mut tree = LayerTree { layers: old.tree().chain(layer), snapshots: Vec::new() };
     tree.layers.reverse();
     tree.push_top(Uuid::new_v4(), Some(layer));
