@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::FileTypeExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::Path;
 
 use rustix::fs::{CWD, FileType, Mode, OFlags, fcntl_getfl, fcntl_setfl, mkfifoat, stat};
@@ -28,13 +28,11 @@ pub(super) fn create_missing(path: &Path) -> Result<(), StreamOpenError> {
     let found = found.map_err(|error| StreamOpenError::host("open", path, &error.into()))?;
     match FileType::from_raw_mode(found.st_mode) {
         // Whoever made a pipe can open it again, and reads what is sent or sends what is read.
-        FileType::Fifo if ![0, rustix::process::geteuid().as_raw()].contains(&found.st_uid) => {
-            Err(StreamOpenError::wrong_kind(
-                path,
-                "a named pipe of another user",
-                "fifo: needs a named pipe of your own, or nothing there",
-            ))
-        }
+        FileType::Fifo if !is_own(found.st_uid) => Err(StreamOpenError::wrong_kind(
+            path,
+            "a named pipe of another user",
+            "fifo: needs a named pipe of your own, or nothing there",
+        )),
         FileType::Fifo => Ok(()),
         kind => Err(StreamOpenError::wrong_kind(
             path,
@@ -42,6 +40,10 @@ pub(super) fn create_missing(path: &Path) -> Result<(), StreamOpenError> {
             "fifo: needs a named pipe, or nothing there",
         )),
     }
+}
+
+fn is_own(owner: u32) -> bool {
+    [0, rustix::process::geteuid().as_raw()].contains(&owner)
 }
 
 /// A file type in words.
@@ -60,11 +62,15 @@ pub(super) fn file_type_name(kind: FileType) -> &'static str {
 /// Opens the named pipe `path`, for a descriptor that does not wait.
 ///
 /// # Errors
-/// `EINVAL` when it is none any more; `ENXIO` for a writer when nobody reads; the host's errno.
+/// `EINVAL` when it is none any more; `EPERM` when it is another user's by now; `ENXIO` for a writer
+/// when nobody reads; the host's errno.
 pub(super) fn open(path: &Path, access: OFlags) -> io::Result<OwnedFd> {
     let located = PathHandle::at(path)?;
     if !located.metadata().file_type().is_fifo() {
         return Err(Errno::INVAL.into());
+    }
+    if !is_own(located.metadata().uid()) {
+        return Err(Errno::PERM.into());
     }
     Ok(set_nonblocking(located.open(access)?)?)
 }
