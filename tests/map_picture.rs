@@ -128,8 +128,10 @@ fn a_disk_without_a_byte_and_a_strange_name_can_be_drawn() {
 fn an_old_picture_is_replaced_and_what_cannot_be_written_is_one_line() {
     let lab = lab();
     put(&lab.path("map.svg"), b"old");
+    assert!(lab.refused(1, "map m/d --svg map.svg").contains("use --overwrite"));
+    assert_eq!(fs::read(lab.path("map.svg")).unwrap(), b"old");
     fs::set_permissions(lab.path("map.svg"), fs::Permissions::from_mode(0o600)).unwrap();
-    lab.ok("map m/d --svg map.svg");
+    lab.ok("map m/d --svg map.svg --overwrite");
     let picture = fs::read_to_string(lab.path("map.svg")).unwrap();
     assert!(picture.ends_with("</svg>\n"));
     assert_eq!(fs::metadata(lab.path("map.svg")).unwrap().permissions().mode() & 0o777, 0o600);

@@ -24,8 +24,11 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 
+use rustix::fs::OFlags;
+
 use super::BaseAccess;
 use crate::config::Locking;
+use crate::confined::PathHandle;
 
 /// Why a base cannot be locked; all of them are for the user.
 #[derive(Debug, thiserror::Error)]
@@ -48,6 +51,9 @@ pub enum LockError {
         .0.display()
     )]
     HasReaders(PathBuf),
+    /// The file is a disk's image, and its name was to be given to another file.
+    #[error("'{}' is in use as the image of a disk: name another file", .0.display())]
+    InUse(PathBuf),
     /// The host could not say.
     #[error("cannot lock '{}': {error}", path.display())]
     Io {
@@ -160,6 +166,25 @@ fn try_lock(
         }
     }
     Ok(())
+}
+
+/// Refuses a file that a disk of cowslip's, a virtual machine or a qemu tool uses as its image: what is
+/// about to replace it would take its name. What this user may not read is let through, and so is a
+/// file system without locks.
+///
+/// # Errors
+/// [`LockError::InUse`].
+pub fn check_unused(located: &PathHandle, path: &Path) -> Result<(), LockError> {
+    if !located.metadata().is_file() {
+        return Ok(());
+    }
+    let Ok(file) = located.open(OFlags::RDONLY) else { return Ok(()) };
+    let own = [USER_BYTE, WRITER_BYTE].into_iter();
+    let mut bytes = own.chain((PERM_READ..=PERM_RESIZE).map(|bit| QEMU_PERM_BASE + bit));
+    match bytes.any(|byte| is_held(&file, byte).unwrap_or(false)) {
+        true => Err(LockError::InUse(path.to_owned())),
+        false => Ok(()),
+    }
 }
 
 fn own_lock_bytes(access: BaseAccess) -> impl Iterator<Item = i64> {

@@ -17,6 +17,7 @@ use super::client::Endpoint;
 use super::point_in_time::PointInTime;
 use super::progress::{ProgressDisplay, Verbosity};
 use super::{CliError, EXIT_OK, cleanup, print_line, restore_sigpipe};
+use crate::base::lock;
 use crate::config::{Overwrite, format_size, format_zeroed};
 use crate::confined::PathHandle;
 use crate::export::bmap::BmapScope;
@@ -232,6 +233,7 @@ fn resolve_output(args: &DiffArgs) -> anyhow::Result<(PathBuf, Option<Permission
         }
         // What a link leads to is replaced, not the link.
         Ok(found) => {
+            lock::check_unused(&found, &args.out)?;
             let mode = found.metadata().mode() & 0o777;
             Ok((found.real_path().with_context(failed)?, Some(Permissions::from_mode(mode))))
         }

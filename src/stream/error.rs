@@ -3,6 +3,7 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
+use crate::base::lock::LockError;
 use crate::base::self_reference::SelfReferenceError;
 use crate::host::os_message;
 
@@ -12,6 +13,9 @@ pub enum StreamOpenError {
     /// It lies in the mount that would need it.
     #[error(transparent)]
     SelfReference(#[from] SelfReferenceError),
+    /// A disk uses what is to be replaced.
+    #[error(transparent)]
+    InUse(#[from] LockError),
     /// There is a file already.
     #[error("'{}' exists: add overwrite to replace it, or name another file", .0.display())]
     Exists(PathBuf),

@@ -6,6 +6,7 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use super::TransferError;
+use crate::base::lock;
 use crate::confined::PathHandle;
 
 /// What a path names.
@@ -60,6 +61,8 @@ impl Destination {
             return Ok(Self::Device(real));
         }
         if kind.is_file() {
+            let unused = lock::check_unused(&located, path);
+            unused.map_err(|error| TransferError::Refused(error.to_string()))?;
             let owner = FileOwner { mode: meta.mode() & 0o777, uid: meta.uid(), gid: meta.gid() };
             return Ok(Self::File(real, owner));
         }

@@ -28,7 +28,7 @@ use self::pieces::{MapPiece, each_piece};
 use self::strip::Strip;
 use super::client::Endpoint;
 use super::{EXIT_OK, restore_sigpipe};
-use crate::config::format_size;
+use crate::config::{Overwrite, format_size};
 use crate::printable;
 
 /// How much of a map is read and printed at a time: what the mount is asked for.
@@ -44,6 +44,9 @@ pub(super) struct MapArgs {
     /// Draw the disk, layer by layer, into the file OUT (- is stdout)
     #[arg(long, value_name = "OUT", conflicts_with = "json")]
     svg: Option<PathBuf>,
+    /// Replace OUT if it is there
+    #[arg(long, requires = "svg")]
+    overwrite: bool,
 }
 
 pub(super) fn run(args: &MapArgs) -> anyhow::Result<u8> {
@@ -56,7 +59,8 @@ pub(super) fn run(args: &MapArgs) -> anyhow::Result<u8> {
         let name = place.disk.clone().unwrap_or_default();
         let layers = LayerNames::of(&status);
         let picture = build_picture(&place, &status, &layers, svg::PLOT_COLUMNS)?;
-        save::save(out, &svg::draw(&name, &picture, &layers.rows()))?;
+        let overwrite = if args.overwrite { Overwrite::Yes } else { Overwrite::No };
+        save::save(out, &svg::draw(&name, &picture, &layers.rows()), overwrite)?;
     } else {
         show_table(&place)?;
     }

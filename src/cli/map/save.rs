@@ -7,6 +7,7 @@ use std::path::Path;
 
 use rustix::fs::OFlags;
 
+use crate::base::lock;
 use crate::config::Overwrite;
 use crate::confined::PathHandle;
 use crate::host::os_message;
@@ -16,10 +17,20 @@ use crate::part_file::{PartFileError, UnnamedFile};
 /// at all, and keeps its mode; a device or a pipe is written to.
 ///
 /// # Errors
-/// A line with the path.
-pub(super) fn save(out: &Path, text: &str) -> anyhow::Result<()> {
+/// A line with the path; also for a file that is there, unless `overwrite` says that it may be
+/// replaced, and for one that is a disk's image.
+pub(super) fn save(out: &Path, text: &str, overwrite: Overwrite) -> anyhow::Result<()> {
     if out == Path::new("-") {
         return crate::cli::print(text);
+    }
+    if let Ok(found) = PathHandle::at(out)
+        && found.metadata().is_file()
+    {
+        if overwrite == Overwrite::No {
+            let shown = out.display();
+            anyhow::bail!("'{shown}' is there already: name another, or use --overwrite");
+        }
+        lock::check_unused(&found, out)?;
     }
     let failed = |error: io::Error| {
         let remedy = match error.kind() {
@@ -92,10 +103,10 @@ mod tests {
     fn a_file_is_replaced_as_a_whole_and_keeps_its_mode() {
         let dir = tempfile::tempdir().unwrap();
         let out = dir.path().join("map.svg");
-        save(&out, "first").unwrap();
+        save(&out, "first", Overwrite::No).unwrap();
         fs::set_permissions(&out, Permissions::from_mode(0o640)).unwrap();
         let before = File::open(&out).unwrap();
-        save(&out, "2nd").unwrap();
+        save(&out, "2nd", Overwrite::Yes).unwrap();
         assert_eq!(fs::read(&out).unwrap(), b"2nd");
         assert_eq!(fs::metadata(&out).unwrap().permissions().mode() & 0o777, 0o640);
         assert_eq!(io::read_to_string(before).unwrap(), "first");
@@ -108,21 +119,21 @@ mod tests {
         let link = dir.path().join("link");
         fs::write(dir.path().join("real"), b"old").unwrap();
         std::os::unix::fs::symlink("real", &link).unwrap();
-        save(&link, "new").unwrap();
+        save(&link, "new", Overwrite::Yes).unwrap();
         assert!(link.is_symlink());
         assert_eq!(fs::read(dir.path().join("real")).unwrap(), b"new");
     }
 
     #[test]
     fn a_device_is_written_to() {
-        save(Path::new("/dev/null"), "gone").unwrap();
+        save(Path::new("/dev/null"), "gone", Overwrite::No).unwrap();
         assert!(!fs::metadata("/dev/null").unwrap().is_file());
     }
 
     #[test]
     fn what_cannot_be_written_is_a_line() {
         let dir = tempfile::tempdir().unwrap();
-        let line = |path: &Path| save(path, "x").unwrap_err().to_string();
+        let line = |path: &Path| save(path, "x", Overwrite::No).unwrap_err().to_string();
         let missing = dir.path().join("no/map.svg");
         assert_eq!(
             line(&missing),

@@ -15,6 +15,7 @@ use rustix::io::Errno;
 use super::seekable::SeekableWriter;
 use super::wire::WireWriter;
 use super::{HostSink, Monitor, SinkBackend, StdioMode, StreamContext, StreamOpenError};
+use crate::base::lock;
 use crate::base::raw::HostKind;
 use crate::base::self_reference::check_self_reference;
 use crate::config::{Overwrite, Programs, SinkSpec, StreamFrames, StreamSpec};
@@ -122,6 +123,7 @@ fn open_file(
     } else if overwrite == Overwrite::No {
         Err(StreamOpenError::Exists(path.to_owned()))
     } else {
+        lock::check_unused(&located, path)?;
         // What a link leads to is replaced, not the link.
         let real =
             located.real_path().map_err(|error| StreamOpenError::host("write", path, &error))?;
