@@ -1,15 +1,17 @@
 //! Whether a mount lives: asked with a bound, for a mount may never answer.
 
-use std::path::{Path, PathBuf};
-use std::sync::mpsc;
-use std::thread;
+use std::ffi::{CStr, CString};
+use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
 use std::time::Duration;
 
-use rustix::fs::{AtFlags, CWD, StatxFlags};
-use rustix::io::Errno;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::pipe::{PipeFlags, pipe_with};
+use rustix::process::{Pid, Signal, WaitOptions, kill_process, waitpid};
 
 use super::MountHandle;
-use crate::mount::mountinfo::entry_at;
+use crate::mount::mountinfo::{MountEntry, entry_at};
 
 /// The state of a mount, of whatever type.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -30,42 +32,81 @@ const PROBE_TIMEOUT: Duration = Duration::from_secs(2);
 pub fn mount_health(mountpoint: &Path) -> MountHealth {
     match entry_at(mountpoint) {
         None => MountHealth::NotMounted,
-        Some(entry) => probe(entry.mountpoint),
+        Some(entry) => probe(&entry, &entry.mountpoint),
     }
 }
 
 impl MountHandle {
-    /// As [`condition`], of this mount.
+    /// As [`mount_health`], of this mount.
     #[must_use]
     pub fn health(&self) -> MountHealth {
         match self.is_mounted() {
-            true => probe(self.access_path()),
+            true => probe(self.entry(), &self.access_path()),
             false => MountHealth::NotMounted,
         }
     }
 }
 
-pub(super) fn probe(mountpoint: PathBuf) -> MountHealth {
-    let (answer, answered) = mpsc::channel();
-    // A thread of its own, since nothing else bounds a stat. One that hangs ends with the mount
-    // or with this process.
-    let asking = thread::Builder::new().name("probe".into()).spawn(move || {
-        // FORCE_SYNC: cached attributes outlive the daemon.
-        let flags = AtFlags::STATX_FORCE_SYNC | AtFlags::NO_AUTOMOUNT;
-        let asked = rustix::fs::statx(CWD, &mountpoint, flags, StatxFlags::BASIC_STATS);
-        let _ = answer.send(asked.err());
-    });
-    let Ok(asking) = asking else {
+/// Whether the mount `entry`, which `path` leads to, answers. A FUSE mount of another user is not
+/// asked: its server could read the question and never answer it.
+///
+/// A process that waits for such an answer cannot end, not even by SIGKILL (`request_wait_answer` in
+/// fs/fuse/dev.c). So a child asks, and is left behind when it gets no answer in time.
+fn probe(entry: &MountEntry, path: &Path) -> MountHealth {
+    if entry.owner.is_some() && !entry.is_trusted() {
+        return MountHealth::Alive;
+    }
+    let (Ok(path), Ok((reader, writer))) =
+        (CString::new(path.as_os_str().as_bytes()), pipe_with(PipeFlags::CLOEXEC))
+    else {
         return MountHealth::Alive;
     };
-    let Ok(error) = answered.recv_timeout(PROBE_TIMEOUT) else {
-        return MountHealth::Alive;
+    // SAFETY: between fork and _exit the child makes system calls and nothing else, so it does not
+    // matter which locks other threads held.
+    let child = match unsafe { libc::fork() } {
+        // SAFETY: this is the child.
+        0 => unsafe { ask_and_exit(&path, writer.as_raw_fd()) },
+        child if child > 0 => Pid::from_raw(child),
+        _ => None,
     };
-    // Joined, so that a later fork finds a process without threads. It only sends, so no panic.
-    let _ = asking.join();
-    match error {
+    let Some(child) = child else { return MountHealth::Alive };
+    drop(writer);
+    let timeout = Timespec { tv_sec: PROBE_TIMEOUT.as_secs().cast_signed(), tv_nsec: 0 };
+    let mut fds = [PollFd::new(&reader, PollFlags::IN)];
+    let answered = rustix::io::retry_on_intr(|| poll(&mut fds, Some(&timeout)));
+    let mut error = [0; 4];
+    if !answered.is_ok_and(|ready| ready > 0) || rustix::io::read(&reader, &mut error) != Ok(4) {
+        let _ = kill_process(child, Signal::KILL);
+        let _ = waitpid(Some(child), WaitOptions::NOHANG);
+        return MountHealth::Alive;
+    }
+    let _ = waitpid(Some(child), WaitOptions::empty());
+    match i32::from_ne_bytes(error) {
         // ECONNABORTED: the connection was aborted through /sys/fs/fuse.
-        Some(Errno::NOTCONN | Errno::CONNABORTED) => MountHealth::Dead,
+        libc::ENOTCONN | libc::ECONNABORTED => MountHealth::Dead,
         _ => MountHealth::Alive,
+    }
+}
+
+/// Asks for the attributes of `path`, writes the errno (0 for none) to `to`, and ends this process.
+///
+/// # Safety
+/// For the child of a fork: no destructor runs.
+unsafe fn ask_and_exit(path: &CStr, to: RawFd) -> ! {
+    // FORCE_SYNC: cached attributes outlive the daemon.
+    let flags = libc::AT_STATX_FORCE_SYNC | libc::AT_NO_AUTOMOUNT;
+    // SAFETY: the path ends with a zero byte, all zeros is a valid statx, and `to` is open.
+    unsafe {
+        let mut found: libc::statx = std::mem::zeroed();
+        let asked = libc::statx(
+            libc::AT_FDCWD,
+            path.as_ptr(),
+            flags,
+            libc::STATX_BASIC_STATS,
+            &raw mut found,
+        );
+        let error = if asked == 0 { 0 } else { *libc::__errno_location() };
+        libc::write(to, error.to_ne_bytes().as_ptr().cast(), 4);
+        libc::_exit(0);
     }
 }
