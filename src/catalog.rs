@@ -53,8 +53,7 @@ pub enum RenameMode {
 
 /// Refuses what cannot be the name of a disk.
 fn check_name(name: &str) -> io::Result<()> {
-    name::check(name)?;
-    if name == CONTROL_DIR { Err(os_error(libc::EINVAL)) } else { Ok(()) }
+    Ok(name::check_disk(name)?)
 }
 
 /// The names of a mount's disks.

@@ -14,6 +14,9 @@ pub const MAX_NAME_LEN: usize = 255;
 /// The name that belongs to the mount itself.
 pub const CONTROL_DIR: &str = ".cowslip";
 
+/// Its files besides the directories of the disks: a disk of such a name could not be reached there.
+pub const CONTROL_FILES: [&str; 3] = ["status", "log", "ctl"];
+
 /// What is wrong with a name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum NameError {
@@ -23,6 +26,9 @@ pub enum NameError {
     /// `.` or `..`.
     #[error("it is a directory's")]
     Directory,
+    /// It belongs to the mount itself, or to a file of [`CONTROL_DIR`].
+    #[error("it is one of cowslip's own ({CONTROL_DIR}, status, log, ctl)")]
+    Reserved,
     /// It holds a `/`.
     #[error("it holds a /")]
     Slash,
@@ -58,6 +64,18 @@ pub fn check(name: &str) -> Result<(), NameError> {
     }
 }
 
+/// Refuses what no disk may be called.
+///
+/// # Errors
+/// [`NameError`].
+pub fn check_disk(name: &str) -> Result<(), NameError> {
+    check(name)?;
+    match name == CONTROL_DIR || CONTROL_FILES.contains(&name) {
+        true => Err(NameError::Reserved),
+        false => Ok(()),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -73,6 +91,10 @@ mod tests {
         for good in ["a", "...", ".hidden", "a b", "ö", "-", &long[1..]] {
             assert_eq!(check(good), Ok(()), "{good:?}");
         }
+        for own in [".cowslip", "status", "log", "ctl"] {
+            assert_eq!((check(own), check_disk(own)), (Ok(()), Err(NameError::Reserved)));
+        }
+        assert_eq!(check_disk("logs"), Ok(()));
         assert_eq!(io::Error::from(NameError::TooLong).raw_os_error(), Some(libc::ENAMETOOLONG));
     }
 }

@@ -11,7 +11,7 @@ use super::{
     CacheMode, DiskSource, DiskSpec, Format, Partitions, SpecError, StreamSpec, format_size,
     parse_size,
 };
-use crate::name::{self, CONTROL_DIR, NameError};
+use crate::name::{self, NameError};
 
 /// Reads a disk as the command line has it.
 ///
@@ -209,7 +209,7 @@ fn default_name(path: &OsStr) -> Result<OsString, SpecError> {
 fn check_name(given: &OsStr) -> Result<String, SpecError> {
     let refused = |why| SpecError::Name { name: escaped(given), why };
     let text = given.to_str().ok_or_else(|| refused("it is not UTF-8: write NAME=SOURCE"))?;
-    let why = match name::check(text) {
+    let why = match name::check_disk(text) {
         Err(NameError::Empty) => {
             "it is empty: write NAME=SOURCE, or ./=... for a file that starts with ="
         }
@@ -217,7 +217,7 @@ fn check_name(given: &OsStr) -> Result<String, SpecError> {
         Err(NameError::Slash) => "it holds a /: take another",
         Err(NameError::ControlCharacter) => "it holds a control character: take another",
         Err(NameError::TooLong) => "it is longer than 255 bytes: take a shorter one",
-        Ok(()) if text == CONTROL_DIR => "cowslip is controlled through it: take another",
+        Err(NameError::Reserved) => "cowslip is controlled through it: take another",
         Ok(()) => return Ok(text.to_owned()),
     };
     Err(refused(why))

@@ -59,7 +59,7 @@ pub struct LayerTree {
 /// That line.
 pub fn check_name(name: &str) -> Result<(), &'static str> {
     match name::check(name) {
-        Err(NameError::Empty | NameError::Directory) => {
+        Err(NameError::Empty | NameError::Directory | NameError::Reserved) => {
             Err("is no name for a snapshot: take a word")
         }
         Err(NameError::Slash) => Err("holds a '/': a snapshot is also a file of that name"),

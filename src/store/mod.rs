@@ -250,7 +250,7 @@ impl Store {
             self.remove_files(uuid);
             self.io_error("naming a new disk", error)
         };
-        let made = name::check(name).map_err(io::Error::from).and_then(|()| {
+        let made = name::check_disk(name).map_err(io::Error::from).and_then(|()| {
             rustix::fs::symlinkat(target, self.dirs.names(), name).map_err(io::Error::from)
         });
         made.map_err(failed)?;
@@ -278,7 +278,8 @@ impl Store {
     /// # Errors
     /// The host's errno.
     pub fn rename(&self, from: &str, to: &str) -> io::Result<()> {
-        [from, to].into_iter().try_for_each(name::check)?;
+        name::check(from)?;
+        name::check_disk(to)?;
         let names = self.dirs.names();
         rustix::fs::renameat(names, from, names, to)?;
         names.sync_all()

@@ -38,7 +38,7 @@ pub struct ReflinkSnapshot {
 pub(super) fn check_name(name: &str) -> Result<(), ReflinkError> {
     let why = match name::check(name) {
         Err(NameError::Empty) => "a name is needed",
-        Err(NameError::Directory) => "that is a directory's name",
+        Err(NameError::Directory | NameError::Reserved) => "that is a directory's name",
         Err(NameError::Slash) => "a name holds no /",
         Err(NameError::ControlCharacter) => "a name holds no control characters",
         Err(NameError::TooLong) => "a name has at most 255 bytes",
