@@ -424,3 +424,16 @@ fn a_disk_of_a_store_that_was_taken_out_of_it_says_where_its_layers_are() {
     assert!(line.contains("a disk of a store has them in the store"), "{line}");
     lab.end();
 }
+
+#[test]
+fn a_host_without_a_free_inode_is_a_full_host() {
+    let lab = Lab::new();
+    lab.sh("mkdir t; mount -t tmpfs -o size=8m,nr_inodes=60,mode=755 t t");
+    lab.mount("--store t/s");
+    lab.sh("i=0; while touch t/f$i 2>/dev/null; do i=$((i+1)); done");
+    let made = fs::File::create(lab.path("m/new"));
+    assert_eq!(made.unwrap_err().raw_os_error(), Some(libc::ENOSPC));
+    lab.umount();
+    lab.sh("umount t");
+    lab.end();
+}

@@ -22,7 +22,7 @@ pub use self::error::OpenError;
 use self::notes::notes_on_base;
 pub(super) use self::notes::notes_on_overlay;
 pub(super) use self::persistent::{READ_ONLY_NOTE, adopt_owner, new_stack, overlay_error};
-use self::persistent::{assemble_persistent, open_persistent};
+use self::persistent::{apply_spec, assemble_persistent, open_persistent};
 pub use self::stored::{clone_stored, create_blank, create_stored, open_stored};
 use super::bottom::Bottom;
 use super::fetch::HydrationState;
@@ -203,10 +203,14 @@ fn open_layers(
             super::reflink::open(spec, dir, (bottom, Arc::clone(layer)), owner, setting, notes)
         }
         (BaseLayer::Reader(layer), Some(place)) => {
-            let persistent = open_persistent(spec, place, &base, &bottom, owner, setting, shelf)?;
+            let mut persistent =
+                open_persistent(spec, place, &base, &bottom, owner, setting, shelf)?;
+            let applied = apply_spec(spec, place.dir, &mut persistent);
             notes.extend(notes_on_overlay(place.dir, setting));
             let layer = Arc::clone(layer);
-            Ok(assemble_persistent(spec, persistent, &layer, bottom, place.dir, notes))
+            let opened = assemble_persistent(spec, persistent, &layer, bottom, place.dir, notes);
+            applied.inspect_err(|_| opened.disk.abandon())?;
+            Ok(opened)
         }
     }
 }

@@ -93,16 +93,26 @@ pub(super) fn open_persistent(
     if place.layers.is_none() {
         found.remove_all_unused();
     }
-    let mut persistent = found.open(spec.limit, shelf).map_err(overlay_error(dir))?;
+    found.open(spec.limit, shelf).map_err(overlay_error(dir))
+}
+
+/// Applies `spec` to the overlay, which lies at `dir` and is open: whoever gets an error has to close it.
+pub(super) fn apply_spec(
+    spec: &DiskSpec,
+    dir: &Path,
+    persistent: &mut OpenedOverlay,
+) -> Result<(), OpenError> {
     let size = persistent.overlay.size();
-    if let Some(wanted) = spec.size.filter(|wanted| *wanted != size) {
+    if let Some(wanted) = spec.size.filter(|wanted| *wanted != size)
+        && persistent.recovered != Recovered::New
+    {
         let (has, wanted) = (format_size(size), format_size(wanted));
-        return mismatch(format!(
+        let why = format!(
             "presents {has}, not {wanted}: leave out size= and use truncate on the mounted file"
-        ));
+        );
+        return Err(OpenError::Mismatch { dir: dir.to_owned(), why });
     }
-    adopt_owner(spec, &mut persistent.dir).map_err(overlay_error(dir))?;
-    Ok(persistent)
+    adopt_owner(spec, &mut persistent.dir).map_err(overlay_error(dir))
 }
 
 /// What the spec says of the owner overrules what was kept, and is kept from now on.

@@ -43,7 +43,7 @@ impl StagingDir {
     pub(in crate::overlay) fn new(parent: &Path) -> io::Result<Self> {
         let mut builder = tempfile::Builder::new();
         builder.prefix(STAGING_PREFIX).permissions(Permissions::from_mode(0o700));
-        let temp = builder.tempdir_in(parent)?;
+        let temp = builder.tempdir_in(parent).map_err(without_path)?;
         let dir = open_dir(temp.path())?;
         flock(&dir, FlockOperation::NonBlockingLockExclusive)?;
         Ok(Self { dir, _spare_fd: File::open("/dev/null")?, temp })
@@ -70,6 +70,19 @@ impl StagingDir {
         open_dir(parent)?.sync_all()?;
         Ok(self.dir)
     }
+}
+
+/// The errno that tempfile has hidden behind a path, as far as its kind tells.
+fn without_path(error: io::Error) -> io::Error {
+    let code = match error.kind() {
+        io::ErrorKind::StorageFull => libc::ENOSPC,
+        io::ErrorKind::QuotaExceeded => libc::EDQUOT,
+        io::ErrorKind::ReadOnlyFilesystem => libc::EROFS,
+        io::ErrorKind::PermissionDenied => libc::EACCES,
+        io::ErrorKind::NotFound => libc::ENOENT,
+        _ => return error,
+    };
+    io::Error::from_raw_os_error(code)
 }
 
 /// Removes from `parent` what was being made by somebody who was killed. Best effort.
