@@ -283,7 +283,7 @@ impl Filesystem for CowslipFs {
                 reply.opened_passthrough(handle, FopenFlags::empty(), &backing);
             }
             (Ok((handle, flags)), OpenMode::Served | OpenMode::Direct) => {
-                reply.opened(handle, flags)
+                reply.opened(handle, flags);
             }
             (Err(error), _) => {
                 self.passthrough.release(disk.ino());

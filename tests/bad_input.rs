@@ -152,7 +152,8 @@ fn names_are_checked() {
     let lab = lab();
     refuse(&lab, 2, "d=base.img d=base.img", &["two disks", "NAME=SOURCE"]);
     refuse(&lab, 2, "base.img d/../base.img", &["two disks"]);
-    for name in [".", "..", ".cowslip", "a\nb", "a\x07b", &"n".repeat(256)] {
+    for name in [".", "..", ".cowslip", "log", "ctl", "status", "a\nb", "a\x07b", &"n".repeat(256)]
+    {
         let disk = format!("{name}=base.img");
         refuse_args(&lab, 2, &["mount", "m", &disk], &["cannot be a disk's name"]);
     }
@@ -475,6 +476,8 @@ fn a_mount_that_fails_closes_what_it_opened_and_removes_what_it_made() {
     let stray = ["new=base.img,overlay=new.cow", "old=base.img,overlay=old.cow", "nowhere.img"];
     refuse(&lab, 1, &stray.join(" "), &["nowhere.img' does not exist"]);
     refuse(&lab, 1, "d=base.img,overlay=no/where.cow", &["no' is no directory: make it first"]);
+    refuse(&lab, 1, "old=base.img,size=9M,overlay=old.cow", &["leave out size="]);
+    assert!(lab.ok("check old.cow").contains("clean"));
     let said = lab.mount("old=base.img,overlay=old.cow");
     assert!(!said.contains("recovered"), "{said}");
     assert_eq!(read(&lab.open_ro("m/old"), 0, 4), b"kept");
@@ -555,6 +558,39 @@ fn nothing_is_waited_for_where_a_file_is_expected() {
             common::mount::one_line(1, &lab.output("sh", &["-c", &line]), &line);
         }
         assert!(!lab.path("ov").exists() && !lab.path("nothing").exists(), "{kind}");
+    }
+    lab.end();
+}
+
+#[test]
+fn what_a_disk_uses_is_replaced_by_no_command() {
+    let mut lab = lab();
+    lab.watch("base.img");
+    lab.mount("d=base.img");
+    put(&lab.path("m/d"), b"changed");
+    for words in [
+        "diff m/d -o base.img --overwrite",
+        "map m/d --svg base.img --overwrite",
+        "add m o=stream:1M,to=file:base.img,overwrite",
+        "recv base.img --overwrite",
+    ] {
+        let line = lab.refused(1, words);
+        assert!(line.contains("base.img' is in use as the image of a disk"), "{words}: {line}");
+    }
+    lab.end();
+}
+
+#[test]
+fn a_limit_of_processes_is_told_in_a_line() {
+    let lab = lab();
+    lab.sh("chmod 777 m; chmod 644 base.img");
+    for limit in 1..4 {
+        let before = format!("--nproc={limit}");
+        let line = format!("prlimit {before} ./bin/cowslip mount m base.img");
+        as_nobody(&lab, "/usr/bin:/bin", "--version");
+        let setpriv = "setpriv --reuid nobody --regid nogroup --clear-groups";
+        let output = lab.output("sh", &["-c", &format!("exec {setpriv} {line}")]);
+        one_line(1, &output, &before);
     }
     lab.end();
 }

@@ -259,7 +259,7 @@ impl Pair {
                 let (held, name) = (&mut self.0[at], format!("s{number}"));
                 match held.disk().snapshot(Some(&name)) {
                     Err(OperationError::SnapshotExists(_)) => {
-                        assert!(held.snapshots.contains_key(&name))
+                        assert!(held.snapshots.contains_key(&name));
                     }
                     taken => {
                         assert_eq!(taken.unwrap(), name);

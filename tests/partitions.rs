@@ -818,3 +818,16 @@ proptest! {
         lab.end();
     }
 }
+
+#[test]
+fn who_has_a_partition_open_is_named_as_a_user_of_its_disk() {
+    let lab = mounted();
+    let mut command = lab.command("sh");
+    let sleeper = Running(command.args(["-c", "exec sleep 100 <m/disk.img.p1"]).spawn().unwrap());
+    wait_until("it has the partition", || lab.disk("disk.img")["openers"] == 1);
+    let line = lab.refused(1, "remove --timeout 300ms m/disk.img");
+    assert!(line.contains(&format!("sleep (pid {}) has disk.img.p1", sleeper.pid())), "{line}");
+    drop(sleeper);
+    lab.umount();
+    lab.end();
+}

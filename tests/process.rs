@@ -226,7 +226,7 @@ fn a_signal_at_any_moment_of_a_start_leaves_no_dead_mount_and_no_half_overlay() 
     let mut lab = Lab::new();
     lab.base("base", 16 * MIB);
     lab.sh("$COWSLIP mount m --store st d=base,overlay=st; $COWSLIP umount m");
-    let signals = [Signal::TERM, Signal::INT, Signal::HUP];
+    let signals = [Signal::TERM, Signal::INT, Signal::HUP, Signal::QUIT];
     let mut undone = 0;
     for round in 0..45u64 {
         let overlay = format!("new{round}.cow");
@@ -289,11 +289,16 @@ fn a_run_that_is_ended_while_it_starts_leaves_neither_mount_nor_directory() {
         command.stdout(Stdio::null()).stderr(Stdio::null());
         let mut run = Running(command.spawn().unwrap());
         thread::sleep(Duration::from_micros(700 * round));
-        signal(run.pid(), Signal::TERM).unwrap();
+        let (with, number) = match round % 2 {
+            0 => (Signal::TERM, 15),
+            _ => (Signal::QUIT, 3),
+        };
+        signal(run.pid(), with).unwrap();
         let status = end_of(&mut run);
         let when = format!("round {round}: {status}");
         // Before it was a command of ours it died of the signal.
-        assert!(status.code() == Some(143) || status.signal() == Some(15), "{when}");
+        let was_ended = status.code() == Some(128 + number) || status.signal() == Some(number);
+        assert!(was_ended, "{when}");
         wait_until("its daemon ends", || daemons_of(lab.dir()).is_empty());
         assert_eq!(mounts_below(lab.dir()), Vec::<std::path::PathBuf>::new(), "{when}");
         let left = fs::read_dir(lab.path("t")).unwrap().count();
@@ -468,5 +473,40 @@ fn a_caller_whose_directory_was_removed_can_mount_what_has_an_absolute_path() {
     let output = lab.output("sh", &["-euc", &script]);
     let line = one_line(1, &output, "a relative path");
     assert!(line.contains("gone (deleted)/base' does not exist"), "{line}");
+    lab.end();
+}
+
+#[test]
+fn a_daemon_that_runs_out_of_memory_while_it_starts_leaves_no_mount() {
+    let mut lab = Lab::new();
+    lab.base("base", 4 * MIB);
+    lab.sh("mkdir t");
+    for mib in (20..100).step_by(10) {
+        let limit = format!("--as={}", mib * MIB);
+        if limited(&lab, &limit, "mount m d=base").status.success() {
+            lab.cowslip("umount m");
+        }
+        wait_until("no daemon is left", || daemons_of(lab.dir()).is_empty());
+        // One that died after it served is its user's to clear away.
+        let _ = lab.cowslip("umount m");
+        assert_nothing_is_left(&lab, &limit);
+    }
+    lab.end();
+}
+
+#[test]
+fn a_command_of_run_gets_the_signals_that_are_its_users() {
+    let lab = Lab::new();
+    put(
+        &lab.path("sh"),
+        b"trap 'echo got > got' USR1; touch ready; while ! [ -e got ]; do sleep 0.1; done",
+    );
+    let mut command = lab.command(COWSLIP);
+    command.args(["run", "d=blank:1M", "--", "sh", "sh"]);
+    let mut run = Running(command.spawn().unwrap());
+    wait_until("the command runs", || lab.path("ready").exists());
+    signal(run.pid(), Signal::USR1).unwrap();
+    assert_eq!(end_of(&mut run).code(), Some(0));
+    assert!(lab.path("got").exists());
     lab.end();
 }

@@ -39,7 +39,7 @@ pub enum BaseError {
     EmptyDevice(PathBuf),
     /// A device that somebody has claimed.
     #[error(
-        "'{}' is in use (mounted, or part of LVM, RAID or swap) and cannot be written: free it first, or add ,lock=off",
+        "'{}' is in use (mounted, or part of LVM, RAID or swap) and cannot be written: free it first",
         .0.display()
     )]
     DeviceBusy(PathBuf),

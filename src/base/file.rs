@@ -70,7 +70,7 @@ pub(super) fn open_located(
     let host = |error: io::Error| BaseError::from_io(path, access, error);
     // Looked at before it is opened: opening a watchdog or a tape already does something.
     let kind = check_kind(path, located.metadata())?;
-    let file = open_descriptor(located, path, kind, access, locking)?;
+    let file = open_descriptor(located, path, kind, access)?;
     check_not_pseudo(path, &file).map_err(host)??;
     // Locked before its size and bytes are looked at: nobody changes them from then on.
     lock::lock(&file, path, access, locking).inspect_err(|_| lock::release(&file))?;
@@ -135,7 +135,7 @@ pub fn open_writable(
     if (found.dev(), found.ino()) != (meta.dev(), meta.ino()) {
         return Err(host(Errno::STALE.into()));
     }
-    let file = open_descriptor(&located, path, kind, BaseAccess::Write, locking)?;
+    let file = open_descriptor(&located, path, kind, BaseAccess::Write)?;
     if let Err(error) = lock::lock(reader, path, BaseAccess::Write, locking) {
         lock::downgrade(reader);
         return Err(error.into());
@@ -172,14 +172,12 @@ fn open_descriptor(
     path: &Path,
     kind: HostKind,
     access: BaseAccess,
-    locking: Locking,
 ) -> Result<File, BaseError> {
     let mut flags = match access {
         BaseAccess::Read => OFlags::RDONLY,
         BaseAccess::Write => OFlags::RDWR,
     };
-    let claims =
-        kind == HostKind::BlockDevice && access == BaseAccess::Write && locking == Locking::Qemu;
+    let claims = kind == HostKind::BlockDevice && access == BaseAccess::Write;
     if claims {
         // The kernel's own lock on devices: refused while mounted, and not to be mounted then.
         flags |= OFlags::EXCL;

@@ -5,7 +5,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::thread;
 
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM};
 use signal_hook::iterator::Signals;
 
 /// How often a directory is removed in which this process may still make files.
@@ -17,7 +17,8 @@ const REMOVE_TRIES: usize = 10;
 /// # Errors
 /// The host's errno.
 pub(super) fn remove_on_signal(path: PathBuf) -> io::Result<()> {
-    let deadly = [SIGINT, SIGTERM, SIGHUP].into_iter().filter(|signal| !is_ignored(*signal));
+    let deadly =
+        [SIGINT, SIGTERM, SIGHUP, SIGQUIT].into_iter().filter(|signal| !is_ignored(*signal));
     let mut signals = Signals::new(deadly)?;
     thread::Builder::new().name("cowslip-tidy".to_owned()).spawn(move || {
         if let Some(signal) = signals.forever().next() {

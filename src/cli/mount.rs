@@ -11,8 +11,9 @@ use clap::Args;
 
 use super::client::Endpoint;
 use super::plan::{CommonArgs, MountCommand};
-use super::{CliError, EXIT_OK, signal_exit_code};
+use super::{CliError, EXIT_OK, signal_exit_code, warn};
 use crate::mount::daemon::{self, ForkSide, NoteOutput, StartOutcome, StartupReporter};
+use crate::mount::kernel::{MountHandle, MountHealth, UnmountMode};
 use crate::mount::{self, DaemonMode, MountPlan, kernel};
 use crate::stream::sink::StdioMode;
 
@@ -110,12 +111,31 @@ pub(super) fn start_mount(plan: &MountPlan, notes: &mut dyn Write) -> anyhow::Re
     };
     match waiting.wait(notes, &mut io::stderr()) {
         StartOutcome::Serving => {}
-        StartOutcome::Interrupted { signal } => return Ok(StartResult::Interrupted(signal)),
-        StartOutcome::Failed { code, line } => return Err(CliError { code, line }.into()),
+        StartOutcome::Interrupted { signal } => {
+            clear_what_died(&mountpoint);
+            return Ok(StartResult::Interrupted(signal));
+        }
+        StartOutcome::Failed { code, line } => {
+            clear_what_died(&mountpoint);
+            return Err(CliError { code, line }.into());
+        }
     }
     // The daemon says that it serves; only an answer through the kernel shows it.
     Endpoint::mount(&kernel::resolve(&mountpoint)?).status()?;
     Ok(StartResult::Mounted)
+}
+
+/// Unmounts what a daemon left that was killed while it started, by a memory limit for one. Before it
+/// started nothing dead was mounted there.
+fn clear_what_died(mountpoint: &Path) {
+    let found = kernel::resolve(mountpoint).and_then(|path| MountHandle::at(&path));
+    if let Ok(Some(held)) = found
+        && held.entry().is_cowslip()
+        && held.health() == MountHealth::Dead
+        && let Err(error) = held.unmount(UnmountMode::Lazy)
+    {
+        warn(&format!("the dead mount at '{}' is left behind: {error}", mountpoint.display()));
+    }
 }
 
 /// Refuses a disk in the place of the mountpoint, with the command that was meant.

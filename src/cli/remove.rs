@@ -44,7 +44,7 @@ fn remove(place: &Endpoint, grace: Duration) -> anyhow::Result<Value> {
         let done = mount.ask(&request, |now| progress.show(now));
         match done {
             Err(AskError::Busy(_)) if Instant::now() < deadline => {
-                thread::sleep(OPENERS_POLL_INTERVAL)
+                thread::sleep(OPENERS_POLL_INTERVAL);
             }
             done => break done,
         }

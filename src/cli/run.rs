@@ -18,7 +18,7 @@ use std::time::Duration;
 use anyhow::Context as _;
 use clap::Args;
 use rustix::process::{Pid, Signal};
-use signal_hook::consts::{SIGCHLD, SIGHUP, SIGINT, SIGQUIT, SIGTERM};
+use signal_hook::consts::{SIGALRM, SIGCHLD, SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2};
 use signal_hook::iterator::Signals;
 
 use super::mount::{StartResult, current_dir, start_mount};
@@ -128,8 +128,9 @@ fn create_mountpoint() -> anyhow::Result<PathBuf> {
 /// Runs COMMAND to its end.
 fn run_command(words: &[OsString], mountpoint: &Path, claims: StdioClaims) -> anyhow::Result<u8> {
     // Before the command starts, so that no signal falls between.
-    let mut signals = Signals::new([SIGCHLD, SIGINT, SIGQUIT, SIGTERM, SIGHUP])
-        .context("cannot handle signals")?;
+    let mut signals =
+        Signals::new([SIGCHLD, SIGINT, SIGQUIT, SIGTERM, SIGHUP, SIGUSR1, SIGUSR2, SIGALRM])
+            .context("cannot handle signals")?;
     if let Some(signal) = daemon::received_signal() {
         return Ok(signal_exit_code(signal));
     }

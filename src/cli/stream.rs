@@ -10,6 +10,7 @@ use super::client::{AskError, Endpoint};
 use super::long_request::{self, LongRequest};
 use super::progress::Verbosity;
 use super::{EXIT_OK, print_line, timeout};
+use crate::disk::split_name;
 use crate::mount::{kernel, openers};
 
 #[derive(Debug, Args)]
@@ -70,7 +71,11 @@ pub(super) fn describe_openers(place: &Endpoint) -> String {
     let mount = kernel::entry_at(&place.mountpoint);
     let users = mount.map(|mount| openers::find_openers(&mount)).unwrap_or_default().into_iter();
     // A bind mount keeps the mount, but no disk of it: only who has opened the file does.
-    let users = users.filter(|user| user.path().is_some_and(|path| path == Path::new(name)));
+    let is_of_disk = |path: &Path| {
+        let file = path.to_string_lossy();
+        file == name || split_name(&file).is_some_and(|(disk, _)| disk == name)
+    };
+    let users = users.filter(|user| user.path().is_some_and(is_of_disk));
     let named: Vec<String> = users.map(|user| user.to_string()).collect();
     match named.is_empty() {
         true => "processes that you may not see: ask as root".to_owned(),

@@ -131,6 +131,11 @@ fn fork_unchecked() -> io::Result<ForkSide> {
     // SAFETY: no other thread exists (`fork` looked), so the child's memory is whole, no lock is
     // held for ever, and it may do whatever a process may.
     let pid = unsafe { libc::fork() };
+    if pid < 0 {
+        let error = io::Error::last_os_error();
+        set_signal_mask(SignalMask::Unblocked)?;
+        return Err(error);
+    }
     match Pid::from_raw(pid) {
         None => {
             drop(ours);
@@ -141,11 +146,6 @@ fn fork_unchecked() -> io::Result<ForkSide> {
                 kill_process(rustix::process::getpid(), Signal::TERM)?;
             }
             Ok(ForkSide::Child(StartupReporter { channel: ReportChannel::Parent(theirs) }))
-        }
-        Some(_) if pid < 0 => {
-            let error = io::Error::last_os_error();
-            set_signal_mask(SignalMask::Unblocked)?;
-            Err(error)
         }
         Some(child) => {
             let asked = record_signals();

@@ -17,13 +17,13 @@ use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM};
 use signal_hook::iterator::Handle;
 
 use crate::pool::Cancellable;
 
 /// The signals that end a mount.
-pub(super) const TERMINATING_SIGNALS: [i32; 3] = [SIGTERM, SIGINT, SIGHUP];
+pub(super) const TERMINATING_SIGNALS: [i32; 4] = [SIGTERM, SIGINT, SIGHUP, SIGQUIT];
 
 /// A signal that comes this long after another was sent by somebody who does not want to wait. One
 /// that comes earlier may be the same one on another way: a service manager tells command and

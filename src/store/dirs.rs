@@ -300,7 +300,7 @@ fn open_root(path: &Path) -> Result<File, StoreError> {
             Ok(()) => return Ok(root),
             // The threads of a daemon that was killed end one after the other.
             Err(rustix::io::Errno::WOULDBLOCK) if start.elapsed() < RELEASE_TIMEOUT => {
-                thread::sleep(POLL_INTERVAL)
+                thread::sleep(POLL_INTERVAL);
             }
             Err(rustix::io::Errno::WOULDBLOCK) => return Err(StoreError::InUse(path.to_owned())),
             Err(error) => return Err(io("locking it")(error.into())),

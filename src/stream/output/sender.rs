@@ -177,7 +177,7 @@ impl Output {
         core.sender_ended = true;
         match result {
             Some(Ok(())) if core.state == OutputState::Finishing => {
-                core.state = OutputState::Finished
+                core.state = OutputState::Finished;
             }
             Some(Err(why)) => self.fail(&mut core, why),
             Some(Ok(())) | None => {}

@@ -294,7 +294,7 @@ impl HostSink {
                 self.write_wire_all(&record)?;
             }
             SinkContent::Zeros | SinkContent::Hole => {
-                self.write_wire(&rbd::zeros_record(&range))?
+                self.write_wire(&rbd::zeros_record(&range))?;
             }
         }
         // A late rewrite does not move it.

@@ -58,7 +58,7 @@ impl WireWriter {
         loop {
             match fifo::open(path, OFlags::WRONLY) {
                 Err(error) if error.raw_os_error() == Some(libc::ENXIO) => {
-                    stop.sleep(POLL_INTERVAL)?
+                    stop.sleep(POLL_INTERVAL)?;
                 }
                 Err(error) => return Err(error),
                 Ok(fd) => {

@@ -51,7 +51,7 @@ impl StreamHead {
                 TransferRecord::Size(bytes) => size = Some(bytes),
                 TransferRecord::Since(name) => head.since = Some(name),
                 TransferRecord::Checkpoint(mark, CheckpointKind::Middle) => {
-                    head.checkpoint = Some(mark)
+                    head.checkpoint = Some(mark);
                 }
                 other => head.next_record = Some(other),
             }
