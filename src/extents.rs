@@ -1,9 +1,9 @@
-//! Extents: what lies where on a disk, as a short list of runs.
+//! Extents: which parts of a disk hold data, zeros or holes, as a short list of runs.
 //!
-//! A layer describes one prefix at a time; [`describe`] asks for prefix after prefix and
-//! [`Extents`] joins the answers into the list that a seek, `map` or a copy walks. The list may
-//! be limited, for a disk can have more extents than a reply has room for; it then says exactly
-//! how far it got, so that the caller can go on from there:
+//! A layer describes one prefix at a time; [`describe`] asks for prefix after prefix, and
+//! [`Extents`] joins the answers into the list that a seek, `map` or a copy walks. The list may be
+//! limited, because a disk can have more extents than a reply has room for; a limited list says
+//! exactly how far it got, so that the caller can continue from there:
 //!
 //! ```text
 //!            asked.start                described_to()           asked.end
@@ -18,48 +18,49 @@
 use std::num::NonZeroUsize;
 use std::ops::Range;
 
-/// What a run of bytes is.
+/// The kind of a run of bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum ExtentKind {
-    /// Holds bytes that must be read.
+    /// Bytes that must be read.
     Data,
-    /// Reads as zero, and space is allocated for it.
+    /// Bytes that read as zero, with space allocated for them.
     Zero,
-    /// Reads as zero, and no space is allocated for it.
+    /// Bytes that read as zero, without allocated space.
     Hole,
-    /// Not this layer's: ask the one below. Never in a finished description of a disk.
+    /// Bytes that are not in this layer: ask the layer below. Never part of a finished description
+    /// of a disk.
     Lower,
 }
 
 /// A run of bytes of one kind.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Extent {
-    /// Where it lies: bytes, half-open.
+    /// The bytes covered, half-open.
     pub range: Range<u64>,
-    /// What it is.
+    /// The kind of all these bytes.
     pub kind: ExtentKind,
 }
 
 impl Extent {
-    /// The bytes of `range`, all of one `kind`.
+    /// Creates the extent of the bytes in `range`, all of one `kind`.
     #[must_use]
     pub fn new(range: Range<u64>, kind: ExtentKind) -> Self {
         Self { range, kind }
     }
 
-    /// How many bytes it covers.
+    /// Returns the number of bytes covered.
     #[must_use]
     pub fn len(&self) -> u64 {
         self.range.end.saturating_sub(self.range.start)
     }
 
-    /// Whether it covers no byte at all.
+    /// Returns whether the extent covers no byte at all.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.range.is_empty()
     }
 
-    /// The part of it inside `to`, or `None` when they share no byte.
+    /// Returns the part of the extent inside `to`, or `None` when they share no byte.
     ///
     /// ```text
     ///   |------ extent ------|
@@ -73,14 +74,14 @@ impl Extent {
     }
 }
 
-/// What became of a pushed extent, and so whether to push another.
+/// The outcome of a [`push`](Extents::push), which says whether to push another extent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PushOutcome {
-    /// Taken; the asked range goes on.
+    /// The extent was taken; more of the asked range remains.
     More,
-    /// All of the asked range is described; there is nothing more to push.
+    /// All of the asked range is described; nothing remains to be pushed.
     Complete,
-    /// Not taken: it would have been one extent more than the limit.
+    /// The extent was not taken: the list already holds as many extents as the limit allows.
     Full,
 }
 
@@ -94,7 +95,7 @@ pub struct Extents {
 }
 
 impl Extents {
-    /// An empty description of `asked` (bytes) that will hold at most `limit` extents.
+    /// Creates an empty description of `asked` (bytes) that will hold at most `limit` extents.
     ///
     /// An empty `asked` is complete at once.
     #[must_use]
@@ -103,9 +104,10 @@ impl Extents {
         Self { asked, limit, list: Vec::new() }
     }
 
-    /// Takes the next extent, which must start at [`described_to`](Self::described_to).
+    /// Appends the next extent, which must start at [`described_to`](Self::described_to).
     ///
-    /// It is clipped to the asked range and joined with the last one when they are of one kind:
+    /// The extent is clipped to the asked range and joined with the last one when both are of one
+    /// kind:
     ///
     /// ```text
     ///   |- Data -|- Hole -|                     asked.end
@@ -113,9 +115,9 @@ impl Extents {
     ///   |- Data -|------------- Hole ---------------|
     /// ```
     ///
-    /// A joined extent needs no room, so the last one goes on growing at the limit; only a
-    /// different kind is [`PushOutcome::Full`]. That makes `described_to` the exact end of the last
-    /// run or of the range, never the middle of a run.
+    /// A joined extent needs no room, so the last extent may keep growing at the limit; only a
+    /// different kind is [`PushOutcome::Full`]. Therefore `described_to` is the exact end of the
+    /// last run or of the range, never the middle of a run.
     pub fn push(&mut self, mut extent: Extent) -> PushOutcome {
         debug_assert_eq!(extent.range.start, self.described_to(), "a gap or an overlap");
         extent.range.end = extent.range.end.min(self.asked.end);
@@ -130,36 +132,37 @@ impl Extents {
         if self.is_complete() { PushOutcome::Complete } else { PushOutcome::More }
     }
 
-    /// Described up to here: everything in `asked.start..described_to()` is in the list (bytes).
+    /// Returns the end of the description: everything in `asked.start..described_to()` is in the
+    /// list (bytes).
     #[must_use]
     pub fn described_to(&self) -> u64 {
         self.list.last().map_or(self.asked.start, |last| last.range.end)
     }
 
-    /// Whether all of the asked range is described.
+    /// Returns whether all of the asked range is described.
     #[must_use]
     pub fn is_complete(&self) -> bool {
         self.described_to() == self.asked.end
     }
 
-    /// The range that was asked for (bytes).
+    /// Returns the range that was asked for (bytes).
     #[must_use]
     pub fn asked(&self) -> Range<u64> {
         self.asked.clone()
     }
 
-    /// What is still to be described; empty when complete.
+    /// Returns the part of the asked range that is not described yet (bytes); empty when complete.
     #[must_use]
     pub fn remaining(&self) -> Range<u64> {
         self.described_to()..self.asked.end
     }
 
-    /// The extents, ascending.
+    /// Iterates over the extents in ascending order.
     pub fn iter(&self) -> std::slice::Iter<'_, Extent> {
         self.list.iter()
     }
 
-    /// The extents, ascending.
+    /// Returns the extents in ascending order.
     #[must_use]
     pub fn as_slice(&self) -> &[Extent] {
         &self.list
@@ -175,16 +178,16 @@ impl<'a> IntoIterator for &'a Extents {
     }
 }
 
-/// Asks `ask` for prefix after prefix of `asked` until it is described or `limit` extents are
-/// kept.
+/// Calls `ask` for prefix after prefix of `asked` until all of it is described or `limit` extents
+/// are kept.
 ///
-/// `ask` is given what is still to be described, never empty, and answers with an extent that
-/// starts where its argument does and is not empty. An answer that breaks this is a layer's
-/// fault; the rest is then called [`ExtentKind::Data`], which is always safe, rather than asked for
-/// for ever.
+/// `ask` receives the range that is still to be described, never empty, and returns an extent that
+/// starts where that range starts and is not empty. An answer that breaks this rule is a bug in a
+/// layer; the remaining range is then reported as [`ExtentKind::Data`], which is always safe,
+/// instead of being asked for forever.
 ///
 /// # Errors
-/// The first error of `ask`, as it is.
+/// The first error of `ask`, unchanged.
 pub fn describe<E>(
     asked: Range<u64>,
     limit: NonZeroUsize,
@@ -214,7 +217,7 @@ mod tests {
     use super::*;
 
     impl Extents {
-        /// The invariants of the list, whatever was pushed.
+        /// Asserts the invariants of the list, which hold after any sequence of pushes.
         fn check(&self) {
             assert!(self.list.len() <= self.limit.get(), "more than the limit");
             let mut at = self.asked.start;
@@ -233,7 +236,7 @@ mod tests {
         NonZeroUsize::new(limit).unwrap()
     }
 
-    /// Describes `asked` of a disk given as one kind a byte, one byte at a time.
+    /// Describes `asked` one byte at a time; `disk` gives the kind of each byte.
     fn bytewise(disk: &[ExtentKind], asked: Range<u64>, limit: usize) -> Extents {
         describe(asked, at_most(limit), |rest| {
             let at = usize::try_from(rest.start).unwrap();
@@ -251,7 +254,7 @@ mod tests {
     }
 
     #[test]
-    fn an_empty_range_is_complete_and_asks_nothing() {
+    fn an_empty_range_is_complete_without_asking() {
         let never = |_| -> Result<Extent, Infallible> { panic!("asked") };
         let extents = describe(7..7, at_most(1), never).unwrap();
         assert!(extents.is_complete());
@@ -260,7 +263,7 @@ mod tests {
 
     #[test]
     #[expect(clippy::reversed_empty_ranges, reason = "that is the case tested")]
-    fn a_reversed_range_is_an_empty_one() {
+    fn a_reversed_range_is_treated_as_empty() {
         let extents = Extents::new(9..3, at_most(1));
         assert!(extents.is_complete());
         assert_eq!(extents.asked(), 9..9);
@@ -279,18 +282,18 @@ mod tests {
     }
 
     #[test]
-    fn a_list_that_is_just_long_enough_is_complete_not_full() {
+    fn a_list_exactly_at_its_limit_is_complete_and_not_full() {
         let extents = bytewise(&[Data, Hole, Hole], 0..3, 2);
         assert!(extents.is_complete());
     }
 
     #[test]
-    fn what_lies_beyond_the_asked_range_is_clipped() {
+    fn an_extent_beyond_the_asked_range_is_clipped() {
         let mut extents = Extents::new(5..20, at_most(4));
         assert_eq!(extents.push(Extent::new(5..10, Zero)), PushOutcome::More);
         assert_eq!(extents.push(Extent::new(10..u64::MAX, Zero)), PushOutcome::Complete);
         assert_eq!(extents.as_slice(), [Extent::new(5..20, Zero)]);
-        // More of it changes nothing, even with no room for another.
+        // Pushing more changes nothing, even with no room for another extent.
         assert_eq!(extents.push(Extent::new(20..30, Data)), PushOutcome::Complete);
         assert_eq!(extents.as_slice(), [Extent::new(5..20, Zero)]);
     }
@@ -307,7 +310,7 @@ mod tests {
     }
 
     #[test]
-    fn an_answer_that_does_not_advance_is_called_data() {
+    fn an_answer_that_does_not_advance_is_reported_as_data() {
         for answer in [Extent::new(0..0, Hole), Extent::new(4..8, Hole), Extent::new(50..60, Hole)]
         {
             let extents =
@@ -317,7 +320,7 @@ mod tests {
     }
 
     #[test]
-    fn an_error_is_handed_on() {
+    fn an_error_of_ask_is_returned_unchanged() {
         let result = describe(0..40, at_most(4), |rest| match rest.start {
             0 => Ok(Extent::new(0..10, Data)),
             start => Err(start),
@@ -325,7 +328,7 @@ mod tests {
         assert_eq!(result, Err(10));
     }
 
-    /// The kinds of a small disk, byte by byte, in runs.
+    /// Generates the kinds of a small disk, byte by byte, in runs.
     fn disk() -> impl Strategy<Value = Vec<ExtentKind>> {
         let kind = prop_oneof![Just(Data), Just(Zero), Just(Hole), Just(Lower)];
         prop::collection::vec((kind, 1_usize..6), 1..20).prop_map(|runs| {
@@ -335,7 +338,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn a_description_agrees_with_a_byte_array(
+        fn a_description_matches_a_byte_array(
             disk in disk(),
             cut in any::<(prop::sample::Index, prop::sample::Index)>(),
             steps in prop::collection::vec(1_u64..9, 1..20),
@@ -344,7 +347,7 @@ mod tests {
             let (one, two) = (cut.0.index(disk.len() + 1), cut.1.index(disk.len() + 1));
             let (start, end) = (one.min(two), one.max(two));
             let mut steps = steps.iter().cycle();
-            // Answers of any length, now and then beyond what was asked.
+            // The answers have any length and sometimes reach beyond the asked range.
             let extents = describe(start as u64..end as u64, at_most(limit), |rest| {
                 let at = usize::try_from(rest.start).unwrap();
                 let same = disk[at..].iter().take_while(|kind| **kind == disk[at]).count() as u64;
@@ -360,7 +363,7 @@ mod tests {
                 .collect();
             prop_assert_eq!(&described[..], &disk[start..start + described.len()]);
 
-            // It stops at the end or where one more run would begin, nowhere else.
+            // The description stops at the end or where one more run would begin, nowhere else.
             let to = start + described.len();
             if to < end {
                 prop_assert!(!extents.is_complete());

@@ -1,8 +1,8 @@
 //! The overlay's block map in memory: which blocks are Lower, Data or Zero.
 //!
-//! Most of a disk is long runs and a little of it is finely mixed, so the map is a directory of
-//! chunks of [`CHUNK_BLOCKS`] blocks, kept run-length: an entry is either a uniform run of whole
-//! chunks or one mixed chunk, a leaf. What no entry covers is [`BlockState::Lower`].
+//! Most of a disk is long runs and a little of it is finely mixed, so the map is a run-length
+//! directory of chunks of [`CHUNK_BLOCKS`] blocks: an entry is either a uniform run of whole chunks
+//! or one mixed chunk, a leaf. A block that no entry covers is [`BlockState::Lower`].
 //!
 //! ```text
 //!   chunk       0      1      2      3      4      5      6      7      8 ...
@@ -11,39 +11,41 @@
 //! ```
 //!
 //! Invariants (`check` in the tests):
-//! - uniform runs are Data or Zero, never Lower, and two of one state never touch: they are merged;
-//! - a leaf holds at least two states; one that becomes uniform goes back into the directory;
-//! - the counts of Data and Zero blocks are those of the entries.
+//! - uniform runs are Data or Zero, never Lower, and two runs of one state never touch: they are
+//!   merged;
+//! - a leaf holds at least two states; a leaf that becomes uniform goes back into the directory;
+//! - the counts of Data and Zero blocks match the entries.
 //!
-//! So an untouched disk is no entry at all, a seek across nothing is one step, a run of one state
-//! crosses at most three entries (the tail of a leaf, a uniform run, the head of a leaf), and
-//! setting a whole disk is one directory update that drops the leaves in between.
+//! Therefore an untouched disk takes no entry at all, a seek across empty space takes one step, a
+//! run of one state crosses at most three entries (the tail of a leaf, a uniform run, the head of a
+//! leaf), and setting a whole disk is one directory update that drops the leaves in between.
 //!
-//! Pure: no files, no locks, no I/O. The owner puts a lock around it and holds it for no I/O.
+//! Pure: no files, no locks, no I/O. The owner guards the map with a lock and never holds that lock
+//! across I/O.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
 
 use super::leaf::{BlockCounts, Leaf};
 
-/// Blocks in a chunk: 256 MiB of disk at 4 KiB a block. A plane of a leaf is then 8 KiB: small
-/// enough to scan in a microsecond, large enough that 16 TiB are at most 65,536 entries.
+/// Blocks in a chunk: 256 MiB of disk with blocks of 4 KiB. A plane of a leaf is then 8 KiB: small
+/// enough to scan in a microsecond, large enough that 16 TiB take at most 65,536 entries.
 pub const CHUNK_BLOCKS: u64 = 65_536;
 
 /// The number of a block: its byte offset on the disk divided by the overlay's block size.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct BlockIndex(pub u64);
 
-/// What the overlay knows about a block. The numbers are those in the log.
+/// The state of a block in this overlay. The discriminants are the numbers used in the log.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 #[repr(u8)]
 pub enum BlockState {
-    /// Not the overlay's: the layer below has it.
+    /// Not in this overlay: read from the layer below.
     #[default]
     Lower = 0,
-    /// The overlay's data file has it.
+    /// Stored in the overlay's data file.
     Data = 1,
-    /// Reads as zeros, whatever lies below.
+    /// Reads as zeros and hides the layers below.
     Zero = 2,
 }
 
@@ -53,7 +55,7 @@ impl From<BlockState> for u8 {
     }
 }
 
-/// A number that is no [`BlockState`]: what was read is damaged or from a newer version.
+/// A number that is not a [`BlockState`]: the source is damaged or was written by a newer version.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{0} is no block state")]
 pub struct UnknownBlockState(pub u8);
@@ -71,23 +73,23 @@ impl TryFrom<u8> for BlockState {
     }
 }
 
-/// Blocks of one state, side by side.
+/// Consecutive blocks of one state.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BlockRun {
-    /// Where: blocks, half-open.
+    /// The blocks covered, half-open.
     pub range: Range<BlockIndex>,
-    /// What they are.
+    /// The state of all these blocks.
     pub state: BlockState,
 }
 
 impl BlockRun {
-    /// How many blocks it covers.
+    /// Returns the number of blocks covered.
     #[must_use]
     pub fn len(&self) -> u64 {
         self.range.end.0.saturating_sub(self.range.start.0)
     }
 
-    /// Whether it covers no block.
+    /// Returns whether the run covers no block.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.range.is_empty()
@@ -96,29 +98,29 @@ impl BlockRun {
 
 /// The state of every block, for block indexes up to those of the largest disk and far beyond.
 ///
-/// `CHUNK` is the number of blocks in a chunk; only tests choose another than the default.
+/// `CHUNK` is the number of blocks in a chunk; only tests choose a value other than the default.
 ///
-/// The last `CHUNK` indexes before `u64::MAX` are never kept and always Lower, so that a range
-/// up to `u64::MAX` ("all that follows") is whole chunks. No disk reaches them: 2⁶⁴ bytes are
-/// 2⁵⁵ blocks of the smallest size.
+/// The last `CHUNK` indexes before `u64::MAX` are never stored and always Lower, so that a range up
+/// to `u64::MAX` ("everything that follows") consists of whole chunks. No disk reaches them: 2⁶⁴
+/// bytes are 2⁵⁵ blocks of the smallest size.
 #[derive(Clone, Debug, Default)]
 pub struct BlockMap<const CHUNK: u64 = CHUNK_BLOCKS> {
-    /// Entries by their first chunk.
+    /// Entries, each under its first chunk.
     directory: BTreeMap<u64, ChunkEntry>,
     counts: BlockCounts,
 }
 
-/// What lies in the directory at a chunk.
+/// The entry of the directory at a chunk.
 #[derive(Clone, Debug)]
 enum ChunkEntry {
-    /// All blocks from the chunk it is filed under to the chunk `end` (not included).
+    /// All blocks from the chunk under which the entry is stored up to the chunk `end` (exclusive).
     Uniform { end: u64, state: BlockState },
-    /// One chunk of more than one state.
+    /// One chunk with more than one state.
     Leaf(Box<Leaf>),
 }
 
 impl BlockMap {
-    /// A map of which every block is Lower.
+    /// Creates a map in which every block is Lower.
     #[must_use]
     pub fn new() -> Self {
         Self::default()
@@ -126,14 +128,14 @@ impl BlockMap {
 }
 
 impl<const CHUNK: u64> BlockMap<CHUNK> {
-    /// The first block that is never kept: the end of the last whole chunk.
+    /// The first block that is never stored: the end of the last whole chunk.
     const END: u64 = u64::MAX - u64::MAX % CHUNK;
 
-    /// Blocks in a chunk, as a length.
+    /// Blocks in a chunk, as a `usize`.
     #[expect(clippy::cast_possible_truncation, reason = "65,536, or less in tests")]
     const LEN: usize = CHUNK as usize;
 
-    /// The state of one block.
+    /// Returns the state of one block.
     #[must_use]
     pub fn state(&self, block: BlockIndex) -> BlockState {
         let chunk = block.0 / CHUNK;
@@ -146,9 +148,10 @@ impl<const CHUNK: u64> BlockMap<CHUNK> {
         }
     }
 
-    /// The longest run of one state that starts at `range.start`, cut at `range.end`.
+    /// Returns the longest run of one state that starts at `range.start`, cut at `range.end`.
     ///
-    /// It goes on across chunks as long as the state does. For an empty range it is empty.
+    /// The run crosses chunks as long as the state stays the same. An empty range gives an empty
+    /// run.
     #[must_use]
     pub fn run_at(&self, range: Range<BlockIndex>) -> BlockRun {
         let (first, limit) = (range.start.0, range.end.0.max(range.start.0));
@@ -163,8 +166,8 @@ impl<const CHUNK: u64> BlockMap<CHUNK> {
         BlockRun { range: range.start..BlockIndex(end), state }
     }
 
-    /// The state of all blocks of `chunk` and the first chunk after it where that may change;
-    /// `None` for a mixed chunk, which is always alone.
+    /// Returns the state of all blocks of `chunk` and the first later chunk where that state may
+    /// change. The state is `None` for a mixed chunk, which is always returned alone.
     #[must_use]
     pub fn chunk_at(&self, chunk: u64) -> (Option<BlockState>, u64) {
         match self.directory.range(..=chunk).next_back() {
@@ -177,7 +180,8 @@ impl<const CHUNK: u64> BlockMap<CHUNK> {
         }
     }
 
-    /// The runs that make up `range`: ascending, each as long as it can be, without gaps.
+    /// Iterates over the runs that make up `range`: ascending, each as long as possible, without
+    /// gaps.
     pub fn runs(
         &self,
         range: Range<BlockIndex>,
@@ -190,19 +194,19 @@ impl<const CHUNK: u64> BlockMap<CHUNK> {
         })
     }
 
-    /// How many blocks are Data, in all.
+    /// Returns the total number of Data blocks.
     #[must_use]
     pub fn data_blocks(&self) -> u64 {
         self.counts.data
     }
 
-    /// How many blocks are Zero, in all.
+    /// Returns the total number of Zero blocks.
     #[must_use]
     pub fn zero_blocks(&self) -> u64 {
         self.counts.zero
     }
 
-    /// How many blocks of `range` are in `state`.
+    /// Returns the number of blocks of `range` that are in `state`.
     #[must_use]
     pub fn count(&self, range: Range<BlockIndex>, state: BlockState) -> u64 {
         if range.is_empty() {
@@ -217,7 +221,7 @@ impl<const CHUNK: u64> BlockMap<CHUNK> {
         }
     }
 
-    /// Makes all blocks of `range` that state.
+    /// Sets all blocks of `range` to `state`.
     ///
     /// ```text
     ///   chunks     |          |          |          |          |
@@ -225,7 +229,7 @@ impl<const CHUNK: u64> BlockMap<CHUNK> {
     ///                    |head|--- whole chunks ----| tail |
     /// ```
     ///
-    /// Only head and tail, parts of a chunk, can make a leaf.
+    /// Only the head and the tail, which cover parts of a chunk, can create a leaf.
     pub fn set(&mut self, range: Range<BlockIndex>, state: BlockState) {
         let (start, end) = (range.start.0, range.end.0.min(Self::END));
         if start >= end {
@@ -248,18 +252,18 @@ impl<const CHUNK: u64> BlockMap<CHUNK> {
         }
     }
 
-    /// Makes every block at and past `block` Lower: what a smaller disk no longer has.
+    /// Sets every block at and past `block` to Lower, because a smaller disk does not have them.
     pub fn clear_from(&mut self, block: BlockIndex) {
         self.set(block..BlockIndex(u64::MAX), BlockState::Lower);
     }
 
-    /// Where in its chunk a block lies.
+    /// Returns the position of a block within its chunk.
     #[expect(clippy::cast_possible_truncation, reason = "less than CHUNK, which is 65,536")]
     fn offset_in_chunk(block: u64) -> usize {
         (block % CHUNK) as usize
     }
 
-    /// The state at `block` and how far the entry there goes on in it, cut at `limit`.
+    /// Returns the state at `block` and the end of its run within the entry there, cut at `limit`.
     fn run_in_entry(&self, block: u64, limit: u64) -> (BlockState, u64) {
         let chunk = block / CHUNK;
         match self.directory.range(..=chunk).next_back() {
@@ -281,7 +285,7 @@ impl<const CHUNK: u64> BlockMap<CHUNK> {
         }
     }
 
-    /// Counts a range that ends at or before [`Self::END`].
+    /// Counts the blocks of a range that ends at or before [`Self::END`].
     fn counts_in(&self, blocks: Range<u64>) -> BlockCounts {
         let mut counts = BlockCounts::default();
         if blocks.is_empty() {
@@ -308,7 +312,7 @@ impl<const CHUNK: u64> BlockMap<CHUNK> {
         counts
     }
 
-    /// Makes part of one chunk that state: in its leaf, or in a new one if it was uniform.
+    /// Sets part of one chunk to `state`: in its leaf, or in a new leaf if the chunk was uniform.
     fn set_in_chunk(&mut self, chunk: u64, blocks: Range<usize>, state: BlockState) {
         if !matches!(self.directory.get(&chunk), Some(ChunkEntry::Leaf(_))) {
             let (old, _) = self.run_in_entry(chunk * CHUNK, (chunk + 1) * CHUNK);
@@ -321,7 +325,7 @@ impl<const CHUNK: u64> BlockMap<CHUNK> {
             self.directory.insert(chunk, ChunkEntry::Leaf(leaf));
         }
         let Some(ChunkEntry::Leaf(leaf)) = self.directory.get_mut(&chunk) else {
-            return; // Cannot be: it was found or put there above.
+            return; // Unreachable: the leaf was found or inserted above.
         };
         self.counts.subtract(leaf.counts());
         leaf.set(blocks, state);
@@ -331,7 +335,7 @@ impl<const CHUNK: u64> BlockMap<CHUNK> {
         }
     }
 
-    /// Makes whole chunks that state: one entry, merged with its neighbours.
+    /// Sets whole chunks to `state`: one entry, merged with its neighbours.
     fn set_chunks(&mut self, chunks: Range<u64>, state: BlockState) {
         self.clear_chunks(chunks.clone());
         if state == BlockState::Lower {
@@ -354,7 +358,7 @@ impl<const CHUNK: u64> BlockMap<CHUNK> {
         self.directory.insert(start, ChunkEntry::Uniform { end, state });
     }
 
-    /// Takes `chunks` out of the directory: they are Lower afterwards.
+    /// Removes `chunks` from the directory, so that all their blocks are Lower.
     ///
     /// ```text
     ///   before   |----- Data ------||leaf|     |---- Zero ----|
@@ -392,7 +396,7 @@ impl<const CHUNK: u64> BlockMap<CHUNK> {
 }
 
 impl ChunkEntry {
-    /// The chunk after the last one it covers, when it is filed under `start`.
+    /// Returns the chunk after the last one covered by an entry stored under `start`.
     fn end(&self, start: u64) -> u64 {
         match self {
             Self::Uniform { end, .. } => *end,
@@ -400,7 +404,7 @@ impl ChunkEntry {
         }
     }
 
-    /// The end and the state of a uniform run.
+    /// Returns the end and the state of a uniform run.
     fn as_uniform(&self) -> Option<(u64, BlockState)> {
         match self {
             Self::Uniform { end, state } => Some((*end, *state)),
@@ -417,7 +421,7 @@ mod tests {
     use super::*;
 
     impl<const CHUNK: u64> BlockMap<CHUNK> {
-        /// The invariants of the directory, its leaves and the counts.
+        /// Asserts the invariants of the directory, its leaves and the counts.
         fn check(&self) {
             let mut counts = BlockCounts::default();
             let mut last = (0, Lower);
@@ -435,7 +439,7 @@ mod tests {
                     ChunkEntry::Leaf(leaf) => {
                         leaf.check(Self::LEN);
                         counts.add(leaf.counts());
-                        Lower // Merges with nothing.
+                        Lower // A leaf merges with nothing.
                     }
                 };
                 last = (end, state);
@@ -471,7 +475,7 @@ mod tests {
     const EVERYTHING: Range<u64> = 0..u64::MAX;
 
     #[test]
-    fn an_untouched_map_is_no_entry_and_one_run() {
+    fn an_untouched_map_has_no_entry_and_is_one_run() {
         let map = BlockMap::new();
         map.check();
         assert!(map.directory.is_empty());
@@ -481,7 +485,7 @@ mod tests {
     }
 
     #[test]
-    fn the_whole_of_everything_is_one_entry() {
+    fn setting_every_block_takes_one_entry() {
         let mut map = BlockMap::new();
         map.set(blocks(EVERYTHING), Zero);
         map.check();
@@ -494,7 +498,7 @@ mod tests {
     }
 
     #[test]
-    fn a_run_crosses_leaf_uniform_and_leaf() {
+    fn a_run_continues_across_a_leaf_a_uniform_run_and_a_leaf() {
         let mut map = BlockMap::<64>::default();
         map.set(blocks(60..64 * 5 + 7), Data);
         map.check();
@@ -505,7 +509,7 @@ mod tests {
     }
 
     #[test]
-    fn an_empty_range_is_an_empty_run_and_changes_nothing() {
+    fn an_empty_range_gives_an_empty_run_and_changes_nothing() {
         let mut map = BlockMap::<64>::default();
         map.set(blocks(10..20), Data);
         for at in [0, 10, 20, 64, u64::MAX] {
@@ -519,7 +523,7 @@ mod tests {
     }
 
     #[test]
-    fn a_leaf_that_fills_up_joins_its_neighbours() {
+    fn a_leaf_that_becomes_uniform_merges_with_its_neighbours() {
         let mut map = BlockMap::<64>::default();
         map.set(blocks(0..64), Data);
         map.set(blocks(128..256), Data);
@@ -533,7 +537,7 @@ mod tests {
     }
 
     #[test]
-    fn a_plane_is_there_only_while_it_has_a_block() {
+    fn a_plane_takes_memory_only_while_it_holds_a_block() {
         let planes = |map: &BlockMap<64>| match map.directory.get(&0) {
             Some(ChunkEntry::Leaf(leaf)) => {
                 (leaf.data.heap_bytes() > 0, leaf.zero.heap_bytes() > 0)
@@ -551,11 +555,11 @@ mod tests {
     }
 
     #[test]
-    fn one_block_in_each_chunk_takes_bytes_and_not_kilobytes() {
+    fn one_block_in_each_chunk_takes_bytes_not_kilobytes() {
         let mut map = BlockMap::new();
         for chunk in 0..1000 {
             map.set(blocks(chunk * CHUNK_BLOCKS + 7..chunk * CHUNK_BLOCKS + 8), Data);
-            // And one that is not in each of as many that are.
+            // And one Zero block in each of as many chunks of Data.
             let held = 5000 + chunk;
             map.set(blocks(held * CHUNK_BLOCKS..(held + 1) * CHUNK_BLOCKS), Data);
             map.set(blocks(held * CHUNK_BLOCKS + 9..held * CHUNK_BLOCKS + 10), Zero);
@@ -570,7 +574,7 @@ mod tests {
     }
 
     #[test]
-    fn every_other_block_over_four_chunks_is_four_leaves() {
+    fn every_other_block_of_four_chunks_makes_four_leaves() {
         let mut map = BlockMap::new();
         let end = 4 * CHUNK_BLOCKS;
         for block in (0..end).step_by(2) {
@@ -581,14 +585,14 @@ mod tests {
         assert_eq!(map.count(blocks(1..end - 1), Lower), end / 2 - 1);
         let runs = map.runs(blocks(0..end));
         assert_eq!(runs.map(|run| run.len()).max(), Some(1));
-        // And it is all one step to be rid of them.
+        // One step removes all leaves.
         map.set(blocks(0..end), Zero);
         map.check();
         assert_eq!((map.directory.len(), map.leaves()), (1, 0));
     }
 
     #[test]
-    fn a_scattered_sixteen_tib_disk_is_dropped_at_once() {
+    fn a_scattered_map_of_sixteen_tib_is_cleared_in_one_call() {
         let mut map = BlockMap::new();
         let size = 1 << 32; // Blocks: 16 TiB at 4 KiB.
         for chunk in (0..size / CHUNK_BLOCKS).step_by(64) {
@@ -603,7 +607,7 @@ mod tests {
     }
 
     #[test]
-    fn a_clone_goes_its_own_way() {
+    fn a_clone_is_independent_of_its_original() {
         let mut map = BlockMap::<64>::default();
         map.set(blocks(10..20), Data);
         let copy = map.clone();
@@ -619,7 +623,7 @@ mod tests {
     }
 
     #[test]
-    fn states_are_the_numbers_of_the_log() {
+    fn block_states_have_the_numbers_used_in_the_log() {
         for (number, state) in [(0, Lower), (1, Data), (2, Zero)] {
             assert_eq!(BlockState::try_from(number), Ok(state));
             assert_eq!(u8::from(state), number);
@@ -636,7 +640,7 @@ mod tests {
         ClearFrom(u64),
     }
 
-    /// What the map should be: Lower before the window, a vector in it, one state past it.
+    /// The expected map: Lower before the window, a vector inside it, one state past it.
     struct Oracle<const CHUNK: u64> {
         base: u64,
         window: Vec<BlockState>,
@@ -675,8 +679,8 @@ mod tests {
             inside + if self.beyond == state { beyond } else { 0 }
         }
 
-        /// Compares states, runs and counts in `range` (which may reach past the window by a
-        /// little on each side).
+        /// Compares states, runs and counts in `range`, which may reach slightly past the window on
+        /// each side.
         fn compare(&self, map: &BlockMap<CHUNK>, range: Range<u64>) {
             map.check();
             assert_eq!(map.data_blocks(), self.total(Data));
@@ -722,7 +726,7 @@ mod tests {
         prop_oneof![Just(Lower), Just(Data), Just(Zero)]
     }
 
-    /// Positions on and around the borders of chunks, and anywhere.
+    /// Generates positions on and around the borders of chunks, and anywhere else.
     fn position(chunk: u64, len: u64) -> impl Strategy<Value = u64> {
         let border = (0..=len / chunk, 0_u64..3)
             .prop_map(move |(at, aside)| (at * chunk + aside).saturating_sub(1).min(len));
@@ -751,31 +755,31 @@ mod tests {
 
     proptest! {
         #[test]
-        fn chunks_of_64_agree_with_a_vector((ops, seen) in ops(64, 64 * 7)) {
+        fn chunks_of_64_blocks_match_a_vector((ops, seen) in ops(64, 64 * 7)) {
             agrees_with_a_vector::<64>(0, 64 * 7, &ops, seen);
         }
 
         #[test]
-        fn chunks_of_100_agree_with_a_vector((ops, seen) in ops(100, 100 * 5)) {
+        fn chunks_of_100_blocks_match_a_vector((ops, seen) in ops(100, 100 * 5)) {
             agrees_with_a_vector::<100>(100 * 3 + 50, 100 * 5, &ops, seen);
         }
 
         #[test]
-        fn chunks_of_256_agree_with_a_vector((ops, seen) in ops(256, 256 * 4)) {
+        fn chunks_of_256_blocks_match_a_vector((ops, seen) in ops(256, 256 * 4)) {
             agrees_with_a_vector::<256>(256 * 9, 256 * 4, &ops, seen);
         }
 
         #[test]
-        fn the_last_chunks_of_all_agree_with_a_vector((ops, seen) in ops(64, 64 * 4)) {
+        fn the_last_chunks_of_the_index_space_match_a_vector((ops, seen) in ops(64, 64 * 4)) {
             agrees_with_a_vector::<64>(BlockMap::<64>::END - 64 * 4, 64 * 4, &ops, seen);
         }
     }
 
     proptest! {
-        // Four real chunks are a quarter of a million blocks to compare.
+        // Four chunks of the real size are a quarter of a million blocks to compare.
         #![proptest_config(ProptestConfig::with_cases(12))]
         #[test]
-        fn real_chunks_agree_with_a_vector(
+        fn chunks_of_the_real_size_match_a_vector(
             (ops, _) in ops(CHUNK_BLOCKS, 4 * CHUNK_BLOCKS),
         ) {
             agrees_with_a_vector::<CHUNK_BLOCKS>(0, 4 * CHUNK_BLOCKS, &ops, 0..0);

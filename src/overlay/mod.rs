@@ -3,24 +3,31 @@
 //! ```text
 //!   write ->  data file (every block at its own disk offset)
 //!             then the log (durable map, append-only)         only persistent overlays
-//!             then the map in memory                          what reads and seeks go by
+//!             then the map in memory                          used by reads and seeks
 //! ```
 //!
-//! - `write`: writes, zeroing, sizes. `blocks`: the map in memory. `record`, `log`: the durable map. `data`: the host files.
-//! - `range_locks`: which bytes are being changed. `readers`, `pending`: when freed space may go back.
-//! - `group_commit`: who shares a sync. `recover`: from files to a running overlay. `stack`: which
-//!   layers make a disk, on disk. `keep`: from temporary to persistent.
-//!   `verify`: is it whole? `reflink`: the other kind of overlay, which has no map: a reflink copy
-//!   of its base. `journal`: syncs of few changes. `commit`: down into the base. `sealed`, `merge`,
-//!   `tree`, `layer_cache`: layers below. `fiemap`: where the host keeps a file's blocks.
+//! - `write`: writes, zeroing, size changes. `blocks`, `leaf`: the map in memory. `record`, `log`:
+//!   the durable map. `data`: the host files.
+//! - `range_locks`: byte ranges that are being changed. `readers`, `pending`: when freed space may
+//!   be returned to the host.
+//! - `sync`: making changes durable. `group_commit`: sharing one sync among its callers. `journal`:
+//!   quick syncs of few changes.
+//! - `recover`: from files to a running overlay. `boot_tag`: telling a killed daemon from a power
+//!   cut. `verify`: checking an overlay.
+//! - `stack`, `tree`: which layers make up a disk, on disk and in memory. `persist`: creating and
+//!   opening persistent overlays. `keep`: from temporary to persistent.
+//! - `sealed`, `merge`, `layer_cache`: the layers below the top. `commit`: copying down into the
+//!   base.
+//! - `reflink`: the other kind of overlay, which has no map: a reflink copy of its base. `fiemap`:
+//!   where the host stores a file's blocks.
 //!
-//! Locks, outermost first: the disk's gate (held by the caller), `range_locks`, the log's tail, the map.
-//! `pending` is taken inside any of them and nothing is taken inside it. Only `range_locks` is held
-//! across I/O.
+//! Locks, outermost first: the disk's gate (held by the caller), `range_locks`, the log's tail, the
+//! map. `pending` is taken inside any of them and nothing is taken inside it. Only `range_locks` is
+//! held across I/O.
 //!
-//! Data first, map after: a crash between the two leaves bytes that nobody looks at. Freeing is
-//! the other way round: record, map, and the space only once that record is vouched, so that a
-//! power cut never finds a hole where the older map says data.
+//! Data first, map after: a crash between the two leaves bytes that no map refers to. Freeing goes
+//! in the opposite order: first the record, then the map, and the space only once that record is
+//! vouched, so that a power cut never finds a hole where the older map says Data.
 
 pub mod blocks;
 pub mod boot_tag;
@@ -70,11 +77,11 @@ use crate::extents::{Extent, ExtentKind};
 use crate::host::os_error;
 use crate::layer::{CopyFn, Layer, Wait};
 
-/// The default block size in bytes: the page size, so a page written is never read first.
+/// The default block size in bytes: the page size, so that writing a page never reads it first.
 pub const DEFAULT_BLOCK_SIZE: u32 = 4096;
-/// Ranges are locked in units of at least this many bytes: a 1 MiB write takes nine locks.
+/// The smallest unit of range locks in bytes, so that a 1 MiB write takes at most nine locks.
 const LOCK_UNIT: u64 = 128 << 10;
-/// The largest size of a disk: what a signed file offset can name.
+/// The largest size of a disk in bytes: the largest signed file offset.
 pub const MAX_DISK_SIZE: u64 = i64::MAX.cast_unsigned();
 
 /// A copy-on-write layer.
@@ -83,51 +90,52 @@ pub struct Overlay {
     block_size: u64,
     data: Arc<dyn Storage>,
     map: RwLock<LayerMap>,
-    /// `None`: a temporary overlay, gone when it is dropped.
+    /// The durable map; `None` for a temporary overlay, whose changes are lost when it is dropped.
     log: Option<Log>,
     tag: BootTag,
     range_locks: RangeLocks,
     readers: Readers,
     pending: Mutex<PendingFrees>,
     group_commit: GroupCommit,
-    /// What the next sync has to write, while that is little.
+    /// The blocks that the next sync has to write, as long as they are few.
     dirty_blocks: DirtyBlocks,
     journal: Journal,
-    /// The highest sequence whose record, and the data behind it, is durable.
+    /// The highest sequence whose record, and the data behind that record, is durable.
     durable: AtomicU64,
-    /// Bytes that were changed since the last sync began; no longer counted once they are many.
+    /// The bytes changed since the last sync began; no longer counted once they are many.
     dirty_bytes: AtomicU64,
-    /// Syncs in a row, each of a small overwrite.
+    /// The number of consecutive syncs that each covered only a small overwrite.
     small_syncs: AtomicU32,
-    /// A sync failed: no write and no sync succeeds any more.
+    /// Set after a failed sync: no write and no sync succeeds any more.
     latched: AtomicBool,
-    /// Counts changes of the map, for those who keep what they learnt from it.
+    /// The number of changes of the map, for callers that cache results derived from the map.
     revision: AtomicU64,
-    /// The most Data blocks there may be.
+    /// The largest number of Data blocks allowed.
     limit: Option<u64>,
-    /// Sealed layers below that must be durable before this one vouches for anything.
+    /// Sealed layers below that must be durable before this layer vouches for anything.
     unclosed_layers: Mutex<Vec<Arc<Overlay>>>,
-    /// The commit into the base that is under way.
+    /// The commit into the base that is in progress.
     commit: Mutex<Option<commit::CommitTracker>>,
-    /// Whether there is one: what every change looks at.
+    /// Whether `commit` is set. Every change reads this flag instead of taking the lock.
     is_committing: AtomicBool,
-    /// It is sealed, durable and its log closed: nothing is left to be done for it.
+    /// Whether the layer is sealed and durable with its log closed, so that no work remains for it.
     is_closed: Mutex<bool>,
-    /// Its host takes no changes, and so does it.
+    /// Whether the host's file system is read-only, and this layer with it.
     is_read_only: bool,
 }
 
-/// What an overlay holds, for people.
+/// The space that an overlay's blocks take, for display.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Usage {
-    /// Bytes of blocks that hold data.
+    /// Bytes in Data blocks.
     pub data: u64,
-    /// Bytes of blocks that hide the base with zeros.
+    /// Bytes in Zero blocks, which hide the base.
     pub zero: u64,
 }
 
 impl Overlay {
-    /// An overlay over `data` that starts as `clone_map`. `limit` caps the bytes of data it may hold.
+    /// Creates an overlay over `data` whose map starts as `image`. `block` is the block size in
+    /// bytes; `limit` caps the bytes of data that the overlay may hold.
     #[must_use]
     pub fn new(
         block: u32,
@@ -165,7 +173,7 @@ impl Overlay {
         }
     }
 
-    /// A layer that was sealed and closed in good order before.
+    /// Creates a layer that was already sealed and closed in good order.
     #[must_use]
     pub fn closed(block: u32, data: Arc<dyn Storage>, image: LayerMap, tag: BootTag) -> Self {
         let layer = Self::new(block, data, image, None, tag, None);
@@ -173,121 +181,124 @@ impl Overlay {
         layer
     }
 
-    /// Puts it on `layers`: each of them is made durable before this one vouches for a change.
+    /// Stacks this overlay on `layers`: each of them is made durable before this overlay vouches
+    /// for a change.
     pub fn set_lower_layers(&self, layers: &[Arc<Self>]) {
-        // One that is being settled at this moment is waited for later, not here.
+        // A layer whose lock is held is being closed right now; the next sync waits for it, not
+        // this call.
         let is_open = |layer: &&Arc<Self>| layer.is_closed.try_lock().is_none_or(|done| !*done);
         let open = layers.iter().filter(is_open);
         *self.unclosed_layers.lock() = open.cloned().collect();
     }
 
-    /// Caps what it may hold from now on, in bytes of data.
+    /// Caps the bytes of data that the overlay may hold from now on.
     pub fn set_limit(&mut self, limit: Option<u64>) {
         self.limit = limit.map(|limit| limit / self.block_size);
     }
 
-    /// Takes the place of `older`: what was learnt from that map is not taken for this one's.
+    /// Continues `older`'s revision counter, so that results cached under it become stale.
     pub fn continue_revision(&self, older: &Self) {
         self.revision.store(older.revision() + 1, Ordering::Release);
     }
 
-    /// Block size in bytes.
+    /// Returns the block size in bytes.
     #[must_use]
     pub fn block_size(&self) -> u64 {
         self.block_size
     }
 
-    /// How far down into what lies below one can see, in bytes.
+    /// Returns the offset in bytes from which on the layers below are hidden.
     #[must_use]
     pub fn lower_limit(&self) -> u64 {
         self.map.read().lower_limit
     }
 
-    /// Whether its changes end with the mount.
+    /// Returns whether the overlay's changes are lost when the disk is unmounted.
     #[must_use]
     pub fn is_temporary(&self) -> bool {
         self.log.is_none() && !self.is_read_only
     }
 
-    /// Whether its host's file system is read-only: every change is `EROFS`.
+    /// Returns whether the host's file system is read-only, so that every change fails with
+    /// `EROFS`.
     #[must_use]
     pub fn is_read_only(&self) -> bool {
         self.is_read_only
     }
 
-    /// Whether a failed sync has made it read-only.
+    /// Returns whether a failed sync has made the overlay read-only.
     #[must_use]
     pub fn is_latched(&self) -> bool {
         self.latched.load(Ordering::Relaxed)
     }
 
-    /// How much it holds.
+    /// Returns the space that the overlay's blocks take.
     #[must_use]
     pub fn usage(&self) -> Usage {
         let map = self.map.read();
         Usage {
-            // A log may name more blocks than the disk has bytes for.
+            // A log may name blocks past the last byte offset, so the product may overflow.
             data: map.blocks.data_blocks().saturating_mul(self.block_size),
             zero: map.blocks.zero_blocks().saturating_mul(self.block_size),
         }
     }
 
-    /// Changes whenever the map has changed.
+    /// Returns the revision of the map, which grows with every change of it.
     #[must_use]
     pub fn revision(&self) -> u64 {
         self.revision.load(Ordering::Acquire)
     }
 
-    /// The modification time that the log knows.
+    /// Returns the modification time recorded in the log, if any.
     #[must_use]
     pub fn mtime(&self) -> Option<(Nanos, MtimeOrigin)> {
         self.map.read().mtime
     }
 
-    /// The data file on the host, to look at its file system.
+    /// Returns the data file on the host, so that the caller can examine its file system.
     #[must_use]
     pub fn data_file(&self) -> Option<File> {
         self.data.host_file()?.first().try_clone().ok()
     }
 
-    /// From now on the host's page cache is passed by.
+    /// Makes the data file bypass the host's page cache from now on.
     ///
     /// # Errors
-    /// `EINVAL` when the host's file system has no direct I/O; else the host's errno.
+    /// `EINVAL` when the host's file system has no direct I/O; otherwise the host's errno.
     pub fn go_direct(&self) -> io::Result<()> {
         self.data.host_file().map_or(Ok(()), HostFile::go_direct)
     }
 
-    /// Whether the host's page cache is passed by.
+    /// Returns whether the data file bypasses the host's page cache.
     #[must_use]
     pub fn is_direct(&self) -> bool {
         self.data.host_file().is_some_and(HostFile::is_direct)
     }
 
-    /// Tells the host that `range` of the data will be read soon. What is not to be in its cache
-    /// is not brought there.
+    /// Tells the host that `range` of the data will be read soon. Does nothing when the page cache
+    /// is bypassed.
     pub fn will_need(&self, range: &Range<u64>) {
         if !self.is_direct()
             && let Some(file) = self.data.host_fd(range.clone())
         {
             let len = std::num::NonZeroU64::new(range.end - range.start);
-            // Advice only.
+            // Only a hint, so a failure does not matter.
             let _ = rustix::fs::fadvise(file, range.start, len, rustix::fs::Advice::WillNeed);
         }
     }
 
-    /// A copy of the map as it is now. The caller holds the gate exclusive.
+    /// Returns a copy of the current map. The caller holds the gate exclusive.
     #[must_use]
     pub fn clone_map(&self) -> LayerMap {
         self.map.read().clone()
     }
 
-    /// The blocks that `range` (bytes) touches.
+    /// Returns the blocks that `range` (bytes) touches.
     fn blocks_of(&self, range: &Range<u64>) -> Range<BlockIndex> {
         BlockIndex(range.start / self.block_size)..BlockIndex(range.end.div_ceil(self.block_size))
     }
 
-    /// The bytes of `blocks`, up to the largest offset there is.
+    /// Returns the bytes of `blocks`, saturating at the largest offset.
     fn bytes_of(&self, blocks: &Range<BlockIndex>) -> Range<u64> {
         blocks.start.0.saturating_mul(self.block_size)..blocks.end.0.saturating_mul(self.block_size)
     }
@@ -300,7 +311,7 @@ impl Overlay {
         }
     }
 
-    /// What the map says at the start of `range`.
+    /// Looks up the extent that starts at `range.start` in the map.
     fn look_up(&self, range: &Range<u64>) -> Extent {
         let map = self.map.read();
         if range.start >= map.size {
@@ -320,40 +331,40 @@ impl Overlay {
         Extent::new(range.start..end, kind)
     }
 
-    /// Notes that the space of `blocks` may go back once record `sequence` is vouched.
+    /// Queues the space of `blocks` to be freed once record `sequence` is vouched.
     fn defer_free(&self, blocks: &Range<BlockIndex>, sequence: u64) {
         if sequence > 0 || self.log.is_none() {
             self.pending.lock().add(self.bytes_of(blocks), sequence);
         }
     }
 
-    /// Lets the next sync give back whatever the map does not call Data: after a recovery the data
-    /// file may hold blocks that no record speaks of.
+    /// Queues all space that the map does not call Data to be freed by the next sync. After a
+    /// recovery, the data file may hold blocks that no record mentions.
     fn reclaim(&self) {
         let len = self.data.len().unwrap_or(0).max(self.size());
         let end = len.next_multiple_of(self.block_size);
         self.pending.lock().add(0..end, self.durable.load(Ordering::Relaxed));
     }
 
-    /// Called when the bytes of `blocks` were written, before a record says so.
+    /// Notes that the bytes of `blocks` were written, before a record says so.
     fn note_written(&self, blocks: &Range<BlockIndex>) {
         if self.log.is_some() {
             self.dirty_blocks.add(blocks);
         }
     }
 
-    /// Called after a change of `len` bytes of data: one that a running sync has passed already is
-    /// then the next one's.
+    /// Counts a finished change of `len` bytes of data, so that the next sync covers it even when a
+    /// running sync has already passed it.
     fn mark_dirty(&self, len: u64) {
-        // A plain load first: the line stays shared between the workers once there are many.
+        // Load first: the cache line stays shared between the workers once the count is high.
         if self.dirty_bytes.load(Ordering::Relaxed) <= sync::MAX_QUICK_SYNC {
             self.dirty_bytes.fetch_add(len.max(1), Ordering::SeqCst);
         }
     }
 }
 
-/// Whether the host takes no more, which may change: no space, or a limit. A file that has reached
-/// the size it may have is one that is full.
+/// Returns whether `error` means that the host is out of space: a full disk, a quota or a file size
+/// limit, all of which may pass. A file that has reached its maximum size counts as full.
 pub(crate) fn is_out_of_space(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::ENOSPC | libc::EDQUOT | libc::EFBIG))
 }

@@ -1,21 +1,23 @@
 //! The sealed layers of a disk, looked up as one.
 //!
-//! A read that falls through the top would ask one layer after the other, 64 of them in a deep
-//! stack. Sealed layers never change, so who has what is found out once a chunk and kept:
+//! A read that falls through the top would have to ask one layer after the other, 64 of them in a
+//! deep stack. Sealed layers never change, so the owners of the blocks are determined once per
+//! chunk and cached:
 //!
 //! ```text
 //!   chunk      0        1        2        3 ...
 //!   layer 0    .        .d.d.    .        .          d: data or zeros, .: nothing
 //!   layer 1    .        ..ddd    .        .
 //!   layer 2    .        .        ddddd    .
-//!   kept       Lower    Runs     Uniform  Lower      which layer has which blocks
+//!   cached     Lower    Runs     Uniform  Lower      which layer owns which blocks
 //! ```
 //!
-//! - A chunk where one layer alone has something is that layer's to answer (`Walk`).
-//! - One with too many runs to list asks the layers that have something there, and only those.
+//! - A chunk in which a single layer owns blocks is answered by that layer's map (`Walk`).
+//! - A chunk with too many runs to list asks only the layers that own blocks there (`Walk` as
+//!   well).
 //!
-//! Sizes cut what is seen: nothing of a layer shows past its own size, nor past the smallest size
-//! (`lower_limit`) of any layer above it. `visible_ends` holds that bound for each.
+//! Sizes limit what is visible: nothing of a layer shows past its own size, nor past the smallest
+//! size (`lower_limit`) of any layer above it. `visible_ends` holds that bound for each layer.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -31,46 +33,49 @@ use crate::extents::{Extent, ExtentKind};
 use crate::host::os_error;
 use crate::layer::{CopyFn, Layer, Wait};
 
-/// A chunk with more runs than this is not listed: 16 KiB, about what a leaf of the map takes.
+/// The most runs listed for one chunk: 16 KiB, about the size of a leaf of the map.
 const MAX_LISTED_RUNS: usize = 4096;
 
 /// Sealed layers, one above the other.
 pub struct Sealed {
-    /// Top to bottom; at least one.
+    /// The layers, top to bottom; at least one.
     layers: Vec<Arc<Overlay>>,
-    /// Bytes at or past this offset are not seen of the layer; the last is for what lies below.
+    /// For each layer, the offset in bytes from which on it is hidden; the last entry is for the
+    /// layers below all of them.
     visible_ends: Vec<u64>,
-    /// By the first chunk.
+    /// The owners of the blocks, each entry under its first chunk.
     directory: RwLock<BTreeMap<u64, ChunkOwners>>,
 }
 
-/// Who has the blocks of a chunk.
+/// The owners of the blocks of a chunk.
 enum ChunkOwners {
-    /// The same for all up to the chunk `end` (not included).
+    /// One owner for all blocks up to the chunk `end` (exclusive).
     Uniform { end: u64, owner: BlockOwner },
-    /// By the first block of each run, counted from the chunk's.
+    /// The owner of each run, under the run's first block counted from the start of the chunk.
     Runs(Box<[(u16, BlockOwner)]>),
-    /// To be asked for, of these layers only, top to bottom.
+    /// The layers to ask, top to bottom; no other layer owns a block here.
     Walk(Box<[u16]>),
 }
 
-/// Which layer has a block, and how.
+/// The layer that owns a block, and the block's state there.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct BlockOwner {
-    /// The layer, counted from the top; their number for what lies below all of them.
+    /// The layer's position, counted from the top; the number of layers when none of them owns the
+    /// block.
     layer: u16,
     state: BlockState,
 }
 
-/// What lies at a place.
+/// The owner of the run of blocks at an offset.
 struct OwnedRun {
     owner: BlockOwner,
-    /// The first byte past it that may be another's.
+    /// The first byte after the run; the owner may change there.
     end: u64,
 }
 
 impl Sealed {
-    /// Looks `layers`, top to bottom, up as one. `None` when there is none, or more than [`MAX_LAYERS`].
+    /// Combines `layers`, top to bottom. Returns `None` when there are none or more than
+    /// [`MAX_LAYERS`].
     #[must_use]
     pub fn new(layers: Vec<Arc<Overlay>>) -> Option<Self> {
         if layers.is_empty() || layers.len() > MAX_LAYERS {
@@ -88,13 +93,13 @@ impl Sealed {
         Some(Self { layers, visible_ends: reach, directory: RwLock::default() })
     }
 
-    /// The layers, top to bottom.
+    /// Returns the layers, top to bottom.
     #[must_use]
     pub fn layers(&self) -> &[Arc<Overlay>] {
         &self.layers
     }
 
-    /// How far down into what lies below all of them one can see, in bytes.
+    /// Returns the offset in bytes from which on everything below these layers is hidden.
     #[must_use]
     pub fn lower_limit(&self) -> u64 {
         self.visible_ends.last().copied().unwrap_or(0)
@@ -111,7 +116,7 @@ impl Sealed {
         }
     }
 
-    /// Who has the first block of `range`, and how far.
+    /// Finds the layer that owns the first block of `range`, and the end of its run.
     fn owner_at(&self, range: &Range<u64>) -> OwnedRun {
         let first = range.start / self.block_size();
         let chunk = first / CHUNK_BLOCKS;
@@ -121,8 +126,8 @@ impl Sealed {
         let segment = self.resolve_chunk(chunk);
         self.directory.write().insert(chunk, segment);
         self.known_owner_at(first, chunk).unwrap_or_else(|| {
-            // Cannot be: it was put there above. One block of what lies below is always safe
-            // to ask about again.
+            // Unreachable: the entry was inserted above. Asking the layers below for one block and
+            // then looking again is always safe.
             OwnedRun { owner: self.lower_owner(), end: (first + 1) * self.block_size() }
         })
     }
@@ -151,7 +156,7 @@ impl Sealed {
         }
     }
 
-    /// Asks `layers` about the blocks from `first` on, up to `end`.
+    /// Finds the owner of the blocks from `first` on among `layers`, looking no further than `end`.
     fn walk(&self, layers: &[u16], first: u64, mut end: u64) -> (BlockOwner, u64) {
         for &layer in layers {
             let map = self.layers[usize::from(layer)].map.read();
@@ -164,7 +169,7 @@ impl Sealed {
         (self.lower_owner(), end)
     }
 
-    /// Finds out who has what in `chunk`.
+    /// Determines the owners of the blocks of `chunk`.
     fn resolve_chunk(&self, chunk: u64) -> ChunkOwners {
         let mut end = u64::MAX;
         let mut mixed = Vec::new();
@@ -197,7 +202,8 @@ impl Sealed {
         }
     }
 
-    /// The runs of a chunk that `mixed` layers share, over `bottom`; `None` when they are many.
+    /// Lists the runs of a chunk in which the layers `mixed` own blocks above `bottom`; `None` when
+    /// there are too many runs.
     fn list_runs(
         &self,
         chunk: u64,
@@ -227,8 +233,9 @@ impl Sealed {
         Some(runs.into_boxed_slice())
     }
 
-    /// For each layer the bytes of which it decides what is read: what it holds and no layer above
-    /// hides. So the sum over some layers from the top is what changed since the one below them.
+    /// Returns, for each layer, the bytes of the disk that it determines: those that the layer
+    /// holds and no layer above hides. The sum over some layers from the top is the amount changed
+    /// since the layer below them.
     #[must_use]
     pub fn visible_usage(&self) -> Vec<Usage> {
         let mut shown = vec![Usage { data: 0, zero: 0 }; self.layers.len()];
@@ -255,8 +262,8 @@ impl Sealed {
         shown
     }
 
-    /// What the only layer with anything in `chunk`, which begins at block `first` and ends at
-    /// byte `end`, has there: counted without a step for each of its runs.
+    /// Counts the blocks in `chunk`, which begins at block `first` and ends at byte `end`, when a
+    /// single layer owns all of them; takes no step for each of the layer's runs.
     fn sole_layer_usage(&self, first: u64, chunk: u64, end: u64) -> Option<(usize, Usage)> {
         if first != chunk * CHUNK_BLOCKS {
             return None;
@@ -277,8 +284,8 @@ impl Sealed {
         Some((layer, Usage { data: bytes(BlockState::Data), zero: bytes(BlockState::Zero) }))
     }
 
-    /// What is at the start of `range` (bytes, not empty), and which layer has it: their number
-    /// for [`ExtentKind::Lower`].
+    /// Returns the extent at the start of `range` (bytes, not empty) and the layer that owns it:
+    /// the number of layers for [`ExtentKind::Lower`].
     #[must_use]
     pub fn extent_and_layer(&self, range: &Range<u64>) -> (Extent, usize) {
         let OwnedRun { owner, end } = self.owner_at(range);
@@ -286,7 +293,7 @@ impl Sealed {
         let reach = self.visible_ends[layer];
         let end = end.min(range.end);
         if range.start >= reach {
-            // Whoever has it, it was cut off.
+            // Cut off by a smaller size, whichever layer owns the block.
             return (
                 Extent::new(range.start..end, ExtentKind::Hole),
                 layer.min(self.layers.len() - 1),
@@ -317,7 +324,8 @@ impl Layer for Sealed {
         let (extent, layer) = self.extent_and_layer(&(offset..offset + buf.len() as u64));
         if extent.kind == ExtentKind::Data {
             let len = usize::try_from(extent.len()).map_err(|_| os_error(libc::EFBIG))?;
-            // A sealed layer frees nothing that its map calls Data: no reader has to be counted.
+            // A sealed layer never frees space that its map calls Data, so readers need not be
+            // counted.
             self.layers[layer].data.read_at(&mut buf[..len], offset, wait)?;
         }
         Ok(extent)
@@ -352,25 +360,25 @@ pub(super) mod tests {
     use super::*;
     use crate::layer::WritableLayer;
 
-    /// More than this of one run is not read whole: its two ends are.
+    /// Runs longer than this many bytes are compared only at their two ends.
     const MAX_COMPARED_WHOLE: u64 = 128 << 10;
 
-    /// Something that makes a layer what it is.
+    /// A change to a layer of the plan.
     #[derive(Clone, Debug)]
     pub(in crate::overlay) enum LayerChange {
         Write(u64, u64, u8),
         Zero(u64, u64),
         Resize(u64),
-        /// All blocks of a chunk (0), or every second one from its second (1) or third (2) on.
+        /// All blocks of a chunk (0), or every second block from its second (1) or third (2) on.
         Chunk(u64, u64, BlockState),
     }
 
     #[derive(Clone, Debug)]
     pub(in crate::overlay) struct StackPlan {
         pub(in crate::overlay) block: u32,
-        /// The size of the lowest, and how much of the base it shows.
+        /// The size of the lowest layer, and the bytes of the base that it shows.
         base: (u64, u64),
-        /// Bottom to top.
+        /// The changes of each layer, bottom to top.
         layers: Vec<Vec<LayerChange>>,
     }
 
@@ -393,7 +401,7 @@ pub(super) mod tests {
         ]
     }
 
-    /// Stacks of small layers.
+    /// Generates stacks of small layers.
     pub(in crate::overlay) fn small() -> impl Strategy<Value = StackPlan> {
         prop_oneof![Just(512u32), Just(4096)].prop_flat_map(|block| {
             let most = u64::from(block) * 40;
@@ -406,7 +414,7 @@ pub(super) mod tests {
         })
     }
 
-    /// Stacks of layers of more than three chunks.
+    /// Generates stacks of layers of more than three chunks.
     pub(in crate::overlay) fn large() -> impl Strategy<Value = StackPlan> {
         let most = 512 * CHUNK_BLOCKS * 7 / 2;
         let state = prop_oneof![Just(BlockState::Data), Just(BlockState::Zero)];
@@ -454,7 +462,7 @@ pub(super) mod tests {
     }
 
     impl StackPlan {
-        /// The layers, top to bottom, each as large as the one below it when it was begun.
+        /// Builds the layers, top to bottom. Each starts with the size of the layer below it.
         pub(in crate::overlay) fn build(&self, dir: &Path) -> Vec<Arc<Overlay>> {
             let (mut size, mut shown) = self.base;
             shown = shown.min(size);
@@ -466,7 +474,7 @@ pub(super) mod tests {
                 }
                 size = layer.size();
                 shown = size;
-                // What was written straight into the map has to be there to be read.
+                // Blocks that were set only in the map must exist in the file to be readable.
                 let file = layer.data_file().unwrap();
                 if file.metadata().unwrap().len() < size {
                     file.set_len(size.next_multiple_of(self.block.into())).unwrap();
@@ -477,7 +485,7 @@ pub(super) mod tests {
         }
     }
 
-    /// What is at the start of `range`, asked of one layer after the other, and of which.
+    /// Finds the extent at the start of `range` and its layer by asking one layer after the other.
     pub(in crate::overlay) fn slow(
         layers: &[Arc<Overlay>],
         mut range: Range<u64>,
@@ -493,7 +501,7 @@ pub(super) mod tests {
         (Extent::new(range, ExtentKind::Lower), layers.len())
     }
 
-    /// All pieces of a stack, joined; a hole has no layer.
+    /// Returns all pieces of a stack, joined; a hole has no layer.
     pub(in crate::overlay) fn pieces(
         size: u64,
         find: impl Fn(Range<u64>) -> (Extent, usize),
@@ -513,7 +521,7 @@ pub(super) mod tests {
         all
     }
 
-    /// The parts of `range` that are compared.
+    /// Returns the parts of `range` that are compared.
     pub(in crate::overlay) fn parts(range: &Range<u64>) -> Vec<Range<u64>> {
         if range.end - range.start <= MAX_COMPARED_WHOLE {
             return vec![range.clone()];
@@ -524,7 +532,7 @@ pub(super) mod tests {
         ]
     }
 
-    /// The bytes of `range` that the layers give; 0xEE where they give none.
+    /// Reads the bytes of `range` from the layers; 0xEE where no layer holds any.
     pub(in crate::overlay) fn bytes(layers: &[Arc<Overlay>], range: Range<u64>) -> Vec<u8> {
         let mut bytes = vec![0xEE; (range.end - range.start) as usize];
         let mut at = range.start;
@@ -560,7 +568,7 @@ pub(super) mod tests {
         bytes
     }
 
-    /// What each layer shows, counted piece by piece.
+    /// Counts the bytes that each layer shows, piece by piece.
     fn slow_shown(layers: &[Arc<Overlay>]) -> Vec<Usage> {
         let mut shown = vec![Usage { data: 0, zero: 0 }; layers.len()];
         let size = layers[0].size();
@@ -588,7 +596,7 @@ pub(super) mod tests {
         let dir = tempfile::tempdir().unwrap();
         let layers = plan.build(dir.path());
         let size = layers[0].size();
-        // Asked in any order: what is known by then must not matter.
+        // The order of the lookups must not matter, although each fills the cache.
         let scattered = Sealed::new(layers.clone()).unwrap();
         for (at, len) in asked {
             let at = at % size.max(1);
@@ -619,7 +627,7 @@ pub(super) mod tests {
 
     proptest! {
         #[test]
-        fn small_layers_are_found_as_one_by_one(
+        fn lookups_in_small_layers_match_a_layer_by_layer_search(
             plan in small(), asked in vec((any::<u64>(), 1u64..100_000), 0..20),
         ) {
             check(&plan, &asked);
@@ -627,11 +635,11 @@ pub(super) mod tests {
     }
 
     proptest! {
-        // Each walks through hundreds of thousands of blocks.
+        // Each case walks through hundreds of thousands of blocks.
         #![proptest_config(ProptestConfig { max_shrink_iters: 200, ..ProptestConfig::with_cases(32) })]
 
         #[test]
-        fn layers_of_many_chunks_are_found_as_one_by_one(
+        fn lookups_in_layers_of_many_chunks_match_a_layer_by_layer_search(
             plan in large(), asked in vec((any::<u64>(), 1u64..100_000_000), 0..20),
         ) {
             check(&plan, &asked);
@@ -639,7 +647,7 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn each_kind_of_segment_answers_as_the_layers_do() {
+    fn each_kind_of_cached_chunk_answers_like_its_layers() {
         let chunk = 512 * CHUNK_BLOCKS;
         let lower = vec![
             LayerChange::Chunk(0, 0, BlockState::Data),

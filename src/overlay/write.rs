@@ -1,4 +1,4 @@
-//! How an overlay is changed: writes, zeroing, copies in, its size.
+//! Changes of an overlay: writes, zeroing, copies into it and its size.
 //!
 //! ```text
 //!   a first touch in part        |- before -|-- written --|- after -|   one block, written whole
@@ -21,8 +21,8 @@ use crate::layer::{CopyFn, Layer, ReadBelow, Wait, WritableLayer};
 use crate::pool::check_cancelled;
 
 impl Overlay {
-    /// The parts of `range` that only cover part of a block: its head and its tail (the same block
-    /// may be both). A write that ends at the disk's end covers its last block.
+    /// Returns the blocks that `range` covers only in part: its head and its tail (which may be the
+    /// same block). A write that ends at the disk's end covers the last block completely.
     fn partial_blocks(&self, range: &Range<u64>) -> [Option<BlockIndex>; 2] {
         let head = !range.start.is_multiple_of(self.block_size);
         let tail = !range.end.is_multiple_of(self.block_size) && range.end < self.size();
@@ -41,7 +41,8 @@ impl Overlay {
         let is_first_touch =
             |block: &BlockIndex| self.map.read().blocks.state(*block) != BlockState::Data;
         if !partial.iter().flatten().any(is_first_touch) {
-            // Shared is enough, and stays so: only an exclusive holder takes a block's data away.
+            // A shared lock is enough and stays enough: only an exclusive holder takes a block's
+            // data away.
             return Ok(held);
         }
         drop(held);
@@ -52,7 +53,7 @@ impl Overlay {
         self.range_locks.lock(need, wait).ok_or_else(busy)
     }
 
-    /// The bytes of `range`, which lies inside one block that holds no data yet, as they read now.
+    /// Reads the current bytes of `range`, which lies inside one block that holds no data yet.
     fn read_current(
         &self,
         range: Range<u64>,
@@ -72,7 +73,8 @@ impl Overlay {
         Ok(bytes)
     }
 
-    /// What has to be written before and after `range` so that the blocks it touches are whole.
+    /// Returns the bytes to write before and after `range` so that every block it touches is
+    /// written whole.
     fn block_padding(
         &self,
         range: &Range<u64>,
@@ -81,8 +83,8 @@ impl Overlay {
     ) -> io::Result<(Vec<u8>, Vec<u8>)> {
         let start = range.start / self.block_size * self.block_size;
         let head = if self.has_data_at(start) { range.start } else { start };
-        // Past the disk's end as well: with the bytes that an earlier, larger disk left there, a
-        // sector could come out of a power cut half new and half as old as those.
+        // The padding also covers the part past the disk's end. That part may still hold bytes of
+        // an earlier, larger disk, and a power cut could leave a sector half new and half that old.
         let end = range.end.next_multiple_of(self.block_size);
         let tail = if self.has_data_at(range.end - 1) { range.end } else { end };
         Ok((
@@ -91,7 +93,7 @@ impl Overlay {
         ))
     }
 
-    /// `ENOSPC` when making all of `blocks` Data would exceed the limit.
+    /// Returns `ENOSPC` when making all of `blocks` Data would exceed the limit.
     fn check_limit(&self, blocks: &Range<BlockIndex>) -> io::Result<()> {
         let Some(limit) = self.limit else {
             return Ok(());
@@ -105,10 +107,11 @@ impl Overlay {
         Ok(())
     }
 
-    /// Refuses to reserve space for `blocks` when the host would hold more for this layer than its
-    /// limit: what is reserved is nobody else's, though no block of it is Data.
+    /// Returns `ENOSPC` when reserving space for `blocks` would make the host hold more for this
+    /// layer than its limit: reserved space is not available to others, although none of its blocks
+    /// is Data.
     fn check_reservation(&self, blocks: &Range<BlockIndex>) -> io::Result<()> {
-        /// The host's own, for its list of extents.
+        /// Bytes that the host may need for its own list of extents.
         const HOST_OVERHEAD: u64 = 1 << 20;
         let Some(limit) = self.limit else {
             return Ok(());
@@ -125,13 +128,13 @@ impl Overlay {
         Ok(())
     }
 
-    /// Puts `blocks` into `state`: in the log, then in the map. Returns the record's sequence.
+    /// Sets `blocks` to `state`: first in the log, then in the map. Returns the record's sequence.
     /// The caller has locked their ranges and, for Data, written them.
     pub(super) fn publish(&self, blocks: &Range<BlockIndex>, state: BlockState) -> io::Result<u64> {
         let records: Vec<LogRecord> = {
             let map = self.map.read();
             if map.blocks.run_at(blocks.clone()) == (BlockRun { range: blocks.clone(), state }) {
-                return Ok(0); // An overwrite: the usual case, and nothing to say.
+                return Ok(0); // An overwrite, the usual case: nothing to record.
             }
             let runs = map.blocks.runs(blocks.clone()).filter(|run| run.state != state);
             runs.map(|run| LogRecord::Set { range: run.range, state }).take(2).collect()
@@ -140,7 +143,7 @@ impl Overlay {
             Some(log) => {
                 let purpose =
                     if state == BlockState::Data { ReserveUse::Keep } else { ReserveUse::Partial };
-                // A whole-range record says the same as many: fewer bytes, one place.
+                // One record of the whole range says the same as many and takes fewer bytes.
                 let whole = [LogRecord::Set { range: blocks.clone(), state }];
                 log.append(if records.len() > 1 { &whole } else { &records }, purpose)?
             }
@@ -172,8 +175,8 @@ impl Overlay {
         self.write_blocks(&parts[first..last], offset - before.len() as u64, &blocks)
     }
 
-    /// Writes `parts` at `offset` and makes `blocks`, the ones they fill, Data. The caller has
-    /// locked their ranges.
+    /// Writes `parts` at `offset` and makes `blocks`, which they fill, Data. The caller has locked
+    /// the ranges of these blocks.
     fn write_blocks(
         &self,
         parts: &[IoSlice<'_>],
@@ -181,18 +184,18 @@ impl Overlay {
         blocks: &Range<BlockIndex>,
     ) -> io::Result<()> {
         let written = self.data.write_at(parts, offset);
-        // Also when it failed: some of it may be there, and is seen.
+        // Also after a failure: some of the bytes may have been written and are visible.
         self.note_written(blocks);
         let done = written.and_then(|()| self.publish(blocks, BlockState::Data));
         if done.is_err() {
-            // What was written of it takes space that no record speaks of.
+            // Whatever was written takes space that no record mentions.
             self.defer_free(blocks, self.log.as_ref().map_or(0, Log::last_sequence));
         }
         done.map(|_| ())
     }
 
-    /// Runs `change`; when the host is full and freed space is still waiting to go back, gives it
-    /// back and tries once more. It writes `len` bytes of data.
+    /// Runs `change`, which writes `len` bytes of data. When the host is full and freed space is
+    /// still waiting to be returned, returns that space and tries once more.
     fn retry_when_full(
         &self,
         wait: Wait,
@@ -218,7 +221,7 @@ impl Overlay {
         done
     }
 
-    /// Zeros the part `range` of one block.
+    /// Zeros `range`, which is a part of one block.
     fn zero_partial_block(
         &self,
         range: &Range<u64>,
@@ -275,7 +278,7 @@ impl Overlay {
         let blocks = BlockIndex(whole.start)..BlockIndex(whole.end);
         if !blocks.is_empty() {
             let sequence = match self.publish(&blocks, BlockState::Zero)? {
-                // Nothing new, but space may have been reserved there since.
+                // The blocks are Zero already, but space may have been reserved there since.
                 0 => self.log.as_ref().map_or(0, Log::last_sequence),
                 new => new,
             };
@@ -284,15 +287,17 @@ impl Overlay {
         Ok(())
     }
 
-    /// Copies `range`, which starts and ends on block borders or at the disk's end, in from a
-    /// host file: `copy` is given the data file and the place, and tells how much it took.
+    /// Copies a host file's bytes into `range`, which starts and ends on block borders or at the
+    /// disk's end. `copy` receives the data file and the range in it, and returns the number of
+    /// bytes copied.
     ///
     /// # Errors
-    /// `EOPNOTSUPP` when there is no single host file for it; `ENOSPC`; what `copy` returns.
+    /// `EOPNOTSUPP` when no single host file holds the range; `ENOSPC`; the errors of `copy`.
     pub fn copy_in(&self, range: &Range<u64>, copy: CopyFn<'_>) -> io::Result<u64> {
         self.check_writable()?;
         let file = self.data.host_fd(range.clone()).ok_or_else(|| os_error(libc::EOPNOTSUPP))?;
-        // A direct write reads what it writes only in part, and would put it back as it was before.
+        // A direct write of part of a sector reads the whole sector first and would write back its
+        // old bytes.
         let hold = if self.is_direct() { LockMode::Exclusive } else { LockMode::Shared };
         let need = self.range_locks.include(StripeSet::default(), range, hold);
         let _held = self.range_locks.lock(need, Wait::Yes).ok_or_else(|| os_error(libc::EAGAIN))?;
@@ -303,7 +308,7 @@ impl Overlay {
         self.note_written(&self.blocks_of(range));
         let copied = copied?;
         let end = range.start + copied;
-        // A block that was copied in part is not published: it keeps what it had.
+        // A block that was copied only in part is not published and keeps its old contents.
         let whole =
             if end >= range.end { range.end } else { end / self.block_size * self.block_size };
         if whole > range.start {
@@ -317,11 +322,11 @@ impl Overlay {
 }
 
 impl Overlay {
-    /// Copies what `below` has into the blocks that `range` touches and this layer does not hold
-    /// yet, and tells how many bytes. A write that races with it wins.
+    /// Copies the bytes of `below` into the blocks that `range` touches and this layer does not
+    /// hold yet. Returns the number of bytes copied. A write that races with the copy wins.
     ///
     /// # Errors
-    /// As [`WritableLayer::write_at`].
+    /// Those of [`WritableLayer::write_at`].
     pub fn copy_up(
         &self,
         range: &Range<u64>,
@@ -348,7 +353,7 @@ impl Overlay {
             }
             let blocks = self.blocks_of(&seen);
             self.check_limit(&blocks)?;
-            // Whole blocks: what is past the limit reads as zeros.
+            // Whole blocks are written: the part past the limit reads as zeros.
             let whole = self.bytes_of(&blocks);
             let len = |range: &Range<u64>| usize::try_from(range.end - range.start).unwrap_or(0);
             let mut buf = vec![0; len(&whole)];
@@ -384,16 +389,16 @@ impl WritableLayer for Overlay {
     }
 
     fn punch_hole(&self, range: Range<u64>, below: &dyn ReadBelow, wait: Wait) -> io::Result<()> {
-        // A zeroed block holds no space here either: the two are one.
+        // Zero blocks hold no space here, so zeroing and punching are the same.
         self.zero(range, below, wait)
     }
 
     fn allocate(&self, range: Range<u64>, wait: Wait) -> io::Result<()> {
-        // Whole blocks: a write of one byte takes all of its.
+        // Whole blocks are reserved, because a write of one byte takes a whole block.
         let blocks = self.blocks_of(&range);
         let bytes = self.bytes_of(&blocks);
         let allocated = self.retry_when_full(wait, 0, || {
-            // Shared with writers, not with what gives space back.
+            // Compatible with writers, but not with anything that frees space.
             let need = self.range_locks.include(StripeSet::default(), &bytes, LockMode::Shared);
             let _held = self.range_locks.lock(need, wait).ok_or_else(|| os_error(libc::EAGAIN))?;
             check_cancelled()?;
@@ -401,8 +406,9 @@ impl WritableLayer for Overlay {
             self.check_reservation(&blocks)?;
             self.pending.lock().remove(&bytes);
             self.data.allocate(bytes.clone()).inspect_err(|_| {
-                // The host may have reserved a part. What holds no data by then is given back: once
-                // every record up to now is vouched, for one of them may have freed what lies here.
+                // The host may have reserved a part. Blocks that hold no data by then are freed
+                // once every record so far is vouched, because one of those records may have freed
+                // the blocks in `bytes`.
                 let sequence = self.log.as_ref().map_or(0, Log::last_sequence);
                 self.pending.lock().add(bytes.clone(), sequence);
             })
@@ -428,8 +434,9 @@ impl WritableLayer for Overlay {
         if size > old && self.has_data_at(old) {
             self.zero_block_tail(old)?;
         }
-        // Empty when the disk grows. Locked although the gate is ours: a sync may be giving back
-        // what was freed earlier, and must not see these blocks free before they wait their turn.
+        // The range is empty when the disk grows. The lock is needed although the caller holds the
+        // gate: a sync may be punching space that was freed earlier, and must not see these blocks
+        // as free before they are queued under their own sequence.
         let cut =
             BlockIndex(size.div_ceil(self.block_size))..BlockIndex(old.div_ceil(self.block_size));
         let need = self.range_locks.include(
@@ -454,7 +461,8 @@ impl WritableLayer for Overlay {
             && self.has_data_at(size)
             && let Err(error) = self.zero_block_tail(size)
         {
-            // Done before the disk grows in any case; now only for what `block_padding` says.
+            // The tail is zeroed before the disk grows in any case; zeroing it here only avoids the
+            // mixed sector described in `block_padding`.
             ::log::debug!("the tail of the last block is not zeroed yet: {error}");
         }
         self.mark_dirty(0);
@@ -471,13 +479,13 @@ impl WritableLayer for Overlay {
 }
 
 impl Overlay {
-    /// Whether the block of byte `at` is Data.
+    /// Returns whether the block that contains byte `at` is Data.
     fn has_data_at(&self, at: u64) -> bool {
         self.map.read().blocks.state(BlockIndex(at / self.block_size)) == BlockState::Data
     }
 
-    /// Zeros what the data file holds from `at`, the disk's end, to the end of that block: it may
-    /// be bytes from before the disk shrank.
+    /// Zeros the data file from `at`, the disk's end, to the end of that block: the bytes there may
+    /// be older than a shrink of the disk.
     fn zero_block_tail(&self, at: u64) -> io::Result<()> {
         let end = at.next_multiple_of(self.block_size);
         if at < end {
