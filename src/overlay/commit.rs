@@ -1,17 +1,17 @@
-//! Merging an overlay down into its base, while the disk goes on being used.
+//! Merging an overlay down into its base while the disk stays in use.
 //!
 //! ```text
-//!   Intent, vouched           the base may be another from here on; a crash is read that way
-//!   copy Data, zero Zero      a batch of the base's blocks: nobody sees them yet, the overlay
+//!   Intent, vouched           the base may change from here on; a crash is read that way
+//!   copy Data, zero Zero      a batch of the base's blocks, not visible yet: the overlay
 //!                             still answers for them
-//!   fdatasync(base)           from here on they may be seen
-//!   Data, Zero -> Lower       of the batch, but for what was changed since it was copied
+//!   fdatasync(base)           from here on they may be visible
+//!   Data, Zero -> Lower       the batch, except blocks that changed after they were copied
 //!   ... the next batch ...
 //!   identity into `stack`, Done
 //! ```
 //!
-//! The disk reads the same at every moment, and after a crash at any: a block is Lower only once
-//! the base holds it durably. Again is nothing but more of the same.
+//! The disk reads the same at every moment, and after a crash at any moment: a block becomes Lower
+//! only once the base holds it durably. Repeating a commit is safe.
 
 use std::fs::File;
 use std::io;
@@ -28,42 +28,42 @@ use super::sync::SyncMode;
 use crate::host::{self, os_error};
 use crate::layer::{Layer, Wait, WritableLayer};
 
-/// Bytes of the base that are copied before they are made durable and freed: 256 MiB.
+/// Bytes copied into the base before they are made durable and freed: 256 MiB.
 const COMMIT_BATCH: u64 = 256 << 20;
-/// Bytes copied between two looks at whether to stop, and freed under one lock: 8 MiB.
+/// Bytes copied between two checks of `should_stop`, and freed under one lock: 8 MiB.
 const COPY_CHUNK: u64 = 8 << 20;
-/// How often what was changed meanwhile is copied as well.
+/// The most passes over the disk; each further pass copies blocks changed during the previous one.
 const MAX_PASSES: u32 = 3;
 
-/// Where a commit goes.
+/// The destination of a commit.
 pub struct CommitTarget<'a> {
-    /// The base, for zeros and sizes.
+    /// The base, for writing zeros and data.
     pub layer: &'a dyn WritableLayer,
-    /// The same, for the host to copy into, where it is a file of it; and where in that file the
-    /// base begins, in bytes.
+    /// The base's host file, for copies inside the host, and the offset in bytes at which the base
+    /// begins in that file; `None` when the base is not a single host file.
     pub file: Option<(&'a File, u64)>,
-    /// Told how many bytes are done, and of how many.
+    /// Receives the number of bytes done and their total.
     pub on_progress: &'a dyn Fn(u64, u64),
-    /// Whether to stop.
+    /// Returns whether to stop.
     pub should_stop: &'a dyn Fn() -> bool,
 }
 
-/// What a commit that is under way has to know of changes.
+/// The changes made to the overlay during a commit.
 pub(super) struct CommitTracker {
-    /// Blocks that were changed since their copy began: Data here.
+    /// Blocks changed since their copy began, marked as Data.
     changed: BlockMap,
-    /// The smallest size since it began, in bytes.
+    /// The smallest size of the disk since the commit began, in bytes.
     smallest_size: u64,
 }
 
 impl Overlay {
-    /// Whether a commit into the base was begun and has not ended: perhaps in an earlier mount.
+    /// Returns whether a commit into the base has begun and not ended, perhaps in an earlier mount.
     #[must_use]
     pub fn is_committing(&self) -> bool {
         self.map.read().is_committing
     }
 
-    /// Called before `blocks` are changed, with their ranges locked.
+    /// Marks `blocks` as changed. Called before the change, with their ranges locked.
     pub(super) fn note_change(&self, blocks: &Range<BlockIndex>) {
         if self.is_committing.load(Ordering::SeqCst)
             && let Some(progress) = &mut *self.commit.lock()
@@ -72,7 +72,7 @@ impl Overlay {
         }
     }
 
-    /// Called before the size changes.
+    /// Notes a new size. Called before the size changes.
     pub(super) fn note_size(&self, size: u64) {
         if let Some(progress) = &mut *self.commit.lock() {
             progress.smallest_size = progress.smallest_size.min(size);
@@ -88,10 +88,10 @@ impl Overlay {
         Ok(())
     }
 
-    /// Begins a commit: durable when it returns. The caller holds the gate exclusive.
+    /// Begins a commit, durably. The caller holds the gate exclusive.
     ///
     /// # Errors
-    /// The host's errno; nothing has begun then.
+    /// The host's errno; the commit has not begun in that case.
     pub fn begin_commit(&self) -> io::Result<()> {
         self.check_writable()?;
         if !self.is_committing() {
@@ -104,13 +104,13 @@ impl Overlay {
         Ok(())
     }
 
-    /// A commit goes no further, for now or because it is done.
+    /// Stops tracking changes, because the commit is interrupted or done.
     pub fn pause_commit(&self) {
         self.is_committing.store(false, Ordering::SeqCst);
         *self.commit.lock() = None;
     }
 
-    /// Marks the end of a commit, durably: the `stack` knows the base as it is.
+    /// Marks the end of a commit, durably. The `stack` already holds the base's new identity.
     ///
     /// # Errors
     /// The host's errno.
@@ -119,8 +119,8 @@ impl Overlay {
         self.sync_all(SyncMode::Full)
     }
 
-    /// Zeros what the base holds where this layer shows zeros because the disk was smaller once,
-    /// durably, so that the base may be seen there.
+    /// Zeros the parts of the base that this layer hides with zeros because the disk was smaller
+    /// once, durably, so that the base may become visible there.
     ///
     /// # Errors
     /// The host's errno.
@@ -147,8 +147,8 @@ impl Overlay {
         to.layer.sync()
     }
 
-    /// Lets the base be seen up to where the disk has not been smaller since the commit began.
-    /// The caller holds the gate exclusive, and has made zeros there durable.
+    /// Makes the base visible up to the smallest size of the disk since the commit began. The
+    /// caller holds the gate exclusive and has durably zeroed the base there.
     ///
     /// # Errors
     /// The host's errno.
@@ -171,13 +171,14 @@ impl Overlay {
         Ok(())
     }
 
-    /// Copies what this layer holds into the base, batch by batch, and lets go of it.
+    /// Copies the blocks of this layer into the base, batch by batch, and makes them Lower.
     ///
     /// # Errors
-    /// `EINTR` when `to.stop` says so; the host's errno. What was let go of is in the base.
+    /// `EINTR` when `to.should_stop` returns true; otherwise the host's errno. Blocks that became
+    /// Lower are in the base.
     pub fn commit_blocks(&self, to: &CommitTarget<'_>) -> io::Result<()> {
-        // The limit as it is now: else a power cut would bring an older one back, and behind that
-        // a sector half as the base has it by then.
+        // Make the current limit durable first: a power cut could otherwise bring back an older
+        // limit that cuts through a sector which the base already holds whole.
         self.sync_all(SyncMode::Full)?;
         for _ in 0..MAX_PASSES {
             let (done, left) = (self.commit_pass(to)?, self.usage());
@@ -188,7 +189,7 @@ impl Overlay {
         self.sync_all(SyncMode::Full)
     }
 
-    /// One pass over the disk; tells how many bytes it has let go of.
+    /// Makes one pass over the disk; returns the number of bytes that became Lower.
     fn commit_pass(&self, to: &CommitTarget<'_>) -> io::Result<u64> {
         let usage = self.usage();
         let (total, mut at, mut done, mut freed) = (usage.data + usage.zero, 0, 0, 0);
@@ -203,7 +204,7 @@ impl Overlay {
                 done += run.len() * self.block_size;
                 (to.on_progress)(done.min(total), total);
             }
-            // Its failure voids the copies: none of them was let go of yet.
+            // If this sync fails, the copies are void; none of these blocks has become Lower yet.
             to.layer.sync()?;
             for run in &batch {
                 freed += self.release_unchanged(run)?;
@@ -211,7 +212,8 @@ impl Overlay {
         }
     }
 
-    /// The next runs that this layer holds, from block `at` on: at most a batch, in pieces.
+    /// Returns the next runs that this layer holds, from block `at` on: at most one batch, in
+    /// pieces.
     fn next_batch(&self, at: &mut u64, end: BlockIndex) -> Vec<BlockRun> {
         let map = self.map.read();
         let (mut batch, mut bytes) = (Vec::new(), 0);
@@ -232,18 +234,19 @@ impl Overlay {
         batch
     }
 
-    /// Brings one run into the base.
+    /// Copies one run into the base.
     fn commit_run(&self, run: &BlockRun, to: &CommitTarget<'_>) -> io::Result<()> {
         if (to.should_stop)() {
             return Err(os_error(libc::EINTR));
         }
         {
-            // What is changed from now on is changed since the copy.
+            // Changes from now on count as changes since the copy.
             let mut commit = self.commit.lock();
             let progress = commit.as_mut().ok_or_else(|| os_error(libc::EINTR))?;
             progress.changed.set(run.range.clone(), BlockState::Lower);
         }
-        // Whoever marked the run before that and has not written yet has it locked.
+        // A writer that marked the run before this and has not written yet holds the range lock:
+        // wait for it.
         let need = self.range_locks.include(
             StripeSet::default(),
             &self.bytes_of(&run.range),
@@ -280,7 +283,7 @@ impl Overlay {
         Ok(())
     }
 
-    /// Makes the blocks of `run` Lower that were not changed since their copy; tells their bytes.
+    /// Makes the blocks of `run` that did not change since their copy Lower; returns their bytes.
     fn release_unchanged(&self, run: &BlockRun) -> io::Result<u64> {
         let bytes = self.bytes_of(&run.range);
         let need = self.range_locks.include(StripeSet::default(), &bytes, LockMode::Exclusive);
@@ -289,7 +292,7 @@ impl Overlay {
             let commit = self.commit.lock();
             let progress = commit.as_ref().ok_or_else(|| os_error(libc::EINTR))?;
             let map = self.map.read();
-            // Behind the limit the base is not seen: what is held there stays.
+            // Past the limit the base is not visible, so blocks held there stay.
             let seen = if map.lower_limit >= map.size {
                 u64::MAX
             } else {

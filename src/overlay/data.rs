@@ -1,10 +1,11 @@
-//! The files a layer keeps on the host: the sparse `data` file and the `log`, as one trait.
+//! The files of a layer on the host, the sparse `data` file and the `log`, behind one trait.
 //!
-//! Every block lies at its own disk offset in `data`. Host file systems bound the length of a
-//! file (ext4: 16 TiB less a block), so the bytes past [`SEGMENT_LEN`] go to `data.1`, `data.2`, each
-//! covering one segment; a disk below that size has only `data`.
+//! Every block is stored at its own disk offset in `data`. Host file systems limit the length of a
+//! file (ext4: 16 TiB less a block), so the bytes past [`SEGMENT_LEN`] go to `data.1`, `data.2`,
+//! each covering one segment; a disk below that size has only `data`.
 //!
-//! The trait is there for the tests: a file in memory that forgets what was not synced.
+//! The trait exists for the tests: they use a file in memory that forgets all data that was not
+//! synced.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -24,18 +25,19 @@ use crate::direct::DirectFile;
 use crate::host;
 use crate::layer::Wait;
 
-/// 8 TiB: safely below the largest file of the common host file systems (ext4: 16 TiB - 4 KiB).
+/// The length of a segment in bytes: 8 TiB, safely below the largest file of the common host file
+/// systems (ext4: 16 TiB - 4 KiB).
 pub const SEGMENT_LEN: u64 = 8 << 40;
-/// The last segment that the largest disk has.
+/// The index of the last segment that the largest disk can have.
 pub(super) const LAST_SEGMENT: usize = (super::MAX_DISK_SIZE / SEGMENT_LEN) as usize;
 
-/// A host file as a layer needs it. Offsets and ranges are in bytes.
+/// A host file with the operations that a layer needs. Offsets and ranges are in bytes.
 #[expect(clippy::len_without_is_empty, reason = "nobody asks whether a file is empty")]
 pub trait Storage: Send + Sync {
-    /// Fills `buf` from `offset`; what lies past the end of the file reads as zeros.
+    /// Fills `buf` from `offset` on; bytes past the end of the file read as zeros.
     ///
     /// # Errors
-    /// `EAGAIN` under [`Wait::No`] when it would have to wait; else the host's errno.
+    /// `EAGAIN` under [`Wait::No`] when the read would have to wait; otherwise the host's errno.
     fn read_at(&self, buf: &mut [u8], offset: u64, wait: Wait) -> io::Result<()>;
 
     /// Writes all `parts`, one after the other, at `offset`.
@@ -44,19 +46,20 @@ pub trait Storage: Send + Sync {
     /// The host's errno.
     fn write_at(&self, parts: &[IoSlice<'_>], offset: u64) -> io::Result<()>;
 
-    /// Gives the space of `range` back; it reads as zeros.
+    /// Frees the space of `range`, which reads as zeros afterwards.
     ///
     /// # Errors
-    /// The host's errno; `EOPNOTSUPP` where the file system cannot.
+    /// The host's errno; `EOPNOTSUPP` where the file system cannot punch holes.
     fn punch_hole(&self, range: Range<u64>) -> io::Result<()>;
 
-    /// Reserves space for `range` without changing what is read or the length.
+    /// Reserves space for `range` without changing its contents or the length of the file.
     ///
     /// # Errors
-    /// `ENOSPC`; `EOPNOTSUPP` where the file system cannot.
+    /// `ENOSPC`; `EOPNOTSUPP` where the file system cannot reserve space.
     fn allocate(&self, range: Range<u64>) -> io::Result<()>;
 
-    /// Bytes of the host that it takes, what is only reserved included; 0 where nobody knows.
+    /// Returns the bytes that the file takes on the host, including space that is only reserved; 0
+    /// where this is unknown.
     ///
     /// # Errors
     /// The host's errno.
@@ -64,20 +67,21 @@ pub trait Storage: Send + Sync {
         Ok(0)
     }
 
-    /// Reserves space for `range`, which reads as zeros; the file is at least as long as that then.
-    /// What is written there later changes no length, and so a sync of it writes no more than it.
+    /// Reserves space for `range`, which reads as zeros, and makes the file at least that long. A
+    /// later write into `range` does not change the length, so its sync has to write nothing but
+    /// the data.
     ///
     /// # Errors
-    /// As [`allocate`](Self::allocate).
+    /// Those of [`allocate`](Self::allocate).
     fn extend(&self, range: Range<u64>) -> io::Result<()>;
 
-    /// Cuts the file at `len`, with the space reserved past it.
+    /// Truncates the file to `len`, including the space reserved past it.
     ///
     /// # Errors
     /// The host's errno.
     fn truncate(&self, len: u64) -> io::Result<()>;
 
-    /// The file's length: that of the last segment's end, when there are several.
+    /// Returns the length of the file in bytes; with several segments, the end of the last one.
     ///
     /// # Errors
     /// The host's errno.
@@ -89,55 +93,57 @@ pub trait Storage: Send + Sync {
     /// The host's errno.
     fn sync(&self) -> io::Result<()>;
 
-    /// Where at or after `offset` the file may hold other bytes than zeros: at `offset` itself when
-    /// the host does not tell; `None` when it holds none. Only for a file that nobody writes to.
+    /// Returns the first offset at or after `offset` where the file may hold bytes other than
+    /// zeros: `offset` itself when the host does not know, `None` when there is no such byte. Only
+    /// for a file that nobody is writing to.
     fn next_data(&self, offset: u64) -> Option<u64> {
         Some(offset)
     }
 
-    /// Where at or after the start of `range` the host may hold space for a byte of it: at the
-    /// start itself when the host does not tell; `None` when it holds none.
+    /// Returns the first offset in `range` where the host may hold space: the start of `range` when
+    /// the host does not know, `None` when there is no such space.
     ///
-    /// A hint, for what is written at the same moment may be missed. So may be, where the host
-    /// has no FIEMAP, space that was reserved and not written yet.
+    /// The answer is a hint: space written concurrently may be missed, and on a host without FIEMAP
+    /// also space that was reserved and not written yet.
     fn next_allocated(&self, range: Range<u64>) -> Option<u64>;
 
-    /// Drops what the host has cached, so that the next read comes from the device.
+    /// Drops the host's cache of the file, so that the next read comes from the device.
     fn drop_cache(&self);
 
-    /// The host file that holds all of `range` at the range's own offsets, if one does.
+    /// Returns the host file that holds all of `range` at the range's own offsets, if there is one.
     fn host_fd(&self, range: Range<u64>) -> Option<BorrowedFd<'_>>;
 
-    /// The host file behind it, if it is one.
+    /// Returns the host file behind this storage, if there is one.
     fn host_file(&self) -> Option<&HostFile>;
 }
 
-/// How the file of a segment that is not there yet comes to be, by its index.
+/// Creates the file of a missing segment, given the segment's index.
 pub type MakeSegment = Box<dyn Fn(usize) -> io::Result<File> + Send + Sync>;
 
-/// Whether a missing file is to be made.
+/// Whether to create a missing file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Create {
-    /// Make it.
+    /// Create the file.
     IfMissing,
-    /// A missing one is `None`.
+    /// Return `None` for a missing file.
     Never,
 }
 
-/// A host file, in segments when it is longer than the host allows.
+/// A host file, split into segments when it is longer than the host allows for one file.
 pub struct HostFile {
     first: SegmentFile,
-    /// Segments 1 and on that exist, by their index: there are as few as were written to.
+    /// The existing segments after the first, by index; only segments that were written to exist.
     more_segments: RwLock<BTreeMap<usize, Arc<SegmentFile>>>,
     make: Option<MakeSegment>,
 }
 
-/// A file of the host, and how its bytes are got at.
+/// One file of the host, and how it is read and written.
 struct SegmentFile {
     file: File,
-    /// It lies in memory: reading it never waits, and the host has no `RWF_NOWAIT` for it.
+    /// Whether the file is in memory. Reading such a file never waits, and the host has no
+    /// `RWF_NOWAIT` for it.
     is_memory: bool,
-    /// Past the host's page cache, once that was asked for.
+    /// The same file without the host's page cache, once `go_direct` was called.
     direct: OnceLock<DirectFile>,
 }
 
@@ -149,7 +155,8 @@ impl SegmentFile {
 
     fn go_direct(&self) -> io::Result<()> {
         if self.direct.get().is_none() {
-            // Should another thread be first: one is as good as the other, nothing is written yet.
+            // If another thread sets it first, its file is as good as this one: nothing is written
+            // yet.
             let _ = self.direct.set(DirectFile::reopen(&self.file)?);
         }
         Ok(())
@@ -173,14 +180,14 @@ impl SegmentFile {
 }
 
 impl HostFile {
-    /// A file that never needs a second segment (the log).
+    /// Wraps a file that never needs a second segment (the log).
     #[must_use]
     pub fn single(file: File) -> Self {
         Self { first: SegmentFile::new(file), more_segments: RwLock::default(), make: None }
     }
 
-    /// A data file whose further segments `make` makes. Those that are there already are `more_segments`:
-    /// all of them, for a sync is one of the whole file, whoever has written it.
+    /// Wraps a data file; `make` creates segments on demand. `more` must hold all segments that
+    /// exist already, because a sync covers the whole file, whoever wrote it.
     #[must_use]
     pub fn segmented(first: File, more: Vec<(usize, File)>, make: MakeSegment) -> Self {
         let more = more.into_iter().map(|(index, file)| (index, Arc::new(SegmentFile::new(file))));
@@ -188,34 +195,34 @@ impl HostFile {
         Self { first: SegmentFile::new(first), more_segments: more, make: Some(make) }
     }
 
-    /// The first segment's file: the one that carries the lock.
+    /// Returns the file of the first segment, which carries the lock.
     #[must_use]
     pub fn first(&self) -> &File {
         &self.first.file
     }
 
-    /// From now on its bytes are read and written past the host's page cache: those of the
-    /// segments to come as well. Nothing of it is being written at that moment.
+    /// Makes reads and writes bypass the host's page cache from now on, also those of segments
+    /// created later. Nothing is being written to the file during this call.
     ///
     /// # Errors
-    /// As [`DirectFile::reopen`].
+    /// Those of [`DirectFile::reopen`].
     pub fn go_direct(&self) -> io::Result<()> {
-        // Locked first: no segment comes in between.
+        // Locked first, so that no segment is added in between.
         let more = self.more_segments.write();
         more.values().try_for_each(|segment| segment.go_direct())?;
         self.first.go_direct()
     }
 
-    /// Whether the host's page cache is passed by.
+    /// Returns whether reads and writes bypass the host's page cache.
     #[must_use]
     pub fn is_direct(&self) -> bool {
         self.first.direct.get().is_some()
     }
 
-    /// All segments that exist, with their index.
+    /// Returns all existing segments with their indexes.
     ///
     /// # Errors
-    /// The host's errno from opening one.
+    /// The host's errno from duplicating a descriptor.
     pub fn segments(&self) -> io::Result<Vec<(usize, File)>> {
         let mut all = vec![(0, self.first.file.try_clone()?)];
         for (index, segment) in &*self.more_segments.read() {
@@ -224,12 +231,12 @@ impl HostFile {
         Ok(all)
     }
 
-    /// The segment `index`, not the first, if it exists.
+    /// Returns the segment `index`, which is not the first, if it exists.
     fn segment(&self, index: usize) -> Option<Arc<SegmentFile>> {
         self.more_segments.read().get(&index).cloned()
     }
 
-    /// The segment `index`, not the first, made when it is not there.
+    /// Returns the segment `index`, which is not the first, and creates it when it is missing.
     fn make_segment(&self, index: usize) -> io::Result<Arc<SegmentFile>> {
         if let Some(segment) = self.segment(index) {
             return Ok(segment);
@@ -249,10 +256,10 @@ impl HostFile {
         Ok(segment)
     }
 
-    /// Calls `each` with every segment there is that `range` touches, with its index and the bytes
-    /// of `range` in it (offsets inside its file), until one gives something.
+    /// Calls `each` with every existing segment that `range` touches, the segment's index and the
+    /// bytes of `range` in it (offsets inside its file), until a call returns a value.
     ///
-    /// Takes no step for a segment that does not exist: most of a huge disk has none.
+    /// Takes no step for a segment that does not exist: most segments of a huge disk are missing.
     fn find_in_segments<T>(
         &self,
         range: &Range<u64>,
@@ -285,8 +292,8 @@ impl HostFile {
         None
     }
 
-    /// Calls `each` with the file of every segment that `range` touches, the bytes of `range`
-    /// there (offsets inside that file), and where they start inside `range`.
+    /// Calls `each` with the file of every segment that `range` touches, the bytes of `range` in it
+    /// (offsets inside that file), and the position of those bytes inside `range`.
     fn for_each_segment(
         &self,
         range: Range<u64>,
@@ -314,22 +321,22 @@ impl HostFile {
     }
 }
 
-/// The segment that byte `offset` lies in.
+/// Returns the index of the segment that contains byte `offset`.
 fn segment_of(offset: u64) -> usize {
     (offset / SEGMENT_LEN) as usize
 }
 
-/// As [`Storage::next_allocated`], of one file.
+/// Does the work of [`Storage::next_allocated`] for one file.
 fn next_allocated_in(file: &File, range: Range<u64>) -> Option<u64> {
     let next = match Fiemap::starting_at(file, range.start, Flush::No).next() {
         Ok(extent) => extent?.range.start,
-        // A host that does not tell its extents may still tell its data.
+        // A host that does not report its extents may still report where data is.
         Err(_) => next_data_in(file, range.start)?,
     };
     (next < range.end).then_some(next.max(range.start))
 }
 
-/// As [`Storage::next_data`], of one file.
+/// Does the work of [`Storage::next_data`] for one file.
 fn next_data_in(file: &File, offset: u64) -> Option<u64> {
     match rustix::fs::seek(file, SeekFrom::Data(offset)) {
         Ok(at) => Some(at),
@@ -360,7 +367,7 @@ impl Storage for HostFile {
         if end <= SEGMENT_LEN {
             return self.first.write_all_at(parts, offset);
         }
-        // Rare: only past the first 8 TiB is a copy made, to cut it at the border.
+        // Rare: bytes are copied only past the first 8 TiB, to split them at the border.
         let whole: Vec<u8> = parts.iter().flat_map(|part| part.iter().copied()).collect();
         self.for_each_segment(offset..end, Create::IfMissing, |file, inside, at| {
             let file = file.ok_or_else(|| host::os_error(libc::EIO))?;
@@ -398,7 +405,7 @@ impl Storage for HostFile {
     }
 
     fn truncate(&self, len: u64) -> io::Result<()> {
-        // Only the log is cut, and that has no second segment.
+        // Only the log is truncated, and the log has no second segment.
         self.first.file.set_len(len.min(SEGMENT_LEN))
     }
 
@@ -407,7 +414,7 @@ impl Storage for HostFile {
         match more.last_key_value() {
             None => Ok(self.first.file.metadata()?.len()),
             Some((index, segment)) => {
-                // What lies past the end of a segment is nobody's.
+                // Bytes past the end of a segment belong to no block.
                 Ok(*index as u64 * SEGMENT_LEN + segment.file.metadata()?.len().min(SEGMENT_LEN))
             }
         }
@@ -423,7 +430,7 @@ impl Storage for HostFile {
         if !self.more_segments.read().is_empty() {
             return Some(offset);
         }
-        // What lies past the end of a segment is nobody's.
+        // Bytes past the end of a segment belong to no block.
         next_data_in(&self.first.file, offset).filter(|at| *at < SEGMENT_LEN)
     }
 
@@ -435,7 +442,7 @@ impl Storage for HostFile {
 
     fn drop_cache(&self) {
         let drop_cache = |file: &File| {
-            // Advice only: a page that cannot be dropped is one that was never lost.
+            // Only a hint: a page that cannot be dropped is a page that was never lost.
             let _ = rustix::fs::fadvise(file, 0, None, rustix::fs::Advice::DontNeed);
         };
         drop_cache(&self.first.file);
@@ -456,7 +463,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn memory_is_read_without_waiting_though_it_knows_no_nowait() {
+    fn a_file_in_memory_is_read_without_waiting() {
         let data = HostFile::single(tempfile::tempfile_in("/dev/shm").unwrap());
         data.write_at(&[IoSlice::new(&[3; 4096])], 0).unwrap();
         let mut buf = [0; 4096];

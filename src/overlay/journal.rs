@@ -1,19 +1,21 @@
 //! Syncs of few changes at the price of one write to the device.
 //!
-//! A sync is two in turn: the data, for which the host has to note down new blocks as well, then
-//! the log. For a client that syncs after every small write that is most of its time. So what few
-//! blocks hold, and the log's records about them, go into one entry of the layer's `journal`, whose
-//! space lies ready on the device:
+//! A sync takes two writes in turn: the data, for which the host also has to record new blocks, and
+//! then the log. For a client that syncs after every small write, that is most of its time. So the
+//! bytes of a few blocks, and the log's records about them, go into one entry of the layer's
+//! `journal`, whose space is already allocated on the device:
 //!
 //! ```text
-//!   | entry 0 | entry 1 | entry 2 |  old entries, of other generations  |   256 KiB, then a whole sync
-//!   `- header 512: what, records -+- the blocks' bytes -+
+//!   | entry 0 | entry 1 | entry 2 |  old entries, of other generations  |
+//!   `- header 512: records, indexes -+- the blocks' bytes -+
 //! ```
 //!
-//! An entry counts after a power cut, while it belongs to the generation of the log: the newest
+//! The file holds 256 KiB; once it is full, a whole sync follows.
+//!
+//! After a power cut, an entry counts if it belongs to the generation of the log: the newest
 //! sequence that a whole sync has made durable there. So the next whole sync makes all entries void
-//! at once, and they are written over. As long as there are entries, every sync is one more or a
-//! whole one: a block's bytes in an entry must not come back over newer ones.
+//! at once, and they are overwritten. As long as there are entries, every sync is another entry or
+//! a whole sync: a block's bytes in an entry must not come back over newer ones.
 
 use std::collections::BTreeMap;
 use std::io::{self, IoSlice};
@@ -31,29 +33,32 @@ use super::log::LogDir;
 use super::record::{DecodedRecord, LogRecord, RECORD_LEN};
 use crate::layer::Wait;
 
-/// The length of the file.
+/// The length of the journal file in bytes: 256 KiB.
 const JOURNAL_LEN: u64 = 256 << 10;
-/// The most blocks in an entry...
+/// The most blocks in an entry.
 const MAX_ENTRY_BLOCKS: usize = 8;
-/// ...and bytes of them: as much as a device takes as quickly as one block.
+/// The most bytes of blocks in an entry: 64 KiB, which a device writes about as quickly as one
+/// block.
 const MAX_ENTRY_BYTES: u64 = 64 << 10;
-/// The most records.
+/// The most records in an entry.
 const MAX_ENTRY_RECORDS: usize = 10;
-/// The header's length: one sector.
+/// The length of an entry's header in bytes: one sector.
 const HEADER_LEN: usize = 512;
-/// So many syncs that could have been an entry go by before the file is made: one sync is no habit.
+/// The number of eligible syncs before the file is created, because a few syncs are no pattern yet.
 const SYNCS_BEFORE_JOURNAL: u32 = 8;
 const MAGIC: [u8; 4] = *b"cslj";
 
-/// The first bytes of an entry.
+/// The header of an entry: its first 512 bytes.
 #[derive(Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 struct EntryHeader {
-    /// CRC-32C of all that follows, bytes and blocks included, seeded with the layer's uuid.
+    /// CRC-32C of everything that follows, including the blocks' bytes, seeded with the layer's
+    /// uuid.
     checksum: U32,
     magic: [u8; 4],
     generation: U64,
-    /// The sequence of the first record; without one, of the next to come.
+    /// The sequence of the first record; in an entry without records, that of the next record to
+    /// come.
     first: U64,
     /// The entry's number in its generation, from 0.
     number: U32,
@@ -66,36 +71,36 @@ struct EntryHeader {
     reserved: [u8; HEADER_LEN - 40 - 8 * MAX_ENTRY_BLOCKS - RECORD_LEN * MAX_ENTRY_RECORDS],
 }
 
-/// One sync's changes.
+/// The changes of one sync.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct JournalEntry {
     /// The sequence of the first record.
     first: u64,
     /// The log's records, in order.
     records: Vec<LogRecord>,
-    /// What blocks hold, each `block_size` bytes.
+    /// The contents of blocks, each `block_size` bytes.
     blocks: Vec<(BlockIndex, Vec<u8>)>,
 }
 
 impl JournalEntry {
-    /// The sequence after the last record.
+    /// Returns the sequence after the last record.
     fn end(&self) -> u64 {
         self.first + self.records.len() as u64
     }
 }
 
-/// What the good entries of a journal add up to.
+/// The combined contents of the good entries of a journal.
 #[derive(Debug, Default)]
 pub struct JournalContents {
-    /// The records that follow those of the log.
+    /// The records that follow those in the log.
     pub records: Vec<LogRecord>,
-    /// The newest bytes of blocks.
+    /// The newest contents of each block.
     pub blocks: BTreeMap<BlockIndex, Vec<u8>>,
     /// The sequence after the last record.
     pub end: u64,
 }
 
-/// Reads the entries that follow `generation`, a sequence of the layer `uuid`'s log.
+/// Reads the entries that follow `generation`, a sequence in the log of the layer `uuid`.
 ///
 /// # Errors
 /// The host's errno.
@@ -168,8 +173,8 @@ fn checksum(uuid: &Uuid, head: &[u8], blocks: &[u8]) -> u32 {
     crc32c::crc32c_append(crc32c::crc32c_append(seed, head), blocks)
 }
 
-/// Gives the space of a journal back whose entries belong to an older log. Best effort, for nothing
-/// counts in it any more.
+/// Frees the space of a journal whose entries belong to an older log. Best effort, because nothing
+/// in that journal counts any more.
 pub fn clear(home: &dyn LogDir) {
     if let Ok(Some(file)) = home.journal(Create::Never) {
         let _ = file.truncate(0);
@@ -185,44 +190,45 @@ pub(super) struct Journal {
 #[derive(Default)]
 struct JournalState {
     file: Option<Arc<dyn Storage>>,
-    /// Syncs that could have been an entry.
+    /// The number of syncs that could have been an entry.
     eligible_syncs: u32,
-    /// It has failed: there are no more entries.
+    /// Whether writing has failed; no entries are written any more.
     is_broken: bool,
-    /// Entries of this generation.
+    /// The number of entries of this generation.
     entry_count: u32,
-    /// Where the next one goes.
+    /// The offset in bytes of the next entry.
     end: u64,
-    /// The sequence after the last record in one.
+    /// The sequence after the last record in an entry.
     next_sequence: u64,
 }
 
-/// What an entry is made of.
+/// The contents of an entry to be written.
 pub(super) struct NewEntry<'a> {
     pub(super) uuid: &'a Uuid,
     pub(super) block_size: u32,
     /// The newest sequence that a whole sync has made durable.
     pub(super) generation: u64,
-    /// The records from [`Journal::next_sequence`] on, as they are in the log.
+    /// The records from [`Journal::next_sequence`] on, encoded as in the log.
     pub(super) records: &'a [[u8; RECORD_LEN]],
     pub(super) blocks: &'a [BlockIndex],
-    /// Their bytes.
+    /// The blocks' contents, one after the other.
     pub(super) bytes: &'a [u8],
 }
 
 impl Journal {
-    /// Whether there are entries: a whole sync must make them void.
+    /// Returns whether there are entries, which a whole sync must make void.
     pub(super) fn has_entries(&self) -> bool {
         self.state.lock().entry_count > 0
     }
 
-    /// The first sequence that no entry has, nor the log up to `durable`.
+    /// Returns the first sequence that is neither in an entry nor covered by `durable` in the log.
     pub(super) fn next_sequence(&self, durable: u64) -> u64 {
         let state = self.state.lock();
         if state.entry_count > 0 { state.next_sequence } else { durable + 1 }
     }
 
-    /// Whether an entry of so many records and blocks could be written. It may be too early.
+    /// Returns whether an entry with this number of records and blocks could be written. The first
+    /// eligible syncs are declined.
     pub(super) fn accept(&self, records: u64, blocks: usize, block: u64) -> bool {
         let mut state = self.state.lock();
         let bytes = blocks as u64 * block;
@@ -236,7 +242,7 @@ impl Journal {
         state.eligible_syncs > SYNCS_BEFORE_JOURNAL
     }
 
-    /// Writes an entry, durably; `false` when it cannot be, and a whole sync is needed.
+    /// Writes an entry durably. Returns `false` when that is impossible and a whole sync is needed.
     pub(super) fn write(&self, home: &dyn LogDir, draft: &NewEntry<'_>) -> bool {
         let mut state = self.state.lock();
         let done = state.write(home, draft);
@@ -247,13 +253,14 @@ impl Journal {
         done.is_ok()
     }
 
-    /// A whole sync was done: the entries are void.
+    /// Makes the entries void, because a whole sync has finished.
     pub(super) fn void_entries(&self) {
         let mut state = self.state.lock();
         (state.entry_count, state.end) = (0, 0);
     }
 
-    /// The end: gives the space back. Best effort, for nothing counts in it any more.
+    /// Frees the journal's space when the layer is closed. Best effort, because nothing in the
+    /// journal counts any more.
     pub(super) fn finish(&self) {
         if let Some(file) = self.state.lock().file.take() {
             let _ = file.truncate(0);
@@ -278,8 +285,8 @@ impl JournalState {
         Ok(())
     }
 
-    /// The file, all of its space written once: only then does an entry need nothing of the host
-    /// but its bytes.
+    /// Returns the file, with all of its space written once: only then does an entry cost the host
+    /// no more than writing the entry's bytes.
     fn file(&mut self, home: &dyn LogDir) -> io::Result<Arc<dyn Storage>> {
         if let Some(file) = &self.file {
             return Ok(Arc::clone(file));
@@ -320,20 +327,20 @@ impl EntryHeader {
     }
 }
 
-/// The blocks whose bytes were written since the last sync began, while they are few.
+/// The blocks written since the last sync began, as long as they are few.
 #[derive(Default)]
 pub(super) struct DirtyBlocks {
-    /// There are too many to be listed.
+    /// Whether there were too many blocks to list.
     has_overflowed: AtomicBool,
     blocks: Mutex<Vec<BlockIndex>>,
 }
 
 impl DirtyBlocks {
-    /// Called when blocks have been written and before a record says so: a sync that finds the
-    /// record finds the blocks as well.
+    /// Adds written blocks, before a record says so: a sync that finds the record also finds the
+    /// blocks.
     pub(super) fn add(&self, blocks: &std::ops::Range<BlockIndex>) {
         if self.has_overflowed.load(Ordering::SeqCst) {
-            // The sync that takes them writes all that was written before it began.
+            // The sync that takes the overflow mark writes all data written before it began.
             return;
         }
         let mut list = self.blocks.lock();
@@ -353,7 +360,7 @@ impl DirtyBlocks {
         }
     }
 
-    /// Takes all so far; `None` when they were too many.
+    /// Takes all blocks added so far; `None` when there were too many.
     pub(super) fn take(&self) -> Option<Vec<BlockIndex>> {
         let mut list = self.blocks.lock();
         let taken = std::mem::take(&mut *list);
@@ -371,7 +378,7 @@ mod tests {
     const BLOCK: u32 = 512;
     const ID: Uuid = Uuid::from_u128(5);
 
-    /// One journal, in a file without a name.
+    /// A directory with a journal, which is a file without a name.
     struct Place(Arc<HostFile>);
 
     impl LogDir for Place {
@@ -391,7 +398,7 @@ mod tests {
         Place(Arc::new(HostFile::single(tempfile::tempfile().unwrap())))
     }
 
-    /// Writes an entry that makes `block_size` Data, full of `fill`.
+    /// Writes an entry that makes `block` Data, filled with `fill`.
     fn add(journal: &Journal, home: &Place, generation: u64, block: u64, fill: u8) {
         let range = BlockIndex(block)..BlockIndex(block + 1);
         let record = LogRecord::Set { range, state: BlockState::Data };
@@ -415,7 +422,7 @@ mod tests {
     }
 
     #[test]
-    fn the_newest_bytes_of_a_block_count_and_only_those_of_the_logs_generation() {
+    fn the_newest_entry_of_the_logs_generation_decides_a_blocks_bytes() {
         let (journal, home) = (Journal::default(), place());
         add(&journal, &home, 7, 3, 1);
         add(&journal, &home, 7, 4, 2);
@@ -423,7 +430,7 @@ mod tests {
         assert_eq!(found(&home, 7), [(3, 9), (4, 2)]);
         assert_eq!(found(&home, 6), []);
         assert_eq!(found(&home, 8), []);
-        // The second and third are of an older generation now.
+        // The second and third entries are of an older generation now.
         journal.void_entries();
         add(&journal, &home, 20, 5, 6);
         assert_eq!(found(&home, 20), [(5, 6)]);
@@ -433,7 +440,7 @@ mod tests {
     }
 
     #[test]
-    fn an_entry_with_any_byte_changed_does_not_count_nor_does_what_follows() {
+    fn an_entry_with_a_changed_byte_invalidates_itself_and_all_later_entries() {
         let (journal, home) = (Journal::default(), place());
         (0..3).for_each(|block| add(&journal, &home, 1, block, 5));
         let len = (HEADER_LEN + BLOCK as usize) as u64;
@@ -448,7 +455,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_too_much_is_refused_and_so_is_the_beginning_of_a_habit() {
+    fn large_syncs_and_the_first_small_syncs_do_not_use_the_journal() {
         let journal = Journal::default();
         for _ in 0..SYNCS_BEFORE_JOURNAL {
             assert!(!journal.accept(1, 1, 4096));
@@ -462,7 +469,7 @@ mod tests {
     }
 
     #[test]
-    fn few_blocks_are_listed_and_many_are_not() {
+    fn dirty_blocks_are_listed_only_while_they_are_few() {
         let fresh = DirtyBlocks::default();
         let note = |from, to| fresh.add(&(BlockIndex(from)..BlockIndex(to)));
         note(3, 5);

@@ -1,10 +1,10 @@
-//! Making one layer of several: a snapshot in the middle of a stack that is deleted.
+//! Merging several layers into one, after the deletion of a snapshot in the middle of a stack.
 //!
-//! Sealed layers are never written, so what they add up to goes into a new layer:
+//! Sealed layers are never written, so their combined contents go into a new layer:
 //!
 //! ```text
 //!   upper   .  d  .  z  .  .          d data, z zeros, . lower
-//!   lower   a  a  .  a  .  a |...     | upper's lower_limit: what is past it stays behind
+//!   lower   a  a  .  a  .  a |...     | upper's lower_limit: nothing past it is copied
 //!   new     a  d  .  z  .  . |
 //! ```
 
@@ -18,12 +18,12 @@ use crate::extents::ExtentKind;
 use crate::host::{self, os_error};
 use crate::layer::{Layer, ReadBelow, Wait, WritableLayer};
 
-/// The most that is copied between two looks at whether to stop: 32 MiB.
+/// Bytes copied between two checks of `stop`: 32 MiB.
 const COPY_CHUNK: u64 = 32 << 20;
 /// Bytes read and written at a time where the host cannot copy: 1 MiB.
 const COPY_BUFFER_LEN: u64 = 1 << 20;
 
-/// Nothing lies below a layer that is being put together.
+/// An empty stack below a layer that is being assembled: reads as zeros.
 pub(super) struct NothingBelow;
 
 impl ReadBelow for NothingBelow {
@@ -38,14 +38,15 @@ impl ReadBelow for NothingBelow {
 }
 
 impl Overlay {
-    /// Takes over what `layers` hold, as if they lay on top of this layer. Nobody else uses it.
+    /// Copies the contents of `layers` into this layer, as if they were stacked on top of it.
+    /// Nobody else uses this layer.
     ///
     /// # Errors
-    /// `EINTR` when `stop` says so between two pieces; `ENOSPC`; the host's errno.
+    /// `EINTR` when `stop` returns true between two pieces; `ENOSPC`; otherwise the host's errno.
     pub fn merge_from(&self, layers: &Sealed, stop: &dyn Fn() -> bool) -> io::Result<()> {
         let (limit, size) = (layers.lower_limit(), layers.size());
         if limit < self.size() {
-            // What those layers had cut off once does not come back.
+            // Bytes that those layers once cut off must not come back.
             self.set_size(limit)?;
         }
         self.set_size(size)?;
@@ -59,7 +60,8 @@ impl Overlay {
             match extent.kind {
                 ExtentKind::Data => self.merge_data(layers, extent.range, stop)?,
                 ExtentKind::Zero | ExtentKind::Hole => {
-                    // Behind data that was cut off inside a block: the rest of it is zeros already.
+                    // After data that was cut off inside a block, the rest of that block is already
+                    // zeros.
                     let start = extent.range.start.next_multiple_of(self.block_size);
                     let end =
                         extent.range.end.min(limit).next_multiple_of(self.block_size).min(size);
@@ -104,7 +106,8 @@ impl Overlay {
         Ok(())
     }
 
-    /// Has the host copy `range`, whole blocks that are data in one layer; 0 when it cannot.
+    /// Lets the host copy `range`, whole blocks that are Data in one layer; returns 0 when it
+    /// cannot.
     fn copy_in_host(&self, layers: &Sealed, range: Range<u64>) -> io::Result<u64> {
         let copied = self.copy_in(&range, &mut |to, place| {
             let mut lent = |from: BorrowedFd<'_>, piece: Range<u64>| {
@@ -130,7 +133,7 @@ mod tests {
     use super::super::sealed::tests::{StackPlan, bytes, large, parts, pieces, slow, small};
     use super::*;
 
-    /// An empty layer in the place of `old`.
+    /// Creates an empty layer that replaces `old`.
     fn empty(dir: &Path, old: &Overlay) -> Overlay {
         let block = u32::try_from(old.block_size()).unwrap();
         temporary(dir, block, old.size(), old.lower_limit(), None).unwrap()
@@ -140,7 +143,7 @@ mod tests {
         Sealed::new(layers.to_vec()).unwrap()
     }
 
-    /// Whether two stacks give the same bytes, and let the base show at the same places.
+    /// Asserts that two stacks give the same bytes and show the base at the same places.
     fn check_same(old: &[Arc<Overlay>], new: &[Arc<Overlay>]) {
         let size = old[0].size();
         assert_eq!(new[0].size(), size);
@@ -159,7 +162,7 @@ mod tests {
         }
     }
 
-    /// Merges the layer of rank `at` and the one below it, in each of the ways there are.
+    /// Merges the layer at depth `at` with the one below it, in both possible ways.
     fn check(plan: &StackPlan, at: usize) {
         let dir = tempfile::tempdir().unwrap();
         let old = plan.build(dir.path());
@@ -169,7 +172,7 @@ mod tests {
         let never = || false;
         let both = empty(dir.path(), bottom);
         both.merge_from(&sealed(pair), &never).unwrap();
-        // As a busy top is merged: one after the other.
+        // One after the other, as a busy top is merged.
         let each = empty(dir.path(), bottom);
         for layer in pair.iter().rev() {
             each.merge_from(&sealed(std::slice::from_ref(layer)), &never).unwrap();
@@ -183,23 +186,23 @@ mod tests {
 
     proptest! {
         #[test]
-        fn a_merged_layer_reads_as_the_two_did(plan in small(), at in 0usize..6) {
+        fn a_merged_layer_reads_like_its_two_sources(plan in small(), at in 0usize..6) {
             check(&plan, at);
         }
     }
 
     proptest! {
-        // Each copies megabytes.
+        // Each case copies megabytes.
         #![proptest_config(ProptestConfig { max_shrink_iters: 200, ..ProptestConfig::with_cases(24) })]
 
         #[test]
-        fn a_merged_layer_of_many_chunks_reads_as_the_two_did(plan in large(), at in 0usize..6) {
+        fn a_merged_layer_of_many_chunks_reads_like_its_two_sources(plan in large(), at in 0usize..6) {
             check(&plan, at);
         }
     }
 
     #[test]
-    fn merging_stops_when_it_is_told_to() {
+    fn merging_stops_when_asked_to() {
         let dir = tempfile::tempdir().unwrap();
         let lower = temporary(dir.path(), 4096, 1 << 20, 1 << 20, None).unwrap();
         lower.write_at(&[7; 9000], 100, &NothingBelow, Wait::Yes).unwrap();

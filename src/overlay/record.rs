@@ -1,4 +1,5 @@
-//! The records of a layer's log: their bytes, and what a sequence of them adds up to. No I/O.
+//! The records of a layer's log: their encoding, and the map that a sequence of them adds up to. No
+//! I/O.
 //!
 //! A record is 32 bytes, little-endian, at a multiple of 32, so none ever straddles a sector:
 //!
@@ -10,7 +11,7 @@
 //! ```
 //!
 //! The checksum covers bytes 4..32 and is seeded with the layer's uuid, so a record of another
-//! layer is never taken for one of ours.
+//! layer is never mistaken for one of this layer.
 
 use std::ops::Range;
 
@@ -21,26 +22,27 @@ use super::blocks::{BlockIndex, BlockMap, BlockState};
 
 /// The length of a record in bytes: a power of two, so records never straddle a sector.
 pub const RECORD_LEN: usize = 32;
-/// The blocks of the largest disk in blocks of the smallest size, 512 bytes.
+/// The number of blocks of the largest disk with the smallest block size, 512 bytes.
 const MAX_BLOCKS: u64 = MAX_DISK_SIZE.div_ceil(512);
-/// The highest sequence that is believed: a million records a second reach it in 146,000 years, and
-/// sums of a few of them never overflow.
+/// The highest sequence accepted: at a million records a second it is reached after 146,000 years,
+/// and sums of a few sequences never overflow.
 const MAX_SEQUENCE: u64 = 1 << 62;
 
-/// Names one life of the host and of the file system under an overlay. While it stays the same,
-/// what was written is still in the page cache or on the disk; another one is read as a power cut.
+/// Identifies one boot of the host and one mount of the file system under an overlay. While the tag
+/// stays the same, written data is still in the page cache or on the disk; a different tag is
+/// treated as a power cut.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BootTag(pub [u64; 2]);
 
 /// A point in time: nanoseconds since the epoch.
 pub type Nanos = i64;
 
-/// Whether a modification time was set by a user (`utimes`) or moved by a write.
+/// Whether a modification time was set by a user (`utimes`) or by a write.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum MtimeOrigin {
-    /// A write moved it; after a crash the data file's own time may be a better one.
+    /// Set by a write; after a crash the data file's own time may be more accurate.
     Written,
-    /// A user set it; it holds until the next write.
+    /// Set by a user; stays until the next write.
     SetByUser,
 }
 
@@ -49,7 +51,7 @@ pub enum MtimeOrigin {
 pub enum LogRecord {
     /// A daemon opened the layer for writing under this tag.
     Open {
-        /// Where and when.
+        /// The boot and mount during which the layer was opened.
         tag: BootTag,
     },
     /// The blocks of `range` are in `state` from now on.
@@ -70,7 +72,7 @@ pub enum LogRecord {
     Attr {
         /// The time.
         mtime: Nanos,
-        /// Who set it.
+        /// The origin of the time.
         stamp: MtimeOrigin,
     },
     /// The data behind every record up to and including `upto` is durable.
@@ -80,22 +82,22 @@ pub enum LogRecord {
         /// The highest `upto` known to be durable itself when this was appended.
         durable: u64,
     },
-    /// A sync failed; only what is covered by `durable` may be trusted.
+    /// A sync failed; only records covered by `durable` may be trusted.
     Poisoned {
         /// The highest durable sequence.
         durable: u64,
         /// The `upto` of the last durable `Vouch`: the journal's generation.
         vouched: u64,
     },
-    /// The layer was synced and closed; everything before is durable.
+    /// The layer was synced and closed; everything before this record is durable.
     Close,
-    /// A commit into the base begins: from here on the base is not what it was.
+    /// A commit into the base begins; from here on the base changes.
     Intent,
-    /// That commit has ended, and the `stack` knows the base as it is now.
+    /// The commit has ended, and the `stack` holds the base's new identity.
     Done,
 }
 
-/// What the 32 bytes at one place of the log turned out to be.
+/// The result of decoding 32 bytes of the log.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum DecodedRecord {
     /// A whole record and its sequence number.
@@ -104,13 +106,13 @@ pub enum DecodedRecord {
     Blank,
     /// Anything else: the checksum does not match.
     Bad,
-    /// The checksum matches, yet this version does not know what it means: another kind, or
+    /// The checksum matches, but this version does not know the meaning: an unknown kind, or
     /// numbers that no disk has.
     Unknown(u8),
 }
 
 impl LogRecord {
-    /// The record's bytes under `sequence`, for the layer `uuid`.
+    /// Encodes the record under `sequence` for the layer `uuid`.
     #[must_use]
     pub fn encode(&self, uuid: &Uuid, sequence: u64) -> [u8; RECORD_LEN] {
         let (kind, detail, a, b) = match self {
@@ -137,7 +139,7 @@ impl LogRecord {
         bytes
     }
 
-    /// Reads one record of the layer `uuid`.
+    /// Decodes one record of the layer `uuid`.
     #[must_use]
     pub fn decode(bytes: &[u8; RECORD_LEN], uuid: &Uuid) -> DecodedRecord {
         if bytes == &[0; RECORD_LEN] {
@@ -184,7 +186,7 @@ fn checksum(uuid: &Uuid, bytes: &[u8; RECORD_LEN]) -> u32 {
     crc32c::crc32c_append(crc32c::crc32c(uuid.as_bytes()), &bytes[4..])
 }
 
-/// What a layer's records add up to.
+/// The state of a layer that its records add up to.
 #[derive(Clone, Debug)]
 pub struct LayerMap {
     /// The state of every block.
@@ -195,19 +197,19 @@ pub struct LayerMap {
     pub lower_limit: u64,
     /// The last modification time, if one was recorded.
     pub mtime: Option<(Nanos, MtimeOrigin)>,
-    /// A commit into the base has begun and not ended.
+    /// Whether a commit into the base has begun and not ended.
     pub is_committing: bool,
 }
 
 impl LayerMap {
-    /// A layer without any block, of `size` bytes, that shows the layers below up to
-    /// `lower_limit`.
+    /// Creates the map of a layer of `size` bytes that holds no block and shows the layers below up
+    /// to `lower_limit` (bytes).
     #[must_use]
     pub fn new(size: u64, lower_limit: u64) -> Self {
         Self { blocks: BlockMap::new(), size, lower_limit, mtime: None, is_committing: false }
     }
 
-    /// Takes in one record, in order. `block` is the block size in bytes.
+    /// Applies one record; records must be applied in order. `block` is the block size in bytes.
     pub fn apply(&mut self, record: &LogRecord, block: u64) {
         match record {
             LogRecord::Set { range, state } => self.blocks.set(range.clone(), *state),
@@ -222,8 +224,8 @@ impl LayerMap {
         }
     }
 
-    /// What `LogRecord::Size` means: blocks at or past the smaller size are Lower again. The block
-    /// that holds the smaller size keeps its state; its tail was zeroed before the growth.
+    /// Applies a `LogRecord::Size`: blocks at or past the smaller size are Lower again. The block
+    /// that contains the smaller size keeps its state; its tail was zeroed before the growth.
     pub fn resize(&mut self, size: u64, lower_limit: u64, block: u64) {
         let cut = self.size.min(size).div_ceil(block);
         self.blocks.set(BlockIndex(cut)..BlockIndex(u64::MAX), BlockState::Lower);
@@ -231,7 +233,8 @@ impl LayerMap {
         self.lower_limit = lower_limit;
     }
 
-    /// The shortest sequence of records that adds up to this image, without `Open` and `Vouch`.
+    /// Returns the shortest sequence of records that adds up to this map, without `Open` and
+    /// `Vouch`.
     pub fn records(&self) -> impl Iterator<Item = LogRecord> + '_ {
         let head = LogRecord::Size { size: self.size, lower_limit: self.lower_limit };
         let attr = self.mtime.map(|(mtime, stamp)| LogRecord::Attr { mtime, stamp });
@@ -278,7 +281,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn a_record_survives_its_bytes(
+        fn a_record_survives_encoding_and_decoding(
             record in any_record(), sequence in 0..=MAX_SEQUENCE, uuid in any::<u128>().prop_map(Uuid::from_u128)
         ) {
             let bytes = record.encode(&uuid, sequence);
@@ -286,7 +289,7 @@ mod tests {
         }
 
         #[test]
-        fn one_flipped_bit_is_noticed(record in any_record(), bit in 0usize..256, uuid: u128) {
+        fn a_record_with_one_flipped_bit_is_bad(record in any_record(), bit in 0usize..256, uuid: u128) {
             let uuid = Uuid::from_u128(uuid);
             let mut bytes = record.encode(&uuid, 7);
             bytes[bit / 8] ^= 1 << (bit % 8);
@@ -294,12 +297,12 @@ mod tests {
         }
 
         #[test]
-        fn arbitrary_bytes_never_panic(bytes: [u8; RECORD_LEN], uuid: u128) {
+        fn decoding_arbitrary_bytes_never_panics(bytes: [u8; RECORD_LEN], uuid: u128) {
             let _ = LogRecord::decode(&bytes, &Uuid::from_u128(uuid));
         }
 
         #[test]
-        fn the_reduced_records_add_up_to_the_same_image(
+        fn reduced_records_add_up_to_the_same_map(
             sets in proptest::collection::vec((0u64..300, 1u64..40, any_state()), 0..60),
             size in 0u64..400 * 4096, resized in proptest::option::of(0u64..400 * 4096),
         ) {
@@ -325,7 +328,7 @@ mod tests {
     }
 
     #[test]
-    fn numbers_that_no_disk_has_are_not_believed() {
+    fn records_with_numbers_that_no_disk_has_are_unknown() {
         let uuid = Uuid::from_u128(1);
         let range = BlockIndex(0)..BlockIndex(MAX_BLOCKS + 1);
         let state = BlockState::Data;
@@ -352,7 +355,7 @@ mod tests {
     }
 
     #[test]
-    fn zeros_are_blank_and_a_later_kind_is_unknown() {
+    fn zeros_decode_as_blank_and_a_later_kind_as_unknown() {
         let uuid = Uuid::from_u128(1);
         assert_eq!(LogRecord::decode(&[0; RECORD_LEN], &uuid), DecodedRecord::Blank);
         let mut bytes = LogRecord::Close.encode(&uuid, 1);

@@ -1,4 +1,4 @@
-//! Making an overlay durable, latching it when that fails, and giving freed space back.
+//! Making an overlay durable, latching it after a failure, and returning freed space to the host.
 
 use std::io;
 use std::ops::Range;
@@ -13,35 +13,34 @@ use super::{Overlay, is_out_of_space};
 use crate::host::{self, os_error};
 use crate::layer::Wait;
 
-/// Up to so many changed bytes are few: written as quickly as one block, more or less.
+/// The most changed bytes that are still written about as quickly as one block: 128 KiB.
 pub(super) const MAX_QUICK_SYNC: u64 = 128 << 10;
-/// What a small overwrite is at the most, in bytes.
+/// The largest small overwrite, in bytes: 64 KiB.
 const MAX_SMALL_OVERWRITE: u64 = 64 << 10;
-/// So many syncs in a row, each of a small overwrite, are a habit.
+/// The number of consecutive syncs, each of a small overwrite, that count as frequent.
 const FREQUENT_SYNCS: u32 = 8;
-/// Freed space goes back in pieces of at most this many bytes of what the host holds, each under
-/// its range's lock.
+/// The most bytes held by the host that are freed under one range lock: 1 GiB.
 const FREE_CHUNK: u64 = 1 << 30;
-/// Where something is being changed, in pieces of this many: it holds few of the range locks.
+/// The same for ranges that are being changed: 1 MiB, so that few of the range locks are taken.
 const SMALL_FREE_CHUNK: u64 = 1 << 20;
 
-/// How much a sync is to do.
+/// The extent of a sync.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum SyncMode {
-    /// What a client waits for.
+    /// The least that a client's request needs; possibly an entry in the journal.
     Fast,
-    /// All of it: data and log as they are, and freed space given back.
+    /// The data and the log themselves, so that freed space can be returned.
     Full,
 }
 
 impl Overlay {
-    /// Whether something was changed since the last sync began.
+    /// Returns whether the overlay was changed since the last sync began.
     #[must_use]
     pub fn is_dirty(&self) -> bool {
         self.dirty_bytes.load(Ordering::Relaxed) > 0
     }
 
-    /// Whether a sync would take about as long as the device needs for a few blocks.
+    /// Returns whether a sync would take about as long as the device needs for a few blocks.
     #[must_use]
     pub fn is_quick_to_sync(&self) -> bool {
         self.dirty_bytes.load(Ordering::Relaxed) <= MAX_QUICK_SYNC
@@ -50,22 +49,22 @@ impl Overlay {
             && self.pending.lock().is_empty()
     }
 
-    /// Whether the last syncs were each of a small overwrite. Waits for nothing.
+    /// Returns whether each of the last syncs covered a small overwrite. Never waits.
     #[must_use]
     pub fn is_synced_often(&self) -> bool {
         self.small_syncs.load(Ordering::Relaxed) >= FREQUENT_SYNCS
     }
 
-    /// Called after `range`, in bytes, was written to an overlay that is synced often. When that is all
-    /// since the last sync, the host begins to write it to the device: part of that is done by the
-    /// time a sync of it comes. Best effort.
+    /// Starts writing `range` (bytes, just written) to the device when the overlay is synced often
+    /// and `range` is the only change since the last sync, so that part of the work is done before
+    /// the next sync. Best effort.
     pub fn prepare_sync(&self, range: Range<u64>) {
         if !self.is_small_overwrite() || self.is_direct() {
             return;
         }
         if self.dirty_bytes.load(Ordering::Relaxed) != range.end - range.start {
-            // Who writes several times before a sync may write the same block: it would go to the
-            // device each time, and some file systems have the second write wait for the first.
+            // Several writes before a sync may hit the same block: each of them would go to the
+            // device, and on some file systems the second write waits for the first.
             self.small_syncs.store(0, Ordering::Relaxed);
             return;
         }
@@ -74,7 +73,8 @@ impl Overlay {
         }
     }
 
-    /// Whether what was written since the last sync is little, and nothing else has changed.
+    /// Returns whether the changes since the last sync are only a small overwrite of existing
+    /// blocks.
     fn is_small_overwrite(&self) -> bool {
         let Some(log) = &self.log else { return false };
         let is_small =
@@ -83,8 +83,8 @@ impl Overlay {
             && log.last_sequence() < self.journal.next_sequence(self.durable.load(Ordering::SeqCst))
     }
 
-    /// Makes all that was acknowledged before the call durable, and gives freed space back. A
-    /// temporary overlay promises nothing: only the space goes back.
+    /// Makes all changes acknowledged before the call durable and returns freed space to the host.
+    /// A temporary overlay promises no durability: only the space is freed.
     pub(super) fn sync_all(&self, pace: SyncMode) -> io::Result<()> {
         match &self.log {
             Some(log) => self.group_commit.run(|| self.sync_now(log, pace))?,
@@ -93,13 +93,13 @@ impl Overlay {
                 self.close_lower_layers()?;
             }
         }
-        // After the turn: whoever waited for it need not wait for this.
+        // Outside the group commit: callers that waited for the sync need not wait for this.
         self.release_freed(self.durable.load(Ordering::SeqCst));
         Ok(())
     }
 
-    /// One sync: the data behind every record so far, then a `Vouch` for them, then the log; or,
-    /// of few changes, an entry in the journal.
+    /// Performs one sync: the data behind every record so far, then a `Vouch` for these records,
+    /// then the log; or, for few changes, a journal entry.
     fn sync_now(&self, log: &Log, pace: SyncMode) -> io::Result<()> {
         if self.is_latched() {
             return Err(os_error(libc::EIO));
@@ -112,8 +112,9 @@ impl Overlay {
         self.dirty_bytes.store(0, Ordering::SeqCst);
         let upto = log.last_sequence();
         self.close_lower_layers().map_err(|error| self.latch_unless_full(log, error))?;
-        // After `upto`: whoever has put a record there has noted its blocks. And after what may
-        // fail and be tried again: what is taken here is made durable here, or the disk latches.
+        // Taken after `upto`: a writer notes its blocks before it appends the record. Taken also
+        // after the steps that may fail and be retried: the blocks taken here are made durable
+        // here, or the disk latches.
         let fresh = self.dirty_blocks.take();
         if pace == SyncMode::Fast
             && let Some(fresh) = fresh
@@ -123,12 +124,12 @@ impl Overlay {
         }
         self.data.sync().map_err(|error| self.latch(log, &error))?;
         let durable = self.durable.load(Ordering::SeqCst);
-        // So it is while there are entries: the first of them had a new record.
+        // Always true while there are journal entries: the first of them had a new record.
         if upto > durable {
             let vouch = log.append(&[LogRecord::Vouch { upto, durable }], ReserveUse::Full);
             let vouch = vouch.map_err(|error| self.latch_unless_full(log, error))?;
             log.sync().map_err(|error| self.latch(log, &error))?;
-            // The Vouch itself is durable as well; with nothing in between it covers itself.
+            // The Vouch itself is durable as well; directly after `upto` it covers itself.
             let durable = if vouch == upto + 1 { vouch } else { upto };
             self.durable.store(durable, Ordering::SeqCst);
             log.set_vouched(upto);
@@ -137,17 +138,17 @@ impl Overlay {
         Ok(())
     }
 
-    /// Makes the changes in `dirty_blocks`, and the records up to `upto`, durable in the journal; `false`
-    /// when they do not fit, or somebody changes those blocks at this moment.
+    /// Makes the blocks in `fresh` and the records up to `upto` durable in the journal. Returns
+    /// `false` when they do not fit, or when one of the blocks is being changed.
     fn sync_to_journal(&self, log: &Log, upto: u64, fresh: &[BlockIndex]) -> bool {
         let generation = log.vouched();
         let next = self.journal.next_sequence(generation);
         let count = (upto + 1).saturating_sub(next);
         if count == 0 && fresh.is_empty() && self.journal.has_entries() {
-            return true; // Nothing was changed since the last entry.
+            return true; // Nothing has changed since the last entry.
         }
-        // Overwrites alone are as quick the other way, and quicker once they are a habit: a whole sync
-        // makes the entries void. Freed space waits for one, too.
+        // Plain overwrites are as quick with a whole sync, and quicker once they are frequent: a
+        // whole sync makes the entries void. Freed space needs a whole sync, too.
         let is_plain = upto <= self.durable.load(Ordering::SeqCst);
         if is_plain || self.is_synced_often() || self.is_direct() || !self.pending.lock().is_empty()
         {
@@ -167,7 +168,7 @@ impl Overlay {
         self.journal.write(log.dir(), &draft)
     }
 
-    /// What `blocks` hold, while nobody changes them.
+    /// Reads `blocks` while their ranges are locked; `None` when one of them is being changed.
     fn read_stable(&self, blocks: &[BlockIndex]) -> Option<Vec<u8>> {
         let range = |block: &BlockIndex| self.bytes_of(&(*block..BlockIndex(block.0 + 1)));
         let need = blocks.iter().fold(StripeSet::default(), |need, block| {
@@ -182,7 +183,7 @@ impl Overlay {
         Some(bytes)
     }
 
-    /// Makes the overlay read-only for good because something else than a sync of it failed.
+    /// Makes the overlay read-only for good after a failure of something other than its own sync.
     pub fn poison(&self) {
         let error = os_error(libc::EIO);
         match &self.log {
@@ -191,10 +192,11 @@ impl Overlay {
         }
     }
 
-    /// A sealed layer's end: everything durable, the log closed in good order. Again is nothing.
+    /// Closes a sealed layer: makes everything durable and closes the log in good order. Does
+    /// nothing when called again.
     ///
     /// # Errors
-    /// As [`close`](Self::close).
+    /// Those of [`close`](Self::close).
     pub fn close_sealed(&self) -> io::Result<()> {
         let mut settled = self.is_closed.lock();
         if !*settled {
@@ -204,7 +206,7 @@ impl Overlay {
         Ok(())
     }
 
-    /// Makes the sealed layers below durable, once.
+    /// Closes the sealed layers below, once.
     fn close_lower_layers(&self) -> io::Result<()> {
         let layers = self.unclosed_layers.lock().clone();
         layers.iter().try_for_each(|layer| layer.close_sealed())?;
@@ -212,7 +214,7 @@ impl Overlay {
         Ok(())
     }
 
-    /// Latches, unless it was only that there is no space for a record.
+    /// Latches the overlay, unless the error only means that there was no space for a record.
     fn latch_unless_full(&self, log: &Log, error: io::Error) -> io::Error {
         if !is_out_of_space(&error) {
             return self.latch(log, &error);
@@ -222,8 +224,8 @@ impl Overlay {
         error
     }
 
-    /// Makes the overlay read-only for good: what the host has in its cache may not be what is
-    /// on the device any more, so no later sync could be believed. Returns the `EIO` to answer.
+    /// Makes the overlay read-only for good: the host's cache may differ from the device from now
+    /// on, so no later sync could be trusted. Returns the `EIO` for the caller's reply.
     fn latch(&self, log: &Log, error: &io::Error) -> io::Error {
         self.latched.store(true, Ordering::SeqCst);
         let durable = self.durable.load(Ordering::SeqCst);
@@ -236,13 +238,14 @@ impl Overlay {
         os_error(libc::EIO)
     }
 
-    /// Gives back the space of what records up to `durable` freed and nobody has taken since.
+    /// Returns the space freed by records up to `durable` to the host, except where it was reused.
     ///
-    /// What is being changed at this moment is left for the next time: a change may be waiting
-    /// for a base that hangs, and no sync waits for that.
+    /// Ranges that are being changed are left for the next sync: a change may be waiting for a base
+    /// that hangs, and a sync must not wait for that.
     ///
-    /// Takes steps for the space that there is, not for the bytes that were freed: what holds none
-    /// is one piece, however long, and is left as one when some of it is being changed.
+    /// The number of steps depends on the space held by the host, not on the bytes that were freed:
+    /// a range without space is one piece, however long, and stays one piece when part of it is
+    /// being changed.
     fn release_freed(&self, durable: u64) {
         let (mut from, mut most) = (0, FREE_CHUNK);
         loop {
@@ -258,12 +261,13 @@ impl Overlay {
                 most = SMALL_FREE_CHUNK;
                 continue;
             };
-            // Under the lock every change of this piece is whole: map and pending agree.
+            // Under the lock, every change of this piece is complete: map and `pending` agree.
             let parts = self.pending.lock().within(&piece, durable);
             self.readers.drain();
             for part in &parts {
                 if let Err(error) = self.punch_unused(part) {
-                    // Space that stays is no loss of data; a host that cannot punch never will.
+                    // Keeping the space loses no data, and a host that cannot punch holes never
+                    // will.
                     ::log::debug!("space is not given back: {error}");
                 }
                 self.pending.lock().remove(part);
@@ -273,8 +277,8 @@ impl Overlay {
         }
     }
 
-    /// The first piece of `waiting`, whole blocks, and whether the host may hold space for it: at
-    /// most `most` bytes when it may, else all up to where it may again.
+    /// Returns the first piece of `waiting`, in whole blocks, and whether the host may hold space
+    /// for it: at most `most` bytes if so, otherwise everything up to the next space.
     fn next_free_chunk(&self, waiting: &Range<u64>, most: u64) -> (Range<u64>, bool) {
         let Range { start, end } = *waiting;
         if end - start <= SMALL_FREE_CHUNK {
@@ -287,7 +291,7 @@ impl Overlay {
         }
     }
 
-    /// Punches what the map does not call Data in `part`.
+    /// Punches the blocks in `part` that the map does not call Data.
     fn punch_unused(&self, part: &Range<u64>) -> io::Result<()> {
         let mut free: Vec<Range<u64>> = Vec::new();
         {
@@ -295,7 +299,7 @@ impl Overlay {
             let runs = map.blocks.runs(self.blocks_of(part));
             for run in runs.filter(|run| run.state != BlockState::Data) {
                 let bytes = self.bytes_of(&run.range);
-                // Lower and Zero runs side by side are one hole.
+                // Adjacent Lower and Zero runs form one hole.
                 match free.last_mut() {
                     Some(last) if last.end == bytes.start => last.end = bytes.end,
                     _ => free.push(bytes),
@@ -305,7 +309,7 @@ impl Overlay {
         free.into_iter().try_for_each(|range| self.data.punch_hole(range))
     }
 
-    /// Puts a modification time into the log, for the next mount to find.
+    /// Records a modification time in the log for the next mount.
     ///
     /// # Errors
     /// The host's errno.
@@ -319,7 +323,7 @@ impl Overlay {
         Ok(())
     }
 
-    /// Whether `maintain` would have something to do.
+    /// Returns whether `maintain` would have work to do.
     #[must_use]
     pub fn needs_maintenance(&self) -> bool {
         self.is_dirty()
@@ -329,11 +333,11 @@ impl Overlay {
             || self.log.as_ref().is_some_and(Log::needs_compaction)
     }
 
-    /// What happens in the background every few seconds: a sync when there is something new,
-    /// and a shorter log when it has become long.
+    /// Does the background work due every few seconds: a sync when something has changed, and a
+    /// compaction when the log has become long.
     ///
     /// # Errors
-    /// The host's errno; a failed sync has latched the overlay.
+    /// The host's errno; after a failed sync the overlay is latched.
     pub fn maintain(&self) -> io::Result<()> {
         if self.is_latched() {
             return Ok(());
@@ -350,17 +354,19 @@ impl Overlay {
         self.group_commit.run(|| {
             self.sync_now(log, SyncMode::Full)?;
             if let Err(error) = log.compact(self.durable.load(Ordering::SeqCst), self.tag) {
-                // No sync has failed, and others may share this one: the log goes on.
+                // No sync has failed, and other callers may share this one: continue with the old
+                // log.
                 ::log::warn!("a long log could not be reduced: {error}");
             }
             Ok(())
         })
     }
 
-    /// Syncs and marks the log as closed in good order; the last call before the overlay goes.
+    /// Syncs the overlay and marks the log as closed in good order. This is the last call before
+    /// the overlay is dropped.
     ///
     /// # Errors
-    /// `EIO` when the overlay has latched; the host's errno.
+    /// `EIO` when the overlay has latched; otherwise the host's errno.
     pub fn close(&self) -> io::Result<()> {
         self.sync_all(SyncMode::Full)?;
         let Some(log) = &self.log else { return Ok(()) };

@@ -1,8 +1,8 @@
-//! Looking an overlay over that nobody has open, and putting right what is safe to put right.
+//! Checking an overlay that nobody has open, and repairing where that is safe.
 //!
-//! Every layer that the stack names is read as the next mount would read it: its log, what of that
-//! counts, and whether the data is there for it. Then the layers are held against each other.
-//! Nothing is guessed at: a repair does what the next mount would do, and no more.
+//! Every layer that the stack names is read as the next mount would read it: its log, the records
+//! that count, and whether the data they promise exists. Then the layers are compared with each
+//! other. Nothing is guessed: a repair does what the next mount would do, and no more.
 
 use std::collections::{HashMap, HashSet};
 use std::fs::File;
@@ -22,54 +22,55 @@ use super::{Overlay, boot_tag};
 use crate::config::format_size;
 use crate::confined;
 
-/// What a look at one layer found.
+/// The result of checking one layer.
 pub struct LayerCheck {
     /// The layer.
     pub record: LayerRecord,
-    /// What it holds, or why it cannot be read.
+    /// The summary of the layer, or the reason why it cannot be read.
     pub summary: Result<LayerSummary, StackError>,
 }
 
-/// A layer whose log can be read.
+/// The state of a layer whose log can be read.
 #[derive(Clone, Debug)]
 pub struct LayerSummary {
-    /// The disk's size in it, in bytes.
+    /// The disk's size in this layer, in bytes.
     pub size: u64,
-    /// How many bytes of what lies below it are seen.
+    /// The offset in bytes from which on this layer hides the layers below.
     pub lower_limit: u64,
-    /// Bytes of data.
+    /// Bytes in Data blocks.
     pub data: u64,
-    /// Bytes that were zeroed.
+    /// Bytes in Zero blocks.
     pub zero: u64,
-    /// Good records in its log.
+    /// The number of good records in the log.
     pub good_records: u64,
-    /// The first of them that count.
+    /// The number of those records that count, from the first on.
     pub trusted_records: u64,
-    /// What opening it means.
+    /// The state in which the next mount would find the layer.
     pub recovered: Recovered,
-    /// What its log promises and its data file does not have; a line each.
+    /// Problems with Data blocks that the data file does not hold; one line each.
     pub misplaced: Vec<String>,
-    /// Its log is not the first one it had: it may have been recovered to an older state.
+    /// Whether the log is not the layer's first one, so that the layer may have been recovered to
+    /// an older state.
     is_rewritten: bool,
 }
 
-/// A layer that no stack names: what an operation that was cut short left behind.
+/// A layer that no stack names, left behind by an interrupted operation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct UnusedLayer {
-    /// Its directory's name.
+    /// The layer's uuid, which names its directory.
     pub uuid: Uuid,
-    /// Bytes of the host that it takes.
+    /// Bytes that the layer takes on the host.
     pub bytes: u64,
 }
 
-/// The first eight digits of a layer's uuid: enough for people.
+/// Returns the first eight digits of a layer's uuid, enough for display.
 #[must_use]
 pub fn short_uuid(uuid: Uuid) -> String {
     uuid.simple().to_string().chars().take(8).collect()
 }
 
 impl LockedOverlay {
-    /// Looks at every layer that the stack names, in its order: the top is the last.
+    /// Checks every layer that the stack names, in the stack's order: the top is last.
     #[must_use]
     pub fn check_layers(&self) -> Vec<LayerCheck> {
         let layers = self.stack.layers.iter();
@@ -80,13 +81,13 @@ impl LockedOverlay {
 
     fn check_layer(&self, record: &LayerRecord) -> Result<LayerSummary, StackError> {
         let tag = boot_tag::current(&self.layers).map_err(doing("reading the boot id"))?;
-        // Opened anew, the top too: a recovery puts another log in place.
+        // All files are opened again, also the top's, because a recovery replaces the log.
         let files = open_layer_files(&self.layers, record, |_| Ok(()))?.files;
         summarize(&files, tag)
     }
 
-    /// The layers beside its own that nothing needs. Only for an overlay that has its layers to
-    /// itself.
+    /// Returns the layers in the layers' directory that the stack does not name. Only for an
+    /// overlay that does not share its directory of layers.
     ///
     /// # Errors
     /// The host's errno.
@@ -107,7 +108,7 @@ impl LockedOverlay {
         Ok(unused)
     }
 
-    /// Removes such a layer.
+    /// Removes an unused layer.
     ///
     /// # Errors
     /// The host's errno.
@@ -115,7 +116,7 @@ impl LockedOverlay {
         remove_layer(&self.layers, layer.uuid)
     }
 
-    /// The files that a daemon which was killed left behind, as directory and name.
+    /// Returns the files that a killed daemon left behind, as directory and name.
     fn leftovers(&self) -> io::Result<Vec<(File, &'static str)>> {
         let mut found = Vec::new();
         let mut add = |dir: &File, names: &[&'static str]| -> io::Result<()> {
@@ -135,8 +136,8 @@ impl LockedOverlay {
         Ok(found)
     }
 
-    /// Removes the files that a killed daemon left behind, and gives their names. Nothing ever
-    /// reads them: who is here has the lock.
+    /// Removes the files that a killed daemon left behind and returns their names. Nothing reads
+    /// these files any more, because the caller holds the lock.
     ///
     /// # Errors
     /// The host's errno.
@@ -149,11 +150,11 @@ impl LockedOverlay {
         Ok(removed)
     }
 
-    /// Recovers the layer `record` as the next mount would, and closes it. Those below it come
-    /// first.
+    /// Recovers the layer `record` as the next mount would, and closes it. Layers below must be
+    /// recovered first.
     ///
     /// # Errors
-    /// [`StackError`]; the layer is as it was then.
+    /// [`StackError`]; the layer is unchanged in that case.
     pub fn recover(&self, record: &LayerRecord) -> Result<Recovered, StackError> {
         if self.stack.layers.last() != Some(record) {
             return open_sealed(&self.layers, record).map(|(_, recovered)| recovered);
@@ -167,7 +168,7 @@ impl LockedOverlay {
     }
 }
 
-/// Sizes of layers that cannot stand on each other; a line each.
+/// Returns a line for each pair of layers whose sizes contradict each other.
 #[must_use]
 pub fn contradictions(looks: &[LayerCheck]) -> Vec<String> {
     let sound = |uuid: Uuid| {
@@ -178,7 +179,7 @@ pub fn contradictions(looks: &[LayerCheck]) -> Vec<String> {
     for look in looks {
         let (Ok(layer), Some(parent)) = (&look.summary, look.record.parent) else { continue };
         let Some(below) = sound(parent) else { continue };
-        // A layer that a power cut took back to its last sync may be smaller than it was.
+        // A layer that a power cut rolled back to its last sync may be smaller than it was.
         let is_older = below.is_rewritten || below.trusted_records < below.good_records;
         if layer.lower_limit > below.size && !is_older {
             lines.push(format!(
@@ -198,7 +199,7 @@ fn summarize(files: &LayerFiles, tag: BootTag) -> Result<LayerSummary, StackErro
     let mut ends = segment_ends(files).map_err(doing("looking at its data"))?;
     let block = u64::from(files.block_size);
     for held in trusted.journal.blocks.keys() {
-        // It is written where it belongs when the layer is opened.
+        // Opening the layer writes these bytes into the data file.
         let end = (held.0 + 1).saturating_mul(block);
         let known = ends.entry((end - 1) / SEGMENT_LEN).or_default();
         *known = end.max(*known);
@@ -216,7 +217,7 @@ fn summarize(files: &LayerFiles, tag: BootTag) -> Result<LayerSummary, StackErro
     })
 }
 
-/// Bytes of the host that the files of a layer take.
+/// Returns the bytes that the files of a layer take on the host.
 fn allocated_bytes(layers: &File, uuid: Uuid) -> io::Result<u64> {
     let dir = confined::open_subdir(layers, uuid.to_string())?;
     let mut blocks = 0;
@@ -230,7 +231,7 @@ fn allocated_bytes(layers: &File, uuid: Uuid) -> io::Result<u64> {
     Ok(blocks * 512)
 }
 
-/// Where each segment of the data file ends, in bytes of the disk, by its index.
+/// Returns the end of each segment of the data file, in bytes of the disk, by index.
 fn segment_ends(files: &LayerFiles) -> io::Result<HashMap<u64, u64>> {
     let Some(data) = files.data.host_file() else {
         return Ok(HashMap::new());
@@ -243,13 +244,14 @@ fn segment_ends(files: &LayerFiles) -> io::Result<HashMap<u64, u64>> {
     Ok(ends)
 }
 
-/// Data blocks that cannot be: past the disk's size, or where the data file holds nothing.
+/// Describes Data blocks that cannot be valid: past the disk's size, or past the end of the data
+/// file.
 fn misplaced(image: &LayerMap, block: u64, ends: &HashMap<u64, u64>) -> Vec<String> {
     let (mut outside, mut missing) = (ByteSum::default(), ByteSum::default());
     let all = BlockIndex(0)..BlockIndex(u64::MAX);
     for run in image.blocks.runs(all).filter(|run| run.state == BlockState::Data) {
         let bytes = run.range.start.0.saturating_mul(block)..run.range.end.0.saturating_mul(block);
-        // The last block may reach over the end of the disk, and is stored as far as that.
+        // The last block may reach past the end of the disk and is stored only up to that end.
         let size = image.size;
         outside.add(bytes.start.max(size.next_multiple_of(block))..bytes.end);
         for part in split_by_segment(bytes.start..bytes.end.min(size)) {
@@ -269,7 +271,7 @@ fn misplaced(image: &LayerMap, block: u64, ends: &HashMap<u64, u64>) -> Vec<Stri
     lines.into_iter().flatten().collect()
 }
 
-/// `range` cut at the borders of segments.
+/// Splits `range` at the borders of segments.
 fn split_by_segment(range: Range<u64>) -> impl Iterator<Item = Range<u64>> {
     let mut at = range.start;
     std::iter::from_fn(move || {
@@ -279,7 +281,7 @@ fn split_by_segment(range: Range<u64>) -> impl Iterator<Item = Range<u64>> {
     })
 }
 
-/// Bytes that were found, and the first of them.
+/// A number of bytes, and the offset of the first of them.
 #[derive(Default)]
 struct ByteSum {
     first: Option<u64>,
@@ -322,7 +324,7 @@ mod tests {
     }
 
     #[test]
-    fn a_layer_cannot_show_more_of_its_parent_than_there_is() {
+    fn a_layer_that_shows_more_than_its_parent_has_is_a_contradiction() {
         let looks = |size| [look(1, None, size, 0), look(2, Some(1), 9000, 8000)];
         assert_eq!(contradictions(&looks(8000)), Vec::<String>::new());
         let lines = contradictions(&looks(7999));
@@ -331,7 +333,7 @@ mod tests {
     }
 
     #[test]
-    fn a_parent_that_a_power_cut_took_back_may_be_smaller() {
+    fn a_parent_that_a_power_cut_rolled_back_may_be_smaller() {
         let mut looks = [look(1, None, 10, 0), look(2, Some(1), 9000, 8000)];
         looks[0].summary.as_mut().unwrap().trusted_records = 4;
         assert_eq!(contradictions(&looks), Vec::<String>::new());
@@ -341,7 +343,7 @@ mod tests {
     }
 
     #[test]
-    fn data_past_the_end_of_the_disk_is_found() {
+    fn data_past_the_end_of_the_disk_is_reported() {
         let ends = HashMap::from([(0, 1 << 20)]);
         assert_eq!(misplaced(&image(5000, 0..2), 4096, &ends), Vec::<String>::new());
         let lines = misplaced(&image(5000, 0..4), 4096, &ends);
@@ -349,7 +351,7 @@ mod tests {
     }
 
     #[test]
-    fn every_segment_has_an_end_of_its_own() {
+    fn missing_data_is_found_in_each_segment_separately() {
         let block = 1 << 20;
         let border = SEGMENT_LEN / block;
         let image = image(2 * SEGMENT_LEN, border - 1..border + 2);

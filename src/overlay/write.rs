@@ -296,7 +296,7 @@ impl Overlay {
     pub fn copy_in(&self, range: &Range<u64>, copy: CopyFn<'_>) -> io::Result<u64> {
         self.check_writable()?;
         let file = self.data.host_fd(range.clone()).ok_or_else(|| os_error(libc::EOPNOTSUPP))?;
-        // A direct write of part of a sector reads the whole sector first and would write back its
+        // A direct write of part of a unit reads the whole unit first and would write back its
         // old bytes.
         let hold = if self.is_direct() { LockMode::Exclusive } else { LockMode::Shared };
         let need = self.range_locks.include(StripeSet::default(), range, hold);
