@@ -1,4 +1,4 @@
-//! The tag of this life of the host: what tells a daemon that died from a power cut.
+//! Boot tags, which distinguish a daemon that died from a power cut.
 
 use std::fs::{self, File};
 use std::io;
@@ -10,16 +10,16 @@ use uuid::Uuid;
 
 use super::record::BootTag;
 
-/// Marks a tag made from a mount id, so that it never equals one made from an inode.
+/// The bit that marks a tag made from a mount id, so that it never equals one made from an inode.
 const MOUNT_ID_BIT: u64 = 1 << 63;
 
-/// The tag for files on the file system of `dir`.
+/// Returns the current tag for files on the file system of `dir`.
 ///
-/// It is the boot id, mixed with the device number and the superblock's instance: the inode
-/// number of `/sys/fs/{ext4,xfs}/DEV` or `/sys/fs/btrfs/FSID`, which is new with every superblock
-/// and the same in every mount namespace. Elsewhere it is the unique id of the mount (statx(2),
-/// `STATX_MNT_ID_UNIQUE`), which is new with every mount: a remount is then read as a power cut,
-/// the safe reading.
+/// The tag is the boot id mixed with the device number and the superblock's instance: the inode
+/// number of `/sys/fs/{ext4,xfs}/DEV` or `/sys/fs/btrfs/FSID`, which is new for every superblock
+/// and the same in every mount namespace. On other file systems the instance is the unique id of
+/// the mount (statx(2), `STATX_MNT_ID_UNIQUE`), which is new for every mount: a remount is then
+/// treated as a power cut, which is safe.
 ///
 /// # Errors
 /// The host's errno when `/proc` or `dir` cannot be read.
@@ -35,7 +35,7 @@ pub fn current(dir: &File) -> io::Result<BootTag> {
     Ok(BootTag([high ^ dev, low ^ instance]))
 }
 
-/// The inode number of the file system's directory in sysfs.
+/// Returns the inode number of the file system's directory in sysfs.
 fn superblock_inode(dir: &File, dev: u64) -> Option<u64> {
     let path = match sysfs_name(dir)? {
         "btrfs" => PathBuf::from(format!("/sys/fs/btrfs/{}", btrfs_uuid(dir)?)),
@@ -48,9 +48,9 @@ fn superblock_inode(dir: &File, dev: u64) -> Option<u64> {
     fs::metadata(path).ok().map(|found| found.ino())
 }
 
-/// The name sysfs has for the file system of `dir`, when it has a directory there.
+/// Returns the name of the directory in sysfs for the file system type of `dir`, if there is one.
 fn sysfs_name(dir: &File) -> Option<&'static str> {
-    // Numbers of statfs(2).
+    // File system magic numbers, see statfs(2).
     match rustix::fs::fstatfs(dir).ok()?.f_type {
         0xEF53 => Some("ext4"),
         0x5846_5342 => Some("xfs"),
@@ -59,21 +59,22 @@ fn sysfs_name(dir: &File) -> Option<&'static str> {
     }
 }
 
-/// The file system's uuid, by `BTRFS_IOC_FS_INFO` (linux/btrfs.h): two u64, then 16 bytes of it.
+/// Returns the file system's uuid by `BTRFS_IOC_FS_INFO` (linux/btrfs.h): two u64, then its 16
+/// bytes.
 fn btrfs_uuid(dir: &File) -> Option<Uuid> {
     const BTRFS_IOC_FS_INFO: libc::c_ulong = 0x8400_941F;
     let mut info = [0u8; 1024];
-    // SAFETY: the ioctl fills at most 1,024 bytes, which `info` has.
+    // SAFETY: the ioctl fills at most 1,024 bytes, the size of `info`.
     let done =
         unsafe { libc::ioctl(dir.as_fd().as_raw_fd(), BTRFS_IOC_FS_INFO, info.as_mut_ptr()) };
     (done == 0).then(|| Uuid::from_slice(&info[16..32]).ok()).flatten()
 }
 
-/// The mount's id, unique since boot (Linux 6.8), or its reused id on older kernels.
+/// Returns the mount's id, unique since boot (Linux 6.8), or its reusable id on older kernels.
 fn mount_id(dir: &File) -> io::Result<u64> {
     const STATX_MNT_ID_UNIQUE: u32 = 0x4000;
     for mask in [STATX_MNT_ID_UNIQUE, libc::STATX_MNT_ID] {
-        // SAFETY: an all-zero statx is a valid value of that plain C struct.
+        // SAFETY: `statx` is a plain C struct for which all zeros is a valid value.
         let mut found: libc::statx = unsafe { std::mem::zeroed() };
         // SAFETY: the path is an empty C string and `found` outlives the call.
         let done = unsafe {
@@ -91,7 +92,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_tag_stays_the_same_within_one_life() {
+    fn the_tag_stays_the_same_within_one_boot_and_mount() {
         let dir = tempfile::tempdir().unwrap();
         let dir = File::open(dir.path()).unwrap();
         assert_eq!(current(&dir).unwrap(), current(&dir).unwrap());

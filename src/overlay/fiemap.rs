@@ -1,4 +1,4 @@
-//! Where the host keeps the blocks of a file (FIEMAP, linux/fiemap.h).
+//! The placement of a file's blocks on the host's device (FIEMAP, linux/fiemap.h).
 //!
 //! ```text
 //!   struct fiemap                      struct fiemap_extent
@@ -15,18 +15,19 @@ use std::os::fd::AsRawFd;
 
 use super::reflink::Flush;
 
-/// `FS_IOC_FIEMAP`: `_IOWR('f', 11, struct fiemap)`, 32 bytes without its extents.
+/// `FS_IOC_FIEMAP`: `_IOWR('f', 11, struct fiemap)`, 32 bytes without the extents.
 const FS_IOC_FIEMAP: libc::c_ulong = 0xC020_660B;
-/// `FIEMAP_FLAG_SYNC`: what is dirty is written, and so has its place, before the answer.
+/// `FIEMAP_FLAG_SYNC`: the host writes dirty data, which thereby gets its place, before it answers.
 const FIEMAP_FLAG_SYNC: u32 = 1;
-/// Extents in one answer: 28 KiB.
+/// Extents per call: 28 KiB.
 const EXTENTS_PER_CALL: usize = 512;
 
 /// `FIEMAP_EXTENT_LAST`.
 const FIEMAP_EXTENT_LAST: u32 = 0x1;
-/// `FIEMAP_EXTENT_MERGED` and `FIEMAP_EXTENT_SHARED`: with these and [`FIEMAP_EXTENT_LAST`] an extent is bytes
-/// at a place and nothing else. Any other flag says that the place does not tell the bytes: not
-/// written yet, compressed, encrypted, inside an inode, unwritten.
+/// `FIEMAP_EXTENT_MERGED` and `FIEMAP_EXTENT_SHARED`: an extent with only these flags and
+/// [`FIEMAP_EXTENT_LAST`] is plain bytes at a place on the device. Any other flag means that the
+/// place does not determine the bytes: not written yet, compressed, encrypted, inside an inode,
+/// unwritten.
 const PLAIN_EXTENT_FLAGS: u32 = FIEMAP_EXTENT_LAST | 0x1000 | 0x2000;
 
 #[repr(C)]
@@ -51,23 +52,24 @@ struct FiemapRequest {
     extents: [FiemapExtent; EXTENTS_PER_CALL],
 }
 
-/// Some bytes of a file that the host keeps somewhere.
+/// A range of a file for which the host holds space.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct MappedExtent {
-    /// Bytes of the file.
+    /// The bytes of the file, half-open.
     pub(super) range: Range<u64>,
-    /// The place of the first, in bytes of the host's device; `None` when it does not tell them.
+    /// The place of the first byte, in bytes of the host's device; `None` when the place does not
+    /// determine the bytes.
     pub(super) physical: Option<u64>,
 }
 
-/// The mapped extents of a file in order, a batch at a time.
+/// Iterates over the mapped extents of a file in order, fetching a batch at a time.
 pub(super) struct Fiemap<'a> {
     file: &'a File,
     flush: Flush,
     request: Box<FiemapRequest>,
-    /// The next of the batch.
+    /// The index of the next extent in the batch.
     index: usize,
-    /// Where the next batch begins; `None` when there is none.
+    /// The offset in bytes at which the next batch begins; `None` when there is none.
     next: Option<u64>,
 }
 
@@ -76,7 +78,7 @@ impl<'a> Fiemap<'a> {
         Self::starting_at(file, 0, flush)
     }
 
-    /// The extents that reach past byte `start`.
+    /// Iterates over the extents that reach past byte `start`.
     pub(super) fn starting_at(file: &'a File, start: u64, flush: Flush) -> Self {
         let extents = [FiemapExtent::default(); EXTENTS_PER_CALL];
         let empty = FiemapRequest {
@@ -91,7 +93,7 @@ impl<'a> Fiemap<'a> {
         Self { file, flush, request: Box::new(empty), index: 0, next: Some(start) }
     }
 
-    /// Asks for the extents from `start` on.
+    /// Fetches the extents from `start` on.
     fn fetch_batch(&mut self, start: u64) -> io::Result<()> {
         let request = &mut *self.request;
         request.start = start;
@@ -124,10 +126,10 @@ impl<'a> Fiemap<'a> {
         &self.request.extents[..mapped.min(EXTENTS_PER_CALL)]
     }
 
-    /// The next extent, if there is one.
+    /// Returns the next extent, if there is one.
     ///
     /// # Errors
-    /// The host's errno; `EOPNOTSUPP` where it has no FIEMAP.
+    /// The host's errno; `EOPNOTSUPP` where the host has no FIEMAP.
     pub(super) fn next(&mut self) -> io::Result<Option<MappedExtent>> {
         while self.index >= self.batch().len() {
             let Some(start) = self.next else { return Ok(None) };
@@ -148,14 +150,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_structures_are_as_large_as_the_kernels() {
+    fn the_structures_have_the_kernels_layout() {
         assert_eq!(size_of::<FiemapExtent>(), 56);
         assert_eq!(std::mem::offset_of!(FiemapRequest, extents), 32);
         assert_eq!(std::mem::offset_of!(FiemapExtent, flags), 40);
     }
 
     #[test]
-    fn every_extent_of_a_file_of_more_than_a_batch_is_told() {
+    fn all_extents_are_returned_across_several_batches() {
         let file = tempfile::tempfile_in("/var/tmp").unwrap();
         let count = EXTENTS_PER_CALL as u64 * 2 + 7;
         for index in 0..count {

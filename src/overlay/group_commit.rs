@@ -1,4 +1,4 @@
-//! One sync at a time, and each caller waits for one that began after it asked.
+//! Shared syncs: one at a time, and each caller waits for a sync that began after its call.
 
 use std::io;
 
@@ -8,8 +8,8 @@ use crate::host;
 
 /// Lets callers share a sync that has not begun yet.
 ///
-/// A sync that is running may have passed the caller's data already, so a caller never joins it:
-/// it waits for the next one, and all who wait together are served by one of them.
+/// A running sync may already have passed the caller's data, so a caller never joins it. Instead
+/// the caller waits for the next sync, and one of the waiting callers runs it for all of them.
 #[derive(Default)]
 pub struct GroupCommit {
     state: Mutex<GroupCommitState>,
@@ -26,15 +26,15 @@ struct GroupCommitState {
 }
 
 impl GroupCommit {
-    /// Whether a run would begin at once.
+    /// Returns whether a sync would begin at once.
     pub fn is_idle(&self) -> bool {
         !self.state.lock().running
     }
 
-    /// Returns after a run of `sync` that began after this call.
+    /// Runs `sync`, or waits for another caller's run that began after this call.
     ///
     /// # Errors
-    /// What that run returned, by its errno.
+    /// The error of that run, by its errno.
     pub fn run(&self, sync: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
         let mut state = self.state.lock();
         let wanted = state.begun + 1;

@@ -1,4 +1,4 @@
-//! Temporary overlays, and how one becomes persistent while it is in use.
+//! Temporary overlays, and making one persistent while it is in use.
 
 use std::fs::File;
 use std::io::{self, IoSlice};
@@ -18,10 +18,10 @@ use crate::layer::Wait;
 use crate::process::explain_size_error;
 use crate::{confined, host};
 
-/// Data is copied across file systems in pieces of 1 MiB.
+/// Bytes copied at a time across file systems: 1 MiB.
 const COPY_CHUNK: u64 = 1 << 20;
 
-/// The directory for temporary overlays: `$TMPDIR`, else `/var/tmp`, which is on a disk.
+/// Returns the directory for temporary overlays: `$TMPDIR`, or else `/var/tmp`, which is on a disk.
 #[must_use]
 pub fn temporary_dir() -> PathBuf {
     std::env::var_os("TMPDIR")
@@ -29,10 +29,11 @@ pub fn temporary_dir() -> PathBuf {
         .map_or("/var/tmp".into(), PathBuf::from)
 }
 
-/// An overlay of `size` bytes that is gone when it is dropped. Lower is seen up to `lower_limit`.
+/// Creates an overlay of `size` bytes whose changes are lost when it is dropped. The layers below
+/// are visible up to `lower_limit` (bytes); `limit` caps the bytes of data.
 ///
 /// # Errors
-/// The host's errno from making a file without a name in `dir`.
+/// The host's errno from creating an unnamed file in `dir`.
 pub fn temporary(
     dir: &Path,
     block: u32,
@@ -47,24 +48,24 @@ pub fn temporary(
     Ok(Overlay::new(block, Arc::new(data), image, None, BootTag([0; 2]), limit))
 }
 
-/// A file without a name, which `keep` can give one.
+/// Creates a file without a name, to which `keep` can give one.
 fn unnamed_file(dir: &Path) -> io::Result<File> {
     let flags = OFlags::RDWR | OFlags::TMPFILE | OFlags::CLOEXEC;
     match rustix::fs::open(dir, flags, Mode::RUSR | Mode::WUSR) {
         Ok(fd) => Ok(File::from(fd)),
-        // A file system without O_TMPFILE: made and unlinked; `keep` copies it then.
+        // Without O_TMPFILE the file is created and unlinked; `keep` then has to copy it.
         Err(rustix::io::Errno::OPNOTSUPP | rustix::io::Errno::ISDIR) => tempfile::tempfile_in(dir),
         Err(error) => Err(error.into()),
     }
 }
 
-/// Makes a persistent overlay at `place` of `layers`, one for each of `stack`, durable when it
-/// returns. The caller holds the gate exclusive and uses the new ones from then on.
+/// Creates a persistent overlay at `place` from `layers`, one for each layer of `stack`, durably.
+/// The caller holds the gate exclusive and uses the new layers from then on.
 ///
-/// On one file system the data files only get names; else their data is copied.
+/// On the same file system the data files are only linked; otherwise their data is copied.
 ///
 /// # Errors
-/// [`StackError`]; the layers are as they were and nothing is left behind then.
+/// [`StackError`]; the layers are unchanged and nothing is left behind in that case.
 pub fn keep(
     layers: &[Arc<Overlay>],
     place: OverlayPath<'_>,
@@ -74,7 +75,7 @@ pub fn keep(
         return Err(StackError::Syntax("it has no layer".to_owned()));
     };
     for layer in sealed {
-        // Nothing may wait any more to be given back there: a sealed layer is never touched.
+        // Space must not stay queued for freeing there: a sealed layer is never changed.
         layer.close_sealed().map_err(doing("giving space back"))?;
     }
     let limit = top.limit.map(|blocks| blocks * top.block_size);
@@ -88,13 +89,13 @@ pub fn keep(
     });
     let parts = parts.collect();
     let kept = persist::build(place, stack, parts, limit)?;
-    // What waited to be given back there waits here.
+    // Space that was queued for freeing in the old top is queued again in the new one.
     kept.overlay.reclaim();
     kept.overlay.continue_revision(top);
     Ok(kept)
 }
 
-/// Puts the data of a temporary layer into the directory `dir`.
+/// Links or copies the data of a temporary layer into the directory `dir`.
 fn link_or_copy(layer: &Overlay, image: &LayerMap, dir: &File) -> io::Result<HostFile> {
     let file = layer.data.host_file().ok_or_else(|| host::os_error(libc::EOPNOTSUPP))?;
     match link_data(file, dir) {
@@ -104,14 +105,14 @@ fn link_or_copy(layer: &Overlay, image: &LayerMap, dir: &File) -> io::Result<Hos
 }
 
 fn needs_copy(error: &io::Error) -> bool {
-    // ENOENT: the file was unlinked by its maker, so it cannot get a name again.
+    // ENOENT: the file was created and unlinked, so it cannot get a name again.
     matches!(
         error.raw_os_error(),
         Some(libc::EXDEV | libc::ENOENT | libc::EOPNOTSUPP | libc::EPERM)
     )
 }
 
-/// Gives the segments of `file` their names in `layer`.
+/// Links the segments of `file` under their names in `layer`.
 fn link_data(file: &HostFile, layer: &File) -> io::Result<HostFile> {
     if file.first().metadata()?.dev() != layer.metadata()?.dev() {
         return Err(host::os_error(libc::EXDEV));

@@ -1,4 +1,4 @@
-//! The sealed layers that are open: each once in a process, whoever stands on it.
+//! The open sealed layers: each is opened once per process and shared by the disks that use it.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Weak};
@@ -8,7 +8,7 @@ use uuid::Uuid;
 
 use super::Overlay;
 
-/// Open sealed layers by their uuid. The disks of a store share one.
+/// Open sealed layers by their uuid, shared by the disks of a store.
 #[derive(Default)]
 pub struct LayerCache {
     open: Mutex<HashMap<Uuid, Weak<Overlay>>>,
@@ -16,16 +16,16 @@ pub struct LayerCache {
 }
 
 impl LayerCache {
-    /// The layer `uuid`, opened by `open` unless somebody has it open.
+    /// Returns the layer `uuid`, opening it with `open` unless it is open already.
     ///
     /// # Errors
-    /// What `open` says.
+    /// Those of `open`.
     pub fn get_or_open<E>(
         &self,
         uuid: Uuid,
         open: impl FnOnce() -> Result<Arc<Overlay>, E>,
     ) -> Result<Arc<Overlay>, E> {
-        // Locked while it is opened: an unclosed layer is recovered once, and by one.
+        // Locked during `open`, so that an unclosed layer is recovered only once.
         let mut shelf = self.open.lock();
         if let Some(layer) = shelf.get(&uuid).and_then(Weak::upgrade) {
             return Ok(layer);
@@ -36,13 +36,13 @@ impl LayerCache {
         Ok(layer)
     }
 
-    /// Taken while the layers that a disk stands on change: between finding out that nobody else
-    /// needs a layer and removing it, nobody begins to.
+    /// Locks changes of the layers that disks use, so that no disk begins to use a layer between
+    /// the check that it is unused and its removal.
     pub fn lock_changes(&self) -> MutexGuard<'_, ()> {
         self.changing.lock()
     }
 
-    /// Puts a layer there that was just sealed.
+    /// Adds a layer that was just sealed.
     pub fn insert(&self, uuid: Uuid, layer: &Arc<Overlay>) {
         self.open.lock().insert(uuid, Arc::downgrade(layer));
     }

@@ -1,6 +1,6 @@
-//! One chunk of the block map whose blocks are in more than one state. No I/O.
+//! One chunk of the block map with blocks in more than one state. No I/O.
 //!
-//! A leaf has a plane for Data and one for Zero: a short list of runs, or 8 KiB of bits.
+//! A leaf has a plane for Data and a plane for Zero, each a short list of runs or 8 KiB of bits.
 
 use std::ops::Range;
 
@@ -10,7 +10,7 @@ use bitvec::vec::BitVec;
 
 use super::blocks::BlockState;
 
-/// How many blocks are Data and Zero.
+/// The numbers of Data and Zero blocks.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct BlockCounts {
     pub(super) data: u64,
@@ -47,7 +47,8 @@ pub(super) struct Leaf {
 }
 
 impl Leaf {
-    /// A leaf about to be changed: for this moment alone it may be uniform.
+    /// Creates a leaf of one state, which the caller changes at once: only until then may it be
+    /// uniform.
     pub(super) fn uniform(state: BlockState, len: usize) -> Self {
         let mut leaf = Self { len, data: Plane::default(), zero: Plane::default() };
         leaf.set(0..len, state);
@@ -64,7 +65,8 @@ impl Leaf {
         }
     }
 
-    /// The state at the start of a range that is not empty, and where in the range it ends.
+    /// Returns the state at the start of a non-empty range, and the end of that state's run within
+    /// the range.
     pub(super) fn run_at(&self, range: Range<usize>) -> (BlockState, usize) {
         let state = self.state(range.start);
         let end = match state {
@@ -75,10 +77,11 @@ impl Leaf {
         (state, end)
     }
 
-    /// Where the Lower blocks at the start of a range end: where either plane has its first bit.
+    /// Returns the end of the Lower blocks at the start of a range: the first bit set in either
+    /// plane.
     ///
-    /// Both are searched a stretch at a time, twice as long each time. Else a plane with few bits
-    /// would be searched to its end for each short gap of a full one.
+    /// Both planes are searched in stretches, each twice as long as the one before. Otherwise a
+    /// sparse plane would be searched to its end for each short gap of a dense one.
     pub(super) fn end_of_lower(&self, range: Range<usize>) -> usize {
         let Range { start: mut from, end } = range;
         let mut stretch = 64;
@@ -130,9 +133,9 @@ impl Leaf {
     }
 }
 
-/// A set of blocks. A few runs are listed; of many there is one bit a block, so a chunk takes no more
-/// than its planes of bits, and a disk that is touched in one place a chunk a few bytes for each.
-/// `bitvec` fills, counts and searches `Lsb0` slices by whole words.
+/// A set of blocks. A few runs are kept as a list, many as one bit per block. So a chunk never
+/// takes more than its planes of bits, and a disk touched in one place per chunk takes only a few
+/// bytes per chunk. `bitvec` fills, counts and searches `Lsb0` slices by whole words.
 #[derive(Clone, Debug)]
 pub(super) struct Plane {
     repr: PlaneRepr,
@@ -141,14 +144,14 @@ pub(super) struct Plane {
 
 #[derive(Clone, Debug)]
 enum PlaneRepr {
-    /// Rising and apart: between two of them there is a block. At most [`max_runs`].
+    /// Ascending and apart: at least one block lies between two runs. At most [`max_runs`].
     Runs(Vec<Range<u32>>),
-    /// As long as the chunk.
+    /// One bit for each block of the chunk.
     Bits(BitBox<u64, Lsb0>),
 }
 
-/// The most runs that are listed in a chunk of `len` blocks: a quarter of what its bits take. So a
-/// record of the log, 32 bytes, never makes more than 32 bytes of it.
+/// Returns the most runs listed for a chunk of `len` blocks: a quarter of the size of its bits. So
+/// a log record of 32 bytes never adds more than 32 bytes to a list.
 fn max_runs(len: usize) -> usize {
     (len / 256).max(2)
 }
@@ -159,7 +162,7 @@ impl Default for Plane {
     }
 }
 
-/// A place in a chunk, as runs keep it.
+/// Converts a position in a chunk to the type stored in runs.
 #[expect(clippy::cast_possible_truncation, reason = "at most the length of a chunk, 65,536")]
 fn index_in_chunk(at: usize) -> u32 {
     at as u32
@@ -169,7 +172,7 @@ fn run_len(run: &Range<u32>) -> usize {
     (run.end - run.start) as usize
 }
 
-/// The part of `run_at` inside `range`.
+/// Returns the length of the part of `run` inside `range`.
 fn overlap_len(run: &Range<u32>, range: &Range<u32>) -> usize {
     run.end.min(range.end).saturating_sub(run.start.max(range.start)) as usize
 }
@@ -200,7 +203,7 @@ impl Plane {
                 let mut new = index_in_chunk(range.start)..index_in_chunk(range.end);
                 let first = runs.partition_point(|run| run.end < new.start);
                 let last = runs.partition_point(|run| run.start <= new.end);
-                // What it touches becomes one with it.
+                // Runs that touch the new one are merged with it.
                 let old = &runs[first..last];
                 let held: usize = old.iter().map(run_len).sum();
                 new.start = old.first().map_or(new.start, |run| run.start.min(new.start));
@@ -241,7 +244,7 @@ impl Plane {
         }
     }
 
-    /// Goes over to bits when there are too many runs to be listed.
+    /// Switches to bits when there are too many runs to list.
     fn bits_if_many_runs(&mut self, len: usize) {
         if let PlaneRepr::Runs(runs) = &self.repr
             && runs.len() > max_runs(len)
@@ -291,7 +294,7 @@ impl Plane {
         }
     }
 
-    /// Bytes on the heap.
+    /// Returns the bytes used on the heap.
     #[cfg(test)]
     pub(super) fn heap_bytes(&self) -> usize {
         match &self.repr {
@@ -300,7 +303,7 @@ impl Plane {
         }
     }
 
-    /// Its blocks; the invariants hold.
+    /// Asserts the invariants and returns the blocks in the plane.
     #[cfg(test)]
     pub(super) fn check(&self, len: usize) -> Vec<usize> {
         let ones: Vec<usize> = match &self.repr {

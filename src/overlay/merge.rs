@@ -196,7 +196,7 @@ mod tests {
         #![proptest_config(ProptestConfig { max_shrink_iters: 200, ..ProptestConfig::with_cases(24) })]
 
         #[test]
-        fn a_merged_layer_of_many_chunks_reads_like_its_two_sources(plan in large(), at in 0usize..6) {
+        fn a_merge_of_many_chunks_reads_like_its_two_sources(plan in large(), at in 0usize..6) {
             check(&plan, at);
         }
     }

@@ -1,12 +1,12 @@
-//! Space that was freed in the map and is still to be given back to the host. No I/O.
+//! Space that was freed in the map but not returned to the host yet. No I/O.
 //!
-//! A freed range waits until the record that freed it is vouched. A later record for the same
-//! bytes takes its place, with its later sequence:
+//! A freed range waits until the record that freed it is vouched. A later record that frees the
+//! same bytes replaces the earlier one with its own sequence:
 //!
 //! ```text
 //!   |------ 7 ------|              freed by record 7
 //!         |--- 9 ------|           freed again by record 9
-//!   |- 7 -|---- 9 -----|           what waits
+//!   |- 7 -|---- 9 -----|           the waiting ranges
 //! ```
 
 use std::collections::BTreeMap;
@@ -15,12 +15,12 @@ use std::ops::Range;
 /// Freed ranges in bytes, each with the sequence of the record that freed it; never overlapping.
 #[derive(Debug, Default)]
 pub struct PendingFrees {
-    /// By start: end and sequence.
+    /// The end and the sequence of each range, by its start.
     ranges: BTreeMap<u64, (u64, u64)>,
 }
 
 impl PendingFrees {
-    /// Adds `range`, freed by record `sequence`, which is later than all before.
+    /// Adds `range` (bytes), freed by record `sequence`, which is later than all sequences before.
     pub fn add(&mut self, range: Range<u64>, sequence: u64) {
         if range.is_empty() {
             return;
@@ -29,7 +29,7 @@ impl PendingFrees {
         self.ranges.insert(range.start, (range.end, sequence));
     }
 
-    /// Takes `range` out.
+    /// Removes `range` from the waiting ranges.
     pub fn remove(&mut self, range: &Range<u64>) {
         if let Some((&start, &(end, sequence))) = self.ranges.range(..range.start).next_back()
             && end > range.start
@@ -47,7 +47,7 @@ impl PendingFrees {
         }
     }
 
-    /// The first part of `range` that a record up to `durable` freed.
+    /// Returns the first part of `range` that was freed by a record up to `durable`.
     #[must_use]
     pub fn first(&self, range: &Range<u64>, durable: u64) -> Option<Range<u64>> {
         if range.is_empty() {
@@ -61,7 +61,7 @@ impl PendingFrees {
         })
     }
 
-    /// The parts of `range` that are still waiting for a record up to `durable`.
+    /// Returns the parts of `range` that were freed by a record up to `durable`.
     #[must_use]
     pub fn within(&self, range: &Range<u64>, durable: u64) -> Vec<Range<u64>> {
         let mut parts = Vec::new();
@@ -73,7 +73,7 @@ impl PendingFrees {
         parts
     }
 
-    /// Whether nothing waits.
+    /// Returns whether no range is waiting.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.ranges.is_empty()
@@ -89,7 +89,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn it_behaves_as_an_array_of_sequences(
+        fn pending_frees_match_an_array_of_sequences(
             ops in proptest::collection::vec((0u64..64, 1u64..24, any::<bool>()), 1..60),
             durable in 0u64..60,
         ) {
@@ -120,7 +120,7 @@ mod tests {
     }
 
     #[test]
-    fn a_piece_is_cut_to_what_was_asked() {
+    fn a_range_is_cut_to_the_range_asked_for() {
         let mut pending = PendingFrees::default();
         pending.add(10..100, 1);
         assert_eq!(pending.first(&(0..26), 1), Some(10..26));

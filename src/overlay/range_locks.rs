@@ -1,9 +1,9 @@
-//! Locks over ranges of a layer, striped.
+//! Striped locks over byte ranges of a layer.
 //!
-//! A layer's bytes are cut into units; every unit belongs to one of 64 stripes, each a lock that
-//! is held shared (writes of whole or already held blocks) or exclusive (partial first touches,
-//! zeroing, punching). A request names all it needs at once and gets it in ascending stripe order,
-//! so two requests never wait for each other in a circle. Held across the I/O.
+//! A layer's bytes are divided into units; every unit belongs to one of 64 stripes, each a lock
+//! that is held shared (writes of whole blocks or of blocks already held) or exclusive (partial
+//! first touches, zeroing, punching). A request names all stripes it needs at once and takes them
+//! in ascending order, so requests never deadlock. The locks are held across I/O.
 
 use std::ops::Range;
 
@@ -12,19 +12,20 @@ use parking_lot::lock_api::RawRwLock as _;
 
 use crate::layer::Wait;
 
-/// Few enough for one word of bits, many enough that two writers rarely meet.
+/// The number of stripes: few enough for one word of bits, many enough that two writers rarely
+/// meet.
 const STRIPES: u64 = 64;
 
-/// How strongly a range is locked.
+/// The strength of a lock on a range.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LockMode {
-    /// Together with others who share.
+    /// Held together with other shared holders.
     Shared,
-    /// Alone.
+    /// Held alone.
     Exclusive,
 }
 
-/// Which stripes a request needs, and how.
+/// The stripes that a request needs, each in one mode.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct StripeSet {
     shared: u64,
@@ -38,13 +39,15 @@ pub struct RangeLocks {
 }
 
 impl RangeLocks {
-    /// Locks in units of `unit` bytes: a multiple of the block size, so no block is in two.
+    /// Creates locks for units of `unit` bytes, a multiple of the block size, so that no block is
+    /// in two units.
     #[must_use]
     pub fn new(unit: u64) -> Self {
         Self { stripes: [const { RawRwLock::INIT }; 64], unit }
     }
 
-    /// Adds `range` (bytes) to `include`. An exclusive need of a stripe outweighs a shared one.
+    /// Adds the stripes of `range` (bytes) to `need`. An exclusive need of a stripe outweighs a
+    /// shared one.
     #[must_use]
     pub fn include(&self, mut need: StripeSet, range: &Range<u64>, hold: LockMode) -> StripeSet {
         if range.is_empty() {
@@ -67,7 +70,8 @@ impl RangeLocks {
         need
     }
 
-    /// Takes all of `include`, in ascending order; `None` under [`Wait::No`] when one is taken.
+    /// Locks all stripes in `need`, in ascending order. Returns `None` under [`Wait::No`] when one
+    /// of them is taken.
     #[must_use]
     pub fn lock(&self, need: StripeSet, wait: Wait) -> Option<StripeGuard<'_>> {
         let mut held = StripeGuard { locks: self, taken: StripeSet::default() };
@@ -91,7 +95,7 @@ impl RangeLocks {
                 }
             };
             if !got {
-                return None; // Dropping `held` gives back what was taken.
+                return None; // Dropping `held` unlocks the stripes taken so far.
             }
             if exclusive {
                 held.taken.exclusive |= bit;
@@ -103,7 +107,7 @@ impl RangeLocks {
     }
 }
 
-/// Locked ranges; dropping it unlocks them.
+/// Locked ranges, unlocked when dropped.
 #[must_use]
 pub struct StripeGuard<'a> {
     locks: &'a RangeLocks,
@@ -117,7 +121,8 @@ impl Drop for StripeGuard<'_> {
             let stripe = &self.locks.stripes[left.trailing_zeros() as usize];
             let bit = left & left.wrapping_neg();
             left ^= bit;
-            // SAFETY: `include` holds exactly the bits that `lock` took, each once and in this mode.
+            // SAFETY: `taken` holds exactly the bits that `lock` locked, each once and in this
+            // mode.
             unsafe {
                 if self.taken.exclusive & bit != 0 {
                     stripe.unlock_exclusive();
@@ -134,7 +139,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_exclusive_unit_keeps_others_out_and_its_neighbour_does_not() {
+    fn an_exclusive_lock_excludes_its_own_unit_but_not_its_neighbour() {
         let locks = RangeLocks::new(4096);
         let one = locks.include(StripeSet::default(), &(0..4096), LockMode::Exclusive);
         let same = locks.include(StripeSet::default(), &(4095..4096), LockMode::Shared);
@@ -147,7 +152,7 @@ mod tests {
     }
 
     #[test]
-    fn shared_units_are_shared() {
+    fn shared_locks_exclude_only_exclusive_ones() {
         let locks = RangeLocks::new(4096);
         let all = locks.include(StripeSet::default(), &(0..u64::MAX), LockMode::Shared);
         let first = locks.lock(all, Wait::No).unwrap();
@@ -159,7 +164,7 @@ mod tests {
     }
 
     #[test]
-    fn a_refused_lock_gives_back_what_it_had_taken() {
+    fn a_refused_lock_releases_the_stripes_it_had_taken() {
         let locks = RangeLocks::new(1);
         let last = locks.include(StripeSet::default(), &(5..6), LockMode::Exclusive);
         let held = locks.lock(last, Wait::Yes).unwrap();
@@ -171,7 +176,7 @@ mod tests {
     }
 
     #[test]
-    fn the_stronger_need_wins_in_either_order() {
+    fn the_exclusive_mode_wins_in_either_order() {
         let locks = RangeLocks::new(1);
         let need = locks.include(StripeSet::default(), &(0..4), LockMode::Shared);
         let need = locks.include(need, &(1..2), LockMode::Exclusive);

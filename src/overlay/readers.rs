@@ -1,9 +1,9 @@
-//! Waiting for readers that began before a change.
+//! Waiting for readers that began before a change of the map.
 //!
-//! A reader looks a block up in the map and then reads the data file. Between the two the block
-//! may be freed; its space must not be punched until that reader is gone. Readers count themselves
-//! into one of two counters; [`Readers::drain`] turns new readers to the other one and waits until
-//! the first is empty.
+//! A reader looks up a block in the map and then reads the data file. Between these two steps the
+//! block may be freed; its space must not be punched until that reader has finished. Readers count
+//! themselves in one of two counters; [`Readers::drain`] directs new readers to the other counter
+//! and waits until the first one is zero.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
@@ -20,13 +20,14 @@ pub struct Readers {
 }
 
 impl Readers {
-    /// Counts one reader in, before it looks at the map; dropping the guard counts it out.
+    /// Counts one reader in before it looks at the map; dropping the guard counts it out.
     pub fn enter(&self) -> ReaderGuard<'_> {
         loop {
             let generation = self.generation.load(Ordering::SeqCst);
             let count = &self.counts[generation & 1];
             count.fetch_add(1, Ordering::SeqCst);
-            // A drain may have turned between the two steps: it would not wait for us then.
+            // A drain may have switched counters between the two steps and would not wait for this
+            // reader.
             if self.generation.load(Ordering::SeqCst) == generation {
                 return ReaderGuard { count };
             }
@@ -34,19 +35,19 @@ impl Readers {
         }
     }
 
-    /// Waits until every reader that was in at the time of the call is out. Called after the map
-    /// has changed and without any lock that a reader takes.
+    /// Waits for every reader that entered before the call. Called after the map has changed and
+    /// without holding any lock that a reader takes.
     pub fn drain(&self) {
         let _one = self.draining.lock();
         let old = self.generation.fetch_add(1, Ordering::SeqCst) & 1;
         while self.counts[old].load(Ordering::SeqCst) != 0 {
-            // Readers take microseconds; this runs in the background or behind an fsync.
+            // Readers take microseconds, and this runs in the background or after an fsync.
             thread::sleep(Duration::from_micros(50));
         }
     }
 }
 
-/// One reader that is in.
+/// One counted reader.
 #[must_use]
 pub struct ReaderGuard<'a> {
     count: &'a AtomicUsize,
@@ -66,7 +67,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_drain_waits_for_the_older_reader_and_not_for_newer_ones() {
+    fn a_drain_waits_for_older_readers_but_not_for_newer_ones() {
         let readers = Arc::new(Readers::default());
         let older = readers.enter();
         let drained = Arc::new(AtomicBool::new(false));

@@ -289,7 +289,7 @@ mod tests {
         }
 
         #[test]
-        fn a_record_with_one_flipped_bit_is_bad(record in any_record(), bit in 0usize..256, uuid: u128) {
+        fn a_flipped_bit_is_detected(record in any_record(), bit in 0usize..256, uuid: u128) {
             let uuid = Uuid::from_u128(uuid);
             let mut bytes = record.encode(&uuid, 7);
             bytes[bit / 8] ^= 1 << (bit % 8);

@@ -1,11 +1,11 @@
-//! From the files of a layer to a running overlay: reading the log, deciding what of it counts,
-//! and writing a new log of exactly that.
+//! From the files of a layer to a running overlay: reading the log, deciding which records count,
+//! and writing a new log of exactly those.
 //!
 //! ```text
 //!   closed in good order          every record counts, whatever happened since
 //!   same tag, not closed          the daemon died: every record counts, after a sync of both files
-//!   another tag                   the power may have gone: what the last Vouch covers counts
-//!   Poisoned                      what its `durable` covers counts, read from the device
+//!   another tag                   maybe a power cut: records covered by the last Vouch count
+//!   Poisoned                      records covered by its `durable` count, read from the device
 //! ```
 
 use std::io::{self, IoSlice};
@@ -21,24 +21,24 @@ use super::log::{self, Log, LogDir, LogEnd, LogScan};
 use super::record::{BootTag, LayerMap};
 use crate::host;
 
-/// How an overlay was found.
+/// The condition in which an overlay was found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Recovered {
-    /// It was made just now.
+    /// Just created.
     New,
     /// Closed in good order.
     Clean,
-    /// The daemon had died; nothing that was acknowledged is lost.
+    /// The daemon had died; no acknowledged change is lost.
     All,
-    /// Read as after a power cut: as it was at the last sync.
+    /// Treated as after a power cut: in the state of the last sync.
     Vouched {
-        /// Changes of the map and the size that are known to have come after that sync.
+        /// The number of changes of the map and the size known to have come after that sync.
         lost: u64,
     },
 }
 
 impl Recovered {
-    /// What is to be said of two layers of one disk.
+    /// Combines the conditions of two layers of one disk.
     #[must_use]
     pub fn combine(self, other: Self) -> Self {
         match (self, other) {
@@ -56,23 +56,23 @@ impl Recovered {
 /// Why a layer cannot be opened.
 #[derive(Debug, thiserror::Error)]
 pub enum LogError {
-    /// The host said no.
+    /// An I/O error of the host.
     #[error(transparent)]
     Io(#[from] io::Error),
-    /// The log is not what was once written.
+    /// The log differs from what was once written.
     #[error("the log is damaged at record {record} ({why}): restore the overlay from a backup")]
     Damaged {
         /// The first record that is not good, counted from 0.
         record: u64,
-        /// What is wrong with it.
+        /// The reason, in words.
         why: &'static str,
     },
-    /// What has to be written first cannot be.
+    /// The layer needs recovery, which its file system does not allow to be written.
     #[error(
         "it was not closed in good order, and its file system is read-only: mount it once where it can be written to"
     )]
     ReadOnly,
-    /// A later version wrote it.
+    /// A later version wrote the log.
     #[error("the log holds a record of kind {0}: it was written by a newer version of cowslip")]
     Newer(u8),
 }
@@ -83,39 +83,39 @@ pub struct LayerFiles {
     pub data: Arc<dyn Storage>,
     /// The log.
     pub log: Arc<dyn Storage>,
-    /// What can replace the log.
+    /// The directory in which the log can be replaced.
     pub log_dir: Arc<dyn LogDir>,
     /// The layer's uuid.
     pub uuid: Uuid,
-    /// Its block size in bytes.
+    /// The block size in bytes.
     pub block_size: u32,
 }
 
-/// What a log says, and how much of it counts.
+/// A log, and how much of it counts.
 #[derive(Debug)]
 pub struct TrustedLog {
-    /// What was found in the log.
+    /// The result of reading the log.
     pub scan: LogScan,
-    /// The first records that count.
+    /// The number of records that count, from the first on.
     pub records: u64,
-    /// How it was found.
+    /// The condition in which the layer was found.
     pub recovered: Recovered,
-    /// What the journal adds to them.
+    /// The records and blocks that the journal adds.
     pub journal: JournalContents,
 }
 
-/// Reads the log and decides what of it counts under `tag`. Changes nothing but caches.
+/// Reads the log and decides which records count under `tag`. Changes nothing but caches.
 ///
 /// # Errors
-/// [`LogError`]; a damaged log is never guessed at.
+/// [`LogError`]; the contents of a damaged log are never guessed.
 pub fn examine(files: &LayerFiles, tag: BootTag) -> Result<TrustedLog, LogError> {
     let mut scan = log::scan(&*files.log, &files.uuid)?;
-    // Kept: the record itself may be one that never reached the device.
+    // Kept from the first reading, because the record itself may never have reached the device.
     let (poisoned, generation) = (scan.poisoned, scan.generation);
     let is_alive = poisoned.is_none() && !scan.closed && scan.tag == Some(tag);
     let is_synced = is_alive && files.data.sync().is_ok() && files.log.sync().is_ok();
     if poisoned.is_some() || is_alive != is_synced {
-        // What the cache holds may never have reached the device.
+        // Cached data may never have reached the device.
         files.data.drop_cache();
         files.log.drop_cache();
         scan = log::scan(&*files.log, &files.uuid)?;
@@ -133,10 +133,10 @@ pub fn examine(files: &LayerFiles, tag: BootTag) -> Result<TrustedLog, LogError>
         return damaged(&scan, "no record vouches for the layer's beginning");
     };
     let upto = |sequence: u64| (sequence + 1).saturating_sub(scan.first).min(scan.good);
-    // Up to `sequence`, and what the journal holds from `generation` on.
+    // The records up to `sequence`, and the journal's entries of `generation`.
     let less = |sequence, generation| -> Result<TrustedLog, LogError> {
         let journal = read_journal(files, generation)?;
-        // A record that only vouches, or says who opened the layer, is no loss.
+        // Losing a record that only vouches or names who opened the layer is no loss.
         let known = journal.end.max(sequence + 1).saturating_sub(scan.first).min(scan.good);
         let lost = log::count_changes(&*files.log, &files.uuid, known..scan.good)?;
         let recovered = Recovered::Vouched { lost };
@@ -157,7 +157,7 @@ pub fn examine(files: &LayerFiles, tag: BootTag) -> Result<TrustedLog, LogError>
     }
 }
 
-/// What the journal adds to a log that is durable up to `generation`, read from the device.
+/// Reads, from the device, what the journal adds to a log that is durable up to `generation`.
 fn read_journal(files: &LayerFiles, generation: u64) -> io::Result<JournalContents> {
     let Some(file) = files.log_dir.journal(Create::Never)? else {
         return Ok(JournalContents::default());
@@ -166,7 +166,7 @@ fn read_journal(files: &LayerFiles, generation: u64) -> io::Result<JournalConten
     journal::read(&*file, &files.uuid, files.block_size, generation)
 }
 
-/// Reads what counts of a log into a map.
+/// Builds the map from the records that count.
 ///
 /// # Errors
 /// The host's errno.
@@ -178,11 +178,11 @@ pub fn load_map(files: &LayerFiles, trusted: &TrustedLog) -> Result<LayerMap, Lo
     Ok(image)
 }
 
-/// Opens a layer for writing: what counts of its log, and a log to go on with that holds nothing
-/// else.
+/// Opens a layer for writing: returns the map of the records that count, and a log to continue with
+/// that holds nothing else.
 ///
 /// # Errors
-/// [`LogError`]; the layer's files are as they were then.
+/// [`LogError`]; the layer's files are unchanged in that case.
 pub fn open_log(files: &LayerFiles, tag: BootTag) -> Result<(LayerMap, Log, Recovered), LogError> {
     let trusted = examine(files, tag)?;
     let image = load_map(files, &trusted)?;
@@ -202,13 +202,14 @@ pub fn open_log(files: &LayerFiles, tag: BootTag) -> Result<(LayerMap, Log, Reco
     Ok((image, log, trusted.recovered))
 }
 
-/// Writes the journal's bytes to where they belong, durably: the log to come vouches for them.
+/// Writes the journal's blocks into the data file, durably, because the new log will vouch for
+/// them.
 fn replay_journal(files: &LayerFiles, trusted: &TrustedLog, image: &LayerMap) -> io::Result<()> {
     let is_data = |block: &BlockIndex| image.blocks.state(*block) == BlockState::Data;
     let blocks = &trusted.journal.blocks;
     for (block, bytes) in blocks.iter().filter(|(block, _)| is_data(block)) {
         let at = block.0.checked_mul(u64::from(files.block_size));
-        // A log can call a block Data that no disk of such large blocks has.
+        // A log may call a block Data whose offset no disk with such large blocks has.
         let at = at.ok_or_else(|| host::os_error(libc::EFBIG))?;
         files.data.write_at(&[IoSlice::new(bytes)], at)?;
     }
@@ -216,10 +217,10 @@ fn replay_journal(files: &LayerFiles, trusted: &TrustedLog, image: &LayerMap) ->
 }
 
 impl Overlay {
-    /// Opens a layer for use. `limit` caps the bytes of data it may hold.
+    /// Opens a layer for use. `limit` caps the bytes of data that the layer may hold.
     ///
     /// # Errors
-    /// As [`open_log`].
+    /// Those of [`open_log`].
     pub fn open(
         files: &LayerFiles,
         tag: BootTag,
@@ -237,13 +238,13 @@ impl Overlay {
         Ok((overlay, recovered))
     }
 
-    /// Opens a layer that nothing can be written to: what counts of its log is in memory alone.
+    /// Opens a layer that cannot be written to: its recovered map is kept in memory only.
     fn open_read_only(files: &LayerFiles, tag: BootTag) -> Result<(Self, Recovered), LogError> {
         let trusted = examine(files, tag)?;
         let image = load_map(files, &trusted)?;
         let is_data = |block: &BlockIndex| image.blocks.state(*block) == BlockState::Data;
         if trusted.journal.blocks.keys().any(is_data) {
-            // The data file does not have those bytes.
+            // The data file does not hold these blocks' bytes.
             return Err(LogError::ReadOnly);
         }
         let mut layer = Self::closed(files.block_size, Arc::clone(&files.data), image, tag);
@@ -276,7 +277,7 @@ mod tests {
     }
 
     #[test]
-    fn a_block_past_the_largest_offset_is_not_written() {
+    fn a_journal_block_past_the_largest_offset_is_not_written() {
         let file = || Arc::new(HostFile::single(tempfile::tempfile().unwrap()));
         let (data, log, home) = (file(), file(), Arc::new(Nowhere));
         let uuid = Uuid::from_u128(1);

@@ -5,10 +5,10 @@
 //!   `------- compacted ----------' |                 `-- not vouched: lost with the power --'
 //! ```
 //!
-//! Sequences are contiguous in a file, so a record's place follows from its sequence. The log is
+//! Sequences are contiguous in a file, so a record's position follows from its sequence. The log is
 //! reduced in two ways, both by writing a new file and renaming it over the old one: at recovery,
-//! to exactly what is trusted, and while running, when it has grown far beyond the map it holds.
-//! `docs/overlay-format.md` argues why each cut point is safe.
+//! to exactly the records that are trusted, and while running, when the log has grown far beyond
+//! its map. `docs/overlay-format.md` argues why a crash at any point is safe.
 //!
 //! `scan` reads a log and judges it, `writer` writes a new one.
 
@@ -30,57 +30,58 @@ use super::is_out_of_space;
 use super::record::{BootTag, LayerMap, LogRecord, RECORD_LEN};
 use crate::host;
 
-/// Space is reserved on the host in steps of this many bytes.
+/// The step in bytes in which space is reserved on the host: 1 MiB.
 const RESERVE_STEP: u64 = 1 << 20;
-/// Kept back for the records that give space back, so that a full file system can be emptied
-/// again: 2,048 records.
+/// Bytes reserved for records that free space, so that a full file system can be emptied again:
+/// 2,048 records.
 const LOG_RESERVE: u64 = 64 << 10;
-/// The last of the reserve, for the records that a sync and a close need: without them nothing
-/// that was freed could be given back.
+/// The last bytes of the reserve, kept for the records of a sync and a close: without those records
+/// no freed space could be returned.
 const SYNC_RESERVE: u64 = 4 << 10;
-/// A log below this many records is not worth it at its opening either (8 KiB).
+/// The fewest records for which rewriting a log when it is opened pays off (8 KiB).
 const MIN_RECORDS_TO_REWRITE: u64 = 1 << 8;
-/// A log below this many records is never worth reducing while it is in use (2 MiB).
+/// The fewest records for which reducing a log while it is in use pays off (2 MiB).
 const MIN_RECORDS_TO_COMPACT: u64 = 1 << 16;
 /// Records read or written at a time: 1 MiB.
 const BATCH_RECORDS: usize = (1 << 20) / RECORD_LEN;
 const RECORD_BYTES: u64 = RECORD_LEN as u64;
 
-/// Where a layer's log lives: what can put a new one in place of the old.
+/// The directory of a layer's log, which can replace the log by a new one.
 pub trait LogDir: Send + Sync {
-    /// Lets `fill` write a new log, makes it durable and puts it in the place of the old.
+    /// Lets `fill` write a new log, makes that durable and renames it over the old log.
     ///
     /// # Errors
-    /// The host's errno; the old log is still in place then.
+    /// The host's errno; the old log is still in place in that case.
     fn replace_log(
         &self,
         fill: &mut dyn FnMut(&dyn Storage) -> io::Result<()>,
     ) -> io::Result<ReplacedLog>;
 
-    /// The layer's journal; made, durably, when it is not there and `create` says so.
+    /// Opens the layer's journal. A missing journal is created durably if `create` says so, and is
+    /// `None` otherwise.
     ///
     /// # Errors
     /// The host's errno.
     fn journal(&self, create: Create) -> io::Result<Option<Arc<dyn Storage>>>;
 }
 
-/// A new log that is in its place.
+/// A new log that has replaced the old one.
 pub struct ReplacedLog {
-    /// Its file.
+    /// The file of the new log.
     pub file: Arc<dyn Storage>,
-    /// Whether its place is durable. If not, a power cut may bring the old log back, which does
-    /// not hold what is appended to this one.
+    /// Whether the rename is durable. If not, a power cut may bring back the old log, which does
+    /// not hold the records appended to this one.
     pub dir_synced: io::Result<()>,
 }
 
-/// What a record is for when space is short.
+/// How much of the reserve an append may use when space is short.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ReserveUse {
-    /// It leads to more space being used: refused before the reserve is touched.
+    /// Records that lead to more space being used: refused before the reserve is touched.
     Keep,
-    /// It gives space back: may use the reserve but for its last part.
+    /// Records that free space: may use all but the last part of the reserve.
     Partial,
-    /// It vouches for others, or marks the log itself: may use all there is.
+    /// Records that vouch for others or mark the log itself: may use all of the reserve.
     Full,
 }
 
@@ -94,18 +95,18 @@ pub struct Log {
     vouched: AtomicU64,
 }
 
-/// Where the next record goes. Its lock is held for one small write.
+/// The end of the log. Its lock is held for one small write at a time.
 struct LogTail {
     file: Arc<dyn Storage>,
     /// The sequence of the record at offset 0.
     first: u64,
     /// The sequence of the next record.
     next: u64,
-    /// Bytes of the file for which the host holds space.
+    /// Bytes of the file for which the host has reserved space.
     reserved: u64,
-    /// Reduce the log once it holds this many records.
+    /// The number of records at which to reduce the log.
     compact_at: u64,
-    /// The errno for every sync, once the file's place in its directory could not be made durable.
+    /// The errno for every sync, after the rename of the file could not be made durable.
     dir_sync_error: Option<i32>,
 }
 
@@ -114,7 +115,7 @@ impl LogTail {
         (self.next - self.first) * RECORD_BYTES
     }
 
-    /// Sees to it that `len` more bytes will find space.
+    /// Ensures that `len` more bytes will find space.
     fn reserve(&mut self, len: u64, purpose: ReserveUse) -> io::Result<()> {
         let kept = match purpose {
             ReserveUse::Keep => LOG_RESERVE,
@@ -129,30 +130,30 @@ impl LogTail {
         match self.file.extend(self.end()..upto) {
             Ok(()) => self.reserved = upto,
             Err(error) if is_out_of_space(&error) => {
-                // Past the reserve the write itself says whether there is still room.
+                // Without a reserve to keep, the write itself shows whether there is still room.
                 return if purpose == ReserveUse::Full { Ok(()) } else { Err(error) };
             }
-            // A host that cannot reserve: every append then takes its chance.
+            // The host cannot reserve space: every append may then fail with ENOSPC.
             Err(_) => self.reserved = u64::MAX,
         }
         Ok(())
     }
 }
 
-/// Whether a log that was closed in good order had better be written anew than continued: every
-/// opening and closing adds to it, though nobody changes anything. A large one is reduced while
-/// it is in use, not while somebody waits for a mount.
+/// Returns whether a log that was closed in good order should be rewritten rather than continued:
+/// every opening and closing adds to it, even if nothing changes. A large log is reduced while it
+/// is in use, not during a mount.
 pub fn is_worth_rewriting(scan: &LogScan, image: &LayerMap) -> bool {
     (MIN_RECORDS_TO_REWRITE..MIN_RECORDS_TO_COMPACT).contains(&scan.good)
         && (image.records().count() as u64) < scan.good / 4
 }
 
 impl Log {
-    /// Writes a new log that holds `image` and nothing else, opened under `tag`, its first
-    /// sequence `first`, all of it vouched: the caller has made the data durable.
+    /// Writes a new log that holds `image` and nothing else, opened under `tag`, starting with
+    /// sequence `first`. All of it is vouched, so the caller has made the data durable.
     ///
     /// # Errors
-    /// The host's errno; the old log, if any, is still in place then.
+    /// The host's errno; the old log, if any, is still in place in that case.
     pub fn create(
         home: Arc<dyn LogDir>,
         uuid: Uuid,
@@ -173,11 +174,11 @@ impl Log {
             Ok(())
         })?;
         placed?;
-        // Its last record vouches for all of it.
+        // The last record vouches for all records.
         Ok(Self::from_parts(home, uuid, block, file, (first, next), next - 1))
     }
 
-    /// Goes on with a log that was closed in good order.
+    /// Continues a log that was closed in good order.
     ///
     /// # Errors
     /// The host's errno from appending `Open` and making it durable.
@@ -199,7 +200,8 @@ impl Log {
             vouched,
         );
         log.append(&[LogRecord::Open { tag }], ReserveUse::Full)?;
-        // Every `Vouch` to come says that what was there at the beginning is durable.
+        // Every later `Vouch` claims that the records before it, including this `Open`, are
+        // durable.
         log.sync()?;
         Ok(log)
     }
@@ -224,11 +226,11 @@ impl Log {
         }
     }
 
-    /// Appends `records` in one write and returns the sequence of the last.
+    /// Appends `records` in one write and returns the sequence of the last one.
     ///
     /// # Errors
-    /// `ENOSPC`, also while only the reserve is left that `purpose` may not use; the host's errno.
-    /// Nothing was appended then.
+    /// `ENOSPC`, also when only the part of the reserve is left that `purpose` may not use;
+    /// otherwise the host's errno. Nothing was appended in that case.
     pub fn append(&self, records: &[LogRecord], purpose: ReserveUse) -> io::Result<u64> {
         let mut tail = self.tail.lock();
         tail.reserve((records.len() * RECORD_LEN) as u64, purpose)?;
@@ -250,7 +252,7 @@ impl Log {
         Ok(sequence - 1)
     }
 
-    /// The bytes of `count` records from sequence `first` on, which are there.
+    /// Returns the encoded bytes of `count` existing records from sequence `first` on.
     ///
     /// # Errors
     /// The host's errno.
@@ -270,30 +272,30 @@ impl Log {
         Ok(records)
     }
 
-    /// The `upto` of the last durable `Vouch`.
+    /// Returns the `upto` of the last durable `Vouch`.
     #[must_use]
     pub fn vouched(&self) -> u64 {
         self.vouched.load(Ordering::SeqCst)
     }
 
-    /// A `Vouch` up to `upto` has become durable.
+    /// Notes that a `Vouch` up to `upto` has become durable.
     pub fn set_vouched(&self, upto: u64) {
         self.vouched.store(upto, Ordering::SeqCst);
     }
 
-    /// The layer's uuid.
+    /// Returns the layer's uuid.
     #[must_use]
     pub fn uuid(&self) -> &Uuid {
         &self.uuid
     }
 
-    /// Where its files are.
+    /// Returns the directory of the layer's files.
     #[must_use]
     pub fn dir(&self) -> &dyn LogDir {
         &*self.dir
     }
 
-    /// The sequence of the last record appended.
+    /// Returns the sequence of the last record appended.
     #[must_use]
     pub fn last_sequence(&self) -> u64 {
         self.tail.lock().next - 1
@@ -314,14 +316,14 @@ impl Log {
         file.sync()
     }
 
-    /// Makes every record durable and gives back the space reserved for more: the end.
+    /// Makes every record durable and frees the reserved space when the log is closed.
     ///
     /// # Errors
     /// The host's errno.
     pub fn finish(&self) -> io::Result<()> {
         let mut tail = self.tail.lock();
         if tail.reserved != 0 {
-            // A host that cannot cut leaves zeros there, which say nothing.
+            // Zeros remain on a host that cannot truncate; they hold no record.
             let _ = tail.file.truncate(tail.end());
             tail.reserved = 0;
         }
@@ -329,25 +331,26 @@ impl Log {
         self.sync()
     }
 
-    /// Whether the log has grown enough beyond its map to be worth reducing.
+    /// Returns whether the log has grown enough beyond its map to be worth reducing.
     #[must_use]
     pub fn needs_compaction(&self) -> bool {
         let tail = self.tail.lock();
         tail.next - tail.first >= tail.compact_at
     }
 
-    /// Reduces the records up to `durable`, all vouched, to what they add up to; those after it
-    /// are copied as they are. The caller sees to it that no sync is in flight.
+    /// Replaces the records up to `durable`, all vouched, by the shortest sequence that adds up to
+    /// the same map; later records are copied unchanged. The caller ensures that no sync is in
+    /// progress.
     ///
     /// # Errors
-    /// The host's errno; the log goes on as it was then. When only the new log's place is not
-    /// durable the log goes on there, and fails at its next sync.
+    /// The host's errno; the old log continues in that case. When only the rename is not durable,
+    /// the new log continues and fails at its next sync.
     pub fn compact(&self, durable: u64, tag: BootTag) -> io::Result<()> {
         let (file, first) = {
             let tail = self.tail.lock();
             (Arc::clone(&tail.file), tail.first)
         };
-        // Without the lock: these records do not change any more.
+        // No lock is needed: these records do not change any more.
         let mut image = LayerMap::new(0, 0);
         replay(&*file, &self.uuid, durable + 1 - first, self.block_size, &mut image)?;
         let count = image.records().count() as u64 + 2;

@@ -1,4 +1,4 @@
-//! Reading a log: what of it is good, what ends that, and what it adds up to.
+//! Reading a log: which records are good, how they end, and the map they add up to.
 
 use std::io;
 use std::ops::Range;
@@ -12,47 +12,47 @@ use crate::overlay::data::Storage;
 use crate::overlay::record::{BootTag, DecodedRecord, LayerMap, LogRecord, RECORD_LEN};
 use crate::pool::check_cancelled;
 
-/// What reading a log from end to end found.
+/// The result of reading a log from end to end.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LogScan {
     /// The sequence of the first record.
     pub first: u64,
-    /// Records that are good from the start on.
+    /// The number of good records, from the start on.
     pub good: u64,
-    /// The highest sequence seen anywhere: never to be used again.
+    /// The highest sequence seen anywhere; no new record may use it again.
     pub highest: u64,
     /// The tag of the last good `Open`.
     pub tag: Option<BootTag>,
     /// The `upto` of the last good `Vouch`.
     pub vouched: Option<u64>,
-    /// `durable` of a `Poisoned` record.
+    /// The `durable` of a `Poisoned` record.
     pub poisoned: Option<u64>,
-    /// `vouched` of it.
+    /// The `vouched` of that record.
     pub generation: Option<u64>,
-    /// The last good record is `Close`, and nothing follows.
+    /// Whether the last good record is a `Close` that nothing follows.
     pub closed: bool,
-    /// What ends the good part.
+    /// What follows the good records.
     pub end: LogEnd,
 }
 
-/// What comes after the good records of a log.
+/// The part of a log after its good records.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum LogEnd {
-    /// Nothing, or space reserved for more, which reads as zeros.
+    /// Nothing, or reserved space, which reads as zeros.
     Whole,
-    /// Bytes that are no record, and no good record after them: an append that was cut short.
+    /// Bytes that are not a record, without a good record after them: an interrupted append.
     Torn,
-    /// Never-written places before later records, none of them known to have been durable: what
-    /// a power cut leaves when the host wrote the log's pages out of order.
+    /// Blank records before later good ones, none of which is known to have been durable: what a
+    /// power cut leaves when the host wrote the log's pages out of order.
     Gap,
-    /// A record that was good once and is not any more.
+    /// A record that was good once and is damaged now.
     Damaged,
-    /// A record kind of a later version.
+    /// A record of an unknown kind, written by a later version.
     Unknown(u8),
 }
 
 impl LogScan {
-    /// The sequence of the last good record.
+    /// Returns the sequence of the last good record.
     #[must_use]
     pub fn last_sequence(&self) -> u64 {
         (self.first + self.good).saturating_sub(1)
@@ -60,7 +60,7 @@ impl LogScan {
 }
 
 impl LogScan {
-    /// Takes in the next record while all before were good.
+    /// Adds the next record, as long as all records before it were good.
     fn add(&mut self, decoded: DecodedRecord) {
         match decoded {
             DecodedRecord::Good(sequence, record) => {
@@ -122,7 +122,7 @@ pub fn scan(file: &dyn Storage, uuid: &Uuid) -> io::Result<LogScan> {
     }
     scan.highest = scan.last_sequence().max(later.highest);
     scan.end = match scan.end {
-        // Space reserved for records that never came.
+        // Reserved space without records.
         LogEnd::Gap if later.is_blank => LogEnd::Whole,
         LogEnd::Gap if later.records > 0 && later.durable > scan.last_sequence() => LogEnd::Damaged,
         LogEnd::Gap if later.records == 0 => LogEnd::Torn,
@@ -133,13 +133,13 @@ pub fn scan(file: &dyn Storage, uuid: &Uuid) -> io::Result<LogScan> {
     Ok(scan)
 }
 
-/// What is learnt from what is behind the first bad record.
+/// The findings after the first bad record.
 struct TrailingRecords {
-    /// There was nothing but blank places.
+    /// Whether all records there were blank.
     is_blank: bool,
     records: u64,
     highest: u64,
-    /// The highest sequence that one of them knew to be durable.
+    /// The highest sequence that one of these records says is durable.
     durable: u64,
 }
 
@@ -159,7 +159,7 @@ impl TrailingRecords {
 /// Applies the first `count` records of a log to `image`. `block` is the block size in bytes.
 ///
 /// # Errors
-/// The host's errno; `EIO` when a record is not what it was a moment ago.
+/// The host's errno; `EIO` when a record has changed since it was scanned.
 pub fn replay(
     file: &dyn Storage,
     uuid: &Uuid,
@@ -176,10 +176,11 @@ pub fn replay(
     })
 }
 
-/// How many of the records `range`, counted from the first in the file, change the map or the size.
+/// Returns how many of the records in `range`, counted from the first in the file, change the map
+/// or the size.
 ///
 /// # Errors
-/// As [`replay`].
+/// Those of [`replay`].
 pub fn count_changes(file: &dyn Storage, uuid: &Uuid, range: Range<u64>) -> io::Result<u64> {
     let mut changes = 0;
     for_each_record(file, range.start, range.end, &mut |bytes| {
@@ -193,8 +194,8 @@ pub fn count_changes(file: &dyn Storage, uuid: &Uuid, range: Range<u64>) -> io::
     Ok(changes)
 }
 
-/// Calls `each` with the records from `from` to `to`, counted from the first in the file. Of a
-/// stretch of blank places it sees the first megabyte at least.
+/// Calls `each` with the records from `from` to `to`, counted from the first in the file. Holes may
+/// be skipped, but `each` sees at least the first megabyte of a blank stretch.
 pub(super) fn for_each_record(
     file: &dyn Storage,
     from: u64,
@@ -210,11 +211,11 @@ pub(super) fn for_each_record(
         let (records, _) = buf.as_chunks::<RECORD_LEN>();
         records.iter().try_for_each(&mut *each)?;
         at += count as u64;
-        // A log may be as long as the host lets a file be. Nobody has to wait for its holes...
+        // A log may be as long as the largest file of the host: skip its holes.
         if buf.iter().all(|byte| *byte == 0) {
             at = file.next_data(at * RECORD_BYTES).map_or(to, |next| at.max(next / RECORD_BYTES));
         }
-        // ... and whoever is gone does not wait for the rest either.
+        // Stop when the request was cancelled meanwhile.
         check_cancelled()?;
     }
     Ok(())
@@ -229,7 +230,7 @@ mod tests {
     use crate::pool::{Cancellable, run_cancellable};
 
     #[test]
-    fn records_behind_a_hole_of_any_length_are_found_without_reading_it() {
+    fn records_after_a_huge_hole_are_found_without_reading_the_hole() {
         let uuid = Uuid::from_u128(3);
         let file = tempfile::tempfile_in("/var/tmp").unwrap();
         file.write_all_at(&LogRecord::Open { tag: BootTag([1; 2]) }.encode(&uuid, 1), 0).unwrap();
@@ -255,7 +256,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_is_read_on_for_somebody_who_is_gone() {
+    fn reading_stops_when_the_request_is_cancelled() {
         let uuid = Uuid::from_u128(3);
         let file = tempfile::tempfile().unwrap();
         let records: Vec<u8> =
@@ -275,7 +276,7 @@ mod tests {
     }
 
     #[test]
-    fn only_records_that_change_the_disk_are_changes() {
+    fn only_records_that_change_the_disk_count_as_changes() {
         let uuid = Uuid::from_u128(3);
         let file = tempfile::tempfile().unwrap();
         let vouch = LogRecord::Vouch { upto: 1, durable: 1 };

@@ -1,4 +1,4 @@
-//! Records written one after the other: a new log.
+//! Writing a new log: records one after the other.
 
 use std::io::{self, IoSlice};
 

@@ -1,4 +1,4 @@
-//! New overlays: built beside their place, and renamed into it when all of it is durable.
+//! Creating overlays: built in a temporary directory and renamed into place once they are durable.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -23,33 +23,33 @@ use crate::overlay::stack::{
 use crate::overlay::{Overlay, boot_tag};
 use crate::process::explain_size_error;
 
-/// What is to be made.
+/// The contents of an overlay to create.
 pub struct NewOverlay<'a> {
     /// The disk's stack.
     pub stack: Stack,
-    /// The first map of its top.
+    /// The initial map of the top.
     pub map: &'a LayerMap,
-    /// The most bytes of data it may hold.
+    /// The most bytes of data that the overlay may hold.
     pub limit: Option<u64>,
 }
 
-/// A layer to be made in a new overlay, perhaps of one that exists elsewhere.
+/// A layer to create in a new overlay, possibly with the data of an existing layer.
 pub struct NewLayer<'a> {
-    /// Its place in the stack.
+    /// The layer's record in the stack.
     pub record: LayerRecord,
-    /// Its map.
+    /// The layer's initial map.
     pub map: LayerMap,
-    /// Makes its data file in the directory of the layer.
+    /// Creates the data file in the directory of the layer.
     pub make_data: MakeData<'a>,
 }
 
-/// Makes the data file of a layer in the layer's directory.
+/// Creates the data file of a layer in the layer's directory.
 pub type MakeData<'a> = Box<dyn FnOnce(&File) -> io::Result<HostFile> + 'a>;
 
-/// Makes an overlay with an empty top; all layers below that exist already.
+/// Creates an overlay with an empty top; all layers below exist already.
 ///
 /// # Errors
-/// [`StackError`]; nothing is left behind then.
+/// [`StackError`]; nothing is left behind in that case.
 pub fn create(place: OverlayPath<'_>, new: NewOverlay<'_>) -> Result<OpenedOverlay, StackError> {
     let NewOverlay { stack, map: image, limit } = new;
     let part = NewLayer {
@@ -60,19 +60,19 @@ pub fn create(place: OverlayPath<'_>, new: NewOverlay<'_>) -> Result<OpenedOverl
     build(place, stack, vec![part], limit)
 }
 
-/// An empty data file for a disk of `size` bytes. It has its length from the start: later writes
-/// then change blocks only, not the file's size.
+/// Creates an empty data file for a disk of `size` bytes. The file has its full length from the
+/// start, so that later writes change only blocks and not the length.
 pub(super) fn empty_data(layer: &File, size: u64) -> io::Result<HostFile> {
     let file = confined::create_file(layer, "data")?;
     file.set_len(size.min(SEGMENT_LEN)).map_err(explain_size_error)?;
     data_file_in(layer.try_clone()?, file)
 }
 
-/// Builds an overlay and `parts` of its layers, the top among them; all others exist already.
-/// `limit` caps the bytes of data that the top may hold.
+/// Builds an overlay with the layers `parts`, one of which is the top; all other layers of `stack`
+/// exist already. `limit` caps the bytes of data that the top may hold.
 ///
 /// # Errors
-/// [`StackError`]; nothing is left behind then.
+/// [`StackError`]; nothing is left behind in that case.
 pub fn build(
     place: OverlayPath<'_>,
     stack: Stack,
@@ -93,8 +93,8 @@ pub fn build(
     };
     let layers = layers.map_err(doing("making its layers"))?;
     let uuids: Vec<Uuid> = parts.iter().map(|part| part.record.uuid).collect();
-    // Not moved into a closure: what is not put into its place removes itself last of all, when the
-    // other descriptors are free for that.
+    // Not moved into a closure: an abandoned `StagingDir` removes itself when dropped, which must
+    // happen last, when the other descriptors are closed.
     let made = match build_in(draft.dir(), &layers, &stack, parts, limit) {
         Ok(made) => draft
             .move_into_place(place.dir, parent)
@@ -116,7 +116,7 @@ pub fn build(
         }
         Err(error) => {
             if place.layers.is_some() {
-                // Not below the temporary directory, which removes itself.
+                // These layers are not inside the temporary directory, which removes itself.
                 uuids.into_iter().for_each(|uuid| {
                     let _ = remove_layer(&layers, uuid);
                 });
@@ -126,7 +126,7 @@ pub fn build(
     }
 }
 
-/// The layers that were built: the top one, those below it, and the lock.
+/// The layers that were built: the top, those below it, and the lock.
 type BuiltLayers = (Overlay, Vec<Arc<Overlay>>, File);
 
 fn build_in(
@@ -157,7 +157,7 @@ fn build_in(
     Ok((overlay, below, lock))
 }
 
-/// Makes the files of a layer durably, and locks it.
+/// Creates the files of a layer, durably, and locks the layer.
 pub(super) fn make_layer(
     layers: &File,
     record: &LayerRecord,

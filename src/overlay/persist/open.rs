@@ -1,4 +1,4 @@
-//! Overlays that are there: locked first, read after.
+//! Existing overlays: locking them first, reading them afterwards.
 
 use std::fs::File;
 use std::io;
@@ -19,17 +19,17 @@ use crate::overlay::stack::{LayerRecord, LockedLayer, Stack, StackError, doing, 
 use crate::overlay::{Overlay, boot_tag};
 use crate::trust;
 
-/// How long a daemon that is draining is waited for.
+/// The longest wait for a daemon that is draining, or that has died and is being cleaned up: 10 s.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
-/// How long for one that has left no word of who it is: it begins or ends just now, or a child that it
-/// has forked is about to become another program.
+/// The longest wait for a holder without a readable `holder` file: 200 ms. Such a daemon is just
+/// starting or ending, or a child that it has forked is about to execute another program.
 const UNKNOWN_HOLDER_TIMEOUT: Duration = Duration::from_millis(200);
-/// The longest word of who it is, in bytes: a path and a few numbers.
+/// The longest `holder` file in bytes: a path and a few numbers.
 const MAX_HOLDER_LEN: u64 = 64 << 10;
 
-/// A persistent overlay found in its place, its lock taken, its log not read yet.
+/// A persistent overlay that is locked, before its log is read.
 pub struct LockedOverlay {
-    /// What makes the disk.
+    /// The layers and the base of the disk.
     pub stack: Stack,
     pub(in crate::overlay) dir: File,
     pub(in crate::overlay) layers: File,
@@ -38,13 +38,13 @@ pub struct LockedOverlay {
     top: LayerRecord,
 }
 
-/// Finds the overlay at `place` and takes its lock.
+/// Locks the overlay at `place`.
 ///
 /// # Errors
-/// [`StackError`]: not there, damaged, of another version, in use.
+/// [`StackError`]: missing, damaged, of another version, in use.
 pub fn lock_overlay(place: OverlayPath<'_>) -> Result<LockedOverlay, StackError> {
     let dir = open_overlay_dir(place.dir)?;
-    // Before its layers: a reflink overlay has none.
+    // Checked before the layers are opened: a reflink overlay has none.
     let mut record = top_layer(&Stack::read(&dir)?)?;
     let layers = match place.layers {
         None => confined::open_subdir(&dir, "layers"),
@@ -59,7 +59,7 @@ pub fn lock_overlay(place: OverlayPath<'_>) -> Result<LockedOverlay, StackError>
     })?;
     loop {
         let layer = open_layer_files(&layers, &record, |data| take_lock(&dir, data))?;
-        // Once more under the lock: its last holder may have changed it.
+        // Read again under the lock: the last holder may have changed the stack.
         let stack = Stack::read(&dir)?;
         let top = top_layer(&stack)?;
         if top == record {
@@ -70,8 +70,8 @@ pub fn lock_overlay(place: OverlayPath<'_>) -> Result<LockedOverlay, StackError>
     }
 }
 
-/// Opens a sealed layer. One that was not closed is recovered, made durable and closed first, by
-/// one process alone.
+/// Opens a sealed layer. A layer that was not closed is first recovered, made durable and closed,
+/// by one process at a time.
 pub(in crate::overlay) fn open_sealed(
     layers: &File,
     record: &LayerRecord,
@@ -92,8 +92,8 @@ pub(in crate::overlay) fn open_sealed(
     Ok((Arc::new(layer), recovered))
 }
 
-/// Takes the lock; a daemon that is draining is waited for, and the kernel, while it clears up
-/// after one that has died.
+/// Takes the lock. Waits for a daemon that is draining, and for the kernel while it cleans up after
+/// a daemon that has died.
 pub(in crate::overlay) fn take_lock(dir: &File, data: &File) -> Result<(), StackError> {
     let start = Instant::now();
     loop {
@@ -127,7 +127,7 @@ fn read_holder(dir: &File) -> Option<Holder> {
 }
 
 impl LockedOverlay {
-    /// The block size in bytes.
+    /// Returns the block size in bytes.
     #[must_use]
     pub fn block_size(&self) -> u32 {
         self.top.block
@@ -138,7 +138,7 @@ impl LockedOverlay {
         move |error| StackError::Log { uuid, error }
     }
 
-    /// Whether a commit into the base was begun and not finished.
+    /// Returns whether a commit into the base has begun and not ended.
     ///
     /// # Errors
     /// [`StackError::Log`].
@@ -149,8 +149,8 @@ impl LockedOverlay {
         Ok(image.is_committing)
     }
 
-    /// Opens it for use, taking from `layer_cache` the sealed layers that are open already. `limit` caps
-    /// the bytes of data that all its layers may hold together.
+    /// Opens the overlay for use, taking sealed layers that are already open from `shelf`. `limit`
+    /// caps the total bytes of data that all its layers may hold.
     ///
     /// # Errors
     /// [`StackError`].
@@ -158,7 +158,7 @@ impl LockedOverlay {
         let tag = boot_tag::current(&self.dir).map_err(doing("reading the boot id"))?;
         let mut recovered = Recovered::Clean;
         let mut below = Vec::new();
-        // The lowest first: what stands on it is read only once it is as it will stay.
+        // The lowest layer first: a layer must be recovered before the layers above it are read.
         for record in self.stack.tree().live().iter().skip(1).rev() {
             below.push(shelf.get_or_open(record.uuid, || {
                 let (layer, found) = open_sealed(&self.layers, record)?;
@@ -182,11 +182,11 @@ impl LockedOverlay {
         })
     }
 
-    /// Opens the layers that the disk does not read through: they are its to make durable, too.
+    /// Opens the layers that only snapshots use: this disk has to make them durable, too.
     fn open_snapshot_layers(&self, shelf: &LayerCache) -> Vec<(Uuid, Arc<Overlay>)> {
         let tree = self.stack.tree();
         let live: Vec<Uuid> = tree.live().iter().map(|layer| layer.uuid).collect();
-        // A layer stands behind the one it stands on.
+        // The tree lists each layer after its parent.
         let aside = tree.layers.iter().filter(|layer| !live.contains(&layer.uuid));
         let open = |record: &LayerRecord| {
             let opened = shelf.get_or_open(record.uuid, || {
@@ -203,8 +203,8 @@ impl LockedOverlay {
         aside.filter_map(open).collect()
     }
 
-    /// Removes the layers that the stack does not name: what an operation that was cut short left
-    /// behind. Only for an overlay that has its layers to itself.
+    /// Removes the layers that the stack does not name, left behind by an interrupted operation.
+    /// Only for an overlay that does not share its directory of layers.
     pub fn remove_all_unused(&self) {
         for layer in self.unused_layers().unwrap_or_default() {
             if let Err(error) = self.remove_unused(layer) {
@@ -214,7 +214,7 @@ impl LockedOverlay {
         }
     }
 
-    /// Its directory, locked, for who changes the `stack` and reads no layer.
+    /// Returns the locked directory, for a caller that changes the `stack` but reads no layer.
     #[must_use]
     pub fn into_dir(self) -> OverlayDir {
         let Self { stack, dir, layers, lock, .. } = self;

@@ -1,4 +1,4 @@
-//! The open directory of an overlay: its `stack`, its layers' files, its lock.
+//! The open directory of an overlay: its `stack`, the files of its layers, and its lock.
 
 use std::fs::File;
 use std::io::{self, Write};
@@ -16,20 +16,20 @@ use crate::overlay::layer_cache::LayerCache;
 use crate::overlay::record::LayerMap;
 use crate::overlay::stack::{LayerRecord, Stack, StackError, doing};
 
-/// The open directory of a persistent overlay, its `stack` and its lock.
+/// The open directory of a persistent overlay, with its `stack` and its lock.
 pub struct OverlayDir {
-    /// What makes the disk.
+    /// The layers and the base of the disk.
     pub stack: Stack,
     pub(super) dir: File,
     pub(super) layers: File,
-    /// Unlocked when the last descriptor of this open file is closed.
+    /// The lock; released when the last descriptor of this open file is closed.
     pub(super) lock: File,
     pub(super) torn: bool,
 }
 
 impl OverlayDir {
-    /// The overlay in the open directory `dir`, whose lock `lock` carries.
-    /// Layers, which a reflink overlay has none of, would lie right in it.
+    /// Creates the handle for the overlay in the open directory `dir`, locked through `lock`. The
+    /// directory itself is used for layers, because a reflink overlay has none.
     ///
     /// # Errors
     /// The host's errno.
@@ -40,10 +40,10 @@ impl OverlayDir {
     /// Replaces the `stack`, durably.
     ///
     /// # Errors
-    /// The host's errno; the old one is in place then.
+    /// The host's errno; the old `stack` is in place in that case.
     pub fn replace_stack(&mut self, stack: Stack) -> Result<(), StackError> {
         if let Err(error) = stack.write(&self.dir) {
-            // It may have come into its place without that being durable.
+            // The new `stack` may be in place without the rename being durable.
             let is_old = || Stack::read(&self.dir).is_ok_and(|found| found == self.stack);
             if !is_old()
                 && let Err(again) = self.stack.write(&self.dir)
@@ -57,33 +57,34 @@ impl OverlayDir {
         Ok(())
     }
 
-    /// Whether the `stack` in the directory may be another than this one: nothing may be
-    /// acknowledged any more then.
+    /// Returns whether the `stack` on disk may differ from this one, so that nothing may be
+    /// acknowledged any more.
     #[must_use]
     pub fn is_torn(&self) -> bool {
         self.torn
     }
 
-    /// Whether the directory still holds this `stack`, and was not removed.
+    /// Returns whether the directory still holds this `stack` and was not removed.
     #[must_use]
     pub fn is_on_disk(&self) -> bool {
         Stack::read(&self.dir).is_ok_and(|found| found == self.stack)
     }
 
-    /// As [`replace_stack`](Self::replace_stack), with another top, whose lock is `lock`.
+    /// Replaces the `stack` like [`replace_stack`](Self::replace_stack) when the top changes;
+    /// `lock` is the new top's lock.
     ///
     /// # Errors
-    /// As [`replace_stack`](Self::replace_stack).
+    /// Those of [`replace_stack`](Self::replace_stack).
     pub fn replace_top(&mut self, stack: Stack, lock: File) -> Result<(), StackError> {
         self.replace_stack(stack)?;
         self.lock = lock;
         Ok(())
     }
 
-    /// Makes a layer that no stack names yet, durably, and locks it.
+    /// Creates a layer that no stack names yet, durably, and locks it.
     ///
     /// # Errors
-    /// [`StackError`]; nothing is left behind then.
+    /// [`StackError`]; nothing is left behind in that case.
     pub fn add_layer(
         &self,
         record: &LayerRecord,
@@ -94,7 +95,7 @@ impl OverlayDir {
             .inspect_err(|_| self.remove_layer(record.uuid))
     }
 
-    /// Opens the sealed layer `uuid` of this disk, or takes it from `layer_cache`.
+    /// Returns the sealed layer `uuid` of this disk from `shelf`, opening it if necessary.
     ///
     /// # Errors
     /// [`StackError`].
@@ -106,18 +107,18 @@ impl OverlayDir {
         shelf.get_or_open(uuid, || open_sealed(&self.layers, record).map(|(layer, _)| layer))
     }
 
-    /// Removes the files of a layer that no stack names any more. Best effort: what is left is
-    /// swept when the overlay is opened the next time.
+    /// Removes the files of a layer that no stack names any more. Best effort: remaining files are
+    /// removed when the overlay is opened the next time.
     pub fn remove_layer(&self, uuid: Uuid) {
         if self.torn {
-            return; // Nobody knows what the stack names.
+            return; // The stack on disk may still name the layer.
         }
         if let Err(error) = remove_layer(&self.layers, uuid) {
             log::debug!("the files of layer {uuid} are left behind: {error}");
         }
     }
 
-    /// Tells others who has it. Best effort: the lock is what counts.
+    /// Writes the `holder` file for display. Best effort: only the lock counts.
     pub fn write_holder(&self, holder: &Holder) {
         let write = || -> io::Result<()> {
             let bytes = serde_json::to_vec(holder)?;
@@ -130,13 +131,13 @@ impl OverlayDir {
         }
     }
 
-    /// Nobody has it any more.
+    /// Removes the `holder` file.
     pub fn remove_holder(&self) {
         let _ = rustix::fs::unlinkat(&self.dir, "holder", AtFlags::empty());
     }
 
-    /// Lets others have it at once, while this process lives on: a child that was forked a moment
-    /// ago shares the open file until it executes its program. Nothing of ours may use it any more.
+    /// Releases the lock at once, while this process goes on: a child that was just forked shares
+    /// the open file until it executes its program. This process must not use the overlay any more.
     pub fn unlock(self) {
         self.remove_holder();
         if let Err(error) = rustix::fs::flock(&self.lock, FlockOperation::Unlock) {
@@ -145,11 +146,11 @@ impl OverlayDir {
     }
 }
 
-/// Removes the directory of the layer `uuid`, its `data` last: that carries the lock. One that holds
-/// anything else than a layer's files stays as it is.
+/// Removes the directory of the layer `uuid`, its `data` last because that file carries the lock. A
+/// directory that holds anything but a layer's files stays unchanged.
 ///
 /// # Errors
-/// The host's errno; a line that names what else it holds.
+/// The host's errno; an error that names the foreign file.
 pub(crate) fn remove_layer(layers: &File, uuid: Uuid) -> io::Result<()> {
     let name = uuid.to_string();
     let dir = confined::open_subdir(layers, &name)?;
@@ -162,7 +163,7 @@ pub(crate) fn remove_layer(layers: &File, uuid: Uuid) -> io::Result<()> {
     Ok(rustix::fs::unlinkat(layers, &name, AtFlags::REMOVEDIR)?)
 }
 
-/// Whether a layer has a file of that name.
+/// Returns whether `name` is the name of a layer's file.
 fn is_layer_file(name: &str) -> bool {
     let is_segment = |index: &str| index.parse::<usize>().is_ok();
     matches!(name, "data" | "log" | "log.new" | "journal")

@@ -1,4 +1,4 @@
-//! What differs from the base, as the host's extents tell it.
+//! The differences from the base, derived from the host's extents.
 //!
 //! ```text
 //!   base    |==A==|==B==|     |==C==|        letters: places on the host's device
@@ -6,9 +6,10 @@
 //!   changed       |-----------|-----|
 //! ```
 //!
-//! Bytes that lie at the same place in both files are shared, and so the same; where both have a
-//! hole they are the same, too. All else counts as changed, also what the host does not tell the
-//! place of (not written yet, compressed, reserved): never the other way round.
+//! Bytes at the same place of the device in both files are shared and therefore equal; where both
+//! files have a hole they are equal, too. Everything else counts as changed, including bytes whose
+//! place the host does not report (not written yet, compressed, reserved). Changed bytes are never
+//! reported as unchanged.
 
 use std::io;
 use std::ops::Range;
@@ -17,22 +18,22 @@ use super::Reflink;
 use crate::layer::Layer;
 use crate::overlay::fiemap::{Fiemap, MappedExtent};
 
-/// Whether the host writes what is dirty before it is asked: until then a changed block may still
-/// show as shared.
+/// Whether the host writes dirty data before it reports extents. Until dirty data is written, a
+/// changed block may still be reported as shared.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Flush {
-    /// First, so that the answer is of now; it waits for the device.
+    /// Written first: the answer is current, but has to wait for the device.
     First,
-    /// Not at all: the answer is of what has been written back.
+    /// Not written: the answer covers only data that was already written back.
     No,
 }
 
-/// What differs from the base.
+/// The differences from the base.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ChangedRanges {
-    /// Bytes of the disk, rising and apart.
+    /// The changed bytes of the disk, ascending and apart.
     pub ranges: Vec<Range<u64>>,
-    /// How many they are.
+    /// The total number of changed bytes.
     pub bytes: u64,
 }
 
@@ -46,7 +47,7 @@ impl ChangedRanges {
     }
 }
 
-/// What lies at one place of a file.
+/// The place of a byte of a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum PhysicalPlace {
     Hole,
@@ -54,7 +55,7 @@ enum PhysicalPlace {
     Unknown,
 }
 
-/// A file's extents, asked for at rising offsets.
+/// A cursor over a file's extents, queried at ascending offsets.
 struct ExtentCursor<N> {
     next: N,
     current: Option<MappedExtent>,
@@ -66,7 +67,7 @@ impl<N: FnMut() -> io::Result<Option<MappedExtent>>> ExtentCursor<N> {
         Ok(Self { next, current })
     }
 
-    /// What lies at `offset`, and up to where it goes on so.
+    /// Returns the place of the byte at `offset`, and the end of the run that begins there.
     fn place_at(&mut self, offset: u64) -> io::Result<(PhysicalPlace, u64)> {
         while self.current.as_ref().is_some_and(|mapped| mapped.range.end <= offset) {
             self.current = (self.next)()?;
@@ -84,7 +85,7 @@ impl<N: FnMut() -> io::Result<Option<MappedExtent>>> ExtentCursor<N> {
     }
 }
 
-/// Walks two files side by side up to `size`; after `limit` steps the rest counts as changed.
+/// Compares two files side by side up to `size`; after `limit` steps the rest counts as changed.
 fn compare<A, B>(data: A, base: B, size: u64, limit: u64) -> io::Result<ChangedRanges>
 where
     A: FnMut() -> io::Result<Option<MappedExtent>>,
@@ -109,23 +110,24 @@ where
     Ok(found)
 }
 
-/// The most steps for [`Reflink::estimate_changed`]: some 20 ms.
+/// The most steps of [`Reflink::estimate_changed`]: about 20 ms.
 const MAX_ESTIMATE_STEPS: u64 = 64 << 10;
 
 impl Reflink {
-    /// What differs from the base now. Flushes the file first.
+    /// Returns the differences from the base. Flushes the file first.
     ///
     /// # Errors
-    /// The host's errno; `EOPNOTSUPP` where it has no FIEMAP.
+    /// The host's errno; `EOPNOTSUPP` where the host has no FIEMAP.
     pub fn changed(&self) -> io::Result<ChangedRanges> {
         self.compare(Flush::First, u64::MAX)
     }
 
-    /// About how many bytes differ from the base: of what has been written back, and of a much
-    /// fragmented file what was not looked at counts as changed.
+    /// Estimates the number of bytes that differ from the base. Covers only data that was already
+    /// written back; in a heavily fragmented file, the part that was not examined counts as
+    /// changed.
     ///
     /// # Errors
-    /// As [`changed`](Self::changed).
+    /// Those of [`changed`](Self::changed).
     pub fn estimate_changed(&self) -> io::Result<u64> {
         Ok(self.compare(Flush::No, MAX_ESTIMATE_STEPS)?.bytes)
     }
@@ -158,7 +160,7 @@ mod tests {
     }
 
     #[test]
-    fn what_lies_at_the_same_place_is_unchanged_however_it_is_cut() {
+    fn shared_places_are_unchanged_however_their_extents_are_split() {
         let whole = [mapped(0, 100, 1000), mapped(200, 50, 5000)];
         let cut = [mapped(0, 30, 1000), mapped(30, 70, 1030), mapped(200, 50, 5000)];
         assert_eq!(differ(&cut, &whole, 300), []);
@@ -166,31 +168,31 @@ mod tests {
     }
 
     #[test]
-    fn other_places_new_data_and_new_holes_are_changed() {
+    fn moved_bytes_new_data_and_new_holes_are_changed() {
         let base = [mapped(0, 100, 1000), mapped(200, 50, 5000)];
         let data = [mapped(0, 40, 1000), mapped(40, 20, 7000), mapped(60, 40, 1060)];
         assert_eq!(differ(&data, &base, 300), [40..60, 200..250]);
         assert_eq!(differ(&base, &data, 300), [40..60, 200..250]);
-        // The same place of the device at another offset of the file is another thing.
+        // The same place of the device at another offset of the file is a difference.
         assert_eq!(differ(&[mapped(10, 100, 1000)], &[mapped(0, 100, 1000)], 110), [0..110]);
     }
 
     #[test]
-    fn what_is_not_told_is_changed_even_on_both_sides() {
+    fn bytes_at_unknown_places_are_changed_even_on_both_sides() {
         assert_eq!(differ(&[unknown(0, 10)], &[unknown(0, 10)], 20), [0..10]);
         assert_eq!(differ(&[unknown(5, 10)], &[mapped(0, 20, 40)], 20), [0..20]);
         assert_eq!(differ(&[unknown(0, 10)], &[], 20), [0..10]);
     }
 
     #[test]
-    fn nothing_past_the_size_is_told() {
+    fn changes_past_the_size_are_not_reported() {
         assert_eq!(differ(&[mapped(0, 100, 0)], &[], 60), [0..60]);
         assert_eq!(differ(&[], &[mapped(0, 100, 0)], 60), [0..60]);
         assert_eq!(differ(&[], &[], 60), []);
     }
 
     #[test]
-    fn after_the_limit_the_rest_is_changed() {
+    fn the_rest_is_changed_once_the_step_limit_is_reached() {
         let data = [mapped(0, 10, 0), mapped(20, 10, 50)];
         let (mut ours, mut theirs) = (data.iter().cloned(), data.iter().cloned());
         let found = compare(|| Ok(ours.next()), || Ok(theirs.next()), 100, 2).unwrap();

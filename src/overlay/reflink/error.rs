@@ -1,4 +1,4 @@
-//! Why a reflink overlay cannot do what it was asked; each is one line for the user.
+//! The errors of reflink overlays, each one line for the user.
 
 use std::io;
 use std::path::PathBuf;
@@ -6,10 +6,10 @@ use std::path::PathBuf;
 use super::intent::RevertTarget;
 use crate::overlay::stack::StackError;
 
-/// What is wrong with a reflink overlay. The overlay's path is put in front by the caller.
+/// An error of a reflink overlay. The caller puts the overlay's path in front of the message.
 #[derive(Debug, thiserror::Error)]
 pub enum ReflinkError {
-    /// Its directory, its `stack` or its lock.
+    /// An error of the directory, its `stack` or its lock.
     #[error(transparent)]
     Stack(#[from] StackError),
     /// The base's blocks cannot be shared across file systems.
@@ -25,30 +25,30 @@ pub enum ReflinkError {
     NoReflinks {
         /// The file system.
         fs: &'static str,
-        /// The host's answer.
+        /// The host's error.
         error: io::Error,
     },
     /// The base is not a file that could be shared.
     #[error("needs a file as its base for reflink, and this is {0}: leave out reflink")]
     Base(&'static str),
-    /// It is there, of the other kind.
+    /// The overlay exists and is of the other kind.
     #[error("keeps a block map: leave out reflink, how an overlay works is fixed at creation")]
     Blocks,
-    /// No such snapshot.
+    /// There is no such snapshot.
     #[error("has no snapshot '{0}'")]
     NoSnapshot(String),
-    /// There is one of that name.
+    /// There already is a snapshot of that name.
     #[error("has a snapshot '{0}' already: take another name, or delete that one first")]
     Exists(String),
-    /// It cannot be a snapshot's name.
+    /// The name cannot be a snapshot's name.
     #[error("cannot have a snapshot '{name}': {why}")]
     Name {
-        /// The name, as it was given, printable.
+        /// The name as given, escaped for printing.
         name: String,
-        /// What is wrong with it.
+        /// The reason why the name is invalid.
         why: &'static str,
     },
-    /// The note on an unfinished revert cannot be read.
+    /// The intent file of an unfinished revert cannot be read.
     #[error(
         "is in the middle of a revert or a reset, and its 'intent' is damaged: put one there from a backup"
     )]
@@ -56,18 +56,18 @@ pub enum ReflinkError {
     /// An unfinished revert could not be finished.
     #[error("is in the middle of a {of}, which cannot be finished: {error}")]
     Unfinished {
-        /// What had begun.
+        /// The interrupted operation.
         of: RevertTarget,
-        /// The host's answer.
+        /// The host's error.
         error: io::Error,
     },
-    /// A sync failed before.
+    /// An earlier sync failed, or a revert could not be finished.
     #[error("is read-only since a sync failed: unmount it and mount it again")]
     Latched,
 }
 
 impl ReflinkError {
-    /// The host's errno behind it, if there is one.
+    /// Returns the errno that corresponds to this error, if there is one.
     #[must_use]
     pub fn errno(&self) -> Option<i32> {
         match self {

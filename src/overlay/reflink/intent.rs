@@ -1,11 +1,12 @@
-//! The note that a revert or a reset has begun.
+//! The intent file, which records that a revert or a reset has begun.
 //!
-//! FICLONE of many extents is many transactions of the host: a crash inside leaves a file that is
-//! neither the old nor the new one. So the note is durable before it begins and goes when the new
-//! file is durable; who opens the overlay and finds it does the FICLONE once more.
+//! FICLONE of many extents takes many transactions of the host: a crash in between leaves a file
+//! that is neither the old nor the new one. So the intent file is durable before the FICLONE begins
+//! and is removed once the new contents are durable; whoever opens the overlay and finds an intent
+//! file repeats the FICLONE.
 //!
 //! ```text
-//!   checksum = "crc32c:0123abcd"        of all that follows
+//!   checksum = "crc32c:0123abcd"        of everything that follows
 //!   from = "snapshot"                   or "base"
 //!   name = "monday"
 //! ```
@@ -21,22 +22,22 @@ use super::snapshots::check_name;
 use crate::confined;
 use crate::overlay::stack::doing;
 
-/// The file's name.
+/// The name of the intent file.
 const INTENT_FILE: &str = "intent";
-/// The name it is written under.
+/// The name under which the intent file is written before it is renamed.
 const NEW_INTENT_FILE: &str = "intent.new";
-/// The longest note in bytes: a name of 255 bytes, escaped, and a few words.
+/// The longest intent file in bytes: an escaped name of 255 bytes and a few words.
 const MAX_INTENT_LEN: u64 = 64 << 10;
 
-/// What the disk is to be a copy of.
+/// The source that the disk becomes a copy of.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "from", rename_all = "lowercase", deny_unknown_fields)]
 pub enum RevertTarget {
-    /// Its base: a reset.
+    /// The base: a reset.
     Base,
-    /// One of its snapshots: a revert.
+    /// One of the snapshots: a revert.
     Snapshot {
-        /// Its name.
+        /// The snapshot's name.
         name: String,
     },
 }
@@ -64,35 +65,35 @@ fn decode(bytes: &[u8]) -> Option<RevertTarget> {
     }
     let origin = toml::from_str(body).ok()?;
     match &origin {
-        // Whoever wrote it: it leads to a snapshot and nowhere else.
+        // The name must denote a snapshot and nothing else, whoever wrote the file.
         RevertTarget::Snapshot { name } if check_name(name).is_err() => None,
         _ => Some(origin),
     }
 }
 
-/// Notes in `dir`, durably, that the disk is about to become a copy of `origin`.
+/// Records in `dir`, durably, that the disk is about to become a copy of `origin`.
 ///
 /// # Errors
-/// The host's errno. The note may be there all the same, when only the last sync failed.
+/// The host's errno. The intent file may exist nevertheless, when only the last sync failed.
 pub(super) fn write(dir: &File, origin: &RevertTarget) -> io::Result<()> {
     confined::replace_file(dir, INTENT_FILE, NEW_INTENT_FILE, &encode(origin)?)
 }
 
-/// Takes the note away.
+/// Removes the intent file, durably.
 ///
 /// # Errors
-/// The host's errno; doing it once more is harmless then.
+/// The host's errno; calling this again is harmless.
 pub(super) fn clear(dir: &File) -> io::Result<()> {
     confined::remove_file(dir, INTENT_FILE)?;
     dir.sync_all()
 }
 
-/// What a crash has left undone.
+/// Returns the operation that a crash has interrupted, if any.
 ///
 /// # Errors
-/// [`ReflinkError::Intent`] when the note is damaged; the host's errno.
+/// [`ReflinkError::Intent`] when the intent file is damaged; otherwise the host's errno.
 pub(super) fn read(dir: &File) -> Result<Option<RevertTarget>, ReflinkError> {
-    // One that was being written has begun nothing.
+    // The operation of an unfinished intent file never began.
     let _ = confined::remove_file(dir, NEW_INTENT_FILE);
     match confined::read_file(dir, INTENT_FILE, MAX_INTENT_LEN) {
         Ok(bytes) => decode(&bytes).map(Some).ok_or(ReflinkError::Intent),
@@ -111,7 +112,7 @@ mod tests {
     }
 
     #[test]
-    fn a_note_is_there_until_it_is_cleared() {
+    fn an_intent_exists_until_it_is_cleared() {
         let temp = tempfile::tempdir().unwrap();
         let dir = open_dir(temp.path()).unwrap();
         assert_eq!(read(&dir).unwrap(), None);
@@ -126,7 +127,7 @@ mod tests {
     }
 
     #[test]
-    fn any_changed_byte_is_noticed() {
+    fn an_intent_with_any_changed_byte_is_rejected() {
         let bytes = encode(&monday()).unwrap();
         for at in 0..bytes.len() {
             let mut changed = bytes.clone();

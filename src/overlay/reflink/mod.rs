@@ -2,28 +2,29 @@
 //!
 //! ```text
 //!   base.img   A B C D E F G          read only, never touched
-//!              | |   | | |
+//!   base.img   A B C D E F G          read only, never changed
 //!   data       A B X D E F Y          FICLONE of the base; the host copies a block that is written
-//!                |   |   |
+//!   data       A B X D E F Y          FICLONE of the base; the host copies a written block
 //!   snapshots/  monday ...            FICLONEs of `data`, read only
 //! ```
 //!
-//! There is no map and no log: the host's file system (XFS, btrfs) does the copy-on-write, and
-//! keeps it through a crash as it keeps any file. Writes may come past us, through the kernel's
-//! passthrough, so nothing of `data` is kept in memory: size, times and holes are asked of the
-//! file.
+//! There is no map and no log: the host's file system (XFS, btrfs) does the copy-on-write and
+//! preserves it through a crash like that of any file. Writes may bypass this process, through the
+//! kernel's passthrough, so no property of `data` is cached in memory: size, times and holes are
+//! always read from the file.
 //!
 //! ```text
 //!   vm1.cow/stack        kind = "reflink", base, owner and mode; no layers
-//!   vm1.cow/data         its inode never changes: the lock is on it, passthrough registers it
-//!   vm1.cow/snapshots/   a file each
-//!   vm1.cow/intent       there while a revert or a reset is under way
+//!   vm1.cow/data         its inode never changes: it carries the lock, passthrough registers it
+//!   vm1.cow/snapshots/   one file per snapshot
+//!   vm1.cow/intent       exists while a revert or a reset is in progress
 //! ```
 //!
-//! - `open`: making and opening. `snapshots`: snapshot, revert, reset, delete. `intent`: what makes
-//!   a revert whole after a crash. `changed`: what differs from the base, as the host's extents tell it.
+//! - `open`: creating and opening. `snapshots`: snapshot, revert, reset, delete. `intent`:
+//!   completing a revert after a crash. `changed`: the differences from the base, derived from the
+//!   host's extents.
 //!
-//! Locks: the disk's gate (held by the caller), then `changing`, held across the host's calls.
+//! Locks: the disk's gate (held by the caller), then `changing`, held across calls to the host.
 
 mod changed;
 mod error;
@@ -49,7 +50,7 @@ use crate::base::raw::RawBase;
 use crate::extents::Extent;
 use crate::layer::{CopyFn, Layer, ReadBelow, Wait, WritableLayer};
 
-/// A disk in a file of its own that shares blocks with its base.
+/// A disk in a host file that shares blocks with its base.
 pub struct Reflink {
     /// The bytes of `data`.
     bytes: RawBase,
@@ -57,7 +58,7 @@ pub struct Reflink {
     base: Arc<File>,
     dir: File,
     snapshots: File,
-    /// One snapshot, revert, reset or delete at a time.
+    /// Serializes snapshot, revert, reset and delete.
     changing: Mutex<()>,
 }
 
@@ -67,20 +68,20 @@ impl Reflink {
         Ok(Self { bytes, data, base, dir, snapshots, changing: Mutex::new(()) })
     }
 
-    /// The file that is the disk. It may be read and written by whoever gets it; its length is
-    /// the disk's size.
+    /// Returns the file that holds the disk. Anybody who gets the file may read and write it; its
+    /// length is the disk's size.
     #[must_use]
     pub fn data(&self) -> &Arc<File> {
         &self.data
     }
 
-    /// Whether its host's file system is read-only.
+    /// Returns whether the host's file system is read-only.
     #[must_use]
     pub fn is_read_only(&self) -> bool {
         crate::host::is_read_only(&*self.data)
     }
 
-    /// Whether a failed sync, or a revert that could not be finished, has made it read-only.
+    /// Returns whether a failed sync or an unfinished revert has made the overlay read-only.
     #[must_use]
     pub fn is_latched(&self) -> bool {
         self.bytes.is_latched()

@@ -1,7 +1,7 @@
-//! Making and opening reflink overlays, one process at a time.
+//! Creating and opening reflink overlays, one process at a time.
 //!
-//! As with block maps, a new one is built under a temporary name and renamed into its place when
-//! all of it is durable; the lock is on the inode of `data`.
+//! As with block maps, a new overlay is built under a temporary name and renamed into place once it
+//! is durable; the lock is on the inode of `data`.
 
 use std::fs::File;
 use std::io;
@@ -24,24 +24,24 @@ use crate::process::explain_size_error;
 pub struct OpenedReflink {
     /// The layer.
     pub layer: Reflink,
-    /// The files that stay with it.
+    /// The directory of the overlay, with its `stack` and its lock.
     pub dir: OverlayDir,
-    /// The revert or reset that a crash had interrupted and that is finished now.
+    /// A revert or reset that a crash had interrupted and that is now finished.
     pub finished: Option<RevertTarget>,
 }
 
-/// A base whose blocks are to be shared.
+/// A base whose blocks a new overlay shares.
 pub struct SharedBase<'a> {
-    /// Its path, for messages.
+    /// The base's path, for messages.
     pub path: &'a Path,
-    /// A regular file.
+    /// The base, a regular file.
     pub file: &'a Arc<File>,
 }
 
-/// The kind of the overlay at `dir`; `None` when there is none yet.
+/// Returns the kind of the overlay at `dir`, or `None` when there is no overlay yet.
 ///
 /// # Errors
-/// [`StackError`]: something else is there, or its `stack` cannot be read.
+/// [`StackError`]: `dir` is something else, or its `stack` cannot be read.
 pub fn overlay_kind(dir: &Path) -> Result<Option<OverlayKind>, StackError> {
     if !persist::exists(dir)? {
         return Ok(None);
@@ -49,11 +49,11 @@ pub fn overlay_kind(dir: &Path) -> Result<Option<OverlayKind>, StackError> {
     Ok(Some(Stack::read(&open_overlay_dir(dir)?)?.kind))
 }
 
-/// Makes the overlay `stack` at `dir`: a reflink copy of `base`, `size` bytes long if that is
-/// given. Durable when it returns.
+/// Creates the overlay `stack` at `dir`, durably: a reflink copy of `base`, resized to `size` bytes
+/// if that is given.
 ///
 /// # Errors
-/// [`ReflinkError`]; nothing is left behind then.
+/// [`ReflinkError`]; nothing is left behind in that case.
 pub fn create(
     dir: &Path,
     stack: Stack,
@@ -82,7 +82,7 @@ pub fn create(
     Ok(home.into_layer(base.file, None)?)
 }
 
-/// What the host means when it does not share blocks.
+/// Explains why the host does not share blocks.
 fn sharing_error(error: io::Error, data: &File, base: &Path) -> ReflinkError {
     match error.raw_os_error() {
         Some(libc::EXDEV) => ReflinkError::Elsewhere(base.to_owned()),
@@ -120,15 +120,15 @@ impl ReflinkDir {
     }
 }
 
-/// A reflink overlay found in its place, its lock taken, nothing changed yet.
+/// A reflink overlay that is locked and not changed yet.
 pub struct LockedReflink {
     files: ReflinkDir,
 }
 
-/// Finds the reflink overlay at `dir` and takes its lock.
+/// Locks the reflink overlay at `dir`.
 ///
 /// # Errors
-/// [`ReflinkError`]: not there, damaged, a block map, in use.
+/// [`ReflinkError`]: missing, damaged, a block map, in use.
 pub fn lock_overlay(dir: &Path) -> Result<LockedReflink, ReflinkError> {
     let dir = open_overlay_dir(dir)?;
     if Stack::read(&dir)?.kind != OverlayKind::Reflink {
@@ -137,7 +137,7 @@ pub fn lock_overlay(dir: &Path) -> Result<LockedReflink, ReflinkError> {
     let data = confined::open_file(&dir, "data", FileAccess::AsAllowed)
         .map_err(doing("opening its data"))?;
     persist::take_lock(&dir, &data)?;
-    // Once more under the lock: its last holder may have changed it.
+    // Read again under the lock: the last holder may have changed the stack.
     let stack = Stack::read(&dir)?;
     let snapshots =
         confined::open_subdir(&dir, "snapshots").map_err(doing("opening its snapshots"))?;
@@ -145,21 +145,22 @@ pub fn lock_overlay(dir: &Path) -> Result<LockedReflink, ReflinkError> {
 }
 
 impl LockedReflink {
-    /// What makes the disk.
+    /// Returns the stack, which names the base.
     #[must_use]
     pub fn stack(&self) -> &Stack {
         &self.files.stack
     }
 
-    /// The revert or reset that a crash has interrupted; [`open`](Self::open) finishes it.
+    /// Returns the revert or reset that a crash has interrupted; [`open`](Self::open) finishes it.
     ///
     /// # Errors
-    /// [`ReflinkError::Intent`] when the note on it is damaged; the host's errno.
+    /// [`ReflinkError::Intent`] when the intent file is damaged; otherwise the host's errno.
     pub fn interrupted(&self) -> Result<Option<RevertTarget>, ReflinkError> {
         intent::read(&self.files.dir)
     }
 
-    /// Opens it for use over `base`, which the caller has found to be the one it was made with.
+    /// Opens the overlay for use over `base`, which the caller has verified to be the base it was
+    /// created with.
     ///
     /// # Errors
     /// [`ReflinkError`].

@@ -1,11 +1,12 @@
-//! Snapshots of a reflink overlay, and going back to one or to the base.
+//! Snapshots of a reflink overlay, and reverting to a snapshot or to the base.
 //!
-//! A snapshot is a FICLONE out of `data` under a temporary name, fsync, rename, fsync of the
-//! directory: then its name counts. The host clones one moment of the file, dirty pages included.
+//! A snapshot is a FICLONE of `data` under a temporary name, then fsync, rename and fsync of the
+//! directory; from then on its name counts. The host clones the file as of one moment, including
+//! dirty pages.
 //!
-//! Going back is a FICLONE into `data`, whose inode stays, between a durable note (`intent`) and
-//! its removal. When it fails in between, the disk is neither the one nor the other: it latches
-//! read-only, and the next open does it again.
+//! A revert is a FICLONE into `data`, which keeps its inode, between writing a durable `intent`
+//! file and removing it. After a failure in between, the disk is neither old nor new: it latches
+//! read-only, and the next open repeats the revert.
 
 use std::fs::{File, Permissions};
 use std::io;
@@ -20,21 +21,21 @@ use crate::confined::{self, FileAccess};
 use crate::name::{self, NameError};
 use crate::overlay::stack::doing;
 
-/// The name, beside `snapshots`, of the one that is being made: in there it could be a user's.
+/// The name of a snapshot being created, outside `snapshots`, where a user might choose this name.
 const NEW_SNAPSHOT_FILE: &str = "snapshot.new";
 
-/// A snapshot.
+/// A snapshot of a reflink overlay.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ReflinkSnapshot {
-    /// Its name.
+    /// The snapshot's name.
     pub name: String,
-    /// The disk's size then, in bytes.
+    /// The disk's size in the snapshot, in bytes.
     pub size: u64,
-    /// When it was made.
+    /// The time of the snapshot.
     pub made: SystemTime,
 }
 
-/// Refuses what cannot be the name of a snapshot.
+/// Checks that `name` can be the name of a snapshot.
 pub(super) fn check_name(name: &str) -> Result<(), ReflinkError> {
     let why = match name::check(name) {
         Err(NameError::Empty) => "a name is needed",
@@ -47,26 +48,26 @@ pub(super) fn check_name(name: &str) -> Result<(), ReflinkError> {
     Err(ReflinkError::Name { name: name.escape_default().to_string(), why })
 }
 
-/// Makes `to` a copy of `from` that shares its blocks, whatever it was before.
+/// Makes `to` a copy of `from` that shares its blocks, whatever `to` was before.
 ///
 /// # Errors
-/// The host's errno; `to` may be anything between then.
+/// The host's errno; `to` may hold any mixture in that case.
 pub(super) fn reflink_into(from: &File, to: &File) -> io::Result<()> {
     let len = from.metadata()?.len();
     if to.metadata()?.len() > len {
-        // What ends inside a block cannot be shared with the middle of a longer file.
+        // A file that ends inside a block cannot be cloned into the middle of a longer file.
         to.set_len(len)?;
     }
     rustix::fs::ioctl_ficlone(to, from)?;
     Ok(())
 }
 
-/// Removes what a crash has left of a snapshot that was being made.
+/// Removes an unfinished snapshot that a crash has left behind.
 pub(super) fn sweep(dir: &File) {
     let _ = rustix::fs::unlinkat(dir, NEW_SNAPSHOT_FILE, AtFlags::empty());
 }
 
-/// Does what `origin` asks for; the note on it is there already.
+/// Makes the disk a copy of `origin`; the intent file exists already.
 pub(super) fn revert_data(
     origin: &RevertTarget,
     data: &File,
@@ -83,12 +84,12 @@ pub(super) fn revert_data(
 }
 
 impl Reflink {
-    /// Keeps the disk as it is now as the snapshot `name`; durable when it returns. Takes time
-    /// with the number of the file's extents, not with its size.
+    /// Saves the current state of the disk as the snapshot `name`, durably. The time depends on the
+    /// number of the file's extents, not on its size.
     ///
     /// # Errors
-    /// [`ReflinkError`]: a name that is taken or cannot be one, the host's errno (`ENOSPC`);
-    /// nothing is left behind then.
+    /// [`ReflinkError`]: the name is taken or invalid, or the host's errno (`ENOSPC`); nothing is
+    /// left behind in that case.
     pub fn snapshot(&self, name: &str) -> Result<(), ReflinkError> {
         let _alone = self.changing.lock();
         check_name(name)?;
@@ -121,7 +122,7 @@ impl Reflink {
         Ok(placed.map_err(doing("naming a snapshot"))?)
     }
 
-    /// The file of the snapshot `name`, to be read.
+    /// Opens the file of the snapshot `name` for reading.
     ///
     /// # Errors
     /// [`ReflinkError::NoSnapshot`]; the host's errno.
@@ -136,21 +137,21 @@ impl Reflink {
         }
     }
 
-    /// Every snapshot, the oldest first.
+    /// Returns all snapshots, the oldest first.
     ///
     /// # Errors
     /// The host's errno.
     pub fn list_snapshots(&self) -> Result<Vec<ReflinkSnapshot>, ReflinkError> {
         let read = || -> io::Result<Vec<ReflinkSnapshot>> {
             let mut all = Vec::new();
-            // By the path of the open directory, so that each listing has a position of its own.
+            // Opened again by path, so that each listing has a position of its own.
             for entry in rustix::fs::Dir::read_from(&self.snapshots)? {
                 let entry = entry?;
                 let Ok(name) = entry.file_name().to_str() else { continue };
                 if check_name(name).is_err() {
                     continue;
                 }
-                // Deleted since it was listed, or never one of ours.
+                // Deleted since it was listed, or not a snapshot.
                 let Ok(file) = confined::open_file(&self.snapshots, name, FileAccess::Read) else {
                     continue;
                 };
@@ -165,7 +166,7 @@ impl Reflink {
         Ok(all)
     }
 
-    /// Removes the snapshot `name`; who reads it at the moment may go on.
+    /// Deletes the snapshot `name`; open readers can continue.
     ///
     /// # Errors
     /// [`ReflinkError::NoSnapshot`]; the host's errno.
@@ -179,21 +180,22 @@ impl Reflink {
         }
     }
 
-    /// Makes the disk what it was at the snapshot `name`; durable when it returns. The caller
-    /// holds the gate exclusive and has the kernel drop what it knows of the disk afterwards.
+    /// Reverts the disk to the snapshot `name`, durably. The caller holds the gate exclusive and
+    /// afterwards invalidates the kernel's caches of the disk.
     ///
     /// # Errors
-    /// [`ReflinkError`]: nothing has changed, or the disk has latched and the next open goes on.
+    /// [`ReflinkError`]: nothing has changed, or the disk has latched and the next open finishes
+    /// the revert.
     pub fn revert(&self, name: &str) -> Result<(), ReflinkError> {
         self.open_snapshot(name)?;
         self.revert_to(&RevertTarget::Snapshot { name: name.to_owned() })
     }
 
-    /// Makes the disk what its base is; durable when it returns. The snapshots stay. The caller
-    /// holds the gate exclusive and has the kernel drop what it knows of the disk afterwards.
+    /// Resets the disk to its base, durably. The snapshots stay. The caller holds the gate
+    /// exclusive and afterwards invalidates the kernel's caches of the disk.
     ///
     /// # Errors
-    /// As [`revert`](Self::revert).
+    /// Those of [`revert`](Self::revert).
     pub fn reset(&self) -> Result<(), ReflinkError> {
         self.revert_to(&RevertTarget::Base)
     }
@@ -202,7 +204,8 @@ impl Reflink {
         let _alone = self.changing.lock();
         self.check_latch()?;
         if let Err(error) = intent::write(&self.dir, origin) {
-            // Nothing has begun; a note that is there all the same would begin it at the next open.
+            // The revert has not begun; an intent file that exists nevertheless would start it at
+            // the next open.
             if intent::clear(&self.dir).is_err() {
                 self.bytes.latch();
             }
@@ -213,7 +216,7 @@ impl Reflink {
             return Err(ReflinkError::Unfinished { of: origin.clone(), error });
         }
         if let Err(error) = intent::clear(&self.dir) {
-            // It would be done again over what is written from now on.
+            // The next open would repeat the revert and overwrite later writes.
             self.bytes.latch();
             return Err(doing("noting that it is done")(error).into());
         }
@@ -230,7 +233,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_name_that_leads_elsewhere_is_refused() {
+    fn a_snapshot_name_that_is_not_a_plain_file_name_is_refused() {
         for name in ["", ".", "..", "a/b", "/", "a\nb", &"x".repeat(256)] {
             assert!(matches!(check_name(name), Err(ReflinkError::Name { .. })), "{name:?}");
         }
