@@ -46,7 +46,7 @@ pub trait Layer: Send + Sync {
     /// into `buf`; for every other kind `buf` is left unchanged.
     ///
     /// # Errors
-    /// Those of [`extent_at`](Self::extent_at); `EIO` when the host file has become shorter.
+    /// The errors of [`extent_at`](Self::extent_at); `EIO` when the host file has become shorter.
     fn read_at(&self, buf: &mut [u8], offset: u64, wait: Wait) -> io::Result<Extent>;
 
     /// Describes a prefix of `range` like [`extent_at`](Self::extent_at). When that prefix is
@@ -55,7 +55,7 @@ pub trait Layer: Send + Sync {
     /// call. Returns the result of `copy`, or `None` when there was no file to lend.
     ///
     /// # Errors
-    /// Those of [`extent_at`](Self::extent_at) and of `copy`.
+    /// The errors of [`extent_at`](Self::extent_at) and of `copy`.
     fn lend_at(
         &self,
         range: Range<u64>,
@@ -69,14 +69,14 @@ pub trait ReadBelow {
     /// Fills all of `buf` with the disk's bytes from `offset` on, as the layers below hold them.
     ///
     /// # Errors
-    /// Those of [`Layer::read_at`].
+    /// The errors of [`Layer::read_at`].
     fn read_below(&self, buf: &mut [u8], offset: u64, wait: Wait) -> io::Result<()>;
 
     /// Returns whether the layers below read as zeros in all of `range`. A "no" may be wrong, a
     /// "yes" never is.
     ///
     /// # Errors
-    /// Those of [`Layer::extent_at`].
+    /// The errors of [`Layer::extent_at`].
     fn is_zero_below(&self, range: Range<u64>, wait: Wait) -> io::Result<bool>;
 }
 
@@ -100,26 +100,28 @@ pub trait WritableLayer: Layer {
     /// Makes `range` read as zeros.
     ///
     /// # Errors
-    /// Those of [`write_at`](Self::write_at).
+    /// The errors of [`write_at`](Self::write_at).
     fn zero(&self, range: Range<u64>, below: &dyn ReadBelow, wait: Wait) -> io::Result<()>;
 
     /// Makes `range` read as zeros and returns its space to the host, at once or later.
     ///
     /// # Errors
-    /// Those of [`write_at`](Self::write_at).
+    /// The errors of [`write_at`](Self::write_at).
     fn punch_hole(&self, range: Range<u64>, below: &dyn ReadBelow, wait: Wait) -> io::Result<()>;
 
     /// Reserves space on the host so that later writes into `range` do not run out of it.
     ///
     /// # Errors
-    /// Those of [`write_at`](Self::write_at); `EOPNOTSUPP` where the host cannot reserve space.
+    /// The errors of [`write_at`](Self::write_at); `EOPNOTSUPP` where the host cannot reserve
+    /// space.
     fn allocate(&self, range: Range<u64>, wait: Wait) -> io::Result<()>;
 
     /// Changes the size of the disk. Bytes past a smaller size are discarded; added bytes read as
     /// zeros.
     ///
     /// # Errors
-    /// Those of [`write_at`](Self::write_at); `EFBIG` past the largest size the host file can have.
+    /// The errors of [`write_at`](Self::write_at); `EFBIG` past the largest size the host file can
+    /// have.
     fn set_size(&self, size: u64) -> io::Result<()>;
 
     /// Makes all changes acknowledged before the call durable.

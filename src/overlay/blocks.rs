@@ -559,7 +559,7 @@ mod tests {
         let mut map = BlockMap::new();
         for chunk in 0..1000 {
             map.set(blocks(chunk * CHUNK_BLOCKS + 7..chunk * CHUNK_BLOCKS + 8), Data);
-            // And one Zero block in each of as many chunks of Data.
+            // Also one Zero block in each of as many chunks of Data.
             let held = 5000 + chunk;
             map.set(blocks(held * CHUNK_BLOCKS..(held + 1) * CHUNK_BLOCKS), Data);
             map.set(blocks(held * CHUNK_BLOCKS + 9..held * CHUNK_BLOCKS + 10), Zero);

@@ -37,7 +37,7 @@ const MAX_PASSES: u32 = 3;
 
 /// The destination of a commit.
 pub struct CommitTarget<'a> {
-    /// The base, for writing zeros and data.
+    /// The base, for its size, for zeros, and for data that the host cannot copy.
     pub layer: &'a dyn WritableLayer,
     /// The base's host file, for copies inside the host, and the offset in bytes at which the base
     /// begins in that file; `None` when the base is not a single host file.
@@ -147,8 +147,8 @@ impl Overlay {
         to.layer.sync()
     }
 
-    /// Makes the base visible up to the smallest size of the disk since the commit began. The
-    /// caller holds the gate exclusive and has durably zeroed the base there.
+    /// Makes the base, of `base` bytes, visible up to the smallest size of the disk since the commit
+    /// began. The caller holds the gate exclusive and has durably zeroed the base there.
     ///
     /// # Errors
     /// The host's errno.

@@ -72,7 +72,7 @@ pub trait Storage: Send + Sync {
     /// the data.
     ///
     /// # Errors
-    /// Those of [`allocate`](Self::allocate).
+    /// The errors of [`allocate`](Self::allocate).
     fn extend(&self, range: Range<u64>) -> io::Result<()>;
 
     /// Truncates the file to `len`, including the space reserved past it.
@@ -143,7 +143,7 @@ struct SegmentFile {
     /// Whether the file is in memory. Reading such a file never waits, and the host has no
     /// `RWF_NOWAIT` for it.
     is_memory: bool,
-    /// The same file without the host's page cache, once `go_direct` was called.
+    /// The same file opened for direct I/O, once `go_direct` was called.
     direct: OnceLock<DirectFile>,
 }
 
@@ -187,7 +187,7 @@ impl HostFile {
     }
 
     /// Wraps a data file; `make` creates segments on demand. `more` must hold all segments that
-    /// exist already, because a sync covers the whole file, whoever wrote it.
+    /// exist already, because a sync covers the whole file, including earlier writes.
     #[must_use]
     pub fn segmented(first: File, more: Vec<(usize, File)>, make: MakeSegment) -> Self {
         let more = more.into_iter().map(|(index, file)| (index, Arc::new(SegmentFile::new(file))));
@@ -205,7 +205,7 @@ impl HostFile {
     /// created later. Nothing is being written to the file during this call.
     ///
     /// # Errors
-    /// Those of [`DirectFile::reopen`].
+    /// The errors of [`DirectFile::reopen`].
     pub fn go_direct(&self) -> io::Result<()> {
         // Locked first, so that no segment is added in between.
         let more = self.more_segments.write();

@@ -19,7 +19,7 @@ impl LayerCache {
     /// Returns the layer `uuid`, opening it with `open` unless it is open already.
     ///
     /// # Errors
-    /// Those of `open`.
+    /// The errors of `open`.
     pub fn get_or_open<E>(
         &self,
         uuid: Uuid,

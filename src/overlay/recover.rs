@@ -220,7 +220,7 @@ impl Overlay {
     /// Opens a layer for use. `limit` caps the bytes of data that the layer may hold.
     ///
     /// # Errors
-    /// Those of [`open_log`].
+    /// The errors of [`open_log`].
     pub fn open(
         files: &LayerFiles,
         tag: BootTag,

@@ -21,7 +21,8 @@ const MAX_SMALL_OVERWRITE: u64 = 64 << 10;
 const FREQUENT_SYNCS: u32 = 8;
 /// The most bytes held by the host that are freed under one range lock: 1 GiB.
 const FREE_CHUNK: u64 = 1 << 30;
-/// The same for ranges that are being changed: 1 MiB, so that few of the range locks are taken.
+/// The most bytes freed under one range lock while changes are in progress nearby: 1 MiB, so that
+/// few of the range locks are needed.
 const SMALL_FREE_CHUNK: u64 = 1 << 20;
 
 /// The extent of a sync.
@@ -196,7 +197,7 @@ impl Overlay {
     /// nothing when called again.
     ///
     /// # Errors
-    /// Those of [`close`](Self::close).
+    /// The errors of [`close`](Self::close).
     pub fn close_sealed(&self) -> io::Result<()> {
         let mut settled = self.is_closed.lock();
         if !*settled {

@@ -180,7 +180,7 @@ pub fn replay(
 /// or the size.
 ///
 /// # Errors
-/// Those of [`replay`].
+/// The errors of [`replay`].
 pub fn count_changes(file: &dyn Storage, uuid: &Uuid, range: Range<u64>) -> io::Result<u64> {
     let mut changes = 0;
     for_each_record(file, range.start, range.end, &mut |bytes| {

@@ -74,7 +74,7 @@ impl OverlayDir {
     /// `lock` is the new top's lock.
     ///
     /// # Errors
-    /// Those of [`replace_stack`](Self::replace_stack).
+    /// The errors of [`replace_stack`](Self::replace_stack).
     pub fn replace_top(&mut self, stack: Stack, lock: File) -> Result<(), StackError> {
         self.replace_stack(stack)?;
         self.lock = lock;

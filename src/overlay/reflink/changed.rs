@@ -127,7 +127,7 @@ impl Reflink {
     /// changed.
     ///
     /// # Errors
-    /// Those of [`changed`](Self::changed).
+    /// The errors of [`changed`](Self::changed).
     pub fn estimate_changed(&self) -> io::Result<u64> {
         Ok(self.compare(Flush::No, MAX_ESTIMATE_STEPS)?.bytes)
     }

@@ -2,8 +2,8 @@
 //!
 //! FICLONE of many extents takes many transactions of the host: a crash in between leaves a file
 //! that is neither the old nor the new one. So the intent file is durable before the FICLONE begins
-//! and is removed once the new contents are durable; whoever opens the overlay and finds an intent
-//! file repeats the FICLONE.
+//! and is removed once the new contents are durable; the next open that finds an intent file repeats
+//! the FICLONE.
 //!
 //! ```text
 //!   checksum = "crc32c:0123abcd"        of everything that follows
@@ -65,7 +65,7 @@ fn decode(bytes: &[u8]) -> Option<RevertTarget> {
     }
     let origin = toml::from_str(body).ok()?;
     match &origin {
-        // The name must denote a snapshot and nothing else, whoever wrote the file.
+        // Whatever the file says, the target must be a snapshot and nothing else.
         RevertTarget::Snapshot { name } if check_name(name).is_err() => None,
         _ => Some(origin),
     }

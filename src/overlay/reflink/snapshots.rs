@@ -195,7 +195,7 @@ impl Reflink {
     /// exclusive and afterwards invalidates the kernel's caches of the disk.
     ///
     /// # Errors
-    /// Those of [`revert`](Self::revert).
+    /// The errors of [`revert`](Self::revert).
     pub fn reset(&self) -> Result<(), ReflinkError> {
         self.revert_to(&RevertTarget::Base)
     }
