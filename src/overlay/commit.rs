@@ -147,8 +147,8 @@ impl Overlay {
         to.layer.sync()
     }
 
-    /// Makes the base, of `base` bytes, visible up to the smallest size of the disk since the commit
-    /// began. The caller holds the gate exclusive and has durably zeroed the base there.
+    /// Makes the base, of `base` bytes, visible up to the smallest size of the disk since the
+    /// commit began. The caller holds the gate exclusive and has durably zeroed the base there.
     ///
     /// # Errors
     /// The host's errno.

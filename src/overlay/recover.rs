@@ -67,7 +67,7 @@ pub enum LogError {
         /// The reason, in words.
         why: &'static str,
     },
-    /// The layer needs recovery, which its file system does not allow to be written.
+    /// The layer needs recovery, but its file system is read-only.
     #[error(
         "it was not closed in good order, and its file system is read-only: mount it once where it can be written to"
     )]

@@ -150,7 +150,7 @@ pub fn is_worth_rewriting(scan: &LogScan, image: &LayerMap) -> bool {
 
 impl Log {
     /// Writes a new log that holds `image` and nothing else, opened under `tag`, starting with
-    /// sequence `first`. All of it is vouched, so the caller has made the data durable.
+    /// sequence `first`. All of it is vouched: the caller must have made the data durable.
     ///
     /// # Errors
     /// The host's errno; the old log, if any, is still in place in that case.

@@ -2,8 +2,8 @@
 //!
 //! FICLONE of many extents takes many transactions of the host: a crash in between leaves a file
 //! that is neither the old nor the new one. So the intent file is durable before the FICLONE begins
-//! and is removed once the new contents are durable; the next open that finds an intent file repeats
-//! the FICLONE.
+//! and is removed once the new contents are durable; the next open that finds an intent file
+//! repeats the FICLONE.
 //!
 //! ```text
 //!   checksum = "crc32c:0123abcd"        of everything that follows
