@@ -1,13 +1,14 @@
-//! A file that gets its name only when it is whole.
+//! A file that gets its name only when it is complete.
 //!
 //! ```text
 //!   NAME.part, locked ──written──> synced ──rename──> NAME ──> its directory synced
 //! ```
 //!
-//! All of it is done in the directory as it was opened first: a name of it that leads elsewhere
-//! later has nothing to say. The lock keeps two writers from sharing one. What was cut short stays as `NAME.part`, for
-//! whoever wants to see how far it came, or to go on with it. A name that is there already is
-//! replaced only when asked for, also when somebody makes it at the last moment.
+//! All operations use the directory as it was opened at the beginning; if its path later leads
+//! elsewhere, that has no effect. The lock keeps two writers from sharing one part. After an
+//! interruption `NAME.part` stays, so that the user can see how far the write came, or resume it.
+//! An existing file of the final name is replaced only on request, even if somebody creates it at
+//! the last moment.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
@@ -27,28 +28,28 @@ use crate::config::Overwrite;
 use crate::confined;
 use crate::host::{os_message, sync_dir};
 
-/// Why there is no part; one line for the user.
+/// Why a part cannot be opened or created; one line for the user.
 #[derive(Debug, thiserror::Error)]
 pub enum PartFileError {
-    /// Somebody else is writing it.
+    /// Another process is writing the part.
     #[error("'{}' is being written by another cowslip: wait for it", .0.display())]
     Busy(PathBuf),
-    /// Something else than a file is in its place.
+    /// Something other than a regular file has the part's name.
     #[error("'{}' is no file: remove it", path.display())]
     NotAFile {
-        /// The part.
+        /// The path of the part.
         path: PathBuf,
-        /// What it is.
+        /// The type of file found there.
         kind: FileType,
     },
-    /// The host refuses.
+    /// The host returned an error.
     #[error("cannot {verb} '{}': {}", path.display(), os_message(error))]
     Host {
-        /// What was tried.
+        /// The operation that failed, as a verb for the message.
         verb: &'static str,
-        /// On what.
+        /// The path the operation was for.
         path: PathBuf,
-        /// What the host says.
+        /// The host's error.
         error: io::Error,
     },
 }
@@ -59,7 +60,7 @@ impl PartFileError {
     }
 }
 
-/// `path` with `suffix` at the end of its name.
+/// Returns `path` with `suffix` appended to its name.
 #[must_use]
 pub fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
     let mut name = OsString::from(path);
@@ -67,13 +68,13 @@ pub fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
     name.into()
 }
 
-/// Where the part of `name` is.
+/// Returns the path of the part of `name`.
 #[must_use]
 pub fn part_path(name: &Path) -> PathBuf {
     with_suffix(name, ".part")
 }
 
-/// A name in its directory, which is open.
+/// A file name together with its open directory.
 #[derive(Clone, Debug)]
 pub struct FileSlot {
     dir: Arc<File>,
@@ -81,10 +82,11 @@ pub struct FileSlot {
 }
 
 impl FileSlot {
-    /// That of `path`.
+    /// Opens the directory of `path` and keeps it with the last component of `path`.
     ///
     /// # Errors
-    /// `EISDIR` when it does not end with a name; the host's errno for its directory.
+    /// `EISDIR` if `path` does not end with a file name; the host's errno if the directory cannot
+    /// be opened.
     pub fn of(path: &Path) -> io::Result<Self> {
         let name = path.file_name().ok_or_else(|| io::Error::from(Errno::ISDIR))?;
         let dir = match path.parent() {
@@ -94,13 +96,13 @@ impl FileSlot {
         Ok(Self { dir: Arc::new(confined::open_dir(dir)?), name: name.to_owned() })
     }
 
-    /// The directory.
+    /// Returns the directory.
     #[must_use]
     pub fn dir(&self) -> &File {
         &self.dir
     }
 
-    /// The name with `suffix` at its end.
+    /// Returns the name with `suffix` appended.
     #[must_use]
     pub fn with_suffix(&self, suffix: &str) -> OsString {
         let mut name = self.name.clone();
@@ -108,13 +110,13 @@ impl FileSlot {
         name
     }
 
-    /// The name of the part.
+    /// Returns the name of the part in the directory.
     fn part_name(&self) -> OsString {
         self.with_suffix(".part")
     }
 }
 
-/// A part, locked as long as this is there.
+/// A part, locked for as long as this value lives.
 #[derive(Debug)]
 pub struct PartFile {
     file: Arc<File>,
@@ -124,10 +126,11 @@ pub struct PartFile {
 }
 
 impl PartFile {
-    /// The part of `name` that is there, locked; `None` when there is none.
+    /// Opens and locks the existing part of `name`; returns `None` if there is none.
     ///
     /// # Errors
-    /// [`PartFileError`]: another one has it, it is no file, the host refuses.
+    /// [`PartFileError`]: another process holds the part, it is not a regular file, or the host
+    /// refuses.
     pub fn find(name: &Path) -> Result<Option<Self>, PartFileError> {
         let path = part_path(name);
         let slot =
@@ -135,28 +138,29 @@ impl PartFile {
         loop {
             let Some(file) = open_existing(&slot, &path, OFlags::RDWR)? else { return Ok(None) };
             lock(&file, &path)?;
-            // Whoever had the lock may have renamed or replaced it.
+            // The previous holder of the lock may have renamed or replaced the file.
             if is_still_named(&file, &slot) {
                 return Ok(Some(Self { file: Arc::new(file), slot, path, name: name.to_owned() }));
             }
         }
     }
 
-    /// The part of `name` that is there, to be read and not locked, and where it is.
+    /// Opens the existing part of `name` for reading, without a lock; returns `None` if there is
+    /// none.
     ///
     /// # Errors
-    /// As [`find`](Self::find).
+    /// As for [`find`](Self::find).
     pub fn open_unlocked(name: &Path) -> Result<Option<(File, FileSlot)>, PartFileError> {
         let path = part_path(name);
         let slot = FileSlot::of(name).map_err(|error| PartFileError::host("read", &path, error))?;
         Ok(open_existing(&slot, &path, OFlags::RDONLY)?.map(|file| (file, slot)))
     }
 
-    /// A new, empty part of `name`, in place of `old`, the one that was found there. `mode`: of the
-    /// new file, less the umask.
+    /// Creates an empty part of `name` with permissions `mode`, less the umask. `old` is the part
+    /// found there before, which the new one replaces.
     ///
     /// # Errors
-    /// [`PartFileError`]: another one was faster, the host refuses.
+    /// [`PartFileError`]: another process was faster, or the host refuses.
     pub fn create(name: &Path, old: Option<Self>, mode: u32) -> Result<Self, PartFileError> {
         let path = part_path(name);
         let failed = |error: io::Error| PartFileError::host("write", &path, error);
@@ -164,7 +168,7 @@ impl PartFile {
             Some(old) => old.slot.clone(),
             None => FileSlot::of(name).map_err(failed)?,
         };
-        // Another inode than the old one's, which nothing that was said of that can mean.
+        // A new inode: whatever was recorded about the old file cannot be taken for this one.
         if old.is_some() {
             confined::remove_file(slot.dir(), slot.part_name()).map_err(failed)?;
         }
@@ -178,44 +182,45 @@ impl PartFile {
         drop(old);
         let file = File::from(fd);
         lock(&file, &path)?;
-        // Before it was locked another one may have found it, and begun anew.
+        // Before the lock was taken, another process may have found the file and replaced it.
         if !is_still_named(&file, &slot) {
             return Err(PartFileError::Busy(path));
         }
         Ok(Self { file: Arc::new(file), slot, path, name: name.to_owned() })
     }
 
-    /// The file, to write into.
+    /// Returns the file to write into.
     #[must_use]
     pub fn file(&self) -> &Arc<File> {
         &self.file
     }
 
-    /// Its name in its directory, to which that of the part is a longer one.
+    /// Returns the final name with its directory; the name of the part extends it.
     #[must_use]
     pub fn slot(&self) -> &FileSlot {
         &self.slot
     }
 
-    /// Where it is until it is whole.
+    /// Returns the path of the part, valid until [`commit`](Self::commit) renames it.
     #[must_use]
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// The name it gets.
+    /// Returns the final path.
     #[must_use]
     pub fn name(&self) -> &Path {
         &self.name
     }
 
-    /// It is whole: makes it durable and gives it its name.
+    /// Makes the complete file durable and renames it to its final name.
     ///
     /// # Errors
-    /// A line for the user; unless the directory alone could not be synced, it is a part as before.
+    /// A line for the user. The file is still a part then, unless only syncing the directory
+    /// failed.
     pub fn commit(&self, overwrite: Overwrite) -> Result<(), String> {
         let (path, name) = (self.path.display(), self.name.display());
-        // First: the name promises that all of it is there, also after a power cut.
+        // Sync first: the name promises that all of the file is there, even after a power cut.
         let synced = self.file.sync_all();
         synced.map_err(|error| format!("cannot write '{path}': {}", os_message(&error)))?;
         self.rename(overwrite).map_err(|error| rename_error(&self.path, &self.name, error))?;
@@ -225,9 +230,9 @@ impl PartFile {
         })
     }
 
-    /// Removes it: there is nothing in it that anybody wants.
+    /// Deletes the part, whose content nobody needs.
     pub fn remove(&self) {
-        // The lock is still held, so it is ours. What stays is in nobody's way.
+        // The lock is still held, so the file is ours. If it cannot be deleted, it does no harm.
         let _ = confined::remove_file(self.slot.dir(), self.slot.part_name());
     }
 
@@ -237,19 +242,20 @@ impl PartFile {
     }
 }
 
-/// A new file that has no name until it is whole, so that whoever is killed before that leaves
-/// nothing. Where the file system has no files without a name it is a [`PartFile`].
+/// A new file without a name until it is complete, so that a killed writer leaves nothing behind.
+/// On a file system without `O_TMPFILE` it is a [`PartFile`] instead.
 #[derive(Debug)]
 pub struct UnnamedFile {
     file: Arc<File>,
     slot: FileSlot,
     name: PathBuf,
-    /// Where it had to be one.
+    /// The part used where the file system has no unnamed files.
     part: Option<PartFile>,
 }
 
 impl UnnamedFile {
-    /// A new, empty file that is to be `name`. `mode`: of the file, less the umask.
+    /// Creates an empty file that [`commit`](Self::commit) will name `name`, with permissions
+    /// `mode`, less the umask.
     ///
     /// # Errors
     /// [`PartFileError`].
@@ -260,7 +266,7 @@ impl UnnamedFile {
         let name = name.to_owned();
         match rustix::fs::openat(slot.dir(), ".", flags, Mode::from_raw_mode(mode)) {
             Ok(fd) => Ok(Self { file: Arc::new(File::from(fd)), slot, name, part: None }),
-            // As kernels and file systems say that they have none.
+            // The errors by which kernels and file systems report that they have no unnamed files.
             Err(Errno::OPNOTSUPP | Errno::ISDIR | Errno::INVAL | Errno::NOENT) => {
                 let part = PartFile::create(&name, PartFile::find(&name)?, mode)?;
                 Ok(Self { file: Arc::clone(part.file()), slot, name, part: Some(part) })
@@ -269,29 +275,30 @@ impl UnnamedFile {
         }
     }
 
-    /// The file, to write into.
+    /// Returns the file to write into.
     #[must_use]
     pub fn file(&self) -> &File {
         &self.file
     }
 
-    /// Where it is meanwhile, if anywhere: whoever is ended by a signal removes it there.
+    /// Returns the path of the part, if one is used: a process ended by a signal has to delete it.
     #[must_use]
     pub fn path(&self) -> Option<&Path> {
         self.part.as_ref().map(PartFile::path)
     }
 
-    /// Gives it up: nothing of it stays.
+    /// Discards the file and leaves nothing behind.
     pub fn discard(self) {
         if let Some(part) = &self.part {
             part.remove();
         }
     }
 
-    /// It is whole: makes it durable and gives it its name.
+    /// Makes the complete file durable and gives it its final name.
     ///
     /// # Errors
-    /// A line for the user; what could not be named is at [`part_path`] its name, if it says so.
+    /// A line for the user. A file that could not be named is left at [`part_path`] of its name, if
+    /// the line says so.
     pub fn commit(self, overwrite: Overwrite) -> Result<(), String> {
         if let Some(part) = self.part {
             return part.commit(overwrite);
@@ -309,7 +316,7 @@ impl UnnamedFile {
                 Ok(()) => return self.sync_dir(),
             }
         }
-        // A link replaces nothing: it needs a name of its own first.
+        // linkat(2) replaces nothing, so the file first gets a name of its own.
         let old = PartFile::find(&self.name).map_err(|error| error.to_string())?;
         if let Some(old) = &old {
             old.remove();
@@ -336,7 +343,7 @@ impl UnnamedFile {
     }
 }
 
-/// Why the whole file at `path` has not become `name`.
+/// Explains why the complete file at `path` could not be renamed to `name`.
 fn rename_error(path: &Path, name: &Path, error: Errno) -> String {
     let (path, name) = (path.display(), name.display());
     match error {
@@ -347,20 +354,20 @@ fn rename_error(path: &Path, name: &Path, error: Errno) -> String {
     }
 }
 
-/// Renames `from` to `to` in `dir`; over another file only when that was asked for.
+/// Renames `from` to `to` in `dir`, replacing an existing file only with [`Overwrite::Yes`].
 fn rename(dir: &File, from: &OsStr, to: &OsStr, overwrite: Overwrite) -> Result<(), Errno> {
     if overwrite == Overwrite::Yes {
         return renameat(dir, from, dir, to);
     }
     match renameat_with(dir, from, dir, to, RenameFlags::NOREPLACE) {
-        // The file system cannot. A link refuses an existing name too.
+        // The file system has no RENAME_NOREPLACE. A link refuses an existing name too.
         Err(Errno::INVAL | Errno::NOSYS) => {}
         done => return done,
     }
     match linkat(dir, from, dir, to, AtFlags::empty()) {
         Ok(()) => unlinkat(dir, from, AtFlags::empty()),
         Err(Errno::EXIST) => Err(Errno::EXIST),
-        // No links either: look first, which leaves a moment for somebody to be faster.
+        // No hard links either: look first, which leaves a short race with another process.
         Err(_) => match statat(dir, to, AtFlags::SYMLINK_NOFOLLOW) {
             Ok(_) => Err(Errno::EXIST),
             Err(Errno::NOENT) => renameat(dir, from, dir, to),
@@ -369,20 +376,20 @@ fn rename(dir: &File, from: &OsStr, to: &OsStr, overwrite: Overwrite) -> Result<
     }
 }
 
-/// The part that is there, open; nothing is waited for, and nothing but a file is taken.
+/// Opens the existing part without blocking; accepts regular files only.
 fn open_existing(
     slot: &FileSlot,
     path: &Path,
     access: OFlags,
 ) -> Result<Option<File>, PartFileError> {
-    // NONBLOCK: what is there may be a named pipe.
+    // O_NONBLOCK: the file may be a named pipe.
     let flags = access | OFlags::CLOEXEC | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::NOCTTY;
     let is_no_file = |kind| PartFileError::NotAFile { path: path.to_owned(), kind };
     let file = match rustix::fs::openat(slot.dir(), slot.part_name(), flags, Mode::empty()) {
         Ok(fd) => File::from(fd),
         Err(Errno::NOENT) => return Ok(None),
         Err(error) => {
-            // The errno of a link, a pipe or a socket tells nobody what it is.
+            // The errno for a link, a pipe or a socket does not say what the file is.
             let found = statat(slot.dir(), slot.part_name(), AtFlags::SYMLINK_NOFOLLOW);
             let kind = found.map(|found| FileType::from_raw_mode(found.st_mode));
             return Err(match kind {
@@ -406,7 +413,7 @@ fn lock(file: &File, path: &Path) -> Result<(), PartFileError> {
     }
 }
 
-/// Whether `file` still is the part of `slot`.
+/// Returns whether `file` still has the part's name in `slot`.
 fn is_still_named(file: &File, slot: &FileSlot) -> bool {
     match (file.metadata(), statat(slot.dir(), slot.part_name(), AtFlags::SYMLINK_NOFOLLOW)) {
         (Ok(file), Ok(named)) => (file.dev(), file.ino()) == (named.st_dev, named.st_ino),
@@ -421,7 +428,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_part_is_one_writers_and_is_found_again_once_he_is_gone() {
+    fn a_part_is_locked_by_its_writer_and_found_again_after_the_writer_ends() {
         let home = tempfile::tempdir().unwrap();
         let name = home.path().join("x");
         assert!(PartFile::find(&name).unwrap().is_none());
@@ -439,7 +446,7 @@ mod tests {
     }
 
     #[test]
-    fn a_name_is_replaced_only_when_asked_for() {
+    fn an_existing_file_is_replaced_only_on_request() {
         let home = tempfile::tempdir().unwrap();
         let name = home.path().join("x");
         let part = PartFile::create(&name, None, 0o600).unwrap();
@@ -453,7 +460,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_file_is_no_part() {
+    fn find_refuses_a_part_that_is_not_a_regular_file() {
         let home = tempfile::tempdir().unwrap();
         let name = home.path().join("x");
         rustix::fs::mkfifoat(rustix::fs::CWD, part_path(&name), Mode::RUSR | Mode::WUSR).unwrap();
@@ -462,7 +469,7 @@ mod tests {
     }
 
     #[test]
-    fn a_fresh_file_is_nowhere_until_it_has_its_name() {
+    fn an_unnamed_file_is_not_in_its_directory_until_commit() {
         let home = tempfile::tempdir().unwrap();
         let name = home.path().join("x");
         let names = || {
@@ -482,7 +489,7 @@ mod tests {
         make(b"first").commit(Overwrite::No).unwrap();
         assert_eq!((names(), fs::read(&name).unwrap()), (vec!["x".into()], b"first".to_vec()));
         assert_eq!(fs::metadata(&name).unwrap().mode() & 0o777 & !0o640, 0);
-        // An old part is in nobody's way.
+        // An old part does not stop the commit.
         fs::write(part_path(&name), "old").unwrap();
         make(b"second").commit(Overwrite::Yes).unwrap();
         assert_eq!((names(), fs::read(&name).unwrap()), (vec!["x".into()], b"second".to_vec()));

@@ -1,7 +1,8 @@
-//! An Android sparse image of a disk, or of its changes: `simg2img` and `fastboot` read it.
+//! Export of a disk, or of its changes, as an Android sparse image, which `simg2img` and `fastboot`
+//! read.
 //!
-//! What has changed to zeros, and every hole of a whole disk, is filled with zeros; what has not
-//! changed is left to the target as it is.
+//! Ranges that changed to zeros, and every hole of a whole disk, become fills of zeros. Unchanged
+//! ranges become DONT_CARE chunks: the target keeps its content there.
 
 use std::fs::File;
 use std::io::{self, Write};
@@ -11,10 +12,11 @@ use crate::formats::android::{
     AndroidContent, AndroidPlan, AndroidRun, AndroidWriter, whole_blocks,
 };
 
-/// Writes `runs` of `file`, a disk of `size` bytes, to `out`.
+/// Writes `runs` of `file`, a disk of `size` bytes, to `out` as an Android sparse image.
 ///
 /// # Errors
-/// `InvalidInput`, in one line for the user, for a size that the format cannot say; the host's.
+/// `InvalidInput`, with one line for the user, if the format cannot represent the size; otherwise
+/// the host's error.
 pub fn write(
     out: &mut dyn Write,
     file: &File,

@@ -1,4 +1,5 @@
-//! The block map of a disk, or of its changes: what `bmaptool copy` writes and verifies of it.
+//! Export of the block map of a disk, or of its changes, which tells `bmaptool copy` what to write
+//! and verify.
 
 use std::fs::File;
 use std::io::{self, Write};
@@ -7,19 +8,19 @@ use std::os::unix::fs::FileExt;
 use super::{ExportKind, ExportRun, OnProgress, data_len};
 use crate::formats::bmap;
 
-/// Which runs a map names.
+/// The runs that a map includes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum BmapScope {
-    /// Data alone: the target has zeros elsewhere, or nothing that matters.
+    /// Data only: the rest of the target reads as zeros or does not matter.
     Data,
-    /// Zeros, too: the target has the disk as it was before the changes.
+    /// Data and zeros: the target holds the disk as it was before the changes.
     All,
 }
 
-/// Writes the map of `runs` of `file`, a disk of `size` bytes, to `out`.
+/// Writes the block map of `runs` of `file`, a disk of `size` bytes, to `out`.
 ///
 /// # Errors
-/// `InvalidInput`, in one line for the user, for an empty disk; the host's.
+/// `InvalidInput`, with one line for the user, for an empty disk; otherwise the host's error.
 pub fn write(
     mut out: &mut dyn Write,
     file: &File,

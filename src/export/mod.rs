@@ -1,4 +1,4 @@
-//! What leaves as a file of another format: the changes of a disk, or all of it.
+//! Exports of a disk, or of its changes, as a file of another format.
 //!
 //! ```text
 //!   the disk, frozen ──┐
@@ -19,35 +19,35 @@ use std::os::unix::fs::FileExt;
 use rustix::fs::SeekFrom;
 use rustix::io::Errno;
 
-/// How much is read and written at a time: 1 MiB.
+/// Bytes copied at a time: 1 MiB.
 const COPY_CHUNK: usize = 1 << 20;
 
-/// What a run of bytes becomes.
+/// The content of a run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ExportKind {
-    /// Its bytes are copied.
+    /// Bytes to copy.
     Data,
-    /// It reads as zeros.
+    /// Zeros.
     Zero,
 }
 
-/// A run of bytes that leaves.
+/// A run of bytes to export.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ExportRun {
-    /// Bytes of the disk.
+    /// The position on the disk in bytes.
     pub range: Range<u64>,
-    /// What they are.
+    /// The content of the run.
     pub kind: ExportKind,
 }
 
-/// How far it is, and of how many bytes: called now and then.
+/// A callback for progress, called now and then with the bytes done and the total.
 pub type OnProgress<'a> = &'a mut dyn FnMut(u64, u64);
 
-/// The runs of `file`, `size` bytes long, inside what `changed` has data for; of all of it without
-/// that. In rising order, none empty.
+/// Finds the runs of `file`, which is `size` bytes long, inside the data ranges of `changed`, or of
+/// the whole file if `changed` is `None`. The runs are in rising order, and none is empty.
 ///
 /// # Errors
-/// The host's, of a seek.
+/// The host's error from lseek(2).
 pub fn find_runs(file: &File, changed: Option<&File>, size: u64) -> io::Result<Vec<ExportRun>> {
     let mut runs = Vec::new();
     let mut at = 0;
@@ -65,22 +65,23 @@ pub fn find_runs(file: &File, changed: Option<&File>, size: u64) -> io::Result<V
     Ok(runs)
 }
 
-/// The next run of data from `at` on.
+/// Returns the next data range at or after `at` and before `size`, or `None` if there is none.
 fn next_data(file: &File, at: u64, size: u64) -> io::Result<Option<Range<u64>>> {
     let start = match rustix::fs::seek(file, SeekFrom::Data(at)) {
         Ok(start) if start < size => start.max(at),
         Ok(_) | Err(Errno::NXIO) => return Ok(None),
-        // It cannot tell: all of it is data.
+        // The file system cannot tell: everything counts as data.
         Err(Errno::INVAL | Errno::OPNOTSUPP) => return Ok(Some(at..size)),
         Err(error) => return Err(error.into()),
     };
     let end = rustix::fs::seek(file, SeekFrom::Hole(start))?;
-    // Changed between the two questions, or told wrong: that all of it is data is always safe.
+    // The file changed between the two calls, or the answer was wrong: it is always safe to treat
+    // everything as data.
     let end = if end > start { end.min(size) } else { size };
     Ok(Some(start..end))
 }
 
-/// Appends what `range` of `file` is.
+/// Appends the data and zero runs of `range` of `file` to `runs`.
 fn push_runs(file: &File, range: Range<u64>, runs: &mut Vec<ExportRun>) -> io::Result<()> {
     let mut at = range.start;
     while at < range.end {
@@ -96,15 +97,15 @@ fn push_runs(file: &File, range: Range<u64>, runs: &mut Vec<ExportRun>) -> io::R
     Ok(())
 }
 
-/// How many bytes the runs have that are data.
+/// Sums the bytes of the runs that are data.
 fn data_len<'a>(runs: impl Iterator<Item = (&'a Range<u64>, bool)>) -> u64 {
     runs.filter(|(_, is_data)| *is_data).map(|(range, _)| range.end - range.start).sum()
 }
 
-/// Reads all of `range` of `file` piece by piece; each is handed to `take` with its offset.
+/// Reads `range` of `file` in chunks and passes each with its offset to `take`.
 ///
 /// # Errors
-/// `UnexpectedEof`; the host's; those of `take`.
+/// `UnexpectedEof` if the file is shorter; the host's errors; the errors of `take`.
 fn for_each_chunk(
     file: &File,
     range: Range<u64>,

@@ -1,8 +1,8 @@
-//! A qcow2 image of what changed, with the base as its backing file.
+//! Export of the changes of a disk as a qcow2 image, with the base as its backing file.
 //!
-//! The image's tables are the library's; whole clusters are composed here, for what surrounds a
-//! changed block in its cluster belongs into it as well. Clusters that hold nothing changed are
-//! not in the image.
+//! The imago library writes the image's tables. This module composes whole clusters, because the
+//! unchanged bytes around a changed block in its cluster belong into the image as well. Clusters
+//! without a change are not in the image.
 
 use std::fs::File;
 use std::io;
@@ -14,12 +14,12 @@ use imago::{DenyImplicitOpenGate, StorageOpenOptions};
 
 use super::{ExportKind, ExportRun, OnProgress, data_len, for_each_chunk};
 
-/// The size of a cluster, QEMU's own choice: 64 KiB.
+/// The cluster size in bytes: 64 KiB, the default of QEMU.
 pub const CLUSTER_SIZE: u64 = 64 << 10;
 
 type Qcow2Image = imago::qcow2::Qcow2<imago::file::File>;
 
-/// What an image is a difference to.
+/// The backing file of an image.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BackingFile {
     /// The path as it is written into the image.
@@ -28,10 +28,10 @@ pub struct BackingFile {
     pub format: String,
 }
 
-/// Writes the clusters that hold `runs` of `file`, a disk of `size` bytes, into the empty file `out`.
+/// Writes the clusters of `runs` of `file`, a disk of `size` bytes, into the empty file `out`.
 ///
 /// # Errors
-/// The host's; those of the library as text.
+/// The host's errors, and those of the imago library as text.
 pub fn write(
     out: &File,
     file: &File,
@@ -43,7 +43,7 @@ pub fn write(
     let options = StorageOpenOptions::new().write(true);
     let storage = imago::file::File::from_open_file(out.try_clone()?, options)?;
     let cluster = usize::try_from(CLUSTER_SIZE).map_err(io::Error::other)?;
-    // QEMU counts in sectors.
+    // QEMU measures disks in sectors.
     let builder =
         Qcow2Image::create_builder(storage).cluster_size(cluster).size(size.next_multiple_of(512));
     let builder = match backing {
@@ -61,7 +61,7 @@ pub fn write(
         while at < range.end {
             let left = range.end - at;
             if kind == ExportKind::Zero {
-                // What is not in an image without a backing file reads as zeros.
+                // Without a backing file, clusters missing from the image read as zeros.
                 let (_, len) = match backing {
                     Some(_) => image.ensure_zero_mapping(at, left)?,
                     None => (at, left),
@@ -84,7 +84,8 @@ pub fn write(
     image.sync()
 }
 
-/// `runs` in whole clusters: one that holds data, or zeros only in part, is data.
+/// Rounds `runs` to whole clusters. A cluster that contains data, or zeros in only a part of it, is
+/// data.
 fn whole_clusters(runs: &[ExportRun], size: u64) -> Vec<ExportRun> {
     let mut all: Vec<ExportRun> = Vec::new();
     let mut push = |start: u64, end: u64, kind: ExportKind| {
@@ -119,7 +120,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn zeros_that_fill_a_cluster_in_part_are_data() {
+    fn a_cluster_partly_filled_with_zeros_is_data() {
         let run = |start, end, kind| ExportRun { range: start..end, kind };
         let size = 10 * CLUSTER_SIZE + 5;
         let runs = [
@@ -140,7 +141,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn each_cluster_is_what_its_bytes_are(
+        fn each_cluster_has_the_kind_of_its_bytes(
             lens in proptest::collection::vec((1..200_000u64, 0..3u8), 1..30)
         ) {
             let (mut at, mut runs) = (0, Vec::new());
@@ -164,7 +165,8 @@ mod tests {
                     false if all_zero => Some(ExportKind::Zero),
                     false => Some(ExportKind::Data),
                 };
-                // Several runs of zeros may make up one cluster, which is data then: the same bytes.
+                // Several runs of zeros may fill one cluster, which then counts as data: the bytes
+                // are the same.
                 let several = touched.len() > 1 && all_zero;
                 prop_assert!(there == expected || (several && there == Some(ExportKind::Data)));
             }

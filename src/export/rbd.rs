@@ -1,4 +1,5 @@
-//! An rbd diff of what changed, version 1: the one that `rbd import-diff` and `rbd merge-diff` take.
+//! Export of the changes of a disk as an rbd diff of version 1, which `rbd import-diff` and `rbd
+//! merge-diff` read.
 //!
 //! ```text
 //!   "rbd diff v1\n"
@@ -8,9 +9,9 @@
 //!   'e'                  the end
 //! ```
 //!
-//! Every number is a little-endian u64. Source: Ceph, doc/dev/rbd-diff.rst. Offsets rise, and no
-//! record is empty: `merge-diff` refuses both. Version 2, which streams speak
-//! (`stream/frames/rbd.rs`), puts a length after every tag.
+//! All numbers are little-endian u64. Source: Ceph, doc/dev/rbd-diff.rst. Offsets rise and no
+//! record is empty, since `merge-diff` refuses anything else. Version 2, which streams use
+//! (`stream/frames/rbd.rs`), adds a length after every tag.
 
 use std::fs::File;
 use std::io::{self, Write};
@@ -18,13 +19,13 @@ use std::ops::Range;
 
 use super::{ExportKind, ExportRun, OnProgress, data_len, for_each_chunk};
 
-/// What every diff of version 1 begins with.
+/// The first bytes of every diff of version 1.
 const BANNER: &[u8] = b"rbd diff v1\n";
 
-/// Writes `runs` of `file`, a disk of `size` bytes, to `out`.
+/// Writes `runs` of `file`, a disk of `size` bytes, to `out` as an rbd diff.
 ///
 /// # Errors
-/// The host's.
+/// The host's errors.
 pub fn write(
     out: &mut dyn Write,
     file: &File,

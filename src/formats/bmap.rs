@@ -1,41 +1,42 @@
-//! bmap 2.0: which blocks of an image have data, with checksums; what `bmaptool copy` reads.
+//! bmap 2.0: an XML file beside an image that lists the blocks with data and their checksums, for
+//! `bmaptool copy`.
 //!
-//! An XML file beside the image. `bmaptool` writes the mapped blocks only, checks each range of
-//! them against its sha256, and leaves everything else of the target as it was (a new file gets
-//! holes there). The checksum of the file itself is made with zeros in its own place. The last
-//! block of an image may be cut short; its checksum then counts the bytes that are there.
-//! Source: bmap-tools, `bmaptools/BmapCreate.py`.
+//! `bmaptool` writes only the mapped blocks, checks each range of them against its sha256, and
+//! leaves the rest of the target as it was (a new file gets holes there). The checksum of the bmap
+//! file itself is computed with zeros in its own place. The last block of an image may be cut
+//! short; its checksum then covers the bytes that exist. Source: bmap-tools,
+//! `bmaptools/BmapCreate.py`.
 
 use std::io::{self, Write};
 use std::ops::Range;
 
 use sha2::{Digest, Sha256};
 
-/// The block size that is written, in bytes.
+/// The block size used in the file, in bytes.
 pub const BLOCK_SIZE: u64 = 4096;
 
-/// 1 MiB: what of the image is read at once.
+/// Bytes of the image read at a time: 1 MiB.
 const READ_CHUNK: usize = 1 << 20;
 
-/// What a bmap says.
+/// The totals of a bmap.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BmapTotals {
-    /// Blocks of the image.
+    /// The number of blocks in the image.
     pub blocks: u64,
-    /// Blocks that are mapped.
+    /// The number of mapped blocks.
     pub mapped: u64,
-    /// Ranges of mapped blocks.
+    /// The number of ranges of mapped blocks.
     pub ranges: usize,
 }
 
 /// Writes the bmap of an image of `size` bytes to `output`.
 ///
-/// `runs` are its data, in rising order, in bytes; they are rounded to blocks and joined. `read`
-/// fills the buffer with the bytes from the offset on, all of them.
+/// `runs` are the data ranges of the image in bytes, in rising order; they are rounded to blocks
+/// and joined. `read` fills its whole buffer with the bytes of the image from the given offset on.
 ///
 /// # Errors
-/// `InvalidInput`, in one line for the user, when the image is empty, or the runs are out of order
-/// or leave it; what `read` and `output` return.
+/// `InvalidInput`, with one line for the user, if the image is empty, or if the runs are out of
+/// order or exceed the image; the errors of `read` and `output`.
 pub fn write(
     output: &mut impl Write,
     size: u64,
@@ -54,7 +55,7 @@ pub fn write(
     }
     let mapped = ranges.iter().map(|(blocks, _)| blocks.end - blocks.start).sum();
     let totals = BmapTotals { blocks: size.div_ceil(BLOCK_SIZE), mapped, ranges: ranges.len() };
-    // Twice: the checksum stands in the middle of what it counts.
+    // Rendered twice: the checksum is in the middle of the text that it covers.
     let mut hasher = HashWriter(Sha256::new());
     render(&mut hasher, size, totals, &ranges, &"0".repeat(64))?;
     let sum = hex(&hasher.0.finalize().into());
@@ -63,7 +64,7 @@ pub fn write(
     Ok(totals)
 }
 
-/// The blocks of `runs`, joined where they touch.
+/// Rounds `runs` to blocks and joins those that touch.
 fn whole_blocks(
     size: u64,
     runs: impl IntoIterator<Item = Range<u64>>,
@@ -123,7 +124,7 @@ fn render(
     )?;
     for (blocks, sum) in ranges {
         let (first, last, sum) = (blocks.start, blocks.end.saturating_sub(1), hex(sum));
-        // The format's ranges include their end; a single block stands alone.
+        // Ranges in this format include their end; a single block is written as one number.
         match first == last {
             true => writeln!(output, "        <Range chksum=\"{sum}\"> {first} </Range>")?,
             false => writeln!(output, "        <Range chksum=\"{sum}\"> {first}-{last} </Range>")?,
@@ -138,7 +139,7 @@ fn hex(sum: &[u8; 32]) -> String {
     sum.iter().flat_map(|byte| [digit(byte >> 4), digit(*byte)]).collect()
 }
 
-/// Hashes what is written.
+/// A writer that hashes its input.
 struct HashWriter(Sha256);
 
 impl Write for HashWriter {
@@ -178,7 +179,7 @@ mod tests {
     }
 
     #[test]
-    fn ranges_are_whole_blocks_joined_and_the_last_may_be_short() {
+    fn ranges_are_rounded_to_blocks_and_joined_and_the_last_block_may_be_short() {
         let mut image = vec![0; 50_000];
         image[5000..9000].fill(7);
         image[49_999] = 1;
@@ -191,7 +192,7 @@ mod tests {
     }
 
     #[test]
-    fn the_file_has_its_own_checksum() {
+    fn the_file_contains_its_own_checksum() {
         let (text, _) = bmap(&[3; 5000], std::slice::from_ref(&(0..5000))).unwrap();
         let (_, rest) = text.split_once("<BmapFileChecksum> ").unwrap();
         let sum = &rest[..64];
@@ -199,7 +200,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_image_is_refused() {
+    fn an_empty_image_and_runs_outside_or_out_of_order_are_refused() {
         let kind = |image: &[u8], runs: &[Range<u64>]| bmap(image, runs).unwrap_err().kind();
         let (first, second) = (0..4096, 8192..9000);
         assert_eq!(kind(&[], &[]), io::ErrorKind::InvalidInput);
@@ -208,7 +209,7 @@ mod tests {
     }
 
     #[test]
-    fn an_image_that_cannot_be_read_gives_its_error() {
+    fn a_read_error_of_the_image_is_returned() {
         let read = |_, _: &mut [u8]| Err(crate::host::os_error(libc::EIO));
         let failed = write(&mut Vec::new(), 4096, std::iter::once(0..4096), read);
         assert_eq!(failed.unwrap_err().raw_os_error(), Some(libc::EIO));

@@ -1,8 +1,8 @@
-//! Formats of other tools for whole images and for changes, each a codec of its own.
+//! Codecs for other tools' formats of whole images and of changes.
 //!
-//! They know no disk: a writer is told what lies where and is handed the bytes, a reader tells
-//! the same. What a stream sends in order is in [`crate::stream::frames`]; here are the formats
-//! that have to know the whole image before its first byte.
+//! The codecs know no disk: a writer is given the runs and their bytes, and a reader returns the
+//! same. Formats that a stream can send in order are in [`crate::stream::frames`]; the formats here
+//! need to know the whole image before its first byte.
 
 pub mod android;
 pub mod bmap;

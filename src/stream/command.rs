@@ -1,17 +1,17 @@
-//! A pipe of programs at one end of a stream.
+//! A pipeline of programs at one end of a stream.
 //!
 //! ```text
-//!   End::Input:    daemon ══▶ zstd -c | ssh h ...  ──▶ stdout     (and a guard: see `guard.rs`)
-//!   End::Output:   /dev/null ──▶ curl ... | zstd -dc ══▶ daemon
+//!   PipeEnd::Input:    daemon ══▶ zstd -c | ssh h ...  ──▶ stdout   (and a guard: see `guard.rs`)
+//!   PipeEnd::Output:   /dev/null ──▶ curl ... | zstd -dc ══▶ daemon
 //! ```
 //!
-//! The programs are one process group, so one signal ends all of them and whatever they started.
-//! They run in the caller's directory, without a shell. All write their stderr into one pipe, of
-//! which the last 4 KiB are kept: its last line says best why a program failed.
+//! The programs form one process group, so one signal ends all of them and their children. They run
+//! in the caller's directory, without a shell. All write their stderr into one pipe, of which the
+//! last 4 KiB are kept: its last line says best why a program failed.
 //!
-//! A program that has ended stays a zombie until all have: its number, which is the group's, can
-//! not become another's as long as a signal may still be sent to it. For the same reason the state
-//! lock is held while the group is killed, and while the zombies are collected; no waiting is done
+//! A program that has ended stays a zombie until all have ended: its pid, which is also the number
+//! of the group, cannot be reused while a signal may still be sent to it. For the same reason the
+//! state lock is held while the group is killed and while the zombies are reaped; nothing waits
 //! under it.
 
 use std::ffi::OsString;
@@ -40,25 +40,27 @@ use crate::config::Programs;
 use crate::host::os_message;
 use crate::process::restore_caller_limits;
 
-/// As much as an unprivileged process may ask for: 1 MiB. It evens out who waits for whom.
+/// The size of the pipe in bytes: 1 MiB, the most that an unprivileged process may ask for. It
+/// evens out the speeds of its two ends.
 pub(super) const PIPE_SIZE: usize = 1 << 20;
 
-/// How long killed programs are waited for. One that is stuck in the kernel goes later.
+/// How long `kill` waits for killed programs. One that is stuck in the kernel ends later.
 const KILL_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// How often it is looked whether a program has ended, where that wait must end on a word.
+/// How often `wait_unless_stopped` checks for the end of the programs: that wait must react to a
+/// stop.
 const POLL_INTERVAL: Timespec = Timespec { tv_sec: 0, tv_nsec: 5_000_000 };
 
-/// Which end of the pipe of programs is ours.
+/// The end of the pipeline that the daemon holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PipeEnd {
-    /// We write what the first program reads.
+    /// The daemon writes the input of the first program.
     Input,
-    /// We read what the last program writes.
+    /// The daemon reads the output of the last program.
     Output,
 }
 
-/// Running programs; when the last clone is dropped, those that still run are killed.
+/// Running programs. Dropping the last clone kills those that still run.
 #[derive(Debug)]
 pub struct Pipeline {
     programs: Vec<Program>,
@@ -76,30 +78,31 @@ struct Program {
 #[derive(Debug)]
 struct PipelineState {
     guard: Option<GuardProcess>,
-    /// Empty once all have been collected: the pids are not ours any more.
+    /// The child processes; empty once they have been reaped and their pids are no longer ours.
     children: Vec<Child>,
-    /// What was to be said when they were collected.
+    /// The result recorded when the programs were reaped.
     outcome: Option<Result<(), String>>,
 }
 
-/// How a program ended.
+/// The way a program ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum ProgramExit {
     Exited(i32),
     Killed(i32),
-    /// Somebody else has collected it.
+    /// Unknown, because something else has reaped the program.
     Unknown,
 }
 
 impl Pipeline {
-    /// Starts `programs` in `dir`, joined by pipes; gives our end of theirs, which does not block.
+    /// Starts `programs` in `dir`, joined by pipes, and returns our end of the pipeline, which does
+    /// not block.
     ///
-    /// With [`PipeEnd::Input`] the last program gets `stdout`, and a guard is started (where
-    /// [`guard::offer`] was called). With [`PipeEnd::Output`] `stdout` is not used, and the first
+    /// With [`PipeEnd::Input`] the last program gets `stdout`, and a guard is started if
+    /// [`guard::enable_guards`] was called. With [`PipeEnd::Output`] `stdout` is not used, and the first
     /// program reads /dev/null.
     ///
     /// # Errors
-    /// One line. Nothing runs then.
+    /// One line for the user. No program runs then.
     pub fn spawn(
         programs: &Programs,
         dir: &Path,
@@ -109,10 +112,11 @@ impl Pipeline {
         Self::spawn_with(programs, dir, end, stdout, guard::program())
     }
 
-    /// [`Self::spawn`] with the program that guards an [`PipeEnd::Input`], if any.
+    /// Starts `programs` as [`Self::spawn`] does, with `guard` as the program that guards a
+    /// [`PipeEnd::Input`], if any.
     ///
     /// # Errors
-    /// As there.
+    /// As for [`Self::spawn`].
     pub fn spawn_with(
         programs: &Programs,
         dir: &Path,
@@ -151,13 +155,13 @@ impl Pipeline {
         Ok((Arc::new(pipeline), ours))
     }
 
-    /// The name of the program that reads what we write.
+    /// Returns the name of the program that reads our output.
     #[must_use]
     pub fn first_program(&self) -> &str {
         self.programs.first().map_or("", |program| &program.name)
     }
 
-    /// A program that has ended badly, in words; never waits.
+    /// Describes a program that has ended with a failure, if any; never waits.
     #[must_use]
     pub fn failure(&self) -> Option<String> {
         let state = self.state.lock();
@@ -167,31 +171,31 @@ impl Pipeline {
         }
     }
 
-    /// Whether all programs have ended; never waits.
+    /// Returns whether all programs have ended; never waits.
     #[must_use]
     pub fn has_ended(&self) -> bool {
         let state = self.state.lock();
         state.outcome.is_some() || self.programs.iter().all(|program| program.exit().is_some())
     }
 
-    /// Waits until all programs have ended. Our end has to be closed (after [`Self::release_guard`]) for
-    /// them to see the end of input.
+    /// Waits until all programs have ended. They see the end of their input only after our end is
+    /// closed, which must happen after [`Self::release_guard`].
     ///
     /// # Errors
-    /// One line about a program whose status is not 0.
+    /// One line about a program that failed.
     pub fn wait(&self) -> Result<(), String> {
         for program in &self.programs {
             let flags = WaitIdOptions::EXITED | WaitIdOptions::NOWAIT;
-            // ECHILD: collected by a `kill` meanwhile, whose outcome stands.
+            // ECHILD: reaped meanwhile by `kill`, whose outcome stands.
             let _ = rustix::io::retry_on_intr(|| waitid(WaitId::Pid(program.pid), flags));
         }
         self.reap()
     }
 
-    /// [`Self::wait`] that `stop` ends; the programs go on then.
+    /// Waits as [`Self::wait`] does, until `stop` is raised; the programs keep running then.
     ///
     /// # Errors
-    /// As there; also when it was stopped.
+    /// As for [`Self::wait`]; also when it was stopped.
     pub fn wait_unless_stopped(&self, stop: &Stop) -> Result<(), String> {
         while !self.has_ended() {
             if stop.sleep(POLL_INTERVAL).is_err() {
@@ -202,7 +206,7 @@ impl Pipeline {
         self.reap()
     }
 
-    /// Kills the whole group and collects it; nothing happens when that is done already.
+    /// Kills the process group and reaps it; does nothing if that has happened already.
     pub fn kill(&self) {
         {
             let mut state = self.state.lock();
@@ -210,7 +214,7 @@ impl Pipeline {
                 return;
             }
             let _ = kill_process_group(self.group, Signal::KILL);
-            // Now, not before: without its guard the end of input would look meant.
+            // Only after the kill: without the guard, the end of input would look intended.
             state.guard = None;
         }
         let until = Instant::now() + KILL_TIMEOUT;
@@ -223,8 +227,8 @@ impl Pipeline {
         let _ = self.reap();
     }
 
-    /// Tells the guard that the end of input is meant, and waits until it has let go; to be called
-    /// before the write end is closed.
+    /// Tells the guard that the end of input is intended, and waits until the guard has closed its
+    /// copy. Call this before closing the write end.
     pub fn release_guard(&self) {
         let guard = self.state.lock().guard.take();
         if let Some(guard) = guard {
@@ -232,13 +236,13 @@ impl Pipeline {
         }
     }
 
-    /// Collects the programs, which have all ended, and says how.
+    /// Reaps the programs, all of which have ended, and returns the outcome.
     fn reap(&self) -> Result<(), String> {
         let mut state = self.state.lock();
         if let Some(outcome) = &state.outcome {
             return outcome.clone();
         }
-        // It knows the group only by its number, which is about to be given up.
+        // The guard knows the group only by its number, which is about to be released.
         state.guard = None;
         let outcome = self.worst_failure().map_or(Ok(()), Err);
         for mut child in state.children.drain(..) {
@@ -248,24 +252,25 @@ impl Pipeline {
         outcome
     }
 
-    /// A descriptor for each program that becomes readable when that ends; none for those that were
-    /// collected.
+    /// Returns a descriptor for each program that becomes readable when the program ends; none for
+    /// programs already reaped.
     #[must_use]
     pub fn pidfds(&self) -> Vec<OwnedFd> {
-        // Under the lock no pid becomes another's.
+        // Under the lock no pid can be reused.
         let state = self.state.lock();
         let pids = state.children.iter().map(pid_of);
         pids.filter_map(|pid| pidfd_open(pid, PidfdFlags::empty()).ok()).collect()
     }
 
-    /// The worst that can be said of a program that has ended.
+    /// Describes the most relevant failure of a program that has ended.
     fn worst_failure(&self) -> Option<String> {
         let bad = |ending: &ProgramExit| *ending != ProgramExit::Exited(0);
         let ended = self.programs.iter().filter_map(|program| {
             let ending = program.exit().filter(bad)?;
             Some((&program.name, ending))
         });
-        // SIGPIPE is seldom the cause: the program behind it went first, or is going now.
+        // SIGPIPE is seldom the cause: the next program in the pipeline has ended before, or is
+        // ending.
         let is_pipe = |ending: ProgramExit| ending == ProgramExit::Killed(libc::SIGPIPE);
         let (name, ending) = ended.min_by_key(|(_, ending)| is_pipe(*ending))?;
         if is_pipe(ending) && self.programs.iter().any(|program| program.exit().is_none()) {
@@ -289,7 +294,7 @@ impl Drop for Pipeline {
 }
 
 impl Program {
-    /// How it ended, if it has. It stays a zombie.
+    /// Returns how the program ended, or `None` while it runs. It stays a zombie.
     fn exit(&self) -> Option<ProgramExit> {
         let flags = WaitIdOptions::EXITED | WaitIdOptions::NOWAIT | WaitIdOptions::NOHANG;
         match rustix::io::retry_on_intr(|| waitid(WaitId::Pid(self.pid), flags)) {
@@ -304,7 +309,7 @@ impl Program {
     }
 }
 
-/// Programs that are being started; those that are still here when it is dropped are killed.
+/// Programs being started. Dropping this kills those still in it.
 struct StartingPrograms {
     children: Vec<Child>,
 }
@@ -367,21 +372,21 @@ impl Drop for StartingPrograms {
     }
 }
 
-/// The pipe between us and the programs: our end, and theirs.
+/// Creates the pipe between us and the programs; returns our end and theirs.
 fn data_pipe(end: PipeEnd) -> io::Result<(OwnedFd, OwnedFd)> {
     let (reader, writer) = pipe_with(PipeFlags::CLOEXEC)?;
     let (ours, theirs) = match end {
         PipeEnd::Input => (writer, reader),
         PipeEnd::Output => (reader, writer),
     };
-    // The two ends have flags of their own: the programs' end goes on blocking.
+    // The two ends have separate flags: the programs' end stays blocking.
     fcntl_setfl(&ours, fcntl_getfl(&ours)? | OFlags::NONBLOCK)?;
-    // The user's limit on pipes may be used up; a small one is only slower.
+    // The user's limit on pipe memory may be used up; a smaller pipe is only slower.
     let _: Result<usize, Errno> = fcntl_setpipe_size(&ours, PIPE_SIZE);
     Ok((ours, theirs))
 }
 
-/// Starts the guard of `programs`, which holds a second `data` end.
+/// Starts the guard of `programs`, which holds a second descriptor of the `data` end.
 fn start_guard(
     program: &Path,
     group: Pid,
@@ -429,7 +434,7 @@ mod tests {
     }
 
     fn is_gone(pid: &str) -> bool {
-        // A zombie that init has not collected yet is gone too.
+        // A zombie that init has not reaped yet counts as gone.
         match std::fs::read_to_string(format!("/proc/{pid}/stat")) {
             Ok(stat) => stat.rsplit(')').next().is_some_and(|rest| rest.starts_with(" Z")),
             Err(_) => true,
@@ -437,7 +442,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_written_goes_through_all_programs() {
+    fn written_bytes_pass_through_all_programs() {
         let dir = TempDir::new().unwrap();
         let words: &[&[&str]] = &[&["tr", "a", "b"], &["sh", "-c", "cat > out"]];
         let (pipeline, fd) =
@@ -450,7 +455,7 @@ mod tests {
     }
 
     #[test]
-    fn every_status_counts_and_the_last_line_of_stderr_is_told() {
+    fn any_failing_program_fails_wait_with_the_last_line_of_stderr() {
         let script = "cat; echo first >&2; printf 'no \\033 room\\rat all\\n\\n' >&2; exit 4";
         let (pipeline, fd) = spawn(&[&["sh", "-c", script], &["cat"]], PipeEnd::Input).unwrap();
         drop(fd);
@@ -464,14 +469,14 @@ mod tests {
     }
 
     #[test]
-    fn the_program_that_died_of_a_closed_pipe_is_not_the_one_to_blame() {
+    fn a_program_killed_by_sigpipe_is_not_blamed_for_the_failure() {
         let (pipeline, fd) = spawn(&[&["yes"], &["sh", "-c", "exit 9"]], PipeEnd::Output).unwrap();
         drop(fd);
         assert_eq!(pipeline.wait().unwrap_err(), "'sh' exited with status 9");
     }
 
     #[test]
-    fn failure_tells_of_a_program_that_has_ended_and_does_not_wait_for_the_others() {
+    fn failure_reports_an_ended_program_without_waiting_for_the_others() {
         let words: &[&[&str]] = &[&["sleep", "1000"], &["sh", "-c", "echo why >&2; kill -9 $$"]];
         let (pipeline, _fd) = spawn(words, PipeEnd::Input).unwrap();
         eventually(|| pipeline.failure().is_some());
@@ -480,13 +485,13 @@ mod tests {
     }
 
     #[test]
-    fn a_program_that_cannot_be_started_takes_the_others_with_it() {
+    fn a_program_that_cannot_be_started_causes_the_others_to_be_killed() {
         let dir = TempDir::new().unwrap();
         let words: &[&[&str]] = &[&["sh", "-c", "echo $$ > pid; exec sleep 1000"], &["zstdd"]];
         let started = Pipeline::spawn(&programs(words), dir.path(), PipeEnd::Input, Stdio::null());
         let line = "cannot run 'zstdd': No such file or directory";
         assert_eq!(started.unwrap_err(), line);
-        // It may have been killed before it could write that.
+        // The program may have been killed before it could write its pid.
         if let Ok(pid) = std::fs::read_to_string(dir.path().join("pid")) {
             assert!(pid.is_empty() || is_gone(pid.trim()));
         }
@@ -497,7 +502,7 @@ mod tests {
     }
 
     #[test]
-    fn a_kill_takes_the_whole_group_and_so_does_a_drop() {
+    fn kill_and_drop_end_the_whole_process_group() {
         for how in [Pipeline::kill, |_: &Pipeline| ()] {
             let script = "sleep 1000 & echo $!; wait";
             let (pipeline, fd) =
@@ -525,7 +530,7 @@ mod tests {
     }
 
     #[test]
-    fn a_grandchild_that_keeps_stderr_keeps_nobody() {
+    fn a_grandchild_that_holds_stderr_open_does_not_block_wait() {
         let script = "sleep 1000 & echo gone >&2; exit 1";
         let (pipeline, fd) = spawn(&[&["sh", "-c", script]], PipeEnd::Input).unwrap();
         drop(fd);
@@ -538,7 +543,7 @@ mod tests {
     }
 
     #[test]
-    fn a_program_that_never_stops_complaining_is_not_listened_to_for_ever() {
+    fn endless_output_on_stderr_does_not_block_wait() {
         let (pipeline, fd) =
             spawn(&[&["sh", "-c", "echo y >&2; yes >&2 & sleep 0.1; exit 1"]], PipeEnd::Input)
                 .unwrap();
@@ -549,7 +554,7 @@ mod tests {
     }
 
     #[test]
-    fn a_wait_is_ended_by_its_stop() {
+    fn stop_ends_a_wait() {
         let (pipeline, _fd) = spawn(&[&["sleep", "1000"]], PipeEnd::Input).unwrap();
         let stop = Stop::new().unwrap();
         let (other, until) = (Arc::clone(&pipeline), stop.clone());
@@ -564,7 +569,7 @@ mod tests {
     }
 
     #[test]
-    fn our_end_does_not_block_and_theirs_does() {
+    fn our_pipe_end_is_non_blocking_and_the_programs_end_blocks() {
         let (_pipeline, fd) = spawn(&[&["sleep", "1000"]], PipeEnd::Input).unwrap();
         assert!(fcntl_getfl(&fd).unwrap().contains(OFlags::NONBLOCK));
         let (pipeline, fd) =

@@ -1,14 +1,15 @@
-//! What keeps a killed daemon's half image from being taken for a whole one.
+//! A guard process that keeps the half image of a killed daemon from being taken for a complete
+//! one.
 //!
-//! A command that reads a stream knows that it is complete by the end of its input, and the kernel
-//! closes the pipe of a daemon that is killed just as a finished one's. So a process of its own
-//! holds a second write end, and lets go of it only on a word from the daemon:
+//! A command that reads a stream takes the end of its input for the end of the image, and the
+//! kernel closes the pipe of a killed daemon just like that of one that has finished. So a separate
+//! process holds a second write end, and closes it only on a message from the daemon:
 //!
 //! ```text
 //!   daemon ═══ data ═══▶ zstd | ssh ...        (one process group)
 //!      │          ▲             ▲
-//!      └─control─▶ guard ───────┘ a byte: let go, the end is meant
-//!                                 the end without a byte: SIGKILL to the group
+//!      └─control─▶ guard ───────┘ a byte: close the write end, the end is intended
+//!                                 end of file without a byte: SIGKILL to the group
 //! ```
 
 use std::ffi::OsStr;
@@ -25,27 +26,27 @@ use rustix::io::Errno;
 use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::{Pid, Signal, kill_process_group};
 
-/// The hidden subcommand that a guard runs as.
+/// The hidden subcommand that runs a guard.
 pub const SUBCOMMAND: &str = "__guard";
 
-/// How long a guard that was told to go may take before it is killed.
+/// How long a released guard may take to exit before it is killed.
 const RELEASE_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// The program that has the subcommand, once it said so.
+/// The program that implements the subcommand, once it has called [`enable_guards`].
 static GUARD_PROGRAM: OnceLock<PathBuf> = OnceLock::new();
 
-/// Says that this very program has the subcommand. Without it nothing is guarded: another program
-/// that uses the library would be started with arguments it does not know.
+/// Declares that the running program implements the subcommand. Without this call nothing is
+/// guarded: another program that uses the library would be started with arguments it does not know.
 pub fn enable_guards() {
     GUARD_PROGRAM.get_or_init(|| "/proc/self/exe".into());
 }
 
-/// The program to start guards from.
+/// Returns the program to start guards from.
 pub(super) fn program() -> Option<&'static Path> {
     GUARD_PROGRAM.get().map(PathBuf::as_path)
 }
 
-/// A running guard; dropped, it is killed and its process group left alone.
+/// A running guard. Dropping it kills the guard and leaves the guarded process group alone.
 #[derive(Debug)]
 pub(super) struct GuardProcess {
     child: Child,
@@ -53,7 +54,7 @@ pub(super) struct GuardProcess {
 }
 
 impl GuardProcess {
-    /// Starts `program` as the guard of the process group `group`; it holds `data`.
+    /// Starts `program` as the guard of the process group `group`; the guard holds `data` open.
     pub(super) fn start(program: &Path, group: Pid, data: OwnedFd) -> io::Result<Self> {
         let (reader, control) = pipe_with(PipeFlags::CLOEXEC)?;
         let child = Command::new(program)
@@ -62,17 +63,17 @@ impl GuardProcess {
             .stdin(Stdio::from(reader))
             .stdout(Stdio::from(data))
             .stderr(Stdio::null())
-            // It may outlive the daemon, and must hold no directory of anybody's.
+            // The guard may outlive the daemon, and must not keep anybody's directory busy.
             .current_dir("/")
             .process_group(0)
             .spawn()?;
         Ok(Self { child, control: Some(control) })
     }
 
-    /// Tells it that the end of input is meant, and waits until it has let go.
+    /// Tells the guard that the end of input is intended, and waits until it has closed its copy.
     pub(super) fn release(mut self) {
         if let Some(control) = self.control.take() {
-            // EPIPE: it is gone already, and its write end with it.
+            // EPIPE: the guard has already exited, and its write end is closed.
             let _ = rustix::io::retry_on_intr(|| rustix::io::write(&control, b"."));
             let until = Instant::now() + RELEASE_TIMEOUT;
             while matches!(self.child.try_wait(), Ok(None)) && Instant::now() < until {
@@ -84,21 +85,22 @@ impl GuardProcess {
 
 impl Drop for GuardProcess {
     fn drop(&mut self) {
-        // Before the control pipe closes: the end of it would have the group killed, and by then
-        // its number may be another group's. (One that was waited for is not killed again.)
+        // Kill before the control pipe closes: its end would make the guard kill the group, whose
+        // number may belong to another group by then. (A guard that was waited for is not killed
+        // again.)
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
 }
 
-/// The guard itself: returns once told that the end is meant; kills `group` when `control` ends
-/// without that word.
+/// Runs the guard itself: returns once told that the end is intended; kills `group` when `control`
+/// ends without that message.
 ///
 /// # Errors
-/// The errno of read(2), after the group was killed, or of kill(2). `EINVAL` when `group` is no
-/// process group that could be killed.
+/// The errno of read(2), after the group was killed, or that of kill(2). `EINVAL` if `group` is not
+/// a process group that may be killed.
 pub fn run_guard(control: impl AsFd, group: i32) -> io::Result<()> {
-    // 0 and 1 would be our own group and every process there is.
+    // 0 and 1 would mean our own group and every process.
     let group = Some(group).filter(|group| *group > 1).and_then(Pid::from_raw);
     let group = group.ok_or(Errno::INVAL)?;
     ignore_termination_signals();
@@ -114,11 +116,11 @@ pub fn run_guard(control: impl AsFd, group: i32) -> io::Result<()> {
     Ok(heard.and(killed)?)
 }
 
-/// A service manager sends its signals to every process at once; the daemon decides what they
-/// mean, and a guard that went first would let go.
+/// Ignores termination signals. A service manager sends them to every process at once; the daemon
+/// decides what they mean, and a guard that exited first would close its write end.
 fn ignore_termination_signals() {
     for signal in [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGQUIT] {
-        // SAFETY: sets a disposition that runs no code of ours and touches no memory.
+        // SAFETY: sets a signal disposition that runs no code of ours and touches no memory.
         unsafe { libc::signal(signal, libc::SIG_IGN) };
     }
 }

@@ -1,17 +1,18 @@
-//! Streams: disks whose bytes leave in order while they are written, or arrive in order.
+//! Streams: disks whose bytes leave in order while they are written, or arrive in order to be read.
 //!
 //! ```text
 //!   Output:  write ──> window + store ──> sender ──> sink (fifo, file, device, command, stdout)
 //!   Input:   source ──> reader ──> read-window or spool ──> read
 //! ```
 //!
-//! `window` decides what may be changed and what must leave, and `needed` what it would have
-//! taken; with `runs` they know no bytes and do no I/O. `page_store` holds the bytes, `spill` those
-//! that memory has no room for, `queue` the writes that wait for a stalled sink. `output` and
-//! `input` put the parts to work with one thread each. docs/streams.md explains the policy.
+//! `window` decides which bytes may still be changed and which must be sent, and `needed` computes
+//! the window and spill that the writes so far would have needed. Both, like `runs`, hold no data
+//! and do no I/O. `page_store` holds the data, `spill` holds the part that memory has no room for,
+//! and `queue` holds the writes that wait for a stalled sink. `output` and `input` combine these
+//! parts, with one thread per stream. docs/streams.md explains the policy.
 //!
-//! Locks: each stream has one, held for as long as it takes to copy a request. Sinks, sources and
-//! replies are called without it.
+//! Locks: each stream has one lock, held no longer than it takes to copy a request. Sinks, sources
+//! and replies are called without it.
 
 pub mod command;
 pub mod error;
@@ -46,36 +47,36 @@ use self::output::{DrainTimeout, Output, OutputState, Sink, SinkCallback, SinkMo
 use self::sink::HostSink;
 use self::source::HostSource;
 
-/// A stream at work.
+/// A running stream.
 pub enum Stream {
-    /// What is written leaves.
+    /// An output stream: bytes written to the disk are sent to a sink.
     Output(Arc<Output>),
-    /// What is read arrives.
+    /// An input stream: bytes read from the disk arrive from a source.
     Input {
-        /// What has arrived.
+        /// The reading side of the stream, with the data received so far.
         input: Arc<Input>,
-        /// Where it comes from.
+        /// The handle of the source.
         monitor: Monitor,
     },
 }
 
-/// What becomes of streams when their mount is about to end.
+/// The treatment of unfinished streams when their mount ends.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum UnmountPolicy {
-    /// Those that end with the mount are finished, the others given up.
+    /// Finish the streams that end with the mount, and abort the others.
     #[default]
     Settle,
-    /// All are finished.
+    /// Finish all streams.
     Finish,
-    /// All that are not finished are given up.
+    /// Abort all unfinished streams.
     Abort,
-    /// Nothing yet: the mount goes on for those who have it open.
+    /// Do nothing yet: the mount lives on for the processes that have files of it open.
     Leave,
 }
 
 impl Stream {
-    /// Where it goes or comes from, as the user wrote it.
+    /// Returns the sink or source as the user wrote it.
     #[must_use]
     pub fn describe(&self) -> String {
         match self {
@@ -84,7 +85,7 @@ impl Stream {
         }
     }
 
-    /// Why it does not work any more.
+    /// Returns the reason why the stream has failed, or `None` while it works.
     #[must_use]
     pub fn failure(&self) -> Option<String> {
         match self {
@@ -93,10 +94,11 @@ impl Stream {
         }
     }
 
-    /// What becomes of it at the end of its mount; a line for the user, if there is one.
+    /// Ends the stream when its mount ends, as `ending` says; returns a line for the user if there
+    /// is something to say.
     ///
     /// # Errors
-    /// A line: it is not whole.
+    /// A line for the user: the stream is incomplete.
     pub fn end_stream(
         &self,
         ending: UnmountPolicy,
@@ -106,7 +108,7 @@ impl Stream {
         match (self, ending) {
             (_, UnmountPolicy::Leave) => Ok(None),
             (Self::Input { input, monitor }, _) => {
-                // First: at the end its commands are killed.
+                // The failure is read first: `close` kills the commands of the source.
                 let failure = input_status(input, monitor).error;
                 input.close()?;
                 failure.map_or(Ok(None), Err)
@@ -115,7 +117,7 @@ impl Stream {
             (Self::Output(output), UnmountPolicy::Finish) => {
                 let line = output.finish(has_writers, patience).map_err(|error| {
                     let why = output.abort_reason(error);
-                    // It never gets whole now.
+                    // After a failed finish the stream can never be completed.
                     let _ = output.abort(&why);
                     why
                 });
@@ -130,7 +132,8 @@ impl Stream {
     }
 }
 
-/// How an input stream stands: also when a command has failed whose last bytes nobody has asked for.
+/// Returns the status of an input stream. A command that failed is reported even if nobody has
+/// asked for its last bytes.
 #[must_use]
 pub fn input_status(input: &Input, monitor: &Monitor) -> InputStatus {
     let mut status = input.status();

@@ -1,4 +1,4 @@
-//! What everybody may know of a sink or a source, and do to it, while its thread works with it.
+//! A handle for observing and killing a sink or a source while its own thread works with it.
 
 use std::io;
 use std::sync::Arc;
@@ -9,10 +9,10 @@ use std::time::{Duration, Instant};
 use super::command::Pipeline;
 use crate::host::os_message;
 
-/// How long a program that has closed its input may take to say why.
+/// How long a program that has closed its input may take to exit with a reason.
 const EXIT_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// A handle on a running sink or source; every clone is the same one.
+/// A handle on a running sink or source; all clones refer to the same one.
 #[derive(Clone, Debug)]
 pub struct Monitor {
     kind: &'static str,
@@ -21,12 +21,12 @@ pub struct Monitor {
     counters: Arc<StreamCounters>,
 }
 
-/// What the working thread counts.
+/// The counters of the working thread.
 #[derive(Debug, Default)]
 pub(super) struct StreamCounters {
-    /// The offset of the disk before which everything has passed.
+    /// The offset of the disk before which everything has passed, in bytes.
     pub(super) accepted: AtomicU64,
-    /// Bytes on the wire.
+    /// The number of bytes on the wire.
     pub(super) wire_bytes: AtomicU64,
 }
 
@@ -43,40 +43,42 @@ impl Monitor {
         self.pipeline.as_deref()
     }
 
-    /// What it is: `fifo`, `file`, `device`, `cmd`, `stdout`, `stdin` or `measure`.
+    /// Returns the kind of sink or source: `fifo`, `file`, `device`, `cmd`, `stdout`, `stdin` or
+    /// `measure`.
     #[must_use]
     pub fn kind(&self) -> &'static str {
         self.kind
     }
 
-    /// What it is, as one would write it: `file:/srv/o.img`, `cmd:zstd -c | ssh h`.
+    /// Returns the sink or source as the user would write it: `file:/srv/o.img`, `cmd:zstd -c | ssh
+    /// h`.
     #[must_use]
     pub fn describe(&self) -> String {
         self.label.to_string()
     }
 
-    /// A command that has ended badly, in words; never waits.
+    /// Describes a command that has ended with a failure, if any; never waits.
     #[must_use]
     pub fn failure(&self) -> Option<String> {
         self.pipeline.as_ref().and_then(|pipeline| pipeline.failure())
     }
 
-    /// Kills the commands, if it has any. (A wait elsewhere is ended by the `Stop` it was given.)
+    /// Kills the commands, if there are any. (The `Stop` given to a wait elsewhere ends that wait.)
     pub fn kill(&self) {
         if let Some(pipeline) = &self.pipeline {
             pipeline.kill();
         }
     }
 
-    /// The offset of the disk before which a sink has accepted, or a source has delivered,
-    /// everything; exact also after a failure.
+    /// Returns the offset of the disk, in bytes, before which a sink has accepted, or a source has
+    /// delivered, everything; exact even after a failure.
     #[must_use]
     pub fn accepted(&self) -> u64 {
         self.counters.accepted.load(Ordering::Acquire)
     }
 
-    /// Why `error` came from it, for the user: `'zstd' exited with status 1: No space left`.
-    /// Waits up to a second for a command that has just gone to say why.
+    /// Explains to the user why the sink or source returned `error`: `'zstd' exited with status 1:
+    /// No space left`. Waits up to a second for a command that is about to exit.
     #[must_use]
     pub fn explain(&self, error: &io::Error) -> String {
         match error.raw_os_error() {
@@ -93,7 +95,7 @@ impl Monitor {
         };
         let until = Instant::now() + EXIT_TIMEOUT;
         loop {
-            // In this order: what ends between the two is asked about once more.
+            // In this order: a program that ends between the two checks is examined once more.
             let ended = pipeline.has_ended() || Instant::now() >= until;
             if let Some(failure) = pipeline.failure() {
                 return failure;

@@ -1,7 +1,7 @@
-//! Where an input stream comes from.
+//! The sources of an input stream.
 //!
-//! One thread reads, from the beginning to the end. It waits in poll(2) beside a [`Stop`], so it
-//! can always be ended, whatever the other side does.
+//! One thread reads, from the beginning to the end. It waits in poll(2) together with a [`Stop`],
+//! so it can always be ended, whatever the other side does.
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -28,7 +28,7 @@ use crate::config::{Programs, SourceSpec, StreamSpec};
 use crate::confined::PathHandle;
 use crate::host::os_error;
 
-/// An open source; dropped, its commands are killed.
+/// An open source. Dropping it kills its commands.
 #[derive(Debug)]
 pub struct HostSource {
     fd: OwnedFd,
@@ -38,10 +38,10 @@ pub struct HostSource {
 }
 
 impl HostSource {
-    /// Opens `supply` for the stream `spec`. Commands are started; no writer is waited for.
+    /// Opens `supply` for the stream `spec`. Commands are started; the call waits for no writer.
     ///
     /// # Errors
-    /// One line. Nothing was made then, and nothing runs.
+    /// One line for the user. Nothing has been created then, and nothing runs.
     pub fn open(
         spec: &StreamSpec,
         supply: &SourceSpec,
@@ -57,24 +57,25 @@ impl HostSource {
         Ok(Self { fd, mode: manner, monitor, stop })
     }
 
-    /// A handle for everybody else; what it has `accepted` is what was read here.
+    /// Returns a handle for other threads; its `accepted` counts the bytes read here.
     #[must_use]
     pub fn monitor(&self) -> Monitor {
         self.monitor.clone()
     }
 
-    /// Reads into `buf` what has come, at least a byte, waiting for that; 0 at the end (and for
-    /// an empty `buf`).
+    /// Reads available bytes into `buf`, waiting for at least one; returns 0 at the end of the
+    /// input and for an empty `buf`.
     ///
     /// # Errors
-    /// `ECANCELED` once stopped; the host's errno, for which [`Monitor::explain`] has words.
+    /// `ECANCELED` once stopped; otherwise the host's errno, which [`Monitor::explain`] puts into
+    /// words.
     pub fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
         if buf.is_empty() {
             return Ok(0);
         }
         loop {
-            // First: a named pipe that no writer has opened yet reads as if it were at its end,
-            // but poll(2) tells of a hangup only after one has (fs/pipe.c).
+            // Poll first: a named pipe that no writer has opened yet reads as if it were at its
+            // end, but poll(2) reports a hangup only after a writer has opened it (fs/pipe.c).
             self.wait_readable()?;
             match self.try_read(buf) {
                 Ok(len) => {
@@ -87,10 +88,10 @@ impl HostSource {
         }
     }
 
-    /// It was read to the end: waits for the commands' statuses.
+    /// Waits for the exit of the commands after the input was read to its end.
     ///
     /// # Errors
-    /// One line about a command that failed: what it delivered is not whole then.
+    /// One line about a command that failed: its output is incomplete then.
     pub fn finish(self) -> Result<(), String> {
         match self.monitor.pipeline() {
             Some(pipeline) => pipeline.wait_unless_stopped(&self.stop),
@@ -98,12 +99,12 @@ impl HostSource {
         }
     }
 
-    /// It is not needed any more: kills the commands.
+    /// Closes the source early and kills the commands.
     pub fn close(self) {
         drop(self);
     }
 
-    /// Waits until something can be read, or nothing ever will.
+    /// Waits until a read will not block: there are bytes, or the input has ended.
     fn wait_readable(&self) -> io::Result<()> {
         if self.mode == FdMode::Plain {
             let stopped = self.stop.is_stopped();
@@ -138,7 +139,7 @@ fn open_fifo(path: &Path, place: &StreamContext<'_>) -> Result<OpenedSource, Str
     fifo::create_missing(path)?;
     let fd = fifo::open(path, OFlags::RDONLY)
         .map_err(|error| StreamOpenError::host("read", path, &error))?;
-    // The user's limit on pipes may be used up; a small one is only slower.
+    // The user's limit on pipe memory may be used up; a smaller pipe is only slower.
     let _: Result<usize, Errno> = fcntl_setpipe_size(&fd, PIPE_SIZE);
     let label = format!("fifo:{}", path.display());
     Ok((fd, FdMode::NonBlocking, Monitor::new("fifo", &label, None)))
@@ -222,7 +223,7 @@ mod tests {
     }
 
     #[test]
-    fn a_named_pipe_is_waited_for_and_read_to_its_end() {
+    fn a_named_pipe_is_read_from_its_first_writer_to_its_end() {
         let dir = TempDir::new().unwrap();
         let path = dir.path().join("in");
         let (mut source, _stop) = open(&dir, &SourceSpec::Fifo(path.clone())).unwrap();
@@ -240,7 +241,7 @@ mod tests {
     }
 
     #[test]
-    fn a_source_that_waits_is_stopped() {
+    fn a_waiting_source_can_be_stopped() {
         let dir = TempDir::new().unwrap();
         let path = dir.path().join("in");
         for supply in [SourceSpec::Fifo(path), SourceSpec::Command(programs(&[&["sleep", "1000"]]))]
@@ -257,7 +258,7 @@ mod tests {
     }
 
     #[test]
-    fn a_command_delivers_and_its_status_counts() {
+    fn the_output_of_a_command_is_read_and_its_status_checked() {
         let dir = TempDir::new().unwrap();
         let good = SourceSpec::Command(programs(&[&["printf", "abcabc"], &["tr", "a", "x"]]));
         let (mut source, _stop) = open(&dir, &good).unwrap();
@@ -276,7 +277,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_is_read_and_everything_else_is_refused() {
+    fn from_file_reads_a_file_and_refuses_other_types() {
         let dir = TempDir::new().unwrap();
         let path = dir.path().join("in");
         fs::write(&path, vec![7; 5000]).unwrap();
@@ -300,11 +301,11 @@ mod tests {
     }
 
     #[test]
-    fn standard_input_is_read_to_its_end_whatever_it_is() {
+    fn standard_input_is_read_to_its_end_for_every_type_of_descriptor() {
         let place = StreamContext { stdio: StdioMode::Available, ..place() };
         let dir = TempDir::new().unwrap();
         let path = dir.path().join("in");
-        // A pipe without a name, one with (whose writer has gone already), and a socket.
+        // An unnamed pipe, a named one (whose writer has already left), and a socket.
         let (reader, writer) = rustix::pipe::pipe().unwrap();
         fifo::create_missing(&path).unwrap();
         let named = fifo::open(&path, OFlags::RDONLY).unwrap();

@@ -1,8 +1,8 @@
 //! The standard input and output of the daemon as ends of a stream.
 //!
-//! `O_NONBLOCK` belongs to an open file description, which we share with whoever started us: set
-//! on it, it would surprise them. So a pipe is opened once more, for a description of our own, and
-//! where that cannot be the single calls are made such that they do not block.
+//! `O_NONBLOCK` belongs to the open file description, which we share with our parent: setting it
+//! there would surprise the parent. So a pipe is opened once more, for a description of our own;
+//! where that is impossible, each single call is made in a way that does not block.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -10,43 +10,45 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::fs::{FileType, Mode, OFlags, fstat, fstatfs};
 use rustix::io::{Errno, fcntl_dupfd_cloexec};
 
-/// How one reads or writes without being kept: by what a descriptor is.
+/// How to read or write a descriptor without blocking.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum FdMode {
-    /// It is `O_NONBLOCK`, and of our own: poll, and then a call that may say `EAGAIN`.
+    /// An `O_NONBLOCK` description of our own: poll, then a call that may return `EAGAIN`.
     NonBlocking,
-    /// Shared with others, and may block: poll, and then little enough that it does not.
+    /// A description shared with other processes that may block: poll, then a transfer small enough
+    /// not to block.
     SharedBlocking,
-    /// A socket, shared: poll, and a flag on each call.
+    /// A shared socket: poll, then a call with a non-blocking flag.
     Socket,
-    /// A file: poll says nothing about it, and every call ends by itself.
+    /// A file: poll says nothing about it, and every call returns by itself.
     Plain,
 }
 
-/// `PIPE_BUF`: what a pipe takes at once, without blocking, where poll says that it is writable
-/// (pipe(7)).
+/// `PIPE_BUF` in bytes: the amount that a pipe accepts at once without blocking when poll reports
+/// it writable (pipe(7)).
 pub(super) const PIPE_BUF: usize = 4096;
 
-/// `statfs` of a pipe without a name (linux/magic.h).
+/// The `statfs` type of an unnamed pipe (linux/magic.h).
 const PIPEFS_MAGIC: i64 = 0x5049_5045;
 
-/// Which way the bytes go.
+/// The direction of the bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Direction {
     Reading,
     Writing,
 }
 
-/// A descriptor of our own for `fd`, and how to use it.
+/// Returns a descriptor of our own for `fd`, and how to use it.
 ///
 /// # Errors
-/// `ENXIO` when it is a pipe that nobody reads; the errno of a call that failed.
+/// `ENXIO` if `fd` is a pipe without a reader; otherwise the errno of the call that failed.
 pub(super) fn acquire(fd: BorrowedFd<'_>, way: Direction) -> io::Result<(OwnedFd, FdMode)> {
     let dup = || fcntl_dupfd_cloexec(fd, 3);
     let manner = match FileType::from_raw_mode(fstat(fd)?.st_mode) {
         FileType::Fifo => match reopen_pipe(fd, way) {
             Ok(Some(own)) => return Ok((own, FdMode::NonBlocking)),
-            // Not ours to open (it is another user's), no /proc, or no use.
+            // The pipe cannot be opened (it is another user's), there is no /proc, or reopening
+            // would lose something.
             Ok(None) | Err(Errno::ACCESS | Errno::PERM | Errno::NOENT | Errno::NOTDIR) => {
                 FdMode::SharedBlocking
             }
@@ -59,10 +61,11 @@ pub(super) fn acquire(fd: BorrowedFd<'_>, way: Direction) -> io::Result<(OwnedFd
     Ok((dup()?, manner))
 }
 
-/// The pipe once more; `None` where that would lose something.
+/// Opens the pipe once more; returns `None` where that would lose something.
 fn reopen_pipe(fd: BorrowedFd<'_>, way: Direction) -> Result<Option<OwnedFd>, Errno> {
     let access = match way {
-        // A named pipe whose writer has gone already looks, opened anew, as if none had come yet.
+        // Opened anew, a named pipe whose writer has already left looks as if no writer had come
+        // yet.
         Direction::Reading if fstatfs(fd)?.f_type != PIPEFS_MAGIC => return Ok(None),
         Direction::Reading => OFlags::RDONLY,
         Direction::Writing => OFlags::WRONLY,
@@ -72,7 +75,7 @@ fn reopen_pipe(fd: BorrowedFd<'_>, way: Direction) -> Result<Option<OwnedFd>, Er
     rustix::fs::open(path, flags, Mode::empty()).map(Some)
 }
 
-/// Whether `fd` is a terminal.
+/// Returns whether `fd` is a terminal.
 pub(super) fn is_terminal(fd: impl AsFd) -> bool {
     std::io::IsTerminal::is_terminal(&fd.as_fd())
 }

@@ -1,4 +1,4 @@
-//! A word to whoever waits in poll(2): it is over.
+//! A stop signal for threads that wait in poll(2).
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -10,19 +10,19 @@ use rustix::io::Errno;
 
 use crate::host::os_error;
 
-/// Stops a sink or a source that waits; every clone is the same one.
+/// A stop signal for a waiting sink or source; all clones share one signal.
 #[derive(Clone, Debug)]
 pub struct Stop(Arc<StopInner>);
 
 #[derive(Debug)]
 struct StopInner {
     stopped: AtomicBool,
-    /// Readable once stopped.
+    /// An eventfd that is readable once stopped.
     fd: OwnedFd,
 }
 
 impl Stop {
-    /// One that has not been said yet.
+    /// Creates a signal that is not yet raised.
     ///
     /// # Errors
     /// The errno of eventfd(2).
@@ -31,26 +31,26 @@ impl Stop {
         Ok(Self(Arc::new(StopInner { stopped: false.into(), fd })))
     }
 
-    /// Says it; for ever.
+    /// Raises the signal, permanently.
     pub fn stop(&self) {
         self.0.stopped.store(true, Ordering::SeqCst);
-        // It can only fail when the count is full, and is readable then all the same.
+        // The write fails only if the counter is full, and the descriptor is readable then anyway.
         let _ = rustix::io::write(&self.0.fd, &1u64.to_ne_bytes());
     }
 
-    /// Whether it was said.
+    /// Returns whether the signal has been raised.
     #[must_use]
     pub fn is_stopped(&self) -> bool {
         self.0.stopped.load(Ordering::SeqCst)
     }
 
-    /// Becomes readable once it was said.
+    /// Returns a descriptor that becomes readable once the signal is raised.
     #[must_use]
     pub fn fd(&self) -> BorrowedFd<'_> {
         self.0.fd.as_fd()
     }
 
-    /// Waits until `fd` is ready for `what`, has an error, or `timeout` is over.
+    /// Waits until `fd` is ready for `what`, has an error, or `timeout` has passed.
     ///
     /// # Errors
     /// `ECANCELED` once stopped; the errno of poll(2).
@@ -77,7 +77,7 @@ impl Stop {
     /// Sleeps for `time`.
     ///
     /// # Errors
-    /// `ECANCELED` once stopped, at once.
+    /// `ECANCELED`, at once, when stopped.
     pub fn sleep(&self, time: Timespec) -> io::Result<()> {
         self.wait_for(self.fd(), PollFlags::IN, Some(time)).map(|_| ())
     }
@@ -91,7 +91,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn who_waits_is_woken_and_told() {
+    fn stop_wakes_a_waiter_with_ecanceled() {
         let stop = Stop::new().unwrap();
         let (reader, _writer) = rustix::pipe::pipe().unwrap();
         let other = stop.clone();

@@ -1,20 +1,21 @@
-//! Sparse transfer: a file through a pipe, as large on the way as its data, and the same file at
-//! the other end: bytes, size and holes.
+//! Sparse transfer of a file through a pipe: the stream is as large as the data of the file, and
+//! the receiver gets the same bytes, size and holes.
 //!
 //! ```text
 //!   source ──runs──> send ──> s C w w z w C ... z C e ──> recv ──> NAME.part ──> NAME
 //!            SEEK_DATA,         records of an rbd diff v2      │
-//!            zeros found        C: what came so far is right   └─ keeper ──> NAME.part.state
+//!            zeros found        C: all so far is correct       └─ StateWriter ──> NAME.part.state
 //! ```
 //!
-//! - Records rise and leave nothing out, trailing holes included, so a receiver knows at each
-//!   moment up to where its file is whole.
-//! - What came since the last checkpoint is believed only when the next one vouches for it, and a
-//!   file gets its name only when the last one vouched for all of it.
-//! - `NAME.part.state` says how far the file is whole *and durable*: it is written after its data
-//!   were synced, by a thread of its own, so that the stream does not wait for the disk.
+//! - Records are in rising order and leave no gap, trailing holes included, so a receiver knows at
+//!   each moment up to which offset its file is complete.
+//! - The bytes since the last checkpoint are trusted only when the next checkpoint vouches for
+//!   them, and a file gets its name only when the last checkpoint has vouched for all of it.
+//! - `NAME.part.state` records the offset up to which the file is complete *and durable*: a
+//!   separate thread writes it after syncing the data, so that the stream does not wait for the
+//!   disk.
 //!
-//! `docs/transfer.md` has the format of a checkpoint and the promises.
+//! `docs/transfer.md` describes the format of a checkpoint and the guarantees.
 
 pub mod checkpoint;
 mod destination;
@@ -34,7 +35,7 @@ pub use recv::{ReceivePlan, ReceiveStart, Received, receive, resume_offset};
 pub use send::{Changes, SendPlan, Sent, send};
 pub use source::{TransferSource, ZeroDetection};
 
-/// What goes over the wire.
+/// The format of a transfer on the wire.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum TransferFormat {
     /// The records of an rbd diff, version 2, with checkpoints.
@@ -46,21 +47,21 @@ pub enum TransferFormat {
     AndroidSparse,
 }
 
-/// How far a transfer is.
+/// The progress of a transfer; all numbers are bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct TransferProgress {
-    /// The offset it began at.
+    /// The offset at which the transfer began.
     pub from: u64,
-    /// The offset it has reached.
+    /// The offset that the transfer has reached.
     pub reached: u64,
-    /// Where it ends, when that is known.
+    /// The size of the disk, if known.
     pub size: Option<u64>,
-    /// Bytes of data so far.
+    /// The number of data bytes so far.
     pub data: u64,
-    /// Bytes of holes and zeros so far.
+    /// The number of bytes in holes and zeros so far.
     pub holes: u64,
 }
 
-/// How often a pipe is written and read: half of the second-level cache of common processors, so
-/// what was just hashed is still there when it is copied.
+/// Bytes read from and written to a pipe at a time: 256 KiB, half of the second-level cache of
+/// common processors, so that bytes just hashed are still cached when they are copied.
 const BUFFER_SIZE: usize = 256 << 10;

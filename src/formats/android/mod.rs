@@ -1,4 +1,4 @@
-//! Android sparse images, version 1.0: what `simg2img` and `fastboot` read.
+//! Android sparse images, version 1.0, the format of `simg2img` and `fastboot`.
 //!
 //! ```text
 //!   header, 28 bytes:  magic u32  major u16  minor u16  header len u16  chunk header len u16
@@ -7,18 +7,18 @@
 //!     RAW 0xCAC1         the bytes of its blocks
 //!     FILL 0xCAC2        4 bytes that are repeated
 //!     DONT_CARE 0xCAC3   nothing
-//!     CRC32 0xCAC4       the checksum of all before it; it has no blocks
+//!     CRC32 0xCAC4       the checksum of everything before it; the chunk has no blocks
 //! ```
 //!
-//! Every number is little-endian. Chunks have no offsets: they follow each other from the first
+//! All numbers are little-endian. Chunks carry no offsets: they follow each other from the first
 //! block to the last. Source: AOSP, libsparse/sparse_format.h.
 //!
-//! The header has the number of chunks, so it can only be written once all runs are known: a
-//! [`AndroidPlan`] counts them beforehand.
+//! The header contains the number of chunks, so it can be written only once all runs are known; an
+//! [`AndroidPlan`] counts the chunks beforehand.
 //!
-//! DONT_CARE is not zero: the target keeps what it had. A hole that must read as zeros is a FILL
-//! of 0 ([`AndroidContent::Zeros`]). Only what is to stay as it is, as what a diff does not change, is
-//! [`AndroidContent::DontCare`].
+//! DONT_CARE does not mean zero: the target keeps its content there. A hole that must read as zeros
+//! is written as a FILL of 0 ([`AndroidContent::Zeros`]). [`AndroidContent::DontCare`] is only for
+//! ranges that must keep their content, such as the unchanged ranges of a diff.
 
 mod reader;
 mod writer;
@@ -29,7 +29,7 @@ use std::ops::Range;
 pub use reader::{AndroidDecoder, AndroidRecord, AndroidRecordBody, Checksums};
 pub use writer::{AndroidPlan, AndroidTotals, AndroidWriter};
 
-/// The block size that is written, in bytes: the one every Android tool takes.
+/// The block size of written images in bytes: the one that every Android tool accepts.
 pub const BLOCK_SIZE: u64 = 4096;
 
 const MAGIC: u32 = 0xED26_FF3A;
@@ -41,27 +41,27 @@ const FILL: u16 = 0xCAC2;
 const DONT_CARE: u16 = 0xCAC3;
 const CRC32: u16 = 0xCAC4;
 
-/// What a run of an image is.
+/// The content of a run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum AndroidContent {
-    /// The target keeps what it had.
+    /// Unspecified: the target keeps its content.
     DontCare,
-    /// It reads as zeros afterwards.
+    /// Zeros: the target reads as zeros afterwards.
     Zeros,
-    /// Bytes.
+    /// Data bytes.
     Data,
 }
 
 /// A run of an image.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct AndroidRun {
-    /// Where, in bytes.
+    /// The position in the image, in bytes.
     pub range: Range<u64>,
-    /// What.
+    /// The content of the run.
     pub content: AndroidContent,
 }
 
-/// Joins `runs` to runs of whole blocks that cover all of `0..size` and follow each other.
+/// Rounds `runs` to runs of whole blocks that cover `0..size` without gaps.
 ///
 /// ```text
 ///   given      |--- zeros ---|- data -|              .         |- zeros -|
@@ -69,12 +69,13 @@ pub struct AndroidRun {
 ///   returned   |-zeros-|---- data -----|-- don't care -|- data -|-zeros-|
 /// ```
 ///
-/// What no run covers is [`AndroidContent::DontCare`]. A block that is not all of one kind is data, so a
-/// data run may be longer than what was given: its bytes are read anew, by the range returned.
+/// Ranges covered by no run are [`AndroidContent::DontCare`]. A block of mixed content is data, so
+/// a data run may be longer than the one given; the caller reads its bytes by the returned range.
 ///
 /// # Errors
-/// `InvalidInput`, in one line for the user, when `size` is no multiple of [`BLOCK_SIZE`] or more than
-/// the format can say (16 TiB less a block), when runs are not in rising order, or leave the size.
+/// `InvalidInput`, with one line for the user, if `size` is not a multiple of [`BLOCK_SIZE`] or
+/// exceeds the limit of the format (16 TiB less a block), or if the runs are not in rising order or
+/// exceed `size`.
 pub fn whole_blocks(
     size: u64,
     runs: impl IntoIterator<Item = AndroidRun>,
@@ -93,7 +94,7 @@ pub fn whole_blocks(
     all.push(end..size, AndroidContent::DontCare);
     let mut blocks = JoinedRuns::default();
     for AndroidRun { range, content } in all.0 {
-        // It cannot overflow: the size is a multiple of the block.
+        // No overflow: the size is a multiple of the block size.
         let (first, last) =
             (range.start.next_multiple_of(BLOCK_SIZE), range.end / BLOCK_SIZE * BLOCK_SIZE);
         let shared = |at: u64| at / BLOCK_SIZE * BLOCK_SIZE..at.next_multiple_of(BLOCK_SIZE);
@@ -104,12 +105,12 @@ pub fn whole_blocks(
     Ok(blocks.0)
 }
 
-/// Runs that follow each other, those of one kind as one.
+/// Consecutive runs, with neighbours of the same content joined.
 #[derive(Default)]
 struct JoinedRuns(Vec<AndroidRun>);
 
 impl JoinedRuns {
-    /// Adds what of `range` lies behind all before it.
+    /// Appends the part of `range` that lies after the existing runs.
     fn push(&mut self, range: Range<u64>, content: AndroidContent) {
         let reached = self.0.last().map_or(0, |run| run.range.end);
         let range = range.start.max(reached)..range.end;
@@ -123,7 +124,7 @@ impl JoinedRuns {
     }
 }
 
-/// The number of blocks of a disk of `size` bytes.
+/// Returns the number of blocks of a disk of `size` bytes.
 fn block_count(size: u64) -> io::Result<u32> {
     if !size.is_multiple_of(BLOCK_SIZE) {
         let next = size.div_ceil(BLOCK_SIZE).saturating_mul(BLOCK_SIZE);
@@ -154,7 +155,7 @@ mod tests {
     }
 
     #[test]
-    fn a_block_of_more_than_one_kind_is_data() {
+    fn a_block_of_mixed_content_is_data() {
         let runs = [
             run(0..6000, AndroidContent::Zeros),
             run(6000..9000, AndroidContent::Data),
@@ -167,7 +168,7 @@ mod tests {
             run(0..4096, AndroidContent::Zeros),
             run(4096..12288, AndroidContent::Data),
             run(12288..20480, AndroidContent::DontCare),
-            // Zeros would take what is not to be touched with them.
+            // As zeros, the block would overwrite bytes that must not change.
             run(20480..24576, AndroidContent::Data),
             run(24576..32768, AndroidContent::Zeros),
         ];
@@ -175,7 +176,7 @@ mod tests {
     }
 
     #[test]
-    fn a_size_that_is_not_whole_blocks_is_refused_with_what_to_do() {
+    fn a_size_that_is_not_a_multiple_of_the_block_is_refused_with_a_remedy() {
         let line = whole_blocks(10000, []).unwrap_err().to_string();
         assert!(line.contains("size=12288") && !line.contains('\n'), "{line}");
         let line = whole_blocks(1 << 44, []).unwrap_err().to_string();
@@ -192,7 +193,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn every_block_is_what_its_bytes_say(
+        fn every_block_has_the_content_of_its_bytes(
             lens in prop::collection::vec((1..9000u64, 0..3u8), 0..30),
         ) {
             let mut runs = Vec::new();
@@ -215,7 +216,7 @@ mod tests {
                     let mut of_block = runs.iter()
                         .filter(|run| run.range.start < block + BLOCK_SIZE && run.range.end > block)
                         .map(|run| run.content)
-                        // Behind the last of them up to the size.
+                        // The gap between the last run and the size.
                         .chain((block + BLOCK_SIZE > at).then_some(AndroidContent::DontCare));
                     let first = of_block.next().unwrap();
                     let one = of_block.all(|other| other == first);

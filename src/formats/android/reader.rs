@@ -1,61 +1,62 @@
-//! Reads Android sparse images.
+//! Reader of Android sparse images.
 //!
-//! What comes is not trusted: no length is believed before it agrees with the others, and nothing
-//! is allocated by one.
+//! The input is not trusted: a length is used only after it has been checked against the others,
+//! and no allocation depends on one.
 
 use std::io::{self, Read};
 use std::ops::Range;
 
 use super::{CHUNK_HEADER_LEN, CRC32, DONT_CARE, FILL, HEADER_LEN, MAGIC, RAW};
 
-/// 64 KiB: what is read at once of data that nobody wants.
+/// Bytes read at a time when skipping unwanted data: 64 KiB.
 const SKIP_CHUNK: usize = 64 << 10;
 
-/// Whether the checksum chunks of an image are held against its content.
+/// Whether the checksum chunks of an image are verified against its content.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Checksums {
-    /// They are skipped. Images that Android's own tools have made with checksums are wrong in
-    /// them: libsparse counts one block of each fill, and nothing of what it does not care for.
+    /// Skip the checksums. The checksums that Android's own tools write are wrong: libsparse counts
+    /// one block of each fill, and nothing of DONT_CARE chunks.
     #[default]
     Skip,
-    /// They must be right, with fills as they read and don't-cares as zeros, as the format says.
+    /// Verify the checksums, with fills expanded and DONT_CARE chunks counted as zeros, as the
+    /// format specifies.
     Verify,
 }
 
-/// A record of an image. Ranges are bytes of the disk, in order, and leave no gap.
+/// A record of an image. Ranges are bytes of the disk, in order and without gaps.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum AndroidRecord {
-    /// The size of the disk in bytes; it comes first.
+    /// The size of the disk in bytes; always the first record.
     Size(u64),
-    /// The bytes of this range come next: [`AndroidDecoder::body`] has them.
+    /// The bytes of this range follow; [`AndroidDecoder::body`] reads them.
     Data(Range<u64>),
-    /// These four bytes, repeated.
+    /// The range repeats these four bytes.
     Fill(Range<u64>, [u8; 4]),
-    /// The target keeps what it had.
+    /// The target keeps its content in this range.
     DontCare(Range<u64>),
-    /// The image is whole.
+    /// The image is complete.
     End,
 }
 
-/// Reads the records of an image.
+/// A decoder for the records of an image.
 #[derive(Debug)]
 pub struct AndroidDecoder<R> {
     input: R,
     block_size: u32,
-    /// In bytes.
+    /// The size of the disk in bytes.
     size: u64,
     chunks_left: u32,
-    /// Bytes of each chunk's header beyond those that are known.
+    /// The bytes by which each chunk header exceeds the known fields.
     extra_header_len: u16,
     position: u64,
-    /// Bytes of the data record at hand that were not read.
+    /// The bytes of the current data record that have not been read.
     unread: u64,
     is_size_returned: bool,
-    /// Of everything so far, where it is wanted.
+    /// The checksum of everything so far, if checksums are verified.
     checksum: Option<crc32fast::Hasher>,
 }
 
-/// The bytes of a data record.
+/// A reader of the bytes of a data record.
 #[derive(Debug)]
 pub struct AndroidRecordBody<'a, R>(&'a mut AndroidDecoder<R>);
 
@@ -63,8 +64,8 @@ impl<R: Read> AndroidDecoder<R> {
     /// Reads the header.
     ///
     /// # Errors
-    /// `InvalidData` when it is no Android sparse image of version 1, or contradicts itself;
-    /// `UnexpectedEof`; `input`'s own.
+    /// `InvalidData` if the input is not an Android sparse image of version 1, or is inconsistent;
+    /// `UnexpectedEof`; the errors of `input`.
     pub fn new(mut input: R, checksums: Checksums) -> io::Result<Self> {
         let header: [u8; HEADER_LEN as usize] = read_array(&mut input)?;
         if u32_at(&header, 0) != MAGIC {
@@ -100,11 +101,11 @@ impl<R: Read> AndroidDecoder<R> {
         })
     }
 
-    /// The next record. Of a data record whatever was not read is skipped first.
+    /// Returns the next record, after skipping the unread bytes of the current data record.
     ///
     /// # Errors
-    /// `InvalidData` when a length contradicts the others, a chunk is unknown, or a checksum is
-    /// wrong; `UnexpectedEof`; the input's own.
+    /// `InvalidData` if lengths contradict each other, a chunk type is unknown, or a checksum is
+    /// wrong; `UnexpectedEof`; the errors of the input.
     pub fn next_record(&mut self) -> io::Result<AndroidRecord> {
         if !self.is_size_returned {
             self.is_size_returned = true;
@@ -125,12 +126,12 @@ impl<R: Read> AndroidDecoder<R> {
         Ok(AndroidRecord::End)
     }
 
-    /// The bytes of the data record at hand.
+    /// Returns a reader of the bytes of the current data record.
     pub fn body(&mut self) -> AndroidRecordBody<'_, R> {
         AndroidRecordBody(self)
     }
 
-    /// The next chunk; `None` for one without blocks.
+    /// Reads the next chunk; returns `None` for a chunk without blocks.
     fn next_chunk(&mut self) -> io::Result<Option<AndroidRecord>> {
         let header: [u8; CHUNK_HEADER_LEN as usize] = read_array(&mut self.input)?;
         skip(&mut self.input, self.extra_header_len.into())?;
@@ -181,8 +182,8 @@ impl<R: Read> AndroidDecoder<R> {
         }
     }
 
-    /// Takes `len` bytes of a pattern into the checksum, in as many steps as `len` has bits: an
-    /// image of some bytes can have terabytes of it.
+    /// Adds `len` bytes of a repeated pattern to the checksum, in as many steps as `len` has bits:
+    /// a few bytes of image can contain terabytes of a pattern.
     fn add_fill(&mut self, value: [u8; 4], len: u64) {
         let Some(sum) = &mut self.checksum else {
             return;
@@ -211,7 +212,7 @@ impl<R: Read> AndroidDecoder<R> {
 }
 
 impl<R: Read> Read for AndroidRecordBody<'_, R> {
-    /// Ends with the record; an input that ends before it is `UnexpectedEof`.
+    /// Ends with the record. An input that ends earlier is an `UnexpectedEof` error.
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
         let decoder = &mut *self.0;
         let most = usize::try_from(decoder.unread).unwrap_or(usize::MAX).min(buf.len());
@@ -261,7 +262,7 @@ mod tests {
     use super::super::{AndroidContent, AndroidPlan, AndroidRun, AndroidWriter, BLOCK_SIZE};
     use super::*;
 
-    /// An image made by hand: the header's lengths, the block size, and chunks.
+    /// Builds an image by hand from the header lengths, the block size, and chunks.
     fn image(lens: [u16; 2], block: u32, blocks: u32, chunks: &[&[u8]]) -> Vec<u8> {
         let mut wire = MAGIC.to_le_bytes().to_vec();
         for number in [1, 0, lens[0], lens[1]] {
@@ -313,7 +314,7 @@ mod tests {
     }
 
     #[test]
-    fn data_that_nobody_reads_is_skipped_and_still_counted() {
+    fn unread_data_is_skipped_and_still_counts_for_the_checksum() {
         let data = [9; 4096 * 20];
         let sum = crc32fast::hash(&data);
         for (sum, fine) in [(sum, true), (sum ^ 1, false)] {
@@ -332,7 +333,7 @@ mod tests {
     }
 
     #[test]
-    fn a_terabyte_of_fill_is_checked_at_once() {
+    fn a_terabyte_of_fill_is_verified_quickly() {
         let fill = |blocks: u32| chunk(FILL, blocks, 16, b"abcd");
         let sum = crc32fast::hash(&b"abcd".repeat(1024 * 3));
         let small = image([28, 12], 4096, 3, &[&fill(3), &chunk(CRC32, 0, 16, &sum.to_le_bytes())]);
@@ -368,7 +369,7 @@ mod tests {
             whole(0, 0),
             whole(4097, 0),
             whole(u32::MAX - 3, u32::MAX),
-            // Nothing reaches the end.
+            // The chunks do not reach the end.
             whole(4096, 1),
         ] {
             assert_eq!(why(&wire), io::ErrorKind::InvalidData, "{wire:?}");
@@ -397,7 +398,7 @@ mod tests {
     }
 
     #[test]
-    fn an_image_that_was_cut_short_is_an_error_wherever_it_was_cut() {
+    fn a_truncated_image_is_an_error_wherever_it_is_cut() {
         let wire = image(
             [28, 12],
             4096,
@@ -416,7 +417,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_was_written_is_read(
+        fn a_written_image_is_read_back_unchanged(
             lens in prop::collection::vec((1..5u64, 0..3u8, any::<u8>()), 0..20),
             piece in 1..9000usize,
         ) {
@@ -465,7 +466,7 @@ mod tests {
         }
 
         #[test]
-        fn noise_is_never_more_than_an_error(
+        fn random_bytes_cause_at_most_an_error(
             noise in prop::collection::vec(any::<u8>(), 0..200),
             at in 0..150usize,
         ) {
@@ -473,7 +474,7 @@ mod tests {
             let mut wire = image([28, 12], 8, 3, &[&raw, &chunk(FILL, 2, 16, b"abcd")]);
             let at = at.min(wire.len());
             wire.splice(at..wire.len().min(at + noise.len()), noise);
-            // Every record takes bytes of the input, so this comes to an end.
+            // Every record consumes bytes of the input, so this terminates.
             let _: io::Result<_> = decode(&wire, Checksums::Verify);
         }
     }

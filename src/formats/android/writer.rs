@@ -1,4 +1,4 @@
-//! Writes Android sparse images.
+//! Writer of Android sparse images.
 
 use std::io::{self, Write};
 use std::ops::Range;
@@ -8,26 +8,26 @@ use super::{
     RAW, block_count, invalid_input,
 };
 
-/// 64 MiB: the most in one RAW chunk. `fastboot` loads whole chunks.
+/// The most bytes in one RAW chunk: 64 MiB. `fastboot` loads whole chunks.
 const MAX_RAW: u64 = 64 << 20;
 
-/// 1 GiB: the most in one FILL chunk. libsparse up to Android 10 (Debian's `simg2img`) counts the
-/// bytes of a fill with 32 bits, and drops what is more in silence.
+/// The most bytes in one FILL chunk: 1 GiB. libsparse up to Android 10 (Debian's `simg2img`) counts
+/// the bytes of a fill in 32 bits, and silently drops the rest.
 const MAX_FILL: u64 = 1 << 30;
 
-/// 4 TiB: the most in one DONT_CARE chunk. libsparse counts its blocks with a signed 32-bit number.
+/// The most bytes in one DONT_CARE chunk: 4 TiB. libsparse counts blocks in a signed 32-bit number.
 const MAX_DONT_CARE: u64 = 1 << 42;
 
-/// What fills are parted by. libsparse joins fills that touch, and then counts their bytes with
-/// 32 bits, too; it never joins RAW chunks.
+/// The RAW block between two fills. libsparse joins adjacent fills, and counts the bytes of the
+/// result in 32 bits, too; it never joins RAW chunks.
 static ZERO_BLOCK: [u8; 4096] = [0; 4096];
 
-/// How many blocks and chunks an image has.
+/// The size of an image in blocks, chunks and bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct AndroidTotals {
-    /// Blocks of [`BLOCK_SIZE`] bytes.
+    /// The number of blocks of [`BLOCK_SIZE`] bytes.
     pub blocks: u32,
-    /// Chunks.
+    /// The number of chunks.
     pub chunks: u32,
     /// The length of the sparse image in bytes.
     pub len: u64,
@@ -37,24 +37,25 @@ impl AndroidTotals {
     fn add(&mut self, piece: &Chunk) -> io::Result<()> {
         let more = self.chunks.checked_add(1);
         self.chunks = more.ok_or_else(|| invalid_input("there are too many chunks".to_owned()))?;
-        // It cannot overflow: 2^32 chunks of less than 2^32 bytes.
+        // No overflow: at most 2^32 chunks of less than 2^32 bytes.
         self.len += piece.encoded_len();
         Ok(())
     }
 }
 
-/// What an image will have: the runs of it are known before it begins.
+/// The totals of an image, computed from its runs before writing begins.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct AndroidPlan {
     totals: AndroidTotals,
 }
 
 impl AndroidPlan {
-    /// Counts what `runs` (of [`super::whole_blocks`]) of a disk of `size` bytes become.
+    /// Computes the totals of an image from `runs` (as returned by [`super::whole_blocks`]) of a
+    /// disk of `size` bytes.
     ///
     /// # Errors
-    /// `InvalidInput` when the runs do not follow each other from 0 to `size` in whole blocks,
-    /// when `size` does not fit the format, or when there are more chunks than it can count.
+    /// `InvalidInput` if the runs do not cover `0..size` in order in whole blocks, if `size` does
+    /// not fit the format, or if there are more chunks than the format can count.
     pub fn new<'a>(size: u64, runs: impl IntoIterator<Item = &'a AndroidRun>) -> io::Result<Self> {
         let mut totals =
             AndroidTotals { blocks: block_count(size)?, chunks: 0, len: HEADER_LEN.into() };
@@ -72,46 +73,46 @@ impl AndroidPlan {
         Ok(Self { totals })
     }
 
-    /// What the image will have.
+    /// Returns the totals of the image.
     #[must_use]
     pub fn totals(&self) -> AndroidTotals {
         self.totals
     }
 }
 
-/// Writes an image, run after run.
+/// A writer of an image, one run after the other.
 ///
-/// Each run of [`super::whole_blocks`] is announced with [`Self::start_run`]; after a data run its bytes
+/// [`Self::start_run`] announces each run of [`super::whole_blocks`]; after a data run its bytes
 /// follow with [`Self::write_bytes`], in pieces of any length.
 #[derive(Debug)]
 pub struct AndroidWriter<W> {
     output: W,
-    /// Where the next run begins.
+    /// The offset at which the next run begins.
     position: u64,
-    /// Data of the last run that has not been handed over.
+    /// The bytes of the current run not yet written.
     run_left: u64,
-    /// Data of the chunk at hand that has not.
+    /// The bytes of the current chunk not yet written.
     chunk_left: u64,
     totals: AndroidTotals,
     plan: AndroidPlan,
 }
 
 impl<W: Write> AndroidWriter<W> {
-    /// Begins an image; `output` need not seek.
+    /// Begins an image by writing its header; `output` need not support seeking.
     ///
     /// # Errors
-    /// `output`'s own.
+    /// The errors of `output`.
     pub fn new(mut output: W, plan: AndroidPlan) -> io::Result<Self> {
         output.write_all(&image_header(plan.totals))?;
         let totals = AndroidTotals { chunks: 0, len: HEADER_LEN.into(), ..plan.totals };
         Ok(Self { output, position: 0, run_left: 0, chunk_left: 0, totals, plan })
     }
 
-    /// The next run; zeros and don't-cares are written at once.
+    /// Starts the next run; runs of zeros and DONT_CARE runs are written at once.
     ///
     /// # Errors
-    /// `InvalidInput` when it does not begin where the last one ended, is not whole blocks, or
-    /// data of the last one is missing; `output`'s own.
+    /// `InvalidInput` if the run does not begin at the end of the previous one or is not whole
+    /// blocks, or if data of the previous run is missing; the errors of `output`.
     pub fn start_run(&mut self, run: &AndroidRun) -> io::Result<()> {
         if self.run_left > 0 {
             return Err(invalid_input("data of the last run is missing".to_owned()));
@@ -133,10 +134,10 @@ impl<W: Write> AndroidWriter<W> {
         Ok(())
     }
 
-    /// The next bytes of the data run at hand.
+    /// Writes the next bytes of the current data run.
     ///
     /// # Errors
-    /// `InvalidInput` when they are more than the run has; `output`'s own.
+    /// `InvalidInput` if the bytes exceed the run; the errors of `output`.
     pub fn write_bytes(&mut self, mut bytes: &[u8]) -> io::Result<()> {
         if bytes.len() as u64 > self.run_left {
             return Err(invalid_input("there is more data than its run has".to_owned()));
@@ -157,10 +158,10 @@ impl<W: Write> AndroidWriter<W> {
         Ok(())
     }
 
-    /// Ends the image.
+    /// Finishes the image.
     ///
     /// # Errors
-    /// `InvalidInput` when it is not what was planned; `output`'s own.
+    /// `InvalidInput` if the image differs from the plan; the errors of `output`.
     pub fn finish(mut self) -> io::Result<(W, AndroidTotals)> {
         if self.run_left > 0 || self.position != self.size() || self.plan.totals != self.totals {
             return Err(invalid_input("the image is not what its header says".to_owned()));
@@ -188,7 +189,7 @@ impl<W: Write> AndroidWriter<W> {
     }
 }
 
-/// Refuses a run that does not go on at `position` in whole blocks, inside `size`.
+/// Refuses a run that does not begin at `position`, is not whole blocks, or exceeds `size`.
 fn check_next(run: &AndroidRun, position: u64, size: u64) -> io::Result<()> {
     let Range { start, end } = run.range;
     let whole = start.is_multiple_of(BLOCK_SIZE) && end.is_multiple_of(BLOCK_SIZE);
@@ -198,11 +199,11 @@ fn check_next(run: &AndroidRun, position: u64, size: u64) -> io::Result<()> {
     Ok(())
 }
 
-/// A chunk to be.
+/// A chunk to be written.
 #[derive(Clone, Copy, Debug)]
 struct Chunk {
     kind: ChunkKind,
-    /// Of the disk, in bytes.
+    /// The length on the disk in bytes.
     len: u64,
 }
 
@@ -214,7 +215,7 @@ enum ChunkKind {
 }
 
 impl Chunk {
-    /// The length of the chunk in bytes.
+    /// Returns the length of the encoded chunk in bytes.
     fn encoded_len(&self) -> u64 {
         let body = match self.kind {
             ChunkKind::Raw => self.len,
@@ -225,7 +226,7 @@ impl Chunk {
     }
 }
 
-/// Splits a run into chunks.
+/// An iterator over the chunks of a run.
 ///
 /// ```text
 ///   zeros   |------- FILL 1 GiB -------| RAW 4 KiB |------- FILL 1 GiB -------| RAW 4 KiB |- FILL -|
@@ -272,7 +273,7 @@ fn image_header(totals: AndroidTotals) -> [u8; HEADER_LEN as usize] {
     bytes
 }
 
-/// A number of the format; the splitting keeps all of them small enough.
+/// Converts a number of the format; the splitting keeps all of them small enough.
 fn to_u32(value: u64) -> io::Result<u32> {
     u32::try_from(value).map_err(|_| invalid_input("a chunk is too long".to_owned()))
 }
@@ -286,7 +287,7 @@ mod tests {
     }
 
     #[test]
-    fn the_bytes_are_those_of_the_format() {
+    fn the_output_matches_the_format_byte_for_byte() {
         let runs = [
             run(0..4096, AndroidContent::Data),
             run(4096..12288, AndroidContent::Zeros),
@@ -314,7 +315,7 @@ mod tests {
     }
 
     #[test]
-    fn long_runs_are_split_so_that_no_tool_loses_any_of_them() {
+    fn long_runs_are_split_within_the_limits_of_all_tools() {
         let size = 20 << 40 >> 1;
         let pieces = |content| Chunks::of(&run(0..size, content)).collect::<Vec<_>>();
         for (content, most) in [
@@ -333,7 +334,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_not_planned_is_refused() {
+    fn runs_that_differ_from_the_plan_are_refused() {
         let data = run(0..8192, AndroidContent::Data);
         let plan = AndroidPlan::new(8192, [&data]).unwrap();
         let mut writer = AndroidWriter::new(Vec::new(), plan).unwrap();

@@ -1,4 +1,4 @@
-//! Where an output stream goes.
+//! The targets of an output stream.
 //!
 //! ```text
 //!            data, zeros, hole
@@ -7,14 +7,14 @@
 //!                   └──────────────▶ Wire (fifo, cmd, stdout) ◀──┴───────────────────┘
 //! ```
 //!
-//! One thread sends. Everything that may wait is given a [`Stop`]. A failure is for ever: what was
-//! on the wire when it came may be half a record, so nothing can follow it.
+//! One thread sends. Every operation that may block is given a [`Stop`]. A failure is permanent:
+//! the bytes on the wire at that moment may end in half a record, so nothing can follow them.
 //!
-//! How a stream ends decides whether half an image can be taken for a whole one. A file has its
-//! name only after [`HostSink::finish`]; the commands that read a stream see the end of their input
-//! only after it, and are killed before that otherwise, also when the sink is dropped, and, by
-//! their guard, when the daemon is killed. A reader of a named pipe or of our stdout cannot be
-//! told; records have an end mark for it.
+//! How a stream ends decides whether half an image can be taken for a whole one. A file gets its
+//! name only in [`HostSink::finish`]. Commands that read a stream see the end of their input only
+//! after `finish`; without it they are killed first, also when the sink is dropped, and by their
+//! guard when the daemon is killed. The reader of a named pipe or of our stdout cannot be told;
+//! frames=rbd has an end record for it.
 
 mod open;
 mod seekable;
@@ -43,39 +43,40 @@ use wire::WireWriter;
 pub use super::error::StreamOpenError;
 pub use super::monitor::Monitor;
 
-/// Whether commands keep our standard output, and a stream may use standard input or output.
+/// Whether commands inherit our standard output, and whether a stream may use standard input or
+/// output.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum StdioMode {
-    /// In the foreground, and in `run`.
+    /// In the foreground and in `run`.
     Available,
-    /// In a daemon, which has none.
+    /// In a daemon, which has no standard input and output.
     Unavailable,
 }
 
-/// What a sink or a source needs to know of the mount.
+/// The facts about the mount that opening a sink or a source needs.
 #[derive(Clone, Copy, Debug)]
 pub struct StreamContext<'a> {
-    /// The mountpoint, canonical. Nothing may lead into it.
+    /// The canonical path of the mountpoint. No sink or source may lead into it.
     pub mountpoint: &'a Path,
-    /// Its `st_dev`, once it is mounted.
+    /// The `st_dev` of the mount, once it is mounted.
     pub mount_dev: Option<u64>,
-    /// Whether standard input and output are there.
+    /// Whether standard input and output are available.
     pub stdio: StdioMode,
 }
 
-/// An open sink; dropped unfinished, it is aborted.
+/// An open sink. Dropping it unfinished aborts it.
 #[derive(Debug)]
 pub struct HostSink {
-    /// `None` once it was closed.
+    /// The target; `None` once it is closed.
     backend: Option<SinkBackend>,
-    /// The file that is renamed at the end, and whether it may replace another.
+    /// The file to rename at the end, and whether it may replace another.
     part: Option<(PartFile, Overwrite)>,
     frames: StreamFrames,
-    /// Of the disk, in bytes.
+    /// The size of the disk in bytes.
     size: u64,
-    /// Whether the wire is open, and what comes before all records is out.
+    /// Whether the wire is open and the preamble has been sent.
     is_started: bool,
-    /// The errno that everything fails with from now on.
+    /// The errno of the first failure, which every later call returns.
     sticky_errno: Option<i32>,
     is_finished: bool,
     monitor: Monitor,
@@ -83,17 +84,17 @@ pub struct HostSink {
     watcher: Option<Watcher>,
 }
 
-/// Where the bytes go.
+/// The target of the bytes.
 #[derive(Debug)]
 enum SinkBackend {
-    /// A named pipe that nobody reads yet.
+    /// A named pipe that has no reader yet.
     Fifo(PathBuf),
     Wire(WireWriter),
     Seekable(SeekableWriter),
     Discard,
 }
 
-/// What is sent.
+/// The content of a range to send.
 #[derive(Clone, Copy)]
 enum SinkContent<'a, 'b> {
     Data(&'a [IoSlice<'b>]),
@@ -102,35 +103,35 @@ enum SinkContent<'a, 'b> {
 }
 
 impl HostSink {
-    /// A handle for everybody else.
+    /// Returns a handle for other threads.
     #[must_use]
     pub fn monitor(&self) -> Monitor {
         self.monitor.clone()
     }
 
-    /// Whether what was sent may be sent again: the records carry their offsets.
+    /// Returns whether a range may be sent again: records carry their offsets.
     #[must_use]
     pub fn can_rewrite(&self) -> bool {
         self.frames == StreamFrames::Rbd
     }
 
-    /// Why `error` came from this sink, for the user; see [`Monitor::explain`].
+    /// Explains to the user why this sink returned `error`; see [`Monitor::explain`].
     #[must_use]
     pub fn explain(&self, error: &io::Error) -> String {
         self.monitor.explain(error)
     }
 
-    /// Waits for a reader, where there must be one, and sends what comes before all data. The
-    /// others do it where it was not called.
+    /// Waits for a reader, if the target needs one, and sends the preamble. Optional: the first
+    /// send does the same.
     ///
     /// # Errors
-    /// As [`Self::send_data`].
+    /// As for [`Self::send_data`].
     pub fn prepare(&mut self) -> io::Result<()> {
         self.unless_failed(Self::start)
     }
 
-    /// Has `tell` called when the commands fail, or nobody reads any more, while nothing is sent.
-    /// Without the thread for that it is noticed with the next byte.
+    /// Starts a thread that calls `tell` when the commands fail or the reader goes away while
+    /// nothing is being sent. If the thread cannot be started, the next send notices it.
     pub fn watch(&mut self, tell: SinkCallback) {
         let wire = match &self.backend {
             Some(SinkBackend::Wire(wire)) => wire.hangup_fd(),
@@ -141,45 +142,47 @@ impl HostSink {
         }
     }
 
-    /// Sends the bytes of the disk from `offset` on, waiting as long as it takes. What lies
-    /// between the last byte sent and `offset` becomes a hole.
+    /// Sends the bytes of the disk from `offset` (in bytes) on and waits as long as it takes. A gap
+    /// between the last byte sent and `offset` is sent as a hole.
     ///
     /// # Errors
-    /// `ECANCELED` once stopped, `EPIPE` when nobody reads any more, `ENOSPC` and others of the
-    /// host; [`Self::explain`] has words for them. Every later call fails with the same.
-    /// `EINVAL` for an offset already sent, unless [`Self::can_rewrite`].
+    /// `ECANCELED` once stopped, `EPIPE` when there is no reader any more, `ENOSPC` and other
+    /// errors of the host; [`Self::explain`] puts them into words. Every later call fails with the
+    /// same errno. `EINVAL` for an offset already sent, unless [`Self::can_rewrite`].
     pub fn send_data(&mut self, offset: u64, parts: &[IoSlice<'_>]) -> io::Result<()> {
         let len: u64 = parts.iter().map(|part| part.len() as u64).sum();
         let end = offset.checked_add(len).ok_or_else(|| os_error(libc::EINVAL))?;
         self.send(offset..end, SinkContent::Data(parts))
     }
 
-    /// Sends zeros for `range`: space is allocated for them where the target can.
+    /// Sends zeros for `range` (in bytes), with space allocated for them where the target supports
+    /// it.
     ///
     /// # Errors
-    /// As [`Self::send_data`].
+    /// As for [`Self::send_data`].
     pub fn send_zeros(&mut self, range: Range<u64>) -> io::Result<()> {
         self.send(range, SinkContent::Zeros)
     }
 
-    /// Sends a hole: `range` was never written.
+    /// Sends a hole: `range` (in bytes) was never written.
     ///
     /// # Errors
-    /// As [`Self::send_data`].
+    /// As for [`Self::send_data`].
     pub fn send_hole(&mut self, range: Range<u64>) -> io::Result<()> {
         self.send(range, SinkContent::Hole)
     }
 
-    /// The stream is complete and `end` bytes long: closes the target, and waits until it has
-    /// everything: for the commands' statuses, for the disk. What was not sent before `end` is a
-    /// hole.
+    /// Completes the stream at `end` bytes: closes the target and waits until it has everything,
+    /// that is, for the exit of the commands or for the sync of the file. Ranges before `end` that
+    /// were not sent are holes.
     ///
     /// # Errors
-    /// One line; the target does not look whole then: commands are killed, a file keeps `.part`.
+    /// One line for the user. The target does not look complete then: commands are killed, a file
+    /// keeps its name `.part`.
     pub fn finish(mut self, end: u64) -> Result<(), String> {
         let sent = self.unless_failed(|sink| sink.send_end(end));
         sent.map_err(|error| self.explain(&error))?;
-        // It holds the wire as well, whose closing is the end for those who read.
+        // The watcher holds the wire as well, and readers see the end only when it is closed.
         self.watcher = None;
         let out = self.backend.take();
         if let Some(pipeline) = self.monitor.pipeline() {
@@ -191,7 +194,7 @@ impl HostSink {
         }
         if let Some((part, overwrite)) = &self.part {
             if self.stop.is_stopped() {
-                // Given up meanwhile: it must not look whole.
+                // Aborted meanwhile: the file must not look complete.
                 return Err(self.explain(&os_error(libc::ECANCELED)));
             }
             if self.frames == StreamFrames::Raw {
@@ -205,7 +208,7 @@ impl HostSink {
         Ok(())
     }
 
-    /// Gives up: kills the commands, and closes. A file stays unfinished, as `.part`.
+    /// Aborts: kills the commands and closes the target. A file stays incomplete, as `.part`.
     pub fn abort(self) {
         drop(self);
     }
@@ -297,7 +300,7 @@ impl HostSink {
                 self.write_wire(&rbd::zeros_record(&range))?;
             }
         }
-        // A late rewrite does not move it.
+        // A late rewrite does not move the position.
         self.counters().accepted.fetch_max(range.end, Ordering::Release);
         Ok(())
     }
@@ -311,7 +314,7 @@ impl HostSink {
         if self.frames == StreamFrames::Rbd { self.write_wire(&rbd::END_RECORD) } else { Ok(()) }
     }
 
-    /// Puts bytes on the wire that are not the disk's alone.
+    /// Writes bytes to the wire that are not the disk's alone, such as record headers.
     fn write_wire(&mut self, bytes: &[u8]) -> io::Result<()> {
         self.write_wire_all(&[IoSlice::new(bytes)])
     }
@@ -335,7 +338,7 @@ impl Drop for HostSink {
     fn drop(&mut self) {
         self.watcher = None;
         if !self.is_finished {
-            // Before the pipe is closed, which would look like the end of a whole image.
+            // Kill before the pipe is closed, which would look like the end of a complete image.
             self.monitor.kill();
             if self.backend.is_some()
                 && self.monitor.accepted() == 0
