@@ -98,8 +98,8 @@ impl Pipeline {
     /// not block.
     ///
     /// With [`PipeEnd::Input`] the last program gets `stdout`, and a guard is started if
-    /// [`guard::enable_guards`] was called. With [`PipeEnd::Output`] `stdout` is not used, and the first
-    /// program reads /dev/null.
+    /// [`guard::enable_guards`] was called. With [`PipeEnd::Output`] `stdout` is not used, and the
+    /// first program reads /dev/null.
     ///
     /// # Errors
     /// One line for the user. No program runs then.

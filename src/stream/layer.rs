@@ -1,5 +1,5 @@
-//! Streams as layers of a disk. The mount parks the replies of what has to wait; these calls are
-//! for everybody else.
+//! The [`Layer`] interface of streams. The mount parks replies that have to wait; these calls are
+//! for other callers.
 
 use std::io;
 use std::ops::Range;
@@ -11,7 +11,7 @@ use crate::extents::{Extent, ExtentKind};
 use crate::host::os_error;
 use crate::layer::{CopyFn, Layer, ReadBelow, Wait, WritableLayer};
 
-/// What lies past the end.
+/// Clips `range` to the disk; returns a hole for a range past its end.
 fn clip_to_size(size: u64, range: Range<u64>) -> Result<Range<u64>, Extent> {
     match range.start < size {
         true => Ok(range.start..range.end.min(size)),
@@ -55,7 +55,7 @@ impl WritableLayer for Output {
             return Err(os_error(libc::EAGAIN));
         }
         let (tell, told) = mpsc::channel();
-        // Nobody who is gone misses the answer.
+        // If the receiver is gone, nobody needs the answer.
         self.write(offset, buf, 0, Box::new(move |result| drop(tell.send(result))));
         told.recv().unwrap_or_else(|_| Err(os_error(libc::EIO)))
     }
@@ -68,7 +68,8 @@ impl WritableLayer for Output {
         self.discard(range)
     }
 
-    /// Nothing to reserve: what does not fit leaves. Refused, libc would write a byte a block.
+    /// Reserves nothing: data that does not fit is sent. An error would make libc write a byte to
+    /// each block.
     fn allocate(&self, _: Range<u64>, _: Wait) -> io::Result<()> {
         Output::sync(self)
     }
@@ -92,7 +93,7 @@ impl Layer for Input {
     }
 
     fn read_at(&self, _: &mut [u8], _: u64, _: Wait) -> io::Result<Extent> {
-        // What arrives is handed to whoever waits for it, not fetched.
+        // Bytes of an input stream are delivered to parked reads, not fetched.
         Err(os_error(libc::EOPNOTSUPP))
     }
 

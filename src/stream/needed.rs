@@ -1,33 +1,33 @@
-//! What window, and what spill, a workload has needed so far. No bytes, no I/O.
+//! The window and the spill that a workload has needed so far. No data, no I/O.
 //!
-//! With a spill of `S` the lazy frontier after step `s` is the lowest `f` with at most `S` bytes
-//! of data at and past `f + window`. A write that changes a byte at `a` needs a frontier at or
-//! before `a`, so it needs, at every step before it,
+//! With a spill of `S` the lazy frontier after step `s` is the lowest `f` with at most `S` bytes of
+//! data at and past `f + window`. A write that changes a byte at `a` needs a frontier at or before
+//! `a`, so it requires, at every step before it,
 //!
 //! ```text
 //!   S >= data in [a + window, size)          and, without spill, a + W >= end of the data
 //! ```
 //!
-//! The greatest such figure over all steps is kept as a set of bytes of its own, `peak`: the most
-//! that ever lay past `x` is again a number of bytes past `x`. While data only grows `peak` is
-//! the present; it is folded in right before data shrinks.
+//! The maximum of these figures over all steps is itself kept as a set of bytes, `peak`: the most
+//! data that was ever past `x` equals the number of bytes of `peak` past `x`. While data only
+//! grows, the current data is the peak; it is folded in right before data shrinks.
 
 use std::ops::Range;
 
 use super::runs::{Written, WrittenRuns};
 
-/// As many chunks as a disk is divided into at most, for counting: 256 KiB of counters.
+/// The most chunks into which a disk is divided for counting: 256 KiB of counters.
 const MAX_CHUNKS: u64 = 32 << 10;
-/// The smallest chunk worth a counter.
+/// The smallest chunk worth a counter, in bytes.
 const MIN_CHUNK: u64 = 64 << 10;
-/// Peaks are remembered in at most so many runs; then they are rounded up.
+/// The most runs of a peak; beyond it the peak is rounded up.
 const MAX_RUNS: usize = 128 << 10;
 
-/// Counts the data past an offset in a time that does not grow with the number of runs.
+/// A counter of the data past an offset, whose cost does not grow with the number of runs.
 #[derive(Clone, Debug)]
 struct DataCounter {
     chunk: u64,
-    /// A Fenwick tree of bytes of data a chunk.
+    /// A Fenwick tree of the bytes of data in each chunk.
     tree: Vec<u64>,
     total: u64,
 }
@@ -43,7 +43,7 @@ impl DataCounter {
         usize::try_from(offset / self.chunk).unwrap_or(usize::MAX - 1)
     }
 
-    /// Adds `range` (bytes of data), or takes it away.
+    /// Adds `range` (bytes of data) to the counters, or subtracts it.
     fn apply(&mut self, range: Range<u64>, change: impl Fn(u64, u64) -> u64) {
         let mut at = range.start;
         while at < range.end {
@@ -58,7 +58,7 @@ impl DataCounter {
         self.total = change(self.total, range.end.saturating_sub(range.start));
     }
 
-    /// The bytes of data at and past `offset`, which `runs` hold.
+    /// Returns the bytes of data in `runs` at and past `offset`.
     fn data_past(&self, runs: &WrittenRuns, offset: u64) -> u64 {
         let next = (offset / self.chunk + 1).saturating_mul(self.chunk);
         let mut before = 0;
@@ -71,29 +71,29 @@ impl DataCounter {
     }
 }
 
-/// The figures, and what they are made from.
+/// The needed window and spill, and the data they are computed from.
 #[derive(Clone, Debug)]
 pub struct Needed {
     size: u64,
     given: u64,
     counter: DataCounter,
     peak: Option<(WrittenRuns, DataCounter)>,
-    /// Data has grown since it was folded into the peak.
+    /// Whether data has grown since the last fold into the peak.
     grown: bool,
-    /// Bytes that have shrunk since, and how often: what lay past an offset meanwhile may have
-    /// been so much more than what lies there now.
+    /// The bytes by which data has shrunk since the last fold, and how often: the data past an
+    /// offset may have been larger by this amount meanwhile.
     slack: u64,
     shrink_count: usize,
-    /// The end of the highest data there ever was.
+    /// The end of the highest data at any time.
     highest: u64,
-    /// The smallest window that would have done, with no spill.
+    /// The smallest window in bytes that would have sufficed without a spill.
     pub window: u64,
-    /// The smallest spill that would have done, with the given window.
+    /// The smallest spill in bytes that would have sufficed with the given window.
     pub spill: u64,
 }
 
 impl Needed {
-    /// Nothing was needed yet, of a disk of `size` bytes whose window is `given`.
+    /// Creates the figures, initially 0, of a disk of `size` bytes whose window is `given`.
     #[must_use]
     pub fn new(size: u64, given: u64) -> Self {
         let count = DataCounter::new(size);
@@ -111,7 +111,8 @@ impl Needed {
         }
     }
 
-    /// A request is going to change the byte at `at`; `runs` are what was written before it.
+    /// Updates the figures before a request changes the byte at `at`; `runs` are the ranges written
+    /// so far.
     pub fn before_change(&mut self, runs: &WrittenRuns, at: u64) {
         self.window = self.window.max(self.highest.saturating_sub(at));
         let edge = at.saturating_add(self.given);
@@ -123,7 +124,7 @@ impl Needed {
         self.spill = self.spill.max(now).max(peak);
     }
 
-    /// `range` is going to be set to `written` in `runs`.
+    /// Updates the counters before `range` of `runs` is set to `written`.
     pub fn before_set(&mut self, runs: &WrittenRuns, range: &Range<u64>, written: Option<Written>) {
         let grows = written == Some(Written::Data);
         if !grows && self.grown {
@@ -142,8 +143,8 @@ impl Needed {
         }
     }
 
-    /// What was written has been joined to fewer runs with more data: from now on the figures are
-    /// enough, and may be more than enough.
+    /// Recounts after runs have been joined into fewer runs with more data. From now on the figures
+    /// are sufficient, but may be too large.
     pub fn recount(&mut self, runs: &WrittenRuns) {
         self.counter = DataCounter::new(self.size);
         for part in runs.data_within(0..self.size) {
@@ -151,8 +152,8 @@ impl Needed {
         }
     }
 
-    /// Folds before data shrinks by `shrinks` bytes; with many runs not each time, for it looks at
-    /// all of them: the figures are too high by a 64th at most then.
+    /// Folds before data shrinks by `shrinks` bytes. A fold visits all runs, so with many of them
+    /// it is not done every time; the figures are then too high by at most a 64th.
     fn fold_if_due(&mut self, runs: &WrittenRuns, shrinks: u64) {
         let many = runs.len() + self.peak.as_ref().map_or(0, |(peak, _)| peak.len());
         if self.shrink_count >= many / 64 || self.slack + shrinks > self.counter.total / 64 {
@@ -163,10 +164,10 @@ impl Needed {
         }
     }
 
-    /// Makes the peak the greater of itself and the present, at every offset.
+    /// Sets the peak to the maximum of itself and the current data at every offset.
     ///
-    /// From the end downwards: where both have the same number of bytes past them they go on as
-    /// either does; else the lower one has to catch up first.
+    /// Works from the end downwards: while both have the same number of bytes past the offset, the
+    /// result follows either; otherwise the smaller one has to catch up first.
     fn fold_into_peak(&mut self, runs: &WrittenRuns) {
         (self.grown, self.slack, self.shrink_count) = (false, 0, 0);
         let old = self.peak.take().map(|(runs, _)| runs).unwrap_or_default();
@@ -184,7 +185,8 @@ impl Needed {
             let before = present.max(past);
             present += if is_data(runs, start) { len } else { 0 };
             past += if is_data(&old, start) { len } else { 0 };
-            // The rise lies at the low end: the one behind catches up unseen.
+            // The increase is at the low end of the range: the smaller count catches up before
+            // that.
             let rise = present.max(past) - before;
             peak.set(start..start + rise, Some(Written::Data));
         }
@@ -209,9 +211,9 @@ mod tests {
     const SIZE: u64 = 1 << 20;
 
     proptest! {
-        /// Against the definition: every step's data is counted by hand.
+        /// Compares with the definition: the data at every step is counted directly.
         #[test]
-        fn the_figures_are_the_greatest_over_all_steps(
+        fn the_figures_are_the_maximum_over_all_steps(
             ops in prop::collection::vec((0..64u64, 1..16u64, 0..3u8), 1..40),
             given in 0..40u64,
         ) {

@@ -1,9 +1,10 @@
-//! The bytes of an output stream that have not left, and those kept for reading back: in pages of
-//! memory up to a bound, then in an unlinked file.
+//! The data of an output stream that has not been sent, or is kept for reading back: in pages of
+//! memory up to a limit, and beyond it in an unlinked file.
 //!
-//! Which bytes of a page mean anything is the window's to know ([`Runs`](super::runs::Runs)); a
-//! page is either in memory or in the file, and stays there until it is dropped. What the sink is
-//! sending is shared, not copied: a write into a page that is on its way out gets its own copy.
+//! Only the window knows which bytes of a page are valid
+//! ([`WrittenRuns`](super::runs::WrittenRuns)). A page is either in memory or in the file, and
+//! stays there until it is dropped. Pages being sent are shared with the sink, not copied: a write
+//! into such a page makes a copy of it first.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -15,28 +16,28 @@ use super::spill::{self, SpillFile};
 use crate::config::SpillCompression;
 use crate::host::os_error;
 
-/// Bytes in a page: what file systems write at least.
+/// Bytes in a page: the smallest unit that file systems write.
 pub const PAGE_SIZE: u64 = PAGE_LEN as u64;
-/// The same, to index memory.
+/// The page size as a `usize`, to index memory.
 pub const PAGE_LEN: usize = 4096;
-/// Pages whose place is told by one entry of [`SpilledPages`]: 16 MiB of disk.
+/// Pages in one entry of [`SpilledPages`]: 16 MiB of disk.
 const GROUP_PAGES: u64 = GROUP_LEN as u64;
 const GROUP_LEN: usize = 4096;
 
 /// A page of memory.
 pub type Page = [u8; PAGE_LEN];
 
-/// Bytes on their way out.
+/// Bytes on their way to the sink.
 #[derive(Clone, Debug)]
 pub enum PageBytes {
-    /// Of a page of memory.
+    /// A range of a page in memory.
     Memory(Arc<Page>, Range<usize>),
-    /// From the file.
+    /// Bytes read from the file.
     Spilled(Vec<u8>),
 }
 
 impl PageBytes {
-    /// The bytes.
+    /// Returns the bytes.
     #[must_use]
     pub fn bytes(&self) -> &[u8] {
         match self {
@@ -46,7 +47,7 @@ impl PageBytes {
     }
 }
 
-/// Which pages are in the file: a bit a page, for groups that have any.
+/// The set of pages that are in the file: one bit a page, for groups that contain any.
 #[derive(Default)]
 struct SpilledPages(BTreeMap<u64, Box<[u64; GROUP_LEN / 64]>>);
 
@@ -66,7 +67,7 @@ impl SpilledPages {
         self.0.entry(group).or_insert_with(|| Box::new([0; GROUP_LEN / 64]))[word] |= bit;
     }
 
-    /// Takes out the pages of `range`.
+    /// Removes the pages of `range`.
     fn remove_range(&mut self, range: Range<u64>) {
         let groups: Vec<u64> = self
             .0
@@ -92,13 +93,13 @@ impl SpilledPages {
     }
 }
 
-/// The bytes of a stream.
+/// The data of a stream.
 pub struct PageStore {
     pages: BTreeMap<u64, Arc<Page>>,
-    /// Pages that are in no use now. The allocator would keep them as well, and many more: those
-    /// who write, send and free are different threads.
+    /// Pages for reuse. Left to the allocator, far more memory would be kept, because different
+    /// threads write, send and free the pages.
     free_pages: Vec<Arc<Page>>,
-    /// Pages of memory at most.
+    /// The most pages held in memory.
     max_pages: usize,
     spill: Option<SpillFile>,
     spilled: SpilledPages,
@@ -107,7 +108,8 @@ pub struct PageStore {
 }
 
 impl PageStore {
-    /// An empty store that takes `memory` bytes and puts the rest into a file in `dir`.
+    /// Creates an empty store that uses up to `memory` bytes and puts the rest into a file in
+    /// `dir`.
     #[must_use]
     pub fn new(memory: u64, dir: PathBuf, compress: SpillCompression) -> Self {
         Self {
@@ -121,17 +123,17 @@ impl PageStore {
         }
     }
 
-    /// Bytes of memory in use.
+    /// Returns the bytes of memory in use.
     #[must_use]
     pub fn memory(&self) -> u64 {
         self.pages.len() as u64 * PAGE_SIZE
     }
 
-    /// Keeps `buf` for `offset`.
+    /// Stores `buf` at `offset`.
     ///
     /// # Errors
-    /// `ENOSPC` when neither memory nor the file has room, and the host's other errnos. Part of
-    /// it may be there then.
+    /// `ENOSPC` if neither memory nor the file has room; otherwise the host's errno. A part of
+    /// `buf` may be stored then.
     pub fn write(&mut self, offset: u64, buf: &[u8]) -> io::Result<()> {
         let mut at = offset;
         let mut rest = buf;
@@ -141,12 +143,12 @@ impl PageStore {
             if let Some(there) = self.pages.get_mut(&page) {
                 Arc::make_mut(there)[skip..skip + piece.len()].copy_from_slice(piece);
             } else if self.pages.len() < self.max_pages && !self.spilled.contains(page) {
-                // What is left in a used page is not shown: only what is written is looked at.
+                // Old bytes of a reused page are never seen: only written ranges are read.
                 let mut fresh = self.free_pages.pop().unwrap_or_else(|| Arc::new([0; PAGE_LEN]));
                 Arc::make_mut(&mut fresh)[skip..skip + piece.len()].copy_from_slice(piece);
                 self.pages.insert(page, fresh);
             } else {
-                // As many pages at once as go to the file.
+                // Consecutive pages go to the file in one write.
                 let end = at + rest.len() as u64;
                 let mut last = page + 1;
                 while last * PAGE_SIZE < end && !self.pages.contains_key(&last) {
@@ -180,7 +182,7 @@ impl PageStore {
         Ok(())
     }
 
-    /// Fills `buf` with what was kept for `offset`, all of which was.
+    /// Fills `buf` with the bytes at `offset`, all of which must have been stored.
     ///
     /// # Errors
     /// The host's errno from the file.
@@ -194,7 +196,7 @@ impl PageStore {
         Ok(())
     }
 
-    /// The bytes of `range`, all of which were kept, in order.
+    /// Returns the bytes of `range` in order; all of them must have been stored.
     ///
     /// # Errors
     /// The host's errno from the file.
@@ -225,14 +227,15 @@ impl PageStore {
         Ok(parts)
     }
 
-    /// Drops everything before `offset`, but for the page it lies in. What had been dropped
-    /// before ended at `from`.
+    /// Drops everything before `offset`, except the page that contains it. `from` is the offset up
+    /// to which earlier calls have dropped.
     pub fn drop_before(&mut self, from: u64, offset: u64) {
-        // From a whole unit of the file on: what stands before `from` in it is gone, too.
+        // Begin at a whole unit of the file: the bytes before `from` in it are no longer needed
+        // either.
         self.drop_pages(from / spill::UNIT_SIZE * spill::UNIT_SIZE / PAGE_SIZE..offset / PAGE_SIZE);
     }
 
-    /// Drops the pages that lie wholly in `range`.
+    /// Drops the pages that are entirely inside `range`.
     pub fn drop_within(&mut self, range: Range<u64>) {
         self.drop_pages(range.start.div_ceil(PAGE_SIZE)..range.end / PAGE_SIZE);
     }
@@ -243,7 +246,7 @@ impl PageStore {
         }
         let gone: Vec<u64> = self.pages.range(pages.clone()).map(|(page, _)| *page).collect();
         for page in gone {
-            // One that is still being sent goes when it is.
+            // A page still being sent is freed when it has been sent.
             let page = self.pages.remove(&page).filter(|page| Arc::strong_count(page) == 1);
             self.free_pages.extend(page);
         }
@@ -322,7 +325,7 @@ mod tests {
         #![proptest_config(ProptestConfig::with_cases(64))]
 
         #[test]
-        fn what_was_written_is_read_from_memory_and_file(
+        fn written_bytes_are_read_back_from_memory_and_file(
             ops in prop::collection::vec(op(), 1..40),
             memory in 0..64u64,
         ) {
@@ -330,7 +333,7 @@ mod tests {
         }
 
         #[test]
-        fn what_was_written_is_read_from_a_compressed_file(
+        fn written_bytes_are_read_back_from_a_compressed_file(
             ops in prop::collection::vec(op(), 1..40),
             memory in 0..64u64,
         ) {
@@ -339,7 +342,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_being_sent_does_not_change_under_the_sink() {
+    fn a_write_does_not_change_bytes_being_sent() {
         let mut store = PageStore::new(1 << 20, std::env::temp_dir(), SpillCompression::Off);
         store.write(0, &[1; 4096]).unwrap();
         let parts = store.parts(0..100).unwrap();
@@ -351,7 +354,7 @@ mod tests {
     }
 
     #[test]
-    fn a_compressed_file_takes_less_room() {
+    fn a_compressed_file_takes_less_space() {
         use std::os::unix::fs::MetadataExt;
         let mut store = PageStore::new(0, "/var/tmp".into(), SpillCompression::Lz4);
         for at in 0..256u64 {

@@ -1,8 +1,8 @@
-//! Writes that wait for a stalled sink. No thread waits with them: whoever makes room carries
-//! them out, in their order, and answers.
+//! A queue of writes that wait for a stalled sink. No thread waits with them: the thread that makes
+//! room carries them out in order and replies.
 //!
-//! Their bytes are bounded in memory, too: many writers, or one with many requests on their way,
-//! wait in an unlinked file.
+//! The memory for their data is bounded, too: many writers, or one with many requests in flight,
+//! are queued in an unlinked file.
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -12,35 +12,35 @@ use std::path::PathBuf;
 use crate::host;
 use crate::layer::Wait;
 
-/// Bytes of memory that waiting writes take at most: one of the largest requests.
+/// The most bytes of memory for waiting writes: 1 MiB, one request of the largest size.
 const MEMORY_LIMIT: usize = 1 << 20;
 
-/// Answers a write.
+/// A callback that answers a write.
 pub(super) type WriteReply = Box<dyn FnOnce(io::Result<()>) + Send>;
 
 enum QueuedBytes {
     Memory(Vec<u8>),
-    /// In the file, from this offset.
+    /// Data in the file, at this offset.
     File(u64),
 }
 
-/// A write that waits.
+/// A waiting write.
 pub(super) struct QueuedWrite {
     pub(super) offset: u64,
     len: usize,
     bytes: QueuedBytes,
-    /// The process that waits for it; 0: not known.
+    /// The process that waits for the reply; 0 if unknown.
     client: u32,
     pub(super) reply: WriteReply,
 }
 
-/// The writes that wait, oldest first.
+/// The waiting writes, oldest first.
 pub(super) struct WriteQueue {
     writes: VecDeque<QueuedWrite>,
     memory_used: usize,
     dir: PathBuf,
     file: Option<File>,
-    /// Where the file is free.
+    /// The end of the used part of the file.
     file_end: u64,
 }
 
@@ -53,20 +53,20 @@ impl WriteQueue {
         self.writes.is_empty()
     }
 
-    /// Puts a write at the end.
+    /// Appends a write to the queue.
     pub(super) fn push(&mut self, offset: u64, buf: &[u8], client: u32, reply: WriteReply) {
         let len = buf.len();
         let filed =
             if self.memory_used + len > MEMORY_LIMIT { self.write_to_file(buf) } else { None };
         let bytes = match filed {
             Some(at) => QueuedBytes::File(at),
-            // Also when the host has no room for a file: it has to be somewhere.
+            // Also if the host has no room for a file: the data has to be somewhere.
             None => {
                 self.memory_used += len;
                 QueuedBytes::Memory(buf.to_vec())
             }
         };
-        // Now, while the thread that asks is there.
+        // Resolved now, while the calling thread still exists.
         let client = if client == 0 { 0 } else { host::process_of_thread(client) };
         self.writes.push_back(QueuedWrite { offset, len, bytes, client, reply });
     }
@@ -81,7 +81,7 @@ impl WriteQueue {
         Some(at)
     }
 
-    /// The oldest: where it writes, and its bytes.
+    /// Returns the offset and the data of the oldest write.
     pub(super) fn first(&self) -> Option<(u64, io::Result<Vec<u8>>)> {
         let first = self.writes.front()?;
         Some((first.offset, self.bytes_of(first)))
@@ -101,12 +101,12 @@ impl WriteQueue {
         }
     }
 
-    /// How long the oldest is, in bytes.
+    /// Returns the length of the oldest write in bytes.
     pub(super) fn first_len(&self) -> Option<usize> {
         self.writes.front().map(|first| first.len)
     }
 
-    /// Takes the oldest out.
+    /// Removes the oldest write.
     pub(super) fn pop(&mut self) -> Option<QueuedWrite> {
         let first = self.writes.pop_front();
         if let Some(first) = &first {
@@ -120,13 +120,13 @@ impl WriteQueue {
             self.memory_used -= len;
         }
         if self.writes.is_empty() {
-            // With nothing in it the file begins again; its room goes with it.
+            // An empty file is dropped, which frees its space.
             self.file_end = 0;
             self.file = None;
         }
     }
 
-    /// Takes out the writes whose clients `is_killed` says are being killed.
+    /// Removes the writes of the clients for which `is_killed` returns true.
     pub(super) fn take_killed(&mut self, is_killed: impl Fn(u32) -> bool) -> Vec<WriteReply> {
         let (killed, rest): (Vec<_>, Vec<_>) = std::mem::take(&mut self.writes)
             .into_iter()
@@ -140,7 +140,7 @@ impl WriteQueue {
         replies
     }
 
-    /// Takes all of them out.
+    /// Removes all writes.
     pub(super) fn take_all(&mut self) -> Vec<WriteReply> {
         self.memory_used = 0;
         self.file_end = 0;

@@ -1,4 +1,4 @@
-//! Which bytes of a stream were written, as a map of runs. No bytes, no I/O.
+//! The written ranges of a stream, as a map of runs. No data, no I/O.
 //!
 //! ```text
 //!   |-- Data --|      |--- Zeros ---|-- Data --|
@@ -10,35 +10,35 @@
 use std::collections::BTreeMap;
 use std::ops::Range;
 
-/// What was written to a run.
+/// The content written to a run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Written {
-    /// Bytes that must be kept; some of them are not zero.
+    /// Data that must be kept; some of the bytes are not zero.
     Data,
-    /// Nothing but zeros: known without keeping them.
+    /// Only zeros, which need not be kept.
     Zeros,
 }
 
-/// Runs by where they begin.
+/// The runs, ordered by their start.
 #[derive(Clone, Debug, Default)]
 pub struct WrittenRuns {
     map: BTreeMap<u64, (u64, Written)>,
 }
 
 impl WrittenRuns {
-    /// How many there are.
+    /// Returns the number of runs.
     #[must_use]
     pub fn len(&self) -> usize {
         self.map.len()
     }
 
-    /// Whether nothing was written.
+    /// Returns whether nothing was written.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.map.is_empty()
     }
 
-    /// The runs that share a byte with `range`, clipped to it, in order.
+    /// Returns the runs that overlap `range`, clipped to it, in order.
     pub fn within(&self, range: Range<u64>) -> impl Iterator<Item = (Range<u64>, Written)> + '_ {
         let first = self.map.range(..=range.start).next_back().map_or(range.start, |(at, _)| *at);
         let Range { start, end } = range;
@@ -48,19 +48,19 @@ impl WrittenRuns {
         })
     }
 
-    /// The parts of `range` that hold data, in order.
+    /// Returns the parts of `range` that contain data, in order.
     pub fn data_within(&self, range: Range<u64>) -> impl Iterator<Item = Range<u64>> + '_ {
         self.within(range).filter(|(_, written)| *written == Written::Data).map(|(part, _)| part)
     }
 
-    /// How many bytes of `range` hold data.
+    /// Returns the number of bytes of data in `range`.
     #[must_use]
     pub fn data_bytes(&self, range: Range<u64>) -> u64 {
         self.data_within(range).map(|part| part.end - part.start).sum()
     }
 
-    /// The run at `offset` to its end, or the gap there up to the next run (`u64::MAX` without
-    /// one).
+    /// Returns the end and the content of the run at `offset`, or of the gap up to the next run
+    /// (`u64::MAX` if there is none).
     #[must_use]
     pub fn at(&self, offset: u64) -> (u64, Option<Written>) {
         if let Some((_, (end, written))) = self.map.range(..=offset).next_back()
@@ -72,7 +72,7 @@ impl WrittenRuns {
         (next.map_or(u64::MAX, |(start, _)| *start), None)
     }
 
-    /// Makes `range` what it says; `None`: never written.
+    /// Sets the content of `range` to `written`; `None` means never written.
     ///
     /// ```text
     ///   |---- a ----|     |---- b ----|
@@ -84,7 +84,7 @@ impl WrittenRuns {
             return;
         }
         let Range { mut start, mut end } = range;
-        // What reaches in from before is cut, and may reach out behind.
+        // A run that reaches into the range is cut, and may continue behind it.
         if let Some((&at, &(stop, before))) = self.map.range(..start).next_back()
             && stop >= start
         {
@@ -118,10 +118,10 @@ impl WrittenRuns {
         }
     }
 
-    /// Forgets detail before `limit`: runs that end there and lie less than `gap` bytes apart become one run of
-    /// data. What was data stays data.
+    /// Drops detail before `limit`: runs that end there and are less than `gap` bytes apart are
+    /// joined into one run of data. Data remains data.
     pub fn coarsen(&mut self, limit: u64, gap: u64) {
-        // A run that reaches past the limit is not joined: what it holds there is no detail.
+        // A run that extends past the limit is not joined: its part past the limit must stay exact.
         let across = self.map.range(..limit).next_back().filter(|(_, (end, _))| *end > limit);
         let limit = across.map_or(limit, |(start, _)| *start);
         let rest = self.map.split_off(&limit);
@@ -150,7 +150,7 @@ impl WrittenRuns {
 
 #[cfg(test)]
 impl WrittenRuns {
-    /// Whether the runs are in order, apart and joined.
+    /// Checks that the runs are ordered, disjoint and joined.
     pub(super) fn check(&self) {
         let mut last: Option<(u64, Written)> = None;
         for (start, (end, written)) in &self.map {
@@ -183,7 +183,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn runs_tell_what_an_array_of_bytes_tells(
+        fn runs_agree_with_an_array_of_bytes(
             ops in prop::collection::vec((0..SIZE, 0..SIZE, 0..3u8), 1..60),
             (from, to) in (0..SIZE, 0..SIZE),
         ) {
@@ -210,7 +210,7 @@ mod tests {
         }
 
         #[test]
-        fn coarser_runs_still_hold_all_data(
+        fn coarsened_runs_still_contain_all_data(
             ops in prop::collection::vec((0..SIZE, 1..8usize, any::<bool>()), 1..30),
             limit in 0..SIZE as u64,
             gap in 1..20u64,

@@ -1,12 +1,12 @@
-//! The unlinked file that holds what does not fit into memory: every byte at its own offset, so
-//! that nothing has to be found and a disk's holes are the file's.
+//! The unlinked file for data that does not fit into memory. Every byte is at its own offset of the
+//! disk, so no index is needed, and holes of the disk are holes of the file.
 //!
-//! Compressed, the file is made of units of 64 KiB of disk, each in a slot of its own with a
-//! length before it. The units that were touched last stay open, so that a unit is not compressed
-//! again at each small write.
+//! A compressed file consists of units of 64 KiB of disk, each in its own slot, preceded by its
+//! length. The most recently used units stay open, so that small writes do not compress a unit
+//! again and again.
 //!
 //! ```text
-//!   slot 0                          slot 1 = SLOT bytes on
+//!   slot 0                          slot 1, SLOT_SIZE bytes later
 //!   |len|lz4 ...|      hole         |len|lz4 ............|  hole
 //! ```
 
@@ -23,22 +23,22 @@ use crate::layer::Wait;
 /// Bytes of disk in a compressed unit.
 pub(super) const UNIT_SIZE: u64 = UNIT_LEN as u64;
 const UNIT_LEN: usize = 64 << 10;
-/// Bytes of file a unit may take: the unit as it is, and its length, to whole host blocks.
+/// Bytes of file reserved for a unit: an uncompressed unit and its length, in whole host blocks.
 const SLOT_SIZE: u64 = UNIT_SIZE + 4096;
-/// Before each unit stands its length.
+/// Bytes of the length in front of each unit.
 const HEADER_LEN: usize = 4;
-/// Units that are open: half a MiB.
+/// The most open units: 512 KiB of memory.
 const MAX_OPEN_UNITS: usize = 8;
 
-/// A unit of the disk that is being written to.
+/// An open unit of the disk.
 struct SpillUnit {
     bytes: Vec<u8>,
     is_dirty: bool,
-    /// When it was last touched.
+    /// The value of the clock at the last use.
     last_used: u64,
 }
 
-/// The file, and the units that are open.
+/// The file and its open units.
 pub(super) struct SpillFile {
     file: File,
     compress: SpillCompression,
@@ -47,17 +47,17 @@ pub(super) struct SpillFile {
 }
 
 impl SpillFile {
-    /// A file in `dir` that nobody else can find.
+    /// Creates an unnamed file in `dir`.
     pub(super) fn new(dir: &Path, compress: SpillCompression) -> io::Result<Self> {
         let file = tempfile::tempfile_in(dir)?;
         Ok(Self { file, compress, open_units: BTreeMap::new(), clock: 0 })
     }
 
-    /// Stores `buf` at `offset` of the disk; `known` says whether anything of the unit at an
-    /// offset is stored already.
+    /// Stores `buf` at `offset` of the disk. `known` returns whether anything is stored in the
+    /// given range.
     ///
     /// # Errors
-    /// `ENOSPC` and the host's other errnos; some of it may be stored then.
+    /// `ENOSPC`, or another errno of the host; a part of `buf` may be stored then.
     pub(super) fn write(
         &mut self,
         buf: &[u8],
@@ -83,7 +83,7 @@ impl SpillFile {
         Ok(())
     }
 
-    /// Reads what was stored at `offset` of the disk.
+    /// Reads bytes stored at `offset` of the disk.
     pub(super) fn read(&mut self, buf: &mut [u8], offset: u64) -> io::Result<()> {
         if self.compress == SpillCompression::Off {
             return read_exact(&self.file, buf, offset);
@@ -96,8 +96,9 @@ impl SpillFile {
             let piece = &mut buf[done..done + len];
             match self.open_unit(at / UNIT_SIZE, true) {
                 Ok(unit) => piece.copy_from_slice(&unit.bytes[skip..skip + len]),
-                // A full host has no room for the unit that would have to be closed for it; what
-                // is stored can be read, and has to be, for room to come back.
+                // A full host has no room to write back the unit that would have to be closed
+                // first. Stored data must be readable even then, so that it can be sent and room
+                // becomes free.
                 Err(_) => piece.copy_from_slice(&self.load_unit(at / UNIT_SIZE)?[skip..skip + len]),
             }
             at += len as u64;
@@ -106,7 +107,7 @@ impl SpillFile {
         Ok(())
     }
 
-    /// Gives back the room of `range`, of which nothing is needed any more.
+    /// Frees the space of `range`, none of which is needed any more.
     pub(super) fn discard(&mut self, range: Range<u64>) {
         let range = match self.compress {
             SpillCompression::Off => range,
@@ -119,11 +120,11 @@ impl SpillFile {
                 units.start * SLOT_SIZE..units.end * SLOT_SIZE
             }
         };
-        // Room that is not given back is only room; the file goes with the stream.
+        // An error only wastes space; the file is freed with the stream.
         let _ = host::punch_hole(&self.file, range);
     }
 
-    /// The open unit `number`.
+    /// Returns the open unit `number`, opening it if necessary.
     fn open_unit(&mut self, number: u64, is_stored: bool) -> io::Result<&mut SpillUnit> {
         self.clock += 1;
         if !self.open_units.contains_key(&number) {
@@ -164,7 +165,7 @@ impl SpillFile {
             let parts = [IoSlice::new(&len), IoSlice::new(stored)];
             host::write_all_at(&self.file, &parts, number * SLOT_SIZE)?;
             let end = (HEADER_LEN + stored.len()) as u64;
-            // It may have been longer before.
+            // The unit may have been longer before.
             let _ =
                 host::punch_hole(&self.file, number * SLOT_SIZE + end..(number + 1) * SLOT_SIZE);
         }
@@ -190,7 +191,7 @@ impl SpillFile {
         &self.file
     }
 
-    /// Bytes of the host that the file takes.
+    /// Returns the bytes allocated on the host.
     pub(super) fn allocated(&self) -> u64 {
         std::os::unix::fs::MetadataExt::blocks(&self.file.metadata().unwrap()) * 512
     }
@@ -201,12 +202,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_stored_is_read_though_no_unit_can_be_closed() {
+    fn stored_bytes_can_be_read_when_no_unit_can_be_written_back() {
         let mut spill = SpillFile::new(&std::env::temp_dir(), SpillCompression::Lz4).unwrap();
         for number in 0..=MAX_OPEN_UNITS as u64 {
             spill.write(&[7; UNIT_LEN], number * UNIT_SIZE, |_| false).unwrap();
         }
-        // From now on it cannot be written, as on a full host.
+        // From now on the file cannot be written to, as on a full host.
         let path = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&spill.file));
         spill.file = File::open(path).unwrap();
         assert!(spill.write(&[8; UNIT_LEN], 99 * UNIT_SIZE, |_| false).is_err());

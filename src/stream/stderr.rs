@@ -1,4 +1,4 @@
-//! The last words of a pipe of programs.
+//! The tail of what a pipeline of programs writes to stderr.
 
 use std::collections::VecDeque;
 use std::io;
@@ -14,18 +14,18 @@ use rustix::pipe::{PipeFlags, pipe_with};
 
 use super::stop::Stop;
 
-/// How many of the last bytes are kept.
+/// The number of bytes kept from the end.
 const TAIL_LEN: usize = 4096;
 
 /// The longest line shown, in characters: an error is one line.
 const MAX_LINE_CHARS: usize = 300;
 
-/// How many reads somebody who only asks for the last line does at most, 4 KiB each: a full pipe's
-/// worth. A program that never stops writing must not keep him.
+/// The most reads of 4 KiB that `last_line` performs: the content of a full pipe. A program that
+/// never stops writing must not block the caller.
 const MAX_READS: usize = 16;
 
-/// What programs write to their stderr. A thread empties the pipe, so that they never wait for us;
-/// it is joined when this is dropped, whoever still holds the other end.
+/// The stderr of a pipeline. A thread drains the pipe, so that the programs never wait for us;
+/// dropping this value joins the thread, even while other processes hold the other end.
 #[derive(Debug)]
 pub(super) struct StderrTail {
     shared: Arc<StderrPipe>,
@@ -40,7 +40,7 @@ struct StderrPipe {
 }
 
 impl StderrTail {
-    /// A pipe, and the end of it for the programs.
+    /// Creates a pipe; returns it and the write end for the programs.
     pub(super) fn new() -> io::Result<(Self, OwnedFd)> {
         let (fd, theirs) = pipe_with(PipeFlags::CLOEXEC)?;
         fcntl_setfl(&fd, fcntl_getfl(&fd)? | OFlags::NONBLOCK)?;
@@ -54,8 +54,8 @@ impl StderrTail {
         Ok((Self { shared, stop, reader: Some(reader) }, theirs))
     }
 
-    /// The last line that says something, as text on one line. A program that has ended has said
-    /// all it will: what is still in the pipe is read first.
+    /// Returns the last non-empty line, with control characters escaped. The content of the pipe is
+    /// read first, so after a program has ended, all its output has been seen.
     pub(super) fn last_line(&self) -> Option<String> {
         let mut tail = self.shared.tail.lock();
         for _ in 0..MAX_READS {
@@ -87,18 +87,18 @@ impl Drop for StderrTail {
 }
 
 impl StderrPipe {
-    /// Empties the pipe until nobody holds the other end.
+    /// Drains the pipe until its other end is closed everywhere, or until stopped.
     fn drain_until(&self, stop: &Stop) {
         while stop.wait_for(self.fd.as_fd(), PollFlags::IN, None).is_ok() {
             match self.read_once(&mut self.tail.lock()) {
-                // Somebody who wanted the last line was faster.
+                // `last_line` has read the bytes first.
                 Ok(1..) | Err(Errno::AGAIN) => {}
                 Ok(0) | Err(_) => return,
             }
         }
     }
 
-    /// Reads once, under the lock: the bytes keep their order.
+    /// Reads once. The caller holds the lock, so that the bytes keep their order.
     fn read_once(&self, tail: &mut VecDeque<u8>) -> Result<usize, Errno> {
         let mut buf = [0; TAIL_LEN];
         let got = rustix::io::retry_on_intr(|| rustix::io::read(&self.fd, &mut buf))?;

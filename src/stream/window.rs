@@ -1,4 +1,5 @@
-//! The sliding window of an output stream: what may be changed, what must leave. No bytes, no I/O.
+//! The sliding window of an output stream: which bytes may be changed, and which must be sent. No
+//! data, no I/O.
 //!
 //! ```text
 //!                             |<--- window --->|<------ spill ------>|
@@ -7,12 +8,12 @@
 //!   0        sent  taken   frontier           edge = frontier + window
 //! ```
 //!
-//! - At most `spill` bytes of data lie at and past the edge. When a write brings more, the
-//!   frontier advances until they do not: the least that helps, and the lowest data first.
-//!   docs/streams.md proves that nothing does better.
-//! - What lies before the frontier has left for good, though the sink may not have taken it yet:
-//!   what a stream accepts never depends on how fast its sink is.
-//! - Zeros, holes and what was never written cost nothing anywhere.
+//! - At most `spill` bytes of data are at or past the edge. When a write adds more, the frontier
+//!   advances until the limit is met again, by the least amount and with the lowest data first.
+//!   docs/streams.md proves that no other policy does better.
+//! - Bytes before the frontier have left for good, even if the sink has not accepted them yet: the
+//!   writes that a stream accepts never depend on the speed of its sink.
+//! - Zeros, holes and unwritten ranges cost nothing anywhere.
 
 use std::ops::Range;
 
@@ -20,15 +21,15 @@ use super::needed::Needed;
 use super::runs::{Written, WrittenRuns};
 use crate::extents::{Extent, ExtentKind};
 
-/// What was sent is remembered in at most so many runs; then neighbours are joined and count as
-/// data. About 5 MiB.
+/// The most runs remembered for sent ranges, about 5 MiB of memory. Beyond it neighbours are
+/// joined, and count as data.
 const MAX_RUNS: usize = 128 << 10;
-/// Runs closer than this are joined first.
+/// The gap in bytes up to which runs are joined first.
 const MIN_COARSEN_GAP: u64 = 64 << 10;
 
 static ZEROS: [u8; 4096] = [0; 4096];
 
-/// The state of an output stream, without its bytes. All offsets in bytes.
+/// The state of an output stream without its data. All offsets are in bytes.
 #[derive(Clone, Debug)]
 pub struct Window {
     size: u64,
@@ -40,32 +41,34 @@ pub struct Window {
     highest: u64,
     runs: WrittenRuns,
     needed: Needed,
-    /// Data at and past the edge.
+    /// The bytes of data at and past the edge.
     beyond: u64,
-    /// Data at and past `sent`.
+    /// The bytes of data at and past `sent`.
     unsent: u64,
-    /// Everything that was written and is neither punched nor truncated.
+    /// The bytes written and neither punched nor truncated since.
     written: u64,
-    /// Bytes behind the frontier that can be read back: they are still needed to the byte.
+    /// The number of bytes before the frontier that can be read back, for which the runs must stay
+    /// exact.
     read_window: u64,
-    /// The next gap to be joined, when there are too many runs.
+    /// The gap up to which runs are joined next time there are too many.
     coarsen_gap: u64,
-    /// More runs than this are too many.
+    /// The number of runs beyond which they are joined.
     max_runs: usize,
     is_exact: bool,
 }
 
-/// What the sink gets next.
+/// The next run for the sink.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct OutgoingRun {
-    /// Where it lies.
+    /// The position in bytes.
     pub range: Range<u64>,
-    /// What it is; `None`: never written.
+    /// The content; `None` if the run was never written.
     pub written: Option<Written>,
 }
 
 impl Window {
-    /// A stream of `size` bytes of which nothing is written. `spill` of `u64::MAX` is no limit.
+    /// Creates the window of a stream of `size` bytes of which nothing is written. A `spill` of
+    /// `u64::MAX` means no limit.
     #[must_use]
     pub fn new(size: u64, window: u64, spill: u64) -> Self {
         Self {
@@ -88,79 +91,80 @@ impl Window {
         }
     }
 
-    /// Has `bytes` before the frontier remembered to the byte: they can be read back.
+    /// Keeps the runs of the last `bytes` bytes before the frontier exact, so that they can be read
+    /// back.
     pub fn set_read_window(&mut self, bytes: u64) {
         self.read_window = bytes;
     }
 
-    /// The size of the disk.
+    /// Returns the size of the disk in bytes.
     #[must_use]
     pub fn size(&self) -> u64 {
         self.size
     }
 
-    /// The first byte that has not left.
+    /// Returns the frontier: the first byte that can still be changed.
     #[must_use]
     pub fn frontier(&self) -> u64 {
         self.frontier
     }
 
-    /// The first byte that the sink was not given.
+    /// Returns the offset of the first byte that has not been given to the sink.
     #[must_use]
     pub fn taken(&self) -> u64 {
         self.taken
     }
 
-    /// The first byte that the sink has not accepted.
+    /// Returns the offset of the first byte that the sink has not accepted.
     #[must_use]
     pub fn sent(&self) -> u64 {
         self.sent
     }
 
-    /// The end of the highest write.
+    /// Returns the end of the highest write.
     #[must_use]
     pub fn highest(&self) -> u64 {
         self.highest
     }
 
-    /// Bytes of data that the sink has not accepted.
+    /// Returns the bytes of data that the sink has not accepted.
     #[must_use]
     pub fn unsent(&self) -> u64 {
         self.unsent
     }
 
-    /// Bytes of data in the window, between frontier and edge.
+    /// Returns the bytes of data in the window, between frontier and edge.
     #[must_use]
     pub fn used(&self) -> u64 {
         self.runs.data_bytes(self.frontier..self.edge())
     }
 
-    /// Bytes of data beyond the window.
+    /// Returns the bytes of data beyond the window.
     #[must_use]
     pub fn beyond(&self) -> u64 {
         self.beyond
     }
 
-    /// Bytes that were written.
+    /// Returns the number of bytes written.
     #[must_use]
     pub fn written(&self) -> u64 {
         self.written
     }
 
-    /// The smallest window without spill, and the smallest spill with this window, that would have
-    /// done so far.
+    /// Returns the smallest window without spill, and the smallest spill with the current window,
+    /// that would have sufficed so far.
     #[must_use]
     pub fn needed(&self) -> (u64, u64) {
         (self.needed.window, self.needed.spill)
     }
 
-    /// What was written where.
+    /// Returns the written runs.
     #[must_use]
     pub fn runs(&self) -> &WrittenRuns {
         &self.runs
     }
 
-    /// Whether everything that was sent is remembered to the byte.
+    /// Returns whether the runs of sent ranges are still exact, that is, no runs have been joined.
     #[must_use]
     pub fn is_exact(&self) -> bool {
         self.is_exact
@@ -170,7 +174,7 @@ impl Window {
         self.frontier.saturating_add(self.window)
     }
 
-    /// Describes a prefix of `range`, which lies inside the disk and is not empty.
+    /// Describes a prefix of `range`, which must be inside the disk and not empty.
     #[must_use]
     pub fn extent_at(&self, range: Range<u64>) -> Extent {
         let (end, written) = self.runs.at(range.start);
@@ -178,9 +182,9 @@ impl Window {
         Extent::new(range.start..end.min(range.end), kind)
     }
 
-    /// The first byte of `buf`, written at `offset`, that is another than what is there as far as
-    /// that is known without looking at data: a byte that is not zero where there was none, or
-    /// any byte where there is data.
+    /// Returns the first offset at which writing `buf` at `offset` may change the content, as far
+    /// as the runs tell without looking at data: a non-zero byte where there is no data, or any
+    /// byte where there is data.
     #[must_use]
     pub fn first_change(&self, offset: u64, buf: &[u8]) -> Option<u64> {
         let end = offset + buf.len() as u64;
@@ -192,7 +196,7 @@ impl Window {
             }
             let stop = stop.min(end);
             let part = &buf[index(at - offset)..index(stop - offset)];
-            // Whole zeros by comparison, which is many times faster than byte by byte.
+            // Whole zeros are skipped by comparison, many times faster than byte by byte.
             let zeros =
                 part.chunks(ZEROS.len()).take_while(|piece| **piece == ZEROS[..piece.len()]);
             let skip = zeros.map(<[u8]>::len).sum::<usize>();
@@ -204,13 +208,13 @@ impl Window {
         None
     }
 
-    /// Notes that a request changes the byte at `at`, for what is needed. Before the change.
+    /// Records, before the change, that a request changes the byte at `at`, for the needed sizes.
     pub fn note_change(&mut self, at: u64) {
         self.needed.before_change(&self.runs, at);
     }
 
-    /// `range` now is what `written` says. Parts before the frontier are for frames that carry
-    /// offsets only; the frontier does not move: [`advance`](Self::advance) does that.
+    /// Sets `range` to `written`. Only frames that carry offsets may set ranges before the
+    /// frontier. The frontier does not move; [`advance`](Self::advance) moves it.
     pub fn set(&mut self, range: Range<u64>, written: Option<Written>) {
         if range.is_empty() {
             return;
@@ -226,7 +230,7 @@ impl Window {
             self.unsent += len(&clip(&range, self.sent..u64::MAX));
             self.beyond += len(&clip(&range, edge..u64::MAX));
         }
-        // Joined runs hold more than was ever written.
+        // Joined runs contain more bytes than were ever written.
         self.written = self.written.saturating_sub(before);
         if written.is_some() {
             self.written += len(&range);
@@ -235,14 +239,14 @@ impl Window {
         self.runs.set(range, written);
     }
 
-    /// Lets leave what must: the frontier moves by the least that puts no more than `spill` bytes
-    /// of data past the edge. Returns whether it moved.
+    /// Advances the frontier by the least amount that leaves no more than `spill` bytes of data
+    /// past the edge. Returns whether it moved.
     pub fn advance(&mut self) -> bool {
         self.advance_to_budget(self.spill)
     }
 
-    /// As [`advance`](Self::advance) with another budget: for a host that has no room for what
-    /// the spill allows.
+    /// Advances the frontier as [`advance`](Self::advance) does, with another budget: for a host
+    /// without room for the full spill.
     pub fn advance_to_budget(&mut self, spill: u64) -> bool {
         let frontier = self.frontier_for_budget(spill);
         if frontier == self.frontier {
@@ -254,7 +258,7 @@ impl Window {
         true
     }
 
-    /// The lowest frontier with at most `spill` bytes of data beyond the window.
+    /// Returns the lowest frontier with at most `spill` bytes of data beyond the window.
     #[must_use]
     pub fn frontier_for_budget(&self, spill: u64) -> u64 {
         let mut excess = self.beyond.saturating_sub(spill);
@@ -273,14 +277,14 @@ impl Window {
         edge - self.window
     }
 
-    /// Lets everything leave, up to `end`.
+    /// Moves the frontier to `end`, so that everything before it is sent.
     pub fn finish(&mut self, end: u64) {
         self.frontier = self.frontier.max(end);
         self.beyond = self.runs.data_bytes(self.edge()..self.size);
     }
 
-    /// Forgets what lies at and past `from` and has not left; whether nothing but zeros had left
-    /// of it. `from` is the new end of the data.
+    /// Forgets the data at and past `from` that has not left. Returns whether only zeros had left
+    /// of that range. `from` becomes the new end of the data.
     pub fn truncate(&mut self, from: u64) -> bool {
         let gone = from..self.frontier.max(from);
         if self.runs.data_within(gone).next().is_some() {
@@ -291,7 +295,7 @@ impl Window {
         true
     }
 
-    /// What the sink gets next, at most `most` bytes of data; that counts as taken.
+    /// Takes the next run for the sink, with at most `most` bytes of data.
     pub fn take_next(&mut self, most: u64) -> Option<OutgoingRun> {
         if self.taken >= self.frontier {
             return None;
@@ -306,24 +310,24 @@ impl Window {
         Some(OutgoingRun { range, written })
     }
 
-    /// The sink has accepted everything before `to`.
+    /// Records that the sink has accepted everything before `to`.
     pub fn mark_accepted(&mut self, to: u64) {
         self.unsent -= self.runs.data_bytes(self.sent..to.max(self.sent));
         self.sent = self.sent.max(to);
     }
 
-    /// Keeps the memory of what has left bounded.
+    /// Bounds the memory used for the runs of sent ranges.
     fn coarsen_sent(&mut self) {
         if self.runs.len() <= self.max_runs {
             return;
         }
-        // Only what is sent and cannot be read back: the rest is still needed to the byte.
+        // Only sent ranges that cannot be read back: the other runs must stay exact.
         let limit = self.sent.min(self.frontier.saturating_sub(self.read_window));
         self.runs.coarsen(limit, self.coarsen_gap);
         self.needed.recount(&self.runs);
         self.coarsen_gap *= 2;
         self.is_exact = false;
-        // What cannot be joined must not be looked at again at every step.
+        // Runs that cannot be joined must not be visited again at every step.
         self.max_runs = MAX_RUNS.max(self.runs.len() + self.runs.len() / 4);
     }
 }

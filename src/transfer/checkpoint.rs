@@ -1,65 +1,66 @@
-//! The record that vouches for what came before it.
+//! The checkpoint: a record that vouches for the stream before it.
 //!
 //! ```text
 //!   'C'  len=56 or 72
-//!        "cowslip\x01"        8   whose record it is, and its version
-//!        start                8   the piece it vouches for: all of the disk from here ...
-//!        end                  8   ... to here has been told
+//!   'C'  len=56 or 72
+//!        "cowslip\x01"        8   the owner of the record and its version
+//!        start                8   the piece vouched for: all of the disk from here ...
+//!        end                  8   ... to here has been described
 //!        identity             8   of the source as it was when the transfer began; 0: unknown
-//!        origin               8   where the stream began (`send --from`)
+//!        origin               8   the offset at which the stream began (`send --from`)
 //!        piece               16   XXH3-128 of the wire since the last checkpoint
 //!        whole               16   only in the last one: XXH3-128 of all `piece` values
 //! ```
 //!
-//! Numbers are little-endian, hashes in XXH3's canonical (big-endian) form. `piece` covers every
-//! byte on the wire after the checkpoint before it, or after the beginning of the stream, up to
-//! `piece` itself: banner, headers and data, and this record's own fields. So no range, no kind
-//! and no size can change unnoticed. The first checkpoint comes right after the size, with an empty
-//! piece: it tells a receiver that there will be more of them, and which source it is.
+//! Numbers are little-endian, hashes are in XXH3's canonical (big-endian) form. `piece` covers
+//! every byte on the wire after the previous checkpoint, or after the beginning of the stream, up
+//! to `piece` itself: banner, headers and data, and this record's own fields. So no range, kind or
+//! size can change unnoticed. The first checkpoint directly follows the size and has an empty
+//! piece: it announces to a receiver that checkpoints will follow, and identifies the source.
 //!
-//! To other readers of rbd diffs this is a record of an unknown tag, which version 2 lets them
-//! skip by its length.
+//! For other readers of rbd diffs, a checkpoint is a record with an unknown tag, which version 2
+//! lets them skip by its length.
 
 use xxhash_rust::xxh3::Xxh3;
 
-/// The tag of the record.
+/// The tag of a checkpoint record.
 pub const CHECKPOINT_TAG: u8 = b'C';
-/// What its payload begins with.
+/// The first bytes of the payload.
 pub const CHECKPOINT_MAGIC: [u8; 8] = *b"cowslip\x01";
-/// The payload's length without `whole`.
+/// The length of the payload without `whole`, in bytes.
 pub const PAYLOAD_LEN: u64 = 56;
-/// The payload's length with `whole`.
+/// The length of the payload with `whole`, in bytes.
 pub const LAST_PAYLOAD_LEN: u64 = 72;
-/// 64 MiB of data between two checkpoints: what a cut costs at most, and seldom enough that a sync
-/// for each costs nothing.
+/// Bytes of data between two checkpoints: 64 MiB. An interruption costs at most this much, and one
+/// sync per interval costs next to nothing.
 pub const CHECKPOINT_INTERVAL: u64 = 64 << 20;
-/// The bytes of tag, length, magic and numbers: what stands before `piece`.
+/// The length in bytes of tag, length, magic and numbers, that is, of everything before `piece`.
 pub const HEAD_LEN: usize = 9 + 8 + 4 * 8;
 
-/// What a checkpoint says, apart from its hashes.
+/// The content of a checkpoint except its hashes; all offsets are bytes of the disk.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Checkpoint {
-    /// Where its piece starts, in bytes of the disk.
+    /// The start of the piece, in bytes of the disk.
     pub start: u64,
-    /// Where its piece ends.
+    /// The end of the piece.
     pub end: u64,
-    /// Tells this state of the source from others; 0 when nothing can tell.
+    /// A number that distinguishes this state of the source from others; 0 if it cannot be told.
     pub identity: u64,
-    /// Where the stream began.
+    /// The offset at which the stream began.
     pub origin: u64,
 }
 
-/// Whether more follows.
+/// The position of a checkpoint in the stream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum CheckpointKind {
-    /// There is more.
+    /// More data follows.
     Middle,
     /// Only the end record follows.
     Last,
 }
 
 impl Checkpoint {
-    /// The record up to `piece`.
+    /// Encodes the record up to `piece`.
     #[must_use]
     pub fn encode_head(&self, stage: CheckpointKind) -> [u8; HEAD_LEN] {
         let len = if stage == CheckpointKind::Last { LAST_PAYLOAD_LEN } else { PAYLOAD_LEN };
@@ -73,7 +74,7 @@ impl Checkpoint {
         bytes
     }
 
-    /// Reads the four numbers behind the magic.
+    /// Decodes the four numbers after the magic.
     #[must_use]
     pub fn decode(numbers: &[u8; 32]) -> Self {
         let [mut start, mut end, mut identity, mut origin] = [[0; 8]; 4];
@@ -92,7 +93,7 @@ impl Checkpoint {
     }
 }
 
-/// The hashes of a stream, at either end of it.
+/// The hashes of a stream, kept by the sender and by the receiver.
 #[derive(Clone, Default)]
 pub struct HashChain {
     piece: Xxh3,
@@ -100,12 +101,13 @@ pub struct HashChain {
 }
 
 impl HashChain {
-    /// The next bytes on the wire.
+    /// Adds the next bytes on the wire.
     pub fn update(&mut self, bytes: &[u8]) {
         self.piece.update(bytes);
     }
 
-    /// Ends a piece: its hash, and that of all pieces so far. The next piece begins.
+    /// Ends the current piece and begins the next; returns the hash of the piece and that of all
+    /// pieces so far.
     pub fn end_piece(&mut self) -> ([u8; 16], [u8; 16]) {
         let piece = self.piece.digest128().to_be_bytes();
         self.whole.update(&piece);
@@ -113,7 +115,7 @@ impl HashChain {
         (piece, self.whole.digest128().to_be_bytes())
     }
 
-    /// The record for `mark`, whose piece ends with it.
+    /// Returns the record for `mark`, whose piece it ends.
     pub fn checkpoint_record(&mut self, mark: &Checkpoint, stage: CheckpointKind) -> Vec<u8> {
         let mut bytes = mark.encode_head(stage).to_vec();
         self.update(&bytes);
@@ -133,7 +135,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_record_is_laid_out_as_written_above() {
+    fn a_record_has_the_documented_layout() {
         let mark = Checkpoint { start: 1, end: 2, identity: 3, origin: 4 };
         let mut chain = HashChain::default();
         chain.update(b"rbd diff v2\n");
@@ -152,7 +154,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn a_mark_is_read_as_it_was_written(numbers in any::<[u64; 4]>()) {
+        fn an_encoded_checkpoint_is_decoded_unchanged(numbers in any::<[u64; 4]>()) {
             let [start, end, identity, origin] = numbers;
             let mark = Checkpoint { start, end, identity, origin };
             let head = mark.encode_head(CheckpointKind::Middle);
@@ -160,7 +162,7 @@ mod tests {
         }
 
         #[test]
-        fn a_piece_covers_each_byte_since_the_last(
+        fn a_piece_hash_covers_every_byte_since_the_last_checkpoint(
             before in prop::collection::vec(any::<u8>(), 0..300),
             after in prop::collection::vec(any::<u8>(), 1..300),
             at in any::<prop::sample::Index>(),
@@ -170,7 +172,7 @@ mod tests {
                 let mut chain = HashChain::default();
                 chain.update(&before);
                 let first = chain.end_piece();
-                // However it is cut, it is the same.
+                // The split of the bytes into calls makes no difference.
                 let (one, two) = after.split_at(after.len() / 2);
                 chain.update(one);
                 chain.update(two);

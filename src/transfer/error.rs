@@ -1,4 +1,4 @@
-//! Why a transfer did not come to its end.
+//! The error of a transfer.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -9,37 +9,37 @@ use crate::part_file::PartFileError;
 /// Why a transfer failed; one line for the user.
 #[derive(Debug, thiserror::Error)]
 pub enum TransferError {
-    /// It cannot be done as asked; nothing was written.
+    /// The request cannot be carried out; nothing was written.
     #[error("{0}")]
     Refused(String),
-    /// The host refuses.
+    /// The host returned an error.
     #[error("cannot {verb} '{}': {why}", path.display())]
     Host {
-        /// What was tried.
+        /// The operation that failed, as a verb for the message.
         verb: &'static str,
-        /// On what.
+        /// The path the operation was for.
         path: PathBuf,
-        /// What the host says.
+        /// The host's message.
         why: String,
     },
-    /// The stream cannot be written.
+    /// The output stream cannot be written.
     #[error("cannot write the stream: {0}")]
     Output(String),
-    /// The stream is cut or damaged.
+    /// The input stream is cut or damaged.
     #[error("{what}: {left}")]
     Broken {
-        /// What is wrong with it, and where.
+        /// The defect and its position.
         what: String,
-        /// What is left of it, and what to do.
+        /// The remains of the transfer, and what to do next.
         left: String,
     },
-    /// It failed after the transfer had begun; the line says what is left.
+    /// The transfer failed after it had begun; the line describes what is left.
     #[error("{0}")]
     AfterStart(String),
 }
 
 impl TransferError {
-    /// The host refused to `verb` the file at `path`.
+    /// Creates the error for a failed `verb` on the file at `path`.
     pub(super) fn host(verb: &'static str, path: &Path, error: &io::Error) -> Self {
         Self::Host { verb, path: path.to_owned(), why: os_message(error) }
     }

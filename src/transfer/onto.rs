@@ -1,4 +1,4 @@
-//! A copy of an older file for a stream of changes to be put onto.
+//! A copy of an older file, to which a stream of changes is applied.
 
 use std::fs::File;
 use std::io::{self, IoSlice};
@@ -9,14 +9,15 @@ use super::source::{TransferSource, ZeroDetection};
 use super::zeros::{RunKind, split_zeros};
 use crate::host::{copy_range, is_copy_unsupported, write_all_at};
 
-/// What is copied at a time where the host cannot do it alone.
+/// Bytes copied at a time where the host cannot copy by itself: 1 MiB.
 const COPY_CHUNK: usize = 1 << 20;
 
-/// Makes `target`, which is `from` bytes long, hold from there on what `source` (a file or a device)
-/// holds: shared where the file system can, else copied with its holes.
+/// Gives `target`, which is `from` bytes long, the content of `source` (a file or a device) from
+/// offset `from` on. The blocks are shared if the file system supports it, else copied with their
+/// holes.
 ///
 /// # Errors
-/// The host's.
+/// The host's errors.
 pub(super) fn copy(source: &TransferSource, target: &File, from: u64) -> io::Result<()> {
     if from == 0 && rustix::fs::ioctl_ficlone(target, source.file()).is_ok() {
         return Ok(());
@@ -36,7 +37,7 @@ pub(super) fn copy(source: &TransferSource, target: &File, from: u64) -> io::Res
 
 fn copy_data(source: &TransferSource, target: &File, range: Range<u64>) -> io::Result<()> {
     let mut at = range.start;
-    // A copy inside the host would make zeros of a device data.
+    // A copy inside the host would turn zeros of a device into data.
     if !source.looks_for_zeros(ZeroDetection::AsNeeded) {
         match copy_range(source.file().as_fd(), range.clone(), target.as_fd(), at) {
             Ok(len) => at += len,

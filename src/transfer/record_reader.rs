@@ -1,4 +1,4 @@
-//! What arrives, record by record, with the hashes of the wire kept on the way.
+//! A reader of the records of a stream that hashes the wire on the way.
 
 use std::io::{self, BufRead, BufReader, Read};
 use std::ops::Range;
@@ -9,36 +9,37 @@ use super::checkpoint::{
 };
 use crate::stream::frames::rbd::{RbdDecoder, RbdRecord};
 
-/// The most that an unknown record may hold: 1 MiB, as the decoder has it. Those hold names.
+/// The most bytes of an unknown record that are skipped: 1 MiB, the same limit as in the decoder.
+/// Such records hold names.
 const MAX_SKIPPED: u64 = 1 << 20;
-/// The longest name of a snapshot that is taken: what the host allows for a file's.
+/// The longest accepted name of a snapshot in bytes: the host's limit for a file name.
 const MAX_NAME_LEN: u64 = 255;
-/// Enough for headers; what is longer is read past it.
+/// The input buffer in bytes, large enough for headers; longer reads bypass it.
 const HEADER_BUFFER: usize = 4096;
 
-/// A record that means something here.
+/// A record that a receiver understands.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum TransferRecord {
-    /// The size of the disk.
+    /// The size of the disk in bytes.
     Size(u64),
-    /// It holds only what changed since this snapshot.
+    /// The stream contains only the changes since this snapshot.
     Since(String),
-    /// These bytes come next.
+    /// The bytes of this range follow.
     Data(Range<u64>),
-    /// This reads as zeros.
+    /// This range reads as zeros.
     Zeros(Range<u64>),
-    /// What came since the last of these is right.
+    /// The stream since the last checkpoint is correct.
     Checkpoint(Checkpoint, CheckpointKind),
-    /// It is over.
+    /// The stream is complete.
     End,
 }
 
-/// The records of a stream.
+/// A reader of the records of a stream.
 pub(super) struct RecordReader<R> {
     decoder: RbdDecoder<HashingReader<R>>,
 }
 
-/// The input, of which everything read is hashed.
+/// The input, with a hash of everything read from it.
 struct HashingReader<R> {
     input: BufReader<R>,
     chain: HashChain,
@@ -53,7 +54,7 @@ impl<R: Read> Read for HashingReader<R> {
 }
 
 impl<R: Read> HashingReader<R> {
-    /// The next byte, which is not read yet.
+    /// Returns the next byte without consuming it.
     fn peek(&mut self) -> io::Result<u8> {
         loop {
             match self.input.fill_buf() {
@@ -75,21 +76,21 @@ impl<R: Read> HashingReader<R> {
 }
 
 impl<R: Read> RecordReader<R> {
-    /// Reads the banner.
+    /// Reads the banner of the stream.
     ///
     /// # Errors
-    /// `InvalidData` for another one; `UnexpectedEof`; `input`'s own.
+    /// `InvalidData` for a different banner; `UnexpectedEof`; the errors of `input`.
     pub(super) fn new(input: R) -> io::Result<Self> {
         let input = BufReader::with_capacity(HEADER_BUFFER, input);
         let decoder = RbdDecoder::new(HashingReader { input, chain: HashChain::default() })?;
         Ok(Self { decoder })
     }
 
-    /// The next record; unknown ones are skipped.
+    /// Returns the next record; unknown records are skipped.
     ///
     /// # Errors
-    /// `InvalidData` for what cannot be, or a checkpoint that does not hold; `UnexpectedEof`;
-    /// the input's own.
+    /// `InvalidData` for an impossible record, or a checkpoint whose hash does not match;
+    /// `UnexpectedEof`; the errors of the input.
     pub(super) fn next_record(&mut self) -> io::Result<TransferRecord> {
         loop {
             match self.decoder.input().peek()? {
@@ -110,12 +111,12 @@ impl<R: Read> RecordReader<R> {
         }
     }
 
-    /// Fills `buf` with bytes of the data record that came last.
+    /// Fills `buf` with bytes of the last data record.
     pub(super) fn read_bytes(&mut self, buf: &mut [u8]) -> io::Result<()> {
         self.decoder.input().read_exact(buf)
     }
 
-    /// A record that the decoder would skip.
+    /// Reads a record that the decoder would skip.
     fn other_record(&mut self) -> io::Result<Option<TransferRecord>> {
         let input = self.decoder.input();
         let [tag] = input.read_array()?;
@@ -146,13 +147,13 @@ impl<R: Read> RecordReader<R> {
     fn read_checkpoint(&mut self, len: u64) -> io::Result<Option<TransferRecord>> {
         let input = self.decoder.input();
         if input.read_array::<8>()? != CHECKPOINT_MAGIC {
-            // Somebody else's.
+            // Another program's record.
             return self.skip(len - 8).map(|()| None);
         }
         let mark = Checkpoint::decode(&input.read_array()?);
         let (piece, whole) = input.chain.end_piece();
         let mut said = [0; 16];
-        // Past the hash: these are not part of any piece.
+        // Read past the hash: these bytes are not part of any piece.
         input.input.read_exact(&mut said)?;
         let mut is_right = said == piece;
         let mut stage = CheckpointKind::Middle;
@@ -178,7 +179,7 @@ impl<R: Read> RecordReader<R> {
     }
 }
 
-/// What arrived cannot be what was sent.
+/// Returns the error for input that cannot be what was sent.
 pub(super) fn damaged_error() -> io::Error {
     io::ErrorKind::InvalidData.into()
 }

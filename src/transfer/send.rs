@@ -1,4 +1,4 @@
-//! Sending: a source becomes records.
+//! Sending a source as a stream of records or as plain bytes.
 
 use std::io::{self, Write};
 use std::ops::Range;
@@ -11,46 +11,47 @@ use super::{BUFFER_SIZE, TransferError, TransferFormat, TransferProgress};
 use crate::host::os_message;
 use crate::stream::frames::rbd;
 
-/// Room for a record's header before its bytes, so that both leave at once. A page, so that what
-/// is read lands as the host likes it.
+/// The bytes reserved in the buffer for a record's header, so that header and data are written at
+/// once. A whole page, so that reads are page-aligned.
 const HEADER_ROOM: usize = 4096;
 
-/// What changed since a snapshot.
+/// The changes since a snapshot.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Changes {
-    /// The snapshot's name.
+    /// The name of the snapshot.
     pub since: String,
-    /// The ranges, in rising order. Nothing else is sent.
+    /// The changed ranges in bytes, in rising order. Nothing else is sent.
     pub ranges: Vec<Range<u64>>,
 }
 
-/// What to send, and how.
+/// The parameters of `send`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SendPlan {
-    /// The first byte of the source that is sent. An Android sparse image is always whole.
+    /// The offset in bytes at which sending begins. An Android sparse image always starts at 0.
     pub from: u64,
-    /// What goes over the wire.
+    /// The format of the stream.
     pub frames: TransferFormat,
-    /// Whether zeros are looked for.
+    /// Whether data is searched for zeros.
     pub detect: ZeroDetection,
-    /// Only these ranges; all of it without.
+    /// The changes to send; `None` sends everything.
     pub changes: Option<Changes>,
 }
 
-/// What was sent.
+/// The result of `send`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Sent {
-    /// How much of what.
+    /// The bytes sent.
     pub progress: TransferProgress,
-    /// Whether somebody wrote to the source meanwhile: then it is no one moment of it.
+    /// Whether the source was written to meanwhile, so that the stream is not a snapshot of one
+    /// moment.
     pub has_changed: bool,
 }
 
-/// Sends `source` to `out`; `on_progress` hears how far it is.
+/// Sends `source` to `out`; `tell` is called with the progress.
 ///
 /// # Errors
-/// A line: `from` past the end, a source that cannot be read or gets shorter, a stream that
-/// cannot be written.
+/// A line for the user: `from` is past the end, the source cannot be read or has become shorter, or
+/// the stream cannot be written.
 pub fn send<W: Write>(
     source: &TransferSource,
     out: W,
@@ -84,7 +85,7 @@ pub fn send<W: Write>(
     Ok(Sent { progress: sender.progress, has_changed: source.has_changed() })
 }
 
-/// Which end failed.
+/// The end of the transfer that failed.
 enum SendError {
     Source(io::Error),
     Output(io::Error),
@@ -97,11 +98,11 @@ struct Sender<'a, W> {
     on_progress: &'a mut dyn FnMut(&TransferProgress),
     chain: HashChain,
     progress: TransferProgress,
-    /// Zeros that are not sent yet: more may join them.
+    /// Zeros not sent yet, because the following zeros may join them.
     pending_zeros: Range<u64>,
-    /// The size that the stream was told; of a pipe it is a guess until its end.
+    /// The size announced to the receiver; for a pipe it is a guess until the end.
     announced_size: u64,
-    /// Where the piece of the next checkpoint starts, and how much data it has.
+    /// The start of the next checkpoint's piece, and the bytes of data in it.
     piece: (u64, u64),
     buffer: Vec<u8>,
 }
@@ -145,7 +146,7 @@ impl<'a, W: Write> Sender<'a, W> {
         }
     }
 
-    /// Banner, names, size, and the checkpoint that tells of others.
+    /// Sends the banner, the snapshot name, the size, and the first checkpoint.
     fn send_header(&mut self) -> io::Result<()> {
         if self.plan.frames == TransferFormat::Raw {
             return Ok(());
@@ -154,7 +155,7 @@ impl<'a, W: Write> Sender<'a, W> {
         match &self.plan.changes {
             None => self.write_hashed(&opening)?,
             Some(changes) => {
-                // The name comes before the size: some readers look no further for it.
+                // The name must precede the size: some readers do not look for it later.
                 let (banner, size) = opening.split_at(rbd::BANNER.len());
                 self.write_hashed(banner)?;
                 let name = changes.since.as_bytes();
@@ -182,7 +183,7 @@ impl<'a, W: Write> Sender<'a, W> {
         self.out.flush()
     }
 
-    /// A file or a device.
+    /// Sends a file or a device.
     fn send_ranges(&mut self, changes: Option<&Changes>, size: u64) -> Result<(), SendError> {
         let whole = 0..size;
         let ranges = changes.map_or(std::slice::from_ref(&whole), |changes| &changes.ranges);
@@ -206,7 +207,7 @@ impl<'a, W: Write> Sender<'a, W> {
         let mut at = range.start;
         let detect = self.source.looks_for_zeros(self.plan.detect);
         while at < range.end {
-            // The first one only up to where the others are aligned.
+            // The first piece ends at an aligned offset, so that the others are aligned.
             let most = BUFFER_SIZE as u64 - at % BUFFER_SIZE as u64;
             let len = usize::try_from((range.end - at).min(most)).unwrap_or(BUFFER_SIZE);
             let into = &mut self.buffer[HEADER_ROOM..HEADER_ROOM + len];
@@ -217,7 +218,7 @@ impl<'a, W: Write> Sender<'a, W> {
         Ok(())
     }
 
-    /// A pipe: what comes before `from` is read and dropped.
+    /// Sends a pipe; the bytes before `from` are read and dropped.
     fn send_pipe(&mut self) -> Result<(), SendError> {
         let mut at = 0;
         loop {
@@ -242,7 +243,7 @@ impl<'a, W: Write> Sender<'a, W> {
         self.flush_zeros().map_err(SendError::Output)
     }
 
-    /// Sends the `len` bytes in the buffer, which lie at `offset`.
+    /// Sends the first `len` bytes of the buffer, which belong at `offset`.
     fn send_buffer(&mut self, len: usize, offset: u64, detect: bool) -> io::Result<()> {
         if !detect || self.plan.frames == TransferFormat::Raw {
             return self.send_bytes(0..len, offset);
@@ -257,7 +258,7 @@ impl<'a, W: Write> Sender<'a, W> {
         Ok(())
     }
 
-    /// Sends `extent_at` of the buffer, which lies at `start`.
+    /// Sends the bytes `run` of the buffer, which belong at `start`.
     fn send_bytes(&mut self, run: Range<usize>, start: u64) -> io::Result<()> {
         if run.is_empty() {
             return Ok(());
@@ -270,7 +271,7 @@ impl<'a, W: Write> Sender<'a, W> {
                 self.send_size(start + len + CHECKPOINT_INTERVAL)?;
             }
             let header = rbd::data_header(&(start..start + len));
-            // What was there has been sent, or is the room.
+            // The bytes overwritten by the header have been sent already, or are the reserved room.
             first -= header.len();
             self.buffer[first..first + header.len()].copy_from_slice(&header);
             self.chain.update(&self.buffer[first..HEADER_ROOM + run.end]);
@@ -286,7 +287,7 @@ impl<'a, W: Write> Sender<'a, W> {
         Ok(())
     }
 
-    /// Notes a hole; it leaves with those that follow it.
+    /// Records a hole, to be sent together with adjacent ones.
     fn add_zeros(&mut self, range: Range<u64>) -> io::Result<()> {
         self.progress.holes += range.end - range.start;
         if self.plan.frames == TransferFormat::Raw {
@@ -328,7 +329,7 @@ impl<'a, W: Write> Sender<'a, W> {
         self.write_hashed(&rbd::zeros_record(&zeros))
     }
 
-    /// Tells the size (again).
+    /// Sends the size, possibly again.
     fn send_size(&mut self, size: u64) -> io::Result<()> {
         self.announced_size = size;
         let opening = rbd::preamble(size);

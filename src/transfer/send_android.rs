@@ -1,7 +1,7 @@
 //! Sending a whole file as an Android sparse image.
 //!
-//! Its header counts what follows, so the runs are found first, by the map of the source: holes are
-//! zeros, all else is bytes.
+//! The header of the format counts the chunks, so the runs are found first, from the source's map
+//! of holes: holes are sent as zeros, everything else as data.
 
 use std::io::{self, Write};
 
@@ -13,17 +13,17 @@ use crate::formats::android::{
 };
 use crate::host::os_message;
 
-/// Why it failed.
+/// The end of the transfer that failed.
 enum AndroidSendError {
     Source(io::Error),
     Output(io::Error),
 }
 
-/// Sends all of `source`.
+/// Sends all of `source` as an Android sparse image.
 ///
 /// # Errors
-/// A line: a pipe, which nobody knows the runs of; a size that the format has no blocks for; what
-/// cannot be read or written.
+/// A line for the user: `source` is a pipe, whose runs are unknown; its size is not representable
+/// in the format; or a read or write failed.
 pub(super) fn send<W: Write>(
     source: &TransferSource,
     out: W,
@@ -71,7 +71,7 @@ pub(super) fn send<W: Write>(
     }
 }
 
-/// What there is to send, and the header of that.
+/// Finds the runs to send and computes the header.
 fn plan_image(
     source: &TransferSource,
     size: u64,
@@ -88,7 +88,7 @@ fn plan_image(
     Ok((runs, plan))
 }
 
-/// What `source`, a file or a device, holds where.
+/// Finds the runs of `source`, which is a file or a device.
 fn source_runs(source: &TransferSource, size: u64) -> io::Result<Vec<AndroidRun>> {
     let mut runs = Vec::new();
     let mut left = 0..size;

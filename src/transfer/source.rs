@@ -1,4 +1,4 @@
-//! What is sent: a file or a device that can be looked at anywhere, or a pipe.
+//! The source of a transfer: a file or a device with random access, or a pipe.
 
 use std::fs::{self, File, Metadata};
 use std::io::{self, Read};
@@ -15,15 +15,15 @@ use xxhash_rust::xxh3::xxh3_64;
 use super::TransferError;
 use super::zeros::RunKind;
 
-/// 4 MiB: how far ahead a source is asked for; the kernel's own read-ahead is 128 KiB.
+/// How far ahead the source is read: 4 MiB. The kernel's own read-ahead is 128 KiB.
 const READ_AHEAD: u64 = 4 << 20;
 
-/// Whether zeros are looked for in data.
+/// Whether data is searched for zeros.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ZeroDetection {
-    /// Where the source cannot tell holes.
+    /// Only where the source cannot report holes.
     AsNeeded,
-    /// Everywhere (`--detect-zeroes`).
+    /// Always (`--detect-zeroes`).
     Always,
 }
 
@@ -32,18 +32,19 @@ pub enum ZeroDetection {
 pub struct TransferSource {
     file: File,
     path: PathBuf,
-    /// `None`: a pipe, which ends where it ends.
+    /// The size in bytes; `None` for a pipe, whose end is not known.
     size: Option<u64>,
-    /// Whether it can tell where its holes are.
+    /// Whether the source can report its holes.
     knows_holes: bool,
-    /// Bytes of data that it has at most, as far as its file system says.
+    /// An upper bound of the bytes of data, according to the file system.
     data_estimate: Option<u64>,
     opened_stamp: Option<FileStamp>,
-    /// Tells this state of this file from others; 0 where nothing can: of pipes and devices.
+    /// A number that distinguishes this state of the file from others; 0 for pipes and devices,
+    /// which cannot be told.
     identity: u64,
 }
 
-/// What changes when a file is written.
+/// The metadata that changes when a file is written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct FileStamp {
     inode: u64,
@@ -74,10 +75,10 @@ impl From<&Metadata> for FileStamp {
 }
 
 impl TransferSource {
-    /// Opens `path`; `-` is the standard input.
+    /// Opens `path`; `-` means the standard input.
     ///
     /// # Errors
-    /// A line when it cannot be read or is no file, block device or pipe.
+    /// A line for the user if `path` cannot be read or is not a file, block device or pipe.
     pub fn open(path: &Path) -> Result<Self, TransferError> {
         let failed = |error: io::Error| TransferError::host("read", path, &error);
         let file = if path == Path::new("-") {
@@ -91,22 +92,22 @@ impl TransferSource {
         Self::from_file(file, path)
     }
 
-    /// Opens the disk at `path` at one moment: `freeze` gives a file that holds what it did then,
-    /// and never changes.
+    /// Opens the disk at `path` as of one moment: `freeze` returns a file with the disk's content
+    /// at that moment, which never changes.
     ///
     /// # Errors
-    /// Those of `freeze`; a line when the file cannot be read.
+    /// The errors of `freeze`; a line for the user if the file cannot be read.
     pub fn open_frozen<E: From<TransferError>>(
         path: &Path,
         freeze: impl FnOnce() -> Result<File, E>,
     ) -> Result<Self, E> {
         let stamp = || fs::metadata(path).ok().map(|meta| FileStamp::from(&meta));
-        // Another transfer may go on with this one only if the disk has not changed since.
+        // Another transfer may resume this one only if the disk has not changed since.
         let before = stamp();
         let file = freeze()?;
         let identity = match before {
             Some(before) if stamp() == Some(before) => before.identity(),
-            // It was being written: no other moment of it is this one.
+            // The disk was being written: no other moment has the same content.
             _ => Uuid::new_v4().as_u64_pair().0.max(1),
         };
         Ok(Self { identity, ..Self::from_file(file, path)? })
@@ -134,7 +135,7 @@ impl TransferSource {
                 path.display()
             )));
         }
-        // A faster read-ahead; it is only advice.
+        // Faster read-ahead; this is only advice, so errors do not matter.
         let _ = fadvise(&file, 0, None, Advice::Sequential);
         if !kind.is_file() {
             let size = rustix::fs::seek(&file, SeekFrom::End(0));
@@ -168,48 +169,49 @@ impl TransferSource {
         })
     }
 
-    /// Its bytes; `None` for a pipe.
+    /// Returns the size in bytes; `None` for a pipe.
     #[must_use]
     pub fn size(&self) -> Option<u64> {
         self.size
     }
 
-    /// About how many of its bytes are data, where that is known.
+    /// Returns an estimate of the bytes of data, if known.
     #[must_use]
     pub fn data_estimate(&self) -> Option<u64> {
         self.data_estimate
     }
 
-    /// What to call it.
+    /// Returns the path, for messages.
     #[must_use]
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// Tells this state of this file from others; 0 where nothing can: of pipes and devices.
+    /// Returns a number that distinguishes this state of the file from others; 0 for pipes and
+    /// devices, which cannot be told.
     #[must_use]
     pub fn identity(&self) -> u64 {
         self.identity
     }
 
-    /// Whether somebody has written to it since it was opened.
+    /// Returns whether the file has been written to since it was opened.
     #[must_use]
     pub fn has_changed(&self) -> bool {
         self.opened_stamp
             .is_some_and(|before| FileStamp::of(&self.file).is_ok_and(|now| now != before))
     }
 
-    /// The open file.
+    /// Returns the open file.
     pub(super) fn file(&self) -> &File {
         &self.file
     }
 
-    /// Whether zeros in it are looked for.
+    /// Returns whether the data of this source is searched for zeros.
     pub(super) fn looks_for_zeros(&self, detect: ZeroDetection) -> bool {
         detect == ZeroDetection::Always || !self.knows_holes
     }
 
-    /// What a prefix of `range` holds, by its map alone.
+    /// Returns the kind of a prefix of `range`, according to the map of holes alone.
     pub(super) fn extent_at(&self, range: &Range<u64>) -> io::Result<(Range<u64>, RunKind)> {
         if !self.knows_holes {
             return Ok((range.clone(), RunKind::Data));
@@ -227,11 +229,11 @@ impl TransferSource {
         Ok((range.start..end, RunKind::Data))
     }
 
-    /// Fills `buf` with what is at `offset`; `UnexpectedEof` when it is not there any more.
+    /// Fills `buf` from `offset`; returns `UnexpectedEof` if the file has become too short.
     pub(super) fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
         use std::os::unix::fs::FileExt;
         if offset.is_multiple_of(READ_AHEAD) {
-            // The disk works on while this is hashed and written; it is only advice.
+            // The disk reads on while this piece is hashed and written; this is only advice.
             let _ = fadvise(
                 &self.file,
                 offset + READ_AHEAD,
@@ -242,7 +244,7 @@ impl TransferSource {
         self.file.read_exact_at(buf, offset)
     }
 
-    /// Of a pipe: fills `buf`, or as much of it as there is before the end.
+    /// Fills `buf` from a pipe, or as much of it as there is before the end.
     pub(super) fn read_pipe(&self, buf: &mut [u8]) -> io::Result<usize> {
         let mut done = 0;
         while done < buf.len() {
@@ -256,7 +258,7 @@ impl TransferSource {
         Ok(done)
     }
 
-    /// The error for a source that has fewer bytes than it had.
+    /// Returns the error for a source that has become shorter.
     pub(super) fn shrunk_error(&self) -> TransferError {
         TransferError::AfterStart(format!(
             "'{}' got shorter while it was sent: send it when nobody writes to it, or a snapshot \
@@ -265,19 +267,19 @@ impl TransferSource {
         ))
     }
 
-    /// Whether it has fewer bytes than when it was opened.
+    /// Returns whether the file is shorter than when it was opened.
     pub(super) fn has_shrunk(&self) -> bool {
         let now = FileStamp::of(&self.file);
         self.opened_stamp.is_some_and(|before| now.is_ok_and(|now| now.size < before.size))
     }
 }
 
-/// Whether the holes of a file can be asked for. A file system that cannot tell says that there
-/// are none, though the file takes less room than it is long.
+/// Returns whether the file system reports the holes of `file`. One that cannot report them says
+/// that there are none, even if the file occupies less space than its length.
 fn reports_holes(file: &File, size: u64, allocated: u64) -> bool {
     match rustix::fs::seek(file, SeekFrom::Hole(0)) {
         Ok(hole) => hole < size || allocated >= size,
-        // Empty.
+        // The file is empty.
         Err(Errno::NXIO) => true,
         Err(_) => false,
     }

@@ -1,8 +1,8 @@
-//! How far a file that is being received is whole and durable.
+//! The saved state of a partial receive: the offset up to which the part is complete and durable.
 //!
-//! `NAME.part.state` is replaced as a whole, after the data it speaks of were synced, by a thread
-//! of its own: the stream goes on meanwhile, and when the disk is slow only the newest state counts.
-//! It names the inode it speaks of, so a state that was left behind means nothing for another file.
+//! A separate thread replaces `NAME.part.state` as a whole after syncing the data that the state
+//! describes. The stream continues meanwhile, and when the disk is slow, only the newest state is
+//! written. A state contains the inode of its part, so a stale state has no effect on another file.
 
 use std::fs::File;
 use std::io;
@@ -17,39 +17,41 @@ use crate::confined;
 use crate::host::sync_dir;
 use crate::part_file::FileSlot;
 
-/// The longest state: a snapshot's name of 255 bytes, each escaped, and a few numbers.
+/// The largest accepted state in bytes: a snapshot name of 255 bytes, each escaped, and a few
+/// numbers.
 const MAX_STATE_SIZE: u64 = 8 << 10;
 
-/// What is known of a part.
+/// The state of a part.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct ReceiveState {
     /// The version of this format.
     pub(super) version: u32,
-    /// The part's inode.
+    /// The inode number of the part.
     pub(super) inode: u64,
-    /// All before this offset is right and durable.
+    /// The offset in bytes before which everything is correct and durable.
     pub(super) offset: u64,
-    /// The size of the whole.
+    /// The size of the complete file in bytes.
     pub(super) size: u64,
-    /// Of the source; 0: unknown.
+    /// The identity of the source; 0 if unknown.
     pub(super) identity: u64,
-    /// The snapshot that the stream goes on from, if it holds only changes.
+    /// The snapshot on which the stream is based, if it contains only changes.
     pub(super) since: Option<String>,
-    /// Whether the file it becomes may replace another.
+    /// Whether the finished file may replace another.
     pub(super) overwrite: bool,
 }
 
-/// What [`ReceiveState::version`] is.
+/// The current value of [`ReceiveState::version`].
 pub(super) const STATE_VERSION: u32 = 1;
 
 impl ReceiveState {
-    /// The state of `file`, the part of `slot`; `None` when there is none that can be believed.
+    /// Loads the state of `file`, the part of `slot`; returns `None` if there is no trustworthy
+    /// state.
     pub(super) fn load(slot: &FileSlot, file: &File) -> Option<Self> {
         let text =
             confined::read_file(slot.dir(), slot.with_suffix(STATE_SUFFIX), MAX_STATE_SIZE).ok()?;
         let state = Self::decode(&text)?;
         let meta = file.metadata().ok()?;
-        // A second name of it would be written to as well.
+        // A second link to the part would be written to as well.
         let is_its = state.inode == meta.ino()
             && meta.nlink() == 1
             && state.offset <= meta.len()
@@ -57,7 +59,7 @@ impl ReceiveState {
         is_its.then_some(state)
     }
 
-    /// What `text` says, if that is a state of this version.
+    /// Decodes `text` if it is a state of this version.
     pub(super) fn decode(text: &[u8]) -> Option<Self> {
         let state: Self = serde_json::from_slice(text).ok()?;
         (state.version == STATE_VERSION).then_some(state)
@@ -69,8 +71,8 @@ impl ReceiveState {
         confined::replace_file(slot.dir(), name, new, &serde_json::to_vec(self)?)
     }
 
-    /// There is nothing to go on with, also after a power cut: an old state must not come back
-    /// beside a part that is written anew.
+    /// Removes the state durably: after a power cut an old state must not reappear beside a part
+    /// that is being rewritten.
     pub(super) fn remove(slot: &FileSlot) -> io::Result<()> {
         let name = slot.with_suffix(STATE_SUFFIX);
         match rustix::fs::unlinkat(slot.dir(), name, rustix::fs::AtFlags::empty()) {
@@ -81,18 +83,18 @@ impl ReceiveState {
     }
 }
 
-/// What is added to the name of what is received.
+/// The suffix added to the name of the received file.
 const STATE_SUFFIX: &str = ".part.state";
-/// And until it is whole.
+/// The suffix of the new state file until it is complete.
 const NEW_STATE_SUFFIX: &str = ".part.state.new";
 
-/// Makes data durable and then says so.
+/// A thread that syncs data and then stores the state that describes it.
 pub(super) struct StateWriter {
     mailbox: Arc<StateMailbox>,
     thread: Option<JoinHandle<io::Result<()>>>,
 }
 
-/// What the thread is to do: only the newest state counts, so there is room for one.
+/// The work for the thread: only the newest state counts, so there is room for one.
 #[derive(Default)]
 struct StateMailbox {
     pending: Mutex<PendingState>,
@@ -106,7 +108,7 @@ struct PendingState {
 }
 
 impl StateWriter {
-    /// For `file`, the part of `slot`.
+    /// Starts the thread for `file`, the part of `slot`.
     pub(super) fn start(slot: &FileSlot, file: &Arc<File>) -> io::Result<Self> {
         let desk = Arc::<StateMailbox>::default();
         let (slot, file, orders) = (slot.clone(), Arc::clone(file), Arc::clone(&desk));
@@ -115,16 +117,17 @@ impl StateWriter {
         Ok(Self { mailbox: desk, thread: Some(thread) })
     }
 
-    /// All that `state` speaks of has been written. When the thread has failed, the end says why.
+    /// Submits `state`, all data of which has been written. If the thread has failed,
+    /// [`finish`](Self::finish) returns the error.
     pub(super) fn submit(&self, state: ReceiveState) {
         self.mailbox.pending.lock().state = Some(state);
         self.mailbox.changed.notify_one();
     }
 
-    /// Waits until everything noted is durable.
+    /// Waits until all submitted states are durable.
     ///
     /// # Errors
-    /// What syncing or storing failed with.
+    /// The error of syncing the data or storing the state.
     pub(super) fn finish(mut self) -> io::Result<()> {
         self.join()
     }
@@ -179,7 +182,7 @@ mod tests {
         }
     }
 
-    /// A part of 50 bytes in a directory of its own.
+    /// Creates a part of 50 bytes in a directory of its own.
     fn part() -> (tempfile::TempDir, FileSlot, Arc<File>) {
         let home = tempfile::tempdir().unwrap();
         let part = home.path().join("x.part");
@@ -189,7 +192,7 @@ mod tests {
     }
 
     #[test]
-    fn the_newest_state_is_there_when_the_keeper_has_ended() {
+    fn the_newest_state_is_stored_when_finish_returns() {
         let (_home, slot, file) = part();
         let inode = file.metadata().unwrap().ino();
         let keeper = StateWriter::start(&slot, &file).unwrap();
@@ -201,7 +204,7 @@ mod tests {
     }
 
     #[test]
-    fn a_state_of_another_file_or_of_a_longer_one_is_none() {
+    fn a_state_of_another_or_longer_file_is_ignored() {
         let (_home, slot, file) = part();
         let inode = file.metadata().unwrap().ino();
         assert_eq!(ReceiveState::load(&slot, &file), None);
@@ -218,7 +221,7 @@ mod tests {
     }
 
     #[test]
-    fn a_state_is_a_short_file_of_one_name_and_no_link() {
+    fn a_state_is_ignored_if_too_long_or_a_symlink_or_if_its_part_has_two_links() {
         let (home, slot, file) = part();
         let at = |name: &str| home.path().join(name);
         let inode = file.metadata().unwrap().ino();
@@ -238,7 +241,7 @@ mod tests {
     }
 
     #[test]
-    fn what_lies_in_the_way_of_a_new_state_is_not_written_to() {
+    fn a_symlink_at_the_name_of_the_new_state_is_not_followed() {
         let (home, slot, file) = part();
         let victim = home.path().join("victim");
         std::fs::write(&victim, "whole").unwrap();

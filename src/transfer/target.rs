@@ -1,7 +1,7 @@
-//! Where it is received: what is written into the part, or into a device.
+//! The file or device that a receiver writes to.
 //!
 //! A hole is punched late, after the data behind it was written: a file system that allocates more
-//! than it is asked for (XFS with an extent size) may have put space into it for that.
+//! than requested (XFS with an extent size) may have put space into the hole for that data.
 
 use std::fs::File;
 use std::io::{self, IoSlice};
@@ -13,32 +13,33 @@ use rustix::fs::FallocateFlags;
 
 use crate::host::{fallocate, punch_hole, write_all_at};
 
-/// A device discards whole sectors; 4 KiB is the largest in use.
+/// The alignment of discards in bytes: a device discards whole sectors, of which 4 KiB is the
+/// largest size in use.
 const DISCARD_ALIGNMENT: u64 = 4096;
-/// 1 MiB of zeros for one call.
+/// Bytes of zeros written in one call: 1 MiB.
 const ZERO_CHUNK: usize = 1 << 20;
 
-/// What is written to.
+/// The type of a target.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum TargetKind {
-    /// A file; all at and past `clean` reads as zeros now.
+    /// A file, in which everything at and past `clean` reads as zeros.
     File {
-        /// In bytes.
+        /// The offset in bytes.
         clean: u64,
     },
-    /// A block device, of which nothing is known.
+    /// A block device with unknown content.
     Device,
 }
 
-/// What is written to, with the last hole.
+/// A writer of the target that keeps the last hole back.
 #[derive(Debug)]
 pub(super) struct TargetWriter {
     file: Arc<File>,
     is_device: bool,
-    /// Up to here something else than zeros may be read.
+    /// The offset up to which the target may read as something other than zeros.
     highest: u64,
     hole: Range<u64>,
-    /// [`highest`](Self::highest) before the hole was told of.
+    /// The value of [`highest`](Self::highest) when the hole began.
     highest_before_hole: u64,
 }
 
@@ -62,7 +63,7 @@ impl TargetWriter {
         self.flush_hole()
     }
 
-    /// Makes `range` a hole.
+    /// Makes `range` a hole, possibly later.
     pub(super) fn write_hole(&mut self, range: Range<u64>) -> io::Result<()> {
         if self.hole.end == range.start && !self.hole.is_empty() {
             self.hole.end = range.end;
@@ -73,7 +74,7 @@ impl TargetWriter {
         Ok(())
     }
 
-    /// Does what is put off.
+    /// Punches the hole that was kept back.
     pub(super) fn flush_hole(&mut self) -> io::Result<()> {
         let hole = std::mem::take(&mut self.hole);
         if hole.is_empty() {
@@ -90,12 +91,12 @@ impl TargetWriter {
         }
     }
 
-    /// Makes it `size` bytes long, if it is a file.
+    /// Sets the length to `size` bytes if the target is a file.
     pub(super) fn set_size(&mut self, size: u64) -> io::Result<()> {
         if self.is_device { Ok(()) } else { self.file.set_len(size) }
     }
 
-    /// Everything is on the disk.
+    /// Flushes the hole and syncs everything to the disk.
     pub(super) fn sync(&mut self) -> io::Result<()> {
         self.flush_hole()?;
         self.file.sync_all()
@@ -105,7 +106,7 @@ impl TargetWriter {
         let first = range.start.next_multiple_of(DISCARD_ALIGNMENT).min(range.end);
         let last = (range.end - range.end % DISCARD_ALIGNMENT).max(first);
         self.write_zeros(range.start..first)?;
-        // The kernel refuses to punch unless zeros are read afterwards (blkdev_fallocate).
+        // The kernel punches only if the device reads as zeros afterwards (blkdev_fallocate).
         let inner = first..last;
         let ways = [FallocateFlags::PUNCH_HOLE, FallocateFlags::ZERO_RANGE];
         let mut done = false;
@@ -143,7 +144,7 @@ fn is_unsupported(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::EOPNOTSUPP | libc::EINVAL | libc::ENOSYS))
 }
 
-/// The bytes of a device.
+/// Returns the size of a device in bytes.
 pub(super) fn device_size(file: &File, path: &Path) -> Result<u64, super::TransferError> {
     let size = rustix::fs::seek(file, rustix::fs::SeekFrom::End(0));
     size.map_err(|error| super::TransferError::host("read", path, &error.into()))

@@ -1,21 +1,21 @@
-//! Finding zeros in data. Pure.
+//! Detection of zeros in data. Pure: no I/O.
 
 use std::ops::Range;
 
-/// Bytes in a block: what file systems give space by.
+/// Bytes in a block: the unit in which file systems allocate space.
 pub(super) const BLOCK_SIZE: u64 = 4096;
 
-/// What a run holds.
+/// The content of a run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum RunKind {
-    /// Bytes, not all zero.
+    /// Bytes, not all of them zero.
     Data,
-    /// Zeros alone.
+    /// Only zeros.
     Zeros,
 }
 
-/// The runs of `bytes`, which lie at `offset` of their file. Runs of zeros begin and end at
-/// whole blocks of the file, or at an end of `bytes`; neighbours differ.
+/// Splits `bytes`, which are at `offset` of their file, into runs. Runs of zeros begin and end at
+/// block boundaries of the file, or at an end of `bytes`; neighbouring runs differ in kind.
 pub(super) fn split_zeros(bytes: &[u8], offset: u64) -> Vec<(Range<usize>, RunKind)> {
     let mut runs: Vec<(Range<usize>, RunKind)> = Vec::new();
     let mut at = 0;
@@ -32,8 +32,8 @@ pub(super) fn split_zeros(bytes: &[u8], offset: u64) -> Vec<(Range<usize>, RunKi
     runs
 }
 
-/// Whether `bytes` are zeros: mostly the first few say no, else whole pieces are looked at, which
-/// the compiler makes wide instructions of.
+/// Returns whether all of `bytes` are zero. Usually the first few bytes decide; otherwise larger
+/// pieces are tested, for which the compiler emits vector instructions.
 fn is_zero(bytes: &[u8]) -> bool {
     bytes.iter().take(16).all(|byte| *byte == 0)
         && bytes.chunks(512).all(|piece| piece.iter().fold(0, |all, byte| all | byte) == 0)
@@ -46,7 +46,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn zeros_are_found_by_whole_blocks_of_the_file() {
+    fn zeros_are_found_in_whole_blocks_of_the_file() {
         let mut bytes = vec![0; 3 * 4096];
         bytes[5000] = 1;
         let all = [
@@ -55,7 +55,7 @@ mod tests {
             (8192..3 * 4096, RunKind::Zeros),
         ];
         assert_eq!(split_zeros(&bytes, 8192), all);
-        // 96 bytes are left of the block they begin in.
+        // 96 bytes remain of the block in which the bytes begin.
         let shifted = [
             (0..4192, RunKind::Zeros),
             (4192..8288, RunKind::Data),
@@ -67,7 +67,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn runs_cover_everything_alternate_and_tell_the_truth(
+        fn runs_cover_all_bytes_alternate_and_have_the_right_kind(
             pieces in prop::collection::vec((any::<bool>(), 1usize..6000), 0..8),
             offset in 0u64..10_000,
         ) {

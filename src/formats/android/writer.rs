@@ -229,7 +229,7 @@ impl Chunk {
 /// An iterator over the chunks of a run.
 ///
 /// ```text
-///   zeros   |------- FILL 1 GiB -------| RAW 4 KiB |------- FILL 1 GiB -------| RAW 4 KiB |- FILL -|
+///   zeros   |----- FILL 1 GiB -----| RAW 4 KiB |----- FILL 1 GiB -----| RAW 4 KiB |- FILL -|
 /// ```
 struct Chunks {
     content: AndroidContent,

@@ -1,5 +1,5 @@
-//! Wire formats: what goes over the wire when it is not the disk's bytes alone.
+//! Wire formats that carry more than the bytes of the disk.
 //!
-//! They are pure: bytes of headers made and read, no I/O.
+//! Pure: the modules encode and decode headers and do no I/O of their own.
 
 pub mod rbd;

@@ -1,34 +1,34 @@
-//! The rbd diff, version 2: records that carry offsets. `rbd` itself writes it inside its export
-//! format 2; `import-diff` and `merge-diff` take version 1 alone (`export/rbd.rs`).
+//! The rbd diff, version 2: records that carry offsets. `rbd` itself writes this version inside its
+//! export format 2; `import-diff` and `merge-diff` accept only version 1 (`export/rbd.rs`).
 //!
 //! ```text
 //!   "rbd diff v2\n"
 //!   's' len=8      size                       the size of the disk
 //!   'w' len=16+n   offset n  bytes...         data
-//!   'z' len=16     offset n                   zeros (or a hole: the format knows no difference)
+//!   'z' len=16     offset n                   zeros (or a hole: the format does not distinguish)
 //!   'e'                                       the end; a diff without it was cut short
 //! ```
 //!
-//! Every number is a little-endian u64, and `len` counts what follows it; a reader skips a tag it
-//! does not know by it. Source: Ceph, doc/dev/rbd-diff.rst. A later record covers an earlier one,
-//! so a disk's first blocks may be sent again at the end.
+//! All numbers are little-endian u64. `len` counts the bytes that follow it, so a reader can skip
+//! unknown tags. Source: Ceph, doc/dev/rbd-diff.rst. A later record overrides an earlier one, so
+//! the first blocks of a disk may be sent again at the end.
 //!
-//! The size comes first, before anybody knows where a stream with `pad=off` will end: it is
-//! always the disk's. What no record covers reads as before, which in a new image is zeros.
+//! The size comes first, before the end of a stream with `pad=off` is known, so it is always that
+//! of the disk. Ranges without a record keep their content, which in a new image is zeros.
 
 use std::io::{self, Read};
 use std::ops::Range;
 
-/// What every diff begins with.
+/// The first bytes of every diff.
 pub const BANNER: &[u8; 12] = b"rbd diff v2\n";
 
-/// The last byte of a whole diff.
+/// The last byte of a complete diff.
 pub const END_RECORD: [u8; 1] = *b"e";
 
-/// The most a `f`, `t` or unknown record may be long that a reader skips: 1 MiB. Those hold names.
+/// The most bytes of a skipped record (`f`, `t` or unknown): 1 MiB. Such records hold names.
 const MAX_SKIPPED: u64 = 1 << 20;
 
-/// The bytes that open a diff of a disk of `size` bytes: the banner and the size.
+/// Returns the first bytes of a diff of a disk of `size` bytes: the banner and the size.
 #[must_use]
 pub fn preamble(size: u64) -> [u8; 29] {
     let mut bytes = [0; 29];
@@ -39,14 +39,14 @@ pub fn preamble(size: u64) -> [u8; 29] {
     bytes
 }
 
-/// What stands before the bytes of `range`, which follow it.
+/// Returns the header that precedes the bytes of `range`.
 #[must_use]
 pub fn data_header(range: &Range<u64>) -> [u8; 25] {
     let len = range.end.saturating_sub(range.start);
     record_header(b'w', len.saturating_add(16), range.start, len)
 }
 
-/// The record for a range of zeros or a hole.
+/// Returns the record for a range of zeros or a hole.
 #[must_use]
 pub fn zeros_record(range: &Range<u64>) -> [u8; 25] {
     record_header(b'z', 16, range.start, range.end.saturating_sub(range.start))
@@ -65,15 +65,15 @@ fn record_header(tag: u8, payload: u64, offset: u64, len: u64) -> [u8; 25] {
 pub enum RbdRecord {
     /// The size of the disk in bytes.
     Size(u64),
-    /// The bytes of this range come next: the caller reads them, all of them.
+    /// The bytes of this range follow; the caller must read all of them.
     Data(Range<u64>),
     /// This range reads as zeros.
     Zeros(Range<u64>),
-    /// The diff is whole.
+    /// The diff is complete.
     End,
 }
 
-/// Reads the records of a diff.
+/// A decoder for the records of a diff.
 #[derive(Debug)]
 pub struct RbdDecoder<R> {
     input: R,
@@ -83,7 +83,7 @@ impl<R: Read> RbdDecoder<R> {
     /// Reads the banner.
     ///
     /// # Errors
-    /// `InvalidData` when it is no rbd diff v2; `UnexpectedEof`; `input`'s own.
+    /// `InvalidData` if the input is not an rbd diff v2; `UnexpectedEof`; the errors of `input`.
     pub fn new(mut input: R) -> io::Result<Self> {
         let mut banner = [0; BANNER.len()];
         input.read_exact(&mut banner)?;
@@ -93,11 +93,11 @@ impl<R: Read> RbdDecoder<R> {
         Ok(Self { input })
     }
 
-    /// The next record. Snapshot names and tags that are not known are skipped.
+    /// Returns the next record. Snapshot names and unknown tags are skipped.
     ///
     /// # Errors
-    /// `InvalidData` when a length contradicts itself; `UnexpectedEof`, also where an end record
-    /// is missing; `input`'s own.
+    /// `InvalidData` if lengths contradict each other; `UnexpectedEof`, also if the end record is
+    /// missing; the errors of `input`.
     pub fn next_record(&mut self) -> io::Result<RbdRecord> {
         loop {
             let [tag] = self.read_array()?;
@@ -121,7 +121,7 @@ impl<R: Read> RbdDecoder<R> {
         }
     }
 
-    /// The input, for the bytes of a data record.
+    /// Returns the input, for reading the bytes of a data record.
     pub fn input(&mut self) -> &mut R {
         &mut self.input
     }
@@ -162,7 +162,7 @@ mod tests {
 
     use super::*;
 
-    /// All records of a diff, with the bytes of the data records.
+    /// Decodes all records of a diff, with the bytes of the data records.
     fn decode(wire: &[u8]) -> io::Result<Vec<(RbdRecord, Vec<u8>)>> {
         let mut decoder = RbdDecoder::new(wire)?;
         let mut records = Vec::new();
@@ -198,7 +198,7 @@ mod tests {
     }
 
     #[test]
-    fn the_bytes_are_those_of_the_format() {
+    fn the_encoding_matches_the_format_byte_for_byte() {
         let mut wire = b"rbd diff v2\n".to_vec();
         wire.extend(b"s\x08\0\0\0\0\0\0\0\0\x10\0\0\0\0\0\0");
         wire.extend(b"w\x13\0\0\0\0\0\0\0\x05\0\0\0\0\0\0\0\x03\0\0\0\0\0\0\0abc");
@@ -215,7 +215,7 @@ mod tests {
     }
 
     #[test]
-    fn a_diff_that_was_cut_short_is_an_error_wherever_it_was_cut() {
+    fn a_truncated_diff_is_an_error_wherever_it_is_cut() {
         let wire = encode(4096, &[(0, Some(vec![7; 40]), 0), (100, None, 50)]);
         for cut in 0..wire.len() {
             let error = decode(&wire[..cut]).unwrap_err();
@@ -241,7 +241,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_was_encoded_is_decoded(
+        fn encoded_records_are_decoded_unchanged(
             size in any::<u64>(),
             pieces in prop::collection::vec(
                 (0..u64::MAX / 2, prop::option::of(prop::collection::vec(any::<u8>(), 0..50)),

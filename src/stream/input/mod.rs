@@ -1,11 +1,11 @@
 //! An input stream: a disk whose bytes arrive once, in order, from a source.
 //!
-//! One thread per stream reads the source. A read of what has arrived is answered at once; any
-//! other is parked, and answered by that thread when its last byte is there, so that nobody else
-//! waits. A source that ends or fails answers `EIO` to whatever needs more than it delivered:
-//! never zeros.
+//! One thread per stream reads the source. A read of bytes that have arrived is answered at once.
+//! Any other read is parked, and that thread answers it when its last byte has arrived, so no other
+//! thread waits. If the source ends or fails early, every read that needs more than it delivered is
+//! answered with `EIO`, never with zeros.
 //!
-//! Without a spool the source is read when it is asked for, and a little ahead:
+//! Without a spool the source is read on demand, and a little ahead:
 //!
 //! ```text
 //!         low               served         demanded             goal
@@ -14,11 +14,11 @@
 //!          |--------- kept ---------->|arrived
 //! ```
 //!
-//! With a spool it is read as fast as it comes, into a file (`spool.rs`), and nothing is
+//! With a spool the source is read as fast as it delivers, into a file (`spool.rs`), and nothing is
 //! dropped.
 //!
-//! Locks: `state` guards the numbers and the bytes in memory. It is never held while the source
-//! or the spool is read or written, and no reply is given under it.
+//! Locks: `state` guards the counters and the bytes in memory. It is not held during I/O on the
+//! source or the spool, nor during a reply.
 
 mod read_buffer;
 mod reader;
@@ -45,31 +45,32 @@ use crate::config::Spool;
 use crate::extents::{Extent, ExtentKind};
 use crate::host::{os_error, process_of_thread};
 
-/// What is held besides the read-window and what parked reads need: 4 MiB, enough for the source
-/// to go on while a few requests of 1 MiB are copied out.
+/// Bytes held besides the read-window and the needs of parked reads: 4 MiB, enough for the source
+/// to continue while a few requests of 1 MiB are copied out.
 pub const READ_AHEAD: u64 = 4 << 20;
-/// How long `close` waits to hear whether a source that was read to its end has ended well.
+/// How long `close` waits for the exit status of a source that was read to its end.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// Where the bytes come from.
+/// The source of an input stream.
 pub trait Source: Send + 'static {
-    /// Reads the next bytes, waits for them; 0 at the end.
+    /// Reads the next bytes, waiting for them; returns 0 at the end.
     ///
     /// # Errors
-    /// `ECANCELED` once stopped; else the source's errno.
+    /// `ECANCELED` once stopped; otherwise the source's errno.
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize>;
 
-    /// Called after the end: waits until the source is gone, or until stopped.
+    /// Waits, after the end was read, until the source has ended, or until stopped.
     ///
     /// # Errors
     /// One line that says why the source has failed.
     fn finish(self: Box<Self>) -> Result<(), String>;
 
-    /// The source is given up before its end. Where no stream could be started it is only dropped.
+    /// Abandons the source before its end. If no stream could be started, the source is dropped
+    /// instead.
     fn close(self: Box<Self>);
 }
 
-/// Called once with the bytes of a read.
+/// A callback that receives the bytes of a read; called exactly once.
 pub type ReadReply = Box<dyn FnOnce(io::Result<Vec<u8>>) + Send>;
 
 /// An input stream. Its thread keeps it alive until [`close`](Self::close).
@@ -79,27 +80,27 @@ pub struct Input {
     read_window: u64,
     spool: Option<SpoolFile>,
     stop: Stop,
-    /// Readable when the idle thread has something to do.
+    /// An eventfd that is readable when the idle thread has something to do.
     wake_fd: OwnedFd,
     state: Mutex<InputCore>,
-    /// Notified when the thread has nothing more to find out.
+    /// Notified when the thread has the final outcome.
     ended: Condvar,
     thread: Mutex<Option<JoinHandle<()>>>,
 }
 
-/// What became of the source.
+/// The state of the source.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum InputState {
-    /// It may deliver more.
+    /// The source may deliver more.
     Open,
-    /// It has delivered the whole disk and ended well.
+    /// The source has delivered the whole disk and ended without error.
     Finished,
-    /// It has not.
+    /// The source has failed.
     Failed,
 }
 
 impl InputState {
-    /// The word for it.
+    /// Returns the name of the state.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
@@ -110,24 +111,24 @@ impl InputState {
     }
 }
 
-/// How an input stream stands.
+/// The status of an input stream.
 #[derive(Clone, Debug)]
 pub struct InputStatus {
-    /// What became of the source.
+    /// The state of the source.
     pub state: InputState,
-    /// How many bytes have arrived.
+    /// The number of bytes that have arrived.
     pub arrived: u64,
-    /// The highest end of a read that was answered, in bytes.
+    /// The highest end of an answered read, in bytes.
     pub highest: u64,
-    /// Why the source has failed: one line.
+    /// Why the source has failed, in one line.
     pub error: Option<String>,
-    /// How far back can be read, in bytes; with a spool everything can.
+    /// The size of the read-window in bytes; with a spool everything can be read again.
     pub window: u64,
-    /// How much memory is held, in bytes.
+    /// The memory held, in bytes.
     pub used: u64,
-    /// How much space the spool takes on the host, in bytes.
+    /// The space that the spool takes on the host, in bytes.
     pub spooled: u64,
-    /// The read-window that the reads so far need, in bytes.
+    /// The read-window that the reads so far would have needed, in bytes.
     pub needed: u64,
 }
 
@@ -135,7 +136,7 @@ impl Input {
     /// Starts the stream `name` of `size` bytes, and its thread. `read_window` is in bytes.
     ///
     /// # Errors
-    /// One line when the spool cannot be made; the errno of eventfd(2) or of making a thread.
+    /// One line if the spool cannot be created; the errno of eventfd(2) or of creating a thread.
     pub fn start(
         name: &str,
         size: u64,
@@ -179,20 +180,20 @@ impl Input {
         Ok(input)
     }
 
-    /// The size of the disk in bytes.
+    /// Returns the size of the disk in bytes.
     #[must_use]
     pub fn size(&self) -> u64 {
         self.size
     }
 
-    /// Reads `len` bytes at `offset`, fewer only at the disk's end. `reply` is called exactly
-    /// once, here or by the stream's thread, with no lock held. `client` is the thread that waits
-    /// for it (0: unknown).
+    /// Reads `len` bytes at `offset`, fewer only at the end of the disk. `reply` is called exactly
+    /// once, by this call or by the stream's thread, with no lock held. `client` is the thread that
+    /// waits for the reply (0: unknown).
     ///
     /// # Errors
-    /// The reply is `EIO` when not all of the bytes will arrive or can still be read, when the
-    /// read begins too far ahead, or once stopped; the host's errno when the spool cannot be
-    /// read; `EINTR` after [`release_killed`](Self::release_killed).
+    /// The reply is `EIO` if not all of the bytes will arrive or can still be read, if the read
+    /// begins too far ahead, or once stopped; the host's errno if the spool cannot be read; `EINTR`
+    /// after [`release_killed`](Self::release_killed).
     pub fn read(self: &Arc<Self>, offset: u64, len: usize, client: u32, reply: ReadReply) {
         let range = offset..offset.saturating_add(len as u64).min(self.size);
         if range.is_empty() {
@@ -212,7 +213,7 @@ impl Input {
             ready = Some(state.complete(read));
             state.trim();
         } else {
-            // Now, while the thread that asks is there.
+            // Resolved now, while the calling thread still exists.
             read.client = if client == 0 { 0 } else { process_of_thread(client) };
             state.pending.push(read);
         }
@@ -221,10 +222,10 @@ impl Input {
         ready.into_iter().for_each(|ready| self.send_reply(ready));
     }
 
-    /// Answers `EINTR` to the parked reads of clients that are being killed. Called every second.
+    /// Answers the parked reads of clients that are being killed with `EINTR`. Called every second.
     pub fn release_killed(&self, is_killed: impl Fn(u32) -> bool) {
         let clients: Vec<u32> = self.state.lock().pending.iter().map(|read| read.client).collect();
-        // Asked without the lock: it looks into /proc.
+        // Called without the lock: it reads from /proc.
         let killed: Vec<u32> =
             clients.into_iter().filter(|client| *client != 0 && is_killed(*client)).collect();
         if killed.is_empty() {
@@ -236,8 +237,8 @@ impl Input {
         released.into_iter().for_each(|read| (read.reply)(Err(os_error(libc::EINTR))));
     }
 
-    /// What a prefix of `range` is: a hole only where zeros have arrived in a spool, and past the
-    /// disk's end.
+    /// Describes a prefix of `range`: a hole only where zeros have arrived in a spool, and past the
+    /// end of the disk.
     #[must_use]
     pub fn extent_at(&self, range: Range<u64>) -> Extent {
         if range.start >= self.size {
@@ -253,7 +254,7 @@ impl Input {
         }
     }
 
-    /// How it stands now.
+    /// Returns the current status.
     #[must_use]
     pub fn status(&self) -> InputStatus {
         let used = self.memory_used();
@@ -271,18 +272,18 @@ impl Input {
         }
     }
 
-    /// How much memory the stream takes, in bytes: at most the read-window, [`READ_AHEAD`] and
-    /// what one parked read asks for.
+    /// Returns the memory in use, in bytes: at most the read-window, [`READ_AHEAD`] and the size of
+    /// one parked read.
     #[must_use]
     pub fn memory_used(&self) -> u64 {
         self.state.lock().buffer.memory_used() + CHUNK_SIZE as u64
     }
 
-    /// Stops the stream and waits for its thread. A source that was read to its end is given a
-    /// second to tell how it ended.
+    /// Stops the stream and waits for its thread. A source that was read to its end gets one second
+    /// to report its outcome.
     ///
     /// # Errors
-    /// One line when the source has failed; one that was not read to its end has not.
+    /// One line if the source has failed; abandoning a source before its end is not a failure.
     pub fn close(&self) -> Result<(), String> {
         let mut state = self.state.lock();
         if self.is_ending(&state) && !self.stop.is_stopped() {
@@ -298,13 +299,13 @@ impl Input {
         self.state.lock().error.clone().map_or(Ok(()), Err)
     }
 
-    /// Whether only the source's verdict is still to come.
+    /// Returns whether only the outcome of the source is still missing.
     fn is_ending(&self, state: &InputCore) -> bool {
         state.phase == InputPhase::Ending
             || (state.phase == InputPhase::Flowing && self.is_all_read(state))
     }
 
-    /// Whether all has arrived that there is, and nobody has more to ask for.
+    /// Returns whether all bytes of the disk have arrived, and no more reads can need the source.
     fn is_all_read(&self, state: &InputCore) -> bool {
         state.arrived == self.size && (self.spool.is_some() || state.demanded() == self.size)
     }

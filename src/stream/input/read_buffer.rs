@@ -1,10 +1,10 @@
-//! The last bytes of a source, in memory.
+//! A memory buffer for the latest bytes of a source.
 //!
-//! Bytes are appended at the end and dropped at the beginning. They lie in chunks of one size, so
-//! nothing is ever moved, and a chunk that was dropped is filled again:
+//! Bytes are appended at the end and dropped at the beginning. They are kept in chunks of equal
+//! size, so nothing is ever moved, and dropped chunks are reused:
 //!
 //! ```text
-//!        start        what is kept             end
+//!        start        kept bytes                end
 //!          v                                    v
 //!   .......|- chunk -|- chunk -|- chunk -|- chu.|
 //! ```
@@ -14,24 +14,26 @@
 use std::collections::VecDeque;
 use std::ops::Range;
 
-/// 128 KiB: twice what a pipe holds by default, small beside the read-ahead.
+/// Bytes in a chunk: 128 KiB, twice the default size of a pipe, and small compared to the
+/// read-ahead.
 pub(super) const CHUNK_SIZE: usize = 128 << 10;
-/// As many dropped chunks are filled again as one request of the kernel's (1 MiB) frees.
+/// The number of dropped chunks kept for reuse: as many as one request of the kernel (1 MiB) frees.
 const MAX_SPARE_CHUNKS: usize = 8;
 
-/// A run of bytes that grows at its end and shrinks at its beginning. Offsets are the disk's.
+/// A run of bytes that grows at its end and shrinks at its beginning. Offsets are those of the
+/// disk.
 #[derive(Default)]
 pub(super) struct ReadBuffer {
-    /// Where the first chunk begins: a multiple of [`CHUNK_SIZE`].
+    /// The offset of the first chunk: a multiple of [`CHUNK_SIZE`].
     start: u64,
-    /// Where the next byte goes.
+    /// The offset of the next byte to append.
     end: u64,
     chunks: VecDeque<Box<[u8]>>,
     spare: Vec<Box<[u8]>>,
 }
 
 impl ReadBuffer {
-    /// Takes the next bytes.
+    /// Appends the next bytes.
     pub(super) fn append(&mut self, mut bytes: &[u8]) {
         while !bytes.is_empty() {
             let within = index(self.end - self.start) % CHUNK_SIZE;
@@ -47,7 +49,7 @@ impl ReadBuffer {
         }
     }
 
-    /// A copy of `range`, or `None` unless all of it is there.
+    /// Copies `range`; returns `None` unless all of it is in the buffer.
     pub(super) fn copy_range(&self, range: &Range<u64>) -> Option<Vec<u8>> {
         if range.start < self.start || range.end > self.end || range.end < range.start {
             return None;
@@ -68,7 +70,7 @@ impl ReadBuffer {
         Some(copy)
     }
 
-    /// Drops the chunks that hold nothing from `offset` on.
+    /// Drops the chunks that end at or before `offset`.
     pub(super) fn drop_before(&mut self, offset: u64) {
         let offset = offset.min(self.end);
         while offset - self.start >= CHUNK_SIZE as u64 {
@@ -80,13 +82,13 @@ impl ReadBuffer {
         }
     }
 
-    /// How much memory it takes, in bytes.
+    /// Returns the memory in use, in bytes.
     pub(super) fn memory_used(&self) -> u64 {
         ((self.chunks.len() + self.spare.len()) * CHUNK_SIZE) as u64
     }
 }
 
-/// A distance within what is kept: it is in memory, so it fits.
+/// Converts a distance within the buffer, which fits because the buffer is in memory.
 fn index(distance: u64) -> usize {
     usize::try_from(distance).unwrap_or(usize::MAX)
 }
@@ -99,7 +101,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_dropped_chunk_is_filled_again() {
+    fn dropped_chunks_are_reused() {
         let mut kept = ReadBuffer::default();
         kept.append(&vec![1; 3 * CHUNK_SIZE]);
         let held = kept.memory_used();
@@ -117,7 +119,7 @@ mod tests {
         #![proptest_config(ProptestConfig::with_cases(64))]
 
         #[test]
-        fn what_is_kept_is_what_was_appended(
+        fn kept_bytes_equal_the_appended_bytes(
             steps in prop::collection::vec((1..3 * CHUNK_SIZE, 0.0..1.0_f64, 0.0..1.0_f64), 1..12)
         ) {
             let mut kept = ReadBuffer::default();

@@ -1,4 +1,4 @@
-//! The thread that reads the source and answers who waited for it.
+//! The thread that reads the source and answers parked reads.
 
 use std::io;
 use std::os::fd::AsFd;
@@ -10,28 +10,28 @@ use super::state::{FETCH_AHEAD, InputCore, InputPhase, ReadyRead};
 use super::{Input, InputState, Source};
 use crate::host::os_error;
 
-/// What the thread does next.
+/// The next action of the thread.
 enum ReaderStep {
-    /// Read at most so many bytes.
+    /// Read at most this many bytes.
     Read(usize),
-    /// See whether the source ends where the disk does.
+    /// Check whether the source ends where the disk does.
     Check,
 }
 
-/// How the thread came to its end.
+/// The way the thread ended.
 enum ReaderEnd {
     /// Every byte has arrived, and no more.
     Complete,
-    /// The source ended before that.
+    /// The source ended too early.
     Early,
     /// Stopped before the end.
     Stopped,
-    /// Anything else, in one line.
+    /// Failed in another way, described in one line.
     Failed(String),
 }
 
 impl Input {
-    /// All that the thread does.
+    /// Runs the thread.
     pub(super) fn run(&self, mut supplier: Box<dyn Source>) {
         let end = self.pump(&mut *supplier);
         let mut failure = match &end {
@@ -42,13 +42,13 @@ impl Input {
             }
             ReaderEnd::Complete | ReaderEnd::Stopped => None,
         };
-        // Whoever waits is not kept waiting for a command to exit.
+        // Answer parked reads first: they should not wait for a command to exit.
         self.fail_pending(failure.as_deref());
         let mut outcome = InputState::Open;
         if matches!(end, ReaderEnd::Complete | ReaderEnd::Early) {
             match supplier.finish() {
                 Ok(()) => outcome = InputState::Finished,
-                // It may have failed because it was stopped.
+                // The failure may be a consequence of the stop.
                 Err(_) if self.stop.is_stopped() => {}
                 Err(why) => failure = Some(why),
             }
@@ -96,7 +96,7 @@ impl Input {
         ReaderEnd::Failed(format!("reading the source: {error}"))
     }
 
-    /// What to do now; waits until there is something.
+    /// Returns the next action; waits until there is one.
     ///
     /// # Errors
     /// `ECANCELED` once stopped.
@@ -109,7 +109,7 @@ impl Input {
                 return Ok(next);
             }
             self.stop.wait_for(self.wake_fd.as_fd(), PollFlags::IN, None)?;
-            // It is there to be emptied; that it is empty already does no harm.
+            // Reset the eventfd; it does no harm if it is already reset.
             let _ = rustix::io::read(&self.wake_fd, &mut [0_u8; 8]);
         }
     }
@@ -135,16 +135,16 @@ impl Input {
 
     /// Wakes the thread if it is idle and has enough to do.
     pub(super) fn wake(&self, state: &mut InputCore) {
-        // Half of the read-ahead at a time, not a wake-up for every read.
+        // Half of the read-ahead at a time, rather than a wake-up for every read.
         let goal = state.demanded().saturating_add(FETCH_AHEAD / 2).min(self.size);
         if state.idle && (state.arrived < goal || self.is_all_read(state)) {
             state.idle = false;
-            // It can only fail when the count is full, and is readable then all the same.
+            // The write fails only if the counter is full, and the eventfd is readable then anyway.
             let _ = rustix::io::write(&self.wake_fd, &1_u64.to_ne_bytes());
         }
     }
 
-    /// Takes the next bytes and answers who waited for them.
+    /// Takes the next bytes and answers the reads that waited for them.
     fn deliver(&self, bytes: &[u8]) -> Result<(), String> {
         if let Some(spool) = &self.spool {
             // Only this thread changes `arrived`.
@@ -164,7 +164,7 @@ impl Input {
         Ok(())
     }
 
-    /// Answers a read whose bytes are there; without the lock.
+    /// Answers a read whose bytes have arrived; call it without the lock.
     pub(super) fn send_reply(&self, ready: ReadyRead) {
         let bytes = match (ready.bytes, &self.spool) {
             (None, Some(spool)) => spool.read(&ready.range),
@@ -173,7 +173,7 @@ impl Input {
         (ready.reply)(bytes);
     }
 
-    /// Nothing arrives any more: who waits for it is told.
+    /// Answers all parked reads with `EIO`: nothing more will arrive.
     fn fail_pending(&self, failure: Option<&str>) {
         let mut state = self.state.lock();
         state.phase = InputPhase::Ending;

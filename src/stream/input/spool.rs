@@ -1,7 +1,7 @@
-//! All bytes of a source, in a sparse file without a name.
+//! The spool: all bytes of a source, in a sparse unnamed file.
 //!
-//! The file is new, so what was never written to it reads as zeros: a block that arrives as zeros
-//! is left out and stays a hole, in however many pieces it comes.
+//! The file is new, so unwritten ranges read as zeros: a block that arrives as zeros is not written
+//! and stays a hole, no matter into how many pieces it is split.
 
 use std::fs::File;
 use std::io::{self, IoSlice};
@@ -17,17 +17,18 @@ use crate::host;
 use crate::layer::Wait;
 use crate::overlay::keep::temporary_dir;
 
-/// 4 KiB: the block of the common host file systems; a hole that is smaller saves nothing.
+/// The granularity of holes in bytes: 4 KiB, the block size of common host file systems. A smaller
+/// hole saves nothing.
 const BLOCK_SIZE: u64 = 4 << 10;
 
-/// The file. Its bytes lie at the disk's offsets.
+/// The spool file. Its bytes are at the same offsets as on the disk.
 pub(super) struct SpoolFile {
     file: File,
     dir: PathBuf,
 }
 
 impl SpoolFile {
-    /// A new one in `$TMPDIR`, else in `/var/tmp`.
+    /// Creates a spool in `$TMPDIR`, or in `/var/tmp` if that is not set.
     ///
     /// # Errors
     /// One line that names the directory.
@@ -43,7 +44,7 @@ impl SpoolFile {
         Ok(Self { file, dir: dir.to_owned() })
     }
 
-    /// Takes `bytes` at `offset`; nothing was stored there before.
+    /// Stores `bytes` at `offset`, where nothing was stored before.
     ///
     /// # Errors
     /// The host's errno.
@@ -61,7 +62,7 @@ impl SpoolFile {
         self.write(&bytes[data], offset, bytes.len())
     }
 
-    /// Writes `data`, which ends at `end` in the bytes that belong at `offset`.
+    /// Writes `data`, which ends at index `end` of the bytes that belong at `offset`.
     fn write(&self, data: &[u8], offset: u64, end: usize) -> io::Result<()> {
         if data.is_empty() {
             return Ok(());
@@ -69,7 +70,7 @@ impl SpoolFile {
         host::write_all_at(&self.file, &[IoSlice::new(data)], offset + (end - data.len()) as u64)
     }
 
-    /// The bytes of `range`, all of which were stored.
+    /// Reads `range`, all of which must have been stored.
     ///
     /// # Errors
     /// The host's errno.
@@ -77,18 +78,18 @@ impl SpoolFile {
         let len =
             usize::try_from(range.end - range.start).map_err(|_| host::os_error(libc::EINVAL))?;
         let mut bytes = vec![0; len];
-        // What it leaves is past the end of the file: zeros that were left out.
+        // A short read ends at the end of the file: the rest are zeros that were not written.
         host::read_at(&self.file, &mut bytes, range.start, Wait::Yes)?;
         Ok(bytes)
     }
 
-    /// What a prefix of `range` is, all of which was stored and is not empty.
+    /// Describes a prefix of `range`, which must not be empty and must have been stored.
     pub(super) fn extent_at(&self, range: Range<u64>) -> Extent {
         let data = match rustix::fs::seek(&self.file, SeekFrom::Data(range.start)) {
             Ok(data) => data,
-            // Nothing but zeros from here to where the file ends.
+            // Only zeros from here to the end of the file.
             Err(Errno::NXIO) => range.end,
-            // The host cannot tell: data is always right.
+            // The host cannot tell: data is always a correct answer.
             Err(_) => return Extent::new(range, ExtentKind::Data),
         };
         if data > range.start {
@@ -99,30 +100,31 @@ impl SpoolFile {
         Extent::new(range.start..end, ExtentKind::Data)
     }
 
-    /// How much space it takes on the host, in bytes.
+    /// Returns the space used on the host, in bytes.
     pub(super) fn used(&self) -> u64 {
         self.file.metadata().map_or(0, |meta| meta.blocks() * 512)
     }
 
-    /// Where it is, for people.
+    /// Returns the directory of the spool, for messages.
     pub(super) fn dir(&self) -> &Path {
         &self.dir
     }
 
-    /// A spool in a file of the test's.
+    /// Creates a spool in a file given by a test.
     #[cfg(test)]
     pub(super) fn of(file: File, dir: &Path) -> Self {
         Self { file, dir: dir.to_owned() }
     }
 }
 
-/// Where the part of a block ends that begins at `at` in `len` bytes that belong at `offset`.
+/// Returns the end of the block that contains index `at` of `len` bytes that belong at `offset`.
 fn block_end(len: usize, at: usize, offset: u64) -> usize {
     let left = BLOCK_SIZE - (offset + at as u64) % BLOCK_SIZE;
     usize::try_from(left).map_or(len, |left| len.min(at + left))
 }
 
-/// Compares the bytes with themselves, one further on: that is memcmp, and as fast.
+/// Returns whether `bytes` are all zero, by comparing them with themselves shifted by one: that is
+/// memcmp, and as fast.
 fn is_zero(bytes: &[u8]) -> bool {
     match bytes {
         [] => true,
@@ -137,7 +139,7 @@ mod tests {
 
     use super::*;
 
-    /// What is stored of runs of `(kind, blocks)`, in pieces of `step` bytes.
+    /// Stores runs of `(kind, blocks)` in pieces of `step` bytes.
     fn stored(runs: &[(u8, usize)], step: usize) -> (tempfile::TempDir, SpoolFile, Vec<u8>) {
         let dir = tempfile::tempdir_in("/var/tmp").unwrap();
         let spool = SpoolFile::create_in(dir.path()).unwrap();
@@ -152,7 +154,7 @@ mod tests {
     }
 
     #[test]
-    fn zeros_become_holes_in_whatever_pieces_they_come() {
+    fn zeros_become_holes_regardless_of_how_they_are_split() {
         for step in [1000, 4096, 5000, 1 << 20] {
             let (_dir, spool, bytes) = stored(&[(0, 16), (5, 16), (0, 32)], step);
             let block = |number: u64| number * BLOCK_SIZE;
@@ -167,7 +169,7 @@ mod tests {
     }
 
     #[test]
-    fn a_directory_that_is_not_there_is_named() {
+    fn the_error_for_a_missing_directory_names_it() {
         let error = SpoolFile::create_in(Path::new("/nowhere/at/all")).err().unwrap();
         assert!(error.to_string().starts_with("no spool in /nowhere/at/all: "), "{error}");
     }
@@ -176,7 +178,7 @@ mod tests {
         #![proptest_config(ProptestConfig::with_cases(48))]
 
         #[test]
-        fn what_was_stored_is_read_and_no_hole_hides_data(
+        fn stored_bytes_are_read_back_and_no_hole_covers_data(
             runs in prop::collection::vec((0..3_u8, 1..6_usize), 1..8),
             step in 1..20_000_usize,
             at in 0.0..1.0_f64,

@@ -1,6 +1,7 @@
-//! What is known of an input stream: how far it has come, what is kept of it, who waits.
+//! The state of an input stream: its progress, the bytes kept, and the parked reads.
 //!
-//! The rules of the read-window are here. No files, no threads: whoever has the lock calls.
+//! This module implements the rules of the read-window. It does no I/O and starts no threads; the
+//! caller holds the lock.
 
 use std::ops::Range;
 use std::time::{Duration, Instant};
@@ -8,66 +9,66 @@ use std::time::{Duration, Instant};
 use super::read_buffer::{CHUNK_SIZE, ReadBuffer};
 use super::{InputState, READ_AHEAD, ReadReply};
 
-/// How far the source is read ahead: chunks are dropped whole, so one more at either end and the
-/// thread's own buffer come off.
+/// How far ahead the source is read, in bytes. Less than [`READ_AHEAD`], because chunks are dropped
+/// whole: one more chunk at either end and the thread's own buffer are subtracted.
 pub(super) const FETCH_AHEAD: u64 = READ_AHEAD - 3 * CHUNK_SIZE as u64;
-/// 16 MiB: a reader may skip so much at least; a probe of a disk's end skips more, and must not
-/// use the stream up.
+/// The most bytes that a reader may skip, unless the read-window is larger: 16 MiB. A probe of the
+/// end of a large disk skips more, and must not consume the stream.
 pub(super) const SKIP_LIMIT: u64 = 16 << 20;
-/// A refused read is logged no more often than this.
+/// The minimum time between two log lines about refused reads of one kind.
 const LOG_INTERVAL: Duration = Duration::from_secs(1);
 
-/// How far the thread has come.
+/// The progress of the reader thread.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum InputPhase {
     /// Bytes may arrive.
     Flowing,
-    /// None will; what became of the source is not known yet.
+    /// No more bytes will arrive; the outcome of the source is not known yet.
     Ending,
-    /// It is known.
+    /// The outcome of the source is known.
     Ended,
 }
 
-/// All of it; offsets and lengths in bytes.
+/// The state under the lock; offsets and lengths are in bytes.
 pub(super) struct InputCore {
-    /// How far the thread has come.
+    /// The progress of the reader thread.
     pub(super) phase: InputPhase,
     pub(super) outcome: InputState,
     pub(super) error: Option<String>,
-    /// How far back can be read; `None`: a spool keeps everything.
+    /// The size of the read-window; `None` if a spool keeps everything.
     read_window: Option<u64>,
-    /// Empty with a spool.
+    /// The bytes kept in memory; empty with a spool.
     pub(super) buffer: ReadBuffer,
-    /// How many bytes have come from the source.
+    /// The number of bytes that have arrived from the source.
     pub(super) arrived: u64,
-    /// The highest end of a read that was answered.
+    /// The highest end of an answered read.
     pub(super) served: u64,
-    /// Where that begins which can still be read; it only grows.
+    /// The lowest offset that can still be read; it only grows.
     low: u64,
-    /// The read-window that the reads so far need.
+    /// The read-window that the reads so far would have needed.
     pub(super) needed: u64,
     pub(super) pending: Vec<PendingRead>,
-    /// The thread waits to be woken.
+    /// Whether the thread is waiting to be woken.
     pub(super) idle: bool,
     too_late_log: LogThrottle,
     too_far_log: LogThrottle,
 }
 
-/// A read, until it is answered.
+/// A read that has not been answered yet.
 pub(super) struct PendingRead {
     pub(super) range: Range<u64>,
     pub(super) client: u32,
     pub(super) reply: ReadReply,
 }
 
-/// A read whose bytes are there; with a spool they still have to be fetched.
+/// A read whose bytes have arrived; with a spool they still have to be fetched.
 pub(super) struct ReadyRead {
     pub(super) range: Range<u64>,
     pub(super) bytes: Option<Vec<u8>>,
     pub(super) reply: ReadReply,
 }
 
-/// Lets a line through once in a while.
+/// A rate limiter for log lines.
 #[derive(Default)]
 struct LogThrottle(Option<Instant>);
 
@@ -82,7 +83,7 @@ impl LogThrottle {
 }
 
 impl InputCore {
-    /// That of a stream that begins; `read_window` is `None` when a spool keeps everything.
+    /// Creates the state of a new stream; `read_window` is `None` if a spool keeps everything.
     pub(super) fn new(read_window: Option<u64>) -> Self {
         Self {
             read_window,
@@ -101,18 +102,18 @@ impl InputCore {
         }
     }
 
-    /// The end of what was asked for.
+    /// Returns the highest offset that any read has asked for.
     pub(super) fn demanded(&self) -> u64 {
         self.pending.iter().map(|read| read.range.end).max().unwrap_or(0).max(self.served)
     }
 
-    /// Where the read-window ends. On the way to a read that skips bytes it goes along, so that
-    /// what is skipped need not be held.
+    /// Returns the end of the read-window. During a read that skips bytes the window moves along,
+    /// so that the skipped bytes need not be held.
     fn read_window_end(&self) -> u64 {
         self.served.max(self.arrived.saturating_sub(FETCH_AHEAD))
     }
 
-    /// Whether `range` cannot be read, and the line to log about it, if it is time for one.
+    /// Returns `Some` if `range` cannot be read, with the line to log, if one is due.
     pub(super) fn refusal(&mut self, range: &Range<u64>) -> Option<Option<String>> {
         let at = range.start;
         let back = self.read_window_end().saturating_sub(at);
@@ -141,7 +142,7 @@ impl InputCore {
         None
     }
 
-    /// The next bytes have arrived; with a spool they are in it already.
+    /// Records the arrival of the next bytes; with a spool they have been stored already.
     pub(super) fn append(&mut self, bytes: &[u8]) {
         if self.read_window.is_some() {
             self.buffer.append(bytes);
@@ -149,7 +150,7 @@ impl InputCore {
         self.arrived += bytes.len() as u64;
     }
 
-    /// Drops what is out of the read-window and what no parked read needs.
+    /// Drops the bytes that are neither in the read-window nor needed by a parked read.
     pub(super) fn trim(&mut self) {
         let Some(read_window) = self.read_window else { return };
         let window = self.read_window_end().saturating_sub(read_window);
@@ -159,14 +160,14 @@ impl InputCore {
         self.buffer.drop_before(self.low);
     }
 
-    /// Takes the bytes of a read that have all arrived.
+    /// Completes a read whose bytes have all arrived.
     pub(super) fn complete(&mut self, read: PendingRead) -> ReadyRead {
         self.served = self.served.max(read.range.end);
         let bytes = self.buffer.copy_range(&read.range);
         ReadyRead { range: read.range, bytes, reply: read.reply }
     }
 
-    /// Takes the parked reads that `is_over` says so of, oldest first.
+    /// Removes the parked reads for which `is_over` returns true, oldest first.
     pub(super) fn take_pending(
         &mut self,
         mut is_over: impl FnMut(&PendingRead) -> bool,
@@ -174,7 +175,7 @@ impl InputCore {
         self.pending.extract_if(.., |read| is_over(read)).collect()
     }
 
-    /// The source has failed, if there is a `failure`.
+    /// Marks the source as failed if there is a `failure`.
     pub(super) fn fail(&mut self, failure: Option<&str>) {
         if let Some(why) = failure {
             self.outcome = InputState::Failed;
@@ -188,7 +189,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_refusal_names_the_offset_and_what_would_have_been_enough_once_a_second() {
+    fn a_refusal_logs_the_offset_and_the_needed_read_window_once_a_second() {
         let mut state = InputCore::new(Some(10));
         state.append(&[1; 1000]);
         state.served = 1000;
@@ -199,14 +200,14 @@ mod tests {
         assert_eq!(state.refusal(&(900..1000)), Some(None));
         state.too_late_log = LogThrottle(Instant::now().checked_sub(LOG_INTERVAL));
         assert!(state.refusal(&(900..1000)).unwrap().is_some());
-        // One kind of line does not hide the other.
+        // A line of one kind does not suppress one of the other.
         let line = state.refusal(&(1 << 30..1 << 31)).unwrap().unwrap();
         assert!(line.contains("at 1073741824 ") && line.contains("spool"), "{line}");
         assert_eq!(state.refusal(&(1 << 30..1 << 31)), Some(None));
     }
 
     #[test]
-    fn a_stream_with_a_spool_refuses_only_what_will_not_arrive() {
+    fn a_stream_with_a_spool_refuses_only_bytes_that_will_not_arrive() {
         let mut state = InputCore::new(None);
         state.append(&[1; 1000]);
         state.served = 1000;

@@ -1,4 +1,4 @@
-//! The rules of an input stream, on sources in memory that deliver when they are poked.
+//! Tests of input streams with sources in memory that deliver on demand.
 
 #![allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)] // All of it is small.
 
@@ -15,10 +15,10 @@ use super::state::{FETCH_AHEAD, SKIP_LIMIT};
 use super::*;
 
 const MIB: u64 = 1 << 20;
-/// Long for what should be immediate; no test waits for it unless it fails.
+/// A generous timeout for events that should be immediate; only failing tests wait this long.
 const PATIENCE: Duration = Duration::from_secs(20);
 
-/// What the sources deliver: no two blocks are alike, and every fourth MiB is zeros.
+/// The content of the sources: no two blocks are equal, except that every fourth MiB is zeros.
 static BYTES: LazyLock<Vec<u8>> = LazyLock::new(|| {
     let mut bytes = vec![0; 48 << 20];
     for (number, word) in bytes.chunks_exact_mut(8).enumerate() {
@@ -34,7 +34,7 @@ fn bytes(range: Range<u64>) -> &'static [u8] {
     &BYTES[range.start as usize..range.end as usize]
 }
 
-/// A source in memory that delivers as far as it was poked.
+/// A source in memory that delivers as many bytes as it was granted.
 struct MemorySource {
     shared: Arc<MemorySourceState>,
     stop: Stop,
@@ -43,14 +43,14 @@ struct MemorySource {
 }
 
 struct MemorySourceState {
-    /// How far it delivers.
+    /// The number of bytes that may be delivered.
     granted: Mutex<u64>,
     poked: Condvar,
-    /// Where it ends.
+    /// The end of the source.
     len: u64,
     verdict: Result<(), String>,
     taken: AtomicU64,
-    /// 1: `finish` was called, 16: `close` was.
+    /// The calls at the end: 1 for each `finish`, 16 for each `close`.
     gone: AtomicU32,
     input: OnceLock<Weak<Input>>,
     most_held: AtomicU64,
@@ -68,7 +68,7 @@ impl Source for MemorySource {
             }
             self.shared.poked.wait_for(&mut granted, Duration::from_millis(2));
         }
-        // Pieces of any length, small and large ones.
+        // Pieces of varying length, small and large.
         self.pieces = self.pieces.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(99);
         let wanted = 1 + (self.pieces >> 40) % (1 << (4 + (self.pieces >> 33) % 15));
         let end = (*granted).min(self.shared.len).min(self.at + wanted);
@@ -89,7 +89,7 @@ impl Source for MemorySource {
     }
 }
 
-/// A stream over a [`MemorySource`], closed at the end of the test.
+/// A stream with a [`MemorySource`], closed at the end of the test.
 struct TestStream {
     input: Arc<Input>,
     shared: Arc<MemorySourceState>,
@@ -106,7 +106,7 @@ struct TestPlan {
 }
 
 impl TestPlan {
-    /// A disk of `size` bytes whose source delivers it all at once.
+    /// A disk of `size` bytes whose source delivers everything at once.
     fn of(size: u64) -> Self {
         let granted = u64::MAX;
         Self { size, len: size, read_window: 0, spool: Spool::Off, granted, verdict: Ok(()) }
@@ -156,7 +156,7 @@ impl TestStream {
         let (tell, told) = mpsc::channel();
         let input = Arc::clone(&self.input);
         let reply = move |answer| {
-            // Would hang if a lock were held.
+            // This call would hang if a lock were held.
             let _ = input.memory_used();
             tell.send(answer).unwrap();
         };
@@ -183,7 +183,7 @@ impl TestStream {
         self.shared.poked.notify_all();
     }
 
-    /// Waits until `is` so.
+    /// Waits until `is` returns true for the status.
     fn until(&self, is: impl Fn(&InputStatus) -> bool) -> InputStatus {
         let begun = Instant::now();
         loop {
@@ -214,7 +214,7 @@ fn is_waiting(told: &mpsc::Receiver<ReadAnswer>) -> bool {
 }
 
 #[test]
-fn a_sequential_reader_gets_the_disk_and_the_source_finishes() {
+fn a_sequential_reader_reads_the_whole_disk_and_the_source_finishes() {
     let size = 40 * MIB + 12345;
     let stream = TestPlan::of(size).start();
     let mut at = 0;
@@ -232,7 +232,7 @@ fn a_sequential_reader_gets_the_disk_and_the_source_finishes() {
 }
 
 #[test]
-fn a_read_at_the_end_is_short_and_one_past_it_is_empty() {
+fn a_read_across_the_end_is_short_and_one_past_it_is_empty() {
     let stream = TestPlan::of(5000).start();
     assert_eq!(stream.read(4000..9000).unwrap(), bytes(4000..5000));
     assert_eq!(stream.read(5000..6000).unwrap(), b"");
@@ -241,7 +241,7 @@ fn a_read_at_the_end_is_short_and_one_past_it_is_empty() {
 }
 
 #[test]
-fn the_source_of_an_empty_disk_is_checked() {
+fn the_source_of_an_empty_disk_must_be_empty() {
     let stream = TestPlan::of(0).start();
     stream.until(|status| status.state == InputState::Finished);
     let stream = TestPlan { len: 1, ..TestPlan::of(0) }.start();
@@ -263,7 +263,7 @@ fn a_read_is_answered_when_its_last_byte_has_arrived() {
 }
 
 #[test]
-fn without_a_spool_only_the_read_ahead_is_taken_unasked() {
+fn without_a_spool_only_the_read_ahead_is_read_without_demand() {
     let stream = TestPlan::of(40 * MIB).start();
     stream.until(|status| status.arrived == FETCH_AHEAD);
     stream.right(0..2 * MIB);
@@ -275,7 +275,7 @@ fn without_a_spool_only_the_read_ahead_is_taken_unasked() {
 }
 
 #[test]
-fn looking_back_works_within_the_read_window_and_is_eio_beyond() {
+fn reads_behind_succeed_within_the_read_window_and_are_eio_beyond() {
     let stream = TestPlan { read_window: MIB, ..TestPlan::of(20 * MIB) }.start();
     for at in 0..10 {
         stream.right(at * MIB..(at + 1) * MIB);
@@ -283,7 +283,7 @@ fn looking_back_works_within_the_read_window_and_is_eio_beyond() {
     stream.right(9 * MIB..9 * MIB + 10);
     stream.eio(9 * MIB - 1..9 * MIB + 10);
     assert_eq!(stream.input.status().needed, MIB + 1);
-    // Nothing more has happened than that read.
+    // The refused read has changed nothing else.
     stream.right(10 * MIB..11 * MIB);
     assert_eq!(stream.input.status().state, InputState::Open);
     assert_eq!(stream.input.close(), Ok(()));
@@ -301,7 +301,7 @@ fn a_small_jump_skips_bytes_without_holding_them() {
 }
 
 #[test]
-fn a_probe_of_the_end_is_eio_and_takes_nothing() {
+fn a_probe_of_the_end_is_eio_and_consumes_nothing() {
     let stream = TestPlan::of(40 * MIB).start();
     stream.right(0..512);
     stream.eio(40 * MIB - 4096..40 * MIB);
@@ -309,12 +309,12 @@ fn a_probe_of_the_end_is_eio_and_takes_nothing() {
     stream.until(|status| status.arrived == 512 + FETCH_AHEAD || status.arrived == FETCH_AHEAD);
     stream.right(512..1024);
     assert!(stream.taken() <= 1024 + FETCH_AHEAD);
-    // As far as the limit it is a jump.
+    // A jump up to the limit is allowed.
     stream.right(1024 + SKIP_LIMIT..1025 + SKIP_LIMIT);
 }
 
 #[test]
-fn a_wide_read_window_lets_a_reader_jump_as_wide() {
+fn a_reader_may_skip_as_far_as_the_read_window_is_wide() {
     let stream = TestPlan { read_window: 20 * MIB, ..TestPlan::of(40 * MIB) }.start();
     stream.right(20 * MIB..21 * MIB);
     stream.right(MIB..2 * MIB);
@@ -322,7 +322,7 @@ fn a_wide_read_window_lets_a_reader_jump_as_wide() {
 }
 
 #[test]
-fn parked_reads_are_answered_in_any_order_and_keep_what_they_need() {
+fn parked_reads_in_any_order_keep_the_bytes_they_need() {
     let stream = TestPlan { granted: 0, ..TestPlan::of(10 * MIB) }.start();
     let ranges = [3 * MIB..4 * MIB, 0..MIB, 77..99, MIB / 2..MIB + MIB / 2, 2 * MIB..3 * MIB];
     let told = ranges.clone().map(|range| stream.ask(range, 0));
@@ -334,7 +334,7 @@ fn parked_reads_are_answered_in_any_order_and_keep_what_they_need() {
 }
 
 #[test]
-fn an_early_end_is_eio_and_never_zeros() {
+fn an_early_end_of_the_source_is_eio_and_never_zeros() {
     for spool in [Spool::Off, Spool::On] {
         let stream = TestPlan { len: 10_000, read_window: MIB, spool, ..TestPlan::of(MIB) }.start();
         let told = stream.ask(9000..10_001, 0);
@@ -351,7 +351,7 @@ fn an_early_end_is_eio_and_never_zeros() {
 }
 
 #[test]
-fn a_command_that_fails_is_reported_by_what_it_did_not_deliver_and_at_unmount() {
+fn a_failed_command_is_reported_by_reads_of_missing_bytes_and_at_unmount() {
     for spool in [Spool::Off, Spool::On] {
         let verdict = Err("zstd: exit status 1: bad data".to_owned());
         let stream =
@@ -365,18 +365,18 @@ fn a_command_that_fails_is_reported_by_what_it_did_not_deliver_and_at_unmount() 
 }
 
 #[test]
-fn a_command_that_fails_after_the_last_byte_is_reported_at_unmount() {
+fn a_command_that_fails_after_its_last_byte_is_reported_at_unmount() {
     for spool in [Spool::Off, Spool::On] {
         let verdict = Err("checksum".to_owned());
         let stream = TestPlan { spool, verdict: verdict.clone(), ..TestPlan::of(MIB) }.start();
         stream.right(0..MIB);
-        // Without a pause: it waits for the verdict.
+        // No pause: `close` waits for the verdict.
         assert_eq!(stream.input.close(), verdict);
     }
 }
 
 #[test]
-fn a_source_that_goes_on_past_the_disk_fails_the_stream() {
+fn a_source_longer_than_the_disk_fails_the_stream() {
     for spool in [Spool::Off, Spool::On] {
         let stream = TestPlan { len: MIB + 1, spool, ..TestPlan::of(MIB) }.start();
         stream.right(0..MIB);
@@ -388,7 +388,7 @@ fn a_source_that_goes_on_past_the_disk_fails_the_stream() {
 }
 
 #[test]
-fn without_a_spool_the_end_is_checked_when_everything_was_asked_for() {
+fn without_a_spool_the_end_is_checked_when_everything_was_requested() {
     let stream = TestPlan { len: MIB + 1, ..TestPlan::of(MIB) }.start();
     stream.until(|status| status.arrived == MIB);
     stream.right(0..MIB - 1);
@@ -399,7 +399,7 @@ fn without_a_spool_the_end_is_checked_when_everything_was_asked_for() {
 }
 
 #[test]
-fn a_stop_ends_the_thread_and_refuses_who_waits() {
+fn a_stop_ends_the_thread_and_refuses_parked_reads() {
     for spool in [Spool::Off, Spool::On] {
         let stream = TestPlan { granted: 100, spool, ..TestPlan::of(MIB) }.start();
         let told = stream.ask(0..200, 0);
@@ -425,9 +425,9 @@ fn a_stop_wakes_an_idle_thread() {
 }
 
 #[test]
-fn only_who_is_killed_is_released() {
+fn only_reads_of_killed_clients_are_released() {
     let stream = TestPlan { granted: 0, ..TestPlan::of(MIB) }.start();
-    // Processes that cannot be.
+    // Process numbers that cannot exist.
     let [unknown, lives, dies] =
         [0, 1 << 30, (1 << 30) + 1].map(|client| stream.ask(0..100, client));
     stream.input.release_killed(|client| client != 1 << 30);
@@ -439,7 +439,7 @@ fn only_who_is_killed_is_released() {
 }
 
 #[test]
-fn a_spool_takes_everything_unasked_and_answers_anywhere() {
+fn a_spool_reads_everything_without_demand_and_allows_random_access() {
     let size = 40 * MIB;
     let stream = TestPlan::spooled(size).start();
     stream.right(size - 1000..size);
@@ -451,7 +451,7 @@ fn a_spool_takes_everything_unasked_and_answers_anywhere() {
 }
 
 #[test]
-fn zeros_in_a_spool_are_holes_once_they_have_arrived() {
+fn zeros_in_a_spool_are_reported_as_holes_once_they_have_arrived() {
     let (at, end) = (3 * MIB, 4 * MIB);
     let stream = TestPlan { granted: at + 8192, ..TestPlan::spooled(8 * MIB) }.start();
     stream.until(|status| status.arrived == at + 8192);
@@ -470,7 +470,7 @@ fn zeros_in_a_spool_are_holes_once_they_have_arrived() {
 }
 
 #[test]
-fn without_a_spool_everything_is_data() {
+fn without_a_spool_everything_is_reported_as_data() {
     let stream = TestPlan::of(8 * MIB).start();
     stream.right(3 * MIB..4 * MIB);
     assert_eq!(stream.input.extent_at(0..9 * MIB), Extent::new(0..8 * MIB, ExtentKind::Data));
@@ -493,7 +493,7 @@ fn a_full_spool_fails_the_stream_with_the_errno_of_the_host() {
 }
 
 #[test]
-fn many_readers_at_once_get_the_right_bytes_or_eio() {
+fn concurrent_readers_get_the_right_bytes_or_eio() {
     let size = 24 * MIB;
     for (spool, read_window) in [(Spool::On, 0), (Spool::Off, size), (Spool::Off, 2 * MIB)] {
         let stream = TestPlan { spool, read_window, ..TestPlan::of(size) }.start();
@@ -508,7 +508,7 @@ fn many_readers_at_once_get_the_right_bytes_or_eio() {
                         asked.fetch_max(range.end, Ordering::SeqCst);
                         match stream.read(range.clone()) {
                             Ok(read) => assert!(read == bytes(range)),
-                            // Only what others have left behind may be refused.
+                            // Only bytes that other readers have passed may be refused.
                             Err(error) => {
                                 assert_eq!(error.raw_os_error(), Some(libc::EIO));
                                 let asked = asked.load(Ordering::SeqCst);
@@ -527,9 +527,9 @@ fn many_readers_at_once_get_the_right_bytes_or_eio() {
 
 #[derive(Clone, Debug)]
 enum Op {
-    /// Reads on where the last read ended, or so far before or after.
+    /// Reads at the end of the last read, moved by `from` bytes.
     Read { from: i64, len: u64 },
-    /// Reads anywhere.
+    /// Reads anywhere on the disk.
     Probe { part: f64, len: u64 },
 }
 
@@ -545,9 +545,9 @@ fn op() -> impl Strategy<Value = Op> {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(96))]
 
-    /// The rules, one read after the other, against the bytes of the source.
+    /// Compares reads, one after the other, with the bytes of the source and with the rules.
     #[test]
-    fn every_read_is_right_or_refused_exactly_by_the_rules(
+    fn every_read_is_correct_or_refused_exactly_by_the_rules(
         size in 1..48 * MIB,
         missing in prop_oneof![2 => Just(0), 1 => 1..20 * MIB],
         read_window in prop_oneof![Just(0), 1..4 * MIB, 16 * MIB..32 * MIB],
@@ -579,7 +579,7 @@ proptest! {
                 }
             }
             if range.end > stream.shared.len && !refused && !range.is_empty() {
-                // It has asked past the end: what is kept is another question now.
+                // A read past the end of the source: the bytes kept from now on are undefined here.
                 break;
             }
         }

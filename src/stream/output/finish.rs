@@ -1,4 +1,4 @@
-//! How an output stream ends: finished, given up, or with its mount.
+//! The end of an output stream: finished, aborted, or closed with its mount.
 
 use std::thread;
 use std::time::{Duration, Instant};
@@ -8,28 +8,28 @@ use parking_lot::MutexGuard;
 use super::{Output, OutputCore, OutputState, reply_all, spec_size};
 use crate::config::{FinishWhen, Pad, format_size};
 
-/// How long `finish` waits for writers to go: RELEASE comes after close(2) has returned.
+/// How long `finish` waits for writers to close: RELEASE arrives after close(2) has returned.
 const WRITERS_TIMEOUT: Duration = Duration::from_secs(5);
-/// How many times longer a sink may work that was given everything already.
+/// The factor by which the wait is extended, once, for a sink that has been given everything.
 const FINAL_WAIT_FACTOR: u32 = 10;
-/// How often it looks.
+/// How often `finish` checks for writers.
 const POLL_INTERVAL: Duration = Duration::from_millis(20);
-/// How long an aborted sink may take to let go.
+/// How long an aborted sink may take to end.
 const ABORT_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// How long a sink is waited for.
+/// How long to wait for a sink.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DrainTimeout {
-    /// As long as it takes.
+    /// No limit.
     Unlimited,
-    /// So long.
+    /// At most this long in total.
     Total(Duration),
-    /// Until it has taken nothing for so long.
+    /// Until the sink has accepted nothing for this long.
     Stalled(Duration),
 }
 
 impl DrainTimeout {
-    /// As a request has it: so many milliseconds, or as long as it takes.
+    /// Converts the timeout of a request: a number of milliseconds, or no limit.
     #[must_use]
     pub fn from_millis(milliseconds: Option<u64>) -> Self {
         milliseconds.map_or(Self::Unlimited, |time| Self::Total(Duration::from_millis(time)))
@@ -46,19 +46,19 @@ impl DrainTimeout {
 /// Why a stream is not finished.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum FinishError {
-    /// Somebody may still write.
+    /// A writer still has the stream open.
     #[error("is open for writing")]
     Busy,
-    /// The time is over and the sink still works on it.
+    /// The timeout has passed, and the sink is still working.
     #[error("{0}")]
     StillFinishing(String),
-    /// It will never be.
+    /// The stream can never be finished.
     #[error("{0}")]
     Failed(String),
 }
 
 impl Output {
-    /// Where the stream will end, in bytes.
+    /// Returns the end of the stream in bytes.
     pub(super) fn end_offset(&self, core: &OutputCore) -> u64 {
         match self.pad {
             Pad::Size => self.size,
@@ -66,18 +66,20 @@ impl Output {
         }
     }
 
-    /// Bytes accepted, and how many there will be.
+    /// Returns the bytes accepted by the sink, and the total.
     #[must_use]
     pub fn progress(&self) -> (u64, u64) {
         let core = self.core.lock();
         (self.monitor.accepted(), self.end_offset(&core))
     }
 
-    /// Completes the stream: waits for writers to go, sends what is held, and waits for the sink.
-    /// Called again it waits on, or repeats the result. What it says is for the user.
+    /// Completes the stream: waits for writers to close, sends the held data, and waits for the
+    /// sink. A repeated call continues to wait, or returns the same result. The returned line is
+    /// for the user.
     ///
     /// # Errors
-    /// [`FinishError`]; when `patience` is over the sink goes on, and may be asked for again.
+    /// [`FinishError`]. When `patience` has run out, the sink goes on, and `finish` may be called
+    /// again.
     pub fn finish(
         &self,
         has_writers: &dyn Fn() -> bool,
@@ -118,7 +120,7 @@ impl Output {
             let has_all = now >= self.end_offset(&core);
             let more = match patience {
                 DrainTimeout::Stalled(time) if now > before => Some(time),
-                // What it still does with the last of it may take its time, but not for ever.
+                // The sink may take its time to process the last data, but not without limit.
                 DrainTimeout::Stalled(time)
                     if has_all && !std::mem::replace(&mut at_last, true) =>
                 {
@@ -135,7 +137,7 @@ impl Output {
         self.finish_result(&core)
     }
 
-    /// The stream gets whole, in its own time.
+    /// Completes the stream without waiting for the sink.
     pub fn finish_in_background(&self) {
         let mut core = self.core.lock();
         if core.state == OutputState::Open {
@@ -152,7 +154,7 @@ impl Output {
         MutexGuard::unlocked(core, || reply_all(refused, libc::EIO));
     }
 
-    /// Why a stream is given up that could not be finished in time.
+    /// Explains why a stream is aborted that could not be finished in time.
     pub fn abort_reason(&self, error: FinishError) -> String {
         match error {
             FinishError::StillFinishing(_) => {
@@ -194,10 +196,10 @@ impl Output {
         }
     }
 
-    /// Gives the stream up: its programs are killed before their input ends.
+    /// Aborts the stream: its programs are killed before their input ends.
     ///
     /// # Errors
-    /// A line when it is finished already, or when its sink does not let go.
+    /// A line for the user if the stream is already finished, or its sink does not end in time.
     pub fn abort(&self, why: &str) -> Result<(), String> {
         let mut core = self.core.lock();
         match core.state {
@@ -224,11 +226,11 @@ impl Output {
         Ok(())
     }
 
-    /// The end of the mount: a stream that is not complete is finished, if it is one that ends
-    /// with the mount, or given up.
+    /// Ends the stream with its mount: an incomplete stream is finished if `finish=umount` is set,
+    /// and aborted otherwise.
     ///
     /// # Errors
-    /// A line when it is not whole, and nobody had given it up.
+    /// A line for the user if the stream is incomplete and was not aborted on request.
     pub fn close(
         &self,
         has_writers: &dyn Fn() -> bool,
@@ -242,7 +244,7 @@ impl Output {
                     Ok(line) => Ok((state != OutputState::Finished).then_some(line)),
                     Err(error) => {
                         let why = self.abort_reason(error);
-                        // What has failed stays so; what still works does not any more.
+                        // A failed stream stays failed; a sink that is still working is stopped.
                         let _ = self.abort(&why);
                         Err(why)
                     }
@@ -258,7 +260,7 @@ impl Output {
         if self.core.lock().sender_ended
             && let Some(sender) = self.sender.lock().take()
         {
-            // It has ended; a panic in it ends the process.
+            // The thread has ended; a panic in it ends the process.
             let _ = sender.join();
         }
         result

@@ -1,20 +1,21 @@
-//! An output stream at work: writes come in, one thread sends what leaves.
+//! An output stream: clients write to it, and one thread sends the data to a sink.
 //!
 //! ```text
 //!   write ──> window: fits? ──> store ──> frontier advances ──┐ (under one lock, for as long as
 //!     │          │ no room while the sink is behind           │  it takes to copy)
 //!     │          └──> queue: the reply is parked              v
 //!     └──< reply                 ^                        sender ──> sink   (no lock held)
-//!                                └── carried out as room comes back ──┘
+//!                                └── carried out when there is room ──┘
 //! ```
 //!
-//! What is held is bounded by window, spill and a backlog of 2 MiB; a write that would make it more
-//! waits in the queue, and no thread waits with it. Whether a write is accepted depends on the
-//! order of writes alone, never on how fast the sink is.
+//! The data held is bounded by window, spill and a backlog of 2 MiB. A write that would exceed the
+//! bound waits in the queue, and no thread waits with it. Whether a write is accepted depends on
+//! the order of the writes alone, never on the speed of the sink.
 //!
-//! `writes` holds what writes do, `sender` the thread, `finish` how a stream ends.
+//! `writes` implements the writes and discards, `sender` the thread, and `finish` the end of a
+//! stream.
 //!
-//! A failure is for ever: every later write, sync and close is `EIO`.
+//! A failure is permanent: every later write, sync and close is `EIO`.
 
 mod finish;
 mod sender;
@@ -41,27 +42,27 @@ use crate::config::{FinishWhen, Pad, StreamSpec};
 use crate::extents::Extent;
 use crate::host::os_error;
 
-/// What may be on its way to the sink beside what window and spill hold: 2 MiB keep both ends
-/// busy.
+/// Bytes that may be on their way to the sink beyond those in window and spill: 2 MiB, enough to
+/// keep both ends busy.
 const BACKLOG_LIMIT: u64 = 2 << 20;
 
-/// How far a stream is.
+/// The state of an output stream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum OutputState {
-    /// It takes writes.
+    /// Accepts writes.
     Open,
-    /// It is complete, and what is left is being sent.
+    /// Complete; the remaining data is being sent.
     Finishing,
-    /// All of it was accepted.
+    /// The sink has accepted everything.
     Finished,
-    /// It was never complete: a write came too late, or the sink failed.
+    /// Failed before it was complete: a write came too late, or the sink failed.
     Failed,
-    /// It was given up.
+    /// Aborted on request.
     Aborted,
 }
 
 impl OutputState {
-    /// The word for it.
+    /// Returns the name of the state.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
@@ -74,32 +75,33 @@ impl OutputState {
     }
 }
 
-/// What a stream says of itself.
+/// The status of an output stream; offsets and sizes in bytes.
 #[derive(Clone, Debug)]
 pub struct OutputStatus {
-    /// How far it is.
+    /// The current state.
     pub state: OutputState,
-    /// Why it failed.
+    /// The reason of a failure.
     pub error: Option<String>,
-    /// The first byte that has not left.
+    /// The frontier: the offset of the first byte that can still be changed.
     pub frontier: u64,
     /// The end of the highest write.
     pub highest: u64,
-    /// The sink has accepted everything before this byte.
+    /// The offset before which the sink has accepted everything.
     pub accepted: u64,
-    /// The window's size, and the data in it.
+    /// The size of the window, and the bytes of data in it.
     pub window: (u64, u64),
-    /// The spill's size (`None`: no limit), and the data in it.
+    /// The size of the spill (`None`: unlimited), and the bytes of data in it.
     pub spill: (Option<u64>, u64),
-    /// The window that is needed without spill, and the spill with this window.
+    /// The window needed without a spill, and the spill needed with the current window.
     pub needed: (u64, u64),
-    /// What kind of sink it has.
+    /// The kind of the sink.
     pub kind: &'static str,
-    /// The sink, as the user wrote it.
+    /// The sink as the user wrote it.
     pub sink: String,
 }
 
-/// What a later record takes beside its bytes: many of zeros alone are many, too.
+/// Bytes of memory charged for a rewrite besides its data, since many rewrites of zeros use memory,
+/// too.
 const REWRITE_OVERHEAD: u64 = 64;
 
 enum Rewrite {
@@ -109,7 +111,7 @@ enum Rewrite {
 }
 
 impl Rewrite {
-    /// Bytes of memory, about.
+    /// Returns the approximate bytes of memory used.
     fn cost(&self) -> u64 {
         match self {
             Self::Data(bytes) => REWRITE_OVERHEAD + bytes.len() as u64,
@@ -122,16 +124,16 @@ struct OutputCore {
     window: Window,
     store: PageStore,
     queue: WriteQueue,
-    /// Later records for what was sent already.
+    /// Rewrites of ranges already sent, for frames that carry offsets.
     rewrites: VecDeque<(u64, Rewrite)>,
     rewrite_bytes: u64,
     state: OutputState,
     error: Option<String>,
-    /// Everything before it was dropped from the store.
+    /// The offset before which everything has been dropped from the store.
     dropped_end: u64,
-    /// The sender has ended.
+    /// Whether the sender has ended.
     sender_ended: bool,
-    /// Why the sink takes nothing more.
+    /// The reason why the sink accepts nothing more.
     sink_gone: Option<String>,
 }
 
@@ -153,9 +155,9 @@ pub struct Output {
     finish: FinishWhen,
     can_rewrite: bool,
     core: Mutex<OutputCore>,
-    /// There is something to do for the sender.
+    /// Notified when the sender has work to do.
     work: Condvar,
-    /// The state has changed, or the sender has ended.
+    /// Notified when the state has changed or the sender has ended.
     changed: Condvar,
     monitor: Box<dyn SinkMonitor>,
     stop: Stop,
@@ -163,11 +165,11 @@ pub struct Output {
 }
 
 impl Output {
-    /// Starts the stream `name` into `sink_trait`. What does not fit into memory goes to a file in
-    /// `dir`. `stop` is what the outlet listens to.
+    /// Starts the stream `name` into the sink `outlet`. Data that does not fit into memory goes to
+    /// a file in `dir`. `stop` must be the signal that `outlet` observes.
     ///
     /// # Errors
-    /// The errno of making a thread.
+    /// The errno of creating a thread.
     pub fn start(
         name: &str,
         spec: &StreamSpec,
@@ -216,31 +218,31 @@ impl Output {
         Ok(output)
     }
 
-    /// The size of the disk in bytes.
+    /// Returns the size of the disk in bytes.
     #[must_use]
     pub fn size(&self) -> u64 {
         self.size
     }
 
-    /// Bytes that were written.
+    /// Returns the number of bytes written.
     #[must_use]
     pub fn written(&self) -> u64 {
         self.core.lock().window.written()
     }
 
-    /// When it is complete.
+    /// Returns the event that completes the stream.
     #[must_use]
     pub fn finish_when(&self) -> FinishWhen {
         self.finish
     }
 
-    /// Describes a prefix of `range`, which lies inside the disk.
+    /// Describes a prefix of `range`, which must be inside the disk.
     #[must_use]
     pub fn extent_at(&self, range: Range<u64>) -> Extent {
         self.core.lock().window.extent_at(range)
     }
 
-    /// Reads what was written, zeros where nothing was. Moves nothing.
+    /// Reads written data, and zeros where nothing was written. Reading never moves the frontier.
     ///
     /// # Errors
     /// `EIO` before the frontier and the read-window; the host's errno from the spill.
@@ -264,10 +266,10 @@ impl Output {
         Ok(())
     }
 
-    /// The sticky state: nothing is drained.
+    /// Returns the sticky state; drains nothing.
     ///
     /// # Errors
-    /// `EIO` when the stream failed or was given up.
+    /// `EIO` if the stream has failed or was aborted.
     pub fn sync(&self) -> io::Result<()> {
         match self.core.lock().state {
             OutputState::Open | OutputState::Finishing | OutputState::Finished => Ok(()),
@@ -275,7 +277,7 @@ impl Output {
         }
     }
 
-    /// What it says of itself.
+    /// Returns the status of the stream.
     #[must_use]
     pub fn status(&self) -> OutputStatus {
         let core = self.core.lock();
@@ -294,12 +296,12 @@ impl Output {
         }
     }
 
-    /// Every second: releases writers that are being killed, and looks after the sink.
+    /// Releases writers that are being killed and checks the sink. Called every second.
     pub fn tick(&self, is_killed: impl Fn(u32) -> bool) {
         let mut core = self.core.lock();
         let killed = core.queue.take_killed(is_killed);
         if !killed.is_empty() && self.finish == FinishWhen::Close {
-            // Its last close comes next, and would look like the end of a whole image.
+            // The writer's last close follows, and would look like the end of a complete image.
             self.fail(&mut core, "a writer was killed before its last write".to_owned());
         }
         drop(core);
@@ -309,16 +311,16 @@ impl Output {
         }
     }
 
-    /// What the sink tells of itself.
+    /// Handles an event that the sink reports by itself.
     pub(super) fn on_sink_event(&self, trouble: SinkEvent) {
         let mut core = self.core.lock();
         if core.state != OutputState::Open {
-            // Who sends the rest of it or waits for its end finds out, too.
+            // The sender, or a waiter for the end, notices the event as well.
             return;
         }
         match trouble {
             SinkEvent::Failed(why) => self.fail(&mut core, why),
-            // Whether there is more for it the sender knows, which may be sending the last of it.
+            // Only the sender knows whether there is more to send: it may be sending the last data.
             SinkEvent::Gone(why) => core.sink_gone = Some(why),
         }
         let refused = self.take_refused(&mut core);
@@ -338,7 +340,7 @@ fn index(distance: u64) -> usize {
     usize::try_from(distance).unwrap_or(usize::MAX)
 }
 
-/// A size that can be written into a spec: whole KiB, rounded up.
+/// Formats a size for use in a config: whole KiB, rounded up.
 fn spec_size(bytes: u64) -> String {
     if bytes.is_multiple_of(1 << 20) && bytes > 0 {
         format!("{}M", bytes >> 20)

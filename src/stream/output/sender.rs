@@ -1,4 +1,4 @@
-//! The thread that sends what leaves, and makes room for those who wait.
+//! The thread that sends data to the sink and makes room for waiting writes.
 
 use std::io::{self, IoSlice};
 use std::sync::Arc;
@@ -10,27 +10,29 @@ use crate::stream::page_store::PageBytes;
 use crate::stream::runs::Written;
 use crate::stream::window::OutgoingRun;
 
-/// Data given to the sink at a time: the largest pipe of an unprivileged user.
+/// The most bytes of data given to the sink at a time: 1 MiB, the largest pipe of an unprivileged
+/// user.
 const SEND_BATCH: u64 = 1 << 20;
 
-/// What the sender does next.
+/// The sender's next action.
 enum SenderStep {
     SendRun(OutgoingRun, Vec<PageBytes>),
     Rewrite(u64, Rewrite),
     Finish(u64),
     Abort,
-    /// The store cannot give back what it holds.
+    /// The store cannot return its data.
     StoreFailed(io::Error),
-    /// Nobody is there to take the rest.
+    /// The sink is gone and cannot take the rest.
     SinkGone(String),
 }
 
 impl Output {
-    /// The sender's thread.
+    /// Runs the sender's thread.
     pub(super) fn run_sender(self: &Arc<Self>, mut outlet: Box<dyn Sink>) {
         match outlet.prepare() {
             Ok(()) => {
-                // Not held by its own sink: who watches that ends with it.
+                // A weak reference: the sink must not keep the stream alive, and its watcher ends
+                // with it.
                 let output = Arc::downgrade(self);
                 outlet.watch(Box::new(move |trouble| {
                     if let Some(output) = output.upgrade() {
@@ -98,7 +100,7 @@ impl Output {
         reply_all(refused, libc::EIO);
     }
 
-    /// Waits for something to do.
+    /// Waits for work and returns the next step.
     fn next_step(&self) -> SenderStep {
         let mut core = self.core.lock();
         loop {
@@ -121,7 +123,7 @@ impl Output {
             if core.state == OutputState::Finishing {
                 return SenderStep::Finish(self.end_offset(&core));
             }
-            // Everything has left that can; what cannot yet, nobody is there for.
+            // Everything that could be sent is sent; the sink is gone for the rest.
             if core.sink_gone.is_some()
                 && (self.can_rewrite || self.monitor.accepted() < self.end_offset(&core))
             {
@@ -131,8 +133,8 @@ impl Output {
         }
     }
 
-    /// The sink has taken what came before `to`, and `can_rewrite` bytes of later records: there may be
-    /// room for those who wait.
+    /// Handles data accepted by the sink: everything before `to`, and `late` bytes of rewrites.
+    /// There may be room for waiting writes now.
     fn on_accepted(&self, to: Option<u64>, late: u64) {
         let mut core = self.core.lock();
         core.rewrite_bytes -= late;
@@ -166,7 +168,7 @@ impl Output {
         reply_all(refused, libc::EIO);
     }
 
-    /// The oldest write that waits, unless it is plain that there is no room for it.
+    /// Returns the oldest waiting write, unless there is certainly no room for it.
     fn first_fitting(&self, core: &OutputCore) -> Option<(u64, io::Result<Vec<u8>>)> {
         let len = core.queue.first_len()? as u64;
         if self.has_room(core, len) { core.queue.first() } else { None }

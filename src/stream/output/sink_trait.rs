@@ -1,77 +1,77 @@
-//! What an output stream asks of its sink.
+//! The interface between an output stream and its sink.
 
 use std::io::{self, IoSlice};
 use std::ops::Range;
 
-/// What becomes of a sink by itself.
+/// An event that a sink reports by itself.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum SinkEvent {
-    /// It has failed.
+    /// The sink has failed.
     Failed(String),
-    /// Nobody takes any more bytes, which is a failure if there are more.
+    /// The reader is gone, which is a failure if there is more to send.
     Gone(String),
 }
 
-/// Hears of it, in a thread of the sink's.
+/// A callback for sink events, called in a thread of the sink.
 pub type SinkCallback = Box<dyn Fn(SinkEvent) + Send>;
 
-/// Where the bytes go. One thread calls, in the order of the disk; a call takes as long as it
-/// takes and is `ECANCELED` once the stream is stopped.
+/// The target of an output stream. One thread calls it, in the order of the disk. A call may block
+/// without limit, and returns `ECANCELED` once the stream is stopped.
 pub trait Sink: Send {
-    /// Gets ready, and waits for a reader.
+    /// Prepares the sink, and waits for a reader if it needs one.
     ///
     /// # Errors
-    /// `ECANCELED`; the host's errno.
+    /// `ECANCELED` once stopped; otherwise the host's errno.
     fn prepare(&mut self) -> io::Result<()>;
 
-    /// Has `tell` called when the sink fails or goes away while nothing is sent; called once, after
-    /// [`prepare`](Self::prepare).
+    /// Makes the sink call `tell` when it fails or goes away while nothing is being sent. Called
+    /// once, after [`prepare`](Self::prepare).
     fn watch(&mut self, tell: SinkCallback);
 
-    /// Sends `parts`, the disk's bytes from `offset` on.
+    /// Sends `parts`, the bytes of the disk from `offset` on.
     ///
     /// # Errors
-    /// `ECANCELED`; the host's errno, `EPIPE` when nobody reads.
+    /// `ECANCELED` once stopped; otherwise the host's errno, `EPIPE` if there is no reader.
     fn send_data(&mut self, offset: u64, parts: &[IoSlice<'_>]) -> io::Result<()>;
 
-    /// Sends what was written as zeros.
+    /// Sends a range that was written as zeros.
     ///
     /// # Errors
-    /// As [`send_data`](Self::send_data).
+    /// As for [`send_data`](Self::send_data).
     fn send_zeros(&mut self, range: Range<u64>) -> io::Result<()>;
 
-    /// Sends what was never written.
+    /// Sends a range that was never written.
     ///
     /// # Errors
-    /// As [`send_data`](Self::send_data).
+    /// As for [`send_data`](Self::send_data).
     fn send_hole(&mut self, range: Range<u64>) -> io::Result<()>;
 
-    /// Whether it takes bytes for an offset that was sent before.
+    /// Returns whether the sink accepts bytes for an offset that was already sent.
     fn can_rewrite(&self) -> bool;
 
-    /// An error of the calls above, for the user.
+    /// Explains an error of the calls above to the user.
     fn explain(&self, error: &io::Error) -> String;
 
-    /// The stream is whole, and `end` bytes long.
+    /// Completes the stream, which is `end` bytes long.
     ///
     /// # Errors
-    /// A line: it was not all accepted, or a program failed.
+    /// A line for the user: not everything was accepted, or a program failed.
     fn finish(self: Box<Self>, end: u64) -> Result<(), String>;
 
-    /// The stream never gets whole.
+    /// Aborts the stream, which will never be complete.
     fn abort(self: Box<Self>);
 }
 
-/// Looks at a sink from other threads.
+/// A view of a sink for other threads.
 pub trait SinkMonitor: Send + Sync {
-    /// `file`, `cmd` and the like.
+    /// Returns the kind of the sink: `file`, `cmd` and so on.
     fn kind(&self) -> &'static str;
-    /// As the user wrote it.
+    /// Returns the sink as the user wrote it.
     fn describe(&self) -> String;
-    /// The disk's bytes before this offset were accepted.
+    /// Returns the offset in bytes before which the sink has accepted everything.
     fn accepted(&self) -> u64;
-    /// Why it cannot work any more, if that is known already.
+    /// Returns why the sink cannot work any more, if already known.
     fn failure(&self) -> Option<String>;
-    /// Ends its programs at once.
+    /// Kills the programs of the sink at once.
     fn kill(&self);
 }

@@ -1,4 +1,4 @@
-//! Streams into sinks of memory, which can be held up.
+//! Tests of output streams with sinks in memory that can be stalled.
 
 use std::io::IoSlice;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -10,7 +10,7 @@ use proptest::prelude::*;
 use super::*;
 use crate::config::{Flow, SinkSpec, SpillCompression, StreamFrames};
 
-/// What a sink of memory has got, and whether it takes more.
+/// The content of a memory sink, and whether it accepts more.
 #[derive(Default)]
 struct MemorySinkState {
     bytes: Mutex<Vec<u8>>,
@@ -127,10 +127,10 @@ fn start(spec: &StreamSpec, rewrites: bool) -> (Arc<Output>, Arc<MemorySinkState
     (output.unwrap(), shared)
 }
 
-/// A process that cannot be.
+/// A process number that cannot exist.
 const FIRST: u32 = 1 << 30;
 
-/// Writes and waits for the answer.
+/// Writes and waits for the reply.
 fn write(output: &Output, offset: u64, buf: &[u8]) -> io::Result<()> {
     let told = write_later(output, offset, buf, 0);
     told.recv_timeout(Duration::from_secs(30)).expect("an answer")
@@ -183,11 +183,11 @@ fn a_stream_can_end_at_its_highest_write() {
 }
 
 #[test]
-fn a_change_of_what_has_left_fails_the_stream_for_ever() {
+fn a_change_before_the_frontier_fails_the_stream_permanently() {
     let (output, _) = start(&spec(1 << 20, 4096, 0, 0), false);
     write(&output, 0, &[1; 100]).unwrap();
     write(&output, 10_000, &[1; 100]).unwrap();
-    // Zeros where nothing was are no change.
+    // Zeros over unwritten bytes are no change.
     write(&output, 200, &[0; 100]).unwrap();
     assert_eq!(code(write(&output, 50, &[2; 10])), libc::EIO);
     assert_eq!(code(output.sync()), libc::EIO);
@@ -201,7 +201,7 @@ fn a_change_of_what_has_left_fails_the_stream_for_ever() {
 }
 
 #[test]
-fn what_was_sent_is_read_back_within_the_read_window_only() {
+fn sent_bytes_can_be_read_back_only_within_the_read_window() {
     let (output, _) = start(&spec(1 << 20, 0, 5000, 0), false);
     write(&output, 0, &[1; 6000]).unwrap();
     let mut buf = [9; 100];
@@ -210,13 +210,13 @@ fn what_was_sent_is_read_back_within_the_read_window_only() {
     assert_eq!(code(output.read(&mut buf, 999)), libc::EIO);
     output.read(&mut buf, 5950).unwrap();
     assert_eq!((buf[49], buf[50]), (1, 0));
-    // The same bytes once more are no change, as long as that can be told.
+    // Writing the same bytes again is no change, as long as they can still be compared.
     write(&output, 5000, &[1; 1000]).unwrap();
     assert_eq!(code(write(&output, 5000, &[2; 1])), libc::EIO);
 }
 
 #[test]
-fn a_stalled_sink_parks_writers_and_bounds_what_is_held() {
+fn a_stalled_sink_parks_writers_and_bounds_the_memory() {
     let window = 64 << 10;
     let (output, shared) = start(&spec(1 << 30, window, 0, 0), false);
     shared.held_up.store(true, Ordering::SeqCst);
@@ -233,7 +233,7 @@ fn a_stalled_sink_parks_writers_and_bounds_what_is_held() {
     assert!(core.window.unsent() <= window + BACKLOG_LIMIT, "{}", core.window.unsent());
     assert!(core.store.memory() <= window + BACKLOG_LIMIT + (1 << 20));
     drop(core);
-    // Reads and the status go on.
+    // Reads and the status are not blocked.
     output.read(&mut [0; 10], 1 << 20).unwrap_err();
     output.read(&mut [0; 10], 900 << 20).unwrap();
     assert_eq!(output.status().state, OutputState::Open);
@@ -247,7 +247,7 @@ fn a_stalled_sink_parks_writers_and_bounds_what_is_held() {
 }
 
 #[test]
-fn a_killed_writer_is_released_and_the_others_wait_on() {
+fn a_killed_writer_is_released_and_the_others_keep_waiting() {
     let (output, shared) = start(&spec(1 << 30, 0, 0, 0), false);
     shared.held_up.store(true, Ordering::SeqCst);
     let piece = vec![7; 1 << 20];
@@ -286,7 +286,7 @@ fn a_broken_sink_is_a_sticky_failure() {
 }
 
 #[test]
-fn finish_waits_for_writers_and_then_says_that_there_are_some() {
+fn finish_waits_for_writers_and_then_fails_as_busy() {
     let (output, _) = start(&spec(4096, 0, 0, 0), false);
     let busy = output.finish(&|| true, DrainTimeout::Total(Duration::from_millis(50)));
     assert_eq!(busy, Err(FinishError::Busy));
@@ -295,7 +295,7 @@ fn finish_waits_for_writers_and_then_says_that_there_are_some() {
 }
 
 #[test]
-fn an_impatient_finish_can_be_asked_again_and_given_up() {
+fn a_finish_that_timed_out_can_be_repeated_and_aborted() {
     let (output, shared) = start(&spec(1 << 20, 0, 0, 0), false);
     shared.held_up.store(true, Ordering::SeqCst);
     let soon = DrainTimeout::Total(Duration::from_millis(30));
@@ -309,7 +309,7 @@ fn an_impatient_finish_can_be_asked_again_and_given_up() {
 }
 
 #[test]
-fn an_unfinished_stream_is_given_up_at_the_end_unless_it_ends_with_the_mount() {
+fn close_aborts_an_unfinished_stream_unless_it_ends_with_the_mount() {
     let (output, shared) = start(&spec(1 << 20, 0, 0, 0), false);
     write(&output, 0, &[1; 10]).unwrap();
     let line = output.close(&|| false, DrainTimeout::Unlimited).unwrap_err();
@@ -324,7 +324,7 @@ fn an_unfinished_stream_is_given_up_at_the_end_unless_it_ends_with_the_mount() {
 }
 
 #[test]
-fn a_truncation_of_data_counts_as_needed() {
+fn a_truncation_of_data_counts_for_the_needed_sizes() {
     let (output, _) = start(&spec(1 << 20, 0, 0, 1 << 20), false);
     write(&output, 8192, &[1; 4096]).unwrap();
     write(&output, 65536, &[1; 4096]).unwrap();
@@ -347,7 +347,7 @@ fn zeros_and_holes_before_the_frontier_are_refused_only_where_data_has_left() {
 }
 
 #[test]
-fn spilled_data_comes_back_in_order_from_memory_and_file() {
+fn spilled_data_is_sent_in_order_from_memory_and_file() {
     for compress in [SpillCompression::Off, SpillCompression::Lz4] {
         let mut spec = spec(64 << 20, 0, 0, 48 << 20);
         spec.compress = compress;
@@ -434,7 +434,7 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(400))]
 
     #[test]
-    fn the_sink_gets_the_final_image_or_the_stream_is_in_error(
+    fn the_sink_receives_the_final_image_or_the_stream_fails(
         ops in prop::collection::vec(op(), 1..30),
         (window, read_window, spill) in (0..SIZE, 0..SIZE, 0..SIZE),
     ) {
@@ -442,7 +442,7 @@ proptest! {
     }
 
     #[test]
-    fn frames_with_offsets_take_every_order_of_writes(
+    fn frames_with_offsets_accept_writes_in_any_order(
         ops in prop::collection::vec(op(), 1..30),
         (window, read_window, spill) in (0..SIZE / 4, 0..SIZE, 0..SIZE / 4),
     ) {
@@ -451,12 +451,12 @@ proptest! {
 }
 
 #[test]
-fn changes_that_alternate_with_zeros_do_not_cost_the_whole_disk_each() {
+fn changes_alternating_with_zeros_do_not_each_visit_the_whole_disk() {
     let mut window = Window::new(64 << 30, 32 << 30, u64::MAX);
     for at in 0..100_000u64 {
         window.set(at * 8192..at * 8192 + 4096, Some(Written::Data));
     }
-    // The time of this thread alone: others may have the CPU for long.
+    // The CPU time of this thread alone: other processes may use the CPU for long.
     let spent = || rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime).tv_sec;
     let begun = spent();
     for at in 0..100u64 {
@@ -467,7 +467,7 @@ fn changes_that_alternate_with_zeros_do_not_cost_the_whole_disk_each() {
 }
 
 #[test]
-fn a_writer_that_is_killed_does_not_end_a_stream_that_ends_with_its_last_close() {
+fn a_killed_writer_does_not_complete_a_stream_that_finishes_on_close() {
     let mut spec = spec(64 << 20, 0, 0, 0);
     spec.finish = FinishWhen::Close;
     let (output, shared) = start(&spec, false);
@@ -489,7 +489,7 @@ fn a_writer_that_is_killed_does_not_end_a_stream_that_ends_with_its_last_close()
 }
 
 #[test]
-fn later_records_of_zeros_wait_for_a_sink_too() {
+fn rewrites_of_zeros_wait_for_a_stalled_sink_too() {
     let (output, shared) = start(&spec(64 << 20, 0, 0, 0), true);
     write(&output, 0, &[1; 4096]).unwrap();
     write(&output, 1 << 20, &[1; 4096]).unwrap();
@@ -512,7 +512,7 @@ fn later_records_of_zeros_wait_for_a_sink_too() {
 }
 
 #[test]
-fn data_that_zeros_have_covered_takes_no_room() {
+fn data_overwritten_with_zeros_takes_no_memory() {
     let (output, shared) = start(&spec(64 << 20, 0, 0, 8 << 20), false);
     for at in 1..50u64 {
         write(&output, at << 20, &[1; 1 << 20]).unwrap();
@@ -524,7 +524,7 @@ fn data_that_zeros_have_covered_takes_no_room() {
     assert!(shared.bytes.lock().iter().all(|byte| *byte == 0));
 }
 
-/// Has the sink say something of itself, once it is listened to.
+/// Makes the sink report an event, once a callback is registered.
 fn say(shared: &MemorySinkState, trouble: SinkEvent) {
     let until = Instant::now() + Duration::from_secs(30);
     while shared.tell.lock().is_none() {
@@ -545,21 +545,21 @@ fn until_failed(output: &Output, why: &str) {
 }
 
 #[test]
-fn a_sink_that_fails_by_itself_fails_the_stream_at_once() {
+fn a_sink_that_reports_a_failure_fails_the_stream_at_once() {
     let (output, shared) = start(&spec(1 << 20, 1 << 20, 0, 0), false);
     say(&shared, SinkEvent::Failed("it broke".to_owned()));
     until_failed(&output, "it broke");
 }
 
 #[test]
-fn a_sink_that_goes_away_fails_the_stream_only_if_there_is_more_for_it() {
+fn the_loss_of_the_reader_fails_the_stream_only_if_more_is_to_be_sent() {
     let gone = || SinkEvent::Gone("it went".to_owned());
-    // The disk is longer than what was sent.
+    // The disk is longer than the data sent.
     let (output, shared) = start(&spec(8192, 0, 0, 0), false);
     write(&output, 0, &[1; 4096]).unwrap();
     say(&shared, gone());
     until_failed(&output, "it went");
-    // All of it has left.
+    // Everything has been sent.
     let (output, shared) = start(&spec(4096, 0, 0, 0), false);
     write(&output, 0, &[1; 4096]).unwrap();
     let until = Instant::now() + Duration::from_secs(30);
@@ -569,11 +569,11 @@ fn a_sink_that_goes_away_fails_the_stream_only_if_there_is_more_for_it() {
     }
     say(&shared, gone());
     finish(&output).unwrap();
-    // Records have an end.
+    // Records still need their end record.
     let (output, shared) = start(&spec(4096, 0, 0, 0), true);
     say(&shared, gone());
     until_failed(&output, "it went");
-    // It ends where it was written to, and is written to again.
+    // With pad=off the stream ends at its highest write, and another write follows.
     let highest = StreamSpec { pad: Pad::Highest, ..spec(1 << 20, 0, 0, 0) };
     let (output, shared) = start(&highest, false);
     say(&shared, gone());

@@ -1,4 +1,4 @@
-//! What is done to an output stream: writes, discards, truncation.
+//! The modifying operations of an output stream: write, discard, truncate.
 
 use std::io;
 use std::ops::Range;
@@ -14,22 +14,23 @@ use crate::stream::window::Window;
 
 static ZERO_PAGE: Page = [0; PAGE_LEN];
 
-/// How a write went.
+/// The result of trying a write.
 pub(super) enum WriteOutcome {
     Done(io::Result<()>),
-    /// There is no room until the sink has taken more.
+    /// There is no room until the sink has accepted more.
     NoRoom,
 }
 
 impl Output {
-    /// Writes `buf` at `offset`, inside the disk. `reply` is called once: at once, or when the
-    /// sink has made room. `client` is the thread that waits for it, 0 when it is not known.
+    /// Writes `buf` at `offset`, inside the disk. `reply` is called once: immediately, or when the
+    /// sink has made room. `client` is the thread that waits for the reply, or 0 if unknown.
     ///
-    /// The reply's errors: `EIO` once the stream is not open any more, and for a change of what
-    /// has left, which fails the stream; `EINTR` when the client is killed while it waits.
+    /// The errors of the reply: `EIO` once the stream is not open any more, and for a change of
+    /// data before the frontier, which fails the stream; `EINTR` if the client is killed while it
+    /// waits.
     pub fn write(&self, offset: u64, buf: &[u8], client: u32, reply: WriteReply) {
         let mut core = self.core.lock();
-        // In order: what came before waits, too.
+        // Writes keep their order: this one waits behind those already queued.
         let attempt = match core.queue.is_empty() {
             true => self.try_write(&mut core, offset, buf),
             false if core.state == OutputState::Open => WriteOutcome::NoRoom,
@@ -47,7 +48,7 @@ impl Output {
         }
     }
 
-    /// The writes that wait for a stream that is not open any more.
+    /// Takes the waiting writes of a stream that is not open any more, to be refused.
     pub(super) fn take_refused(&self, core: &mut OutputCore) -> Vec<WriteReply> {
         if core.state == OutputState::Open { Vec::new() } else { core.queue.take_all() }
     }
@@ -83,7 +84,7 @@ impl Output {
         }
     }
 
-    /// Whether `len` bytes more can be held: always, when the sink has nothing to do.
+    /// Returns whether `len` more bytes can be held: always, if the sink has nothing to do.
     pub(super) fn has_room(&self, core: &OutputCore, len: u64) -> bool {
         let waits = core.window.sent() < core.window.frontier() || !core.rewrites.is_empty();
         let limit = self.window.saturating_add(self.spill.unwrap_or(u64::MAX / 4));
@@ -91,7 +92,7 @@ impl Output {
         !waits || held <= limit.saturating_add(BACKLOG_LIMIT)
     }
 
-    /// What a write is to the window, for whoever wants to check its figures
+    /// Logs a write as the window sees it, so that the figures of the window can be checked
     /// (`contrib/bench/streams`).
     fn trace_write(&self, pieces: &WriteRuns<'_>, changed: Option<u64>) {
         let mut shown = String::new();
@@ -103,8 +104,8 @@ impl Output {
         log::trace!("{}: write at {}, changes {changed}:{shown}", self.name, pieces.offset);
     }
 
-    /// Whether what `buf` has for before the frontier is there already, as far as that can still
-    /// be read.
+    /// Returns whether the part of `buf` before the frontier equals the data there, as far as that
+    /// can still be read.
     fn matches_sent(&self, core: &mut OutputCore, offset: u64, buf: &[u8]) -> bool {
         let frontier = core.window.frontier();
         let end = frontier.min(offset + buf.len() as u64);
@@ -128,15 +129,15 @@ impl Output {
         true
     }
 
-    /// Stores the write and lets leave what must.
+    /// Stores the write and advances the frontier as far as necessary.
     fn apply(&self, core: &mut OutputCore, pieces: &WriteRuns<'_>) -> io::Result<()> {
-        // Before the frontier nothing changes, unless the frames can say so.
+        // Nothing before the frontier may change, unless the frames can express a change.
         let fixed = if self.can_rewrite { core.window.taken() } else { core.window.frontier() };
         let Range { start, end } = pieces.range();
         let fixed = fixed.clamp(start, end);
         pieces.store(core, fixed..end)?;
         if self.can_rewrite {
-            // Only what can still be read back is kept beside.
+            // Ranges that can still be read back are updated in the store, too.
             let kept = core.dropped_end.clamp(start, fixed);
             pieces.store(core, kept..fixed)?;
             pieces.each(start..kept, |at, piece, written| {
@@ -154,15 +155,15 @@ impl Output {
         Ok(())
     }
 
-    /// The host has no room for what the spill allows: from now on it allows less, and what must
-    /// leave for that leaves.
+    /// Reacts to a host without room for the full spill: the spill allows less from now on, and the
+    /// frontier advances accordingly.
     fn make_room(&self, core: &mut OutputCore, offset: u64, len: u64) -> WriteOutcome {
         if core.window.sent() < core.window.frontier() {
             return WriteOutcome::NoRoom;
         }
         let budget = core.window.beyond().saturating_sub(len.max(PAGE_SIZE));
         let frontier = core.window.frontier_for_budget(budget);
-        // Not past the write itself: it would come too late for what it makes room for.
+        // Not past the write itself, which would come too late for the room that it needs.
         if frontier > core.window.frontier() && frontier <= offset {
             core.window.advance_to_budget(budget);
             self.work.notify_one();
@@ -193,10 +194,11 @@ impl Output {
         }
     }
 
-    /// Makes `range` a hole, or zeros: both cost nothing and are nothing to send.
+    /// Makes `range` a hole, or zeros: both cost no memory and need not be sent.
     ///
     /// # Errors
-    /// `EOPNOTSUPP` when other bytes than zeros have left; `EIO` once it is not open any more.
+    /// `EOPNOTSUPP` if bytes other than zeros have left; `EIO` once the stream is not open any
+    /// more.
     pub fn discard(&self, range: Range<u64>) -> io::Result<()> {
         let mut core = self.core.lock();
         if core.state != OutputState::Open {
@@ -230,10 +232,11 @@ impl Output {
         Ok(())
     }
 
-    /// Cuts off what is held past `from`; the size stays (truncation).
+    /// Discards the data held past `from`; the size of the disk does not change (truncation).
     ///
     /// # Errors
-    /// `EIO` when other bytes than zeros past it have left, and once it is not open any more.
+    /// `EIO` if bytes other than zeros past `from` have left, and once the stream is not open any
+    /// more.
     pub fn truncate(&self, from: u64) -> io::Result<()> {
         let mut core = self.core.lock();
         if core.state != OutputState::Open {
@@ -254,13 +257,13 @@ impl Output {
     }
 }
 
-/// Whether a piece of a page holds nothing but zeros.
+/// Returns whether a piece of a page is all zeros.
 fn is_zero(piece: &[u8]) -> bool {
-    // A comparison of memory, many times faster than a loop over bytes.
+    // A memory comparison, many times faster than a loop over bytes.
     piece == &ZERO_PAGE[..piece.len()]
 }
 
-/// A write, cut into runs of data and of zeros at page borders: looked at once.
+/// A write, split once into runs of data and of zeros at page boundaries.
 struct WriteRuns<'a> {
     offset: u64,
     buf: &'a [u8],
@@ -288,7 +291,7 @@ impl<'a> WriteRuns<'a> {
         self.offset..self.offset + self.buf.len() as u64
     }
 
-    /// Calls `each` with the pieces of `range`, clipped to it.
+    /// Calls `each` with the runs inside `range`, clipped to it.
     fn each(&self, range: Range<u64>, mut each: impl FnMut(u64, &[u8], Written)) {
         let part = index(range.start - self.offset)..index(range.end - self.offset);
         for (piece, written) in &self.runs {
@@ -299,7 +302,7 @@ impl<'a> WriteRuns<'a> {
         }
     }
 
-    /// As [`Window::first_change`], of all of them.
+    /// Returns the first change of all runs; see [`Window::first_change`].
     fn first_change(&self, window: &Window) -> Option<u64> {
         self.runs.iter().find_map(|(piece, written)| {
             let start = self.offset + piece.start as u64;
@@ -313,7 +316,7 @@ impl<'a> WriteRuns<'a> {
         })
     }
 
-    /// Stores the data of `range` first, then tells the window.
+    /// Stores the data of `range`, then updates the window.
     fn store(&self, core: &mut OutputCore, range: Range<u64>) -> io::Result<()> {
         let mut stored = Ok(());
         let store = &mut core.store;
@@ -328,7 +331,7 @@ impl<'a> WriteRuns<'a> {
             if written == Written::Zeros
                 && core.window.runs().data_within(range.clone()).next().is_some()
             {
-                // Zeros count as nothing, so they must not take the room of what they cover.
+                // Zeros are not charged, so they must not keep the room of the data they cover.
                 core.store.drop_within(range.clone());
             }
             core.window.set(range, Some(written));

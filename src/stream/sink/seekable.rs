@@ -1,4 +1,4 @@
-//! A sink whose bytes have their places: a file or a block device that holds the disk itself.
+//! A sink with random access: a file or a block device that holds the disk itself.
 
 use std::fs::File;
 use std::io::{self, IoSlice};
@@ -12,17 +12,18 @@ use crate::base::raw::HostKind;
 use crate::host::{fallocate, os_error};
 use crate::stream::stop::Stop;
 
-/// 1 GiB: how much of a gap a device is asked to discard at once. It may take its time, and
-/// between two calls it is looked whether to stop.
+/// The most bytes of a gap discarded in one call: 1 GiB. A discard may be slow, and the stop signal
+/// is checked between two calls.
 const MAX_DISCARD: u64 = 1 << 30;
 
-/// A device discards whole sectors; 4 KiB is the largest in use.
+/// The alignment of discards in bytes: a device discards whole sectors, of which 4 KiB is the
+/// largest size in use.
 const DISCARD_ALIGNMENT: u64 = 4096;
 
-/// 1 MiB of zeros for one call.
+/// The number of pieces in 1 MiB of zeros, for one call.
 const ZERO_IOVECS: usize = MAX_WRITE / ZEROS.len();
 
-/// Where the bytes go.
+/// A writer to a file or device.
 #[derive(Debug)]
 pub(super) struct SeekableWriter {
     file: File,
@@ -31,24 +32,24 @@ pub(super) struct SeekableWriter {
     stop: Stop,
 }
 
-/// How a device is told of a gap; it goes down until one is supported.
+/// The method for gaps on a device; each unsupported method is replaced by the next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum HoleMethod {
-    /// Discarded, when the device promises zeros after it.
+    /// Discard the range, if the device guarantees zeros afterwards.
     Punch,
-    /// Zeroed by the device.
+    /// Let the device write zeros.
     Zero,
-    /// Written.
+    /// Write zeros ourselves.
     Write,
 }
 
 impl SeekableWriter {
-    /// Writes into `file`, which holds only zeros if it is no device.
+    /// Creates a writer to `file`, which must read as zeros unless it is a device.
     pub(super) fn new(file: File, kind: HostKind, stop: Stop) -> Self {
         Self { file, kind, hole_method: HoleMethod::Punch, stop }
     }
 
-    /// Writes all of `parts` from `offset` on; says of each piece how many bytes it was.
+    /// Writes all of `parts` from `offset` on; calls `passed` with the length of each piece.
     pub(super) fn write_all(
         &self,
         mut offset: u64,
@@ -67,7 +68,7 @@ impl SeekableWriter {
         Ok(())
     }
 
-    /// Writes zeros: they count as data.
+    /// Writes zeros to `range`, as data.
     pub(super) fn write_zeros(
         &self,
         range: Range<u64>,
@@ -89,7 +90,7 @@ impl SeekableWriter {
         Ok(())
     }
 
-    /// Leaves a gap that reads as zeros: nothing to do in a file, which has none but zeros yet.
+    /// Leaves a gap that reads as zeros: a file needs nothing, since it contains only zeros there.
     pub(super) fn write_hole(
         &mut self,
         range: Range<u64>,
@@ -118,7 +119,8 @@ impl SeekableWriter {
                 return Err(os_error(libc::ECANCELED));
             }
             let (how, next) = match self.hole_method {
-                // The kernel refuses it unless zeros are read afterwards (blkdev_fallocate).
+                // The kernel punches only if the device reads as zeros afterwards
+                // (blkdev_fallocate).
                 HoleMethod::Punch => (FallocateFlags::PUNCH_HOLE, HoleMethod::Zero),
                 HoleMethod::Zero => (FallocateFlags::ZERO_RANGE, HoleMethod::Write),
                 HoleMethod::Write => return self.write_zeros(range, passed),
@@ -134,7 +136,7 @@ impl SeekableWriter {
         }
     }
 
-    /// Everything is on the device.
+    /// Syncs everything to the disk.
     pub(super) fn sync(&self) -> io::Result<()> {
         self.file.sync_all()
     }

@@ -1,4 +1,4 @@
-//! Sinks over real pipes, files, devices and commands.
+//! Tests of sinks with real pipes, files, devices and commands.
 
 use std::fs::{self, File};
 use std::io::{self, IoSlice, Read};
@@ -43,7 +43,7 @@ pub(in crate::stream) fn programs(words: &[&[&str]]) -> Programs {
     Programs(words.iter().map(|words| words.iter().map(Into::into).collect()).collect())
 }
 
-/// A directory to work in, and the stop of the sinks opened there.
+/// A directory to work in, and the stop signal of the sinks opened there.
 struct SinkFixture {
     dir: TempDir,
     stop: Stop,
@@ -94,7 +94,7 @@ fn bytes(len: usize) -> Vec<u8> {
 }
 
 #[test]
-fn a_named_pipe_is_made_and_gets_the_bytes_in_order() {
+fn a_named_pipe_is_created_and_receives_the_bytes_in_order() {
     let bench = SinkFixture::new(8 << 20);
     let path = bench.path("out");
     let mut sink = bench.open(&SinkSpec::Fifo(path.clone())).unwrap();
@@ -108,7 +108,7 @@ fn a_named_pipe_is_made_and_gets_the_bytes_in_order() {
     sink.send_hole((3 << 20) + 5..(5 << 20) + 1).unwrap();
     let monitor = sink.monitor();
     assert_eq!(monitor.accepted(), (5 << 20) + 1);
-    // What is missing is a hole, before the next data as at the end.
+    // A gap is sent as a hole, before later data as well as at the end.
     send(&mut sink, 6 << 20, b"late").unwrap();
     sink.finish(8 << 20).unwrap();
     let mut expected = data;
@@ -119,7 +119,7 @@ fn a_named_pipe_is_made_and_gets_the_bytes_in_order() {
 }
 
 #[test]
-fn a_named_pipe_without_a_reader_is_waited_for_until_stopped() {
+fn prepare_waits_for_a_reader_of_a_named_pipe_until_stopped() {
     let bench = SinkFixture::new(1 << 20);
     let mut sink = bench.open(&SinkSpec::Fifo(bench.path("out"))).unwrap();
     let waiting = thread::spawn(move || (sink.prepare(), sink));
@@ -133,7 +133,7 @@ fn a_named_pipe_without_a_reader_is_waited_for_until_stopped() {
 }
 
 #[test]
-fn a_stalled_reader_is_waited_for_until_stopped_and_the_count_is_exact() {
+fn a_send_waits_for_a_stalled_reader_until_stopped_and_the_count_is_exact() {
     let bench = SinkFixture::new(64 << 20);
     let path = bench.path("out");
     let mut sink = bench.open(&SinkSpec::Fifo(path.clone())).unwrap();
@@ -160,7 +160,7 @@ fn a_stalled_reader_is_waited_for_until_stopped_and_the_count_is_exact() {
 }
 
 #[test]
-fn a_gap_of_terabytes_can_be_stopped() {
+fn writing_a_gap_of_terabytes_can_be_stopped() {
     let bench = SinkFixture::new(1 << 44);
     let null = SinkSpec::File { path: "/dev/null".into(), overwrite: Overwrite::No };
     let mut sink = bench.open(&null).unwrap();
@@ -176,7 +176,7 @@ fn a_gap_of_terabytes_can_be_stopped() {
 }
 
 #[test]
-fn a_reader_that_goes_is_an_error_for_ever_and_told_of() {
+fn the_loss_of_the_reader_is_a_permanent_error_with_an_explanation() {
     let bench = SinkFixture::new(1 << 30);
     let path = bench.path("out");
     let mut sink = bench.open(&SinkSpec::Fifo(path.clone())).unwrap();
@@ -201,7 +201,7 @@ fn a_reader_that_goes_is_an_error_for_ever_and_told_of() {
 }
 
 #[test]
-fn only_a_named_pipe_is_taken_for_one() {
+fn to_fifo_refuses_a_regular_file() {
     let bench = SinkFixture::new(4096);
     let path = bench.path("file");
     fs::write(&path, "kept").unwrap();
@@ -211,7 +211,7 @@ fn only_a_named_pipe_is_taken_for_one() {
 }
 
 #[test]
-fn a_file_has_its_name_only_when_it_is_whole_and_its_holes_stay() {
+fn a_file_gets_its_name_only_at_the_end_and_keeps_its_holes() {
     let bench = SinkFixture::new(64 << 20);
     let (path, part) = (bench.path("o.img"), bench.path("o.img.part"));
     let mut sink = bench.open(&bench.file("o.img")).unwrap();
@@ -235,7 +235,7 @@ fn a_file_has_its_name_only_when_it_is_whole_and_its_holes_stay() {
 }
 
 #[test]
-fn an_aborted_file_stays_as_part_and_is_used_again() {
+fn an_aborted_file_stays_as_part_and_is_replaced_by_the_next_stream() {
     let bench = SinkFixture::new(8192);
     let mut sink = bench.open(&bench.file("o")).unwrap();
     send(&mut sink, 0, &[1; 8192]).unwrap();
@@ -252,14 +252,14 @@ fn an_aborted_file_stays_as_part_and_is_used_again() {
 }
 
 #[test]
-fn a_stream_that_was_given_up_before_its_first_byte_leaves_no_part() {
+fn a_stream_aborted_before_its_first_byte_leaves_no_part() {
     let bench = SinkFixture::new(8192);
     bench.open(&bench.file("o")).unwrap().abort();
     assert!(!bench.path("o").exists() && !bench.path("o.part").exists());
 }
 
 #[test]
-fn a_file_that_is_given_up_at_the_very_end_does_not_look_whole() {
+fn a_file_aborted_during_finish_does_not_get_its_name() {
     let bench = SinkFixture::new(4096);
     let mut sink = bench.open(&bench.file("o")).unwrap();
     send(&mut sink, 0, &[1; 4096]).unwrap();
@@ -269,7 +269,7 @@ fn a_file_that_is_given_up_at_the_very_end_does_not_look_whole() {
 }
 
 #[test]
-fn two_streams_cannot_write_one_file() {
+fn two_streams_cannot_write_the_same_file() {
     let bench = SinkFixture::new(4096);
     let mut first = bench.open(&bench.file("o")).unwrap();
     send(&mut first, 0, &[1; 4096]).unwrap();
@@ -280,7 +280,7 @@ fn two_streams_cannot_write_one_file() {
 }
 
 #[test]
-fn an_existing_file_is_replaced_only_when_asked_for_and_only_at_the_end() {
+fn an_existing_file_is_replaced_only_on_request_and_only_at_the_end() {
     let bench = SinkFixture::new(4096);
     let path = bench.path("o");
     fs::write(&path, "old").unwrap();
@@ -303,7 +303,7 @@ fn an_existing_file_is_replaced_only_when_asked_for_and_only_at_the_end() {
 }
 
 #[test]
-fn a_file_that_somebody_made_meanwhile_is_not_replaced() {
+fn a_file_created_by_someone_else_meanwhile_is_not_replaced() {
     let bench = SinkFixture::new(4096);
     let sink = bench.open(&bench.file("o")).unwrap();
     fs::write(bench.path("o"), "theirs").unwrap();
@@ -314,7 +314,7 @@ fn a_file_that_somebody_made_meanwhile_is_not_replaced() {
 }
 
 #[test]
-fn what_is_no_file_is_refused_and_so_is_the_mount() {
+fn to_file_refuses_other_types_and_paths_in_the_mount() {
     let bench = SinkFixture::new(4096);
     let error = |path: &Path| {
         let target = SinkSpec::File { path: path.to_owned(), overwrite: Overwrite::Yes };
@@ -329,7 +329,7 @@ fn what_is_no_file_is_refused_and_so_is_the_mount() {
     assert!(error(Path::new("/nonexistent/mount/o")).contains("lies in the mount"));
     let inside = SinkSpec::Fifo("/nonexistent/mount/o".into());
     assert!(matches!(bench.open(&inside), Err(StreamOpenError::SelfReference(_))));
-    // What is in the place of the .part must be a file too.
+    // The name of the .part must belong to a file, too.
     fs::create_dir(bench.path("d.part")).unwrap();
     assert!(bench.open(&bench.file("d")).is_err());
     fifo::create_missing(&bench.path("p.part")).unwrap();
@@ -337,7 +337,7 @@ fn what_is_no_file_is_refused_and_so_is_the_mount() {
 }
 
 #[test]
-fn a_full_device_is_an_error_in_words() {
+fn a_full_device_is_explained_in_words() {
     let bench = SinkFixture::new(1 << 20);
     let full = SinkSpec::File { path: "/dev/full".into(), overwrite: Overwrite::No };
     let mut sink = bench.open(&full).unwrap();
@@ -348,7 +348,7 @@ fn a_full_device_is_an_error_in_words() {
 }
 
 #[test]
-fn a_command_gets_everything_and_its_status_is_the_streams() {
+fn a_command_receives_everything_and_its_status_decides_the_result() {
     let bench = SinkFixture::new(4 << 20);
     let mut sink = bench.command(&[&["cat"], &["sh", "-c", "cat > out"]]);
     assert_eq!(sink.monitor().describe(), "cmd:cat | sh -c 'cat > out'");
@@ -362,7 +362,7 @@ fn a_command_gets_everything_and_its_status_is_the_streams() {
 }
 
 #[test]
-fn a_command_that_stops_reading_is_told_of() {
+fn a_command_that_stops_reading_is_reported() {
     let bench = SinkFixture::new(1 << 30);
     let many = |sink: &mut HostSink| {
         (0..).find_map(|turn| send(sink, turn * 65536, &[1; 65536]).err()).unwrap()
@@ -393,7 +393,7 @@ fn an_aborted_command_never_sees_the_end_of_its_input() {
 }
 
 #[test]
-fn a_finish_that_waits_for_a_command_is_stopped_and_the_command_killed() {
+fn stop_ends_a_finish_that_waits_for_a_command_and_kills_the_command() {
     let bench = SinkFixture::new(0);
     let sink = bench.command(&[&["sleep", "1000"]]);
     let monitor = sink.monitor();
@@ -406,7 +406,7 @@ fn a_finish_that_waits_for_a_command_is_stopped_and_the_command_killed() {
 }
 
 #[test]
-fn records_tell_of_everything_and_late_rewrites_do_not_move_the_count() {
+fn records_describe_everything_and_late_rewrites_do_not_change_the_count() {
     let bench = SinkFixture::rbd(1 << 20);
     let mut sink = bench.open(&bench.file("o.rbd")).unwrap();
     assert!(sink.can_rewrite());
@@ -443,14 +443,14 @@ fn raw_bytes_that_were_sent_cannot_be_sent_again() {
     assert!(!sink.can_rewrite());
     send(&mut sink, 0, b"abc").unwrap();
     assert_eq!(send(&mut sink, 2, b"x").unwrap_err().raw_os_error(), Some(libc::EINVAL));
-    // It was refused, not half done.
+    // The write was refused as a whole, not half done.
     send(&mut sink, 3, b"x").unwrap();
     assert_eq!((sink.monitor().kind(), sink.monitor().accepted()), ("measure", 4));
     sink.finish(4096).unwrap();
 }
 
 #[test]
-fn standard_output_is_written_whatever_it_is_and_keeps_its_flags() {
+fn standard_output_may_be_a_pipe_or_a_socket_and_keeps_its_flags() {
     let stop = Stop::new().unwrap();
     let (reader, writer) = rustix::pipe::pipe().unwrap();
     let (ours, theirs) = std::os::unix::net::UnixStream::pair().unwrap();
@@ -478,7 +478,7 @@ fn standard_output_is_written_whatever_it_is_and_keeps_its_flags() {
 }
 
 #[test]
-fn standard_output_is_refused_in_the_background_and_without_a_reader() {
+fn standard_output_is_refused_in_the_background_and_fails_without_a_reader() {
     let bench = SinkFixture::new(4096);
     let error = bench.open(&SinkSpec::Stdout).unwrap_err().to_string();
     assert!(error.starts_with("to=stdout needs -f or run"), "{error}");
@@ -486,7 +486,7 @@ fn standard_output_is_refused_in_the_background_and_without_a_reader() {
     drop(reader);
     let opened = open::open_as_stdout(writer.as_fd(), &bench.stop);
     let error = match opened {
-        // Opening does not tell for a pipe without a name; writing does.
+        // Opening does not report this for an unnamed pipe; writing does.
         Ok(wire) => {
             let written = wire.write_all(&[IoSlice::new(b"x")], |_| {});
             assert_eq!(written.unwrap_err().raw_os_error(), Some(libc::EPIPE));
@@ -498,7 +498,7 @@ fn standard_output_is_refused_in_the_background_and_without_a_reader() {
 }
 
 #[test]
-fn many_small_parts_and_shared_pipes_go_through() {
+fn many_small_parts_are_written_to_files_and_shared_pipes() {
     let bench = SinkFixture::new(1 << 20);
     let data = bytes(100_000);
     let parts: Vec<_> = data.chunks(7).map(IoSlice::new).collect();

@@ -1,5 +1,5 @@
-//! A thread that notices when a sink goes away by itself: a command ends, a reader closes its end.
-//! Whoever sends notices only when there is something to send.
+//! A thread that notices when a sink goes away by itself: a command ends, or a reader closes its
+//! end. The sending thread would notice only when it has something to send.
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -15,7 +15,7 @@ use crate::stream::monitor::Monitor;
 use crate::stream::output::{SinkCallback, SinkEvent};
 use crate::stream::stop::Stop;
 
-/// Dropped, it has let go of everything.
+/// A running watcher. Dropping it ends the thread and releases all descriptors.
 #[derive(Debug)]
 pub(super) struct Watcher {
     stop: Stop,
@@ -23,10 +23,10 @@ pub(super) struct Watcher {
 }
 
 impl Watcher {
-    /// Watches the readers of `wire` and the commands of `monitor`.
+    /// Starts watching the readers of `wire` and the commands of `monitor`.
     ///
     /// # Errors
-    /// The errno of eventfd(2), or of making a thread.
+    /// The errno of eventfd(2), or of creating a thread.
     pub(super) fn start(
         wire: Option<Arc<OwnedFd>>,
         monitor: Monitor,
@@ -62,7 +62,7 @@ fn watch(mut wire: Option<Arc<OwnedFd>>, monitor: &Monitor, stop: &Stop, tell: &
         let mut ended = ended.into_iter();
         running.retain(|_| ended.next() != Some(true));
         if !has_readers {
-            // Waits for a command that is just going to say why.
+            // Waits for a command that is about to exit with a reason.
             let why = monitor.explain(&os_error(libc::EPIPE));
             wire = None;
             tell(SinkEvent::Gone(why));
@@ -70,15 +70,15 @@ fn watch(mut wire: Option<Arc<OwnedFd>>, monitor: &Monitor, stop: &Stop, tell: &
     }
 }
 
-/// Waits for something; tells whether the wire has readers, and of each program whether it has
+/// Waits for an event; returns whether the wire has readers, and for each program whether it has
 /// ended.
 ///
 /// # Errors
-/// `ECANCELED` once stopped; the errno of poll(2).
+/// `ECANCELED` once stopped; otherwise the errno of poll(2).
 fn wait(wire: Option<&OwnedFd>, running: &[OwnedFd], stop: &Stop) -> io::Result<(bool, Vec<bool>)> {
     let mut fds = vec![PollFd::from_borrowed_fd(stop.fd(), PollFlags::IN)];
     fds.extend(running.iter().map(|fd| PollFd::from_borrowed_fd(fd.as_fd(), PollFlags::IN)));
-    // What it tells without being asked: that nobody reads.
+    // Without requested events, poll(2) still reports the loss of all readers.
     fds.extend(wire.map(|fd| PollFd::from_borrowed_fd(fd.as_fd(), PollFlags::empty())));
     while let Err(error) = poll(&mut fds, None) {
         if error != Errno::INTR {

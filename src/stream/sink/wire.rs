@@ -1,4 +1,4 @@
-//! A sink that takes bytes one after the other: a pipe, a socket, a file written as a sequence.
+//! A sequential sink: a pipe, a socket, or a file written from beginning to end.
 
 use std::io::{self, IoSlice};
 use std::os::fd::{AsFd, OwnedFd};
@@ -17,22 +17,24 @@ use crate::stream::fifo;
 use crate::stream::stdio::{FdMode, PIPE_BUF};
 use crate::stream::stop::Stop;
 
-/// How often it is looked whether a reader has come: an open that waits for one cannot be stopped.
+/// How often `open_fifo` checks for a reader: an open(2) that blocks until one comes could not be
+/// stopped.
 const POLL_INTERVAL: Timespec = Timespec { tv_sec: 0, tv_nsec: 50_000_000 };
 
-/// What zeros are written from.
+/// The source of written zeros: 64 KiB.
 pub(super) static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
 
-/// How many pieces one call takes (`IOV_MAX`).
+/// The most pieces in one call (`IOV_MAX`).
 const MAX_IOVECS: usize = 1024;
 
-/// 1 MiB: a file takes that in a moment, and between two calls it is looked whether to stop.
+/// The most bytes in one write to a file: 1 MiB, which takes only a moment; the stop signal is
+/// checked between two calls.
 pub(super) const MAX_WRITE: usize = 1 << 20;
 
-/// 1 MiB of zeros: as much as a pipe holds.
+/// The number of pieces in 1 MiB of zeros, as much as a pipe holds.
 const ZERO_IOVECS: usize = MAX_WRITE / ZEROS.len();
 
-/// Where the bytes go.
+/// A writer to a sequential target.
 #[derive(Debug)]
 pub(super) struct WireWriter {
     fd: Arc<OwnedFd>,
@@ -45,15 +47,15 @@ impl WireWriter {
         Self { fd: Arc::new(fd), mode: manner, stop }
     }
 
-    /// The descriptor, if it tells that nobody reads any more: that of a pipe or a socket. The
-    /// other side sees the end only when this one is closed as well.
+    /// Returns the descriptor if it reports the loss of its readers, as pipes and sockets do. The
+    /// other side sees the end only when this copy is closed as well.
     pub(super) fn hangup_fd(&self) -> Option<Arc<OwnedFd>> {
         let found = rustix::fs::fstat(&self.fd).ok()?;
         let kind = FileType::from_raw_mode(found.st_mode);
         matches!(kind, FileType::Fifo | FileType::Socket).then(|| Arc::clone(&self.fd))
     }
 
-    /// Opens the named pipe `path`, once somebody reads it.
+    /// Opens the named pipe `path`, once it has a reader.
     pub(super) fn open_fifo(path: &Path, stop: Stop) -> io::Result<Self> {
         loop {
             match fifo::open(path, OFlags::WRONLY) {
@@ -62,7 +64,8 @@ impl WireWriter {
                 }
                 Err(error) => return Err(error),
                 Ok(fd) => {
-                    // The user's limit on pipes may be used up; a small one is only slower.
+                    // The user's limit on pipe memory may be used up; a smaller pipe is only
+                    // slower.
                     let _: Result<usize, Errno> = fcntl_setpipe_size(&fd, PIPE_SIZE);
                     return Ok(Self::new(fd, FdMode::NonBlocking, stop));
                 }
@@ -70,7 +73,8 @@ impl WireWriter {
         }
     }
 
-    /// Writes all of `parts`; says of each piece how many bytes it was, once they are out.
+    /// Writes all of `parts`; calls `passed` with the length of each piece once it has been
+    /// written.
     pub(super) fn write_all(
         &self,
         parts: &[IoSlice<'_>],
@@ -108,8 +112,8 @@ impl WireWriter {
         Ok(())
     }
 
-    /// Puts pages of zeros into a pipe without copying them; `None` when it is none, or for the
-    /// last few bytes.
+    /// Puts pages of zeros into a pipe without copying them; returns `None` if the target is not a
+    /// pipe, or for the last few bytes.
     fn splice_zeros(&self, left: u64) -> io::Result<Option<u64>> {
         if self.mode != FdMode::NonBlocking || left < ZEROS.len() as u64 {
             return Ok(None);
@@ -120,13 +124,13 @@ impl WireWriter {
             if self.stop.is_stopped() {
                 return Err(os_error(libc::ECANCELED));
             }
-            // SAFETY: the pipe refers to these pages until they are read: they belong to a static
-            // that nobody can change and that lives as long as the process.
+            // SAFETY: the pipe refers to these pages until they are read. They belong to an
+            // immutable static that lives as long as the process.
             let lent = unsafe {
                 vmsplice(&self.fd, &pieces[..count.min(ZERO_IOVECS)], SpliceFlags::NONBLOCK)
             };
             match lent {
-                // Not a pipe after all.
+                // The target is not a pipe.
                 Ok(0) | Err(Errno::BADF | Errno::INVAL) => return Ok(None),
                 Ok(len) => return Ok(Some(len as u64)),
                 Err(Errno::INTR) => {}
@@ -136,7 +140,7 @@ impl WireWriter {
         }
     }
 
-    /// Writes the beginning of `parts`, whose first is not empty; waits as long as nothing can be
+    /// Writes a prefix of `parts`, the first of which must not be empty; waits while nothing can be
     /// written.
     fn write_some(&self, parts: &[IoSlice<'_>]) -> io::Result<usize> {
         loop {
@@ -157,7 +161,7 @@ impl WireWriter {
     }
 
     fn wait_writable(&self) -> io::Result<()> {
-        // Errors too end the wait; the write says which.
+        // Errors end the wait, too; the write reports which.
         self.stop.wait_for(self.fd.as_fd(), PollFlags::OUT, None).map(|_| ())
     }
 
@@ -181,7 +185,7 @@ impl WireWriter {
     }
 }
 
-/// How many of `parts` are one call's worth; 0 when the first alone is more.
+/// Returns how many of `parts` fit into one call; 0 if the first alone is too large.
 pub(super) fn fitting_count(parts: &[IoSlice<'_>]) -> usize {
     let mut total = 0;
     let fits = |part: &&IoSlice<'_>| {

@@ -1,4 +1,4 @@
-//! The window against a byte array, and against an oracle that tries every policy.
+//! Tests of the window against a byte array, and against an oracle that tries every policy.
 
 use proptest::prelude::*;
 
@@ -6,7 +6,7 @@ use super::*;
 
 const SIZE: usize = 48;
 
-/// A write of one value; 0 writes zeros, as long as `len`.
+/// A write of `len` bytes of one value; 0 writes zeros.
 #[derive(Clone, Debug)]
 struct Op {
     at: usize,
@@ -25,7 +25,7 @@ fn op() -> impl Strategy<Value = Op> {
     })
 }
 
-/// A stream whose bytes lie in an array and whose sink is a `Vec`.
+/// A stream whose data is in an array and whose sink is a `Vec`.
 struct SimulatedStream {
     window: Window,
     held: Vec<u8>,
@@ -38,7 +38,7 @@ impl SimulatedStream {
         Self { window, held: vec![0; SIZE], out: Vec::new() }
     }
 
-    /// Whether it was accepted.
+    /// Applies `op`; returns whether it was accepted.
     fn run(&mut self, op: &Op) -> bool {
         let value = if op.punch { 0 } else { op.value };
         let bytes = vec![value; op.len];
@@ -97,8 +97,8 @@ impl SimulatedStream {
     }
 }
 
-/// Whether any in-order policy within the budget gets through, however far it sees: every
-/// frontier that a policy could be at is followed, step by step.
+/// Returns whether any in-order policy within the budget succeeds, even one that knows the future:
+/// every frontier that a policy could have is followed, step by step.
 fn oracle(ops: &[Op], window: usize, spill: usize) -> bool {
     let mut image = [0u8; SIZE];
     let mut frontiers = [false; SIZE + 1];
@@ -132,7 +132,7 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(10_000))]
 
     #[test]
-    fn what_comes_out_is_the_final_image_or_the_stream_is_in_error(
+    fn the_output_is_the_final_image_or_the_stream_fails(
         ops in prop::collection::vec(op(), 1..40),
         window in 0..=SIZE as u64,
         spill in 0..=SIZE as u64,
@@ -149,7 +149,7 @@ proptest! {
     }
 
     #[test]
-    fn it_fails_only_where_a_policy_that_knows_the_future_fails(
+    fn the_window_fails_only_where_a_policy_that_knows_the_future_fails(
         ops in prop::collection::vec(op(), 1..25),
         window in 0..=SIZE,
         spill in 0..=SIZE,
@@ -159,7 +159,7 @@ proptest! {
     }
 
     #[test]
-    fn the_needed_window_and_spill_are_the_smallest_that_do(
+    fn the_needed_window_and_spill_are_the_smallest_that_suffice(
         ops in prop::collection::vec(op(), 1..25),
         window in 0..=SIZE as u64,
     ) {
@@ -173,7 +173,7 @@ proptest! {
     }
 
     #[test]
-    fn a_truncated_stream_has_lost_what_was_held_and_nothing_else(
+    fn truncation_drops_the_held_data_and_nothing_else(
         ops in prop::collection::vec(op(), 1..20),
         window in 0..=SIZE as u64,
         at in 0..=SIZE,
@@ -199,7 +199,7 @@ proptest! {
 }
 
 #[test]
-fn a_write_beyond_pushes_the_frontier_just_far_enough() {
+fn a_write_beyond_the_edge_advances_the_frontier_just_far_enough() {
     let mut window = Window::new(100, 10, 0);
     window.set(0..4, Some(Written::Data));
     assert!(!window.advance());
@@ -222,7 +222,7 @@ fn a_write_beyond_pushes_the_frontier_just_far_enough() {
 }
 
 #[test]
-fn the_lowest_data_leaves_first_and_no_more_than_has_to() {
+fn the_lowest_data_leaves_first_and_no_more_than_necessary() {
     let mut window = Window::new(1000, 0, 10);
     window.set(900..908, Some(Written::Data));
     assert!(!window.advance());
@@ -233,7 +233,7 @@ fn the_lowest_data_leaves_first_and_no_more_than_has_to() {
 }
 
 #[test]
-fn many_runs_that_were_sent_are_joined() {
+fn too_many_sent_runs_are_joined() {
     let size = 1 << 40;
     let mut window = Window::new(size, 0, 0);
     let count = 3 * MAX_RUNS as u64;
@@ -251,13 +251,13 @@ fn many_runs_that_were_sent_are_joined() {
 }
 
 #[test]
-fn joining_runs_leaves_what_is_not_sent_as_it_is() {
+fn joining_runs_does_not_change_unsent_runs() {
     let mut window = Window::new(1 << 30, 0, 0);
     window.max_runs = 4;
     for at in 0..8u64 {
         window.set(at * 8192..at * 8192 + 4096, Some(Written::Data));
     }
-    // Zeros that the next frontier cuts in two.
+    // A run of zeros that the next frontier cuts in two.
     window.set(65536..1 << 20, Some(Written::Zeros));
     window.frontier = 80_000;
     while let Some(leaving) = window.take_next(1 << 20) {
@@ -275,7 +275,7 @@ fn joining_runs_leaves_what_is_not_sent_as_it_is() {
 }
 
 #[test]
-fn holes_in_joined_runs_do_not_count_below_nothing() {
+fn holes_in_joined_runs_do_not_make_the_written_count_negative() {
     let mut window = Window::new(1 << 30, 0, 0);
     window.max_runs = 4;
     for at in 0..16u64 {

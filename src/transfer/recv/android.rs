@@ -1,11 +1,11 @@
-//! An Android sparse image: what it holds becomes a file with holes.
+//! Receiving an Android sparse image into a file with holes or a device.
 //!
 //! | chunk | becomes |
 //! |---|---|
-//! | RAW | its bytes |
-//! | FILL | a hole when it is zeros, else its bytes |
-//! | DONT_CARE | what was there: of a device, or of the file of `--onto`; else a hole |
-//! | CRC32 | nothing; it must be right |
+//! | RAW | the same bytes |
+//! | FILL | a hole if the pattern is zeros, else the repeated pattern |
+//! | DONT_CARE | the old content of a device or of the `--onto` file; otherwise a hole |
+//! | CRC32 | nothing; the checksum must be correct |
 
 use std::io::{self, BufReader, Read};
 
@@ -15,13 +15,13 @@ use super::records::StreamHead;
 use crate::formats::android::{AndroidDecoder, AndroidRecord, Checksums};
 use crate::host::os_message;
 
-/// Enough for headers; what is longer is read past it.
+/// The input buffer in bytes, large enough for headers; longer reads bypass it.
 const HEADER_BUFFER: usize = 4096;
 
-/// An image that is being read.
+/// An image being read.
 pub(super) type AndroidImage<R> = AndroidDecoder<BufReader<R>>;
 
-/// Reads the beginning of an image.
+/// Reads the header of an image.
 pub(super) fn open_image<R: Read>(
     input: R,
 ) -> Result<(AndroidImage<R>, StreamHead), TransferError> {
@@ -46,7 +46,7 @@ pub(super) fn open_image<R: Read>(
 }
 
 impl Receiver<'_> {
-    /// Takes the chunks of an image.
+    /// Receives the chunks of an image.
     pub(super) fn receive_android<R: Read>(
         &mut self,
         image: &mut AndroidImage<R>,
@@ -54,7 +54,7 @@ impl Receiver<'_> {
         let mut buffer = vec![0; BUFFER_SIZE];
         loop {
             match image.next_record().map_err(ReceiveError::Stream)? {
-                // It came first.
+                // The size was read first.
                 AndroidRecord::Size(_) => {}
                 AndroidRecord::Data(range) => {
                     let mut read = |buf: &mut [u8]| image.body().read_exact(buf);

@@ -1,13 +1,13 @@
-//! Receiving: what arrives becomes a file, under its name only when all of it is there.
+//! Receiving a stream into a file, which gets its name only when it is complete.
 //!
 //! ```text
-//!   rbd ──────────> records.rs ──┐
-//!   raw ──────────> plain.rs ────┼──> receiver.rs ──> NAME.part ──> NAME
-//!   android-sparse > sparse.rs ──┘         place.rs: whether, and where
+//!   rbd ───────────> records.rs ──┐
+//!   raw ───────────> raw.rs ──────┼──> receiver.rs ──> NAME.part ──> NAME
+//!   android-sparse > android.rs ──┘         preflight.rs: whether, and where
 //! ```
 //!
-//! Only records with checkpoints can be resumed: nothing else says what of it is right before
-//! its end.
+//! Only records with checkpoints can be resumed: in the other formats nothing says before the end
+//! of the stream which part of it is correct.
 
 mod android;
 mod preflight;
@@ -29,61 +29,63 @@ use crate::config::Overwrite;
 use crate::host::os_message;
 use crate::part_file::PartFile;
 
-/// Where to begin.
+/// The point at which a receiver begins.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ReceiveStart {
-    /// With nothing.
+    /// Begin with an empty file.
     New,
-    /// With what arrived before.
+    /// Continue after the bytes that arrived before.
     Resume,
 }
 
-/// What to receive, and where.
+/// The parameters of `receive`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ReceivePlan {
-    /// The file or device.
+    /// The path of the file or device.
     pub path: PathBuf,
-    /// What to do about a file of that name.
+    /// Whether an existing file of that name is replaced.
     pub overwrite: Overwrite,
-    /// Where to begin.
+    /// Whether to begin anew or to resume.
     pub start: ReceiveStart,
-    /// What comes over the wire.
+    /// The format of the stream.
     pub frames: TransferFormat,
-    /// The file that a stream of changes is put onto; it stays as it is.
+    /// The file to which a stream of changes is applied; a copy is changed, not the file itself.
     pub onto: Option<PathBuf>,
-    /// The most bytes of data that are written, what is only repeated included.
+    /// The most bytes of data to write, repeated patterns included.
     pub limit: u64,
 }
 
-/// What was received.
+/// The result of `receive`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Received {
-    /// How much of what.
+    /// The bytes received.
     pub progress: TransferProgress,
-    /// Whether checkpoints vouched for it: other senders send none.
+    /// Whether checkpoints have vouched for the content; streams of other senders contain none.
     pub is_verified: bool,
 }
 
-/// Where to send from so that `receive` can resume `path`; 0 when there is nothing to resume.
+/// Returns the offset in bytes from which a sender should send so that `receive` can resume `path`;
+/// 0 if there is nothing to resume.
 ///
 /// # Errors
-/// A line when it is no file, or cannot be read.
+/// A line for the user if `path` is not a file or cannot be read.
 pub fn resume_offset(path: &Path) -> Result<u64, TransferError> {
     let name = match Destination::of(path)? {
         Destination::Missing(name) | Destination::File(name, _) => name,
         Destination::Device(name) => return Err(device_resume_error(&name)),
     };
-    // Not locked: in a pipeline the receiver that will resume may have been started already.
+    // No lock: in a pipeline, the receiver that will resume may already be running.
     let found =
         PartFile::open_unlocked(&name)?.and_then(|(file, slot)| ReceiveState::load(&slot, &file));
     Ok(found.map_or(0, |state| state.offset))
 }
 
-/// Receives a file from `input`; `tell` hears how far it is.
+/// Receives a file from `input`; `tell` is called with the progress.
 ///
 /// # Errors
-/// A line: a file that is there already, a stream that is cut, damaged or another one than the
-/// part's, what the host refuses. Nothing has the name then that did not have it before.
+/// A line for the user: the file exists already; the stream is cut, damaged, or does not belong to
+/// the part; or the host refuses. In that case no file has appeared under the name or been
+/// replaced.
 pub fn receive<R: Read>(
     input: R,
     plan: &ReceivePlan,
@@ -112,7 +114,7 @@ pub fn receive<R: Read>(
     }
 }
 
-/// The error for a stream of which nothing was used.
+/// Returns the error for a stream that failed before any of it was used.
 fn start_error(error: &io::Error) -> TransferError {
     let what = match error.kind() {
         io::ErrorKind::InvalidData => "what arrives is no rbd diff v2, or is damaged".to_owned(),

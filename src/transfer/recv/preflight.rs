@@ -1,4 +1,5 @@
-//! Where something may be received: what is there already decides, and what was asked for.
+//! Checks, before anything is written, whether a stream may be received at a path, given what
+//! exists there and what the user asked for.
 
 use std::path::{Path, PathBuf};
 
@@ -10,7 +11,7 @@ use super::{ReceivePlan, ReceiveStart};
 use crate::config::Overwrite;
 use crate::part_file::PartFile;
 
-/// Where it may go.
+/// A place that can receive a stream.
 pub(super) enum ReceiveTarget {
     File {
         name: PathBuf,
@@ -62,7 +63,7 @@ impl ReceiveTarget {
     }
 }
 
-/// Whether this stream may go there.
+/// Checks whether the stream that begins with `head` may be received at `place`.
 pub(super) fn check_stream(
     plan: &ReceivePlan,
     head: &StreamHead,
@@ -126,7 +127,7 @@ pub(super) fn check_stream(
     Ok(())
 }
 
-/// The error for a device that is to be resumed.
+/// Returns the error for an attempt to resume a device.
 pub(super) fn device_resume_error(path: &Path) -> TransferError {
     let path = path.display();
     let line = format!("'{path}' is a device: only a file can be resumed, send all of it");

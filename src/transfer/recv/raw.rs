@@ -1,4 +1,4 @@
-//! Plain bytes: zeros become holes, and the end is where the input ends.
+//! Receiving plain bytes: zeros become holes, and the file ends where the input ends.
 
 use std::io::{self, Read};
 
@@ -7,7 +7,7 @@ use super::super::zeros::{RunKind, split_zeros};
 use super::receiver::{ReceiveError, Receiver};
 
 impl Receiver<'_> {
-    /// Takes plain bytes up to the end of the input.
+    /// Receives plain bytes up to the end of the input.
     pub(super) fn receive_raw<R: Read>(&mut self, mut input: R) -> Result<(), ReceiveError> {
         let mut buffer = vec![0; BUFFER_SIZE];
         let mut at = 0;

@@ -1,4 +1,4 @@
-//! The file while it is received, from its first byte to its name.
+//! The file or device being received, from its first byte until it gets its name.
 
 use std::io;
 use std::ops::Range;
@@ -21,18 +21,18 @@ use crate::host::{os_error, os_message};
 use crate::part_file::{FileSlot, PartFile, part_path};
 use rustix::fs::OFlags;
 
-/// A file or a device that is being received.
+/// A file or a device being received.
 pub(super) struct Receiver<'a> {
     pub(super) target: TargetWriter,
-    /// `None`: a device.
+    /// The part and the writer of its state; `None` for a device.
     pub(super) part: Option<(PartFile, StateWriter)>,
     device_path: PathBuf,
     overwrite: Overwrite,
-    /// Whether what is not written is what was there before.
+    /// Whether ranges that are not written keep the content they had before.
     pub(super) keeps_old_content: bool,
-    /// The most bytes of data that are written.
+    /// The most bytes of data to write.
     limit: u64,
-    /// What is kept of it; its offset is the last one that was verified.
+    /// The state to store for the part; its offset is the last one that was verified.
     pub(super) state: ReceiveState,
     pub(super) progress: TransferProgress,
     pub(super) is_verified: bool,
@@ -40,7 +40,7 @@ pub(super) struct Receiver<'a> {
 }
 
 impl<'a> Receiver<'a> {
-    /// Makes the place ready for the stream that begins with `head`.
+    /// Prepares `place` for the stream that begins with `head`.
     pub(super) fn open(
         place: ReceiveTarget,
         plan: &ReceivePlan,
@@ -66,12 +66,13 @@ impl<'a> Receiver<'a> {
         head: &StreamHead,
         tell: &'a mut dyn FnMut(&TransferProgress),
     ) -> Result<Self, TransferError> {
-        // The kernel's own lock: what is mounted or part of something is not written over.
+        // O_EXCL on a block device is the kernel's own lock: a device that is mounted or in use is
+        // not overwritten.
         let open = || match PathHandle::at(&path)? {
             it if it.metadata().file_type().is_block_device() => {
                 it.open(OFlags::RDWR | OFlags::EXCL)
             }
-            // Replaced since it was looked at.
+            // The path was replaced since it was checked.
             _ => Err(os_error(libc::ESTALE)),
         };
         let file = open().map_err(|error| TransferError::host("write", &path, &error))?;
@@ -97,7 +98,7 @@ impl<'a> Receiver<'a> {
         })
     }
 
-    /// `may_replace`: what the receiver that began the part was told.
+    /// Opens a part; `may_replace` is the setting of the receiver that began it.
     fn open_part(
         (part, may_replace): (PartFile, bool),
         plan: &ReceivePlan,
@@ -107,7 +108,7 @@ impl<'a> Receiver<'a> {
         let origin = head.origin();
         let mut clean = origin;
         if let Some(path) = &plan.onto {
-            // A pipe is no file to begin with, and would be waited for.
+            // A pipe cannot serve as the old file, and opening one would block.
             confined::open_input(path, confined::FileAccess::Read)
                 .map_err(|error| TransferError::host("read", path, &error))?;
             let source = TransferSource::open(path)?;
@@ -123,7 +124,7 @@ impl<'a> Receiver<'a> {
         }
         let overwrite = may_replace || plan.overwrite == Overwrite::Yes;
         let inode = part.file().metadata().map_err(failed)?.ino();
-        // What is sent again is written again, and is not verified until then.
+        // Bytes that are sent again are written again, and count as verified only after that.
         let state = ReceiveState { inode, offset: origin, overwrite, ..head.state() };
         Ok(Self {
             target,
@@ -144,7 +145,7 @@ impl<'a> Receiver<'a> {
         })
     }
 
-    /// Writes `range`, each piece of which `read` puts into the buffer first.
+    /// Writes `range` in pieces; `read` fills the buffer with each piece.
     pub(super) fn write_data(
         &mut self,
         range: Range<u64>,
@@ -166,7 +167,7 @@ impl<'a> Receiver<'a> {
         Ok(())
     }
 
-    /// Whether `len` more bytes of data may be written.
+    /// Checks whether `len` more bytes of data may be written.
     pub(super) fn check_limit(&self, len: u64) -> Result<(), ReceiveError> {
         if self.progress.data.saturating_add(len) > self.limit {
             return Err(ReceiveError::Limit(self.limit));
@@ -174,13 +175,13 @@ impl<'a> Receiver<'a> {
         Ok(())
     }
 
-    /// Whether there is room for `len` bytes of data, none of which the sender had to send.
+    /// Checks whether there is room for `len` bytes of data that the sender did not have to send.
     ///
     /// # Errors
-    /// `ENOSPC` before the first of them when a file has not.
+    /// `ENOSPC`, before the first byte is written, if a file has no room for all of them.
     pub(super) fn check_space(&self, len: u64) -> Result<(), ReceiveError> {
         let Some((part, _)) = &self.part else { return Ok(()) };
-        // A file system that does not tell takes what it can.
+        // If the file system does not report its free space, write as much as it accepts.
         let Ok(found) = rustix::fs::fstatvfs(&**part.file()) else { return Ok(()) };
         let held = part.file().metadata().map_or(0, |found| found.blocks().saturating_mul(512));
         let room = found.f_bavail.saturating_mul(found.f_frsize).saturating_add(held);
@@ -190,15 +191,15 @@ impl<'a> Receiver<'a> {
         Ok(())
     }
 
-    /// What reads as zeros.
+    /// Writes zeros to `range`, as a hole.
     pub(super) fn write_zeros(&mut self, range: Range<u64>) -> Result<(), ReceiveError> {
-        // Zeros can be told of again and again.
+        // A stream may repeat zeros without limit, so the count saturates.
         self.progress.holes = self.progress.holes.saturating_add(range.end - range.start);
         self.progress.reached = range.end;
         self.target.write_hole(range).map_err(ReceiveError::Target)
     }
 
-    /// Everything has arrived, or not.
+    /// Completes the file after everything has arrived, or reports why `read` failed.
     pub(super) fn finish(
         mut self,
         read: Result<(), ReceiveError>,
@@ -215,7 +216,7 @@ impl<'a> Receiver<'a> {
             return Ok(Received { progress: told, is_verified });
         };
         if let Err(broken) = read {
-            // Also then: what was verified is to stay, and to be found.
+            // Also after a failure: the verified bytes stay and must be found by a later resume.
             let kept = keeper.finish();
             let offset =
                 ReceiveState::load(part.slot(), part.file()).map_or(0, |state| state.offset);
@@ -236,7 +237,7 @@ impl<'a> Receiver<'a> {
     }
 }
 
-/// The part that `old` speaks of, for a stream that goes on with it.
+/// Prepares the part described by `old` for a stream that continues it.
 fn resume_part(
     part: PartFile,
     old: &ReceiveState,
@@ -246,18 +247,18 @@ fn resume_part(
     if head.origin() < old.offset {
         ReceiveState::remove(part.slot()).map_err(failed)?;
     }
-    // What came after it was never verified.
+    // The bytes after the origin were never verified.
     part.file().set_len(head.origin()).map_err(failed)?;
     Ok(part)
 }
 
-/// A new part of `name`, in place of `old`. `owner`: of the file that it will replace.
+/// Creates a part of `name` in place of `old`. `owner` is that of the file it will replace.
 fn create_part(
     name: &Path,
     old: Option<PartFile>,
     owner: Option<FileOwner>,
 ) -> Result<PartFile, TransferError> {
-    // First: a state must never meet a file that it does not speak of.
+    // Remove the state first: a state must never meet a file that it does not describe.
     let path = part_path(name);
     let failed = |error: io::Error| TransferError::host("write", &path, &error);
     let slot = match &old {
@@ -272,15 +273,15 @@ fn create_part(
     Ok(part)
 }
 
-/// Which end failed.
+/// The end of the transfer that failed.
 pub(super) enum ReceiveError {
     Stream(io::Error),
     Target(io::Error),
-    /// It is more than so many bytes.
+    /// The data exceeds this limit in bytes.
     Limit(u64),
 }
 
-/// What a broken transfer leaves.
+/// The remains of a broken transfer.
 enum PartialResult<'a> {
     Part { name: &'a Path, offset: u64 },
     Device,

@@ -1,4 +1,4 @@
-//! The records of an rbd diff, with or without our checkpoints.
+//! Receiving the records of an rbd diff, with or without our checkpoints.
 
 use std::io::{self, Read};
 use std::ops::Range;
@@ -9,29 +9,29 @@ use super::super::record_reader::{RecordReader, TransferRecord, damaged_error};
 use super::super::state::{ReceiveState, STATE_VERSION};
 use super::receiver::{ReceiveError, Receiver};
 
-/// What a stream says before its first byte.
+/// The header of a stream, up to its first data.
 #[derive(Debug, Default)]
 pub(super) struct StreamHead {
     pub(super) size: u64,
     pub(super) since: Option<String>,
-    /// Its first checkpoint; other senders send none.
+    /// The first checkpoint of the stream; streams of other senders contain none.
     pub(super) checkpoint: Option<Checkpoint>,
-    /// What was read too far.
+    /// The record after the header, which had to be read to find its end.
     next_record: Option<TransferRecord>,
 }
 
 impl StreamHead {
-    /// That of a stream that says its size alone.
+    /// Creates the header of a stream that carries only its size.
     pub(super) fn with_size(size: u64) -> Self {
         Self { size, ..Self::default() }
     }
 
-    /// Where the stream began.
+    /// Returns the offset at which the stream began.
     pub(super) fn origin(&self) -> u64 {
         self.checkpoint.map_or(0, |mark| mark.origin)
     }
 
-    /// What is kept of a file that nothing has arrived of.
+    /// Returns the state of a file of which nothing has arrived yet.
     pub(super) fn state(&self) -> ReceiveState {
         ReceiveState {
             version: STATE_VERSION,
@@ -56,7 +56,7 @@ impl StreamHead {
                 other => head.next_record = Some(other),
             }
             if head.checkpoint.is_some() || head.next_record.is_some() {
-                // Past what a file can be there is no size, and nothing to make room for.
+                // A larger size than a file can have is damage, and no reason to allocate room.
                 head.size = size
                     .filter(|size| *size <= crate::config::MAX_SIZE)
                     .ok_or_else(damaged_error)?;
@@ -67,7 +67,7 @@ impl StreamHead {
 }
 
 impl Receiver<'_> {
-    /// Takes the records of a stream.
+    /// Receives the records of a stream.
     pub(super) fn receive_records<R: Read>(
         &mut self,
         wire: &mut RecordReader<R>,
@@ -84,7 +84,8 @@ impl Receiver<'_> {
                 Some(event) => event,
                 None => wire.next_record().map_err(ReceiveError::Stream)?,
             };
-            // Of the last checkpoint's promise nothing may be changed.
+            // Nothing may change what the last checkpoint has vouched for, so only the end may
+            // follow it.
             if is_whole != (event == TransferRecord::End) && (ours.is_some() || is_whole) {
                 return Err(ReceiveError::Stream(damaged_error()));
             }
@@ -111,7 +112,7 @@ impl Receiver<'_> {
         }
     }
 
-    /// Whether a record may cover `range` now.
+    /// Checks whether a record may cover `range` at this point of the stream.
     fn check_range(
         &self,
         range: &Range<u64>,
