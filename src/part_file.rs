@@ -7,8 +7,8 @@
 //! All operations use the directory as it was opened at the beginning; if its path later leads
 //! elsewhere, that has no effect. The lock keeps two writers from sharing one part. After an
 //! interruption `NAME.part` stays, so that the user can see how far the write came, or resume it.
-//! An existing file of the final name is replaced only on request, even if somebody creates it at
-//! the last moment.
+//! An existing file of the final name is replaced only on request, even if another process creates
+//! it at the last moment.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
@@ -230,7 +230,7 @@ impl PartFile {
         })
     }
 
-    /// Deletes the part, whose content nobody needs.
+    /// Deletes the part when its content is not needed.
     pub fn remove(&self) {
         // The lock is still held, so the file is ours. If it cannot be deleted, it does no harm.
         let _ = confined::remove_file(self.slot.dir(), self.slot.part_name());

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   the disk, frozen ──┐
-//!                      ├─> plan: runs of data and of zeros ──> qcow2.rs, rbd.rs, android.rs, bmap.rs
+//!                      ├─> find_runs: data and zeros ──> qcow2.rs, rbd.rs, android.rs, bmap.rs
 //!   where it changed ──┘
 //! ```
 

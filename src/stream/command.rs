@@ -7,7 +7,7 @@
 //!
 //! The programs form one process group, so one signal ends all of them and their children. They run
 //! in the caller's directory, without a shell. All write their stderr into one pipe, of which the
-//! last 4 KiB are kept: its last line says best why a program failed.
+//! last 4 KiB are kept: its last line usually explains best why a program failed.
 //!
 //! A program that has ended stays a zombie until all have ended: its pid, which is also the number
 //! of the group, cannot be reused while a signal may still be sent to it. For the same reason the
@@ -44,11 +44,11 @@ use crate::process::restore_caller_limits;
 /// evens out the speeds of its two ends.
 pub(super) const PIPE_SIZE: usize = 1 << 20;
 
-/// How long `kill` waits for killed programs. One that is stuck in the kernel ends later.
+/// The longest wait of `kill` for the killed programs. One that is stuck in the kernel ends later.
 const KILL_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// How often `wait_unless_stopped` checks for the end of the programs: that wait must react to a
-/// stop.
+/// The interval at which `wait_unless_stopped` checks whether the programs have ended; that wait
+/// must react to a stop.
 const POLL_INTERVAL: Timespec = Timespec { tv_sec: 0, tv_nsec: 5_000_000 };
 
 /// The end of the pipeline that the daemon holds.

@@ -29,7 +29,7 @@ use rustix::process::{Pid, Signal, kill_process_group};
 /// The hidden subcommand that runs a guard.
 pub const SUBCOMMAND: &str = "__guard";
 
-/// How long a released guard may take to exit before it is killed.
+/// The time that a released guard has to exit before it is killed.
 const RELEASE_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// The program that implements the subcommand, once it has called [`enable_guards`].
@@ -63,7 +63,7 @@ impl GuardProcess {
             .stdin(Stdio::from(reader))
             .stdout(Stdio::from(data))
             .stderr(Stdio::null())
-            // The guard may outlive the daemon, and must not keep anybody's directory busy.
+            // The guard may outlive the daemon, and must not keep any directory busy.
             .current_dir("/")
             .process_group(0)
             .spawn()?;

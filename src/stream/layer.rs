@@ -55,7 +55,7 @@ impl WritableLayer for Output {
             return Err(os_error(libc::EAGAIN));
         }
         let (tell, told) = mpsc::channel();
-        // If the receiver is gone, nobody needs the answer.
+        // The send fails only if the receiver was dropped and needs no answer.
         self.write(offset, buf, 0, Box::new(move |result| drop(tell.send(result))));
         told.recv().unwrap_or_else(|_| Err(os_error(libc::EIO)))
     }

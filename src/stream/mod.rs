@@ -94,8 +94,8 @@ impl Stream {
         }
     }
 
-    /// Ends the stream when its mount ends, as `ending` says; returns a line for the user if there
-    /// is something to say.
+    /// Ends the stream according to `ending` when its mount ends; returns a line for the user if
+    /// there is anything to report.
     ///
     /// # Errors
     /// A line for the user: the stream is incomplete.
@@ -132,8 +132,8 @@ impl Stream {
     }
 }
 
-/// Returns the status of an input stream. A command that failed is reported even if nobody has
-/// asked for its last bytes.
+/// Returns the status of an input stream. A failed command is reported even if its last bytes
+/// have not been read.
 #[must_use]
 pub fn input_status(input: &Input, monitor: &Monitor) -> InputStatus {
     let mut status = input.status();

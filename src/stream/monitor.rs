@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use super::command::Pipeline;
 use crate::host::os_message;
 
-/// How long a program that has closed its input may take to exit with a reason.
+/// The time that a program that has closed its input has to exit with a reason.
 const EXIT_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// A handle on a running sink or source; all clones refer to the same one.

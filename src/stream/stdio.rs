@@ -10,7 +10,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::fs::{FileType, Mode, OFlags, fstat, fstatfs};
 use rustix::io::{Errno, fcntl_dupfd_cloexec};
 
-/// How to read or write a descriptor without blocking.
+/// The way to read or write a descriptor without blocking.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum FdMode {
     /// An `O_NONBLOCK` description of our own: poll, then a call that may return `EAGAIN`.

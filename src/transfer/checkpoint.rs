@@ -44,7 +44,7 @@ pub struct Checkpoint {
     pub start: u64,
     /// The end of the piece.
     pub end: u64,
-    /// A number that distinguishes this state of the source from others; 0 if it cannot be told.
+    /// A number that distinguishes this state of the source from others; 0 if unknown.
     pub identity: u64,
     /// The offset at which the stream began.
     pub origin: u64,

@@ -179,7 +179,7 @@ impl<R: Read> RecordReader<R> {
     }
 }
 
-/// Returns the error for input that cannot be what was sent.
+/// Returns the error for input that no sender can have sent.
 pub(super) fn damaged_error() -> io::Error {
     io::ErrorKind::InvalidData.into()
 }

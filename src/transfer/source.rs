@@ -15,7 +15,7 @@ use xxhash_rust::xxh3::xxh3_64;
 use super::TransferError;
 use super::zeros::RunKind;
 
-/// How far ahead the source is read: 4 MiB. The kernel's own read-ahead is 128 KiB.
+/// Bytes that the source is read ahead: 4 MiB. The kernel's own read-ahead is 128 KiB.
 const READ_AHEAD: u64 = 4 << 20;
 
 /// Whether data is searched for zeros.
@@ -40,7 +40,7 @@ pub struct TransferSource {
     data_estimate: Option<u64>,
     opened_stamp: Option<FileStamp>,
     /// A number that distinguishes this state of the file from others; 0 for pipes and devices,
-    /// which cannot be told.
+    /// whose changes cannot be detected.
     identity: u64,
 }
 
@@ -188,7 +188,7 @@ impl TransferSource {
     }
 
     /// Returns a number that distinguishes this state of the file from others; 0 for pipes and
-    /// devices, which cannot be told.
+    /// devices, whose changes cannot be detected.
     #[must_use]
     pub fn identity(&self) -> u64 {
         self.identity

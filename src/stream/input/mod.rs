@@ -48,7 +48,7 @@ use crate::host::{os_error, process_of_thread};
 /// Bytes held besides the read-window and the needs of parked reads: 4 MiB, enough for the source
 /// to continue while a few requests of 1 MiB are copied out.
 pub const READ_AHEAD: u64 = 4 << 20;
-/// How long `close` waits for the exit status of a source that was read to its end.
+/// The longest wait of `close` for the exit status of a source that was read to its end.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// The source of an input stream.

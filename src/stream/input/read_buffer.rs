@@ -4,7 +4,7 @@
 //! size, so nothing is ever moved, and dropped chunks are reused:
 //!
 //! ```text
-//!        start        kept bytes                end
+//!        start        kept bytes               end
 //!          v                                    v
 //!   .......|- chunk -|- chunk -|- chunk -|- chu.|
 //! ```

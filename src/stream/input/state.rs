@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 use super::read_buffer::{CHUNK_SIZE, ReadBuffer};
 use super::{InputState, READ_AHEAD, ReadReply};
 
-/// How far ahead the source is read, in bytes. Less than [`READ_AHEAD`], because chunks are dropped
-/// whole: one more chunk at either end and the thread's own buffer are subtracted.
+/// Bytes that the source is read ahead. Less than [`READ_AHEAD`], because chunks are dropped whole:
+/// one more chunk at either end and the thread's own buffer are subtracted.
 pub(super) const FETCH_AHEAD: u64 = READ_AHEAD - 3 * CHUNK_SIZE as u64;
 /// The most bytes that a reader may skip, unless the read-window is larger: 16 MiB. A probe of the
 /// end of a large disk skips more, and must not consume the stream.

@@ -8,16 +8,16 @@ use parking_lot::MutexGuard;
 use super::{Output, OutputCore, OutputState, reply_all, spec_size};
 use crate::config::{FinishWhen, Pad, format_size};
 
-/// How long `finish` waits for writers to close: RELEASE arrives after close(2) has returned.
+/// The longest wait of `finish` for writers to close: RELEASE arrives after close(2) has returned.
 const WRITERS_TIMEOUT: Duration = Duration::from_secs(5);
 /// The factor by which the wait is extended, once, for a sink that has been given everything.
 const FINAL_WAIT_FACTOR: u32 = 10;
-/// How often `finish` checks for writers.
+/// The interval at which `finish` checks for writers.
 const POLL_INTERVAL: Duration = Duration::from_millis(20);
-/// How long an aborted sink may take to end.
+/// The time that an aborted sink has to end.
 const ABORT_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// How long to wait for a sink.
+/// The limit on waiting for a sink.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DrainTimeout {
     /// No limit.

@@ -123,7 +123,7 @@ impl Output {
             if core.state == OutputState::Finishing {
                 return SenderStep::Finish(self.end_offset(&core));
             }
-            // Everything that could be sent is sent; the sink is gone for the rest.
+            // All data that may be sent has been sent, and the sink is gone before the rest.
             if core.sink_gone.is_some()
                 && (self.can_rewrite || self.monitor.accepted() < self.end_offset(&core))
             {

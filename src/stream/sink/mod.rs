@@ -2,19 +2,19 @@
 //!
 //! ```text
 //!            data, zeros, hole
-//!                   │ frames=raw, the target has places      frames=raw          frames=rbd
-//!                   ├──────────────▶ Seekable (file, device)     │                   │ records
-//!                   └──────────────▶ Wire (fifo, cmd, stdout) ◀──┴───────────────────┘
+//!                   │ frames=raw, random access              frames=raw          frames=rbd
+//!                   ├────────▶ SeekableWriter (file, device)     │                   │ records
+//!                   └────────▶ WireWriter (fifo, cmd, stdout) ◀──┴───────────────────┘
 //! ```
 //!
 //! One thread sends. Every operation that may block is given a [`Stop`]. A failure is permanent:
 //! the bytes on the wire at that moment may end in half a record, so nothing can follow them.
 //!
-//! How a stream ends decides whether half an image can be taken for a whole one. A file gets its
+//! The end of a stream decides whether half an image can be taken for a whole one. A file gets its
 //! name only in [`HostSink::finish`]. Commands that read a stream see the end of their input only
 //! after `finish`; without it they are killed first, also when the sink is dropped, and by their
-//! guard when the daemon is killed. The reader of a named pipe or of our stdout cannot be told;
-//! frames=rbd has an end record for it.
+//! guard when the daemon is killed. The reader of a named pipe or of our stdout cannot be
+//! informed; `frames=rbd` has an end record for that purpose.
 
 mod open;
 mod seekable;

@@ -17,8 +17,8 @@ use crate::stream::fifo;
 use crate::stream::stdio::{FdMode, PIPE_BUF};
 use crate::stream::stop::Stop;
 
-/// How often `open_fifo` checks for a reader: an open(2) that blocks until one comes could not be
-/// stopped.
+/// The interval at which `open_fifo` checks for a reader: an open(2) that blocks until there is one
+/// could not be stopped.
 const POLL_INTERVAL: Timespec = Timespec { tv_sec: 0, tv_nsec: 50_000_000 };
 
 /// The source of written zeros: 64 KiB.
