@@ -1,11 +1,12 @@
-//! Which names the mount shows, and which disk is behind each inode.
+//! The catalog of a mount: the names that the mount shows, and the disk behind each inode.
 //!
-//! Disks given on the command line keep their names; disks of a store can be made, renamed and
-//! removed. A removed disk stays, without a name, until its last handle is released and the kernel has
-//! forgotten it: who has found its name before opens it, as in any file system.
+//! Disks given on the command line keep their names; disks of a store can be created, renamed and
+//! removed. A removed disk stays, without a name, until its last handle is released and the kernel
+//! has forgotten the inode: a process that looked the name up before can still open it, as in any
+//! file system.
 //!
-//! The windows of a disk have no names of their own: `NAME.pN` leads to partition N of the disk
-//! NAME, whatever that is called by now.
+//! The partition files of a disk have no names of their own: `NAME.pN` is partition N of the disk
+//! NAME, and follows when the disk is renamed.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -23,7 +24,7 @@ use crate::host::os_error;
 use crate::name::{self, CONTROL_DIR};
 use crate::store::{Store, StoreError};
 
-/// Where a disk comes from, and so what may be done with its name.
+/// Origin of a disk, which decides whether its name can change.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DiskOrigin {
     /// The command line or the TOML file.
@@ -36,22 +37,23 @@ pub enum DiskOrigin {
 pub struct CatalogEntry {
     /// The disk.
     pub disk: Arc<Disk>,
-    /// Where it comes from.
+    /// Origin of the disk.
     pub origin: DiskOrigin,
-    /// A small number, for the inode numbers of its control files.
+    /// A small number that is unique in the mount, for the inode numbers of the disk's control
+    /// files.
     pub slot: u64,
 }
 
-/// What rename(2) does with a disk of the new name.
+/// How rename(2) treats a disk that already has the new name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RenameMode {
-    /// It goes.
+    /// Replace the disk.
     Replace,
-    /// It is an error (`RENAME_NOREPLACE`).
+    /// Fail with `EEXIST` (`RENAME_NOREPLACE`).
     NoReplace,
 }
 
-/// Refuses what cannot be the name of a disk.
+/// Refuses a `name` that no disk can have.
 fn check_name(name: &str) -> io::Result<()> {
     Ok(name::check_disk(name)?)
 }
@@ -59,7 +61,7 @@ fn check_name(name: &str) -> io::Result<()> {
 /// The names of a mount's disks.
 type DiskNames = BTreeMap<String, Arc<CatalogEntry>>;
 
-/// The window that `name` leads to.
+/// Finds the partition file called `name`, and its disk.
 fn find_partition(names: &DiskNames, name: &str) -> Option<(Arc<Disk>, Arc<PartitionFile>)> {
     let (disk, number) = split_name(name)?;
     let disk = &names.get(disk)?.disk;
@@ -67,8 +69,8 @@ fn find_partition(names: &DiskNames, name: &str) -> Option<(Arc<Disk>, Arc<Parti
     Some((Arc::clone(disk), Arc::clone(window)))
 }
 
-/// Why `disk` cannot be called `name` beside `names`, in one line without its name: a window is in
-/// the way.
+/// Returns why `disk` cannot be called `name` beside `names`, in one line without the name: another
+/// disk's partition file has it, or a partition file of `disk` would clash or have too long a name.
 fn find_clash(names: &DiskNames, name: &str, disk: &Disk) -> Option<String> {
     if let Some((other, window)) = find_partition(names, name)
         && other.uuid != disk.uuid
@@ -94,21 +96,21 @@ fn find_clash(names: &DiskNames, name: &str, disk: &Disk) -> Option<String> {
 
 /// The names and inodes of a mount.
 pub struct Catalog {
-    /// Where it is mounted.
+    /// The mountpoint.
     pub mountpoint: PathBuf,
     names: RwLock<DiskNames>,
-    /// By inode number, the nameless ones included.
+    /// Disks by inode number, including those without a name.
     inodes: DashMap<u64, Arc<CatalogEntry>>,
-    /// The windows of those disks, by inode number.
+    /// Partition files of those disks, by inode number.
     partitions: DashMap<u64, DiskFile>,
-    /// Snapshots that were looked up, by inode number.
+    /// Snapshot files that were looked up, by inode number.
     snapshots: DashMap<u64, Weak<Disk>>,
     next_slot: AtomicU64,
     store: Option<Store>,
 }
 
 impl Catalog {
-    /// An empty catalog of the mount at `mountpoint`.
+    /// Creates an empty catalog for the mount at `mountpoint`.
     #[must_use]
     pub fn new(mountpoint: &Path, store: Option<Store>) -> Self {
         Self {
@@ -122,10 +124,10 @@ impl Catalog {
         }
     }
 
-    /// Opens every disk of the store, if there is one, and hands it to `each`.
+    /// Opens every disk of the store, if there is one, and passes each to `each`.
     ///
     /// # Errors
-    /// As [`Store::open_disks`].
+    /// The same as [`Store::open_disks`].
     pub fn open_stored(
         &self,
         setting: &OpenContext<'_>,
@@ -134,7 +136,8 @@ impl Catalog {
         self.store.as_ref().map_or(Ok(()), |store| store.open_disks(setting, each))
     }
 
-    /// The store, when `dir` is its directory: a disk whose overlay is to be one of its disks.
+    /// Returns the store if `dir` is its directory, so that an overlay there becomes a disk of the
+    /// store.
     #[must_use]
     pub fn store_at(&self, dir: &Path) -> Option<&Store> {
         let same = |store: &&Store| {
@@ -144,8 +147,8 @@ impl Catalog {
         self.store.as_ref().filter(same)
     }
 
-    /// Makes the disk `name`, whose overlay is temporary, one of the store at `dir`; `None` when
-    /// that is no store of this mount.
+    /// Moves the disk `name`, whose overlay is temporary, into the store at `dir`. Returns `None`
+    /// when `dir` is no store of this mount.
     ///
     /// # Errors
     /// A line for the user.
@@ -173,7 +176,7 @@ impl Catalog {
         Some(kept)
     }
 
-    /// Makes the disk `to`, which holds what the disk `entry` of the store holds now.
+    /// Creates the disk `to` with the current contents of `entry`, a disk of the store.
     ///
     /// # Errors
     /// A line for the user; nothing is left behind then.
@@ -211,10 +214,10 @@ impl Catalog {
         Ok(disk)
     }
 
-    /// Adds a disk under a name that is not taken yet.
+    /// Adds a disk under a name that is not yet taken.
     ///
     /// # Errors
-    /// `EEXIST`; `EINVAL` and `ENAMETOOLONG` for what cannot be the name of a disk.
+    /// `EEXIST`; `EINVAL` or `ENAMETOOLONG` for a name that no disk can have.
     pub fn add(
         &self,
         name: &str,
@@ -241,7 +244,7 @@ impl Catalog {
         Ok(entry)
     }
 
-    /// Makes the windows of `disk` known by their inode numbers.
+    /// Registers the partition files of `disk` by their inode numbers.
     fn index_partitions(&self, disk: &Arc<Disk>) {
         for window in disk.partition_files() {
             let shown = DiskFile::partition(Arc::clone(disk), Arc::clone(window));
@@ -249,11 +252,12 @@ impl Catalog {
         }
     }
 
-    /// Shows the partitions of the disk `name`, which is in the catalog already, and returns what
-    /// is to be said of that. Only while nobody can open it.
+    /// Shows the partitions of the disk `name`, which is in the catalog already, and returns notes
+    /// for the user. May only be called while nobody can open the disk.
     ///
     /// # Errors
-    /// A line for the user, without the name; the disk has no windows then, or none that is seen.
+    /// A line for the user, without the name; the disk then has no partition files, or none is
+    /// visible.
     pub fn show_partitions(&self, name: &str, entry: &CatalogEntry) -> Result<Vec<String>, String> {
         let notes = entry.disk.show_partitions(name).map_err(|error| error.to_string())?;
         self.check_clash(name, &entry.disk)?;
@@ -261,7 +265,8 @@ impl Catalog {
         Ok(notes)
     }
 
-    /// Refuses a disk `name` whose name or whose windows' names are in the way of another's.
+    /// Refuses a disk `name` if its name or a name of its partition files clashes with another
+    /// disk.
     ///
     /// # Errors
     /// A line for the user, without the name.
@@ -269,40 +274,42 @@ impl Catalog {
         find_clash(&self.names.read(), name, disk).map_or(Ok(()), Err)
     }
 
-    /// The window of that name.
+    /// Returns the partition file called `name`.
     #[must_use]
     pub fn partition_named(&self, name: &str) -> Option<DiskFile> {
         let (disk, window) = find_partition(&self.names.read(), name)?;
         Some(DiskFile::partition(disk, window))
     }
 
-    /// The disk of that name.
+    /// Returns the disk called `name`.
     #[must_use]
     pub fn named(&self, name: &str) -> Option<Arc<CatalogEntry>> {
         self.names.read().get(name).cloned()
     }
 
-    /// What the file of that name shows: a disk or a window.
+    /// Returns the file called `name`: a disk or a partition file.
     #[must_use]
     pub fn file_named(&self, name: &str) -> Option<DiskFile> {
         let disk = self.named(name).map(|entry| DiskFile::from(Arc::clone(&entry.disk)));
         disk.or_else(|| self.partition_named(name))
     }
 
-    /// As [`file_named`](Self::file_named), for the kernel, which is led there: the disk stays, also without
-    /// its name, until the kernel has [`forgotten`](Disk::forgotten) that.
+    /// Looks `name` up for the kernel, like [`file_named`](Self::file_named), and counts the lookup
+    /// of a disk: the disk stays, even without its name, until the kernel has
+    /// [`forgotten`](Disk::forgotten) the inode.
     #[must_use]
     pub fn look_up(&self, name: &str) -> Option<DiskFile> {
-        // Under the lock: who takes the name away sees that it was looked up.
+        // Count under the lock: a thread that removes the name must see this lookup.
         let names = self.names.read();
         let disk = names.get(name).map(|entry| DiskFile::from(Arc::clone(&entry.disk)));
         let window =
             || find_partition(&names, name).map(|(disk, part)| DiskFile::partition(disk, part));
-        // Nobody tells the kernel to forget a window's name with the disk's: it is not counted.
+        // Partition files are not counted: the kernel is not told to forget them when their disk
+        // goes.
         disk.inspect(|shown| shown.disk().add_lookup()).or_else(window)
     }
 
-    /// What the file of that inode shows: a disk, a window or a snapshot.
+    /// Returns the file with inode number `ino`: a disk, a partition file or a snapshot.
     #[must_use]
     pub fn file_by_ino(&self, ino: u64) -> Option<DiskFile> {
         let disk = self.inodes.get(&ino).map(|entry| Arc::clone(&entry.disk));
@@ -311,14 +318,14 @@ impl Catalog {
         disk.map(DiskFile::from).or_else(window).or_else(snapshot)
     }
 
-    /// Makes a snapshot's file known by its inode number, as long as its disk holds it.
+    /// Registers a snapshot's file by its inode number, for as long as the disk holds the file.
     pub fn index_snapshot(&self, file: &Arc<Disk>) {
         if self.snapshots.insert(file.ino(), Arc::downgrade(file)).is_none() {
             self.snapshots.retain(|_, file| file.strong_count() > 0);
         }
     }
 
-    /// The disk of that slot, and its name.
+    /// Returns the name of the disk with this slot, and the disk.
     #[must_use]
     pub fn disk_by_slot(&self, slot: u64) -> Option<(String, Arc<CatalogEntry>)> {
         let names = self.names.read();
@@ -326,20 +333,20 @@ impl Catalog {
         Some((name.clone(), Arc::clone(entry)))
     }
 
-    /// Every name and its disk, in order.
+    /// Returns every name with its disk, sorted by name.
     #[must_use]
     pub fn list(&self) -> Vec<(String, Arc<CatalogEntry>)> {
         let names = self.names.read();
         names.iter().map(|(name, entry)| (name.clone(), Arc::clone(entry))).collect()
     }
 
-    /// Every disk, those without a name included.
+    /// Returns every disk, including those without a name.
     #[must_use]
     pub fn disks(&self) -> Vec<Arc<Disk>> {
         self.inodes.iter().map(|entry| Arc::clone(&entry.disk)).collect()
     }
 
-    /// The directory whose file system new disks go to.
+    /// Returns the store's directory, on whose file system new disks are created.
     #[must_use]
     pub fn store_dir(&self) -> Option<&Path> {
         self.store.as_ref().map(Store::dir)
@@ -354,10 +361,11 @@ impl Catalog {
         })
     }
 
-    /// Makes an empty disk.
+    /// Creates an empty disk in the store.
     ///
     /// # Errors
-    /// `EPERM` without a store; `EEXIST`; `EINVAL` for a name that cannot be one; the host's.
+    /// `EPERM` without a store; `EEXIST`; `EINVAL` or `ENAMETOOLONG` for a name that no disk can
+    /// have; the host's errno.
     pub fn create(&self, name: &str, owner: DiskOwner) -> io::Result<Arc<Disk>> {
         if self.file_named(name).is_some() || name == CONTROL_DIR {
             return Err(os_error(libc::EEXIST));
@@ -373,10 +381,11 @@ impl Catalog {
         Ok(disk)
     }
 
-    /// Adds a disk that was made in `store` just now; without its name it goes there, too.
+    /// Adds a disk that was just created in `store`; if that fails, removes the disk from the store
+    /// too.
     ///
     /// # Errors
-    /// `EEXIST`: another one came between.
+    /// `EEXIST` when another disk took the name meanwhile.
     pub fn add_stored(
         &self,
         store: &Store,
@@ -392,11 +401,11 @@ impl Catalog {
         })
     }
 
-    /// Takes a disk that was given out of the mount, unless somebody has it; `entry` is what
-    /// [`named`](Self::named) said. Its control files are gone with it.
+    /// Removes a disk that was given on the command line, unless it is in use; `entry` is the
+    /// result of [`named`](Self::named). The disk's control files disappear too.
     ///
     /// # Errors
-    /// `None` when the name leads to something else by now; else who has it.
+    /// `None` when the name now belongs to another disk; otherwise the users of the disk.
     pub fn remove(&self, name: &str, entry: &Arc<CatalogEntry>) -> Result<(), Option<InUse>> {
         let mut names = self.names.write();
         if !names.get(name).is_some_and(|there| Arc::ptr_eq(there, entry)) {
@@ -425,10 +434,11 @@ impl Catalog {
         Ok((store, entry))
     }
 
-    /// Removes a disk's name; the disk goes with its last handle.
+    /// Removes a disk's name; the disk itself is removed with its last handle.
     ///
     /// # Errors
-    /// `ENOENT`; `EPERM` for a disk that is not the store's and for a window; the host's errno.
+    /// `ENOENT`; `EPERM` for a disk that is not in the store and for a partition file; the host's
+    /// errno.
     pub fn unlink(&self, name: &str) -> io::Result<()> {
         let (store, entry) = self.require_stored("unlink", name)?;
         store.remove_name(name)?;
@@ -440,11 +450,11 @@ impl Catalog {
         Ok(())
     }
 
-    /// Renames a disk of the store; its windows go with it.
+    /// Renames a disk of the store, and its partition files with it.
     ///
     /// # Errors
-    /// As [`unlink`](Self::unlink); `EEXIST` when `over` refuses, and when a window would have the
-    /// name of another disk.
+    /// The errors of [`unlink`](Self::unlink). `EEXIST` when `over` forbids replacing a disk, and
+    /// when a partition file would get the name of another disk.
     pub fn rename(&self, from: &str, to: &str, over: RenameMode) -> io::Result<()> {
         let (store, entry) = self.require_stored("rename", from)?;
         check_name(to)?;
@@ -465,7 +475,7 @@ impl Catalog {
         let mut names = self.names.write();
         let clashes = || names.contains_key(to) || find_clash(&names, to, &entry.disk).is_some();
         if replaced.is_none() && clashes() {
-            // `add` came between.
+            // `add` took the name meanwhile.
             drop(names);
             store.rename(to, from)?;
             return Err(os_error(libc::EEXIST));
@@ -482,9 +492,10 @@ impl Catalog {
         Ok(())
     }
 
-    /// Lets a disk go that [nobody can reach](Disk::is_orphan) any more.
+    /// Removes a disk that [nobody can reach](Disk::is_orphan) any more, and its files in the
+    /// store.
     pub fn dispose(&self, disk: &Arc<Disk>) {
-        // Whoever refers to it by its number does so while it is in the map.
+        // Others reach the disk by inode number only while it is in this map.
         if self.inodes.remove_if(&disk.ino(), |_, entry| entry.disk.is_orphan()).is_none() {
             return;
         }
@@ -492,7 +503,7 @@ impl Catalog {
             self.partitions.remove(&window.ino());
         }
         if let Some(store) = &self.store {
-            // Its overlay is not closed: nobody will ever look at it again.
+            // The overlay is not closed first: its files are removed.
             store.remove_files(&disk.uuid);
         }
     }

@@ -1,14 +1,14 @@
 //! cowslip mounts virtual disks as plain files.
 //!
-//! Each disk is a stack of layers: a base that is never touched, copy-on-write overlays above it.
-//! One mount shows many disks, and `lseek(SEEK_HOLE/SEEK_DATA)` is answered from the extent map.
+//! Each disk is a stack of layers: a base that is never modified, copy-on-write overlays above it. One mount
+//! shows many disks, and `lseek(SEEK_HOLE/SEEK_DATA)` is answered from the extent map.
 //!
-//! A request goes down the modules once and comes back once:
-//! [`fs`] (decodes FUSE) → [`catalog`] (names) → [`disk`] (the stack of layers) → [`overlay`] and
-//! [`base`] → [`extents`]. [`config`] turns words into plain values before any of that.
+//! A request passes down through these modules, and its reply back up: [`fs`] (decodes FUSE) →
+//! [`catalog`] (names) → [`disk`] (the stack of layers) → [`overlay`] and [`base`] → [`extents`].
+//! Before that, [`config`] parses the user's input into plain values.
 //!
-//! A disk may be a [`stream`] instead: it leaves in order while it is written, or arrives.
-//! [`transfer`] sends files of any kind through pipes, and needs no mount.
+//! Instead of a stack of layers, a disk may be a [`stream`]: written data is sent on in order, or
+//! incoming data is read. [`transfer`] sends files of any kind through pipes, and needs no mount.
 
 pub mod aligned;
 pub mod base;

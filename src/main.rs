@@ -1,4 +1,4 @@
-//! `cowslip`: parse, run one command, print one error.
+//! The `cowslip` binary: parses the arguments, runs one command, prints at most one error.
 
 use std::process::ExitCode;
 
@@ -7,7 +7,7 @@ use cowslip::{cli, host, process};
 fn main() -> ExitCode {
     host::use_single_arena();
     process::handle_sigxfsz();
-    // No thread may exist before this: `mount` and `run` fork.
+    // `mount` and `run` fork, so no thread may exist before this line.
     let code = cli::run(std::env::args_os()).unwrap_or_else(|error| {
         cli::print_error(&error);
         cli::exit_code(&error)

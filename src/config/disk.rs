@@ -1,4 +1,5 @@
-//! `[NAME=]SOURCE[,KEY[=VALUE]]...`: taking a disk apart, its name and its source.
+//! The parser for disks, `[NAME=]SOURCE[,KEY[=VALUE]]...`: splits the text, and reads name and
+//! source.
 
 use std::collections::HashMap;
 use std::ffi::{OsStr, OsString};
@@ -13,13 +14,13 @@ use super::{
 };
 use crate::name::{self, NameError};
 
-/// Reads a disk as the command line has it.
+/// Parses a disk as written on the command line.
 ///
-/// Relative paths start at `dir`, which should be absolute. `exists` is asked only when the disk
-/// is refused anyway: whether it is a path with a comma in it that was meant.
+/// Relative paths are joined to `dir`, which should be absolute. `exists` is called only when the
+/// disk is refused: perhaps the user meant a path with a comma in it.
 ///
 /// # Errors
-/// Whatever [`SpecError`] says, with the disk before it.
+/// [`SpecError`], with the disk's text before it.
 pub fn parse_disk(
     text: impl AsRef<OsStr>,
     dir: &Path,
@@ -37,7 +38,7 @@ pub fn parse_disk(
     })
 }
 
-/// Splits `NAME=` off, which is there only if no `/`, `:` or `,` comes before the first `=`.
+/// Splits off `NAME=`, which is there only if no `/`, `:` or `,` precedes the first `=`.
 fn split_name_prefix(text: &OsStr) -> (Option<&OsStr>, &OsStr) {
     let bytes = text.as_bytes();
     let end = bytes.iter().position(|byte| matches!(byte, b'=' | b'/' | b':' | b','));
@@ -49,7 +50,7 @@ fn split_name_prefix(text: &OsStr) -> (Option<&OsStr>, &OsStr) {
     }
 }
 
-/// Splits at commas; of two in a row, taken from the left, comes one in the piece.
+/// Splits at single commas. Two commas in a row, paired from the left, are one comma in the piece.
 fn split_commas(bytes: &[u8]) -> Vec<OsString> {
     let mut pieces = Vec::new();
     let mut piece = Vec::new();
@@ -65,14 +66,14 @@ fn split_commas(bytes: &[u8]) -> Vec<OsString> {
     pieces
 }
 
-/// The opposite of [`split_commas`] for one piece.
+/// Doubles the commas of one piece: the inverse of [`split_commas`].
 fn double_commas(piece: &OsStr) -> OsString {
     let parts: Vec<&[u8]> = piece.as_bytes().split(|byte| *byte == b',').collect();
     OsString::from_vec(parts.join(&b",,"[..]))
 }
 
-/// Whether the source and the pieces after it, with the commas between them, are a path that
-/// exists: the longest one.
+/// Looks for the longest existing path made of the source, the pieces after it, and the commas
+/// between them; returns an error that says how to write that path.
 fn comma_hint(
     name: Option<&OsStr>,
     pieces: &[OsString],
@@ -98,7 +99,7 @@ fn comma_hint(
     None
 }
 
-/// A disk taken apart: what the command line and TOML have in common.
+/// A disk split into its parts, the same for the command line and TOML.
 pub(super) struct RawSpec {
     pub(super) name: Option<OsString>,
     pub(super) source: OsString,
@@ -106,7 +107,7 @@ pub(super) struct RawSpec {
 }
 
 impl RawSpec {
-    /// A source, and keys with or without a value.
+    /// Creates a `RawSpec` from the source and the keys after it, with or without a value.
     fn from_pieces(name: Option<&OsStr>, pieces: &[OsString]) -> Result<Self, SpecError> {
         let (source, rest) =
             pieces.split_first().map_or((OsStr::new(""), pieces), |(first, rest)| (first, rest));
@@ -114,7 +115,7 @@ impl RawSpec {
         Ok(Self { name: name.map(OsStr::to_owned), source: source.to_owned(), keys })
     }
 
-    /// The disk, checked.
+    /// Builds the disk's spec, and checks it.
     pub(super) fn build(self, dir: &Path) -> Result<DiskSpec, SpecError> {
         let source = parse_source(&self.source, dir)?;
         let name = match (&self.name, &source) {
@@ -135,7 +136,7 @@ impl RawSpec {
     }
 }
 
-/// `KEY=VALUE` or `KEY`.
+/// Splits `KEY=VALUE` or `KEY`.
 fn split_key(piece: &OsStr) -> Result<(String, RawValue), SpecError> {
     let bytes = piece.as_bytes();
     let equals = bytes.iter().position(|byte| *byte == b'=');
@@ -147,11 +148,11 @@ fn split_key(piece: &OsStr) -> Result<(String, RawValue), SpecError> {
     let value = equals.map_or(RawValue::Bare, |at| {
         RawValue::Text(OsStr::from_bytes(&bytes[at + 1..]).to_owned())
     });
-    // A key that is not UTF-8 is unknown, however it is spelt.
+    // A key that is not UTF-8 is unknown anyway.
     Ok((String::from_utf8_lossy(key).into_owned(), value))
 }
 
-/// A path, `blank:SIZE`, `stream:SIZE`, or something that is not in this version.
+/// Parses a source: a path, `blank:SIZE` or `stream:SIZE`. Other sources are refused.
 fn parse_source(text: &OsStr, dir: &Path) -> Result<DiskSource, SpecError> {
     let refused = |why| Err(SpecError::Source { given: escaped(text), why });
     let bytes = text.as_bytes();
@@ -183,7 +184,7 @@ fn parse_source(text: &OsStr, dir: &Path) -> Result<DiskSource, SpecError> {
     }
 }
 
-/// What stands before `://`, if it looks like a URL's.
+/// Returns the part before `://`, if it looks like the scheme of a URL.
 fn url_scheme(bytes: &[u8]) -> Option<&[u8]> {
     let end = bytes.windows(3).position(|window| window == b"://")?;
     let is_part = |byte: &u8| byte.is_ascii_alphanumeric() || b"+.-".contains(byte);
@@ -191,7 +192,8 @@ fn url_scheme(bytes: &[u8]) -> Option<&[u8]> {
     (scheme.first()?.is_ascii_alphabetic() && scheme.iter().all(is_part)).then_some(scheme)
 }
 
-/// The basename of a path, with `.img` for another format's suffix: what is read there is raw.
+/// Returns the basename of a path; the suffix of another format becomes `.img`, since the file in
+/// the mount is raw.
 fn default_name(path: &OsStr) -> Result<OsString, SpecError> {
     let path = Path::new(path);
     let Some(name) = path.file_name() else {
@@ -205,7 +207,7 @@ fn default_name(path: &OsStr) -> Result<OsString, SpecError> {
     }
 }
 
-/// `given`, if a file in the mount can be called that.
+/// Returns `given` if it is a valid name for a file in the mount.
 fn check_name(given: &OsStr) -> Result<String, SpecError> {
     let refused = |why| SpecError::Name { name: escaped(given), why };
     let text = given.to_str().ok_or_else(|| refused("it is not UTF-8: write NAME=SOURCE"))?;
@@ -223,10 +225,10 @@ fn check_name(given: &OsStr) -> Result<String, SpecError> {
     Err(refused(why))
 }
 
-/// Checks that no two disks have one name.
+/// Checks that all disks have different names.
 ///
 /// # Errors
-/// [`SpecError::SameName`] for the first two that do.
+/// [`SpecError::SameName`] for the first two disks with the same name.
 pub fn check_names(disks: &[DiskSpec]) -> Result<(), SpecError> {
     let mut seen: HashMap<&str, &DiskSource> = HashMap::new();
     for disk in disks {
@@ -241,10 +243,10 @@ pub fn check_names(disks: &[DiskSpec]) -> Result<(), SpecError> {
     Ok(())
 }
 
-/// Checks that what the kernel caches goes with every disk.
+/// Checks that the cache mode is possible with every disk.
 ///
 /// # Errors
-/// The first disk it does not go with.
+/// [`SpecError`] for the first disk that does not allow it.
 pub fn check_cache<'a>(
     disks: impl IntoIterator<Item = &'a DiskSpec>,
     cache: CacheMode,
@@ -252,7 +254,7 @@ pub fn check_cache<'a>(
     let found = disks.into_iter().find(|disk| disk.partitions == Partitions::Shown);
     match found.filter(|_| cache == CacheMode::Writeback) {
         Some(disk) => {
-            // A write that the kernel holds back for one file cannot be seen in the other.
+            // Pages held back by the kernel for one file would be invisible in the other.
             let why = "does not go with --cache writeback, under which the disk and its partitions \
                        would differ: drop one of them";
             let place = format!("disk '{}'", escaped(&disk.name));
@@ -262,7 +264,7 @@ pub fn check_cache<'a>(
     }
 }
 
-/// A source in a message.
+/// Describes a source in a message.
 fn source_text(source: &DiskSource) -> String {
     match source {
         DiskSource::File(path) => escaped(path),
@@ -290,7 +292,7 @@ mod tests {
         parse_disk(text, Path::new(DIR), &|_| false).unwrap_err().to_string()
     }
 
-    /// The message when the one file `path` exists.
+    /// Returns the error message when `path` is the only file that exists.
     fn why_with(text: &str, path: &str) -> String {
         let exists = |asked: &Path| asked == Path::new(path);
         parse_disk(text, Path::new(DIR), &exists).unwrap_err().to_string()
@@ -301,7 +303,7 @@ mod tests {
     }
 
     #[test]
-    fn a_path_alone_is_a_cow_disk_of_its_own_name() {
+    fn path_alone_is_a_cow_disk_named_after_the_file() {
         let disk = read("vm.img");
         assert_eq!((disk.name.as_str(), disk.source), ("vm.img", file("/home/me/vm.img")));
         assert_eq!((disk.mode, disk.format, disk.overlay), (DiskMode::Cow, None, None));
@@ -310,7 +312,7 @@ mod tests {
     }
 
     #[test]
-    fn the_default_name_has_img_for_another_formats_suffix() {
+    fn default_name_replaces_the_suffix_of_another_format_by_img() {
         for (path, name) in [
             ("vm.qcow2", "vm.img"),
             ("/srv/VM.QCOW2", "VM.img"),
@@ -330,7 +332,7 @@ mod tests {
     }
 
     #[test]
-    fn a_name_is_there_when_nothing_but_a_word_is_before_the_equals_sign() {
+    fn name_prefix_has_no_slash_colon_or_comma() {
         let disk = read("vm=/srv/a.img");
         assert_eq!((disk.name.as_str(), disk.source), ("vm", file("/srv/a.img")));
         assert_eq!(read("x=a=b.img").source, file("/home/me/a=b.img"));
@@ -343,7 +345,7 @@ mod tests {
     }
 
     #[test]
-    fn a_doubled_comma_is_a_comma() {
+    fn doubled_comma_is_one_comma() {
         assert_eq!(read("a,,b.img").source, file("/home/me/a,b.img"));
         let disk = read("a,,,mode=ro");
         assert_eq!((disk.source, disk.mode), (file("/home/me/a,"), DiskMode::ReadOnly));
@@ -354,7 +356,7 @@ mod tests {
     }
 
     #[test]
-    fn a_path_with_a_comma_is_told_how_to_write_itself() {
+    fn error_for_an_existing_path_with_a_comma_says_how_to_write_it() {
         assert_eq!(
             why_with("/srv/a,b.img", "/srv/a,b.img"),
             "'/srv/a,b.img' exists: write /srv/a,,b.img"
@@ -374,13 +376,13 @@ mod tests {
     }
 
     #[test]
-    fn nothing_is_asked_about_a_disk_that_is_fine() {
+    fn parser_checks_no_path_for_a_valid_disk() {
         let exists = |_: &Path| panic!("a file was looked for");
         assert!(parse_disk("a,mode=ro", Path::new(DIR), &exists).is_ok());
     }
 
     #[test]
-    fn a_blank_disk_has_a_name_and_a_size() {
+    fn blank_disk_needs_a_name_and_a_size() {
         let disk = read("b=blank:20G,limit=1G");
         assert_eq!((disk.name.as_str(), disk.source), ("b", DiskSource::Blank(20 << 30)));
         assert_eq!(
@@ -397,7 +399,7 @@ mod tests {
     }
 
     #[test]
-    fn sources_of_other_versions_are_refused_by_name() {
+    fn unsupported_sources_are_refused_by_name() {
         for text in ["s=stream:", "s=stream:0,to=stdout", "stream:1G,to=stdout", "s=stream:1G"] {
             assert!(why(text).contains("stream"), "{text}");
         }
@@ -410,7 +412,7 @@ mod tests {
     }
 
     #[test]
-    fn names_that_no_file_can_have_are_refused() {
+    fn invalid_file_names_are_refused() {
         for text in ["=a", ".=a", "..=a", ".cowslip=a", "a\nb=a", "a\u{7f}=a", "a\u{85}=a", "a\0=a"]
         {
             let message = why(text);
@@ -432,7 +434,7 @@ mod tests {
     }
 
     #[test]
-    fn a_path_that_is_not_utf8_works_under_another_name() {
+    fn path_that_is_not_utf8_needs_an_explicit_name() {
         let read = |text| parse_disk(OsStr::from_bytes(text), Path::new("/"), &|_| false);
         assert!(read(b"a\xff").unwrap_err().to_string().contains("write NAME=SOURCE"));
         let source = DiskSource::File(PathBuf::from(OsStr::from_bytes(b"/a\xff")));
@@ -452,7 +454,7 @@ mod tests {
     }
 
     #[test]
-    fn two_disks_of_one_name_are_refused() {
+    fn two_disks_with_the_same_name_are_refused() {
         let disks = [read("/a/vm.img"), read("b=blank:1G"), read("/b/vm.img")];
         assert_eq!(check_names(&disks[..2]), Ok(()));
         assert_eq!(
@@ -463,7 +465,7 @@ mod tests {
     }
 
     #[test]
-    fn partitions_do_not_go_with_writeback() {
+    fn partitions_are_refused_with_writeback() {
         let disks = [read("a.img"), read("b.img,partitions")];
         for cache in [CacheMode::Auto, CacheMode::None] {
             assert_eq!(check_cache(&disks, cache), Ok(()));
@@ -476,7 +478,7 @@ mod tests {
         );
     }
 
-    /// The disk as the command line would have it.
+    /// Writes the disk as on the command line.
     fn to_spec(disk: &DiskSpec) -> OsString {
         let mut text = OsString::from(&disk.name);
         text.push("=");
@@ -524,7 +526,7 @@ mod tests {
     }
 
     prop_compose! {
-        /// What only a copy-on-write disk has.
+        /// Keys that only a copy-on-write disk has.
         fn cow_keys()(
             overlay in proptest::option::of("/[a-z,= ]{1,12}"),
             block in proptest::option::of((9_u32..=21).prop_map(|power| 1 << power)),
@@ -592,20 +594,20 @@ mod tests {
 
     proptest! {
         #[test]
-        fn a_disk_that_is_written_down_is_read_back(disk in any_disk()) {
+        fn disk_spec_survives_a_round_trip(disk in any_disk()) {
             let text = to_spec(&disk);
             prop_assert_eq!(parse_disk(&text, Path::new(DIR), &|_| false), Ok(disk));
         }
 
         #[test]
-        fn no_bytes_break_the_parser(bytes: Vec<u8>, exists: bool) {
+        fn parser_accepts_any_bytes_without_panic(bytes: Vec<u8>, exists: bool) {
             if let Err(error) = parse_disk(OsStr::from_bytes(&bytes), Path::new(DIR), &|_| exists) {
                 prop_assert!(!error.to_string().contains('\n'));
             }
         }
 
         #[test]
-        fn nothing_that_looks_like_a_disk_breaks_the_parser(
+        fn parser_accepts_any_disk_like_text_without_panic(
             text in "([a-z.]{0,4}=)?(blank:|stream:|nbd://)?[a-z0-9/,=\n]{0,9}\
                      (,(mode|overlay|size|block|perm|lock|x)?=?[a-z0-9,]{0,4}){0,4}",
             exists: bool,
@@ -622,10 +624,11 @@ mod tests {
         }
 
         #[test]
-        fn commas_doubled_and_split_are_what_they_were(
+        fn doubled_commas_survive_a_split(
             pieces in proptest::collection::vec("x[a,]{1,5}", 1..5),
         ) {
-            // A piece that starts with a comma would give its first to the separator before it.
+            // Pieces start with another byte: a comma there would pair with the separator before
+            // it.
             let pieces: Vec<OsString> = pieces.into_iter().map(OsString::from).collect();
             let doubled: Vec<OsString> = pieces.iter().map(|piece| double_commas(piece)).collect();
             let text = doubled.join(OsStr::new(","));

@@ -1,5 +1,5 @@
-//! What the user asked for: disk specs, sizes, ranges, mount options and the TOML file, as plain
-//! structs.
+//! The user's configuration: disk specs, sizes, ranges, mount options and the TOML file, parsed
+//! into plain structs.
 //!
 //! ```text
 //!   vm=/srv/vm.img,overlay=/srv/vm.d,block=64K      [[disk]]
@@ -8,16 +8,15 @@
 //!   name                                            overlay = "/srv/vm.d"
 //! ```
 //!
-//! Both spellings become a name, a source and a list of keys, and from there on they share the
-//! code: the table in `keys/` is the only place that knows a key, its type and the disks it is
-//! for.
+//! Both spellings become a name, a source and a list of keys, and share all code from there on.
+//! Only the table in `keys/` knows a key, its type and the kinds of disks it applies to.
 //!
-//! Nothing here touches a file. A relative path is joined to the directory the caller names and
-//! is not looked at. The one question about the outside, whether a path with a comma in it exists
-//! (so that the error can say how to write it), is a closure the caller gives.
+//! Nothing here accesses a file. A relative path is joined to a directory given by the caller, and
+//! not checked. The one question about the file system, whether a path with a comma in it exists
+//! (so that the error can say how to write it), goes to a closure given by the caller.
 //!
-//! Every error is one line that says what is wrong, where, and what to write instead; what the
-//! user typed is shown with its control characters escaped.
+//! Every error is one line that says what is wrong, where, and what to write instead. Control
+//! characters in the user's input are escaped.
 
 mod command_line;
 mod disk;
@@ -45,52 +44,52 @@ pub use stream::{
 };
 pub use toml_file::{CacheMode, Config, parse_config};
 
-/// One disk, as asked for. `None` means the key was not given.
+/// The specification of one disk. `None` means that the key was not given.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DiskSpec {
-    /// The name of the file in the mount: 1 to 255 bytes, no `/`, no control character.
+    /// Name of the file in the mount: 1 to 255 bytes, no `/`, no control character.
     pub name: String,
-    /// What is under the disk.
+    /// Source of the disk's data.
     pub source: DiskSource,
-    /// What becomes of writes.
+    /// Where writes go.
     pub mode: DiskMode,
-    /// The format of the base; `None`: raw, unless it looks like another.
+    /// Format of the base. `None` means raw, unless the file looks like another format.
     pub format: Option<Format>,
-    /// How much of the source it is. Only a file has parts.
+    /// Part of the source that the disk shows. Only a file source has parts.
     pub part: SourcePart,
-    /// Whether its partitions are files beside it.
+    /// Whether the mount shows the disk's partitions as files.
     pub partitions: Partitions,
-    /// Where the changes are kept (absolute); `None`: they end with the mount. Only with
-    /// [`DiskMode::Cow`], as are the five after it.
+    /// Directory of the overlay; absolute. `None` means that the changes end with the mount.
+    /// Requires [`DiskMode::Cow`], as do the six fields after this one.
     pub overlay: Option<PathBuf>,
-    /// How a new overlay keeps its changes.
+    /// How a new overlay stores changes.
     pub overlay_kind: OverlayKind,
-    /// The overlay's block size in bytes: a power of two from 512 to 2 MiB.
+    /// Block size of the overlay in bytes: a power of two from 512 to 2 MiB.
     pub block: Option<u32>,
-    /// The most the overlay may hold, in bytes; a write beyond is `ENOSPC`.
+    /// Maximum amount of data in the overlay, in bytes; a write beyond it fails with `ENOSPC`.
     pub limit: Option<u64>,
-    /// The size to present instead of the source's, in bytes.
+    /// Size of the disk in bytes; `None` takes the source's size.
     pub size: Option<u64>,
-    /// What a truncate does.
+    /// How the disk reacts to a truncate.
     pub resize: Resize,
-    /// What is copied up into the overlay without being written.
+    /// Which unwritten data is copied up into the overlay.
     pub copy_up: CopyUp,
-    /// The owner of the file.
+    /// User ID that owns the file.
     pub uid: Option<u32>,
-    /// The group of the file.
+    /// Group ID that owns the file.
     pub gid: Option<u32>,
-    /// The permission bits of the file, at most `0o777`.
+    /// Permission bits of the file, at most `0o777`.
     pub perm: Option<u16>,
-    /// Whether qemu's locks are taken on the base.
+    /// Whether the base is locked as qemu locks images.
     pub locking: Locking,
-    /// Whether the kernel may go straight to the file. Only without an overlay.
+    /// Whether the kernel may read and write the file directly. Only without an overlay.
     pub passthrough: Passthrough,
-    /// Whether its bytes pass by the host's page cache.
+    /// Whether I/O on the disk's files bypasses the host's page cache.
     pub direct: DirectIo,
 }
 
 impl DiskSpec {
-    /// The disk `name` over `source`, no key given.
+    /// Creates the spec of the disk `name` with the data of `source`, all keys at their defaults.
     #[must_use]
     pub fn new(name: String, source: DiskSource) -> Self {
         Self {
@@ -117,86 +116,86 @@ impl DiskSpec {
     }
 }
 
-/// How much of its source a disk is.
+/// Part of its source that a disk shows.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum SourcePart {
-    /// All of it.
+    /// All of the source.
     #[default]
     Whole,
-    /// A run of its bytes (`offset=`, `len=`).
+    /// A range of bytes of the source (`offset=`, `len=`).
     Bytes {
-        /// Where it begins; a multiple of 512, as written by a user.
+        /// Start of the range in bytes; a user's value is a multiple of 512.
         offset: u64,
-        /// How many there are, at least one; `None`: all to the end.
+        /// Length of the range in bytes, at least one; `None` means up to the end of the source.
         len: Option<u64>,
     },
-    /// What its partition table calls so, counted as Linux counts: logical ones from 5 on.
+    /// A partition by number, counted as Linux counts: logical partitions start at 5.
     Partition(u32),
 }
 
-/// Whether the partitions of a disk are files beside it.
+/// Whether the partitions of a disk appear as files beside it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Partitions {
-    /// Only the disk is seen.
+    /// Only the disk is visible.
     #[default]
     Hidden,
-    /// Each is `NAME.pN` (`partitions`).
+    /// Each partition is a file `NAME.pN` (`partitions`).
     Shown,
 }
 
-/// What a disk copies up into its overlay without being written.
+/// Data that is copied up into the overlay without being written.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct CopyUp {
-    /// What is read (`cow-on-read`).
+    /// Copy up data that is read (`cow-on-read`).
     pub read: bool,
-    /// What is prefetched (`cow-on-cache`).
+    /// Copy up data that is prefetched (`cow-on-cache`).
     pub cache: bool,
 }
 
-/// How an overlay keeps the changes of its disk.
+/// How an overlay stores the changes of its disk.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum OverlayKind {
-    /// The changed blocks in a file of their own, and a map of them.
+    /// A data file with the changed blocks, and a map of them.
     #[default]
     Blocks,
-    /// The whole disk, in a file that shares the base's blocks on the host (a reflink copy).
+    /// A file with the whole disk, which shares the base's blocks on the host (a reflink copy).
     Reflink,
 }
 
 impl OverlayKind {
-    /// Whether it is a block map.
+    /// Returns whether this is [`OverlayKind::Blocks`].
     #[must_use]
     pub fn is_blocks(&self) -> bool {
         *self == Self::Blocks
     }
 }
 
-/// What is under a disk.
+/// Source of a disk's data.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum DiskSource {
-    /// A file or a block device, by its absolute path.
+    /// A file or a block device, by absolute path.
     File(PathBuf),
-    /// Nothing but zeros, this many bytes.
+    /// All zeros; the size in bytes.
     Blank(u64),
-    /// Nothing is under it: what is written flows away, or what is read flows in.
+    /// No stored data: written data is streamed out, or the data read is streamed in.
     Stream(Box<StreamSpec>),
 }
 
-/// What becomes of writes to a disk.
+/// Where writes to a disk go.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum DiskMode {
-    /// They go to an overlay; the base is never touched.
+    /// Into an overlay; the base is never modified.
     #[default]
     Cow,
-    /// They are refused.
+    /// Nowhere: writes are refused.
     ReadOnly,
-    /// They go straight to the base.
+    /// Directly into the base.
     ReadWrite,
 }
 
 impl DiskMode {
-    /// Every mode and how it is written.
+    /// Every mode with its spelling.
     const NAMES: &'static [(&'static str, Self)] =
         &[("cow", Self::Cow), ("ro", Self::ReadOnly), ("rw", Self::ReadWrite)];
 }
@@ -211,36 +210,36 @@ impl fmt::Display for DiskMode {
     }
 }
 
-/// The format of a base, under qemu's names. Which of them can be opened is `base`'s to say.
+/// Format of a base, under qemu's name for it. Module `base` decides which formats can be opened.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Format {
-    /// The bytes as they are.
+    /// Plain bytes.
     Raw,
-    /// qemu's own, since 2008.
+    /// qemu's own format, since 2008.
     Qcow2,
-    /// Its predecessor.
+    /// The predecessor of qcow2.
     Qcow,
-    /// qemu's enhanced disk.
+    /// QEMU enhanced disk.
     Qed,
-    /// VMware's.
+    /// VMware's format.
     Vmdk,
-    /// Hyper-V's.
+    /// Hyper-V's format.
     Vhdx,
-    /// Virtual PC's; qemu calls it `vpc`, and `vhd` is understood.
+    /// Virtual PC's format; `vpc` is qemu's name for it, and `vhd` is accepted too.
     Vhd,
-    /// VirtualBox's.
+    /// VirtualBox's format.
     Vdi,
-    /// Parallels'.
+    /// Parallels' format.
     Parallels,
-    /// Encrypted.
+    /// Encrypted with LUKS.
     Luks,
-    /// Apple's.
+    /// Apple's format.
     Dmg,
 }
 
 impl Format {
-    /// Every format and how it is written; the first name of each is the one shown. They are
-    /// the suffixes of such files too.
+    /// Every format with its spellings; the first spelling is the one shown. The spellings are also
+    /// the suffixes of such files.
     const NAMES: &'static [(&'static str, Self)] = &[
         ("raw", Self::Raw),
         ("qcow2", Self::Qcow2),
@@ -258,7 +257,7 @@ impl Format {
 }
 
 impl Format {
-    /// Whether this version reads images of it.
+    /// Returns whether this version reads images of this format.
     #[must_use]
     pub fn is_supported(self) -> bool {
         matches!(self, Self::Raw | Self::Qcow2)
@@ -280,43 +279,43 @@ impl FromStr for Format {
     }
 }
 
-/// What a truncate does to a disk.
+/// How a disk reacts to a truncate.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Resize {
-    /// It resizes the disk, as it would a plain file.
+    /// The disk is resized, as a plain file would be.
     #[default]
     Follow,
-    /// Other sizes are refused, and `O_TRUNC` discards (`resize=off`).
+    /// Other sizes are refused, and `O_TRUNC` discards the data (`resize=off`).
     Fixed,
 }
 
-/// Who reads and writes the file that a disk without an overlay is.
+/// Whether the kernel may read and write the file of a disk without an overlay directly.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Passthrough {
-    /// The daemon, which bounds every wait and notices what is missing.
+    /// Off: the daemon does the I/O, bounds every wait, and notices missing files.
     #[default]
     Off,
-    /// The kernel, where it can: as fast as the file, and as patient.
+    /// On, where the kernel supports it: as fast as the file, but with no bound on waiting.
     On,
 }
 
-/// How the host keeps the bytes of a disk's files.
+/// Whether I/O on a disk's files bypasses the host's page cache.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum DirectIo {
-    /// In its page cache, as those of any file.
+    /// Off: the host caches the data, as for any file.
     #[default]
     Off,
-    /// Not at all: they are read from the device and written to it (`O_DIRECT`).
+    /// On: data is read from and written to the device directly (`O_DIRECT`).
     On,
 }
 
-/// Whether qemu's locks are taken on a base.
+/// Whether the base is locked as qemu locks images.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Locking {
-    /// They are, so that no virtual machine changes the base meanwhile.
+    /// Locked, so that no virtual machine changes the base meanwhile.
     #[default]
     Qemu,
-    /// They are not (`lock=off`).
+    /// Not locked (`lock=off`).
     Off,
 }
 
@@ -325,7 +324,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_name_of_a_format_is_read_and_the_first_is_shown() {
+    fn format_parses_every_spelling_and_displays_the_first() {
         for (name, format) in Format::NAMES {
             assert_eq!(name.parse::<Format>().unwrap(), *format);
             assert_eq!(format.to_string().parse::<Format>().unwrap(), *format);
@@ -334,14 +333,14 @@ mod tests {
     }
 
     #[test]
-    fn every_mode_is_shown_as_it_is_written() {
+    fn mode_displays_as_it_is_spelled() {
         for (name, mode) in DiskMode::NAMES {
             assert_eq!(mode.to_string(), *name);
         }
     }
 
     #[test]
-    fn an_unknown_format_is_refused_with_the_nearest() {
+    fn unknown_format_error_suggests_the_nearest() {
         assert_eq!(
             "qcow3".parse::<Format>().unwrap_err().to_string(),
             "unknown format 'qcow3'; did you mean 'qcow2'?"

@@ -1,4 +1,4 @@
-//! The disks of a mount: opened one after the other before anything is mounted.
+//! The opening of a mount's disks, one after another, before anything is mounted.
 
 use std::collections::HashSet;
 use std::path::Path;
@@ -21,8 +21,8 @@ pub(super) fn open_store(plan: &MountPlan, mountpoint: &Path) -> Result<Option<S
     Store::open(dir).map(Some).map_err(|error| error.to_string())
 }
 
-/// Opens every disk of the store and of the plan into `catalog`, and returns what is to be said
-/// of them. A signal ends it between two disks.
+/// Opens every disk of the store and of the plan into `catalog`, and returns notes for the user. A
+/// signal interrupts the work between two disks.
 pub(super) fn open_disks(
     plan: &MountPlan,
     catalog: &Catalog,
@@ -86,7 +86,7 @@ pub(super) fn open_disks(
     Ok(lines)
 }
 
-/// Shows the partitions of a disk that the store had already, if `spec` asks for it.
+/// Shows the partitions of a disk that was already in the store, if `spec` asks for them.
 fn show_stored_partitions(catalog: &Catalog, spec: &DiskSpec) -> Result<Vec<String>, String> {
     let Some(entry) = catalog.named(&spec.name).filter(|_| spec.partitions == Partitions::Shown)
     else {
@@ -97,7 +97,7 @@ fn show_stored_partitions(catalog: &Catalog, spec: &DiskSpec) -> Result<Vec<Stri
     Ok(notes.into_iter().map(with_name).collect())
 }
 
-/// A line when the disk that `spec` asks to have in the store is there already.
+/// Returns a line for the user if the store already has the disk that `spec` describes.
 fn already_stored(catalog: &Catalog, spec: &DiskSpec) -> Result<Option<String>, String> {
     let Some(entry) = catalog.named(&spec.name) else { return Ok(None) };
     let is_same = match &spec.source {

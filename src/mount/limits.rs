@@ -1,7 +1,8 @@
-//! Whether the limits of this process leave room for a mount, asked before there is one.
+//! A check, before mounting, that the resource limits of this process suffice for a mount.
 //!
-//! A mount that finds out when its workers start has to be undone, and undoing it may need what is
-//! not there: a user unmounts by a program, and that is a process more.
+//! If the limits are found too low only when the workers start, the mount has to be undone, and
+//! undoing may need the very resources that are missing: without root, unmounting starts a program,
+//! and so needs another process.
 
 use std::fs::File;
 use std::sync::Arc;
@@ -10,28 +11,32 @@ use std::thread;
 use parking_lot::RwLock;
 use rustix::process::{Resource, getrlimit};
 
-/// Threads beside the workers: one that waits for them, the clock, and some for work on the disks.
+/// Threads besides the workers: one that waits for them, the ticker, and some for work on the
+/// disks.
 const EXTRA_THREADS: usize = 6;
 
-/// Descriptors beside one for each worker: looking at a mount, undoing it, and answering for it.
+/// Descriptors besides one per worker: for inspecting a mount, undoing it, and serving requests.
 const EXTRA_FILES: usize = 12;
 
-/// Descriptors that undoing a mount needs: removing a directory takes one for each level.
+/// Descriptors needed to undo a mount: removing a directory takes one for each level.
 const UNDO_FILES: usize = 4;
 
-/// Descriptors that are let go when there is something to undo.
+/// Descriptors held in reserve, and closed when there is something to undo.
 pub(super) struct FdReserve(#[expect(dead_code, reason = "held, not used")] Vec<File>);
 
-/// Sets aside what undoing a mount may need: the want of it may be why that has to be.
+/// Reserves the descriptors that undoing a mount needs: a lack of them may be the reason for
+/// undoing.
 ///
 /// # Errors
-/// As [`check`].
+/// The same as [`check`].
 pub(super) fn reserve_fds() -> Result<FdReserve, String> {
     probe_files(UNDO_FILES).map(FdReserve)
 }
 
+/// Checks that `workers` and the threads and descriptors that go with them are available.
+///
 /// # Errors
-/// A line when there is no room for `workers` and what goes with them.
+/// A line for the user when a limit is too low.
 pub(super) fn check(workers: usize) -> Result<(), String> {
     probe_files(workers + EXTRA_FILES).map(drop)?;
     probe_threads(workers + EXTRA_THREADS)
@@ -50,7 +55,7 @@ fn probe_files(wanted: usize) -> Result<Vec<File>, String> {
 
 fn probe_threads(wanted: usize) -> Result<(), String> {
     let gate = Arc::new(RwLock::new(()));
-    // All have to be there at the same moment.
+    // Hold the lock until all threads are started: they have to exist at the same time.
     let closed = gate.write();
     let start = |_| {
         let gate = Arc::clone(&gate);

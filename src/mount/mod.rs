@@ -1,16 +1,17 @@
-//! A mount from its beginning to its end: opening the disks, the kernel's side, the workers, and
-//! an end that loses nothing.
+//! The life cycle of a mount: opening the disks, mounting, serving requests, and a shutdown that
+//! loses no data.
 //!
 //! ```text
-//!   serve:  prepare the mountpoint -> open the disks -> mount(2) -> FUSE hello -> "ready"
-//!           workers answer until the mount is gone (umount, or a signal that takes it away)
+//!   serve:  prepare the mountpoint -> open the disks -> mount(2) -> FUSE handshake -> "ready"
+//!           workers answer until the mount disappears (umount, or a signal that unmounts it)
 //!           stop the pools -> sync and close every disk -> exit code
 //! ```
 //!
-//! `disks` opens what is to be mounted, `running` is the life and the end of a mount. `kernel` mounts
-//! and unmounts, `mountinfo` reads the mount table, `daemon` forks, `signals` are listened to from
-//! the first moment on, `limits` looks whether the limits suffice, `notify` tells the service manager,
-//! `openers` tells who has files of a mount open. Only this file and `fs` name `fuser`.
+//! `disks` opens the disks of a mount; `running` serves and shuts down the mount. `kernel` mounts
+//! and unmounts, `mountinfo` reads the mount table, `daemon` forks, `signals` catches signals from
+//! the very start, `limits` checks that the resource limits suffice, `notify` informs the service
+//! manager, and `openers` lists the processes that have files of a mount open. Only this file and
+//! `fs` name `fuser`.
 
 pub mod daemon;
 mod disks;
@@ -52,62 +53,65 @@ use crate::pool::{Pool, run_cancellable};
 use crate::process::{self, InheritedFds};
 use crate::stream::sink::StdioMode;
 
-/// Read-ahead of the mount in KiB: cold sequential reads are twice as fast as with the kernel's 128.
+/// Read-ahead of the mount in KiB. Cold sequential reads are twice as fast as with the kernel's
+/// default of 128.
 const READ_AHEAD_KIB: u32 = 1024;
 
-/// How often it is tried to take a mount away that did not come about, and how long between: 2 s.
+/// Maximum number of attempts to unmount after a failed start, [`UNDO_INTERVAL`] apart: 2 s in all.
 const UNDO_TRIES: u32 = 100;
+/// Pause between two attempts to unmount after a failed start.
 const UNDO_INTERVAL: Duration = Duration::from_millis(20);
 
-/// How often is looked whether all workers have started.
+/// Interval at which [`wait_for_workers`] checks whether all workers have started.
 const WORKER_POLL_INTERVAL: Duration = Duration::from_millis(1);
 
-/// Whether a base that changed under its overlay is used all the same.
+/// Policy for a base that changed under its overlay.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum OnChangedBase {
-    /// It is refused.
+    /// Refuse to open the disk.
     Refuse,
-    /// It is used, and the log says so.
+    /// Open the disk and log a warning.
     Accept,
 }
 
-/// Whether the mount runs behind the caller.
+/// Whether the mount runs in the background.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DaemonMode {
-    /// As a daemon.
+    /// Run as a daemon.
     Background,
-    /// In the caller's terminal, or under systemd (`-f`).
+    /// Run in the caller's terminal, or under systemd (`-f`).
     Foreground,
 }
 
-/// Everything a mount is to be.
+/// Parameters of a mount.
 pub struct MountPlan {
-    /// Where; absolute.
+    /// The mountpoint; absolute.
     pub mountpoint: PathBuf,
-    /// What the mount table shows.
+    /// The source that the mount table shows.
     pub source: String,
-    /// The disks given.
+    /// The disks given on the command line and in the TOML file.
     pub disks: Vec<DiskSpec>,
-    /// The store's directory; absolute.
+    /// The directory of the store; absolute.
     pub store: Option<PathBuf>,
-    /// Directories below which files may lie that a base names; absolute.
+    /// Directories in which backing files named by an image may lie; absolute.
     pub allow_backing: Vec<PathBuf>,
-    /// How the kernel's cache is used.
+    /// How the kernel's page cache is used.
     pub cache: CacheMode,
-    /// `-o`.
+    /// The mount options (`-o`).
     pub options: MountOptions,
-    /// `--log`; absolute.
+    /// The log file (`--log`); absolute.
     pub log: Option<PathBuf>,
-    /// `--force`.
+    /// What to do about a base that changed (`--force`).
     pub force: OnChangedBase,
-    /// `-f`.
+    /// Foreground (`-f`) or background.
     pub mode: DaemonMode,
-    /// Whether streams may have the caller's standard input and output: with `-f` and `running`.
+    /// Whether streams may use the caller's standard input and output: only with `-f`, and for
+    /// `cowslip run`.
     pub stdio: StdioMode,
 }
 
 impl MountPlan {
-    /// Whether a stream goes to the standard output.
+    /// Returns whether a stream is written to standard output.
     #[must_use]
     pub fn has_stdout_sink(&self) -> bool {
         self.disks.iter().any(|disk| match &disk.source {
@@ -117,11 +121,11 @@ impl MountPlan {
     }
 }
 
-/// Serves `plan` until it is unmounted, and tells `ready` what to print and when the mount is
-/// there. Returns the process's exit code: 0, or 1 when something could not be done.
+/// Serves `plan` until it is unmounted, and reports notes, success or failure of the start through
+/// `ready`. Returns the process's exit code: 0, or 1 when something failed.
 ///
-/// A signal at any moment ends it in good order; with `-f` one that comes before the mount is there
-/// ends the process as signals do, once everything is undone.
+/// A signal at any time leads to an orderly shutdown. With `-f`, a signal that arrives before the
+/// mount is up ends the process by that signal, once everything is undone.
 #[must_use]
 pub fn serve(plan: &MountPlan, ready: StartupReporter) -> u8 {
     abort_on_panic();
@@ -139,7 +143,7 @@ pub fn serve(plan: &MountPlan, ready: StartupReporter) -> u8 {
             ready.fail(1, &line);
             if let Some(signal) = signals.received().filter(|_| plan.mode == DaemonMode::Foreground)
             {
-                // Whoever started us sees why we ended.
+                // The parent process sees from the wait status which signal ended this one.
                 let _ = signal_hook::low_level::emulate_default_handler(signal);
             }
             return 1;
@@ -157,7 +161,8 @@ pub fn serve(plan: &MountPlan, ready: StartupReporter) -> u8 {
     mount.run(signals)
 }
 
-/// A panic would take one worker away in silence; the kernel's queue would wait for it for ever.
+/// Aborts the process on a panic: otherwise one worker would end silently, and the kernel would
+/// wait forever for the replies it owes.
 fn abort_on_panic() {
     let hook = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |panic| {
@@ -187,14 +192,15 @@ fn start(
         log::info!("{line}");
     }
     let catalog = Arc::new(Catalog::new(&mountpoint, open_store(plan, &mountpoint)?));
-    // What is opened may have been made to be read for ever: not once nobody waits for it.
+    // A crafted image may take forever to open: stop on a signal, or when the waiting command has
+    // exited.
     let wanted = signals.cancellable(ready.request());
     let opened = run_cancellable(wanted, || open_disks(plan, &catalog, signals));
-    // What was given up has no other reason.
+    // An open that was cancelled failed only because of the signal, so report the signal.
     let opened = opened.map_err(|line| signals.check_interrupted().err().unwrap_or(line));
     let mounted = opened.and_then(|lines| {
         redirect_stdout(plan)?;
-        // Once more, now that the disks have taken what they need.
+        // Check again, since the disks now hold their threads and descriptors.
         limits::check(worker_count())?;
         signals.check_interrupted()?;
         let mount = mount_and_spawn(plan, &mountpoint, directory, fs_context(plan, &catalog))?;
@@ -210,7 +216,7 @@ fn start(
     Ok(mount)
 }
 
-/// What the workers and everything around them share.
+/// Builds the state shared by the workers and the threads around them.
 fn fs_context(plan: &MountPlan, catalog: &Arc<Catalog>) -> Arc<FsContext> {
     let control = Arc::new(Control {
         catalog: Arc::clone(catalog),
@@ -234,15 +240,15 @@ fn fs_context(plan: &MountPlan, catalog: &Arc<Catalog>) -> Arc<FsContext> {
     })
 }
 
-/// The mount did not come about: what was opened is closed in good order, what was made goes.
+/// Closes all disks after a failed start, and removes the overlays that were created for them.
 fn abandon_disks(catalog: &Catalog) {
     for disk in catalog.disks() {
         disk.abandon();
     }
 }
 
-/// A stream has the standard output now: nothing else may get into it, and its reader must see
-/// the end when the stream has ended.
+/// Redirects standard output to standard error once a stream owns it: nothing else may be written
+/// into the stream, and its reader must see end-of-file when the stream ends.
 fn redirect_stdout(plan: &MountPlan) -> Result<(), String> {
     if plan.mode == DaemonMode::Background || !plan.has_stdout_sink() {
         return Ok(());
@@ -295,7 +301,7 @@ fn mount_and_spawn(
     let source = &plan.source;
     let request = MountParams { mountpoint, directory: directory.as_fd(), source, access, flags };
     let device = kernel::mount(&request).map_err(|error| error.to_string())?;
-    // Below the mount now, where it would keep the file system busy.
+    // This descriptor now lies below the mount, and would keep the file system busy.
     drop(directory);
     let held = MountHandle::at(mountpoint).ok().flatten();
     let mut config = Config::default();
@@ -324,13 +330,14 @@ fn mount_and_spawn(
     spawn_workers(plan.mode, shared, session, workers).map_err(undo)
 }
 
-/// One more than there are cores: a worker that sleeps in the host leaves none idle.
+/// The number of workers: one more than there are cores, so that no core idles while a worker
+/// sleeps in the host.
 fn worker_count() -> usize {
     thread::available_parallelism().map_or(2, usize::from) + 1
 }
 
-/// Takes away a mount that nobody has seen yet. A user's goes by a program, which may have to wait
-/// until the threads that were there for the mount have left room for it.
+/// Unmounts a mount that was not announced yet. Without root this starts `fusermount3`, which may
+/// have to wait (`EAGAIN`) until the threads of the failed mount have exited.
 fn undo_mount(held: Option<&MountHandle>) -> io::Result<()> {
     let Some(held) = held else { return Err(Errno::NOENT.into()) };
     let mut tries = 0;
@@ -355,7 +362,7 @@ fn spawn_workers(
     let stop = Arc::new(AtomicBool::new(false));
     let workers = thread::Builder::new().name("cowslip-fuse".to_owned()).spawn(move || {
         let result = session.run();
-        // Nobody listens any more when the process is already leaving.
+        // The receiver is dropped when the process is already exiting.
         let _ = end.send(());
         result
     })?;
@@ -367,8 +374,8 @@ fn spawn_workers(
     Ok(RunningMount { shared, workers, mode: style, ended, stop, ticker })
 }
 
-/// Waits until all workers are there. The session starts them in a thread of its own, and says only
-/// by ending that it could not: by then the mount would have been announced.
+/// Waits until all workers have started. The session starts them in a thread of its own, and
+/// reports a failure only by ending, by which time the mount would have been announced.
 fn wait_for_workers(
     session: JoinHandle<io::Result<()>>,
     ended: &mpsc::Receiver<()>,
@@ -376,11 +383,11 @@ fn wait_for_workers(
 ) -> io::Result<JoinHandle<io::Result<()>>> {
     loop {
         if ended.try_recv() != Err(TryRecvError::Empty) {
-            // A panic in it has ended the process already.
+            // A panic in the session has already aborted the process.
             let result = session.join().unwrap_or(Ok(()));
             return Err(result.err().unwrap_or_else(|| io::Error::other("it ended at once")));
         }
-        // Without /proc nothing works here; whether it is there is not for this to say.
+        // Without /proc the number of workers is unknown; that is no reason to fail here.
         if started_workers().is_none_or(|there| there >= count) {
             return Ok(session);
         }
@@ -388,14 +395,14 @@ fn wait_for_workers(
     }
 }
 
-/// How many threads of this process answer requests, by the names that fuser gives them.
+/// Counts the threads of this process that answer requests, by the names that fuser gives them.
 fn started_workers() -> Option<usize> {
     let names = fs::read_dir("/proc/self/task").ok()?.flatten();
     let names = names.filter_map(|task| fs::read(task.path().join("comm")).ok());
     Some(names.filter(|name| name.starts_with(b"fuser-")).count())
 }
 
-/// The path of a mount's control directory.
+/// Returns the path of a mount's control directory.
 #[must_use]
 pub fn control_dir(mountpoint: &Path) -> PathBuf {
     mountpoint.join(CONTROL_DIR)

@@ -1,8 +1,7 @@
-//! Which mounts there are and which of them a path lies in, read from `/proc/self/mountinfo`
+//! The table of mounts, and the mount that a path lies in, read from `/proc/self/mountinfo`
 //! (proc_pid_mountinfo(5)) and from symlinks outside the mounts.
 //!
-//! No call is ever made into a cowslip mount, so one that hangs or is dead is found as well as one
-//! that works.
+//! No system call ever enters a cowslip mount, so a hung or dead mount is found like a working one.
 
 use std::collections::HashSet;
 use std::ffi::{OsStr, OsString};
@@ -13,32 +12,33 @@ use std::path::{Component, Path, PathBuf};
 
 use rustix::io::Errno;
 
-/// The type of every cowslip mount, in mtab and mountinfo.
+/// File system type of every cowslip mount, in mtab and mountinfo.
 pub const FSTYPE: &str = "fuse.cowslip";
 
 /// One line of `/proc/self/mountinfo`. Format: proc_pid_mountinfo(5).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MountEntry {
-    /// The mount's id; what `mnt_id` means in a process's fdinfo.
+    /// Mount ID; the same as `mnt_id` in a process's fdinfo.
     pub id: u64,
-    /// The id of the mount it is mounted on.
+    /// ID of the parent mount.
     pub parent: u64,
-    /// Major and minor number of the file system: `st_dev` of its files.
+    /// Major and minor device number of the file system: `st_dev` of its files.
     pub dev: (u32, u32),
-    /// The part of the file system that shows here; `/` except for bind mounts.
+    /// Root of the mount within the file system; `/` except for bind mounts.
     pub root: PathBuf,
-    /// Where it is mounted.
+    /// The mountpoint.
     pub mountpoint: PathBuf,
-    /// The type, such as `fuse.cowslip`.
+    /// The file system type, such as `fuse.cowslip`.
     pub fstype: String,
-    /// The source, as it was mounted.
+    /// The source that was given to mount(2).
     pub source: OsString,
-    /// Who mounted it, where the file system says so: FUSE does (`user_id`).
+    /// User ID of the user who mounted it, where the file system reports one, as FUSE does
+    /// (`user_id`).
     pub owner: Option<u32>,
 }
 
 impl MountEntry {
-    /// Whether it is one of ours, by its type.
+    /// Returns whether this is a cowslip mount, by its type.
     pub fn is_cowslip(&self) -> bool {
         self.fstype == FSTYPE
     }
@@ -60,14 +60,15 @@ impl MountEntry {
         Some(Self { id, parent, dev, root, mountpoint, fstype, source, owner })
     }
 
-    /// Whether what it says may be believed: whoever serves it is root or this process's user.
+    /// Returns whether the mount's contents may be trusted: it is served by root or by this
+    /// process's user.
     pub fn is_trusted(&self) -> bool {
         let own = rustix::process::geteuid().as_raw();
         self.owner.is_some_and(|owner| owner == 0 || owner == own)
     }
 }
 
-/// The user in a FUSE mount's own options.
+/// Returns the user ID in the options of a FUSE mount.
 fn fuse_owner(options: &[u8]) -> Option<u32> {
     let options = str::from_utf8(options).ok()?;
     options.split(',').find_map(|option| option.strip_prefix("user_id="))?.parse().ok()
@@ -92,12 +93,12 @@ fn unescape(field: &[u8]) -> OsString {
     OsString::from_vec(bytes)
 }
 
-/// Reads a mountinfo file's `text`; a line that makes no sense is left out.
+/// Parses the `text` of a mountinfo file; malformed lines are skipped.
 pub(super) fn parse_mountinfo(text: &[u8]) -> Vec<MountEntry> {
     text.split(|&byte| byte == b'\n').filter_map(MountEntry::parse).collect()
 }
 
-/// All mounts this process sees, in the kernel's order.
+/// Returns all mounts that this process sees, in the kernel's order.
 ///
 /// # Errors
 /// The host's errno when `/proc` is not mounted.
@@ -105,7 +106,7 @@ pub fn mounts() -> io::Result<Vec<MountEntry>> {
     Ok(parse_mountinfo(&fs::read("/proc/self/mountinfo")?))
 }
 
-/// As [`mounts`], for those who can do nothing about a missing `/proc`.
+/// Returns all mounts like [`mounts`], or none, with a warning, when `/proc` cannot be read.
 pub(super) fn mounts_or_empty() -> Vec<MountEntry> {
     mounts().unwrap_or_else(|error| {
         log::warn!("cannot read /proc/self/mountinfo: {error}");
@@ -113,12 +114,12 @@ pub(super) fn mounts_or_empty() -> Vec<MountEntry> {
     })
 }
 
-/// The mount that `path` (absolute, without symlinks) lies in, as a walk from `/` would find it:
-/// at every step the mount that is met first, so what lies hidden under another is not found.
+/// Returns the mount that contains `path` (absolute, without symlinks), as a path walk from `/`
+/// finds it: every step takes the mount met first, so a mount hidden under another is not found.
 fn visible_mount<'a>(entries: &'a [MountEntry], path: &Path) -> Option<&'a MountEntry> {
     let ids: HashSet<u64> = entries.iter().map(|entry| entry.id).collect();
     let mut at: Option<&MountEntry> = None;
-    // As many steps as there are mounts: a table read while it changed may hold a circle.
+    // At most as many steps as there are mounts: a table read while it changed may contain a cycle.
     for _ in entries {
         let next = entries
             .iter()
@@ -135,11 +136,11 @@ fn visible_mount<'a>(entries: &'a [MountEntry], path: &Path) -> Option<&'a Mount
     at
 }
 
-/// `path` made absolute and free of symlinks, without a call into any cowslip mount: from its
-/// mountpoint on the rest is taken as it is spelt. Names that do not exist are kept too.
+/// Resolves `path` to an absolute path without symlinks, with no call into a cowslip mount: below
+/// the mountpoint of one, names are taken literally. Names that do not exist are kept too.
 ///
 /// # Errors
-/// `ELOOP` on a circle of symlinks; the errno of getcwd(2) for a relative path.
+/// `ELOOP` on a cycle of symlinks; the errno of getcwd(2) for a relative path.
 pub fn resolve(path: &Path) -> io::Result<PathBuf> {
     resolve_in(&mounts_or_empty(), path)
 }
@@ -154,7 +155,7 @@ fn walk(
     path: &Path,
     read_link: impl Fn(&Path) -> Option<PathBuf>,
 ) -> io::Result<PathBuf> {
-    /// The kernel's own limit (path_resolution(7)).
+    /// Maximum number of symlinks to follow; the kernel's own limit (path_resolution(7)).
     const MAX_LINKS: usize = 40;
 
     let names = |path: &Path| -> Vec<OsString> {
@@ -192,14 +193,15 @@ fn walk(
     Ok(at)
 }
 
-/// The topmost mount at exactly `path`, of whatever type.
+/// Returns the topmost mount at exactly `path`, of any type.
 pub fn entry_at(path: &Path) -> Option<MountEntry> {
     let entries = mounts_or_empty();
     let path = resolve_in(&entries, path).ok()?;
     visible_mount(&entries, &path).filter(|entry| entry.mountpoint == path).cloned()
 }
 
-/// All cowslip mounts this process sees, dead ones too; bind mounts of single files are left out.
+/// Returns all cowslip mounts that this process sees, including dead ones; bind mounts of single
+/// files are left out.
 pub fn cowslip_mounts() -> Vec<MountEntry> {
     let mut entries = mounts_or_empty();
     entries.retain(|entry| entry.is_cowslip() && entry.root == Path::new("/"));
@@ -211,12 +213,12 @@ pub fn cowslip_mounts() -> Vec<MountEntry> {
 pub struct PathInMount {
     /// The mount.
     pub mount: MountEntry,
-    /// The path from the mount's own root on, without a leading `/`; empty for the mountpoint.
+    /// The path relative to the mount's own root; empty for the mountpoint.
     pub inner: PathBuf,
 }
 
-/// The cowslip mount that `path` lies in. Makes no call into it, so a mount that hangs is found
-/// as well as one that works; whether the path exists there is not known.
+/// Returns the cowslip mount that contains `path`. No call enters the mount, so a hung mount is
+/// found like a working one; whether the path exists in the mount is not known.
 pub fn enclosing_mount(path: &Path) -> Option<PathInMount> {
     let entries = mounts_or_empty();
     let path = resolve_in(&entries, path).ok()?;
@@ -231,7 +233,7 @@ fn enclosing_mount_in(entries: &[MountEntry], path: &Path) -> Option<PathInMount
         true => seen.root.clone(), // join("") would add a slash
         false => seen.root.join(below),
     };
-    // A file bound somewhere else is found in the whole mount, where `.cowslip` is.
+    // For a file bound elsewhere, return the whole mount, since only that has `.cowslip`.
     let whole = entries.iter().find(|entry| entry.dev == seen.dev && entry.root == root);
     let inner = inner.strip_prefix(root).ok()?.to_owned();
     Some(PathInMount { mount: whole.filter(|_| seen.root != root).unwrap_or(seen).clone(), inner })
@@ -249,7 +251,7 @@ mod tests {
     }
 
     #[test]
-    fn a_mountinfo_line_is_read_with_optional_fields_and_escapes() {
+    fn mountinfo_line_with_optional_fields_and_escapes_is_parsed() {
         let line = b"36 35 98:0 /a\\040b /mnt/x\\134y\xff rw,noatime master:1 shared:2 - \
                      fuse.cowslip /srv/a,b\\011c.img rw,user_id=0";
         let entry = MountEntry::parse(line).unwrap();
@@ -262,7 +264,7 @@ mod tests {
     }
 
     #[test]
-    fn a_mount_of_another_user_or_of_nobody_known_is_not_trusted() {
+    fn mount_of_another_or_unknown_user_is_not_trusted() {
         let trusted = |options: &str| {
             let line = format!("36 35 0:9 / /m rw - fuse.cowslip x {options}");
             MountEntry::parse(line.as_bytes()).unwrap().is_trusted()
@@ -275,7 +277,7 @@ mod tests {
     }
 
     #[test]
-    fn a_mount_with_an_empty_source_is_read() {
+    fn mount_with_an_empty_source_is_parsed() {
         let entry = MountEntry::parse(b"36 35 0:9 / /m rw -  tmpfs  rw");
         assert!(entry.is_some_and(|entry| entry.fstype.is_empty()));
         let entry = MountEntry::parse(b"36 35 0:9 / /m rw - tmpfs  rw").unwrap();
@@ -283,7 +285,7 @@ mod tests {
     }
 
     #[test]
-    fn our_own_mountinfo_is_read_whole() {
+    fn every_line_of_our_own_mountinfo_is_parsed() {
         let text = fs::read("/proc/self/mountinfo").unwrap();
         let lines = text.iter().filter(|&&byte| byte == b'\n').count();
         assert!(lines > 0);
@@ -291,7 +293,7 @@ mod tests {
     }
 
     #[test]
-    fn half_an_escape_is_kept_as_it_is() {
+    fn incomplete_escape_is_kept_unchanged() {
         assert_eq!(unescape(b"a\\04"), "a\\04");
         assert_eq!(unescape(b"\\"), "\\");
         assert_eq!(unescape(b"\\134040"), "\\040");
@@ -299,7 +301,7 @@ mod tests {
     }
 
     #[test]
-    fn the_topmost_visible_mount_is_found() {
+    fn visible_mount_is_the_topmost() {
         let table = [
             entry(1, 0, "/", "ext4"),
             entry(2, 1, "/m", "fuse.cowslip"),
@@ -315,7 +317,7 @@ mod tests {
     }
 
     #[test]
-    fn a_table_without_a_root_or_with_a_circle_does_not_hang() {
+    fn mount_table_without_a_root_or_with_a_cycle_does_not_hang() {
         let chroot = [entry(7, 3, "/m", "fuse.cowslip")];
         assert_eq!(visible_mount(&chroot, Path::new("/m/x")).map(|entry| entry.id), Some(7));
         assert_eq!(visible_mount(&chroot, Path::new("/n")), None);
@@ -324,7 +326,7 @@ mod tests {
     }
 
     #[test]
-    fn symlinks_are_followed_outside_a_mount_only() {
+    fn symlinks_are_followed_only_outside_a_cowslip_mount() {
         let table = [entry(1, 0, "/", "ext4"), entry(2, 1, "/srv/m", "fuse.cowslip")];
         let read_link = |link: &Path| {
             assert!(!link.starts_with("/srv/m"), "the mount was asked about {link:?}");
@@ -344,7 +346,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_bound_elsewhere_is_found_in_the_whole_mount() {
+    fn bind_mounted_file_resolves_to_the_whole_mount() {
         let mut bound = entry(3, 1, "/etc/disk", "fuse.cowslip");
         bound.root = "/vm1.img".into();
         bound.dev = (0, 2);
@@ -361,7 +363,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_the_kernel_escapes_comes_back(bytes: Vec<u8>) {
+        fn unescape_undoes_the_kernels_escapes(bytes: Vec<u8>) {
             let mut escaped = Vec::new();
             for &byte in &bytes {
                 match byte {
@@ -375,7 +377,7 @@ mod tests {
         }
 
         #[test]
-        fn no_mountinfo_line_panics(line: Vec<u8>) {
+        fn parser_accepts_any_mountinfo_line_without_panic(line: Vec<u8>) {
             let _ = MountEntry::parse(&line);
         }
     }

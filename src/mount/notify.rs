@@ -1,4 +1,4 @@
-//! What the service manager is told (sd_notify(3)).
+//! Notifications to the service manager (sd_notify(3)).
 
 use std::ffi::OsStr;
 use std::io;
@@ -6,17 +6,17 @@ use std::os::linux::net::SocketAddrExt;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::{SocketAddr, UnixDatagram};
 
-/// A state of the service.
+/// State of the service.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum ServiceState {
-    /// The mount answers.
+    /// The mount answers requests.
     Ready,
-    /// It is being taken away.
+    /// The mount is being unmounted.
     Stopping,
 }
 
-/// Tells `$NOTIFY_SOCKET`, if there is one. What fails is logged: whoever waits for the word waits
-/// in vain, and should be able to see why.
+/// Sends `state` to `$NOTIFY_SOCKET`, if that is set. A failure is logged, because the service
+/// manager will wait in vain, and the log should say why.
 pub(super) fn notify(state: ServiceState) {
     let Some(socket) = std::env::var_os("NOTIFY_SOCKET").filter(|name| !name.is_empty()) else {
         return;
@@ -30,7 +30,7 @@ pub(super) fn notify(state: ServiceState) {
     }
 }
 
-/// Sends `word` to the socket called `name`; a name that begins with `@` is an abstract one.
+/// Sends `word` to the socket called `name`; a leading `@` denotes an abstract socket.
 fn send(name: &OsStr, word: &[u8]) -> io::Result<()> {
     let address = match name.as_bytes() {
         [b'@', name @ ..] => SocketAddr::from_abstract_name(name)?,
@@ -48,7 +48,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn sockets_with_a_path_and_abstract_ones_are_told() {
+    fn notify_reaches_path_and_abstract_sockets() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("notify");
         let name = format!("cowslip-notify-{}", std::process::id());

@@ -1,12 +1,12 @@
-//! Who holds a mount, for the line that says why it cannot go.
+//! The processes, loop devices and mounts that keep a mount busy, for the message that says so.
 //!
-//! Everything is read from `/proc` and `/sys`; no path is followed, so a mount that hangs is
-//! asked nothing. A process counts when a file, its working directory, its root or a mapping is
-//! in the mount. Descriptors are matched by mount id, which is exact: a file that lies hidden
-//! under the mountpoint does not count, one that a container opened through its own copy of the
-//! mount does. Loop devices hold a file without any process.
+//! Everything is read from `/proc` and `/sys`; no path is followed, so a hung mount is never
+//! entered. A process counts when an open file, its working directory, its root or a mapping lies
+//! in the mount. Descriptors are matched by mount ID, which is exact: a file hidden under the
+//! mountpoint does not count, and a file that a container opened through its own copy of the mount
+//! does. A loop device holds a file without any process.
 //!
-//! What the caller may not see (processes of other users, unless root) is left out.
+//! Processes that the caller may not inspect (those of other users, unless root) are left out.
 
 use std::collections::{HashMap, HashSet};
 use std::ffi::OsStr;
@@ -30,45 +30,45 @@ use super::kernel::{self, MountEntry};
 pub enum HoldKind {
     /// An open file or directory.
     File,
-    /// Its working directory.
+    /// The working directory.
     WorkingDirectory,
-    /// Its root directory.
+    /// The root directory.
     Root,
-    /// A mapping of a file it has closed.
+    /// A mapping of a file that is closed.
     Mapping,
 }
 
-/// One who holds a mount. Displays as one line for the user. Paths are inside the mount, without
-/// a leading `/`, and empty for the mount's own directory.
+/// A process, loop device or mount that holds a mount. Displays as one line for the user. Paths are
+/// relative to the mount, without a leading `/`, and empty for the mount's own directory.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Opener {
     /// A process.
     Process {
-        /// Its id.
+        /// Process ID.
         pid: u32,
-        /// Its short name, as ps shows it (15 bytes at most).
+        /// Short name of the process, as ps shows it (15 bytes at most).
         command: String,
-        /// What it holds.
+        /// The file or directory that the process holds.
         path: PathBuf,
-        /// In which way.
+        /// How the process holds it.
         hold: HoldKind,
     },
     /// A loop device.
     Loop {
-        /// Such as `/dev/loop3`.
+        /// Path of the device, such as `/dev/loop3`.
         device: PathBuf,
-        /// The file it is attached to.
+        /// The file that the device is attached to.
         path: PathBuf,
     },
-    /// Another mount: one made inside this one, or a bind mount of it.
+    /// Another mount: one mounted inside this one, or a bind mount of it.
     Mount {
-        /// Where it is mounted.
+        /// Mountpoint of that other mount.
         mountpoint: PathBuf,
     },
 }
 
 impl Opener {
-    /// The file it has, relative to the mount; `None` for what uses the mount as a whole.
+    /// Returns the file held, relative to the mount; `None` for a user of the mount as a whole.
     pub fn path(&self) -> Option<&Path> {
         match self {
             Self::Process { path, .. } | Self::Loop { path, .. } => Some(path),
@@ -76,7 +76,7 @@ impl Opener {
         }
     }
 
-    /// The process, when it is one.
+    /// Returns the process ID, if this is a process.
     pub fn pid(&self) -> Option<u32> {
         match self {
             Self::Process { pid, .. } => Some(*pid),
@@ -111,15 +111,15 @@ impl fmt::Display for Opener {
     }
 }
 
-/// A process in whose mount namespace a file system is mounted: it lives on there, whatever is
-/// unmounted here.
+/// A process with the file system mounted in its own mount namespace, where the file system stays
+/// mounted after an unmount in this one.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NamespaceCopy {
-    /// The process, one of those that the namespace has.
+    /// Process ID of one of the processes in that namespace.
     pub pid: u32,
-    /// Its short name.
+    /// Short name of the process.
     pub command: String,
-    /// Where it is mounted there.
+    /// The mountpoint in that namespace.
     pub mountpoint: PathBuf,
 }
 
@@ -134,7 +134,7 @@ impl fmt::Display for NamespaceCopy {
     }
 }
 
-/// Another mount namespace that has the file system `dev`, if there is one that may be looked at.
+/// Finds another mount namespace with the file system `dev`, among those that may be inspected.
 pub fn find_namespace_copy(dev: (u32, u32)) -> Option<NamespaceCopy> {
     let ours = fs::read_link("/proc/self/ns/mnt").ok()?;
     let mut seen = HashSet::from([ours]);
@@ -148,18 +148,19 @@ pub fn find_namespace_copy(dev: (u32, u32)) -> Option<NamespaceCopy> {
     })
 }
 
-/// The short name of the process at `proc`, as ps shows it.
+/// Returns the short name of the process at `proc`, as ps shows it.
 fn process_name(proc: &Path) -> String {
     let command = fs::read(proc.join("comm")).unwrap_or_default();
     String::from_utf8_lossy(command.trim_ascii_end()).into_owned()
 }
 
-/// Who holds `mount`, except this process. One line for each process and file, however often it
-/// has it open.
+/// Returns everything that holds `mount`, except this process. A process appears once per file,
+/// however often it has the file open.
 pub fn find_openers(mount: &MountEntry) -> Vec<Opener> {
     let entries = kernel::mounts_or_empty();
     let mut scan = ProcessScan { dev: mount.dev, own: None, views: HashMap::new() };
-    // Whatever root the others there have: links in /proc are shown as seen from ours.
+    // Use our view whatever the root of a process here: links in /proc are shown relative to our
+    // root.
     if let Ok(own) = fs::read_link("/proc/self/ns/mnt") {
         scan.own = Some((own, NamespaceMounts::of(&entries, mount.dev)));
     }
@@ -178,7 +179,7 @@ pub fn find_openers(mount: &MountEntry) -> Vec<Opener> {
     found
 }
 
-/// All processes but this one.
+/// Returns the IDs of all processes except this one.
 fn other_processes() -> Vec<u32> {
     let Ok(entries) = fs::read_dir("/proc") else {
         return Vec::new();
@@ -190,7 +191,7 @@ fn other_processes() -> Vec<u32> {
     pids
 }
 
-/// Where one mount namespace has the file system: most have it nowhere.
+/// Mounts of the file system in one mount namespace; most namespaces have none.
 #[derive(Clone, Debug, Default)]
 struct NamespaceMounts {
     mounts: Vec<MountEntry>,
@@ -201,20 +202,21 @@ impl NamespaceMounts {
         Self { mounts: entries.iter().filter(|entry| entry.dev == dev).cloned().collect() }
     }
 
-    /// The path inside the file system of what `/proc` or `/sys` calls `target`, if it can lie
-    /// there at all.
+    /// Converts `target`, a path from `/proc` or `/sys`, to a path inside the file system, if it
+    /// can lie there.
     fn inner_path(&self, target: &Path) -> Option<PathBuf> {
         self.mounts.iter().find_map(|mount| inner_path_in(mount, target))
     }
 
-    /// As [`inner`](Self::inner), for a file that is known to be open through mount `id`.
+    /// Converts `target` like [`inner_path`](Self::inner_path), for a file opened through the mount
+    /// `id`.
     fn inner_path_by_id(&self, id: u64, target: &Path) -> Option<PathBuf> {
         inner_path_in(self.mounts.iter().find(|mount| mount.id == id)?, target)
     }
 }
 
 fn inner_path_in(mount: &MountEntry, target: &Path) -> Option<PathBuf> {
-    // Said of an unlinked file; a name that really ends so is only shortened in the message.
+    // Suffix of an unlinked file; a name that really ends so is only shortened in the message.
     let bytes = target.as_os_str().as_bytes();
     let name = Path::new(OsStr::from_bytes(bytes.strip_suffix(b" (deleted)").unwrap_or(bytes)));
     let below = name.strip_prefix(&mount.mountpoint).ok()?;
@@ -225,15 +227,16 @@ fn inner_path_in(mount: &MountEntry, target: &Path) -> Option<PathBuf> {
 /// One pass over the processes.
 struct ProcessScan {
     dev: (u32, u32),
-    /// The name of our namespace, such as `mnt:[4026531841]`, and our view.
+    /// The name of our mount namespace, such as `mnt:[4026531841]`, and our view.
     own: Option<(PathBuf, NamespaceMounts)>,
-    /// Those of others, by the name of the namespace and the root: a process is told of no mount
-    /// that lies outside its root.
+    /// The views of other namespaces, by namespace and root directory: the mountinfo of a process
+    /// leaves out mounts outside its root.
     views: HashMap<(PathBuf, PathBuf), NamespaceMounts>,
 }
 
 impl ProcessScan {
-    /// What the process `pid` holds. Empty, too, when it is gone or may not be looked at.
+    /// Returns everything that the process `pid` holds; empty if it has exited or may not be
+    /// inspected.
     fn scan_process(&mut self, pid: u32) -> Vec<Opener> {
         let proc = PathBuf::from(format!("/proc/{pid}"));
         let Ok(namespace) = fs::read_link(proc.join("ns/mnt")) else {
@@ -260,7 +263,8 @@ impl ProcessScan {
                 target.and_then(|target| view.inner_path(&target)).map(|path| (path, hold)),
             );
         }
-        // Last and only if need be: of all these files only maps takes a lock of the process.
+        // Read maps last, and only if needed: of all these files only maps takes a lock of the
+        // process.
         if held.is_empty() {
             held = mappings(&fs::read(proc.join("maps")).unwrap_or_default(), dev, view);
         }
@@ -283,20 +287,20 @@ fn open_files(proc: &Path, view: &NamespaceMounts) -> Vec<(PathBuf, HoldKind)> {
     open.collect()
 }
 
-/// The `mnt_id` line of a fdinfo file.
+/// Parses the `mnt_id` line of a fdinfo file.
 fn mount_id(info: &str) -> Option<u64> {
     info.lines().find_map(|line| line.strip_prefix("mnt_id:")?.trim().parse().ok())
 }
 
-/// The files of file system `dev` in a maps file (proc_pid_maps(5)):
-/// `address perms offset major:minor inode   path`, the device numbers in hexadecimal.
+/// Returns the files of file system `dev` in a maps file (proc_pid_maps(5)), whose lines are
+/// `address perms offset major:minor inode   path`, with device numbers in hexadecimal.
 fn mappings(maps: &[u8], dev: (u32, u32), view: &NamespaceMounts) -> Vec<(PathBuf, HoldKind)> {
     let wanted = format!("{:02x}:{:02x}", dev.0, dev.1);
     let mapped = maps.split(|&byte| byte == b'\n').filter_map(|line| {
         let mut fields = line.splitn(6, |&byte| byte == b' ');
         (fields.nth(3)? == wanted.as_bytes()).then_some(())?;
         let path = Path::new(OsStr::from_bytes(fields.nth(1)?.trim_ascii_start()));
-        // Matched by device already: a path from elsewhere is still worth its line.
+        // The device matches already, so even a path from elsewhere is worth reporting.
         Some((view.inner_path(path).unwrap_or_else(|| path.to_owned()), HoldKind::Mapping))
     });
     mapped.collect()
@@ -316,30 +320,30 @@ fn loop_devices(view: &NamespaceMounts) -> Vec<Opener> {
     attached.collect()
 }
 
-/// Whether a process has ended.
+/// Whether a process has exited.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ProcessState {
-    /// It has, or there was none.
+    /// The process has exited, or never existed.
     Exited,
-    /// It runs on.
+    /// The process is still running.
     Running,
 }
 
-/// How often `/proc` is looked at where the kernel has no pidfd_open.
+/// Interval at which `/proc` is read where the kernel has no pidfd_open.
 const EXIT_POLL_INTERVAL: Duration = Duration::from_millis(20);
 
-/// Waits until the process `pid` has ended, `timeout` at most. One that ended and was not reaped
-/// yet counts as ended. It need not be a child.
+/// Waits until the process `pid` has exited, at most for `timeout`. A process that has exited but
+/// was not reaped yet counts as exited. The process need not be a child.
 ///
 /// # Errors
-/// `EINVAL` for a number that is no process id; else the host's errno.
+/// `EINVAL` for a number that is no process ID; otherwise the host's errno.
 pub fn wait_for_exit(pid: u32, timeout: Duration) -> io::Result<ProcessState> {
     let number = i32::try_from(pid).ok().and_then(Pid::from_raw).ok_or(Errno::INVAL)?;
     let deadline = Instant::now() + timeout;
     match rustix::process::pidfd_open(number, PidfdFlags::empty()) {
         Ok(process) => wait_on_pidfd(&process, deadline),
         Err(Errno::SRCH) => Ok(ProcessState::Exited),
-        // An old kernel, or a sandbox that does not know the call.
+        // ENOSYS: an old kernel. EPERM: a sandbox that does not know the call.
         Err(Errno::NOSYS | Errno::PERM) => Ok(wait_by_polling(pid, deadline)),
         Err(error) => Err(error.into()),
     }
@@ -348,7 +352,7 @@ pub fn wait_for_exit(pid: u32, timeout: Duration) -> io::Result<ProcessState> {
 fn wait_on_pidfd(process: &OwnedFd, deadline: Instant) -> io::Result<ProcessState> {
     loop {
         let left = deadline.saturating_duration_since(Instant::now());
-        // More seconds than fit are as good as for ever.
+        // A timeout that does not fit is as good as infinite.
         let left = Timespec::try_from(left)
             .unwrap_or(Timespec { tv_sec: i64::from(i32::MAX), tv_nsec: 0 });
         let mut fds = [PollFd::new(process, PollFlags::IN)];
@@ -374,8 +378,8 @@ fn wait_by_polling(pid: u32, deadline: Instant) -> ProcessState {
     }
 }
 
-/// Whether a process with this stat file has ended: none, a zombie or a dead one. The state
-/// follows the name, which is in parentheses and may hold anything, parentheses too.
+/// Returns whether the process with this stat file has exited: no file, a zombie or dead. The state
+/// follows the name, which is in parentheses and may contain anything, parentheses too.
 fn has_ended(stat: &[u8]) -> bool {
     let after = stat.iter().rposition(|&byte| byte == b')').and_then(|end| stat.get(end + 2));
     matches!(after, None | Some(b'Z' | b'X'))
@@ -391,7 +395,7 @@ mod tests {
     }
 
     #[test]
-    fn every_holder_is_one_line() {
+    fn opener_displays_as_one_line() {
         let opener = |command: &str, pid, path: &str, hold| {
             let (command, path) = (command.to_owned(), path.into());
             Opener::Process { pid, command, path, hold }.to_string()
@@ -409,7 +413,7 @@ mod tests {
     }
 
     #[test]
-    fn a_path_is_taken_as_the_mount_has_it() {
+    fn path_is_converted_to_a_path_inside_the_mount() {
         let view = view(
             "9 1 0:53 / /m rw - fuse.cowslip s rw\n\
              8 1 0:53 /vm2.img /etc/disk rw - fuse.cowslip s rw\n\
@@ -442,8 +446,8 @@ mod tests {
     }
 
     #[test]
-    fn a_process_that_opened_a_file_is_found() {
-        // /dev/shm is a mount of its own everywhere; its path stands for the mount's.
+    fn process_with_an_open_file_is_found() {
+        // /dev/shm is a mount of its own everywhere, so it can stand in for a cowslip mount.
         let dir = tempfile::tempdir_in("/dev/shm").unwrap();
         let path = dir.path().join("vm1.img");
         let file = fs::File::create(&path).unwrap();
@@ -461,7 +465,7 @@ mod tests {
     }
 
     #[test]
-    fn an_exit_is_awaited_and_a_zombie_has_exited() {
+    fn wait_for_exit_counts_a_zombie_as_exited() {
         let mut child = Command::new("cat").stdin(Stdio::piped()).spawn().unwrap();
         let short = Duration::from_millis(30);
         assert_eq!(wait_for_exit(child.id(), short).unwrap(), ProcessState::Running);
@@ -476,14 +480,14 @@ mod tests {
     }
 
     #[test]
-    fn a_strange_name_does_not_hide_the_state() {
+    fn parentheses_in_a_process_name_do_not_hide_the_state() {
         assert!(has_ended(b"7 (a) Z (b) Z 1 7"));
         assert!(!has_ended(b"7 (a) Z (b) S 1 7"));
         assert!(has_ended(b""));
     }
 
     #[test]
-    fn a_number_that_is_no_pid_is_refused() {
+    fn invalid_process_id_is_refused() {
         for pid in [0, u32::MAX] {
             let error = wait_for_exit(pid, Duration::ZERO).unwrap_err();
             assert_eq!(error.raw_os_error(), Some(libc::EINVAL));

@@ -1,4 +1,4 @@
-//! The life of a mount: its ticks, its signals, its end.
+//! A mount in service: periodic work, signals, and the shutdown.
 
 use std::io;
 use std::sync::Arc;
@@ -17,19 +17,21 @@ use crate::pool::Pool;
 use crate::stream::UnmountPolicy;
 use crate::stream::output::DrainTimeout;
 
-/// Changes go to the device after at most this many seconds.
+/// Seconds between two rounds of maintenance; the longest time until changes are synced to the
+/// device.
 const MAINTENANCE_SECS: u32 = 5;
 
-/// How long open handles are waited for after a signal.
+/// Time limit for open handles to be closed after a signal.
 const HANDLE_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// How long threads that wait for a base are waited for at the end, all together.
+/// Time limit at shutdown for all threads that wait for a base, together.
 const STOP_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// How long a sink may get nothing done before a stream that ends with its mount is given up.
+/// Time without progress of a sink after which a stream that ends with its mount is aborted.
 const STALL_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// Every second: answers what has waited too long; every few: has each disk synced.
+/// Runs until `stop` is set. Every second, answers requests past their deadline; every
+/// [`MAINTENANCE_SECS`] seconds, starts merges and syncs of the disks.
 pub(super) fn tick(shared: &Arc<FsContext>, stop: &AtomicBool) {
     let mut seconds = 0;
     while !stop.load(Ordering::SeqCst) {
@@ -66,12 +68,12 @@ pub(super) fn tick(shared: &Arc<FsContext>, stop: &AtomicBool) {
     }
 }
 
-/// A mount that is there.
+/// A mount in service.
 pub(super) struct RunningMount {
     pub(super) shared: Arc<FsContext>,
     pub(super) workers: JoinHandle<io::Result<()>>,
     pub(super) mode: DaemonMode,
-    /// Says that the workers have ended.
+    /// Receives a message when the workers have ended.
     pub(super) ended: mpsc::Receiver<()>,
     pub(super) stop: Arc<AtomicBool>,
     pub(super) ticker: JoinHandle<()>,
@@ -85,7 +87,7 @@ impl RunningMount {
         }
     }
 
-    /// Takes the mount away, though files in it may be open.
+    /// Unmounts lazily, even though files may be open.
     pub(super) fn unmount_lazily(&self) {
         self.shared.control.draining.store(true, Ordering::SeqCst);
         self.announce();
@@ -94,14 +96,14 @@ impl RunningMount {
             let (major, minor) = held.entry().dev;
             self.shared.control.device.get() == Some(&rustix::fs::makedev(major, minor))
         };
-        // What cannot be held has gone, or lies where we may not look.
+        // A mount without a handle is gone already, or lies in a directory closed to us.
         let held = MountHandle::at(mountpoint).ok().flatten().filter(is_ours);
         if let Some(Err(error)) = held.map(|held| held.unmount(UnmountMode::Lazy)) {
             log::warn!("'{}' is not unmounted: {error}", mountpoint.display());
         }
     }
 
-    /// Waits for the end and closes everything.
+    /// Serves until the mount ends, then closes everything. Returns the exit code.
     pub(super) fn run(self, signals: Signals) -> u8 {
         self.wait(&signals);
         if self.mode == DaemonMode::Foreground {
@@ -112,7 +114,7 @@ impl RunningMount {
         code
     }
 
-    /// Until the workers have ended, or a signal has come and open handles have had their time.
+    /// Waits until the workers have ended, or until [`HANDLE_TIMEOUT`] after a signal.
     fn wait(&self, signals: &Signals) {
         loop {
             if let Some(signal) = signals.received() {
@@ -130,7 +132,7 @@ impl RunningMount {
         }
     }
 
-    /// Everything durable, every log closed; 1 when something could not be done.
+    /// Makes all data durable and closes all logs. Returns 1 when something failed, otherwise 0.
     fn close(self) -> u8 {
         self.shared.control.draining.store(true, Ordering::SeqCst);
         self.announce();
@@ -151,7 +153,7 @@ impl RunningMount {
                 code = 1;
             }
         }
-        // Last: a slow sink must not keep the other disks from being durable.
+        // Streams come last: a slow sink must not delay the durability of the other disks.
         for (name, entry) in self.shared.catalog.list() {
             if let Err(line) = end_stream_on_unmount(&entry.disk) {
                 log::error!("{name}: {line}");
@@ -165,15 +167,15 @@ impl RunningMount {
             log::error!("FUSE: {error}");
             code = 1;
         }
-        // The ticker ends with `stop_pools`; it holds nothing that has to be closed.
+        // The ticker waits for nothing after `stop_pools`, and holds nothing that must be closed.
         let _ = self.ticker.join();
         log::info!("unmounted");
         code
     }
 }
 
-/// Finishes a stream that ends with its mount, for as long as its sink gets on, and gives up what
-/// is unfinished.
+/// Finishes a stream that ends with its mount, for as long as its sink makes progress, and aborts
+/// other unfinished streams.
 fn end_stream_on_unmount(disk: &Disk) -> Result<(), String> {
     let said = disk.end_stream(UnmountPolicy::Settle, DrainTimeout::Stalled(STALL_TIMEOUT))?;
     if let Some(line) = said {

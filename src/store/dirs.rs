@@ -1,8 +1,9 @@
-//! The directories of a store, held open: what lies in them, and what of that may go.
+//! The directories of a store, held open: listing their contents, and removing unused disks and
+//! layers.
 //!
-//! Nothing is removed for lying in the wrong place. A directory is a store only by its marker, the
-//! file `store`; a disk or a layer is named by a uuid and holds the files that one is made of.
-//! Anything else stays, and is only told of.
+//! Nothing is removed only because it lies in the wrong place. A directory is a store only if it
+//! has the marker, the file `store`; a disk or a layer is a directory named by a UUID that contains
+//! only the files of a disk or a layer. Everything else stays, and is only reported.
 
 use std::collections::HashSet;
 use std::fs::{DirBuilder, File};
@@ -22,33 +23,33 @@ use crate::overlay::persist::{STAGING_PREFIX, remove_layer};
 use crate::overlay::stack::{Stack, StackError, doing};
 use crate::trust;
 
-/// How long a store's last user may take to be gone.
+/// Time limit for the previous user of a store to release its lock.
 const RELEASE_TIMEOUT: Duration = Duration::from_secs(1);
-/// How often is looked whether it is.
+/// Interval at which the lock is tried again.
 const POLL_INTERVAL: Duration = Duration::from_millis(20);
 
-/// The file that makes a directory a store.
+/// Name of the marker, the file that makes a directory a store.
 const MARKER_FILE: &str = "store";
-/// The longest marker in bytes.
+/// Maximum length of the marker in bytes.
 const MAX_MARKER_LEN: u64 = 4 << 10;
-/// The version of a store's layout that this code reads and writes.
+/// Version of the store's layout that this code reads and writes.
 const STORE_VERSION: u32 = 1;
 
-/// What a new file system may hold besides.
+/// Directory that a new file system may contain besides a store.
 const LOST_AND_FOUND: &str = "lost+found";
-/// The files that the directory of a disk may hold.
+/// Files that the directory of a disk may contain.
 const DISK_FILES: [&str; 4] = ["stack", "stack.new", "holder", "holder.new"];
 
-/// The contents of the marker.
+/// Contents of the marker.
 #[derive(Serialize, Deserialize)]
 struct StoreMarker {
     version: u32,
 }
 
-/// The open directories of a store, its lock taken.
+/// The open directories of a store, with the store's lock held.
 pub struct StoreDirs {
     path: PathBuf,
-    /// Carries the lock, which is free when it is closed.
+    /// The root directory. Holds the lock, which is released when this file is closed.
     root: File,
     names: File,
     disks: File,
@@ -56,7 +57,7 @@ pub struct StoreDirs {
 }
 
 impl StoreDirs {
-    /// Opens the store at `path`, making it when there is none.
+    /// Opens the store at `path`, and creates one if there is none.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -70,7 +71,7 @@ impl StoreDirs {
         let root = open_root(path)?;
         let has_marker = has_marker(path, &root)?;
         if !has_marker && !is_unfinished(&root).map_err(io("reading it"))? {
-            // One that was made before there were markers.
+            // Stores from before there were markers have none.
             let dirs = Self::open_dirs(path, root)?;
             return match dirs.is_store_like().map_err(io("reading it"))? {
                 true => dirs.write_marker(),
@@ -87,7 +88,7 @@ impl StoreDirs {
         if has_marker { Ok(dirs) } else { dirs.write_marker() }
     }
 
-    /// Opens the store at `path` and changes nothing.
+    /// Opens the store at `path` without changing it.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -114,12 +115,12 @@ impl StoreDirs {
         };
         let (names, disks, layers) = (open("names")?, open("disks")?, open("layers")?);
         let io = |error| StoreError::Io { dir: path.to_owned(), what: "opening it", error };
-        // Nobody can turn that elsewhere: only believed directories lead to it.
+        // Nobody else can redirect the real path: only trusted directories lead to it.
         let path = confined::real_path(&root).map_err(io)?;
         Ok(Self { path, root, names, disks, layers })
     }
 
-    /// Makes it a store for good.
+    /// Writes the marker, which makes the directory a store for good.
     fn write_marker(self) -> Result<Self, StoreError> {
         let text = format!("version = {STORE_VERSION}\n");
         let new = format!("{MARKER_FILE}.new");
@@ -132,19 +133,19 @@ impl StoreDirs {
         }
     }
 
-    /// Where it is.
+    /// Returns the path of the store.
     #[must_use]
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// Its names, each a link to a disk.
+    /// Returns the directory of names, each a link to a disk.
     #[must_use]
     pub(super) fn names(&self) -> &File {
         &self.names
     }
 
-    /// Whether it holds only what a store holds.
+    /// Returns whether the directories contain only entries that belong in a store.
     fn is_store_like(&self) -> io::Result<bool> {
         let is_uuid = |name: &String| parse_uuid(name).is_some();
         Ok(self.named_disks().is_ok()
@@ -154,11 +155,11 @@ impl StoreDirs {
             && entry_names(&self.layers)?.iter().all(is_uuid))
     }
 
-    /// Every name and the disk it leads to, sorted.
+    /// Returns every name and the disk it links to, sorted.
     ///
     /// # Errors
-    /// The host's errno; also when a name is no link to a disk, as in a copy of a store without
-    /// its symlinks: its disk would look like one without a name.
+    /// The host's errno; also an error when a name is no link to a disk, as in a copy of a store
+    /// without its symlinks, because the disk would seem to have no name.
     pub fn named_disks(&self) -> io::Result<Vec<(String, Uuid)>> {
         let mut all = Vec::new();
         for name in entry_names(&self.names)? {
@@ -173,21 +174,21 @@ impl StoreDirs {
         Ok(all)
     }
 
-    /// The disk that `name` leads to.
+    /// Returns the disk that `name` links to.
     fn disk_named(&self, name: &str) -> Option<Uuid> {
         let target = rustix::fs::readlinkat(&self.names, name, Vec::new()).ok()?;
         parse_uuid(target.to_str().ok()?.strip_prefix("../disks/")?)
     }
 
-    /// Calls `each` with the uuid and the stack of every disk.
+    /// Calls `each` with the UUID and the stack of every disk.
     ///
     /// # Errors
-    /// The host's errno; also when a stack cannot be read.
+    /// The host's errno; also an error when a stack cannot be read.
     pub(super) fn for_each_stack(&self, mut each: impl FnMut(Uuid, Stack)) -> io::Result<()> {
         for uuid in entry_names(&self.disks)?.iter().filter_map(|name| parse_uuid(name)) {
             match self.stack_of(&uuid) {
                 Ok(stack) => each(uuid, stack),
-                // It went between the two.
+                // The disk was removed between listing and reading.
                 Err(StackError::Io { error, .. }) if error.kind() == io::ErrorKind::NotFound => {}
                 Err(error) => return Err(io::Error::other(error.to_string())),
             }
@@ -195,7 +196,7 @@ impl StoreDirs {
         Ok(())
     }
 
-    /// The stack of the disk `uuid`.
+    /// Returns the stack of the disk `uuid`.
     ///
     /// # Errors
     /// [`StackError`].
@@ -204,7 +205,7 @@ impl StoreDirs {
         Stack::read(&dir)
     }
 
-    /// What a crash left behind.
+    /// Finds the entries that a crash left behind, and foreign ones.
     ///
     /// # Errors
     /// The host's errno.
@@ -250,46 +251,46 @@ impl StoreDirs {
         self.names.sync_all()
     }
 
-    /// Removes the directory `name` of a disk. One that holds anything else than a disk's files
-    /// stays as it is.
+    /// Removes the directory `name` of a disk. A directory that contains foreign files stays
+    /// unchanged.
     ///
     /// # Errors
-    /// The host's errno; a line that names what else it holds.
+    /// The host's errno; for a foreign file, a line that names it.
     pub fn remove_disk(&self, name: &str) -> io::Result<()> {
         let dir = open_subdir(&self.disks, name)?;
         if let Some(other) = entry_names(&dir)?.iter().find(|file| !DISK_FILES.contains(&&***file))
         {
             return Err(foreign_entry_error(&format!("disks/{name}"), other));
         }
-        // The stack first: without it there is no disk.
+        // Remove the stack first: without it there is no disk.
         DISK_FILES.iter().try_for_each(|file| confined::remove_file(&dir, file))?;
         Ok(rustix::fs::unlinkat(&self.disks, name, AtFlags::REMOVEDIR)?)
     }
 
-    /// Removes the layer `uuid`. One that holds anything else than a layer's files stays as it is.
+    /// Removes the layer `uuid`. A layer that contains foreign files stays unchanged.
     ///
     /// # Errors
-    /// The host's errno; a line that names what else it holds.
+    /// The host's errno; for a foreign file, a line that names it.
     pub fn remove_layer(&self, uuid: Uuid) -> io::Result<()> {
         remove_layer(&self.layers, uuid)
     }
 }
 
-/// What lies in a store and belongs to no disk.
+/// Entries of a store that belong to no disk.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Leftovers {
-    /// Names whose disk is gone.
+    /// Names whose disk does not exist.
     pub names: Vec<String>,
-    /// The directories of disks without a name, or that were being made.
+    /// Directories of disks without a name, and of unfinished disks.
     pub disks: Vec<String>,
-    /// The layers that no disk stands on. None while a disk's stack is gone or cannot be read:
-    /// nobody knows then what it needs.
+    /// Layers that no disk uses. Empty while a disk's stack is missing or cannot be read, since the
+    /// layers it needs are unknown then.
     pub layers: Vec<Uuid>,
-    /// What cowslip has not made, and leaves alone.
+    /// Entries that cowslip did not create; they are left alone.
     pub foreign: Vec<String>,
 }
 
-/// Opens and locks what is to be a store, if nobody else could have made it what it is.
+/// Opens and locks the root directory of a store, if no other user could have changed it.
 fn open_root(path: &Path) -> Result<File, StoreError> {
     let io = |what| move |error| StoreError::Io { dir: path.to_owned(), what, error };
     let root = open_dir(path).map_err(io("opening it"))?;
@@ -298,7 +299,8 @@ fn open_root(path: &Path) -> Result<File, StoreError> {
     loop {
         match rustix::fs::flock(&root, FlockOperation::NonBlockingLockExclusive) {
             Ok(()) => return Ok(root),
-            // The threads of a daemon that was killed end one after the other.
+            // The threads of a daemon that was killed exit one after another, and each holds the
+            // lock.
             Err(rustix::io::Errno::WOULDBLOCK) if start.elapsed() < RELEASE_TIMEOUT => {
                 thread::sleep(POLL_INTERVAL);
             }
@@ -308,7 +310,7 @@ fn open_root(path: &Path) -> Result<File, StoreError> {
     }
 }
 
-/// Whether there is a marker of a version that is known.
+/// Returns whether there is a marker; it must be of a known version.
 fn has_marker(path: &Path, root: &File) -> Result<bool, StoreError> {
     let bytes = match confined::read_file(root, MARKER_FILE, MAX_MARKER_LEN) {
         Ok(bytes) => bytes,
@@ -326,7 +328,7 @@ fn has_marker(path: &Path, root: &File) -> Result<bool, StoreError> {
     }
 }
 
-/// Whether nothing lies there but what a store that was being made leaves behind.
+/// Returns whether the directory is empty, or contains only the remains of an unfinished store.
 fn is_unfinished(root: &File) -> io::Result<bool> {
     for name in entry_names(root)? {
         match name.as_str() {
@@ -347,7 +349,7 @@ fn is_empty(root: &File, name: &str) -> io::Result<bool> {
     }
 }
 
-/// The uuid that `name` is, written as cowslip writes it.
+/// Parses `name` as a UUID in the spelling that cowslip writes.
 fn parse_uuid(name: &str) -> Option<Uuid> {
     Uuid::parse_str(name).ok().filter(|uuid| uuid.to_string() == name)
 }

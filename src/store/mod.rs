@@ -1,14 +1,16 @@
-//! The directory behind `--store`: disks that are made, renamed and removed in the mount.
+//! The store, the directory given with `--store`: disks that are created, renamed and removed
+//! through the mount.
 //!
 //! ```text
-//!   STORE/store                            says that this is a store, and of which version
-//!   STORE/names/NAME -> ../disks/UUID      what the mount shows; one rename(2) renames a disk
-//!   STORE/disks/UUID/stack                 which layers make it
+//!   STORE/store                            marks the directory as a store; holds the version
+//!   STORE/names/NAME -> ../disks/UUID      the names in the mount; one rename(2) renames a disk
+//!   STORE/disks/UUID/stack                 the list of the disk's layers
 //!   STORE/layers/UUID/{data,log}           the layers
 //! ```
 //!
-//! A disk exists when a name leads to it. Its files are made before the name and removed after it,
-//! each durable before the next; what a crash leaves without a name is swept at the next mount.
+//! A disk exists while a name links to it. Its files are created before the name and removed after
+//! the name, each step durable before the next. Files that a crash leaves without a name are
+//! removed at the next mount.
 
 mod dirs;
 
@@ -27,60 +29,60 @@ use crate::overlay::layer_cache::LayerCache;
 use crate::overlay::persist::OverlayPath;
 use crate::trust::TrustError;
 
-/// A store that this process has to itself.
+/// A store, locked by this process.
 pub struct Store {
     dirs: Arc<StoreDirs>,
-    /// The sealed layers that its disks share.
+    /// The sealed layers that disks of the store share.
     layer_cache: Arc<LayerCache>,
 }
 
-/// Why a store cannot be used; each is one line for the user.
+/// The reason why a store cannot be used; each displays as one line for the user.
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
-    /// The host said no.
+    /// A system call on the host failed.
     #[error("store '{}': {what}: {error}", dir.display())]
     Io {
-        /// The store.
+        /// Directory of the store.
         dir: PathBuf,
-        /// What was being done.
+        /// The action that failed.
         what: &'static str,
-        /// The host's answer.
+        /// The host's error.
         error: io::Error,
     },
-    /// Another mount has it.
+    /// Another mount uses the store.
     #[error("store '{}' is in use by another cowslip mount: unmount that first", .0.display())]
     InUse(PathBuf),
-    /// It holds other things.
+    /// The directory is no store, and not empty.
     #[error("'{}' is no store and not empty: name an empty or a new directory", .0.display())]
     NotAStore(PathBuf),
-    /// Another user could have made it what it is.
+    /// Another user could have written to the directory.
     #[error("store '{}' {error}", dir.display())]
     Untrusted {
-        /// The store.
+        /// Directory of the store.
         dir: PathBuf,
-        /// Why.
+        /// The reason for the distrust.
         error: TrustError,
     },
-    /// Another version made it.
+    /// The store has the format of another version.
     #[error("store '{}' has format version {version}: use a newer cowslip", dir.display())]
     Version {
-        /// The store.
+        /// Directory of the store.
         dir: PathBuf,
-        /// What it says.
+        /// Format version of the store.
         version: u32,
     },
-    /// One of its disks.
+    /// A disk of the store cannot be used.
     #[error("disk '{name}' of the store: {error}")]
     Disk {
-        /// Its name.
+        /// Name of the disk.
         name: String,
-        /// What is wrong with it.
+        /// The reason why the disk cannot be used.
         error: OpenError,
     },
 }
 
 impl StoreError {
-    /// The host's errno behind it, if there is one.
+    /// Returns the host's errno behind this error, if there is one.
     #[must_use]
     pub fn os_error(&self) -> Option<i32> {
         match self {
@@ -94,10 +96,10 @@ impl StoreError {
 }
 
 impl Store {
-    /// Opens the store at `dir`, making it when there is none.
+    /// Opens the store at `dir`, and creates one if there is none.
     ///
     /// # Errors
-    /// [`StoreError`].
+    /// [`StoreError`] when the directory cannot be used as a store.
     pub fn open(dir: &Path) -> Result<Self, StoreError> {
         let dirs = Arc::new(StoreDirs::open_or_create(dir)?);
         let store = Self { dirs, layer_cache: Arc::default() };
@@ -121,8 +123,8 @@ impl Store {
         self.dir().join("disks").join(uuid.to_string())
     }
 
-    /// Removes disks without a name and layers without a disk: what a crash left behind. What is not
-    /// cowslip's stays.
+    /// Removes disks without a name and layers without a disk, which a crash left behind. Foreign
+    /// files are left alone.
     fn remove_leftovers(&self) -> io::Result<()> {
         let Leftovers { disks, layers, foreign: strangers, .. } = self.dirs.leftovers()?;
         let dir = self.dir().display();
@@ -147,10 +149,11 @@ impl Store {
         use_it(OverlayPath { dir: &dir, layers: Some(&layers) })
     }
 
-    /// Opens every disk, one after the other, and hands it to `each`.
+    /// Opens every disk, one after another, and passes each to `each`.
     ///
     /// # Errors
-    /// The line for the user: of the first disk that cannot be opened, or what `each` says.
+    /// A line for the user, about the first disk that cannot be opened; or the error that `each`
+    /// returned.
     pub fn open_disks(
         &self,
         setting: &OpenContext<'_>,
@@ -178,7 +181,7 @@ impl Store {
         Ok(())
     }
 
-    /// A disk of this store that knows who else may stand on its layers.
+    /// Attaches the store's shared layers to an opened disk (see [`Disk::share_layers`]).
     fn with_shared_layers(&self, opened: OpenedDisk) -> OpenedDisk {
         self.share_layers(&opened.disk);
         opened
@@ -190,10 +193,11 @@ impl Store {
         disk.share_layers(&self.layer_cache, others);
     }
 
-    /// Keeps the temporary overlay of `disk` here and gives it its name, durably.
+    /// Moves the temporary overlay of `disk` into the store and gives the disk the name `name`,
+    /// durably.
     ///
     /// # Errors
-    /// [`StoreError`]; when it could not be named the disk goes on, and ends with the mount.
+    /// [`StoreError`]; when the disk cannot be named, it stays usable and ends with the mount.
     pub fn keep(&self, disk: &Disk, name: &str) -> Result<(), StoreError> {
         let kept = self.with_overlay_path(&disk.uuid, |place| disk.keep(place));
         kept.map_err(|error| StoreError::Disk { name: name.to_owned(), error })?;
@@ -201,7 +205,7 @@ impl Store {
         self.give_name(&disk.uuid, name)
     }
 
-    /// Makes an empty disk and gives it its name, durably.
+    /// Creates an empty disk and names it, durably.
     ///
     /// # Errors
     /// [`StoreError`]; nothing is left behind then.
@@ -209,7 +213,7 @@ impl Store {
         self.create_named(name, |uuid, place| disk::create_blank(name, uuid, place, owner))
     }
 
-    /// Makes the disk that `spec` asks for, with its overlay in this store, and names it.
+    /// Creates the disk that `spec` describes, with its overlay in this store, and names it.
     ///
     /// # Errors
     /// [`StoreError`]; nothing is left behind then.
@@ -221,7 +225,7 @@ impl Store {
         self.create_named(&spec.name, |_, place| disk::create_stored(spec, place, setting))
     }
 
-    /// Makes a disk that holds what `from`, another disk of this store, holds now.
+    /// Creates a disk with the current contents of `from`, another disk of this store.
     ///
     /// # Errors
     /// [`StoreError`]; nothing is left behind then.
@@ -229,7 +233,8 @@ impl Store {
         self.create_named(name, |_, place| disk::clone_stored(from, name, place, &self.layer_cache))
     }
 
-    /// Makes a disk by `create_named`, which is given its uuid and its place, and names it, durably.
+    /// Creates a disk by calling `make` with the new UUID and overlay path, and names the disk,
+    /// durably.
     fn create_named(
         &self,
         name: &str,
@@ -243,7 +248,7 @@ impl Store {
         Ok(self.with_shared_layers(opened))
     }
 
-    /// Lets `name` lead to the disk `uuid`, durably; without it the disk goes.
+    /// Links `name` to the disk `uuid`, durably; removes the disk's files if that fails.
     fn give_name(&self, uuid: &Uuid, name: &str) -> Result<(), StoreError> {
         let target = Path::new("../disks").join(uuid.to_string());
         let failed = |error| {
@@ -255,7 +260,7 @@ impl Store {
         });
         made.map_err(failed)?;
         if let Err(error) = self.dirs.names().sync_all() {
-            // The name first: one that leads nowhere would be in the way of the next mount.
+            // Remove the name first: a dangling name would make the next mount fail.
             return match self.remove_name(name) {
                 Ok(()) => Err(failed(error)),
                 Err(error) => Err(self.io_error("naming a new disk", error)),
@@ -264,7 +269,8 @@ impl Store {
         Ok(())
     }
 
-    /// Takes the name away, durably; the disk's files stay until [`remove_files`](Self::remove_files).
+    /// Removes a disk's name, durably; the disk's files stay until
+    /// [`remove_files`](Self::remove_files).
     ///
     /// # Errors
     /// The host's errno.
@@ -273,7 +279,7 @@ impl Store {
         self.dirs.remove_name(name)
     }
 
-    /// Renames a disk, over another one if there is one, durably.
+    /// Renames a disk, durably, and replaces a disk that has the new name.
     ///
     /// # Errors
     /// The host's errno.
@@ -285,16 +291,17 @@ impl Store {
         names.sync_all()
     }
 
-    /// Removes the files of a disk that no name leads to and nobody has open; the layers that
-    /// another disk stands on stay.
+    /// Removes the files of a disk that has no name and that nobody has open. Layers that another
+    /// disk needs stay.
     pub fn remove_files(&self, uuid: &Uuid) {
         let _alone = self.layer_cache.lock_changes();
         let layers = self.dirs.stack_of(uuid).map(|stack| stack.layers).unwrap_or_default();
-        // First the stack that names the layers: what is left over is swept at the next mount.
+        // Remove the stack first, since it refers to the layers: the next mount removes
+        // unreferenced layers.
         let removed = self.dirs.remove_disk(&uuid.to_string()).and_then(|()| {
             let needed = layers_used_by_others(&self.dirs, uuid)?;
             let free = layers.iter().filter(|layer| !needed.contains(&layer.uuid));
-            // All of them, also after one could not be removed.
+            // Try all of them, even after one failed.
             let removed: Vec<_> = free.map(|layer| self.dirs.remove_layer(layer.uuid)).collect();
             removed.into_iter().collect::<io::Result<()>>()
         });
@@ -304,10 +311,10 @@ impl Store {
     }
 }
 
-/// The layers that the disks of a store other than `uuid` stand on.
+/// Returns the layers used by the disks of a store other than `uuid`.
 ///
 /// # Errors
-/// The host's errno, also when a stack cannot be read: nobody knows then what it needs.
+/// The host's errno, also when a stack cannot be read: the layers it needs are unknown then.
 fn layers_used_by_others(dirs: &StoreDirs, uuid: &Uuid) -> io::Result<HashSet<Uuid>> {
     let mut needed = HashSet::new();
     dirs.for_each_stack(|disk, stack| {
@@ -318,10 +325,10 @@ fn layers_used_by_others(dirs: &StoreDirs, uuid: &Uuid) -> io::Result<HashSet<Uu
     Ok(needed)
 }
 
-/// The layers that several disks of a store stand on.
+/// Returns the layers that several disks of a store use.
 ///
 /// # Errors
-/// As [`layers_used_by_others`].
+/// The same as [`layers_used_by_others`].
 fn shared_layers(dirs: &StoreDirs) -> io::Result<HashSet<Uuid>> {
     let (mut seen, mut shared) = (HashSet::new(), HashSet::new());
     dirs.for_each_stack(|_, stack| {
@@ -337,13 +344,13 @@ mod tests {
     use crate::layer::Wait;
 
     #[test]
-    fn a_disk_that_was_removed_meanwhile_has_no_clones() {
+    fn clone_of_a_removed_disk_is_refused() {
         let room = tempfile::tempdir().unwrap();
         let store = Store::open(&room.path().join("st")).unwrap();
         let owner = DiskOwner { uid: 0, gid: 0, perm: 0o600 };
         let from = store.create("a", owner).unwrap().disk;
         from.write(b"kept", 0, Wait::Yes).unwrap();
-        // All it holds is sealed from then on: the next clone needs no new layer of it.
+        // Cloning seals everything in `a`, so the next clone needs no new layer.
         let first = store.clone_disk(&from, "b").unwrap().disk;
         for (name, disk) in [("a", &from), ("b", &first)] {
             store.remove_name(name).unwrap();
