@@ -1,5 +1,5 @@
-//! The daemon's log: to stderr, a file or the system's log, and the last of it in memory for
-//! `.cowslip/log`.
+//! The daemon's log: written to stderr, a file or the system's log, with the latest part kept in
+//! memory for `.cowslip/log`.
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -13,15 +13,15 @@ use parking_lot::Mutex;
 
 use crate::printable;
 
-/// What is kept in memory: some thousand lines.
+/// Size in bytes of the log kept in memory: a few thousand lines.
 const RING_CAPACITY: usize = 256 << 10;
 
 static LOG_RING: OnceLock<Mutex<LogRing>> = OnceLock::new();
 
-/// The last bytes of a text that only grows.
+/// The last bytes of a growing text.
 #[derive(Default)]
 struct LogRing {
-    /// Bytes that were dropped at the front.
+    /// Number of bytes dropped at the front.
     start: u64,
     bytes: VecDeque<u8>,
 }
@@ -34,20 +34,20 @@ impl LogRing {
         self.start += extra as u64;
     }
 
-    /// Up to `len` bytes from `offset` on, or from the oldest byte that is still there.
+    /// Returns up to `len` bytes starting at `offset`, or at the oldest byte still held.
     fn read(&self, offset: u64, len: usize) -> Vec<u8> {
         let skip = usize::try_from(offset.saturating_sub(self.start)).unwrap_or(usize::MAX);
         self.bytes.iter().skip(skip).take(len).copied().collect()
     }
 }
 
-/// Where log lines go besides memory.
+/// Destination of log lines besides memory.
 pub enum LogTarget {
     /// The terminal (`-f`).
     Stderr,
-    /// `--log FILE`.
+    /// The file of `--log FILE`.
     File(File),
-    /// To the system's log, what is a warning or worse: it must outlive the daemon.
+    /// The system's log, for warnings and errors, which must outlive the daemon.
     System,
 }
 
@@ -56,7 +56,7 @@ struct LogTee(LogTarget);
 impl Write for LogTee {
     fn write(&mut self, text: &[u8]) -> io::Result<usize> {
         LOG_RING.get_or_init(Mutex::default).lock().push(text);
-        // A log that cannot be written is no reason to fail what was logged.
+        // A log that cannot be written must not fail the logged operation.
         let _ = match &mut self.0 {
             LogTarget::Stderr => io::stderr().write_all(text),
             LogTarget::File(file) => file.write_all(text),
@@ -93,8 +93,8 @@ impl Log for DaemonLogger {
     fn flush(&self) {}
 }
 
-/// Whether `record` is what the FUSE adapter says when the kernel does not want an answer any more,
-/// which is `ENOENT`: its client was killed, or interrupted. Hundreds may come at once.
+/// Returns whether `record` is the FUSE adapter's error that the kernel no longer wants a reply
+/// (`ENOENT`): the client was killed or interrupted. Hundreds of them may come at once.
 fn is_interrupted_reply(record: &Record<'_>) -> bool {
     record.target().starts_with("fuser")
         && record.level() == Level::Error
@@ -102,19 +102,19 @@ fn is_interrupted_reply(record: &Record<'_>) -> bool {
         && record.args().to_string().ends_with("(os error 2)")
 }
 
-/// The system's log, as syslog(3) has it: one datagram a line.
+/// The system's log, as in syslog(3): one datagram per line.
 struct Syslog {
     socket: UnixDatagram,
     path: PathBuf,
 }
 
 impl Syslog {
-    /// `LOG_DAEMON`.
+    /// Facility of the messages: `LOG_DAEMON`.
     const FACILITY: u8 = 3;
-    /// The longest line, in bytes: most daemons take 8 KiB and cut the rest.
+    /// Maximum length of a line in bytes: most daemons accept 8 KiB and cut off the rest.
     const MAX_LINE_LEN: usize = 4096;
 
-    /// Never waits for whoever listens at `path`.
+    /// Opens a socket to the log at `path` that never blocks.
     fn at(path: &Path) -> io::Result<Self> {
         let socket = UnixDatagram::unbound()?;
         socket.set_nonblocking(true)?;
@@ -127,22 +127,22 @@ impl Syslog {
         let (now, pid) = (syslog_time(), std::process::id());
         let mut line = format!("<{priority}>{now} cowslip[{pid}]: {}", printable::line(text));
         line.truncate(line.floor_char_boundary(Self::MAX_LINE_LEN));
-        // Nobody listens, or not fast enough: the daemon has other things to do. By its name each
-        // time, since it may have been started anew.
+        // Ignore errors: if nobody listens, or not fast enough, the daemon must not wait. Send by
+        // path each time, since the log daemon may have been restarted.
         let _ = self.socket.send_to(line.as_bytes(), &self.path);
     }
 }
 
-/// Starts logging. `RUST_LOG` chooses what is logged; by default everything but debugging.
+/// Starts logging. `RUST_LOG` selects the records; the default is everything from level info up.
 pub fn start(sink: LogTarget) {
     let mut builder = env_logger::Builder::new();
     builder.filter_level(log::LevelFilter::Info);
-    // The adapter logs each request of an operation it does not have; none of that is ours.
+    // fuser logs every request for an unimplemented operation, which is noise here.
     builder.filter_module("fuser", log::LevelFilter::Error);
     builder.parse_default_env();
     builder.format(|out, record| {
         let now = utc_time();
-        // One line each, whatever names are in it.
+        // Keep a record on one line, whatever names it contains.
         let text = record.args().to_string();
         writeln!(out, "{now} {:5} {}", record.level(), printable::line(&text))
     });
@@ -153,19 +153,19 @@ pub fn start(sink: LogTarget) {
     builder.target(env_logger::Target::Pipe(Box::new(LogTee(sink))));
     let lines = builder.build();
     let most = lines.filter();
-    // A second start, in a test, keeps the first.
+    // A second call, in a test, keeps the first logger.
     if log::set_boxed_logger(Box::new(DaemonLogger { lines, system })).is_ok() {
         log::set_max_level(most);
     }
 }
 
-/// Now in local time, as syslog has it: `Jan 31 12:34:56`.
+/// Returns the local time in the format of syslog: `Jan 31 12:34:56`.
 fn syslog_time() -> String {
     const MONTHS: [&str; 12] =
         ["Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec"];
     let now = rustix::time::clock_gettime(rustix::time::ClockId::Realtime).tv_sec;
-    // SAFETY: localtime_r reads `now` and fills `parts`, both of which outlive the call; zero is a
-    // value of each of its fields.
+    // SAFETY: localtime_r reads `now` and fills `parts`, both of which outlive the call; all zeros
+    // is a valid value of every field of `parts`.
     let parts = unsafe {
         let mut parts: libc::tm = std::mem::zeroed();
         libc::localtime_r(&raw const now, &raw mut parts);
@@ -176,7 +176,7 @@ fn syslog_time() -> String {
     format!("{} {day:2} {hour:02}:{minute:02}:{second:02}", month.unwrap_or(&MONTHS[0]))
 }
 
-/// Now in UTC, as `2026-01-31T12:34:56Z`.
+/// Returns the time in UTC, as `2026-01-31T12:34:56Z`.
 fn utc_time() -> String {
     let now = rustix::time::clock_gettime(rustix::time::ClockId::Realtime).tv_sec;
     let (days, rest) = (now.div_euclid(86_400), now.rem_euclid(86_400));
@@ -196,13 +196,13 @@ fn utc_time() -> String {
     format!("{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}Z")
 }
 
-/// Up to `len` bytes of the log from `offset` on.
+/// Returns up to `len` bytes of the log in memory, starting at `offset`.
 #[must_use]
 pub fn read(offset: u64, len: usize) -> Vec<u8> {
     LOG_RING.get_or_init(Mutex::default).lock().read(offset, len)
 }
 
-/// The offset of the oldest byte that is still there.
+/// Returns the offset of the oldest byte of the log still in memory.
 #[must_use]
 pub fn oldest_offset() -> u64 {
     LOG_RING.get_or_init(Mutex::default).lock().start
@@ -213,7 +213,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_ring_keeps_the_last_bytes_at_their_offsets() {
+    fn ring_keeps_the_last_bytes_at_their_offsets() {
         let mut ring = LogRing::default();
         for number in 0..40_000 {
             ring.push(format!("line {number:06}\n").as_bytes());
@@ -224,7 +224,7 @@ mod tests {
     }
 
     #[test]
-    fn a_line_for_the_system_is_one_datagram_without_control_characters() {
+    fn syslog_line_is_one_datagram_without_control_characters() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("log");
         let log = Syslog::at(&path).unwrap();
@@ -243,12 +243,12 @@ mod tests {
         assert!(line.starts_with("<28>") && line.ends_with(&end), "{line}");
         let line = received();
         assert!(line.starts_with("<27>") && line.len() <= Syslog::MAX_LINE_LEN, "{line}");
-        // A full queue makes nobody wait.
+        // A full queue must not block the sender.
         (0..10_000).for_each(|_| log.send(Level::Error, "again"));
     }
 
     #[test]
-    fn an_answer_that_nobody_wants_any_more_is_no_error() {
+    fn reply_to_an_interrupted_request_is_not_logged() {
         let is_one = |target: &str, text: &str| {
             let args = format_args!("{text}");
             let record = Record::builder().level(Level::Error).target(target).args(args).build();

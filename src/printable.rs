@@ -1,38 +1,39 @@
-//! Text from outside, made fit for a terminal or a log.
+//! Escaping of text from outside, so that it is safe for a terminal or a log.
 //!
-//! Names, paths and messages may have been chosen by anybody: in a hostile overlay, in another
-//! user's mount, by a peer. Printed as they are, control characters move the cursor, change the
-//! window or forge lines, and characters that turn the direction of writing make a line look like
-//! another one. So whatever is printed or logged goes through here at the last moment, where it is
-//! written; text that is fit already stays as it is, so doing it twice does no harm.
+//! Names, paths and messages may come from anybody: a hostile overlay, another user's mount, a
+//! peer. Printed unchanged, control characters move the cursor, change the window or forge lines,
+//! and characters that change the writing direction make a line look like another one. So all
+//! printed or logged text is escaped here at the last moment, where it is written. Safe text stays
+//! unchanged, so escaping twice does no harm.
 
 use std::borrow::Cow;
 use std::fmt::Write as _;
 
-/// Whether `c` does something to a terminal, or to how what is around it is shown.
+/// Returns whether `c` affects a terminal, or how the text around it is displayed.
 fn is_hostile(c: char) -> bool {
     c.is_control()
         || matches!(c,
-            // Marks, embeddings, overrides and isolates of the direction of writing.
+            // Marks, embeddings, overrides and isolates of the writing direction.
             '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}'
-            // Ends of lines and paragraphs, and what is not there to see.
+            // Line and paragraph separators, and invisible characters.
             | '\u{2028}' | '\u{2029}' | '\u{feff}' | '\u{e0000}'..='\u{e007f}')
 }
 
-/// `text` as one line: everything that is not fit to print is escaped as Rust has it.
+/// Escapes `text` to one line: unsafe characters become Rust escapes.
 #[must_use]
 pub fn line(text: &str) -> Cow<'_, str> {
     escape(text, is_hostile, |c, to| to.extend(c.escape_default()))
 }
 
-/// `text` as lines: as [`line()`], but for the line feeds between them.
+/// Escapes `text` like [`line()`], but keeps line feeds.
 #[must_use]
 pub fn lines(text: &str) -> Cow<'_, str> {
     let is_hostile = |c| c != '\n' && is_hostile(c);
     escape(text, is_hostile, |c, to| to.extend(c.escape_default()))
 }
 
-/// JSON that means the same. What is not fit to print can only be in strings, where it is escaped.
+/// Escapes JSON without changing its meaning: unsafe characters occur only in strings, where `\u`
+/// works.
 #[must_use]
 pub fn json(text: &str) -> Cow<'_, str> {
     let is_hostile = |c| !matches!(c, '\n' | '\r' | '\t') && is_hostile(c);
@@ -68,7 +69,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_fit_to_print_stays_as_it_is() {
+    fn safe_text_is_unchanged() {
         for text in ["/srv/vm.img", "Gerät é 日本 \\u{1b}", "👩\u{200d}🚀"] {
             assert!(matches!(line(text), Cow::Borrowed(same) if same == text));
         }
@@ -76,7 +77,7 @@ mod tests {
     }
 
     #[test]
-    fn what_moves_the_cursor_or_turns_the_line_is_escaped() {
+    fn control_and_direction_characters_are_escaped() {
         assert_eq!(line("a\x1b[2Jb\n\t"), "a\\u{1b}[2Jb\\n\\t");
         assert_eq!(line("gpj\u{202e}.exe\u{9b}31m"), "gpj\\u{202e}.exe\\u{9b}31m");
         assert_eq!(lines("a\r\nb\u{2066}"), "a\\r\nb\\u{2066}");
@@ -85,14 +86,14 @@ mod tests {
 
     proptest! {
         #[test]
-        fn nothing_hostile_is_left_and_twice_is_once(text: String) {
+        fn escaping_leaves_nothing_hostile_and_is_idempotent(text: String) {
             let once = line(&text).into_owned();
             prop_assert!(!once.contains(is_hostile));
             prop_assert_eq!(line(&once), once.as_str());
         }
 
         #[test]
-        fn json_means_the_same(text in "[\\x00-\\u{2100}\\u{e0000}-\\u{e0080}\"]*") {
+        fn escaped_json_has_the_same_meaning(text in "[\\x00-\\u{2100}\\u{e0000}-\\u{e0080}\"]*") {
             let value = serde_json::Value::from(text);
             let whole = value.to_string();
             let shown = json(&whole);

@@ -1,15 +1,15 @@
-//! What this process is to its host: signals of limits, what a daemon leaves behind of its caller,
-//! and what programs that it starts get back of it.
+//! Process attributes: what the daemon changes of the attributes inherited from its caller, and
+//! what the programs that it starts get back.
 //!
 //! | of the caller | in the daemon | in programs it starts |
 //! |---|---|---|
 //! | descriptors from 3 on | closed once it serves; with `-f` kept | closed |
-//! | umask | 077; files of streams and `--log` are made under the caller's | the caller's |
+//! | umask | 077; files of streams and `--log` are created under the caller's | the caller's |
 //! | soft `RLIMIT_NOFILE` | the hard limit | the caller's |
-//! | soft `RLIMIT_CORE` | 0, and not dumpable: its memory holds what is in the disks | the caller's |
+//! | soft `RLIMIT_CORE` | 0, and not dumpable: its memory contains data of the disks | the caller's |
 //! | environment | kept for those programs (keys, proxies, agents) | kept, but for `NOTIFY_SOCKET` |
 //!
-//! A limit that one request meets must be that request's error and not the end of all disks.
+//! A resource limit that one request hits must fail that request only, and not end the whole mount.
 
 use std::fs;
 use std::io;
@@ -24,7 +24,7 @@ use rustix::process::{
     DumpableBehavior, Resource, Rlimit, getrlimit, set_dumpable_behavior, setrlimit, umask,
 };
 
-/// What the caller had and [`apply_daemon_limits`] took; what is started gets it back.
+/// The caller's attributes that [`apply_daemon_limits`] changed, for programs that are started.
 static CALLER: OnceLock<CallerLimits> = OnceLock::new();
 
 #[derive(Debug)]
@@ -33,15 +33,15 @@ struct CallerLimits {
     limits: [(Resource, Rlimit); 2],
 }
 
-/// Has a write past the limit of file sizes (`RLIMIT_FSIZE`) fail with `EFBIG`, as setrlimit(2)
-/// has it for those who do not die of SIGXFSZ.
+/// Makes a write beyond the file size limit (`RLIMIT_FSIZE`) fail with `EFBIG` instead of killing
+/// the process with SIGXFSZ (setrlimit(2)).
 ///
-/// By a handler that does nothing: unlike a signal that is ignored, one with a handler is back at
-/// its default in every program that this one starts. A signal that is ignored already stays so,
-/// for them as well.
+/// Installs a handler that does nothing: unlike an ignored signal, a handled one is back at its
+/// default in every program that this process starts. If the signal is ignored already, it stays
+/// so, for those programs too.
 pub fn handle_sigxfsz() {
     extern "C" fn nothing(_: libc::c_int) {}
-    // SAFETY: both structures are plain data that the calls read and fill; the handler touches
+    // SAFETY: both structures are plain data that the calls read and fill; the handler accesses
     // nothing, so it may run at any point of any thread.
     unsafe {
         let mut old: libc::sigaction = std::mem::zeroed();
@@ -57,7 +57,8 @@ pub fn handle_sigxfsz() {
     }
 }
 
-/// The error of a file that could not get its size, with the remedy where that is a limit.
+/// Explains the error of a file that could not be extended, with the remedy if a limit is the
+/// cause.
 #[must_use]
 pub fn explain_size_error(error: io::Error) -> io::Error {
     match error.raw_os_error() {
@@ -70,37 +71,37 @@ pub fn explain_size_error(error: io::Error) -> io::Error {
     }
 }
 
-/// Makes this process a daemon to its host: see the table above. Once is enough; what the caller
-/// had is remembered for [`restore_caller_limits`].
+/// Changes this process's attributes to those of a daemon: see the table above. Only the first call
+/// has an effect; the caller's attributes are saved for [`restore_caller_limits`].
 pub fn apply_daemon_limits() {
     let files = getrlimit(Resource::Nofile);
     let core = getrlimit(Resource::Core);
-    // What is made is for its owner, whoever mounts; what is for others says so.
+    // New files are for their owner only, whoever mounts; files for others get an explicit mode.
     let umask = umask(Mode::RWXG | Mode::RWXO);
     let limits = [(Resource::Nofile, files), (Resource::Core, core)];
     if CALLER.set(CallerLimits { umask, limits }).is_err() {
         return;
     }
-    // A disk takes two descriptors and more; the usual soft limit of 1,024 is there for programs
-    // that use select(2), which this one does not. Without it, opening a disk too many says what
-    // is wrong.
+    // Every disk takes two descriptors or more. The usual soft limit of 1,024 protects programs
+    // that use select(2), which this one does not. If raising it fails, opening one disk too many
+    // reports why.
     let _ = setrlimit(Resource::Nofile, Rlimit { current: files.maximum, ..files });
     let _ = setrlimit(Resource::Core, Rlimit { current: Some(0), ..core });
-    // No more than a precaution: where it fails, the limit above still holds.
+    // Only a precaution: if it fails, the core limit above still holds.
     let _ = set_dumpable_behavior(DumpableBehavior::NotDumpable);
 }
 
-/// The mode that a file has which the caller makes without saying more; `None` where this
-/// process's umask is the caller's, and does that itself.
+/// Returns the mode of a new file under the caller's umask; `None` where this process still has the
+/// caller's umask, so that the kernel applies it.
 #[must_use]
 pub fn new_file_mode() -> Option<Mode> {
     let all = Mode::RUSR | Mode::WUSR | Mode::RGRP | Mode::WGRP | Mode::ROTH | Mode::WOTH;
     CALLER.get().map(|callers| all - callers.umask)
 }
 
-/// Has `command` start with what the caller had; see the table above.
+/// Makes `command` start with the caller's attributes; see the table above.
 pub fn restore_caller_limits(command: &mut Command) {
-    // A program that is started must not speak to the service manager for us.
+    // A started program must not notify the service manager in our name.
     command.env_remove("NOTIFY_SOCKET");
     let Some(callers) = CALLER.get() else { return };
     let give_back = move || {
@@ -110,42 +111,45 @@ pub fn restore_caller_limits(command: &mut Command) {
         }
         Ok(())
     };
-    // SAFETY: between fork and exec it makes system calls and nothing else: no memory is
-    // allocated, no lock is taken.
+    // SAFETY: between fork and exec the closure makes only system calls: no memory is allocated, no
+    // lock is taken.
     unsafe { command.pre_exec(give_back) };
 }
 
-/// Descriptors that the caller left open for us, from 3 on. Programs that are started do not get
-/// them; this process has them until they are closed, for a disk may be named by `/dev/fd/N`.
+/// Descriptors that the caller left open for this process, from 3 on. Started programs do not
+/// inherit them. This process keeps them until [`close`](Self::close), because a disk may be named
+/// by `/dev/fd/N`.
 #[derive(Debug, Default)]
 pub struct InheritedFds(Vec<RawFd>);
 
 impl InheritedFds {
-    /// Finds them. To be called before a helper is started that is meant to inherit something.
+    /// Finds the inherited descriptors. Must be called before a helper is started that is to
+    /// inherit some.
     #[must_use]
     pub fn find() -> Self {
         let names = fs::read_dir("/proc/self/fd").into_iter().flatten().flatten();
         let numbers = names.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
-        // All that we open is closed on exec; what came through one is not.
+        // Everything opened by this process is close-on-exec; inherited descriptors are not.
         let inherited =
             numbers.filter(|&number: &RawFd| number > 2 && set_cloexec(number).unwrap_or(false));
         Self(inherited.collect())
     }
 
-    /// Closes them: nobody waits any more for a pipe to end or a lock to be free because of us.
+    /// Closes the descriptors, so that nobody waits for a pipe or a lock held only by this process.
     pub fn close(self) {
         for number in self.0 {
             use std::os::fd::FromRawFd;
-            // SAFETY: it was open when this process began and nothing here has taken it over: what
-            // we open has other numbers.
+            // SAFETY: the descriptor was open when this process started, and nothing here has taken
+            // it over: everything opened by this process has other numbers.
             drop(unsafe { OwnedFd::from_raw_fd(number) });
         }
     }
 }
 
-/// Has `number` closed on exec; `false` when it was already.
+/// Sets close-on-exec for `number`; returns `false` if it was set already.
 fn set_cloexec(number: RawFd) -> io::Result<bool> {
-    // SAFETY: it is in the list of open descriptors, and nothing else runs that could close it.
+    // SAFETY: the number is in the list of open descriptors, and nothing else runs that could close
+    // it.
     let fd = unsafe { BorrowedFd::borrow_raw(number) };
     let flags = rustix::io::fcntl_getfd(fd)?;
     if flags.contains(FdFlags::CLOEXEC) {

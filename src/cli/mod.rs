@@ -1,4 +1,4 @@
-//! The command line: one file a command, with its clap struct beside what it does.
+//! The command line: one file per command, with the clap struct beside the code that runs it.
 //!
 //! ```text
 //!   mount, run ──plan──> mount::serve, in a daemon       (no thread before the fork)
@@ -7,10 +7,10 @@
 //!   send, recv ──> transfer, no mount needed
 //! ```
 //!
-//! Nothing here knows what a disk does: a command parses, calls, prints. An error is one line;
-//! exit codes are 0, 1 failed, 2 usage, 3 answered but unhealthy, and COMMAND's own for `run`.
-//! Under the names of mount(8)'s helpers (`mount.cowslip` and the like) the program reads its
-//! arguments as those do.
+//! Nothing here knows how disks work: a command parses, calls the library, and prints. An error is
+//! one line. Exit codes are 0, 1 for failure, 2 for a usage error, 3 for an answer that reports an
+//! unhealthy state, and COMMAND's own for `run`. Under the names of mount(8)'s helpers
+//! (`mount.cowslip` and the like) the program parses its arguments as those do.
 
 mod add;
 pub mod answer;
@@ -55,20 +55,21 @@ pub use self::output::print_error;
 use self::output::{print, print_json, print_line, warn};
 use crate::stream::guard::{SUBCOMMAND as GUARD, enable_guards};
 
-/// It worked.
+/// Exit code: success.
 const EXIT_OK: u8 = 0;
-/// It did not; the error says why.
+/// Exit code: failure; the error message says why.
 const EXIT_FAILED: u8 = 1;
-/// What was asked for makes no sense.
+/// Exit code: usage error.
 const EXIT_USAGE: u8 = 2;
-/// The answer is there, and is a bad one: damage, a failed disk, a dead mount.
+/// Exit code: success, but the answer is bad: damage, a failed disk, a dead mount.
 const EXIT_UNHEALTHY: u8 = 3;
-/// `run`: cowslip failed, not COMMAND; as env(1) has it.
+/// Exit code of `run` when cowslip failed, not COMMAND; the same as in env(1).
 const EXIT_RUN_FAILED: u8 = 125;
-/// Ended by a signal: this and its number, as in shells.
+/// Base of the exit code of a command ended by a signal; the signal's number is added, as in
+/// shells.
 const EXIT_SIGNAL_BASE: u8 = 128;
 
-/// The exit code of what `signal` has ended.
+/// Returns the exit code for a command ended by `signal`.
 fn signal_exit_code(signal: i32) -> u8 {
     u8::try_from(i32::from(EXIT_SIGNAL_BASE) + signal).unwrap_or(EXIT_FAILED)
 }
@@ -130,7 +131,7 @@ enum Cli {
     Guard(guard::GuardArgs),
 }
 
-/// An error that has an exit code of its own; without one it is 1.
+/// An error with its own exit code; other errors exit with 1.
 #[derive(Debug, thiserror::Error)]
 #[error("{line}")]
 struct CliError {
@@ -139,25 +140,26 @@ struct CliError {
 }
 
 impl CliError {
-    /// What was asked for makes no sense.
+    /// Creates a usage error.
     fn usage(line: impl Into<String>) -> anyhow::Error {
         let (code, line) = (EXIT_USAGE, line.into());
         Self { code, line }.into()
     }
 }
 
-/// The exit code that goes with an error of [`run()`].
+/// Returns the exit code for an error of [`run()`].
 #[must_use]
 pub fn exit_code(error: &anyhow::Error) -> u8 {
     error.downcast_ref::<CliError>().map_or(EXIT_FAILED, |failure| failure.code)
 }
 
-/// Does what `args` ask for (the program's name is the first of them), and gives the exit code.
+/// Runs the command line `args`, whose first item is the program's name, and returns the exit code.
 ///
-/// In `mount` and `run` this returns twice, once in the daemon, when it has ended.
+/// In `mount` and `run` this function returns twice: in the caller, and in the daemon when it has
+/// ended.
 ///
 /// # Errors
-/// One line for the user; [`exit_code`] knows what to exit with.
+/// One line for the user; [`exit_code`] gives its exit code.
 pub fn run(args: impl IntoIterator<Item = OsString>) -> anyhow::Result<u8> {
     let args: Vec<OsString> = args.into_iter().collect();
     enable_guards();
@@ -196,7 +198,7 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> anyhow::Result<u8> {
     }
 }
 
-/// Reads the arguments; `None` when they asked for help, which has been printed then.
+/// Parses the arguments; returns `None` when help was requested, which has been printed then.
 fn parse(args: &[OsString]) -> anyhow::Result<Option<Cli>> {
     let matches = Cli::command().try_get_matches_from(args);
     let error = match matches.and_then(|matches| Cli::from_arg_matches(&matches)) {
@@ -219,7 +221,7 @@ fn parse(args: &[OsString]) -> anyhow::Result<Option<Cli>> {
     Err(failure.into())
 }
 
-/// clap's message in one line: what is wrong, what was probably meant, and where to read on.
+/// Shortens clap's message to one line: the problem, the nearest match, and where to read on.
 fn usage_line(error: &clap::Error, command: Option<&str>) -> String {
     let name = command.map_or("cowslip".to_owned(), |name| format!("cowslip {name}"));
     if error.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
@@ -230,7 +232,7 @@ fn usage_line(error: &clap::Error, command: Option<&str>) -> String {
         .lines()
         .map(str::trim)
         .take_while(|line| !line.starts_with("Usage:") && !line.starts_with("For more"))
-        // Of clap's tips only what was probably meant: what begins with a dash is hardly a value.
+        // Drop clap's tip to pass the argument as a value: a value hardly starts with a dash.
         .filter(|line| !line.is_empty() && !line.starts_with("tip: to pass"))
         .collect();
     let said = said.join(" ").replace(" tip: ", ": ");
@@ -238,11 +240,11 @@ fn usage_line(error: &clap::Error, command: Option<&str>) -> String {
     format!("{said}: see {name} --help")
 }
 
-/// Lets a closed stdout end this process in silence, as other tools do (`cowslip map | head`).
-/// For commands that only look.
+/// Lets a closed stdout end this process silently, as other tools do (`cowslip map | head`). For
+/// commands that only read.
 fn restore_sigpipe() {
-    // SAFETY: restores the signal's default action and touches no memory. Rust's runtime sets it
-    // to "ignore"; nothing of ours depends on that in a command that calls this.
+    // SAFETY: restores the signal's default action and accesses no memory. Rust's runtime ignores
+    // SIGPIPE; nothing of ours depends on that in a command that calls this.
     unsafe { libc::signal(libc::SIGPIPE, libc::SIG_DFL) };
 }
 
@@ -257,12 +259,12 @@ mod tests {
     }
 
     #[test]
-    fn the_definition_of_the_commands_is_sound() {
+    fn command_definitions_are_valid() {
         Cli::command().debug_assert();
     }
 
     #[test]
-    fn a_usage_error_is_one_line() {
+    fn usage_error_is_one_line() {
         let (code, line) = refused(&["cowslip", "umount", "--lazily", "m"]);
         assert_eq!(code, EXIT_USAGE);
         assert!(line.starts_with("unexpected argument '--lazily' found"), "{line}");
@@ -278,7 +280,7 @@ mod tests {
     }
 
     #[test]
-    fn json_is_for_a_list_of_snapshots_alone() {
+    fn snapshot_accepts_json_only_for_a_list() {
         for other in [["n", "--json"].as_slice(), &["--delete", "n", "--json"], &["--json"]] {
             let args = [&["cowslip", "snapshot", "m/d"], other].concat();
             let (code, line) = refused(&args);
@@ -287,18 +289,18 @@ mod tests {
     }
 
     #[test]
-    fn no_command_at_all_is_a_usage_error() {
+    fn missing_command_is_a_usage_error() {
         let no_command = (EXIT_USAGE, "no command: see cowslip --help".to_owned());
         assert_eq!(refused(&["cowslip"]), no_command);
     }
 
     #[test]
-    fn a_usage_error_of_run_is_not_taken_for_its_commands() {
+    fn usage_error_of_run_has_its_own_exit_code() {
         assert_eq!(refused(&["cowslip", "run", "vm.img"]).0, EXIT_RUN_FAILED);
     }
 
     #[test]
-    fn what_follows_two_dashes_is_the_command() {
+    fn words_after_two_dashes_are_the_command() {
         let args = ["cowslip", "run", "vm.img", "b=blank:1G", "-o", "ro", "--", "ls", "-l"];
         let args: Vec<OsString> = args.iter().map(Into::into).collect();
         let Some(Cli::Run(run)) = parse(&args).unwrap() else {
@@ -309,7 +311,7 @@ mod tests {
     }
 
     #[test]
-    fn an_error_without_a_code_of_its_own_is_1() {
+    fn error_without_its_own_code_exits_with_1() {
         assert_eq!(exit_code(&anyhow::anyhow!("no")), EXIT_FAILED);
         let inner = CliError::usage("no").context("in m");
         assert_eq!((exit_code(&inner), format!("{inner:#}").as_str()), (EXIT_USAGE, "in m: no"));

@@ -1,28 +1,29 @@
-//! A command line taken apart as a POSIX shell would, without any expansion (POSIX XCU 2.2).
+//! A parser for command lines: splits like a POSIX shell, but without any expansion (POSIX XCU
+//! 2.2).
 //!
 //! ```text
 //!   zstd -19 | ssh h 'cat > o.zst'   ->   [zstd, -19] | [ssh, h, cat > o.zst]
 //! ```
 //!
-//! cowslip runs no shell, so what only a shell could do is refused, unless it is quoted.
+//! cowslip runs no shell, so unquoted shell syntax other than `|` is refused.
 
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 
 use super::stream::Programs;
 
-/// Why a command line cannot be taken apart.
+/// The reason why a command line cannot be split.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum CommandLineError {
-    /// It asks for a shell.
+    /// The line needs a shell.
     NeedsShell,
-    /// A quote does not end.
+    /// A quote or a backslash is unterminated.
     Unterminated,
-    /// There is no program where one should stand.
+    /// A program is missing.
     NoProgram,
 }
 
-/// Bytes that mean something to a shell when they are not quoted.
+/// Bytes with a special meaning in a shell unless they are quoted.
 const SHELL_BYTES: &[u8] = b"><;&$*`";
 
 #[derive(Default)]
@@ -30,7 +31,7 @@ struct WordSplitter {
     programs: Vec<Vec<OsString>>,
     words: Vec<OsString>,
     word: Vec<u8>,
-    /// There is a word, though it may be empty (`''`).
+    /// Whether a word has started; it may be empty (`''`).
     has_word: bool,
 }
 
@@ -57,7 +58,7 @@ impl WordSplitter {
     }
 }
 
-/// Takes `line` apart: words at unquoted blanks, programs at unquoted `|`.
+/// Splits `line` into words at unquoted blanks, and into programs at unquoted `|`.
 pub(super) fn split_command(line: &OsStr) -> Result<Programs, CommandLineError> {
     let mut splitter = WordSplitter::default();
     let mut bytes = line.as_bytes().iter().copied();
@@ -87,7 +88,8 @@ pub(super) fn split_command(line: &OsStr) -> Result<Programs, CommandLineError> 
     Ok(Programs(splitter.programs))
 }
 
-/// Inside double quotes a backslash stands only for `"`, `\`, `$`, `` ` `` and a line end.
+/// Reads the rest of a double-quoted part, in which a backslash escapes only `"`, `\`, `$`, `` ` ``
+/// and a line end.
 fn double_quoted(
     bytes: &mut impl Iterator<Item = u8>,
     splitter: &mut WordSplitter,
@@ -110,7 +112,7 @@ fn double_quoted(
     }
 }
 
-/// Words that need no taking apart; one that is `|` alone stands between programs.
+/// Joins words that are split already; a word `|` separates programs.
 pub(super) fn join_words(words: &[OsString]) -> Result<Programs, CommandLineError> {
     let programs: Vec<Vec<OsString>> =
         words.split(|word| word == "|").map(<[OsString]>::to_vec).collect();
@@ -139,7 +141,7 @@ mod tests {
     }
 
     #[test]
-    fn words_and_programs_are_told_apart() {
+    fn line_is_split_into_words_and_programs() {
         assert_eq!(words("zstd -c"), [["zstd", "-c"]]);
         assert_eq!(words("  a\tb\n"), [["a", "b"]]);
         assert_eq!(words("a|b | c"), [["a"], ["b"], ["c"]]);
@@ -152,14 +154,14 @@ mod tests {
     }
 
     #[test]
-    fn what_only_a_shell_can_do_is_refused() {
+    fn shell_syntax_is_refused() {
         for line in ["a > b", "a <b", "a; b", "a & b", "a $HOME", "a *.img", "a `b`", "a \"$b\""] {
             assert_eq!(fault(line), CommandLineError::NeedsShell, "{line}");
         }
     }
 
     #[test]
-    fn what_is_not_whole_is_refused() {
+    fn incomplete_command_line_is_refused() {
         for line in ["a 'b", "a \"b", "a \\", "a \"b\\"] {
             assert_eq!(fault(line), CommandLineError::Unterminated, "{line}");
         }
@@ -169,7 +171,7 @@ mod tests {
     }
 
     #[test]
-    fn an_array_is_taken_as_it_is() {
+    fn array_of_words_is_split_only_at_pipes() {
         let array =
             |words: &[&str]| join_words(&words.iter().map(OsString::from).collect::<Vec<_>>());
         let programs = array(&["a", "$x", "|", "b c"]).unwrap().0;
@@ -181,7 +183,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn quoted_words_come_back(
+        fn quoted_words_survive_a_round_trip(
             programs in prop::collection::vec(
                 prop::collection::vec("[ -~]{1,8}", 1..4), 1..4),
         ) {
@@ -196,7 +198,7 @@ mod tests {
         }
 
         #[test]
-        fn no_line_breaks_it(line: String) {
+        fn splitter_accepts_any_line_without_panic(line: String) {
             let _ = split_command(OsStr::new(&line));
         }
     }

@@ -1,120 +1,120 @@
-//! What can be wrong with what the user wrote, each kind with its one line.
+//! The errors in the user's configuration; each displays as one line.
 
 use std::ffi::OsStr;
 
-/// Why a spec, a size, an option or a configuration was refused. Shown as one line.
+/// The reason why a spec, a size, an option or a configuration was refused. Displays as one line.
 ///
-/// The strings in it are ready to be shown: control characters are escaped.
+/// All strings in these errors are safe to print: control characters are escaped.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum SpecError {
-    /// Something is wrong in a part of what was given: a line, a disk, a key.
+    /// An error within a part of the input: a line, a disk, a key.
     #[error("{place}: {why}")]
     Within {
         /// The part.
         place: String,
-        /// What is wrong there.
+        /// The error.
         why: Box<SpecError>,
     },
-    /// Not a size, or one that no disk can have.
+    /// A malformed size, or a size that no disk can have.
     #[error("'{given}' is not a size: {why}")]
     Size {
-        /// What was written.
+        /// The user's text.
         given: String,
-        /// What is wrong and what to write.
+        /// The problem, and what to write instead.
         why: String,
     },
-    /// Not a range, or one that holds nothing.
+    /// A malformed or empty range.
     #[error("'{given}' is not a range: {why}")]
     Range {
-        /// What was written.
+        /// The user's text.
         given: String,
-        /// What is wrong and what to write.
+        /// The problem, and what to write instead.
         why: String,
     },
-    /// A key, a format, a mode that does not exist.
+    /// An unknown key, format, mode or other word.
     #[error("unknown {what} '{given}'; {hint}")]
     Unknown {
-        /// What it should have been one of.
+        /// The kind of word that was expected.
         what: &'static str,
-        /// What was written.
+        /// The user's text.
         given: String,
-        /// The nearest match, or all there are.
+        /// The nearest match, or all known words.
         hint: String,
     },
-    /// A mount option that does not exist.
+    /// An unknown mount option.
     #[error("unknown mount option \"{given}\"; {hint}")]
     UnknownOption {
-        /// What was written.
+        /// The user's text.
         given: String,
-        /// The nearest match, or what has probably gone wrong.
+        /// The nearest match, or the probable mistake.
         hint: String,
     },
-    /// A value that its key or option cannot have.
+    /// A value that the key or option does not accept.
     #[error("'{given}' is not {wanted}")]
     Value {
-        /// What was written.
+        /// The user's text.
         given: String,
-        /// What can stand there.
+        /// A description of valid values.
         wanted: String,
     },
-    /// A key or an option that is known but cannot be used here.
+    /// A known key or option that cannot be used here.
     #[error("'{key}' {why}")]
     Key {
         /// The key.
         key: String,
-        /// Why not, and what to do.
+        /// The reason, and what to do.
         why: String,
     },
-    /// A name that a file in the mount cannot have.
+    /// A name that no file in the mount can have.
     #[error("'{name}' cannot be a disk's name: {why}")]
     Name {
         /// The name.
         name: String,
-        /// Why not, and what to do.
+        /// The reason, and what to do.
         why: &'static str,
     },
     /// A source that cannot be used.
     #[error("'{given}' {why}")]
     Source {
-        /// What was written.
+        /// The user's text.
         given: String,
-        /// Why not, and what to do.
+        /// The reason, and what to do.
         why: &'static str,
     },
-    /// A path whose commas were read as the start of keys.
+    /// A path with commas that were taken for the start of keys.
     #[error("'{path}' exists: write {spec}")]
     Comma {
         /// The path that exists.
         path: String,
-        /// The spec that means it.
+        /// The spec of a disk with that path.
         spec: String,
     },
-    /// Two disks that would be the same file in the mount.
+    /// Two disks with the same name in the mount.
     #[error(
         "two disks are called '{name}' ({first} and {second}): give one another name, NAME=SOURCE"
     )]
     SameName {
         /// The name.
         name: String,
-        /// The source of the first.
+        /// Source of the first disk.
         first: String,
-        /// The source of the second.
+        /// Source of the second disk.
         second: String,
     },
-    /// Something that must be there and is not, or an empty place.
+    /// A required part that is missing or empty.
     #[error("{0}")]
     Missing(&'static str),
     /// A command line that cannot be run.
     #[error("{0}")]
     Command(String),
-    /// Not TOML.
+    /// Malformed TOML.
     #[error("not TOML: {0}")]
     Toml(String),
 }
 
 impl SpecError {
-    /// The same error, with the place it happened in before it.
+    /// Wraps the error with the place where it occurred.
     pub(super) fn within(self, place: impl Into<String>) -> Self {
         Self::Within { place: place.into(), why: Box::new(self) }
     }
@@ -128,11 +128,11 @@ impl SpecError {
     }
 }
 
-/// What the user wrote, fit for one line of a message: no line breaks, no control characters.
+/// Escapes the user's text for one line of a message: no line breaks, no control characters.
 pub(super) fn escaped(text: impl AsRef<OsStr>) -> String {
     let mut line = String::new();
     for c in text.as_ref().to_string_lossy().chars() {
-        // The separators U+2028 and U+2029 break lines too, and are not control characters.
+        // U+2028 and U+2029 break lines too, though they are no control characters.
         if c.is_control() || matches!(c, '\u{2028}' | '\u{2029}') {
             line.extend(c.escape_default());
         } else {
@@ -142,13 +142,13 @@ pub(super) fn escaped(text: impl AsRef<OsStr>) -> String {
     line
 }
 
-/// Which of `names` was probably meant by `given`, if any is close.
+/// Returns the one of `names` that `given` probably stands for, if any is close.
 pub(super) fn nearest<'a>(
     given: &str,
     names: impl IntoIterator<Item = &'a str>,
 ) -> Option<&'a str> {
-    // Every third letter may be wrong; in a word of two letters any other word would be near.
-    // A word longer than any of ours need not be measured, which is quadratic.
+    // One letter in three may be wrong; any two-letter word would be close to any other. A word
+    // longer than all known ones is not measured, since that takes quadratic time.
     let allowed = match given.chars().count() {
         0..=2 | 33.. => return None,
         count => (count / 3).min(3),
@@ -162,7 +162,7 @@ pub(super) fn nearest<'a>(
         .map(|(_, name)| name)
 }
 
-/// The remedy for an unknown word: the nearest match, or else everything there is.
+/// Returns the remedy for an unknown word: the nearest match, or all known words.
 pub(super) fn hint(given: &str, names: &[&str]) -> String {
     match nearest(given, names.iter().copied()) {
         Some(name) => format!("did you mean '{name}'?"),
@@ -170,7 +170,7 @@ pub(super) fn hint(given: &str, names: &[&str]) -> String {
     }
 }
 
-/// The value that `given` stands for.
+/// Returns the value that `given` stands for.
 pub(super) fn parse_choice<T: Copy>(
     what: &'static str,
     given: &str,
@@ -183,7 +183,7 @@ pub(super) fn parse_choice<T: Copy>(
     Err(SpecError::Unknown { what, given: escaped(given), hint: hint(given, &names) })
 }
 
-/// A plain decimal number: digits and nothing else, where the standard library takes a `+`.
+/// Parses a plain decimal number: only digits, while the standard library also accepts `+`.
 pub(super) fn parse_decimal(text: &str) -> Option<u64> {
     text.bytes().all(|byte| byte.is_ascii_digit()).then(|| text.parse().ok())?
 }
@@ -193,7 +193,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_swapped_letter_is_near_and_another_word_is_not() {
+    fn nearest_finds_a_misspelling_and_no_other_word() {
         let names = ["mode", "overlay", "uid", "to"];
         assert_eq!(nearest("mdoe", names), Some("mode"));
         assert_eq!(nearest("OVERLAY", names), Some("overlay"));
@@ -205,12 +205,12 @@ mod tests {
     }
 
     #[test]
-    fn what_is_shown_stays_on_its_line() {
+    fn escaped_text_has_no_line_breaks() {
         assert_eq!(escaped("a\nb\u{1b}c\u{2028}'ü'"), "a\\nb\\u{1b}c\\u{2028}'ü'");
     }
 
     #[test]
-    fn a_decimal_is_digits_only() {
+    fn decimal_number_is_digits_only() {
         assert_eq!(parse_decimal("042"), Some(42));
         for text in ["", "+1", "-1", "1 ", "0x1", "18446744073709551616", "١"] {
             assert_eq!(parse_decimal(text), None, "{text:?}");

@@ -1,4 +1,4 @@
-//! `to=SINK` and `from=SOURCE`: where a stream goes or comes from.
+//! The parser for `to=SINK` and `from=SOURCE`: where a stream goes or comes from.
 
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
@@ -10,7 +10,7 @@ use super::keys::{RawValue, absolute};
 use super::stream::Programs;
 use super::{Flow, Overwrite, SinkSpec, SourceSpec, SpecError, Spool};
 
-/// Reads `to=`.
+/// Parses the value of `to=`.
 pub(super) fn parse_to(value: &RawValue, dir: &Path) -> Result<Flow, SpecError> {
     let (kind, rest) = split_kind(value)?;
     let target = match kind.as_bytes() {
@@ -30,7 +30,7 @@ pub(super) fn parse_to(value: &RawValue, dir: &Path) -> Result<Flow, SpecError> 
     Ok(Flow::Out(target))
 }
 
-/// Reads `from=`.
+/// Parses the value of `from=`.
 pub(super) fn parse_from(value: &RawValue, dir: &Path) -> Result<Flow, SpecError> {
     let (kind, rest) = split_kind(value)?;
     let supply = match kind.as_bytes() {
@@ -46,7 +46,7 @@ pub(super) fn parse_from(value: &RawValue, dir: &Path) -> Result<Flow, SpecError
     Ok(Flow::In { source: supply, spool: Spool::Off })
 }
 
-/// What stands behind `KIND:`.
+/// The part after `KIND:`.
 enum FlowValue {
     Empty,
     Text(OsString),
@@ -63,7 +63,8 @@ impl FlowValue {
     }
 }
 
-/// `KIND:REST`; of an array the first word begins so, and the others are REST's.
+/// Splits `KIND:REST`. In an array the first word starts with `KIND:`, and the other words belong
+/// to REST.
 fn split_kind(value: &RawValue) -> Result<(OsString, FlowValue), SpecError> {
     let cut = |text: &OsStr| {
         let bytes = text.as_bytes();
@@ -158,7 +159,7 @@ mod tests {
     }
 
     #[test]
-    fn every_sink_and_source_is_read() {
+    fn every_sink_and_source_is_parsed() {
         let file = |path: &str, overwrite| SinkSpec::File { path: path.into(), overwrite };
         for (text, target) in [
             ("fifo:p", SinkSpec::Fifo("/here/p".into())),
@@ -183,7 +184,7 @@ mod tests {
     }
 
     #[test]
-    fn every_key_lands_in_its_field_whatever_the_order() {
+    fn every_key_sets_its_field_in_any_order() {
         let spec = read(
             "overwrite,window=64M,read-window=1M,spill=1G,spill-compress,finish=umount,pad=off,\
              frames=rbd,to=file:o",
@@ -198,7 +199,7 @@ mod tests {
     }
 
     #[test]
-    fn a_stream_flows_one_way() {
+    fn stream_has_exactly_one_direction() {
         assert!(why("window=1M").contains("needs to=SINK or from=SOURCE"));
         assert!(why("to=stdout,from=stdin").contains("flows one way"));
         for key in ["window=1M", "spill=1M", "finish=close", "pad=off", "frames=raw", "overwrite"] {
@@ -211,7 +212,7 @@ mod tests {
     }
 
     #[test]
-    fn formats_that_must_know_the_end_first_are_refused_with_the_way_there_is() {
+    fn error_for_formats_that_need_the_end_first_names_a_tool() {
         for (format, tool) in [("android-sparse", "img2simg PATH OUT"), ("tar", "tar -S")] {
             for to in ["stdout", "file:o", "fifo:o", "cmd:cat"] {
                 let line = why(&format!("to={to},frames={format}"));
@@ -224,7 +225,7 @@ mod tests {
     }
 
     #[test]
-    fn keys_of_other_disks_are_refused() {
+    fn keys_of_other_disks_are_refused_for_streams() {
         for key in [
             "overlay=d",
             "mode=ro",
@@ -241,7 +242,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_sink_is_refused_with_the_nearest() {
+    fn unknown_sink_error_suggests_a_correction() {
         assert!(why("to=fiel:o").contains("did you mean 'file'?"));
         assert!(why("to=/srv/o.img").contains("write file:/srv/o.img"));
         assert!(why("to=stdin").contains("write from=stdin"));
@@ -252,7 +253,7 @@ mod tests {
     }
 
     #[test]
-    fn a_command_gets_no_shell() {
+    fn shell_syntax_in_a_command_is_refused() {
         let line = why("to=cmd:zstd > o.zst");
         assert!(line.ends_with("cowslip runs no shell; write to=cmd:sh -c '...'"), "{line}");
         let line = why("from=cmd:cat $x");
@@ -260,7 +261,7 @@ mod tests {
     }
 
     #[test]
-    fn toml_takes_an_array_as_it_is() {
+    fn toml_array_is_split_only_at_pipes() {
         let read = |value: &str| {
             let text = format!("[[disk]]\nname = 'o'\nsource = 'stream:1G'\nto = {value}\n");
             parse_config(&text, Path::new("/here")).map(|mut config| stream(config.disks.remove(0)))

@@ -1,30 +1,30 @@
-//! The mount's own options, `-o OPT,..`, as mount(8) and fstab write them.
+//! The mount options, `-o OPT,..`, in the syntax of mount(8) and fstab.
 
 use super::error::{escaped, nearest, parse_decimal};
 use super::{SpecError, keys};
 
-/// The options of a mount. Of options that contradict each other the last one counts, as in
-/// mount(8).
+/// The options of a mount. The last of several contradictory options wins, as in mount(8).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MountOptions {
-    /// `allow_other`: other users may reach the mount, as far as owner and mode let them.
+    /// `allow_other`: other users may access the mount, within the limits of owner and mode.
     pub allow_other: bool,
-    /// `nonempty`: the mountpoint may hold files, which the mount hides.
+    /// `nonempty`: the mountpoint may contain files, which the mount hides.
     pub nonempty: bool,
-    /// `ro`: nothing in the mount can be changed, whatever the modes of its disks.
+    /// `ro`: nothing in the mount can be changed, whatever the modes of the disks.
     pub read_only: bool,
-    /// `nodev`, on unless `dev` is given, as fusermount3 has it.
+    /// `nodev`, on unless `dev` is given, like fusermount3.
     pub nodev: bool,
-    /// `nosuid`, on unless `suid` is given, as fusermount3 has it.
+    /// `nosuid`, on unless `suid` is given, like fusermount3.
     pub nosuid: bool,
     /// `noexec`.
     pub noexec: bool,
     /// `noatime`.
     pub noatime: bool,
-    /// `io_timeout=SECONDS`: how long a base may take to answer before a request fails with
-    /// `EIO`; 1 to 3600 seconds.
+    /// `io_timeout=SECONDS`: seconds that a base may take to answer before a request fails with
+    /// `EIO`; 1 to 3600.
     pub io_timeout: u64,
-    /// `fsname=NAME`: the source that the mount table shows; `None`: the caller knows.
+    /// `fsname=NAME`: the source that the mount table shows; `None` leaves the choice to the
+    /// caller.
     pub fsname: Option<String>,
 }
 
@@ -44,17 +44,17 @@ impl Default for MountOptions {
     }
 }
 
-/// What an option does.
+/// The effect of an option.
 enum OptionEffect {
-    /// It is one word.
+    /// A flag without a value.
     Flag(fn(&mut MountOptions)),
-    /// It has a value; the text says what it looks like.
+    /// An option with a value: an example of the value, and the setter.
     Value(&'static str, fn(&mut MountOptions, &str) -> Result<(), SpecError>),
-    /// It speaks to mount(8), systemd or fstab's other readers, or is always on.
+    /// An option for mount(8), systemd or other readers of fstab, or one that is always on.
     Ignored,
 }
 
-/// Every option but `x-*`.
+/// Every option except `x-*`.
 static OPTIONS: &[(&str, OptionEffect)] = &[
     ("allow_other", OptionEffect::Flag(|options| options.allow_other = true)),
     ("nonempty", OptionEffect::Flag(|options| options.nonempty = true)),
@@ -98,11 +98,11 @@ fn set_fsname(options: &mut MountOptions, text: &str) -> Result<(), SpecError> {
     Ok(())
 }
 
-/// Reads mount options: each item one option, or several with commas between them. Empty ones
-/// are skipped, as mount(8) does.
+/// Parses mount options: each item is one option, or several separated by commas. Empty options are
+/// skipped, as in mount(8).
 ///
 /// # Errors
-/// The first that is unknown, unsupported, or has a wrong value.
+/// [`SpecError`] for the first option that is unknown, unsupported, or has a wrong value.
 pub fn parse_mount_options<T: AsRef<str>>(
     list: impl IntoIterator<Item = T>,
 ) -> Result<MountOptions, SpecError> {
@@ -140,7 +140,7 @@ fn apply_option(options: &mut MountOptions, option: &str) -> Result<(), SpecErro
     Ok(())
 }
 
-/// Why `option` is refused: usually it is part of a disk, or misspelt.
+/// Returns the error for an unknown `option`, which usually belongs to a disk or is misspelled.
 fn unknown_option(name: &str, option: &str) -> SpecError {
     let given = escaped(option);
     if name == "allow_root" {
@@ -154,7 +154,7 @@ fn unknown_option(name: &str, option: &str) -> SpecError {
     } else if let Some(near) = nearest(name, OPTIONS.iter().map(|(known, _)| *known)) {
         format!("did you mean \"{near}\"?")
     } else {
-        // `vm=stream:1G,to=cmd:zstd -o out.zst`, which the shell has cut in three.
+        // The shell has split `vm=stream:1G,to=cmd:zstd -o out.zst` into three words.
         format!("quote the disk: 'NAME=SOURCE,KEY=VALUE -o {given}'")
     };
     SpecError::UnknownOption { given, hint }
@@ -175,7 +175,7 @@ mod tests {
     }
 
     #[test]
-    fn without_options_the_mount_is_private_and_safe() {
+    fn default_mount_is_private_and_safe() {
         let options = read("");
         assert_eq!(options, MountOptions::default());
         assert!(options.nodev && options.nosuid);
@@ -184,7 +184,7 @@ mod tests {
     }
 
     #[test]
-    fn every_option_lands_in_its_field() {
+    fn every_option_sets_its_field() {
         let expected = MountOptions {
             allow_other: true,
             nonempty: true,
@@ -203,7 +203,7 @@ mod tests {
     }
 
     #[test]
-    fn the_last_of_two_opposites_counts() {
+    fn last_of_two_opposite_options_wins() {
         assert!(!read("ro,rw").read_only);
         assert!(read("rw,ro").read_only);
         assert!(!read("noexec,exec").noexec);
@@ -213,14 +213,14 @@ mod tests {
     }
 
     #[test]
-    fn what_speaks_to_fstab_is_ignored() {
+    fn options_for_fstab_readers_are_ignored() {
         let list = "defaults,auto,noauto,nofail,user,users,_netdev,nouser,default_permissions,\
                     x-systemd.requires=/srv,x-gvfs-hide,,";
         assert_eq!(read(list), MountOptions::default());
     }
 
     #[test]
-    fn a_stray_word_says_to_quote_the_disk() {
+    fn stray_word_error_says_to_quote_the_disk() {
         assert_eq!(
             why("out.zst"),
             "unknown mount option \"out.zst\"; quote the disk: \
@@ -229,7 +229,7 @@ mod tests {
     }
 
     #[test]
-    fn a_misspelt_option_gets_the_nearest() {
+    fn misspelled_option_error_suggests_the_nearest() {
         assert_eq!(
             why("allow_othr"),
             "unknown mount option \"allow_othr\"; did you mean \"allow_other\"?"
@@ -238,17 +238,17 @@ mod tests {
     }
 
     #[test]
-    fn a_disks_key_is_sent_back_to_its_disk() {
+    fn disk_key_error_says_to_write_it_after_the_disk() {
         assert!(why("overlay=/srv/x").ends_with("SOURCE,overlay=/srv/x"));
     }
 
     #[test]
-    fn allow_root_is_refused_with_what_to_use() {
+    fn allow_root_error_suggests_allow_other() {
         assert!(why("allow_root").contains("use allow_other"));
     }
 
     #[test]
-    fn values_stand_where_they_belong() {
+    fn values_are_required_or_refused_per_option() {
         assert!(why("ro=1").contains("takes no value"));
         assert!(why("defaults=1").contains("takes no value"));
         for list in ["io_timeout", "io_timeout=", "fsname="] {
@@ -262,7 +262,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn no_text_breaks_the_options(text in "(?s:.{0,40})|[a-z_]{1,12}=?[a-z0-9,]{0,9}") {
+        fn parser_accepts_any_text_without_panic(text in "(?s:.{0,40})|[a-z_]{1,12}=?[a-z0-9,]{0,9}") {
             if let Err(error) = parse_mount_options([&text]) {
                 prop_assert!(!error.to_string().contains('\n'));
             }

@@ -1,37 +1,38 @@
-//! Sizes and ranges: `64K`, `10MiB`, `1G..2G`. Units are powers of 1024.
+//! The parsers and formatters of sizes and ranges: `64K`, `10MiB`, `1G..2G`. Units are powers of
+//! 1024.
 
 use std::ops::Range;
 
 use super::SpecError;
 use super::error::escaped;
 
-/// The largest size of a disk in bytes: the kernel's file offsets are signed 64-bit numbers.
+/// Maximum size of a disk in bytes: the kernel's file offsets are signed 64-bit numbers.
 pub const MAX_SIZE: u64 = i64::MAX.unsigned_abs();
 
-/// The letters of the units, each 1024 times the one before it.
+/// Letters of the units, each 1024 times the one before it.
 const UNITS: &str = "KMGTPE";
 
-/// What a size looks like, for messages.
+/// The syntax of a size, for messages.
 const SIZE_HINT: &str = "write digits and a unit, as in 512, 64K, 10M or 10MiB";
 
-/// Reads a size in bytes: digits, then nothing, one of `K M G T P E`, or `KiB` to `EiB`; large
-/// or small letters.
+/// Parses a size in bytes: digits, followed by nothing, one of `K M G T P E`, or `KiB` to `EiB`;
+/// upper or lower case.
 ///
 /// # Errors
-/// [`SpecError::Size`] when it is something else, a decimal unit (`10MB`), negative, a fraction,
+/// [`SpecError::Size`] for any other text: a decimal unit (`10MB`), a negative number, a fraction,
 /// or more than [`MAX_SIZE`].
 pub fn parse_size(text: &str) -> Result<u64, SpecError> {
     parse_bytes(text).map_err(|why| SpecError::Size { given: escaped(text), why })
 }
 
-/// [`parse_size`], with only the reason when it fails.
+/// Parses a size like [`parse_size`], but fails with the bare reason.
 fn parse_bytes(text: &str) -> Result<u64, String> {
     let digits = text.bytes().take_while(u8::is_ascii_digit).count();
     let (number, unit) = text.split_at(digits);
     if unit.starts_with('-') && number.is_empty() {
         return Err("it cannot be negative".to_owned());
     }
-    // `.5G` and `1.5G`, and the comma that half of the world writes.
+    // `.5G`, `1.5G`, and the decimal comma of many countries.
     if unit.starts_with(['.', ',']) {
         return Err("it must be whole: take a smaller unit, 1536M for 1.5G".to_owned());
     }
@@ -39,14 +40,14 @@ fn parse_bytes(text: &str) -> Result<u64, String> {
         return Err(SIZE_HINT.to_owned());
     }
     let shift = unit_shift(unit).ok_or_else(|| unit_hint(number, unit))?;
-    // All digits, so the only way for `parse` to fail is a number that does not fit.
+    // The text is all digits, so `parse` fails only for a number that does not fit.
     let bytes = number.parse::<u64>().ok().and_then(|n| n.checked_mul(1 << shift));
     bytes
         .filter(|bytes| *bytes <= MAX_SIZE)
         .ok_or_else(|| format!("it is too large, the most is {MAX_SIZE} bytes (8E less one)"))
 }
 
-/// By how many bits a unit multiplies; `None` for one that does not exist.
+/// Returns the number of bits that a unit shifts by; `None` for an unknown unit.
 fn unit_shift(unit: &str) -> Option<u32> {
     let mut chars = unit.chars();
     let Some(letter) = chars.next() else {
@@ -58,7 +59,7 @@ fn unit_shift(unit: &str) -> Option<u32> {
     place.filter(|_| is_binary).map(|(_, power)| 10 * power)
 }
 
-/// What to write instead of `number` and a `unit` that does not exist.
+/// Says what to write instead of `number` with an unknown `unit`.
 fn unit_hint(number: &str, unit: &str) -> String {
     match unit.strip_suffix(['B', 'b']) {
         Some("") => format!("write {number} for bytes"),
@@ -70,12 +71,12 @@ fn unit_hint(number: &str, unit: &str) -> String {
     }
 }
 
-/// Reads a range of bytes: `1G..2G`, `..2G` from the start, `1G..` to the end, which is
-/// [`MAX_SIZE`] since the disk is not known here.
+/// Parses a range of bytes: `1G..2G`, `..2G` from the start, or `1G..` to the end. The end is then
+/// [`MAX_SIZE`], since the disk is not known here.
 ///
 /// # Errors
-/// [`SpecError::Range`] when it holds nothing, runs backwards or is no range; the error of
-/// [`parse_size`] inside it.
+/// [`SpecError::Range`] for a range that is empty, backwards or malformed; the error of
+/// [`parse_size`] for a bad end of the range.
 pub fn parse_range(text: &str) -> Result<Range<u64>, SpecError> {
     let refused = |why: &str| SpecError::Range { given: escaped(text), why: why.to_owned() };
     let inside = |error: SpecError| error.within(format!("range '{}'", escaped(text)));
@@ -94,7 +95,7 @@ pub fn parse_range(text: &str) -> Result<Range<u64>, SpecError> {
     }
 }
 
-/// A size for people, rounded to a tenth of its unit: `20 GiB`, `1.5 MiB`, `512 bytes`.
+/// Formats a size for people, rounded to a tenth of the unit: `20 GiB`, `1.5 MiB`, `512 bytes`.
 #[must_use]
 pub fn format_size(bytes: u64) -> String {
     match bytes {
@@ -110,7 +111,7 @@ pub fn format_size(bytes: u64) -> String {
             (whole, 0) => format!("{whole} {unit}iB"),
             (whole, tenth) => format!("{whole}.{tenth} {unit}iB"),
         };
-        // Compare what is printed: a byte less than 1 MiB is "1 MiB", not "1024 KiB".
+        // Compare the rounded value: a byte less than 1 MiB is "1 MiB", not "1024 KiB".
         if tenths < 10_240 {
             break;
         }
@@ -118,7 +119,7 @@ pub fn format_size(bytes: u64) -> String {
     text
 }
 
-/// What is zeroed beside what was changed, if anything, to be put behind that: ` (and 20 GiB zeroed)`.
+/// Formats the number of zeroed bytes as a suffix, ` (and 20 GiB zeroed)`; empty for 0.
 #[must_use]
 pub fn format_zeroed(bytes: u64) -> String {
     if bytes == 0 { String::new() } else { format!(" (and {} zeroed)", format_size(bytes)) }
@@ -162,7 +163,7 @@ mod tests {
     }
 
     #[test]
-    fn a_decimal_unit_is_refused_with_both_spellings() {
+    fn decimal_unit_error_gives_both_binary_spellings() {
         assert_eq!(
             why("10MB"),
             "'10MB' is not a size: units are powers of 1024, write 10M or 10MiB"
@@ -189,7 +190,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_size_is_refused_with_examples() {
+    fn malformed_size_error_gives_examples() {
         for text in ["", " ", "K", "+1", "10 M", " 10", "10Q", "10MiBs", "0x10", "1e3", "10Mi"] {
             assert!(why(text).contains("as in 512, 64K"), "{text:?}: {}", why(text));
         }
@@ -199,7 +200,7 @@ mod tests {
     }
 
     #[test]
-    fn a_range_may_leave_out_one_end() {
+    fn range_may_omit_one_end() {
         assert_eq!(parse_range("1G..2G"), Ok(1 << 30..2 << 30));
         assert_eq!(parse_range("..2G"), Ok(0..2 << 30));
         assert_eq!(parse_range("1G.."), Ok(1 << 30..MAX_SIZE));
@@ -207,7 +208,7 @@ mod tests {
     }
 
     #[test]
-    fn a_range_that_holds_nothing_is_refused() {
+    fn empty_or_malformed_range_is_refused() {
         for text in ["", "..", "1G..1G", "..0", "2G..1G", "1G", "1G-2G", "1G...2G", "1G..=2G"] {
             assert!(parse_range(text).is_err(), "{text:?}");
         }
@@ -219,7 +220,7 @@ mod tests {
     }
 
     #[test]
-    fn sizes_are_shown_to_a_tenth() {
+    fn sizes_are_rounded_to_a_tenth() {
         for (bytes, text) in [
             (0, "0 bytes"),
             (1, "1 byte"),
@@ -241,7 +242,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn a_size_written_in_any_unit_is_read_back(
+        fn size_in_any_unit_is_parsed(
             number in 0_u64..=MAX_SIZE, power in 0_usize..=6, long: bool,
         ) {
             let number = number >> (10 * power);
@@ -254,17 +255,17 @@ mod tests {
         }
 
         #[test]
-        fn a_size_shown_in_whole_units_is_read_back(bytes in 0..=MAX_SIZE, shift in 0_u32..63) {
+        fn formatted_size_parses_to_nearly_the_same_number(bytes in 0..=MAX_SIZE, shift in 0_u32..63) {
             let shown = format_size(bytes >> shift);
             let tight = shown.replace(" bytes", "").replace(" byte", "").replace(' ', "");
             if let Ok(read) = parse_size(&tight) {
-                // Half a tenth of the unit, at most, is lost: under 5 % of the number.
+                // Rounding loses at most half a tenth of the unit: under 5 % of the number.
                 prop_assert!(read.abs_diff(bytes >> shift) <= (bytes >> shift) / 20 + 1);
             }
         }
 
         #[test]
-        fn no_text_breaks_sizes_or_ranges(text in "\\PC*|[0-9.,\\-+KMGTPEiBb]{0,24}|(?s:.{0,9})") {
+        fn parser_accepts_any_text_without_panic(text in "\\PC*|[0-9.,\\-+KMGTPEiBb]{0,24}|(?s:.{0,9})") {
             for error in [parse_size(&text).err(), parse_range(&text).err()].into_iter().flatten() {
                 prop_assert!(!error.to_string().contains('\n'));
             }
@@ -274,7 +275,7 @@ mod tests {
         }
 
         #[test]
-        fn every_size_can_be_shown(bytes: u64) {
+        fn formatted_size_is_short_for_every_number(bytes: u64) {
             prop_assert!(format_size(bytes).len() <= "1023.9 KiB".len());
         }
     }

@@ -1,40 +1,40 @@
-//! What is asked for of a stream: where it goes or comes from, and how far back it can be changed.
+//! The specification of a stream: where it goes or comes from, and how far back it can be changed.
 
 use std::ffi::{OsStr, OsString};
 use std::fmt;
 use std::path::PathBuf;
 
-/// The window when none is given: 16 MiB.
+/// Default window in bytes: 16 MiB.
 pub const DEFAULT_WINDOW: u64 = 16 << 20;
 
-/// A stream, as asked for.
+/// The specification of a stream.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct StreamSpec {
-    /// The size of the disk in bytes.
+    /// Size of the disk in bytes.
     pub size: u64,
-    /// The caller's directory (absolute): commands run there.
+    /// The caller's directory, where commands run; absolute.
     pub dir: PathBuf,
-    /// Which way it flows.
+    /// Direction of the stream, with its sink or source.
     pub flow: Flow,
-    /// How many bytes from the frontier on can be rewritten.
+    /// Number of bytes from the frontier on that can be rewritten.
     pub window: u64,
-    /// How many bytes before the frontier can still be read.
+    /// Number of bytes before the frontier that can still be read.
     pub read_window: u64,
-    /// The most that is held beyond the window, in bytes; `None`: not given, which is nothing,
-    /// and no limit for a stream that only measures.
+    /// Maximum number of bytes held beyond the window. `None` means that the key was not given:
+    /// nothing is held, and a stream that only measures has no limit.
     pub spill: Option<u64>,
-    /// What becomes of spilled data in its file.
+    /// How spilled data is stored in its file.
     pub compress: SpillCompression,
     /// When an output stream is complete.
     pub finish: FinishWhen,
-    /// Where it ends.
+    /// Where the output ends.
     pub pad: Pad,
-    /// What goes over the wire.
+    /// Format of the output.
     pub frames: StreamFrames,
 }
 
 impl StreamSpec {
-    /// A stream of `size` bytes, no key given; whoever makes it says which way it flows.
+    /// Creates a stream of `size` bytes with defaults; the caller sets the direction.
     pub(super) fn new(size: u64, dir: PathBuf) -> Self {
         Self {
             size,
@@ -52,113 +52,114 @@ impl StreamSpec {
 }
 
 impl FinishWhen {
-    /// Every word and what it means.
+    /// Every word with its meaning.
     pub(super) const NAMES: &'static [(&'static str, Self)] =
         &[("explicit", Self::Explicit), ("umount", Self::Umount), ("close", Self::Close)];
 }
 
 impl StreamFrames {
-    /// Every word and what it means.
+    /// Every word with its meaning.
     pub(super) const NAMES: &'static [(&'static str, Self)] =
         &[("raw", Self::Raw), ("rbd", Self::Rbd)];
 }
 
 impl SpillCompression {
-    /// Every word and what it means.
+    /// Every word with its meaning.
     pub(super) const NAMES: &'static [(&'static str, Self)] =
         &[("on", Self::Lz4), ("off", Self::Off), ("lz4", Self::Lz4)];
 }
 
-/// Which way a stream flows.
+/// Direction of a stream.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Flow {
-    /// What is written leaves for the target.
+    /// Output: written data goes to a sink.
     Out(SinkSpec),
-    /// What is read comes from the supply.
+    /// Input: the data read comes from a source.
     In {
-        /// Where from.
+        /// The source.
         source: SourceSpec,
-        /// Whether all of it is kept.
+        /// Whether the stream keeps all data.
         spool: Spool,
     },
 }
 
-/// Where an output stream goes. Paths are absolute.
+/// The sink of an output stream. Paths are absolute.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum SinkSpec {
-    /// A named pipe, made if it is missing.
+    /// A named pipe, created if it is missing.
     Fifo(PathBuf),
     /// A file or a block device.
     File {
-        /// Where.
+        /// Path of the file.
         path: PathBuf,
-        /// What becomes of a file that is there.
+        /// Whether an existing file is replaced.
         overwrite: Overwrite,
     },
-    /// The input of a command.
+    /// Standard input of a command.
     Command(Programs),
-    /// The standard output of cowslip.
+    /// Standard output of cowslip.
     Stdout,
-    /// Nowhere: only what it needs is found out.
+    /// No sink: the stream only measures what it would need.
     Measure,
 }
 
-/// Where an input stream comes from. Paths are absolute.
+/// The source of an input stream. Paths are absolute.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum SourceSpec {
     /// A named pipe.
     Fifo(PathBuf),
-    /// A file or a device, from its beginning.
+    /// A file or a device, from its start.
     File(PathBuf),
-    /// The output of a command.
+    /// Standard output of a command.
     Command(Programs),
-    /// The standard input of cowslip.
+    /// Standard input of cowslip.
     Stdin,
 }
 
-/// The programs of a pipe, each with its arguments; neither is ever empty.
+/// The programs of a pipeline, each with its arguments; there is at least one program, and each has
+/// at least a name.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Programs(pub Vec<Vec<OsString>>);
 
 /// Whether an existing file may be replaced.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Overwrite {
-    /// It is refused.
+    /// The file is kept, and the stream refused.
     #[default]
     No,
-    /// It is replaced when the stream is complete.
+    /// The file is replaced when the stream is complete.
     Yes,
 }
 
-/// Whether an input stream keeps everything, for random access.
+/// Whether an input stream keeps all data, for random access.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Spool {
-    /// Only its read-window.
+    /// Keep only the read window.
     #[default]
     Off,
-    /// All of it, in an unlinked sparse file.
+    /// Keep all data, in an unlinked sparse file.
     On,
 }
 
-/// What becomes of spilled data in its file.
+/// How spilled data is stored in its file.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum SpillCompression {
-    /// It is stored as it is.
+    /// Uncompressed.
     #[default]
     Off,
-    /// It is compressed with LZ4.
+    /// Compressed with LZ4.
     Lz4,
 }
 
 /// When an output stream is complete.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum FinishWhen {
-    /// When `cowslip finish` says so.
+    /// On `cowslip finish`.
     #[default]
     Explicit,
     /// At unmount.
     Umount,
-    /// When the last writer has released it.
+    /// When the last writer has closed the file.
     Close,
 }
 
@@ -172,7 +173,7 @@ pub enum Pad {
     Highest,
 }
 
-/// What goes over the wire.
+/// Format of an output stream.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum StreamFrames {
     /// The bytes of the disk, in order.
@@ -182,7 +183,7 @@ pub enum StreamFrames {
     Rbd,
 }
 
-/// A word as it would have to be written.
+/// Quotes a word as a shell needs it.
 fn shell_quoted(word: &OsStr) -> String {
     let text = word.to_string_lossy();
     let is_plain = |c: char| c.is_alphanumeric() || "-_./:=,+@%^~".contains(c);

@@ -1,4 +1,4 @@
-//! The TOML file: the options of a mount at the top, then its `[[disk]]` tables.
+//! The parser for the TOML file: the options of a mount at the top, followed by `[[disk]]` tables.
 
 use std::ffi::OsString;
 use std::ops::Range;
@@ -13,37 +13,38 @@ use super::error::{escaped, hint, parse_choice};
 use super::keys::{self, RawValue};
 use super::{DiskSpec, SpecError};
 
-/// What a TOML file asks for. `None` and empty: not given.
+/// The contents of a TOML file. `None` or empty means that a key was not given.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Config {
-    /// Where to mount (absolute).
+    /// The mountpoint; absolute.
     pub mountpoint: Option<PathBuf>,
-    /// The directory behind the mount, in which new files are kept (absolute).
+    /// The directory of the store, in which new files are created; absolute.
     pub store: Option<PathBuf>,
-    /// Directories below which files may lie that a base names (absolute).
+    /// Directories in which backing files named by an image may lie; absolute.
     pub allow_backing: Vec<PathBuf>,
-    /// Directories that are believed although another user can write there (absolute).
+    /// Directories that are trusted although another user can write to them; absolute.
     pub trust: Vec<PathBuf>,
-    /// What the kernel caches.
+    /// The cache mode of the mount.
     pub cache: Option<CacheMode>,
-    /// Where the log goes (absolute).
+    /// The log file; absolute.
     pub log: Option<PathBuf>,
-    /// Mount options, one an item; [`parse_mount_options`](super::parse_mount_options) reads them.
+    /// Mount options, one per item, still to be parsed by
+    /// [`parse_mount_options`](super::parse_mount_options).
     pub options: Vec<String>,
-    /// The disks, in their order. Names may still clash: [`check_names`](super::check_names)
-    /// looks at these and the command line's together.
+    /// The disks, in file order. Names may still clash: [`check_names`](super::check_names) checks
+    /// them together with those of the command line.
     pub disks: Vec<DiskSpec>,
 }
 
-/// What the kernel keeps of the disks' data.
+/// How the kernel caches the disks' data.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum CacheMode {
-    /// What suits the disks.
+    /// The mode that suits the disks.
     #[default]
     Auto,
-    /// Nothing: every read and write comes to cowslip.
+    /// No cache: every read and write reaches cowslip.
     None,
-    /// Pages read and written, writes delayed.
+    /// The kernel caches reads and writes, and delays writes.
     Writeback,
 }
 
@@ -56,17 +57,17 @@ impl FromStr for CacheMode {
     }
 }
 
-/// The keys at the top of the file.
+/// Keys at the top of the file.
 const TOP_KEYS: &[&str] =
     &["mountpoint", "store", "allow-backing", "trust", "cache", "log", "options", "disk"];
 
-/// Reads a configuration. Relative paths start at `dir`, the directory of the file.
+/// Parses a configuration. Relative paths are joined to `dir`, the directory of the file.
 ///
-/// A disk's `source` is taken as it is: a comma in it is a comma. Sizes, `uid` and `gid` may be
+/// A disk's `source` is taken literally: a comma is part of the path. Sizes, `uid` and `gid` may be
 /// integers, switches booleans, `perm` a string or `0o644`.
 ///
 /// # Errors
-/// What is wrong and on which line; the name of the file is the caller's to add.
+/// [`SpecError`] with the line number; the caller adds the name of the file.
 pub fn parse_config(text: &str, dir: &Path) -> Result<Config, SpecError> {
     let table = DeTable::parse(text).map_err(|error| {
         let message = SpecError::Toml(escaped(error.message().replace('\n', ", ")));
@@ -74,7 +75,7 @@ pub fn parse_config(text: &str, dir: &Path) -> Result<Config, SpecError> {
     })?;
     let mut config = Config::default();
     for (key, value) in table.get_ref() {
-        // The disks say themselves on which lines they stand.
+        // Errors in disks already have the line of their table.
         if key.get_ref() == "disk" {
             config.disks = parse_disks(text, value, dir)?;
             continue;
@@ -85,14 +86,14 @@ pub fn parse_config(text: &str, dir: &Path) -> Result<Config, SpecError> {
     Ok(config)
 }
 
-/// `error`, with the line on which `span` starts.
+/// Adds the line on which `span` starts to `error`.
 fn at_line(text: &str, span: &Range<usize>, error: SpecError) -> SpecError {
     let before = text.bytes().take(span.start);
     let line = 1 + before.filter(|byte| *byte == b'\n').count();
     error.within(format!("line {line}"))
 }
 
-/// Takes in one key from the top of the file.
+/// Stores one key from the top of the file.
 fn set_top_key(
     config: &mut Config,
     key: &str,
@@ -120,7 +121,7 @@ fn set_top_key(
     Ok(())
 }
 
-/// A value that must be a string.
+/// Returns a value that must be a string.
 fn string_value(key: &str, value: &DeValue<'_>) -> Result<OsString, SpecError> {
     match value {
         DeValue::String(text) => Ok(OsString::from(text.as_ref())),
@@ -131,14 +132,14 @@ fn string_value(key: &str, value: &DeValue<'_>) -> Result<OsString, SpecError> {
     }
 }
 
-/// A path, or an array of them; relative ones start at `dir`.
+/// Returns a path or an array of paths; relative ones are joined to `dir`.
 fn path_values(key: &str, value: &DeValue<'_>, dir: &Path) -> Result<Vec<PathBuf>, SpecError> {
     let absolute = |name: &OsString| keys::absolute(name, dir);
     let paths = string_values(key, value)?.iter().map(absolute).collect::<Result<_, _>>();
     paths.map_err(|error| error.within(key))
 }
 
-/// A string, or an array of them.
+/// Returns a string or an array of strings.
 fn string_values(key: &str, value: &DeValue<'_>) -> Result<Vec<OsString>, SpecError> {
     match value {
         DeValue::Array(items) => {
@@ -148,7 +149,7 @@ fn string_values(key: &str, value: &DeValue<'_>) -> Result<Vec<OsString>, SpecEr
     }
 }
 
-/// `"ro,nodev"` or `["ro", "nodev"]`.
+/// Parses `"ro,nodev"` or `["ro", "nodev"]`.
 fn option_list(value: &DeValue<'_>) -> Result<Vec<String>, SpecError> {
     let lists: Vec<&str> = match value {
         DeValue::String(text) => vec![text],
@@ -166,7 +167,7 @@ fn options_type_error() -> SpecError {
     SpecError::key("options", "is a string or an array of them: write [\"ro\", \"nodev\"]")
 }
 
-/// The `[[disk]]` tables.
+/// Parses the `[[disk]]` tables.
 fn parse_disks(
     text: &str,
     value: &Spanned<DeValue<'_>>,
@@ -188,7 +189,7 @@ fn parse_disks(
     items.iter().map(disk).collect()
 }
 
-/// One `[[disk]]` table.
+/// Parses one `[[disk]]` table.
 fn parse_disk_table(table: &DeTable<'_>, dir: &Path) -> Result<DiskSpec, SpecError> {
     let mut name = None;
     let mut source = None;
@@ -208,7 +209,7 @@ fn parse_disk_table(table: &DeTable<'_>, dir: &Path) -> Result<DiskSpec, SpecErr
     RawSpec { name, source, keys }.build(dir).map_err(|error| error.within(place))
 }
 
-/// A disk's value, for its key to judge.
+/// Converts a disk's value, which its key will check.
 fn raw_value(value: &DeValue<'_>) -> RawValue {
     match value {
         DeValue::String(text) => RawValue::Text(text.as_ref().into()),
@@ -247,13 +248,13 @@ mod tests {
     }
 
     #[test]
-    fn an_empty_file_asks_for_nothing() {
+    fn empty_file_is_the_default() {
         assert_eq!(read(""), Config::default());
         assert_eq!(read("# nothing\n"), Config::default());
     }
 
     #[test]
-    fn every_key_at_the_top_lands_in_its_field() {
+    fn every_top_level_key_sets_its_field() {
         let config = read(
             "mountpoint = '/mnt'\nstore = 'store'\ncache = 'writeback'\nlog = '../log'\n\
              options = ['ro', 'nodev,nosuid']\n",
@@ -267,7 +268,7 @@ mod tests {
     }
 
     #[test]
-    fn a_table_is_the_same_disk_as_on_the_command_line() {
+    fn table_and_command_line_give_the_same_disk() {
         let table = "[[disk]]\nname = 'vm'\nsource = 'a,b.qcow2'\nformat = 'qcow2'\n\
                      overlay = 'o,p'\nblock = 65536\nlimit = '1G'\nsize = 0x40000000\n\
                      resize = false\nuid = 1_000\ngid = '100'\nperm = '0640'\nlock = 'off'\n\
@@ -310,7 +311,7 @@ mod tests {
     }
 
     #[test]
-    fn an_unknown_key_is_refused_with_its_line_and_the_nearest() {
+    fn unknown_key_error_has_the_line_and_the_nearest() {
         assert_eq!(
             why("# x\nmountpiont = '/mnt'\n"),
             "line 2: unknown key 'mountpiont'; did you mean 'mountpoint'?"
@@ -325,7 +326,7 @@ mod tests {
     }
 
     #[test]
-    fn the_rules_of_the_command_line_hold() {
+    fn rules_of_the_command_line_apply_to_toml() {
         let disk = |keys: &str| why(&format!("[[disk]]\nsource = 'a'\n{keys}\n"));
         assert!(disk("mode = 'ro'\noverlay = 'x'").contains("'overlay' is for mode=cow"));
         assert!(disk("to = ['a', 'b']").contains("only for streams"));
@@ -340,7 +341,7 @@ mod tests {
     }
 
     #[test]
-    fn values_of_another_type_are_refused() {
+    fn values_of_the_wrong_type_are_refused() {
         let disk = |keys: &str| why(&format!("[[disk]]\nsource = 'a'\n{keys}\n"));
         assert!(disk("size = 1.5").contains("'size' cannot be a fraction"));
         assert!(disk("size = 99999999999999999999").contains("that large a number"));
@@ -357,7 +358,7 @@ mod tests {
     }
 
     #[test]
-    fn a_disk_that_is_no_table_is_told_how() {
+    fn error_for_a_disk_that_is_no_table_says_how_to_write_one() {
         assert!(why("\n[disk]\nsource = 'a'").contains("line 2: 'disk' is a table for each"));
         assert!(why("disk = ['a']").contains("write [[disk]]"));
         assert!(why("disk = 'a'").contains("write [[disk]]"));
@@ -368,7 +369,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_toml_is_refused_with_its_line() {
+    fn malformed_toml_error_has_the_line() {
         assert!(why("\nstore = \n").starts_with("line 2: not TOML: "));
         assert!(why("a = 1\na = 2\n").starts_with("line 2: not TOML: "));
         assert!(why("[[disk]]\nsource = 'a'\nsource = 'b'\n").starts_with("line 3: not TOML: "));
@@ -377,7 +378,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn no_text_breaks_the_parser(
+        fn parser_accepts_any_text_without_panic(
             text in "(?s:.{0,60})|((\\[\\[disk\\]\\]|\
                      [a-z]{1,6} = ('[a-z:0-9]{0,6}'|[0-9.tx]{1,4}|\\[1\\])|\
                      (source|name|mode|size|perm|options) = \

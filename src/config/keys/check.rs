@@ -1,4 +1,4 @@
-//! Which keys go together.
+//! Checks for combinations of keys.
 
 use super::{DiskKey, RawValue};
 use crate::config::{
@@ -6,7 +6,7 @@ use crate::config::{
     SinkSpec, SourcePart, SpecError,
 };
 
-/// A partition says by itself where it begins and ends.
+/// Refuses `offset=` and `len=` beside `partition=`, since the partition table gives both.
 pub(super) fn check_part(seen: &[(&'static DiskKey, &RawValue)]) -> Result<(), SpecError> {
     let has = |name: &str| seen.iter().any(|(key, _)| key.name == name);
     let other = ["offset", "len"].into_iter().find(|name| has(name));
@@ -19,7 +19,7 @@ pub(super) fn check_part(seen: &[(&'static DiskKey, &RawValue)]) -> Result<(), S
     }
 }
 
-/// A reflink overlay is a whole file that shares its blocks with another one.
+/// Checks a reflink overlay: it is a whole file that shares its blocks with another whole file.
 pub(super) fn check_reflink(disk: &DiskSpec) -> Result<(), SpecError> {
     if disk.overlay_kind != OverlayKind::Reflink {
         return Ok(());
@@ -47,7 +47,7 @@ pub(super) fn check_reflink(disk: &DiskSpec) -> Result<(), SpecError> {
     Ok(())
 }
 
-/// Only a disk that is a whole file can be read and written as that.
+/// Checks passthrough: only a disk that is one whole file can be passed through.
 pub(super) fn check_passthrough(disk: &DiskSpec) -> Result<(), SpecError> {
     if disk.passthrough == Passthrough::Off {
         return Ok(());
@@ -68,7 +68,8 @@ pub(super) fn check_passthrough(disk: &DiskSpec) -> Result<(), SpecError> {
     Ok(())
 }
 
-/// Direct I/O is of the files that the daemon reads and writes, and of raw ones.
+/// Checks direct I/O: only for files that the daemon itself reads and writes, and only for raw
+/// ones.
 pub(super) fn check_direct(disk: &DiskSpec) -> Result<(), SpecError> {
     if disk.direct == DirectIo::Off {
         return Ok(());
@@ -90,7 +91,7 @@ pub(super) fn check_direct(disk: &DiskSpec) -> Result<(), SpecError> {
     Ok(())
 }
 
-/// A stream flows one way, and only one.
+/// Checks that a stream has exactly one direction.
 pub(super) fn check_flow(
     disk: &DiskSpec,
     seen: &[(&'static DiskKey, &RawValue)],
@@ -107,7 +108,7 @@ pub(super) fn check_flow(
     }
 }
 
-/// What of a stream's keys needs another one.
+/// Checks keys of a stream that depend on other keys.
 pub(super) fn check_stream(
     disk: &DiskSpec,
     seen: &[(&'static DiskKey, &RawValue)],
@@ -132,7 +133,7 @@ pub(super) fn check_stream(
     Ok(())
 }
 
-/// A blank disk has no base to read or to write.
+/// Checks the mode of a blank disk, which has no base to read or write.
 pub(super) fn check_mode(disk: &DiskSpec) -> Result<(), SpecError> {
     match (&disk.source, disk.mode) {
         (DiskSource::File(_) | DiskSource::Stream(_), _)

@@ -1,5 +1,5 @@
-//! The keys of a disk: one table (`table.rs`), for the command line and for TOML.
-//! `check.rs` says which of them go together.
+//! The keys of a disk, for the command line and TOML: `table.rs` is the one table of keys, and
+//! `check.rs` knows which keys exclude or need one another.
 
 mod check;
 mod table;
@@ -16,47 +16,47 @@ use self::table::KEYS;
 use super::error::{self, escaped, hint, parse_decimal};
 use super::{DiskMode, DiskSource, DiskSpec, Flow, Format, SpecError, StreamSpec, parse_size};
 
-/// A value as it was written, before its key says what it must be.
+/// A value as written, before its key determines the type.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum RawValue {
-    /// None: `KEY` alone, which is `KEY=on`.
+    /// No value: `KEY` alone, which means `KEY=on`.
     Bare,
-    /// A text; on the command line every value is one.
+    /// Text; the type of every value on the command line.
     Text(OsString),
-    /// TOML's integer, and the base it was written in.
+    /// A TOML integer, and the radix it was written in.
     Integer(i64, u32),
-    /// TOML's boolean.
+    /// A TOML boolean.
     Bool(bool),
-    /// TOML's array of strings: a command.
+    /// A TOML array of strings: a command.
     Array(Vec<OsString>),
-    /// Something no key takes, by its name.
+    /// A TOML value that no key accepts; its description for messages.
     Other(&'static str),
 }
 
-/// On or off.
+/// The setting of a switch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Switch {
     On,
     Off,
 }
 
-/// Which disks a key is for.
+/// The kinds of disks that a key applies to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum KeyScope {
     All,
-    /// What has bytes at every offset, blank disks too.
+    /// Disks with random access, including blank ones.
     Disks,
     Files,
     Cow,
-    /// Streams of either direction.
+    /// Streams in either direction.
     Streams,
-    /// Streams that leave.
+    /// Output streams.
     Outputs,
-    /// Streams that arrive.
+    /// Input streams.
     Inputs,
 }
 
-/// What a key's value is, and where in the spec it goes.
+/// The type of a key's value, and the function that stores the value in the spec.
 enum KeySetter {
     Switch(fn(&mut DiskSpec, Switch)),
     Size(fn(&mut DiskSpec, u64) -> Result<(), SpecError>),
@@ -66,33 +66,33 @@ enum KeySetter {
     Perm(fn(&mut DiskSpec, u16)),
     Word(fn(&mut DiskSpec, &str) -> Result<(), SpecError>),
     Path(fn(&mut DiskSpec, PathBuf)),
-    /// Where a stream goes or comes from: of the text, the array and the directory.
+    /// The sink or source of a stream; called with the value and the directory of relative paths.
     Flow(fn(&RawValue, &Path) -> Result<Flow, SpecError>),
     StreamSize(fn(&mut StreamSpec, u64)),
     StreamWord(fn(&mut StreamSpec, &str) -> Result<(), SpecError>),
     StreamSwitch(fn(&mut StreamSpec, Switch) -> Result<(), SpecError>),
 }
 
-/// A row of the table.
+/// A row of the table of keys.
 pub(super) struct DiskKey {
     name: &'static str,
     scope: KeyScope,
     set: KeySetter,
-    /// What a value looks like, for messages.
+    /// An example of a value, for messages.
     sample: &'static str,
 }
 
-/// Whether `name` is a disk's key, a stream's included.
+/// Returns whether `name` is a key of a disk or a stream.
 pub(super) fn is_key(name: &str) -> bool {
     KEYS.iter().any(|key| key.name == name)
 }
 
-/// The row of `name`.
+/// Returns the row of the key `name`.
 fn find_key(name: &str) -> Result<&'static DiskKey, SpecError> {
     if let Some(key) = KEYS.iter().find(|key| key.name == name) {
         return Ok(key);
     }
-    // Words people write without their key.
+    // Values that people write without their key.
     let hint = if DiskMode::NAMES.iter().any(|(mode, _)| *mode == name) {
         format!("did you mean 'mode={name}'?")
     } else if name.parse::<Format>().is_ok() {
@@ -105,11 +105,11 @@ fn find_key(name: &str) -> Result<&'static DiskKey, SpecError> {
     Err(SpecError::Unknown { what: "key", given: escaped(name), hint })
 }
 
-/// Puts every key of a disk into `disk`, whose source is known already, and checks that they go
-/// together.
+/// Stores every key in `disk`, whose source is known already, and checks the combination.
 ///
 /// # Errors
-/// The first key that is unknown, there twice, not for this kind of disk or has a wrong value.
+/// [`SpecError`] for the first key that is unknown, repeated, not for this kind of disk, or has a
+/// wrong value; then for the first bad combination.
 pub(super) fn apply_keys(
     disk: &mut DiskSpec,
     keys: &[(String, RawValue)],
@@ -125,13 +125,13 @@ pub(super) fn apply_keys(
     }
     check_flow(disk, &seen)?;
     check_part(&seen)?;
-    // A stream's direction comes first: the other keys depend on it.
+    // Set a stream's direction first, since the other keys depend on it.
     let (first, rest): (Vec<_>, Vec<_>) = seen.iter().partition(|(key, _)| key.is_flow());
     for (key, value) in first.into_iter().chain(rest) {
         key.check_kind(disk)?;
         key.set_value(disk, value, dir)?;
     }
-    // Only now: `mode` may be the last of them.
+    // Check only now, since `mode` may have been the last key.
     check_mode(disk)?;
     seen.iter().try_for_each(|(key, _)| key.check(disk))?;
     check_reflink(disk)?;
@@ -145,7 +145,7 @@ impl DiskKey {
         matches!(self.set, KeySetter::Flow(_))
     }
 
-    /// Whether the key is for streams or for the others, as the disk is.
+    /// Checks that a stream has only keys for streams, and another disk none of them.
     fn check_kind(&self, disk: &DiskSpec) -> Result<(), SpecError> {
         let is_stream = matches!(disk.source, DiskSource::Stream(_));
         let why = match self.scope {
@@ -155,14 +155,14 @@ impl DiskKey {
             KeyScope::Disks | KeyScope::Files | KeyScope::Cow if is_stream => {
                 "is not for streams: drop it"
             }
-            // A stream has no base that a mode could be about.
+            // A stream has no base that a mode could apply to.
             KeyScope::All if is_stream && self.name == "mode" => "is not for streams: drop it",
             _ => return Ok(()),
         };
         Err(SpecError::key(self.name, why))
     }
 
-    /// Reads `value` as what this key takes and puts it into `disk`.
+    /// Parses `value` and stores it in `disk`.
     fn set_value(
         &self,
         disk: &mut DiskSpec,
@@ -180,7 +180,7 @@ impl DiskKey {
         self.set_text(disk, &text, dir).map_err(|error| error.within(self.name))
     }
 
-    /// The value as the text it would be on the command line.
+    /// Returns the value as it would be written on the command line.
     fn value_text(&self, value: &RawValue) -> Result<OsString, SpecError> {
         match (value, &self.set) {
             (RawValue::Text(text), _) if !text.is_empty() => Ok(text.clone()),
@@ -193,7 +193,7 @@ impl DiskKey {
                 | KeySetter::Id(_)
                 | KeySetter::Ordinal(_),
             ) => Ok(number.to_string().into()),
-            // `0o644` is plain. What a decimal 644 means is anybody's guess.
+            // `0o644` is unambiguous; a decimal 644 may be meant as octal.
             (RawValue::Integer(number, 8), KeySetter::Perm(_)) => Ok(format!("{number:o}").into()),
             (RawValue::Bare | RawValue::Text(_), _) => {
                 let why = format!("needs a value: write {}={}", self.name, self.sample);
@@ -206,7 +206,7 @@ impl DiskKey {
         }
     }
 
-    /// Whether it is on when it stands alone.
+    /// Returns whether the key alone, without a value, means "on".
     fn is_switch(&self) -> bool {
         matches!(self.set, KeySetter::Switch(_) | KeySetter::StreamSwitch(_))
             || self.name == "spill-compress"
@@ -230,13 +230,13 @@ impl DiskKey {
             KeySetter::StreamSize(set) => set(stream_mut(disk)?, parse_size(word()?)?),
             KeySetter::StreamWord(set) => set(stream_mut(disk)?, word()?)?,
             KeySetter::StreamSwitch(set) => set(stream_mut(disk)?, parse_switch(word()?)?)?,
-            // `set_value` has taken it.
+            // Handled in `set_value`.
             KeySetter::Flow(_) => {}
         }
         Ok(())
     }
 
-    /// Whether the key goes with what the disk has turned out to be.
+    /// Checks the key against the final mode or direction of the disk.
     fn check(&self, disk: &DiskSpec) -> Result<(), SpecError> {
         if let DiskSource::Stream(stream) = &disk.source {
             let why = match (self.scope, &stream.flow) {
@@ -274,7 +274,7 @@ fn parse_switch(text: &str) -> Result<Switch, SpecError> {
     error::parse_choice("setting", text, &[("on", Switch::On), ("off", Switch::Off)])
 }
 
-/// A user's or group's number. The largest is not one: to chown(2) it means "leave it".
+/// Parses a user or group ID. The largest number is none: chown(2) takes it as "unchanged".
 fn parse_id(text: &str) -> Result<u32, SpecError> {
     let id = parse_decimal(text).and_then(|id| u32::try_from(id).ok()).filter(|id| *id != u32::MAX);
     id.ok_or_else(|| {
@@ -282,7 +282,7 @@ fn parse_id(text: &str) -> Result<u32, SpecError> {
     })
 }
 
-/// A number that counts from 1.
+/// Parses a number that counts from 1.
 fn parse_ordinal(text: &str) -> Result<u32, SpecError> {
     let number = parse_decimal(text).and_then(|number| u32::try_from(number).ok());
     number
@@ -290,15 +290,15 @@ fn parse_ordinal(text: &str) -> Result<u32, SpecError> {
         .ok_or_else(|| SpecError::value(text, "a number: count from 1, as in partition=1"))
 }
 
-/// Permission bits, in octal with or without a zero before them.
+/// Parses permission bits in octal, with or without a leading zero.
 fn parse_perm(text: &str) -> Result<u16, SpecError> {
     let is_octal = text.bytes().all(|byte| matches!(byte, b'0'..=b'7'));
     let perm = u16::from_str_radix(text, 8).ok().filter(|perm| is_octal && *perm <= 0o777);
     perm.ok_or_else(|| SpecError::value(text, "a mode: write it in octal, 0 to 0777, as in 0644"))
 }
 
-/// `value_text` as an absolute path, if `dir` is one. Dots for "here" and doubled slashes go; nothing
-/// is looked up, so `..` stays.
+/// Returns `text` as an absolute path, provided `dir` is absolute. Components `.` and doubled
+/// slashes are dropped; `..` stays, since the file system is not consulted.
 pub(super) fn absolute(text: &OsStr, dir: &Path) -> Result<PathBuf, SpecError> {
     if text.is_empty() {
         return Err(SpecError::Missing("a path is missing"));
@@ -328,13 +328,13 @@ mod tests {
     }
 
     #[test]
-    fn no_key_is_in_the_table_twice() {
+    fn key_table_has_no_duplicates() {
         let names: HashSet<&str> = KEYS.iter().map(|key| key.name).collect();
         assert_eq!(names.len(), KEYS.len());
     }
 
     #[test]
-    fn every_key_lands_in_its_field() {
+    fn every_key_sets_its_field() {
         let disk = read(
             "vm.img,overlay=d,block=64K,limit=1G,size=20G,resize=off,uid=1,gid=2,perm=0640,\
              lock=off,format=qcow2,mode=cow",
@@ -350,7 +350,7 @@ mod tests {
     }
 
     #[test]
-    fn reflink_goes_with_a_kept_overlay_over_a_file() {
+    fn reflink_needs_a_persistent_overlay_over_a_whole_file() {
         assert_eq!(read("v.img,overlay=d,reflink").overlay_kind, OverlayKind::Reflink);
         assert_eq!(read("v.img,reflink=on,overlay=d").overlay_kind, OverlayKind::Reflink);
         assert_eq!(read("v.img,overlay=d,reflink=off").overlay_kind, OverlayKind::Blocks);
@@ -367,7 +367,7 @@ mod tests {
     }
 
     #[test]
-    fn a_part_of_a_file_is_bytes_or_a_partition() {
+    fn part_of_a_file_is_a_byte_range_or_a_partition() {
         let bytes = |offset, len| SourcePart::Bytes { offset, len };
         for (keys, part) in [
             ("v.img", SourcePart::Whole),
@@ -414,7 +414,7 @@ mod tests {
     }
 
     #[test]
-    fn partitions_are_shown_of_every_disk_that_keeps_its_bytes() {
+    fn partitions_are_allowed_for_every_disk_but_streams() {
         for text in ["v.img", "v.img,mode=ro", "v.img,mode=rw", "v.img,len=1M", "b=blank:1M"] {
             assert_eq!(read(text).partitions, Partitions::Hidden);
             assert_eq!(read(&format!("{text},partitions")).partitions, Partitions::Shown);
@@ -423,7 +423,7 @@ mod tests {
     }
 
     #[test]
-    fn a_bare_switch_is_on() {
+    fn bare_switch_means_on() {
         assert_eq!(read("v.img,mode=ro,passthrough").passthrough, Passthrough::On);
         assert_eq!(read("v.img,passthrough=off").passthrough, Passthrough::Off);
         for text in ["v.img", "v.img,mode=ro", "v.img,mode=rw,len=1M,partitions", "b=blank:1M"] {
@@ -437,7 +437,7 @@ mod tests {
     }
 
     #[test]
-    fn a_bare_key_that_is_no_switch_needs_a_value() {
+    fn bare_key_that_is_no_switch_needs_a_value() {
         assert_eq!(
             why("v.img,overlay"),
             "disk 'v.img,overlay': 'overlay' needs a value: write overlay=DIR"
@@ -448,7 +448,7 @@ mod tests {
     }
 
     #[test]
-    fn an_unknown_key_is_refused_with_the_nearest() {
+    fn unknown_key_error_suggests_the_nearest() {
         for (key, hint) in [
             ("mdoe=ro", "unknown key 'mdoe'; did you mean 'mode'?"),
             ("overly=x", "did you mean 'overlay'?"),
@@ -467,13 +467,13 @@ mod tests {
     }
 
     #[test]
-    fn a_key_given_twice_is_refused() {
+    fn repeated_key_is_refused() {
         assert!(why("v.img,uid=1,uid=1").contains("'uid' is given twice"));
         assert!(why("v.img,lock,lock=off").contains("'lock' is given twice"));
     }
 
     #[test]
-    fn keys_of_overlays_are_refused_without_one() {
+    fn overlay_keys_are_refused_without_an_overlay() {
         for mode in ["ro", "rw"] {
             for key in [
                 "overlay=d",
@@ -496,7 +496,7 @@ mod tests {
     }
 
     #[test]
-    fn keys_of_files_are_refused_on_a_blank_disk() {
+    fn file_keys_are_refused_for_a_blank_disk() {
         for key in ["format=raw", "lock=off", "lock", "mode=ro", "mode=rw"] {
             assert!(why(&format!("b=blank:1G,{key}")).contains("this disk is blank"), "{key}");
         }
@@ -504,7 +504,7 @@ mod tests {
     }
 
     #[test]
-    fn keys_of_streams_are_known_and_refused_elsewhere() {
+    fn stream_keys_are_refused_for_other_disks() {
         let streams = [KeyScope::Streams, KeyScope::Outputs, KeyScope::Inputs];
         for key in KEYS.iter().filter(|key| streams.contains(&key.scope)) {
             for text in [format!("v.img,{}=1", key.name), format!("b=blank:1G,{}", key.name)] {
@@ -514,7 +514,7 @@ mod tests {
     }
 
     #[test]
-    fn a_block_is_a_power_of_two_from_512_to_2m() {
+    fn block_size_is_a_power_of_two_from_512_to_2m() {
         assert_eq!(read("v.img,block=512").block, Some(512));
         assert_eq!(read("v.img,block=2M").block, Some(2 << 20));
         for block in ["0", "1", "256", "513", "5000", "4M", "3K", "4294967808", "4G"] {
@@ -533,7 +533,7 @@ mod tests {
     }
 
     #[test]
-    fn owners_are_numbers() {
+    fn uid_and_gid_are_numbers() {
         assert_eq!(read("v.img,uid=4294967294").uid, Some(u32::MAX - 1));
         for text in ["root", "-1", "4294967295", "4294967296", "+1", "1K"] {
             assert!(why(&format!("v.img,uid={text}")).contains("number"), "{text}");
@@ -542,7 +542,7 @@ mod tests {
     }
 
     #[test]
-    fn a_value_that_is_not_utf8_is_refused_unless_it_is_a_path() {
+    fn non_utf8_value_is_accepted_only_for_a_path() {
         let text = OsStr::from_bytes(b"v.img,overlay=d\xff");
         let disk = parse_disk(text, Path::new("/home"), &|_| false).unwrap();
         assert_eq!(disk.overlay.unwrap().as_os_str().as_bytes(), b"/home/d\xff");
@@ -552,7 +552,7 @@ mod tests {
     }
 
     #[test]
-    fn a_path_is_made_absolute_and_not_looked_up() {
+    fn path_becomes_absolute_without_a_lookup() {
         let path = |text: &str| absolute(OsStr::new(text), Path::new("/home/me")).unwrap();
         assert_eq!(path("./a//b/"), Path::new("/home/me/a/b"));
         assert_eq!(path("../a"), Path::new("/home/me/../a"));

@@ -1,4 +1,4 @@
-//! Every key there is, and what each does to the spec.
+//! The table of keys, and the effect of each key on the spec.
 
 use super::{DiskKey, KeyScope, KeySetter, Switch};
 use crate::config::{
@@ -7,11 +7,11 @@ use crate::config::{
     StreamFrames, StreamSpec, error, flow,
 };
 
-/// Every key there is.
+/// Every key.
 pub(super) static KEYS: &[DiskKey] = &[
     row("overlay", KeyScope::Cow, "DIR", KeySetter::Path(|disk, path| disk.overlay = Some(path))),
     row("reflink", KeyScope::Cow, "on|off", KeySetter::Switch(set_reflink)),
-    // A blank disk takes `mode=cow` too; `check_mode` refuses it the others.
+    // A blank disk accepts `mode=cow`; `check_mode` refuses the other modes.
     row("mode", KeyScope::All, "cow|ro|rw", KeySetter::Word(set_mode)),
     row("format", KeyScope::Files, "raw|qcow2|...", KeySetter::Word(set_format)),
     row("block", KeyScope::Cow, "4K", KeySetter::Size(set_block)),
@@ -59,7 +59,7 @@ pub(super) static KEYS: &[DiskKey] = &[
         KeySetter::Ordinal(|disk, number| disk.part = SourcePart::Partition(number)),
     ),
     row("partitions", KeyScope::Disks, "on|off", KeySetter::Switch(set_partitions)),
-    // First of a stream's: the others depend on its direction.
+    // The direction is the first key of a stream: the others depend on it.
     row("to", KeyScope::Streams, SINK_FORMS, KeySetter::Flow(flow::parse_to)),
     row("from", KeyScope::Streams, SOURCE_FORMS, KeySetter::Flow(flow::parse_from)),
     row(
@@ -90,10 +90,10 @@ pub(super) static KEYS: &[DiskKey] = &[
     row("spool", KeyScope::Inputs, "on|off", KeySetter::StreamSwitch(set_spool)),
 ];
 
-/// What `to=` takes.
+/// The forms of a value of `to=`.
 const SINK_FORMS: &str = "fifo:PATH, file:PATH, cmd:COMMAND, stdout or measure:";
 
-/// What `from=` takes.
+/// The forms of a value of `from=`.
 const SOURCE_FORMS: &str = "fifo:PATH, file:PATH, cmd:COMMAND or stdin";
 
 pub(super) const fn row(
@@ -121,7 +121,7 @@ fn set_format(disk: &mut DiskSpec, text: &str) -> Result<(), SpecError> {
 }
 
 fn set_block(disk: &mut DiskSpec, size: u64) -> Result<(), SpecError> {
-    // 512 is the smallest sector, 2 MiB the largest page and qcow2's largest cluster.
+    // 512 is the smallest sector; 2 MiB is the largest page and qcow2's largest cluster.
     let block = u32::try_from(size).ok().filter(|block| block.is_power_of_two());
     let block = block.filter(|block| (512..=2 << 20).contains(block));
     if block.is_none() {
@@ -133,7 +133,7 @@ fn set_block(disk: &mut DiskSpec, size: u64) -> Result<(), SpecError> {
 }
 
 fn set_offset(disk: &mut DiskSpec, offset: u64) -> Result<(), SpecError> {
-    // The smallest sector: nothing on a disk begins between two of them.
+    // The smallest sector size: nothing on a disk starts in the middle of a sector.
     if !offset.is_multiple_of(512) {
         let wanted = "an offset: take a multiple of 512, as in 1M";
         return Err(SpecError::value(offset.to_string(), wanted));
@@ -211,7 +211,7 @@ fn set_finish(stream: &mut StreamSpec, text: &str) -> Result<(), SpecError> {
 }
 
 fn set_frames(stream: &mut StreamSpec, text: &str) -> Result<(), SpecError> {
-    // Formats that a stream cannot have are better answered with the way that there is.
+    // For formats that a stream cannot produce, say how to get one instead.
     let why = match text {
         "android-sparse" => {
             "puts the number of its chunks before them, which a stream knows only at its end: write \
