@@ -1,7 +1,7 @@
 //! cowslip mounts virtual disks as plain files.
 //!
 //! Each disk is a stack of layers: a base that is never modified, and copy-on-write overlays above
-//! it. One mount shows many disks, and `lseek(SEEK_HOLE/SEEK_DATA)` is answered from the extent map.
+//! it. One mount shows many disks. `lseek(SEEK_HOLE/SEEK_DATA)` is answered from the extent map.
 //!
 //! A request passes down through these modules, and its reply back up: [`fs`] (decodes FUSE) →
 //! [`catalog`] (names) → [`disk`] (the stack of layers) → [`overlay`] and [`base`] → [`extents`].

@@ -1,4 +1,4 @@
-//! `cowslip add`: mounts another disk in a mount that is there.
+//! `cowslip add`: adds a disk to an existing mount.
 
 use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
@@ -64,7 +64,7 @@ pub(super) fn run(args: &AddArgs) -> anyhow::Result<u8> {
     Ok(EXIT_OK)
 }
 
-/// The disk stands in the place of the mount.
+/// Returns an error if the disk and the mountpoint were given in the wrong order.
 fn swapped_error(args: &AddArgs) -> Option<anyhow::Error> {
     let place = Endpoint::of(Path::new(&args.disk)).ok()?;
     let is_swapped = place.disk.is_none();
@@ -74,7 +74,7 @@ fn swapped_error(args: &AddArgs) -> Option<anyhow::Error> {
     })
 }
 
-/// Refuses what only the command that mounts has.
+/// Refuses standard streams, which only the mounting command has.
 fn check_stdio(disk: &DiskSpec) -> anyhow::Result<()> {
     let DiskSource::Stream(stream) = &disk.source else {
         return Ok(());
@@ -88,7 +88,7 @@ fn check_stdio(disk: &DiskSpec) -> anyhow::Result<()> {
     Err(CliError::usage(format!("{what} cannot be added: {remedy}")))
 }
 
-/// A request is JSON, which is UTF-8.
+/// Requires UTF-8, since a request is JSON.
 fn utf8_arg(given: &OsStr) -> anyhow::Result<&str> {
     given.to_str().ok_or_else(|| {
         let shown = given.to_string_lossy();
@@ -102,7 +102,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_standard_streams_are_the_mount_commands() {
+    fn standard_streams_are_refused() {
         let refused = |text: &str| {
             let disk = plan::parse_disk_arg(OsStr::new(text), Path::new("/here")).unwrap();
             check_stdio(&disk).err().map(|error| (exit_code(&error), error.to_string()))

@@ -1,5 +1,5 @@
-//! What a mount answers, read with bounds: a mount is another program, and a hostile one may say
-//! anything for as long as it likes.
+//! Bounded readers for a mount's answers: a mount is another program, and a hostile one may send
+//! any data without end.
 
 use std::io::{self, BufRead, Read};
 
@@ -8,39 +8,39 @@ use serde_json::Value;
 use super::map;
 use super::status;
 
-/// The longest answer: the status of a hundred thousand disks.
+/// Maximum length of an answer in bytes: the status of a hundred thousand disks.
 pub(super) const MAX_ANSWER_LEN: u64 = 64 << 20;
 
-/// What is to be made of a refusal.
+/// Classification of a refusal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RefusalKind {
-    /// Somebody else has the disk: worth asking again.
+    /// The disk is in use: worth trying again.
     Busy,
-    /// The disk is another one by now.
+    /// The name now belongs to another disk.
     Stale,
-    /// It will not, or could not.
+    /// Any other refusal or failure.
     Other,
 }
 
-/// What came instead of an answer.
+/// The reason why there is no answer.
 #[derive(Debug)]
 pub enum AnswerError {
-    /// The mount says why not.
+    /// The mount refused.
     Refused {
-        /// In words.
+        /// The mount's explanation.
         line: String,
-        /// And what is to be made of it.
+        /// Classification of the refusal.
         kind: RefusalKind,
     },
-    /// It could not be read, or is no answer.
+    /// The answer could not be read, or is malformed.
     Broken(io::Error),
 }
 
-/// The answer in `from`: lines of JSON, of which the last with `ok` or `error` counts. `progress`
-/// gets what is told of how far it is. All of it is read, to the end.
+/// Reads an answer from `from`: lines of JSON, of which the last with `ok` or `error` counts.
+/// `progress` receives the progress reports. The input is read to its end.
 ///
 /// # Errors
-/// [`AnswerError`]; a line longer than 64 MiB is one thing that is no answer.
+/// [`AnswerError`]; a line longer than 64 MiB is malformed.
 pub fn read_answer(
     from: impl BufRead,
     mut progress: impl FnMut(&Value),
@@ -52,7 +52,7 @@ pub fn read_answer(
         line.clear();
         let read = (&mut from).take(MAX_ANSWER_LEN + 1).read_until(b'\n', &mut line);
         match read {
-            // What comes after the answer is of no interest.
+            // Data after the answer is not needed.
             Err(_) if answer.is_some() => break,
             Err(error) => return Err(AnswerError::Broken(error)),
             Ok(0) => break,
@@ -83,10 +83,10 @@ pub fn read_answer(
     answer.unwrap_or_else(nothing)
 }
 
-/// All of `from`, which is one document.
+/// Reads all of `from` as one JSON document.
 ///
 /// # Errors
-/// What reading says; a line when it is longer than 64 MiB or no JSON.
+/// The error of a read; a line for the user when the document is longer than 64 MiB or no JSON.
 pub fn read_document(from: impl Read) -> io::Result<Value> {
     let mut bytes = Vec::new();
     from.take(MAX_ANSWER_LEN + 1).read_to_end(&mut bytes)?;
@@ -101,8 +101,8 @@ pub(super) fn too_long_error() -> io::Error {
     io::Error::other("it answers without end")
 }
 
-/// What the commands make of texts as a mount's `answer` to a request, its `status` and a disk's
-/// `map`: for the fuzz target. Tells how much there was to show.
+/// Renders a mount's `answer` to a request, its `status` and a disk's `map` like the commands, for
+/// the fuzz target. Returns the length of the output.
 #[doc(hidden)]
 #[must_use]
 pub fn render_for_fuzzing(answer: &[u8], status: &[u8], map: &[u8]) -> usize {

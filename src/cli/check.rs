@@ -1,9 +1,9 @@
-//! `cowslip check`: is an overlay that is not mounted whole, and is its base the one it knows?
+//! `cowslip check`: checks an overlay that is not mounted, and whether its base is unchanged.
 //!
-//! Every layer is read as the next mount would read it. Without `--repair` nothing is changed; with
-//! it what the next mount would do is done now, and what nothing needs goes. A store is checked disk
-//! by disk. Exit 0: all is well; 3: something is damaged, or the base is gone or has changed; 1: it
-//! could not be looked at.
+//! Every layer is read as the next mount would read it. Without `--repair` nothing is changed. With
+//! it, the recovery of the next mount is done now, and unneeded files are removed. A store is
+//! checked disk by disk. Exit code 0: everything is well; 3: something is damaged, or the base is
+//! missing or has changed; 1: the check itself failed.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -37,12 +37,12 @@ pub(super) struct CheckArgs {
     trust: TrustArgs,
 }
 
-/// What is done about what is found.
+/// What a check does about its findings.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum CheckMode {
-    /// Nothing.
+    /// Report only.
     Report,
-    /// What is safe.
+    /// Repair whatever is safe to repair.
     Repair,
 }
 
@@ -54,7 +54,7 @@ pub(super) fn run(args: &CheckArgs) -> anyhow::Result<u8> {
     }
     let dir = &args.overlay;
     let is_store = is_store(dir);
-    // Held to the end: nobody adds or removes a disk meanwhile.
+    // Keep the store locked to the end, so that nobody adds or removes a disk meanwhile.
     let store = if is_store { Some(StoreDirs::open(dir)?) } else { None };
     let (mut text, mut damaged) = (Vec::new(), false);
     if let Some(store) = &store {
@@ -74,8 +74,8 @@ pub(super) fn run(args: &CheckArgs) -> anyhow::Result<u8> {
     Ok(if damaged { EXIT_UNHEALTHY } else { EXIT_OK })
 }
 
-/// What lies in a store and belongs to no disk, and whether some of that is damage. A repair
-/// removes it first: what has no name is not worth a look.
+/// Finds entries of a store that belong to no disk, and returns the text and whether some are
+/// damage. A repair removes them first, so that nameless disks are not checked.
 fn check_store(
     store: &StoreDirs,
     dir: &Path,
@@ -128,18 +128,18 @@ fn check_store(
     Ok(((!text.is_empty()).then(|| heading + &text), is_damaged))
 }
 
-/// What a check found.
+/// The findings of a check.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 struct CheckReport {
-    /// What there is, each with its heading.
+    /// Facts about the overlay, each with its heading.
     facts: Vec<(&'static str, String)>,
-    /// A row for each layer.
+    /// A table with a row for each layer.
     table: Option<String>,
-    /// What could go without loss.
+    /// Parts that could be removed without loss.
     unused: Vec<String>,
-    /// What was put right.
+    /// Repairs done.
     repair: Vec<String>,
-    /// What is wrong.
+    /// Damage found.
     damage: Vec<String>,
 }
 
@@ -149,7 +149,7 @@ impl CheckReport {
     }
 
     fn show(&self, name: &str) -> String {
-        // Each is one line, whatever is in it.
+        // Keep each item on one line, whatever it contains.
         let mut text = format!("overlay  {}\n", printable::line(name));
         for (heading, fact) in &self.facts {
             text += &format!("{heading:<7}  {}\n", printable::line(fact));
@@ -168,10 +168,11 @@ impl CheckReport {
     }
 }
 
-/// Looks at one overlay, and repairs it first if it may.
+/// Checks one overlay, and repairs it first if `manner` allows.
 ///
 /// # Errors
-/// When it could not be looked at: it is in use, of another version, or the host said no.
+/// A line for the user when the overlay could not be checked: it is in use, has another version, or
+/// the host failed.
 fn check(target: &OverlayTarget, manner: CheckMode) -> anyhow::Result<CheckReport> {
     let mut findings = CheckReport::default();
     let found = match persist::lock_overlay(target.overlay_path()) {
@@ -194,7 +195,7 @@ fn check(target: &OverlayTarget, manner: CheckMode) -> anyhow::Result<CheckRepor
             looks = found.check_layers();
             damage = layer_damage(target, &found, &looks)?;
         } else {
-            // What looks unneeded may be what the lost part can be rescued from.
+            // An unneeded layer may be the source for a rescue of the lost part.
             findings.repair.push("nothing was touched: a damaged overlay stays as it is".into());
         }
     }
@@ -205,7 +206,7 @@ fn check(target: &OverlayTarget, manner: CheckMode) -> anyhow::Result<CheckRepor
     Ok(findings)
 }
 
-/// Does what the next mount would do, and removes what nothing needs.
+/// Does the recovery that the next mount would do, and removes unneeded layers and files.
 fn repair(
     target: &OverlayTarget,
     found: &LockedOverlay,
@@ -244,7 +245,7 @@ fn repair(
     Ok(())
 }
 
-/// What nothing needs: no damage. In a store that is the store's to tell.
+/// Describes unneeded layers, which are no damage. In a store, `check_store` reports them.
 fn unused_lines(target: &OverlayTarget, found: &LockedOverlay) -> anyhow::Result<Vec<String>> {
     if target.layers.is_some() {
         return Ok(Vec::new());
@@ -260,13 +261,13 @@ fn unused_lines(target: &OverlayTarget, found: &LockedOverlay) -> anyhow::Result
     Ok(layers.iter().map(|layer| line(layer.uuid, layer.bytes)).collect())
 }
 
-/// `error` as damage, if that is what it tells.
+/// Returns the description of `error` if it means damage.
 ///
 /// # Errors
-/// A line when it tells that nothing could be learnt.
+/// A line for the user when `error` means that the check failed.
 fn damage_line(target: &OverlayTarget, error: &StackError) -> anyhow::Result<String> {
     let is_missing = |error: &io::Error| error.kind() == io::ErrorKind::NotFound;
-    // The overlay is there, so what is missing was in it; in a store its name is there.
+    // The overlay exists, so the missing file belongs to it; in a store, its name exists.
     let is_inside = || target.layers.is_some() || target.dir.is_dir();
     match error {
         StackError::Damaged | StackError::Syntax(_) => Ok(error.to_string()),
@@ -274,14 +275,14 @@ fn damage_line(target: &OverlayTarget, error: &StackError) -> anyhow::Result<Str
         StackError::Io { error: cause, .. } if is_missing(cause) && is_inside() => {
             Ok(error.to_string())
         }
-        // Something led here: a name in a store, or the layers.
+        // A name in a store, or the layers, show that there was an overlay.
         StackError::NotAnOverlay => Ok("its 'stack' is missing: restore it from a backup".into()),
         StackError::Io { .. } => anyhow::bail!("overlay '{}': {error}", target.dir.display()),
         _ => anyhow::bail!("overlay '{}' {error}", target.dir.display()),
     }
 }
 
-/// Whether the base is there, and is what it was or what a commit has made of it so far.
+/// Checks that the base exists, and is unchanged or partly overwritten by a commit.
 fn check_base(overlay: &LockedOverlay, findings: &mut CheckReport) -> anyhow::Result<()> {
     let (path, format, identity, needs) = match &overlay.stack.base {
         BaseRecord::Blank { size } => {
@@ -303,7 +304,7 @@ fn check_base(overlay: &LockedOverlay, findings: &mut CheckReport) -> anyhow::Re
                 "the base '{shown}' is missing: put it back, or use cowslip rebase if it was moved"
             )),
         ),
-        // A log that tells nothing is found to be damaged by itself.
+        // A log that cannot be read is reported as damage elsewhere.
         Some(_) if overlay.is_committing().unwrap_or(false) => {
             ("a commit into it was cut short: cowslip commit finishes it", None)
         }
@@ -352,7 +353,7 @@ fn check_base(overlay: &LockedOverlay, findings: &mut CheckReport) -> anyhow::Re
     Ok(())
 }
 
-/// What is wrong with the layers: each by itself, and one against the other.
+/// Describes the damage of each layer, and contradictions between layers.
 fn layer_damage(
     target: &OverlayTarget,
     found: &LockedOverlay,
@@ -363,7 +364,7 @@ fn layer_damage(
     for look in looks {
         let uuid = look.record.uuid;
         let which = match tree.name_of(uuid) {
-            // One alone needs no name.
+            // A single layer needs no name.
             None if looks.len() == 1 => String::new(),
             Some(name) => format!("layer {} (snapshot '{}'): ", short_uuid(uuid), name),
             None => format!("layer {}: ", short_uuid(uuid)),
@@ -382,7 +383,7 @@ fn layer_damage(
     Ok(lines)
 }
 
-/// What is to be said of the layer that is written to, and of all of them together.
+/// Adds facts about the top layer, which is written to, and about all layers together.
 fn add_top_facts(found: &LockedOverlay, looks: &[LayerCheck], findings: &mut CheckReport) {
     let Some(top) = looks.last().and_then(|look| look.summary.as_ref().ok()) else {
         return;
@@ -400,7 +401,7 @@ fn add_top_facts(found: &LockedOverlay, looks: &[LayerCheck], findings: &mut Che
     findings.add_fact("state", recovery_text(all.unwrap_or(top.recovered)));
 }
 
-/// A row for each layer, the lowest first.
+/// Builds the table of layers, the lowest layer first.
 fn layer_table(found: &LockedOverlay, looks: &[LayerCheck]) -> Table<6> {
     let (left, right) = (Align::Left, Align::Right);
     let mut table = Table::new([
@@ -431,7 +432,7 @@ fn layer_table(found: &LockedOverlay, looks: &[LayerCheck]) -> Table<6> {
     table
 }
 
-/// What is to be said of one layer, in a word or two.
+/// Describes the state of one layer in a few words.
 fn layer_state(sound: &LayerSummary) -> String {
     if !sound.misplaced.is_empty() {
         return "damaged".to_owned();
@@ -443,7 +444,7 @@ fn layer_state(sound: &LayerSummary) -> String {
     }
 }
 
-/// What the next mount will have to do.
+/// Describes the recovery that the next mount will do.
 fn recovery_text(recovered: Recovered) -> String {
     match recovered {
         Recovered::New | Recovered::Clean => "clean".to_owned(),
@@ -470,7 +471,7 @@ mod tests {
     use crate::overlay::stack::{LayerRecord, SnapshotRecord, Stack, VERSION};
     use uuid::Uuid;
 
-    /// Makes an overlay at `dir` over `base`, closed only as far as a daemon that was killed.
+    /// Creates an overlay at `dir` over `base`, left open as by a killed daemon.
     fn make(dir: &Path, base: BaseRecord) {
         let stack = Stack {
             version: VERSION,
@@ -498,7 +499,7 @@ mod tests {
     }
 
     #[test]
-    fn a_whole_overlay_is_healthy_and_its_facts_are_shown() {
+    fn intact_overlay_is_healthy_and_its_facts_are_shown() {
         let home = tempfile::tempdir().unwrap();
         let dir = home.path().join("o");
         make(&dir, BaseRecord::Blank { size: 1 << 20 });
@@ -512,7 +513,7 @@ mod tests {
     }
 
     #[test]
-    fn a_base_that_changed_or_is_gone_is_damage() {
+    fn changed_or_missing_base_is_damage() {
         let home = tempfile::tempdir().unwrap();
         let (dir, path) = (home.path().join("o"), home.path().join("vm.img"));
         fs::write(&path, [7; 9000]).unwrap();
@@ -534,7 +535,7 @@ mod tests {
     }
 
     #[test]
-    fn data_that_is_not_there_is_damage() {
+    fn missing_data_is_damage() {
         let home = tempfile::tempdir().unwrap();
         let dir = home.path().join("o");
         make(&dir, BaseRecord::Blank { size: 1 << 20 });
@@ -545,7 +546,7 @@ mod tests {
     }
 
     #[test]
-    fn a_damaged_stack_log_or_layer_is_damage_and_not_a_failure() {
+    fn damaged_stack_or_log_is_damage_and_not_a_failure() {
         let home = tempfile::tempdir().unwrap();
         let dir = home.path().join("o");
         make(&dir, BaseRecord::Blank { size: 1 << 20 });
@@ -565,7 +566,7 @@ mod tests {
     }
 
     #[test]
-    fn a_stack_that_contradicts_itself_is_damage() {
+    fn contradictory_stack_is_damage() {
         let home = tempfile::tempdir().unwrap();
         let dir = home.path().join("o");
         make(&dir, BaseRecord::Blank { size: 1 << 20 });
@@ -583,7 +584,7 @@ mod tests {
     }
 
     #[test]
-    fn a_repair_closes_what_was_not_closed_and_says_so() {
+    fn repair_recovers_open_layers_and_reports_it() {
         let home = tempfile::tempdir().unwrap();
         let dir = home.path().join("o");
         make(&dir, BaseRecord::Blank { size: 1 << 20 });
@@ -595,7 +596,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_looked_at_is_an_error() {
+    fn overlay_that_cannot_be_checked_is_an_error() {
         let home = tempfile::tempdir().unwrap();
         let dir = home.path().join("o");
         let error = |dir: &Path| {

@@ -1,13 +1,14 @@
-//! Talking to a mount through the files in its `.cowslip` directory.
+//! A client for the control files in a mount's `.cowslip` directory.
 //!
-//! Any call into a mount may hang with it, and such a call cannot be interrupted. So each is made
-//! on a thread of its own, which hands on what it reads piece by piece, and whoever waits for the
-//! next piece waits [`ANSWER_TIMEOUT`] at most. A daemon at work shows a sign of life every second.
+//! Any call into a mount may hang with the mount, and such a call cannot be interrupted. So every
+//! call is made on a thread of its own, which passes on the data piece by piece. The reader waits
+//! at most [`ANSWER_TIMEOUT`] for the next piece; a daemon at work sends a sign of life every
+//! second.
 //!
-//! Any program can be a mount of this type, and what it answers has effects: requests are written
-//! to its files, and what it names is opened. So only mounts of root and of the user who asks are
-//! asked anything, and nothing that they show leads out of them: every name on the way is opened
-//! for itself, is no link, and lies in the mount's own file system.
+//! Any program can serve a mount of this type, and its answers have effects: requests are written
+//! to its files, and the files it names are opened. So only mounts of root and of the calling user
+//! are asked, and no path leads out of a mount: every component is opened separately, must not be a
+//! link, and must lie in the mount's own file system.
 
 use std::cell::OnceCell;
 use std::fs::File;
@@ -29,124 +30,124 @@ use super::answer::{self, AnswerError, RefusalKind};
 use crate::disk::split_name;
 use crate::mount::kernel::{self, MountEntry, MountHandle};
 
-/// How long a mount may stay silent before it counts as hanging.
+/// Time limit for the next piece of an answer, after which a mount counts as hanging.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// How long a whole document may take: a mount that sends a byte now and then is silent, too.
+/// Time limit for a whole document: a mount that sends a byte now and then counts as hanging too.
 const DOCUMENT_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// How often is looked whether the user has had enough.
+/// Interval at which a waiting reader checks whether the user interrupted the command.
 const STOP_POLL_INTERVAL: Duration = Duration::from_millis(200);
 
-/// Disks that are looked for in a mount that does not tell all of itself.
+/// Maximum number of disks listed in a mount that does not show its whole status.
 const MAX_DISKS: usize = 10_000;
 
-/// What is read at a time: the kernel's own limit for one direct read is a multiple of it.
+/// Size of one read in bytes: the kernel's own limit for one direct read is a multiple of it.
 const READ_CHUNK: usize = 128 << 10;
 
-/// Why a mount did not answer. One line each.
+/// The reason why a mount did not answer; each displays as one line.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum AskError {
-    /// Not in time.
+    /// The mount did not answer in time.
     #[error("the mount at '{path}' does not answer: cowslip umount -l '{path}' ends it",
         path = .0.display())]
     Silent(PathBuf),
-    /// Its daemon is gone.
+    /// The mount's daemon has exited.
     #[error("the mount at '{path}' is dead: cowslip umount '{path}' clears it",
         path = .0.display())]
     Dead(PathBuf),
-    /// It lets only its owner ask.
+    /// Only the owner of the mount may ask.
     #[error("the mount at '{}' does not let you ask: do it as the user who mounted it",
         .0.display())]
     Denied(PathBuf),
-    /// It is somebody else's, and not to be believed.
+    /// The mount belongs to another user, and its answers cannot be trusted.
     #[error(
         "the mount at '{}' is another user's (uid {uid}), who can have it answer anything: \
          do it as that user", .path.display()
     )]
     Foreign {
-        /// The mount.
+        /// The mountpoint.
         path: PathBuf,
-        /// Whose it is.
+        /// User ID of the owner.
         uid: u32,
     },
-    /// The user interrupted it; the daemon has been told by that.
+    /// The user interrupted the request, which also tells the daemon.
     #[error("interrupted")]
     Interrupted,
-    /// It works on as many requests as it may.
+    /// The mount already runs the maximum number of requests.
     #[error("the mount at '{}' works on as many requests as it may: try again later", .0.display())]
     Full(PathBuf),
-    /// It takes no requests (`-o ro`).
+    /// The mount accepts no requests (`-o ro`).
     #[error("the mount at '{}' is read-only: nothing in it has changed or can be",
         .0.display())]
     ReadOnly(PathBuf),
-    /// There is no such disk.
+    /// The mount has no such disk.
     #[error("there is no disk '{disk}' in the mount at '{}': cowslip status lists them",
         mountpoint.display())]
     NoDisk {
-        /// The mount.
+        /// The mountpoint.
         mountpoint: PathBuf,
-        /// The name that was asked for.
+        /// The requested name.
         disk: String,
     },
-    /// It is a part of a disk.
+    /// The file is a partition of a disk.
     #[error("'{part}' is partition {number} of the disk '{disk}' and no disk: name '{}'",
         mountpoint.join(disk).display())]
     Partition {
-        /// The mount.
+        /// The mountpoint.
         mountpoint: PathBuf,
-        /// What was named.
+        /// Name of the partition file.
         part: String,
-        /// The disk.
+        /// Name of the disk.
         disk: String,
-        /// Which of its partitions.
+        /// Number of the partition.
         number: u32,
     },
-    /// Its name leads to another disk by now.
+    /// The disk's name now belongs to another disk.
     #[error("'{}' was renamed, removed or replaced meanwhile: nothing is done: ask again",
         .0.display())]
     Changed(PathBuf),
-    /// Something else.
+    /// Any other error.
     #[error("cannot ask the mount at '{}': {error}", mountpoint.display())]
     Host {
-        /// The mount.
+        /// The mountpoint.
         mountpoint: PathBuf,
-        /// What the host said.
+        /// The host's error.
         error: io::Error,
     },
-    /// Somebody else has the disk.
+    /// The disk is in use.
     #[error("{0}")]
     Busy(String),
-    /// It answered that it will not, or could not.
+    /// The mount refused the request, or failed to do it.
     #[error("{0}")]
     Refused(String),
 }
 
-/// One place that can be asked: a mount, or a disk in it.
+/// A mount or a disk in a mount, to which requests are sent.
 ///
-/// A disk is the one whose file has that name when it is first asked, whatever is called so later:
-/// what reaches another is refused as [`AskError::Changed`].
+/// A disk is the one that has the name when it is first asked, even if another disk takes the name
+/// later: a request that reaches another disk is refused as [`AskError::Changed`].
 #[derive(Clone, Debug)]
 pub(super) struct Endpoint {
-    /// Where it is mounted, as mountinfo has it.
+    /// The mountpoint, as in mountinfo.
     pub(super) mountpoint: PathBuf,
-    /// The disk; `None`: the mount as a whole.
+    /// Name of the disk; `None` for the mount as a whole.
     pub(super) disk: Option<String>,
-    /// The mount, where it is held, and what leads to it then.
+    /// The mount entry and a path to the mount, if the mount is held open.
     handle: Option<(MountEntry, PathBuf)>,
-    /// What it was called by who named it.
+    /// The path as the caller gave it.
     path: PathBuf,
-    /// The inode number of the disk's file.
+    /// The inode number of the disk's file, once known.
     inode: OnceCell<u64>,
 }
 
 impl Endpoint {
-    /// The mount at `mountpoint`.
+    /// Creates the endpoint of the mount at `mountpoint`.
     pub(super) fn mount(mountpoint: &Path) -> Self {
         Self::new(mountpoint, None, mountpoint)
     }
 
-    /// The mount `held`, for as long as that is held.
+    /// Creates the endpoint of the mount `held`, valid while the handle is held.
     pub(super) fn of_handle(held: &MountHandle) -> Self {
         let door = Some((held.entry().clone(), held.access_path()));
         Self { handle: door, ..Self::mount(held.mountpoint()) }
@@ -157,15 +158,16 @@ impl Endpoint {
         Self { mountpoint, disk, handle: None, path, inode: OnceCell::new() }
     }
 
-    /// The disk `name` of the mount.
+    /// Creates the endpoint of the disk `name` in the mount.
     fn named_disk(mountpoint: &Path, name: &str) -> Self {
         Self::new(mountpoint, Some(name.to_owned()), &mountpoint.join(name))
     }
 
-    /// What `path` is: a mountpoint or a file in a mount. Asks no mount.
+    /// Creates the endpoint for `path`, a mountpoint or a file in a mount, without a call into the
+    /// mount.
     ///
     /// # Errors
-    /// A line when it is in no cowslip mount, or below a disk.
+    /// A line for the user when `path` is in no cowslip mount, or below a disk.
     pub(super) fn of(path: &Path) -> anyhow::Result<Self> {
         let Some(found) = kernel::enclosing_mount(path) else {
             anyhow::bail!(
@@ -188,10 +190,10 @@ impl Endpoint {
         }
     }
 
-    /// As [`at`](Self::at), for a mounted file.
+    /// Creates the endpoint for a mounted file, like [`of`](Self::of).
     ///
     /// # Errors
-    /// A line, also when it is a mountpoint.
+    /// A line for the user, also when `path` is a mountpoint.
     pub(super) fn of_disk(path: &Path) -> anyhow::Result<Self> {
         let place = Self::of(path)?;
         if place.disk.is_none() {
@@ -203,7 +205,7 @@ impl Endpoint {
         Ok(place)
     }
 
-    /// What leads into the mount.
+    /// Returns the way into the mount, if the mount can be trusted.
     fn confined(&self) -> io::Result<ConfinedMount> {
         match &self.handle {
             Some((entry, path)) => ConfinedMount::from_entry(entry, path.clone()),
@@ -211,13 +213,13 @@ impl Endpoint {
         }
     }
 
-    /// The names that lead to its directory of control files.
+    /// Returns the path components of the directory of control files.
     fn control_path(&self) -> Vec<String> {
         let names = [Some(".cowslip"), self.disk.as_deref()];
         names.into_iter().flatten().map(str::to_owned).collect()
     }
 
-    /// The inode number of the disk's file, which says what disk it is; `None` of a mount.
+    /// Returns the inode number of the disk's file, which identifies the disk; `None` for a mount.
     ///
     /// # Errors
     /// [`AskError`].
@@ -228,7 +230,7 @@ impl Endpoint {
         if let Some(inode) = self.inode.get() {
             return Ok(Some(*inode));
         }
-        // Not in the mountpoint: a file that is bound elsewhere may have another name by now.
+        // Use the caller's path: a bind-mounted file may have another name in the mount by now.
         let path = self.path.clone();
         let looked = self
             .confined()
@@ -262,7 +264,7 @@ impl Endpoint {
         }
     }
 
-    /// What is to be said when it is no disk but a partition of one.
+    /// Returns the error to report if the name belongs to a partition of a disk.
     pub(super) fn partition_error(&self) -> Option<AskError> {
         let part = self.disk.as_deref()?;
         let (disk, number) = split_name(part)?;
@@ -277,7 +279,7 @@ impl Endpoint {
         })
     }
 
-    /// Starts to read its control file `file`.
+    /// Starts to read the control file `file`.
     ///
     /// # Errors
     /// [`AskError`].
@@ -285,7 +287,7 @@ impl Endpoint {
         Ok(MountReader::start(self, file, None, self.inode()?))
     }
 
-    /// Reads all of its control file `file`.
+    /// Reads the whole control file `file`.
     ///
     /// # Errors
     /// [`AskError`].
@@ -300,7 +302,7 @@ impl Endpoint {
         }
     }
 
-    /// Its status: the whole mount's document, or that of the disk.
+    /// Reads the status document of the mount or the disk.
     ///
     /// # Errors
     /// [`AskError`].
@@ -309,37 +311,40 @@ impl Endpoint {
         answer::read_document(feed).map_err(|error| self.ask_error(error))
     }
 
-    /// The statuses of those disks of the mount that one may look at, and how many there are.
+    /// Returns the statuses of those disks in the mount that the caller may inspect, and the number
+    /// of all disks.
     ///
     /// # Errors
-    /// [`AskError`], when not even their names can be had.
+    /// [`AskError`] when not even the names of the disks can be listed.
     pub(super) fn visible_disks(&self) -> Result<(Vec<Value>, usize), AskError> {
         let names = self.disk_names().map_err(|error| self.ask_error(error))?;
         let status = |name: &String| Self::named_disk(&self.mountpoint, name).status().ok();
         Ok((names.iter().filter_map(status).collect(), names.len()))
     }
 
-    /// The names of the disks of the mount.
+    /// Returns the names of the disks in the mount.
     fn disk_names(&self) -> io::Result<Vec<String>> {
         let door = self.confined()?;
         with_timeout(move || door.list_dirs(".cowslip"))
     }
 
-    /// Opens the file `name` of the directory `dir` in the disk's own one, as the mount has named it.
+    /// Opens the file `name`, as named by the mount, in the directory `dir` of the disk's control
+    /// files.
     ///
     /// # Errors
-    /// The mount's errno; `InvalidInput` for what is no plain name or leads elsewhere; `ESTALE` when
-    /// the disk's name leads to another by now.
+    /// The mount's errno; `InvalidInput` for a name that is no plain one or leads elsewhere;
+    /// `ESTALE` when the disk's name now belongs to another disk.
     pub(super) fn open_named(&self, dir: &str, name: &str) -> io::Result<File> {
         let door = self.confined()?;
         let control = door.open_control_dir(&self.control_path(), self.inode.get().copied())?;
         door.open_in(&control, &[dir, name], OFlags::RDONLY)
     }
 
-    /// Sends `request` and waits for the answer; `progress` gets what comes before it.
+    /// Sends `request` and waits for the answer; `progress` receives the progress reports before
+    /// it.
     ///
     /// # Errors
-    /// [`AskError`]; what the mount said is [`AskError::Refused`].
+    /// [`AskError`]; a refusal by the mount is [`AskError::Refused`].
     pub(super) fn ask(
         &self,
         request: &Value,
@@ -348,11 +353,11 @@ impl Endpoint {
         self.ask_until(&Arc::default(), request, progress)
     }
 
-    /// As [`ask`](Self::ask), until `stop` is set: then nobody waits for the answer any more, which
-    /// the daemon sees within a second.
+    /// Sends `request` like [`ask`](Self::ask), but stops waiting when `stop` is set, which the
+    /// daemon notices within a second.
     ///
     /// # Errors
-    /// As there; [`AskError::Interrupted`].
+    /// The errors of [`ask`](Self::ask), and [`AskError::Interrupted`].
     pub(super) fn ask_until(
         &self,
         stop: &Arc<AtomicBool>,
@@ -378,7 +383,7 @@ impl Endpoint {
     }
 }
 
-/// Why a mount is not asked, or no more. Carried by an [`io::Error`].
+/// The reason why a mount is not asked, or no longer. Carried by an [`io::Error`].
 #[derive(Debug, thiserror::Error)]
 enum AskAbort {
     #[error("it is another user's")]
@@ -387,19 +392,19 @@ enum AskAbort {
     Interrupted,
 }
 
-/// How a directory is opened to open what is in it.
+/// Flags for opening a directory on the way to a file.
 const OPEN_DIR_FLAGS: OFlags = OFlags::PATH.union(OFlags::DIRECTORY).union(OFlags::CLOEXEC);
 
-/// The way into a mount: where it is, and which one it was found to be.
+/// The way into a mount: a path, and the file system it must lead to.
 #[derive(Clone, Debug)]
 struct ConfinedMount {
     mountpoint: PathBuf,
-    /// `st_dev` of all its files.
+    /// `st_dev` of all files of the mount.
     dev: u64,
 }
 
 impl ConfinedMount {
-    /// The mount at `mountpoint`, if it is to be believed. Makes no call into it.
+    /// Returns the mount at `mountpoint`, if it can be trusted. Makes no call into the mount.
     fn at(mountpoint: &Path) -> io::Result<Self> {
         let Some(entry) = kernel::entry_at(mountpoint).filter(MountEntry::is_cowslip) else {
             return Err(io::Error::other("it is no cowslip mount any more"));
@@ -407,7 +412,7 @@ impl ConfinedMount {
         Self::from_entry(&entry, entry.mountpoint.clone())
     }
 
-    /// The mount of `entry`, which `path` leads to.
+    /// Returns the mount of `entry`, reached by `path`, if it can be trusted.
     fn from_entry(entry: &MountEntry, path: PathBuf) -> io::Result<Self> {
         if !entry.is_trusted() {
             return Err(io::Error::other(AskAbort::Foreign(entry.owner.unwrap_or(u32::MAX))));
@@ -416,8 +421,8 @@ impl ConfinedMount {
         Ok(Self { mountpoint: path, dev: rustix::fs::makedev(major, minor) })
     }
 
-    /// Opens what the names `control_path` lead to from `from` on, a file or a directory; what is not right in
-    /// the mount is refused.
+    /// Opens the file or directory reached from `from` by the names `way`. Refuses links, special
+    /// names and anything outside the mount.
     fn walk(&self, from: File, way: &[&str], flags: OFlags) -> io::Result<File> {
         let mut at = from;
         for (index, name) in way.iter().enumerate() {
@@ -428,7 +433,7 @@ impl ConfinedMount {
             }
             let flags =
                 if index + 1 == way.len() { flags | OFlags::CLOEXEC } else { OPEN_DIR_FLAGS };
-            // A pipe is not waited for.
+            // Open without blocking, so that a named pipe cannot hang the client.
             let flags = flags | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::NOCTTY;
             let opened = rustix::io::retry_on_intr(|| {
                 rustix::fs::openat(at.as_fd(), *name, flags, Mode::empty())
@@ -442,15 +447,15 @@ impl ConfinedMount {
         Ok(at)
     }
 
-    /// The root of the mount.
+    /// Opens the root directory of the mount.
     fn open_root(&self) -> io::Result<File> {
         let root = File::from(rustix::fs::open(&self.mountpoint, OPEN_DIR_FLAGS, Mode::empty())?);
         self.check_device(&root)?;
         Ok(root)
     }
 
-    /// Opens a directory of control files, which from then on is that of one disk; `ESTALE` when
-    /// that is not the one of `inode`.
+    /// Opens a directory of control files, which stays that of one disk from then on. Fails with
+    /// `ESTALE` when that disk does not have the inode number `inode`.
     fn open_control_dir(&self, way: &[String], inode: Option<u64>) -> io::Result<File> {
         let way: Vec<&str> = way.iter().map(String::as_str).collect();
         let dir = self.walk(self.open_root()?, &way, OPEN_DIR_FLAGS)?;
@@ -463,7 +468,7 @@ impl ConfinedMount {
         Ok(dir)
     }
 
-    /// Opens the regular file that `control_path` leads to from `dir` on.
+    /// Opens the regular file reached from `dir` by the names `way`.
     fn open_in(&self, dir: &File, way: &[&str], flags: OFlags) -> io::Result<File> {
         let file = self.walk(dir.try_clone()?, way, flags)?;
         if !file.metadata()?.is_file() {
@@ -472,7 +477,7 @@ impl ConfinedMount {
         Ok(file)
     }
 
-    /// The directories in the directory `name`.
+    /// Lists the subdirectories of the directory `name`.
     fn list_dirs(&self, name: &str) -> io::Result<Vec<String>> {
         let dir = self.walk(self.open_root()?, &[name], OFlags::RDONLY | OFlags::DIRECTORY)?;
         let mut names = Vec::new();
@@ -498,16 +503,16 @@ fn not_confined(what: &str) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidInput, format!("it shows {what} where its file should be"))
 }
 
-/// The bytes of a file in a mount, as they come. A read that waits [`ANSWER_TIMEOUT`] fails as
-/// `TimedOut`; the thread behind it ends with the mount or with this process.
+/// A reader of a file in a mount, as the data arrives. A read that waits [`ANSWER_TIMEOUT`] fails
+/// as `TimedOut`; the thread behind it ends with the mount or with this process.
 pub(super) struct MountReader<'a> {
     endpoint: &'a Endpoint,
     chunks: Receiver<io::Result<Vec<u8>>>,
-    /// What was received and not yet taken.
+    /// Data received but not yet read.
     rest: io::Cursor<Vec<u8>>,
-    /// When all of it has to be there.
+    /// Time by which the whole file must have arrived.
     deadline: Option<Instant>,
-    /// Nobody wants it any more.
+    /// Set when the data is no longer wanted.
     stop: Arc<AtomicBool>,
 }
 
@@ -518,7 +523,7 @@ impl<'a> MountReader<'a> {
         request: Option<String>,
         inode: Option<u64>,
     ) -> Self {
-        // A few pieces ahead: the reader of a long map need not wait for each.
+        // Queue a few pieces ahead, so that reading a long map does not wait for each piece.
         let (to, pieces) = sync_channel(4);
         let failed = to.clone();
         let fetcher = thread::Builder::new().name("ask".into());
@@ -543,18 +548,18 @@ impl<'a> MountReader<'a> {
         }
     }
 
-    /// As it is, but all of it must come in `time`.
+    /// Sets the time limit for the whole file.
     fn with_deadline(mut self, time: Duration) -> Self {
         self.deadline = Some(Instant::now() + time);
         self
     }
 
-    /// What an error from reading means, for the user.
+    /// Converts an error of a read into an error for the user.
     pub(super) fn ask_error(&self, error: io::Error) -> AskError {
         self.endpoint.ask_error(error)
     }
 
-    /// The next piece; `None` at the end.
+    /// Returns the next piece; `None` at the end.
     fn next_chunk(&self) -> io::Result<Option<Vec<u8>>> {
         let silent = Instant::now() + ANSWER_TIMEOUT;
         let until = self.deadline.map_or(silent, |until| until.min(silent));
@@ -575,21 +580,21 @@ impl<'a> MountReader<'a> {
     }
 }
 
-/// Does `work`, which may hang with a mount, on a thread of its own; `TimedOut` when it takes longer
-/// than [`ANSWER_TIMEOUT`].
+/// Runs `work`, which may hang with a mount, on a thread of its own. Fails with `TimedOut` after
+/// [`ANSWER_TIMEOUT`].
 fn with_timeout<T: Send + 'static>(
     work: impl FnOnce() -> io::Result<T> + Send + 'static,
 ) -> io::Result<T> {
     let (to, done) = sync_channel(1);
     thread::Builder::new().name("ask".into()).spawn(move || {
-        // Nobody waits any more when it took too long.
+        // The receiver is dropped after a timeout.
         let _ = to.send(work());
     })?;
     done.recv_timeout(ANSWER_TIMEOUT).unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
 }
 
-/// Writes `request` to the control file, if there is one, and reads that to its end. It is closed
-/// before the channel: when the reader sees the end, the mount is not held any more.
+/// Writes `request`, if there is one, to the control file, and reads that file to its end. The file
+/// is closed before the channel, so the mount is not held when the reader sees the end.
 fn send_and_read(
     door: &ConfinedMount,
     way: &[String],
@@ -598,11 +603,11 @@ fn send_and_read(
     inode: Option<u64>,
     to: &SyncSender<io::Result<Vec<u8>>>,
 ) -> io::Result<()> {
-    // With a request goes what disk it means, and the daemon compares.
+    // A request carries the inode number itself, and the daemon compares it.
     let dir = door.open_control_dir(way, inode.filter(|_| request.is_none()))?;
     let flags = if request.is_some() { OFlags::RDWR } else { OFlags::RDONLY };
     let mut file = door.open_in(&dir, &[file], flags)?;
-    // It would make the mount busy.
+    // An open directory would keep the mount busy.
     drop(dir);
     if let Some(request) = request {
         file.write_all(request.as_bytes())?;
@@ -638,7 +643,7 @@ impl Read for MountReader<'_> {
 mod tests {
     use super::*;
 
-    /// A directory that looks like a mount.
+    /// Creates a directory that looks like a mount.
     fn mount() -> (tempfile::TempDir, ConfinedMount) {
         let dir = tempfile::tempdir().unwrap();
         std::fs::create_dir_all(dir.path().join(".cowslip/d/snapshots")).unwrap();
@@ -652,7 +657,7 @@ mod tests {
     }
 
     #[test]
-    fn a_long_file_arrives_whole() {
+    fn long_file_arrives_complete() {
         let (dir, door) = mount();
         let bytes: Vec<u8> = (0..1_000_003u32).map(|i| i.to_le_bytes()[0]).collect();
         std::fs::write(dir.path().join(".cowslip/log"), &bytes).unwrap();
@@ -664,7 +669,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_in_a_mount_leads_out_of_it() {
+    fn walk_never_leaves_the_mount() {
         use std::os::unix::fs::symlink;
         let (dir, door) = mount();
         let at = |name: &str| dir.path().join(name);
@@ -692,7 +697,7 @@ mod tests {
     }
 
     #[test]
-    fn what_does_not_answer_is_said_in_one_line() {
+    fn ask_error_is_one_line() {
         let place = Endpoint::named_disk(Path::new("/m"), "vm.img");
         let line = |error: io::Error| place.ask_error(error).to_string();
         let none = line(Errno::NOENT.into());
@@ -709,14 +714,14 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_mount_is_not_asked() {
+    fn directory_that_is_no_mount_is_not_asked() {
         let dir = tempfile::tempdir().unwrap();
         let line = Endpoint::mount(dir.path()).status().unwrap_err().to_string();
         assert!(line.contains("no cowslip mount any more"), "{line}");
     }
 
     #[test]
-    fn a_path_outside_every_mount_is_refused() {
+    fn path_outside_every_mount_is_refused() {
         let line = Endpoint::of(Path::new("/proc")).unwrap_err().to_string();
         assert!(line.starts_with("'/proc' is not in a cowslip mount"), "{line}");
     }

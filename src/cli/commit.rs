@@ -1,4 +1,4 @@
-//! `cowslip commit`: an overlay's changes go down into its base.
+//! `cowslip commit`: writes an overlay's changes into its base.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -24,9 +24,9 @@ use crate::mount::kernel;
 use crate::overlay::stack::{BaseRecord, Stack};
 use crate::overlay::{Usage, persist};
 
-/// How long requests under way are waited for at the end; there are none.
+/// Time limit for running requests when the disk is closed; there are none.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(10);
-/// How often is looked how far it is.
+/// Interval at which the progress is checked.
 const POLL_INTERVAL: Duration = Duration::from_millis(100);
 
 #[derive(Debug, Args)]
@@ -66,14 +66,14 @@ pub(super) fn run(args: &CommitArgs) -> anyhow::Result<u8> {
     commit_offline(&dir, args.verbosity)
 }
 
-/// The mounted disk that `path` is.
+/// Returns the endpoint of the mounted disk at `path`.
 fn mounted_disk(path: &Path) -> anyhow::Result<Endpoint> {
     let shown = path.display();
     if is_store(path) {
         anyhow::bail!("'{shown}' is a store: mount it, and name a mounted disk");
     }
     match Endpoint::of(path) {
-        // Of a path in a mount, the mount knows best what is wrong with it.
+        // For a path in a mount, this error is the more precise one.
         Ok(_) => Endpoint::of_disk(path),
         Err(error) if kernel::enclosing_mount(path).is_some() => Err(error),
         Err(_) => anyhow::bail!(
@@ -82,12 +82,12 @@ fn mounted_disk(path: &Path) -> anyhow::Result<Endpoint> {
     }
 }
 
-/// Says what a commit is about to write to.
+/// Announces the base that a commit is about to write to.
 fn print_base(what: &str, base: &str) {
     print_line(&format!("{what}: its changes go into '{base}'"));
 }
 
-/// Commits the overlay in `dir`, which nobody has mounted.
+/// Commits the overlay in `dir`, which is not mounted.
 fn commit_offline(dir: &Path, verbosity: Verbosity) -> anyhow::Result<u8> {
     let stack = persist::open_overlay_dir(dir).and_then(|dir| Stack::read(&dir));
     let stack = stack.map_err(|error| anyhow::anyhow!("overlay '{}' {error}", dir.display()))?;
@@ -101,7 +101,7 @@ fn commit_offline(dir: &Path, verbosity: Verbosity) -> anyhow::Result<u8> {
     let spec = disk::spec_over(&name, &stack.base);
     let mut spec = spec.map_err(|error| anyhow::anyhow!("overlay '{}' {error}", dir.display()))?;
     spec.overlay = Some(dir.to_owned());
-    // A base that changed is refused by the commit itself, which no force lets pass.
+    // The commit itself refuses a base that changed, even with force.
     let setting = OpenContext { force: true, ..OpenContext::unmounted() };
     let disk = disk::open(&spec, &setting)?.disk;
     print_base(&dir.display().to_string(), &base.display().to_string());
@@ -114,7 +114,7 @@ fn commit_offline(dir: &Path, verbosity: Verbosity) -> anyhow::Result<u8> {
     Ok(EXIT_OK)
 }
 
-/// Commits `disk` and shows how far it is; tells how many bytes there were.
+/// Commits `disk` with a progress display, and returns the number of bytes committed.
 fn commit_with_progress(disk: &Disk, verbosity: Verbosity) -> anyhow::Result<Usage> {
     let stop = Arc::new(AtomicBool::new(false));
     for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
@@ -135,7 +135,7 @@ fn commit_with_progress(disk: &Disk, verbosity: Verbosity) -> anyhow::Result<Usa
             }
             progress.end();
         };
-        // Without a thread to spare nothing is shown.
+        // If no thread can be started, no progress is shown.
         let shower = thread::Builder::new().name("progress".into()).spawn_scoped(scope, show);
         let committed = disk.commit(Force::No, &|| stop.load(Ordering::SeqCst));
         ended.store(true, Ordering::SeqCst);

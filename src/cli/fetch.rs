@@ -1,4 +1,4 @@
-//! `cowslip prefetch` and `cowslip hydrate`: bringing a disk's bytes nearer.
+//! `cowslip prefetch` and `cowslip hydrate`: read data of a disk in advance.
 
 use std::ops::Range;
 use std::path::PathBuf;
@@ -54,7 +54,7 @@ fn size(text: &str) -> Result<u64, String> {
     parse_size(text).map_err(|error| error.to_string())
 }
 
-/// Brings bytes of a disk in.
+/// Prefetches data of a disk.
 pub(super) fn prefetch(args: &PrefetchArgs) -> anyhow::Result<u8> {
     let place = Endpoint::of_disk(&args.file)?;
     let range = args.range.clone().unwrap_or(0..u64::MAX);
@@ -63,7 +63,7 @@ pub(super) fn prefetch(args: &PrefetchArgs) -> anyhow::Result<u8> {
     ask_long(&place, &request, LongRequest::Prefetch, args.verbosity)
 }
 
-/// Fills a disk's overlay until it needs its base no more.
+/// Hydrates a disk: fills its overlay until the base is no longer needed.
 pub(super) fn hydrate(args: &HydrateArgs) -> anyhow::Result<u8> {
     let place = Endpoint::of_disk(&args.file)?;
     let action = match args {

@@ -1,14 +1,15 @@
-//! As mount(8)'s helper: `mount.cowslip SOURCE MOUNTPOINT [-sfnv] [-o OPT,..]` and
-//! `umount.cowslip MOUNTPOINT [-flnrv]`, under the names that mount(8) and fstab know.
+//! The helpers of mount(8), `mount.cowslip SOURCE MOUNTPOINT [-sfnv] [-o OPT,..]` and
+//! `umount.cowslip MOUNTPOINT [-flnrv]`, under the names that mount(8) and fstab use.
 //!
-//! SOURCE is a TOML file (`*.toml`), one disk, or `none`. In the options stand the mount's own,
-//! the disk's keys, and `config=`, `store=`, `trust=`, `cache=`, `log=`:
+//! SOURCE is a TOML file (`*.toml`), one disk, or `none`. The options contain the mount's own
+//! options, the keys of the disk, and `config=`, `store=`, `trust=`, `cache=`, `log=`:
 //!
 //! ```text
 //!   /srv/vm.img  /mnt/vm  cowslip  overlay=/srv/vm.cow,allow_other,nofail  0 0
 //! ```
 //!
-//! A disk's keys are told from options by asking `spec`, so there is no second list of either.
+//! Keys of a disk are told from mount options by the parsers in `config`, so there is no second
+//! list of either.
 
 use std::ffi::{OsStr, OsString};
 use std::io;
@@ -23,7 +24,7 @@ use crate::config::{self, CacheMode, SpecError};
 use crate::mount::DaemonMode;
 use crate::stream::sink::StdioMode;
 
-/// Which helper this is.
+/// The helper that this process is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum HelperKind {
     /// `mount.cowslip`, `mount.fuse.cowslip`
@@ -32,7 +33,7 @@ pub(super) enum HelperKind {
     Umount,
 }
 
-/// The helper that the program was called as, and the arguments after its name.
+/// Returns the helper that the program was called as, and the arguments after its name.
 pub(super) fn helper_kind(args: &[OsString]) -> Option<(HelperKind, &[OsString])> {
     let (program, rest) = args.split_first()?;
     match Path::new(program).file_name()?.as_bytes() {
@@ -57,26 +58,26 @@ fn mount(words: HelperArgs) -> anyhow::Result<u8> {
     if fake {
         return Ok(EXIT_OK);
     }
-    // At boot nobody reads them; warnings are printed all the same.
+    // At boot nobody reads the notes; warnings are printed anyway.
     let mut quiet = io::sink();
     let mut stdout = io::stdout();
     let notes: &mut dyn io::Write = if verbose { &mut stdout } else { &mut quiet };
     Ok(start_mount(&plan, notes)?.into_exit_code())
 }
 
-/// A helper's arguments, sorted.
+/// The arguments of a helper, sorted.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 struct HelperArgs {
-    /// The letters of the flags, such as `sn`.
+    /// Letters of the flags, such as `sn`.
     flags: Vec<u8>,
-    /// What was behind every `-o`.
+    /// Values of all `-o`.
     options: Vec<OsString>,
-    /// The rest.
+    /// All other arguments.
     operands: Vec<OsString>,
 }
 
 impl HelperArgs {
-    /// Sorts `args`. Flags may stand together (`-sn`), and before and behind the places.
+    /// Sorts `args`. Flags may be combined (`-sn`), and may stand before or after the operands.
     fn parse(role: HelperKind, args: &[OsString]) -> anyhow::Result<Self> {
         let known: &[u8] = match role {
             HelperKind::Mount => b"sfnvrw",
@@ -96,7 +97,7 @@ impl HelperArgs {
                     let value = value.ok_or_else(|| usage_error(arg, "needs a value"))?;
                     match letter {
                         b'o' => words.options.push(value),
-                        b't' => {} // the type, which is known
+                        b't' => {} // the type is known
                         _ => return Err(usage_error(arg, "is not supported")),
                     }
                 }
@@ -116,7 +117,8 @@ impl HelperArgs {
         self.flags.contains(&flag)
     }
 
-    /// What `umount_args` is to do. `-f` asks for no more than we do anyway with a dead mount.
+    /// Returns the arguments for `umount`. `-f` asks for no more than is done for a dead mount
+    /// anyway.
     fn umount_args(self) -> anyhow::Result<UmountArgs> {
         let how = match self.has_flag(b'l') {
             true => EndMode::Lazy,
@@ -127,7 +129,7 @@ impl HelperArgs {
         Ok(UmountArgs::new(mountpoint.into(), how))
     }
 
-    /// What is to be mounted.
+    /// Returns the mount command that the arguments describe.
     fn mount_command(self, dir: &Path) -> anyhow::Result<MountCommand> {
         let flags = self.flags;
         let [source, mountpoint] = <[OsString; 2]>::try_from(self.operands).map_err(|_| {
@@ -160,17 +162,17 @@ fn usage_error(arg: &OsStr, why: &str) -> anyhow::Error {
     CliError::usage(format!("'{arg}' {why}: see mount(8), external helpers"))
 }
 
-/// Splits at commas.
+/// Splits at commas, and skips empty options.
 fn split_commas(list: &OsStr) -> impl Iterator<Item = &OsStr> {
     let pieces = list.as_bytes().split(|byte| *byte == b',');
     pieces.filter(|piece| !piece.is_empty()).map(OsStr::from_bytes)
 }
 
-/// fstab's options, each where it belongs.
+/// The options of fstab, sorted by receiver.
 #[derive(Default)]
 struct HelperOptions {
     common: CommonArgs,
-    /// `KEY=VALUE` of the disk.
+    /// Keys of the disk, as `KEY=VALUE`.
     keys: Vec<OsString>,
 }
 
@@ -192,7 +194,7 @@ impl HelperOptions {
                     Some(cache.map_err(|error| CliError::usage(error.to_string()))?);
             }
             _ if is_disk_key(option, dir) => self.keys.push(option.to_owned()),
-            // What is unknown to both is refused as an option.
+            // An option unknown to both is refused as a mount option.
             _ => {
                 let option = option.to_string_lossy().into_owned();
                 self.common.options.push(option);
@@ -201,7 +203,7 @@ impl HelperOptions {
         Ok(())
     }
 
-    /// The disks that `source` means; a configuration is noted as such.
+    /// Returns the disks that `source` denotes; a TOML file is stored as the configuration instead.
     fn disks(&mut self, source: &OsStr) -> anyhow::Result<Vec<OsString>> {
         let is_config = Path::new(source).extension() == Some(OsStr::new("toml"));
         if is_config {
@@ -226,7 +228,8 @@ impl HelperOptions {
     }
 }
 
-/// Whether `option` begins with a disk's key, its value right or wrong: some disk is asked.
+/// Returns whether `option` starts with a key of a disk, even with a wrong value, by parsing a
+/// sample disk.
 fn is_disk_key(option: &OsStr, dir: &Path) -> bool {
     if config::parse_mount_options([option.to_string_lossy()]).is_ok() {
         return false;
@@ -254,7 +257,7 @@ mod tests {
     }
 
     #[test]
-    fn the_name_decides_what_the_program_is() {
+    fn program_name_selects_the_helper() {
         let role =
             |name: &str| helper_kind(&args(&[name, "x"])).map(|(role, rest)| (role, rest.len()));
         assert_eq!(role("/sbin/mount.cowslip"), Some((HelperKind::Mount, 1)));
@@ -264,7 +267,7 @@ mod tests {
     }
 
     #[test]
-    fn options_go_to_the_mount_and_keys_to_the_disk() {
+    fn options_are_sorted_into_mount_options_and_disk_keys() {
         let line = "rw,overlay=/srv/vm.cow,allow_other,nofail,x-systemd.automount,resize=off,\
                     cache=none,log=/l,uid=7";
         let wish = wish(&["/srv/vm.img", "/mnt/vm", "-sn", "-o", line]).unwrap();
@@ -277,7 +280,7 @@ mod tests {
     }
 
     #[test]
-    fn a_toml_file_is_a_configuration_and_takes_no_keys() {
+    fn toml_source_is_a_configuration_and_accepts_no_keys() {
         let toml = wish(&["/etc/vm.toml", "/mnt", "-oro"]).unwrap();
         assert_eq!(toml.common.config, Some("/etc/vm.toml".into()));
         assert!(toml.disks.is_empty());
@@ -287,27 +290,27 @@ mod tests {
     }
 
     #[test]
-    fn a_store_needs_no_source() {
+    fn store_needs_no_source() {
         let wish = wish(&["none", "/mnt", "-o", "store=/srv/store"]).unwrap();
         assert!(wish.disks.is_empty());
         assert_eq!(wish.common.store, Some("/srv/store".into()));
     }
 
     #[test]
-    fn an_option_unknown_to_both_is_refused_as_an_option() {
+    fn unknown_option_is_refused_as_a_mount_option() {
         let wish = wish(&["/srv/vm.img", "/mnt", "-o", "allow_othr"]).unwrap();
         let error = wish.into_plan(Path::new("/")).err().unwrap().to_string();
         assert!(error.contains("did you mean \"allow_other\"?"), "{error}");
     }
 
     #[test]
-    fn a_key_with_a_wrong_value_is_still_the_disks() {
+    fn key_with_a_wrong_value_still_belongs_to_the_disk() {
         let wish = wish(&["/srv/vm.img", "/mnt", "-o", "block=5,format=raw,mode=rw"]).unwrap();
         assert_eq!(wish.disks, ["/srv/vm.img,block=5,format=raw,mode=rw"]);
     }
 
     #[test]
-    fn an_unmount_takes_mount_8s_flags() {
+    fn umount_helper_accepts_the_flags_of_mount_8() {
         let words = HelperArgs::parse(
             HelperKind::Umount,
             &args(&["/mnt", "-n", "-l", "-t", "fuse.cowslip"]),

@@ -1,4 +1,4 @@
-//! `cowslip import`: an image that holds changes becomes an overlay over its backing file.
+//! `cowslip import`: converts an image with changes into an overlay over its backing file.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -21,9 +21,9 @@ use crate::overlay::Usage;
 use crate::overlay::persist;
 use crate::part_file::part_path;
 
-/// How long requests under way are waited for at the end; there are none.
+/// Time limit for running requests when the disk is closed; there are none.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
-/// How much is read and written at a time.
+/// Size in bytes of one read and write.
 const COPY_CHUNK: u64 = 1 << 20;
 
 #[derive(Debug, Args)]
@@ -43,14 +43,14 @@ pub(super) struct ImportArgs {
 pub(super) fn run(args: &ImportArgs) -> anyhow::Result<u8> {
     let here = current_dir()?;
     args.trust.allow(&here)?;
-    // Without a `/` at its end, which would not be part of the name.
+    // Without a trailing `/`, which would not be part of the name.
     let dir: PathBuf = here.join(&args.overlay).components().collect();
     if dir.exists() {
         anyhow::bail!("'{}' is there already: name a new directory", args.overlay.display());
     }
     let dir = persist::resolve_overlay_path(&dir)
         .map_err(|error| anyhow::anyhow!("overlay '{}' {error}", dir.display()))?;
-    // Whole under its name, or not there: half of it would be mounted as if it were all.
+    // Rename only a complete overlay: a partial one would be mounted like a complete one.
     let part = part_path(&dir);
     if part.symlink_metadata().is_ok() {
         anyhow::bail!("'{}' is left of an import that was cut short: remove it", part.display());
@@ -72,7 +72,7 @@ pub(super) fn run(args: &ImportArgs) -> anyhow::Result<u8> {
     cleanup::remove_on_signal(part.clone()).with_context(failed)?;
     let setting = OpenContext { allow_backing, ..OpenContext::unmounted() };
     let disk = disk::open(&spec, &setting)?.disk;
-    // What was allowed must be what was opened: the path may lead elsewhere by now.
+    // The file opened must be the file that was checked: the path may lead elsewhere by now.
     let taken = match &top.backing {
         Some((path, _)) if disk.base_path().as_ref() != Some(path) => Err(std::io::Error::other(
             format!("'{}' changed its place meanwhile: try again", path.display()),
@@ -82,7 +82,7 @@ pub(super) fn run(args: &ImportArgs) -> anyhow::Result<u8> {
     let taken = match taken {
         Ok(taken) => taken,
         Err(error) => {
-            // What is half done is of no use to anybody: it was made for this.
+            // A partial overlay is useless, and was created by this command.
             disk.abandon();
             cleanup::remove_path(&part);
             return Err(error).with_context(failed);
@@ -91,7 +91,7 @@ pub(super) fn run(args: &ImportArgs) -> anyhow::Result<u8> {
     disk.close(CLOSE_TIMEOUT).with_context(failed)?;
     let named = renameat_with(CWD, &part, CWD, &dir, RenameFlags::NOREPLACE);
     let named = match named {
-        // The file system cannot; it was not there before.
+        // The file system does not support NOREPLACE; the directory did not exist before.
         Err(Errno::INVAL | Errno::NOSYS) => rename(&part, &dir),
         named => named,
     };
@@ -115,7 +115,7 @@ pub(super) fn run(args: &ImportArgs) -> anyhow::Result<u8> {
     Ok(EXIT_OK)
 }
 
-/// Takes over what `image` itself holds, and tells how much that is.
+/// Copies the changes in `image` itself to `disk`, and returns the number of bytes.
 fn copy_changes(disk: &Disk, image: &dyn Layer) -> std::io::Result<Usage> {
     let size = image.size();
     disk.set_size(size, Wait::Yes)?;

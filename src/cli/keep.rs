@@ -36,7 +36,7 @@ pub(super) fn run(args: &KeepArgs) -> anyhow::Result<u8> {
     Ok(EXIT_OK)
 }
 
-/// `given` as the daemon needs it: absolute, in a directory that exists.
+/// Converts `given` for the daemon: an absolute path, in a directory that exists.
 fn destination(here: &Path, given: &Path) -> anyhow::Result<PathBuf> {
     let dir: PathBuf = here.join(given).components().collect();
     let parent = dir.parent().unwrap_or(Path::new("/"));
@@ -58,7 +58,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_directory_is_the_callers() {
+    fn destination_is_relative_to_the_callers_directory() {
         let here = tempfile::tempdir().unwrap();
         let made = |given: &str| destination(here.path(), Path::new(given));
         assert_eq!(made("./vm.cow").unwrap(), here.path().join("vm.cow"));

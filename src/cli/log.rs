@@ -1,7 +1,7 @@
-//! `cowslip log`: what the daemon has logged.
+//! `cowslip log`: prints the daemon's log.
 //!
-//! Following does not hold the log open between two looks, which would keep the mount busy. The
-//! daemon keeps the end of its log only, so each look finds out where the last one ended.
+//! The log is not held open while following, since that would keep the mount busy. The daemon keeps
+//! only the end of its log, so every poll has to find where the last one ended.
 
 use std::path::PathBuf;
 use std::thread;
@@ -13,7 +13,7 @@ use super::client::{AskError, Endpoint};
 use super::{EXIT_OK, print, restore_sigpipe};
 use crate::mount::kernel;
 
-/// How often a log that is followed is looked at.
+/// Interval at which a followed log is read.
 const FOLLOW_INTERVAL: Duration = Duration::from_millis(500);
 
 #[derive(Debug, Args)]
@@ -41,7 +41,7 @@ pub(super) fn run(args: &LogArgs) -> anyhow::Result<u8> {
             return Ok(EXIT_OK);
         }
         let now = match place.read("log") {
-            // It ended between the two questions.
+            // The mount ended between the two requests.
             Err(AskError::Dead(_) | AskError::Host { .. }) => return Ok(EXIT_OK),
             now => now?,
         };
@@ -50,13 +50,13 @@ pub(super) fn run(args: &LogArgs) -> anyhow::Result<u8> {
     }
 }
 
-/// Prints a piece of it. Its first line may be cut.
+/// Prints a part of the log. Its first line may be incomplete.
 fn print_log(text: &[u8]) -> anyhow::Result<()> {
     print(&String::from_utf8_lossy(text))
 }
 
-/// Where in `now` begins what `seen` does not hold, when bytes were added behind and perhaps
-/// dropped in front.
+/// Returns the offset in `now` of the text that is not in `seen`, where bytes were appended and
+/// perhaps dropped at the front.
 ///
 /// ```text
 ///   seen  |--dropped--|--- still there ---|
@@ -73,7 +73,7 @@ mod tests {
     use proptest::prelude::*;
 
     #[test]
-    fn only_what_was_added_is_new() {
+    fn only_appended_text_is_new() {
         assert_eq!(new_text_start(b"", b"a\nb\n"), 0);
         assert_eq!(new_text_start(b"a\nb\n", b"a\nb\n"), 4);
         assert_eq!(new_text_start(b"a\nb\n", b"a\nb\nc\n"), 4);
@@ -83,7 +83,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn nothing_is_shown_twice_or_lost(lines in 1usize..50, dropped in 0usize..40, added in 0usize..9) {
+        fn no_text_is_repeated_or_lost(lines in 1usize..50, dropped in 0usize..40, added in 0usize..9) {
             let text = |range: std::ops::Range<usize>| -> Vec<u8> {
                 range.map(|number| format!("line {number}\n")).collect::<String>().into_bytes()
             };

@@ -1,7 +1,7 @@
-//! Requests that take long: how far they are is shown, and ^C says what becomes of them.
+//! Requests that take long: the progress is shown, and ^C reports what becomes of the request.
 //!
-//! A daemon goes on with some work when nobody waits for it any more, and stops other. Which of the
-//! two it was is asked, not guessed: the disk's status tells.
+//! When nobody waits any more, the daemon continues some operations and stops others. The disk's
+//! status tells which, so that the client does not have to guess.
 
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -16,14 +16,14 @@ use super::CliError;
 use super::client::{AskError, Endpoint};
 use super::progress::{ProgressDisplay, Verbosity};
 
-/// How long the daemon may take to see that nobody waits, and to end a piece that it has begun.
+/// Time limit for the daemon to notice that nobody waits, and to finish the step in progress.
 const STATUS_TIMEOUT: Duration = Duration::from_secs(10);
-/// How often it is asked.
+/// Interval at which the status is asked.
 const POLL_INTERVAL: Duration = Duration::from_millis(200);
-/// The exit code of a command that ^C has ended, as shells have it.
+/// Exit code of a command ended by ^C, as in shells.
 const EXIT_INTERRUPTED: u8 = 130;
 
-/// What is asked for.
+/// The operation of a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum LongRequest {
     Commit,
@@ -33,10 +33,10 @@ pub(super) enum LongRequest {
     Finish,
 }
 
-/// Asks for `work` and shows how far it is.
+/// Sends the request for `work`, and shows its progress.
 ///
 /// # Errors
-/// [`AskError`]; on a signal a line that says what goes on, with exit code 130.
+/// [`AskError`]; on a signal, a line that says what continues, with exit code 130.
 pub(super) fn ask(
     place: &Endpoint,
     request: &Value,
@@ -45,7 +45,7 @@ pub(super) fn ask(
 ) -> Result<Value, anyhow::Error> {
     let stop = Arc::new(AtomicBool::new(false));
     for signal in [SIGINT, SIGTERM] {
-        // The second one does not wait for what is to be said of the first.
+        // A second signal exits at once, without waiting for the report on the first.
         flag::register_conditional_shutdown(signal, EXIT_INTERRUPTED.into(), Arc::clone(&stop))?;
         flag::register(signal, Arc::clone(&stop))?;
     }
@@ -61,7 +61,7 @@ pub(super) fn ask(
     }
 }
 
-/// What became of it, now that nobody waits for it any more.
+/// Returns a line about what became of the request after an interruption.
 fn interrupted_line(place: &Endpoint, work: LongRequest) -> String {
     let path = place.mountpoint.join(place.disk.as_deref().unwrap_or_default());
     let path = path.display();
@@ -84,7 +84,8 @@ fn interrupted_line(place: &Endpoint, work: LongRequest) -> String {
     }
 }
 
-/// What is to be said, by the status of the disk; `None` while the daemon may not have seen it yet.
+/// Returns the outcome according to the disk's status; `None` while the daemon may not have noticed
+/// yet.
 fn outcome_line(status: &Value, work: LongRequest) -> Option<&'static str> {
     let overlay = &status["overlay"];
     let is_at_work = overlay["doing"].is_string();
@@ -128,7 +129,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_said_is_what_the_daemon_tells() {
+    fn outcome_line_follows_the_daemons_status() {
         let overlay = |doing: Option<&str>, committing: bool, changed: u64| json!({ "overlay": { "doing": doing, "committing": committing, "changed": changed } });
         let begins = |status: &Value, work, with: &str| {
             assert!(outcome_line(status, work).unwrap().starts_with(with), "{status} {work:?}");

@@ -1,7 +1,7 @@
-//! How far a transfer is: data, holes, rate, time left.
+//! The progress of a transfer: data, holes, rate, time left.
 //!
-//! At both ends of `cowslip send ... | cowslip recv ...` there is the same terminal, with one line
-//! for it: the end that locks the terminal first has it.
+//! Both ends of `cowslip send ... | cowslip recv ...` share one terminal, which has room for one
+//! progress line: the end that locks the terminal first shows it.
 
 use std::fs::File;
 use std::io::{self, IsTerminal};
@@ -13,15 +13,15 @@ use super::progress::{ProgressLine, Verbosity, bytes_per_second, format_seconds}
 use crate::config::format_size;
 use crate::transfer::TransferProgress;
 
-/// What is shown.
+/// The display of a transfer's progress.
 pub(super) struct TransferMeter {
-    /// `None`: the other end has the terminal.
+    /// The progress line; `None` when the other end has the terminal.
     line: Option<ProgressLine>,
-    /// The terminal, locked.
+    /// The locked terminal.
     _terminal: Option<File>,
-    /// What is done with the bytes: sent, received.
+    /// The verb for the bytes: sent, received.
     verb: &'static str,
-    /// About how much data there is, where that is known.
+    /// Estimate of the amount of data in bytes, where known.
     expected_data: Option<u64>,
     started: Instant,
 }
@@ -50,8 +50,8 @@ impl TransferMeter {
     }
 }
 
-/// Locks the terminal behind stderr. The lock is on an open file of its own: what is inherited
-/// is shared with the other end.
+/// Locks the terminal behind stderr. The lock is on a newly opened file: the inherited open file is
+/// shared with the other end.
 fn lock_terminal() -> rustix::io::Result<File> {
     let flags = OFlags::RDONLY | OFlags::NOCTTY | OFlags::CLOEXEC | OFlags::NONBLOCK;
     let file = File::from(rustix::fs::open("/proc/self/fd/2", flags, Mode::empty())?);
@@ -59,7 +59,7 @@ fn lock_terminal() -> rustix::io::Result<File> {
     Ok(file)
 }
 
-/// What is shown after `format_seconds`. `expected_data`: about how much of it there is.
+/// Formats the progress after `passed` time; `data` is an estimate of the amount of data in bytes.
 fn progress_text(told: &TransferProgress, data: Option<u64>, passed: Duration) -> String {
     let millis = u64::try_from(passed.as_millis()).unwrap_or(u64::MAX).max(1);
     let rate = bytes_per_second(told.data, millis);
@@ -74,12 +74,12 @@ fn progress_text(told: &TransferProgress, data: Option<u64>, passed: Duration) -
     };
     let (done, total) = (told.reached - told.from, size - told.from);
     text += &format!(", {} %", u128::from(done) * 100 / u128::from(total));
-    // Holes take no time: what is left is the data that is left, as far as anybody knows.
+    // Holes take no time, so what remains is the remaining data, as far as known.
     let left = total.saturating_sub(done);
     let left = data.map_or(left, |data| data.saturating_sub(told.data).min(left));
     if rate > 0 {
         let by_data = left.div_ceil(rate);
-        // What is known of the data may be far too much; the share of the whole bounds it.
+        // The estimate of data may be far too large; the share of the whole bounds the time.
         let by_share =
             u128::from(millis) * u128::from(total.saturating_sub(done)) / u128::from(done.max(1));
         let by_share = u64::try_from(by_share.div_ceil(1000)).unwrap_or(u64::MAX);
@@ -97,27 +97,27 @@ mod tests {
     }
 
     #[test]
-    fn a_line_has_data_holes_rate_share_and_time_left() {
+    fn progress_text_has_data_holes_rate_share_and_time_left() {
         let mib = 1 << 20;
         let half = told(0, 500 * mib, Some(1000 * mib), 100 * mib);
         assert_eq!(
             progress_text(&half, None, Duration::from_secs(2)),
             "100 MiB of data, 400 MiB of holes, 50 MiB/s, 50 %, 2 s left"
         );
-        // Of the 500 MiB that are left only 50 are data.
+        // Only 50 of the remaining 500 MiB are data.
         let text = progress_text(&half, Some(150 * mib), Duration::from_secs(2));
         assert!(text.ends_with("50 %, 1 s left"), "{text}");
         let slow = progress_text(&half, None, Duration::from_secs(200));
         assert!(slow.ends_with("3:20 min left"), "{slow}");
         let slower = progress_text(&half, None, Duration::from_secs(20_000));
         assert!(slower.ends_with(" 5:33 h left"), "{slower}");
-        // Preallocated: what is known of the data is far too much.
+        // A preallocated file: the estimate of data is far too large.
         let text = progress_text(&half, Some(100_000 * mib), Duration::from_secs(2));
         assert!(text.ends_with("50 %, 2 s left"), "{text}");
     }
 
     #[test]
-    fn of_a_pipe_there_is_no_share_and_of_nothing_no_time() {
+    fn progress_text_omits_unknown_share_and_time() {
         let text = progress_text(&told(0, 10, None, 10), None, Duration::from_secs(1));
         assert_eq!(text, "10 bytes of data, 0 bytes of holes, 10 bytes/s");
         let none = progress_text(&told(5, 5, Some(6), 0), None, Duration::ZERO);

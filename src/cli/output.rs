@@ -1,5 +1,5 @@
-//! All that a command prints, but for images and their like. What others have written may be part
-//! of any line, so everything goes through [`printable`] here and nowhere else has to.
+//! The output of all commands, except images and the like. Any line may contain text from others,
+//! so everything printed is escaped here by [`printable`], and nowhere else.
 
 use std::io::{self, Write};
 
@@ -8,21 +8,21 @@ use serde_json::Value;
 
 use crate::printable;
 
-/// Prints a line to stdout. A closed stdout is no reason to stop half way: what is being done
-/// matters more than who reads about it.
+/// Prints a line to stdout. A closed stdout is ignored: the operation in progress matters more than
+/// its output.
 pub(super) fn print_line(line: &str) {
     let _ = writeln!(io::stdout(), "{}", printable::line(line));
 }
 
-/// Prints a line beside the answer, to stderr.
+/// Prints a line to stderr, separate from the command's answer.
 pub(super) fn warn(line: &str) {
     let _ = writeln!(io::stderr(), "cowslip: {}", printable::line(line));
 }
 
-/// Prints the lines of `text` to stdout, for commands whose answer they are.
+/// Prints the lines of `text` to stdout, for commands whose answer is the text.
 ///
 /// # Errors
-/// A line: a report that was cut short must not look whole.
+/// A line for the user: a truncated report must not look complete.
 pub(super) fn print(text: &str) -> anyhow::Result<()> {
     write_stdout(&printable::lines(text))
 }
@@ -30,7 +30,7 @@ pub(super) fn print(text: &str) -> anyhow::Result<()> {
 /// Prints a document to stdout, in one line.
 ///
 /// # Errors
-/// As [`print`].
+/// The same as [`print`].
 pub(super) fn print_json(value: &Value) -> anyhow::Result<()> {
     write_stdout(&printable::json(&format!("{value}\n")))
 }
@@ -41,7 +41,7 @@ fn write_stdout(text: &str) -> anyhow::Result<()> {
     printed.context("cannot print")
 }
 
-/// Prints why a command failed. Not `eprintln!`, which panics when nobody listens any more.
+/// Prints why a command failed. Avoids `eprintln!`, which panics when stderr is closed.
 pub fn print_error(error: &anyhow::Error) {
     warn(&format!("{error:#}"));
 }

@@ -1,7 +1,7 @@
-//! A mounted disk at one moment, to be read while the disk is written.
+//! A mounted disk frozen at a point in time, to be read while the disk is written.
 //!
-//! The daemon freezes the disk and shows it as two files, one of them with data where something
-//! changed (`disk/life/differ.rs`). They are there as long as they are open.
+//! The daemon freezes the disk and shows it as two files, one of which has data wherever something
+//! changed (`disk/history/diff.rs`). The files exist as long as they are open.
 
 use std::fs::File;
 use std::io;
@@ -13,23 +13,24 @@ use serde_json::{Value, json};
 use super::client::Endpoint;
 use super::progress::{ProgressDisplay, Verbosity};
 
-/// A disk as it was at one moment.
+/// A disk at a point in time.
 pub(super) struct PointInTime {
-    /// What it held.
+    /// Contents of the disk.
     pub(super) file: File,
-    /// As long, with data where it has changed and holes elsewhere.
+    /// A file of the same size, with data where the disk has changed and holes elsewhere.
     pub(super) changed: File,
-    /// Its base, as the daemon tells it: `null`, `"part"`, or its path and format.
+    /// Base of the disk, as reported by the daemon: `null`, `"part"`, or its path and format.
     pub(super) base: Value,
 }
 
 impl PointInTime {
-    /// Has the daemon freeze the disk at `place`, or takes it as it was at snapshot `until`; what
-    /// has changed is what has since snapshot `since`, or since there was only its base. `shown`:
-    /// what to call the disk.
+    /// Asks the daemon to freeze the disk at `place`, or takes its snapshot `until`. The changes
+    /// are those since snapshot `since`, or relative to the base. `shown` is the name of the disk
+    /// in messages.
     ///
     /// # Errors
-    /// A line: [`AskError`](super::client::AskError), or that its files cannot be opened.
+    /// [`AskError`](super::client::AskError), or a line for the user when the files cannot be
+    /// opened.
     pub(super) fn freeze(
         place: &Endpoint,
         shown: &Path,

@@ -1,5 +1,5 @@
-//! How far long work is: one line on stderr that changes, on a terminal. Elsewhere nothing, unless it
-//! was asked for: a plain line a second.
+//! The progress of a long operation: on a terminal, one line on stderr that is redrawn. Elsewhere
+//! nothing, unless requested; then a plain line every second.
 
 use std::io::{self, IsTerminal, Write};
 use std::time::{Duration, Instant};
@@ -11,10 +11,11 @@ use serde_json::Value;
 use crate::config::format_size;
 use crate::printable;
 
-/// How often the line changes on a terminal, and how often there is another elsewhere.
+/// Interval at which the line is redrawn on a terminal.
 const REDRAW_INTERVAL: Duration = Duration::from_millis(250);
+/// Interval between two lines where stderr is no terminal.
 const LINE_INTERVAL: Duration = Duration::from_secs(1);
-/// The width of a terminal that does not tell.
+/// Width in columns of a terminal that does not report its size.
 const DEFAULT_WIDTH: usize = 80;
 
 /// How much of it is shown.
@@ -30,14 +31,14 @@ pub(super) struct Verbosity {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum ProgressStyle {
-    /// One line of a terminal, always the same.
+    /// Redraw one line on a terminal.
     Redraw,
-    /// A line after the other.
+    /// Print one line after another.
     Lines,
     Silent,
 }
 
-/// The line.
+/// The progress line on stderr.
 pub(super) struct ProgressLine {
     style: ProgressStyle,
     is_shown: bool,
@@ -55,7 +56,7 @@ impl ProgressLine {
         Self { style: manner, is_shown: false, last: Instant::now() }
     }
 
-    /// Whether it is time to show how far it is.
+    /// Returns whether it is time to show the progress again.
     pub(super) fn is_due(&self) -> bool {
         match self.style {
             ProgressStyle::Redraw => self.last.elapsed() >= REDRAW_INTERVAL,
@@ -78,7 +79,7 @@ impl ProgressLine {
         };
     }
 
-    /// The work is over: what changes goes, what was printed stays.
+    /// Ends the display: erases the redrawn line, and keeps printed lines.
     pub(super) fn end(&mut self) {
         if std::mem::take(&mut self.is_shown) && self.style == ProgressStyle::Redraw {
             let _ = write!(io::stderr(), "\r\x1b[K");
@@ -86,8 +87,8 @@ impl ProgressLine {
     }
 }
 
-/// As much of `text` as a line of `width` columns holds. The last one stays free: some terminals
-/// begin a new line once it is used.
+/// Truncates `text` to a line of `width` columns. The last column stays free: some terminals start
+/// a new line once it is used.
 fn truncate_to_width(text: &str, width: usize) -> String {
     let room = width.saturating_sub(1);
     match text.chars().count() <= room {
@@ -96,16 +97,16 @@ fn truncate_to_width(text: &str, width: usize) -> String {
     }
 }
 
-/// How far the daemon is, as it tells, in words.
+/// A formatter of the daemon's progress reports.
 #[derive(Default)]
 pub(super) struct ProgressFormatter {
     seconds: u64,
-    /// Where it was when it was first told.
+    /// Time and number of bytes done of the first report.
     baseline: Option<(Instant, u64)>,
 }
 
 impl ProgressFormatter {
-    /// What to show of what the daemon tells `now`, every second.
+    /// Formats the report `now`; called once per second.
     pub(super) fn text(&mut self, now: &Value) -> String {
         self.seconds += 1;
         match (now["done"].as_u64(), now["total"].as_u64()) {
@@ -133,12 +134,12 @@ impl ProgressFormatter {
     }
 }
 
-/// `bytes` in `millis`, as bytes a second.
+/// Returns the rate in bytes per second of `bytes` in `millis` milliseconds.
 pub(super) fn bytes_per_second(bytes: u64, millis: u64) -> u64 {
     u64::try_from(u128::from(bytes) * 1000 / u128::from(millis)).unwrap_or(u64::MAX)
 }
 
-/// `seconds` for people.
+/// Formats `seconds` for people.
 pub(super) fn format_seconds(seconds: u64) -> String {
     match (seconds / 3600, seconds / 60 % 60, seconds % 60) {
         (0, 0, seconds) => format!("{seconds} s"),
@@ -147,7 +148,7 @@ pub(super) fn format_seconds(seconds: u64) -> String {
     }
 }
 
-/// How far the daemon is, shown.
+/// The display of the daemon's progress.
 pub(super) struct ProgressDisplay {
     line: ProgressLine,
     gauge: ProgressFormatter,
@@ -158,7 +159,7 @@ impl ProgressDisplay {
         Self { line: ProgressLine::new(verbosity), gauge: ProgressFormatter::default() }
     }
 
-    /// The daemon gives a sign of life every second; it may say how far it is.
+    /// Shows the daemon's sign of life, sent every second, which may contain progress.
     pub(super) fn show(&mut self, now: &Value) {
         let text = self.gauge.text(now);
         self.line.show(&text);
@@ -174,7 +175,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_line_never_reaches_the_last_column() {
+    fn line_never_reaches_the_last_column() {
         assert_eq!(truncate_to_width("1 MiB of 2 MiB", 40), "1 MiB of 2 MiB");
         assert_eq!(truncate_to_width("0123456789", 10), "012345678");
         assert_eq!(truncate_to_width("0123456789", 11), "0123456789");
@@ -182,7 +183,7 @@ mod tests {
     }
 
     #[test]
-    fn a_share_has_rate_and_time_left_once_they_are_known() {
+    fn progress_text_has_rate_and_time_left_once_known() {
         let (mut gauge, start) = (ProgressFormatter::default(), Instant::now());
         let mib = 1 << 20;
         let mut at = |seconds, done| {
@@ -190,7 +191,7 @@ mod tests {
         };
         assert_eq!(at(0, 100), "100 MiB of 1000 MiB, 10 %");
         assert_eq!(at(10, 300), "300 MiB of 1000 MiB, 20 MiB/s, 30 %, 35 s left");
-        // Another piece of work.
+        // Another operation.
         assert_eq!(at(11, 0), "0 bytes of 1000 MiB, 0 %");
         assert_eq!(at(12, 1), "1 MiB of 1000 MiB, 1 MiB/s, 0 %, 16:39 min left");
         assert_eq!(format_seconds(100_000), "27:46 h");

@@ -1,8 +1,7 @@
-//! `cowslip rebase`: an overlay that is not mounted gets to know where its base is now.
+//! `cowslip rebase`: records the new location of the base of an overlay that is not mounted.
 //!
-//! An overlay over another base is garbage, so the new one must be what the overlay remembers of
-//! the old one: its size and a hash of samples. Its inode and its time of last change may be
-//! others, as those of a copy are.
+//! An overlay over another base is garbage, so the new base must match the record of the old one:
+//! the size and a hash of samples. The inode and the modification time may differ, as for a copy.
 
 use std::fs::File;
 use std::io;
@@ -39,7 +38,7 @@ pub(super) struct RebaseArgs {
     trust: TrustArgs,
 }
 
-/// What to do about a base that is another.
+/// Policy for a base that does not match.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum OnMismatch {
     Refuse,
@@ -53,7 +52,7 @@ pub(super) fn run(args: &RebaseArgs) -> anyhow::Result<u8> {
     Ok(EXIT_OK)
 }
 
-/// Points the overlay at `dir` to the base `new`, and says what was done.
+/// Makes `new` the base of the overlay at `dir`, and describes what was done.
 fn rebase(
     dir: &Path,
     new: &Path,
@@ -82,7 +81,7 @@ fn rebase(
     let Some(known) = known else {
         anyhow::bail!("overlay '{shown}' has a base of format {format}: use a newer cowslip");
     };
-    // Its recorded format: with the right bytes there is nothing to ask about that.
+    // Use the recorded format: if the contents match, there is nothing to detect.
     let NewBase { path, identity: now, needs: needed } =
         inspect_base(new, Some(known), part, allow_backing)?;
     let of_needs = || match needs.len() == needed.len() {
@@ -93,14 +92,14 @@ fn rebase(
         false => Some("it needs other files".to_owned()),
     };
     let difference = match is_committing {
-        // Its bytes are neither the old nor the new ones: only the file itself can be told.
+        // The contents are neither old nor new, so only the file itself can be compared.
         true => was.file_difference(&now).map(|what| {
             format!("{what}, and a commit was cut short that cowslip commit '{shown}' finishes")
         }),
         false => was.differences_of_copy(&now).or_else(of_needs),
     };
     if let Some(what) = &difference {
-        // What looks like another format can be told more plainly.
+        // If the file looks like another format, that is the clearer error.
         if known == Format::Raw {
             inspect_base(new, None, part, &[])?;
         }
@@ -126,14 +125,14 @@ fn rebase(
     })
 }
 
-/// A base that is to be the new one.
+/// The candidate for the new base.
 struct NewBase {
     path: PathBuf,
     identity: Identity,
     needs: Vec<FileRecord>,
 }
 
-/// Where `path` leads, and who is there.
+/// Opens the base at `path`, and returns its real path, its identity and its backing files.
 fn inspect_base(
     path: &Path,
     format: Option<Format>,
@@ -173,7 +172,7 @@ mod tests {
     use crate::overlay::record::LayerMap;
     use crate::overlay::stack::{LayerRecord, VERSION};
 
-    /// An overlay `o` over the file `a`, in a directory of its own.
+    /// Creates an overlay `o` over the file `a`, in a temporary directory.
     fn make(format: &str) -> tempfile::TempDir {
         let home = tempfile::tempdir().unwrap();
         let path = home.path().join("a");
@@ -226,7 +225,7 @@ mod tests {
     }
 
     #[test]
-    fn a_copy_becomes_the_base_under_its_true_path() {
+    fn copy_becomes_the_base_under_its_real_path() {
         let home = make("raw");
         let home = home.path();
         fs::write(home.join("copy"), [7; 9000]).unwrap();
@@ -238,7 +237,7 @@ mod tests {
     }
 
     #[test]
-    fn another_base_is_taken_by_force_alone() {
+    fn different_base_is_accepted_only_by_force() {
         let home = make("raw");
         let home = home.path();
         fs::write(home.join("other"), [8; 9000]).unwrap();
@@ -252,7 +251,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_base_is_refused_even_by_force() {
+    fn unusable_base_is_refused_even_by_force() {
         let home = make("raw");
         let home = home.path();
         fs::write(home.join("qcow2"), [b"QFI\xfb\0\0\0\x03".as_slice(), &[0; 8992]].concat())
@@ -268,7 +267,7 @@ mod tests {
     }
 
     #[test]
-    fn an_overlay_that_cannot_be_rebased_says_why() {
+    fn error_says_why_an_overlay_cannot_be_rebased() {
         let home = tempfile::tempdir().unwrap();
         put(home.path(), BaseRecord::Blank { size: 9000 });
         fs::write(home.path().join("a"), [7; 9000]).unwrap();

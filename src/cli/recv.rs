@@ -1,4 +1,4 @@
-//! `cowslip recv`: what `cowslip send` sends, from stdin into a file.
+//! `cowslip recv`: receives the output of `cowslip send` from stdin into a file.
 
 use std::fs::File;
 use std::io::{self, IsTerminal};
@@ -62,7 +62,7 @@ pub(super) fn run(args: &RecvArgs) -> anyhow::Result<u8> {
     if args.onto.is_some() && is_raw {
         return Err(CliError::usage("--onto needs other --frames: plain bytes have no gaps"));
     }
-    // Not `Stdin`, which has a buffer of its own.
+    // Avoid `Stdin`, which has a buffer of its own.
     let input = File::from(stdin.as_fd().try_clone_to_owned().context("cannot use stdin")?);
     let plan = ReceivePlan {
         path: args.file.clone(),

@@ -1,4 +1,4 @@
-//! `cowslip remove`: lets a disk go while its mount goes on.
+//! `cowslip remove`: removes a disk from a mount that stays.
 
 use std::path::PathBuf;
 use std::thread;
@@ -33,7 +33,7 @@ pub(super) fn run(args: &RemoveArgs) -> anyhow::Result<u8> {
     Ok(EXIT_OK)
 }
 
-/// Asks until nobody has the disk any more, for `grace` at most.
+/// Repeats the request until the disk is no longer in use, for at most `grace`.
 fn remove(place: &Endpoint, grace: Duration) -> anyhow::Result<Value> {
     let mount = Endpoint::mount(&place.mountpoint);
     let name = place.disk.as_deref().unwrap_or_default();

@@ -1,4 +1,4 @@
-//! `cowslip send`: a file, a device or a pipe to stdout, as large as its data.
+//! `cowslip send`: sends a file, a device or a pipe to stdout; holes take no space.
 
 use std::fs::File;
 use std::io::{self, IsTerminal};
@@ -18,7 +18,8 @@ use crate::config::parse_size;
 use crate::export;
 use crate::transfer::{Changes, SendPlan, TransferFormat, TransferSource, ZeroDetection, send};
 
-/// 1 MiB: what anybody may make a pipe, so that the two ends wait less for each other.
+/// Size of the pipe in bytes: 1 MiB, the most that any user may set, so that the ends wait less for
+/// each other.
 const PIPE_SIZE: usize = 1 << 20;
 
 #[derive(Debug, Args)]
@@ -45,7 +46,7 @@ pub(super) fn size(text: &str) -> Result<u64, String> {
     parse_size(text).map_err(|error| error.to_string())
 }
 
-/// Reads the value of `--frames`.
+/// Parses the value of `--frames`.
 pub(super) fn frames(text: &str) -> Result<TransferFormat, String> {
     match text {
         "rbd" => Ok(TransferFormat::Rbd),
@@ -72,9 +73,9 @@ pub(super) fn run(args: &SendArgs) -> anyhow::Result<u8> {
              all that it holds",
         ));
     }
-    // Not `Stdout`, which looks for line ends.
+    // Avoid `Stdout`, which scans for line ends.
     let out = File::from(stdout.as_fd().try_clone_to_owned().context("cannot use stdout")?);
-    // What is no pipe cannot be one, and a smaller one works as well.
+    // Ignore errors: stdout may be no pipe, and a smaller pipe works too.
     let _ = rustix::pipe::fcntl_setpipe_size(&out, PIPE_SIZE);
     let (source, changes) = open_source(&args.file, args.since.as_deref(), args.verbosity)?;
     let plan = SendPlan {
@@ -96,7 +97,7 @@ pub(super) fn run(args: &SendArgs) -> anyhow::Result<u8> {
     Ok(EXIT_OK)
 }
 
-/// Opens what is sent: of a mounted disk one moment, if its mount can freeze it.
+/// Opens the source. A mounted disk is frozen at a point in time, if its mount can do that.
 fn open_source(
     file: &Path,
     since: Option<&str>,
@@ -117,7 +118,8 @@ fn open_source(
         Ok::<_, anyhow::Error>(moment.file)
     });
     match frozen {
-        // Without an overlay of blocks, or for somebody who may only read: as any other file.
+        // A disk without a block overlay, or one the user may only read, is sent like any other
+        // file.
         Err(error) if since.is_none() && is_freeze_refused(&error) => {
             Ok((TransferSource::open(file)?, None))
         }
@@ -125,14 +127,14 @@ fn open_source(
     }
 }
 
-/// Where it has changed.
+/// Returns the ranges that changed.
 fn changed_ranges(moment: &PointInTime) -> io::Result<Vec<Range<u64>>> {
     let size = moment.file.metadata()?.len();
     let runs = export::find_runs(&moment.file, Some(&moment.changed), size)?;
     Ok(runs.into_iter().map(|run| run.range).collect())
 }
 
-/// Whether the mount answers, and does not freeze the disk.
+/// Returns whether the mount answered but refused to freeze the disk.
 fn is_freeze_refused(error: &anyhow::Error) -> bool {
     use AskError::{Busy, Denied, NoDisk, ReadOnly, Refused};
     let asked = error.downcast_ref::<AskError>();

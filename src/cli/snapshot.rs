@@ -1,4 +1,4 @@
-//! `cowslip snapshot`, `revert`, `reset` and `clone`: the life of an overlay.
+//! `cowslip snapshot`, `revert`, `reset` and `clone`: the history of an overlay.
 
 use std::path::{Path, PathBuf};
 
@@ -30,7 +30,7 @@ pub(super) struct SnapshotArgs {
     #[arg(long)]
     sync: bool,
     /// With --list: one JSON array
-    // The conflicts are told first: clap drops a requirement that cannot be met.
+    // Conflicts are checked first: clap drops a requirement that cannot be met.
     #[arg(long, requires = "list", conflicts_with_all = ["name", "delete", "sync"])]
     json: bool,
 }
@@ -82,26 +82,26 @@ pub(super) fn snapshot(args: &SnapshotArgs) -> anyhow::Result<u8> {
     ask_and_print(&place, &request)
 }
 
-/// Makes a disk what it was.
+/// Reverts a disk to a snapshot.
 pub(super) fn revert(args: &RevertArgs) -> anyhow::Result<u8> {
     let place = Endpoint::of_disk(&args.file)?;
     ask_and_print(&place, &json!({ "op": "revert", "name": args.name, "force": args.force }))
 }
 
-/// Makes a disk what its base is.
+/// Resets a disk to its base.
 pub(super) fn reset(args: &ResetArgs) -> anyhow::Result<u8> {
     let place = Endpoint::of_disk(&args.file)?;
     ask_and_print(&place, &json!({ "op": "reset", "force": args.force }))
 }
 
-/// Makes a disk that holds what another one holds.
+/// Creates a disk with the current contents of another one.
 pub(super) fn clone(args: &CloneArgs) -> anyhow::Result<u8> {
     let place = Endpoint::of_disk(&args.file)?;
     let name = clone_name(&place.mountpoint, &args.new)?;
     ask_and_print(&place, &json!({ "op": "clone", "name": name }))
 }
 
-/// The name in the mount that `given`, a name or a path, means.
+/// Returns the name in the mount that `given`, a name or a path, denotes.
 fn clone_name(mountpoint: &Path, given: &Path) -> anyhow::Result<String> {
     let elsewhere = || {
         anyhow::anyhow!(
@@ -129,7 +129,7 @@ fn clone_name(mountpoint: &Path, given: &Path) -> anyhow::Result<String> {
     Ok(name.to_owned())
 }
 
-/// Asks, shows how it gets on, and says what was done.
+/// Sends a request, shows progress, and prints the result.
 fn ask_and_print(place: &Endpoint, request: &Value) -> anyhow::Result<u8> {
     let mut progress = ProgressDisplay::new(Verbosity::default());
     let done = place.ask(request, |now| progress.show(now));
@@ -137,7 +137,7 @@ fn ask_and_print(place: &Endpoint, request: &Value) -> anyhow::Result<u8> {
     print_result(place, done.map_err(Into::into))
 }
 
-/// As [`ask_and_print`], for what takes long.
+/// Sends a request like [`ask_and_print`], for an operation that takes long.
 pub(super) fn ask_long(
     place: &Endpoint,
     request: &Value,
@@ -155,7 +155,7 @@ fn print_result(place: &Endpoint, done: anyhow::Result<Value>) -> anyhow::Result
     Ok(EXIT_OK)
 }
 
-/// A disk that is written to is told with its writers.
+/// Adds the openers of the disk to the error for a disk in use.
 fn name_openers(place: &Endpoint, error: anyhow::Error) -> anyhow::Error {
     match error.downcast_ref() {
         Some(AskError::Busy(said)) => {
@@ -165,7 +165,7 @@ fn name_openers(place: &Endpoint, error: anyhow::Error) -> anyhow::Error {
     }
 }
 
-/// The snapshots as a table.
+/// Formats the snapshots as a table.
 pub(super) fn snapshot_table(snapshots: &Value) -> String {
     let size = |value: &Value| value.as_u64().map_or_else(|| "-".to_owned(), format_size);
     let mut table = Table::new([

@@ -1,20 +1,20 @@
-//! Tables for people: columns as wide as what is in them, two spaces between.
+//! Tables for people: columns as wide as their contents, separated by two spaces.
 
 use std::fmt;
 
 use crate::printable;
 
-/// On which side of its column a cell stands.
+/// Alignment of the cells in a column.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Align {
-    /// Words.
+    /// For words.
     Left,
-    /// Numbers.
+    /// For numbers.
     Right,
 }
 
-/// Rows of cells under a line of headings. Displays with a line feed after every line and no
-/// spaces at the end of any.
+/// Rows of cells under a line of headings. Displays with a line feed after every line, and without
+/// trailing spaces.
 #[derive(Clone, Debug)]
 pub(super) struct Table<const COLUMNS: usize> {
     align: [Align; COLUMNS],
@@ -23,7 +23,7 @@ pub(super) struct Table<const COLUMNS: usize> {
 }
 
 impl<const COLUMNS: usize> Table<COLUMNS> {
-    /// An empty table; each column has a heading and a side.
+    /// Creates an empty table; each column has a heading and an alignment.
     pub(super) fn new(columns: [(&str, Align); COLUMNS]) -> Self {
         Self {
             align: columns.map(|(_, align)| align),
@@ -32,13 +32,13 @@ impl<const COLUMNS: usize> Table<COLUMNS> {
         }
     }
 
-    /// The same table, with `indent` before every line.
+    /// Indents every line of the table by `indent`.
     pub(super) fn indented(mut self, indent: &'static str) -> Self {
         self.indent = indent;
         self
     }
 
-    /// Adds a row. Control characters in it are shown escaped: a name may hold any.
+    /// Adds a row. Control characters are escaped, since a name may contain any.
     pub(super) fn add_row(&mut self, cells: [String; COLUMNS]) {
         self.rows.push(cells.map(|cell| printable::line(&cell).into_owned()));
     }
@@ -72,7 +72,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn columns_are_as_wide_as_what_is_in_them() {
+    fn columns_are_as_wide_as_their_contents() {
         let mut table =
             Table::new([("DISK", Align::Left), ("SIZE", Align::Right), ("BASE", Align::Left)]);
         table.add_row(["debian.img".into(), "20 GiB".into(), "/srv/d.img".into()]);
@@ -87,7 +87,7 @@ mod tests {
     }
 
     #[test]
-    fn a_name_cannot_move_the_cursor() {
+    fn control_characters_in_a_cell_are_escaped() {
         let mut table = Table::new([("NAME", Align::Left)]);
         table.add_row(["a\x1b[2Jb\n".into()]);
         assert_eq!(table.to_string(), "NAME\na\\u{1b}[2Jb\\n\n");

@@ -1,9 +1,9 @@
-//! The overlays that a path means, for commands that look at them while they are not mounted.
+//! The overlays that a path denotes, for commands that work on overlays that are not mounted.
 //!
 //! ```text
 //!   vm.cow                an overlay
 //!   STORE                 all disks of a store that have a name
-//!   STORE/names/NAME      one of them
+//!   STORE/names/NAME      one disk of a store
 //!   STORE/disks/UUID      the same
 //! ```
 
@@ -17,28 +17,28 @@ use crate::overlay::persist::OverlayPath;
 /// One overlay.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct OverlayTarget {
-    /// The directory with its `stack`.
+    /// Directory with the overlay's `stack`.
     pub(super) dir: PathBuf,
-    /// Where its layers are, unless inside `dir`.
+    /// Directory of the layers, unless they are inside `dir`.
     pub(super) layers: Option<PathBuf>,
-    /// Its name for people.
+    /// Name of the overlay for people.
     pub(super) display_name: String,
 }
 
 impl OverlayTarget {
-    /// Where it lies.
+    /// Returns the overlay's path for the overlay code.
     pub(super) fn overlay_path(&self) -> OverlayPath<'_> {
         OverlayPath { dir: &self.dir, layers: self.layers.as_deref() }
     }
 }
 
-/// Whether `dir` is a store rather than one overlay.
+/// Returns whether `dir` is a store rather than an overlay.
 pub(super) fn is_store(dir: &Path) -> bool {
     !dir.join("stack").exists() && dir.join("names").is_dir()
 }
 
-/// The overlay at `dir`, or those of the store there that have a name: what has none is swept at
-/// the next mount.
+/// Returns the overlay at `dir`, or all named disks of the store at `dir`. The next mount removes
+/// disks without a name.
 ///
 /// # Errors
 /// A line for the user.
@@ -46,10 +46,10 @@ pub(super) fn overlay_targets(dir: &Path) -> anyhow::Result<Vec<OverlayTarget>> 
     if is_store(dir) { store_targets(dir) } else { Ok(vec![single_target(dir)?]) }
 }
 
-/// The overlay at `dir`.
+/// Returns the overlay at `dir`.
 ///
 /// # Errors
-/// A line for the user: there is something else.
+/// A line for the user when `dir` is something else.
 pub(super) fn single_target(dir: &Path) -> anyhow::Result<OverlayTarget> {
     let has = |name: &str| dir.join(name).exists();
     let shown = dir.display().to_string();
@@ -63,14 +63,14 @@ pub(super) fn single_target(dir: &Path) -> anyhow::Result<OverlayTarget> {
     Ok(OverlayTarget { dir: dir.to_owned(), layers, display_name: shown })
 }
 
-/// The layers of the store that the disk at `dir` is one of.
+/// Returns the layers directory of the store that contains the disk at `dir`.
 fn store_layers(dir: &Path) -> Option<PathBuf> {
     let dir = dir.canonicalize().ok()?;
     let disks = dir.parent().filter(|disks| disks.ends_with("disks"))?;
     Some(disks.parent()?.join("layers")).filter(|layers| layers.is_dir())
 }
 
-/// Whether the overlay at `dir` is a disk of a store, which has its layers there.
+/// Returns whether the overlay at `dir` is a disk of a store, with its layers in the store.
 pub(super) fn is_in_store(dir: &Path) -> bool {
     !dir.join("layers").exists() && store_layers(dir).is_some()
 }
@@ -80,7 +80,7 @@ fn store_targets(dir: &Path) -> anyhow::Result<Vec<OverlayTarget>> {
     let mut found = Vec::new();
     for entry in fs::read_dir(dir.join("names")).with_context(reading)? {
         let entry = entry.with_context(reading)?;
-        // What is not a link to a disk is a name that was being made.
+        // An entry that is no link to a disk is an unfinished name.
         let Ok(link) = fs::read_link(entry.path()) else {
             continue;
         };
@@ -99,7 +99,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_no_directory_is_no_damaged_overlay() {
+    fn file_or_empty_directory_is_no_overlay() {
         let home = tempfile::tempdir().unwrap();
         let line =
             |name: &str| format!("{:#}", single_target(&home.path().join(name)).unwrap_err());

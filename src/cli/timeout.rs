@@ -1,11 +1,11 @@
-//! `--timeout T`: a time for people.
+//! The time in `--timeout T`.
 
 use std::time::Duration;
 
-/// Reads `10`, `10s`, `500ms`, `2m` or `1h`; without a unit it is seconds.
+/// Parses `10`, `10s`, `500ms`, `2m` or `1h`; a number without a unit is in seconds.
 ///
 /// # Errors
-/// A line that says what to write.
+/// A line for the user with valid forms.
 pub(super) fn parse(text: &str) -> Result<Duration, String> {
     let refused = || format!("'{text}' is not a time: write seconds, or 500ms, 10s, 2m, 1h");
     let digits = text.bytes().take_while(u8::is_ascii_digit).count();
@@ -18,13 +18,13 @@ pub(super) fn parse(text: &str) -> Result<Duration, String> {
         "h" => 3_600_000,
         _ => return Err(refused()),
     };
-    // A year and a half is for ever, and still fits into every clock.
+    // A limit of 10,000 hours, over a year, is practically unlimited, and fits into every clock.
     let limit = 10_000 * 3_600_000;
     let total = number.checked_mul(milliseconds).filter(|ms| *ms <= limit);
     total.map(Duration::from_millis).ok_or_else(refused)
 }
 
-/// A time as [`parse`] reads it: `10 s`, `500 ms`.
+/// Formats a time for people: `10 s`, `500 ms`.
 pub(super) fn format_timeout(time: Duration) -> String {
     match time.subsec_millis() {
         0 => format!("{} s", time.as_secs()),
@@ -38,7 +38,7 @@ mod tests {
     use proptest::prelude::*;
 
     #[test]
-    fn a_time_has_a_unit_or_is_in_seconds() {
+    fn time_without_a_unit_is_in_seconds() {
         let seconds = |text: &str| parse(text).unwrap().as_secs_f64();
         assert_eq!(seconds("10"), 10.0);
         assert_eq!(seconds("10s"), 10.0);
@@ -49,7 +49,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_time_is_refused_with_an_example() {
+    fn malformed_time_error_gives_examples() {
         for text in ["", "s", "-1", "1.5", "10 s", "10d", "99999999999h", "+1", "١"] {
             let line = parse(text).unwrap_err();
             assert!(line.contains("write seconds"), "{line}");
@@ -57,14 +57,14 @@ mod tests {
     }
 
     #[test]
-    fn a_time_is_shown_in_its_natural_unit() {
+    fn time_is_formatted_in_seconds_or_milliseconds() {
         assert_eq!(format_timeout(Duration::from_secs(60)), "60 s");
         assert_eq!(format_timeout(Duration::from_millis(500)), "500 ms");
     }
 
     proptest! {
         #[test]
-        fn no_text_panics(text: String) {
+        fn parser_survives_any_text(text: String) {
             let _ = parse(&text);
         }
     }

@@ -198,7 +198,7 @@ mod tests {
         }
 
         #[test]
-        fn splitter_accepts_any_line_without_panic(line: String) {
+        fn splitter_survives_any_line(line: String) {
             let _ = split_command(OsStr::new(&line));
         }
     }

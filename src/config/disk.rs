@@ -600,14 +600,14 @@ mod tests {
         }
 
         #[test]
-        fn parser_accepts_any_bytes_without_panic(bytes: Vec<u8>, exists: bool) {
+        fn parser_survives_any_bytes(bytes: Vec<u8>, exists: bool) {
             if let Err(error) = parse_disk(OsStr::from_bytes(&bytes), Path::new(DIR), &|_| exists) {
                 prop_assert!(!error.to_string().contains('\n'));
             }
         }
 
         #[test]
-        fn parser_accepts_any_disk_like_text_without_panic(
+        fn parser_survives_any_disk_like_text(
             text in "([a-z.]{0,4}=)?(blank:|stream:|nbd://)?[a-z0-9/,=\n]{0,9}\
                      (,(mode|overlay|size|block|perm|lock|x)?=?[a-z0-9,]{0,4}){0,4}",
             exists: bool,

@@ -255,7 +255,7 @@ mod tests {
         }
 
         #[test]
-        fn formatted_size_parses_to_nearly_the_same_number(bytes in 0..=MAX_SIZE, shift in 0_u32..63) {
+        fn formatted_size_parses_back_nearly(bytes in 0..=MAX_SIZE, shift in 0_u32..63) {
             let shown = format_size(bytes >> shift);
             let tight = shown.replace(" bytes", "").replace(" byte", "").replace(' ', "");
             if let Ok(read) = parse_size(&tight) {
@@ -265,7 +265,7 @@ mod tests {
         }
 
         #[test]
-        fn parser_accepts_any_text_without_panic(text in "\\PC*|[0-9.,\\-+KMGTPEiBb]{0,24}|(?s:.{0,9})") {
+        fn parser_survives_any_text(text in "\\PC*|[0-9.,\\-+KMGTPEiBb]{0,24}|(?s:.{0,9})") {
             for error in [parse_size(&text).err(), parse_range(&text).err()].into_iter().flatten() {
                 prop_assert!(!error.to_string().contains('\n'));
             }

@@ -378,7 +378,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn parser_accepts_any_text_without_panic(
+        fn parser_survives_any_text(
             text in "(?s:.{0,60})|((\\[\\[disk\\]\\]|\
                      [a-z]{1,6} = ('[a-z:0-9]{0,6}'|[0-9.tx]{1,4}|\\[1\\])|\
                      (source|name|mode|size|perm|options) = \
