@@ -44,7 +44,7 @@ pub struct CatalogEntry {
     pub slot: u64,
 }
 
-/// How rename(2) treats a disk that already has the new name.
+/// Effect of rename(2) on a disk that already has the new name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RenameMode {
     /// Replace the disk.

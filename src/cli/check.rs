@@ -37,7 +37,7 @@ pub(super) struct CheckArgs {
     trust: TrustArgs,
 }
 
-/// What a check does about its findings.
+/// Reaction of a check to its findings.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum CheckMode {
     /// Report only.

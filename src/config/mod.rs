@@ -51,7 +51,7 @@ pub struct DiskSpec {
     pub name: String,
     /// Source of the disk's data.
     pub source: DiskSource,
-    /// Where writes go.
+    /// Destination of writes.
     pub mode: DiskMode,
     /// Format of the base. `None` means raw, unless the file looks like another format.
     pub format: Option<Format>,
@@ -62,7 +62,7 @@ pub struct DiskSpec {
     /// Directory of the overlay; absolute. `None` means that the changes end with the mount.
     /// Requires [`DiskMode::Cow`], as do the six fields after this one.
     pub overlay: Option<PathBuf>,
-    /// How a new overlay stores changes.
+    /// Storage of the changes in a new overlay.
     pub overlay_kind: OverlayKind,
     /// Block size of the overlay in bytes: a power of two from 512 to 2 MiB.
     pub block: Option<u32>,
@@ -70,9 +70,9 @@ pub struct DiskSpec {
     pub limit: Option<u64>,
     /// Size of the disk in bytes; `None` takes the source's size.
     pub size: Option<u64>,
-    /// How the disk reacts to a truncate.
+    /// Effect of a truncate.
     pub resize: Resize,
-    /// Which unwritten data is copied up into the overlay.
+    /// Data that is copied up into the overlay without being written.
     pub copy_up: CopyUp,
     /// User ID that owns the file.
     pub uid: Option<u32>,
@@ -152,7 +152,7 @@ pub struct CopyUp {
     pub cache: bool,
 }
 
-/// How an overlay stores the changes of its disk.
+/// Storage of the changes in an overlay.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum OverlayKind {
@@ -182,7 +182,7 @@ pub enum DiskSource {
     Stream(Box<StreamSpec>),
 }
 
-/// Where writes to a disk go.
+/// Destination of writes to a disk.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum DiskMode {
     /// Into an overlay; the base is never modified.
@@ -279,7 +279,7 @@ impl FromStr for Format {
     }
 }
 
-/// How a disk reacts to a truncate.
+/// Effect of a truncate on a disk.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Resize {
     /// The disk is resized, as a plain file would be.

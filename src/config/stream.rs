@@ -23,11 +23,11 @@ pub struct StreamSpec {
     /// Maximum number of bytes held beyond the window. `None` means that the key was not given:
     /// nothing is held, and a stream that only measures has no limit.
     pub spill: Option<u64>,
-    /// How spilled data is stored in its file.
+    /// Compression of spilled data in its file.
     pub compress: SpillCompression,
-    /// When an output stream is complete.
+    /// Event that completes an output stream.
     pub finish: FinishWhen,
-    /// Where the output ends.
+    /// End of the output.
     pub pad: Pad,
     /// Format of the output.
     pub frames: StreamFrames,
@@ -141,7 +141,7 @@ pub enum Spool {
     On,
 }
 
-/// How spilled data is stored in its file.
+/// Compression of spilled data in its file.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum SpillCompression {
     /// Uncompressed.
@@ -151,19 +151,19 @@ pub enum SpillCompression {
     Lz4,
 }
 
-/// When an output stream is complete.
+/// Event that completes an output stream.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum FinishWhen {
-    /// On `cowslip finish`.
+    /// The command `cowslip finish`.
     #[default]
     Explicit,
-    /// At unmount.
+    /// Unmount.
     Umount,
-    /// When the last writer has closed the file.
+    /// Close of the file by the last writer.
     Close,
 }
 
-/// Where an output stream ends.
+/// End of an output stream.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Pad {
     /// At the size of the disk.

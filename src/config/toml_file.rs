@@ -20,7 +20,7 @@ pub struct Config {
     pub mountpoint: Option<PathBuf>,
     /// The directory of the store, in which new files are created; absolute.
     pub store: Option<PathBuf>,
-    /// Directories in which backing files named by an image may lie; absolute.
+    /// Directories below which an image may have its backing files; absolute.
     pub allow_backing: Vec<PathBuf>,
     /// Directories that are trusted although another user can write to them; absolute.
     pub trust: Vec<PathBuf>,
@@ -36,7 +36,7 @@ pub struct Config {
     pub disks: Vec<DiskSpec>,
 }
 
-/// How the kernel caches the disks' data.
+/// Caching of the disks' data by the kernel.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum CacheMode {
     /// The mode that suits the disks.

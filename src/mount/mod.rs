@@ -93,15 +93,15 @@ pub struct MountPlan {
     pub disks: Vec<DiskSpec>,
     /// The directory of the store; absolute.
     pub store: Option<PathBuf>,
-    /// Directories in which backing files named by an image may lie; absolute.
+    /// Directories below which an image may have its backing files; absolute.
     pub allow_backing: Vec<PathBuf>,
-    /// How the kernel's page cache is used.
+    /// Use of the kernel's page cache.
     pub cache: CacheMode,
     /// The mount options (`-o`).
     pub options: MountOptions,
     /// The log file (`--log`); absolute.
     pub log: Option<PathBuf>,
-    /// What to do about a base that changed (`--force`).
+    /// Policy for a base that changed (`--force`).
     pub force: OnChangedBase,
     /// Foreground (`-f`) or background.
     pub mode: DaemonMode,

@@ -25,7 +25,7 @@ use rustix::process::{Pid, PidfdFlags};
 
 use super::kernel::{self, MountEntry};
 
-/// How a process holds the mount.
+/// Kind of a process's hold on the mount.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum HoldKind {
     /// An open file or directory.
@@ -50,7 +50,7 @@ pub enum Opener {
         command: String,
         /// The file or directory that the process holds.
         path: PathBuf,
-        /// How the process holds it.
+        /// Kind of the hold.
         hold: HoldKind,
     },
     /// A loop device.
