@@ -1,6 +1,6 @@
-//! Every operation of a mount, one by one, as a program without tools in between meets it.
+//! Every operation of a mount, called directly as a program does, without tools in between.
 
-// Sizes are small here, and a test may panic.
+// Sizes are small, and a test may panic.
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
@@ -26,7 +26,7 @@ use common::written;
 use rustix::fs::{FallocateFlags, SeekFrom};
 use rustix::process::Signal;
 
-/// A temporary disk `d` over a 48 MiB base.
+/// Mounts a temporary disk `d` over a base of 48 MiB.
 fn lab() -> Lab {
     let mut lab = Lab::new();
     lab.base("base.img", 48 * MIB);
@@ -35,7 +35,7 @@ fn lab() -> Lab {
 }
 
 #[test]
-fn attributes_are_set_and_are_there_again_at_the_next_mount() {
+fn attributes_survive_a_remount() {
     let mut lab = Lab::new();
     lab.base("base.img", 8 * MIB);
     let words = "d=base.img,overlay=ov";
@@ -70,7 +70,7 @@ fn times_before_1970_are_kept_to_the_nanosecond() {
     lab.sh("truncate -s 1M rw.img");
     let words = "d=base.img,overlay=ov w=rw.img,mode=rw";
     lab.mount(words);
-    // What stat(2) and utimensat(2) say: seconds may be negative, nanoseconds are not.
+    // stat(2) and utimensat(2): seconds may be negative, nanoseconds may not.
     let times =
         [(-2, 500_000_000), (-1, 750_000_000), (-1, 0), (-86_400, 1), (0, 0), (3, 999_999_999)];
     for name in ["m/d", "m/w"] {
@@ -97,12 +97,12 @@ fn times_before_1970_are_kept_to_the_nanosecond() {
 }
 
 #[test]
-fn the_unit_of_a_disk_is_no_coarser_than_its_holes() {
+fn st_blksize_is_no_coarser_than_the_holes_of_a_disk() {
     let mut lab = Lab::new();
     lab.base("base.img", MIB);
     lab.host("host", "ext4 -b 1024", 16 * MIB);
     lab.sh("cp base.img host/fine.img; truncate -s 8M mbr.img");
-    // One partition, of 1000 sectors from the 63rd on.
+    // One partition of 1000 sectors, starting at sector 63.
     let mut entry = [0; 66];
     (entry[4], entry[8]) = (0x83, 63);
     entry[64..].copy_from_slice(&[0x55, 0xAA]);
@@ -139,7 +139,7 @@ fn attributes_survive_a_killed_daemon() {
 }
 
 #[test]
-fn owner_and_mode_can_be_given() {
+fn disk_keys_set_owner_and_mode() {
     let lab = Lab::new();
     lab.mount("d=blank:1M,uid=7,gid=8,perm=0444");
     let found = fs::metadata(lab.path("m/d")).unwrap();
@@ -148,7 +148,7 @@ fn owner_and_mode_can_be_given() {
 }
 
 #[test]
-fn a_listing_shows_the_disks_and_not_the_control_directory() {
+fn listing_shows_disks_but_not_the_control_directory() {
     let lab = Lab::new();
     lab.mount("b=blank:1M a=blank:2M c.img=blank:3M");
     let mut names: Vec<_> = fs::read_dir(lab.path("m"))
@@ -170,7 +170,7 @@ fn a_listing_shows_the_disks_and_not_the_control_directory() {
 }
 
 #[test]
-fn o_trunc_empties_a_disk_for_good() {
+fn o_trunc_discards_all_data_of_a_disk() {
     let lab = lab();
     let path = lab.path("m/d");
     let file = OpenOptions::new().write(true).truncate(true).open(&path).unwrap();
@@ -185,7 +185,7 @@ fn o_trunc_empties_a_disk_for_good() {
 }
 
 #[test]
-fn o_append_writes_at_the_end() {
+fn o_append_writes_at_the_end_of_the_disk() {
     let lab = lab();
     let mut file = OpenOptions::new().append(true).open(lab.path("m/d")).unwrap();
     file.write_all(b"one").unwrap();
@@ -212,7 +212,8 @@ fn direct_io_works_at_every_offset() {
     lab.end();
 }
 
-/// What `flag` promises must be there after the daemon was killed and the log says so.
+/// Checks that a write to a file opened with `flag` adds the records of a sync to the log before
+/// the write returns.
 fn a_synced_write_is_vouched(flag: i32) {
     let lab = Lab::new();
     lab.mount("d=blank:8M,overlay=ov");
@@ -222,7 +223,7 @@ fn a_synced_write_is_vouched(flag: i32) {
     for block in 0..4 {
         let before = records();
         file.write_all_at(&noise(4096, block), block * 4096).unwrap();
-        // A Set and a Vouch; more when the file's times are noted.
+        // A Set and a Vouch record; more when the file's times are recorded.
         assert!(records() >= before + 2, "no sync in the write");
     }
     drop(file);
@@ -230,17 +231,17 @@ fn a_synced_write_is_vouched(flag: i32) {
 }
 
 #[test]
-fn an_o_dsync_write_is_durable_when_it_returns() {
+fn o_dsync_write_is_durable_when_it_returns() {
     a_synced_write_is_vouched(libc::O_DSYNC);
 }
 
 #[test]
-fn an_o_sync_write_is_durable_when_it_returns() {
+fn o_sync_write_is_durable_when_it_returns() {
     a_synced_write_is_vouched(libc::O_SYNC);
 }
 
 #[test]
-fn reads_end_where_the_disk_ends() {
+fn reads_stop_at_the_end_of_the_disk() {
     let lab = lab();
     for file in [lab.open_ro("m/d"), lab.open("m/d")] {
         let mut buffer = [0; 100];
@@ -252,7 +253,7 @@ fn reads_end_where_the_disk_ends() {
 }
 
 #[test]
-fn a_write_past_the_end_extends_the_disk_with_zeros() {
+fn write_past_the_end_extends_the_disk_with_zeros() {
     let lab = lab();
     let file = lab.open("m/d");
     file.write_all_at(b"far", 50 * MIB + 7).unwrap();
@@ -268,7 +269,7 @@ fn a_write_past_the_end_extends_the_disk_with_zeros() {
 }
 
 #[test]
-fn fsync_and_fdatasync_answer() {
+fn fsync_and_fdatasync_succeed_on_disks_and_directory() {
     let lab = lab();
     let file = lab.open("m/d");
     file.write_all_at(b"x", 5).unwrap();
@@ -280,7 +281,7 @@ fn fsync_and_fdatasync_answer() {
 }
 
 #[test]
-fn lseek_tells_data_from_holes_and_ends_with_enxio() {
+fn lseek_finds_data_and_holes_and_ends_with_enxio() {
     let lab = Lab::new();
     lab.mount("d=blank:1M");
     let file = lab.open("m/d");
@@ -328,7 +329,7 @@ fn fallocate_zeroes_and_punches_at_any_offset() {
 }
 
 #[test]
-fn fallocate_extends_only_without_keep_size() {
+fn fallocate_extends_the_disk_only_without_keep_size() {
     let lab = lab();
     let file = lab.open("m/d");
     let size = || file.metadata().unwrap().len();
@@ -360,7 +361,7 @@ fn fallocate_keeps_the_data_it_covers() {
 }
 
 #[test]
-fn copy_file_range_carries_data_and_holes_between_disks() {
+fn copy_file_range_copies_data_and_holes_between_disks() {
     let mut lab = Lab::new();
     lab.base("base.img", 48 * MIB);
     lab.mount("d=base.img e=base.img");
@@ -375,7 +376,8 @@ fn copy_file_range_carries_data_and_holes_between_disks() {
         model[offset as usize..(offset + len) as usize].copy_from_slice(piece);
     }
     assert!(read(&to, 0, 48 * MIB) == model);
-    // At the end of the source there is nothing more; and past the target's end it grows.
+    // A copy stops at the end of the source, and grows the target when it ends past the target's
+    // end.
     assert_eq!(copy_range(&from, 48 * MIB - 10, &to, 60 * MIB, 100).unwrap(), 10);
     assert_eq!(to.metadata().unwrap().len(), 60 * MIB + 10);
     drop((from, to));
@@ -394,7 +396,7 @@ fn copy_file_range_works_within_a_disk() {
 }
 
 #[test]
-fn statfs_tells_of_the_host() {
+fn statfs_reports_the_host_file_system() {
     let lab = lab();
     let found = rustix::fs::statvfs(lab.path("m/d")).unwrap();
     assert!(
@@ -406,7 +408,7 @@ fn statfs_tells_of_the_host() {
 }
 
 #[test]
-fn writing_moves_mtime_and_ctime() {
+fn writes_update_mtime_and_ctime() {
     let lab = lab();
     let file = lab.open("m/d");
     let times = || {
@@ -431,7 +433,7 @@ fn writing_moves_mtime_and_ctime() {
 }
 
 #[test]
-fn locks_work_without_the_daemon() {
+fn file_locks_are_handled_by_the_kernel() {
     let lab = lab();
     let (one, two) = (lab.open("m/d"), lab.open("m/d"));
     one.lock().unwrap();
@@ -440,7 +442,7 @@ fn locks_work_without_the_daemon() {
     two.try_lock().unwrap();
     // An OFD lock, as qemu takes.
     let lock = |file: &File, kind: i32| {
-        // SAFETY: flock is plain data, and zero is a value of every field.
+        // SAFETY: flock is plain data, and zero is a valid value of every field.
         let mut wanted: libc::flock = unsafe { std::mem::zeroed() };
         (wanted.l_type, wanted.l_start, wanted.l_len) = (kind as i16, 100, 1);
         // SAFETY: F_OFD_SETLK reads one flock, which outlives the call.
@@ -455,10 +457,10 @@ fn locks_work_without_the_daemon() {
 }
 
 #[test]
-fn a_cached_reader_sees_every_direct_write() {
+fn cached_reader_sees_every_write_of_another_handle() {
     let lab = lab();
     let (reader, writer) = (lab.open_ro("m/d"), lab.open("m/d"));
-    // SAFETY: a new read-only mapping of a file that stays open to the end of the test.
+    // SAFETY: a new read-only mapping of a file that stays open until the end of the test.
     let map = unsafe {
         libc::mmap(
             std::ptr::null_mut(),
@@ -478,19 +480,19 @@ fn a_cached_reader_sees_every_direct_write() {
         for (index, byte) in
             bytes.iter().enumerate().filter(|(at, _)| *at + (offset as usize) < 65536)
         {
-            // SAFETY: inside the mapping; volatile, since another handle writes the file.
+            // SAFETY: inside the mapping; volatile, since another handle writes to the file.
             let seen = unsafe { map.cast::<u8>().add(offset as usize + index).read_volatile() };
             assert_eq!(seen, *byte, "mmap, round {round}");
         }
     }
-    // SAFETY: the mapping made above, used by nobody any more.
+    // SAFETY: unmaps the mapping created above, which has no users left.
     assert_eq!(unsafe { libc::munmap(map, 65536) }, 0);
     drop((reader, writer));
     lab.end();
 }
 
 #[test]
-fn a_cached_reader_sees_punches_truncations_and_copies() {
+fn cached_reader_sees_punches_truncations_and_copies() {
     let lab = lab();
     let (reader, writer) = (lab.open_ro("m/d"), lab.open("m/d"));
     let warm = || read(&reader, 0, 64 * KIB);
@@ -509,13 +511,13 @@ fn a_cached_reader_sees_punches_truncations_and_copies() {
 }
 
 #[test]
-fn parallel_seeks_over_dirty_mappings_do_not_wait_for_each_other() {
+fn parallel_seeks_over_a_dirty_mapping_do_not_deadlock() {
     let mut lab = Lab::new();
     lab.base("base.img", 48 * MIB);
     lab.mount("d=base.img,block=64K");
     let file = lab.open("m/d");
     let len = 16 * MIB as usize;
-    // SAFETY: a new mapping of a file that stays open to the end of the test.
+    // SAFETY: a new mapping of a file that stays open until the end of the test.
     let map = unsafe {
         let prot = libc::PROT_READ | libc::PROT_WRITE;
         libc::mmap(
@@ -534,7 +536,8 @@ fn parallel_seeks_over_dirty_mappings_do_not_wait_for_each_other() {
             // SAFETY: inside the mapping.
             unsafe { map.cast::<u8>().add(page).write_volatile(round + 1) };
         }
-        // Every partial first touch has to read below; those reads must not be in the cache.
+        // Every partial first write of a block reads from the base; these reads must not hit the
+        // cache.
         lab.sh("sync base.img; dd if=base.img iflag=nocache count=0 status=none");
         thread::scope(|scope| {
             for _ in 0..24 {
@@ -546,14 +549,14 @@ fn parallel_seeks_over_dirty_mappings_do_not_wait_for_each_other() {
         });
     }
     assert!(start.elapsed() < PATIENCE, "{:?}", start.elapsed());
-    // SAFETY: the mapping made above, used by nobody any more.
+    // SAFETY: unmaps the mapping created above, which has no users left.
     assert_eq!(unsafe { libc::munmap(map, len) }, 0);
     drop(file);
     lab.end();
 }
 
 #[test]
-fn disks_of_odd_sizes_are_exactly_that_long() {
+fn disks_have_the_exact_size_of_an_unaligned_base() {
     let mut lab = Lab::new();
     lab.base("odd.img", MIB + 1234);
     lab.base("tiny.img", 100);
@@ -575,7 +578,7 @@ fn disks_of_odd_sizes_are_exactly_that_long() {
 }
 
 #[test]
-fn a_map_that_is_cleared_and_filled_again_takes_no_more_memory() {
+fn block_map_does_not_grow_when_it_is_cleared_and_filled_again() {
     let lab = Lab::new();
     lab.mount("big=blank:16G");
     let file = lab.open("m/big");
@@ -587,7 +590,7 @@ fn a_map_that_is_cleared_and_filled_again_takes_no_more_memory() {
     };
     let mut found = Vec::new();
     for way in [PUNCH, ZERO_KEEP].repeat(2) {
-        // More places in each chunk of 256 MiB than are kept as a list.
+        // More positions in each chunk of 256 MiB than the map keeps as a list.
         for at in (0..size).step_by(1020 << 10) {
             file.write_all_at(&[1; 4096], at).unwrap();
         }
@@ -601,7 +604,7 @@ fn a_map_that_is_cleared_and_filled_again_takes_no_more_memory() {
 }
 
 #[test]
-fn sixteen_tebibytes_can_be_written_at_their_very_end() {
+fn disk_of_16_tib_can_be_written_up_to_its_last_byte() {
     let lab = Lab::new();
     lab.mount("big=blank:16T,overlay=ov");
     let file = lab.open("m/big");
@@ -627,7 +630,7 @@ fn sixteen_tebibytes_can_be_written_at_their_very_end() {
 }
 
 #[test]
-fn many_disks_share_one_base_and_keep_apart() {
+fn disks_over_one_base_are_independent() {
     let mut lab = Lab::new();
     lab.base("base.img", 4 * MIB);
     let names: Vec<String> = (0..20).map(|index| format!("d{index}")).collect();
@@ -645,7 +648,7 @@ fn many_disks_share_one_base_and_keep_apart() {
 }
 
 #[test]
-fn a_read_only_disk_refuses_every_change() {
+fn read_only_disk_rejects_every_change() {
     let mut lab = Lab::new();
     lab.base("base.img", 4 * MIB);
     lab.mount("d=base.img,mode=ro");
@@ -659,7 +662,7 @@ fn a_read_only_disk_refuses_every_change() {
 }
 
 #[test]
-fn a_read_only_mount_refuses_every_change() {
+fn read_only_mount_rejects_writes() {
     let mut lab = Lab::new();
     lab.base("base.img", 4 * MIB);
     lab.mount("d=base.img -o ro");
@@ -689,7 +692,7 @@ fn mode_rw_writes_to_the_base() {
 }
 
 #[test]
-fn a_block_device_is_a_base() {
+fn block_device_can_be_a_base() {
     let mut lab = Lab::new();
     lab.base("base.img", 4 * MIB);
     let device = lab.loop_device("base.img", "--read-only");
@@ -704,7 +707,7 @@ fn a_block_device_is_a_base() {
 }
 
 #[test]
-fn a_block_device_can_be_written_through() {
+fn mode_rw_writes_to_a_block_device() {
     let lab = Lab::new();
     lab.sh("truncate -s 4M target.img");
     let device = lab.loop_device("target.img", "");
@@ -723,7 +726,7 @@ fn a_block_device_can_be_written_through() {
 }
 
 #[test]
-fn the_limit_of_an_overlay_is_enospc_and_nothing_worse() {
+fn write_past_the_overlay_limit_fails_with_enospc_only() {
     let mut lab = Lab::new();
     lab.base("base.img", 48 * MIB);
     lab.mount("d=base.img,overlay=ov,limit=1M");
@@ -739,7 +742,7 @@ fn the_limit_of_an_overlay_is_enospc_and_nothing_worse() {
     assert!((512 * KIB..=MIB).contains(&written), "{written}");
     assert_eq!(read(&file, 0, 64 * KIB), noise(64 * KIB, 3));
     file.sync_all().unwrap();
-    // Space that is given back can be written again.
+    // Freed space can be used again.
     fallocate(&file, PUNCH, 0..512 * KIB).unwrap();
     file.sync_all().unwrap();
     file.write_all_at(&noise(64 * KIB, 4), 10 * MIB).unwrap();
@@ -749,7 +752,7 @@ fn the_limit_of_an_overlay_is_enospc_and_nothing_worse() {
 }
 
 #[test]
-fn a_full_host_is_enospc_and_work_goes_on_once_there_is_space() {
+fn full_host_gives_enospc_until_space_is_free_again() {
     let lab = Lab::new();
     lab.host("host", "ext4", 64 * MIB);
     lab.mount("d=blank:200M,overlay=host/ov");
@@ -764,7 +767,7 @@ fn a_full_host_is_enospc_and_work_goes_on_once_there_is_space() {
     assert_eq!(error.raw_os_error(), Some(libc::ENOSPC));
     file.sync_all().unwrap();
     assert_eq!(read(&file, written - 256 * KIB, 256 * KIB), noise(256 * KIB, 3));
-    // Whoever goes on trying uses up nothing: not even the log's last place.
+    // Repeated attempts must use up nothing, not even the last space of the log.
     let (mut refused, mut end) = (0, 200 * MIB);
     while refused < 20_000 {
         match file.write_all_at(&noise(4096, 5), end) {
@@ -788,7 +791,7 @@ fn a_full_host_is_enospc_and_work_goes_on_once_there_is_space() {
 }
 
 #[test]
-fn a_disk_that_must_not_resize_refuses_other_sizes() {
+fn resize_off_rejects_other_sizes() {
     let mut lab = Lab::new();
     lab.base("base.img", 4 * MIB);
     lab.mount("d=base.img,resize=off");
@@ -800,7 +803,7 @@ fn a_disk_that_must_not_resize_refuses_other_sizes() {
     file.set_len(4 * MIB).unwrap();
     lab.sh("cmp m/d base.img");
     drop(file);
-    // O_TRUNC empties it and leaves its size.
+    // O_TRUNC discards the data and keeps the size.
     let file = OpenOptions::new().write(true).truncate(true).open(lab.path("m/d")).unwrap();
     assert_eq!(file.metadata().unwrap().len(), 4 * MIB);
     lab.sh("cmp -n 4194304 m/d /dev/zero");
@@ -809,7 +812,7 @@ fn a_disk_that_must_not_resize_refuses_other_sizes() {
 }
 
 #[test]
-fn another_size_can_be_presented() {
+fn size_key_shrinks_or_grows_a_disk() {
     let mut lab = Lab::new();
     lab.base("base.img", 4 * MIB);
     lab.mount("less=base.img,size=1M more=base.img,size=6M");
@@ -823,7 +826,7 @@ fn another_size_can_be_presented() {
     lab.end();
 }
 
-/// The same round of writes and reads under each way to cache.
+/// Checks the same writes and reads in the cache mode `cache`.
 fn a_round_with_cache(cache: &str) {
     let mut lab = Lab::new();
     lab.base("base.img", 16 * MIB);
@@ -845,17 +848,17 @@ fn a_round_with_cache(cache: &str) {
 }
 
 #[test]
-fn without_the_kernels_cache_all_is_the_same() {
+fn cache_none_reads_and_writes_the_same_bytes() {
     a_round_with_cache("none");
 }
 
 #[test]
-fn with_writeback_all_is_the_same() {
+fn cache_writeback_reads_and_writes_the_same_bytes() {
     a_round_with_cache("writeback");
 }
 
 #[test]
-fn with_writeback_seek_sees_what_was_just_written() {
+fn seek_with_cache_writeback_sees_the_latest_write() {
     let lab = Lab::new();
     lab.mount("d=blank:16M --cache writeback");
     let mut file = lab.open("m/d");
@@ -870,7 +873,7 @@ fn with_writeback_seek_sees_what_was_just_written() {
 }
 
 #[test]
-fn the_control_files_answer_while_disks_are_open() {
+fn control_files_can_be_read_while_disks_are_open() {
     let lab = lab();
     let file = lab.open("m/d");
     assert_eq!(lab.disk("d")["openers"], 1);
@@ -887,7 +890,7 @@ fn the_control_files_answer_while_disks_are_open() {
 }
 
 #[test]
-fn cached_readers_in_many_threads_never_see_an_older_write_again() {
+fn cached_readers_never_see_an_older_write_after_a_newer_one() {
     let lab = Lab::new();
     lab.mount("d=blank:8M");
     let stop = AtomicBool::new(false);
@@ -917,8 +920,8 @@ fn cached_readers_in_many_threads_never_see_an_older_write_again() {
     lab.end();
 }
 
-/// A disk `slow` whose base lies in another mount, and a disk `fast` beside it. A base may take
-/// `io_timeout` seconds.
+/// Mounts a disk `slow`, whose base lies in another mount, and a disk `fast`. Reads of a base time
+/// out after `io_timeout` seconds. Returns the lab and the process id of the other mount's daemon.
 fn lab_with_a_slow_base(io_timeout: u32) -> (Lab, u32) {
     let mut lab = Lab::new();
     lab.base("base.img", 48 * MIB);
@@ -931,10 +934,11 @@ fn lab_with_a_slow_base(io_timeout: u32) -> (Lab, u32) {
     (lab, inner)
 }
 
-/// Longer than any test waits: what ends all the same has not waited for the base.
+/// A timeout in seconds that is longer than any test: an operation that finishes anyway has not
+/// waited for the base.
 const FOR_EVER: u32 = 3600;
 
-/// Reads a block past the cache.
+/// Reads 4096 bytes past the page cache.
 fn read_direct(file: &File, offset: u64) -> std::io::Result<Vec<u8>> {
     let mut buffer = Aligned::of(&[0; 4096]);
     file.read_exact_at(buffer.bytes_mut(), offset)?;
@@ -942,7 +946,7 @@ fn read_direct(file: &File, offset: u64) -> std::io::Result<Vec<u8>> {
 }
 
 #[test]
-fn a_base_that_hangs_holds_nobody_but_its_readers() {
+fn hung_base_blocks_only_its_own_readers() {
     let (lab, inner) = lab_with_a_slow_base(FOR_EVER);
     let slow = lab.open("m/slow");
     slow.write_all_at(&[7; 4096], 0).unwrap();
@@ -954,12 +958,12 @@ fn a_base_that_hangs_holds_nobody_but_its_readers() {
             .map(|(index, file)| scope.spawn(move || read_direct(file, MIB + index * 8192)))
             .collect();
         wait_held_up(std::process::id(), libc::SYS_pread64, readers.len());
-        // Meanwhile everybody else is served.
+        // All other requests are served in the meantime.
         lab.sh("cat m/.cowslip/status m/.cowslip/slow/status > status; ls m; ls -l m/fast");
         lab.sh("cmp m/fast base.img");
         lab.open("m/fast").write_all_at(b"on", 5).unwrap();
         assert_eq!(read(&slow, 0, 4096), [7; 4096]);
-        // The same disk, too, however many write at once: whole blocks need no base.
+        // So is the same disk, with many concurrent writers: whole blocks need no base.
         let write_at = |at: u64| slow.write_all_at(&[at as u8; 4096], 16 * MIB + at * 4096);
         let writers: Vec<_> = (0..6)
             .map(|first| scope.spawn(move || (0..200).try_for_each(|n| write_at(first * 200 + n))))
@@ -981,9 +985,9 @@ fn a_base_that_hangs_holds_nobody_but_its_readers() {
 }
 
 #[test]
-fn a_read_of_a_base_that_hangs_fails_after_its_time_and_works_again_later() {
+fn read_of_a_hung_base_times_out_and_works_again_later() {
     let (lab, inner) = lab_with_a_slow_base(2);
-    // More than there are workers.
+    // More readers than the mount has workers.
     let files: Vec<_> = (0..12).map(|_| lab.open_with("m/slow", libc::O_DIRECT)).collect();
     stop(inner);
     thread::scope(|scope| {
@@ -994,7 +998,7 @@ fn a_read_of_a_base_that_hangs_fails_after_its_time_and_works_again_later() {
             })
         });
         for reader in readers.collect::<Vec<_>>() {
-            // That it ends at all is its bound: the base does not go on before.
+            // The read can only end through its timeout: the base continues later.
             let (found, took) = reader.join().unwrap();
             assert_eq!(errno_of(found), libc::EIO);
             assert!(took > Duration::from_millis(1500), "{took:?}");
@@ -1010,10 +1014,10 @@ fn a_read_of_a_base_that_hangs_fails_after_its_time_and_works_again_later() {
 }
 
 #[test]
-fn a_read_that_has_to_wait_is_answered_though_no_thread_can_be_made() {
+fn slow_read_is_answered_even_if_no_thread_can_be_created() {
     let (lab, _) = lab_with_a_slow_base(FOR_EVER);
     let slow = lab.open_with("m/slow", libc::O_DIRECT);
-    // Asked once: who asks for the status has a thread answer.
+    // The pid is requested once, since a thread answers each request for the status.
     let pid = lab.pid();
     let is_in_a_pool = |thread: PathBuf| {
         fs::read_to_string(thread.join("comm")).is_ok_and(|name| name.trim() == "cowslip-io")
@@ -1034,12 +1038,12 @@ fn a_read_that_has_to_wait_is_answered_though_no_thread_can_be_made() {
 }
 
 #[test]
-fn syncs_that_hang_leave_a_worker_for_the_others() {
+fn hung_syncs_leave_a_worker_for_other_requests() {
     let lab = Lab::new();
     lab.mount("a=blank:8M,overlay=a b=blank:8M,overlay=b c=blank:8M,overlay=c d=blank:8M");
     let free = lab.open_with("m/d", libc::O_DIRECT);
     free.write_all_at(Aligned::of(&noise(4096, 1)).bytes(), 0).unwrap();
-    // For ever: until strace lets go.
+    // One hour: the syncs hang until strace detaches.
     let slow = "inject=fdatasync:delay_enter=3600000000".to_owned();
     let strace = Strace::attach_with(&lab, lab.pid(), "fdatasync", &[slow]);
     thread::scope(|scope| {
@@ -1065,7 +1069,7 @@ fn syncs_that_hang_leave_a_worker_for_the_others() {
 }
 
 #[test]
-fn a_small_overwrite_is_written_out_early_when_a_sync_is_to_be_expected() {
+fn small_overwrite_is_written_back_early_if_a_sync_is_expected() {
     let lab = Lab::new();
     lab.mount("d=blank:32M,overlay=ov");
     let file = lab.open("m/d");
@@ -1077,8 +1081,9 @@ fn a_small_overwrite_is_written_out_early_when_a_sync_is_to_be_expected() {
         for turn in 0..turns {
             let before = begun();
             file.write_all_at(&noise(len, turn), at(turn)).unwrap();
-            // For the worker to come to it: a sync that is quicker leaves nothing to be begun with.
-            // Once it has begun early it is to go on so, and is waited for.
+            // Gives the worker time to start the early writeback; a sync that comes first leaves
+            // nothing to start. Once a writeback was early, the following ones must be early too,
+            // and are awaited for longer.
             let patience = Duration::from_millis(if before == 0 { 2 } else { 1000 });
             let start = Instant::now();
             while start.elapsed() < patience && begun() == before {
@@ -1094,12 +1099,12 @@ fn a_small_overwrite_is_written_out_early_when_a_sync_is_to_be_expected() {
     assert_eq!(early(30, &there, 4096, false), 0, "no syncs");
     assert_eq!(early(30, &there, 128 * KIB, true), 0, "large ones");
     assert_eq!(early(30, &|turn| 8 * MIB + turn * 4096, 4096, true), 0, "first touches");
-    // What the journal holds of those is made void by one sync of more.
+    // One larger sync invalidates the journal's records of the first touches.
     assert_eq!(early(1, &there, MIB, true), 0);
     assert_eq!(early(8, &there, 4096, true), 0, "too few");
     let found = early(30, &there, 4096, true);
     assert!((20..=30).contains(&found), "{found}");
-    // Two writes to a sync: one is begun with, and then no more.
+    // With two writes per sync, one early writeback is started and then no more.
     let strace = Strace::attach_with(&lab, lab.pid(), "sync_file_range", &[]);
     for turn in 0..30 {
         file.write_all_at(&noise(4096, turn), 0).unwrap();
@@ -1113,7 +1118,7 @@ fn a_small_overwrite_is_written_out_early_when_a_sync_is_to_be_expected() {
 }
 
 #[test]
-fn fallocate_reserves_what_writes_there_will_take() {
+fn fallocate_reserves_the_space_of_whole_blocks() {
     let lab = Lab::new();
     lab.mount("d=blank:64M,overlay=ov,block=64K");
     let file = lab.open("m/d");
@@ -1125,7 +1130,7 @@ fn fallocate_reserves_what_writes_there_will_take() {
     assert_eq!(reserved() - before, 3 * 64 * KIB);
     file.write_all_at(b"x", 2 * MIB + 9000).unwrap();
     assert_eq!(reserved() - before, 3 * 64 * KIB);
-    // Nothing is data that was not written.
+    // Only written blocks are data.
     let written = 2 * MIB..2 * MIB + 64 * KIB;
     assert_eq!(data_runs(&file), std::slice::from_ref(&written));
     drop(file);
@@ -1133,7 +1138,7 @@ fn fallocate_reserves_what_writes_there_will_take() {
 }
 
 #[test]
-fn a_base_that_is_interrupted_or_would_wait_is_eio_and_nothing_else() {
+fn eintr_and_eagain_of_a_base_become_eio() {
     let mut lab = Lab::new();
     lab.base("base.img", 16 * MIB);
     lab.mount("d=base.img");
@@ -1144,7 +1149,7 @@ fn a_base_that_is_interrupted_or_would_wait_is_eio_and_nothing_else() {
         assert_eq!(seek(&file, SeekFrom::Data(0)), Err(libc::EIO), "{errno}");
         if errno == "EAGAIN" {
             assert_eq!(errno_of(file.read_at(&mut [0; 4096], MIB)), libc::EIO);
-            // Half a block: the rest of it comes from the base.
+            // Half a block: the other half is read from the base.
             assert_eq!(errno_of(file.write_at(&[1; 100], 2 * MIB)), libc::EIO);
         }
         strace.end(&lab, || true);
@@ -1156,7 +1161,7 @@ fn a_base_that_is_interrupted_or_would_wait_is_eio_and_nothing_else() {
 }
 
 #[test]
-fn a_disk_whose_base_hangs_can_be_looked_at_and_opened() {
+fn disk_with_a_hung_base_can_be_stated_opened_and_written() {
     let (lab, inner) = lab_with_a_slow_base(FOR_EVER);
     stop(inner);
     let found = fs::metadata(lab.path("m/slow")).map(|found| found.len());
@@ -1171,13 +1176,13 @@ fn a_disk_whose_base_hangs_can_be_looked_at_and_opened() {
 }
 
 #[test]
-fn a_mount_whose_base_hangs_can_be_unmounted() {
+fn mount_with_a_hung_base_can_be_unmounted() {
     let (lab, inner) = lab_with_a_slow_base(2);
     let slow = lab.open_with("m/slow", libc::O_DIRECT);
     stop(inner);
     assert_eq!(errno_of(read_direct(&slow, MIB)), libc::EIO);
     drop(slow);
-    // The kernel lets no process end that waits for another one's answer, and umount says so.
+    // The kernel lets no process exit while it waits for the reply of another; umount reports this.
     let line = lab.refused(1, "umount --timeout 3 m");
     assert!(line.contains("is unmounted, and its daemon"), "{line}");
     assert_eq!(mounts_below(&lab.path("m")).len(), 0);
@@ -1189,7 +1194,7 @@ fn a_mount_whose_base_hangs_can_be_unmounted() {
 }
 
 #[test]
-fn another_users_files_are_out_of_reach_without_allow_other() {
+fn other_users_have_no_access_without_allow_other() {
     let lab = lab();
     lab.sh("chmod 755 . && ! su nobody -s /bin/sh -c 'ls m' 2>/dev/null");
     lab.umount();
@@ -1199,7 +1204,7 @@ fn another_users_files_are_out_of_reach_without_allow_other() {
 }
 
 #[test]
-fn what_is_executable_in_the_mount_has_no_set_id_bits() {
+fn set_id_bits_are_dropped_in_the_mount() {
     let lab = lab();
     let found = lab.sh("chmod 6755 m/d || true; stat -c %a m/d");
     assert_eq!(found.trim(), "755");
@@ -1210,10 +1215,10 @@ fn what_is_executable_in_the_mount_has_no_set_id_bits() {
 }
 
 #[test]
-fn a_write_that_hangs_on_its_base_holds_no_sync_and_changes_nothing_after_its_eio() {
+fn write_on_a_hung_base_delays_no_sync_and_changes_nothing_after_eio() {
     let (lab, inner) = lab_with_a_slow_base(2);
     let slow = lab.open("m/slow");
-    // Space that a sync is to give back, under the same range lock as the write that will hang.
+    // Space that the next sync frees, under the same range lock as the write that will hang.
     slow.write_all_at(&[7; 8192], 9 * MIB).unwrap();
     slow.sync_all().unwrap();
     fallocate(&slow, PUNCH, 9 * MIB..9 * MIB + 4096).unwrap();
@@ -1222,15 +1227,16 @@ fn a_write_that_hangs_on_its_base_holds_no_sync_and_changes_nothing_after_its_ei
     thread::scope(|scope| {
         let hanging = scope.spawn(|| other.write_all_at(&[1; 100], MIB + 10));
         wait_held_up(std::process::id(), libc::SYS_pwrite64, 1);
-        // The kernel lets a sync begin when the write before it has its answer: after the bound.
-        // The base goes on only later, so neither has waited for it.
+        // The kernel starts a sync only after the reply to the earlier write, which comes with the
+        // timeout. The base continues later, so neither has waited for the base.
         slow.sync_all().unwrap();
         slow.write_all_at(&[2; 4096], 0).unwrap();
         assert_eq!(errno_of(hanging.join().unwrap()), libc::EIO);
     });
     signal(inner, Signal::CONT).unwrap();
     wait_until("the base answers again", || slow.read_exact_at(&mut [0; 4096], MIB).is_ok());
-    // What had hung finds its block locked until then and nobody waiting for it.
+    // The hung write keeps its block locked until the base answers, and then finds that its request
+    // was already answered.
     slow.write_all_at(&[3; 1], MIB).unwrap();
     let mut expected = read(&lab.open_ro("base.img"), MIB, 4096);
     expected[0] = 3;
@@ -1242,7 +1248,7 @@ fn a_write_that_hangs_on_its_base_holds_no_sync_and_changes_nothing_after_its_ei
 }
 
 #[test]
-fn a_daemon_told_to_end_ends_though_a_base_hangs() {
+fn sigterm_ends_a_daemon_whose_base_hangs() {
     let (lab, inner) = lab_with_a_slow_base(2);
     let pid = lab.pid();
     let slow = lab.open("m/slow");
@@ -1257,7 +1263,7 @@ fn a_daemon_told_to_end_ends_though_a_base_hangs() {
     wait_until("the daemon says that it could not do all", || {
         lab.log().contains("not all of it could be made durable")
     });
-    // Its last thread still waits inside the host's kernel; the process ends with it.
+    // The daemon's last thread is still blocked in the kernel; the process exits with that thread.
     signal(inner, Signal::CONT).unwrap();
     wait_until("the daemon ends", || !is_alive(pid));
     assert_eq!(errno_of(hanging.join().unwrap()), libc::EIO);
@@ -1267,7 +1273,7 @@ fn a_daemon_told_to_end_ends_though_a_base_hangs() {
 }
 
 #[test]
-fn st_blocks_is_right_after_keep_too() {
+fn st_blocks_is_correct_before_and_after_keep() {
     let mut lab = Lab::new();
     lab.base("base.img", MIB);
     lab.mount("d=blank:16M");
@@ -1283,7 +1289,7 @@ fn st_blocks_is_right_after_keep_too() {
 }
 
 #[test]
-fn an_overlay_on_a_read_only_file_system_can_be_checked_and_read() {
+fn overlay_on_a_read_only_file_system_can_be_checked_and_read() {
     let mut lab = Lab::new();
     lab.host("host", "ext4", 200 * MIB);
     lab.base("host/base.img", 4 * MIB);
@@ -1293,7 +1299,7 @@ fn an_overlay_on_a_read_only_file_system_can_be_checked_and_read() {
     lab.open("m/d").write_all_at(&noise(9000, 2), 7000).unwrap();
     lab.sh("echo hello > m/f");
     lab.umount();
-    // What a crash left behind can stay.
+    // Files left by a crash may remain.
     lab.sh("mkdir -m 700 host/st/layers/00000000-0000-4000-8000-000000000000");
     lab.mount("k=host/base.img,overlay=host/killed");
     lab.open("m/k").write_all_at(&noise(9000, 3), 5000).unwrap();
@@ -1338,7 +1344,7 @@ fn an_overlay_on_a_read_only_file_system_can_be_checked_and_read() {
 }
 
 #[test]
-fn what_could_not_be_reserved_is_not_reserved_in_part() {
+fn failed_fallocate_reserves_nothing() {
     let lab = Lab::new();
     lab.host("x", "ext4", 600 * MIB);
     lab.mount("big=blank:4G,overlay=x/ov");
@@ -1350,7 +1356,7 @@ fn what_could_not_be_reserved_is_not_reserved_in_part() {
     let file = lab.open("m/big");
     assert_eq!(errno_of(fallocate(&file, FallocateFlags::empty(), 0..3 * GIB)), libc::ENOSPC);
     assert!(free() + 8 * MIB > before, "{} of {before} are left", free());
-    // What is written goes on, and what was reserved before is still there.
+    // Writes still succeed.
     file.write_all_at(&noise(MIB, 1), 0).unwrap();
     assert_eq!(read(&file, 0, MIB), noise(MIB, 1));
     drop(file);
@@ -1359,7 +1365,7 @@ fn what_could_not_be_reserved_is_not_reserved_in_part() {
 }
 
 #[test]
-fn a_limit_bounds_what_is_reserved_too() {
+fn limit_includes_reserved_space() {
     let lab = Lab::new();
     lab.mount("d=blank:1G,overlay=ov,limit=16M");
     let file = lab.open("m/d");

@@ -1,6 +1,6 @@
 //! Overlays over bases in memory, as a [`Target`]: the library without files and without FUSE.
 
-// Sizes are those of small disks in memory, and a test that cannot go on ends.
+// Disks are small and live in memory, and a test may panic.
 #![allow(clippy::cast_possible_truncation, clippy::unwrap_used, clippy::expect_used)]
 
 use std::io;
@@ -20,7 +20,7 @@ use cowslip::overlay::recover::{LogError, Recovered};
 use super::model::{End, Model, Target};
 use super::sim::{SECTOR, SimLayer};
 
-/// A base of bytes, with holes in units of a sector.
+/// A base in memory, with holes in units of a sector.
 #[derive(Debug)]
 pub struct TestBase {
     bytes: Vec<u8>,
@@ -28,7 +28,8 @@ pub struct TestBase {
 }
 
 impl TestBase {
-    /// A base of `size` bytes that repeats `runs`: so many sectors of data, so many of hole.
+    /// Creates a base of `size` bytes that repeats `runs`; each run is a number of data sectors and
+    /// a number of hole sectors.
     #[must_use]
     pub fn new(size: u64, runs: &[(usize, usize)]) -> Self {
         let sectors = size.div_ceil(SECTOR) as usize;
@@ -37,20 +38,20 @@ impl TestBase {
         });
         let is_data: Vec<bool> = kinds.take(sectors).collect();
         let byte = |at: u64| match is_data[(at / SECTOR) as usize] {
-            // Never zero, so that a lost byte shows.
+            // Data is never zero, so that a lost byte is noticed.
             true => (at / SECTOR % 127) as u8 * 2 + 1,
             false => 0,
         };
         Self { bytes: (0..size).map(byte).collect(), is_data }
     }
 
-    /// A base that is all data.
+    /// Creates a base without holes.
     #[must_use]
     pub fn solid(size: u64) -> Self {
         Self::new(size, &[(1, 0)])
     }
 
-    /// A disk of `size` bytes that shows this base.
+    /// Returns the bytes of a disk of `size` bytes over this base, before any write.
     #[must_use]
     pub fn shown(&self, size: u64) -> Vec<u8> {
         let mut bytes = self.bytes.clone();
@@ -113,7 +114,7 @@ impl ReadBelow for TestBase {
     }
 }
 
-/// Reads through `layers`, top to bottom.
+/// Reads through `layers`, ordered from top to bottom.
 pub fn read_through(
     layers: &[&dyn Layer],
     buf: &mut [u8],
@@ -141,7 +142,7 @@ pub fn read_through(
     Ok(())
 }
 
-/// Writes, growing the disk first, as a disk does.
+/// Writes to `overlay`, and grows the disk first where necessary, as a real disk does.
 pub fn write_through(
     overlay: &Overlay,
     base: &dyn ReadBelow,
@@ -159,7 +160,7 @@ pub fn write_through(
     written
 }
 
-/// Which state every block must be in, by the rules alone.
+/// The expected state of every block, derived from the rules alone.
 #[derive(Clone, Debug)]
 pub struct Shape {
     block: u64,
@@ -174,7 +175,7 @@ impl Shape {
         Self { block, size, lower_limit, states }
     }
 
-    /// The rules start again from what an overlay has.
+    /// Starts from the present states of `overlay`.
     fn of(overlay: &Overlay) -> Self {
         let (image, block) = (overlay.clone_map(), overlay.block_size());
         let mut shape = Self::new(block, image.size, image.lower_limit);
@@ -217,7 +218,7 @@ impl Shape {
         }
     }
 
-    /// The runs an overlay must answer with, joined.
+    /// Returns the extents that an overlay must report, with equal neighbours joined.
     fn extents(&self) -> Vec<Extent> {
         let mut all: Vec<Extent> = Vec::new();
         let mut push = |range: Range<u64>, kind| match all.last_mut() {
@@ -245,16 +246,16 @@ impl Shape {
 pub struct SimDisk {
     pub layer: SimLayer,
     pub base: Arc<TestBase>,
-    /// `None` only while it is being opened again.
+    /// Is `None` only during a restart.
     overlay: Option<Overlay>,
-    /// Number of the host's life: its tag.
+    /// Number of the host's boot, used as its boot tag.
     life: u64,
     limit: Option<u64>,
     shape: Shape,
 }
 
 impl SimDisk {
-    /// A new persistent overlay of `size` bytes.
+    /// Creates a disk with a new persistent overlay of `size` bytes.
     #[must_use]
     pub fn persistent(base: &Arc<TestBase>, size: u64, block: u32, limit: Option<u64>) -> Self {
         let layer = SimLayer::new(block);
@@ -265,7 +266,7 @@ impl SimDisk {
         Self::of(layer, base, image, Some(log), limit)
     }
 
-    /// A temporary one.
+    /// Creates a disk with a new temporary overlay of `size` bytes.
     #[must_use]
     pub fn temporary(base: &Arc<TestBase>, size: u64, block: u32, limit: Option<u64>) -> Self {
         let image = LayerMap::new(size, size.min(base.size()));
@@ -285,9 +286,10 @@ impl SimDisk {
         Self { layer, base: Arc::clone(base), overlay: Some(overlay), life: 1, limit, shape }
     }
 
-    /// Has it seen so many small syncs that the next ones go to its journal.
+    /// Makes small syncs until the overlay writes them to its journal.
     pub fn accustom(&mut self) {
-        // Nine, and one before them that gives back the space a recovery has found.
+        // The journal begins after nine small syncs; one more comes first, for the space that a
+        // recovery has freed.
         for turn in 0..10 {
             if !self.layer.home.has_journal() {
                 self.overlay().record_mtime(turn, MtimeOrigin::Written).unwrap();
@@ -302,7 +304,7 @@ impl SimDisk {
         self.overlay.as_ref().unwrap()
     }
 
-    /// The model of it as it is now, all durable.
+    /// Returns a model of the disk's present content, all durable.
     #[must_use]
     pub fn model(&self) -> Model {
         Model::new(self.read_all())
@@ -315,10 +317,10 @@ impl SimDisk {
         bytes
     }
 
-    /// Opens what `layer` holds in the life `life` of a host.
+    /// Opens the overlay in `layer`, with `life` as the number of the host's boot.
     ///
     /// # Errors
-    /// As the overlay's.
+    /// Those of [`Overlay::open`].
     pub fn open(
         layer: SimLayer,
         base: &Arc<TestBase>,
@@ -331,23 +333,23 @@ impl SimDisk {
         Ok((Self { layer, base, overlay: Some(overlay), life, limit, shape }, recovered))
     }
 
-    /// What would be found if the daemon were killed now.
+    /// Opens a copy of the disk as a daemon killed now would leave it.
     ///
     /// # Errors
-    /// As the overlay's.
+    /// Those of [`Overlay::open`].
     pub fn after_kill(&self) -> Result<(Self, Recovered), LogError> {
         Self::open(self.layer.kill(), &self.base, self.life, self.limit)
     }
 
-    /// What would be found if the power went now.
+    /// Opens a copy of the disk as a power cut now may leave it, chosen by `seed`.
     ///
     /// # Errors
-    /// As the overlay's.
+    /// Those of [`Overlay::open`].
     pub fn after_power_cut(&self, seed: u64) -> Result<(Self, Recovered), LogError> {
         Self::open(self.layer.power_cut(seed), &self.base, self.life + 1, self.limit)
     }
 
-    /// The overlay's own extents must be what the rules say, to the block.
+    /// Checks that the overlay's extents equal the expected ones, block by block.
     pub fn check_shape(&self) {
         let overlay = self.overlay();
         let mut found: Vec<Extent> = Vec::new();
@@ -368,7 +370,7 @@ impl SimDisk {
         assert_eq!(overlay.usage().data, data * overlay.block_size());
     }
 
-    /// No block that is not Data takes space once everything was given back.
+    /// Checks that only Data blocks take space, once all freed space was given back.
     pub fn check_given_back(&self) {
         let block = self.shape.block;
         for (at, state) in self.shape.states.iter().enumerate() {
@@ -381,8 +383,8 @@ impl SimDisk {
         }
     }
 
-    /// Every block that `found`, what a power cut left of this, calls Data still has its space
-    /// here: the punch of a freed block waits for the record that freed it.
+    /// Checks that every Data block of `found`, a state of this disk after a power cut, still has
+    /// its space here: a freed block is punched only after the record that freed it is durable.
     pub fn check_not_punched(&self, found: &Self) {
         let block = self.shape.block;
         for (at, state) in found.shape.states.iter().enumerate() {
@@ -427,14 +429,14 @@ impl SimDisk {
         let shape = self.shape.clone();
         *self = disk;
         if !matches!(end, End::PowerCut(_)) {
-            // The rules go on where they were: nothing may have changed.
+            // The expected states stay, since nothing may have changed.
             self.shape = shape;
         }
         Ok(())
     }
 }
 
-/// Two such disks, as a target.
+/// Two disks as a [`Target`].
 pub struct SimDisks(pub [SimDisk; 2]);
 
 impl Target for SimDisks {

@@ -1,6 +1,6 @@
-//! What several test programs share.
+//! Helpers shared by the test programs.
 
-// Every test program compiles all of this as a module of its own and uses its part.
+// Every test program compiles this module as its own and uses only a part of it.
 #![allow(dead_code, unreachable_pub)]
 
 pub mod library;
@@ -13,7 +13,8 @@ pub mod strace;
 
 use cowslip::overlay::record::RECORD_LEN;
 
-/// How many bytes of a layer's log (`log`, the file) are records: space for more lies behind them.
+/// Returns the number of bytes of `log` (the content of a layer's log file) that are records;
+/// preallocated space follows them.
 pub fn written(log: &[u8]) -> usize {
     let is_record = |place: &&[u8]| place.iter().any(|byte| *byte != 0);
     log.chunks(RECORD_LEN).rev().skip_while(|place| !is_record(place)).map(<[u8]>::len).sum()

@@ -1,10 +1,11 @@
-//! One set of operations and one model of a disk, for the library and for a real mount.
+//! The operations and the reference model of a disk, shared by the tests of the library and of real
+//! mounts.
 //!
-//! The model is a `Vec<u8>`; beside it, for every 512-byte sector, the values it had since the
-//! last sync: after a power cut each sector is one of them, independently, and the size is one of
-//! the sizes since.
+//! The model of a disk is a `Vec<u8>`. For every 512-byte sector the model also records all values
+//! since the last sync: after a power cut each sector holds one of these values, independently of
+//! the others, and the size is one of the sizes since then.
 
-// Sizes are those of small disks in memory, and a test that cannot go on ends.
+// Disks are small and live in memory, and a test may panic.
 #![allow(clippy::cast_possible_truncation, clippy::unwrap_used, clippy::expect_used)]
 
 use std::io;
@@ -17,42 +18,42 @@ use super::sim::SECTOR;
 
 const LEN: usize = 512;
 
-/// Something that has disks and can do to them what a client of the mount can.
+/// A pair of disks with the operations that a client of the mount has.
 ///
-/// `disk` is 0 or 1. Ranges and offsets are bytes; ranges lie inside the size, but a write and a
-/// copy may end past it and then grow the disk.
+/// `disk` is 0 or 1. Ranges and offsets are in bytes; ranges lie inside the size, but a write or a
+/// copy may end past the size and then grows the disk.
 pub trait Target {
     fn size(&mut self, disk: usize) -> io::Result<u64>;
     /// Fills all of `buf`, which lies inside the size.
     fn read_at(&mut self, disk: usize, buf: &mut [u8], offset: u64) -> io::Result<()>;
     fn write_at(&mut self, disk: usize, buf: &[u8], offset: u64) -> io::Result<()>;
-    /// `FALLOC_FL_ZERO_RANGE`.
+    /// Zeroes `range` as `FALLOC_FL_ZERO_RANGE` does.
     fn zero(&mut self, disk: usize, range: Range<u64>) -> io::Result<()>;
-    /// `FALLOC_FL_PUNCH_HOLE`.
+    /// Zeroes `range` as `FALLOC_FL_PUNCH_HOLE` does.
     fn punch(&mut self, disk: usize, range: Range<u64>) -> io::Result<()>;
     fn truncate(&mut self, disk: usize, size: u64) -> io::Result<()>;
     fn allocate(&mut self, disk: usize, range: Range<u64>) -> io::Result<()>;
-    /// copy_file_range: all of `from`, which does not overlap its target.
+    /// Copies all of `from` as copy_file_range does; source and target do not overlap.
     fn copy(&mut self, from: (usize, Range<u64>), to: (usize, u64)) -> io::Result<()>;
     fn sync(&mut self, disk: usize) -> io::Result<()>;
-    /// The Data and Hole runs of the whole disk.
+    /// Returns the Data and Hole extents of the whole disk.
     fn extents(&mut self, disk: usize) -> io::Result<Vec<Extent>>;
-    /// Ends it in the way that `end` says and opens it again.
+    /// Ends both disks as `end` says and opens them again.
     fn restart(&mut self, end: End) -> io::Result<()>;
 }
 
-/// How a disk is left before it is opened again.
+/// The way a disk ends before it is opened again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum End {
-    /// Closed in good order.
+    /// The disk is closed.
     Clean,
     /// The daemon is killed.
     Kill,
-    /// The host loses power; what is left of it follows from the seed.
+    /// The host loses power; the seed selects the surviving state.
     PowerCut(u64),
 }
 
-/// What is done to a disk. Positions are taken modulo what the disk allows, see [`Op::fit`].
+/// An operation on the disks. Positions are clamped to the disk's limits by [`Op::fit`].
 #[derive(Clone, Debug)]
 pub enum Op {
     Read { disk: usize, range: Range<u64> },
@@ -66,20 +67,21 @@ pub enum Op {
     Restart { end: End },
 }
 
-/// What the operations of a run may be.
+/// Limits and choices for generated operations.
 #[derive(Clone, Copy, Debug)]
 pub struct Menu {
-    /// The block size in bytes: offsets prefer its borders.
+    /// Block size in bytes; generated offsets prefer block boundaries.
     pub block: u64,
-    /// The largest size in bytes.
+    /// Maximum size in bytes.
     pub most: u64,
-    /// Whether the size may change.
+    /// Whether operations may change the size.
     pub resize: bool,
-    /// Whether kills and power cuts are among them.
+    /// Whether kills and power cuts are generated.
     pub crash: bool,
 }
 
-/// A position up to `most`: at a block border, near one, near the end (`u64::MAX - n`), anywhere.
+/// Generates a position up to `most`: at a block boundary, near one, near the end of the disk
+/// (`u64::MAX - n`), or anywhere.
 fn position(menu: Menu) -> BoxedStrategy<u64> {
     let block = menu.block;
     let borders = 0..=menu.most / block;
@@ -104,7 +106,7 @@ fn length(menu: Menu) -> BoxedStrategy<u64> {
     .boxed()
 }
 
-/// Any operation of `menu`.
+/// Generates any operation that `menu` allows.
 pub fn op(menu: Menu) -> BoxedStrategy<Op> {
     let disk = || 0usize..2;
     let range = || (position(menu), length(menu)).prop_map(|(at, len)| at..at.saturating_add(len));
@@ -118,7 +120,7 @@ pub fn op(menu: Menu) -> BoxedStrategy<Op> {
         .prop_map(|(disk, offset, len, fill)| Op::Write { disk, offset, len, fill });
     let copy = (disk(), range(), disk(), position(menu))
         .prop_map(|(from, range, to, offset)| Op::Copy { from, range, to, offset });
-    // A menu without resizing still needs a weight above zero somewhere: others have it.
+    // Without resizing these cases become syncs, since a weight must be above zero.
     let resize = (disk(), position(menu), any::<bool>()).prop_map(move |(disk, size, same)| {
         if menu.resize && !same { Op::Truncate { disk, size } } else { Op::Sync { disk } }
     });
@@ -136,7 +138,7 @@ pub fn op(menu: Menu) -> BoxedStrategy<Op> {
     .boxed()
 }
 
-/// `range` as it fits into `size`; a start near `u64::MAX` counts back from the end.
+/// Clamps `range` to `size`; a start near `u64::MAX` counts back from the end.
 fn fit(range: &Range<u64>, size: u64) -> Range<u64> {
     let len = range.end.saturating_sub(range.start).max(1);
     let start = fit_offset(range.start, size);
@@ -149,7 +151,8 @@ fn fit_offset(offset: u64, size: u64) -> u64 {
 }
 
 impl Op {
-    /// The operation with its positions inside the disks `models` and the limits of `menu`.
+    /// Returns the operation with its positions clamped to the sizes of `models` and the limits of
+    /// `menu`.
     #[must_use]
     pub fn fit(&self, models: &[Model; 2], menu: Menu) -> Self {
         let size = |disk: usize| models[disk].size();
@@ -179,7 +182,7 @@ impl Op {
                 let room = (most(to) - offset).min(range.end - range.start);
                 range.end = range.start + room;
                 if from == to && offset < range.end && range.start < offset + room {
-                    range.end = range.start; // Overlapping: not defined, so nothing.
+                    range.end = range.start; // Overlapping: undefined, so nothing.
                 }
                 Self::Copy { from, range, to, offset }
             }
@@ -188,24 +191,24 @@ impl Op {
     }
 }
 
-/// The bytes a write of `fill` puts from `offset` on: different at every place.
+/// Returns the bytes of a write of `fill` at `offset`; neighbouring bytes differ.
 #[must_use]
 pub fn pattern(offset: u64, len: u64, fill: u8) -> Vec<u8> {
     (offset..offset + len).map(|at| fill ^ (at % 251) as u8 | 1).collect()
 }
 
-/// A disk as it must be.
+/// The expected state of one disk.
 #[derive(Clone, Debug)]
 pub struct Model {
-    /// What reads see.
+    /// The bytes that a read returns.
     pub bytes: Vec<u8>,
-    /// By sector: the values since the last sync.
+    /// For every sector, its values since the last sync.
     versions: Vec<Vec<[u8; LEN]>>,
     sizes: Vec<u64>,
 }
 
 impl Model {
-    /// A disk that holds `bytes`, all of it durable.
+    /// Creates the model of a disk that holds `bytes`, all durable.
     #[must_use]
     pub fn new(bytes: Vec<u8>) -> Self {
         let mut model = Self { bytes, versions: Vec::new(), sizes: Vec::new() };
@@ -226,7 +229,7 @@ impl Model {
         value
     }
 
-    /// What is there now is durable.
+    /// Marks the present content and size as durable.
     pub fn synced(&mut self) {
         let sectors = self.bytes.len().div_ceil(LEN);
         self.versions = (0..sectors).map(|at| vec![Self::sector(&self.bytes, at)]).collect();
@@ -268,7 +271,8 @@ impl Model {
         }
     }
 
-    /// Whether `found` is a disk that a power cut may leave; else what is wrong with it.
+    /// Checks that `found` is a possible state after a power cut; the error names the first
+    /// difference.
     pub fn check_legal(&self, found: &[u8]) -> Result<(), String> {
         if !self.sizes.contains(&(found.len() as u64)) {
             return Err(format!("size {} is none of {:?}", found.len(), self.sizes));
@@ -288,7 +292,7 @@ impl Model {
         Ok(())
     }
 
-    /// Whether `found` is exactly this.
+    /// Checks that `found` equals the model exactly.
     pub fn check_same(&self, found: &[u8]) -> Result<(), String> {
         if self.bytes.len() != found.len() {
             return Err(format!("size {} instead of {}", found.len(), self.bytes.len()));
@@ -299,7 +303,7 @@ impl Model {
         }
     }
 
-    /// Whether Data and Hole runs cover the disk in order and no hole hides data.
+    /// Checks that `extents` cover the disk in order and that no hole contains data.
     pub fn check_extents(&self, extents: &[Extent]) -> Result<(), String> {
         let mut at = 0;
         for extent in extents {
@@ -316,7 +320,7 @@ impl Model {
     }
 }
 
-/// Does to the models what `op` (fitted) does to the disks. A restart is the caller's.
+/// Applies `op` (fitted) to the models. Restarts are handled by the caller.
 pub fn apply(models: &mut [Model; 2], op: &Op) {
     match op {
         Op::Write { disk, offset, len, fill } if *len > 0 => {
@@ -332,7 +336,7 @@ pub fn apply(models: &mut [Model; 2], op: &Op) {
     }
 }
 
-/// Does `op` (fitted) to the disks. What a read saw is compared with `models`.
+/// Applies `op` (fitted) to the disks. Bytes that a read returns are compared with `models`.
 pub fn perform(target: &mut dyn Target, op: &Op, models: &[Model; 2]) -> io::Result<()> {
     match op.clone() {
         Op::Read { disk, range } => {
@@ -357,16 +361,15 @@ pub fn perform(target: &mut dyn Target, op: &Op, models: &[Model; 2]) -> io::Res
     }
 }
 
-/// All bytes of a disk.
+/// Reads all bytes of a disk.
 pub fn read_all(target: &mut dyn Target, disk: usize) -> Vec<u8> {
     let mut bytes = vec![0xEE; target.size(disk).unwrap() as usize];
     target.read_at(disk, &mut bytes, 0).unwrap();
     bytes
 }
 
-/// Runs `ops` against disks that start as `models` say and compares after every step that could
-/// show a difference, and at the end. `look` is called after each step for what else is to be
-/// checked.
+/// Runs `ops` on disks that start as `models`, compares after every restart and read, and compares
+/// all bytes at the end. `look` is called after each step for further checks.
 pub fn run(
     target: &mut dyn Target,
     models: &mut [Model; 2],
@@ -390,8 +393,8 @@ pub fn run(
     }
 }
 
-/// After a restart: what is there must be what was, or after a power cut something legal, which
-/// the models then take over.
+/// Compares the disks after a restart: the content must be unchanged, or after a power cut be a
+/// legal state, which the models then adopt.
 fn settle(target: &mut dyn Target, models: &mut [Model; 2], end: End, step: usize) {
     for (disk, model) in models.iter_mut().enumerate() {
         let found = read_all(target, disk);

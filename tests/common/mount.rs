@@ -1,18 +1,19 @@
-//! A laboratory for tests on real mounts: one temporary directory, and everything a test sets up
-//! in it goes again with it, also when the test panics.
+//! A test environment for real mounts. Each [`Lab`] is one temporary directory; everything that a
+//! test sets up in the directory is removed with the lab, even when the test panics.
 //!
 //! ```text
-//!   /var/tmp/cowslip-test-XXXXXX/     the directory every command starts in
+//!   /var/tmp/cowslip-test-XXXXXX/     working directory of every command
 //!     m/                              the mountpoint
-//!     base.img ...                    what the test makes
+//!     base.img ...                    files that the test creates
 //! ```
 //!
-//! The real `cowslip` program is driven, as a user does; `$COWSLIP` names it in shell lines.
-//! Tests need root, `/dev/fuse` and loop devices, and say so when those are missing.
+//! Tests run the real `cowslip` program, as a user does; shell lines refer to the program as
+//! `$COWSLIP`. The tests need root, `/dev/fuse` and loop devices, and fail with a message when one
+//! of these is missing.
 
-// Every test program compiles all of this and uses its part.
+// Every test program compiles this whole module but uses only a part of it.
 #![allow(dead_code, unreachable_pub)]
-// Sizes are small here, and a test may panic.
+// Sizes are small, and a test may panic.
 #![allow(clippy::unwrap_used, clippy::cast_possible_truncation)]
 
 use std::fs::{self, File, OpenOptions};
@@ -30,15 +31,16 @@ use rustix::mount::{UnmountFlags, unmount};
 use rustix::process::{Pid, Signal};
 use serde_json::Value;
 
-/// The program under test.
+/// Path of the program under test.
 pub const COWSLIP: &str = env!("CARGO_BIN_EXE_cowslip");
-/// Where the laboratories are: on a real file system, which `/tmp` need not be.
+/// Parent directory of all labs. `/tmp` may be a tmpfs; the tests need a real file system.
 const ROOM: &str = "/var/tmp";
-/// Longer than anything here takes; a command that hangs is a failure and not a stuck test.
+/// Maximum duration of any single wait. Every command finishes sooner, so that a hang fails the
+/// test instead of blocking the run.
 pub const PATIENCE: Duration = Duration::from_secs(60);
-/// The variable that tells whose process it is.
+/// Environment variable that records which lab started a process.
 const MARK: &str = "COWSLIP_TEST_LAB";
-/// How often something that is waited for is looked at.
+/// Interval between two checks of an awaited condition.
 const LOOK: Duration = Duration::from_millis(5);
 
 pub const KIB: u64 = 1 << 10;
@@ -46,20 +48,20 @@ pub const MIB: u64 = 1 << 20;
 pub const GIB: u64 = 1 << 30;
 pub const TIB: u64 = 1 << 40;
 
-/// A laboratory.
+/// A temporary directory for one test, with its mounts, loop devices and processes.
 pub struct Lab {
-    /// `None` only while it is dropped.
+    /// Is `None` only during `drop`.
     dir: Option<tempfile::TempDir>,
     bases: Vec<(PathBuf, u32)>,
 }
 
-/// A child that does not outlive its test.
+/// A child process that is killed when its test ends.
 pub struct Running(pub Child);
 
 impl Drop for Running {
     fn drop(&mut self) {
-        // It may have ended already, and then there is nothing to do. What hangs in the kernel
-        // ends when its daemon does: it is not waited for.
+        // The child may have exited already, which is fine. A child that hangs in the kernel exits
+        // only with its daemon, so nothing waits for the child here.
         let _ = self.0.kill();
         let _ = self.0.try_wait();
     }
@@ -71,7 +73,7 @@ impl Running {
     }
 }
 
-/// Ends threads that look at it, also when their test panics.
+/// Sets a stop flag on drop, so that threads which poll the flag end even when their test panics.
 pub struct Ends<'a>(pub &'a AtomicBool);
 
 impl Drop for Ends<'_> {
@@ -80,7 +82,7 @@ impl Drop for Ends<'_> {
     }
 }
 
-/// Waits until `is_so`, and panics with `what` when it never comes to be.
+/// Waits until `is_so` returns true. Panics with `what` after [`PATIENCE`].
 #[track_caller]
 pub fn wait_until(what: &str, mut is_so: impl FnMut() -> bool) {
     let deadline = Instant::now() + PATIENCE;
@@ -96,15 +98,15 @@ pub fn signal(pid: u32, signal: Signal) -> io::Result<()> {
     Ok(rustix::process::kill_process(pid, signal)?)
 }
 
-/// Stops the process `pid`: when this returns, none of its threads does anything any more. (A
-/// SIGSTOP that was sent is not yet obeyed.)
+/// Stops the process `pid` and waits until all its threads are stopped. (The kernel delivers
+/// SIGSTOP asynchronously.)
 #[track_caller]
 pub fn stop(pid: u32) {
     signal(pid, Signal::STOP).unwrap();
     wait_until("the process stops", || is_stopped(pid));
 }
 
-/// Whether all threads of a process are stopped.
+/// Whether all threads of the process `pid` are stopped.
 pub fn is_stopped(pid: u32) -> bool {
     threads_of(pid).iter().all(|thread| {
         let stat = fs::read_to_string(thread.join("stat")).unwrap_or_default();
@@ -113,7 +115,7 @@ pub fn is_stopped(pid: u32) -> bool {
     })
 }
 
-/// Waits until `count` threads of the process `pid` are held up in the system call `call`.
+/// Waits until `count` threads of the process `pid` block in the system call number `call`.
 #[track_caller]
 pub fn wait_held_up(pid: u32, call: libc::c_long, count: usize) {
     let held_up = || -> Vec<PathBuf> {
@@ -125,20 +127,21 @@ pub fn wait_held_up(pid: u32, call: libc::c_long, count: usize) {
     };
     wait_until("threads are held up", || {
         let first = held_up();
-        // Who is only passing through is gone by then, as a rule.
+        // A thread that only passes through the call has usually left it by then.
         thread::sleep(Duration::from_millis(50));
         let again = held_up();
         first.iter().filter(|thread| again.contains(thread)).count() >= count
     });
 }
 
-/// The directories of its threads in `/proc`; any of them may be gone when it is looked at.
+/// Returns the `/proc` directories of the threads of `pid`. Any of these threads may exit before
+/// the caller reads its directory.
 pub fn threads_of(pid: u32) -> Vec<PathBuf> {
     let threads = fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten();
     threads.flatten().map(|thread| thread.path()).collect()
 }
 
-/// Bytes that differ everywhere and that no other `seed` gives.
+/// Returns `len` pseudo-random bytes, different for every `seed`.
 pub fn noise(len: u64, seed: u64) -> Vec<u8> {
     let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
     let mut bytes = Vec::with_capacity(len as usize + 8);
@@ -168,12 +171,12 @@ impl Lab {
         self.dir.as_ref().unwrap().path()
     }
 
-    /// A path inside; an absolute one stays what it is.
+    /// Returns the path of `name` inside the lab. An absolute `name` is returned unchanged.
     pub fn path(&self, name: &str) -> PathBuf {
         self.dir().join(name)
     }
 
-    /// A file to read and write.
+    /// Opens a file for reading and writing.
     pub fn open(&self, name: &str) -> File {
         OpenOptions::new().read(true).write(true).open(self.path(name)).unwrap()
     }
@@ -189,8 +192,8 @@ impl Lab {
         options.open(self.path(name)).unwrap()
     }
 
-    /// A base of `size` bytes with data at its beginning, in its middle and at its very end, and
-    /// holes between. [`end`](Self::end) checks that nobody has written to it.
+    /// Creates a base of `size` bytes with data at the start, in the middle and at the very end,
+    /// and holes between. [`end`](Self::end) checks that the base was not modified.
     pub fn base(&mut self, name: &str, size: u64) {
         let file = File::create(self.path(name)).unwrap();
         file.set_len(size).unwrap();
@@ -202,19 +205,19 @@ impl Lab {
         self.watch(name);
     }
 
-    /// Has [`end`](Self::end) check that `name` is still what it is now.
+    /// Makes [`end`](Self::end) check that the file `name` still has its present content.
     pub fn watch(&mut self, name: &str) {
         let path = self.path(name);
         let crc = checksum(&path);
         self.bases.push((path, crc));
     }
 
-    /// Runs a command that starts in the laboratory.
+    /// Runs a command in the lab's directory.
     #[track_caller]
     pub fn output(&self, program: &str, args: &[&str]) -> Output {
         let mut command = self.command(program);
         command.args(args);
-        // To files, not pipes: what hangs in the kernel would keep a pipe open for ever.
+        // Files instead of pipes: a child that hangs in the kernel would keep a pipe open for ever.
         let (mut out, mut err) = (tempfile::tempfile().unwrap(), tempfile::tempfile().unwrap());
         command.stdout(out.try_clone().unwrap()).stderr(err.try_clone().unwrap());
         let mut child = Running(command.spawn().unwrap());
@@ -234,7 +237,7 @@ impl Lab {
         Output { status: status.unwrap(), stdout: collect(&mut out), stderr: collect(&mut err) }
     }
 
-    /// A command that starts in the laboratory and can be told from other tests' by its
+    /// Prepares a command that runs in the lab's directory and carries the lab's mark in its
     /// environment.
     pub fn command(&self, program: &str) -> Command {
         let mut command = Command::new(program);
@@ -243,7 +246,7 @@ impl Lab {
         command
     }
 
-    /// Runs lines of shell, which must succeed, and gives their stdout.
+    /// Runs shell lines, which must succeed, and returns their stdout.
     #[track_caller]
     pub fn sh(&self, lines: &str) -> String {
         let output = self.output("sh", &["-euc", lines]);
@@ -251,13 +254,13 @@ impl Lab {
         String::from_utf8_lossy(&output.stdout).into_owned()
     }
 
-    /// Runs `cowslip` with words that hold no spaces.
+    /// Runs `cowslip WORDS`; no word may contain a space.
     pub fn cowslip(&self, words: &str) -> Output {
         let words: Vec<&str> = words.split_whitespace().collect();
         self.output(COWSLIP, &words)
     }
 
-    /// Runs `cowslip`, which must succeed, and gives its stdout.
+    /// Runs `cowslip WORDS`, which must succeed, and returns its stdout.
     #[track_caller]
     pub fn ok(&self, words: &str) -> String {
         let output = self.cowslip(words);
@@ -265,35 +268,36 @@ impl Lab {
         String::from_utf8_lossy(&output.stdout).into_owned()
     }
 
-    /// Runs `cowslip`, which must fail with `code` and one line on stderr, and gives that line.
+    /// Runs `cowslip WORDS`, which must fail with `code` and a single line on stderr, and returns
+    /// this line.
     #[track_caller]
     pub fn refused(&self, code: i32, words: &str) -> String {
         one_line(code, &self.cowslip(words), words)
     }
 
-    /// `cowslip mount m WORDS`, and what it said.
+    /// Runs `cowslip mount m WORDS` and returns its stdout.
     #[track_caller]
     pub fn mount(&self, words: &str) -> String {
         self.ok(&format!("mount m {words} --log log.txt"))
     }
 
-    /// `cowslip umount m`, and what it said.
+    /// Runs `cowslip umount m` and returns its stdout.
     #[track_caller]
     pub fn umount(&self) -> String {
         self.ok("umount m")
     }
 
-    /// The status of the mount at `m`.
+    /// Returns the status of the mount at `m` as JSON.
     #[track_caller]
     pub fn status(&self) -> Value {
         let output = self.cowslip("status m --json");
-        // 3 says that a disk has failed: that is an answer, too.
+        // Exit code 3 reports a failed disk; the status is still printed.
         assert!(matches!(output.status.code(), Some(0 | 3)), "{}", show(&output));
         let all: Value = serde_json::from_slice(&output.stdout).unwrap();
         all["mounts"][0].clone()
     }
 
-    /// The status of one disk of the mount at `m`.
+    /// Returns the status of the disk `name` of the mount at `m` as JSON.
     #[track_caller]
     pub fn disk(&self, name: &str) -> Value {
         let status = self.status();
@@ -302,13 +306,13 @@ impl Lab {
         found.unwrap_or_else(|| panic!("no disk {name} in {status}")).clone()
     }
 
-    /// The process that serves `m`.
+    /// Returns the process id of the daemon that serves `m`.
     #[track_caller]
     pub fn pid(&self) -> u32 {
         self.status()["pid"].as_u64().unwrap() as u32
     }
 
-    /// Kills the daemon of `m` with -9 and waits for its end.
+    /// Kills the daemon of `m` with SIGKILL and waits until the daemon has exited.
     #[track_caller]
     pub fn kill(&self) {
         let pid = self.pid();
@@ -316,17 +320,17 @@ impl Lab {
         wait_until("the killed daemon ends", || !is_alive(pid));
     }
 
-    /// What the daemon logged.
+    /// Returns the daemon's log.
     pub fn log(&self) -> String {
         fs::read_to_string(self.path("log.txt")).unwrap_or_default()
     }
 
-    /// A loop device over a file of the laboratory; `options` are losetup's.
+    /// Creates a loop device over a file of the lab; `options` are passed to losetup.
     #[track_caller]
     pub fn loop_device(&self, file: &str, options: &str) -> String {
         let deadline = Instant::now() + PATIENCE;
         loop {
-            // Without devtmpfs nobody makes the node of a new device.
+            // Without devtmpfs the node of a new device is not created automatically.
             self.sh(
                 "d=$(losetup -f); [ -b $d ] || mknod $d b 7 ${d#/dev/loop} 2>/dev/null || [ -b $d ]",
             );
@@ -334,13 +338,14 @@ impl Lab {
             if output.status.success() {
                 return String::from_utf8_lossy(&output.stdout).trim().to_owned();
             }
-            // Another test may have been faster.
+            // Another test may have taken the device first.
             assert!(Instant::now() < deadline, "losetup {file}: {}", show(&output));
             thread::sleep(LOOK);
         }
     }
 
-    /// A file system of its own at `dir`, on a loop device over a new file.
+    /// Creates a file system of type `fs` on a loop device over a new file, mounts the file system
+    /// at `dir` and returns the loop device.
     #[track_caller]
     pub fn host(&self, dir: &str, fs: &str, size: u64) -> String {
         let file = format!("{dir}.fs");
@@ -350,7 +355,7 @@ impl Lab {
         device
     }
 
-    /// The end of a test: unmounts, and checks that nothing is left and no base has changed.
+    /// Ends a test: unmounts `m` and checks that no daemon is left and no base was modified.
     #[track_caller]
     pub fn end(mut self) {
         let mountpoint = self.path("m");
@@ -365,12 +370,14 @@ impl Lab {
 }
 
 impl Drop for Lab {
-    /// The last resort; in a test that passes there is little to do here.
+    /// Cleans up after a failed test; a test that passes leaves little to do.
     fn drop(&mut self) {
         let Some(dir) = self.dir.take() else { return };
-        // A guard kills the commands of its daemon once that is dead, if it may live to do so.
+        // A guard kills its daemon's commands after the daemon has died, so guards are not killed
+        // here.
         for pid in daemons_of(dir.path()).into_iter().filter(|pid| !is_guard(*pid)) {
-            // Dead, a daemon lets go of whoever waits for it, also when it was stopped.
+            // SIGKILL also ends a stopped daemon, and releases every process that waits for the
+            // daemon.
             let _ = signal(pid, Signal::KILL);
         }
         for _ in 0..3 {
@@ -383,7 +390,7 @@ impl Drop for Lab {
         }
         let left = mounts_below(dir.path());
         if !left.is_empty() {
-            // Removing the directory would reach through the mounts.
+            // Removing the directory would delete files inside these mounts.
             eprintln!("left behind: {left:?}");
             let _ = dir.keep();
         }
@@ -395,7 +402,7 @@ fn is_guard(pid: u32) -> bool {
     words.split(|byte| *byte == 0).any(|word| word == b"__guard")
 }
 
-/// Everything mounted at `dir` or below, in the order of mounting.
+/// Returns all mountpoints at or below `dir`, in the order of mounting.
 pub fn mounts_below(dir: &Path) -> Vec<PathBuf> {
     let table = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
     let points = table.lines().filter_map(|line| line.split(' ').nth(4));
@@ -403,7 +410,7 @@ pub fn mounts_below(dir: &Path) -> Vec<PathBuf> {
     points.filter(|point| point.starts_with(dir)).collect()
 }
 
-/// Loop devices whose file lies below `dir`.
+/// Returns the loop devices whose backing file lies below `dir`.
 fn loops_over(dir: &Path) -> Vec<String> {
     let mut found = Vec::new();
     for entry in fs::read_dir("/sys/block").into_iter().flatten().flatten() {
@@ -415,7 +422,7 @@ fn loops_over(dir: &Path) -> Vec<String> {
     found
 }
 
-/// Processes of the program under test that the laboratory at `dir` has started.
+/// Returns the processes of the program under test that the lab at `dir` has started.
 pub fn daemons_of(dir: &Path) -> Vec<u32> {
     let mark = format!("{MARK}={}\0", dir.display());
     let mut found = Vec::new();
@@ -434,11 +441,11 @@ pub fn daemons_of(dir: &Path) -> Vec<u32> {
     found
 }
 
-/// Whether a process is there and not merely waiting to be reaped.
+/// Whether the process `pid` exists and is not a zombie.
 pub fn is_alive(pid: u32) -> bool {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
     let state = stat.rsplit(") ").next().and_then(|rest| rest.chars().next());
-    // The first thread may be dead while others still hold the files and their locks.
+    // The main thread may be dead while others still hold the files and their locks.
     let threads = fs::read_dir(format!("/proc/{pid}/task")).map_or(0, Iterator::count);
     threads > 1 || state.is_some_and(|state| !"ZX".contains(state))
 }
@@ -448,7 +455,7 @@ pub fn show(output: &Output) -> String {
     format!("{}\n{}{}", output.status, text(&output.stdout), text(&output.stderr))
 }
 
-/// The line of a refusal with exit code `code`.
+/// Checks that `output` has exit code `code` and a single line on stderr, and returns this line.
 #[track_caller]
 pub fn one_line(code: i32, output: &Output, what: &str) -> String {
     assert_eq!(output.status.code(), Some(code), "{what}\n{}", show(output));
@@ -459,13 +466,14 @@ pub fn one_line(code: i32, output: &Output, what: &str) -> String {
     line
 }
 
-/// The checksum of a whole file; holes cost nothing.
+/// Returns the CRC32C of a file's size and data. Holes are skipped, so large sparse files are
+/// cheap.
 pub fn checksum(path: &Path) -> u32 {
     let file = File::open(path).unwrap();
     let mut crc = crc32c::crc32c(&file.metadata().unwrap().len().to_le_bytes());
     for range in data_runs(&file) {
         let bytes = read(&file, range.start, range.end - range.start);
-        // Zeros count as a hole does: where they are stored is not what is compared.
+        // Stored zeros count as a hole: the allocation of zeros is not compared.
         for (index, piece) in bytes.chunks(512).enumerate() {
             if piece.iter().any(|byte| *byte != 0) {
                 crc = crc32c::crc32c_append(crc, &(range.start + index as u64 * 512).to_le_bytes());
@@ -476,7 +484,7 @@ pub fn checksum(path: &Path) -> u32 {
     crc
 }
 
-/// `len` bytes at `offset`, all of which are there.
+/// Reads `len` bytes at `offset`; all of them must lie inside the file.
 #[track_caller]
 pub fn read(file: &File, offset: u64, len: u64) -> Vec<u8> {
     let mut bytes = vec![0xEE; len as usize];
@@ -484,7 +492,7 @@ pub fn read(file: &File, offset: u64, len: u64) -> Vec<u8> {
     bytes
 }
 
-/// The runs of data that SEEK_DATA and SEEK_HOLE tell of.
+/// Returns the data ranges that SEEK_DATA and SEEK_HOLE report.
 pub fn data_runs(file: &File) -> Vec<Range<u64>> {
     let mut found = Vec::new();
     let mut at = 0;
@@ -502,17 +510,17 @@ pub fn data_runs(file: &File) -> Vec<Range<u64>> {
     }
 }
 
-/// Bytes of the host that a file takes.
+/// Returns the number of bytes that the host has allocated for a file.
 pub fn allocated(path: &Path) -> u64 {
     fs::metadata(path).unwrap().blocks() * 512
 }
 
-/// The data file of the overlay at `dir`.
+/// Returns the path of the data file of the overlay at `dir`, which must have one layer.
 pub fn data_file(dir: &Path) -> PathBuf {
     layer_dir(dir).join("data")
 }
 
-/// The directory of the only layer of the overlay at `dir`.
+/// Returns the directory of the only layer of the overlay at `dir`.
 pub fn layer_dir(dir: &Path) -> PathBuf {
     let mut entries = fs::read_dir(dir.join("layers")).unwrap();
     entries.next().unwrap().unwrap().path()
@@ -530,13 +538,14 @@ pub fn seek(file: &File, whence: SeekFrom) -> Result<u64, i32> {
     rustix::fs::seek(file, whence).map_err(rustix::io::Errno::raw_os_error)
 }
 
-/// The errno of a result that must be an error.
+/// Returns the errno of a result that must be an error.
 #[track_caller]
 pub fn errno_of<T: std::fmt::Debug>(result: io::Result<T>) -> i32 {
     result.unwrap_err().raw_os_error().unwrap()
 }
 
-/// Copies with copy_file_range alone, until `len` bytes have gone over or the source ends.
+/// Copies `len` bytes with copy_file_range alone, or fewer when the source ends earlier. Returns
+/// the number of bytes copied.
 pub fn copy_range(from: &File, at: u64, to: &File, offset: u64, len: u64) -> io::Result<u64> {
     let (mut source, mut target, mut done) = (at, offset, 0);
     while done < len {
@@ -551,12 +560,12 @@ pub fn copy_range(from: &File, at: u64, to: &File, offset: u64, len: u64) -> io:
     Ok(done)
 }
 
-/// Writes `text` to a file of the laboratory.
+/// Creates or replaces the file at `path` with `bytes`.
 pub fn put(path: &Path, bytes: &[u8]) {
     File::create(path).unwrap().write_all(bytes).unwrap();
 }
 
-/// A buffer as O_DIRECT wants it.
+/// A buffer aligned to 4096 bytes, as O_DIRECT requires.
 pub struct Aligned(Vec<u8>, usize, usize);
 
 impl Aligned {

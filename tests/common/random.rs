@@ -1,10 +1,10 @@
-//! Random things done to a mounted file and to a byte array, which must agree.
+//! Random operations on a mounted file and on a byte array, which must agree.
 
-// Every test program compiles all of this and uses its part.
+// Every test program compiles this whole module but uses only a part of it.
 #![allow(dead_code, unreachable_pub)]
-// Sizes are small here, and a test may panic.
+// Sizes are small, and a test may panic.
 #![allow(clippy::unwrap_used, clippy::cast_possible_truncation)]
-// The end is a run of nothing.
+// The end of the file is an empty run.
 #![allow(clippy::single_range_in_vec_init)]
 
 use std::fs::{self, File};
@@ -15,12 +15,12 @@ use rustix::fs::{FallocateFlags, SeekFrom};
 
 use super::mount::*;
 
-/// All bytes of a file.
+/// Reads all bytes of a file of the lab.
 pub fn whole(lab: &Lab, name: &str) -> Vec<u8> {
     fs::read(lab.path(name)).unwrap()
 }
 
-/// Random numbers, the same for the same seed.
+/// A deterministic random number generator.
 pub struct Dice(pub u64);
 
 impl Dice {
@@ -31,7 +31,7 @@ impl Dice {
         self.0 % limit.max(1)
     }
 
-    /// A range inside `size`, at block borders as often as not.
+    /// Returns a range inside `size`, aligned to blocks half of the time.
     pub fn range(&mut self, size: u64) -> Range<u64> {
         let (start, len) = (self.below(size), 1 + self.below(200_000));
         let round = if self.below(2) == 0 { 4096 } else { 1 };
@@ -40,7 +40,7 @@ impl Dice {
     }
 }
 
-/// Does one random thing to `file` and to `model`, and looks at the place it did it to.
+/// Does one random operation on `file` and `model`.
 pub fn step(dice: &mut Dice, file: &File, model: &mut Vec<u8>) {
     const MOST: u64 = 6 * MIB;
     let size = model.len() as u64;
@@ -48,7 +48,7 @@ pub fn step(dice: &mut Dice, file: &File, model: &mut Vec<u8>) {
     let bytes = range.start as usize..range.end as usize;
     match dice.below(10) {
         0..4 => {
-            // It may end past the end.
+            // The write may extend the file.
             let data = noise(1 + dice.below(100_000), dice.below(u64::MAX));
             let start = range.start.min(MOST - data.len() as u64);
             file.write_all_at(&data, start).unwrap();
@@ -75,7 +75,7 @@ pub fn step(dice: &mut Dice, file: &File, model: &mut Vec<u8>) {
     }
 }
 
-/// Whether `file` is `model`, also where it says that it has holes.
+/// Checks that `file` equals `model` and that reported holes contain only zeros.
 #[track_caller]
 pub fn check(file: &File, model: &[u8]) {
     let size = model.len() as u64;
@@ -91,7 +91,8 @@ pub fn check(file: &File, model: &[u8]) {
     assert_eq!(seek(file, SeekFrom::Hole(size)), Err(libc::ENXIO));
 }
 
-/// Random operations on the disk `words`, remounted now and then, in good order or killed.
+/// Runs random operations on the disk `words`, which is remounted between rounds after an unmount
+/// or a kill.
 pub fn model(lab: &Lab, base: &str, words: &str) {
     let mut model = whole(lab, base);
     let mut dice = Dice(0x1234_5678_9ABC_DEF1);

@@ -1,21 +1,22 @@
-//! A host's files in memory, with its page cache and its disk: what a power cut leaves of them.
+//! A simulated host: files in memory with a page cache and a disk, and the state that a power cut
+//! leaves of them.
 //!
 //! ```text
-//!   write, punch ->  versions of 512-byte sectors      what reads see is the newest
-//!                      |  sync: the newest becomes durable, the others are forgotten
-//!                      |  failed sync: one of them, by chance; the newest stays in the cache only
+//!   write, punch ->  versions of 512-byte sectors      a read returns the newest
+//!                      |  sync: the newest becomes durable, the others are discarded
+//!                      |  failed sync: a random one becomes durable; the newest stays cached
 //!                      v
-//!                    durable sectors                    what a power cut leaves
+//!                    durable sectors                    a power cut leaves these
 //! ```
 //!
-//! A power cut leaves of every sector, independently, the durable content or any version since;
-//! of the length the same; of the log's name the old file or the new one. That is worse than any
-//! real file system, so what survives it survives those.
+//! After a power cut every sector, independently of the others, holds its durable content or any
+//! version since. The same applies to the length, and to the file that the log's name refers to.
+//! This is worse than any real file system, so data that survives here survives there.
 //!
-//! A [`Host`] counts the operations of all its files, cuts the power before the n-th, fails chosen
-//! ones, holds them until released, and runs out of space.
+//! A [`Host`] counts the operations of all its files, cuts the power before the n-th, lets chosen
+//! operations fail, holds operations until they are released, and runs out of space.
 
-// Sizes are those of small disks in memory, and a test that cannot go on ends.
+// Disks are small and live in memory, and a test may panic.
 #![allow(clippy::cast_possible_truncation, clippy::unwrap_used, clippy::expect_used)]
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -33,13 +34,13 @@ use cowslip::overlay::recover::LayerFiles;
 use parking_lot::{Condvar, Mutex};
 use uuid::Uuid;
 
-/// What a disk writes whole or not at all, in bytes.
+/// Size in bytes of the unit that a disk writes atomically.
 pub const SECTOR: u64 = 512;
 const LEN: usize = 512;
 
 type Sector = [u8; LEN];
 
-/// Random numbers that are the same for the same seed (splitmix64).
+/// A deterministic random number generator (splitmix64).
 #[derive(Clone, Debug)]
 pub struct Chance(pub u64);
 
@@ -52,13 +53,13 @@ impl Chance {
         z ^ (z >> 31)
     }
 
-    /// A number below `limit`.
+    /// Returns a number below `limit`.
     pub fn below(&mut self, limit: usize) -> usize {
         (self.next() % limit as u64) as usize
     }
 }
 
-/// Which file an operation is on.
+/// The file that an operation acts on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Role {
     Data,
@@ -70,7 +71,7 @@ pub enum Role {
     Dir,
 }
 
-/// What is done to it.
+/// The kind of an operation on a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Deed {
     Read,
@@ -82,31 +83,31 @@ pub enum Deed {
     Rename,
 }
 
-/// An operation that fails.
+/// An injected failure.
 #[derive(Clone, Copy, Debug)]
 struct Fault {
     role: Role,
     deed: Deed,
-    /// So many of them pass first.
+    /// Number of matching operations that succeed first.
     pass: u64,
     errno: i32,
 }
 
 #[derive(Default)]
 struct HostState {
-    /// Operations so far that change something or make it durable.
+    /// Number of operations so far that change something or make a change durable.
     steps: u64,
-    /// The power goes before this step.
+    /// The power is cut before this step.
     cut: Option<u64>,
     faults: Vec<Fault>,
     held: Vec<(Role, Deed)>,
     waiting: usize,
-    /// Bytes there is room for.
+    /// Space in bytes for all files together.
     capacity: Option<u64>,
     used: u64,
 }
 
-/// The machine under the files.
+/// The machine that the files are on.
 #[derive(Default)]
 pub struct Host {
     state: Mutex<HostState>,
@@ -114,12 +115,12 @@ pub struct Host {
 }
 
 impl Host {
-    /// Cuts the power before step `step` (counted from 0): from then on everything is `EIO`.
+    /// Cuts the power before step `step` (counted from 0); every later operation fails with `EIO`.
     pub fn cut_at(&self, step: u64) {
         self.state.lock().cut = Some(step);
     }
 
-    /// How many steps there were.
+    /// Returns the number of steps so far.
     pub fn steps(&self) -> u64 {
         self.state.lock().steps
     }
@@ -129,17 +130,18 @@ impl Host {
         state.cut.is_some_and(|cut| state.steps >= cut)
     }
 
-    /// Lets the deed after the next `pass` of its kind fail, once.
+    /// Lets one operation fail with `errno`: the one that follows the next `pass` operations of
+    /// this kind.
     pub fn fail(&self, role: Role, deed: Deed, pass: u64, errno: i32) {
         self.state.lock().faults.push(Fault { role, deed, pass, errno });
     }
 
-    /// Holds every such deed until [`release`](Self::release).
+    /// Holds every such operation until [`release`](Self::release).
     pub fn hold(&self, role: Role, deed: Deed) {
         self.state.lock().held.push((role, deed));
     }
 
-    /// Waits until `count` deeds are being held.
+    /// Waits until `count` operations are held.
     pub fn wait_held(&self, count: usize) {
         let mut state = self.state.lock();
         let limit = Duration::from_secs(60);
@@ -147,29 +149,29 @@ impl Host {
         assert!(!late.timed_out(), "nothing came to be held");
     }
 
-    /// Lets everything that is held go on.
+    /// Releases all held operations.
     pub fn release(&self) {
         self.state.lock().held.clear();
         self.changed.notify_all();
     }
 
-    /// Bounds the space of all files together, in bytes.
+    /// Limits the space of all files together, in bytes.
     pub fn set_capacity(&self, capacity: Option<u64>) {
         self.state.lock().capacity = capacity;
     }
 
-    /// Bytes that the files take.
+    /// Returns the number of bytes allocated by the files.
     pub fn used(&self) -> u64 {
         self.state.lock().used
     }
 
-    /// One deed: held, counted, failed as asked.
+    /// Runs one operation through the simulation: holds, counts and fails it as configured.
     fn step(&self, role: Role, deed: Deed) -> io::Result<()> {
         let mut state = self.state.lock();
         state.waiting += 1;
         while state.held.contains(&(role, deed)) {
             self.changed.notify_all();
-            // Bounded: a test that fails while it holds something must end.
+            // A limit, so that a test which fails while it holds an operation still ends.
             if self.changed.wait_for(&mut state, Duration::from_secs(60)).timed_out() {
                 break;
             }
@@ -193,7 +195,7 @@ impl Host {
         failed.map_or(Ok(()), |code| Err(os_error(code)))
     }
 
-    /// Takes room for one sector.
+    /// Allocates one sector, or fails with `ENOSPC`.
     fn take(&self) -> io::Result<()> {
         let mut state = self.state.lock();
         if state.capacity.is_some_and(|capacity| state.used + SECTOR > capacity) {
@@ -208,13 +210,13 @@ impl Host {
     }
 }
 
-/// One sector: what is on the disk, and what is only in the cache.
+/// The content of one sector on the disk and in the cache.
 #[derive(Clone)]
 struct Content {
     durable: Sector,
-    /// In the cache and marked clean, though a failed sync lost it.
+    /// Content that is clean in the cache but was lost by a failed sync.
     stale: Option<Sector>,
-    /// Written since the last sync, oldest first.
+    /// Versions written since the last sync, oldest first.
     versions: Vec<Sector>,
 }
 
@@ -225,7 +227,7 @@ impl Content {
         self.versions.last().or(self.stale.as_ref()).unwrap_or(&self.durable)
     }
 
-    /// What the disk has after the power went.
+    /// Returns the content on the disk after a power cut.
     fn by_chance(&self, chance: &mut Chance) -> Sector {
         match chance.below(self.versions.len() + 1) {
             0 => self.durable,
@@ -258,7 +260,7 @@ impl FileState {
         }
     }
 
-    /// Cuts the file and tells how many sectors that frees.
+    /// Truncates the file and returns the number of sectors freed.
     fn truncate(&mut self, len: u64) -> u64 {
         let past: Vec<u64> =
             self.sectors.range(len / SECTOR..).map(|(sector, _)| *sector).collect();
@@ -281,7 +283,8 @@ impl FileState {
         self.lens.clear();
     }
 
-    /// A sync that fails: some of it reached the disk, and the cache forgets that the rest did not.
+    /// Fails a sync: some of the data reached the disk, and the cache no longer knows that the rest
+    /// did not.
     fn fail_sync(&mut self, chance: &mut Chance) {
         for content in self.sectors.values_mut() {
             if !content.versions.is_empty() {
@@ -304,12 +307,13 @@ impl FileState {
         let mut sectors = BTreeMap::new();
         for (&sector, content) in &self.sectors {
             let mut durable = content.by_chance(chance);
-            // What lies past the length is gone.
+            // Bytes past the length are lost.
             let kept = len.saturating_sub(sector * SECTOR).min(SECTOR) as usize;
             durable[kept..].fill(0);
             sectors.insert(sector, Content { durable, ..Content::BLANK });
         }
-        // Space past the length is kept only where it was asked for, and the data file never asks.
+        // Only an explicit allocation keeps space past the length, and the data file never makes
+        // one.
         let mut allocated = self.allocated.clone();
         if role == Role::Data {
             allocated.retain(|sector| sector * SECTOR < len);
@@ -336,35 +340,35 @@ impl SimFile {
         Self { host: Arc::clone(host), role, state: Mutex::new(state) }
     }
 
-    /// What a power cut now may leave of it, by `seed`, under `host`.
+    /// Returns a possible state of the file after a power cut now, chosen by `seed`, on `host`.
     #[must_use]
     pub fn after_power_cut(&self, host: &Arc<Host>, seed: u64) -> Self {
         self.crash(host, &mut Chance(seed))
     }
 
-    /// What is there when only the daemon dies, under `host`.
+    /// Returns the state of the file on `host` after the daemon alone is killed.
     #[must_use]
     pub fn after_kill(&self, host: &Arc<Host>) -> Self {
         self.copy(host)
     }
 
-    /// What the disk would have of it after a power cut now.
+    /// Returns the file as the disk would hold it after a power cut now.
     fn crash(&self, host: &Arc<Host>, chance: &mut Chance) -> Self {
         Self::with(host, self.role, self.state.lock().crash(self.role, chance))
     }
 
-    /// The same file, cache and all, under another host.
+    /// Copies the file with its cache to another host.
     fn copy(&self, host: &Arc<Host>) -> Self {
         Self::with(host, self.role, self.state.lock().clone())
     }
 
-    /// Whether the file holds space for any byte of `range`.
+    /// Whether any byte of `range` is allocated.
     pub fn is_allocated(&self, range: &Range<u64>) -> bool {
         let sectors = range.start / SECTOR..range.end.div_ceil(SECTOR);
         self.state.lock().allocated.range(sectors).next().is_some()
     }
 
-    /// All bytes as reads see them.
+    /// Returns all bytes as a read would.
     pub fn bytes(&self) -> Vec<u8> {
         let state = self.state.lock();
         let mut bytes = vec![0; state.len as usize];
@@ -372,7 +376,7 @@ impl SimFile {
         bytes
     }
 
-    /// Changes bytes behind everyone's back, durably: damage.
+    /// Damages the file: overwrites bytes durably, past all checks and counters.
     pub fn damage(&self, offset: u64, bytes: &[u8]) {
         let mut state = self.state.lock();
         for (at, byte) in (offset..).zip(bytes) {
@@ -388,7 +392,7 @@ impl SimFile {
         state.durable_len = state.durable_len.max(end);
     }
 
-    /// Cuts the file to `len` bytes, durably: damage.
+    /// Damages the file: truncates it durably to `len` bytes.
     pub fn cut(&self, len: u64) {
         let mut state = self.state.lock();
         state.sync();
@@ -431,7 +435,7 @@ impl Storage for SimFile {
             let (sector, inside) = (place / SECTOR, (place % SECTOR) as usize);
             let len = (LEN - inside).min(bytes.len() - at);
             if !state.allocated.contains(&sector) {
-                // A full host keeps what it took so far.
+                // A full host keeps the sectors written so far.
                 self.host.take()?;
                 state.allocated.insert(sector);
             }
@@ -495,12 +499,12 @@ impl Storage for SimFile {
     }
 
     fn sync(&self) -> io::Result<()> {
-        // The deed may be held: what is written meanwhile may or may not be part of it.
+        // While the sync is held, concurrent writes may or may not become part of it.
         let done = self.host.step(self.role, Deed::Sync);
         let mut state = self.state.lock();
         match &done {
             Ok(()) => state.sync(),
-            // Without power nothing happens to the disk any more.
+            // Without power the disk does not change any more.
             Err(_) if self.host.is_off() => {}
             Err(_) => {
                 let seed = state.len ^ self.host.steps();
@@ -538,14 +542,14 @@ impl Drop for SimFile {
     }
 }
 
-/// The directory of a log: which file has its name, in the cache and on the disk.
+/// The directory of a log: the file that the log's name refers to, in the cache and on the disk.
 pub struct SimHome {
     host: Arc<Host>,
     names: Mutex<Names>,
     journal: Mutex<Option<SimJournal>>,
 }
 
-/// The journal's file, and whether its name is durable.
+/// The journal's file, and whether its directory entry is durable.
 struct SimJournal {
     file: Arc<SimFile>,
     is_placed: bool,
@@ -553,18 +557,18 @@ struct SimJournal {
 
 struct Names {
     durable: Arc<SimFile>,
-    /// Renamed over it since, oldest first.
+    /// Files renamed over the durable one since, oldest first.
     since: Vec<Arc<SimFile>>,
 }
 
 impl SimHome {
-    /// The file that has the name now.
+    /// Returns the file that has the log's name now.
     pub fn log(&self) -> Arc<SimFile> {
         let names = self.names.lock();
         Arc::clone(names.since.last().unwrap_or(&names.durable))
     }
 
-    /// Whether there is a journal with something in it.
+    /// Whether a journal exists and is not empty.
     pub fn has_journal(&self) -> bool {
         self.journal.lock().as_ref().is_some_and(|found| found.file.len().unwrap() > 0)
     }
@@ -618,7 +622,7 @@ pub struct SimLayer {
 }
 
 impl SimLayer {
-    /// Empty files.
+    /// Creates the empty files of a layer with blocks of `block` bytes.
     #[must_use]
     pub fn new(block: u32) -> Self {
         let host = Arc::<Host>::default();
@@ -641,7 +645,7 @@ impl SimLayer {
         Self { host, data: Arc::new(data), home, uuid: Uuid::from_u128(0xC0), block }
     }
 
-    /// The files as an overlay opens them.
+    /// Returns the files in the form that [`Overlay::open`](cowslip::overlay::Overlay::open) takes.
     #[must_use]
     pub fn files(&self) -> LayerFiles {
         LayerFiles {
@@ -653,7 +657,8 @@ impl SimLayer {
         }
     }
 
-    /// What a power cut now may leave, by `seed`. These files stay as they are.
+    /// Returns a possible state of the files after a power cut now, chosen by `seed`. These files
+    /// are not changed.
     #[must_use]
     pub fn power_cut(&self, seed: u64) -> Self {
         let mut chance = Chance(seed);
@@ -672,10 +677,11 @@ impl SimLayer {
         Self::of(host, data, log, journal, self.block)
     }
 
-    /// What is there when only the daemon dies: everything, in the cache as before.
+    /// Returns the state of the files after the daemon alone is killed: everything, including the
+    /// cache.
     ///
-    /// The directory's name for the log is taken as durable; a later power cut that brings the
-    /// old one back is the business of [`power_cut`](Self::power_cut) before.
+    /// The log's name counts as durable in the result. A power cut that brings an older log back is
+    /// simulated by [`power_cut`](Self::power_cut) on the original files.
     #[must_use]
     pub fn kill(&self) -> Self {
         let host = Arc::<Host>::default();

@@ -1,4 +1,4 @@
-//! What the disks of a mount hold, their snapshots included: to compare it with what they must.
+//! The content of all disks of a mount with their snapshots, for comparisons.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -6,17 +6,17 @@ use std::path::Path;
 
 use super::mount::Lab;
 
-/// A disk and its snapshots.
+/// The bytes of a disk and of its snapshots.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct State {
     pub bytes: Vec<u8>,
     pub snapshots: BTreeMap<String, Vec<u8>>,
 }
 
-/// The disks of a mount by their names.
+/// The disks of a mount, by name.
 pub type States = BTreeMap<String, State>;
 
-/// What is there in the mount at `m`.
+/// Reads all disks and snapshots of the mount at `m`.
 pub fn found(lab: &Lab) -> States {
     let read_all = |path: &Path| fs::read(path).unwrap();
     let root = lab.path("m");
@@ -35,7 +35,7 @@ pub fn found(lab: &Lab) -> States {
     found
 }
 
-/// Where `found` is neither `old` nor `new`, for a message.
+/// Describes the differences of `found` from `old` and from `new`, for a failure message.
 pub fn differences(found: &States, old: &States, new: &States) -> String {
     let mut lines = String::new();
     for (name, state) in found {
@@ -64,7 +64,7 @@ pub fn differences(found: &States, old: &States, new: &States) -> String {
     lines + &format!("{:?}, {:?}, {:?}", found.keys(), old.keys(), new.keys())
 }
 
-/// Layers in the overlay or store `dir` that are not in `stacks`.
+/// Returns the layers in the overlay or store `dir` that `stacks` does not name.
 pub fn unnamed(dir: &Path, stacks: &str) -> BTreeSet<String> {
     let entries = fs::read_dir(dir.join("layers")).unwrap();
     let names = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap());

@@ -1,8 +1,9 @@
-//! strace, which sees every change that a program makes to files, and kills at the one asked for.
+//! strace as a tool of the tests: records every system call of a program that changes files, and
+//! kills the program at a chosen one.
 //!
-//! A [`Call`] is named by its thread, its system call and its number among the calls of that name
-//! in that thread: so does strace count. A kill comes at the entry of a call, which is then not
-//! done: what is on disk is what the calls before it have left.
+//! A [`Call`] is identified by its thread, the name of its system call, and its number among the
+//! calls of this name in this thread, which is how strace counts. A kill happens at the entry of a
+//! call, so the call itself is not executed: the disk holds the changes of the calls before it.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs::{self, File};
@@ -13,8 +14,8 @@ use rustix::process::Signal;
 
 use super::mount::{COWSLIP, Lab, Running, is_stopped, signal, wait_until};
 
-/// Every system call that can change a file, its name or how durable it is; `?` where not every
-/// processor has it. (Memory that is mapped from a file cannot be seen so; cowslip maps none.)
+/// All system calls that can change a file, its name or its durability; `?` marks calls that some
+/// processors lack. (Changes through mapped memory cannot be traced; cowslip maps no files.)
 const CHANGING: &str = "?creat,?open,openat,openat2,write,writev,pwrite64,pwritev,pwritev2,\
     sendfile,splice,copy_file_range,fallocate,ftruncate,truncate,sync,syncfs,fsync,fdatasync,\
     sync_file_range,msync,?rename,renameat,renameat2,?unlink,unlinkat,?rmdir,?mkdir,mkdirat,?link,\
@@ -22,34 +23,36 @@ const CHANGING: &str = "?creat,?open,openat,openat2,write,writev,pwrite64,pwrite
     ?utime,?utimes,?futimesat,utimensat,setxattr,lsetxattr,fsetxattr,removexattr,lremovexattr,\
     fremovexattr,ioctl,io_uring_enter,io_submit";
 
-/// A system call that changes something.
+/// A system call that changes a file.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Call {
-    /// As the kernel numbers it.
+    /// The thread's id in the kernel.
     pub thread: u32,
     pub name: String,
-    /// From 1, among the calls of that name in its thread; those that change nothing count, too.
+    /// Number, from 1, among all calls of this name in this thread, including those that change
+    /// nothing.
     pub nth: u32,
-    /// As strace shows it.
+    /// The line that strace printed for the call.
     pub shown: String,
 }
 
 impl Call {
-    /// Its name and what it was called with.
+    /// Returns the call's name and arguments.
     fn begin(&self) -> &str {
         let shown = self.shown.trim_start();
         shown.split(')').next().unwrap_or(shown).split(" <unfinished").next().unwrap_or(shown)
     }
 }
 
-/// What strace has seen.
+/// The result of one strace run.
 pub struct Seen {
-    /// The changes to files in the laboratory, in their order.
+    /// The changes to files in the lab, in order.
     pub calls: Vec<Call>,
-    /// How many calls of a name there were in one thread at most, other calls included.
+    /// For every name of a call, the highest number of such calls in one thread, including those
+    /// that change nothing.
     most: BTreeMap<String, u32>,
     pub killed: bool,
-    /// All of it, for a message.
+    /// The complete output, for failure messages.
     pub text: String,
 }
 
@@ -61,7 +64,7 @@ impl Seen {
         let mut calls = Vec::new();
         for line in text.lines() {
             let Some((thread, shown)) = line.split_once(' ') else { continue };
-            // Not a signal, an end, or the second half of a call.
+            // Skips signals, exits and the second half of an interrupted call.
             let Some((name, _)) = shown.trim_start().split_once('(') else { continue };
             if name.is_empty() || name.contains([' ', '<', '-', '+']) {
                 continue;
@@ -76,8 +79,8 @@ impl Seen {
         }
         let killed = text.contains("+++ killed by SIGKILL +++");
         if killed {
-            // Of a thread that is dead already strace may show what it has read last: the call
-            // that killed.
+            // For a thread that is already dead strace may repeat the call that it read last: the
+            // one of the kill.
             calls.dedup_by(|later, earlier| {
                 later.thread != earlier.thread && later.begin() == earlier.begin()
             });
@@ -90,16 +93,16 @@ impl Seen {
         Self { calls, most, killed, text }
     }
 
-    /// Kills just past the last call of each kind.
+    /// Returns kill conditions just past the last call of each kind.
     pub fn past(&self) -> Vec<String> {
         let kinds: BTreeSet<&str> = self.calls.iter().map(|call| call.name.as_str()).collect();
         kinds.into_iter().map(|name| kill_at(name, self.most[name] + 1)).collect()
     }
 }
 
-/// Whether a call changes what a name in `dir` leads to.
+/// Whether a call changes a file below `dir`.
 fn is_change(name: &str, shown: &str, dir: &str) -> bool {
-    // A file without a name is gone with its process, whatever is done to it.
+    // A file without a name disappears with its process, so changes to it do not count.
     let is_nameless = shown.contains(">(deleted)") || shown.contains("O_TMPFILE");
     if is_nameless || !shown.contains(dir) {
         return false;
@@ -111,25 +114,26 @@ fn is_change(name: &str, shown: &str, dir: &str) -> bool {
     }
 }
 
-/// The condition under which strace is to kill.
+/// Returns the strace option that kills at the `nth` call of `name`.
 pub fn kill_at(name: &str, nth: u32) -> String {
     format!("inject={name}:signal=SIGKILL:when={nth}")
 }
 
-/// A strace that watches a daemon.
+/// A running strace, attached to a daemon.
 pub struct Strace {
     child: Running,
     out: PathBuf,
 }
 
 impl Strace {
-    /// Attaches to all threads of `pid`, also those to come; counts begin now.
+    /// Attaches to all present and future threads of `pid`; counting begins now.
     #[track_caller]
     pub fn attach(lab: &Lab, pid: u32, kills: &[String]) -> Self {
         Self::attach_with(lab, pid, CHANGING, kills)
     }
 
-    /// As [`attach`](Self::attach), with other system calls than those that change a file.
+    /// Attaches like [`attach`](Self::attach), but traces `calls` instead of the calls that change
+    /// files.
     #[track_caller]
     pub fn attach_with(lab: &Lab, pid: u32, calls: &str, kills: &[String]) -> Self {
         let (out, said) = (lab.path("strace.txt"), lab.path("strace.err"));
@@ -139,7 +143,7 @@ impl Strace {
         let child = command.spawn();
         let mut child =
             Running(child.unwrap_or_else(|error| panic!("strace: {error}: install it")));
-        // It says so once every thread is held, before any of them goes on.
+        // strace prints "attached" once every thread is stopped, before any of them continues.
         wait_until("strace has attached", || {
             let said = fs::read_to_string(&said).unwrap_or_default();
             assert!(child.0.try_wait().unwrap().is_none(), "strace ends: {said}");
@@ -148,7 +152,7 @@ impl Strace {
         Self { child, out }
     }
 
-    /// Waits until `is_over` or until all that it watches is dead, and tells what it saw.
+    /// Waits until `is_over` or until all traced processes have exited, and returns the calls seen.
     #[track_caller]
     pub fn end(mut self, lab: &Lab, mut is_over: impl FnMut() -> bool) -> Seen {
         let mut has_ended = false;
@@ -180,7 +184,7 @@ pub fn run(lab: &Lab, words_of_it: &str, kills: &[String]) -> (Output, Seen) {
     run_on(lab, words_of_it, "/dev/null", kills)
 }
 
-/// Runs `cowslip WORDS` under strace, with the file `input` of the laboratory as its stdin.
+/// Runs `cowslip WORDS` under strace, with the file `input` of the lab as its stdin.
 pub fn run_on(lab: &Lab, words_of_it: &str, input: &str, kills: &[String]) -> (Output, Seen) {
     let out = lab.path("strace.txt");
     let script = format!("exec strace \"$@\" < {input}");
@@ -192,9 +196,9 @@ pub fn run_on(lab: &Lab, words_of_it: &str, input: &str, kills: &[String]) -> (O
     (lab.output("sh", &args), Seen::read(lab, &out))
 }
 
-/// Stops the process `pid` when one of its threads has made its `nth` call of that `name`, which
-/// must be one that no signal interrupts. What comes after it can then be counted by itself;
-/// SIGCONT continues it.
+/// Stops the process `pid` right after one of its threads has made its `nth` call of `name`, which
+/// must be a call that no signal interrupts. Later calls can then be counted separately; SIGCONT
+/// continues the process.
 #[track_caller]
 pub fn stop_after<T>(lab: &Lab, pid: u32, name: &str, nth: u32, ask: impl FnOnce() -> T) -> T {
     let stop = [format!("inject={name}:signal=SIGSTOP:when={nth}")];
