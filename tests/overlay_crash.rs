@@ -1,7 +1,8 @@
-//! What is left of an overlay when the daemon dies, the power goes, or the host fails, at every
-//! storage operation: everything promised, nothing that was never there.
+//! The state of an overlay after the daemon is killed, the power fails or the host returns an
+//! error, at every storage operation: everything promised is there, and nothing that was never
+//! written.
 
-// Sizes are those of small disks in memory, and a test that cannot go on ends.
+// Disks are small and live in memory, and a test may panic.
 #![allow(clippy::cast_possible_truncation, clippy::unwrap_used, clippy::expect_used)]
 
 mod common;
@@ -26,15 +27,15 @@ const SIZE: u64 = 40_000;
 const BLOCK: u32 = 4096;
 const MENU: Menu = Menu { block: 4096, most: 60_000, resize: true, crash: false };
 
-/// What may be found of disk 0 after it was cut off.
+/// The states that disk 0 may have after a crash.
 struct Left {
-    /// After a power cut.
+    /// Model after a power cut.
     power: Model,
-    /// After a kill: all that was answered, and any part of what was not.
+    /// Model after a kill: all acknowledged changes, and any part of the others.
     kill: Model,
 }
 
-/// Does `ops` until the power of disk 0 goes or all is done.
+/// Performs `ops` until the power of disk 0 is cut or all are done.
 fn play(target: &mut SimDisks, models: &mut [Model; 2], ops: &[Op]) -> Left {
     for op in ops {
         let op = op.fit(models, MENU);
@@ -66,7 +67,8 @@ fn legal(model: &Model, disk: &SimDisk, what: &str) {
     model.check_legal(&disk.read_all()).unwrap_or_else(|wrong| panic!("{what}: {wrong}"));
 }
 
-/// Looks at what every kind of end now leaves of `disk`, and whether it can be lived with.
+/// Checks `disk` after a kill and after the power cuts `seeds`, and that each resulting state can
+/// be used.
 fn check_ends(disk: &SimDisk, left: &Left, seeds: std::ops::Range<u64>, what: &str) {
     let (killed, recovered) = disk.after_kill().unwrap_or_else(|e| panic!("{what}, killed: {e}"));
     assert!(matches!(recovered, Recovered::All | Recovered::Clean), "{what}: {recovered:?}");
@@ -81,8 +83,8 @@ fn check_ends(disk: &SimDisk, left: &Left, seeds: std::ops::Range<u64>, what: &s
     }
 }
 
-/// A recovered disk is as it was found after another power cut, and keeps what is synced then,
-/// freed space given back or not.
+/// Checks that a recovered disk is unchanged by another power cut, and keeps what is synced
+/// afterwards, whether freed space was given back or not.
 fn goes_on(mut disk: SimDisk, what: &str) {
     let found = disk.read_all();
     let (again, _) = disk.after_power_cut(7).unwrap_or_else(|error| panic!("{what}: {error}"));
@@ -99,7 +101,7 @@ fn goes_on(mut disk: SimDisk, what: &str) {
     legal(&model, &again, what);
 }
 
-/// Two disks on a base with data and holes; disk 0 is the one that is cut off.
+/// Creates two disks over a base with data and holes; disk 0 is the one that crashes.
 fn pair() -> (SimDisks, [Model; 2]) {
     let base = Arc::new(TestBase::new(SIZE - 700, &[(20, 5), (3, 9)]));
     let disks = [0, 1].map(|_| SimDisk::persistent(&base, SIZE, BLOCK, None));
@@ -111,7 +113,7 @@ fn write(offset: u64, len: u64, fill: u8) -> Op {
     Op::Write { disk: 0, offset, len, fill }
 }
 
-/// Everything an overlay does, in few steps.
+/// Returns a short script with every operation of an overlay.
 fn script() -> Vec<Op> {
     let sync = || Op::Sync { disk: 0 };
     let (zero, punch) = (|range| Op::Zero { disk: 0, range }, |range| Op::Punch { disk: 0, range });
@@ -124,7 +126,7 @@ fn script() -> Vec<Op> {
         punch(0..4096),
         write(16_000, 9000, 4),
         sync(),
-        // Free, touch again, free again, around a sync.
+        // Frees a block, writes it again and frees it again, around a sync.
         punch(16_384..24_576),
         write(17_000, 10, 5),
         sync(),
@@ -153,7 +155,7 @@ fn script() -> Vec<Op> {
 }
 
 #[test]
-fn a_cut_at_every_storage_operation_leaves_what_was_promised() {
+fn power_cut_at_every_storage_operation_keeps_all_promises() {
     let mut cut = 0;
     loop {
         let (mut target, mut models) = pair();
@@ -170,7 +172,7 @@ fn a_cut_at_every_storage_operation_leaves_what_was_promised() {
     assert!(cut > 60, "the script had only {cut} storage operations");
 }
 
-/// Small syncs, most of which are entries in the journal.
+/// Returns a script of small syncs, most of which go to the journal.
 fn small_syncs() -> Vec<Op> {
     let sync = || Op::Sync { disk: 0 };
     let punch = |range| Op::Punch { disk: 0, range };
@@ -180,7 +182,7 @@ fn small_syncs() -> Vec<Op> {
         sync(),
         write(4096, 100, 2),
         sync(),
-        // Overwrites: the bytes in the older entries must not come back.
+        // Overwrites: the bytes in older journal entries must not come back.
         write(0, 4096, 3),
         sync(),
         write(8192, 8192, 4),
@@ -188,7 +190,7 @@ fn small_syncs() -> Vec<Op> {
         sync(),
         sync(),
         write(0, 600, 6),
-        // Zeros in a block, and behind the end.
+        // Zeros inside a block, and beyond the end.
         Op::Zero { disk: 0, range: 8200..8300 },
         sync(),
         write(37_000, 2900, 6),
@@ -197,7 +199,7 @@ fn small_syncs() -> Vec<Op> {
         truncate(39_500),
         sync(),
         write(0, 700, 7),
-        // A whole sync, for there is space to be given back; then entries of a new generation.
+        // A complete sync, since there is space to give back; then entries of a new generation.
         punch(4096..8192),
         sync(),
         write(4096, 10, 7),
@@ -225,26 +227,26 @@ fn small_syncs() -> Vec<Op> {
 }
 
 #[test]
-fn a_cut_at_every_storage_operation_of_small_syncs_leaves_what_was_promised() {
+fn power_cut_at_every_storage_operation_of_small_syncs_keeps_all_promises() {
     cut_small_syncs(None);
 }
 
 #[test]
-fn small_syncs_of_an_overlay_that_was_closed_or_recovered_are_as_durable() {
+fn small_syncs_are_durable_after_a_close_or_a_recovery() {
     for end in [End::Clean, End::Kill, End::PowerCut(3)] {
         cut_small_syncs(Some(end));
     }
 }
 
-/// Cuts the power at every storage operation of small syncs, of a new overlay or of one that has
-/// had an `end` and was opened again.
+/// Cuts the power at every storage operation of small syncs. The overlay is new, or has been
+/// restarted with `end`.
 fn cut_small_syncs(end: Option<End>) {
     let mut cut = 0;
     loop {
         let (mut target, mut models) = pair();
         target.0[0].accustom();
         if let Some(end) = end {
-            // Its last syncs are entries as well.
+            // The last syncs before the restart are journal entries as well.
             play(&mut target, &mut models, &[write(8192, 100, 90), Op::Sync { disk: 0 }]);
             play(&mut target, &mut models, &[write(8192, 10, 91), Op::Sync { disk: 0 }]);
             play(&mut target, &mut models, &[Op::Restart { end }]);
@@ -263,7 +265,7 @@ fn cut_small_syncs(end: Option<End>) {
 }
 
 #[test]
-fn a_cut_of_a_recovery_from_the_journal_is_followed_by_another() {
+fn power_cut_during_a_journal_recovery_is_recovered_from() {
     let (mut target, mut models) = pair();
     target.0[0].accustom();
     play(&mut target, &mut models, &small_syncs());
@@ -289,7 +291,7 @@ fn a_cut_of_a_recovery_from_the_journal_is_followed_by_another() {
 }
 
 #[test]
-fn a_journal_that_fails_is_given_up_and_syncs_go_on() {
+fn failed_journal_is_abandoned_and_syncs_continue() {
     for (deed, code) in [(Deed::Write, libc::ENOSPC), (Deed::Sync, libc::EIO)] {
         let (mut target, mut models) = pair();
         target.0[0].accustom();
@@ -303,7 +305,7 @@ fn a_journal_that_fails_is_given_up_and_syncs_go_on() {
     }
 }
 
-/// Few blocks, so that the same ones are freed and touched again and again.
+/// Generates operations on few blocks, so that the same blocks are freed and written repeatedly.
 fn crowded() -> BoxedStrategy<Vec<Op>> {
     let block = || 0u64..4;
     let one = prop_oneof![
@@ -323,11 +325,12 @@ proptest! {
     #![proptest_config(ProptestConfig { max_shrink_iters: 2000, ..ProptestConfig::default() })]
 
     #[test]
-    fn any_script_cut_anywhere_leaves_what_was_promised(
+    fn random_script_cut_anywhere_keeps_all_promises(
         mut ops in prop_oneof![vec(op(MENU), 1..30), crowded()],
         cut in 0u64..120, seed: u64, is_accustomed: bool,
     ) {
-        // What was asked to be allocated is not given back.
+        // Space from an explicit allocation is never given back, which `check_given_back` would
+        // report.
         ops.retain(|op| !matches!(op, Op::Allocate { .. }));
         let (mut target, mut models) = pair();
         if is_accustomed {
@@ -340,7 +343,7 @@ proptest! {
     }
 
     #[test]
-    fn a_failed_sync_latches_and_the_last_good_one_counts(
+    fn failed_sync_latches_and_keeps_the_last_synced_state(
         before in crowded(), after in crowded(), role in prop_oneof![Just(Role::Data), Just(Role::Log)],
         code in prop_oneof![Just(libc::EIO), Just(libc::ENOSPC)], times in 1u64..3, seed: u64,
         is_accustomed: bool,
@@ -352,7 +355,7 @@ proptest! {
         play(&mut target, &mut models, &before);
         let unsynced: Vec<Op> = after.into_iter()
             .filter(|op| !matches!(op, Op::Sync { .. } | Op::Restart { .. })).collect();
-        // Something to sync, whatever the script was.
+        // Makes sure that there is something to sync.
         play(&mut target, &mut models, &unsynced);
         play(&mut target, &mut models, &[write(0, 4096, 3), Op::Punch { disk: 0, range: 0..4096 }]);
         let disk = &mut target.0[0];
@@ -381,7 +384,7 @@ proptest! {
 }
 
 #[test]
-fn a_power_cut_of_what_was_synced_loses_nothing_and_says_so() {
+fn power_cut_after_a_sync_loses_nothing_and_reports_so() {
     let base = Arc::new(TestBase::solid(64 << 10));
     let cut = |disk: &SimDisk, seed| {
         let (found, recovered) = disk.after_power_cut(seed).unwrap();
@@ -401,10 +404,10 @@ fn a_power_cut_of_what_was_synced_loses_nothing_and_says_so() {
                 let (found, lost) = cut(&disk, seed);
                 assert_eq!(lost, 0, "turn {turn}, seed {seed}");
                 assert!(found.read_all() == disk.read_all());
-                // Opened, not changed: there is nothing to be lost either.
+                // Opened but not changed: there is nothing to lose.
                 assert_eq!(cut(&found, seed).1, 0, "opened again");
             }
-            // Overwritten in place: no change of the map.
+            // Overwritten in place: the map does not change.
             disk.write(&[turn; 50], 10).unwrap();
             assert_eq!(cut(&disk, 1).1, 0);
         }
@@ -420,7 +423,7 @@ fn a_power_cut_of_what_was_synced_loses_nothing_and_says_so() {
 }
 
 #[test]
-fn an_error_of_the_sync_at_recovery_is_read_as_a_power_cut() {
+fn failed_sync_at_recovery_is_treated_as_a_power_cut() {
     for seed in 0..20 {
         let (mut target, mut models) = pair();
         play(&mut target, &mut models, &script()[..3]);
@@ -435,7 +438,7 @@ fn an_error_of_the_sync_at_recovery_is_read_as_a_power_cut() {
 }
 
 #[test]
-fn a_full_host_is_enospc_without_a_latch_and_punching_makes_room() {
+fn full_host_gives_enospc_without_a_latch_and_punching_frees_space() {
     let base = Arc::new(TestBase::solid(SIZE));
     let mut disk = SimDisk::persistent(&base, SIZE, BLOCK, None);
     disk.write(&[1; 16_384], 0).unwrap();
@@ -449,11 +452,11 @@ fn a_full_host_is_enospc_without_a_latch_and_punching_makes_room() {
     }
     assert!(!disk.overlay().is_latched());
     assert!(disk.read_all() == before, "a refused write changed something");
-    // Nor may what it had written of its block stay behind.
+    // The part of the block that was written must not stay allocated either.
     disk.overlay().sync().unwrap();
     disk.check_given_back();
     disk.zero(0..8192).unwrap();
-    // The punched space comes back when the next write needs it.
+    // The punched space is given back when the next write needs it.
     disk.write(&[3; 8192], 20_480).unwrap();
     let mut model = Model::new(before);
     model.zero(0..8192);
@@ -466,13 +469,13 @@ fn a_full_host_is_enospc_without_a_latch_and_punching_makes_room() {
 }
 
 #[test]
-fn while_only_the_reserve_of_the_log_is_left_writes_are_refused_and_punches_are_not() {
+fn log_reserve_is_left_to_punches_and_syncs() {
     let base = Arc::new(TestBase::solid(0));
     let mut disk = SimDisk::persistent(&base, SIZE, BLOCK, None);
     let host = Arc::clone(&disk.layer.host);
     disk.write(&[1; 4096], 4096).unwrap();
     disk.write(&[1; 4096], 0).unwrap();
-    // No second step of the log's space, and room for any data.
+    // The log cannot grow a second time, but there is space for any data.
     let used = host.used();
     let mut refused = None;
     for _ in 0..20_000 {
@@ -492,8 +495,8 @@ fn while_only_the_reserve_of_the_log_is_left_writes_are_refused_and_punches_are_
     legal(&model, &disk.after_kill().unwrap().0, "killed");
 }
 
-/// A disk with a long enough log: three syncs, then records that nothing vouches for. Also the
-/// model since the second sync, and how many records the second `Vouch` ends.
+/// Creates a disk with a long log: three syncs, then records that no Vouch covers. Also returns the
+/// model since the second sync, and the number of records up to the second `Vouch`.
 fn logged() -> (SimDisk, Model, u64) {
     let base = Arc::new(TestBase::solid(SIZE));
     let mut disk = SimDisk::persistent(&base, SIZE, 512, None);
@@ -502,7 +505,7 @@ fn logged() -> (SimDisk, Model, u64) {
     for round in 0..4u64 {
         for at in 0..40 {
             let offset = at * 7 % 71 * 512;
-            // Never what it was in the round before: every change is a record.
+            // Always different from the previous round, so that every change adds a record.
             if (at + round) % 2 == 1 {
                 disk.zero(offset..offset + 512).unwrap();
                 model.zero(offset..offset + 512);
@@ -523,7 +526,8 @@ fn logged() -> (SimDisk, Model, u64) {
     (disk, model, known)
 }
 
-/// Opens `disk` with `harm` done to its log: an error, or a state that `model` allows.
+/// Opens `disk` after `harm` has damaged its log. Returns the error, or `None` after checking that
+/// `model` allows the state found.
 fn with_harm(
     disk: &SimDisk,
     model: &Model,
@@ -542,7 +546,7 @@ fn with_harm(
 }
 
 #[test]
-fn every_flipped_byte_of_a_log_is_refused_or_an_older_state() {
+fn flipped_byte_in_the_log_is_rejected_or_gives_an_older_state() {
     let (disk, model, known) = logged();
     let log = disk.layer.home.log();
     let bytes = log.bytes();
@@ -561,7 +565,7 @@ fn every_flipped_byte_of_a_log_is_refused_or_an_older_state() {
 }
 
 #[test]
-fn a_lost_sector_of_the_log_is_damage_unless_the_power_may_have_taken_it() {
+fn lost_log_sector_is_damage_unless_a_power_cut_explains_it() {
     let (disk, model, known) = logged();
     let len = written(&disk.layer.home.log().bytes()) as u64;
     let mut gaps = 0;
@@ -586,11 +590,11 @@ fn a_lost_sector_of_the_log_is_damage_unless_the_power_may_have_taken_it() {
 }
 
 #[test]
-fn a_log_cut_short_is_an_older_state_or_refused() {
+fn truncated_log_gives_an_older_state_or_is_rejected() {
     let (disk, model, known) = logged();
     let len = written(&disk.layer.home.log().bytes()) as u64;
-    // It cannot be told from one whose tail the power took: what was known to be durable was known
-    // from records that are gone as well.
+    // A truncated log looks like one whose tail was lost in a power cut: the records that prove
+    // durability are lost as well.
     assert!(with_harm(&disk, &model, 2, |log| log.cut(40)).is_some(), "no vouch is left");
     for to in known * RECORD_LEN as u64..len {
         let found = with_harm(&disk, &model, 2, |log| log.cut(to));
@@ -599,7 +603,7 @@ fn a_log_cut_short_is_an_older_state_or_refused() {
 }
 
 #[test]
-fn a_record_of_a_later_version_is_named() {
+fn record_of_a_newer_version_is_rejected_with_the_version() {
     let (disk, model, _) = logged();
     let len = written(&disk.layer.home.log().bytes()) as u64;
     let mut bytes = LogRecord::Close.encode(&disk.layer.uuid, 1000);
@@ -612,7 +616,7 @@ fn a_record_of_a_later_version_is_named() {
     }
 }
 
-/// A disk whose log is long enough to be reduced, with data behind it and changes not yet synced.
+/// Creates a disk with data and unsynced changes, whose log is long enough to be compacted.
 fn long() -> (SimDisk, Model) {
     let base = Arc::new(TestBase::solid(SIZE));
     let mut disk = SimDisk::persistent(&base, SIZE, 512, None);
@@ -629,7 +633,7 @@ fn long() -> (SimDisk, Model) {
 }
 
 #[test]
-fn a_cut_while_the_log_is_reduced_loses_nothing() {
+fn power_cut_during_log_compaction_loses_nothing() {
     for cut in 0.. {
         let (mut disk, mut model) = long();
         let host = Arc::clone(&disk.layer.host);
@@ -660,7 +664,7 @@ fn a_cut_while_the_log_is_reduced_loses_nothing() {
 }
 
 #[test]
-fn a_log_whose_new_place_is_not_durable_is_never_synced_again() {
+fn overlay_latches_if_the_rename_of_its_new_log_is_not_durable() {
     let (mut disk, mut model) = long();
     disk.layer.host.fail(Role::Dir, Deed::Sync, 0, libc::EIO);
     disk.overlay().maintain().unwrap();
@@ -676,12 +680,12 @@ fn a_log_whose_new_place_is_not_durable_is_never_synced_again() {
 }
 
 #[test]
-fn a_log_that_cannot_be_reduced_goes_on() {
+fn failed_log_compaction_keeps_the_old_log() {
     for (role, deed) in
         [(Role::Log, Deed::Write), (Role::Log, Deed::Sync), (Role::Dir, Deed::Rename)]
     {
         let (mut disk, mut model) = long();
-        // The first write and sync of the log are those of the Vouch before it.
+        // The first write and sync of the log belong to the Vouch before the compaction.
         disk.layer.host.fail(role, deed, u64::from(role == Role::Log), libc::ENOSPC);
         disk.overlay().maintain().unwrap();
         model.synced();
@@ -695,7 +699,7 @@ fn a_log_that_cannot_be_reduced_goes_on() {
 }
 
 #[test]
-fn a_cut_while_a_new_overlay_recovers_leaves_the_same_overlay() {
+fn power_cut_during_a_recovery_leaves_the_same_overlay() {
     let (mut target, mut models) = pair();
     play(&mut target, &mut models, &script()[..14]);
     play(&mut target, &mut models, &[write(30_000, 3000, 1)]);
@@ -718,9 +722,9 @@ fn a_cut_while_a_new_overlay_recovers_leaves_the_same_overlay() {
 }
 
 #[test]
-fn an_open_that_the_power_took_is_no_damage() {
-    // A log closed in good order, gone on with, cut during its first sync. One of the sixteen
-    // begins a sector with the Open.
+fn open_record_lost_in_a_power_cut_is_not_damage() {
+    // A log that was closed, continued, and cut during its first sync. In one of the sixteen runs
+    // the Open record begins a sector.
     let base = Arc::new(TestBase::solid(SIZE));
     for before in 0..16 {
         let mut disk = SimDisk::persistent(&base, SIZE, 512, None);
@@ -745,7 +749,7 @@ fn an_open_that_the_power_took_is_no_damage() {
 }
 
 #[test]
-fn a_block_touched_while_its_space_waits_for_a_sync_keeps_its_data() {
+fn block_written_while_its_freed_space_awaits_a_sync_keeps_its_data() {
     let base = Arc::new(TestBase::solid(SIZE));
     let mut disk = SimDisk::persistent(&base, SIZE, BLOCK, None);
     disk.write(&[1; 8192], 0).unwrap();
@@ -765,7 +769,7 @@ fn a_block_touched_while_its_space_waits_for_a_sync_keeps_its_data() {
         host.release();
         sync.join().unwrap().unwrap();
     });
-    // The sync covers the first zeros only, so any of the three is legal for each sector.
+    // The sync covers only the first zeros, so each sector may hold any of the three versions.
     model.synced();
     model.write(0, &[2; 4096]);
     model.write(5000, &[3; 100]);
@@ -777,7 +781,7 @@ fn a_block_touched_while_its_space_waits_for_a_sync_keeps_its_data() {
 }
 
 #[test]
-fn space_freed_while_a_sync_runs_waits_for_the_next_sync() {
+fn space_freed_during_a_sync_is_punched_by_the_next_sync() {
     let base = Arc::new(TestBase::solid(SIZE));
     let mut disk = SimDisk::persistent(&base, SIZE, BLOCK, None);
     disk.write(&[1; 12_288], 0).unwrap();
@@ -790,7 +794,7 @@ fn space_freed_while_a_sync_runs_waits_for_the_next_sync() {
         let sync = scope.spawn(|| overlay.sync());
         host.wait_held(1);
         overlay.zero(4096..8192, &*base, Wait::Yes).unwrap();
-        // Freed before, touched, and freed again: the later record counts.
+        // Freed earlier, written, and freed again: the later record counts.
         overlay.write_at(&[2; 4096], 0, &*base, Wait::Yes).unwrap();
         overlay.zero(0..4096, &*base, Wait::Yes).unwrap();
         host.release();
@@ -806,7 +810,7 @@ fn space_freed_while_a_sync_runs_waits_for_the_next_sync() {
 }
 
 #[test]
-fn a_write_waits_for_the_hole_that_is_punched_in_its_place() {
+fn write_waits_for_a_punch_of_the_same_block() {
     let base = Arc::new(TestBase::solid(SIZE));
     let mut disk = SimDisk::persistent(&base, SIZE, BLOCK, None);
     disk.write(&[1; 4096], 0).unwrap();
@@ -828,7 +832,7 @@ fn a_write_waits_for_the_hole_that_is_punched_in_its_place() {
 }
 
 #[test]
-fn space_is_not_punched_under_a_reader_that_saw_data() {
+fn freed_space_is_not_punched_during_a_read() {
     let base = Arc::new(TestBase::solid(SIZE));
     let mut disk = SimDisk::persistent(&base, SIZE, BLOCK, None);
     disk.write(&[1; 4096], 0).unwrap();
@@ -853,7 +857,7 @@ fn space_is_not_punched_under_a_reader_that_saw_data() {
 }
 
 #[test]
-fn a_write_that_a_running_sync_has_passed_leaves_the_overlay_dirty() {
+fn write_that_a_concurrent_sync_missed_leaves_the_overlay_dirty() {
     let base = Arc::new(TestBase::solid(SIZE));
     let mut disk = SimDisk::persistent(&base, SIZE, BLOCK, None);
     disk.write(&[1; 4096], 0).unwrap();
@@ -871,7 +875,7 @@ fn a_write_that_a_running_sync_has_passed_leaves_the_overlay_dirty() {
 }
 
 #[test]
-fn a_log_scan_counts_the_sequences_behind_a_gap() {
+fn log_scan_includes_sequence_numbers_after_a_gap() {
     let (disk, ..) = logged();
     let log = disk.layer.home.log();
     let whole = log::scan(&*log, &disk.layer.uuid).unwrap();
@@ -883,7 +887,7 @@ fn a_log_scan_counts_the_sequences_behind_a_gap() {
 }
 
 #[test]
-fn bytes_across_the_border_of_two_segments_are_one_range() {
+fn reads_and_writes_cross_segment_boundaries() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().to_owned();
     let file = move |index: usize| {
@@ -918,8 +922,8 @@ fn bytes_across_the_border_of_two_segments_are_one_range() {
 }
 
 #[test]
-fn the_power_is_off_for_all_files_at_once_and_the_same_seed_leaves_the_same() {
-    // Of the harness itself: a cut that did nothing would prove nothing.
+fn simulated_power_cut_stops_all_files_and_is_deterministic() {
+    // A test of the simulation itself: a power cut without effect would prove nothing.
     let (mut target, mut models) = pair();
     play(&mut target, &mut models, &[write(0, 4096, 1), Op::Sync { disk: 0 }, write(0, 4096, 2)]);
     let disk = &target.0[0];

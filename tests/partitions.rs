@@ -1,7 +1,7 @@
-//! The key `partitions`: each partition of a disk as a file beside it, which shows the disk's own
-//! bytes. Tables are parted's; what uses the files are the programs that do.
+//! The key `partitions`: each partition of a disk is a file beside the disk and presents a range of
+//! the disk's own bytes. The tables are written by parted; the files are used through common tools.
 
-// Sizes are small here, and a test may panic.
+// Sizes are small, and a test may panic.
 #![allow(clippy::unwrap_used, clippy::cast_possible_truncation)]
 
 mod common;
@@ -19,16 +19,17 @@ use proptest::prelude::*;
 use rustix::fs::SeekFrom;
 use serde_json::{Value, json};
 
-/// Two primary partitions side by side and a logical one.
+/// parted commands for two adjacent primary partitions and a logical one.
 const MBR: &str = "mklabel msdos mkpart primary 1MiB 5MiB mkpart primary 5MiB 20MiB \
      mkpart extended 20MiB 40MiB mkpart logical 21MiB 30MiB";
 const GPT: &str = "mklabel gpt mkpart a 1MiB 5MiB mkpart b 5MiB 6MiB mkpart c 6MiB 40MiB rm 2";
-/// Where they are.
+/// Number and byte range of each partition.
 const MBR_PARTS: [(u32, Range<u64>); 3] =
     [(1, MIB..5 * MIB), (2, 5 * MIB..20 * MIB), (5, 21 * MIB..30 * MIB)];
 const GPT_PARTS: [(u32, Range<u64>); 2] = [(1, MIB..5 * MIB), (3, 6 * MIB..40 * MIB)];
 
-/// A file `name` of 48 MiB that is noise, but for its table and 2 MiB in partition 2.
+/// Creates a file `name` of 48 MiB with random data, except for its partition table and a hole of 2
+/// MiB in partition 2.
 fn partitioned(lab: &mut Lab, name: &str, script: &str) {
     let file = File::create(lab.path(name)).unwrap();
     file.write_all_at(&noise(48 * MIB, 3), 0).unwrap();
@@ -38,7 +39,7 @@ fn partitioned(lab: &mut Lab, name: &str, script: &str) {
     lab.watch(name);
 }
 
-/// A laboratory with `disk.img` mounted as an MBR disk with its partitions.
+/// Mounts `disk.img`, which has an MBR, with its partitions.
 fn mounted() -> Lab {
     let mut lab = Lab::new();
     partitioned(&mut lab, "disk.img", MBR);
@@ -84,7 +85,7 @@ fn every_partition_is_a_file_beside_its_disk() {
             lab.umount();
         }
     }
-    // It is only a way to look at the disk: the overlay knows nothing of it.
+    // The key changes only the view of the disk; the overlay does not record it.
     lab.mount("mbr.img,overlay=ov,partitions");
     lab.umount();
     lab.mount("mbr.img,overlay=ov");
@@ -97,7 +98,7 @@ fn every_partition_is_a_file_beside_its_disk() {
 }
 
 #[test]
-fn attributes_are_those_of_the_disk_but_for_size_and_blocks() {
+fn partition_files_have_the_attributes_of_the_disk_except_size_and_blocks() {
     let lab = mounted();
     let disk = fs::metadata(lab.path("m/disk.img")).unwrap();
     let part = fs::metadata(lab.path("m/disk.img.p2")).unwrap();
@@ -122,14 +123,14 @@ fn attributes_are_those_of_the_disk_but_for_size_and_blocks() {
     assert_eq!(errno_of(std::os::unix::fs::chown(&path, Some(1), None)), libc::EPERM);
     fs::set_permissions(lab.path("m/disk.img"), mode).unwrap();
     assert_eq!(fs::metadata(&path).unwrap().mode() & 0o777, 0o640);
-    // What is punched through the disk is gone from the window at once.
+    // A hole punched through the disk changes the partition's blocks at once.
     fallocate(&lab.open("m/disk.img"), PUNCH, 5 * MIB..8 * MIB).unwrap();
     assert_eq!(fs::metadata(&path).unwrap().blocks() * 512, 10 * MIB);
     lab.end();
 }
 
 #[test]
-fn a_file_system_in_a_window_is_in_the_disk_and_its_neighbours_are_not_touched() {
+fn file_system_in_a_partition_changes_only_that_range_of_the_disk() {
     let lab = mounted();
     lab.sh("mkfs.ext4 -q m/disk.img.p2; mkdir mnt; mount -o loop m/disk.img.p2 mnt
             cp -r /etc/apt mnt; dd if=/dev/urandom of=mnt/big bs=1M count=4 status=none
@@ -144,7 +145,7 @@ fn a_file_system_in_a_window_is_in_the_disk_and_its_neighbours_are_not_touched()
     lab.end();
 }
 
-/// A reader of `name` that has the page at `offset` cached, and mapped.
+/// Opens `name` and caches its page at `offset`. Returns the file and the bytes read.
 fn cached(lab: &Lab, name: &str, offset: u64) -> (File, Vec<u8>) {
     let file = lab.open_ro(name);
     let found = read(&file, offset, 4096);
@@ -152,7 +153,7 @@ fn cached(lab: &Lab, name: &str, offset: u64) -> (File, Vec<u8>) {
 }
 
 #[test]
-fn what_is_changed_through_a_window_is_read_through_the_disk_at_once() {
+fn changes_through_a_partition_are_read_through_the_disk_at_once() {
     let lab = mounted();
     let part = lab.open("m/disk.img.p2");
     for round in 0..200_u64 {
@@ -167,7 +168,7 @@ fn what_is_changed_through_a_window_is_read_through_the_disk_at_once() {
         assert_eq!(copy_range(&part, 14 * MIB, &part, at, 4096).unwrap(), 4096);
         assert!(read(&reader, 5 * MIB + at, 4096) == read(&part, 14 * MIB, 4096));
     }
-    // Opened while nobody looks: what was cached before is not what is read.
+    // Opened between the writes: pages cached earlier must not be read.
     for round in 0..20_u64 {
         cached(&lab, "m/disk.img", 5 * MIB);
         let bytes = noise(4096, round + 500);
@@ -178,7 +179,7 @@ fn what_is_changed_through_a_window_is_read_through_the_disk_at_once() {
     fs::write(lab.path("one"), noise(4096, 77)).unwrap();
     lab.sh("dd if=one of=m/disk.img.p2 bs=4k oflag=dsync conv=notrunc status=none");
     assert!(read(&reader, 5 * MIB, 4096) == noise(4096, 77));
-    // Truncating a window discards it.
+    // Truncating a partition discards all its bytes.
     part.set_len(0).unwrap();
     assert!(read(&reader, 5 * MIB, 15 * MIB).iter().all(|byte| *byte == 0));
     assert_eq!(fs::metadata(lab.path("m/disk.img.p2")).unwrap().len(), 15 * MIB);
@@ -186,22 +187,22 @@ fn what_is_changed_through_a_window_is_read_through_the_disk_at_once() {
     lab.end();
 }
 
-/// What can be done with a mapping.
+/// Access to a mapping.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Map {
     Read,
     Write,
 }
 
-/// Bytes of a file, mapped shared.
+/// A shared mapping of a part of a file.
 struct Mapped(*mut u8, usize);
 
 impl Mapped {
-    /// The `len` bytes at `offset`.
+    /// Maps `len` bytes at `offset`.
     fn new(file: &File, offset: u64, len: usize, map: Map) -> Self {
         let access = libc::PROT_READ | if map == Map::Write { libc::PROT_WRITE } else { 0 };
         let offset = i64::try_from(offset).unwrap();
-        // SAFETY: the kernel chooses a free place.
+        // SAFETY: the kernel chooses a free address.
         let at = unsafe {
             libc::mmap(
                 std::ptr::null_mut(),
@@ -217,31 +218,31 @@ impl Mapped {
     }
 
     fn bytes(&self) -> Vec<u8> {
-        // SAFETY: so many bytes are mapped until this is dropped.
+        // SAFETY: `self.1` bytes are mapped until `drop`.
         (0..self.1).map(|at| unsafe { self.0.add(at).read_volatile() }).collect()
     }
 
     fn put(&self, offset: usize, byte: u8) {
         assert!(offset < self.1);
-        // SAFETY: it is inside the mapping, which is one for writing.
+        // SAFETY: `offset` is inside the mapping, which is writable.
         unsafe { self.0.add(offset).write_volatile(byte) };
     }
 
     fn sync(&self) {
-        // SAFETY: the mapping is ours.
+        // SAFETY: the mapping belongs to `self`.
         assert_eq!(unsafe { libc::msync(self.0.cast(), self.1, libc::MS_SYNC) }, 0);
     }
 }
 
 impl Drop for Mapped {
     fn drop(&mut self) {
-        // SAFETY: it was mapped by `new`, and nobody uses it any more.
+        // SAFETY: `new` mapped this range, and nothing uses it any more.
         unsafe { libc::munmap(self.0.cast(), self.1) };
     }
 }
 
 #[test]
-fn a_mapping_of_one_file_sees_what_is_changed_through_another() {
+fn mapping_of_one_file_sees_changes_through_another() {
     let lab = mounted();
     let (whole, part) = (lab.open("m/disk.img"), lab.open("m/disk.img.p1"));
     let of_part = Mapped::new(&lab.open_ro("m/disk.img.p1"), 0, 8192, Map::Read);
@@ -259,18 +260,19 @@ fn a_mapping_of_one_file_sees_what_is_changed_through_another() {
     assert!(of_part.bytes()[..4096] == read(&whole, 2 * MIB, 4096));
     drop((of_part, of_whole));
 
-    // Written through mappings, at both ends of one page, by turns with writes: nothing is lost,
-    // and nothing waits for itself.
+    // Writes through mappings at both ends of one page, alternating with plain writes: nothing is
+    // lost, and nothing deadlocks.
     let (of_part, of_whole) =
         (Mapped::new(&part, 0, 8192, Map::Write), Mapped::new(&whole, MIB, 8192, Map::Write));
     for round in 0..50_u8 {
-        // It has the page, and so has to be told.
+        // Reading caches the page in this mapping, so the page has to be invalidated.
         assert!(of_whole.bytes().len() == 8192);
         of_part.put(10, round);
         of_part.sync();
         wait_until("the other mapping sees it", || of_whole.bytes()[10] == round);
         of_whole.put(20, round);
-        // It has not been synced: the write must not be undone by the page it is in.
+        // The page has not been synced: the plain write must not be undone when this page is
+        // written back.
         part.write_all_at(&[round; 5], 30).unwrap();
         let want = [round; 5];
         assert_eq!(
@@ -285,13 +287,14 @@ fn a_mapping_of_one_file_sees_what_is_changed_through_another() {
 }
 
 #[test]
-fn a_mapping_shows_nothing_of_what_was_discarded_once_that_returned() {
+fn mapping_shows_no_discarded_bytes_after_the_call_returned() {
     let lab = mounted();
     let part = lab.open("m/disk.img.p1");
     let of_part = Mapped::new(&lab.open_ro("m/disk.img.p1"), 0, 4096, Map::Read);
     let is_over = AtomicBool::new(false);
     thread::scope(|scope| {
-        // Whoever has something to do just then is not always the one who is to be told.
+        // Busy threads on other CPUs, so that the thread which has to invalidate the page is not
+        // always scheduled at once.
         for _ in 0..3 {
             scope.spawn(|| {
                 while !is_over.load(Ordering::Relaxed) {
@@ -304,7 +307,7 @@ fn a_mapping_shows_nothing_of_what_was_discarded_once_that_returned() {
             part.write_all_at(&noise(4096, round + 1), 0).unwrap();
             assert!(of_part.bytes() == noise(4096, round + 1));
             part.set_len(0).unwrap();
-            // SAFETY: it is mapped.
+            // SAFETY: the address is mapped.
             let first = unsafe { of_part.0.read_volatile() };
             first != 0 || of_part.bytes() != [0; 4096]
         });
@@ -315,7 +318,7 @@ fn a_mapping_shows_nothing_of_what_was_discarded_once_that_returned() {
 }
 
 #[test]
-fn truncating_a_window_with_dirty_pages_ends() {
+fn truncating_a_partition_with_dirty_pages_does_not_deadlock() {
     let lab = mounted();
     let part = lab.open("m/disk.img.p1");
     let of_part = Mapped::new(&part, 0, 8192, Map::Write);
@@ -336,7 +339,7 @@ fn truncating_a_window_with_dirty_pages_ends() {
 }
 
 #[test]
-fn a_window_has_ends_as_a_block_device_has() {
+fn partition_file_has_fixed_ends_like_a_block_device() {
     let lab = mounted();
     let part = lab.open("m/disk.img.p1");
     let size = 4 * MIB;
@@ -369,7 +372,7 @@ fn a_window_has_ends_as_a_block_device_has() {
         assert_eq!(errno_of(part.set_len(other)), libc::EINVAL);
     }
     part.set_len(size).unwrap();
-    // The disk cut off in the window, and whole again.
+    // Truncates the disk inside the partition, and extends it again.
     let whole = lab.open("m/disk.img");
     whole.set_len(3 * MIB).unwrap();
     assert_eq!(part.metadata().unwrap().len(), 2 * MIB);
@@ -386,7 +389,7 @@ fn a_window_has_ends_as_a_block_device_has() {
 }
 
 #[test]
-fn plain_tools_see_the_holes_of_a_window() {
+fn plain_tools_see_the_holes_of_a_partition() {
     let lab = mounted();
     let part = lab.open_ro("m/disk.img.p2");
     assert_eq!(data_runs(&part), [0..3 * MIB, 5 * MIB..15 * MIB]);
@@ -395,12 +398,12 @@ fn plain_tools_see_the_holes_of_a_window() {
             qemu-img info -f raw m/disk.img.p2 | grep -q '15 MiB'
             tail -c +5242881 disk.img | head -c 15728640 | cmp - copy");
     assert_eq!(allocated(&lab.path("copy")), 13 * MIB);
-    // A hole at the end of the window, though the disk goes on with data.
+    // A hole at the end of the partition, although data of the disk follows.
     fallocate(&lab.open("m/disk.img.p2"), PUNCH, 14 * MIB..15 * MIB).unwrap();
     assert_eq!(data_runs(&part), [0..3 * MIB, 5 * MIB..14 * MIB]);
     assert_eq!(seek(&part, SeekFrom::Hole(14 * MIB + 5)), Ok(14 * MIB + 5));
     assert_eq!(seek(&part, SeekFrom::Data(14 * MIB)), Err(libc::ENXIO));
-    // Into a window, and between two.
+    // Copies into a partition, and from one to another.
     lab.sh("cp --sparse=always copy m/disk.img.p2; cmp copy m/disk.img.p2
             qemu-img convert -n -f raw -O raw m/disk.img.p1 m/disk.img.p5
             head -c 4194304 m/disk.img.p5 | cmp - m/disk.img.p1");
@@ -409,7 +412,7 @@ fn plain_tools_see_the_holes_of_a_window() {
 }
 
 #[test]
-fn copies_stay_inside_their_windows() {
+fn copies_stay_inside_their_partitions() {
     let lab = mounted();
     let (one, two) = (lab.open("m/disk.img.p1"), lab.open("m/disk.img.p2"));
     let whole = lab.open("m/disk.img");
@@ -424,7 +427,7 @@ fn copies_stay_inside_their_windows() {
 }
 
 #[test]
-fn an_open_window_keeps_its_disk_and_its_mount() {
+fn open_partition_keeps_its_disk_and_mount_in_use() {
     let lab = mounted();
     let part = lab.open_ro("m/disk.img.p5");
     assert_eq!(lab.disk("disk.img")["openers"], 1);
@@ -447,7 +450,7 @@ fn an_open_window_keeps_its_disk_and_its_mount() {
 }
 
 #[test]
-fn commands_say_whose_partition_they_were_given() {
+fn commands_given_a_partition_name_its_disk() {
     let lab = mounted();
     let at = lab.path("m").display().to_string();
     for words in
@@ -469,12 +472,12 @@ fn commands_say_whose_partition_they_were_given() {
 }
 
 #[test]
-fn snapshots_and_going_back_are_seen_through_a_window() {
+fn revert_and_reset_are_seen_through_a_partition() {
     let lab = mounted();
     let before = lab.sh("md5sum < m/disk.img.p1");
     lab.ok("snapshot m/disk.img s");
     lab.open("m/disk.img.p1").write_all_at(&noise(MIB, 9), 0).unwrap();
-    // Mapped, so that the kernel has pages of the newer bytes.
+    // Mapped, so that the kernel caches pages with the newer bytes.
     let file = lab.open_ro("m/disk.img.p1");
     let mapped = Mapped::new(&file, 0, 4096, Map::Read);
     assert!(mapped.bytes() == noise(MIB, 9)[..4096]);
@@ -489,7 +492,7 @@ fn snapshots_and_going_back_are_seen_through_a_window() {
 }
 
 #[test]
-fn mode_ro_refuses_writes_and_mode_rw_writes_inside_the_partition() {
+fn mode_ro_rejects_writes_and_mode_rw_writes_inside_the_partition() {
     let mut lab = Lab::new();
     partitioned(&mut lab, "disk.img", MBR);
     lab.mount("disk.img,mode=ro,partitions");
@@ -513,7 +516,7 @@ fn mode_ro_refuses_writes_and_mode_rw_writes_inside_the_partition() {
     want[MIB as usize..MIB as usize + 4096].fill(7);
     want[5 * MIB as usize - 4..5 * MIB as usize].fill(8);
     assert!(fs::read(lab.path("rw.img")).unwrap() == want);
-    // Of a device with large sectors.
+    // A device with large sectors.
     lab.base("big.img", 48 * MIB);
     let device = lab.loop_device("big.img", "-b 4096");
     lab.sh(&format!("parted -s {device} {MBR}; sync"));
@@ -523,7 +526,7 @@ fn mode_ro_refuses_writes_and_mode_rw_writes_inside_the_partition() {
 }
 
 #[test]
-fn what_has_no_partitions_to_show_is_refused_and_nothing_is_left() {
+fn mount_without_usable_partitions_fails_and_leaves_nothing() {
     let mut lab = Lab::new();
     lab.base("bare.img", 4 * MIB);
     partitioned(&mut lab, "disk.img", MBR);
@@ -578,7 +581,7 @@ fn what_has_no_partitions_to_show_is_refused_and_nothing_is_left() {
 }
 
 #[test]
-fn a_table_made_in_the_mount_is_shown_at_the_next_one() {
+fn partition_table_written_in_a_mount_takes_effect_at_the_next_mount() {
     let mut lab = Lab::new();
     let said = lab.mount("b=blank:48M,overlay=ov,partitions");
     assert!(
@@ -591,7 +594,7 @@ fn a_table_made_in_the_mount_is_shown_at_the_next_one() {
     let said = lab.mount("b=blank:48M,overlay=ov,partitions");
     assert!(said.contains("b: partitions are shown as b.p1 (4 MiB)"), "{said}");
     assert_eq!(entries(&lab), ["b", "b.p1"]);
-    // A table that goes past the end of what the disk is by now.
+    // A partition that ends past the present size of the disk.
     lab.umount();
     lab.mount("b=blank:48M,overlay=ov");
     lab.open("m/b").set_len(3 * MIB).unwrap();
@@ -600,7 +603,7 @@ fn a_table_made_in_the_mount_is_shown_at_the_next_one() {
     assert!(said.contains("b: partition 1 ends past the end of the disk"), "{said}");
     assert_eq!(fs::metadata(lab.path("m/b.p1")).unwrap().len(), 2 * MIB);
     lab.umount();
-    // It is read through the disk: here the base has none, and its overlay has.
+    // The table is read through the disk: here the overlay has one and the base has none.
     lab.base("bare.img", 48 * MIB);
     lab.mount("c=bare.img,overlay=oc");
     lab.sh("parted -s m/c mklabel gpt mkpart a 1MiB 5MiB");
@@ -611,7 +614,7 @@ fn a_table_made_in_the_mount_is_shown_at_the_next_one() {
 }
 
 #[test]
-fn windows_of_a_disk_of_a_store_follow_its_name() {
+fn partitions_follow_the_name_of_a_disk_in_a_store() {
     let mut lab = Lab::new();
     partitioned(&mut lab, "disk.img", MBR);
     let words = "--store st d=disk.img,overlay=st,partitions";
@@ -635,7 +638,7 @@ fn windows_of_a_disk_of_a_store_follow_its_name() {
     assert_eq!(read(&lab.open_ro("m/e.p1"), 0, 4), b"mine");
     fs::rename(path("e"), path("d")).unwrap();
     lab.umount();
-    // The disk is there; the key shows its partitions again, through its overlay.
+    // The disk exists already; the key presents its partitions again, read through its overlay.
     let said = lab.mount(words);
     assert!(said.contains("d: partitions are shown as d.p1 (4 MiB)"), "{said}");
     let part = lab.open("m/d.p1");
@@ -654,7 +657,7 @@ fn windows_of_a_disk_of_a_store_follow_its_name() {
     lab.end();
 }
 
-/// What is done through one of the files: 0 is the disk, others are its windows.
+/// An operation through one of the files: 0 is the disk, the others are its partitions.
 #[derive(Clone, Debug)]
 enum Op {
     Write { file: usize, at: u64, len: u64, fill: u8 },
@@ -683,7 +686,7 @@ fn op() -> impl Strategy<Value = Op> {
     ]
 }
 
-/// The files of a small disk, and what each must show of one array of bytes.
+/// The files of a small disk, and the array of bytes that each file presents a range of.
 struct Model {
     lab: Lab,
     names: [&'static str; 4],
@@ -721,7 +724,8 @@ impl Model {
         Self { lab, names, ranges, writers, readers, maps, bytes }
     }
 
-    /// The bytes of the disk that `len` at `at` of a file are, cut at its end.
+    /// Returns the range of the disk that `len` bytes at `at` of a file cover, clamped to the
+    /// file's end.
     fn place(&self, file: usize, at: u64, len: u64) -> Range<u64> {
         let Range { start, end } = self.ranges[file];
         (start + at).min(end)..(start + at + len).min(end)
@@ -772,7 +776,7 @@ impl Model {
         }
     }
 
-    /// Every file shows its bytes.
+    /// Checks that every file presents its bytes, read and mapped.
     fn check(&self, op: &Op) {
         for (file, range) in self.ranges.iter().enumerate() {
             let want = &self.bytes[range.start as usize..range.end as usize];
@@ -787,7 +791,8 @@ impl Model {
         }
     }
 
-    /// No hole of any file hides data. Asking for holes drops what the kernel has cached.
+    /// Checks that no hole of any file hides data. The SEEK_DATA calls make the kernel drop cached
+    /// pages.
     fn check_holes(&self, op: &Op) {
         for (file, range) in self.ranges.iter().enumerate() {
             let want = &self.bytes[range.start as usize..range.end as usize];
@@ -806,7 +811,7 @@ proptest! {
                                         ..ProptestConfig::default() })]
 
     #[test]
-    fn a_disk_and_its_windows_are_one_array_of_bytes(ops in prop::collection::vec(op(), 1..60)) {
+    fn disk_and_its_partitions_are_one_array_of_bytes(ops in prop::collection::vec(op(), 1..60)) {
         let mut model = Model::new();
         for op in &ops {
             model.perform(op);

@@ -1,9 +1,9 @@
-//! Reflink overlays on a real XFS: the mounted disk with the kernel's passthrough and without, and
-//! the library's snapshots, reverts and resets, interrupted ones too.
+//! Reflink overlays on a real XFS: mounted disks with and without the kernel's passthrough; and the
+//! library's snapshots, reverts and resets, including interrupted ones.
 
-// Sizes are small here, and a test may panic.
+// Sizes are small, and a test may panic.
 #![allow(clippy::unwrap_used, clippy::cast_possible_truncation)]
-// One range is what is expected.
+// Some expected results are a single range.
 #![allow(clippy::single_range_in_vec_init)]
 
 mod common;
@@ -31,7 +31,7 @@ use rustix::process::Signal;
 const SIZE: u64 = 4 * MIB;
 const DISK: &str = "d=host/base.img,overlay=host/ov,reflink";
 
-/// A laboratory with a base on a file system of its own.
+/// Creates a lab with a base on a file system of its own.
 fn lab() -> Lab {
     lab_on("xfs")
 }
@@ -44,7 +44,7 @@ fn lab_on(fs: &str) -> Lab {
 }
 
 #[test]
-fn a_passed_through_disk_does_what_the_model_does() {
+fn passthrough_disk_matches_the_model() {
     let lab = lab();
     model(&lab, "host/base.img", DISK);
     assert!(!lab.log().contains("without passthrough"), "{}", lab.log());
@@ -52,7 +52,7 @@ fn a_passed_through_disk_does_what_the_model_does() {
 }
 
 #[test]
-fn a_reflink_overlay_on_a_read_only_file_system_can_be_read() {
+fn reflink_overlay_on_a_read_only_file_system_can_be_read() {
     let lab = lab();
     lab.mount(DISK);
     lab.open("m/d").write_all_at(&noise(9000, 1), 5000).unwrap();
@@ -70,7 +70,7 @@ fn a_reflink_overlay_on_a_read_only_file_system_can_be_read() {
 }
 
 #[test]
-fn a_disk_on_btrfs_does_what_the_model_does() {
+fn reflink_disk_on_btrfs_matches_the_model() {
     let lab = lab_on("btrfs");
     lab.sh("sync -f host");
     model(&lab, "host/base.img", DISK);
@@ -91,14 +91,15 @@ fn a_disk_on_btrfs_does_what_the_model_does() {
 }
 
 #[test]
-fn a_reflink_disk_without_passthrough_does_what_the_model_does() {
+fn reflink_disk_without_passthrough_matches_the_model() {
     let lab = lab();
     model(&lab, "host/base.img", &format!("{DISK} --cache none"));
     model_again_with(&lab, "--cache writeback");
     lab.end();
 }
 
-/// What the kernel holds back under writeback a killed daemon loses: no kills here.
+/// Runs random operations without kills: with `--cache writeback` a killed daemon loses the pages
+/// that the kernel has not written yet.
 fn model_again_with(lab: &Lab, options: &str) {
     fs::remove_dir_all(lab.path("host/ov")).unwrap();
     let mut model = whole(lab, "host/base.img");
@@ -116,7 +117,7 @@ fn model_again_with(lab: &Lab, options: &str) {
 }
 
 #[test]
-fn on_a_stacked_file_system_the_disk_is_served_and_right() {
+fn disk_on_a_stacked_file_system_is_served_without_passthrough() {
     let mut lab = lab();
     lab.sh("cd host; mkdir l u w s; mount -t overlay o -o lowerdir=l,upperdir=u,workdir=w s");
     lab.base("host/s/base.img", SIZE);
@@ -126,9 +127,9 @@ fn on_a_stacked_file_system_the_disk_is_served_and_right() {
 }
 
 #[test]
-fn without_the_right_to_it_the_disk_is_served() {
+fn disk_is_served_without_passthrough_in_a_user_namespace() {
     let lab = lab();
-    // Root of a user namespace may mount, and may not have files passed through.
+    // Root of a user namespace may mount, but may not use passthrough.
     lab.sh("unshare -Urm sh -euc '
         $COWSLIP mount m d=host/base.img,overlay=host/ov,reflink --log log.txt
         printf served | dd of=m/d bs=6 seek=1000 conv=notrunc,fsync status=none
@@ -143,7 +144,7 @@ X
     lab.end();
 }
 
-/// What `ask` finds in `file` while the daemon is stopped.
+/// Returns the result of `ask` for `file`, run while the daemon is stopped.
 #[track_caller]
 fn without_the_daemon(
     lab: &Lab,
@@ -161,11 +162,11 @@ fn without_the_daemon(
 }
 
 #[test]
-fn reads_and_writes_of_an_open_disk_need_no_daemon() {
+fn reads_and_writes_of_an_open_disk_bypass_the_daemon() {
     let lab = lab();
     lab.mount(DISK);
     let file = lab.open("m/d");
-    // At the first write the kernel learns that there are no extended attributes to ask for.
+    // The first write lets the kernel learn that there are no extended attributes to request.
     file.write_all_at(b"x", 0).unwrap();
     let found = without_the_daemon(&lab, &file, |file| {
         file.write_all_at(b"past the daemon", 5000).unwrap();
@@ -178,7 +179,7 @@ fn reads_and_writes_of_an_open_disk_need_no_daemon() {
 }
 
 #[test]
-fn a_file_of_mode_rw_that_is_passed_through_does_what_the_model_does() {
+fn passthrough_file_of_mode_rw_matches_the_model() {
     let lab = lab();
     lab.sh("cp host/base.img host/rw.img");
     model(&lab, "host/rw.img", "d=host/rw.img,mode=rw,passthrough");
@@ -197,7 +198,7 @@ fn a_file_of_mode_rw_that_is_passed_through_does_what_the_model_does() {
 }
 
 #[test]
-fn a_file_of_mode_ro_that_is_passed_through_is_read_past_the_daemon_and_never_written() {
+fn passthrough_file_of_mode_ro_is_read_past_the_daemon_and_never_written() {
     let lab = lab();
     lab.mount("d=host/base.img,mode=ro,passthrough");
     let file = lab.open_ro("m/d");
@@ -213,7 +214,7 @@ fn a_file_of_mode_ro_that_is_passed_through_is_read_past_the_daemon_and_never_wr
 }
 
 #[test]
-fn a_failed_sync_latches_a_file_of_mode_rw_and_status_says_so() {
+fn failed_sync_latches_a_file_of_mode_rw_and_status_reports_it() {
     for words in ["d=host/rw.img,mode=rw", "d=host/rw.img,mode=rw,passthrough"] {
         let lab = Lab::new();
         lab.host("host", "xfs", 400 * MIB);
@@ -237,7 +238,7 @@ fn a_failed_sync_latches_a_file_of_mode_rw_and_status_says_so() {
 }
 
 #[test]
-fn what_is_no_whole_file_is_not_passed_through() {
+fn passthrough_requires_a_whole_raw_file() {
     let lab = lab();
     lab.sh("qemu-img create -q -f qcow2 host/q.qcow2 1M");
     let device = lab.loop_device("host/base.img", "-r");
@@ -255,7 +256,7 @@ fn what_is_no_whole_file_is_not_passed_through() {
 }
 
 #[test]
-fn a_write_past_the_end_is_seen_by_everybody() {
+fn write_past_the_end_is_seen_by_all_handles() {
     let lab = lab();
     lab.mount(DISK);
     let (file, reader) = (lab.open("m/d"), lab.open_ro("m/d"));
@@ -275,7 +276,7 @@ fn a_write_past_the_end_is_seen_by_everybody() {
 }
 
 #[test]
-fn holes_and_space_are_the_files_own() {
+fn holes_and_blocks_are_those_of_the_data_file() {
     let lab = lab();
     lab.mount(DISK);
     let (file, base) = (lab.open("m/d"), lab.open_ro("host/base.img"));
@@ -284,7 +285,7 @@ fn holes_and_space_are_the_files_own() {
     let first = data_runs(&base)[0].clone();
     fallocate(&file, PUNCH, 64 * KIB..128 * KIB).unwrap();
     assert_eq!(data_runs(&file)[..2], [0..64 * KIB, 128 * KIB..first.end]);
-    // Written through a mapping, and not yet on its way to the device.
+    // Written through a mapping and not yet written back.
     lab.sh("python3 -c 'import mmap,os
 fd = os.open(\"m/d\", os.O_RDWR)
 m = mmap.mmap(fd, 1 << 20)
@@ -296,7 +297,7 @@ assert os.lseek(os.open(\"m/d\", os.O_RDONLY), 65536, os.SEEK_DATA) <= 70000'");
 }
 
 #[test]
-fn times_owner_mode_and_inode_are_there_again() {
+fn times_owner_mode_and_inode_survive_a_remount() {
     let lab = lab();
     lab.mount(DISK);
     let then = SystemTime::UNIX_EPOCH + Duration::from_nanos(1_234_567_890_123_456_789);
@@ -309,20 +310,20 @@ fn times_owner_mode_and_inode_are_there_again() {
     lab.mount(DISK);
     assert_eq!(look(), was);
     lab.umount();
-    // What is there says of which kind it is.
+    // The overlay itself records its kind.
     lab.mount("d=host/base.img,overlay=host/ov");
     assert_eq!(look(), was);
     lab.end();
 }
 
 #[test]
-fn writes_that_returned_outlive_the_daemon() {
+fn completed_writes_survive_a_killed_daemon() {
     let lab = lab();
     lab.mount(DISK);
     let file = lab.open("m/d");
     file.write_all_at(&noise(100_000, 5), 50_000).unwrap();
     lab.kill();
-    // Who has it open still writes; and keeps the overlay from being opened twice.
+    // A process that still has the file open can write, and keeps the overlay locked.
     file.write_all_at(b"late", 1000).unwrap();
     let line = lab.refused(1, &format!("mount m {DISK}"));
     assert!(line.contains("is in use by the cowslip mount at"), "{line}");
@@ -336,7 +337,7 @@ fn writes_that_returned_outlive_the_daemon() {
 }
 
 #[test]
-fn a_power_cut_leaves_what_was_synced_and_a_failed_sync_latches() {
+fn power_cut_keeps_synced_data_and_a_failed_sync_latches() {
     let lab = Lab::new();
     let device = lab.host("host", "xfs", 400 * MIB);
     File::create(lab.path("host/base.img")).unwrap().write_all(&noise(SIZE, 1)).unwrap();
@@ -346,7 +347,7 @@ fn a_power_cut_leaves_what_was_synced_and_a_failed_sync_latches() {
     file.write_all_at(&noise(MIB, 2), MIB).unwrap();
     file.sync_all().unwrap();
     file.write_all_at(&noise(MIB, 3), 2 * MIB).unwrap();
-    // Without flushing anything: what a power cut leaves.
+    // Shuts XFS down without a flush, which leaves the state of a power cut.
     lab.sh("xfs_io -x -c shutdown host");
     for _ in 0..2 {
         assert_eq!(errno_of(file.sync_all()), libc::EIO);
@@ -365,7 +366,7 @@ fn a_power_cut_leaves_what_was_synced_and_a_failed_sync_latches() {
     let found = whole(&lab, "m/d");
     let (base, third) = (noise(SIZE, 1), noise(MIB, 3));
     assert!(found[MIB as usize..][..MIB as usize] == noise(MIB, 2));
-    // Each sector of what was not synced is the old or the new one.
+    // Each sector that was not synced is the old one or the new one.
     for at in (0..MIB as usize).step_by(512) {
         let sector = &found[2 * MIB as usize + at..][..512];
         let is_old = *sector == base[2 * MIB as usize + at..][..512];
@@ -375,7 +376,7 @@ fn a_power_cut_leaves_what_was_synced_and_a_failed_sync_latches() {
 }
 
 #[test]
-fn a_copy_inside_the_mount_is_a_true_copy_that_the_host_makes() {
+fn copy_between_disks_is_exact_and_reflinked_by_the_host() {
     let lab = lab();
     lab.mount(&format!("{DISK} e=host/base.img,overlay=host/ow,reflink"));
     let (from, to) = (lab.open("m/d"), lab.open("m/e"));
@@ -393,7 +394,7 @@ fn a_copy_inside_the_mount_is_a_true_copy_that_the_host_makes() {
 }
 
 #[test]
-fn the_base_is_in_use_as_long_as_the_disk_is_mounted() {
+fn base_is_in_use_while_the_disk_is_mounted() {
     let lab = lab();
     lab.mount(DISK);
     lab.sh("mkdir m2");
@@ -403,7 +404,7 @@ fn the_base_is_in_use_as_long_as_the_disk_is_mounted() {
 }
 
 #[test]
-fn a_second_mount_of_the_overlay_is_refused() {
+fn second_mount_of_the_overlay_is_rejected() {
     let lab = lab();
     lab.mount(DISK);
     lab.sh("mkdir m2");
@@ -413,7 +414,7 @@ fn a_second_mount_of_the_overlay_is_refused() {
 }
 
 #[test]
-fn a_disk_of_fixed_size_stays_so() {
+fn resize_off_keeps_the_size() {
     let lab = lab();
     lab.mount(&format!("{DISK},resize=off"));
     let file = lab.open("m/d");
@@ -425,7 +426,7 @@ fn a_disk_of_fixed_size_stays_so() {
 }
 
 #[test]
-fn status_tells_the_kind_and_what_has_changed() {
+fn status_reports_the_kind_and_the_changed_bytes() {
     let lab = lab();
     let said = lab.mount(DISK);
     assert!(said.contains("4 MiB, reflink overlay"), "{said}");
@@ -443,7 +444,7 @@ fn status_tells_the_kind_and_what_has_changed() {
 }
 
 #[test]
-fn what_cannot_be_shared_is_refused_in_one_line() {
+fn reflink_is_rejected_where_it_is_impossible() {
     let mut lab = lab();
     lab.base("plain.img", SIZE);
     let refused = |disk: &str| lab.refused(1, &format!("mount m {disk}"));
@@ -476,7 +477,7 @@ fn what_cannot_be_shared_is_refused_in_one_line() {
 }
 
 #[test]
-fn an_overlay_of_the_other_kind_is_refused() {
+fn overlay_of_the_other_kind_is_rejected() {
     let lab = lab();
     lab.mount("d=host/base.img,overlay=host/ov");
     lab.umount();
@@ -493,14 +494,14 @@ fn an_overlay_of_the_other_kind_is_refused() {
 }
 
 #[test]
-fn a_base_that_changed_is_refused() {
+fn changed_base_is_rejected_unless_forced() {
     let lab = lab();
     fs::copy(lab.path("host/base.img"), lab.path("host/b.img")).unwrap();
     let disk = "d=host/b.img,overlay=host/ov,reflink";
     lab.mount(disk);
     lab.open("m/d").write_all_at(b"mine", 0).unwrap();
     lab.umount();
-    // Nothing is wrong with it: there is no map, that is all.
+    // The overlay is intact; it merely has no block map.
     for words in ["check host/ov", "rebase host/ov --base host/base.img"] {
         let line = lab.refused(1, words);
         assert!(line.contains("is a reflink overlay, which has no block map"), "{line}");
@@ -509,7 +510,7 @@ fn a_base_that_changed_is_refused() {
     let line = lab.refused(1, &format!("mount m {disk}"));
     assert!(line.contains("does not fit its base"), "{line}");
     lab.mount(&format!("{disk} --force"));
-    // The blocks are its own: they did not change with the base.
+    // The disk owns its blocks, so they did not change with the base.
     let mut wanted = whole(&lab, "host/base.img");
     wanted[..4].copy_from_slice(b"mine");
     check(&lab.open_ro("m/d"), &wanted);
@@ -518,7 +519,7 @@ fn a_base_that_changed_is_refused() {
 
 // The library, without a mount.
 
-/// What lies below a disk that is one file.
+/// The layer below a reflink disk: nothing, since the disk is one file.
 struct Nothing;
 
 impl cowslip::layer::ReadBelow for Nothing {
@@ -535,7 +536,7 @@ fn base_of(lab: &Lab) -> Arc<File> {
     Arc::new(lab.open_ro("host/base.img"))
 }
 
-/// A new overlay at `host/ov`.
+/// Creates an overlay at `host/ov`.
 fn create(lab: &Lab) -> OpenedReflink {
     let (path, file) = (lab.path("host/base.img"), base_of(lab));
     let identity = Identity::of(&file).unwrap();
@@ -561,8 +562,8 @@ fn create(lab: &Lab) -> OpenedReflink {
     reflink::create(&lab.path("host/ov"), stack, &base, None).unwrap()
 }
 
-/// Finds the overlay at `dir`. A child that another test has just started holds its lock, as it
-/// holds all our files, until it executes its program.
+/// Locks the overlay at `dir`. Retries while it is in use: a child that another test has just
+/// forked holds this process's files, and so the lock, until it executes its program.
 fn find(dir: &Path) -> Result<reflink::LockedReflink, ReflinkError> {
     let deadline = Instant::now() + PATIENCE;
     loop {
@@ -587,7 +588,7 @@ fn bytes_of(layer: &Reflink) -> Vec<u8> {
     read(layer.data(), 0, layer.size())
 }
 
-/// An overlay with two snapshots, each other than the base, and what the disk was at each.
+/// An overlay with two snapshots that both differ from the base, and the bytes of the disk at each.
 struct Told {
     lab: Lab,
     base: Vec<u8>,
@@ -605,7 +606,7 @@ impl Told {
         }
         let monday = bytes_of(&layer);
         layer.snapshot("monday").unwrap();
-        // Shorter, and not at a block's border; then longer than the base.
+        // Shorter, and not at a block boundary; then longer than the base.
         layer.set_size(SIZE / 2 + 77).unwrap();
         put(&layer, b"tuesday", 4242);
         let tuesday = bytes_of(&layer);
@@ -621,7 +622,7 @@ impl Told {
 }
 
 #[test]
-fn a_snapshot_keeps_what_was_and_revert_and_reset_bring_it_back() {
+fn revert_and_reset_restore_snapshots_and_base() {
     let told = Told::new();
     let layer = open(&told.lab).unwrap().layer;
     let inode = layer.data().metadata().unwrap().ino();
@@ -638,7 +639,7 @@ fn a_snapshot_keeps_what_was_and_revert_and_reset_bring_it_back() {
         assert!(bytes_of(&layer) == told.base);
         put(&layer, &noise(9999, 2), SIZE + 12_345 - SIZE % 7);
     }
-    // The snapshots are read-only files of their own.
+    // The snapshots are separate read-only files.
     assert!(fs::read(told.ov("snapshots/monday")).unwrap() == told.monday);
     let mut file = layer.open_snapshot("tuesday.new").unwrap();
     assert!(file.write_all(b"x").is_err());
@@ -653,7 +654,7 @@ fn a_snapshot_keeps_what_was_and_revert_and_reset_bring_it_back() {
 }
 
 #[test]
-fn names_that_clash_are_missing_or_lead_elsewhere_change_nothing() {
+fn invalid_missing_and_duplicate_snapshot_names_change_nothing() {
     let told = Told::new();
     let layer = open(&told.lab).unwrap().layer;
     let was = bytes_of(&layer);
@@ -676,7 +677,7 @@ fn names_that_clash_are_missing_or_lead_elsewhere_change_nothing() {
     told.lab.end();
 }
 
-/// The note that a revert leaves when it is interrupted.
+/// Writes the `intent` file that an interrupted revert leaves.
 fn leave_intent(told: &Told, body: &str) {
     let crc = crc32c::crc32c(body.as_bytes());
     let text = format!("checksum = \"crc32c:{crc:08x}\"\n{body}");
@@ -684,12 +685,13 @@ fn leave_intent(told: &Told, body: &str) {
 }
 
 #[test]
-fn an_interrupted_revert_or_reset_is_finished_at_the_next_open() {
+fn interrupted_revert_or_reset_is_finished_at_the_next_open() {
     let told = Told::new();
     let monday = "from = \"snapshot\"\nname = \"monday\"\n";
     let tuesday = "from = \"snapshot\"\nname = \"tuesday.new\"\n";
     let data = OpenOptions::new().read(true).write(true).open(told.ov("data")).unwrap();
-    // As far as it may have come: not at all, cut off, half of one and half of the other.
+    // Possible states of the data at the interruption: unchanged, truncated, and half of one state
+    // and half of another.
     let nothing: &dyn Fn() = &|| {};
     let cut: &dyn Fn() = &|| data.set_len(1 << 20).unwrap();
     let mixed: &dyn Fn() = &|| {
@@ -713,7 +715,7 @@ fn an_interrupted_revert_or_reset_is_finished_at_the_next_open() {
             }
             put(&opened.layer, b"written after", 100);
             drop(opened);
-            // It is over: what is written since stays.
+            // The revert is finished: later writes stay.
             let again = open(&told.lab).unwrap();
             assert_eq!(again.finished, None);
             assert_eq!(&bytes_of(&again.layer)[100..113], b"written after");
@@ -727,7 +729,7 @@ fn an_interrupted_revert_or_reset_is_finished_at_the_next_open() {
 }
 
 #[test]
-fn what_cannot_be_finished_is_refused_and_left_as_it_is() {
+fn revert_that_cannot_be_finished_is_rejected_and_left_unchanged() {
     let told = Told::new();
     let was = fs::read(told.ov("data")).unwrap();
     fs::write(told.ov("intent"), "checksum = \"crc32c:00000000\"\nfrom = \"base\"\n").unwrap();
@@ -742,7 +744,7 @@ fn what_cannot_be_finished_is_refused_and_left_as_it_is() {
 }
 
 #[test]
-fn what_differs_from_the_base_is_told_by_shared_extents() {
+fn shared_extents_tell_which_ranges_differ_from_the_base() {
     let lab = lab();
     let layer = create(&lab).layer;
     assert_eq!(layer.changed().unwrap().ranges, []);
@@ -769,7 +771,7 @@ fn what_differs_from_the_base_is_told_by_shared_extents() {
 }
 
 #[test]
-fn two_openers_exclude_each_other_by_the_inode_of_the_data() {
+fn overlay_lock_follows_the_data_file_across_a_rename() {
     let lab = lab();
     let one = create(&lab);
     fs::rename(lab.path("host/ov"), lab.path("host/renamed")).unwrap();
@@ -781,7 +783,7 @@ fn two_openers_exclude_each_other_by_the_inode_of_the_data() {
 }
 
 #[test]
-fn direct_io_reaches_the_file() {
+fn direct_io_reaches_the_data_file() {
     let lab = lab();
     lab.mount(DISK);
     let mut options = OpenOptions::new();
