@@ -1,6 +1,7 @@
-//! Snapshots, going back, clones and what they refuse: on a real mount, with the real program.
+//! Snapshots, reverts, resets and clones, and the requests they reject: on a real mount, with the
+//! real program.
 
-// Sizes are small here, and a test may panic.
+// Sizes are small, and a test may panic.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::cast_possible_truncation)]
 
 mod common;
@@ -14,22 +15,22 @@ use std::time::Duration;
 use common::mount::*;
 use rustix::fs::SeekFrom;
 
-/// A snapshot's file.
+/// Returns the path of a snapshot's file.
 fn shot(disk: &str, name: &str) -> String {
     format!("m/.cowslip/{disk}/snapshots/{name}")
 }
 
-/// All bytes of a file.
+/// Reads all bytes of a file.
 fn all(lab: &Lab, name: &str) -> Vec<u8> {
     fs::read(lab.path(name)).unwrap()
 }
 
-/// Layers in a directory.
+/// Returns the number of layers in the overlay or store `dir`.
 fn layers(lab: &Lab, dir: &str) -> usize {
     fs::read_dir(lab.path(dir).join("layers")).unwrap().count()
 }
 
-/// A mount of a 16 MiB base with the overlay `ov`.
+/// Mounts a disk `d` over a base of 16 MiB with the overlay `ov`.
 fn lab() -> Lab {
     let mut lab = Lab::new();
     lab.base("base.img", 16 * MIB);
@@ -37,13 +38,13 @@ fn lab() -> Lab {
     lab
 }
 
-/// Waits until nothing is merged any more.
+/// Waits until merging has left `count` layers in `dir`.
 fn wait_for_layers(lab: &Lab, dir: &str, count: usize) {
     wait_until("layers are merged", || layers(lab, dir) == count);
 }
 
 #[test]
-fn a_snapshot_is_a_raw_file_for_qemu() {
+fn snapshot_is_a_raw_file_for_qemu() {
     let lab = lab();
     let file = lab.open("m/d");
     file.write_all_at(&noise(MIB, 5), 3 * MIB + 7).unwrap();
@@ -65,7 +66,7 @@ fn a_snapshot_is_a_raw_file_for_qemu() {
 }
 
 #[test]
-fn a_snapshot_cannot_be_written_to() {
+fn snapshot_is_read_only() {
     let lab = lab();
     lab.ok("snapshot m/d a");
     let found = fs::metadata(lab.path(&shot("d", "a"))).unwrap();
@@ -76,14 +77,14 @@ fn a_snapshot_cannot_be_written_to() {
 }
 
 #[test]
-fn snapshots_and_clones_of_a_mounted_ext4_are_sound() {
+fn snapshots_and_clones_of_a_mounted_ext4_pass_fsck() {
     let lab = Lab::new();
     lab.mount("--store st");
     lab.sh("truncate -s 64M m/d; mkfs.ext4 -q -F m/d; mkdir in");
     let device = lab.loop_device("m/d", "");
     lab.sh(&format!("mount {device} in"));
     lab.sh("for i in 1 2 3 4 5 6 7 8; do head -c 300000 /dev/urandom > in/$i; done; echo kept > in/word; sync -f in");
-    // Somebody goes on writing all the time.
+    // A process writes to the file system the whole time.
     let mut writer = lab.command("sh");
     writer.args([
         "-c",
@@ -96,10 +97,10 @@ fn snapshots_and_clones_of_a_mounted_ext4_are_sound() {
     }
     writer.0.kill().unwrap();
     writer.0.wait().unwrap();
-    // Its last child may still be there.
+    // The last child of the writer may still be running.
     wait_until("nobody is in it", || lab.output("umount", &["in"]).status.success());
     lab.sh(&format!("losetup -d {device}"));
-    // The journal of a file system that was in use is replayed first; a snapshot's on a copy.
+    // The journal of a file system in use is replayed first; for a snapshot on a copy.
     lab.sh("mkdir out");
     for round in 0..4 {
         let path = shot("d", &format!("s{round}"));
@@ -117,7 +118,7 @@ fn snapshots_and_clones_of_a_mounted_ext4_are_sound() {
 }
 
 #[test]
-fn a_snapshot_can_be_checked_through_a_read_only_loop_device() {
+fn snapshot_can_be_checked_through_a_read_only_loop_device() {
     let lab = Lab::new();
     lab.mount("d=blank:32M,overlay=ov");
     lab.sh("mkfs.ext4 -q -F m/d");
@@ -130,14 +131,14 @@ fn a_snapshot_can_be_checked_through_a_read_only_loop_device() {
 }
 
 #[test]
-fn sixty_four_snapshots_deep_all_reads_and_depths_are_right() {
+fn reads_and_map_depths_are_correct_with_64_snapshots() {
     let lab = lab();
     let file = lab.open("m/d");
     let mut models = Vec::new();
     let at = |layer: u64| 5 * MIB + layer * 100 * KIB;
     for layer in 0..64 {
         file.write_all_at(&noise(8 * KIB, layer + 1), at(layer)).unwrap();
-        // Everybody writes here.
+        // Every layer has data here.
         file.write_all_at(&noise(4 * KIB, layer + 1), 15 * MIB).unwrap();
         lab.ok(&format!("snapshot m/d s{layer}"));
         models.push(read(&file, 0, 16 * MIB));
@@ -155,7 +156,7 @@ fn sixty_four_snapshots_deep_all_reads_and_depths_are_right() {
         map.as_array().unwrap().iter().find(inside).unwrap()["depth"].as_u64().unwrap()
     };
     for layer in 0..64 {
-        // Right above it is the next, and the top above all.
+        // The layer of the latest snapshot has depth 1, since only the top is above it.
         assert_eq!(depth(at(layer)), 64 - layer, "layer {layer}");
         assert_eq!(depth(at(layer) + 8 * KIB), 65);
     }
@@ -169,7 +170,7 @@ fn sixty_four_snapshots_deep_all_reads_and_depths_are_right() {
 }
 
 #[test]
-fn the_map_for_people_names_the_layer_and_not_the_base() {
+fn readable_map_names_the_layer_instead_of_the_base() {
     let lab = lab();
     lab.open("m/d").write_all_at(&noise(4096, 1), 6 * MIB).unwrap();
     lab.ok("snapshot m/d a");
@@ -181,7 +182,7 @@ fn the_map_for_people_names_the_layer_and_not_the_base() {
 }
 
 #[test]
-fn names_that_clash_or_are_none_are_refused_and_nothing_changes() {
+fn invalid_and_duplicate_snapshot_names_are_rejected_without_changes() {
     let lab = lab();
     lab.ok("snapshot m/d a");
     let before = lab.ok("snapshot m/d --list");
@@ -204,7 +205,7 @@ fn names_that_clash_or_are_none_are_refused_and_nothing_changes() {
 }
 
 #[test]
-fn a_disk_without_an_overlay_says_that_it_has_no_snapshots() {
+fn disk_without_an_overlay_rejects_snapshots() {
     let mut lab = Lab::new();
     lab.base("base.img", MIB);
     lab.sh("cp base.img rw.img");
@@ -216,7 +217,7 @@ fn a_disk_without_an_overlay_says_that_it_has_no_snapshots() {
 }
 
 #[test]
-fn going_back_names_who_writes_and_force_does_it_all_the_same() {
+fn revert_and_reset_name_the_writers_unless_forced() {
     let lab = lab();
     let base = all(&lab, "base.img");
     lab.open("m/d").write_all_at(&noise(5000, 1), 100).unwrap();
@@ -247,7 +248,7 @@ fn going_back_names_who_writes_and_force_does_it_all_the_same() {
 }
 
 #[test]
-fn going_back_brings_the_size_back_too() {
+fn revert_and_reset_restore_the_size() {
     let lab = lab();
     lab.ok("snapshot m/d a");
     lab.sh("truncate -s 3M m/d");
@@ -263,7 +264,7 @@ fn going_back_brings_the_size_back_too() {
 }
 
 #[test]
-fn holes_are_right_as_soon_as_one_has_gone_back() {
+fn holes_are_correct_right_after_revert_and_reset() {
     let lab = Lab::new();
     lab.mount("d=blank:8M,overlay=ov");
     let reader = lab.open_ro("m/d");
@@ -285,7 +286,7 @@ fn holes_are_right_as_soon_as_one_has_gone_back() {
 }
 
 #[test]
-fn nothing_cached_of_the_newer_bytes_is_read_after_going_back() {
+fn revert_discards_cached_newer_bytes() {
     let lab = lab();
     lab.ok("snapshot m/d a");
     let before = all(&lab, "m/d");
@@ -297,7 +298,7 @@ fn nothing_cached_of_the_newer_bytes_is_read_after_going_back() {
 }
 
 #[test]
-fn a_snapshot_keeps_the_mode_and_the_time_of_the_disk() {
+fn snapshot_keeps_mode_and_mtime_of_the_disk() {
     let lab = lab();
     lab.sh("chmod 640 m/d; touch -d '2001-02-03 04:05:06 UTC' m/d");
     let before = lab.sh("stat -c '%a %Y' m/d");
@@ -312,7 +313,7 @@ fn a_snapshot_keeps_the_mode_and_the_time_of_the_disk() {
 }
 
 #[test]
-fn deleting_in_the_middle_changes_no_byte_and_gives_the_layer_back() {
+fn deleting_a_snapshot_changes_no_byte_and_removes_its_layer() {
     let lab = lab();
     let file = lab.open("m/d");
     let mut models = Vec::new();
@@ -328,7 +329,7 @@ fn deleting_in_the_middle_changes_no_byte_and_gives_the_layer_back() {
         lab.ok(&format!("snapshot m/d --delete s{gone}"));
     }
     wait_for_layers(&lab, "ov", 3);
-    // Who has it open still reads it; nobody else finds it.
+    // An open handle can still read the deleted snapshot; its name no longer exists.
     assert!(read(&reader, 0, 16 * MIB) == models[2]);
     assert!(!lab.path(&shot("d", "s2")).exists());
     drop(reader);
@@ -347,7 +348,7 @@ fn deleting_in_the_middle_changes_no_byte_and_gives_the_layer_back() {
 }
 
 #[test]
-fn writers_go_on_while_layers_are_merged_below_them() {
+fn writes_continue_while_layers_are_merged() {
     let lab = lab();
     let file = lab.open("m/d");
     file.write_all_at(&noise(8 * MIB, 1), 0).unwrap();
@@ -370,7 +371,7 @@ fn writers_go_on_while_layers_are_merged_below_them() {
 }
 
 #[test]
-fn deleting_a_snapshot_that_a_clone_needs_keeps_the_clone() {
+fn deleting_a_snapshot_keeps_the_clones_that_need_it() {
     let mut lab = Lab::new();
     lab.base("base.img", 16 * MIB);
     lab.mount("--store st d=base.img,overlay=st");
@@ -396,7 +397,7 @@ fn deleting_a_snapshot_that_a_clone_needs_keeps_the_clone() {
 }
 
 #[test]
-fn a_clone_is_a_disk_of_its_own() {
+fn clone_and_origin_are_independent() {
     let lab = Lab::new();
     lab.mount("--store st");
     lab.sh("truncate -s 8M m/d");
@@ -416,8 +417,8 @@ fn a_clone_is_a_disk_of_its_own() {
     lab.end();
 }
 
-/// A store with the disks `golden` and `vm`, as others know them by name: what the kernel may still
-/// believe of a name must not lead a command to the disk that had it before.
+/// Creates a store with the disks `golden` and `vm`, for tests of renames: a name that the kernel
+/// has cached must not lead a command to the disk that had the name before.
 fn golden_and_vm() -> Lab {
     let lab = Lab::new();
     lab.mount("--store st");
@@ -426,10 +427,10 @@ fn golden_and_vm() -> Lab {
 }
 
 #[test]
-fn a_command_right_after_a_rename_acts_on_the_disk_that_has_the_name_now() {
+fn command_after_a_rename_changes_the_disk_that_has_the_name_now() {
     let lab = golden_and_vm();
     for round in 0..4 {
-        // The snapshot has the kernel look up what belongs to 'vm'.
+        // The snapshot makes the kernel look up the control files of 'vm'.
         lab.ok(&format!("snapshot m/vm before{round}"));
         lab.sh("mv m/vm m/vm.old; $COWSLIP clone m/golden m/vm");
         assert_eq!(lab.ok("snapshot m/vm --list").lines().count(), 1, "a clone has no snapshots");
@@ -443,7 +444,7 @@ fn a_command_right_after_a_rename_acts_on_the_disk_that_has_the_name_now() {
 }
 
 #[test]
-fn a_command_right_after_a_rename_reads_and_copies_the_disk_that_has_the_name_now() {
+fn command_after_a_rename_reads_the_disk_that_has_the_name_now() {
     let lab = golden_and_vm();
     let vm = lab.sh("stat -c %i m/vm");
     for _ in 0..4 {
@@ -463,7 +464,7 @@ fn a_command_right_after_a_rename_reads_and_copies_the_disk_that_has_the_name_no
         assert_eq!(known("vm.old").trim().strip_prefix("\"inode\":"), Some(vm.trim()));
         assert!(known("vm") != known("vm.old"));
         lab.sh("mv m/vm m/golden; mv m/vm.old m/vm");
-        // The name is another's as soon as it is free.
+        // A name can be reused as soon as it is free.
         lab.sh("$COWSLIP snapshot m/vm x; cp m/golden m/ci; $COWSLIP snapshot m/ci a; rm m/ci");
         lab.sh("$COWSLIP clone m/golden m/ci; $COWSLIP snapshot m/ci b; rm m/ci");
         lab.sh("$COWSLIP snapshot m/vm --delete x; ! test -e m/.cowslip/vm/snapshots/x");
@@ -472,7 +473,7 @@ fn a_command_right_after_a_rename_reads_and_copies_the_disk_that_has_the_name_no
 }
 
 #[test]
-fn a_request_is_refused_by_another_disk_than_the_one_it_means() {
+fn request_for_another_inode_is_rejected_as_stale() {
     let lab = golden_and_vm();
     lab.sh("$COWSLIP clone m/vm m/other; $COWSLIP add m g=blank:1M");
     let inode = |name: &str| lab.path(name).metadata().unwrap().ino();
@@ -510,7 +511,7 @@ fn a_request_is_refused_by_another_disk_than_the_one_it_means() {
         lab.sh("cat m/vm; ls m/.cowslip/vm/snapshots; ls m"),
         "changed\ns\ng\ngolden\nother\nvm\n"
     );
-    // A request that means this one, and one that does not say.
+    // A request with this disk's inode, and one without an inode.
     let said =
         ask("vm/ctl", &format!(r#"{{"op":"snapshot","name":"t","inode":{}}}"#, inode("m/vm")));
     assert!(said.contains("'t' taken"), "{said}");
@@ -523,7 +524,7 @@ fn a_request_is_refused_by_another_disk_than_the_one_it_means() {
 }
 
 #[test]
-fn a_command_never_acts_on_a_disk_that_takes_the_name_of_another_meanwhile() {
+fn command_never_acts_on_a_disk_renamed_into_its_target() {
     let lab = Lab::new();
     lab.mount("--store st");
     lab.sh("echo mine >m/vm; echo others >m/other; touch bound; mount --bind m/vm bound");
@@ -535,7 +536,7 @@ fn a_command_never_acts_on_a_disk_that_takes_the_name_of_another_meanwhile() {
                 for (from, to) in [("vm", "x"), ("other", "vm"), ("x", "other")] {
                     fs::rename(lab.path("m").join(from), lab.path("m").join(to)).unwrap();
                 }
-                // Long enough under each name for a command to come through.
+                // Long enough under each name for a command to succeed.
                 std::thread::sleep(Duration::from_millis(20));
             }
         });
@@ -557,14 +558,14 @@ fn a_command_never_acts_on_a_disk_that_takes_the_name_of_another_meanwhile() {
             }
         }
     });
-    // The bound one is what was reset, however it was called by then.
+    // The reset applied to the bind-mounted disk, whatever its name was at that time.
     assert_eq!(lab.sh("cat bound; umount bound; cat m/vm m/other"), "others\n");
     assert!(done > 0, "{refused} were refused and none came through");
     lab.end();
 }
 
 #[test]
-fn what_cannot_be_cloned_says_what_to_do() {
+fn clone_of_an_unsuitable_disk_is_rejected_with_a_remedy() {
     let mut lab = Lab::new();
     lab.base("base.img", MIB);
     lab.mount("t=base.img");
@@ -589,16 +590,17 @@ fn what_cannot_be_cloned_says_what_to_do() {
 }
 
 #[test]
-fn a_thousand_clones_of_one_base_differ_and_come_back() {
+fn thousand_clones_keep_their_own_bytes_across_a_remount() {
     let mut lab = Lab::new();
     lab.base("base.img", MIB);
-    // In memory: thousands of syncs would wait for a device that other tests keep busy.
+    // On tmpfs: thousands of syncs would wait for a device that other tests keep busy.
     lab.sh("mkdir fast; mount -t tmpfs none fast");
     lab.mount("--store fast/st d=base.img,overlay=fast/st");
     lab.open("m/d").write_all_at(b"common", 5000).unwrap();
     let common = all(&lab, "m/d");
     let ask = |name: &str| {
-        // The file that the command itself uses: a thousand processes would be the slow part.
+        // The control file that the command itself uses: starting a thousand processes would be
+        // slow.
         let control = lab.open("m/.cowslip/d/ctl");
         let request = format!("{{\"op\":\"clone\",\"name\":\"{name}\"}}\n");
         control.write_all_at(request.as_bytes(), 0).unwrap();
@@ -621,7 +623,7 @@ fn a_thousand_clones_of_one_base_differ_and_come_back() {
         assert!(all(&lab, "m/d") == common);
     };
     check();
-    // The frozen layer, a top for each, and the top of the first.
+    // The frozen layer, a top layer for each clone, and the top layer of `d`.
     assert_eq!(layers(&lab, "fast/st"), 1002);
     lab.umount();
     lab.mount("--store fast/st d=base.img,overlay=fast/st");
@@ -632,10 +634,10 @@ fn a_thousand_clones_of_one_base_differ_and_come_back() {
 }
 
 #[test]
-fn snapshots_beside_the_disk_are_made_durable_with_it() {
+fn sync_makes_the_snapshots_of_a_disk_durable() {
     let mut lab = Lab::new();
     lab.base("base.img", 4 * MIB);
-    // What `check` says of a layer that was not closed.
+    // Counts the layers that `check` reports as not closed.
     let open = |lab: &Lab| lab.ok("check ov").matches("needs recovery").count();
     lab.mount("d=base.img,overlay=ov");
     for name in ["a", "b"] {
@@ -644,7 +646,7 @@ fn snapshots_beside_the_disk_are_made_durable_with_it() {
         lab.ok("reset m/d");
     }
     lab.sh("sync m/d");
-    // By a sync, and not only by the end of the mount.
+    // The sync alone must suffice, without the end of the mount.
     lab.kill();
     let said = lab.ok("check ov");
     for name in ["a", "b"] {
@@ -654,7 +656,7 @@ fn snapshots_beside_the_disk_are_made_durable_with_it() {
     lab.mount("d=base.img,overlay=ov");
     lab.umount();
     assert_eq!(open(&lab), 0);
-    // And when the daemon died before.
+    // The same after a kill of the daemon.
     lab.mount("d=base.img,overlay=ov");
     lab.open("m/d").write_all_at(&noise(MIB, 2), 0).unwrap();
     lab.ok("snapshot m/d c");
@@ -664,7 +666,7 @@ fn snapshots_beside_the_disk_are_made_durable_with_it() {
     lab.mount("d=base.img,overlay=ov");
     lab.umount();
     assert_eq!(open(&lab), 0);
-    // A temporary disk that is kept.
+    // The same for a temporary disk that is kept.
     lab.mount("d=base.img");
     lab.open("m/d").write_all_at(&noise(MIB, 3), 0).unwrap();
     lab.ok("snapshot m/d a");
@@ -676,11 +678,11 @@ fn snapshots_beside_the_disk_are_made_durable_with_it() {
 }
 
 #[test]
-fn a_temporary_disk_is_kept_with_all_its_snapshots() {
+fn keep_keeps_all_snapshots_of_a_temporary_disk() {
     for dir in ["kept", "host/kept"] {
         let mut lab = Lab::new();
         lab.base("base.img", 16 * MIB);
-        // Another file system: the data has to be copied there.
+        // For another file system the data has to be copied.
         lab.host("host", "ext4", 128 * MIB);
         lab.mount("d=base.img");
         let file = lab.open("m/d");
@@ -690,7 +692,7 @@ fn a_temporary_disk_is_kept_with_all_its_snapshots() {
             lab.ok(&format!("snapshot m/d s{layer}"));
             models.push(read(&file, 0, 16 * MIB));
             if layer == 2 {
-                // The next one stands on another.
+                // The next snapshot is based on another one.
                 drop(lab.ok("revert m/d s0 --force"));
             }
         }
@@ -715,7 +717,7 @@ fn a_temporary_disk_is_kept_with_all_its_snapshots() {
 }
 
 #[test]
-fn umount_does_not_wait_for_merging() {
+fn umount_does_not_wait_for_a_merge() {
     let lab = Lab::new();
     lab.mount("d=blank:1G,overlay=ov");
     lab.sh("head -c 64M /dev/urandom | dd of=m/d bs=1M conv=notrunc status=none");
@@ -726,7 +728,7 @@ fn umount_does_not_wait_for_merging() {
     lab.umount();
     lab.mount("d=blank:1G,overlay=ov");
     assert_eq!(checksum(&lab.path("m/d")), crc);
-    // What was not done before is done now.
+    // The interrupted merge is completed now.
     wait_for_layers(&lab, "ov", 1);
     assert_eq!(checksum(&lab.path("m/d")), crc);
     lab.end();

@@ -1,9 +1,10 @@
-//! Daemons killed in the middle of snapshots, deletions, going back, clones and merging: on real
-//! mounts, with the real program.
+//! Daemons killed during snapshots, deletions, reverts, resets, clones and merges: on real mounts,
+//! with the real program.
 //!
-//! What was answered is there after the next mount. What was under way has happened or has not.
+//! Acknowledged operations are present after the next mount. An operation in progress has happened
+//! or has not.
 
-// Sizes are small here, and a test may panic.
+// Sizes are small, and a test may panic.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::cast_possible_truncation)]
 
 mod common;
@@ -22,8 +23,8 @@ use rustix::process::Signal;
 const SIZE: u64 = 2 * MIB;
 const SECTOR: usize = 512;
 
-/// Numbers that follow from a seed, which is printed: `COWSLIP_SEED=N` runs the same again, as far
-/// as the clock allows.
+/// A random number generator whose seed is printed: `COWSLIP_SEED=N` repeats a run, as far as
+/// timing allows.
 struct Dice(u64);
 
 impl Dice {
@@ -35,7 +36,7 @@ impl Dice {
         Self(seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1)
     }
 
-    /// Below `end`.
+    /// Returns a number below `end`.
     fn below(&mut self, end: u64) -> u64 {
         self.0 ^= self.0 << 13;
         self.0 ^= self.0 >> 7;
@@ -44,7 +45,7 @@ impl Dice {
     }
 }
 
-/// Something done to the disk of that name.
+/// An operation on a disk.
 #[derive(Clone, Debug)]
 enum Deed {
     Write(u64, u64, u64),
@@ -65,7 +66,7 @@ struct World {
     named: u64,
 }
 
-/// `d` and its clones live in the store, `o` beside it.
+/// The disk `d` and its clones are in the store, `o` has its own overlay.
 const WORDS: &str = "--store st d=base.img,overlay=st o=base.img,overlay=ov";
 
 impl World {
@@ -80,7 +81,7 @@ impl World {
         Self { lab, words: WORDS, base, disks: disks.into(), pid, named: 0 }
     }
 
-    /// Something that can be done, and to whom.
+    /// Chooses a possible operation and its disk.
     fn choose(&mut self, dice: &mut Dice) -> (String, Deed) {
         let names: Vec<&String> = self.disks.keys().collect();
         let name = names[dice.below(names.len() as u64) as usize].clone();
@@ -104,7 +105,7 @@ impl World {
         (name, deed)
     }
 
-    /// Whether it was done: the answer, not a guess.
+    /// Performs the operation and returns whether it was acknowledged.
     fn perform(&self, disk: &str, deed: &Deed) -> bool {
         let path = self.lab.path("m").join(disk);
         let command = |words: &str| self.lab.cowslip(words).status.success();
@@ -125,7 +126,7 @@ impl World {
         }
     }
 
-    /// The world after it was done.
+    /// Returns the disks as they are after the operation.
     fn after(&self, disk: &str, deed: &Deed) -> States {
         let mut disks = self.disks.clone();
         let state = disks.get_mut(disk).unwrap();
@@ -158,14 +159,14 @@ impl World {
         self.pid = self.lab.pid();
     }
 
-    /// No layer is there that no disk names.
+    /// Checks that some disk names every layer.
     fn check_layers(&self) {
         let text = |path: &Path| fs::read_to_string(path).unwrap_or_default();
         let store = || {
             let disks = fs::read_dir(self.lab.path("st/disks")).unwrap();
             disks.map(|disk| text(&disk.unwrap().path().join("stack"))).collect::<String>()
         };
-        // Beside the store, layers are merged as soon as it is mounted.
+        // In an overlay outside the store, merging starts right after the mount.
         let own = || text(&self.lab.path("ov/stack"));
         wait_until("no layer is left that nothing names", || {
             unnamed(&self.lab.path("st"), &store()).is_empty()
@@ -174,8 +175,8 @@ impl World {
     }
 }
 
-/// Whether `found` is `old` or `new`, or of a write something in which each sector is of one of
-/// them; else where it is not.
+/// Checks that `found` is `old` or `new`. After a write each sector may be either of the two. The
+/// error describes the differences.
 fn check_between(found: &States, old: &States, new: &States, deed: &Deed) -> Result<(), String> {
     if found == old || found == new {
         return Ok(());
@@ -204,7 +205,7 @@ fn check_between(found: &States, old: &States, new: &States, deed: &Deed) -> Res
 }
 
 #[test]
-fn a_kill_at_any_moment_leaves_what_was_answered_and_nothing_half_done() {
+fn kill_at_any_time_keeps_acknowledged_operations_and_no_partial_ones() {
     let mut dice = Dice::new();
     let mut world = World::new();
     for round in 0..24 {
@@ -236,7 +237,7 @@ fn a_kill_at_any_moment_leaves_what_was_answered_and_nothing_half_done() {
         world.check_layers();
         world.disks = found;
     }
-    // Nothing was only right because something was still cached.
+    // Checks again without any cached state.
     world.lab.umount();
     world.lab.mount(WORDS);
     assert!(found(&world.lab) == world.disks);
@@ -245,14 +246,14 @@ fn a_kill_at_any_moment_leaves_what_was_answered_and_nothing_half_done() {
     world.lab.end();
 }
 
-/// How many kills an operation is cut short by.
+/// Number of kills per operation.
 const STEPS: u32 = 40;
 
 fn layers(lab: &Lab) -> usize {
     fs::read_dir(lab.path("ov/layers")).unwrap().count()
 }
 
-/// Asks the daemon, and does not wait for the answer.
+/// Sends a request to the daemon without waiting for the reply.
 fn ask(lab: &Lab, request: &str) -> Option<fs::File> {
     let path = lab.path("m/.cowslip/d/ctl");
     let control = fs::OpenOptions::new().read(true).write(true).open(path).ok()?;
@@ -260,9 +261,9 @@ fn ask(lab: &Lab, request: &str) -> Option<fs::File> {
     Some(control)
 }
 
-/// Kills the daemon later and later after `request` was made of a disk with three snapshots, `a`
-/// to `c`, each of which holds a MiB; then the disk must be as one of `legal` says. What a kill hits
-/// is left to the clock here; `life_kill.rs` hits every change.
+/// Kills the daemon at increasing delays after `request` to a disk with three snapshots, `a` to
+/// `c`, of a MiB each. The disk must then equal one of the results of `legal`. The clock decides
+/// which change a kill hits; `life_kill.rs` hits every change.
 fn killed_later_and_later(
     request: &str,
     is_deleted: &str,
@@ -287,7 +288,7 @@ fn killed_later_and_later(
         }
         drop(file);
         if step == 0 {
-            // How long all of it takes here, and what it comes to.
+            // Measures the duration of the complete operation, and checks its result.
             let begun = Instant::now();
             let control = ask(&lab, request).unwrap();
             assert!(control.read_at(&mut [0; 4096], 0).unwrap() > 0);
@@ -298,7 +299,8 @@ fn killed_later_and_later(
         } else {
             thread::scope(|scope| {
                 scope.spawn(|| {
-                    // The first die before anything is done, the last after all of it.
+                    // The first kills come before the operation begins, the last ones after its
+                    // end.
                     thread::sleep(whole.mul_f64(f64::from(step - 1) * 1.3 / f64::from(STEPS)));
                     signal(pid, Signal::KILL).unwrap();
                 });
@@ -318,8 +320,8 @@ fn killed_later_and_later(
                 assert!(fs::read(path).unwrap() == *model, "step {step}: {name} has other bytes");
             }
         }
-        // Merging is taken up again after a few seconds, so only one step waits for it. All that
-        // is left then are the snapshots and the top.
+        // A merge is resumed only after a few seconds, so a single step waits for it. Then only the
+        // snapshots and the top are left.
         if step == 23 {
             wait_until("layers are merged", || layers(&lab) <= kept + 1);
             let merged = fs::read(lab.path("m/d")).unwrap();
@@ -336,17 +338,17 @@ fn as_it_is(models: &[Vec<u8>; 4]) -> Vec<&Vec<u8>> {
 }
 
 #[test]
-fn a_deletion_in_the_middle_killed_at_any_time_changes_no_byte() {
+fn deletion_killed_at_any_time_changes_no_byte() {
     killed_later_and_later("{\"op\":\"unsnapshot\",\"name\":\"b\"}\n", "b", as_it_is);
 }
 
 #[test]
-fn a_merge_into_the_top_killed_at_any_time_changes_no_byte() {
+fn merge_into_the_top_killed_at_any_time_changes_no_byte() {
     killed_later_and_later("{\"op\":\"unsnapshot\",\"name\":\"c\"}\n", "c", as_it_is);
 }
 
 #[test]
-fn a_revert_killed_at_any_time_has_happened_or_not() {
+fn revert_killed_at_any_time_has_happened_or_not() {
     killed_later_and_later("{\"op\":\"revert\",\"name\":\"a\",\"force\":true}\n", "", |models| {
         vec![&models[3], &models[0]]
     });

@@ -1,16 +1,16 @@
-//! Operations on disks killed at every single change that they make to files: the real program,
-//! which strace kills at the entry of the system call.
+//! Operations on disks, killed at every change that they make to files: strace kills the real
+//! program at the entry of the system call.
 //!
-//! A plain trace of an operation gives the list of its changes. Then the same is done again from
-//! the same state and killed at the first of them, at the second, and so on; each time strace must
-//! have seen exactly the changes up to there. At last, with kills set just past the counts of the
-//! list, it must run to its end with no change that the list does not have.
+//! A first run under strace records the list of changes of an operation. Then the operation is
+//! repeated from the same state and killed at the first change, at the second, and so on; each time
+//! strace must have seen exactly the changes up to that point. A last run, with kills set just past
+//! the counts of the list, must complete with no change that the list does not have.
 //!
-//! Files without a name (`O_TMPFILE`, to find out what a file system can) are no changes: nothing
-//! of them is left after a kill. A kill *within* a call, which does half of it, is left to chance
-//! and to `life_crash`.
+//! Changes of files without a name (`O_TMPFILE`, used to probe a file system) are not counted: a
+//! kill leaves nothing of these files. A kill *within* a call, which would execute half of it, is
+//! left to chance and to `life_crash`.
 
-// Sizes are small here, and a test may panic.
+// Sizes are small, and a test may panic.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::cast_possible_truncation)]
 
 mod common;
@@ -27,13 +27,15 @@ use common::strace::{self, Call, Seen, Strace, kill_at};
 use rustix::process::Signal;
 
 const SIZE: u64 = MIB;
-/// A block of an overlay.
+/// Size in bytes of a block of an overlay.
 const BLOCK: usize = 4096;
-/// Five seconds after its start a daemon makes changes that nobody has asked for.
+/// A daemon makes the first changes of its background sync five seconds after its start; runs are
+/// shorter than this.
 const BACKGROUND: Duration = Duration::from_secs(4);
 
-/// Has `act` killed at each change that it makes, where `part` of them counts, and gives what
-/// `look` found after each. `act` begins at the same state each time.
+/// Runs `act` once for each change that it makes, limited to those of `part`, with a kill at this
+/// change, and returns the results of `look` after each. `act` must start from the same state every
+/// time.
 #[track_caller]
 fn kill_at_every_change<T>(
     part: Part,
@@ -67,7 +69,7 @@ fn kill_at_every_change<T>(
     found
 }
 
-/// Does it again when it took so long that a daemon may have begun to sync in the background.
+/// Repeats `act` if it took so long that a daemon may have started a background sync.
 fn in_time<T>(mut act: impl FnMut() -> T) -> T {
     loop {
         let begun = Instant::now();
@@ -82,41 +84,42 @@ fn names(calls: &[Call]) -> Vec<(&str, u32)> {
     calls.iter().map(|call| (call.name.as_str(), call.nth)).collect()
 }
 
-/// Whether an operation was answered as done.
+/// Whether the command reported success.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Answer {
     Done,
     Failed,
 }
 
-/// Which changes it is killed at. Two threads cannot be told apart when both are counted.
+/// The changes that are killed at. Changes of two threads in one run would not have a fixed order,
+/// so only those of one thread count.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Part {
     /// All of them, which one thread makes.
     All,
-    /// Those of the request and not of the merging that another thread begins then.
+    /// The changes of the request, without those of the merge that another thread then starts.
     Request,
-    /// Those of the merging alone: what was asked for is done.
+    /// The changes of the merge alone, after the request has completed.
     Merging,
 }
 
-/// Something that is asked of the daemon.
+/// A request to the daemon.
 struct Deed {
-    /// The disks of the mount.
+    /// Words for `cowslip mount`: the disks.
     disks: &'static str,
-    /// The directory that is checked.
+    /// The overlay or store that is checked.
     dir: &'static str,
-    /// Words for `cowslip`.
+    /// Words for `cowslip`: the command.
     command: &'static str,
     part: Part,
-    /// How many layers there are when all of it is done.
+    /// Number of layers after the operation has completed.
     layers: usize,
     /// What it makes of the disks over the base.
     apply: fn(&mut States, &[u8]),
 }
 
 impl Deed {
-    /// Of the disk `d` with the overlay `ov`.
+    /// A request for the disk `d` with the overlay `ov`.
     fn new(
         command: &'static str,
         part: Part,
@@ -127,7 +130,7 @@ impl Deed {
     }
 }
 
-/// A laboratory in which the same can be done again and again.
+/// A lab in which one operation is repeated from the same state.
 struct Stage {
     lab: Lab,
     deed: Deed,
@@ -136,7 +139,7 @@ struct Stage {
 }
 
 impl Stage {
-    /// A disk `d` with the snapshots `a`, `b` and `c`.
+    /// Creates a disk `d` with the snapshots `a`, `b` and `c`.
     fn new(deed: Deed) -> Self {
         let mut lab = Lab::new();
         lab.base("base.img", SIZE);
@@ -156,7 +159,7 @@ impl Stage {
         stage
     }
 
-    /// Mounts everything as it was, and changes the disk a little, which is not synced.
+    /// Restores and mounts the saved state, and makes a change to the disk that is not synced.
     fn set(&self) {
         let dir = self.deed.dir;
         self.lab.sh(&format!("rm -rf {dir}; cp -a kept {dir}"));
@@ -168,7 +171,7 @@ impl Stage {
         fs::read_dir(self.lab.path(self.deed.dir).join("layers")).unwrap().count()
     }
 
-    /// Sets the stage and does it.
+    /// Restores the state and runs the operation.
     fn act(&self, kills: &[String]) -> (Answer, Seen) {
         self.set();
         let lab = &self.lab;
@@ -185,7 +188,7 @@ impl Stage {
             Part::Merging => {
                 let stacks = || stacks(&lab.path(self.deed.dir));
                 let before = stacks();
-                // The directory of the new stack is synced, and that is the last change of its
+                // The sync of the directory of the new stack is the last change of the request's
                 // thread.
                 let asking = strace::stop_after(lab, pid, "fsync", 2, ask);
                 assert_ne!(stacks(), before, "the name is gone");
@@ -204,11 +207,11 @@ impl Stage {
         (if status.success() { Answer::Done } else { Answer::Failed }, seen)
     }
 
-    /// Mounts after a kill and tells whether it has happened.
+    /// Mounts after a kill, checks the disks, and returns whether the operation has happened.
     #[track_caller]
     fn look(&self, answer: Answer, at: &str) -> bool {
         let (lab, dir) = (&self.lab, self.deed.dir);
-        // Before anything is recovered there may be layers that nothing needs, and no damage.
+        // Before recovery there may be unused layers, but no damage.
         let said = lab.cowslip(&format!("check {dir}"));
         assert!(said.status.success(), "{at}: {}", show(&said));
         mount(lab, self.deed.disks);
@@ -222,12 +225,12 @@ impl Stage {
         has_happened
     }
 
-    /// Has it killed at each of its changes.
+    /// Kills the operation at each of its changes and checks the results.
     fn kill_at_every_change(self) {
         let part = self.deed.part;
         let look = |answer, at: &str| self.look(answer, at);
         let happened = kill_at_every_change(part, |kills| self.act(kills), look);
-        // One change makes it happen, and none undoes it.
+        // A single change makes the operation happen, and none undoes it.
         assert!(happened.is_sorted(), "{happened:?}");
         assert_eq!(happened.first(), Some(&(part == Part::Merging)), "{happened:?}");
         assert_eq!(happened.last(), Some(&true), "{happened:?}");
@@ -235,13 +238,13 @@ impl Stage {
     }
 }
 
-/// Mounts without a log file, which would be one more that is written to.
+/// Mounts without a log file, whose writes would count as changes.
 #[track_caller]
 fn mount(lab: &Lab, disks: &str) -> String {
     lab.sh(&format!("$COWSLIP mount m {disks}"))
 }
 
-/// Waits for the end of a daemon that was killed, else unmounts it.
+/// Waits for the exit of a killed daemon, or unmounts.
 #[track_caller]
 fn end(lab: &Lab, pid: u32, seen: &Seen) {
     if seen.killed {
@@ -251,15 +254,15 @@ fn end(lab: &Lab, pid: u32, seen: &Seen) {
     }
 }
 
-/// Changes the disk in a way that no other `seed` does: data, partly over that of the `seed` before,
-/// and zeros.
+/// Changes the disk, differently for each `seed`: writes data, partly over that of the previous
+/// `seed`, and zeros.
 fn change(lab: &Lab, seed: u64) {
     let file = lab.open("m/d");
     file.write_all_at(&noise(40_000, 50 + seed), seed * 30_000 + 100).unwrap();
     fallocate(&file, PUNCH, seed * 40_000 + 9000..seed * 40_000 + 30_000).unwrap();
 }
 
-/// What all stacks below `dir` say: that of an overlay, or those of a store's disks.
+/// Returns the text of all stacks below `dir`: of an overlay, or of all disks of a store.
 fn stacks(dir: &Path) -> String {
     let mut found = fs::read_to_string(dir.join("stack")).unwrap_or_default();
     for disk in fs::read_dir(dir.join("disks")).into_iter().flatten() {
@@ -268,8 +271,8 @@ fn stacks(dir: &Path) -> String {
     found
 }
 
-/// The overlay or store is clean, and there is nothing in it that does not belong there but what
-/// is overwritten the next time, which a repair removes.
+/// Checks that the overlay or store is clean and holds no unknown files, except for temporary ones
+/// that the next operation overwrites and a repair removes.
 #[track_caller]
 fn check_tidy(lab: &Lab, dir: &str, at: &str) {
     let said = lab.ok(&format!("check {dir}"));
@@ -290,7 +293,7 @@ fn check_tidy(lab: &Lab, dir: &str, at: &str) {
 }
 
 #[test]
-fn a_snapshot_killed_at_every_change_is_taken_or_not() {
+fn snapshot_killed_at_any_change_is_taken_or_not() {
     let deed = Deed::new("snapshot m/d new", Part::All, 5, |disks, _| {
         let disk = disks.get_mut("d").unwrap();
         disk.snapshots.insert("new".to_owned(), disk.bytes.clone());
@@ -298,7 +301,7 @@ fn a_snapshot_killed_at_every_change_is_taken_or_not() {
     Stage::new(deed).kill_at_every_change();
 }
 
-/// Kills at `part` of a deletion.
+/// Kills the deletion `command` at the changes of `part`.
 fn deletion(part: Part, command: &'static str, apply: fn(&mut States, &[u8])) {
     Stage::new(Deed::new(command, part, 3, apply)).kill_at_every_change();
 }
@@ -312,22 +315,22 @@ fn without_c(disks: &mut States, _: &[u8]) {
 }
 
 #[test]
-fn a_deletion_in_the_middle_killed_at_every_change_takes_the_name_or_nothing() {
+fn deletion_killed_at_any_change_removes_the_name_or_nothing() {
     deletion(Part::Request, "snapshot m/d --delete b", without_b);
 }
 
 #[test]
-fn merging_in_the_middle_killed_at_every_change_changes_no_byte() {
+fn merge_of_inner_layers_killed_at_any_change_changes_no_byte() {
     deletion(Part::Merging, "snapshot m/d --delete b", without_b);
 }
 
 #[test]
-fn merging_into_the_top_killed_at_every_change_changes_no_byte() {
+fn merge_into_the_top_killed_at_any_change_changes_no_byte() {
     deletion(Part::Merging, "snapshot m/d --delete c", without_c);
 }
 
 #[test]
-fn a_revert_killed_at_every_change_has_happened_or_not() {
+fn revert_killed_at_any_change_has_happened_or_not() {
     let deed = Deed::new("revert m/d a", Part::All, 4, |disks, _| {
         let disk = disks.get_mut("d").unwrap();
         disk.bytes = disk.snapshots["a"].clone();
@@ -336,7 +339,7 @@ fn a_revert_killed_at_every_change_has_happened_or_not() {
 }
 
 #[test]
-fn a_reset_killed_at_every_change_has_happened_or_not() {
+fn reset_killed_at_any_change_has_happened_or_not() {
     let deed = Deed::new("reset m/d", Part::All, 4, |disks, base| {
         disks.get_mut("d").unwrap().bytes = base.to_vec();
     });
@@ -344,7 +347,7 @@ fn a_reset_killed_at_every_change_has_happened_or_not() {
 }
 
 #[test]
-fn a_clone_killed_at_every_change_is_there_or_not() {
+fn clone_killed_at_any_change_exists_or_not() {
     let deed = Deed {
         disks: "--store st d=base.img,overlay=st",
         dir: "st",
@@ -359,7 +362,7 @@ fn a_clone_killed_at_every_change_is_there_or_not() {
     Stage::new(deed).kill_at_every_change();
 }
 
-/// A laboratory in which the same commit can be done again and again.
+/// A lab in which one commit is repeated from the same state.
 struct Commit {
     lab: Lab,
     base: (Vec<u8>, SystemTime),
@@ -369,7 +372,8 @@ struct Commit {
 const COMMITTED: &str = "d=base.img,overlay=ov";
 
 impl Commit {
-    /// An overlay with data and zeros, of a disk that was cut once and holds zeros from there on.
+    /// Creates an overlay with data and zeros, of a disk that was truncated and extended again, so
+    /// that its end is zeros.
     fn new() -> Self {
         let lab = Lab::new();
         fs::write(lab.path("base.img"), noise(SIZE, 1)).unwrap();
@@ -385,7 +389,7 @@ impl Commit {
         stage
     }
 
-    /// From now on it begins as everything is now.
+    /// Saves the present state as the one to start from.
     fn keep(&mut self) {
         self.lab.sh("rm -rf kept; mv ov kept");
         let base = self.lab.path("base.img");
@@ -395,27 +399,28 @@ impl Commit {
 
     fn set(&self) {
         self.lab.sh("rm -rf ov; cp -a kept ov");
-        // In its place: its inode is part of what its overlay knows it by.
+        // Written in place: the overlay identifies its base by the inode, among others.
         let base = self.lab.open("base.img");
         base.write_all_at(&self.base.0, 0).unwrap();
         base.set_modified(self.base.1).unwrap();
     }
 
-    /// What a commit under way may leave: each block is the old one or the disk's.
+    /// Checks the base during a commit: each block is the old one or the disk's.
     #[track_caller]
     fn check_base(&self, at: &str) {
         let base = fs::read(self.lab.path("base.img")).unwrap();
         assert_eq!(base.len() as u64, SIZE, "{at}");
         let blocks = base.chunks(BLOCK).zip(self.base.0.chunks(BLOCK).zip(self.disk.chunks(BLOCK)));
         for (index, (block, (old, new))) in blocks.enumerate() {
-            // What was cut off begins inside a block.
+            // The truncated part begins inside a block.
             let is_mixed =
                 || block.iter().zip(old.iter().zip(new)).all(|(b, (o, n))| b == o || b == n);
             assert!(block == old || block == new || is_mixed(), "{at}: block {index}");
         }
     }
 
-    /// Mounts after a kill, and tells whether mount says that the commit was cut short.
+    /// Mounts after a kill, checks and finishes the commit, and returns whether mount reported an
+    /// interrupted commit.
     #[track_caller]
     fn look(&self, at: &str, finish: impl Fn(&Lab)) -> bool {
         let lab = &self.lab;
@@ -438,7 +443,8 @@ impl Commit {
         is_cut_short
     }
 
-    /// Has it killed at each of its changes; tells after which of them it is not finished.
+    /// Kills the commit at each of its changes, and returns after which of them it was reported as
+    /// interrupted.
     #[track_caller]
     fn kill_at_every_change(
         self,
@@ -456,7 +462,7 @@ impl Commit {
     }
 }
 
-/// Whether a commit is not finished, from its first change to its last.
+/// Whether mount reports an interrupted commit, from the first change of a commit to its last.
 const COURSE: &[bool] = &[false, true, false];
 
 #[track_caller]
@@ -465,7 +471,7 @@ fn check_course(cut_short: &[bool], course: &[bool]) {
     assert!(runs.map(|run| run[0]).eq(course.iter().copied()), "{cut_short:?}");
 }
 
-/// `cowslip commit` of an overlay that is not mounted.
+/// Runs `cowslip commit` on an overlay that is not mounted.
 fn commit_offline(lab: &Lab, kills: &[String]) -> (Answer, Seen) {
     let (output, seen) = strace::run(lab, "commit ov", kills);
     (if output.status.success() { Answer::Done } else { Answer::Failed }, seen)
@@ -483,7 +489,7 @@ fn mount_if_not(lab: &Lab) {
 }
 
 #[test]
-fn a_commit_killed_at_every_change_changes_no_byte_and_is_finished_by_another() {
+fn commit_killed_at_any_change_changes_no_byte_and_is_finished_by_another() {
     let act = |lab: &Lab, kills: &[String]| {
         mount(lab, COMMITTED);
         let pid = lab.pid();
@@ -500,15 +506,15 @@ fn a_commit_killed_at_every_change_changes_no_byte_and_is_finished_by_another() 
 }
 
 #[test]
-fn a_commit_of_what_is_not_mounted_killed_at_every_change_is_finished_by_another() {
+fn offline_commit_killed_at_any_change_is_finished_by_another() {
     check_course(&Commit::new().kill_at_every_change(commit_offline, finish_offline), COURSE);
 }
 
 #[test]
-fn a_commit_that_finishes_another_killed_at_every_change_is_finished_by_a_third() {
+fn resumed_commit_killed_at_any_change_is_finished_by_a_third() {
     let mut stage = Commit::new();
     stage.set();
-    // Some of it is in the base, and not all.
+    // A part of the overlay is in the base.
     let (_, seen) = commit_offline(&stage.lab, &[kill_at("copy_file_range", 2)]);
     assert!(seen.killed);
     stage.keep();

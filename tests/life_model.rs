@@ -1,9 +1,9 @@
-//! The life of an overlay against byte arrays: snapshots, going back, deleting, merging, keeping
-//! and opening again, between any other operations; the library alone, over real files.
+//! The history of an overlay compared with byte arrays: snapshots, reverts, resets, deletions,
+//! merges, keep and reopening, mixed with all other operations; the library alone, over real files.
 //!
 //! After every step the disk and the files of all its snapshots are compared with the model.
 
-// Sizes are those of small disks, and a test that cannot go on ends.
+// Disks are small, and a test may panic.
 #![allow(clippy::cast_possible_truncation, clippy::unwrap_used, clippy::expect_used)]
 
 mod common;
@@ -33,35 +33,35 @@ use proptest::collection::vec;
 use proptest::prelude::*;
 use proptest::test_runner::FileFailurePersistence;
 
-/// Longer than anything here takes.
+/// Longer than any close takes.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// Something done to one of two disks.
+/// A step on one of two disks, which is the first field.
 #[derive(Clone, Debug)]
 enum Step {
-    /// What every disk can do.
+    /// An operation that every disk has.
     Do(Op),
-    /// A snapshot under the name of that number.
+    /// Takes a snapshot named after the number.
     Snapshot(usize, u8),
-    /// Deletes the snapshot of that rank, counted round.
+    /// Deletes the snapshot at this index, modulo their number.
     Delete(usize, usize),
-    /// Goes back to the snapshot of that rank.
+    /// Reverts to the snapshot at this index, modulo their number.
     Revert(usize, usize),
-    /// Goes back to the base.
+    /// Resets to the base.
     Reset(usize),
-    /// Merges what can be merged.
+    /// Merges all layers that can be merged.
     Tidy(usize),
-    /// Does so in the background, while the steps go on.
+    /// Merges in a background thread, while further steps run.
     TidyBehind(usize),
     /// Makes a temporary overlay persistent.
     Keep(usize),
 }
 
-/// One disk, opened again and again.
+/// A disk that is reopened repeatedly, with the expected snapshots.
 struct Held {
     spec: DiskSpec,
     disk: Option<Arc<Disk>>,
-    /// What a reset brings back.
+    /// The bytes that a reset restores.
     fresh: Vec<u8>,
     snapshots: BTreeMap<String, Vec<u8>>,
     behind: Vec<JoinHandle<Result<(), OperationError>>>,
@@ -121,7 +121,8 @@ impl Held {
         self.disk = Some(disk);
     }
 
-    /// Everything but the bytes of the disk itself, which the caller has compared.
+    /// Checks the snapshots: names, sizes, bytes, holes, and that they are read-only. The disk's
+    /// own bytes are compared by the caller.
     fn check_snapshots(&self) {
         let disk = self.disk();
         let names: HashSet<String> = disk.snapshot_names().into_iter().collect();
@@ -140,10 +141,10 @@ impl Held {
         assert_eq!(sizes.collect::<BTreeMap<_, _>>(), expected.collect());
     }
 
-    /// Nothing that could be merged is left, and no layer that nothing names.
+    /// Checks that nothing is left to merge and that every layer is named by the stack.
     fn check_tidied(&self) {
         assert!(!self.disk().needs_merge());
-        // Beside the top and the snapshots only a layer where two of them part.
+        // Besides the top and the snapshots there are only layers where two of these branch.
         assert!(self.disk().layer_usages().len() <= 2 * self.snapshots.len() + 1);
         let Some(dir) = &self.spec.overlay else { return };
         let stack = fs::read_to_string(dir.join("stack")).unwrap();
@@ -184,7 +185,7 @@ fn extents_of(disk: &Disk) -> Vec<Extent> {
     all
 }
 
-/// Two of them, as a target.
+/// Two disks as a [`Target`].
 struct Pair([Held; 2]);
 
 impl Target for Pair {
@@ -251,7 +252,7 @@ impl Pair {
         names.get(rank.checked_rem(names.len())?).map(|name| (*name).clone())
     }
 
-    /// Does a step that no plain disk has, to the disk and to the model.
+    /// Applies a step other than [`Step::Do`] to the disk and to the model.
     fn live(&mut self, step: &Step, models: &mut [Model; 2], room: &Path) {
         match *step {
             Step::Do(_) => unreachable!("done by the caller"),
@@ -305,7 +306,7 @@ impl Pair {
                 } else {
                     kept.unwrap();
                     self.0[at].spec.overlay = Some(dir);
-                    // What it presents is in the overlay from now on.
+                    // From now on the overlay records the disk's size.
                     let size = self.0[at].spec.size.take();
                     assert!(size.is_none_or(|size| size == self.0[at].fresh.len() as u64));
                 }
@@ -314,7 +315,7 @@ impl Pair {
     }
 }
 
-/// What the two disks are made of, and what is done to them.
+/// The properties of the two disks, and the steps.
 #[derive(Clone, Debug)]
 struct Case {
     block: u32,
@@ -351,7 +352,7 @@ fn case() -> impl Strategy<Value = Case> {
     })
 }
 
-/// A base with data, holes and data again.
+/// Creates a base with data, a hole, and data again.
 fn make_base(path: &PathBuf, size: u64) -> Vec<u8> {
     use std::os::unix::fs::FileExt;
     let file = fs::File::create(path).unwrap();
@@ -367,7 +368,7 @@ fn make_base(path: &PathBuf, size: u64) -> Vec<u8> {
 }
 
 fn check(case: &Case) {
-    // In memory: thousands of replacements of a `stack` would each wait for a device.
+    // On tmpfs: thousands of replacements of a `stack` would each wait for a device.
     let room = tempfile::tempdir_in("/dev/shm").unwrap();
     let path = room.path().join("base.img");
     let shown = [make_base(&path, case.base), vec![0; case.blank as usize]];
@@ -420,12 +421,12 @@ proptest! {
     })]
 
     #[test]
-    fn a_disk_and_its_snapshots_behave_as_byte_arrays(case in case()) {
+    fn disk_and_snapshots_behave_like_byte_arrays(case in case()) {
         check(&case);
     }
 }
 
-/// A persistent disk of 64 KiB, blocks of 4 KiB, that may hold four of them.
+/// Returns a persistent disk of 64 KiB with blocks of 4 KiB and a limit of four blocks.
 fn limited(room: &Path) -> DiskSpec {
     let mut spec = DiskSpec::new("d".to_owned(), DiskSource::Blank(64 << 10));
     spec.overlay = Some(room.join("overlay"));
@@ -438,7 +439,7 @@ fn is_full(result: io::Result<()>) -> bool {
 }
 
 #[test]
-fn the_limit_counts_all_layers() {
+fn limit_includes_all_layers() {
     let room = tempfile::tempdir().unwrap();
     let disk = open_disk(&limited(room.path())).0;
     disk.write(&[1; 8192], 0, Wait::Yes).unwrap();
@@ -449,7 +450,7 @@ fn the_limit_counts_all_layers() {
 }
 
 #[test]
-fn the_limit_holds_after_layers_were_merged() {
+fn limit_holds_after_a_merge() {
     let room = tempfile::tempdir().unwrap();
     let disk = open_disk(&limited(room.path())).0;
     disk.write(&[1; 4096], 0, Wait::Yes).unwrap();

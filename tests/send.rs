@@ -1,6 +1,7 @@
-//! `cowslip send` and `cowslip recv`: a file through a pipe, with its holes, whole or not at all.
+//! `cowslip send` and `cowslip recv`: a file sent through a pipe with its holes arrives completely
+//! or not at all.
 
-// Sizes are small here, and a test may panic.
+// Sizes are small, and a test may panic.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::cast_possible_truncation)]
 
 mod common;
@@ -17,10 +18,11 @@ use cowslip::stream::frames::rbd;
 use cowslip::transfer::checkpoint::{Checkpoint, CheckpointKind, HashChain};
 use proptest::prelude::*;
 
-/// Places with data: where they start, and their bytes.
+/// Data ranges of a file: start and length in bytes.
 type Pieces = &'static [(u64, u64)];
 
-/// As [`common::mount::one_line`], less the lines a second that slow transfers print.
+/// Checks the output as [`common::mount::one_line`] does, after removing the progress lines that
+/// slow transfers print every second.
 #[track_caller]
 fn one_line(code: i32, output: &Output, what: &str) -> String {
     let text = String::from_utf8_lossy(&output.stderr).into_owned();
@@ -33,7 +35,7 @@ fn is_progress(line: &str) -> bool {
     ["sent ", "received "].iter().any(|verb| line.starts_with(verb)) && line.contains(" of data, ")
 }
 
-/// A sparse file: `size` bytes, with noise at these places.
+/// Creates a sparse file of `size` bytes with random data in the ranges `data`.
 fn sparse(lab: &Lab, name: &str, size: u64, data: &[(u64, u64)]) {
     let file = File::create(lab.path(name)).unwrap();
     file.set_len(size).unwrap();
@@ -43,7 +45,7 @@ fn sparse(lab: &Lab, name: &str, size: u64, data: &[(u64, u64)]) {
     file.sync_all().unwrap();
 }
 
-/// `cowslip recv WORDS` of these bytes.
+/// Runs `cowslip recv WORDS` with `wire` as its stdin.
 fn recv(lab: &Lab, words: &str, wire: &[u8]) -> Output {
     put(&lab.path("wire"), wire);
     let mut command = lab.command(COWSLIP);
@@ -52,7 +54,7 @@ fn recv(lab: &Lab, words: &str, wire: &[u8]) -> Output {
     command.stdout(Stdio::piped()).stderr(Stdio::piped()).output().unwrap()
 }
 
-/// What `cowslip send WORDS` sends.
+/// Returns the bytes that `cowslip send WORDS` sends.
 #[track_caller]
 fn wire(lab: &Lab, words: &str) -> Vec<u8> {
     lab.sh(&format!("$COWSLIP send {words} > wire.out"));
@@ -72,7 +74,7 @@ fn is_there(lab: &Lab, name: &str) -> bool {
 }
 
 #[test]
-fn a_file_arrives_with_its_bytes_size_and_holes() {
+fn received_file_has_the_same_bytes_size_and_holes() {
     let lab = Lab::new();
     let files: [(&str, u64, Pieces); 6] = [
         ("empty", 0, &[]),
@@ -93,7 +95,7 @@ fn a_file_arrives_with_its_bytes_size_and_holes() {
 }
 
 #[test]
-fn a_terabyte_of_holes_costs_nothing() {
+fn holes_of_a_terabyte_file_are_not_sent() {
     let lab = Lab::new();
     sparse(&lab, "big", TIB, &[(77 * GIB, MIB), (TIB - 4096, 4096)]);
     let sent = wire(&lab, "big");
@@ -105,7 +107,7 @@ fn a_terabyte_of_holes_costs_nothing() {
 }
 
 #[test]
-fn records_say_exactly_what_the_file_holds() {
+fn records_cover_exactly_the_ranges_of_the_file() {
     let lab = Lab::new();
     sparse(&lab, "x", 3 * MIB, &[(MIB, 10)]);
     let sent = wire(&lab, "x");
@@ -130,7 +132,7 @@ fn records_say_exactly_what_the_file_holds() {
 }
 
 #[test]
-fn a_stream_cut_anywhere_leaves_no_file_and_can_be_resumed_until_it_is_whole() {
+fn truncated_stream_leaves_no_file_and_can_be_resumed() {
     let lab = Lab::new();
     sparse(&lab, "x", 300 * MIB, &[(MIB, 70 * MIB), (100 * MIB, 80 * MIB), (299 * MIB, 100)]);
     let mut seed = noise(64, 9).into_iter();
@@ -138,7 +140,7 @@ fn a_stream_cut_anywhere_leaves_no_file_and_can_be_resumed_until_it_is_whole() {
     let mut offset = 0;
     loop {
         let sent = wire(&lab, &format!("x --from {offset}"));
-        // 10 to 100 MB more each time, also inside headers now and then.
+        // 10 to 100 MB more each time; some of the cuts are inside headers.
         let more = 10_000_000 + usize::from(seed.next().unwrap()) * 350_003;
         if more >= sent.len() {
             break;
@@ -156,7 +158,7 @@ fn a_stream_cut_anywhere_leaves_no_file_and_can_be_resumed_until_it_is_whole() {
         offset = said;
     }
     assert!(cuts >= 2 && offset > 0, "{cuts} {offset}");
-    // Both ends start at once, and the receiver may be the first.
+    // Both ends start at the same time, and the receiver may be first.
     lab.sh("$COWSLIP send x --from $($COWSLIP recv out --resume-offset) |
         $COWSLIP recv out --resume");
     same(&lab, "x", "out");
@@ -165,15 +167,15 @@ fn a_stream_cut_anywhere_leaves_no_file_and_can_be_resumed_until_it_is_whole() {
 }
 
 #[test]
-fn what_was_not_verified_is_written_again() {
+fn unverified_data_is_written_again() {
     let lab = Lab::new();
     sparse(&lab, "x", 140 * MIB, &[(0, 140 * MIB)]);
     let mut sent = wire(&lab, "x");
-    // Damage in the second piece, found at its checkpoint.
+    // Damage in the second piece, detected at its checkpoint.
     sent[100 << 20] ^= 1;
     let line = one_line(1, &recv(&lab, "out", &sent), "damage");
     assert!(line.contains("damaged") && line.contains("send --from 67108864 "), "{line}");
-    // Sent again from the start, and cut: the old promise does not count any more.
+    // Sent again from the start, and cut: the older resume offset is no longer valid.
     let sent = wire(&lab, "x");
     let mut worse = sent.clone();
     worse[1 << 20] ^= 1;
@@ -188,7 +190,7 @@ fn what_was_not_verified_is_written_again() {
 }
 
 #[test]
-fn every_flipped_bit_of_a_stream_is_noticed_or_harmless() {
+fn flipped_bit_in_a_stream_is_detected_or_harmless() {
     let lab = Lab::new();
     sparse(&lab, "x", 64 * KIB, &[(8 * KIB, 5000), (40 * KIB, 4096)]);
     let sent = wire(&lab, "x");
@@ -211,7 +213,7 @@ fn every_flipped_bit_of_a_stream_is_noticed_or_harmless() {
             one_line(1, &output, &format!("{at}.{bit}"));
         }
     };
-    // Headers and checkpoints, where it is worst, and anywhere.
+    // All header and checkpoint bytes, where damage is worst, and random other ones.
     for byte in (0..180).chain(sent.len() - 140..sent.len()) {
         all(byte, (byte % 8) as u8);
     }
@@ -225,7 +227,7 @@ fn every_flipped_bit_of_a_stream_is_noticed_or_harmless() {
 }
 
 #[test]
-fn a_short_stream_cut_at_every_byte_never_becomes_a_file() {
+fn short_stream_cut_at_any_byte_never_becomes_a_file() {
     let lab = Lab::new();
     sparse(&lab, "x", 8 * KIB, &[(0, 100)]);
     lab.sh("truncate -s 100 x");
@@ -240,7 +242,7 @@ fn a_short_stream_cut_at_every_byte_never_becomes_a_file() {
 }
 
 #[test]
-fn what_is_there_is_refused_unless_it_may_be_replaced() {
+fn existing_target_is_rejected_without_overwrite() {
     let lab = Lab::new();
     sparse(&lab, "x", MIB, &[(0, 5000)]);
     let sent = wire(&lab, "x");
@@ -267,14 +269,14 @@ fn what_is_there_is_refused_unless_it_may_be_replaced() {
 }
 
 #[test]
-fn a_part_is_not_lost_by_forgetting_resume() {
+fn part_is_kept_if_resume_is_forgotten() {
     let lab = Lab::new();
     sparse(&lab, "x", 80 * MIB, &[(0, 80 * MIB)]);
     let sent = wire(&lab, "x");
     one_line(1, &recv(&lab, "out", &sent[..70 << 20]), "cut");
     let line = one_line(1, &recv(&lab, "out", &sent), "again");
     assert!(line.contains("--resume goes on") && line.contains("67108864"), "{line}");
-    // A source that changed meanwhile would make one file of two.
+    // A source that changed in the meantime would give a mixture of two files.
     lab.open("x").write_all_at(b"new", 0).unwrap();
     let other = wire(&lab, "x --from 64M");
     let line = one_line(1, &recv(&lab, "out --resume", &other), "changed");
@@ -285,7 +287,7 @@ fn a_part_is_not_lost_by_forgetting_resume() {
 }
 
 #[test]
-fn plain_bytes_go_both_ways() {
+fn raw_frames_work_in_both_directions() {
     let lab = Lab::new();
     sparse(&lab, "x", 9 * MIB + 100, &[(MIB, 8192), (5 * MIB, 4096)]);
     lab.sh("$COWSLIP send x --frames raw > raw; cmp x raw
@@ -300,7 +302,7 @@ fn plain_bytes_go_both_ways() {
 }
 
 #[test]
-fn zeros_become_holes_where_asked_for_and_where_nobody_can_tell() {
+fn zeros_become_holes_on_request_and_from_pipes() {
     let lab = Lab::new();
     let mut bytes = noise(MIB, 1);
     bytes[100_000..900_000].fill(0);
@@ -313,7 +315,7 @@ fn zeros_become_holes_where_asked_for_and_where_nobody_can_tell() {
     assert!(len("$COWSLIP send x --detect-zeroes") < 300 * KIB);
     let holes = data_runs(&lab.open_ro("out"));
     assert_eq!(holes, [0..102_400, 897_024..MIB]);
-    // A pipe knows neither its holes nor its size.
+    // A pipe has neither holes nor a size.
     assert!(len("cat x | $COWSLIP send -") < 300 * KIB);
     assert_eq!(data_runs(&lab.open_ro("out")), holes);
     lab.sh("$COWSLIP send - < x > wire; $COWSLIP recv stdin < wire; cmp x stdin");
@@ -322,7 +324,7 @@ fn zeros_become_holes_where_asked_for_and_where_nobody_can_tell() {
 }
 
 #[test]
-fn a_block_device_can_be_sent_and_received() {
+fn block_device_can_be_sent_and_received() {
     let lab = Lab::new();
     sparse(&lab, "x", 16 * MIB, &[(0, 4096), (5 * MIB, MIB)]);
     let device = lab.loop_device("x", "");
@@ -343,7 +345,7 @@ fn a_block_device_can_be_sent_and_received() {
     let line = one_line(1, &recv(&lab, &format!("{small} --overwrite"), &sent), "too small");
     assert!(line.contains("use a larger device"), "{line}");
     lab.sh(&format!("losetup -d {small}"));
-    // One that is mounted is not written over, whatever was said.
+    // A mounted device is never overwritten, not even with --overwrite.
     lab.sh("truncate -s 64M fs; mkfs.ext4 -q fs; mkdir inside");
     let used = lab.loop_device("fs", "");
     lab.sh(&format!("mount {used} inside; echo kept >inside/file; sync"));
@@ -356,7 +358,7 @@ fn a_block_device_can_be_sent_and_received() {
 }
 
 #[test]
-fn a_mounted_disk_is_sent_as_it_is() {
+fn mounted_disk_is_sent_with_its_present_bytes() {
     let mut lab = Lab::new();
     lab.base("base.img", 16 * MIB);
     lab.mount("d=base.img");
@@ -371,7 +373,7 @@ fn a_mounted_disk_is_sent_as_it_is() {
 }
 
 #[test]
-fn changes_since_a_snapshot_are_put_onto_what_it_was() {
+fn changes_since_a_snapshot_are_applied_to_a_copy_of_it() {
     let mut lab = Lab::new();
     lab.base("base.img", 64 * MIB);
     lab.mount("d=base.img,overlay=ov");
@@ -404,10 +406,10 @@ fn changes_since_a_snapshot_are_put_onto_what_it_was() {
 }
 
 #[test]
-fn a_stream_of_another_sender_is_taken_with_a_note() {
+fn stream_of_another_sender_is_accepted_with_a_note() {
     let lab = Lab::new();
     let mut plain = rbd::preamble(MIB).to_vec();
-    // Later records cover earlier ones, and what none covers is a hole.
+    // Later records override earlier ones, and uncovered ranges are holes.
     for (start, byte) in [(65_536u64, 1u8), (0, 2), (67_000, 3)] {
         plain.extend(rbd::data_header(&(start..start + 5000)));
         plain.extend([byte; 5000]);
@@ -430,7 +432,7 @@ fn a_stream_of_another_sender_is_taken_with_a_note() {
 }
 
 #[test]
-fn the_map_is_the_same_where_the_file_system_allocates_more_than_it_was_asked_for() {
+fn received_holes_are_exact_although_the_file_system_preallocates() {
     let lab = Lab::new();
     sparse(&lab, "x", 64 * MIB, &[(0, 4096), (20 * MIB, MIB), (41 * MIB, 4096)]);
     lab.host("xfs", "xfs", 400 * MIB);
@@ -442,7 +444,7 @@ fn the_map_is_the_same_where_the_file_system_allocates_more_than_it_was_asked_fo
     lab.end();
 }
 
-/// `cowslip send WORDS` whose stream nobody reads past its banner.
+/// Starts `cowslip send WORDS` and reads only the banner of its stream.
 #[track_caller]
 fn begin_send(lab: &Lab, words: &str) -> (std::process::Child, ChildStdout) {
     let mut sender = lab.command(COWSLIP);
@@ -456,7 +458,7 @@ fn begin_send(lab: &Lab, words: &str) -> (std::process::Child, ChildStdout) {
 }
 
 #[test]
-fn a_mounted_disk_is_sent_as_it_was_at_one_moment() {
+fn mounted_disk_is_sent_as_of_one_point_in_time() {
     let mut lab = Lab::new();
     lab.base("base.img", 64 * MIB);
     lab.mount("d=base.img,overlay=ov t=base.img");
@@ -464,9 +466,9 @@ fn a_mounted_disk_is_sent_as_it_was_at_one_moment() {
         let file = lab.open(disk);
         file.write_all_at(&noise(9 * MIB, 3), 12_345).unwrap();
         lab.sh(&format!("cp --sparse=always {disk} want"));
-        // The pipe is full long before the end.
+        // The pipe is full long before the end of the stream.
         let (sender, mut stdout) = begin_send(&lab, disk);
-        // All of it, first to last, and in the middle of that a part that is cut off.
+        // Overwrites the whole disk while it is sent, then truncates and extends it.
         file.write_all_at(&noise(63 * MIB, 8), 0).unwrap();
         file.set_len(40 * MIB).unwrap();
         file.set_len(65 * MIB).unwrap();
@@ -484,7 +486,7 @@ fn a_mounted_disk_is_sent_as_it_was_at_one_moment() {
 }
 
 #[test]
-fn changes_are_sent_as_they_were_at_one_moment() {
+fn changes_are_sent_as_of_one_point_in_time() {
     let mut lab = Lab::new();
     lab.base("base.img", 64 * MIB);
     lab.mount("d=base.img,overlay=ov");
@@ -495,7 +497,7 @@ fn changes_are_sent_as_they_were_at_one_moment() {
     lab.sh("cp m/d want; $COWSLIP send m/.cowslip/d/snapshots/monday | $COWSLIP recv old");
     let (sender, mut stdout) = begin_send(&lab, "m/d --since monday");
     disk.write_all_at(&noise(63 * MIB, 8), 0).unwrap();
-    // Not even a new snapshot disturbs it.
+    // A new snapshot does not disturb the transfer either.
     lab.ok("snapshot m/d tuesday");
     let mut sent = rbd::BANNER.to_vec();
     stdout.read_to_end(&mut sent).unwrap();
@@ -509,7 +511,7 @@ fn changes_are_sent_as_they_were_at_one_moment() {
 }
 
 #[test]
-fn a_frozen_disk_can_be_resumed_until_it_is_written_to() {
+fn send_of_a_frozen_disk_can_be_resumed_until_a_write() {
     let mut lab = Lab::new();
     lab.base("base.img", 200 * MIB);
     lab.mount("d=base.img,overlay=ov");
@@ -518,7 +520,7 @@ fn a_frozen_disk_can_be_resumed_until_it_is_written_to() {
     let sent = wire(&lab, "m/d");
     one_line(1, &recv(&lab, "out", &sent[..80 << 20]), "cut");
     assert_eq!(lab.ok("recv out --resume-offset"), "67108864\n");
-    // What was frozen before is one with the disk again, or not: it is the same disk.
+    // Whether or not the frozen layer has been merged again, it is the same disk.
     let rest = wire(&lab, "m/d --from 64M");
     one_line(1, &recv(&lab, "out --resume", &rest[..65 << 20]), "cut");
     assert_eq!(lab.ok("recv out --resume-offset"), "134217728\n");
@@ -531,7 +533,7 @@ fn a_frozen_disk_can_be_resumed_until_it_is_written_to() {
 }
 
 #[test]
-fn a_disk_that_cannot_be_frozen_is_sent_live_and_a_change_is_told() {
+fn disk_that_cannot_be_frozen_is_sent_live_and_reports_changes() {
     let lab = Lab::new();
     sparse(&lab, "base.img", 64 * MIB, &[(0, 64 * MIB)]);
     lab.mount("d=base.img,mode=rw");
@@ -553,12 +555,12 @@ fn a_disk_that_cannot_be_frozen_is_sent_live_and_a_change_is_told() {
 }
 
 #[test]
-fn who_may_only_read_a_disk_can_send_it_too() {
+fn user_with_read_access_alone_can_send_a_disk() {
     let mut lab = Lab::new();
     lab.base("base.img", 16 * MIB);
     lab.mount("d=base.img,perm=0644 -o allow_other");
     lab.open("m/d").write_all_at(&noise(100_000, 3), 12_345).unwrap();
-    // Another user may not reach the program where it was built.
+    // Another user may have no access to the build directory.
     lab.sh("chmod 755 .; cp $COWSLIP program; chmod 755 program
         setpriv --reuid 65534 --clear-groups ./program send m/d | $COWSLIP recv out; cmp m/d out
         ! setpriv --reuid 65534 --clear-groups ./program send m/d --since x 2> why");
@@ -570,7 +572,7 @@ fn who_may_only_read_a_disk_can_send_it_too() {
 }
 
 #[test]
-fn off_a_terminal_progress_is_shown_when_asked_for_as_a_line_a_second() {
+fn progress_without_a_terminal_is_one_line_per_second_on_request() {
     let lab = Lab::new();
     sparse(&lab, "x", 32 * MIB, &[(0, 32 * MIB)]);
     let slow = "i=0; while [ $i -lt 8 ]; do head -c 4M; sleep 0.4; i=$((i + 1)); done; cat";
@@ -598,10 +600,10 @@ fn off_a_terminal_progress_is_shown_when_asked_for_as_a_line_a_second() {
 }
 
 #[test]
-fn a_source_that_gets_shorter_is_an_error_and_no_file() {
+fn source_truncated_while_sending_is_an_error_and_gives_no_file() {
     let lab = Lab::new();
     sparse(&lab, "x", 64 * MIB, &[(0, 64 * MIB)]);
-    // The pipe is full long before the end, so the source is cut in the middle of it.
+    // The pipe is full long before the end, so the source is truncated while it is sent.
     let (sender, mut stdout) = begin_send(&lab, "x");
     lab.sh("truncate -s 32M x");
     let mut rest = rbd::BANNER.to_vec();
@@ -614,7 +616,7 @@ fn a_source_that_gets_shorter_is_an_error_and_no_file() {
 }
 
 #[test]
-fn bad_words_are_one_line_and_a_closed_pipe_is_silence() {
+fn bad_arguments_give_one_line_and_a_closed_pipe_none() {
     let lab = Lab::new();
     sparse(&lab, "x", 8 * MIB, &[(0, 8 * MIB)]);
     lab.refused(1, "send nothing");
@@ -633,7 +635,7 @@ fn bad_words_are_one_line_and_a_closed_pipe_is_silence() {
 }
 
 #[test]
-fn two_receivers_do_not_share_a_part() {
+fn concurrent_receivers_do_not_share_a_part() {
     let lab = Lab::new();
     sparse(&lab, "x", MIB, &[(0, MIB)]);
     let sent = wire(&lab, "x");
@@ -659,9 +661,9 @@ fn two_receivers_do_not_share_a_part() {
 }
 
 #[test]
-fn nothing_that_lies_beside_the_file_is_followed_or_waited_for() {
+fn links_and_pipes_beside_the_target_are_not_followed() {
     let lab = Lab::new();
-    // More than one checkpoint, so that there is a state.
+    // Longer than one checkpoint interval, so that there is a state file.
     sparse(&lab, "a", 72 * MIB, &[(0, 72 * MIB)]);
     let wire = wire(&lab, "a");
     fs::write(lab.path("victim"), "whole").unwrap();
@@ -671,7 +673,7 @@ fn nothing_that_lies_beside_the_file_is_followed_or_waited_for() {
     same(&lab, "a", "b");
     assert_eq!(fs::read(lab.path("victim")).unwrap(), b"whole");
     assert!(!is_there(&lab, "b.part.state") && !is_there(&lab, "b.part.state.new"));
-    // A state that is a link means nothing, whatever it leads to.
+    // A state file that is a link is ignored, whatever it refers to.
     let cut = recv(&lab, "c", &wire[..wire.len() - 100]);
     assert!(one_line(1, &cut, "a cut stream").contains("verified"));
     lab.sh("mv c.part.state real; ln -s real c.part.state");
@@ -693,7 +695,7 @@ fn nothing_that_lies_beside_the_file_is_followed_or_waited_for() {
 }
 
 #[test]
-fn a_stream_of_nothing_but_checkpoints_takes_no_memory() {
+fn stream_of_checkpoints_alone_needs_little_memory() {
     let lab = Lab::new();
     let mut wire = rbd::preamble(1 << 30).to_vec();
     let mut chain = HashChain::default();
@@ -709,7 +711,8 @@ fn a_stream_of_nothing_but_checkpoints_takes_no_memory() {
     }
     fs::write(lab.path("old"), "old").unwrap();
     put(&lab.path("wire"), &wire);
-    // Each state names its snapshot. The disk is slow: in a queue they would take more than this.
+    // Each state holds its snapshot's name. Syncs are slow here: a queue of states would exceed the
+    // memory limit.
     let line = "ulimit -d 40000; exec strace -f -o strace.txt -e trace=fdatasync \
                 -e inject=fdatasync:delay_enter=3000000 $COWSLIP recv x --onto old <wire";
     let output = lab.output("sh", &["-c", line]);

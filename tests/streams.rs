@@ -1,6 +1,6 @@
-//! Output streams on real mounts, with the tools that people use.
+//! Output and input streams on real mounts, with common tools.
 
-// Sizes are small here, and a test may panic.
+// Sizes are small, and a test may panic.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::cast_possible_truncation)]
 
 mod common;
@@ -19,7 +19,7 @@ use serde_json::Value;
 
 const ZSTD: &str = "to=cmd:zstd -q -f -o o.zst";
 
-/// Runs `cowslip` with these words, which may hold spaces.
+/// Runs `cowslip` with these arguments, which may contain spaces.
 fn cowslip(lab: &Lab, words: &[&str]) -> std::process::Output {
     lab.output(COWSLIP, words)
 }
@@ -32,7 +32,7 @@ fn mount(lab: &Lab, disks: &[&str]) -> String {
     String::from_utf8_lossy(&output.stdout).into_owned()
 }
 
-/// `cowslip run DISKS -- sh -euc LINES`.
+/// Runs `cowslip run DISKS -- sh -euc LINES`.
 fn run(lab: &Lab, disks: &[&str], lines: &str) -> std::process::Output {
     let words = [&["run"], disks, &["--", "sh", "-euc", lines]].concat();
     cowslip(lab, &words)
@@ -61,9 +61,9 @@ fn ends_within(child: &mut Child, time: Duration) -> bool {
     false
 }
 
-/// The test of the patch that streams began with: 32 writes of 1 KiB of ones.
+/// The test of the patch that introduced streams: 32 writes of 1 KiB of ones.
 #[test]
-fn the_historic_sums_come_out() {
+fn image_has_the_historic_checksums() {
     for (pad, sum) in [
         ("pad=off", "51ae9fa5fb90e9d51c4f1b4260285c99"),
         ("pad=on", "186ac1b20f6a6154ee17b1f548b92891"),
@@ -90,7 +90,7 @@ fn the_historic_sums_come_out() {
 }
 
 #[test]
-fn plain_tools_write_the_same_image_as_into_a_file() {
+fn plain_tools_write_the_same_image_to_a_stream_and_a_file() {
     let lab = Lab::new();
     lab.sh("truncate -s 64M src; dd if=/dev/urandom of=src bs=1M count=9 seek=3 conv=notrunc status=none
             dd if=/dev/urandom of=src bs=64k count=30 seek=800 conv=notrunc status=none");
@@ -117,7 +117,7 @@ fn plain_tools_write_the_same_image_as_into_a_file() {
 }
 
 #[test]
-fn a_file_system_made_on_a_stream_is_whole() {
+fn file_system_created_on_a_stream_passes_fsck() {
     for sink in ["to=file:out", "to=fifo:p", ZSTD] {
         let lab = Lab::new();
         lab.sh("mkdir tree; cp -a /etc/. tree/ 2>/dev/null || true
@@ -148,7 +148,7 @@ fn a_file_system_made_on_a_stream_is_whole() {
 }
 
 #[test]
-fn holes_stay_holes_in_a_file_and_cost_nothing() {
+fn holes_of_a_stream_stay_holes_in_a_file() {
     let lab = Lab::new();
     lab.sh("truncate -s 64G src");
     let source = File::options().write(true).open(lab.path("src")).unwrap();
@@ -169,13 +169,13 @@ fn holes_stay_holes_in_a_file_and_cost_nothing() {
 }
 
 #[test]
-fn a_late_write_fails_the_stream_for_ever_and_no_other_disk() {
+fn late_write_fails_the_stream_for_ever_but_no_other_disk() {
     let lab = Lab::new();
     mount(&lab, &["o=stream:64M,window=1M,to=file:out", "b=blank:1M"]);
     let file = lab.open("m/o");
     file.write_all_at(&noise(MIB, 1), 0).unwrap();
     file.write_all_at(&noise(MIB, 2), 4 * MIB).unwrap();
-    // A stream that fails before its first byte was taken leaves no file.
+    // A stream that fails before its sink has accepted a byte leaves no file.
     wait_until("something is sent", || stream(&lab, "o")["accepted"].as_u64().unwrap() > 0);
     file.write_all_at(&[7; 10], MIB).unwrap_err();
     assert_eq!(errno_of(file.write_all_at(&[7; 10], 5 * MIB)), libc::EIO);
@@ -201,7 +201,7 @@ fn a_late_write_fails_the_stream_for_ever_and_no_other_disk() {
 }
 
 #[test]
-fn what_measure_reports_is_the_smallest_that_works() {
+fn measure_reports_the_smallest_sufficient_window_and_spill() {
     let lab = Lab::new();
     let work = "dd if=/dev/urandom of=$COWSLIP_MNT/o bs=64k count=16 conv=notrunc status=none
                 dd if=/dev/urandom of=$COWSLIP_MNT/o bs=64k count=4 seek=40 conv=notrunc status=none
@@ -219,7 +219,7 @@ fn what_measure_reports_is_the_smallest_that_works() {
     );
     assert_eq!(spill, 1024);
     lab.umount();
-    // `run` says it, too.
+    // `run` prints the same line.
     let output = run(&lab, &["o=stream:8M,window=128K,to=measure:"], work);
     assert_eq!(String::from_utf8_lossy(&output.stderr), format!("cowslip: {line}"));
     assert!(works(&format!("window={window}K")));
@@ -231,7 +231,7 @@ fn what_measure_reports_is_the_smallest_that_works() {
 }
 
 #[test]
-fn finish_waits_for_writers_names_them_and_repeats_its_result() {
+fn finish_waits_for_writers_and_can_be_repeated() {
     let lab = Lab::new();
     mount(&lab, &["o=stream:1M,to=file:out"]);
     let mut writer = spawn(&lab, "exec 3<>m/o; exec sleep 60");
@@ -252,28 +252,28 @@ fn finish_waits_for_writers_names_them_and_repeats_its_result() {
 }
 
 #[test]
-fn half_an_image_is_never_taken_for_a_whole_one() {
+fn incomplete_image_is_never_taken_for_a_complete_one() {
     let lab = Lab::new();
     let sink = "o=stream:32M,window=1M,to=cmd:sh -c 'cat > out; touch whole'";
-    // The producer says no.
+    // The producer fails.
     let output = run(&lab, &[sink], "head -c 8M /dev/urandom > $COWSLIP_MNT/o; exit 7");
     assert_eq!(output.status.code(), Some(7), "{}", show(&output));
     // The producer is killed.
     let output = run(&lab, &[sink], "head -c 8M /dev/urandom > $COWSLIP_MNT/o; kill -9 $$");
     assert_eq!(output.status.code(), Some(137), "{}", show(&output));
-    // Nobody finishes it.
+    // No command finishes the stream.
     mount(&lab, &[sink]);
     lab.sh("head -c 8M /dev/urandom > m/o");
     let line = lab.refused(1, "umount m");
     assert!(line.contains("cowslip finish comes before umount"), "{line}");
-    // The daemon dies.
+    // The daemon is killed.
     mount(&lab, &[sink]);
     lab.sh("head -c 8M /dev/urandom > m/o");
     lab.kill();
     std::thread::sleep(Duration::from_millis(300));
     lab.ok("umount m");
     assert!(!lab.path("whole").exists());
-    // And for once it is whole.
+    // A complete image, for comparison.
     let output = run(&lab, &[sink], "head -c 8M /dev/urandom > $COWSLIP_MNT/o");
     assert!(output.status.success() && lab.path("whole").exists());
     assert_eq!(fs::metadata(lab.path("out")).unwrap().len(), 32 * MIB);
@@ -281,7 +281,7 @@ fn half_an_image_is_never_taken_for_a_whole_one() {
 }
 
 #[test]
-fn run_fails_with_125_when_the_sink_does() {
+fn run_exits_with_125_if_the_sink_fails() {
     let lab = Lab::new();
     for (sink, why) in [
         (
@@ -291,13 +291,13 @@ fn run_fails_with_125_when_the_sink_does() {
         ("cmd:cat | false", "'false' exited with status 1"),
     ] {
         let disk = format!("o=stream:1M,to={sink}");
-        // The second may have failed already.
+        // The stream may have failed before this write.
         let output = run(&lab, &[&disk], "echo x > $COWSLIP_MNT/o || true");
         assert_eq!(output.status.code(), Some(125), "{}", show(&output));
         let said = String::from_utf8_lossy(&output.stderr).into_owned();
         assert!(said.contains(why), "{said}");
     }
-    // COMMAND's own failure is the answer, and the sink's is told beside it.
+    // The exit code is COMMAND's own; the sink's failure is reported as well.
     let lines = "while echo x > $COWSLIP_MNT/o; do sleep 0.05; done; exit 9";
     let output = run(&lab, &["o=stream:1M,to=cmd:sh -c 'echo worn >&2; exit 4'"], lines);
     assert_eq!(output.status.code(), Some(9), "{}", show(&output));
@@ -307,7 +307,7 @@ fn run_fails_with_125_when_the_sink_does() {
 }
 
 #[test]
-fn a_stream_to_stdout_is_all_that_stdout_gets() {
+fn stdout_gets_nothing_but_the_stream() {
     let lab = Lab::new();
     let output = run(&lab, &["o=stream:64K,to=stdout"], "echo noise; printf data > $COWSLIP_MNT/o");
     assert!(output.status.success(), "{}", show(&output));
@@ -317,7 +317,7 @@ fn a_stream_to_stdout_is_all_that_stdout_gets() {
 }
 
 #[test]
-fn a_stream_can_end_with_its_last_writer_or_with_the_mount() {
+fn stream_can_finish_with_its_last_writer_or_at_umount() {
     let lab = Lab::new();
     mount(&lab, &["c=stream:64K,to=file:c,finish=close", "u=stream:64K,to=file:u,finish=umount"]);
     lab.sh("echo c > m/c; echo u > m/u");
@@ -326,7 +326,7 @@ fn a_stream_can_end_with_its_last_writer_or_with_the_mount() {
     let said = lab.umount();
     assert!(said.contains("u: finished, 64 KiB in file:"), "{said}");
     assert_eq!(fs::metadata(lab.path("u")).unwrap().len(), 64 * KIB);
-    // Also when the daemon is told by a signal.
+    // Also when the daemon ends by a signal.
     mount(&lab, &["u=stream:64K,to=file:s,finish=umount"]);
     lab.sh("echo u > m/u");
     let pid = lab.pid();
@@ -337,7 +337,7 @@ fn a_stream_can_end_with_its_last_writer_or_with_the_mount() {
 }
 
 #[test]
-fn a_stalled_sink_holds_nobody_but_its_writers() {
+fn stalled_sink_blocks_only_its_writers() {
     let mut lab = Lab::new();
     lab.base("base.img", 16 * MIB);
     mount(&lab, &["o=stream:8G,window=16M,to=cmd:sleep 1000", "base.img"]);
@@ -353,7 +353,7 @@ fn a_stalled_sink_holds_nobody_but_its_writers() {
     std::thread::sleep(Duration::from_millis(300));
     let mut dd = spawn(&lab, "exec dd if=/dev/urandom of=m/o bs=1M oflag=direct conv=notrunc");
     std::thread::sleep(Duration::from_millis(300));
-    // Others go on: far more requests than the kernel lets wait in the background.
+    // Other disks are served: far more requests than the kernel's limit of background requests.
     lab.sh("dd if=m/base.img of=/dev/null bs=64k iflag=direct status=none; stat m/o m/base.img");
     lab.sh("fio --name=b --filename=m/base.img --rw=randread --bs=4k --iodepth=64 \
             --ioengine=libaio --direct=1 --size=16M --io_size=16M >/dev/null");
@@ -361,9 +361,9 @@ fn a_stalled_sink_holds_nobody_but_its_writers() {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
     let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();
     let peak: u64 = peak.trim().trim_end_matches(" kB").parse().unwrap();
-    // The rest is the program itself, which is not optimised in tests.
+    // The rest is the memory of the program itself, which is built without optimisation in tests.
     assert!(peak * KIB < (16 + 16 + 16) * MIB, "{peak} kB");
-    // Who is killed goes.
+    // Killed writers exit.
     dd.0.kill().unwrap();
     assert!(ends_within(&mut dd.0, PATIENCE), "dd is not released");
     fio.0.kill().unwrap();
@@ -376,7 +376,7 @@ fn a_stalled_sink_holds_nobody_but_its_writers() {
 }
 
 #[test]
-fn umount_gets_through_a_stalled_sink() {
+fn umount_abandons_a_stalled_sink() {
     let lab = Lab::new();
     mount(&lab, &["o=stream:64M,window=0,finish=umount,to=cmd:sleep 1000"]);
     lab.sh("head -c 512k /dev/urandom > m/o");
@@ -386,7 +386,7 @@ fn umount_gets_through_a_stalled_sink() {
 }
 
 #[test]
-fn a_dead_sink_is_a_sticky_error_with_the_bytes_it_took() {
+fn closed_sink_is_a_sticky_error_with_its_accepted_bytes() {
     let lab = Lab::new();
     mount(&lab, &["o=stream:64M,window=0,to=fifo:p"]);
     assert!(fs::metadata(lab.path("p")).unwrap().file_type().is_fifo());
@@ -410,13 +410,13 @@ fn a_dead_sink_is_a_sticky_error_with_the_bytes_it_took() {
 }
 
 #[test]
-fn a_sink_that_has_gone_fails_the_stream_though_nothing_is_sent() {
+fn exited_sink_fails_the_stream_before_anything_is_sent() {
     let lab = Lab::new();
     for (sink, why) in [
         ("to=cmd:false", "'false' exited with status 1"),
         ("to=cmd:sh -c 'echo full >&2; exit 7' | cat", "'sh' exited with status 7: full"),
         ("to=cmd:cat | false", "'false' exited with status 1"),
-        // All is well with these, and nobody is there to take the rest.
+        // These commands succeed, but stop reading too early.
         ("to=cmd:true", "'true' stopped reading after 0 bytes"),
         ("to=cmd:head -c 3", "'head' stopped reading after "),
         ("frames=rbd,to=cmd:true", "'true' stopped reading after "),
@@ -429,7 +429,7 @@ fn a_sink_that_has_gone_fails_the_stream_though_nothing_is_sent() {
         }
         let file = lab.open("m/o");
         if sink.contains("head") {
-            // Past the window, so that some of it leaves.
+            // Past the window, so that a part of the data is sent.
             let _ = file.write_all_at(&[1; 4096], 0);
             let _ = file.write_all_at(&[1; 4096], 32 * MIB);
         }
@@ -442,7 +442,7 @@ fn a_sink_that_has_gone_fails_the_stream_though_nothing_is_sent() {
         drop(file);
         lab.refused(1, "umount m");
     }
-    // One that leaves after the last byte has taken all of them.
+    // A sink that exits after the last byte has read everything.
     mount(&lab, &["o=stream:64K,window=0,to=cmd:head -c 65536"]);
     lab.open("m/o").write_all_at(&noise(65536, 1), 0).unwrap();
     lab.ok("finish m/o");
@@ -451,20 +451,20 @@ fn a_sink_that_has_gone_fails_the_stream_though_nothing_is_sent() {
 }
 
 #[test]
-fn a_source_that_has_failed_is_told_before_anybody_asks_for_its_last_bytes() {
+fn failed_source_is_reported_before_its_last_bytes_are_read() {
     let lab = Lab::new();
     // Four MiB are read ahead; the rest waits in the pipe.
     mount(&lab, &["in=stream:64M,from=cmd:sh -c 'head -c 4500K /dev/zero; echo worn >&2; exit 5'"]);
     wait_until("the failure is told", || lab.disk("in")["state"] == "failed");
     let told = stream(&lab, "in").to_string();
     assert!(told.contains("'sh' exited with status 5: worn"), "{told}");
-    // What it delivered is there all the same.
+    // The bytes that the source delivered can still be read.
     let file = lab.open_ro("m/in");
     assert_eq!(read(&file, 4400 * KIB, 4096), [0; 4096]);
     assert_eq!(errno_of(file.read_exact_at(&mut [0; 4096], 5 * MIB)), libc::EIO);
     drop(file);
     lab.refused(1, "umount m");
-    // Also when nobody has asked for anything.
+    // Also without any reader.
     mount(&lab, &["in=stream:64M,from=cmd:sh -c 'head -c 4500K /dev/zero; exit 5'"]);
     wait_until("the failure is told", || lab.disk("in")["state"] == "failed");
     lab.refused(1, "umount m");
@@ -472,7 +472,7 @@ fn a_source_that_has_failed_is_told_before_anybody_asks_for_its_last_bytes() {
 }
 
 #[test]
-fn zeros_and_holes_cost_nothing_and_truncation_keeps_the_size() {
+fn zeros_and_holes_use_no_window_and_truncation_keeps_the_size() {
     let lab = Lab::new();
     mount(&lab, &["o=stream:1G,window=0,spill=64K,to=file:out"]);
     let file = lab.open("m/o");
@@ -483,7 +483,7 @@ fn zeros_and_holes_cost_nothing_and_truncation_keeps_the_size() {
     file.write_all_at(&noise(64 * KIB, 1), 100 * MIB).unwrap();
     file.write_all_at(&noise(64 * KIB, 2), 200 * MIB).unwrap();
     assert_eq!(stream(&lab, "o")["frontier"], 100 * MIB + 64 * KIB);
-    // Data has left there.
+    // Data of this range has been sent already.
     assert_eq!(errno_of(fallocate(&file, PUNCH, 100 * MIB..101 * MIB)), libc::EOPNOTSUPP);
     fallocate(&file, PUNCH, 0..100 * MIB).unwrap();
     file.write_all_at(&noise(4096, 3), 300 * MIB).unwrap();
@@ -502,7 +502,7 @@ fn zeros_and_holes_cost_nothing_and_truncation_keeps_the_size() {
 }
 
 #[test]
-fn reading_moves_nothing() {
+fn reads_do_not_advance_the_frontier() {
     let lab = Lab::new();
     mount(&lab, &["o=stream:64M,window=1M,read-window=1M,to=file:out"]);
     let file = lab.open("m/o");
@@ -529,7 +529,7 @@ fn reading_moves_nothing() {
 }
 
 #[test]
-fn seek_and_map_tell_what_was_written() {
+fn seek_and_map_report_the_written_ranges() {
     let lab = Lab::new();
     mount(&lab, &["o=stream:64M,window=0,to=file:out"]);
     let file = lab.open("m/o");
@@ -561,7 +561,7 @@ fn apply(diff: &Path, to: &File) {
 }
 
 #[test]
-fn rbd_records_take_late_rewrites() {
+fn rbd_records_allow_late_rewrites() {
     let lab = Lab::new();
     lab.sh("mkdir tree; head -c 3M /dev/urandom > tree/f");
     let make = "mke2fs -q -t ext4 -d tree -U 0b7a6f3e-0000-4000-8000-000000000001 \
@@ -581,7 +581,7 @@ fn rbd_records_take_late_rewrites() {
 }
 
 #[test]
-fn a_block_device_gets_zeros_in_the_gaps() {
+fn gaps_of_a_stream_become_zeros_on_a_block_device() {
     let lab = Lab::new();
     lab.sh("head -c 16M /dev/urandom > disk");
     let device = lab.loop_device("disk", "");
@@ -601,7 +601,7 @@ fn a_block_device_gets_zeros_in_the_gaps() {
 }
 
 #[test]
-fn writers_that_race_give_the_image_they_wrote() {
+fn concurrent_writers_give_the_image_they_wrote() {
     let lab = Lab::new();
     mount(&lab, &["o=stream:64M,window=4M,spill=64M,to=cmd:sh -c 'cat > out'"]);
     let bytes = noise(64 * MIB, 9);
@@ -626,7 +626,7 @@ fn writers_that_race_give_the_image_they_wrote() {
 }
 
 #[test]
-fn what_cannot_be_a_stream_is_refused_in_one_line() {
+fn invalid_streams_are_rejected_in_one_line() {
     let lab = Lab::new();
     lab.sh("echo mine > there; mkdir dir");
     for (disk, code, why) in [
@@ -659,7 +659,7 @@ fn what_cannot_be_a_stream_is_refused_in_one_line() {
 }
 
 #[test]
-fn an_input_arrives_in_order_and_is_looked_back_into() {
+fn input_stream_is_read_in_order_with_a_read_window() {
     let lab = Lab::new();
     let bytes = noise(20 * MIB, 5);
     put(&lab.path("src"), &bytes);
@@ -679,7 +679,7 @@ fn an_input_arrives_in_order_and_is_looked_back_into() {
 }
 
 #[test]
-fn a_spooled_input_is_read_anywhere_and_shows_its_holes() {
+fn spooled_input_can_be_read_anywhere_and_has_holes() {
     let lab = Lab::new();
     let mut bytes = vec![0; 16 << 20];
     bytes[..1 << 20].copy_from_slice(&noise(MIB, 6));
@@ -691,7 +691,7 @@ fn a_spooled_input_is_read_anywhere_and_shows_its_holes() {
     let mut writer = File::options().write(true).open(lab.path("p")).unwrap();
     writer.write_all(&bytes[..4 << 20]).unwrap();
     assert!(read(&file, MIB - 512, 1024) == bytes[(1 << 20) - 512..(1 << 20) + 512]);
-    // Ahead of what has arrived: it waits.
+    // A read past the bytes received so far waits.
     std::thread::scope(|scope| {
         let ahead = scope.spawn(|| read(&file, 12 * MIB, MIB));
         std::thread::sleep(Duration::from_millis(100));
@@ -708,7 +708,7 @@ fn a_spooled_input_is_read_anywhere_and_shows_its_holes() {
 }
 
 #[test]
-fn an_input_that_ends_early_or_fails_says_so_and_gives_no_zeros() {
+fn input_that_ends_early_or_fails_is_an_error_instead_of_zeros() {
     let lab = Lab::new();
     put(&lab.path("src"), &noise(4 * MIB, 8));
     for (source, why) in [
@@ -742,7 +742,7 @@ fn an_input_that_ends_early_or_fails_says_so_and_gives_no_zeros() {
 }
 
 #[test]
-fn a_killed_reader_of_an_input_that_stalls_is_released() {
+fn killed_reader_of_a_stalled_input_exits() {
     let lab = Lab::new();
     mount(&lab, &["i=stream:4M,from=cmd:sleep 1000"]);
     let mut reader = spawn(&lab, "exec cat m/i");
