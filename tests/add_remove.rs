@@ -1,6 +1,6 @@
-//! Disks that come and go on a live mount: `cowslip add` and `cowslip remove`.
+//! Adding and removing disks of a live mount: `cowslip add` and `cowslip remove`.
 
-// Sizes are small here, and a test may panic.
+// Sizes are small, and a test may panic.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::cast_possible_truncation)]
 
 mod common;
@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use common::mount::*;
 use rustix::process::Signal;
 
-/// A mount with one disk, and a base beside it.
+/// Mounts one disk, and creates a base that is not mounted.
 fn lab() -> Lab {
     let mut lab = Lab::new();
     lab.base("base.img", 16 * MIB);
@@ -23,7 +23,7 @@ fn lab() -> Lab {
     lab
 }
 
-/// The names that the mount shows.
+/// Returns the names of the disks in the mount.
 fn names(lab: &Lab) -> Vec<String> {
     lab.sh("ls m").lines().map(str::to_owned).collect()
 }
@@ -33,7 +33,7 @@ fn is_missing(lab: &Lab, name: &str) -> bool {
 }
 
 #[test]
-fn an_added_disk_is_a_disk_like_any_other() {
+fn added_disk_can_be_read_and_written() {
     let lab = lab();
     let said = lab.ok("add m d=base.img");
     let keep = "temporary overlay: changes end at umount ('cowslip keep' saves them)";
@@ -51,7 +51,7 @@ fn an_added_disk_is_a_disk_like_any_other() {
 }
 
 #[test]
-fn relative_paths_of_an_added_disk_start_at_the_callers_directory() {
+fn relative_paths_of_an_added_disk_are_relative_to_the_caller() {
     let lab = lab();
     lab.sh("mkdir sub; cp base.img sub/here.img; cd sub; $COWSLIP add ../m here.img,overlay=ov");
     lab.sh("cmp m/here.img base.img; test -f sub/ov/stack");
@@ -59,7 +59,7 @@ fn relative_paths_of_an_added_disk_start_at_the_callers_directory() {
 }
 
 #[test]
-fn an_added_disk_is_there_at_once_also_after_a_failed_look() {
+fn added_disk_is_visible_at_once_even_after_a_failed_lookup() {
     let lab = lab();
     for _ in 0..20 {
         assert!(is_missing(&lab, "m/d") && is_missing(&lab, "m/.cowslip/d"));
@@ -72,11 +72,11 @@ fn an_added_disk_is_there_at_once_also_after_a_failed_look() {
 }
 
 #[test]
-fn a_removed_disk_is_gone_at_once() {
+fn removed_disk_disappears_at_once() {
     let lab = lab();
     lab.ok("add m d=base.img");
     for _ in 0..20 {
-        // The kernel may believe what it has seen for a second.
+        // The kernel caches entries and attributes for up to a second.
         lab.sh(
             "stat m/d m/.cowslip/d/ctl >/dev/null; head -c 100 m/d >/dev/null; ls -l m >/dev/null",
         );
@@ -92,7 +92,7 @@ fn a_removed_disk_is_gone_at_once() {
 }
 
 #[test]
-fn remove_says_what_is_discarded_and_leaves_the_others_alone() {
+fn remove_reports_discarded_changes_and_keeps_other_disks() {
     let lab = lab();
     lab.open("m/e").write_all_at(b"stays", 0).unwrap();
     lab.ok("add m d=base.img");
@@ -100,7 +100,7 @@ fn remove_says_what_is_discarded_and_leaves_the_others_alone() {
     lab.ok("add m d=base.img");
     lab.open("m/d").write_all_at(&[1; 4096], 0).unwrap();
     assert_eq!(lab.ok("remove m/d"), "d: 4 KiB of changes discarded (temporary overlay)\n");
-    // What comes back under the name is the base.
+    // A disk added under the same name starts from the base.
     lab.ok("add m d=base.img");
     lab.sh("cmp m/d base.img");
     assert_eq!(read(&lab.open("m/e"), 0, 5), b"stays");
@@ -108,19 +108,19 @@ fn remove_says_what_is_discarded_and_leaves_the_others_alone() {
 }
 
 #[test]
-fn a_disk_of_the_mount_command_can_be_removed() {
+fn disk_of_the_mount_command_can_be_removed() {
     let lab = lab();
     lab.open("m/e").write_all_at(&[1; 8192], 0).unwrap();
     assert_eq!(lab.ok("remove m/e"), "e: 8 KiB of changes discarded (temporary overlay)\n");
     assert_eq!(names(&lab), Vec::<String>::new());
-    // An empty mount takes disks.
+    // Disks can be added to an empty mount.
     lab.ok("add m d=base.img");
     lab.sh("cmp m/d base.img");
     lab.end();
 }
 
 #[test]
-fn the_overlay_of_a_removed_disk_can_be_mounted_elsewhere_at_once() {
+fn overlay_of_a_removed_disk_can_be_mounted_elsewhere_at_once() {
     let lab = lab();
     lab.sh("mkdir other; cp base.img other/copy");
     for round in 0..10 {
@@ -129,7 +129,7 @@ fn the_overlay_of_a_removed_disk_can_be_mounted_elsewhere_at_once() {
         assert!(!said.contains("recovered"), "{said}");
         lab.sh("cmp m/d other/copy");
         let bytes = noise(MIB, round + 1);
-        // Through the cache, too: its pages must not be seen again.
+        // Also through the page cache, whose pages must not be seen again.
         lab.open("m/d").write_all_at(&bytes, round * 4097).unwrap();
         lab.open("other/copy").write_all_at(&bytes, round * 4097).unwrap();
         lab.sh("cmp m/d other/copy");
@@ -147,7 +147,7 @@ fn the_overlay_of_a_removed_disk_can_be_mounted_elsewhere_at_once() {
 }
 
 #[test]
-fn what_the_kernel_held_back_is_in_the_overlay_of_a_removed_disk() {
+fn remove_flushes_dirty_pages_of_the_kernel() {
     let lab = Lab::new();
     lab.mount("e=blank:1M --cache writeback");
     for round in 0..5 {
@@ -164,11 +164,11 @@ fn what_the_kernel_held_back_is_in_the_overlay_of_a_removed_disk() {
 }
 
 #[test]
-fn the_base_of_a_removed_disk_can_be_written_at_once() {
+fn base_of_a_removed_disk_can_be_written_at_once() {
     let lab = lab();
     for _ in 0..10 {
         lab.ok("add m d=base.img");
-        // A stat that was answered may still be known to the daemon.
+        // The daemon may still know of a stat that it has answered.
         lab.sh("cmp m/d base.img; stat m/d >/dev/null");
         assert!(lab.refused(1, "add m w=base.img,mode=rw").contains("while another"));
         lab.ok("remove m/d");
@@ -180,7 +180,7 @@ fn the_base_of_a_removed_disk_can_be_written_at_once() {
 }
 
 #[test]
-fn a_map_that_is_being_read_does_not_end_as_if_it_were_whole() {
+fn map_reader_of_a_removed_disk_gets_an_error() {
     use std::io::Read;
     let lab = lab();
     lab.ok("add m d=blank:1G,overlay=ov");
@@ -193,7 +193,7 @@ fn a_map_that_is_being_read_does_not_end_as_if_it_were_whole() {
     let mut piece = vec![0; 4096];
     map.read_exact(&mut piece).unwrap();
     lab.ok("remove m/d");
-    // Nor does it hold the disk's files.
+    // The open map does not keep the disk's files open either.
     lab.ok("check ov");
     let error = map.read_to_end(&mut piece).unwrap_err();
     assert_eq!(error.raw_os_error(), Some(libc::ESTALE));
@@ -202,7 +202,7 @@ fn a_map_that_is_being_read_does_not_end_as_if_it_were_whole() {
 }
 
 #[test]
-fn a_disk_that_makes_no_sense_is_a_usage_error() {
+fn invalid_disk_is_a_usage_error() {
     let lab = lab();
     let line = lab.refused(2, "add m d=base.img,colour=red");
     assert!(line.contains("disk 'd=base.img,colour=red': unknown key 'colour'"), "{line}");
@@ -216,7 +216,7 @@ fn a_disk_that_makes_no_sense_is_a_usage_error() {
 }
 
 #[test]
-fn a_disk_that_cannot_be_opened_leaves_nothing() {
+fn failed_add_leaves_nothing_behind() {
     let lab = lab();
     let before = lab.sh("ls -A");
     let line = lab.refused(1, "add m d=missing.img,overlay=ov");
@@ -229,13 +229,13 @@ fn a_disk_that_cannot_be_opened_leaves_nothing() {
     lab.refused(1, "add m/e d=base.img");
     assert_eq!(lab.sh("ls -A"), before);
     assert_eq!(names(&lab), ["e"]);
-    // And its locks are free.
+    // The locks are free again.
     lab.ok("add m d=base.img,mode=rw");
     lab.end();
 }
 
 #[test]
-fn a_name_that_is_taken_is_refused_and_nothing_is_made() {
+fn duplicate_name_is_rejected_and_creates_nothing() {
     let lab = lab();
     let before = lab.sh("ls -A");
     let line = lab.refused(1, "add m e=base.img,overlay=ov");
@@ -246,7 +246,7 @@ fn a_name_that_is_taken_is_refused_and_nothing_is_made() {
 }
 
 #[test]
-fn of_many_that_add_the_same_name_one_wins_and_the_others_leave_nothing() {
+fn one_of_many_concurrent_adds_of_a_name_succeeds_and_the_others_leave_nothing() {
     let lab = lab();
     let won = AtomicBool::new(false);
     thread::scope(|scope| {
@@ -268,7 +268,7 @@ fn of_many_that_add_the_same_name_one_wins_and_the_others_leave_nothing() {
 }
 
 #[test]
-fn a_disk_that_is_open_stays_and_remove_names_who_has_it() {
+fn remove_rejects_an_open_disk_and_names_its_users() {
     let lab = lab();
     lab.ok("add m d=base.img");
     let mut command = lab.command("sh");
@@ -277,7 +277,7 @@ fn a_disk_that_is_open_stays_and_remove_names_who_has_it() {
     let line = lab.refused(1, "remove --timeout 300ms m/d");
     assert!(line.contains(&format!("d is in use: sleep (pid {}) has d", sleeper.pid())), "{line}");
     lab.sh("cmp m/d base.img");
-    // Within the grace it goes.
+    // A disk that is closed within the timeout is removed.
     let pid = sleeper.pid();
     thread::scope(|scope| {
         scope.spawn(|| {
@@ -291,10 +291,10 @@ fn a_disk_that_is_open_stays_and_remove_names_who_has_it() {
 }
 
 #[test]
-fn who_has_a_disk_is_named_though_another_process_has_another_root() {
+fn remove_names_users_although_a_process_has_another_root() {
     let lab = lab();
     lab.ok("add m d=base.img");
-    // The first process of the namespace is in a chroot, to which the mount is not known.
+    // The first process of the namespace is in a chroot, from which the mount is not visible.
     lab.sh("unshare -m sh -euc '
         mkdir root; mount --bind / root
         (
@@ -311,7 +311,7 @@ fn who_has_a_disk_is_named_though_another_process_has_another_root() {
 }
 
 #[test]
-fn a_loop_device_holds_its_disk_until_it_is_detached() {
+fn disk_is_in_use_until_its_loop_device_is_detached() {
     let lab = lab();
     lab.ok("add m d=blank:16M");
     let device = lab.loop_device("m/d", "");
@@ -322,7 +322,7 @@ fn a_loop_device_holds_its_disk_until_it_is_detached() {
 }
 
 #[test]
-fn what_is_not_there_cannot_be_removed() {
+fn remove_rejects_missing_disks_and_other_paths() {
     let lab = lab();
     lab.ok("remove m/e");
     let line = lab.refused(1, "remove m/e");
@@ -334,7 +334,7 @@ fn what_is_not_there_cannot_be_removed() {
 }
 
 #[test]
-fn a_disk_of_the_store_is_removed_by_rm() {
+fn disk_of_a_store_is_removed_by_rm_only() {
     let lab = Lab::new();
     lab.mount("--store st");
     lab.sh("echo x >m/a");
@@ -342,7 +342,7 @@ fn a_disk_of_the_store_is_removed_by_rm() {
     let rm = format!("rm '{}' removes it with its data", lab.path("m/a").display());
     assert!(line.contains(&rm), "{line}");
     assert_eq!(lab.sh("cat m/a"), "x\n");
-    // Nor can `add` take its name, nor a new file that of an added one.
+    // `add` cannot take the name of a disk in the store, nor a new file that of an added disk.
     assert!(lab.refused(1, "add m a=blank:1M").contains("already"));
     lab.ok("add m b=blank:1M");
     lab.sh("! mv m/a m/b 2>/dev/null; ! rm m/b 2>/dev/null; rm m/a");
@@ -352,7 +352,7 @@ fn a_disk_of_the_store_is_removed_by_rm() {
 }
 
 #[test]
-fn an_output_stream_can_be_added_and_is_removed_once_it_is_finished() {
+fn added_output_stream_can_be_removed_after_finish_or_abort() {
     let lab = lab();
     let said = lab.ok("add m o=stream:1M,to=file:out.img");
     assert!(said.contains("o: 1 MiB, stream to file:"), "{said}");
@@ -372,7 +372,7 @@ fn an_output_stream_can_be_added_and_is_removed_once_it_is_finished() {
 }
 
 #[test]
-fn an_input_stream_is_removed_with_its_command() {
+fn removing_an_input_stream_ends_its_command() {
     let lab = lab();
     let disk = "i=stream:1G,from=cmd:sh -c 'echo $$ >pid; exec cat /dev/zero'";
     let added = lab.output(COWSLIP, &["add", "m", disk]);
@@ -387,7 +387,7 @@ fn an_input_stream_is_removed_with_its_command() {
 }
 
 #[test]
-fn an_open_and_a_remove_that_race_lose_nothing() {
+fn concurrent_open_and_remove_lose_no_write() {
     let lab = lab();
     lab.ok("add m d=blank:1M,overlay=ov");
     let (mut written, mut removed) = (0, 0);
@@ -398,7 +398,7 @@ fn an_open_and_a_remove_that_race_lose_nothing() {
             while !done.load(Ordering::SeqCst) {
                 match fs::OpenOptions::new().write(true).open(lab.path("m/d")) {
                     Ok(file) => {
-                        // What was opened can be written, whatever `remove` is about to do.
+                        // A successful open permits the write, although a remove is in progress.
                         file.write_all_at(&(last + 1).to_le_bytes(), 0).unwrap();
                         last += 1;
                     }
@@ -407,12 +407,12 @@ fn an_open_and_a_remove_that_race_lose_nothing() {
                         assert!(known.contains(&error.raw_os_error()), "{error}");
                     }
                 }
-                // Busy for long enough that both win now and then.
+                // A varying delay, so that sometimes the open wins and sometimes the remove.
                 thread::sleep(Duration::from_micros(last % 8 * 50));
             }
             last
         });
-        // Until each has won, if that takes longer.
+        // Longer if necessary, until a remove has succeeded.
         let start = Instant::now();
         for turn in 0.. {
             if turn >= 60 && (removed > 0 || start.elapsed() > PATIENCE) {
@@ -436,7 +436,7 @@ fn an_open_and_a_remove_that_race_lose_nothing() {
 }
 
 #[test]
-fn disks_that_come_and_go_leave_nothing_in_the_daemon() {
+fn repeated_add_and_remove_leak_no_files_and_threads() {
     let lab = lab();
     let pid = lab.pid();
     let count = |what: &str| fs::read_dir(format!("/proc/{pid}/{what}")).unwrap().count();
@@ -449,7 +449,7 @@ fn disks_that_come_and_go_leave_nothing_in_the_daemon() {
     (0..3).for_each(cycle);
     let (files, threads) = (count("fd"), count("task"));
     (3..200).for_each(cycle);
-    // A request that was answered is forgotten within a second, an idle thread leaves after five.
+    // The daemon drops an answered request within a second, and an idle thread exits after five.
     wait_until("all files are closed", || count("fd") <= files);
     wait_until("all threads have left", || count("task") <= threads);
     assert_eq!(lab.status()["disks"].as_array().unwrap().len(), 1);
@@ -457,7 +457,7 @@ fn disks_that_come_and_go_leave_nothing_in_the_daemon() {
 }
 
 #[test]
-fn a_killed_daemon_loses_nothing_of_an_added_disk() {
+fn killed_daemon_loses_nothing_of_an_added_disk() {
     let lab = lab();
     lab.ok("add m d=base.img,overlay=ov");
     lab.open("m/d").write_all_at(&noise(MIB, 3), 5).unwrap();
@@ -471,7 +471,7 @@ fn a_killed_daemon_loses_nothing_of_an_added_disk() {
 }
 
 #[test]
-fn a_base_that_changed_can_be_forced() {
+fn add_force_accepts_a_changed_base() {
     let lab = Lab::new();
     lab.mount("e=blank:1M");
     lab.sh("truncate -s 1M b.img; $COWSLIP add m d=b.img,overlay=ov; $COWSLIP remove m/d; echo x >b.img; truncate -s 1M b.img");
@@ -481,7 +481,7 @@ fn a_base_that_changed_can_be_forced() {
 }
 
 #[test]
-fn a_disk_that_is_in_use_is_told_with_its_users_and_not_with_bind_mounts_of_the_mount() {
+fn remove_names_users_but_not_bind_mounts_of_the_mount() {
     let mut lab = Lab::new();
     lab.base("base", MIB);
     lab.mount("d=base e=base");
@@ -490,7 +490,7 @@ fn a_disk_that_is_in_use_is_told_with_its_users_and_not_with_bind_mounts_of_the_
     let line = lab.refused(1, "remove m/d --timeout 100ms");
     assert!(line.contains("(pid ") && !line.contains("the mount at"), "{line}");
     drop(file);
-    // The bind mount has kept no disk.
+    // The bind mount does not keep the disk in use.
     lab.ok("remove m/d");
     lab.sh("umount other");
     lab.end();

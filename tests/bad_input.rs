@@ -1,7 +1,7 @@
-//! What is wrong is refused with one line that says what, where and what to do, and leaves
-//! nothing behind.
+//! Invalid input is rejected with one line that says what is wrong, where, and what to do, and
+//! leaves nothing behind.
 
-// Sizes are small here, and a test may panic.
+// Sizes are small, and a test may panic.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::cast_possible_truncation)]
 
 mod common;
@@ -13,15 +13,15 @@ use std::os::unix::net::UnixListener;
 
 use common::mount::*;
 
-/// A laboratory with a base, in which nothing is mounted.
+/// Creates a lab with a base and without a mount.
 fn lab() -> Lab {
     let mut lab = Lab::new();
     lab.base("base.img", 4 * MIB);
     lab
 }
 
-/// `cowslip mount m WORDS` must fail with `code` and a line with all of `parts`, and leave the
-/// laboratory as it was.
+/// Checks that `cowslip mount m WORDS` fails with `code` and a line that contains all of `parts`,
+/// and leaves no files or mounts behind.
 #[track_caller]
 fn refuse(lab: &Lab, code: i32, words: &str, parts: &[&str]) {
     refuse_line(lab, code, &format!("mount m {words}"), parts);
@@ -46,7 +46,7 @@ fn refuse_args(lab: &Lab, code: i32, args: &[&str], parts: &[&str]) {
 }
 
 #[test]
-fn a_base_that_is_no_disk_is_refused() {
+fn base_that_is_no_file_or_block_device_is_rejected() {
     let lab = lab();
     lab.sh("mkdir dir; mkfifo fifo; ln -s nowhere dangling; ln -s loop loop");
     refuse(&lab, 1, "nothing.img", &["nothing.img' does not exist"]);
@@ -62,7 +62,7 @@ fn a_base_that_is_no_disk_is_refused() {
 }
 
 #[test]
-fn a_base_that_looks_like_another_format_is_refused() {
+fn base_of_another_format_is_rejected_with_a_remedy() {
     let lab = lab();
     lab.sh("
         for format in qcow2 vmdk vhdx vdi; do qemu-img create -q -f $format a.$format 10M; done
@@ -87,7 +87,7 @@ fn a_base_that_looks_like_another_format_is_refused() {
 }
 
 #[test]
-fn what_lies_in_the_mount_itself_is_refused() {
+fn base_or_overlay_in_the_mount_itself_is_rejected() {
     let lab = lab();
     lab.sh("cp base.img m/inside.img; truncate -s 32M m/loop.img");
     refuse(&lab, 1, "m/inside.img -o nonempty", &["inside.img", "lies in the mount"]);
@@ -105,7 +105,7 @@ fn what_lies_in_the_mount_itself_is_refused() {
 }
 
 #[test]
-fn a_bad_mountpoint_is_refused() {
+fn invalid_mountpoint_is_rejected() {
     let lab = lab();
     lab.sh("mkdir full; touch full/x; touch file");
     fs::write(lab.path("a.toml"), "mountpoint=\"file\"\n[[disk]]\nsource=\"base.img\"\n").unwrap();
@@ -121,7 +121,7 @@ fn a_bad_mountpoint_is_refused() {
 }
 
 #[test]
-fn a_mountpoint_in_use_is_refused() {
+fn mountpoint_in_use_is_rejected() {
     let lab = lab();
     lab.mount("d=base.img");
     refuse(&lab, 1, "d=base.img", &["already a cowslip mount"]);
@@ -130,7 +130,7 @@ fn a_mountpoint_in_use_is_refused() {
 }
 
 #[test]
-fn a_dead_mount_of_another_program_is_left_to_it() {
+fn dead_mount_of_another_program_is_left_alone() {
     let lab = lab();
     let mut command = lab.command("nbdfuse");
     command.args(["m", "--command", "nbdkit", "-s", "memory", "1M"]);
@@ -148,7 +148,7 @@ fn a_dead_mount_of_another_program_is_left_to_it() {
 }
 
 #[test]
-fn names_are_checked() {
+fn invalid_and_duplicate_names_are_rejected() {
     let lab = lab();
     refuse(&lab, 2, "d=base.img d=base.img", &["two disks", "NAME=SOURCE"]);
     refuse(&lab, 2, "base.img d/../base.img", &["two disks"]);
@@ -167,7 +167,7 @@ fn names_are_checked() {
 }
 
 #[test]
-fn sizes_are_checked() {
+fn invalid_sizes_are_rejected() {
     let lab = lab();
     for size in [
         "10MB",
@@ -202,7 +202,7 @@ fn sizes_are_checked() {
 }
 
 #[test]
-fn unknown_keys_and_options_are_refused_with_the_nearest() {
+fn unknown_keys_and_options_are_rejected_with_a_suggestion() {
     let lab = lab();
     refuse(&lab, 2, "base.img,overly=x", &["overly", "overlay"]);
     refuse(&lab, 2, "base.img,mode=cwo", &["cwo", "cow"]);
@@ -222,7 +222,7 @@ fn unknown_keys_and_options_are_refused_with_the_nearest() {
 }
 
 #[test]
-fn commas_in_paths_are_written_twice() {
+fn commas_in_paths_must_be_doubled() {
     let lab = lab();
     lab.sh("cp base.img a,b.img; cp base.img a=b.img");
     refuse(&lab, 2, "a,b.img", &["a,,b.img"]);
@@ -232,7 +232,7 @@ fn commas_in_paths_are_written_twice() {
 }
 
 #[test]
-fn a_mistake_in_a_configuration_is_told_with_its_line() {
+fn config_error_is_reported_with_its_line() {
     let lab = lab();
     for (text, parts) in [
         ("mountpoint = \"m\"\nmuntpoint = 1\n", &["line 2", "muntpoint"][..]),
@@ -247,7 +247,7 @@ fn a_mistake_in_a_configuration_is_told_with_its_line() {
     lab.end();
 }
 
-/// Makes an overlay `ov` over `base.img` with a changed block.
+/// Creates an overlay `ov` over `base.img` with one changed block.
 fn with_overlay() -> Lab {
     let lab = lab();
     lab.mount("d=base.img,overlay=ov");
@@ -256,7 +256,7 @@ fn with_overlay() -> Lab {
     lab
 }
 
-/// Changes the text of the overlay's `stack` and makes its checksum right again.
+/// Replaces text in the overlay's `stack` and updates the checksum.
 fn edit_stack(lab: &Lab, from: &str, to: &str) {
     let path = lab.path("ov/stack");
     let text = fs::read_to_string(&path).unwrap();
@@ -268,7 +268,7 @@ fn edit_stack(lab: &Lab, from: &str, to: &str) {
 }
 
 #[test]
-fn an_overlay_of_something_else_is_refused() {
+fn overlay_of_another_base_or_version_is_rejected() {
     let mut lab = with_overlay();
     lab.base("other.img", 4 * MIB);
     lab.sh("mkdir full; touch full/x; touch file");
@@ -287,7 +287,7 @@ fn an_overlay_of_something_else_is_refused() {
 }
 
 #[test]
-fn a_stack_that_makes_no_sense_is_refused() {
+fn invalid_stack_or_log_is_rejected() {
     let lab = with_overlay();
     let good = fs::read(lab.path("ov/stack")).unwrap();
     for (from, to) in [
@@ -318,7 +318,7 @@ fn a_stack_that_makes_no_sense_is_refused() {
 }
 
 #[test]
-fn files_of_a_layer_that_no_disk_has_cost_nothing() {
+fn unknown_or_oversized_files_of_a_layer_need_little_memory_and_time() {
     let lab = with_overlay();
     lab.sh(
         "cd ov/layers/*; for i in 1048576 1000000000 4294967296 18446744073709551615 +2 03 0; do
@@ -326,7 +326,8 @@ fn files_of_a_layer_that_no_disk_has_cost_nothing() {
          done
          truncate -s 1M data.1048575; truncate -s 15T log",
     );
-    // In less memory than a list of all segments would take, and less time than all of the log.
+    // With less memory than a list of all segments would need, and in less time than reading the
+    // whole log would take.
     lab.sh("ulimit -v 2000000; $COWSLIP check ov; $COWSLIP mount m d=base.img,overlay=ov");
     assert_eq!(read(&lab.open_ro("m/d"), 4096, 7), b"changed");
     lab.open("m/d").write_all_at(b"more", 8192).unwrap();
@@ -337,7 +338,7 @@ fn files_of_a_layer_that_no_disk_has_cost_nothing() {
 }
 
 #[test]
-fn an_overlay_in_use_names_who_uses_it() {
+fn overlay_in_use_is_rejected_with_its_user() {
     let lab = lab();
     lab.mount("d=base.img,overlay=ov");
     let pid = format!("pid {}", lab.pid());
@@ -353,7 +354,7 @@ fn an_overlay_in_use_names_who_uses_it() {
 }
 
 #[test]
-fn a_base_that_a_vm_writes_is_refused() {
+fn base_in_use_by_a_vm_is_rejected() {
     let mut lab = Lab::new();
     lab.sh("truncate -s 4M base.img; mkfifo in");
     let mut command = lab.command("sh");
@@ -373,7 +374,7 @@ fn a_base_that_a_vm_writes_is_refused() {
     vm.0.wait().unwrap();
     lab.watch("base.img");
     lab.mount("base.img");
-    // And the other way: a mounted base is not written by a VM.
+    // The reverse: a VM cannot write to a mounted base.
     let output = lab.output("qemu-io", &["-f", "raw", "-c", "write 0 512", "base.img"]);
     assert!(!output.status.success(), "{}", show(&output));
     lab.sh("qemu-io -r -f raw -c 'read 0 512' base.img");
@@ -381,7 +382,7 @@ fn a_base_that_a_vm_writes_is_refused() {
 }
 
 #[test]
-fn a_base_is_written_by_one_or_used_by_many() {
+fn base_has_one_writer_or_many_readers() {
     let lab = lab();
     lab.sh("cp base.img b; mkdir n");
     lab.mount("d=b");
@@ -396,7 +397,7 @@ fn a_base_is_written_by_one_or_used_by_many() {
 }
 
 #[test]
-fn a_base_that_changed_under_its_overlay_is_refused_unless_forced() {
+fn changed_base_is_rejected_unless_forced() {
     let lab = Lab::new();
     fs::write(lab.path("base.img"), noise(4 * MIB, 1)).unwrap();
     lab.mount("d=base.img,overlay=ov");
@@ -416,16 +417,16 @@ fn a_base_that_changed_under_its_overlay_is_refused_unless_forced() {
 }
 
 #[test]
-fn a_path_that_only_passes_through_the_mountpoint_is_fine() {
+fn path_through_the_mountpoint_is_accepted() {
     let lab = lab();
     lab.mount("d=m/../base.img,overlay=m/../ov");
     lab.sh("cmp m/d base.img; [ -e ov/stack ]");
     lab.end();
 }
 
-/// Runs `cowslip WORDS` as nobody with `path` as PATH.
+/// Runs `cowslip WORDS` as the user nobody, with `path` as PATH.
 fn as_nobody(lab: &Lab, path: &str, words: &str) -> std::process::Output {
-    // The program may lie where nobody may look.
+    // The build directory may be inaccessible to nobody.
     lab.sh("[ -e bin ] || { mkdir bin; cp $COWSLIP bin/cowslip; chmod 755 . bin; }");
     let line = format!(
         "exec setpriv --reuid nobody --regid nogroup --clear-groups env PATH={path} ./bin/cowslip {words}"
@@ -434,7 +435,7 @@ fn as_nobody(lab: &Lab, path: &str, words: &str) -> std::process::Output {
 }
 
 #[test]
-fn a_user_without_the_means_is_told_what_is_missing() {
+fn missing_fusermount3_or_permission_is_reported() {
     let lab = lab();
     lab.sh("chmod 777 m; chmod 644 base.img; mkdir empty");
     let path = lab.path("empty");
@@ -450,7 +451,7 @@ fn a_user_without_the_means_is_told_what_is_missing() {
 }
 
 #[test]
-fn commands_on_what_is_no_mount_say_so() {
+fn commands_outside_a_mount_are_rejected() {
     let lab = lab();
     for words in [
         "umount m",
@@ -468,7 +469,7 @@ fn commands_on_what_is_no_mount_say_so() {
 }
 
 #[test]
-fn a_mount_that_fails_closes_what_it_opened_and_removes_what_it_made() {
+fn failed_mount_closes_its_files_and_removes_new_overlays() {
     let lab = lab();
     lab.mount("old=base.img,overlay=old.cow");
     put(&lab.path("m/old"), b"kept");
@@ -486,7 +487,7 @@ fn a_mount_that_fails_closes_what_it_opened_and_removes_what_it_made() {
 }
 
 #[test]
-fn nothing_that_is_printed_or_logged_moves_the_cursor() {
+fn output_and_log_contain_no_control_characters() {
     let mut lab = Lab::new();
     lab.base("base.img", MIB);
     let evil = "o\u{1b}[2J\u{202e}v\n2026 forged";
@@ -500,7 +501,7 @@ fn nothing_that_is_printed_or_logged_moves_the_cursor() {
         assert!(lines == 0 || text.lines().count() == lines, "{text:?}");
     };
     fit(&lab.output(COWSLIP, &["mount", "m", &disk, "--log", "log.txt"]), 1);
-    // In use, by whoever wrote so.
+    // The overlay is in use, as its `holder` file says.
     fit(&lab.output(COWSLIP, &["check", evil]), 1);
     fit(&lab.output(COWSLIP, &["status", "m"]), 0);
     fit(&lab.output(COWSLIP, &["keep", "m/d", evil]), 1);
@@ -515,7 +516,7 @@ fn nothing_that_is_printed_or_logged_moves_the_cursor() {
 }
 
 #[test]
-fn nothing_is_waited_for_where_a_file_is_expected() {
+fn pipes_and_links_in_place_of_files_are_rejected_at_once() {
     let lab = Lab::new();
     lab.sh("mkfifo fifo; mkdir dir; ln -s nothing dangling; ln -s loop loop; truncate -s 4M base
          mkdir parts; $COWSLIP send base >wire");

@@ -1,7 +1,7 @@
-//! Down into the base and up out of it: commit, prefetch, cow-on-read, hydrate, and disks that are
+//! Copies between overlay and base: commit, prefetch, cow-on-read and hydrate; and disks that are
 //! kept in a store.
 
-// Sizes are small here, and a test may panic.
+// Sizes are small, and a test may panic.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::cast_possible_truncation)]
 
 mod common;
@@ -16,7 +16,7 @@ use common::mount::*;
 use common::strace::{Call, Seen, Strace, kill_at};
 use rustix::process::Signal;
 
-/// A laboratory with a base that may be written, of `size` bytes.
+/// Creates a lab with a writable base of `size` bytes.
 fn lab(size: u64) -> Lab {
     let lab = Lab::new();
     fs::write(lab.path("base.img"), noise(size, 1)).unwrap();
@@ -29,17 +29,17 @@ fn changed(lab: &Lab) -> u64 {
 }
 
 #[test]
-fn a_commit_makes_the_base_what_the_disk_is() {
+fn commit_makes_the_base_equal_to_the_disk() {
     let lab = lab(8 * MIB);
     lab.mount("d=base.img,overlay=o");
     let file = lab.open("m/d");
     file.write_all_at(&noise(MIB, 2), MIB + 100).unwrap();
     lab.sh("fallocate -p -o 4M -l 1M m/d");
-    // What was cut off once is zeros in the base as well.
+    // A range that was once truncated is zeros in the base as well.
     file.set_len(6 * MIB + 10).unwrap();
     file.set_len(8 * MIB).unwrap();
     drop(file);
-    // Not the checksum, which holes count in: where the disk was cut, a hole began inside a block.
+    // Not the checksum, which includes holes: at the truncation a hole began inside a block.
     let before = fs::read(lab.path("m/d")).unwrap();
     let said = lab.ok("commit m/d");
     assert!(said.contains("\nd: 1 MiB (and 1 MiB zeroed) are in its base now"), "{said}");
@@ -48,14 +48,14 @@ fn a_commit_makes_the_base_what_the_disk_is() {
     assert_eq!(changed(&lab), 0);
     assert!(lab.ok("commit m/d").ends_with("\nd: 0 bytes are in its base now\n"));
     lab.umount();
-    // The overlay fits its base as it is now.
+    // The overlay matches the changed base.
     lab.mount("d=base.img,overlay=o");
     assert!(fs::read(lab.path("m/d")).unwrap() == before);
     lab.end();
 }
 
 #[test]
-fn an_overlay_that_is_not_mounted_is_committed_too() {
+fn unmounted_overlay_can_be_committed() {
     let lab = lab(4 * MIB);
     lab.mount("d=base.img,overlay=o");
     lab.open("m/d").write_all_at(&noise(MIB, 2), 777).unwrap();
@@ -70,7 +70,7 @@ fn an_overlay_that_is_not_mounted_is_committed_too() {
 }
 
 #[test]
-fn a_smaller_disk_makes_a_smaller_base() {
+fn commit_of_a_truncated_disk_truncates_the_base() {
     let lab = lab(4 * MIB);
     lab.mount("d=base.img,overlay=o");
     lab.open("m/d").set_len(MIB + 1).unwrap();
@@ -83,7 +83,7 @@ fn a_smaller_disk_makes_a_smaller_base() {
 }
 
 #[test]
-fn what_cannot_be_committed_is_refused_and_nothing_changes() {
+fn impossible_commit_is_rejected_without_changes() {
     let lab = lab(4 * MIB);
     lab.mount("d=base.img,overlay=o t=base.img b=blank:1M,overlay=ob r=base.img,mode=ro");
     lab.open("m/d").write_all_at(&noise(MIB, 2), 0).unwrap();
@@ -103,14 +103,14 @@ fn what_cannot_be_committed_is_refused_and_nothing_changes() {
     drop(writer);
     lab.ok("snapshot m/d one");
     line("commit m/d", "it has snapshots");
-    // Its layers are merged in the background: a commit waits for that.
+    // The layers are merged in the background, and a commit waits for the merge.
     lab.ok("snapshot m/d --delete one");
     line("commit m/nothing", "there is no disk 'nothing'");
     fs::File::options().write(true).open(lab.path("m/d")).unwrap().set_len(5 * MIB).unwrap();
     line("commit m/d", "it is larger (5 MiB) than its base");
     fs::File::options().write(true).open(lab.path("m/d")).unwrap().set_len(4 * MIB).unwrap();
     assert_eq!(checksum(&lab.path("base.img")), base);
-    // Somebody else has written to it.
+    // The base is modified by somebody else.
     fs::File::options()
         .write(true)
         .open(lab.path("base.img"))
@@ -120,14 +120,14 @@ fn what_cannot_be_committed_is_refused_and_nothing_changes() {
     line("commit m/d", "has changed under it");
     line("commit nothing", "is no overlay and no mounted disk");
     lab.umount();
-    // There is no --force that helps, so none is named but that of rebase.
+    // No --force of commit helps, so the message names only that of rebase.
     line("commit o", "or take this one with cowslip rebase --force");
     line("commit o --force", "has changed under it");
     lab.end();
 }
 
 #[test]
-fn a_base_without_room_for_it_is_refused_before_anything_is_copied() {
+fn commit_is_rejected_before_copying_if_the_base_lacks_space() {
     let lab = Lab::new();
     lab.host("small", "ext4", 16 * MIB);
     lab.sh("truncate -s 64M small/base.img");
@@ -140,7 +140,7 @@ fn a_base_without_room_for_it_is_refused_before_anything_is_copied() {
     lab.end();
 }
 
-/// Commits `m/d` under strace, which kills the daemon where `kills` say.
+/// Commits `m/d` under strace, which kills the daemon as `kills` say.
 fn commit_under_strace(lab: &Lab, kills: &[String]) -> Seen {
     let pid = lab.pid();
     let strace = Strace::attach(lab, pid, kills);
@@ -154,7 +154,7 @@ fn commit_under_strace(lab: &Lab, kills: &[String]) -> Seen {
 }
 
 #[test]
-fn a_commit_that_was_killed_is_finished_by_the_next_and_reads_are_right_meanwhile() {
+fn killed_commit_is_finished_by_the_next_with_correct_reads_in_between() {
     let lab = lab(48 * MIB);
     lab.mount("d=base.img,overlay=o");
     let change = |seed| {
@@ -164,7 +164,7 @@ fn a_commit_that_was_killed_is_finished_by_the_next_and_reads_are_right_meanwhil
     };
     change(2);
     let plain = commit_under_strace(&lab, &[]);
-    // Where it writes to the base, and where it makes that durable.
+    // The calls that write to the base and sync it.
     let is_of_base = |call: &&Call| call.shown.contains("/base.img>");
     let calls: Vec<&Call> = plain.calls.iter().filter(is_of_base).collect();
     assert!(calls.len() > 3, "{calls:#?}");
@@ -174,7 +174,7 @@ fn a_commit_that_was_killed_is_finished_by_the_next_and_reads_are_right_meanwhil
         let Call { name, nth, shown, .. } = calls[place];
         let seen = commit_under_strace(&lab, &[kill_at(name, *nth)]);
         assert!(seen.killed, "not killed at {shown}");
-        // It is no damage, whatever the base looks like now.
+        // The overlay is not damaged, in any state of the base.
         let checked = lab.ok("check o");
         let fact = "a commit into it was cut short: cowslip commit finishes it\n";
         assert!(checked.contains(fact), "killed at {shown}: {checked}");
@@ -194,7 +194,7 @@ fn a_commit_that_was_killed_is_finished_by_the_next_and_reads_are_right_meanwhil
 }
 
 #[test]
-fn writers_go_on_while_a_disk_is_committed() {
+fn writes_continue_during_a_commit() {
     let lab = lab(64 * MIB);
     lab.mount("d=base.img,overlay=o");
     let mut expected = noise(64 * MIB, 1);
@@ -233,7 +233,7 @@ fn writers_go_on_while_a_disk_is_committed() {
 }
 
 #[test]
-fn prefetch_goes_over_petabytes_of_nothing_at_once() {
+fn prefetch_skips_petabytes_of_holes() {
     let lab = Lab::new();
     lab.mount("--store st");
     lab.sh("truncate -s 7E m/f; echo x | dd of=m/f bs=1 seek=3P conv=notrunc");
@@ -270,14 +270,14 @@ fn prefetch_reads_and_with_copy_fills_the_overlay() {
 }
 
 #[test]
-fn what_is_read_is_copied_up_when_the_disk_says_so_and_a_write_wins() {
+fn cow_on_read_copies_reads_up_and_never_overwrites_a_write() {
     let lab = lab(16 * MIB);
     lab.mount("d=base.img,overlay=o,cow-on-read");
     let file = lab.open("m/d");
     let wanted = noise(16 * MIB, 1);
     assert!(read(&file, MIB + 5, 5000) == wanted[(MIB + 5) as usize..][..5000]);
     assert_eq!(changed(&lab), 8192);
-    // Readers and writers of the same places.
+    // Concurrent readers and writers of the same blocks.
     thread::scope(|scope| {
         for reader in 0..2 {
             let file = lab.open("m/d");
@@ -301,12 +301,12 @@ fn what_is_read_is_copied_up_when_the_disk_says_so_and_a_write_wins() {
 }
 
 #[test]
-fn a_hydrated_disk_stands_alone() {
+fn hydrated_disk_is_independent_of_its_base() {
     let lab = lab(16 * MIB);
     lab.mount("d=base.img,overlay=o");
     lab.open("m/d").write_all_at(&noise(MIB, 2), 5 * MIB + 3).unwrap();
     let before = checksum(&lab.path("m/d"));
-    // Slowly at first: it can be paused, steered and ended.
+    // Slow at first, so that the hydration can be paused, shown and cancelled.
     lab.ok("hydrate m/d --rate 1M --background");
     wait_until("it is under way", || lab.disk("d")["overlay"]["hydration"] == "running");
     assert!(lab.refused(1, "snapshot m/d").contains("a hydration is going on"));
@@ -329,7 +329,7 @@ fn a_hydrated_disk_stands_alone() {
 }
 
 #[test]
-fn a_disk_with_snapshots_needs_its_base() {
+fn hydrate_rejects_a_disk_with_snapshots() {
     let lab = lab(4 * MIB);
     lab.mount("d=base.img,overlay=o");
     lab.ok("snapshot m/d one");
@@ -340,7 +340,7 @@ fn a_disk_with_snapshots_needs_its_base() {
 }
 
 #[test]
-fn a_clone_that_is_hydrated_needs_neither_its_origin_nor_its_base() {
+fn hydrated_clone_needs_neither_its_origin_nor_its_base() {
     let lab = lab(8 * MIB);
     lab.mount("--store st d=base.img,overlay=st");
     lab.open("m/d").write_all_at(&noise(MIB, 2), MIB).unwrap();
@@ -358,14 +358,14 @@ fn a_clone_that_is_hydrated_needs_neither_its_origin_nor_its_base() {
 }
 
 #[test]
-fn a_temporary_disk_is_kept_in_the_store_and_cloned() {
+fn temporary_disk_can_be_kept_in_the_store_and_cloned() {
     let lab = lab(4 * MIB);
     lab.mount("--store st d=base.img");
     lab.open("m/d").write_all_at(&noise(MIB, 2), 0).unwrap();
     let line = lab.refused(1, "clone m/d c");
     assert!(line.contains("its changes are temporary: 'cowslip keep FILE "), "{line}");
     lab.ok("snapshot m/d one");
-    // There the next mount would sweep it.
+    // The next mount would sweep an overlay in these places.
     for inside in ["st/disks/own", "st/names/own", "st/own"] {
         for words in ["keep m/d ", "add m e=base.img,overlay=", "add m e=blank:1M,overlay="] {
             let line = lab.refused(1, &format!("{words}{inside}"));
@@ -387,7 +387,7 @@ fn a_temporary_disk_is_kept_in_the_store_and_cloned() {
     assert_eq!(checksum(&lab.path("m/.cowslip/d/snapshots/one")), before);
     assert_eq!(read(&lab.open_ro("m/c"), 0, 5), b"other");
     lab.umount();
-    // Its layers are the store's.
+    // The layers of these disks belong to the store.
     for (target, says) in [("st", "is a store"), ("st/names/c", "is a disk of a store")] {
         let line = lab.refused(1, &format!("commit {target}"));
         assert!(line.contains(&format!("'{target}' {says}: mount")), "{line}");
@@ -396,7 +396,7 @@ fn a_temporary_disk_is_kept_in_the_store_and_cloned() {
 }
 
 #[test]
-fn the_limit_counts_all_layers() {
+fn limit_includes_all_layers() {
     let lab = lab(4 * MIB);
     lab.mount("d=base.img,overlay=o,limit=1M");
     let file = lab.open("m/d");
@@ -405,13 +405,14 @@ fn the_limit_counts_all_layers() {
     file.write_all_at(&noise(MIB / 2, 3), MIB).unwrap();
     let error = file.write_all_at(&noise(4096, 4), 2 * MIB).unwrap_err();
     assert_eq!(error.raw_os_error(), Some(libc::ENOSPC));
-    // What it holds itself it may write over.
+    // Blocks of the top layer can be overwritten.
     file.write_all_at(&noise(MIB / 2, 5), MIB).unwrap();
     drop(file);
     lab.end();
 }
 
-/// Runs `cowslip WORDS`, interrupts it as ^C does once `is_on`, and gives the line it ends with.
+/// Runs `cowslip WORDS`, interrupts it with SIGINT once `is_on` returns true, and returns its last
+/// line.
 fn interrupted(lab: &Lab, words: &str, is_on: impl FnMut() -> bool) -> String {
     let words: Vec<&str> = words.split_whitespace().collect();
     let mut command = lab.command(COWSLIP);
@@ -424,7 +425,7 @@ fn interrupted(lab: &Lab, words: &str, is_on: impl FnMut() -> bool) -> String {
 }
 
 #[test]
-fn a_hydration_that_nobody_waits_for_goes_on_and_that_is_said() {
+fn interrupted_hydrate_continues_in_the_background_and_reports_it() {
     let lab = lab(16 * MIB);
     lab.mount("d=base.img,overlay=o");
     let doing = || lab.disk("d")["overlay"]["doing"].is_string();
@@ -437,13 +438,13 @@ fn a_hydration_that_nobody_waits_for_goes_on_and_that_is_said() {
 }
 
 #[test]
-fn a_commit_that_is_interrupted_says_what_became_of_it() {
+fn interrupted_commit_reports_its_outcome() {
     let lab = lab(192 * MIB);
     lab.mount("d=base.img,overlay=o");
     lab.open("m/d").write_all_at(&noise(160 * MIB, 2), 4 * MIB).unwrap();
     let before = checksum(&lab.path("m/d"));
     let mut is_first = true;
-    // At once, or once something is written.
+    // The condition holds once a commit is in progress, or when all is committed.
     let line = interrupted(&lab, "commit m/d", || {
         !std::mem::take(&mut is_first) && lab.disk("d")["overlay"]["doing"].is_string()
             || lab.disk("d")["overlay"]["changed"] == 0

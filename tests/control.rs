@@ -1,6 +1,6 @@
-//! The commands that talk to a mount: status, map, log, keep, umount, run, check.
+//! The commands that talk to a mount: status, map, log, keep, umount, run and check.
 
-// Sizes are small here, and a test may panic.
+// Sizes are small, and a test may panic.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::cast_possible_truncation)]
 
 mod common;
@@ -23,7 +23,7 @@ fn json(text: &str) -> Value {
 }
 
 #[test]
-fn mount_says_a_line_for_every_disk() {
+fn mount_prints_a_line_for_every_disk() {
     let lab = Lab::new();
     let said = lab.mount("a=blank:20G b=blank:1G,overlay=ov");
     let lines: Vec<_> = said.lines().collect();
@@ -51,7 +51,7 @@ fn status_shows_the_mount_and_its_disks() {
     assert_eq!(lab.disk("d")["overlay"]["temporary"], true);
     let text = lab.ok("status m/e");
     assert!(text.contains("1 GiB") && text.contains(" e "), "{text}");
-    // Other tests' mounts are in it too, and may be dying: the exit code is theirs as well.
+    // The mounts of other tests are listed too, and an unhealthy one changes the exit code.
     let all = lab.cowslip("status --json");
     let all = json(&String::from_utf8_lossy(&all.stdout));
     assert_eq!(all["schema"], 1);
@@ -72,7 +72,7 @@ fn status_of_a_dead_mount_is_unhealthy() {
 }
 
 #[test]
-fn map_is_what_seek_tells_and_covers_the_disk() {
+fn map_matches_seek_and_covers_the_disk() {
     let lab = lab();
     let file = lab.open("m/d");
     file.write_all_at(&noise(MIB, 2), 10 * MIB + 5).unwrap();
@@ -105,7 +105,7 @@ fn map_is_what_seek_tells_and_covers_the_disk() {
 }
 
 #[test]
-fn map_of_many_extents_is_whole() {
+fn map_of_many_extents_is_complete() {
     let lab = lab();
     let file = lab.open("m/e");
     for index in 0..20_000 {
@@ -118,7 +118,7 @@ fn map_of_many_extents_is_whole() {
 }
 
 #[test]
-fn the_log_tells_of_the_mount() {
+fn log_records_mount_and_unmount() {
     let lab = lab();
     assert!(lab.ok("log m").contains("mounted at"));
     let pid = lab.pid();
@@ -139,7 +139,7 @@ fn keep_saves_the_changes_for_the_next_mount() {
     file.write_all_at(&noise(MIB, 3), 5 * MIB + 77).unwrap();
     let said = lab.ok("keep m/d kept");
     assert!(said.contains("kept"), "{said}");
-    // What comes later is kept too, and survives the daemon.
+    // Later changes are kept too, and survive a killed daemon.
     file.write_all_at(b"later", 0).unwrap();
     drop(file);
     lab.sh("cp m/d copy");
@@ -165,7 +165,7 @@ fn keep_works_across_file_systems() {
 }
 
 #[test]
-fn keep_refuses_what_it_cannot_keep() {
+fn keep_rejects_invalid_disks_and_directories() {
     let lab = lab();
     lab.sh("mkdir full; touch full/x");
     assert!(lab.refused(1, "keep m/d full").contains("full"));
@@ -178,7 +178,7 @@ fn keep_refuses_what_it_cannot_keep() {
 }
 
 #[test]
-fn umount_says_what_is_discarded_and_what_is_kept() {
+fn umount_reports_discarded_and_kept_changes() {
     let lab = lab();
     lab.open("m/d").write_all_at(&[1; 4096], 0).unwrap();
     lab.open("m/e").write_all_at(&[1; 8192], 0).unwrap();
@@ -195,13 +195,13 @@ fn umount_waits_for_the_daemon() {
     lab.open("m/e").write_all_at(&noise(20 * MIB, 1), 0).unwrap();
     lab.umount();
     assert!(!is_alive(pid));
-    // The overlay is free at once.
+    // The overlay is unlocked at once.
     lab.mount("e=blank:1G,overlay=ov");
     lab.end();
 }
 
 #[test]
-fn umount_refuses_while_a_disk_is_open_and_says_who_has_it() {
+fn umount_rejects_open_disks_and_names_their_users() {
     let lab = lab();
     let file = lab.open("m/d");
     let line = lab.refused(1, "umount --timeout 1 m");
@@ -215,7 +215,7 @@ fn umount_refuses_while_a_disk_is_open_and_says_who_has_it() {
 }
 
 #[test]
-fn sigterm_ends_a_mount_in_good_order() {
+fn sigterm_ends_a_mount_cleanly() {
     let lab = lab();
     lab.open("m/e").write_all_at(&noise(MIB, 1), 0).unwrap();
     let pid = lab.pid();
@@ -227,7 +227,7 @@ fn sigterm_ends_a_mount_in_good_order() {
 }
 
 #[test]
-fn plain_umount_ends_a_mount_in_good_order() {
+fn plain_umount_ends_a_mount_cleanly() {
     let lab = lab();
     lab.open("m/e").write_all_at(&noise(MIB, 1), 0).unwrap();
     let pid = lab.pid();
@@ -238,7 +238,7 @@ fn plain_umount_ends_a_mount_in_good_order() {
 }
 
 #[test]
-fn run_mounts_for_a_command_and_gives_its_exit_code() {
+fn run_mounts_for_a_command_and_returns_its_exit_code() {
     let mut lab = Lab::new();
     lab.base("base.img", 4 * MIB);
     let run = |words: &[&str]| {
@@ -261,7 +261,7 @@ fn run_mounts_for_a_command_and_gives_its_exit_code() {
 }
 
 #[test]
-fn check_finds_a_whole_overlay_clean_and_a_damaged_one_damaged() {
+fn check_tells_clean_overlays_from_damaged_ones() {
     let lab = lab();
     lab.open("m/e").write_all_at(&noise(MIB, 1), 0).unwrap();
     assert_eq!(lab.cowslip("check ov").status.code(), Some(1), "in use");
@@ -287,7 +287,7 @@ fn check_finds_a_whole_overlay_clean_and_a_damaged_one_damaged() {
 }
 
 #[test]
-fn check_looks_at_every_disk_of_a_store() {
+fn check_includes_every_disk_of_a_store() {
     let lab = Lab::new();
     lab.mount("--store st");
     lab.sh("echo x > m/a; echo y > m/b");
@@ -298,7 +298,7 @@ fn check_looks_at_every_disk_of_a_store() {
 }
 
 #[test]
-fn a_configuration_file_mounts_the_same() {
+fn config_file_mounts_its_disks() {
     let mut lab = Lab::new();
     lab.base("base.img", 4 * MIB);
     fs::write(
@@ -312,7 +312,7 @@ fn a_configuration_file_mounts_the_same() {
 }
 
 #[test]
-fn the_program_is_a_mount_helper_too() {
+fn program_works_as_a_mount_helper() {
     let mut lab = Lab::new();
     lab.base("base.img", 4 * MIB);
     lab.sh("ln -s $COWSLIP mount.cowslip; ./mount.cowslip base.img m -o rw,noauto,x-test=1; cmp m/base.img base.img");
@@ -320,7 +320,7 @@ fn the_program_is_a_mount_helper_too() {
 }
 
 #[test]
-fn the_foreground_daemon_ends_with_its_mount() {
+fn foreground_daemon_exits_with_its_mount() {
     let lab = Lab::new();
     let mut command = lab.command(COWSLIP);
     let mut child = Running(
@@ -339,10 +339,10 @@ fn the_foreground_daemon_ends_with_its_mount() {
 }
 
 #[test]
-fn only_who_mounted_and_root_may_ask_for_changes() {
+fn only_the_mounting_user_and_root_can_request_changes() {
     let mut lab = Lab::new();
     lab.base("base.img", MIB);
-    // Another user may not even reach the laboratory: the mount lies beside it.
+    // Another user may not reach the lab: the mount is beside it.
     lab.sh("chmod 755 .; mkdir open; chmod 755 open");
     lab.mount("d=base.img,perm=0666 -o allow_other");
     let request = format!("{{\"op\":\"keep\",\"dir\":\"{}/open/k\"}}", lab.dir().display());
@@ -360,7 +360,7 @@ fn only_who_mounted_and_root_may_ask_for_changes() {
 }
 
 #[test]
-fn what_is_zeroed_is_not_counted_as_changed() {
+fn zeroed_bytes_are_not_counted_as_changed() {
     let mut lab = Lab::new();
     lab.base("base.img", 16 * MIB);
     lab.mount("d=base.img n=blank:0,overlay=ov");
@@ -381,7 +381,7 @@ fn what_is_zeroed_is_not_counted_as_changed() {
 }
 
 #[test]
-fn changes_whose_overlay_was_removed_are_not_said_to_be_kept() {
+fn changes_of_a_deleted_overlay_are_reported_as_lost() {
     let mut lab = Lab::new();
     lab.base("base.img", 16 * MIB);
     lab.mount("d=base.img,overlay=d.cow e=base.img,overlay=e.cow");
@@ -406,7 +406,7 @@ fn changes_whose_overlay_was_removed_are_not_said_to_be_kept() {
 }
 
 #[test]
-fn a_lack_of_space_is_seen_in_status_and_once_in_the_log() {
+fn lack_of_space_is_reported_in_status_and_once_in_the_log() {
     let mut lab = Lab::new();
     lab.base("base.img", 16 * MIB);
     lab.mount("d=base.img,overlay=ov,limit=1M");

@@ -1,6 +1,7 @@
-//! What changed leaves as a file that the tools of its format take, and comes back.
+//! `cowslip diff` and `import`: changes are exported to files that the tools of each format accept,
+//! and imported again.
 
-// Sizes are small here, and a test may panic.
+// Sizes are small, and a test may panic.
 #![allow(clippy::unwrap_used, clippy::cast_possible_truncation)]
 
 mod common;
@@ -20,7 +21,7 @@ use rustix::fs::FallocateFlags;
 
 const SIZE: u64 = 16 * MIB;
 
-/// A mounted disk with data, holes and zeros over those of its base.
+/// Mounts a disk `d` and writes data, holes and zeros over those of its base.
 fn changed(lab: &mut Lab, words: &str) {
     lab.base("base.img", SIZE);
     lab.mount(words);
@@ -37,13 +38,13 @@ fn scatter(lab: &Lab, seed: u64) {
     fallocate(&file, FallocateFlags::ZERO_RANGE, 3 * MIB + 17..3 * MIB + 5000).unwrap();
 }
 
-/// The image is sound and reads as the disk, and holds no cluster that has not changed.
+/// Checks that a qcow2 image is valid and reads like the disk.
 fn is_the_disk(lab: &Lab, image: &str) {
     lab.sh(&format!("qemu-img check -q {image}; qemu-img compare -f raw -F qcow2 m/d {image}"));
 }
 
 #[test]
-fn a_diff_is_an_image_that_qemu_takes_as_the_disk() {
+fn diff_is_an_image_that_qemu_reads_as_the_disk() {
     let mut lab = Lab::new();
     changed(&mut lab, "d=base.img,overlay=ov");
     let said = lab.ok("diff m/d -o out.qcow2");
@@ -53,25 +54,25 @@ fn a_diff_is_an_image_that_qemu_takes_as_the_disk() {
     let map: serde_json::Value = serde_json::from_str(&map).unwrap();
     let own = map.as_array().unwrap().iter().filter(|run| run["depth"] == 0);
     let own: u64 = own.map(|run| run["length"].as_u64().unwrap()).sum();
-    // Four places of data, each in one to three clusters, one of zeros, and the hole's.
+    // Four ranges of data, each in one to three clusters, one of zeros, and the hole's clusters.
     assert!(own > MIB * 9 / 10 && own < MIB + 12 * 65536, "{own} bytes");
     assert!(fs::metadata(lab.path("out.qcow2")).unwrap().len() < 20 * 65536);
     let line = lab.refused(1, "diff m/d -o out.qcow2");
     assert!(line.contains("'out.qcow2' is there already"), "{line}");
     lab.ok("diff m/d -o out.qcow2 --overwrite");
-    // Its commit makes the base what the disk is.
+    // Committing the image makes the base equal to the disk.
     lab.sh("cp base.img base2.img; qemu-img rebase -u -b base2.img -F raw out.qcow2; qemu-img commit -q out.qcow2; cmp m/d base2.img");
     lab.end();
 }
 
 #[test]
-fn a_whole_disk_needs_no_backing_file() {
+fn full_diff_has_no_backing_file() {
     let mut lab = Lab::new();
     changed(&mut lab, "d=base.img t=blank:3000000");
     lab.ok("diff m/d --full -o full.qcow2");
     is_the_disk(&lab, "full.qcow2");
     assert!(!lab.sh("qemu-img info full.qcow2").contains("backing file"));
-    // Over a blank base there is no file to name either; sizes are whole sectors.
+    // A diff over a blank base has no backing file either. Sizes are rounded up to whole sectors.
     lab.open("m/t").write_all_at(&noise(1000, 5), 2_999_000).unwrap();
     lab.ok("diff m/t -o t.qcow2");
     lab.sh("qemu-img check -q t.qcow2; qemu-img compare -f raw -F qcow2 m/t t.qcow2");
@@ -79,7 +80,7 @@ fn a_whole_disk_needs_no_backing_file() {
 }
 
 #[test]
-fn grown_and_cut_disks_are_the_same_in_the_image() {
+fn diff_of_a_resized_disk_has_its_size() {
     let mut lab = Lab::new();
     changed(&mut lab, "d=base.img");
     for sizes in [[SIZE + 3 * MIB, 0], [5 * MIB, 7 * MIB], [MIB + 512, SIZE + MIB], [512, 0]] {
@@ -93,7 +94,7 @@ fn grown_and_cut_disks_are_the_same_in_the_image() {
 }
 
 #[test]
-fn a_diff_of_what_lies_on_an_image_names_that() {
+fn diff_over_a_qcow2_base_names_it_as_backing_file() {
     let mut lab = Lab::new();
     lab.base("base.img", SIZE);
     lab.sh("qemu-img convert -f raw -O qcow2 base.img base.qcow2");
@@ -106,7 +107,7 @@ fn a_diff_of_what_lies_on_an_image_names_that() {
 }
 
 #[test]
-fn a_diff_is_of_one_moment_though_the_disk_is_written() {
+fn diff_shows_one_point_in_time_of_a_disk_in_use() {
     let mut lab = Lab::new();
     lab.base("base.img", SIZE);
     lab.mount("d=base.img,overlay=ov");
@@ -119,7 +120,7 @@ fn a_diff_is_of_one_moment_though_the_disk_is_written() {
     };
     write(1);
     thread::scope(|scope| {
-        // Both ends hold the same number at every moment between two writes of a pair.
+        // Both ends hold the same number, except between the first and the last write of a round.
         let writer = scope.spawn(|| {
             let mut count = 2;
             while !done.load(Ordering::SeqCst) {
@@ -143,7 +144,7 @@ fn a_diff_is_of_one_moment_though_the_disk_is_written() {
         assert!(middle == noise(300_000, first) || middle == noise(300_000, last), "torn");
     }
     drop(file);
-    // What was frozen for it becomes one with the top again.
+    // The layer frozen for the diff is merged into the top again.
     assert_eq!(lab.ok("snapshot m/d --list").lines().count(), 1);
     let limit = Instant::now() + PATIENCE;
     while lab.disk("d")["overlay"]["chain"].as_array().unwrap().len() > 1 {
@@ -154,7 +155,7 @@ fn a_diff_is_of_one_moment_though_the_disk_is_written() {
 }
 
 #[test]
-fn increments_add_up() {
+fn chain_of_increments_equals_the_disk() {
     let mut lab = Lab::new();
     changed(&mut lab, "d=base.img,overlay=ov");
     lab.ok("snapshot m/d one");
@@ -168,7 +169,7 @@ fn increments_add_up() {
     for (image, name) in [("one", "one"), ("two", "two")] {
         lab.sh(&format!("qemu-img check -q {image}.qcow2; qemu-img compare -f raw -F qcow2 m/.cowslip/d/snapshots/{name} {image}.qcow2"));
     }
-    // Nothing has changed since.
+    // No changes since the snapshot.
     lab.ok("snapshot m/d three");
     assert!(
         lab.ok("diff m/d --since three -o none.qcow2 -b x -F raw").contains("0 bytes of changes")
@@ -180,14 +181,14 @@ fn increments_add_up() {
     lab.ok("revert m/d one");
     let line = lab.refused(1, "diff m/d --since two -o x.qcow2 -b y -F raw");
     assert!(line.contains("does not stand on snapshot 'two'"), "{line}");
-    // Nothing was frozen for it: there are the top and the one layer of the snapshot.
+    // The failed diff froze nothing: there are only the top and the snapshot's layer.
     assert_eq!(lab.disk("d")["overlay"]["chain"].as_array().unwrap().len(), 2);
     assert!(!lab.path("x.qcow2").exists());
     lab.end();
 }
 
 #[test]
-fn an_image_of_changes_becomes_an_overlay_again() {
+fn diff_image_can_be_imported_as_an_overlay() {
     let mut lab = Lab::new();
     changed(&mut lab, "d=base.img,overlay=ov");
     lab.open("m/d").set_len(SIZE + MIB).unwrap();
@@ -202,7 +203,7 @@ fn an_image_of_changes_becomes_an_overlay_again() {
     lab.umount();
     let line = lab.refused(1, "import out.qcow2 --overlay new");
     assert!(line.contains("'new' is there already"), "{line}");
-    // Made by QEMU: compressed, with zeros, over an image, and without a backing file.
+    // Images made by QEMU: compressed, with zeros, over another image, and without a backing file.
     lab.sh("qemu-img convert -f raw -O qcow2 base.img base.qcow2
          qemu-img create -q -f qcow2 -b base.qcow2 -F qcow2 top.qcow2
          qemu-io -c 'write -P 3 1M 100K' -c 'write -z 2M 1M' top.qcow2
@@ -215,7 +216,7 @@ fn an_image_of_changes_becomes_an_overlay_again() {
     lab.mount("d=blank:2M,overlay=text.cow");
     lab.sh("cmp m/d text");
     lab.umount();
-    // What cannot be read leaves nothing behind.
+    // A failed import leaves nothing behind.
     lab.sh("truncate -s 300K text.qcow2");
     lab.refused(1, "import text.qcow2 --overlay cut");
     assert!(!lab.path("cut").exists());
@@ -228,7 +229,7 @@ fn an_image_of_changes_becomes_an_overlay_again() {
     lab.end();
 }
 
-/// The names in the laboratory, but for what strace leaves there.
+/// Returns the names of all files in the lab, except for those of strace.
 fn names(lab: &Lab) -> BTreeSet<String> {
     let entries = fs::read_dir(lab.dir()).unwrap().flatten();
     let names = entries.map(|entry| entry.file_name().into_string().unwrap());
@@ -236,13 +237,13 @@ fn names(lab: &Lab) -> BTreeSet<String> {
 }
 
 #[test]
-fn who_is_ended_on_the_way_leaves_nothing_behind() {
+fn interrupted_diff_map_and_import_leave_nothing_behind() {
     let mut lab = Lab::new();
     changed(&mut lab, "d=base.img,overlay=ov");
     lab.sh("echo whole >old; mkdir m2");
     lab.ok("mount m2 --store pool");
     let before = names(&lab);
-    // At the sync all of it is written, and nothing has its name.
+    // At the sync all data is written, but the file has no name yet.
     let at_sync = |signal: &str| [format!("inject=fsync:signal={signal}:when=1")];
     for words in [
         "diff m/d -o x",
@@ -260,13 +261,13 @@ fn who_is_ended_on_the_way_leaves_nothing_behind() {
             assert_eq!(fs::read(lab.path("old")).unwrap(), b"whole\n");
         }
     }
-    // A file system without nameless files: the part is seen, and removed where that can be.
+    // On a file system without `O_TMPFILE` the part is visible; it is removed except after SIGKILL.
     for (signal, is_left) in [("SIGINT", false), ("SIGTERM", false), ("SIGKILL", true)] {
         let (output, _) = strace::run(&lab, "diff m/d -O rbd -o m2/x", &at_sync(signal));
         assert!(!output.status.success(), "{}", show(&output));
         let left: Vec<_> = fs::read_dir(lab.path("m2")).unwrap().flatten().collect();
         let left: Vec<_> = left.iter().map(fs::DirEntry::file_name).collect();
-        // Who removes it may come too late: it is whole and has its name then.
+        // The signal may come too late: then the file is complete and has its name.
         match is_left {
             true => assert_eq!(left, ["x.part"], "{signal}"),
             false => assert!(left.is_empty() || left == ["x"], "{signal}: {left:?}"),
@@ -276,11 +277,11 @@ fn who_is_ended_on_the_way_leaves_nothing_behind() {
     lab.ok("diff m/d -O rbd -o m2/x");
     assert!(lab.path("m2/x").exists() && !lab.path("m2/x.part").exists());
     lab.ok("umount m2");
-    // Half an overlay would be mounted as if it were whole.
+    // A partial overlay would be mounted as if it were complete.
     lab.ok("diff m/d -o in.qcow2");
     lab.umount();
     for (signal, is_left) in [("SIGINT", false), ("SIGTERM", false), ("SIGKILL", true)] {
-        // All is there but the name.
+        // Everything is written except for the name.
         let at_name = [format!("inject=renameat2:signal={signal}:when=1")];
         let (output, _) = strace::run(&lab, "import in.qcow2 --overlay new/", &at_name);
         assert!(!output.status.success(), "{}", show(&output));
@@ -297,7 +298,7 @@ fn who_is_ended_on_the_way_leaves_nothing_behind() {
 }
 
 #[test]
-fn a_diff_goes_into_a_file_and_into_nothing_else() {
+fn diff_writes_only_to_regular_files() {
     let mut lab = Lab::new();
     changed(&mut lab, "d=base.img,overlay=ov");
     lab.sh("mkfifo pipe; mkdir dir; mknod null c 1 3; ln -s nothing dangling
@@ -324,12 +325,12 @@ fn a_diff_goes_into_a_file_and_into_nothing_else() {
 }
 
 #[test]
-fn an_rbd_diff_holds_exactly_what_changed() {
+fn rbd_diff_holds_exactly_the_changes() {
     let mut lab = Lab::new();
     changed(&mut lab, "d=base.img");
     lab.ok("diff m/d -O rbd -o out.rbd");
     lab.sh("$COWSLIP diff m/d -O rbd -o - >piped.rbd; cmp out.rbd piped.rbd");
-    // Applied to the base it is the disk.
+    // Applied to the base, the diff must give the disk.
     let mut image = fs::read(lab.path("base.img")).unwrap();
     let wire = fs::read(lab.path("out.rbd")).unwrap();
     let mut rest = wire.strip_prefix(b"rbd diff v1\n").unwrap();
@@ -366,7 +367,8 @@ fn an_rbd_diff_holds_exactly_what_changed() {
     lab.end();
 }
 
-/// A device that holds the base: the tools cut a file, and leave of a device what they do not write.
+/// Creates a loop device over a copy of the base. The tools truncate a file, but keep the bytes of
+/// a device that they do not write.
 fn base_device(lab: &Lab) -> String {
     lab.sh("cp base.img target.img");
     lab.loop_device("target.img", "")
@@ -377,7 +379,7 @@ fn end_device(lab: &Lab, device: &str) {
 }
 
 #[test]
-fn an_android_image_changes_a_base_into_the_disk() {
+fn android_image_applied_to_the_base_gives_the_disk() {
     let mut lab = Lab::new();
     changed(&mut lab, "d=base.img,block=512");
     lab.ok("diff m/d -O android-sparse -o out.simg");
@@ -395,7 +397,7 @@ fn an_android_image_changes_a_base_into_the_disk() {
 }
 
 #[test]
-fn a_size_that_is_not_whole_blocks_is_no_android_image() {
+fn android_image_requires_a_size_of_whole_blocks() {
     let lab = Lab::new();
     lab.sh("truncate -s 1000000 base.img");
     lab.mount("d=base.img");
@@ -406,7 +408,7 @@ fn a_size_that_is_not_whole_blocks_is_no_android_image() {
 }
 
 #[test]
-fn bmaptool_copies_a_disk_and_its_changes_by_our_maps() {
+fn bmaptool_copies_a_disk_and_its_changes() {
     let mut lab = Lab::new();
     changed(&mut lab, "d=base.img");
     lab.ok("diff m/d --full -O bmap -o full.bmap");
@@ -415,10 +417,10 @@ fn bmaptool_copies_a_disk_and_its_changes_by_our_maps() {
     let map = lab.sh("$COWSLIP diff m/d -O bmap -o -; grep Mapped changes.bmap");
     assert!(map.contains("<ImageSize> 16777216 </ImageSize>"), "{map}");
     let device = base_device(&lab);
-    // Also what was punched and zeroed: it is in the map, so it is written.
+    // Punched and zeroed ranges are in the map as well, so they are written.
     lab.sh(&format!("bmaptool -q copy --bmap changes.bmap m/d {device}; cmp m/d {device}"));
     end_device(&lab, &device);
-    // The disk is another one now, which its map does not fit.
+    // The disk has changed since, so the map does not match any more.
     scatter(&lab, 2);
     let output = lab.output("bmaptool", &["-q", "copy", "--bmap", "full.bmap", "m/d", "not.img"]);
     assert!(!output.status.success(), "{}", show(&output));
@@ -426,7 +428,7 @@ fn bmaptool_copies_a_disk_and_its_changes_by_our_maps() {
 }
 
 #[test]
-fn a_part_of_a_file_is_no_backing_file() {
+fn diff_of_a_disk_over_a_part_of_a_file_needs_full() {
     let mut lab = Lab::new();
     lab.base("base.img", SIZE);
     lab.mount("d=base.img,offset=1M,len=8M");
@@ -440,7 +442,7 @@ fn a_part_of_a_file_is_no_backing_file() {
 }
 
 #[test]
-fn what_has_no_diff_says_so() {
+fn invalid_diffs_are_rejected() {
     let lab = Lab::new();
     lab.sh("truncate -s 1M base.img; mkdir dir");
     lab.mount("ro=base.img,mode=ro d=base.img");
@@ -465,13 +467,13 @@ fn what_has_no_diff_says_so() {
 }
 
 #[test]
-fn a_commit_waits_until_nobody_reads_a_diff() {
+fn commit_is_rejected_while_a_diff_is_read() {
     let lab = Lab::new();
     lab.sh("truncate -s 16M base.img");
     lab.mount("d=base.img,overlay=ov");
     lab.open("m/d").write_all_at(&noise(8 * MIB, 1), MIB).unwrap();
     let before = checksum(&lab.path("m/d"));
-    // Its pipe is full long before the end, and nobody reads on.
+    // The pipe is full long before the end, and nobody reads on.
     let mut diff = lab.command(COWSLIP);
     diff.args(["diff", "m/d", "-O", "rbd", "-o", "-"]).stdout(Stdio::piped());
     let mut diff = Running(diff.spawn().unwrap());
@@ -482,7 +484,7 @@ fn a_commit_waits_until_nobody_reads_a_diff() {
     assert_eq!(lab.open_ro("base.img").metadata().unwrap().blocks(), 0, "the base is as it was");
     std::io::copy(&mut stdout, &mut std::io::sink()).unwrap();
     assert!(diff.0.wait().unwrap().success());
-    // What was frozen is let go of a moment after it was closed.
+    // The frozen layer is released a short time after the reader has closed it.
     let limit = Instant::now() + PATIENCE;
     while !lab.cowslip("commit m/d").status.success() {
         assert!(Instant::now() < limit, "it is held for ever");
@@ -494,7 +496,7 @@ fn a_commit_waits_until_nobody_reads_a_diff() {
 }
 
 #[test]
-fn a_commit_right_after_a_diff_or_a_send_is_not_refused() {
+fn commit_right_after_a_diff_or_a_send_succeeds() {
     let lab = Lab::new();
     fs::write(lab.path("base.img"), noise(4 * MIB, 1)).unwrap();
     lab.mount("d=base.img,overlay=o");

@@ -1,7 +1,7 @@
-//! What others made: overlays, stores and configurations that lead elsewhere, are not what they seem,
-//! or belong to another user.
+//! Files made by others: overlays, stores and configurations that refer elsewhere, are not what
+//! they seem, or belong to another user.
 
-// Sizes are small here, and a test may panic.
+// Sizes are small, and a test may panic.
 #![allow(clippy::unwrap_used, clippy::cast_possible_truncation)]
 
 mod common;
@@ -12,23 +12,23 @@ use std::path::Path;
 
 use common::mount::*;
 
-/// A user who is not root.
+/// The id of a user other than root.
 const OTHER: u32 = 12345;
 
-/// Gives `path` and all below to `uid`, as if that user had made it.
+/// Gives `path` and everything below it to the user `uid`.
 fn give(path: &Path, uid: u32) {
     let owner = format!("{uid}:{uid}");
     let done = std::process::Command::new("chown").args(["-hR", &owner]).arg(path).status();
     assert!(done.unwrap().success());
 }
 
-/// Writes `body` behind a line with its checksum, as `stack` and `intent` have it.
+/// Writes `body` after a line with its checksum, the format of `stack` and `intent`.
 fn write_checked(path: &Path, body: &str) {
     let crc = crc32c::crc32c(body.as_bytes());
     fs::write(path, format!("checksum = \"crc32c:{crc:08x}\"\n{body}")).unwrap();
 }
 
-/// Puts `new` in the place of `old` in the `stack` of an overlay, with a right checksum.
+/// Replaces `old` with `new` in the `stack` of an overlay, with a valid checksum.
 fn forge(stack: &Path, old: &str, new: &str) {
     let text = fs::read_to_string(stack).unwrap();
     let body = text.split_once('\n').unwrap().1;
@@ -36,7 +36,7 @@ fn forge(stack: &Path, old: &str, new: &str) {
     write_checked(stack, &body.replace(old, new));
 }
 
-/// A closed overlay `o` of the disk `d` over `base.img`, with something in it.
+/// Creates a closed overlay `o` of the disk `d` over `base.img`, with some data in it.
 fn overlay(lab: &mut Lab, keys: &str) {
     lab.base("base.img", MIB);
     lab.mount(&format!("d=base.img,overlay=o{keys}"));
@@ -44,8 +44,7 @@ fn overlay(lab: &mut Lab, keys: &str) {
     lab.umount();
 }
 
-/// Calls every command that opens the overlay `o`; each must be refused with a line that holds
-/// `why`.
+/// Runs every command that opens the overlay `o`; each must fail with output that contains `why`.
 #[track_caller]
 fn refused_by_all(lab: &Lab, why: &str) {
     for words in [
@@ -67,9 +66,9 @@ fn refused_by_all(lab: &Lab, why: &str) {
 }
 
 #[test]
-fn a_store_is_only_what_has_its_marker_and_nothing_else_is_swept() {
+fn directory_without_a_marker_is_no_store_and_is_not_swept() {
     let lab = Lab::new();
-    // Other people's data that happens to lie in directories of these names.
+    // Unrelated data in directories that have the names of a store's directories.
     lab.sh("mkdir -p gis/names gis/layers/roads; echo 1 > gis/layers/roads/data.shp");
     lab.sh("cp -a gis all; mkdir all/disks");
     for dir in ["gis", "all"] {
@@ -83,7 +82,7 @@ fn a_store_is_only_what_has_its_marker_and_nothing_else_is_swept() {
 }
 
 #[test]
-fn what_is_not_cowslips_in_a_store_stays() {
+fn unknown_files_in_a_store_are_kept() {
     let lab = Lab::new();
     lab.mount("--store st");
     lab.sh("echo kept > m/a");
@@ -105,7 +104,7 @@ fn what_is_not_cowslips_in_a_store_stays() {
     lab.sh(&format!(
         "cat st/layers/homedir/x {layer}/thesis {disk}/letters st/disks/file; ls {layer}/data"
     ));
-    // What a crash leaves behind is swept all the same.
+    // Files left by a crash are still swept.
     lab.sh(&format!("rm {layer}/thesis {disk}/letters; mkdir st/disks/.cowslip-abcdef"));
     lab.mount("--store st");
     lab.umount();
@@ -114,7 +113,7 @@ fn what_is_not_cowslips_in_a_store_stays() {
 }
 
 #[test]
-fn the_directories_of_a_store_are_no_links() {
+fn store_with_linked_directories_is_rejected() {
     let lab = Lab::new();
     for name in ["disks", "layers", "names"] {
         lab.sh("mkdir -p home/dir; echo 1 > home/dir/file; rm -rf st");
@@ -125,7 +124,7 @@ fn the_directories_of_a_store_are_no_links() {
         for marker in ["", "rm -f st/store"] {
             lab.sh(marker);
             for words in ["mount m --store st", "check st", "check st --repair"] {
-                // Without its marker it is no store at all.
+                // Without its marker the directory is not a store at all.
                 lab.refused(1, words);
             }
         }
@@ -135,7 +134,7 @@ fn the_directories_of_a_store_are_no_links() {
 }
 
 #[test]
-fn a_store_from_before_there_were_markers_is_one() {
+fn store_from_before_markers_is_accepted() {
     let lab = Lab::new();
     lab.mount("--store st");
     lab.sh("echo kept > m/a");
@@ -153,7 +152,7 @@ fn a_store_from_before_there_were_markers_is_one() {
 }
 
 #[test]
-fn an_interrupted_revert_leads_nowhere_but_to_a_snapshot() {
+fn interrupted_revert_resolves_only_to_a_snapshot() {
     let mut lab = Lab::new();
     lab.host("x", "xfs", 400 * MIB);
     lab.sh("head -c 1M /dev/urandom > x/base; yes secret | head -c 1M > x/secret; mkdir x/other; cp x/secret x/other/");
@@ -174,7 +173,7 @@ fn an_interrupted_revert_leads_nowhere_but_to_a_snapshot() {
 }
 
 #[test]
-fn root_does_not_believe_what_another_user_could_have_made() {
+fn root_rejects_an_overlay_that_another_user_can_write() {
     let mut lab = Lab::new();
     overlay(&mut lab, "");
     give(&lab.path("o"), OTHER);
@@ -182,14 +181,14 @@ fn root_does_not_believe_what_another_user_could_have_made() {
     lab.ok("check o --trust o");
     assert!(lab.mount("d=base.img,overlay=o --trust o").contains("overlay"));
     lab.umount();
-    // Also where only the way to it is another's, and for a new one.
+    // The same if only a parent directory is another user's, and for a new overlay.
     give(&lab.path("o"), 0);
     lab.sh("mkdir home; mv o home/; ln -s home/o o");
     chown(lab.path("home"), Some(OTHER), None).unwrap();
     refused_by_all(&lab, "uid 12345");
     assert!(lab.refused(1, "mount m d=base.img,overlay=home/new").contains("uid 12345"));
     lab.ok("check o --trust home");
-    // And where everybody may write.
+    // The same if every user can write to the directory.
     chown(lab.path("home"), Some(0), None).unwrap();
     lab.sh("chmod 777 home/o");
     refused_by_all(&lab, "can be written by every user");
@@ -197,7 +196,7 @@ fn root_does_not_believe_what_another_user_could_have_made() {
 }
 
 #[test]
-fn root_does_not_believe_another_users_store_or_configuration() {
+fn root_rejects_a_store_or_config_of_another_user() {
     let lab = Lab::new();
     lab.mount("--store st");
     lab.sh("echo text > m/a");
@@ -221,7 +220,7 @@ fn root_does_not_believe_another_users_store_or_configuration() {
 }
 
 #[test]
-fn a_live_mount_does_not_believe_another_user_either() {
+fn add_and_keep_reject_a_directory_of_another_user() {
     let mut lab = Lab::new();
     overlay(&mut lab, "");
     lab.mount("e=base.img");
@@ -235,19 +234,19 @@ fn a_live_mount_does_not_believe_another_user_either() {
 }
 
 #[test]
-fn a_commit_that_was_cut_short_is_finished_in_the_same_file_alone() {
+fn interrupted_commit_is_finished_only_in_the_same_file() {
     let mut lab = Lab::new();
     lab.sh("head -c 1M /dev/zero > base.img");
     lab.mount("d=base.img,overlay=o");
     lab.sh("yes evil | head -c 1M | dd of=m/d conv=notrunc status=none");
     lab.umount();
-    // Killed before the first byte is copied: the log says that a commit has begun.
+    // Killed before the first byte is copied: the log records that a commit has begun.
     lab.sh("strace -f -qq -e trace=copy_file_range -e inject=copy_file_range:signal=KILL:when=1 -o trace $COWSLIP commit o || true");
     let said = String::from_utf8(lab.cowslip("check o").stdout).unwrap();
     assert!(said.contains("a commit into it was cut short"), "{said}");
     lab.sh("cp base.img victim; cp -p base.img copy");
     lab.watch("victim");
-    // A forged base, and one that has only been replaced: other files under the name.
+    // A forged base path, and a replaced base: other files under the name.
     let base = lab.path("base.img").display().to_string();
     let stack = lab.path("o/stack");
     forge(&stack, &base, &lab.path("victim").display().to_string());
@@ -258,7 +257,7 @@ fn a_commit_that_was_cut_short_is_finished_in_the_same_file_alone() {
         let line = lab.refused(1, words);
         assert!(line.contains("inode") || line.contains("modified"), "{words}: {line}");
     }
-    // The same file under another name is the same, and the line says which it is.
+    // The same file under another name is accepted, and the output names it.
     lab.ok("rebase o --base old");
     let said = lab.ok("commit o");
     assert!(said.contains("/old'"), "{said}");
@@ -267,7 +266,7 @@ fn a_commit_that_was_cut_short_is_finished_in_the_same_file_alone() {
 }
 
 #[test]
-fn special_files_hold_nobody_up() {
+fn special_files_in_an_overlay_are_rejected_without_blocking() {
     let mut lab = Lab::new();
     overlay(&mut lab, "");
     lab.sh("cp -a o good; layer=$(echo o/layers/*); echo $layer > layer");
@@ -292,7 +291,7 @@ fn special_files_hold_nobody_up() {
             }
         }
     }
-    // Only a word for people: what is no file is none, and goes with a repair.
+    // The `holder` file is only informative: an invalid one is ignored, and removed by a repair.
     for make in ["mkfifo", "mkdir", "ln -s /etc/passwd"] {
         lab.sh(&format!("rm -rf o; cp -a good o; {make} o/holder"));
         lab.cowslip("check o --repair");
@@ -304,7 +303,7 @@ fn special_files_hold_nobody_up() {
 }
 
 #[test]
-fn what_cowslip_makes_is_its_users_alone() {
+fn new_overlays_and_stores_are_private_to_the_user() {
     let mut lab = Lab::new();
     lab.base("base.img", MIB);
     lab.sh("umask 000; $COWSLIP mount m d=base.img,overlay=o --store st; echo 1 > m/a; $COWSLIP umount m");
@@ -321,14 +320,14 @@ fn what_cowslip_makes_is_its_users_alone() {
 }
 
 #[test]
-fn what_a_killed_mount_was_making_goes_with_the_next_one() {
+fn leftovers_of_a_killed_mount_are_removed_by_a_later_mount() {
     let mut lab = Lab::new();
     lab.base("base.img", MIB);
-    // Killed while the overlay is being made: nothing can be tidied up then.
+    // Killed while the overlay is created, so that nothing is cleaned up.
     lab.sh("strace -f -qq -o trace -e trace=rename,renameat,renameat2 -e inject=rename,renameat,renameat2:signal=KILL:when=2 $COWSLIP mount m d=base.img,overlay=o || true");
     let left = || lab.sh("ls -A | grep -c '^.cowslip-' || true").trim().to_owned();
     assert_eq!((left().as_str(), lab.path("o").exists()), ("1", false));
-    // A moment ago somebody may be at it.
+    // Recent leftovers may still be in use by a running command.
     lab.mount("d=base.img,overlay=o");
     assert_eq!(left(), "1");
     lab.umount();
@@ -342,21 +341,21 @@ fn what_a_killed_mount_was_making_goes_with_the_next_one() {
 }
 
 #[test]
-fn a_commit_follows_no_link_in_the_place_of_its_base() {
+fn commit_does_not_follow_a_link_that_replaced_its_base() {
     let mut lab = Lab::new();
     lab.sh("head -c 1M /dev/zero > base.img; cp -p base.img victim");
     lab.watch("victim");
     lab.mount("d=base.img,overlay=o");
     lab.sh("yes evil | head -c 1M | dd of=m/d conv=notrunc status=none");
     lab.umount();
-    // The same bytes and times: everything but the file.
+    // The same bytes and times: only the file differs.
     lab.sh("mv base.img kept; ln -s victim base.img");
     let line = lab.refused(1, "commit o");
     assert!(line.contains("/victim' by now"), "{line}");
     lab.mount("d=base.img,overlay=o");
     assert!(lab.refused(1, "commit m/d").contains("/victim' by now"));
     lab.umount();
-    // Nor does one that was cut short.
+    // An interrupted commit does not follow the link either.
     lab.sh("rm base.img; mv kept base.img");
     lab.sh("strace -f -qq -e trace=copy_file_range -e inject=copy_file_range:signal=KILL:when=1 -o trace $COWSLIP commit o || true");
     lab.sh("mv base.img kept; ln -s victim base.img");
@@ -369,7 +368,7 @@ fn a_commit_follows_no_link_in_the_place_of_its_base() {
 }
 
 #[test]
-fn a_commit_that_was_cut_short_is_not_finished_on_another_device() {
+fn interrupted_commit_is_not_finished_on_another_device() {
     let mut lab = Lab::new();
     lab.sh("truncate -s 4M one; truncate -s 4M two");
     lab.watch("two");
@@ -394,7 +393,7 @@ fn a_commit_that_was_cut_short_is_not_finished_on_another_device() {
 }
 
 #[test]
-fn a_link_that_is_turned_elsewhere_turns_no_store() {
+fn retargeted_link_does_not_redirect_an_open_store() {
     let lab = Lab::new();
     lab.sh("mkdir good bad; ln -s good way");
     lab.mount("--store way/st");
@@ -408,7 +407,7 @@ fn a_link_that_is_turned_elsewhere_turns_no_store() {
 }
 
 #[test]
-fn trust_is_for_the_directory_that_was_named() {
+fn trust_applies_only_to_the_named_directory() {
     let mut lab = Lab::new();
     overlay(&mut lab, "");
     lab.sh("mkdir home; mv o home/; ln -s / home/way");
@@ -420,7 +419,7 @@ fn trust_is_for_the_directory_that_was_named() {
 }
 
 #[test]
-fn a_disk_is_no_more_readable_than_the_files_below_it() {
+fn disk_is_no_more_readable_than_its_base_files() {
     let lab = Lab::new();
     lab.sh("
         head -c 1M /dev/urandom > b.raw; chmod 600 b.raw
@@ -434,7 +433,7 @@ fn a_disk_is_no_more_readable_than_the_files_below_it() {
 }
 
 #[test]
-fn a_pipe_of_another_user_gets_nothing() {
+fn pipe_of_another_user_is_rejected_as_a_sink() {
     let lab = Lab::new();
     lab.sh("mkfifo pipe");
     give(&lab.path("pipe"), OTHER);
@@ -444,7 +443,7 @@ fn a_pipe_of_another_user_gets_nothing() {
 }
 
 #[test]
-fn what_is_received_over_a_program_has_none_of_its_powers() {
+fn received_file_does_not_inherit_set_id_bits() {
     let lab = Lab::new();
     lab.sh("head -c 1M /dev/urandom > a; echo 1 > program; chmod 4755 program");
     lab.sh("$COWSLIP send a | $COWSLIP recv program --overwrite");

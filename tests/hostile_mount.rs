@@ -1,7 +1,7 @@
-//! What a mount that is no friend's can do to who asks it: any program can be a FUSE mount of
-//! cowslip's type, and answer what it likes.
+//! Commands on a hostile mount: any program can serve a FUSE mount of cowslip's type and reply with
+//! anything.
 
-// Sizes are small here, and a test may panic.
+// Sizes are small, and a test may panic.
 #![allow(clippy::unwrap_used, clippy::cast_possible_truncation)]
 
 mod common;
@@ -34,33 +34,33 @@ const SNAPSHOTS: u64 = 7;
 const FILE: u64 = 8;
 const LINK: u64 = 9;
 
-/// What such a mount answers.
+/// The replies of a hostile mount.
 #[derive(Clone, Default)]
 struct Answers {
     status: Text,
     log: Text,
     ctl: Text,
-    /// Where all names in the directory of snapshots lead.
+    /// Target of all links in the snapshots directory.
     link: PathBuf,
-    /// Whether questions for attributes are taken and never answered.
+    /// Whether requests for attributes are read and never answered.
     is_silent: bool,
-    /// How often something was opened.
+    /// Number of open requests so far.
     asked: Arc<AtomicUsize>,
-    /// The length of the last request: the answer is read behind it.
+    /// Length of the last request: the reply is read from this offset on.
     behind: Arc<AtomicUsize>,
 }
 
-/// A text.
+/// The content of a control file.
 #[derive(Clone)]
 enum Text {
     Of(String),
-    /// One that never ends.
+    /// Repeats this byte without end.
     Endless(u8),
 }
 
 impl Default for Text {
     fn default() -> Self {
-        // The status of the disk that `d` is.
+        // The status of the disk `d`.
         Self::Of(format!("{{\"inode\":{FILE}}}\n"))
     }
 }
@@ -171,7 +171,7 @@ fn attr(ino: u64) -> FileAttr {
     }
 }
 
-/// Mounts what answers so at `m`, as the user `uid` would; it goes with the laboratory.
+/// Mounts a server of `answers` at `m`, owned by the user `uid`. The lab's cleanup unmounts it.
 fn served(lab: &Lab, uid: u32, answers: Answers) {
     let flags = OFlags::RDWR | OFlags::CLOEXEC;
     let device: OwnedFd = rustix::fs::open("/dev/fuse", flags, Mode::empty()).unwrap();
@@ -186,7 +186,7 @@ fn served(lab: &Lab, uid: u32, answers: Answers) {
     thread::spawn(move || session.run());
 }
 
-/// `m` goes; the thread behind it ends with it.
+/// Unmounts `m`, which ends the server thread, and ends the test.
 fn end(lab: Lab) {
     rustix::mount::unmount(lab.path("m"), rustix::mount::UnmountFlags::DETACH).unwrap();
     lab.end();
@@ -198,7 +198,7 @@ fn lines_of(output: &std::process::Output) -> String {
 }
 
 #[test]
-fn a_mount_of_another_user_is_not_asked() {
+fn mount_of_another_user_gets_no_requests() {
     let lab = Lab::new();
     fs::write(lab.path("secret"), b"root's own").unwrap();
     let secret = lab.path("secret").display().to_string();
@@ -211,7 +211,7 @@ fn a_mount_of_another_user_is_not_asked() {
     let asked = Arc::clone(&answers.asked);
     served(&lab, 65534, answers);
     let output = lab.cowslip("status");
-    // Other mounts of this host may be ill.
+    // Other mounts on this host may be unhealthy.
     assert!(matches!(output.status.code(), Some(0 | 3)), "{}", show(&output));
     assert!(lines_of(&output).contains("another user's (uid 65534)"), "{}", show(&output));
     for words in [
@@ -225,7 +225,7 @@ fn a_mount_of_another_user_is_not_asked() {
         "keep m/d kept",
         "remove m/d",
     ] {
-        // Not to a terminal, and not what it would print.
+        // Output to a pipe, and without the data that the mount would return.
         let output = lab.cowslip(words);
         assert_eq!(output.status.code(), Some(1), "{words}: {}", show(&output));
         let said = lines_of(&output);
@@ -233,13 +233,13 @@ fn a_mount_of_another_user_is_not_asked() {
         assert!(!said.contains("root's own"), "{words}");
     }
     assert_eq!(asked.load(Ordering::SeqCst), 0, "it was asked");
-    // It can be taken away all the same.
+    // The mount can still be unmounted.
     lab.ok("umount m");
     lab.end();
 }
 
 #[test]
-fn what_a_mount_names_is_opened_in_it_alone() {
+fn files_named_by_a_mount_are_opened_only_inside_it() {
     for file in ["/secret", "../../../../secret", "link", ""] {
         let lab = Lab::new();
         fs::write(lab.path("secret"), b"root's own").unwrap();
@@ -259,7 +259,7 @@ fn what_a_mount_names_is_opened_in_it_alone() {
 }
 
 #[test]
-fn an_answer_without_end_is_given_up() {
+fn endless_reply_is_rejected() {
     let lab = Lab::new();
     let endless = || Text::Endless(b' ');
     served(
@@ -278,7 +278,7 @@ fn an_answer_without_end_is_given_up() {
 }
 
 #[test]
-fn an_answer_that_makes_no_sense_is_one_line() {
+fn invalid_reply_gives_at_most_one_line_on_stderr() {
     let deep = "[".repeat(100_000);
     let texts = [
         "",
@@ -309,7 +309,7 @@ fn an_answer_that_makes_no_sense_is_one_line() {
 }
 
 #[test]
-fn what_a_mount_says_moves_no_cursor() {
+fn text_of_a_mount_is_printed_without_control_characters() {
     let evil = "\\u001b]0;owned\\u0007 \\u202egpj.exe\\u009b2J";
     let raw = "\u{1b}]0;owned\u{7} \u{202e}gpj.exe\u{9b}2J";
     let mount = format!(

@@ -95,7 +95,7 @@ enum Answer {
 /// so only those of one thread count.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Part {
-    /// All of them, which one thread makes.
+    /// All changes, which one thread makes.
     All,
     /// The changes of the request, without those of the merge that another thread then starts.
     Request,
@@ -114,7 +114,7 @@ struct Deed {
     part: Part,
     /// Number of layers after the operation has completed.
     layers: usize,
-    /// What it makes of the disks over the base.
+    /// The effect of the operation on the disks; the second argument is the bytes of the base.
     apply: fn(&mut States, &[u8]),
 }
 

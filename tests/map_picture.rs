@@ -1,6 +1,6 @@
 //! The picture of a disk: `cowslip map --svg`, and the strip on a terminal.
 
-// Sizes are small here, and a test may panic.
+// Sizes are small, and a test may panic.
 #![allow(clippy::unwrap_used, clippy::cast_possible_truncation)]
 
 mod common;
@@ -12,7 +12,7 @@ use common::mount::*;
 use quick_xml::Reader;
 use quick_xml::events::Event;
 
-/// The texts of a picture, which must be well-formed XML with one root.
+/// Returns the texts of a picture, which must be well-formed XML with a single root.
 fn texts(picture: &str) -> Vec<String> {
     let mut reader = Reader::from_str(picture);
     let (mut texts, mut depth, mut roots) = (Vec::new(), 0, 0);
@@ -52,7 +52,7 @@ fn texts(picture: &str) -> Vec<String> {
     texts.iter().map(|text| text.trim().to_owned()).collect()
 }
 
-/// A disk with data, zeros and holes of its own over a base.
+/// Mounts a disk with data, zeros and holes of its own over a base.
 fn lab() -> Lab {
     let mut lab = Lab::new();
     lab.base("base.img", 16 * MIB);
@@ -64,13 +64,13 @@ fn lab() -> Lab {
     lab
 }
 
-/// The sums at the end of the table.
+/// Returns the last line of the table, which holds the sums.
 fn sums(table: &str) -> String {
     table.lines().last().unwrap().to_owned()
 }
 
 #[test]
-fn a_picture_shows_each_layer_with_the_sums_of_the_table() {
+fn picture_shows_each_layer_with_the_sums_of_the_table() {
     let lab = lab();
     assert_eq!(lab.ok("map m/d --svg map.svg"), "");
     let picture = fs::read_to_string(lab.path("map.svg")).unwrap();
@@ -94,7 +94,7 @@ fn a_picture_shows_each_layer_with_the_sums_of_the_table() {
 }
 
 #[test]
-fn one_block_is_seen_on_16_tib_and_the_picture_stays_small() {
+fn single_block_of_16_tib_is_visible_and_the_picture_stays_small() {
     let lab = lab();
     let before = lab.ok("map m/big --svg -");
     assert!(!before.contains(r#"<path class="o""#), "{before}");
@@ -103,7 +103,7 @@ fn one_block_is_seen_on_16_tib_and_the_picture_stays_small() {
     let after = lab.ok("map m/big --svg -");
     assert!(texts(&after).iter().any(|text| text == "overlay data 4 KiB"), "{after}");
     assert!(after.contains(r#"<path class="o""#), "{after}");
-    // Whatever is in it.
+    // The size is limited for any content.
     for index in 0..20_000 {
         file.write_all_at(&[1; 100], index * 800 * MIB + index % 7 * 8192).unwrap();
     }
@@ -115,7 +115,7 @@ fn one_block_is_seen_on_16_tib_and_the_picture_stays_small() {
 }
 
 #[test]
-fn a_disk_without_a_byte_and_a_strange_name_can_be_drawn() {
+fn empty_disk_and_unusual_name_can_be_drawn() {
     let lab = Lab::new();
     lab.sh("$COWSLIP mount m '<a&b>\"=blank:1M' e=blank:1M --log log.txt");
     lab.open("m/e").set_len(0).unwrap();
@@ -125,7 +125,7 @@ fn a_disk_without_a_byte_and_a_strange_name_can_be_drawn() {
 }
 
 #[test]
-fn an_old_picture_is_replaced_and_what_cannot_be_written_is_one_line() {
+fn picture_is_replaced_and_failed_output_gives_one_line() {
     let lab = lab();
     put(&lab.path("map.svg"), b"old");
     assert!(lab.refused(1, "map m/d --svg map.svg").contains("use --overwrite"));
@@ -139,7 +139,7 @@ fn an_old_picture_is_replaced_and_what_cannot_be_written_is_one_line() {
     assert!(line.ends_with("No such file or directory: its directory must exist"), "{line}");
     let line = lab.refused(1, "map m/d --svg m");
     assert!(line.ends_with("Is a directory: name a file in it"), "{line}");
-    // What could not be printed is no fault of the mount, and does not look whole.
+    // Failed output is no fault of the mount, and must not look complete.
     for words in ["map m/d", "map m/d --json", "snapshot m/d --list"] {
         let line = lab.sh(&format!("$COWSLIP {words} 2>&1 >/dev/full || echo $?"));
         assert!(line.starts_with("cowslip: cannot print: No space"), "{words}: {line}");
@@ -151,7 +151,7 @@ fn an_old_picture_is_replaced_and_what_cannot_be_written_is_one_line() {
     lab.end();
 }
 
-/// What `cowslip map m/d` writes to a terminal of `columns` columns.
+/// Returns the output of `cowslip map m/d` on a terminal of `columns` columns.
 fn on_terminal(lab: &Lab, columns: u16, environment: &str) -> String {
     let command = format!("stty cols {columns}; env {environment} $COWSLIP map m/d");
     let text = lab.sh(&format!("script -qec '{command}' /dev/null"));
@@ -159,7 +159,7 @@ fn on_terminal(lab: &Lab, columns: u16, environment: &str) -> String {
 }
 
 #[test]
-fn a_terminal_gets_a_colored_strip_above_the_table() {
+fn terminal_output_has_a_colored_strip_above_the_table() {
     let lab = lab();
     let text = on_terminal(&lab, 60, "-u NO_COLOR TERM=xterm-256color");
     let (strip, table) = text.split_once("\n\n").unwrap();
@@ -174,7 +174,7 @@ fn a_terminal_gets_a_colored_strip_above_the_table() {
 }
 
 #[test]
-fn no_color_is_respected_and_the_strip_is_as_wide_as_the_terminal() {
+fn strip_respects_no_color_and_the_terminal_width() {
     let lab = lab();
     for columns in [40, 80, 200] {
         let text = on_terminal(&lab, columns, "NO_COLOR=1 TERM=xterm-256color");

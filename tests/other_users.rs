@@ -1,7 +1,7 @@
-//! What users who did not mount can do with a mount that lets them in, and what they cannot: read
-//! of it what is not theirs, have it do something, or take its memory, threads and time.
+//! Users other than the mounting one on a mount that admits them: they cannot read what is not
+//! theirs, make the mount do anything, or exhaust its memory, threads and time.
 
-// Sizes are small here, and a test may panic.
+// Sizes are small, and a test may panic.
 #![allow(clippy::unwrap_used, clippy::cast_possible_truncation)]
 
 mod common;
@@ -14,14 +14,14 @@ use std::thread;
 use common::mount::*;
 use serde_json::Value;
 
-/// Nobody in particular.
+/// The id of a user without any rights.
 const STRANGER: u32 = 65534;
 
-/// Runs `work` with the rights of the user `uid`, as the file systems see it.
+/// Runs `work` in a thread that has the file system rights of the user `uid`.
 fn as_user<T: Send>(uid: u32, work: impl FnOnce() -> T + Send) -> T {
     thread::scope(|scope| {
         let user = move || {
-            // SAFETY: two numbers go in. Both calls are about this thread alone, which ends here.
+            // SAFETY: both calls take plain numbers and affect only this thread, which ends here.
             unsafe {
                 libc::setfsgid(uid);
                 libc::setfsuid(uid);
@@ -32,7 +32,7 @@ fn as_user<T: Send>(uid: u32, work: impl FnOnce() -> T + Send) -> T {
     })
 }
 
-/// A mount of `words` that everybody can reach.
+/// Mounts `words` with access for all users.
 fn lab(words: &str) -> Lab {
     let mut lab = Lab::new();
     lab.base("base.img", 16 * MIB);
@@ -45,7 +45,7 @@ fn open_both(lab: &Lab, name: &str) -> io::Result<File> {
     OpenOptions::new().read(true).write(true).open(lab.path(name))
 }
 
-/// A line of `/proc/PID/status`, as a number.
+/// Returns the number in the line `key` of `/proc/PID/status`.
 fn of_daemon(pid: u32, key: &str) -> u64 {
     let text = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
     let line = text.lines().find_map(|line| line.strip_prefix(key)).unwrap();
@@ -53,7 +53,7 @@ fn of_daemon(pid: u32, key: &str) -> u64 {
 }
 
 #[test]
-fn a_map_is_read_in_order_and_a_reader_costs_little_memory() {
+fn map_must_be_read_in_order_and_needs_little_memory_per_reader() {
     let lab = lab("d=blank:64M,block=512,perm=0644");
     let disk = lab.open("m/d");
     for sector in 0..30_000 {
@@ -75,7 +75,7 @@ fn a_map_is_read_in_order_and_a_reader_costs_little_memory() {
     assert!(grown < 16 << 10, "{grown} KiB for 64 readers of a map of 60,000 extents");
     drop(files);
     let mut text = String::new();
-    // In pieces of any size.
+    // In pieces of various lengths.
     let mut map_file = lab.open_ro("m/.cowslip/d/map");
     for len in (1..100_000).step_by(997).cycle() {
         let mut piece = vec![0; len];
@@ -91,7 +91,7 @@ fn a_map_is_read_in_order_and_a_reader_costs_little_memory() {
 }
 
 #[test]
-fn who_reads_maps_without_end_holds_up_nobody() {
+fn endless_map_readers_do_not_block_writes() {
     let lab = lab("d=base.img,block=512,perm=0644");
     let disk = lab.open("m/d");
     for sector in 0..15_000 {
@@ -110,7 +110,7 @@ fn who_reads_maps_without_end_holds_up_nobody() {
         };
         let readers: Vec<_> = (0..24).map(|_| scope.spawn(reader)).collect();
         while readers.iter().any(|reader| !reader.is_finished()) {
-            // A part of a block of the base: that needs the disk's own threads.
+            // A part of a block of the base, which is written by the disk's own threads.
             let at = 15 * MIB + noise(8, of_daemon(lab.pid(), "VmRSS"))[0] as u64 * 512;
             disk.write_all_at(&[1; 10], at + 3).unwrap();
         }
@@ -120,7 +120,7 @@ fn who_reads_maps_without_end_holds_up_nobody() {
 }
 
 #[test]
-fn nobody_opens_control_files_without_end() {
+fn number_of_open_control_files_per_user_is_limited() {
     let lab = lab("d=base.img,perm=0644");
     let many: Vec<File> = as_user(STRANGER, || {
         let mut open = Vec::new();
@@ -135,7 +135,7 @@ fn nobody_opens_control_files_without_end() {
             assert!(open.len() < 3000, "there is no end");
         }
     });
-    // A directory counts as well; of others nothing is taken, and the disks can be opened.
+    // Directories count as well. Other users are not affected, and disks can still be opened.
     as_user(STRANGER, || {
         assert_eq!(errno_of(fs::read_dir(lab.path("m/.cowslip")).map(|_| ())), libc::EMFILE);
         File::open(lab.path("m/d")).unwrap();
@@ -150,8 +150,8 @@ fn nobody_opens_control_files_without_end() {
 }
 
 #[test]
-fn only_who_mounted_and_root_may_open_what_takes_requests() {
-    // The disk is the stranger's in every respect.
+fn only_the_mounting_user_and_root_can_open_control_files_for_requests() {
+    // The disk itself belongs to the stranger.
     let lab = lab(&format!("d=base.img,perm=0666,uid={STRANGER},gid={STRANGER}"));
     as_user(STRANGER, || {
         open_both(&lab, "m/d").unwrap();
@@ -167,7 +167,7 @@ fn only_who_mounted_and_root_may_open_what_takes_requests() {
 }
 
 #[test]
-fn status_and_log_tell_others_nothing_of_what_is_not_theirs() {
+fn status_and_log_hide_the_disks_of_others() {
     let lab = lab(
         "a=base.img,overlay=ov,perm=0644 b=base.img,perm=0600 s=stream:1M,to=cmd:./xyzzy,perm=0644",
     );
@@ -186,7 +186,7 @@ fn status_and_log_tell_others_nothing_of_what_is_not_theirs() {
             assert!(!told.contains("\"uuid\":\""), "{told}");
         }
     });
-    // What the commands make of it.
+    // The output of the commands.
     lab.sh("cp $COWSLIP program; chmod 755 program");
     let stranger = |words: &str| {
         lab.sh(&format!("setpriv --reuid {STRANGER} --clear-groups ./program {words}"))
@@ -207,7 +207,7 @@ fn status_and_log_tell_others_nothing_of_what_is_not_theirs() {
 }
 
 #[test]
-fn requests_cost_neither_threads_nor_memory_without_end() {
+fn threads_and_memory_of_requests_are_limited() {
     let lab = lab("d=base.img");
     let pid = lab.pid();
     let ask = |ctl: &mut File| ctl.write(b"{\"op\":\"snapshots\"}");
@@ -218,7 +218,7 @@ fn requests_cost_neither_threads_nor_memory_without_end() {
     }
     let threads = of_daemon(pid, "Threads");
     assert!(threads < 100, "{threads} threads for one request at a time");
-    // Answers that nobody reads.
+    // Replies that nobody reads.
     let mut ctl = lab.open("m/.cowslip/d/ctl");
     let mut asked = 0;
     let refused = loop {
@@ -233,7 +233,7 @@ fn requests_cost_neither_threads_nor_memory_without_end() {
     io::copy(&mut ctl, &mut io::sink()).unwrap();
     ask(&mut ctl).unwrap();
     drop(ctl);
-    // A request that is longer than any.
+    // A request longer than the maximum.
     let mut ctl = lab.open("m/.cowslip/d/ctl");
     assert_eq!(errno_of(ctl.write(&[b' '; 100_000])), libc::EMSGSIZE);
     drop(ctl);

@@ -1,4 +1,4 @@
-//! The daemon as a process of its host: its limits, signals, descriptors, and its namespaces.
+//! The daemon as a process on its host: limits, signals, file descriptors and namespaces.
 
 #![allow(clippy::unwrap_used, clippy::cast_possible_truncation)]
 
@@ -20,13 +20,13 @@ use common::mount::{
 };
 use rustix::process::Signal;
 
-/// `cowslip WORDS` with the host's limit `limit`, as prlimit(1) spells it.
+/// Runs `cowslip WORDS` with the resource limit `limit`, an option of prlimit(1).
 fn limited(lab: &Lab, limit: &str, words: &str) -> Output {
     let words: Vec<&str> = [limit, COWSLIP].into_iter().chain(words.split(' ')).collect();
     lab.output("prlimit", &words)
 }
 
-/// `cowslip WORDS`, not waited for.
+/// Starts `cowslip WORDS` without waiting for it.
 fn start(lab: &Lab, words: &str) -> Running {
     let mut command = lab.command(COWSLIP);
     command.args(words.split(' ')).stdout(Stdio::null()).stderr(Stdio::null());
@@ -42,7 +42,7 @@ fn end_of(running: &mut Running) -> ExitStatus {
     status.unwrap()
 }
 
-/// What a start that was cut short may leave behind and must not, in the directory of the laboratory.
+/// Checks that an interrupted start has left neither a mount nor temporary files in the lab.
 #[track_caller]
 fn assert_nothing_is_left(lab: &Lab, when: &str) {
     assert_eq!(mounts_below(lab.dir()), Vec::<std::path::PathBuf>::new(), "{when}");
@@ -52,7 +52,8 @@ fn assert_nothing_is_left(lab: &Lab, when: &str) {
     }
 }
 
-/// A command of a stream that writes what `lines` of shell say to `out`, and takes all its input.
+/// Mounts a stream whose command runs the shell lines `lines`, and returns the output of the lines.
+/// The command then reads all its input.
 fn told_by_a_command(lab: &Lab, before: &str, lines: &str, mode: &str) -> String {
     put(&lab.path("ask"), format!("{lines} > out.new; mv out.new out; cat > /dev/null").as_bytes());
     lab.sh(&format!("{before}\n$COWSLIP mount {mode} m s=stream:64K,to=cmd:'sh ask'"));
@@ -61,7 +62,7 @@ fn told_by_a_command(lab: &Lab, before: &str, lines: &str, mode: &str) -> String
 }
 
 #[test]
-fn a_limit_of_file_sizes_is_efbig_to_that_client_and_nobody_else() {
+fn write_past_the_file_size_limit_fails_with_efbig_only() {
     let mut lab = Lab::new();
     lab.base("base", 4 * MIB);
     let words = "mount m d=base,overlay=o.cow e=base --log log.txt";
@@ -74,7 +75,7 @@ fn a_limit_of_file_sizes_is_efbig_to_that_client_and_nobody_else() {
     let bytes = noise(MIB, 2);
     d.write_all_at(&bytes, 7 * MIB).unwrap();
     assert_eq!(errno_of(d.write_all_at(&bytes, 8 * MIB)), libc::EFBIG);
-    // No latch, and nobody else has noticed.
+    // The overlay is not latched, and other disks are not affected.
     d.write_all_at(b"below", 6 * MIB).unwrap();
     d.sync_all().unwrap();
     assert_eq!(read(&e, 0, 7), b"changed");
@@ -91,7 +92,7 @@ fn a_limit_of_file_sizes_is_efbig_to_that_client_and_nobody_else() {
 }
 
 #[test]
-fn a_log_file_that_may_not_grow_ends_no_mount() {
+fn mount_survives_a_log_file_at_its_size_limit() {
     let lab = Lab::new();
     put(&lab.path("base"), &noise(64 * KIB, 1));
     put(&lab.path("log.txt"), &vec![b'\n'; MIB as usize]);
@@ -103,23 +104,23 @@ fn a_log_file_that_may_not_grow_ends_no_mount() {
 }
 
 #[test]
-fn an_overlay_that_may_not_have_its_size_is_refused_in_a_line() {
+fn overlay_above_the_file_size_limit_is_rejected() {
     let mut lab = Lab::new();
     lab.base("base", 4 * MIB);
     let refused = limited(&lab, "--fsize=1048576", "mount m d=base,overlay=o.cow");
     let line = one_line(1, &refused, "a limit below the disk's size");
     assert!(line.contains("raise the limit (ulimit -f)"), "{line}");
     assert!(!lab.path("o.cow").exists());
-    // Without one there is no file of that size.
+    // A temporary overlay needs no file of that size.
     let mounted = limited(&lab, "--fsize=1048576", "mount m d=base --log log.txt");
     assert!(mounted.status.success(), "{}", show(&mounted));
     lab.end();
 }
 
 #[test]
-fn programs_that_are_started_die_of_the_size_limit_as_they_would_elsewhere() {
+fn started_programs_inherit_no_ignored_signals() {
     let lab = Lab::new();
-    // A signal that is ignored would show in the mask of every program below.
+    // An ignored signal would show in the mask of every child process.
     let mask = "sed -n 's/^SigIgn:\\s*//p' /proc/self/status";
     let here = lab.sh(mask);
     let words = ["run", "b=blank:1M", "--", "sed", "-n", "s/^SigIgn:\\s*//p", "/proc/self/status"];
@@ -130,12 +131,12 @@ fn programs_that_are_started_die_of_the_size_limit_as_they_would_elsewhere() {
 }
 
 #[test]
-fn what_the_caller_has_open_is_closed_in_daemon_and_commands() {
+fn open_files_of_the_caller_are_closed_in_daemon_and_commands() {
     let lab = Lab::new();
     let open = told_by_a_command(&lab, "exec 9> lock; flock 9", "ls /proc/$$/fd", "");
     let numbers: Vec<&str> = open.split_whitespace().collect();
     assert!(numbers.contains(&"0") && !numbers.contains(&"9"), "{open}");
-    // Its holder has ended: the daemon, the guard and the command have it no more.
+    // The caller has exited, so the lock is free: daemon, guard and command do not have the file.
     lab.sh("flock -n lock true");
     let daemons = daemons_of(lab.dir());
     assert!(daemons.len() >= 2, "daemon and guard: {daemons:?}");
@@ -149,7 +150,7 @@ fn what_the_caller_has_open_is_closed_in_daemon_and_commands() {
 }
 
 #[test]
-fn a_foreground_mount_keeps_what_its_caller_gave_and_its_commands_do_not() {
+fn foreground_mount_keeps_open_files_but_its_commands_do_not() {
     let lab = Lab::new();
     put(&lab.path("ask"), b"ls /proc/$$/fd > out.new; mv out.new out; cat > /dev/null");
     let line = "exec 9> lock; flock 9; exec $COWSLIP mount -f m s=stream:64K,to=cmd:'sh ask'";
@@ -160,7 +161,7 @@ fn a_foreground_mount_keeps_what_its_caller_gave_and_its_commands_do_not() {
     let open = fs::read_to_string(lab.path("out")).unwrap();
     assert!(!open.split_whitespace().any(|number| number == "9"), "{open}");
     wait_until("it is mounted", || !mounts_below(lab.dir()).is_empty());
-    // `flock FILE cowslip mount -f ...` holds it for as long as the mount is there.
+    // `flock FILE cowslip mount -f ...` holds the lock as long as the mount exists.
     lab.sh("! flock -n lock true");
     let cwd = || fs::read_link(format!("/proc/{}/cwd", mount.pid())).unwrap();
     wait_until("it leaves its caller's directory", || cwd() == Path::new("/"));
@@ -170,9 +171,9 @@ fn a_foreground_mount_keeps_what_its_caller_gave_and_its_commands_do_not() {
 }
 
 #[test]
-fn commands_of_streams_have_the_umask_and_the_limits_of_the_caller() {
+fn stream_commands_have_umask_and_limits_of_the_caller() {
     let lab = Lab::new();
-    // Where no core may be larger than nothing, that is the caller's limit.
+    // Where the hard limit of the core size is 0, the caller's limit stays 0.
     let before = "umask 027; ulimit -Sn 300; (ulimit -Sc 7) 2>/dev/null && ulimit -Sc 7; \
                   ulimit -Sc > core; export NOTIFY_SOCKET=/nowhere";
     let lines = "(umask; ulimit -Sn; ulimit -Sc; echo ${NOTIFY_SOCKET-none})";
@@ -194,11 +195,11 @@ fn commands_of_streams_have_the_umask_and_the_limits_of_the_caller() {
 }
 
 #[test]
-fn a_daemon_has_no_memory_dump_taken_of_it() {
+fn daemon_is_not_dumpable() {
     let mut lab = Lab::new();
     lab.base("base", MIB);
-    // The kernel gives the files of a process to its group as long as it may be dumped, else to
-    // root's (proc(5), `/proc/PID`).
+    // The files of a process in /proc belong to its group if the process is dumpable, otherwise to
+    // root's group (proc(5), `/proc/PID`).
     lab.sh("setpriv --regid 65534 --clear-groups $COWSLIP mount m d=base");
     let daemon = fs::metadata(format!("/proc/{}/status", daemons_of(lab.dir())[0])).unwrap();
     assert_eq!(daemon.gid(), 0);
@@ -212,7 +213,7 @@ fn a_daemon_has_no_memory_dump_taken_of_it() {
 }
 
 #[test]
-fn the_mountpoint_of_run_is_private_whatever_the_umask() {
+fn mountpoint_of_run_is_private_with_any_umask() {
     let lab = Lab::new();
     lab.sh("mkdir t");
     let mode = lab.sh("umask 0; TMPDIR=$PWD/t $COWSLIP run b=blank:1M -- unshare -m \
@@ -222,7 +223,7 @@ fn the_mountpoint_of_run_is_private_whatever_the_umask() {
 }
 
 #[test]
-fn a_signal_at_any_moment_of_a_start_leaves_no_dead_mount_and_no_half_overlay() {
+fn signal_during_a_start_leaves_no_dead_mount_and_no_partial_overlay() {
     let mut lab = Lab::new();
     lab.base("base", 16 * MIB);
     lab.sh("$COWSLIP mount m --store st d=base,overlay=st; $COWSLIP umount m");
@@ -250,7 +251,7 @@ fn a_signal_at_any_moment_of_a_start_leaves_no_dead_mount_and_no_half_overlay() 
 }
 
 #[test]
-fn a_command_that_is_killed_while_its_daemon_starts_takes_it_with_it_or_leaves_a_whole_mount() {
+fn killed_mount_command_leaves_no_daemon_or_a_working_mount() {
     let mut lab = Lab::new();
     lab.base("base", 16 * MIB);
     for round in 0..30u64 {
@@ -262,10 +263,10 @@ fn a_command_that_is_killed_while_its_daemon_starts_takes_it_with_it_or_leaves_a
         signal(mount.pid(), with).unwrap();
         let status = end_of(&mut mount);
         if with == Signal::TERM && status.signal().is_some() {
-            // It has waited until all was undone.
+            // The command has waited until everything was undone.
             assert_nothing_is_left(&lab, &format!("round {round}: {status}"));
         }
-        // Either the daemon notices, or it served already.
+        // Either the daemon notices the death of its command, or it already serves the mount.
         let is_over =
             || daemons_of(lab.dir()).is_empty() || lab.cowslip("status m").status.success();
         wait_until("the daemon serves or ends", is_over);
@@ -279,7 +280,7 @@ fn a_command_that_is_killed_while_its_daemon_starts_takes_it_with_it_or_leaves_a
 }
 
 #[test]
-fn a_run_that_is_ended_while_it_starts_leaves_neither_mount_nor_directory() {
+fn run_ended_during_its_start_leaves_neither_mount_nor_directory() {
     let mut lab = Lab::new();
     lab.base("base", 16 * MIB);
     lab.sh("mkdir t");
@@ -296,7 +297,7 @@ fn a_run_that_is_ended_while_it_starts_leaves_neither_mount_nor_directory() {
         signal(run.pid(), with).unwrap();
         let status = end_of(&mut run);
         let when = format!("round {round}: {status}");
-        // Before it was a command of ours it died of the signal.
+        // Before it handled the signal, the process was killed by it.
         let was_ended = status.code() == Some(128 + number) || status.signal() == Some(number);
         assert!(was_ended, "{when}");
         wait_until("its daemon ends", || daemons_of(lab.dir()).is_empty());
@@ -308,7 +309,7 @@ fn a_run_that_is_ended_while_it_starts_leaves_neither_mount_nor_directory() {
 }
 
 #[test]
-fn a_signal_at_the_moment_of_readiness_ends_a_mount_in_good_order() {
+fn signal_at_readiness_ends_a_mount_cleanly() {
     let lab = Lab::new();
     for round in 0..6 {
         let abstract_name = format!("cowslip-test-{}-{round}", std::process::id());
@@ -338,7 +339,7 @@ fn a_signal_at_the_moment_of_readiness_ends_a_mount_in_good_order() {
 }
 
 #[test]
-fn a_service_manager_that_cannot_be_told_is_logged() {
+fn failed_notification_of_the_service_manager_is_logged() {
     let lab = Lab::new();
     let mut command = lab.command(COWSLIP);
     command.args(["mount", "-f", "m", "b=blank:1M", "--log", "log.txt"]);
@@ -352,7 +353,7 @@ fn a_service_manager_that_cannot_be_told_is_logged() {
 }
 
 #[test]
-fn a_mount_that_meets_a_limit_leaves_neither_mount_nor_overlay() {
+fn mount_that_reaches_a_limit_leaves_neither_mount_nor_overlay() {
     let mut lab = Lab::new();
     lab.base("base", 4 * MIB);
     let overlays: Vec<String> = (0..4).map(|number| format!("o{number}.cow")).collect();
@@ -383,14 +384,14 @@ fn a_mount_that_meets_a_limit_leaves_neither_mount_nor_overlay() {
 }
 
 #[test]
-fn an_umount_takes_the_mount_that_was_named_and_not_what_is_at_its_path_later() {
+fn umount_detaches_the_mount_found_first_although_its_path_changes() {
     let lab = Lab::new();
     lab.sh(
         "mkdir -p x/m y/m; mount -t tmpfs tmpfs y/m; $COWSLIP mount x/m b=blank:1M --log log.txt",
     );
     let file = fs::File::open(lab.path("x/m/b")).unwrap();
     let mut umount = start(&lab, "umount x/m --timeout 50s");
-    // It has found the mount, and waits for its user.
+    // umount has resolved the mount and now waits for the open file.
     let sleeps = || {
         let at = fs::read_to_string(format!("/proc/{}/wchan", umount.pid())).unwrap_or_default();
         at.contains("nanosleep")
@@ -405,7 +406,7 @@ fn an_umount_takes_the_mount_that_was_named_and_not_what_is_at_its_path_later() 
 }
 
 #[test]
-fn a_copy_in_another_mount_namespace_is_named_and_not_waited_for() {
+fn mount_in_another_namespace_is_reported_and_not_awaited() {
     let lab = Lab::new();
     put(&lab.path("base"), &noise(64 * KIB, 1));
     lab.mount("d=base,overlay=o.cow");
@@ -432,13 +433,13 @@ fn a_copy_in_another_mount_namespace_is_named_and_not_waited_for() {
 }
 
 #[test]
-fn warnings_of_a_daemon_outlive_it_in_the_systems_log() {
+fn warnings_of_a_daemon_go_to_the_system_log() {
     let lab = Lab::new();
     put(&lab.path("base"), &noise(64 * KIB, 1));
     lab.sh("$COWSLIP mount m d=base,overlay=o.cow; $COWSLIP umount m; echo changed >> base");
     let listener = UnixDatagram::bind(lab.path("devlog")).unwrap();
     listener.set_read_timeout(Some(common::mount::PATIENCE)).unwrap();
-    // A /dev of its own, where the listener is /dev/log: the host's is not touched.
+    // A private /dev, in which the listener is /dev/log: the host's log is not used.
     let mount = "mkdir dev; mount -t tmpfs tmpfs dev; cp -a /dev/null /dev/zero /dev/fuse dev
         touch dev/log; mount --bind devlog dev/log; mount --rbind dev /dev
         $COWSLIP mount m d=base,overlay=o.cow,size=64K --force $1; $COWSLIP log m; $COWSLIP umount m";
@@ -449,7 +450,7 @@ fn warnings_of_a_daemon_outlive_it_in_the_systems_log() {
     let line = String::from_utf8_lossy(&line[..len]).into_owned();
     assert!(line.starts_with("<28>") && line.contains(" cowslip["), "{line}");
     assert!(line.ends_with("used all the same (--force)"), "{line}");
-    // What is no warning is not there, and neither is what has a log of its own.
+    // The system log gets no other levels, and nothing from a daemon with its own log file.
     listener.set_nonblocking(true).unwrap();
     assert!(listener.recv(&mut [0; 8192]).is_err());
     let output = lab.output(
@@ -463,7 +464,7 @@ fn warnings_of_a_daemon_outlive_it_in_the_systems_log() {
 }
 
 #[test]
-fn a_caller_whose_directory_was_removed_can_mount_what_has_an_absolute_path() {
+fn caller_in_a_removed_directory_can_mount_absolute_paths() {
     let lab = Lab::new();
     put(&lab.path("base"), &noise(64 * KIB, 1));
     let at = lab.dir().display().to_string();
