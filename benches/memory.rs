@@ -1,7 +1,7 @@
-//! The memory of the block map at its worst: every other block of 1 TiB written. As data that is
-//! 512 GiB, so the map is built by itself; it is the same one, for it knows nothing of the data.
+//! Memory of the block map in the worst case: every other block of 1 TiB is written. Since that
+//! would be 512 GiB of data, the map is built on its own; it does not depend on the data.
 //!
-//! Resident memory is asked of the kernel, so what the allocator adds is in the figure.
+//! Resident memory is read from the kernel, so the result includes the allocator's overhead.
 
 use std::fs;
 use std::hint::black_box;
@@ -10,10 +10,10 @@ use std::time::Instant;
 
 use cowslip::overlay::blocks::{BlockIndex, BlockMap, BlockState};
 
-/// Blocks of 4 KiB in 1 TiB.
+/// Number of 4 KiB blocks in 1 TiB.
 const BLOCKS: u64 = 1 << 28;
 
-/// Resident memory of this process in KiB.
+/// Returns the resident memory of this process in KiB.
 fn resident() -> io::Result<f64> {
     let status = fs::read_to_string("/proc/self/status")?;
     let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
@@ -29,7 +29,7 @@ fn main() -> io::Result<()> {
         map.set(BlockIndex(block)..BlockIndex(block + 1), BlockState::Data);
     }
     let (took, after) = (start.elapsed().as_secs_f64(), resident()?);
-    // Alive until here.
+    // Keeps the map alive until here.
     let written = black_box(map).data_blocks();
     println!(
         "every other block of 1 TiB: {:.1} MiB for the map, {written} blocks set in {took:.1} s",

@@ -1,5 +1,5 @@
-//! The pure parts that every request passes: the block map, the description of a range and the
-//! records of the log. No files, no mount; those are measured by `contrib/bench/run`.
+//! The pure parts of every request: the block map, the description of a range, and the records of
+//! the log. No files and no mount; those are measured by `contrib/bench/run`.
 
 use std::convert::Infallible;
 use std::hint::black_box;
@@ -12,18 +12,18 @@ use cowslip::overlay::record::LogRecord;
 use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_main};
 use uuid::Uuid;
 
-/// Chunks of the maps measured: 16 GiB of disk.
+/// Number of chunks in the measured maps: 16 GiB of disk.
 const CHUNKS: u64 = 64;
-/// Blocks of a disk of 16 TiB.
+/// Number of blocks in a disk of 16 TiB.
 const HUGE: u64 = 1 << 32;
-/// Extents in a range that is described.
+/// Number of extents in a described range.
 const EXTENTS: u64 = 1024;
 
 fn blocks(range: Range<u64>) -> Range<BlockIndex> {
     BlockIndex(range.start)..BlockIndex(range.end)
 }
 
-/// The finest mixture there is: every other block is Data.
+/// Creates the finest mixture: every other block is Data.
 fn alternating(chunks: u64) -> BlockMap {
     let mut map = BlockMap::new();
     for block in (0..chunks * CHUNK_BLOCKS).step_by(2) {
@@ -32,7 +32,7 @@ fn alternating(chunks: u64) -> BlockMap {
     map
 }
 
-/// Block numbers all over the map, the same ones every time.
+/// Returns block numbers spread over the whole map, the same ones in every run.
 fn scattered() -> impl FnMut() -> u64 {
     let mut at = 0;
     move || {

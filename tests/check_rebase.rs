@@ -1,6 +1,6 @@
-//! `cowslip check` and `cowslip rebase` on overlays that real mounts have made.
+//! `cowslip check` and `cowslip rebase` on overlays created by real mounts.
 
-// Sizes are small here, and a test may panic.
+// Sizes are small, and a test may panic.
 #![allow(clippy::unwrap_used, clippy::cast_possible_truncation)]
 
 mod common;
@@ -13,7 +13,7 @@ use common::mount::*;
 
 const SIZE: u64 = 8 * MIB;
 
-/// The layers of the overlay `ov`, the lowest first.
+/// Returns the directories of the layers of the overlay `ov`, lowest first.
 fn layers(lab: &Lab) -> Vec<PathBuf> {
     let said = lab.cowslip("check ov");
     let said = String::from_utf8(said.stdout).unwrap();
@@ -21,7 +21,7 @@ fn layers(lab: &Lab) -> Vec<PathBuf> {
     line.split(", ").map(|uuid| lab.path("ov/layers").join(uuid)).collect()
 }
 
-/// An overlay `ov` over `base.img` with the snapshots `one` and `two`, which is mounted.
+/// Mounts an overlay `ov` over `base.img` with the snapshots `one` and `two`.
 fn lab() -> Lab {
     let mut lab = Lab::new();
     lab.base("base.img", SIZE);
@@ -39,14 +39,14 @@ fn mounted_bytes(lab: &Lab) -> u32 {
     checksum(&lab.path("m/d"))
 }
 
-/// The report of a check that finds damage.
+/// Runs a check that must find damage, and returns its report.
 fn damaged(lab: &Lab, words: &str) -> String {
     let output = lab.cowslip(words);
     assert_eq!(output.status.code(), Some(3), "{}", show(&output));
     String::from_utf8(output.stdout).unwrap()
 }
 
-/// How much there is in a directory of the store `st`.
+/// Returns the number of entries in a directory of the store `st`.
 fn count(lab: &Lab, what: &str) -> usize {
     fs::read_dir(lab.path("st").join(what)).unwrap().count()
 }
@@ -56,7 +56,7 @@ fn short(layer: &Path) -> String {
 }
 
 #[test]
-fn every_layer_has_a_row() {
+fn check_prints_a_row_for_every_layer() {
     let lab = lab();
     lab.umount();
     let said = lab.ok("check ov");
@@ -74,7 +74,7 @@ fn every_layer_has_a_row() {
 }
 
 #[test]
-fn damage_in_a_sealed_layer_is_found_and_named() {
+fn check_names_a_damaged_sealed_layer() {
     let lab = lab();
     lab.umount();
     let layers = layers(&lab);
@@ -108,7 +108,7 @@ fn damage_in_a_sealed_layer_is_found_and_named() {
 }
 
 #[test]
-fn a_killed_daemon_needs_recovery_which_repair_does() {
+fn repair_recovers_the_overlay_of_a_killed_daemon() {
     let lab = lab();
     let before = mounted_bytes(&lab);
     assert!(lab.refused(1, "check ov").contains("is in use"));
@@ -133,7 +133,7 @@ fn a_killed_daemon_needs_recovery_which_repair_does() {
 }
 
 #[test]
-fn what_no_stack_names_is_shown_and_removed_by_repair() {
+fn repair_removes_unused_layers_and_temporary_files() {
     let lab = lab();
     let before = mounted_bytes(&lab);
     lab.umount();
@@ -157,7 +157,7 @@ fn what_no_stack_names_is_shown_and_removed_by_repair() {
 }
 
 #[test]
-fn a_store_is_swept_by_repair() {
+fn repair_sweeps_a_store() {
     let lab = Lab::new();
     lab.mount("--store st");
     lab.sh("echo one > m/a; echo two > m/b");
@@ -171,7 +171,7 @@ fn a_store_is_swept_by_repair() {
     let said = damaged(&lab, "check st");
     assert!(said.contains("damage   the name 'c': it leads nowhere"), "{said}");
     assert_eq!(said.matches("unused   the disk").count(), 2, "{said}");
-    // Nobody knows what the lost disk stood on: its layers stay as long as its name does.
+    // The layers of the lost disk are unknown, so all layers stay as long as its name does.
     assert!(!said.contains("unused   the layer"), "{said}");
     assert!(lab.refused(1, "mount m --store st").contains("disk 'c' of the store"));
     assert_eq!(count(&lab, "layers"), 3);
@@ -194,7 +194,7 @@ fn a_store_is_swept_by_repair() {
 }
 
 #[test]
-fn an_overlay_follows_a_base_that_was_moved_or_copied() {
+fn rebase_accepts_a_moved_or_copied_base() {
     let mut lab = Lab::new();
     put(&lab.path("base.img"), &noise(SIZE, 9));
     lab.mount("d=base.img,overlay=ov");
@@ -223,7 +223,7 @@ fn an_overlay_follows_a_base_that_was_moved_or_copied() {
 }
 
 #[test]
-fn another_base_is_refused_and_can_be_forced() {
+fn rebase_rejects_another_base_unless_forced() {
     let mut lab = Lab::new();
     lab.base("base.img", SIZE);
     lab.mount("d=base.img,overlay=ov");
@@ -246,7 +246,7 @@ fn another_base_is_refused_and_can_be_forced() {
 }
 
 #[test]
-fn a_copy_of_a_store_without_its_symlinks_is_refused_and_keeps_its_disks() {
+fn copy_of_a_store_without_symlinks_is_rejected_and_keeps_its_disks() {
     let lab = Lab::new();
     lab.mount("--store st");
     lab.sh("echo one > m/a");
@@ -263,7 +263,7 @@ fn a_copy_of_a_store_without_its_symlinks_is_refused_and_keeps_its_disks() {
 }
 
 #[test]
-fn a_disk_of_a_store_is_rebased_by_its_name() {
+fn disk_of_a_store_is_rebased_by_its_name() {
     let mut lab = Lab::new();
     lab.base("base.img", SIZE);
     lab.mount("--store st d=base.img,overlay=st");

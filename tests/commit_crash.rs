@@ -1,7 +1,7 @@
-//! What is left of a disk when a commit into its base is cut short at every storage operation: the
-//! disk reads what was promised, and another commit finishes the work.
+//! The state of a disk after a commit into its base was interrupted at any storage operation: reads
+//! return what was promised, and another commit finishes the work.
 
-// Sizes are those of small disks in memory, and a test that cannot go on ends.
+// Disks are small and live in memory, and a test may panic.
 #![allow(clippy::cast_possible_truncation, clippy::unwrap_used, clippy::expect_used)]
 
 mod common;
@@ -27,7 +27,7 @@ use proptest::prelude::*;
 const SIZE: u64 = 40_000;
 const BLOCK: u32 = 4096;
 
-/// A base in a file of the same host.
+/// A base in a file of the same simulated host.
 struct SimBase {
     file: Arc<SimFile>,
     size: u64,
@@ -123,7 +123,7 @@ impl Bed {
         Self { layer, base, overlay, life: 1 }
     }
 
-    /// What is found when the daemon (no `seed`) or the power was cut off.
+    /// Returns the disk as it is after the daemon (no `seed`) or the power was cut.
     fn after(&self, seed: Option<u64>) -> Self {
         let layer = match seed {
             None => self.layer.kill(),
@@ -154,7 +154,7 @@ impl Bed {
                 let bytes = pattern(range.start, range.end - range.start, *fill);
                 let mut after = model.clone();
                 after.write(range.start, &bytes);
-                // Any part of it may be there when it is cut short.
+                // If the write is interrupted, any part of it may be there.
                 *model = after;
                 write_through(&self.overlay, &self.base, &bytes, range.start)
             }
@@ -174,7 +174,7 @@ impl Bed {
         }
     }
 
-    /// Commits; `meanwhile` is called after each piece.
+    /// Commits the overlay into the base; `meanwhile` is called after each piece.
     fn commit(&self, meanwhile: &dyn Fn()) -> io::Result<()> {
         let to = CommitTarget {
             layer: &self.base,
@@ -202,7 +202,7 @@ enum Change {
     Sync,
 }
 
-/// Everything an overlay can hold: data, zeros, what was cut off once.
+/// Returns changes that give an overlay data, zeros and a truncated range.
 fn before() -> Vec<Change> {
     vec![
         Change::Write(0..9000, 1),
@@ -225,7 +225,8 @@ fn meanwhile() -> Vec<Change> {
     ]
 }
 
-/// Does it all until the host goes off; the model of what may be found.
+/// Performs all changes and the commit until the host's power is cut. Returns the model of the
+/// possible states and the commit's result.
 fn play(bed: &Bed, cut: u64, before: &[Change], meanwhile: &[Change]) -> (Model, io::Result<()>) {
     let mut model = Model::new(bed.read_all());
     bed.host().cut_at(bed.host().steps().saturating_add(cut));
@@ -239,7 +240,7 @@ fn play(bed: &Bed, cut: u64, before: &[Change], meanwhile: &[Change]) -> (Model,
     let done = bed.commit(&|| {
         if let Some(change) = meanwhile.get(next.get()) {
             next.set(next.get() + 1);
-            // When the host is off the commit finds out by itself.
+            // If the host is off, the commit reports the error itself.
             let _ = bed.change(&mut model.borrow_mut(), change);
         }
     });
@@ -249,21 +250,22 @@ fn play(bed: &Bed, cut: u64, before: &[Change], meanwhile: &[Change]) -> (Model,
     (model.into_inner(), done)
 }
 
-/// What every kind of end now leaves, and whether another commit finishes it.
+/// Checks the disk after a kill and after the power cuts `seeds`, and that another commit finishes
+/// the work.
 fn check_ends(bed: &Bed, model: &Model, seeds: Range<u64>, what: &str) {
     for seed in std::iter::once(None).chain(seeds.map(Some)) {
         let what = format!("{what}, seed {seed:?}");
         let found = bed.after(seed);
         let bytes = found.read_all();
         model.check_legal(&bytes).unwrap_or_else(|wrong| panic!("{what}: {wrong}"));
-        // Once more cut off, before anything is done.
+        // Another power cut, before anything is done.
         let again = found.after(Some(99));
         assert!(again.read_all() == bytes, "{what}: another cut changed it");
         finish(&found, &bytes, &what);
     }
 }
 
-/// Commits what was left behind: the disk reads the same, and so does its base.
+/// Finishes an interrupted commit: the disk keeps its bytes, and the base equals the disk.
 fn finish(bed: &Bed, bytes: &[u8], what: &str) {
     bed.commit(&|| {}).unwrap_or_else(|error| panic!("{what}: {error}"));
     assert!(bed.read_all() == bytes, "{what}: finishing it changed the disk");
@@ -278,7 +280,7 @@ fn finish(bed: &Bed, bytes: &[u8], what: &str) {
 }
 
 #[test]
-fn a_commit_cut_at_every_storage_operation_is_finished_by_another() {
+fn commit_cut_at_every_storage_operation_is_finished_by_another() {
     let mut cut = 0;
     loop {
         let bed = Bed::new();
@@ -294,7 +296,7 @@ fn a_commit_cut_at_every_storage_operation_is_finished_by_another() {
 }
 
 #[test]
-fn a_base_that_cannot_be_made_durable_keeps_everything_in_the_overlay() {
+fn failed_sync_of_the_base_keeps_everything_in_the_overlay() {
     for pass in 0..3 {
         let bed = Bed::new();
         bed.host().fail(Role::Base, Deed::Sync, pass, libc::EIO);
@@ -320,7 +322,7 @@ fn change() -> BoxedStrategy<Change> {
 
 proptest! {
     #[test]
-    fn any_commit_cut_anywhere_is_finished_by_another(
+    fn random_commit_cut_anywhere_is_finished_by_another(
         mut before in vec(change(), 0..8), shrunk in proptest::option::of(1..SIZE),
         after in vec(change(), 0..5), during in vec(change(), 0..6), cut in 0u64..90, seed: u64,
     ) {

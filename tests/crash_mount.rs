@@ -1,10 +1,9 @@
-//! Daemons that are killed, hosts that lose power, syncs that fail: on a real mount, over real
-//! file systems.
+//! Killed daemons, power cuts and failing syncs: on a real mount, over real file systems.
 //!
-//! The power cut is the shutdown of the file system that the overlay is on, without a flush of its
-//! log: what was not durable then never will be.
+//! A power cut is simulated by shutting down the file system of the overlay without a flush of its
+//! log: whatever is not durable by then is lost.
 
-// Sizes are small here, and a test may panic.
+// Sizes are small, and a test may panic.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::cast_possible_truncation)]
 
 mod common;
@@ -20,9 +19,10 @@ use common::written;
 
 const SECTOR: u64 = 512;
 
-/// Shuts the file system that `dir` is on down, without flushing its log.
+/// Shuts down the file system of `dir` without flushing its log.
 fn cut_power(lab: &Lab, dir: &str) {
-    /// EXT4_IOC_SHUTDOWN and XFS_IOC_GOINGDOWN are one: `_IOR('X', 125, __u32)`.
+    /// EXT4_IOC_SHUTDOWN and XFS_IOC_GOINGDOWN, which are the same request: `_IOR('X', 125,
+    /// __u32)`.
     const SHUTDOWN: libc::c_ulong = 0x8004_587d;
     // Do not flush the log.
     let mut flag: u32 = 2;
@@ -33,13 +33,13 @@ fn cut_power(lab: &Lab, dir: &str) {
 }
 
 #[test]
-fn a_daemon_killed_in_the_middle_of_writes_loses_nothing_that_returned() {
+fn killed_daemon_loses_no_completed_write() {
     let mut lab = Lab::new();
     lab.base("base.img", 32 * MIB);
     for round in 0..4u64 {
         lab.mount("d=base.img,overlay=ov e=blank:32M,overlay=ow");
         let pid = lab.pid();
-        // What each writer has been told is written (disk, offset, seed), and what it last began.
+        // The completed writes (disk, offset, seed), and the last write that each writer began.
         let told = Mutex::new(Vec::new());
         let begun = Mutex::new([(0, u64::MAX); 4]);
         let files = [lab.open("m/d"), lab.open("m/e")];
@@ -50,7 +50,8 @@ fn a_daemon_killed_in_the_middle_of_writes_loses_nothing_that_returned() {
                 let file = &files[disk as usize];
                 scope.spawn(move || {
                     for step in 0.. {
-                        // Every writer has every fourth 64 KiB, so that none overwrites another.
+                        // Each writer has its own 64 KiB of every 256, so that none overwrites
+                        // another.
                         let slot = (step * 7 + round) % 128 * 4 + writer;
                         let offset = slot * 64 * KIB + step * 100 % 50_000;
                         let seed = round << 32 | writer << 24 | step;
@@ -89,7 +90,7 @@ fn a_daemon_killed_in_the_middle_of_writes_loses_nothing_that_returned() {
 }
 
 #[test]
-fn the_umount_command_clears_a_dead_mount_and_nothing_is_lost() {
+fn umount_clears_a_dead_mount_and_nothing_is_lost() {
     let lab = Lab::new();
     lab.mount("d=blank:8M,overlay=ov");
     let file = lab.open("m/d");
@@ -108,14 +109,14 @@ fn the_umount_command_clears_a_dead_mount_and_nothing_is_lost() {
     lab.end();
 }
 
-/// Synced data, later writes, a power cut, and what is found then.
+/// Writes and syncs data, writes more, cuts the power, and checks what is found.
 fn a_power_cut_on(fs: &str, key: &str) {
     let mut lab = Lab::new();
     lab.base("base.img", 16 * MIB);
     let device = lab.host("host", fs, 320 * MIB);
     let words = &format!("d=base.img,overlay=host/ov{key} e=blank:16M,overlay=host/ow{key}");
     lab.mount(words);
-    // Of each sector: what it may be.
+    // For each sector, its possible contents.
     let mut legal: Vec<Vec<Vec<u8>>> = Vec::new();
     let (d, e) = (lab.open("m/d"), lab.open("m/e"));
     for round in 0..3u64 {
@@ -129,7 +130,7 @@ fn a_power_cut_on(fs: &str, key: &str) {
     e.write_all_at(&noise(MIB, 9), 100).unwrap();
     e.sync_data().unwrap();
     for index in 0..150u64 {
-        // Every third write goes to blocks that an earlier one has touched.
+        // Every third write goes to blocks that an earlier one has written.
         let at = 2 * MIB + (index - index % 3 * (index % 2)) * 5000;
         e.write_all_at(&noise(600, index), at).unwrap();
         e.sync_data().unwrap();
@@ -160,7 +161,7 @@ fn a_power_cut_on(fs: &str, key: &str) {
         note(&mut legal);
     }
     cut_power(&lab, "host");
-    // Not one of these may be answered as if all were well.
+    // None of these syncs may report success.
     assert_eq!(errno_of(d.sync_all()), libc::EIO);
     assert_eq!(errno_of(d.sync_all()), libc::EIO);
     lab.kill();
@@ -178,7 +179,7 @@ fn a_power_cut_on(fs: &str, key: &str) {
         );
     }
     assert!(read(&lab.open_ro("m/e"), 0, 16 * MIB) == blank);
-    // And it goes on.
+    // The disk can be used again.
     let d = lab.open("m/d");
     d.write_all_at(b"on", 5).unwrap();
     d.sync_all().unwrap();
@@ -190,27 +191,27 @@ fn a_power_cut_on(fs: &str, key: &str) {
 }
 
 #[test]
-fn a_power_cut_on_ext4_leaves_what_was_synced() {
+fn power_cut_on_ext4_keeps_synced_data() {
     a_power_cut_on("ext4", "");
 }
 
 #[test]
-fn a_power_cut_on_ext4_leaves_of_a_direct_disk_what_was_synced() {
+fn power_cut_on_ext4_keeps_synced_data_of_a_direct_disk() {
     a_power_cut_on("ext4", ",direct");
 }
 
 #[test]
-fn a_power_cut_on_xfs_leaves_what_was_synced() {
+fn power_cut_on_xfs_keeps_synced_data() {
     a_power_cut_on("xfs", "");
 }
 
 #[test]
-fn a_power_cut_on_xfs_leaves_of_a_direct_disk_what_was_synced() {
+fn power_cut_on_xfs_keeps_synced_data_of_a_direct_disk() {
     a_power_cut_on("xfs", ",direct");
 }
 
 #[test]
-fn a_store_lives_through_a_power_cut() {
+fn store_survives_a_power_cut() {
     let lab = Lab::new();
     let device = lab.host("host", "ext4", 128 * MIB);
     lab.mount("--store host/st");
@@ -222,7 +223,7 @@ fn a_store_lives_through_a_power_cut() {
     lab.ok("umount m");
     lab.sh(&format!("umount host; mount {device} host"));
     lab.mount("--store host/st");
-    // Names are durable when they are answered; the bytes of `late` were not synced.
+    // Names are durable when the call returns; the bytes of `late` were not synced.
     assert_eq!(lab.sh("ls m"), "c\nlate\n");
     assert_eq!(lab.sh("cat m/c"), "one\n");
     lab.umount();
@@ -231,7 +232,7 @@ fn a_store_lives_through_a_power_cut() {
 }
 
 #[test]
-fn a_failing_sync_latches_its_disk_and_no_other() {
+fn failed_sync_latches_its_disk_and_no_other() {
     let lab = Lab::new();
     let device = lab.host("host", "ext4", 128 * MIB);
     lab.mount("d=blank:16M,overlay=host/ov e=blank:16M,overlay=ow");
@@ -252,7 +253,7 @@ fn a_failing_sync_latches_its_disk_and_no_other() {
     e.write_all_at(&noise(MIB, 3), 0).unwrap();
     e.sync_all().unwrap();
     drop((d, e));
-    // What could not be done is said, and the exit code tells.
+    // The failure is reported, also by the exit code.
     let output = lab.cowslip("umount m");
     assert_eq!(output.status.code(), Some(1), "{}", show(&output));
     assert!(String::from_utf8_lossy(&output.stderr).contains("d: "), "{}", show(&output));
@@ -266,7 +267,7 @@ fn a_failing_sync_latches_its_disk_and_no_other() {
 }
 
 #[test]
-fn the_log_of_an_overlay_does_not_grow_by_being_mounted() {
+fn log_of_an_overlay_does_not_grow_by_mounts() {
     let lab = Lab::new();
     let mut most = 0;
     for round in 0..300 {
@@ -278,7 +279,7 @@ fn the_log_of_an_overlay_does_not_grow_by_being_mounted() {
         let log = layer_dir(&lab.path("ov")).join("log");
         most = most.max(fs::metadata(log).unwrap().len());
     }
-    // Two records each time would be 19 KiB.
+    // Two records per mount would make 19 KiB.
     assert!(most < 9 << 10, "{most} bytes");
     lab.mount("d=blank:8M,overlay=ov");
     assert_eq!(read(&lab.open_ro("m/d"), 4096, 4), b"kept");
@@ -286,7 +287,7 @@ fn the_log_of_an_overlay_does_not_grow_by_being_mounted() {
 }
 
 #[test]
-fn a_torn_end_of_the_log_is_the_older_state() {
+fn torn_end_of_the_log_gives_the_older_state() {
     let lab = Lab::new();
     lab.mount("d=blank:8M,overlay=ov");
     let file = lab.open("m/d");

@@ -1,7 +1,7 @@
-//! Disks whose files pass by the host's page cache (`direct`), over real file systems: what is in
-//! that cache afterwards, whether the bytes are right, and that it stays so from layer to layer.
+//! Disks whose files bypass the host's page cache (`direct`), over real file systems: which pages
+//! are in the cache afterwards, that the bytes are correct, and that new layers are direct as well.
 
-// Sizes are small here, and a test may panic.
+// Sizes are small, and a test may panic.
 #![allow(clippy::unwrap_used, clippy::cast_possible_truncation)]
 
 mod common;
@@ -20,7 +20,8 @@ use rustix::process::Signal;
 
 const SIZE: u64 = 4 * MIB;
 
-/// A laboratory with a base on a file system of its own, whose device has sectors of `sector`.
+/// Creates a lab with a base on a file system of its own, whose device has sectors of `sector`
+/// bytes.
 fn lab_on(fs: &str, sector: u32) -> Lab {
     let mut lab = Lab::new();
     File::create(lab.path("host.fs")).unwrap().set_len(400 * MIB).unwrap();
@@ -30,25 +31,25 @@ fn lab_on(fs: &str, sector: u32) -> Lab {
     lab
 }
 
-/// Pages of `file` in the host's cache.
+/// Returns the number of pages of `file` in the host's cache.
 fn cached(lab: &Lab, file: &Path) -> u64 {
     lab.sh(&format!("fincore -n -r -o PAGES {}", file.display())).trim().parse().unwrap()
 }
 
-/// Takes all of a file out of the host's cache.
+/// Drops all pages of a file from the host's cache.
 fn forget(file: &Path) {
     let file = File::open(file).unwrap();
     file.sync_all().unwrap();
     rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed).unwrap();
 }
 
-/// The data files of all layers of the overlay `host/ov`.
+/// Returns the data files of all layers of the overlay `host/ov`.
 fn data_files(lab: &Lab) -> Vec<PathBuf> {
     let layers = fs::read_dir(lab.path("host/ov/layers")).unwrap();
     layers.map(|layer| layer.unwrap().path().join("data")).collect()
 }
 
-/// Reads and writes `m/d` in many ways, and checks what is read.
+/// Writes `m/d` at various offsets, checks all reads, and returns the new content.
 fn use_all(lab: &Lab, mut model: Vec<u8>) -> Vec<u8> {
     let file = lab.open("m/d");
     for (offset, len) in
@@ -65,12 +66,12 @@ fn use_all(lab: &Lab, mut model: Vec<u8>) -> Vec<u8> {
     model
 }
 
-/// How many pages of the base and of the overlay are in the host's cache after the disk `words`
-/// was read and written.
+/// Reads and writes the disk `words`, and returns the number of pages of the base and of the
+/// overlay in the host's cache afterwards.
 fn left_behind(lab: &Lab, words: &str) -> (u64, u64) {
     lab.mount(words);
     let base = lab.path("host/base.img");
-    // What was looked at to know the base again.
+    // Drops the pages that were read to identify the base.
     forget(&base);
     use_all(lab, whole(lab, "m/d"));
     let layers = if words.contains("overlay") { data_files(lab) } else { Vec::new() };
@@ -80,7 +81,7 @@ fn left_behind(lab: &Lab, words: &str) -> (u64, u64) {
 }
 
 #[test]
-fn what_a_direct_disk_reads_and_writes_is_not_in_the_hosts_cache() {
+fn direct_disk_leaves_no_pages_in_the_hosts_cache() {
     for (fs, sector) in [("ext4", 512), ("xfs", 4096)] {
         let lab = lab_on(fs, sector);
         let (base, data) = left_behind(&lab, "d=host/base.img,overlay=host/ov");
@@ -93,7 +94,7 @@ fn what_a_direct_disk_reads_and_writes_is_not_in_the_hosts_cache() {
 }
 
 #[test]
-fn a_direct_file_without_an_overlay_is_not_in_the_hosts_cache() {
+fn direct_file_without_an_overlay_leaves_no_pages_in_the_hosts_cache() {
     let lab = lab_on("ext4", 512);
     lab.mount("d=host/base.img,mode=ro,direct");
     let (base, bytes) = (lab.path("host/base.img"), whole(&lab, "host/base.img"));
@@ -117,7 +118,7 @@ fn a_direct_file_without_an_overlay_is_not_in_the_hosts_cache() {
 }
 
 #[test]
-fn a_direct_disk_does_what_the_model_does() {
+fn direct_disk_matches_the_model() {
     for (fs, sector, block) in
         [("ext4", 512, "4K"), ("ext4", 4096, "512"), ("xfs", 512, "64K"), ("xfs", 4096, "512")]
     {
@@ -129,7 +130,7 @@ fn a_direct_disk_does_what_the_model_does() {
 }
 
 #[test]
-fn a_direct_part_of_a_file_or_device_does_what_the_model_does() {
+fn direct_part_of_a_file_or_device_matches_the_model() {
     let lab = lab_on("xfs", 4096);
     lab.sh("head -c 3000000 host/base.img | tail -c +1537 >part; cp part host/part");
     let words = "d=host/base.img,offset=1536,len=2998464,overlay=host/ov,direct";
@@ -155,7 +156,7 @@ fn a_direct_part_of_a_file_or_device_does_what_the_model_does() {
 }
 
 #[test]
-fn a_direct_file_of_mode_rw_does_what_the_model_does() {
+fn direct_file_of_mode_rw_matches_the_model() {
     for (fs, sector) in [("ext4", 512), ("xfs", 4096), ("btrfs", 512)] {
         let lab = lab_on(fs, sector);
         lab.sh("cp host/base.img host/rw.img");
@@ -165,8 +166,9 @@ fn a_direct_file_of_mode_rw_does_what_the_model_does() {
 }
 
 #[test]
-fn a_killed_daemon_of_a_direct_disk_loses_nothing_that_returned() {
-    /// No multiple of any sector: neighbours write into the same ones.
+fn killed_daemon_of_a_direct_disk_loses_no_completed_write() {
+    /// Length of each write in bytes: no multiple of any sector size, so that neighbours share
+    /// sectors.
     const SLOT: u64 = 700;
     for (sector, words) in [
         (512, "d=host/base.img,overlay=host/ov,direct"),
@@ -204,10 +206,11 @@ fn a_killed_daemon_of_a_direct_disk_loses_nothing_that_returned() {
 }
 
 #[test]
-fn a_direct_disk_stays_direct_from_layer_to_layer() {
+fn direct_disk_stays_direct_in_new_layers() {
     for (key, is_direct) in [("direct", true), ("direct=off", false)] {
         let lab = lab_on("xfs", 512);
-        // The temporary overlay beside the place where it is kept: there it only gets a name.
+        // The temporary overlay is on the file system where it will be kept, so that keep only
+        // renames it.
         lab.sh(&format!("TMPDIR=$PWD/host $COWSLIP mount m d=host/base.img,{key} --log log.txt"));
         let was = whole(&lab, "host/base.img");
         let mut seen = Vec::new();
@@ -218,7 +221,7 @@ fn a_direct_disk_stays_direct_from_layer_to_layer() {
         };
         let first = use_all(&lab, was.clone());
         lab.ok("keep m/d host/ov");
-        // What was looked at to know it again.
+        // Drops the pages that were read to identify the base.
         forget(&lab.path("host/base.img"));
         let again = use_all(&lab, first.clone());
         look("kept");
@@ -236,7 +239,7 @@ fn a_direct_disk_stays_direct_from_layer_to_layer() {
         lab.ok("reset m/d");
         assert!(use_all(&lab, was) == first);
         look("reset");
-        // The snapshot is found again.
+        // The snapshot still has its bytes.
         assert!(whole(&lab, "m/.cowslip/d/snapshots/one") == again);
         if is_direct {
             assert!(seen.iter().all(|(_, pages)| *pages == 0), "{seen:?}");
@@ -249,7 +252,7 @@ fn a_direct_disk_stays_direct_from_layer_to_layer() {
 }
 
 #[test]
-fn a_direct_disk_that_is_found_again_reads_its_old_layers_past_the_cache() {
+fn reopened_direct_disk_reads_its_old_layers_past_the_cache() {
     let lab = lab_on("ext4", 512);
     let words = "d=host/base.img,overlay=host/ov,direct";
     lab.mount(words);
@@ -270,7 +273,7 @@ fn a_direct_disk_that_is_found_again_reads_its_old_layers_past_the_cache() {
 }
 
 #[test]
-fn what_the_host_copies_by_itself_is_read_and_written_past_the_cache() {
+fn copies_made_by_the_host_bypass_the_cache() {
     for (fs, sector) in [("ext4", 512), ("xfs", 4096)] {
         let lab = lab_on(fs, sector);
         lab.sh("cp host/base.img host/rw.img");
@@ -293,14 +296,14 @@ fn what_the_host_copies_by_itself_is_read_and_written_past_the_cache() {
             write(to + len - 10, 5000, &mut model);
         }
         assert!(read(&file, 0, SIZE) == model, "{fs}");
-        // The layers of a deleted snapshot, into one.
+        // Merges the layers of a deleted snapshot.
         lab.ok("snapshot m/d one");
         write(2_000_001, 9000, &mut model);
         lab.ok("snapshot m/d --delete one");
         wait_until("the layers are one", || data_files(&lab).len() == 1);
         write(2_000_500, 700, &mut model);
         assert!(read(&file, 0, SIZE) == model, "{fs}");
-        // And down into the base, over which writing goes on.
+        // Commits into the base, and writes again afterwards.
         drop((file, other));
         lab.ok("commit m/d");
         let file = lab.open("m/d");
@@ -314,7 +317,7 @@ fn what_the_host_copies_by_itself_is_read_and_written_past_the_cache() {
 }
 
 #[test]
-fn writes_that_hang_past_the_cache_hold_up_no_other_disk() {
+fn hung_direct_writes_block_no_other_disk() {
     let lab = lab_on("xfs", 512);
     lab.mount("d=host/base.img,overlay=host/ov,direct e=blank:1M");
     let (hanging, other) = (lab.open("m/d"), lab.open("m/e"));
@@ -344,7 +347,7 @@ fn writes_that_hang_past_the_cache_hold_up_no_other_disk() {
 }
 
 #[test]
-fn a_direct_write_that_hangs_in_its_device_is_done_and_answered_late() {
+fn hung_direct_write_is_completed_and_answered_late() {
     let lab = lab_on("xfs", 512);
     lab.mount("d=host/base.img,overlay=host/ov,direct -o io_timeout=1");
     let file = lab.open("m/d");
@@ -352,9 +355,10 @@ fn a_direct_write_that_hangs_in_its_device_is_done_and_answered_late() {
     thread::scope(|scope| {
         let first = scope.spawn(|| file.write_all_at(&[1; 8192], 4096));
         thread::sleep(Duration::from_millis(2800));
-        // Neither done nor refused: what is refused must not happen later.
+        // Neither completed nor failed: a failed write must not happen later.
         assert!(!first.is_finished());
-        // It has the bytes until it ends; who waits for that is refused in time, and never done.
+        // The first write keeps its range locked; a second one to the range fails in time and never
+        // happens.
         let second = scope.spawn(|| lab.open("m/d").write_all_at(&[2; 8192], 4096));
         assert_eq!(errno_of(second.join().unwrap()), libc::EIO);
         assert!(!first.is_finished());
@@ -368,7 +372,7 @@ fn a_direct_write_that_hangs_in_its_device_is_done_and_answered_late() {
 }
 
 #[test]
-fn a_clone_of_a_direct_disk_is_direct() {
+fn clone_of_a_direct_disk_is_direct() {
     let lab = lab_on("xfs", 512);
     lab.mount("--store host/st d=host/base.img,overlay=host/st,direct");
     let model = use_all(&lab, whole(&lab, "m/d"));
@@ -386,7 +390,7 @@ fn a_clone_of_a_direct_disk_is_direct() {
     let pages = |all: &[PathBuf]| all.iter().map(|data| cached(&lab, data)).sum::<u64>();
     assert_eq!(pages(&all) + cached(&lab, &lab.path("host/base.img")), 0);
     lab.umount();
-    // A store does not keep the key.
+    // A store does not record the key.
     lab.mount("--store host/st");
     assert!(whole(&lab, "m/d") == model);
     assert!(pages(&all) > 0);
@@ -394,9 +398,9 @@ fn a_clone_of_a_direct_disk_is_direct() {
 }
 
 #[test]
-fn where_direct_is_not_to_be_had_it_is_refused_and_nothing_is_left() {
+fn direct_is_rejected_without_o_direct_and_leaves_nothing() {
     let lab = lab_on("ext4", 512);
-    // Where data goes through the journal, ext4 has no direct I/O.
+    // With data journalling, ext4 has no direct I/O.
     File::create(lab.path("journal.fs")).unwrap().set_len(64 * MIB).unwrap();
     let device = lab.loop_device("journal.fs", "");
     lab.sh(&format!("mkfs.ext4 -q {device}; mkdir j; mount -o data=journal {device} j"));
@@ -417,7 +421,7 @@ fn where_direct_is_not_to_be_had_it_is_refused_and_nothing_is_left() {
     lab.mount("d=host/base.img,direct");
     let line = lab.refused(1, "keep m/d j/ov");
     assert!(line.contains("leave out direct") && !lab.path("j/ov").exists(), "{line}");
-    // It goes on, and is kept elsewhere.
+    // The disk still works, and can be kept elsewhere.
     let model = use_all(&lab, whole(&lab, "m/d"));
     lab.ok("keep m/d host/ov");
     assert!(whole(&lab, "m/d") == model);

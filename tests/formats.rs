@@ -1,7 +1,7 @@
-//! The codecs of other tools' formats, held against those tools: `simg2img`, `img2simg` (Debian's
-//! android-sdk-libsparse-utils) and `bmaptool` (bmap-tools). `contrib/test` installs them.
+//! Codecs of other tools' formats, tested against these tools: `simg2img` and `img2simg` (Debian's
+//! android-sdk-libsparse-utils), and `bmaptool` (bmap-tools). `contrib/test` installs them.
 
-// Sizes are small here, and a test may panic.
+// Sizes are small, and a test may panic.
 #![allow(clippy::unwrap_used, clippy::cast_possible_truncation)]
 
 use std::fs::{self, File};
@@ -19,7 +19,7 @@ use cowslip::formats::bmap;
 
 const MIB: u64 = 1 << 20;
 
-/// Runs a program in `dir`; its output when it fails is the test's.
+/// Runs a program in `dir`. If it fails, the test fails with its output.
 fn run(dir: &Path, line: &[&str]) {
     let output = Command::new(line[0]).args(&line[1..]).current_dir(dir).output();
     let output = output.unwrap_or_else(|error| panic!("{}: {error}: run contrib/test", line[0]));
@@ -30,7 +30,8 @@ fn of(content: AndroidContent, range: Range<u64>) -> AndroidRun {
     AndroidRun { range, content }
 }
 
-/// The bytes that stand at `offset`: never zero, never four times the same.
+/// Returns the `len` bytes of the test pattern at `offset`: never zero, and never four equal words
+/// in a row.
 fn noise(offset: u64, len: usize) -> Vec<u8> {
     let byte = |at: u64| (at.wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 56) as u8 | 1;
     (offset..).take(len).map(byte).collect()
@@ -54,7 +55,7 @@ fn write_runs<W: Write>(writer: &mut AndroidWriter<W>, runs: &[AndroidRun]) {
     }
 }
 
-/// What `runs` make of a target that has `before` in every byte.
+/// Returns the bytes of a target after applying `runs`, where every byte was `before`.
 fn expected(runs: &[AndroidRun], before: u8) -> Vec<u8> {
     runs.iter()
         .flat_map(|run| {
@@ -73,7 +74,7 @@ fn some_runs() -> (u64, Vec<AndroidRun>) {
     let runs = [
         of(AndroidContent::Data, 0..BLOCK_SIZE),
         of(AndroidContent::Zeros, BLOCK_SIZE..3 * MIB),
-        // More than one chunk.
+        // Longer than one chunk.
         of(AndroidContent::Data, 5 * MIB..78 * MIB),
         of(AndroidContent::Zeros, 78 * MIB..79 * MIB),
         of(AndroidContent::Data, 90 * MIB..90 * MIB + BLOCK_SIZE),
@@ -82,7 +83,7 @@ fn some_runs() -> (u64, Vec<AndroidRun>) {
 }
 
 #[test]
-fn simg2img_reads_what_was_written() {
+fn simg2img_reads_our_images() {
     let dir = tempfile::tempdir().unwrap();
     let (size, runs) = some_runs();
     let plan = AndroidPlan::new(size, &runs).unwrap();
@@ -96,7 +97,7 @@ fn simg2img_reads_what_was_written() {
 }
 
 #[test]
-fn simg2img_zeroes_zeros_and_leaves_what_it_need_not_care_for() {
+fn simg2img_writes_zeros_and_skips_dont_care_ranges() {
     let dir = tempfile::tempdir().unwrap();
     let (size, runs) = some_runs();
     let mut writer =
@@ -115,7 +116,7 @@ fn simg2img_zeroes_zeros_and_leaves_what_it_need_not_care_for() {
 
 #[test]
 #[ignore = "writes 5 GiB: contrib/interop android runs it"]
-fn simg2img_loses_nothing_of_five_gigabytes_of_zeros() {
+fn simg2img_writes_all_of_five_gigabytes_of_zeros() {
     let dir = tempfile::tempdir_in("/var/tmp").unwrap();
     let size = 5 << 30;
     let runs = [
@@ -130,7 +131,7 @@ fn simg2img_loses_nothing_of_five_gigabytes_of_zeros() {
     let image = File::open(dir.path().join("image")).unwrap();
     let metadata = image.metadata().unwrap();
     assert_eq!(metadata.len(), size);
-    // It writes zeros out: what it has lost would be a hole.
+    // simg2img writes zeros out, so a lost range would be a hole.
     assert!(metadata.blocks() * 512 >= size, "{} of {size}", metadata.blocks() * 512);
     let mut last = vec![0; BLOCK_SIZE as usize];
     image.read_exact_at(&mut last, size - BLOCK_SIZE).unwrap();
@@ -138,11 +139,12 @@ fn simg2img_loses_nothing_of_five_gigabytes_of_zeros() {
 }
 
 #[test]
-fn what_img2simg_wrote_is_read() {
+fn images_of_img2simg_can_be_read() {
     let dir = tempfile::tempdir().unwrap();
     let (_, runs) = some_runs();
     let mut image = expected(&runs, 0);
-    // Fills that are not zeros, and a size that is not whole blocks: img2simg pads it.
+    // Fills other than zeros, and a size that is not a multiple of the block size: img2simg pads
+    // it.
     image[(80 * MIB) as usize..(81 * MIB) as usize].copy_from_slice(&b"abcd".repeat(1 << 18));
     image.truncate(image.len() - 5000);
     fs::write(dir.path().join("image"), &image).unwrap();
@@ -154,7 +156,7 @@ fn what_img2simg_wrote_is_read() {
     assert!(fills > 1, "img2simg has found no fill");
 }
 
-/// The image in a sparse image, and how many fills it has.
+/// Decodes a sparse image, and returns the image and the number of fills.
 fn decode(input: impl Read) -> (Vec<u8>, usize) {
     let mut decoder = AndroidDecoder::new(input, Checksums::Verify).unwrap();
     let (mut image, mut fills) = (Vec::new(), 0);
@@ -179,7 +181,7 @@ fn decode(input: impl Read) -> (Vec<u8>, usize) {
     (image, fills)
 }
 
-/// An image with three runs of data and an odd end, and what bmaptool is told of it.
+/// Creates an image with three runs of data and an unaligned end, and its bmap.
 fn image_and_bmap(dir: &Path) -> Vec<u8> {
     let size = 20 * MIB + 1234;
     let runs = [100..5000, 3 * MIB + 7..9 * MIB, 20 * MIB + 1000..20 * MIB + 1234];
@@ -198,7 +200,7 @@ fn image_and_bmap(dir: &Path) -> Vec<u8> {
 }
 
 #[test]
-fn bmaptool_copies_by_our_bmap() {
+fn bmaptool_copies_with_our_bmap() {
     let dir = tempfile::tempdir().unwrap();
     let image = image_and_bmap(dir.path());
     run(dir.path(), &["bmaptool", "copy", "--bmap", "image.bmap", "image", "copy"]);
@@ -208,7 +210,7 @@ fn bmaptool_copies_by_our_bmap() {
 }
 
 #[test]
-fn bmaptool_sees_damage_by_our_bmap() {
+fn bmaptool_detects_damage_with_our_bmap() {
     let refuses = |damage: &dyn Fn(&Path)| {
         let dir = tempfile::tempdir().unwrap();
         image_and_bmap(dir.path());
@@ -229,7 +231,7 @@ fn bmaptool_sees_damage_by_our_bmap() {
 }
 
 #[test]
-fn bmaptool_takes_an_image_that_is_one_hole() {
+fn bmaptool_accepts_an_image_that_is_one_hole() {
     let dir = tempfile::tempdir().unwrap();
     File::create(dir.path().join("image")).unwrap().set_len(MIB).unwrap();
     let mut output = File::create(dir.path().join("image.bmap")).unwrap();
@@ -239,7 +241,7 @@ fn bmaptool_takes_an_image_that_is_one_hole() {
     assert_eq!(fs::metadata(dir.path().join("copy")).unwrap().len(), MIB);
 }
 
-/// A loop device that goes again.
+/// A loop device that is detached on drop.
 struct Loop(String);
 
 impl Loop {

@@ -1,6 +1,6 @@
-//! The operations and the model that the library is tested with, on a real mount.
+//! The operations and the model of the library's tests, applied to a real mount.
 
-// Sizes are small here, and a test may panic.
+// Sizes are small, and a test may panic.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::cast_possible_truncation)]
 
 mod common;
@@ -16,7 +16,7 @@ use cowslip::extents::{Extent, ExtentKind};
 use proptest::prelude::*;
 use proptest::test_runner::FileFailurePersistence;
 
-/// Two disks of a mount, with what mounts them again.
+/// Two disks of a mount, with the arguments that mount them again.
 struct Mounted {
     lab: Lab,
     words: String,
@@ -125,8 +125,8 @@ impl Target for Mounted {
 
 const BASE: u64 = 300_000;
 
-/// Runs `ops` on a disk over a base and a blank one, with another reader that goes through the
-/// kernel's cache.
+/// Runs `ops` on a disk over a base and on a blank one. After each operation the disks are also
+/// read through the kernel's cache.
 fn check(ops: &[Op], menu: Menu, options: &str) {
     let mut lab = Lab::new();
     lab.base("base.img", BASE);
@@ -137,7 +137,7 @@ fn check(ops: &[Op], menu: Menu, options: &str) {
     );
     let mut mounted = Mounted::new(lab, &words);
     let mut models = [Model::new(base), Model::new(vec![0; 100_000])];
-    // A kill loses nothing that returned, and the mount cannot lose power here.
+    // A kill loses no completed write, and the power cannot be cut here.
     let ops: Vec<Op> = ops
         .iter()
         .map(|op| match op {
@@ -176,19 +176,19 @@ proptest! {
     #![proptest_config(config(24))]
 
     #[test]
-    fn a_mount_does_what_the_model_does(ops in prop::collection::vec(op(SMALL), 1..60)) {
+    fn mount_matches_the_model(ops in prop::collection::vec(op(SMALL), 1..60)) {
         check(&ops, SMALL, "");
     }
 
     #[test]
-    fn a_mount_with_large_blocks_does_what_the_model_does(
+    fn mount_with_large_blocks_matches_the_model(
         ops in prop::collection::vec(op(LARGE), 1..60),
     ) {
         check(&ops, LARGE, "");
     }
 
     #[test]
-    fn a_mount_without_cache_does_what_the_model_does(
+    fn mount_without_cache_matches_the_model(
         ops in prop::collection::vec(op(SMALL), 1..60),
     ) {
         check(&ops, SMALL, "--cache none");
@@ -200,9 +200,10 @@ const CALM: Menu = Menu { block: 4096, most: 400_000, resize: true, crash: false
 proptest! {
     #![proptest_config(config(24))]
 
-    // What the kernel holds back under writeback a killed daemon loses: no kills here.
+    // Without kills: with writeback a killed daemon loses the pages that the kernel has not written
+    // yet.
     #[test]
-    fn a_mount_with_writeback_does_what_the_model_does(
+    fn mount_with_writeback_matches_the_model(
         ops in prop::collection::vec(op(CALM), 1..60),
     ) {
         check(&ops, CALM, "--cache writeback");

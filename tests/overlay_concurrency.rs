@@ -1,12 +1,12 @@
-//! Many threads on one overlay, on real files: nobody's bytes are lost, whatever the others do in
-//! the same block.
+//! Many threads on one overlay, on real files: no thread's bytes are lost, whatever the others do
+//! in the same block.
 //!
 //! ```text
 //!   block    |  a  b  c  d  |  a  b  c  d  |   threads a..d own disjoint bytes of every block
 //!   others       punch, zero, write whole blocks next to them; sync and maintain all the time
 //! ```
 
-// Sizes are those of small disks in memory, and a test that cannot go on ends.
+// Disks are small, and a test may panic.
 #![allow(clippy::cast_possible_truncation, clippy::unwrap_used, clippy::expect_used)]
 
 mod common;
@@ -76,7 +76,8 @@ impl Lab {
         self.overlay().zero(range, &self.base, Wait::Yes).unwrap();
     }
 
-    /// Runs `work` on `threads` threads that start together, with syncs and upkeep beside them.
+    /// Runs `work` on `threads` threads that start together, while two more threads sync and
+    /// maintain the overlay.
     fn storm(&self, threads: u64, work: impl Fn(u64) + Sync) {
         let (done, barrier) = (AtomicBool::new(false), Barrier::new(threads as usize));
         thread::scope(|scope| {
@@ -98,14 +99,15 @@ impl Lab {
                     })
                 })
                 .collect();
-            // Joined before any is unwrapped: the upkeep must end in any case.
+            // Joined before any result is unwrapped, so that the background threads end in any
+            // case.
             let ended: Vec<_> = workers.into_iter().map(thread::ScopedJoinHandle::join).collect();
             done.store(true, Ordering::Relaxed);
             ended.into_iter().for_each(|end| end.unwrap());
         });
     }
 
-    /// What another mount finds after this one has closed.
+    /// Closes the overlay, opens it again, and returns all bytes.
     fn reopened(self) -> Vec<u8> {
         self.overlay().close().unwrap();
         let path = self.dir.path().join("vm.cow");
@@ -121,14 +123,15 @@ impl Lab {
 }
 
 #[test]
-fn neighbours_in_a_block_never_lose_each_others_first_touch() {
+fn concurrent_first_writes_in_a_block_lose_no_bytes() {
     const THREADS: u64 = 8;
     for _ in 0..20 {
         let lab = Lab::new();
         let piece = BLOCK / THREADS;
         lab.storm(THREADS, |me| {
             for block in 0..BLOCKS {
-                // All at the same block at about the same time; odd borders, so sectors are shared.
+                // All threads write to the same block at about the same time; unaligned ranges
+                // share sectors.
                 let from = block * BLOCK + me * piece + 3;
                 lab.write(&vec![me as u8 * 2 + 200; piece as usize - 5], from);
                 let seen = lab.read(from, piece as usize - 5);
@@ -148,11 +151,11 @@ fn neighbours_in_a_block_never_lose_each_others_first_touch() {
 }
 
 #[test]
-fn bytes_of_one_owner_survive_zeroing_and_writing_around_them() {
+fn bytes_survive_concurrent_writes_and_zeros_next_to_them() {
     const THREADS: u64 = 6;
     let lab = Lab::new();
-    // Owner `me` has byte range `me * 600 + 50 .. + 500` of every block. Each writes, zeroes and
-    // punches its own and knows what must be there.
+    // Owner `me` has the range `me * 600 + 50 .. + 500` of every block. Each thread writes and
+    // zeroes its own bytes and knows their expected values.
     let owned: Vec<Vec<u8>> = {
         let owned = parking_lot::Mutex::new(vec![Vec::new(); THREADS as usize]);
         lab.storm(THREADS, |me| {
@@ -191,7 +194,7 @@ fn bytes_of_one_owner_survive_zeroing_and_writing_around_them() {
 }
 
 #[test]
-fn whole_blocks_of_many_writers_and_punches_are_one_of_them_in_every_sector() {
+fn concurrent_writes_and_punches_of_whole_blocks_do_not_mix() {
     const THREADS: u64 = 6;
     let lab = Lab::new();
     lab.write(&vec![255; SIZE as usize], 0);
@@ -207,7 +210,7 @@ fn whole_blocks_of_many_writers_and_punches_are_one_of_them_in_every_sector() {
                 let len = (range.end - range.start) as usize;
                 lab.write(&vec![me as u8 + 1; len], range.start);
             }
-            // Once everything was written over, the base must never show again.
+            // After everything was written once, the base must never be visible again.
             let seen = lab.read(block * BLOCK, BLOCK as usize);
             let is_known = |byte: &u8| *byte <= THREADS as u8 || *byte == 255;
             assert!(seen.iter().all(is_known), "block {block} shows what nobody wrote");
@@ -221,7 +224,7 @@ fn whole_blocks_of_many_writers_and_punches_are_one_of_them_in_every_sector() {
 }
 
 #[test]
-fn aligned_and_unaligned_writers_of_one_block_leave_whole_values() {
+fn concurrent_aligned_and_unaligned_writes_leave_whole_values() {
     let lab = Lab::new();
     // Thread 0 writes whole blocks, 1 zeroes them, 2 and 3 write bytes 1000..1200 and 2000..2200.
     lab.storm(4, |me| {
@@ -253,17 +256,18 @@ fn aligned_and_unaligned_writers_of_one_block_leave_whole_values() {
 }
 
 #[test]
-fn a_reader_sees_old_or_new_and_never_goes_back() {
+fn reader_sees_old_or_new_bytes_and_never_goes_back() {
     let lab = Lab::new();
-    // One writer counts every block up; acknowledged[block] is the last value answered.
+    // One writer increments the value of every block; acknowledged[block] is its last completed
+    // value.
     let acknowledged: Vec<AtomicU64> = (0..BLOCKS).map(|_| AtomicU64::new(0)).collect();
     lab.storm(5, |me| {
         let mut chance = Chance(me);
         if me == 0 {
             for round in 1..=250u64 {
                 for block in 0..BLOCKS {
-                    // The first byte tells the value; zeroed in between, so that the space
-                    // goes away under the readers.
+                    // The first byte is the value. Zeroing in between frees the space while readers
+                    // use it.
                     if round % 3 == 0 {
                         lab.zero(block * BLOCK..(block + 1) * BLOCK);
                     }
@@ -284,7 +288,7 @@ fn a_reader_sees_old_or_new_and_never_goes_back() {
             let after = acknowledged[block as usize].load(Ordering::SeqCst);
             let value = u64::from(seen[0]);
             let is_base = lab.base.shown(SIZE)[(block * BLOCK) as usize + 512] == seen[0];
-            // Zeros: the writer is between its zeroing and its write.
+            // Zeros: the writer is between the zeroing and the write.
             assert!(
                 (before..=after + 1).contains(&value) || value == 0 || (before == 0 && is_base),
                 "block {block} shows {value} between {before} and {after}"
@@ -297,9 +301,9 @@ fn a_reader_sees_old_or_new_and_never_goes_back() {
 }
 
 #[test]
-fn a_shrinking_disk_and_the_space_of_a_recovery_do_not_meet() {
-    // After a recovery everything that is not Data waits to be punched; a shrink at that moment
-    // must not have its blocks punched before its record is vouched.
+fn shrinking_a_disk_does_not_conflict_with_freeing_space_after_a_recovery() {
+    // After a recovery all blocks other than Data wait to be punched. Blocks freed by a shrink at
+    // that time must not be punched before its record is vouched.
     let lab = Lab::new();
     lab.write(&vec![9; SIZE as usize], 0);
     lab.overlay().sync().unwrap();
@@ -324,7 +328,7 @@ fn a_shrinking_disk_and_the_space_of_a_recovery_do_not_meet() {
 }
 
 #[test]
-fn a_temporary_overlay_keeps_what_is_written_while_space_goes_back() {
+fn temporary_overlay_keeps_writes_while_space_is_freed() {
     let base = TestBase::solid(SIZE);
     let overlay = temporary(&std::env::temp_dir(), BLOCK as u32, SIZE, SIZE, None).unwrap();
     let overlay = Arc::new(overlay);
@@ -333,7 +337,7 @@ fn a_temporary_overlay_keeps_what_is_written_while_space_goes_back() {
             let (overlay, base) = (&overlay, &base);
             scope.spawn(move || {
                 for round in 0..3000u64 {
-                    // Each its own blocks, side by side with those of the others.
+                    // Each thread has its own blocks, interleaved with those of the others.
                     let at = (round * 4 % BLOCKS + me) * BLOCK;
                     overlay.write_at(&[round as u8 | 1; 700], at + 100, base, Wait::Yes).unwrap();
                     if round % 5 == 0 {

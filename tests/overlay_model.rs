@@ -1,7 +1,7 @@
-//! Overlays against a byte array: any operations in any order, through closes, kills and power
-//! cuts, for every block size and for sizes that fit none.
+//! Overlays compared with a byte array: random operations in any order, with closes, kills and
+//! power cuts, for every block size and for unaligned sizes.
 
-// Sizes are those of small disks in memory, and a test that cannot go on ends.
+// Disks are small and live in memory, and a test may panic.
 #![allow(clippy::cast_possible_truncation, clippy::unwrap_used, clippy::expect_used)]
 
 mod common;
@@ -24,7 +24,7 @@ use proptest::collection::vec;
 use proptest::prelude::*;
 use uuid::Uuid;
 
-/// A pair of disks and what to do with them.
+/// The properties of a pair of disks, and the operations on them.
 #[derive(Clone, Debug)]
 struct Case {
     block: u32,
@@ -35,8 +35,8 @@ struct Case {
     ops: Vec<Op>,
 }
 
-/// Sizes around block borders: none, less than a block, not a multiple, larger and smaller than
-/// the base.
+/// Generates sizes around block boundaries: zero, less than a block, unaligned ones, larger and
+/// smaller than the base.
 fn size(block: u64) -> BoxedStrategy<u64> {
     let blocks = if block > 4096 { 4 } else { 24 };
     prop_oneof![
@@ -91,29 +91,29 @@ proptest! {
     #![proptest_config(ProptestConfig { max_shrink_iters: 4000, ..ProptestConfig::default() })]
 
     #[test]
-    fn a_persistent_overlay_behaves_as_a_byte_array(case in case(false, true)) {
+    fn persistent_overlay_behaves_like_a_byte_array(case in case(false, true)) {
         check(&case, |base, size, block| SimDisk::persistent(base, size, block, None));
     }
 
     #[test]
-    fn a_temporary_overlay_behaves_as_a_byte_array(mut case in case(false, true)) {
+    fn temporary_overlay_behaves_like_a_byte_array(mut case in case(false, true)) {
         case.ops.retain(|op| !matches!(op, Op::Restart { .. }));
         check(&case, |base, size, block| SimDisk::temporary(base, size, block, None));
     }
 
     #[test]
-    fn a_disk_of_fixed_size_behaves_as_a_byte_array(case in case(true, false)) {
+    fn disk_of_fixed_size_behaves_like_a_byte_array(case in case(true, false)) {
         check(&case, |base, size, block| SimDisk::persistent(base, size, block, None));
     }
 
     #[test]
-    fn kills_lose_nothing_and_power_cuts_only_what_was_not_synced(case in case(true, true)) {
+    fn kills_lose_nothing_and_power_cuts_only_unsynced_data(case in case(true, true)) {
         check(&case, |base, size, block| SimDisk::persistent(base, size, block, None));
     }
 }
 
 #[test]
-fn the_limit_refuses_the_block_beyond_and_nothing_else() {
+fn limit_rejects_only_blocks_beyond_it() {
     let base = Arc::new(TestBase::solid(64 << 10));
     let mut disk = SimDisk::persistent(&base, 64 << 10, 4096, Some(8192));
     disk.write(&[1; 10], 0).unwrap();
@@ -123,7 +123,7 @@ fn the_limit_refuses_the_block_beyond_and_nothing_else() {
         let error = disk.write(&vec![3; len], offset).unwrap_err();
         assert_eq!(error.raw_os_error(), Some(libc::ENOSPC), "{len} bytes at {offset}");
     }
-    // Past the end the disk must not have grown either.
+    // A failed write past the end must not grow the disk either.
     assert!(disk.write(&[3; 10], 100 << 10).is_err());
     assert!(disk.read_all() == before);
     disk.write(&[4; 4096], 0).unwrap();
@@ -143,7 +143,7 @@ fn shrinking_and_growing_never_shows_the_base_again() {
         let mut expected = base.shown(5000);
         expected.resize(39_000, 0);
         assert!(disk.read_all() == expected, "block {block}");
-        // A first touch past the old end must not fetch it either.
+        // The first write past the old end must not read the base either.
         disk.write(&[9], 5001).unwrap();
         expected[5001] = 9;
         assert!(disk.read_all() == expected, "block {block}");
@@ -152,7 +152,7 @@ fn shrinking_and_growing_never_shows_the_base_again() {
 }
 
 #[test]
-fn bytes_past_a_smaller_end_do_not_come_back() {
+fn truncated_bytes_do_not_come_back() {
     let base = Arc::new(TestBase::solid(0));
     let mut disk = SimDisk::persistent(&base, 4096, 4096, None);
     disk.write(&[7; 4096], 0).unwrap();
@@ -165,7 +165,7 @@ fn bytes_past_a_smaller_end_do_not_come_back() {
 }
 
 #[test]
-fn a_zeroed_range_hides_the_base_and_is_a_hole() {
+fn zeroed_range_hides_the_base_and_is_a_hole() {
     let base = Arc::new(TestBase::solid(64 << 10));
     let mut disk = SimDisk::persistent(&base, 64 << 10, 4096, None);
     disk.zero(4096..12_288).unwrap();
@@ -176,11 +176,11 @@ fn a_zeroed_range_hides_the_base_and_is_a_hole() {
     disk.check_shape();
 }
 
-/// Sizes at which a step for each so many bytes would take hours.
+/// Sizes in bytes at which one step per block would take hours.
 const HUGE: [u64; 4] = [16 << 40, 8 << 50, 7 << 60, MAX_DISK_SIZE];
 
 #[test]
-fn space_goes_back_in_steps_for_what_there_is_whatever_was_freed() {
+fn freeing_space_takes_steps_for_allocated_ranges_only() {
     let base = Arc::new(TestBase::solid(0));
     for size in HUGE {
         let disk = SimDisk::persistent(&base, 0, 4096, None);
@@ -204,7 +204,7 @@ fn space_goes_back_in_steps_for_what_there_is_whatever_was_freed() {
 }
 
 #[test]
-fn space_that_was_reserved_goes_back_where_zeros_were_before() {
+fn reserved_space_of_zeroed_blocks_is_given_back() {
     let base = Arc::new(TestBase::solid(64 << 10));
     for make in [SimDisk::persistent, SimDisk::temporary] {
         let disk = make(&base, 64 << 10, 4096, None);
@@ -228,7 +228,7 @@ fn zero_all(overlay: &Overlay) -> io::Result<()> {
 }
 
 #[test]
-fn a_sync_beside_a_change_that_hangs_takes_steps_for_what_there_is() {
+fn sync_next_to_a_hung_write_frees_the_rest_without_waiting() {
     let base = Arc::new(TestBase::solid(0));
     for size in HUGE {
         let disk = SimDisk::persistent(&base, 0, 4096, None);
@@ -242,7 +242,8 @@ fn a_sync_beside_a_change_that_hangs_takes_steps_for_what_there_is() {
         thread::scope(|scope| {
             let writer = scope.spawn(|| overlay.write_at(&[8; 4096], 0, &*base, Wait::Yes));
             host.wait_held(1);
-            // Its range is locked: what is far from it goes back, and nothing waits for it.
+            // The range of the write is locked: space far from it is given back, and the sync does
+            // not wait.
             overlay.sync().unwrap();
             assert!(!disk.layer.data.is_allocated(&(4096..size)), "of {size} bytes");
             host.release();
@@ -254,9 +255,9 @@ fn a_sync_beside_a_change_that_hangs_takes_steps_for_what_there_is() {
     }
 }
 
-/// Where something could go wrong: borders of segments, and of what an offset can be.
+/// Offsets in bytes where errors are likely: boundaries of segments, and limits of offsets.
 const ANCHORS: [u64; 7] = [0, 8 << 40, 16 << 40, 8 << 50, 1 << 62, 7 << 60, MAX_DISK_SIZE];
-/// Bytes before and after them.
+/// Distance in bytes before and after the anchors.
 const AROUND: u64 = 40_000;
 
 /// A change near the anchors.
@@ -284,7 +285,7 @@ fn far() -> impl Strategy<Value = Far> {
     ]
 }
 
-/// A persistent overlay over nothing, in files of the host.
+/// A persistent overlay over an empty base, in files of the host.
 struct FarDisk {
     dir: tempfile::TempDir,
     disk: Option<OpenedOverlay>,
@@ -341,7 +342,7 @@ impl FarDisk {
     }
 }
 
-/// What `window` holds after `changes`, and the disk's size.
+/// Returns the bytes of `window` after `changes`, and the disk's size.
 fn shown_after(changes: &[Far], window: &std::ops::Range<u64>) -> (Vec<u8>, u64) {
     let mut bytes = vec![0; (window.end - window.start) as usize];
     let mut fill = |start: u64, end: u64, fill: u8| {
@@ -369,7 +370,7 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(48))]
 
     #[test]
-    fn an_overlay_behaves_as_a_byte_array_up_to_the_largest_offset(
+    fn overlay_behaves_like_a_byte_array_up_to_the_largest_offset(
         changes in vec(far(), 1..30), block in prop_oneof![Just(512u32), Just(4096), Just(2 << 20)],
     ) {
         let mut disk = FarDisk::new(block);

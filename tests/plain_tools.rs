@@ -1,7 +1,7 @@
-//! Plain tools on a real mount: what they see is a disk with its true shape, and what they leave
-//! in it is what they leave in a file.
+//! Common tools on a real mount: they see a disk with its true holes, and what they write reads
+//! back as from a plain file.
 
-// Sizes are small here, and a test may panic.
+// Sizes are small, and a test may panic.
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
@@ -18,7 +18,7 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 
 use common::mount::*;
 
-/// A mount of a 48 MiB base, temporary.
+/// Mounts a temporary disk `d` over a base of 48 MiB.
 fn lab() -> Lab {
     let mut lab = Lab::new();
     lab.base("base.img", 48 * MIB);
@@ -26,7 +26,7 @@ fn lab() -> Lab {
     lab
 }
 
-/// Some changes: new data over a hole, a hole over data, new data over old.
+/// Makes changes: data over a hole, a hole over data, data over data.
 fn change(lab: &Lab, disk: &str) {
     let file = lab.open(disk);
     file.write_all_at(&noise(MIB, 77), 30 * MIB).unwrap();
@@ -41,7 +41,7 @@ fn assert_same_holes(lab: &Lab, one: &str, two: &str) {
 }
 
 #[test]
-fn qemu_img_sees_the_shape_of_the_base() {
+fn qemu_img_sees_the_holes_of_the_base() {
     let lab = lab();
     let map = |file: &str| {
         let text = lab.sh(&format!("qemu-img map --output=json -f raw {file}"));
@@ -112,14 +112,15 @@ fn qemu_img_resizes_a_disk() {
 }
 
 #[test]
-fn a_qcow2_rebased_on_the_mounted_disk_holds_only_the_difference() {
+fn qcow2_rebased_from_the_disk_to_the_base_holds_only_the_difference() {
     let lab = lab();
     lab.sh("
         qemu-img create -q -f qcow2 -b m/d -F raw vm.qcow2
         qemu-io -c 'write -P 7 20M 64k' vm.qcow2
     ");
     change(&lab, "m/d");
-    // The file on top is the mounted disk; what it differs in from the base goes to the qcow2.
+    // The image's backing file is the disk; the rebase copies what differs from the base into the
+    // qcow2.
     lab.sh("
         qemu-img create -q -f qcow2 -b m/d -F raw diff.qcow2
         qemu-img rebase -f qcow2 -b base.img -F raw diff.qcow2
@@ -130,7 +131,7 @@ fn a_qcow2_rebased_on_the_mounted_disk_holds_only_the_difference() {
 }
 
 #[test]
-fn dd_writes_and_reads_sparsely_and_directly() {
+fn dd_reads_and_writes_sparsely_and_with_direct_io() {
     let mut lab = lab();
     lab.base("src.img", 48 * MIB);
     lab.sh("
@@ -168,7 +169,7 @@ fn cp_out_of_the_mount_keeps_the_holes() {
 }
 
 #[test]
-fn cp_into_the_mount_leaves_exactly_its_source() {
+fn cp_into_the_mount_gives_an_exact_copy() {
     let mut lab = lab();
     lab.base("small", 10 * MIB + 123);
     lab.base("large", 70 * MIB + 4567);
@@ -183,7 +184,7 @@ fn cp_into_the_mount_leaves_exactly_its_source() {
         cp --sparse=auto large m/d
     ");
     let runs = |name: &str| data_runs(&lab.open_ro(name));
-    // Beside the base's data nothing may turn up: what is a hole in the source is one here.
+    // No data of the base may reappear: holes of the source are holes in the copy.
     let block = |at: u64| at.next_multiple_of(4096);
     let expected: Vec<_> = runs("large").iter().map(|run| run.start..block(run.end)).collect();
     let found: Vec<_> = runs("m/d").iter().map(|run| run.start..block(run.end)).collect();
@@ -203,7 +204,7 @@ fn cp_inside_the_mount_copies_data_and_holes() {
 }
 
 #[test]
-fn tar_keeps_the_holes_both_ways() {
+fn tar_keeps_the_holes_in_both_directions() {
     let lab = lab();
     change(&lab, "m/d");
     lab.sh("
@@ -222,7 +223,7 @@ fn tar_keeps_the_holes_both_ways() {
 }
 
 #[test]
-fn rsync_keeps_the_holes_both_ways() {
+fn rsync_keeps_the_holes_in_both_directions() {
     let lab = lab();
     change(&lab, "m/d");
     lab.sh("
@@ -235,7 +236,8 @@ fn rsync_keeps_the_holes_both_ways() {
     lab.end();
 }
 
-/// A file system in a disk on a loop device, filled, trimmed and unmounted.
+/// Creates a file system in a disk through a loop device, fills it, trims it, and checks it after a
+/// remount.
 fn file_system_in_a_disk(make: &str, check: &str, losetup: &str) {
     let lab = Lab::new();
     lab.mount("d=blank:512M,overlay=ov");
@@ -254,7 +256,7 @@ fn file_system_in_a_disk(make: &str, check: &str, losetup: &str) {
     let full = allocated(&data);
     assert!(full > 64 * MIB, "{full}");
     lab.sh("rm inside/big; sync -f inside/small");
-    // XFS frees the blocks of a removed file when it finds the time.
+    // XFS frees the blocks of a removed file in the background.
     wait_until("fstrim gives the space of a removed file back", || {
         lab.sh("fstrim inside; sync m/d");
         allocated(&data) + 60 * MIB < full
@@ -276,22 +278,22 @@ fn file_system_in_a_disk(make: &str, check: &str, losetup: &str) {
 }
 
 #[test]
-fn an_ext4_on_a_loop_device_over_a_disk_is_whole_and_trimmed() {
+fn ext4_on_a_loop_device_is_trimmed_and_passes_fsck() {
     file_system_in_a_disk("mkfs.ext4 -q", "e2fsck -fn", "");
 }
 
 #[test]
-fn an_ext4_on_a_direct_loop_device_over_a_disk_is_whole_and_trimmed() {
+fn ext4_on_a_direct_loop_device_is_trimmed_and_passes_fsck() {
     file_system_in_a_disk("mkfs.ext4 -q", "e2fsck -fn", "--direct-io=on");
 }
 
 #[test]
-fn an_xfs_on_a_loop_device_over_a_disk_is_whole_and_trimmed() {
+fn xfs_on_a_loop_device_is_trimmed_and_passes_repair() {
     file_system_in_a_disk("mkfs.xfs -q", "xfs_repair -n", "");
 }
 
 #[test]
-fn mkfs_on_the_file_itself_discards_and_leaves_a_whole_file_system() {
+fn mkfs_on_the_disk_file_discards_old_data_and_passes_fsck() {
     let mut lab = Lab::new();
     lab.base("base.img", 512 * MIB);
     lab.mount("d=base.img e=base.img");
@@ -299,7 +301,7 @@ fn mkfs_on_the_file_itself_discards_and_leaves_a_whole_file_system() {
         mkfs.ext4 -q -F m/d && e2fsck -fn m/d
         mkfs.xfs -q -f m/e && xfs_repair -n -f m/e
     ");
-    // The discard has hidden the base's data: what is left is what a plain file would hold.
+    // The discard hides the base's data: only as much data is left as in a plain file.
     lab.sh("
         cp base.img plain.ext4 && mkfs.ext4 -q -F plain.ext4
         cp base.img plain.xfs && mkfs.xfs -q -f plain.xfs
@@ -314,7 +316,7 @@ fn mkfs_on_the_file_itself_discards_and_leaves_a_whole_file_system() {
 }
 
 #[test]
-fn seek_sees_what_was_written_through_a_shared_mapping() {
+fn seek_sees_writes_through_a_shared_mapping() {
     let lab = lab();
     let file = lab.open("m/d");
     let hole = 40 * MIB;
@@ -331,25 +333,25 @@ fn seek_sees_what_was_written_through_a_shared_mapping() {
         )
     };
     assert_ne!(page, libc::MAP_FAILED);
-    // SAFETY: the mapping is there, writable and a page long.
+    // SAFETY: the mapping exists, is writable and one page long.
     unsafe { page.cast::<u8>().write_volatile(42) };
     assert_eq!(seek(&file, rustix::fs::SeekFrom::Data(hole)), Ok(hole));
     lab.sh("cp m/d out");
     assert_eq!(read(&lab.open_ro("out"), hole, 1), [42]);
-    // The handle is closed first: the mapping outlives it and must be seen all the same.
+    // The mapping outlives its file handle, and its writes must still be seen.
     drop(file);
     // SAFETY: as above.
     unsafe { page.cast::<u8>().add(1).write_volatile(43) };
     lab.sh("cp m/d out2");
     assert_eq!(read(&lab.open_ro("out2"), hole, 2), [42, 43]);
-    // SAFETY: the mapping made above, used by nobody any more.
+    // SAFETY: unmaps the mapping created above, which has no users left.
     assert_eq!(unsafe { libc::munmap(page, 4096) }, 0);
     wait_until("the mapping lets go", || lab.disk("d")["openers"] == 0);
     lab.end();
 }
 
 #[test]
-fn st_blocks_tells_of_holes_when_there_are_any() {
+fn st_blocks_reflects_the_holes_of_a_disk() {
     let lab = lab();
     let found = fs::metadata(lab.path("m/d")).unwrap();
     assert!(found.blocks() * 512 < found.len());
@@ -362,7 +364,7 @@ fn st_blocks_tells_of_holes_when_there_are_any() {
 }
 
 #[test]
-fn fio_verifies_what_it_wrote_at_random() {
+fn fio_verifies_its_random_writes() {
     let lab = Lab::new();
     lab.mount("d=blank:64M e=blank:64M");
     for (disk, direct, engine) in [("d", 0, "psync"), ("e", 1, "libaio")] {

@@ -1,7 +1,7 @@
-//! qcow2 bases: images that the real qemu-img made are read as it reads them, and hostile ones are
-//! refused before anything they name is opened.
+//! qcow2 bases: images created by the real qemu-img are read as QEMU reads them, and hostile ones
+//! are rejected before any file that they name is opened.
 
-// Sizes are small here, and a test may panic.
+// Sizes are small, and a test may panic.
 #![allow(clippy::unwrap_used, clippy::cast_possible_truncation)]
 
 mod common;
@@ -17,13 +17,13 @@ use cowslip::base::{BaseAccess, BaseOptions};
 use cowslip::config::{DirectIo, DiskSource, Format, Locking, Passthrough, SourcePart};
 use rustix::fs::{CWD, RenameFlags};
 
-/// The disks of `names`, mounted read-only, compare equal to what QEMU reads of the images.
+/// Mounts the images `names` read-only and checks that the disks equal what QEMU reads.
 fn same_as_qemu(lab: &Lab, names: &[&str]) {
     let words = names.iter().map(|name| format!(" {name}={name}.qcow2,format=qcow2,mode=ro"));
     lab.mount(words.collect::<String>().trim_start());
     for name in names {
         lab.sh(&format!("qemu-img compare -f raw -F qcow2 m/{name} {name}.qcow2"));
-        // Where zeros are is the same as well: as a list of runs, and of what they are.
+        // The zero ranges are equal as well, compared as a list of runs.
         let zeros = |of: &str| {
             let map: serde_json::Value =
                 serde_json::from_str(&lab.sh(&format!("qemu-img map --output=json {of}"))).unwrap();
@@ -46,7 +46,7 @@ fn same_as_qemu(lab: &Lab, names: &[&str]) {
 }
 
 #[test]
-fn images_of_every_cluster_size_and_version_are_read_as_qemu_reads_them() {
+fn images_of_every_cluster_size_and_version_are_read_like_qemu() {
     let mut lab = Lab::new();
     lab.base("base.img", 8 * MIB);
     let mut names = Vec::new();
@@ -66,7 +66,7 @@ fn images_of_every_cluster_size_and_version_are_read_as_qemu_reads_them() {
 }
 
 #[test]
-fn compressed_and_preallocated_images_are_read_as_qemu_reads_them() {
+fn compressed_and_preallocated_images_are_read_like_qemu() {
     let mut lab = Lab::new();
     lab.base("base.img", 8 * MIB);
     lab.sh("qemu-img convert -c -f raw -O qcow2 base.img packed.qcow2
@@ -85,7 +85,7 @@ fn compressed_and_preallocated_images_are_read_as_qemu_reads_them() {
 }
 
 #[test]
-fn chains_are_read_through_to_the_last_image() {
+fn backing_chains_are_read_down_to_the_last_image() {
     let mut lab = Lab::new();
     lab.base("base.img", 8 * MIB);
     lab.sh("mkdir deep
@@ -96,7 +96,7 @@ fn chains_are_read_through_to_the_last_image() {
          qemu-img create -q -f qcow2 -b two.qcow2 -F qcow2 three.qcow2 10M
          qemu-io -c 'write -z 64K 64K' -c 'write -P 3 8M 1' three.qcow2");
     same_as_qemu(&lab, &["three"]);
-    // The same through an overlay, by one that is mounted again and again.
+    // The same through an overlay that is mounted repeatedly.
     let before =
         lab.sh("qemu-img convert -f qcow2 -O raw three.qcow2 three.raw; cat three.raw | md5sum");
     lab.mount("d=three.qcow2,format=qcow2,overlay=ov");
@@ -104,7 +104,7 @@ fn chains_are_read_through_to_the_last_image() {
     lab.open("m/d").write_all_at(b"written", 3 * MIB - 3).unwrap();
     let changed = lab.sh("cat m/d | md5sum");
     lab.umount();
-    // As another format it is another base.
+    // With another format it is another base.
     let line = lab.refused(1, "mount m d=three.qcow2,format=raw,overlay=ov");
     assert!(line.contains("as qcow2, not of") && line.contains("as raw"), "{line}");
     lab.mount("d=three.qcow2,format=qcow2,overlay=ov");
@@ -115,7 +115,7 @@ fn chains_are_read_through_to_the_last_image() {
 }
 
 #[test]
-fn a_backing_file_that_changed_under_an_overlay_is_noticed() {
+fn changed_backing_file_of_a_base_is_detected() {
     let mut lab = Lab::new();
     lab.base("base.img", 4 * MIB);
     lab.sh("qemu-img create -q -f qcow2 -b base.img -F raw top.qcow2");
@@ -123,7 +123,7 @@ fn a_backing_file_that_changed_under_an_overlay_is_noticed() {
     lab.open("m/d").write_all_at(b"x", 0).unwrap();
     lab.umount();
     assert!(lab.ok("check ov").contains("base.img, 4 MiB, unchanged"));
-    // All of it moves, and is the same.
+    // All files move, with the same content.
     lab.sh("mkdir new; cp -p base.img top.qcow2 new; mv top.qcow2 old.qcow2");
     lab.ok("rebase ov --base new/top.qcow2");
     lab.mount("d=new/top.qcow2,format=qcow2,overlay=ov");
@@ -146,7 +146,7 @@ fn a_backing_file_that_changed_under_an_overlay_is_noticed() {
 }
 
 #[test]
-fn a_disk_of_a_store_remembers_the_format_of_its_base() {
+fn disk_of_a_store_records_the_format_of_its_base() {
     let mut lab = Lab::new();
     lab.base("base.img", 4 * MIB);
     lab.sh("qemu-img convert -f raw -O qcow2 base.img vm.qcow2");
@@ -161,7 +161,7 @@ fn a_disk_of_a_store_remembers_the_format_of_its_base() {
 }
 
 #[test]
-fn what_a_guest_writes_into_a_raw_base_does_not_make_it_an_image() {
+fn raw_base_stays_raw_even_if_a_guest_writes_a_qcow2_header() {
     let lab = Lab::new();
     lab.sh("truncate -s 4M base.img; qemu-img create -q -f qcow2 -b /etc/shadow -F raw evil.qcow2");
     lab.mount("d=base.img,overlay=ov");
@@ -169,20 +169,21 @@ fn what_a_guest_writes_into_a_raw_base_does_not_make_it_an_image() {
     let bytes = fs::read(lab.path("m/d")).unwrap();
     lab.ok("commit m/d");
     lab.umount();
-    // It looks like one now, which is for the user to say; the overlay knows it as raw.
+    // The base looks like a qcow2 image now, so the user must name the format; the overlay has
+    // recorded it as raw.
     let line = lab.refused(1, "mount m d=base.img,overlay=ov");
     assert!(line.contains("add ,format=qcow2 (or ,format=raw for the bytes)"), "{line}");
     lab.mount("d=base.img,format=raw,overlay=ov");
     assert!(fs::read(lab.path("m/d")).unwrap() == bytes);
     lab.umount();
-    // As a backing file whose format is written down it stays raw, too.
+    // A backing file with a recorded format stays raw as well.
     lab.sh("qemu-img create -q -f qcow2 -b base.img -F raw top.qcow2");
     same_as_qemu(&lab, &["top"]);
     lab.end();
 }
 
 #[test]
-fn an_image_is_only_read() {
+fn qcow2_base_is_read_only() {
     let lab = Lab::new();
     lab.sh("qemu-img create -q -f qcow2 vm.qcow2 4M");
     let line = lab.refused(1, "mount m d=vm.qcow2,format=qcow2,mode=rw");
@@ -196,7 +197,7 @@ fn an_image_is_only_read() {
     lab.end();
 }
 
-/// `lab` refuses to mount `image` in a moment, with a line that says all of `words`.
+/// Checks that mounting `image` fails quickly, with a line that contains all of `words`.
 fn hostile(lab: &Lab, image: &str, words: &[&str]) {
     let start = Instant::now();
     let line = lab.refused(1, &format!("mount m d={image},format=qcow2"));
@@ -207,7 +208,7 @@ fn hostile(lab: &Lab, image: &str, words: &[&str]) {
 }
 
 #[test]
-fn nothing_is_opened_that_was_not_allowed() {
+fn backing_files_outside_allowed_directories_are_not_opened() {
     let lab = Lab::new();
     lab.sh("mkdir in out
          qemu-img create -q -f raw out/base.img 4M
@@ -241,7 +242,7 @@ fn nothing_is_opened_that_was_not_allowed() {
     lab.end();
 }
 
-/// Opens `image` as a mount would, with nothing allowed but its own directory.
+/// Opens `image` as a mount would, with no other directory allowed than its own.
 fn open(image: &Path) -> Result<cowslip::base::Base, cowslip::base::BaseError> {
     let how = BaseOptions {
         format: Some(Format::Qcow2),
@@ -256,7 +257,7 @@ fn open(image: &Path) -> Result<cowslip::base::Base, cowslip::base::BaseError> {
 }
 
 #[test]
-fn a_directory_that_becomes_a_link_meanwhile_leads_nowhere() {
+fn directory_replaced_by_a_link_during_an_open_is_not_followed() {
     let lab = Lab::new();
     lab.sh("mkdir -p own/sub out
          truncate -s 1M own/sub/base; truncate -s 1M out/base
@@ -273,7 +274,7 @@ fn a_directory_that_becomes_a_link_meanwhile_leads_nowhere() {
                 rustix::fs::renameat_with(CWD, &sub, CWD, &link, RenameFlags::EXCHANGE).unwrap();
             }
         });
-        // By what the image names, and by where the image itself lies.
+        // Through the backing file's name, and through the path of the image itself.
         let images = ["own/top.qcow2", "own/sub/low.qcow2"].map(|image| lab.path(image));
         let needs = |image: &PathBuf| open(image).map_or_else(|_| Vec::new(), |base| base.needs);
         let opened = (0..5000).flat_map(|_| &images).flat_map(needs);
@@ -286,9 +287,9 @@ fn a_directory_that_becomes_a_link_meanwhile_leads_nowhere() {
 }
 
 #[test]
-fn a_chain_whose_tables_are_too_much_to_hold_is_refused() {
+fn chain_with_too_large_tables_is_rejected() {
     let lab = Lab::new();
-    // Each a few KiB on the disk, with an L1 table of 32 MiB, the largest there is.
+    // Each image takes a few KiB and has an L1 table of 32 MiB, the maximum.
     lab.sh("qemu-img create -q -f qcow2 -o cluster_size=512 0.qcow2 1M
          for i in 1 2 3 4; do
              qemu-img create -q -f qcow2 -u -o cluster_size=512 -b $((i - 1)).qcow2 -F qcow2 $i.qcow2 1M
@@ -302,14 +303,14 @@ fn a_chain_whose_tables_are_too_much_to_hold_is_refused() {
     }
     lab.mount("d=2.qcow2,format=qcow2,mode=ro");
     lab.umount();
-    // The fourth is one too many.
+    // The fourth image exceeds the limit.
     hostile(&lab, "3.qcow2", &["0.qcow2'", "to more than 128 MiB"]);
     hostile(&lab, "4.qcow2", &["1.qcow2'", "to more than 128 MiB"]);
     lab.end();
 }
 
 #[test]
-fn data_in_another_file_is_read_where_that_is_allowed() {
+fn external_data_file_is_read_if_allowed() {
     let lab = Lab::new();
     lab.sh("qemu-img create -q -f qcow2 -o data_file=data.raw d.qcow2 4M
          qemu-io -c 'write -P 7 1M 1M' -c 'write -z 2M 64K' d.qcow2
@@ -320,7 +321,7 @@ fn data_in_another_file_is_read_where_that_is_allowed() {
 }
 
 #[test]
-fn chains_without_an_end_or_a_format_are_refused() {
+fn endless_chains_and_chains_without_a_format_are_rejected() {
     let lab = Lab::new();
     lab.sh(
         "qemu-img create -q -f qcow2 -u -b pelf.qcow2 -F qcow2 other.qcow2 4M
@@ -345,7 +346,7 @@ fn chains_without_an_end_or_a_format_are_refused() {
 }
 
 #[test]
-fn damaged_headers_and_tables_are_refused() {
+fn damaged_headers_and_tables_are_rejected() {
     let lab = Lab::new();
     lab.sh(
         "qemu-img create -q -f qcow2 good.qcow2 64M
@@ -388,10 +389,11 @@ fn damaged_headers_and_tables_are_refused() {
 }
 
 #[test]
-fn damaged_clusters_are_errors_and_never_other_bytes() {
+fn damaged_clusters_give_errors_instead_of_wrong_bytes() {
     let lab = Lab::new();
     lab.sh("seq 700000 | head -c 4M >base.img; qemu-img convert -c -f raw -O qcow2 base.img packed.qcow2; qemu-img convert -f raw -O qcow2 base.img cut.qcow2");
-    // Compressed data is the rest of the file: none of it inflates any more.
+    // The second half of the file, which is compressed data, is overwritten and does not inflate
+    // any more.
     let file = OpenOptions::new().write(true).open(lab.path("packed.qcow2")).unwrap();
     let len = file.metadata().unwrap().len();
     file.write_all_at(&vec![0xff; (len / 2) as usize], len / 2).unwrap();
@@ -404,7 +406,8 @@ fn damaged_clusters_are_errors_and_never_other_bytes() {
         for at in (0..4 * MIB).step_by(65536) {
             let mut buf = vec![0; 65536];
             match file.read_exact_at(&mut buf, at) {
-                // There are no checksums: what was cut in the middle may inflate to something.
+                // Without checksums, a cluster that was cut in the middle may inflate to wrong
+                // bytes.
                 Ok(()) => other += u32::from(buf != base[at as usize..][..65536]),
                 Err(error) => {
                     assert_eq!(error.raw_os_error(), Some(libc::EIO));

@@ -1,12 +1,12 @@
-//! `cowslip recv` killed at every change that it makes to files: the name is whole or not there,
-//! and what was promised of a part is there.
+//! `cowslip recv` killed at every change that it makes to files: the target is complete or absent,
+//! and a part holds what its state promises.
 //!
-//! The receiver has two threads: one writes what arrives, one makes it durable and says so. Which
-//! of them is where when the other is killed is left to chance, so not every kill is at the same
-//! state; what must hold afterwards holds at any. A power cut is not a kill: for that it is the
-//! order of syncs that is looked at.
+//! The receiver has two threads: one writes the data, the other makes it durable and records this.
+//! The position of one thread when the other is killed is random, so the kills do not all hit the
+//! same states; the checks hold for any state. A kill is not a power cut, so for power cuts the
+//! order of syncs is checked.
 
-// Sizes are small here, and a test may panic.
+// Sizes are small, and a test may panic.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::cast_possible_truncation)]
 
 mod common;
@@ -20,13 +20,13 @@ use common::strace::{self, Call, Seen, kill_at};
 use cowslip::stream::frames::rbd;
 use cowslip::transfer::checkpoint::{Checkpoint, CheckpointKind, HashChain};
 
-/// What lies between two checkpoints here: small, so that there are many.
+/// Distance in bytes between two checkpoints: small, so that there are many.
 const PIECE: u64 = 64 * KIB;
 const SIZE: u64 = 16 * PIECE;
-/// Of the source, as its sender tells it.
+/// Identity of the source, as reported by its sender.
 const IDENTITY: u64 = 77;
 
-/// What is sent: in every other piece a hole and data, else data alone.
+/// Returns the image that is sent: every other piece begins with a hole, the others are all data.
 fn image() -> Vec<u8> {
     let mut bytes = noise(SIZE, 5);
     for piece in bytes.chunks_mut(2 * PIECE as usize) {
@@ -35,7 +35,7 @@ fn image() -> Vec<u8> {
     bytes
 }
 
-/// The stream that sends `image` from `origin` on, with a checkpoint after every piece.
+/// Returns the stream that sends `image` from `origin` on, with a checkpoint after every piece.
 fn stream(image: &[u8], origin: u64) -> Vec<u8> {
     let (mut wire, mut chain) = (Vec::new(), HashChain::default());
     let put = |wire: &mut Vec<u8>, chain: &mut HashChain, bytes: &[u8]| {
@@ -70,13 +70,14 @@ fn recv(lab: &Lab, words: &str, wire: &[u8]) -> Output {
     command.stdout(Stdio::piped()).stderr(Stdio::piped()).output().unwrap()
 }
 
-/// What is there before each try: a file, and a part of as many bytes, verified.
+/// Creates the state before each run: optionally an old file, and a part with `begun` verified
+/// bytes.
 #[track_caller]
 fn prepare(lab: &Lab, old: Option<&[u8]>, begun: u64) {
     lab.sh("rm -f out out.part out.part.state out.part.state.new");
     if begun > 0 {
         let sent = stream(&image(), 0);
-        // Cut in the middle of the piece behind it.
+        // Cut in the middle of the following piece.
         let end = sent.len() as u64 * (2 * begun + PIECE) / (2 * SIZE);
         one_line(1, &recv(lab, "out", &sent[..end as usize]), "a cut stream");
         assert_eq!(lab.ok("recv out --resume-offset").trim(), begun.to_string());
@@ -86,8 +87,9 @@ fn prepare(lab: &Lab, old: Option<&[u8]>, begun: u64) {
     }
 }
 
-/// After a kill: the name holds what it did, or all that was sent; what a part's state promises is
-/// there; and it can be gone on with.
+/// Checks the state after a kill: the target is unchanged or complete, the part holds all bytes
+/// that its state promises, and the transfer can be resumed. Returns the offset it was resumed
+/// from, or `SIZE` if it was complete.
 #[track_caller]
 fn look(lab: &Lab, image: &[u8], old: Option<&[u8]>, words: &str, at: &str) -> u64 {
     let now = fs::read(lab.path("out")).ok();
@@ -111,13 +113,13 @@ fn look(lab: &Lab, image: &[u8], old: Option<&[u8]>, words: &str, at: &str) -> u
     said
 }
 
-/// The file that is received, by a path that strace shows in every call.
+/// Returns the path of the received file as strace prints it.
 fn target(lab: &Lab) -> String {
     format!("{}/out", lab.dir().canonicalize().unwrap().display())
 }
 
-/// Kills at every change: by its name and its number in whichever thread comes to it first.
-/// `begun`: how much is there before, and stays there whatever is killed.
+/// Kills at every change, given by the call's name and its number in the first thread that reaches
+/// it. `begun` is the number of bytes received before, which must survive every kill.
 fn kill_everywhere(old: Option<&[u8]>, flags: &str, begun: u64) {
     let lab = Lab::new();
     let words = format!("{} {flags}", target(&lab));
@@ -144,7 +146,8 @@ fn kill_everywhere(old: Option<&[u8]>, flags: &str, begun: u64) {
         }
     }
     println!("{kills} kills, resumed from {resumed:?}, {whole} whole");
-    // The writer alone makes that many changes; how many states are kept meanwhile is chance.
+    // The writer alone makes this many changes; the number of states recorded in the meantime
+    // varies.
     assert!(kills > 10, "{kills} kills");
     assert_eq!(resumed.first(), Some(&begun), "{resumed:?}");
     assert!(whole > 0, "none was after the rename");
@@ -152,26 +155,26 @@ fn kill_everywhere(old: Option<&[u8]>, flags: &str, begun: u64) {
 }
 
 #[test]
-fn a_receiver_killed_at_any_change_leaves_no_name_and_a_part_that_can_be_resumed() {
+fn receiver_killed_at_any_change_leaves_no_target_and_a_resumable_part() {
     kill_everywhere(None, "", 0);
 }
 
 #[test]
-fn a_file_that_is_to_be_replaced_stays_until_its_successor_is_whole() {
+fn existing_file_stays_until_its_replacement_is_complete() {
     kill_everywhere(Some(b"what was there before"), "--overwrite", 0);
 }
 
 #[test]
-fn what_was_verified_before_stays_whatever_is_killed() {
+fn verified_bytes_survive_every_kill() {
     kill_everywhere(None, "", SIZE / 2);
 }
 
-/// Where the calls that `is_it` knows are among `calls`.
+/// Returns the indexes of the calls that satisfy `is_it`.
 fn positions(calls: &[Call], is_it: impl Fn(&Call) -> bool) -> Vec<usize> {
     calls.iter().enumerate().filter(|(_, call)| is_it(call)).map(|(index, _)| index).collect()
 }
 
-/// What a call is done to, by its first descriptor's path.
+/// Whether the path of a descriptor argument of `call` ends with `path`.
 fn is_on(call: &Call, path: &str) -> bool {
     call.shown.contains(&format!("{path}>"))
 }
@@ -185,7 +188,7 @@ fn is_write(call: &Call) -> bool {
 }
 
 #[test]
-fn a_name_and_a_state_are_given_only_to_what_is_durable() {
+fn target_and_state_are_renamed_only_after_syncs() {
     let lab = Lab::new();
     let dir = lab.dir().canonicalize().unwrap().display().to_string();
     let image = image();
@@ -194,7 +197,7 @@ fn a_name_and_a_state_are_given_only_to_what_is_durable() {
         strace::run_on(&lab, &format!("recv {}", target(&lab)), "wire", &[]);
     assert!(output.status.success(), "{}", show(&output));
     let part = format!("{dir}/out.part");
-    // The last write, a sync, the name, a sync of the directory; only then the state goes.
+    // The last write, a sync, the rename, a sync of the directory; the state is deleted only then.
     let renamed = |to: &str| {
         positions(&calls, |call| {
             call.name.starts_with("rename") && call.shown.contains(&format!("\"{to}\""))
@@ -210,7 +213,8 @@ fn a_name_and_a_state_are_given_only_to_what_is_durable() {
         call.name.starts_with("unlink") && call.shown.contains("\"out.part.state\"")
     });
     assert!(listed.iter().any(|sync| (name..*gone.last().unwrap()).contains(sync)), "{text}");
-    // Each state: the part's data, then its own, then its name, all by one thread.
+    // For each state: a sync of the part's data, the state's own write and sync, then its rename,
+    // all in one thread.
     let mut threads: BTreeMap<u32, Vec<&Call>> = BTreeMap::new();
     calls.iter().for_each(|call| threads.entry(call.thread).or_default().push(call));
     let mut states = 0;
@@ -233,7 +237,7 @@ fn a_name_and_a_state_are_given_only_to_what_is_durable() {
 }
 
 #[test]
-fn a_state_that_does_not_hold_any_more_is_gone_for_good_before_its_part_is_written_anew() {
+fn outdated_state_is_durably_deleted_before_its_part_is_rewritten() {
     let lab = Lab::new();
     let dir = lab.dir().canonicalize().unwrap().display().to_string();
     let image = image();

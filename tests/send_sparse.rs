@@ -1,6 +1,7 @@
-//! `--frames android-sparse`: what `simg2img` takes and `img2simg` makes, through pipes.
+//! `--frames android-sparse` through pipes: streams that `simg2img` accepts and that `img2simg`
+//! creates.
 
-// Sizes are small here, and a test may panic.
+// Sizes are small, and a test may panic.
 #![allow(clippy::unwrap_used, clippy::cast_possible_truncation)]
 
 mod common;
@@ -14,7 +15,7 @@ use cowslip::formats::android::{AndroidContent, AndroidPlan, AndroidRun, Android
 
 const SIZE: u64 = 32 * MIB;
 
-/// Data at both ends and in the middle, holes between.
+/// Creates a file with data at both ends and in the middle, and holes between.
 fn sparse(lab: &Lab, name: &str) {
     let file = File::create(lab.path(name)).unwrap();
     file.set_len(SIZE).unwrap();
@@ -24,7 +25,7 @@ fn sparse(lab: &Lab, name: &str) {
     file.sync_all().unwrap();
 }
 
-/// `cowslip recv WORDS --frames android-sparse` of these bytes.
+/// Runs `cowslip recv WORDS --frames android-sparse` with `image` as its stdin.
 fn recv(lab: &Lab, words: &str, image: &[u8]) -> Output {
     put(&lab.path("wire"), image);
     let mut command = lab.command(COWSLIP);
@@ -33,8 +34,8 @@ fn recv(lab: &Lab, words: &str, image: &[u8]) -> Output {
     command.stdout(Stdio::piped()).stderr(Stdio::piped()).output().unwrap()
 }
 
-/// An image of four blocks: one of data, one of zeros, one that nobody cares for, one of data.
-/// With its checksum, when there is one.
+/// Returns an image of four blocks: data, zeros, don't-care, data. With `sum`, a checksum chunk
+/// follows.
 fn small(sum: Option<u32>) -> Vec<u8> {
     use AndroidContent::{Data, DontCare, Zeros};
     let contents = [Data, Zeros, DontCare, Data].into_iter().zip(0..);
@@ -65,13 +66,13 @@ fn blocks(bytes: [u8; 4]) -> Vec<u8> {
 }
 
 #[test]
-fn simg2img_makes_of_what_is_sent_what_was_there() {
+fn simg2img_restores_a_sent_file() {
     let mut lab = Lab::new();
     sparse(&lab, "x");
     lab.sh("$COWSLIP send x --frames android-sparse | cat > sent; simg2img sent out; cmp x out");
     let sent = fs::metadata(lab.path("sent")).unwrap().len();
     assert!(sent < MIB + 16 * KIB + 200, "{sent}");
-    // A mounted disk, and back again.
+    // A mounted disk, received again by `recv`.
     lab.watch("x");
     lab.mount("d=x");
     lab.open("m/d").write_all_at(&noise(MIB, 9), 9 * MIB).unwrap();
@@ -82,7 +83,7 @@ fn simg2img_makes_of_what_is_sent_what_was_there() {
 }
 
 #[test]
-fn what_img2simg_made_is_received_with_its_holes() {
+fn image_of_img2simg_is_received_with_its_holes() {
     let lab = Lab::new();
     sparse(&lab, "x");
     let file = lab.open("x");
@@ -95,7 +96,7 @@ fn what_img2simg_made_is_received_with_its_holes() {
 }
 
 #[test]
-fn what_nobody_cares_for_stays_as_it_was_and_is_a_hole_in_a_new_file() {
+fn dont_care_ranges_keep_old_bytes_and_are_holes_in_a_new_file() {
     let lab = Lab::new();
     let image = small(None);
     assert!(recv(&lab, "new", &image).status.success());
@@ -117,7 +118,7 @@ fn what_nobody_cares_for_stays_as_it_was_and_is_a_hole_in_a_new_file() {
 }
 
 #[test]
-fn a_wrong_checksum_is_damage_and_a_right_one_is_not() {
+fn wrong_checksum_is_reported_as_damage() {
     let lab = Lab::new();
     let sum = crc32fast::hash(&blocks([7, 0, 0, 7]));
     assert!(recv(&lab, "out", &small(Some(sum))).status.success());
@@ -128,7 +129,7 @@ fn a_wrong_checksum_is_damage_and_a_right_one_is_not() {
 }
 
 #[test]
-fn an_image_that_is_cut_anywhere_or_damaged_never_becomes_a_file() {
+fn truncated_or_damaged_image_never_becomes_a_file() {
     let lab = Lab::new();
     let image = small(Some(crc32fast::hash(&blocks([7, 0, 0, 7]))));
     let cuts = (0..image.len()).filter(|cut| *cut < 200 || cut % 97 == 0 || *cut > 8200);
@@ -137,7 +138,8 @@ fn an_image_that_is_cut_anywhere_or_damaged_never_becomes_a_file() {
         assert!(line.contains("the stream was cut"), "{line}");
         assert!(!lab.path("out").exists());
     }
-    // In the header and in the first chunk's, every bit; whatever is noticed leaves no name.
+    // Every bit of the header and the first chunk header, and some later ones; detected damage
+    // leaves no file.
     for at in (0..40).chain([4200, 8240]) {
         for bit in 0..8 {
             let mut wrong = image.clone();
@@ -163,7 +165,7 @@ fn an_image_that_is_cut_anywhere_or_damaged_never_becomes_a_file() {
 }
 
 #[test]
-fn what_cannot_be_such_an_image_is_refused_before_the_first_byte() {
+fn impossible_images_are_rejected_before_the_first_byte() {
     let lab = Lab::new();
     lab.sh("head -c 5000 /dev/urandom > odd; truncate -s 8192 x");
     let line = lab.refused(1, "send odd --frames android-sparse");
@@ -183,7 +185,7 @@ fn what_cannot_be_such_an_image_is_refused_before_the_first_byte() {
     lab.end();
 }
 
-/// An image that is one fill of `blocks` blocks of 1 MiB, in 44 bytes.
+/// Returns an image of 44 bytes that is a single fill of `blocks` blocks of 1 MiB.
 fn fill(blocks: u32) -> Vec<u8> {
     let mut image = 0xed26_ff3a_u32.to_le_bytes().to_vec();
     [1_u16, 0, 28, 12].iter().for_each(|number| image.extend(number.to_le_bytes()));
@@ -194,15 +196,15 @@ fn fill(blocks: u32) -> Vec<u8> {
 }
 
 #[test]
-fn a_few_bytes_do_not_fill_the_disk() {
+fn small_image_cannot_fill_the_file_system() {
     let lab = Lab::new();
     lab.host("small", "ext4", 64 * MIB);
     let dir = "small";
-    // Before the first byte of what there is no room for.
+    // Fails before the first byte of a fill that has no space.
     let output = recv(&lab, &format!("{dir}/x"), &fill(1 << 20));
     assert!(one_line(1, &output, "a fill of 1 TiB").contains("No space left on device"));
     assert!(allocated(&lab.path(&format!("{dir}/x.part"))) < MIB);
-    // Room for it is no permission.
+    // Available space is not enough: the limit applies as well.
     let output = recv(&lab, "y --limit 8M", &fill(9));
     let line = one_line(1, &output, "a fill of 9 MiB");
     assert!(line.contains("has more data than 8 MiB") && line.contains("--limit"), "{line}");

@@ -1,6 +1,6 @@
-//! Files that are made, renamed and removed in the mount, with `--store` and without.
+//! Creating, renaming and removing files in the mount, with and without `--store`.
 
-// Sizes are small here, and a test may panic.
+// Sizes are small, and a test may panic.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::cast_possible_truncation)]
 
 mod common;
@@ -37,7 +37,7 @@ fn count(lab: &Lab, what: &str) -> usize {
 }
 
 #[test]
-fn a_new_file_is_there_again_at_the_next_mount() {
+fn new_file_survives_a_remount() {
     let lab = lab();
     lab.sh("echo hello > m/new; truncate -s 10M m/sparse; chmod 640 m/new");
     let before = fs::metadata(lab.path("m/new")).unwrap();
@@ -52,7 +52,7 @@ fn a_new_file_is_there_again_at_the_next_mount() {
 }
 
 #[test]
-fn a_file_lives_through_a_killed_daemon() {
+fn file_survives_a_killed_daemon() {
     let lab = lab();
     let file = File::create(lab.path("m/new")).unwrap();
     file.write_all_at(&noise(MIB, 3), 12345).unwrap();
@@ -67,7 +67,7 @@ fn a_file_lives_through_a_killed_daemon() {
 }
 
 #[test]
-fn a_huge_file_that_is_emptied_costs_what_it_held() {
+fn truncating_a_huge_file_takes_time_for_its_data_only() {
     let lab = lab();
     for size in ["16T", "8P", "7E", &i64::MAX.to_string()] {
         lab.sh(&format!("truncate -s {size} m/f; echo x | dd of=m/f bs=1 seek=5G conv=notrunc"));
@@ -78,7 +78,7 @@ fn a_huge_file_that_is_emptied_costs_what_it_held() {
 }
 
 #[test]
-fn o_excl_makes_a_file_once() {
+fn o_excl_creates_a_file_only_once() {
     let lab = lab();
     let make = || OpenOptions::new().write(true).create_new(true).mode(0o604).open(lab.path("m/x"));
     drop(make().unwrap());
@@ -87,7 +87,7 @@ fn o_excl_makes_a_file_once() {
 }
 
 #[test]
-fn a_renamed_file_keeps_what_it_is() {
+fn renamed_file_keeps_its_inode_and_content() {
     let lab = lab();
     lab.sh("echo one > m/a; mv m/a m/b; [ ! -e m/a ]; cat m/b; mv -n m/b m/b");
     let ino = fs::metadata(lab.path("m/b")).unwrap().ino();
@@ -98,12 +98,12 @@ fn a_renamed_file_keeps_what_it_is() {
 }
 
 #[test]
-fn a_rename_over_another_file_removes_that() {
+fn rename_over_another_file_removes_it() {
     let lab = lab();
     lab.sh("echo one > m/a; echo two > m/b");
     let old = lab.open_ro("m/b");
     lab.sh("mv m/a m/b; [ $(cat m/b) = one ]");
-    // Who has the old one open still sees it.
+    // A handle opened before the rename still reads the old file.
     assert_eq!(read(&old, 0, 4), b"two\n");
     drop(old);
     wait_until("the replaced disk is removed", || count(&lab, "disks") == 1);
@@ -115,7 +115,7 @@ fn a_rename_over_another_file_removes_that() {
 }
 
 #[test]
-fn an_unlinked_file_lives_until_its_last_handle() {
+fn unlinked_file_exists_until_its_last_handle_is_closed() {
     let lab = lab();
     let file = OpenOptions::new()
         .read(true)
@@ -132,7 +132,7 @@ fn an_unlinked_file_lives_until_its_last_handle() {
     assert_eq!(read(&file, 4095, 5), b"still");
     assert_eq!(read(&file, 8192, 4), b"here");
     assert_eq!(file.metadata().unwrap().len(), 8196);
-    // Its name is free at once.
+    // The name can be reused at once.
     lab.sh("echo new > m/a; cat m/a");
     drop(file);
     wait_until("the removed disk's files go", || count(&lab, "disks") == 1);
@@ -142,7 +142,7 @@ fn an_unlinked_file_lives_until_its_last_handle() {
 }
 
 #[test]
-fn a_file_that_is_replaced_is_there_for_its_readers_at_every_moment() {
+fn file_stays_readable_while_it_is_replaced() {
     let lab = lab();
     lab.sh("echo version >m/a");
     let is_over = AtomicBool::new(false);
@@ -175,7 +175,7 @@ fn a_file_that_is_replaced_is_there_for_its_readers_at_every_moment() {
 }
 
 #[test]
-fn who_has_found_a_name_can_open_the_file_though_it_is_gone() {
+fn path_handle_can_be_opened_after_the_file_was_removed() {
     let lab = lab();
     lab.sh("echo old >m/a; echo new >m/b; echo other >m/c");
     let found = |name: &str| -> File {
@@ -197,7 +197,7 @@ fn who_has_found_a_name_can_open_the_file_though_it_is_gone() {
 }
 
 #[test]
-fn what_is_looked_up_listed_and_removed_in_any_order_leaves_nothing() {
+fn lookups_listings_and_removals_in_any_order_leave_nothing() {
     let lab = lab();
     for round in 0..20 {
         lab.sh(&format!(
@@ -211,7 +211,7 @@ fn what_is_looked_up_listed_and_removed_in_any_order_leaves_nothing() {
 }
 
 #[test]
-fn an_open_file_without_a_name_has_no_link() {
+fn open_file_without_a_name_has_link_count_zero() {
     let lab = lab();
     lab.sh("echo one >m/a; echo two >m/b; echo three >m/c");
     let files = ["m/a", "m/b", "m/c"].map(|name| lab.open(name));
@@ -219,7 +219,7 @@ fn an_open_file_without_a_name_has_no_link() {
     assert_eq!(links(), [1, 1, 1]);
     lab.sh("rm m/a; mv m/c m/b");
     assert_eq!(links(), [0, 0, 1]);
-    // What the kernel knows by itself has an end.
+    // Waits until the kernel's cached attributes have expired.
     std::thread::sleep(Duration::from_millis(1100));
     assert_eq!(links(), [0, 0, 1]);
     lab.ok("snapshot m/b s");
@@ -234,7 +234,7 @@ fn an_open_file_without_a_name_has_no_link() {
 }
 
 #[test]
-fn mknod_makes_a_file_and_nothing_else() {
+fn mknod_creates_regular_files_only() {
     let lab = lab();
     lab.sh("python3 -c 'import os, stat
 os.mknod(\"m/a\", 0o640 | stat.S_IFREG); os.mknod(\"m/b\", 0o600)'");
@@ -247,7 +247,7 @@ os.mknod(\"m/a\", 0o640 | stat.S_IFREG); os.mknod(\"m/b\", 0o600)'");
 }
 
 #[test]
-fn tar_restores_files_that_had_attributes_of_their_own() {
+fn tar_restores_files_that_had_extended_attributes() {
     let lab = lab();
     lab.sh("
         mkdir from; echo text >from/a; chmod 640 from/a
@@ -260,7 +260,7 @@ fn tar_restores_files_that_had_attributes_of_their_own() {
 }
 
 #[test]
-fn what_an_unlink_left_in_a_crash_is_swept() {
+fn unlinked_files_left_by_a_crash_are_swept() {
     let lab = lab();
     lab.sh("echo a > m/a; echo b > m/b");
     let open = lab.open_ro("m/a");
@@ -275,7 +275,7 @@ fn what_an_unlink_left_in_a_crash_is_swept() {
 }
 
 #[test]
-fn tools_that_write_beside_and_rename_work() {
+fn tools_that_write_a_temporary_file_and_rename_it_work() {
     let mut lab = Lab::new();
     lab.base("base.img", 20 * MIB);
     lab.mount("--store st");
@@ -296,7 +296,7 @@ fn tools_that_write_beside_and_rename_work() {
 }
 
 #[test]
-fn without_a_store_nothing_is_made_and_the_log_names_it() {
+fn without_a_store_files_cannot_be_created_and_the_log_says_why() {
     let mut lab = Lab::new();
     lab.base("base.img", MIB);
     lab.mount("d=base.img");
@@ -311,7 +311,7 @@ fn without_a_store_nothing_is_made_and_the_log_names_it() {
 }
 
 #[test]
-fn a_given_disk_beside_a_store_keeps_its_name() {
+fn disk_of_the_command_line_cannot_be_renamed_beside_a_store() {
     let mut lab = Lab::new();
     lab.base("base.img", MIB);
     lab.mount("d=base.img --store st");
@@ -324,7 +324,7 @@ fn a_given_disk_beside_a_store_keeps_its_name() {
 }
 
 #[test]
-fn bad_names_are_refused_in_the_mount() {
+fn invalid_names_are_rejected_in_the_mount() {
     let lab = lab();
     let create = |name: &str| errno_of(File::create(lab.path("m").join(name)));
     assert_eq!(create("a\nb"), libc::EINVAL);
@@ -337,7 +337,7 @@ fn bad_names_are_refused_in_the_mount() {
 }
 
 #[test]
-fn a_raw_request_names_a_disk_by_one_plain_word() {
+fn request_with_an_invalid_disk_name_is_rejected() {
     let lab = lab();
     lab.sh("echo text >m/a");
     let outside = lab.path("outside");
@@ -366,7 +366,7 @@ fn a_raw_request_names_a_disk_by_one_plain_word() {
 }
 
 #[test]
-fn a_name_in_a_store_that_no_file_in_a_mount_can_have_is_refused() {
+fn store_with_an_invalid_name_is_rejected() {
     let lab = lab();
     lab.sh("echo text >m/a");
     lab.umount();
@@ -382,7 +382,7 @@ fn a_name_in_a_store_that_no_file_in_a_mount_can_have_is_refused() {
 }
 
 #[test]
-fn a_store_is_one_mounts_at_a_time() {
+fn store_can_be_mounted_only_once() {
     let lab = lab();
     lab.sh("mkdir other");
     assert!(lab.refused(1, "mount other --store st").contains("in use"));
@@ -390,7 +390,7 @@ fn a_store_is_one_mounts_at_a_time() {
 }
 
 #[test]
-fn a_full_store_says_enospc() {
+fn full_store_gives_enospc() {
     let lab = Lab::new();
     lab.host("host", "ext4", 32 * MIB);
     lab.mount("--store host/st");
@@ -414,7 +414,7 @@ fn a_full_store_says_enospc() {
 }
 
 #[test]
-fn a_disk_of_a_store_that_was_taken_out_of_it_says_where_its_layers_are() {
+fn disk_moved_out_of_its_store_is_rejected_with_the_place_of_its_layers() {
     let mut lab = Lab::new();
     lab.base("base", MIB);
     lab.mount("--store st d=base,overlay=st");

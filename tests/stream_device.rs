@@ -1,4 +1,4 @@
-//! Sinks on block devices: loop devices over files, so that what was discarded can be seen.
+//! Sinks on block devices: loop devices over files, so that discarded ranges can be checked.
 
 #![allow(clippy::unwrap_used, clippy::cast_possible_truncation)]
 
@@ -39,14 +39,14 @@ fn open(device: &str, size: u64, frames: StreamFrames) -> Result<HostSink, Strea
 }
 
 #[test]
-fn gaps_of_a_device_are_discarded_and_read_as_zeros() {
+fn gaps_of_a_stream_are_discarded_on_a_device_and_read_as_zeros() {
     let lab = Lab::new();
     let old = vec![0xee; 16 * MIB as usize];
     fs::write(lab.path("dev"), &old).unwrap();
     let device = lab.loop_device("dev", "");
     let mut sink = open(&device, 16 * MIB, StreamFrames::Raw).unwrap();
     sink.send_data(0, &[IoSlice::new(&[1; 1000])]).unwrap();
-    // Neither end of the hole is at a sector's.
+    // Both ends of the hole are inside a sector.
     sink.send_hole(1000..8 * MIB + 77).unwrap();
     sink.send_zeros(8 * MIB + 77..9 * MIB).unwrap();
     assert_eq!((sink.monitor().kind(), sink.monitor().accepted()), ("device", 9 * MIB));
@@ -61,7 +61,7 @@ fn gaps_of_a_device_are_discarded_and_read_as_zeros() {
 }
 
 #[test]
-fn a_device_that_is_too_small_in_use_or_asked_for_records_is_refused() {
+fn device_that_is_too_small_or_in_use_and_records_on_a_device_are_rejected() {
     let lab = Lab::new();
     fs::write(lab.path("dev"), vec![0xee; MIB as usize]).unwrap();
     let device = lab.loop_device("dev", "");

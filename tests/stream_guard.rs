@@ -19,10 +19,10 @@ use tempfile::TempDir;
 
 const COWSLIP: &str = env!("CARGO_BIN_EXE_cowslip");
 
-/// It takes the end of its input for the end of the image.
+/// A command that takes the end of its input for the end of the image.
 const TAKER: [&str; 3] = ["sh", "-c", "cat > out; touch whole"];
 
-/// A command and its guard, with the ends that a daemon holds.
+/// A command and its guard, with the pipe ends that a daemon holds.
 struct Scene {
     dir: TempDir,
     taker: Child,
@@ -62,11 +62,11 @@ fn eventually(what: impl Fn() -> bool) {
 }
 
 #[test]
-fn a_command_whose_daemon_is_killed_is_killed_too_and_never_sees_the_end() {
+fn command_is_killed_with_its_daemon_and_never_sees_the_end_of_its_input() {
     let Scene { dir, mut taker, mut guard, mut data, control } = scene();
     data.write_all(&[1; 5000]).unwrap();
     eventually(|| fs::metadata(dir.path().join("out")).is_ok_and(|out| out.len() == 5000));
-    // What the kernel closes first is not ours to say.
+    // The kernel closes the files of a killed daemon in any order.
     drop(data);
     thread::sleep(Duration::from_millis(200));
     assert!(taker.try_wait().unwrap().is_none(), "the end of the pipe was seen");
@@ -77,7 +77,7 @@ fn a_command_whose_daemon_is_killed_is_killed_too_and_never_sees_the_end() {
 }
 
 #[test]
-fn a_released_guard_lets_the_end_through() {
+fn released_guard_lets_the_command_see_the_end_of_its_input() {
     let Scene { dir, mut taker, mut guard, mut data, control } = scene();
     data.write_all(&[1; 5000]).unwrap();
     rustix::io::write(&control, b".").unwrap();
@@ -89,10 +89,10 @@ fn a_released_guard_lets_the_end_through() {
 }
 
 #[test]
-fn a_guard_outlives_the_signals_that_a_service_manager_sends_to_all() {
+fn guard_ignores_sigterm() {
     let Scene { mut taker, mut guard, data, control, dir: _dir } = scene();
     let pid = guard.id();
-    // It catches up with its own start first: SigIgn, bit 14 is SIGTERM.
+    // Waits until the guard has set up its signals: bit 14 of SigIgn is SIGTERM.
     eventually(|| {
         let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
         let ignored = status.lines().find_map(|line| line.strip_prefix("SigIgn:\t")).unwrap();
@@ -108,7 +108,7 @@ fn a_guard_outlives_the_signals_that_a_service_manager_sends_to_all() {
 }
 
 #[test]
-fn a_guard_refuses_to_guard_every_process_there_is() {
+fn guard_rejects_invalid_process_groups() {
     for group in ["0", "1", "-1", "x"] {
         let status = Command::new(COWSLIP)
             .args(["__guard", group])
@@ -127,7 +127,7 @@ fn pipeline(dir: &Path) -> (std::sync::Arc<Pipeline>, OwnedFd) {
 }
 
 #[test]
-fn a_pipeline_ends_only_after_its_guard_was_released() {
+fn pipeline_ends_only_after_its_guard_was_released() {
     let dir = TempDir::new().unwrap();
     let (pipeline, data) = pipeline(dir.path());
     rustix::io::write(&data, &[1; 1000]).unwrap();
@@ -141,7 +141,7 @@ fn a_pipeline_ends_only_after_its_guard_was_released() {
 }
 
 #[test]
-fn a_pipeline_that_was_not_released_outlasts_its_pipe_and_dies_unfinished() {
+fn unreleased_pipeline_outlives_its_pipe_and_is_killed_unfinished() {
     let dir = TempDir::new().unwrap();
     let (pipeline, data) = pipeline(dir.path());
     rustix::io::write(&data, &[1; 1000]).unwrap();

@@ -1,7 +1,7 @@
-//! Parts of a base as disks: `offset=` and `len=`, and partitions as parted makes them and
+//! Disks over a part of a base: `offset=` and `len=`, and partitions as parted creates them and
 //! util-linux sees them.
 
-// Sizes are small here, and a test may panic.
+// Sizes are small, and a test may panic.
 #![allow(clippy::unwrap_used, clippy::cast_possible_truncation)]
 
 mod common;
@@ -12,14 +12,15 @@ use std::os::unix::fs::FileExt;
 
 use common::mount::*;
 
-/// Two primary partitions, and three logical ones in an extended one.
+/// parted commands for two primary partitions, and three logical ones in an extended one.
 const MBR: &str = "mklabel msdos mkpart primary 1MiB 5MiB mkpart primary 6MiB 20MiB \
      mkpart extended 20MiB 60MiB mkpart logical 21MiB 30MiB mkpart logical 31MiB 33MiB \
      mkpart logical 40MiB 60MiB";
-/// Three partitions, the second of which is gone again.
+/// parted commands for three partitions, the second of which is deleted again.
 const GPT: &str = "mklabel gpt mkpart a 1MiB 5MiB mkpart b 5MiB 6MiB mkpart c 6MiB 40MiB rm 2";
 
-/// A disk `name` of 64 MiB, full of noise, with the table that parted makes of `script`.
+/// Creates a file `name` of 64 MiB with random data and the partition table that parted creates
+/// from `script`.
 fn partitioned(lab: &mut Lab, name: &str, script: &str) {
     let file = File::create(lab.path(name)).unwrap();
     file.write_all_at(&noise(64 * MIB, 3), 0).unwrap();
@@ -28,8 +29,8 @@ fn partitioned(lab: &mut Lab, name: &str, script: &str) {
     lab.watch(name);
 }
 
-/// The partitions of a file or device that hold data, by their numbers, as util-linux sees them.
-/// (A kernel may be built without partition tables, so that `losetup -P` shows none.)
+/// Returns number and byte range of each partition of a file or device that holds data, as
+/// util-linux sees them. (With a kernel without partition table support `losetup -P` shows none.)
 fn seen_by_partx(lab: &Lab, disk: &str) -> Vec<(u32, Range<u64>)> {
     let listed = lab.sh(&format!("partx -g -o NR,START,SECTORS,TYPE {disk}"));
     let mut found = Vec::new();
@@ -37,7 +38,7 @@ fn seen_by_partx(lab: &Lab, disk: &str) -> Vec<(u32, Range<u64>)> {
         let words: Vec<&str> = line.split_whitespace().collect();
         let number = |word: usize| words[word].parse::<u64>().unwrap();
         if !["0x5", "0xf"].contains(&words[3]) {
-            // In units of 512 bytes, whatever the sectors are.
+            // partx counts in units of 512 bytes with any sector size.
             let start = number(1) * 512;
             found.push((number(0) as u32, start..start + number(2) * 512));
         }
@@ -45,7 +46,7 @@ fn seen_by_partx(lab: &Lab, disk: &str) -> Vec<(u32, Range<u64>)> {
     found
 }
 
-/// Mounts each of `partitions` of `base` and compares it with its bytes in `bytes`.
+/// Mounts each of `partitions` of `base` and compares it with its range in the file `bytes`.
 fn same_as_its_bytes(lab: &Lab, base: &str, bytes: &str, partitions: &[(u32, Range<u64>)]) {
     let word = |number: u32| format!(" p{number}={base},partition={number},mode=ro");
     lab.mount(partitions.iter().map(|(number, _)| word(*number)).collect::<String>().trim());
@@ -60,7 +61,7 @@ fn same_as_its_bytes(lab: &Lab, base: &str, bytes: &str, partitions: &[(u32, Ran
 }
 
 #[test]
-fn partitions_are_where_util_linux_sees_them() {
+fn partitions_match_those_of_util_linux() {
     let mut lab = Lab::new();
     for (name, script, numbers) in
         [("mbr.img", MBR, &[1, 2, 5, 6, 7][..]), ("gpt.img", GPT, &[1, 3])]
@@ -76,7 +77,7 @@ fn partitions_are_where_util_linux_sees_them() {
 }
 
 #[test]
-fn tables_of_large_sectors_are_read_from_devices_and_a_gpt_from_files_too() {
+fn tables_with_large_sectors_are_read_from_devices_and_gpts_from_files() {
     let mut lab = Lab::new();
     for (name, script, count) in [("mbr.img", MBR, 5), ("gpt.img", GPT, 2)] {
         lab.base(name, 64 * MIB);
@@ -93,7 +94,7 @@ fn tables_of_large_sectors_are_read_from_devices_and_a_gpt_from_files_too() {
 }
 
 #[test]
-fn a_damaged_gpt_is_read_from_its_copy() {
+fn damaged_gpt_is_read_from_its_backup() {
     let mut lab = Lab::new();
     partitioned(&mut lab, "gpt.img", GPT);
     let want = lab.sh("tail -c +6291457 gpt.img | head -c 35651584 | md5sum");
@@ -113,7 +114,7 @@ fn a_damaged_gpt_is_read_from_its_copy() {
 }
 
 #[test]
-fn a_partition_takes_a_file_system_and_its_base_stays_as_it_is() {
+fn partition_holds_a_file_system_and_its_base_is_unchanged() {
     let mut lab = Lab::new();
     partitioned(&mut lab, "disk.img", MBR);
     let said = lab.mount("root=disk.img,partition=7,overlay=ov");
@@ -122,7 +123,7 @@ fn a_partition_takes_a_file_system_and_its_base_stays_as_it_is() {
             umount mnt; e2fsck -fn m/root >&2");
     let before = lab.sh("md5sum < m/root");
     lab.umount();
-    // By number or by bytes, it is the same.
+    // The same range, by partition number or by bytes.
     for again in ["partition=7", "offset=40M,len=20M"] {
         lab.mount(&format!("root=disk.img,overlay=ov,{again}"));
         assert_eq!(lab.sh("md5sum < m/root"), before);
@@ -138,14 +139,14 @@ fn a_partition_takes_a_file_system_and_its_base_stays_as_it_is() {
         let line = lab.refused(1, &format!("mount m root=disk.img,overlay=ov,{other}"));
         assert!(line.contains("disk.img' as bytes 41943040..62914560, not of '"), "{line}");
         assert!(line.contains(is) && line.contains("name the base it was made with"), "{line}");
-        // It is no change of the base, and so not what --force is for.
+        // This is no change of the base, so --force does not apply.
         lab.refused(1, &format!("mount m root=disk.img,overlay=ov,{other} --force"));
     }
     lab.end();
 }
 
 #[test]
-fn holes_of_a_base_are_holes_of_a_part_of_it() {
+fn holes_of_a_base_are_holes_of_its_parts() {
     let mut lab = Lab::new();
     let file = File::create(lab.path("b.img")).unwrap();
     file.set_len(64 * MIB).unwrap();
@@ -162,7 +163,7 @@ fn holes_of_a_base_are_holes_of_a_part_of_it() {
         .collect();
     let want = [(0, 8 * MIB, false), (8 * MIB, 4 * MIB, true), (12 * MIB, 20 * MIB, false)];
     assert_eq!(runs, want);
-    // A part that ends inside a block, and one that begins between two of them.
+    // A part that begins and ends inside a block.
     lab.ok("add m odd=b.img,offset=17408512,len=100001");
     lab.sh("tail -c +17408513 b.img | head -c 100001 > want; cmp m/odd want
             printf x | dd of=m/odd bs=1 seek=100000 conv=notrunc status=none
@@ -172,7 +173,7 @@ fn holes_of_a_base_are_holes_of_a_part_of_it() {
 }
 
 #[test]
-fn a_partition_of_a_qcow2_image_is_a_disk() {
+fn partition_of_a_qcow2_image_can_be_a_disk() {
     let mut lab = Lab::new();
     partitioned(&mut lab, "disk.img", GPT);
     lab.sh("mkfs.ext4 -q -F -E offset=1048576 disk.img 4M
@@ -197,7 +198,7 @@ fn a_partition_of_a_qcow2_image_is_a_disk() {
 }
 
 #[test]
-fn mode_rw_writes_a_part_and_nothing_else() {
+fn mode_rw_writes_only_inside_the_part() {
     let lab = Lab::new();
     fs::write(lab.path("b.img"), noise(4 * MIB, 9)).unwrap();
     let mut want = noise(4 * MIB, 9);
@@ -230,7 +231,7 @@ fn punch(file: &File, range: Range<u64>) {
 }
 
 #[test]
-fn a_commit_writes_the_part_and_neither_grows_nor_cuts_the_file() {
+fn commit_writes_only_the_part_and_keeps_the_size_of_the_file() {
     let lab = Lab::new();
     fs::write(lab.path("b.img"), noise(8 * MIB, 5)).unwrap();
     let mut want = noise(8 * MIB, 5);
@@ -238,7 +239,7 @@ fn a_commit_writes_the_part_and_neither_grows_nor_cuts_the_file() {
     let part = format!("offset={start},len={len}");
     lab.mount(&format!("d=b.img,{part},overlay=ov"));
     let disk = lab.open("m/d");
-    // Aligned and not, at both ends, and zeros.
+    // Aligned and unaligned data, at both ends, and zeros.
     for (at, bytes) in [(0, 5000), (1_000_000, 70_000), (len - 3, 3)] {
         disk.write_all_at(&vec![7; bytes], at as u64).unwrap();
         want[start + at..start + at + bytes].fill(7);
@@ -250,7 +251,7 @@ fn a_commit_writes_the_part_and_neither_grows_nor_cuts_the_file() {
     assert!(fs::read(lab.path("b.img")).unwrap() == want);
     assert!(fs::read(lab.path("m/d")).unwrap() == want[start..start + len]);
 
-    // A disk that is smaller than its part: what is behind it stays. Committed offline.
+    // A disk smaller than its part keeps the bytes beyond its end. Committed offline.
     lab.open("m/d").set_len(2 * MIB).unwrap();
     lab.open("m/d").write_all_at(&[8; 4096], 0).unwrap();
     want[start..start + 4096].fill(8);
@@ -260,7 +261,7 @@ fn a_commit_writes_the_part_and_neither_grows_nor_cuts_the_file() {
     lab.mount(&format!("d=b.img,{part},overlay=ov"));
     assert!(fs::read(lab.path("m/d")).unwrap() == want[start..start + 2 * MIB as usize]);
 
-    // One that is larger does not fit, though the file had room.
+    // A disk larger than its part is rejected, although the file has space.
     lab.open("m/d").set_len(len as u64 + 1).unwrap();
     let line = lab.refused(1, "commit m/d");
     assert!(line.contains("it is larger (2.9 MiB) than its base"), "{line}");
@@ -271,7 +272,7 @@ fn a_commit_writes_the_part_and_neither_grows_nor_cuts_the_file() {
 }
 
 #[test]
-fn disks_of_a_store_clones_and_a_rebase_keep_the_part() {
+fn store_clone_keep_and_rebase_preserve_the_part() {
     let mut lab = Lab::new();
     partitioned(&mut lab, "disk.img", GPT);
     lab.sh("head -c 5242880 disk.img | tail -c +1048577 > want");
@@ -302,7 +303,7 @@ fn disks_of_a_store_clones_and_a_rebase_keep_the_part() {
 }
 
 #[test]
-fn a_part_that_is_not_there_is_refused_with_what_is() {
+fn missing_part_is_rejected_with_a_list_of_partitions() {
     let mut lab = Lab::new();
     partitioned(&mut lab, "mbr.img", MBR);
     lab.base("bare.img", 4 * MIB);
@@ -349,7 +350,7 @@ fn a_part_that_is_not_there_is_refused_with_what_is() {
 }
 
 #[test]
-fn a_reflink_overlay_is_of_whole_files() {
+fn reflink_overlay_requires_a_whole_file() {
     let mut lab = Lab::new();
     lab.host("host", "xfs", 400 * MIB);
     lab.base("host/b.img", 8 * MIB);
@@ -359,7 +360,7 @@ fn a_reflink_overlay_is_of_whole_files() {
     lab.umount();
     let line = lab.refused(1, "mount m d=host/b.img,offset=1M,overlay=host/ov");
     assert!(line.contains("as a whole, not of ") && line.contains("as bytes "), "{line}");
-    // A block overlay on it, whose copies the host shares where it can.
+    // A block overlay on the same file system, whose copies are reflinked where possible.
     lab.mount("d=host/b.img,offset=1536,len=4M,overlay=host/blocks");
     lab.sh("tail -c +1537 host/b.img | head -c 4194304 > want
             cmp m/d want; cp m/d host/copy; cmp host/copy want");

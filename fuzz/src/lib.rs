@@ -1,8 +1,8 @@
-//! What the fuzz targets share: a limit on memory, a place for files, a file in memory.
+//! Helpers of the fuzz targets: a memory limit, a directory for files, a file in memory.
 //!
-//! A target is one parser and what is asked of its answer right after. It has found something when
-//! it panics, takes longer than libFuzzer's `-timeout`, or takes more memory than [`LIMIT`]; and when
-//! an answer breaks the promise of its documentation, which the targets assert.
+//! A target runs one parser and checks its result. A finding is a panic, a run longer than
+//! libFuzzer's `-timeout`, more memory than [`LIMIT`], or a result that breaks the documented
+//! promise, which the targets assert.
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::fs::File;
@@ -21,47 +21,47 @@ use cowslip::overlay::log::{LogDir, ReplacedLog};
 use parking_lot::Mutex;
 use tempfile::TempDir;
 
-/// What everything together may have on the heap: 64 MiB, as for a hostile image.
+/// Heap limit in bytes for the whole process: 64 MiB, the same as for a hostile image.
 pub const LIMIT: usize = 64 << 20;
 
-/// Ends the process where more than [`LIMIT`] bytes are asked for. Sanitizers have that, too; this
-/// one is there without them, and counts only what Rust asks for.
+/// An allocator that panics when more than [`LIMIT`] bytes are allocated. Sanitizers have such a
+/// limit too; this one works without them, and counts only allocations of Rust code.
 struct Limited;
 
 static TAKEN: AtomicUsize = AtomicUsize::new(0);
 
 fn take(bytes: usize) {
     if TAKEN.fetch_add(bytes, Ordering::Relaxed).saturating_add(bytes) > LIMIT {
-        // The message itself needs memory.
+        // Resets the counter, since the panic message needs memory.
         TAKEN.store(0, Ordering::Relaxed);
         panic!("more than 64 MiB of memory: {bytes} bytes were asked for last");
     }
 }
 
-// SAFETY: every call goes to the system's allocator as it came.
+// SAFETY: every call is passed to the system allocator unchanged.
 unsafe impl GlobalAlloc for Limited {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         take(layout.size());
-        // SAFETY: as the caller promises.
+        // SAFETY: the caller upholds the contract of this method.
         unsafe { System.alloc(layout) }
     }
 
     unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
         take(layout.size());
-        // SAFETY: as the caller promises.
+        // SAFETY: the caller upholds the contract of this method.
         unsafe { System.alloc_zeroed(layout) }
     }
 
     unsafe fn dealloc(&self, at: *mut u8, layout: Layout) {
         TAKEN.fetch_sub(layout.size(), Ordering::Relaxed);
-        // SAFETY: as the caller promises.
+        // SAFETY: the caller upholds the contract of this method.
         unsafe { System.dealloc(at, layout) }
     }
 
     unsafe fn realloc(&self, at: *mut u8, layout: Layout, new: usize) -> *mut u8 {
         take(new);
         TAKEN.fetch_sub(layout.size(), Ordering::Relaxed);
-        // SAFETY: as the caller promises.
+        // SAFETY: the caller upholds the contract of this method.
         unsafe { System.realloc(at, layout, new) }
     }
 }
@@ -69,8 +69,8 @@ unsafe impl GlobalAlloc for Limited {
 #[global_allocator]
 static ALLOCATOR: Limited = Limited;
 
-/// A directory in memory that holds one file, the input. It goes with the process, or is removed
-/// by who started that.
+/// A directory in memory with one file, the input. The directory is removed on drop, or by the
+/// program that started the process.
 pub struct Lab {
     dir: TempDir,
     file: File,
@@ -78,10 +78,10 @@ pub struct Lab {
 }
 
 impl Lab {
-    /// An empty file called `name`, in a directory of its own.
+    /// Creates an empty file called `name` in a new directory.
     ///
     /// # Panics
-    /// When the host has no room for it.
+    /// If the host has no space for it.
     #[must_use]
     pub fn new(name: &str) -> Self {
         let shm = Path::new("/dev/shm");
@@ -93,31 +93,32 @@ impl Lab {
         Self { dir, file, path }
     }
 
-    /// Makes the file hold `bytes`.
+    /// Replaces the content of the file with `bytes` and returns its path.
     ///
     /// # Panics
-    /// When the host has no room for them.
+    /// If the host has no space for them.
     pub fn put(&self, bytes: &[u8]) -> &Path {
         self.file.set_len(0).unwrap();
         self.file.write_all_at(bytes, 0).unwrap();
         &self.path
     }
 
-    /// The directory.
+    /// Returns the directory.
     #[must_use]
     pub fn dir(&self) -> &Path {
         self.dir.path()
     }
 }
 
-/// Most pieces of a layer that are looked at, and most bytes of it that are read.
+/// Maximum number of extents of a layer that [`walk`] examines, and maximum number of bytes it
+/// reads.
 const PIECES: usize = 4096;
 const READ: u64 = 4 << 20;
 
-/// Maps and reads `layer` as a reader would, within bounds, and checks what it promises.
+/// Maps and reads `layer` up to these limits, and checks the documented promises.
 ///
 /// # Panics
-/// When an answer is not what [`Layer`] says.
+/// If a result breaks a promise of [`Layer`].
 pub fn walk(layer: &dyn Layer) {
     let size = layer.size();
     let (mut at, mut read) = (0, 0);
@@ -138,14 +139,14 @@ pub fn walk(layer: &dyn Layer) {
                     read += end - at;
                     at = end;
                 }
-                // The next piece may be whole.
+                // The next extent may be readable.
                 Err(_) => at = end,
             }
         } else {
             at = end;
         }
     }
-    // The end may be far away.
+    // The end may be beyond the limits above.
     if let Some(last) = size.checked_sub(1) {
         let _ = layer.read_at(&mut [0], last, Wait::Yes);
     }
@@ -156,7 +157,7 @@ pub fn walk(layer: &dyn Layer) {
 pub struct Memory(Mutex<Vec<u8>>);
 
 impl Memory {
-    /// One that holds `bytes`.
+    /// Creates a file that holds `bytes`.
     #[must_use]
     pub fn new(bytes: Vec<u8>) -> Arc<Self> {
         Arc::new(Self(Mutex::new(bytes)))
@@ -232,7 +233,7 @@ impl Storage for Memory {
     }
 }
 
-/// Where the logs of a layer in memory go.
+/// The directory of the log of a layer in memory; it keeps the newest replacement.
 #[derive(Default)]
 pub struct MemoryLogDir(pub Mutex<Option<Arc<Memory>>>);
 

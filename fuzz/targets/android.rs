@@ -1,4 +1,4 @@
-//! Android sparse images: the decoder, with checksums and without.
+//! Android sparse images: the decoder, with and without checksums.
 #![no_main]
 
 use std::io::Read;
@@ -6,7 +6,8 @@ use std::io::Read;
 use cowslip::formats::android::{AndroidDecoder, AndroidRecord, Checksums};
 use libfuzzer_sys::fuzz_target;
 
-/// Records without a byte of input behind them are as many as the header says: four thousand million.
+/// Maximum number of records decoded. The header may announce four thousand million records that
+/// need no input.
 const RECORDS: usize = 1 << 16;
 
 fuzz_target!(|bytes: &[u8]| {
@@ -20,7 +21,7 @@ fuzz_target!(|bytes: &[u8]| {
                 Ok(AndroidRecord::Data(range)) => {
                     assert!(range.start == at && range.end <= size);
                     at = range.end;
-                    // All of it, some of it and nothing.
+                    // Reads all, half or none of the body.
                     let wanted = (range.end - range.start) / 2 * (range.start / 512 % 3);
                     let _ = std::io::copy(&mut decoder.body().take(wanted), &mut std::io::sink());
                 }

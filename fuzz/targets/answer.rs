@@ -1,4 +1,4 @@
-//! What a mount answers, as the commands read and show it: three texts with a zero byte between.
+//! Replies of a mount, as the commands read and print them: three texts separated by zero bytes.
 #![no_main]
 
 use cowslip::cli::answer::render_for_fuzzing;

@@ -1,4 +1,4 @@
-//! The configuration, in TOML.
+//! The configuration file, in TOML.
 #![no_main]
 
 use std::path::Path;

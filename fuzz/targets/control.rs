@@ -1,5 +1,5 @@
-//! Requests to a mount and to a disk in it, as they come through `.cowslip/.../ctl`: read, and carried
-//! out on a disk in memory where they name nothing on the host.
+//! Requests to a mount and to a disk, as they arrive through `.cowslip/.../ctl`: parsed, and
+//! executed on a disk in memory if they name nothing on the host.
 #![no_main]
 
 use std::path::Path;
@@ -13,7 +13,7 @@ use cowslip::disk::{self, OpenContext};
 use libfuzzer_sys::fuzz_target;
 use serde_json::Value;
 
-/// What a request may be that is carried out: others make or open what they name, or wait for long.
+/// Operations that are executed; others create or open the files they name, or wait for long.
 const HARMLESS: [&str; 11] = [
     "drain",
     "remove",
@@ -28,7 +28,7 @@ const HARMLESS: [&str; 11] = [
     "difference",
 ];
 
-/// A mount of one blank disk, and where that is.
+/// Creates the control of a mount with one blank disk, and returns it with the disk's slot.
 fn control() -> (Arc<Control>, u64) {
     let catalog = Arc::new(Catalog::new(Path::new("/mnt"), None));
     let spec = config::parse_disk("d=blank:64K", Path::new("/"), &|_| false).unwrap();

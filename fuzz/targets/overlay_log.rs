@@ -1,4 +1,4 @@
-//! The log of a layer: recovery, replay, and a layer opened from what it says.
+//! The log of a layer: recovery, replay, and a layer opened from the log.
 #![no_main]
 
 use std::sync::Arc;
@@ -12,10 +12,10 @@ use cowslip_fuzz::{Memory, MemoryLogDir, walk};
 use libfuzzer_sys::fuzz_target;
 use uuid::Uuid;
 
-/// The layer of the seeds.
+/// UUID of the layer in the seeds.
 const LAYER: Uuid = Uuid::from_u128(0xc0);
 
-/// Puts the checksums of all records right: a mutation would never do that.
+/// Recomputes the checksums of all records, which a mutation would never get right.
 fn seal(bytes: &mut [u8]) {
     for record in bytes.as_chunks_mut::<RECORD_LEN>().0 {
         if record != &[0; RECORD_LEN] {
@@ -31,7 +31,7 @@ fn files(log: Arc<Memory>, log_dir: Arc<MemoryLogDir>, block_size: u32) -> Layer
 }
 
 fuzz_target!(|input: &[u8]| {
-    // The first byte chooses what is known from outside.
+    // The first byte selects whether checksums are recomputed, the block size and the boot tag.
     let Some((&choice, bytes)) = input.split_first() else { return };
     let mut bytes = bytes.to_vec();
     if choice & 1 == 0 {
@@ -42,7 +42,7 @@ fuzz_target!(|input: &[u8]| {
     let log_dir = Arc::new(MemoryLogDir::default());
     let found = files(Memory::new(bytes), Arc::clone(&log_dir), block_size);
     let Ok((image, _, _)) = recover::open_log(&found, tag) else { return };
-    // A log that was written anew says the same.
+    // A rewritten log gives the same state.
     if let Some(new) = log_dir.0.lock().take() {
         let again = log::scan(&*new, &LAYER).unwrap();
         assert_eq!(again.end, log::LogEnd::Whole);

@@ -1,4 +1,4 @@
-//! Partition tables: MBR with logical partitions, GPT with its checksums put right.
+//! Partition tables: MBR with logical partitions, and GPT with recomputed checksums.
 #![no_main]
 
 use std::io;
@@ -6,7 +6,7 @@ use std::io;
 use cowslip::base::partitions::{self, TableSource};
 use libfuzzer_sys::fuzz_target;
 
-/// A disk whose first bytes and last bytes are the input, with nothing between them.
+/// A disk whose first bytes and last bytes are the input, with zeros between.
 struct Disk<'a> {
     bytes: &'a [u8],
     size: u64,
@@ -29,7 +29,7 @@ impl TableSource for Disk<'_> {
     }
 }
 
-/// Puts the checksums of the GPT header at `at` right: a mutation would never do that.
+/// Recomputes the checksums of the GPT header at `at`, which a mutation would never get right.
 fn seal(bytes: &mut [u8], at: usize, sector: usize) {
     let word = |bytes: &[u8], at: usize| {
         bytes
@@ -56,7 +56,7 @@ fn seal(bytes: &mut [u8], at: usize, sector: usize) {
 }
 
 fuzz_target!(|input: &[u8]| {
-    // The first byte chooses the sector and the size.
+    // The first byte selects sector size and disk size.
     let Some((&choice, bytes)) = input.split_first() else { return };
     let mut bytes = bytes.to_vec();
     let sector = [None, Some(512), Some(4096), None][usize::from(choice & 3)];

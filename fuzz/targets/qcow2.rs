@@ -1,4 +1,4 @@
-//! qcow2 images: header, tables, compressed clusters; opened, mapped and read.
+//! qcow2 images: header, tables and compressed clusters; opened, mapped and read.
 #![no_main]
 
 use std::path::Path;
@@ -22,7 +22,7 @@ fn open(path: &Path, part: SourcePart) {
         allow_backing: &[],
     };
     let Ok(base) = base::open(&DiskSource::File(path.to_owned()), how) else { return };
-    // Nothing is there but the image, and it cannot be its own backing file.
+    // Only the image exists, and it cannot be its own backing file.
     assert!(base.needs.is_empty(), "it was let to open {:?}", base.needs);
     walk(&*base.layer.reader());
 }

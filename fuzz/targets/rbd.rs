@@ -1,4 +1,4 @@
-//! The records of streams: rbd diff v2, as sinks write and `recv` reads them.
+//! The records of streams: rbd diff v2, as sinks write them and `recv` reads them.
 #![no_main]
 
 use std::io::Read;

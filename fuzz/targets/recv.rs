@@ -1,4 +1,4 @@
-//! What `recv` makes of what comes over the wire: records, checkpoints, a file.
+//! Streams received by `recv`: records, checkpoints and the resulting file.
 #![no_main]
 
 use std::sync::LazyLock;
@@ -21,7 +21,8 @@ fuzz_target!(|bytes: &[u8]| {
         onto: None,
         limit: 1 << 30,
     };
-    // As a whole; then cut in two, the second half resumed; then as changes of another file.
+    // The whole stream; then its first half, followed by the whole stream as a resumption; then the
+    // stream as changes to another file.
     let _ = receive(bytes, &plan, &mut |_| ());
     let _ = receive(&bytes[..bytes.len() / 2], &plan, &mut |_| ());
     let _ = resume_offset(&path);

@@ -1,4 +1,4 @@
-//! The words of the command line: disks, sizes, ranges, mount options.
+//! Arguments of the command line: disks, sizes, ranges and mount options.
 #![no_main]
 
 use std::ffi::OsStr;
@@ -8,7 +8,7 @@ use std::path::Path;
 use cowslip::config;
 use libfuzzer_sys::fuzz_target;
 
-/// Every error is one line.
+/// Checks that every error is a single line.
 fn check<T>(read: Result<T, config::SpecError>) -> Option<T> {
     read.inspect_err(|error| {
         let line = error.to_string();

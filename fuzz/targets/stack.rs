@@ -1,4 +1,4 @@
-//! The `stack` file: what makes a disk, its layers and snapshots.
+//! The `stack` file, which defines a disk, its layers and its snapshots.
 #![no_main]
 
 use std::fs::File;
@@ -18,7 +18,7 @@ static LAB: LazyLock<(Lab, File)> = LazyLock::new(|| {
 
 fuzz_target!(|bytes: &[u8]| {
     let (lab, dir) = &*LAB;
-    // As it is, and below a right checksum: a mutation would never make one.
+    // The input itself, and the input after a valid checksum, which a mutation would never produce.
     lab.put(bytes);
     let _ = Stack::read(dir);
     let mut sealed = format!("checksum = \"crc32c:{:08x}\"\n", crc32c::crc32c(bytes)).into_bytes();
@@ -32,7 +32,7 @@ fuzz_target!(|bytes: &[u8]| {
     }
     let _ = (tree.live(), tree.mergeable(|_| false), stack.base.part());
     tree.prune();
-    // What was read can be written and read again.
+    // A stack that was read can be written and read again.
     let place = tempfile::tempdir_in(lab.dir()).unwrap();
     let place = open_dir(place.path()).unwrap();
     if stack.write(&place).is_ok() {

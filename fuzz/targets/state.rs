@@ -1,4 +1,4 @@
-//! The state beside a part that is to be resumed, and what `recv --resume` makes of it.
+//! The state file beside a part, and how `recv --resume` uses it.
 #![no_main]
 
 use std::os::unix::fs::MetadataExt;
@@ -11,9 +11,9 @@ use libfuzzer_sys::fuzz_target;
 
 static LAB: LazyLock<Lab> = LazyLock::new(|| Lab::new("x.part"));
 
-/// What stands for the part's inode, which no mutation would find.
+/// Placeholder for the part's inode number, which a mutation would never guess.
 const INODE: &[u8] = b"INODE";
-/// The part's length.
+/// Length of the part in bytes.
 const LEN: usize = 5000;
 
 fuzz_target!(|bytes: &[u8]| {
@@ -26,7 +26,7 @@ fuzz_target!(|bytes: &[u8]| {
     let state = LAB.dir().join("x.part.state");
     std::fs::write(&state, text).unwrap();
     let path = LAB.dir().join("x");
-    // Nothing is promised beyond what is there.
+    // The state never promises more bytes than there are.
     let offset = resume_offset(&path).unwrap();
     assert!(offset <= LEN as u64, "{offset}");
     let plan = ReceivePlan {
