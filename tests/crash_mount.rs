@@ -50,7 +50,7 @@ fn killed_daemon_loses_no_completed_write() {
                 let file = &files[disk as usize];
                 scope.spawn(move || {
                     for step in 0.. {
-                        // Each writer has its own 64 KiB of every 256, so that none overwrites
+                        // Each writer has its own 64 KiB of every 256 KiB, so that none overwrites
                         // another.
                         let slot = (step * 7 + round) % 128 * 4 + writer;
                         let offset = slot * 64 * KIB + step * 100 % 50_000;

@@ -30,8 +30,8 @@ fn of(content: AndroidContent, range: Range<u64>) -> AndroidRun {
     AndroidRun { range, content }
 }
 
-/// Returns the `len` bytes of the test pattern at `offset`: never zero, and never four equal words
-/// in a row.
+/// Returns the `len` bytes of the test pattern at `offset`: never zero, and never the same byte
+/// four times in a row.
 fn noise(offset: u64, len: usize) -> Vec<u8> {
     let byte = |at: u64| (at.wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 56) as u8 | 1;
     (offset..).take(len).map(byte).collect()

@@ -692,7 +692,7 @@ fn keep_keeps_all_snapshots_of_a_temporary_disk() {
             lab.ok(&format!("snapshot m/d s{layer}"));
             models.push(read(&file, 0, 16 * MIB));
             if layer == 2 {
-                // The next snapshot is based on another one.
+                // The next snapshot is based on `s0`.
                 drop(lab.ok("revert m/d s0 --force"));
             }
         }

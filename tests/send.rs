@@ -468,7 +468,7 @@ fn mounted_disk_is_sent_as_of_one_point_in_time() {
         lab.sh(&format!("cp --sparse=always {disk} want"));
         // The pipe is full long before the end of the stream.
         let (sender, mut stdout) = begin_send(&lab, disk);
-        // Overwrites the whole disk while it is sent, then truncates and extends it.
+        // Overwrites nearly the whole disk while it is sent, then truncates and extends it.
         file.write_all_at(&noise(63 * MIB, 8), 0).unwrap();
         file.set_len(40 * MIB).unwrap();
         file.set_len(65 * MIB).unwrap();

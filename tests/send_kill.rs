@@ -174,7 +174,7 @@ fn positions(calls: &[Call], is_it: impl Fn(&Call) -> bool) -> Vec<usize> {
     calls.iter().enumerate().filter(|(_, call)| is_it(call)).map(|(index, _)| index).collect()
 }
 
-/// Whether the path of a descriptor argument of `call` ends with `path`.
+/// Whether a file descriptor in the arguments of `call` refers to `path`.
 fn is_on(call: &Call, path: &str) -> bool {
     call.shown.contains(&format!("{path}>"))
 }
