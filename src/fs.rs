@@ -1,6 +1,7 @@
-//! The FUSE adapter: decode, call, reply. With `mount` the only code that names `fuser`.
+//! The FUSE adapter: decodes a request, calls a disk, replies. Only this module and `mount` name
+//! `fuser`.
 //!
-//! A worker asks with [`Wait::No`]; what would have to wait goes to the pool of its disk
+//! A worker calls a disk with [`Wait::No`]. Work that would have to wait goes to the disk's pool
 //! (`reply`), so a slow base holds no worker. Invalidations of the kernel's cache are sent by pool
 //! threads as well, never from a handler: the kernel may need a free worker to carry one out.
 
@@ -52,46 +53,47 @@ use crate::name::{CONTROL_DIR, MAX_NAME_LEN};
 use crate::pool::Pool;
 use crate::stream::Stream;
 
-/// The root's inode number.
+/// Inode number of the mount's root directory.
 const ROOT_INO: u64 = 1;
-/// 1 MiB: the largest request the kernel sends (its limit of pages in one).
+/// Largest request in bytes, 1 MiB: the kernel's limit of pages in one request.
 const MAX_IO_SIZE: u32 = 1 << 20;
-/// Requests the kernel keeps in flight for read-ahead and asynchronous I/O, of all disks together.
-/// Hundreds may wait for one stalled stream; the other disks must not wait with them.
+/// Requests that the kernel keeps in flight for read-ahead and asynchronous I/O, of all disks
+/// together. Hundreds may wait for one stalled stream; the other disks must not wait with them.
 const MAX_BACKGROUND: u16 = 4096;
 
-/// Set-id bits are never kept: the mount is `nosuid`, and so no write has any to clear.
+/// Permission bits that a mode may set. Set-id bits are excluded: the mount is `nosuid`, and so a
+/// write has none to clear.
 const PERM_MASK: u32 = 0o1777;
 
 thread_local! {
-    /// Each worker's buffer for reads, and each pool thread's, kept between requests.
-    /// Aligned: what is read past the host's cache comes right into it.
+    /// Per-thread read buffer of workers and pool threads, reused across requests. Aligned, so that
+    /// reads past the host's page cache (`O_DIRECT`) need no copy.
     static READ_BUFFER: RefCell<AlignedBuf> = const { RefCell::new(AlignedBuf::new()) };
 }
 
-/// What the adapter shares with the mount around it.
+/// State shared between the adapter and the mount.
 pub struct FsContext {
-    /// Names and disks.
+    /// The disks and their names.
     pub catalog: Arc<Catalog>,
     /// The `.cowslip` directory.
     pub control: Arc<Control>,
-    /// Requests that must not wait for ever.
+    /// The requests with a deadline.
     pub deadlines: Deadlines,
-    /// Sends invalidations; there once the kernel has said hello.
+    /// Sends invalidations; set once the kernel has initialised the connection (`FUSE_INIT`).
     pub notifier: OnceLock<Notifier>,
-    /// Threads for what belongs to no disk.
+    /// Threads for work that belongs to no disk.
     pub pool: Arc<Pool>,
-    /// Threads for requests to the mount and its disks, and for who waits for the answers.
+    /// Threads for requests to the control files, and for reads that wait for the answers.
     pub control_pool: Arc<Pool>,
     /// How the kernel's cache is used.
     pub cache: CacheMode,
-    /// Who mounted.
+    /// User id and group id of the user who mounted.
     pub owner: (u32, u32),
-    /// When that was.
+    /// The time of the mount.
     pub mounted_at: SystemTime,
 }
 
-/// The file system that the kernel talks to.
+/// The file system as the kernel sees it.
 pub struct CowslipFs {
     shared: Arc<FsContext>,
     handles: Arc<Handles>,
@@ -101,8 +103,8 @@ pub struct CowslipFs {
 }
 
 impl CowslipFs {
-    /// The adapter of a mount. `device` is its connection to the kernel, to look whether there is
-    /// a request.
+    /// Creates the adapter of a mount with `workers` threads. `device` is the connection to the
+    /// kernel, polled for the next request.
     #[must_use]
     pub fn new(shared: Arc<FsContext>, workers: usize, device: Option<OwnedFd>) -> Self {
         Self {
@@ -127,14 +129,14 @@ impl Filesystem for CowslipFs {
         if self.shared.cache == CacheMode::Writeback {
             wanted.push(InitFlags::FUSE_WRITEBACK_CACHE);
         }
-        // No READDIRPLUS: attributes that had to be waited for could only be made up, and a size of 0
-        // would end the reads of who has the file open.
+        // No READDIRPLUS: attributes that had to be waited for could only be invented, and a size
+        // of 0 would end the reads of every process that has the file open.
         for flag in wanted {
             if config.add_capabilities(flag).is_err() {
                 log::info!("this kernel's FUSE has no {flag:?}");
             }
         }
-        // Each answers with the limit when it is asked for more than that.
+        // Each setter returns its limit when the value exceeds it.
         let _ = config.set_max_write(MAX_IO_SIZE);
         if let Err(most) = config.set_max_readahead(MAX_IO_SIZE) {
             let _ = config.set_max_readahead(most);
@@ -220,7 +222,8 @@ impl Filesystem for CowslipFs {
     ) {
         let shown = match self.file_by_ino(ino) {
             Ok(shown) => shown,
-            // A control file is always empty to begin with: `>` truncates it for nothing.
+            // A control file always has size 0 at open: the truncation of a shell's `>` changes
+            // nothing.
             Err(_) if ControlNode::from_ino(ino.0).is_some_and(|spot| !spot.is_directory()) => {
                 return self.getattr_of_node(ino, reply);
             }
@@ -243,7 +246,7 @@ impl Filesystem for CowslipFs {
         };
         let there = shown.clone();
         if owner.is_some() {
-            // It is written durably.
+            // A new owner is written durably.
             let work = move |_: &Disk| Self::set_attributes(&there, owner, size, times, Wait::Yes);
             return self.defer(shown.disk(), PoolKind::Work, reply, work, send);
         }
@@ -330,10 +333,12 @@ impl Filesystem for CowslipFs {
             None
         });
         let Some(reply) = left else { return self.busy_poll.poll_request() };
-        // With no hand on the buffer: where no thread can be made, this one does the work itself.
+        // The buffer is not borrowed here: where no thread can be started, this thread does the
+        // work itself.
         let there = shown.clone();
         let work = move || {
-            // Its own thread's, as long as that lives: new memory costs as much as the copy.
+            // The thread's own buffer, kept for as long as the thread lives: new memory costs as
+            // much as the copy.
             let mut buffer = READ_BUFFER.take();
             let got = there.read(buffer.prepare(len), offset, Wait::Yes)?;
             Ok((buffer, got))
@@ -371,7 +376,7 @@ impl Filesystem for CowslipFs {
             Ok(room) => room,
             Err(error) => return reply.error(error.into()),
         };
-        // Fewer than there are only at a window's end.
+        // Shorter than `data` only at the end of a partition.
         let len = usize::try_from(room.end - room.start).unwrap_or(usize::MAX).min(data.len());
         let (offset, data) = (room.start, &data[..len]);
         let Ok(written) = u32::try_from(len) else {
@@ -384,8 +389,8 @@ impl Filesystem for CowslipFs {
             };
             return disk.stream_write(output, data, offset, request.pid(), Box::new(send));
         }
-        // What comes from the kernel's own cache is in it already; its page is locked until the
-        // answer, so an invalidation would wait for itself.
+        // Bytes that come from the kernel's cache are in that cache already. Their page is locked
+        // until the reply, so an invalidation would deadlock.
         let via = match write_flags.contains(WriteFlags::FUSE_WRITE_CACHE) {
             true => WriteOrigin::PageCache,
             false => WriteOrigin::Client,
@@ -412,7 +417,7 @@ impl Filesystem for CowslipFs {
     }
 
     fn flush(&self, _: &Request, _: INodeNo, fh: FileHandle, _: LockOwner, reply: ReplyEmpty) {
-        // Nothing is held back; a disk that has failed says so at close, too.
+        // No write is held back until close; but a failed disk reports its failure at close, too.
         match self.file_by_handle(fh) {
             Ok(shown) if shown.disk().is_failed() => reply.error(Errno::EIO),
             _ => reply.ok(),
@@ -564,7 +569,7 @@ impl Filesystem for CowslipFs {
         _: u32,
         reply: ReplyEntry,
     ) {
-        // A file alone is a disk.
+        // Only regular files are disks.
         if !matches!(mode & libc::S_IFMT, libc::S_IFREG | 0) {
             return reply.error(Errno::EPERM);
         }
@@ -666,7 +671,7 @@ impl Filesystem for CowslipFs {
         };
         let send = |reply: ReplyLseek, found: u64| reply.offset(found.cast_signed());
         if self.may_have_dirty_pages(&disk) {
-            // Pages that were written through a mapping have not come to us yet.
+            // Pages written through a mapping have not reached this daemon yet.
             let shared = Arc::clone(&self.shared);
             let work = move || {
                 Self::invalidate(&shared, shown.disk(), WHOLE_DISK);
@@ -713,7 +718,7 @@ impl Filesystem for CowslipFs {
         let work = move || {
             let place = there.span(offset_out, len);
             if there.is_dirty_elsewhere(&place) {
-                // Older bytes of another file's must not come after these.
+                // Older dirty bytes of another file must not be written back after these.
                 Self::invalidate_others(&shared, &there, place);
             }
             let copied = there.copy_from(&source, (offset_in, len), offset_out)?;

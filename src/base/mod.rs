@@ -1,23 +1,23 @@
-//! Bases: the bottom of a disk, which nobody changes; and the one place that opens one.
+//! Bases: the read-only bottom of a disk, and the one function that opens a base.
 //!
 //! ```text
 //!   config::DiskSource::File(path)        config::DiskSource::Blank(size)
-//!        │ what is there? (never opens what is no file)
-//!        │ open, look again (host.rs), lock (lock.rs)
+//!        │ what is there? (only regular files and block devices are opened)
+//!        │ open, look again (file.rs), lock (lock.rs)
 //!        │ which format? (detect.rs: by its first and last bytes)
 //!        ▼                                   ▼
 //!     RawBase (raw.rs)                    Blank (blank.rs)
 //!        │ all of it, or a part?
 //!        ▼
-//!     View (view.rs), by bytes or as partitions/ says
+//!     RangeView (view.rs), by bytes or as partitions/ says
 //! ```
 //!
-//! `identity.rs` notices a base that changed under an overlay, and `place.rs` one that lies in the
-//! mount it would serve, so that it would wait for itself.
+//! `identity.rs` notices a base that changed under an overlay. `self_reference.rs` notices a base
+//! that lies in the mount it would serve and so would wait for itself.
 //!
-//! Invariants: a base opened with [`BaseAccess::Read`] is never written, for its descriptor cannot;
-//! its locks are held until its layer is dropped; what cannot be told is refused
-//! here, with the line the user needs, and never guessed.
+//! Invariants: a base opened with [`BaseAccess::Read`] is never written, since its descriptor is
+//! read-only; the locks of a base are held until its layer is dropped; an ambiguous base is refused
+//! here with the remedy for the user, never guessed at.
 
 pub mod blank;
 mod detect;
@@ -47,61 +47,62 @@ use self::view::RangeView;
 use crate::config::{DirectIo, DiskSource, Format, Locking, Passthrough, SourcePart};
 use crate::layer::{Layer, WritableLayer};
 
-/// What a base is opened for.
+/// The purpose a base is opened for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum BaseAccess {
-    /// To be the bottom of a disk.
+    /// As the read-only bottom of a disk.
     Read,
-    /// To be changed itself: `mode=rw`, and commit.
+    /// To be changed: `mode=rw`, and commit.
     Write,
 }
 
-/// How a base is opened.
+/// Options for opening a base.
 #[derive(Clone, Copy, Debug)]
 pub struct BaseOptions<'a> {
-    /// Its format; `None`: raw, unless it looks like something else.
+    /// The format. `None` means raw, unless the bytes look like another format.
     pub format: Option<Format>,
-    /// How much of it is served.
+    /// The part of the base that is served.
     pub part: SourcePart,
-    /// What for.
+    /// The purpose.
     pub access: BaseAccess,
     /// Whether QEMU's locks are taken.
     pub locking: Locking,
-    /// Whether others may read and write it with our consent, past us: the kernel.
+    /// Whether the kernel may read and write the base directly (passthrough).
     pub passthrough: Passthrough,
-    /// Whether its bytes pass by the host's page cache; only those of a raw one can.
+    /// Whether I/O bypasses the host's page cache; only a raw base can do that.
     pub direct: DirectIo,
-    /// Directories below which files may lie that an image names, besides its own.
+    /// Further directories in which backing files named by an image may lie, besides the image's
+    /// own.
     pub allow_backing: &'a [PathBuf],
 }
 
 /// An open base.
 pub struct Base {
-    /// What answers.
+    /// The layer that reads, and for [`BaseAccess::Write`] writes, the base.
     pub layer: BaseLayer,
-    /// Where it is, canonical; none for a blank.
+    /// The canonical path; `None` for a blank.
     pub path: Option<PathBuf>,
-    /// Bytes, when it was opened; of the part that is served.
+    /// The size in bytes of the served part when the base was opened.
     pub size: u64,
-    /// Where that part is, in bytes; none for all of it.
+    /// The byte range of the served part; `None` for the whole base.
     pub view: Option<Range<u64>>,
-    /// The file or device, to be locked further or looked at; none for a blank.
+    /// The file or device, for further locks and checks; `None` for a blank.
     pub file: Option<Arc<File>>,
-    /// The files it is read from besides, the nearest first.
+    /// The backing files, the nearest first.
     pub needs: Vec<(PathBuf, Arc<File>)>,
 }
 
-/// A base's layer, by what it was opened for.
+/// A base's layer, by the access the base was opened with.
 #[derive(Clone)]
 pub enum BaseLayer {
-    /// For [`BaseAccess::Read`].
+    /// The layer of a base opened with [`BaseAccess::Read`].
     Reader(Arc<dyn Layer>),
-    /// For [`BaseAccess::Write`].
+    /// The layer of a base opened with [`BaseAccess::Write`].
     Writer(Arc<dyn WritableLayer>),
 }
 
 impl BaseLayer {
-    /// The layer, to be read.
+    /// The layer as a reader.
     #[must_use]
     pub fn reader(&self) -> Arc<dyn Layer> {
         match self {
@@ -112,7 +113,7 @@ impl BaseLayer {
 }
 
 impl Base {
-    /// Who it is now; `None` for a blank, which has nothing that could change.
+    /// Returns the base's current identity; `None` for a blank, which cannot change.
     ///
     /// # Errors
     /// As [`Identity::of`].
@@ -121,10 +122,10 @@ impl Base {
     }
 }
 
-/// Opens what is under a disk. Nothing waits on the way: not for a FIFO's other end, not for a lock.
+/// Opens the base of a disk. Nothing here waits, neither for a FIFO's other end nor for a lock.
 ///
 /// # Errors
-/// [`BaseError`], for the user.
+/// [`BaseError`], worded for the user.
 pub fn open(source: &DiskSource, how: BaseOptions<'_>) -> Result<Base, BaseError> {
     let access = how.access;
     match source {
@@ -181,7 +182,7 @@ fn open_file(path: &Path, how: BaseOptions<'_>) -> Result<Base, BaseError> {
 
 #[cfg(test)]
 pub(crate) mod testing {
-    //! Real devices for the tests of this folder; they need root.
+    //! Real devices for the tests of this module; they need root.
 
     use std::ffi::OsStr;
     use std::fs::File;
@@ -191,7 +192,7 @@ pub(crate) mod testing {
     use std::path::{Path, PathBuf};
     use std::process::Command;
 
-    /// Runs a program that must succeed; answers its output.
+    /// Runs a program that must succeed and returns its output.
     pub(crate) fn run(program: &str, args: &[impl AsRef<OsStr>]) -> String {
         let out = Command::new(program).args(args).output().unwrap();
         let said = String::from_utf8_lossy(&out.stderr);
@@ -199,7 +200,7 @@ pub(crate) mod testing {
         String::from_utf8_lossy(&out.stdout).trim().to_owned()
     }
 
-    /// A loop device, attached until it is dropped.
+    /// A loop device, attached until dropped.
     pub(crate) struct LoopDevice(PathBuf);
 
     impl LoopDevice {
@@ -214,8 +215,9 @@ pub(crate) mod testing {
             &self.0
         }
 
-        /// Tells the kernel of a partition and answers its device. Not every kernel reads partition
-        /// tables, and no release of util-linux has all the tools that could tell it.
+        /// Adds a partition to the kernel's view of the device and returns its device path. Not
+        /// every kernel reads partition tables, and no release of util-linux has all the tools that
+        /// could add one.
         pub(crate) fn add_partition(&self, number: i32, bytes: Range<i64>) -> PathBuf {
             let partition = BlkpgPartition {
                 start: bytes.start,
@@ -316,7 +318,7 @@ mod tests {
     }
 
     #[test]
-    fn the_descriptor_waits_again_once_it_is_open() {
+    fn an_open_base_has_a_blocking_descriptor() {
         let file = tempfile::NamedTempFile::new().unwrap();
         let base = open_path(file.path(), None).unwrap();
         let flags = rustix::fs::fcntl_getfl(&**base.file.as_ref().unwrap()).unwrap();
@@ -333,7 +335,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_file_is_refused_at_once() {
+    fn open_rejects_everything_but_files_and_block_devices_at_once() {
         let dir = dir();
         let path = |name: &str| dir.path().join(name);
         let at = |name: &str| path(name).display().to_string();
@@ -365,7 +367,7 @@ mod tests {
     }
 
     #[test]
-    fn a_host_error_is_told_for_what_it_is() {
+    fn an_error_of_the_host_is_reported_by_its_cause() {
         let denied = BaseError::from_io(Path::new("/x"), BaseAccess::Write, Errno::ACCESS.into());
         assert_eq!(
             denied.to_string(),
@@ -375,7 +377,7 @@ mod tests {
         assert!(broken.to_string().starts_with("cannot read base '/x': Input/output error"));
     }
 
-    /// Whether `line` says what an image of that format is, and what to do.
+    /// Whether `line` names `format` and says what to do with such an image.
     fn is_told_as(line: &str, format: &str) -> bool {
         let what = match format {
             "qcow2" => "looks like a qcow2 image: add ,format=qcow2 (or ".to_owned(),
@@ -387,7 +389,7 @@ mod tests {
     }
 
     #[test]
-    fn other_formats_are_known_by_their_bytes() {
+    fn other_formats_are_detected_by_their_bytes() {
         let dir = dir();
         let path = dir.path().join("image");
         let vdi = [&[0; 64][..], &[0x7f, 0x10, 0xda, 0xbe]].concat();
@@ -422,7 +424,7 @@ mod tests {
     }
 
     #[test]
-    fn what_qemu_img_makes_is_known() {
+    fn images_of_qemu_img_are_detected() {
         let dir = dir();
         for format in ["qcow2", "qcow", "qed", "vmdk", "vhdx", "vpc", "vdi", "parallels"] {
             let path = dir.path().join(format);
@@ -433,7 +435,7 @@ mod tests {
     }
 
     #[test]
-    fn a_format_we_cannot_read_comes_with_the_line_that_converts() {
+    fn an_unreadable_format_is_reported_with_the_command_that_converts_it() {
         let dir = dir();
         let path = dir.path().join("my vm.vhdx");
         fs::write(&path, b"vhdxfile").unwrap();

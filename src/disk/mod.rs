@@ -1,8 +1,8 @@
-//! A disk: its layers, its gate and its attributes. The three loops that walk the layers (read,
-//! write, seek) are in `read_write`; `open` makes a disk from its spec.
+//! A mounted disk: its layers, its gate and its attributes. The three loops that walk the layers
+//! (read, write, seek) are in `read_write`; `open` builds a disk from its config.
 //!
-//! The *gate* is held shared by everything that changes bytes and exclusive by what changes the
-//! size or the layers themselves. Readers take a snapshot of the layers and never wait for it.
+//! Every change of bytes holds the *gate* shared; a change of the size or of the layers holds it
+//! exclusive. Readers take a snapshot of the layers and never wait for the gate.
 
 mod bottom;
 mod commit;
@@ -65,45 +65,45 @@ use crate::overlay::tree::LayerTree;
 use crate::pool::Pool;
 use crate::stream::Stream;
 
-/// The most extents that are walked for one st_blocks: what lies behind them counts as data.
+/// The most extents that one walk for `st_blocks` visits; all bytes after them count as data.
 const MAX_WALKED_EXTENTS: usize = 16 << 10;
 
-/// What takes a disk's changes.
+/// The layer that takes a disk's changes.
 enum Top {
     /// A copy-on-write layer.
     Overlay(Arc<Overlay>),
-    /// A file that shares its blocks with the base.
+    /// A file that shares its blocks with the base (reflink).
     Reflink(Arc<Reflink>),
     /// The base itself (`mode=rw`).
     Base(Arc<dyn WritableLayer>),
-    /// Nothing (`mode=ro`).
+    /// No layer: the disk is read-only (`mode=ro`).
     Nothing,
 }
 
-/// The layers of a disk, as they are until the next change of the gate's holder.
+/// A snapshot of a disk's layers. A holder of the exclusive gate replaces it as a whole.
 struct LayerStack {
     top: Top,
     /// The sealed layers below the top.
     sealed: Option<Arc<Sealed>>,
-    /// What lies below them all; with `Top::Base` that is the top itself.
+    /// The base below all other layers; with `Top::Base` the top itself.
     bottom: Option<Arc<dyn Layer>>,
-    /// Top to bottom, `top` included unless it is `Nothing`.
+    /// All layers from top to bottom, including `top` unless that is `Nothing`.
     all: Vec<Arc<dyn Layer>>,
 }
 
-/// Where the overlay of a disk lives, and which layers it has.
+/// Where a disk's overlay is stored, and which layers it has.
 #[expect(clippy::large_enum_variant, reason = "one a disk, which hardly ever moves")]
 enum OverlayLocation {
-    /// There is none.
+    /// The disk has no overlay.
     NoOverlay,
-    /// In files without a name, in this directory: it ends with the mount.
+    /// Unnamed files in this directory, which vanish with the mount.
     Temporary { tree: LayerTree, dir: PathBuf },
-    /// In a directory.
+    /// An overlay directory.
     Persistent(OverlayDir),
 }
 
 impl OverlayLocation {
-    /// The layers; none without an overlay.
+    /// Returns the overlay's layers, or `None` without an overlay.
     fn tree(&self) -> Option<LayerTree> {
         match self {
             Self::NoOverlay => None,
@@ -122,7 +122,7 @@ impl OverlayLocation {
     }
 }
 
-/// Who owns the mounted file.
+/// Owner and mode of the mounted file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DiskOwner {
     /// User id.
@@ -133,100 +133,101 @@ pub struct DiskOwner {
     pub perm: u16,
 }
 
-/// What stat(2) says of a disk.
+/// The answer of stat(2) for a disk.
 #[derive(Clone, Copy, Debug)]
 pub struct Attributes {
-    /// Bytes.
+    /// Size in bytes.
     pub size: u64,
     /// Bytes that hold data, in this layer or below.
     pub allocated: u64,
     /// Owner and mode.
     pub owner: DiskOwner,
-    /// Last read, as far as anyone set it.
+    /// Access time: the one that a user set, else the mtime at opening. Reads do not move it.
     pub atime: SystemTime,
-    /// Last write.
+    /// Last write, or the time that a user set.
     pub mtime: SystemTime,
-    /// Last change of anything.
+    /// Last change of bytes or attributes.
     pub ctime: SystemTime,
-    /// Preferred unit of I/O in bytes: no hole begins or ends between two of them.
+    /// Preferred unit of I/O in bytes: no hole begins or ends inside one.
     pub blksize: u32,
-    /// Names that lead to it: one, or none any more.
+    /// Number of names: 1, or 0 once the disk is unlinked.
     pub nlink: u32,
 }
 
 /// How an open handle uses the kernel's page cache.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum HandleAccess {
-    /// Reads through the cache.
+    /// Reads, through the cache.
     Read,
     /// Writes only.
     Write,
-    /// Both, so it may also map the file shared and writable.
+    /// Reads and writes, so the handle may also map the file shared and writable.
     ReadWrite,
 }
 
-/// One mounted disk.
+/// A mounted disk.
 pub struct Disk {
-    /// Its own uuid; a persistent overlay keeps it.
+    /// The disk's uuid; a persistent overlay keeps it.
     pub uuid: Uuid,
-    /// How it may be changed.
+    /// How the disk may be changed.
     pub mode: DiskMode,
-    /// What it was made from, for people.
+    /// The source that the disk was opened from, as text for messages.
     pub source: String,
     resize: Resize,
-    /// Whether the kernel may go straight to its file.
+    /// Whether the kernel may read and write the disk's host file directly.
     passthrough: Passthrough,
-    /// Whether its files pass by the host's page cache: then every read and write of them waits.
+    /// Whether I/O bypasses the host's page cache. If so, every read and write of the files waits.
     direct: DirectIo,
-    /// Shared for changes of bytes, exclusive for changes of the size or of the layers.
+    /// Held shared for changes of bytes, exclusive for changes of the size or of the layers.
     gate: RwLock<()>,
-    /// Held while waiting for the gate exclusive (`gate_alone`).
+    /// Held while waiting for the exclusive gate (`wait_for_gate`).
     gate_queue: Mutex<()>,
-    /// Locked for a moment only: to take a snapshot, or to put new layers in place.
+    /// Locked only to take a snapshot or to install new layers.
     layers: RwLock<Arc<LayerStack>>,
     owner: Mutex<DiskOwner>,
     times: Times,
     read_opens: AtomicU32,
     write_opens: AtomicU32,
     read_write_opens: AtomicU32,
-    /// The last walk for st_blocks: the overlay's revision and the bytes.
+    /// The last result of a walk for `st_blocks`: the overlay's revision, and the bytes.
     allocated_cache: Mutex<Option<(u64, u64)>>,
-    /// A stat was answered with an older figure than there is.
+    /// Set when a stat was answered with the cached figure although the real one may have changed.
     allocated_is_stale: AtomicBool,
-    /// Its partitions as files of their own, if they are to be seen.
+    /// The disk's partitions as files of their own, if they are shown.
     partition_files: OnceLock<PartitionFiles>,
-    /// Where its overlay is.
+    /// Where the disk's overlay is stored.
     overlay_location: Mutex<OverlayLocation>,
     history: History,
     copy_up: CopyUp,
     hydration: HydrationState,
-    /// It has left its base behind.
+    /// Set once the disk has been detached from its base.
     is_detached: AtomicBool,
     overlay_dir: Mutex<Option<OverlayDirId>>,
     space_failures: SpaceFailures,
-    /// What an overlay's `stack` has to say of the base.
+    /// The bottom as the overlay's `stack` describes it.
     bottom: Mutex<Arc<bottom::Bottom>>,
     recovered: Recovered,
-    /// What is at work when it is one.
+    /// The stream, for a disk that is one.
     stream: Option<Stream>,
     io_pool: Arc<Pool>,
     notify_pool: Arc<Pool>,
     sync_pool: Arc<Pool>,
     map_pool: Arc<Pool>,
     maintaining: AtomicBool,
-    /// An operation of unbounded length holds the gate: requests wait without a deadline.
+    /// Set while an operation of unbounded length holds the gate: requests then wait without a
+    /// deadline.
     pub(crate) in_long_operation: AtomicBool,
-    /// The daemon or the disk is on its way out and the overlay closed: nothing may be changed any
-    /// more.
+    /// Set once the overlay is closed because the daemon or the disk shuts down: every change is
+    /// refused from then on.
     closed: AtomicBool,
-    /// The disk is on its way out: nobody can open it.
+    /// Set once the disk is being removed: opens are refused.
     is_retired: AtomicBool,
-    /// No hole of what lies at the bottom begins or ends between two of these, in bytes.
+    /// Granularity of the bottom's holes in bytes: no hole begins or ends inside one such unit.
     grain: u32,
-    /// No name leads to it any more.
+    /// Set once the disk has no name.
     is_unlinked: AtomicBool,
-    /// How often the kernel was led to it and has not forgotten it since: it may open the disk
-    /// though that has no name any more.
+    /// Lookups that the kernel has been answered and has not forgotten yet. While there are any,
+    /// the kernel may open the disk even after it was unlinked.
     lookup_count: AtomicU64,
 }
 
@@ -235,14 +236,14 @@ struct Times {
     atime: AtomicI64,
     mtime: AtomicI64,
     ctime: AtomicI64,
-    /// mtime was chosen by a user and no write has come since.
+    /// The mtime was set by a user, and no write has happened since.
     chosen: AtomicBool,
-    /// The mtime that is in the log.
+    /// The mtime recorded in the log.
     logged_mtime: AtomicI64,
 }
 
 impl Times {
-    /// `logged_mtime` is what the log says, if it says anything.
+    /// Creates the times of a new disk; `recorded` is the mtime in the log, if there is one.
     fn new(mtime: Nanos, chosen: bool, recorded: Option<Nanos>) -> Self {
         Self {
             atime: mtime.into(),
@@ -254,7 +255,8 @@ impl Times {
     }
 }
 
-/// Now, from the kernel's coarse clock: a few nanoseconds to read, exact to a few milliseconds.
+/// Returns the time of the kernel's coarse clock, which takes a few nanoseconds to read and is
+/// exact to a few milliseconds.
 fn coarse_now() -> Nanos {
     let now = rustix::time::clock_gettime(rustix::time::ClockId::RealtimeCoarse);
     now.tv_sec.saturating_mul(1_000_000_000).saturating_add(now.tv_nsec)
@@ -273,14 +275,14 @@ fn from_system_time(time: SystemTime) -> Nanos {
     }
 }
 
-/// Space on the file system that a disk's changes go to.
+/// Space on the file system that stores a disk's changes.
 #[derive(Clone, Copy, Debug)]
 pub struct FsSpace {
-    /// All of it, in bytes.
+    /// Total space in bytes.
     pub total: u64,
-    /// Free, in bytes.
+    /// Free space in bytes.
     pub free: u64,
-    /// Free for us, in bytes.
+    /// Free space available to this process, in bytes.
     pub available: u64,
 }
 
@@ -301,7 +303,7 @@ impl Disk {
         self.layers().size()
     }
 
-    /// The overlay, when the disk has one.
+    /// The overlay, if the disk has one.
     #[must_use]
     pub fn overlay(&self) -> Option<Arc<Overlay>> {
         match &self.layers().top {
@@ -310,24 +312,25 @@ impl Disk {
         }
     }
 
-    /// What lies at its bottom.
+    /// The bottom of the disk.
     fn bottom(&self) -> Arc<bottom::Bottom> {
         Arc::clone(&self.bottom.lock())
     }
 
-    /// How the overlay was found when it was opened.
+    /// The state in which the overlay was found when it was opened.
     #[must_use]
     pub fn recovered(&self) -> Recovered {
         self.recovered
     }
 
-    /// Its threads.
+    /// The threads that wait for the host.
     #[must_use]
     pub fn io_pool(&self) -> &Arc<Pool> {
         &self.io_pool
     }
 
-    /// The threads that tell the kernel to drop its cache: they may wait for what [`io_pool`] does.
+    /// The threads that tell the kernel to drop its cache. They may wait for the work of
+    /// [`io_pool`].
     ///
     /// [`io_pool`]: Self::io_pool
     #[must_use]
@@ -341,19 +344,20 @@ impl Disk {
         &self.sync_pool
     }
 
-    /// The threads that describe it: who reads its map takes none from who reads the disk.
+    /// The threads that describe the disk's map, so that reading a map takes no thread from reads
+    /// of the disk.
     #[must_use]
     pub fn map_pool(&self) -> &Arc<Pool> {
         &self.map_pool
     }
 
-    /// Owner and mode.
+    /// Owner and mode of the mounted file.
     #[must_use]
     pub fn owner(&self) -> DiskOwner {
         *self.owner.lock()
     }
 
-    /// Block size in bytes.
+    /// The overlay's block size in bytes; the default block size without an overlay.
     #[must_use]
     pub fn block(&self) -> u32 {
         let block = self
@@ -362,7 +366,7 @@ impl Disk {
         u32::try_from(block).unwrap_or(crate::overlay::DEFAULT_BLOCK_SIZE)
     }
 
-    /// What stat(2) says.
+    /// Returns the attributes that stat(2) reports.
     ///
     /// # Errors
     /// `EAGAIN` under [`Wait::No`] when the base would have to be waited for; the host's errno.
@@ -374,7 +378,7 @@ impl Disk {
         Ok(self.attributes_for(self.size(), allocated))
     }
 
-    /// What stat(2) says of a file of `size` bytes that shows this disk.
+    /// Returns the attributes of a file of `size` bytes that shows this disk.
     fn attributes_for(&self, size: u64, allocated: u64) -> Attributes {
         let time = |cell: &AtomicI64| to_system_time(cell.load(Ordering::Relaxed));
         Attributes {
@@ -394,29 +398,29 @@ impl Disk {
         self.block().min(self.grain)
     }
 
-    /// How many names lead to it.
+    /// The number of names of the disk.
     fn nlink(&self) -> u32 {
         (!self.is_unlinked.load(Ordering::SeqCst)).into()
     }
 
-    /// The disk has lost its name.
+    /// Records that the disk has lost its name.
     pub fn mark_unlinked(&self) {
         self.is_unlinked.store(true, Ordering::SeqCst);
     }
 
-    /// The kernel is led to the disk once more.
+    /// Counts one more lookup answered to the kernel.
     pub fn add_lookup(&self) {
         self.lookup_count.fetch_add(1, Ordering::SeqCst);
     }
 
-    /// The kernel has forgotten `count` of the times it was led here.
+    /// Subtracts `count` lookups that the kernel has forgotten.
     pub fn forget(&self, count: u64) {
         let less = |references: u64| Some(references.saturating_sub(count));
         let _ = self.lookup_count.fetch_update(Ordering::SeqCst, Ordering::SeqCst, less);
     }
 
-    /// Whether nobody can reach the disk any more: it has no name and no handle, and the kernel
-    /// knows nothing of it.
+    /// Whether the disk can no longer be reached: it has no name and no open handle, and the kernel
+    /// has forgotten every lookup.
     #[must_use]
     pub fn is_orphan(&self) -> bool {
         self.nlink() == 0
@@ -424,7 +428,7 @@ impl Disk {
             && self.handle_count() == 0
     }
 
-    /// Bytes of data in the disk.
+    /// Counts the bytes of data in the disk.
     fn allocated(&self, wait: Wait) -> stdio::Result<u64> {
         if let Some(Stream::Output(output)) = &self.stream {
             return Ok(output.written());
@@ -432,11 +436,12 @@ impl Disk {
         self.allocated_in(0..self.size(), &self.allocated_cache, wait)
     }
 
-    /// Bytes of data in `range`, from the extents. After [`MAX_WALKED_EXTENTS`] of them the rest counts
-    /// as data: it never claims a hole that is not there. `known` keeps the figure.
+    /// Counts the bytes of data in `range` from the extents. After [`MAX_WALKED_EXTENTS`] extents
+    /// all further bytes count as data, so no hole is ever claimed that does not exist. `known`
+    /// caches the result.
     ///
-    /// A base that would have to be waited for does not hold up a stat: that gets the last
-    /// figure, and `maintain` finds the new one.
+    /// A stat never waits for a slow base: it is answered with the cached figure, and `maintain`
+    /// updates the figure later.
     fn allocated_in(
         &self,
         range: Range<u64>,
@@ -445,10 +450,10 @@ impl Disk {
     ) -> stdio::Result<u64> {
         let revision = match &self.layers().top {
             Top::Overlay(overlay) => Some(overlay.revision()),
-            // What has arrived changes by itself.
+            // A stream's data arrives without a count of revisions.
             Top::Nothing if self.stream.is_some() => None,
             Top::Nothing => Some(0),
-            // Nobody counts the changes of a base.
+            // Others may change the file, and their changes are not counted.
             Top::Base(_) | Top::Reflink(_) => None,
         };
         let last = *known.lock();
@@ -479,7 +484,7 @@ impl Disk {
         Ok(held(&extents) + (end - extents.described_to().min(end)))
     }
 
-    /// A handle was released.
+    /// Counts a handle as released.
     pub fn release_handle(&self, access: HandleAccess) {
         self.open_counter(access).fetch_sub(1, Ordering::SeqCst);
     }
@@ -492,7 +497,7 @@ impl Disk {
         }
     }
 
-    /// Handles that are open, those of its snapshots included.
+    /// Number of open handles, including those of the disk's snapshots.
     #[must_use]
     pub fn handle_count(&self) -> u32 {
         let own = [&self.read_opens, &self.write_opens, &self.read_write_opens];
@@ -513,7 +518,7 @@ impl Disk {
         self.write_opens.load(Ordering::SeqCst) > 0 || self.may_be_mapped()
     }
 
-    /// Whether its size is fixed, so that truncating it to nothing only discards.
+    /// Whether the disk's size is fixed, so that truncation to 0 only discards the data.
     #[must_use]
     pub fn has_fixed_size(&self) -> bool {
         self.resize == Resize::Fixed
@@ -525,7 +530,7 @@ impl Disk {
         self.read_write_opens.load(Ordering::SeqCst) > 0
     }
 
-    /// Notes a change of bytes: mtime and ctime move.
+    /// Moves mtime and ctime after a change of bytes.
     fn touch_times(&self, top: &Top) {
         let now = coarse_now();
         self.times.mtime.store(now, Ordering::Relaxed);
@@ -534,12 +539,12 @@ impl Disk {
             && self.times.chosen.swap(false, Ordering::SeqCst)
             && let Top::Overlay(overlay) = top
         {
-            // So that a crash does not bring the chosen time back.
+            // Logged, so that a crash does not bring the chosen time back.
             self.record_mtime(overlay);
         }
     }
 
-    /// Puts the modification time into the log, if it is not there already.
+    /// Records the modification time in the log, unless the log has it already.
     fn record_mtime(&self, overlay: &Overlay) {
         let mtime = self.times.mtime.load(Ordering::SeqCst);
         if self.times.logged_mtime.swap(mtime, Ordering::SeqCst) == mtime {
@@ -552,7 +557,7 @@ impl Disk {
         }
     }
 
-    /// Sets the times that are given (`utimes`); ctime moves.
+    /// Sets the given times (utimensat(2)) and moves ctime.
     pub fn set_times(&self, atime: Option<SystemTime>, mtime: Option<SystemTime>) {
         if let Some(atime) = atime {
             self.times.atime.store(from_system_time(atime), Ordering::Relaxed);
@@ -568,10 +573,10 @@ impl Disk {
         self.times.ctime.store(coarse_now(), Ordering::Relaxed);
     }
 
-    /// Changes owner and mode; a persistent disk keeps them.
+    /// Changes owner and mode; a persistent overlay stores them.
     ///
     /// # Errors
-    /// The host's errno from writing the overlay's `stack`; nothing has changed then.
+    /// `EIO` when the overlay's `stack` cannot be written; nothing has changed then.
     pub fn set_owner(&self, owner: DiskOwner) -> stdio::Result<()> {
         if let Some(residence) = self.overlay_location.lock().as_persistent() {
             let mut stack = residence.stack.clone();
@@ -586,10 +591,10 @@ impl Disk {
         Ok(())
     }
 
-    /// Space where the disk's changes go.
+    /// Returns the space on the file system that stores the disk's changes.
     ///
     /// # Errors
-    /// The host's errno.
+    /// The host's errno from fstatvfs(2).
     pub fn space(&self) -> stdio::Result<FsSpace> {
         let file = match &self.layers().top {
             Top::Overlay(overlay) => overlay.data_file(),
@@ -609,7 +614,7 @@ impl Disk {
         })
     }
 
-    /// Whether `maintain` would have something to do and is not at it already.
+    /// Whether `maintain` has work to do and is not running already.
     #[must_use]
     pub fn needs_maintenance(&self) -> bool {
         !self.maintaining.load(Ordering::SeqCst)
@@ -617,11 +622,12 @@ impl Disk {
                 || self.overlay().is_some_and(|overlay| overlay.needs_maintenance()))
     }
 
-    /// What happens every few seconds: the modification time goes to the log, changes to the
-    /// device. One at a time: a device or a base that is slow holds one thread.
+    /// Does the periodic work, every few seconds: records the modification time in the log and
+    /// flushes changes to the device. Only one call runs at a time, so a slow device or base holds
+    /// one thread.
     ///
     /// # Errors
-    /// The host's errno; unless that is `ENOSPC` the disk has latched then.
+    /// The host's errno. Unless that is `ENOSPC`, the disk has latched.
     pub fn maintain(&self) -> stdio::Result<()> {
         if self.maintaining.swap(true, Ordering::SeqCst) {
             return Ok(());
@@ -644,20 +650,20 @@ impl Disk {
         Ok(())
     }
 
-    /// Tells who looks at a persistent overlay that this daemon has it.
+    /// Records in a persistent overlay that this daemon holds it, for other processes to see.
     pub fn write_holder(&self, holder: &Holder) {
         if let Some(residence) = self.overlay_location.lock().as_persistent() {
             residence.write_holder(holder);
         }
     }
 
-    /// The end: everything durable, the log closed in good order. Nothing may come after.
+    /// Makes everything durable and closes the log cleanly. No call may follow.
     ///
-    /// A change that still waits for its base when `patience` is over is left behind: all others
-    /// are made durable, and the next mount finds the log unclosed.
+    /// When a change still waits for its base after `patience`, that change is abandoned: all
+    /// others are made durable, and the next mount finds the log not closed.
     ///
     /// # Errors
-    /// `ETIMEDOUT` for that; `EIO` when the disk has latched; the host's errno.
+    /// `ETIMEDOUT` when a change was abandoned; `EIO` when the disk has latched; the host's errno.
     pub fn close(&self, patience: Duration) -> stdio::Result<()> {
         self.end_operations(patience);
         let gate = self.gate.try_write_for(patience);
@@ -678,11 +684,11 @@ impl Disk {
         if gate.is_some() { Ok(()) } else { Err(os_error(libc::ETIMEDOUT)) }
     }
 
-    /// Lets all its threads finish what they do; whether they did within `patience`.
+    /// Lets all threads of the disk finish their work. Returns whether they did within `patience`.
     pub fn stop_pools(&self, patience: Duration) -> bool {
         let until = Instant::now() + patience;
         let left = || until.saturating_duration_since(Instant::now());
-        // All of them, also after one has failed.
+        // Every pool is stopped, even after one has timed out.
         let pools = [&self.notify_pool, &self.io_pool, &self.sync_pool, &self.map_pool];
         pools.map(|pool| pool.stop(left())) == [true; 4]
     }
@@ -693,14 +699,15 @@ impl Disk {
         self.layers().writable().is_ok_and(WritableLayer::is_latched)
     }
 
-    /// Makes the temporary overlay persistent at `place`; durable when it returns.
+    /// Makes the temporary overlay persistent at `place`. The overlay is durable on return.
     ///
     /// # Errors
-    /// [`OpenError`] when there is no temporary overlay, when something is there, or when the
-    /// host says no; the disk is as it was then.
+    /// [`OpenError`] when there is no temporary overlay, when something exists at `place`, or when
+    /// the host fails; the disk is unchanged then.
     pub fn keep(&self, place: OverlayPath<'_>) -> Result<(), OpenError> {
         self.in_long_operation.store(true, Ordering::SeqCst);
-        // Marked first: either this sees the mark of `retire`, or `retire` sees this one.
+        // Marked before the check: either this call sees the mark of `retire`, or `retire` sees
+        // this one.
         let kept = match self.is_retired.load(Ordering::SeqCst) {
             false => self.keep_at(place),
             true => Err(OpenError::NothingToKeep("the disk is being removed".to_owned())),
@@ -710,7 +717,7 @@ impl Disk {
     }
 }
 
-/// The modification time of a host file.
+/// Returns the modification time of a host file in nanoseconds since the epoch.
 fn mtime_of(found: &std::fs::Metadata) -> Nanos {
     found.mtime().saturating_mul(1_000_000_000).saturating_add(found.mtime_nsec())
 }

@@ -1,4 +1,4 @@
-//! The three loops over a disk's layers: read, write, seek.
+//! Read, write and seek: the three loops over a disk's layers.
 
 use std::io;
 use std::num::NonZeroUsize;
@@ -19,44 +19,45 @@ use crate::overlay::MAX_DISK_SIZE;
 use crate::overlay::sealed::Sealed;
 use crate::pool::check_cancelled;
 
-/// How long who wants the gate for itself keeps all others out at first: changes that are under way
-/// end within milliseconds, unless they wait for a base.
+/// How long an exclusive waiter blocks new holders of the gate at first. Changes under way end
+/// within milliseconds, unless they wait for a base.
 const MIN_GATE_WAIT: Duration = Duration::from_millis(100);
-/// And at the most: a host that is short of clean pages may stop a write for a second.
+/// How long an exclusive waiter blocks new holders at most. A host short of clean pages may hold a
+/// write up for a second.
 const MAX_GATE_WAIT: Duration = Duration::from_millis(1600);
-/// Steps a seek takes on a FUSE worker before it goes on in the pool.
+/// The most extents a seek visits on a FUSE worker before it continues in the pool.
 const MAX_SEEK_STEPS: usize = 512;
 
-/// What lseek(2) looks for.
+/// The target of an lseek(2).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Whence {
-    /// The next byte that holds data (`SEEK_DATA`).
+    /// The next byte of data (`SEEK_DATA`).
     Data,
-    /// The next byte in a hole, or the end (`SEEK_HOLE`).
+    /// The next byte of a hole, or the end of the file (`SEEK_HOLE`).
     Hole,
 }
 
-/// What fallocate(2) does to a range.
+/// The change that fallocate(2) makes to a range.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FallocateMode {
     /// Reserves space.
     Allocate,
-    /// Zeros it.
+    /// Zeros the range.
     Zero,
-    /// Makes a hole of it.
+    /// Turns the range into a hole.
     Punch,
 }
 
-/// Whether a range past the end makes the file longer (fallocate(2), `FALLOC_FL_KEEP_SIZE`).
+/// Whether a range past the end extends the file (fallocate(2), `FALLOC_FL_KEEP_SIZE`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SizeMode {
-    /// The size stays.
+    /// The size stays the same.
     Keep,
-    /// The file grows to hold the range.
+    /// The file grows to contain the range.
     Grow,
 }
 
-/// The layers below the one that is written to.
+/// The layers below the one that is written.
 pub(super) struct LowerLayers<'a>(&'a [Arc<dyn Layer>]);
 
 impl ReadBelow for LowerLayers<'_> {
@@ -70,7 +71,8 @@ impl ReadBelow for LowerLayers<'_> {
     }
 }
 
-/// Fills `buf` through `layers`, top to bottom: each fills what it has and narrows the rest.
+/// Fills `buf` through `layers`, top to bottom: each layer fills its own bytes and passes the rest
+/// down.
 fn read_through(
     layers: &[Arc<dyn Layer>],
     buf: &mut [u8],
@@ -114,7 +116,7 @@ fn extent_through(
 }
 
 impl LayerStack {
-    /// The layers of a disk.
+    /// Builds the stack of a disk's layers.
     pub(super) fn new(
         top: Top,
         sealed: Option<Arc<Sealed>>,
@@ -130,7 +132,7 @@ impl LayerStack {
         Self { top, sealed, bottom, all }
     }
 
-    /// Describes a prefix of `range`, and says which layer has it: 0 is the top one, the greatest
+    /// Describes a prefix of `range` and returns the depth of its layer: 0 is the top, the greatest
     /// number the base.
     pub(super) fn extent_with_depth(
         &self,
@@ -164,12 +166,12 @@ impl LayerStack {
         Ok((extent, depth))
     }
 
-    /// The disk's size: its top layer's.
+    /// The disk's size in bytes, which is the size of its topmost layer.
     pub(super) fn size(&self) -> u64 {
         self.all.first().map_or(0, |layer| layer.size())
     }
 
-    /// What takes changes; `EROFS` when nothing does.
+    /// Returns the layer that takes changes; `EROFS` without one.
     pub(super) fn writable(&self) -> io::Result<&dyn WritableLayer> {
         match &self.top {
             Top::Overlay(overlay) => Ok(&**overlay),
@@ -196,13 +198,14 @@ impl LayerStack {
 }
 
 impl Disk {
-    /// `EAGAIN` for what a direct disk would do at the device's speed: a worker is not for that.
+    /// Returns `EAGAIN` when the I/O of a disk with `direct` would run at the device's speed on a
+    /// worker.
     ///
-    /// A write through the host's page cache is done by the worker, which keeps its seat for a
-    /// microsecond or two. One past it lasts as long as the device takes, and on a device that
-    /// hangs all workers but one would be held by one disk. The disk's own pool has the threads
-    /// for that. Here and not in the layers: a
-    /// size is changed before the bytes are written, and nothing may have changed with `EAGAIN`.
+    /// A write through the host's page cache is done by the worker, which keeps its permit for a
+    /// microsecond or two. A direct write lasts as long as the device takes, and on a device that
+    /// hangs one disk would hold all workers but one. The disk's own pool has the threads for that.
+    /// The check is here and not in the layers, because the size is changed before the bytes are
+    /// written, and nothing may have changed when `EAGAIN` is returned.
     fn check_direct_wait(&self, wait: Wait) -> io::Result<()> {
         match (self.direct, wait) {
             (DirectIo::On, Wait::No) => Err(os_error(libc::EAGAIN)),
@@ -210,7 +213,7 @@ impl Disk {
         }
     }
 
-    /// The gate, for a change of bytes.
+    /// Takes the gate shared, for a change of bytes.
     pub(super) fn gate_shared(&self, wait: Wait) -> io::Result<RwLockReadGuard<'_, ()>> {
         let gate = match wait {
             Wait::Yes => self.gate.read(),
@@ -219,7 +222,7 @@ impl Disk {
         self.check_changeable().map(|()| gate)
     }
 
-    /// The gate, for a change of the size.
+    /// Takes the gate exclusive, for a change of the size.
     fn gate_exclusive(&self, wait: Wait) -> io::Result<RwLockWriteGuard<'_, ()>> {
         let gate = match wait {
             Wait::Yes => self
@@ -230,11 +233,11 @@ impl Disk {
         self.check_changeable().map(|()| gate)
     }
 
-    /// The gate exclusive; `None` once `may_wait` says no.
+    /// Takes the gate exclusive; returns `None` once `may_wait` returns false.
     ///
-    /// Whoever stands in line for it keeps all others out, and one change that waits for a base
-    /// may keep it for as long as that hangs. So one at a time stands there, and steps back again
-    /// and again: the others go on.
+    /// An exclusive waiter blocks all new shared holders, and a change that waits for a hanging
+    /// base may hold the gate for as long as the base hangs. So only one caller waits at a time,
+    /// and it steps back repeatedly so that the others make progress.
     pub(super) fn wait_for_gate(
         &self,
         may_wait: impl Fn() -> bool,
@@ -254,16 +257,16 @@ impl Disk {
         }
     }
 
-    /// After the wait for the gate: whether the disk may still be changed, by this request.
+    /// Checks after the wait for the gate whether this request may still change the disk.
     fn check_changeable(&self) -> io::Result<()> {
         check_cancelled()?;
         if self.closed.load(Ordering::Relaxed) { Err(os_error(libc::EIO)) } else { Ok(()) }
     }
 
-    /// Reads into `buf` from `offset` and tells how much: less than asked only at the end.
+    /// Reads into `buf` from `offset` and returns the bytes read: fewer than asked only at the end.
     ///
     /// # Errors
-    /// `EAGAIN` under [`Wait::No`] when it would have to wait; else the host's errno.
+    /// `EAGAIN` under [`Wait::No`] when the read would have to wait; else the host's errno.
     pub fn read(&self, buf: &mut [u8], offset: u64, wait: Wait) -> io::Result<usize> {
         let layers = self.layers();
         let left = layers.size().saturating_sub(offset);
@@ -272,7 +275,7 @@ impl Disk {
             self.check_direct_wait(wait)?;
             match self.copy_up(offset..offset + len as u64, wait) {
                 Err(error) if error.raw_os_error() == Some(libc::EAGAIN) => return Err(error),
-                // A disk that is full or latched is read all the same.
+                // A full or latched disk can still be read.
                 Ok(_) | Err(_) => {}
             }
             drop(layers);
@@ -284,12 +287,12 @@ impl Disk {
         Ok(len)
     }
 
-    /// Writes all of `buf` at `offset`; the disk grows when it ends past the end.
+    /// Writes all of `buf` at `offset`; a write that ends past the end grows the disk.
     ///
     /// # Errors
-    /// `EAGAIN` under [`Wait::No`] when it would have to wait; `EROFS`; `ENOSPC` when the host or
-    /// the overlay's limit is full, or past the end of a disk of fixed size; `EFBIG`; `EIO` once
-    /// the disk has latched.
+    /// `EAGAIN` under [`Wait::No`] when the write would have to wait; `EROFS`; `ENOSPC` when the
+    /// host or the overlay's limit is full, or past the end of a disk of fixed size; `EFBIG`; `EIO`
+    /// once the disk has latched.
     pub fn write(&self, buf: &[u8], offset: u64, wait: Wait) -> io::Result<()> {
         if buf.is_empty() {
             return Ok(());
@@ -312,7 +315,7 @@ impl Disk {
         self.write_past_end(buf, offset, end, wait)
     }
 
-    /// A write that ends past the end: first the size, then the bytes.
+    /// Writes past the end: changes first the size, then the bytes.
     fn write_past_end(&self, buf: &[u8], offset: u64, end: u64, wait: Wait) -> io::Result<()> {
         let _gate = self.gate_exclusive(wait)?;
         let layers = self.layers();
@@ -324,7 +327,7 @@ impl Disk {
         }
         let written = top.write_at(buf, offset, &layers.below(), wait);
         if written.is_err() && end > old {
-            // Nothing was written: the disk did not grow.
+            // Nothing was written, so the disk must not have grown.
             top.set_size(old)?;
         }
         self.note_no_space(written)?;
@@ -332,7 +335,7 @@ impl Disk {
         Ok(())
     }
 
-    /// `refusal` when the disk's size is fixed.
+    /// Returns `refusal` when the disk's size is fixed.
     fn check_growth(&self, refusal: i32) -> io::Result<()> {
         match self.resize {
             Resize::Follow => Ok(()),
@@ -340,8 +343,8 @@ impl Disk {
         }
     }
 
-    /// ftruncate(2). A disk of fixed size refuses every other size with `EPERM`, but 0 discards
-    /// all it holds.
+    /// Sets the size in bytes (ftruncate(2)). A disk of fixed size refuses every other size with
+    /// `EPERM`, except 0, which discards all its data.
     ///
     /// # Errors
     /// As [`write`](Self::write).
@@ -352,7 +355,7 @@ impl Disk {
         let top = layers.writable()?;
         let old = top.size();
         if self.stream().is_some() {
-            // It keeps its size.
+            // A stream keeps its size.
             top.set_size(size)?;
         } else if size == 0 && self.resize == Resize::Fixed {
             top.punch_hole(0..old, &layers.below(), wait)?;
@@ -364,7 +367,7 @@ impl Disk {
         Ok(())
     }
 
-    /// fallocate(2) on `range`.
+    /// Applies fallocate(2) to `range`.
     ///
     /// # Errors
     /// As [`write`](Self::write); `EOPNOTSUPP` where the host cannot reserve space.
@@ -403,16 +406,16 @@ impl Disk {
         Ok(())
     }
 
-    /// lseek(2): the offset at or after `offset` where what is looked for begins.
+    /// Returns the offset at or after `offset` where data or a hole begins (lseek(2)).
     ///
     /// # Errors
-    /// `ENXIO` at and past the end, and when there is no data any more; `EAGAIN` under
-    /// [`Wait::No`] when it would have to wait or takes long.
+    /// `ENXIO` at or past the end, and when no data follows; `EAGAIN` under [`Wait::No`] when the
+    /// seek would have to wait or takes long.
     pub fn seek(&self, offset: u64, whence: Whence, wait: Wait) -> io::Result<u64> {
         self.seek_in(offset..u64::MAX, whence, wait)
     }
 
-    /// As [`seek`](Self::seek), in `range`, at whose end is the end.
+    /// Seeks as [`seek`](Self::seek) does, within `range`, whose end counts as the end of the file.
     pub(super) fn seek_in(&self, range: Range<u64>, whence: Whence, wait: Wait) -> io::Result<u64> {
         let layers = self.layers();
         let size = layers.size().min(range.end);
@@ -438,7 +441,7 @@ impl Disk {
         }
     }
 
-    /// What lies where in `range`, as at most `limit` extents.
+    /// Describes `range` as at most `limit` extents.
     ///
     /// # Errors
     /// `EAGAIN` under [`Wait::No`] when the base would have to be waited for; the host's errno.
@@ -449,8 +452,8 @@ impl Disk {
         describe(range, limit, |rest| layers.extent_at(rest, wait))
     }
 
-    /// As [`extents`](Self::extents), each with the layer that has it: 0 is the top one. Equal
-    /// kinds side by side are joined only within one layer.
+    /// Describes `range` as [`extents`](Self::extents) does, each extent with the depth of its
+    /// layer: 0 is the top. Equal kinds side by side are joined only within one layer.
     ///
     /// # Errors
     /// As [`extents`](Self::extents).
@@ -472,8 +475,8 @@ impl Disk {
         Ok(pieces)
     }
 
-    /// Makes all that was acknowledged before the call durable (fsync). A temporary overlay
-    /// promises nothing and gives freed space back.
+    /// Makes all that was acknowledged before the call durable (fsync(2)). A temporary overlay
+    /// promises no durability and returns freed space to the host.
     ///
     /// # Errors
     /// `EIO` once the disk has latched.
@@ -486,11 +489,11 @@ impl Disk {
         })
     }
 
-    /// Called after `range`, in bytes, was written and answered: has the host begin with what the next
-    /// sync will ask of it, when one is to be expected.
+    /// Starts writeback of `range` (bytes) on the host when a sync is likely to follow. Called
+    /// after the range was written and the write answered.
     pub fn prepare_sync(&self, range: Range<u64>) {
-        // No more than a number is looked at under the lock: what a host that hangs may hold up
-        // would hold up whoever wants the layers.
+        // Only a number is read under the lock: host I/O that hangs under it would block every
+        // caller that needs the layers.
         let overlay = match &self.layers.read().top {
             Top::Overlay(overlay) if overlay.is_synced_often() => Arc::clone(overlay),
             Top::Overlay(_) | Top::Reflink(_) | Top::Base(_) | Top::Nothing => return,
@@ -504,7 +507,7 @@ impl Disk {
         match &self.layers().top {
             Top::Nothing => true,
             Top::Overlay(overlay) => overlay.is_quick_to_sync(),
-            // Others may have written to their files.
+            // Others may have written to the files of these.
             Top::Reflink(_) | Top::Base(_) => false,
         }
     }

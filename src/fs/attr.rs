@@ -1,4 +1,4 @@
-//! What stat(2) says of the mount's files, in the kernel's terms.
+//! Attributes of the mount's files, as FUSE encodes them.
 
 use std::io;
 use std::path::Path;
@@ -10,14 +10,15 @@ use super::{CowslipFs, ROOT_INO};
 use crate::control::ControlNode;
 use crate::disk::{Attributes, DiskOwner, FsSpace};
 
-/// How long the kernel may believe an answer. Every change comes through it, so it knows better
-/// by itself; a second bounds what it cannot know (space given back in the background).
+/// How long the kernel may cache an answer. Every change comes through the kernel, so it notices by
+/// itself; one second bounds the changes that it cannot see (space freed in the background).
 pub(super) const ATTR_TTL: Duration = Duration::from_secs(1);
-/// For what changes without the kernel's knowledge. A name below `.cowslip` leads to another disk as
-/// soon as disks are renamed, removed or cloned, and a command must not act on the one before.
+/// Cache time of answers that change without the kernel's knowledge: none. A name below `.cowslip`
+/// means another disk as soon as disks are renamed, removed or cloned, and a command must not act
+/// on the previous one.
 pub(super) const NO_TTL: Duration = Duration::ZERO;
 
-/// The attributes of a disk.
+/// Encodes the attributes of a disk.
 pub(super) fn of_disk(ino: u64, found: &Attributes) -> FileAttr {
     FileAttr {
         ino: INodeNo(ino),
@@ -58,7 +59,7 @@ fn synthetic_attr(ino: u64, kind: FileType, owner: DiskOwner, time: SystemTime) 
     }
 }
 
-/// Space on the file system of `dir`, or none.
+/// Returns the space on the file system of `dir`; zeros without one.
 pub(super) fn space_of(dir: Option<&Path>) -> io::Result<FsSpace> {
     let Some(dir) = dir else {
         return Ok(FsSpace { total: 0, free: 0, available: 0 });
@@ -87,7 +88,7 @@ impl CowslipFs {
         )
     }
 
-    /// The attributes of a control file; `None` when its disk is gone.
+    /// Returns the attributes of a control file; `None` when its disk has left the mount.
     pub(super) fn node_attr(&self, spot: ControlNode) -> Option<FileAttr> {
         let of_disk = |slot| {
             let disk = self.shared.catalog.disk_by_slot(slot)?.1;
@@ -100,7 +101,7 @@ impl CowslipFs {
             ControlNode::DiskCtl(slot) => of_disk(slot).map(|_| self.mount_owner(0o600))?,
             ControlNode::Disk(slot) | ControlNode::Snapshots(slot) => {
                 let owner = of_disk(slot)?;
-                // Whoever may read the disk may look into its directory.
+                // Users who may read the disk may also list its directory.
                 DiskOwner { perm: owner.perm | (owner.perm & 0o444) >> 2, ..owner }
             }
             ControlNode::DiskStatus(slot) | ControlNode::DiskMap(slot) => {
@@ -112,7 +113,7 @@ impl CowslipFs {
         Some(synthetic_attr(spot.ino(), kind, owner, self.shared.mounted_at))
     }
 
-    /// Answers a change of a control file's attributes, which changes nothing.
+    /// Answers a change of a control file's attributes, which has no effect, with the current ones.
     pub(super) fn getattr_of_node(&self, ino: INodeNo, reply: ReplyAttr) {
         match ControlNode::from_ino(ino.0).and_then(|spot| self.node_attr(spot)) {
             Some(attr) => reply.attr(&ATTR_TTL, &attr),

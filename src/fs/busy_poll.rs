@@ -1,10 +1,11 @@
-//! A worker that has answered looks for the next request before it goes to sleep.
+//! Busy polling: a worker that has replied polls for the next request before it goes to sleep.
 //!
-//! One client that waits for each answer (a database, `qemu` at depth one, a walk of `lseek`) asks
-//! again within microseconds. Waking a thread on another core costs as much as the request itself,
-//! and more in a virtual machine. So one worker, and never more, asks the connection again and again
-//! for a moment. Whether that pays is learnt from what comes: a client that thinks for longer, and a
-//! queue that is never empty, soon have workers that sleep, and a look now and then.
+//! A client that waits for each reply (a database, `qemu` at depth one, a walk of `lseek`) sends
+//! its next request within microseconds. Waking a thread on another core costs as much as the
+//! request itself, and more in a virtual machine. So one worker, and never more, polls the
+//! connection for a moment. Whether that pays is learnt from the outcomes: with a client that
+//! thinks for longer, or a queue that is never empty, the workers soon sleep and poll only now and
+//! then.
 
 use std::hint::spin_loop;
 use std::os::fd::OwnedFd;
@@ -14,47 +15,49 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
-/// How long a worker looks: a client that does nothing but ask is back within this.
+/// How long a worker polls: a client that does nothing but send requests is back within this time.
 const BUSY_POLL_TIME: Duration = Duration::from_micros(10);
-/// A look in vain takes twice to four times what one that finds something saves, and takes it from
-/// whoever else wants to run. So it uses up the credit of so many others...
+/// Credit that a poll in vain costs. Such a poll takes two to four times the time that a successful
+/// one saves, and takes it from threads that want to run.
 const MISS_COST: u32 = 4;
-/// ...of which there is never more than this.
+/// The most credit that successful polls can earn, one each.
 const MAX_CREDIT: u32 = 16;
-/// Without credit so many answers go by without a look, twice as many each time...
+/// Number of replies without a poll once the credit is used up; doubled each time...
 const MIN_BACKOFF: u32 = 8;
-/// ...up to this.
+/// ...up to this number.
 const MAX_BACKOFF: u32 = 4096;
-/// So many go by when the next request was there already: more are coming than one worker takes.
+/// Number of replies without a poll after a request was already queued: more requests arrive than
+/// one worker handles.
 const QUEUED_BACKOFF: u32 = 16;
 
-/// Looks for the next request, when that pays.
+/// Polls for the next request when that pays.
 pub(super) struct BusyPoll {
-    /// The connection; `None` where nobody could ask while a worker looks.
+    /// The connection; `None` on a single CPU, where no client could send anything while a worker
+    /// polls.
     device: Option<OwnedFd>,
-    /// Somebody looks.
+    /// Set while a worker polls.
     is_polling: AtomicBool,
-    /// Answers to come that nobody looks after.
+    /// Number of coming replies that are not followed by a poll.
     backoff: AtomicU32,
-    /// How many there are to be the next time.
+    /// The value of `backoff` after the next poll in vain.
     next_backoff: AtomicU32,
-    /// How well the last looks have paid.
+    /// The credit earned by recent polls.
     credit: AtomicU32,
 }
 
-/// What a look has found.
+/// The outcome of a poll.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum PollOutcome {
-    /// A request that was there before.
+    /// A request was waiting already.
     Queued,
-    /// One that came.
+    /// A request arrived during the poll.
     Arrived,
-    /// Nothing.
+    /// No request arrived.
     Nothing,
 }
 
 impl BusyPoll {
-    /// Looks at `device`, the connection to the kernel.
+    /// Creates the state for polling `device`, the connection to the kernel.
     pub(super) fn new(device: Option<OwnedFd>) -> Self {
         let is_alone = thread::available_parallelism().map_or(1, usize::from) < 2;
         Self {
@@ -66,12 +69,13 @@ impl BusyPoll {
         }
     }
 
-    /// Called by a worker that has answered and would go back to ask for the next request.
+    /// Polls if that is likely to pay. Called by a worker after its reply, before it reads the next
+    /// request.
     pub(super) fn poll_request(&self) {
         let Some(device) = &self.device else { return };
         let rest = self.backoff.load(Ordering::Relaxed);
         if rest > 0 {
-            // Counted by several at once some are lost, which is as good.
+            // Concurrent decrements may get lost, which does no harm.
             self.backoff.store(rest - 1, Ordering::Relaxed);
             return;
         }
@@ -110,7 +114,7 @@ fn poll_device(device: &OwnedFd) -> PollOutcome {
     let mut found = PollOutcome::Queued;
     loop {
         let mut asked = [PollFd::new(device, PollFlags::IN)];
-        // An error is the reading worker's to see.
+        // An error is left to the worker's read, which reports it.
         if poll(&mut asked, Some(&Timespec::default())) != Ok(0) {
             return found;
         }
@@ -134,14 +138,14 @@ mod tests {
     }
 
     #[test]
-    fn looks_in_vain_become_rare_and_one_that_pays_brings_them_back() {
+    fn polls_in_vain_become_rare_until_polls_pay_again() {
         let linger = BusyPoll::new(Some(pipe().0));
         let rest = || linger.backoff.swap(0, Ordering::Relaxed);
         for expected in [8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 4096] {
             linger.adapt(PollOutcome::Nothing);
             assert_eq!(rest(), expected);
         }
-        // One that pays is not enough, and three of four are not.
+        // One successful poll is not enough, nor are three of four.
         for _ in 0..20 {
             (0..3).for_each(|_| linger.adapt(PollOutcome::Arrived));
             linger.adapt(PollOutcome::Nothing);
@@ -157,7 +161,7 @@ mod tests {
     }
 
     #[test]
-    fn a_look_ends_when_something_comes_and_without() {
+    fn a_poll_ends_with_a_request_and_after_its_time() {
         let (read, mut write) = pipe();
         assert_eq!(poll_device(&read), PollOutcome::Nothing);
         write.write_all(b"x").unwrap();
@@ -165,7 +169,7 @@ mod tests {
     }
 
     #[test]
-    fn while_one_looks_and_while_it_rests_nobody_else_does() {
+    fn nobody_polls_during_another_poll_or_a_backoff() {
         let (read, _write) = pipe();
         let linger = BusyPoll::new(Some(read));
         linger.is_polling.store(true, Ordering::Relaxed);

@@ -1,4 +1,4 @@
-//! Open handles: what the kernel's `fh` numbers stand for.
+//! Open handles: the objects behind the kernel's `fh` numbers.
 
 use std::collections::HashMap;
 use std::io;
@@ -13,33 +13,34 @@ use crate::control::{ControlNode, ControlSession, MapText};
 use crate::disk::{Disk, DiskFile, HandleAccess};
 use crate::host::os_error;
 
-/// Control files and directories that one user has open at a time in a mount: more than any use
-/// needs, and some kilobytes each.
+/// The most control files and directories that one user may have open in a mount: more than any use
+/// needs, at some kilobytes each.
 const MAX_PER_USER: usize = 1024;
-/// As many for all users together who neither mounted nor are root: one user may be many.
+/// The most control files and directories that all untrusted users together may have open: one
+/// person may have many user ids.
 const MAX_UNTRUSTED: usize = 4 * MAX_PER_USER;
 
 /// One open file or directory.
 pub(super) enum Handle {
-    /// A disk, or a window of one.
+    /// A disk, or one of its partitions.
     Disk { file: DiskFile, access: HandleAccess },
-    /// A text as it was when it was opened.
+    /// A text as of the time of opening.
     Text(Arc<Vec<u8>>),
-    /// The log, from this offset of all that was ever logged.
+    /// The log, from this byte offset of all that was ever logged.
     Log(u64),
-    /// A map, made while it is read.
+    /// A map, generated while it is read.
     Map { text: Arc<MapText>, disk: Arc<Disk> },
-    /// A control file.
+    /// A `ctl` file.
     Ctl { session: Arc<ControlSession>, node: ControlNode },
-    /// A directory, as it was when it was opened.
+    /// A directory's entries as of the time of opening.
     Directory(Vec<(String, u64, fuser::FileType)>),
 }
 
-/// Who asks.
+/// The user who sent a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Requester {
     pub(super) uid: u32,
-    /// Who mounted, or root.
+    /// The user is root or the one who mounted.
     pub(super) is_trusted: bool,
 }
 
@@ -49,24 +50,24 @@ pub(super) struct Handles {
     open: DashMap<u64, OpenHandle>,
     next: AtomicU64,
     counts: Arc<Mutex<HandleCounts>>,
-    /// The text that was made last: while nothing changes, all who open it share it.
+    /// The text generated last: while nothing changes, all its openers share it.
     last_text: Mutex<Weak<Vec<u8>>>,
 }
 
 struct OpenHandle {
     handle: Arc<Handle>,
-    /// Given back when it is closed.
+    /// Returned when the handle is closed.
     _permit: Option<HandlePermit>,
 }
 
-/// How many have a place.
+/// Number of permits in use.
 #[derive(Default)]
 struct HandleCounts {
     by_user: HashMap<u32, usize>,
     untrusted: usize,
 }
 
-/// The right to have one more control file or directory open.
+/// A permit to have one more control file or directory open.
 pub(super) struct HandlePermit {
     requester: Requester,
     counts: Arc<Mutex<HandleCounts>>,
@@ -90,10 +91,10 @@ impl Handles {
         self.insert(handle, None)
     }
 
-    /// A place for a handle of `requester` that is no disk.
+    /// Takes a permit for a handle of `asker` other than a disk.
     ///
     /// # Errors
-    /// `EMFILE` when he has, or all others together have, too many.
+    /// `EMFILE` when that user, or all untrusted users together, have too many.
     pub(super) fn permit(&self, asker: Requester) -> io::Result<HandlePermit> {
         let mut all = self.counts.lock();
         let count = all.by_user.get(&asker.uid).copied().unwrap_or(0);
@@ -117,7 +118,7 @@ impl Handles {
         FileHandle(number)
     }
 
-    /// `text`, or the same one that somebody has open already.
+    /// Returns `text`, or an equal text that another handle already has open.
     pub(super) fn share_text(&self, text: Vec<u8>) -> Arc<Vec<u8>> {
         let mut last = self.last_text.lock();
         if let Some(same) = last.upgrade().filter(|last| **last == text) {
@@ -142,7 +143,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn places_are_bounded_for_each_user_and_for_all_others_and_come_back() {
+    fn permits_are_limited_per_user_and_for_untrusted_users_and_are_returned() {
         let handles = Handles::default();
         let asker = |uid| Requester { uid, is_trusted: uid == 0 };
         let fill = |uid| {
@@ -160,7 +161,7 @@ mod tests {
     }
 
     #[test]
-    fn a_text_that_has_not_changed_is_shared() {
+    fn an_unchanged_text_is_shared() {
         let handles = Handles::default();
         let one = handles.share_text(b"a".to_vec());
         assert!(Arc::ptr_eq(&one, &handles.share_text(b"a".to_vec())));

@@ -1,4 +1,4 @@
-//! Has the kernel forget what it knows of a disk that leaves the mount or is another one now.
+//! Invalidation of the kernel's cache for a disk that leaves the mount or has other contents.
 
 use std::ffi::OsStr;
 use std::io;
@@ -9,8 +9,8 @@ use fuser::{INodeNo, Notifier};
 use super::ROOT_INO;
 use crate::control::{Invalidation, Invalidator};
 
-/// What tells the kernel, for threads that may wait: a name is forgotten only when nobody looks
-/// into its directory.
+/// Builds the function that tells the kernel, for threads that may wait: the kernel drops a name
+/// only while nobody looks up names in its directory.
 #[must_use]
 pub fn kernel_invalidator(notifier: Notifier) -> Invalidator {
     Arc::new(move |stale: &Invalidation| {
@@ -24,8 +24,8 @@ fn invalidate(notifier: &Notifier, stale: &Invalidation) -> io::Result<()> {
     match stale {
         Invalidation::Disk { files } => first_error(files.iter().map(|(name, ino)| {
             let file = notifier.inval_entry(INodeNo(ROOT_INO), OsStr::new(name));
-            // Whoever still points to the file (O_PATH, a bind mount) keeps its pages, and an
-            // overlay that comes back has the same inode number.
+            // A process that still refers to the file (O_PATH, a bind mount) keeps its pages, and
+            // an overlay that is mounted again has the same inode number.
             file.and(notifier.inval_inode(INodeNo(*ino), 0, 0))
         })),
         Invalidation::Bytes { inos } => {
@@ -37,7 +37,7 @@ fn invalidate(notifier: &Notifier, stale: &Invalidation) -> io::Result<()> {
     }
 }
 
-/// All of it is done, whatever fails; the first error.
+/// Runs all of `done`, whatever fails, and returns the first error.
 fn first_error(done: impl Iterator<Item = io::Result<()>>) -> io::Result<()> {
     done.fold(Ok(()), io::Result::and)
 }

@@ -1,4 +1,4 @@
-//! What the handlers share: answering at once, later or aside, and the control files.
+//! Shared code of the handlers: replies given at once or by a pool, and the control files.
 
 use std::ffi::OsStr;
 use std::io;
@@ -23,7 +23,7 @@ use crate::host::os_error;
 use crate::layer::Wait;
 use crate::logging;
 
-/// The name as text; no disk has another.
+/// Returns the name as text; no disk's name is anything else.
 pub(super) fn utf8_name(name: &OsStr) -> io::Result<&str> {
     name.to_str().ok_or_else(|| os_error(libc::EINVAL))
 }
@@ -33,7 +33,7 @@ pub(super) fn would_block<T>(result: &io::Result<T>) -> bool {
 }
 
 pub(super) fn is_sync(flags: OpenFlags) -> bool {
-    // O_SYNC holds the bit of O_DSYNC.
+    // O_SYNC includes the bit of O_DSYNC.
     flags.0 & libc::O_DSYNC != 0
 }
 
@@ -42,7 +42,7 @@ impl CowslipFs {
         &self.shared.catalog
     }
 
-    /// Finds a snapshot's file; its layers may have to be opened first.
+    /// Looks up a snapshot's file, whose layers may have to be opened first.
     pub(super) fn lookup_snapshot(&self, slot: u64, name: &str, reply: ReplyEntry) {
         let name = name.to_owned();
         let work = move |shared: &FsContext| {
@@ -59,7 +59,7 @@ impl CowslipFs {
         });
     }
 
-    /// Makes the disk `name`, and has `send` answer with it.
+    /// Creates the disk `name` and passes it to `send` for the reply.
     pub(super) fn create_disk<R: ErrorReply>(
         &self,
         request: &Request,
@@ -84,7 +84,8 @@ impl CowslipFs {
         self.run_on_mount_pool(reply, work, |reply, (disk, found)| send(reply, &disk, found));
     }
 
-    /// The kernel has forgotten a disk `count` times, and it may be that nobody can reach it now.
+    /// Subtracts `count` lookups that the kernel has forgotten, and disposes of the disk when
+    /// nobody can reach it any more.
     pub(super) fn forget_lookups(shared: &Arc<FsContext>, disk: &Arc<Disk>, count: u64) {
         disk.forget(count);
         if disk.is_orphan() {
@@ -101,7 +102,7 @@ impl CowslipFs {
         }
     }
 
-    /// Answers a question: here when that needs no waiting, else in the disk's pool.
+    /// Answers a query: here if that needs no waiting, else in the disk's pool.
     pub(super) fn query_or_defer<R: ErrorReply, T: 'static>(
         &self,
         disk: &Arc<Disk>,
@@ -112,8 +113,8 @@ impl CowslipFs {
         try_or_defer(&self.shared, disk, reply, work, send);
     }
 
-    /// Carries out a change as [`query_or_defer`](Self::query_or_defer) answers a question; the last
-    /// free worker leaves even the attempt to another thread, one that waits for no base.
+    /// Makes a change as [`query_or_defer`](Self::query_or_defer) answers a query. The last free
+    /// worker leaves even the attempt to a pool thread that waits for no base.
     pub(super) fn change_or_defer<R: ErrorReply, T: 'static>(
         &self,
         disk: &Arc<Disk>,
@@ -128,7 +129,7 @@ impl CowslipFs {
         disk.sync_pool().run(Box::new(move || try_or_defer(&shared, &there, reply, work, send)));
     }
 
-    /// Runs `work` in one of the disk's pools, however long it takes.
+    /// Runs `work` in one of the disk's pools, without a deadline.
     pub(super) fn defer<R: ErrorReply, T: 'static>(
         &self,
         disk: &Arc<Disk>,
@@ -148,8 +149,9 @@ impl CowslipFs {
         );
     }
 
-    /// An fsync that takes as long as the device needs for a few blocks: handing it to another
-    /// thread would cost as much. One at a time: those who come meanwhile share the next sync.
+    /// Syncs on the worker, for an fsync that takes as long as the device needs for a few blocks:
+    /// handing the sync to another thread would cost as much. Only one worker syncs at a time;
+    /// requests that arrive meanwhile share the next sync.
     pub(super) fn sync_now(&self, disk: &Arc<Disk>, reply: ReplyEmpty) {
         let Some(seat) = self.worker_limit.try_acquire_first() else {
             return self.defer_sync(disk, reply);
@@ -162,26 +164,26 @@ impl CowslipFs {
         self.busy_poll.poll_request();
     }
 
-    /// An fsync, by a thread that may take its time.
+    /// Syncs in the pool for syncs, which may take its time.
     pub(super) fn defer_sync(&self, disk: &Arc<Disk>, reply: ReplyEmpty) {
         self.defer(disk, PoolKind::Sync, reply, Disk::sync, |reply, ()| reply.ok());
     }
 
-    /// Whether the kernel may hold dirty pages of the disk that we have not seen.
+    /// Whether the kernel may hold dirty pages of the disk that this daemon has not seen.
     pub(super) fn may_have_dirty_pages(&self, disk: &Disk) -> bool {
         let may =
             disk.may_be_mapped() || self.shared.cache == CacheMode::Writeback && disk.has_writers();
         may && !self.passthrough.is_active(disk.ino())
     }
 
-    /// Who sent `submit`.
+    /// Returns the user who sent `request`.
     pub(super) fn requester(&self, request: &Request) -> Requester {
         let uid = request.uid();
         Requester { uid, is_trusted: uid == 0 || uid == self.shared.owner.0 }
     }
 
-    /// Opens a control file. The kernel has checked its mode; what a request may do and what is
-    /// told of the host is for who mounted and for root, whatever mode a disk was given.
+    /// Opens a control file. The kernel has checked the mode; but requests, and facts about the
+    /// host, are only for root and the user who mounted, whatever mode a disk was given.
     pub(super) fn open_control(&self, asker: Requester, spot: ControlNode, reply: ReplyOpen) {
         if !asker.is_trusted && spot.is_private() {
             return reply.error(Errno::EACCES);
@@ -197,7 +199,7 @@ impl CowslipFs {
         let handles = Arc::clone(&self.handles);
         let work = move |shared: &FsContext| open_node(shared, asker, spot, &handles);
         if matches!(spot, ControlNode::Status | ControlNode::DiskStatus(_)) {
-            // It may take its time: with many disks, or where the host does.
+            // A status may take a while, with many disks or on a slow host.
             return self.run_on_mount_pool(reply, work, send);
         }
         match work(&self.shared) {
@@ -206,7 +208,7 @@ impl CowslipFs {
         }
     }
 
-    /// Has the mount's own pool answer a request that belongs to no disk.
+    /// Answers a request that belongs to no disk in the mount's own pool.
     pub(super) fn run_on_mount_pool<R: ErrorReply, T: 'static>(
         &self,
         reply: R,
@@ -220,7 +222,7 @@ impl CowslipFs {
         }));
     }
 
-    /// A read of a control file.
+    /// Answers a read of a control file.
     pub(super) fn read_control(&self, handle: &Handle, offset: u64, size: u32, reply: ReplyData) {
         let len = size as usize;
         match handle {
@@ -253,7 +255,7 @@ impl CowslipFs {
         }
     }
 
-    /// A write to a control file.
+    /// Handles a write to a control file.
     pub(super) fn write_control(
         &self,
         asker: Requester,
@@ -263,9 +265,9 @@ impl CowslipFs {
         let Handle::Ctl { session, node: spot } = handle else {
             return Err(os_error(libc::EACCES));
         };
-        // A request is carried out with the daemon's rights, wherever its paths lead. Both who
-        // opened the file and who writes must be trusted: a privileged program can be made to
-        // write what it is told into a file that it was handed, and an open file be handed on.
+        // A request is carried out with the daemon's rights, wherever its paths lead. So both the
+        // opener of the file and the writer must be trusted: a privileged program can be tricked
+        // into writing given text to a file that it was handed, and an open file can be handed on.
         if !asker.is_trusted {
             return Err(os_error(libc::EPERM));
         }
@@ -274,7 +276,7 @@ impl CowslipFs {
         u32::try_from(data.len()).map_err(|_| os_error(libc::EINVAL))
     }
 
-    /// A directory's entries, `.cowslip` itself left out.
+    /// Lists a directory's entries, without `.cowslip` itself.
     pub(super) fn listing(&self, ino: u64) -> io::Result<Vec<(String, u64, FileType)>> {
         let mut all = vec![
             (".".to_owned(), ino, FileType::Directory),
@@ -300,7 +302,7 @@ impl CowslipFs {
             let (_, entry) =
                 self.catalog().disk_by_slot(slot).ok_or_else(|| os_error(libc::ENOENT))?;
             let names = entry.disk.snapshot_names().into_iter();
-            // Whoever wants the number looks the name up.
+            // A client that wants the inode number looks the name up.
             all.extend(names.map(|name| (name, u64::MAX, FileType::RegularFile)));
             return Ok(all);
         }
@@ -321,7 +323,7 @@ impl CowslipFs {
             return Err(os_error(libc::EROFS));
         }
         if shown.is_partition() && owner.is_some() {
-            // They are the disk's.
+            // Owner and mode belong to the whole disk.
             return Err(os_error(libc::EPERM));
         }
         if let Some(size) = size {
@@ -337,7 +339,7 @@ impl CowslipFs {
     }
 }
 
-/// What a control file holds for `requester`.
+/// Opens a control file for `asker`.
 fn open_node(
     shared: &FsContext,
     asker: Requester,
@@ -371,7 +373,7 @@ fn open_node(
     })
 }
 
-/// Runs `work` without waiting, and in the disk's pool when it would have to wait.
+/// Runs `work` without waiting, or in the disk's pool if it would have to wait.
 fn try_or_defer<R: ErrorReply, T: 'static>(
     shared: &FsContext,
     disk: &Arc<Disk>,
@@ -392,31 +394,31 @@ fn try_or_defer<R: ErrorReply, T: 'static>(
     }
 }
 
-/// How the bytes of a write have come.
+/// The way by which the bytes of a write have come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum WriteOrigin {
-    /// Straight from the client.
+    /// Directly from the client.
     Client,
-    /// From the kernel's cache, where their page is locked until the answer.
+    /// From the kernel's cache, where their page is locked until the reply.
     PageCache,
 }
 
-/// A write to a disk, but for its bytes.
+/// A write to a disk, without its bytes.
 #[derive(Clone, Copy)]
 pub(super) struct WriteRequest {
-    /// Where in the disk.
+    /// Offset in the disk, in bytes.
     pub(super) offset: u64,
-    /// What is answered: how many bytes.
+    /// Number of bytes, which the reply acknowledges.
     pub(super) len: u32,
-    /// Somebody reads through the kernel's cache, which must forget the range first.
+    /// A handle reads through the kernel's cache, which must drop the range before the reply.
     pub(super) has_cached_readers: bool,
     pub(super) origin: WriteOrigin,
-    /// It must be durable first (`O_DSYNC`).
+    /// The write must be durable before the reply (`O_DSYNC`).
     pub(super) sync: bool,
 }
 
 impl WriteRequest {
-    /// Writes `data` without waiting, and in one of the disk's pools what has to wait.
+    /// Writes `data` without waiting, or in one of the disk's pools if that would have to wait.
     pub(super) fn run(
         self,
         shared: &Arc<FsContext>,
@@ -426,7 +428,7 @@ impl WriteRequest {
     ) {
         let Self { offset, len: written, origin: via, sync, .. } = self;
         let range = self.range();
-        // Older bytes of another file's must not come after these.
+        // Older dirty bytes of another file must not be written back after these.
         let first = via == WriteOrigin::Client && shown.is_dirty_elsewhere(&range);
         let result = match first {
             false => shown.disk().write(data, offset, Wait::No),
@@ -469,18 +471,18 @@ impl WriteRequest {
         shared.deadlines.defer(shown.disk(), self.pool_kind(shown), bound, reply, work, send);
     }
 
-    /// The bytes of the disk.
+    /// The range in bytes of the disk.
     fn range(&self) -> Range<u64> {
         self.offset..self.offset.saturating_add(self.len.into())
     }
 
-    /// Whether the kernel must forget something before the answer. To be asked after the write.
+    /// Whether the kernel must drop pages before the reply. Valid only after the write.
     fn must_invalidate(&self, shown: &DiskFile) -> bool {
         self.has_cached_readers
             || self.origin == WriteOrigin::Client && shown.is_cached_elsewhere(&self.range())
     }
 
-    /// Has the kernel forget it.
+    /// Makes the kernel drop the stale pages of the range.
     fn invalidate(&self, shared: &FsContext, shown: &DiskFile) {
         if self.has_cached_readers {
             CowslipFs::invalidate(shared, shown.disk(), self.range());
@@ -489,14 +491,14 @@ impl WriteRequest {
         }
     }
 
-    /// After the answer: has the kernel forget what other files have of a page that it wrote back.
+    /// Makes the kernel drop the other files' pages of a range that it wrote back, after the reply.
     fn invalidate_after_reply(&self, shared: &Arc<FsContext>, shown: &DiskFile) {
         if self.origin == WriteOrigin::PageCache {
             CowslipFs::invalidate_then_reply(shared, shown, self.range(), || ());
         }
     }
 
-    /// Which of the disk's pools does what has to wait.
+    /// The pool that does the part of the write that has to wait.
     fn pool_kind(&self, shown: &DiskFile) -> PoolKind {
         let may_tell =
             self.origin == WriteOrigin::Client && !shown.disk().partition_files().is_empty();
@@ -508,8 +510,8 @@ impl WriteRequest {
     }
 }
 
-/// Opens a disk: readers through the kernel's cache, writers past it. `ESTALE` for one that is
-/// being removed.
+/// Opens a disk: readers through the kernel's cache, writers past it. Returns `ESTALE` for a disk
+/// that is being removed.
 pub(super) fn open_disk(
     handles: &Handles,
     cache: CacheMode,
@@ -522,7 +524,7 @@ pub(super) fn open_disk(
         _ => HandleAccess::ReadWrite,
     };
     let cached = match cache {
-        // A stream is never cached: what it answers changes as it flows.
+        // A stream is never cached: its contents change as it flows.
         _ if shown.disk().stream().is_some() => false,
         _ if shown.is_partition() => false,
         CacheMode::Auto => access == HandleAccess::Read,
@@ -534,16 +536,16 @@ pub(super) fn open_disk(
     let handle = handles.add(Handle::Disk { file: shown, access });
     let direct = FopenFlags::FOPEN_DIRECT_IO | FopenFlags::FOPEN_PARALLEL_DIRECT_WRITES;
     let flags = match (cached, is_alone) {
-        // What is cached stays right: every change comes through this mount.
+        // Cached pages stay valid: every change comes through this mount.
         (true, true) => FopenFlags::FOPEN_KEEP_CACHE,
-        // While nobody has the file open, nobody tells the kernel of changes through another one.
+        // While the file is not open, the kernel is not told of changes through the other files.
         (true, false) => FopenFlags::empty(),
         (false, _) => direct,
     };
     Ok((handle, flags))
 }
 
-/// What fallocate(2)'s mode asks for.
+/// Decodes the mode of fallocate(2); `None` if unsupported.
 pub(super) fn decode_fallocate(mode: i32) -> Option<(FallocateMode, SizeMode)> {
     let keep = if mode & libc::FALLOC_FL_KEEP_SIZE != 0 { SizeMode::Keep } else { SizeMode::Grow };
     match mode & !libc::FALLOC_FL_KEEP_SIZE {
@@ -561,9 +563,9 @@ pub(super) fn to_system_time(time: Option<TimeOrNow>) -> Option<SystemTime> {
     })
 }
 
-/// What the kernel has said, of what fuser makes of it. A time before 1970 comes as seconds that
-/// are negative and nanoseconds that are not: half a second before is -1 and 500,000,000. fuser
-/// (0.18) takes both from the epoch, so the fraction has gone the wrong way twice.
+/// Recovers the time that the kernel sent from fuser's decoding. A time before 1970 is sent as
+/// negative seconds and positive nanoseconds: half a second before is -1 and 500,000,000. fuser
+/// (0.18) subtracts both from the epoch, so the fraction must be added back twice.
 fn fix_pre_epoch(time: SystemTime) -> SystemTime {
     let Err(before) = time.duration_since(UNIX_EPOCH) else { return time };
     let fraction = Duration::from_nanos(before.duration().subsec_nanos().into());
@@ -574,7 +576,7 @@ fn fix_pre_epoch(time: SystemTime) -> SystemTime {
 mod tests {
     use super::*;
 
-    /// As fuser 0.18 decodes what the kernel says.
+    /// Decodes a time as fuser 0.18 does.
     fn decoded(secs: i64, nanos: u32) -> SystemTime {
         match u64::try_from(secs) {
             Ok(secs) => UNIX_EPOCH + Duration::new(secs, nanos),
@@ -583,7 +585,7 @@ mod tests {
     }
 
     #[test]
-    fn times_before_1970_are_what_the_kernel_says() {
+    fn times_before_1970_match_what_the_kernel_sent() {
         for (secs, nanos) in
             [(-1, 750_000_000), (-2, 500_000_000), (-2, 0), (-1, 1), (0, 5), (7, 9)]
         {

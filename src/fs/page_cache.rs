@@ -1,14 +1,15 @@
-//! One disk behind several files: what the kernel keeps of each of them stays right.
+//! Cache coherence when one disk is shown by several files: the pages that the kernel holds of each
+//! file stay valid.
 //!
 //! ```text
 //!   write through disk.img.p1 ──▶ the disk's bytes ──▶ pages of disk.img that show them: dropped
-//!   write through disk.img    ──▶ the disk's bytes ──▶ pages of its windows: dropped
-//!                                                  then the answer
+//!   write through disk.img    ──▶ the disk's bytes ──▶ pages of its partitions: dropped
+//!                                                  then the reply
 //! ```
 //!
-//! The file that a change came through needs nothing: the kernel looks after its pages by itself.
-//! A write that comes from its cache is answered first, since its page is locked until then, and
-//! two such pages of two files would wait for each other.
+//! The file that a change came through needs nothing: the kernel keeps its pages valid itself. A
+//! write that comes from the kernel's cache is answered first, since its page is locked until the
+//! reply, and two such pages of two files would wait for each other.
 
 use std::io;
 use std::ops::Range;
@@ -26,26 +27,27 @@ use crate::disk::{self, Disk, DiskFile};
 use crate::host::os_error;
 use crate::layer::Wait;
 
-/// How long the answer of a truncation waits for pages to be dropped: dirty ones wait for it.
+/// How long the reply to a truncation waits for pages to be dropped: dirty pages, in turn, wait for
+/// the reply.
 const TRUNCATE_WAIT: Duration = Duration::from_secs(1);
 
-/// All bytes of a disk.
+/// The range of all bytes of a disk.
 pub(super) const WHOLE_DISK: Range<u64> = 0..u64::MAX;
 
-/// How long the kernel may believe what it was told of a file. Of one of several that show the same
-/// bytes it does not see every change.
+/// How long the kernel may cache the attributes of a file. It does not see every change of a file
+/// whose bytes are shown by other files as well.
 pub(super) fn attr_ttl(shown: &DiskFile) -> Duration {
     if shown.disk().partition_files().is_empty() { ATTR_TTL } else { NO_TTL }
 }
 
-/// A disk that the kernel is about to be led to, and is not when this is dropped with it.
+/// A lookup counted for a reply that is yet to be sent. Dropping the guard takes the lookup back.
 struct LookupGuard {
     shared: Arc<FsContext>,
     disk: Option<Arc<Disk>>,
 }
 
 impl LookupGuard {
-    /// The answer goes out that leads there.
+    /// Keeps the lookup counted, because the reply is being sent.
     fn disarm(mut self) {
         self.disk = None;
     }
@@ -60,13 +62,14 @@ impl Drop for LookupGuard {
 }
 
 impl CowslipFs {
-    /// What the file `ino` shows. `ESTALE` when that is gone: the kernel looks the name up again.
+    /// Returns the file with inode number `ino`; `ESTALE` when it has left the mount, so that the
+    /// kernel looks the name up again.
     pub(super) fn file_by_ino(&self, ino: INodeNo) -> io::Result<DiskFile> {
         self.catalog().file_by_ino(ino.0).ok_or_else(|| os_error(libc::ESTALE))
     }
 
-    /// Answers a look-up of a name that leads to `file_by_ino`; a whole disk is
-    /// [referred to](Disk::refer) for that.
+    /// Answers a lookup of a name with `shown`. For a whole disk the lookup has been
+    /// [counted](Disk::add_lookup) already.
     pub(super) fn reply_entry(&self, shown: &DiskFile, reply: ReplyEntry) {
         let (ino, ttl, there) = (shown.ino(), attr_ttl(shown), shown.clone());
         let disk = (!shown.is_partition()).then(|| Arc::clone(shown.disk()));
@@ -78,22 +81,22 @@ impl CowslipFs {
         });
     }
 
-    /// Drops what the kernel has cached of `range` of a disk, through whichever file, writing dirty
-    /// pages back first. Only from a pool thread.
+    /// Drops the pages that the kernel holds of `range` of a disk for any file, after writing dirty
+    /// pages back. Only for pool threads.
     pub(super) fn invalidate(shared: &FsContext, disk: &Disk, range: Range<u64>) {
         Self::invalidate_except(shared, disk, range, None);
     }
 
-    /// As [`invalidate`](Self::invalidate), for all files but the one that `file_by_ino` is.
+    /// Drops pages as [`invalidate`](Self::invalidate) does, for all files but `shown`.
     pub(super) fn invalidate_others(shared: &FsContext, shown: &DiskFile, range: Range<u64>) {
         Self::invalidate_except(shared, shown.disk(), range, Some(shown.ino()));
     }
 
-    /// Drops what the kernel has cached of the file `file_by_ino`, which is being truncated, and has
-    /// `answer` say that it is.
+    /// Drops the pages that the kernel holds of the file `shown`, which is being truncated, and has
+    /// `answer` send the reply.
     ///
-    /// Only with the answer does the kernel write back what is dirty of the file. What is clean goes
-    /// at once; while a dirty page is waited for, the answer goes out after [`TRUNCATE_WAIT`].
+    /// The kernel writes back the file's dirty pages only after the reply. Clean pages are dropped
+    /// at once; while a dirty page is waited for, the reply is sent after [`TRUNCATE_WAIT`].
     pub(super) fn invalidate_truncated(
         shared: &Arc<FsContext>,
         shown: &DiskFile,
@@ -103,10 +106,10 @@ impl CowslipFs {
         let (there, target) = (Arc::clone(shared), shown.clone());
         let invalidate = move || {
             Self::invalidate(&there, target.disk(), WHOLE_DISK);
-            // Nobody listens any more when a page was dirty.
+            // The receiver has timed out when a page was dirty.
             let _ = tell.send(());
         };
-        // A thread of its own: those of the disk may all be here, waiting for it.
+        // A thread of its own: all threads of the disk's pool may be in this function, waiting.
         match thread::Builder::new().name("cowslip-drop".to_owned()).spawn(invalidate) {
             Ok(_) => {
                 let _ = told.recv_timeout(TRUNCATE_WAIT);
@@ -124,7 +127,7 @@ impl CowslipFs {
             return;
         };
         for (ino, range) in disk.files_showing(range).filter(|(ino, _)| Some(*ino) != except) {
-            // No length stands for all that follows.
+            // A length of 0 means everything from `start` on.
             let len = i64::try_from(range.end).map_or(0, |end| end - range.start.cast_signed());
             if let Err(error) = notifier.inval_inode(INodeNo(ino), range.start.cast_signed(), len) {
                 log::debug!("the kernel's cache is not invalidated: {error}");
@@ -132,8 +135,8 @@ impl CowslipFs {
         }
     }
 
-    /// Gives an answer about a change of `range` (bytes of the disk) through `file_by_ino`, once the
-    /// kernel has dropped what it holds of that for other files.
+    /// Sends the reply about a change of `range` (bytes of the disk) through `shown`, once the
+    /// kernel has dropped the pages that it holds of the range for other files.
     pub(super) fn invalidate_then_reply(
         shared: &Arc<FsContext>,
         shown: &DiskFile,
@@ -150,9 +153,9 @@ impl CowslipFs {
         }));
     }
 
-    /// Carries out a change of `range` (bytes of the disk) through `file_by_ino`, as
-    /// [`change_or_defer`](Self::change_or_defer) does, and has the kernel drop what it
-    /// holds of that for other files before it is answered.
+    /// Changes `range` (bytes of the disk) through `shown` as
+    /// [`change_or_defer`](Self::change_or_defer) does. Before the reply the kernel drops the pages
+    /// that it holds of the range for other files.
     pub(super) fn change_and_invalidate<R: ErrorReply, T: Send + 'static>(
         &self,
         shown: &DiskFile,
@@ -171,7 +174,7 @@ impl CowslipFs {
             let work = move |_: &Disk, wait| work(&target, wait);
             return self.change_or_defer(shown.disk(), reply, work, send);
         }
-        // Older bytes of theirs must not come after the change.
+        // Older dirty bytes of the other files must not be written back after the change.
         let work = move || {
             Self::invalidate_others(&early, &target, range);
             work(&target, Wait::Yes)

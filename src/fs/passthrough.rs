@@ -1,19 +1,20 @@
-//! Passthrough: the kernel reads and writes the one host file that a disk is, without asking us.
+//! Passthrough: the kernel reads and writes the single host file behind a disk without asking this
+//! daemon.
 //!
 //! ```text
 //!   read, write, splice, mmap                     kernel ──────────────▶ host file
 //!   lseek, truncate, fallocate, fsync, stat, copy kernel ─▶ this daemon ─▶ host file
 //! ```
 //!
-//! The kernel's rules: the file is registered once for an inode, and that registration (a
-//! `BackingId`) stays while any open uses it; an inode has opens of this kind or cached ones, but
-//! never both. So what a disk does is settled at its first open and holds until its last RELEASE:
-//! the *term* of that inode. A disk that cannot be passed through (the daemon lacks CAP_SYS_ADMIN,
-//! the host file is on a stacked file system, the kernel is older) is served as any other, and the
-//! next term asks again. An open that must not write past us, since the disk has latched, comes
-//! direct: the kernel lets those mix.
+//! The kernel's rules: a file is registered once for an inode, and that registration (a
+//! `BackingId`) stays while any open uses it; an inode has passthrough opens or cached opens, but
+//! never both. So the mode of an inode is decided at its first open and holds until its last
+//! RELEASE: the *term* of that inode. A disk that cannot be passed through (the daemon lacks
+//! CAP_SYS_ADMIN, the host file is on a stacked file system, the kernel is older) is served like
+//! any other, and the next term tries again. An open that must not write past this daemon, because
+//! the disk has latched, is direct: the kernel allows direct opens beside passthrough.
 //!
-//! A mapping outlives its RELEASE here: it is one of the host file itself, and keeps its mount
+//! A mapping outlives its RELEASE here: it maps the host file itself, and keeps that file's mount
 //! busy.
 
 use std::collections::HashMap;
@@ -27,10 +28,12 @@ use parking_lot::Mutex;
 use crate::config::CacheMode;
 use crate::disk::Disk;
 
-/// Host files may not lie on stacked file systems, and one of those may lie on this mount.
+/// Largest stack depth of backing files: they may not lie on stacked file systems, and one stacked
+/// file system may lie on this mount.
 const MAX_STACK_DEPTH: u32 = 1;
 
-/// Asks the kernel for passthrough, unless it keeps dirty pages itself: the two do not go together.
+/// Requests passthrough from the kernel, unless the kernel keeps dirty pages itself: the two
+/// exclude each other.
 pub(super) fn negotiate(config: &mut KernelConfig, cache: CacheMode) {
     if cache != CacheMode::Auto {
         return;
@@ -39,24 +42,24 @@ pub(super) fn negotiate(config: &mut KernelConfig, cache: CacheMode) {
         log::info!("this kernel's FUSE has no passthrough");
         return;
     }
-    // It refuses only more than the kernel's limit, which is 2.
+    // The call fails only above the kernel's limit, which is 2.
     let _ = config.set_max_stack_depth(MAX_STACK_DEPTH);
 }
 
-/// How an open of a disk is answered.
+/// The way an open of a disk is answered.
 pub(super) enum OpenMode {
-    /// As disks are that are more than one file.
+    /// Served by this daemon, like a disk of several host files.
     Served,
-    /// Past the kernel's cache, though other opens are passed through.
+    /// Direct, past the kernel's cache, beside opens that are passed through.
     Direct,
-    /// With the host file.
+    /// Passed through to the host file.
     Passthrough(Arc<BackingId>),
 }
 
-/// From an inode's first open to its last RELEASE.
+/// The term of an inode, from its first open to its last RELEASE.
 struct PassthroughInode {
     opens: u64,
-    /// `None`: served, because the kernel refused.
+    /// The registered host file. `None`: the kernel refused, and the disk is served.
     backing: Option<Arc<BackingId>>,
 }
 
@@ -67,8 +70,8 @@ pub(super) struct PassthroughInodes {
 }
 
 impl PassthroughInodes {
-    /// Counts an open of `disk` in and says how it is to be answered; `register` hands a file to
-    /// the kernel. Each call is matched by one of [`release`](Self::release).
+    /// Counts an open of `disk` and decides how to answer it; `register` registers a file with the
+    /// kernel. Each call is matched by one of [`release`](Self::release).
     pub(super) fn open(
         &self,
         disk: &Disk,
@@ -81,7 +84,8 @@ impl PassthroughInodes {
         let Some(file) = disk.passthrough_file() else {
             return OpenMode::Served;
         };
-        // Held while the kernel takes the file: two first opens must not register it twice.
+        // Held during the registration: two concurrent first opens must not register the file
+        // twice.
         let mut open = self.inodes.lock();
         let term = open.entry(disk.ino()).or_insert_with(|| {
             let backing = register(&file).map(Arc::new);
@@ -98,7 +102,7 @@ impl PassthroughInodes {
         }
     }
 
-    /// An open was released.
+    /// Counts a release of an open.
     pub(super) fn release(&self, ino: u64) {
         let mut open = self.inodes.lock();
         let Some(term) = open.get_mut(&ino) else {
@@ -106,12 +110,13 @@ impl PassthroughInodes {
         };
         term.opens -= 1;
         if term.opens == 0 {
-            // The kernel has let go of the file before it said so: the next term may register anew.
+            // The kernel dropped the file before it sent the RELEASE, so the next term may register
+            // it anew.
             open.remove(&ino);
         }
     }
 
-    /// Whether the kernel goes past us for this inode, and so holds no pages of it.
+    /// Whether the kernel bypasses this daemon for the inode `ino`, and so holds no pages of it.
     pub(super) fn is_active(&self, ino: u64) -> bool {
         self.inodes.lock().get(&ino).is_some_and(|term| term.backing.is_some())
     }

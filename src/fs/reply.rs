@@ -1,8 +1,8 @@
-//! Replies that are given later, by a thread of the disk's pool, or not later than a bound.
+//! Deferred replies, sent by a thread of the disk's pool, with an optional deadline.
 //!
-//! A client that waits for a reply cannot be killed, so every wait has an end: a request whose
-//! base does not answer within the bound is answered `EIO`, and the thread that is still waiting
-//! finds nobody to answer when it comes back.
+//! A client that waits for a reply cannot be killed, so every wait has an end: a request whose base
+//! does not answer before the deadline is answered `EIO`. The thread that still waits for the base
+//! then finds its reply already sent.
 
 use std::collections::VecDeque;
 use std::io;
@@ -16,13 +16,13 @@ use parking_lot::Mutex;
 use crate::disk::Disk;
 use crate::pool::{self, Cancellable};
 
-/// A reply that can refuse.
+/// A reply that can carry an error.
 pub(super) trait ErrorReply: Send + 'static {
-    /// Answers with an errno.
+    /// Replies with an errno.
     fn reply_errno(self, errno: Errno);
 
-    /// Answers with what the host said. That a call of ours was interrupted, or would have had to
-    /// wait, is nothing that a client could make anything of: it would ask again for ever.
+    /// Replies with an error of the host. `EINTR` and `EAGAIN` of this daemon's own system calls
+    /// become `EIO`: a client could only retry for ever.
     fn reply_error(self, error: io::Error)
     where
         Self: Sized,
@@ -46,30 +46,30 @@ macro_rules! impl_error_reply {
 impl_error_reply!(ReplyAttr ReplyCreate ReplyData ReplyEmpty ReplyEntry ReplyLseek ReplyOpen ReplyStatfs);
 impl_error_reply!(ReplyWrite);
 
-/// Whether a wait may be as long as it takes.
+/// Whether a wait is bounded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Deadline {
-    /// It ends with `EIO` after the mount's bound.
+    /// The wait ends with `EIO` after the mount's I/O timeout.
     IoTimeout,
-    /// It takes what it takes: a sync of much data is no failure.
+    /// The wait is unbounded: a sync of much data is no failure.
     Unlimited,
 }
 
-/// Which of a disk's pools does it.
+/// One of a disk's thread pools.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum PoolKind {
-    /// What waits for the host.
+    /// For waits for the host.
     Work,
-    /// What waits for the device: many syncs at once leave the reads their threads.
+    /// For syncs, which wait for the device. Many syncs at once take no threads from reads.
     Sync,
-    /// What tells the kernel to drop its cache: it may wait for a write of the kernel's own, and
-    /// so for a worker or for [`PoolKind::Work`], which never waits for this one.
+    /// For invalidations of the kernel's cache. These may wait for a write of the kernel's own, and
+    /// so for a worker or for [`PoolKind::Work`], which never waits for this pool.
     Invalidate,
-    /// What describes the disk, for whoever reads its map.
+    /// For descriptions of the disk, read through its map.
     Map,
 }
 
-/// The requests that must be answered by a certain time, oldest first.
+/// The requests with a deadline, oldest first.
 pub struct Deadlines {
     io_timeout: Duration,
     pending: Mutex<VecDeque<TimedReply>>,
@@ -81,30 +81,31 @@ struct TimedReply {
     disk: Arc<Disk>,
 }
 
-/// A reply that may not have been given yet.
+/// A reply that may be pending.
 trait PendingReply: Send + Sync {
-    /// Whether it was given.
+    /// Whether the reply was sent.
     fn is_replied(&self) -> bool;
 
-    /// Answers `EIO` if nobody has answered and no change is under way.
+    /// Answers `EIO`, unless the reply was sent or a change is under way.
     fn expire(&self) -> Expiry;
 }
 
-/// What became of a reply whose time has come.
+/// The outcome of an expired deadline.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Expiry {
-    /// It was given in time.
+    /// The reply was sent in time.
     Replied,
-    /// It is `EIO` now.
+    /// The reply is `EIO`.
     TimedOut,
-    /// What would be refused is being done: it ends when the host has done it.
+    /// The change is under way and cannot be refused: the request ends when the host has finished
+    /// it.
     Held,
 }
 
-/// A reply until it is given.
+/// A reply, until it is sent.
 struct ReplySlot<R> {
     reply: Mutex<Option<R>>,
-    /// A change is under way that cannot be called back. Written under the lock of `reply`.
+    /// A change is under way that cannot be cancelled. Written under the lock of `reply`.
     held: AtomicBool,
 }
 
@@ -149,13 +150,13 @@ impl<R> Cancellable for SlotRequest<R> {
 }
 
 impl Deadlines {
-    /// Requests are answered after `io_timeout` at the latest.
+    /// Creates the deadlines; each request is answered after `bound` at the latest.
     #[must_use]
     pub fn new(bound: Duration) -> Self {
         Self { io_timeout: bound, pending: Mutex::default() }
     }
 
-    /// Answers what has waited too long, and forgets what was answered. Called every second.
+    /// Answers overdue requests and forgets answered ones. Called every second.
     pub fn expire(&self) {
         let now = Instant::now();
         let mut due = Vec::new();
@@ -167,7 +168,7 @@ impl Deadlines {
             }
         }
         for mut late in due {
-            // A long operation of ours may hold the disk: not the base's fault.
+            // A long operation of this daemon may hold the disk, which is not the base's fault.
             let is_ours = late.disk.in_long_operation.load(Ordering::SeqCst);
             match if is_ours { Expiry::Held } else { late.reply.expire() } {
                 Expiry::Replied => {}
@@ -182,7 +183,7 @@ impl Deadlines {
         }
     }
 
-    /// Has `work` done by the pool of `disk` and `send` its result as the reply.
+    /// Runs `work` in a pool of `disk` and passes its result to `send` for the reply.
     pub(super) fn defer<R: ErrorReply, T>(
         &self,
         disk: &Arc<Disk>,
@@ -206,7 +207,7 @@ impl Deadlines {
         };
         threads.run(Box::new(move || {
             if slot.is_replied() {
-                return; // It was given up while it stood in the queue: nothing is done.
+                return; // The deadline passed while the work was queued: nothing is done.
             }
             let result = pool::run_cancellable(SlotRequest(Arc::clone(&slot)), work);
             let Some(reply) = slot.reply.lock().take() else {

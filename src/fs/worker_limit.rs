@@ -1,34 +1,35 @@
-//! One worker is always kept free.
+//! The limit of FUSE workers that may block in the host at once, so that one worker can always
+//! answer.
 //!
-//! A worker that writes into the host's page cache, or makes a few blocks durable, may be held
-//! there: by a full cache, by a file system that hangs. Were all workers held, no request of any
-//! disk would be answered, nor the control files. So the last free one does no such work; it hands
-//! it to the disk's pool. That costs more than most writes, so it first sees whether another worker
-//! is done within a moment.
+//! A worker that writes into the host's page cache, or makes a few blocks durable, may be held up
+//! there by a full cache or a hanging file system. If all workers were held up, no request of any
+//! disk would be answered, nor the control files. So the last free worker does no such work; it
+//! hands the work to the disk's pool. That costs more than most writes, so the worker first checks
+//! briefly whether another one becomes free.
 //!
 //! A write to a disk with the key `direct` holds no worker at all: it takes as long as the device,
-//! so the disk answers `EAGAIN` to a worker and the write is its pool's from the start.
+//! so the disk returns `EAGAIN` to a worker, and the pool does the write from the start.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// How long the last free worker waits for another: as long as handing the work over takes, about.
+/// How long the last free worker waits for another: about as long as handing the work over takes.
 const ACQUIRE_WAIT: Duration = Duration::from_micros(30);
 
-/// How many workers may do at once what the host could hold up.
+/// The limit of workers in work that the host could hold up.
 pub(super) struct WorkerLimit {
     taken: AtomicUsize,
     max: usize,
 }
 
 impl WorkerLimit {
-    /// Seats for all of `workers` but one.
+    /// Creates permits for all of `workers` but one.
     pub(super) fn new(workers: usize) -> Self {
         Self { taken: AtomicUsize::new(0), max: workers.saturating_sub(1) }
     }
 
-    /// A seat, unless only one worker is left and stays so for a moment.
+    /// Takes a permit; `None` if only one worker is free and remains so for [`ACQUIRE_WAIT`].
     pub(super) fn acquire(&self) -> Option<WorkerPermit<'_>> {
         self.try_acquire().or_else(|| self.acquire_within(ACQUIRE_WAIT))
     }
@@ -36,7 +37,7 @@ impl WorkerLimit {
     fn acquire_within(&self, within: Duration) -> Option<WorkerPermit<'_>> {
         let begin = Instant::now();
         loop {
-            // Who has a seat may wait for this very CPU.
+            // A permit's holder may be waiting for this very CPU.
             thread::yield_now();
             let seat = self.try_acquire();
             if seat.is_some() || begin.elapsed() >= within {
@@ -48,18 +49,18 @@ impl WorkerLimit {
     fn try_acquire(&self) -> Option<WorkerPermit<'_>> {
         let seat = WorkerPermit { limit: self };
         let taken = self.taken.fetch_add(1, Ordering::Relaxed);
-        // Dropping the seat gives back what was counted one too many.
+        // Dropping the permit takes back the excess count.
         (taken < self.max).then_some(seat)
     }
 
-    /// A seat, if nobody has one.
+    /// Takes a permit if no other one is taken.
     pub(super) fn try_acquire_first(&self) -> Option<WorkerPermit<'_>> {
         let seat = self.try_acquire()?;
         (self.taken.load(Ordering::Relaxed) == 1).then_some(seat)
     }
 }
 
-/// A taken seat.
+/// A permit, returned when dropped.
 pub(super) struct WorkerPermit<'a> {
     limit: &'a WorkerLimit,
 }
@@ -75,7 +76,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_last_worker_gets_no_seat_until_another_is_back() {
+    fn the_last_worker_gets_no_permit_until_another_is_free() {
         let seats = WorkerLimit::new(3);
         let first = seats.acquire();
         let second = seats.acquire();
