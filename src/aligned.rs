@@ -1,12 +1,12 @@
-//! Memory that direct I/O can be done with: it begins on a page border.
+//! Page-aligned memory for direct I/O.
 //!
-//! The allocator hands out large pieces a few bytes behind such a border. So a page more is asked
-//! for than is needed, and the border is looked for inside: no `unsafe`, and nobody else minds.
+//! The allocator returns large blocks that start a few bytes after a page boundary. So the buffer
+//! allocates one page more than needed and starts at the boundary inside: that needs no `unsafe`.
 
-/// Where a buffer begins: a multiple of this many bytes. No device asks for more than a page.
+/// Alignment of a buffer's start in bytes. No device requires more than a page.
 pub const ALIGNMENT: usize = 4096;
 
-/// A buffer that begins on a page border.
+/// A page-aligned buffer.
 #[derive(Debug, Default)]
 pub struct AlignedBuf {
     bytes: Vec<u8>,
@@ -14,24 +14,24 @@ pub struct AlignedBuf {
 }
 
 impl AlignedBuf {
-    /// One that holds nothing.
+    /// Creates an empty buffer.
     #[must_use]
     pub const fn new() -> Self {
         Self { bytes: Vec::new(), start: 0 }
     }
 
-    /// A buffer that holds `data`.
+    /// Creates a buffer with a copy of `data`.
     #[must_use]
     pub fn copy_of(data: &[u8]) -> Self {
         let mut bytes: Vec<u8> = Vec::with_capacity(data.len() + ALIGNMENT);
         let start = bytes.as_ptr().align_offset(ALIGNMENT).min(ALIGNMENT);
-        // Inside the capacity: it is not moved.
+        // Within the capacity, so the memory does not move.
         bytes.resize(start, 0);
         bytes.extend_from_slice(data);
         Self { bytes, start }
     }
 
-    /// Room for `len` bytes, kept from call to call; what is in it is left over or zero.
+    /// Returns space for `len` bytes, reused from call to call. The contents are left over or zero.
     pub fn prepare(&mut self, len: usize) -> &mut [u8] {
         if self.bytes.len() < self.start + len {
             self.bytes = vec![0; len + ALIGNMENT];
@@ -40,7 +40,7 @@ impl AlignedBuf {
         &mut self.bytes[self.start..self.start + len]
     }
 
-    /// All it holds.
+    /// All bytes of the buffer.
     #[must_use]
     pub fn as_slice(&self) -> &[u8] {
         &self.bytes[self.start..]
@@ -52,7 +52,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_buffer_begins_on_a_page_border_and_holds_what_it_should() {
+    fn every_buffer_is_page_aligned_and_holds_its_data() {
         let mut kept = AlignedBuf::default();
         for len in [0, 1, 511, 4096, 70_000, 4096, 1 << 20, (1 << 20) + 1] {
             let data: Vec<u8> = (0..len).zip((0..251_u8).cycle()).map(|(_, byte)| byte).collect();

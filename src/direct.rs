@@ -1,7 +1,8 @@
-//! Host files read and written past the host's page cache (`O_DIRECT`).
+//! Direct I/O (`O_DIRECT`) on host files, past the host's page cache.
 //!
-//! The descriptor is a second one of the same file: locks, holes, lengths and syncs stay with the
-//! first. Direct I/O takes whole units of the device, from memory that is aligned as well:
+//! The descriptor is a second one for the same file: locks, holes, lengths and syncs stay with the
+//! first. Direct I/O transfers whole units of the device, from and to memory that is aligned as
+//! well:
 //!
 //! ```text
 //!   units      |        |        |        |        |
@@ -9,15 +10,15 @@
 //!   on device  |oooo xxxxxxxxxxxxxxxxxxxxx|              outer: the head is read first
 //! ```
 //!
-//! Nothing goes through the cache for its odd ends: a unit that is written in part is read, filled
-//! and written back. So nobody else may write in it meanwhile, and whoever writes has what it
-//! touches for itself ([`DirectFile::lock_range`]). That keeps two writes of the same bytes in order,
-//! too: one that the device holds up is not overtaken by a later one.
+//! The odd ends do not go through the cache: a unit that is written in part is read, filled and
+//! written back. So no other write may touch that unit meanwhile, and a writer locks the units
+//! around its range ([`DirectFile::lock_range`]). That keeps two writes of the same bytes in order,
+//! too: a later write does not overtake one that the device holds up.
 //!
-//! What others do through the cache is seen. The kernel writes dirty pages of the range back
-//! before a direct read or write, and drops the pages of what a direct write has changed
-//! (`iomap_dio_rw`, `generic_file_direct_write`). Two kinds of change of ours go that way: holes
-//! and zeros that start or end inside a page, and copies inside the host.
+//! Changes by others through the cache are seen. The kernel writes dirty pages of the range back
+//! before a direct read or write, and drops the pages that a direct write has changed
+//! (`iomap_dio_rw`, `generic_file_direct_write`). Two kinds of change by this daemon go through the
+//! cache: holes and zeros that start or end inside a page, and copies inside the host.
 
 use std::cell::RefCell;
 use std::fs::File;
@@ -33,35 +34,36 @@ use crate::aligned::{ALIGNMENT, AlignedBuf};
 use crate::host::os_error;
 use crate::pool::{ReplyHold, check_cancelled, hold_reply};
 
-/// The most that goes through the buffer at once: 1 MiB, the largest request of the kernel.
+/// Size of the bounce buffer in bytes, 1 MiB: the largest request of the kernel.
 const MAX_BOUNCE_LEN: u64 = 1 << 20;
-/// What every device and file system takes whose kernel does not say (before Linux 6.1).
+/// Alignment in bytes that every device and file system accepts, for kernels that report none
+/// (before Linux 6.1).
 const SAFE_ALIGNMENT: u32 = 4096;
 
 thread_local! {
-    /// What is not aligned passes through here.
+    /// Per-thread bounce buffer for unaligned I/O.
     static BOUNCE: RefCell<AlignedBuf> = const { RefCell::new(AlignedBuf::new()) };
 }
 
-/// A file that is read and written past the host's cache.
+/// A file read and written past the host's page cache.
 #[derive(Debug)]
 pub struct DirectFile {
     file: File,
-    /// Offsets and lengths on the device are multiples of this many bytes: a power of two.
+    /// Offsets and lengths on the device are multiples of this many bytes, a power of two.
     offset_align: u64,
-    /// And memory begins at multiples of this many.
+    /// Memory buffers start at multiples of this many bytes.
     mem_align: usize,
-    /// Who writes has whole multiples of this for itself: a unit, and the page that a change
-    /// through the cache would take.
+    /// Write locks cover whole multiples of this many bytes: a unit, and the page that a change
+    /// through the cache would touch.
     lock_grain: u64,
     write_lock: RangeLock,
 }
 
 impl DirectFile {
-    /// Opens the file behind `file` once more, for the same access.
+    /// Opens the file behind `file` a second time, with the same access mode.
     ///
     /// # Errors
-    /// `EINVAL` when its file system has no direct I/O; else the host's errno.
+    /// `EINVAL` when the file system has no direct I/O; else the host's errno.
     pub fn reopen(file: &File) -> io::Result<Self> {
         let access = rustix::fs::fcntl_getfl(file)? & OFlags::RWMODE;
         let path = format!("/proc/self/fd/{}", file.as_raw_fd());
@@ -83,7 +85,7 @@ impl DirectFile {
         })
     }
 
-    /// Whether the device takes `len` bytes at `offset` right from or into `mem_align`.
+    /// Whether the device can transfer `len` bytes at `offset` directly from or to `memory`.
     fn is_aligned(&self, memory: *const u8, offset: u64, len: usize) -> bool {
         offset.is_multiple_of(self.offset_align)
             && (len as u64).is_multiple_of(self.offset_align)
@@ -112,7 +114,8 @@ impl DirectFile {
         Ok(done)
     }
 
-    /// Reads the units around the front of `buf`, as many as the buffer takes; 0 at the end.
+    /// Reads the units around the start of `buf`, as many as the bounce buffer takes; returns 0 at
+    /// the end.
     fn read_bounced(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
         let piece = AlignedPiece::first_of(self.offset_align, offset..offset + buf.len() as u64);
         let before = to_len(piece.inner.start - piece.outer.start);
@@ -126,10 +129,11 @@ impl DirectFile {
         })
     }
 
-    /// Keeps all others from writing near `range` until what is returned is dropped.
+    /// Locks the units around `range` against all other writers until the returned guard is
+    /// dropped.
     ///
     /// # Errors
-    /// `EIO` when nobody waits for this thread's request any more.
+    /// `EIO` when this thread's request has been given up; `EFBIG` past the largest offset.
     pub fn lock_range(&self, range: &Range<u64>) -> io::Result<RangeGuard<'_>> {
         let end = range.end.checked_next_multiple_of(self.lock_grain);
         let end = end.ok_or_else(|| os_error(libc::EFBIG))?;
@@ -140,19 +144,19 @@ impl DirectFile {
         Ok(alone)
     }
 
-    /// Writes all of `parts`, one after the other, at `offset`. The file ends behind a whole unit
-    /// then, if it grows.
+    /// Writes all of `parts`, one after the other, at `offset`. A file that grows then ends at the
+    /// end of a whole unit.
     ///
     /// # Errors
-    /// The host's errno; part of it may have been written then.
+    /// The host's errno; some of the bytes may have been written then.
     pub fn write_all_at(&self, parts: &[IoSlice<'_>], offset: u64) -> io::Result<()> {
         let total: usize = parts.iter().map(|part| part.len()).sum();
         let end = offset.checked_add(total as u64).ok_or_else(|| os_error(libc::EFBIG))?;
         self.lock_range(&(offset..end))?.write_all_at(parts, offset)
     }
 
-    /// Reads the units at both ends of `piece` that are not written whole; behind the file's end
-    /// there are zeros.
+    /// Reads the units at both ends of `piece` that are written only in part. Past the end of the
+    /// file they read as zeros.
     fn read_edge_units(&self, room: &mut [u8], piece: &AlignedPiece) -> io::Result<()> {
         let unit = to_len(self.offset_align);
         let last = room.len().saturating_sub(unit);
@@ -169,25 +173,25 @@ impl DirectFile {
     }
 }
 
-/// The right to write near a range, alone.
+/// An exclusive lock for writing near a range.
 pub struct RangeGuard<'a> {
     file: &'a DirectFile,
     range: Range<u64>,
-    /// Who asked for it waits for its end, and is not told `EIO` meanwhile.
+    /// The request waits for the end of the write, and is not answered `EIO` meanwhile.
     reply_hold: Option<ReplyHold>,
 }
 
 impl RangeGuard<'_> {
-    /// The bytes that are read and written as one.
+    /// The device's unit in bytes.
     #[must_use]
     pub fn offset_align(&self) -> u64 {
         self.file.offset_align
     }
 
-    /// As [`DirectFile::write_all_at`], inside the range.
+    /// Writes as [`DirectFile::write_all_at`] does, inside the locked range.
     ///
     /// # Errors
-    /// The host's errno; part of it may have been written then.
+    /// The host's errno; some of the bytes may have been written then.
     pub fn write_all_at(&self, parts: &[IoSlice<'_>], offset: u64) -> io::Result<()> {
         let Self { file, .. } = self;
         if let [only] = parts
@@ -221,7 +225,7 @@ impl Drop for RangeGuard<'_> {
     }
 }
 
-/// The front of a range, and the whole units around it.
+/// The first piece of a range, and the whole units around it.
 #[derive(Debug, PartialEq, Eq)]
 struct AlignedPiece {
     inner: Range<u64>,
@@ -230,7 +234,7 @@ struct AlignedPiece {
 }
 
 impl AlignedPiece {
-    /// The piece of `range` (not empty) that is done first.
+    /// Returns the first piece of `range`, which must not be empty.
     fn first_of(unit: u64, range: Range<u64>) -> Self {
         let start = range.start / unit * unit;
         let end = range.end.saturating_add(unit - 1) / unit * unit;
@@ -239,7 +243,7 @@ impl AlignedPiece {
     }
 }
 
-/// Fills `buf` with the bytes of `parts`, the first `skip` of them left out.
+/// Fills `buf` with the bytes of `parts` after the first `skip`.
 fn copy_from_parts(mut buf: &mut [u8], parts: &[IoSlice<'_>], mut skip: usize) {
     for part in parts {
         let rest = &part[skip.min(part.len())..];
@@ -250,7 +254,7 @@ fn copy_from_parts(mut buf: &mut [u8], parts: &[IoSlice<'_>], mut skip: usize) {
     }
 }
 
-/// One read, again when interrupted.
+/// Reads once, and retries when interrupted.
 fn read_retrying(file: &File, buf: &mut [u8], offset: u64) -> io::Result<usize> {
     loop {
         match file.read_at(buf, offset) {
@@ -260,20 +264,20 @@ fn read_retrying(file: &File, buf: &mut [u8], offset: u64) -> io::Result<usize> 
     }
 }
 
-/// A length in memory.
+/// Converts a length in memory.
 #[expect(clippy::cast_possible_truncation, reason = "of a buffer, or a part of one")]
 fn to_len(len: u64) -> usize {
     len as usize
 }
 
-/// What offsets and memory must be multiples of for direct I/O on `file` (statx(2), since Linux
-/// 6.1 for files and 6.11 for devices).
+/// Returns the alignment in bytes of offsets and of memory for direct I/O on `file` (statx(2),
+/// since Linux 6.1 for files and 6.11 for devices).
 fn dio_alignment(file: &File) -> io::Result<(u32, u32)> {
     let mask = StatxFlags::DIOALIGN | StatxFlags::BASIC_STATS;
     if let Ok(found) = rustix::fs::statx(file, "", AtFlags::EMPTY_PATH, mask)
         && found.stx_mask & StatxFlags::DIOALIGN.bits() != 0
     {
-        // Zeros say that there is none for this file, whatever open(2) said.
+        // Zeros mean that this file has no direct I/O, whatever open(2) returned.
         return Ok((found.stx_dio_offset_align, found.stx_dio_mem_align));
     }
     if file.metadata()?.file_type().is_block_device() {
@@ -291,7 +295,7 @@ struct RangeLock {
 }
 
 impl RangeLock {
-    /// Waits until nobody writes in `range`, and enters it.
+    /// Waits until no range that overlaps `range` is locked, then locks it.
     fn lock(&self, range: &Range<u64>) -> io::Result<()> {
         let meets = |other: &Range<u64>| other.start < range.end && range.start < other.end;
         let mut ranges = self.locked.lock();
@@ -323,8 +327,8 @@ mod tests {
 
     use super::*;
 
-    /// On the disk the repository is built on, which takes direct I/O. Units of `offset_align`, which the
-    /// kernel takes as well when it asks for less.
+    /// Creates a file on a file system with direct I/O (`/var/tmp`). Uses units of `unit` bytes,
+    /// which the kernel accepts even if it requires less.
     fn direct(unit: u64, size: u64) -> (File, DirectFile) {
         let file = tempfile::tempfile_in("/var/tmp").unwrap();
         file.set_len(size).unwrap();
@@ -339,7 +343,7 @@ mod tests {
         offset: u64,
         parts: Vec<usize>,
         fill: u8,
-        /// Where in its memory a read begins.
+        /// Offset in memory at which a read begins.
         shift: usize,
     }
 
@@ -350,7 +354,7 @@ mod tests {
             .prop_map(|(offset, parts, fill, shift)| Op { offset, parts, fill, shift })
     }
 
-    /// What `parts` hold, one after the other.
+    /// Returns the bytes of each part of `op`.
     fn bytes(op: &Op) -> Vec<Vec<u8>> {
         let some = |len: &usize| (op.fill..=255).cycle().take(*len).collect();
         op.parts.iter().map(some).collect()
@@ -360,7 +364,7 @@ mod tests {
         #![proptest_config(ProptestConfig::with_cases(48))]
 
         #[test]
-        fn any_write_and_read_is_what_a_byte_array_has(
+        fn any_writes_and_reads_match_a_byte_array(
             unit in prop_oneof![Just(512_u64), Just(4096), Just(65_536)],
             size in 0_u64..100_000,
             ops in proptest::collection::vec(op(), 1..12),
@@ -380,7 +384,7 @@ mod tests {
                 prop_assert_eq!(direct.read_at(room, op.offset).unwrap_or(0), room.len());
                 prop_assert!(room == whole);
             }
-            // It may end behind a whole unit.
+            // The file may end at the end of a whole unit.
             let len = to_len(file.metadata().unwrap().len());
             model.resize(len, 0);
             let mut found = vec![1; len + 5000];
@@ -406,7 +410,7 @@ mod tests {
                 prop_assert!(piece.outer.start <= piece.inner.start);
                 prop_assert!(piece.inner.end <= piece.outer.end);
                 prop_assert!(piece.inner.start == at && piece.inner.end > at);
-                // Only the ends of all are odd.
+                // Only the two ends of the range are unaligned.
                 prop_assert!(at == start || piece.inner.start == piece.outer.start);
                 prop_assert!(piece.inner.end == start + len || piece.inner.end == piece.outer.end);
                 at = piece.inner.end;
@@ -436,7 +440,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_system_without_direct_io_is_told() {
+    fn reopen_reports_a_file_system_without_direct_io() {
         let file = File::open("/proc/version").unwrap();
         let error = DirectFile::reopen(&file).unwrap_err();
         assert_eq!(error.raw_os_error(), Some(libc::EINVAL));

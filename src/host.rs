@@ -1,7 +1,7 @@
-//! Host files as layers use them: reads that refuse to wait, whole writes, holes.
+//! System calls on host files as layers use them: reads that do not wait, complete writes, holes.
 //!
-//! Nothing here knows disks or layers; each function is one system call with its short answers,
-//! interruptions and missing features dealt with in one place.
+//! This module knows nothing of disks or layers; each function wraps one system call and handles
+//! its short results, interruptions and missing features.
 
 use std::fs::File;
 use std::io::{self, IoSlice};
@@ -14,13 +14,13 @@ use rustix::fs::FallocateFlags;
 
 use crate::layer::Wait;
 
-/// An error that keeps its errno on the way to the kernel.
+/// Builds an `io::Error` from a raw errno.
 #[must_use]
 pub fn os_error(code: i32) -> io::Error {
     io::Error::from_raw_os_error(code)
 }
 
-/// What an error says, without the number that Rust adds to it.
+/// Returns an error's message without the number that Rust appends.
 #[must_use]
 pub fn os_message(error: &io::Error) -> String {
     let text = error.to_string();
@@ -30,18 +30,18 @@ pub fn os_message(error: &io::Error) -> String {
     }
 }
 
-/// Has all threads allocate from one heap (mallopt(3), `M_ARENA_MAX`). By default glibc gives each a
-/// heap of its own, and what one frees is of no use to the others: a block map that is cleared and
-/// built again took up to twice its size. Requests allocate next to nothing.
+/// Makes all threads allocate from one heap (mallopt(3), `M_ARENA_MAX`). By default glibc gives
+/// each thread a heap of its own, and memory freed in one is of no use to the others: a block map
+/// that is cleared and rebuilt took up to twice its size. Requests allocate next to nothing.
 pub fn use_single_arena() {
-    // SAFETY: sets a number in the allocator. Elsewhere there is no such setting, and no need.
+    // SAFETY: sets a number in the allocator. Other C libraries have no such setting, and no need.
     #[cfg(target_env = "gnu")]
     unsafe {
         libc::mallopt(libc::M_ARENA_MAX, 1);
     }
 }
 
-/// Makes what `path` is named durable: syncs the directory it is in.
+/// Makes the name `path` durable by syncing its directory.
 ///
 /// # Errors
 /// The host's errno.
@@ -54,13 +54,13 @@ pub fn sync_parent_dir(path: &Path) -> io::Result<()> {
     sync_dir(&File::open(parent)?)
 }
 
-/// Makes durable what the open directory `dir` holds.
+/// Makes the entries of the open directory `dir` durable.
 ///
 /// # Errors
 /// The host's errno.
 pub fn sync_dir(dir: &File) -> io::Result<()> {
     match dir.sync_all() {
-        // Some file systems cannot sync a directory; there it is as durable as it gets.
+        // Some file systems cannot sync a directory; nothing more can be done there.
         Err(error) if error.raw_os_error() == Some(libc::EINVAL) => Ok(()),
         done => done,
     }
@@ -69,8 +69,8 @@ pub fn sync_dir(dir: &File) -> io::Result<()> {
 /// Reads up to `buf.len()` bytes at `offset`; fewer only at the end of the file.
 ///
 /// # Errors
-/// Under [`Wait::No`] `EAGAIN` when not all of it is in the page cache, or when the file system
-/// cannot tell; else the host's errno.
+/// `EAGAIN` under [`Wait::No`] when some of the bytes are not in the page cache, or when the file
+/// system cannot tell; else the host's errno.
 pub fn read_at(file: &File, buf: &mut [u8], offset: u64, wait: Wait) -> io::Result<usize> {
     let mut done = 0;
     while done < buf.len() {
@@ -92,7 +92,7 @@ pub fn read_at(file: &File, buf: &mut [u8], offset: u64, wait: Wait) -> io::Resu
     Ok(done)
 }
 
-/// `preadv2` with `RWF_NOWAIT`: the page cache's answer, or `EAGAIN`.
+/// Reads from the page cache alone (preadv2(2), `RWF_NOWAIT`), else `EAGAIN`.
 fn read_cached(file: &File, buf: &mut [u8], offset: u64) -> io::Result<usize> {
     let part = libc::iovec { iov_base: buf.as_mut_ptr().cast(), iov_len: buf.len() };
     let offset = i64::try_from(offset).map_err(|_| os_error(libc::EINVAL))?;
@@ -102,16 +102,16 @@ fn read_cached(file: &File, buf: &mut [u8], offset: u64) -> io::Result<usize> {
     usize::try_from(got).map_err(|_| io::Error::last_os_error())
 }
 
-/// The most that one system call writes into the page cache. The kernel keeps what comes at once in
-/// one folio, up to megabytes, and ext4 goes through all blocks of a folio for each later write into
-/// it: 4 KiB into 1 MiB take four times as long, and the sync after it twice as long.
+/// The most bytes that one system call writes into the page cache. The kernel keeps the bytes of
+/// one call in one folio, up to megabytes, and ext4 visits all blocks of a folio for each later
+/// write into it: 4 KiB into 1 MiB take four times as long, and the sync after it twice as long.
 const MAX_WRITE_CHUNK: u64 = 64 << 10;
 
-/// Writes all of `parts`, one after the other, from `offset` on; one system call when all of it lies
-/// between two multiples of 64 KiB.
+/// Writes all of `parts`, one after the other, from `offset` on. Takes one system call if the range
+/// does not cross a multiple of 64 KiB.
 ///
 /// # Errors
-/// The host's errno; part of it may have been written then.
+/// The host's errno; some of the bytes may have been written then.
 pub fn write_all_at(file: &File, parts: &[IoSlice<'_>], offset: u64) -> io::Result<()> {
     let total: usize = parts.iter().map(|part| part.len()).sum();
     let mut done = 0;
@@ -134,7 +134,7 @@ pub fn write_all_at(file: &File, parts: &[IoSlice<'_>], offset: u64) -> io::Resu
     Ok(())
 }
 
-/// What is left of the part that byte `done` lies in.
+/// Returns the rest of the part that contains byte `done`.
 fn remaining_bytes<'a>(parts: &'a [IoSlice<'_>], mut done: usize) -> &'a [u8] {
     for part in parts {
         if done < part.len() {
@@ -145,8 +145,8 @@ fn remaining_bytes<'a>(parts: &'a [IoSlice<'_>], mut done: usize) -> &'a [u8] {
     &[]
 }
 
-/// Has the host begin to write `range` to the device, and waits for nothing (sync_file_range(2)). Best
-/// effort: what fails is the next sync's to report.
+/// Starts writeback of `range` to the device without waiting (sync_file_range(2)). Best effort: a
+/// failure is reported by the next sync.
 pub fn start_writeback(file: impl AsFd, range: Range<u64>) {
     let file = file.as_fd().as_raw_fd();
     let len = range.end.saturating_sub(range.start);
@@ -155,29 +155,29 @@ pub fn start_writeback(file: impl AsFd, range: Range<u64>) {
     unsafe { libc::sync_file_range(file, start, len, libc::SYNC_FILE_RANGE_WRITE) };
 }
 
-/// Whether `file` was opened for reading alone.
+/// Whether `file` was opened read-only.
 pub fn is_read_only(file: impl AsFd) -> bool {
     let flags = rustix::fs::fcntl_getfl(file);
     flags.is_ok_and(|flags| flags & rustix::fs::OFlags::ACCMODE == rustix::fs::OFlags::RDONLY)
 }
 
-/// Gives the space of `range` back to the host; the file keeps its length.
+/// Punches a hole: returns the space of `range` to the host. The file keeps its length.
 ///
 /// # Errors
-/// `EOPNOTSUPP` where the file system cannot; else the host's errno.
+/// `EOPNOTSUPP` where the file system cannot punch holes; else the host's errno.
 pub fn punch_hole(file: impl AsFd, range: Range<u64>) -> io::Result<()> {
     fallocate(file, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, range)
 }
 
-/// Reserves space for `range`; the file keeps its length.
+/// Reserves space for `range`. The file keeps its length.
 ///
 /// # Errors
-/// `ENOSPC`; `EOPNOTSUPP` where the file system cannot.
+/// `ENOSPC`; `EOPNOTSUPP` where the file system cannot reserve space; else the host's errno.
 pub fn allocate(file: impl AsFd, range: Range<u64>) -> io::Result<()> {
     fallocate(file, FallocateFlags::KEEP_SIZE, range)
 }
 
-/// `fallocate` with `flags`, again when interrupted.
+/// Calls fallocate(2) with `flags`, and retries when interrupted.
 ///
 /// # Errors
 /// The host's errno.
@@ -191,7 +191,7 @@ pub fn fallocate(file: impl AsFd, flags: FallocateFlags, range: Range<u64>) -> i
     .map_err(io::Error::from)
 }
 
-/// The process that the thread `tid` belongs to; `tid` itself when that cannot be seen.
+/// Returns the process of the thread `tid`; `tid` itself if that cannot be determined.
 #[must_use]
 pub fn process_of_thread(tid: u32) -> u32 {
     let status = std::fs::read_to_string(format!("/proc/{tid}/status")).unwrap_or_default();
@@ -199,9 +199,9 @@ pub fn process_of_thread(tid: u32) -> u32 {
     process.unwrap_or(tid)
 }
 
-/// Whether the process `pid` (0: unknown) is being killed or is on its way out, with all its
-/// threads: whatever it waits for, it will not look at the answer. The thread that asked may be
-/// gone already, for the kernel waits for asynchronous requests with the last one.
+/// Whether the process `pid` (0: unknown) is being killed or is exiting with all its threads, and
+/// so will never see a reply. The requesting thread may have exited already: the kernel waits for
+/// asynchronous requests in the last thread of a process.
 #[must_use]
 pub fn is_being_killed(pid: u32) -> bool {
     if pid == 0 {
@@ -212,11 +212,11 @@ pub fn is_being_killed(pid: u32) -> bool {
     ending.peek().is_some() && ending.all(|is_ending| is_ending)
 }
 
-/// Whether the thread behind `task`, a directory of procfs, has SIGKILL pending or exits.
+/// Whether a thread has SIGKILL pending or is exiting. `task` is its procfs directory.
 fn is_thread_exiting(task: &std::path::Path) -> bool {
-    /// SIGKILL in the masks of proc_pid_status(5).
+    /// SIGKILL in the signal masks of proc_pid_status(5).
     const KILL: u64 = 1 << (libc::SIGKILL - 1);
-    /// `PF_EXITING` (linux/sched.h): the kernel waits for what the process has under way.
+    /// `PF_EXITING` (linux/sched.h): the kernel waits for the outstanding requests of the process.
     const EXITING: u64 = 0x4;
     let status = std::fs::read_to_string(task.join("status")).unwrap_or_default();
     let pending = status.lines().filter_map(|line| {
@@ -226,18 +226,19 @@ fn is_thread_exiting(task: &std::path::Path) -> bool {
     if pending.fold(0, |all, mask| all | mask) & KILL != 0 {
         return true;
     }
-    // One that is gone by now does not wait either.
+    // A thread that has exited meanwhile does not wait either.
     let Ok(stat) = std::fs::read_to_string(task.join("stat")) else {
         return true;
     };
-    // Behind the name in parentheses `flags` is the seventh field (proc_pid_stat(5)).
+    // `flags` is the seventh field after the name in parentheses (proc_pid_stat(5)).
     let fields = stat.rsplit_once(')').map_or("", |(_, fields)| fields);
     let flags = fields.split_ascii_whitespace().nth(6).and_then(|flags| flags.parse::<u64>().ok());
     flags.is_some_and(|flags| flags & EXITING != 0)
 }
 
-/// Copies `from` of the file `source` to `at` of the file `target` inside the host, and tells how
-/// many bytes: fewer at the end of the source, or when an error came after some.
+/// Copies the range `from` of the file `source` to offset `at` of the file `target` inside the
+/// host. Returns the number of bytes copied: fewer at the end of the source, or when an error
+/// followed some.
 ///
 /// # Errors
 /// The host's errno when nothing was copied; see [`is_copy_unsupported`].
@@ -261,7 +262,7 @@ pub fn copy_range(
     Ok(input - from.start)
 }
 
-/// Whether the host said that it cannot copy between two files, rather than that it failed.
+/// Whether the host cannot copy between the two files, as opposed to a failed copy.
 #[must_use]
 pub fn is_copy_unsupported(error: &io::Error) -> bool {
     let known = [libc::EXDEV, libc::EOPNOTSUPP, libc::EINVAL, libc::ENOSYS, libc::EAGAIN];
@@ -273,7 +274,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_write_in_pieces_is_the_same_bytes() {
+    fn a_write_in_pieces_writes_the_same_bytes() {
         let bytes: Vec<u8> = (0..300_000u32).map(|at| (at * 7 / 64).to_le_bytes()[0]).collect();
         for (start, cuts) in
             [(0, [0, 0]), (65_000, [1, 2]), (3, [65_536, 70_000]), (65_536, [0, 9])]
@@ -303,7 +304,7 @@ mod tests {
     }
 
     #[test]
-    fn a_process_that_was_killed_and_not_reaped_is_ending() {
+    fn a_killed_process_that_was_not_reaped_is_being_killed() {
         let mut child = std::process::Command::new("sleep").arg("100").spawn().unwrap();
         assert!(!is_being_killed(child.id()));
         child.kill().unwrap();

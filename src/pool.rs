@@ -1,8 +1,8 @@
-//! A few threads for what must not hold a FUSE worker: reads from a slow base, syncs, waiting for
+//! Thread pools for work that must not hold a FUSE worker: reads from a slow base, syncs, waits for
 //! a lock.
 //!
-//! Every disk has its own pool, so a base that hangs holds threads of its disk and nobody else's.
-//! Threads are made when there is work and leave when there is none.
+//! Every disk has its own pools, so a hanging base holds only threads of its own disk. Threads are
+//! started when there is work and end when there is none.
 
 use std::cell::RefCell;
 use std::collections::VecDeque;
@@ -16,9 +16,10 @@ use parking_lot::{Condvar, Mutex};
 
 use crate::host::os_error;
 
-/// Enough to keep a device busy and to let syncs and reads pass each other.
+/// The most threads of a pool by default: enough to keep a device busy and to let syncs and reads
+/// pass each other.
 const MAX_THREADS: usize = 8;
-/// How long a thread without work stays.
+/// How long an idle thread stays.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(5);
 
 thread_local! {
@@ -28,17 +29,17 @@ thread_local! {
 
 /// A request that may be answered before the work on it has ended.
 pub trait Cancellable {
-    /// Whether it was: nobody waits for the work any more.
+    /// Whether the request has been answered, so that nobody waits for the work any more.
     fn is_cancelled(&self) -> bool;
 
-    /// From now on it is not given up; `false` when it was already.
+    /// Protects the request from being given up; returns `false` if it was given up already.
     fn hold(&self) -> bool;
 
-    /// It may be given up again.
+    /// Ends the protection by [`hold`](Self::hold).
     fn release(&self);
 }
 
-/// Runs `run_worker`, in which [`check_cancelled`] fails once `request` is given up.
+/// Runs `work`, in which [`check_cancelled`] fails once `request` has been given up.
 pub fn run_cancellable<T>(request: impl Cancellable + 'static, work: impl FnOnce() -> T) -> T {
     CURRENT_REQUEST.set(Some(Rc::new(request)));
     let result = work();
@@ -46,19 +47,20 @@ pub fn run_cancellable<T>(request: impl Cancellable + 'static, work: impl FnOnce
     result
 }
 
-/// Called after a wait and before a change: a request that was answered `EIO` because it waited
-/// too long must change nothing any more, for a later one may have been acknowledged.
+/// Checks, after a wait and before a change, that this thread's request was not given up. A request
+/// that was answered `EIO` because it waited too long must change nothing any more, for a later one
+/// may have been acknowledged.
 ///
 /// # Errors
-/// `EIO` when nobody waits for this thread's request.
+/// `EIO` when this thread's request has been given up.
 pub fn check_cancelled() -> io::Result<()> {
     let given_up =
         CURRENT_REQUEST.with_borrow(|request| request.as_ref().is_some_and(|r| r.is_cancelled()));
     if given_up { Err(os_error(libc::EIO)) } else { Ok(()) }
 }
 
-/// As [`check_cancelled`], before a change that may take long itself and cannot be called back: until
-/// the answer is dropped, by this thread, the request is not given up.
+/// Checks as [`check_cancelled`] does, before a change that may take long and cannot be cancelled:
+/// the request is not given up until this thread drops the returned hold.
 ///
 /// # Errors
 /// As [`check_cancelled`].
@@ -70,7 +72,7 @@ pub fn hold_reply() -> io::Result<ReplyHold> {
     }
 }
 
-/// A change under way, on behalf of a request that waits for its end.
+/// A change under way for a request, which waits for its end.
 #[must_use]
 pub struct ReplyHold(Option<Rc<dyn Cancellable>>);
 
@@ -82,12 +84,12 @@ impl Drop for ReplyHold {
     }
 }
 
-/// A piece of work.
+/// A piece of work for a pool.
 pub type Job = Box<dyn FnOnce() + Send>;
 
-/// A bounded set of threads that work off a queue.
+/// A bounded set of threads that work through a queue.
 pub struct Pool {
-    /// So many threads at most.
+    /// The most threads.
     max_threads: usize,
     state: Mutex<PoolState>,
     job_queued: Condvar,
@@ -109,14 +111,14 @@ impl Default for Pool {
 }
 
 impl Pool {
-    /// A pool of up to `max_threads` threads; none of them is made before there is work.
+    /// Creates a pool of up to `most` threads; none is started before there is work.
     #[must_use]
     pub fn with_threads(most: usize) -> Self {
         let (state, more, less) = (Mutex::default(), Condvar::new(), Condvar::new());
         Self { max_threads: most, state, job_queued: more, thread_ended: less }
     }
 
-    /// Has `job` run by one of the pool's threads, soon.
+    /// Queues `job` for one of the pool's threads.
     pub fn run(self: &Arc<Self>, job: Job) {
         let mut state = self.state.lock();
         state.queue.push_back(job);
@@ -136,7 +138,8 @@ impl Pool {
         }
     }
 
-    /// A thread could not be made: when there is none at all, the caller does the work.
+    /// Handles a thread that could not be started: if the pool has none at all, the caller does the
+    /// work.
     fn handle_spawn_failure(self: &Arc<Self>) {
         let job = {
             let mut state = self.state.lock();
@@ -171,8 +174,8 @@ impl Pool {
         self.thread_ended.notify_all();
     }
 
-    /// Lets the threads finish what is queued and leave; returns whether all did within
-    /// `patience`. One that hangs in the host's kernel cannot be joined.
+    /// Lets the threads finish the queue and end; returns whether all did within `patience`. A
+    /// thread that hangs in the host's kernel cannot be joined.
     pub fn stop(&self, patience: Duration) -> bool {
         let mut state = self.state.lock();
         state.stopping = true;
@@ -191,7 +194,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_job_that_hangs_does_not_hold_the_next() {
+    fn a_hanging_job_does_not_hold_up_the_next() {
         let pool = Arc::new(Pool::default());
         let (release, released) = mpsc::channel::<()>();
         let (tell, told) = mpsc::channel();
@@ -204,7 +207,7 @@ mod tests {
     }
 
     #[test]
-    fn more_jobs_than_threads_are_all_done() {
+    fn a_pool_runs_more_jobs_than_it_has_threads() {
         let pool = Arc::new(Pool::default());
         let (tell, told) = mpsc::channel();
         for number in 0..1000 {

@@ -1,12 +1,12 @@
-//! Disks that come and go while the mount is there.
+//! Adding and removing disks while the mount exists.
 //!
 //! ```text
-//!   add:     parse -> open as `mount` does -> announce -> catalog        else: abandon
-//!   remove:  refuse what is used -> out of the catalog -> the kernel forgets it -> close, unlock
+//!   add:     parse -> open as `mount` does -> write holder -> catalog             else: abandon
+//!   remove:  refuse a disk in use -> out of the catalog -> invalidate -> close, unlock
 //! ```
 //!
-//! Between the two steps of each nobody finds the disk: it is in the catalog only while all of it
-//! works.
+//! A disk that is only half added or removed cannot be found: it is in the catalog only while all
+//! of it works.
 
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
@@ -27,20 +27,20 @@ use crate::stream::output::{DrainTimeout, OutputState};
 use crate::stream::sink::StdioMode;
 use crate::stream::{Stream, UnmountPolicy};
 
-/// What the kernel may still believe and is no longer so.
+/// State that the kernel may have cached and that is stale.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Invalidation {
     /// A disk has left the mount.
     Disk {
-        /// The mounted file and those of its windows, each with its inode number.
+        /// The mounted file and the files of its partitions, each with its inode number.
         files: Vec<(String, u64)>,
     },
-    /// A disk holds other bytes now.
+    /// A disk's contents have changed.
     Bytes {
-        /// The inode numbers of the mounted file and of its windows.
+        /// The inode numbers of the mounted file and of its partitions.
         inos: Vec<u64>,
     },
-    /// A snapshot's name is gone: what is cached of its file is of no use to anybody.
+    /// A snapshot was deleted: cached data of its file is useless.
     Name {
         /// The inode number of the directory.
         parent: u64,
@@ -49,36 +49,36 @@ pub enum Invalidation {
     },
 }
 
-/// Has the kernel forget what is stale. It may wait for requests that are under way, so it is
-/// called by a thread of the disk's own.
+/// Makes the kernel forget stale state. May wait for requests that are under way, so it is called
+/// by a thread of the disk's own pool.
 pub type Invalidator = Arc<dyn Fn(&Invalidation) + Send + Sync>;
 
-/// How long the kernel is waited for: what it knows holds for a second anyway.
+/// How long an invalidation is waited for: what the kernel caches expires after a second anyway.
 const INVALIDATE_TIMEOUT: Duration = Duration::from_secs(1);
-/// How long requests that are under way are waited for.
+/// How long requests under way are waited for when a disk is removed.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Why a disk is not removed.
+/// The reason why a disk is not removed.
 enum RemoveError {
-    /// Somebody has it open: worth asking again.
+    /// A handle is open: worth another try.
     Open,
-    /// Its name leads to another disk than the one that was meant.
+    /// The name belongs to another disk than the one that was meant.
     Stale,
-    /// The line for the user.
+    /// Another reason, as a line for the user.
     Message(String),
 }
 
-/// What became of a removed disk.
+/// The outcome of removing a disk.
 #[derive(Default)]
 struct RemoveReport {
-    /// What was discarded or kept.
+    /// What was discarded or kept, a line each.
     lines: Vec<String>,
-    /// What could not be done.
+    /// What failed, a line each.
     failed: Vec<String>,
 }
 
 impl Control {
-    /// Mounts the disk that `text` names and answers what `mount` would print of it.
+    /// Mounts the disk described by `text` and answers with the lines that `mount` would print.
     pub(super) fn add(
         &self,
         text: &str,
@@ -102,7 +102,7 @@ impl Control {
         if !cwd.is_absolute() {
             return Err(format!("'{}' is not an absolute path", cwd.display()));
         }
-        // The client has looked for a path with a comma already.
+        // The client has already looked for a path with a comma.
         let spec = parse_disk(text, cwd, &|_| false).map_err(|error| error.to_string())?;
         check_cache([&spec], self.cache).map_err(|error| error.to_string())?;
         let name = &spec.name;
@@ -141,8 +141,8 @@ impl Control {
             disk.abandon();
             return Err(taken());
         };
-        // An end that has begun closes what it finds, and may have missed this one. Whoever has
-        // it open already keeps the end waiting.
+        // A shutdown that started meanwhile may have missed this disk, so the disk is removed
+        // again. If it is open already, the shutdown waits for it.
         if let Err(line) = self.check_not_draining()
             && self.catalog.remove(name, &entry).is_ok()
         {
@@ -158,7 +158,7 @@ impl Control {
         Ok(lines)
     }
 
-    /// Refuses what would come too late.
+    /// Refuses a request that comes after the start of the shutdown.
     fn check_not_draining(&self) -> Result<(), String> {
         match self.draining.load(Ordering::SeqCst) {
             false => Ok(()),
@@ -166,8 +166,8 @@ impl Control {
         }
     }
 
-    /// Lets the disk `name` go and answers what became of its changes. `inode`: which disk that has
-    /// to be.
+    /// Removes the disk `name` and answers what became of its changes. The disk must have the inode
+    /// number `inode`, if given.
     pub(super) fn remove(&self, name: &str, inode: Option<u64>) -> Value {
         match self.remove_disk(name, inode) {
             Ok(RemoveReport { lines, failed }) => {
@@ -201,7 +201,7 @@ impl Control {
             }
         })?;
         let disk = Arc::clone(&entry.disk);
-        // What is late finds no disk behind the slot either.
+        // Late requests to the slot must not find the disk either.
         drop(entry);
         let parts = disk.partition_files().iter().map(|window| (window.name(name), window.ino()));
         let files = std::iter::once((name.to_owned(), disk.ino())).chain(parts).collect();
@@ -231,7 +231,7 @@ impl Control {
                 "{name} is not finished: cowslip finish '{path}' completes it, cowslip abort '{path}' gives it up"
             )));
         }
-        // While the disk is there, what is wrong can still be put right.
+        // While the disk is still mounted, the user can mend the problem.
         match entry.disk.sync() {
             Err(error) if is_out_of_space(&error) => {
                 Err(RemoveError::Message(format!("{name}: cannot be made durable: {error}")))
@@ -240,8 +240,8 @@ impl Control {
         }
     }
 
-    /// Has the kernel forget what is `stale` of a disk, and waits for that: nobody may see it when
-    /// the request has been answered.
+    /// Makes the kernel forget the `stale` state of a disk and waits for that: it must not be
+    /// visible once the request has been answered.
     pub(super) fn invalidate(&self, disk: &Disk, stale: Invalidation) {
         let Some(forget) = self.invalidator.get().map(Arc::clone) else {
             return;
@@ -249,15 +249,15 @@ impl Control {
         let (tell, told) = mpsc::channel();
         disk.notify_pool().run(Box::new(move || {
             forget(&stale);
-            // Nobody listens any more when it took too long.
+            // The receiver may have timed out.
             let _ = tell.send(());
         }));
-        // What the kernel waits for may need this very thread, so the wait has an end.
+        // The kernel may be waiting for this very thread, so the wait is bounded.
         let _ = told.recv_timeout(INVALIDATE_TIMEOUT);
     }
 }
 
-/// Closes a disk that nobody can find any more.
+/// Closes a disk that can no longer be found.
 fn close_disk(name: &str, disk: &Disk) -> RemoveReport {
     let mut done = RemoveReport::default();
     match disk.end_stream(UnmountPolicy::Settle, DrainTimeout::Unlimited) {

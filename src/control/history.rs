@@ -1,4 +1,4 @@
-//! Requests about the life of an overlay: snapshots, going back, clones.
+//! Requests about the history of an overlay: snapshots, reverts, clones.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -12,13 +12,13 @@ use crate::disk::{
     CommitSummary, DiffBase, Disk, Force, HydrateCommand, LayerUsage, OperationError, PrefetchMode,
 };
 
-/// An answer that says in one line what was done.
+/// Answers, and logs, in one line what was done.
 pub(super) fn ok_answer(line: &str) -> Value {
     log::info!("{line}");
     json!({ "ok": { "line": line } })
 }
 
-/// The answer for what was not done to the disk `name`. Writers are worth asking again for.
+/// Answers that an operation on the disk `name` failed. Open writers are worth another try.
 pub(super) fn error_answer(name: &str, error: &OperationError) -> Value {
     let busy = matches!(error, OperationError::Writers);
     json!({ "error": format!("{name}: {error}"), "busy": busy })
@@ -30,7 +30,7 @@ impl From<bool> for Force {
     }
 }
 
-/// A layer of a disk, as `status` shows it.
+/// Encodes a layer of a disk for `status`.
 pub(super) fn layer_value(layer: &LayerUsage) -> Value {
     json!({
         "name": layer.name,
@@ -41,7 +41,7 @@ pub(super) fn layer_value(layer: &LayerUsage) -> Value {
     })
 }
 
-/// The snapshots of a disk.
+/// Lists the snapshots of a disk.
 pub(super) fn list_snapshots(name: &str, disk: &Disk) -> Value {
     let snapshots = match disk.snapshots() {
         Ok(snapshots) => snapshots,
@@ -65,7 +65,7 @@ pub(super) fn list_snapshots(name: &str, disk: &Disk) -> Value {
     json!({ "ok": { "snapshots": values } })
 }
 
-/// Commits a disk; when nobody waits any more it stops, and the next one finishes it.
+/// Commits a disk. A commit stops when its client is gone, and the next one finishes it.
 pub(super) fn commit(
     name: &str,
     disk: &Disk,
@@ -86,7 +86,7 @@ pub(super) fn commit(
     }
 }
 
-/// Brings bytes of a disk in.
+/// Prefetches a range of a disk, into the host's cache or into the overlay.
 pub(super) fn prefetch(
     name: &str,
     disk: &Disk,
@@ -113,7 +113,7 @@ pub(super) fn prefetch(
     }
 }
 
-/// Begins, pauses or ends a hydration.
+/// Starts, pauses or cancels a hydration.
 pub(super) fn hydrate(name: &str, disk: &Arc<Disk>, rate: u64, action: HydrateAction) -> Value {
     let steered = disk.control_hydration(match action {
         HydrateAction::Wait | HydrateAction::Start => HydrateCommand::Run(rate),
@@ -136,7 +136,7 @@ pub(super) fn hydrate(name: &str, disk: &Arc<Disk>, rate: u64, action: HydrateAc
             Err(error) => error_answer(name, &error),
         },
         (HydrateAction::Start, false) => {
-            // What it would be refused for is said here, where somebody reads it.
+            // Reasons for a refusal are answered here, where the client reads them.
             if let Err(error) = disk.check_hydratable() {
                 return error_answer(name, &error);
             }
@@ -154,7 +154,7 @@ pub(super) fn hydrate(name: &str, disk: &Arc<Disk>, rate: u64, action: HydrateAc
 }
 
 impl Control {
-    /// Takes a snapshot; under `sync` all of it is durable when it is answered.
+    /// Takes a snapshot; with `sync` the snapshot is durable before the answer.
     pub(super) fn snapshot(
         &self,
         name: &str,
@@ -162,7 +162,8 @@ impl Control {
         snapshot: Option<&str>,
         sync: bool,
     ) -> Value {
-        // What was written through a mapping and is only in the kernel's cache belongs into it.
+        // Bytes written through a mapping may be only in the kernel's cache, and belong in the
+        // snapshot.
         self.invalidate_cache(disk);
         let taken = match disk.snapshot(snapshot) {
             Ok(taken) => taken,
@@ -200,7 +201,7 @@ impl Control {
         ok_answer(&format!("{name}: snapshot '{snapshot}' deleted"))
     }
 
-    /// Makes the disk what it was at `snapshot`, or what its base is.
+    /// Reverts the disk to `snapshot`, or resets it to its base.
     pub(super) fn restore(
         &self,
         name: &str,
@@ -208,7 +209,7 @@ impl Control {
         snapshot: Option<&str>,
         force: Force,
     ) -> Value {
-        // Nothing that is in the kernel's cache may come after the switch.
+        // Dirty pages in the kernel's cache must not be written back after the switch.
         self.invalidate_cache(disk);
         let result = match snapshot {
             Some(snapshot) => disk.revert(snapshot, force),
@@ -224,7 +225,7 @@ impl Control {
         })
     }
 
-    /// Freezes the disk and tells what has changed.
+    /// Freezes the disk and answers with the changes.
     pub(super) fn difference(
         &self,
         name: &str,
@@ -232,7 +233,8 @@ impl Control {
         since: Option<&str>,
         until: Option<&str>,
     ) -> Value {
-        // What was written through a mapping and is only in the kernel's cache belongs into it.
+        // Bytes written through a mapping may be only in the kernel's cache, and belong in the
+        // result.
         self.invalidate_cache(disk);
         match disk.difference(since, until) {
             Ok(found) => json!({ "ok": {
@@ -248,7 +250,7 @@ impl Control {
         }
     }
 
-    /// Makes the disk `new`, which holds what the disk `name` holds now.
+    /// Creates the disk `new` as a clone of the disk `name`.
     pub(super) fn clone_disk(&self, name: &str, entry: &CatalogEntry, new: &str) -> Value {
         self.invalidate_cache(&entry.disk);
         match self.catalog.clone_disk(entry, new) {
@@ -260,8 +262,8 @@ impl Control {
         }
     }
 
-    /// Has the kernel write back and forget what it has cached of a disk.
-    /// It keeps pages of a disk that nobody has open, too.
+    /// Makes the kernel write back and drop its pages of a disk. The kernel keeps pages even of a
+    /// disk that is not open.
     pub(super) fn invalidate_cache(&self, disk: &Disk) {
         let inos = disk.files_showing(0..u64::MAX).map(|(ino, _)| ino).collect();
         self.invalidate(disk, Invalidation::Bytes { inos });

@@ -1,4 +1,4 @@
-//! The text of a `map`: made as the reader goes on.
+//! The text of a `map`, generated as the reader proceeds.
 
 use std::io;
 use std::sync::Arc;
@@ -11,12 +11,12 @@ use crate::host::os_error;
 use crate::layer::Wait;
 use crate::pool::check_cancelled;
 
-/// Extents described at a time for a `map`. What was described and not read yet is kept: 8 KiB.
+/// Extents described at a time for a `map`. Described but unread text is kept: 8 KiB.
 const MAP_BATCH: usize = 64;
 
-/// A `map` that is being read: JSON made as the reader goes on, so that a disk of a million
-/// extents costs no memory. It is read in order, as a pipe is: whoever begins elsewhere would have
-/// all before that described for nothing.
+/// A `map` that is being read: JSON generated as the reader proceeds, so that a disk of a million
+/// extents costs no memory. The text can only be read in order, like a pipe: a read that starts
+/// elsewhere would need everything before it described in vain.
 pub struct MapText {
     disk: Arc<Disk>,
     state: Mutex<MapState>,
@@ -24,30 +24,31 @@ pub struct MapText {
 
 #[derive(Default)]
 struct MapState {
-    /// Where in the text the reader is.
+    /// The reader's offset in the text.
     offset: u64,
-    /// What comes there, as far as it is described.
+    /// The described text from `offset` on.
     ready: Vec<u8>,
     /// The next byte of the disk to describe.
     next_byte: u64,
-    /// An extent that may go on in the next batch.
+    /// The last extent, which may continue in the next batch.
     pending: Option<(Extent, u32)>,
     begun: bool,
     ended: bool,
 }
 
 impl MapText {
-    /// The map of `disk`, from its beginning.
+    /// Creates the map of `disk`, from the start.
     #[must_use]
     pub fn new(disk: Arc<Disk>) -> Self {
         Self { disk, state: Mutex::default() }
     }
 
-    /// Up to `len` bytes of the text from `offset` on, which is where the last read ended.
+    /// Returns up to `len` bytes of the text from `offset` on, which must be where the last read
+    /// ended.
     ///
     /// # Errors
-    /// `ESPIPE` for any other offset; the host's errno from the base; `EIO` when nobody waits for
-    /// this read any more.
+    /// `ESPIPE` for any other offset; the host's errno from the base; `EIO` when this read has been
+    /// given up; `ESTALE` when the disk was removed.
     pub fn read(&self, offset: u64, len: usize) -> io::Result<Vec<u8>> {
         let mut state = self.state.lock();
         if offset != state.offset {
@@ -69,7 +70,7 @@ impl MapText {
         let size = self.disk.size();
         let pieces = self.disk.extents_with_depth(state.next_byte..size, MAP_BATCH, Wait::Yes)?;
         if self.disk.is_closed() {
-            // It was removed meanwhile: what is left of the text would look whole.
+            // The disk was removed meanwhile: the text would end early and yet look complete.
             return Err(os_error(libc::ESTALE));
         }
         for (extent, depth) in pieces {
@@ -94,7 +95,7 @@ impl MapText {
 }
 
 impl MapState {
-    /// Writes the extent that is open.
+    /// Writes out the pending extent.
     fn flush(&mut self) {
         let Some((extent, depth)) = self.pending.take() else {
             return;

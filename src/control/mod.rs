@@ -1,4 +1,4 @@
-//! The `.cowslip` directory inside a mount: what the command line talks to.
+//! The `.cowslip` directory inside a mount: the interface of the command line.
 //!
 //! ```text
 //!   .cowslip/status          JSON of the mount          .cowslip/DISK/status    JSON of the disk
@@ -7,13 +7,13 @@
 //!                                                       .cowslip/DISK/snapshots/NAME  as it was
 //! ```
 //!
-//! It is reachable by name and not listed. Its files are direct I/O files of size 0. A request is
-//! one line of JSON written to a `ctl`; the answer is lines of JSON, the last with `ok` or
-//! `error`, and a `progress` line at least every second before it.
+//! The directory is reachable by name and not listed. Its files are direct I/O files of size 0. A
+//! request is one line of JSON written to a `ctl`; the answer is lines of JSON, the last with `ok`
+//! or `error`, and a `progress` line at least every second before that.
 //!
-//! Names change while a request is on its way. One about a disk may say in `inode` which one it
-//! means, by the inode number of the mounted file: it is refused (`stale`) when it has reached
-//! another. What it reached stays the same from then on: a control directory belongs to a disk, not
+//! Names may change while a request is on its way. A request about a disk may name the disk in
+//! `inode`, by the inode number of the mounted file: it is refused (`stale`) when it reaches
+//! another disk. From then on the disk stays the same: a control directory belongs to a disk, not
 //! to a name, and the disk that was checked is the one that is acted on.
 
 mod disks;
@@ -39,26 +39,26 @@ pub use self::status::StatusAudience;
 use crate::catalog::Catalog;
 use crate::config::CacheMode;
 
-/// What the control files know of the mount.
+/// The mount as the control files see it.
 pub struct Control {
     /// The disks.
     pub catalog: Arc<Catalog>,
-    /// What the mount table shows as its source.
+    /// The source that the mount table shows.
     pub source: String,
     /// How the kernel's cache is used.
     pub cache: CacheMode,
-    /// The daemon is on its way out.
+    /// Set once the daemon shuts down.
     pub draining: AtomicBool,
-    /// The mount's device number, once it is there.
+    /// The mount's device number; set once the mount exists.
     pub device: std::sync::OnceLock<u64>,
-    /// Has the kernel forget a disk, once the mount is there.
+    /// Makes the kernel forget a disk; set once the mount exists.
     pub invalidator: std::sync::OnceLock<Invalidator>,
-    /// Requests that are being worked on.
+    /// Number of requests in progress.
     pub running_requests: AtomicUsize,
 }
 
 impl Control {
-    /// What others read who want an overlay of this mount.
+    /// Describes this daemon to other processes that want one of its overlays.
     #[must_use]
     pub fn holder(&self) -> crate::overlay::persist::Holder {
         crate::overlay::persist::Holder {

@@ -1,8 +1,8 @@
-//! The places in the `.cowslip` directory, and their inode numbers.
+//! The files and directories in `.cowslip`, and their inode numbers.
 
 use crate::catalog::Catalog;
 
-/// One place in the `.cowslip` directory. A disk is named by its slot.
+/// A file or directory in `.cowslip`. Disks are identified by slot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ControlNode {
     /// `.cowslip` itself.
@@ -21,13 +21,13 @@ pub enum ControlNode {
     DiskMap(u64),
     /// `.cowslip/DISK/ctl`.
     DiskCtl(u64),
-    /// `.cowslip/DISK/snapshots`: what it holds are disks.
+    /// `.cowslip/DISK/snapshots`, whose entries are disks.
     Snapshots(u64),
 }
 
 impl ControlNode {
-    /// Its inode number: 2 to 5 for the mount's own, then eight a slot. Those of disks' windows
-    /// start at 2^61, disks' own at 2^62.
+    /// The inode number: 2 to 5 for the mount's own nodes, then eight for each slot. Partitions'
+    /// numbers start at 2^61, disks' own at 2^62.
     #[must_use]
     pub fn ino(self) -> u64 {
         match self {
@@ -43,7 +43,7 @@ impl ControlNode {
         }
     }
 
-    /// The place of an inode number.
+    /// The node with an inode number.
     #[must_use]
     pub fn from_ino(ino: u64) -> Option<Self> {
         match (ino, ino / 8, ino % 8) {
@@ -60,19 +60,19 @@ impl ControlNode {
         }
     }
 
-    /// Whether it is a directory.
+    /// Whether the node is a directory.
     #[must_use]
     pub fn is_directory(self) -> bool {
         matches!(self, Self::Directory | Self::Disk(_) | Self::Snapshots(_))
     }
 
-    /// Whether it is for who mounted and for root alone.
+    /// Whether only root and the user who mounted may open the node.
     #[must_use]
     pub fn is_private(self) -> bool {
         matches!(self, Self::Status | Self::Log | Self::Ctl | Self::DiskCtl(_))
     }
 
-    /// What it holds under `name`.
+    /// The node's child `name`.
     #[must_use]
     pub fn child(self, name: &str, catalog: &Catalog) -> Option<Self> {
         match (self, name) {
@@ -88,7 +88,7 @@ impl ControlNode {
         }
     }
 
-    /// What a listing of it shows, with each name's place.
+    /// The entries of the node's directory listing.
     #[must_use]
     pub fn children(self, catalog: &Catalog) -> Vec<(String, Self)> {
         let named = |names: &[&str]| -> Vec<(String, Self)> {
@@ -113,7 +113,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_place_and_its_inode_number_belong_together() {
+    fn a_node_is_found_by_its_inode_number() {
         let spots = [
             ControlNode::Directory,
             ControlNode::Status,

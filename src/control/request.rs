@@ -1,4 +1,4 @@
-//! What a `ctl` takes: requests to the mount and to a disk, and their answers.
+//! Requests written to a `ctl`, to the mount or to a disk, and their answers.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -22,14 +22,14 @@ use crate::trust;
 #[derive(Deserialize)]
 #[serde(tag = "op", rename_all = "lowercase", deny_unknown_fields)]
 enum MountRequest {
-    /// Sync every disk, say what an unmount will discard, and bring streams to their end.
+    /// Syncs every disk, reports what an unmount will discard, and ends the streams.
     Drain {
         #[serde(default)]
         streams: UnmountPolicy,
         #[serde(default)]
         timeout_ms: Option<u64>,
     },
-    /// Mount another disk; relative paths in it start at `cwd`.
+    /// Mounts another disk; relative paths in its description start at `cwd`.
     Add {
         disk: String,
         cwd: PathBuf,
@@ -40,7 +40,7 @@ enum MountRequest {
         #[serde(default)]
         trust: Vec<PathBuf>,
     },
-    /// Let a disk go that the command line or `Add` has named.
+    /// Removes a disk that was named on the command line or by `Add`.
     Remove {
         name: String,
         #[serde(default)]
@@ -51,63 +51,64 @@ enum MountRequest {
 #[derive(Deserialize)]
 #[serde(tag = "op", rename_all = "lowercase", deny_unknown_fields)]
 enum DiskRequest {
-    /// Make a temporary overlay persistent.
+    /// Makes a temporary overlay persistent.
     Keep {
         dir: PathBuf,
         #[serde(default)]
         trust: Vec<PathBuf>,
     },
-    /// Complete a stream.
+    /// Completes a stream.
     Finish {
         #[serde(default)]
         timeout_ms: Option<u64>,
     },
-    /// Give a stream up.
+    /// Aborts a stream.
     Abort,
-    /// Freeze what the disk holds under a name.
+    /// Takes a snapshot of the disk.
     Snapshot {
         #[serde(default)]
         name: Option<String>,
         #[serde(default)]
         sync: bool,
     },
-    /// Tell its snapshots.
+    /// Lists the disk's snapshots.
     Snapshots,
-    /// Delete a snapshot.
+    /// Deletes a snapshot.
     Unsnapshot { name: String },
-    /// Make the disk what it was at a snapshot.
+    /// Reverts the disk to a snapshot.
     Revert {
         name: String,
         #[serde(default)]
         force: bool,
     },
-    /// Make the disk what its base is.
+    /// Resets the disk to its base.
     Reset {
         #[serde(default)]
         force: bool,
     },
-    /// Make another disk that holds the same.
+    /// Creates another disk with the same contents.
     Clone { name: String },
-    /// Merge the overlay down into its base.
+    /// Commits the overlay to its base.
     Commit {
         #[serde(default)]
         force: bool,
     },
-    /// Bring bytes in: from `start` to `end`.
+    /// Prefetches the bytes from `start` to `end`.
     Prefetch {
         start: u64,
         end: u64,
         #[serde(default)]
         copy: bool,
     },
-    /// Freeze it, and tell what has changed since a snapshot or the base.
+    /// Freezes the disk and answers with the changes since a snapshot or the base.
     Difference {
         #[serde(default)]
         since: Option<String>,
         #[serde(default)]
         until: Option<String>,
     },
-    /// Fill the overlay until it needs its base no more; `rate` in bytes a second.
+    /// Copies the base into the overlay until the base is no longer needed; `rate` in bytes a
+    /// second.
     Hydrate {
         #[serde(default)]
         rate: u64,
@@ -116,20 +117,20 @@ enum DiskRequest {
     },
 }
 
-/// What is to become of a hydration.
+/// An action on a hydration.
 #[derive(Clone, Copy, Debug, Default, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub(super) enum HydrateAction {
-    /// Begin it, or go on; answered at its end.
+    /// Starts or resumes; answered at the end.
     #[default]
     Wait,
-    /// Begin it, or go on; answered at once.
+    /// Starts or resumes; answered at once.
     Start,
     Pause,
     Cancel,
 }
 
-/// A request to a disk, and the inode number of the one that it means.
+/// Parses a request to a disk, and the inode number of the disk it means.
 fn parse_disk_request(request: &[u8]) -> serde_json::Result<(Option<u64>, DiskRequest)> {
     let mut request: Value = serde_json::from_slice(request)?;
     let inode = request.as_object_mut().and_then(|keys| keys.remove("inode"));
@@ -137,12 +138,12 @@ fn parse_disk_request(request: &[u8]) -> serde_json::Result<(Option<u64>, DiskRe
     Ok((inode, serde_json::from_value(request)?))
 }
 
-/// Whether `disk` is the one that a request means: any, when it does not say.
+/// Whether `disk` is the one that a request means: any disk, if the request names no inode.
 pub(super) fn matches_inode(disk: &Disk, inode: Option<u64>) -> bool {
     inode.is_none_or(|inode| inode == disk.ino())
 }
 
-/// The answer when it is another.
+/// Answers that a request reached another disk than the one it means.
 pub(super) fn stale_answer(name: &str) -> Value {
     json!({
         "error": format!(
@@ -153,7 +154,7 @@ pub(super) fn stale_answer(name: &str) -> Value {
     })
 }
 
-/// Whether `request` is one to a mount or to a disk: for the fuzz target.
+/// Whether `request` is a valid request to a mount or to a disk; for the fuzz target.
 #[doc(hidden)]
 #[must_use]
 pub fn is_valid_request(request: &[u8]) -> bool {
@@ -178,7 +179,7 @@ impl Control {
         }
     }
 
-    /// Makes everything durable and says what will become of each disk.
+    /// Makes everything durable and answers what an unmount will do to each disk.
     fn drain(&self, streams: UnmountPolicy, patience: DrainTimeout) -> Value {
         let (mut said, mut failed) = (Vec::new(), Vec::new());
         for (name, entry) in self.catalog.list() {
@@ -259,7 +260,8 @@ impl Control {
         }
     }
 
-    /// Tells how far what a request to `spot` is about has come: bytes, and of how many.
+    /// Returns the function that reports the progress of a request to `spot`: bytes done, and in
+    /// total.
     pub(super) fn progress_of(&self, spot: ControlNode) -> Option<ProgressFn> {
         let ControlNode::DiskCtl(slot) = spot else {
             return None;
@@ -313,7 +315,7 @@ fn abort(name: &str, disk: &Disk) -> Value {
     let result = match disk.stream() {
         Some(Stream::Output(output)) => output.abort("aborted"),
         Some(Stream::Input { input, .. }) => {
-            // Whatever had failed before, it is over now.
+            // An earlier failure no longer matters: the stream ends now.
             let _ = input.close();
             Ok(())
         }
@@ -325,10 +327,10 @@ fn abort(name: &str, disk: &Disk) -> Value {
     }
 }
 
-/// What an unmount does to the changes of a disk, when there are any.
+/// Says what an unmount does to the changes of a disk, if there are any.
 ///
 /// # Errors
-/// A line when they are lost, though they were to be kept.
+/// A line for the user when the changes are lost although they should have been kept.
 pub(super) fn unmount_summary(name: &str, disk: &Disk) -> Result<Option<String>, String> {
     let usage = match (disk.reflink(), disk.overlay()) {
         (Some(reflink), _) => match reflink.estimate_changed() {
@@ -359,7 +361,7 @@ pub(super) fn unmount_summary(name: &str, disk: &Disk) -> Result<Option<String>,
     }
 }
 
-/// Believes the directories that whoever mounted names.
+/// Adds the directories that the mounting user trusts.
 fn trust_dirs(dirs: &[PathBuf]) -> Result<(), String> {
     dirs.iter().try_for_each(|dir| {
         trust::allow(dir).map_err(|error| format!("cannot trust '{}': {error}", dir.display()))

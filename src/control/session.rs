@@ -1,4 +1,4 @@
-//! One open `ctl` file: who asks, waits, and is told how far it has come.
+//! An open `ctl` file: takes requests and hands out answers and progress.
 
 use std::io;
 use std::sync::Arc;
@@ -12,24 +12,24 @@ use super::node::ControlNode;
 use super::{Control, json_line};
 use crate::host::os_error;
 
-/// A client is told at least this often that its request is still being worked on.
+/// Longest time between two progress lines while a request is in progress.
 const PROGRESS_INTERVAL: Duration = Duration::from_secs(1);
 
-/// The longest request: a disk with all its keys, and paths, need a few kilobytes.
+/// Longest request in bytes: a disk with all its keys, and paths, need a few kilobytes.
 const MAX_REQUEST_LEN: usize = 64 << 10;
-/// Answers that may lie unread when another request comes. Each may be as long as it is.
+/// Bytes of unread answers above which another request is refused. A single answer may be longer.
 const MAX_UNREAD: usize = 64 << 10;
-/// Requests that are worked on at a time in a mount, each by a thread: a `finish` waits as long as
-/// its sink takes, a `commit` copies as long as there is something, and what else is asked does
-/// not wait behind them.
+/// The most requests in progress at a time in a mount, each on a thread: a `finish` waits as long
+/// as its sink takes and a `commit` copies as long as there is data, and other requests do not wait
+/// behind them.
 const MAX_RUNNING: usize = 64;
-/// Threads for requests: as many as there may be, and one more each who waits for the answer.
+/// Threads for requests: one for each request in progress, and one for each reader of an answer.
 pub const REQUEST_THREADS: usize = 2 * MAX_RUNNING;
 
-/// How far something has come, in bytes, and of how many.
+/// Reports progress: bytes done, and in total.
 pub(super) type ProgressFn = Box<dyn Fn() -> Option<(u64, u64)> + Send>;
 
-/// One open `ctl` file: requests in, lines out.
+/// An open `ctl` file: requests in, lines out.
 #[derive(Default)]
 pub struct ControlSession {
     state: Mutex<SessionState>,
@@ -40,19 +40,19 @@ pub struct ControlSession {
 struct SessionState {
     unread: Vec<u8>,
     busy: bool,
-    /// Somebody waits for what comes.
+    /// A reader waits for the answer.
     has_reader: bool,
-    /// What is told meanwhile.
+    /// The progress of the current request.
     progress: Option<ProgressFn>,
 }
 
 impl ControlSession {
-    /// Takes a request for `node` and has `run` do it.
+    /// Takes a request for `spot` and passes it to `run` as a job.
     ///
     /// # Errors
-    /// `EBUSY` while another one is worked on; `ENOBUFS` while there are answers that nobody has
-    /// read; `EMSGSIZE` for a request longer than any; `EAGAIN` while as many as there may be are
-    /// worked on.
+    /// `EBUSY` while another request of this session is in progress; `ENOBUFS` while there are too
+    /// many unread answers; `EMSGSIZE` for a request that is too long; `EAGAIN` while the mount has
+    /// the most requests in progress.
     pub fn submit(
         self: &Arc<Self>,
         control: &Arc<Control>,
@@ -78,7 +78,8 @@ impl ControlSession {
         let (session, control, request) = (Arc::clone(self), Arc::clone(control), request.to_vec());
         run(Box::new(move || {
             let there = Arc::clone(&session);
-            // The handle, this job and the question itself: without the first nobody waits.
+            // The three references are the handle, this job and `is_gone` itself. Without the
+            // handle nobody waits.
             let is_gone = move || Arc::strong_count(&there) < 3;
             let answer = match spot {
                 ControlNode::DiskCtl(slot) => control.answer_disk(slot, &request, &is_gone),
@@ -94,11 +95,11 @@ impl ControlSession {
         Ok(())
     }
 
-    /// The next bytes of the answer: waits for them, but no longer than a second; then a
-    /// progress line. Nothing when no request is being worked on.
+    /// Returns the next bytes of the answer. Waits for them up to a second, then returns a progress
+    /// line. Returns nothing when no request is in progress.
     ///
     /// # Errors
-    /// `EBUSY` while somebody else waits here for the answer.
+    /// `EBUSY` while another reader waits here for the answer.
     pub fn read(&self, len: usize) -> io::Result<Vec<u8>> {
         let mut state = self.state.lock();
         if state.unread.is_empty() && state.busy {
@@ -122,7 +123,7 @@ impl ControlSession {
     }
 }
 
-/// One of the requests that may be worked on at a time.
+/// A permit for one request in progress.
 struct RequestPermit(Arc<Control>);
 
 impl RequestPermit {

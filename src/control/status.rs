@@ -11,18 +11,18 @@ use crate::disk::{Disk, OverlayDirState, PartitionFile};
 use crate::overlay::recover::Recovered;
 use crate::stream::Stream;
 
-/// Who reads the status of a disk.
+/// The reader of a disk's status.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum StatusAudience {
-    /// Who mounted it, or root.
+    /// Root or the user who mounted.
     Trusted,
-    /// Somebody who may read the disk: what lies around it is not his business. Where things are
-    /// on the host, commands, which may hold passwords, and what was said of either stay away.
+    /// A user who may read the disk but need not know its surroundings: paths on the host, commands
+    /// (which may contain passwords) and messages about either are withheld.
     Other,
 }
 
 impl Control {
-    /// The text of `.cowslip/status`.
+    /// Generates the text of `.cowslip/status`.
     #[must_use]
     pub fn status(&self) -> Vec<u8> {
         let state = if self.draining.load(Ordering::SeqCst) { "draining" } else { "ready" };
@@ -42,7 +42,7 @@ impl Control {
         json_line(&json!({ "schema": 1, "mounts": [mount] }))
     }
 
-    /// The text of `.cowslip/DISK/status`.
+    /// Generates the text of `.cowslip/DISK/status`.
     #[must_use]
     pub fn disk_status(&self, name: &str, entry: &CatalogEntry, reader: StatusAudience) -> Vec<u8> {
         json_line(&self.disk_value(name, entry, reader))
@@ -117,7 +117,7 @@ impl Control {
     }
 }
 
-/// Takes away what is not for everybody who may read the disk.
+/// Removes the facts that are not for every reader of the disk.
 fn redact(disk: &mut Value) {
     if !disk["error"].is_null() {
         disk["error"] = json!("whoever mounted it can see why");
@@ -141,7 +141,7 @@ fn redact(disk: &mut Value) {
     }
 }
 
-/// The windows of a disk in `status`: what each shows of it, and where in it that is.
+/// Encodes the partitions of a disk for `status`: each file's name, and its range in the disk.
 fn partitions_value(name: &str, disk: &Disk) -> Vec<Value> {
     let one = |window: &Arc<PartitionFile>| {
         let range = window.range();
@@ -155,7 +155,7 @@ fn partitions_value(name: &str, disk: &Disk) -> Vec<Value> {
     disk.partition_files().iter().map(one).collect()
 }
 
-/// A stream in `status`.
+/// Encodes a stream for `status`.
 fn stream_value(stream: &Stream) -> Value {
     match stream {
         Stream::Output(output) => {
@@ -198,7 +198,7 @@ fn stream_value(stream: &Stream) -> Value {
     }
 }
 
-/// A reflink overlay in `status`.
+/// Encodes a reflink overlay for `status`.
 fn reflink_value(disk: &Disk) -> Option<Value> {
     use std::os::unix::fs::MetadataExt;
     let reflink = disk.reflink()?;
@@ -216,7 +216,7 @@ fn reflink_value(disk: &Disk) -> Option<Value> {
     }))
 }
 
-/// Bytes that the overlay's data file takes on the host.
+/// Returns the bytes that the overlay's data file takes on the host.
 fn allocated_on_host(disk: &Disk) -> u64 {
     use std::os::unix::fs::MetadataExt;
     let file = disk.overlay().and_then(|overlay| overlay.data_file());
