@@ -1,10 +1,10 @@
 //! The `.cowslip` directory inside a mount: the interface of the command line.
 //!
 //! ```text
-//!   .cowslip/status          JSON of the mount          .cowslip/DISK/status    JSON of the disk
-//!   .cowslip/log             the daemon's log           .cowslip/DISK/map       its extents as JSON
-//!   .cowslip/ctl             requests to the mount      .cowslip/DISK/ctl       requests to the disk
-//!                                                       .cowslip/DISK/snapshots/NAME  as it was
+//!   .cowslip/status     JSON of the mount          .cowslip/DISK/status    JSON of the disk
+//!   .cowslip/log        the daemon's log           .cowslip/DISK/map       its extents as JSON
+//!   .cowslip/ctl        requests to the mount      .cowslip/DISK/ctl       requests to the disk
+//!                                                  .cowslip/DISK/snapshots/NAME  as it was
 //! ```
 //!
 //! The directory is reachable by name and not listed. Its files are direct I/O files of size 0. A

@@ -361,7 +361,7 @@ pub(super) fn unmount_summary(name: &str, disk: &Disk) -> Result<Option<String>,
     }
 }
 
-/// Adds the directories that the mounting user trusts.
+/// Trusts the directories that the mounting user names.
 fn trust_dirs(dirs: &[PathBuf]) -> Result<(), String> {
     dirs.iter().try_for_each(|dir| {
         trust::allow(dir).map_err(|error| format!("cannot trust '{}': {error}", dir.display()))

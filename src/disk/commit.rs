@@ -1,4 +1,4 @@
-//! Committing a disk: its changes go down into its base, and it starts anew above that.
+//! Commit: copies a disk's changes down into its base and continues with an empty overlay above.
 
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
@@ -22,26 +22,28 @@ use crate::overlay::{CommitTarget, Overlay, Usage};
 
 /// How long a commit waits for layers that are being merged.
 const MERGE_TIMEOUT: Duration = Duration::from_secs(60);
-/// How long a commit waits for those who read a diff: as an unmount for who uses the mount.
+/// How long a commit waits for readers of a diff: as long as an unmount waits for users of the
+/// mount.
 const READER_TIMEOUT: Duration = Duration::from_secs(5);
-/// How often it looks whether they are.
+/// How often a commit checks whether these waits are over.
 const POLL_INTERVAL: Duration = Duration::from_millis(20);
 
-/// What a commit has done.
+/// The outcome of a commit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct CommitSummary {
-    /// What went into the base.
+    /// Bytes that went into the base.
     pub committed: Usage,
-    /// What was changed meanwhile and stays in the overlay.
+    /// Bytes that were changed meanwhile and stay in the overlay.
     pub remaining: Usage,
 }
 
 impl Disk {
-    /// Merges the overlay down into its base, and stops once `is_gone` says so. Cut short at any moment, it is finished by another;
-    /// the disk reads the same throughout, and may be written.
+    /// Commits the overlay to its base, until `is_gone` returns true. A commit that is interrupted
+    /// at any moment is finished by the next one. The disk reads the same throughout, and may be
+    /// written.
     ///
     /// # Errors
-    /// [`OperationError`]; before the copying began nothing has changed.
+    /// [`OperationError`]; an error before the copying began leaves everything unchanged.
     pub fn commit(
         &self,
         force: Force,
@@ -86,8 +88,7 @@ impl Disk {
         Ok(CommitSummary { committed: gone, remaining: left })
     }
 
-    /// Waits for those who read what was frozen for a diff: the kernel tells of a file that was closed
-    /// only later.
+    /// Waits for readers of a diff's frozen files: the kernel reports a closed file only later.
     fn wait_for_readers(&self, is_gone: &dyn Fn() -> bool) {
         let until = Instant::now() + READER_TIMEOUT;
         loop {
@@ -104,7 +105,7 @@ impl Disk {
         let until = Instant::now() + MERGE_TIMEOUT;
         while self.is_mergeable() && !self.is_latched() && Instant::now() < until {
             if let Err(error) = self.merge_layers() {
-                // What it means for the commit is said there.
+                // The commit itself reports what this means for it.
                 log::warn!("{}: layers are not merged: {error}", self.source);
                 return;
             }
@@ -112,7 +113,7 @@ impl Disk {
         }
     }
 
-    /// The overlay, when it is one that can be committed.
+    /// Returns the overlay if it can be committed.
     fn committable_overlay(&self) -> Result<Arc<Overlay>, OperationError> {
         let tree = self.tree("changes to commit")?;
         if matches!(&*self.overlay_location.lock(), OverlayLocation::Temporary { .. }) {
@@ -146,8 +147,8 @@ impl Disk {
         self.overlay().ok_or(OperationError::NoOverlay("changes to commit"))
     }
 
-    /// Refuses a base that somebody has changed since the overlay was made. One that a commit was
-    /// cut short in has other bytes, but has to be the same file.
+    /// Refuses a base that was changed since the overlay was created. A base in which a commit was
+    /// interrupted has other bytes, but must be the same file.
     fn check_base_identity(&self, is_resumed: bool) -> Result<(), OperationError> {
         let recorded = match &mut *self.overlay_location.lock() {
             OverlayLocation::Persistent(home) => home.stack.base.clone(),
@@ -160,7 +161,7 @@ impl Disk {
         else {
             return Ok(());
         };
-        // A link in its place leads to a file that nobody has named.
+        // A symbolic link in the base's place may lead to a file that the user never named.
         let real =
             confined::real_path(&**file).map_err(OperationError::io("looking for the base"))?;
         if real != recorded_path {
@@ -219,11 +220,11 @@ impl Disk {
         self.finish_commit(overlay, base)
     }
 
-    /// Cuts a base that is longer than its disk, and writes down what the base is now.
+    /// Truncates a base that is longer than its disk, and records the new identity of the base.
     fn finish_commit(&self, overlay: &Overlay, base: &WritableBase) -> Result<(), OperationError> {
         let in_base = || OperationError::io("making the base durable");
         let is_file = base.file.metadata().is_ok_and(|found| found.is_file());
-        // What is behind a part of a file is not ours to cut off.
+        // Bytes after a part of a file belong to others and are not cut off.
         let is_whole = base.view.is_none();
         {
             let _gate = self.gate_for_layers()?;
@@ -247,7 +248,7 @@ impl Disk {
         overlay.end_commit().map_err(OperationError::io("marking the commit's end"))
     }
 
-    /// How far what is being done to it has come: bytes, and of how many.
+    /// The progress of the current operation: bytes done, and in total.
     #[must_use]
     pub fn progress(&self) -> (u64, u64) {
         let load = |bytes: &std::sync::atomic::AtomicU64| bytes.load(Ordering::Relaxed);
@@ -259,7 +260,8 @@ fn refused(line: &str) -> OperationError {
     OperationError::Refused(line.to_owned())
 }
 
-/// Refuses when what the overlay holds does not find space in the holes of its base.
+/// Refuses a commit when the overlay's data does not fit into the free space for the holes of the
+/// base.
 fn check_space(
     overlay: &Overlay,
     base: &WritableBase,
@@ -309,7 +311,7 @@ fn check_space(
 }
 
 impl Top {
-    /// Whether a commit that was begun is not finished.
+    /// Whether a commit was begun and is not finished.
     pub(super) fn is_committing(&self) -> bool {
         matches!(self, Self::Overlay(overlay) if overlay.is_committing())
     }

@@ -1,4 +1,4 @@
-//! Copying between disks without the bytes passing through user space where the host can do it.
+//! Copies between disks, without passing the bytes through user space where the host can copy.
 
 use std::io;
 use std::ops::Range;
@@ -14,14 +14,15 @@ use crate::overlay::reflink::Reflink;
 
 /// Bytes read and written at a time where the host cannot copy: 1 MiB.
 const COPY_CHUNK: u64 = 1 << 20;
-/// The most one request copies: a slow host, too, does that within the bound of a request.
+/// The most bytes that one request copies, so that even a slow host finishes before the request's
+/// deadline.
 const MAX_COPY_LEN: u64 = 64 << 20;
 
-/// Copies `from` (bytes of `source`) to `offset` of `target` and tells how many bytes: fewer at
-/// the source's end, or when a change of the source came in between.
+/// Copies the range `from` of `source` to `offset` of `target`. Returns the number of bytes copied:
+/// fewer at the source's end, or when the source changed meanwhile.
 ///
 /// # Errors
-/// As [`Disk::read`] and [`Disk::write`] under [`Wait::Yes`].
+/// The errors of [`Disk::read`] and [`Disk::write`] under [`Wait::Yes`].
 pub(super) fn copy_between(
     source: &Disk,
     from: Range<u64>,
@@ -36,7 +37,7 @@ pub(super) fn copy_between(
     let old = target.size();
     let grown = offset.saturating_add(end - from.start);
     if grown > old {
-        // First the size, so that the host can copy whole blocks into their places.
+        // The size is set first, so that the host can copy whole blocks into place.
         target.set_size(grown, Wait::Yes)?;
     }
     let mut done = 0;
@@ -47,7 +48,7 @@ pub(super) fn copy_between(
     copied.map(|()| done)
 }
 
-/// Copies `from`, extent by extent, and counts in `done` what is copied.
+/// Copies `from` extent by extent, and counts the copied bytes in `done`.
 fn copy_extents(
     layers: &LayerStack,
     source: &Disk,
@@ -65,7 +66,7 @@ fn copy_extents(
                 let copied = copy_data(layers, source, extent.range, target, to)?;
                 if copied < len {
                     *done += copied;
-                    break; // The source has shrunk in between.
+                    break; // The source has shrunk meanwhile.
                 }
             }
             ExtentKind::Zero | ExtentKind::Hole | ExtentKind::Lower => {
@@ -82,8 +83,8 @@ fn copy_extents(
     Ok(())
 }
 
-/// Copies one Data extent: its whole blocks by the host where it can, the rest through a buffer.
-/// Tells how many bytes.
+/// Copies one Data extent: whole blocks by the host where possible, the rest through a buffer.
+/// Returns the number of bytes copied.
 fn copy_data(
     layers: &LayerStack,
     source: &Disk,
@@ -100,7 +101,7 @@ fn copy_data(
             continue;
         }
         let len = (from.end - at).min(COPY_CHUNK);
-        // Up to the target's next block border, so that what follows is whole blocks.
+        // Up to the target's next block boundary, so that whole blocks follow.
         let border = (to + 1).next_multiple_of(u64::from(target.block())) - to;
         let len = if to.is_multiple_of(u64::from(target.block())) { len } else { len.min(border) };
         let mut buf = vec![0; usize::try_from(len).map_err(|_| os_error(libc::EFBIG))?];
@@ -114,7 +115,8 @@ fn copy_data(
     Ok(at - from.start)
 }
 
-/// The first layer that says Data for a prefix of `range` lends its file to `copy_between`.
+/// Lets the first layer with data for a prefix of `range` lend its file to `copy`. Returns the
+/// number of bytes copied.
 fn lend_through(
     layers: &[Arc<dyn Layer>],
     mut range: Range<u64>,
@@ -132,12 +134,12 @@ fn lend_through(
 }
 
 impl Disk {
-    /// Copies `from` (bytes of `source`) to `offset` here (copy_file_range(2)), growing this disk
-    /// when it ends past the end, and tells how many bytes.
+    /// Copies the range `from` of `source` to `offset` of this disk (copy_file_range(2)); a copy
+    /// that ends past the end grows the disk. Returns the number of bytes copied.
     ///
     /// # Errors
-    /// As [`read`](Self::read) of the source and [`write`](Self::write).
-    /// `EOPNOTSUPP` for a stream: the kernel then reads and writes by itself.
+    /// The errors of [`read`](Self::read) of the source and of [`write`](Self::write); `EOPNOTSUPP`
+    /// for a stream, which makes the kernel read and write by itself.
     pub fn copy_from(&self, source: &Self, from: Range<u64>, offset: u64) -> io::Result<u64> {
         if self.stream().is_some() || source.stream().is_some() {
             return Err(os_error(libc::EOPNOTSUPP));
@@ -145,8 +147,8 @@ impl Disk {
         copy_between(source, from, self, offset)
     }
 
-    /// Lets the host copy the whole blocks at the front of `from` to `offset`; 0 when there are
-    /// none or the host cannot.
+    /// Lets the host copy the whole blocks at the start of `from` to `offset`. Returns 0 when there
+    /// are none or the host cannot copy.
     fn copy_blocks(&self, source: &LayerStack, from: Range<u64>, offset: u64) -> io::Result<u64> {
         let _gate = self.gate_shared(Wait::Yes)?;
         let layers = self.layers();
@@ -173,7 +175,7 @@ impl Disk {
     }
 }
 
-/// Lends the source's file to the one that the target is.
+/// Copies from the source's lent file into a reflink overlay's file.
 fn copy_to_reflink(
     target: &Reflink,
     to: Range<u64>,
@@ -189,8 +191,8 @@ fn copy_to_reflink(
     })
 }
 
-/// Takes the target's ranges first and lends the source's file inside: a reader never waits for
-/// a lock while it is counted in.
+/// Locks the target's ranges first and lends the source's file inside: a reader that is counted in
+/// never waits for a lock.
 fn copy_to_overlay(
     overlay: &Overlay,
     to: Range<u64>,

@@ -1,7 +1,8 @@
-//! Disks whose files pass by the host's page cache (the key `direct`).
+//! Direct disks, whose files bypass the host's page cache (the key `direct`).
 //!
-//! The base is opened so. The layers follow when the disk is complete, and from then on each that
-//! is made or opened for it. One that two disks of a store stand on is direct for both.
+//! The base is opened for direct I/O from the start. The layers follow when the disk is complete,
+//! and from then on every layer that is created or opened for the disk. A layer shared by two disks
+//! of a store is direct for both.
 
 use std::io;
 use std::path::Path;
@@ -14,7 +15,7 @@ use crate::overlay::keep::temporary_dir;
 use crate::overlay::persist::OpenedOverlay;
 
 impl Disk {
-    /// Has all layers of the disk pass by the host's cache, if they are to.
+    /// Switches all layers of a disk with `direct` to direct I/O.
     pub(super) fn go_direct(&self) -> Result<(), OpenError> {
         if self.direct == DirectIo::Off {
             return Ok(());
@@ -34,7 +35,7 @@ impl Disk {
         all.try_for_each(|layer| layer.go_direct()).map_err(refused)
     }
 
-    /// Has `layer`, which was made or opened for this disk, pass by the host's cache as well.
+    /// Switches `layer`, which was created or opened for a disk with `direct`, to direct I/O.
     pub(super) fn apply_direct(&self, layer: &Overlay) -> io::Result<()> {
         match self.direct {
             DirectIo::On => layer.go_direct(),
@@ -42,7 +43,7 @@ impl Disk {
         }
     }
 
-    /// The same for all layers of an overlay that this disk is moving to.
+    /// Switches all layers of an overlay that this disk is moving to, if the disk has `direct`.
     pub(super) fn apply_direct_to_all(&self, kept: &OpenedOverlay) -> io::Result<()> {
         let aside = kept.snapshot_layers.iter().map(|(_, layer)| layer);
         kept.below.iter().chain(aside).try_for_each(|layer| self.apply_direct(layer))?;

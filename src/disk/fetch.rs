@@ -1,5 +1,5 @@
-//! Bringing a disk's bytes nearer: into the host's cache, or up into the overlay, until it needs
-//! its base no more.
+//! Prefetch and hydration: bring a disk's bytes into the host's cache or up into the overlay, until
+//! the overlay no longer needs its base.
 
 use std::io;
 use std::ops::Range;
@@ -18,51 +18,51 @@ use crate::layer::{Layer, Wait, WritableLayer};
 use crate::overlay::stack::{BaseRecord, Stack};
 use crate::overlay::tree::LayerTree;
 
-/// Bytes brought in between two looks at whether to stop: 1 MiB.
+/// Bytes copied between two checks whether to stop: 1 MiB.
 const COPY_CHUNK: u64 = 1 << 20;
-/// The least that is copied at a time: 64 KiB.
+/// The least bytes copied at a time under a rate limit: 64 KiB.
 const MIN_COPY_CHUNK: u64 = 64 << 10;
-/// How often a pause looks whether it is over.
+/// How often a paused hydration checks whether to continue.
 const POLL_INTERVAL: Duration = Duration::from_millis(100);
 
-/// What is prefetched where.
+/// The destination of a prefetch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PrefetchMode {
-    /// As the disk's keys say.
+    /// The one that the disk's keys set.
     AsConfigured,
-    /// Up into the overlay.
+    /// The overlay.
     CopyUp,
 }
 
-/// How a hydration goes on.
+/// The state of a hydration.
 #[derive(Debug, Default)]
 pub(super) struct HydrationState {
-    /// It is under way, or paused.
+    /// A hydration is running or paused.
     running: AtomicBool,
     paused: AtomicBool,
     cancelled: AtomicBool,
-    /// Bytes a second; 0: as many as there are.
+    /// The most bytes a second; 0 for no limit.
     rate: AtomicU64,
 }
 
-/// What a hydration is to do.
+/// A command for a hydration.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum HydrateCommand {
-    /// Begin, or go on after a pause, at most so many bytes a second (0: no bound).
+    /// Starts, or resumes after a pause, at no more than this many bytes a second (0: no limit).
     Run(u64),
-    /// Stand still.
+    /// Pauses.
     Pause,
-    /// End; what was copied stays.
+    /// Ends the hydration; copied bytes stay.
     Cancel,
 }
 
 impl Disk {
-    /// Brings `range` in and tells how many bytes that were not there. `progress` is told how far
-    /// it is, in bytes.
+    /// Prefetches `range` (bytes) and returns the number of bytes that were not there before.
+    /// [`progress`](Self::progress) reports how far the prefetch is.
     ///
     /// # Errors
-    /// The host's errno; `EINTR` when nobody waits for it any more; `EROFS` for a copy without an
-    /// overlay.
+    /// The host's errno; `EINTR` when the client is gone or the mount ends; `EROFS` for copying up
+    /// without an overlay.
     pub fn prefetch(
         &self,
         range: Range<u64>,
@@ -95,7 +95,7 @@ impl Disk {
             }
             let (extent, depth) = self.layers().extent_with_depth(at..range.end, Wait::Yes)?;
             if extent.kind != ExtentKind::Data || (copies && depth == 0) {
-                // One step, however much there is nothing to bring in for.
+                // One step, however long the range without anything to prefetch is.
                 at = extent.range.end;
             } else {
                 let end = range.end.min(at + COPY_CHUNK);
@@ -110,7 +110,7 @@ impl Disk {
         Ok(brought)
     }
 
-    /// Has the host read what the disk shows of `range` into its cache.
+    /// Reads the disk's bytes of `range` into the host's cache.
     fn warm_cache(&self, range: Range<u64>, buf: &mut Vec<u8>) -> io::Result<u64> {
         let layers = self.layers();
         let mut at = range.start;
@@ -132,7 +132,7 @@ impl Disk {
         Ok(warmed)
     }
 
-    /// Copies what the layers below the overlay hold of `range` up into it, and tells how much.
+    /// Copies the lower layers' bytes of `range` up into the overlay, and returns how many.
     pub(super) fn copy_up(&self, range: Range<u64>, wait: Wait) -> io::Result<u64> {
         let _gate = self.gate_shared(wait)?;
         let layers = self.layers();
@@ -149,7 +149,7 @@ impl Disk {
         Ok(copied)
     }
 
-    /// What it is made from, as `status` shows it.
+    /// Describes the disk's base for `status`.
     #[must_use]
     pub fn base_description(&self) -> String {
         match (&*self.bottom(), self.is_detached.load(Ordering::SeqCst)) {
@@ -158,18 +158,18 @@ impl Disk {
         }
     }
 
-    /// Whether what is prefetched goes up into the overlay.
+    /// Whether a prefetch copies up into the overlay.
     #[must_use]
     pub fn prefetch_copies_up(&self, fetch: PrefetchMode) -> bool {
         fetch == PrefetchMode::CopyUp || self.copy_up.cache
     }
 
-    /// Whether reads are to be brought up first (`cow-on-read`).
+    /// Whether reads copy up first (`cow-on-read`).
     pub(super) fn copies_on_read(&self) -> bool {
         self.copy_up.read
     }
 
-    /// What a hydration is doing, for `status`: `None` when there is none.
+    /// The state of a hydration, for `status`; `None` when there is none.
     #[must_use]
     pub fn hydration_status(&self) -> Option<&'static str> {
         let hydration = &self.hydration;
@@ -177,7 +177,7 @@ impl Disk {
         running.then(|| if hydration.paused.load(Ordering::SeqCst) { "paused" } else { "running" })
     }
 
-    /// Steers a hydration that is under way; `false` when there is none.
+    /// Applies `hydrate` to the running hydration; returns `false` when there is none.
     pub fn control_hydration(&self, hydrate: HydrateCommand) -> bool {
         let hydration = &self.hydration;
         if !hydration.running.load(Ordering::SeqCst) {
@@ -194,11 +194,11 @@ impl Disk {
         true
     }
 
-    /// Fills the overlay from all that lies below it, at most `rate` bytes a second (0: no
-    /// bound), until it needs nothing of that any more; then it stands alone.
+    /// Copies everything below the overlay up into it, at no more than `rate` bytes a second (0: no
+    /// limit), and then detaches the overlay from its base.
     ///
     /// # Errors
-    /// [`OperationError`]; what was copied stays, and another hydration goes on from there.
+    /// [`OperationError`]; copied bytes stay, and the next hydration continues from there.
     pub fn hydrate(&self, rate: u64) -> Result<(), OperationError> {
         let turn = self.begin_operation("a hydration")?;
         let tree = self.hydratable_tree()?;
@@ -213,10 +213,10 @@ impl Disk {
         done
     }
 
-    /// Whether a hydration would begin now.
+    /// Checks whether a hydration could start now.
     ///
     /// # Errors
-    /// [`OperationError`]: what it would answer.
+    /// The [`OperationError`] that the hydration would return.
     pub fn check_hydratable(&self) -> Result<(), OperationError> {
         match self.requested_operation() {
             Some(what) => Err(OperationError::Busy(what)),
@@ -224,7 +224,8 @@ impl Disk {
         }
     }
 
-    /// The layers of a disk that could stand alone: not with snapshots or a commit to finish.
+    /// Returns the layers of a disk that can be detached: one without snapshots and without an
+    /// unfinished commit.
     fn hydratable_tree(&self) -> Result<LayerTree, OperationError> {
         let tree = self.tree("a base to copy from")?;
         if !tree.snapshots.is_empty() {
@@ -257,7 +258,7 @@ impl Disk {
             } else {
                 let start = Instant::now();
                 let rate = hydration.rate.load(Ordering::SeqCst);
-                // A few pieces a second, however slow it is to be.
+                // A few pieces a second, however low the rate is.
                 let piece = if rate == 0 {
                     COPY_CHUNK
                 } else {
@@ -279,10 +280,10 @@ impl Disk {
         Ok(())
     }
 
-    /// Leaves all that lies below the overlay behind: it holds whatever is not a hole.
+    /// Detaches everything below the overlay, which by now holds all bytes that are not holes.
     fn detach_base(&self, tree: &LayerTree) -> Result<(), OperationError> {
         let Some(overlay) = self.overlay() else { return Err(OperationError::NoOverlay("a base")) };
-        // Most of it without anybody waiting.
+        // Most of the sync happens here, before the gate is taken.
         overlay.sync().map_err(OperationError::io("making the overlay durable"))?;
         let shelf = self.history.layer_cache();
         let _alone = shelf.lock_changes();

@@ -1,4 +1,4 @@
-//! Where a persistent overlay lies, and whether it still does.
+//! The directory of a persistent overlay, and whether it is still in place.
 
 use std::fs::Metadata;
 use std::io;
@@ -7,43 +7,43 @@ use std::path::{Path, PathBuf};
 
 use super::Disk;
 
-/// The directory of an overlay: its path, and which directory that was when it was opened.
+/// The path of an overlay's directory, and the directory's identity when the overlay was opened.
 pub(super) struct OverlayDirId {
     pub(super) path: PathBuf,
     identity: Option<(u64, u64)>,
 }
 
 impl OverlayDirId {
-    /// In the directory that is at `path` now.
+    /// Identifies the directory that is at `path` now.
     pub(super) fn at(path: &Path) -> Self {
         Self { path: path.to_owned(), identity: std::fs::metadata(path).ok().map(dev_ino) }
     }
 }
 
-#[allow(clippy::needless_pass_by_value)] // What is asked for is thrown away.
+#[allow(clippy::needless_pass_by_value)] // The metadata is used up here.
 fn dev_ino(found: Metadata) -> (u64, u64) {
     (found.dev(), found.ino())
 }
 
-/// What has become of the directory of an overlay while it is in use.
+/// The state of an overlay's directory while the overlay is in use.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum OverlayDirState {
-    /// It is where it was.
+    /// The directory is in place.
     InPlace,
-    /// It has another name now; what is written goes on into it.
+    /// The directory was renamed; writes still reach it.
     Moved,
-    /// It, or what is in it, has no name any more: all of it ends with the mount.
+    /// The directory or its files were removed: all of it vanishes with the mount.
     Removed,
 }
 
 impl Disk {
-    /// The directory of its persistent overlay.
+    /// The directory of the disk's persistent overlay.
     #[must_use]
     pub fn overlay_dir(&self) -> Option<PathBuf> {
         self.overlay_dir.lock().as_ref().map(|dir| dir.path.clone())
     }
 
-    /// What has become of that directory; `None` for a disk without one.
+    /// The state of that directory; `None` for a disk without one.
     #[must_use]
     pub fn overlay_dir_state(&self) -> Option<OverlayDirState> {
         let (path, was) = {
@@ -59,7 +59,7 @@ impl Disk {
         let is_there = match std::fs::metadata(path) {
             Ok(found) => was.is_none_or(|was| was == dev_ino(found)),
             Err(error) if error.kind() == io::ErrorKind::NotFound => false,
-            // Who may not look does not know better.
+            // No permission to look tells nothing about the directory.
             Err(_) => true,
         };
         Some(match (data.map(|data| data.nlink()), is_there) {

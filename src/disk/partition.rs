@@ -1,4 +1,4 @@
-//! Windows: the partitions of a disk as files beside it (the key `partitions`).
+//! Partition files: the partitions of a disk as files beside it (the key `partitions`).
 //!
 //! ```text
 //!   disk.img      |-----|========|---|===========|----|
@@ -7,15 +7,15 @@
 //!   disk.img.p2                      |===========|
 //! ```
 //!
-//! A window has no bytes of its own: what is written through one is in the disk, its overlay and
-//! its snapshots, and the other way round. Where they are is read from the disk's table when it is
-//! mounted and stays so until the next mount. As a partition of a block device a window has a
-//! fixed size; where the disk is cut off, so is the window.
+//! A partition file has no bytes of its own: a write through it changes the disk, its overlay and
+//! its snapshots, and the other way round. The ranges are read from the disk's partition table at
+//! the mount and stay the same until the next mount. Like a partition of a block device, a
+//! partition file has a fixed size; where the disk is cut off, so is the file.
 //!
-//! The kernel keeps pages for each file by itself. So whoever changes bytes through one file asks
-//! afterwards whether pages of them may be held for another one, and has those dropped before it
-//! answers. Afterwards, because an open is counted before it is answered: either it is seen here,
-//! or it drops what was cached before it.
+//! The kernel caches pages per inode. After a change through one file, cached pages of overlapping
+//! files are invalidated before the reply. The check for such pages comes after the change, because
+//! an open is counted before its reply: either the check sees the open, or the opener drops older
+//! cached pages.
 
 use std::io;
 use std::ops::Range;
@@ -33,46 +33,47 @@ use crate::config::format_size;
 use crate::host::os_error;
 use crate::layer::Wait;
 
-/// How many windows the line about them names: it has to stay one line.
+/// The most partitions listed in the note about them, which has to stay one line.
 const MAX_LISTED: usize = 16;
 
-/// The inode numbers of windows: below those of disks, above those of control files.
+/// Inode numbers of partition files: below those of disks, above those of control files.
 const PARTITION_INODES: Range<u64> = 1 << 61..1 << 62;
 
-/// Why the partitions of a disk cannot be shown; one line, for the name of the disk before it.
+/// The reason why the partitions of a disk cannot be shown; one line, to follow the disk's name.
 #[derive(Debug, thiserror::Error)]
 pub enum PartitionsError {
     /// The disk cannot be read.
     #[error("cannot be read for its partition table: {0}")]
     Unreadable(#[from] io::Error),
-    /// Nothing there looks like a table.
+    /// The disk has nothing that looks like a table.
     #[error("has no partition table: leave out partitions, or make a table and mount it again")]
     NoTable,
     /// The table contradicts itself.
     #[error("has a damaged partition table ({0}): mend it, or leave out partitions")]
     Damaged(String),
-    /// The kernel passes by whoever could keep the files together.
+    /// The kernel reads and writes a reflink overlay itself, so this daemon cannot keep several
+    /// files coherent.
     #[error(
         "has a reflink overlay, whose bytes the kernel reads and writes itself: leave out partitions"
     )]
     Reflink,
 }
 
-/// One partition as a file.
+/// A partition as a file of its own.
 #[derive(Debug)]
 pub struct PartitionFile {
     number: u32,
     range: Range<u64>,
     ino: u64,
-    /// Open handles that can read, and so map it: the kernel may hold pages.
+    /// Number of open handles that can read, and so map the file: the kernel may hold pages.
     read_opens: AtomicU32,
-    /// The last count for st_blocks, as the disk has one.
+    /// The last count of bytes for `st_blocks`, as the disk has one.
     allocated_cache: Mutex<Option<(u64, u64)>>,
 }
 
 impl PartitionFile {
     fn new(disk: &Uuid, number: u32, range: Range<u64>) -> Self {
-        // The half of the uuid that the disk's own number is not made of.
+        // This half of the uuid is not part of the disk's own inode number.
         let start = disk.as_u64_pair().1.wrapping_add(number.into());
         let ino = PARTITION_INODES.start + start % (PARTITION_INODES.end - PARTITION_INODES.start);
         Self {
@@ -84,37 +85,37 @@ impl PartitionFile {
         }
     }
 
-    /// The partition's number, as Linux counts.
+    /// The partition's number, counted as Linux does.
     #[must_use]
     pub fn number(&self) -> u32 {
         self.number
     }
 
-    /// Its bytes in the disk, as the table has them.
+    /// The partition's range in the disk in bytes, according to the table.
     #[must_use]
     pub fn range(&self) -> &Range<u64> {
         &self.range
     }
 
-    /// The inode number of its file.
+    /// The inode number of the file.
     #[must_use]
     pub fn ino(&self) -> u64 {
         self.ino
     }
 
-    /// The name of its file beside the disk `name`.
+    /// The name of the file beside the disk `disk`.
     #[must_use]
     pub fn name(&self, disk: &str) -> String {
         format!("{disk}.p{}", self.number)
     }
 
-    /// Its bytes that `disk` has now.
+    /// The part of the partition's range that `disk` has at its current size.
     fn range_in(&self, disk: &Disk) -> Range<u64> {
         self.range.start..self.range.end.min(disk.size()).max(self.range.start)
     }
 }
 
-/// The name of a disk and the number of a partition that `name` may mean: `NAME.pN`.
+/// Splits `name` into the name of a disk and a partition's number (`NAME.pN`).
 #[must_use]
 pub fn split_name(name: &str) -> Option<(&str, u32)> {
     let (disk, number) = name.rsplit_once(".p")?;
@@ -122,11 +123,11 @@ pub fn split_name(name: &str) -> Option<(&str, u32)> {
     Some((disk, number.parse().ok().filter(|_| is_plain && !disk.is_empty())?))
 }
 
-/// The windows of a disk.
+/// The partition files of a disk.
 #[derive(Debug, Default)]
 pub(super) struct PartitionFiles {
     files: Vec<Arc<PartitionFile>>,
-    /// Open handles of the disk as a whole that can read.
+    /// Number of open handles of the whole disk that can read.
     read_opens: AtomicU32,
 }
 
@@ -142,18 +143,18 @@ impl TableSource for Disk {
 }
 
 impl Disk {
-    /// Its windows; none unless [`show_partitions`](Self::show_partitions) has found some.
+    /// The partition files; none unless [`show_partitions`](Self::show_partitions) has found some.
     #[must_use]
     pub fn partition_files(&self) -> &[Arc<PartitionFile>] {
         self.partition_files.get().map_or(&[], |windows| &windows.files)
     }
 
-    /// Reads the partition table through the disk and makes a window of each partition that can
-    /// hold data. To be called once, before anybody can open the disk `name`. Returns what is to
-    /// be said of it. A blank disk may get its table later: that is said, too.
+    /// Reads the partition table through the disk and creates a file for each partition that can
+    /// hold data. To be called once, before the disk `name` can be opened. Returns notes for the
+    /// user. A blank disk may get its table later; a note says so.
     ///
     /// # Errors
-    /// [`PartitionsError`]; the disk has no windows then.
+    /// [`PartitionsError`]; the disk has no partition files then.
     pub fn show_partitions(&self, name: &str) -> Result<Vec<String>, PartitionsError> {
         if matches!(self.layers().top, Top::Reflink(_)) {
             return Err(PartitionsError::Reflink);
@@ -179,13 +180,13 @@ impl Disk {
         notes.extend(behind.iter().map(|one| {
             format!("partition {} begins past the end of the disk, and is not shown", one.number)
         }));
-        // A second call would find the windows that are there: they stay.
+        // A second call keeps the existing files.
         let _ =
             self.partition_files.set(PartitionFiles { files: each, read_opens: AtomicU32::new(0) });
         Ok(notes)
     }
 
-    /// The bytes of the sectors of a device at its bottom.
+    /// Sector size in bytes of a block device at the bottom; `None` for other bottoms.
     fn sector(&self) -> io::Result<Option<u64>> {
         match &*self.bottom() {
             Bottom::File { file, .. } if file.metadata()?.file_type().is_block_device() => {
@@ -195,14 +196,14 @@ impl Disk {
         }
     }
 
-    /// Finds out again what st_blocks of the windows is.
+    /// Recounts `st_blocks` of the partition files.
     pub(super) fn refresh_allocated(&self) -> io::Result<()> {
         self.partition_files().iter().try_for_each(|window| {
             self.allocated_in(window.range_in(self), &window.allocated_cache, Wait::Yes).map(drop)
         })
     }
 
-    /// Every file that shows bytes of `range`, by its inode number, with the bytes of that file.
+    /// Every file that shows bytes of `range`: its inode number, and the range in that file.
     pub fn files_showing(&self, range: Range<u64>) -> impl Iterator<Item = (u64, Range<u64>)> + '_ {
         let parts = self.partition_files().iter().filter_map({
             let range = range.clone();
@@ -216,7 +217,7 @@ impl Disk {
     }
 }
 
-/// The line that says which windows there are.
+/// Lists the partition files in one line.
 fn describe_files(name: &str, windows: &[Arc<PartitionFile>]) -> String {
     let one = |window: &Arc<PartitionFile>| {
         let size = format_size(window.range.end - window.range.start);
@@ -232,15 +233,15 @@ fn describe_files(name: &str, windows: &[Arc<PartitionFile>]) -> String {
     }
 }
 
-/// What two ranges have in common, if anything.
+/// The intersection of two ranges, or `None` if it is empty.
 fn intersection(one: &Range<u64>, other: &Range<u64>) -> Option<Range<u64>> {
     let both = one.start.max(other.start)..one.end.min(other.end);
     (both.start < both.end).then_some(both)
 }
 
-/// What a file of the mount shows: a disk, or a window of one.
+/// A file of the mount: a whole disk or one of its partitions.
 ///
-/// Offsets and sizes are the file's unless said otherwise.
+/// Offsets and sizes are in bytes of the file unless said otherwise.
 #[derive(Clone)]
 pub struct DiskFile {
     disk: Arc<Disk>,
@@ -254,19 +255,19 @@ impl From<Arc<Disk>> for DiskFile {
 }
 
 impl DiskFile {
-    /// `partition` of `disk`.
+    /// The file of the partition `window` of `disk`.
     #[must_use]
     pub fn partition(disk: Arc<Disk>, window: Arc<PartitionFile>) -> Self {
         Self { disk, partition: Some(window) }
     }
 
-    /// The disk that has the bytes.
+    /// The disk that holds the bytes.
     #[must_use]
     pub fn disk(&self) -> &Arc<Disk> {
         &self.disk
     }
 
-    /// Whether it is only a part of the disk.
+    /// Whether the file is a partition.
     #[must_use]
     pub fn is_partition(&self) -> bool {
         self.partition.is_some()
@@ -278,22 +279,22 @@ impl DiskFile {
         self.partition.as_ref().map_or_else(|| self.disk.ino(), |window| window.ino)
     }
 
-    /// The bytes of the disk that it shows; a whole disk may grow.
+    /// The range of the disk that the file shows, unbounded for a whole disk, which may grow.
     fn disk_range(&self) -> Range<u64> {
         self.partition.as_ref().map_or(0..u64::MAX, |window| window.range_in(&self.disk))
     }
 
-    /// Whether truncating it to nothing only discards what it holds.
+    /// Whether truncating the file to 0 only discards its data.
     #[must_use]
     pub fn has_fixed_size(&self) -> bool {
         self.is_partition() || self.disk.has_fixed_size()
     }
 
-    /// A handle was opened; each call that succeeds is matched by one of
+    /// Counts a handle as opened. Each successful call is matched by one of
     /// [`release_handle`](Self::release_handle).
     ///
     /// # Errors
-    /// As [`Disk::open_handle`].
+    /// The errors of [`Disk::open_handle`].
     pub fn open_handle(&self, access: HandleAccess) -> io::Result<()> {
         self.disk.open_handle(access)?;
         if let Some(readers) = self.read_counter(access) {
@@ -302,7 +303,7 @@ impl DiskFile {
         Ok(())
     }
 
-    /// A handle was released.
+    /// Counts a handle as released.
     pub fn release_handle(&self, access: HandleAccess) {
         if let Some(readers) = self.read_counter(access) {
             readers.fetch_sub(1, Ordering::SeqCst);
@@ -310,7 +311,8 @@ impl DiskFile {
         self.disk.release_handle(access);
     }
 
-    /// What counts a handle that can read; nothing does for a disk without windows.
+    /// The counter of handles that can read; `None` for write-only handles and for a disk without
+    /// partition files.
     fn read_counter(&self, access: HandleAccess) -> Option<&AtomicU32> {
         if access == HandleAccess::Write {
             return None;
@@ -321,8 +323,8 @@ impl DiskFile {
         }
     }
 
-    /// Whether the kernel may hold pages of `range` (bytes of the disk) for another file than this
-    /// one. To be asked after a change.
+    /// Whether the kernel may hold pages of `range` (bytes of the disk) for another file. Valid
+    /// only after a change.
     #[must_use]
     pub fn is_cached_elsewhere(&self, range: &Range<u64>) -> bool {
         let Some(windows) = self.disk.partition_files.get().filter(|_| !range.is_empty()) else {
@@ -337,15 +339,15 @@ impl DiskFile {
             })
     }
 
-    /// Whether the kernel may hold pages of `range` (bytes of the disk) for another file that were
-    /// written through a mapping and have not come to us yet.
+    /// Whether the kernel may hold dirty pages of `range` (bytes of the disk) for another file,
+    /// written through a mapping and not seen by this daemon yet.
     #[must_use]
     pub fn is_dirty_elsewhere(&self, range: &Range<u64>) -> bool {
         self.disk.may_be_mapped() && self.is_cached_elsewhere(range)
     }
 
-    /// The bytes of the disk that are the up to `len` bytes at `offset`: fewer at a window's end,
-    /// none past it.
+    /// The range of the disk for up to `len` bytes at `offset`: shorter at the end of a partition,
+    /// empty past it.
     #[must_use]
     pub fn span(&self, offset: u64, len: u64) -> Range<u64> {
         let Range { start, end } = self.disk_range();
@@ -353,11 +355,11 @@ impl DiskFile {
         first..first.saturating_add(len).min(end)
     }
 
-    /// As [`span`](Self::span), for bytes that are to be written.
+    /// The range of the disk for a write, as [`span`](Self::span) computes it.
     ///
     /// # Errors
-    /// `ENOSPC` when the window has none of them, as a block device says it; `EFBIG` past all
-    /// offsets.
+    /// `ENOSPC` when the whole range is past the end of a partition, as for a block device; `EFBIG`
+    /// past the largest offset.
     pub fn writable_range(&self, offset: u64, len: u64) -> io::Result<Range<u64>> {
         let asked = offset.checked_add(len).ok_or_else(|| os_error(libc::EFBIG))?;
         if !self.is_partition() {
@@ -367,10 +369,10 @@ impl DiskFile {
         if span.is_empty() && len > 0 { Err(os_error(libc::ENOSPC)) } else { Ok(span) }
     }
 
-    /// As [`Disk::read`].
+    /// Reads as [`Disk::read`] does.
     ///
     /// # Errors
-    /// As there.
+    /// The errors of [`Disk::read`].
     pub fn read(&self, buf: &mut [u8], offset: u64, wait: Wait) -> io::Result<usize> {
         if !self.is_partition() {
             return self.disk.read(buf, offset, wait);
@@ -380,10 +382,10 @@ impl DiskFile {
         self.disk.read(&mut buf[..len], span.start, wait)
     }
 
-    /// As [`Disk::fallocate`]; a window does not grow.
+    /// Changes a range as [`Disk::fallocate`] does; a partition does not grow.
     ///
     /// # Errors
-    /// As there; `ENOSPC` for a window that would have to grow.
+    /// The errors of [`Disk::fallocate`]; `ENOSPC` for a partition that would have to grow.
     pub fn fallocate(
         &self,
         range: Range<u64>,
@@ -406,11 +408,11 @@ impl DiskFile {
         }
     }
 
-    /// As [`Disk::set_size`]. A window refuses every other size, but 0 discards what it holds in
-    /// an overlay.
+    /// Sets the size as [`Disk::set_size`] does. A partition refuses every other size, except that
+    /// 0 discards its data in an overlay.
     ///
     /// # Errors
-    /// As there; `EINVAL` for a window.
+    /// The errors of [`Disk::set_size`]; `EINVAL` for a partition.
     pub fn set_size(&self, size: u64, wait: Wait) -> io::Result<()> {
         if !self.is_partition() {
             return self.disk.set_size(size, wait);
@@ -426,10 +428,10 @@ impl DiskFile {
         }
     }
 
-    /// As [`Disk::seek`].
+    /// Seeks as [`Disk::seek`] does.
     ///
     /// # Errors
-    /// As there.
+    /// The errors of [`Disk::seek`].
     pub fn seek(&self, offset: u64, whence: Whence, wait: Wait) -> io::Result<u64> {
         if !self.is_partition() {
             return self.disk.seek(offset, whence, wait);
@@ -439,12 +441,12 @@ impl DiskFile {
         Ok(self.disk.seek_in(rest, whence, wait)?.saturating_sub(start))
     }
 
-    /// Copies up to `len` bytes from `from` on of `source` to `offset` here, and tells where in
-    /// the disk they are now.
+    /// Copies up to `len` bytes from offset `from` of `source` to `offset` here. Returns the range
+    /// of the disk that was written.
     ///
     /// # Errors
-    /// As [`Disk::copy_from`] and [`writable_range`](Self::writable_range); `EINVAL` when both are the same bytes of
-    /// one disk.
+    /// The errors of [`Disk::copy_from`] and [`writable_range`](Self::writable_range); `EINVAL`
+    /// when source and target overlap on one disk.
     pub fn copy_from(
         &self,
         source: &Self,
@@ -455,7 +457,7 @@ impl DiskFile {
         let to = self.writable_range(offset, from.end - from.start)?;
         let from = from.start..from.start + (to.end - to.start);
         let is_one_disk = Arc::ptr_eq(&self.disk, &source.disk);
-        // Of one file the kernel has looked already.
+        // For a single file the kernel has checked that already.
         if is_one_disk && self.ino() != source.ino() && intersection(&from, &to).is_some() {
             return Err(os_error(libc::EINVAL));
         }
@@ -463,10 +465,10 @@ impl DiskFile {
         Ok(to.start..to.start + copied)
     }
 
-    /// What stat(2) says: times, owner and mode are the disk's.
+    /// Returns the file's attributes; times, owner and mode are the disk's.
     ///
     /// # Errors
-    /// As [`Disk::attributes`].
+    /// The errors of [`Disk::attributes`].
     pub fn attributes(&self, wait: Wait) -> io::Result<Attributes> {
         let Some(window) = &self.partition else { return self.disk.attributes(wait) };
         let held = window.range_in(&self.disk);
@@ -487,8 +489,8 @@ mod tests {
 
     const SECTOR: u64 = 512;
 
-    /// A blank disk of 1 MiB with the windows that a table of `entries` makes: their first
-    /// sectors and how many each has.
+    /// Creates a blank disk of 1 MiB with a table of `entries`: first sector and sector count of
+    /// each partition.
     fn disk(entries: &[(u32, u32)]) -> (Arc<Disk>, Vec<String>) {
         let spec = DiskSpec::new("d".to_owned(), DiskSource::Blank(1 << 20));
         let OpenedDisk { disk, .. } = open(&spec, &OpenContext::unmounted()).unwrap();
@@ -510,7 +512,7 @@ mod tests {
     }
 
     #[test]
-    fn a_name_of_a_window_is_read_as_it_is_written() {
+    fn a_partition_file_name_is_split_as_it_is_formed() {
         assert_eq!(split_name("disk.img.p12"), Some(("disk.img", 12)));
         assert_eq!(split_name("a.p1.p2"), Some(("a.p1", 2)));
         for name in ["disk.img", "disk.p", "disk.p0", "d.p01", "d.p+1", "d.p-1", ".p1", "d.p1x"] {
@@ -522,7 +524,7 @@ mod tests {
     }
 
     #[test]
-    fn inode_numbers_of_windows_are_nobody_elses() {
+    fn inode_numbers_of_partition_files_are_unique() {
         let mut seen = HashSet::new();
         for uuid in [Uuid::nil(), Uuid::max(), Uuid::new_v4(), Uuid::new_v4()] {
             for number in 1..=200 {
@@ -538,7 +540,7 @@ mod tests {
     }
 
     #[test]
-    fn a_window_ends_where_its_partition_does() {
+    fn a_partition_file_ends_where_its_partition_does() {
         let (disk, notes) = disk(&[(64, 8), (72, 8)]);
         assert_eq!(notes, ["partitions are shown as d.p1 (4 KiB), d.p2 (4 KiB)"]);
         let (one, two) = (part(&disk, 0), part(&disk, 1));
@@ -551,7 +553,7 @@ mod tests {
         assert_eq!(one.read(&mut buf, 4000, Wait::Yes).unwrap(), 96);
         assert_eq!(one.read(&mut buf, 4096, Wait::Yes).unwrap(), 0);
         assert_eq!(one.read(&mut buf, u64::MAX, Wait::Yes).unwrap(), 0);
-        // Punched past its end, it leaves the next one alone.
+        // Punched past the end of the partition, the hole leaves the next partition alone.
         one.fallocate(0..8192, FallocateMode::Punch, SizeMode::Keep, Wait::Yes).unwrap();
         assert_eq!(
             errno_of(one.fallocate(0..4097, FallocateMode::Zero, SizeMode::Grow, Wait::Yes)),
@@ -567,7 +569,7 @@ mod tests {
     }
 
     #[test]
-    fn a_window_keeps_its_size_and_is_emptied_by_truncating_it() {
+    fn a_partition_file_keeps_its_size_and_truncation_empties_it() {
         let (disk, _) = disk(&[(64, 8), (72, 8)]);
         disk.write(&[7; 8192], 64 * SECTOR, Wait::Yes).unwrap();
         let one = part(&disk, 0);
@@ -583,7 +585,7 @@ mod tests {
     }
 
     #[test]
-    fn a_window_is_cut_off_where_the_disk_is() {
+    fn a_partition_file_is_cut_off_where_the_disk_is() {
         let (disk, notes) = disk(&[(64, 8), (2000, 100), (2048, 9)]);
         assert_eq!(disk.partition_files().len(), 2);
         assert!(notes[1].starts_with("partition 2 ends past the end"), "{notes:?}");
@@ -600,7 +602,7 @@ mod tests {
     }
 
     #[test]
-    fn who_may_hold_pages_of_a_range_is_known_while_it_has_it_open() {
+    fn open_handles_tell_which_files_may_have_cached_pages() {
         let (disk, _) = disk(&[(64, 8), (72, 8)]);
         let whole = DiskFile::from(Arc::clone(&disk));
         let (one, two) = (part(&disk, 0), part(&disk, 1));
@@ -631,7 +633,7 @@ mod tests {
     }
 
     #[test]
-    fn the_same_bytes_are_not_copied_onto_themselves() {
+    fn a_copy_between_overlapping_ranges_of_one_disk_is_refused() {
         let (disk, _) = disk(&[(64, 8), (72, 8)]);
         disk.write(&[7; 4096], 64 * SECTOR, Wait::Yes).unwrap();
         let whole = DiskFile::from(Arc::clone(&disk));
@@ -646,7 +648,7 @@ mod tests {
     }
 
     #[test]
-    fn a_blank_disk_without_a_table_says_so_and_has_no_windows() {
+    fn a_blank_disk_without_a_table_has_no_partition_files_and_says_so() {
         let spec = DiskSpec::new("d".to_owned(), DiskSource::Blank(1 << 20));
         let OpenedDisk { disk, .. } = open(&spec, &OpenContext::unmounted()).unwrap();
         let notes = disk.show_partitions("d").unwrap();

@@ -1,4 +1,4 @@
-//! Disks over a reflink overlay: opening one.
+//! Disks with a reflink overlay: creates or opens the overlay.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -18,10 +18,10 @@ use crate::overlay::recover::Recovered;
 use crate::overlay::reflink::{self, OpenedReflink, Reflink, ReflinkError, SharedBase};
 use crate::overlay::{DEFAULT_BLOCK_SIZE, MAX_DISK_SIZE};
 
-/// Whether `spec` asks for a reflink overlay, or `dir` holds one.
+/// Whether `spec` asks for a reflink overlay, or `dir` contains one.
 ///
 /// # Errors
-/// What is in `dir` is no overlay.
+/// [`OpenError`] when `dir` contains something else than an overlay.
 pub(super) fn uses_reflink(spec: &DiskSpec, dir: &Path) -> Result<bool, OpenError> {
     if spec.overlay_kind == OverlayKind::Reflink {
         return Ok(true);
@@ -30,7 +30,7 @@ pub(super) fn uses_reflink(spec: &DiskSpec, dir: &Path) -> Result<bool, OpenErro
     Ok(there == Some(OverlayKind::Reflink))
 }
 
-/// Opens the reflink overlay at `dir`, making it when there is none.
+/// Opens the reflink overlay at `dir`, or creates one.
 ///
 /// # Errors
 /// [`OpenError`]; nothing is left behind then.
@@ -60,7 +60,8 @@ pub(super) fn open(
     let written = layer.data().metadata().ok();
     let is_read_only = layer.is_read_only();
     let layer = Arc::new(layer);
-    // The base is never asked: the layer above has an answer for all. Its locks are kept with it.
+    // The base is never read: the layer above answers every request. The base stays open for its
+    // locks.
     let layers = LayerStack::new(Top::Reflink(layer), None, Some(base));
     let mut disk = new_disk(spec, stack.uuid, layers, bottom, owner);
     if let Some(found) = written {
@@ -76,7 +77,7 @@ pub(super) fn open(
     Ok(OpenedDisk { disk, summary, notes })
 }
 
-/// Names the overlay that said no.
+/// Adds the overlay's directory to an error.
 fn reflink_error(dir: &Path) -> impl Fn(ReflinkError) -> OpenError {
     move |error| match error {
         ReflinkError::Stack(error) => overlay_error(dir)(error),
@@ -84,7 +85,7 @@ fn reflink_error(dir: &Path) -> impl Fn(ReflinkError) -> OpenError {
     }
 }
 
-/// The base as what is shared; refused when it has no blocks that could be.
+/// Returns the base as a source of shared blocks; refuses a base without blocks to share.
 fn reflink_source(bottom: &Bottom) -> Result<SharedBase<'_>, ReflinkError> {
     match bottom {
         Bottom::File { format, .. } if *format != Format::Raw => {
@@ -129,7 +130,7 @@ fn open_existing(
     Ok(there)
 }
 
-/// Refuses keys that an overlay without a block map has no use for.
+/// Refuses keys that make no sense without a block map.
 fn check_keys(spec: &DiskSpec, dir: &Path) -> Result<(), OpenError> {
     let key = match (spec.block, spec.limit) {
         (Some(_), _) => "block=",
@@ -152,7 +153,7 @@ fn check_size(spec: &DiskSpec, dir: &Path, size: u64) -> Result<(), OpenError> {
 }
 
 impl Disk {
-    /// The reflink overlay, when the disk has one.
+    /// The reflink overlay, if the disk has one.
     #[must_use]
     pub fn reflink(&self) -> Option<Arc<Reflink>> {
         match &self.layers().top {

@@ -1,14 +1,14 @@
-//! How a disk leaves a mount that goes on without it.
+//! Removal of a disk from a mount that continues without it.
 //!
 //! ```text
-//!   retire ──> (out of the catalog) ──> leave: stop the pools -> gate -> take the layers away
-//!      │                                       -> wait until nobody uses them -> close, unlock
-//!      └─ somebody has it: nothing has changed
+//!   retire ──> (out of the catalog) ──> shut_down: stop the pools -> gate -> take the layers away
+//!      │                                       -> wait until they are unused -> close, unlock
+//!      └─ the disk is in use: nothing has changed
 //! ```
 //!
-//! The process does not end here, and so neither do its descriptors: what is late may still hold
-//! the disk, but its layers are gone from it by then. Who has them alone closes them, and a log's
-//! `Close` is really its last record.
+//! The process does not end here, and so its descriptors stay open: a late request may still refer
+//! to the disk, but the disk has no layers by then. Only when no other reference to the layers is
+//! left are they closed, so a log's `Close` is really its last record.
 
 use std::io;
 use std::sync::Arc;
@@ -21,25 +21,27 @@ use crate::host::os_error;
 use crate::layer::WritableLayer;
 use crate::overlay::Overlay;
 
-/// How often is looked whether a late request has ended; it takes microseconds as a rule.
+/// How often the shutdown checks whether a late request has ended, which usually takes
+/// microseconds.
 const POLL_INTERVAL: Duration = Duration::from_millis(1);
 
-/// Why a disk cannot leave.
+/// The reason why a disk cannot be removed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum InUse {
-    /// Somebody has it open.
+    /// A handle is open.
     Open,
-    /// An operation of unbounded length is at work on it.
+    /// An operation of unbounded length is running.
     Busy,
 }
 
 impl Disk {
-    /// A handle was opened.
+    /// Counts a handle as opened.
     ///
     /// # Errors
-    /// `ESTALE` once the disk is on its way out: the kernel looks the name up again then.
+    /// `ESTALE` once the disk is being removed: the kernel looks the name up again then.
     pub fn open_handle(&self, access: HandleAccess) -> io::Result<()> {
-        // Counted first: either this sees the mark of `retire`, or `retire` sees the count.
+        // Counted before the check: either this call sees the mark of `retire`, or `retire` sees
+        // the count.
         self.open_counter(access).fetch_add(1, Ordering::SeqCst);
         if self.is_retired.load(Ordering::SeqCst) {
             self.release_handle(access);
@@ -48,10 +50,10 @@ impl Disk {
         Ok(())
     }
 
-    /// Marks the disk as on its way out, after which nobody can open it any more.
+    /// Marks the disk as being removed: from then on it cannot be opened.
     ///
     /// # Errors
-    /// [`InUse`] when somebody has it; it is as it was then.
+    /// [`InUse`] when the disk is in use; the disk is unchanged then.
     pub fn retire(&self) -> Result<(), InUse> {
         self.is_retired.store(true, Ordering::SeqCst);
         let used = match (self.handle_count(), self.in_long_operation.load(Ordering::SeqCst)) {
@@ -63,26 +65,25 @@ impl Disk {
         Err(used)
     }
 
-    /// Whether its layers are gone, or about to be closed: what it shows is not the disk's.
+    /// Whether the disk has lost its layers or is about to: its contents are no longer valid.
     #[must_use]
     pub fn is_closed(&self) -> bool {
         self.closed.load(Ordering::SeqCst)
     }
 
-    /// The end of a disk that was retired and that no name leads to: all of it durable, its log
-    /// closed in good order, and its files free for others when this returns. `last_look` sees it
-    /// when nothing can change it any more.
+    /// Shuts down a retired disk that has no name: on return everything is durable, the log is
+    /// closed cleanly and the files are free for others. `last_look` is called when the disk can no
+    /// longer change.
     ///
-    /// A request that still waits for its base when `patience` is over keeps the files until it
-    /// ends.
+    /// A request that still waits for its base after `patience` keeps the files until it ends.
     ///
     /// # Errors
-    /// `ETIMEDOUT` for that; `EIO` when the disk has latched; the host's errno.
+    /// `ETIMEDOUT` when such a request is left; `EIO` when the disk has latched; the host's errno.
     pub fn shut_down(&self, patience: Duration, last_look: impl FnOnce(&Self)) -> io::Result<()> {
         let until = Instant::now() + patience;
         let left = || until.saturating_duration_since(Instant::now());
         self.end_operations(left());
-        // Its threads must not stay behind idle; whether all are done is seen below.
+        // No idle thread may be left behind; whether all have finished is checked below.
         self.stop_pools(left());
         let gate = self.gate.try_write_for(left());
         self.closed.store(true, Ordering::SeqCst);
@@ -105,7 +106,7 @@ impl Disk {
             Top::Overlay(overlay) if is_alone => self.close_overlay(overlay),
             Top::Overlay(overlay) => overlay.sync(),
             Top::Reflink(reflink) => reflink.sync(),
-            // Whoever finished or gave up the stream has heard of its end.
+            // The end of the stream was reported when it was finished or aborted.
             Top::Base(_) if self.stream().is_some() => Ok(()),
             Top::Base(base) => base.sync(),
             Top::Nothing => Ok(()),
@@ -115,7 +116,7 @@ impl Disk {
             Some(home) => home.remove_holder(),
             None => {}
         }
-        // The last of a base gives its locks back.
+        // Dropping the last reference to a base releases its locks.
         drop(layers);
         closed?;
         if is_alone { Ok(()) } else { Err(os_error(libc::ETIMEDOUT)) }
@@ -128,7 +129,8 @@ impl Disk {
 }
 
 impl LayerStack {
-    /// Whether nobody works on the overlay: these layers have it twice, as `top` and in `all`.
+    /// Whether the overlay is unused: these layers hold two references to it, in `top` and in
+    /// `all`.
     fn is_top_unused(&self) -> bool {
         match &self.top {
             Top::Overlay(overlay) => Arc::strong_count(overlay) == 2,
@@ -163,7 +165,7 @@ mod tests {
     }
 
     #[test]
-    fn of_an_open_and_a_retirement_at_the_same_moment_one_fails() {
+    fn one_of_a_concurrent_open_and_retire_fails() {
         let disk = disk(None).unwrap();
         let start = Barrier::new(2);
         let (mut opened, mut retired) = (0, 0);
@@ -190,7 +192,7 @@ mod tests {
     }
 
     #[test]
-    fn a_disk_that_is_worked_on_does_not_retire() {
+    fn a_disk_with_an_operation_does_not_retire() {
         let disk = disk(None).unwrap();
         disk.in_long_operation.store(true, Ordering::SeqCst);
         assert_eq!(disk.retire(), Err(InUse::Busy));
@@ -207,7 +209,7 @@ mod tests {
     }
 
     #[test]
-    fn a_disk_that_has_left_is_free_for_others_though_somebody_still_points_to_it() {
+    fn an_overlay_is_free_after_shut_down_even_if_the_disk_is_still_referenced() {
         let room = tempfile::tempdir().unwrap();
         let dir = room.path().join("ov");
         let disk = disk(Some(&dir)).unwrap();
@@ -221,7 +223,7 @@ mod tests {
         let mut found = [0; 4];
         again.read(&mut found, 4096, Wait::Yes).unwrap();
         assert_eq!(&found, b"kept");
-        // Nothing of the old one reaches the files.
+        // Nothing written through the old disk reaches the files.
         assert!(disk.write(b"late", 4096, Wait::Yes).is_err());
         disk.set_times(None, Some(std::time::SystemTime::now()));
         disk.maintain().unwrap();
@@ -232,7 +234,7 @@ mod tests {
     }
 
     #[test]
-    fn a_late_request_keeps_the_overlay_until_it_ends() {
+    fn a_late_request_keeps_the_overlay_locked_until_it_ends() {
         let room = tempfile::tempdir().unwrap();
         let dir = room.path().join("ov");
         let disk = disk(Some(&dir)).unwrap();

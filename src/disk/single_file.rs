@@ -1,7 +1,8 @@
-//! Disks that are one host file: over a reflink overlay, and with the key `passthrough_file`.
+//! Disks that are a single host file: those with a reflink overlay, and those with the key
+//! `passthrough_file`.
 //!
-//! Writes may come past the daemon, so size, times and space are the file's own, at the moment
-//! they are asked for.
+//! Writes may bypass the daemon, so size, times and allocated space are read from the file at every
+//! request.
 
 use std::fs::{File, FileTimes};
 use std::io;
@@ -14,7 +15,7 @@ use super::{Attributes, Disk, to_system_time};
 use crate::config::{DiskMode, Passthrough, Resize};
 
 impl Disk {
-    /// The host file whose bytes, length and times are the disk's.
+    /// The host file that provides the disk's bytes, length and times.
     fn single_file(&self) -> Option<Arc<File>> {
         match (self.reflink(), self.passthrough) {
             (Some(reflink), _) => Some(Arc::clone(reflink.data())),
@@ -23,15 +24,15 @@ impl Disk {
         }
     }
 
-    /// The same, when reads and writes may go straight to it: whoever may write the disk may make
-    /// it longer. The same answer from the disk's first open to its last release.
+    /// The host file that the kernel may read and write directly; a writer of the disk may then
+    /// also extend it. The answer stays the same from the disk's first open to its last release.
     #[must_use]
     pub fn passthrough_file(&self) -> Option<Arc<File>> {
-        // A disk of fixed size refuses what a file takes.
+        // A disk of fixed size refuses writes that a file would accept.
         self.single_file().filter(|_| self.resize == Resize::Follow)
     }
 
-    /// What stat(2) says, when the disk is one file.
+    /// Returns the attributes of a disk that is a single file.
     pub(super) fn single_file_attributes(&self) -> io::Result<Option<Attributes>> {
         let Some(file) = self.single_file() else { return Ok(None) };
         let found = file.metadata()?;
@@ -51,7 +52,7 @@ impl Disk {
         }))
     }
 
-    /// Sets the times that are given, when the disk is one file that may be changed.
+    /// Sets the given times of a disk that is a single writable file.
     pub(super) fn set_single_file_times(
         &self,
         atime: Option<SystemTime>,

@@ -1,4 +1,5 @@
-//! Writes that found no room: told once a minute in the log, and in `status` for a while.
+//! Failed writes for lack of space: logged at most once a minute, and shown in `status` for a
+//! while.
 
 use std::io;
 use std::time::{Duration, Instant};
@@ -8,12 +9,12 @@ use parking_lot::Mutex;
 use super::Disk;
 use crate::config::format_size;
 
-/// How often the log says so, at most.
+/// Shortest time between two log lines about lack of space.
 const LOG_INTERVAL: Duration = Duration::from_secs(60);
-/// How long `status` remembers.
+/// How long `status` reports a failure.
 const REPORT_PERIOD: Duration = Duration::from_secs(600);
 
-/// What is known of the lack of room.
+/// The recent failures for lack of space.
 #[derive(Default)]
 pub(super) struct SpaceFailures {
     state: Mutex<SpaceFailureState>,
@@ -21,16 +22,17 @@ pub(super) struct SpaceFailures {
 
 #[derive(Default)]
 struct SpaceFailureState {
-    /// The last write that found none.
+    /// Time of the last failed write.
     last_failure: Option<Instant>,
-    /// When the log said so last.
+    /// Time of the last log line.
     last_logged: Option<Instant>,
-    /// How many were not told since.
+    /// Number of failures since the last log line.
     unlogged: u64,
 }
 
 impl SpaceFailures {
-    /// Notes a failure `now`; how many there were since the log was told, when it is to be told.
+    /// Records a failure at `now`. Returns the number of failures since the last log line if a new
+    /// line is due.
     fn record(&self, now: Instant) -> Option<u64> {
         let mut state = self.state.lock();
         state.last_failure = Some(now);
@@ -42,7 +44,7 @@ impl SpaceFailures {
         Some(std::mem::take(&mut state.unlogged))
     }
 
-    /// How long ago the last failure was, unless that is long.
+    /// Returns the time since the last failure, unless it is longer than [`REPORT_PERIOD`].
     fn age(&self, now: Instant) -> Option<Duration> {
         let failed = self.state.lock().last_failure?;
         Some(now.duration_since(failed)).filter(|since| *since < REPORT_PERIOD)
@@ -50,7 +52,7 @@ impl SpaceFailures {
 }
 
 impl Disk {
-    /// Hands `done` on, and notes when it failed for want of room.
+    /// Returns `done` unchanged, and records it if it failed for lack of space.
     pub(super) fn note_no_space<T>(&self, done: io::Result<T>) -> io::Result<T> {
         if let Err(error) = &done
             && matches!(error.raw_os_error(), Some(libc::ENOSPC | libc::EDQUOT))
@@ -70,7 +72,7 @@ impl Disk {
         done
     }
 
-    /// What there is to say of writes that failed for want of room, for some minutes.
+    /// Describes the last write that failed for lack of space, for some minutes after it.
     #[must_use]
     pub fn no_space_status(&self) -> Option<String> {
         let since = self.space_failures.age(Instant::now())?;
@@ -93,7 +95,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_log_hears_of_it_once_a_minute_and_status_for_ten() {
+    fn failures_are_logged_once_a_minute_and_reported_for_ten() {
         let (room, start) = (SpaceFailures::default(), Instant::now());
         assert_eq!(room.age(start), None);
         assert_eq!(room.record(start), Some(1));

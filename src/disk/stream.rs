@@ -1,4 +1,4 @@
-//! Disks that are streams: opening one, and what the mount does with it.
+//! Disks that are streams: opening one, and its handling by the mount.
 
 use std::cell::RefCell;
 use std::collections::HashMap;
@@ -21,7 +21,7 @@ use crate::stream::source::HostSource;
 use crate::stream::stop::Stop;
 use crate::stream::{Stream, UnmountPolicy};
 
-/// Opens the stream `stream` of the disk `spec`, and starts it.
+/// Opens and starts the stream `stream` of the disk `spec`.
 ///
 /// # Errors
 /// [`OpenError`]; nothing is left running then.
@@ -96,29 +96,30 @@ pub(super) fn open(
     Ok(OpenedDisk { disk, summary, notes: Vec::new() })
 }
 
-/// Asks once for each process whether it is being killed: hundreds of requests may be its.
+/// Checks each process only once for whether it is being killed: hundreds of requests may come from
+/// one.
 fn cached_kill_check() -> impl Fn(u32) -> bool {
     let known = RefCell::new(HashMap::new());
     move |pid| *known.borrow_mut().entry(pid).or_insert_with(|| is_being_killed(pid))
 }
 
 impl Disk {
-    /// What is at work when it is a stream.
+    /// The stream, if the disk is one.
     #[must_use]
     pub fn stream(&self) -> Option<&Stream> {
         self.stream.as_ref()
     }
 
-    /// Whether writes and closes answer `EIO`.
+    /// Whether writes and closes fail with `EIO`.
     #[must_use]
     pub fn is_failed(&self) -> bool {
         self.is_latched()
             || matches!(&self.stream, Some(Stream::Output(output)) if output.sync().is_err())
     }
 
-    /// Writes to the output stream `output`, which this disk is; `reply` is called once.
+    /// Writes to the output stream `output` of this disk; `reply` is called once.
     ///
-    /// The reply's errors: as [`Output::write`]; `ENOSPC` past the end.
+    /// The errors passed to `reply` are those of [`Output::write`], and `ENOSPC` past the end.
     pub fn stream_write(
         &self,
         output: &Output,
@@ -135,10 +136,10 @@ impl Disk {
         output.write(offset, buf, client, reply);
     }
 
-    /// What becomes of a stream at the end of its mount; a line for the user, if there is one.
+    /// Ends a stream when its mount ends; returns a line for the user, if there is one.
     ///
     /// # Errors
-    /// A line: the stream is not whole.
+    /// A line for the user when the stream is incomplete.
     pub fn end_stream(
         &self,
         ending: UnmountPolicy,
@@ -150,7 +151,7 @@ impl Disk {
         }
     }
 
-    /// Every second: looks after a stream.
+    /// Maintains a stream; called every second.
     pub fn tick_stream(&self) {
         match &self.stream {
             Some(Stream::Output(output)) => output.tick(cached_kill_check()),
@@ -159,7 +160,8 @@ impl Disk {
         }
     }
 
-    /// A handle that may write was released: a stream that ends with its last writer ends.
+    /// Finishes a stream that ends with its last writer; called when a handle that may write was
+    /// released.
     pub fn finish_after_last_writer(&self) {
         if let Some(Stream::Output(output)) = &self.stream
             && output.finish_when() == FinishWhen::Close

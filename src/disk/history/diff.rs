@@ -1,4 +1,4 @@
-//! What a disk differs in: frozen at one moment, beside what it is compared with.
+//! Differences: the changes of a disk between a snapshot, or its base, and one moment.
 //!
 //! ```text
 //!                 |-- changed --|        |-changed-|
@@ -6,9 +6,10 @@
 //!   ------------------------------------------------------   `since` this snapshot, or the base
 //! ```
 //!
-//! Two files that only who asked knows of: the disk as it is at that moment, and one that has data
-//! where it was changed and holes elsewhere. They are there for a while, then as long as somebody
-//! has them open. The layers they read stay open with them, whatever becomes of the disk.
+//! A difference is two files whose names only the requester knows: the disk as of that moment, and
+//! a file with data where the disk was changed and holes elsewhere. Both exist for a while, then
+//! for as long as they are open. The layers below stay open with them, whatever happens to the
+//! disk.
 
 use std::io;
 use std::ops::Range;
@@ -26,31 +27,31 @@ use crate::extents::{Extent, ExtentKind};
 use crate::layer::{CopyFn, Layer, Wait};
 use crate::overlay::sealed::Sealed;
 
-/// What the files of a difference begin with; no snapshot's name can.
+/// Prefix of the names of a difference's files; a snapshot's name cannot start like this.
 const DIFF_FILE_PREFIX: &str = ".frozen-";
-/// How long whoever asked has to look for them, and then to open them.
+/// How long the requester may take to look the files up, and then to open them.
 const LOOKUP_TIMEOUT: Duration = Duration::from_secs(30);
 const OPEN_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// The base of a difference.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum DiffBase {
-    /// Zeros.
+    /// A blank base: zeros.
     Zeros,
     /// All of a file, and its format.
     File(PathBuf, String),
-    /// A part of one: no other format has a name for that.
+    /// A part of a file, which other formats cannot refer to.
     Part,
 }
 
-/// What a disk differs in.
+/// The result of a comparison.
 #[derive(Clone, Debug)]
 pub struct Difference {
-    /// The name, among the snapshots' files, of the disk as it is at that moment.
+    /// The name, among the snapshots' files, of the disk as of the frozen moment.
     pub frozen_file: String,
-    /// The name of the file that has data where it was changed.
+    /// The name of the file that has data where the disk was changed.
     pub changes_file: String,
-    /// What it is a difference to, without `since`.
+    /// The base that the difference is relative to, without `since`.
     pub base: DiffBase,
 }
 
@@ -58,14 +59,14 @@ pub struct Difference {
 pub(super) struct DiffFile {
     uuid: Uuid,
     file: Arc<Disk>,
-    /// It goes then, unless somebody has it open.
+    /// The file is removed then, unless it is open.
     expires: Instant,
 }
 
-/// Data where `layers` have something to say, and holes elsewhere.
+/// A layer with data where `layers` have data or zeros, and holes elsewhere.
 struct ChangeMap {
     layers: Option<Sealed>,
-    /// How much there is to differ from, in bytes: what lies behind it is zeros.
+    /// Size in bytes of the state compared with: all bytes after it are zeros.
     base_size: u64,
     size: u64,
 }
@@ -81,7 +82,7 @@ impl Layer for ChangeMap {
         if found.kind != ExtentKind::Lower {
             return Ok(Extent::new(found.range, ExtentKind::Data));
         }
-        // Where it was cut off and is there again, what lies below does not show through.
+        // Where the disk was cut off and has grown again, the layers below do not show through.
         let (start, end) = (found.range.start, found.range.end);
         let hidden = layers.lower_limit()..self.base_size;
         let (kind, end) = if hidden.contains(&start) {
@@ -114,11 +115,12 @@ impl Layer for ChangeMap {
 }
 
 impl Disk {
-    /// Freezes the disk, or takes it as it was at snapshot `expires`, and tells what has changed
-    /// since snapshot `since`, or since there was only its base.
+    /// Freezes the disk, or takes its state at snapshot `until`, and returns the changes since
+    /// snapshot `since` or the base.
     ///
     /// # Errors
-    /// [`OperationError`]: there is no such snapshot, or the one does not stand on the other.
+    /// [`OperationError`] when a snapshot does not exist, or the state is not based on snapshot
+    /// `since`.
     pub fn difference(
         &self,
         since: Option<&str>,
@@ -148,7 +150,7 @@ impl Disk {
             None if self.is_latched() => return Err(OperationError::Latched),
             None => self.freeze_top()?,
         };
-        // Once nobody has it open any more, what was frozen for this may become one with the top.
+        // Once the files are closed, the layer that was sealed for them may be merged with the top.
         self.history.needs_merge.store(true, Ordering::SeqCst);
         let tree = self.tree("differences")?;
         let chain = self.open_chain(&tree, layer)?;
@@ -180,12 +182,12 @@ impl Disk {
         })
     }
 
-    /// Whether files of a difference are there to be read.
+    /// Whether files of a difference exist.
     pub(in crate::disk) fn has_diff_files(&self) -> bool {
         !self.history.diff_files.lock().is_empty()
     }
 
-    /// Shows `layers` as a file for a while, and tells its name.
+    /// Shows `layers` as a file for a while, and returns its name.
     fn add_diff_file(&self, layers: LayerStack, mtime: i64) -> String {
         let uuid = Uuid::new_v4();
         let name = format!("{DIFF_FILE_PREFIX}{uuid}");
@@ -195,19 +197,19 @@ impl Disk {
         name
     }
 
-    /// The file of a difference.
+    /// Returns the file of a difference.
     pub(super) fn diff_file(&self, name: &str) -> Option<Arc<Self>> {
         let uuid = Uuid::parse_str(name.strip_prefix(DIFF_FILE_PREFIX)?).ok()?;
         let mut held = self.history.diff_files.lock();
         let DiffFile { file, expires: until, .. } =
             held.iter_mut().find(|held| held.uuid == uuid)?;
         *until = Instant::now() + OPEN_TIMEOUT;
-        // A change of the layers lets go of files that nobody has open.
+        // A change of the layers drops files that are not open.
         self.history.snapshot_files.lock().entry(uuid).or_insert_with(|| Arc::clone(file));
         Some(Arc::clone(file))
     }
 
-    /// Lets go of files of differences that were not opened in time, or are closed again.
+    /// Drops files of differences that were not opened in time, or are closed again.
     pub fn release_expired(&self) {
         let mut held = self.history.diff_files.lock();
         held.retain(|held| {

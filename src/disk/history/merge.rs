@@ -1,4 +1,4 @@
-//! The merging of layers that no name holds apart any more.
+//! Merging of layers that no snapshot keeps separate any more.
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -17,19 +17,20 @@ use crate::overlay::record::LayerMap;
 use crate::overlay::sealed::Sealed;
 use crate::overlay::tree::LayerTree;
 
-/// What the top may hold while it is merged with all writers waiting: 16 MiB.
+/// The most bytes of the top that are merged while all writers wait: 16 MiB.
 const MAX_FINAL_MERGE: u64 = 16 << 20;
-/// How often the top is sealed and merged before what is left is merged with writers waiting.
+/// How often the top is sealed and merged before the rest is merged with writers waiting.
 const MAX_SEAL_ROUNDS: u32 = 4;
 
-/// How far layers were merged.
+/// How a merge ended.
 enum MergeOutcome {
     Complete,
     Interrupted,
 }
 
 impl Disk {
-    /// A layer that no name holds apart from the only one that stands on it.
+    /// Finds a layer that no name keeps separate from the only layer above it: returns the tree,
+    /// the lower and the upper layer.
     fn find_mergeable(&self) -> Option<(LayerTree, Uuid, Uuid)> {
         let tree = self.overlay_location.lock().tree()?;
         tree.mergeable(|_| false)?;
@@ -38,7 +39,8 @@ impl Disk {
         Some((tree, lower, upper))
     }
 
-    /// Whether no snapshot and no other disk holds its layers apart.
+    /// Whether layers of the disk can be merged, because no snapshot and no other disk needs them
+    /// separate.
     pub(in crate::disk) fn is_mergeable(&self) -> bool {
         let is_nameless =
             self.overlay_location.lock().tree().is_some_and(|tree| tree.snapshots.is_empty());
@@ -47,7 +49,7 @@ impl Disk {
             && self.find_mergeable().is_some()
     }
 
-    /// Whether `merge_layers` would have something to do.
+    /// Whether `merge_layers` has work to do.
     #[must_use]
     pub fn needs_merge(&self) -> bool {
         self.history.needs_merge.load(Ordering::SeqCst)
@@ -56,11 +58,11 @@ impl Disk {
             && !self.is_latched()
     }
 
-    /// Merges the layers that no name holds apart any more. It gives way to whoever wants
-    /// something of the disk, and is then done later.
+    /// Merges the layers that no name keeps separate any more. Yields to other operations on the
+    /// disk, and is then repeated later.
     ///
     /// # Errors
-    /// [`OperationError`]; the disk reads the same whatever happens.
+    /// [`OperationError`]; the disk reads the same in any case.
     pub fn merge_layers(&self) -> Result<(), OperationError> {
         self.history.needs_merge.store(false, Ordering::SeqCst);
         let done = self.merge_all();
@@ -72,7 +74,7 @@ impl Disk {
 
     fn merge_all(&self) -> Result<MergeOutcome, OperationError> {
         loop {
-            // Before it is found out what to merge: a request would make something else of it.
+            // Begun before the layers are chosen: another operation would change them.
             let Ok(turn) = self.begin_operation_as("the merging of layers", true) else {
                 return Ok(MergeOutcome::Interrupted);
             };
@@ -80,7 +82,7 @@ impl Disk {
                 return Ok(MergeOutcome::Complete);
             };
             if self.is_latched() {
-                // What the host gives back of it may not be what was written.
+                // Data of a latched disk may read back differently from what was written.
                 return Ok(MergeOutcome::Interrupted);
             }
             let done = match tree.top() {
@@ -96,7 +98,7 @@ impl Disk {
         }
     }
 
-    /// Makes one sealed layer of `lower` and `upper`, which stands on it alone.
+    /// Merges `lower` and `upper`, the only layer based on it, into one sealed layer.
     fn merge_sealed(
         &self,
         turn: &Operation<'_>,
@@ -124,7 +126,7 @@ impl Disk {
             None => Vec::new(),
         };
         {
-            // The bytes are the same: nobody has to wait.
+            // The bytes stay the same, so nobody has to wait.
             let mut layers = self.layers.write();
             if let Top::Overlay(top) = &layers.top {
                 top.set_lower_layers(&self.layers_to_sync(&next, &below));
@@ -137,7 +139,7 @@ impl Disk {
         Ok(())
     }
 
-    /// The layers `upper` and `lower`, looked up as one.
+    /// Returns the layers from `upper` down to `lower`, read as one.
     fn open_pair(
         &self,
         tree: &LayerTree,
@@ -151,7 +153,7 @@ impl Disk {
         Sealed::new(chain).ok_or(OperationError::NoOverlay("layers"))
     }
 
-    /// A new layer in the place of `lower` that holds what `open_pair` hold.
+    /// Builds a new layer in place of `lower` with the contents of `both`.
     fn build_merged(
         &self,
         tree: &LayerTree,
@@ -171,14 +173,14 @@ impl Disk {
             return Err(OperationError::io("merging two layers")(error));
         }
         if let Some((mtime, stamp)) = both.layers().first().and_then(|layer| layer.mtime()) {
-            // Best effort, as everywhere: it is recorded again when the mount ends.
+            // Best effort, as elsewhere: the time is recorded again when the mount ends.
             let _ = new.overlay.record_mtime(mtime, stamp);
         }
         Ok(new)
     }
 
-    /// Makes one layer of the top and `lower`, on which only the top stands. The top is sealed
-    /// and merged with writers going on, until so little is new that they can wait for the rest.
+    /// Merges the top into `lower`, on which only the top is based. The top is sealed and merged
+    /// while writers continue, until the rest is small enough to merge while they wait.
     fn merge_into_top(&self, turn: &Operation<'_>, lower: Uuid) -> Result<(), OperationError> {
         self.seal(None)?;
         let tree = self.tree("layers")?;
@@ -230,7 +232,7 @@ impl Disk {
             }
             absorb(top)?;
             sync()?;
-            // Only now: what was there may be more than a limit that was lowered since.
+            // Set last: the merged data may exceed a limit that was lowered since.
             new.overlay.set_limit(self.limit_above(&below));
             next.replace(old, lower, new.uuid);
             self.install_top(&next, new, below)?;
@@ -239,15 +241,15 @@ impl Disk {
         Ok(())
     }
 
-    /// Makes the disk one of a store: its sealed layers may be those of other disks as well.
+    /// Makes the disk one of a store, whose sealed layers other disks may share.
     pub fn share_layers(&self, shelf: &Arc<LayerCache>, others: LayerUsers) {
-        // Who else needs its layers is asked when something of it was deleted, not at every mount.
+        // Other disks' layers are determined when something was deleted, not at every mount.
         self.history.needs_merge.store(false, Ordering::SeqCst);
         *self.history.layer_cache.lock() = Arc::clone(shelf);
         *self.history.layer_users.lock() = Some(others);
     }
 
-    /// Notes that layers wait to be merged, if they do; `shared` are those of several disks.
+    /// Records whether layers wait to be merged; `shared` are the layers of several disks.
     pub fn note_mergeable(&self, shared: &HashSet<Uuid>) {
         let tree = self.overlay_location.lock().tree();
         if tree.is_some_and(|tree| tree.mergeable(|layer| shared.contains(&layer)).is_some()) {
@@ -286,8 +288,8 @@ mod tests {
         disk.snapshot(Some("b")).unwrap();
         disk.write(b"last", 8192, Wait::Yes).unwrap();
         disk.delete_snapshot("b").unwrap();
-        // It is asked who else needs the layers when they are about to be merged: then comes a
-        // request.
+        // `layer_users` is called when layers are about to be merged: just then another request
+        // comes.
         let came = Arc::new(Mutex::new(None));
         let (seen, weak) = (Arc::clone(&came), Arc::downgrade(&disk));
         let shelf = disk.history.layer_cache();
@@ -296,7 +298,8 @@ mod tests {
             Arc::new(move |_| {
                 if let Some(disk) = weak.upgrade().filter(|_| seen.lock().is_none()) {
                     let other = std::thread::spawn(move || disk.revert("a", Force::Yes));
-                    // Who has to wait for the merging is not waited for.
+                    // The request may have to wait for the merge, so this callback does not wait
+                    // for the request.
                     let until = Instant::now() + Duration::from_millis(300);
                     while !other.is_finished() && Instant::now() < until {
                         std::thread::sleep(Duration::from_millis(5));
@@ -307,7 +310,7 @@ mod tests {
             }),
         );
         disk.merge_layers().unwrap();
-        // The lock is let go of first: the revert asks who else needs the layers as well.
+        // The lock is released first: the revert calls `layer_users` as well.
         let other = came.lock().take().unwrap();
         other.join().unwrap().unwrap();
         let mut found = [0; 4];
@@ -318,7 +321,7 @@ mod tests {
     }
 
     #[test]
-    fn an_open_snapshot_counts_until_it_is_closed() {
+    fn an_open_snapshot_counts_as_a_handle_until_it_is_closed() {
         let room = tempfile::tempdir().unwrap();
         let disk = disk(&room.path().join("ov"));
         for name in ["a", "b"] {
@@ -327,7 +330,7 @@ mod tests {
         }
         let open = disk.snapshot_file("b").unwrap();
         open.open_handle(HandleAccess::Read).unwrap();
-        // What it stands on becomes another layer, and then it is nobody's any more.
+        // The layer below the open snapshot is replaced by another, and then removed.
         for name in ["a", "b"] {
             disk.delete_snapshot(name).unwrap();
             disk.merge_layers().unwrap();
@@ -357,16 +360,16 @@ mod tests {
     }
 
     #[test]
-    fn who_waits_for_a_change_that_hangs_keeps_no_other_change_waiting() {
+    fn waiters_for_a_hanging_change_do_not_block_other_changes() {
         let room = tempfile::tempdir().unwrap();
         let disk = disk(&room.path().join("ov"));
         std::thread::scope(|scope| {
-            // As a change has it that waits for its base.
+            // Held as by a change that waits for its base.
             let hanging = disk.gate_shared(Wait::Yes).unwrap();
             let resized = scope.spawn(|| disk.set_size(1 << 20, Wait::Yes));
             let sealed = scope.spawn(|| disk.snapshot(Some("a")));
             std::thread::sleep(Duration::from_millis(100));
-            // For a second, or until the first one, if that takes longer.
+            // For a second, or until the first write if that takes longer.
             let (start, mut written) = (Instant::now(), 0);
             while (written == 0 || start.elapsed() < Duration::from_secs(1))
                 && !sealed.is_finished()

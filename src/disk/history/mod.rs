@@ -1,8 +1,8 @@
-//! The life of an overlay: snapshots, going back to one, deleting one, starting anew.
+//! History of an overlay: taking, deleting and reverting to snapshots, and resets to the base.
 //!
-//! All of them come down to one replacement of the `stack`. What takes time, the merging of layers
-//! that no name holds apart any more, is done in the background afterwards (`tidy`), and gives way
-//! to whoever wants something of the disk.
+//! Each operation is a single replacement of the `stack`. The slow part, merging layers that no
+//! snapshot keeps separate any more, is done in the background afterwards (`merge_layers`), and
+//! yields to other operations on the disk.
 
 mod diff;
 mod error;
@@ -37,52 +37,55 @@ use crate::overlay::stack::{LayerRecord, SnapshotRecord, Stack};
 use crate::overlay::tree::{self, LayerTree};
 use crate::overlay::{Overlay, Usage};
 
-/// Whether it is done although somebody may be writing.
+/// Whether an operation proceeds although the disk is open for writing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Force {
-    /// It is refused then.
+    /// The operation is refused.
     No,
-    /// It is done.
+    /// The operation proceeds.
     Yes,
 }
 
-/// Tells which layers the disks other than the given one stand on.
+/// Returns the layers used by the disks other than the given one.
 pub type LayerUsers = Arc<dyn Fn(&Uuid) -> io::Result<HashSet<Uuid>> + Send + Sync>;
 
-/// What a disk knows about its layers beyond those it reads through.
+/// A disk's layers beyond those it reads through, and the operations on them.
 pub(in crate::disk) struct History {
-    /// What is being done to the disk as a whole, and whether it has to give way.
+    /// The operation running on the whole disk, and whether it must yield.
     running: Mutex<Option<RunningOperation>>,
     finished: Condvar,
-    /// Work that takes long is to stop: the mount ends.
+    /// Set when the mount ends: long operations must stop.
     pub(in crate::disk) is_ending: AtomicBool,
-    /// There may be layers to merge.
+    /// Set while there may be layers to merge.
     needs_merge: AtomicBool,
-    /// Sealed layers of this disk, those it does not read through included.
+    /// The open sealed layers of this disk, including those it does not read through.
     sealed: Mutex<HashMap<Uuid, Arc<Overlay>>>,
-    /// Sealed layers open in this process.
+    /// The sealed layers open in this process.
     layer_cache: Mutex<Arc<LayerCache>>,
-    /// Who else may stand on them; `None`: nobody.
+    /// Reports which layers other disks use; `None` if no disk shares layers.
     layer_users: Mutex<Option<LayerUsers>>,
     /// The files of snapshots that were looked up, by their layer.
     snapshot_files: Mutex<HashMap<Uuid, Arc<Disk>>>,
     /// The files of differences.
     diff_files: Mutex<Vec<DiffFile>>,
-    /// The size of a new overlay over the base, and how much of the base it shows.
+    /// The size of a new overlay above the base, and the length of the base shown through it, in
+    /// bytes.
     pub(in crate::disk) reset_sizes: Mutex<(u64, u64)>,
     /// How a commit locks the base.
     pub(in crate::disk) locking: Option<Locking>,
-    /// How far what is being done has come, in bytes, and of how many.
+    /// The progress of the running operation: bytes done, and in total.
     pub(in crate::disk) done_bytes: AtomicU64,
     pub(in crate::disk) total_bytes: AtomicU64,
-    /// What all its layers may hold together, in bytes.
+    /// The most bytes that all layers of the disk may hold together.
     pub(in crate::disk) limit: Option<u64>,
-    /// What the layers were last found to show, under which revision of the top.
+    /// The last result of counting the visible bytes of each layer, with the revision and uuid of
+    /// the top.
     visible_usage: Mutex<Option<(u64, Uuid, Vec<Usage>)>>,
 }
 
 impl History {
-    /// `reset_sizes`: the size of a new overlay, and how much of the base it shows.
+    /// Creates the state. `fresh` is the size of a new overlay, and the length of the base it
+    /// shows, in bytes.
     pub(in crate::disk) fn new(fresh: (u64, u64), limit: Option<u64>) -> Self {
         Self {
             running: Mutex::default(),
@@ -108,13 +111,13 @@ impl History {
         Arc::clone(&self.layer_cache.lock())
     }
 
-    /// All sealed layers that are open for it, those of snapshots beside it too.
+    /// All open sealed layers of the disk, including layers that only snapshots use.
     pub(super) fn open_sealed(&self) -> Vec<Arc<Overlay>> {
         self.sealed.lock().values().cloned().collect()
     }
 
-    /// Notes all sealed layers that are open: `below`, top to bottom, of the stack whose layers are
-    /// `chain`, and those `aside`, which only snapshots stand on.
+    /// Records all open sealed layers: `below`, top to bottom, of the stack whose layers are
+    /// `chain`, and those in `aside`, which only snapshots use.
     pub(in crate::disk) fn set_sealed(
         &self,
         chain: &[LayerRecord],
@@ -126,18 +129,18 @@ impl History {
     }
 }
 
-/// What a clone stands on.
+/// The frozen state that a clone is based on.
 pub(in crate::disk) struct FrozenLayer {
     /// The sealed layer.
     pub(in crate::disk) layer: Uuid,
     /// The size of the disk in it, in bytes.
     pub(in crate::disk) size: u64,
-    /// The stack it belongs to.
+    /// The stack that the layer belongs to.
     pub(in crate::disk) stack: Stack,
 }
 
 impl Disk {
-    /// The disk's layers and their names; `what` is for the error.
+    /// Returns the disk's layers and their names; `what` goes into the error.
     pub(in crate::disk) fn tree(&self, what: &'static str) -> Result<LayerTree, OperationError> {
         if self.reflink().is_some() {
             return Err(OperationError::Refused(format!(
@@ -147,8 +150,8 @@ impl Disk {
         self.overlay_location.lock().tree().ok_or(OperationError::NoOverlay(what))
     }
 
-    /// Takes a snapshot. It is there, and what was written before it is in it, when this returns;
-    /// that all of that is durable only a sync promises.
+    /// Takes a snapshot. On return the snapshot exists and contains all earlier writes; but only a
+    /// sync makes it durable.
     ///
     /// # Errors
     /// [`OperationError`]; nothing has changed then.
@@ -176,7 +179,7 @@ impl Disk {
         Ok(name)
     }
 
-    /// Freezes the top and puts an empty one above it.
+    /// Seals the top and puts an empty one above it.
     pub(super) fn seal(&self, name: Option<(&str, i64)>) -> Result<(), OperationError> {
         self.put_empty_top(TopParent::Top, Force::Yes, |tree, old| {
             let named = |(name, taken): (&str, i64)| SnapshotRecord {
@@ -188,8 +191,8 @@ impl Disk {
         })
     }
 
-    /// Makes the disk what it was at snapshot `name`. What was changed since is gone, unless
-    /// another snapshot holds it.
+    /// Reverts the disk to snapshot `name`. Later changes are lost unless another snapshot holds
+    /// them.
     ///
     /// # Errors
     /// [`OperationError`]; nothing has changed then.
@@ -205,7 +208,7 @@ impl Disk {
         self.put_empty_top(TopParent::Layer(layer), force, |_, _| {})
     }
 
-    /// Makes the disk what its base is. Its snapshots stay.
+    /// Resets the disk to its base. Its snapshots stay.
     ///
     /// # Errors
     /// [`OperationError`]; nothing has changed then.
@@ -222,7 +225,7 @@ impl Disk {
         self.put_empty_top(TopParent::Base, force, |_, _| {})
     }
 
-    /// Has the one file of a reflink overlay become another.
+    /// Replaces the file of a reflink overlay by another.
     fn switch_reflink(
         &self,
         force: Force,
@@ -234,8 +237,8 @@ impl Disk {
         Ok(switch()?)
     }
 
-    /// Deletes a snapshot: its name goes at once. What only it needed is given back in the
-    /// background; what others stand on stays.
+    /// Deletes a snapshot. Its name is removed at once. Space that only the snapshot used is freed
+    /// in the background; layers that others use stay.
     ///
     /// # Errors
     /// [`OperationError`]; nothing has changed then.
@@ -270,7 +273,7 @@ impl Disk {
         Ok(())
     }
 
-    /// Freezes what the disk holds, unless it is frozen already: tells the layer.
+    /// Seals the disk's contents, unless they are sealed already. Returns the sealed layer.
     fn freeze_top(&self) -> Result<Uuid, OperationError> {
         let layers = self.layers();
         let Top::Overlay(top) = &layers.top else {
@@ -285,7 +288,7 @@ impl Disk {
         top.ok_or(OperationError::NoOverlay("layers"))
     }
 
-    /// Freezes what the disk holds for a clone.
+    /// Seals the disk's contents for a clone.
     pub(in crate::disk) fn freeze(&self) -> Result<FrozenLayer, OperationError> {
         let layer = Some(self.freeze_top()?);
         // Not the size of the disk, which may have been resized since.
@@ -298,14 +301,14 @@ impl Disk {
         }
     }
 
-    /// What all its layers may hold together, in bytes.
+    /// The most bytes that all layers of the disk may hold together.
     #[must_use]
     pub fn limit(&self) -> Option<u64> {
         self.history.limit
     }
 }
 
-/// A name for a snapshot that was given none: when it was taken.
+/// Returns a name for an unnamed snapshot: the time it was taken.
 fn unused_name(taken_names: &[String], taken: u64) -> String {
     let time = jiff::Timestamp::from_second(taken.cast_signed()).unwrap_or_default();
     let name = time.strftime("%Y-%m-%d_%H%M%S").to_string();

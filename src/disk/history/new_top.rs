@@ -1,4 +1,4 @@
-//! The replacement of a disk's layers: what snapshot, revert and reset come down to.
+//! Replacement of a disk's top layer: the core of snapshot, revert and reset.
 
 use std::collections::HashSet;
 use std::fs::File;
@@ -19,10 +19,10 @@ use crate::overlay::stack::{LayerRecord, Stack};
 use crate::overlay::tree::LayerTree;
 use crate::overlay::{Overlay, keep};
 
-/// Above what a new top is put.
+/// The layer below a new top.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum TopParent {
-    /// The old top, which is sealed by that.
+    /// The old top, which is sealed.
     Top,
     /// A sealed layer.
     Layer(Uuid),
@@ -30,7 +30,7 @@ pub(super) enum TopParent {
     Base,
 }
 
-/// A top that is made and not yet in its place.
+/// A top that is built and not in place yet.
 pub(super) struct NewTop {
     pub(super) uuid: Uuid,
     pub(super) overlay: Overlay,
@@ -38,14 +38,14 @@ pub(super) struct NewTop {
 }
 
 impl Disk {
-    /// Opens the layer `uuid` and all below it, top to bottom.
+    /// Opens the layer `uuid` and all layers below it, top to bottom.
     pub(super) fn open_chain(
         &self,
         tree: &LayerTree,
         uuid: Uuid,
     ) -> Result<Vec<Arc<Overlay>>, OperationError> {
         let mut chain = Vec::new();
-        // The lowest first: what stands on it is read only once it is as it will stay.
+        // The lowest first: a layer is read only once the layers below it are final.
         for record in tree.chain(uuid).iter().rev() {
             let known = self.history.sealed.lock().get(&record.uuid).cloned();
             let layer = match (known, &mut *self.overlay_location.lock()) {
@@ -66,7 +66,7 @@ impl Disk {
         Ok(chain)
     }
 
-    /// Makes an empty layer for this disk, which no stack names yet.
+    /// Creates an empty layer for this disk, which is not part of a stack yet.
     pub(super) fn make_layer(
         &self,
         tree: &LayerTree,
@@ -95,20 +95,20 @@ impl Disk {
         Ok(NewTop { uuid, overlay, lock })
     }
 
-    /// Removes a layer that did not come into a stack.
+    /// Removes a layer that is not part of the stack.
     pub(super) fn remove_layer(&self, uuid: Uuid) {
         if let Some(home) = self.overlay_location.lock().as_persistent() {
             home.remove_layer(uuid);
         }
     }
 
-    /// What a top above `below` may hold, in bytes of data.
+    /// The most bytes of data that a top above `below` may hold.
     pub(super) fn limit_above(&self, below: &[Arc<Overlay>]) -> Option<u64> {
         let held: u64 = below.iter().map(|layer| layer.usage().data).sum();
         self.history.limit.map(|limit| limit.saturating_sub(held))
     }
 
-    /// Puts an empty top in place. `change` is given the new tree and the old top.
+    /// Puts an empty top in place. `change` gets the new tree and the uuid of the old top.
     pub(super) fn put_empty_top(
         &self,
         above: TopParent,
@@ -144,7 +144,7 @@ impl Disk {
             TopParent::Top => LayerMap::new(top.size(), top.size()),
             TopParent::Layer(_) => LayerMap::new(size, size),
         };
-        // Made before the gate is taken: writers wait for the switch alone.
+        // Created before the gate is taken: writers wait only for the switch.
         let mut new = self.make_layer(&tree, parent, &image(&top), limit)?;
         let mut uuid = new.uuid;
         let shelf = self.history.layer_cache();
@@ -187,7 +187,7 @@ impl Disk {
         }
     }
 
-    /// Makes `new` the top, above `below`, and `next` the disk's tree. The gate is the caller's.
+    /// Makes `new` the top, above `below`, and `next` the disk's tree. The caller holds the gate.
     pub(super) fn install_top(
         &self,
         next: &LayerTree,
@@ -209,8 +209,8 @@ impl Disk {
         Ok(())
     }
 
-    /// What a sync of a disk with the layers `next` makes durable: `below`, and what only
-    /// snapshots stand on.
+    /// The layers that a sync of a disk with the tree `next` makes durable: `below`, and those that
+    /// only snapshots use.
     pub(super) fn layers_to_sync(
         &self,
         next: &LayerTree,
@@ -221,7 +221,7 @@ impl Disk {
         below.iter().chain(known.map(|(_, layer)| layer)).cloned().collect()
     }
 
-    /// Makes `next` the disk's tree, durably when it is kept.
+    /// Makes `next` the disk's tree, durably if the overlay is persistent.
     pub(in crate::disk) fn replace_tree(
         &self,
         next: &LayerTree,
@@ -240,8 +240,9 @@ impl Disk {
         }
     }
 
-    /// Makes `stack` that of `overlay_location`, durably; `lock` is that of a new top. When nobody knows
-    /// whether it is, the disk takes no changes any more.
+    /// Makes `stack` the stack of the overlay directory `home`, durably; `lock` is the lock of a
+    /// new top. If it is unknown whether the replacement took effect, the disk accepts no more
+    /// changes.
     pub(in crate::disk) fn replace_stack(
         &self,
         home: &mut OverlayDir,
@@ -261,12 +262,12 @@ impl Disk {
         Ok(replaced?)
     }
 
-    /// Lets go of the layers that were in `old` and are not in `next`. The caller holds the
-    /// shelf alone.
+    /// Drops the layers that are in `old` and not in `next`. The caller holds the lock of the layer
+    /// cache (`lock_changes`).
     pub(in crate::disk) fn drop_unused_layers(&self, old: &LayerTree, next: &LayerTree) {
         let gone = |uuid: &Uuid| next.layer(*uuid).is_none();
         self.history.sealed.lock().retain(|uuid, _| !gone(uuid));
-        // Who has one open goes on reading it, and is counted.
+        // An open snapshot file stays readable and is still counted.
         self.history
             .snapshot_files
             .lock()
@@ -285,13 +286,13 @@ impl Disk {
         }
     }
 
-    /// The layers that other disks stand on.
+    /// The layers that other disks use.
     pub(super) fn layers_used_by_others(&self) -> io::Result<HashSet<Uuid>> {
         let others = self.history.layer_users.lock().clone();
         others.map_or_else(|| Ok(HashSet::new()), |others| others(&self.uuid))
     }
 
-    /// All its layers, each after the one below it, to be kept in a directory.
+    /// All layers of the disk, each after the one below it, to be kept in a directory.
     pub(in crate::disk) fn all_layers(
         &self,
         tree: &LayerTree,

@@ -1,4 +1,4 @@
-//! Taking turns: one thing at a time is done to a disk as a whole.
+//! Operations on a disk as a whole, of which only one runs at a time.
 
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -10,22 +10,22 @@ use super::{Force, History, OperationError};
 
 /// How long requests that change the disk are waited for before its layers change.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
-/// How long work in the background may take to give way.
+/// How long a background operation may take to yield.
 const YIELD_TIMEOUT: Duration = Duration::from_secs(60);
 
 #[derive(Clone, Copy)]
 pub(super) struct RunningOperation {
     name: &'static str,
-    /// It is nobody's request, so it stops when there is one.
+    /// The operation is no user's request, so it stops when one comes.
     is_background: bool,
     must_stop: bool,
 }
 
-/// One operation on a disk as a whole, until it is dropped.
+/// A running operation on the whole disk, which ends when dropped.
 pub(in crate::disk) struct Operation<'a>(&'a History);
 
 impl Operation<'_> {
-    /// Whether work that takes long has to stop.
+    /// Whether a long operation must stop.
     pub(in crate::disk) fn must_stop(&self) -> bool {
         self.0.is_ending.load(Ordering::SeqCst)
             || self.0.running.lock().is_some_and(|doing| doing.must_stop)
@@ -42,7 +42,7 @@ impl Drop for Operation<'_> {
 }
 
 impl Disk {
-    /// Begins an operation on the disk as a whole.
+    /// Begins an operation on the whole disk.
     pub(in crate::disk) fn begin_operation(
         &self,
         what: &'static str,
@@ -74,18 +74,18 @@ impl Disk {
         Ok(Operation(life))
     }
 
-    /// What is being done to the disk as a whole, for `status`.
+    /// The name of the running operation, for `status`.
     #[must_use]
     pub fn operation(&self) -> Option<&'static str> {
         self.history.running.lock().map(|doing| doing.name)
     }
 
-    /// What somebody has asked for and is not done yet.
+    /// The name of the running operation, if a user requested it.
     pub(in crate::disk) fn requested_operation(&self) -> Option<&'static str> {
         self.history.running.lock().filter(|doing| !doing.is_background).map(|doing| doing.name)
     }
 
-    /// Makes work that takes long stop, and waits for it.
+    /// Makes long operations stop, and waits for them.
     pub(in crate::disk) fn end_operations(&self, patience: Duration) {
         self.history.is_ending.store(true, Ordering::SeqCst);
         let mut doing = self.history.running.lock();
@@ -95,7 +95,8 @@ impl Disk {
         self.history.snapshot_files.lock().clear();
     }
 
-    /// The gate, for a change of the layers. What waits behind it has no deadline meanwhile.
+    /// Takes the gate exclusive for a change of the layers. Requests that wait for the gate have no
+    /// deadline meanwhile.
     pub(in crate::disk) fn gate_for_layers(
         &self,
     ) -> Result<RwLockWriteGuard<'_, ()>, OperationError> {

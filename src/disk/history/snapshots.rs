@@ -1,4 +1,4 @@
-//! What is seen of a disk's layers: its snapshots, their files, what changed since each.
+//! Views of a disk's layers: snapshots, their files, and the changes since each.
 
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io;
@@ -20,32 +20,32 @@ use crate::overlay::stack::{LayerRecord, SnapshotRecord};
 use crate::overlay::tree::LayerTree;
 use crate::overlay::{Overlay, Usage};
 
-/// What is seen of a snapshot.
+/// The description of a snapshot.
 #[derive(Clone, Debug)]
 pub struct SnapshotInfo {
-    /// Its name.
+    /// The snapshot's name.
     pub name: String,
-    /// When it was taken, in seconds since the epoch.
+    /// The time of the snapshot in seconds since the epoch.
     pub taken: i64,
-    /// The disk's size then, in bytes.
+    /// The disk's size at that time, in bytes.
     pub size: u64,
-    /// What its own layer holds: the changes between the snapshot before it and itself. `None`
-    /// for a reflink overlay, whose snapshots are whole files.
+    /// Bytes held by the snapshot's own layer: the changes between the previous snapshot and this
+    /// one. `None` for a reflink overlay, whose snapshots are whole files.
     pub usage: Option<Usage>,
-    /// What has changed since; `None` when the disk does not stand on it.
+    /// Bytes changed since the snapshot; `None` when the disk is not based on it.
     pub since: Option<Usage>,
 }
 
 /// A layer that a disk reads through, for `status`.
 #[derive(Clone, Debug)]
 pub struct LayerUsage {
-    /// The snapshot it is; `None` for the top and for a layer without a name.
+    /// The name of the layer's snapshot; `None` for the top and for an unnamed layer.
     pub name: Option<String>,
-    /// Its uuid.
+    /// The layer's uuid.
     pub uuid: Uuid,
-    /// What it holds.
+    /// Bytes held by the layer.
     pub usage: Usage,
-    /// What it and the layers above it have changed.
+    /// Bytes changed by this layer and the layers above it.
     pub since: Usage,
 }
 
@@ -54,10 +54,10 @@ fn add_usage(one: Usage, other: Usage) -> Usage {
 }
 
 impl Disk {
-    /// The disk's snapshots, oldest first.
+    /// Returns the disk's snapshots, oldest first.
     ///
     /// # Errors
-    /// [`OperationError`].
+    /// [`OperationError`] when the disk has no overlay or a layer cannot be opened.
     pub fn snapshots(&self) -> Result<Vec<SnapshotInfo>, OperationError> {
         if let Some(reflink) = self.reflink() {
             let info = |snapshot: reflink::ReflinkSnapshot| SnapshotInfo {
@@ -72,7 +72,7 @@ impl Disk {
         loop {
             let tree = self.tree("snapshots")?;
             match self.snapshots_of_tree(&tree) {
-                // Layers were merged meanwhile: what the tree named is gone.
+                // Layers were merged meanwhile, so the layers of this tree no longer exist.
                 Err(_) if self.tree("snapshots")? != tree => {}
                 found => return found,
             }
@@ -85,7 +85,7 @@ impl Disk {
         for SnapshotRecord { name, layer, taken } in &tree.snapshots {
             let opened = self.open_chain(tree, *layer)?;
             let Some(top) = opened.first() else { continue };
-            // What the layers above it have changed.
+            // The changes in the layers above the snapshot.
             let at = live.iter().position(|since| since.uuid == *layer);
             let since = at.and_then(|at| live.get(at.checked_sub(1)?)).map(|above| above.since);
             infos.push(SnapshotInfo {
@@ -99,8 +99,8 @@ impl Disk {
         Ok(infos)
     }
 
-    /// The overlay's layers that the disk reads through, top to bottom, with what each holds and
-    /// what has changed since the one below it. Empty without an overlay.
+    /// The overlay's layers that the disk reads through, top to bottom, with the bytes each holds
+    /// and the bytes changed since the layer below. Empty without an overlay.
     #[must_use]
     pub fn layer_usages(&self) -> Vec<LayerUsage> {
         let Some(tree) = self.overlay_location.lock().tree() else {
@@ -124,7 +124,7 @@ impl Disk {
         entries.map(describe).collect()
     }
 
-    /// What each of `all` shows, found out again when the top has changed.
+    /// Counts the visible bytes of each layer in `all`, again only after the top has changed.
     fn visible_usage(&self, top: &Overlay, uuid: Option<Uuid>, all: &[Arc<Overlay>]) -> Vec<Usage> {
         if all.len() == 1 {
             return vec![top.usage()];
@@ -141,10 +141,10 @@ impl Disk {
         shown
     }
 
-    /// The disk as it was at snapshot `name`, to be read.
+    /// Returns a read-only disk with the contents at snapshot `name`.
     ///
     /// # Errors
-    /// `ENOENT`; the host's errno.
+    /// `ENOENT` when there is no such snapshot; the host's errno.
     pub fn snapshot_file(&self, name: &str) -> io::Result<Arc<Self>> {
         let missing = || os_error(libc::ENOENT);
         if let Some(reflink) = self.reflink() {
@@ -156,7 +156,7 @@ impl Disk {
         loop {
             let tree = self.overlay_location.lock().tree().ok_or_else(missing)?;
             match self.layered_snapshot_file(&tree, name) {
-                // Layers were merged meanwhile: what the tree named is gone.
+                // Layers were merged meanwhile, so the layers of this tree no longer exist.
                 Err(_) if self.overlay_location.lock().tree().as_ref() != Some(&tree) => {}
                 found => return found,
             }
@@ -190,12 +190,13 @@ impl Disk {
         let found = file.metadata()?;
         let raw = RawBase::new(Arc::new(file), HostKind::File, found.len())?;
         let layers = LayerStack::new(Top::Nothing, None, Some(Arc::new(raw)));
-        // Another of this name is another file: what the kernel has cached of one is not the other's.
+        // A later snapshot of the same name is another file: pages that the kernel has cached of
+        // one must not be shown for the other.
         Ok(self.make_snapshot_file(name, (uuid, Uuid::new_v4()), layers, mtime_of(&found)))
     }
 
-    /// Makes a disk that is only read of the layers of a snapshot: it is kept under `key` and is
-    /// `uuid`.
+    /// Creates a read-only disk from the layers of a snapshot, with the given `uuid`, and keeps it
+    /// under `key`.
     pub(super) fn make_snapshot_file(
         &self,
         name: &str,
@@ -215,7 +216,7 @@ impl Disk {
         Arc::clone(self.history.snapshot_files.lock().entry(key).or_insert(disk))
     }
 
-    /// The names of its snapshots, oldest first.
+    /// The names of the disk's snapshots, oldest first.
     #[must_use]
     pub fn snapshot_names(&self) -> Vec<String> {
         if let Some(reflink) = self.reflink() {
@@ -228,13 +229,13 @@ impl Disk {
         })
     }
 
-    /// Handles that its snapshots' files have.
+    /// Number of open handles of the snapshots' files.
     pub(in crate::disk) fn snapshot_handle_count(&self) -> u32 {
         self.history.snapshot_files.lock().values().map(|file| file.handle_count()).sum()
     }
 }
 
-/// What stands for a snapshot that has no layer of its own.
+/// Derives the uuid of a snapshot that has no layer of its own.
 pub(super) fn snapshot_uuid(disk: &Uuid, name: &str) -> Uuid {
     let mut hasher = DefaultHasher::new();
     name.hash(&mut hasher);
