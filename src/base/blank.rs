@@ -1,4 +1,4 @@
-//! The blank base: `blank:SIZE`, a disk with nothing in it yet.
+//! The blank base: `blank:SIZE`, a disk that is still empty.
 
 use std::io;
 use std::ops::Range;
@@ -6,14 +6,14 @@ use std::ops::Range;
 use crate::extents::{Extent, ExtentKind};
 use crate::layer::{CopyFn, Layer, Wait};
 
-/// A layer that is one hole.
+/// A layer that is a single hole.
 #[derive(Clone, Copy, Debug)]
 pub struct Blank {
     size: u64,
 }
 
 impl Blank {
-    /// A blank of `size` bytes.
+    /// Creates a blank of `size` bytes.
     #[must_use]
     pub fn new(size: u64) -> Self {
         Self { size }
@@ -51,7 +51,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_blank_is_one_hole_and_leaves_the_buffer_alone() {
+    fn a_blank_is_one_hole_and_leaves_the_buffer_unchanged() {
         let blank = Blank::new(1 << 20);
         assert_eq!(blank.size(), 1 << 20);
         let extent = blank.extent_at(5..700_000, Wait::No).unwrap();

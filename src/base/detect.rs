@@ -1,4 +1,4 @@
-//! Which format a file has, by its first and last bytes.
+//! Format detection by the first and last bytes of a file.
 
 use std::fs::File;
 use std::io;
@@ -9,7 +9,8 @@ use super::error::BaseError;
 use super::file::BaseFile;
 use crate::config::Format;
 
-/// Refuses what is not read, and what does not look raw and is not said to be anything.
+/// Refuses a format that is not supported, and a file that does not look raw when no format is
+/// given.
 pub(super) fn check_format(
     path: &Path,
     host: &BaseFile,
@@ -29,8 +30,8 @@ pub(super) fn check_format(
     })
 }
 
-/// The marks at the start of a file, each at its offset: from qemu's `block/*.c`, and cryptsetup's
-/// on-disk format for LUKS.
+/// Signatures at the start of a file, each with its offset: from qemu's `block/*.c`, and
+/// cryptsetup's on-disk format for LUKS.
 const MAGICS: &[(usize, &[u8], Format)] = &[
     (0, b"QFI\xfb\0\0\0\x01", Format::Qcow),
     (0, b"QFI\xfb", Format::Qcow2),
@@ -46,10 +47,10 @@ const MAGICS: &[(usize, &[u8], Format)] = &[
     (0, b"LUKS\xba\xbe", Format::Luks),
 ];
 
-/// The marks of the last 512 bytes.
+/// Signatures at the start of the last 512 bytes.
 const TRAILERS: &[(&[u8], Format)] = &[(b"conectix", Format::Vhd), (b"koly", Format::Dmg)];
 
-/// What `file` of `size` bytes looks like, unless it is raw.
+/// Detects the format of `file`, which has `size` bytes; `None` means raw.
 fn detect(file: &File, size: u64) -> io::Result<Option<Format>> {
     let head = read_up_to(file, 0)?;
     let magic = MAGICS.iter().find(|(at, magic, _)| {
@@ -64,7 +65,7 @@ fn detect(file: &File, size: u64) -> io::Result<Option<Format>> {
     Ok(trailer.map(|(_, format)| *format))
 }
 
-/// Up to 512 bytes from `offset` on; fewer where the file ends.
+/// Reads up to 512 bytes from `offset` on; fewer at the end of the file.
 fn read_up_to(file: &File, offset: u64) -> io::Result<Vec<u8>> {
     let mut buf = vec![0; 512];
     let mut done = 0;

@@ -1,7 +1,7 @@
-//! Who a base is: enough of it to notice that it changed under an overlay.
+//! Identity of a base: enough to notice that the base changed under an overlay.
 //!
-//! An overlay holds only what differs from its base, so over another base it is garbage. Its
-//! `stack` therefore keeps the base's size, mtime, inode and a hash of samples, which cost one
+//! An overlay holds only the differences from its base, so above another base it is garbage. Its
+//! `stack` therefore records the base's size, mtime, inode and a hash of samples, which cost one
 //! short read each however large the base is:
 //!
 //! ```text
@@ -20,44 +20,47 @@ use serde::{Deserialize, Serialize};
 
 use crate::config::format_size;
 
-/// What is hashed whole at both ends, where partition tables and superblocks are: 64 KiB, which
-/// takes in the superblocks of ext4, xfs, LVM and GPT (both copies).
+/// Bytes hashed at each end, where partition tables and superblocks are: 64 KiB, which includes the
+/// superblocks of ext4, xfs, LVM and GPT (both copies).
 const EDGE_LEN: usize = 64 << 10;
-/// A sample: one page, the least that is read from a disk.
+/// Bytes in a sample: one page, the least that is read from a disk.
 const SAMPLE_LEN: usize = 4 << 10;
-/// 64 seeks of a spinning disk are half a second: what a mount may take.
+/// Number of samples between the ends. 64 seeks of a spinning disk take half a second, which is
+/// acceptable for a mount.
 const SAMPLE_COUNT: u64 = 64;
 
-/// A base as it was when the overlay saw it last.
+/// The identity of a base as the overlay last saw it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Identity {
-    /// Bytes.
+    /// Size in bytes.
     pub size: u64,
-    /// When it was last changed; none for a block device, whose node says nothing.
+    /// Time of last modification; `None` for a block device, whose node's time says nothing about
+    /// its bytes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mtime: Option<Mtime>,
-    /// Its inode number, in decimal (TOML's integers have a sign); of a block device what else tells
-    /// it, where something does.
+    /// The inode number in decimal (TOML's integers are signed); for a block device its stable id,
+    /// if it has one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub inode: Option<String>,
-    /// `crc32c:` and eight hexadecimal digits, over the samples.
+    /// Hash of the samples: `crc32c:` and eight hexadecimal digits.
     pub hash: String,
 }
 
-/// A time of last change, as stat(2) has it.
+/// A time of last modification, as in stat(2).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Mtime {
     /// Seconds since 1970, UTC.
     pub secs: i64,
-    /// And nanoseconds, below 10⁹.
+    /// Nanoseconds within the second, below 10⁹.
     pub nanos: u32,
 }
 
 impl Identity {
-    /// Looks at `file`, a regular file or a block device; reads up to 384 KiB of it.
+    /// Determines the identity of `file`, a regular file or a block device; reads up to 384 KiB of
+    /// it.
     ///
     /// # Errors
-    /// The host's; `UnexpectedEof` when the file gets shorter meanwhile.
+    /// The host's errno; `UnexpectedEof` when the file gets shorter meanwhile.
     pub fn of(file: &File) -> io::Result<Self> {
         let meta = file.metadata()?;
         let is_device = meta.file_type().is_block_device();
@@ -75,7 +78,7 @@ impl Identity {
         })
     }
 
-    /// What of `self`, the base as it was, is not so in `now`: one line for the user, or `None`
+    /// Describes how `now` differs from the recorded base `self`, in one line for the user; `None`
     /// when it is the same base.
     #[must_use]
     pub fn differences(&self, now: &Self) -> Option<String> {
@@ -88,30 +91,30 @@ impl Identity {
         {
             found.push(format!("modified {is} (was {was})"));
         }
-        // Another size moves the samples, so their hash says nothing then.
+        // Another size moves the samples, which makes their hashes incomparable.
         if self.hash != now.hash && self.size == now.size {
             found.push("its contents differ".to_owned());
         }
         (!found.is_empty()).then(|| found.join(", "))
     }
 
-    /// As [`differences`](Self::differences), for a base that may have been copied: a copy may have
-    /// another time of last change. The same inode with another time was written to.
+    /// Compares as [`differences`](Self::differences) does, but allows for a copied base, which may
+    /// have another time of last modification. The same inode with another time was written to.
     #[must_use]
     pub fn differences_of_copy(&self, now: &Self) -> Option<String> {
         let mtime = if self.inode == now.inode { now.mtime } else { None };
         self.differences(&Self { mtime, ..now.clone() })
     }
 
-    /// Why `now` is another file, whatever it holds; `None` when it is the same, or a device, which
-    /// has no number of its own.
+    /// Describes why `now` is another file, whatever its contents; `None` when it is the same file,
+    /// or a device without an id.
     #[must_use]
     pub fn file_difference(&self, now: &Self) -> Option<String> {
         match (&self.inode, &now.inode) {
             (Some(was), Some(is)) if was != is => {
                 Some(format!("another file: inode {is}, was {was}"))
             }
-            // Only some devices can be told.
+            // Only some devices have an id.
             (None, None) | (Some(_), Some(_)) => None,
             (None, Some(_)) | (Some(_), None) if self.mtime.is_none() && now.mtime.is_none() => {
                 None
@@ -121,8 +124,9 @@ impl Identity {
     }
 }
 
-/// What tells the block device `rdev` from another that may have its name later: the id of a mapped
-/// device, a world wide name or a serial number, the file of a loop device. `None`: it has none.
+/// Returns an id that tells the block device `rdev` from another that may later have its name: the
+/// id of a mapped device, a world wide name, a serial number, or the file of a loop device. `None`
+/// if the device has none.
 fn device_id(rdev: u64) -> Option<String> {
     let (major, minor) = (rustix::fs::major(rdev), rustix::fs::minor(rdev));
     let dir = std::fs::canonicalize(format!("/sys/dev/block/{major}:{minor}")).ok()?;
@@ -130,7 +134,7 @@ fn device_id(rdev: u64) -> Option<String> {
         let text = std::fs::read_to_string(dir.join(name)).ok()?;
         Some(text.trim().to_owned()).filter(|text| !text.is_empty())
     };
-    // A partition lies in the directory of its disk, and has a number.
+    // A partition's directory lies inside its disk's, and contains the number.
     let (disk, part) = match read(&dir, "partition") {
         Some(number) => (dir.parent()?.to_owned(), format!(" partition {number}")),
         None => (dir, String::new()),
@@ -151,8 +155,8 @@ fn sampled_hash(file: &File, size: u64) -> io::Result<String> {
     Ok(format!("crc32c:{hash:08x}"))
 }
 
-/// Where the samples of a file of `size` bytes lie, as offsets and lengths (at most [`EDGE_LEN`]):
-/// rising, apart, inside.
+/// Offsets and lengths (at most [`EDGE_LEN`]) of the samples of a file of `size` bytes: ascending,
+/// disjoint and inside the file.
 fn sample_positions(size: u64) -> Vec<(u64, usize)> {
     let edge = EDGE_LEN as u64;
     if size <= 2 * edge + SAMPLE_COUNT * SAMPLE_LEN as u64 {
@@ -160,7 +164,7 @@ fn sample_positions(size: u64) -> Vec<(u64, usize)> {
         let rest = |at| usize::try_from(size - at).map_or(EDGE_LEN, |rest| rest.min(EDGE_LEN));
         return whole.map(|at| (at, rest(at))).collect();
     }
-    // The middle in SAMPLES equal parts, with a sample at the start of each.
+    // The middle is divided into SAMPLE_COUNT equal parts, with a sample at the start of each.
     let part = (size - 2 * edge) / SAMPLE_COUNT;
     let between = (0..SAMPLE_COUNT).map(|i| (edge + i * part, SAMPLE_LEN));
     let at_edge = |at| std::iter::once((at, EDGE_LEN));
@@ -168,7 +172,8 @@ fn sample_positions(size: u64) -> Vec<(u64, usize)> {
     first.chain(between).chain(last).collect()
 }
 
-/// `10 GiB -> 12 GiB`; in bytes when the difference is too small for that.
+/// Formats a change of size: `10 GiB -> 12 GiB`, or in bytes when the difference is too small for
+/// that.
 fn size_change(was: u64, is: u64) -> String {
     let (before, after) = (format_size(was), format_size(is));
     if before == after {
@@ -177,7 +182,7 @@ fn size_change(was: u64, is: u64) -> String {
     format!("{before} -> {after}")
 }
 
-/// `2026-11-21 01:46:02.5 UTC`
+/// Formats as `2026-11-21 01:46:02.5 UTC`.
 impl std::fmt::Display for Mtime {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let (year, month, day) = civil_from_days(self.secs.div_euclid(86_400));
@@ -192,8 +197,8 @@ impl std::fmt::Display for Mtime {
     }
 }
 
-/// Year, month and day of a day since 1970-01-01, by Howard Hinnant's `civil_from_days`: years
-/// begin in March, so that the leap day is the last of its year.
+/// Returns year, month and day of a day counted from 1970-01-01, by Howard Hinnant's
+/// `civil_from_days`: years begin in March, so that the leap day is the last of its year.
 fn civil_from_days(days: i64) -> (i64, i64, i64) {
     let days = days + 719_468; // 0000-03-01 is day 0
     let era = days.div_euclid(146_097); // 400 years
@@ -236,7 +241,7 @@ mod tests {
     }
 
     #[test]
-    fn a_copy_may_be_younger_but_not_what_was_written_to() {
+    fn a_copy_may_have_another_mtime_but_the_same_inode_may_not() {
         let (original, copy) = (file(10 << 20), file(10 << 20));
         let was = Identity::of(&original).unwrap();
         set_mtime(&copy, 1_795_225_562);
@@ -250,7 +255,7 @@ mod tests {
     }
 
     #[test]
-    fn what_changed_is_told_in_one_line() {
+    fn differences_are_described_in_one_line() {
         let file = file(10 << 30);
         let was = Identity::of(&file).unwrap();
         file.set_len(12 << 30).unwrap();
@@ -263,7 +268,7 @@ mod tests {
     }
 
     #[test]
-    fn other_bytes_at_either_end_or_in_a_sample_are_noticed() {
+    fn changed_bytes_at_either_end_or_in_a_sample_are_noticed() {
         let size = 10 << 30;
         let file = file(size);
         let was = Identity::of(&file).unwrap();
@@ -278,7 +283,7 @@ mod tests {
     }
 
     #[test]
-    fn an_identity_survives_its_toml() {
+    fn an_identity_survives_a_round_trip_through_toml() {
         let was = Identity::of(&file(12345)).unwrap();
         let text = toml::to_string(&was).unwrap();
         assert_eq!(toml::from_str::<Identity>(&text).unwrap(), was);
@@ -288,7 +293,7 @@ mod tests {
     }
 
     #[test]
-    fn days_have_their_dates() {
+    fn civil_from_days_returns_the_date() {
         for (days, date) in [
             (0, (1970, 1, 1)),
             (-1, (1969, 12, 31)),
@@ -303,7 +308,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn samples_rise_stay_apart_and_inside(size in prop_oneof![0..2_000_000u64, any::<u64>()]) {
+        fn samples_are_ascending_disjoint_and_inside_the_file(size in prop_oneof![0..2_000_000u64, any::<u64>()]) {
             let samples = sample_positions(size);
             let mut end = 0;
             for (at, len) in samples {

@@ -1,17 +1,17 @@
 //! The raw base: a file or a block device whose bytes are the disk's.
 //!
-//! Reading has two speeds. Under [`Wait::No`] the host is asked with `RWF_NOWAIT`, which answers
-//! from the page cache or not at all; under [`Wait::Yes`] it is read, however long that takes.
-//! Holes are asked of the host with `SEEK_DATA` and `SEEK_HOLE`; a host that cannot tell has data
-//! everywhere, which is always safe.
+//! Reads have two speeds. Under [`Wait::No`] the host reads with `RWF_NOWAIT`, from the page cache
+//! or not at all; under [`Wait::Yes`] it reads however long that takes. Holes are found with
+//! `SEEK_DATA` and `SEEK_HOLE`; on a host that supports neither everything counts as data, which is
+//! always safe.
 //!
-//! With `direct` bytes pass by the host's page cache: every read and write waits for the device.
+//! With `direct`, I/O bypasses the host's page cache: every read and write waits for the device.
 //!
-//! A base that got shorter behind our back is `EIO` where bytes are missing, never zeros.
+//! A base that was shortened by others returns `EIO` for missing bytes, never zeros.
 //!
-//! With `mode=rw` the same type takes writes. Its bytes are the host file's own, so nothing is
-//! ever filled from below, and a failed sync latches: what the host dropped from its cache after
-//! an error is not seen again by a second sync.
+//! With `mode=rw` the same type takes writes. Its bytes are the host file's own, so nothing is ever
+//! filled from below. A failed sync latches the base: pages that the host dropped after an error
+//! are not reported again by a second sync.
 
 use std::fs::File;
 use std::io;
@@ -31,67 +31,71 @@ use crate::extents::{Extent, ExtentKind};
 use crate::host;
 use crate::layer::{CopyFn, Layer, ReadBelow, Wait, WritableLayer};
 
-/// What kind of host object holds the bytes.
+/// The kind of host object that holds the bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum HostKind {
     /// A regular file.
     File,
-    /// A block device: no holes to be seen, and a size nobody can change.
+    /// A block device: no visible holes, and a fixed size.
     BlockDevice,
 }
 
-/// 1 MiB of zeros is written at a time where the host cannot zero by itself: the largest request
-/// the kernel sends, so one request is one write.
+/// Zeros written at a time where the host cannot zero by itself: 1 MiB, the largest request the
+/// kernel sends, so one request is one write.
 const ZEROS: &[u8] = &[0; 1 << 20];
 
-/// What a block device zeroes by itself must be a multiple of its sector; 4 KiB is the largest in
-/// use, and the rare larger one is caught by the way back to plain writes.
+/// Alignment in bytes of ranges that a block device zeroes by itself: a multiple of its sector
+/// size. 4 KiB is the largest in use; with the rare larger one the call fails and plain writes
+/// follow.
 const DEVICE_ALIGNMENT: u64 = 4096;
-/// How often a call that was interrupted is made again.
+/// How often an interrupted call is retried.
 const MAX_EINTR_RETRIES: usize = 8;
 
-/// A raw file or block device. Its base locks end with it.
+/// A raw file or block device. Dropping it releases its base locks.
 #[derive(Debug)]
 pub struct RawBase {
     file: Arc<File>,
-    /// The same past the host's page cache, if its bytes are to go that way.
+    /// The same file opened for direct I/O, if I/O is to bypass the host's page cache.
     direct: Option<DirectFile>,
     kind: HostKind,
     fs_kind: FsKind,
     size: SizeOwner,
-    /// How a read is asked that must not wait: memory never does, and has no `RWF_NOWAIT`.
+    /// The flags of a read that must not wait: memory file systems never wait, and have no
+    /// `RWF_NOWAIT`.
     no_wait_flags: ReadWriteFlags,
-    /// Whether the host was found to know no `RWF_NOWAIT`: every such read is `EAGAIN` then.
+    /// Set once the host was found to lack `RWF_NOWAIT`: every read that must not wait is then
+    /// `EAGAIN`.
     lacks_nowait: AtomicBool,
-    /// Whether the host was found unable to tell holes from data.
+    /// Set once the host was found unable to tell holes from data.
     cannot_seek_holes: AtomicBool,
-    /// Whether a sync has failed: see [`WritableLayer::sync`].
+    /// Set once a sync has failed: see [`WritableLayer::sync`].
     is_latched: AtomicBool,
 }
 
-/// Who knows how large it is.
+/// The authority on the size.
 #[derive(Debug)]
 enum SizeOwner {
-    /// We do: it changes only through us, and the host's file must hold at least so many bytes.
+    /// This layer: the size in bytes changes only through it, and the host's file must have at
+    /// least as many.
     Ours(AtomicU64),
-    /// The host file does: others change it with our consent, past us. The last answer stands
-    /// when it gives none, or what is there would look like the end of the disk.
+    /// The host file, which others may resize with our consent. The last known size in bytes stands
+    /// in when the host's stat fails, since an error must not look like the end of the disk.
     Host(AtomicU64),
 }
 
 impl RawBase {
-    /// Serves the first `size` bytes of `file`.
+    /// Creates a layer for the first `size` bytes of `file`.
     ///
     /// # Errors
-    /// The host's, when it cannot say which file system this is.
+    /// The host's errno when the file system cannot be determined.
     pub fn new(file: Arc<File>, kind: HostKind, size: u64) -> io::Result<Self> {
         Self::with_size(file, kind, SizeOwner::Ours(AtomicU64::new(size)))
     }
 
-    /// Serves the regular file `file` whole, however long it is at the moment.
+    /// Creates a layer for the whole regular file `file`, at its current length at any time.
     ///
     /// # Errors
-    /// As [`new`](Self::new).
+    /// The errors of [`new`](Self::new).
     pub fn whole(file: Arc<File>) -> io::Result<Self> {
         let size = AtomicU64::new(file.metadata()?.len());
         Self::with_size(file, HostKind::File, SizeOwner::Host(size))
@@ -119,27 +123,27 @@ impl RawBase {
         })
     }
 
-    /// Has its bytes pass by the host's page cache.
+    /// Makes I/O bypass the host's page cache.
     ///
     /// # Errors
-    /// As [`DirectFile::reopen`].
+    /// The errors of [`DirectFile::reopen`].
     pub fn with_direct_io(mut self) -> io::Result<Self> {
         self.direct = Some(DirectFile::reopen(&self.file)?);
         Ok(self)
     }
 
-    /// What kind of host object this is.
+    /// The kind of host object.
     #[must_use]
     pub fn kind(&self) -> HostKind {
         self.kind
     }
 
-    /// Makes it read-only, as a failed [`sync`](WritableLayer::sync) does.
+    /// Makes the base read-only, as a failed [`sync`](WritableLayer::sync) does.
     pub fn latch(&self) {
         self.is_latched.store(true, Ordering::Release);
     }
 
-    /// Reads what is in the page cache, all of `buf` or nothing (`EAGAIN`).
+    /// Reads from the page cache alone: all of `buf`, or `EAGAIN`.
     fn read_cached(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
         if self.lacks_nowait.load(Ordering::Relaxed) {
             return Err(Errno::AGAIN.into());
@@ -148,7 +152,8 @@ impl RawBase {
         let len = buf.len();
         match rustix::io::preadv2(&*self.file, &mut [io::IoSliceMut::new(buf)], offset, flags) {
             Ok(got) if got == len => Ok(()),
-            // Short: the rest is not cached, or the file got shorter; the waiting read finds out.
+            // A short read: the rest is not cached, or the file got shorter. The waiting read finds
+            // out which.
             Ok(_) | Err(Errno::AGAIN | Errno::INTR) => Err(Errno::AGAIN.into()),
             Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL) => {
                 self.lacks_nowait.store(true, Ordering::Relaxed);
@@ -158,13 +163,14 @@ impl RawBase {
         }
     }
 
-    /// lseek(2). A host that is interrupted again and again is one that does not answer.
+    /// Calls lseek(2). A host that is interrupted again and again counts as one that does not
+    /// answer.
     fn lseek(&self, from: SeekFrom) -> Result<u64, Errno> {
         let asked = (0..MAX_EINTR_RETRIES).map(|_| rustix::fs::seek(&*self.file, from));
         asked.into_iter().find(|found| *found != Err(Errno::INTR)).unwrap_or(Err(Errno::IO))
     }
 
-    /// Asks the host what lies at `range.start`; `range` is inside the size.
+    /// Finds the extent at `range.start` on the host; `range` is inside the size.
     fn seek_extent(&self, range: Range<u64>) -> io::Result<Extent> {
         let data = match self.lseek(SeekFrom::Data(range.start)) {
             Ok(at) => at,
@@ -176,15 +182,15 @@ impl RawBase {
         }
         let hole = match self.lseek(SeekFrom::Hole(range.start)) {
             Ok(at) if at > range.start => at,
-            // Changed between the two questions (punched, or cut off): Data is always safe.
+            // Changed between the two calls (punched or truncated): Data is always safe.
             Ok(_) | Err(Errno::NXIO) => range.end,
             Err(error) => return self.seek_failed(error, range),
         };
         Ok(extent(range.start..hole.min(range.end), ExtentKind::Data))
     }
 
-    /// No data from `range.start` on: a hole up to where the host file ends. Past that end, in a
-    /// file that got shorter, it is Data, so that reading it is the error it has to be.
+    /// Describes a range without data: a hole up to the end of the host file. After that end, in a
+    /// file that got shorter, the range is Data, so that reading it fails as it must.
     fn seek_past_data(&self, range: Range<u64>) -> io::Result<Extent> {
         let end_of_file = self.lseek(SeekFrom::End(0))?;
         if range.start >= end_of_file {
@@ -203,13 +209,13 @@ impl RawBase {
         }
     }
 
-    /// Refuses what a latched base must not do, and what this host may make wait.
+    /// Refuses changes to a latched base, and changes that this host may delay.
     fn check_change(&self, wait: Wait, change: HostChange) -> io::Result<()> {
         if self.is_latched.load(Ordering::Acquire) {
             return Err(Errno::IO.into());
         }
-        // A device carries out discards and zeroing at its own speed; a file's file system
-        // notes them down.
+        // A device carries out discards and zeroing at its own speed; a file's file system only
+        // records them.
         let waits = self.fs_kind == FsKind::Remote
             || (self.direct.is_some() && change == HostChange::Write)
             || (self.kind == HostKind::BlockDevice && change == HostChange::Deallocate);
@@ -219,9 +225,9 @@ impl RawBase {
         Ok(())
     }
 
-    /// Makes `range` zero by the first of `ways` that the host knows, else by writing zeros.
+    /// Zeros `range` by the first of `ways` that the host supports, else by writing zeros.
     fn zero_range(&self, range: Range<u64>, ways: &[FallocateFlags]) -> io::Result<()> {
-        // Whoever writes a part of a unit puts the rest of it back.
+        // A partial write of a unit writes the rest of the unit back, too.
         let alone = self.direct.as_ref().map(|direct| direct.lock_range(&range)).transpose()?;
         let inner = match self.kind {
             HostKind::File => range.clone(),
@@ -241,7 +247,7 @@ impl RawBase {
                 return Ok(true);
             };
             match Errno::from_io_error(&error) {
-                // INVAL: a device with larger sectors; BUSY: one that others have claimed too.
+                // INVAL: a device with larger sectors. BUSY: a device claimed by others as well.
                 Some(Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL | Errno::BUSY) => {}
                 _ => return Err(error),
             }
@@ -249,9 +255,9 @@ impl RawBase {
         Ok(false)
     }
 
-    /// Writes past the host's cache, to a file only inside its last whole unit: what is behind
-    /// would come with a whole one, and make the file longer. That rest goes through the cache,
-    /// and on to the device as the other bytes do.
+    /// Writes past the host's cache. The partial last unit of a file is excepted, since a write of
+    /// the whole unit would make the file longer. That rest goes through the cache, and on to the
+    /// device like the other bytes.
     fn write_direct(&self, alone: &RangeGuard<'_>, buf: &[u8], offset: u64) -> io::Result<()> {
         let (size, unit) = (self.size(), alone.offset_align());
         let border = if size.is_multiple_of(unit) { u64::MAX } else { size / unit * unit };
@@ -298,12 +304,12 @@ impl Drop for RawBase {
     }
 }
 
-/// What a change asks of the host.
+/// The kind of a change, by its cost on the host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum HostChange {
-    /// Bytes, into the page cache.
+    /// Bytes written into the page cache.
     Write,
-    /// Zeroing or punching.
+    /// Zeroing or punching a range.
     Deallocate,
 }
 
@@ -316,7 +322,7 @@ impl Layer for RawBase {
                     last.store(found.len(), Ordering::Release);
                     found.len()
                 }
-                // As a file system that has shut down answers.
+                // For instance a file system that has shut down.
                 Err(_) => last.load(Ordering::Acquire),
             },
         }
@@ -337,8 +343,8 @@ impl Layer for RawBase {
         self.seek_extent(range)
     }
 
-    /// All that is inside the size is called Data: a question about holes would cost every read
-    /// a second system call, to save copying some zeros.
+    /// Describes everything inside the size as Data: finding holes would cost every read a second
+    /// system call, to save copying some zeros.
     fn read_at(&self, buf: &mut [u8], offset: u64, wait: Wait) -> io::Result<Extent> {
         let asked = offset..offset.saturating_add(buf.len() as u64);
         let size = self.size();
@@ -362,7 +368,7 @@ impl Layer for RawBase {
         if got == len {
             return Ok(extent(offset..offset + len as u64, ExtentKind::Data));
         }
-        // Was it us who just made the disk shorter? Then the rest is past its end.
+        // The disk may just have been truncated by this daemon. If so, the rest is past its end.
         let end = offset + got as u64;
         if self.size() > end {
             return Err(Errno::IO.into());
@@ -380,7 +386,7 @@ impl Layer for RawBase {
         copy: CopyFn<'_>,
     ) -> io::Result<(Extent, Option<u64>)> {
         let found = self.extent_at(range, wait)?;
-        // copy_file_range takes no devices.
+        // copy_file_range(2) does not accept devices.
         if found.kind != ExtentKind::Data || self.kind == HostKind::BlockDevice {
             return Ok((found, None));
         }
@@ -420,12 +426,12 @@ impl WritableLayer for RawBase {
         self.check_change(wait, HostChange::Write)?;
         match self.kind {
             HostKind::File => host::allocate(&*self.file, range),
-            // It has all its space.
+            // A device has all its space already.
             HostKind::BlockDevice => Ok(()),
         }
     }
 
-    /// `EINVAL` for another size of a block device.
+    /// Sets the size; `EINVAL` for another size of a block device.
     fn set_size(&self, size: u64) -> io::Result<()> {
         let old = self.size();
         if size == old {
@@ -443,7 +449,8 @@ impl WritableLayer for RawBase {
         let SizeOwner::Ours(published) = &self.size else {
             return self.file.set_len(size);
         };
-        // The smaller size is published first: a reader must not meet the host's new end inside it.
+        // The smaller size is published first: no reader may find the host's new end inside the
+        // size.
         published.store(old.min(size), Ordering::Release);
         if let Err(error) = self.file.set_len(size) {
             published.store(old, Ordering::Release);
@@ -473,7 +480,7 @@ fn extent(range: Range<u64>, kind: ExtentKind) -> Extent {
     Extent { range, kind }
 }
 
-/// The whole device blocks inside `range`; empty, at its start, when there are none.
+/// Returns the whole device blocks inside `range`; empty, at its start, when there are none.
 fn whole_device_blocks(range: &Range<u64>) -> Range<u64> {
     let start = range.start.next_multiple_of(DEVICE_ALIGNMENT);
     let end = range.end - range.end % DEVICE_ALIGNMENT;
@@ -489,7 +496,7 @@ mod tests {
 
     use super::*;
 
-    /// What nobody may ask: a raw base has nothing below it.
+    /// The layers below a raw base, which has none: any call is a bug.
     struct UnreachableBelow;
 
     impl ReadBelow for UnreachableBelow {
@@ -507,7 +514,7 @@ mod tests {
         Arc::new(file)
     }
 
-    /// On the disk the repository is built on, where RWF_NOWAIT and holes are known to work.
+    /// Creates a base on a file system where RWF_NOWAIT and holes are known to work (`/var/tmp`).
     fn base(size: u64) -> (Arc<File>, RawBase) {
         let file = file(Path::new("/var/tmp"), size);
         let raw = RawBase::new(file.clone(), HostKind::File, size).unwrap();
@@ -529,7 +536,7 @@ mod tests {
     const K64: u64 = 65536;
 
     #[test]
-    fn the_shape_of_a_sparse_file_is_told() {
+    fn a_sparse_file_is_described_as_holes_and_data() {
         let (file, raw) = base(16 * K64);
         file.write_all_at(&[1; 65536], 2 * K64).unwrap();
         file.write_all_at(&[1; 65536], 8 * K64).unwrap();
@@ -547,7 +554,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_that_got_shorter_is_data_there_and_reading_it_is_an_error() {
+    fn the_missing_end_of_a_shortened_file_is_data_and_reading_it_fails() {
         let (file, raw) = base(16 * K64);
         file.set_len(4 * K64).unwrap();
         let shape = [(0..4 * K64, ExtentKind::Hole), (4 * K64..16 * K64, ExtentKind::Data)];
@@ -563,7 +570,7 @@ mod tests {
     }
 
     #[test]
-    fn a_read_is_cut_at_the_size_and_a_hole_past_it() {
+    fn a_read_ends_at_the_size_and_is_a_hole_past_it() {
         let (file, raw) = base(1000);
         file.write_all_at(&[9; 1000], 0).unwrap();
         let mut buf = [1; 512];
@@ -575,7 +582,7 @@ mod tests {
     }
 
     #[test]
-    fn a_read_that_would_wait_says_so_and_the_waiting_read_answers() {
+    fn a_read_without_waiting_returns_eagain_and_a_waiting_read_succeeds() {
         let (file, raw) = base(16 * K64);
         file.write_all_at(&[5; 65536], 0).unwrap();
         file.sync_all().unwrap();
@@ -592,7 +599,7 @@ mod tests {
     }
 
     #[test]
-    fn memory_is_read_without_waiting_though_it_knows_no_nowait() {
+    fn a_memory_file_is_read_without_waiting_though_it_lacks_nowait() {
         let file = file(Path::new("/dev/shm"), K64);
         let raw = RawBase::new(file.clone(), HostKind::File, K64).unwrap();
         file.write_all_at(&[3; 4096], 0).unwrap();
@@ -604,7 +611,7 @@ mod tests {
     }
 
     #[test]
-    fn writes_zeros_and_holes_reach_the_file() {
+    fn writes_zeros_and_holes_reach_the_host_file() {
         let (file, raw) = base(16 * K64);
         raw.write_at(&[7; 4 * 65536], 0, &UnreachableBelow, Wait::No).unwrap();
         raw.zero(100..K64, &UnreachableBelow, Wait::No).unwrap();
@@ -622,7 +629,7 @@ mod tests {
     }
 
     #[test]
-    fn only_data_is_lent_and_with_its_place() {
+    fn only_data_is_lent_with_its_range_in_the_file() {
         let (file, raw) = base(4 * K64);
         file.write_all_at(&[7; 65536], K64).unwrap();
         let mut lent = Vec::new();
@@ -687,7 +694,7 @@ mod tests {
     }
 
     #[test]
-    fn the_whole_blocks_inside_a_range_are_found() {
+    fn whole_device_blocks_returns_the_aligned_inner_range() {
         assert_eq!(whole_device_blocks(&(1..4096)), 1..1);
         assert_eq!(whole_device_blocks(&(1..8193)), 4096..8192);
         assert_eq!(whole_device_blocks(&(0..4096)), 0..4096);

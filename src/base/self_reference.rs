@@ -1,4 +1,4 @@
-//! Where a file lies: on what kind of file system, and whether that is our own mount.
+//! File systems of host files, and detection of paths inside the mount they would serve.
 //!
 //! A base, overlay, sink or spill inside the mount it serves waits for itself for ever, and so does
 //! one on a loop device over a disk of that mount:
@@ -8,8 +8,8 @@
 //!                            └─▶ device mapper, RAID: each of its slaves
 //! ```
 //!
-//! The chain is followed through sysfs. Nothing in the mount itself is ever looked up: asking a
-//! mount about itself is the very wait that is to be refused.
+//! The chain is followed through sysfs. Nothing in the mount itself is ever looked up: a lookup
+//! there would be the very wait that is to be refused.
 
 use std::collections::VecDeque;
 use std::ffi::OsString;
@@ -26,30 +26,30 @@ use rustix::fs::{
 
 use crate::mount::kernel;
 
-/// How long a path or a chain of devices may be: the kernel's own limit on links in a path.
+/// Longest chain of symbolic links or devices: the kernel's own limit on links in a path.
 const MAX_STEPS: u32 = 40;
 
-/// Why a path cannot be used for a disk of this mount.
+/// The reason why a path cannot be used for a disk of this mount.
 #[derive(Debug, thiserror::Error)]
 pub enum SelfReferenceError {
-    /// It lies in the mount.
+    /// The path lies in the mount.
     #[error(
         "'{}' lies in the mount '{}' that would need it: use a path outside the mount",
         path.display(), mountpoint.display()
     )]
     Inside {
-        /// As it was given.
+        /// The path as given.
         path: PathBuf,
         /// The mount.
         mountpoint: PathBuf,
     },
-    /// It lies on a device whose bytes are in the mount.
+    /// The path lies on a device whose bytes are in the mount.
     #[error(
         "'{}' is on a loop device over '{}', which lies in the mount '{}' that would need it: use a path outside the mount",
         path.display(), backing.display(), mountpoint.display()
     )]
     OnLoop {
-        /// As it was given.
+        /// The path as given.
         path: PathBuf,
         /// The file in the mount.
         backing: PathBuf,
@@ -58,15 +58,15 @@ pub enum SelfReferenceError {
     },
 }
 
-/// Refuses `path` when it lies in the mount, or on a device that is backed by it.
+/// Refuses `path` if it lies in the mount, or on a device that is backed by the mount.
 ///
 /// `path` need not exist yet; its nearest existing parent counts then. `mountpoint` must be
 /// canonical: it is compared, never looked up. `mount_dev` is the mount's `st_dev` once it is
-/// mounted; it finds the mount under other names (bind mounts) too. What cannot be found out is
-/// let through.
+/// mounted; it finds the mount under other names (bind mounts) too. A path whose device cannot be
+/// determined is accepted.
 ///
 /// # Errors
-/// [`SelfReferenceError`], for the user.
+/// [`SelfReferenceError`], worded for the user.
 pub fn check_self_reference(
     path: &Path,
     mountpoint: &Path,
@@ -87,30 +87,30 @@ pub fn check_self_reference(
     }
 }
 
-/// The mount that nothing of it may lie in.
+/// The mount in which none of its own files may lie.
 struct OwnMount<'a> {
     mountpoint: &'a Path,
     dev: Option<u64>,
 }
 
-/// Where a path was found to lie.
+/// The location of a path relative to the mount.
 enum PathLocation {
     Outside,
     Inside,
-    /// On a device over this file in the mount.
+    /// On a device whose backing file in the mount is this one.
     OnLoop(PathBuf),
 }
 
-/// The end of a walk along a path.
+/// The outcome of a walk along a path.
 enum WalkEnd {
     Inside,
-    /// It, or its nearest parent that exists.
+    /// The path, or its nearest existing parent.
     At(PathStat),
     Unknown,
 }
 
 impl OwnMount<'_> {
-    /// Follows `path` to its device, that device to its backing file, and so on.
+    /// Follows `path` to its device, the device to its backing file, and so on.
     fn locate(&self, path: &Path) -> PathLocation {
         let mut files = vec![path.to_owned()];
         for step in 0..MAX_STEPS {
@@ -127,7 +127,7 @@ impl OwnMount<'_> {
         PathLocation::Outside
     }
 
-    /// Resolves `path` one name at a time, and stops before it steps into the mount.
+    /// Resolves `path` one name at a time, and stops before a step into the mount.
     fn walk(&self, path: &Path) -> WalkEnd {
         let Ok(path) = std::path::absolute(path) else {
             return WalkEnd::Unknown;
@@ -142,12 +142,12 @@ impl OwnMount<'_> {
             }
             here.push(name);
             if here == self.mountpoint && todo.front().is_some_and(|next| next == "..") {
-                continue; // In by one name and out by the next.
+                continue; // Enters the mount by one name and leaves it by the next.
             }
             if here.starts_with(self.mountpoint) {
                 return WalkEnd::Inside;
             }
-            // What does not exist (yet) has no links in it.
+            // A name that does not exist (yet) is no symbolic link.
             let Some(stat) = stat_no_follow(&here) else { continue };
             if self.dev == Some(stat.dev) {
                 return WalkEnd::Inside;
@@ -172,7 +172,7 @@ impl OwnMount<'_> {
     }
 }
 
-/// The parts of a path that lead somewhere.
+/// The components of a path that change its location.
 fn path_names(path: &Path) -> impl Iterator<Item = OsString> + '_ {
     path.components().filter_map(|part| match part {
         Component::Normal(name) => Some(name.to_owned()),
@@ -181,19 +181,19 @@ fn path_names(path: &Path) -> impl Iterator<Item = OsString> + '_ {
     })
 }
 
-/// What is at a path.
+/// The result of a stat.
 #[derive(Clone, Copy)]
 struct PathStat {
     kind: FileType,
-    /// The device it is, when it is one.
+    /// The number of the device itself, for a device node.
     rdev: u64,
-    /// The file system's.
+    /// The device of the file system.
     dev: u64,
     mount_id: u64,
 }
 
-/// What is at `path`, itself and not what it points to. `DONT_SYNC`: the root of a FUSE mount
-/// answers from the kernel's memory, without asking its server.
+/// Stats `path` without following a link at its end. `DONT_SYNC`: the root of a FUSE mount is
+/// answered from the kernel's memory, without a request to its server.
 fn stat_no_follow(path: &Path) -> Option<PathStat> {
     let flags = AtFlags::SYMLINK_NOFOLLOW | AtFlags::STATX_DONT_SYNC | AtFlags::NO_AUTOMOUNT;
     let mask = StatxFlags::TYPE | StatxFlags::MNT_ID;
@@ -206,7 +206,8 @@ fn stat_no_follow(path: &Path) -> Option<PathStat> {
     })
 }
 
-/// The devices that hold what is at a path: itself, when it is one, and its file system's.
+/// The devices that a path depends on: the path itself if it is a device, and its file system's
+/// device.
 fn devices_of(found: &PathStat) -> Vec<u64> {
     let mut devices = Vec::new();
     if found.kind == FileType::BlockDevice {
@@ -215,15 +216,15 @@ fn devices_of(found: &PathStat) -> Vec<u64> {
     if major(found.dev) != 0 {
         devices.push(found.dev);
     } else if let Some(source) = mount_source(found.mount_id) {
-        // btrfs makes up its device numbers; the mount table has the real device. (What is in
-        // /dev comes here too, and has no such source.)
+        // btrfs invents its device numbers; the mount table has the real device. (Files in /dev
+        // come here too, and have no such source.)
         devices.extend(fs::metadata(&source).map(|device| device.rdev()));
     }
     devices
 }
 
-/// The device that a mount was made from. What others have mounted, and how it is called, makes no
-/// difference to that.
+/// Returns the device of a mount. Other entries in the mount table, whatever their names, do not
+/// affect the result.
 fn mount_source(mount_id: u64) -> Option<PathBuf> {
     let entry = kernel::mounts().ok()?.into_iter().find(|entry| entry.id == mount_id)?;
     let source = PathBuf::from(entry.source);
@@ -234,7 +235,7 @@ fn sysfs_dir(dev: u64) -> PathBuf {
     format!("/sys/dev/block/{}:{}", major(dev), minor(dev)).into()
 }
 
-/// Adds the files that the bytes of the device at `sysfs_dir` are in, through partitions and slaves.
+/// Adds the files that back the device at `sysfs`, directly or through partitions and slaves.
 fn backing_files(sysfs: &Path, files: &mut Vec<PathBuf>) {
     let mut devices = vec![sysfs.to_owned()];
     for _ in 0..MAX_STEPS {
@@ -254,7 +255,8 @@ fn backing_files(sysfs: &Path, files: &mut Vec<PathBuf>) {
     }
 }
 
-/// sysfs ends the path with a line feed, and adds a note when the file has been unlinked.
+/// Parses the path of a backing file. sysfs ends it with a line feed, and adds a note when the file
+/// has been unlinked.
 fn backing_path(line: &[u8]) -> PathBuf {
     use std::os::unix::ffi::OsStrExt;
 
@@ -263,25 +265,25 @@ fn backing_path(line: &[u8]) -> PathBuf {
     std::ffi::OsStr::from_bytes(line).into()
 }
 
-/// Whom a file system depends on.
+/// What a file system depends on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FsKind {
-    /// A device of this machine. Questions about extents need no other process or host.
+    /// A device of this machine. Queries about extents need no other process or host.
     Local,
-    /// Memory: gone after a reboot, and it counts as used memory.
+    /// Memory: lost at a reboot, and counted as used memory.
     Memory,
     /// Another host or process, or unknown: every call may wait for ever.
     Remote,
-    /// No files at all but the kernel's own words.
+    /// The kernel alone: its files are not stored anywhere.
     Pseudo,
 }
 
-/// The file system that something lies on.
+/// The file system of a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct HostFs {
-    /// As mount(8) calls it; `unknown` when it is none of those we know.
+    /// The name that mount(8) uses; `unknown` for an unlisted file system.
     pub name: &'static str,
-    /// Whom it depends on.
+    /// What the file system depends on.
     pub kind: FsKind,
 }
 
@@ -302,7 +304,7 @@ const KNOWN_FILE_SYSTEMS: &[(u64, &str, FsKind)] = &[
     (0xe0f5_e1e2, "erofs", FsKind::Local),
     (0x0102_1994, "tmpfs", FsKind::Memory),
     (0x8584_58f6, "ramfs", FsKind::Memory),
-    // May lie over anything.
+    // Its layers may lie on any file system.
     (0x794c_7630, "overlay", FsKind::Remote),
     (0x6573_5546, "fuse", FsKind::Remote),
     (0x6969, "nfs", FsKind::Remote),
@@ -330,13 +332,13 @@ const KNOWN_FILE_SYSTEMS: &[(u64, &str, FsKind)] = &[
 ];
 
 impl HostFs {
-    /// The file system under an open file or directory.
+    /// Determines the file system of an open file or directory.
     ///
     /// # Errors
-    /// As fstatfs(2).
+    /// The errno of fstatfs(2).
     pub fn of(fd: impl AsFd) -> io::Result<Self> {
         let magic = rustix::fs::fstatfs(fd)?.f_type;
-        // f_type is a word that some machines sign-extend; the numbers have 32 bits.
+        // f_type is a word that some machines sign-extend; the magic numbers have 32 bits.
         #[allow(clippy::cast_sign_loss, clippy::unnecessary_cast)]
         let magic = magic as u64 & 0xffff_ffff;
         let known = KNOWN_FILE_SYSTEMS.iter().find(|known| known.0 == magic);
@@ -346,25 +348,25 @@ impl HostFs {
     }
 }
 
-/// What a file system can do, as far as it matters to an overlay or a base.
+/// The features of a file system that matter to an overlay or a base.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FsFeatures {
-    /// Which it is.
+    /// The file system.
     pub fs: HostFs,
-    /// It tells holes from data.
+    /// `SEEK_HOLE` tells holes from data.
     pub seek_hole: bool,
-    /// It gives the space of a part of a file back.
+    /// Holes can be punched, which frees the space of a part of a file.
     pub punch: bool,
-    /// It makes files without a name.
+    /// Files without a name can be created (`O_TMPFILE`).
     pub tmpfile: bool,
     /// Two files can share their blocks.
     pub reflink: bool,
-    /// Bytes that we may still write.
+    /// Free space available to this process, in bytes.
     pub free: u64,
 }
 
 impl FsFeatures {
-    /// What users will miss, a clause each: `holes are not seen (all is data)`.
+    /// Lists the missing features in words for the user, a clause each.
     #[must_use]
     pub fn missing(&self) -> Vec<&'static str> {
         let mut missing = Vec::new();
@@ -384,14 +386,15 @@ impl FsFeatures {
     }
 }
 
-/// Two blocks of the largest size that file systems here use (64 KiB pages): data, then a hole.
+/// Length in bytes of the data and of the hole in the probe file: the largest block size of file
+/// systems (64 KiB pages).
 const PROBE_LEN: usize = 65536;
 
-/// Tries out what the file system under the directory `dir` can do, with a file of its own that
-/// leaves nothing behind.
+/// Probes the features of the file system of the directory `dir`, with temporary files that are
+/// removed again.
 ///
 /// # Errors
-/// When no file can be made or written there; the host's errno.
+/// The host's errno when no file can be created or written there.
 pub fn probe_features(dir: &Path) -> io::Result<FsFeatures> {
     let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
     let nameless = rustix::fs::open(dir, flags, Mode::RUSR | Mode::WUSR);
@@ -418,12 +421,12 @@ pub fn probe_features(dir: &Path) -> io::Result<FsFeatures> {
     })
 }
 
-/// Whether holes can be seen in `file`, without changing anything: `false` only when it surely
-/// has some and the host shows none. Compressed files also take less space than their size, so
-/// the file systems that compress are believed.
+/// Whether the host shows the holes of `file`; `false` only if the file certainly has some and the
+/// host shows none. The file is not changed. Compressed files take less space than their size as
+/// well, so file systems with compression are assumed to show holes.
 ///
 /// # Errors
-/// As fstat(2) and fstatfs(2).
+/// The errno of fstat(2) or fstatfs(2).
 pub fn shows_holes(file: &File) -> io::Result<bool> {
     let meta = file.metadata()?;
     let is_sparse = meta.blocks().saturating_mul(512) < meta.len();
@@ -443,7 +446,7 @@ mod tests {
     use super::*;
     use crate::base::testing::{LoopDevice, run};
 
-    /// A directory that stands for the mount, with a disk in it, and one beside it.
+    /// A directory that stands for the mount, with a disk in it, and a directory beside it.
     struct Scene {
         _dir: tempfile::TempDir,
         mount: PathBuf,
@@ -481,7 +484,7 @@ mod tests {
         }
     }
 
-    /// Mounts `device` on a directory until it is dropped.
+    /// A mount of `device` on a directory, until dropped.
     struct Mounted(PathBuf);
 
     impl Mounted {
@@ -494,8 +497,8 @@ mod tests {
 
     impl Drop for Mounted {
         fn drop(&mut self) {
-            // A loop device that somebody else looks at just now, in search of a free one, lets go
-            // of its file only when he does.
+            // Another process in search of a free loop device may have this one open just now; the
+            // loop device releases its file only after that.
             let is_busy = || {
                 let unmounted = Command::new("umount").arg("-q").arg(&self.0).status();
                 !unmounted.unwrap().success()
@@ -511,7 +514,7 @@ mod tests {
     }
 
     #[test]
-    fn what_lies_in_the_mount_is_refused_by_whatever_name() {
+    fn a_path_in_the_mount_is_refused_under_any_name() {
         let scene = Scene::new();
         scene.assert_inside(&scene.mount);
         scene.assert_inside(&scene.disk);
@@ -525,7 +528,7 @@ mod tests {
 
         scene.search(&scene.outside).unwrap();
         scene.search(scene.outside.join("not/there/yet")).unwrap();
-        // In by one name and out by the next.
+        // Enters the mount by one name and leaves it by the next.
         scene.search(scene.outside.join("link/../../o")).unwrap();
         scene.search(scene.mount.with_file_name("m2")).unwrap();
         let text = scene.search(&scene.disk).unwrap_err().to_string();
@@ -537,7 +540,7 @@ mod tests {
     }
 
     #[test]
-    fn a_link_that_leads_to_itself_ends() {
+    fn a_link_to_itself_ends_the_walk() {
         let scene = Scene::new();
         let link = scene.outside.join("link");
         symlink(&link, &link).unwrap();
@@ -545,7 +548,7 @@ mod tests {
     }
 
     #[test]
-    fn the_mount_is_known_by_its_device_too() {
+    fn the_mount_is_recognized_by_its_device_too() {
         let dir = tempfile::tempdir_in("/dev/shm").unwrap();
         let dev = fs::metadata(dir.path()).unwrap().dev();
         let mountpoint = Path::new("/nowhere");
@@ -554,7 +557,7 @@ mod tests {
     }
 
     #[test]
-    fn a_loop_device_over_the_mount_is_refused_with_all_that_lies_on_it() {
+    fn a_loop_device_over_the_mount_and_everything_on_it_is_refused() {
         let scene = Scene::new();
         let looped = LoopDevice::new(&scene.disk, &[]);
         scene.assert_on_loop(looped.path());
@@ -572,7 +575,7 @@ mod tests {
     }
 
     #[test]
-    fn a_loop_device_over_another_file_is_let_through() {
+    fn a_loop_device_over_another_file_is_accepted() {
         let scene = Scene::new();
         let other = scene.outside.join("other.img");
         File::create(&other).unwrap().set_len(1 << 20).unwrap();
@@ -588,7 +591,7 @@ mod tests {
 
     #[test]
     fn a_mapped_device_is_followed_through_its_slaves() {
-        // As sysfs has it; not every machine that runs the tests has the device mapper.
+        // Built as in sysfs; not every machine that runs the tests has the device mapper.
         let dir = tempfile::tempdir().unwrap();
         let sys = dir.path();
         for folder in ["dm-1/slaves", "dm-0/slaves", "loop0/loop", "loop0/loop0p1"] {
@@ -604,7 +607,7 @@ mod tests {
     }
 
     #[test]
-    fn a_btrfs_over_the_mount_is_found_though_it_makes_up_its_device() {
+    fn a_btrfs_over_the_mount_is_found_despite_its_invented_device_number() {
         let scene = Scene::new();
         let file = File::options().write(true).open(&scene.disk).unwrap();
         file.set_len(128 << 20).unwrap();
@@ -615,7 +618,7 @@ mod tests {
     }
 
     #[test]
-    fn a_backing_path_is_read_as_sysfs_writes_it() {
+    fn a_backing_path_is_parsed_as_sysfs_writes_it() {
         for (line, path) in
             [(&b"/m/a b.img\n"[..], "/m/a b.img"), (b"/m/x (deleted)\n", "/m/x"), (b"/m/x", "/m/x")]
         {
@@ -624,7 +627,7 @@ mod tests {
     }
 
     #[test]
-    fn file_systems_are_told_apart_by_what_they_can() {
+    fn probing_tells_the_features_of_ext4_and_xfs() {
         let dir = tempfile::tempdir_in("/var/tmp").unwrap();
         for (mkfs, name, reflink) in
             [(&["mkfs.ext4", "-q"][..], "ext4", false), (&["mkfs.xfs", "-q"], "xfs", true)]
@@ -653,7 +656,7 @@ mod tests {
     }
 
     #[test]
-    fn memory_is_called_memory() {
+    fn a_tmpfs_is_reported_as_memory() {
         let found = probe_features(Path::new("/dev/shm")).unwrap();
         assert_eq!(found.fs.kind, FsKind::Memory);
         assert!(found.seek_hole && found.punch && found.tmpfile && !found.reflink);
@@ -661,7 +664,7 @@ mod tests {
     }
 
     #[test]
-    fn a_sparse_file_that_shows_its_holes_is_seen() {
+    fn visible_holes_of_a_sparse_file_are_detected() {
         let file = tempfile::tempfile_in("/var/tmp").unwrap();
         assert!(shows_holes(&file).unwrap());
         file.set_len(1 << 20).unwrap();
@@ -669,11 +672,11 @@ mod tests {
     }
 
     #[test]
-    fn what_others_have_mounted_hides_no_device() {
+    fn a_mountpoint_that_is_not_utf8_does_not_hide_the_device() {
         use std::os::unix::ffi::OsStrExt;
 
         let dir = tempfile::tempdir().unwrap();
-        // No UTF-8: anybody who may mount can call a mountpoint so.
+        // Not UTF-8: any user who may mount can choose such a name for a mountpoint.
         let odd = dir.path().join(std::ffi::OsStr::from_bytes(b"odd \xff\xfe"));
         fs::create_dir(&odd).unwrap();
         let mounted =

@@ -1,4 +1,4 @@
-//! A part of a base, as if it were all of it: what a partition's disk stands on.
+//! A range of a base as a base of its own: the bottom of a partition's disk.
 //!
 //! ```text
 //!   base:  |------|===============|----------|
@@ -7,8 +7,8 @@
 //!                 0               size
 //! ```
 //!
-//! Nothing goes past its ends: a read there is a hole, a write is refused. Its size is fixed, as a
-//! block device's is.
+//! Nothing reaches past the ends: a read there is a hole, a write is refused. The size is fixed,
+//! like that of a block device.
 
 use std::io;
 use std::ops::Range;
@@ -21,70 +21,70 @@ use crate::extents::{Extent, ExtentKind};
 use crate::host::os_error;
 use crate::layer::{CopyFn, Layer, ReadBelow, Wait, WritableLayer};
 
-/// Why there is no such part; one line, for the name of the base before it.
+/// The reason why a part of a base cannot be served; one line, to follow the base's name.
 #[derive(Debug, thiserror::Error)]
 pub enum ViewError {
-    /// The bytes asked for are not all there.
+    /// The base ends before the requested range does.
     #[error(
         "has no bytes {start}..{end}, it ends at {size}: take less, or look whether it is the right base"
     )]
     Outside {
-        /// The first byte asked for.
+        /// The first requested byte.
         start: u64,
-        /// The one after the last.
+        /// The end of the range, exclusive.
         end: u64,
-        /// Where the base ends.
+        /// The size of the base in bytes.
         size: u64,
     },
-    /// Nothing is left behind the offset.
+    /// The base ends before the requested offset.
     #[error("ends at {size}, and offset={offset} is not before that: take a smaller one")]
     PastEnd {
-        /// The first byte asked for.
+        /// The first requested byte.
         offset: u64,
-        /// Where the base ends.
+        /// The size of the base in bytes.
         size: u64,
     },
-    /// Its partition table.
+    /// The partition table cannot be used.
     #[error(transparent)]
     Table(#[from] TableError),
-    /// There is a table, and no such partition in it.
+    /// The table has no such partition.
     #[error("has no partition {number}: there are {has}")]
     NoPartition {
-        /// The one asked for.
+        /// The requested partition.
         number: u32,
-        /// Those there are.
+        /// The existing partitions.
         has: String,
     },
-    /// It only holds others.
+    /// The partition is an extended one, which only contains others.
     #[error("has an extended partition {number}, which holds others: name one of those, of {has}")]
     Extended {
-        /// The one asked for.
+        /// The requested partition.
         number: u32,
-        /// Those there are.
+        /// The existing partitions.
         has: String,
     },
-    /// The table promises more than there is.
+    /// The partition ends after the base does.
     #[error(
         "is cut off: partition {number} ({len}) ends at {end}, and the base at {size}: get all of it, or add ,offset={start} instead for what is there",
         len = format_size(end - start)
     )]
     CutOff {
-        /// The one asked for.
+        /// The requested partition.
         number: u32,
-        /// Its first byte.
+        /// The first byte of the partition.
         start: u64,
-        /// The one after its last.
+        /// The end of the partition, exclusive.
         end: u64,
-        /// Where the base ends.
+        /// The size of the base in bytes.
         size: u64,
     },
 }
 
-/// Where `part` is in `base`, whose sectors have `sector` bytes if that is known. `None` for all of
-/// it.
+/// Finds the byte range of `part` in `base`; `None` means all of it. `sector` is the sector size in
+/// bytes, if known.
 ///
 /// # Errors
-/// [`ViewError`].
+/// [`ViewError`] when the base has no such part.
 pub fn resolve_part(
     part: SourcePart,
     base: &dyn Layer,
@@ -121,16 +121,16 @@ pub fn resolve_part(
     }
 }
 
-/// Whether all of `range` is in a base of `size` bytes.
+/// Checks that all of `range` is inside a base of `size` bytes.
 ///
 /// # Errors
-/// [`ViewError::Outside`].
+/// [`ViewError::Outside`] when it is not.
 pub fn check_inside(range: &Range<u64>, size: u64) -> Result<(), ViewError> {
     let Range { start, end } = *range;
     if end <= size { Ok(()) } else { Err(ViewError::Outside { start, end, size }) }
 }
 
-/// The bytes `range` of a base.
+/// A view of the bytes `range` of a base.
 #[derive(Debug)]
 pub struct RangeView<L: ?Sized> {
     base: Arc<L>,
@@ -138,7 +138,7 @@ pub struct RangeView<L: ?Sized> {
 }
 
 impl<L: ?Sized> RangeView<L> {
-    /// Shows `range` of `base`, which has all of it.
+    /// Creates a view of `range` of `base`, which must contain all of it.
     #[must_use]
     pub fn new(base: Arc<L>, range: Range<u64>) -> Self {
         Self { base, range }
@@ -148,22 +148,22 @@ impl<L: ?Sized> RangeView<L> {
         self.range.end - self.range.start
     }
 
-    /// `range` of the view, cut at its end, as one of the base; `None` past the end.
+    /// Converts `range` of the view to one of the base, cut at the view's end; `None` past the end.
     fn clip_to_base(&self, range: &Range<u64>) -> Option<Range<u64>> {
         let end = range.end.min(self.len());
         (range.start < end).then(|| self.range.start + range.start..self.range.start + end)
     }
 
-    /// What the base found, as the view's.
+    /// Converts an extent of the base to one of the view.
     fn to_view(&self, found: &Extent) -> Extent {
         let start = self.range.start;
         Extent::new(found.range.start - start..found.range.end - start, found.kind)
     }
 
-    /// `range` of the view as one of the base, all of it; `ENOSPC` when it is not inside.
+    /// Converts `range` of the view to one of the base; `ENOSPC` unless all of it is inside.
     fn to_base(&self, range: &Range<u64>) -> io::Result<Range<u64>> {
         if range.end > self.len() {
-            // As a block device says it.
+            // The errno of a block device.
             return Err(os_error(libc::ENOSPC));
         }
         Ok(self.range.start + range.start..self.range.start + range.end)
@@ -200,13 +200,13 @@ impl<L: Layer + ?Sized> Layer for RangeView<L> {
         let Some(below) = self.clip_to_base(&range) else {
             return Ok((Extent::new(range, ExtentKind::Hole), None));
         };
-        // The file that is lent is the host's, and so is the place in it.
+        // The lent file is the host's, and so are the offsets in it.
         let (found, copied) = self.base.lend_at(below, wait, copy)?;
         Ok((self.to_view(&found), copied))
     }
 }
 
-/// Only of a raw base, which never asks what is below it: that would be at other offsets.
+/// Only for a raw base, which never reads the layers below: those would be at other offsets.
 impl WritableLayer for RangeView<RawBase> {
     fn write_at(
         &self,
@@ -231,7 +231,7 @@ impl WritableLayer for RangeView<RawBase> {
         self.base.allocate(self.to_base(&range)?, wait)
     }
 
-    /// `EINVAL` for another size.
+    /// Returns `EINVAL` for another size.
     fn set_size(&self, size: u64) -> io::Result<()> {
         if size == self.len() { Ok(()) } else { Err(os_error(libc::EINVAL)) }
     }
@@ -268,7 +268,7 @@ mod tests {
         }
     }
 
-    /// A file of `bytes`, and `range` of it.
+    /// Creates a file with `bytes`, and a view of `range` of it.
     fn view(bytes: &[u8], range: Range<u64>) -> (Arc<File>, RangeView<RawBase>) {
         let file = tempfile::tempfile_in("/var/tmp").unwrap();
         file.write_all_at(bytes, 0).unwrap();
@@ -284,7 +284,7 @@ mod tests {
     }
 
     #[test]
-    fn a_view_ends_where_it_says_and_its_size_is_fixed() {
+    fn a_view_ends_with_its_range_and_its_size_is_fixed() {
         let (file, view) = view(&[7; 8192], 512..4096);
         assert_eq!(view.size(), 3584);
         let mut buf = [1; 1024];
@@ -313,7 +313,7 @@ mod tests {
     }
 
     #[test]
-    fn whether_a_call_may_wait_is_passed_on() {
+    fn a_view_passes_wait_on_to_its_base() {
         let (file, view) = view(&[7; 65536], 4096..65536);
         file.sync_all().unwrap();
         rustix::fs::fadvise(&*file, 0, None, rustix::fs::Advice::DontNeed).unwrap();
@@ -325,7 +325,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_lent_is_the_place_in_the_file() {
+    fn a_lent_range_is_in_offsets_of_the_file() {
         let (_file, view) = view(&[7; 8192], 512..4096);
         let mut lent = None;
         let mut copy = |_: BorrowedFd<'_>, range: Range<u64>| {
@@ -338,7 +338,7 @@ mod tests {
     }
 
     #[test]
-    fn a_part_that_is_not_there_is_refused() {
+    fn a_missing_part_is_refused() {
         let blank = Blank::new(1 << 20);
         let why = |part| resolve_part(part, &blank, None).unwrap_err().to_string();
         let bytes = |offset, len| SourcePart::Bytes { offset, len };
@@ -375,7 +375,7 @@ mod tests {
         ]
     }
 
-    /// Does `op` to the view and to the bytes it shows.
+    /// Applies `op` to the view and to the bytes it shows.
     fn step(view: &RangeView<RawBase>, model: &mut [u8], op: &Op) -> Result<(), TestCaseError> {
         let at = |at: u64| usize::try_from(at).unwrap();
         let fits = |range: &Range<u64>| range.end <= model.len() as u64;
@@ -429,7 +429,7 @@ mod tests {
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(64))]
         #[test]
-        fn a_view_is_its_bytes_and_nothing_else_is_touched(
+        fn a_view_reads_and_writes_its_own_bytes_only(
             start in 0..30_u64,
             len in 1..20_000_u64,
             ops in proptest::collection::vec(ops(), 1..20),

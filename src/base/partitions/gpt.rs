@@ -1,29 +1,29 @@
-//! The GUID partition table: a header in the second sector, its entries, and a copy of both at the
-//! end.
+//! The GUID partition table (GPT): a header in the second sector, its entries, and a copy of both
+//! at the end.
 //!
-//! Header and entries carry checksums. The copy is used when the first one is not whole.
-//! (UEFI specification, 5.3.)
+//! Header and entries carry checksums. The copy is used when the first table is damaged. (UEFI
+//! specification, 5.3.)
 
 use super::{Partition, PartitionRole, TableError, TableSource, read_at, sector_range};
 
-/// The sizes of an entry, in bytes; the powers of two between them as well.
+/// Size of an entry in bytes: a power of two in this range.
 const ENTRY_SIZES: std::ops::RangeInclusive<u64> = 128..=4096;
-/// The most entries: eight times what is usual.
+/// The most entries: eight times the usual number.
 const MAX_ENTRIES: u64 = 1024;
 /// The most bytes of entries that are read: 128 KiB, where 16 KiB are usual.
 const MAX_TABLE_LEN: u64 = 128 << 10;
-/// The bytes of a header that mean something.
+/// Length in bytes of the header's defined fields.
 const HEADER_LEN: usize = 92;
 
-/// What is wrong with a table.
+/// The damage found in a table.
 type Flaw = &'static str;
-/// Nothing calls itself one.
+/// The flaw of a missing signature.
 const NO_GPT: Flaw = "there is no GPT where its MBR says so";
 
-/// The partitions of `disk`, whose sectors have one of the sizes `sectors`.
+/// Reads the partitions of `disk`, trying the sector sizes `sectors` (bytes).
 ///
 /// # Errors
-/// [`TableError::Damaged`]: neither the table nor its copy is whole.
+/// [`TableError::Damaged`] when both the table and its copy are damaged.
 pub(super) fn read(disk: &dyn TableSource, sectors: &[u64]) -> Result<Vec<Partition>, TableError> {
     let mut worst = NO_GPT;
     for sector in sectors {
@@ -38,7 +38,8 @@ pub(super) fn read(disk: &dyn TableSource, sectors: &[u64]) -> Result<Vec<Partit
             Ok(found) => return Ok(found),
             Err(flaw) => flaw,
         };
-        // Where it says that its copy is, which a disk that has grown has not at its end.
+        // The copy is at the sector that the header names; on a disk that has grown that is not the
+        // last.
         let found =
             read_at_lba(disk, first.alternate_lba, *sector).or_else(|| read_backup(disk, *sector));
         return found.ok_or_else(|| damaged(flaw));
@@ -50,12 +51,12 @@ fn damaged(flaw: Flaw) -> TableError {
     TableError::Damaged(format!("{flaw}, and no copy at its end is whole"))
 }
 
-/// What the copy in the last sector says.
+/// Reads the partitions from the copy in the last sector.
 fn read_backup(disk: &dyn TableSource, sector: u64) -> Option<Vec<Partition>> {
     read_at_lba(disk, (disk.size() / sector).checked_sub(1)?, sector)
 }
 
-/// What the copy at `lba` says.
+/// Reads the partitions from the copy at sector `lba`.
 fn read_at_lba(disk: &dyn TableSource, lba: u64, sector: u64) -> Option<Vec<Partition>> {
     let found =
         GptHeader::read(disk, lba, sector).and_then(|header| header.partitions(disk)).ok()?;
@@ -63,19 +64,19 @@ fn read_at_lba(disk: &dyn TableSource, lba: u64, sector: u64) -> Option<Vec<Part
     Some(found)
 }
 
-/// A header whose checksum is right.
+/// A header with a valid checksum.
 struct GptHeader {
-    /// The size of a sector, in bytes.
+    /// Sector size in bytes.
     sector_size: u64,
-    /// Where the copy is: a sector.
+    /// Sector of the other copy of the header.
     alternate_lba: u64,
-    /// Where the entries are: a sector.
+    /// First sector of the entries.
     entries_lba: u64,
-    /// How many.
+    /// Number of entries.
     entry_count: u64,
-    /// The bytes of each.
+    /// Size of an entry in bytes.
     entry_size: u64,
-    /// The checksum of all.
+    /// Checksum of all entries.
     entries_crc: u32,
 }
 
@@ -125,7 +126,7 @@ impl GptHeader {
         Ok(entries.filter_map(|(number, entry)| self.partition(number, entry)).collect())
     }
 
-    /// What an entry says, if it is used.
+    /// Parses an entry; `None` if it is unused or invalid.
     fn partition(&self, number: u32, entry: &[u8]) -> Option<Partition> {
         if entry[..16].iter().all(|byte| *byte == 0) {
             return None;
@@ -145,7 +146,7 @@ fn le64(bytes: &[u8], at: usize) -> u64 {
     u64::from(le32(bytes, at)) | u64::from(le32(bytes, at + 4)) << 32
 }
 
-/// CRC-32 as Ethernet has it, which is not the CRC32C of our own files.
+/// Computes the CRC-32 of Ethernet, which differs from the CRC32C of cowslip's own files.
 fn crc32(bytes: &[u8]) -> u32 {
     let step = |crc: u32, byte: &u8| {
         (0..8).fold(crc ^ u32::from(*byte), |crc, _| (crc >> 1) ^ (0xedb8_8320 * (crc & 1)))
@@ -163,7 +164,7 @@ mod tests {
     use super::super::testing::{MemoryDisk, put_entry};
     use super::*;
 
-    /// What a header says that is not always so.
+    /// The variable fields of a header.
     #[derive(Clone, Copy, Debug)]
     struct HeaderFields {
         lba: u64,
@@ -173,7 +174,7 @@ mod tests {
         entry: u32,
     }
 
-    /// A GPT header with a right checksum over the entries in `bytes`.
+    /// Writes a GPT header with a valid checksum over the entries in `bytes`.
     fn put_header(bytes: &mut [u8], at: usize, says: HeaderFields, sector: usize) {
         let from = usize::try_from(says.entries).unwrap_or(usize::MAX).saturating_mul(sector);
         let len = (says.count as usize).saturating_mul(says.entry as usize);
@@ -198,7 +199,7 @@ mod tests {
         bytes[at + 40..at + 48].copy_from_slice(&last.to_le_bytes());
     }
 
-    /// A disk of 1000 sectors with the partitions 1 and 3, and a copy of the table at its end.
+    /// Creates a disk of 1000 sectors with partitions 1 and 3, and a copy of the table at its end.
     fn disk(sector: usize) -> Vec<u8> {
         let mut bytes = vec![0; 1000 * sector];
         put_entry(&mut bytes, 0, 0, (0xee, 1, 999));
@@ -230,18 +231,18 @@ mod tests {
     }
 
     #[test]
-    fn the_checksum_is_that_of_the_format() {
+    fn crc32_matches_the_standard_check_value() {
         assert_eq!(crc32(b"123456789"), 0xcbf4_3926);
     }
 
     #[test]
-    fn entries_keep_their_places_in_both_sizes_of_sectors() {
+    fn entries_are_numbered_by_position_with_both_sector_sizes() {
         is_read(disk(512), 512);
         is_read(disk(4096), 4096);
     }
 
     #[test]
-    fn any_flipped_byte_of_the_table_leads_to_its_copy() {
+    fn a_flipped_byte_in_the_table_makes_its_copy_be_used() {
         for at in (512..512 + HEADER_LEN).chain(1024..1024 + 8 * 128) {
             let mut bytes = disk(512);
             bytes[at] ^= 0x10;
@@ -253,7 +254,7 @@ mod tests {
     }
 
     #[test]
-    fn a_disk_that_has_grown_is_read_and_its_copy_found_where_it_was() {
+    fn the_copy_on_a_grown_disk_is_found_where_the_header_says() {
         let mut bytes = disk(512);
         bytes.resize(2000 * 512, 0);
         is_read(bytes.clone(), 512);
@@ -262,7 +263,7 @@ mod tests {
     }
 
     #[test]
-    fn a_table_without_a_whole_copy_is_refused_with_what_is_wrong() {
+    fn a_damaged_table_without_a_good_copy_is_refused_with_the_reason() {
         let mut bytes = disk(512);
         bytes[999 * 512..].fill(0);
         bytes[1024] ^= 1;
@@ -278,7 +279,7 @@ mod tests {
     }
 
     #[test]
-    fn a_header_that_asks_for_too_much_is_refused_and_not_obeyed() {
+    fn a_header_with_excessive_fields_is_refused() {
         let usual = HeaderFields { lba: 1, other: 999, entries: 2, count: 8, entry: 128 };
         for (says, hint) in [
             (HeaderFields { count: 1025, ..usual }, "too many entries"),
@@ -303,7 +304,7 @@ mod tests {
     }
 
     #[test]
-    fn entries_that_end_before_they_begin_or_overflow_are_left_out() {
+    fn entries_that_end_before_they_begin_or_overflow_are_skipped() {
         let mut bytes = disk(512);
         put_partition(&mut bytes, 1024 + 128, 300, 299);
         put_partition(&mut bytes, 1024 + 3 * 128, 0, u64::MAX);
@@ -315,7 +316,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn no_header_reads_much(
+        fn no_header_makes_the_parser_read_much(
             lba in prop_oneof![Just(1), any::<u64>()],
             (other, entries) in any::<(u64, u64)>(),
             near in 0..1000_u64,

@@ -1,14 +1,15 @@
-//! The table of PCs: four entries in the first sector, and the chain that an extended one begins.
+//! The MBR partition table: four entries in the first sector, and the chain that an extended one
+//! begins.
 //!
 //! ```text
-//!   MBR: | 1 | 2 | extended | 4 |          numbers 1 to 4 are the places of the entries
+//!   MBR: | 1 | 2 | extended | 4 |          numbers 1 to 4 are the positions of the entries
 //!                     │
-//!          EBR: | 5 | next | - | - |       start of 5: after this EBR
-//!                      │                   start of next: after the first EBR
+//!          EBR: | 5 | next | - | - |       start of 5: relative to this EBR
+//!                      │                   start of next: relative to the first EBR
 //!               EBR: | 6 | - | - | - |
 //! ```
 //!
-//! As Linux reads it (`block/partitions/msdos.c`).
+//! The rules are those of Linux (`block/partitions/msdos.c`).
 
 use std::collections::HashSet;
 use std::ops::Range;
@@ -18,33 +19,33 @@ use super::{Partition, PartitionRole, TableError, TableSource, read_at, sector_r
 /// The most logical partitions, and the longest chain: more than any system shows.
 const MAX_LOGICAL: usize = 128;
 
-/// The bytes of a sector that are its table.
+/// Length in bytes of the table's part of a sector.
 const MBR_LEN: u64 = 512;
 
-/// One entry of a table.
+/// An entry of a table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct MbrEntry {
-    /// What it says it is.
+    /// The type of the partition.
     type_id: u8,
     /// The first sector.
     start: u64,
-    /// How many sectors.
+    /// The number of sectors.
     count: u64,
 }
 
 impl MbrEntry {
-    /// Whether it only keeps old programs off a disk that has a GPT.
+    /// Whether the entry only protects a disk with a GPT from old programs.
     pub(super) fn is_protective(&self) -> bool {
         self.type_id == 0xee
     }
 
     fn is_extended(&self) -> bool {
-        // CHS, LBA, and Linux's own.
+        // The types for CHS, for LBA, and Linux's own.
         matches!(self.type_id, 0x05 | 0x0f | 0x85) && self.count > 0
     }
 }
 
-/// The entries in the first 512 bytes of a sector; `None` when that is no table.
+/// Parses the entries in the first 512 bytes of a sector; `None` if they are no table.
 pub(super) fn parse_entries(sector: &[u8]) -> Option<[MbrEntry; 4]> {
     let table = sector.get(446..510)?;
     if sector.get(510..512)? != [0x55, 0xaa] {
@@ -52,7 +53,7 @@ pub(super) fn parse_entries(sector: &[u8]) -> Option<[MbrEntry; 4]> {
     }
     let mut entries = [MbrEntry { type_id: 0, start: 0, count: 0 }; 4];
     for (entry, bytes) in entries.iter_mut().zip(table.chunks_exact(16)) {
-        // Active or not: anything else is the code of a boot sector.
+        // The flag is active or inactive: any other value is the code of a boot sector.
         if bytes[0] & 0x7f != 0 {
             return None;
         }
@@ -64,10 +65,10 @@ pub(super) fn parse_entries(sector: &[u8]) -> Option<[MbrEntry; 4]> {
     Some(entries)
 }
 
-/// The partitions of the disk whose first sector has `parse_entries`.
+/// Reads the partitions of a disk; `entries` are those of its first sector.
 ///
 /// # Errors
-/// [`TableError`].
+/// [`TableError`] when a chain is damaged or cannot be read.
 pub(super) fn read(
     disk: &dyn TableSource,
     entries: &[MbrEntry; 4],
@@ -88,17 +89,17 @@ pub(super) fn read(
     Ok(chain.found)
 }
 
-/// What has been found on the way along the chains.
+/// The state of a walk along the chains.
 struct EbrWalk<'a> {
     disk: &'a dyn TableSource,
     sector: u64,
-    /// Where the sectors were that have been read.
+    /// Offsets in bytes of the sectors already read.
     seen: HashSet<u64>,
     found: Vec<Partition>,
 }
 
 impl EbrWalk<'_> {
-    /// Finds the logical partitions in the extended one that is `whole`.
+    /// Finds the logical partitions in the extended partition `whole`.
     fn walk_chain(&mut self, whole: &Range<u64>) -> Result<(), TableError> {
         let damaged = |why: &str| TableError::Damaged(why.to_owned());
         let mut at = whole.start;
@@ -112,7 +113,7 @@ impl EbrWalk<'_> {
             let Some(bytes) = read_at(self.disk, at, MBR_LEN)? else {
                 return Err(damaged("its chain of logical partitions leads past the end"));
             };
-            // An extended partition in which nothing was made yet.
+            // An extended partition in which no logical one was created yet.
             let Some(entries) = parse_entries(&bytes) else { return Ok(()) };
             self.add_entries(&entries, at, whole)?;
             let Some(next) = entries.iter().find(|entry| entry.is_extended()) else {
@@ -126,7 +127,7 @@ impl EbrWalk<'_> {
         }
     }
 
-    /// Takes the partitions that the sector at `at` names.
+    /// Adds the partitions that the sector at `at` lists.
     fn add_entries(
         &mut self,
         entries: &[MbrEntry; 4],
@@ -140,7 +141,7 @@ impl EbrWalk<'_> {
             let Some(range) = range.filter(|range| i64::try_from(range.end).is_ok()) else {
                 continue;
             };
-            // The last two are unused, and some programs left something there.
+            // The last two entries are unused, and some programs leave junk there.
             if index >= 2 && (range.start < whole.start || range.end > whole.end) {
                 continue;
             }
@@ -169,7 +170,7 @@ mod tests {
         found.into_iter().map(|one| (one.number, one.range)).collect()
     }
 
-    /// An extended partition of 1000 sectors from 100 on, in place 2.
+    /// Creates a disk with an extended partition as entry 2: 1000 sectors from sector 100 on.
     fn extended() -> Vec<u8> {
         let mut bytes = vec![0; 2000 * 512];
         put_entry(&mut bytes, 0, 1, (0x0f, 100, 1000));
@@ -182,7 +183,7 @@ mod tests {
     }
 
     #[test]
-    fn an_entry_keeps_the_number_of_its_place() {
+    fn an_entry_is_numbered_by_its_position() {
         let mut bytes = vec![0; 512];
         put_entry(&mut bytes, 0, 0, (0x83, 1, 9));
         put_entry(&mut bytes, 0, 3, (0x07, 100, 50));
@@ -203,7 +204,7 @@ mod tests {
         put_entry(&mut bytes, 100 * 512, 0, (0x83, 2, 100));
         put_entry(&mut bytes, 100 * 512, 1, (0x05, 300, 200));
         put_entry(&mut bytes, 400 * 512, 0, (0x83, 1, 199));
-        // Rubbish in a place that is not used.
+        // Junk in an unused entry.
         put_entry(&mut bytes, 400 * 512, 2, (0x83, 5000, 199));
         let disk = MemoryDisk::new(bytes, 2000 * S);
         let want =
@@ -212,12 +213,12 @@ mod tests {
     }
 
     #[test]
-    fn an_empty_extended_partition_holds_nothing() {
+    fn an_empty_extended_partition_has_no_logical_partitions() {
         assert_eq!(numbers(&MemoryDisk::new(extended(), 2000 * S)), [(2, 100 * S..1100 * S)]);
     }
 
     #[test]
-    fn a_chain_that_leads_back_is_refused() {
+    fn a_chain_with_a_loop_is_refused() {
         let mut bytes = extended();
         put_entry(&mut bytes, 100 * 512, 0, (0x83, 1, 10));
         put_entry(&mut bytes, 100 * 512, 1, (0x05, 300, 200));
@@ -225,7 +226,7 @@ mod tests {
         assert!(why(bytes.clone()).contains("is a loop"));
         put_entry(&mut bytes, 400 * 512, 1, (0x05, 0, 200));
         assert!(why(bytes.clone()).contains("is a loop"));
-        // Two extended ones in the same place.
+        // Two extended partitions in the same place.
         put_entry(&mut bytes, 400 * 512, 1, (0, 0, 0));
         put_entry(&mut bytes, 0, 2, (0x05, 100, 1000));
         assert!(why(bytes).contains("is a loop"));
@@ -243,7 +244,7 @@ mod tests {
     }
 
     #[test]
-    fn a_chain_without_end_is_refused() {
+    fn an_overlong_chain_is_refused() {
         let mut bytes = extended();
         for record in 0..200_u32 {
             let at = (100 + record as usize) * 512;

@@ -1,18 +1,18 @@
-//! Partition tables: where the partitions of a disk begin and end.
+//! Partition tables: finds the byte ranges of a disk's partitions.
 //!
 //! ```text
 //!   sector 0    1        2 ...                       ... last - 1 ...   last
 //!   | MBR     | GPT    | its entries | partitions | copy of entries | backup GPT |
-//!       │         an MBR of one entry of type 0xEE says: look at the GPT
+//!       │         an MBR with an entry of type 0xEE means: read the GPT
 //!       └ else: four entries; an extended one begins a chain of further MBRs (mbr.rs)
 //! ```
 //!
-//! A table may have been written by an enemy: each number in it is checked, a chain is followed a
-//! bounded way, and a few hundred KiB are read at the most. What Linux would make of a table is
-//! what comes out, with its numbers.
+//! A table may come from an attacker: each number in it is checked, a chain is followed up to a
+//! limit, and at most a few hundred KiB are read. The result is the partitions that Linux would
+//! find, with the same numbers.
 //!
-//! The crates that read such tables write them as well, and leave it to the table how much is read;
-//! what is needed here is small.
+//! The crates that read such tables also write them, and let the table decide how much is read; the
+//! code needed here is small.
 
 mod gpt;
 mod mbr;
@@ -25,37 +25,37 @@ use crate::extents::ExtentKind;
 use crate::host::os_error;
 use crate::layer::{Layer, Wait};
 
-/// The sizes of sectors that disks have, in bytes; the second is rare in files.
+/// Sector sizes of disks in bytes; the second is rare in files.
 const SECTOR_SIZES: [u64; 2] = [512, 4096];
 
-/// How many partitions a message lists: it has to stay one line.
+/// The most partitions that a message lists, which has to stay one line.
 const MAX_LISTED: usize = 16;
 
-/// Why there are no partitions to be told; one line, for the name of the base before it.
+/// The reason why partitions cannot be read; one line, to follow the base's name.
 #[derive(Debug, thiserror::Error)]
 pub enum TableError {
-    /// The host cannot read it.
+    /// The host cannot read the table.
     #[error("cannot be read for its partition table: {0}")]
     Unreadable(#[from] io::Error),
-    /// Nothing there looks like one.
+    /// The base has nothing that looks like a table.
     #[error("has no partition table: drop partition=, or name its bytes with offset= and len=")]
     NoTable,
-    /// It contradicts itself.
+    /// The table contradicts itself.
     #[error(
         "has a damaged partition table ({0}): mend it, or name the bytes with offset= and len="
     )]
     Damaged(String),
 }
 
-/// What is read for its table.
+/// A disk whose partition table is read.
 pub trait TableSource {
-    /// How many there are.
+    /// The size in bytes.
     fn size(&self) -> u64;
 
-    /// Fills `buf` with the bytes from `at` on, all of which are inside the size.
+    /// Fills `buf` with the bytes from `at` on. All of them must be inside the size.
     ///
     /// # Errors
-    /// The host's.
+    /// The host's errno.
     fn read_exact_at(&self, buf: &mut [u8], at: u64) -> io::Result<()>;
 }
 
@@ -82,30 +82,30 @@ impl TableSource for &dyn Layer {
     }
 }
 
-/// What a partition is for.
+/// The use of a partition.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PartitionRole {
-    /// To hold something.
+    /// Data.
     Data,
-    /// To hold the logical ones.
+    /// A container of logical partitions.
     Extended,
 }
 
 /// A partition.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Partition {
-    /// As Linux counts: from 1, logical ones from 5 on.
+    /// The number as Linux counts: from 1, logical partitions from 5 on.
     pub number: u32,
-    /// Its bytes; not empty, and perhaps not all inside the disk.
+    /// The range in bytes: not empty, and possibly reaching past the end of the disk.
     pub range: Range<u64>,
-    /// What for.
+    /// The use of the partition.
     pub role: PartitionRole,
 }
 
-/// Reads the partitions of `disk`, whose sectors have `sector` bytes, if that is known.
+/// Reads the partitions of `disk`. `sector` is the sector size in bytes, if known.
 ///
 /// # Errors
-/// [`TableError`].
+/// [`TableError`] when there is no table, or none that can be used.
 pub fn read(disk: &dyn TableSource, sector: Option<u64>) -> Result<Vec<Partition>, TableError> {
     let first = read_at(disk, 0, SECTOR_SIZES[0])?.ok_or(TableError::NoTable)?;
     let entries = mbr::parse_entries(&first).ok_or(TableError::NoTable)?;
@@ -119,7 +119,7 @@ pub fn read(disk: &dyn TableSource, sector: Option<u64>) -> Result<Vec<Partition
     mbr::read(disk, &entries, sector.unwrap_or(SECTOR_SIZES[0]))
 }
 
-/// The `len` bytes at `at`; `None` when they are not all inside.
+/// Reads `len` bytes at `at`; `None` unless all of them are inside the size.
 fn read_at(disk: &dyn TableSource, at: u64, len: u64) -> io::Result<Option<Vec<u8>>> {
     let is_inside = at.checked_add(len).is_some_and(|end| end <= disk.size());
     let Some(len) = usize::try_from(len).ok().filter(|_| is_inside) else { return Ok(None) };
@@ -128,14 +128,15 @@ fn read_at(disk: &dyn TableSource, at: u64, len: u64) -> io::Result<Option<Vec<u
     Ok(Some(bytes))
 }
 
-/// `sectors` sectors from `start` on, in bytes; `None` when there are none, or past all numbers.
+/// Converts `sectors` sectors from `start` on to a byte range; `None` when it is empty or its
+/// numbers overflow.
 fn sector_range(start: u64, sectors: u64, sector: u64) -> Option<Range<u64>> {
     let (start, len) = (start.checked_mul(sector)?, sectors.checked_mul(sector)?);
     let end = start.checked_add(len).filter(|end| i64::try_from(*end).is_ok())?;
     (len > 0).then_some(start..end)
 }
 
-/// What there is, for a message: `1 (100 MiB), 2 (4 GiB)`.
+/// Lists the partitions for a message: `1 (100 MiB), 2 (4 GiB)`.
 #[must_use]
 pub fn list_partitions(partitions: &[Partition]) -> String {
     let one = |partition: &Partition| match partition.role {
@@ -154,13 +155,13 @@ pub fn list_partitions(partitions: &[Partition]) -> String {
 
 #[cfg(test)]
 pub(crate) mod testing {
-    //! A disk in memory, and what there is to make a table in it.
+    //! A disk in memory, and helpers that write a table into it.
 
     use std::sync::atomic::{AtomicU64, Ordering};
 
     use super::*;
 
-    /// Bytes from offset 0 on, zeros up to the size, and a count of what was read.
+    /// Bytes from offset 0 on, zeros after them up to the size, and a count of the bytes read.
     pub(crate) struct MemoryDisk {
         pub(crate) bytes: Vec<u8>,
         pub(crate) size: u64,
@@ -189,7 +190,7 @@ pub(crate) mod testing {
         }
     }
 
-    /// An entry of an MBR at `at` (bytes), where its sector begins.
+    /// Writes entry `index` of the MBR whose sector starts at byte `at`.
     pub(crate) fn put_entry(
         bytes: &mut [u8],
         at: usize,
@@ -218,7 +219,7 @@ mod tests {
     }
 
     #[test]
-    fn what_has_no_table_says_so() {
+    fn a_disk_without_a_table_is_reported() {
         for size in [0, 511, 512, 1 << 20] {
             assert!(why(&MemoryDisk::new(Vec::new(), size)).contains("has no partition table"));
         }
@@ -229,7 +230,7 @@ mod tests {
     }
 
     #[test]
-    fn a_message_lists_what_there_is_on_one_line() {
+    fn the_list_of_partitions_stays_on_one_line() {
         assert_eq!(list_partitions(&[]), "none");
         let make = |number| Partition { number, range: 0..1 << 20, role: PartitionRole::Data };
         let mut all: Vec<Partition> = (1..=2).map(make).collect();
@@ -240,7 +241,7 @@ mod tests {
     }
 
     #[test]
-    fn a_read_fills_holes_with_zeros() {
+    fn reading_a_layer_fills_holes_with_zeros() {
         let blank = crate::base::blank::Blank::new(4096);
         let blank: &dyn Layer = &blank;
         let mut buf = [7; 512];
@@ -248,7 +249,7 @@ mod tests {
         assert_eq!(buf, [0; 512]);
     }
 
-    /// 64 KiB that begin as a table does, and are anything from there on.
+    /// Generates 64 KiB that start like a table and are arbitrary after that.
     fn hostile() -> impl Strategy<Value = Vec<u8>> {
         let entry = (
             prop_oneof![Just(5_u8), Just(0x83), Just(0xee), any::<u8>()],
@@ -269,7 +270,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn no_table_reads_much_or_lists_many(
+        fn no_table_makes_the_parser_read_much_or_return_many(
             bytes in hostile(), size in 512..1_u64 << 40, large: bool,
         ) {
             let disk = MemoryDisk::new(bytes, size);

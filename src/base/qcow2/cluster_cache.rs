@@ -1,18 +1,18 @@
-//! What was inflated of compressed clusters: reads come in pieces smaller than those. One of these
-//! serves all images of a chain, so what it holds does not grow with their number.
+//! Cache of inflated clusters: reads are smaller than a compressed cluster. All images of a chain
+//! share one cache, so its memory does not grow with their number.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
 
 use parking_lot::Mutex;
 
-/// The most that is kept: 8 MiB, four of the largest clusters.
+/// The most bytes that are cached: 8 MiB, four of the largest clusters.
 const MAX_CACHED_BYTES: usize = 8 << 20;
 
-/// An image and the cluster's beginning.
+/// An image, and the offset of the cluster in bytes.
 type ClusterKey = (usize, u64);
 
-/// Clusters that were inflated, the newest last.
+/// Inflated clusters, the newest last.
 #[derive(Debug, Default)]
 pub(super) struct ClusterCache(Mutex<ClusterCacheState>);
 
@@ -27,13 +27,13 @@ impl ClusterCache {
         Arc::default()
     }
 
-    /// The cluster, if it is kept.
+    /// Returns the cluster, if it is cached.
     pub(super) fn get(&self, key: ClusterKey) -> Option<Arc<[u8]>> {
         let kept = self.0.lock();
         kept.clusters.iter().find(|(at, _)| *at == key).map(|(_, bytes)| Arc::clone(bytes))
     }
 
-    /// Keeps it; the oldest go.
+    /// Caches a cluster, and evicts the oldest ones if necessary.
     pub(super) fn insert(&self, key: ClusterKey, bytes: &Arc<[u8]>) {
         let mut kept = self.0.lock();
         if kept.clusters.iter().any(|(at, _)| *at == key) {
@@ -54,7 +54,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_oldest_go_and_each_image_has_its_own() {
+    fn the_oldest_clusters_are_evicted_and_images_are_kept_apart() {
         let inflated = ClusterCache::new();
         let cluster: Arc<[u8]> = vec![7; MAX_CACHED_BYTES / 4].into();
         for image in 0..2 {

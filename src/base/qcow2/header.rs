@@ -1,50 +1,50 @@
-//! The header of a qcow2 file, read by ourselves before anything is built on it.
+//! The header of a qcow2 file, parsed and checked before any other part is used.
 //!
-//! Everything in it may have been made by an enemy, so every field that sizes a buffer, opens a
-//! file or leads to another place of the image is checked here, against the format
-//! (`docs/interop/qcow2.rst` of QEMU) and against the file's size. What passes is small and leads
-//! nowhere outside.
+//! The header may come from an attacker, so every field that sizes a buffer, opens a file or refers
+//! to another place of the image is checked here, against the format (`docs/interop/qcow2.rst` of
+//! QEMU) and against the file's size. A header that passes needs little memory and refers to
+//! nothing outside the file.
 
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 
-/// `QFI\xfb`.
+/// The signature of qcow2: `QFI\xfb`.
 const MAGIC: &[u8] = b"QFI\xfb";
-/// The fixed part of version 2, and of version 3.
+/// Lengths in bytes of the fixed part of the header, in version 2 and in version 3.
 const V2_LEN: usize = 72;
 const V3_LEN: usize = 104;
-/// Clusters of 512 bytes to 2 MiB.
+/// Binary logarithm of the cluster size: 512 bytes to 2 MiB.
 const CLUSTER_BITS: std::ops::RangeInclusive<u32> = 9..=21;
-/// The largest L1 table QEMU opens (`QCOW_MAX_L1_SIZE`): 32 MiB.
+/// Largest L1 table in bytes that QEMU opens (`QCOW_MAX_L1_SIZE`): 32 MiB.
 const MAX_L1_LEN: u64 = 32 << 20;
-/// The longest name of a backing file.
+/// Longest name of a backing file in bytes.
 const MAX_BACKING_NAME: u32 = 1023;
-/// Where an L1 entry leads: bits 9 to 55.
+/// Mask of the offset in an L1 entry: bits 9 to 55.
 const L1_OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
 
-/// Incompatible features.
+/// Bits of the incompatible features.
 const INCOMPAT_DIRTY: u64 = 1 << 0;
 const INCOMPAT_CORRUPT: u64 = 1 << 1;
 const INCOMPAT_DATA_FILE: u64 = 1 << 2;
 const INCOMPAT_COMPRESSION: u64 = 1 << 3;
 const INCOMPAT_EXTENDED_L2: u64 = 1 << 4;
 
-/// Header extensions.
+/// Types of header extensions.
 const EXT_END: u32 = 0;
 const EXT_BACKING_FORMAT: u32 = 0xe279_2aca;
 const EXT_DATA_FILE: u32 = 0x4441_5441;
 
-/// What is wrong with an image, as the end of a line that names it.
+/// The reason why an image is refused, as the end of a line that names it.
 #[derive(Debug, thiserror::Error)]
 pub enum HeaderError {
-    /// The host said no.
+    /// The host failed.
     #[error("cannot be read: {0}")]
     Io(#[from] io::Error),
-    /// Not a qcow2 file, or a damaged one.
+    /// The file is no qcow2 image, or a damaged one.
     #[error("is no sound qcow2 image: {0}")]
     Damaged(String),
-    /// Sound, and not for us.
+    /// The image is intact but not supported.
     #[error("{0}")]
     Refused(&'static str),
 }
@@ -53,39 +53,40 @@ fn damaged<T>(why: impl Into<String>) -> Result<T, HeaderError> {
     Err(HeaderError::Damaged(why.into()))
 }
 
-/// What a qcow2 image says about itself.
+/// The contents of a qcow2 header.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Qcow2Header {
-    /// The size of the disk, in bytes.
+    /// Size of the disk in bytes.
     pub size: u64,
-    /// The size of a cluster, in bytes: 512 to 2 MiB.
+    /// Cluster size in bytes: 512 to 2 MiB.
     pub cluster_size: u64,
-    /// What it is a difference to.
+    /// The backing file.
     pub backing: Option<BackingRef>,
-    /// Its data lies in another file, of this name if one is written down.
+    /// The data file: `None` if the image holds its data itself; the inner name is `None` if the
+    /// image records none.
     pub data_file: Option<Option<String>>,
-    /// The bytes of its L1 table that map the disk, for [`check_l1`](Self::check_l1).
+    /// The byte range of the L1 table that maps the disk, for [`check_l1`](Self::check_l1).
     l1: std::ops::Range<u64>,
-    /// How long that table is as a whole, in bytes: all of it is held.
+    /// Length in bytes of the whole L1 table, all of which is kept in memory.
     l1_len: u64,
 }
 
-/// The name of a backing file as it stands in the image.
+/// The backing file as recorded in the image.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BackingRef {
-    /// Its name.
+    /// The file's name.
     pub name: String,
-    /// Its format, in QEMU's words; none is written down in old images.
+    /// The file's format, as QEMU names it; old images record none.
     pub format: Option<String>,
 }
 
 impl Qcow2Header {
-    /// Reads and checks the header of `file`, which holds `file_size` bytes.
+    /// Reads and checks the header of `file`, which has `file_size` bytes.
     ///
     /// # Errors
-    /// [`HeaderError`].
+    /// [`HeaderError`] for a header that is damaged or not supported.
     pub fn read(file: &File, file_size: u64) -> Result<Self, HeaderError> {
-        // The header and its extensions end inside the first cluster; those QEMU writes are short.
+        // The header and its extensions end within the first cluster; those QEMU writes are short.
         let mut head = vec![0; usize::try_from(file_size.min(64 << 10)).unwrap_or(0)];
         file.read_exact_at(&mut head, 0)?;
         let fields = HeaderBytes(&head);
@@ -123,22 +124,22 @@ impl Qcow2Header {
         Ok(Self { size, cluster_size: cluster, backing, data_file, l1, l1_len })
     }
 
-    /// How many bytes its L1 table takes, all of which are held.
+    /// Length in bytes of the L1 table, all of which is kept in memory.
     #[must_use]
     pub fn l1_len(&self) -> u64 {
         self.l1_len
     }
 
-    /// How many bytes of the disk one L2 table maps: a cluster of entries of 8 bytes.
+    /// Bytes of the disk that one L2 table maps: a cluster of entries of 8 bytes each.
     #[must_use]
     pub fn bytes_per_l2(&self) -> u64 {
         self.cluster_size * (self.cluster_size / 8)
     }
 
-    /// Checks that all L2 tables lie inside `file` and over nothing that belongs to the header.
+    /// Checks that all L2 tables lie inside `file` and do not overlap the header or the L1 table.
     ///
     /// # Errors
-    /// [`HeaderError`].
+    /// [`HeaderError`] for an L2 table elsewhere.
     pub fn check_l1(&self, file: &File, file_size: u64) -> Result<(), HeaderError> {
         let mut buf = vec![0; 1 << 16];
         let mut at = self.l1.start;
@@ -164,7 +165,7 @@ impl Qcow2Header {
     }
 }
 
-/// Refuses what its bytes cannot be read with.
+/// Refuses features that are unknown or not supported.
 fn check_features(features: u64) -> Result<(), HeaderError> {
     let refuse = |line| Err(HeaderError::Refused(line));
     if features & INCOMPAT_CORRUPT != 0 {
@@ -190,7 +191,7 @@ fn check_features(features: u64) -> Result<(), HeaderError> {
     Ok(())
 }
 
-/// Where the L1 table lies.
+/// Finds and checks the byte range of the L1 table.
 fn l1_range(
     fields: &HeaderBytes<'_>,
     size: u64,
@@ -212,14 +213,14 @@ fn l1_range(
             if start == 0 && entries > 0 {
                 return damaged("its L1 table lies over its header");
             }
-            // QEMU may have made the table longer than the disk is: the rest maps nothing.
+            // QEMU may have made the table longer than the disk needs: the rest maps nothing.
             Ok(start..start + needed * 8)
         }
         _ => damaged(format!("an L1 table at {start}, outside the file")),
     }
 }
 
-/// What is wanted of the header's extensions.
+/// The header extensions that are used.
 #[derive(Default)]
 struct HeaderExtensions {
     backing_format: Option<String>,
@@ -231,7 +232,7 @@ fn read_extensions(
     mut at: usize,
 ) -> Result<HeaderExtensions, HeaderError> {
     let mut found = HeaderExtensions::default();
-    // Version 2 has them as well, unless the name of the backing file comes right after the header.
+    // Version 2 has them as well, unless the name of the backing file follows the header directly.
     let name_at = usize::try_from(fields.u64(8)?).unwrap_or(usize::MAX);
     let end = if name_at == 0 { fields.0.len() } else { name_at.min(fields.0.len()) };
     while at + 8 <= end {
@@ -267,7 +268,7 @@ fn read_backing_name(fields: &HeaderBytes<'_>) -> Result<Option<String>, HeaderE
     name.map(Some).or_else(|_| damaged("a backing file whose name is no text"))
 }
 
-/// Big-endian fields of a buffer.
+/// Access to big-endian fields of a buffer.
 struct HeaderBytes<'a>(&'a [u8]);
 
 impl<'a> HeaderBytes<'a> {
@@ -301,7 +302,7 @@ mod tests {
 
     use super::*;
 
-    /// A sound image of 64 MiB with one L2 table, a backing file and its format.
+    /// Creates a valid image of 64 MiB with one L2 table, a backing file and its format.
     fn sample() -> Vec<u8> {
         let mut image = vec![0; 5 << 16];
         let mut put = |at: usize, bytes: &[u8]| image[at..at + bytes.len()].copy_from_slice(bytes);
@@ -330,7 +331,7 @@ mod tests {
     }
 
     #[test]
-    fn a_sound_header_is_understood() {
+    fn a_valid_header_is_parsed() {
         let header = read(&sample()).unwrap();
         let backing = BackingRef { name: "base.img".to_owned(), format: Some("raw".to_owned()) };
         assert_eq!(header.backing, Some(backing));
@@ -340,7 +341,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn whatever_is_in_it_a_header_is_read_or_refused(
+        fn any_header_is_parsed_safely_or_refused(
             changes in proptest::collection::vec((0..600_usize, any::<u8>()), 1..8),
             table in any::<u64>(), len in 0..6_usize << 16,
         ) {
@@ -351,7 +352,7 @@ mod tests {
             image[3 << 16..][..8].copy_from_slice(&table.to_be_bytes());
             image.truncate(len);
             if let Ok(header) = read(&image) {
-                // What passes leads nowhere outside, and needs little memory.
+                // An accepted header refers to nothing outside the file, and needs little memory.
                 prop_assert!(header.l1.end <= len as u64 && header.l1.end - header.l1.start <= MAX_L1_LEN);
                 prop_assert!((512..=2 << 20).contains(&header.cluster_size));
             }

@@ -1,15 +1,16 @@
-//! The qcow2 base: an image in QEMU's format, and the images it is a difference to.
+//! The qcow2 base: an image in QEMU's format, and its backing images.
 //!
 //! ```text
-//!   Chain ── Image ── header.rs  what it says of itself, checked before anything is believed
-//!     │        │      runs.rs    what lies where, remembered
-//!     │        └────── tables.rs imago reads the tables and inflates clusters, within a budget
-//!     └───── Image, or RawBase for a raw one
+//!   BackingChain ── Qcow2Layer ── header.rs     the header, checked before anything else is used
+//!     │               │           run_cache.rs  the mapping of the image, cached as runs
+//!     │               └────────── tables.rs     imago reads the tables and inflates clusters,
+//!     │                                         within a budget
+//!     └───── Qcow2Layer, or RawBase for a raw image
 //! ```
 //!
-//! Bytes that lie in a file as they are do not go through the library: they are read from the file
-//! as those of a raw base are. `chain.rs` opens the images, each by its recorded format and only
-//! below directories that were allowed.
+//! Uncompressed bytes do not go through the library: they are read from the file as those of a raw
+//! base are. `chain.rs` opens the images, each by its recorded format and only below allowed
+//! directories.
 
 mod chain;
 mod cluster_cache;
@@ -32,27 +33,27 @@ use crate::extents::{Extent, ExtentKind};
 use crate::host::os_error;
 use crate::layer::{CopyFn, Layer, Wait};
 
-/// One image of a chain.
+/// An image of a chain.
 pub struct Qcow2Layer {
     tables: ImageTables,
-    /// The image itself: its locks end with it.
+    /// The image itself, kept for its locks.
     _image: Arc<RawBase>,
-    /// Where its data lies: the image itself, or its data file.
+    /// The file that holds the data: the image itself, or its data file.
     data: Arc<RawBase>,
     size: u64,
     cluster_size: u64,
     run_cache: RunCache,
     cluster_cache: Arc<ClusterCache>,
-    /// What reads where it has nothing.
+    /// How unallocated ranges are described.
     unallocated_kind: ExtentKind,
 }
 
 impl Qcow2Layer {
-    /// Reads the tables of `own`, which is open as `file` as well and whose `header` has been
-    /// checked; `data` is where its bytes are.
+    /// Reads the tables of the image `own`, which is also open as `file` and whose `header` has
+    /// been checked; `data` is the file that holds its bytes.
     ///
     /// # Errors
-    /// The host's, and `InvalidData`.
+    /// The host's errno; `InvalidData` for damaged tables.
     fn new(
         file: Arc<File>,
         own: Arc<RawBase>,
@@ -77,7 +78,7 @@ impl Qcow2Layer {
         })
     }
 
-    /// The run at `range.start`, which is inside the size.
+    /// Returns the run at `range.start`, which is inside the size.
     fn run_at(&self, range: &Range<u64>, wait: Wait) -> io::Result<ImageRun> {
         let run = match self.run_cache.get(range) {
             Some(run) => run,
@@ -89,7 +90,8 @@ impl Qcow2Layer {
             let len = (run.range.end - run.range.start).min(end - at);
             return Ok(ImageRun { range: run.range.start..run.range.start + len, ..run });
         }
-        // QEMU leaves the rest of the last cluster away. A cluster that is missing whole was cut off.
+        // QEMU omits the rest of the last cluster. A cluster that is missing as a whole was cut
+        // off.
         let cluster = at - at % self.cluster_size;
         if cluster >= end {
             return Err(read_error(&io::Error::other(format!(
@@ -100,7 +102,7 @@ impl Qcow2Layer {
         Ok(ImageRun { range: run.range.start..run.range.start + len, mapping: RunMapping::Zero })
     }
 
-    /// Asks the tables what a stretch is.
+    /// Reads the mapping of a whole stretch from the tables.
     fn look_up_run(&self, range: &Range<u64>, wait: Wait) -> io::Result<ImageRun> {
         if wait == Wait::No {
             return Err(os_error(libc::EAGAIN));
@@ -124,7 +126,7 @@ impl Qcow2Layer {
         self.run_cache.insert(runs, range).ok_or_else(|| os_error(libc::EIO))
     }
 
-    /// The bytes of the compressed cluster that begins at `start`.
+    /// Returns the bytes of the compressed cluster that starts at `start`.
     fn inflate(&self, start: u64, wait: Wait) -> io::Result<Arc<[u8]>> {
         let key = (std::ptr::from_ref(self).addr(), start);
         if let Some(bytes) = self.cluster_cache.get(key) {
@@ -142,7 +144,7 @@ impl Qcow2Layer {
     }
 }
 
-/// What the library could not read: an error with the host's errno, or `EIO`.
+/// Logs an error of the library and reduces it to the host's errno, or `EIO`.
 fn read_error(error: &io::Error) -> io::Error {
     log::warn!("a qcow2 base cannot be read: {error}");
     os_error(error.raw_os_error().unwrap_or(libc::EIO))
@@ -159,7 +161,7 @@ impl Layer for Qcow2Layer {
         }
         let run = match self.run_at(&(range.start..range.end.min(self.size)), wait) {
             Err(error) if error.raw_os_error() != Some(libc::EAGAIN) => {
-                // What is damaged is found by who reads it.
+                // Damage is reported to the reader of the bytes.
                 let cluster = range.start - range.start % self.cluster_size + self.cluster_size;
                 return Ok(Extent::new(range.start..range.end.min(cluster), ExtentKind::Data));
             }
@@ -170,7 +172,7 @@ impl Layer for Qcow2Layer {
             RunMapping::Zero => ExtentKind::Zero,
             RunMapping::Compressed => ExtentKind::Data,
             RunMapping::Data(at) => {
-                // Allocated clusters may be holes of the file: as QEMU, these are zeros.
+                // Allocated clusters may be holes of the file: as in QEMU, these are zeros.
                 let found =
                     self.data.extent_at(at..at + (run.range.end - run.range.start), wait)?;
                 let end = run.range.start + found.len();

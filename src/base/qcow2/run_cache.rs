@@ -1,13 +1,13 @@
-//! What lies where in a qcow2 image, remembered: its tables are asked a stretch at a time, and what
-//! they said is kept as runs.
+//! Cache of a qcow2 image's mapping: the tables are read a stretch at a time, and the result is
+//! kept as runs.
 //!
 //! ```text
-//!   guest:  |--------- stretch (1024 clusters) ---------|---- not asked for yet ----|
-//!   runs:   |-- Data at H --|- Lower -|- Zero -| Packed |
+//!   guest:  |----------- stretch (1024 clusters) ----------|------- not read yet -------|
+//!   runs:   |- Data at H -|- Lower -|- Zero -| Compressed -|
 //! ```
 //!
-//! A lookup takes no lock that is held over I/O, so who must not wait asks here and nowhere else.
-//! How many runs are kept is bounded, whatever the image: the oldest stretches go first.
+//! A lookup takes no lock that is held over I/O, so a caller that must not wait uses this cache
+//! alone. The number of runs is bounded for any image: the oldest stretches are evicted first.
 
 use std::collections::{HashMap, VecDeque};
 use std::ops::Range;
@@ -15,37 +15,37 @@ use std::sync::Arc;
 
 use parking_lot::RwLock;
 
-/// How many clusters are asked for at once.
+/// Number of clusters whose mapping is read at once.
 const STRETCH_CLUSTERS: u64 = 1024;
-/// How many runs an image keeps: 12 MiB.
+/// The most runs cached for an image: 12 MiB.
 const MAX_RUNS: usize = 512 << 10;
-/// And all images of a chain together: 96 MiB.
+/// The most runs cached for all images of a chain together: 96 MiB.
 const MAX_CHAIN_RUNS: usize = 4 << 20;
 
-/// What a run of the disk is in one image.
+/// The mapping of a run of the disk in one image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum RunMapping {
-    /// Not in this image.
+    /// The run is not in this image.
     Lower,
-    /// Zeros by the image's word.
+    /// Zeros by the image's tables.
     Zero,
-    /// Bytes of its data file, from this offset on.
+    /// Bytes of the data file, from this offset on.
     Data(u64),
-    /// Compressed, each cluster for itself.
+    /// Compressed, each cluster separately.
     Compressed,
 }
 
-/// A run of the disk.
+/// A run of the disk with one mapping.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct ImageRun {
-    /// Bytes of the disk.
+    /// The range in bytes of the disk.
     pub(super) range: Range<u64>,
-    /// Where they are.
+    /// The mapping of the range.
     pub(super) mapping: RunMapping,
 }
 
 impl ImageRun {
-    /// The part of it from `offset` to `end`; `offset` lies in it.
+    /// Returns the part of the run from `offset`, which must be in it, to `end`.
     fn slice(&self, offset: u64, end: u64) -> Self {
         let place = match self.mapping {
             RunMapping::Data(at) => RunMapping::Data(at + (offset - self.range.start)),
@@ -55,7 +55,7 @@ impl ImageRun {
     }
 }
 
-/// The runs that are known.
+/// The cached runs of an image.
 pub(super) struct RunCache {
     cluster_size: u64,
     size: u64,
@@ -72,7 +72,8 @@ struct RunCacheState {
 }
 
 impl RunCache {
-    /// For a disk of `size` bytes in clusters of `cluster_size` bytes, one of `images` of a chain.
+    /// Creates the cache for a disk of `size` bytes in clusters of `cluster` bytes. `images` is the
+    /// number of images in the chain.
     pub(super) fn new(size: u64, cluster: u64, images: u64) -> Self {
         let share = MAX_CHAIN_RUNS / usize::try_from(images).unwrap_or(usize::MAX).max(1);
         Self {
@@ -83,21 +84,21 @@ impl RunCache {
         }
     }
 
-    /// The stretch of the disk that `offset` is asked for with.
+    /// The stretch of the disk that contains `offset`.
     pub(super) fn stretch_at(&self, offset: u64) -> Range<u64> {
         let len = STRETCH_CLUSTERS * self.cluster_size;
         let start = offset - offset % len;
         start..self.size.min(start.saturating_add(len))
     }
 
-    /// The run at `range.start`, up to `range.end`, if it is known.
+    /// Returns the run at `range.start`, up to `range.end`, if it is cached.
     pub(super) fn get(&self, range: &Range<u64>) -> Option<ImageRun> {
         let start = self.stretch_at(range.start).start;
         let known = self.state.read();
         find_run(known.stretches.get(&start)?, range)
     }
 
-    /// Keeps the runs of a whole stretch, and tells the one at `range.start`.
+    /// Caches the runs of a whole stretch, and returns the run at `range.start`.
     pub(super) fn insert(&self, runs: Vec<ImageRun>, range: &Range<u64>) -> Option<ImageRun> {
         let found = find_run(&runs, range);
         let start = self.stretch_at(range.start).start;
@@ -122,7 +123,7 @@ fn find_run(runs: &[ImageRun], range: &Range<u64>) -> Option<ImageRun> {
     Some(run.slice(range.start, range.end))
 }
 
-/// Appends `run`, as part of the last one where it goes on with it.
+/// Appends `run`, merged with the last one if it continues that.
 pub(super) fn push_merged(runs: &mut Vec<ImageRun>, run: ImageRun) {
     if let Some(last) = runs.last_mut()
         && last.range.end == run.range.start
@@ -150,7 +151,7 @@ mod tests {
     }
 
     #[test]
-    fn runs_that_go_on_are_one() {
+    fn contiguous_runs_are_merged() {
         let mut runs = Vec::new();
         push_merged(&mut runs, run(0..512, RunMapping::Data(4096)));
         push_merged(&mut runs, run(512..1024, RunMapping::Data(4608)));
@@ -166,7 +167,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_kept_is_found_in_part_and_what_is_not_is_unknown() {
+    fn a_cached_run_is_found_in_part_and_an_uncached_one_is_not() {
         let runs = RunCache::new(1 << 30, 512, 1);
         let all =
             vec![run(0..1000, RunMapping::Data(1 << 20)), run(1000..512 * 1024, RunMapping::Lower)];
@@ -178,7 +179,7 @@ mod tests {
     }
 
     #[test]
-    fn the_oldest_stretches_go_when_there_are_too_many_runs() {
+    fn the_oldest_stretches_are_evicted_when_there_are_too_many_runs() {
         let runs = RunCache::new(1 << 40, 512, 1);
         let stretch = |i: u64| {
             let start = i * STRETCH_CLUSTERS * 512;

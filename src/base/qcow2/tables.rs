@@ -1,10 +1,10 @@
-//! The tables of an image, as the library reads them, and how much of them is held.
+//! The tables of an image, read by the imago library, and the memory budget for them.
 //!
-//! An L1 table is held as long as its image is open, and the library keeps up to 128 L2 tables, each
-//! as long as a cluster: 256 MiB of an image with clusters of 2 MiB, and a chain may have 257 images.
-//! So a chain has a budget. What must be held at once, every L1 table and one L2 table an image, is
-//! charged before anything is read; what is left is shared out as room for further L2 tables, and an
-//! image that has filled its share lets all of them go.
+//! An L1 table is kept as long as its image is open, and the library caches up to 128 L2 tables,
+//! each as long as a cluster: 256 MiB for an image with clusters of 2 MiB, and a chain may have 257
+//! images. So a chain has a budget. Memory that is needed at once, every L1 table and one L2 table
+//! per image, is charged before anything is read; the rest is shared out as space for further L2
+//! tables, and an image that has filled its share drops all of them.
 
 use std::collections::HashSet;
 use std::fs::File;
@@ -17,14 +17,14 @@ use parking_lot::{Mutex, RwLock};
 
 use super::header::{HeaderError, Qcow2Header};
 
-/// The most bytes of tables that a chain may need at once, and the room for further ones that is
-/// shared by its images: 128 MiB each. The largest L1 table there is has 32 MiB; 256 images of
-/// 1 TiB in clusters of 64 KiB need 20 MiB.
+/// The most bytes of tables that a chain may need at once, and the space for further tables shared
+/// by its images: 128 MiB each. The largest possible L1 table has 32 MiB; 256 images of 1 TiB in
+/// clusters of 64 KiB need 20 MiB.
 pub(super) const MAX_TABLE_BYTES: u64 = 128 << 20;
 
 type Qcow2 = imago::qcow2::Qcow2<imago::file::File>;
 
-/// What the tables of a chain need.
+/// The memory that the tables of a chain need, in bytes, and the number of images.
 #[derive(Debug, Default)]
 pub(super) struct TableBudget {
     needed: u64,
@@ -32,14 +32,14 @@ pub(super) struct TableBudget {
 }
 
 impl TableBudget {
-    /// Adds an image; `false` when it is too much.
+    /// Adds an image; returns `false` when the budget is exceeded.
     pub(super) fn charge(&mut self, header: &Qcow2Header) -> bool {
         self.images += 1;
         self.needed = self.needed.saturating_add(header.l1_len() + header.cluster_size);
         self.needed <= MAX_TABLE_BYTES
     }
 
-    /// How many images it is shared by; at least one.
+    /// Number of images that share the budget; at least one.
     pub(super) fn images(&self) -> u64 {
         self.images.max(1)
     }
@@ -50,17 +50,17 @@ pub(super) struct ImageTables {
     file: Arc<File>,
     header: Qcow2Header,
     qcow2: RwLock<Qcow2>,
-    /// The L2 tables that were asked for since they were let go last, by what they map.
+    /// The L2 tables loaded since they were last dropped, by the index of the range they map.
     loaded_l2: Mutex<HashSet<u64>>,
-    /// How many these may be.
+    /// The most L2 tables loaded at a time.
     max_loaded_l2: usize,
 }
 
 impl ImageTables {
-    /// Reads those of `file`, whose `header` has been checked.
+    /// Reads the tables of `file`, whose `header` has been checked.
     ///
     /// # Errors
-    /// The host's, and `InvalidData`.
+    /// The host's errno; `InvalidData` for damaged tables.
     pub(super) fn open(
         file: Arc<File>,
         header: &Qcow2Header,
@@ -76,10 +76,11 @@ impl ImageTables {
         })
     }
 
-    /// What a prefix of `len` bytes from `at` on is, and how long that is.
+    /// Returns the mapping of a prefix of the `len` bytes from `at` on, and the length of that
+    /// prefix.
     ///
     /// # Errors
-    /// The host's, and `InvalidData`.
+    /// The host's errno; `InvalidData` for damaged tables.
     pub(super) fn mapping(&self, at: u64, len: u64) -> io::Result<(L2Mapping, u64)> {
         self.evict_l2(at)?;
         let qcow2 = self.qcow2.read();
@@ -94,16 +95,16 @@ impl ImageTables {
         Ok((mapping, len))
     }
 
-    /// Fills `buf` with what the compressed cluster at `start` holds.
+    /// Fills `buf` with the contents of the compressed cluster at `start`.
     ///
     /// # Errors
-    /// The host's, and `InvalidData`.
+    /// The host's errno; `InvalidData` for a damaged cluster.
     pub(super) fn inflate(&self, buf: &mut [u8], start: u64) -> io::Result<()> {
         self.evict_l2(start)?;
         self.qcow2.read().readv_special(buf.into(), start)
     }
 
-    /// Lets all L2 tables go when that of `at` would be one too many.
+    /// Drops all L2 tables when the one for `at` would exceed the limit.
     fn evict_l2(&self, at: u64) -> io::Result<()> {
         let table = at / self.header.bytes_per_l2();
         let mut held = self.loaded_l2.lock();
@@ -111,7 +112,7 @@ impl ImageTables {
             held.insert(table);
             return Ok(());
         }
-        // They are let go by being read anew; what was checked then has to be so still.
+        // Reopening the image drops them; its header must still be the one that was checked.
         let size = self.file.metadata()?.len();
         let wrong = |error: HeaderError| match error {
             HeaderError::Io(error) => error,
@@ -128,10 +129,10 @@ impl ImageTables {
     }
 }
 
-/// What a stretch of an image is by its tables.
+/// The mapping of a range according to the tables.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum L2Mapping {
-    /// It says nothing of it.
+    /// The image does not map the range.
     Unallocated,
     /// Zeros.
     Zero,
@@ -144,7 +145,7 @@ pub(super) enum L2Mapping {
 fn open_imago(file: &File, header: &Qcow2Header) -> io::Result<Qcow2> {
     let as_storage = |file| imago::file::File::from_open_file(file, StorageOpenOptions::new());
     let external = match header.data_file {
-        // Only the tables are read through it.
+        // Only the tables are read through this storage.
         Some(_) => Some(as_storage(file.try_clone()?)?),
         None => None,
     };
@@ -162,7 +163,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn tables_beyond_the_share_are_let_go_and_read_again() {
+    fn l2_tables_beyond_the_share_are_dropped_and_read_again() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("image");
         let path = path.to_str().unwrap();
@@ -188,7 +189,7 @@ mod tests {
             assert_eq!(found.0 != L2Mapping::Unallocated, at % (64 << 10) < 2 << 10, "at {at}");
             assert!(few.loaded_l2.lock().len() <= 2);
         }
-        // What is read again is still the image that was checked.
+        // Tables are read again only from the image that was checked.
         file.write_all_at(&21_u32.to_be_bytes(), 20).unwrap();
         let error = (0..16).find_map(|table| few.mapping(table << 15, 512).err()).unwrap();
         assert_eq!(error.kind(), io::ErrorKind::InvalidData);
