@@ -251,7 +251,7 @@ impl Filesystem for CowslipFs {
             return self.defer(shown.disk(), PoolKind::Work, reply, work, send);
         }
         if size == Some(0) && shown.has_fixed_size() {
-            // The kernel sees no new size and would keep what it has cached.
+            // The kernel sees no new size and would keep its cached pages.
             let (shared, target) = (Arc::clone(&self.shared), shown.clone());
             let work = move |_: &Disk| Self::set_attributes(&there, None, size, times, Wait::Yes);
             let send = move |reply, found| {

@@ -63,7 +63,7 @@ pub fn check_cancelled() -> io::Result<()> {
 /// the request is not given up until this thread drops the returned hold.
 ///
 /// # Errors
-/// As [`check_cancelled`].
+/// The errors of [`check_cancelled`].
 pub fn hold_reply() -> io::Result<ReplyHold> {
     let request = CURRENT_REQUEST.with_borrow(Clone::clone);
     match &request {

@@ -50,7 +50,7 @@ use crate::layer::{Layer, WritableLayer};
 /// The purpose a base is opened for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum BaseAccess {
-    /// As the read-only bottom of a disk.
+    /// Read-only, as the bottom of a disk.
     Read,
     /// To be changed: `mode=rw`, and commit.
     Write,
@@ -116,7 +116,7 @@ impl Base {
     /// Returns the base's current identity; `None` for a blank, which cannot change.
     ///
     /// # Errors
-    /// As [`Identity::of`].
+    /// The errors of [`Identity::of`].
     pub fn identity(&self) -> io::Result<Option<Identity>> {
         self.file.as_deref().map(Identity::of).transpose()
     }

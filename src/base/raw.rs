@@ -78,7 +78,7 @@ enum SizeOwner {
     /// This layer: the size in bytes changes only through it, and the host's file must have at
     /// least as many.
     Ours(AtomicU64),
-    /// The host file, which others may resize with our consent. The last known size in bytes stands
+    /// The host file, which others are allowed to resize. The last known size in bytes stands
     /// in when the host's stat fails, since an error must not look like the end of the disk.
     Host(AtomicU64),
 }

@@ -80,7 +80,8 @@ enum Top {
     Nothing,
 }
 
-/// A snapshot of a disk's layers. A holder of the exclusive gate replaces it as a whole.
+/// A snapshot of a disk's layers, replaced as a whole: with the gate held exclusive, unless the bytes
+/// stay the same.
 struct LayerStack {
     top: Top,
     /// The sealed layers below the top.

@@ -347,7 +347,7 @@ impl Disk {
     /// `EPERM`, except 0, which discards all its data.
     ///
     /// # Errors
-    /// As [`write`](Self::write).
+    /// The errors of [`write`](Self::write).
     pub fn set_size(&self, size: u64, wait: Wait) -> io::Result<()> {
         self.check_direct_wait(wait)?;
         let _gate = self.gate_exclusive(wait)?;
@@ -370,7 +370,7 @@ impl Disk {
     /// Applies fallocate(2) to `range`.
     ///
     /// # Errors
-    /// As [`write`](Self::write); `EOPNOTSUPP` where the host cannot reserve space.
+    /// The errors of [`write`](Self::write); `EOPNOTSUPP` where the host cannot reserve space.
     pub fn fallocate(
         &self,
         range: Range<u64>,
@@ -456,7 +456,7 @@ impl Disk {
     /// layer: 0 is the top. Equal kinds side by side are joined only within one layer.
     ///
     /// # Errors
-    /// As [`extents`](Self::extents).
+    /// The errors of [`extents`](Self::extents).
     pub fn extents_with_depth(
         &self,
         range: Range<u64>,
