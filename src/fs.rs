@@ -79,7 +79,7 @@ pub struct FsContext {
     pub control: Arc<Control>,
     /// The requests with a deadline.
     pub deadlines: Deadlines,
-    /// Sends invalidations; set once the kernel has initialised the connection (`FUSE_INIT`).
+    /// Sends invalidations; set once the kernel has initialized the connection (`FUSE_INIT`).
     pub notifier: OnceLock<Notifier>,
     /// Threads for work that belongs to no disk.
     pub pool: Arc<Pool>,
