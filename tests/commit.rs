@@ -317,10 +317,10 @@ fn hydrated_disk_is_independent_of_its_base() {
     lab.ok("hydrate m/d --cancel");
     wait_until("it has ended", || lab.disk("d")["overlay"]["hydration"].is_null());
     assert!(lab.refused(1, "hydrate m/d --pause").contains("not being hydrated"));
-    assert!(lab.ok("hydrate m/d").contains("stands alone"));
+    assert!(lab.ok("hydrate m/d").contains("detached from its base"));
     fs::remove_file(lab.path("base.img")).unwrap();
     assert_eq!(checksum(&lab.path("m/d")), before);
-    assert!(lab.refused(1, "reset m/d").contains("it stands alone since it was hydrated"));
+    assert!(lab.refused(1, "reset m/d").contains("it was detached from its base by hydrate"));
     assert_eq!(checksum(&lab.path("m/d")), before);
     lab.umount();
     lab.mount("d=blank:16M,overlay=o");

@@ -435,7 +435,7 @@ fn command_after_a_rename_changes_the_disk_that_has_the_name_now() {
         lab.sh("mv m/vm m/vm.old; $COWSLIP clone m/golden m/vm");
         assert_eq!(lab.ok("snapshot m/vm --list").lines().count(), 1, "a clone has no snapshots");
         let reset = lab.sh("$COWSLIP reset m/vm; cat m/vm.old m/vm");
-        assert_eq!(reset, "vm: is as its base\nchanged\n", "round {round}");
+        assert_eq!(reset, "vm: is identical to its base\nchanged\n", "round {round}");
         lab.sh("rm m/vm; mv m/vm.old m/vm");
         assert_eq!(lab.sh("$COWSLIP send m/vm --frames raw | cat"), "changed\n");
         assert_eq!(lab.disk("vm")["inode"], lab.path("m/vm").metadata().unwrap().ino());
@@ -516,7 +516,7 @@ fn request_for_another_inode_is_rejected_as_stale() {
         ask("vm/ctl", &format!(r#"{{"op":"snapshot","name":"t","inode":{}}}"#, inode("m/vm")));
     assert!(said.contains("'t' taken"), "{said}");
     let said = ask("vm/ctl", r#"{"op":"reset"}"#);
-    assert!(said.contains("is as its base"), "{said}");
+    assert!(said.contains("is identical to its base"), "{said}");
     let said = ask("ctl", &remove(inode("m/g")));
     assert!(said.contains("\"ok\""), "{said}");
     assert_eq!(lab.sh("cat m/vm; ls m"), "golden\nother\nvm\n");

@@ -132,7 +132,7 @@ pub(super) fn hydrate(name: &str, disk: &Arc<Disk>, rate: u64, action: HydrateAc
             json!({ "error": format!("{name}: it is not being hydrated") })
         }
         (HydrateAction::Wait, false) => match disk.hydrate(rate) {
-            Ok(()) => ok_answer(&format!("{name}: stands alone, without its base")),
+            Ok(()) => ok_answer(&format!("{name}: detached from its base")),
             Err(error) => error_answer(name, &error),
         },
         (HydrateAction::Start, false) => {
@@ -142,7 +142,7 @@ pub(super) fn hydrate(name: &str, disk: &Arc<Disk>, rate: u64, action: HydrateAc
             }
             let (there, log_name) = (Arc::clone(disk), name.to_owned());
             let work = move || match there.hydrate(rate) {
-                Ok(()) => log::info!("{log_name}: stands alone, without its base"),
+                Ok(()) => log::info!("{log_name}: detached from its base"),
                 Err(error) => log::error!("{log_name}: {error}"),
             };
             match std::thread::Builder::new().name("cowslip-hydrate".to_owned()).spawn(work) {
@@ -221,7 +221,7 @@ impl Control {
         self.invalidate_cache(disk);
         ok_answer(&match snapshot {
             Some(snapshot) => format!("{name}: is as it was at snapshot '{snapshot}'"),
-            None => format!("{name}: is as its base"),
+            None => format!("{name}: is identical to its base"),
         })
     }
 
@@ -256,7 +256,7 @@ impl Control {
         match self.catalog.clone_disk(entry, new) {
             Ok(disk) => {
                 disk.write_holder(&self.holder());
-                ok_answer(&format!("{new}: holds what {name} holds"))
+                ok_answer(&format!("{new}: cloned from {name}"))
             }
             Err(line) => json!({ "error": format!("{name}: {line}") }),
         }

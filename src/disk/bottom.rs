@@ -200,7 +200,7 @@ pub(super) fn find_mismatch(
         (BaseRecord::Blank { size: was }, Bottom::Blank(is)) => other(blank(*was), blank(*is)),
         (BaseRecord::Blank { size }, Bottom::File { path, .. }) => {
             Ok(Some(BaseMismatch::OtherBase(format!(
-                "is one of {}, not of {}: an overlay that was hydrated stands alone, mount it as NAME=blank:{size},overlay=...",
+                "is one of {}, not of {}: a hydrated overlay is detached from its base, mount it as NAME=blank:{size},overlay=...",
                 blank(*size),
                 named(path)
             ))))

@@ -30,7 +30,7 @@ pub enum OperationError {
     Writers,
     /// The disk has no base to reset to.
     #[error(
-        "it stands alone since it was hydrated, so a reset leaves nothing of it: use --force if you mean it"
+        "it was detached from its base by hydrate, so a reset leaves nothing of it: use --force if you mean it"
     )]
     Detached,
     /// Another operation is running.
