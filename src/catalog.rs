@@ -296,7 +296,7 @@ impl Catalog {
 
     /// Looks `name` up for the kernel, like [`file_named`](Self::file_named), and counts the lookup
     /// of a disk: the disk stays, even without its name, until the kernel has
-    /// [`forgotten`](Disk::forgotten) the inode.
+    /// [forgotten](Disk::forget) the inode.
     #[must_use]
     pub fn look_up(&self, name: &str) -> Option<DiskFile> {
         // Count under the lock: a thread that removes the name must see this lookup.

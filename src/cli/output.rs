@@ -30,7 +30,7 @@ pub(super) fn print(text: &str) -> anyhow::Result<()> {
 /// Prints a document to stdout, in one line.
 ///
 /// # Errors
-/// The same as [`print`].
+/// The same as [`print`](fn@super::print).
 pub(super) fn print_json(value: &Value) -> anyhow::Result<()> {
     write_stdout(&printable::json(&format!("{value}\n")))
 }

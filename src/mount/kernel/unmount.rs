@@ -21,7 +21,7 @@ pub enum UnmountMode {
 /// Unmounts the topmost mount that is called `name` in `directory`.
 ///
 /// # Errors
-/// As [`Held::unmount`](super::Held::unmount).
+/// As [`Held::unmount`](super::MountHandle::unmount).
 pub(super) fn unmount_in(directory: &Path, name: &OsStr, how: UnmountMode) -> io::Result<()> {
     let flags = match how {
         UnmountMode::Plain => UnmountFlags::NOFOLLOW,
