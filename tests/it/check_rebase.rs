@@ -1,0 +1,280 @@
+//! `cowslip check` and `cowslip rebase` on overlays created by real mounts.
+
+use std::fs::{self, File};
+use std::os::unix::fs::{FileExt, symlink};
+use std::path::{Path, PathBuf};
+
+use crate::common::mount::*;
+
+const SIZE: u64 = 8 * MIB;
+
+/// Returns the directories of the layers of the overlay `ov`, lowest first.
+fn layers(lab: &Lab) -> Vec<PathBuf> {
+    let said = lab.cowslip("check ov");
+    let said = String::from_utf8(said.stdout).unwrap();
+    let line = said.lines().find_map(|line| line.strip_prefix("layers   ")).unwrap();
+    line.split(", ").map(|uuid| lab.path("ov/layers").join(uuid)).collect()
+}
+
+/// Mounts an overlay `ov` over `base.img` with the snapshots `one` and `two`.
+fn lab() -> Lab {
+    let mut lab = Lab::new();
+    lab.base("base.img", SIZE);
+    lab.mount("d=base.img,overlay=ov");
+    let write = |seed| lab.open("m/d").write_all_at(&noise(MIB, seed), seed * MIB).unwrap();
+    write(1);
+    lab.ok("snapshot m/d one");
+    write(2);
+    lab.ok("snapshot m/d two");
+    write(3);
+    lab
+}
+
+fn mounted_bytes(lab: &Lab) -> u32 {
+    checksum(&lab.path("m/d"))
+}
+
+/// Runs a check that must find damage, and returns its report.
+fn damaged(lab: &Lab, words: &str) -> String {
+    let output = lab.cowslip(words);
+    assert_eq!(output.status.code(), Some(3), "{}", show(&output));
+    String::from_utf8(output.stdout).unwrap()
+}
+
+/// Returns the number of entries in a directory of the store `st`.
+fn count(lab: &Lab, what: &str) -> usize {
+    fs::read_dir(lab.path("st").join(what)).unwrap().count()
+}
+
+fn short(layer: &Path) -> String {
+    layer.file_name().unwrap().to_str().unwrap()[..8].to_owned()
+}
+
+#[test]
+fn check_prints_a_row_for_every_layer() {
+    let lab = lab();
+    lab.umount();
+    let said = lab.ok("check ov");
+    let layers = layers(&lab);
+    assert_eq!(layers.len(), 3);
+    for (name, layer) in ["one", "two", "now"].iter().zip(&layers) {
+        let row = said.lines().find(|line| line.starts_with(name)).unwrap();
+        let words: Vec<&str> = row.split_whitespace().collect();
+        assert_eq!(words[..4], [*name, &short(layer), "1", "MiB"], "{said}");
+        assert_eq!(words.last(), Some(&"clean"), "{said}");
+    }
+    assert!(said.contains("\nstate    clean\n"), "{said}");
+    assert!(lab.ok("check ov --repair").ends_with("\nrepair   nothing to do\n"));
+    lab.end();
+}
+
+#[test]
+fn check_names_a_damaged_sealed_layer() {
+    let lab = lab();
+    lab.umount();
+    let layers = layers(&lab);
+    let log = layers[0].join("log");
+    let good = fs::read(&log).unwrap();
+    let mut bad = good.clone();
+    bad[40] ^= 1;
+    fs::write(&log, bad).unwrap();
+    let said = damaged(&lab, "check ov");
+    let named =
+        format!("damage   layer {} (snapshot 'one'): the log is damaged", short(&layers[0]));
+    assert!(said.contains(&named), "{said}");
+    assert_eq!(said.matches("damage  ").count(), 1, "{said}");
+    fs::write(&log, good).unwrap();
+    lab.ok("check ov");
+
+    let data = File::options().write(true).open(layers[1].join("data")).unwrap();
+    let len = data.metadata().unwrap().len();
+    data.set_len(2 * MIB + 4096).unwrap();
+    let said = damaged(&lab, "check ov --repair");
+    let named = format!("layer {} (snapshot 'two'): 1020 KiB of data", short(&layers[1]));
+    assert!(said.contains(&named) && said.contains("nothing was touched"), "{said}");
+    data.set_len(len).unwrap();
+
+    fs::rename(&layers[1], lab.path("aside")).unwrap();
+    let said = damaged(&lab, "check ov");
+    assert!(said.contains(&format!("layer {} (snapshot 'two'): opening", short(&layers[1]))));
+    fs::rename(lab.path("aside"), &layers[1]).unwrap();
+    lab.ok("check ov");
+    lab.end();
+}
+
+#[test]
+fn repair_recovers_the_overlay_of_a_killed_daemon() {
+    let lab = lab();
+    let before = mounted_bytes(&lab);
+    assert!(lab.refused(1, "check ov").contains("is in use"));
+    assert!(lab.refused(1, "check ov --repair").contains("is in use"));
+    lab.kill();
+    let said = lab.ok("check ov");
+    assert!(said.contains("\nstate    needs recovery: nothing is lost"), "{said}");
+    assert!(lab.path("ov/holder").exists());
+    let said = lab.ok("check ov --repair");
+    let top = short(layers(&lab).last().unwrap());
+    assert!(said.contains(&format!("repair   recovered layer {top}: nothing is lost")), "{said}");
+    assert!(said.contains("repair   removed 'holder'"), "{said}");
+    assert!(said.contains("\nstate    clean\n"), "{said}");
+    assert!(!lab.path("ov/holder").exists());
+    assert!(lab.ok("check ov").contains("\nstate    clean\n"));
+    let said = lab.mount("d=base.img,overlay=ov");
+    assert!(!said.contains("recovered"), "{said}");
+    assert_eq!(mounted_bytes(&lab), before);
+    lab.ok("revert m/d one");
+    assert!(read(&lab.open_ro("m/d"), MIB, MIB) == noise(MIB, 1));
+    lab.end();
+}
+
+#[test]
+fn repair_removes_unused_layers_and_temporary_files() {
+    let lab = lab();
+    let before = mounted_bytes(&lab);
+    lab.umount();
+    lab.sh(
+        "o=ov/layers/00000000-0000-4000-8000-000000000000; cp -r $(ls -d ov/layers/* | head -1) $o
+         echo x > ov/stack.new; echo x > ov/holder.new; for d in ov/layers/*; do echo x > $d/log.new; done",
+    );
+    let said = lab.ok("check ov");
+    assert!(said.contains("unused   layer 00000000-0000-4000-8000-000000000000"), "{said}");
+    assert_eq!(fs::read_dir(lab.path("ov/layers")).unwrap().count(), 4);
+    let said = lab.ok("check ov --repair");
+    assert!(said.contains("repair   removed layer 00000000-0000-4000-8000"), "{said}");
+    assert_eq!(said.matches("repair   removed 'log.new'").count(), 3, "{said}");
+    assert!(said.contains("'stack.new'") && said.contains("'holder.new'"), "{said}");
+    assert_eq!(fs::read_dir(lab.path("ov/layers")).unwrap().count(), 3);
+    assert!(lab.sh("find ov -name '*.new'").is_empty());
+    assert!(lab.ok("check ov --repair").contains("repair   nothing to do"));
+    lab.mount("d=base.img,overlay=ov");
+    assert_eq!(mounted_bytes(&lab), before);
+    lab.end();
+}
+
+#[test]
+fn repair_sweeps_a_store() {
+    let lab = Lab::new();
+    lab.mount("--store st");
+    lab.sh("echo one > m/a; echo two > m/b");
+    assert!(lab.refused(1, "check st --repair").contains("is in use"));
+    lab.umount();
+    let gone = "../disks/00000000-0000-4000-8000-000000000000";
+    symlink(gone, lab.path("st/names/c")).unwrap();
+    lab.sh(
+        "rm st/names/b; mkdir st/layers/00000000-0000-4000-8000-000000000003 st/disks/.cowslip-x",
+    );
+    let said = damaged(&lab, "check st");
+    assert!(said.contains("damage   the name 'c': it leads nowhere"), "{said}");
+    assert_eq!(said.matches("unused   the disk").count(), 2, "{said}");
+    // The layers of the lost disk are unknown, so all layers stay as long as its name does.
+    assert!(!said.contains("unused   the layer"), "{said}");
+    assert!(lab.refused(1, "mount m --store st").contains("disk 'c' of the store"));
+    assert_eq!(count(&lab, "layers"), 3);
+    lab.sh("mkdir st/disks/.cowslip-x");
+    let said = damaged(&lab, "check st");
+    assert!(said.contains("damage   the name 'c'"), "{said}");
+    let said = lab.ok("check st --repair");
+    assert!(said.contains("repair   removed the name 'c'"), "{said}");
+    assert!(said.contains("repair   removed the disk '.cowslip-x'"), "{said}");
+    assert_eq!(count(&lab, "layers"), 3);
+    assert_eq!(lab.ok("check st").matches("unused   the layer").count(), 2);
+    let said = lab.ok("check st --repair");
+    assert_eq!(said.matches("repair   removed the layer").count(), 2, "{said}");
+    assert_eq!([count(&lab, "names"), count(&lab, "disks"), count(&lab, "layers")], [1; 3]);
+    assert!(lab.ok("check st --repair").contains("store    st\nrepair   nothing to do\n"));
+    lab.ok("check st/names/a");
+    lab.mount("--store st");
+    assert_eq!(lab.sh("cat m/*"), "one\n");
+    lab.end();
+}
+
+#[test]
+fn rebase_accepts_a_moved_or_copied_base() {
+    let mut lab = Lab::new();
+    put(&lab.path("base.img"), &noise(SIZE, 9));
+    lab.mount("d=base.img,overlay=ov");
+    lab.open("m/d").write_all_at(&noise(MIB, 1), MIB).unwrap();
+    let before = mounted_bytes(&lab);
+    assert!(lab.refused(1, "rebase ov --base base.img").contains("is in use"));
+    lab.umount();
+
+    lab.sh("mkdir new; mv base.img new/moved.img");
+    lab.watch("new/moved.img");
+    let line = lab.refused(1, "mount m d=new/moved.img,overlay=ov");
+    assert!(line.contains("which is gone") && line.contains("cowslip rebase"), "{line}");
+    assert!(damaged(&lab, "check ov").contains("cowslip rebase"));
+    let said = lab.ok("rebase ov --base new/moved.img");
+    assert!(said.contains("ov: its base is now '") && said.contains("/new/moved.img'"), "{said}");
+    lab.ok("check ov");
+    lab.mount("d=new/moved.img,overlay=ov");
+    assert_eq!(mounted_bytes(&lab), before);
+    lab.umount();
+
+    lab.sh("cp new/moved.img copy.img; touch -d 2001-01-01 copy.img");
+    lab.ok("rebase ov --base copy.img");
+    lab.mount("d=copy.img,overlay=ov");
+    assert_eq!(mounted_bytes(&lab), before);
+    lab.end();
+}
+
+#[test]
+fn rebase_rejects_another_base_unless_forced() {
+    let mut lab = Lab::new();
+    lab.base("base.img", SIZE);
+    lab.mount("d=base.img,overlay=ov");
+    lab.open("m/d").write_all_at(&noise(MIB, 1), MIB).unwrap();
+    lab.umount();
+    let stack = fs::read(lab.path("ov/stack")).unwrap();
+    lab.sh("cp base.img other.img; printf x | dd of=other.img conv=notrunc status=none; head -c 1M base.img > short.img");
+    let line = lab.refused(1, "rebase ov --base other.img");
+    assert!(line.contains("its contents differ") && line.contains("--force"), "{line}");
+    assert!(lab.refused(1, "rebase ov --base short.img").contains("size 8 MiB -> 1 MiB"));
+    assert!(lab.refused(1, "rebase ov --base none.img").contains("does not exist"));
+    assert!(lab.refused(1, "rebase ov --base m --force").contains("is a directory"));
+    assert_eq!(fs::read(lab.path("ov/stack")).unwrap(), stack);
+    let said = lab.ok("rebase ov --base other.img --force");
+    assert!(said.contains("forced, it is not the same (its contents differ)"), "{said}");
+    lab.mount("d=other.img,overlay=ov");
+    assert_eq!(read(&lab.open_ro("m/d"), 0, 1), b"x");
+    assert!(read(&lab.open_ro("m/d"), MIB, MIB) == noise(MIB, 1));
+    lab.end();
+}
+
+#[test]
+fn copy_of_a_store_without_symlinks_is_rejected_and_keeps_its_disks() {
+    let lab = Lab::new();
+    lab.mount("--store st");
+    lab.sh("echo one > m/a");
+    lab.umount();
+    lab.sh("cp -rL st copy");
+    for words in ["mount m --store copy", "check copy", "check copy --repair"] {
+        let line = lab.refused(1, words);
+        assert!(line.contains("'names/a' is no link to one of its disks: remove it"), "{line}");
+    }
+    lab.sh("rm -r copy/names; cp -a st/names copy/names");
+    lab.mount("--store copy");
+    assert_eq!(lab.sh("cat m/a"), "one\n");
+    lab.end();
+}
+
+#[test]
+fn disk_of_a_store_is_rebased_by_its_name() {
+    let mut lab = Lab::new();
+    lab.base("base.img", SIZE);
+    lab.mount("--store st d=base.img,overlay=st");
+    lab.open("m/d").write_all_at(&noise(MIB, 1), MIB).unwrap();
+    let before = mounted_bytes(&lab);
+    assert!(lab.refused(1, "rebase st/names/d --base base.img").contains("is in use"));
+    lab.umount();
+    lab.sh("cp base.img moved.img; mv base.img aside.img");
+    let line = lab.refused(1, "mount m --store st");
+    assert!(line.contains("which is gone") && line.contains("cowslip rebase"), "{line}");
+    assert!(lab.refused(1, "rebase st --base moved.img").contains("st/names/NAME"));
+    lab.ok("rebase st/names/d --base moved.img");
+    lab.ok("check st");
+    lab.mount("--store st");
+    assert_eq!(mounted_bytes(&lab), before);
+    lab.umount();
+    lab.sh("mv aside.img base.img");
+    lab.end();
+}

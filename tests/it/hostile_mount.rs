@@ -1,0 +1,358 @@
+//! Commands on a hostile mount: any program can serve a FUSE mount of cowslip's type and reply with
+//! anything.
+
+use std::ffi::OsStr;
+use std::fs;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread;
+use std::time::{Duration, UNIX_EPOCH};
+
+use crate::common::mount::*;
+use fuser::{
+    Config, Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation, INodeNo,
+    LockOwner, OpenFlags, ReplyAttr, ReplyData, ReplyEntry, ReplyOpen, ReplyWrite, Request,
+    Session, SessionACL, WriteFlags,
+};
+use rustix::fs::{Mode, OFlags};
+use rustix::mount::{MountFlags, mount};
+
+const ROOT: u64 = 1;
+const CONTROL: u64 = 2;
+const STATUS: u64 = 3;
+const LOG: u64 = 4;
+const DISK: u64 = 5;
+const CTL: u64 = 6;
+const SNAPSHOTS: u64 = 7;
+const FILE: u64 = 8;
+const LINK: u64 = 9;
+
+/// The replies of a hostile mount.
+#[derive(Clone, Default)]
+struct Answers {
+    status: Text,
+    log: Text,
+    ctl: Text,
+    /// Target of all links in the snapshots directory.
+    link: PathBuf,
+    /// Whether requests for attributes are read and never answered.
+    is_silent: bool,
+    /// Number of open requests so far.
+    asked: Arc<AtomicUsize>,
+    /// Length of the last request: the reply is read from this offset on.
+    behind: Arc<AtomicUsize>,
+}
+
+/// The content of a control file.
+#[derive(Clone)]
+enum Text {
+    Of(String),
+    /// Repeats this byte without end.
+    Endless(u8),
+}
+
+impl Default for Text {
+    fn default() -> Self {
+        // The status of the disk `d`.
+        Self::Of(format!("{{\"inode\":{FILE}}}\n"))
+    }
+}
+
+fn text(text: impl Into<String>) -> Text {
+    Text::Of(text.into())
+}
+
+impl Filesystem for Answers {
+    fn lookup(&self, _: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
+        let ino = match (parent.0, name.to_str().unwrap_or_default()) {
+            (ROOT, ".cowslip") => CONTROL,
+            (ROOT, "d") => FILE,
+            (CONTROL, "status") | (DISK, "status") => STATUS,
+            (CONTROL, "log") => LOG,
+            (CONTROL, "d") => DISK,
+            (CONTROL | DISK, "ctl") => CTL,
+            (DISK, "snapshots") => SNAPSHOTS,
+            (SNAPSHOTS, _) => LINK,
+            _ => return reply.error(Errno::ENOENT),
+        };
+        reply.entry(&Duration::ZERO, &attr(ino), Generation(0));
+    }
+
+    fn getattr(&self, _: &Request, ino: INodeNo, _: Option<FileHandle>, reply: ReplyAttr) {
+        if self.is_silent {
+            // Dropped, it would answer.
+            return std::mem::forget(reply);
+        }
+        reply.attr(&Duration::ZERO, &attr(ino.0));
+    }
+
+    fn readlink(&self, _: &Request, _: INodeNo, reply: ReplyData) {
+        reply.data(self.link.as_os_str().as_encoded_bytes());
+    }
+
+    fn open(&self, _: &Request, _: INodeNo, _: OpenFlags, reply: ReplyOpen) {
+        self.asked.fetch_add(1, Ordering::SeqCst);
+        reply.opened(FileHandle(0), FopenFlags::FOPEN_DIRECT_IO);
+    }
+
+    fn read(
+        &self,
+        _: &Request,
+        ino: INodeNo,
+        _: FileHandle,
+        offset: u64,
+        size: u32,
+        _: OpenFlags,
+        _: Option<LockOwner>,
+        reply: ReplyData,
+    ) {
+        let text = match ino.0 {
+            STATUS => &self.status,
+            LOG => &self.log,
+            CTL => &self.ctl,
+            _ => return reply.error(Errno::EIO),
+        };
+        match text {
+            Text::Of(text) => {
+                let behind = if ino.0 == CTL { self.behind.load(Ordering::SeqCst) } else { 0 };
+                let start = text.len().min(offset as usize - behind);
+                reply.data(&text.as_bytes()[start..text.len().min(start + size as usize)]);
+            }
+            Text::Endless(byte) => reply.data(&vec![*byte; size as usize]),
+        }
+    }
+
+    fn write(
+        &self,
+        _: &Request,
+        _: INodeNo,
+        _: FileHandle,
+        _: u64,
+        data: &[u8],
+        _: WriteFlags,
+        _: OpenFlags,
+        _: Option<LockOwner>,
+        reply: ReplyWrite,
+    ) {
+        self.behind.store(data.len(), Ordering::SeqCst);
+        reply.written(data.len() as u32);
+    }
+}
+
+fn attr(ino: u64) -> FileAttr {
+    let kind = match ino {
+        ROOT | CONTROL | DISK | SNAPSHOTS => FileType::Directory,
+        LINK => FileType::Symlink,
+        _ => FileType::RegularFile,
+    };
+    FileAttr {
+        ino: INodeNo(ino),
+        size: if ino == FILE { 4096 } else { 0 },
+        blocks: 8,
+        atime: UNIX_EPOCH,
+        mtime: UNIX_EPOCH,
+        ctime: UNIX_EPOCH,
+        crtime: UNIX_EPOCH,
+        kind,
+        perm: 0o755,
+        nlink: 1,
+        uid: 0,
+        gid: 0,
+        rdev: 0,
+        blksize: 4096,
+        flags: 0,
+    }
+}
+
+/// Mounts a server of `answers` at `m`, owned by the user `uid`. The lab's cleanup unmounts it.
+fn served(lab: &Lab, uid: u32, answers: Answers) {
+    let flags = OFlags::RDWR | OFlags::CLOEXEC;
+    let device: OwnedFd = rustix::fs::open("/dev/fuse", flags, Mode::empty()).unwrap();
+    let data = format!(
+        "fd={},rootmode=40000,user_id={uid},group_id={uid},allow_other",
+        device.as_raw_fd()
+    );
+    let data = std::ffi::CString::new(data).unwrap();
+    let flags = MountFlags::NOSUID | MountFlags::NODEV;
+    mount("evil", lab.path("m"), "fuse.cowslip", flags, &*data).unwrap();
+    let session = Session::from_fd(answers, device, SessionACL::All, Config::default()).unwrap();
+    thread::spawn(move || session.run());
+}
+
+/// Unmounts `m`, which ends the server thread, and ends the test.
+fn end(lab: Lab) {
+    rustix::mount::unmount(lab.path("m"), rustix::mount::UnmountFlags::DETACH).unwrap();
+    lab.end();
+}
+
+fn lines_of(output: &std::process::Output) -> String {
+    let all = [&output.stdout[..], &output.stderr].concat();
+    String::from_utf8(all).unwrap()
+}
+
+#[test]
+fn mount_of_another_user_gets_no_requests() {
+    let lab = Lab::new();
+    fs::write(lab.path("secret"), b"root's own").unwrap();
+    let secret = lab.path("secret").display().to_string();
+    let answers = Answers {
+        status: Text::Endless(b' '),
+        ctl: text(format!("{{\"ok\":{{\"file\":\"{secret}\",\"changed\":\"{secret}\"}}}}\n")),
+        link: lab.path("secret"),
+        ..Answers::default()
+    };
+    let asked = Arc::clone(&answers.asked);
+    served(&lab, 65534, answers);
+    let output = lab.cowslip("status");
+    // Other mounts on this host may be unhealthy.
+    assert!(matches!(output.status.code(), Some(0 | 3)), "{}", show(&output));
+    assert!(lines_of(&output).contains("another user's (uid 65534)"), "{}", show(&output));
+    for words in [
+        "status m",
+        "log m",
+        "send m/d",
+        "diff m/d -o out.q",
+        "map m/d",
+        "snapshot m/d one",
+        "commit m/d",
+        "keep m/d kept",
+        "remove m/d",
+    ] {
+        // Output to a pipe, and without the data that the mount would return.
+        let output = lab.cowslip(words);
+        assert_eq!(output.status.code(), Some(1), "{words}: {}", show(&output));
+        let said = lines_of(&output);
+        assert!(said.contains("another user's (uid 65534)"), "{words}: {said}");
+        assert!(!said.contains("root's own"), "{words}");
+    }
+    assert_eq!(asked.load(Ordering::SeqCst), 0, "it was asked");
+    // The mount can still be unmounted.
+    lab.ok("umount m");
+    lab.end();
+}
+
+#[test]
+fn files_named_by_a_mount_are_opened_only_inside_it() {
+    for file in ["/secret", "../../../../secret", "link", ""] {
+        let lab = Lab::new();
+        fs::write(lab.path("secret"), b"root's own").unwrap();
+        let file = match file {
+            "/secret" => lab.path("secret").display().to_string(),
+            file => file.to_owned(),
+        };
+        let ctl = text(format!("{{\"ok\":{{\"file\":\"{file}\",\"changed\":\"{file}\"}}}}\n"));
+        served(&lab, 0, Answers { ctl, link: lab.path("secret"), ..Answers::default() });
+        for words in ["send m/d", "diff m/d --full -O rbd -o -"] {
+            let output = lab.cowslip(words);
+            assert_eq!(output.status.code(), Some(1), "{words}: {}", show(&output));
+            assert!(!lines_of(&output).contains("root's own"), "{words}: {file}");
+        }
+        end(lab);
+    }
+}
+
+#[test]
+fn endless_reply_is_rejected() {
+    let lab = Lab::new();
+    let endless = || Text::Endless(b' ');
+    served(
+        &lab,
+        0,
+        Answers { status: endless(), log: endless(), ctl: endless(), ..Answers::default() },
+    );
+    for words in ["status m", "log m", "snapshot m/d --list"] {
+        let limited = format!("ulimit -v 2000000; exec $COWSLIP {words}");
+        let line = one_line(1, &lab.output("sh", &["-c", &limited]), words);
+        assert!(line.contains("answers without end"), "{words}: {line}");
+    }
+    // One bad mount does not hide the others.
+    assert!(lines_of(&lab.cowslip("status")).contains("answers without end"));
+    end(lab);
+}
+
+#[test]
+fn invalid_reply_gives_at_most_one_line_on_stderr() {
+    let deep = "[".repeat(100_000);
+    let texts = [
+        "",
+        "nothing",
+        &deep,
+        "{\"mounts\": 7}\n",
+        "{\"mounts\":[{\"disks\":[{\"name\":\"d\",\"size\":1e400}]}]}\n",
+        "{\"mounts\":[{\"mountpoint\":[],\"disks\":{\"a\":1}}]}\n",
+        "{\"ok\":{\"line\":{}}}\n{\"error\":[1]}\n",
+    ];
+    for answer in texts {
+        let lab = Lab::new();
+        let answers = Answers {
+            status: text(answer),
+            log: text(answer),
+            ctl: text(answer),
+            ..Answers::default()
+        };
+        served(&lab, 0, answers);
+        for words in ["status m", "status m/d", "status", "map m/d", "snapshot m/d x", "send m/d"] {
+            let output = lab.cowslip(words);
+            let said = String::from_utf8(output.stderr.clone()).unwrap();
+            assert!(said.lines().count() <= 1, "{words}: {}", show(&output));
+            assert!(matches!(output.status.code(), Some(0..=3)), "{words}: {}", show(&output));
+        }
+        end(lab);
+    }
+}
+
+#[test]
+fn text_of_a_mount_is_printed_without_control_characters() {
+    let evil = "\\u001b]0;owned\\u0007 \\u202egpj.exe\\u009b2J";
+    let raw = "\u{1b}]0;owned\u{7} \u{202e}gpj.exe\u{9b}2J";
+    let mount = format!(
+        "{{\"mountpoint\":\"{evil}\",\"source\":\"{evil}\",\"pid\":1,\"state\":\"{evil}\",\"disks\":[\
+         {{\"name\":\"{evil}\",\"mode\":\"{evil}\",\"base\":\"{evil}\",\"error\":\"{evil}\"}}]}}"
+    );
+    for ctl in
+        [format!("{{\"error\":\"{evil}\"}}\n"), format!("{{\"ok\":{{\"line\":\"{evil}\"}}}}\n")]
+    {
+        let lab = Lab::new();
+        let status = text(format!("{{\"schema\":1,\"mounts\":[{mount}]}}\n"));
+        let log = text(format!("2026 {raw}\nnext\n"));
+        served(&lab, 0, Answers { status, log, ctl: text(ctl), ..Answers::default() });
+        for words in
+            ["status m", "status m --json", "status", "log m", "snapshot m/d x", "keep m/d k"]
+        {
+            let said = lines_of(&lab.cowslip(words));
+            assert!(said.contains("gpj.exe"), "{words}: {said:?}");
+            let hostile = |c: char| c != '\n' && c.is_control() || c == '\u{202e}';
+            assert!(!said.contains(hostile), "{words}: {said:?}");
+        }
+        end(lab);
+    }
+}
+
+#[test]
+fn a_fuse_mount_of_another_user_is_not_trusted_whatever_it_says_of_owners() {
+    let lab = Lab::new();
+    served(&lab, 65534, Answers::default());
+    for words in ["mount --config m/d", "mount m2 --store m/.cowslip"] {
+        lab.sh("mkdir -p m2");
+        let line = lab.refused(1, words);
+        let why = "FUSE file system of another user (uid 65534)";
+        assert!(line.contains(why), "{words}: {line}");
+    }
+    end(lab);
+}
+
+#[test]
+fn a_mount_that_takes_questions_and_never_answers_holds_up_nobody() {
+    let lab = Lab::new();
+    served(&lab, 65534, Answers { is_silent: true, ..Answers::default() });
+    for words in ["status m", "status", "umount m"] {
+        let words: Vec<&str> =
+            ["-s", "KILL", "60", COWSLIP].into_iter().chain(words.split(' ')).collect();
+        let ended = lab.output("timeout", &words);
+        assert!(ended.status.code().is_some_and(|code| code < 100), "{}", show(&ended));
+    }
+    assert_eq!(mounts_below(lab.dir()), Vec::<PathBuf>::new());
+    lab.end();
+}

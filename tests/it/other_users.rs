@@ -1,0 +1,236 @@
+//! Users other than the mounting one on a mount that admits them: they cannot read what is not
+//! theirs, make the mount do anything, or exhaust its memory, threads and time.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Read, Write};
+use std::os::unix::fs::FileExt;
+use std::thread;
+
+use crate::common::mount::*;
+use serde_json::Value;
+
+/// The id of a user without any rights.
+const STRANGER: u32 = 65534;
+
+/// Runs `work` in a thread that has the file system rights of the user `uid`.
+fn as_user<T: Send>(uid: u32, work: impl FnOnce() -> T + Send) -> T {
+    thread::scope(|scope| {
+        let user = move || {
+            // SAFETY: both calls take plain numbers and affect only this thread, which ends here.
+            unsafe {
+                libc::setfsgid(uid);
+                libc::setfsuid(uid);
+            }
+            work()
+        };
+        scope.spawn(user).join().unwrap()
+    })
+}
+
+/// Mounts `words` with access for all users.
+fn lab(words: &str) -> Lab {
+    let mut lab = Lab::new();
+    lab.base("base.img", 16 * MIB);
+    lab.sh("chmod 755 .; printf '#!/bin/sh\nexec cat >/dev/null\n' >xyzzy; chmod 700 xyzzy");
+    lab.mount(&format!("{words} -o allow_other"));
+    lab
+}
+
+fn open_both(lab: &Lab, name: &str) -> io::Result<File> {
+    OpenOptions::new().read(true).write(true).open(lab.path(name))
+}
+
+/// Returns the number in the line `key` of `/proc/PID/status`.
+fn of_daemon(pid: u32, key: &str) -> u64 {
+    let text = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let line = text.lines().find_map(|line| line.strip_prefix(key)).unwrap();
+    line.trim_start_matches(':').split_whitespace().next().unwrap().parse().unwrap()
+}
+
+#[test]
+fn map_must_be_read_in_order_and_needs_little_memory_per_reader() {
+    let lab = lab("d=blank:64M,block=512,perm=0644");
+    let disk = lab.open("m/d");
+    for sector in 0..30_000 {
+        disk.write_all_at(&[7; 512], sector * 1024).unwrap();
+    }
+    let pid = lab.pid();
+    let before = of_daemon(pid, "VmRSS");
+    let files: Vec<File> = as_user(STRANGER, || {
+        let open = |_| File::open(lab.path("m/.cowslip/d/map")).unwrap();
+        (0..64).map(open).collect()
+    });
+    for file in &files {
+        assert_eq!(errno_of(file.read_at(&mut [0], 1 << 40)), libc::ESPIPE);
+        assert_eq!(file.read_at(&mut [0; 100], 0).unwrap(), 100);
+        assert_eq!(errno_of(file.read_at(&mut [0], 0)), libc::ESPIPE);
+        assert_eq!(errno_of(file.read_at(&mut [0], 101)), libc::ESPIPE);
+    }
+    let grown = of_daemon(pid, "VmRSS").saturating_sub(before);
+    assert!(grown < 16 << 10, "{grown} KiB for 64 readers of a map of 60,000 extents");
+    drop(files);
+    let mut text = String::new();
+    // In pieces of various lengths.
+    let mut map_file = lab.open_ro("m/.cowslip/d/map");
+    for len in (1..100_000).step_by(997).cycle() {
+        let mut piece = vec![0; len];
+        match map_file.read(&mut piece).unwrap() {
+            0 => break,
+            len => text += str::from_utf8(&piece[..len]).unwrap(),
+        }
+    }
+    let map: Vec<Value> = serde_json::from_str(&text).unwrap();
+    assert_eq!(map.len(), 60_000);
+    drop((map_file, disk));
+    lab.end();
+}
+
+#[test]
+fn endless_map_readers_do_not_block_writes() {
+    let lab = lab("d=base.img,block=512,perm=0644");
+    let disk = lab.open("m/d");
+    for sector in 0..15_000 {
+        disk.write_all_at(&[7; 512], sector * 1024).unwrap();
+    }
+    let path = lab.path("m/.cowslip/d/map");
+    thread::scope(|scope| {
+        let reader = || {
+            as_user(STRANGER, || {
+                for _ in 0..4 {
+                    let mut file = File::open(&path).unwrap();
+                    let _ = file.read_at(&mut [0], 1 << 40);
+                    io::copy(&mut file, &mut io::sink()).unwrap();
+                }
+            });
+        };
+        let readers: Vec<_> = (0..24).map(|_| scope.spawn(reader)).collect();
+        while readers.iter().any(|reader| !reader.is_finished()) {
+            // A part of a block of the base, which is written by the disk's own threads.
+            let at = 15 * MIB + noise(8, of_daemon(lab.pid(), "VmRSS"))[0] as u64 * 512;
+            disk.write_all_at(&[1; 10], at + 3).unwrap();
+        }
+    });
+    drop(disk);
+    lab.end();
+}
+
+#[test]
+fn number_of_open_control_files_per_user_is_limited() {
+    let lab = lab("d=base.img,perm=0644");
+    let many: Vec<File> = as_user(STRANGER, || {
+        let mut open = Vec::new();
+        loop {
+            match File::open(lab.path("m/.cowslip/d/map")) {
+                Ok(file) => open.push(file),
+                Err(error) => {
+                    assert_eq!(error.raw_os_error(), Some(libc::EMFILE));
+                    return open;
+                }
+            }
+            assert!(open.len() < 3000, "there is no end");
+        }
+    });
+    // Directories count as well. Other users are not affected, and disks can still be opened.
+    as_user(STRANGER, || {
+        assert_eq!(errno_of(fs::read_dir(lab.path("m/.cowslip")).map(|_| ())), libc::EMFILE);
+        File::open(lab.path("m/d")).unwrap();
+    });
+    lab.sh("cat m/.cowslip/d/status m/.cowslip/status >/dev/null; ls m >/dev/null");
+    as_user(STRANGER - 1, || File::open(lab.path("m/.cowslip/d/status")).unwrap());
+    drop(many);
+    wait_until("they are closed", || {
+        as_user(STRANGER, || File::open(lab.path("m/.cowslip/d/map")).is_ok())
+    });
+    lab.end();
+}
+
+#[test]
+fn only_the_mounting_user_and_root_can_open_control_files_for_requests() {
+    // The disk itself belongs to the stranger.
+    let lab = lab(&format!("d=base.img,perm=0666,uid={STRANGER},gid={STRANGER}"));
+    as_user(STRANGER, || {
+        open_both(&lab, "m/d").unwrap();
+        for name in ["m/.cowslip/d/ctl", "m/.cowslip/ctl"] {
+            assert_eq!(errno_of(open_both(&lab, name)), libc::EACCES, "{name}");
+            let writer = OpenOptions::new().write(true).open(lab.path(name));
+            assert_eq!(errno_of(writer), libc::EACCES, "{name}");
+        }
+    });
+    assert_eq!(lab.sh("stat -c %a:%u m/.cowslip/d/ctl"), "600:0\n");
+    lab.ok("snapshot m/d one");
+    lab.end();
+}
+
+#[test]
+fn status_and_log_hide_the_disks_of_others() {
+    let lab = lab(
+        "a=base.img,overlay=ov,perm=0644 b=base.img,perm=0600 s=stream:1M,to=cmd:./xyzzy,perm=0644",
+    );
+    let here = lab.dir().to_str().unwrap().to_owned();
+    as_user(STRANGER, || {
+        let text = |name: &str| fs::read_to_string(lab.path(&format!("m/.cowslip/{name}")));
+        for name in ["status", "log", "b/status", "b/map"] {
+            assert_eq!(errno_of(text(name)), libc::EACCES, "{name}");
+        }
+        let mount = lab.path("m").to_str().unwrap().to_owned();
+        for name in ["a/status", "s/status"] {
+            let told = text(name).unwrap();
+            assert!(told.contains("\"state\":\"ok\""), "{told}");
+            let told = told.replace(&mount, "");
+            assert!(!told.contains(&here) && !told.contains("xyzzy"), "{told}");
+            assert!(!told.contains("\"uuid\":\""), "{told}");
+        }
+    });
+    // The output of the commands.
+    lab.sh("cp $COWSLIP program; chmod 755 program");
+    let stranger = |words: &str| {
+        lab.sh(&format!("setpriv --reuid {STRANGER} --clear-groups ./program {words}"))
+    };
+    for words in ["status m", "status"] {
+        let told = stranger(words);
+        assert!(told.contains("you may look at 2 of its 3 disks"), "{told}");
+        assert!(told.contains("\n  a  ") && !told.contains("\n  b  "), "{told}");
+    }
+    assert!(stranger("status m/a").contains("\n  a  "));
+    lab.sh(&format!(
+        "! setpriv --reuid {STRANGER} --clear-groups ./program status m/b 2>why
+        grep 'does not let you ask' why"
+    ));
+    let all = lab.sh("cat m/.cowslip/status");
+    assert!(all.contains("xyzzy") && all.contains(&format!("{here}/ov")), "{all}");
+    lab.end();
+}
+
+#[test]
+fn threads_and_memory_of_requests_are_limited() {
+    let lab = lab("d=base.img");
+    let pid = lab.pid();
+    let ask = |ctl: &mut File| ctl.write(b"{\"op\":\"snapshots\"}");
+    for _ in 0..400 {
+        let mut ctl = lab.open("m/.cowslip/d/ctl");
+        ask(&mut ctl).unwrap();
+        io::copy(&mut ctl, &mut io::sink()).unwrap();
+    }
+    let threads = of_daemon(pid, "Threads");
+    assert!(threads < 100, "{threads} threads for one request at a time");
+    // Replies that nobody reads.
+    let mut ctl = lab.open("m/.cowslip/d/ctl");
+    let mut asked = 0;
+    let refused = loop {
+        match ask(&mut ctl) {
+            Ok(_) => asked += 1,
+            Err(error) if error.raw_os_error() == Some(libc::EBUSY) => {}
+            Err(error) => break error.raw_os_error(),
+        }
+        assert!(asked < 20_000, "answers pile up without end");
+    };
+    assert_eq!(refused, Some(libc::ENOBUFS));
+    io::copy(&mut ctl, &mut io::sink()).unwrap();
+    ask(&mut ctl).unwrap();
+    drop(ctl);
+    // A request longer than the maximum.
+    let mut ctl = lab.open("m/.cowslip/d/ctl");
+    assert_eq!(errno_of(ctl.write(&[b' '; 100_000])), libc::EMSGSIZE);
+    drop(ctl);
+    lab.end();
+}
