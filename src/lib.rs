@@ -1,14 +1,44 @@
-//! cowslip mounts virtual disks as plain files.
+//! cowslip mounts virtual disks as plain files, through FUSE.
 //!
-//! Each disk is a stack of layers: a base that is never modified, and copy-on-write overlays above
-//! it. One mount shows many disks. `lseek(SEEK_HOLE/SEEK_DATA)` is answered from the extent map.
+//! A disk is a stack of layers: a base at the bottom, and copy-on-write overlays above it that take
+//! the writes. One mount shows many disks, and `lseek(SEEK_HOLE/SEEK_DATA)` is answered from the
+//! extent map. A disk may instead be a [`stream`], whose bytes leave in order while they are
+//! written, or arrive.
 //!
-//! A request passes down through these modules, and its reply back up: [`fs`] (decodes FUSE) →
-//! [`catalog`] (names) → [`disk`] (the stack of layers) → [`overlay`] and [`base`] → [`extents`].
-//! Before that, [`config`] parses the user's input into plain values.
+//! This crate serves the program `cowslip` and its tests, benchmarks and fuzz targets. Its modules
+//! are public for those alone: they are no API, and change without notice.
 //!
-//! Instead of a stack of layers, a disk may be a [`stream`]: written data is sent on in order, or
-//! incoming data is read. [`transfer`] sends files of any kind through pipes, and needs no mount.
+//! A request goes down the modules once and comes back once:
+//!
+//! ```text
+//!   cli ──plan──▶ mount ──▶ fs ──▶ control        the start and end; FUSE; the `.cowslip` directory
+//!                            │       │
+//!                            ▼       ▼
+//!                           catalog ──▶ store     names and inodes; the directory behind `--store`
+//!                            │            │
+//!                            ▼            ▼
+//!                           disk                  the stack of layers, its gate, its history
+//!                  ┌─────────┼─────────┐
+//!                  ▼         ▼         ▼
+//!               overlay ──▶ base ◀── stream       changes; what is below them; bytes in order
+//!                  └─────────┼─────────┘
+//!                            ▼
+//!               layer, extents, host, pool        the traits, runs of bytes, host files, threads
+//!
+//!   cli ──▶ transfer, export ──▶ formats          files through pipes; diffs; other tools' formats
+//! ```
+//!
+//! Beside them:
+//!
+//! - [`config`]: what the user asked for, as plain values, without I/O.
+//! - [`confined`], [`trust`]: which files and directories of others may be opened and believed.
+//! - [`direct`], [`aligned`]: reading and writing past the host's page cache.
+//! - [`part_file`], [`name`], [`printable`], [`process`], [`logging`]: files that get their name
+//!   when they are complete, names in a mount, text for a terminal, limits of the process, the
+//!   daemon's log.
+//!
+//! `docs/architecture.md` follows four requests through the functions, and lists the order of
+//! locks, the threads and the words. `CONTRIBUTING.md` says how to test and extend the code.
 
 pub mod aligned;
 pub mod base;
