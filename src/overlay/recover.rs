@@ -19,6 +19,8 @@ use super::data::{Create, Storage};
 use super::journal::{self, JournalContents};
 use super::log::{self, Log, LogDir, LogEnd, LogScan};
 use super::record::{BootTag, LayerMap};
+use super::verify;
+use crate::config::format_size;
 use crate::host;
 
 /// The condition in which an overlay was found.
@@ -66,6 +68,17 @@ pub enum LogError {
         record: u64,
         /// The reason, in words.
         why: &'static str,
+    },
+    /// The data file ends before data that the log names.
+    #[error(
+        "the data file is too short, {} of data from byte {first} on are missing: restore the overlay from a backup",
+        format_size(*bytes)
+    )]
+    DataMissing {
+        /// Bytes of data that are missing.
+        bytes: u64,
+        /// The offset of the first of them on the disk.
+        first: u64,
     },
     /// The layer needs recovery, but its file system is read-only.
     #[error(
@@ -178,6 +191,19 @@ pub fn load_map(files: &LayerFiles, trusted: &TrustedLog) -> Result<LayerMap, Lo
     Ok(image)
 }
 
+/// Rejects a layer whose data file ends before data that `image` names: those bytes would read as
+/// zeros.
+///
+/// # Errors
+/// [`LogError::DataMissing`]; the host's errno.
+pub fn check_data(files: &LayerFiles, image: &LayerMap) -> Result<(), LogError> {
+    let missing = verify::missing_data(files, image)?;
+    match missing.first {
+        Some(first) => Err(LogError::DataMissing { bytes: missing.bytes, first }),
+        None => Ok(()),
+    }
+}
+
 /// Opens a layer for writing: returns the map of the records that count, and a log to continue with
 /// that holds nothing else.
 ///
@@ -186,6 +212,10 @@ pub fn load_map(files: &LayerFiles, trusted: &TrustedLog) -> Result<LayerMap, Lo
 pub fn open_log(files: &LayerFiles, tag: BootTag) -> Result<(LayerMap, Log, Recovered), LogError> {
     let trusted = examine(files, tag)?;
     let image = load_map(files, &trusted)?;
+    // Blocks in the journal are not in the data file yet.
+    if trusted.journal.blocks.is_empty() {
+        check_data(files, &image)?;
+    }
     let home = Arc::clone(&files.log_dir);
     let (uuid, block) = (files.uuid, u64::from(files.block_size));
     let is_kept =
@@ -247,6 +277,7 @@ impl Overlay {
             // The data file does not hold these blocks' bytes.
             return Err(LogError::ReadOnly);
         }
+        check_data(files, &image)?;
         let mut layer = Self::closed(files.block_size, Arc::clone(&files.data), image, tag);
         layer.is_read_only = true;
         Ok((layer, trusted.recovered))

@@ -244,6 +244,37 @@ fn segment_ends(files: &LayerFiles) -> io::Result<HashMap<u64, u64>> {
     Ok(ends)
 }
 
+/// Returns the data of `image` that lies past the end of the data file. Looks at the map only past the
+/// ends of segments, so it costs little for an intact layer.
+pub(super) fn missing_data(files: &LayerFiles, image: &LayerMap) -> io::Result<ByteSum> {
+    let mut missing = ByteSum::default();
+    if files.data.host_file().is_none() {
+        return Ok(missing);
+    }
+    let block = u64::from(files.block_size);
+    let mut look = |range: Range<u64>| {
+        let range = range.start..range.end.min(image.size);
+        if range.is_empty() {
+            return;
+        }
+        let blocks = BlockIndex(range.start / block)..BlockIndex(range.end.div_ceil(block));
+        for run in image.blocks.runs(blocks).filter(|run| run.state == BlockState::Data) {
+            let start = run.range.start.0.saturating_mul(block).max(range.start);
+            let end = run.range.end.0.saturating_mul(block).min(range.end);
+            missing.add(start..end);
+        }
+    };
+    let mut ends: Vec<_> = segment_ends(files)?.into_iter().collect();
+    ends.sort_unstable();
+    let mut covered = 0;
+    for (index, end) in ends {
+        look(covered..index * SEGMENT_LEN);
+        covered = end;
+    }
+    look(covered..u64::MAX);
+    Ok(missing)
+}
+
 /// Describes Data blocks that cannot be valid: past the disk's size, or past the end of the data
 /// file.
 fn misplaced(image: &LayerMap, block: u64, ends: &HashMap<u64, u64>) -> Vec<String> {
@@ -283,9 +314,9 @@ fn split_by_segment(range: Range<u64>) -> impl Iterator<Item = Range<u64>> {
 
 /// A number of bytes, and the offset of the first of them.
 #[derive(Default)]
-struct ByteSum {
-    first: Option<u64>,
-    bytes: u64,
+pub(super) struct ByteSum {
+    pub(super) first: Option<u64>,
+    pub(super) bytes: u64,
 }
 
 impl ByteSum {

@@ -278,3 +278,22 @@ fn disk_of_a_store_is_rebased_by_its_name() {
     lab.sh("mv aside.img base.img");
     lab.end();
 }
+
+#[test]
+fn overlay_with_a_short_data_file_is_rejected_instead_of_reading_zeros() {
+    let mut lab = Lab::new();
+    lab.base("base.img", 64 * MIB);
+    lab.mount("x=base.img,overlay=cow");
+    lab.sh("head -c 8M /dev/urandom | dd of=m/x bs=1M seek=4 conv=notrunc,fsync status=none");
+    lab.ok("snapshot m/x one");
+    lab.sh("head -c 1M /dev/urandom | dd of=m/x bs=1M seek=20 conv=notrunc,fsync status=none");
+    lab.umount();
+    for data in lab.sh("ls cow/layers/*/data").lines() {
+        lab.sh(&format!("cp {data} kept; truncate -s 5M {data}"));
+        let line = lab.refused(1, "mount m x=base.img,overlay=cow");
+        assert!(line.contains("are missing: restore the overlay from a backup"), "{line}");
+        lab.sh(&format!("cat kept > {data}"));
+    }
+    lab.mount("x=base.img,overlay=cow");
+    lab.end();
+}

@@ -728,3 +728,29 @@ fn umount_does_not_wait_for_a_merge() {
     assert_eq!(checksum(&lab.path("m/d")), crc);
     lab.end();
 }
+
+#[test]
+fn command_without_a_free_descriptor_fails_alone() {
+    let mut lab = Lab::new();
+    lab.base("base.img", 64 * MIB);
+    for files in 36..44 {
+        let limit = format!("--nofile={files}");
+        let words = ["mount", "m", "x=base.img,overlay=cow"];
+        let words: Vec<&str> = [&*limit, COWSLIP].into_iter().chain(words).collect();
+        if !lab.output("prlimit", &words).status.success() {
+            continue;
+        }
+        let ok = |words: &str| lab.cowslip(words).status.success();
+        while ok(&format!("snapshot m/x s{}", lab.sh("ls m/.cowslip/x/snapshots | wc -l").trim())) {
+        }
+        lab.sh("head -c 40K /dev/urandom | dd of=m/x bs=4k conv=notrunc status=none");
+        while ok(&format!("add m q{}=base.img", lab.sh("ls m | wc -l").trim())) {}
+        let _ = lab.cowslip("snapshot m/x --delete s1");
+        lab.sh("head -c 4K /dev/urandom | dd of=m/x bs=4k conv=notrunc status=none");
+        assert!(!lab.log().contains("read-only"), "{files}: {}", lab.log());
+        lab.umount();
+        assert!(lab.ok("check cow").contains("clean"), "{files}");
+        lab.sh("rm -r cow");
+    }
+    lab.end();
+}

@@ -82,6 +82,7 @@ pub(in crate::overlay) fn open_sealed(
     let trusted = recover::examine(&files, tag).map_err(in_log)?;
     if trusted.recovered == Recovered::Clean {
         let image = recover::load_map(&files, &trusted).map_err(in_log)?;
+        recover::check_data(&files, &image).map_err(in_log)?;
         let layer = Overlay::closed(record.block, Arc::clone(&files.data), image, tag);
         return Ok((Arc::new(layer), Recovered::Clean));
     }

@@ -42,12 +42,13 @@ impl OverlayDir {
     /// # Errors
     /// The host's errno; the old `stack` is in place in that case.
     pub fn replace_stack(&mut self, stack: Stack) -> Result<(), StackError> {
+        // Told by its inode, which needs no descriptor: the want of one may be why the write fails.
+        let inode = || rustix::fs::statat(&self.dir, "stack", AtFlags::SYMLINK_NOFOLLOW);
+        let before = inode().map(|found| found.st_ino);
         if let Err(error) = stack.write(&self.dir) {
             // The new `stack` may be in place without the rename being durable.
-            let is_old = || Stack::read(&self.dir).is_ok_and(|found| found == self.stack);
-            if !is_old()
-                && let Err(again) = self.stack.write(&self.dir)
-            {
+            let is_old = before.is_ok_and(|old| inode().is_ok_and(|now| now.st_ino == old));
+            if !is_old && let Err(again) = self.stack.write(&self.dir) {
                 log::error!("the old 'stack' could not be put back: {again}");
                 self.torn = true;
             }
@@ -67,7 +68,11 @@ impl OverlayDir {
     /// Returns whether the directory still holds this `stack` and was not removed.
     #[must_use]
     pub fn is_on_disk(&self) -> bool {
-        Stack::read(&self.dir).is_ok_and(|found| found == self.stack)
+        match Stack::read(&self.dir) {
+            Ok(found) => found == self.stack,
+            Err(StackError::Io { error, .. }) => error.kind() != io::ErrorKind::NotFound,
+            Err(_) => false,
+        }
     }
 
     /// Replaces the `stack` like [`replace_stack`](Self::replace_stack) when the top changes;
