@@ -387,7 +387,18 @@ impl Filesystem for CowslipFs {
                 Ok(()) => reply.written(written),
                 Err(error) => reply.error(error.into()),
             };
-            return disk.stream_write(output, data, offset, request.pid(), Box::new(send));
+            let (pid, send) = (request.pid(), Box::new(send));
+            // The write may wait for the host of a spill file.
+            if let Some(permit) = self.worker_limit.acquire() {
+                disk.stream_write(output, data, offset, pid, send);
+                return drop(permit);
+            }
+            let (disk, data) = (Arc::clone(disk), data.to_vec());
+            return Arc::clone(disk.sync_pool()).run(Box::new(move || {
+                if let Some(Stream::Output(output)) = disk.stream() {
+                    disk.stream_write(output, &data, offset, pid, send);
+                }
+            }));
         }
         // Bytes that come from the kernel's cache are in that cache already. Their page is locked
         // until the reply, so an invalidation would deadlock.

@@ -582,7 +582,7 @@ impl Disk {
         if let Some(residence) = self.overlay_location.lock().as_persistent() {
             let mut stack = residence.stack.clone();
             (stack.uid, stack.gid, stack.perm) = (owner.uid, owner.gid, owner.perm);
-            residence.replace_stack(stack).map_err(|error| {
+            self.replace_stack(residence, stack, None).map_err(|error| {
                 log::error!("{}: the new owner or mode is not kept: {error}", self.source);
                 os_error(libc::EIO)
             })?;

@@ -221,6 +221,12 @@ impl Journal {
         self.state.lock().entry_count > 0
     }
 
+    /// Returns what [`has_entries`](Self::has_entries) does, or `false` while a sync has the journal,
+    /// which may take as long as the device.
+    pub(super) fn has_idle_entries(&self) -> bool {
+        self.state.try_lock().is_some_and(|state| state.entry_count > 0)
+    }
+
     /// Returns the first sequence that is neither in an entry nor covered by `durable` in the log.
     pub(super) fn next_sequence(&self, durable: u64) -> u64 {
         let state = self.state.lock();

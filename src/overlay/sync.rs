@@ -2,6 +2,7 @@
 
 use std::io;
 use std::ops::Range;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use super::blocks::{BlockIndex, BlockState};
@@ -211,7 +212,9 @@ impl Overlay {
     fn close_lower_layers(&self) -> io::Result<()> {
         let layers = self.unclosed_layers.lock().clone();
         layers.iter().try_for_each(|layer| layer.close_sealed())?;
-        self.unclosed_layers.lock().clear();
+        // Others may have been added meanwhile.
+        let is_closed = |layer: &Arc<Self>| layers.iter().any(|closed| Arc::ptr_eq(closed, layer));
+        self.unclosed_layers.lock().retain(|layer| !is_closed(layer));
         Ok(())
     }
 
@@ -324,11 +327,12 @@ impl Overlay {
         Ok(())
     }
 
-    /// Returns whether `maintain` would have work to do.
+    /// Returns whether `maintain` would have work to do. Never waits for the device: the caller also
+    /// answers requests that are past their deadline. What a sync has locked is left to the next call.
     #[must_use]
     pub fn needs_maintenance(&self) -> bool {
         self.is_dirty()
-            || self.journal.has_entries()
+            || self.journal.has_idle_entries()
             || !self.unclosed_layers.lock().is_empty()
             || !self.pending.lock().is_empty()
             || self.log.as_ref().is_some_and(Log::needs_compaction)

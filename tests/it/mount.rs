@@ -1237,6 +1237,43 @@ fn write_on_a_hung_base_delays_no_sync_and_changes_nothing_after_eio() {
 }
 
 #[test]
+fn requests_reach_their_deadline_while_a_sync_of_another_disk_hangs() {
+    let (lab, inner) = lab_with_a_slow_base(2);
+    lab.ok("add m other=blank:8M,overlay=ov");
+    let other = lab.open("m/other");
+    // Small syncs one after the other go to the journal.
+    for turn in 0..20 {
+        other.write_all_at(&[1; 512], turn * 4096).unwrap();
+        other.sync_all().unwrap();
+    }
+    let slow = lab.open_with("m/slow", libc::O_DIRECT);
+    stop(inner);
+    // One hour: the sync hangs until strace detaches.
+    let hang = "inject=fdatasync:delay_enter=3600000000".to_owned();
+    let strace = Strace::attach_with(&lab, lab.pid(), "fdatasync", &[hang]);
+    thread::scope(|scope| {
+        let hanging = scope.spawn(|| {
+            other.write_all_at(&[2; 512], 0).unwrap();
+            other.sync_all().unwrap();
+        });
+        wait_held_up(std::process::id(), libc::SYS_fsync, 1);
+        // Longer than the time between two rounds of maintenance.
+        for turn in 0..5 {
+            assert_eq!(errno_of(read_direct(&slow, turn * 8192)), libc::EIO);
+        }
+        assert!(!hanging.is_finished());
+        // strace cannot detach from threads that wait for the base.
+        signal(inner, Signal::CONT).unwrap();
+        strace.end(&lab, || true);
+    });
+    wait_until("the base answers again", || read_direct(&slow, MIB).is_ok());
+    drop((slow, other));
+    lab.umount();
+    lab.ok("umount inner");
+    lab.end();
+}
+
+#[test]
 fn sigterm_ends_a_daemon_whose_base_hangs() {
     let (lab, inner) = lab_with_a_slow_base(2);
     let pid = lab.pid();

@@ -298,7 +298,8 @@ impl Output {
 
     /// Releases writers that are being killed and checks the sink. Called every second.
     pub fn tick(&self, is_killed: impl Fn(u32) -> bool) {
-        let mut core = self.core.lock();
+        // A write may hold it while the spill file's host hangs; the caller waits for nobody.
+        let Some(mut core) = self.core.try_lock() else { return };
         let killed = core.queue.take_killed(is_killed);
         if !killed.is_empty() && self.finish == FinishWhen::Close {
             // The writer's last close follows, and would look like the end of a complete image.
