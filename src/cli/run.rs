@@ -13,6 +13,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::thread;
 use std::time::Duration;
 
 use anyhow::Context as _;
@@ -46,6 +47,9 @@ pub(super) struct RunArgs {
     #[arg(last = true, required = true, value_name = "COMMAND")]
     pub(super) command: Vec<OsString>,
 }
+
+/// The signals that end a run while its streams are finished.
+const TERMINATING: [i32; 4] = [SIGINT, SIGQUIT, SIGTERM, SIGHUP];
 
 pub(super) fn run(args: RunArgs) -> anyhow::Result<u8> {
     run_mounted(args).map_err(|error| match error.downcast_ref::<CliError>() {
@@ -86,13 +90,27 @@ fn run_mounted(args: RunArgs) -> anyhow::Result<u8> {
     // Held from now on: COMMAND may rename what it likes.
     let held = MountHandle::at(&private).ok().flatten();
     let claims = StdioClaims::of(&plan);
-    let ended = run_command(&args.command, &private, claims);
+    // From before the command starts until all is cleaned up, so that no signal falls between.
+    let mut signals =
+        Signals::new([SIGCHLD, SIGINT, SIGQUIT, SIGTERM, SIGHUP, SIGUSR1, SIGUSR2, SIGALRM])
+            .context("cannot handle signals")?;
+    let ended = run_command(&args.command, &private, claims, &mut signals);
     let streams = match (&ended, claims.has_streams) {
         (Ok(EXIT_OK), true) => UnfinishedStreams::Finish,
         (_, true) => UnfinishedStreams::Abort,
         (_, false) => UnfinishedStreams::Settle,
     };
-    let cleaned = clean_up(&private, held.as_ref(), streams, &measure_prefixes(&plan));
+    let stop = signals.handle();
+    let cleaned = thread::scope(|scope| {
+        scope.spawn(|| {
+            for signal in signals.forever().filter(|signal| TERMINATING.contains(signal)) {
+                give_up(&private, held.as_ref(), signal);
+            }
+        });
+        let cleaned = clean_up(&private, held.as_ref(), streams, &measure_prefixes(&plan));
+        stop.close();
+        cleaned
+    });
     match (ended, cleaned) {
         (Ok(EXIT_OK), cleaned) => cleaned.map(|()| EXIT_OK),
         (ended, Ok(())) => ended,
@@ -126,11 +144,12 @@ fn create_mountpoint() -> anyhow::Result<PathBuf> {
 }
 
 /// Runs COMMAND to its end.
-fn run_command(words: &[OsString], mountpoint: &Path, claims: StdioClaims) -> anyhow::Result<u8> {
-    // Before the command starts, so that no signal falls between.
-    let mut signals =
-        Signals::new([SIGCHLD, SIGINT, SIGQUIT, SIGTERM, SIGHUP, SIGUSR1, SIGUSR2, SIGALRM])
-            .context("cannot handle signals")?;
+fn run_command(
+    words: &[OsString],
+    mountpoint: &Path,
+    claims: StdioClaims,
+    signals: &mut Signals,
+) -> anyhow::Result<u8> {
     if let Some(signal) = daemon::received_signal() {
         return Ok(signal_exit_code(signal));
     }
@@ -190,6 +209,20 @@ fn is_foreground_group(stat: &str) -> bool {
 fn status_exit_code(status: ExitStatus) -> u8 {
     let code = status.code().and_then(|code| u8::try_from(code).ok());
     code.or_else(|| status.signal().map(signal_exit_code)).unwrap_or(EXIT_RUN_FAILED)
+}
+
+/// Ends the mount and this process when `signal` comes while the streams are finished: a sink may take
+/// for ever.
+fn give_up(mountpoint: &Path, held: Option<&MountHandle>, signal: i32) {
+    if let Some(held) = held {
+        let request = DrainRequest::new(UnfinishedStreams::Abort);
+        match umount::end_mount(held, EndMode::Lazy, Duration::ZERO, request) {
+            Ok(ended) => ended.lines.iter().for_each(|line| warn(line)),
+            Err(error) => warn(&format!("{error:#}")),
+        }
+    }
+    let _ = fs::remove_dir(mountpoint);
+    std::process::exit(signal_exit_code(signal).into());
 }
 
 /// Ends the mount: when its users have left, or after the grace without asking them.
@@ -271,7 +304,8 @@ mod tests {
 
     fn ran(words: &[&str]) -> anyhow::Result<u8> {
         let words: Vec<OsString> = words.iter().map(OsString::from).collect();
-        run_command(&words, Path::new("/private"), StdioClaims::default())
+        let mut signals = Signals::new([SIGCHLD])?;
+        run_command(&words, Path::new("/private"), StdioClaims::default(), &mut signals)
     }
 
     #[test]

@@ -747,3 +747,19 @@ fn killed_reader_of_a_stalled_input_exits() {
     assert!(ends_within(&mut reader.0, PATIENCE), "cat is not released");
     lab.end();
 }
+
+#[test]
+fn run_whose_sink_stalls_at_the_end_can_be_stopped() {
+    let lab = Lab::new();
+    lab.sh("mkfifo pipe");
+    let mut command = lab.command(COWSLIP);
+    command.args(["run", "o=stream:1M,to=fifo:pipe", "--", "touch", "done"]);
+    let mut run = Running(command.spawn().unwrap());
+    wait_until("the command has ended", || lab.path("done").exists());
+    std::thread::sleep(std::time::Duration::from_millis(500));
+    signal(run.pid(), Signal::TERM).unwrap();
+    wait_until("run ends", || run.0.try_wait().unwrap().is_some());
+    assert_eq!(run.0.wait().unwrap().code(), Some(143));
+    wait_until("its daemon ends", || daemons_of(lab.dir()).is_empty());
+    lab.end();
+}
