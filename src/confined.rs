@@ -81,6 +81,10 @@ pub fn open_append(path: &Path) -> io::Result<File> {
             if !kind.is_file() && !kind.is_char_device() {
                 return Err(wrong_type_error(kind));
             }
+            let link = std::fs::symlink_metadata(path)?;
+            if kind.is_file() && !(is_own(link.uid()) && is_own(located.metadata().uid())) {
+                return Err(invalid_input("it belongs to another user"));
+            }
             located.open(OFlags::WRONLY | OFlags::APPEND)
         }
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
@@ -368,6 +372,12 @@ fn open_nonblocking(dir: impl AsFd, name: &Path, flags: OFlags) -> io::Result<Fi
     let set = rustix::fs::fcntl_getfl(&fd)?;
     rustix::fs::fcntl_setfl(&fd, set - OFlags::NONBLOCK)?;
     Ok(File::from(fd))
+}
+
+/// Whether what belongs to `owner` is root's or this user's.
+#[must_use]
+pub fn is_own(owner: u32) -> bool {
+    owner == 0 || owner == rustix::process::geteuid().as_raw()
 }
 
 fn check_owner(dir: &File, owner: u32) -> io::Result<()> {

@@ -42,6 +42,14 @@ pub enum PartFileError {
         /// The type of file found there.
         kind: FileType,
     },
+    /// Another user's file has the part's name.
+    #[error("'{}' belongs to another user (uid {uid}): remove it", path.display())]
+    Foreign {
+        /// The path of the part.
+        path: PathBuf,
+        /// The owner of the file found there.
+        uid: u32,
+    },
     /// The host returned an error.
     #[error("cannot {verb} '{}': {}", path.display(), os_message(error))]
     Host {
@@ -401,6 +409,10 @@ fn open_existing(
     let found = file.metadata().map_err(|error| PartFileError::host("read", path, error))?;
     if !found.is_file() {
         return Err(is_no_file(FileType::from_raw_mode(found.mode())));
+    }
+    // Its owner could change what this process takes for written and checked.
+    if !confined::is_own(found.uid()) {
+        return Err(PartFileError::Foreign { path: path.to_owned(), uid: found.uid() });
     }
     Ok(Some(file))
 }

@@ -228,11 +228,21 @@ impl FuseMounts {
             Some(entries) => entries,
             none => none.insert(mounts()?),
         };
-        let owner = entries.iter().find(|entry| entry.id == id).and_then(|entry| entry.owner);
-        Ok(owner.filter(|owner| !viewer.is_believed(*owner)).map(|owner| {
+        let Some(entry) = entries.iter().find(|entry| entry.id == id) else {
+            return Ok(is_fuse(file).then(|| "lies on a FUSE file system that is gone".to_owned()));
+        };
+        Ok(entry.owner.filter(|owner| !viewer.is_believed(*owner)).map(|owner| {
             format!("lies on a FUSE file system of another user (uid {owner}), who can change it")
         }))
     }
+}
+
+/// Whether `file`, whose mount is not in mountinfo, lies on FUSE or cannot say. A server can unmount
+/// itself while it is looked at; in a chroot the mount of `/` is missing from the table.
+fn is_fuse(file: &File) -> bool {
+    /// `FUSE_SUPER_MAGIC` (linux/magic.h).
+    const FUSE: rustix::fs::FsWord = 0x6573_5546;
+    rustix::fs::fstatfs(file).map_or(true, |found| found.f_type == FUSE)
 }
 
 fn is_below(dir: &File, allowed: &[DirId]) -> io::Result<bool> {

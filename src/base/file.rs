@@ -29,6 +29,8 @@ pub struct BaseFile {
     pub(in crate::base) size: u64,
     /// Where it lies, canonical.
     pub(in crate::base) real_path: PathBuf,
+    /// Whether `real_path` leads to the file; else it is the path that was given.
+    pub(in crate::base) has_real_path: bool,
 }
 
 impl BaseFile {
@@ -94,8 +96,9 @@ pub(super) fn open_located(
         let refused = |error| BaseError::NoDirect { path: path.to_owned(), error };
         raw = raw.with_direct_io().map_err(refused)?;
     }
-    let real = confined::real_path(&*file).unwrap_or_else(|_| path.to_owned());
-    Ok(BaseFile { file, raw: Arc::new(raw), size, real_path: real })
+    let real = confined::real_path(&*file).ok();
+    let shown = real.clone().unwrap_or_else(|| path.to_owned());
+    Ok(BaseFile { file, raw: Arc::new(raw), size, real_path: shown, has_real_path: real.is_some() })
 }
 
 /// A base that is served to be read and now written as well: a commit.

@@ -3,7 +3,7 @@
 //!
 //! No system call ever enters a cowslip mount, so a hung or dead mount is found like a working one.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::ffi::{OsStr, OsString};
 use std::fs;
 use std::io;
@@ -103,7 +103,35 @@ pub(super) fn parse_mountinfo(text: &[u8]) -> Vec<MountEntry> {
 /// # Errors
 /// The host's errno when `/proc` is not mounted.
 pub fn mounts() -> io::Result<Vec<MountEntry>> {
-    Ok(parse_mountinfo(&fs::read("/proc/self/mountinfo")?))
+    let mut entries = parse_mountinfo(&fs::read("/proc/self/mountinfo")?);
+    inherit_owners(&mut entries);
+    Ok(entries)
+}
+
+/// Gives each FUSE mount below a FUSE mount of another user that user as its owner: whoever looks at
+/// the path of the inner one asks the outer one's server first.
+fn inherit_owners(entries: &mut [MountEntry]) {
+    let foreign: HashMap<u64, u32> = entries
+        .iter()
+        .filter(|entry| !entry.is_trusted())
+        .filter_map(|entry| Some((entry.id, entry.owner?)))
+        .collect();
+    if foreign.is_empty() {
+        return;
+    }
+    let parents: HashMap<u64, u64> = entries.iter().map(|entry| (entry.id, entry.parent)).collect();
+    for entry in entries.iter_mut().filter(|entry| entry.owner.is_some()) {
+        // At most as many steps as there are mounts: a table read while it changed may have a cycle.
+        let mut above = entry.parent;
+        for _ in 0..parents.len() {
+            if let Some(owner) = foreign.get(&above) {
+                entry.owner = Some(*owner);
+                break;
+            }
+            let Some(next) = parents.get(&above) else { break };
+            above = *next;
+        }
+    }
 }
 
 /// Returns all mounts like [`mounts`], or none, with a warning, when `/proc` cannot be read.
@@ -380,5 +408,17 @@ mod tests {
         fn parser_survives_any_line(line: Vec<u8>) {
             let _ = MountEntry::parse(&line);
         }
+    }
+
+    #[test]
+    fn mount_below_another_users_fuse_mount_is_that_users() {
+        let table = b"1 0 8:1 / / rw - ext4 /dev/a rw\n\
+            2 1 0:50 / /h rw - fuse.x x rw,user_id=54321\n\
+            3 2 0:51 / /h/m rw - fuse.cowslip y rw,user_id=0\n\
+            4 1 0:52 / /m rw - fuse.cowslip z rw,user_id=0\n";
+        let mut entries = parse_mountinfo(table);
+        inherit_owners(&mut entries);
+        let owners: Vec<_> = entries.iter().map(|entry| entry.owner).collect();
+        assert_eq!(owners, [None, Some(54321), Some(54321), Some(0)]);
     }
 }

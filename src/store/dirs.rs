@@ -63,6 +63,7 @@ impl StoreDirs {
     /// [`StoreError`].
     pub fn open_or_create(path: &Path) -> Result<Self, StoreError> {
         let io = |what| move |error| StoreError::Io { dir: path.to_owned(), what, error };
+        check_ancestor(path)?;
         DirBuilder::new()
             .recursive(true)
             .mode(0o700)
@@ -308,6 +309,25 @@ fn open_root(path: &Path) -> Result<File, StoreError> {
             Err(error) => return Err(io("locking it")(error.into())),
         }
     }
+}
+
+/// Refuses to create a store at `path` where another user could replace it: in the nearest directory
+/// above it that exists.
+fn check_ancestor(path: &Path) -> Result<(), StoreError> {
+    if path.symlink_metadata().is_ok() {
+        return Ok(());
+    }
+    let io = |error| StoreError::Io { dir: path.to_owned(), what: "making its directories", error };
+    for dir in path.ancestors().skip(1) {
+        match open_dir(dir) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            dir => {
+                let untrusted = |error| StoreError::Untrusted { dir: path.to_owned(), error };
+                return trust::check_parent(&dir.map_err(io)?).map_err(untrusted);
+            }
+        }
+    }
+    Ok(())
 }
 
 /// Returns whether there is a marker; it must be of a known version.

@@ -10,7 +10,7 @@ use rustix::fs::{CWD, FileType, Mode, OFlags, fcntl_getfl, fcntl_setfl, mkfifoat
 use rustix::io::Errno;
 
 use super::error::StreamOpenError;
-use crate::confined::PathHandle;
+use crate::confined::{PathHandle, is_own};
 
 /// Makes the named pipe `path`, for its owner only, if nothing is there.
 pub(super) fn create_missing(path: &Path) -> Result<(), StreamOpenError> {
@@ -42,10 +42,6 @@ pub(super) fn create_missing(path: &Path) -> Result<(), StreamOpenError> {
     }
 }
 
-fn is_own(owner: u32) -> bool {
-    [0, rustix::process::geteuid().as_raw()].contains(&owner)
-}
-
 /// A file type in words.
 pub(super) fn file_type_name(kind: FileType) -> &'static str {
     match kind {
@@ -69,7 +65,8 @@ pub(super) fn open(path: &Path, access: OFlags) -> io::Result<OwnedFd> {
     if !located.metadata().file_type().is_fifo() {
         return Err(Errno::INVAL.into());
     }
-    if !is_own(located.metadata().uid()) {
+    // A pipe without a name belongs to whoever made it, not to who holds its other end.
+    if !is_own(located.metadata().uid()) || located.real_path().is_err() {
         return Err(Errno::PERM.into());
     }
     Ok(set_nonblocking(located.open(access)?)?)

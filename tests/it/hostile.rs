@@ -583,3 +583,89 @@ fn a_directory_like_tmp_takes_what_is_new_and_what_is_ones_own() {
     assert!(lab.refused(1, "mount m d=base.img,overlay=shared/o").contains("uid 12345"));
     lab.end();
 }
+
+#[test]
+fn backing_file_needs_a_trusted_author_at_each_image_of_the_chain() {
+    let lab = Lab::new();
+    lab.sh(
+        "mkdir -p img/users; head -c 64K /dev/urandom > img/secret.img; chmod 600 img/secret.img
+            cd img; qemu-img create -q -u -f qcow2 -F raw -b ../secret.img users/base.qcow2 64K
+            qemu-img create -q -u -f qcow2 -F qcow2 -b users/base.qcow2 top.qcow2 64K
+            qemu-img create -q -u -f qcow2 -F raw -b secret.img own.qcow2 64K
+            chown 12345 users users/base.qcow2 own.qcow2",
+    );
+    for image in ["img/top.qcow2", "img/own.qcow2"] {
+        let line = lab.refused(1, &format!("mount m v={image},format=qcow2"));
+        assert!(line.contains("--allow-backing"), "{image}: {line}");
+    }
+    // An image without a name, behind a link of root's in the directory of the secret.
+    lab.sh("mkdir home; cp img/own.qcow2 home/e; chown 12345 home/e");
+    let mut command = lab.command("sh");
+    command.args(["-euc", "exec 9<home/e; rm home/e; touch ready; exec sleep 1000"]);
+    let holder = Running(command.spawn().unwrap());
+    wait_until("the image is held", || lab.path("ready").exists());
+    symlink(format!("/proc/{}/fd/9", holder.pid()), lab.path("img/link.qcow2")).unwrap();
+    let line = lab.refused(1, "mount m v=img/link.qcow2,format=qcow2");
+    assert!(line.contains("--allow-backing"), "{line}");
+    drop(holder);
+    lab.sh("chown 0 img/users img/users/base.qcow2");
+    lab.ok("mount m v=img/top.qcow2,format=qcow2");
+    lab.end();
+}
+
+#[test]
+fn part_of_another_user_is_not_resumed() {
+    let lab = Lab::new();
+    lab.sh(
+        "head -c 8M /dev/urandom > big; $COWSLIP send big | head -c 5M | $COWSLIP recv x || true",
+    );
+    give(&lab.path("x.part"), OTHER);
+    for words in ["recv x --resume", "recv x"] {
+        let output = lab.output("sh", &["-c", &format!("$COWSLIP send big | $COWSLIP {words}")]);
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(!output.status.success() && said.contains("uid 12345"), "{words}: {said}");
+    }
+    give(&lab.path("x.part"), 0);
+    lab.sh("$COWSLIP send big | $COWSLIP recv x; cmp big x");
+    lab.end();
+}
+
+#[test]
+fn pipes_and_logs_of_others_are_rejected() {
+    let lab = Lab::new();
+    // A pipe without a name belongs to whoever made it.
+    lab.sh("sleep 1000 | sleep 1000 & echo $! > pid");
+    let pid = lab.sh("cat pid");
+    symlink(format!("/proc/{}/fd/0", pid.trim()), lab.path("p")).unwrap();
+    let _ = lab.cowslip("mount m o=stream:64K,to=fifo:p");
+    if lab.path("m/o").exists() {
+        let _ = lab.output(
+            "sh",
+            &["-c", "yes secret | head -c 32K > m/o; $COWSLIP finish m/o --timeout 5"],
+        );
+        let said = lab.cowslip("umount m");
+        assert!(!said.status.success(), "{}", show(&said));
+    }
+    lab.sh("pkill -P $$ sleep || true; kill $(cat pid)");
+    lab.sh("mkdir -m 1777 shared; touch shared/log root.log; ln -s ../root.log shared/link; mkfifo shared/out");
+    for name in ["log", "link", "out"] {
+        give(&lab.path(&format!("shared/{name}")), OTHER);
+    }
+    for name in ["log", "link"] {
+        let line = lab.refused(1, &format!("mount m b=blank:1M --log shared/{name}"));
+        assert!(line.contains("another user"), "{name}: {line}");
+    }
+    lab.mount("b=blank:1M");
+    assert!(lab.refused(1, "map m/b --svg shared/out").contains("not permitted"));
+    lab.end();
+}
+
+#[test]
+fn refused_store_leaves_nothing_behind() {
+    let lab = Lab::new();
+    lab.sh("mkdir home");
+    give(&lab.path("home"), OTHER);
+    assert!(lab.refused(1, "mount m --store home/st/new").contains("uid 12345"));
+    assert_eq!(fs::read_dir(lab.path("home")).unwrap().count(), 0);
+    lab.end();
+}

@@ -39,6 +39,12 @@ struct Answers {
     link: PathBuf,
     /// Whether requests for attributes are read and never answered.
     is_silent: bool,
+    /// The request for attributes at which the mount at this path unmounts itself before the answer.
+    detach: Option<(usize, PathBuf)>,
+    /// Number of requests for attributes so far.
+    attrs: Arc<AtomicUsize>,
+    /// Number of read requests so far.
+    reads: Arc<AtomicUsize>,
     /// Number of open requests so far.
     asked: Arc<AtomicUsize>,
     /// Length of the last request: the reply is read from this offset on.
@@ -85,6 +91,12 @@ impl Filesystem for Answers {
             // Dropped, it would answer.
             return std::mem::forget(reply);
         }
+        let count = self.attrs.fetch_add(1, Ordering::SeqCst);
+        if let Some((at, path)) = &self.detach
+            && *at == count
+        {
+            rustix::mount::unmount(path, rustix::mount::UnmountFlags::DETACH).unwrap();
+        }
         reply.attr(&Duration::ZERO, &attr(ino.0));
     }
 
@@ -108,6 +120,7 @@ impl Filesystem for Answers {
         _: Option<LockOwner>,
         reply: ReplyData,
     ) {
+        self.reads.fetch_add(1, Ordering::SeqCst);
         let text = match ino.0 {
             STATUS => &self.status,
             LOG => &self.log,
@@ -355,4 +368,19 @@ fn a_mount_that_takes_questions_and_never_answers_holds_up_nobody() {
     }
     assert_eq!(mounts_below(lab.dir()), Vec::<PathBuf>::new());
     lab.end();
+}
+
+#[test]
+fn fuse_mount_that_detaches_itself_while_it_is_judged_is_not_trusted() {
+    for at in 0..6 {
+        let lab = Lab::new();
+        let answers = Answers { detach: Some((at, lab.path("m"))), ..Answers::default() };
+        let reads = Arc::clone(&answers.reads);
+        served(&lab, 65534, answers);
+        lab.sh("mkdir mnt");
+        assert!(!lab.cowslip("mount --config m/d").status.success(), "{at}");
+        assert_eq!(reads.load(Ordering::SeqCst), 0, "{at}: the configuration was read");
+        let _ = rustix::mount::unmount(lab.path("m"), rustix::mount::UnmountFlags::DETACH);
+        lab.end();
+    }
 }

@@ -17,6 +17,8 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use rustix::fs::AtFlags;
+
 use super::super::{BaseAccess, BaseError, BaseFile, open_base_file, open_located};
 use super::header::{BackingRef, HeaderError, Qcow2Header};
 use super::tables::{MAX_TABLE_BYTES, TableBudget};
@@ -146,7 +148,7 @@ pub fn open(
     locking: Locking,
 ) -> Result<BackingChain, ChainError> {
     let path = host.real_path.clone();
-    let allowed = AllowedDirs::for_image(&path, &host.file, allowed, locking)?;
+    let allowed = AllowedDirs::for_image(&host, allowed, locking);
     let mut seen = HashSet::new();
     let mut budget = TableBudget::default();
     let mut members = vec![ChainImage::read(path.clone(), host, "qcow2", &allowed)?];
@@ -189,7 +191,7 @@ pub fn open_top(path: &Path, allowed: &[PathBuf]) -> Result<TopImage, BaseError>
     let host =
         open_base_file(path, BaseAccess::Read, Locking::Qemu, Passthrough::Off, DirectIo::Off)?;
     let real = host.real_path.clone();
-    let allowed = AllowedDirs::for_image(&real, &host.file, allowed, Locking::Qemu)?;
+    let allowed = AllowedDirs::for_image(&host, allowed, Locking::Qemu);
     let top = ChainImage::read(real, host, "qcow2", &allowed)?;
     let mut budget = TableBudget::default();
     top.charge_tables(&mut budget)?;
@@ -204,47 +206,39 @@ pub fn open_top(path: &Path, allowed: &[PathBuf]) -> Result<TopImage, BaseError>
     Ok(TopImage { image: top.into_layer(&budget, &ClusterCache::new())?, backing })
 }
 
-/// What may be opened.
+/// The files that the images of a chain may name.
 struct AllowedDirs {
-    /// The directory of the first image: backing files may lie there.
-    image_dir: PathBuf,
-    /// Whether nobody but root and this user can put files there.
-    is_dir_trusted: bool,
-    /// The user who owns the first image.
-    image_owner: u32,
+    /// The directory of the first image: backing files may lie there, and below. `None` when the
+    /// image has no path.
+    image_dir: Option<PathBuf>,
     /// What the user named: data files may lie there as well.
     user_dirs: Vec<PathBuf>,
     locking: Locking,
 }
 
 impl AllowedDirs {
-    /// For the image `file`, whose canonical path is `image`.
-    fn for_image(
-        image: &Path,
-        file: &File,
-        named: &[PathBuf],
-        locking: Locking,
-    ) -> Result<Self, ChainError> {
-        let unreadable =
-            |error: io::Error| ChainError::Header { path: image.to_owned(), error: error.into() };
-        let image_dir = image.parent().unwrap_or(Path::new("/")).to_owned();
-        let is_dir_trusted = open_dir(&image_dir).is_ok_and(|dir| trust::check(&dir).is_ok());
-        let image_owner = file.metadata().map_err(unreadable)?.uid();
+    /// For a chain whose first image is `image`.
+    fn for_image(image: &BaseFile, named: &[PathBuf], locking: Locking) -> Self {
+        let dir = image.real_path.parent().unwrap_or(Path::new("/")).to_owned();
+        let image_dir = image.has_real_path.then_some(dir);
         let user_dirs = named.iter().filter_map(|dir| dir.canonicalize().ok()).collect();
-        Ok(Self { image_dir, is_dir_trusted, image_owner, user_dirs, locking })
+        Self { image_dir, user_dirs, locking }
     }
 
-    /// Whether a backing file may be `found`, which lies at `path`. In the image's own directory it may,
-    /// unless others can put images there: then they could name any file beside theirs, so that it
-    /// has to belong to whoever owns the image.
-    fn is_backing_allowed(&self, path: &Path, found: &Metadata) -> bool {
-        path.starts_with(&self.image_dir)
-            && (self.is_dir_trusted || found.uid() == self.image_owner)
+    /// Whether `image` may have the backing file `found`, which lies at `path`: below the directory
+    /// of the first image, and nothing that the author of `image` could not have read. Whoever can
+    /// write an image, or put one into its directory, could name any file there, so that the backing
+    /// file then has to belong to the owner of the image.
+    fn is_backing_allowed(&self, image: &BaseFile, path: &Path, found: &Metadata) -> bool {
+        self.image_dir.as_ref().is_some_and(|dir| path.starts_with(dir))
+            && (is_trusted(image)
+                || image.file.metadata().is_ok_and(|image| image.uid() == found.uid()))
     }
 
-    /// Opens `name`, which stands in the image `path`.
+    /// Opens `name`, which stands in `image`.
     fn open(
         &self,
+        image: &BaseFile,
         path: &Path,
         name: &str,
         may_be_own: bool,
@@ -258,7 +252,7 @@ impl AllowedDirs {
         let located = PathHandle::at(&named).map_err(missing)?;
         let needed = located.real_path().map_err(missing)?;
         let is_allowed = self.user_dirs.iter().any(|dir| needed.starts_with(dir))
-            || (may_be_own && self.is_backing_allowed(&needed, located.metadata()));
+            || (may_be_own && self.is_backing_allowed(image, &needed, located.metadata()));
         if !is_allowed {
             return Err(ChainError::NotAllowed { path: path.to_owned(), needed });
         }
@@ -268,6 +262,23 @@ impl AllowedDirs {
                 .map_err(of_needed)?;
         Ok((needed, host))
     }
+}
+
+/// Whether only root and this user can have written `image` or put it where it is.
+fn is_trusted(image: &BaseFile) -> bool {
+    let (Some(dir), Some(name)) = (image.real_path.parent(), image.real_path.file_name()) else {
+        return false;
+    };
+    let is_there = |dir: &File| {
+        let found = rustix::fs::statat(dir, name, AtFlags::SYMLINK_NOFOLLOW).ok()?;
+        let image = image.file.metadata().ok()?;
+        Some((found.st_dev, found.st_ino) == (image.dev(), image.ino()))
+    };
+    open_dir(dir).is_ok_and(|dir| {
+        is_there(&dir) == Some(true)
+            && trust::check(&dir).is_ok()
+            && trust::check_file(&image.file, &dir).is_ok()
+    })
 }
 
 impl ChainImage {
@@ -287,7 +298,7 @@ impl ChainImage {
         let data = match &header.data_file {
             None => None,
             Some(None) => return Err(ChainError::NoDataFile(path)),
-            Some(Some(name)) => Some(allowed.open(&path, name, false)?),
+            Some(Some(name)) => Some(allowed.open(&host, &path, name, false)?),
         };
         Ok(Self { path, file: host, header: Some(header), data })
     }
@@ -313,7 +324,7 @@ impl ChainImage {
                 });
             }
         };
-        let (needed, host) = allowed.open(&path, &name, true)?;
+        let (needed, host) = allowed.open(&self.file, &path, &name, true)?;
         Self::read(needed, host, format, allowed)
     }
 

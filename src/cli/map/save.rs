@@ -2,14 +2,14 @@
 
 use std::fs::Permissions;
 use std::io::{self, Write};
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::path::Path;
 
 use rustix::fs::OFlags;
 
 use crate::base::lock;
 use crate::config::Overwrite;
-use crate::confined::PathHandle;
+use crate::confined::{PathHandle, is_own};
 use crate::host::os_message;
 use crate::part_file::{PartFileError, UnnamedFile};
 
@@ -23,15 +23,6 @@ pub(super) fn save(out: &Path, text: &str, overwrite: Overwrite) -> anyhow::Resu
     if out == Path::new("-") {
         return crate::cli::print(text);
     }
-    if let Ok(found) = PathHandle::at(out)
-        && found.metadata().is_file()
-    {
-        if overwrite == Overwrite::No {
-            let shown = out.display();
-            anyhow::bail!("'{shown}' is there already: name another, or use --overwrite");
-        }
-        lock::check_unused(&found, out)?;
-    }
     let failed = |error: io::Error| {
         let remedy = match error.kind() {
             io::ErrorKind::NotFound => ": its directory must exist",
@@ -41,28 +32,48 @@ pub(super) fn save(out: &Path, text: &str, overwrite: Overwrite) -> anyhow::Resu
         };
         anyhow::anyhow!("cannot write '{}': {}{remedy}", out.display(), os_message(&error))
     };
-    write_output(out, text.as_bytes()).map_err(failed)
-}
-
-fn write_output(out: &Path, bytes: &[u8]) -> io::Result<()> {
     match PathHandle::at(out) {
-        Ok(found) if found.metadata().is_dir() => Err(io::Error::from_raw_os_error(libc::EISDIR)),
         Ok(found) if found.metadata().is_file() => {
+            if overwrite == Overwrite::No {
+                let shown = out.display();
+                anyhow::bail!("'{shown}' is there already: name another, or use --overwrite");
+            }
+            lock::check_unused(&found, out)?;
             // What a symbolic link leads to is replaced, not the link.
             let mode = Permissions::from_mode(found.metadata().permissions().mode() & 0o777);
-            replace_file(&found.real_path()?, bytes, Some(mode))
+            let real = found.real_path().map_err(failed)?;
+            replace_file(&real, text.as_bytes(), Some(mode), Overwrite::Yes)
         }
-        // A pipe that nobody reads is not waited for.
-        Ok(found) => found.open(OFlags::WRONLY)?.write_all(bytes),
+        Ok(found) => write_device(&found, text.as_bytes()),
         // A link that leads nowhere was made for something else.
-        Err(error) if error.kind() == io::ErrorKind::NotFound && out.is_symlink() => Err(error),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => replace_file(out, bytes, None),
+        Err(error) if error.kind() == io::ErrorKind::NotFound && !out.is_symlink() => {
+            replace_file(out, text.as_bytes(), None, Overwrite::No)
+        }
         Err(error) => Err(error),
     }
+    .map_err(failed)
+}
+
+/// Writes to a device, or to a pipe of root's or this user's.
+fn write_device(found: &PathHandle, bytes: &[u8]) -> io::Result<()> {
+    let kind = found.metadata().file_type();
+    if kind.is_dir() {
+        return Err(io::Error::from_raw_os_error(libc::EISDIR));
+    }
+    if kind.is_fifo() && !is_own(found.metadata().uid()) {
+        return Err(io::Error::from_raw_os_error(libc::EPERM));
+    }
+    // A pipe that nobody reads is not waited for.
+    found.open(OFlags::WRONLY)?.write_all(bytes)
 }
 
 /// Puts a new file with `bytes` at `path`; without a mode it gets that of any new file.
-fn replace_file(path: &Path, bytes: &[u8], mode: Option<Permissions>) -> io::Result<()> {
+fn replace_file(
+    path: &Path,
+    bytes: &[u8],
+    mode: Option<Permissions>,
+    overwrite: Overwrite,
+) -> io::Result<()> {
     let perm = if mode.is_some() { 0o600 } else { 0o666 };
     let fresh = UnnamedFile::create(path, perm).map_err(|error| match error {
         PartFileError::Host { error, .. } => error,
@@ -76,7 +87,7 @@ fn replace_file(path: &Path, bytes: &[u8], mode: Option<Permissions>) -> io::Res
         fresh.discard();
         return Err(error);
     }
-    fresh.commit(Overwrite::Yes).map_err(io::Error::other)
+    fresh.commit(overwrite).map_err(io::Error::other)
 }
 
 #[cfg(test)]
@@ -95,7 +106,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let link = dir.path().join("link");
         std::os::unix::fs::symlink(dir.path().join("nothing"), &link).unwrap();
-        assert_eq!(write_output(&link, b"new").unwrap_err().kind(), io::ErrorKind::NotFound);
+        assert!(save(&link, "new", Overwrite::No).is_err());
         assert!(link.is_symlink() && !dir.path().join("nothing").exists());
     }
 

@@ -172,6 +172,11 @@ fn part_error(error: PartFileError) -> StreamOpenError {
             file_type_name(kind),
             "remove it; the stream is written there",
         ),
+        PartFileError::Foreign { path, .. } => StreamOpenError::wrong_kind(
+            &path,
+            "a file of another user",
+            "remove it; the stream is written there",
+        ),
         PartFileError::Host { verb, path, error } => StreamOpenError::host(verb, &path, &error),
     }
 }
