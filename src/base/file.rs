@@ -21,13 +21,13 @@ use crate::layer::WritableLayer;
 
 /// A file or device of the host, open and locked.
 pub struct BaseFile {
-    /// It.
+    /// The open file.
     pub(in crate::base) file: Arc<File>,
-    /// Its bytes; the locks end with it.
+    /// The layer that reads and writes the file; the locks end with it.
     pub(in crate::base) raw: Arc<RawBase>,
-    /// How many there are.
+    /// Size in bytes.
     pub(in crate::base) size: u64,
-    /// Where it lies, canonical.
+    /// The canonical path.
     pub(in crate::base) real_path: PathBuf,
     /// Whether `real_path` leads to the file; else it is the path that was given.
     pub(in crate::base) has_real_path: bool,

@@ -53,7 +53,8 @@ pub enum Invalidation {
 /// by a thread of the disk's own pool.
 pub type Invalidator = Arc<dyn Fn(&Invalidation) + Send + Sync>;
 
-/// How long an invalidation is waited for: answers cached by the kernel expire after a second anyway.
+/// How long an invalidation is waited for. Names and attributes in the kernel's cache expire after a
+/// second anyway; its pages of a file go once the invalidation is done.
 const INVALIDATE_TIMEOUT: Duration = Duration::from_secs(1);
 /// How long requests under way are waited for when a disk is removed.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(5);

@@ -215,10 +215,11 @@ impl Control {
             Some(snapshot) => disk.revert(snapshot, force),
             None => disk.reset(force),
         };
+        // Also after an error: the bytes of a reflink copy may have changed before it.
+        self.invalidate_cache(disk);
         if let Err(error) = result {
             return error_answer(name, &error);
         }
-        self.invalidate_cache(disk);
         ok_answer(&match snapshot {
             Some(snapshot) => format!("{name}: is as it was at snapshot '{snapshot}'"),
             None => format!("{name}: is identical to its base"),

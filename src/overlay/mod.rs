@@ -21,9 +21,10 @@
 //! - `reflink`: the other kind of overlay, which has no map: a reflink copy of its base. `fiemap`:
 //!   where the host stores a file's blocks.
 //!
-//! Locks, outermost first: the disk's gate (held by the caller), `range_locks`, the log's tail, the
-//! map. `pending` is taken inside any of them and nothing is taken inside it. Only `range_locks` is
-//! held across I/O.
+//! Locks, outermost first: the disk's gate (held by the caller), `range_locks`, then for a moment the
+//! log's tail, the map or `pending`, one after the other and never together. The gate and
+//! `range_locks` are held across I/O; the tail during one write to the log. `docs/architecture.md`
+//! has the order of all locks.
 //!
 //! Data first, map after: a crash between the two leaves bytes that no map refers to. Freeing goes
 //! in the opposite order: first the record, then the map, and the space only once that record is

@@ -74,15 +74,20 @@ fn partitions_match_those_of_util_linux() {
 #[test]
 fn tables_with_large_sectors_are_read_from_devices_and_gpts_from_files() {
     let mut lab = Lab::new();
-    for (name, script, count) in [("mbr.img", MBR, 5), ("gpt.img", GPT, 2)] {
+    // sfdisk: parted 3.5 sometimes crashes on a device where there is no udev.
+    let mbr = "label: dos\n1MiB,4MiB,83\n6MiB,14MiB,83\n20MiB,40MiB,5\n21MiB,9MiB,83\n\
+               31MiB,2MiB,83\n40MiB,20MiB,83\n";
+    let gpt = "label: gpt\n1MiB,4MiB\n3 : start=6MiB, size=34MiB\n";
+    for (name, script, count) in [("mbr.img", mbr, 5), ("gpt.img", gpt, 2)] {
         lab.base(name, 64 * MIB);
         let device = lab.loop_device(name, "-b 4096");
-        lab.sh(&format!("parted -s {device} {script}; sync"));
+        put(&lab.path("script"), script.as_bytes());
+        lab.sh(&format!("sfdisk -q --no-reread --no-tell-kernel {device} < script; sync"));
         let seen = seen_by_partx(&lab, &device);
         assert_eq!(seen.len(), count, "{seen:?}");
         assert_eq!(seen[0].1, MIB..5 * MIB);
         same_as_its_bytes(&lab, &device, name, &seen);
-        if script == GPT {
+        if script == gpt {
             same_as_its_bytes(&lab, name, name, &seen);
         }
     }
