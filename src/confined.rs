@@ -381,8 +381,7 @@ pub fn is_own(owner: u32) -> bool {
 }
 
 fn check_owner(dir: &File, owner: u32) -> io::Result<()> {
-    let own = rustix::process::geteuid().as_raw();
-    if owner == 0 || owner == own || owner == dir.metadata()?.uid() {
+    if is_own(owner) || owner == dir.metadata()?.uid() {
         return Ok(());
     }
     Err(invalid_input(&format!("it belongs to another user (uid {owner})")))

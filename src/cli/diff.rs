@@ -1,6 +1,6 @@
 //! `cowslip diff`: the changes of a mounted disk as a file that other tools take.
 //!
-//! The daemon freezes the disk (`moment.rs`). What is written, and where to, is done here, with the
+//! The daemon freezes the disk (`point_in_time.rs`). What is written, and where to, is done here, with the
 //! rights of who asked.
 
 use std::fs::{File, Permissions};

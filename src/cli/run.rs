@@ -91,9 +91,15 @@ fn run_mounted(args: RunArgs) -> anyhow::Result<u8> {
     let held = MountHandle::at(&private).ok().flatten();
     let claims = StdioClaims::of(&plan);
     // From before the command starts until all is cleaned up, so that no signal falls between.
-    let mut signals =
-        Signals::new([SIGCHLD, SIGINT, SIGQUIT, SIGTERM, SIGHUP, SIGUSR1, SIGUSR2, SIGALRM])
-            .context("cannot handle signals")?;
+    let signals =
+        Signals::new([SIGCHLD, SIGINT, SIGQUIT, SIGTERM, SIGHUP, SIGUSR1, SIGUSR2, SIGALRM]);
+    let mut signals = match signals {
+        Ok(signals) => signals,
+        Err(error) => {
+            clean_up(&private, held.as_ref(), UnfinishedStreams::Abort, &[])?;
+            return Err(error).context("cannot handle signals");
+        }
+    };
     let ended = run_command(&args.command, &private, claims, &mut signals);
     let streams = match (&ended, claims.has_streams) {
         (Ok(EXIT_OK), true) => UnfinishedStreams::Finish,
@@ -102,11 +108,15 @@ fn run_mounted(args: RunArgs) -> anyhow::Result<u8> {
     };
     let stop = signals.handle();
     let cleaned = thread::scope(|scope| {
-        scope.spawn(|| {
+        let watch = || {
             for signal in signals.forever().filter(|signal| TERMINATING.contains(signal)) {
                 give_up(&private, held.as_ref(), signal);
             }
-        });
+        };
+        // Without a thread the end is only not interruptible.
+        if let Err(error) = thread::Builder::new().spawn_scoped(scope, watch) {
+            log::debug!("signals are not watched at the end: {error}");
+        }
         let cleaned = clean_up(&private, held.as_ref(), streams, &measure_prefixes(&plan));
         stop.close();
         cleaned

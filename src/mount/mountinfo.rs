@@ -12,6 +12,8 @@ use std::path::{Component, Path, PathBuf};
 
 use rustix::io::Errno;
 
+use crate::confined::is_own;
+
 /// File system type of every cowslip mount, in mtab and mountinfo.
 pub const FSTYPE: &str = "fuse.cowslip";
 
@@ -63,8 +65,7 @@ impl MountEntry {
     /// Returns whether the mount's contents may be trusted: it is served by root or by this
     /// process's user.
     pub fn is_trusted(&self) -> bool {
-        let own = rustix::process::geteuid().as_raw();
-        self.owner.is_some_and(|owner| owner == 0 || owner == own)
+        self.owner.is_some_and(is_own)
     }
 }
 

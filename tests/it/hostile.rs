@@ -634,19 +634,14 @@ fn part_of_another_user_is_not_resumed() {
 fn pipes_and_logs_of_others_are_rejected() {
     let lab = Lab::new();
     // A pipe without a name belongs to whoever made it.
-    lab.sh("sleep 1000 | sleep 1000 & echo $! > pid");
-    let pid = lab.sh("cat pid");
-    symlink(format!("/proc/{}/fd/0", pid.trim()), lab.path("p")).unwrap();
-    let _ = lab.cowslip("mount m o=stream:64K,to=fifo:p");
-    if lab.path("m/o").exists() {
-        let _ = lab.output(
-            "sh",
-            &["-c", "yes secret | head -c 32K > m/o; $COWSLIP finish m/o --timeout 5"],
-        );
-        let said = lab.cowslip("umount m");
-        assert!(!said.status.success(), "{}", show(&said));
-    }
-    lab.sh("pkill -P $$ sleep || true; kill $(cat pid)");
+    let mut command = lab.command("sleep");
+    let holder = Running(command.arg("1000").stdin(std::process::Stdio::piped()).spawn().unwrap());
+    symlink(format!("/proc/{}/fd/0", holder.pid()), lab.path("p")).unwrap();
+    lab.mount("o=stream:64K,to=fifo:p");
+    let lines = "yes secret | head -c 32K > m/o; $COWSLIP finish m/o --timeout 5";
+    assert!(!lab.output("sh", &["-c", lines]).status.success());
+    assert!(!lab.cowslip("umount m").status.success());
+    drop(holder);
     lab.sh("mkdir -m 1777 shared; touch shared/log root.log; ln -s ../root.log shared/link; mkfifo shared/out");
     for name in ["log", "link", "out"] {
         give(&lab.path(&format!("shared/{name}")), OTHER);
