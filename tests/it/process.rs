@@ -205,6 +205,8 @@ fn daemon_is_not_dumpable() {
     let is_its_own = |pid: u32| fs::metadata(format!("/proc/{pid}/status")).unwrap().gid() == 65534;
     wait_until("cat runs", || is_its_own(other.0.id()));
     drop(other.0.stdin.take());
+    // Waits for the daemon, which the laboratory has not started itself.
+    lab.umount();
     lab.end();
 }
 
