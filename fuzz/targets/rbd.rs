@@ -3,7 +3,7 @@
 
 use std::io::Read;
 
-use cowslip::stream::frames::rbd::{RbdDecoder, RbdRecord};
+use cowslip::formats::rbd::{RbdDecoder, RbdRecord};
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|bytes: &[u8]| {

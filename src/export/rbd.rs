@@ -11,7 +11,7 @@
 //!
 //! All numbers are little-endian u64. Source: Ceph, doc/dev/rbd-diff.rst. Offsets rise and no
 //! record is empty, since `merge-diff` refuses anything else. Version 2, which streams use
-//! (`stream/frames/rbd.rs`), adds a length after every tag.
+//! (`formats/rbd.rs`), adds a length after every tag.
 
 use std::fs::File;
 use std::io::{self, Write};

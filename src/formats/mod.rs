@@ -1,8 +1,15 @@
-//! Codecs for other tools' formats of whole images and of changes.
+//! Codecs of formats that other tools own: of images, of changes, and of streams.
 //!
-//! The codecs know no disk: a writer is given the runs and their bytes, and a reader returns the
-//! same. Formats that a stream can send in order are in [`crate::stream::frames`]; the formats here
-//! need to know the whole image before its first byte.
+//! The codecs know no disk: an encoder is given runs and their bytes, and a decoder returns the
+//! same. They read from `Read` and write to `Write`; opening files is the callers' work
+//! ([`crate::export`], [`crate::transfer`], [`crate::stream`]).
+//!
+//! | format | encoded for | decoded for |
+//! |---|---|---|
+//! | [`rbd`] | `frames=rbd`, `send` | `recv` |
+//! | [`android`] | `diff -O android-sparse`, `send` | `recv` |
+//! | [`bmap`] | `diff -O bmap` | |
 
 pub mod android;
 pub mod bmap;
+pub mod rbd;

@@ -17,7 +17,6 @@
 pub mod command;
 pub mod error;
 mod fifo;
-pub mod frames;
 pub mod guard;
 pub mod input;
 mod layer;

@@ -7,7 +7,7 @@ use super::checkpoint::{
     CHECKPOINT_MAGIC, CHECKPOINT_TAG, Checkpoint, CheckpointKind, HashChain, LAST_PAYLOAD_LEN,
     PAYLOAD_LEN,
 };
-use crate::stream::frames::rbd::{RbdDecoder, RbdRecord};
+use crate::formats::rbd::{RbdDecoder, RbdRecord};
 
 /// The most bytes of an unknown record that are skipped: 1 MiB, the same limit as in the decoder.
 /// Such records hold names.

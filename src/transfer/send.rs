@@ -8,8 +8,8 @@ use super::send_android;
 use super::source::{TransferSource, ZeroDetection};
 use super::zeros::{RunKind, split_zeros};
 use super::{BUFFER_SIZE, TransferError, TransferFormat, TransferProgress};
+use crate::formats::rbd;
 use crate::host::os_message;
-use crate::stream::frames::rbd;
 
 /// The bytes reserved in the buffer for a record's header, so that header and data are written at
 /// once. A whole page, so that reads are page-aligned.

@@ -9,7 +9,7 @@ use std::process::{ChildStdout, Output, Stdio};
 use std::time::Instant;
 
 use crate::common::mount::*;
-use cowslip::stream::frames::rbd;
+use cowslip::formats::rbd;
 use cowslip::transfer::checkpoint::{Checkpoint, CheckpointKind, HashChain};
 use proptest::prelude::*;
 

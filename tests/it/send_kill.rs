@@ -12,7 +12,7 @@ use std::process::{Output, Stdio};
 
 use crate::common::mount::*;
 use crate::common::strace::{self, Call, Seen, kill_at};
-use cowslip::stream::frames::rbd;
+use cowslip::formats::rbd;
 use cowslip::transfer::checkpoint::{Checkpoint, CheckpointKind, HashChain};
 
 /// Distance in bytes between two checkpoints: small, so that there are many.

@@ -8,7 +8,7 @@ use std::process::{Child, Stdio};
 use std::time::{Duration, Instant};
 
 use crate::common::mount::*;
-use cowslip::stream::frames::rbd::{RbdDecoder, RbdRecord};
+use cowslip::formats::rbd::{RbdDecoder, RbdRecord};
 use rustix::process::Signal;
 use serde_json::Value;
 

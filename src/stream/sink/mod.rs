@@ -29,11 +29,11 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use super::frames::rbd;
 use super::monitor::StreamCounters;
 use super::output::SinkCallback;
 use super::stop::Stop;
 use crate::config::{Overwrite, StreamFrames};
+use crate::formats::rbd;
 use crate::host::{os_error, os_message};
 use crate::part_file::PartFile;
 use seekable::SeekableWriter;

@@ -16,8 +16,8 @@ use crate::config::{
     DEFAULT_WINDOW, FinishWhen, Flow, Overwrite, Pad, Programs, SinkSpec, SpillCompression,
     StreamSpec,
 };
+use crate::formats::rbd::{RbdDecoder, RbdRecord};
 use crate::stream::fifo;
-use crate::stream::frames::rbd::{RbdDecoder, RbdRecord};
 
 pub(in crate::stream) fn spec(dir: &Path, size: u64) -> StreamSpec {
     StreamSpec {
