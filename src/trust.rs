@@ -27,7 +27,7 @@ use parking_lot::RwLock;
 use rustix::fs::{Mode, OFlags};
 
 use crate::confined;
-use crate::mount::mountinfo::{MountEntry, mounts};
+use crate::host::mountinfo::{MountEntry, mounts};
 
 /// A directory, by device and inode.
 type DirId = (u64, u64);

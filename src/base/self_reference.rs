@@ -24,7 +24,7 @@ use rustix::fs::{
     minor,
 };
 
-use crate::mount::kernel;
+use crate::host::mountinfo;
 
 /// Longest chain of symbolic links or devices: the kernel's own limit on links in a path.
 const MAX_STEPS: u32 = 40;
@@ -226,7 +226,7 @@ fn devices_of(found: &PathStat) -> Vec<u64> {
 /// Returns the device of a mount. Other entries in the mount table, whatever their names, do not
 /// affect the result.
 fn mount_source(mount_id: u64) -> Option<PathBuf> {
-    let entry = kernel::mounts().ok()?.into_iter().find(|entry| entry.id == mount_id)?;
+    let entry = mountinfo::mounts().ok()?.into_iter().find(|entry| entry.id == mount_id)?;
     let source = PathBuf::from(entry.source);
     source.starts_with("/dev").then_some(source)
 }
@@ -682,7 +682,7 @@ mod tests {
         let mounted =
             std::process::Command::new("mount").args(["-t", "tmpfs", "tmpfs"]).arg(&odd).status();
         assert!(mounted.unwrap().success());
-        let entry = kernel::mounts()
+        let entry = mountinfo::mounts()
             .unwrap()
             .into_iter()
             .find(|entry| entry.source.as_bytes().starts_with(b"/dev/"));

@@ -28,7 +28,8 @@ use serde_json::Value;
 
 use super::answer::{self, AnswerError, RefusalKind};
 use crate::disk::split_name;
-use crate::mount::kernel::{self, MountEntry, MountHandle};
+use crate::host::mountinfo::{self, MountEntry};
+use crate::mount::kernel::MountHandle;
 
 /// Time limit for the next piece of an answer, after which a mount counts as hanging.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
@@ -169,7 +170,7 @@ impl Endpoint {
     /// # Errors
     /// A line for the user when `path` is in no cowslip mount, or below a disk.
     pub(super) fn of(path: &Path) -> anyhow::Result<Self> {
-        let Some(found) = kernel::enclosing_mount(path) else {
+        let Some(found) = mountinfo::enclosing_mount(path) else {
             anyhow::bail!(
                 "'{}' is not in a cowslip mount: cowslip status lists them",
                 path.display()
@@ -406,7 +407,7 @@ struct ConfinedMount {
 impl ConfinedMount {
     /// Returns the mount at `mountpoint`, if it can be trusted. Makes no call into the mount.
     fn at(mountpoint: &Path) -> io::Result<Self> {
-        let Some(entry) = kernel::entry_at(mountpoint).filter(MountEntry::is_cowslip) else {
+        let Some(entry) = mountinfo::entry_at(mountpoint).filter(MountEntry::is_cowslip) else {
             return Err(io::Error::other("it is no cowslip mount any more"));
         };
         Self::from_entry(&entry, entry.mountpoint.clone())

@@ -20,7 +20,7 @@ use super::target::{is_in_store, is_store};
 use super::{EXIT_OK, print_line};
 use crate::config::{format_size, format_zeroed};
 use crate::disk::{self, Disk, Force, OpenContext};
-use crate::mount::kernel;
+use crate::host::mountinfo;
 use crate::overlay::stack::{BaseRecord, Stack};
 use crate::overlay::{Usage, persist};
 
@@ -75,7 +75,7 @@ fn mounted_disk(path: &Path) -> anyhow::Result<Endpoint> {
     match Endpoint::of(path) {
         // For a path in a mount, this error is the more precise one.
         Ok(_) => Endpoint::of_disk(path),
-        Err(error) if kernel::enclosing_mount(path).is_some() => Err(error),
+        Err(error) if mountinfo::enclosing_mount(path).is_some() => Err(error),
         Err(_) => anyhow::bail!(
             "'{shown}' is no overlay and no mounted disk: name the file in its mount, or the directory of an overlay"
         ),

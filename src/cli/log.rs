@@ -11,7 +11,7 @@ use clap::Args;
 
 use super::client::{AskError, Endpoint};
 use super::{EXIT_OK, print, restore_sigpipe};
-use crate::mount::kernel;
+use crate::host::mountinfo;
 
 /// Interval at which a followed log is read.
 const FOLLOW_INTERVAL: Duration = Duration::from_millis(500);
@@ -29,7 +29,7 @@ pub(super) fn run(args: &LogArgs) -> anyhow::Result<u8> {
     restore_sigpipe();
     let mountpoint = Endpoint::of(&args.mountpoint)?.mountpoint;
     let place = Endpoint::mount(&mountpoint);
-    let mount = kernel::entry_at(&mountpoint);
+    let mount = mountinfo::entry_at(&mountpoint);
     let mut seen = place.read("log")?;
     print_log(&seen)?;
     if !args.follow {
@@ -37,7 +37,7 @@ pub(super) fn run(args: &LogArgs) -> anyhow::Result<u8> {
     }
     loop {
         thread::sleep(FOLLOW_INTERVAL);
-        if kernel::entry_at(&mountpoint) != mount {
+        if mountinfo::entry_at(&mountpoint) != mount {
             return Ok(EXIT_OK);
         }
         let now = match place.read("log") {

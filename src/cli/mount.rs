@@ -12,9 +12,10 @@ use clap::Args;
 use super::client::Endpoint;
 use super::plan::{CommonArgs, MountCommand};
 use super::{CliError, EXIT_OK, signal_exit_code, warn};
+use crate::host::mountinfo;
 use crate::mount::daemon::{self, ForkSide, NoteOutput, StartOutcome, StartupReporter};
 use crate::mount::kernel::{MountHandle, MountHealth, UnmountMode};
-use crate::mount::{self, DaemonMode, MountPlan, kernel};
+use crate::mount::{self, DaemonMode, MountPlan};
 use crate::stream::sink::StdioMode;
 
 #[derive(Debug, Args)]
@@ -121,14 +122,14 @@ pub(super) fn start_mount(plan: &MountPlan, notes: &mut dyn Write) -> anyhow::Re
         }
     }
     // The daemon says that it serves; only an answer through the kernel shows it.
-    Endpoint::mount(&kernel::resolve(&mountpoint)?).status()?;
+    Endpoint::mount(&mountinfo::resolve(&mountpoint)?).status()?;
     Ok(StartResult::Mounted)
 }
 
 /// Unmounts what a daemon left that was killed while it started, by a memory limit for one. Before it
 /// started nothing dead was mounted there.
 fn clear_what_died(mountpoint: &Path) {
-    let found = kernel::resolve(mountpoint).and_then(|path| MountHandle::at(&path));
+    let found = mountinfo::resolve(mountpoint).and_then(|path| MountHandle::at(&path));
     if let Ok(Some(held)) = found
         && held.entry().is_cowslip()
         && held.health() == MountHealth::Dead
@@ -141,7 +142,7 @@ fn clear_what_died(mountpoint: &Path) {
 /// Refuses a disk in the place of the mountpoint, with the command that was meant.
 fn check_order(first: &Path, rest: &[OsString]) -> anyhow::Result<()> {
     // A mountpoint is not asked what it is: it may be dead, or hang.
-    if kernel::entry_at(first).is_some() || !looks_like_disk(first) {
+    if mountinfo::entry_at(first).is_some() || !looks_like_disk(first) {
         return Ok(());
     }
     let meant = rest.split_last().filter(|(last, _)| Path::new(last).is_dir());

@@ -14,7 +14,8 @@ use super::client::{AskError, Endpoint};
 use super::table::{Align, Table};
 use super::{EXIT_OK, EXIT_UNHEALTHY, print, print_json, restore_sigpipe};
 use crate::config::format_size;
-use crate::mount::kernel::{self, MountEntry, MountHealth};
+use crate::host::mountinfo::{self, MountEntry};
+use crate::mount::kernel::{self, MountHealth};
 use crate::printable::line as printable;
 
 #[derive(Debug, Args)]
@@ -30,7 +31,7 @@ pub(super) fn run(args: &StatusArgs) -> anyhow::Result<u8> {
     restore_sigpipe();
     let mounts = match &args.path {
         Some(path) => vec![path_status(path)?],
-        None => all_statuses(&kernel::cowslip_mounts()),
+        None => all_statuses(&mountinfo::cowslip_mounts()),
     };
     let reports: Vec<MountReport> = mounts.iter().map(MountReport::of).collect();
     if args.json {
@@ -51,7 +52,7 @@ pub(super) fn run(args: &StatusArgs) -> anyhow::Result<u8> {
 fn path_status(path: &Path) -> anyhow::Result<Value> {
     let place = Endpoint::of(path)?;
     let whole = Endpoint::mount(&place.mountpoint);
-    let mut mount = match (kernel::entry_at(&place.mountpoint), whole.status()) {
+    let mut mount = match (mountinfo::entry_at(&place.mountpoint), whole.status()) {
         (_, Ok(status)) => first_mount(status),
         (Some(entry), Err(AskError::Dead(_))) => stub_report(&entry, "dead", None),
         (Some(entry), Err(error @ AskError::Denied(_))) => match partial_report(&entry) {
@@ -112,7 +113,7 @@ fn all_statuses(entries: &[MountEntry]) -> Vec<Value> {
         });
         told.collect()
     });
-    let still_there = kernel::cowslip_mounts();
+    let still_there = mountinfo::cowslip_mounts();
     let is_there = |entry: &MountEntry| still_there.iter().any(|other| other.id == entry.id);
     let both = entries.iter().zip(told);
     both.filter(|(entry, _)| is_there(entry)).map(|(_, told)| told).collect()
@@ -439,7 +440,7 @@ mod tests {
             dev: (0, 9),
             root: "/".into(),
             mountpoint: "/m".into(),
-            fstype: kernel::FSTYPE.into(),
+            fstype: mountinfo::FSTYPE.into(),
             source: "vm.img".into(),
             owner: Some(0),
         }

@@ -11,7 +11,8 @@ use super::long_request::{self, LongRequest};
 use super::progress::Verbosity;
 use super::{EXIT_OK, print_line, timeout};
 use crate::disk::split_name;
-use crate::mount::{kernel, openers};
+use crate::host::mountinfo;
+use crate::mount::openers;
 
 #[derive(Debug, Args)]
 pub(super) struct FinishArgs {
@@ -68,7 +69,7 @@ fn name_openers(place: &Endpoint, error: anyhow::Error) -> anyhow::Error {
 /// Who has the disk at `place`, in words.
 pub(super) fn describe_openers(place: &Endpoint) -> String {
     let name = place.disk.as_deref().unwrap_or_default();
-    let mount = kernel::entry_at(&place.mountpoint);
+    let mount = mountinfo::entry_at(&place.mountpoint);
     let users = mount.map(|mount| openers::find_openers(&mount)).unwrap_or_default().into_iter();
     // A bind mount keeps the mount, but no disk of it: only who has opened the file does.
     let is_of_disk = |path: &Path| {

@@ -17,7 +17,8 @@ use serde_json::{Value, json};
 use super::client::{AskError, Endpoint};
 use super::progress::{ProgressDisplay, Verbosity};
 use super::{EXIT_OK, print_line, timeout};
-use crate::mount::kernel::{self, MountHandle, MountHealth, UnmountMode};
+use crate::host::mountinfo;
+use crate::mount::kernel::{MountHandle, MountHealth, UnmountMode};
 use crate::mount::openers::{self, Opener, ProcessState};
 
 /// RELEASE and `losetup -d` come after close has returned, so a mount may look used for a moment.
@@ -113,7 +114,7 @@ pub(super) fn run(args: &UmountArgs) -> anyhow::Result<u8> {
 /// The cowslip mount at `path`, held: seconds may pass until it is unmounted.
 fn find_mount(path: &Path) -> anyhow::Result<MountHandle> {
     let shown = path.display();
-    match kernel::entry_at(path) {
+    match mountinfo::entry_at(path) {
         Some(entry) if entry.is_cowslip() => {
             MountHandle::of(entry).with_context(|| format!("cannot look at the mount at '{shown}'"))
         }
@@ -121,7 +122,7 @@ fn find_mount(path: &Path) -> anyhow::Result<MountHandle> {
             "'{shown}' is a mount of type {}, not cowslip's: unmount it with umount '{shown}'",
             entry.fstype
         ),
-        None => match kernel::enclosing_mount(path) {
+        None => match mountinfo::enclosing_mount(path) {
             Some(found) => anyhow::bail!(
                 "'{shown}' lies in the mount at '{at}': cowslip umount '{at}'",
                 at = found.mount.mountpoint.display()

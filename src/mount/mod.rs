@@ -8,16 +8,14 @@
 //! ```
 //!
 //! `disks` opens the disks of a mount; `running` serves and shuts down the mount. `kernel` mounts
-//! and unmounts, `mountinfo` reads the mount table, `daemon` forks, `signals` catches signals from
-//! the very start, `limits` checks that the resource limits suffice, `notify` informs the service
-//! manager, and `openers` lists the processes that have files of a mount open. Only this file and
-//! `fs` name `fuser`.
+//! and unmounts, `daemon` forks, `signals` catches signals from the very start, `limits` checks that
+//! the resource limits suffice, `notify` informs the service manager, and `openers` lists the
+//! processes that have files of a mount open. Only this file and `fs` name `fuser`.
 
 pub mod daemon;
 mod disks;
 pub mod kernel;
 mod limits;
-pub(crate) mod mountinfo;
 mod notify;
 pub mod openers;
 mod running;

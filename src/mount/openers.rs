@@ -23,7 +23,7 @@ use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags};
 
-use super::kernel::{self, MountEntry};
+use crate::host::mountinfo::{self, MountEntry};
 
 /// Kind of a process's hold on the mount.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -142,7 +142,7 @@ pub fn find_namespace_copy(dev: (u32, u32)) -> Option<NamespaceCopy> {
         let proc = PathBuf::from(format!("/proc/{pid}"));
         let is_new = seen.insert(fs::read_link(proc.join("ns/mnt")).ok()?);
         let table = fs::read(proc.join("mountinfo")).ok().filter(|_| is_new)?;
-        let there = NamespaceMounts::of(&kernel::parse_mountinfo(&table), dev).mounts;
+        let there = NamespaceMounts::of(&mountinfo::parse_mountinfo(&table), dev).mounts;
         let mountpoint = there.into_iter().find(MountEntry::is_cowslip)?.mountpoint;
         Some(NamespaceCopy { pid, command: process_name(&proc), mountpoint })
     })
@@ -157,7 +157,7 @@ fn process_name(proc: &Path) -> String {
 /// Returns everything that holds `mount`, except this process. A process appears once per file,
 /// however often it has the file open.
 pub fn find_openers(mount: &MountEntry) -> Vec<Opener> {
-    let entries = kernel::mounts_or_empty();
+    let entries = mountinfo::mounts_or_empty();
     let mut scan = ProcessScan { dev: mount.dev, own: None, views: HashMap::new() };
     // Use our view whatever the root of a process here: links in /proc are shown relative to our
     // root.
@@ -249,7 +249,7 @@ impl ProcessScan {
                 let root = fs::read_link(proc.join("root")).unwrap_or_default();
                 self.views.entry((namespace, root)).or_insert_with(|| {
                     let text = fs::read(proc.join("mountinfo")).unwrap_or_default();
-                    NamespaceMounts::of(&kernel::parse_mountinfo(&text), dev)
+                    NamespaceMounts::of(&mountinfo::parse_mountinfo(&text), dev)
                 })
             }
         };
@@ -391,7 +391,7 @@ mod tests {
     use std::process::{Command, Stdio};
 
     fn view(lines: &str) -> NamespaceMounts {
-        NamespaceMounts::of(&kernel::parse_mountinfo(lines.as_bytes()), (0, 53))
+        NamespaceMounts::of(&mountinfo::parse_mountinfo(lines.as_bytes()), (0, 53))
     }
 
     #[test]
@@ -452,7 +452,7 @@ mod tests {
         let path = dir.path().join("vm1.img");
         let file = fs::File::create(&path).unwrap();
         let mut cat = Command::new("sleep").arg("60").stdin(file).spawn().unwrap();
-        let found = find_openers(&kernel::entry_at(Path::new("/dev/shm")).unwrap());
+        let found = find_openers(&mountinfo::entry_at(Path::new("/dev/shm")).unwrap());
         cat.kill().unwrap();
         cat.wait().unwrap();
         let inner = path.strip_prefix("/dev/shm").unwrap();

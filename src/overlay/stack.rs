@@ -29,7 +29,7 @@ pub use super::tree::{LayerRecord, SnapshotRecord};
 use crate::base::identity::Identity;
 use crate::config::{OverlayKind, SourcePart};
 use crate::confined::{self, FileAccess, open_dir};
-use crate::mount::kernel::{MountEntry, entry_at};
+use crate::host::mountinfo::{MountEntry, entry_at};
 use crate::trust::{self, TrustError};
 
 /// The version of everything on disk that this code reads and writes.

@@ -13,7 +13,7 @@ use rustix::net::{
 
 use super::error::MountError;
 use super::{FLAG_WORDS, MAX_READ, MountAccess, MountParams};
-use crate::mount::mountinfo::FSTYPE;
+use crate::host::mountinfo::FSTYPE;
 
 /// The `-o` list for fusermount3.
 fn fusermount_options(req: &MountParams<'_>) -> String {
@@ -134,7 +134,7 @@ fn receive_fd(socket: std::os::fd::BorrowedFd<'_>) -> Result<Option<OwnedFd>, Er
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::mount::kernel::entry_at;
+    use crate::host::mountinfo::entry_at;
     use crate::mount::kernel::testing::{TestMountpoint, request};
     use std::path::Path;
 

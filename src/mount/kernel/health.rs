@@ -11,7 +11,7 @@ use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::{Pid, Signal, WaitOptions, kill_process, waitpid};
 
 use super::MountHandle;
-use crate::mount::mountinfo::{MountEntry, entry_at};
+use crate::host::mountinfo::{MountEntry, entry_at};
 
 /// The state of a mount, of whatever type.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

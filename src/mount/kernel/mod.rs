@@ -7,8 +7,8 @@
 //! lives for as long as somebody holds it, and is *dead* (every call answers `ENOTCONN`) once
 //! nobody does.
 //!
-//! A question about a mount never waits for it. Where a path lies is `mountinfo`'s to say, and
-//! its answers are re-exported here; the one call that must ask the mount itself,
+//! A question about a mount never waits for it. Which mount a path lies in is answered by
+//! [`host::mountinfo`](crate::host::mountinfo); the one call that must ask the mount itself,
 //! [`mount_health`], has a bound.
 
 mod error;
@@ -34,10 +34,7 @@ pub use self::health::{MountHealth, mount_health};
 pub use self::mount_handle::MountHandle;
 pub use self::prepare::{AllowedContents, PreparedMountpoint, prepare_mountpoint};
 pub use self::unmount::UnmountMode;
-pub use super::mountinfo::{
-    FSTYPE, MountEntry, PathInMount, cowslip_mounts, enclosing_mount, entry_at, mounts, resolve,
-};
-pub(super) use super::mountinfo::{mounts_or_empty, parse_mountinfo};
+use crate::host::mountinfo::FSTYPE;
 
 /// What a mount has unless it is told otherwise: `nosuid,nodev`.
 pub const DEFAULT_FLAGS: MountFlags = MountFlags::NOSUID.union(MountFlags::NODEV);
@@ -108,7 +105,7 @@ impl MountParams<'_> {
 ///
 /// Root calls mount(2); everybody else, and a root without the capability, asks fusermount3.
 /// The mount is not answering yet: no call into it may be made before somebody serves the
-/// connection. [`entry_at`] may be asked at once.
+/// connection. [`entry_at`](crate::host::mountinfo::entry_at) may be asked at once.
 ///
 /// # Errors
 /// Everything [`MountError`] lists from `NoDevice` to `Refused`; nothing is mounted then.
@@ -169,6 +166,7 @@ pub fn raise_read_ahead(dev: (u32, u32), kib: u32) -> bool {
 #[cfg(test)]
 mod testing {
     use super::*;
+    use crate::host::mountinfo::entry_at;
     use std::os::fd::AsFd;
     use std::path::PathBuf;
 
@@ -212,6 +210,7 @@ mod testing {
 mod tests {
     use super::testing::{TestMountpoint, request, unmount};
     use super::*;
+    use crate::host::mountinfo::{cowslip_mounts, enclosing_mount, entry_at};
     use std::os::fd::AsFd;
 
     #[test]

@@ -23,7 +23,7 @@ use rustix::io::Errno;
 
 use super::unmount::{UnmountMode, unmount_in};
 use crate::confined::mount_id;
-use crate::mount::mountinfo::{MountEntry, entry_at};
+use crate::host::mountinfo::{MountEntry, entry_at};
 
 /// `STATX_MNT_ID_UNIQUE` (linux/stat.h, since 6.8): an id that no later mount gets.
 const MNT_ID_UNIQUE: StatxFlags = StatxFlags::from_bits_retain(0x4000);

@@ -11,7 +11,7 @@ use super::error::MountError;
 use super::health::MountHealth;
 use super::mount_handle::MountHandle;
 use super::unmount::UnmountMode;
-use crate::mount::mountinfo::resolve;
+use crate::host::mountinfo::resolve;
 
 /// Whether a mountpoint may hold files, which the mount will hide.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -25,7 +25,7 @@ pub enum AllowedContents {
 /// A mountpoint that is ready to be mounted on.
 #[derive(Debug)]
 pub struct PreparedMountpoint {
-    /// Absolute and without symlinks: what [`MountEntry::mountpoint`](super::MountEntry::mountpoint) will be.
+    /// Absolute and without symlinks: what [`MountEntry::mountpoint`](crate::host::mountinfo::MountEntry::mountpoint) will be.
     pub mountpoint: PathBuf,
     /// The directory, which is what was looked at.
     pub directory: OwnedFd,
@@ -89,8 +89,9 @@ fn clear_dead_mounts(mountpoint: &Path) -> Result<usize, MountError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::host::mountinfo::entry_at;
+    use crate::mount::kernel::mount;
     use crate::mount::kernel::testing::{TestMountpoint, request};
-    use crate::mount::kernel::{entry_at, mount};
 
     #[test]
     fn a_mountpoint_must_be_an_empty_directory() {

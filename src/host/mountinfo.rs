@@ -95,7 +95,7 @@ fn unescape(field: &[u8]) -> OsString {
 }
 
 /// Parses the `text` of a mountinfo file; malformed lines are skipped.
-pub(super) fn parse_mountinfo(text: &[u8]) -> Vec<MountEntry> {
+pub(crate) fn parse_mountinfo(text: &[u8]) -> Vec<MountEntry> {
     text.split(|&byte| byte == b'\n').filter_map(MountEntry::parse).collect()
 }
 
@@ -136,7 +136,7 @@ fn inherit_owners(entries: &mut [MountEntry]) {
 }
 
 /// Returns all mounts like [`mounts`], or none, with a warning, when `/proc` cannot be read.
-pub(super) fn mounts_or_empty() -> Vec<MountEntry> {
+pub(crate) fn mounts_or_empty() -> Vec<MountEntry> {
     mounts().unwrap_or_else(|error| {
         log::warn!("cannot read /proc/self/mountinfo: {error}");
         Vec::new()

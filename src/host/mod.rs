@@ -3,6 +3,8 @@
 //! This module knows nothing of disks or layers; each function wraps one system call and handles
 //! its short results, interruptions and missing features.
 
+pub mod mountinfo;
+
 use std::fs::File;
 use std::io::{self, IoSlice};
 use std::ops::Range;
