@@ -10,11 +10,11 @@ mod copy;
 mod direct;
 mod fetch;
 mod history;
+mod keep;
 mod open;
 mod overlay_dir;
 mod partition;
 mod read_write;
-mod reflink;
 mod retire;
 mod single_file;
 mod space_failures;
@@ -31,7 +31,8 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use parking_lot::{Mutex, RwLock};
 use uuid::Uuid;
 
-pub use self::bottom::spec_over;
+use self::bottom::Bottom;
+pub use self::bottom::UnreadableBase;
 pub use self::commit::CommitSummary;
 use self::fetch::HydrationState;
 pub use self::fetch::{HydrateCommand, PrefetchMode};
@@ -41,7 +42,7 @@ pub use self::history::{
 };
 pub use self::open::{
     OpenContext, OpenError, OpenedDisk, clone_stored, create_blank, create_stored, open,
-    open_stored,
+    open_stored, spec_over,
 };
 use self::overlay_dir::OverlayDirId;
 pub use self::overlay_dir::OverlayDirState;
@@ -50,7 +51,7 @@ pub use self::partition::{DiskFile, PartitionFile, PartitionsError, split_name};
 pub use self::read_write::{FallocateMode, SizeMode, Whence};
 pub use self::retire::InUse;
 use self::space_failures::SpaceFailures;
-use crate::config::{CopyUp, DirectIo, DiskMode, Passthrough, Resize};
+use crate::config::{CopyUp, DirectIo, DiskMode, DiskSpec, Passthrough, Resize};
 use crate::extents::{Extent, ExtentKind, Extents};
 use crate::host::os_error;
 use crate::layer::{Layer, Wait, WritableLayer};
@@ -206,7 +207,7 @@ pub struct Disk {
     overlay_dir: Mutex<Option<OverlayDirId>>,
     space_failures: SpaceFailures,
     /// The bottom as the overlay's `stack` describes it.
-    bottom: Mutex<Arc<bottom::Bottom>>,
+    bottom: Mutex<Arc<Bottom>>,
     recovered: Recovered,
     /// The stream, for a disk that is one.
     stream: Option<Stream>,
@@ -287,7 +288,69 @@ pub struct FsSpace {
     pub available: u64,
 }
 
+/// Threads that describe a disk's map: it is read now and then.
+const MAP_THREADS: usize = 2;
+
 impl Disk {
+    /// Makes a disk of `layers`, whose bottom is described by `bottom`, with the keys of `spec`.
+    fn new(
+        spec: &DiskSpec,
+        uuid: Uuid,
+        layers: LayerStack,
+        bottom: Bottom,
+        owner: DiskOwner,
+    ) -> Self {
+        let mtime = match (&layers.top, bottom.metadata()) {
+            (Top::Overlay(_), _) | (_, None) => coarse_now(),
+            (_, Some(found)) => mtime_of(&found),
+        };
+        let source = match bottom.path() {
+            Some(path) => path.display().to_string(),
+            None => format!("blank:{}", layers.size()),
+        };
+        let grain = bottom.grain();
+        Self {
+            uuid,
+            mode: spec.mode,
+            source,
+            resize: spec.resize,
+            passthrough: spec.passthrough,
+            direct: spec.direct,
+            gate: RwLock::new(()),
+            gate_queue: Mutex::new(()),
+            layers: RwLock::new(Arc::new(layers)),
+            owner: Mutex::new(owner),
+            times: Times::new(mtime, false, None),
+            read_opens: AtomicU32::new(0),
+            write_opens: AtomicU32::new(0),
+            read_write_opens: AtomicU32::new(0),
+            allocated_cache: Mutex::new(None),
+            allocated_is_stale: false.into(),
+            partition_files: OnceLock::new(),
+            overlay_location: Mutex::new(OverlayLocation::NoOverlay),
+            history: History::new((0, 0), None),
+            copy_up: spec.copy_up,
+            hydration: HydrationState::default(),
+            is_detached: false.into(),
+            overlay_dir: Mutex::new(None),
+            space_failures: SpaceFailures::default(),
+            bottom: Mutex::new(Arc::new(bottom)),
+            recovered: Recovered::Clean,
+            stream: None,
+            io_pool: Arc::new(Pool::default()),
+            notify_pool: Arc::new(Pool::default()),
+            sync_pool: Arc::new(Pool::default()),
+            map_pool: Arc::new(Pool::with_threads(MAP_THREADS)),
+            maintaining: false.into(),
+            in_long_operation: false.into(),
+            closed: false.into(),
+            is_retired: false.into(),
+            grain,
+            is_unlinked: false.into(),
+            lookup_count: 0.into(),
+        }
+    }
+
     /// The inode number of the mounted file.
     #[must_use]
     pub fn ino(&self) -> u64 {
@@ -313,8 +376,17 @@ impl Disk {
         }
     }
 
+    /// The reflink overlay, if the disk has one.
+    #[must_use]
+    pub fn reflink(&self) -> Option<Arc<Reflink>> {
+        match &self.layers().top {
+            Top::Reflink(reflink) => Some(Arc::clone(reflink)),
+            Top::Overlay(_) | Top::Base(_) | Top::Nothing => None,
+        }
+    }
+
     /// The bottom of the disk.
-    fn bottom(&self) -> Arc<bottom::Bottom> {
+    fn bottom(&self) -> Arc<Bottom> {
         Arc::clone(&self.bottom.lock())
     }
 

@@ -7,7 +7,6 @@ use std::sync::Arc;
 use uuid::Uuid;
 
 use super::super::bottom::Bottom;
-use super::super::open::new_disk;
 use super::super::{Disk, DiskOwner, LayerStack, Times, Top, from_system_time, mtime_of};
 use super::OperationError;
 use crate::base::raw::{HostKind, RawBase};
@@ -209,7 +208,7 @@ impl Disk {
         let owner = self.owner();
         let owner = DiskOwner { perm: owner.perm & 0o444, ..owner };
         let bottom = Bottom::Blank(layers.size());
-        let mut disk = new_disk(&spec, uuid, layers, bottom, owner);
+        let mut disk = Disk::new(&spec, uuid, layers, bottom, owner);
         disk.times = Times::new(mtime, false, None);
         disk.source = format!("snapshot '{name}' of {}", self.source);
         let disk = Arc::new(disk);

@@ -1,55 +1,51 @@
-//! Why a disk is not opened: each reason is one line for the user.
+//! The reasons why a disk is not opened.
 
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use crate::base::BaseError;
 use crate::base::self_reference::SelfReferenceError;
-use crate::disk::PartitionsError;
+use crate::disk::bottom::UnreadableBase;
+use crate::disk::partition::PartitionsError;
 use crate::overlay::stack::StackError;
 
-/// Why a disk cannot be mounted; each is one line for the user.
+/// The reason why a disk cannot be mounted or kept; one line for the user.
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
-    /// Its base.
+    /// The base cannot be opened.
     #[error(transparent)]
     Base(#[from] BaseError),
-    /// A file of it lies where it would wait for itself.
+    /// A file of the disk lies inside the mount, where each would wait for the other.
     #[error(transparent)]
     SelfReference(#[from] SelfReferenceError),
-    /// Its overlay.
+    /// The overlay cannot be opened.
     #[error("overlay '{}' {error}", dir.display())]
     Overlay {
         /// The overlay's directory.
         dir: PathBuf,
-        /// What is wrong with it.
+        /// The overlay's error.
         error: StackError,
     },
-    /// The overlay belongs to something else, or to something that has changed.
+    /// The overlay belongs to another base, or to a base that has changed.
     #[error("overlay '{}' {why}", dir.display())]
     Mismatch {
         /// The overlay's directory.
         dir: PathBuf,
-        /// What does not fit and what to do.
+        /// The mismatch, and the remedy.
         why: String,
     },
-    /// No file for a temporary overlay.
+    /// A temporary overlay has no place for its files.
     #[error("no temporary overlay in '{}': {error}; set TMPDIR to a directory on a disk", dir.display())]
     Temporary {
         /// The directory.
         dir: PathBuf,
-        /// The host's answer.
+        /// The host's error.
         error: io::Error,
     },
-    /// The base could not be read to recognise it later.
-    #[error("base '{}' cannot be read: {error}", path.display())]
-    Unreadable {
-        /// The base.
-        path: PathBuf,
-        /// The host's answer.
-        error: io::Error,
-    },
-    /// The files of its overlay, on a file system that has no direct I/O.
+    /// The base cannot be read for the identity by which it is recognised later.
+    #[error(transparent)]
+    Unreadable(#[from] UnreadableBase),
+    /// The overlay's files are on a file system without direct I/O.
     #[error(
         "overlay '{}' cannot be written past the host's cache, its file system has no O_DIRECT ({}): leave out direct, or put it on ext4, XFS or btrfs",
         dir.display(), crate::host::os_message(error)
@@ -57,28 +53,34 @@ pub enum OpenError {
     NoDirect {
         /// The directory of the overlay, or of the files of a temporary one.
         dir: PathBuf,
-        /// The host's answer.
+        /// The host's error.
         error: io::Error,
     },
-    /// Its sink or its source.
+    /// The sink or the source of a stream fails.
     #[error("{0}")]
     Stream(String),
-    /// Its partitions.
+    /// The partitions cannot be shown.
     #[error(transparent)]
     Partitions(#[from] PartitionsError),
-    /// There is nothing to keep.
+    /// The disk has nothing to keep, or cannot be kept or cloned now.
     #[error("{0}")]
     NothingToKeep(String),
 }
 
 impl OpenError {
-    /// The host's errno behind it, if there is one.
+    /// Adds the overlay's directory to an error of the overlay.
+    pub(in crate::disk) fn overlay(dir: &Path) -> impl FnOnce(StackError) -> Self {
+        let dir = dir.to_owned();
+        move |error| Self::Overlay { dir, error }
+    }
+
+    /// The host's errno, if the host caused the error.
     #[must_use]
     pub fn os_error(&self) -> Option<i32> {
         match self {
             Self::Overlay { error: StackError::Io { error, .. }, .. }
             | Self::Temporary { error, .. }
-            | Self::Unreadable { error, .. } => error.raw_os_error(),
+            | Self::Unreadable(UnreadableBase { error, .. }) => error.raw_os_error(),
             _ => None,
         }
     }

@@ -1,19 +1,24 @@
-//! What the file systems below a disk cannot do, told once.
+//! Notes for the user about features that the file systems below a disk lack. Each directory is
+//! probed once for a mount.
 
 use std::path::Path;
 
-use super::OpenContext;
+use super::context::OpenContext;
 use crate::base::Base;
 use crate::base::self_reference;
 
-/// What the base's file system cannot do.
-pub(super) fn notes_on_base(base: &Base, setting: &OpenContext<'_>) -> Vec<String> {
+/// The note about a disk whose overlay takes no changes.
+pub(super) const READ_ONLY_NOTE: &str =
+    "its overlay is on a read-only file system: the disk can only be read";
+
+/// Describes the features that the base's file system lacks.
+pub(super) fn notes_on_base(base: &Base, context: &OpenContext<'_>) -> Vec<String> {
     let (Some(path), Some(file)) = (&base.path, &base.file) else {
         return Vec::new();
     };
     let dir = path.parent().unwrap_or(Path::new("/")).to_owned();
     let is_file = file.metadata().is_ok_and(|found| found.is_file());
-    if !is_file || !setting.probed_dirs.lock().insert(dir) {
+    if !is_file || !context.probed_dirs.lock().insert(dir) {
         return Vec::new();
     }
     match self_reference::shows_holes(file) {
@@ -24,10 +29,10 @@ pub(super) fn notes_on_base(base: &Base, setting: &OpenContext<'_>) -> Vec<Strin
     }
 }
 
-/// What the overlay's file system cannot do.
-pub(in crate::disk) fn notes_on_overlay(dir: &Path, setting: &OpenContext<'_>) -> Vec<String> {
-    // The overlay's own directory, with a mark so that a base beside it is looked at as well.
-    if !setting.probed_dirs.lock().insert(dir.join("overlay")) {
+/// Describes the features that the overlay's file system lacks.
+pub(super) fn notes_on_overlay(dir: &Path, context: &OpenContext<'_>) -> Vec<String> {
+    // A name below the overlay's own directory, so that a base in that directory is probed as well.
+    if !context.probed_dirs.lock().insert(dir.join("overlay")) {
         return Vec::new();
     }
     let Ok(found) = self_reference::probe_features(dir) else {

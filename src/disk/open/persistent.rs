@@ -1,4 +1,4 @@
-//! Disks over a persistent overlay: the new one is made, the old one must fit its base.
+//! Disks over a persistent overlay: creates a new one, or checks and opens an existing one.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -6,28 +6,27 @@ use std::sync::Arc;
 use parking_lot::Mutex;
 use uuid::Uuid;
 
+use super::base_match::{BaseMismatch, check_base, find_mismatch};
+use super::context::OpenContext;
 use super::error::OpenError;
-use super::{OpenContext, OpenedDisk, new_disk, overlay_layers};
-use crate::base::Base;
+use super::notes::READ_ONLY_NOTE;
+use super::opened::{OpenedBase, OpenedDisk};
+use super::owner::adopt_owner;
 use crate::config::{DiskMode, DiskSpec, OverlayKind, format_size};
-use crate::disk::bottom::{BaseMismatch, Bottom, check_base, find_mismatch};
+use crate::disk::bottom::Bottom;
 use crate::disk::history::History;
-use crate::disk::{DiskOwner, OverlayLocation, Times, Top, coarse_now, mtime_of};
+use crate::disk::overlay_dir::OverlayDirId;
+use crate::disk::{Disk, DiskOwner, LayerStack, OverlayLocation, Times, Top, coarse_now, mtime_of};
 use crate::layer::Layer;
 use crate::overlay::layer_cache::LayerCache;
-use crate::overlay::persist::{
-    self, LockedOverlay, NewOverlay, OpenedOverlay, OverlayDir, OverlayPath,
-};
+use crate::overlay::persist::{self, LockedOverlay, NewOverlay, OpenedOverlay, OverlayPath};
 use crate::overlay::record::{LayerMap, MtimeOrigin, Nanos};
 use crate::overlay::recover::Recovered;
-use crate::overlay::stack::{LayerRecord, Stack, StackError, VERSION};
+use crate::overlay::sealed::Sealed;
+use crate::overlay::stack::{LayerRecord, Stack, VERSION};
 use crate::overlay::{DEFAULT_BLOCK_SIZE, MAX_DISK_SIZE, Overlay};
 
-/// What is to be said of a disk whose overlay takes no changes.
-pub(in crate::disk) const READ_ONLY_NOTE: &str =
-    "its overlay is on a read-only file system: the disk can only be read";
-
-/// A new stack of one layer over `bottom`.
+/// Returns the stack of a new overlay with one layer over `bottom`.
 pub(in crate::disk) fn new_stack(
     uuid: Uuid,
     bottom: &Bottom,
@@ -47,84 +46,82 @@ pub(in crate::disk) fn new_stack(
     })
 }
 
-/// The uuid for a new disk at `place`: in a store its directory is called so.
-pub(super) fn uuid_for(place: OverlayPath<'_>) -> Uuid {
-    let name = place.layers.and_then(|_| place.dir.file_name()?.to_str());
+/// The uuid of a new disk whose overlay is at `overlay`: in a store, the name of the directory.
+pub(super) fn uuid_for(overlay: OverlayPath<'_>) -> Uuid {
+    let name = overlay.layers.and_then(|_| overlay.dir.file_name()?.to_str());
     name.and_then(|name| Uuid::parse_str(name).ok()).unwrap_or_else(Uuid::new_v4)
 }
 
-pub(in crate::disk) fn overlay_error(dir: &Path) -> impl FnOnce(StackError) -> OpenError {
-    let dir = dir.to_owned();
-    move |error| OpenError::Overlay { dir, error }
+/// Puts `overlay` above the sealed layers `below`, top to bottom, and the base.
+pub(super) fn overlay_layers(
+    overlay: Overlay,
+    below: Vec<Arc<Overlay>>,
+    base: &Arc<dyn Layer>,
+) -> LayerStack {
+    overlay.set_lower_layers(&below);
+    let sealed = Sealed::new(below).map(Arc::new);
+    LayerStack::new(Top::Overlay(Arc::new(overlay)), sealed, Some(Arc::clone(base)))
 }
 
+/// Opens the overlay at `overlay`, which must fit the base, or creates one.
 pub(super) fn open_persistent(
     spec: &DiskSpec,
-    place: OverlayPath<'_>,
-    base: &Base,
-    bottom: &Bottom,
-    owner: DiskOwner,
-    setting: &OpenContext<'_>,
-    shelf: &LayerCache,
+    overlay: OverlayPath<'_>,
+    base: &OpenedBase,
+    context: &OpenContext<'_>,
+    layer_cache: &LayerCache,
 ) -> Result<OpenedOverlay, OpenError> {
-    let dir = place.dir;
-    if !persist::exists(dir).map_err(overlay_error(dir))? {
+    let (dir, bottom) = (overlay.dir, &base.bottom);
+    if !persist::exists(dir).map_err(OpenError::overlay(dir))? {
         let size = spec.size.unwrap_or(base.size).min(MAX_DISK_SIZE);
-        let stack =
-            new_stack(uuid_for(place), bottom, owner, spec.block.unwrap_or(DEFAULT_BLOCK_SIZE))?;
-        let image = &LayerMap::new(size, size.min(base.size));
-        let new = NewOverlay { stack, map: image, limit: spec.limit };
-        return persist::create(place, new).map_err(overlay_error(dir));
+        let block = spec.block.unwrap_or(DEFAULT_BLOCK_SIZE);
+        let stack = new_stack(uuid_for(overlay), bottom, base.owner, block)?;
+        let map = &LayerMap::new(size, size.min(base.size));
+        let new = NewOverlay { stack, map, limit: spec.limit };
+        return persist::create(overlay, new).map_err(OpenError::overlay(dir));
     }
-    let found = persist::lock_overlay(place).map_err(overlay_error(dir))?;
-    let mismatch = |why| Err(OpenError::Mismatch { dir: dir.to_owned(), why });
+    let found = persist::lock_overlay(overlay).map_err(OpenError::overlay(dir))?;
     if let Some(why) = block_mismatch(spec, &found) {
-        return mismatch(why);
+        return Err(OpenError::Mismatch { dir: dir.to_owned(), why });
     }
-    // What it was is no more and what it will be not yet: the commit has to be finished.
+    // During an interrupted commit the recorded base has neither its old nor its new contents: the
+    // commit has to be finished first.
     let is_changed =
         matches!(find_mismatch(&found.stack.base, bottom)?, Some(BaseMismatch::Changed(_)));
     if !is_changed
         || !bottom.is_recorded_file(&found.stack.base)?
-        || !found.is_committing().map_err(overlay_error(dir))?
+        || !found.is_committing().map_err(OpenError::overlay(dir))?
     {
-        check_base(dir, &found.stack.base, bottom, setting)?;
+        check_base(dir, &found.stack.base, bottom, context)?;
     }
-    if place.layers.is_none() {
+    if overlay.layers.is_none() {
         found.remove_all_unused();
     }
-    found.open(spec.limit, shelf).map_err(overlay_error(dir))
+    found.open(spec.limit, layer_cache).map_err(OpenError::overlay(dir))
 }
 
-/// Applies `spec` to the overlay, which lies at `dir` and is open: whoever gets an error has to close it.
+/// Checks the size of the overlay in `dir` against `spec`, and records the owner that `spec` sets.
+/// After an error the caller has to close the overlay.
 pub(super) fn apply_spec(
     spec: &DiskSpec,
     dir: &Path,
-    persistent: &mut OpenedOverlay,
+    opened: &mut OpenedOverlay,
 ) -> Result<(), OpenError> {
-    let size = persistent.overlay.size();
-    if let Some(wanted) = spec.size.filter(|wanted| *wanted != size)
-        && persistent.recovered != Recovered::New
+    if opened.recovered != Recovered::New
+        && let Some(why) = size_mismatch(spec, opened.overlay.size())
     {
-        let (has, wanted) = (format_size(size), format_size(wanted));
-        let why = format!(
-            "presents {has}, not {wanted}: leave out size= and use truncate on the mounted file"
-        );
         return Err(OpenError::Mismatch { dir: dir.to_owned(), why });
     }
-    adopt_owner(spec, &mut persistent.dir).map_err(overlay_error(dir))
+    adopt_owner(spec, &mut opened.dir).map_err(OpenError::overlay(dir))
 }
 
-/// What the spec says of the owner overrules what was kept, and is kept from now on.
-pub(in crate::disk) fn adopt_owner(
-    spec: &DiskSpec,
-    home: &mut OverlayDir,
-) -> Result<(), StackError> {
-    let mut stack = home.stack.clone();
-    stack.uid = spec.uid.unwrap_or(stack.uid);
-    stack.gid = spec.gid.unwrap_or(stack.gid);
-    stack.perm = spec.perm.unwrap_or(stack.perm);
-    if stack == home.stack { Ok(()) } else { home.replace_stack(stack) }
+/// Returns why an existing overlay of a disk of `size` bytes does not fit the size in `spec`.
+pub(super) fn size_mismatch(spec: &DiskSpec, size: u64) -> Option<String> {
+    let wanted = spec.size.filter(|wanted| *wanted != size)?;
+    let (size, wanted) = (format_size(size), format_size(wanted));
+    Some(format!(
+        "presents {size}, not {wanted}: leave out size= and use truncate on the mounted file"
+    ))
 }
 
 fn block_mismatch(spec: &DiskSpec, found: &LockedOverlay) -> Option<String> {
@@ -133,38 +130,36 @@ fn block_mismatch(spec: &DiskSpec, found: &LockedOverlay) -> Option<String> {
     Some(format!("has blocks of {has}, not {wanted}: leave out block=, it is fixed at creation"))
 }
 
-/// A disk over a persistent overlay, with the attributes that the overlay kept.
+/// Returns the note about how the overlay was recovered.
+fn recovery_note(recovered: Recovered) -> Option<String> {
+    match recovered {
+        Recovered::New | Recovered::Clean => None,
+        Recovered::All => Some("recovered: the daemon had died, nothing is lost".to_owned()),
+        Recovered::Vouched { lost: 0 } => {
+            Some("recovered as after a power cut: all that was synced is there".to_owned())
+        }
+        Recovered::Vouched { lost } => Some(format!(
+            "recovered as after a power cut: the disk is as it was at its last sync ({lost} later changes of its map are gone)"
+        )),
+    }
+}
+
+/// Makes a disk of an opened overlay, with the attributes that the overlay records.
 pub(super) fn assemble_persistent(
     spec: &DiskSpec,
-    persistent: OpenedOverlay,
+    opened: OpenedOverlay,
     base: &Arc<dyn Layer>,
     bottom: Bottom,
     dir: &Path,
     mut notes: Vec<String>,
 ) -> OpenedDisk {
-    let OpenedOverlay { overlay, below, snapshot_layers: aside, recovered, dir: home } = persistent;
-    let stack = &home.stack;
+    let OpenedOverlay { overlay, below, snapshot_layers, recovered, dir: overlay_dir } = opened;
+    let stack = &overlay_dir.stack;
     let owner = DiskOwner { uid: stack.uid, gid: stack.gid, perm: stack.perm };
     let (mtime, chosen) = last_mtime(&overlay, recovered);
     let recorded = overlay.mtime().map(|(mtime, _)| mtime);
-    // Exact for one layer; of several the most it can be, for finding out more takes time.
-    let sealed: u64 = below.iter().map(|layer| layer.usage().data).sum();
-    let changed = overlay.usage().data + sealed;
-    let summary = format!(
-        "{}, overlay '{}' ({} changed)",
-        format_size(overlay.size()),
-        dir.display(),
-        format_size(changed)
-    );
-    match recovered {
-        Recovered::New | Recovered::Clean => {}
-        Recovered::All => notes.push("recovered: the daemon had died, nothing is lost".to_owned()),
-        Recovered::Vouched { lost: 0 } => notes
-            .push("recovered as after a power cut: all that was synced is there".to_owned()),
-        Recovered::Vouched { lost } => notes.push(format!(
-            "recovered as after a power cut: the disk is as it was at its last sync ({lost} later changes of its map are gone)"
-        )),
-    }
+    let summary = summarize(&overlay, &below, dir);
+    notes.extend(recovery_note(recovered));
     let is_read_only = overlay.is_read_only();
     if is_read_only {
         notes.push(READ_ONLY_NOTE.to_owned());
@@ -173,32 +168,44 @@ pub(super) fn assemble_persistent(
     let uuid = stack.uuid;
     let layers = overlay_layers(overlay, below.clone(), base);
     if let Top::Overlay(top) = &layers.top {
-        let aside = aside.iter().map(|(_, layer)| Arc::clone(layer));
-        top.set_lower_layers(&below.iter().cloned().chain(aside).collect::<Vec<_>>());
+        let snapshot_layers = snapshot_layers.iter().map(|(_, layer)| layer);
+        top.set_lower_layers(&below.iter().chain(snapshot_layers).cloned().collect::<Vec<_>>());
     }
-    let size = spec.size.unwrap_or(base.size());
     if layers.top.is_committing() {
         notes.push(
             "a commit into the base was cut short: reads are right, 'cowslip commit' finishes it"
                 .to_owned(),
         );
     }
-    let mut disk = new_disk(spec, uuid, layers, bottom, owner);
+    let size = spec.size.unwrap_or(base.size());
+    let mut disk = Disk::new(spec, uuid, layers, bottom, owner);
     disk.history = History::new((size, size.min(base.size())), spec.limit);
     disk.history.locking = Some(spec.locking);
-    disk.history.set_sealed(&chain, &below, aside);
+    disk.history.set_sealed(&chain, &below, snapshot_layers);
     disk.times = Times::new(mtime, chosen, recorded);
     disk.recovered = recovered;
     if is_read_only {
         disk.mode = DiskMode::ReadOnly;
     }
-    disk.overlay_location = Mutex::new(OverlayLocation::Persistent(home));
-    disk.overlay_dir = Mutex::new(Some(super::super::overlay_dir::OverlayDirId::at(dir)));
+    disk.overlay_location = Mutex::new(OverlayLocation::Persistent(overlay_dir));
+    disk.overlay_dir = Mutex::new(Some(OverlayDirId::at(dir)));
     OpenedDisk { disk, summary, notes }
 }
 
-/// The modification time to go on with. After a crash the data file may know a later write than
-/// the log does.
+/// Summarizes a disk with the overlay in `dir`. The figure of changed bytes is exact for one layer;
+/// for several it is an upper bound, since the exact figure takes longer.
+fn summarize(overlay: &Overlay, below: &[Arc<Overlay>], dir: &Path) -> String {
+    let sealed: u64 = below.iter().map(|layer| layer.usage().data).sum();
+    format!(
+        "{}, overlay '{}' ({} changed)",
+        format_size(overlay.size()),
+        dir.display(),
+        format_size(overlay.usage().data + sealed)
+    )
+}
+
+/// Returns the modification time to continue with, and whether a user set it. After a crash the
+/// data file may know of a later write than the log.
 fn last_mtime(overlay: &Overlay, recovered: Recovered) -> (Nanos, bool) {
     let Some((mtime, stamp)) = overlay.mtime() else {
         return (coarse_now(), false);

@@ -1,16 +1,18 @@
-//! Disks of a store: they know by themselves what they stand on.
+//! Disks of a store, whose `stack` names the base: opened, created and cloned.
 
 use std::path::Path;
 use std::sync::Arc;
 
 use uuid::Uuid;
 
+use super::context::OpenContext;
 use super::error::OpenError;
-use super::persistent::{assemble_persistent, new_stack, overlay_error, uuid_for};
-use super::{OpenContext, OpenedDisk, complete, open_layers};
+use super::layered::{complete, open_layers};
+use super::opened::OpenedDisk;
+use super::persistent::{assemble_persistent, new_stack, uuid_for};
 use crate::base::{self, BaseAccess, BaseError, BaseOptions};
 use crate::config::{DiskSource, DiskSpec};
-use crate::disk::bottom::{Bottom, spec_over};
+use crate::disk::bottom::Bottom;
 use crate::disk::history::{FrozenLayer, OperationError};
 use crate::disk::{Disk, DiskOwner};
 use crate::layer::Layer;
@@ -18,8 +20,27 @@ use crate::overlay::DEFAULT_BLOCK_SIZE;
 use crate::overlay::layer_cache::LayerCache;
 use crate::overlay::persist::{self, NewOverlay, OpenedOverlay, OverlayPath};
 use crate::overlay::record::LayerMap;
-use crate::overlay::stack::Stack;
+use crate::overlay::stack::{BaseRecord, Stack, StackError};
 use crate::overlay::tree::LayerTree;
+
+/// Returns the spec of a disk over the recorded `base`, with every other key at its default.
+///
+/// # Errors
+/// [`StackError::Syntax`] for an unknown format.
+pub fn spec_over(name: &str, base: &BaseRecord) -> Result<DiskSpec, StackError> {
+    Ok(match base {
+        BaseRecord::Blank { size } => DiskSpec::new(name.to_owned(), DiskSource::Blank(*size)),
+        BaseRecord::File { path, format, .. } => {
+            let known = format.parse();
+            let known =
+                known.map_err(|_| StackError::Syntax(format!("a base of format {format}")))?;
+            let mut spec = DiskSpec::new(name.to_owned(), DiskSource::File(path.clone()));
+            spec.format = Some(known);
+            spec.part = base.part();
+            spec
+        }
+    })
+}
 
 /// Opens the disk `name` of a store, taking from `layer_cache` the layers that are open already.
 ///
@@ -27,17 +48,17 @@ use crate::overlay::tree::LayerTree;
 /// [`OpenError`].
 pub fn open_stored(
     name: &str,
-    place: OverlayPath<'_>,
-    setting: &OpenContext<'_>,
-    shelf: &Arc<LayerCache>,
+    overlay: OverlayPath<'_>,
+    context: &OpenContext<'_>,
+    layer_cache: &Arc<LayerCache>,
 ) -> Result<OpenedDisk, OpenError> {
-    let stack = persist::open_overlay_dir(place.dir).and_then(|dir| Stack::read(&dir));
-    let stack = stack.map_err(overlay_error(place.dir))?;
-    let spec = spec_over(name, &stack.base).map_err(overlay_error(place.dir))?;
-    open_layers(&spec, Some(place), setting, shelf).map_err(|error| match error {
-        // The user did not name it, so it is not for the user to check the name.
+    let stack = persist::open_overlay_dir(overlay.dir).and_then(|dir| Stack::read(&dir));
+    let stack = stack.map_err(OpenError::overlay(overlay.dir))?;
+    let spec = spec_over(name, &stack.base).map_err(OpenError::overlay(overlay.dir))?;
+    open_layers(&spec, Some(overlay), context, layer_cache).map_err(|error| match error {
+        // The user did not name the base, so the message does not ask to check its name.
         OpenError::Base(BaseError::Missing(base)) => OpenError::Mismatch {
-            dir: place.dir.to_owned(),
+            dir: overlay.dir.to_owned(),
             why: format!(
                 "needs its base '{}', which is gone: put it back, or use cowslip rebase if it was moved",
                 base.display()
@@ -47,60 +68,60 @@ pub fn open_stored(
     })
 }
 
-/// Makes the disk that `spec` asks for in a store.
+/// Creates the disk that `spec` describes in a store.
 ///
 /// # Errors
 /// [`OpenError`]; nothing is left behind then.
 pub fn create_stored(
     spec: &DiskSpec,
-    place: OverlayPath<'_>,
-    setting: &OpenContext<'_>,
+    overlay: OverlayPath<'_>,
+    context: &OpenContext<'_>,
 ) -> Result<OpenedDisk, OpenError> {
-    complete(spec, open_layers(spec, Some(place), setting, &Arc::default())?)
+    complete(spec, open_layers(spec, Some(overlay), context, &Arc::default())?)
 }
 
-/// Makes an empty disk in a store.
+/// Creates an empty disk in a store.
 ///
 /// # Errors
 /// [`OpenError`]; nothing is left behind then.
 pub fn create_blank(
     name: &str,
     uuid: Uuid,
-    place: OverlayPath<'_>,
+    overlay: OverlayPath<'_>,
     owner: DiskOwner,
 ) -> Result<OpenedDisk, OpenError> {
     let stack = new_stack(uuid, &Bottom::Blank(0), owner, DEFAULT_BLOCK_SIZE)?;
     let new = NewOverlay { stack, map: &LayerMap::new(0, 0), limit: None };
-    let persistent = persist::create(place, new).map_err(overlay_error(place.dir))?;
-    Ok(assemble_stored(name, 0, persistent, place.dir))
+    let opened = persist::create(overlay, new).map_err(OpenError::overlay(overlay.dir))?;
+    Ok(assemble_stored(name, 0, opened, overlay.dir))
 }
 
-fn assemble_stored(name: &str, size: u64, persistent: OpenedOverlay, dir: &Path) -> OpenedDisk {
+fn assemble_stored(name: &str, size: u64, opened: OpenedOverlay, dir: &Path) -> OpenedDisk {
     let spec = DiskSpec::new(name.to_owned(), DiskSource::Blank(size));
     let base: Arc<dyn Layer> = Arc::new(base::blank::Blank::new(size));
-    assemble_persistent(&spec, persistent, &base, Bottom::Blank(size), dir, Vec::new())
+    assemble_persistent(&spec, opened, &base, Bottom::Blank(size), dir, Vec::new())
 }
 
-/// Makes a disk in a store that holds what `from`, another disk of it, holds now.
+/// Creates a disk in a store with the current contents of `from`, another disk of the store.
 ///
 /// # Errors
-/// [`OpenError`], [`OperationError`] as its text; nothing is left behind then.
+/// [`OpenError`], with an [`OperationError`] as text; nothing is left behind then.
 pub fn clone_stored(
     from: &Disk,
     name: &str,
-    place: OverlayPath<'_>,
-    shelf: &Arc<LayerCache>,
+    overlay: OverlayPath<'_>,
+    layer_cache: &Arc<LayerCache>,
 ) -> Result<OpenedDisk, OpenError> {
     let refused = |error: OperationError| OpenError::NothingToKeep(error.to_string());
-    let _turn = from.begin_operation("a clone").map_err(refused)?;
+    let _operation = from.begin_operation("a clone").map_err(refused)?;
     if from.is_latched() {
         return Err(refused(OperationError::Latched));
     }
     let FrozenLayer { layer, size, stack: old } = from.freeze().map_err(refused)?;
-    let mut spec = spec_over(name, &old.base).map_err(overlay_error(place.dir))?;
+    let mut spec = spec_over(name, &old.base).map_err(OpenError::overlay(overlay.dir))?;
     spec.direct = from.direct;
     let bottom = from.bottom();
-    let how = BaseOptions {
+    let options = BaseOptions {
         format: spec.format,
         part: spec.part,
         access: BaseAccess::Read,
@@ -109,8 +130,8 @@ pub fn clone_stored(
         direct: spec.direct,
         allow_backing: bottom.allow_backing(),
     };
-    let base = base::open(&spec.source, how)?;
-    // Opened by its path once more: another file may be there by now.
+    let base = base::open(&spec.source, options)?;
+    // The path was opened again, and may lead to another file by now.
     if !bottom.is_same_files(&base) {
         let line =
             "another file is in the place of its base, or of one that this needs: put it back";
@@ -119,24 +140,27 @@ pub fn clone_stored(
     let mut tree = LayerTree { layers: old.tree().chain(layer), snapshots: Vec::new() };
     tree.layers.reverse();
     tree.push_top(Uuid::new_v4(), Some(layer));
-    let stack = Stack { uuid: uuid_for(place), ..old.with_tree(tree.clone()) };
-    let image =
+    let stack = Stack { uuid: uuid_for(overlay), ..old.with_tree(tree.clone()) };
+    let map =
         LayerMap { mtime: from.overlay().and_then(|top| top.mtime()), ..LayerMap::new(size, size) };
-    let new = NewOverlay { stack, map: &image, limit: None };
-    let alone = shelf.lock_changes();
+    let new = NewOverlay { stack, map: &map, limit: None };
+    let layers_locked = layer_cache.lock_changes();
     if !from.has_overlay_dir() {
-        // What it stood on may have gone with it.
+        // The sealed layers may have been removed with the overlay.
         return Err(OpenError::NothingToKeep("it was removed meanwhile".to_owned()));
     }
-    let mut made = persist::create(place, new).map_err(overlay_error(place.dir))?;
-    drop(alone);
+    let mut created = persist::create(overlay, new).map_err(OpenError::overlay(overlay.dir))?;
+    drop(layers_locked);
     for record in tree.live().iter().skip(1) {
-        let layer = made.dir.open_layer(record.uuid, shelf).map_err(overlay_error(place.dir))?;
-        made.below.push(layer);
+        let layer = created
+            .dir
+            .open_layer(record.uuid, layer_cache)
+            .map_err(OpenError::overlay(overlay.dir))?;
+        created.below.push(layer);
     }
-    let bottom = Bottom::of(&base, how);
+    let bottom = Bottom::of(&base, options);
     complete(
         &spec,
-        assemble_persistent(&spec, made, &base.layer.reader(), bottom, place.dir, Vec::new()),
+        assemble_persistent(&spec, created, &base.layer.reader(), bottom, overlay.dir, Vec::new()),
     )
 }

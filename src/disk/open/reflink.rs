@@ -6,16 +6,20 @@ use std::sync::Arc;
 use parking_lot::Mutex;
 use uuid::Uuid;
 
-use super::bottom::{Bottom, check_base};
-use super::open::{
-    OpenContext, OpenError, OpenedDisk, READ_ONLY_NOTE, adopt_owner, new_disk, new_stack,
-    notes_on_overlay, overlay_error,
-};
-use super::{Disk, DiskOwner, LayerStack, OverlayLocation, Times, Top, mtime_of};
-use crate::config::{DiskMode, DiskSpec, Format, OverlayKind, format_size};
+use super::base_match::check_base;
+use super::context::OpenContext;
+use super::error::OpenError;
+use super::notes::{READ_ONLY_NOTE, notes_on_overlay};
+use super::opened::{OpenedBase, OpenedDisk};
+use super::owner::adopt_owner;
+use super::persistent::{new_stack, size_mismatch};
+use crate::config::{DirectIo, DiskMode, DiskSpec, Format, OverlayKind, format_size};
+use crate::disk::bottom::Bottom;
+use crate::disk::overlay_dir::OverlayDirId;
+use crate::disk::{Disk, DiskOwner, LayerStack, OverlayLocation, Times, Top, mtime_of};
 use crate::layer::Layer;
 use crate::overlay::recover::Recovered;
-use crate::overlay::reflink::{self, OpenedReflink, Reflink, ReflinkError, SharedBase};
+use crate::overlay::reflink::{self, OpenedReflink, ReflinkError, SharedBase};
 use crate::overlay::{DEFAULT_BLOCK_SIZE, MAX_DISK_SIZE};
 
 /// Whether `spec` asks for a reflink overlay, or `dir` contains one.
@@ -26,8 +30,8 @@ pub(super) fn uses_reflink(spec: &DiskSpec, dir: &Path) -> Result<bool, OpenErro
     if spec.overlay_kind == OverlayKind::Reflink {
         return Ok(true);
     }
-    let there = reflink::overlay_kind(dir).map_err(overlay_error(dir))?;
-    Ok(there == Some(OverlayKind::Reflink))
+    let found = reflink::overlay_kind(dir).map_err(OpenError::overlay(dir))?;
+    Ok(found == Some(OverlayKind::Reflink))
 }
 
 /// Opens the reflink overlay at `dir`, or creates one.
@@ -37,25 +41,30 @@ pub(super) fn uses_reflink(spec: &DiskSpec, dir: &Path) -> Result<bool, OpenErro
 pub(super) fn open(
     spec: &DiskSpec,
     dir: &Path,
-    (bottom, base): (Bottom, Arc<dyn Layer>),
-    owner: DiskOwner,
-    setting: &OpenContext<'_>,
-    mut notes: Vec<String>,
+    base: OpenedBase,
+    context: &OpenContext<'_>,
 ) -> Result<OpenedDisk, OpenError> {
-    let (persistent, recovered) = match reflink::overlay_kind(dir).map_err(overlay_error(dir))? {
+    if spec.direct == DirectIo::On {
+        let why =
+            "is a reflink copy, whose bytes the kernel reads and writes itself: leave out direct";
+        return Err(OpenError::Mismatch { dir: dir.to_owned(), why: why.to_owned() });
+    }
+    let OpenedBase { layer: base, bottom, owner, .. } = base;
+    let kind = reflink::overlay_kind(dir).map_err(OpenError::overlay(dir))?;
+    let (opened, recovered) = match kind {
         None => (create(spec, dir, &bottom, owner)?, Recovered::New),
-        Some(_) => (open_existing(spec, dir, &bottom, setting)?, Recovered::Clean),
+        Some(_) => (open_existing(spec, dir, &bottom, context)?, Recovered::Clean),
     };
-    let OpenedReflink { layer, dir: home, finished } = persistent;
-    notes.extend(finished.map(|of| format!("the interrupted {of} is finished")));
-    notes.extend(notes_on_overlay(dir, setting));
+    let OpenedReflink { layer, dir: overlay_dir, finished } = opened;
+    let mut notes = Vec::from_iter(finished.map(|of| format!("the interrupted {of} is finished")));
+    notes.extend(notes_on_overlay(dir, context));
     let summary = format!(
         "{}, reflink overlay '{}' ({} changed)",
         format_size(layer.size()),
         dir.display(),
         format_size(layer.estimate_changed().unwrap_or(0))
     );
-    let stack = &home.stack;
+    let stack = &overlay_dir.stack;
     let owner = DiskOwner { uid: stack.uid, gid: stack.gid, perm: stack.perm };
     let written = layer.data().metadata().ok();
     let is_read_only = layer.is_read_only();
@@ -63,7 +72,7 @@ pub(super) fn open(
     // The base is never read: the layer above answers every request. The base stays open for its
     // locks.
     let layers = LayerStack::new(Top::Reflink(layer), None, Some(base));
-    let mut disk = new_disk(spec, stack.uuid, layers, bottom, owner);
+    let mut disk = Disk::new(spec, stack.uuid, layers, bottom, owner);
     if let Some(found) = written {
         disk.times = Times::new(mtime_of(&found), false, None);
     }
@@ -72,15 +81,15 @@ pub(super) fn open(
         notes.push(READ_ONLY_NOTE.to_owned());
     }
     disk.recovered = recovered;
-    disk.overlay_location = Mutex::new(OverlayLocation::Persistent(home));
-    disk.overlay_dir = Mutex::new(Some(super::overlay_dir::OverlayDirId::at(dir)));
+    disk.overlay_location = Mutex::new(OverlayLocation::Persistent(overlay_dir));
+    disk.overlay_dir = Mutex::new(Some(OverlayDirId::at(dir)));
     Ok(OpenedDisk { disk, summary, notes })
 }
 
 /// Adds the overlay's directory to an error.
 fn reflink_error(dir: &Path) -> impl Fn(ReflinkError) -> OpenError {
     move |error| match error {
-        ReflinkError::Stack(error) => overlay_error(dir)(error),
+        ReflinkError::Stack(error) => OpenError::overlay(dir)(error),
         error => OpenError::Mismatch { dir: dir.to_owned(), why: error.to_string() },
     }
 }
@@ -118,16 +127,18 @@ fn open_existing(
     spec: &DiskSpec,
     dir: &Path,
     bottom: &Bottom,
-    setting: &OpenContext<'_>,
+    context: &OpenContext<'_>,
 ) -> Result<OpenedReflink, OpenError> {
     let found = reflink::lock_overlay(dir).map_err(reflink_error(dir))?;
-    check_base(dir, &found.stack().base, bottom, setting)?;
+    check_base(dir, &found.stack().base, bottom, context)?;
     check_keys(spec, dir)?;
     let base = reflink_source(bottom).map_err(reflink_error(dir))?;
-    let mut there = found.open(base.file).map_err(reflink_error(dir))?;
-    check_size(spec, dir, there.layer.size())?;
-    adopt_owner(spec, &mut there.dir).map_err(overlay_error(dir))?;
-    Ok(there)
+    let mut opened = found.open(base.file).map_err(reflink_error(dir))?;
+    if let Some(why) = size_mismatch(spec, opened.layer.size()) {
+        return Err(OpenError::Mismatch { dir: dir.to_owned(), why });
+    }
+    adopt_owner(spec, &mut opened.dir).map_err(OpenError::overlay(dir))?;
+    Ok(opened)
 }
 
 /// Refuses keys that make no sense without a block map.
@@ -139,26 +150,4 @@ fn check_keys(spec: &DiskSpec, dir: &Path) -> Result<(), OpenError> {
     };
     let why = format!("is a reflink overlay, which has no block map: leave out {key}");
     Err(OpenError::Mismatch { dir: dir.to_owned(), why })
-}
-
-fn check_size(spec: &DiskSpec, dir: &Path, size: u64) -> Result<(), OpenError> {
-    let Some(wanted) = spec.size.filter(|wanted| *wanted != size) else {
-        return Ok(());
-    };
-    let (has, wanted) = (format_size(size), format_size(wanted));
-    let why = format!(
-        "presents {has}, not {wanted}: leave out size= and use truncate on the mounted file"
-    );
-    Err(OpenError::Mismatch { dir: dir.to_owned(), why })
-}
-
-impl Disk {
-    /// The reflink overlay, if the disk has one.
-    #[must_use]
-    pub fn reflink(&self) -> Option<Arc<Reflink>> {
-        match &self.layers().top {
-            Top::Reflink(reflink) => Some(Arc::clone(reflink)),
-            Top::Overlay(_) | Top::Base(_) | Top::Nothing => None,
-        }
-    }
 }

@@ -4,10 +4,10 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::error::OpenError;
-use super::persistent::{new_stack, overlay_error};
-use crate::disk::history::OperationError;
-use crate::disk::{Disk, LayerStack, OverlayLocation, Top};
+use super::history::OperationError;
+use super::open::{OpenError, new_stack};
+use super::overlay_dir::OverlayDirId;
+use super::{Disk, LayerStack, OverlayLocation, Top};
 use crate::overlay::persist::{self, OpenedOverlay, OverlayPath};
 use crate::overlay::recover::Recovered;
 use crate::overlay::sealed::Sealed;
@@ -69,7 +69,7 @@ impl Disk {
         if let Some(dir) = self.overlay_dir() {
             return nothing(&format!("the disk is kept already, in '{}'", dir.display()));
         }
-        if persist::exists(dir).map_err(overlay_error(dir))? {
+        if persist::exists(dir).map_err(OpenError::overlay(dir))? {
             return Err(OpenError::Mismatch {
                 dir: dir.to_owned(),
                 why: "is there already: name a new directory".to_owned(),
@@ -82,7 +82,7 @@ impl Disk {
         self.record_mtime(overlay);
         let all = self.all_layers(&tree).map_err(refused)?;
         let kept = keep::keep(&all, place, stack.with_tree(tree.clone()));
-        let kept = kept.map_err(overlay_error(dir))?;
+        let kept = kept.map_err(OpenError::overlay(dir))?;
         if let Err(error) = self.apply_direct_to_all(&kept) {
             // The disk goes on where it was.
             if let Err(error) = std::fs::remove_dir_all(dir) {
@@ -97,7 +97,7 @@ impl Disk {
         let top = Top::Overlay(Arc::new(overlay));
         *self.layers.write() = Arc::new(LayerStack::new(top, sealed, layers.bottom.clone()));
         *self.overlay_location.lock() = OverlayLocation::Persistent(home);
-        *self.overlay_dir.lock() = Some(super::super::overlay_dir::OverlayDirId::at(dir));
+        *self.overlay_dir.lock() = Some(OverlayDirId::at(dir));
         Ok(())
     }
 }
