@@ -5,8 +5,8 @@ use std::ffi::OsStr;
 use std::fs;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, UNIX_EPOCH};
 
@@ -49,6 +49,8 @@ struct Answers {
     asked: Arc<AtomicUsize>,
     /// Length of the last request: the reply is read from this offset on.
     behind: Arc<AtomicUsize>,
+    /// All requests so far.
+    requests: Arc<Mutex<Vec<String>>>,
 }
 
 /// The content of a control file.
@@ -150,6 +152,7 @@ impl Filesystem for Answers {
         reply: ReplyWrite,
     ) {
         self.behind.store(data.len(), Ordering::SeqCst);
+        self.requests.lock().unwrap().push(String::from_utf8(data.to_vec()).unwrap());
         reply.written(data.len() as u32);
     }
 }
@@ -243,6 +246,69 @@ fn mount_of_another_user_gets_no_requests() {
     assert_eq!(asked.load(Ordering::SeqCst), 0, "it was asked");
     // The mount can still be unmounted.
     lab.ok("umount m");
+    lab.end();
+}
+
+#[test]
+fn commands_send_the_known_requests() {
+    let lab = Lab::new();
+    let ctl = text("{\"ok\":{\"file\":\"\",\"changed\":\"\"}}\n");
+    let answers = Answers { ctl, ..Answers::default() };
+    let requests = Arc::clone(&answers.requests);
+    served(&lab, 0, answers);
+    for (words, known) in [
+        (
+            "keep m/d kept --trust .",
+            r#"{"op":"keep","dir":"DIR/kept","trust":["DIR/."],"inode":8}"#,
+        ),
+        ("finish m/d", r#"{"op":"finish","timeout_ms":null,"inode":8}"#),
+        ("finish m/d --timeout 500ms", r#"{"op":"finish","timeout_ms":500,"inode":8}"#),
+        ("abort m/d", r#"{"op":"abort","inode":8}"#),
+        ("snapshot m/d", r#"{"op":"snapshot","name":null,"sync":false,"inode":8}"#),
+        ("snapshot m/d s --sync", r#"{"op":"snapshot","name":"s","sync":true,"inode":8}"#),
+        ("snapshot m/d --list", r#"{"op":"snapshots","inode":8}"#),
+        ("snapshot m/d --delete s", r#"{"op":"unsnapshot","name":"s","inode":8}"#),
+        ("revert m/d s", r#"{"op":"revert","name":"s","force":false,"inode":8}"#),
+        ("reset m/d --force", r#"{"op":"reset","force":true,"inode":8}"#),
+        ("clone m/d c", r#"{"op":"clone","name":"c","inode":8}"#),
+        ("commit m/d", r#"{"op":"commit","force":false,"inode":8}"#),
+        (
+            "prefetch m/d",
+            r#"{"op":"prefetch","start":0,"end":18446744073709551615,"copy":false,"inode":8}"#,
+        ),
+        (
+            "prefetch m/d 4K..1M --copy",
+            r#"{"op":"prefetch","start":4096,"end":1048576,"copy":true,"inode":8}"#,
+        ),
+        ("diff m/d -o out", r#"{"op":"difference","since":null,"until":null,"inode":8}"#),
+        (
+            "diff m/d --since s --until t -O bmap -o out",
+            r#"{"op":"difference","since":"s","until":"t","inode":8}"#,
+        ),
+        ("send m/d", r#"{"op":"difference","since":null,"until":null,"inode":8}"#),
+        ("hydrate m/d", r#"{"op":"hydrate","rate":0,"action":"wait","inode":8}"#),
+        (
+            "hydrate m/d --rate 1M --background",
+            r#"{"op":"hydrate","rate":1048576,"action":"start","inode":8}"#,
+        ),
+        ("hydrate m/d --pause", r#"{"op":"hydrate","rate":0,"action":"pause","inode":8}"#),
+        ("hydrate m/d --cancel", r#"{"op":"hydrate","rate":0,"action":"cancel","inode":8}"#),
+        ("remove m/d", r#"{"op":"remove","name":"d","inode":8}"#),
+        (
+            "add m x=blank:1M --force",
+            r#"{"op":"add","disk":"x=blank:1M","cwd":"DIR","force":true,"allow_backing":[],"trust":[]}"#,
+        ),
+        (
+            "add m x=blank:1M --trust . --allow-backing b",
+            r#"{"op":"add","disk":"x=blank:1M","cwd":"DIR","force":false,"allow_backing":["DIR/b"],"trust":["DIR/."]}"#,
+        ),
+        ("umount m --timeout 2s", r#"{"op":"drain","streams":"settle","timeout_ms":2000}"#),
+    ] {
+        let output = lab.cowslip(words);
+        let sent = requests.lock().unwrap().drain(..).collect::<Vec<_>>().join("\n");
+        let sent = sent.replace(&lab.dir().display().to_string(), "DIR");
+        assert_eq!(sent, known, "{words}: {}", show(&output));
+    }
     lab.end();
 }
 

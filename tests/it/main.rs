@@ -22,6 +22,7 @@ mod check_rebase;
 mod commit;
 mod commit_crash;
 mod control;
+mod control_text;
 mod crash_mount;
 mod diff;
 mod direct;
