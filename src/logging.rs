@@ -141,9 +141,9 @@ pub fn start(sink: LogTarget) {
     builder.filter_module("fuser", log::LevelFilter::Error);
     builder.parse_default_env();
     builder.format(|out, record| {
-        let now = utc_time();
         // Keep a record on one line, whatever names it contains.
         let text = record.args().to_string();
+        let now = out.timestamp_seconds();
         writeln!(out, "{now} {:5} {}", record.level(), printable::line(&text))
     });
     let system = match sink {
@@ -159,41 +159,9 @@ pub fn start(sink: LogTarget) {
     }
 }
 
-/// Returns the local time in the format of syslog: `Jan 31 12:34:56`.
+/// Returns the local time in the format of syslog (RFC 3164, section 4.1.2): `Jan 31 12:34:56`.
 fn syslog_time() -> String {
-    const MONTHS: [&str; 12] =
-        ["Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec"];
-    let now = rustix::time::clock_gettime(rustix::time::ClockId::Realtime).tv_sec;
-    // SAFETY: localtime_r reads `now` and fills `parts`, both of which outlive the call; all zeros
-    // is a valid value of every field of `parts`.
-    let parts = unsafe {
-        let mut parts: libc::tm = std::mem::zeroed();
-        libc::localtime_r(&raw const now, &raw mut parts);
-        parts
-    };
-    let month = usize::try_from(parts.tm_mon).ok().and_then(|month| MONTHS.get(month));
-    let (day, hour, minute, second) = (parts.tm_mday, parts.tm_hour, parts.tm_min, parts.tm_sec);
-    format!("{} {day:2} {hour:02}:{minute:02}:{second:02}", month.unwrap_or(&MONTHS[0]))
-}
-
-/// Returns the time in UTC, as `2026-01-31T12:34:56Z`.
-fn utc_time() -> String {
-    let now = rustix::time::clock_gettime(rustix::time::ClockId::Realtime).tv_sec;
-    let (days, rest) = (now.div_euclid(86_400), now.rem_euclid(86_400));
-    // Civil date from days since 1970 (Howard Hinnant, "chrono-compatible low-level date
-    // algorithms": eras of 400 years that begin in March).
-    let shifted = days + 719_468;
-    let era = shifted.div_euclid(146_097);
-    let day_of_era = shifted.rem_euclid(146_097);
-    let year_of_era =
-        (day_of_era - day_of_era / 1_460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
-    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
-    let month_from_march = (5 * day_of_year + 2) / 153;
-    let day = day_of_year - (153 * month_from_march + 2) / 5 + 1;
-    let month = if month_from_march < 10 { month_from_march + 3 } else { month_from_march - 9 };
-    let year = year_of_era + era * 400 + i64::from(month <= 2);
-    let (hour, minute, second) = (rest / 3600, rest / 60 % 60, rest % 60);
-    format!("{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}Z")
+    jiff::Zoned::now().strftime("%b %e %H:%M:%S").to_string()
 }
 
 /// Returns up to `len` bytes of the log in memory, starting at `offset`.

@@ -5,18 +5,16 @@ use std::io::{self, IsTerminal, Write};
 use std::time::{Duration, Instant};
 
 use clap::Args;
-use rustix::termios::tcgetwinsize;
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde_json::Value;
 
 use crate::config::format_size;
 use crate::printable;
 
-/// Interval at which the line is redrawn on a terminal.
-const REDRAW_INTERVAL: Duration = Duration::from_millis(250);
+/// Redraws a second on a terminal, at most.
+const REDRAW_RATE: u8 = 4;
 /// Interval between two lines where stderr is no terminal.
 const LINE_INTERVAL: Duration = Duration::from_secs(1);
-/// Width in columns of a terminal that does not report its size.
-const DEFAULT_WIDTH: usize = 80;
 
 /// How much of it is shown.
 #[derive(Clone, Copy, Debug, Default, Args)]
@@ -29,71 +27,61 @@ pub(super) struct Verbosity {
     quiet: bool,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum ProgressStyle {
-    /// Redraw one line on a terminal.
-    Redraw,
-    /// Print one line after another.
-    Lines,
-    Silent,
-}
-
 /// The progress line on stderr.
-pub(super) struct ProgressLine {
-    style: ProgressStyle,
-    is_shown: bool,
-    last: Instant,
+pub(super) enum ProgressLine {
+    /// One line of a terminal, redrawn.
+    Redraw(ProgressBar),
+    /// One line after another; `last` is the time of the latest.
+    Lines {
+        last: Instant,
+    },
+    Silent,
 }
 
 impl ProgressLine {
     pub(super) fn new(verbosity: Verbosity) -> Self {
-        let manner = match verbosity {
-            Verbosity { quiet: true, .. } => ProgressStyle::Silent,
-            _ if io::stderr().is_terminal() => ProgressStyle::Redraw,
-            Verbosity { progress: true, .. } => ProgressStyle::Lines,
-            _ => ProgressStyle::Silent,
-        };
-        Self { style: manner, is_shown: false, last: Instant::now() }
+        match verbosity {
+            Verbosity { quiet: true, .. } => Self::Silent,
+            _ if io::stderr().is_terminal() => {
+                let target = ProgressDrawTarget::stderr_with_hz(REDRAW_RATE);
+                let bar = ProgressBar::with_draw_target(None, target);
+                // The template is constant and valid.
+                let style = ProgressStyle::with_template("{wide_msg}").ok();
+                Self::Redraw(
+                    style.map_or_else(|| bar.clone(), |style| bar.clone().with_style(style)),
+                )
+            }
+            Verbosity { progress: true, .. } => Self::Lines { last: Instant::now() },
+            _ => Self::Silent,
+        }
     }
 
-    /// Returns whether it is time to show the progress again.
+    /// Returns whether [`show`](Self::show) would show a new text now.
     pub(super) fn is_due(&self) -> bool {
-        match self.style {
-            ProgressStyle::Redraw => self.last.elapsed() >= REDRAW_INTERVAL,
-            ProgressStyle::Lines => self.last.elapsed() >= LINE_INTERVAL,
-            ProgressStyle::Silent => false,
+        match self {
+            // The bar itself limits how often it is redrawn.
+            Self::Redraw(_) => true,
+            Self::Lines { last } => last.elapsed() >= LINE_INTERVAL,
+            Self::Silent => false,
         }
     }
 
     pub(super) fn show(&mut self, text: &str) {
-        (self.is_shown, self.last) = (true, Instant::now());
-        let text = printable::line(text);
-        let _ = match self.style {
-            ProgressStyle::Redraw => {
-                let width = tcgetwinsize(io::stderr()).map(|size| usize::from(size.ws_col));
-                let width = width.ok().filter(|width| *width > 0).unwrap_or(DEFAULT_WIDTH);
-                write!(io::stderr(), "\r\x1b[K{}", truncate_to_width(&text, width))
+        match self {
+            Self::Redraw(bar) => bar.set_message(printable::line(text).into_owned()),
+            Self::Lines { last } => {
+                *last = Instant::now();
+                let _ = writeln!(io::stderr(), "{}", printable::line(text));
             }
-            ProgressStyle::Lines => writeln!(io::stderr(), "{text}"),
-            ProgressStyle::Silent => Ok(()),
-        };
+            Self::Silent => {}
+        }
     }
 
     /// Ends the display: erases the redrawn line, and keeps printed lines.
     pub(super) fn end(&mut self) {
-        if std::mem::take(&mut self.is_shown) && self.style == ProgressStyle::Redraw {
-            let _ = write!(io::stderr(), "\r\x1b[K");
+        if let Self::Redraw(bar) = self {
+            bar.finish_and_clear();
         }
-    }
-}
-
-/// Truncates `text` to a line of `width` columns. The last column stays free: some terminals start
-/// a new line once it is used.
-fn truncate_to_width(text: &str, width: usize) -> String {
-    let room = width.saturating_sub(1);
-    match text.chars().count() <= room {
-        true => text.to_owned(),
-        false => text.chars().take(room).collect(),
     }
 }
 
@@ -173,14 +161,6 @@ impl ProgressDisplay {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn line_never_reaches_the_last_column() {
-        assert_eq!(truncate_to_width("1 MiB of 2 MiB", 40), "1 MiB of 2 MiB");
-        assert_eq!(truncate_to_width("0123456789", 10), "012345678");
-        assert_eq!(truncate_to_width("0123456789", 11), "0123456789");
-        assert_eq!(truncate_to_width("ä", 0), "");
-    }
 
     #[test]
     fn progress_text_has_rate_and_time_left_once_known() {

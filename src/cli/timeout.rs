@@ -2,26 +2,23 @@
 
 use std::time::Duration;
 
-/// Parses `10`, `10s`, `500ms`, `2m` or `1h`; a number without a unit is in seconds.
+use jiff::SignedDuration;
+
+/// Longest accepted time: over a year, which is practically unlimited and fits into every clock.
+const MAX_TIMEOUT: Duration = Duration::from_hours(10_000);
+
+/// Parses `10`, `10s`, `500ms`, `2m`, `1h30m`; a number without a unit is in seconds.
 ///
 /// # Errors
 /// A line for the user with valid forms.
 pub(super) fn parse(text: &str) -> Result<Duration, String> {
-    let refused = || format!("'{text}' is not a time: write seconds, or 500ms, 10s, 2m, 1h");
-    let digits = text.bytes().take_while(u8::is_ascii_digit).count();
-    let (number, unit) = text.split_at(digits);
-    let number: u64 = number.parse().map_err(|_| refused())?;
-    let milliseconds = match unit {
-        "ms" => 1,
-        "" | "s" => 1000,
-        "m" => 60_000,
-        "h" => 3_600_000,
-        _ => return Err(refused()),
+    let time = if text.bytes().all(|byte| byte.is_ascii_digit()) {
+        text.parse().ok().map(Duration::from_secs)
+    } else {
+        text.parse().ok().and_then(|time: SignedDuration| Duration::try_from(time).ok())
     };
-    // A limit of 10,000 hours, over a year, is practically unlimited, and fits into every clock.
-    let limit = 10_000 * 3_600_000;
-    let total = number.checked_mul(milliseconds).filter(|ms| *ms <= limit);
-    total.map(Duration::from_millis).ok_or_else(refused)
+    time.filter(|time| *time <= MAX_TIMEOUT)
+        .ok_or_else(|| format!("'{text}' is not a time: write seconds, or 500ms, 10s, 2m, 1h"))
 }
 
 /// Formats a time for people: `10 s`, `500 ms`.
@@ -46,11 +43,24 @@ mod tests {
         assert_eq!(seconds("1h"), 3600.0);
         assert_eq!(seconds("500ms"), 0.5);
         assert_eq!(seconds("0"), 0.0);
+        assert_eq!(seconds("1h30m"), 5400.0);
     }
 
     #[test]
     fn malformed_time_error_gives_examples() {
-        for text in ["", "s", "-1", "1.5", "10 s", "10d", "99999999999h", "+1", "١"] {
+        for text in [
+            "",
+            "s",
+            "-1",
+            "1.5",
+            "10d",
+            "10001h",
+            "-1s",
+            "99999999999h",
+            "+1",
+            "99999999999999999999",
+            "١",
+        ] {
             let line = parse(text).unwrap_err();
             assert!(line.contains("write seconds"), "{line}");
         }
