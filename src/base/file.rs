@@ -12,11 +12,11 @@ use rustix::io::Errno;
 
 use super::error::BaseError;
 use super::raw::{HostKind, RawBase};
-use super::self_reference::{FsKind, HostFs};
 use super::view::{self, RangeView};
 use super::{BaseAccess, lock};
 use crate::config::{DirectIo, Locking, Passthrough};
 use crate::confined::{self, PathHandle};
+use crate::host::file_system::{FsKind, HostFs};
 use crate::layer::WritableLayer;
 
 /// A file or device of the host, open and locked.

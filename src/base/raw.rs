@@ -25,10 +25,10 @@ use rustix::fs::{FallocateFlags, SeekFrom};
 use rustix::io::{Errno, ReadWriteFlags};
 
 use super::lock;
-use super::self_reference::{FsKind, HostFs};
 use crate::direct::{DirectFile, RangeGuard};
 use crate::extents::{Extent, ExtentKind};
 use crate::host;
+use crate::host::file_system::{FsKind, HostFs};
 use crate::layer::{CopyFn, Layer, ReadBelow, Wait, WritableLayer};
 
 /// The kind of host object that holds the bytes.

@@ -8,9 +8,9 @@ use anyhow::Context as _;
 use clap::Args;
 
 use super::CliError;
-use crate::base::self_reference::{FsKind, HostFs};
 use crate::config::{self, CacheMode, Config, DiskSpec};
 use crate::confined::{self, FileAccess};
+use crate::host::file_system::{FsKind, HostFs};
 use crate::mount::{DaemonMode, MountPlan, OnChangedBase};
 use crate::stream::sink::StdioMode;
 use crate::trust;

@@ -11,11 +11,11 @@ use super::bottom::Bottom;
 use super::history::{Force, Operation, OperationError};
 use super::{Disk, OverlayLocation, Top};
 use crate::base::identity::Identity;
-use crate::base::self_reference;
 use crate::base::{self, WritableBase};
 use crate::config::{Format, Locking, format_size};
 use crate::confined;
 use crate::extents::ExtentKind;
+use crate::host::file_system;
 use crate::layer::{Layer, Wait};
 use crate::overlay::stack::{BaseRecord, Stack};
 use crate::overlay::{CommitTarget, Overlay, Usage};
@@ -274,9 +274,8 @@ fn check_space(
     }
     let shares = overlay.data_file().and_then(|file| file.metadata().ok());
     let is_beside = shares.is_some_and(|data| data.dev() == found.dev());
-    let reflinks = || {
-        dir.and_then(|dir| self_reference::probe_features(dir).ok()).is_some_and(|can| can.reflink)
-    };
+    let reflinks =
+        || dir.and_then(|dir| file_system::probe_features(dir).ok()).is_some_and(|can| can.reflink);
     if is_beside && reflinks() {
         return Ok(()); // The host shares the blocks.
     }

@@ -20,9 +20,9 @@ use rustix::fs::{FallocateFlags, SeekFrom};
 
 use super::fiemap::Fiemap;
 use super::reflink::Flush;
-use crate::base::self_reference::{FsKind, HostFs};
 use crate::direct::DirectFile;
 use crate::host;
+use crate::host::file_system::{FsKind, HostFs};
 use crate::layer::Wait;
 
 /// The length of a segment in bytes: 8 TiB, safely below the largest file of the common host file

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use super::context::OpenContext;
 use crate::base::Base;
-use crate::base::self_reference;
+use crate::host::file_system;
 
 /// The note about a disk whose overlay takes no changes.
 pub(super) const READ_ONLY_NOTE: &str =
@@ -21,7 +21,7 @@ pub(super) fn notes_on_base(base: &Base, context: &OpenContext<'_>) -> Vec<Strin
     if !is_file || !context.probed_dirs.lock().insert(dir) {
         return Vec::new();
     }
-    match self_reference::shows_holes(file) {
+    match file_system::shows_holes(file) {
         Ok(false) => {
             vec!["the base's file system cannot tell holes: all of it counts as data".to_owned()]
         }
@@ -35,7 +35,7 @@ pub(super) fn notes_on_overlay(dir: &Path, context: &OpenContext<'_>) -> Vec<Str
     if !context.probed_dirs.lock().insert(dir.join("overlay")) {
         return Vec::new();
     }
-    let Ok(found) = self_reference::probe_features(dir) else {
+    let Ok(found) = file_system::probe_features(dir) else {
         return Vec::new();
     };
     let line = |what| format!("'{}' is on {}: {what}", dir.display(), found.fs.name);

@@ -12,10 +12,10 @@ use rustix::fs::FlockOperation;
 
 use super::snapshots::{revert_data, sweep};
 use super::{Reflink, ReflinkError, RevertTarget, intent};
-use crate::base::self_reference::HostFs;
 use crate::config::OverlayKind;
 use crate::confined::{self, FileAccess};
 use crate::host;
+use crate::host::file_system::HostFs;
 use crate::overlay::persist::{self, OverlayDir, StagingDir, open_overlay_dir, staging};
 use crate::overlay::stack::{Stack, StackError, doing, parent_for_new};
 use crate::process::explain_size_error;
