@@ -8,7 +8,7 @@ use super::send_android;
 use super::source::{TransferSource, ZeroDetection};
 use super::zeros::{RunKind, split_zeros};
 use super::{BUFFER_SIZE, TransferError, TransferFormat, TransferProgress};
-use crate::formats::rbd;
+use crate::formats::rbd::{END_RECORD, v2};
 use crate::host::os_message;
 
 /// The bytes reserved in the buffer for a record's header, so that header and data are written at
@@ -151,12 +151,12 @@ impl<'a, W: Write> Sender<'a, W> {
         if self.plan.frames == TransferFormat::Raw {
             return Ok(());
         }
-        let opening = rbd::preamble(self.announced_size);
+        let opening = v2::preamble(self.announced_size);
         match &self.plan.changes {
             None => self.write_hashed(&opening)?,
             Some(changes) => {
                 // The name must precede the size: some readers do not look for it later.
-                let (banner, size) = opening.split_at(rbd::BANNER.len());
+                let (banner, size) = opening.split_at(v2::BANNER.len());
                 self.write_hashed(banner)?;
                 let name = changes.since.as_bytes();
                 let len = u32::try_from(name.len()).map_err(|_| io::ErrorKind::InvalidInput)?;
@@ -178,7 +178,7 @@ impl<'a, W: Write> Sender<'a, W> {
                 self.send_size(self.progress.reached)?;
             }
             self.send_checkpoint(CheckpointKind::Last)?;
-            self.out.write_all(&rbd::END_RECORD)?;
+            self.out.write_all(&END_RECORD)?;
         }
         self.out.flush()
     }
@@ -270,7 +270,7 @@ impl<'a, W: Write> Sender<'a, W> {
             if start + len > self.announced_size {
                 self.send_size(start + len + CHECKPOINT_INTERVAL)?;
             }
-            let header = rbd::data_header(&(start..start + len));
+            let header = v2::data_header(&(start..start + len));
             // The bytes overwritten by the header have been sent already, or are the reserved room.
             first -= header.len();
             self.buffer[first..first + header.len()].copy_from_slice(&header);
@@ -326,14 +326,13 @@ impl<'a, W: Write> Sender<'a, W> {
             self.send_size(zeros.end + CHECKPOINT_INTERVAL)?;
         }
         self.pending_zeros = zeros.end..zeros.end;
-        self.write_hashed(&rbd::zeros_record(&zeros))
+        self.write_hashed(&v2::zeros_record(&zeros))
     }
 
     /// Sends the size, possibly again.
     fn send_size(&mut self, size: u64) -> io::Result<()> {
         self.announced_size = size;
-        let opening = rbd::preamble(size);
-        self.write_hashed(&opening[rbd::BANNER.len()..])
+        self.write_hashed(&v2::size_record(size))
     }
 
     fn send_checkpoint(&mut self, stage: CheckpointKind) -> io::Result<()> {

@@ -403,13 +403,13 @@ fn changes_since_a_snapshot_are_applied_to_a_copy_of_it() {
 #[test]
 fn stream_of_another_sender_is_accepted_with_a_note() {
     let lab = Lab::new();
-    let mut plain = rbd::preamble(MIB).to_vec();
+    let mut plain = rbd::v2::preamble(MIB).to_vec();
     // Later records override earlier ones, and uncovered ranges are holes.
     for (start, byte) in [(65_536u64, 1u8), (0, 2), (67_000, 3)] {
-        plain.extend(rbd::data_header(&(start..start + 5000)));
+        plain.extend(rbd::v2::data_header(&(start..start + 5000)));
         plain.extend([byte; 5000]);
     }
-    plain.extend(rbd::zeros_record(&(0..100)));
+    plain.extend(rbd::v2::zeros_record(&(0..100)));
     plain.extend(b"t\x06\0\0\0\0\0\0\0\x02\0\0\0ab?\x01\0\0\0\0\0\0\0xe");
     let output = recv(&lab, "out", &plain);
     assert!(output.status.success(), "{}", show(&output));
@@ -448,7 +448,7 @@ fn begin_send(lab: &Lab, words: &str) -> (std::process::Child, ChildStdout) {
     let mut stdout = sender.stdout.take().unwrap();
     let mut first = [0; 12];
     stdout.read_exact(&mut first).unwrap();
-    assert_eq!(&first, rbd::BANNER);
+    assert_eq!(&first, rbd::v2::BANNER);
     (sender, stdout)
 }
 
@@ -468,7 +468,7 @@ fn mounted_disk_is_sent_as_of_one_point_in_time() {
         file.set_len(40 * MIB).unwrap();
         file.set_len(65 * MIB).unwrap();
         file.sync_all().unwrap();
-        let mut sent = rbd::BANNER.to_vec();
+        let mut sent = rbd::v2::BANNER.to_vec();
         stdout.read_to_end(&mut sent).unwrap();
         let output = sender.wait_with_output().unwrap();
         let said = String::from_utf8_lossy(&output.stderr);
@@ -494,7 +494,7 @@ fn changes_are_sent_as_of_one_point_in_time() {
     disk.write_all_at(&noise(63 * MIB, 8), 0).unwrap();
     // A new snapshot does not disturb the transfer either.
     lab.ok("snapshot m/d tuesday");
-    let mut sent = rbd::BANNER.to_vec();
+    let mut sent = rbd::v2::BANNER.to_vec();
     stdout.read_to_end(&mut sent).unwrap();
     assert!(sender.wait_with_output().unwrap().status.success());
     assert!((sent.len() as u64) < 20 * MIB + 10_000, "{}", sent.len());
@@ -535,7 +535,7 @@ fn disk_that_cannot_be_frozen_is_sent_live_and_reports_changes() {
     let disk = lab.open("m/d");
     let (sender, mut stdout) = begin_send(&lab, "m/d");
     disk.write_all_at(&noise(MIB, 8), 60 * MIB).unwrap();
-    let mut sent = rbd::BANNER.to_vec();
+    let mut sent = rbd::v2::BANNER.to_vec();
     stdout.read_to_end(&mut sent).unwrap();
     let output = sender.wait_with_output().unwrap();
     let line = one_line(0, &output, "written to");
@@ -601,7 +601,7 @@ fn source_truncated_while_sending_is_an_error_and_gives_no_file() {
     // The pipe is full long before the end, so the source is truncated while it is sent.
     let (sender, mut stdout) = begin_send(&lab, "x");
     lab.sh("truncate -s 32M x");
-    let mut rest = rbd::BANNER.to_vec();
+    let mut rest = rbd::v2::BANNER.to_vec();
     stdout.read_to_end(&mut rest).unwrap();
     let line = one_line(1, &sender.wait_with_output().unwrap(), "shorter");
     assert!(line.contains("got shorter while it was sent"), "{line}");
@@ -692,7 +692,7 @@ fn links_and_pipes_beside_the_target_are_not_followed() {
 #[test]
 fn stream_of_checkpoints_alone_needs_little_memory() {
     let lab = Lab::new();
-    let mut wire = rbd::preamble(1 << 30).to_vec();
+    let mut wire = rbd::v2::preamble(1 << 30).to_vec();
     let mut chain = HashChain::default();
     chain.update(&wire);
     let mark = Checkpoint { start: 0, end: 0, identity: 7, origin: 0 };

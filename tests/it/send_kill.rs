@@ -37,17 +37,17 @@ fn stream(image: &[u8], origin: u64) -> Vec<u8> {
         chain.update(bytes);
         wire.extend(bytes);
     };
-    put(&mut wire, &mut chain, &rbd::preamble(SIZE));
+    put(&mut wire, &mut chain, &rbd::v2::preamble(SIZE));
     let mut mark = Checkpoint { start: origin, end: origin, identity: IDENTITY, origin };
     wire.extend(chain.checkpoint_record(&mark, CheckpointKind::Middle));
     while mark.end < SIZE {
         mark = Checkpoint { start: mark.end, end: mark.end + PIECE, ..mark };
         let mut at = mark.start;
         if at.is_multiple_of(2 * PIECE) {
-            put(&mut wire, &mut chain, &rbd::zeros_record(&(at..at + 20 * KIB)));
+            put(&mut wire, &mut chain, &rbd::v2::zeros_record(&(at..at + 20 * KIB)));
             at += 20 * KIB;
         }
-        put(&mut wire, &mut chain, &rbd::data_header(&(at..mark.end)));
+        put(&mut wire, &mut chain, &rbd::v2::data_header(&(at..mark.end)));
         put(&mut wire, &mut chain, &image[at as usize..mark.end as usize]);
         wire.extend(chain.checkpoint_record(&mark, CheckpointKind::Middle));
     }

@@ -236,7 +236,7 @@ impl HostSink {
             self.backend = Some(SinkBackend::Wire(WireWriter::open_fifo(path, self.stop.clone())?));
         }
         if self.frames == StreamFrames::Rbd {
-            self.write_wire(&rbd::preamble(self.size))?;
+            self.write_wire(&rbd::v2::preamble(self.size))?;
         }
         self.is_started = true;
         Ok(())
@@ -291,13 +291,13 @@ impl HostSink {
     fn send_record(&mut self, range: Range<u64>, content: SinkContent<'_, '_>) -> io::Result<()> {
         match content {
             SinkContent::Data(parts) => {
-                let header = rbd::data_header(&range);
+                let header = rbd::v2::data_header(&range);
                 let record: Vec<_> =
                     std::iter::once(IoSlice::new(&header)).chain(parts.iter().copied()).collect();
                 self.write_wire_all(&record)?;
             }
             SinkContent::Zeros | SinkContent::Hole => {
-                self.write_wire(&rbd::zeros_record(&range))?;
+                self.write_wire(&rbd::v2::zeros_record(&range))?;
             }
         }
         // A late rewrite does not move the position.
