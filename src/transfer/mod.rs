@@ -15,13 +15,12 @@
 //!   separate thread writes it after syncing the data, so that the stream does not wait for the
 //!   disk.
 //!
-//! `docs/transfer.md` describes the format of a checkpoint and the guarantees.
+//! [`checkpoint`](crate::formats::rbd::checkpoint) has the format of a checkpoint, and
+//! `docs/transfer.md` the guarantees.
 
-pub mod checkpoint;
 mod destination;
 mod error;
 mod onto;
-mod record_reader;
 mod recv;
 mod send;
 mod send_android;

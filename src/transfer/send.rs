@@ -3,11 +3,11 @@
 use std::io::{self, Write};
 use std::ops::Range;
 
-use super::checkpoint::{CHECKPOINT_INTERVAL, Checkpoint, CheckpointKind, HashChain};
 use super::send_android;
 use super::source::{TransferSource, ZeroDetection};
 use super::zeros::{RunKind, split_zeros};
 use super::{BUFFER_SIZE, TransferError, TransferFormat, TransferProgress};
+use crate::formats::rbd::checkpoint::{CHECKPOINT_INTERVAL, Checkpoint, CheckpointKind, HashChain};
 use crate::formats::rbd::{END_RECORD, v2};
 use crate::host::os_message;
 
@@ -151,23 +151,11 @@ impl<'a, W: Write> Sender<'a, W> {
         if self.plan.frames == TransferFormat::Raw {
             return Ok(());
         }
-        let opening = v2::preamble(self.announced_size);
-        match &self.plan.changes {
-            None => self.write_hashed(&opening)?,
-            Some(changes) => {
-                // The name must precede the size: some readers do not look for it later.
-                let (banner, size) = opening.split_at(v2::BANNER.len());
-                self.write_hashed(banner)?;
-                let name = changes.since.as_bytes();
-                let len = u32::try_from(name.len()).map_err(|_| io::ErrorKind::InvalidInput)?;
-                let mut record = vec![b'f'];
-                record.extend((u64::from(len) + 4).to_le_bytes());
-                record.extend(len.to_le_bytes());
-                record.extend(name);
-                self.write_hashed(&record)?;
-                self.write_hashed(size)?;
-            }
+        self.write_hashed(v2::BANNER)?;
+        if let Some(changes) = &self.plan.changes {
+            self.write_hashed(&v2::since_record(&changes.since)?)?;
         }
+        self.write_hashed(&v2::size_record(self.announced_size))?;
         self.send_checkpoint(CheckpointKind::Middle)
     }
 

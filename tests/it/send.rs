@@ -10,7 +10,7 @@ use std::time::Instant;
 
 use crate::common::mount::*;
 use cowslip::formats::rbd;
-use cowslip::transfer::checkpoint::{Checkpoint, CheckpointKind, HashChain};
+use cowslip::formats::rbd::checkpoint::{Checkpoint, CheckpointKind, HashChain};
 use proptest::prelude::*;
 
 /// Data ranges of a file: start and length in bytes.

@@ -13,7 +13,7 @@ use std::process::{Output, Stdio};
 use crate::common::mount::*;
 use crate::common::strace::{self, Call, Seen, kill_at};
 use cowslip::formats::rbd;
-use cowslip::transfer::checkpoint::{Checkpoint, CheckpointKind, HashChain};
+use cowslip::formats::rbd::checkpoint::{Checkpoint, CheckpointKind, HashChain};
 
 /// Distance in bytes between two checkpoints: small, so that there are many.
 const PIECE: u64 = 64 * KIB;

@@ -550,6 +550,7 @@ fn apply(diff: &Path, to: &File) {
                 to.write_all_at(&bytes, range.start).unwrap();
             }
             RbdRecord::Zeros(range) => fallocate(to, PUNCH, range).unwrap(),
+            RbdRecord::Since(name) => panic!("it has all, and not the changes since {name}"),
             RbdRecord::End => return,
         }
     }

@@ -5,20 +5,35 @@ use std::ops::Range;
 
 use super::v2::BANNER;
 
-/// The most bytes of a skipped record (`f`, `t` or unknown): 1 MiB. Such records hold names.
+/// The most bytes of a skipped record (`t` or unknown): 1 MiB. Such records hold names.
 const MAX_SKIPPED: u64 = 1 << 20;
+
+/// The longest accepted name of a snapshot in bytes: the host's limit for a file name.
+const MAX_NAME_LEN: u32 = 255;
 
 /// A record of a diff.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum RbdRecord {
     /// The size of the disk in bytes.
     Size(u64),
+    /// The diff contains only the changes since this snapshot.
+    Since(String),
     /// The bytes of this range follow; the caller must read all of them.
     Data(Range<u64>),
     /// This range reads as zeros.
     Zeros(Range<u64>),
     /// The diff is complete.
     End,
+}
+
+/// A record whose tag may be unknown.
+pub(super) enum TaggedRecord {
+    Known(RbdRecord),
+    /// The payload of `len` bytes follows; the caller must read or skip all of it.
+    Unknown {
+        tag: u8,
+        len: u64,
+    },
 }
 
 /// A decoder for the records of a diff.
@@ -41,32 +56,46 @@ impl<R: Read> RbdDecoder<R> {
         Ok(Self { input })
     }
 
-    /// Returns the next record. Snapshot names and unknown tags are skipped.
+    /// Returns the next record. Unknown tags are skipped.
     ///
     /// # Errors
-    /// `InvalidData` if lengths contradict each other; `UnexpectedEof`, also if the end record is
-    /// missing; the errors of `input`.
+    /// `InvalidData` if lengths contradict each other, for a snapshot name that is no name, and for
+    /// an unknown record of more than 1 MiB; `UnexpectedEof`, also if the end record is missing; the
+    /// errors of `input`.
     pub fn next_record(&mut self) -> io::Result<RbdRecord> {
         loop {
-            let [tag] = self.read_array()?;
-            if tag == b'e' {
-                return Ok(RbdRecord::End);
-            }
-            let payload = self.read_u64()?;
-            match tag {
-                b's' if payload == 8 => return Ok(RbdRecord::Size(self.read_u64()?)),
-                b'z' if payload == 16 => return Ok(RbdRecord::Zeros(self.range()?)),
-                b'w' if payload >= 16 => {
-                    let range = self.range()?;
-                    if range.end - range.start != payload - 16 {
-                        return Err(invalid_data("a data record has two lengths"));
-                    }
-                    return Ok(RbdRecord::Data(range));
-                }
-                b's' | b'z' | b'w' => return Err(invalid_data("a record has a wrong length")),
-                _ => self.skip(payload)?,
+            match self.next_tagged()? {
+                TaggedRecord::Known(record) => return Ok(record),
+                TaggedRecord::Unknown { len, .. } => self.skip(len)?,
             }
         }
+    }
+
+    /// Returns the next record, whatever its tag.
+    ///
+    /// # Errors
+    /// As for [`next_record`](Self::next_record).
+    pub(super) fn next_tagged(&mut self) -> io::Result<TaggedRecord> {
+        let [tag] = self.read_array()?;
+        if tag == b'e' {
+            return Ok(TaggedRecord::Known(RbdRecord::End));
+        }
+        let len = self.read_u64()?;
+        let record = match tag {
+            b's' if len == 8 => RbdRecord::Size(self.read_u64()?),
+            b'f' => RbdRecord::Since(self.read_name(len)?),
+            b'z' if len == 16 => RbdRecord::Zeros(self.read_range()?),
+            b'w' if len >= 16 => {
+                let range = self.read_range()?;
+                if range.end - range.start != len - 16 {
+                    return Err(invalid_data("a data record has two lengths"));
+                }
+                RbdRecord::Data(range)
+            }
+            b's' | b'z' | b'w' => return Err(invalid_data("a record has a wrong length")),
+            _ => return Ok(TaggedRecord::Unknown { tag, len }),
+        };
+        Ok(TaggedRecord::Known(record))
     }
 
     /// Returns the input, for reading the bytes of a data record.
@@ -74,7 +103,8 @@ impl<R: Read> RbdDecoder<R> {
         &mut self.input
     }
 
-    fn skip(&mut self, len: u64) -> io::Result<()> {
+    /// Skips `len` bytes of an unknown record.
+    pub(super) fn skip(&mut self, len: u64) -> io::Result<()> {
         if len > MAX_SKIPPED {
             return Err(invalid_data("an unknown record is too long"));
         }
@@ -82,7 +112,21 @@ impl<R: Read> RbdDecoder<R> {
         if skipped < len { Err(io::ErrorKind::UnexpectedEof.into()) } else { Ok(()) }
     }
 
-    fn range(&mut self) -> io::Result<Range<u64>> {
+    /// Reads a snapshot name: its length as u32, and its bytes.
+    fn read_name(&mut self, len: u64) -> io::Result<String> {
+        let name_len = self.read_array().map(u32::from_le_bytes)?;
+        if len != u64::from(name_len) + 4 || name_len > MAX_NAME_LEN {
+            return Err(invalid_data("a snapshot name has a wrong length"));
+        }
+        let mut name = Vec::new();
+        (&mut self.input).take(u64::from(name_len)).read_to_end(&mut name)?;
+        if name.len() as u64 != u64::from(name_len) {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        String::from_utf8(name).map_err(|_| invalid_data("a snapshot name is no UTF-8"))
+    }
+
+    fn read_range(&mut self) -> io::Result<Range<u64>> {
         let (offset, len) = (self.read_u64()?, self.read_u64()?);
         let end =
             offset.checked_add(len).ok_or_else(|| invalid_data("a record is past all offsets"))?;
@@ -109,7 +153,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::super::END_RECORD;
-    use super::super::v2::{data_header, preamble, record_header, zeros_record};
+    use super::super::v2::{data_header, preamble, record_header, since_record, zeros_record};
     use super::*;
 
     /// Decodes all records of a diff, with the bytes of the data records.
@@ -152,6 +196,23 @@ mod tests {
         let mut wire = BANNER.to_vec();
         wire.extend(b"t\x06\0\0\0\0\0\0\0\x02\0\0\0ab?\x01\0\0\0\0\0\0\0xe");
         assert_eq!(decode(&wire).unwrap(), [(RbdRecord::End, Vec::new())]);
+    }
+
+    #[test]
+    fn the_snapshot_before_the_changes_has_a_name_of_at_most_255_bytes() {
+        for (name, is_name) in
+            [("", true), ("ab", true), (&"a".repeat(255), true), (&"a".repeat(256), false)]
+        {
+            let wire = [&BANNER[..], &since_record(name).unwrap(), b"e"].concat();
+            let records = decode(&wire).map(|records| records[0].0.clone());
+            assert_eq!(records.ok(), is_name.then(|| RbdRecord::Since(name.to_owned())));
+        }
+        for wrong in
+            [&b"f\x06\0\0\0\0\0\0\0\x03\0\0\0ab"[..], b"f\x06\0\0\0\0\0\0\0\x02\0\0\0a\xff"]
+        {
+            let wire = [&BANNER[..], wrong, b"e"].concat();
+            assert_eq!(decode(&wire).unwrap_err().kind(), io::ErrorKind::InvalidData);
+        }
     }
 
     #[test]

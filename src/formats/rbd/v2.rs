@@ -4,6 +4,7 @@
 //! end. The size comes first, before the end of a stream with `pad=off` is known, so it is always
 //! that of the disk.
 
+use std::io;
 use std::ops::Range;
 
 /// The first bytes of every diff.
@@ -18,7 +19,21 @@ pub fn preamble(size: u64) -> [u8; 29] {
     bytes
 }
 
-/// Returns the record of the size of the disk in bytes. The last one of a diff counts.
+/// Returns the record that names the snapshot before the changes. The record precedes the size,
+/// since some readers do not look for it later.
+///
+/// # Errors
+/// `InvalidInput` for a name of 4 GiB and more.
+pub fn since_record(name: &str) -> io::Result<Vec<u8>> {
+    let len = u32::try_from(name.len()).map_err(|_| io::ErrorKind::InvalidInput)?;
+    let mut bytes = vec![b'f'];
+    bytes.extend((u64::from(len) + 4).to_le_bytes());
+    bytes.extend(len.to_le_bytes());
+    bytes.extend(name.as_bytes());
+    Ok(bytes)
+}
+
+/// Returns the record of the size of the disk in bytes.
 #[must_use]
 pub fn size_record(size: u64) -> [u8; 17] {
     let mut bytes = [b's'; 17];

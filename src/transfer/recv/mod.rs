@@ -22,10 +22,10 @@ use self::preflight::{ReceiveTarget, device_resume_error};
 use self::receiver::Receiver;
 use self::records::StreamHead;
 use super::destination::Destination;
-use super::record_reader::RecordReader;
 use super::state::ReceiveState;
 use super::{TransferError, TransferFormat, TransferProgress};
 use crate::config::Overwrite;
+use crate::formats::rbd::CheckedReader;
 use crate::host::os_message;
 use crate::part_file::PartFile;
 
@@ -99,7 +99,7 @@ pub fn receive<R: Read>(
             receiver.finish(read)
         }
         TransferFormat::Rbd => {
-            let mut wire = RecordReader::new(input).map_err(|error| start_error(&error))?;
+            let mut wire = CheckedReader::new(input).map_err(|error| start_error(&error))?;
             let head = StreamHead::read(&mut wire).map_err(|error| start_error(&error))?;
             let mut receiver = Receiver::open(place, plan, &head, tell)?;
             let read = receiver.receive_records(&mut wire, head);

@@ -4,10 +4,10 @@ use std::io::{self, Read};
 use std::ops::Range;
 
 use super::super::BUFFER_SIZE;
-use super::super::checkpoint::{Checkpoint, CheckpointKind};
-use super::super::record_reader::{RecordReader, TransferRecord, damaged_error};
 use super::super::state::{ReceiveState, STATE_VERSION};
 use super::receiver::{ReceiveError, Receiver};
+use crate::formats::rbd::checkpoint::{Checkpoint, CheckpointKind};
+use crate::formats::rbd::{CheckedReader, CheckedRecord, RbdRecord};
 
 /// The header of a stream, up to its first data.
 #[derive(Debug, Default)]
@@ -17,7 +17,7 @@ pub(super) struct StreamHead {
     /// The first checkpoint of the stream; streams of other senders contain none.
     pub(super) checkpoint: Option<Checkpoint>,
     /// The record after the header, which had to be read to find its end.
-    next_record: Option<TransferRecord>,
+    next_record: Option<CheckedRecord>,
 }
 
 impl StreamHead {
@@ -44,13 +44,13 @@ impl StreamHead {
         }
     }
 
-    pub(super) fn read<R: Read>(wire: &mut RecordReader<R>) -> io::Result<Self> {
+    pub(super) fn read<R: Read>(wire: &mut CheckedReader<R>) -> io::Result<Self> {
         let (mut head, mut size) = (Self::default(), None);
         loop {
             match wire.next_record()? {
-                TransferRecord::Size(bytes) => size = Some(bytes),
-                TransferRecord::Since(name) => head.since = Some(name),
-                TransferRecord::Checkpoint(mark, CheckpointKind::Middle) => {
+                CheckedRecord::Rbd(RbdRecord::Size(bytes)) => size = Some(bytes),
+                CheckedRecord::Rbd(RbdRecord::Since(name)) => head.since = Some(name),
+                CheckedRecord::Checkpoint(mark, CheckpointKind::Middle) => {
                     head.checkpoint = Some(mark);
                 }
                 other => head.next_record = Some(other),
@@ -70,7 +70,7 @@ impl Receiver<'_> {
     /// Receives the records of a stream.
     pub(super) fn receive_records<R: Read>(
         &mut self,
-        wire: &mut RecordReader<R>,
+        wire: &mut CheckedReader<R>,
         head: StreamHead,
     ) -> Result<(), ReceiveError> {
         let ours = head.checkpoint;
@@ -86,24 +86,28 @@ impl Receiver<'_> {
             };
             // Nothing may change what the last checkpoint has vouched for, so only the end may
             // follow it.
-            if is_whole != (event == TransferRecord::End) && (ours.is_some() || is_whole) {
+            if is_whole != (event == CheckedRecord::Rbd(RbdRecord::End))
+                && (ours.is_some() || is_whole)
+            {
                 return Err(ReceiveError::Stream(damaged_error()));
             }
             match event {
-                TransferRecord::End => return Ok(()),
-                TransferRecord::Since(_) => return Err(ReceiveError::Stream(damaged_error())),
-                TransferRecord::Size(size) => self.resize(size)?,
-                TransferRecord::Data(range) => {
+                CheckedRecord::Rbd(RbdRecord::End) => return Ok(()),
+                CheckedRecord::Rbd(RbdRecord::Since(_)) => {
+                    return Err(ReceiveError::Stream(damaged_error()));
+                }
+                CheckedRecord::Rbd(RbdRecord::Size(size)) => self.resize(size)?,
+                CheckedRecord::Rbd(RbdRecord::Data(range)) => {
                     self.check_range(&range, ours.is_some(), has_gaps)?;
                     let mut read = |buf: &mut [u8]| wire.read_bytes(buf);
                     self.write_data(range, &mut buffer, &mut read)?;
                 }
-                TransferRecord::Zeros(range) => {
+                CheckedRecord::Rbd(RbdRecord::Zeros(range)) => {
                     self.check_range(&range, ours.is_some(), has_gaps)?;
                     self.write_zeros(range)?;
                     (self.on_progress)(&self.progress);
                 }
-                TransferRecord::Checkpoint(mark, stage) => {
+                CheckedRecord::Checkpoint(mark, stage) => {
                     is_whole = stage == CheckpointKind::Last;
                     self.apply_checkpoint(mark, ours, verified, has_gaps, is_whole)?;
                     verified = mark.end;
@@ -166,4 +170,9 @@ impl Receiver<'_> {
         }
         Ok(())
     }
+}
+
+/// Returns the error for input that no sender can have sent.
+fn damaged_error() -> io::Error {
+    io::ErrorKind::InvalidData.into()
 }
