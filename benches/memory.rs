@@ -8,7 +8,8 @@ use std::hint::black_box;
 use std::io;
 use std::time::Instant;
 
-use cowslip::overlay::blocks::{BlockIndex, BlockMap, BlockState};
+use cowslip::overlay::blocks::BlockMap;
+use cowslip::overlay::state::{BlockIndex, BlockState};
 
 /// Number of 4 KiB blocks in 1 TiB.
 const BLOCKS: u64 = 1 << 28;

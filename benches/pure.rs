@@ -7,8 +7,9 @@ use std::num::NonZeroUsize;
 use std::ops::Range;
 
 use cowslip::extents::{Extent, ExtentKind, describe};
-use cowslip::overlay::blocks::{BlockIndex, BlockMap, BlockState, CHUNK_BLOCKS};
+use cowslip::overlay::blocks::{BlockMap, CHUNK_BLOCKS};
 use cowslip::overlay::record::LogRecord;
+use cowslip::overlay::state::{BlockIndex, BlockState};
 use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_main};
 use uuid::Uuid;
 

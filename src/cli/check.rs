@@ -465,10 +465,10 @@ mod tests {
     use super::*;
     use crate::config::OverlayKind;
     use crate::confined::open_dir;
-    use crate::overlay::blocks::{BlockIndex, BlockState};
     use crate::overlay::persist::{NewOverlay, OverlayPath};
     use crate::overlay::record::LayerMap;
     use crate::overlay::stack::{LayerRecord, SnapshotRecord, Stack, VERSION};
+    use crate::overlay::state::{BlockIndex, BlockState};
     use uuid::Uuid;
 
     /// Creates an overlay at `dir` over `base`, left open as by a killed daemon.

@@ -20,10 +20,11 @@ use std::os::fd::AsFd;
 use std::sync::atomic::Ordering;
 
 use super::Overlay;
-use super::blocks::{BlockIndex, BlockMap, BlockRun, BlockState};
+use super::blocks::BlockMap;
 use super::log::ReserveUse;
 use super::range_locks::{LockMode, StripeSet};
 use super::record::LogRecord;
+use super::state::{BlockIndex, BlockRun, BlockState};
 use super::sync::SyncMode;
 use crate::host::{self, os_error};
 use crate::layer::{Layer, Wait, WritableLayer};

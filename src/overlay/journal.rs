@@ -27,10 +27,10 @@ use uuid::Uuid;
 use zerocopy::little_endian::{U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
-use super::blocks::BlockIndex;
 use super::data::{Create, Storage};
 use super::log::LogDir;
 use super::record::{DecodedRecord, LogRecord, RECORD_LEN};
+use super::state::BlockIndex;
 use crate::layer::Wait;
 
 /// The length of the journal file in bytes: 256 KiB.
@@ -376,9 +376,9 @@ impl DirtyBlocks {
 
 #[cfg(test)]
 mod tests {
-    use super::super::blocks::BlockState;
     use super::super::data::HostFile;
     use super::super::log::ReplacedLog;
+    use super::super::state::BlockState;
     use super::*;
 
     const BLOCK: u32 = 512;

@@ -9,11 +9,11 @@ use std::sync::Arc;
 use rustix::fs::{Mode, OFlags};
 
 use super::Overlay;
-use super::blocks::{BlockIndex, BlockState};
 use super::data::{HostFile, Storage};
 use super::persist::{self, NewLayer, OpenedOverlay, OverlayPath};
 use super::record::{BootTag, LayerMap};
 use super::stack::{Stack, StackError, data_file_in, doing, link_segment};
+use super::state::{BlockIndex, BlockState};
 use crate::layer::Wait;
 use crate::process::explain_size_error;
 use crate::{confined, host};

@@ -8,7 +8,7 @@ use bitvec::boxed::BitBox;
 use bitvec::order::Lsb0;
 use bitvec::vec::BitVec;
 
-use super::blocks::BlockState;
+use super::state::BlockState;
 
 /// The numbers of Data and Zero blocks.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -6,7 +6,7 @@
 //!             then the map in memory                          used by reads and seeks
 //! ```
 //!
-//! - `write`: writes, zeroing, size changes. `blocks`, `leaf`: the map in memory. `record`, `log`:
+//! - `write`: writes, zeroing, size changes. `state`, `blocks`, `leaf`: the map in memory. `record`, `log`:
 //!   the durable map. `data`: the host files.
 //! - `range_locks`: byte ranges that are being changed. `readers`, `pending`: when freed space may
 //!   be returned to the host.
@@ -51,6 +51,7 @@ pub mod recover;
 pub mod reflink;
 pub mod sealed;
 pub mod stack;
+pub mod state;
 mod sync;
 pub mod tree;
 pub mod verify;
@@ -64,7 +65,6 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
 use parking_lot::{Mutex, RwLock};
 
-use self::blocks::{BlockIndex, BlockState};
 pub use self::commit::CommitTarget;
 use self::data::{HostFile, Storage};
 use self::group_commit::GroupCommit;
@@ -74,6 +74,7 @@ use self::pending::PendingFrees;
 use self::range_locks::RangeLocks;
 use self::readers::Readers;
 use self::record::{BootTag, LayerMap, MtimeOrigin, Nanos};
+use self::state::{BlockIndex, BlockState};
 use crate::extents::{Extent, ExtentKind};
 use crate::host::os_error;
 use crate::layer::{CopyFn, Layer, Wait};

@@ -18,7 +18,8 @@ use std::ops::Range;
 use uuid::Uuid;
 
 use super::MAX_DISK_SIZE;
-use super::blocks::{BlockIndex, BlockMap, BlockState};
+use super::blocks::BlockMap;
+use super::state::{BlockIndex, BlockState};
 
 /// The length of a record in bytes: a power of two, so records never straddle a sector.
 pub const RECORD_LEN: usize = 32;

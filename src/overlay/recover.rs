@@ -14,11 +14,11 @@ use std::sync::Arc;
 use uuid::Uuid;
 
 use super::Overlay;
-use super::blocks::{BlockIndex, BlockState};
 use super::data::{Create, Storage};
 use super::journal::{self, JournalContents};
 use super::log::{self, Log, LogDir, LogEnd, LogScan};
 use super::record::{BootTag, LayerMap};
+use super::state::{BlockIndex, BlockState};
 use super::verify;
 use crate::config::format_size;
 use crate::host;

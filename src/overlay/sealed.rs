@@ -26,7 +26,8 @@ use std::sync::Arc;
 
 use parking_lot::RwLock;
 
-use super::blocks::{BlockIndex, BlockState, CHUNK_BLOCKS};
+use super::blocks::CHUNK_BLOCKS;
+use super::state::{BlockIndex, BlockState};
 use super::tree::MAX_LAYERS;
 use super::{Overlay, Usage};
 use crate::extents::{Extent, ExtentKind};

@@ -5,11 +5,11 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use super::blocks::{BlockIndex, BlockState};
 use super::journal::NewEntry;
 use super::log::{Log, ReserveUse};
 use super::range_locks::{LockMode, StripeSet};
 use super::record::{LogRecord, MtimeOrigin, Nanos};
+use super::state::{BlockIndex, BlockState};
 use super::{Overlay, is_out_of_space};
 use crate::host::{self, os_error};
 use crate::layer::Wait;

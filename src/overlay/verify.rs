@@ -12,12 +12,12 @@ use std::ops::Range;
 use rustix::fs::AtFlags;
 use uuid::Uuid;
 
-use super::blocks::{BlockIndex, BlockState};
 use super::data::SEGMENT_LEN;
 use super::persist::{LockedOverlay, open_sealed, remove_layer};
 use super::record::{BootTag, LayerMap};
 use super::recover::{self, LayerFiles, Recovered};
 use super::stack::{LayerRecord, StackError, doing, open_layer_files};
+use super::state::{BlockIndex, BlockState};
 use super::{Overlay, boot_tag};
 use crate::config::format_size;
 use crate::confined;

@@ -9,10 +9,10 @@ use std::io::{self, IoSlice};
 use std::ops::Range;
 use std::sync::atomic::Ordering;
 
-use super::blocks::{BlockIndex, BlockRun, BlockState};
 use super::log::{Log, ReserveUse};
 use super::range_locks::{LockMode, StripeGuard, StripeSet};
 use super::record::LogRecord;
+use super::state::{BlockIndex, BlockRun, BlockState};
 use super::sync::SyncMode;
 use super::{MAX_DISK_SIZE, Overlay, is_out_of_space};
 use crate::extents::ExtentKind;
