@@ -18,8 +18,7 @@ use std::sync::{Arc, OnceLock};
 use parking_lot::RwLock;
 use rustix::fs::{FallocateFlags, SeekFrom};
 
-use super::fiemap::Fiemap;
-use super::reflink::Flush;
+use super::fiemap::{Fiemap, Flush};
 use crate::direct::DirectFile;
 use crate::host;
 use crate::host::file_system::{FsKind, HostFs};

@@ -13,8 +13,6 @@ use std::io;
 use std::ops::Range;
 use std::os::fd::AsRawFd;
 
-use super::reflink::Flush;
-
 /// `FS_IOC_FIEMAP`: `_IOWR('f', 11, struct fiemap)`, 32 bytes without the extents.
 const FS_IOC_FIEMAP: libc::c_ulong = 0xC020_660B;
 /// `FIEMAP_FLAG_SYNC`: the host writes dirty data, which thereby gets its place, before it answers.
@@ -50,6 +48,16 @@ struct FiemapRequest {
     count: u32,
     reserved: u32,
     extents: [FiemapExtent; EXTENTS_PER_CALL],
+}
+
+/// Whether the host writes dirty data before it reports extents. Until dirty data is written, a
+/// changed block may still be reported as shared.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Flush {
+    /// Written first: the answer is current, but has to wait for the device.
+    First,
+    /// Not written: the answer covers only data that was already written back.
+    No,
 }
 
 /// A range of a file for which the host holds space.

@@ -16,17 +16,7 @@ use std::ops::Range;
 
 use super::Reflink;
 use crate::layer::Layer;
-use crate::overlay::fiemap::{Fiemap, MappedExtent};
-
-/// Whether the host writes dirty data before it reports extents. Until dirty data is written, a
-/// changed block may still be reported as shared.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Flush {
-    /// Written first: the answer is current, but has to wait for the device.
-    First,
-    /// Not written: the answer covers only data that was already written back.
-    No,
-}
+use crate::overlay::fiemap::{Fiemap, Flush, MappedExtent};
 
 /// The differences from the base.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

@@ -39,7 +39,7 @@ use std::sync::Arc;
 
 use parking_lot::Mutex;
 
-pub use self::changed::{ChangedRanges, Flush};
+pub use self::changed::ChangedRanges;
 pub use self::error::ReflinkError;
 pub use self::intent::RevertTarget;
 pub use self::open::{
