@@ -10,9 +10,9 @@ use rustix::fs::{Mode, OFlags};
 
 use super::Overlay;
 use super::data::{HostFile, Storage};
-use super::persist::{self, NewLayer, OpenedOverlay, OverlayPath};
+use super::persist::{self, NewLayer, OpenedOverlay, OverlayPath, data_file_in, link_segment};
 use super::record::{BootTag, LayerMap};
-use super::stack::{Stack, StackError, data_file_in, doing, link_segment};
+use super::stack::{Stack, StackError, doing};
 use super::state::{BlockIndex, BlockState};
 use crate::layer::Wait;
 use crate::process::explain_size_error;

@@ -15,20 +15,16 @@ use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
-use rustix::fs::AtFlags;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use super::data::{Create, HostFile, LAST_SEGMENT, Storage};
-use super::log::{LogDir, ReplacedLog};
-use super::recover::{LayerFiles, LogError};
+use super::recover::LogError;
 use super::tree::LayerTree;
 pub use super::tree::{LayerRecord, SnapshotRecord};
 use crate::base::identity::Identity;
 use crate::config::{OverlayKind, SourcePart};
-use crate::confined::{self, FileAccess, open_dir};
+use crate::confined::{self, open_dir};
 use crate::host::mountinfo::{MountEntry, entry_at};
 use crate::trust::{self, TrustError};
 
@@ -310,141 +306,6 @@ impl Stack {
 pub fn inode_of(uuid: &Uuid) -> u64 {
     // Above the few numbers of the mount's own files, and positive as a signed number.
     uuid.as_u64_pair().0 >> 1 | 1 << 62
-}
-
-/// The directory of one layer, as the home of its log.
-pub struct LayerDir {
-    dir: File,
-}
-
-impl LayerDir {
-    /// The layer whose files lie in `dir`.
-    #[must_use]
-    pub fn new(dir: File) -> Self {
-        Self { dir }
-    }
-}
-
-impl LogDir for LayerDir {
-    fn replace_log(
-        &self,
-        fill: &mut dyn FnMut(&dyn Storage) -> io::Result<()>,
-    ) -> io::Result<ReplacedLog> {
-        let file = HostFile::single(confined::recreate_file(&self.dir, "log.new")?);
-        let done = fill(&file)
-            .and_then(|()| file.first().sync_all())
-            .and_then(|()| Ok(rustix::fs::renameat(&self.dir, "log.new", &self.dir, "log")?));
-        if let Err(error) = done {
-            // Best effort: the next attempt truncates it anyway.
-            let _ = rustix::fs::unlinkat(&self.dir, "log.new", AtFlags::empty());
-            return Err(error);
-        }
-        Ok(ReplacedLog { file: Arc::new(file), dir_synced: self.dir.sync_all() })
-    }
-
-    fn journal(&self, create: Create) -> io::Result<Option<Arc<dyn Storage>>> {
-        let file = match confined::open_file(&self.dir, "journal", FileAccess::AsAllowed) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => match create {
-                Create::Never => return Ok(None),
-                Create::IfMissing => {
-                    let file = confined::create_file(&self.dir, "journal")?;
-                    self.dir.sync_all()?;
-                    file
-                }
-            },
-            found => found?,
-        };
-        Ok(Some(Arc::new(HostFile::single(file))))
-    }
-}
-
-/// The name of segment `index` of a data file.
-fn segment_name(index: usize) -> String {
-    if index == 0 { "data".to_owned() } else { format!("data.{index}") }
-}
-
-/// The segments after the first that are in `dir`.
-fn segments_in(dir: &File) -> io::Result<Vec<(usize, File)>> {
-    let mut found = Vec::new();
-    for entry in rustix::fs::Dir::read_from(dir)? {
-        let entry = entry?;
-        let name = entry.file_name().to_str().ok();
-        let index = name.and_then(|name| name.strip_prefix("data.")?.parse().ok());
-        // What no disk has is none of it, whatever its name.
-        let is_one = |index: &usize| {
-            (1..=LAST_SEGMENT).contains(index) && name == Some(&*segment_name(*index))
-        };
-        if let Some(index) = index.filter(is_one) {
-            found.push((
-                index,
-                confined::open_file(dir, segment_name(index), FileAccess::AsAllowed)?,
-            ));
-        }
-    }
-    Ok(found)
-}
-
-/// A data file in the directory `dir` of a layer, whose first segment is open already.
-pub(super) fn data_file_in(dir: File, first: File) -> io::Result<HostFile> {
-    let more = segments_in(&dir)?;
-    Ok(HostFile::segmented(
-        first,
-        more,
-        Box::new(move |index| {
-            let name = segment_name(index);
-            match confined::open_file(&dir, &name, FileAccess::ReadWrite) {
-                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-                found => return found,
-            }
-            let file = confined::create_file(&dir, &name)?;
-            // Its name must be there before a record speaks of its blocks.
-            dir.sync_all()?;
-            Ok(file)
-        }),
-    ))
-}
-
-/// Puts the file behind `file`, which may have no name yet, into `dir` as segment `index`.
-pub(super) fn link_segment(file: &File, dir: &File, index: usize) -> io::Result<()> {
-    use std::os::fd::AsRawFd;
-    let from = format!("/proc/self/fd/{}", file.as_raw_fd());
-    let flags = AtFlags::SYMLINK_FOLLOW;
-    rustix::fs::linkat(rustix::fs::CWD, from, dir, segment_name(index), flags)?;
-    Ok(())
-}
-
-/// Opens the files of the layer `record` below the directory `layers`. `lock` takes the lock on
-/// its data before the log is opened: until then its holder may put a new one in its place.
-pub(super) fn open_layer_files(
-    layers: &File,
-    record: &LayerRecord,
-    lock: impl FnOnce(&File) -> Result<(), StackError>,
-) -> Result<LockedLayer, StackError> {
-    let name = record.uuid.to_string();
-    let open = |dir: &File, name: &str| confined::open_file(dir, name, FileAccess::AsAllowed);
-    let dir = confined::open_subdir(layers, &name).map_err(doing("opening its layer"))?;
-    let first = open(&dir, "data").map_err(doing("opening its data"))?;
-    lock(&first)?;
-    let log = open(&dir, "log").map_err(doing("opening its log"))?;
-    let again = || dir.try_clone().map_err(doing("opening its layer"));
-    let locked = first.try_clone().map_err(doing("opening its data"))?;
-    let data = data_file_in(again()?, first).map_err(doing("opening its data"))?;
-    Ok(LockedLayer {
-        lock: locked,
-        files: LayerFiles {
-            data: Arc::new(data),
-            log: Arc::new(HostFile::single(log)),
-            log_dir: Arc::new(LayerDir::new(again()?)),
-            uuid: record.uuid,
-            block_size: record.block,
-        },
-    })
-}
-
-/// A layer's files and the descriptor that carries its lock.
-pub(super) struct LockedLayer {
-    pub(super) lock: File,
-    pub(super) files: LayerFiles,
 }
 
 #[cfg(test)]

@@ -13,10 +13,10 @@ use rustix::fs::AtFlags;
 use uuid::Uuid;
 
 use super::data::SEGMENT_LEN;
-use super::persist::{LockedOverlay, open_sealed, remove_layer};
+use super::persist::{LockedOverlay, open_layer_files, open_sealed, remove_layer};
 use super::record::{BootTag, LayerMap};
 use super::recover::{self, LayerFiles, Recovered};
-use super::stack::{LayerRecord, StackError, doing, open_layer_files};
+use super::stack::{LayerRecord, StackError, doing};
 use super::state::{BlockIndex, BlockState};
 use super::{Overlay, boot_tag};
 use crate::config::format_size;

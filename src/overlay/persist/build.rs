@@ -6,22 +6,18 @@ use std::io;
 use std::path::Path;
 use std::sync::Arc;
 
-use rustix::fs::FlockOperation;
 use uuid::Uuid;
 
-use super::overlay_dir::{OverlayDir, remove_layer};
+use super::layer_dir::{empty_data, make_layer, remove_layer};
+use super::overlay_dir::OverlayDir;
 use super::staging::{self, StagingDir};
 use super::{OpenedOverlay, OverlayPath, top_layer};
 use crate::confined::{self, open_dir};
-use crate::overlay::data::{HostFile, SEGMENT_LEN, Storage};
-use crate::overlay::log::Log;
-use crate::overlay::record::{BootTag, LayerMap};
+use crate::overlay::Overlay;
+use crate::overlay::data::HostFile;
+use crate::overlay::record::LayerMap;
 use crate::overlay::recover::Recovered;
-use crate::overlay::stack::{
-    LayerDir, LayerRecord, Stack, StackError, data_file_in, doing, parent_for_new,
-};
-use crate::overlay::{Overlay, boot_tag};
-use crate::process::explain_size_error;
+use crate::overlay::stack::{LayerRecord, Stack, StackError, doing, parent_for_new};
 
 /// The contents of an overlay to create.
 pub struct NewOverlay<'a> {
@@ -58,14 +54,6 @@ pub fn create(place: OverlayPath<'_>, new: NewOverlay<'_>) -> Result<OpenedOverl
         make_data: Box::new(|layer: &File| empty_data(layer, image.size)),
     };
     build(place, stack, vec![part], limit)
-}
-
-/// Creates an empty data file for a disk of `size` bytes. The file has its full length from the
-/// start, so that later writes change only blocks and not the length.
-pub(super) fn empty_data(layer: &File, size: u64) -> io::Result<HostFile> {
-    let file = confined::create_file(layer, "data")?;
-    file.set_len(size.min(SEGMENT_LEN)).map_err(explain_size_error)?;
-    data_file_in(layer.try_clone()?, file)
 }
 
 /// Builds an overlay with the layers `parts`, one of which is the top; all other layers of `stack`
@@ -155,33 +143,4 @@ fn build_in(
     let below = stack.tree().live().into_iter().skip(1);
     let below = below.filter_map(|record| sealed.get(&record.uuid).cloned()).collect();
     Ok((overlay, below, lock))
-}
-
-/// Creates the files of a layer, durably, and locks the layer.
-pub(super) fn make_layer(
-    layers: &File,
-    record: &LayerRecord,
-    image: &LayerMap,
-    limit: Option<u64>,
-    put_data: impl FnOnce(&File) -> io::Result<HostFile>,
-) -> Result<(Overlay, File), StackError> {
-    let layer =
-        confined::create_dir(layers, record.uuid.to_string()).map_err(doing("making its layer"))?;
-    let data = put_data(&layer).map_err(doing("making its data"))?;
-    data.sync().map_err(doing("making its data durable"))?;
-    let lock = data.first().try_clone().map_err(doing("locking it"))?;
-    rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive)
-        .map_err(|error| doing("locking it")(error.into()))?;
-    let start = || -> io::Result<(Log, BootTag)> {
-        let tag = boot_tag::current(&layer)?;
-        let home = Arc::new(LayerDir::new(layer.try_clone()?));
-        let log = Log::create(home, record.uuid, u64::from(record.block), image, tag, 1)?;
-        layer.sync_all()?;
-        layers.sync_all()?;
-        Ok((log, tag))
-    };
-    let (log, tag) = start().map_err(doing("writing its log"))?;
-    let image = image.clone();
-    let overlay = Overlay::new(record.block, Arc::new(data), image, Some(log), tag, limit);
-    Ok((overlay, lock))
 }

@@ -6,6 +6,7 @@
 //! tells people who has the lock.
 
 mod build;
+mod layer_dir;
 mod open;
 mod overlay_dir;
 pub(super) mod staging;
@@ -19,10 +20,11 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 pub use self::build::{MakeData, NewLayer, NewOverlay, build, create};
+pub(crate) use self::layer_dir::remove_layer;
+pub(super) use self::layer_dir::{data_file_in, link_segment, open_layer_files, open_sealed};
+pub(super) use self::open::take_lock;
 pub use self::open::{LockedOverlay, lock_overlay};
-pub(super) use self::open::{open_sealed, take_lock};
 pub use self::overlay_dir::OverlayDir;
-pub(crate) use self::overlay_dir::remove_layer;
 pub(crate) use self::staging::STAGING_PREFIX;
 pub(super) use self::staging::StagingDir;
 use super::Overlay;

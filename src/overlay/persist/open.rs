@@ -10,12 +10,13 @@ use std::time::{Duration, Instant};
 use rustix::fs::FlockOperation;
 use uuid::Uuid;
 
+use super::layer_dir::{open_layer_files, open_sealed};
 use super::overlay_dir::OverlayDir;
 use super::{Holder, OpenedOverlay, OverlayPath, open_overlay_dir, top_layer};
 use crate::confined::{self, open_dir};
 use crate::overlay::layer_cache::LayerCache;
 use crate::overlay::recover::{self, LayerFiles, Recovered};
-use crate::overlay::stack::{LayerRecord, LockedLayer, Stack, StackError, doing, open_layer_files};
+use crate::overlay::stack::{LayerRecord, Stack, StackError, doing};
 use crate::overlay::{Overlay, boot_tag};
 use crate::trust;
 
@@ -68,29 +69,6 @@ pub fn lock_overlay(place: OverlayPath<'_>) -> Result<LockedOverlay, StackError>
         }
         record = top;
     }
-}
-
-/// Opens a sealed layer. A layer that was not closed is first recovered, made durable and closed,
-/// by one process at a time.
-pub(in crate::overlay) fn open_sealed(
-    layers: &File,
-    record: &LayerRecord,
-) -> Result<(Arc<Overlay>, Recovered), StackError> {
-    let in_log = |error| StackError::Log { uuid: record.uuid, error };
-    let LockedLayer { lock, files } = open_layer_files(layers, record, |_| Ok(()))?;
-    let tag = boot_tag::current(layers).map_err(doing("reading the boot id"))?;
-    let trusted = recover::examine(&files, tag).map_err(in_log)?;
-    if trusted.recovered == Recovered::Clean {
-        let image = recover::load_map(&files, &trusted).map_err(in_log)?;
-        recover::check_data(&files, &image).map_err(in_log)?;
-        let layer = Overlay::closed(record.block, Arc::clone(&files.data), image, tag);
-        return Ok((Arc::new(layer), Recovered::Clean));
-    }
-    rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive)
-        .map_err(|error| doing("locking a layer to recover it")(error.into()))?;
-    let (layer, recovered) = Overlay::open(&files, tag, None).map_err(in_log)?;
-    layer.close_sealed().map_err(doing("closing the log of a recovered layer"))?;
-    Ok((Arc::new(layer), recovered))
 }
 
 /// Takes the lock. Waits for a daemon that is draining, and for the kernel while it cleans up after

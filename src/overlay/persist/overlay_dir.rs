@@ -8,9 +8,8 @@ use rustix::fs::{AtFlags, FlockOperation};
 use uuid::Uuid;
 
 use super::Holder;
-use super::build::{empty_data, make_layer};
-use super::open::open_sealed;
-use crate::confined::{self, entry_names, foreign_entry_error};
+use super::layer_dir::{empty_data, make_layer, open_sealed, remove_layer};
+use crate::confined;
 use crate::overlay::Overlay;
 use crate::overlay::layer_cache::LayerCache;
 use crate::overlay::record::LayerMap;
@@ -149,28 +148,4 @@ impl OverlayDir {
             log::debug!("an overlay is unlocked only when it is closed: {error}");
         }
     }
-}
-
-/// Removes the directory of the layer `uuid`, its `data` last because that file carries the lock. A
-/// directory that holds anything but a layer's files stays unchanged.
-///
-/// # Errors
-/// The host's errno; an error that names the foreign file.
-pub(crate) fn remove_layer(layers: &File, uuid: Uuid) -> io::Result<()> {
-    let name = uuid.to_string();
-    let dir = confined::open_subdir(layers, &name)?;
-    let files = entry_names(&dir)?;
-    if let Some(other) = files.iter().find(|file| !is_layer_file(file)) {
-        return Err(foreign_entry_error(&format!("layers/{name}"), other));
-    }
-    let before = files.iter().map(String::as_str).filter(|file| *file != "data");
-    before.chain(["data"]).try_for_each(|file| confined::remove_file(&dir, file))?;
-    Ok(rustix::fs::unlinkat(layers, &name, AtFlags::REMOVEDIR)?)
-}
-
-/// Returns whether `name` is the name of a layer's file.
-fn is_layer_file(name: &str) -> bool {
-    let is_segment = |index: &str| index.parse::<usize>().is_ok();
-    matches!(name, "data" | "log" | "log.new" | "journal")
-        || name.strip_prefix("data.").is_some_and(is_segment)
 }

@@ -1,0 +1,238 @@
+//! The directory of one layer: its files, their names, and the layer that they make.
+//!
+//! ```text
+//!   layers/UUID/data, data.1 ...     the segments of the data; the lock is on the first
+//!   layers/UUID/log, log.new         the durable map, and the one that is about to replace it
+//!   layers/UUID/journal              quick syncs
+//! ```
+//!
+//! Everything works on open directories, so renaming a directory above changes nothing.
+
+use std::fs::File;
+use std::io;
+use std::sync::Arc;
+
+use rustix::fs::{AtFlags, FlockOperation};
+use uuid::Uuid;
+
+use crate::confined::{self, FileAccess, entry_names, foreign_entry_error};
+use crate::overlay::data::{Create, HostFile, LAST_SEGMENT, SEGMENT_LEN, Storage};
+use crate::overlay::log::{Log, LogDir, ReplacedLog};
+use crate::overlay::record::{BootTag, LayerMap};
+use crate::overlay::recover::{self, LayerFiles, Recovered};
+use crate::overlay::stack::{LayerRecord, StackError, doing};
+use crate::overlay::{Overlay, boot_tag};
+use crate::process::explain_size_error;
+
+/// An open directory of a layer, in which its log can be replaced.
+struct LayerDir {
+    dir: File,
+}
+
+impl LogDir for LayerDir {
+    fn replace_log(
+        &self,
+        fill: &mut dyn FnMut(&dyn Storage) -> io::Result<()>,
+    ) -> io::Result<ReplacedLog> {
+        let file = HostFile::single(confined::recreate_file(&self.dir, "log.new")?);
+        let done = fill(&file)
+            .and_then(|()| file.first().sync_all())
+            .and_then(|()| Ok(rustix::fs::renameat(&self.dir, "log.new", &self.dir, "log")?));
+        if let Err(error) = done {
+            // Best effort: the next attempt truncates it anyway.
+            let _ = rustix::fs::unlinkat(&self.dir, "log.new", AtFlags::empty());
+            return Err(error);
+        }
+        Ok(ReplacedLog { file: Arc::new(file), dir_synced: self.dir.sync_all() })
+    }
+
+    fn journal(&self, create: Create) -> io::Result<Option<Arc<dyn Storage>>> {
+        let file = match confined::open_file(&self.dir, "journal", FileAccess::AsAllowed) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => match create {
+                Create::Never => return Ok(None),
+                Create::IfMissing => {
+                    let file = confined::create_file(&self.dir, "journal")?;
+                    self.dir.sync_all()?;
+                    file
+                }
+            },
+            found => found?,
+        };
+        Ok(Some(Arc::new(HostFile::single(file))))
+    }
+}
+
+/// Returns the name of segment `index` of a data file.
+fn segment_name(index: usize) -> String {
+    if index == 0 { "data".to_owned() } else { format!("data.{index}") }
+}
+
+/// Opens the segments after the first that are in `dir`.
+fn segments_in(dir: &File) -> io::Result<Vec<(usize, File)>> {
+    let mut found = Vec::new();
+    for entry in rustix::fs::Dir::read_from(dir)? {
+        let entry = entry?;
+        let name = entry.file_name().to_str().ok();
+        let index = name.and_then(|name| name.strip_prefix("data.")?.parse().ok());
+        // A segment past the end of the largest disk is a foreign file, whatever its name.
+        let is_segment = |index: &usize| {
+            (1..=LAST_SEGMENT).contains(index) && name == Some(&*segment_name(*index))
+        };
+        if let Some(index) = index.filter(is_segment) {
+            found.push((
+                index,
+                confined::open_file(dir, segment_name(index), FileAccess::AsAllowed)?,
+            ));
+        }
+    }
+    Ok(found)
+}
+
+/// Combines the segments in the directory `dir` of a layer, whose first segment is open already.
+pub(in crate::overlay) fn data_file_in(dir: File, first: File) -> io::Result<HostFile> {
+    let more = segments_in(&dir)?;
+    Ok(HostFile::segmented(
+        first,
+        more,
+        Box::new(move |index| {
+            let name = segment_name(index);
+            match confined::open_file(&dir, &name, FileAccess::ReadWrite) {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                found => return found,
+            }
+            let file = confined::create_file(&dir, &name)?;
+            // The name must be durable before a record names blocks of this segment.
+            dir.sync_all()?;
+            Ok(file)
+        }),
+    ))
+}
+
+/// Links `file`, which may have no name yet, into `dir` as segment `index`.
+pub(in crate::overlay) fn link_segment(file: &File, dir: &File, index: usize) -> io::Result<()> {
+    use std::os::fd::AsRawFd;
+    let from = format!("/proc/self/fd/{}", file.as_raw_fd());
+    let flags = AtFlags::SYMLINK_FOLLOW;
+    rustix::fs::linkat(rustix::fs::CWD, from, dir, segment_name(index), flags)?;
+    Ok(())
+}
+
+/// A layer's files and the descriptor that carries its lock.
+pub(in crate::overlay) struct LockedLayer {
+    pub(in crate::overlay) lock: File,
+    pub(in crate::overlay) files: LayerFiles,
+}
+
+/// Opens the files of the layer `record` below the directory `layers`. `lock` takes the lock on
+/// the data before the log is opened, because the holder of the lock may replace the log.
+///
+/// # Errors
+/// [`StackError`]: the host's errno, or the errors of `lock`.
+pub(in crate::overlay) fn open_layer_files(
+    layers: &File,
+    record: &LayerRecord,
+    lock: impl FnOnce(&File) -> Result<(), StackError>,
+) -> Result<LockedLayer, StackError> {
+    let name = record.uuid.to_string();
+    let open = |dir: &File, name: &str| confined::open_file(dir, name, FileAccess::AsAllowed);
+    let dir = confined::open_subdir(layers, &name).map_err(doing("opening its layer"))?;
+    let first = open(&dir, "data").map_err(doing("opening its data"))?;
+    lock(&first)?;
+    let log = open(&dir, "log").map_err(doing("opening its log"))?;
+    let again = || dir.try_clone().map_err(doing("opening its layer"));
+    let locked = first.try_clone().map_err(doing("opening its data"))?;
+    let data = data_file_in(again()?, first).map_err(doing("opening its data"))?;
+    Ok(LockedLayer {
+        lock: locked,
+        files: LayerFiles {
+            data: Arc::new(data),
+            log: Arc::new(HostFile::single(log)),
+            log_dir: Arc::new(LayerDir { dir: again()? }),
+            uuid: record.uuid,
+            block_size: record.block,
+        },
+    })
+}
+
+/// Creates an empty data file for a disk of `size` bytes. The file has its full length from the
+/// start, so that later writes change only blocks and not the length.
+pub(super) fn empty_data(layer: &File, size: u64) -> io::Result<HostFile> {
+    let file = confined::create_file(layer, "data")?;
+    file.set_len(size.min(SEGMENT_LEN)).map_err(explain_size_error)?;
+    data_file_in(layer.try_clone()?, file)
+}
+
+/// Creates the files of a layer, durably, and locks the layer.
+pub(super) fn make_layer(
+    layers: &File,
+    record: &LayerRecord,
+    map: &LayerMap,
+    limit: Option<u64>,
+    make_data: impl FnOnce(&File) -> io::Result<HostFile>,
+) -> Result<(Overlay, File), StackError> {
+    let layer =
+        confined::create_dir(layers, record.uuid.to_string()).map_err(doing("making its layer"))?;
+    let data = make_data(&layer).map_err(doing("making its data"))?;
+    data.sync().map_err(doing("making its data durable"))?;
+    let lock = data.first().try_clone().map_err(doing("locking it"))?;
+    rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive)
+        .map_err(|error| doing("locking it")(error.into()))?;
+    let start = || -> io::Result<(Log, BootTag)> {
+        let tag = boot_tag::current(&layer)?;
+        let log_dir = Arc::new(LayerDir { dir: layer.try_clone()? });
+        let log = Log::create(log_dir, record.uuid, u64::from(record.block), map, tag, 1)?;
+        layer.sync_all()?;
+        layers.sync_all()?;
+        Ok((log, tag))
+    };
+    let (log, tag) = start().map_err(doing("writing its log"))?;
+    let overlay = Overlay::new(record.block, Arc::new(data), map.clone(), Some(log), tag, limit);
+    Ok((overlay, lock))
+}
+
+/// Opens a sealed layer. A layer that was not closed is first recovered, made durable and closed,
+/// by one process at a time.
+pub(in crate::overlay) fn open_sealed(
+    layers: &File,
+    record: &LayerRecord,
+) -> Result<(Arc<Overlay>, Recovered), StackError> {
+    let in_log = |error| StackError::Log { uuid: record.uuid, error };
+    let LockedLayer { lock, files } = open_layer_files(layers, record, |_| Ok(()))?;
+    let tag = boot_tag::current(layers).map_err(doing("reading the boot id"))?;
+    let trusted = recover::examine(&files, tag).map_err(in_log)?;
+    if trusted.recovered == Recovered::Clean {
+        let map = recover::load_map(&files, &trusted).map_err(in_log)?;
+        recover::check_data(&files, &map).map_err(in_log)?;
+        let layer = Overlay::closed(record.block, Arc::clone(&files.data), map, tag);
+        return Ok((Arc::new(layer), Recovered::Clean));
+    }
+    rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive)
+        .map_err(|error| doing("locking a layer to recover it")(error.into()))?;
+    let (layer, recovered) = Overlay::open(&files, tag, None).map_err(in_log)?;
+    layer.close_sealed().map_err(doing("closing the log of a recovered layer"))?;
+    Ok((Arc::new(layer), recovered))
+}
+
+/// Removes the directory of the layer `uuid`, its `data` last because that file carries the lock. A
+/// directory that holds anything but a layer's files stays unchanged.
+///
+/// # Errors
+/// The host's errno; an error that names the foreign file.
+pub(crate) fn remove_layer(layers: &File, uuid: Uuid) -> io::Result<()> {
+    let name = uuid.to_string();
+    let dir = confined::open_subdir(layers, &name)?;
+    let files = entry_names(&dir)?;
+    if let Some(other) = files.iter().find(|file| !is_layer_file(file)) {
+        return Err(foreign_entry_error(&format!("layers/{name}"), other));
+    }
+    let before = files.iter().map(String::as_str).filter(|file| *file != "data");
+    before.chain(["data"]).try_for_each(|file| confined::remove_file(&dir, file))?;
+    Ok(rustix::fs::unlinkat(layers, &name, AtFlags::REMOVEDIR)?)
+}
+
+/// Returns whether `name` is the name of a layer's file.
+fn is_layer_file(name: &str) -> bool {
+    let is_segment = |index: &str| index.parse::<usize>().is_ok();
+    matches!(name, "data" | "log" | "log.new" | "journal")
+        || name.strip_prefix("data.").is_some_and(is_segment)
+}
