@@ -34,6 +34,7 @@ pub mod blocks;
 pub mod boot_tag;
 mod commit;
 pub mod data;
+mod data_check;
 mod fiemap;
 pub mod group_commit;
 pub mod journal;

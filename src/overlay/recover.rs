@@ -15,11 +15,11 @@ use uuid::Uuid;
 
 use super::Overlay;
 use super::data::{Create, Storage};
+use super::data_check;
 use super::journal::{self, JournalContents};
 use super::log::{self, Log, LogDir, LogEnd, LogScan};
 use super::record::{BootTag, LayerMap};
 use super::state::{BlockIndex, BlockState};
-use super::verify;
 use crate::config::format_size;
 use crate::host;
 
@@ -197,7 +197,7 @@ pub fn load_map(files: &LayerFiles, trusted: &TrustedLog) -> Result<LayerMap, Lo
 /// # Errors
 /// [`LogError::DataMissing`]; the host's errno.
 pub fn check_data(files: &LayerFiles, image: &LayerMap) -> Result<(), LogError> {
-    let missing = verify::missing_data(files, image)?;
+    let missing = data_check::missing_data(&*files.data, image, u64::from(files.block_size))?;
     match missing.first {
         Some(first) => Err(LogError::DataMissing { bytes: missing.bytes, first }),
         None => Ok(()),

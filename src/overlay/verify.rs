@@ -4,22 +4,20 @@
 //! that count, and whether the data they promise exists. Then the layers are compared with each
 //! other. Nothing is guessed: a repair does what the next mount would do, and no more.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 use std::fs::File;
 use std::io;
-use std::ops::Range;
 
 use rustix::fs::AtFlags;
 use uuid::Uuid;
 
 use super::data::SEGMENT_LEN;
+use super::data_check::{misplaced, segment_ends};
 use super::persist::{LockedOverlay, open_layer_files, open_sealed, remove_layer};
-use super::record::{BootTag, LayerMap};
+use super::record::BootTag;
 use super::recover::{self, LayerFiles, Recovered};
 use super::stack::{LayerRecord, StackError, doing};
-use super::state::{BlockIndex, BlockState};
 use super::{Overlay, boot_tag};
-use crate::config::format_size;
 use crate::confined;
 
 /// The result of checking one layer.
@@ -196,7 +194,7 @@ fn summarize(files: &LayerFiles, tag: BootTag) -> Result<LayerSummary, StackErro
     let in_log = |error| StackError::Log { uuid: files.uuid, error };
     let trusted = recover::examine(files, tag).map_err(in_log)?;
     let image = recover::load_map(files, &trusted).map_err(in_log)?;
-    let mut ends = segment_ends(files).map_err(doing("looking at its data"))?;
+    let mut ends = segment_ends(&*files.data).map_err(doing("looking at its data"))?;
     let block = u64::from(files.block_size);
     for held in trusted.journal.blocks.keys() {
         // Opening the layer writes these bytes into the data file.
@@ -231,112 +229,9 @@ fn allocated_bytes(layers: &File, uuid: Uuid) -> io::Result<u64> {
     Ok(blocks * 512)
 }
 
-/// Returns the end of each segment of the data file, in bytes of the disk, by index.
-fn segment_ends(files: &LayerFiles) -> io::Result<HashMap<u64, u64>> {
-    let Some(data) = files.data.host_file() else {
-        return Ok(HashMap::new());
-    };
-    let mut ends = HashMap::new();
-    for (index, file) in data.segments()? {
-        let index = index as u64;
-        ends.insert(index, index * SEGMENT_LEN + file.metadata()?.len());
-    }
-    Ok(ends)
-}
-
-/// Returns the data of `image` that lies past the end of the data file. Looks at the map only past the
-/// ends of segments, so it costs little for an intact layer.
-pub(super) fn missing_data(files: &LayerFiles, image: &LayerMap) -> io::Result<ByteSum> {
-    let mut missing = ByteSum::default();
-    if files.data.host_file().is_none() {
-        return Ok(missing);
-    }
-    let block = u64::from(files.block_size);
-    let mut look = |range: Range<u64>| {
-        let range = range.start..range.end.min(image.size);
-        if range.is_empty() {
-            return;
-        }
-        let blocks = BlockIndex(range.start / block)..BlockIndex(range.end.div_ceil(block));
-        for run in image.blocks.runs(blocks).filter(|run| run.state == BlockState::Data) {
-            let start = run.range.start.0.saturating_mul(block).max(range.start);
-            let end = run.range.end.0.saturating_mul(block).min(range.end);
-            missing.add(start..end);
-        }
-    };
-    let mut ends: Vec<_> = segment_ends(files)?.into_iter().collect();
-    ends.sort_unstable();
-    let mut covered = 0;
-    for (index, end) in ends {
-        look(covered..index * SEGMENT_LEN);
-        covered = end;
-    }
-    look(covered..u64::MAX);
-    Ok(missing)
-}
-
-/// Describes Data blocks that cannot be valid: past the disk's size, or past the end of the data
-/// file.
-fn misplaced(image: &LayerMap, block: u64, ends: &HashMap<u64, u64>) -> Vec<String> {
-    let (mut outside, mut missing) = (ByteSum::default(), ByteSum::default());
-    let all = BlockIndex(0)..BlockIndex(u64::MAX);
-    for run in image.blocks.runs(all).filter(|run| run.state == BlockState::Data) {
-        let bytes = run.range.start.0.saturating_mul(block)..run.range.end.0.saturating_mul(block);
-        // The last block may reach past the end of the disk and is stored only up to that end.
-        let size = image.size;
-        outside.add(bytes.start.max(size.next_multiple_of(block))..bytes.end);
-        for part in split_by_segment(bytes.start..bytes.end.min(size)) {
-            let end = ends.get(&(part.start / SEGMENT_LEN)).copied().unwrap_or(0);
-            missing.add(part.start.max(end)..part.end);
-        }
-    }
-    let line = |sum: ByteSum, what: &str| {
-        let first = sum.first?;
-        let size = format_size(sum.bytes);
-        Some(format!("{size} of data from byte {first} on {what}"))
-    };
-    let lines = [
-        line(outside, "lie past the end of the disk"),
-        line(missing, "are missing: the data file is too short, restore it from a backup"),
-    ];
-    lines.into_iter().flatten().collect()
-}
-
-/// Splits `range` at the borders of segments.
-fn split_by_segment(range: Range<u64>) -> impl Iterator<Item = Range<u64>> {
-    let mut at = range.start;
-    std::iter::from_fn(move || {
-        let start = at;
-        at = range.end.min((start / SEGMENT_LEN + 1).saturating_mul(SEGMENT_LEN));
-        (start < range.end).then_some(start..at)
-    })
-}
-
-/// A number of bytes, and the offset of the first of them.
-#[derive(Default)]
-pub(super) struct ByteSum {
-    pub(super) first: Option<u64>,
-    pub(super) bytes: u64,
-}
-
-impl ByteSum {
-    fn add(&mut self, range: Range<u64>) {
-        if !range.is_empty() {
-            self.first.get_or_insert(range.start);
-            self.bytes += range.end - range.start;
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn image(size: u64, data: Range<u64>) -> LayerMap {
-        let mut image = LayerMap::new(size, size);
-        image.blocks.set(BlockIndex(data.start)..BlockIndex(data.end), BlockState::Data);
-        image
-    }
 
     fn look(uuid: u128, parent: Option<u128>, size: u64, lower_limit: u64) -> LayerCheck {
         let (uuid, parent) = (Uuid::from_u128(uuid), parent.map(Uuid::from_u128));
@@ -371,26 +266,5 @@ mod tests {
         let parent = looks[0].summary.as_mut().unwrap();
         (parent.trusted_records, parent.is_rewritten) = (5, true);
         assert_eq!(contradictions(&looks), Vec::<String>::new());
-    }
-
-    #[test]
-    fn data_past_the_end_of_the_disk_is_reported() {
-        let ends = HashMap::from([(0, 1 << 20)]);
-        assert_eq!(misplaced(&image(5000, 0..2), 4096, &ends), Vec::<String>::new());
-        let lines = misplaced(&image(5000, 0..4), 4096, &ends);
-        assert_eq!(lines, ["8 KiB of data from byte 8192 on lie past the end of the disk"]);
-    }
-
-    #[test]
-    fn missing_data_is_found_in_each_segment_separately() {
-        let block = 1 << 20;
-        let border = SEGMENT_LEN / block;
-        let image = image(2 * SEGMENT_LEN, border - 1..border + 2);
-        let whole = HashMap::from([(0, SEGMENT_LEN), (1, SEGMENT_LEN + 2 * block)]);
-        assert_eq!(misplaced(&image, block, &whole), Vec::<String>::new());
-        let short = HashMap::from([(0, SEGMENT_LEN), (1, SEGMENT_LEN + block)]);
-        assert!(misplaced(&image, block, &short)[0].starts_with("1 MiB of data"));
-        let parts: Vec<_> = split_by_segment(SEGMENT_LEN - 1..SEGMENT_LEN + 1).collect();
-        assert_eq!(parts, [SEGMENT_LEN - 1..SEGMENT_LEN, SEGMENT_LEN..SEGMENT_LEN + 1]);
     }
 }
