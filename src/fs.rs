@@ -394,7 +394,7 @@ impl Filesystem for CowslipFs {
                 return drop(permit);
             }
             let (disk, data) = (Arc::clone(disk), data.to_vec());
-            return Arc::clone(disk.sync_pool()).run(Box::new(move || {
+            return Arc::clone(&disk.pools.sync).run(Box::new(move || {
                 if let Some(Stream::Output(output)) = disk.stream() {
                     disk.stream_write(output, &data, offset, pid, send);
                 }
@@ -424,7 +424,7 @@ impl Filesystem for CowslipFs {
             return self.busy_poll.poll_request();
         }
         let (shared, there, data) = (Arc::clone(&self.shared), shown.clone(), data.to_vec());
-        disk.sync_pool().run(Box::new(move || write.run(&shared, &there, &data, reply)));
+        disk.pools.sync.run(Box::new(move || write.run(&shared, &there, &data, reply)));
     }
 
     fn flush(&self, _: &Request, _: INodeNo, fh: FileHandle, _: LockOwner, reply: ReplyEmpty) {

@@ -7,9 +7,7 @@ use std::io;
 use std::ops::Range;
 use std::os::fd::BorrowedFd;
 
-use crate::extents::Extent;
-#[cfg(doc)]
-use crate::extents::ExtentKind;
+use crate::extents::{Extent, ExtentKind};
 
 /// Whether a call may wait for a device, a lock or another host.
 ///
@@ -40,6 +38,18 @@ pub trait Layer: Send + Sync {
     /// # Errors
     /// `EAGAIN` under [`Wait::No`] when the answer would have to wait; otherwise the host's errno.
     fn extent_at(&self, range: Range<u64>, wait: Wait) -> io::Result<Extent>;
+
+    /// Describes a prefix of `range` like [`extent_at`](Self::extent_at), and returns how many layers
+    /// were passed on the way to the answer: of several layers that are read as one, those above
+    /// the answering one, and all of them for [`ExtentKind::Lower`].
+    ///
+    /// # Errors
+    /// The errors of [`extent_at`](Self::extent_at).
+    fn extent_with_depth(&self, range: Range<u64>, wait: Wait) -> io::Result<(Extent, u32)> {
+        let extent = self.extent_at(range, wait)?;
+        let passed = u32::from(extent.kind == ExtentKind::Lower);
+        Ok((extent, passed))
+    }
 
     /// Describes a prefix of `offset..offset + buf.len()` (`buf` is not empty) like
     /// [`extent_at`](Self::extent_at). When that prefix is [`ExtentKind::Data`], its bytes are read

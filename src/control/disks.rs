@@ -248,7 +248,7 @@ impl Control {
             return;
         };
         let (tell, told) = mpsc::channel();
-        disk.notify_pool().run(Box::new(move || {
+        disk.pools.notify.run(Box::new(move || {
             forget(&stale);
             // The receiver may have timed out.
             let _ = tell.send(());

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use super::bottom::Bottom;
 use super::history::{Force, Operation, OperationError};
-use super::{Disk, OverlayLocation, Top};
+use super::{Disk, OverlayLocation};
 use crate::base::identity::Identity;
 use crate::base::{self, WritableBase};
 use crate::config::{Format, Locking, format_size};
@@ -307,11 +307,4 @@ fn check_space(
         )));
     }
     Ok(())
-}
-
-impl Top {
-    /// Whether a commit was begun and is not finished.
-    pub(super) fn is_committing(&self) -> bool {
-        matches!(self, Self::Overlay(overlay) if overlay.is_committing())
-    }
 }

@@ -2,13 +2,13 @@
 
 use std::io;
 use std::ops::Range;
-use std::os::fd::{AsFd, BorrowedFd};
-use std::sync::Arc;
+use std::os::fd::AsFd;
 
-use super::{Disk, LayerStack, Top};
+use super::Disk;
+use super::layers::{LayerStack, Top};
 use crate::extents::ExtentKind;
 use crate::host::{copy_range, is_copy_unsupported, os_error};
-use crate::layer::{Layer, Wait};
+use crate::layer::Wait;
 use crate::overlay::Overlay;
 use crate::overlay::reflink::Reflink;
 
@@ -57,8 +57,8 @@ fn copy_extents(
     offset: u64,
     done: &mut u64,
 ) -> io::Result<()> {
-    while from.start + *done < from.end {
-        let extent = layers.extent_at(from.start + *done..from.end, Wait::Yes)?;
+    for piece in layers.pieces(from, Wait::Yes) {
+        let (extent, _) = piece?;
         let len = extent.len();
         let to = offset + *done;
         match extent.kind {
@@ -115,24 +115,6 @@ fn copy_data(
     Ok(at - from.start)
 }
 
-/// Lets the first layer with data for a prefix of `range` lend its file to `copy`. Returns the
-/// number of bytes copied.
-fn lend_through(
-    layers: &[Arc<dyn Layer>],
-    mut range: Range<u64>,
-    copy: &mut dyn FnMut(BorrowedFd<'_>, Range<u64>) -> io::Result<u64>,
-) -> io::Result<u64> {
-    for layer in layers {
-        let (extent, copied) = layer.lend_at(range, Wait::Yes, copy)?;
-        match extent.kind {
-            ExtentKind::Data => return Ok(copied.unwrap_or(0)),
-            ExtentKind::Zero | ExtentKind::Hole => return Ok(0),
-            ExtentKind::Lower => range = extent.range,
-        }
-    }
-    Ok(0)
-}
-
 impl Disk {
     /// Copies the range `from` of `source` to `offset` of this disk (copy_file_range(2)); a copy
     /// that ends past the end grows the disk. Returns the number of bytes copied.
@@ -150,7 +132,7 @@ impl Disk {
     /// Lets the host copy the whole blocks at the start of `from` to `offset`. Returns 0 when there
     /// are none or the host cannot copy.
     fn copy_blocks(&self, source: &LayerStack, from: Range<u64>, offset: u64) -> io::Result<u64> {
-        let _gate = self.gate_shared(Wait::Yes)?;
+        let _gate = self.gate.shared(Wait::Yes)?;
         let layers = self.layers();
         let block = u64::from(self.block());
         let size = layers.size();
@@ -186,7 +168,7 @@ fn copy_to_reflink(
         return Err(os_error(libc::EIO));
     }
     let wanted = from.start..from.start + (to.end - to.start);
-    lend_through(source.all(), wanted, &mut |input, piece| {
+    source.lend_at(wanted, &mut |input, piece| {
         copy_range(input, piece, target.data().as_fd(), to.start)
     })
 }
@@ -202,8 +184,6 @@ fn copy_to_overlay(
     let len = to.end - to.start;
     overlay.copy_in(&to, &mut |file, place| {
         let wanted = from.start..from.start + len;
-        lend_through(source.all(), wanted, &mut |input, piece| {
-            copy_range(input, piece, file, place.start)
-        })
+        source.lend_at(wanted, &mut |input, piece| copy_range(input, piece, file, place.start))
     })
 }

@@ -7,8 +7,8 @@
 use std::io;
 use std::path::Path;
 
+use super::Disk;
 use super::open::OpenError;
-use super::{Disk, Top};
 use crate::config::DirectIo;
 use crate::overlay::Overlay;
 use crate::overlay::keep::temporary_dir;
@@ -21,11 +21,8 @@ impl Disk {
             return Ok(());
         }
         let layers = self.layers();
-        let top = match &layers.top {
-            Top::Overlay(overlay) => Some(overlay),
-            Top::Reflink(_) | Top::Base(_) | Top::Nothing => None,
-        };
-        let below = layers.sealed.iter().flat_map(|sealed| sealed.layers());
+        let top = layers.top.overlay();
+        let below = layers.sealed_layers();
         let known = self.history.open_sealed();
         let refused = |error| OpenError::NoDirect {
             dir: self.overlay_dir().as_deref().map_or_else(temporary_dir, Path::to_owned),

@@ -10,7 +10,8 @@ use std::time::{Duration, Instant};
 
 use super::bottom::Bottom;
 use super::history::OperationError;
-use super::{Disk, LayerStack, OverlayLocation, Top};
+use super::layers::{LayerStack, Top};
+use super::{Disk, OverlayLocation};
 use crate::base::blank::Blank;
 use crate::extents::ExtentKind;
 use crate::host::os_error;
@@ -113,15 +114,13 @@ impl Disk {
     /// Reads the disk's bytes of `range` into the host's cache.
     fn warm_cache(&self, range: Range<u64>, buf: &mut Vec<u8>) -> io::Result<u64> {
         let layers = self.layers();
-        let mut at = range.start;
         let mut warmed = 0;
-        while at < range.end {
-            let (extent, depth) = layers.extent_with_depth(at..range.end, Wait::Yes)?;
-            at = extent.range.end;
+        for piece in layers.pieces(range, Wait::Yes) {
+            let (extent, depth) = piece?;
             if extent.kind != ExtentKind::Data {
                 continue;
             }
-            if let (Top::Overlay(overlay), 0) = (&layers.top, depth) {
+            if let (Some(overlay), 0) = (layers.top.overlay(), depth) {
                 overlay.will_need(&extent.range);
                 continue;
             }
@@ -134,14 +133,13 @@ impl Disk {
 
     /// Copies the lower layers' bytes of `range` up into the overlay, and returns how many.
     pub(super) fn copy_up(&self, range: Range<u64>, wait: Wait) -> io::Result<u64> {
-        let _gate = self.gate_shared(wait)?;
+        let _gate = self.gate.shared(wait)?;
         let layers = self.layers();
-        let Top::Overlay(overlay) = &layers.top else { return Err(os_error(libc::EROFS)) };
+        let overlay = layers.top.overlay().ok_or_else(|| os_error(libc::EROFS))?;
         let end = range.end.min(layers.size());
-        let (mut at, mut copied) = (range.start, 0);
-        while at < end {
-            let (extent, depth) = layers.extent_with_depth(at..end, wait)?;
-            at = extent.range.end;
+        let mut copied = 0;
+        for piece in layers.pieces(range.start..end, wait) {
+            let (extent, depth) = piece?;
             if extent.kind == ExtentKind::Data && depth > 0 {
                 copied += overlay.copy_up(&extent.range, &layers.below(), wait)?;
             }
@@ -304,8 +302,11 @@ impl Disk {
                 self.replace_tree(&next, None)?;
             }
             let bottom: Arc<dyn Layer> = Arc::new(Blank::new(size));
-            *self.layers.write() =
-                Arc::new(LayerStack::new(Top::Overlay(Arc::clone(&overlay)), None, Some(bottom)));
+            *self.layers.write() = Arc::new(LayerStack::new(
+                Top::Overlay(Arc::clone(&overlay)),
+                Vec::new(),
+                Some(bottom),
+            ));
             *self.bottom.lock() = Arc::new(Bottom::Blank(size));
             self.is_detached.store(true, Ordering::SeqCst);
         }

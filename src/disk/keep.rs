@@ -7,10 +7,9 @@ use std::time::Duration;
 use super::history::OperationError;
 use super::open::{OpenError, new_stack};
 use super::overlay_dir::OverlayDirId;
-use super::{Disk, LayerStack, OverlayLocation, Top};
+use super::{Disk, OverlayLocation};
 use crate::overlay::persist::{self, OpenedOverlay, OverlayPath};
 use crate::overlay::recover::Recovered;
-use crate::overlay::sealed::Sealed;
 use crate::overlay::{DEFAULT_BLOCK_SIZE, keep};
 use crate::stream::UnmountPolicy;
 use crate::stream::output::DrainTimeout;
@@ -60,7 +59,7 @@ impl Disk {
         let _gate =
             self.gate_for_layers().map_err(|error| OpenError::NothingToKeep(error.to_string()))?;
         let layers = self.layers();
-        let Top::Overlay(overlay) = &layers.top else {
+        let Some(overlay) = layers.top.overlay() else {
             if let Some(dir) = self.overlay_dir() {
                 return nothing(&format!("the disk is kept already, in '{}'", dir.display()));
             }
@@ -93,9 +92,7 @@ impl Disk {
         let OpenedOverlay { overlay, below, snapshot_layers: aside, dir: home, .. } = kept;
         self.history.set_sealed(&tree.live(), &below, aside);
         overlay.set_lower_layers(&below);
-        let sealed = Sealed::new(below).map(Arc::new);
-        let top = Top::Overlay(Arc::new(overlay));
-        *self.layers.write() = Arc::new(LayerStack::new(top, sealed, layers.bottom.clone()));
+        *self.layers.write() = Arc::new(layers.with_top(Arc::new(overlay), below));
         *self.overlay_location.lock() = OverlayLocation::Persistent(home);
         *self.overlay_dir.lock() = Some(OverlayDirId::at(dir));
         Ok(())

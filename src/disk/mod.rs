@@ -1,19 +1,22 @@
 //! A mounted disk: its layers, its gate and its attributes. The three loops that walk the layers
 //! (read, write, seek) are in `read_write`; `open` builds a disk from its config.
 //!
-//! Every change of bytes holds the *gate* shared; a change of the size or of the layers holds it
-//! exclusive. Readers take a snapshot of the layers and never wait for the gate.
+//! Every change of bytes holds the [gate](gate::Gate) shared; a change of the size or of the layers
+//! holds it exclusive. Readers take a snapshot of the layers and never wait for the gate.
 
 mod bottom;
 mod commit;
 mod copy;
 mod direct;
 mod fetch;
+mod gate;
 mod history;
 mod keep;
+mod layers;
 mod open;
 mod overlay_dir;
 mod partition;
+mod pools;
 mod read_write;
 mod retire;
 mod single_file;
@@ -26,7 +29,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use parking_lot::{Mutex, RwLock};
 use uuid::Uuid;
@@ -36,10 +39,12 @@ pub use self::bottom::UnreadableBase;
 pub use self::commit::CommitSummary;
 use self::fetch::HydrationState;
 pub use self::fetch::{HydrateCommand, PrefetchMode};
+use self::gate::Gate;
 use self::history::History;
 pub use self::history::{
     DiffBase, Difference, Force, LayerUsage, LayerUsers, OperationError, SnapshotInfo,
 };
+use self::layers::{LayerStack, Top};
 pub use self::open::{
     OpenContext, OpenError, OpenedDisk, clone_stored, create_blank, create_stored, open,
     open_stored, spec_over,
@@ -48,50 +53,25 @@ use self::overlay_dir::OverlayDirId;
 pub use self::overlay_dir::OverlayDirState;
 use self::partition::PartitionFiles;
 pub use self::partition::{DiskFile, PartitionFile, PartitionsError, split_name};
+pub use self::pools::Pools;
 pub use self::read_write::{FallocateMode, SizeMode, Whence};
 pub use self::retire::InUse;
 use self::space_failures::SpaceFailures;
 use crate::config::{CopyUp, DirectIo, DiskMode, DiskSpec, Passthrough, Resize};
 use crate::extents::{Extent, ExtentKind, Extents};
 use crate::host::os_error;
-use crate::layer::{Layer, Wait, WritableLayer};
+use crate::layer::{Wait, WritableLayer};
 use crate::overlay::Overlay;
 use crate::overlay::persist::{Holder, OverlayDir, OverlayPath};
 use crate::overlay::record::{MtimeOrigin, Nanos};
 use crate::overlay::recover::Recovered;
 use crate::overlay::reflink::Reflink;
-use crate::overlay::sealed::Sealed;
 use crate::overlay::stack::inode_of;
 use crate::overlay::tree::LayerTree;
-use crate::pool::Pool;
 use crate::stream::Stream;
 
 /// The most extents that one walk for `st_blocks` visits; all bytes after them count as data.
 const MAX_WALKED_EXTENTS: usize = 16 << 10;
-
-/// The layer that takes a disk's changes.
-enum Top {
-    /// A copy-on-write layer.
-    Overlay(Arc<Overlay>),
-    /// A file that shares its blocks with the base (reflink).
-    Reflink(Arc<Reflink>),
-    /// The base itself (`mode=rw`).
-    Base(Arc<dyn WritableLayer>),
-    /// No layer: the disk is read-only (`mode=ro`).
-    Nothing,
-}
-
-/// A snapshot of a disk's layers, replaced as a whole: with the gate held exclusive, unless the bytes
-/// stay the same.
-struct LayerStack {
-    top: Top,
-    /// The sealed layers below the top.
-    sealed: Option<Arc<Sealed>>,
-    /// The base below all other layers; with `Top::Base` the top itself.
-    bottom: Option<Arc<dyn Layer>>,
-    /// All layers from top to bottom, including `top` unless that is `Nothing`.
-    all: Vec<Arc<dyn Layer>>,
-}
 
 /// Where a disk's overlay is stored, and which layers it has.
 #[expect(clippy::large_enum_variant, reason = "one a disk, which hardly ever moves")]
@@ -180,10 +160,7 @@ pub struct Disk {
     passthrough: Passthrough,
     /// Whether I/O bypasses the host's page cache. If so, every read and write of the files waits.
     direct: DirectIo,
-    /// Held shared for changes of bytes, exclusive for changes of the size or of the layers.
-    gate: RwLock<()>,
-    /// Held while waiting for the exclusive gate (`wait_for_gate`).
-    gate_queue: Mutex<()>,
+    gate: Gate,
     /// Locked only to take a snapshot or to install new layers.
     layers: RwLock<Arc<LayerStack>>,
     owner: Mutex<DiskOwner>,
@@ -211,17 +188,12 @@ pub struct Disk {
     recovered: Recovered,
     /// The stream, for a disk that is one.
     stream: Option<Stream>,
-    io_pool: Arc<Pool>,
-    notify_pool: Arc<Pool>,
-    sync_pool: Arc<Pool>,
-    map_pool: Arc<Pool>,
+    /// The threads of the disk.
+    pub pools: Pools,
     maintaining: AtomicBool,
     /// Set while an operation of unbounded length holds the gate: requests then wait without a
     /// deadline.
     pub(crate) in_long_operation: AtomicBool,
-    /// Set once the overlay is closed because the daemon or the disk shuts down: every change is
-    /// refused from then on.
-    closed: AtomicBool,
     /// Set once the disk is being removed: opens are refused.
     is_retired: AtomicBool,
     /// Granularity of the bottom's holes in bytes: no hole begins or ends inside one such unit.
@@ -288,9 +260,6 @@ pub struct FsSpace {
     pub available: u64,
 }
 
-/// Threads that describe a disk's map: it is read now and then.
-const MAP_THREADS: usize = 2;
-
 impl Disk {
     /// Makes a disk of `layers`, whose bottom is described by `bottom`, with the keys of `spec`.
     fn new(
@@ -316,8 +285,7 @@ impl Disk {
             resize: spec.resize,
             passthrough: spec.passthrough,
             direct: spec.direct,
-            gate: RwLock::new(()),
-            gate_queue: Mutex::new(()),
+            gate: Gate::default(),
             layers: RwLock::new(Arc::new(layers)),
             owner: Mutex::new(owner),
             times: Times::new(mtime, false, None),
@@ -337,13 +305,9 @@ impl Disk {
             bottom: Mutex::new(Arc::new(bottom)),
             recovered: Recovered::Clean,
             stream: None,
-            io_pool: Arc::new(Pool::default()),
-            notify_pool: Arc::new(Pool::default()),
-            sync_pool: Arc::new(Pool::default()),
-            map_pool: Arc::new(Pool::with_threads(MAP_THREADS)),
+            pools: Pools::default(),
             maintaining: false.into(),
             in_long_operation: false.into(),
-            closed: false.into(),
             is_retired: false.into(),
             grain,
             is_unlinked: false.into(),
@@ -370,19 +334,13 @@ impl Disk {
     /// The overlay, if the disk has one.
     #[must_use]
     pub fn overlay(&self) -> Option<Arc<Overlay>> {
-        match &self.layers().top {
-            Top::Overlay(overlay) => Some(Arc::clone(overlay)),
-            Top::Reflink(_) | Top::Base(_) | Top::Nothing => None,
-        }
+        self.layers().top.overlay().cloned()
     }
 
     /// The reflink overlay, if the disk has one.
     #[must_use]
     pub fn reflink(&self) -> Option<Arc<Reflink>> {
-        match &self.layers().top {
-            Top::Reflink(reflink) => Some(Arc::clone(reflink)),
-            Top::Overlay(_) | Top::Base(_) | Top::Nothing => None,
-        }
+        self.layers().top.reflink().cloned()
     }
 
     /// The bottom of the disk.
@@ -394,34 +352,6 @@ impl Disk {
     #[must_use]
     pub fn recovered(&self) -> Recovered {
         self.recovered
-    }
-
-    /// The threads that wait for the host.
-    #[must_use]
-    pub fn io_pool(&self) -> &Arc<Pool> {
-        &self.io_pool
-    }
-
-    /// The threads that tell the kernel to drop its cache. They may wait for the work of
-    /// [`io_pool`].
-    ///
-    /// [`io_pool`]: Self::io_pool
-    #[must_use]
-    pub fn notify_pool(&self) -> &Arc<Pool> {
-        &self.notify_pool
-    }
-
-    /// The threads that wait for the device in a sync.
-    #[must_use]
-    pub fn sync_pool(&self) -> &Arc<Pool> {
-        &self.sync_pool
-    }
-
-    /// The threads that describe the disk's map, so that reading a map takes no thread from reads
-    /// of the disk.
-    #[must_use]
-    pub fn map_pool(&self) -> &Arc<Pool> {
-        &self.map_pool
     }
 
     /// Owner and mode of the mounted file.
@@ -521,14 +451,8 @@ impl Disk {
         known: &Mutex<Option<(u64, u64)>>,
         wait: Wait,
     ) -> stdio::Result<u64> {
-        let revision = match &self.layers().top {
-            Top::Overlay(overlay) => Some(overlay.revision()),
-            // A stream's data arrives without a count of revisions.
-            Top::Nothing if self.stream.is_some() => None,
-            Top::Nothing => Some(0),
-            // Others may change the file, and their changes are not counted.
-            Top::Base(_) | Top::Reflink(_) => None,
-        };
+        // A stream's data arrives without a count of revisions.
+        let revision = self.layers().top.revision().filter(|_| self.stream.is_none());
         let last = *known.lock();
         if let Some((at, bytes)) = last
             && revision == Some(at)
@@ -669,17 +593,10 @@ impl Disk {
     /// # Errors
     /// The host's errno from fstatvfs(2).
     pub fn space(&self) -> stdio::Result<FsSpace> {
-        let file = match &self.layers().top {
-            Top::Overlay(overlay) => overlay.data_file(),
-            Top::Reflink(reflink) => reflink.data().try_clone().ok(),
-            Top::Base(_) | Top::Nothing => None,
+        let Some(file) = self.layers().top.data_file() else {
+            return Ok(FsSpace { total: self.size(), free: 0, available: 0 });
         };
-        let found = match file {
-            Some(file) => rustix::fs::fstatvfs(&file)?,
-            None => {
-                return Ok(FsSpace { total: self.size(), free: 0, available: 0 });
-            }
-        };
+        let found = rustix::fs::fstatvfs(&file)?;
         Ok(FsSpace {
             total: found.f_blocks * found.f_frsize,
             free: found.f_bfree * found.f_frsize,
@@ -739,31 +656,18 @@ impl Disk {
     /// `ETIMEDOUT` when a change was abandoned; `EIO` when the disk has latched; the host's errno.
     pub fn close(&self, patience: Duration) -> stdio::Result<()> {
         self.end_operations(patience);
-        let gate = self.gate.try_write_for(patience);
-        self.closed.store(true, Ordering::SeqCst);
+        let gate = self.gate.close(patience);
         match &self.layers().top {
             Top::Overlay(overlay) if gate.is_some() => {
                 self.record_mtime(overlay);
                 overlay.close()?;
             }
-            Top::Overlay(overlay) => overlay.sync()?,
-            Top::Reflink(reflink) => reflink.sync()?,
-            Top::Base(base) => base.sync()?,
-            Top::Nothing => {}
+            top => top.sync()?,
         }
         if let Some(residence) = self.overlay_location.lock().as_persistent() {
             residence.remove_holder();
         }
         if gate.is_some() { Ok(()) } else { Err(os_error(libc::ETIMEDOUT)) }
-    }
-
-    /// Lets all threads of the disk finish their work. Returns whether they did within `patience`.
-    pub fn stop_pools(&self, patience: Duration) -> bool {
-        let until = Instant::now() + patience;
-        let left = || until.saturating_duration_since(Instant::now());
-        // Every pool is stopped, even after one has timed out.
-        let pools = [&self.notify_pool, &self.io_pool, &self.sync_pool, &self.map_pool];
-        pools.map(|pool| pool.stop(left())) == [true; 4]
     }
 
     /// Whether a failed sync has made the disk read-only.

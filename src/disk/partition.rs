@@ -27,7 +27,7 @@ use parking_lot::Mutex;
 use uuid::Uuid;
 
 use super::bottom::{Bottom, grain_at};
-use super::{Attributes, Disk, FallocateMode, HandleAccess, SizeMode, Top, Whence};
+use super::{Attributes, Disk, FallocateMode, HandleAccess, SizeMode, Whence};
 use crate::base::partitions::{self, PartitionRole, TableError, TableSource};
 use crate::config::format_size;
 use crate::host::os_error;
@@ -156,7 +156,7 @@ impl Disk {
     /// # Errors
     /// [`PartitionsError`]; the disk has no partition files then.
     pub fn show_partitions(&self, name: &str) -> Result<Vec<String>, PartitionsError> {
-        if matches!(self.layers().top, Top::Reflink(_)) {
+        if self.reflink().is_some() {
             return Err(PartitionsError::Reflink);
         }
         let found = match partitions::read(self, self.sector()?) {

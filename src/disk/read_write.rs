@@ -1,30 +1,17 @@
-//! Read, write and seek: the three loops over a disk's layers.
+//! Reading, writing and seeking.
 
 use std::io;
 use std::num::NonZeroUsize;
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
-use std::thread;
-use std::time::Duration;
 
-use parking_lot::{RwLockReadGuard, RwLockWriteGuard};
-
-use super::{Disk, LayerStack, Top};
+use super::Disk;
 use crate::config::{DirectIo, Resize};
 use crate::extents::{Extent, ExtentKind, Extents, describe};
 use crate::host::os_error;
-use crate::layer::{Layer, ReadBelow, Wait, WritableLayer};
+use crate::layer::Wait;
 use crate::overlay::MAX_DISK_SIZE;
-use crate::overlay::sealed::Sealed;
-use crate::pool::check_cancelled;
 
-/// How long an exclusive waiter blocks new holders of the gate at first. Changes under way end
-/// within milliseconds, unless they wait for a base.
-const MIN_GATE_WAIT: Duration = Duration::from_millis(100);
-/// How long an exclusive waiter blocks new holders at most. A host short of clean pages may hold a
-/// write up for a second.
-const MAX_GATE_WAIT: Duration = Duration::from_millis(1600);
 /// The most extents a seek visits on a FUSE worker before it continues in the pool.
 const MAX_SEEK_STEPS: usize = 512;
 
@@ -57,146 +44,6 @@ pub enum SizeMode {
     Grow,
 }
 
-/// The layers below the one that is written.
-pub(super) struct LowerLayers<'a>(&'a [Arc<dyn Layer>]);
-
-impl ReadBelow for LowerLayers<'_> {
-    fn read_below(&self, buf: &mut [u8], offset: u64, wait: Wait) -> io::Result<()> {
-        read_through(self.0, buf, offset, wait)
-    }
-
-    fn is_zero_below(&self, range: Range<u64>, wait: Wait) -> io::Result<bool> {
-        let extent = extent_through(self.0, range.clone(), wait)?;
-        Ok(extent.kind != ExtentKind::Data && extent.range.end >= range.end)
-    }
-}
-
-/// Fills `buf` through `layers`, top to bottom: each layer fills its own bytes and passes the rest
-/// down.
-fn read_through(
-    layers: &[Arc<dyn Layer>],
-    buf: &mut [u8],
-    offset: u64,
-    wait: Wait,
-) -> io::Result<()> {
-    let Some((layer, below)) = layers.split_first() else {
-        buf.fill(0);
-        return Ok(());
-    };
-    let mut done = 0;
-    while done < buf.len() {
-        let at = offset + done as u64;
-        let rest = &mut buf[done..];
-        let extent = layer.read_at(rest, at, wait)?;
-        let len = usize::try_from(extent.len()).unwrap_or(usize::MAX).min(rest.len());
-        match extent.kind {
-            ExtentKind::Data => {}
-            ExtentKind::Zero | ExtentKind::Hole => rest[..len].fill(0),
-            ExtentKind::Lower => read_through(below, &mut rest[..len], at, wait)?,
-        }
-        done += len;
-    }
-    Ok(())
-}
-
-/// Describes a prefix of `range` through `layers`, top to bottom.
-fn extent_through(
-    layers: &[Arc<dyn Layer>],
-    mut range: Range<u64>,
-    wait: Wait,
-) -> io::Result<Extent> {
-    for layer in layers {
-        let extent = layer.extent_at(range, wait)?;
-        if extent.kind != ExtentKind::Lower {
-            return Ok(extent);
-        }
-        range = extent.range;
-    }
-    Ok(Extent::new(range, ExtentKind::Hole))
-}
-
-impl LayerStack {
-    /// Builds the stack of a disk's layers.
-    pub(super) fn new(
-        top: Top,
-        sealed: Option<Arc<Sealed>>,
-        bottom: Option<Arc<dyn Layer>>,
-    ) -> Self {
-        let first = match &top {
-            Top::Overlay(overlay) => Some(Arc::clone(overlay) as Arc<dyn Layer>),
-            Top::Reflink(reflink) => Some(Arc::clone(reflink) as Arc<dyn Layer>),
-            Top::Base(_) | Top::Nothing => None,
-        };
-        let middle = sealed.clone().map(|sealed| sealed as Arc<dyn Layer>);
-        let all = first.into_iter().chain(middle).chain(bottom.clone()).collect();
-        Self { top, sealed, bottom, all }
-    }
-
-    /// Describes a prefix of `range` and returns the depth of its layer: 0 is the top, the greatest
-    /// number the base.
-    pub(super) fn extent_with_depth(
-        &self,
-        mut range: Range<u64>,
-        wait: Wait,
-    ) -> io::Result<(Extent, u32)> {
-        let mut depth = 0;
-        if let Top::Reflink(reflink) = &self.top {
-            return Ok((reflink.extent_at(range, wait)?, depth));
-        }
-        if let Top::Overlay(overlay) = &self.top {
-            let extent = overlay.extent_at(range, wait)?;
-            if extent.kind != ExtentKind::Lower {
-                return Ok((extent, depth));
-            }
-            range = extent.range;
-            depth += 1;
-        }
-        if let Some(sealed) = &self.sealed {
-            let (extent, layer) = sealed.extent_and_layer(&range);
-            depth += u32::try_from(layer).unwrap_or(u32::MAX);
-            if extent.kind != ExtentKind::Lower {
-                return Ok((extent, depth));
-            }
-            range = extent.range;
-        }
-        let extent = match &self.bottom {
-            Some(bottom) => bottom.extent_at(range, wait)?,
-            None => Extent::new(range, ExtentKind::Hole),
-        };
-        Ok((extent, depth))
-    }
-
-    /// The disk's size in bytes, which is the size of its topmost layer.
-    pub(super) fn size(&self) -> u64 {
-        self.all.first().map_or(0, |layer| layer.size())
-    }
-
-    /// Returns the layer that takes changes; `EROFS` without one.
-    pub(super) fn writable(&self) -> io::Result<&dyn WritableLayer> {
-        match &self.top {
-            Top::Overlay(overlay) => Ok(&**overlay),
-            Top::Reflink(reflink) => Ok(&**reflink),
-            Top::Base(base) => Ok(&**base),
-            Top::Nothing => Err(os_error(libc::EROFS)),
-        }
-    }
-
-    /// The layers below the top.
-    pub(super) fn below(&self) -> LowerLayers<'_> {
-        LowerLayers(self.all.get(1..).unwrap_or_default())
-    }
-
-    /// Describes a prefix of `range`.
-    pub(super) fn extent_at(&self, range: Range<u64>, wait: Wait) -> io::Result<Extent> {
-        extent_through(&self.all, range, wait)
-    }
-
-    /// All layers, top to bottom.
-    pub(super) fn all(&self) -> &[Arc<dyn Layer>] {
-        &self.all
-    }
-}
-
 impl Disk {
     /// Returns `EAGAIN` when the I/O of a disk with `direct` would run at the device's speed on a
     /// worker.
@@ -211,56 +58,6 @@ impl Disk {
             (DirectIo::On, Wait::No) => Err(os_error(libc::EAGAIN)),
             (DirectIo::Off, _) | (_, Wait::Yes) => Ok(()),
         }
-    }
-
-    /// Takes the gate shared, for a change of bytes.
-    pub(super) fn gate_shared(&self, wait: Wait) -> io::Result<RwLockReadGuard<'_, ()>> {
-        let gate = match wait {
-            Wait::Yes => self.gate.read(),
-            Wait::No => self.gate.try_read().ok_or_else(|| os_error(libc::EAGAIN))?,
-        };
-        self.check_changeable().map(|()| gate)
-    }
-
-    /// Takes the gate exclusive, for a change of the size.
-    fn gate_exclusive(&self, wait: Wait) -> io::Result<RwLockWriteGuard<'_, ()>> {
-        let gate = match wait {
-            Wait::Yes => self
-                .wait_for_gate(|| check_cancelled().is_ok())
-                .ok_or_else(|| os_error(libc::EIO))?,
-            Wait::No => self.gate.try_write().ok_or_else(|| os_error(libc::EAGAIN))?,
-        };
-        self.check_changeable().map(|()| gate)
-    }
-
-    /// Takes the gate exclusive; returns `None` once `may_wait` returns false.
-    ///
-    /// An exclusive waiter blocks all new shared holders, and a change that waits for a hanging
-    /// base may hold the gate for as long as the base hangs. So only one caller waits at a time,
-    /// and it steps back repeatedly so that the others make progress.
-    pub(super) fn wait_for_gate(
-        &self,
-        may_wait: impl Fn() -> bool,
-    ) -> Option<RwLockWriteGuard<'_, ()>> {
-        let mut stint = MIN_GATE_WAIT;
-        loop {
-            if let Some(_first) = self.gate_queue.try_lock_for(MIN_GATE_WAIT) {
-                if let Some(gate) = self.gate.try_write_for(stint) {
-                    return Some(gate);
-                }
-                thread::sleep(stint / 2);
-                stint = (stint * 2).min(MAX_GATE_WAIT);
-            }
-            if !may_wait() {
-                return None;
-            }
-        }
-    }
-
-    /// Checks after the wait for the gate whether this request may still change the disk.
-    fn check_changeable(&self) -> io::Result<()> {
-        check_cancelled()?;
-        if self.closed.load(Ordering::Relaxed) { Err(os_error(libc::EIO)) } else { Ok(()) }
     }
 
     /// Reads into `buf` from `offset` and returns the bytes read: fewer than asked only at the end.
@@ -280,10 +77,10 @@ impl Disk {
             }
             drop(layers);
             let layers = self.layers();
-            read_through(layers.all(), &mut buf[..len], offset, wait)?;
+            layers.read_at(&mut buf[..len], offset, wait)?;
             return Ok(len);
         }
-        read_through(layers.all(), &mut buf[..len], offset, wait)?;
+        layers.read_at(&mut buf[..len], offset, wait)?;
         Ok(len)
     }
 
@@ -301,7 +98,7 @@ impl Disk {
         let end = offset.checked_add(buf.len() as u64).filter(|end| *end <= MAX_DISK_SIZE);
         let end = end.ok_or_else(|| os_error(libc::EFBIG))?;
         let layers = {
-            let _gate = self.gate_shared(wait)?;
+            let _gate = self.gate.shared(wait)?;
             let layers = self.layers();
             if end <= layers.size() {
                 let top = layers.writable()?;
@@ -317,7 +114,7 @@ impl Disk {
 
     /// Writes past the end: changes first the size, then the bytes.
     fn write_past_end(&self, buf: &[u8], offset: u64, end: u64, wait: Wait) -> io::Result<()> {
-        let _gate = self.gate_exclusive(wait)?;
+        let _gate = self.gate.exclusive(wait)?;
         let layers = self.layers();
         let top = layers.writable()?;
         let old = top.size();
@@ -350,7 +147,7 @@ impl Disk {
     /// The errors of [`write`](Self::write).
     pub fn set_size(&self, size: u64, wait: Wait) -> io::Result<()> {
         self.check_direct_wait(wait)?;
-        let _gate = self.gate_exclusive(wait)?;
+        let _gate = self.gate.exclusive(wait)?;
         let layers = self.layers();
         let top = layers.writable()?;
         let old = top.size();
@@ -383,14 +180,14 @@ impl Disk {
         }
         self.check_direct_wait(wait)?;
         if keep == SizeMode::Grow && range.end > self.size() {
-            let _gate = self.gate_exclusive(wait)?;
+            let _gate = self.gate.exclusive(wait)?;
             let layers = self.layers();
             if range.end > layers.size() {
                 self.check_growth(libc::ENOSPC)?;
                 layers.writable()?.set_size(range.end)?;
             }
         }
-        let _gate = self.gate_shared(wait)?;
+        let _gate = self.gate.shared(wait)?;
         let layers = self.layers();
         let top = layers.writable()?;
         let range = range.start..range.end.min(top.size());
@@ -422,18 +219,14 @@ impl Disk {
         if range.start >= size {
             return Err(os_error(libc::ENXIO));
         }
-        let mut at = range.start;
-        let mut steps = 0;
-        while at < size {
-            if wait == Wait::No && steps == MAX_SEEK_STEPS {
+        for (step, piece) in layers.pieces(range.start..size, wait).enumerate() {
+            let (extent, _) = piece?;
+            if (extent.kind == ExtentKind::Data) == (whence == Whence::Data) {
+                return Ok(extent.range.start);
+            }
+            if wait == Wait::No && step + 1 == MAX_SEEK_STEPS && extent.range.end < size {
                 return Err(os_error(libc::EAGAIN));
             }
-            steps += 1;
-            let extent = layers.extent_at(at..size, wait)?;
-            if (extent.kind == ExtentKind::Data) == (whence == Whence::Data) {
-                return Ok(at);
-            }
-            at = extent.range.end;
         }
         match whence {
             Whence::Data => Err(os_error(libc::ENXIO)),
@@ -465,14 +258,7 @@ impl Disk {
     ) -> io::Result<Vec<(Extent, u32)>> {
         let layers = self.layers();
         let end = range.end.min(layers.size());
-        let mut at = range.start;
-        let mut pieces = Vec::new();
-        while at < end && pieces.len() < limit {
-            let (extent, depth) = layers.extent_with_depth(at..end, wait)?;
-            at = extent.range.end;
-            pieces.push((extent, depth));
-        }
-        Ok(pieces)
+        layers.pieces(range.start..end, wait).take(limit).collect()
     }
 
     /// Makes all that was acknowledged before the call durable (fsync(2)). A temporary overlay
@@ -481,12 +267,7 @@ impl Disk {
     /// # Errors
     /// `EIO` once the disk has latched.
     pub fn sync(&self) -> io::Result<()> {
-        self.note_no_space(match &self.layers().top {
-            Top::Nothing => Ok(()),
-            Top::Overlay(overlay) => overlay.sync(),
-            Top::Reflink(reflink) => reflink.sync(),
-            Top::Base(base) => base.sync(),
-        })
+        self.note_no_space(self.layers().top.sync())
     }
 
     /// Starts writeback of `range` (bytes) on the host when a sync is likely to follow. Called
@@ -494,9 +275,9 @@ impl Disk {
     pub fn prepare_sync(&self, range: Range<u64>) {
         // Only a number is read under the lock: host I/O that hangs under it would block every
         // caller that needs the layers.
-        let overlay = match &self.layers.read().top {
-            Top::Overlay(overlay) if overlay.is_synced_often() => Arc::clone(overlay),
-            Top::Overlay(_) | Top::Reflink(_) | Top::Base(_) | Top::Nothing => return,
+        let overlay = match self.layers.read().top.overlay() {
+            Some(overlay) if overlay.is_synced_often() => Arc::clone(overlay),
+            Some(_) | None => return,
         };
         overlay.prepare_sync(range);
     }
@@ -504,11 +285,6 @@ impl Disk {
     /// Whether [`sync`](Self::sync) takes about as long as the device needs for a few blocks.
     #[must_use]
     pub fn is_quick_to_sync(&self) -> bool {
-        match &self.layers().top {
-            Top::Nothing => true,
-            Top::Overlay(overlay) => overlay.is_quick_to_sync(),
-            // Others may have written to the files of these.
-            Top::Reflink(_) | Top::Base(_) => false,
-        }
+        self.layers().top.is_quick_to_sync()
     }
 }

@@ -16,9 +16,9 @@ use std::sync::atomic::Ordering;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use super::{Disk, HandleAccess, LayerStack, OverlayLocation, Top};
+use super::layers::{LayerStack, Top};
+use super::{Disk, HandleAccess, OverlayLocation};
 use crate::host::os_error;
-use crate::layer::WritableLayer;
 use crate::overlay::Overlay;
 
 /// How often the shutdown checks whether a late request has ended, which usually takes
@@ -68,7 +68,7 @@ impl Disk {
     /// Whether the disk has lost its layers or is about to: its contents are no longer valid.
     #[must_use]
     pub fn is_closed(&self) -> bool {
-        self.closed.load(Ordering::SeqCst)
+        self.gate.is_closed()
     }
 
     /// Shuts down a retired disk that has no name: on return everything is durable, the log is
@@ -84,11 +84,10 @@ impl Disk {
         let left = || until.saturating_duration_since(Instant::now());
         self.end_operations(left());
         // No idle thread may be left behind; whether all have finished is checked below.
-        self.stop_pools(left());
-        let gate = self.gate.try_write_for(left());
-        self.closed.store(true, Ordering::SeqCst);
+        self.pools.stop(left());
+        let gate = self.gate.close(left());
         last_look(self);
-        let none = Arc::new(LayerStack::new(Top::Nothing, None, None));
+        let none = Arc::new(LayerStack::read_only(Vec::new(), None));
         let layers = std::mem::replace(&mut *self.layers.write(), none);
         let home =
             match std::mem::replace(&mut *self.overlay_location.lock(), OverlayLocation::NoOverlay)
@@ -104,12 +103,9 @@ impl Disk {
         let is_alone = is_alone();
         let closed = match &layers.top {
             Top::Overlay(overlay) if is_alone => self.close_overlay(overlay),
-            Top::Overlay(overlay) => overlay.sync(),
-            Top::Reflink(reflink) => reflink.sync(),
             // The end of the stream was reported when it was finished or aborted.
             Top::Base(_) if self.stream().is_some() => Ok(()),
-            Top::Base(base) => base.sync(),
-            Top::Nothing => Ok(()),
+            top => top.sync(),
         };
         match home {
             Some(home) if is_alone => home.unlock(),

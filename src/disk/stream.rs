@@ -4,7 +4,8 @@ use std::cell::RefCell;
 use std::collections::HashMap;
 use std::io;
 
-use super::{Disk, Top};
+use super::Disk;
+use super::layers::Top;
 use crate::config::FinishWhen;
 use crate::host::is_being_killed;
 use crate::stream::output::{DrainTimeout, Output};

@@ -126,7 +126,7 @@ impl CowslipFs {
             return try_or_defer(&self.shared, disk, reply, work, send);
         }
         let (shared, there) = (Arc::clone(&self.shared), Arc::clone(disk));
-        disk.sync_pool().run(Box::new(move || try_or_defer(&shared, &there, reply, work, send)));
+        disk.pools.sync.run(Box::new(move || try_or_defer(&shared, &there, reply, work, send)));
     }
 
     /// Runs `work` in one of the disk's pools, without a deadline.

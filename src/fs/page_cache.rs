@@ -147,7 +147,7 @@ impl CowslipFs {
             return answer();
         }
         let (shared, there) = (Arc::clone(shared), shown.clone());
-        shown.disk().notify_pool().run(Box::new(move || {
+        shown.disk().pools.notify.run(Box::new(move || {
             Self::invalidate_others(&shared, &there, range);
             answer();
         }));

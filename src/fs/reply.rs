@@ -200,10 +200,10 @@ impl Deadlines {
             self.pending.lock().push_back(TimedReply { until, reply, disk });
         }
         let threads = match lane {
-            PoolKind::Work => disk.io_pool(),
-            PoolKind::Invalidate => disk.notify_pool(),
-            PoolKind::Sync => disk.sync_pool(),
-            PoolKind::Map => disk.map_pool(),
+            PoolKind::Work => &disk.pools.io,
+            PoolKind::Invalidate => &disk.pools.notify,
+            PoolKind::Sync => &disk.pools.sync,
+            PoolKind::Map => &disk.pools.map,
         };
         threads.run(Box::new(move || {
             if slot.is_replied() {

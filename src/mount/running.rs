@@ -57,7 +57,7 @@ pub(super) fn tick(shared: &Arc<FsContext>, stop: &AtomicBool) {
                 }));
             }
             if disk.needs_maintenance() {
-                let pool = Arc::clone(disk.sync_pool());
+                let pool = Arc::clone(&disk.pools.sync);
                 pool.run(Box::new(move || {
                     if let Err(error) = disk.maintain() {
                         log::error!("{}: background sync: {error}", disk.source);
@@ -143,7 +143,7 @@ impl RunningMount {
         let left = || until.saturating_duration_since(Instant::now());
         let disks = self.shared.catalog.disks();
         for disk in &disks {
-            if !disk.stop_pools(left()) {
+            if !disk.pools.stop(left()) {
                 log::warn!("{}: a request is still waiting for its base", disk.source);
             }
         }
@@ -167,7 +167,7 @@ impl RunningMount {
             log::error!("FUSE: {error}");
             code = 1;
         }
-        // The ticker waits for nothing after `stop_pools`, and holds nothing that must be closed.
+        // The ticker waits for nothing after `Pools::stop`, and holds nothing that must be closed.
         let _ = self.ticker.join();
         log::info!("unmounted");
         code

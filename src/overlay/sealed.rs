@@ -321,6 +321,11 @@ impl Layer for Sealed {
         Ok(self.extent_and_layer(&range).0)
     }
 
+    fn extent_with_depth(&self, range: Range<u64>, _: Wait) -> io::Result<(Extent, u32)> {
+        let (extent, layer) = self.extent_and_layer(&range);
+        Ok((extent, u32::try_from(layer).unwrap_or(u32::MAX)))
+    }
+
     fn read_at(&self, buf: &mut [u8], offset: u64, wait: Wait) -> io::Result<Extent> {
         let (extent, layer) = self.extent_and_layer(&(offset..offset + buf.len() as u64));
         if extent.kind == ExtentKind::Data {

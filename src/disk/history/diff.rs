@@ -20,8 +20,9 @@ use std::time::{Duration, Instant};
 
 use uuid::Uuid;
 
+use super::super::Disk;
 use super::super::bottom::Bottom;
-use super::super::{Disk, LayerStack, Top};
+use super::super::layers::LayerStack;
 use super::OperationError;
 use crate::extents::{Extent, ExtentKind};
 use crate::layer::{CopyFn, Layer, Wait};
@@ -168,8 +169,8 @@ impl Disk {
         let mtime = chain.first().and_then(|layer| layer.mtime()).map_or(0, |(mtime, _)| mtime);
         let marks =
             ChangeMap { layers: Sealed::new(chain[..upper].to_vec()), base_size: below, size };
-        let frozen = LayerStack::new(Top::Nothing, Sealed::new(chain).map(Arc::new), bottom);
-        let marks = LayerStack::new(Top::Nothing, None, Some(Arc::new(marks)));
+        let frozen = LayerStack::read_only(chain, bottom);
+        let marks = LayerStack::read_only(Vec::new(), Some(Arc::new(marks)));
         let base = match &*self.bottom() {
             Bottom::File { view: Some(_), .. } => DiffBase::Part,
             Bottom::File { path, format, .. } => DiffBase::File(path.clone(), format.to_string()),

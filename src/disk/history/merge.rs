@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering;
 
 use uuid::Uuid;
 
-use super::super::{Disk, LayerStack, Top};
+use super::super::Disk;
 use super::new_top::NewTop;
 use super::operation::Operation;
 use super::{LayerUsers, OperationError};
@@ -128,11 +128,9 @@ impl Disk {
         {
             // The bytes stay the same, so nobody has to wait.
             let mut layers = self.layers.write();
-            if let Top::Overlay(top) = &layers.top {
+            if let Some(top) = layers.top.overlay().cloned() {
                 top.set_lower_layers(&self.layers_to_sync(&next, &below));
-                let top = Top::Overlay(Arc::clone(top));
-                let sealed = Sealed::new(below).map(Arc::new);
-                *layers = Arc::new(LayerStack::new(top, sealed, layers.bottom.clone()));
+                *layers = Arc::new(layers.with_top(top, below));
             }
         }
         self.drop_unused_layers(&tree, &next);
@@ -365,7 +363,7 @@ mod tests {
         let disk = disk(&room.path().join("ov"));
         std::thread::scope(|scope| {
             // Held as by a change that waits for its base.
-            let hanging = disk.gate_shared(Wait::Yes).unwrap();
+            let hanging = disk.gate.shared(Wait::Yes).unwrap();
             let resized = scope.spawn(|| disk.set_size(1 << 20, Wait::Yes));
             let sealed = scope.spawn(|| disk.snapshot(Some("a")));
             std::thread::sleep(Duration::from_millis(100));

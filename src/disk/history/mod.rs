@@ -28,7 +28,7 @@ pub(super) use self::operation::Operation;
 use self::operation::RunningOperation;
 use self::snapshots::snapshot_uuid;
 pub use self::snapshots::{LayerUsage, SnapshotInfo};
-use super::{Disk, OverlayLocation, Top};
+use super::{Disk, OverlayLocation};
 use crate::config::Locking;
 use crate::layer::Layer;
 use crate::overlay::layer_cache::LayerCache;
@@ -276,7 +276,7 @@ impl Disk {
     /// Seals the disk's contents, unless they are sealed already. Returns the sealed layer.
     fn freeze_top(&self) -> Result<Uuid, OperationError> {
         let layers = self.layers();
-        let Top::Overlay(top) = &layers.top else {
+        let Some(top) = layers.top.overlay() else {
             return Err(OperationError::NoOverlay("layers"));
         };
         let usage = top.usage();

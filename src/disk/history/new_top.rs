@@ -8,13 +8,12 @@ use std::sync::atomic::Ordering;
 
 use uuid::Uuid;
 
-use super::super::{Disk, LayerStack, OverlayLocation, Top};
+use super::super::{Disk, OverlayLocation};
 use super::{Force, OperationError};
 use crate::host::os_error;
 use crate::layer::Layer;
 use crate::overlay::persist::OverlayDir;
 use crate::overlay::record::LayerMap;
-use crate::overlay::sealed::Sealed;
 use crate::overlay::stack::{LayerRecord, Stack};
 use crate::overlay::tree::LayerTree;
 use crate::overlay::{Overlay, keep};
@@ -127,9 +126,7 @@ impl Disk {
             TopParent::Base => None,
         };
         let mut below = match above {
-            TopParent::Top => {
-                self.layers().sealed.as_ref().map_or(Vec::new(), |s| s.layers().to_vec())
-            }
+            TopParent::Top => self.layers().sealed_layers().to_vec(),
             TopParent::Layer(layer) => self.open_chain(&tree, layer)?,
             TopParent::Base => Vec::new(),
         };
@@ -197,15 +194,13 @@ impl Disk {
         let layers = self.layers();
         let NewTop { overlay, lock, .. } = new;
         overlay.set_lower_layers(&self.layers_to_sync(next, &below));
-        if let Top::Overlay(old) = &layers.top {
+        if let Some(old) = layers.top.overlay() {
             overlay.continue_revision(old);
         }
         self.times.logged_mtime.store(i64::MIN, Ordering::SeqCst);
         self.record_mtime(&overlay);
         self.replace_tree(next, lock)?;
-        let top = Top::Overlay(Arc::new(overlay));
-        let layers = LayerStack::new(top, Sealed::new(below).map(Arc::new), layers.bottom.clone());
-        *self.layers.write() = Arc::new(layers);
+        *self.layers.write() = Arc::new(layers.with_top(Arc::new(overlay), below));
         Ok(())
     }
 

@@ -102,9 +102,10 @@ impl Disk {
     ) -> Result<RwLockWriteGuard<'_, ()>, OperationError> {
         let start = Instant::now();
         let gate = self
-            .wait_for_gate(|| start.elapsed() < DRAIN_TIMEOUT)
+            .gate
+            .exclusive_while(|| start.elapsed() < DRAIN_TIMEOUT)
             .ok_or(OperationError::WriterStuck)?;
-        if self.closed.load(Ordering::SeqCst) { Err(OperationError::Interrupted) } else { Ok(gate) }
+        if self.gate.is_closed() { Err(OperationError::Interrupted) } else { Ok(gate) }
     }
 
     pub(in crate::disk) fn check_writers(&self, force: Force) -> Result<(), OperationError> {

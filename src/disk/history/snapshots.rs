@@ -7,7 +7,8 @@ use std::sync::Arc;
 use uuid::Uuid;
 
 use super::super::bottom::Bottom;
-use super::super::{Disk, DiskOwner, LayerStack, Times, Top, from_system_time, mtime_of};
+use super::super::layers::LayerStack;
+use super::super::{Disk, DiskOwner, Times, from_system_time, mtime_of};
 use super::OperationError;
 use crate::base::raw::{HostKind, RawBase};
 use crate::config::{DiskMode, DiskSource, DiskSpec};
@@ -106,11 +107,11 @@ impl Disk {
             return Vec::new();
         };
         let layers = self.layers();
-        let Top::Overlay(top) = &layers.top else {
+        let Some(top) = layers.top.overlay() else {
             return Vec::new();
         };
         let mut all = vec![Arc::clone(top)];
-        all.extend(layers.sealed.iter().flat_map(|sealed| sealed.layers().to_vec()));
+        all.extend(layers.sealed_layers().iter().cloned());
         let live = tree.live();
         let shown = self.visible_usage(top, live.first().map(|top| top.uuid), &all);
         let mut since = Usage { data: 0, zero: 0 };
@@ -173,7 +174,7 @@ impl Disk {
         })?;
         let time = chain.first().and_then(|layer| layer.mtime()).map(|(mtime, _)| mtime);
         let bottom = self.layers().bottom.clone();
-        let layers = LayerStack::new(Top::Nothing, Sealed::new(chain).map(Arc::new), bottom);
+        let layers = LayerStack::read_only(chain, bottom);
         let time = time.unwrap_or(record.taken.saturating_mul(1_000_000_000));
         Ok(self.make_snapshot_file(name, (record.layer, record.layer), layers, time))
     }
@@ -188,7 +189,7 @@ impl Disk {
             .map_err(|error| os_error(error.errno().unwrap_or(libc::ENOENT)))?;
         let found = file.metadata()?;
         let raw = RawBase::new(Arc::new(file), HostKind::File, found.len())?;
-        let layers = LayerStack::new(Top::Nothing, None, Some(Arc::new(raw)));
+        let layers = LayerStack::read_only(Vec::new(), Some(Arc::new(raw)));
         // A later snapshot of the same name is another file: pages that the kernel has cached of
         // one must not be shown for the other.
         Ok(self.make_snapshot_file(name, (uuid, Uuid::new_v4()), layers, mtime_of(&found)))

@@ -18,7 +18,8 @@ use crate::base::{self, BaseAccess, BaseLayer, BaseOptions};
 use crate::config::{DiskMode, DiskSource, DiskSpec, Partitions, format_size};
 use crate::disk::bottom::Bottom;
 use crate::disk::history::History;
-use crate::disk::{Disk, DiskOwner, LayerStack, OverlayLocation, Top};
+use crate::disk::layers::{LayerStack, Top};
+use crate::disk::{Disk, DiskOwner, OverlayLocation};
 use crate::layer::{Layer, WritableLayer};
 use crate::overlay::layer_cache::LayerCache;
 use crate::overlay::persist::OverlayPath;
@@ -83,7 +84,7 @@ fn over_writable(
     notes: Vec<String>,
 ) -> OpenedDisk {
     let bottom_layer = Arc::clone(layer) as Arc<dyn Layer>;
-    let layers = LayerStack::new(Top::Base(Arc::clone(layer)), None, Some(bottom_layer));
+    let layers = LayerStack::new(Top::Base(Arc::clone(layer)), Vec::new(), Some(bottom_layer));
     let path = bottom.path().unwrap_or(Path::new("")).display().to_string();
     let summary = format!("{}, writes go straight to '{path}'", format_size(size));
     OpenedDisk { disk: Disk::new(spec, Uuid::new_v4(), layers, bottom, owner), summary, notes }
@@ -92,7 +93,7 @@ fn over_writable(
 /// Makes a disk of a base that is only read (`mode=ro`).
 fn over_read_only(spec: &DiskSpec, base: OpenedBase) -> OpenedDisk {
     let OpenedBase { layer, size, bottom, owner } = base;
-    let layers = LayerStack::new(Top::Nothing, None, Some(layer));
+    let layers = LayerStack::read_only(Vec::new(), Some(layer));
     let disk = Disk::new(spec, Uuid::new_v4(), layers, bottom, owner);
     let summary = format!("{}, read-only", format_size(size));
     OpenedDisk { disk, summary, notes: Vec::new() }

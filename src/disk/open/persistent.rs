@@ -15,14 +15,14 @@ use super::owner::adopt_owner;
 use crate::config::{DiskMode, DiskSpec, OverlayKind, format_size};
 use crate::disk::bottom::Bottom;
 use crate::disk::history::History;
+use crate::disk::layers::{LayerStack, Top};
 use crate::disk::overlay_dir::OverlayDirId;
-use crate::disk::{Disk, DiskOwner, LayerStack, OverlayLocation, Times, Top, coarse_now, mtime_of};
+use crate::disk::{Disk, DiskOwner, OverlayLocation, Times, coarse_now, mtime_of};
 use crate::layer::Layer;
 use crate::overlay::layer_cache::LayerCache;
 use crate::overlay::persist::{self, LockedOverlay, NewOverlay, OpenedOverlay, OverlayPath};
 use crate::overlay::record::{LayerMap, MtimeOrigin, Nanos};
 use crate::overlay::recover::Recovered;
-use crate::overlay::sealed::Sealed;
 use crate::overlay::stack::{LayerRecord, Stack, VERSION};
 use crate::overlay::{DEFAULT_BLOCK_SIZE, MAX_DISK_SIZE, Overlay};
 
@@ -59,8 +59,7 @@ pub(super) fn overlay_layers(
     base: &Arc<dyn Layer>,
 ) -> LayerStack {
     overlay.set_lower_layers(&below);
-    let sealed = Sealed::new(below).map(Arc::new);
-    LayerStack::new(Top::Overlay(Arc::new(overlay)), sealed, Some(Arc::clone(base)))
+    LayerStack::new(Top::Overlay(Arc::new(overlay)), below, Some(Arc::clone(base)))
 }
 
 /// Opens the overlay at `overlay`, which must fit the base, or creates one.
@@ -167,7 +166,7 @@ pub(super) fn assemble_persistent(
     let chain = stack.tree().live();
     let uuid = stack.uuid;
     let layers = overlay_layers(overlay, below.clone(), base);
-    if let Top::Overlay(top) = &layers.top {
+    if let Some(top) = layers.top.overlay() {
         let snapshot_layers = snapshot_layers.iter().map(|(_, layer)| layer);
         top.set_lower_layers(&below.iter().chain(snapshot_layers).cloned().collect::<Vec<_>>());
     }

@@ -15,8 +15,9 @@ use super::owner::adopt_owner;
 use super::persistent::{new_stack, size_mismatch};
 use crate::config::{DirectIo, DiskMode, DiskSpec, Format, OverlayKind, format_size};
 use crate::disk::bottom::Bottom;
+use crate::disk::layers::{LayerStack, Top};
 use crate::disk::overlay_dir::OverlayDirId;
-use crate::disk::{Disk, DiskOwner, LayerStack, OverlayLocation, Times, Top, mtime_of};
+use crate::disk::{Disk, DiskOwner, OverlayLocation, Times, mtime_of};
 use crate::layer::Layer;
 use crate::overlay::recover::Recovered;
 use crate::overlay::reflink::{self, OpenedReflink, ReflinkError, SharedBase};
@@ -71,7 +72,7 @@ pub(super) fn open(
     let layer = Arc::new(layer);
     // The base is never read: the layer above answers every request. The base stays open for its
     // locks.
-    let layers = LayerStack::new(Top::Reflink(layer), None, Some(base));
+    let layers = LayerStack::new(Top::Reflink(layer), Vec::new(), Some(base));
     let mut disk = Disk::new(spec, stack.uuid, layers, bottom, owner);
     if let Some(found) = written {
         disk.times = Times::new(mtime_of(&found), false, None);

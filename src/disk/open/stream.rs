@@ -13,8 +13,9 @@ use crate::config::{
     DiskMode, DiskSpec, FinishWhen, Flow, Resize, SinkSpec, SourceSpec, Spool, StreamSpec,
     format_size,
 };
+use crate::disk::Disk;
 use crate::disk::bottom::Bottom;
-use crate::disk::{Disk, LayerStack, Top};
+use crate::disk::layers::{LayerStack, Top};
 use crate::layer::{Layer, WritableLayer};
 use crate::overlay::keep::temporary_dir;
 use crate::stream::Stream;
@@ -89,7 +90,7 @@ fn start_output(
     let size = format_size(stream.size);
     Ok(StartedStream {
         stream: Stream::Output(output),
-        layers: LayerStack::new(top, None, Some(bottom)),
+        layers: LayerStack::new(top, Vec::new(), Some(bottom)),
         summary: format!("{size}, stream to {sink_name}: complete {complete}"),
     })
 }
@@ -110,7 +111,7 @@ fn start_input(
     let bottom = Arc::clone(&input) as Arc<dyn Layer>;
     Ok(StartedStream {
         stream: Stream::Input { input, monitor },
-        layers: LayerStack::new(Top::Nothing, None, Some(bottom)),
+        layers: LayerStack::read_only(Vec::new(), Some(bottom)),
         summary: format!("{}, stream from {source_name}", format_size(size)),
     })
 }
