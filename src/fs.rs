@@ -7,7 +7,7 @@
 
 mod attr;
 mod busy_poll;
-mod handle;
+mod handles;
 mod invalidation;
 mod ops;
 mod page_cache;
@@ -31,7 +31,7 @@ use fuser::{
 
 use self::attr::{ATTR_TTL, NO_TTL};
 use self::busy_poll::BusyPoll;
-use self::handle::{Handle, Handles};
+use self::handles::{Handle, Handles};
 pub use self::invalidation::kernel_invalidator;
 use self::ops::{
     WriteOrigin, WriteRequest, decode_fallocate, is_sync, open_disk, to_system_time, utf8_name,
@@ -154,13 +154,13 @@ impl Filesystem for CowslipFs {
             return self.lookup_snapshot(slot, name, reply);
         }
         if parent.0 != ROOT_INO || name == CONTROL_DIR {
-            let spot = match parent.0 {
+            let node = match parent.0 {
                 ROOT_INO => Some(ControlNode::Directory),
                 parent => {
-                    ControlNode::from_ino(parent).and_then(|spot| spot.child(name, self.catalog()))
+                    ControlNode::from_ino(parent).and_then(|node| node.child(name, self.catalog()))
                 }
             };
-            return match spot.and_then(|spot| self.node_attr(spot)) {
+            return match node.and_then(|node| self.node_attr(node)) {
                 Some(attr) => reply.entry_with_ttls(&ATTR_TTL, &NO_TTL, &attr, Generation(0)),
                 None => reply.error(Errno::ENOENT),
             };
@@ -169,15 +169,14 @@ impl Filesystem for CowslipFs {
             return reply.error(Errno::ENAMETOOLONG);
         }
         match self.catalog().look_up(name) {
-            Some(shown) => self.reply_entry(&shown, reply),
+            Some(file) => self.reply_entry(&file, reply),
             None => reply.error(Errno::ENOENT),
         }
     }
 
     fn forget(&self, _: &Request, ino: INodeNo, count: u64) {
-        if let Some(shown) = self.catalog().file_by_ino(ino.0).filter(|shown| !shown.is_partition())
-        {
-            Self::forget_lookups(&self.shared, shown.disk(), count);
+        if let Some(file) = self.catalog().file_by_ino(ino.0).filter(|file| !file.is_partition()) {
+            Self::forget_lookups(&self.shared, file.disk(), count);
         }
     }
 
@@ -185,19 +184,19 @@ impl Filesystem for CowslipFs {
         if ino.0 == ROOT_INO {
             return reply.attr(&ATTR_TTL, &self.root_attr());
         }
-        if let Some(spot) = ControlNode::from_ino(ino.0) {
-            return match self.node_attr(spot) {
+        if let Some(node) = ControlNode::from_ino(ino.0) {
+            return match self.node_attr(node) {
                 Some(attr) => reply.attr(&ATTR_TTL, &attr),
                 None => reply.error(Errno::ENOENT),
             };
         }
-        let shown = match self.file_by_ino(ino) {
-            Ok(shown) => shown,
+        let file = match self.file_by_ino(ino) {
+            Ok(file) => file,
             Err(error) => return reply.error(error.into()),
         };
-        let (ttl, there) = (attr_ttl(&shown), shown.clone());
+        let (ttl, there) = (attr_ttl(&file), file.clone());
         let work = move |_: &Disk, wait| there.attributes(wait);
-        self.query_or_defer(shown.disk(), reply, work, move |reply, found: disk::Attributes| {
+        self.query_or_defer(file.disk(), reply, work, move |reply, found: disk::Attributes| {
             reply.attr(&ttl, &attr::of_disk(ino.0, &found));
         });
     }
@@ -220,11 +219,11 @@ impl Filesystem for CowslipFs {
         _: Option<BsdFileFlags>,
         reply: ReplyAttr,
     ) {
-        let shown = match self.file_by_ino(ino) {
-            Ok(shown) => shown,
+        let file = match self.file_by_ino(ino) {
+            Ok(file) => file,
             // A control file always has size 0 at open: the truncation of a shell's `>` changes
             // nothing.
-            Err(_) if ControlNode::from_ino(ino.0).is_some_and(|spot| !spot.is_directory()) => {
+            Err(_) if ControlNode::from_ino(ino.0).is_some_and(|node| !node.is_directory()) => {
                 return self.getattr_of_node(ino, reply);
             }
             Err(_) if ino.0 == ROOT_INO || ControlNode::from_ino(ino.0).is_some() => {
@@ -232,7 +231,7 @@ impl Filesystem for CowslipFs {
             }
             Err(error) => return reply.error(error.into()),
         };
-        let old = shown.disk().owner();
+        let old = file.disk().owner();
         let owner = DiskOwner {
             uid: uid.unwrap_or(old.uid),
             gid: gid.unwrap_or(old.gid),
@@ -240,48 +239,47 @@ impl Filesystem for CowslipFs {
         };
         let owner = (owner != old).then_some(owner);
         let times = (to_system_time(atime), to_system_time(mtime));
-        let ttl = attr_ttl(&shown);
+        let ttl = attr_ttl(&file);
         let send = move |reply: ReplyAttr, found: disk::Attributes| {
             reply.attr(&ttl, &attr::of_disk(ino.0, &found));
         };
-        let there = shown.clone();
+        let there = file.clone();
         if owner.is_some() {
             // A new owner is written durably.
             let work = move |_: &Disk| Self::set_attributes(&there, owner, size, times, Wait::Yes);
-            return self.defer(shown.disk(), PoolKind::Work, reply, work, send);
+            return self.defer(file.disk(), PoolKind::Work, reply, work, send);
         }
-        if size == Some(0) && shown.has_fixed_size() {
+        if size == Some(0) && file.has_fixed_size() {
             // The kernel sees no new size and would keep its cached pages.
-            let (shared, target) = (Arc::clone(&self.shared), shown.clone());
+            let (shared, target) = (Arc::clone(&self.shared), file.clone());
             let work = move |_: &Disk| Self::set_attributes(&there, None, size, times, Wait::Yes);
             let send = move |reply, found| {
                 Self::invalidate_others(&shared, &target, WHOLE_DISK);
                 Self::invalidate_truncated(&shared, &target, || send(reply, found));
             };
-            return self.defer(shown.disk(), PoolKind::Invalidate, reply, work, send);
+            return self.defer(file.disk(), PoolKind::Invalidate, reply, work, send);
         }
         let range = if size.is_some() { WHOLE_DISK } else { 0..0 };
-        let work =
-            move |shown: &DiskFile, wait| Self::set_attributes(shown, None, size, times, wait);
-        self.change_and_invalidate(&shown, range, reply, work, send);
+        let work = move |file: &DiskFile, wait| Self::set_attributes(file, None, size, times, wait);
+        self.change_and_invalidate(&file, range, reply, work, send);
     }
 
     fn open(&self, request: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
-        if let Some(spot) = ControlNode::from_ino(ino.0) {
-            return self.open_control(self.requester(request), spot, reply);
+        if let Some(node) = ControlNode::from_ino(ino.0) {
+            return self.open_control(self.requester(request), node, reply);
         }
-        let shown = match self.file_by_ino(ino) {
-            Ok(shown) => shown,
+        let file = match self.file_by_ino(ino) {
+            Ok(file) => file,
             Err(error) => return reply.error(error.into()),
         };
-        let disk = shown.disk();
+        let disk = file.disk();
         if disk.mode == DiskMode::ReadOnly && flags.0 & libc::O_ACCMODE != libc::O_RDONLY {
             return reply.error(Errno::EROFS);
         }
         let cache = self.shared.cache;
-        let way = self.passthrough.open(disk, cache, |file| reply.open_backing(file));
-        let as_served = if matches!(way, OpenMode::Direct) { CacheMode::None } else { cache };
-        match (open_disk(&self.handles, as_served, shown.clone(), flags), way) {
+        let open_mode = self.passthrough.open(disk, cache, |file| reply.open_backing(file));
+        let as_served = if matches!(open_mode, OpenMode::Direct) { CacheMode::None } else { cache };
+        match (open_disk(&self.handles, as_served, file.clone(), flags), open_mode) {
             (Ok((handle, _)), OpenMode::Passthrough(backing)) => {
                 reply.opened_passthrough(handle, FopenFlags::empty(), &backing);
             }
@@ -309,10 +307,10 @@ impl Filesystem for CowslipFs {
         let Some(handle) = self.handles.find(fh) else {
             return reply.error(Errno::EBADF);
         };
-        let Handle::Disk { file: shown, .. } = &*handle else {
+        let Handle::Disk { file, .. } = &*handle else {
             return self.read_control(&handle, offset, size, reply);
         };
-        let (len, disk) = (size as usize, shown.disk());
+        let (len, disk) = (size as usize, file.disk());
         if let Some(Stream::Input { input, .. }) = disk.stream() {
             let send = move |result: io::Result<Vec<u8>>| match result {
                 Ok(bytes) => reply.data(&bytes),
@@ -322,7 +320,7 @@ impl Filesystem for CowslipFs {
         }
         let left = READ_BUFFER.with_borrow_mut(|buffer| {
             let room = buffer.prepare(len);
-            let result = shown.read(room, offset, Wait::No);
+            let result = file.read(room, offset, Wait::No);
             if would_block(&result) {
                 return Some(reply);
             }
@@ -335,7 +333,7 @@ impl Filesystem for CowslipFs {
         let Some(reply) = left else { return self.busy_poll.poll_request() };
         // The buffer is not borrowed here: where no thread can be started, this thread does the
         // work itself.
-        let there = shown.clone();
+        let there = file.clone();
         let work = move || {
             // The thread's own buffer, kept for as long as the thread lives: new memory costs as
             // much as the copy.
@@ -365,14 +363,14 @@ impl Filesystem for CowslipFs {
         let Some(handle) = self.handles.find(fh) else {
             return reply.error(Errno::EBADF);
         };
-        let Handle::Disk { file: shown, .. } = &*handle else {
+        let Handle::Disk { file, .. } = &*handle else {
             return match self.write_control(self.requester(request), &handle, data) {
                 Ok(len) => reply.written(len),
                 Err(error) => reply.error(error.into()),
             };
         };
-        let disk = shown.disk();
-        let room = match shown.writable_range(offset, data.len() as u64) {
+        let disk = file.disk();
+        let room = match file.writable_range(offset, data.len() as u64) {
             Ok(room) => room,
             Err(error) => return reply.error(error.into()),
         };
@@ -402,35 +400,35 @@ impl Filesystem for CowslipFs {
         }
         // Bytes that come from the kernel's cache are in that cache already. Their page is locked
         // until the reply, so an invalidation would deadlock.
-        let via = match write_flags.contains(WriteFlags::FUSE_WRITE_CACHE) {
+        let origin = match write_flags.contains(WriteFlags::FUSE_WRITE_CACHE) {
             true => WriteOrigin::PageCache,
             false => WriteOrigin::Client,
         };
-        let cached = via == WriteOrigin::Client
+        let cached = origin == WriteOrigin::Client
             && self.shared.cache == CacheMode::Auto
-            && !shown.is_partition()
+            && !file.is_partition()
             && disk.has_cached_readers();
         let write = WriteRequest {
             offset,
             len: written,
             has_cached_readers: cached,
-            origin: via,
+            origin,
             sync: is_sync(flags),
         };
-        if let Some(seat) = self.worker_limit.acquire() {
-            write.run(&self.shared, shown, data, reply);
+        if let Some(permit) = self.worker_limit.acquire() {
+            write.run(&self.shared, file, data, reply);
             disk.prepare_sync(room);
-            drop(seat);
+            drop(permit);
             return self.busy_poll.poll_request();
         }
-        let (shared, there, data) = (Arc::clone(&self.shared), shown.clone(), data.to_vec());
+        let (shared, there, data) = (Arc::clone(&self.shared), file.clone(), data.to_vec());
         disk.pools.sync.run(Box::new(move || write.run(&shared, &there, &data, reply)));
     }
 
     fn flush(&self, _: &Request, _: INodeNo, fh: FileHandle, _: LockOwner, reply: ReplyEmpty) {
         // No write is held back until close; but a failed disk reports its failure at close, too.
         match self.file_by_handle(fh) {
-            Ok(shown) if shown.disk().is_failed() => reply.error(Errno::EIO),
+            Ok(file) if file.disk().is_failed() => reply.error(Errno::EIO),
             _ => reply.ok(),
         }
     }
@@ -446,11 +444,11 @@ impl Filesystem for CowslipFs {
         reply: ReplyEmpty,
     ) {
         if let Some(handle) = self.handles.remove(fh)
-            && let Handle::Disk { file: shown, access } = &*handle
+            && let Handle::Disk { file, access } = &*handle
         {
-            let disk = shown.disk();
+            let disk = file.disk();
             self.passthrough.release(disk.ino());
-            shown.release_handle(*access);
+            file.release_handle(*access);
             if *access != HandleAccess::Read {
                 disk.finish_after_last_writer();
             }
@@ -468,17 +466,17 @@ impl Filesystem for CowslipFs {
 
     fn fsync(&self, _: &Request, _: INodeNo, fh: FileHandle, _: bool, reply: ReplyEmpty) {
         match self.file_by_handle(fh) {
-            Ok(shown) if shown.disk().is_quick_to_sync() => self.sync_now(shown.disk(), reply),
-            Ok(shown) => self.defer_sync(shown.disk(), reply),
+            Ok(file) if file.disk().is_quick_to_sync() => self.sync_now(file.disk(), reply),
+            Ok(file) => self.defer_sync(file.disk(), reply),
             Err(error) => reply.error(error.into()),
         }
     }
 
     fn opendir(&self, request: &Request, ino: INodeNo, _: OpenFlags, reply: ReplyOpen) {
-        let place = self.handles.permit(self.requester(request));
-        match place.and_then(|place| Ok((place, self.listing(ino.0)?))) {
-            Ok((place, entries)) => {
-                let handle = self.handles.add_with_permit(place, Handle::Directory(entries));
+        let permit = self.handles.permit(self.requester(request));
+        match permit.and_then(|permit| Ok((permit, self.listing(ino.0)?))) {
+            Ok((permit, entries)) => {
+                let handle = self.handles.add_with_permit(permit, Handle::Directory(entries));
                 reply.opened(handle, FopenFlags::empty());
             }
             Err(error) => reply.error(error.into()),
@@ -519,7 +517,7 @@ impl Filesystem for CowslipFs {
     }
 
     fn statfs(&self, _: &Request, ino: INodeNo, reply: ReplyStatfs) {
-        let disk = self.file_by_ino(ino).ok().map(|shown| Arc::clone(shown.disk()));
+        let disk = self.file_by_ino(ino).ok().map(|file| Arc::clone(file.disk()));
         let disk = disk.or_else(|| self.catalog().list().first().map(|(_, e)| Arc::clone(&e.disk)));
         let block = disk.as_ref().map_or(4096, |disk| disk.block());
         let work = move |shared: &FsContext| match disk {
@@ -643,8 +641,8 @@ impl Filesystem for CowslipFs {
         mode: i32,
         reply: ReplyEmpty,
     ) {
-        let shown = match self.file_by_handle(fh) {
-            Ok(shown) => shown,
+        let file = match self.file_by_handle(fh) {
+            Ok(file) => file,
             Err(error) => return reply.error(error.into()),
         };
         let Some((change, keep)) = decode_fallocate(mode) else {
@@ -653,9 +651,9 @@ impl Filesystem for CowslipFs {
         let Some(end) = offset.checked_add(length) else {
             return reply.error(Errno::EFBIG);
         };
-        let span = shown.span(offset, length);
-        let work = move |shown: &DiskFile, wait| shown.fallocate(offset..end, change, keep, wait);
-        self.change_and_invalidate(&shown, span, reply, work, |reply, ()| reply.ok());
+        let span = file.span(offset, length);
+        let work = move |file: &DiskFile, wait| file.fallocate(offset..end, change, keep, wait);
+        self.change_and_invalidate(&file, span, reply, work, |reply, ()| reply.ok());
     }
 
     fn lseek(
@@ -667,11 +665,11 @@ impl Filesystem for CowslipFs {
         whence: i32,
         reply: ReplyLseek,
     ) {
-        let shown = match self.file_by_handle(fh) {
-            Ok(shown) => shown,
+        let file = match self.file_by_handle(fh) {
+            Ok(file) => file,
             Err(error) => return reply.error(error.into()),
         };
-        let disk = Arc::clone(shown.disk());
+        let disk = Arc::clone(file.disk());
         let whence = match whence {
             libc::SEEK_DATA => Whence::Data,
             libc::SEEK_HOLE => Whence::Hole,
@@ -685,8 +683,8 @@ impl Filesystem for CowslipFs {
             // Pages written through a mapping have not reached this daemon yet.
             let shared = Arc::clone(&self.shared);
             let work = move || {
-                Self::invalidate(&shared, shown.disk(), WHOLE_DISK);
-                shown.seek(offset, whence, Wait::Yes)
+                Self::invalidate(&shared, file.disk(), WHOLE_DISK);
+                file.seek(offset, whence, Wait::Yes)
             };
             return self.shared.deadlines.defer(
                 &disk,
@@ -697,7 +695,7 @@ impl Filesystem for CowslipFs {
                 send,
             );
         }
-        let work = move |_: &Disk, wait| shown.seek(offset, whence, wait);
+        let work = move |_: &Disk, wait| file.seek(offset, whence, wait);
         self.query_or_defer(&disk, reply, work, send);
         self.busy_poll.poll_request();
     }
@@ -727,10 +725,10 @@ impl Filesystem for CowslipFs {
         let shared = Arc::clone(&self.shared);
         let there = target.clone();
         let work = move || {
-            let place = there.span(offset_out, len);
-            if there.is_dirty_elsewhere(&place) {
+            let span = there.span(offset_out, len);
+            if there.is_dirty_elsewhere(&span) {
                 // Older dirty bytes of another file must not be written back after these.
-                Self::invalidate_others(&shared, &there, place);
+                Self::invalidate_others(&shared, &there, span);
             }
             let copied = there.copy_from(&source, (offset_in, len), offset_out)?;
             let len = copied.end - copied.start;
@@ -739,8 +737,8 @@ impl Filesystem for CowslipFs {
             }
             u32::try_from(len).map_err(|_| os_error(libc::EIO))
         };
-        let lane = if notice { PoolKind::Invalidate } else { PoolKind::Work };
+        let pool = if notice { PoolKind::Invalidate } else { PoolKind::Work };
         let deadlines = &self.shared.deadlines;
-        deadlines.defer(target.disk(), lane, Deadline::IoTimeout, reply, work, ReplyWrite::written);
+        deadlines.defer(target.disk(), pool, Deadline::IoTimeout, reply, work, ReplyWrite::written);
     }
 }

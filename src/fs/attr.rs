@@ -89,12 +89,12 @@ impl CowslipFs {
     }
 
     /// Returns the attributes of a control file; `None` when its disk has left the mount.
-    pub(super) fn node_attr(&self, spot: ControlNode) -> Option<FileAttr> {
+    pub(super) fn node_attr(&self, node: ControlNode) -> Option<FileAttr> {
         let of_disk = |slot| {
             let disk = self.shared.catalog.disk_by_slot(slot)?.1;
             Some(disk.disk.owner())
         };
-        let owner = match spot {
+        let owner = match node {
             ControlNode::Directory => self.mount_owner(0o755),
             ControlNode::Status | ControlNode::Log => self.mount_owner(0o400),
             ControlNode::Ctl => self.mount_owner(0o600),
@@ -109,13 +109,13 @@ impl CowslipFs {
                 DiskOwner { perm: owner.perm & 0o444, ..owner }
             }
         };
-        let kind = if spot.is_directory() { FileType::Directory } else { FileType::RegularFile };
-        Some(synthetic_attr(spot.ino(), kind, owner, self.shared.mounted_at))
+        let kind = if node.is_directory() { FileType::Directory } else { FileType::RegularFile };
+        Some(synthetic_attr(node.ino(), kind, owner, self.shared.mounted_at))
     }
 
     /// Answers a change of a control file's attributes, which has no effect, with the current ones.
     pub(super) fn getattr_of_node(&self, ino: INodeNo, reply: ReplyAttr) {
-        match ControlNode::from_ino(ino.0).and_then(|spot| self.node_attr(spot)) {
+        match ControlNode::from_ino(ino.0).and_then(|node| self.node_attr(node)) {
             Some(attr) => reply.attr(&ATTR_TTL, &attr),
             None => reply.error(fuser::Errno::ENOENT),
         }

@@ -139,23 +139,23 @@ mod tests {
 
     #[test]
     fn polls_in_vain_become_rare_until_polls_pay_again() {
-        let linger = BusyPoll::new(Some(pipe().0));
-        let rest = || linger.backoff.swap(0, Ordering::Relaxed);
+        let busy_poll = BusyPoll::new(Some(pipe().0));
+        let rest = || busy_poll.backoff.swap(0, Ordering::Relaxed);
         for expected in [8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 4096] {
-            linger.adapt(PollOutcome::Nothing);
+            busy_poll.adapt(PollOutcome::Nothing);
             assert_eq!(rest(), expected);
         }
         // One successful poll is not enough, nor are three of four.
         for _ in 0..20 {
-            (0..3).for_each(|_| linger.adapt(PollOutcome::Arrived));
-            linger.adapt(PollOutcome::Nothing);
+            (0..3).for_each(|_| busy_poll.adapt(PollOutcome::Arrived));
+            busy_poll.adapt(PollOutcome::Nothing);
             assert_eq!(rest(), MAX_BACKOFF);
         }
-        linger.adapt(PollOutcome::Queued);
+        busy_poll.adapt(PollOutcome::Queued);
         assert_eq!(rest(), QUEUED_BACKOFF);
-        (0..=MAX_CREDIT).for_each(|_| linger.adapt(PollOutcome::Arrived));
+        (0..=MAX_CREDIT).for_each(|_| busy_poll.adapt(PollOutcome::Arrived));
         for expected in [0, 0, 0, 0, MIN_BACKOFF] {
-            linger.adapt(PollOutcome::Nothing);
+            busy_poll.adapt(PollOutcome::Nothing);
             assert_eq!(rest(), expected);
         }
     }
@@ -171,13 +171,13 @@ mod tests {
     #[test]
     fn nobody_polls_during_another_poll_or_a_backoff() {
         let (read, _write) = pipe();
-        let linger = BusyPoll::new(Some(read));
-        linger.is_polling.store(true, Ordering::Relaxed);
-        linger.poll_request();
-        assert_eq!(linger.backoff.load(Ordering::Relaxed), 0, "it did not look");
-        linger.is_polling.store(false, Ordering::Relaxed);
-        linger.backoff.store(5, Ordering::Relaxed);
-        linger.poll_request();
-        assert_eq!(linger.backoff.load(Ordering::Relaxed), 4);
+        let busy_poll = BusyPoll::new(Some(read));
+        busy_poll.is_polling.store(true, Ordering::Relaxed);
+        busy_poll.poll_request();
+        assert_eq!(busy_poll.backoff.load(Ordering::Relaxed), 0, "it must not poll");
+        busy_poll.is_polling.store(false, Ordering::Relaxed);
+        busy_poll.backoff.store(5, Ordering::Relaxed);
+        busy_poll.poll_request();
+        assert_eq!(busy_poll.backoff.load(Ordering::Relaxed), 4);
     }
 }

@@ -11,7 +11,7 @@ use fuser::{
     ReplyEntry, ReplyOpen, ReplyWrite, Request, TimeOrNow,
 };
 
-use super::handle::{Handle, Handles, Requester};
+use super::handles::{Handle, Handles, Requester};
 use super::reply::{Deadline, ErrorReply, PoolKind};
 use super::{CowslipFs, FsContext, PERM_MASK, ROOT_INO, attr};
 use crate::aligned::AlignedBuf;
@@ -96,7 +96,7 @@ impl CowslipFs {
 
     pub(super) fn file_by_handle(&self, handle: FileHandle) -> io::Result<DiskFile> {
         match self.handles.find(handle).as_deref() {
-            Some(Handle::Disk { file: shown, .. }) => Ok(shown.clone()),
+            Some(Handle::Disk { file, .. }) => Ok(file.clone()),
             Some(_) => Err(os_error(libc::EINVAL)),
             None => Err(os_error(libc::EBADF)),
         }
@@ -122,7 +122,7 @@ impl CowslipFs {
         work: impl Fn(&Disk, Wait) -> io::Result<T> + Send + 'static,
         send: impl FnOnce(R, T) + Send + 'static,
     ) {
-        if let Some(_seat) = self.worker_limit.acquire() {
+        if let Some(_permit) = self.worker_limit.acquire() {
             return try_or_defer(&self.shared, disk, reply, work, send);
         }
         let (shared, there) = (Arc::clone(&self.shared), Arc::clone(disk));
@@ -133,7 +133,7 @@ impl CowslipFs {
     pub(super) fn defer<R: ErrorReply, T: 'static>(
         &self,
         disk: &Arc<Disk>,
-        lane: PoolKind,
+        pool: PoolKind,
         reply: R,
         work: impl FnOnce(&Disk) -> io::Result<T> + Send + 'static,
         send: impl FnOnce(R, T) + Send + 'static,
@@ -141,7 +141,7 @@ impl CowslipFs {
         let there = Arc::clone(disk);
         self.shared.deadlines.defer(
             disk,
-            lane,
+            pool,
             Deadline::Unlimited,
             reply,
             move || work(&there),
@@ -153,14 +153,14 @@ impl CowslipFs {
     /// handing the sync to another thread would cost as much. Only one worker syncs at a time;
     /// requests that arrive meanwhile share the next sync.
     pub(super) fn sync_now(&self, disk: &Arc<Disk>, reply: ReplyEmpty) {
-        let Some(seat) = self.worker_limit.try_acquire_first() else {
+        let Some(permit) = self.worker_limit.try_acquire_first() else {
             return self.defer_sync(disk, reply);
         };
         match disk.sync() {
             Ok(()) => reply.ok(),
             Err(error) => reply.reply_error(error),
         }
-        drop(seat);
+        drop(permit);
         self.busy_poll.poll_request();
     }
 
@@ -184,21 +184,21 @@ impl CowslipFs {
 
     /// Opens a control file. The kernel has checked the mode; but requests, and facts about the
     /// host, are only for root and the user who mounted, whatever mode a disk was given.
-    pub(super) fn open_control(&self, asker: Requester, spot: ControlNode, reply: ReplyOpen) {
-        if !asker.is_trusted && spot.is_private() {
+    pub(super) fn open_control(&self, requester: Requester, node: ControlNode, reply: ReplyOpen) {
+        if !requester.is_trusted && node.is_private() {
             return reply.error(Errno::EACCES);
         }
-        let place = match self.handles.permit(asker) {
-            Ok(place) => place,
+        let permit = match self.handles.permit(requester) {
+            Ok(permit) => permit,
             Err(error) => return reply.error(error.into()),
         };
         let handles = Arc::clone(&self.handles);
         let send = move |reply: ReplyOpen, handle| {
-            reply.opened(handles.add_with_permit(place, handle), FopenFlags::FOPEN_DIRECT_IO);
+            reply.opened(handles.add_with_permit(permit, handle), FopenFlags::FOPEN_DIRECT_IO);
         };
         let handles = Arc::clone(&self.handles);
-        let work = move |shared: &FsContext| open_node(shared, asker, spot, &handles);
-        if matches!(spot, ControlNode::Status | ControlNode::DiskStatus(_)) {
+        let work = move |shared: &FsContext| open_node(shared, requester, node, &handles);
+        if matches!(node, ControlNode::Status | ControlNode::DiskStatus(_)) {
             // A status may take a while, with many disks or on a slow host.
             return self.run_on_mount_pool(reply, work, send);
         }
@@ -258,21 +258,21 @@ impl CowslipFs {
     /// Handles a write to a control file.
     pub(super) fn write_control(
         &self,
-        asker: Requester,
+        requester: Requester,
         handle: &Handle,
         data: &[u8],
     ) -> io::Result<u32> {
-        let Handle::Ctl { session, node: spot } = handle else {
+        let Handle::Ctl { session, node } = handle else {
             return Err(os_error(libc::EACCES));
         };
         // A request is carried out with the daemon's rights, wherever its paths lead. So both the
         // opener of the file and the writer must be trusted: a privileged program can be tricked
         // into writing given text to a file that it was handed, and an open file can be handed on.
-        if !asker.is_trusted {
+        if !requester.is_trusted {
             return Err(os_error(libc::EPERM));
         }
-        let asks = &self.shared.control_pool;
-        session.submit(&self.shared.control, *spot, data, |job| asks.run(job))?;
+        let pool = &self.shared.control_pool;
+        session.submit(&self.shared.control, *node, data, |job| pool.run(job))?;
         u32::try_from(data.len()).map_err(|_| os_error(libc::EINVAL))
     }
 
@@ -293,12 +293,12 @@ impl CowslipFs {
             }
             return Ok(all);
         }
-        let spot = ControlNode::from_ino(ino).filter(|spot| spot.is_directory());
-        let spot = spot.ok_or_else(|| os_error(libc::ENOTDIR))?;
-        let kind = |spot: ControlNode| {
-            if spot.is_directory() { FileType::Directory } else { FileType::RegularFile }
+        let node = ControlNode::from_ino(ino).filter(|node| node.is_directory());
+        let node = node.ok_or_else(|| os_error(libc::ENOTDIR))?;
+        let kind = |node: ControlNode| {
+            if node.is_directory() { FileType::Directory } else { FileType::RegularFile }
         };
-        if let ControlNode::Snapshots(slot) = spot {
+        if let ControlNode::Snapshots(slot) = node {
             let (_, entry) =
                 self.catalog().disk_by_slot(slot).ok_or_else(|| os_error(libc::ENOENT))?;
             let names = entry.disk.snapshot_names().into_iter();
@@ -306,28 +306,28 @@ impl CowslipFs {
             all.extend(names.map(|name| (name, u64::MAX, FileType::RegularFile)));
             return Ok(all);
         }
-        let children = spot.children(self.catalog()).into_iter();
-        all.extend(children.map(|(name, spot)| (name, spot.ino(), kind(spot))));
+        let children = node.children(self.catalog()).into_iter();
+        all.extend(children.map(|(name, node)| (name, node.ino(), kind(node))));
         Ok(all)
     }
 
     pub(super) fn set_attributes(
-        shown: &DiskFile,
+        file: &DiskFile,
         owner: Option<DiskOwner>,
         size: Option<u64>,
         times: (Option<SystemTime>, Option<SystemTime>),
         wait: Wait,
     ) -> io::Result<disk::Attributes> {
-        let disk = shown.disk();
+        let disk = file.disk();
         if disk.mode == DiskMode::ReadOnly && (owner.is_some() || size.is_some()) {
             return Err(os_error(libc::EROFS));
         }
-        if shown.is_partition() && owner.is_some() {
+        if file.is_partition() && owner.is_some() {
             // Owner and mode belong to the whole disk.
             return Err(os_error(libc::EPERM));
         }
         if let Some(size) = size {
-            shown.set_size(size, wait)?;
+            file.set_size(size, wait)?;
         }
         if let Some(owner) = owner {
             disk.set_owner(owner)?;
@@ -335,26 +335,26 @@ impl CowslipFs {
         if times != (None, None) {
             disk.set_times(times.0, times.1);
         }
-        shown.attributes(wait)
+        file.attributes(wait)
     }
 }
 
-/// Opens a control file for `asker`.
+/// Opens a control file for `requester`.
 fn open_node(
     shared: &FsContext,
-    asker: Requester,
-    spot: ControlNode,
+    requester: Requester,
+    node: ControlNode,
     handles: &Handles,
 ) -> io::Result<Handle> {
     let gone = || os_error(libc::ENOENT);
     let control = &shared.control;
-    Ok(match spot {
+    Ok(match node {
         ControlNode::Status => Handle::Text(handles.share_text(control.status())),
         ControlNode::Log => Handle::Log(logging::oldest_offset()),
         ControlNode::DiskStatus(slot) => {
             let (name, entry) = shared.catalog.disk_by_slot(slot).ok_or_else(gone)?;
             let reader =
-                if asker.is_trusted { StatusAudience::Trusted } else { StatusAudience::Other };
+                if requester.is_trusted { StatusAudience::Trusted } else { StatusAudience::Other };
             Handle::Text(handles.share_text(control.disk_status(&name, &entry, reader)))
         }
         ControlNode::DiskMap(slot) => {
@@ -365,7 +365,7 @@ fn open_node(
             return Err(gone());
         }
         ControlNode::Ctl | ControlNode::DiskCtl(_) => {
-            Handle::Ctl { session: Arc::new(ControlSession::default()), node: spot }
+            Handle::Ctl { session: Arc::new(ControlSession::default()), node }
         }
         ControlNode::Directory | ControlNode::Disk(_) | ControlNode::Snapshots(_) => {
             return Err(os_error(libc::EISDIR));
@@ -422,28 +422,26 @@ impl WriteRequest {
     pub(super) fn run(
         self,
         shared: &Arc<FsContext>,
-        shown: &DiskFile,
+        file: &DiskFile,
         data: &[u8],
         reply: ReplyWrite,
     ) {
-        let Self { offset, len: written, origin: via, sync, .. } = self;
+        let Self { offset, len: written, origin, sync, .. } = self;
         let range = self.range();
         // Older dirty bytes of another file must not be written back after these.
-        let first = via == WriteOrigin::Client && shown.is_dirty_elsewhere(&range);
+        let first = origin == WriteOrigin::Client && file.is_dirty_elsewhere(&range);
         let result = match first {
-            false => shown.disk().write(data, offset, Wait::No),
+            false => file.disk().write(data, offset, Wait::No),
             true => Err(os_error(libc::EAGAIN)),
         };
         match result {
-            Ok(())
-                if !self.must_invalidate(shown) && (!sync || shown.disk().is_quick_to_sync()) =>
-            {
-                let durable = if sync { shown.disk().sync() } else { Ok(()) };
+            Ok(()) if !self.must_invalidate(file) && (!sync || file.disk().is_quick_to_sync()) => {
+                let durable = if sync { file.disk().sync() } else { Ok(()) };
                 match durable {
                     Ok(()) => reply.written(written),
                     Err(error) => reply.reply_error(error),
                 }
-                return self.invalidate_after_reply(shared, shown);
+                return self.invalidate_after_reply(shared, file);
             }
             Err(error) if error.raw_os_error() != Some(libc::EAGAIN) => {
                 return reply.reply_error(error);
@@ -451,8 +449,8 @@ impl WriteRequest {
             Ok(()) | Err(_) => {}
         }
         let left = result.is_err().then(|| AlignedBuf::copy_of(data));
-        let bound = if sync { Deadline::Unlimited } else { Deadline::IoTimeout };
-        let (there, notify) = (shown.clone(), Arc::clone(shared));
+        let deadline = if sync { Deadline::Unlimited } else { Deadline::IoTimeout };
+        let (there, notify) = (file.clone(), Arc::clone(shared));
         let work = move || {
             if first {
                 CowslipFs::invalidate_others(&notify, &there, range);
@@ -463,12 +461,12 @@ impl WriteRequest {
             self.invalidate(&notify, &there);
             if sync { there.disk().sync() } else { Ok(()) }
         };
-        let (late, notify) = (shown.clone(), Arc::clone(shared));
+        let (late, notify) = (file.clone(), Arc::clone(shared));
         let send = move |reply: ReplyWrite, ()| {
             reply.written(written);
             self.invalidate_after_reply(&notify, &late);
         };
-        shared.deadlines.defer(shown.disk(), self.pool_kind(shown), bound, reply, work, send);
+        shared.deadlines.defer(file.disk(), self.pool_kind(file), deadline, reply, work, send);
     }
 
     /// The range in bytes of the disk.
@@ -477,31 +475,31 @@ impl WriteRequest {
     }
 
     /// Whether the kernel must drop pages before the reply. Valid only after the write.
-    fn must_invalidate(&self, shown: &DiskFile) -> bool {
+    fn must_invalidate(&self, file: &DiskFile) -> bool {
         self.has_cached_readers
-            || self.origin == WriteOrigin::Client && shown.is_cached_elsewhere(&self.range())
+            || self.origin == WriteOrigin::Client && file.is_cached_elsewhere(&self.range())
     }
 
     /// Makes the kernel drop the stale pages of the range.
-    fn invalidate(&self, shared: &FsContext, shown: &DiskFile) {
+    fn invalidate(&self, shared: &FsContext, file: &DiskFile) {
         if self.has_cached_readers {
-            CowslipFs::invalidate(shared, shown.disk(), self.range());
-        } else if self.must_invalidate(shown) {
-            CowslipFs::invalidate_others(shared, shown, self.range());
+            CowslipFs::invalidate(shared, file.disk(), self.range());
+        } else if self.must_invalidate(file) {
+            CowslipFs::invalidate_others(shared, file, self.range());
         }
     }
 
     /// Makes the kernel drop the other files' pages of a range that it wrote back, after the reply.
-    fn invalidate_after_reply(&self, shared: &Arc<FsContext>, shown: &DiskFile) {
+    fn invalidate_after_reply(&self, shared: &Arc<FsContext>, file: &DiskFile) {
         if self.origin == WriteOrigin::PageCache {
-            CowslipFs::invalidate_then_reply(shared, shown, self.range(), || ());
+            CowslipFs::invalidate_then_reply(shared, file, self.range(), || ());
         }
     }
 
     /// The pool that does the part of the write that has to wait.
-    fn pool_kind(&self, shown: &DiskFile) -> PoolKind {
+    fn pool_kind(&self, file: &DiskFile) -> PoolKind {
         let may_tell =
-            self.origin == WriteOrigin::Client && !shown.disk().partition_files().is_empty();
+            self.origin == WriteOrigin::Client && !file.disk().partition_files().is_empty();
         match (self.has_cached_readers || may_tell, self.sync) {
             (true, _) => PoolKind::Invalidate,
             (false, true) => PoolKind::Sync,
@@ -515,7 +513,7 @@ impl WriteRequest {
 pub(super) fn open_disk(
     handles: &Handles,
     cache: CacheMode,
-    shown: DiskFile,
+    file: DiskFile,
     flags: OpenFlags,
 ) -> io::Result<(FileHandle, FopenFlags)> {
     let access = match flags.0 & libc::O_ACCMODE {
@@ -525,15 +523,15 @@ pub(super) fn open_disk(
     };
     let cached = match cache {
         // A stream is never cached: its contents change as it flows.
-        _ if shown.disk().stream().is_some() => false,
-        _ if shown.is_partition() => false,
+        _ if file.disk().stream().is_some() => false,
+        _ if file.is_partition() => false,
         CacheMode::Auto => access == HandleAccess::Read,
         CacheMode::None => false,
         CacheMode::Writeback => true,
     };
-    shown.open_handle(access)?;
-    let is_alone = shown.disk().partition_files().is_empty();
-    let handle = handles.add(Handle::Disk { file: shown, access });
+    file.open_handle(access)?;
+    let is_alone = file.disk().partition_files().is_empty();
+    let handle = handles.add(Handle::Disk { file, access });
     let direct = FopenFlags::FOPEN_DIRECT_IO | FopenFlags::FOPEN_PARALLEL_DIRECT_WRITES;
     let flags = match (cached, is_alone) {
         // Cached pages stay valid: every change comes through this mount.

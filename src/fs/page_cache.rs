@@ -36,8 +36,8 @@ pub(super) const WHOLE_DISK: Range<u64> = 0..u64::MAX;
 
 /// How long the kernel may cache the attributes of a file. It does not see every change of a file
 /// whose bytes are shown by other files as well.
-pub(super) fn attr_ttl(shown: &DiskFile) -> Duration {
-    if shown.disk().partition_files().is_empty() { ATTR_TTL } else { NO_TTL }
+pub(super) fn attr_ttl(file: &DiskFile) -> Duration {
+    if file.disk().partition_files().is_empty() { ATTR_TTL } else { NO_TTL }
 }
 
 /// A lookup counted for a reply that is yet to be sent. Dropping the guard takes the lookup back.
@@ -68,15 +68,15 @@ impl CowslipFs {
         self.catalog().file_by_ino(ino.0).ok_or_else(|| os_error(libc::ESTALE))
     }
 
-    /// Answers a lookup of a name with `shown`. For a whole disk the lookup has been
+    /// Answers a lookup of a name with `file`. For a whole disk the lookup has been
     /// [counted](Disk::add_lookup) already.
-    pub(super) fn reply_entry(&self, shown: &DiskFile, reply: ReplyEntry) {
-        let (ino, ttl, there) = (shown.ino(), attr_ttl(shown), shown.clone());
-        let disk = (!shown.is_partition()).then(|| Arc::clone(shown.disk()));
-        let led = LookupGuard { shared: Arc::clone(&self.shared), disk };
+    pub(super) fn reply_entry(&self, file: &DiskFile, reply: ReplyEntry) {
+        let (ino, ttl, there) = (file.ino(), attr_ttl(file), file.clone());
+        let disk = (!file.is_partition()).then(|| Arc::clone(file.disk()));
+        let lookup = LookupGuard { shared: Arc::clone(&self.shared), disk };
         let work = move |_: &Disk, wait| there.attributes(wait);
-        self.query_or_defer(shown.disk(), reply, work, move |reply, found: disk::Attributes| {
-            led.disarm();
+        self.query_or_defer(file.disk(), reply, work, move |reply, found: disk::Attributes| {
+            lookup.disarm();
             reply.entry(&ttl, &attr::of_disk(ino, &found), fuser::Generation(0));
         });
     }
@@ -87,37 +87,37 @@ impl CowslipFs {
         Self::invalidate_except(shared, disk, range, None);
     }
 
-    /// Drops pages as [`invalidate`](Self::invalidate) does, for all files but `shown`.
-    pub(super) fn invalidate_others(shared: &FsContext, shown: &DiskFile, range: Range<u64>) {
-        Self::invalidate_except(shared, shown.disk(), range, Some(shown.ino()));
+    /// Drops pages as [`invalidate`](Self::invalidate) does, for all files but `file`.
+    pub(super) fn invalidate_others(shared: &FsContext, file: &DiskFile, range: Range<u64>) {
+        Self::invalidate_except(shared, file.disk(), range, Some(file.ino()));
     }
 
-    /// Drops the pages that the kernel holds of the file `shown`, which is being truncated, and has
-    /// `answer` send the reply.
+    /// Drops the pages that the kernel holds of the file `file`, which is being truncated, and has
+    /// `reply` send the reply.
     ///
     /// The kernel writes back the file's dirty pages only after the reply. Clean pages are dropped
     /// at once; while a dirty page is waited for, the reply is sent after [`TRUNCATE_WAIT`].
     pub(super) fn invalidate_truncated(
         shared: &Arc<FsContext>,
-        shown: &DiskFile,
-        answer: impl FnOnce(),
+        file: &DiskFile,
+        reply: impl FnOnce(),
     ) {
-        let (tell, told) = mpsc::channel();
-        let (there, target) = (Arc::clone(shared), shown.clone());
+        let (dropped, is_dropped) = mpsc::channel();
+        let (there, target) = (Arc::clone(shared), file.clone());
         let invalidate = move || {
             Self::invalidate(&there, target.disk(), WHOLE_DISK);
             // The receiver has timed out when a page was dirty.
-            let _ = tell.send(());
+            let _ = dropped.send(());
         };
         // A thread of its own: all threads of the disk's pool may be in this function, waiting.
         match thread::Builder::new().name("cowslip-drop".to_owned()).spawn(invalidate) {
             Ok(_) => {
-                let _ = told.recv_timeout(TRUNCATE_WAIT);
-                answer();
+                let _ = is_dropped.recv_timeout(TRUNCATE_WAIT);
+                reply();
             }
             Err(_) => {
-                answer();
-                Self::invalidate(shared, shown.disk(), WHOLE_DISK);
+                reply();
+                Self::invalidate(shared, file.disk(), WHOLE_DISK);
             }
         }
     }
@@ -135,44 +135,44 @@ impl CowslipFs {
         }
     }
 
-    /// Sends the reply about a change of `range` (bytes of the disk) through `shown`, once the
+    /// Sends the reply about a change of `range` (bytes of the disk) through `file`, once the
     /// kernel has dropped the pages that it holds of the range for other files.
     pub(super) fn invalidate_then_reply(
         shared: &Arc<FsContext>,
-        shown: &DiskFile,
+        file: &DiskFile,
         range: Range<u64>,
-        answer: impl FnOnce() + Send + 'static,
+        reply: impl FnOnce() + Send + 'static,
     ) {
-        if !shown.is_cached_elsewhere(&range) {
-            return answer();
+        if !file.is_cached_elsewhere(&range) {
+            return reply();
         }
-        let (shared, there) = (Arc::clone(shared), shown.clone());
-        shown.disk().pools.notify.run(Box::new(move || {
+        let (shared, there) = (Arc::clone(shared), file.clone());
+        file.disk().pools.notify.run(Box::new(move || {
             Self::invalidate_others(&shared, &there, range);
-            answer();
+            reply();
         }));
     }
 
-    /// Changes `range` (bytes of the disk) through `shown` as
+    /// Changes `range` (bytes of the disk) through `file` as
     /// [`change_or_defer`](Self::change_or_defer) does. Before the reply the kernel drops the pages
     /// that it holds of the range for other files.
     pub(super) fn change_and_invalidate<R: ErrorReply, T: Send + 'static>(
         &self,
-        shown: &DiskFile,
+        file: &DiskFile,
         range: Range<u64>,
         reply: R,
         work: impl Fn(&DiskFile, Wait) -> io::Result<T> + Send + 'static,
         send: impl FnOnce(R, T) + Send + 'static,
     ) {
-        let (shared, there) = (Arc::clone(&self.shared), shown.clone());
-        let (early, target) = (Arc::clone(&self.shared), shown.clone());
+        let (shared, there) = (Arc::clone(&self.shared), file.clone());
+        let (early, target) = (Arc::clone(&self.shared), file.clone());
         let told = range.clone();
         let send = move |reply: R, value: T| {
             Self::invalidate_then_reply(&shared, &there, told, move || send(reply, value));
         };
-        if !shown.is_dirty_elsewhere(&range) {
+        if !file.is_dirty_elsewhere(&range) {
             let work = move |_: &Disk, wait| work(&target, wait);
-            return self.change_or_defer(shown.disk(), reply, work, send);
+            return self.change_or_defer(file.disk(), reply, work, send);
         }
         // Older dirty bytes of the other files must not be written back after the change.
         let work = move || {
@@ -180,6 +180,6 @@ impl CowslipFs {
             work(&target, Wait::Yes)
         };
         let deadlines = &self.shared.deadlines;
-        deadlines.defer(shown.disk(), PoolKind::Invalidate, Deadline::IoTimeout, reply, work, send);
+        deadlines.defer(file.disk(), PoolKind::Invalidate, Deadline::IoTimeout, reply, work, send);
     }
 }

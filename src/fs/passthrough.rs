@@ -9,10 +9,10 @@
 //! The kernel's rules: a file is registered once for an inode, and that registration (a
 //! `BackingId`) stays while any open uses it; an inode has passthrough opens or cached opens, but
 //! never both. So the mode of an inode is decided at its first open and holds until its last
-//! RELEASE: the *term* of that inode. A disk that cannot be passed through (the daemon lacks
-//! CAP_SYS_ADMIN, the host file is on a stacked file system, the kernel is older) is served like
-//! any other, and the next term tries again. An open that must not write past this daemon, because
-//! the disk has latched, is direct: the kernel allows direct opens beside passthrough.
+//! RELEASE. A disk that cannot be passed through (the daemon lacks CAP_SYS_ADMIN, the host file is
+//! on a stacked file system, the kernel is older) is served like any other until then; the next
+//! first open tries again. An open that must not write past this daemon, because the disk has
+//! latched, is direct: the kernel allows direct opens beside passthrough.
 //!
 //! A mapping outlives its RELEASE here: it maps the host file itself, and keeps that file's mount
 //! busy.
@@ -46,7 +46,7 @@ pub(super) fn negotiate(config: &mut KernelConfig, cache: CacheMode) {
     let _ = config.set_max_stack_depth(MAX_STACK_DEPTH);
 }
 
-/// The way an open of a disk is answered.
+/// How an open of a disk is answered.
 pub(super) enum OpenMode {
     /// Served by this daemon, like a disk of several host files.
     Served,
@@ -56,14 +56,14 @@ pub(super) enum OpenMode {
     Passthrough(Arc<BackingId>),
 }
 
-/// The term of an inode, from its first open to its last RELEASE.
+/// An inode that could be passed through, from its first open to its last RELEASE.
 struct PassthroughInode {
     opens: u64,
     /// The registered host file. `None`: the kernel refused, and the disk is served.
     backing: Option<Arc<BackingId>>,
 }
 
-/// The terms of all inodes that could be passed through, by inode number.
+/// The open inodes that could be passed through, by inode number.
 #[derive(Default)]
 pub(super) struct PassthroughInodes {
     inodes: Mutex<HashMap<u64, PassthroughInode>>,
@@ -86,16 +86,16 @@ impl PassthroughInodes {
         };
         // Held during the registration: two concurrent first opens must not register the file
         // twice.
-        let mut open = self.inodes.lock();
-        let term = open.entry(disk.ino()).or_insert_with(|| {
+        let mut inodes = self.inodes.lock();
+        let inode = inodes.entry(disk.ino()).or_insert_with(|| {
             let backing = register(&file).map(Arc::new);
             if let Err(error) = &backing {
                 log::info!("{}: served without passthrough: {error}", disk.source);
             }
             PassthroughInode { opens: 0, backing: backing.ok() }
         });
-        term.opens += 1;
-        match &term.backing {
+        inode.opens += 1;
+        match &inode.backing {
             None => OpenMode::Served,
             Some(_) if disk.is_latched() => OpenMode::Direct,
             Some(backing) => OpenMode::Passthrough(Arc::clone(backing)),
@@ -104,20 +104,20 @@ impl PassthroughInodes {
 
     /// Counts a release of an open.
     pub(super) fn release(&self, ino: u64) {
-        let mut open = self.inodes.lock();
-        let Some(term) = open.get_mut(&ino) else {
+        let mut inodes = self.inodes.lock();
+        let Some(inode) = inodes.get_mut(&ino) else {
             return;
         };
-        term.opens -= 1;
-        if term.opens == 0 {
-            // The kernel dropped the file before it sent the RELEASE, so the next term may register
-            // it anew.
-            open.remove(&ino);
+        inode.opens -= 1;
+        if inode.opens == 0 {
+            // The kernel dropped the file before it sent the RELEASE, so the next first open
+            // may register it anew.
+            inodes.remove(&ino);
         }
     }
 
     /// Whether the kernel bypasses this daemon for the inode `ino`, and so holds no pages of it.
     pub(super) fn is_active(&self, ino: u64) -> bool {
-        self.inodes.lock().get(&ino).is_some_and(|term| term.backing.is_some())
+        self.inodes.lock().get(&ino).is_some_and(|inode| inode.backing.is_some())
     }
 }

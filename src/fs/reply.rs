@@ -150,10 +150,10 @@ impl<R> Cancellable for SlotRequest<R> {
 }
 
 impl Deadlines {
-    /// Creates the deadlines; each request is answered after `bound` at the latest.
+    /// Creates the deadlines; each request is answered after `io_timeout` at the latest.
     #[must_use]
-    pub fn new(bound: Duration) -> Self {
-        Self { io_timeout: bound, pending: Mutex::default() }
+    pub fn new(io_timeout: Duration) -> Self {
+        Self { io_timeout, pending: Mutex::default() }
     }
 
     /// Answers overdue requests and forgets answered ones. Called every second.
@@ -187,25 +187,25 @@ impl Deadlines {
     pub(super) fn defer<R: ErrorReply, T>(
         &self,
         disk: &Arc<Disk>,
-        lane: PoolKind,
-        bound: Deadline,
+        pool: PoolKind,
+        deadline: Deadline,
         reply: R,
         work: impl FnOnce() -> io::Result<T> + Send + 'static,
         send: impl FnOnce(R, T) + Send + 'static,
     ) {
         let slot = Arc::new(ReplySlot { reply: Mutex::new(Some(reply)), held: false.into() });
-        if bound == Deadline::IoTimeout {
+        if deadline == Deadline::IoTimeout {
             let until = Instant::now() + self.io_timeout;
             let (reply, disk) = (Arc::clone(&slot) as Arc<dyn PendingReply>, Arc::clone(disk));
             self.pending.lock().push_back(TimedReply { until, reply, disk });
         }
-        let threads = match lane {
+        let pool = match pool {
             PoolKind::Work => &disk.pools.io,
             PoolKind::Invalidate => &disk.pools.notify,
             PoolKind::Sync => &disk.pools.sync,
             PoolKind::Map => &disk.pools.map,
         };
-        threads.run(Box::new(move || {
+        pool.run(Box::new(move || {
             if slot.is_replied() {
                 return; // The deadline passed while the work was queued: nothing is done.
             }

@@ -39,24 +39,24 @@ impl WorkerLimit {
         loop {
             // A permit's holder may be waiting for this very CPU.
             thread::yield_now();
-            let seat = self.try_acquire();
-            if seat.is_some() || begin.elapsed() >= within {
-                return seat;
+            let permit = self.try_acquire();
+            if permit.is_some() || begin.elapsed() >= within {
+                return permit;
             }
         }
     }
 
     fn try_acquire(&self) -> Option<WorkerPermit<'_>> {
-        let seat = WorkerPermit { limit: self };
+        let permit = WorkerPermit { limit: self };
         let taken = self.taken.fetch_add(1, Ordering::Relaxed);
         // Dropping the permit takes back the excess count.
-        (taken < self.max).then_some(seat)
+        (taken < self.max).then_some(permit)
     }
 
     /// Takes a permit if no other one is taken.
     pub(super) fn try_acquire_first(&self) -> Option<WorkerPermit<'_>> {
-        let seat = self.try_acquire()?;
-        (self.taken.load(Ordering::Relaxed) == 1).then_some(seat)
+        let permit = self.try_acquire()?;
+        (self.taken.load(Ordering::Relaxed) == 1).then_some(permit)
     }
 }
 
@@ -77,23 +77,23 @@ mod tests {
 
     #[test]
     fn the_last_worker_gets_no_permit_until_another_is_free() {
-        let seats = WorkerLimit::new(3);
-        let first = seats.acquire();
-        let second = seats.acquire();
+        let limit = WorkerLimit::new(3);
+        let first = limit.acquire();
+        let second = limit.acquire();
         assert!(first.is_some() && second.is_some());
-        assert!(seats.acquire().is_none());
-        assert!(seats.try_acquire_first().is_none());
+        assert!(limit.acquire().is_none());
+        assert!(limit.try_acquire_first().is_none());
         drop(first);
-        assert!(seats.acquire().is_some());
-        let third = seats.acquire();
+        assert!(limit.acquire().is_some());
+        let third = limit.acquire();
         assert!(thread::scope(|scope| {
-            let waiting = scope.spawn(|| seats.acquire_within(Duration::MAX).is_some());
+            let waiting = scope.spawn(|| limit.acquire_within(Duration::MAX).is_some());
             drop(third);
             waiting.join().unwrap()
         }));
         drop(second);
-        let alone = seats.try_acquire_first();
+        let alone = limit.try_acquire_first();
         assert!(alone.is_some());
-        assert!(seats.try_acquire_first().is_none() && seats.acquire().is_some());
+        assert!(limit.try_acquire_first().is_none() && limit.acquire().is_some());
     }
 }

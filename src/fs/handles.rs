@@ -91,30 +91,30 @@ impl Handles {
         self.insert(handle, None)
     }
 
-    /// Takes a permit for a handle of `asker` other than a disk.
+    /// Takes a permit for a handle of `requester` other than a disk.
     ///
     /// # Errors
     /// `EMFILE` when that user, or all untrusted users together, have too many.
-    pub(super) fn permit(&self, asker: Requester) -> io::Result<HandlePermit> {
+    pub(super) fn permit(&self, requester: Requester) -> io::Result<HandlePermit> {
         let mut all = self.counts.lock();
-        let count = all.by_user.get(&asker.uid).copied().unwrap_or(0);
-        if count >= MAX_PER_USER || !asker.is_trusted && all.untrusted >= MAX_UNTRUSTED {
+        let count = all.by_user.get(&requester.uid).copied().unwrap_or(0);
+        if count >= MAX_PER_USER || !requester.is_trusted && all.untrusted >= MAX_UNTRUSTED {
             return Err(os_error(libc::EMFILE));
         }
-        all.by_user.insert(asker.uid, count + 1);
-        if !asker.is_trusted {
+        all.by_user.insert(requester.uid, count + 1);
+        if !requester.is_trusted {
             all.untrusted += 1;
         }
-        Ok(HandlePermit { requester: asker, counts: Arc::clone(&self.counts) })
+        Ok(HandlePermit { requester, counts: Arc::clone(&self.counts) })
     }
 
-    pub(super) fn add_with_permit(&self, place: HandlePermit, handle: Handle) -> FileHandle {
-        self.insert(handle, Some(place))
+    pub(super) fn add_with_permit(&self, permit: HandlePermit, handle: Handle) -> FileHandle {
+        self.insert(handle, Some(permit))
     }
 
-    fn insert(&self, handle: Handle, place: Option<HandlePermit>) -> FileHandle {
+    fn insert(&self, handle: Handle, permit: Option<HandlePermit>) -> FileHandle {
         let number = self.next.fetch_add(1, Ordering::Relaxed);
-        self.open.insert(number, OpenHandle { handle: Arc::new(handle), _permit: place });
+        self.open.insert(number, OpenHandle { handle: Arc::new(handle), _permit: permit });
         FileHandle(number)
     }
 
@@ -145,17 +145,17 @@ mod tests {
     #[test]
     fn permits_are_limited_per_user_and_for_untrusted_users_and_are_returned() {
         let handles = Handles::default();
-        let asker = |uid| Requester { uid, is_trusted: uid == 0 };
+        let requester = |uid| Requester { uid, is_trusted: uid == 0 };
         let fill = |uid| {
-            let places = std::iter::from_fn(|| handles.permit(asker(uid)).ok());
-            places.take(MAX_UNTRUSTED).collect::<Vec<_>>()
+            let permits = std::iter::from_fn(|| handles.permit(requester(uid)).ok());
+            permits.take(MAX_UNTRUSTED).collect::<Vec<_>>()
         };
         let mut others: Vec<Vec<HandlePermit>> = (1..=4).map(fill).collect();
-        assert!(others.iter().all(|places| places.len() == MAX_PER_USER));
-        assert!(handles.permit(asker(5)).is_err());
+        assert!(others.iter().all(|permits| permits.len() == MAX_PER_USER));
+        assert!(handles.permit(requester(5)).is_err());
         assert_eq!(fill(0).len(), MAX_PER_USER);
         others[1].pop();
-        assert!(handles.permit(asker(1)).is_err() && handles.permit(asker(5)).is_ok());
+        assert!(handles.permit(requester(1)).is_err() && handles.permit(requester(5)).is_ok());
         others.clear();
         assert!(handles.counts.lock().by_user.is_empty() && handles.counts.lock().untrusted == 0);
     }
