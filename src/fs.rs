@@ -1,204 +1,90 @@
 //! The FUSE adapter: decodes a request, calls a disk, replies. Only this module and `mount` name
 //! `fuser`.
 //!
-//! A worker calls a disk with [`Wait::No`]. Work that would have to wait goes to the disk's pool
-//! (`reply`), so a slow base holds no worker. Invalidations of the kernel's cache are sent by pool
-//! threads as well, never from a handler: the kernel may need a free worker to carry one out.
+//! Each handler here decodes and passes on; the files below say how the reply comes about:
+//!
+//! ```text
+//!   names, nodes, attr, setattr    names and inodes; `nodes` without FUSE
+//!   opens, handles, passthrough    from open to release
+//!   read, write, page_cache        bytes, and the kernel's copies of them
+//!   control_files                  the files in `.cowslip`
+//!   dispatch, reply                which thread does the work, and until when
+//!   worker_limit, busy_poll        the workers
+//! ```
+//!
+//! A worker calls a disk with [`Wait::No`](crate::layer::Wait::No). Work that would have to wait
+//! goes to the disk's pool (`reply`), so a slow base holds no worker. Invalidations of the kernel's
+//! cache are sent by pool threads as well, never from a handler: the kernel may need a free worker
+//! to carry one out.
 
 mod attr;
 mod busy_poll;
+mod context;
+mod control_files;
+mod decode;
+mod dispatch;
 mod handles;
-mod invalidation;
-mod ops;
+mod names;
+mod negotiate;
+mod nodes;
+mod opens;
 mod page_cache;
 mod passthrough;
+mod read;
 mod reply;
+mod setattr;
 mod worker_limit;
+mod write;
 
-use std::cell::RefCell;
 use std::ffi::OsStr;
 use std::io;
-use std::os::fd::OwnedFd;
-use std::sync::{Arc, OnceLock};
 use std::time::SystemTime;
 
 use fuser::{
     AccessFlags, BsdFileFlags, CopyFileRangeFlags, Errno, FileHandle, Filesystem, FopenFlags,
-    Generation, INodeNo, InitFlags, KernelConfig, LockOwner, Notifier, OpenFlags, RenameFlags,
-    ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory, ReplyEmpty, ReplyEntry, ReplyLseek,
-    ReplyOpen, ReplyStatfs, ReplyWrite, Request, TimeOrNow, WriteFlags,
+    Generation, INodeNo, KernelConfig, LockOwner, OpenFlags, RenameFlags, ReplyAttr, ReplyCreate,
+    ReplyData, ReplyDirectory, ReplyEmpty, ReplyEntry, ReplyLseek, ReplyOpen, ReplyStatfs,
+    ReplyWrite, Request, TimeOrNow, WriteFlags,
 };
 
-use self::attr::{ATTR_TTL, NO_TTL};
-use self::busy_poll::BusyPoll;
-use self::handles::{Handle, Handles};
-pub use self::invalidation::kernel_invalidator;
-use self::ops::{
-    WriteOrigin, WriteRequest, decode_fallocate, is_sync, open_disk, to_system_time, utf8_name,
-    would_block,
-};
-use self::page_cache::{WHOLE_DISK, attr_ttl};
-use self::passthrough::{OpenMode, PassthroughInodes};
+use self::attr::ATTR_TTL;
+pub use self::context::{CowslipFs, FsContext};
+use self::handles::Handle;
+use self::names::forget_lookups;
+use self::nodes::Node;
+pub use self::page_cache::{PageCache, kernel_invalidator};
 pub use self::reply::Deadlines;
-use self::reply::{Deadline, ErrorReply as _, PoolKind};
-use self::worker_limit::WorkerLimit;
-use crate::aligned::AlignedBuf;
-use crate::catalog::{Catalog, RenameMode};
-use crate::config::{CacheMode, DiskMode};
-use crate::control::{Control, ControlNode};
-use crate::disk::{self, Disk, DiskFile, DiskOwner, HandleAccess, Whence};
-use crate::host::os_error;
-use crate::layer::Wait;
-use crate::name::{CONTROL_DIR, MAX_NAME_LEN};
-use crate::pool::Pool;
-use crate::stream::Stream;
-
-/// Inode number of the mount's root directory.
-const ROOT_INO: u64 = 1;
-/// Largest request in bytes, 1 MiB: the kernel's limit of pages in one request.
-const MAX_IO_SIZE: u32 = 1 << 20;
-/// Requests that the kernel keeps in flight for read-ahead and asynchronous I/O, of all disks
-/// together. Hundreds may wait for one stalled stream; the other disks must not wait with them.
-const MAX_BACKGROUND: u16 = 4096;
-
-/// Permission bits that a mode may set. Set-id bits are excluded: the mount is `nosuid`, and so a
-/// write has none to clear.
-const PERM_MASK: u32 = 0o1777;
-
-thread_local! {
-    /// Per-thread read buffer of workers and pool threads, reused across requests. Aligned, so that
-    /// reads past the host's page cache (`O_DIRECT`) need no copy.
-    static READ_BUFFER: RefCell<AlignedBuf> = const { RefCell::new(AlignedBuf::new()) };
-}
-
-/// State shared between the adapter and the mount.
-pub struct FsContext {
-    /// The disks and their names.
-    pub catalog: Arc<Catalog>,
-    /// The `.cowslip` directory.
-    pub control: Arc<Control>,
-    /// The requests with a deadline.
-    pub deadlines: Deadlines,
-    /// Sends invalidations; set once the kernel has initialized the connection (`FUSE_INIT`).
-    pub notifier: OnceLock<Notifier>,
-    /// Threads for work that belongs to no disk.
-    pub pool: Arc<Pool>,
-    /// Threads for requests to the control files, and for reads that wait for the answers.
-    pub control_pool: Arc<Pool>,
-    /// How the kernel's cache is used.
-    pub cache: CacheMode,
-    /// User id and group id of the user who mounted.
-    pub owner: (u32, u32),
-    /// The time of the mount.
-    pub mounted_at: SystemTime,
-}
-
-/// The file system as the kernel sees it.
-pub struct CowslipFs {
-    shared: Arc<FsContext>,
-    handles: Arc<Handles>,
-    passthrough: PassthroughInodes,
-    worker_limit: WorkerLimit,
-    busy_poll: BusyPoll,
-}
-
-impl CowslipFs {
-    /// Creates the adapter of a mount with `workers` threads. `device` is the connection to the
-    /// kernel, polled for the next request.
-    #[must_use]
-    pub fn new(shared: Arc<FsContext>, workers: usize, device: Option<OwnedFd>) -> Self {
-        Self {
-            shared,
-            handles: Arc::default(),
-            passthrough: PassthroughInodes::default(),
-            worker_limit: WorkerLimit::new(workers),
-            busy_poll: BusyPoll::new(device),
-        }
-    }
-}
+use self::setattr::AttrChange;
+use self::write::{WriteOrigin, WriteRequest};
 
 impl Filesystem for CowslipFs {
     fn init(&mut self, _: &Request, config: &mut KernelConfig) -> io::Result<()> {
-        let mut wanted = vec![
-            InitFlags::FUSE_ASYNC_DIO,
-            InitFlags::FUSE_PARALLEL_DIROPS,
-            InitFlags::FUSE_DIRECT_IO_ALLOW_MMAP,
-            // Without it the kernel asks for `security.capability` at every buffered write.
-            InitFlags::FUSE_HANDLE_KILLPRIV_V2,
-        ];
-        if self.shared.cache == CacheMode::Writeback {
-            wanted.push(InitFlags::FUSE_WRITEBACK_CACHE);
-        }
-        // No READDIRPLUS: attributes that had to be waited for could only be invented, and a size
-        // of 0 would end the reads of every process that has the file open.
-        for flag in wanted {
-            if config.add_capabilities(flag).is_err() {
-                log::info!("this kernel's FUSE has no {flag:?}");
-            }
-        }
-        // Each setter returns its limit when the value exceeds it.
-        let _ = config.set_max_write(MAX_IO_SIZE);
-        if let Err(most) = config.set_max_readahead(MAX_IO_SIZE) {
-            let _ = config.set_max_readahead(most);
-        }
-        let _ = config.set_max_background(MAX_BACKGROUND);
-        passthrough::negotiate(config, self.shared.cache);
+        negotiate::negotiate(config, self.page_cache().mode());
         Ok(())
     }
 
     fn lookup(&self, _: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
-        let Ok(name) = utf8_name(name) else {
-            return reply.error(Errno::ENOENT);
-        };
-        if let Some(ControlNode::Snapshots(slot)) = ControlNode::from_ino(parent.0) {
-            return self.lookup_snapshot(slot, name, reply);
-        }
-        if parent.0 != ROOT_INO || name == CONTROL_DIR {
-            let node = match parent.0 {
-                ROOT_INO => Some(ControlNode::Directory),
-                parent => {
-                    ControlNode::from_ino(parent).and_then(|node| node.child(name, self.catalog()))
-                }
-            };
-            return match node.and_then(|node| self.node_attr(node)) {
-                Some(attr) => reply.entry_with_ttls(&ATTR_TTL, &NO_TTL, &attr, Generation(0)),
-                None => reply.error(Errno::ENOENT),
-            };
-        }
-        if name.len() > MAX_NAME_LEN {
-            return reply.error(Errno::ENAMETOOLONG);
-        }
-        match self.catalog().look_up(name) {
-            Some(file) => self.reply_entry(&file, reply),
-            None => reply.error(Errno::ENOENT),
-        }
+        self.lookup_name(parent.0, name, reply);
     }
 
     fn forget(&self, _: &Request, ino: INodeNo, count: u64) {
-        if let Some(file) = self.catalog().file_by_ino(ino.0).filter(|file| !file.is_partition()) {
-            Self::forget_lookups(&self.shared, file.disk(), count);
+        // Lookups of partition files are not counted.
+        if let Some(file) =
+            self.shared.catalog.file_by_ino(ino.0).filter(|file| !file.is_partition())
+        {
+            forget_lookups(&self.shared, file.disk(), count);
         }
     }
 
     fn getattr(&self, _: &Request, ino: INodeNo, _: Option<FileHandle>, reply: ReplyAttr) {
-        if ino.0 == ROOT_INO {
-            return reply.attr(&ATTR_TTL, &self.root_attr());
+        match self.nodes.by_ino(ino.0) {
+            Ok(Node::File(file)) => self.reply_attr(&file, reply),
+            Ok(Node::Control(node)) => self.reply_control_attr(node, reply),
+            Ok(Node::Root) => {
+                reply.attr(&ATTR_TTL, &attr::of_root(&self.nodes, self.shared.mounted_at));
+            }
+            Err(error) => reply.error(error.into()),
         }
-        if let Some(node) = ControlNode::from_ino(ino.0) {
-            return match self.node_attr(node) {
-                Some(attr) => reply.attr(&ATTR_TTL, &attr),
-                None => reply.error(Errno::ENOENT),
-            };
-        }
-        let file = match self.file_by_ino(ino) {
-            Ok(file) => file,
-            Err(error) => return reply.error(error.into()),
-        };
-        let (ttl, there) = (attr_ttl(&file), file.clone());
-        let work = move |_: &Disk, wait| there.attributes(wait);
-        self.query_or_defer(file.disk(), reply, work, move |reply, found: disk::Attributes| {
-            reply.attr(&ttl, &attr::of_disk(ino.0, &found));
-        });
     }
 
     fn setattr(
@@ -219,77 +105,27 @@ impl Filesystem for CowslipFs {
         _: Option<BsdFileFlags>,
         reply: ReplyAttr,
     ) {
-        let file = match self.file_by_ino(ino) {
-            Ok(file) => file,
+        let file = match self.nodes.by_ino(ino.0) {
+            Ok(Node::File(file)) => file,
             // A control file always has size 0 at open: the truncation of a shell's `>` changes
             // nothing.
-            Err(_) if ControlNode::from_ino(ino.0).is_some_and(|node| !node.is_directory()) => {
-                return self.getattr_of_node(ino, reply);
+            Ok(Node::Control(node)) if !node.is_directory() => {
+                return self.reply_control_attr(node, reply);
             }
-            Err(_) if ino.0 == ROOT_INO || ControlNode::from_ino(ino.0).is_some() => {
-                return reply.error(Errno::EPERM);
-            }
+            Ok(Node::Root | Node::Control(_)) => return reply.error(Errno::EPERM),
             Err(error) => return reply.error(error.into()),
         };
         let old = file.disk().owner();
-        let owner = DiskOwner {
-            uid: uid.unwrap_or(old.uid),
-            gid: gid.unwrap_or(old.gid),
-            perm: mode.map_or(old.perm, |mode| u16::try_from(mode & PERM_MASK).unwrap_or(old.perm)),
-        };
-        let owner = (owner != old).then_some(owner);
-        let times = (to_system_time(atime), to_system_time(mtime));
-        let ttl = attr_ttl(&file);
-        let send = move |reply: ReplyAttr, found: disk::Attributes| {
-            reply.attr(&ttl, &attr::of_disk(ino.0, &found));
-        };
-        let there = file.clone();
-        if owner.is_some() {
-            // A new owner is written durably.
-            let work = move |_: &Disk| Self::set_attributes(&there, owner, size, times, Wait::Yes);
-            return self.defer(file.disk(), PoolKind::Work, reply, work, send);
-        }
-        if size == Some(0) && file.has_fixed_size() {
-            // The kernel sees no new size and would keep its cached pages.
-            let (shared, target) = (Arc::clone(&self.shared), file.clone());
-            let work = move |_: &Disk| Self::set_attributes(&there, None, size, times, Wait::Yes);
-            let send = move |reply, found| {
-                Self::invalidate_others(&shared, &target, WHOLE_DISK);
-                Self::invalidate_truncated(&shared, &target, || send(reply, found));
-            };
-            return self.defer(file.disk(), PoolKind::Invalidate, reply, work, send);
-        }
-        let range = if size.is_some() { WHOLE_DISK } else { 0..0 };
-        let work = move |file: &DiskFile, wait| Self::set_attributes(file, None, size, times, wait);
-        self.change_and_invalidate(&file, range, reply, work, send);
+        let change = AttrChange::decode(old, (uid, gid, mode), size, (atime, mtime));
+        self.change_attributes(&file, change, reply);
     }
 
     fn open(&self, request: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
-        if let Some(node) = ControlNode::from_ino(ino.0) {
-            return self.open_control(self.requester(request), node, reply);
-        }
-        let file = match self.file_by_ino(ino) {
-            Ok(file) => file,
-            Err(error) => return reply.error(error.into()),
-        };
-        let disk = file.disk();
-        if disk.mode == DiskMode::ReadOnly && flags.0 & libc::O_ACCMODE != libc::O_RDONLY {
-            return reply.error(Errno::EROFS);
-        }
-        let cache = self.shared.cache;
-        let open_mode = self.passthrough.open(disk, cache, |file| reply.open_backing(file));
-        let as_served = if matches!(open_mode, OpenMode::Direct) { CacheMode::None } else { cache };
-        match (open_disk(&self.handles, as_served, file.clone(), flags), open_mode) {
-            (Ok((handle, _)), OpenMode::Passthrough(backing)) => {
-                reply.opened_passthrough(handle, FopenFlags::empty(), &backing);
-            }
-            (Ok((handle, flags)), OpenMode::Served | OpenMode::Direct) => {
-                reply.opened(handle, flags);
-            }
-            (Err(error), _) => {
-                self.passthrough.release(disk.ino());
-                reply.error(error.into());
-            }
+        match self.nodes.by_ino(ino.0) {
+            Ok(Node::File(file)) => self.open_file(&file, flags, reply),
+            Ok(Node::Control(node)) => self.open_control(self.requester(request), node, reply),
+            Ok(Node::Root) => reply.error(Errno::EISDIR),
+            Err(error) => reply.error(error.into()),
         }
     }
 
@@ -304,48 +140,13 @@ impl Filesystem for CowslipFs {
         _: Option<LockOwner>,
         reply: ReplyData,
     ) {
-        let Some(handle) = self.handles.find(fh) else {
-            return reply.error(Errno::EBADF);
-        };
-        let Handle::Disk { file, .. } = &*handle else {
-            return self.read_control(&handle, offset, size, reply);
-        };
-        let (len, disk) = (size as usize, file.disk());
-        if let Some(Stream::Input { input, .. }) = disk.stream() {
-            let send = move |result: io::Result<Vec<u8>>| match result {
-                Ok(bytes) => reply.data(&bytes),
-                Err(error) => reply.error(error.into()),
-            };
-            return input.read(offset, len, request.pid(), Box::new(send));
+        match self.handles.find(fh).as_deref() {
+            Some(Handle::Disk { file, .. }) => {
+                self.read_file(file, offset, size as usize, request.pid(), reply);
+            }
+            Some(handle) => self.read_control(handle, offset, size, reply),
+            None => reply.error(Errno::EBADF),
         }
-        let left = READ_BUFFER.with_borrow_mut(|buffer| {
-            let room = buffer.prepare(len);
-            let result = file.read(room, offset, Wait::No);
-            if would_block(&result) {
-                return Some(reply);
-            }
-            match result {
-                Ok(got) => reply.data(&room[..got]),
-                Err(error) => reply.reply_error(error),
-            }
-            None
-        });
-        let Some(reply) = left else { return self.busy_poll.poll_request() };
-        // The buffer is not borrowed here: where no thread can be started, this thread does the
-        // work itself.
-        let there = file.clone();
-        let work = move || {
-            // The thread's own buffer, kept for as long as the thread lives: new memory costs as
-            // much as the copy.
-            let mut buffer = READ_BUFFER.take();
-            let got = there.read(buffer.prepare(len), offset, Wait::Yes)?;
-            Ok((buffer, got))
-        };
-        let send = |reply: ReplyData, (buffer, got): (AlignedBuf, usize)| {
-            reply.data(&buffer.as_slice()[..got]);
-            READ_BUFFER.set(buffer);
-        };
-        self.shared.deadlines.defer(disk, PoolKind::Work, Deadline::IoTimeout, reply, work, send);
     }
 
     fn write(
@@ -360,74 +161,26 @@ impl Filesystem for CowslipFs {
         _: Option<LockOwner>,
         reply: ReplyWrite,
     ) {
-        let Some(handle) = self.handles.find(fh) else {
-            return reply.error(Errno::EBADF);
-        };
-        let Handle::Disk { file, .. } = &*handle else {
-            return match self.write_control(self.requester(request), &handle, data) {
-                Ok(len) => reply.written(len),
-                Err(error) => reply.error(error.into()),
-            };
-        };
-        let disk = file.disk();
-        let room = match file.writable_range(offset, data.len() as u64) {
-            Ok(room) => room,
-            Err(error) => return reply.error(error.into()),
-        };
-        // Shorter than `data` only at the end of a partition.
-        let len = usize::try_from(room.end - room.start).unwrap_or(usize::MAX).min(data.len());
-        let (offset, data) = (room.start, &data[..len]);
-        let Ok(written) = u32::try_from(len) else {
-            return reply.error(Errno::EINVAL);
-        };
-        if let Some(Stream::Output(output)) = disk.stream() {
-            let send = move |result: io::Result<()>| match result {
-                Ok(()) => reply.written(written),
-                Err(error) => reply.error(error.into()),
-            };
-            let (pid, send) = (request.pid(), Box::new(send));
-            // The write may wait for the host of a spill file.
-            if let Some(permit) = self.worker_limit.acquire() {
-                disk.stream_write(output, data, offset, pid, send);
-                return drop(permit);
+        let handle = self.handles.find(fh);
+        let file = match handle.as_deref() {
+            Some(Handle::Disk { file, .. }) => file,
+            Some(handle) => {
+                return match self.write_control(self.requester(request), handle, data) {
+                    Ok(len) => reply.written(len),
+                    Err(error) => reply.error(error.into()),
+                };
             }
-            let (disk, data) = (Arc::clone(disk), data.to_vec());
-            return Arc::clone(&disk.pools.sync).run(Box::new(move || {
-                if let Some(Stream::Output(output)) = disk.stream() {
-                    disk.stream_write(output, &data, offset, pid, send);
-                }
-            }));
-        }
-        // Bytes that come from the kernel's cache are in that cache already. Their page is locked
-        // until the reply, so an invalidation would deadlock.
-        let origin = match write_flags.contains(WriteFlags::FUSE_WRITE_CACHE) {
-            true => WriteOrigin::PageCache,
-            false => WriteOrigin::Client,
+            None => return reply.error(Errno::EBADF),
         };
-        let cached = origin == WriteOrigin::Client
-            && self.shared.cache == CacheMode::Auto
-            && !file.is_partition()
-            && disk.has_cached_readers();
-        let write = WriteRequest {
-            offset,
-            len: written,
-            has_cached_readers: cached,
-            origin,
-            sync: is_sync(flags),
-        };
-        if let Some(permit) = self.worker_limit.acquire() {
-            write.run(&self.shared, file, data, reply);
-            disk.prepare_sync(room);
-            drop(permit);
-            return self.busy_poll.poll_request();
-        }
-        let (shared, there, data) = (Arc::clone(&self.shared), file.clone(), data.to_vec());
-        disk.pools.sync.run(Box::new(move || write.run(&shared, &there, &data, reply)));
+        let origin = WriteOrigin::decode(write_flags);
+        let write =
+            WriteRequest { offset, origin, sync: decode::is_sync(flags), pid: request.pid() };
+        self.write_file(file, data, write, reply);
     }
 
     fn flush(&self, _: &Request, _: INodeNo, fh: FileHandle, _: LockOwner, reply: ReplyEmpty) {
         // No write is held back until close; but a failed disk reports its failure at close, too.
-        match self.file_by_handle(fh) {
+        match self.handles.find_file(fh) {
             Ok(file) if file.disk().is_failed() => reply.error(Errno::EIO),
             _ => reply.ok(),
         }
@@ -443,29 +196,14 @@ impl Filesystem for CowslipFs {
         _: bool,
         reply: ReplyEmpty,
     ) {
-        if let Some(handle) = self.handles.remove(fh)
-            && let Handle::Disk { file, access } = &*handle
-        {
-            let disk = file.disk();
-            self.passthrough.release(disk.ino());
-            file.release_handle(*access);
-            if *access != HandleAccess::Read {
-                disk.finish_after_last_writer();
-            }
-            if disk.is_orphan() {
-                let disk = Arc::clone(disk);
-                let work = move |shared: &FsContext| {
-                    shared.catalog.dispose(&disk);
-                    Ok(())
-                };
-                return self.run_on_mount_pool(reply, work, |reply, ()| reply.ok());
-            }
+        match self.handles.remove(fh).as_deref() {
+            Some(Handle::Disk { file, access }) => self.release_file(file, *access, reply),
+            _ => reply.ok(),
         }
-        reply.ok();
     }
 
     fn fsync(&self, _: &Request, _: INodeNo, fh: FileHandle, _: bool, reply: ReplyEmpty) {
-        match self.file_by_handle(fh) {
+        match self.handles.find_file(fh) {
             Ok(file) if file.disk().is_quick_to_sync() => self.sync_now(file.disk(), reply),
             Ok(file) => self.defer_sync(file.disk(), reply),
             Err(error) => reply.error(error.into()),
@@ -474,7 +212,7 @@ impl Filesystem for CowslipFs {
 
     fn opendir(&self, request: &Request, ino: INodeNo, _: OpenFlags, reply: ReplyOpen) {
         let permit = self.handles.permit(self.requester(request));
-        match permit.and_then(|permit| Ok((permit, self.listing(ino.0)?))) {
+        match permit.and_then(|permit| Ok((permit, self.nodes.list(ino.0)?))) {
             Ok((permit, entries)) => {
                 let handle = self.handles.add_with_permit(permit, Handle::Directory(entries));
                 reply.opened(handle, FopenFlags::empty());
@@ -498,8 +236,9 @@ impl Filesystem for CowslipFs {
             return reply.error(Errno::ENOTDIR);
         };
         let skip = usize::try_from(offset).unwrap_or(usize::MAX);
-        for (at, (name, ino, kind)) in entries.iter().enumerate().skip(skip) {
-            if reply.add(INodeNo(*ino), at as u64 + 1, *kind, name) {
+        for (at, entry) in entries.iter().enumerate().skip(skip) {
+            let kind = attr::file_type(entry.is_directory);
+            if reply.add(INodeNo(entry.ino), at as u64 + 1, kind, &entry.name) {
                 break;
             }
         }
@@ -517,27 +256,7 @@ impl Filesystem for CowslipFs {
     }
 
     fn statfs(&self, _: &Request, ino: INodeNo, reply: ReplyStatfs) {
-        let disk = self.file_by_ino(ino).ok().map(|file| Arc::clone(file.disk()));
-        let disk = disk.or_else(|| self.catalog().list().first().map(|(_, e)| Arc::clone(&e.disk)));
-        let block = disk.as_ref().map_or(4096, |disk| disk.block());
-        let work = move |shared: &FsContext| match disk {
-            Some(disk) => disk.space(),
-            None => attr::space_of(shared.catalog.store_dir()),
-        };
-        self.run_on_mount_pool(reply, work, move |reply, space| {
-            let unit = u64::from(block);
-            let files = 1 << 20;
-            reply.statfs(
-                space.total / unit,
-                space.free / unit,
-                space.available / unit,
-                files,
-                files,
-                block,
-                u32::try_from(MAX_NAME_LEN).unwrap_or(u32::MAX),
-                block,
-            );
-        });
+        self.reply_space(ino.0, reply);
     }
 
     fn access(&self, _: &Request, _: INodeNo, _: AccessFlags, reply: ReplyEmpty) {
@@ -555,17 +274,7 @@ impl Filesystem for CowslipFs {
         flags: i32,
         reply: ReplyCreate,
     ) {
-        let (handles, cache) = (Arc::clone(&self.handles), self.shared.cache);
-        self.create_disk(request, parent, name, mode, reply, move |reply, disk, found| {
-            let attr = attr::of_disk(disk.ino(), &found);
-            match open_disk(&handles, cache, disk.clone().into(), OpenFlags(flags)) {
-                Ok((handle, flags)) => {
-                    disk.add_lookup();
-                    reply.created(&ATTR_TTL, &attr, Generation(0), handle, flags);
-                }
-                Err(error) => reply.error(error.into()),
-            }
-        });
+        self.create_file(request, (parent.0, name), mode, OpenFlags(flags), reply);
     }
 
     fn mknod(
@@ -582,7 +291,7 @@ impl Filesystem for CowslipFs {
         if !matches!(mode & libc::S_IFMT, libc::S_IFREG | 0) {
             return reply.error(Errno::EPERM);
         }
-        self.create_disk(request, parent, name, mode, reply, move |reply, disk, found| {
+        self.create_disk(request, parent.0, name, mode, reply, move |reply, disk, found| {
             disk.add_lookup();
             reply.entry(&ATTR_TTL, &attr::of_disk(disk.ino(), &found), Generation(0));
         });
@@ -597,12 +306,7 @@ impl Filesystem for CowslipFs {
     }
 
     fn unlink(&self, _: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
-        let name = match utf8_name(name) {
-            Ok(name) if parent.0 == ROOT_INO => name.to_owned(),
-            _ => return reply.error(Errno::EPERM),
-        };
-        let work = move |shared: &FsContext| shared.catalog.unlink(&name);
-        self.run_on_mount_pool(reply, work, |reply, ()| reply.ok());
+        self.unlink_disk(parent.0, name, reply);
     }
 
     fn rename(
@@ -615,20 +319,7 @@ impl Filesystem for CowslipFs {
         flags: RenameFlags,
         reply: ReplyEmpty,
     ) {
-        let (Ok(from), Ok(to)) = (utf8_name(name), utf8_name(newname)) else {
-            return reply.error(Errno::EINVAL);
-        };
-        if parent.0 != ROOT_INO || newparent.0 != ROOT_INO {
-            return reply.error(Errno::EPERM);
-        }
-        let over = match flags {
-            flags if flags.is_empty() => RenameMode::Replace,
-            RenameFlags::RENAME_NOREPLACE => RenameMode::NoReplace,
-            _ => return reply.error(Errno::EINVAL),
-        };
-        let (from, to) = (from.to_owned(), to.to_owned());
-        let work = move |shared: &FsContext| shared.catalog.rename(&from, &to, over);
-        self.run_on_mount_pool(reply, work, |reply, ()| reply.ok());
+        self.rename_disk((parent.0, name), (newparent.0, newname), flags, reply);
     }
 
     fn fallocate(
@@ -641,19 +332,17 @@ impl Filesystem for CowslipFs {
         mode: i32,
         reply: ReplyEmpty,
     ) {
-        let file = match self.file_by_handle(fh) {
+        let file = match self.handles.find_file(fh) {
             Ok(file) => file,
             Err(error) => return reply.error(error.into()),
         };
-        let Some((change, keep)) = decode_fallocate(mode) else {
+        let Some((change, keep)) = decode::fallocate_mode(mode) else {
             return reply.error(Errno::EOPNOTSUPP);
         };
         let Some(end) = offset.checked_add(length) else {
             return reply.error(Errno::EFBIG);
         };
-        let span = file.span(offset, length);
-        let work = move |file: &DiskFile, wait| file.fallocate(offset..end, change, keep, wait);
-        self.change_and_invalidate(&file, span, reply, work, |reply, ()| reply.ok());
+        self.allocate(&file, offset..end, (change, keep), reply);
     }
 
     fn lseek(
@@ -665,39 +354,17 @@ impl Filesystem for CowslipFs {
         whence: i32,
         reply: ReplyLseek,
     ) {
-        let file = match self.file_by_handle(fh) {
+        let file = match self.handles.find_file(fh) {
             Ok(file) => file,
             Err(error) => return reply.error(error.into()),
         };
-        let disk = Arc::clone(file.disk());
-        let whence = match whence {
-            libc::SEEK_DATA => Whence::Data,
-            libc::SEEK_HOLE => Whence::Hole,
-            _ => return reply.error(Errno::EINVAL),
+        let Some(whence) = decode::whence(whence) else {
+            return reply.error(Errno::EINVAL);
         };
         let Ok(offset) = u64::try_from(offset) else {
             return reply.error(Errno::ENXIO);
         };
-        let send = |reply: ReplyLseek, found: u64| reply.offset(found.cast_signed());
-        if self.may_have_dirty_pages(&disk) {
-            // Pages written through a mapping have not reached this daemon yet.
-            let shared = Arc::clone(&self.shared);
-            let work = move || {
-                Self::invalidate(&shared, file.disk(), WHOLE_DISK);
-                file.seek(offset, whence, Wait::Yes)
-            };
-            return self.shared.deadlines.defer(
-                &disk,
-                PoolKind::Invalidate,
-                Deadline::IoTimeout,
-                reply,
-                work,
-                send,
-            );
-        }
-        let work = move |_: &Disk, wait| file.seek(offset, whence, wait);
-        self.query_or_defer(&disk, reply, work, send);
-        self.busy_poll.poll_request();
+        self.seek_file(file, offset, whence, reply);
     }
 
     fn copy_file_range(
@@ -713,32 +380,14 @@ impl Filesystem for CowslipFs {
         _: CopyFileRangeFlags,
         reply: ReplyWrite,
     ) {
-        let (source, target) = match (self.file_by_handle(fh_in), self.file_by_handle(fh_out)) {
+        let (source, target) = match (self.handles.find_file(fh_in), self.handles.find_file(fh_out))
+        {
             (Ok(source), Ok(target)) => (source, target),
             (Err(error), _) | (_, Err(error)) => return reply.error(error.into()),
         };
         if offset_in.checked_add(len).is_none() {
             return reply.error(Errno::EINVAL);
         }
-        let cached = target.disk().has_cached_readers() && self.shared.cache == CacheMode::Auto;
-        let notice = cached || !target.disk().partition_files().is_empty();
-        let shared = Arc::clone(&self.shared);
-        let there = target.clone();
-        let work = move || {
-            let span = there.span(offset_out, len);
-            if there.is_dirty_elsewhere(&span) {
-                // Older dirty bytes of another file must not be written back after these.
-                Self::invalidate_others(&shared, &there, span);
-            }
-            let copied = there.copy_from(&source, (offset_in, len), offset_out)?;
-            let len = copied.end - copied.start;
-            if notice && len > 0 {
-                Self::invalidate(&shared, there.disk(), copied);
-            }
-            u32::try_from(len).map_err(|_| os_error(libc::EIO))
-        };
-        let pool = if notice { PoolKind::Invalidate } else { PoolKind::Work };
-        let deadlines = &self.shared.deadlines;
-        deadlines.defer(target.disk(), pool, Deadline::IoTimeout, reply, work, ReplyWrite::written);
+        self.copy_file(source, (offset_in, len), &target, offset_out, reply);
     }
 }

@@ -9,6 +9,7 @@ use dashmap::DashMap;
 use fuser::FileHandle;
 use parking_lot::Mutex;
 
+use super::nodes::DirEntry;
 use crate::control::{ControlNode, ControlSession, MapText};
 use crate::disk::{Disk, DiskFile, HandleAccess};
 use crate::host::os_error;
@@ -33,7 +34,7 @@ pub(super) enum Handle {
     /// A `ctl` file.
     Ctl { session: Arc<ControlSession>, node: ControlNode },
     /// A directory's entries as of the time of opening.
-    Directory(Vec<(String, u64, fuser::FileType)>),
+    Directory(Vec<DirEntry>),
 }
 
 /// The user who sent a request.
@@ -87,8 +88,13 @@ impl Drop for HandlePermit {
 }
 
 impl Handles {
-    pub(super) fn add(&self, handle: Handle) -> FileHandle {
-        self.insert(handle, None)
+    /// Opens a disk's file.
+    ///
+    /// # Errors
+    /// `ESTALE` for a disk that is being removed; the other errors of [`DiskFile::open_handle`].
+    pub(super) fn add_file(&self, file: DiskFile, access: HandleAccess) -> io::Result<FileHandle> {
+        file.open_handle(access)?;
+        Ok(self.insert(Handle::Disk { file, access }, None))
     }
 
     /// Takes a permit for a handle of `requester` other than a disk.
@@ -131,6 +137,18 @@ impl Handles {
 
     pub(super) fn find(&self, handle: FileHandle) -> Option<Arc<Handle>> {
         self.open.get(&handle.0).map(|found| Arc::clone(&found.handle))
+    }
+
+    /// Returns the disk's file that `handle` has open.
+    ///
+    /// # Errors
+    /// `EBADF`; `EINVAL` for a control file or a directory.
+    pub(super) fn find_file(&self, handle: FileHandle) -> io::Result<DiskFile> {
+        match self.find(handle).as_deref() {
+            Some(Handle::Disk { file, .. }) => Ok(file.clone()),
+            Some(_) => Err(os_error(libc::EINVAL)),
+            None => Err(os_error(libc::EBADF)),
+        }
     }
 
     pub(super) fn remove(&self, handle: FileHandle) -> Option<Arc<Handle>> {

@@ -44,7 +44,7 @@ use crate::catalog::Catalog;
 use crate::config::{CacheMode, DiskSource, DiskSpec, Flow, MountOptions, SinkSpec};
 use crate::confined;
 use crate::control::{self, Control};
-use crate::fs::{CowslipFs, Deadlines, FsContext, kernel_invalidator};
+use crate::fs::{CowslipFs, Deadlines, FsContext, PageCache, kernel_invalidator};
 use crate::logging::{self, LogTarget};
 use crate::name::CONTROL_DIR;
 use crate::pool::{Pool, run_cancellable};
@@ -229,10 +229,9 @@ fn fs_context(plan: &MountPlan, catalog: &Arc<Catalog>) -> Arc<FsContext> {
         catalog: Arc::clone(catalog),
         control,
         deadlines: Deadlines::new(Duration::from_secs(plan.options.io_timeout)),
-        notifier: OnceLock::new(),
+        page_cache: Arc::new(PageCache::new(plan.cache)),
         pool: Arc::new(Pool::default()),
         control_pool: Arc::new(Pool::with_threads(control::REQUEST_THREADS)),
-        cache: plan.cache,
         owner: current_ids(),
         mounted_at: SystemTime::now(),
     })
@@ -316,7 +315,7 @@ fn mount_and_spawn(
     };
     let fs = CowslipFs::new(Arc::clone(&shared), workers, device.try_clone().ok());
     let session = Session::from_fd(fs, device, acl, config).map_err(undo)?;
-    let _ = shared.notifier.set(session.notifier());
+    shared.page_cache.connect(session.notifier());
     let _ = shared.control.invalidator.set(kernel_invalidator(session.notifier()));
     if let Some(held) = &held {
         let dev = held.entry().dev;
