@@ -1,14 +1,14 @@
-//! Signals that end a mount, taken from before there is anything that would have to be undone.
+//! Signals that end a mount, handled from before there is anything that would have to be undone.
 //!
 //! ```text
-//!   parent:  block ── fork ── note them, unblock        passes the first on to the daemon
+//!   parent:  block ── fork ── record them, unblock      passes the first on to the daemon
 //!   child:            │ (still blocked)
 //!                     └─ Signals::listen: handlers, unblock ── start ── serve
 //! ```
 //!
-//! While a mount starts, the first signal has it undone at the next step, and a second one ends the
-//! process at once. When it serves, the first one takes the mount away, and the others change
-//! nothing about that.
+//! While a mount starts, the first signal makes the start fail at its next step, which undoes it,
+//! and a second one ends the process at once. While the mount serves, the first signal unmounts it,
+//! and later ones have no effect.
 
 use std::io;
 use std::mem::MaybeUninit;
@@ -25,12 +25,12 @@ use crate::pool::Cancellable;
 /// The signals that end a mount.
 pub(super) const TERMINATING_SIGNALS: [i32; 4] = [SIGTERM, SIGINT, SIGHUP, SIGQUIT];
 
-/// A signal that comes this long after another was sent by somebody who does not want to wait. One
-/// that comes earlier may be the same one on another way: a service manager tells command and
-/// daemon, and the command tells the daemon.
+/// Time after the first signal from which a second one means that its sender does not want to wait.
+/// An earlier one may be the same signal by another route: a service manager signals command and
+/// daemon, and the command signals the daemon.
 const SECOND_SIGNAL_DELAY: Duration = Duration::from_secs(1);
 
-/// How a signal is called; those that we do not handle by their number.
+/// Returns the name of a signal; of one that this process does not handle, its number.
 pub(super) fn signal_name(signal: i32) -> String {
     match signal {
         SIGTERM => "SIGTERM".to_owned(),
@@ -40,29 +40,32 @@ pub(super) fn signal_name(signal: i32) -> String {
     }
 }
 
-/// Whether signals are let through.
+/// Whether [`TERMINATING_SIGNALS`] are delivered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum SignalMask {
-    /// They wait.
+    /// They stay pending.
     Blocked,
-    /// They come.
+    /// They are delivered.
     Unblocked,
 }
 
-/// Has [`TERMINATING_SIGNALS`] wait, or come, in this thread and those that it starts.
-pub(super) fn set_signal_mask(gate: SignalMask) -> io::Result<()> {
-    let how = match gate {
+/// Blocks or unblocks [`TERMINATING_SIGNALS`] in this thread and those that it starts.
+///
+/// # Errors
+/// The errno of pthread_sigmask(3).
+pub(super) fn set_signal_mask(mask: SignalMask) -> io::Result<()> {
+    let action = match mask {
         SignalMask::Blocked => libc::SIG_BLOCK,
         SignalMask::Unblocked => libc::SIG_UNBLOCK,
     };
     let mut set = MaybeUninit::uninit();
-    // SAFETY: sigemptyset fills the set before anything reads it; the old one is not asked for.
+    // SAFETY: sigemptyset fills the set before anything reads it; the old set is not requested.
     let failed = unsafe {
         libc::sigemptyset(set.as_mut_ptr());
         for signal in TERMINATING_SIGNALS {
             libc::sigaddset(set.as_mut_ptr(), signal);
         }
-        libc::pthread_sigmask(how, set.as_ptr(), std::ptr::null_mut())
+        libc::pthread_sigmask(action, set.as_ptr(), std::ptr::null_mut())
     };
     match failed {
         0 => Ok(()),
@@ -70,17 +73,18 @@ pub(super) fn set_signal_mask(gate: SignalMask) -> io::Result<()> {
     }
 }
 
-/// The signals of a daemon.
+/// The listener for signals of a daemon.
 pub(super) struct Signals {
-    /// The first that came; 0 while there is none.
+    /// Number of the first signal; 0 while there is none.
     first: Arc<AtomicI32>,
+    /// The mount answers.
     serving: Arc<AtomicBool>,
     handle: Handle,
     listener: JoinHandle<()>,
 }
 
 impl Signals {
-    /// Takes them from now on, also those that had to wait since the fork.
+    /// Handles signals from now on, also those that were blocked since the fork.
     ///
     /// # Errors
     /// The host's errno: no descriptors, no thread.
@@ -89,15 +93,16 @@ impl Signals {
         set_signal_mask(SignalMask::Unblocked)?;
         let handle = signals.handle();
         let (first, serving) = (Arc::new(AtomicI32::new(0)), Arc::new(AtomicBool::new(false)));
-        let (came, is_serving) = (Arc::clone(&first), Arc::clone(&serving));
+        let (received, is_serving) = (Arc::clone(&first), Arc::clone(&serving));
         let listen = move || {
-            let mut since = None;
+            let mut first_at = None;
             for signal in signals.forever() {
-                let since = *since.get_or_insert_with(Instant::now);
-                let seen = came.compare_exchange(0, signal, Ordering::SeqCst, Ordering::SeqCst);
-                let insists = seen.is_err() && since.elapsed() >= SECOND_SIGNAL_DELAY;
-                if insists && !is_serving.load(Ordering::SeqCst) {
-                    // Whatever the start waits for is not worth it.
+                let first_at = *first_at.get_or_insert_with(Instant::now);
+                let stored =
+                    received.compare_exchange(0, signal, Ordering::SeqCst, Ordering::SeqCst);
+                let is_second = stored.is_err() && first_at.elapsed() >= SECOND_SIGNAL_DELAY;
+                if is_second && !is_serving.load(Ordering::SeqCst) {
+                    // The start may be waiting for something that never comes.
                     let _ = signal_hook::low_level::emulate_default_handler(signal);
                 }
             }
@@ -106,12 +111,12 @@ impl Signals {
         Ok(Self { first, serving, handle, listener })
     }
 
-    /// The first signal, once one has come.
+    /// Returns the first signal, once one was received.
     pub(super) fn received(&self) -> Option<i32> {
         Some(self.first.load(Ordering::SeqCst)).filter(|signal| *signal != 0)
     }
 
-    /// `cancellable`, given up once a signal has come, too.
+    /// Wraps `request` such that it is cancelled once a signal was received, too.
     pub(super) fn cancellable(
         &self,
         request: impl Cancellable + 'static,
@@ -119,8 +124,10 @@ impl Signals {
         StartRequest { request, first: Arc::clone(&self.first) }
     }
 
+    /// Fails once a signal was received, so that the start goes no further.
+    ///
     /// # Errors
-    /// A line, once a signal has come.
+    /// A line for the user.
     pub(super) fn check_interrupted(&self) -> Result<(), String> {
         match self.received() {
             Some(signal) => {
@@ -130,20 +137,20 @@ impl Signals {
         }
     }
 
-    /// The start is over: a second signal ends nothing any more.
+    /// Notes that the start is over: from now on a second signal does not end the process.
     pub(super) fn set_serving(&self) {
         self.serving.store(true, Ordering::SeqCst);
     }
 
-    /// Listens no more; signals have no effect from now on.
+    /// Stops listening; signals have no effect from now on.
     pub(super) fn close(self) {
         self.handle.close();
-        // It ends with its handle; a panic in it has ended the process already.
+        // The listener ends with its handle; a panic in it has aborted the process already.
         let _ = self.listener.join();
     }
 }
 
-/// What a start does for somebody.
+/// The request to start a mount, cancelled with `request` or by a signal.
 struct StartRequest<R> {
     request: R,
     first: Arc<AtomicI32>,

@@ -1,4 +1,4 @@
-//! Mounts by `fusermount3`, which is how a user may mount.
+//! Mounting through `fusermount3`, the set-uid helper by which users may mount.
 
 use std::fmt::Write;
 use std::io::{self, IoSliceMut};
@@ -15,7 +15,7 @@ use super::error::MountError;
 use super::{FLAG_WORDS, MAX_READ, MountAccess, MountParams};
 use crate::host::mountinfo::FSTYPE;
 
-/// The `-o` list for fusermount3.
+/// Returns the `-o` list for fusermount3.
 fn fusermount_options(req: &MountParams<'_>) -> String {
     let subtype = FSTYPE.trim_start_matches("fuse.");
     let source = escape_option(req.source());
@@ -55,7 +55,7 @@ pub(super) fn mount_by_fusermount(req: &MountParams<'_>) -> Result<OwnedFd, Moun
         None,
     )
     .map_err(broken)?;
-    // Not as its stdin: newer helpers take no descriptor below 3 for this.
+    // Not on stdin: newer helpers accept no descriptor below 3 for this.
     rustix::io::fcntl_setfd(&theirs, FdFlags::empty()).map_err(broken)?;
     let helper = spawn_fusermount(|helper| {
         helper.env("_FUSE_COMMFD", theirs.as_raw_fd().to_string());
@@ -66,29 +66,30 @@ pub(super) fn mount_by_fusermount(req: &MountParams<'_>) -> Result<OwnedFd, Moun
         _ => req.refused(format!("fusermount3: {error}")),
     })?;
     let output = helper.wait_with_output().map_err(|error| req.refused(error.to_string()))?;
-    // Only now, and without waiting: the socket keeps what was sent, while its end might never
-    // come if another thread has forked in between and its child holds `theirs`.
+    // Only now, and without waiting: the socket keeps the message, but end-of-file might never come
+    // if another thread has forked in between and its child holds `theirs`.
     let received = receive_fd(ours.as_fd());
-    let said = error_line(&output);
+    let message = error_line(&output);
     match received {
         Ok(Some(device)) if output.status.success() => {
-            if !said.is_empty() {
-                log::warn!("{said}");
+            if !message.is_empty() {
+                log::warn!("{message}");
             }
             Ok(device)
         }
-        _ if said.contains("allow_other") => Err(MountError::AllowOther),
-        _ if said.contains("/dev/fuse: Permission denied") => Err(MountError::DeviceRootOnly),
-        _ if said.contains("device not found") => Err(MountError::NoDevice),
+        _ if message.contains("allow_other") => Err(MountError::AllowOther),
+        _ if message.contains("/dev/fuse: Permission denied") => Err(MountError::DeviceRootOnly),
+        _ if message.contains("device not found") => Err(MountError::NoDevice),
         Err(error) if output.status.success() => Err(broken(error)),
-        _ => Err(req.refused(said)),
+        _ => Err(req.refused(message)),
     }
 }
 
+/// Starts fusermount3 with the arguments that `prepare` adds.
 pub(super) fn spawn_fusermount(prepare: impl Fn(&mut Command)) -> io::Result<Child> {
     let spawn = |program: &str| {
         let mut helper = Command::new(program);
-        // Its words are matched, so they must be the untranslated ones.
+        // Its messages are matched, so they must not be translated.
         helper.env("LC_ALL", "C");
         helper.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
         prepare(&mut helper);
@@ -101,17 +102,18 @@ pub(super) fn spawn_fusermount(prepare: impl Fn(&mut Command)) -> io::Result<Chi
     }
 }
 
-/// What the helper said, or how it ended when it failed in silence.
+/// Returns the helper's messages in one line, or its exit status if it failed without any.
 pub(super) fn error_line(output: &Output) -> String {
-    let said = String::from_utf8_lossy(&output.stderr);
-    let lines: Vec<&str> = said.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
+    let messages = String::from_utf8_lossy(&output.stderr);
+    let lines: Vec<&str> =
+        messages.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
     match lines.is_empty() && !output.status.success() {
         true => format!("fusermount3: {}", output.status),
         false => lines.join("; "),
     }
 }
 
-/// Takes one descriptor that was sent to `socket`, if there is one. Does not wait.
+/// Receives the descriptor that was sent to `socket`, if there is one. Does not wait.
 fn receive_fd(socket: std::os::fd::BorrowedFd<'_>) -> Result<Option<OwnedFd>, Errno> {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
     let mut control = RecvAncillaryBuffer::new(&mut space);
@@ -149,7 +151,7 @@ mod tests {
     }
 
     #[test]
-    fn the_helper_mounts_the_same() {
+    fn a_mount_through_the_helper_has_the_same_type_and_source() {
         let at = TestMountpoint::new();
         let source = r"/srv/a,b\c d.img";
         let connection = mount_by_fusermount(&request(&at, source)).unwrap();
@@ -159,7 +161,7 @@ mod tests {
     }
 
     #[test]
-    fn what_the_helper_refuses_is_one_line() {
+    fn a_refusal_by_the_helper_is_one_line() {
         let at = TestMountpoint::new();
         let mut request = request(&at, "s");
         request.mountpoint = Path::new("/nowhere/at/all");

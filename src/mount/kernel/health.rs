@@ -1,4 +1,4 @@
-//! Whether a mount lives: asked with a bound, for a mount may never answer.
+//! The check whether a mount is alive, with a time limit: a mount may never answer.
 
 use std::ffi::{CStr, CString};
 use std::os::fd::{AsRawFd, RawFd};
@@ -13,22 +13,22 @@ use rustix::process::{Pid, Signal, WaitOptions, kill_process, waitpid};
 use super::MountHandle;
 use crate::host::mountinfo::{MountEntry, entry_at};
 
-/// The state of a mount, of whatever type.
+/// The state of a mount, of any file system type.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum MountHealth {
     /// Nothing is mounted at exactly this path.
     NotMounted,
-    /// It answers; or it does not let us ask (root, too, at a user's mount without `allow_other`),
-    /// or does not answer in time: not known to be dead.
+    /// Not known to be dead: the mount answers, or does not let this user ask (a user's mount without
+    /// `allow_other` refuses root, too), or does not answer in time.
     Alive,
-    /// Its daemon is gone: `ENOTCONN`.
+    /// The daemon is gone: `ENOTCONN`.
     Dead,
 }
 
-/// How long a mount may take to show that it lives. A dead one answers at once.
+/// How long a mount may take to answer. A dead one fails at once.
 const PROBE_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// The state of the mount at `mountpoint`. Waits 2 seconds at most.
+/// Returns the state of the mount at `mountpoint`. Waits 2 seconds at most.
 pub fn mount_health(mountpoint: &Path) -> MountHealth {
     match entry_at(mountpoint) {
         None => MountHealth::NotMounted,
@@ -37,7 +37,7 @@ pub fn mount_health(mountpoint: &Path) -> MountHealth {
 }
 
 impl MountHandle {
-    /// As [`mount_health`], of this mount.
+    /// Returns the state of this mount, as [`mount_health`] does.
     #[must_use]
     pub fn health(&self) -> MountHealth {
         match self.is_mounted() {
@@ -47,11 +47,11 @@ impl MountHandle {
     }
 }
 
-/// Whether the mount `entry`, which `path` leads to, answers. A FUSE mount of another user is not
-/// asked: its server could read the question and never answer it.
+/// Checks whether the mount `entry`, to which `path` leads, answers. A FUSE mount of another user is
+/// not asked: its server could read the request and never answer it.
 ///
 /// A process that waits for such an answer cannot end, not even by SIGKILL (`request_wait_answer` in
-/// fs/fuse/dev.c). So a child asks, and is left behind when it gets no answer in time.
+/// fs/fuse/dev.c). So a child asks, and is left behind if it gets no answer in time.
 fn probe(entry: &MountEntry, path: &Path) -> MountHealth {
     if entry.owner.is_some() && !entry.is_trusted() {
         return MountHealth::Alive;
@@ -88,24 +88,24 @@ fn probe(entry: &MountEntry, path: &Path) -> MountHealth {
     }
 }
 
-/// Asks for the attributes of `path`, writes the errno (0 for none) to `to`, and ends this process.
+/// Requests the attributes of `path`, writes the errno (0 for none) to `to`, and ends this process.
 ///
 /// # Safety
-/// For the child of a fork: no destructor runs.
+/// Only for the child of a fork: no destructor runs.
 unsafe fn ask_and_exit(path: &CStr, to: RawFd) -> ! {
     // FORCE_SYNC: cached attributes outlive the daemon.
     let flags = libc::AT_STATX_FORCE_SYNC | libc::AT_NO_AUTOMOUNT;
     // SAFETY: the path ends with a zero byte, all zeros is a valid statx, and `to` is open.
     unsafe {
         let mut found: libc::statx = std::mem::zeroed();
-        let asked = libc::statx(
+        let result = libc::statx(
             libc::AT_FDCWD,
             path.as_ptr(),
             flags,
             libc::STATX_BASIC_STATS,
             &raw mut found,
         );
-        let error = if asked == 0 { 0 } else { *libc::__errno_location() };
+        let error = if result == 0 { 0 } else { *libc::__errno_location() };
         libc::write(to, error.to_ne_bytes().as_ptr().cast(), 4);
         libc::_exit(0);
     }

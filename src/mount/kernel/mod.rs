@@ -1,13 +1,12 @@
-//! The host kernel's side of a mount: making it, asking whether it lives, ending it.
+//! The host kernel's side of a mount: mounting, checking whether the mount is alive, unmounting.
 //!
-//! cowslip mounts itself instead of leaving that to its FUSE crate, for three reasons: the type
-//! must read `fuse.cowslip` for root and users alike (it is how a mount is found again), the
-//! errno of an unmount must survive, and nothing may be unmounted that is not known to be ours.
-//! What comes out of [`mount`] is the connection to the kernel, an open `/dev/fuse`; the mount
-//! lives for as long as somebody holds it, and is *dead* (every call answers `ENOTCONN`) once
-//! nobody does.
+//! cowslip calls mount(2) itself instead of leaving that to its FUSE crate, for three reasons: the
+//! type must read `fuse.cowslip` for root and users alike (mounts are found again by it), the errno
+//! of an unmount must be preserved, and nothing may be unmounted that is not known to be ours.
+//! [`mount`] returns the connection to the kernel, an open `/dev/fuse`. The mount is alive as long
+//! as a process has that open, and *dead* (every call returns `ENOTCONN`) afterwards.
 //!
-//! A question about a mount never waits for it. Which mount a path lies in is answered by
+//! No function here waits for a mount to answer. Which mount a path lies in is answered by
 //! [`host::mountinfo`](crate::host::mountinfo); the one call that must ask the mount itself,
 //! [`mount_health`], has a bound.
 
@@ -36,16 +35,17 @@ pub use self::prepare::{AllowedContents, PreparedMountpoint, prepare_mountpoint}
 pub use self::unmount::UnmountMode;
 use crate::host::mountinfo::FSTYPE;
 
-/// What a mount has unless it is told otherwise: `nosuid,nodev`.
+/// The flags of a mount without options: `nosuid,nodev`.
 pub const DEFAULT_FLAGS: MountFlags = MountFlags::NOSUID.union(MountFlags::NODEV);
 
 const FUSE_DEVICE: &str = "/dev/fuse";
 
-/// The longest read in one request, in bytes. A longer one is asked for in parts: several workers
-/// copy at once, and the first part is there while the others are still on their way.
+/// Largest read in one request, in bytes. The kernel splits a longer one: several workers copy at
+/// once, and the first part arrives while the others are still being read.
 const MAX_READ: u32 = 256 << 10;
 
-/// The `-o` words that are mount flags: the one that sets it, the one that clears it, the flag.
+/// The `-o` options that are mount flags: the word that sets the flag, the word that clears it, the
+/// flag.
 const FLAG_WORDS: [(&str, &str, MountFlags); 8] = [
     ("ro", "rw", MountFlags::RDONLY),
     ("nosuid", "suid", MountFlags::NOSUID),
@@ -57,7 +57,7 @@ const FLAG_WORDS: [(&str, &str, MountFlags); 8] = [
     ("nodiratime", "diratime", MountFlags::NODIRATIME),
 ];
 
-/// `flags` after the `-o` option `word`; `None` when that is not a mount flag.
+/// Applies the `-o` option `word` to `flags`; `None` if it is no mount flag.
 pub fn with_option(flags: MountFlags, word: &str) -> Option<MountFlags> {
     FLAG_WORDS.iter().find_map(|&(set, clear, flag)| match word {
         _ if word == set => Some(flags | flag),
@@ -75,16 +75,16 @@ pub enum MountAccess {
     Everybody,
 }
 
-/// What to mount, and where.
+/// The parameters of mount(2).
 #[derive(Clone, Copy, Debug)]
 pub struct MountParams<'a> {
-    /// The directory, as [`PreparedMountpoint::mountpoint`] gives it.
+    /// The path of the directory, from [`PreparedMountpoint::mountpoint`].
     pub mountpoint: &'a Path,
-    /// That directory, open: what the mount goes on, whatever the path leads to by now.
+    /// The open directory to mount on, whatever the path leads to by now.
     pub directory: BorrowedFd<'a>,
-    /// The first field of mtab, verbatim; an empty one reads `cowslip`.
+    /// The source that mountinfo shows, verbatim; `cowslip` if empty.
     pub source: &'a str,
-    /// Who may use it.
+    /// Who may use the mount.
     pub access: MountAccess,
     /// The mount's flags; start from [`DEFAULT_FLAGS`].
     pub flags: MountFlags,
@@ -101,11 +101,10 @@ impl MountParams<'_> {
     }
 }
 
-/// Mounts, and gives the connection that requests are read from. Dropping it kills the mount.
+/// Mounts, and returns the connection from which requests are read. Closing it kills the mount.
 ///
-/// Root calls mount(2); everybody else, and a root without the capability, asks fusermount3.
-/// The mount is not answering yet: no call into it may be made before somebody serves the
-/// connection. [`entry_at`](crate::host::mountinfo::entry_at) may be asked at once.
+/// Root calls mount(2); other users, and a root without the capability, run fusermount3. The mount
+/// does not answer yet: no path in it may be accessed before the connection is served. [`entry_at`](crate::host::mountinfo::entry_at) may be called at once.
 ///
 /// # Errors
 /// Everything [`MountError`] lists from `NoDevice` to `Refused`; nothing is mounted then.
@@ -128,7 +127,7 @@ pub fn mount(req: &MountParams<'_>) -> Result<OwnedFd, MountError> {
 fn mount_by_syscall(req: &MountParams<'_>) -> Result<OwnedFd, MountError> {
     let device = rustix::fs::open(FUSE_DEVICE, OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())
         .map_err(|error| match error {
-            // A container's device rules answer EPERM for a node that is there.
+            // A container's device rules return EPERM for a node that exists.
             Errno::NOENT | Errno::PERM | Errno::ACCESS => MountError::NoDevice,
             _ => MountError::Device { error: error.into() },
         })?;
@@ -152,9 +151,9 @@ fn mount_by_syscall(req: &MountParams<'_>) -> Result<OwnedFd, MountError> {
     }
 }
 
-/// Raises the kernel's read-ahead of the mount with device number `dev` to `kib` KiB, and says
-/// whether it is that much now. Call it once the mount answers: the handshake lowers it. Only
-/// root may, so a "no" is no error.
+/// Raises the kernel's read-ahead of the mount with device number `dev` to `kib` KiB, and returns
+/// whether it is at least that now. To be called once the mount answers: the handshake lowers the
+/// value. Only root may raise it, so `false` is no error.
 pub fn raise_read_ahead(dev: (u32, u32), kib: u32) -> bool {
     let path = format!("/sys/class/bdi/{}:{}/read_ahead_kb", dev.0, dev.1);
     let is_enough =
@@ -175,15 +174,15 @@ mod testing {
         MountParams { mountpoint: &at.path, directory: at.fd.as_fd(), source, access, flags }
     }
 
-    /// Unmounts what is at `path` now.
-    pub(super) fn unmount(path: &Path, how: UnmountMode) -> io::Result<()> {
-        MountHandle::at(path)?.ok_or(Errno::INVAL)?.unmount(how)
+    /// Unmounts the topmost mount at `path`.
+    pub(super) fn unmount(path: &Path, mode: UnmountMode) -> io::Result<()> {
+        MountHandle::at(path)?.ok_or(Errno::INVAL)?.unmount(mode)
     }
 
-    /// A directory that is a clean mountpoint again when the test ends, however it ends.
+    /// A directory that is unmounted when the test ends, however it ends.
     pub(super) struct TestMountpoint {
         pub(super) path: PathBuf,
-        /// The directory itself, below what is mounted there.
+        /// The directory itself, below any mount.
         pub(super) fd: OwnedFd,
         /// Removed after `drop` below has unmounted.
         _dir: tempfile::TempDir,
@@ -277,7 +276,7 @@ mod tests {
         held.unmount(UnmountMode::Lazy).unwrap();
         assert!(entry_at(&away.join("m")).is_none() && entry_at(&dir.join("m")).is_some());
         assert!(!held.is_mounted());
-        // Another mount at the same place is another mount.
+        // A new mount at the same path is another mount.
         let _again = on(&away.join("m"));
         assert_eq!(held.unmount(UnmountMode::Lazy).unwrap_err().raw_os_error(), Some(libc::EINVAL));
         for path in [away.join("m"), dir.join("m")] {

@@ -1,8 +1,8 @@
-//! A mount that is to be acted on: held such that nothing else can take its place.
+//! A reference to a mount that stays right when paths change.
 //!
-//! Between the look at a mount and what is done about it lie seconds in which the daemon works and
-//! others may rename directories: the same path may lead to another mount by then. So the directory
-//! that the mountpoint is in stays open, and the mount is told by its id:
+//! Between finding a mount and unmounting it lie seconds in which the daemon works and others may
+//! rename directories: the same path may lead to another mount by then. So the parent directory of
+//! the mountpoint is kept open, and the mount is recognized by its id:
 //!
 //! ```text
 //!   /home/u/x/m      mountinfo: id 77 at /home/u/x/m
@@ -10,8 +10,8 @@
 //!          └──────── `parent`, open: renamed away or not, it is the same directory
 //! ```
 //!
-//! A directory that something is mounted on cannot be renamed, so what has that name in `parent` is
-//! the mount, or it was unmounted there. The mount itself must not be held open: it would be busy.
+//! A directory that something is mounted on cannot be renamed, so that name in `parent` is the
+//! mount, or the mount is gone. The mount itself must not be kept open: it would be busy.
 
 use std::ffi::OsString;
 use std::io;
@@ -28,29 +28,29 @@ use crate::host::mountinfo::{MountEntry, entry_at};
 /// `STATX_MNT_ID_UNIQUE` (linux/stat.h, since 6.8): an id that no later mount gets.
 const MNT_ID_UNIQUE: StatxFlags = StatxFlags::from_bits_retain(0x4000);
 
-/// A mount that was found; see the module.
+/// A mount that was found, and can be found again. See the module.
 #[derive(Debug)]
 pub struct MountHandle {
     entry: MountEntry,
     parent: OwnedFd,
     name: OsString,
-    /// Where the kernel has it and lets us ask.
+    /// The id that no later mount gets, if the kernel has one and lets this user ask.
     unique_id: Option<u64>,
 }
 
 impl MountHandle {
-    /// The topmost mount at exactly `path`; `None` when there is none.
+    /// Finds the topmost mount at exactly `path`; `None` if there is none.
     ///
     /// # Errors
-    /// As [`of`](Self::of).
+    /// The errors of [`of`](Self::of).
     pub fn at(path: &Path) -> io::Result<Option<Self>> {
         entry_at(path).map(Self::of).transpose()
     }
 
-    /// The mount that `entry` tells of.
+    /// Finds the mount that `entry` describes.
     ///
     /// # Errors
-    /// `ESTALE` when it is not there any more; the errno of opening the directory that it is in.
+    /// `ESTALE` if the mount is gone; the errno of opening its parent directory.
     pub fn of(entry: MountEntry) -> io::Result<Self> {
         let (Some(parent), Some(name)) = (entry.mountpoint.parent(), entry.mountpoint.file_name())
         else {
@@ -68,19 +68,20 @@ impl MountHandle {
         Ok(held)
     }
 
-    /// What mountinfo said of it when it was found.
+    /// The entry of mountinfo from when the mount was found.
     #[must_use]
     pub fn entry(&self) -> &MountEntry {
         &self.entry
     }
 
-    /// Where it was mounted when it was found.
+    /// The mountpoint from when the mount was found.
     #[must_use]
     pub fn mountpoint(&self) -> &Path {
         &self.entry.mountpoint
     }
 
-    /// A path that leads to it, whatever its directory is called by now; for this process alone.
+    /// A path to the mount, whatever its parent directory is called by now. Valid only in this
+    /// process.
     #[must_use]
     pub fn access_path(&self) -> PathBuf {
         self.directory().join(&self.name)
@@ -90,34 +91,35 @@ impl MountHandle {
         format!("/proc/self/fd/{}", self.parent.as_raw_fd()).into()
     }
 
-    /// The ids of the mount that has the name now. No call is made into it.
+    /// Returns the ids of the mount that has the name now: that of mountinfo and the unique one. Sends
+    /// no request to the mount.
     fn mount_ids(&self) -> io::Result<(u64, Option<u64>)> {
         let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let there = rustix::fs::openat(&self.parent, &self.name, flags, Mode::empty())?;
         let id = mount_id(&there)?;
-        // EACCES: a mount of another user, which answers nobody else; its parent and its id are
-        // what it is told by then, as on a kernel without unique ids.
+        // EACCES: a mount of another user, which answers nobody else. Its parent and its id identify
+        // it then, as on a kernel without unique ids.
         let flags = AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC;
         let unique = rustix::fs::statx(there.as_fd(), "", flags, MNT_ID_UNIQUE).ok();
-        let has_it = |stat: &rustix::fs::Statx| stat.stx_mask & MNT_ID_UNIQUE.bits() != 0;
-        Ok((id, unique.filter(has_it).map(|stat| stat.stx_mnt_id)))
+        let has_id = |stat: &rustix::fs::Statx| stat.stx_mask & MNT_ID_UNIQUE.bits() != 0;
+        Ok((id, unique.filter(has_id).map(|stat| stat.stx_mnt_id)))
     }
 
-    /// Whether it is still mounted where it was.
+    /// Whether the mount is still where it was.
     #[must_use]
     pub fn is_mounted(&self) -> bool {
         self.mount_ids().is_ok_and(|(id, unique)| id == self.entry.id && unique == self.unique_id)
     }
 
-    /// Unmounts it, and nothing else.
+    /// Unmounts this mount and no other.
     ///
     /// # Errors
-    /// `EINVAL` when it is not mounted there any more; `EBUSY` while somebody uses it; `EPERM` for
-    /// a mount of another user; what fusermount3 said when that is none of these.
-    pub fn unmount(&self, how: UnmountMode) -> io::Result<()> {
+    /// `EINVAL` if the mount is gone; `EBUSY` while it is in use; `EPERM` for a mount of another user;
+    /// any other message of fusermount3 as it is.
+    pub fn unmount(&self, mode: UnmountMode) -> io::Result<()> {
         if !self.is_mounted() {
             return Err(Errno::INVAL.into());
         }
-        unmount_in(&self.directory(), &self.name, how)
+        unmount_in(&self.directory(), &self.name, mode)
     }
 }

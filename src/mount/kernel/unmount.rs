@@ -1,4 +1,4 @@
-//! The end of a mount.
+//! Unmounting, by umount2(2) or fusermount3.
 
 use std::ffi::OsStr;
 use std::io;
@@ -12,18 +12,18 @@ use super::fusermount::{error_line, spawn_fusermount};
 /// How to unmount.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum UnmountMode {
-    /// Only when nobody uses it, else `EBUSY`.
+    /// Only if the mount is not in use, else `EBUSY`.
     Plain,
-    /// The name goes at once, the mount when its last user has left.
+    /// The name disappears at once, the mount when its last user has left (`MNT_DETACH`).
     Lazy,
 }
 
 /// Unmounts the topmost mount that is called `name` in `directory`.
 ///
 /// # Errors
-/// As [`Held::unmount`](super::MountHandle::unmount).
-pub(super) fn unmount_in(directory: &Path, name: &OsStr, how: UnmountMode) -> io::Result<()> {
-    let flags = match how {
+/// The errors of [`MountHandle::unmount`](super::MountHandle::unmount).
+pub(super) fn unmount_in(directory: &Path, name: &OsStr, mode: UnmountMode) -> io::Result<()> {
+    let flags = match mode {
         UnmountMode::Plain => UnmountFlags::NOFOLLOW,
         UnmountMode::Lazy => UnmountFlags::NOFOLLOW | UnmountFlags::DETACH,
     };
@@ -34,11 +34,11 @@ pub(super) fn unmount_in(directory: &Path, name: &OsStr, how: UnmountMode) -> io
         }
     }
     let helper = spawn_fusermount(|helper| {
-        helper.arg(match how {
+        helper.arg(match mode {
             UnmountMode::Plain => "-u",
             UnmountMode::Lazy => "-uz",
         });
-        // It takes no directory: it looks the name up where it is started.
+        // The helper takes no directory: it looks the name up in its working directory.
         helper.arg("--").arg(name).current_dir(directory);
     });
     let output = match helper {
@@ -51,15 +51,16 @@ pub(super) fn unmount_in(directory: &Path, name: &OsStr, how: UnmountMode) -> io
     }
 }
 
-/// The errno behind what `fusermount3 -u` says.
-fn unmount_error(said: String) -> io::Error {
+/// Converts a message of `fusermount3 -u` to its errno; an unknown one is kept as it is.
+fn unmount_error(message: String) -> io::Error {
     let errno = match () {
-        () if said.contains("busy") => Errno::BUSY,
-        // "entry for M not found in /etc/mtab": it was there a moment ago, so it is another's.
-        () if said.contains("not found in") => Errno::PERM,
-        () if said.contains("not permitted") => Errno::PERM,
-        () if said.contains("Invalid argument") => Errno::INVAL,
-        () => return io::Error::other(said),
+        () if message.contains("busy") => Errno::BUSY,
+        // "entry for M not found in /etc/mtab": the mount existed a moment ago, so it is
+        // another user's.
+        () if message.contains("not found in") => Errno::PERM,
+        () if message.contains("not permitted") => Errno::PERM,
+        () if message.contains("Invalid argument") => Errno::INVAL,
+        () => return io::Error::other(message),
     };
     errno.into()
 }
@@ -69,8 +70,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_the_helper_says_becomes_an_errno() {
-        let errno = |said: &str| unmount_error(said.into()).raw_os_error();
+    fn a_message_of_the_helper_becomes_an_errno() {
+        let errno = |message: &str| unmount_error(message.into()).raw_os_error();
         let busy = "fusermount3: failed to unmount /m: Device or resource busy";
         assert_eq!(errno(busy), Some(libc::EBUSY));
         assert_eq!(errno("fusermount3: entry for /m not found in /etc/mtab"), Some(libc::EPERM));
