@@ -138,7 +138,7 @@ impl MountCommand {
             cache,
             options,
             log: self.common.log.map(absolute).or(config.log),
-            force: match self.common.force {
+            on_changed_base: match self.common.force {
                 true => OnChangedBase::Accept,
                 false => OnChangedBase::Refuse,
             },

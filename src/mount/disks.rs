@@ -6,14 +6,18 @@ use std::sync::Arc;
 
 use parking_lot::Mutex;
 
+use super::plan::{MountPlan, OnChangedBase, current_ids};
 use super::signals::Signals;
-use super::{MountPlan, OnChangedBase, current_ids};
 use crate::base::self_reference;
 use crate::catalog::{Catalog, DiskOrigin};
 use crate::config::{DiskSource, DiskSpec, Partitions, check_names};
 use crate::disk::{self, OpenContext, OpenedDisk};
 use crate::store::Store;
 
+/// Opens the store of `plan`, if it has one.
+///
+/// # Errors
+/// A line for the user.
 pub(super) fn open_store(plan: &MountPlan, mountpoint: &Path) -> Result<Option<Store>, String> {
     let Some(dir) = &plan.store else { return Ok(None) };
     self_reference::check_self_reference(dir, mountpoint, None)
@@ -23,6 +27,9 @@ pub(super) fn open_store(plan: &MountPlan, mountpoint: &Path) -> Result<Option<S
 
 /// Opens every disk of the store and of the plan into `catalog`, and returns notes for the user. A
 /// signal interrupts the work between two disks.
+///
+/// # Errors
+/// A line for the user. The disks that were opened before stay in the catalog.
 pub(super) fn open_disks(
     plan: &MountPlan,
     catalog: &Catalog,
@@ -31,58 +38,79 @@ pub(super) fn open_disks(
     check_names(&plan.disks).map_err(|error| error.to_string())?;
     signals.check_interrupted()?;
     let (uid, gid) = current_ids();
-    let setting = OpenContext {
+    let context = OpenContext {
         mountpoint: &catalog.mountpoint,
         mount_dev: None,
         uid,
         gid,
-        force: plan.force == OnChangedBase::Accept,
+        force: plan.on_changed_base == OnChangedBase::Accept,
         allow_backing: plan.allow_backing.clone(),
         stdio: plan.stdio,
         probed_dirs: Mutex::new(HashSet::new()),
     };
-    let mut lines = Vec::new();
-    let mut put = |name: &str, opened: OpenedDisk, origin| {
-        let OpenedDisk { disk, summary, notes } = opened;
-        let disk = Arc::new(disk);
-        let clash = catalog.check_clash(name, &disk);
-        clash.map_err(|line| format!("{name}: {line}")).inspect_err(|_| disk.abandon())?;
-        if let Err(error) = catalog.add(name, Arc::clone(&disk), origin) {
-            disk.abandon();
-            return Err(match error.raw_os_error() {
-                Some(libc::EEXIST) => format!(
-                    "two disks are named '{name}', one of them in the store: give one another NAME="
-                ),
-                _ => format!(
-                    "the store has a disk named {name:?}, which no file in a mount can be called: rename it in 'names'"
-                ),
-            });
-        }
-        lines.push(format!("{name}: {summary}"));
-        for note in notes {
-            log::info!("{name}: {note}");
-            lines.push(format!("{name}: {note}"));
-        }
+    let mut notes = Vec::new();
+    let mut add = |name: &str, opened, origin| {
+        notes.extend(add_opened(catalog, name, opened, origin)?);
         signals.check_interrupted()
     };
-    catalog.open_stored(&setting, |name, opened| put(name, opened, DiskOrigin::Stored))?;
-    let mut stored = Vec::new();
+    catalog.open_stored(&context, |name, opened| add(name, opened, DiskOrigin::Stored))?;
+    // Notes about disks of the store that the plan names as well come last.
+    let mut stored_notes = Vec::new();
     for spec in &plan.disks {
-        if let Some(store) = spec.overlay.as_deref().and_then(|dir| catalog.store_at(dir)) {
-            if let Some(line) = already_stored(catalog, spec)? {
-                log::info!("{line}");
-                stored.extend(show_stored_partitions(catalog, spec)?);
-                continue;
-            }
-            let opened = store.create_over(spec, &setting).map_err(|error| error.to_string())?;
-            put(&spec.name, opened, DiskOrigin::Stored)?;
+        let store = spec.overlay.as_deref().and_then(|dir| catalog.store_at(dir));
+        if store.is_some()
+            && let Some(line) = already_stored(catalog, spec)?
+        {
+            log::info!("{line}");
+            stored_notes.extend(show_stored_partitions(catalog, spec)?);
             continue;
         }
-        let opened =
-            disk::open(spec, &setting).map_err(|error| format!("{}: {error}", spec.name))?;
-        put(&spec.name, opened, DiskOrigin::Given)?;
+        let (opened, origin) = match store {
+            Some(store) => {
+                let opened =
+                    store.create_over(spec, &context).map_err(|error| error.to_string())?;
+                (opened, DiskOrigin::Stored)
+            }
+            None => {
+                let opened = disk::open(spec, &context)
+                    .map_err(|error| format!("{}: {error}", spec.name))?;
+                (opened, DiskOrigin::Given)
+            }
+        };
+        add(&spec.name, opened, origin)?;
     }
-    lines.extend(stored);
+    notes.extend(stored_notes);
+    Ok(notes)
+}
+
+/// Adds a disk that was opened to `catalog`, and returns notes about it.
+fn add_opened(
+    catalog: &Catalog,
+    name: &str,
+    opened: OpenedDisk,
+    origin: DiskOrigin,
+) -> Result<Vec<String>, String> {
+    let OpenedDisk { disk, summary, notes } = opened;
+    let disk = Arc::new(disk);
+    let clash = catalog.check_clash(name, &disk);
+    clash.map_err(|line| format!("{name}: {line}")).inspect_err(|_| disk.abandon())?;
+    if let Err(error) = catalog.add(name, Arc::clone(&disk), origin) {
+        disk.abandon();
+        return Err(match error.raw_os_error() {
+            Some(libc::EEXIST) => format!(
+                "two disks are named '{name}', one of them in the store: give one another NAME="
+            ),
+            _ => format!(
+                "the store has a disk named {name:?}, which no file in a mount can be called: rename it in 'names'"
+            ),
+        });
+    }
+    let mut lines = vec![format!("{name}: {summary}")];
+    for note in notes {
+        let line = format!("{name}: {note}");
+        log::info!("{line}");
+        lines.push(line);
+    }
     Ok(lines)
 }
 

@@ -7,9 +7,9 @@ use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use super::DaemonMode;
 use super::kernel::{MountHandle, UnmountMode};
 use super::notify::{ServiceState, notify};
+use super::plan::DaemonMode;
 use super::signals::{Signals, signal_name};
 use crate::disk::Disk;
 use crate::fs::FsContext;
@@ -49,10 +49,10 @@ pub(super) fn tick(shared: &Arc<FsContext>, stop: &AtomicBool) {
         seconds = 0;
         for disk in disks {
             if disk.needs_merge() {
-                let there = Arc::clone(&disk);
+                let target = Arc::clone(&disk);
                 Arc::<Pool>::default().run(Box::new(move || {
-                    if let Err(error) = there.merge_layers() {
-                        log::warn!("{}: layers are not merged: {error}", there.source);
+                    if let Err(error) = target.merge_layers() {
+                        log::warn!("{}: layers are not merged: {error}", target.source);
                     }
                 }));
             }
@@ -80,6 +80,7 @@ pub(super) struct RunningMount {
 }
 
 impl RunningMount {
+    /// Tells other processes that want one of the overlays about this daemon.
     pub(super) fn announce(&self) {
         let holder = self.shared.control.holder();
         for disk in self.shared.catalog.disks() {
@@ -177,8 +178,8 @@ impl RunningMount {
 /// Finishes a stream that ends with its mount, for as long as its sink makes progress, and aborts
 /// other unfinished streams.
 fn end_stream_on_unmount(disk: &Disk) -> Result<(), String> {
-    let said = disk.end_stream(UnmountPolicy::Settle, DrainTimeout::Stalled(STALL_TIMEOUT))?;
-    if let Some(line) = said {
+    let line = disk.end_stream(UnmountPolicy::Settle, DrainTimeout::Stalled(STALL_TIMEOUT))?;
+    if let Some(line) = line {
         log::info!("{line}");
     }
     Ok(())
