@@ -20,9 +20,9 @@ use super::{CliError, EXIT_OK, cleanup, print_line, restore_sigpipe};
 use crate::base::lock;
 use crate::config::{Overwrite, format_size, format_zeroed};
 use crate::confined::PathHandle;
-use crate::export::bmap::BmapScope;
-use crate::export::qcow2::BackingFile;
-use crate::export::{self, ExportKind, ExportRun};
+use crate::export::{self, BmapScope, Export};
+use crate::formats::ImageRun;
+use crate::formats::qcow2::BackingFile;
 use crate::part_file::UnnamedFile;
 
 /// How often is shown how far it is.
@@ -78,9 +78,15 @@ pub(super) struct DiffArgs {
 struct DiffInput {
     file: File,
     size: u64,
-    runs: Vec<ExportRun>,
+    runs: Vec<ImageRun>,
     /// Its base and the format of that.
     base: Option<BackingFile>,
+}
+
+impl DiffInput {
+    fn export(&self) -> Export<'_> {
+        Export { file: &self.file, size: self.size, runs: &self.runs }
+    }
 }
 
 pub(super) fn run(args: &DiffArgs) -> anyhow::Result<u8> {
@@ -141,8 +147,8 @@ pub(super) fn run(args: &DiffArgs) -> anyhow::Result<u8> {
     fresh.commit(overwrite).map_err(anyhow::Error::msg)?;
     let (mut data, mut zeroed) = (0, 0);
     for run in &frozen.runs {
-        let sum = if run.kind == ExportKind::Data { &mut data } else { &mut zeroed };
-        *sum += run.range.end - run.range.start;
+        data += run.data_len();
+        zeroed += run.range.end - run.range.start - run.data_len();
     }
     let (data, zeroed) = (format_size(data), format_zeroed(zeroed));
     print_line(&format!("{}: {data} of changes{zeroed} written", args.out.display()));
@@ -175,8 +181,7 @@ fn write_qcow2(out: &File, frozen: &DiffInput, args: &DiffArgs) -> io::Result<()
     let backing = given.or_else(|| frozen.base.clone()).filter(|_| !args.full);
     let mut shown = DiffProgress::new(args.verbosity);
     let mut watch = |done, total| shown.update(done, total);
-    let DiffInput { file, size, runs, .. } = frozen;
-    let written = export::qcow2::write(out, file, runs, *size, backing.as_ref(), &mut watch);
+    let written = frozen.export().write_qcow2(out, backing.as_ref(), &mut watch);
     shown.progress.end();
     written
 }
@@ -185,14 +190,14 @@ fn write_qcow2(out: &File, frozen: &DiffInput, args: &DiffArgs) -> io::Result<()
 fn write_sequential(out: &mut dyn Write, frozen: &DiffInput, args: &DiffArgs) -> io::Result<()> {
     let mut shown = DiffProgress::new(args.verbosity);
     let mut watch = |done, total| shown.update(done, total);
-    let DiffInput { file, size, runs, .. } = frozen;
+    let export = frozen.export();
     let written = match args.output {
         DiffFormat::Bmap => {
             let mapped = if args.full { BmapScope::Data } else { BmapScope::All };
-            export::bmap::write(out, file, runs, *size, mapped, &mut watch)
+            export.write_bmap(out, mapped, &mut watch)
         }
-        DiffFormat::AndroidSparse => export::android::write(out, file, runs, *size, &mut watch),
-        DiffFormat::Rbd => export::rbd::write(out, file, runs, *size, &mut watch),
+        DiffFormat::AndroidSparse => export.write_android(out, &mut watch),
+        DiffFormat::Rbd => export.write_rbd(out, &mut watch),
         // It is written here and there.
         DiffFormat::Qcow2 => Err(io::ErrorKind::NotSeekable.into()),
     };

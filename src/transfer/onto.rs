@@ -6,7 +6,8 @@ use std::ops::Range;
 use std::os::fd::AsFd;
 
 use super::source::{TransferSource, ZeroDetection};
-use super::zeros::{RunKind, split_zeros};
+use super::zeros::split_zeros;
+use crate::formats::RunContent;
 use crate::host::{copy_range, is_copy_unsupported, write_all_at};
 
 /// Bytes copied at a time where the host cannot copy by itself: 1 MiB.
@@ -26,9 +27,9 @@ pub(super) fn copy(source: &TransferSource, target: &File, from: u64) -> io::Res
     target.set_len(size.max(from))?;
     let mut left = from..size;
     while !left.is_empty() {
-        let (run, holds) = source.extent_at(&left)?;
+        let (run, content) = source.extent_at(&left)?;
         left.start = run.end;
-        if holds == RunKind::Data {
+        if content == RunContent::Data {
             copy_data(source, target, run)?;
         }
     }
@@ -49,8 +50,8 @@ fn copy_data(source: &TransferSource, target: &File, range: Range<u64>) -> io::R
     while at < range.end {
         let len = usize::try_from(range.end - at).unwrap_or(COPY_CHUNK).min(COPY_CHUNK);
         source.read_at(&mut piece[..len], at)?;
-        for (run, holds) in split_zeros(&piece[..len], at) {
-            if holds == RunKind::Data || !source.looks_for_zeros(ZeroDetection::AsNeeded) {
+        for (run, content) in split_zeros(&piece[..len], at) {
+            if content == RunContent::Data || !source.looks_for_zeros(ZeroDetection::AsNeeded) {
                 let start = at + run.start as u64;
                 write_all_at(target, &[IoSlice::new(&piece[run])], start)?;
             }

@@ -5,8 +5,9 @@ use std::ops::Range;
 
 use super::send_android;
 use super::source::{TransferSource, ZeroDetection};
-use super::zeros::{RunKind, split_zeros};
+use super::zeros::split_zeros;
 use super::{BUFFER_SIZE, TransferError, TransferFormat, TransferProgress};
+use crate::formats::RunContent;
 use crate::formats::rbd::checkpoint::{CHECKPOINT_INTERVAL, Checkpoint, CheckpointKind, HashChain};
 use crate::formats::rbd::{END_RECORD, v2};
 use crate::host::os_message;
@@ -178,10 +179,10 @@ impl<'a, W: Write> Sender<'a, W> {
         for range in ranges {
             let mut left = range.start.max(self.plan.from)..range.end.min(size);
             while !left.is_empty() {
-                let (run, holds) = self.source.extent_at(&left).map_err(SendError::Source)?;
-                match holds {
-                    RunKind::Zeros => self.add_zeros(run.clone()).map_err(SendError::Output)?,
-                    RunKind::Data => self.send_data(run.clone())?,
+                let (run, content) = self.source.extent_at(&left).map_err(SendError::Source)?;
+                match content {
+                    RunContent::Zeros => self.add_zeros(run.clone()).map_err(SendError::Output)?,
+                    RunContent::Data => self.send_data(run.clone())?,
                 }
                 left.start = run.end;
             }
@@ -236,11 +237,11 @@ impl<'a, W: Write> Sender<'a, W> {
         if !detect || self.plan.frames == TransferFormat::Raw {
             return self.send_bytes(0..len, offset);
         }
-        for (run, holds) in split_zeros(&self.buffer[HEADER_ROOM..HEADER_ROOM + len], offset) {
+        for (run, content) in split_zeros(&self.buffer[HEADER_ROOM..HEADER_ROOM + len], offset) {
             let start = offset + run.start as u64;
-            match holds {
-                RunKind::Data => self.send_bytes(run, start)?,
-                RunKind::Zeros => self.add_zeros(start..offset + run.end as u64)?,
+            match content {
+                RunContent::Data => self.send_bytes(run, start)?,
+                RunContent::Zeros => self.add_zeros(start..offset + run.end as u64)?,
             }
         }
         Ok(())

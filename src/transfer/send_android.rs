@@ -6,7 +6,6 @@
 use std::io::{self, Write};
 
 use super::source::TransferSource;
-use super::zeros::RunKind;
 use super::{BUFFER_SIZE, TransferError, TransferProgress};
 use crate::formats::android::{
     AndroidContent, AndroidPlan, AndroidRun, AndroidWriter, whole_blocks,
@@ -93,13 +92,9 @@ fn source_runs(source: &TransferSource, size: u64) -> io::Result<Vec<AndroidRun>
     let mut runs = Vec::new();
     let mut left = 0..size;
     while !left.is_empty() {
-        let (range, holds) = source.extent_at(&left)?;
+        let (range, content) = source.extent_at(&left)?;
         left.start = range.end;
-        let content = match holds {
-            RunKind::Data => AndroidContent::Data,
-            RunKind::Zeros => AndroidContent::Zeros,
-        };
-        runs.push(AndroidRun { range, content });
+        runs.push(AndroidRun { range, content: content.into() });
     }
     Ok(runs)
 }

@@ -13,7 +13,7 @@ use uuid::Uuid;
 use xxhash_rust::xxh3::xxh3_64;
 
 use super::TransferError;
-use super::zeros::RunKind;
+use crate::formats::RunContent;
 
 /// Bytes that the source is read ahead: 4 MiB. The kernel's own read-ahead is 128 KiB.
 const READ_AHEAD: u64 = 4 << 20;
@@ -212,9 +212,9 @@ impl TransferSource {
     }
 
     /// Returns the kind of a prefix of `range`, according to the map of holes alone.
-    pub(super) fn extent_at(&self, range: &Range<u64>) -> io::Result<(Range<u64>, RunKind)> {
+    pub(super) fn extent_at(&self, range: &Range<u64>) -> io::Result<(Range<u64>, RunContent)> {
         if !self.knows_holes {
-            return Ok((range.clone(), RunKind::Data));
+            return Ok((range.clone(), RunContent::Data));
         }
         let data = match rustix::fs::seek(&self.file, SeekFrom::Data(range.start)) {
             Ok(data) => data.min(range.end),
@@ -222,11 +222,11 @@ impl TransferSource {
             Err(error) => return Err(error.into()),
         };
         if data > range.start {
-            return Ok((range.start..data, RunKind::Zeros));
+            return Ok((range.start..data, RunContent::Zeros));
         }
         let hole = rustix::fs::seek(&self.file, SeekFrom::Hole(range.start))?;
         let end = if hole > range.start { hole.min(range.end) } else { range.end };
-        Ok((range.start..end, RunKind::Data))
+        Ok((range.start..end, RunContent::Data))
     }
 
     /// Fills `buf` from `offset`; returns `UnexpectedEof` if the file has become too short.

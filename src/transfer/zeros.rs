@@ -2,30 +2,23 @@
 
 use std::ops::Range;
 
+use crate::formats::RunContent;
+
 /// Bytes in a block: the unit in which file systems allocate space.
 pub(super) const BLOCK_SIZE: u64 = 4096;
 
-/// The content of a run.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum RunKind {
-    /// Bytes, not all of them zero.
-    Data,
-    /// Only zeros.
-    Zeros,
-}
-
 /// Splits `bytes`, which are at `offset` of their file, into runs. Runs of zeros begin and end at
 /// block boundaries of the file, or at an end of `bytes`; neighbouring runs differ in kind.
-pub(super) fn split_zeros(bytes: &[u8], offset: u64) -> Vec<(Range<usize>, RunKind)> {
-    let mut runs: Vec<(Range<usize>, RunKind)> = Vec::new();
+pub(super) fn split_zeros(bytes: &[u8], offset: u64) -> Vec<(Range<usize>, RunContent)> {
+    let mut runs: Vec<(Range<usize>, RunContent)> = Vec::new();
     let mut at = 0;
     while at < bytes.len() {
         let rest = BLOCK_SIZE - (offset + at as u64) % BLOCK_SIZE;
         let end = usize::try_from(rest).map_or(bytes.len(), |rest| bytes.len().min(at + rest));
-        let holds = if is_zero(&bytes[at..end]) { RunKind::Zeros } else { RunKind::Data };
+        let content = if is_zero(&bytes[at..end]) { RunContent::Zeros } else { RunContent::Data };
         match runs.last_mut() {
-            Some((range, last)) if *last == holds => range.end = end,
-            _ => runs.push((at..end, holds)),
+            Some((range, last)) if *last == content => range.end = end,
+            _ => runs.push((at..end, content)),
         }
         at = end;
     }
@@ -50,16 +43,16 @@ mod tests {
         let mut bytes = vec![0; 3 * 4096];
         bytes[5000] = 1;
         let all = [
-            (0..4096, RunKind::Zeros),
-            (4096..8192, RunKind::Data),
-            (8192..3 * 4096, RunKind::Zeros),
+            (0..4096, RunContent::Zeros),
+            (4096..8192, RunContent::Data),
+            (8192..3 * 4096, RunContent::Zeros),
         ];
         assert_eq!(split_zeros(&bytes, 8192), all);
         // 96 bytes remain of the block in which the bytes begin.
         let shifted = [
-            (0..4192, RunKind::Zeros),
-            (4192..8288, RunKind::Data),
-            (8288..3 * 4096, RunKind::Zeros),
+            (0..4192, RunContent::Zeros),
+            (4192..8288, RunContent::Data),
+            (8288..3 * 4096, RunContent::Zeros),
         ];
         assert_eq!(split_zeros(&bytes, 4000), shifted);
         assert_eq!(split_zeros(&[], 7), []);
@@ -77,13 +70,13 @@ mod tests {
                 .collect();
             let found = split_zeros(&bytes, offset);
             let mut at = 0;
-            for (index, (range, holds)) in found.iter().enumerate() {
+            for (index, (range, content)) in found.iter().enumerate() {
                 prop_assert_eq!(range.start, at);
                 prop_assert!(range.end > at);
                 at = range.end;
-                prop_assert!(index == 0 || found[index - 1].1 != *holds);
+                prop_assert!(index == 0 || found[index - 1].1 != *content);
                 let zero = bytes[range.clone()].iter().all(|byte| *byte == 0);
-                prop_assert!(zero == (*holds == RunKind::Zeros));
+                prop_assert!(zero == (*content == RunContent::Zeros));
                 for edge in [range.start, range.end] {
                     let inner = edge > 0 && edge < bytes.len();
                     prop_assert!(!inner || (offset + edge as u64).is_multiple_of(BLOCK_SIZE));

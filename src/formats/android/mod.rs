@@ -26,6 +26,7 @@ mod writer;
 use std::io;
 use std::ops::Range;
 
+use super::RunContent;
 pub use reader::{AndroidDecoder, AndroidRecord, AndroidRecordBody, Checksums};
 pub use writer::{AndroidPlan, AndroidTotals, AndroidWriter};
 
@@ -50,6 +51,15 @@ pub enum AndroidContent {
     Zeros,
     /// Data bytes.
     Data,
+}
+
+impl From<RunContent> for AndroidContent {
+    fn from(content: RunContent) -> Self {
+        match content {
+            RunContent::Data => Self::Data,
+            RunContent::Zeros => Self::Zeros,
+        }
+    }
 }
 
 /// A run of an image.

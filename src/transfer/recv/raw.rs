@@ -3,8 +3,9 @@
 use std::io::{self, Read};
 
 use super::super::BUFFER_SIZE;
-use super::super::zeros::{RunKind, split_zeros};
+use super::super::zeros::split_zeros;
 use super::receiver::{ReceiveError, Receiver};
+use crate::formats::RunContent;
 
 impl Receiver<'_> {
     /// Receives plain bytes up to the end of the input.
@@ -14,15 +15,15 @@ impl Receiver<'_> {
         self.progress.size = None;
         loop {
             let got = read_full(&mut input, &mut buffer).map_err(ReceiveError::Stream)?;
-            for (run, holds) in split_zeros(&buffer[..got], at) {
+            for (run, content) in split_zeros(&buffer[..got], at) {
                 let (start, end) = (at + run.start as u64, at + run.end as u64);
-                let done = match holds {
-                    RunKind::Data => {
+                let done = match content {
+                    RunContent::Data => {
                         self.check_limit(end - start)?;
                         self.progress.data += end - start;
                         self.target.write(&buffer[run], start)
                     }
-                    RunKind::Zeros => {
+                    RunContent::Zeros => {
                         self.progress.holes = self.progress.holes.saturating_add(end - start);
                         self.target.write_hole(start..end)
                     }
