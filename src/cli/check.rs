@@ -19,9 +19,10 @@ use super::{EXIT_OK, EXIT_UNHEALTHY, print, restore_sigpipe};
 use crate::base::identity::Identity;
 use crate::config::{SourcePart, format_size};
 use crate::confined::{self, FileAccess};
+use crate::overlay::error::{LogError, OverlayError};
 use crate::overlay::persist::{self, LockedOverlay};
-use crate::overlay::recover::{LogError, Recovered};
-use crate::overlay::stack::{BaseRecord, FileRecord, StackError};
+use crate::overlay::recover::Recovered;
+use crate::overlay::stack::{BaseRecord, FileRecord};
 use crate::overlay::verify::{LayerCheck, LayerSummary, contradictions, short_uuid};
 use crate::printable;
 use crate::store::StoreDirs;
@@ -265,19 +266,19 @@ fn unused_lines(target: &OverlayTarget, found: &LockedOverlay) -> anyhow::Result
 ///
 /// # Errors
 /// A line for the user when `error` means that the check failed.
-fn damage_line(target: &OverlayTarget, error: &StackError) -> anyhow::Result<String> {
+fn damage_line(target: &OverlayTarget, error: &OverlayError) -> anyhow::Result<String> {
     let is_missing = |error: &io::Error| error.kind() == io::ErrorKind::NotFound;
     // The overlay exists, so the missing file belongs to it; in a store, its name exists.
     let is_inside = || target.layers.is_some() || target.dir.is_dir();
     match error {
-        StackError::Damaged | StackError::Syntax(_) => Ok(error.to_string()),
-        StackError::Log { error: LogError::Damaged { .. }, .. } => Ok(error.to_string()),
-        StackError::Io { error: cause, .. } if is_missing(cause) && is_inside() => {
+        OverlayError::Damaged | OverlayError::Syntax(_) => Ok(error.to_string()),
+        OverlayError::Log { error: LogError::Damaged { .. }, .. } => Ok(error.to_string()),
+        OverlayError::Io { error: cause, .. } if is_missing(cause) && is_inside() => {
             Ok(error.to_string())
         }
         // A name in a store, or the layers, show that there was an overlay.
-        StackError::NotAnOverlay => Ok("its 'stack' is missing: restore it from a backup".into()),
-        StackError::Io { .. } => anyhow::bail!("overlay '{}': {error}", target.dir.display()),
+        OverlayError::NotAnOverlay => Ok("its 'stack' is missing: restore it from a backup".into()),
+        OverlayError::Io { .. } => anyhow::bail!("overlay '{}': {error}", target.dir.display()),
         _ => anyhow::bail!("overlay '{}' {error}", target.dir.display()),
     }
 }
@@ -371,7 +372,7 @@ fn layer_damage(
         };
         match &look.summary {
             Ok(sound) => lines.extend(sound.misplaced.iter().map(|line| format!("{which}{line}"))),
-            Err(StackError::Log { error: error @ LogError::Damaged { .. }, .. })
+            Err(OverlayError::Log { error: error @ LogError::Damaged { .. }, .. })
                 if !which.is_empty() =>
             {
                 lines.push(format!("{which}{error}"));
@@ -465,16 +466,17 @@ mod tests {
     use super::*;
     use crate::config::OverlayKind;
     use crate::confined::open_dir;
+    use crate::overlay::FORMAT_VERSION;
     use crate::overlay::persist::{NewOverlay, OverlayPath};
     use crate::overlay::record::LayerMap;
-    use crate::overlay::stack::{LayerRecord, SnapshotRecord, Stack, VERSION};
+    use crate::overlay::stack::{LayerRecord, SnapshotRecord, Stack};
     use crate::overlay::state::{BlockIndex, BlockState};
     use uuid::Uuid;
 
     /// Creates an overlay at `dir` over `base`, left open as by a killed daemon.
     fn make(dir: &Path, base: BaseRecord) {
         let stack = Stack {
-            version: VERSION,
+            version: FORMAT_VERSION,
             uuid: Uuid::new_v4(),
             uid: 0,
             gid: 0,

@@ -18,8 +18,9 @@ use super::{EXIT_OK, print_line};
 use crate::base::identity::Identity;
 use crate::base::{self, BaseAccess, BaseError, BaseOptions};
 use crate::config::{DirectIo, DiskSource, Format, Locking, Passthrough, SourcePart};
+use crate::overlay::error::OverlayError;
 use crate::overlay::persist;
-use crate::overlay::stack::{BaseRecord, FileRecord, Stack, StackError};
+use crate::overlay::stack::{BaseRecord, FileRecord, Stack};
 
 #[derive(Debug, Args)]
 pub(super) struct RebaseArgs {
@@ -65,7 +66,7 @@ fn rebase(
     }
     let target = single_target(dir)?;
     let found = persist::lock_overlay(target.overlay_path()).map_err(|error| match error {
-        StackError::Io { .. } => anyhow::anyhow!("overlay '{shown}': {error}"),
+        OverlayError::Io { .. } => anyhow::anyhow!("overlay '{shown}': {error}"),
         error => anyhow::anyhow!("overlay '{shown}' {error}"),
     })?;
     let is_committing = found.is_committing();
@@ -168,9 +169,10 @@ mod tests {
     use super::*;
     use crate::config::OverlayKind;
     use crate::confined::open_dir;
+    use crate::overlay::FORMAT_VERSION;
     use crate::overlay::persist::{NewOverlay, OverlayPath};
     use crate::overlay::record::LayerMap;
-    use crate::overlay::stack::{LayerRecord, VERSION};
+    use crate::overlay::stack::LayerRecord;
 
     /// Creates an overlay `o` over the file `a`, in a temporary directory.
     fn make(format: &str) -> tempfile::TempDir {
@@ -194,7 +196,7 @@ mod tests {
 
     fn put(home: &Path, base: BaseRecord) {
         let stack = Stack {
-            version: VERSION,
+            version: FORMAT_VERSION,
             uuid: Uuid::new_v4(),
             uid: 0,
             gid: 0,

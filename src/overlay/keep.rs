@@ -10,13 +10,15 @@ use rustix::fs::{Mode, OFlags};
 
 use super::Overlay;
 use super::data::{HostFile, Storage};
-use super::persist::{self, NewLayer, OpenedOverlay, OverlayPath, data_file_in, link_segment};
+use super::error::{OverlayError, doing};
+use super::persist::{
+    self, NewLayer, OpenedOverlay, OverlayPath, data_file_in, empty_data, link_segment,
+};
 use super::record::{BootTag, LayerMap};
-use super::stack::{Stack, StackError, doing};
+use super::stack::Stack;
 use super::state::{BlockIndex, BlockState};
+use crate::host;
 use crate::layer::Wait;
-use crate::process::explain_size_error;
-use crate::{confined, host};
 
 /// Bytes copied at a time across file systems: 1 MiB.
 const COPY_CHUNK: u64 = 1 << 20;
@@ -65,14 +67,14 @@ fn unnamed_file(dir: &Path) -> io::Result<File> {
 /// On the same file system the data files are only linked; otherwise their data is copied.
 ///
 /// # Errors
-/// [`StackError`]; the layers are unchanged and nothing is left behind in that case.
+/// [`OverlayError`]; the layers are unchanged and nothing is left behind in that case.
 pub fn keep(
     layers: &[Arc<Overlay>],
     place: OverlayPath<'_>,
     stack: Stack,
-) -> Result<OpenedOverlay, StackError> {
+) -> Result<OpenedOverlay, OverlayError> {
     let Some((top, sealed)) = layers.split_last() else {
-        return Err(StackError::Syntax("it has no layer".to_owned()));
+        return Err(OverlayError::Syntax("it has no layer".to_owned()));
     };
     for layer in sealed {
         // Space must not stay queued for freeing there: a sealed layer is never changed.
@@ -129,9 +131,7 @@ fn link_data(file: &HostFile, layer: &File) -> io::Result<HostFile> {
 
 /// Copies every Data block into a new data file in `layer`.
 fn copy_data(overlay: &Overlay, image: &LayerMap, layer: &File) -> io::Result<HostFile> {
-    let first = confined::create_file(layer, "data")?;
-    first.set_len(image.size.min(super::data::SEGMENT_LEN)).map_err(explain_size_error)?;
-    let to = data_file_in(layer.try_clone()?, first)?;
+    let to = empty_data(layer, image.size)?;
     let mut buf = Vec::new();
     let all = BlockIndex(0)..BlockIndex(image.size.div_ceil(overlay.block_size));
     for run in image.blocks.runs(all).filter(|run| run.state == BlockState::Data) {

@@ -35,6 +35,7 @@ pub mod boot_tag;
 mod commit;
 pub mod data;
 mod data_check;
+pub mod error;
 mod fiemap;
 pub mod group_commit;
 pub mod journal;
@@ -82,6 +83,8 @@ use crate::layer::{CopyFn, Layer, Wait};
 
 /// The default block size in bytes: the page size, so that writing a page never reads it first.
 pub const DEFAULT_BLOCK_SIZE: u32 = 4096;
+/// The version of everything on disk that this code reads and writes.
+pub const FORMAT_VERSION: u32 = 1;
 /// The smallest unit of range locks in bytes, so that a 1 MiB write takes at most nine locks.
 const LOCK_UNIT: u64 = 128 << 10;
 /// The largest size of a disk in bytes: the largest signed file offset.

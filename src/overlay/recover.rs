@@ -16,11 +16,11 @@ use uuid::Uuid;
 use super::Overlay;
 use super::data::{Create, Storage};
 use super::data_check;
+use super::error::LogError;
 use super::journal::{self, JournalContents};
 use super::log::{self, Log, LogDir, LogEnd, LogScan};
 use super::record::{BootTag, LayerMap};
 use super::state::{BlockIndex, BlockState};
-use crate::config::format_size;
 use crate::host;
 
 /// The condition in which an overlay was found.
@@ -53,41 +53,6 @@ impl Recovered {
             (found, _) => found,
         }
     }
-}
-
-/// Why a layer cannot be opened.
-#[derive(Debug, thiserror::Error)]
-pub enum LogError {
-    /// An I/O error of the host.
-    #[error(transparent)]
-    Io(#[from] io::Error),
-    /// The log differs from what was once written.
-    #[error("the log is damaged at record {record} ({why}): restore the overlay from a backup")]
-    Damaged {
-        /// The first record that is not good, counted from 0.
-        record: u64,
-        /// The reason, in words.
-        why: &'static str,
-    },
-    /// The data file ends before data that the log names.
-    #[error(
-        "the data file is too short, {} of data from byte {first} on are missing: restore the overlay from a backup",
-        format_size(*bytes)
-    )]
-    DataMissing {
-        /// Bytes of data that are missing.
-        bytes: u64,
-        /// The offset of the first of them on the disk.
-        first: u64,
-    },
-    /// The layer needs recovery, but its file system is read-only.
-    #[error(
-        "it was not closed in good order, and its file system is read-only: mount it once where it can be written to"
-    )]
-    ReadOnly,
-    /// A later version wrote the log.
-    #[error("the log holds a record of kind {0}: it was written by a newer version of cowslip")]
-    Newer(u8),
 }
 
 /// The files of one layer.

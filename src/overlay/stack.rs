@@ -14,22 +14,18 @@
 use std::fs::File;
 use std::io;
 use std::ops::Range;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use super::recover::LogError;
+use super::FORMAT_VERSION;
+use super::error::{OverlayError, doing};
 use super::tree::LayerTree;
 pub use super::tree::{LayerRecord, SnapshotRecord};
 use crate::base::identity::Identity;
 use crate::config::{OverlayKind, SourcePart};
-use crate::confined::{self, open_dir};
-use crate::host::mountinfo::{MountEntry, entry_at};
-use crate::trust::{self, TrustError};
-
-/// The version of everything on disk that this code reads and writes.
-pub const VERSION: u32 = 1;
+use crate::confined;
 
 /// The longest `stack` in bytes: some ten thousand layers.
 const MAX_STACK_LEN: u64 = 4 << 20;
@@ -118,108 +114,6 @@ pub struct FileRecord {
     pub identity: Identity,
 }
 
-/// Why a persistent overlay cannot be made or opened. One line each; the path is put in front by
-/// the caller.
-#[derive(Debug, thiserror::Error)]
-pub enum StackError {
-    /// The host said no.
-    #[error("{what}: {error}")]
-    Io {
-        /// What was being done.
-        what: &'static str,
-        /// The host's answer.
-        error: io::Error,
-    },
-    /// The directory it is to be made in is not there.
-    #[error("cannot be made: '{}' is no directory: make it first", .0.display())]
-    NoParent(PathBuf),
-    /// A store would take it for what nobody needs.
-    #[error(
-        "cannot be made: it lies inside the store '{}', which sweeps what it does not know: name the store itself, or a directory elsewhere",
-        .0.display()
-    )]
-    InStore(PathBuf),
-    /// Another user could have made it what it is.
-    #[error(transparent)]
-    Untrusted(#[from] TrustError),
-    /// There is something else in that place.
-    #[error("is not an overlay: it holds no 'stack'; name an empty or a new directory")]
-    NotAnOverlay,
-    /// The checksum does not match.
-    #[error("its 'stack' is damaged (the checksum does not match): restore it from a backup")]
-    Damaged,
-    /// It is no TOML we know.
-    #[error("its 'stack' is not understood: {0}")]
-    Syntax(String),
-    /// Another version wrote it.
-    #[error("has format version {0}, this cowslip knows version {VERSION}: use a newer cowslip")]
-    Version(u32),
-    /// Its changes are kept in another way than in a block map.
-    #[error(
-        "is a reflink overlay, which has no block map: it can only be mounted, over the base it was made with"
-    )]
-    Reflink,
-    /// A disk of a store, away from it.
-    #[error(
-        "holds no layers: a disk of a store has them in the store: mount that with --store, and \
-         'cowslip keep' makes an overlay of its own of a disk"
-    )]
-    NoLayers,
-    /// Another daemon has it.
-    #[error("is in use by the cowslip mount at '{mountpoint}' (pid {pid}): {}",
-        how_to_end(.mountpoint))]
-    InUse {
-        /// Its process id, 0 when unknown.
-        pid: u32,
-        /// Its mountpoint.
-        mountpoint: String,
-    },
-    /// Its log cannot be used.
-    #[error("layer {uuid}: {error}")]
-    Log {
-        /// The layer.
-        uuid: Uuid,
-        /// What is wrong.
-        error: LogError,
-    },
-}
-
-/// Where a new overlay at `dir` is made: its parent.
-///
-/// # Errors
-/// [`StackError::NoParent`], [`StackError::InStore`].
-pub(in crate::overlay) fn parent_for_new(dir: &Path) -> Result<&Path, StackError> {
-    let parent = dir.parent().unwrap_or(Path::new("/"));
-    if !parent.is_dir() {
-        return Err(StackError::NoParent(parent.to_owned()));
-    }
-    let is_store =
-        |dir: &&Path| ["names", "disks", "layers"].iter().all(|name| dir.join(name).is_dir());
-    trust::check_parent(&open_dir(parent).map_err(doing("looking for its place"))?)?;
-    let real = parent.canonicalize().map_err(doing("looking for its place"))?;
-    match real.ancestors().find(is_store) {
-        Some(store) => Err(StackError::InStore(store.to_owned())),
-        None => Ok(parent),
-    }
-}
-
-/// What to do about the mount at `mountpoint`.
-fn how_to_end(mountpoint: &str) -> &'static str {
-    let is_there = |entry: MountEntry| entry.is_cowslip();
-    match entry_at(Path::new(mountpoint)).is_some_and(is_there) {
-        true => "unmount that first",
-        false => {
-            "nothing is mounted there any more, so somebody has a file of it open, or another mount \
-             namespace has a copy: end that"
-        }
-    }
-}
-
-/// Names what was being done when the host said no.
-pub(crate) fn doing(what: &'static str) -> impl FnOnce(io::Error) -> StackError {
-    move |error| StackError::Io { what, error }
-}
-
 impl Stack {
     /// Its layers and their names.
     #[must_use]
@@ -233,41 +127,54 @@ impl Stack {
         Self { layers: tree.layers, snapshots: tree.snapshots, ..self.clone() }
     }
 
-    /// The file's bytes.
-    fn encode(&self) -> Result<Vec<u8>, StackError> {
-        let body = toml::to_string(self).map_err(|error| StackError::Syntax(error.to_string()))?;
+    /// Returns the record of the layer that takes the writes.
+    ///
+    /// # Errors
+    /// [`OverlayError::Reflink`]; [`OverlayError::Syntax`] when there is no layer.
+    pub(super) fn top_layer(&self) -> Result<LayerRecord, OverlayError> {
+        if self.kind == OverlayKind::Reflink {
+            return Err(OverlayError::Reflink);
+        }
+        let top = self.layers.last().cloned();
+        top.ok_or_else(|| OverlayError::Syntax("it has no layer".to_owned()))
+    }
+
+    /// Returns the contents of the file.
+    fn encode(&self) -> Result<Vec<u8>, OverlayError> {
+        let body =
+            toml::to_string(self).map_err(|error| OverlayError::Syntax(error.to_string()))?;
         let crc = crc32c::crc32c(body.as_bytes());
         Ok(format!("checksum = \"crc32c:{crc:08x}\"\n{body}").into_bytes())
     }
 
     /// Reads the file's bytes.
-    fn decode(bytes: &[u8]) -> Result<Self, StackError> {
-        let text = std::str::from_utf8(bytes).map_err(|_| StackError::Damaged)?;
-        let (head, body) = text.split_once('\n').ok_or(StackError::Damaged)?;
+    fn decode(bytes: &[u8]) -> Result<Self, OverlayError> {
+        let text = std::str::from_utf8(bytes).map_err(|_| OverlayError::Damaged)?;
+        let (head, body) = text.split_once('\n').ok_or(OverlayError::Damaged)?;
         let crc = crc32c::crc32c(body.as_bytes());
         if head != format!("checksum = \"crc32c:{crc:08x}\"") {
-            return Err(StackError::Damaged);
+            return Err(OverlayError::Damaged);
         }
         // The version first: what a later one holds is not ours to judge.
         #[derive(Deserialize)]
         struct Version {
             version: u32,
         }
-        let syntax = |error: toml::de::Error| StackError::Syntax(error.message().to_owned());
+        let syntax = |error: toml::de::Error| OverlayError::Syntax(error.message().to_owned());
         let Version { version } = toml::from_str(body).map_err(syntax)?;
-        if version != VERSION {
-            return Err(StackError::Version(version));
+        if version != FORMAT_VERSION {
+            return Err(OverlayError::Version(version));
         }
         let stack: Self = toml::from_str(body).map_err(syntax)?;
         if let Some(fault) = stack.tree().fault()
             && stack.kind == OverlayKind::Blocks
         {
-            return Err(StackError::Syntax(fault));
+            return Err(OverlayError::Syntax(fault));
         }
         let is_block = |block: u32| block.is_power_of_two() && (512..=2 << 20).contains(&block);
         match stack.layers.iter().find(|layer| !is_block(layer.block)) {
             None => Ok(stack),
-            Some(layer) => Err(StackError::Syntax(format!(
+            Some(layer) => Err(OverlayError::Syntax(format!(
                 "blocks of {} bytes: a power of two from 512 to 2M is needed",
                 layer.block
             ))),
@@ -277,11 +184,13 @@ impl Stack {
     /// Reads the `stack` in the open directory `dir`.
     ///
     /// # Errors
-    /// [`StackError`]: missing, damaged, of another version.
-    pub fn read(dir: &File) -> Result<Self, StackError> {
+    /// [`OverlayError`]: missing, damaged, of another version.
+    pub fn read(dir: &File) -> Result<Self, OverlayError> {
         match confined::read_file(dir, "stack", MAX_STACK_LEN) {
             Ok(bytes) => Self::decode(&bytes),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Err(StackError::NotAnOverlay),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                Err(OverlayError::NotAnOverlay)
+            }
             Err(error) => Err(doing("reading its 'stack'")(error)),
         }
     }
@@ -290,7 +199,7 @@ impl Stack {
     ///
     /// # Errors
     /// The host's errno; the old one is in place then.
-    pub fn write(&self, dir: &File) -> Result<(), StackError> {
+    pub fn write(&self, dir: &File) -> Result<(), OverlayError> {
         let bytes = self.encode()?;
         if bytes.len() as u64 > MAX_STACK_LEN {
             // It could not be read again.
@@ -311,10 +220,11 @@ pub fn inode_of(uuid: &Uuid) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::confined::open_dir;
 
     fn sample() -> Stack {
         Stack {
-            version: VERSION,
+            version: FORMAT_VERSION,
             uuid: Uuid::from_u128(7),
             uid: 1,
             gid: 2,
@@ -363,7 +273,7 @@ mod tests {
         let body = text.split_once('\n').unwrap().1.replace("\nlen = ", "\nwidth = ");
         let crc = crc32c::crc32c(body.as_bytes());
         let text = format!("checksum = \"crc32c:{crc:08x}\"\n{body}");
-        assert!(matches!(Stack::decode(text.as_bytes()), Err(StackError::Syntax(_))));
+        assert!(matches!(Stack::decode(text.as_bytes()), Err(OverlayError::Syntax(_))));
     }
 
     #[test]
@@ -382,13 +292,13 @@ mod tests {
         let body = "version = 2\nshape = \"round\"\n";
         let crc = crc32c::crc32c(body.as_bytes());
         let text = format!("checksum = \"crc32c:{crc:08x}\"\n{body}");
-        assert!(matches!(Stack::decode(text.as_bytes()), Err(StackError::Version(2))));
+        assert!(matches!(Stack::decode(text.as_bytes()), Err(OverlayError::Version(2))));
     }
 
     #[test]
     fn a_directory_without_a_stack_is_no_overlay() {
         let dir = tempfile::tempdir().unwrap();
         let dir = open_dir(dir.path()).unwrap();
-        assert!(matches!(Stack::read(&dir), Err(StackError::NotAnOverlay)));
+        assert!(matches!(Stack::read(&dir), Err(OverlayError::NotAnOverlay)));
     }
 }

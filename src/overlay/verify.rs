@@ -13,10 +13,11 @@ use uuid::Uuid;
 
 use super::data::SEGMENT_LEN;
 use super::data_check::{misplaced, segment_ends};
+use super::error::{OverlayError, doing};
 use super::persist::{LockedOverlay, open_layer_files, open_sealed, remove_layer};
 use super::record::BootTag;
 use super::recover::{self, LayerFiles, Recovered};
-use super::stack::{LayerRecord, StackError, doing};
+use super::stack::LayerRecord;
 use super::{Overlay, boot_tag};
 use crate::confined;
 
@@ -25,7 +26,7 @@ pub struct LayerCheck {
     /// The layer.
     pub record: LayerRecord,
     /// The summary of the layer, or the reason why it cannot be read.
-    pub summary: Result<LayerSummary, StackError>,
+    pub summary: Result<LayerSummary, OverlayError>,
 }
 
 /// The state of a layer whose log can be read.
@@ -77,7 +78,7 @@ impl LockedOverlay {
             .collect()
     }
 
-    fn check_layer(&self, record: &LayerRecord) -> Result<LayerSummary, StackError> {
+    fn check_layer(&self, record: &LayerRecord) -> Result<LayerSummary, OverlayError> {
         let tag = boot_tag::current(&self.layers).map_err(doing("reading the boot id"))?;
         // All files are opened again, also the top's, because a recovery replaces the log.
         let files = open_layer_files(&self.layers, record, |_| Ok(()))?.files;
@@ -152,13 +153,13 @@ impl LockedOverlay {
     /// recovered first.
     ///
     /// # Errors
-    /// [`StackError`]; the layer is unchanged in that case.
-    pub fn recover(&self, record: &LayerRecord) -> Result<Recovered, StackError> {
+    /// [`OverlayError`]; the layer is unchanged in that case.
+    pub fn recover(&self, record: &LayerRecord) -> Result<Recovered, OverlayError> {
         if self.stack.layers.last() != Some(record) {
             return open_sealed(&self.layers, record).map(|(_, recovered)| recovered);
         }
         let tag = boot_tag::current(&self.dir).map_err(doing("reading the boot id"))?;
-        let in_log = |error| StackError::Log { uuid: record.uuid, error };
+        let in_log = |error| OverlayError::Log { uuid: record.uuid, error };
         let files = open_layer_files(&self.layers, record, |_| Ok(()))?.files;
         let (top, recovered) = Overlay::open(&files, tag, None).map_err(in_log)?;
         top.close_sealed().map_err(doing("closing its log"))?;
@@ -190,8 +191,8 @@ pub fn contradictions(looks: &[LayerCheck]) -> Vec<String> {
 }
 
 /// Reads a layer without changing it.
-fn summarize(files: &LayerFiles, tag: BootTag) -> Result<LayerSummary, StackError> {
-    let in_log = |error| StackError::Log { uuid: files.uuid, error };
+fn summarize(files: &LayerFiles, tag: BootTag) -> Result<LayerSummary, OverlayError> {
+    let in_log = |error| OverlayError::Log { uuid: files.uuid, error };
     let trusted = recover::examine(files, tag).map_err(in_log)?;
     let image = recover::load_map(files, &trusted).map_err(in_log)?;
     let mut ends = segment_ends(&*files.data).map_err(doing("looking at its data"))?;

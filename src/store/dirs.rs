@@ -19,8 +19,9 @@ use uuid::Uuid;
 
 use super::StoreError;
 use crate::confined::{self, entry_names, foreign_entry_error, open_dir, open_subdir};
+use crate::overlay::error::{OverlayError, doing};
 use crate::overlay::persist::{STAGING_PREFIX, remove_layer};
-use crate::overlay::stack::{Stack, StackError, doing};
+use crate::overlay::stack::Stack;
 use crate::trust;
 
 /// Time limit for the previous user of a store to release its lock.
@@ -190,7 +191,7 @@ impl StoreDirs {
             match self.stack_of(&uuid) {
                 Ok(stack) => each(uuid, stack),
                 // The disk was removed between listing and reading.
-                Err(StackError::Io { error, .. }) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(OverlayError::Io { error, .. }) if error.kind() == io::ErrorKind::NotFound => {}
                 Err(error) => return Err(io::Error::other(error.to_string())),
             }
         }
@@ -200,8 +201,8 @@ impl StoreDirs {
     /// Returns the stack of the disk `uuid`.
     ///
     /// # Errors
-    /// [`StackError`].
-    pub(super) fn stack_of(&self, uuid: &Uuid) -> Result<Stack, StackError> {
+    /// [`OverlayError`].
+    pub(super) fn stack_of(&self, uuid: &Uuid) -> Result<Stack, OverlayError> {
         let dir = open_subdir(&self.disks, uuid.to_string()).map_err(doing("opening it"))?;
         Stack::read(&dir)
     }

@@ -13,12 +13,13 @@ use std::thread;
 use crate::common::library::{TestBase, read_through};
 use crate::common::sim::Chance;
 use cowslip::layer::{Layer, Wait, WritableLayer};
+use cowslip::overlay::FORMAT_VERSION;
 use cowslip::overlay::Overlay;
 use cowslip::overlay::keep::temporary;
 use cowslip::overlay::layer_cache::LayerCache;
 use cowslip::overlay::persist::{self, NewOverlay, OpenedOverlay, OverlayPath};
 use cowslip::overlay::record::LayerMap;
-use cowslip::overlay::stack::{BaseRecord, LayerRecord, Stack, VERSION};
+use cowslip::overlay::stack::{BaseRecord, LayerRecord, Stack};
 use uuid::Uuid;
 
 const BLOCK: u64 = 4096;
@@ -37,7 +38,7 @@ impl Lab {
         let dir = tempfile::tempdir().unwrap();
         let layer = LayerRecord { uuid: Uuid::new_v4(), block: BLOCK as u32, parent: None };
         let stack = Stack {
-            version: VERSION,
+            version: FORMAT_VERSION,
             uuid: Uuid::new_v4(),
             uid: 0,
             gid: 0,

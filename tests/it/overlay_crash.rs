@@ -12,9 +12,10 @@ use crate::common::sim::{Chance, Deed, Role, SECTOR};
 use crate::common::written;
 use cowslip::layer::{Wait, WritableLayer};
 use cowslip::overlay::data::{HostFile, SEGMENT_LEN, Storage};
+use cowslip::overlay::error::LogError;
 use cowslip::overlay::log;
 use cowslip::overlay::record::{LogRecord, RECORD_LEN};
-use cowslip::overlay::recover::{LogError, Recovered};
+use cowslip::overlay::recover::Recovered;
 use proptest::collection::vec;
 use proptest::prelude::*;
 

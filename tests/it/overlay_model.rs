@@ -10,10 +10,11 @@ use crate::common::sim::{Deed, Role};
 use cowslip::config::OverlayKind;
 use cowslip::extents::ExtentKind;
 use cowslip::layer::{Layer, Wait, WritableLayer};
+use cowslip::overlay::FORMAT_VERSION;
 use cowslip::overlay::layer_cache::LayerCache;
 use cowslip::overlay::persist::{self, NewOverlay, OpenedOverlay, OverlayPath};
 use cowslip::overlay::record::LayerMap;
-use cowslip::overlay::stack::{BaseRecord, LayerRecord, Stack, VERSION};
+use cowslip::overlay::stack::{BaseRecord, LayerRecord, Stack};
 use cowslip::overlay::{MAX_DISK_SIZE, Overlay};
 use proptest::collection::vec;
 use proptest::prelude::*;
@@ -290,7 +291,7 @@ impl FarDisk {
     fn new(block: u32) -> Self {
         let dir = tempfile::tempdir_in("/var/tmp").unwrap();
         let stack = Stack {
-            version: VERSION,
+            version: FORMAT_VERSION,
             uuid: Uuid::new_v4(),
             uid: 0,
             gid: 0,

@@ -15,10 +15,12 @@ use crate::common::random::*;
 use cowslip::base::identity::Identity;
 use cowslip::config::OverlayKind;
 use cowslip::layer::{Layer, WritableLayer};
+use cowslip::overlay::FORMAT_VERSION;
+use cowslip::overlay::error::OverlayError;
 use cowslip::overlay::reflink::{
     self, OpenedReflink, Reflink, ReflinkError, RevertTarget, SharedBase,
 };
-use cowslip::overlay::stack::{BaseRecord, Stack, StackError, VERSION};
+use cowslip::overlay::stack::{BaseRecord, Stack};
 use rustix::process::Signal;
 
 const SIZE: u64 = 4 * MIB;
@@ -534,7 +536,7 @@ fn create(lab: &Lab) -> OpenedReflink {
     let (path, file) = (lab.path("host/base.img"), base_of(lab));
     let identity = Identity::of(&file).unwrap();
     let stack = Stack {
-        version: VERSION,
+        version: FORMAT_VERSION,
         uuid: uuid::Uuid::new_v4(),
         uid: 0,
         gid: 0,
@@ -561,7 +563,7 @@ fn find(dir: &Path) -> Result<reflink::LockedReflink, ReflinkError> {
     let deadline = Instant::now() + PATIENCE;
     loop {
         match reflink::lock_overlay(dir) {
-            Err(ReflinkError::Stack(StackError::InUse { .. })) if Instant::now() < deadline => {
+            Err(ReflinkError::Stack(OverlayError::InUse { .. })) if Instant::now() < deadline => {
                 thread::sleep(Duration::from_millis(1));
             }
             found => return found,
@@ -769,7 +771,7 @@ fn overlay_lock_follows_the_data_file_across_a_rename() {
     let one = create(&lab);
     fs::rename(lab.path("host/ov"), lab.path("host/renamed")).unwrap();
     let two = reflink::lock_overlay(Path::new(&lab.path("host/renamed")));
-    assert!(matches!(two, Err(ReflinkError::Stack(StackError::InUse { .. }))));
+    assert!(matches!(two, Err(ReflinkError::Stack(OverlayError::InUse { .. }))));
     drop(one);
     find(&lab.path("host/renamed")).unwrap();
     lab.end();

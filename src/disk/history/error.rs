@@ -2,8 +2,8 @@
 
 use std::io;
 
+use crate::overlay::error::OverlayError;
 use crate::overlay::reflink::ReflinkError;
-use crate::overlay::stack::StackError;
 
 /// The reason why an operation on a disk's layers failed; one line each. Nothing has changed then.
 #[derive(Debug, thiserror::Error)]
@@ -50,7 +50,7 @@ pub enum OperationError {
     Interrupted,
     /// The overlay's files failed.
     #[error(transparent)]
-    Stack(#[from] StackError),
+    Stack(#[from] OverlayError),
     /// The reflink overlay failed.
     #[error("it {0}")]
     Reflink(#[from] ReflinkError),

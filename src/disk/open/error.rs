@@ -7,7 +7,7 @@ use crate::base::BaseError;
 use crate::base::self_reference::SelfReferenceError;
 use crate::disk::bottom::UnreadableBase;
 use crate::disk::partition::PartitionsError;
-use crate::overlay::stack::StackError;
+use crate::overlay::error::OverlayError;
 
 /// The reason why a disk cannot be mounted or kept; one line for the user.
 #[derive(Debug, thiserror::Error)]
@@ -24,7 +24,7 @@ pub enum OpenError {
         /// The overlay's directory.
         dir: PathBuf,
         /// The overlay's error.
-        error: StackError,
+        error: OverlayError,
     },
     /// The overlay belongs to another base, or to a base that has changed.
     #[error("overlay '{}' {why}", dir.display())]
@@ -69,7 +69,7 @@ pub enum OpenError {
 
 impl OpenError {
     /// Adds the overlay's directory to an error of the overlay.
-    pub(in crate::disk) fn overlay(dir: &Path) -> impl FnOnce(StackError) -> Self {
+    pub(in crate::disk) fn overlay(dir: &Path) -> impl FnOnce(OverlayError) -> Self {
         let dir = dir.to_owned();
         move |error| Self::Overlay { dir, error }
     }
@@ -78,7 +78,7 @@ impl OpenError {
     #[must_use]
     pub fn os_error(&self) -> Option<i32> {
         match self {
-            Self::Overlay { error: StackError::Io { error, .. }, .. }
+            Self::Overlay { error: OverlayError::Io { error, .. }, .. }
             | Self::Temporary { error, .. }
             | Self::Unreadable(UnreadableBase { error, .. }) => error.raw_os_error(),
             _ => None,

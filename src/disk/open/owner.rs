@@ -6,8 +6,8 @@ use super::context::OpenContext;
 use crate::config::{DiskMode, DiskSpec};
 use crate::disk::DiskOwner;
 use crate::disk::bottom::Bottom;
+use crate::overlay::error::OverlayError;
 use crate::overlay::persist::OverlayDir;
-use crate::overlay::stack::StackError;
 
 /// Returns the owner and mode of a disk whose overlay records none: the mounting user's, and
 /// readable by those who can read all files of the base.
@@ -29,7 +29,10 @@ pub(super) fn initial_owner(
 }
 
 /// Records in the overlay the owner and mode that `spec` sets.
-pub(super) fn adopt_owner(spec: &DiskSpec, overlay_dir: &mut OverlayDir) -> Result<(), StackError> {
+pub(super) fn adopt_owner(
+    spec: &DiskSpec,
+    overlay_dir: &mut OverlayDir,
+) -> Result<(), OverlayError> {
     let mut stack = overlay_dir.stack.clone();
     stack.uid = spec.uid.unwrap_or(stack.uid);
     stack.gid = spec.gid.unwrap_or(stack.gid);

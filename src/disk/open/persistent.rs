@@ -19,11 +19,12 @@ use crate::disk::layers::{LayerStack, Top};
 use crate::disk::overlay_dir::OverlayDirId;
 use crate::disk::{Disk, DiskOwner, OverlayLocation, Times, coarse_now, mtime_of};
 use crate::layer::Layer;
+use crate::overlay::FORMAT_VERSION;
 use crate::overlay::layer_cache::LayerCache;
 use crate::overlay::persist::{self, LockedOverlay, NewOverlay, OpenedOverlay, OverlayPath};
 use crate::overlay::record::{LayerMap, MtimeOrigin, Nanos};
 use crate::overlay::recover::Recovered;
-use crate::overlay::stack::{LayerRecord, Stack, VERSION};
+use crate::overlay::stack::{LayerRecord, Stack};
 use crate::overlay::{DEFAULT_BLOCK_SIZE, MAX_DISK_SIZE, Overlay};
 
 /// Returns the stack of a new overlay with one layer over `bottom`.
@@ -34,7 +35,7 @@ pub(in crate::disk) fn new_stack(
     block: u32,
 ) -> Result<Stack, OpenError> {
     Ok(Stack {
-        version: VERSION,
+        version: FORMAT_VERSION,
         uuid,
         uid: owner.uid,
         gid: owner.gid,

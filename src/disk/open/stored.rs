@@ -17,23 +17,24 @@ use crate::disk::history::{FrozenLayer, OperationError};
 use crate::disk::{Disk, DiskOwner};
 use crate::layer::Layer;
 use crate::overlay::DEFAULT_BLOCK_SIZE;
+use crate::overlay::error::OverlayError;
 use crate::overlay::layer_cache::LayerCache;
 use crate::overlay::persist::{self, NewOverlay, OpenedOverlay, OverlayPath};
 use crate::overlay::record::LayerMap;
-use crate::overlay::stack::{BaseRecord, Stack, StackError};
+use crate::overlay::stack::{BaseRecord, Stack};
 use crate::overlay::tree::LayerTree;
 
 /// Returns the spec of a disk over the recorded `base`, with every other key at its default.
 ///
 /// # Errors
-/// [`StackError::Syntax`] for an unknown format.
-pub fn spec_over(name: &str, base: &BaseRecord) -> Result<DiskSpec, StackError> {
+/// [`OverlayError::Syntax`] for an unknown format.
+pub fn spec_over(name: &str, base: &BaseRecord) -> Result<DiskSpec, OverlayError> {
     Ok(match base {
         BaseRecord::Blank { size } => DiskSpec::new(name.to_owned(), DiskSource::Blank(*size)),
         BaseRecord::File { path, format, .. } => {
             let known = format.parse();
             let known =
-                known.map_err(|_| StackError::Syntax(format!("a base of format {format}")))?;
+                known.map_err(|_| OverlayError::Syntax(format!("a base of format {format}")))?;
             let mut spec = DiskSpec::new(name.to_owned(), DiskSource::File(path.clone()));
             spec.format = Some(known);
             spec.part = base.part();

@@ -9,15 +9,16 @@ use std::sync::Arc;
 use uuid::Uuid;
 
 use super::layer_dir::{empty_data, make_layer, remove_layer};
-use super::overlay_dir::OverlayDir;
+use super::overlay_dir::{OpenedOverlay, OverlayDir};
+use super::path::{OverlayPath, parent_for_new};
 use super::staging::{self, StagingDir};
-use super::{OpenedOverlay, OverlayPath, top_layer};
 use crate::confined::{self, open_dir};
 use crate::overlay::Overlay;
 use crate::overlay::data::HostFile;
+use crate::overlay::error::{OverlayError, doing};
 use crate::overlay::record::LayerMap;
 use crate::overlay::recover::Recovered;
-use crate::overlay::stack::{LayerRecord, Stack, StackError, doing, parent_for_new};
+use crate::overlay::stack::{LayerRecord, Stack};
 
 /// The contents of an overlay to create.
 pub struct NewOverlay<'a> {
@@ -45,11 +46,11 @@ pub type MakeData<'a> = Box<dyn FnOnce(&File) -> io::Result<HostFile> + 'a>;
 /// Creates an overlay with an empty top; all layers below exist already.
 ///
 /// # Errors
-/// [`StackError`]; nothing is left behind in that case.
-pub fn create(place: OverlayPath<'_>, new: NewOverlay<'_>) -> Result<OpenedOverlay, StackError> {
+/// [`OverlayError`]; nothing is left behind in that case.
+pub fn create(place: OverlayPath<'_>, new: NewOverlay<'_>) -> Result<OpenedOverlay, OverlayError> {
     let NewOverlay { stack, map: image, limit } = new;
     let part = NewLayer {
-        record: top_layer(&stack)?,
+        record: stack.top_layer()?,
         map: image.clone(),
         make_data: Box::new(|layer: &File| empty_data(layer, image.size)),
     };
@@ -60,13 +61,13 @@ pub fn create(place: OverlayPath<'_>, new: NewOverlay<'_>) -> Result<OpenedOverl
 /// exist already. `limit` caps the bytes of data that the top may hold.
 ///
 /// # Errors
-/// [`StackError`]; nothing is left behind in that case.
+/// [`OverlayError`]; nothing is left behind in that case.
 pub fn build(
     place: OverlayPath<'_>,
     stack: Stack,
     parts: Vec<NewLayer<'_>>,
     limit: Option<u64>,
-) -> Result<OpenedOverlay, StackError> {
+) -> Result<OpenedOverlay, OverlayError> {
     let parent = match place.layers {
         None => parent_for_new(place.dir)?,
         Some(_) => place.dir.parent().unwrap_or(Path::new("/")),
@@ -92,15 +93,9 @@ pub fn build(
     };
     match made {
         Ok(((overlay, below, lock), dir)) => {
-            let home = OverlayDir { stack, dir, layers, lock, torn: false };
-            let aside = Vec::new();
-            Ok(OpenedOverlay {
-                overlay,
-                below,
-                snapshot_layers: aside,
-                recovered: Recovered::New,
-                dir: home,
-            })
+            let dir = OverlayDir::new(stack, dir, layers, lock);
+            let (snapshot_layers, recovered) = (Vec::new(), Recovered::New);
+            Ok(OpenedOverlay { overlay, below, snapshot_layers, recovered, dir })
         }
         Err(error) => {
             if place.layers.is_some() {
@@ -123,7 +118,7 @@ fn build_in(
     stack: &Stack,
     parts: Vec<NewLayer<'_>>,
     limit: Option<u64>,
-) -> Result<BuiltLayers, StackError> {
+) -> Result<BuiltLayers, OverlayError> {
     let mut sealed = HashMap::new();
     let mut top = None;
     for NewLayer { record, map: image, make_data: put_data } in parts {
@@ -137,7 +132,7 @@ fn build_in(
             sealed.insert(record.uuid, Arc::new(layer));
         }
     }
-    let no_layer = || StackError::Syntax("it has no layer".to_owned());
+    let no_layer = || OverlayError::Syntax("it has no layer".to_owned());
     let (overlay, lock) = top.ok_or_else(no_layer)?;
     stack.write(dir)?;
     let below = stack.tree().live().into_iter().skip(1);

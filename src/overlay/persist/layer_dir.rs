@@ -17,10 +17,11 @@ use uuid::Uuid;
 
 use crate::confined::{self, FileAccess, entry_names, foreign_entry_error};
 use crate::overlay::data::{Create, HostFile, LAST_SEGMENT, SEGMENT_LEN, Storage};
+use crate::overlay::error::{OverlayError, doing};
 use crate::overlay::log::{Log, LogDir, ReplacedLog};
 use crate::overlay::record::{BootTag, LayerMap};
 use crate::overlay::recover::{self, LayerFiles, Recovered};
-use crate::overlay::stack::{LayerRecord, StackError, doing};
+use crate::overlay::stack::LayerRecord;
 use crate::overlay::{Overlay, boot_tag};
 use crate::process::explain_size_error;
 
@@ -127,12 +128,12 @@ pub(in crate::overlay) struct LockedLayer {
 /// the data before the log is opened, because the holder of the lock may replace the log.
 ///
 /// # Errors
-/// [`StackError`]: the host's errno, or the errors of `lock`.
+/// [`OverlayError`]: the host's errno, or the errors of `lock`.
 pub(in crate::overlay) fn open_layer_files(
     layers: &File,
     record: &LayerRecord,
-    lock: impl FnOnce(&File) -> Result<(), StackError>,
-) -> Result<LockedLayer, StackError> {
+    lock: impl FnOnce(&File) -> Result<(), OverlayError>,
+) -> Result<LockedLayer, OverlayError> {
     let name = record.uuid.to_string();
     let open = |dir: &File, name: &str| confined::open_file(dir, name, FileAccess::AsAllowed);
     let dir = confined::open_subdir(layers, &name).map_err(doing("opening its layer"))?;
@@ -156,7 +157,7 @@ pub(in crate::overlay) fn open_layer_files(
 
 /// Creates an empty data file for a disk of `size` bytes. The file has its full length from the
 /// start, so that later writes change only blocks and not the length.
-pub(super) fn empty_data(layer: &File, size: u64) -> io::Result<HostFile> {
+pub(in crate::overlay) fn empty_data(layer: &File, size: u64) -> io::Result<HostFile> {
     let file = confined::create_file(layer, "data")?;
     file.set_len(size.min(SEGMENT_LEN)).map_err(explain_size_error)?;
     data_file_in(layer.try_clone()?, file)
@@ -169,7 +170,7 @@ pub(super) fn make_layer(
     map: &LayerMap,
     limit: Option<u64>,
     make_data: impl FnOnce(&File) -> io::Result<HostFile>,
-) -> Result<(Overlay, File), StackError> {
+) -> Result<(Overlay, File), OverlayError> {
     let layer =
         confined::create_dir(layers, record.uuid.to_string()).map_err(doing("making its layer"))?;
     let data = make_data(&layer).map_err(doing("making its data"))?;
@@ -195,8 +196,8 @@ pub(super) fn make_layer(
 pub(in crate::overlay) fn open_sealed(
     layers: &File,
     record: &LayerRecord,
-) -> Result<(Arc<Overlay>, Recovered), StackError> {
-    let in_log = |error| StackError::Log { uuid: record.uuid, error };
+) -> Result<(Arc<Overlay>, Recovered), OverlayError> {
+    let in_log = |error| OverlayError::Log { uuid: record.uuid, error };
     let LockedLayer { lock, files } = open_layer_files(layers, record, |_| Ok(()))?;
     let tag = boot_tag::current(layers).map_err(doing("reading the boot id"))?;
     let trusted = recover::examine(&files, tag).map_err(in_log)?;

@@ -11,12 +11,13 @@ use rustix::fs::FlockOperation;
 use uuid::Uuid;
 
 use super::layer_dir::{open_layer_files, open_sealed};
-use super::overlay_dir::OverlayDir;
-use super::{Holder, OpenedOverlay, OverlayPath, open_overlay_dir, top_layer};
+use super::overlay_dir::{Holder, OpenedOverlay, OverlayDir};
+use super::path::{OverlayPath, open_overlay_dir};
 use crate::confined::{self, open_dir};
+use crate::overlay::error::{LogError, OverlayError, doing};
 use crate::overlay::layer_cache::LayerCache;
 use crate::overlay::recover::{self, LayerFiles, Recovered};
-use crate::overlay::stack::{LayerRecord, Stack, StackError, doing};
+use crate::overlay::stack::{LayerRecord, Stack};
 use crate::overlay::{Overlay, boot_tag};
 use crate::trust;
 
@@ -42,11 +43,11 @@ pub struct LockedOverlay {
 /// Locks the overlay at `place`.
 ///
 /// # Errors
-/// [`StackError`]: missing, damaged, of another version, in use.
-pub fn lock_overlay(place: OverlayPath<'_>) -> Result<LockedOverlay, StackError> {
+/// [`OverlayError`]: missing, damaged, of another version, in use.
+pub fn lock_overlay(place: OverlayPath<'_>) -> Result<LockedOverlay, OverlayError> {
     let dir = open_overlay_dir(place.dir)?;
     // Checked before the layers are opened: a reflink overlay has none.
-    let mut record = top_layer(&Stack::read(&dir)?)?;
+    let mut record = Stack::read(&dir)?.top_layer()?;
     let layers = match place.layers {
         None => confined::open_subdir(&dir, "layers"),
         Some(path) => open_dir(path).and_then(|dir| {
@@ -55,14 +56,14 @@ pub fn lock_overlay(place: OverlayPath<'_>) -> Result<LockedOverlay, StackError>
         }),
     };
     let layers = layers.map_err(|error| match error.kind() {
-        std::io::ErrorKind::NotFound if place.layers.is_none() => StackError::NoLayers,
+        std::io::ErrorKind::NotFound if place.layers.is_none() => OverlayError::NoLayers,
         _ => doing("opening its layers")(error),
     })?;
     loop {
         let layer = open_layer_files(&layers, &record, |data| take_lock(&dir, data))?;
         // Read again under the lock: the last holder may have changed the stack.
         let stack = Stack::read(&dir)?;
-        let top = top_layer(&stack)?;
+        let top = stack.top_layer()?;
         if top == record {
             let (lock, files) = (layer.lock, layer.files);
             return Ok(LockedOverlay { stack, dir, layers, lock, files, top: record });
@@ -73,7 +74,7 @@ pub fn lock_overlay(place: OverlayPath<'_>) -> Result<LockedOverlay, StackError>
 
 /// Takes the lock. Waits for a daemon that is draining, and for the kernel while it cleans up after
 /// a daemon that has died.
-pub(in crate::overlay) fn take_lock(dir: &File, data: &File) -> Result<(), StackError> {
+pub(in crate::overlay) fn take_lock(dir: &File, data: &File) -> Result<(), OverlayError> {
     let start = Instant::now();
     loop {
         match rustix::fs::flock(data, FlockOperation::NonBlockingLockExclusive) {
@@ -90,7 +91,7 @@ pub(in crate::overlay) fn take_lock(dir: &File, data: &File) -> Result<(), Stack
         if start.elapsed() >= patience {
             let (pid, mountpoint) =
                 holder.map_or((0, "unknown".to_owned()), |holder| (holder.pid, holder.mountpoint));
-            return Err(StackError::InUse { pid, mountpoint });
+            return Err(OverlayError::InUse { pid, mountpoint });
         }
         thread::sleep(Duration::from_millis(20));
     }
@@ -112,16 +113,16 @@ impl LockedOverlay {
         self.top.block
     }
 
-    fn log_error(&self) -> impl Fn(recover::LogError) -> StackError + use<> {
+    fn log_error(&self) -> impl Fn(LogError) -> OverlayError + use<> {
         let uuid = self.top.uuid;
-        move |error| StackError::Log { uuid, error }
+        move |error| OverlayError::Log { uuid, error }
     }
 
     /// Returns whether a commit into the base has begun and not ended.
     ///
     /// # Errors
-    /// [`StackError::Log`].
-    pub fn is_committing(&self) -> Result<bool, StackError> {
+    /// [`OverlayError::Log`].
+    pub fn is_committing(&self) -> Result<bool, OverlayError> {
         let tag = boot_tag::current(&self.dir).map_err(doing("reading the boot id"))?;
         let trusted = recover::examine(&self.files, tag).map_err(self.log_error())?;
         let image = recover::load_map(&self.files, &trusted).map_err(self.log_error())?;
@@ -132,8 +133,12 @@ impl LockedOverlay {
     /// caps the total bytes of data that all its layers may hold.
     ///
     /// # Errors
-    /// [`StackError`].
-    pub fn open(self, limit: Option<u64>, shelf: &LayerCache) -> Result<OpenedOverlay, StackError> {
+    /// [`OverlayError`].
+    pub fn open(
+        self,
+        limit: Option<u64>,
+        shelf: &LayerCache,
+    ) -> Result<OpenedOverlay, OverlayError> {
         let tag = boot_tag::current(&self.dir).map_err(doing("reading the boot id"))?;
         let mut recovered = Recovered::Clean;
         let mut below = Vec::new();
@@ -142,23 +147,18 @@ impl LockedOverlay {
             below.push(shelf.get_or_open(record.uuid, || {
                 let (layer, found) = open_sealed(&self.layers, record)?;
                 recovered = recovered.combine(found);
-                Ok::<_, StackError>(layer)
+                Ok::<_, OverlayError>(layer)
             })?);
         }
         below.reverse();
-        let aside = self.open_snapshot_layers(shelf);
+        let snapshot_layers = self.open_snapshot_layers(shelf);
         let held: u64 = below.iter().map(|layer| layer.usage().data).sum();
         let limit = limit.map(|limit| limit.saturating_sub(held));
         let (overlay, found) = Overlay::open(&self.files, tag, limit).map_err(self.log_error())?;
         let Self { stack, dir, layers, lock, .. } = self;
-        let home = OverlayDir { stack, dir, layers, lock, torn: false };
-        Ok(OpenedOverlay {
-            overlay,
-            below,
-            snapshot_layers: aside,
-            recovered: recovered.combine(found),
-            dir: home,
-        })
+        let (recovered, dir) =
+            (recovered.combine(found), OverlayDir::new(stack, dir, layers, lock));
+        Ok(OpenedOverlay { overlay, below, snapshot_layers, recovered, dir })
     }
 
     /// Opens the layers that only snapshots use: this disk has to make them durable, too.
@@ -197,6 +197,6 @@ impl LockedOverlay {
     #[must_use]
     pub fn into_dir(self) -> OverlayDir {
         let Self { stack, dir, layers, lock, .. } = self;
-        OverlayDir { stack, dir, layers, lock, torn: false }
+        OverlayDir::new(stack, dir, layers, lock)
     }
 }

@@ -5,42 +5,66 @@ use std::io::{self, Write};
 use std::sync::Arc;
 
 use rustix::fs::{AtFlags, FlockOperation};
+use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use super::Holder;
 use super::layer_dir::{empty_data, make_layer, open_sealed, remove_layer};
 use crate::confined;
 use crate::overlay::Overlay;
+use crate::overlay::error::{OverlayError, doing};
 use crate::overlay::layer_cache::LayerCache;
 use crate::overlay::record::LayerMap;
-use crate::overlay::stack::{LayerRecord, Stack, StackError, doing};
+use crate::overlay::recover::Recovered;
+use crate::overlay::stack::{LayerRecord, Stack};
+
+/// The daemon that has an overlay open, as its `holder` file tells people.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Holder {
+    /// The daemon's process id.
+    pub pid: u32,
+    /// The daemon's mountpoint.
+    pub mountpoint: String,
+    /// Whether the daemon is ending, so that waiting for it is worthwhile.
+    pub draining: bool,
+}
+
+/// A persistent overlay that is open.
+pub struct OpenedOverlay {
+    /// The layer that takes the writes.
+    pub overlay: Overlay,
+    /// The sealed layers below the top, top to bottom.
+    pub below: Vec<Arc<Overlay>>,
+    /// The sealed layers that only snapshots use.
+    pub snapshot_layers: Vec<(Uuid, Arc<Overlay>)>,
+    /// The condition in which the overlay was found.
+    pub recovered: Recovered,
+    /// The open directory, with the lock.
+    pub dir: OverlayDir,
+}
 
 /// The open directory of a persistent overlay, with its `stack` and its lock.
 pub struct OverlayDir {
     /// The layers and the base of the disk.
     pub stack: Stack,
-    pub(super) dir: File,
-    pub(super) layers: File,
+    dir: File,
+    layers: File,
     /// The lock; released when the last descriptor of this open file is closed.
-    pub(super) lock: File,
-    pub(super) torn: bool,
+    lock: File,
+    /// Whether the `stack` on disk may differ from this one.
+    torn: bool,
 }
 
 impl OverlayDir {
-    /// Creates the handle for the overlay in the open directory `dir`, locked through `lock`. The
-    /// directory itself is used for layers, because a reflink overlay has none.
-    ///
-    /// # Errors
-    /// The host's errno.
-    pub(in crate::overlay) fn new(stack: Stack, dir: File, lock: File) -> io::Result<Self> {
-        Ok(Self { stack, layers: dir.try_clone()?, dir, lock, torn: false })
+    /// Combines the open directory `dir` of an overlay, the directory of its layers, and the lock.
+    pub(in crate::overlay) fn new(stack: Stack, dir: File, layers: File, lock: File) -> Self {
+        Self { stack, dir, layers, lock, torn: false }
     }
 
     /// Replaces the `stack`, durably.
     ///
     /// # Errors
     /// The host's errno; the old `stack` is in place in that case.
-    pub fn replace_stack(&mut self, stack: Stack) -> Result<(), StackError> {
+    pub fn replace_stack(&mut self, stack: Stack) -> Result<(), OverlayError> {
         // Told by its inode, which needs no descriptor: the want of one may be why the write fails.
         let inode = || rustix::fs::statat(&self.dir, "stack", AtFlags::SYMLINK_NOFOLLOW);
         let before = inode().map(|found| found.st_ino);
@@ -69,7 +93,7 @@ impl OverlayDir {
     pub fn is_on_disk(&self) -> bool {
         match Stack::read(&self.dir) {
             Ok(found) => found == self.stack,
-            Err(StackError::Io { error, .. }) => error.kind() != io::ErrorKind::NotFound,
+            Err(OverlayError::Io { error, .. }) => error.kind() != io::ErrorKind::NotFound,
             Err(_) => false,
         }
     }
@@ -79,7 +103,7 @@ impl OverlayDir {
     ///
     /// # Errors
     /// The errors of [`replace_stack`](Self::replace_stack).
-    pub fn replace_top(&mut self, stack: Stack, lock: File) -> Result<(), StackError> {
+    pub fn replace_top(&mut self, stack: Stack, lock: File) -> Result<(), OverlayError> {
         self.replace_stack(stack)?;
         self.lock = lock;
         Ok(())
@@ -88,13 +112,13 @@ impl OverlayDir {
     /// Creates a layer that no stack names yet, durably, and locks it.
     ///
     /// # Errors
-    /// [`StackError`]; nothing is left behind in that case.
+    /// [`OverlayError`]; nothing is left behind in that case.
     pub fn add_layer(
         &self,
         record: &LayerRecord,
         image: &LayerMap,
         limit: Option<u64>,
-    ) -> Result<(Overlay, File), StackError> {
+    ) -> Result<(Overlay, File), OverlayError> {
         make_layer(&self.layers, record, image, limit, |layer| empty_data(layer, image.size))
             .inspect_err(|_| self.remove_layer(record.uuid))
     }
@@ -102,8 +126,8 @@ impl OverlayDir {
     /// Returns the sealed layer `uuid` of this disk from `shelf`, opening it if necessary.
     ///
     /// # Errors
-    /// [`StackError`].
-    pub fn open_layer(&self, uuid: Uuid, shelf: &LayerCache) -> Result<Arc<Overlay>, StackError> {
+    /// [`OverlayError`].
+    pub fn open_layer(&self, uuid: Uuid, shelf: &LayerCache) -> Result<Arc<Overlay>, OverlayError> {
         let record = self.stack.layers.iter().find(|layer| layer.uuid == uuid);
         let record = record.ok_or_else(|| {
             doing("opening its layer")(io::Error::from_raw_os_error(libc::ENOENT))

@@ -4,14 +4,14 @@ use std::io;
 use std::path::PathBuf;
 
 use super::intent::RevertTarget;
-use crate::overlay::stack::StackError;
+use crate::overlay::error::OverlayError;
 
 /// An error of a reflink overlay. The caller puts the overlay's path in front of the message.
 #[derive(Debug, thiserror::Error)]
 pub enum ReflinkError {
     /// An error of the directory, its `stack` or its lock.
     #[error(transparent)]
-    Stack(#[from] StackError),
+    Stack(#[from] OverlayError),
     /// The base's blocks cannot be shared across file systems.
     #[error(
         "is not on the file system of its base '{}', so it cannot share its blocks: put it there, or leave out reflink",
@@ -71,7 +71,7 @@ impl ReflinkError {
     #[must_use]
     pub fn errno(&self) -> Option<i32> {
         match self {
-            Self::Stack(StackError::Io { error, .. })
+            Self::Stack(OverlayError::Io { error, .. })
             | Self::NoReflinks { error, .. }
             | Self::Unfinished { error, .. } => error.raw_os_error(),
             Self::NoSnapshot(_) => Some(libc::ENOENT),

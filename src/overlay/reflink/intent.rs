@@ -20,7 +20,7 @@ use serde::{Deserialize, Serialize};
 use super::ReflinkError;
 use super::snapshots::check_name;
 use crate::confined;
-use crate::overlay::stack::doing;
+use crate::overlay::error::doing;
 
 /// The name of the intent file.
 const INTENT_FILE: &str = "intent";

@@ -16,8 +16,11 @@ use crate::config::OverlayKind;
 use crate::confined::{self, FileAccess};
 use crate::host;
 use crate::host::file_system::HostFs;
-use crate::overlay::persist::{self, OverlayDir, StagingDir, open_overlay_dir, staging};
-use crate::overlay::stack::{Stack, StackError, doing, parent_for_new};
+use crate::overlay::error::{OverlayError, doing};
+use crate::overlay::persist::{
+    self, OverlayDir, StagingDir, open_overlay_dir, parent_for_new, staging,
+};
+use crate::overlay::stack::Stack;
 use crate::process::explain_size_error;
 
 /// A reflink overlay that is open.
@@ -41,8 +44,8 @@ pub struct SharedBase<'a> {
 /// Returns the kind of the overlay at `dir`, or `None` when there is no overlay yet.
 ///
 /// # Errors
-/// [`StackError`]: `dir` is something else, or its `stack` cannot be read.
-pub fn overlay_kind(dir: &Path) -> Result<Option<OverlayKind>, StackError> {
+/// [`OverlayError`]: `dir` is something else, or its `stack` cannot be read.
+pub fn overlay_kind(dir: &Path) -> Result<Option<OverlayKind>, OverlayError> {
     if !persist::exists(dir)? {
         return Ok(None);
     }
@@ -107,7 +110,7 @@ impl ReflinkDir {
         self,
         base: &Arc<File>,
         finished: Option<RevertTarget>,
-    ) -> Result<OpenedReflink, StackError> {
+    ) -> Result<OpenedReflink, OverlayError> {
         let open = || -> io::Result<(Reflink, File, File)> {
             let (dir, lock) = (self.dir.try_clone()?, self.data.try_clone()?);
             let data = Arc::new(self.data);
@@ -115,8 +118,10 @@ impl ReflinkDir {
             Ok((layer, dir, lock))
         };
         let (layer, dir, lock) = open().map_err(doing("opening its data"))?;
-        let home = OverlayDir::new(self.stack, dir, lock).map_err(doing("opening it"))?;
-        Ok(OpenedReflink { layer, dir: home, finished })
+        // A reflink overlay has no layers, so nothing is looked up in their directory.
+        let layers = dir.try_clone().map_err(doing("opening it"))?;
+        let dir = OverlayDir::new(self.stack, dir, layers, lock);
+        Ok(OpenedReflink { layer, dir, finished })
     }
 }
 

@@ -19,7 +19,7 @@ use super::intent::{self, RevertTarget};
 use super::{Reflink, ReflinkError};
 use crate::confined::{self, FileAccess};
 use crate::name::{self, NameError};
-use crate::overlay::stack::doing;
+use crate::overlay::error::doing;
 
 /// The name of a snapshot being created, outside `snapshots`, where a user might choose this name.
 const NEW_SNAPSHOT_FILE: &str = "snapshot.new";

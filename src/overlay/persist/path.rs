@@ -1,0 +1,92 @@
+//! The place of an overlay on the host: whether there is one, and whether the way to it is trusted.
+
+use std::fs::File;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use crate::confined::{self, open_dir};
+use crate::overlay::error::{OverlayError, doing};
+use crate::trust;
+
+/// The place of a persistent overlay.
+#[derive(Clone, Copy, Debug)]
+pub struct OverlayPath<'a> {
+    /// The directory with the `stack`.
+    pub dir: &'a Path,
+    /// The directory of the layers; `None` for `layers` inside `dir`.
+    pub layers: Option<&'a Path>,
+}
+
+/// Returns whether there is an overlay at `dir`, to be opened rather than created.
+///
+/// # Errors
+/// [`OverlayError::NotAnOverlay`] when `dir` is something else; the host's errno.
+pub fn exists(dir: &Path) -> Result<bool, OverlayError> {
+    match std::fs::read_dir(dir) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(error) if error.kind() == io::ErrorKind::NotADirectory => {
+            Err(OverlayError::NotAnOverlay)
+        }
+        Err(error) => Err(doing("opening it")(error)),
+        Ok(mut entries) => match dir.join("stack").try_exists() {
+            Ok(true) => Ok(true),
+            Ok(false) if entries.next().is_none() => Ok(false),
+            Ok(false) => Err(OverlayError::NotAnOverlay),
+            Err(error) => Err(doing("opening its 'stack'")(error)),
+        },
+    }
+}
+
+/// Opens the directory of an overlay, which no untrusted user could have put there.
+///
+/// # Errors
+/// [`OverlayError::NotAnOverlay`] when it is no directory, [`OverlayError::Untrusted`]; the host's
+/// errno.
+pub fn open_overlay_dir(dir: &Path) -> Result<File, OverlayError> {
+    let dir = open_dir(dir).map_err(|error| match error.kind() {
+        io::ErrorKind::NotADirectory => OverlayError::NotAnOverlay,
+        _ => doing("opening it")(error),
+    })?;
+    trust::check(&dir)?;
+    Ok(dir)
+}
+
+/// Returns the real path of the overlay at `dir`, which need not exist yet. Only trusted directories
+/// lead to it and no links, so that nobody can redirect it afterwards.
+///
+/// # Errors
+/// [`OverlayError`]: untrusted, no directory, or no directory to create the overlay in.
+pub fn resolve_overlay_path(dir: &Path) -> Result<PathBuf, OverlayError> {
+    let looking = || doing("looking for its place");
+    match open_overlay_dir(dir) {
+        Ok(found) => return confined::real_path(&found).map_err(looking()),
+        Err(OverlayError::Io { error, .. }) if error.kind() == io::ErrorKind::NotFound => {}
+        Err(error) => return Err(error),
+    }
+    let (Some(parent), Some(name)) = (dir.parent(), dir.file_name()) else {
+        return Err(looking()(io::ErrorKind::NotFound.into()));
+    };
+    let found = open_dir(parent).map_err(|_| OverlayError::NoParent(parent.to_owned()))?;
+    trust::check_parent(&found)?;
+    Ok(confined::real_path(&found).map_err(looking())?.join(name))
+}
+
+/// Returns the directory in which a new overlay at `dir` is created: its parent.
+///
+/// # Errors
+/// [`OverlayError::NoParent`], [`OverlayError::InStore`], [`OverlayError::Untrusted`]; the host's
+/// errno.
+pub(in crate::overlay) fn parent_for_new(dir: &Path) -> Result<&Path, OverlayError> {
+    let parent = dir.parent().unwrap_or(Path::new("/"));
+    if !parent.is_dir() {
+        return Err(OverlayError::NoParent(parent.to_owned()));
+    }
+    let is_store =
+        |dir: &&Path| ["names", "disks", "layers"].iter().all(|name| dir.join(name).is_dir());
+    trust::check_parent(&open_dir(parent).map_err(doing("looking for its place"))?)?;
+    let real = parent.canonicalize().map_err(doing("looking for its place"))?;
+    match real.ancestors().find(is_store) {
+        Some(store) => Err(OverlayError::InStore(store.to_owned())),
+        None => Ok(parent),
+    }
+}
