@@ -169,7 +169,7 @@ fn freeze_disk(place: &Endpoint, args: &DiffArgs) -> anyhow::Result<DiffInput> {
     let base = base.map(|(name, format)| BackingFile { name, format });
     if found == "part" && args.output == DiffFormat::Qcow2 && args.backing.is_none() && !args.full {
         anyhow::bail!(
-            "its base is a part of a file, which a qcow2 image has no name for: --full writes all of it"
+            "a qcow2 image cannot name its base, which is a part of a file or has a path that is not UTF-8: --full writes all of it"
         );
     }
     Ok(DiffInput { file, size, runs, base })

@@ -244,7 +244,11 @@ impl Control {
                 "base": match found.base {
                     DiffBase::Zeros => Value::Null,
                     DiffBase::Part => json!("part"),
-                    DiffBase::File(path, format) => json!({ "path": path, "format": format }),
+                    DiffBase::File(path, format) => match path.to_str() {
+                        Some(path) => json!({ "path": path, "format": format }),
+                        // JSON cannot name it, so no other format will.
+                        None => json!("part"),
+                    },
                 },
             } }),
             Err(error) => error_answer(name, &error),

@@ -437,6 +437,20 @@ fn diff_of_a_disk_over_a_part_of_a_file_needs_full() {
 }
 
 #[test]
+fn diff_of_a_disk_over_a_base_whose_path_is_not_utf8_needs_full() {
+    let lab = Lab::new();
+    lab.sh("head -c 1M /dev/urandom > \"$(printf 'base\\377.img')\"
+        $COWSLIP mount m \"d=$(printf 'base\\377.img')\" --log log.txt
+        printf changed | dd of=m/d conv=notrunc status=none");
+    let line = lab.refused(1, "diff m/d -o out.qcow2");
+    assert!(line.contains("is not UTF-8") && line.contains("--full"), "{line}");
+    lab.ok("diff m/d --full -o out.qcow2");
+    is_the_disk(&lab, "out.qcow2");
+    lab.sh("$COWSLIP send m/d | $COWSLIP recv out; cmp m/d out");
+    lab.end();
+}
+
+#[test]
 fn invalid_diffs_are_rejected() {
     let lab = Lab::new();
     lab.sh("truncate -s 1M base.img; mkdir dir");
