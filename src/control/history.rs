@@ -3,25 +3,33 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use serde_json::{Value, json};
-
-use super::{Control, ControlNode, HydrateAction, Invalidation};
+use super::api::{
+    Answer, DiffBaseRecord, DifferenceFiles, HydrateAction, Line, Outcome, Refusal, SnapshotList,
+    SnapshotRecord, UsageStatus,
+};
+use super::{Control, ControlNode, Invalidation};
 use crate::catalog::CatalogEntry;
 use crate::config::{format_size, format_zeroed};
 use crate::disk::{
-    CommitSummary, DiffBase, Disk, Force, HydrateCommand, LayerUsage, OperationError, PrefetchMode,
+    CommitSummary, DiffBase, Disk, Force, HydrateCommand, OperationError, PrefetchMode,
+    SnapshotInfo,
 };
 
-/// Answers, and logs, in one line what was done.
-pub(super) fn ok_answer(line: &str) -> Value {
-    log::info!("{line}");
-    json!({ "ok": { "line": line } })
+/// Answers with a line.
+pub(super) fn answer_line(line: String) -> Answer {
+    Ok(Outcome::Line(Line { line: Some(line) }))
 }
 
-/// Answers that an operation on the disk `name` failed. Open writers are worth another try.
-pub(super) fn error_answer(name: &str, error: &OperationError) -> Value {
-    let busy = matches!(error, OperationError::Writers);
-    json!({ "error": format!("{name}: {error}"), "busy": busy })
+/// Logs and answers in one line what was done.
+pub(super) fn log_and_answer(line: String) -> Answer {
+    log::info!("{line}");
+    answer_line(line)
+}
+
+/// Converts the failure of an operation on the disk `name`. Open writers are worth another try.
+fn refuse_operation(name: &str, error: &OperationError) -> Refusal {
+    let is_busy = matches!(error, OperationError::Writers);
+    Refusal::new(format!("{name}: {error}")).with_busy(is_busy)
 }
 
 impl From<bool> for Force {
@@ -30,39 +38,19 @@ impl From<bool> for Force {
     }
 }
 
-/// Encodes a layer of a disk for `status`.
-pub(super) fn layer_value(layer: &LayerUsage) -> Value {
-    json!({
-        "name": layer.name,
-        "uuid": layer.uuid,
-        "changed": layer.usage.data,
-        "zeroed": layer.usage.zero,
-        "since": { "changed": layer.since.data, "zeroed": layer.since.zero },
-    })
-}
-
 /// Lists the snapshots of a disk.
-pub(super) fn list_snapshots(name: &str, disk: &Disk) -> Value {
-    let snapshots = match disk.snapshots() {
-        Ok(snapshots) => snapshots,
-        Err(error) => return error_answer(name, &error),
+pub(super) fn list_snapshots(name: &str, disk: &Disk) -> Answer {
+    let snapshots = disk.snapshots().map_err(|error| refuse_operation(name, &error))?;
+    let record = |snapshot: SnapshotInfo| SnapshotRecord {
+        name: Some(snapshot.name),
+        taken: snapshot.taken,
+        size: Some(snapshot.size),
+        changed: snapshot.usage.map(|usage| usage.data),
+        zeroed: snapshot.usage.map(|usage| usage.zero),
+        since: snapshot.since.map(UsageStatus::from),
     };
-    let values: Vec<Value> = snapshots
-        .iter()
-        .map(|snapshot| {
-            json!({
-                "name": snapshot.name,
-                "taken": snapshot.taken,
-                "size": snapshot.size,
-                "changed": snapshot.usage.map(|usage| usage.data),
-                "zeroed": snapshot.usage.map(|usage| usage.zero),
-                "since": snapshot.since.map(|since| {
-                    json!({ "changed": since.data, "zeroed": since.zero })
-                }),
-            })
-        })
-        .collect();
-    json!({ "ok": { "snapshots": values } })
+    let snapshots = snapshots.into_iter().map(record).collect();
+    Ok(Outcome::Snapshots(SnapshotList { snapshots }))
 }
 
 /// Commits a disk. A commit stops when its client is gone, and the next one finishes it.
@@ -71,19 +59,16 @@ pub(super) fn commit(
     disk: &Disk,
     force: Force,
     is_gone: &(dyn Fn() -> bool + Sync),
-) -> Value {
-    match disk.commit(force, is_gone) {
-        Ok(CommitSummary { committed: gone, remaining: left }) => {
-            let (data, zeroed) = (format_size(gone.data), format_zeroed(gone.zero));
-            let mut line = format!("{name}: {data}{zeroed} are in its base now");
-            if left.data > 0 || left.zero > 0 {
-                let (data, zeroed) = (format_size(left.data), format_zeroed(left.zero));
-                line += &format!("; {data}{zeroed} were written meanwhile and stay in the overlay");
-            }
-            ok_answer(&line)
-        }
-        Err(error) => error_answer(name, &error),
+) -> Answer {
+    let CommitSummary { committed, remaining } =
+        disk.commit(force, is_gone).map_err(|error| refuse_operation(name, &error))?;
+    let (data, zeroed) = (format_size(committed.data), format_zeroed(committed.zero));
+    let mut line = format!("{name}: {data}{zeroed} are in its base now");
+    if remaining.data > 0 || remaining.zero > 0 {
+        let (data, zeroed) = (format_size(remaining.data), format_zeroed(remaining.zero));
+        line += &format!("; {data}{zeroed} were written meanwhile and stay in the overlay");
     }
+    log_and_answer(line)
 }
 
 /// Prefetches a range of a disk, into the host's cache or into the overlay.
@@ -91,66 +76,65 @@ pub(super) fn prefetch(
     name: &str,
     disk: &Disk,
     range: Range<u64>,
-    copy: bool,
+    mode: PrefetchMode,
     is_gone: &(dyn Fn() -> bool + Sync),
-) -> Value {
+) -> Answer {
     if range.start >= disk.size() && disk.size() > 0 {
         let size = format_size(disk.size());
-        return json!({ "error": format!("{name}: the range begins past its end: it has {size}") });
+        return Err(format!("{name}: the range begins past its end: it has {size}").into());
     }
-    let fetch = if copy { PrefetchMode::CopyUp } else { PrefetchMode::AsConfigured };
-    match disk.prefetch(range, fetch, is_gone) {
-        Ok(bytes) if disk.prefetch_copies_up(fetch) => {
-            ok_answer(&format!("{name}: {} copied up into its overlay", format_size(bytes)))
-        }
-        Ok(bytes) => {
-            ok_answer(&format!("{name}: {} read into the host's cache", format_size(bytes)))
-        }
-        Err(error) if error.raw_os_error() == Some(libc::EROFS) => {
-            json!({ "error": format!("{name}: it has no overlay to copy into") })
-        }
-        Err(error) => json!({ "error": format!("{name}: {error}") }),
-    }
+    let bytes =
+        disk.prefetch(range, mode, is_gone).map_err(|error| match error.raw_os_error() {
+            Some(libc::EROFS) => format!("{name}: it has no overlay to copy into"),
+            _ => format!("{name}: {error}"),
+        })?;
+    let size = format_size(bytes);
+    log_and_answer(match disk.prefetch_copies_up(mode) {
+        true => format!("{name}: {size} copied up into its overlay"),
+        false => format!("{name}: {size} read into the host's cache"),
+    })
 }
 
 /// Starts, pauses or cancels a hydration.
-pub(super) fn hydrate(name: &str, disk: &Arc<Disk>, rate: u64, action: HydrateAction) -> Value {
-    let steered = disk.control_hydration(match action {
+pub(super) fn hydrate(name: &str, disk: &Arc<Disk>, rate: u64, action: HydrateAction) -> Answer {
+    let is_running = disk.control_hydration(match action {
         HydrateAction::Wait | HydrateAction::Start => HydrateCommand::Run(rate),
         HydrateAction::Pause => HydrateCommand::Pause,
         HydrateAction::Cancel => HydrateCommand::Cancel,
     });
-    match (action, steered) {
+    match (action, is_running) {
         (HydrateAction::Wait | HydrateAction::Start, true) => {
-            ok_answer(&format!("{name}: goes on being hydrated"))
+            log_and_answer(format!("{name}: goes on being hydrated"))
         }
-        (HydrateAction::Pause, true) => ok_answer(&format!("{name}: its hydration is paused")),
+        (HydrateAction::Pause, true) => log_and_answer(format!("{name}: its hydration is paused")),
         (HydrateAction::Cancel, true) => {
-            ok_answer(&format!("{name}: its hydration has ended; what was copied stays"))
+            log_and_answer(format!("{name}: its hydration has ended; what was copied stays"))
         }
         (HydrateAction::Pause | HydrateAction::Cancel, false) => {
-            json!({ "error": format!("{name}: it is not being hydrated") })
+            Err(format!("{name}: it is not being hydrated").into())
         }
-        (HydrateAction::Wait, false) => match disk.hydrate(rate) {
-            Ok(()) => ok_answer(&format!("{name}: detached from its base")),
-            Err(error) => error_answer(name, &error),
-        },
-        (HydrateAction::Start, false) => {
-            // Reasons for a refusal are answered here, where the client reads them.
-            if let Err(error) = disk.check_hydratable() {
-                return error_answer(name, &error);
-            }
-            let (there, log_name) = (Arc::clone(disk), name.to_owned());
-            let work = move || match there.hydrate(rate) {
-                Ok(()) => log::info!("{log_name}: detached from its base"),
-                Err(error) => log::error!("{log_name}: {error}"),
-            };
-            match std::thread::Builder::new().name("cowslip-hydrate".to_owned()).spawn(work) {
-                Ok(_) => ok_answer(&format!("{name}: is being hydrated")),
-                Err(error) => json!({ "error": format!("{name}: no thread for it: {error}") }),
-            }
+        (HydrateAction::Wait, false) => {
+            disk.hydrate(rate).map_err(|error| refuse_operation(name, &error))?;
+            log_and_answer(format!("{name}: detached from its base"))
         }
+        (HydrateAction::Start, false) => start_hydration(name, disk, rate),
     }
+}
+
+/// Starts a hydration on a thread of its own.
+fn start_hydration(name: &str, disk: &Arc<Disk>, rate: u64) -> Answer {
+    // Reasons for a refusal are answered here, where the client reads them.
+    disk.check_hydratable().map_err(|error| refuse_operation(name, &error))?;
+    let (disk, log_name) = (Arc::clone(disk), name.to_owned());
+    let work = move || match disk.hydrate(rate) {
+        Ok(()) => log::info!("{log_name}: detached from its base"),
+        Err(error) => log::error!("{log_name}: {error}"),
+    };
+    std::thread::Builder::new()
+        .name("cowslip-hydrate".to_owned())
+        .spawn(work)
+        .map_err(|error| format!("{name}: no thread for it: {error}"))?;
+    log_and_answer(format!("{name}: is being hydrated"))
 }
 
 impl Control {
@@ -161,20 +145,17 @@ impl Control {
         disk: &Disk,
         snapshot: Option<&str>,
         sync: bool,
-    ) -> Value {
+    ) -> Answer {
         // Bytes written through a mapping may be only in the kernel's cache, and belong in the
         // snapshot.
-        self.invalidate_cache(disk);
-        let taken = match disk.snapshot(snapshot) {
-            Ok(taken) => taken,
-            Err(error) => return error_answer(name, &error),
-        };
-        if sync && let Err(error) = disk.sync() {
-            return json!({
-                "error": format!("{name}: snapshot '{taken}' is taken and not durable: {error}")
-            });
+        self.drop_cached_pages(disk);
+        let taken = disk.snapshot(snapshot).map_err(|error| refuse_operation(name, &error))?;
+        if sync {
+            disk.sync().map_err(|error| {
+                format!("{name}: snapshot '{taken}' is taken and not durable: {error}")
+            })?;
         }
-        ok_answer(&format!("{name}: snapshot '{taken}' taken"))
+        log_and_answer(format!("{name}: snapshot '{taken}' taken"))
     }
 
     /// Deletes a snapshot.
@@ -183,22 +164,25 @@ impl Control {
         name: &str,
         entry: &CatalogEntry,
         snapshot: &str,
-    ) -> Value {
-        if let Err(error) = entry.disk.delete_snapshot(snapshot) {
-            return error_answer(name, &error);
-        }
+    ) -> Answer {
+        let deleted = entry.disk.delete_snapshot(snapshot);
+        deleted.map_err(|error| refuse_operation(name, &error))?;
         let parent = ControlNode::Snapshots(entry.slot).ino();
-        self.invalidate(&entry.disk, Invalidation::Name { parent, name: snapshot.to_owned() });
+        self.wait_for_invalidation(
+            &entry.disk,
+            Invalidation::Name { parent, name: snapshot.to_owned() },
+        );
         let disk = Arc::clone(&entry.disk);
-        let tidied = std::thread::Builder::new().name("cowslip-tidy".to_owned()).spawn(move || {
-            if let Err(error) = disk.merge_layers() {
-                log::warn!("{}: layers are not merged: {error}", disk.source);
-            }
-        });
-        if let Err(error) = tidied {
+        let merging =
+            std::thread::Builder::new().name("cowslip-tidy".to_owned()).spawn(move || {
+                if let Err(error) = disk.merge_layers() {
+                    log::warn!("{}: layers are not merged: {error}", disk.source);
+                }
+            });
+        if let Err(error) = merging {
             log::warn!("{name}: layers are merged later: {error}");
         }
-        ok_answer(&format!("{name}: snapshot '{snapshot}' deleted"))
+        log_and_answer(format!("{name}: snapshot '{snapshot}' deleted"))
     }
 
     /// Reverts the disk to `snapshot`, or resets it to its base.
@@ -208,19 +192,17 @@ impl Control {
         disk: &Disk,
         snapshot: Option<&str>,
         force: Force,
-    ) -> Value {
+    ) -> Answer {
         // Dirty pages in the kernel's cache must not be written back after the switch.
-        self.invalidate_cache(disk);
+        self.drop_cached_pages(disk);
         let result = match snapshot {
             Some(snapshot) => disk.revert(snapshot, force),
             None => disk.reset(force),
         };
         // Also after an error: the bytes of a reflink copy may have changed before it.
-        self.invalidate_cache(disk);
-        if let Err(error) = result {
-            return error_answer(name, &error);
-        }
-        ok_answer(&match snapshot {
+        self.drop_cached_pages(disk);
+        result.map_err(|error| refuse_operation(name, &error))?;
+        log_and_answer(match snapshot {
             Some(snapshot) => format!("{name}: is as it was at snapshot '{snapshot}'"),
             None => format!("{name}: is identical to its base"),
         })
@@ -233,44 +215,41 @@ impl Control {
         disk: &Disk,
         since: Option<&str>,
         until: Option<&str>,
-    ) -> Value {
+    ) -> Answer {
         // Bytes written through a mapping may be only in the kernel's cache, and belong in the
         // result.
-        self.invalidate_cache(disk);
-        match disk.difference(since, until) {
-            Ok(found) => json!({ "ok": {
-                "file": found.frozen_file,
-                "changed": found.changes_file,
-                "base": match found.base {
-                    DiffBase::Zeros => Value::Null,
-                    DiffBase::Part => json!("part"),
-                    DiffBase::File(path, format) => match path.to_str() {
-                        Some(path) => json!({ "path": path, "format": format }),
-                        // JSON cannot name it, so no other format will.
-                        None => json!("part"),
-                    },
-                },
-            } }),
-            Err(error) => error_answer(name, &error),
-        }
+        self.drop_cached_pages(disk);
+        let found =
+            disk.difference(since, until).map_err(|error| refuse_operation(name, &error))?;
+        let base = match found.base {
+            DiffBase::Zeros => None,
+            DiffBase::Part => Some(DiffBaseRecord::Part),
+            DiffBase::File(path, format) => Some(match path.into_os_string().into_string() {
+                Ok(path) => DiffBaseRecord::File { path, format },
+                // JSON cannot name it, so no other format will.
+                Err(_) => DiffBaseRecord::Part,
+            }),
+        };
+        Ok(Outcome::Difference(DifferenceFiles {
+            file: found.frozen_file,
+            changed: found.changes_file,
+            base,
+        }))
     }
 
     /// Creates the disk `new` as a clone of the disk `name`.
-    pub(super) fn clone_disk(&self, name: &str, entry: &CatalogEntry, new: &str) -> Value {
-        self.invalidate_cache(&entry.disk);
-        match self.catalog.clone_disk(entry, new) {
-            Ok(disk) => {
-                disk.write_holder(&self.holder());
-                ok_answer(&format!("{new}: cloned from {name}"))
-            }
-            Err(line) => json!({ "error": format!("{name}: {line}") }),
-        }
+    pub(super) fn clone_disk(&self, name: &str, entry: &CatalogEntry, new: &str) -> Answer {
+        self.drop_cached_pages(&entry.disk);
+        let clone = self.catalog.clone_disk(entry, new);
+        let clone = clone.map_err(|line| format!("{name}: {line}"))?;
+        clone.write_holder(&self.holder());
+        log_and_answer(format!("{new}: cloned from {name}"))
     }
 
     /// Makes the kernel write back and drop its pages of a disk. The kernel keeps pages even of a
     /// disk that is not open.
-    pub(super) fn invalidate_cache(&self, disk: &Disk) {
+    pub(super) fn drop_cached_pages(&self, disk: &Disk) {
         let inos = disk.files_showing(0..u64::MAX).map(|(ino, _)| ino).collect();
-        self.invalidate(disk, Invalidation::Bytes { inos });
+        self.wait_for_invalidation(disk, Invalidation::Bytes { inos });
     }
 }

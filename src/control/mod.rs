@@ -16,6 +16,7 @@
 //! another disk. From then on the disk stays the same: a control directory belongs to a disk, not
 //! to a name, and the disk that was checked is the one that is acted on.
 
+pub(crate) mod api;
 mod disks;
 mod history;
 mod map;
@@ -27,13 +28,13 @@ mod status;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
-use serde_json::Value;
+use serde::Serialize;
 
 pub use self::disks::{Invalidation, Invalidator};
 pub use self::map::MapText;
 pub use self::node::ControlNode;
 pub use self::request::is_valid_request;
-use self::request::{HydrateAction, matches_inode, stale_answer, unmount_summary};
+use self::request::{matches_inode, unmount_summary};
 pub use self::session::{ControlSession, REQUEST_THREADS};
 pub use self::status::StatusAudience;
 use crate::catalog::Catalog;
@@ -69,8 +70,14 @@ impl Control {
     }
 }
 
-fn json_line(value: &Value) -> Vec<u8> {
-    let mut text = value.to_string().into_bytes();
+/// Encodes a document or an answer as a line of JSON.
+fn json_line(value: &impl Serialize) -> Vec<u8> {
+    // Only a map whose keys are no strings, or a path that is not UTF-8, cannot be encoded; no
+    // document holds one.
+    let mut text = serde_json::to_vec(value).unwrap_or_else(|error| {
+        log::error!("a control file cannot be encoded: {error}");
+        Vec::new()
+    });
     text.push(b'\n');
     text
 }

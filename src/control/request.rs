@@ -1,157 +1,28 @@
-//! Requests written to a `ctl`, to the mount or to a disk, and their answers.
+//! The requests written to a `ctl`: what the mount or a disk does for each.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use serde::Deserialize;
-use serde_json::{Value, json};
-
+use super::api::{
+    Answer, DiskRequest, Lines, MountRequest, Outcome, Progress, Refusal, parse_disk_request,
+};
+use super::history::{answer_line, log_and_answer};
 use super::node::ControlNode;
 use super::session::ProgressFn;
 use super::{Control, history};
 use crate::base::self_reference;
 use crate::catalog::CatalogEntry;
 use crate::config::{format_size, format_zeroed};
-use crate::disk::{Disk, OverlayDirState};
+use crate::disk::{Disk, OverlayDirState, PrefetchMode};
 use crate::overlay::Usage;
 use crate::overlay::persist::{self, OverlayPath};
 use crate::stream::output::{DrainTimeout, FinishError};
 use crate::stream::{Stream, UnmountPolicy};
 use crate::trust;
 
-#[derive(Deserialize)]
-#[serde(tag = "op", rename_all = "lowercase", deny_unknown_fields)]
-enum MountRequest {
-    /// Syncs every disk, reports what an unmount will discard, and ends the streams.
-    Drain {
-        #[serde(default)]
-        streams: UnmountPolicy,
-        #[serde(default)]
-        timeout_ms: Option<u64>,
-    },
-    /// Mounts another disk; relative paths in its description start at `cwd`.
-    Add {
-        disk: String,
-        cwd: PathBuf,
-        #[serde(default)]
-        force: bool,
-        #[serde(default)]
-        allow_backing: Vec<PathBuf>,
-        #[serde(default)]
-        trust: Vec<PathBuf>,
-    },
-    /// Removes a disk that was named on the command line or by `Add`.
-    Remove {
-        name: String,
-        #[serde(default)]
-        inode: Option<u64>,
-    },
-}
-
-#[derive(Deserialize)]
-#[serde(tag = "op", rename_all = "lowercase", deny_unknown_fields)]
-enum DiskRequest {
-    /// Makes a temporary overlay persistent.
-    Keep {
-        dir: PathBuf,
-        #[serde(default)]
-        trust: Vec<PathBuf>,
-    },
-    /// Completes a stream.
-    Finish {
-        #[serde(default)]
-        timeout_ms: Option<u64>,
-    },
-    /// Aborts a stream.
-    Abort,
-    /// Takes a snapshot of the disk.
-    Snapshot {
-        #[serde(default)]
-        name: Option<String>,
-        #[serde(default)]
-        sync: bool,
-    },
-    /// Lists the disk's snapshots.
-    Snapshots,
-    /// Deletes a snapshot.
-    Unsnapshot { name: String },
-    /// Reverts the disk to a snapshot.
-    Revert {
-        name: String,
-        #[serde(default)]
-        force: bool,
-    },
-    /// Resets the disk to its base.
-    Reset {
-        #[serde(default)]
-        force: bool,
-    },
-    /// Creates another disk with the same contents.
-    Clone { name: String },
-    /// Commits the overlay to its base.
-    Commit {
-        #[serde(default)]
-        force: bool,
-    },
-    /// Prefetches the bytes from `start` to `end`.
-    Prefetch {
-        start: u64,
-        end: u64,
-        #[serde(default)]
-        copy: bool,
-    },
-    /// Freezes the disk and answers with the changes since a snapshot or the base.
-    Difference {
-        #[serde(default)]
-        since: Option<String>,
-        #[serde(default)]
-        until: Option<String>,
-    },
-    /// Copies the base into the overlay until the base is no longer needed; `rate` in bytes a
-    /// second.
-    Hydrate {
-        #[serde(default)]
-        rate: u64,
-        #[serde(default)]
-        action: HydrateAction,
-    },
-}
-
-/// An action on a hydration.
-#[derive(Clone, Copy, Debug, Default, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub(super) enum HydrateAction {
-    /// Starts or resumes; answered at the end.
-    #[default]
-    Wait,
-    /// Starts or resumes; answered at once.
-    Start,
-    Pause,
-    Cancel,
-}
-
-/// Parses a request to a disk, and the inode number of the disk it means.
-fn parse_disk_request(request: &[u8]) -> serde_json::Result<(Option<u64>, DiskRequest)> {
-    let mut request: Value = serde_json::from_slice(request)?;
-    let inode = request.as_object_mut().and_then(|keys| keys.remove("inode"));
-    let inode = inode.map_or(Ok(None), serde_json::from_value)?;
-    Ok((inode, serde_json::from_value(request)?))
-}
-
 /// Whether `disk` is the one that a request means: any disk, if the request names no inode.
 pub(super) fn matches_inode(disk: &Disk, inode: Option<u64>) -> bool {
     inode.is_none_or(|inode| inode == disk.ino())
-}
-
-/// Answers that a request reached another disk than the one it means.
-pub(super) fn stale_answer(name: &str) -> Value {
-    json!({
-        "error": format!(
-            "{name} is another disk by now, the one that was meant was renamed, removed or replaced: \
-             nothing is done: ask again"
-        ),
-        "stale": true,
-    })
 }
 
 /// Whether `request` is a valid request to a mount or to a disk; for the fuzz target.
@@ -162,31 +33,28 @@ pub fn is_valid_request(request: &[u8]) -> bool {
 }
 
 impl Control {
-    /// Answers a request to the mount.
-    pub(super) fn answer_mount(&self, request: &[u8]) -> Value {
-        match serde_json::from_slice(request) {
-            Ok(MountRequest::Drain { streams, timeout_ms }) => {
-                self.drain(streams, DrainTimeout::from_millis(timeout_ms))
+    /// Carries out a request to the mount.
+    pub(super) fn answer_mount(&self, request: &[u8]) -> Answer {
+        match serde_json::from_slice(request).map_err(|error| not_understood(&error))? {
+            MountRequest::Drain { streams, timeout_ms } => {
+                Ok(self.drain(streams, DrainTimeout::from_millis(timeout_ms)))
             }
-            Ok(MountRequest::Add { disk, cwd, force, allow_backing, trust }) => {
-                match trust_dirs(&trust) {
-                    Ok(()) => self.add(&disk, &cwd, force, allow_backing),
-                    Err(line) => json!({ "error": line }),
-                }
+            MountRequest::Add { disk, cwd, force, allow_backing, trust } => {
+                trust_dirs(&trust)?;
+                self.add(&disk, &cwd, force, allow_backing)
             }
-            Ok(MountRequest::Remove { name, inode }) => self.remove(&name, inode),
-            Err(error) => json!({ "error": format!("request not understood: {error}") }),
+            MountRequest::Remove { name, inode } => self.remove(&name, inode),
         }
     }
 
     /// Makes everything durable and answers what an unmount will do to each disk.
-    fn drain(&self, streams: UnmountPolicy, patience: DrainTimeout) -> Value {
-        let (mut said, mut failed) = (Vec::new(), Vec::new());
+    fn drain(&self, streams: UnmountPolicy, timeout: DrainTimeout) -> Outcome {
+        let (mut lines, mut failed) = (Vec::new(), Vec::new());
         for (name, entry) in self.catalog.list() {
             if entry.disk.stream().is_some() {
-                match entry.disk.end_stream(streams, patience) {
-                    Ok(line) => said.extend(line),
-                    Err(why) => failed.push(format!("{name}: {why}")),
+                match entry.disk.end_stream(streams, timeout) {
+                    Ok(line) => lines.extend(line),
+                    Err(reason) => failed.push(format!("{name}: {reason}")),
                 }
                 continue;
             }
@@ -195,85 +63,82 @@ impl Control {
                 continue;
             }
             match unmount_summary(&name, &entry.disk) {
-                Ok(line) => said.extend(line),
+                Ok(line) => lines.extend(line),
                 Err(line) => failed.push(line),
             }
         }
-        json!({ "ok": { "lines": said, "failed": failed } })
+        Outcome::Lines(Lines { lines, failed: Some(failed) })
     }
 
-    /// Answers a request to a disk.
+    /// Carries out a request to a disk.
     pub(super) fn answer_disk(
         &self,
         slot: u64,
         request: &[u8],
         is_gone: &(dyn Fn() -> bool + Sync),
-    ) -> Value {
-        let Some((name, entry)) = self.catalog.disk_by_slot(slot) else {
-            return json!({ "error": "the disk is gone" });
-        };
-        let (inode, request) = match parse_disk_request(request) {
-            Ok(parsed) => parsed,
-            Err(error) => return json!({ "error": format!("request not understood: {error}") }),
-        };
+    ) -> Answer {
+        let found = self.catalog.disk_by_slot(slot);
+        let (name, entry) = found.ok_or_else(|| Refusal::new("the disk is gone"))?;
+        let (inode, request) =
+            parse_disk_request(request).map_err(|error| not_understood(&error))?;
         if !matches_inode(&entry.disk, inode) {
-            return stale_answer(&name);
+            return Err(Refusal::stale(&name));
         }
+        let disk = &entry.disk;
         match request {
             DiskRequest::Keep { dir, trust } => {
-                match trust_dirs(&trust).and_then(|()| self.keep(&name, &entry, &dir)) {
-                    Ok(()) => {
-                        let line = format!("{name}: changes are kept in '{}'", dir.display());
-                        log::info!("{line}");
-                        json!({ "ok": { "line": line } })
-                    }
-                    Err(error) => json!({ "error": error }),
-                }
+                trust_dirs(&trust)?;
+                self.keep(&name, &entry, &dir)?;
+                log_and_answer(format!("{name}: changes are kept in '{}'", dir.display()))
             }
-            DiskRequest::Finish { timeout_ms } => finish(&name, &entry.disk, timeout_ms),
-            DiskRequest::Abort => abort(&name, &entry.disk),
+            DiskRequest::Finish { timeout_ms } => finish(&name, disk, timeout_ms),
+            DiskRequest::Abort => abort(&name, disk),
             DiskRequest::Snapshot { name: snapshot, sync } => {
-                self.snapshot(&name, &entry.disk, snapshot.as_deref(), sync)
+                self.snapshot(&name, disk, snapshot.as_deref(), sync)
             }
-            DiskRequest::Snapshots => history::list_snapshots(&name, &entry.disk),
+            DiskRequest::Snapshots => history::list_snapshots(&name, disk),
             DiskRequest::Unsnapshot { name: snapshot } => {
                 self.delete_snapshot(&name, &entry, &snapshot)
             }
             DiskRequest::Revert { name: snapshot, force } => {
-                self.restore(&name, &entry.disk, Some(&snapshot), force.into())
+                self.restore(&name, disk, Some(&snapshot), force.into())
             }
-            DiskRequest::Reset { force } => self.restore(&name, &entry.disk, None, force.into()),
+            DiskRequest::Reset { force } => self.restore(&name, disk, None, force.into()),
             DiskRequest::Clone { name: new } => self.clone_disk(&name, &entry, &new),
             DiskRequest::Commit { force } => {
-                self.invalidate_cache(&entry.disk);
-                history::commit(&name, &entry.disk, force.into(), is_gone)
+                self.drop_cached_pages(disk);
+                history::commit(&name, disk, force.into(), is_gone)
             }
             DiskRequest::Prefetch { start, end, copy } => {
-                history::prefetch(&name, &entry.disk, start..end, copy, is_gone)
+                let mode = if copy { PrefetchMode::CopyUp } else { PrefetchMode::AsConfigured };
+                history::prefetch(&name, disk, start..end, mode, is_gone)
             }
             DiskRequest::Difference { since, until } => {
-                self.difference(&name, &entry.disk, since.as_deref(), until.as_deref())
+                self.difference(&name, disk, since.as_deref(), until.as_deref())
             }
-            DiskRequest::Hydrate { rate, action } => {
-                history::hydrate(&name, &entry.disk, rate, action)
-            }
+            DiskRequest::Hydrate { rate, action } => history::hydrate(&name, disk, rate, action),
         }
     }
 
-    /// Returns the function that reports the progress of a request to `spot`: bytes done, and in
-    /// total.
-    pub(super) fn progress_of(&self, spot: ControlNode) -> Option<ProgressFn> {
-        let ControlNode::DiskCtl(slot) = spot else {
+    /// Returns the function that reports the progress of a request to `node`.
+    pub(super) fn progress_of(&self, node: ControlNode) -> Option<ProgressFn> {
+        let ControlNode::DiskCtl(slot) = node else {
             return None;
         };
         let disk = Arc::clone(&self.catalog.disk_by_slot(slot)?.1.disk);
         match disk.stream() {
             Some(Stream::Output(output)) => {
                 let output = Arc::clone(output);
-                Some(Box::new(move || Some(output.progress())))
+                Some(Box::new(move || {
+                    let (done, total) = output.progress();
+                    Progress::new(done, total)
+                }))
             }
             Some(Stream::Input { .. }) => None,
-            None => Some(Box::new(move || Some(disk.progress()).filter(|(_, all)| *all > 0))),
+            None => Some(Box::new(move || match disk.progress() {
+                (_, 0) => Progress::default(),
+                (done, total) => Progress::new(done, total),
+            })),
         }
     }
 
@@ -289,8 +154,8 @@ impl Control {
             None => {
                 let real = persist::resolve_overlay_path(dir)
                     .map_err(|error| format!("overlay '{}' {error}", dir.display()))?;
-                let place = OverlayPath { dir: &real, layers: None };
-                entry.disk.keep(place).map_err(|error| error.to_string())?;
+                let path = OverlayPath { dir: &real, layers: None };
+                entry.disk.keep(path).map_err(|error| error.to_string())?;
             }
         }
         entry.disk.write_holder(&self.holder());
@@ -298,36 +163,37 @@ impl Control {
     }
 }
 
-fn finish(name: &str, disk: &Disk, timeout_ms: Option<u64>) -> Value {
-    let Some(Stream::Output(output)) = disk.stream() else {
-        return json!({ "error": format!("{name} is no output stream: there is nothing to finish") });
-    };
-    match output.finish(&|| disk.has_writers(), DrainTimeout::from_millis(timeout_ms)) {
-        Ok(line) => json!({ "ok": { "line": line } }),
-        Err(error @ FinishError::Busy) => {
-            json!({ "error": format!("{name} {error}"), "busy": true })
-        }
-        Err(error) => json!({ "error": format!("{name}: {error}") }),
-    }
+fn not_understood(error: &serde_json::Error) -> Refusal {
+    Refusal::new(format!("request not understood: {error}"))
 }
 
-fn abort(name: &str, disk: &Disk) -> Value {
-    let result = match disk.stream() {
-        Some(Stream::Output(output)) => output.abort("aborted"),
+fn finish(name: &str, disk: &Disk, timeout_ms: Option<u64>) -> Answer {
+    let Some(Stream::Output(output)) = disk.stream() else {
+        return Err(format!("{name} is no output stream: there is nothing to finish").into());
+    };
+    let finished = output.finish(&|| disk.has_writers(), DrainTimeout::from_millis(timeout_ms));
+    let line = finished.map_err(|error| match error {
+        FinishError::Busy => Refusal::new(format!("{name} {error}")).with_busy(true),
+        error => Refusal::new(format!("{name}: {error}")),
+    })?;
+    answer_line(line)
+}
+
+fn abort(name: &str, disk: &Disk) -> Answer {
+    match disk.stream() {
+        Some(Stream::Output(output)) => {
+            output.abort("aborted").map_err(|reason| format!("{name}: {reason}"))?;
+        }
         Some(Stream::Input { input, .. }) => {
             // An earlier failure no longer matters: the stream ends now.
             let _ = input.close();
-            Ok(())
         }
-        None => Err("it is no stream: there is nothing to abort".to_owned()),
-    };
-    match result {
-        Ok(()) => json!({ "ok": { "line": format!("{name}: aborted") } }),
-        Err(why) => json!({ "error": format!("{name}: {why}") }),
+        None => return Err(format!("{name}: it is no stream: there is nothing to abort").into()),
     }
+    answer_line(format!("{name}: aborted"))
 }
 
-/// Says what an unmount does to the changes of a disk, if there are any.
+/// Describes what an unmount does to the changes of a disk, if there are any.
 ///
 /// # Errors
 /// A line for the user when the changes are lost although they should have been kept.

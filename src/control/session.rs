@@ -2,15 +2,14 @@
 
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use parking_lot::{Condvar, Mutex};
-use serde_json::json;
-
+use super::api::{AnswerLine, Progress};
 use super::node::ControlNode;
 use super::{Control, json_line};
 use crate::host::os_error;
+use parking_lot::{Condvar, Mutex};
 
 /// Longest time between two progress lines while a request is in progress.
 const PROGRESS_INTERVAL: Duration = Duration::from_secs(1);
@@ -26,14 +25,22 @@ const MAX_RUNNING: usize = 64;
 /// Threads for requests: one for each request in progress, and one for each reader of an answer.
 pub const REQUEST_THREADS: usize = 2 * MAX_RUNNING;
 
-/// Reports progress: bytes done, and in total.
-pub(super) type ProgressFn = Box<dyn Fn() -> Option<(u64, u64)> + Send>;
+/// Reports the progress of a request.
+pub(super) type ProgressFn = Box<dyn Fn() -> Progress + Send>;
 
-/// An open `ctl` file: requests in, lines out.
+/// An open `ctl` file: requests in, lines out. Dropped when the file is closed and no reader waits.
 #[derive(Default)]
 pub struct ControlSession {
+    shared: Arc<SharedSession>,
+}
+
+/// The part of a session that a request in progress uses, too.
+#[derive(Default)]
+struct SharedSession {
     state: Mutex<SessionState>,
     ready: Condvar,
+    /// The file has been closed: nobody will read an answer.
+    is_closed: AtomicBool,
 }
 
 #[derive(Default)]
@@ -47,50 +54,47 @@ struct SessionState {
 }
 
 impl ControlSession {
-    /// Takes a request for `spot` and passes it to `run` as a job.
+    /// Takes a request for `node` and passes it to `run` as a job.
     ///
     /// # Errors
     /// `EBUSY` while another request of this session is in progress; `ENOBUFS` while there are too
     /// many unread answers; `EMSGSIZE` for a request that is too long; `EAGAIN` while the mount has
     /// the most requests in progress.
     pub fn submit(
-        self: &Arc<Self>,
+        &self,
         control: &Arc<Control>,
-        spot: ControlNode,
+        node: ControlNode,
         request: &[u8],
         run: impl FnOnce(crate::pool::Job),
     ) -> io::Result<()> {
         if request.len() > MAX_REQUEST_LEN {
             return Err(os_error(libc::EMSGSIZE));
         }
-        let mut state = self.state.lock();
+        let mut state = self.shared.state.lock();
         if state.busy {
             return Err(os_error(libc::EBUSY));
         }
         if state.unread.len() >= MAX_UNREAD {
             return Err(os_error(libc::ENOBUFS));
         }
-        let turn = RequestPermit::acquire(control).ok_or_else(|| os_error(libc::EAGAIN))?;
+        let permit = RequestPermit::acquire(control).ok_or_else(|| os_error(libc::EAGAIN))?;
         state.busy = true;
         drop(state);
-        let progress = control.progress_of(spot);
-        self.state.lock().progress = progress;
-        let (session, control, request) = (Arc::clone(self), Arc::clone(control), request.to_vec());
+        let progress = control.progress_of(node);
+        self.shared.state.lock().progress = progress;
+        let (shared, control) = (Arc::clone(&self.shared), Arc::clone(control));
+        let request = request.to_vec();
         run(Box::new(move || {
-            let there = Arc::clone(&session);
-            // The three references are the handle, this job and `is_gone` itself. Without the
-            // handle nobody waits.
-            let is_gone = move || Arc::strong_count(&there) < 3;
-            let answer = match spot {
+            let is_gone = || shared.is_closed.load(Ordering::SeqCst);
+            let answer = match node {
                 ControlNode::DiskCtl(slot) => control.answer_disk(slot, &request, &is_gone),
                 _ => control.answer_mount(&request),
             };
-            drop(turn);
-            let mut state = session.state.lock();
-            state.unread.extend(json_line(&answer));
-            state.busy = false;
-            state.progress = None;
-            session.ready.notify_all();
+            drop(permit);
+            shared.end_request(&json_line(&match &answer {
+                Ok(outcome) => AnswerLine::Ok(outcome),
+                Err(refusal) => AnswerLine::Refused(refusal),
+            }));
         }));
         Ok(())
     }
@@ -101,25 +105,39 @@ impl ControlSession {
     /// # Errors
     /// `EBUSY` while another reader waits here for the answer.
     pub fn read(&self, len: usize) -> io::Result<Vec<u8>> {
-        let mut state = self.state.lock();
+        let mut state = self.shared.state.lock();
         if state.unread.is_empty() && state.busy {
             if std::mem::replace(&mut state.has_reader, true) {
                 return Err(os_error(libc::EBUSY));
             }
             let waiting = |state: &mut SessionState| state.unread.is_empty() && state.busy;
-            self.ready.wait_while_for(&mut state, waiting, PROGRESS_INTERVAL);
+            self.shared.ready.wait_while_for(&mut state, waiting, PROGRESS_INTERVAL);
             state.has_reader = false;
             if state.unread.is_empty() && state.busy {
-                let far = state.progress.as_ref().and_then(|progress| progress());
-                state.unread = json_line(&match far {
-                    Some((done, total)) => json!({ "progress": { "done": done, "total": total } }),
-                    None => json!({ "progress": {} }),
-                });
+                let progress = state.progress.as_ref().map(|progress| progress());
+                state.unread = json_line(&AnswerLine::Progress(progress.unwrap_or_default()));
             }
         }
         let len = len.min(state.unread.len());
         let rest = state.unread.split_off(len);
         Ok(std::mem::replace(&mut state.unread, rest))
+    }
+}
+
+impl Drop for ControlSession {
+    fn drop(&mut self) {
+        self.shared.is_closed.store(true, Ordering::SeqCst);
+    }
+}
+
+impl SharedSession {
+    /// Ends the request in progress with `answer`.
+    fn end_request(&self, answer: &[u8]) {
+        let mut state = self.state.lock();
+        state.unread.extend_from_slice(answer);
+        state.busy = false;
+        state.progress = None;
+        self.ready.notify_all();
     }
 }
 

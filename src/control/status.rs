@@ -1,15 +1,23 @@
 //! The text of the `status` files.
 
-use std::sync::Arc;
+use std::fs::File;
+use std::os::unix::fs::MetadataExt;
 use std::sync::atomic::Ordering;
 
-use serde_json::{Value, json};
-
-use super::{Control, history, json_line};
+use super::api::{
+    BlockOverlayStatus, BufferStatus, DiskState, DiskStatus, HydrationState, LayerStatus,
+    MountState, MountStatus, NeededBuffers, OverlayKind, OverlayStatus, PartitionStatus,
+    PeerStatus, Recovery, StatusDocument, StreamDirection, StreamState, StreamStatus, UsageStatus,
+};
+use super::{Control, json_line};
 use crate::catalog::CatalogEntry;
-use crate::disk::{Disk, OverlayDirState, PartitionFile};
+use crate::disk::{Disk, LayerUsage, OverlayDirState, PartitionFile};
+use crate::overlay::Usage;
 use crate::overlay::recover::Recovered;
 use crate::stream::Stream;
+use crate::stream::input::Input;
+use crate::stream::monitor::Monitor;
+use crate::stream::output::OutputStatus;
 
 /// The reader of a disk's status.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -25,200 +33,228 @@ impl Control {
     /// Generates the text of `.cowslip/status`.
     #[must_use]
     pub fn status(&self) -> Vec<u8> {
-        let state = if self.draining.load(Ordering::SeqCst) { "draining" } else { "ready" };
-        let disks: Vec<Value> = self
-            .catalog
-            .list()
-            .iter()
-            .map(|(name, entry)| self.disk_value(name, entry, StatusAudience::Trusted))
-            .collect();
-        let mount = json!({
-            "mountpoint": self.catalog.mountpoint.to_string_lossy(),
-            "source": self.source,
-            "pid": std::process::id(),
-            "state": state,
-            "disks": disks,
-        });
-        json_line(&json!({ "schema": 1, "mounts": [mount] }))
+        let disks = self.catalog.list();
+        let disks = disks.iter().map(|(name, entry)| self.describe_disk(name, entry));
+        let mount = MountStatus {
+            mountpoint: self.catalog.mountpoint.to_string_lossy().into_owned(),
+            source: self.source.clone(),
+            pid: Some(std::process::id()),
+            state: match self.draining.load(Ordering::SeqCst) {
+                true => MountState::Draining,
+                false => MountState::Ready,
+            },
+            error: None,
+            disks: disks.collect(),
+        };
+        json_line(&StatusDocument::new(vec![mount]))
     }
 
     /// Generates the text of `.cowslip/DISK/status`.
     #[must_use]
     pub fn disk_status(&self, name: &str, entry: &CatalogEntry, reader: StatusAudience) -> Vec<u8> {
-        json_line(&self.disk_value(name, entry, reader))
-    }
-
-    fn disk_value(&self, name: &str, entry: &CatalogEntry, reader: StatusAudience) -> Value {
-        let mut value = self.full_disk_value(name, entry);
+        let mut status = self.describe_disk(name, entry);
         if reader == StatusAudience::Other {
-            redact(&mut value);
+            redact(&mut status);
         }
-        value
+        json_line(&status)
     }
 
-    fn full_disk_value(&self, name: &str, entry: &CatalogEntry) -> Value {
+    fn describe_disk(&self, name: &str, entry: &CatalogEntry) -> DiskStatus {
         let disk = &entry.disk;
-        let (state, error) = if disk.is_latched() {
-            let why = "a sync failed: nothing written since is safe, see the log";
-            ("read-only", Some(why.to_owned()))
-        } else if disk.overlay_dir_state() == Some(OverlayDirState::Removed) {
-            let why =
-                "its overlay was removed while it is in use: what is in it ends with the mount";
-            ("lost", Some(why.to_owned()))
-        } else {
-            match disk.stream().and_then(Stream::failure) {
-                Some(why) => ("failed", Some(why)),
-                None => ("ok", None),
-            }
-        };
-        let overlay = disk.overlay().map(|overlay| {
-            let chain = disk.layer_usages();
-            let since = chain.last().map_or_else(|| overlay.usage(), |lowest| lowest.since);
-            let recovered = match disk.recovered() {
-                Recovered::New | Recovered::Clean => None,
-                Recovered::All => Some("all"),
-                Recovered::Vouched { .. } => Some("vouched"),
-            };
-            json!({
-                "temporary": overlay.is_temporary(),
-                "path": disk.overlay_dir().map(|dir| dir.to_string_lossy().into_owned()),
-                "block": overlay.block_size(),
-                "changed": since.data,
-                "zeroed": since.zero,
-                "allocated": allocated_on_host(disk),
-                "free": disk.space().map(|space| space.available).unwrap_or(0),
-                "recovered": recovered,
-                "doing": disk.operation(),
-                "committing": overlay.is_committing(),
-                "hydration": disk.hydration_status(),
-                "done": disk.progress().0,
-                "total": disk.progress().1,
-                "limit": disk.limit(),
-                "chain": chain.iter().map(history::layer_value).collect::<Vec<_>>(),
-                "kind": "blocks",
-            })
-        });
-        let overlay = overlay.or_else(|| reflink_value(disk));
-        json!({
-            "name": name,
-            "inode": disk.ino(),
-            "path": self.catalog.mountpoint.join(name).to_string_lossy(),
-            "size": disk.size(),
-            "mode": disk.mode.to_string(),
-            "state": state,
-            "error": error,
-            "warning": disk.no_space_status(),
-            "openers": disk.handle_count(),
-            "base": disk.base_description(),
-            "overlay": overlay,
-            "stream": disk.stream().map(stream_value),
-            "partitions": partitions_value(name, disk),
-        })
+        let (state, error) = disk_state(disk);
+        DiskStatus {
+            name: name.to_owned(),
+            inode: disk.ino(),
+            path: self.catalog.mountpoint.join(name).to_string_lossy().into_owned(),
+            size: disk.size(),
+            mode: disk.mode.to_string(),
+            state,
+            error,
+            warning: disk.no_space_status(),
+            openers: disk.handle_count().into(),
+            base: Some(disk.base_description()),
+            overlay: block_overlay_status(disk).or_else(|| reflink_status(disk)),
+            stream: disk.stream().map(stream_status),
+            partitions: disk
+                .partition_files()
+                .iter()
+                .map(|one| partition_status(name, one))
+                .collect(),
+        }
+    }
+}
+
+/// Returns the state of a disk, and why the disk is not well.
+fn disk_state(disk: &Disk) -> (DiskState, Option<String>) {
+    if disk.is_latched() {
+        let reason = "a sync failed: nothing written since is safe, see the log";
+        return (DiskState::ReadOnly, Some(reason.to_owned()));
+    }
+    if disk.overlay_dir_state() == Some(OverlayDirState::Removed) {
+        let reason =
+            "its overlay was removed while it is in use: what is in it ends with the mount";
+        return (DiskState::Lost, Some(reason.to_owned()));
+    }
+    match disk.stream().and_then(Stream::failure) {
+        Some(reason) => (DiskState::Failed, Some(reason)),
+        None => (DiskState::Ok, None),
     }
 }
 
 /// Removes the facts that are not for every reader of the disk.
-fn redact(disk: &mut Value) {
-    if !disk["error"].is_null() {
-        disk["error"] = json!("whoever mounted it can see why");
+fn redact(disk: &mut DiskStatus) {
+    if let Some(error) = &mut disk.error {
+        "whoever mounted it can see why".clone_into(error);
     }
-    let paths = [
-        "/base",
-        "/overlay/path",
-        "/stream/sink/description",
-        "/stream/sink/status",
-        "/stream/source/description",
-        "/stream/source/status",
-    ];
-    for path in paths {
-        if let Some(value) = disk.pointer_mut(path) {
-            *value = Value::Null;
+    disk.base = None;
+    if let Some(overlay) = &mut disk.overlay {
+        overlay.path = None;
+        for layer in overlay.blocks.iter_mut().flat_map(|blocks| &mut blocks.chain) {
+            layer.uuid = None;
         }
     }
-    let layers = disk.pointer_mut("/overlay/chain").and_then(Value::as_array_mut);
-    for layer in layers.into_iter().flatten() {
-        layer["uuid"] = Value::Null;
-    }
-}
-
-/// Encodes the partitions of a disk for `status`: each file's name, and its range in the disk.
-fn partitions_value(name: &str, disk: &Disk) -> Vec<Value> {
-    let one = |window: &Arc<PartitionFile>| {
-        let range = window.range();
-        json!({
-            "number": window.number(),
-            "name": window.name(name),
-            "offset": range.start,
-            "size": range.end - range.start,
-        })
-    };
-    disk.partition_files().iter().map(one).collect()
-}
-
-/// Encodes a stream for `status`.
-fn stream_value(stream: &Stream) -> Value {
-    match stream {
-        Stream::Output(output) => {
-            let status = output.status();
-            json!({
-                "direction": "out",
-                "state": status.state.name(),
-                "frontier": status.frontier,
-                "highest": status.highest,
-                "accepted": status.accepted,
-                "window": { "size": status.window.0, "used": status.window.1 },
-                "spill": { "size": status.spill.0, "used": status.spill.1 },
-                "needed": { "window": status.needed.0, "spill": status.needed.1 },
-                "sink": {
-                    "kind": status.kind,
-                    "description": status.sink,
-                    "status": status.error.as_deref().unwrap_or(status.state.name()),
-                },
-            })
-        }
-        Stream::Input { input, monitor } => {
-            let status = crate::stream::input_status(input, monitor);
-            json!({
-                "direction": "in",
-                "state": status.state.name(),
-                "frontier": status.arrived,
-                "highest": status.highest,
-                "accepted": status.arrived,
-                "window": { "size": status.window, "used": status.used },
-                "spill": { "size": Value::Null, "used": status.spooled },
-                "needed": { "window": status.needed, "spill": 0 },
-                "sink": Value::Null,
-                "source": {
-                    "kind": monitor.kind(),
-                    "description": monitor.describe(),
-                    "status": status.error.as_deref().unwrap_or(status.state.name()),
-                },
-            })
+    if let Some(stream) = &mut disk.stream {
+        for peer in stream.sink.iter_mut().chain(&mut stream.source) {
+            (peer.description, peer.status) = (None, None);
         }
     }
 }
 
-/// Encodes a reflink overlay for `status`.
-fn reflink_value(disk: &Disk) -> Option<Value> {
-    use std::os::unix::fs::MetadataExt;
+/// Describes the overlay of changed blocks of a disk, if it has one.
+fn block_overlay_status(disk: &Disk) -> Option<OverlayStatus> {
+    let overlay = disk.overlay()?;
+    let chain = disk.layer_usages();
+    let since = chain.last().map_or_else(|| overlay.usage(), |lowest| lowest.since);
+    let (done, total) = disk.progress();
+    Some(OverlayStatus {
+        temporary: overlay.is_temporary(),
+        path: overlay_path(disk),
+        block: overlay.block_size(),
+        changed: since.data,
+        zeroed: since.zero,
+        allocated: overlay.data_file().map_or(0, |file| allocated_on_host(&file)),
+        free: free_on_host(disk),
+        recovered: match disk.recovered() {
+            Recovered::New | Recovered::Clean => None,
+            Recovered::All => Some(Recovery::All),
+            Recovered::Vouched { .. } => Some(Recovery::Vouched),
+        },
+        blocks: Some(BlockOverlayStatus {
+            doing: disk.operation().map(str::to_owned),
+            committing: overlay.is_committing(),
+            hydration: disk.hydration_status().map(|state| HydrationState::from(state.to_owned())),
+            done,
+            total,
+            limit: disk.limit(),
+            chain: chain.into_iter().map(LayerStatus::from).collect(),
+        }),
+        kind: OverlayKind::Blocks,
+    })
+}
+
+/// Describes the reflink overlay of a disk, if it has one.
+fn reflink_status(disk: &Disk) -> Option<OverlayStatus> {
     let reflink = disk.reflink()?;
-    let allocated = reflink.data().metadata().map_or(0, |found| found.blocks() * 512);
-    Some(json!({
-        "temporary": false,
-        "path": disk.overlay_dir().map(|dir| dir.to_string_lossy().into_owned()),
-        "block": disk.block(),
-        "changed": reflink.estimate_changed().unwrap_or(disk.size()),
-        "zeroed": 0,
-        "allocated": allocated,
-        "free": disk.space().map(|space| space.available).unwrap_or(0),
-        "recovered": Value::Null,
-        "kind": "reflink",
-    }))
+    Some(OverlayStatus {
+        temporary: false,
+        path: overlay_path(disk),
+        block: disk.block().into(),
+        changed: reflink.estimate_changed().unwrap_or(disk.size()),
+        zeroed: 0,
+        allocated: allocated_on_host(reflink.data()),
+        free: free_on_host(disk),
+        recovered: None,
+        blocks: None,
+        kind: OverlayKind::Reflink,
+    })
 }
 
-/// Returns the bytes that the overlay's data file takes on the host.
-fn allocated_on_host(disk: &Disk) -> u64 {
-    use std::os::unix::fs::MetadataExt;
-    let file = disk.overlay().and_then(|overlay| overlay.data_file());
-    file.and_then(|file| file.metadata().ok()).map_or(0, |found| found.blocks() * 512)
+fn overlay_path(disk: &Disk) -> Option<String> {
+    disk.overlay_dir().map(|dir| dir.to_string_lossy().into_owned())
+}
+
+/// Returns the space left on the host for an overlay, in bytes.
+fn free_on_host(disk: &Disk) -> u64 {
+    disk.space().map_or(0, |space| space.available)
+}
+
+/// Returns the bytes that a file takes on the host.
+fn allocated_on_host(file: &File) -> u64 {
+    file.metadata().map_or(0, |found| found.blocks() * 512)
+}
+
+impl From<LayerUsage> for LayerStatus {
+    fn from(layer: LayerUsage) -> Self {
+        Self {
+            name: layer.name,
+            uuid: Some(layer.uuid),
+            changed: layer.usage.data,
+            zeroed: layer.usage.zero,
+            since: layer.since.into(),
+        }
+    }
+}
+
+impl From<Usage> for UsageStatus {
+    fn from(usage: Usage) -> Self {
+        Self { changed: usage.data, zeroed: usage.zero }
+    }
+}
+
+fn stream_status(stream: &Stream) -> StreamStatus {
+    match stream {
+        Stream::Output(output) => output_status(output.status()),
+        Stream::Input { input, monitor } => input_status(input, monitor),
+    }
+}
+
+fn output_status(status: OutputStatus) -> StreamStatus {
+    let state = StreamState::from(status.state);
+    StreamStatus {
+        direction: StreamDirection::Out,
+        frontier: status.frontier,
+        highest: status.highest,
+        accepted: status.accepted,
+        window: BufferStatus { size: Some(status.window.0), used: status.window.1 },
+        spill: BufferStatus { size: status.spill.0, used: status.spill.1 },
+        needed: NeededBuffers { window: status.needed.0, spill: status.needed.1 },
+        sink: Some(PeerStatus {
+            kind: status.kind.to_owned(),
+            description: Some(status.sink),
+            status: Some(status.error.unwrap_or_else(|| state.as_str().to_owned())),
+        }),
+        source: None,
+        state,
+    }
+}
+
+fn input_status(input: &Input, monitor: &Monitor) -> StreamStatus {
+    let status = crate::stream::input_status(input, monitor);
+    let state = StreamState::from(status.state);
+    StreamStatus {
+        direction: StreamDirection::In,
+        frontier: status.arrived,
+        highest: status.highest,
+        accepted: status.arrived,
+        window: BufferStatus { size: Some(status.window), used: status.used },
+        spill: BufferStatus { size: None, used: status.spooled },
+        needed: NeededBuffers { window: status.needed, spill: 0 },
+        sink: None,
+        source: Some(PeerStatus {
+            kind: monitor.kind().to_owned(),
+            description: Some(monitor.describe()),
+            status: Some(status.error.unwrap_or_else(|| state.as_str().to_owned())),
+        }),
+        state,
+    }
+}
+
+fn partition_status(disk: &str, partition: &PartitionFile) -> PartitionStatus {
+    let range = partition.range();
+    PartitionStatus {
+        number: partition.number(),
+        name: partition.name(disk),
+        offset: range.start,
+        size: range.end - range.start,
+    }
 }

@@ -38,7 +38,7 @@ use std::io::{self, IoSlice};
 use std::ops::Range;
 use std::sync::Arc;
 
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 use self::input::{Input, InputState, InputStatus, Source};
 use self::monitor::Monitor;
@@ -60,7 +60,7 @@ pub enum Stream {
 }
 
 /// The treatment of unfinished streams when their mount ends.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum UnmountPolicy {
     /// Finish the streams that end with the mount, and abort the others.
