@@ -158,7 +158,7 @@ fn reflink_status(disk: &Disk) -> Option<OverlayStatus> {
     Some(OverlayStatus {
         temporary: false,
         path: overlay_path(disk),
-        block: disk.block().into(),
+        block: disk.block_size().into(),
         changed: reflink.estimate_changed().unwrap_or(disk.size()),
         zeroed: 0,
         allocated: allocated_on_host(reflink.data()),

@@ -7,9 +7,10 @@ use std::sync::atomic::Ordering;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use super::Disk;
 use super::bottom::Bottom;
 use super::history::{Force, Operation, OperationError};
-use super::{Disk, OverlayLocation};
+use super::overlay_location::OverlayFiles;
 use crate::base::identity::Identity;
 use crate::base::{self, WritableBase};
 use crate::config::{Format, Locking, format_size};
@@ -116,7 +117,7 @@ impl Disk {
     /// Returns the overlay if it can be committed.
     fn committable_overlay(&self) -> Result<Arc<Overlay>, OperationError> {
         let tree = self.tree("changes to commit")?;
-        if matches!(&*self.overlay_location.lock(), OverlayLocation::Temporary { .. }) {
+        if self.overlay_location.is_temporary() {
             return Err(refused(
                 "its overlay is temporary, and a commit that is cut short could not be finished: cowslip keep it in a directory first",
             ));
@@ -151,8 +152,8 @@ impl Disk {
     /// interrupted has other bytes, but must be the same file.
     fn check_base_identity(&self, is_resumed: bool) -> Result<(), OperationError> {
         let recorded = match &mut *self.overlay_location.lock() {
-            OverlayLocation::Persistent(home) => home.stack.base.clone(),
-            OverlayLocation::NoOverlay | OverlayLocation::Temporary { .. } => return Ok(()),
+            OverlayFiles::Persistent(home) => home.stack.base.clone(),
+            OverlayFiles::NoOverlay | OverlayFiles::Temporary { .. } => return Ok(()),
         };
         let (
             BaseRecord::File { identity, path: recorded_path, .. },
@@ -237,7 +238,7 @@ impl Disk {
         let size = base.layer.size();
         *self.history.reset_sizes.lock() = (size, size);
         let identity = Identity::of(&base.file).map_err(OperationError::io("reading the base"))?;
-        if let OverlayLocation::Persistent(home) = &mut *self.overlay_location.lock()
+        if let OverlayFiles::Persistent(home) = &mut *self.overlay_location.lock()
             && let BaseRecord::File { path, format, offset, len, needs, .. } =
                 home.stack.base.clone()
         {

@@ -102,8 +102,9 @@ fn copy_data(
         }
         let len = (from.end - at).min(COPY_CHUNK);
         // Up to the target's next block boundary, so that whole blocks follow.
-        let border = (to + 1).next_multiple_of(u64::from(target.block())) - to;
-        let len = if to.is_multiple_of(u64::from(target.block())) { len } else { len.min(border) };
+        let border = (to + 1).next_multiple_of(u64::from(target.block_size())) - to;
+        let len =
+            if to.is_multiple_of(u64::from(target.block_size())) { len } else { len.min(border) };
         let mut buf = vec![0; usize::try_from(len).map_err(|_| os_error(libc::EFBIG))?];
         let got = source.read(&mut buf, at, Wait::Yes)?;
         if got == 0 {
@@ -134,7 +135,7 @@ impl Disk {
     fn copy_blocks(&self, source: &LayerStack, from: Range<u64>, offset: u64) -> io::Result<u64> {
         let _gate = self.gate.shared(Wait::Yes)?;
         let layers = self.layers();
-        let block = u64::from(self.block());
+        let block = u64::from(self.block_size());
         let size = layers.size();
         let end = offset.saturating_add(from.end - from.start).min(size);
         let end = if end == size { end } else { end / block * block };

@@ -8,10 +8,11 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use super::Disk;
 use super::bottom::Bottom;
 use super::history::OperationError;
 use super::layers::{LayerStack, Top};
-use super::{Disk, OverlayLocation};
+use super::overlay_location::OverlayFiles;
 use crate::base::blank::Blank;
 use crate::extents::ExtentKind;
 use crate::host::os_error;
@@ -294,7 +295,7 @@ impl Disk {
                 top.parent = None;
             }
             next.prune();
-            if let OverlayLocation::Persistent(home) = &mut *self.overlay_location.lock() {
+            if let OverlayFiles::Persistent(home) = &mut *self.overlay_location.lock() {
                 let base = BaseRecord::Blank { size };
                 let stack = Stack { base, ..home.stack.with_tree(next.clone()) };
                 self.replace_stack(home, stack, None)?;

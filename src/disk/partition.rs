@@ -23,9 +23,9 @@ use std::os::unix::fs::FileTypeExt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use parking_lot::Mutex;
 use uuid::Uuid;
 
+use super::allocated::AllocatedCache;
 use super::bottom::{Bottom, grain_at};
 use super::{Attributes, Disk, FallocateMode, HandleAccess, SizeMode, Whence};
 use crate::base::partitions::{self, PartitionRole, TableError, TableSource};
@@ -67,8 +67,7 @@ pub struct PartitionFile {
     ino: u64,
     /// Number of open handles that can read, and so map the file: the kernel may hold pages.
     read_opens: AtomicU32,
-    /// The last count of bytes for `st_blocks`, as the disk has one.
-    allocated_cache: Mutex<Option<(u64, u64)>>,
+    allocated: AllocatedCache,
 }
 
 impl PartitionFile {
@@ -81,7 +80,7 @@ impl PartitionFile {
             range,
             ino,
             read_opens: AtomicU32::new(0),
-            allocated_cache: Mutex::new(None),
+            allocated: AllocatedCache::default(),
         }
     }
 
@@ -199,7 +198,7 @@ impl Disk {
     /// Recounts `st_blocks` of the partition files.
     pub(super) fn refresh_allocated(&self) -> io::Result<()> {
         self.partition_files().iter().try_for_each(|window| {
-            self.allocated_in(window.range_in(self), &window.allocated_cache, Wait::Yes).map(drop)
+            self.allocated_in(window.range_in(self), &window.allocated, Wait::Yes).map(drop)
         })
     }
 
@@ -472,9 +471,10 @@ impl DiskFile {
     pub fn attributes(&self, wait: Wait) -> io::Result<Attributes> {
         let Some(window) = &self.partition else { return self.disk.attributes(wait) };
         let held = window.range_in(&self.disk);
-        let allocated = self.disk.allocated_in(held.clone(), &window.allocated_cache, wait)?;
-        let found = self.disk.attributes_for(held.end - held.start, allocated);
-        Ok(Attributes { blksize: grain_at(held.start, found.blksize), ..found })
+        let allocated = self.disk.allocated_in(held.clone(), &window.allocated, wait)?;
+        let blksize = grain_at(held.start, self.disk.blksize());
+        let nlink = self.disk.references.nlink();
+        Ok(self.disk.attrs.stat(held.end - held.start, allocated, blksize, nlink))
     }
 }
 

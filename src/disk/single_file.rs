@@ -8,10 +8,10 @@ use std::fs::{File, FileTimes};
 use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::SystemTime;
 
-use super::{Attributes, Disk, to_system_time};
+use super::Disk;
+use super::attrs::{Attributes, to_system_time};
 use crate::config::{DiskMode, Passthrough, Resize};
 
 impl Disk {
@@ -37,7 +37,7 @@ impl Disk {
         let Some(file) = self.single_file() else { return Ok(None) };
         let found = file.metadata()?;
         let changed = |secs: i64, nanos: i64| {
-            let after_chown = self.times.ctime.load(Ordering::Relaxed);
+            let after_chown = self.attrs.times.ctime();
             secs.saturating_mul(1_000_000_000).saturating_add(nanos).max(after_chown)
         };
         Ok(Some(Attributes {
@@ -48,7 +48,7 @@ impl Disk {
             mtime: found.modified()?,
             ctime: to_system_time(changed(found.ctime(), found.ctime_nsec())),
             blksize: self.blksize(),
-            nlink: self.nlink(),
+            nlink: self.references.nlink(),
         }))
     }
 

@@ -131,7 +131,7 @@ impl CowslipFs {
             Ok(Node::File(file)) => Some(Arc::clone(file.disk())),
             _ => self.shared.catalog.list().first().map(|(_, entry)| Arc::clone(&entry.disk)),
         };
-        let block = disk.as_ref().map_or(4096, |disk| disk.block());
+        let block = disk.as_ref().map_or(4096, |disk| disk.block_size());
         let work = move |shared: &FsContext| match disk {
             Some(disk) => disk.space(),
             None => space_of(shared.catalog.store_dir()),

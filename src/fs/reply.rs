@@ -169,7 +169,7 @@ impl Deadlines {
         }
         for mut late in due {
             // A long operation of this daemon may hold the disk, which is not the base's fault.
-            let is_ours = late.disk.in_long_operation.load(Ordering::SeqCst);
+            let is_ours = late.disk.in_long_operation();
             match if is_ours { Expiry::Held } else { late.reply.expire() } {
                 Expiry::Replied => {}
                 Expiry::Held => {

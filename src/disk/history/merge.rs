@@ -32,7 +32,7 @@ impl Disk {
     /// Finds a layer that no name keeps separate from the only layer above it: returns the tree,
     /// the lower and the upper layer.
     fn find_mergeable(&self) -> Option<(LayerTree, Uuid, Uuid)> {
-        let tree = self.overlay_location.lock().tree()?;
+        let tree = self.overlay_location.tree()?;
         tree.mergeable(|_| false)?;
         let shared = self.layers_used_by_others().ok()?;
         let (lower, upper) = tree.mergeable(|uuid| shared.contains(&uuid))?;
@@ -43,7 +43,7 @@ impl Disk {
     /// separate.
     pub(in crate::disk) fn is_mergeable(&self) -> bool {
         let is_nameless =
-            self.overlay_location.lock().tree().is_some_and(|tree| tree.snapshots.is_empty());
+            self.overlay_location.tree().is_some_and(|tree| tree.snapshots.is_empty());
         is_nameless
             && !self.history.is_ending.load(Ordering::SeqCst)
             && self.find_mergeable().is_some()
@@ -249,7 +249,7 @@ impl Disk {
 
     /// Records whether layers wait to be merged; `shared` are the layers of several disks.
     pub fn note_mergeable(&self, shared: &HashSet<Uuid>) {
-        let tree = self.overlay_location.lock().tree();
+        let tree = self.overlay_location.tree();
         if tree.is_some_and(|tree| tree.mergeable(|layer| shared.contains(&layer)).is_some()) {
             self.history.needs_merge.store(true, Ordering::SeqCst);
         }

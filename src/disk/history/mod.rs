@@ -28,7 +28,8 @@ pub(super) use self::operation::Operation;
 use self::operation::RunningOperation;
 use self::snapshots::snapshot_uuid;
 pub use self::snapshots::{LayerUsage, SnapshotInfo};
-use super::{Disk, OverlayLocation};
+use super::Disk;
+use super::overlay_location::OverlayFiles;
 use crate::config::Locking;
 use crate::layer::Layer;
 use crate::overlay::layer_cache::LayerCache;
@@ -147,7 +148,7 @@ impl Disk {
                 "its overlay is a reflink copy of the base: only block maps have {what}"
             )));
         }
-        self.overlay_location.lock().tree().ok_or(OperationError::NoOverlay(what))
+        self.overlay_location.tree().ok_or(OperationError::NoOverlay(what))
     }
 
     /// Takes a snapshot. On return the snapshot exists and contains all earlier writes; but only a
@@ -294,7 +295,7 @@ impl Disk {
         // Not the size of the disk, which may have been resized since.
         let size = self.layers().sealed.as_ref().map(|sealed| sealed.size());
         match (&mut *self.overlay_location.lock(), layer, size) {
-            (OverlayLocation::Persistent(home), Some(layer), Some(size)) => {
+            (OverlayFiles::Persistent(home), Some(layer), Some(size)) => {
                 Ok(FrozenLayer { layer, size, stack: home.stack.clone() })
             }
             _ => Err(OperationError::NoOverlay("clones")),

@@ -4,11 +4,11 @@ use std::collections::HashSet;
 use std::fs::File;
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 use uuid::Uuid;
 
-use super::super::{Disk, OverlayLocation};
+use super::super::Disk;
+use super::super::overlay_location::OverlayFiles;
 use super::{Force, OperationError};
 use crate::host::os_error;
 use crate::layer::Layer;
@@ -49,7 +49,7 @@ impl Disk {
             let known = self.history.sealed.lock().get(&record.uuid).cloned();
             let layer = match (known, &mut *self.overlay_location.lock()) {
                 (Some(layer), _) => layer,
-                (None, OverlayLocation::Persistent(home)) => {
+                (None, OverlayFiles::Persistent(home)) => {
                     home.open_layer(record.uuid, &self.history.layer_cache())?
                 }
                 (None, _) => {
@@ -77,15 +77,15 @@ impl Disk {
         let block = tree.top().map_or(crate::overlay::DEFAULT_BLOCK_SIZE, |top| top.block);
         let record = LayerRecord { uuid, block, parent };
         let (overlay, lock) = match &mut *self.overlay_location.lock() {
-            OverlayLocation::Persistent(home) => {
+            OverlayFiles::Persistent(home) => {
                 let (overlay, lock) = home.add_layer(&record, image, limit)?;
                 (overlay, Some(lock))
             }
-            OverlayLocation::Temporary { dir, .. } => {
+            OverlayFiles::Temporary { dir, .. } => {
                 let made = keep::temporary(dir, block, image.size, image.lower_limit, limit);
                 (made.map_err(OperationError::io("making a file for a layer"))?, None)
             }
-            OverlayLocation::NoOverlay => return Err(OperationError::NoOverlay("layers")),
+            OverlayFiles::NoOverlay => return Err(OperationError::NoOverlay("layers")),
         };
         if let Err(error) = self.apply_direct(&overlay) {
             self.remove_layer(uuid);
@@ -96,9 +96,7 @@ impl Disk {
 
     /// Removes a layer that is not part of the stack.
     pub(super) fn remove_layer(&self, uuid: Uuid) {
-        if let Some(home) = self.overlay_location.lock().as_persistent() {
-            home.remove_layer(uuid);
-        }
+        self.overlay_location.remove_layer(uuid);
     }
 
     /// The most bytes of data that a top above `below` may hold.
@@ -197,7 +195,7 @@ impl Disk {
         if let Some(old) = layers.top.overlay() {
             overlay.continue_revision(old);
         }
-        self.times.logged_mtime.store(i64::MIN, Ordering::SeqCst);
+        self.attrs.times.forget_recorded();
         self.record_mtime(&overlay);
         self.replace_tree(next, lock)?;
         *self.layers.write() = Arc::new(layers.with_top(Arc::new(overlay), below));
@@ -223,12 +221,12 @@ impl Disk {
         lock: Option<File>,
     ) -> Result<(), OperationError> {
         match &mut *self.overlay_location.lock() {
-            OverlayLocation::NoOverlay => Err(OperationError::NoOverlay("layers")),
-            OverlayLocation::Temporary { tree, .. } => {
+            OverlayFiles::NoOverlay => Err(OperationError::NoOverlay("layers")),
+            OverlayFiles::Temporary { tree, .. } => {
                 *tree = next.clone();
                 Ok(())
             }
-            OverlayLocation::Persistent(home) => {
+            OverlayFiles::Persistent(home) => {
                 let stack = home.stack.with_tree(next.clone());
                 self.replace_stack(home, stack, lock)
             }

@@ -6,9 +6,10 @@ use std::sync::Arc;
 
 use uuid::Uuid;
 
+use super::super::Disk;
+use super::super::attrs::{DiskOwner, Times, from_system_time, mtime_of};
 use super::super::bottom::Bottom;
 use super::super::layers::LayerStack;
-use super::super::{Disk, DiskOwner, Times, from_system_time, mtime_of};
 use super::OperationError;
 use crate::base::raw::{HostKind, RawBase};
 use crate::config::{DiskMode, DiskSource, DiskSpec};
@@ -103,7 +104,7 @@ impl Disk {
     /// and the bytes changed since the layer below. Empty without an overlay.
     #[must_use]
     pub fn layer_usages(&self) -> Vec<LayerUsage> {
-        let Some(tree) = self.overlay_location.lock().tree() else {
+        let Some(tree) = self.overlay_location.tree() else {
             return Vec::new();
         };
         let layers = self.layers();
@@ -154,10 +155,10 @@ impl Disk {
             return Ok(file);
         }
         loop {
-            let tree = self.overlay_location.lock().tree().ok_or_else(missing)?;
+            let tree = self.overlay_location.tree().ok_or_else(missing)?;
             match self.layered_snapshot_file(&tree, name) {
                 // Layers were merged meanwhile, so the layers of this tree no longer exist.
-                Err(_) if self.overlay_location.lock().tree().as_ref() != Some(&tree) => {}
+                Err(_) if self.overlay_location.tree().as_ref() != Some(&tree) => {}
                 found => return found,
             }
         }
@@ -210,7 +211,7 @@ impl Disk {
         let owner = DiskOwner { perm: owner.perm & 0o444, ..owner };
         let bottom = Bottom::Blank(layers.size());
         let mut disk = Disk::new(&spec, uuid, layers, bottom, owner);
-        disk.times = Times::new(mtime, false, None);
+        disk.attrs.times = Times::new(mtime, false, None);
         disk.source = format!("snapshot '{name}' of {}", self.source);
         let disk = Arc::new(disk);
         Arc::clone(self.history.snapshot_files.lock().entry(key).or_insert(disk))
@@ -223,7 +224,7 @@ impl Disk {
             let listed = reflink.list_snapshots().unwrap_or_default();
             return listed.into_iter().map(|snapshot| snapshot.name).collect();
         }
-        let tree = self.overlay_location.lock().tree();
+        let tree = self.overlay_location.tree();
         tree.map_or_else(Vec::new, |tree| {
             tree.snapshots.into_iter().map(|snapshot| snapshot.name).collect()
         })

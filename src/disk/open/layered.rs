@@ -3,7 +3,6 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use parking_lot::Mutex;
 use uuid::Uuid;
 
 use super::context::OpenContext;
@@ -16,10 +15,12 @@ use super::reflink;
 use crate::base::self_reference::check_self_reference;
 use crate::base::{self, BaseAccess, BaseLayer, BaseOptions};
 use crate::config::{DiskMode, DiskSource, DiskSpec, Partitions, format_size};
+use crate::disk::Disk;
+use crate::disk::attrs::DiskOwner;
 use crate::disk::bottom::Bottom;
 use crate::disk::history::History;
 use crate::disk::layers::{LayerStack, Top};
-use crate::disk::{Disk, DiskOwner, OverlayLocation};
+use crate::disk::overlay_location::OverlayLocation;
 use crate::layer::{Layer, WritableLayer};
 use crate::overlay::layer_cache::LayerCache;
 use crate::overlay::persist::OverlayPath;
@@ -116,7 +117,7 @@ fn with_temporary_overlay(
     let layers = overlay_layers(overlay, Vec::new(), &layer);
     let mut disk = Disk::new(spec, Uuid::new_v4(), layers, bottom, owner);
     let tree = LayerTree::single(Uuid::new_v4(), block);
-    disk.overlay_location = Mutex::new(OverlayLocation::Temporary { tree, dir });
+    disk.overlay_location = OverlayLocation::temporary(tree, dir);
     disk.history = History::new((size, lower_limit), spec.limit);
     let summary = format!(
         "{}, temporary overlay: changes end at umount ('cowslip keep' saves them)",

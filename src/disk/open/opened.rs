@@ -2,8 +2,9 @@
 
 use std::sync::Arc;
 
+use crate::disk::Disk;
+use crate::disk::attrs::DiskOwner;
 use crate::disk::bottom::Bottom;
-use crate::disk::{Disk, DiskOwner};
 use crate::layer::Layer;
 
 /// An opened base that is only read, before its disk is made.

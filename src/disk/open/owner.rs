@@ -4,7 +4,7 @@ use std::os::unix::fs::MetadataExt;
 
 use super::context::OpenContext;
 use crate::config::{DiskMode, DiskSpec};
-use crate::disk::DiskOwner;
+use crate::disk::attrs::DiskOwner;
 use crate::disk::bottom::Bottom;
 use crate::overlay::error::OverlayError;
 use crate::overlay::persist::OverlayDir;

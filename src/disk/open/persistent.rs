@@ -3,7 +3,6 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use parking_lot::Mutex;
 use uuid::Uuid;
 
 use super::base_match::{BaseMismatch, check_base, find_mismatch};
@@ -13,11 +12,12 @@ use super::notes::READ_ONLY_NOTE;
 use super::opened::{OpenedBase, OpenedDisk};
 use super::owner::adopt_owner;
 use crate::config::{DiskMode, DiskSpec, OverlayKind, format_size};
+use crate::disk::Disk;
+use crate::disk::attrs::{DiskOwner, Times, coarse_now, mtime_of};
 use crate::disk::bottom::Bottom;
 use crate::disk::history::History;
 use crate::disk::layers::{LayerStack, Top};
-use crate::disk::overlay_dir::OverlayDirId;
-use crate::disk::{Disk, DiskOwner, OverlayLocation, Times, coarse_now, mtime_of};
+use crate::disk::overlay_location::OverlayLocation;
 use crate::layer::Layer;
 use crate::overlay::FORMAT_VERSION;
 use crate::overlay::layer_cache::LayerCache;
@@ -182,13 +182,12 @@ pub(super) fn assemble_persistent(
     disk.history = History::new((size, size.min(base.size())), spec.limit);
     disk.history.locking = Some(spec.locking);
     disk.history.set_sealed(&chain, &below, snapshot_layers);
-    disk.times = Times::new(mtime, chosen, recorded);
+    disk.attrs.times = Times::new(mtime, chosen, recorded);
     disk.recovered = recovered;
     if is_read_only {
         disk.mode = DiskMode::ReadOnly;
     }
-    disk.overlay_location = Mutex::new(OverlayLocation::Persistent(overlay_dir));
-    disk.overlay_dir = Mutex::new(Some(OverlayDirId::at(dir)));
+    disk.overlay_location = OverlayLocation::persistent(overlay_dir, dir);
     OpenedDisk { disk, summary, notes }
 }
 

@@ -3,7 +3,6 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use parking_lot::Mutex;
 use uuid::Uuid;
 
 use super::base_match::check_base;
@@ -14,10 +13,11 @@ use super::opened::{OpenedBase, OpenedDisk};
 use super::owner::adopt_owner;
 use super::persistent::{new_stack, size_mismatch};
 use crate::config::{DirectIo, DiskMode, DiskSpec, Format, OverlayKind, format_size};
+use crate::disk::Disk;
+use crate::disk::attrs::{DiskOwner, Times, mtime_of};
 use crate::disk::bottom::Bottom;
 use crate::disk::layers::{LayerStack, Top};
-use crate::disk::overlay_dir::OverlayDirId;
-use crate::disk::{Disk, DiskOwner, OverlayLocation, Times, mtime_of};
+use crate::disk::overlay_location::OverlayLocation;
 use crate::layer::Layer;
 use crate::overlay::recover::Recovered;
 use crate::overlay::reflink::{self, OpenedReflink, ReflinkError, SharedBase};
@@ -75,15 +75,14 @@ pub(super) fn open(
     let layers = LayerStack::new(Top::Reflink(layer), Vec::new(), Some(base));
     let mut disk = Disk::new(spec, stack.uuid, layers, bottom, owner);
     if let Some(found) = written {
-        disk.times = Times::new(mtime_of(&found), false, None);
+        disk.attrs.times = Times::new(mtime_of(&found), false, None);
     }
     if is_read_only {
         disk.mode = DiskMode::ReadOnly;
         notes.push(READ_ONLY_NOTE.to_owned());
     }
     disk.recovered = recovered;
-    disk.overlay_location = Mutex::new(OverlayLocation::Persistent(overlay_dir));
-    disk.overlay_dir = Mutex::new(Some(OverlayDirId::at(dir)));
+    disk.overlay_location = OverlayLocation::persistent(overlay_dir, dir);
     Ok(OpenedDisk { disk, summary, notes })
 }
 

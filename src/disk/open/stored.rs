@@ -12,9 +12,10 @@ use super::opened::OpenedDisk;
 use super::persistent::{assemble_persistent, new_stack, uuid_for};
 use crate::base::{self, BaseAccess, BaseError, BaseOptions};
 use crate::config::{DiskSource, DiskSpec};
+use crate::disk::Disk;
+use crate::disk::attrs::DiskOwner;
 use crate::disk::bottom::Bottom;
 use crate::disk::history::{FrozenLayer, OperationError};
-use crate::disk::{Disk, DiskOwner};
 use crate::layer::Layer;
 use crate::overlay::DEFAULT_BLOCK_SIZE;
 use crate::overlay::error::OverlayError;
@@ -146,7 +147,7 @@ pub fn clone_stored(
         LayerMap { mtime: from.overlay().and_then(|top| top.mtime()), ..LayerMap::new(size, size) };
     let new = NewOverlay { stack, map: &map, limit: None };
     let layers_locked = layer_cache.lock_changes();
-    if !from.has_overlay_dir() {
+    if !from.overlay_location.is_on_disk() {
         // The sealed layers may have been removed with the overlay.
         return Err(OpenError::NothingToKeep("it was removed meanwhile".to_owned()));
     }

@@ -1,4 +1,5 @@
-//! Removal of a disk from a mount that continues without it.
+//! Closing of a disk: at the end of its mount (`close`), or by removing it from a mount that
+//! continues without it.
 //!
 //! ```text
 //!   retire ──> (out of the catalog) ──> shut_down: stop the pools -> gate -> take the layers away
@@ -12,12 +13,11 @@
 
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use super::Disk;
 use super::layers::{LayerStack, Top};
-use super::{Disk, HandleAccess, OverlayLocation};
 use crate::host::os_error;
 use crate::overlay::Overlay;
 
@@ -25,44 +25,26 @@ use crate::overlay::Overlay;
 /// microseconds.
 const POLL_INTERVAL: Duration = Duration::from_millis(1);
 
-/// The reason why a disk cannot be removed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum InUse {
-    /// A handle is open.
-    Open,
-    /// An operation of unbounded length is running.
-    Busy,
-}
-
 impl Disk {
-    /// Counts a handle as opened.
+    /// Makes everything durable and closes the log cleanly. No call may follow.
+    ///
+    /// When a change still waits for its base after `timeout`, that change is abandoned: all
+    /// others are made durable, and the next mount finds the log not closed.
     ///
     /// # Errors
-    /// `ESTALE` once the disk is being removed: the kernel looks the name up again then.
-    pub fn open_handle(&self, access: HandleAccess) -> io::Result<()> {
-        // Counted before the check: either this call sees the mark of `retire`, or `retire` sees
-        // the count.
-        self.open_counter(access).fetch_add(1, Ordering::SeqCst);
-        if self.is_retired.load(Ordering::SeqCst) {
-            self.release_handle(access);
-            return Err(os_error(libc::ESTALE));
+    /// `ETIMEDOUT` when a change was abandoned; `EIO` when the disk has latched; the host's errno.
+    pub fn close(&self, timeout: Duration) -> io::Result<()> {
+        self.end_operations(timeout);
+        let gate = self.gate.close(timeout);
+        match &self.layers().top {
+            Top::Overlay(overlay) if gate.is_some() => {
+                self.record_mtime(overlay);
+                overlay.close()?;
+            }
+            top => top.sync()?,
         }
-        Ok(())
-    }
-
-    /// Marks the disk as being removed: from then on it cannot be opened.
-    ///
-    /// # Errors
-    /// [`InUse`] when the disk is in use; the disk is unchanged then.
-    pub fn retire(&self) -> Result<(), InUse> {
-        self.is_retired.store(true, Ordering::SeqCst);
-        let used = match (self.handle_count(), self.in_long_operation.load(Ordering::SeqCst)) {
-            (0, false) => return Ok(()),
-            (0, true) => InUse::Busy,
-            _ => InUse::Open,
-        };
-        self.is_retired.store(false, Ordering::SeqCst);
-        Err(used)
+        self.overlay_location.remove_holder();
+        if gate.is_some() { Ok(()) } else { Err(os_error(libc::ETIMEDOUT)) }
     }
 
     /// Whether the disk has lost its layers or is about to: its contents are no longer valid.
@@ -75,12 +57,12 @@ impl Disk {
     /// closed cleanly and the files are free for others. `last_look` is called when the disk can no
     /// longer change.
     ///
-    /// A request that still waits for its base after `patience` keeps the files until it ends.
+    /// A request that still waits for its base after `timeout` keeps the files until it ends.
     ///
     /// # Errors
     /// `ETIMEDOUT` when such a request is left; `EIO` when the disk has latched; the host's errno.
-    pub fn shut_down(&self, patience: Duration, last_look: impl FnOnce(&Self)) -> io::Result<()> {
-        let until = Instant::now() + patience;
+    pub fn shut_down(&self, timeout: Duration, last_look: impl FnOnce(&Self)) -> io::Result<()> {
+        let until = Instant::now() + timeout;
         let left = || until.saturating_duration_since(Instant::now());
         self.end_operations(left());
         // No idle thread may be left behind; whether all have finished is checked below.
@@ -89,12 +71,7 @@ impl Disk {
         last_look(self);
         let none = Arc::new(LayerStack::read_only(Vec::new(), None));
         let layers = std::mem::replace(&mut *self.layers.write(), none);
-        let home =
-            match std::mem::replace(&mut *self.overlay_location.lock(), OverlayLocation::NoOverlay)
-            {
-                OverlayLocation::Persistent(home) => Some(home),
-                OverlayLocation::NoOverlay | OverlayLocation::Temporary { .. } => None,
-            };
+        let overlay_dir = self.overlay_location.take();
         let is_alone =
             || gate.is_some() && Arc::strong_count(&layers) == 1 && layers.is_top_unused();
         while !is_alone() && !left().is_zero() {
@@ -107,9 +84,9 @@ impl Disk {
             Top::Base(_) if self.stream().is_some() => Ok(()),
             top => top.sync(),
         };
-        match home {
-            Some(home) if is_alone => home.unlock(),
-            Some(home) => home.remove_holder(),
+        match overlay_dir {
+            Some(dir) if is_alone => dir.unlock(),
+            Some(dir) => dir.remove_holder(),
             None => {}
         }
         // Dropping the last reference to a base releases its locks.
@@ -139,7 +116,6 @@ impl LayerStack {
 #[cfg(test)]
 mod tests {
     use std::path::Path;
-    use std::sync::Barrier;
 
     use super::super::{OpenContext, OpenedDisk, open};
     use super::*;
@@ -161,46 +137,9 @@ mod tests {
     }
 
     #[test]
-    fn one_of_a_concurrent_open_and_retire_fails() {
+    fn a_retired_disk_is_not_kept() {
         let disk = disk(None).unwrap();
-        let start = Barrier::new(2);
-        let (mut opened, mut retired) = (0, 0);
-        for _ in 0..20_000 {
-            let (open, retire) = thread::scope(|scope| {
-                let other = scope.spawn(|| {
-                    start.wait();
-                    disk.retire().is_ok()
-                });
-                start.wait();
-                let open = disk.open_handle(HandleAccess::Read).is_ok();
-                (open, other.join().unwrap())
-            });
-            assert!(!(open && retire), "a disk that somebody has is gone");
-            assert_eq!(disk.handle_count(), u32::from(open));
-            if open {
-                disk.release_handle(HandleAccess::Read);
-            }
-            disk.is_retired.store(false, Ordering::SeqCst);
-            opened += u32::from(open);
-            retired += u32::from(retire);
-        }
-        assert!(opened > 0 && retired > 0, "no race: {opened} opened, {retired} retired");
-    }
-
-    #[test]
-    fn a_disk_with_an_operation_does_not_retire() {
-        let disk = disk(None).unwrap();
-        disk.in_long_operation.store(true, Ordering::SeqCst);
-        assert_eq!(disk.retire(), Err(InUse::Busy));
-        disk.open_handle(HandleAccess::Write).unwrap();
-        assert_eq!(disk.retire(), Err(InUse::Open));
-        disk.release_handle(HandleAccess::Write);
-        disk.in_long_operation.store(false, Ordering::SeqCst);
-        assert_eq!(disk.retire(), Ok(()));
-        assert_eq!(
-            disk.open_handle(HandleAccess::Read).unwrap_err().raw_os_error(),
-            Some(libc::ESTALE)
-        );
+        disk.retire().unwrap();
         assert!(disk.keep(OverlayPath { dir: Path::new("/nowhere/kept"), layers: None }).is_err());
     }
 
