@@ -30,6 +30,7 @@
 //!
 //! Beside them:
 //!
+//! - [`offline`]: work on overlays that are not mounted: check, rebase, commit, import.
 //! - [`config`]: what the user asked for, as plain values, without I/O.
 //! - [`confined`], [`trust`]: which files and directories of others may be opened and believed.
 //! - [`direct`], [`aligned`]: reading and writing past the host's page cache.
@@ -58,6 +59,7 @@ pub mod layer;
 pub mod logging;
 pub mod mount;
 pub mod name;
+pub mod offline;
 pub mod overlay;
 pub mod part_file;
 pub mod pool;

@@ -16,18 +16,15 @@ use super::mount::current_dir;
 use super::plan::TrustArgs;
 use super::progress::{ProgressDisplay, Verbosity};
 use super::snapshot::ask_long;
-use super::target::{is_in_store, is_store};
 use super::{EXIT_OK, print_line};
 use crate::config::{format_size, format_zeroed};
-use crate::disk::{self, Disk, Force, OpenContext};
 use crate::host::mountinfo;
-use crate::overlay::stack::{BaseRecord, Stack};
-use crate::overlay::{Usage, persist};
+use crate::offline::commit::OfflineCommit;
+use crate::offline::{is_in_store, is_store};
+use crate::overlay::Usage;
 
-/// Time limit for running requests when the disk is closed; there are none.
-const CLOSE_TIMEOUT: Duration = Duration::from_secs(10);
-/// Interval at which the progress is checked.
-const POLL_INTERVAL: Duration = Duration::from_millis(100);
+/// Interval at which the progress is shown.
+const PROGRESS_INTERVAL: Duration = Duration::from_secs(1);
 
 #[derive(Debug, Args)]
 pub(super) struct CommitArgs {
@@ -89,63 +86,47 @@ fn print_base(what: &str, base: &str) {
 
 /// Commits the overlay in `dir`, which is not mounted.
 fn commit_offline(dir: &Path, verbosity: Verbosity) -> anyhow::Result<u8> {
-    let stack = persist::open_overlay_dir(dir).and_then(|dir| Stack::read(&dir));
-    let stack = stack.map_err(|error| anyhow::anyhow!("overlay '{}' {error}", dir.display()))?;
-    let BaseRecord::File { path: base, .. } = &stack.base else {
-        anyhow::bail!(
-            "overlay '{}': its base is blank: there is nothing to commit to",
-            dir.display()
-        );
-    };
-    let name = dir.file_name().map_or("overlay".into(), |name| name.to_string_lossy());
-    let spec = disk::spec_over(&name, &stack.base);
-    let mut spec = spec.map_err(|error| anyhow::anyhow!("overlay '{}' {error}", dir.display()))?;
-    spec.overlay = Some(dir.to_owned());
-    // The commit itself refuses a base that changed, even with force.
-    let setting = OpenContext { force: true, ..OpenContext::unmounted() };
-    let disk = disk::open(&spec, &setting)?.disk;
-    print_base(&dir.display().to_string(), &base.display().to_string());
-    let done = commit_with_progress(&disk, verbosity);
-    let closed = disk.close(CLOSE_TIMEOUT);
-    let done = done?;
-    closed.with_context(|| format!("overlay '{}'", dir.display()))?;
-    let (data, zeroed) = (format_size(done.data), format_zeroed(done.zero));
-    print_line(&format!("{}: {data}{zeroed} are in its base now", dir.display()));
+    let shown = dir.display();
+    let commit = OfflineCommit::open(dir)?;
+    print_base(&shown.to_string(), &commit.base().display().to_string());
+    let committed = commit_with_progress(&commit, verbosity);
+    let closed = commit.close();
+    let committed = committed.with_context(|| format!("overlay '{shown}'"))?;
+    closed.with_context(|| format!("overlay '{shown}'"))?;
+    let (data, zeroed) = (format_size(committed.data), format_zeroed(committed.zero));
+    print_line(&format!("{shown}: {data}{zeroed} are in its base now"));
     Ok(EXIT_OK)
 }
 
-/// Commits `disk` with a progress display, and returns the number of bytes committed.
-fn commit_with_progress(disk: &Disk, verbosity: Verbosity) -> anyhow::Result<Usage> {
-    let stop = Arc::new(AtomicBool::new(false));
+/// Commits with a progress display until a signal ends it, and returns the number of bytes
+/// committed.
+fn commit_with_progress(commit: &OfflineCommit, verbosity: Verbosity) -> anyhow::Result<Usage> {
+    let is_stopped = Arc::new(AtomicBool::new(false));
     for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
-        signal_hook::flag::register(signal, Arc::clone(&stop)).context("signals")?;
+        signal_hook::flag::register(signal, Arc::clone(&is_stopped)).context("signals")?;
     }
-    let ended = AtomicBool::new(false);
+    let has_ended = AtomicBool::new(false);
     let committed = thread::scope(|scope| {
         let show = || {
             let mut progress = ProgressDisplay::new(verbosity);
-            let mut looks = 0u32;
-            while !ended.load(Ordering::SeqCst) {
-                thread::park_timeout(POLL_INTERVAL);
-                looks += 1;
-                let (done, total) = disk.progress();
-                if looks.is_multiple_of(10) {
-                    progress.show(&json!({ "done": done, "total": total }));
+            loop {
+                thread::park_timeout(PROGRESS_INTERVAL);
+                if has_ended.load(Ordering::SeqCst) {
+                    break;
                 }
+                let (done, total) = commit.progress();
+                progress.show(&json!({ "done": done, "total": total }));
             }
             progress.end();
         };
         // If no thread can be started, no progress is shown.
-        let shower = thread::Builder::new().name("progress".into()).spawn_scoped(scope, show);
-        let committed = disk.commit(Force::No, &|| stop.load(Ordering::SeqCst));
-        ended.store(true, Ordering::SeqCst);
-        if let Ok(shower) = shower {
-            shower.thread().unpark();
+        let display = thread::Builder::new().name("progress".into()).spawn_scoped(scope, show);
+        let committed = commit.run(&|| is_stopped.load(Ordering::SeqCst));
+        has_ended.store(true, Ordering::SeqCst);
+        if let Ok(display) = display {
+            display.thread().unpark();
         }
         committed
     });
-    let path = disk.overlay_dir().unwrap_or_default();
-    let committed =
-        committed.map_err(|error| anyhow::anyhow!("overlay '{}': {error}", path.display()))?;
-    Ok(committed.committed)
+    Ok(committed?)
 }

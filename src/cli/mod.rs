@@ -42,7 +42,6 @@ mod snapshot;
 mod status;
 mod stream;
 mod table;
-mod target;
 mod timeout;
 mod umount;
 

@@ -197,7 +197,7 @@ fn diff_image_can_be_imported_as_an_overlay() {
     is_the_disk(&lab, "out.qcow2");
     lab.umount();
     let line = lab.refused(1, "import out.qcow2 --overlay new");
-    assert!(line.contains("'new' is there already"), "{line}");
+    assert!(line.contains("new' is there already"), "{line}");
     // Images made by QEMU: compressed, with zeros, over another image, and without a backing file.
     lab.sh("qemu-img convert -f raw -O qcow2 base.img base.qcow2
          qemu-img create -q -f qcow2 -b base.qcow2 -F qcow2 top.qcow2

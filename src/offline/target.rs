@@ -1,4 +1,4 @@
-//! The overlays that a path denotes, for commands that work on overlays that are not mounted.
+//! The overlays that a path denotes.
 //!
 //! ```text
 //!   vm.cow                an overlay
@@ -10,30 +10,31 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use anyhow::Context as _;
-
+use super::OfflineError;
 use crate::overlay::persist::OverlayPath;
 
 /// One overlay.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct OverlayTarget {
+pub struct OverlayTarget {
     /// Directory with the overlay's `stack`.
-    pub(super) dir: PathBuf,
+    pub dir: PathBuf,
     /// Directory of the layers, unless they are inside `dir`.
-    pub(super) layers: Option<PathBuf>,
+    pub layers: Option<PathBuf>,
     /// Name of the overlay for people.
-    pub(super) display_name: String,
+    pub display_name: String,
 }
 
 impl OverlayTarget {
     /// Returns the overlay's path for the overlay code.
-    pub(super) fn overlay_path(&self) -> OverlayPath<'_> {
+    #[must_use]
+    pub fn overlay_path(&self) -> OverlayPath<'_> {
         OverlayPath { dir: &self.dir, layers: self.layers.as_deref() }
     }
 }
 
 /// Returns whether `dir` is a store rather than an overlay.
-pub(super) fn is_store(dir: &Path) -> bool {
+#[must_use]
+pub fn is_store(dir: &Path) -> bool {
     !dir.join("stack").exists() && dir.join("names").is_dir()
 }
 
@@ -41,26 +42,27 @@ pub(super) fn is_store(dir: &Path) -> bool {
 /// disks without a name.
 ///
 /// # Errors
-/// A line for the user.
-pub(super) fn overlay_targets(dir: &Path) -> anyhow::Result<Vec<OverlayTarget>> {
+/// [`OfflineError::File`] or [`OfflineError::NotAnOverlay`] when `dir` is something else, or the
+/// host's error.
+pub fn overlay_targets(dir: &Path) -> Result<Vec<OverlayTarget>, OfflineError> {
     if is_store(dir) { store_targets(dir) } else { Ok(vec![single_target(dir)?]) }
 }
 
 /// Returns the overlay at `dir`.
 ///
 /// # Errors
-/// A line for the user when `dir` is something else.
-pub(super) fn single_target(dir: &Path) -> anyhow::Result<OverlayTarget> {
+/// [`OfflineError::File`] or [`OfflineError::NotAnOverlay`] when `dir` is something else.
+pub fn single_target(dir: &Path) -> Result<OverlayTarget, OfflineError> {
     let has = |name: &str| dir.join(name).exists();
-    let shown = dir.display().to_string();
     if dir.exists() && !dir.is_dir() {
-        anyhow::bail!("'{shown}' is a file: name the directory of an overlay or a store");
+        return Err(OfflineError::File(dir.to_owned()));
     }
     if dir.is_dir() && !has("stack") && !has("layers") {
-        anyhow::bail!("'{shown}' is no overlay and no store: it holds neither 'stack' nor 'names'");
+        return Err(OfflineError::NotAnOverlay(dir.to_owned()));
     }
     let layers = if has("layers") { None } else { store_layers(dir) };
-    Ok(OverlayTarget { dir: dir.to_owned(), layers, display_name: shown })
+    let display_name = dir.display().to_string();
+    Ok(OverlayTarget { dir: dir.to_owned(), layers, display_name })
 }
 
 /// Returns the layers directory of the store that contains the disk at `dir`.
@@ -71,15 +73,17 @@ fn store_layers(dir: &Path) -> Option<PathBuf> {
 }
 
 /// Returns whether the overlay at `dir` is a disk of a store, with its layers in the store.
-pub(super) fn is_in_store(dir: &Path) -> bool {
+#[must_use]
+pub fn is_in_store(dir: &Path) -> bool {
     !dir.join("layers").exists() && store_layers(dir).is_some()
 }
 
-fn store_targets(dir: &Path) -> anyhow::Result<Vec<OverlayTarget>> {
-    let reading = || format!("cannot read the store '{}'", dir.display());
+fn store_targets(dir: &Path) -> Result<Vec<OverlayTarget>, OfflineError> {
+    let failed =
+        |error| OfflineError::host(format!("cannot read the store '{}'", dir.display()))(error);
     let mut found = Vec::new();
-    for entry in fs::read_dir(dir.join("names")).with_context(reading)? {
-        let entry = entry.with_context(reading)?;
+    for entry in fs::read_dir(dir.join("names")).map_err(failed)? {
+        let entry = entry.map_err(failed)?;
         // An entry that is no link to a disk is an unfinished name.
         let Ok(link) = fs::read_link(entry.path()) else {
             continue;
@@ -101,8 +105,7 @@ mod tests {
     #[test]
     fn file_or_empty_directory_is_no_overlay() {
         let home = tempfile::tempdir().unwrap();
-        let line =
-            |name: &str| format!("{:#}", single_target(&home.path().join(name)).unwrap_err());
+        let line = |name: &str| single_target(&home.path().join(name)).unwrap_err().to_string();
         fs::write(home.path().join("vm.img"), b"bytes").unwrap();
         assert!(line("vm.img").contains("is a file: name the directory of an overlay"));
         fs::create_dir(home.path().join("empty")).unwrap();

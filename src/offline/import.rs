@@ -1,0 +1,158 @@
+//! Import: converts an image with changes into an overlay over its backing file.
+//!
+//! The overlay is made under the name of a part and renamed once it is complete: a partial overlay
+//! would be mounted like a complete one.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use rustix::fs::{CWD, RenameFlags, rename, renameat_with};
+use rustix::io::Errno;
+
+use super::OfflineError;
+use crate::base::qcow2::{self, TopImage};
+use crate::config::{DiskSource, DiskSpec, Format};
+use crate::disk::{self, Disk, FallocateMode, OpenContext, SizeMode};
+use crate::extents::ExtentKind;
+use crate::host::sync_parent_dir;
+use crate::layer::{Layer, Wait};
+use crate::overlay::{Usage, persist};
+use crate::part_file::part_path;
+
+/// Time limit for running requests when the disk is closed; there are none.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
+/// Size in bytes of one read and write.
+const COPY_CHUNK: usize = 1 << 20;
+
+/// An import that can begin: the image is open, and the path of the overlay is free.
+pub struct Import {
+    image: TopImage,
+    allow_backing: Vec<PathBuf>,
+    /// Absolute path of the overlay.
+    dir: PathBuf,
+    /// Path of the overlay until it is complete.
+    part: PathBuf,
+}
+
+/// An overlay that was imported.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Imported {
+    /// The base of the overlay and its format, unless the base is blank.
+    pub base: Option<(PathBuf, Format)>,
+    /// Size of the disk in bytes.
+    pub size: u64,
+    /// The changes, in bytes.
+    pub changes: Usage,
+}
+
+impl Import {
+    /// Opens the qcow2 image at `image` for an import into a new overlay at `dir`, both absolute.
+    /// Backing files must lie in the directory of the image or below one of `allow_backing`.
+    ///
+    /// # Errors
+    /// [`OfflineError`].
+    pub fn prepare(
+        image: &Path,
+        dir: &Path,
+        allow_backing: Vec<PathBuf>,
+    ) -> Result<Self, OfflineError> {
+        // Without a trailing `/`, which would not be part of the name.
+        let dir: PathBuf = dir.components().collect();
+        if dir.exists() {
+            return Err(OfflineError::Exists(dir));
+        }
+        let dir = persist::resolve_overlay_path(&dir).map_err(OfflineError::overlay(&dir))?;
+        let part = part_path(&dir);
+        if part.symlink_metadata().is_ok() {
+            return Err(OfflineError::Leftover(part));
+        }
+        let image = qcow2::open_top(image, &allow_backing)?;
+        Ok(Self { image, allow_backing, dir, part })
+    }
+
+    /// Path of the overlay until it is complete. Whoever ends this process before
+    /// [`run`](Self::run) returns has to remove the directory.
+    #[must_use]
+    pub fn part(&self) -> &Path {
+        &self.part
+    }
+
+    /// Creates the overlay.
+    ///
+    /// # Errors
+    /// [`OfflineError`]; no overlay is left behind, except if the last rename fails.
+    pub fn run(self) -> Result<Imported, OfflineError> {
+        let failed = || OfflineError::host(format!("overlay '{}'", self.dir.display()));
+        let size = self.image.image.size();
+        let base = self.image.backing.as_ref();
+        let source = match base {
+            Some((path, _)) => DiskSource::File(path.clone()),
+            None => DiskSource::Blank(size),
+        };
+        let mut spec = DiskSpec::new("import".to_owned(), source);
+        spec.format = base.map(|(_, format)| *format);
+        spec.overlay = Some(self.part.clone());
+        let context =
+            OpenContext { allow_backing: self.allow_backing.clone(), ..OpenContext::unmounted() };
+        let disk = disk::open(&spec, &context)?.disk;
+        // The file opened must be the file that was checked: the path may lead elsewhere by now.
+        let copied = match base {
+            Some((path, _)) if disk.base_path().as_ref() != Some(path) => Err(io::Error::other(
+                format!("'{}' changed its place meanwhile: try again", path.display()),
+            )),
+            _ => copy_changes(&disk, self.image.image.as_ref()),
+        };
+        let changes = match copied {
+            Ok(changes) => changes,
+            Err(error) => {
+                // A partial overlay is useless, and was created here.
+                disk.abandon();
+                let _ = std::fs::remove_dir_all(&self.part);
+                return Err(failed()(error));
+            }
+        };
+        disk.close(CLOSE_TIMEOUT).map_err(failed())?;
+        rename_new(&self.part, &self.dir).map_err(failed())?;
+        Ok(Imported { base: self.image.backing, size, changes })
+    }
+}
+
+/// Renames the directory `part` to `dir`, which must not exist, durably.
+fn rename_new(part: &Path, dir: &Path) -> io::Result<()> {
+    match renameat_with(CWD, part, CWD, dir, RenameFlags::NOREPLACE) {
+        // The file system does not support NOREPLACE; the directory did not exist before.
+        Err(Errno::INVAL | Errno::NOSYS) => rename(part, dir)?,
+        renamed => renamed?,
+    }
+    sync_parent_dir(dir)
+}
+
+/// Copies the changes in `image` itself to `disk`, and returns the number of bytes.
+fn copy_changes(disk: &Disk, image: &dyn Layer) -> io::Result<Usage> {
+    let size = image.size();
+    disk.set_size(size, Wait::Yes)?;
+    let mut buf = vec![0; COPY_CHUNK];
+    let (mut at, mut copied) = (0, Usage { data: 0, zero: 0 });
+    while at < size {
+        let len = usize::try_from(size - at).map_or(COPY_CHUNK, |left| left.min(COPY_CHUNK));
+        let found = image.read_at(&mut buf[..len], at, Wait::Yes)?;
+        let range = found.range;
+        let bytes = range.end - range.start;
+        match found.kind {
+            ExtentKind::Data => {
+                let len = usize::try_from(bytes).unwrap_or(0);
+                disk.write(&buf[..len], at, Wait::Yes)?;
+                copied.data += bytes;
+            }
+            ExtentKind::Zero => {
+                disk.fallocate(range.clone(), FallocateMode::Punch, SizeMode::Keep, Wait::Yes)?;
+                copied.zero += bytes;
+            }
+            ExtentKind::Hole | ExtentKind::Lower => {}
+        }
+        at = range.end;
+    }
+    disk.sync()?;
+    Ok(copied)
+}

@@ -1,0 +1,308 @@
+//! Rebase: records the new location of the base of an overlay that is not mounted.
+//!
+//! An overlay over another base is garbage, so the new base must match the record of the old one:
+//! the size and a hash of samples. The inode and the modification time may differ, as for a copy.
+
+use std::fs::File;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use super::{OfflineError, is_store, single_target};
+use crate::base::identity::Identity;
+use crate::base::{self, BaseAccess, BaseError, BaseOptions};
+use crate::config::{DirectIo, DiskSource, Format, Locking, Passthrough, SourcePart};
+use crate::overlay::persist::{self, LockedOverlay};
+use crate::overlay::stack::{BaseRecord, FileRecord, Stack};
+
+/// Policy for a base that does not match.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OnMismatch {
+    /// The overlay stays as it is.
+    Refuse,
+    /// The overlay gets the base nevertheless.
+    Accept,
+}
+
+/// The result of a rebase.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Rebased {
+    /// The base is recorded as it is already.
+    Unchanged {
+        /// Real path of the base.
+        base: PathBuf,
+    },
+    /// The overlay has another base now.
+    Moved {
+        /// Real path of the new base.
+        base: PathBuf,
+        /// Recorded path of the old base.
+        was: PathBuf,
+        /// How the new base differs from the old one, if a mismatch was accepted.
+        difference: Option<String>,
+    },
+}
+
+/// Makes the file `new` the base of the overlay at `dir`. Backing files of an image must lie in its
+/// directory or below one of `allow_backing`.
+///
+/// # Errors
+/// [`OfflineError`]; the overlay is unchanged then.
+pub fn rebase(
+    dir: &Path,
+    new: &Path,
+    on_mismatch: OnMismatch,
+    allow_backing: &[PathBuf],
+) -> Result<Rebased, OfflineError> {
+    if is_store(dir) {
+        return Err(OfflineError::Store(dir.to_owned()));
+    }
+    let target = single_target(dir)?;
+    let overlay =
+        persist::lock_overlay(target.overlay_path()).map_err(OfflineError::overlay(dir))?;
+    let part = overlay.stack.base.part();
+    let BaseRecord::File { path: was, format, offset, len, identity, needs } =
+        overlay.stack.base.clone()
+    else {
+        return Err(OfflineError::NoBase(dir.to_owned()));
+    };
+    let known = format.parse::<Format>().ok().filter(|format| format.is_supported());
+    let Some(known) = known else {
+        return Err(OfflineError::Format { dir: dir.to_owned(), format });
+    };
+    // Use the recorded format: if the contents match, there is nothing to detect.
+    let found = NewBase::inspect(new, Some(known), part, allow_backing)?;
+    let difference = difference(&overlay, dir, &identity, &needs, &found)?;
+    if let Some(difference) = &difference {
+        // If the file looks like another format, that is the clearer error.
+        if known == Format::Raw {
+            NewBase::inspect(new, None, part, &[])?;
+        }
+        if on_mismatch == OnMismatch::Refuse {
+            return Err(OfflineError::OtherBase {
+                base: new.to_owned(),
+                dir: dir.to_owned(),
+                difference: difference.clone(),
+            });
+        }
+    }
+    let base = found.path.clone();
+    if base == was && found.identity == identity && found.needs == needs {
+        return Ok(Rebased::Unchanged { base });
+    }
+    let NewBase { path, identity, needs } = found;
+    let record = BaseRecord::File { path, format, offset, len, identity, needs };
+    let stack = Stack { base: record, ..overlay.stack.clone() };
+    overlay.into_dir().replace_stack(stack).map_err(OfflineError::overlay(dir))?;
+    Ok(Rebased::Moved { base, was, difference })
+}
+
+/// Describes how `found` differs from the base that the overlay recorded; `None` if it is the same
+/// base or a copy of it.
+fn difference(
+    overlay: &LockedOverlay,
+    dir: &Path,
+    identity: &Identity,
+    needs: &[FileRecord],
+    found: &NewBase,
+) -> Result<Option<String>, OfflineError> {
+    if overlay.is_committing().map_err(OfflineError::overlay(dir))? {
+        // The contents are neither old nor new, so only the file itself can be compared.
+        return Ok(identity.file_difference(&found.identity).map(|difference| {
+            let shown = dir.display();
+            format!(
+                "{difference}, and a commit was cut short that cowslip commit '{shown}' finishes"
+            )
+        }));
+    }
+    let of_backing_files = || {
+        if needs.len() != found.needs.len() {
+            return Some("it needs other files".to_owned());
+        }
+        needs.iter().zip(&found.needs).find_map(|(was, is)| {
+            let difference = was.identity.differences_of_copy(&is.identity)?;
+            Some(format!("its backing file '{}': {difference}", is.path.display()))
+        })
+    };
+    Ok(identity.differences_of_copy(&found.identity).or_else(of_backing_files))
+}
+
+/// The candidate for the new base.
+struct NewBase {
+    /// Real path.
+    path: PathBuf,
+    identity: Identity,
+    /// Backing files.
+    needs: Vec<FileRecord>,
+}
+
+impl NewBase {
+    /// Opens the base at `path`, and collects what an overlay records of a base.
+    fn inspect(
+        path: &Path,
+        format: Option<Format>,
+        part: SourcePart,
+        allow_backing: &[PathBuf],
+    ) -> Result<Self, OfflineError> {
+        let source = DiskSource::File(path.to_owned());
+        let (access, locking, passthrough) = (BaseAccess::Read, Locking::Qemu, Passthrough::Off);
+        let direct = DirectIo::Off;
+        let options =
+            BaseOptions { format, part, access, locking, passthrough, direct, allow_backing };
+        let base = base::open(&source, options)?;
+        let failed =
+            |error| OfflineError::host(format!("cannot read the base '{}'", path.display()))(error);
+        let record = |(path, file): &(PathBuf, Arc<File>)| {
+            Ok(FileRecord { path: path.clone(), identity: Identity::of(file)? })
+        };
+        let needs = base.needs.iter().map(record).collect::<io::Result<_>>();
+        let missing = || BaseError::Missing(path.to_owned());
+        Ok(Self {
+            path: base.path.clone().ok_or_else(missing)?,
+            identity: base.identity().map_err(failed)?.ok_or_else(missing)?,
+            needs: needs.map_err(failed)?,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::os::unix::fs::symlink;
+
+    use uuid::Uuid;
+
+    use super::*;
+    use crate::config::OverlayKind;
+    use crate::confined::open_dir;
+    use crate::overlay::FORMAT_VERSION;
+    use crate::overlay::persist::{NewOverlay, OverlayPath};
+    use crate::overlay::record::LayerMap;
+    use crate::overlay::stack::LayerRecord;
+
+    /// Creates an overlay `o` over the file `a`, in a temporary directory.
+    fn make(format: &str) -> tempfile::TempDir {
+        let home = tempfile::tempdir().unwrap();
+        let path = home.path().join("a");
+        fs::write(&path, [7; 9000]).unwrap();
+        let identity = inspect(&path).1;
+        put(
+            home.path(),
+            BaseRecord::File {
+                path,
+                format: format.to_owned(),
+                offset: None,
+                len: None,
+                identity,
+                needs: Vec::new(),
+            },
+        );
+        home
+    }
+
+    fn put(home: &Path, base: BaseRecord) {
+        let stack = Stack {
+            version: FORMAT_VERSION,
+            uuid: Uuid::new_v4(),
+            uid: 0,
+            gid: 0,
+            perm: 0o600,
+            base,
+            kind: OverlayKind::Blocks,
+            layers: vec![LayerRecord { uuid: Uuid::new_v4(), block: 4096, parent: None }],
+            snapshots: Vec::new(),
+        };
+        let new = NewOverlay { stack, map: &LayerMap::new(9000, 9000), limit: None };
+        drop(persist::create(OverlayPath { dir: &home.join("o"), layers: None }, new).unwrap());
+    }
+
+    fn try_rebase(home: &Path, name: &str, on_mismatch: OnMismatch) -> Result<Rebased, String> {
+        rebase(&home.join("o"), &home.join(name), on_mismatch, &[])
+            .map_err(|error| error.to_string())
+    }
+
+    fn inspect(path: &Path) -> (PathBuf, Identity) {
+        let NewBase { path, identity, .. } =
+            NewBase::inspect(path, None, SourcePart::Whole, &[]).unwrap();
+        (path, identity)
+    }
+
+    fn base_of(home: &Path) -> (PathBuf, Identity) {
+        let stack = Stack::read(&open_dir(&home.join("o")).unwrap()).unwrap();
+        let BaseRecord::File { path, identity, .. } = stack.base else { panic!("blank") };
+        (path, identity)
+    }
+
+    #[test]
+    fn copy_becomes_the_base_under_its_real_path() {
+        let home = make("raw");
+        let home = home.path();
+        fs::write(home.join("copy"), [7; 9000]).unwrap();
+        symlink("copy", home.join("link")).unwrap();
+        let (base, was) = (home.join("copy"), home.join("a"));
+        let rebased = try_rebase(home, "link", OnMismatch::Refuse).unwrap();
+        assert_eq!(rebased, Rebased::Moved { base: base.clone(), was, difference: None });
+        assert_eq!(base_of(home), inspect(&home.join("copy")));
+        let again = try_rebase(home, "copy", OnMismatch::Refuse).unwrap();
+        assert_eq!(again, Rebased::Unchanged { base });
+    }
+
+    #[test]
+    fn different_base_is_accepted_only_by_force() {
+        let home = make("raw");
+        let home = home.path();
+        fs::write(home.join("other"), [8; 9000]).unwrap();
+        let before = base_of(home);
+        let line = try_rebase(home, "other", OnMismatch::Refuse).unwrap_err();
+        assert!(line.contains("is not the base") && line.contains("its contents differ"), "{line}");
+        assert_eq!(base_of(home), before);
+        let rebased = try_rebase(home, "other", OnMismatch::Accept).unwrap();
+        let Rebased::Moved { difference, .. } = rebased else { panic!("{rebased:?}") };
+        assert_eq!(difference.as_deref(), Some("its contents differ"));
+        assert_eq!(base_of(home), inspect(&home.join("other")));
+    }
+
+    #[test]
+    fn unusable_base_is_refused_even_by_force() {
+        let home = make("raw");
+        let home = home.path();
+        fs::write(home.join("qcow2"), [b"QFI\xfb\0\0\0\x03".as_slice(), &[0; 8992]].concat())
+            .unwrap();
+        for (name, why) in [
+            ("none", "does not exist"),
+            ("o", "is a directory"),
+            ("qcow2", "looks like a qcow2 image"),
+        ] {
+            let line = try_rebase(home, name, OnMismatch::Accept).unwrap_err();
+            assert!(line.contains(why) && !line.contains('\n'), "{line}");
+        }
+    }
+
+    #[test]
+    fn error_says_why_an_overlay_cannot_be_rebased() {
+        let home = tempfile::tempdir().unwrap();
+        put(home.path(), BaseRecord::Blank { size: 9000 });
+        fs::write(home.path().join("a"), [7; 9000]).unwrap();
+        assert!(
+            try_rebase(home.path(), "a", OnMismatch::Accept)
+                .unwrap_err()
+                .contains("over a blank disk")
+        );
+        let home = make("vhdx");
+        assert!(
+            try_rebase(home.path(), "a", OnMismatch::Accept)
+                .unwrap_err()
+                .contains("of format vhdx")
+        );
+        let home = make("raw");
+        let dir = home.path().join("o");
+        let held = persist::lock_overlay(OverlayPath { dir: &dir, layers: None }).unwrap();
+        assert!(
+            try_rebase(home.path(), "a", OnMismatch::Accept).unwrap_err().contains("is in use")
+        );
+        drop(held);
+        fs::create_dir(home.path().join("names")).unwrap();
+        let line = rebase(home.path(), &dir, OnMismatch::Accept, &[]).unwrap_err().to_string();
+        assert!(line.contains("is a store: name one of its disks"), "{line}");
+    }
+}
