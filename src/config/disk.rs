@@ -7,7 +7,8 @@ use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 
 use super::error::escaped;
-use super::keys::{self, RawValue};
+use super::keys;
+use super::raw_value::{RawValue, absolute};
 use super::{
     CacheMode, DiskSource, DiskSpec, Format, Partitions, SpecError, StreamSpec, format_size,
     parse_size,
@@ -82,7 +83,7 @@ fn comma_hint(
 ) -> Option<SpecError> {
     for count in (2..=pieces.len()).rev() {
         let source = pieces[..count].join(OsStr::new(","));
-        let Ok(path) = keys::absolute(&source, dir) else {
+        let Ok(path) = absolute(&source, dir) else {
             continue;
         };
         if exists(&path) {
@@ -174,7 +175,7 @@ fn parse_source(text: &OsStr, dir: &Path) -> Result<DiskSource, SpecError> {
         return Ok(DiskSource::Stream(Box::new(StreamSpec::new(size, dir.to_owned()))));
     }
     match url_scheme(bytes) {
-        None => Ok(DiskSource::File(keys::absolute(text, dir)?)),
+        None => Ok(DiskSource::File(absolute(text, dir)?)),
         Some(b"nbd" | b"nbds" | b"nbd+unix" | b"nbds+unix" | b"http" | b"https" | b"s3") => {
             refused("is on the network, and such sources are not in this version of cowslip")
         }

@@ -6,7 +6,7 @@ use std::path::Path;
 
 use super::command_line::{self, CommandLineError};
 use super::error::{escaped, hint};
-use super::keys::{RawValue, absolute};
+use super::raw_value::{RawValue, absolute};
 use super::stream::Programs;
 use super::{Flow, Overwrite, SinkSpec, SourceSpec, SpecError, Spool};
 
@@ -33,7 +33,7 @@ pub(super) fn parse_to(value: &RawValue, dir: &Path) -> Result<Flow, SpecError> 
 /// Parses the value of `from=`.
 pub(super) fn parse_from(value: &RawValue, dir: &Path) -> Result<Flow, SpecError> {
     let (kind, rest) = split_kind(value)?;
-    let supply = match kind.as_bytes() {
+    let source = match kind.as_bytes() {
         b"fifo" => SourceSpec::Fifo(absolute(&path_value(&rest)?, dir)?),
         b"file" => SourceSpec::File(absolute(&path_value(&rest)?, dir)?),
         b"cmd" => SourceSpec::Command(parse_programs(&rest, "from")?),
@@ -43,7 +43,7 @@ pub(super) fn parse_from(value: &RawValue, dir: &Path) -> Result<Flow, SpecError
         }
         _ => return Err(unknown_kind("source", &kind, &["fifo", "file", "cmd", "stdin"])),
     };
-    Ok(Flow::In { source: supply, spool: Spool::Off })
+    Ok(Flow::In { source, spool: Spool::Off })
 }
 
 /// The part after `KIND:`.

@@ -24,6 +24,7 @@ mod error;
 mod flow;
 mod keys;
 mod options;
+mod raw_value;
 mod size;
 mod stream;
 mod toml_file;

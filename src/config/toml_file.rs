@@ -10,7 +10,8 @@ use toml::de::{DeTable, DeValue};
 
 use super::disk::RawSpec;
 use super::error::{escaped, hint, parse_choice};
-use super::keys::{self, RawValue};
+use super::keys;
+use super::raw_value::{RawValue, absolute};
 use super::{DiskSpec, SpecError};
 
 /// The contents of a TOML file. `None` or empty means that a key was not given.
@@ -100,8 +101,7 @@ fn set_top_key(
     value: &DeValue<'_>,
     dir: &Path,
 ) -> Result<(), SpecError> {
-    let path =
-        || keys::absolute(&string_value(key, value)?, dir).map_err(|error| error.within(key));
+    let path = || absolute(&string_value(key, value)?, dir).map_err(|error| error.within(key));
     match key {
         "mountpoint" => config.mountpoint = Some(path()?),
         "store" => config.store = Some(path()?),
@@ -134,8 +134,8 @@ fn string_value(key: &str, value: &DeValue<'_>) -> Result<OsString, SpecError> {
 
 /// Returns a path or an array of paths; relative ones are joined to `dir`.
 fn path_values(key: &str, value: &DeValue<'_>, dir: &Path) -> Result<Vec<PathBuf>, SpecError> {
-    let absolute = |name: &OsString| keys::absolute(name, dir);
-    let paths = string_values(key, value)?.iter().map(absolute).collect::<Result<_, _>>();
+    let path = |name: &OsString| absolute(name, dir);
+    let paths = string_values(key, value)?.iter().map(path).collect::<Result<_, _>>();
     paths.map_err(|error| error.within(key))
 }
 

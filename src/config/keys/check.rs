@@ -1,6 +1,7 @@
 //! Checks for combinations of keys.
 
-use super::{DiskKey, RawValue};
+use super::key::DiskKey;
+use crate::config::raw_value::RawValue;
 use crate::config::{
     DirectIo, DiskMode, DiskSource, DiskSpec, Flow, Format, OverlayKind, Partitions, Passthrough,
     SinkSpec, SourcePart, SpecError,

@@ -1,6 +1,6 @@
 //! The table of keys, and the effect of each key on the spec.
 
-use super::{DiskKey, KeyScope, KeySetter, Switch};
+use super::key::{DiskKey, KeyScope, KeySetter, Switch};
 use crate::config::{
     DirectIo, DiskMode, DiskSpec, FinishWhen, Flow, Locking, OverlayKind, Overwrite, Pad,
     Partitions, Passthrough, Resize, SinkSpec, SourcePart, SpecError, SpillCompression, Spool,
@@ -12,7 +12,7 @@ pub(super) static KEYS: &[DiskKey] = &[
     row("overlay", KeyScope::Cow, "DIR", KeySetter::Path(|disk, path| disk.overlay = Some(path))),
     row("reflink", KeyScope::Cow, "on|off", KeySetter::Switch(set_reflink)),
     // A blank disk accepts `mode=cow`; `check_mode` refuses the other modes.
-    row("mode", KeyScope::All, "cow|ro|rw", KeySetter::Word(set_mode)),
+    row("mode", KeyScope::Disks, "cow|ro|rw", KeySetter::Word(set_mode)),
     row("format", KeyScope::Files, "raw|qcow2|...", KeySetter::Word(set_format)),
     row("block", KeyScope::Cow, "4K", KeySetter::Size(set_block)),
     row(
@@ -82,7 +82,12 @@ pub(super) static KEYS: &[DiskKey] = &[
         "1G",
         KeySetter::StreamSize(|stream, size| stream.spill = Some(size)),
     ),
-    row("spill-compress", KeyScope::Outputs, "on|off|lz4", KeySetter::StreamWord(set_compress)),
+    row(
+        "spill-compress",
+        KeyScope::Outputs,
+        "on|off|lz4",
+        KeySetter::StreamSwitchWord(set_compress),
+    ),
     row("finish", KeyScope::Outputs, "explicit|umount|close", KeySetter::StreamWord(set_finish)),
     row("pad", KeyScope::Outputs, "on|off", KeySetter::StreamSwitch(set_pad)),
     row("frames", KeyScope::Outputs, "raw|rbd", KeySetter::StreamWord(set_frames)),
@@ -96,13 +101,8 @@ const SINK_FORMS: &str = "fifo:PATH, file:PATH, cmd:COMMAND, stdout or measure:"
 /// The forms of a value of `from=`.
 const SOURCE_FORMS: &str = "fifo:PATH, file:PATH, cmd:COMMAND or stdin";
 
-pub(super) const fn row(
-    name: &'static str,
-    applies: KeyScope,
-    sample: &'static str,
-    set: KeySetter,
-) -> DiskKey {
-    DiskKey { name, scope: applies, set, sample }
+const fn row(name: &'static str, scope: KeyScope, sample: &'static str, set: KeySetter) -> DiskKey {
+    DiskKey { name, scope, set, sample }
 }
 
 fn set_some(field: &mut Option<u64>, size: u64) -> Result<(), SpecError> {
