@@ -92,6 +92,29 @@ impl DiffInput {
 pub(super) fn run(args: &DiffArgs) -> anyhow::Result<u8> {
     let place = Endpoint::of_disk(&args.file)?;
     let to_stdout = args.out == Path::new("-");
+    check_usage(args, to_stdout)?;
+    if to_stdout {
+        let input = freeze_disk(&place, args)?;
+        restore_sigpipe();
+        let mut out = BufWriter::new(io::stdout().lock());
+        write_sequential(&mut out, &input, args).context("cannot print")?;
+        return Ok(EXIT_OK);
+    }
+    let (out, mode) = resolve_output(args)?;
+    let input = freeze_disk(&place, args)?;
+    write_file(&out, mode, &input, args)?;
+    let (mut data, mut zeroed) = (0, 0);
+    for run in &input.runs {
+        data += run.data_len();
+        zeroed += run.range.end - run.range.start - run.data_len();
+    }
+    let (data, zeroed) = (format_size(data), format_zeroed(zeroed));
+    print_line(&format!("{}: {data} of changes{zeroed} written", args.out.display()));
+    Ok(EXIT_OK)
+}
+
+/// Checks that the options go together.
+fn check_usage(args: &DiffArgs, to_stdout: bool) -> anyhow::Result<()> {
     match (args.output, to_stdout) {
         (DiffFormat::Qcow2, true) => {
             return Err(CliError::usage("a qcow2 image is written here and there: -o FILE"));
@@ -114,25 +137,27 @@ pub(super) fn run(args: &DiffArgs) -> anyhow::Result<u8> {
     {
         return Err(CliError::usage(format!("-F {format}: a backing file is raw or qcow2")));
     }
-    let (out, mode) = if to_stdout { (PathBuf::new(), None) } else { resolve_output(args)? };
-    let frozen = freeze_disk(&place, args)?;
-    if to_stdout {
-        restore_sigpipe();
-        let mut out = BufWriter::new(io::stdout().lock());
-        write_sequential(&mut out, &frozen, args).context("cannot print")?;
-        return Ok(EXIT_OK);
-    }
+    Ok(())
+}
+
+/// Writes the diff to the file `out`, whole under its name or not at all. `mode` is that of the file
+/// which it replaces there.
+fn write_file(
+    out: &Path,
+    mode: Option<Permissions>,
+    input: &DiffInput,
+    args: &DiffArgs,
+) -> anyhow::Result<()> {
     let failed = || format!("cannot write '{}'", args.out.display());
-    // Whole under its name, or not there.
-    let fresh = UnnamedFile::create(&out, if mode.is_some() { 0o600 } else { 0o666 })?;
+    let fresh = UnnamedFile::create(out, if mode.is_some() { 0o600 } else { 0o666 })?;
     if let Some(part) = fresh.path() {
         cleanup::remove_on_signal(part.to_owned()).with_context(failed)?;
     }
     let written = if args.output == DiffFormat::Qcow2 {
-        write_qcow2(fresh.file(), &frozen, args)
+        write_qcow2(fresh.file(), input, args)
     } else {
         let mut to = BufWriter::with_capacity(1 << 20, fresh.file());
-        write_sequential(&mut to, &frozen, args).and_then(|()| to.flush())
+        write_sequential(&mut to, input, args).and_then(|()| to.flush())
     };
     let written = written.and_then(|()| match mode {
         // Its successor is readable for nobody else.
@@ -144,15 +169,7 @@ pub(super) fn run(args: &DiffArgs) -> anyhow::Result<u8> {
         return Err(error).with_context(failed);
     }
     let overwrite = if args.overwrite { Overwrite::Yes } else { Overwrite::No };
-    fresh.commit(overwrite).map_err(anyhow::Error::msg)?;
-    let (mut data, mut zeroed) = (0, 0);
-    for run in &frozen.runs {
-        data += run.data_len();
-        zeroed += run.range.end - run.range.start - run.data_len();
-    }
-    let (data, zeroed) = (format_size(data), format_zeroed(zeroed));
-    print_line(&format!("{}: {data} of changes{zeroed} written", args.out.display()));
-    Ok(EXIT_OK)
+    fresh.commit(overwrite).map_err(anyhow::Error::msg)
 }
 
 /// Has the daemon freeze the disk, and finds out what has changed.

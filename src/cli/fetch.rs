@@ -17,7 +17,7 @@ pub(super) struct PrefetchArgs {
     /// The mounted disk
     file: PathBuf,
     /// What to bring in, as 1G..2G (all of it)
-    #[arg(value_parser = range)]
+    #[arg(value_parser = parse_range)]
     range: Option<Range<u64>>,
     /// Copy it up into the overlay, instead of reading it into the host's cache
     #[arg(long)]
@@ -31,7 +31,7 @@ pub(super) struct HydrateArgs {
     /// The mounted disk
     file: PathBuf,
     /// At most so many bytes a second: 100M
-    #[arg(long, value_name = "SIZE", value_parser = size, conflicts_with_all = ["pause", "cancel"])]
+    #[arg(long, value_name = "SIZE", value_parser = parse_size, conflicts_with_all = ["pause", "cancel"])]
     rate: Option<u64>,
     /// Return at once: cowslip status shows how far it is
     #[arg(long, conflicts_with_all = ["pause", "cancel"])]
@@ -44,14 +44,6 @@ pub(super) struct HydrateArgs {
     cancel: bool,
     #[command(flatten)]
     verbosity: Verbosity,
-}
-
-fn range(text: &str) -> Result<Range<u64>, String> {
-    parse_range(text).map_err(|error| error.to_string())
-}
-
-fn size(text: &str) -> Result<u64, String> {
-    parse_size(text).map_err(|error| error.to_string())
 }
 
 /// Prefetches data of a disk.

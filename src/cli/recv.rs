@@ -10,9 +10,8 @@ use clap::Args;
 
 use super::meter::TransferMeter;
 use super::progress::Verbosity;
-use super::send::{frames, size};
 use super::{CliError, EXIT_OK, print, print_line, warn};
-use crate::config::{Overwrite, format_size};
+use crate::config::{Overwrite, format_size, parse_size};
 use crate::transfer::{ReceivePlan, ReceiveStart, TransferFormat, receive, resume_offset};
 
 #[derive(Debug, Args)]
@@ -29,14 +28,14 @@ pub(super) struct RecvArgs {
     #[arg(long)]
     overwrite: bool,
     /// What comes over the wire: rbd (data and holes as records), raw (plain bytes) or android-sparse
-    #[arg(long, value_name = "FRAMES", default_value = "rbd", value_parser = frames)]
+    #[arg(long, value_name = "FRAMES", default_value = "rbd")]
     frames: TransferFormat,
     /// What does not arrive is as in this file, which stays as it is: for 'cowslip send --since',
     /// the file that holds that snapshot
     #[arg(long, value_name = "OLD")]
     onto: Option<PathBuf>,
     /// Write no more data than this, what an Android sparse image only repeats included (no limit)
-    #[arg(long, value_name = "SIZE", value_parser = size)]
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     limit: Option<u64>,
     #[command(flatten)]
     verbosity: Verbosity,

@@ -27,10 +27,10 @@ pub(super) struct SendArgs {
     /// The file or block device, mounted or not (- is stdin)
     file: PathBuf,
     /// Begin at this byte: what 'cowslip recv --resume-offset' says
-    #[arg(long, value_name = "OFFSET", value_parser = size)]
+    #[arg(long, value_name = "OFFSET", value_parser = parse_size)]
     from: Option<u64>,
     /// What goes over the wire: rbd (data and holes as records), raw (plain bytes) or android-sparse
-    #[arg(long, value_name = "FRAMES", default_value = "rbd", value_parser = frames)]
+    #[arg(long, value_name = "FRAMES", default_value = "rbd")]
     frames: TransferFormat,
     /// Send blocks that hold only zeros as holes
     #[arg(long)]
@@ -40,20 +40,6 @@ pub(super) struct SendArgs {
     since: Option<String>,
     #[command(flatten)]
     verbosity: Verbosity,
-}
-
-pub(super) fn size(text: &str) -> Result<u64, String> {
-    parse_size(text).map_err(|error| error.to_string())
-}
-
-/// Parses the value of `--frames`.
-pub(super) fn frames(text: &str) -> Result<TransferFormat, String> {
-    match text {
-        "rbd" => Ok(TransferFormat::Rbd),
-        "raw" => Ok(TransferFormat::Raw),
-        "android-sparse" => Ok(TransferFormat::AndroidSparse),
-        _ => Err("write rbd, raw or android-sparse".to_owned()),
-    }
 }
 
 pub(super) fn run(args: &SendArgs) -> anyhow::Result<u8> {

@@ -29,6 +29,8 @@ mod state;
 mod target;
 mod zeros;
 
+use std::str::FromStr;
+
 pub use error::TransferError;
 pub use recv::{ReceivePlan, ReceiveStart, Received, receive, resume_offset};
 pub use send::{Changes, SendPlan, Sent, send};
@@ -44,6 +46,24 @@ pub enum TransferFormat {
     Raw,
     /// An Android sparse image.
     AndroidSparse,
+}
+
+/// The name of a transfer format is none of the known ones.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("write rbd, raw or android-sparse")]
+pub struct UnknownFormat;
+
+impl FromStr for TransferFormat {
+    type Err = UnknownFormat;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        match text {
+            "rbd" => Ok(Self::Rbd),
+            "raw" => Ok(Self::Raw),
+            "android-sparse" => Ok(Self::AndroidSparse),
+            _ => Err(UnknownFormat),
+        }
+    }
 }
 
 /// The progress of a transfer; all numbers are bytes.
