@@ -18,8 +18,9 @@ use super::client::{AskError, Endpoint};
 use super::progress::{ProgressDisplay, Verbosity};
 use super::{EXIT_OK, print_line, timeout};
 use crate::host::mountinfo;
+use crate::host::{ProcessState, wait_for_exit};
 use crate::mount::kernel::{MountHandle, MountHealth, UnmountMode};
-use crate::mount::openers::{self, Opener, ProcessState};
+use crate::mount::openers::{self, Opener};
 
 /// RELEASE and `losetup -d` come after close has returned, so a mount may look used for a moment.
 pub(super) const OPENERS_TIMEOUT: Duration = Duration::from_secs(5);
@@ -320,8 +321,7 @@ impl EndedMount {
         // A namespace that is about to end has as long as any other user of the mount.
         let grace = patience.min(OPENERS_TIMEOUT);
         // No such number here: it lives in another container.
-        let is_there =
-            |patience| matches!(openers::wait_for_exit(pid, patience), Ok(ProcessState::Running));
+        let is_there = |patience| matches!(wait_for_exit(pid, patience), Ok(ProcessState::Running));
         if !is_there(grace) {
             return Ok(());
         }

@@ -9,6 +9,7 @@ mod file;
 pub mod file_system;
 mod holes;
 pub mod mountinfo;
+mod process_exit;
 mod procfs;
 #[cfg(test)]
 pub(crate) mod testing;
@@ -20,6 +21,7 @@ pub use self::file::{
     is_read_only, read_at, start_writeback, sync_dir, sync_parent_dir, write_all_at,
 };
 pub use self::holes::{allocate, fallocate, punch_hole};
+pub use self::process_exit::{ProcessState, wait_for_exit};
 pub use self::procfs::{is_being_killed, process_of_thread};
 
 /// Builds an `io::Error` from a raw errno.

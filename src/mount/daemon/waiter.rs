@@ -14,7 +14,7 @@ use rustix::io::Errno;
 use rustix::process::{Pid, Signal, WaitOptions, WaitStatus, kill_process};
 
 use super::frames::{FrameKind, print_line, read_frame};
-use crate::mount::openers;
+use crate::host::wait_for_exit;
 use crate::mount::signals::TERMINATING_SIGNALS;
 
 /// How long a child that reported a failure may take to clean up and end.
@@ -182,7 +182,7 @@ impl StartupWaiter {
 
     fn reap(&self) -> Option<WaitStatus> {
         let pid = u32::try_from(self.child.as_raw_pid()).ok()?;
-        openers::wait_for_exit(pid, CLEANUP_TIMEOUT).ok()?;
+        wait_for_exit(pid, CLEANUP_TIMEOUT).ok()?;
         // NOHANG: a child that is still there is left to init.
         let reaped = rustix::process::waitpid(Some(self.child), WaitOptions::NOHANG).ok()??;
         Some(reaped.1)
