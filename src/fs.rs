@@ -48,12 +48,12 @@ use fuser::{
 };
 
 use self::attr::ATTR_TTL;
-pub use self::context::{CowslipFs, FsContext};
+pub(crate) use self::context::{CowslipFs, FsContext};
 use self::handles::Handle;
 use self::names::forget_lookups;
 use self::nodes::Node;
-pub use self::page_cache::{PageCache, kernel_invalidator};
-pub use self::reply::Deadlines;
+pub(crate) use self::page_cache::{PageCache, kernel_invalidator};
+pub(crate) use self::reply::Deadlines;
 use self::setattr::AttrChange;
 use self::write::{WriteOrigin, WriteRequest};
 

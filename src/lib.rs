@@ -23,7 +23,7 @@
 //!               overlay ──▶ base ◀── stream       changes; what is below them; bytes in order
 //!                  └─────────┼─────────┘
 //!                            ▼
-//!               layer, extents, host, pool        the traits, runs of bytes, host files, threads
+//!               layer, extents, host, pool        the traits, runs of bytes, the host, threads
 //!
 //!   cli ──▶ transfer, export ──▶ formats          files through pipes; diffs; other tools' formats
 //! ```
@@ -31,7 +31,7 @@
 //! Beside them:
 //!
 //! - [`offline`]: work on overlays that are not mounted: check, rebase, commit, import.
-//! - [`config`]: what the user asked for, as plain values, without I/O.
+//! - [`config`]: the user's settings as plain values, without I/O.
 //! - [`confined`], [`trust`]: which files and directories of others may be opened and believed.
 //! - [`direct`], [`aligned`]: reading and writing past the host's page cache.
 //! - [`part_file`], [`name`], [`printable`], [`process`], [`logging`]: files that get their name
@@ -53,11 +53,11 @@ pub mod disk;
 pub mod export;
 pub mod extents;
 pub mod formats;
-pub mod fs;
+mod fs;
 pub mod host;
 pub mod layer;
 pub mod logging;
-pub mod mount;
+mod mount;
 pub mod name;
 pub mod offline;
 pub mod overlay;

@@ -110,7 +110,7 @@ pub(super) fn start_mount(plan: &MountPlan, notes: &mut dyn Write) -> anyhow::Re
         ForkSide::Child(ready) => return Ok(StartResult::Ended(mount::serve(plan, ready))),
         ForkSide::Parent(waiting) => waiting,
     };
-    match waiting.wait(notes, &mut io::stderr()) {
+    match waiting.wait(notes) {
         StartOutcome::Serving => {}
         StartOutcome::Interrupted { signal } => {
             clear_what_died(&mountpoint);

@@ -16,7 +16,7 @@ use crate::control::Control;
 use crate::pool::Pool;
 
 /// State shared between the adapter and the mount.
-pub struct FsContext {
+pub(crate) struct FsContext {
     /// The disks and their names.
     pub catalog: Arc<Catalog>,
     /// The `.cowslip` directory.
@@ -36,7 +36,7 @@ pub struct FsContext {
 }
 
 /// The file system as the kernel sees it.
-pub struct CowslipFs {
+pub(crate) struct CowslipFs {
     pub(super) shared: Arc<FsContext>,
     pub(super) nodes: Nodes,
     pub(super) handles: Arc<Handles>,
@@ -49,7 +49,7 @@ impl CowslipFs {
     /// Creates the adapter of a mount with `workers` threads. `device` is the connection to the
     /// kernel, polled for the next request.
     #[must_use]
-    pub fn new(shared: Arc<FsContext>, workers: usize, device: Option<OwnedFd>) -> Self {
+    pub(crate) fn new(shared: Arc<FsContext>, workers: usize, device: Option<OwnedFd>) -> Self {
         Self {
             nodes: Nodes::new(Arc::clone(&shared.catalog), shared.owner),
             shared,

@@ -71,7 +71,7 @@ pub(super) const DIRECT: FopenFlags =
     FopenFlags::FOPEN_DIRECT_IO.union(FopenFlags::FOPEN_PARALLEL_DIRECT_WRITES);
 
 /// The kernel's page cache of a mount.
-pub struct PageCache {
+pub(crate) struct PageCache {
     mode: CacheMode,
     /// Sends invalidations; set once the kernel has initialized the connection (`FUSE_INIT`).
     notifier: OnceLock<Notifier>,
@@ -80,12 +80,12 @@ pub struct PageCache {
 impl PageCache {
     /// Creates the page cache of a mount that uses it in the way of `mode`.
     #[must_use]
-    pub fn new(mode: CacheMode) -> Self {
+    pub(crate) fn new(mode: CacheMode) -> Self {
         Self { mode, notifier: OnceLock::new() }
     }
 
     /// Makes invalidations go to `notifier`; nothing is cached before that.
-    pub fn connect(&self, notifier: Notifier) {
+    pub(crate) fn connect(&self, notifier: Notifier) {
         // A mount has one connection.
         let _ = self.notifier.set(notifier);
     }
@@ -200,7 +200,7 @@ impl PageCache {
 /// mount or has other contents. For threads that may wait: the kernel drops a name only while
 /// nobody looks up names in its directory.
 #[must_use]
-pub fn kernel_invalidator(notifier: Notifier) -> Invalidator {
+pub(crate) fn kernel_invalidator(notifier: Notifier) -> Invalidator {
     Arc::new(move |stale: &Invalidation| {
         if let Err(error) = forget(&notifier, stale) {
             log::debug!("{stale:?}: the kernel forgets it by itself: {error}");

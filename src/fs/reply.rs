@@ -70,7 +70,7 @@ pub(super) enum PoolKind {
 }
 
 /// The requests with a deadline, oldest first.
-pub struct Deadlines {
+pub(crate) struct Deadlines {
     io_timeout: Duration,
     pending: Mutex<VecDeque<TimedReply>>,
 }
@@ -152,12 +152,12 @@ impl<R> Cancellable for SlotRequest<R> {
 impl Deadlines {
     /// Creates the deadlines; each request is answered after `io_timeout` at the latest.
     #[must_use]
-    pub fn new(io_timeout: Duration) -> Self {
+    pub(crate) fn new(io_timeout: Duration) -> Self {
         Self { io_timeout, pending: Mutex::default() }
     }
 
     /// Answers overdue requests and forgets answered ones. Called every second.
-    pub fn expire(&self) {
+    pub(crate) fn expire(&self) {
         let now = Instant::now();
         let mut due = Vec::new();
         {

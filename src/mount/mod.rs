@@ -13,19 +13,18 @@
 //! informs the service manager, and `openers` lists the processes that have files of a mount open.
 //! Only `session` and `fs` name `fuser`.
 
-pub mod daemon;
+pub(crate) mod daemon;
 mod disks;
-pub mod kernel;
+pub(crate) mod kernel;
 mod limits;
 mod notify;
-pub mod openers;
+pub(crate) mod openers;
 mod plan;
 mod running;
 mod session;
 mod signals;
 
 use std::io;
-use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicUsize};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, SystemTime};
@@ -35,7 +34,7 @@ use self::disks::{open_disks, open_store};
 use self::kernel::AllowedContents;
 use self::notify::{ServiceState, notify};
 use self::plan::current_ids;
-pub use self::plan::{DaemonMode, MountPlan, OnChangedBase};
+pub(crate) use self::plan::{DaemonMode, MountPlan, OnChangedBase};
 use self::running::RunningMount;
 use self::session::{mount_and_spawn, worker_count};
 use self::signals::Signals;
@@ -44,7 +43,6 @@ use crate::confined;
 use crate::control::{self, Control};
 use crate::fs::{Deadlines, FsContext, PageCache};
 use crate::logging::{self, LogTarget};
-use crate::name::CONTROL_DIR;
 use crate::pool::{Pool, run_cancellable};
 use crate::process::{self, InheritedFds};
 
@@ -54,7 +52,7 @@ use crate::process::{self, InheritedFds};
 /// A signal at any time leads to an orderly shutdown. With `-f`, a signal that arrives before the
 /// mount is up ends the process by that signal, once everything is undone.
 #[must_use]
-pub fn serve(plan: &MountPlan, ready: StartupReporter) -> u8 {
+pub(crate) fn serve(plan: &MountPlan, ready: StartupReporter) -> u8 {
     abort_on_panic();
     let inherited = InheritedFds::find();
     let signals = match Signals::listen() {
@@ -195,10 +193,4 @@ fn open_log(plan: &MountPlan) -> Result<LogTarget, String> {
         (None, DaemonMode::Foreground) => Ok(LogTarget::Stderr),
         (None, DaemonMode::Background) => Ok(LogTarget::System),
     }
-}
-
-/// Returns the path of a mount's control directory.
-#[must_use]
-pub fn control_dir(mountpoint: &Path) -> PathBuf {
-    mountpoint.join(CONTROL_DIR)
 }

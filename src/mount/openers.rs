@@ -19,7 +19,7 @@ use crate::host::mountinfo::{self, MountEntry};
 
 /// Kind of a process's hold on the mount.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum HoldKind {
+pub(crate) enum HoldKind {
     /// An open file or directory.
     File,
     /// The working directory.
@@ -33,7 +33,7 @@ pub enum HoldKind {
 /// A process, loop device or mount that holds a mount. Displays as one line for the user. Paths are
 /// relative to the mount, without a leading `/`, and empty for the mount's own directory.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub enum Opener {
+pub(crate) enum Opener {
     /// A process.
     Process {
         /// Process ID.
@@ -61,18 +61,10 @@ pub enum Opener {
 
 impl Opener {
     /// Returns the file held, relative to the mount; `None` for a user of the mount as a whole.
-    pub fn path(&self) -> Option<&Path> {
+    pub(crate) fn path(&self) -> Option<&Path> {
         match self {
             Self::Process { path, .. } | Self::Loop { path, .. } => Some(path),
             Self::Mount { .. } => None,
-        }
-    }
-
-    /// Returns the process ID, if this is a process.
-    pub fn pid(&self) -> Option<u32> {
-        match self {
-            Self::Process { pid, .. } => Some(*pid),
-            Self::Loop { .. } | Self::Mount { .. } => None,
         }
     }
 }
@@ -106,7 +98,7 @@ impl fmt::Display for Opener {
 /// A process with the file system mounted in its own mount namespace, where the file system stays
 /// mounted after an unmount in this one.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct NamespaceCopy {
+pub(crate) struct NamespaceCopy {
     /// Process ID of one of the processes in that namespace.
     pub pid: u32,
     /// Short name of the process.
@@ -127,7 +119,7 @@ impl fmt::Display for NamespaceCopy {
 }
 
 /// Finds another mount namespace with the file system `dev`, among those that may be inspected.
-pub fn find_namespace_copy(dev: (u32, u32)) -> Option<NamespaceCopy> {
+pub(crate) fn find_namespace_copy(dev: (u32, u32)) -> Option<NamespaceCopy> {
     let ours = fs::read_link("/proc/self/ns/mnt").ok()?;
     let mut seen = HashSet::from([ours]);
     other_processes().into_iter().find_map(|pid| {
@@ -148,7 +140,7 @@ fn process_name(proc: &Path) -> String {
 
 /// Returns everything that holds `mount`, except this process. A process appears once per file,
 /// however often it has the file open.
-pub fn find_openers(mount: &MountEntry) -> Vec<Opener> {
+pub(crate) fn find_openers(mount: &MountEntry) -> Vec<Opener> {
     let entries = mountinfo::mounts_or_empty();
     let mut scan = ProcessScan { dev: mount.dev, own: None, views: HashMap::new() };
     // Use our view whatever the root of a process here: links in /proc are shown relative to our
@@ -383,7 +375,8 @@ mod tests {
         cat.kill().unwrap();
         cat.wait().unwrap();
         let inner = path.strip_prefix("/dev/shm").unwrap();
-        let is_it = |opener: &&Opener| opener.pid() == Some(cat.id());
+        let is_it =
+            |opener: &&Opener| matches!(opener, Opener::Process { pid, .. } if *pid == cat.id());
         let found: Vec<_> = found.iter().filter(is_it).collect();
         let [Opener::Process { path, hold: HoldKind::File, .. }] = found[..] else {
             panic!("{found:?}")

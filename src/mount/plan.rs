@@ -7,7 +7,7 @@ use crate::stream::sink::StdioMode;
 
 /// Policy for a base that changed under its overlay.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum OnChangedBase {
+pub(crate) enum OnChangedBase {
     /// Refuse to open the disk.
     Refuse,
     /// Open the disk and log a warning.
@@ -16,7 +16,7 @@ pub enum OnChangedBase {
 
 /// Whether the mount runs in the background.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum DaemonMode {
+pub(crate) enum DaemonMode {
     /// Run as a daemon.
     Background,
     /// Run in the caller's terminal, or under systemd (`-f`).
@@ -24,7 +24,7 @@ pub enum DaemonMode {
 }
 
 /// Parameters of a mount.
-pub struct MountPlan {
+pub(crate) struct MountPlan {
     /// The mountpoint; absolute.
     pub mountpoint: PathBuf,
     /// The source that the mount table shows.
@@ -53,7 +53,7 @@ pub struct MountPlan {
 impl MountPlan {
     /// Returns whether a stream is written to standard output.
     #[must_use]
-    pub fn has_stdout_sink(&self) -> bool {
+    pub(crate) fn has_stdout_sink(&self) -> bool {
         self.disks.iter().any(|disk| match &disk.source {
             DiskSource::Stream(stream) => stream.flow == Flow::Out(SinkSpec::Stdout),
             DiskSource::File(_) | DiskSource::Blank(_) => false,

@@ -20,8 +20,6 @@ use crate::printable;
 pub(super) enum FrameKind {
     /// A line for stdout.
     Note,
-    /// A line for stderr.
-    Warning,
     /// The last frame: the mount answers.
     Serving,
     /// The last frame: the exit code (1 byte) and the line for stderr.
@@ -29,12 +27,11 @@ pub(super) enum FrameKind {
 }
 
 impl FrameKind {
-    const ALL: [Self; 4] = [Self::Note, Self::Warning, Self::Serving, Self::Failed];
+    const ALL: [Self; 3] = [Self::Note, Self::Serving, Self::Failed];
 
     const fn byte(self) -> u8 {
         match self {
             Self::Note => b'n',
-            Self::Warning => b'w',
             Self::Serving => b'o',
             Self::Failed => b'f',
         }

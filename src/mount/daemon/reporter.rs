@@ -16,7 +16,7 @@ use crate::pool::Cancellable;
 /// [`fail`](Self::fail). When it is dropped without either, the command reports that the daemon
 /// died.
 #[derive(Debug)]
-pub struct StartupReporter {
+pub(crate) struct StartupReporter {
     channel: ReportChannel,
 }
 
@@ -30,7 +30,7 @@ enum ReportChannel {
 
 /// Where notes go in the foreground.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum NoteOutput {
+pub(crate) enum NoteOutput {
     /// To stdout.
     Stdout,
     /// To stderr: a stream has stdout.
@@ -58,7 +58,7 @@ impl Cancellable for WaitingCommand {
 impl StartupReporter {
     /// Creates the reporter of a mount in the foreground (`-f`): no parent waits, lines are printed
     /// at once, and stdio stays.
-    pub fn foreground(notes: NoteOutput) -> Self {
+    pub(crate) fn foreground(notes: NoteOutput) -> Self {
         Self { channel: ReportChannel::Foreground(notes) }
     }
 
@@ -68,7 +68,7 @@ impl StartupReporter {
     }
 
     /// Prints `line` on the user's stdout.
-    pub fn note(&self, line: &str) {
+    pub(crate) fn note(&self, line: &str) {
         // A user who does not listen any more does not miss the line.
         let _ = match &self.channel {
             ReportChannel::Parent(parent) => send_frame(parent, FrameKind::Note, line.as_bytes()),
@@ -81,19 +81,9 @@ impl StartupReporter {
         };
     }
 
-    /// Prints `line` on the user's stderr.
-    pub fn warn(&self, line: &str) {
-        let _ = match &self.channel {
-            ReportChannel::Parent(parent) => {
-                send_frame(parent, FrameKind::Warning, line.as_bytes())
-            }
-            ReportChannel::Foreground(_) => print_line(&mut io::stderr(), line.as_bytes()),
-        };
-    }
-
     /// Returns the start as a request of the command that waits: cancelled once that command is
     /// gone. In the foreground it is never cancelled: the user's signals end this process.
-    pub fn request(&self) -> impl Cancellable + 'static {
+    pub(crate) fn request(&self) -> impl Cancellable + 'static {
         WaitingCommand(match &self.channel {
             ReportChannel::Parent(parent) => parent.try_clone().ok(),
             ReportChannel::Foreground(_) => None,
@@ -106,7 +96,7 @@ impl StartupReporter {
     /// # Errors
     /// `EPIPE` when the command is gone (the user interrupted it): the caller should undo the
     /// mount. The errno of chdir(2) and dup2(2).
-    pub fn succeed(self) -> io::Result<()> {
+    pub(crate) fn succeed(self) -> io::Result<()> {
         let ReportChannel::Parent(parent) = &self.channel else {
             return Ok(rustix::process::chdir("/")?);
         };
@@ -127,7 +117,7 @@ impl StartupReporter {
     /// Reports that the start failed: the command prints `line` and exits with `code`, after this
     /// process has ended. In the foreground the line goes to stderr. To be called when everything
     /// is cleaned up and only exiting is left to do.
-    pub fn fail(self, code: u8, line: &str) {
+    pub(crate) fn fail(self, code: u8, line: &str) {
         let _ = match &self.channel {
             ReportChannel::Parent(parent) => {
                 let text = [&[code], line.as_bytes()].concat();

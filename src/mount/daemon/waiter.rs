@@ -22,7 +22,7 @@ const CLEANUP_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Outcome of starting the daemon.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum StartOutcome {
+pub(crate) enum StartOutcome {
     /// The mount answers, and the daemon goes on without this process.
     Serving,
     /// The mount did not come about.
@@ -45,7 +45,7 @@ static LAST_SIGNAL: OnceLock<Arc<AtomicUsize>> = OnceLock::new();
 /// Returns the last signal that this process received since the fork. From the fork on, none of
 /// those that end a mount ends this process.
 #[must_use]
-pub fn received_signal() -> Option<i32> {
+pub(crate) fn received_signal() -> Option<i32> {
     let signal = LAST_SIGNAL.get()?.load(Ordering::SeqCst);
     i32::try_from(signal).ok().filter(|signal| *signal != 0)
 }
@@ -66,7 +66,7 @@ fn record_signals() -> io::Result<UnixStream> {
 
 /// Waits for the daemon, in the command that has forked it.
 #[derive(Debug)]
-pub struct StartupWaiter {
+pub(crate) struct StartupWaiter {
     channel: UnixStream,
     child: Pid,
     /// Readable when a signal has come.
@@ -90,12 +90,11 @@ impl StartupWaiter {
     ///
     /// Waits as long as the child works: recovery may take its time, and the user can interrupt.
     /// The first signal is passed on; the second ends this process.
-    pub fn wait(mut self, stdout: &mut dyn Write, stderr: &mut dyn Write) -> StartOutcome {
+    pub(crate) fn wait(mut self, stdout: &mut dyn Write) -> StartOutcome {
         loop {
             self.wait_for_frame();
             let printed = match read_frame(&mut self.channel) {
                 Ok(Some((FrameKind::Note, text))) => print_line(stdout, &text),
-                Ok(Some((FrameKind::Warning, text))) => print_line(stderr, &text),
                 Ok(Some((FrameKind::Serving, _))) => {
                     return self.interrupted().unwrap_or(StartOutcome::Serving);
                 }

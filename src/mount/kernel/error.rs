@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 /// The reason why a mount could not be made. Every message is one line with its remedy.
 #[derive(Debug, thiserror::Error)]
-pub enum MountError {
+pub(crate) enum MountError {
     /// There is no `/dev/fuse`, or a container forbids it.
     #[error("no /dev/fuse: in a container add --device /dev/fuse --cap-add SYS_ADMIN")]
     NoDevice,

@@ -15,7 +15,7 @@ use crate::host::mountinfo::{MountEntry, entry_at};
 
 /// The state of a mount, of any file system type.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum MountHealth {
+pub(crate) enum MountHealth {
     /// Nothing is mounted at exactly this path.
     NotMounted,
     /// Not known to be dead: the mount answers, or does not let this user ask (a user's mount without
@@ -29,7 +29,7 @@ pub enum MountHealth {
 const PROBE_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Returns the state of the mount at `mountpoint`. Waits 2 seconds at most.
-pub fn mount_health(mountpoint: &Path) -> MountHealth {
+pub(crate) fn mount_health(mountpoint: &Path) -> MountHealth {
     match entry_at(mountpoint) {
         None => MountHealth::NotMounted,
         Some(entry) => probe(&entry, &entry.mountpoint),
@@ -39,7 +39,7 @@ pub fn mount_health(mountpoint: &Path) -> MountHealth {
 impl MountHandle {
     /// Returns the state of this mount, as [`mount_health`] does.
     #[must_use]
-    pub fn health(&self) -> MountHealth {
+    pub(crate) fn health(&self) -> MountHealth {
         match self.is_mounted() {
             true => probe(self.entry(), &self.access_path()),
             false => MountHealth::NotMounted,

@@ -27,16 +27,16 @@ use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 use rustix::mount::MountFlags;
 
-pub use self::error::MountError;
+pub(crate) use self::error::MountError;
 use self::fusermount::mount_by_fusermount;
-pub use self::health::{MountHealth, mount_health};
-pub use self::mount_handle::MountHandle;
-pub use self::prepare::{AllowedContents, PreparedMountpoint, prepare_mountpoint};
-pub use self::unmount::UnmountMode;
+pub(crate) use self::health::{MountHealth, mount_health};
+pub(crate) use self::mount_handle::MountHandle;
+pub(crate) use self::prepare::{AllowedContents, prepare_mountpoint};
+pub(crate) use self::unmount::UnmountMode;
 use crate::host::mountinfo::FSTYPE;
 
 /// The flags of a mount without options: `nosuid,nodev`.
-pub const DEFAULT_FLAGS: MountFlags = MountFlags::NOSUID.union(MountFlags::NODEV);
+pub(crate) const DEFAULT_FLAGS: MountFlags = MountFlags::NOSUID.union(MountFlags::NODEV);
 
 const FUSE_DEVICE: &str = "/dev/fuse";
 
@@ -58,7 +58,7 @@ const FLAG_WORDS: [(&str, &str, MountFlags); 8] = [
 ];
 
 /// Applies the `-o` option `word` to `flags`; `None` if it is no mount flag.
-pub fn with_option(flags: MountFlags, word: &str) -> Option<MountFlags> {
+pub(crate) fn with_option(flags: MountFlags, word: &str) -> Option<MountFlags> {
     FLAG_WORDS.iter().find_map(|&(set, clear, flag)| match word {
         _ if word == set => Some(flags | flag),
         _ if word == clear => Some(flags - flag),
@@ -68,7 +68,7 @@ pub fn with_option(flags: MountFlags, word: &str) -> Option<MountFlags> {
 
 /// Who may use a mount.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum MountAccess {
+pub(crate) enum MountAccess {
     /// Only the user who mounted it: not even root.
     Owner,
     /// Everybody (`allow_other`), as far as the modes of the files go.
@@ -77,7 +77,7 @@ pub enum MountAccess {
 
 /// The parameters of mount(2).
 #[derive(Clone, Copy, Debug)]
-pub struct MountParams<'a> {
+pub(crate) struct MountParams<'a> {
     /// The path of the directory, from [`PreparedMountpoint::mountpoint`].
     pub mountpoint: &'a Path,
     /// The open directory to mount on, whatever the path leads to by now.
@@ -108,7 +108,7 @@ impl MountParams<'_> {
 ///
 /// # Errors
 /// Everything [`MountError`] lists from `NoDevice` to `Refused`; nothing is mounted then.
-pub fn mount(req: &MountParams<'_>) -> Result<OwnedFd, MountError> {
+pub(crate) fn mount(req: &MountParams<'_>) -> Result<OwnedFd, MountError> {
     if !Path::new(FUSE_DEVICE).exists() {
         return Err(MountError::NoDevice);
     }
@@ -154,7 +154,7 @@ fn mount_by_syscall(req: &MountParams<'_>) -> Result<OwnedFd, MountError> {
 /// Raises the kernel's read-ahead of the mount with device number `dev` to `kib` KiB, and returns
 /// whether it is at least that now. To be called once the mount answers: the handshake lowers the
 /// value. Only root may raise it, so `false` is no error.
-pub fn raise_read_ahead(dev: (u32, u32), kib: u32) -> bool {
+pub(crate) fn raise_read_ahead(dev: (u32, u32), kib: u32) -> bool {
     let path = format!("/sys/class/bdi/{}:{}/read_ahead_kb", dev.0, dev.1);
     let is_enough =
         || fs::read_to_string(&path).ok()?.trim().parse().ok().map(|now: u32| now >= kib);

@@ -30,7 +30,7 @@ const MNT_ID_UNIQUE: StatxFlags = StatxFlags::from_bits_retain(0x4000);
 
 /// A mount that was found, and can be found again. See the module.
 #[derive(Debug)]
-pub struct MountHandle {
+pub(crate) struct MountHandle {
     entry: MountEntry,
     parent: OwnedFd,
     name: OsString,
@@ -43,7 +43,7 @@ impl MountHandle {
     ///
     /// # Errors
     /// The errors of [`of`](Self::of).
-    pub fn at(path: &Path) -> io::Result<Option<Self>> {
+    pub(crate) fn at(path: &Path) -> io::Result<Option<Self>> {
         entry_at(path).map(Self::of).transpose()
     }
 
@@ -51,7 +51,7 @@ impl MountHandle {
     ///
     /// # Errors
     /// `ESTALE` if the mount is gone; the errno of opening its parent directory.
-    pub fn of(entry: MountEntry) -> io::Result<Self> {
+    pub(crate) fn of(entry: MountEntry) -> io::Result<Self> {
         let (Some(parent), Some(name)) = (entry.mountpoint.parent(), entry.mountpoint.file_name())
         else {
             return Err(Errno::BUSY.into());
@@ -70,20 +70,20 @@ impl MountHandle {
 
     /// The entry of mountinfo from when the mount was found.
     #[must_use]
-    pub fn entry(&self) -> &MountEntry {
+    pub(crate) fn entry(&self) -> &MountEntry {
         &self.entry
     }
 
     /// The mountpoint from when the mount was found.
     #[must_use]
-    pub fn mountpoint(&self) -> &Path {
+    pub(crate) fn mountpoint(&self) -> &Path {
         &self.entry.mountpoint
     }
 
     /// A path to the mount, whatever its parent directory is called by now. Valid only in this
     /// process.
     #[must_use]
-    pub fn access_path(&self) -> PathBuf {
+    pub(crate) fn access_path(&self) -> PathBuf {
         self.directory().join(&self.name)
     }
 
@@ -107,7 +107,7 @@ impl MountHandle {
 
     /// Whether the mount is still where it was.
     #[must_use]
-    pub fn is_mounted(&self) -> bool {
+    pub(crate) fn is_mounted(&self) -> bool {
         self.mount_ids().is_ok_and(|(id, unique)| id == self.entry.id && unique == self.unique_id)
     }
 
@@ -116,7 +116,7 @@ impl MountHandle {
     /// # Errors
     /// `EINVAL` if the mount is gone; `EBUSY` while it is in use; `EPERM` for a mount of another user;
     /// any other message of fusermount3 as it is.
-    pub fn unmount(&self, mode: UnmountMode) -> io::Result<()> {
+    pub(crate) fn unmount(&self, mode: UnmountMode) -> io::Result<()> {
         if !self.is_mounted() {
             return Err(Errno::INVAL.into());
         }

@@ -15,7 +15,7 @@ use crate::host::mountinfo::resolve;
 
 /// Whether a mountpoint may hold files, which the mount will hide.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum AllowedContents {
+pub(crate) enum AllowedContents {
     /// None: the mountpoint must be empty.
     None,
     /// Any files (`-o nonempty`).
@@ -24,7 +24,7 @@ pub enum AllowedContents {
 
 /// A mountpoint that is ready to be mounted on.
 #[derive(Debug)]
-pub struct PreparedMountpoint {
+pub(crate) struct PreparedMountpoint {
     /// The path, absolute and without symlinks, as
     /// [`MountEntry::mountpoint`](crate::host::mountinfo::MountEntry::mountpoint) will have it.
     pub mountpoint: PathBuf,
@@ -38,7 +38,7 @@ pub struct PreparedMountpoint {
 ///
 /// # Errors
 /// The variants of [`MountError`] from `Missing` on.
-pub fn prepare_mountpoint(
+pub(crate) fn prepare_mountpoint(
     path: &Path,
     contents: AllowedContents,
 ) -> Result<PreparedMountpoint, MountError> {

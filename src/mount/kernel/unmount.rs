@@ -11,7 +11,7 @@ use super::fusermount::{error_line, spawn_fusermount};
 
 /// How to unmount.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum UnmountMode {
+pub(crate) enum UnmountMode {
     /// Only if the mount is not in use, else `EBUSY`.
     Plain,
     /// The name disappears at once, the mount when its last user has left (`MNT_DETACH`).
