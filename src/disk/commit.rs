@@ -3,13 +3,13 @@
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use super::Disk;
 use super::bottom::Bottom;
-use super::history::{Force, Operation, OperationError};
+use super::operation::{Force, Operation};
+use super::operation_error::OperationError;
 use super::overlay_location::OverlayFiles;
 use crate::base::identity::Identity;
 use crate::base::{self, WritableBase};
@@ -52,7 +52,7 @@ impl Disk {
     ) -> Result<CommitSummary, OperationError> {
         self.wait_for_readers(is_gone);
         self.wait_for_merge();
-        let turn = self.begin_operation("a commit")?;
+        let operation = self.operations.begin("a commit")?;
         let overlay = self.committable_overlay()?;
         self.check_writers(force)?;
         let Bottom::File { path, file, format, view, .. } = &*self.bottom() else {
@@ -78,7 +78,7 @@ impl Disk {
         }
         check_space(&overlay, &base, self.overlay_dir().as_deref())?;
         let before = overlay.usage();
-        let done = self.commit_into(&turn, is_gone, &overlay, &base);
+        let done = self.commit_into(&operation, is_gone, &overlay, &base);
         overlay.pause_commit();
         done?;
         let left = overlay.usage();
@@ -191,16 +191,13 @@ impl Disk {
 
     fn commit_into(
         &self,
-        turn: &Operation<'_>,
+        operation: &Operation<'_>,
         is_gone: &dyn Fn() -> bool,
         overlay: &Overlay,
         base: &WritableBase,
     ) -> Result<(), OperationError> {
-        let progress = |done, total| {
-            self.history.done_bytes.store(done, Ordering::Relaxed);
-            self.history.total_bytes.store(total, Ordering::Relaxed);
-        };
-        let stop = || turn.must_stop() || is_gone();
+        let progress = |done, total| self.operations.report_progress(done, total);
+        let stop = || operation.must_stop() || is_gone();
         let to = CommitTarget {
             layer: &*base.layer,
             file: Some((&base.file, base.view.as_ref().map_or(0, |view| view.start))),
@@ -247,13 +244,6 @@ impl Disk {
             self.replace_stack(home, stack, None)?;
         }
         overlay.end_commit().map_err(OperationError::io("marking the commit's end"))
-    }
-
-    /// The progress of the current operation: bytes done, and in total.
-    #[must_use]
-    pub fn progress(&self) -> (u64, u64) {
-        let load = |bytes: &std::sync::atomic::AtomicU64| bytes.load(Ordering::Relaxed);
-        (load(&self.history.done_bytes), load(&self.history.total_bytes))
     }
 }
 

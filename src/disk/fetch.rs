@@ -10,8 +10,8 @@ use std::time::{Duration, Instant};
 
 use super::Disk;
 use super::bottom::Bottom;
-use super::history::OperationError;
 use super::layers::{LayerStack, Top};
+use super::operation_error::OperationError;
 use super::overlay_location::OverlayFiles;
 use crate::base::blank::Blank;
 use crate::extents::ExtentKind;
@@ -72,7 +72,7 @@ impl Disk {
         is_gone: &dyn Fn() -> bool,
     ) -> io::Result<u64> {
         let brought = self.prefetch_range(range, fetch, is_gone);
-        self.history.total_bytes.store(0, Ordering::Relaxed);
+        self.operations.report_progress(0, 0);
         brought
     }
 
@@ -89,10 +89,11 @@ impl Disk {
         }
         let mut brought = 0;
         let mut at = range.start;
-        self.history.total_bytes.store(range.end.saturating_sub(at), Ordering::Relaxed);
+        let total = range.end.saturating_sub(at);
+        self.operations.report_progress(0, total);
         let mut buf = Vec::new();
         while at < range.end {
-            if self.history.is_ending.load(Ordering::SeqCst) || is_gone() {
+            if self.operations.is_ending() || is_gone() {
                 return Err(os_error(libc::EINTR));
             }
             let (extent, depth) = self.layers().extent_with_depth(at..range.end, Wait::Yes)?;
@@ -107,7 +108,7 @@ impl Disk {
                 };
                 at = end;
             }
-            self.history.done_bytes.store(at - range.start, Ordering::Relaxed);
+            self.operations.report_progress(at - range.start, total);
         }
         Ok(brought)
     }
@@ -199,14 +200,14 @@ impl Disk {
     /// # Errors
     /// [`OperationError`]; copied bytes stay, and the next hydration continues from there.
     pub fn hydrate(&self, rate: u64) -> Result<(), OperationError> {
-        let turn = self.begin_operation("a hydration")?;
+        let operation = self.operations.begin("a hydration")?;
         let tree = self.hydratable_tree()?;
         let hydration = &self.hydration;
         hydration.rate.store(rate, Ordering::SeqCst);
         hydration.paused.store(false, Ordering::SeqCst);
         hydration.cancelled.store(false, Ordering::SeqCst);
         hydration.running.store(true, Ordering::SeqCst);
-        let stop = || turn.must_stop() || hydration.cancelled.load(Ordering::SeqCst);
+        let stop = || operation.must_stop() || hydration.cancelled.load(Ordering::SeqCst);
         let done = self.copy_up_all(&stop).and_then(|()| self.detach_base(&tree));
         hydration.running.store(false, Ordering::SeqCst);
         done
@@ -217,7 +218,7 @@ impl Disk {
     /// # Errors
     /// The [`OperationError`] that the hydration would return.
     pub fn check_hydratable(&self) -> Result<(), OperationError> {
-        match self.requested_operation() {
+        match self.operations.requested() {
             Some(what) => Err(OperationError::Busy(what)),
             None => self.hydratable_tree().map(drop),
         }
@@ -273,8 +274,7 @@ impl Disk {
                     }
                 }
             }
-            self.history.done_bytes.store(at, Ordering::Relaxed);
-            self.history.total_bytes.store(size, Ordering::Relaxed);
+            self.operations.report_progress(at, size);
         }
         Ok(())
     }
@@ -284,8 +284,8 @@ impl Disk {
         let Some(overlay) = self.overlay() else { return Err(OperationError::NoOverlay("a base")) };
         // Most of the sync happens here, before the gate is taken.
         overlay.sync().map_err(OperationError::io("making the overlay durable"))?;
-        let shelf = self.history.layer_cache();
-        let _alone = shelf.lock_changes();
+        let layer_cache = self.history.layer_cache();
+        let _layers_locked = layer_cache.lock_changes();
         let mut next = tree.clone();
         let size = self.layers().bottom.as_ref().map_or(0, |bottom| bottom.size());
         {
@@ -295,10 +295,10 @@ impl Disk {
                 top.parent = None;
             }
             next.prune();
-            if let OverlayFiles::Persistent(home) = &mut *self.overlay_location.lock() {
+            if let OverlayFiles::Persistent(dir) = &mut *self.overlay_location.lock() {
                 let base = BaseRecord::Blank { size };
-                let stack = Stack { base, ..home.stack.with_tree(next.clone()) };
-                self.replace_stack(home, stack, None)?;
+                let stack = Stack { base, ..dir.stack.with_tree(next.clone()) };
+                self.replace_stack(dir, stack, None)?;
             } else {
                 self.replace_tree(&next, None)?;
             }

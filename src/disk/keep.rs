@@ -52,7 +52,7 @@ impl Disk {
         if self.stream().is_some() {
             return Err(refused("the disk is a stream: what was written has left or will"));
         }
-        let _operation = self.begin_operation("keeping it").map_err(refused)?;
+        let _operation = self.operations.begin("keeping it").map_err(refused)?;
         // A change that hangs is not waited for: nobody else could do anything until it ends.
         let _gate = self.gate_for_layers().map_err(refused)?;
         let layers = self.layers();

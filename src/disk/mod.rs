@@ -17,6 +17,8 @@ mod keep;
 mod layers;
 mod maintenance;
 mod open;
+mod operation;
+mod operation_error;
 mod overlay_location;
 mod partition;
 mod pools;
@@ -46,14 +48,15 @@ use self::fetch::HydrationState;
 pub use self::fetch::{HydrateCommand, PrefetchMode};
 use self::gate::Gate;
 use self::history::History;
-pub use self::history::{
-    DiffBase, Difference, Force, LayerUsage, LayerUsers, OperationError, SnapshotInfo,
-};
+pub use self::history::{DiffBase, Difference, LayerUsage, LayerUsers, SnapshotInfo};
 use self::layers::{LayerStack, Top};
 pub use self::open::{
     OpenContext, OpenError, OpenedDisk, clone_stored, create_blank, create_stored, open,
     open_stored, spec_over,
 };
+pub use self::operation::Force;
+use self::operation::Operations;
+pub use self::operation_error::OperationError;
 pub use self::overlay_location::OverlayDirState;
 use self::overlay_location::OverlayLocation;
 use self::partition::PartitionFiles;
@@ -95,6 +98,7 @@ pub struct Disk {
     /// The disk's partitions as files of their own, if they are shown.
     partition_files: OnceLock<PartitionFiles>,
     overlay_location: OverlayLocation,
+    operations: Operations,
     history: History,
     copy_up: CopyUp,
     hydration: HydrationState,
@@ -156,6 +160,7 @@ impl Disk {
             references: References::default(),
             partition_files: OnceLock::new(),
             overlay_location: OverlayLocation::none(),
+            operations: Operations::default(),
             history: History::new((0, 0), None),
             copy_up: spec.copy_up,
             hydration: HydrationState::default(),

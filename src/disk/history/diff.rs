@@ -20,10 +20,10 @@ use std::time::{Duration, Instant};
 
 use uuid::Uuid;
 
-use super::super::Disk;
-use super::super::bottom::Bottom;
-use super::super::layers::LayerStack;
-use super::OperationError;
+use crate::disk::Disk;
+use crate::disk::bottom::Bottom;
+use crate::disk::layers::LayerStack;
+use crate::disk::operation_error::OperationError;
 use crate::extents::{Extent, ExtentKind};
 use crate::layer::{CopyFn, Layer, Wait};
 use crate::overlay::sealed::Sealed;
@@ -127,7 +127,7 @@ impl Disk {
         since: Option<&str>,
         until: Option<&str>,
     ) -> Result<Difference, OperationError> {
-        let _turn = self.begin_operation("a comparison")?;
+        let _operation = self.operations.begin("a comparison")?;
         let tree = self.tree("differences")?;
         let layer_of = |name: &str| {
             let found = tree.snapshot(name).map(|found| found.layer);

@@ -6,10 +6,11 @@ use std::sync::atomic::Ordering;
 
 use uuid::Uuid;
 
-use super::super::Disk;
 use super::new_top::NewTop;
-use super::operation::Operation;
-use super::{LayerUsers, OperationError};
+use super::state::LayerUsers;
+use crate::disk::Disk;
+use crate::disk::operation::Operation;
+use crate::disk::operation_error::OperationError;
 use crate::layer::{Layer, WritableLayer};
 use crate::overlay::Overlay;
 use crate::overlay::layer_cache::LayerCache;
@@ -44,16 +45,14 @@ impl Disk {
     pub(in crate::disk) fn is_mergeable(&self) -> bool {
         let is_nameless =
             self.overlay_location.tree().is_some_and(|tree| tree.snapshots.is_empty());
-        is_nameless
-            && !self.history.is_ending.load(Ordering::SeqCst)
-            && self.find_mergeable().is_some()
+        is_nameless && !self.operations.is_ending() && self.find_mergeable().is_some()
     }
 
     /// Whether `merge_layers` has work to do.
     #[must_use]
     pub fn needs_merge(&self) -> bool {
         self.history.needs_merge.load(Ordering::SeqCst)
-            && self.history.running.lock().is_none()
+            && self.operations.running().is_none()
             && self.history.diff_files.lock().is_empty()
             && !self.is_latched()
     }
@@ -75,7 +74,7 @@ impl Disk {
     fn merge_all(&self) -> Result<MergeOutcome, OperationError> {
         loop {
             // Begun before the layers are chosen: another operation would change them.
-            let Ok(turn) = self.begin_operation_as("the merging of layers", true) else {
+            let Ok(operation) = self.operations.begin_in_background("the merging of layers") else {
                 return Ok(MergeOutcome::Interrupted);
             };
             let Some((tree, lower, upper)) = self.find_mergeable() else {
@@ -86,8 +85,8 @@ impl Disk {
                 return Ok(MergeOutcome::Interrupted);
             }
             let done = match tree.top() {
-                Some(top) if top.uuid == upper => self.merge_into_top(&turn, lower),
-                _ => self.merge_sealed(&turn, lower, upper),
+                Some(top) if top.uuid == upper => self.merge_into_top(&operation, lower),
+                _ => self.merge_sealed(&operation, lower, upper),
             };
             match done {
                 Err(OperationError::Interrupted | OperationError::WriterStuck) => {
@@ -101,13 +100,13 @@ impl Disk {
     /// Merges `lower` and `upper`, the only layer based on it, into one sealed layer.
     fn merge_sealed(
         &self,
-        turn: &Operation<'_>,
+        operation: &Operation<'_>,
         lower: Uuid,
         upper: Uuid,
     ) -> Result<(), OperationError> {
         let tree = self.tree("layers")?;
         let both = self.open_pair(&tree, lower, upper)?;
-        let new = self.build_merged(&tree, lower, &both, turn)?;
+        let new = self.build_merged(&tree, lower, &both, operation)?;
         let (uuid, layer) = (new.uuid, Arc::new(new.overlay));
         let done = || -> Result<LayerTree, OperationError> {
             layer.close_sealed().map_err(OperationError::io("closing a merged layer"))?;
@@ -116,10 +115,10 @@ impl Disk {
             self.replace_tree(&next, None)?;
             Ok(next)
         };
-        let shelf = self.history.layer_cache();
-        let _alone = shelf.lock_changes();
+        let layer_cache = self.history.layer_cache();
+        let _layers_locked = layer_cache.lock_changes();
         let next = done().inspect_err(|_| self.remove_layer(uuid))?;
-        shelf.insert(uuid, &layer);
+        layer_cache.insert(uuid, &layer);
         self.history.sealed.lock().insert(uuid, layer);
         let below = match next.top().and_then(|top| top.parent) {
             Some(parent) => self.open_chain(&next, parent)?,
@@ -157,15 +156,15 @@ impl Disk {
         tree: &LayerTree,
         lower: Uuid,
         both: &Sealed,
-        turn: &Operation<'_>,
+        operation: &Operation<'_>,
     ) -> Result<NewTop, OperationError> {
         let (Some(record), Some(bottom)) = (tree.layer(lower), both.layers().last()) else {
             return Err(OperationError::NoOverlay("layers"));
         };
         let parent = record.parent;
-        let image = LayerMap::new(bottom.size(), bottom.lower_limit());
-        let new = self.make_layer(tree, parent, &image, None)?;
-        let absorbed = new.overlay.merge_from(both, &|| turn.must_stop());
+        let map = LayerMap::new(bottom.size(), bottom.lower_limit());
+        let new = self.make_layer(tree, parent, &map, None)?;
+        let absorbed = new.overlay.merge_from(both, &|| operation.must_stop());
         if let Err(error) = absorbed {
             self.remove_layer(new.uuid);
             return Err(OperationError::io("merging two layers")(error));
@@ -179,25 +178,26 @@ impl Disk {
 
     /// Merges the top into `lower`, on which only the top is based. The top is sealed and merged
     /// while writers continue, until the rest is small enough to merge while they wait.
-    fn merge_into_top(&self, turn: &Operation<'_>, lower: Uuid) -> Result<(), OperationError> {
+    fn merge_into_top(&self, operation: &Operation<'_>, lower: Uuid) -> Result<(), OperationError> {
         self.seal(None)?;
         let tree = self.tree("layers")?;
         let parent = |tree: &LayerTree| tree.top().and_then(|top| top.parent);
         let sealed = parent(&tree).ok_or(OperationError::NoOverlay("layers"))?;
-        let new = self.build_merged(&tree, lower, &self.open_pair(&tree, lower, sealed)?, turn)?;
+        let new =
+            self.build_merged(&tree, lower, &self.open_pair(&tree, lower, sealed)?, operation)?;
         let uuid = new.uuid;
-        self.finish_top_merge(turn, lower, new).inspect_err(|_| self.remove_layer(uuid))
+        self.finish_top_merge(operation, lower, new).inspect_err(|_| self.remove_layer(uuid))
     }
 
     fn finish_top_merge(
         &self,
-        turn: &Operation<'_>,
+        operation: &Operation<'_>,
         lower: Uuid,
         mut new: NewTop,
     ) -> Result<(), OperationError> {
         let absorb = |layer: Arc<Overlay>| -> Result<(), OperationError> {
             let layer = Sealed::new(vec![layer]).ok_or(OperationError::NoOverlay("layers"))?;
-            let done = new.overlay.merge_from(&layer, &|| turn.must_stop());
+            let done = new.overlay.merge_from(&layer, &|| operation.must_stop());
             done.map_err(OperationError::io("merging the newest changes"))
         };
         let sync = || {
@@ -213,8 +213,8 @@ impl Disk {
             self.seal(None)?;
             absorb(top)?;
         }
-        let shelf = self.history.layer_cache();
-        let _alone = shelf.lock_changes();
+        let layer_cache = self.history.layer_cache();
+        let _layers_locked = layer_cache.lock_changes();
         let tree = self.tree("layers")?;
         let below = match tree.layer(lower).and_then(|layer| layer.parent) {
             Some(parent) => self.open_chain(&tree, parent)?,
@@ -240,10 +240,10 @@ impl Disk {
     }
 
     /// Makes the disk one of a store, whose sealed layers other disks may share.
-    pub fn share_layers(&self, shelf: &Arc<LayerCache>, others: LayerUsers) {
+    pub fn share_layers(&self, layer_cache: &Arc<LayerCache>, others: LayerUsers) {
         // Other disks' layers are determined when something was deleted, not at every mount.
         self.history.needs_merge.store(false, Ordering::SeqCst);
-        *self.history.layer_cache.lock() = Arc::clone(shelf);
+        *self.history.layer_cache.lock() = Arc::clone(layer_cache);
         *self.history.layer_users.lock() = Some(others);
     }
 
@@ -263,10 +263,10 @@ mod tests {
 
     use parking_lot::Mutex;
 
-    use super::super::super::{HandleAccess, OpenContext, open};
-    use super::super::Force;
     use super::*;
     use crate::config::{DiskSource, DiskSpec};
+    use crate::disk::Force;
+    use crate::disk::{HandleAccess, OpenContext, open};
     use crate::layer::Wait;
 
     fn disk(dir: &Path) -> Disk {
@@ -290,9 +290,9 @@ mod tests {
         // comes.
         let came = Arc::new(Mutex::new(None));
         let (seen, weak) = (Arc::clone(&came), Arc::downgrade(&disk));
-        let shelf = disk.history.layer_cache();
+        let layer_cache = disk.history.layer_cache();
         disk.share_layers(
-            &shelf,
+            &layer_cache,
             Arc::new(move |_| {
                 if let Some(disk) = weak.upgrade().filter(|_| seen.lock().is_none()) {
                     let other = std::thread::spawn(move || disk.revert("a", Force::Yes));

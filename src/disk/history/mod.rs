@@ -5,130 +5,31 @@
 //! yields to other operations on the disk.
 
 mod diff;
-mod error;
 mod merge;
 mod new_top;
-mod operation;
 mod snapshots;
+mod state;
 
-use std::collections::{HashMap, HashSet};
-use std::io;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use parking_lot::{Condvar, Mutex};
 use uuid::Uuid;
 
-use self::diff::DiffFile;
 pub use self::diff::{DiffBase, Difference};
-pub use self::error::OperationError;
 use self::new_top::TopParent;
-pub(super) use self::operation::Operation;
-use self::operation::RunningOperation;
 use self::snapshots::snapshot_uuid;
 pub use self::snapshots::{LayerUsage, SnapshotInfo};
+pub(super) use self::state::History;
+pub use self::state::LayerUsers;
 use super::Disk;
+use super::operation::Force;
+use super::operation_error::OperationError;
 use super::overlay_location::OverlayFiles;
-use crate::config::Locking;
 use crate::layer::Layer;
-use crate::overlay::layer_cache::LayerCache;
+use crate::overlay::Usage;
 use crate::overlay::reflink::ReflinkError;
-use crate::overlay::stack::{LayerRecord, SnapshotRecord, Stack};
+use crate::overlay::stack::{SnapshotRecord, Stack};
 use crate::overlay::tree::{self, LayerTree};
-use crate::overlay::{Overlay, Usage};
-
-/// Whether an operation proceeds although the disk is open for writing.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Force {
-    /// The operation is refused.
-    No,
-    /// The operation proceeds.
-    Yes,
-}
-
-/// Returns the layers used by the disks other than the given one.
-pub type LayerUsers = Arc<dyn Fn(&Uuid) -> io::Result<HashSet<Uuid>> + Send + Sync>;
-
-/// A disk's layers beyond those it reads through, and the operations on them.
-pub(in crate::disk) struct History {
-    /// The operation running on the whole disk, and whether it must yield.
-    running: Mutex<Option<RunningOperation>>,
-    finished: Condvar,
-    /// Set when the mount ends: long operations must stop.
-    pub(in crate::disk) is_ending: AtomicBool,
-    /// Set while there may be layers to merge.
-    needs_merge: AtomicBool,
-    /// The open sealed layers of this disk, including those it does not read through.
-    sealed: Mutex<HashMap<Uuid, Arc<Overlay>>>,
-    /// The sealed layers open in this process.
-    layer_cache: Mutex<Arc<LayerCache>>,
-    /// Reports which layers other disks use; `None` if no disk shares layers.
-    layer_users: Mutex<Option<LayerUsers>>,
-    /// The files of snapshots that were looked up, by their layer.
-    snapshot_files: Mutex<HashMap<Uuid, Arc<Disk>>>,
-    /// The files of differences.
-    diff_files: Mutex<Vec<DiffFile>>,
-    /// The size of a new overlay above the base, and the length of the base shown through it, in
-    /// bytes.
-    pub(in crate::disk) reset_sizes: Mutex<(u64, u64)>,
-    /// How a commit locks the base.
-    pub(in crate::disk) locking: Option<Locking>,
-    /// The progress of the running operation: bytes done, and in total.
-    pub(in crate::disk) done_bytes: AtomicU64,
-    pub(in crate::disk) total_bytes: AtomicU64,
-    /// The most bytes that all layers of the disk may hold together.
-    pub(in crate::disk) limit: Option<u64>,
-    /// The last result of counting the visible bytes of each layer, with the revision and uuid of
-    /// the top.
-    visible_usage: Mutex<Option<(u64, Uuid, Vec<Usage>)>>,
-}
-
-impl History {
-    /// Creates the state. `fresh` is the size of a new overlay, and the length of the base it
-    /// shows, in bytes.
-    pub(in crate::disk) fn new(fresh: (u64, u64), limit: Option<u64>) -> Self {
-        Self {
-            running: Mutex::default(),
-            finished: Condvar::new(),
-            is_ending: AtomicBool::new(false),
-            needs_merge: AtomicBool::new(true),
-            sealed: Mutex::default(),
-            layer_cache: Mutex::default(),
-            layer_users: Mutex::default(),
-            snapshot_files: Mutex::default(),
-            diff_files: Mutex::default(),
-            reset_sizes: Mutex::new(fresh),
-            locking: None,
-            done_bytes: AtomicU64::new(0),
-            total_bytes: AtomicU64::new(0),
-            limit,
-            visible_usage: Mutex::default(),
-        }
-    }
-
-    /// The sealed layers open in this process.
-    pub(in crate::disk) fn layer_cache(&self) -> Arc<LayerCache> {
-        Arc::clone(&self.layer_cache.lock())
-    }
-
-    /// All open sealed layers of the disk, including layers that only snapshots use.
-    pub(super) fn open_sealed(&self) -> Vec<Arc<Overlay>> {
-        self.sealed.lock().values().cloned().collect()
-    }
-
-    /// Records all open sealed layers: `below`, top to bottom, of the stack whose layers are
-    /// `chain`, and those in `aside`, which only snapshots use.
-    pub(in crate::disk) fn set_sealed(
-        &self,
-        chain: &[LayerRecord],
-        below: &[Arc<Overlay>],
-        aside: Vec<(Uuid, Arc<Overlay>)>,
-    ) {
-        let below = chain.iter().skip(1).map(|record| record.uuid).zip(below.iter().cloned());
-        *self.sealed.lock() = below.chain(aside).collect();
-    }
-}
 
 /// The frozen state that a clone is based on.
 pub(in crate::disk) struct FrozenLayer {
@@ -157,7 +58,7 @@ impl Disk {
     /// # Errors
     /// [`OperationError`]; nothing has changed then.
     pub fn snapshot(&self, name: Option<&str>) -> Result<String, OperationError> {
-        let _turn = self.begin_operation("a snapshot")?;
+        let _operation = self.operations.begin("a snapshot")?;
         let taken = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |now| now.as_secs());
         let names = self.snapshot_names();
         let name = name.map_or_else(|| unused_name(&names, taken), str::to_owned);
@@ -198,7 +99,7 @@ impl Disk {
     /// # Errors
     /// [`OperationError`]; nothing has changed then.
     pub fn revert(&self, name: &str, force: Force) -> Result<(), OperationError> {
-        let _turn = self.begin_operation("a revert")?;
+        let _operation = self.operations.begin("a revert")?;
         if let Some(reflink) = self.reflink() {
             return self.switch_reflink(force, || reflink.revert(name));
         }
@@ -214,7 +115,7 @@ impl Disk {
     /// # Errors
     /// [`OperationError`]; nothing has changed then.
     pub fn reset(&self, force: Force) -> Result<(), OperationError> {
-        let _turn = self.begin_operation("a reset")?;
+        let _operation = self.operations.begin("a reset")?;
         if let Some(reflink) = self.reflink() {
             return self.switch_reflink(force, || reflink.reset());
         }
@@ -244,7 +145,7 @@ impl Disk {
     /// # Errors
     /// [`OperationError`]; nothing has changed then.
     pub fn delete_snapshot(&self, name: &str) -> Result<(), OperationError> {
-        let _turn = self.begin_operation("the deletion of a snapshot")?;
+        let _operation = self.operations.begin("the deletion of a snapshot")?;
         if let Some(reflink) = self.reflink() {
             reflink.delete_snapshot(name)?;
             if let Some(file) =
@@ -261,8 +162,8 @@ impl Disk {
         let mut next = tree.clone();
         next.snapshots.retain(|snapshot| snapshot.name != name);
         next.prune();
-        let shelf = self.history.layer_cache();
-        let _alone = shelf.lock_changes();
+        let layer_cache = self.history.layer_cache();
+        let _layers_locked = layer_cache.lock_changes();
         self.replace_tree(&next, None)?;
         if next.name_of(layer).is_none()
             && let Some(file) = self.history.snapshot_files.lock().get(&layer)
@@ -295,8 +196,8 @@ impl Disk {
         // Not the size of the disk, which may have been resized since.
         let size = self.layers().sealed.as_ref().map(|sealed| sealed.size());
         match (&mut *self.overlay_location.lock(), layer, size) {
-            (OverlayFiles::Persistent(home), Some(layer), Some(size)) => {
-                Ok(FrozenLayer { layer, size, stack: home.stack.clone() })
+            (OverlayFiles::Persistent(dir), Some(layer), Some(size)) => {
+                Ok(FrozenLayer { layer, size, stack: dir.stack.clone() })
             }
             _ => Err(OperationError::NoOverlay("clones")),
         }

@@ -7,9 +7,10 @@ use std::sync::Arc;
 
 use uuid::Uuid;
 
-use super::super::Disk;
-use super::super::overlay_location::OverlayFiles;
-use super::{Force, OperationError};
+use crate::disk::Disk;
+use crate::disk::operation::Force;
+use crate::disk::operation_error::OperationError;
+use crate::disk::overlay_location::OverlayFiles;
 use crate::host::os_error;
 use crate::layer::Layer;
 use crate::overlay::persist::OverlayDir;

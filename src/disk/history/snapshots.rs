@@ -6,13 +6,13 @@ use std::sync::Arc;
 
 use uuid::Uuid;
 
-use super::super::Disk;
-use super::super::attrs::{DiskOwner, Times, from_system_time, mtime_of};
-use super::super::bottom::Bottom;
-use super::super::layers::LayerStack;
-use super::OperationError;
 use crate::base::raw::{HostKind, RawBase};
 use crate::config::{DiskMode, DiskSource, DiskSpec};
+use crate::disk::Disk;
+use crate::disk::attrs::{DiskOwner, Times, from_system_time, mtime_of};
+use crate::disk::bottom::Bottom;
+use crate::disk::layers::LayerStack;
+use crate::disk::operation_error::OperationError;
 use crate::host::os_error;
 use crate::layer::Layer;
 use crate::overlay::reflink::{self, Reflink};

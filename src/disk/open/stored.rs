@@ -15,7 +15,8 @@ use crate::config::{DiskSource, DiskSpec};
 use crate::disk::Disk;
 use crate::disk::attrs::DiskOwner;
 use crate::disk::bottom::Bottom;
-use crate::disk::history::{FrozenLayer, OperationError};
+use crate::disk::history::FrozenLayer;
+use crate::disk::operation_error::OperationError;
 use crate::layer::Layer;
 use crate::overlay::DEFAULT_BLOCK_SIZE;
 use crate::overlay::error::OverlayError;
@@ -115,7 +116,7 @@ pub fn clone_stored(
     layer_cache: &Arc<LayerCache>,
 ) -> Result<OpenedDisk, OpenError> {
     let refused = |error: OperationError| OpenError::NothingToKeep(error.to_string());
-    let _operation = from.begin_operation("a clone").map_err(refused)?;
+    let _operation = from.operations.begin("a clone").map_err(refused)?;
     if from.is_latched() {
         return Err(refused(OperationError::Latched));
     }

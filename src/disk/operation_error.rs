@@ -69,7 +69,7 @@ pub enum OperationError {
 
 impl OperationError {
     /// Turns a host's error into an [`OperationError`] that names the failed action.
-    pub(in crate::disk) fn io(what: &'static str) -> impl FnOnce(io::Error) -> Self {
+    pub(super) fn io(what: &'static str) -> impl FnOnce(io::Error) -> Self {
         move |error| match error.raw_os_error() {
             Some(libc::EINTR) => Self::Interrupted,
             _ => Self::Io { what, error },

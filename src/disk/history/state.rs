@@ -1,0 +1,92 @@
+//! The layers that a disk does not read through, and the files of its snapshots.
+
+use std::collections::{HashMap, HashSet};
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
+use parking_lot::Mutex;
+use uuid::Uuid;
+
+use super::diff::DiffFile;
+use crate::config::Locking;
+use crate::disk::Disk;
+use crate::overlay::layer_cache::LayerCache;
+use crate::overlay::stack::LayerRecord;
+use crate::overlay::{Overlay, Usage};
+
+/// Returns the layers used by the disks other than the given one.
+pub type LayerUsers = Arc<dyn Fn(&Uuid) -> io::Result<HashSet<Uuid>> + Send + Sync>;
+
+/// A disk's layers beyond those it reads through, and the files of its snapshots.
+pub(in crate::disk) struct History {
+    /// Set while there may be layers to merge.
+    pub(super) needs_merge: AtomicBool,
+    /// The open sealed layers of this disk, including those it does not read through.
+    pub(super) sealed: Mutex<HashMap<Uuid, Arc<Overlay>>>,
+    /// The sealed layers open in this process.
+    pub(super) layer_cache: Mutex<Arc<LayerCache>>,
+    /// Reports which layers other disks use; `None` if no disk shares layers.
+    pub(super) layer_users: Mutex<Option<LayerUsers>>,
+    /// The files of snapshots that were looked up, by their layer.
+    pub(super) snapshot_files: Mutex<HashMap<Uuid, Arc<Disk>>>,
+    /// The files of differences.
+    pub(super) diff_files: Mutex<Vec<DiffFile>>,
+    /// The size of a new overlay above the base, and the length of the base shown through it, in
+    /// bytes.
+    pub(in crate::disk) reset_sizes: Mutex<(u64, u64)>,
+    /// How a commit locks the base.
+    pub(in crate::disk) locking: Option<Locking>,
+    /// The most bytes that all layers of the disk may hold together.
+    pub(in crate::disk) limit: Option<u64>,
+    /// The last result of counting the visible bytes of each layer, with the revision and uuid of
+    /// the top.
+    pub(super) visible_usage: Mutex<Option<(u64, Uuid, Vec<Usage>)>>,
+}
+
+impl History {
+    /// Creates the state. `reset_sizes` are the size of a new overlay, and the length of the base
+    /// it shows, in bytes.
+    pub(in crate::disk) fn new(reset_sizes: (u64, u64), limit: Option<u64>) -> Self {
+        Self {
+            needs_merge: AtomicBool::new(true),
+            sealed: Mutex::default(),
+            layer_cache: Mutex::default(),
+            layer_users: Mutex::default(),
+            snapshot_files: Mutex::default(),
+            diff_files: Mutex::default(),
+            reset_sizes: Mutex::new(reset_sizes),
+            locking: None,
+            limit,
+            visible_usage: Mutex::default(),
+        }
+    }
+
+    /// The sealed layers open in this process.
+    pub(in crate::disk) fn layer_cache(&self) -> Arc<LayerCache> {
+        Arc::clone(&self.layer_cache.lock())
+    }
+
+    /// All open sealed layers of the disk, including layers that only snapshots use.
+    pub(in crate::disk) fn open_sealed(&self) -> Vec<Arc<Overlay>> {
+        self.sealed.lock().values().cloned().collect()
+    }
+
+    /// Records all open sealed layers: `below`, top to bottom, of the stack whose layers are
+    /// `chain`, and `snapshot_layers`, which only snapshots use.
+    pub(in crate::disk) fn set_sealed(
+        &self,
+        chain: &[LayerRecord],
+        below: &[Arc<Overlay>],
+        snapshot_layers: Vec<(Uuid, Arc<Overlay>)>,
+    ) {
+        let below = chain.iter().skip(1).map(|record| record.uuid).zip(below.iter().cloned());
+        *self.sealed.lock() = below.chain(snapshot_layers).collect();
+    }
+
+    /// Drops the files of snapshots and of differences.
+    pub(in crate::disk) fn drop_files(&self) {
+        self.diff_files.lock().clear();
+        self.snapshot_files.lock().clear();
+    }
+}
