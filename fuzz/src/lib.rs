@@ -16,7 +16,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use cowslip::extents::ExtentKind;
 use cowslip::layer::{Layer, Wait};
-use cowslip::overlay::data::{Create, HostFile, Storage};
+use cowslip::overlay::host_file::{Create, HostFile};
+use cowslip::overlay::storage::Storage;
 use cowslip::overlay::log::{LogDir, ReplacedLog};
 use parking_lot::Mutex;
 use tempfile::TempDir;

@@ -7,9 +7,10 @@ use std::collections::HashMap;
 use std::io;
 use std::ops::Range;
 
-use super::data::{SEGMENT_LEN, Storage};
+use super::host_file::SEGMENT_LEN;
 use super::record::LayerMap;
 use super::state::{BlockIndex, BlockState};
+use super::storage::Storage;
 use crate::config::format_size;
 
 /// Returns the end of each segment of the data file, in bytes of the disk, by index.

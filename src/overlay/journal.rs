@@ -27,10 +27,11 @@ use uuid::Uuid;
 use zerocopy::little_endian::{U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
-use super::data::{Create, Storage};
+use super::host_file::Create;
 use super::log::LogDir;
 use super::record::{DecodedRecord, LogRecord, RECORD_LEN};
 use super::state::BlockIndex;
+use super::storage::Storage;
 use crate::layer::Wait;
 
 /// The length of the journal file in bytes: 256 KiB.
@@ -376,7 +377,7 @@ impl DirtyBlocks {
 
 #[cfg(test)]
 mod tests {
-    use super::super::data::HostFile;
+    use super::super::host_file::HostFile;
     use super::super::log::ReplacedLog;
     use super::super::state::BlockState;
     use super::*;

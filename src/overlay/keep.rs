@@ -9,14 +9,15 @@ use std::sync::Arc;
 use rustix::fs::{Mode, OFlags};
 
 use super::Overlay;
-use super::data::{HostFile, Storage};
 use super::error::{OverlayError, doing};
+use super::host_file::HostFile;
 use super::persist::{
     self, NewLayer, OpenedOverlay, OverlayPath, data_file_in, empty_data, link_segment,
 };
 use super::record::{BootTag, LayerMap};
 use super::stack::Stack;
 use super::state::{BlockIndex, BlockState};
+use super::storage::Storage;
 use crate::host;
 use crate::layer::Wait;
 

@@ -7,7 +7,7 @@
 //! ```
 //!
 //! - `write`: writes, zeroing, size changes. `state`, `blocks`, `leaf`: the map in memory. `record`, `log`:
-//!   the durable map. `data`: the host files.
+//!   the durable map. `storage`, `host_file`: the host files.
 //! - `range_locks`: byte ranges that are being changed. `readers`, `pending`: when freed space may
 //!   be returned to the host.
 //! - `sync`: making changes durable. `group_commit`: sharing one sync among its callers. `journal`:
@@ -33,11 +33,11 @@
 pub mod blocks;
 pub mod boot_tag;
 mod commit;
-pub mod data;
 mod data_check;
 pub mod error;
 mod fiemap;
 pub mod group_commit;
+pub mod host_file;
 pub mod journal;
 pub mod keep;
 pub mod layer_cache;
@@ -54,6 +54,7 @@ pub mod reflink;
 pub mod sealed;
 pub mod stack;
 pub mod state;
+pub mod storage;
 mod sync;
 pub mod tree;
 pub mod verify;
@@ -68,8 +69,8 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use parking_lot::{Mutex, RwLock};
 
 pub use self::commit::CommitTarget;
-use self::data::{HostFile, Storage};
 use self::group_commit::GroupCommit;
+use self::host_file::HostFile;
 use self::journal::{DirtyBlocks, Journal};
 use self::log::Log;
 use self::pending::PendingFrees;
@@ -77,6 +78,7 @@ use self::range_locks::RangeLocks;
 use self::readers::Readers;
 use self::record::{BootTag, LayerMap, MtimeOrigin, Nanos};
 use self::state::{BlockIndex, BlockState};
+use self::storage::Storage;
 use crate::extents::{Extent, ExtentKind};
 use crate::host::os_error;
 use crate::layer::{CopyFn, Layer, Wait};

@@ -14,13 +14,14 @@ use std::sync::Arc;
 use uuid::Uuid;
 
 use super::Overlay;
-use super::data::{Create, Storage};
 use super::data_check;
 use super::error::LogError;
+use super::host_file::Create;
 use super::journal::{self, JournalContents};
 use super::log::{self, Log, LogDir, LogEnd, LogScan};
 use super::record::{BootTag, LayerMap};
 use super::state::{BlockIndex, BlockState};
+use super::storage::Storage;
 use crate::host;
 
 /// The condition in which an overlay was found.
@@ -253,7 +254,7 @@ impl Overlay {
 mod tests {
     use std::collections::BTreeMap;
 
-    use super::super::data::HostFile;
+    use super::super::host_file::HostFile;
     use super::super::log::ReplacedLog;
     use super::*;
 

@@ -11,9 +11,9 @@ use std::io;
 use rustix::fs::AtFlags;
 use uuid::Uuid;
 
-use super::data::SEGMENT_LEN;
 use super::data_check::{misplaced, segment_ends};
 use super::error::{OverlayError, doing};
+use super::host_file::SEGMENT_LEN;
 use super::persist::{LockedOverlay, open_layer_files, open_sealed, remove_layer};
 use super::record::BootTag;
 use super::recover::{self, LayerFiles, Recovered};

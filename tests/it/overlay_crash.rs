@@ -11,11 +11,12 @@ use crate::common::model::{End, Menu, Model, Op, apply, op, perform};
 use crate::common::sim::{Chance, Deed, Role, SECTOR};
 use crate::common::written;
 use cowslip::layer::{Wait, WritableLayer};
-use cowslip::overlay::data::{HostFile, SEGMENT_LEN, Storage};
 use cowslip::overlay::error::LogError;
+use cowslip::overlay::host_file::{HostFile, SEGMENT_LEN};
 use cowslip::overlay::log;
 use cowslip::overlay::record::{LogRecord, RECORD_LEN};
 use cowslip::overlay::recover::Recovered;
+use cowslip::overlay::storage::Storage;
 use proptest::collection::vec;
 use proptest::prelude::*;
 

@@ -25,9 +25,10 @@ use uuid::Uuid;
 use self::scan::for_each_record;
 pub use self::scan::{LogEnd, LogScan, count_changes, replay, scan};
 use self::writer::LogWriter;
-use super::data::{Create, Storage};
+use super::host_file::Create;
 use super::is_out_of_space;
 use super::record::{BootTag, LayerMap, LogRecord, RECORD_LEN};
+use super::storage::Storage;
 use crate::host;
 
 /// The step in bytes in which space is reserved on the host: 1 MiB.

@@ -8,8 +8,8 @@ use uuid::Uuid;
 use super::{BATCH_RECORDS, RECORD_BYTES};
 use crate::host;
 use crate::layer::Wait;
-use crate::overlay::data::Storage;
 use crate::overlay::record::{BootTag, DecodedRecord, LayerMap, LogRecord, RECORD_LEN};
+use crate::overlay::storage::Storage;
 use crate::pool::check_cancelled;
 
 /// The result of reading a log from end to end.
@@ -226,7 +226,7 @@ mod tests {
     use std::os::unix::fs::FileExt;
 
     use super::*;
-    use crate::overlay::data::HostFile;
+    use crate::overlay::host_file::HostFile;
     use crate::pool::{Cancellable, run_cancellable};
 
     #[test]

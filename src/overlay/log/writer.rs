@@ -5,8 +5,8 @@ use std::io::{self, IoSlice};
 use uuid::Uuid;
 
 use super::BATCH_RECORDS;
-use crate::overlay::data::Storage;
 use crate::overlay::record::{LogRecord, RECORD_LEN};
+use crate::overlay::storage::Storage;
 
 /// Writes records one after the other, a batch at a time.
 pub(super) struct LogWriter<'a> {

@@ -16,12 +16,13 @@ use rustix::fs::{AtFlags, FlockOperation};
 use uuid::Uuid;
 
 use crate::confined::{self, FileAccess, entry_names, foreign_entry_error};
-use crate::overlay::data::{Create, HostFile, LAST_SEGMENT, SEGMENT_LEN, Storage};
 use crate::overlay::error::{OverlayError, doing};
+use crate::overlay::host_file::{Create, HostFile, LAST_SEGMENT, SEGMENT_LEN};
 use crate::overlay::log::{Log, LogDir, ReplacedLog};
 use crate::overlay::record::{BootTag, LayerMap};
 use crate::overlay::recover::{self, LayerFiles, Recovered};
 use crate::overlay::stack::LayerRecord;
+use crate::overlay::storage::Storage;
 use crate::overlay::{Overlay, boot_tag};
 use crate::process::explain_size_error;
 

@@ -11,12 +11,12 @@ use cowslip::extents::{Extent, ExtentKind};
 use cowslip::host::os_error;
 use cowslip::layer::{CopyFn, Layer, ReadBelow, Wait, WritableLayer};
 use cowslip::overlay::Overlay;
-use cowslip::overlay::data::Storage;
 use cowslip::overlay::error::LogError;
 use cowslip::overlay::log::{Log, LogDir};
 use cowslip::overlay::record::{BootTag, LayerMap, MtimeOrigin};
 use cowslip::overlay::recover::Recovered;
 use cowslip::overlay::state::{BlockIndex, BlockState};
+use cowslip::overlay::storage::Storage;
 
 use super::model::{End, Model, Target};
 use super::sim::{SECTOR, SimLayer};
