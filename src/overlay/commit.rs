@@ -22,7 +22,7 @@ use std::sync::atomic::Ordering;
 use super::Overlay;
 use super::blocks::BlockMap;
 use super::log::ReserveUse;
-use super::range_locks::{LockMode, StripeSet};
+use super::range_locks::LockMode;
 use super::record::LogRecord;
 use super::state::{BlockIndex, BlockRun, BlockState};
 use super::sync::SyncMode;
@@ -248,13 +248,8 @@ impl Overlay {
         }
         // A writer that marked the run before this and has not written yet holds the range lock:
         // wait for it.
-        let need = self.range_locks.include(
-            StripeSet::default(),
-            &self.bytes_of(&run.range),
-            LockMode::Exclusive,
-        );
-        drop(self.range_locks.lock(need, Wait::Yes));
         let bytes = self.bytes_of(&run.range);
+        drop(self.range_locks.lock_range(&bytes, LockMode::Exclusive, Wait::Yes)?);
         let bytes = bytes.start..bytes.end.min(self.size()).min(to.layer.size());
         if bytes.is_empty() {
             return Ok(());
@@ -287,8 +282,7 @@ impl Overlay {
     /// Makes the blocks of `run` that did not change since their copy Lower; returns their bytes.
     fn release_unchanged(&self, run: &BlockRun) -> io::Result<u64> {
         let bytes = self.bytes_of(&run.range);
-        let need = self.range_locks.include(StripeSet::default(), &bytes, LockMode::Exclusive);
-        let _held = self.range_locks.lock(need, Wait::Yes);
+        let _held = self.range_locks.lock_range(&bytes, LockMode::Exclusive, Wait::Yes)?;
         let clean: Vec<Range<BlockIndex>> = {
             let commit = self.commit.lock();
             let progress = commit.as_ref().ok_or_else(|| os_error(libc::EINTR))?;

@@ -5,11 +5,13 @@
 //! first touches, zeroing, punching). A request names all stripes it needs at once and takes them
 //! in ascending order, so requests never deadlock. The locks are held across I/O.
 
+use std::io;
 use std::ops::Range;
 
 use parking_lot::RawRwLock;
 use parking_lot::lock_api::RawRwLock as _;
 
+use crate::host::os_error;
 use crate::layer::Wait;
 
 /// The number of stripes: few enough for one word of bits, many enough that two writers rarely
@@ -49,7 +51,7 @@ impl RangeLocks {
     /// Adds the stripes of `range` (bytes) to `need`. An exclusive need of a stripe outweighs a
     /// shared one.
     #[must_use]
-    pub fn include(&self, mut need: StripeSet, range: &Range<u64>, hold: LockMode) -> StripeSet {
+    pub fn include(&self, mut need: StripeSet, range: &Range<u64>, mode: LockMode) -> StripeSet {
         if range.is_empty() {
             return need;
         }
@@ -60,7 +62,7 @@ impl RangeLocks {
         } else {
             (first..=last).fold(0, |bits, unit| bits | 1 << (unit % STRIPES))
         };
-        match hold {
+        match mode {
             LockMode::Shared => need.shared |= bits & !need.exclusive,
             LockMode::Exclusive => {
                 need.exclusive |= bits;
@@ -68,6 +70,20 @@ impl RangeLocks {
             }
         }
         need
+    }
+
+    /// Locks `range` (bytes) in one mode.
+    ///
+    /// # Errors
+    /// `EAGAIN` under [`Wait::No`] when a part of the range is taken.
+    pub fn lock_range(
+        &self,
+        range: &Range<u64>,
+        mode: LockMode,
+        wait: Wait,
+    ) -> io::Result<StripeGuard<'_>> {
+        let need = self.include(StripeSet::default(), range, mode);
+        self.lock(need, wait).ok_or_else(|| os_error(libc::EAGAIN))
     }
 
     /// Locks all stripes in `need`, in ascending order. Returns `None` under [`Wait::No`] when one

@@ -257,8 +257,8 @@ impl Overlay {
                 return;
             };
             let (piece, holds_space) = self.next_free_chunk(&waiting, most);
-            let need = self.range_locks.include(StripeSet::default(), &piece, LockMode::Exclusive);
-            let Some(_held) = self.range_locks.lock(need, Wait::No) else {
+            let Ok(_held) = self.range_locks.lock_range(&piece, LockMode::Exclusive, Wait::No)
+            else {
                 if most == SMALL_FREE_CHUNK || !holds_space {
                     from = piece.end;
                 }

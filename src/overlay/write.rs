@@ -254,8 +254,7 @@ impl Overlay {
     }
 
     fn try_zero(&self, range: &Range<u64>, below: &dyn ReadBelow, wait: Wait) -> io::Result<()> {
-        let need = self.range_locks.include(StripeSet::default(), range, LockMode::Exclusive);
-        let _held = self.range_locks.lock(need, wait).ok_or_else(|| os_error(libc::EAGAIN))?;
+        let _held = self.range_locks.lock_range(range, LockMode::Exclusive, wait)?;
         check_cancelled()?;
         self.note_change(&self.blocks_of(range));
         // The last block counts as whole when the range reaches the disk's end.
@@ -298,9 +297,8 @@ impl Overlay {
         let file = self.data.host_fd(range.clone()).ok_or_else(|| os_error(libc::EOPNOTSUPP))?;
         // A direct write of part of a unit reads the whole unit first and would write back its
         // old bytes.
-        let hold = if self.is_direct() { LockMode::Exclusive } else { LockMode::Shared };
-        let need = self.range_locks.include(StripeSet::default(), range, hold);
-        let _held = self.range_locks.lock(need, Wait::Yes).ok_or_else(|| os_error(libc::EAGAIN))?;
+        let mode = if self.is_direct() { LockMode::Exclusive } else { LockMode::Shared };
+        let _held = self.range_locks.lock_range(range, mode, Wait::Yes)?;
         check_cancelled()?;
         self.note_change(&self.blocks_of(range));
         self.check_limit(&self.blocks_of(range))?;
@@ -336,8 +334,7 @@ impl Overlay {
         self.check_writable()?;
         let blocks = self.blocks_of(range);
         let bytes = self.bytes_of(&blocks);
-        let need = self.range_locks.include(StripeSet::default(), &bytes, LockMode::Exclusive);
-        let _held = self.range_locks.lock(need, wait).ok_or_else(|| os_error(libc::EAGAIN))?;
+        let _held = self.range_locks.lock_range(&bytes, LockMode::Exclusive, wait)?;
         check_cancelled()?;
         let (lower, limit): (Vec<BlockRun>, u64) = {
             let map = self.map.read();
@@ -399,8 +396,7 @@ impl WritableLayer for Overlay {
         let bytes = self.bytes_of(&blocks);
         let allocated = self.retry_when_full(wait, 0, || {
             // Compatible with writers, but not with anything that frees space.
-            let need = self.range_locks.include(StripeSet::default(), &bytes, LockMode::Shared);
-            let _held = self.range_locks.lock(need, wait).ok_or_else(|| os_error(libc::EAGAIN))?;
+            let _held = self.range_locks.lock_range(&bytes, LockMode::Shared, wait)?;
             check_cancelled()?;
             self.check_limit(&blocks)?;
             self.check_reservation(&blocks)?;
@@ -439,12 +435,8 @@ impl WritableLayer for Overlay {
         // as free before they are queued under their own sequence.
         let cut =
             BlockIndex(size.div_ceil(self.block_size))..BlockIndex(old.div_ceil(self.block_size));
-        let need = self.range_locks.include(
-            StripeSet::default(),
-            &self.bytes_of(&cut),
-            LockMode::Exclusive,
-        );
-        let _held = self.range_locks.lock(need, Wait::Yes).ok_or_else(|| os_error(libc::EAGAIN))?;
+        let _held =
+            self.range_locks.lock_range(&self.bytes_of(&cut), LockMode::Exclusive, Wait::Yes)?;
         let lower_limit = lower_limit.min(size);
         self.note_size(size);
         let sequence = match &self.log {
