@@ -6,7 +6,8 @@
 //!             then the map in memory                          used by reads and seeks
 //! ```
 //!
-//! - `write`: writes, zeroing, size changes. `state`, `blocks`, `leaf`: the map in memory. `record`, `log`:
+//! - `write`: writes and size changes. `zero`, `copy`: zeroing, and copies into the overlay.
+//!   `limit`: the most data that it may hold. `state`, `blocks`, `leaf`: the map in memory. `record`, `log`:
 //!   the durable map. `storage`, `host_file`: the host files.
 //! - `range_locks`: byte ranges that are being changed. `readers`, `pending`: when freed space may
 //!   be returned to the host.
@@ -33,6 +34,7 @@
 pub mod blocks;
 pub mod boot_tag;
 mod commit;
+mod copy;
 mod data_check;
 pub mod error;
 mod fiemap;
@@ -42,6 +44,7 @@ pub mod journal;
 pub mod keep;
 pub mod layer_cache;
 mod leaf;
+mod limit;
 pub mod log;
 mod merge;
 pub mod pending;
@@ -59,6 +62,7 @@ mod sync;
 pub mod tree;
 pub mod verify;
 mod write;
+mod zero;
 
 use std::fs::File;
 use std::io;
@@ -197,11 +201,6 @@ impl Overlay {
         let is_open = |layer: &&Arc<Self>| layer.is_closed.try_lock().is_none_or(|done| !*done);
         let open = layers.iter().filter(is_open);
         *self.unclosed_layers.lock() = open.cloned().collect();
-    }
-
-    /// Caps the bytes of data that the overlay may hold from now on.
-    pub fn set_limit(&mut self, limit: Option<u64>) {
-        self.limit = limit.map(|limit| limit / self.block_size);
     }
 
     /// Continues `older`'s revision counter, so that results cached under it become stale.

@@ -1,4 +1,4 @@
-//! Changes of an overlay: writes, zeroing, copies into it and its size.
+//! Changes of an overlay: writes, and everything that a [`WritableLayer`] does.
 //!
 //! ```text
 //!   a first touch in part        |- before -|-- written --|- after -|   one block, written whole
@@ -17,7 +17,7 @@ use super::sync::SyncMode;
 use super::{MAX_DISK_SIZE, Overlay, is_out_of_space};
 use crate::extents::ExtentKind;
 use crate::host::os_error;
-use crate::layer::{CopyFn, Layer, ReadBelow, Wait, WritableLayer};
+use crate::layer::{Layer, ReadBelow, Wait, WritableLayer};
 use crate::pool::check_cancelled;
 
 impl Overlay {
@@ -53,6 +53,11 @@ impl Overlay {
         self.range_locks.lock(need, wait).ok_or_else(busy)
     }
 
+    /// Returns whether the block that contains byte `at` is Data.
+    fn has_data_at(&self, at: u64) -> bool {
+        self.map.read().blocks.state(BlockIndex(at / self.block_size)) == BlockState::Data
+    }
+
     /// Reads the current bytes of `range`, which lies inside one block that holds no data yet.
     fn read_current(
         &self,
@@ -75,7 +80,7 @@ impl Overlay {
 
     /// Returns the bytes to write before and after `range` so that every block it touches is
     /// written whole.
-    fn block_padding(
+    pub(super) fn block_padding(
         &self,
         range: &Range<u64>,
         below: &dyn ReadBelow,
@@ -91,41 +96,6 @@ impl Overlay {
             self.read_current(head..range.start, below, wait)?,
             self.read_current(range.end..tail, below, wait)?,
         ))
-    }
-
-    /// Returns `ENOSPC` when making all of `blocks` Data would exceed the limit.
-    fn check_limit(&self, blocks: &Range<BlockIndex>) -> io::Result<()> {
-        let Some(limit) = self.limit else {
-            return Ok(());
-        };
-        let map = self.map.read();
-        let new =
-            blocks.end.0 - blocks.start.0 - map.blocks.count(blocks.clone(), BlockState::Data);
-        if new > 0 && map.blocks.data_blocks() + new > limit {
-            return Err(os_error(libc::ENOSPC));
-        }
-        Ok(())
-    }
-
-    /// Returns `ENOSPC` when reserving space for `blocks` would make the host hold more for this
-    /// layer than its limit: reserved space is not available to others, although none of its blocks
-    /// is Data.
-    fn check_reservation(&self, blocks: &Range<BlockIndex>) -> io::Result<()> {
-        /// Bytes that the host may need for its own list of extents.
-        const HOST_OVERHEAD: u64 = 1 << 20;
-        let Some(limit) = self.limit else {
-            return Ok(());
-        };
-        let taken = self.data.allocated()?;
-        let map = self.map.read();
-        let (held, data) =
-            (map.blocks.data_blocks(), map.blocks.count(blocks.clone(), BlockState::Data));
-        let reserved = taken.saturating_sub(held * self.block_size).saturating_sub(HOST_OVERHEAD)
-            / self.block_size;
-        if held + reserved + (blocks.end.0 - blocks.start.0 - data) > limit {
-            return Err(os_error(libc::ENOSPC));
-        }
-        Ok(())
     }
 
     /// Sets `blocks` to `state`: first in the log, then in the map. Returns the record's sequence.
@@ -177,7 +147,7 @@ impl Overlay {
 
     /// Writes `parts` at `offset` and makes `blocks`, which they fill, Data. The caller has locked
     /// the ranges of these blocks.
-    fn write_blocks(
+    pub(super) fn write_blocks(
         &self,
         parts: &[IoSlice<'_>],
         offset: u64,
@@ -219,151 +189,6 @@ impl Overlay {
             self.mark_dirty(len);
         }
         done
-    }
-
-    /// Zeros `range`, which is a part of one block.
-    fn zero_partial_block(
-        &self,
-        range: &Range<u64>,
-        below: &dyn ReadBelow,
-        wait: Wait,
-    ) -> io::Result<()> {
-        let block = BlockIndex(range.start / self.block_size);
-        let blocks = block..BlockIndex(block.0 + 1);
-        let zeros = || vec![0; usize::try_from(range.end - range.start).unwrap_or(0)];
-        let state = self.map.read().blocks.state(block);
-        match state {
-            BlockState::Zero => return Ok(()),
-            BlockState::Data => {
-                let written = self.data.write_at(&[IoSlice::new(&zeros())], range.start);
-                self.note_written(&blocks);
-                return written;
-            }
-            BlockState::Lower => {}
-        }
-        let lower = self.look_up(range);
-        if lower.kind != ExtentKind::Lower || below.is_zero_below(lower.range, wait)? {
-            return Ok(());
-        }
-        self.check_limit(&blocks)?;
-        let (before, after) = self.block_padding(range, below, wait)?;
-        check_cancelled()?;
-        let zeros = zeros();
-        let parts = [IoSlice::new(&before), IoSlice::new(&zeros), IoSlice::new(&after)];
-        self.write_blocks(&parts, range.start - before.len() as u64, &blocks)
-    }
-
-    fn try_zero(&self, range: &Range<u64>, below: &dyn ReadBelow, wait: Wait) -> io::Result<()> {
-        let _held = self.range_locks.lock_range(range, LockMode::Exclusive, wait)?;
-        check_cancelled()?;
-        self.note_change(&self.blocks_of(range));
-        // The last block counts as whole when the range reaches the disk's end.
-        let end = if range.end >= self.size() {
-            range.end.next_multiple_of(self.block_size)
-        } else {
-            range.end
-        };
-        let whole = range.start.div_ceil(self.block_size)..end / self.block_size;
-        if whole.start > whole.end {
-            return self.zero_partial_block(range, below, wait);
-        }
-        let head = range.start..range.end.min(whole.start * self.block_size);
-        let tail = whole.end * self.block_size..range.end;
-        for part in [head, tail] {
-            if part.start < part.end {
-                self.zero_partial_block(&part, below, wait)?;
-            }
-        }
-        let blocks = BlockIndex(whole.start)..BlockIndex(whole.end);
-        if !blocks.is_empty() {
-            let sequence = match self.publish(&blocks, BlockState::Zero)? {
-                // The blocks are Zero already, but space may have been reserved there since.
-                0 => self.log.as_ref().map_or(0, Log::last_sequence),
-                new => new,
-            };
-            self.defer_free(&blocks, sequence);
-        }
-        Ok(())
-    }
-
-    /// Copies a host file's bytes into `range`, which starts and ends on block borders or at the
-    /// disk's end. `copy` receives the data file and the range in it, and returns the number of
-    /// bytes copied.
-    ///
-    /// # Errors
-    /// `EOPNOTSUPP` when no single host file holds the range; `ENOSPC`; the errors of `copy`.
-    pub fn copy_in(&self, range: &Range<u64>, copy: CopyFn<'_>) -> io::Result<u64> {
-        self.check_writable()?;
-        let file = self.data.host_fd(range.clone()).ok_or_else(|| os_error(libc::EOPNOTSUPP))?;
-        // A direct write of part of a unit reads the whole unit first and would write back its
-        // old bytes.
-        let mode = if self.is_direct() { LockMode::Exclusive } else { LockMode::Shared };
-        let _held = self.range_locks.lock_range(range, mode, Wait::Yes)?;
-        check_cancelled()?;
-        self.note_change(&self.blocks_of(range));
-        self.check_limit(&self.blocks_of(range))?;
-        let copied = copy(file, range.clone());
-        self.note_written(&self.blocks_of(range));
-        let copied = copied?;
-        let end = range.start + copied;
-        // A block that was copied only in part is not published and keeps its old contents.
-        let whole =
-            if end >= range.end { range.end } else { end / self.block_size * self.block_size };
-        if whole > range.start {
-            self.zero_block_tail(whole)?;
-            self.publish(&self.blocks_of(&(range.start..whole)), BlockState::Data)?;
-        }
-        let len = whole.saturating_sub(range.start);
-        self.mark_dirty(len);
-        Ok(len)
-    }
-}
-
-impl Overlay {
-    /// Copies the bytes of `below` into the blocks that `range` touches and this layer does not
-    /// hold yet. Returns the number of bytes copied. A write that races with the copy wins.
-    ///
-    /// # Errors
-    /// The errors of [`WritableLayer::write_at`].
-    pub fn copy_up(
-        &self,
-        range: &Range<u64>,
-        below: &dyn ReadBelow,
-        wait: Wait,
-    ) -> io::Result<u64> {
-        self.check_writable()?;
-        let blocks = self.blocks_of(range);
-        let bytes = self.bytes_of(&blocks);
-        let _held = self.range_locks.lock_range(&bytes, LockMode::Exclusive, wait)?;
-        check_cancelled()?;
-        let (lower, limit): (Vec<BlockRun>, u64) = {
-            let map = self.map.read();
-            let lower = map.blocks.runs(blocks).filter(|run| run.state == BlockState::Lower);
-            (lower.collect(), map.lower_limit.min(map.size))
-        };
-        let mut copied = 0;
-        for run in lower {
-            let bytes = self.bytes_of(&run.range);
-            let seen = bytes.start..bytes.end.min(limit);
-            if seen.is_empty() {
-                continue;
-            }
-            let blocks = self.blocks_of(&seen);
-            self.check_limit(&blocks)?;
-            // Whole blocks are written: the part past the limit reads as zeros.
-            let whole = self.bytes_of(&blocks);
-            let len = |range: &Range<u64>| usize::try_from(range.end - range.start).unwrap_or(0);
-            let mut buf = vec![0; len(&whole)];
-            below.read_below(&mut buf[..len(&seen)], seen.start, wait)?;
-            check_cancelled()?;
-            self.note_change(&blocks);
-            self.write_blocks(&[IoSlice::new(&buf)], whole.start, &blocks)?;
-            copied += seen.end - seen.start;
-        }
-        if copied > 0 {
-            self.mark_dirty(copied);
-        }
-        Ok(copied)
     }
 }
 
@@ -467,25 +292,5 @@ impl WritableLayer for Overlay {
 
     fn is_latched(&self) -> bool {
         Overlay::is_latched(self)
-    }
-}
-
-impl Overlay {
-    /// Returns whether the block that contains byte `at` is Data.
-    fn has_data_at(&self, at: u64) -> bool {
-        self.map.read().blocks.state(BlockIndex(at / self.block_size)) == BlockState::Data
-    }
-
-    /// Zeros the data file from `at`, the disk's end, to the end of that block: the bytes there may
-    /// be older than a shrink of the disk.
-    fn zero_block_tail(&self, at: u64) -> io::Result<()> {
-        let end = at.next_multiple_of(self.block_size);
-        if at < end {
-            let zeros = vec![0; usize::try_from(end - at).map_err(|_| os_error(libc::EFBIG))?];
-            let written = self.data.write_at(&[IoSlice::new(&zeros)], at);
-            self.note_written(&self.blocks_of(&(at..end)));
-            return written;
-        }
-        Ok(())
     }
 }

@@ -1,0 +1,56 @@
+//! The limit on the data of an overlay, the disk key `limit`: checked before a change takes space.
+
+use std::io;
+use std::ops::Range;
+
+use super::Overlay;
+use super::state::{BlockIndex, BlockState};
+use crate::host::os_error;
+
+impl Overlay {
+    /// Caps the bytes of data that the overlay may hold from now on.
+    pub fn set_limit(&mut self, limit: Option<u64>) {
+        self.limit = limit.map(|limit| limit / self.block_size);
+    }
+
+    /// Refuses to make all of `blocks` Data when that would exceed the limit.
+    ///
+    /// # Errors
+    /// `ENOSPC`.
+    #[inline]
+    pub(super) fn check_limit(&self, blocks: &Range<BlockIndex>) -> io::Result<()> {
+        let Some(limit) = self.limit else {
+            return Ok(());
+        };
+        let map = self.map.read();
+        let new =
+            blocks.end.0 - blocks.start.0 - map.blocks.count(blocks.clone(), BlockState::Data);
+        if new > 0 && map.blocks.data_blocks() + new > limit {
+            return Err(os_error(libc::ENOSPC));
+        }
+        Ok(())
+    }
+
+    /// Refuses to reserve space for `blocks` when the host would then hold more for this layer than
+    /// its limit: reserved space is not available to others, although none of its blocks is Data.
+    ///
+    /// # Errors
+    /// `ENOSPC`; the host's errno.
+    pub(super) fn check_reservation(&self, blocks: &Range<BlockIndex>) -> io::Result<()> {
+        /// Bytes that the host may need for its own list of extents.
+        const HOST_OVERHEAD: u64 = 1 << 20;
+        let Some(limit) = self.limit else {
+            return Ok(());
+        };
+        let taken = self.data.allocated()?;
+        let map = self.map.read();
+        let (held, data) =
+            (map.blocks.data_blocks(), map.blocks.count(blocks.clone(), BlockState::Data));
+        let reserved = taken.saturating_sub(held * self.block_size).saturating_sub(HOST_OVERHEAD)
+            / self.block_size;
+        if held + reserved + (blocks.end.0 - blocks.start.0 - data) > limit {
+            return Err(os_error(libc::ENOSPC));
+        }
+        Ok(())
+    }
+}
