@@ -20,7 +20,7 @@ use super::{Control, matches_inode, unmount_summary};
 use crate::catalog::{CatalogEntry, DiskOrigin};
 use crate::config::{DiskSpec, check_cache, parse_disk};
 use crate::disk::{self, Disk, InUse, OpenContext, OpenedDisk, split_name};
-use crate::overlay::is_out_of_space;
+use crate::host::is_out_of_space;
 use crate::store::Store;
 use crate::stream::output::{DrainTimeout, OutputState};
 use crate::stream::sink::StdioMode;

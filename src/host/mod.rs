@@ -30,6 +30,13 @@ pub fn os_error(code: i32) -> io::Error {
     io::Error::from_raw_os_error(code)
 }
 
+/// Returns whether `error` means that the host is out of space: a full disk, a quota or a file size
+/// limit, all of which may pass. A file that has reached its maximum size counts as full.
+#[must_use]
+pub fn is_out_of_space(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::ENOSPC | libc::EDQUOT | libc::EFBIG))
+}
+
 /// Returns an error's message without the number that Rust appends.
 #[must_use]
 pub fn os_message(error: &io::Error) -> String {

@@ -370,12 +370,6 @@ impl Overlay {
     }
 }
 
-/// Returns whether `error` means that the host is out of space: a full disk, a quota or a file size
-/// limit, all of which may pass. A file that has reached its maximum size counts as full.
-pub(crate) fn is_out_of_space(error: &io::Error) -> bool {
-    matches!(error.raw_os_error(), Some(libc::ENOSPC | libc::EDQUOT | libc::EFBIG))
-}
-
 impl Layer for Overlay {
     fn size(&self) -> u64 {
         self.map.read().size

@@ -5,13 +5,13 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use super::Overlay;
 use super::journal::NewEntry;
 use super::log::{Log, ReserveUse};
 use super::range_locks::{LockMode, StripeSet};
 use super::record::{LogRecord, MtimeOrigin, Nanos};
 use super::state::{BlockIndex, BlockState};
-use super::{Overlay, is_out_of_space};
-use crate::host::{self, os_error};
+use crate::host::{self, is_out_of_space, os_error};
 use crate::layer::Wait;
 
 /// The most changed bytes that are still written about as quickly as one block: 128 KiB.

@@ -14,9 +14,9 @@ use super::range_locks::{LockMode, StripeGuard, StripeSet};
 use super::record::LogRecord;
 use super::state::{BlockIndex, BlockRun, BlockState};
 use super::sync::SyncMode;
-use super::{MAX_DISK_SIZE, Overlay, is_out_of_space};
+use super::{MAX_DISK_SIZE, Overlay};
 use crate::extents::ExtentKind;
-use crate::host::os_error;
+use crate::host::{is_out_of_space, os_error};
 use crate::layer::{Layer, ReadBelow, Wait, WritableLayer};
 use crate::pool::check_cancelled;
 

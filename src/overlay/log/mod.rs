@@ -26,10 +26,9 @@ use self::scan::for_each_record;
 pub use self::scan::{LogEnd, LogScan, count_changes, replay, scan};
 use self::writer::LogWriter;
 use super::host_file::Create;
-use super::is_out_of_space;
 use super::record::{BootTag, LayerMap, LogRecord, RECORD_LEN};
 use super::storage::Storage;
-use crate::host;
+use crate::host::{self, is_out_of_space};
 
 /// The step in bytes in which space is reserved on the host: 1 MiB.
 const RESERVE_STEP: u64 = 1 << 20;
