@@ -10,8 +10,8 @@ use std::path::Path;
 use super::Disk;
 use super::open::OpenError;
 use crate::config::DirectIo;
+use crate::host::temporary_dir;
 use crate::overlay::Overlay;
-use crate::overlay::keep::temporary_dir;
 use crate::overlay::persist::OpenedOverlay;
 
 impl Disk {

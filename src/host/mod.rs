@@ -15,6 +15,7 @@ mod procfs;
 pub(crate) mod testing;
 
 use std::io;
+use std::path::PathBuf;
 
 pub use self::copy::{copy_range, is_copy_unsupported};
 pub use self::file::{
@@ -35,6 +36,15 @@ pub fn os_error(code: i32) -> io::Error {
 #[must_use]
 pub fn is_out_of_space(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::ENOSPC | libc::EDQUOT | libc::EFBIG))
+}
+
+/// Returns the directory for files that end with their process: `$TMPDIR`, or else `/var/tmp`, which
+/// is on a disk.
+#[must_use]
+pub fn temporary_dir() -> PathBuf {
+    std::env::var_os("TMPDIR")
+        .filter(|dir| !dir.is_empty())
+        .map_or("/var/tmp".into(), PathBuf::from)
 }
 
 /// Returns an error's message without the number that Rust appends.

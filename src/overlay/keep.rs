@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::io::{self, IoSlice};
 use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
 use rustix::fs::{Mode, OFlags};
@@ -23,14 +23,6 @@ use crate::layer::Wait;
 
 /// Bytes copied at a time across file systems: 1 MiB.
 const COPY_CHUNK: u64 = 1 << 20;
-
-/// Returns the directory for temporary overlays: `$TMPDIR`, or else `/var/tmp`, which is on a disk.
-#[must_use]
-pub fn temporary_dir() -> PathBuf {
-    std::env::var_os("TMPDIR")
-        .filter(|dir| !dir.is_empty())
-        .map_or("/var/tmp".into(), PathBuf::from)
-}
 
 /// Creates an overlay of `size` bytes whose changes are lost when it is dropped. The layers below
 /// are visible up to `lower_limit` (bytes); `limit` caps the bytes of data.

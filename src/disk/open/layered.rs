@@ -21,6 +21,7 @@ use crate::disk::bottom::Bottom;
 use crate::disk::history::History;
 use crate::disk::layers::{LayerStack, Top};
 use crate::disk::overlay_location::OverlayLocation;
+use crate::host;
 use crate::layer::{Layer, WritableLayer};
 use crate::overlay::layer_cache::LayerCache;
 use crate::overlay::persist::OverlayPath;
@@ -107,7 +108,7 @@ fn with_temporary_overlay(
     context: &OpenContext<'_>,
 ) -> Result<OpenedDisk, OpenError> {
     let OpenedBase { layer, size: base_size, bottom, owner } = base;
-    let dir = keep::temporary_dir();
+    let dir = host::temporary_dir();
     let size = spec.size.unwrap_or(base_size);
     let block = spec.block.unwrap_or(DEFAULT_BLOCK_SIZE);
     let lower_limit = size.min(base_size);

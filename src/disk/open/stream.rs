@@ -16,8 +16,8 @@ use crate::config::{
 use crate::disk::Disk;
 use crate::disk::bottom::Bottom;
 use crate::disk::layers::{LayerStack, Top};
+use crate::host::temporary_dir;
 use crate::layer::{Layer, WritableLayer};
-use crate::overlay::keep::temporary_dir;
 use crate::stream::Stream;
 use crate::stream::input::Input;
 use crate::stream::output::Output;

@@ -14,8 +14,8 @@ use rustix::io::Errno;
 
 use crate::extents::{Extent, ExtentKind};
 use crate::host;
+use crate::host::temporary_dir;
 use crate::layer::Wait;
-use crate::overlay::keep::temporary_dir;
 
 /// The granularity of holes in bytes: 4 KiB, the block size of common host file systems. A smaller
 /// hole saves nothing.
