@@ -152,7 +152,7 @@ impl Disk {
     /// interrupted has other bytes, but must be the same file.
     fn check_base_identity(&self, is_resumed: bool) -> Result<(), OperationError> {
         let recorded = match &mut *self.overlay_location.lock() {
-            OverlayFiles::Persistent(home) => home.stack.base.clone(),
+            OverlayFiles::Persistent(dir) => dir.stack.base.clone(),
             OverlayFiles::NoOverlay | OverlayFiles::Temporary { .. } => return Ok(()),
         };
         let (
@@ -235,13 +235,13 @@ impl Disk {
         let size = base.layer.size();
         *self.history.reset_sizes.lock() = (size, size);
         let identity = Identity::of(&base.file).map_err(OperationError::io("reading the base"))?;
-        if let OverlayFiles::Persistent(home) = &mut *self.overlay_location.lock()
+        if let OverlayFiles::Persistent(dir) = &mut *self.overlay_location.lock()
             && let BaseRecord::File { path, format, offset, len, needs, .. } =
-                home.stack.base.clone()
+                dir.stack.base.clone()
         {
             let base = BaseRecord::File { path, format, offset, len, identity, needs };
-            let stack = Stack { base, ..home.stack.clone() };
-            self.replace_stack(home, stack, None)?;
+            let stack = Stack { base, ..dir.stack.clone() };
+            self.replace_stack(dir, stack, None)?;
         }
         overlay.end_commit().map_err(OperationError::io("marking the commit's end"))
     }

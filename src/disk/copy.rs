@@ -183,8 +183,8 @@ fn copy_to_overlay(
     from: &Range<u64>,
 ) -> io::Result<u64> {
     let len = to.end - to.start;
-    overlay.copy_in(&to, &mut |file, place| {
+    overlay.copy_in(&to, &mut |file, target| {
         let wanted = from.start..from.start + len;
-        source.lend_at(wanted, &mut |input, piece| copy_range(input, piece, file, place.start))
+        source.lend_at(wanted, &mut |input, piece| copy_range(input, piece, file, target.start))
     })
 }

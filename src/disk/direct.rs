@@ -42,8 +42,8 @@ impl Disk {
 
     /// Switches all layers of an overlay that this disk is moving to, if the disk has `direct`.
     pub(super) fn apply_direct_to_all(&self, kept: &OpenedOverlay) -> io::Result<()> {
-        let aside = kept.snapshot_layers.iter().map(|(_, layer)| layer);
-        kept.below.iter().chain(aside).try_for_each(|layer| self.apply_direct(layer))?;
+        let snapshot_layers = kept.snapshot_layers.iter().map(|(_, layer)| layer);
+        kept.below.iter().chain(snapshot_layers).try_for_each(|layer| self.apply_direct(layer))?;
         self.apply_direct(&kept.overlay)
     }
 }

@@ -11,6 +11,7 @@ use crate::overlay::recover::Recovered;
 use crate::stream::UnmountPolicy;
 use crate::stream::output::DrainTimeout;
 
+#[allow(clippy::needless_pass_by_value)] // For `map_err`.
 fn refused(why: impl ToString) -> OpenError {
     OpenError::NothingToKeep(why.to_string())
 }

@@ -130,8 +130,8 @@ mod tests {
     fn disk(overlay: Option<&Path>) -> Result<Disk, String> {
         let mut spec = DiskSpec::new("d".to_owned(), DiskSource::Blank(1 << 20));
         spec.overlay = overlay.map(Path::to_owned);
-        let setting = OpenContext::unmounted();
-        let opened = open(&spec, &setting).map_err(|error| error.to_string())?;
+        let context = OpenContext::unmounted();
+        let opened = open(&spec, &context).map_err(|error| error.to_string())?;
         let OpenedDisk { disk, .. } = opened;
         Ok(disk)
     }

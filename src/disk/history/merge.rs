@@ -272,8 +272,8 @@ mod tests {
     fn disk(dir: &Path) -> Disk {
         let mut spec = DiskSpec::new("d".to_owned(), DiskSource::Blank(8 << 20));
         spec.overlay = Some(dir.to_owned());
-        let setting = OpenContext::unmounted();
-        open(&spec, &setting).map_err(|error| error.to_string()).unwrap().disk
+        let context = OpenContext::unmounted();
+        open(&spec, &context).map_err(|error| error.to_string()).unwrap().disk
     }
 
     #[test]

@@ -50,8 +50,8 @@ impl Disk {
             let known = self.history.sealed.lock().get(&record.uuid).cloned();
             let layer = match (known, &mut *self.overlay_location.lock()) {
                 (Some(layer), _) => layer,
-                (None, OverlayFiles::Persistent(home)) => {
-                    home.open_layer(record.uuid, &self.history.layer_cache())?
+                (None, OverlayFiles::Persistent(dir)) => {
+                    dir.open_layer(record.uuid, &self.history.layer_cache())?
                 }
                 (None, _) => {
                     return Err(OperationError::io("opening a layer")(os_error(libc::ENOENT)));
@@ -71,19 +71,19 @@ impl Disk {
         &self,
         tree: &LayerTree,
         parent: Option<Uuid>,
-        image: &LayerMap,
+        map: &LayerMap,
         limit: Option<u64>,
     ) -> Result<NewTop, OperationError> {
         let uuid = Uuid::new_v4();
         let block = tree.top().map_or(crate::overlay::DEFAULT_BLOCK_SIZE, |top| top.block);
         let record = LayerRecord { uuid, block, parent };
         let (overlay, lock) = match &mut *self.overlay_location.lock() {
-            OverlayFiles::Persistent(home) => {
-                let (overlay, lock) = home.add_layer(&record, image, limit)?;
+            OverlayFiles::Persistent(dir) => {
+                let (overlay, lock) = dir.add_layer(&record, map, limit)?;
                 (overlay, Some(lock))
             }
             OverlayFiles::Temporary { dir, .. } => {
-                let made = keep::temporary(dir, block, image.size, image.lower_limit, limit);
+                let made = keep::temporary(dir, block, map.size, map.lower_limit, limit);
                 (made.map_err(OperationError::io("making a file for a layer"))?, None)
             }
             OverlayFiles::NoOverlay => return Err(OperationError::NoOverlay("layers")),
@@ -106,10 +106,41 @@ impl Disk {
         self.history.limit.map(|limit| limit.saturating_sub(held))
     }
 
+    /// Returns the uuid of the layer below a new top, and the layers below it, top to bottom. `old`
+    /// is the present top.
+    fn layers_below(
+        &self,
+        parent: TopParent,
+        tree: &LayerTree,
+        old: (Uuid, &Arc<Overlay>),
+    ) -> Result<(Option<Uuid>, Vec<Arc<Overlay>>), OperationError> {
+        Ok(match parent {
+            TopParent::Top => {
+                let mut below = self.layers().sealed_layers().to_vec();
+                below.insert(0, Arc::clone(old.1));
+                (Some(old.0), below)
+            }
+            TopParent::Layer(layer) => (Some(layer), self.open_chain(tree, layer)?),
+            TopParent::Base => (None, Vec::new()),
+        })
+    }
+
+    /// The map of an empty top above `below`.
+    fn empty_map(&self, parent: TopParent, below: &[Arc<Overlay>]) -> LayerMap {
+        let (size, lower_limit) = match parent {
+            TopParent::Base => *self.history.reset_sizes.lock(),
+            TopParent::Top | TopParent::Layer(_) => {
+                let size = below.first().map_or(0, |layer| layer.size());
+                (size, size)
+            }
+        };
+        LayerMap::new(size, lower_limit)
+    }
+
     /// Puts an empty top in place. `change` gets the new tree and the uuid of the old top.
     pub(super) fn put_empty_top(
         &self,
-        above: TopParent,
+        parent: TopParent,
         force: Force,
         change: impl FnOnce(&mut LayerTree, Uuid),
     ) -> Result<(), OperationError> {
@@ -119,54 +150,36 @@ impl Disk {
         if top.is_committing() {
             return Err(OperationError::CommitUnfinished);
         }
-        let parent = match above {
-            TopParent::Top => Some(old),
-            TopParent::Layer(layer) => Some(layer),
-            TopParent::Base => None,
-        };
-        let mut below = match above {
-            TopParent::Top => self.layers().sealed_layers().to_vec(),
-            TopParent::Layer(layer) => self.open_chain(&tree, layer)?,
-            TopParent::Base => Vec::new(),
-        };
-        if above == TopParent::Top {
-            below.insert(0, Arc::clone(&top));
-        }
+        let (parent_uuid, below) = self.layers_below(parent, &tree, (old, &top))?;
         let limit = self.limit_above(&below);
-        let size = below.first().map_or(0, |layer| layer.size());
-        let fresh = *self.history.reset_sizes.lock();
-        let image = |top: &Overlay| match above {
-            TopParent::Base => LayerMap::new(fresh.0, fresh.1),
-            TopParent::Top => LayerMap::new(top.size(), top.size()),
-            TopParent::Layer(_) => LayerMap::new(size, size),
-        };
+        let make = || self.make_layer(&tree, parent_uuid, &self.empty_map(parent, &below), limit);
         // Created before the gate is taken: writers wait only for the switch.
-        let mut new = self.make_layer(&tree, parent, &image(&top), limit)?;
+        let mut new = make()?;
         let mut uuid = new.uuid;
-        let shelf = self.history.layer_cache();
-        let _alone = shelf.lock_changes();
+        let layer_cache = self.history.layer_cache();
+        let _layers_locked = layer_cache.lock_changes();
         let switch = || -> Result<LayerTree, OperationError> {
             let _gate = self.gate_for_layers()?;
             self.check_writers(force)?;
-            if above == TopParent::Top {
+            if parent == TopParent::Top {
                 if top.is_latched() {
                     return Err(OperationError::Latched);
                 }
                 if top.size() != new.overlay.size() {
                     self.remove_layer(uuid);
-                    new = self.make_layer(&tree, parent, &image(&top), limit)?;
+                    new = make()?;
                     uuid = new.uuid;
                 }
                 self.record_mtime(&top);
-                shelf.insert(old, &top);
+                layer_cache.insert(old, &top);
                 self.history.sealed.lock().insert(old, Arc::clone(&top));
             }
             let mut next = tree.clone();
-            next.push_top(uuid, parent);
+            next.push_top(uuid, parent_uuid);
             change(&mut next, old);
             next.prune();
-            self.install_top(&next, new, below)?;
-            if above != TopParent::Top {
+            self.install_top(&next, new, below.clone())?;
+            if parent != TopParent::Top {
                 self.touch_times(&self.layers().top);
             }
             Ok(next)
@@ -227,28 +240,28 @@ impl Disk {
                 *tree = next.clone();
                 Ok(())
             }
-            OverlayFiles::Persistent(home) => {
-                let stack = home.stack.with_tree(next.clone());
-                self.replace_stack(home, stack, lock)
+            OverlayFiles::Persistent(dir) => {
+                let stack = dir.stack.with_tree(next.clone());
+                self.replace_stack(dir, stack, lock)
             }
         }
     }
 
-    /// Makes `stack` the stack of the overlay directory `home`, durably; `lock` is the lock of a
+    /// Makes `stack` the stack of the overlay directory `dir`, durably; `lock` is the lock of a
     /// new top. If it is unknown whether the replacement took effect, the disk accepts no more
     /// changes.
     pub(in crate::disk) fn replace_stack(
         &self,
-        home: &mut OverlayDir,
+        dir: &mut OverlayDir,
         stack: Stack,
         lock: Option<File>,
     ) -> Result<(), OperationError> {
         let replaced = match lock {
-            Some(lock) => home.replace_top(stack, lock),
-            None => home.replace_stack(stack),
+            Some(lock) => dir.replace_top(stack, lock),
+            None => dir.replace_stack(stack),
         };
         if replaced.is_err()
-            && home.is_torn()
+            && dir.is_torn()
             && let Some(overlay) = self.overlay()
         {
             overlay.poison();

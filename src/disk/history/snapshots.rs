@@ -114,11 +114,11 @@ impl Disk {
         let mut all = vec![Arc::clone(top)];
         all.extend(layers.sealed_layers().iter().cloned());
         let live = tree.live();
-        let shown = self.visible_usage(top, live.first().map(|top| top.uuid), &all);
+        let visible = self.visible_usage(top, live.first().map(|top| top.uuid), &all);
         let mut since = Usage { data: 0, zero: 0 };
-        let entries = live.iter().zip(all.iter().zip(shown));
-        let describe = |(record, (layer, shown)): (&LayerRecord, (&Arc<Overlay>, Usage))| {
-            since = add_usage(since, shown);
+        let entries = live.iter().zip(all.iter().zip(visible));
+        let describe = |(record, (layer, visible)): (&LayerRecord, (&Arc<Overlay>, Usage))| {
+            since = add_usage(since, visible);
             let name = tree.name_of(record.uuid).map(str::to_owned);
             LayerUsage { name, uuid: record.uuid, usage: layer.usage(), since }
         };
@@ -132,14 +132,14 @@ impl Disk {
         }
         let (revision, uuid) = (top.revision(), uuid.unwrap_or_default());
         let known = self.history.visible_usage.lock().clone();
-        if let Some((at, of, shown)) = known
-            && (at, of, shown.len()) == (revision, uuid, all.len())
+        if let Some((at, of, visible)) = known
+            && (at, of, visible.len()) == (revision, uuid, all.len())
         {
-            return shown;
+            return visible;
         }
-        let shown = Sealed::new(all.to_vec()).map_or_else(Vec::new, |all| all.visible_usage());
-        *self.history.visible_usage.lock() = Some((revision, uuid, shown.clone()));
-        shown
+        let visible = Sealed::new(all.to_vec()).map_or_else(Vec::new, |all| all.visible_usage());
+        *self.history.visible_usage.lock() = Some((revision, uuid, visible.clone()));
+        visible
     }
 
     /// Returns a read-only disk with the contents at snapshot `name`.
