@@ -2,7 +2,10 @@
 //! a lock.
 //!
 //! Every disk has its own pools, so a hanging base holds only threads of its own disk. Threads are
-//! started when there is work and end when there is none.
+//! started when there is work and end when there is none. While no thread can be started, the work
+//! of a pool without threads is done by its [`Reserve`].
+
+pub mod reserve;
 
 use std::cell::RefCell;
 use std::collections::VecDeque;
@@ -14,11 +17,12 @@ use std::time::Duration;
 
 use parking_lot::{Condvar, Mutex};
 
+use self::reserve::Reserve;
 use crate::host::os_error;
 
 /// The most threads of a pool by default: enough to keep a device busy and to let syncs and reads
 /// pass each other.
-const MAX_THREADS: usize = 8;
+pub const MAX_THREADS: usize = 8;
 /// How long an idle thread stays.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -87,10 +91,15 @@ impl Drop for ReplyHold {
 /// A piece of work for a pool.
 pub type Job = Box<dyn FnOnce() + Send>;
 
+/// Starts a thread that works for a pool.
+type StartThread = fn(Arc<Pool>) -> io::Result<()>;
+
 /// A bounded set of threads that work through a queue.
 pub struct Pool {
     /// The most threads.
     max_threads: usize,
+    start_thread: StartThread,
+    reserve: &'static Reserve,
     state: Mutex<PoolState>,
     job_queued: Condvar,
     thread_ended: Condvar,
@@ -99,9 +108,12 @@ pub struct Pool {
 #[derive(Default)]
 struct PoolState {
     queue: VecDeque<Job>,
+    /// Threads that run or are being started, and the reserve while it does a job of this pool.
     threads: usize,
     idle: usize,
     stopping: bool,
+    /// The reserve has this pool in its queue, or is attending to it.
+    is_in_reserve: bool,
 }
 
 impl Default for Pool {
@@ -111,11 +123,30 @@ impl Default for Pool {
 }
 
 impl Pool {
-    /// Creates a pool of up to `most` threads; none is started before there is work.
+    /// Creates a pool of up to `most` threads, whose jobs may wait for the host and for nothing of
+    /// this process but locks; no thread is started before there is work.
     #[must_use]
     pub fn with_threads(most: usize) -> Self {
+        Self::with_reserve(most, &reserve::HOST_WAITS)
+    }
+
+    /// Creates a pool of up to `most` threads. `reserve` must serve no pool that this one's jobs
+    /// wait for.
+    #[must_use]
+    pub fn with_reserve(most: usize, reserve: &'static Reserve) -> Self {
+        Self::with_start(most, reserve, start_thread)
+    }
+
+    fn with_start(most: usize, reserve: &'static Reserve, start_thread: StartThread) -> Self {
         let (state, more, less) = (Mutex::default(), Condvar::new(), Condvar::new());
-        Self { max_threads: most, state, job_queued: more, thread_ended: less }
+        Self {
+            max_threads: most,
+            start_thread,
+            reserve,
+            state,
+            job_queued: more,
+            thread_ended: less,
+        }
     }
 
     /// Queues `job` for one of the pool's threads.
@@ -129,26 +160,53 @@ impl Pool {
         }
         state.threads += 1;
         drop(state);
-        let pool = Arc::clone(self);
-        let made =
-            thread::Builder::new().name("cowslip-io".to_owned()).spawn(move || pool.run_worker());
-        if let Err(error) = made {
+        if let Err(error) = (self.start_thread)(Arc::clone(self)) {
             log::error!("no thread for a disk's work: {error}");
             self.handle_spawn_failure();
         }
     }
 
-    /// Handles a thread that could not be started: if the pool has none at all, the caller does the
-    /// work.
+    /// Handles a thread that could not be started. Others may have counted on it: whatever is
+    /// queued goes to the reserve, which leaves it to the pool's own threads if there are any.
     fn handle_spawn_failure(self: &Arc<Self>) {
-        let job = {
-            let mut state = self.state.lock();
-            state.threads -= 1;
-            if state.threads == 0 { state.queue.pop_front() } else { None }
-        };
-        if let Some(job) = job {
-            job();
+        let mut state = self.state.lock();
+        state.threads -= 1;
+        self.thread_ended.notify_all();
+        if state.queue.is_empty() || std::mem::replace(&mut state.is_in_reserve, true) {
+            return;
         }
+        drop(state);
+        self.reserve.take_over(self);
+    }
+
+    /// Attends once to a pool that is in the reserve: starts a thread for its queue or, if that
+    /// fails and it has none, does one of its jobs.
+    fn attend(self: &Arc<Self>) -> Attended {
+        let mut state = self.state.lock();
+        if state.queue.is_empty() || state.threads >= self.max_threads {
+            state.is_in_reserve = false;
+            return Attended::Done;
+        }
+        state.threads += 1;
+        drop(state);
+        let started = (self.start_thread)(Arc::clone(self));
+        let mut state = self.state.lock();
+        if started.is_ok() {
+            // The new thread may have left already, but not before the queue was empty.
+            state.is_in_reserve = state.threads == 0 && !state.queue.is_empty();
+            return if state.is_in_reserve { Attended::Worked } else { Attended::Done };
+        }
+        // The pool's own threads come first, unless the only one is this one.
+        let job = if state.threads == 1 { state.queue.pop_front() } else { None };
+        let attended = if job.is_some() { Attended::Worked } else { Attended::Starved };
+        if let Some(job) = job {
+            drop(state);
+            job();
+            state = self.state.lock();
+        }
+        state.threads -= 1;
+        self.thread_ended.notify_all();
+        attended
     }
 
     fn run_worker(&self) {
@@ -182,14 +240,35 @@ impl Pool {
         self.job_queued.notify_all();
         !self
             .thread_ended
-            .wait_while_for(&mut state, |state| state.threads > 0, patience)
+            .wait_while_for(
+                &mut state,
+                |state| state.threads > 0 || !state.queue.is_empty(),
+                patience,
+            )
             .timed_out()
     }
 }
 
+/// What the reserve could do for a pool.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Attended {
+    /// The pool needs the reserve no more.
+    Done,
+    /// One job was done; there may be more.
+    Worked,
+    /// No thread could be started for the queue, which threads of the pool will reach.
+    Starved,
+}
+
+fn start_thread(pool: Arc<Pool>) -> io::Result<()> {
+    let thread = thread::Builder::new().name("cowslip-io".to_owned());
+    thread.spawn(move || pool.run_worker()).map(drop)
+}
+
 #[cfg(test)]
 mod tests {
-    use std::sync::mpsc;
+    use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+    use std::sync::{Barrier, mpsc};
 
     use super::*;
 
@@ -218,5 +297,76 @@ mod tests {
         let mut all: Vec<i32> = told.iter().collect();
         all.sort_unstable();
         assert_eq!(all, (0..1000).collect::<Vec<_>>());
+    }
+
+    const PATIENCE: Duration = Duration::from_secs(10);
+    const CALLERS: usize = 6;
+
+    fn no_thread(_: Arc<Pool>) -> io::Result<()> {
+        Err(os_error(libc::EAGAIN))
+    }
+
+    /// Has [`CALLERS`] threads call [`Pool::run`] with `job`, returning as each call returns.
+    fn run_from_many(pool: &Arc<Pool>, job: impl Fn() + Copy + Send + 'static) {
+        let callers = (0..CALLERS).map(|_| {
+            let pool = Arc::clone(pool);
+            thread::spawn(move || pool.run(Box::new(job)))
+        });
+        callers.collect::<Vec<_>>().into_iter().for_each(|caller| caller.join().unwrap());
+    }
+
+    #[test]
+    fn all_jobs_are_done_if_none_of_the_callers_can_start_a_thread() {
+        static RESERVE: Reserve = Reserve::new();
+        static DONE: AtomicUsize = AtomicUsize::new(0);
+        static FAILING: Barrier = Barrier::new(CALLERS);
+        /// Fails once all callers have counted on a thread; the reserve's attempts fail at once.
+        fn no_thread_for_any(_: Arc<Pool>) -> io::Result<()> {
+            static CALLS: AtomicUsize = AtomicUsize::new(0);
+            if CALLS.fetch_add(1, Ordering::SeqCst) < CALLERS {
+                FAILING.wait();
+            }
+            Err(os_error(libc::EAGAIN))
+        }
+        RESERVE.start().unwrap();
+        let pool = Arc::new(Pool::with_start(MAX_THREADS, &RESERVE, no_thread_for_any));
+        run_from_many(&pool, || _ = DONE.fetch_add(1, Ordering::SeqCst));
+        assert!(pool.stop(PATIENCE));
+        assert_eq!(DONE.load(Ordering::SeqCst), CALLERS);
+    }
+
+    #[test]
+    fn callers_do_all_jobs_if_there_is_no_reserve() {
+        static RESERVE: Reserve = Reserve::new();
+        static DONE: AtomicUsize = AtomicUsize::new(0);
+        let pool = Arc::new(Pool::with_start(1, &RESERVE, no_thread));
+        run_from_many(&pool, || _ = DONE.fetch_add(1, Ordering::SeqCst));
+        assert!(pool.stop(PATIENCE));
+        assert_eq!(DONE.load(Ordering::SeqCst), CALLERS);
+    }
+
+    #[test]
+    fn caller_does_no_job_itself_and_threads_come_back_while_the_reserve_hangs() {
+        static RESERVE: Reserve = Reserve::new();
+        static CAN_START: AtomicBool = AtomicBool::new(false);
+        fn start_if_possible(pool: Arc<Pool>) -> io::Result<()> {
+            if CAN_START.load(Ordering::SeqCst) { start_thread(pool) } else { no_thread(pool) }
+        }
+        RESERVE.start().unwrap();
+        let pool = Arc::new(Pool::with_start(MAX_THREADS, &RESERVE, start_if_possible));
+        let (release, released) = mpsc::channel::<()>();
+        let (tell, told) = mpsc::channel();
+        let begun = tell.clone();
+        pool.run(Box::new(move || {
+            begun.send("hangs").unwrap();
+            released.recv().unwrap();
+        }));
+        assert_eq!(told.recv_timeout(PATIENCE), Ok("hangs"));
+        CAN_START.store(true, Ordering::SeqCst);
+        pool.run(Box::new(move || tell.send("done").unwrap()));
+        assert_eq!(told.recv_timeout(PATIENCE), Ok("done"));
+        assert!(!pool.stop(Duration::from_millis(20)));
+        release.send(()).unwrap();
+        assert!(pool.stop(PATIENCE));
     }
 }

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::pool::Pool;
+use crate::pool::{MAX_THREADS, Pool, reserve};
 
 /// Number of threads that read a disk's map, which is asked for now and then.
 const MAP_THREADS: usize = 2;
@@ -25,7 +25,7 @@ impl Default for Pools {
     fn default() -> Self {
         Self {
             io: Arc::default(),
-            notify: Arc::default(),
+            notify: Arc::new(Pool::with_reserve(MAX_THREADS, &reserve::KERNEL_WAITS)),
             sync: Arc::default(),
             map: Arc::new(Pool::with_threads(MAP_THREADS)),
         }

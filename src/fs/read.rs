@@ -52,8 +52,6 @@ impl CowslipFs {
             None
         });
         let Some(reply) = unanswered else { return self.busy_poll.poll_request() };
-        // The buffer is not borrowed here: where no thread can be started, this thread does the
-        // work itself.
         let target = file.clone();
         let work = move || {
             // The thread's own buffer, kept for as long as the thread lives: new memory costs as

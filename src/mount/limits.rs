@@ -8,12 +8,13 @@ use std::fs::File;
 use std::sync::Arc;
 use std::thread;
 
+use crate::pool::reserve;
 use parking_lot::RwLock;
 use rustix::process::{Resource, getrlimit};
 
-/// Threads besides the workers: one that waits for them, the ticker, and some for work on the
-/// disks.
-const EXTRA_THREADS: usize = 6;
+/// Threads besides the workers: one that waits for them, the ticker, those in reserve, and some for
+/// work on the disks.
+const EXTRA_THREADS: usize = 6 + reserve::THREADS;
 
 /// Descriptors besides one per worker: for inspecting a mount, undoing it, and serving requests.
 const EXTRA_FILES: usize = 12;

@@ -43,7 +43,7 @@ use crate::confined;
 use crate::control::{self, Control};
 use crate::fs::{Deadlines, FsContext, PageCache};
 use crate::logging::{self, LogTarget};
-use crate::pool::{Pool, run_cancellable};
+use crate::pool::{Pool, reserve, run_cancellable};
 use crate::process::{self, InheritedFds};
 
 /// Serves `plan` until it is unmounted, and reports notes, success or failure of the start through
@@ -158,7 +158,7 @@ fn fs_context(plan: &MountPlan, catalog: &Arc<Catalog>) -> Arc<FsContext> {
         deadlines: Deadlines::new(Duration::from_secs(plan.options.io_timeout)),
         page_cache: Arc::new(PageCache::new(plan.cache)),
         pool: Arc::new(Pool::default()),
-        control_pool: Arc::new(Pool::with_threads(control::REQUEST_THREADS)),
+        control_pool: Arc::new(Pool::with_reserve(control::REQUEST_THREADS, &reserve::REQUESTS)),
         owner: current_ids(),
         mounted_at: SystemTime::now(),
     })

@@ -13,7 +13,6 @@ use super::plan::DaemonMode;
 use super::signals::{Signals, signal_name};
 use crate::disk::Disk;
 use crate::fs::FsContext;
-use crate::pool::Pool;
 use crate::stream::UnmountPolicy;
 use crate::stream::output::DrainTimeout;
 
@@ -50,11 +49,15 @@ pub(super) fn tick(shared: &Arc<FsContext>, stop: &AtomicBool) {
         for disk in disks {
             if disk.needs_merge() {
                 let target = Arc::clone(&disk);
-                Arc::<Pool>::default().run(Box::new(move || {
+                let merge = move || {
                     if let Err(error) = target.merge_layers() {
                         log::warn!("{}: layers are not merged: {error}", target.source);
                     }
-                }));
+                };
+                let thread = thread::Builder::new().name("cowslip-tidy".to_owned());
+                if let Err(error) = thread.spawn(merge) {
+                    log::warn!("{}: layers are merged later: {error}", disk.source);
+                }
             }
             if disk.needs_maintenance() {
                 let pool = Arc::clone(&disk.pools.sync);

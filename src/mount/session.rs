@@ -19,6 +19,7 @@ use super::plan::{DaemonMode, MountPlan};
 use super::running::{RunningMount, tick};
 use crate::config::MountOptions;
 use crate::fs::{CowslipFs, FsContext, kernel_invalidator};
+use crate::pool::reserve;
 
 /// Read-ahead of the mount in KiB. Cold sequential reads are twice as fast as with the kernel's
 /// default of 128.
@@ -130,6 +131,7 @@ fn spawn_workers(
 ) -> io::Result<RunningMount> {
     let (end, ended) = mpsc::channel();
     let stop = Arc::new(AtomicBool::new(false));
+    reserve::start()?;
     let workers = thread::Builder::new().name("cowslip-fuse".to_owned()).spawn(move || {
         let result = session.run();
         // The receiver is dropped when the process is already exiting.

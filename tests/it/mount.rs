@@ -6,6 +6,7 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::{Duration, Instant, UNIX_EPOCH};
 
@@ -1023,6 +1024,37 @@ fn slow_read_is_answered_even_if_no_thread_can_be_created() {
     assert!(lab.log().contains("no thread for a disk's work"), "{}", lab.log());
     lab.umount();
     lab.ok("umount inner");
+    lab.end();
+}
+
+#[test]
+fn concurrent_syncs_end_even_if_no_thread_can_be_created() {
+    let lab = Lab::new();
+    lab.mount("d=blank:8M,overlay=d");
+    let disk = Arc::new(lab.open_with("m/d", libc::O_DIRECT | libc::O_DSYNC));
+    // The delay makes several callers wait for a thread at the same time.
+    let no_more = "inject=?clone,?clone3:error=EAGAIN:delay_enter=50000".to_owned();
+    let strace = Strace::attach_with(&lab, lab.pid(), "?clone,?clone3", &[no_more]);
+    let (tell, told) = mpsc::channel();
+    for writer in 0..16 {
+        let (disk, tell) = (Arc::clone(&disk), tell.clone());
+        thread::spawn(move || {
+            for turn in 0..10 {
+                let offset = (writer * 10 + turn) as u64 * 4096;
+                disk.write_all_at(Aligned::of(&noise(4096, offset)).bytes(), offset).unwrap();
+            }
+            tell.send(writer).unwrap();
+        });
+    }
+    let until = Instant::now() + Duration::from_secs(30);
+    for _ in 0..16 {
+        let left = until.saturating_duration_since(Instant::now());
+        told.recv_timeout(left).expect("a sync hangs");
+    }
+    drop(disk);
+    strace.end(&lab, || true);
+    assert!(lab.log().contains("no thread for a disk's work"), "{}", lab.log());
+    lab.umount();
     lab.end();
 }
 
