@@ -4,15 +4,14 @@ use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
 
 use clap::Args;
-use serde_json::json;
 
 use super::client::Endpoint;
 use super::mount::current_dir;
 use super::plan;
 use super::progress::{ProgressDisplay, Verbosity};
-use super::umount::string_list;
 use super::{CliError, EXIT_OK, print_line};
 use crate::config::{DiskSource, DiskSpec, Flow, SinkSpec, SourceSpec};
+use crate::control::api::{Lines, MountRequest};
 
 #[derive(Debug, Args)]
 pub(super) struct AddArgs {
@@ -34,41 +33,42 @@ pub(super) struct AddArgs {
 pub(super) fn run(args: &AddArgs) -> anyhow::Result<u8> {
     let dir = current_dir()?;
     check_stdio(&plan::parse_disk_arg(&args.disk, &dir)?)?;
-    let place = match Endpoint::of(&args.mountpoint) {
-        Ok(place) => place,
+    let mount = match Endpoint::of(&args.mountpoint) {
+        Ok(mount) => mount,
         Err(error) => return Err(swapped_error(args).unwrap_or(error)),
     };
-    if let Some(disk) = &place.disk {
+    if let Some(disk) = &mount.disk {
         anyhow::bail!(
             "'{disk}' is in the mount at '{at}': cowslip add '{at}' {}",
             args.disk.to_string_lossy(),
-            at = place.mountpoint.display()
+            at = mount.mountpoint.display()
         );
     }
-    let (disk, cwd) = (utf8_arg(&args.disk)?, utf8_arg(dir.as_os_str())?);
-    let mut progress = ProgressDisplay::new(Verbosity::default());
-    let dirs = args
-        .allow_backing
-        .iter()
-        .map(|below| utf8_arg(dir.join(below).as_os_str()).map(str::to_owned));
-    let dirs = dirs.collect::<anyhow::Result<Vec<_>>>()?;
-    let trust = args.trust.allow(&dir)?;
-    let request = json!({
-        "op": "add", "disk": disk, "cwd": cwd, "force": args.force, "allow_backing": dirs,
-        "trust": trust
-    });
-    let done = place.ask(&request, |now| progress.show(now));
-    progress.end();
-    let done = done?;
-    string_list(&done["lines"]).iter().for_each(|line| print_line(line));
+    let request = request(args, &dir)?;
+    let mut display = ProgressDisplay::new(Verbosity::default());
+    let answer = mount.ask(&request, |progress| display.show(progress));
+    display.end();
+    let Lines { lines, .. } = answer?;
+    lines.iter().for_each(|line| print_line(line));
     Ok(EXIT_OK)
+}
+
+/// Builds the request; relative paths start at `dir`.
+fn request(args: &AddArgs, dir: &Path) -> anyhow::Result<MountRequest> {
+    let below = |below: &PathBuf| Ok(utf8_arg(dir.join(below).as_os_str())?.into());
+    Ok(MountRequest::Add {
+        disk: utf8_arg(&args.disk)?.to_owned(),
+        cwd: utf8_arg(dir.as_os_str())?.into(),
+        force: args.force,
+        allow_backing: args.allow_backing.iter().map(below).collect::<anyhow::Result<_>>()?,
+        trust: args.trust.allow(dir)?,
+    })
 }
 
 /// Returns an error if the disk and the mountpoint were given in the wrong order.
 fn swapped_error(args: &AddArgs) -> Option<anyhow::Error> {
-    let place = Endpoint::of(Path::new(&args.disk)).ok()?;
-    let is_swapped = place.disk.is_none();
-    is_swapped.then(|| {
+    let mount = Endpoint::of(Path::new(&args.disk)).ok()?;
+    mount.disk.is_none().then(|| {
         let (mount, disk) = (args.disk.to_string_lossy(), args.mountpoint.display());
         CliError::usage(format!("MOUNTPOINT comes first: cowslip add {mount} {disk}"))
     })

@@ -1,4 +1,4 @@
-//! What a command that is ended by a signal leaves behind: nothing that is only half there.
+//! Removal of incomplete output when a signal ends a command.
 
 use std::fs;
 use std::io;
@@ -8,18 +8,18 @@ use std::thread;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM};
 use signal_hook::iterator::Signals;
 
-/// How often a directory is removed in which this process may still make files.
+/// Number of tries to remove a directory in which this process may still create files.
 const REMOVE_TRIES: usize = 10;
 
-/// From now on a signal that ends this process removes `path` first, a file or a directory: until
-/// then it has another name than what it becomes. A signal that is ignored stays so.
+/// Removes `path`, a file or a directory, when a signal ends this process. Complete output is renamed
+/// away from `path` before. An ignored signal stays ignored.
 ///
 /// # Errors
 /// The host's errno.
 pub(super) fn remove_on_signal(path: PathBuf) -> io::Result<()> {
-    let deadly =
+    let fatal =
         [SIGINT, SIGTERM, SIGHUP, SIGQUIT].into_iter().filter(|signal| !is_ignored(*signal));
-    let mut signals = Signals::new(deadly)?;
+    let mut signals = Signals::new(fatal)?;
     thread::Builder::new().name("cowslip-tidy".to_owned()).spawn(move || {
         if let Some(signal) = signals.forever().next() {
             remove_path(&path);
@@ -29,7 +29,7 @@ pub(super) fn remove_on_signal(path: PathBuf) -> io::Result<()> {
     Ok(())
 }
 
-/// Removes it, whatever it is.
+/// Removes the file or the directory at `path`. Errors are ignored.
 pub(super) fn remove_path(path: &Path) {
     for _ in 0..REMOVE_TRIES {
         let removed = match fs::symlink_metadata(path) {
@@ -43,11 +43,11 @@ pub(super) fn remove_path(path: &Path) {
     }
 }
 
-/// Whether `signal` is ignored, as nohup(1) and shells have it.
+/// Whether `signal` is ignored, as in a program started by nohup(1).
 fn is_ignored(signal: i32) -> bool {
     // SAFETY: all zeros is a valid sigaction, which the call fills in.
-    let mut now: libc::sigaction = unsafe { std::mem::zeroed() };
-    // SAFETY: nothing is changed, and `now` is there to be written to.
-    let asked = unsafe { libc::sigaction(signal, std::ptr::null(), &raw mut now) };
-    asked == 0 && now.sa_sigaction == libc::SIG_IGN
+    let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
+    // SAFETY: no action is set, and `action` is valid for the write.
+    let result = unsafe { libc::sigaction(signal, std::ptr::null(), &raw mut action) };
+    result == 0 && action.sa_sigaction == libc::SIG_IGN
 }

@@ -8,16 +8,16 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use clap::Args;
-use serde_json::json;
 
 use super::client::Endpoint;
 use super::long_request::LongRequest;
 use super::mount::current_dir;
 use super::plan::TrustArgs;
 use super::progress::{ProgressDisplay, Verbosity};
-use super::snapshot::ask_long;
+use super::request::ask_long;
 use super::{EXIT_OK, print_line};
 use crate::config::{format_size, format_zeroed};
+use crate::control::api::{DiskRequest, Progress};
 use crate::host::mountinfo;
 use crate::offline::commit::OfflineCommit;
 use crate::offline::{is_in_store, is_store};
@@ -44,12 +44,10 @@ pub(super) fn run(args: &CommitArgs) -> anyhow::Result<u8> {
     args.trust.allow(&current_dir()?)?;
     if !args.target.join("stack").is_file() {
         let place = mounted_disk(&args.target)?;
-        if let Some(base) =
-            place.status().ok().and_then(|disk| Some(disk["base"].as_str()?.to_owned()))
-        {
+        if let Some(base) = place.disk_status().ok().and_then(|disk| disk.base) {
             print_base(&place.disk.clone().unwrap_or_default(), &base);
         }
-        let request = json!({ "op": "commit", "force": args.force });
+        let request = DiskRequest::Commit { force: args.force };
         return ask_long(&place, &request, LongRequest::Commit, args.verbosity);
     }
     let dir = current_dir()?.join(&args.target);
@@ -115,7 +113,7 @@ fn commit_with_progress(commit: &OfflineCommit, verbosity: Verbosity) -> anyhow:
                     break;
                 }
                 let (done, total) = commit.progress();
-                progress.show(&json!({ "done": done, "total": total }));
+                progress.show(Progress::new(done, total));
             }
             progress.end();
         };

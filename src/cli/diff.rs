@@ -11,7 +11,6 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use clap::{Args, ValueEnum};
-use serde_json::Value;
 
 use super::client::Endpoint;
 use super::point_in_time::PointInTime;
@@ -20,6 +19,7 @@ use super::{CliError, EXIT_OK, cleanup, print_line, restore_sigpipe};
 use crate::base::lock;
 use crate::config::{Overwrite, format_size, format_zeroed};
 use crate::confined::PathHandle;
+use crate::control::api::{DiffBaseRecord, Progress};
 use crate::export::{self, BmapScope, Export};
 use crate::formats::ImageRun;
 use crate::formats::qcow2::BackingFile;
@@ -181,10 +181,12 @@ fn freeze_disk(place: &Endpoint, args: &DiffArgs) -> anyhow::Result<DiffInput> {
     let size = file.metadata().with_context(failed)?.len();
     let changed = (!args.full).then_some(&changed);
     let runs = export::find_runs(&file, changed, size).with_context(failed)?;
-    let text = |key: &str| found[key].as_str().map(str::to_owned);
-    let base = text("path").zip(text("format"));
-    let base = base.map(|(name, format)| BackingFile { name, format });
-    if found == "part" && args.output == DiffFormat::Qcow2 && args.backing.is_none() && !args.full {
+    let is_unnamed = found == Some(DiffBaseRecord::Part);
+    let base = match found {
+        Some(DiffBaseRecord::File { path, format }) => Some(BackingFile { name: path, format }),
+        Some(DiffBaseRecord::Part) | None => None,
+    };
+    if is_unnamed && args.output == DiffFormat::Qcow2 && args.backing.is_none() && !args.full {
         anyhow::bail!(
             "a qcow2 image cannot name its base, which is a part of a file or has a path that is not UTF-8: --full writes all of it"
         );
@@ -236,7 +238,7 @@ impl DiffProgress {
     fn update(&mut self, done: u64, total: u64) {
         if self.last.elapsed() >= PROGRESS_INTERVAL {
             self.last = Instant::now();
-            self.progress.show(&Value::from_iter([("done", done), ("total", total)]));
+            self.progress.show(Progress::new(done, total));
         }
     }
 }

@@ -4,13 +4,13 @@ use std::ops::Range;
 use std::path::PathBuf;
 
 use clap::Args;
-use serde_json::json;
 
 use super::client::Endpoint;
 use super::long_request::LongRequest;
 use super::progress::Verbosity;
-use super::snapshot::ask_long;
+use super::request::ask_long;
 use crate::config::{parse_range, parse_size};
+use crate::control::api::{DiskRequest, HydrateAction};
 
 #[derive(Debug, Args)]
 pub(super) struct PrefetchArgs {
@@ -51,7 +51,7 @@ pub(super) fn prefetch(args: &PrefetchArgs) -> anyhow::Result<u8> {
     let place = Endpoint::of_disk(&args.file)?;
     let range = args.range.clone().unwrap_or(0..u64::MAX);
     let (start, end) = (range.start, range.end);
-    let request = json!({ "op": "prefetch", "start": start, "end": end, "copy": args.copy });
+    let request = DiskRequest::Prefetch { start, end, copy: args.copy };
     ask_long(&place, &request, LongRequest::Prefetch, args.verbosity)
 }
 
@@ -59,11 +59,11 @@ pub(super) fn prefetch(args: &PrefetchArgs) -> anyhow::Result<u8> {
 pub(super) fn hydrate(args: &HydrateArgs) -> anyhow::Result<u8> {
     let place = Endpoint::of_disk(&args.file)?;
     let action = match args {
-        HydrateArgs { pause: true, .. } => "pause",
-        HydrateArgs { cancel: true, .. } => "cancel",
-        HydrateArgs { background: true, .. } => "start",
-        _ => "wait",
+        HydrateArgs { pause: true, .. } => HydrateAction::Pause,
+        HydrateArgs { cancel: true, .. } => HydrateAction::Cancel,
+        HydrateArgs { background: true, .. } => HydrateAction::Start,
+        _ => HydrateAction::Wait,
     };
-    let request = json!({ "op": "hydrate", "rate": args.rate.unwrap_or(0), "action": action });
+    let request = DiskRequest::Hydrate { rate: args.rate.unwrap_or(0), action };
     ask_long(&place, &request, LongRequest::Hydrate, args.verbosity)
 }

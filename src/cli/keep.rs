@@ -3,14 +3,14 @@
 use std::path::{Path, PathBuf};
 
 use clap::Args;
-use serde_json::json;
 
 use super::client::Endpoint;
-use super::long_request::{self, LongRequest};
+use super::long_request::LongRequest;
 use super::mount::current_dir;
 use super::plan::TrustArgs;
 use super::progress::Verbosity;
-use super::{EXIT_OK, print_line};
+use super::request::ask_long;
+use crate::control::api::DiskRequest;
 
 #[derive(Debug, Args)]
 pub(super) struct KeepArgs {
@@ -25,15 +25,10 @@ pub(super) struct KeepArgs {
 }
 
 pub(super) fn run(args: &KeepArgs) -> anyhow::Result<u8> {
-    let place = Endpoint::of_disk(&args.file)?;
+    let disk = Endpoint::of_disk(&args.file)?;
     let here = current_dir()?;
     let (dir, trust) = (destination(&here, &args.dir)?, args.trust.allow(&here)?);
-    let request = json!({ "op": "keep", "dir": dir, "trust": trust });
-    let done = long_request::ask(&place, &request, LongRequest::Keep, args.verbosity)?;
-    if let Some(line) = done["line"].as_str() {
-        print_line(line);
-    }
-    Ok(EXIT_OK)
+    ask_long(&disk, &DiskRequest::Keep { dir, trust }, LongRequest::Keep, args.verbosity)
 }
 
 /// Converts `given` for the daemon: an absolute path, in a directory that exists.

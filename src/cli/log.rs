@@ -28,19 +28,19 @@ pub(super) struct LogArgs {
 pub(super) fn run(args: &LogArgs) -> anyhow::Result<u8> {
     restore_sigpipe();
     let mountpoint = Endpoint::of(&args.mountpoint)?.mountpoint;
-    let place = Endpoint::mount(&mountpoint);
-    let mount = mountinfo::entry_at(&mountpoint);
-    let mut seen = place.read("log")?;
+    let mount = Endpoint::mount(&mountpoint);
+    let entry = mountinfo::entry_at(&mountpoint);
+    let mut seen = mount.read("log")?;
     print_log(&seen)?;
     if !args.follow {
         return Ok(EXIT_OK);
     }
     loop {
         thread::sleep(FOLLOW_INTERVAL);
-        if mountinfo::entry_at(&mountpoint) != mount {
+        if mountinfo::entry_at(&mountpoint) != entry {
             return Ok(EXIT_OK);
         }
-        let now = match place.read("log") {
+        let now = match mount.read("log") {
             // The mount ended between the two requests.
             Err(AskError::Dead(_) | AskError::Host { .. }) => return Ok(EXIT_OK),
             now => now?,

@@ -13,16 +13,17 @@
 //! (`mount.cowslip` and the like) the program parses its arguments as those do.
 
 mod add;
-pub mod answer;
 mod check;
 mod cleanup;
 mod client;
 mod commit;
 mod diff;
 mod fetch;
+pub mod fuzzing;
 mod guard;
 mod helper;
 mod import;
+mod in_use;
 mod keep;
 mod log;
 mod long_request;
@@ -36,6 +37,7 @@ mod progress;
 mod rebase;
 mod recv;
 mod remove;
+mod request;
 mod run;
 mod send;
 mod snapshot;
@@ -227,16 +229,16 @@ fn usage_line(error: &clap::Error, command: Option<&str>) -> String {
         return format!("no command: see {name} --help");
     }
     let text = error.to_string();
-    let said: Vec<&str> = text
+    let lines: Vec<&str> = text
         .lines()
         .map(str::trim)
         .take_while(|line| !line.starts_with("Usage:") && !line.starts_with("For more"))
         // Drop clap's tip to pass the argument as a value: a value hardly starts with a dash.
         .filter(|line| !line.is_empty() && !line.starts_with("tip: to pass"))
         .collect();
-    let said = said.join(" ").replace(" tip: ", ": ");
-    let said = said.strip_prefix("error: ").unwrap_or(&said);
-    format!("{said}: see {name} --help")
+    let line = lines.join(" ").replace(" tip: ", ": ");
+    let line = line.strip_prefix("error: ").unwrap_or(&line);
+    format!("{line}: see {name} --help")
 }
 
 /// Lets a closed stdout end this process silently, as other tools do (`cowslip map | head`). For

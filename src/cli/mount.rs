@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
 use clap::Args;
+use serde::de::IgnoredAny;
 
 use super::client::Endpoint;
 use super::plan::{CommonArgs, MountCommand};
@@ -37,7 +38,7 @@ pub(super) fn run(args: MountArgs) -> anyhow::Result<u8> {
     if let Some(first) = &args.mountpoint {
         check_order(first, &args.disks)?;
     }
-    let wish = MountCommand {
+    let command = MountCommand {
         mountpoint: args.mountpoint,
         source: None,
         disks: args.disks,
@@ -52,11 +53,12 @@ pub(super) fn run(args: MountArgs) -> anyhow::Result<u8> {
         },
     };
     let dir = current_dir()?;
-    Ok(start_mount(&wish.into_plan(&dir)?, &mut io::stdout())?.into_exit_code())
+    Ok(start_mount(&command.into_plan(&dir)?, &mut io::stdout())?.into_exit_code())
 }
 
-/// The caller's directory, where relative paths start. Of one that was removed it is what the kernel
-/// calls it, `/a/b (deleted)`: absolute paths need none, and of a relative one it says what is wrong.
+/// Returns the current directory, where relative paths start. If it was removed, this is the name that
+/// the kernel gives it, `/a/b (deleted)`: absolute paths do not need it, and the error for a relative
+/// path shows the cause.
 pub(super) fn current_dir() -> anyhow::Result<PathBuf> {
     let removed = |error| match fs::read_link("/proc/self/cwd") {
         Ok(path) => Ok(path),
@@ -67,20 +69,20 @@ pub(super) fn current_dir() -> anyhow::Result<PathBuf> {
         .context("cannot tell the current directory: change to one that exists")
 }
 
-/// How far [`start_mount`] has come.
+/// The result of [`start_mount`], in the command or in the daemon.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum StartResult {
-    /// This is the command, and the mount answers.
+    /// In the command: the mount answers.
     Mounted,
-    /// This was the daemon, which has served and ended with this exit code.
+    /// In the daemon: it has served, and ends with this exit code.
     Ended(u8),
-    /// This is the command, and this signal came: nothing is mounted.
+    /// In the command: this signal arrived, and nothing is mounted.
     Interrupted(i32),
 }
 
 impl StartResult {
-    /// What to exit with; after a signal this process ends as signals end one, so that a shell
-    /// sees why.
+    /// Returns the exit code. After a signal, ends this process by that signal instead, so that a
+    /// shell sees the cause.
     pub(super) fn into_exit_code(self) -> u8 {
         match self {
             Self::Mounted => EXIT_OK,
@@ -93,10 +95,12 @@ impl StartResult {
     }
 }
 
-/// Mounts. No thread may exist yet. What the daemon has to say goes to `notes` and to stderr.
+/// Mounts. No thread may exist yet. The daemon's notes about the disks go to `notes`, its warnings to
+/// stderr.
 ///
 /// # Errors
-/// The daemon's own line when it could not mount; what the mount said when it does not answer.
+/// The daemon's own line when it could not mount; [`AskError`](super::client::AskError) when the mount
+/// does not answer.
 pub(super) fn start_mount(plan: &MountPlan, notes: &mut dyn Write) -> anyhow::Result<StartResult> {
     if plan.mode == DaemonMode::Foreground {
         let notes = match plan.has_stdout_sink() {
@@ -106,42 +110,42 @@ pub(super) fn start_mount(plan: &MountPlan, notes: &mut dyn Write) -> anyhow::Re
         return Ok(StartResult::Ended(mount::serve(plan, StartupReporter::foreground(notes))));
     }
     let mountpoint = plan.mountpoint.clone();
-    let waiting = match daemon::fork().context("cannot start the daemon")? {
+    let starting = match daemon::fork().context("cannot start the daemon")? {
         ForkSide::Child(ready) => return Ok(StartResult::Ended(mount::serve(plan, ready))),
-        ForkSide::Parent(waiting) => waiting,
+        ForkSide::Parent(starting) => starting,
     };
-    match waiting.wait(notes) {
+    match starting.wait(notes) {
         StartOutcome::Serving => {}
         StartOutcome::Interrupted { signal } => {
-            clear_what_died(&mountpoint);
+            clear_dead_mount(&mountpoint);
             return Ok(StartResult::Interrupted(signal));
         }
         StartOutcome::Failed { code, line } => {
-            clear_what_died(&mountpoint);
+            clear_dead_mount(&mountpoint);
             return Err(CliError { code, line }.into());
         }
     }
-    // The daemon says that it serves; only an answer through the kernel shows it.
-    Endpoint::mount(&mountinfo::resolve(&mountpoint)?).status()?;
+    // The daemon reports that it serves; only an answer through the kernel proves it.
+    let _: IgnoredAny = Endpoint::mount(&mountinfo::resolve(&mountpoint)?).status()?;
     Ok(StartResult::Mounted)
 }
 
-/// Unmounts what a daemon left that was killed while it started, by a memory limit for one. Before it
-/// started nothing dead was mounted there.
-fn clear_what_died(mountpoint: &Path) {
+/// Unmounts the dead mount of a daemon that was killed while it started, for example by a memory limit.
+/// There was no dead mount at `mountpoint` before.
+fn clear_dead_mount(mountpoint: &Path) {
     let found = mountinfo::resolve(mountpoint).and_then(|path| MountHandle::at(&path));
-    if let Ok(Some(held)) = found
-        && held.entry().is_cowslip()
-        && held.health() == MountHealth::Dead
-        && let Err(error) = held.unmount(UnmountMode::Lazy)
+    if let Ok(Some(mount)) = found
+        && mount.entry().is_cowslip()
+        && mount.health() == MountHealth::Dead
+        && let Err(error) = mount.unmount(UnmountMode::Lazy)
     {
         warn(&format!("the dead mount at '{}' is left behind: {error}", mountpoint.display()));
     }
 }
 
-/// Refuses a disk in the place of the mountpoint, with the command that was meant.
+/// Rejects a disk in the place of the mountpoint, and shows the command that was meant.
 fn check_order(first: &Path, rest: &[OsString]) -> anyhow::Result<()> {
-    // A mountpoint is not asked what it is: it may be dead, or hang.
+    // No call is made into a mountpoint: the mount may be dead, or hang.
     if mountinfo::entry_at(first).is_some() || !looks_like_disk(first) {
         return Ok(());
     }
@@ -155,7 +159,7 @@ fn check_order(first: &Path, rest: &[OsString]) -> anyhow::Result<()> {
     Err(CliError::usage(line))
 }
 
-/// A file, or something with a disk's punctuation; not a directory.
+/// Whether `path` is a file, or does not exist and has the punctuation of a disk.
 fn looks_like_disk(path: &Path) -> bool {
     match path.metadata() {
         Ok(found) => !found.is_dir(),
@@ -174,7 +178,7 @@ mod tests {
     }
 
     #[test]
-    fn a_disk_in_the_place_of_the_mountpoint_is_told_where_it_goes() {
+    fn disk_in_the_place_of_the_mountpoint_is_rejected_with_the_right_order() {
         let dir = tempfile::tempdir().unwrap();
         let (m, img) = (dir.path().join("mnt"), dir.path().join("vm.img"));
         std::fs::create_dir(&m).unwrap();
@@ -195,12 +199,12 @@ mod tests {
     }
 
     #[test]
-    fn a_directory_may_be_called_anything() {
+    fn directory_may_have_any_name() {
         let dir = tempfile::tempdir().unwrap();
         let odd = dir.path().join("a=b,c");
         std::fs::create_dir(&odd).unwrap();
         assert_eq!(refused(odd.to_str().unwrap(), &["vm.img"]), None);
-        // Missing: that is the daemon's to say.
+        // The daemon reports a missing mountpoint.
         assert_eq!(refused("/nowhere/m", &["vm.img"]), None);
     }
 }

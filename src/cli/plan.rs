@@ -1,5 +1,5 @@
-//! From what was typed, in a configuration or in fstab, to a [`MountPlan`] that needs no directory of
-//! the caller's any more.
+//! Builds a [`MountPlan`] from a command line, a configuration or fstab. All paths in a plan are
+//! absolute.
 
 use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
@@ -15,10 +15,10 @@ use crate::mount::{DaemonMode, MountPlan, OnChangedBase};
 use crate::stream::sink::StdioMode;
 use crate::trust;
 
-/// The longest configuration in bytes: some ten thousand disks.
+/// Maximum length of a configuration in bytes: some ten thousand disks.
 const MAX_CONFIG_LEN: u64 = 4 << 20;
 
-/// Whose files are believed, for every command that opens an overlay or a store.
+/// The arguments on trust, for every command that opens an overlay or a store.
 #[derive(Clone, Debug, Default, Args)]
 pub(super) struct TrustArgs {
     /// Believe what lies in or below DIR although another user can write there
@@ -27,8 +27,8 @@ pub(super) struct TrustArgs {
 }
 
 impl TrustArgs {
-    /// Has this process believe them; a daemon that it becomes, too. Gives them as absolute paths;
-    /// relative ones start at `dir`.
+    /// Makes this process trust the directories, and the daemon that it may become. Returns them as
+    /// absolute paths; relative ones start at `dir`.
     ///
     /// # Errors
     /// A line for the user.
@@ -45,7 +45,7 @@ fn trust_dirs(dirs: impl Iterator<Item = PathBuf>) -> anyhow::Result<Vec<PathBuf
     dirs.map(allow).collect()
 }
 
-/// What `mount` and `run` have in common.
+/// The arguments that `mount` and `run` have in common.
 #[derive(Clone, Debug, Default, Args)]
 pub(super) struct CommonArgs {
     /// Take disks and options from a TOML file; the command line wins over it
@@ -73,28 +73,28 @@ pub(super) struct CommonArgs {
     pub(super) trust: TrustArgs,
 }
 
-/// Everything that was asked for, before any of it is looked at.
+/// A request to mount, not checked yet.
 #[derive(Clone, Debug)]
 pub(super) struct MountCommand {
-    /// Where to; `None`: where the configuration says.
+    /// The mountpoint; `None`: that of the configuration.
     pub(super) mountpoint: Option<PathBuf>,
-    /// What the mount table shows, unless `fsname=` says otherwise; `None`: derived.
+    /// The source shown in the mount table; `fsname=` has precedence. `None`: derived from the disks.
     pub(super) source: Option<String>,
-    /// The disks as the command line has them.
+    /// The disks as given on the command line.
     pub(super) disks: Vec<OsString>,
-    /// The options.
+    /// Options and configuration.
     pub(super) common: CommonArgs,
-    /// How the daemon runs.
+    /// In the foreground or in the background.
     pub(super) mode: DaemonMode,
-    /// Whether streams may have our standard input and output.
+    /// Whether streams may use our standard input and output.
     pub(super) stdio: StdioMode,
 }
 
 impl MountCommand {
-    /// Reads it all; relative paths start at `dir`, those in a configuration at its directory.
+    /// Builds the plan. Relative paths start at `dir`, those in a configuration at its directory.
     ///
     /// # Errors
-    /// A usage error for what makes no sense; what the host says of the configuration.
+    /// A usage error for invalid or missing arguments; the host's error for the configuration.
     pub(super) fn into_plan(self, dir: &Path) -> anyhow::Result<MountPlan> {
         self.common.trust.allow(dir)?;
         let (config_path, config) = match &self.common.config {
@@ -148,7 +148,7 @@ impl MountCommand {
     }
 }
 
-/// Reads one disk. Whether a path with a comma was meant is looked up.
+/// Parses a disk. A file with a comma in its name is recognised, if it exists.
 ///
 /// # Errors
 /// A usage error.
@@ -159,23 +159,23 @@ pub(super) fn parse_disk_arg(text: &OsStr, dir: &Path) -> anyhow::Result<DiskSpe
 
 fn read_config(path: &Path, dir: &Path) -> anyhow::Result<Config> {
     let full = dir.join(path);
-    let (text, home) = read_trusted(&full)
+    let (text, base_dir) = read_trusted(&full)
         .with_context(|| format!("cannot read the configuration '{}'", path.display()))?;
-    config::parse_config(&text, &home)
+    config::parse_config(&text, &base_dir)
         .map_err(|error| CliError::usage(format!("'{}' {error}", path.display())))
 }
 
-/// Reads a file that commands may stand in (`to=cmd:`), and tells where its directory lies: without
-/// links, and nobody can turn that elsewhere.
+/// Reads a file that may contain commands (`to=cmd:`), so that nobody else may write it. Returns its
+/// text, and the real path of its directory, which contains no links.
 fn read_trusted(path: &Path) -> anyhow::Result<(String, PathBuf)> {
-    let (home, name) = (path.parent().context("it has no directory")?, path.file_name());
-    let home = confined::open_dir(home)?;
-    trust::check_parent(&home)?;
-    let real = confined::real_path(&home)?;
-    // In a directory that is believed; a link there may lead elsewhere.
+    let (dir, name) = (path.parent().context("it has no directory")?, path.file_name());
+    let dir = confined::open_dir(dir)?;
+    trust::check_parent(&dir)?;
+    let real = confined::real_path(&dir)?;
+    // The directory is trusted, but a link in it may lead elsewhere.
     let file = confined::open_input(&real.join(name.context("it has no name")?), FileAccess::Read)?;
-    let lies_in = confined::real_path(&file)?;
-    trust::check_file(&file, &confined::open_dir(lies_in.parent().unwrap_or(&real))?)?;
+    let real_file = confined::real_path(&file)?;
+    trust::check_file(&file, &confined::open_dir(real_file.parent().unwrap_or(&real))?)?;
     let fs = HostFs::of(&file)?;
     if fs.kind == FsKind::Pseudo {
         anyhow::bail!("it is a {} file of the kernel: name a file", fs.name);
@@ -191,7 +191,7 @@ mod tests {
     use super::super::{EXIT_USAGE, exit_code};
     use super::*;
 
-    fn wish(mountpoint: Option<&str>, disks: &[&str]) -> MountCommand {
+    fn command(mountpoint: Option<&str>, disks: &[&str]) -> MountCommand {
         MountCommand {
             mountpoint: mountpoint.map(PathBuf::from),
             source: None,
@@ -202,18 +202,18 @@ mod tests {
         }
     }
 
-    fn refused(wish: MountCommand) -> String {
-        let Err(error) = wish.into_plan(Path::new("/here")) else { panic!("not refused") };
+    fn refused(command: MountCommand) -> String {
+        let Err(error) = command.into_plan(Path::new("/here")) else { panic!("not refused") };
         assert_eq!(exit_code(&error), EXIT_USAGE);
         error.to_string()
     }
 
     #[test]
     fn relative_paths_start_at_the_callers_directory() {
-        let mut wish = wish(Some("m"), &["vm.img", "/srv/b.img"]);
-        wish.common.store = Some("store".into());
-        wish.common.log = Some("log".into());
-        let plan = wish.into_plan(Path::new("/here")).unwrap();
+        let mut command = command(Some("m"), &["vm.img", "/srv/b.img"]);
+        command.common.store = Some("store".into());
+        command.common.log = Some("log".into());
+        let plan = command.into_plan(Path::new("/here")).unwrap();
         assert_eq!(plan.mountpoint, Path::new("/here/m"));
         assert_eq!(plan.store.as_deref(), Some(Path::new("/here/store")));
         assert_eq!(plan.log.as_deref(), Some(Path::new("/here/log")));
@@ -224,18 +224,18 @@ mod tests {
     }
 
     #[test]
-    fn the_command_line_wins_over_the_file_and_the_file_over_nothing() {
-        let home = tempfile::tempdir().unwrap();
+    fn command_line_has_precedence_over_the_configuration() {
+        let dir = tempfile::tempdir().unwrap();
         let toml = "mountpoint = \"m\"\ncache = \"none\"\nlog = \"l\"\noptions = \"ro,noexec\"\n\
                     [[disk]]\nsource = \"vm.img\"\n";
-        fs::write(home.path().join("a.toml"), toml).unwrap();
-        let mut wish = wish(None, &["b=blank:1G"]);
-        wish.common.config = Some("a.toml".into());
-        wish.common.cache = Some(CacheMode::Writeback);
-        wish.common.options = vec!["rw".into()];
-        let plan = wish.into_plan(home.path()).unwrap();
-        assert_eq!(plan.mountpoint, home.path().join("m"));
-        assert_eq!(plan.log, Some(home.path().join("l")));
+        fs::write(dir.path().join("a.toml"), toml).unwrap();
+        let mut command = command(None, &["b=blank:1G"]);
+        command.common.config = Some("a.toml".into());
+        command.common.cache = Some(CacheMode::Writeback);
+        command.common.options = vec!["rw".into()];
+        let plan = command.into_plan(dir.path()).unwrap();
+        assert_eq!(plan.mountpoint, dir.path().join("m"));
+        assert_eq!(plan.log, Some(dir.path().join("l")));
         assert_eq!(plan.cache, CacheMode::Writeback);
         assert!(!plan.options.read_only && plan.options.noexec);
         let names: Vec<_> = plan.disks.iter().map(|disk| disk.name.as_str()).collect();
@@ -244,34 +244,34 @@ mod tests {
     }
 
     #[test]
-    fn what_makes_no_sense_is_a_usage_error_with_a_remedy() {
-        assert!(refused(wish(Some("m"), &[])).contains("name a DISK"));
-        assert!(refused(wish(None, &["vm.img"])).contains("MOUNTPOINT is missing"));
-        assert!(refused(wish(Some("m"), &["a/x", "b/x"])).contains("NAME=SOURCE"));
-        let mut odd = wish(Some("m"), &["x"]);
+    fn invalid_arguments_are_usage_errors_with_a_remedy() {
+        assert!(refused(command(Some("m"), &[])).contains("name a DISK"));
+        assert!(refused(command(None, &["vm.img"])).contains("MOUNTPOINT is missing"));
+        assert!(refused(command(Some("m"), &["a/x", "b/x"])).contains("NAME=SOURCE"));
+        let mut odd = command(Some("m"), &["x"]);
         odd.common.options = vec!["out.zst".into()];
         assert!(refused(odd).contains("quote the disk"));
     }
 
     #[test]
-    fn a_mistake_in_the_file_is_told_with_its_place() {
-        let home = tempfile::tempdir().unwrap();
-        fs::write(home.path().join("a.toml"), "\nmuntpoint = \"m\"\n").unwrap();
-        let mut wish = wish(None, &[]);
-        wish.common.config = Some("a.toml".into());
-        let error = wish.into_plan(home.path()).err().unwrap().to_string();
+    fn error_in_the_configuration_names_its_line() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join("a.toml"), "\nmuntpoint = \"m\"\n").unwrap();
+        let mut command = command(None, &[]);
+        command.common.config = Some("a.toml".into());
+        let error = command.into_plan(dir.path()).err().unwrap().to_string();
         assert!(error.starts_with("'a.toml' line 2: unknown key 'muntpoint'"), "{error}");
     }
 
     #[test]
-    fn the_mount_tables_source_can_be_chosen() {
-        let mut named = wish(Some("m"), &["vm.img"]);
+    fn source_in_the_mount_table_can_be_chosen() {
+        let mut named = command(Some("m"), &["vm.img"]);
         named.source = Some("/srv/verbatim".into());
         let dir = Path::new("/here");
         assert_eq!(named.clone().into_plan(dir).unwrap().source, "/srv/verbatim");
         named.common.options = vec!["fsname=lab".into()];
         assert_eq!(named.into_plan(dir).unwrap().source, "lab");
-        let mut stored = wish(Some("m"), &[]);
+        let mut stored = command(Some("m"), &[]);
         stored.common.store = Some("s".into());
         assert_eq!(stored.into_plan(dir).unwrap().source, "cowslip");
     }

@@ -4,14 +4,13 @@
 //! changed (`disk/history/diff.rs`). The files exist as long as they are open.
 
 use std::fs::File;
-use std::io;
 use std::path::Path;
 
 use anyhow::Context as _;
-use serde_json::{Value, json};
 
 use super::client::Endpoint;
 use super::progress::{ProgressDisplay, Verbosity};
+use crate::control::api::{DiffBaseRecord, DifferenceFiles, DiskRequest};
 
 /// A disk at a point in time.
 pub(super) struct PointInTime {
@@ -19,12 +18,12 @@ pub(super) struct PointInTime {
     pub(super) file: File,
     /// A file of the same size, with data where the disk has changed and holes elsewhere.
     pub(super) changed: File,
-    /// Base of the disk, as reported by the daemon: `null`, `"part"`, or its path and format.
-    pub(super) base: Value,
+    /// Base of the disk; `None` for a blank one.
+    pub(super) base: Option<DiffBaseRecord>,
 }
 
 impl PointInTime {
-    /// Asks the daemon to freeze the disk at `place`, or takes its snapshot `until`. The changes
+    /// Asks the daemon to freeze `disk`, or takes its snapshot `until`. The changes
     /// are those since snapshot `since`, or relative to the base. `shown` is the name of the disk
     /// in messages.
     ///
@@ -32,23 +31,21 @@ impl PointInTime {
     /// [`AskError`](super::client::AskError), or a line for the user when the files cannot be
     /// opened.
     pub(super) fn freeze(
-        place: &Endpoint,
+        disk: &Endpoint,
         shown: &Path,
         since: Option<&str>,
         until: Option<&str>,
         verbosity: Verbosity,
     ) -> anyhow::Result<Self> {
-        let mut progress = ProgressDisplay::new(verbosity);
-        let request = json!({ "op": "difference", "since": since, "until": until });
-        let found = place.ask(&request, |now| progress.show(now));
-        progress.end();
-        let found = found?;
-        let open = |key: &str| -> io::Result<File> {
-            place.open_named("snapshots", found[key].as_str().unwrap_or_default())
-        };
+        let mut display = ProgressDisplay::new(verbosity);
+        let (since, until) = (since.map(str::to_owned), until.map(str::to_owned));
+        let request = DiskRequest::Difference { since, until };
+        let answer = disk.ask(&request, |progress| display.show(progress));
+        display.end();
+        let DifferenceFiles { file, changed, base } = answer?;
         let failed = || format!("cannot read '{}'", shown.display());
-        let file = open("file").with_context(failed)?;
-        let changed = open("changed").with_context(failed)?;
-        Ok(Self { file, changed, base: found["base"].clone() })
+        let file = disk.open_named("snapshots", &file).with_context(failed)?;
+        let changed = disk.open_named("snapshots", &changed).with_context(failed)?;
+        Ok(Self { file, changed, base })
     }
 }

@@ -6,9 +6,9 @@ use std::time::{Duration, Instant};
 
 use clap::Args;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use serde_json::Value;
 
 use crate::config::format_size;
+use crate::control::api::Progress;
 use crate::printable;
 
 /// Redraws a second on a terminal, at most.
@@ -94,10 +94,10 @@ pub(super) struct ProgressFormatter {
 }
 
 impl ProgressFormatter {
-    /// Formats the report `now`; called once per second.
-    pub(super) fn text(&mut self, now: &Value) -> String {
+    /// Formats the report `progress`; called once per second.
+    pub(super) fn text(&mut self, progress: Progress) -> String {
         self.seconds += 1;
-        match (now["done"].as_u64(), now["total"].as_u64()) {
+        match (progress.done, progress.total) {
             (Some(done), Some(total)) if total > 0 => self.share_text(Instant::now(), done, total),
             _ => format!("working, {} s", self.seconds),
         }
@@ -148,8 +148,8 @@ impl ProgressDisplay {
     }
 
     /// Shows the daemon's sign of life, sent every second, which may contain progress.
-    pub(super) fn show(&mut self, now: &Value) {
-        let text = self.gauge.text(now);
+    pub(super) fn show(&mut self, progress: Progress) {
+        let text = self.gauge.text(progress);
         self.line.show(&text);
     }
 

@@ -5,13 +5,12 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use clap::Args;
-use serde_json::{Value, json};
 
 use super::client::{AskError, Endpoint};
+use super::in_use::{OPENERS_POLL_INTERVAL, OPENERS_TIMEOUT, name_openers};
 use super::progress::{ProgressDisplay, Verbosity};
-use super::stream::describe_openers;
-use super::umount::{OPENERS_POLL_INTERVAL, OPENERS_TIMEOUT, string_list};
 use super::{EXIT_OK, print_line, timeout};
+use crate::control::api::{Lines, MountRequest};
 
 #[derive(Debug, Args)]
 pub(super) struct RemoveArgs {
@@ -23,37 +22,31 @@ pub(super) struct RemoveArgs {
 }
 
 pub(super) fn run(args: &RemoveArgs) -> anyhow::Result<u8> {
-    let place = Endpoint::of_disk(&args.file)?;
-    let done = remove(&place, args.timeout.unwrap_or(OPENERS_TIMEOUT))?;
-    string_list(&done["lines"]).iter().for_each(|line| print_line(line));
-    let failed = string_list(&done["failed"]);
+    let disk = Endpoint::of_disk(&args.file)?;
+    let Lines { lines, failed } = remove(&disk, args.timeout.unwrap_or(OPENERS_TIMEOUT))?;
+    lines.iter().for_each(|line| print_line(line));
+    let failed = failed.unwrap_or_default();
     if !failed.is_empty() {
         anyhow::bail!("'{}' is removed, but {}", args.file.display(), failed.join("; "));
     }
     Ok(EXIT_OK)
 }
 
-/// Repeats the request until the disk is no longer in use, for at most `grace`.
-fn remove(place: &Endpoint, grace: Duration) -> anyhow::Result<Value> {
-    let mount = Endpoint::mount(&place.mountpoint);
-    let name = place.disk.as_deref().unwrap_or_default();
-    let request = json!({ "op": "remove", "name": name, "inode": place.inode()? });
-    let deadline = Instant::now() + grace;
-    let mut progress = ProgressDisplay::new(Verbosity::default());
-    let done = loop {
-        let done = mount.ask(&request, |now| progress.show(now));
-        match done {
+/// Repeats the request until the disk is no longer in use, for at most `timeout`.
+fn remove(disk: &Endpoint, timeout: Duration) -> anyhow::Result<Lines> {
+    let mount = Endpoint::mount(&disk.mountpoint);
+    let name = disk.disk.clone().unwrap_or_default();
+    let request = MountRequest::Remove { name, inode: disk.inode()? };
+    let deadline = Instant::now() + timeout;
+    let mut display = ProgressDisplay::new(Verbosity::default());
+    let answer = loop {
+        match mount.ask(&request, |progress| display.show(progress)) {
             Err(AskError::Busy(_)) if Instant::now() < deadline => {
                 thread::sleep(OPENERS_POLL_INTERVAL);
             }
-            done => break done,
+            answer => break answer,
         }
     };
-    progress.end();
-    done.map_err(|error| match error {
-        AskError::Busy(said) => {
-            anyhow::anyhow!("{said}: {}: close it there", describe_openers(place))
-        }
-        error => error.into(),
-    })
+    display.end();
+    answer.map_err(|error| name_openers(disk, error.into(), "close it there"))
 }

@@ -2,8 +2,8 @@
 //!
 //! The daemon is forked as for `mount`, on a directory that nobody else knows. COMMAND gets its
 //! path in `$COWSLIP_MNT`. Whatever happens to COMMAND, and whatever signals arrive meanwhile, the
-//! mount is ended and the directory removed. The exit status is COMMAND's own; 125 to 127 are
-//! ours, as env(1) has them.
+//! mount is ended and the directory removed. The exit code is COMMAND's own; 125 to 127 are those of
+//! env(1), for failures of `run` itself.
 
 use std::ffi::OsString;
 use std::fs;
@@ -24,16 +24,17 @@ use signal_hook::iterator::Signals;
 
 use super::mount::{StartResult, current_dir, start_mount};
 use super::plan::{CommonArgs, MountCommand};
-use super::umount::{self, DrainRequest, EndMode, UnfinishedStreams};
+use super::umount::{self, DrainRequest, EndMode};
 use super::{CliError, EXIT_OK, EXIT_RUN_FAILED, signal_exit_code, warn};
 use crate::config::{DiskSource, Flow, SinkSpec, SourceSpec};
 use crate::mount::kernel::MountHandle;
 use crate::mount::{DaemonMode, MountPlan, daemon};
+use crate::stream::UnmountPolicy;
 use crate::stream::sink::StdioMode;
 
-/// COMMAND is there and cannot be run.
+/// Exit code: COMMAND exists and cannot be run.
 const EXIT_CANNOT_RUN: u8 = 126;
-/// COMMAND is not there.
+/// Exit code: COMMAND does not exist.
 const EXIT_NOT_FOUND: u8 = 127;
 
 #[derive(Debug, Args)]
@@ -48,7 +49,7 @@ pub(super) struct RunArgs {
     pub(super) command: Vec<OsString>,
 }
 
-/// The signals that end a run while its streams are finished.
+/// Signals that end the run even while its streams are being finished.
 const TERMINATING: [i32; 4] = [SIGINT, SIGQUIT, SIGTERM, SIGHUP];
 
 pub(super) fn run(args: RunArgs) -> anyhow::Result<u8> {
@@ -59,90 +60,71 @@ pub(super) fn run(args: RunArgs) -> anyhow::Result<u8> {
 }
 
 fn run_mounted(args: RunArgs) -> anyhow::Result<u8> {
-    let wish = MountCommand {
-        // Private, whatever the configuration says; its place is known once all else is right.
-        mountpoint: Some(PathBuf::from("/")),
-        source: None,
-        disks: args.disks,
-        common: args.common,
-        mode: DaemonMode::Background,
-        stdio: StdioMode::Available,
-    };
-    let mut plan = wish.into_plan(&current_dir()?)?;
-    daemon::hold_signals().context("cannot hold signals back")?;
-    let private = create_mountpoint()?;
-    plan.mountpoint.clone_from(&private);
+    let plan = plan_private_mount(args.disks, args.common)?;
     // Notes about the disks would get into COMMAND's output.
-    let started = start_mount(&plan, &mut io::sink());
-    match started {
-        // The daemon: the directory is the command's to remove.
+    let mount = match start_mount(&plan, &mut io::sink()) {
+        // This is the daemon: the directory is the command's to remove.
         Ok(StartResult::Ended(code)) => return Ok(code),
-        Ok(StartResult::Mounted) => {}
+        Ok(StartResult::Mounted) => PrivateMount::of(&plan),
         Ok(StartResult::Interrupted(signal)) => {
-            let _ = fs::remove_dir(&private);
+            let _ = fs::remove_dir(&plan.mountpoint);
             return Ok(signal_exit_code(signal));
         }
         Err(error) => {
-            let _ = fs::remove_dir(&private);
+            let _ = fs::remove_dir(&plan.mountpoint);
             return Err(error);
         }
-    }
-    // Held from now on: COMMAND may rename what it likes.
-    let held = MountHandle::at(&private).ok().flatten();
-    let claims = StdioClaims::of(&plan);
+    };
     // From before the command starts until all is cleaned up, so that no signal falls between.
     let signals =
         Signals::new([SIGCHLD, SIGINT, SIGQUIT, SIGTERM, SIGHUP, SIGUSR1, SIGUSR2, SIGALRM]);
     let mut signals = match signals {
         Ok(signals) => signals,
         Err(error) => {
-            clean_up(&private, held.as_ref(), UnfinishedStreams::Abort, &[])?;
+            mount.end(UnmountPolicy::Abort)?;
             return Err(error).context("cannot handle signals");
         }
     };
-    let ended = run_command(&args.command, &private, claims, &mut signals);
+    let claims = StdioClaims::of(&plan);
+    let ended = run_command(&args.command, &plan.mountpoint, claims, &mut signals);
     let streams = match (&ended, claims.has_streams) {
-        (Ok(EXIT_OK), true) => UnfinishedStreams::Finish,
-        (_, true) => UnfinishedStreams::Abort,
-        (_, false) => UnfinishedStreams::Settle,
+        (Ok(EXIT_OK), true) => UnmountPolicy::Finish,
+        (_, true) => UnmountPolicy::Abort,
+        (_, false) => UnmountPolicy::Settle,
     };
-    let stop = signals.handle();
-    let cleaned = thread::scope(|scope| {
-        let watch = || {
-            for signal in signals.forever().filter(|signal| TERMINATING.contains(signal)) {
-                give_up(&private, held.as_ref(), signal);
-            }
-        };
-        // Without a thread the end is only not interruptible.
-        if let Err(error) = thread::Builder::new().spawn_scoped(scope, watch) {
-            log::debug!("signals are not watched at the end: {error}");
-        }
-        let cleaned = clean_up(&private, held.as_ref(), streams, &measure_prefixes(&plan));
-        stop.close();
-        cleaned
-    });
-    match (ended, cleaned) {
+    match (ended, mount.end_unless_signalled(streams, &mut signals)) {
         (Ok(EXIT_OK), cleaned) => cleaned.map(|()| EXIT_OK),
         (ended, Ok(())) => ended,
         (ended, Err(error)) => {
-            // COMMAND's failure is the answer; ours is told beside it.
+            // COMMAND's failure decides the exit code; ours is only printed.
             warn(&format!("{error:#}"));
             ended
         }
     }
 }
 
-/// How the lines of streams that only measure begin.
-fn measure_prefixes(plan: &MountPlan) -> Vec<String> {
-    let measures = |source: &DiskSource| matches!(source, DiskSource::Stream(stream) if stream.flow == Flow::Out(SinkSpec::Measure));
-    let disks = plan.disks.iter().filter(|disk| measures(&disk.source));
-    disks.map(|disk| format!("{}: ", disk.name)).collect()
+/// Plans a mount on a new private directory. Signals are held back from here on.
+fn plan_private_mount(disks: Vec<OsString>, common: CommonArgs) -> anyhow::Result<MountPlan> {
+    let command = MountCommand {
+        // Private, whatever the configuration says. The directory is created once all else is
+        // right.
+        mountpoint: Some(PathBuf::from("/")),
+        source: None,
+        disks,
+        common,
+        mode: DaemonMode::Background,
+        stdio: StdioMode::Available,
+    };
+    let mut plan = command.into_plan(&current_dir()?)?;
+    daemon::hold_signals().context("cannot hold signals back")?;
+    plan.mountpoint = create_mountpoint()?;
+    Ok(plan)
 }
 
-/// A new directory for the mount, mode 0700. Not one that removes itself: it would take what is
-/// mounted there with it.
+/// Creates a directory for the mount, with mode 0700. It does not remove itself, since that would
+/// also remove what is mounted there.
 fn create_mountpoint() -> anyhow::Result<PathBuf> {
-    // Also where there is no umask that would see to it.
+    // Explicitly, whatever the umask.
     let mode = fs::Permissions::from_mode(0o700);
     let made = tempfile::Builder::new().prefix("cowslip-").permissions(mode).tempdir();
     let made = made.with_context(|| {
@@ -153,7 +135,7 @@ fn create_mountpoint() -> anyhow::Result<PathBuf> {
     Ok(path.canonicalize().unwrap_or(path))
 }
 
-/// Runs COMMAND to its end.
+/// Runs COMMAND to its end, and returns its exit code.
 fn run_command(
     words: &[OsString],
     mountpoint: &Path,
@@ -163,7 +145,7 @@ fn run_command(
     if let Some(signal) = daemon::received_signal() {
         return Ok(signal_exit_code(signal));
     }
-    // clap sees to it that there is one.
+    // clap requires one.
     let (program, args) = words.split_first().context("no command")?;
     let mut command = Command::new(program);
     command.args(args).env("COWSLIP_MNT", mountpoint);
@@ -186,27 +168,27 @@ fn run_command(
     anyhow::bail!("signals ended before the command did")
 }
 
-/// Gives a signal that we got to the command. The terminal's ^C and ^\ went to it already.
+/// Forwards a signal to the command. The terminal has sent ^C and ^\ to it already.
 fn forward_signal(signal: i32, child: &Child) {
     if matches!(signal, SIGINT | SIGQUIT) && is_in_foreground() {
         return;
     }
     let pid = i32::try_from(child.id()).ok().and_then(Pid::from_raw);
-    // It has not been reaped, so the number is still its own.
+    // The child has not been reaped, so its process ID is still its own.
     if let (Some(pid), Some(signal)) = (pid, Signal::from_named_raw(signal))
         && let Err(error) = rustix::process::kill_process(pid, signal)
     {
-        log::debug!("cannot pass signal {signal:?} on: {error}");
+        log::debug!("cannot forward signal {signal:?}: {error}");
     }
 }
 
-/// Whether the terminal's signals reach this process: its group is the terminal's foreground.
+/// Whether the terminal's signals reach this process: its group is in the terminal's foreground.
 fn is_in_foreground() -> bool {
     fs::read_to_string("/proc/self/stat").is_ok_and(|stat| is_foreground_group(&stat))
 }
 
-/// From a stat file (proc_pid_stat(5)): behind the name in parentheses come the state, ppid,
-/// pgrp, session, tty_nr and tpgid.
+/// Whether a stat file (proc_pid_stat(5)) is that of a process in the foreground. After the name in
+/// parentheses come state, ppid, pgrp, session, tty_nr and tpgid.
 fn is_foreground_group(stat: &str) -> bool {
     let Some((_, fields)) = stat.rsplit_once(')') else {
         return false;
@@ -221,60 +203,106 @@ fn status_exit_code(status: ExitStatus) -> u8 {
     code.or_else(|| status.signal().map(signal_exit_code)).unwrap_or(EXIT_RUN_FAILED)
 }
 
-/// Ends the mount and this process when `signal` comes while the streams are finished: a sink may take
-/// for ever.
-fn give_up(mountpoint: &Path, held: Option<&MountHandle>, signal: i32) {
-    if let Some(held) = held {
-        let request = DrainRequest::new(UnfinishedStreams::Abort);
-        match umount::end_mount(held, EndMode::Lazy, Duration::ZERO, request) {
-            Ok(ended) => ended.lines.iter().for_each(|line| warn(line)),
-            Err(error) => warn(&format!("{error:#}")),
+/// The mount of a run, on a directory of its own.
+struct PrivateMount {
+    mountpoint: PathBuf,
+    /// Held open from the start, since COMMAND may rename directories. `None` if the mount has
+    /// ended already.
+    handle: Option<MountHandle>,
+    /// Prefixes of the report lines of streams that only measure.
+    measure_prefixes: Vec<String>,
+}
+
+impl PrivateMount {
+    /// Holds the mount of `plan`, which has just been mounted.
+    fn of(plan: &MountPlan) -> Self {
+        Self {
+            mountpoint: plan.mountpoint.clone(),
+            handle: MountHandle::at(&plan.mountpoint).ok().flatten(),
+            measure_prefixes: measure_prefixes(plan),
         }
     }
-    let _ = fs::remove_dir(mountpoint);
-    std::process::exit(signal_exit_code(signal).into());
-}
 
-/// Ends the mount: when its users have left, or after the grace without asking them.
-fn clean_up(
-    mountpoint: &Path,
-    held: Option<&MountHandle>,
-    streams: UnfinishedStreams,
-    measured: &[String],
-) -> anyhow::Result<()> {
-    let finished = held.map_or(Ok(()), |held| end_mount(held, streams, measured));
-    let removed = fs::remove_dir(mountpoint)
-        .with_context(|| format!("cannot remove the mountpoint '{}'", mountpoint.display()));
-    finished.and(removed)
-}
+    /// Ends the mount like [`end`](Self::end). A signal ends it at once, and this process.
+    fn end_unless_signalled(
+        &self,
+        streams: UnmountPolicy,
+        signals: &mut Signals,
+    ) -> anyhow::Result<()> {
+        let stop = signals.handle();
+        thread::scope(|scope| {
+            let watch = || {
+                for signal in signals.forever().filter(|signal| TERMINATING.contains(signal)) {
+                    self.abort(signal);
+                }
+            };
+            // Without the thread, the mount is ended all the same, but cannot be interrupted.
+            if let Err(error) = thread::Builder::new().spawn_scoped(scope, watch) {
+                log::debug!("signals are not watched at the end: {error}");
+            }
+            let ended = self.end(streams);
+            stop.close();
+            ended
+        })
+    }
 
-fn end_mount(
-    held: &MountHandle,
-    streams: UnfinishedStreams,
-    measured: &[String],
-) -> anyhow::Result<()> {
-    match umount::end_when_unused(held, streams) {
-        Ok(ended) => {
-            // What a stream that only measures has to say is all that it is for.
-            let told = |line: &&String| measured.iter().any(|start| line.starts_with(start));
-            ended.lines.iter().filter(told).for_each(|line| warn(line));
-            ended.wait_default().and(ended.check_failures())
-        }
-        Err(error) => {
-            log::debug!("unmounting all the same: {error:#}");
-            let request = DrainRequest::new(UnfinishedStreams::Abort);
-            let ended = umount::end_mount(held, EndMode::Lazy, Duration::ZERO, request)?;
-            let shown = held.mountpoint().display();
-            warn(&format!("'{shown}' is still in use, and ends when its users have left"));
-            match streams {
-                UnfinishedStreams::Finish => Err(error.context("the streams are given up")),
-                _ => ended.check_failures(),
+    /// Ends the mount when its users have left, or after [`OPENERS_TIMEOUT`](super::in_use) whoever
+    /// uses it, and removes the directory.
+    fn end(&self, streams: UnmountPolicy) -> anyhow::Result<()> {
+        let ended = self.handle.as_ref().map_or(Ok(()), |mount| self.unmount(mount, streams));
+        let removed = fs::remove_dir(&self.mountpoint).with_context(|| {
+            format!("cannot remove the mountpoint '{}'", self.mountpoint.display())
+        });
+        ended.and(removed)
+    }
+
+    fn unmount(&self, mount: &MountHandle, streams: UnmountPolicy) -> anyhow::Result<()> {
+        match umount::end_when_unused(mount, streams) {
+            Ok(ended) => {
+                // Of all lines, only the result of a measurement is what a run is made for.
+                let is_measured = |line: &&String| {
+                    self.measure_prefixes.iter().any(|prefix| line.starts_with(prefix))
+                };
+                ended.lines.iter().filter(is_measured).for_each(|line| warn(line));
+                ended.wait_default().and(ended.check_failures())
+            }
+            Err(error) => {
+                log::debug!("unmounting all the same: {error:#}");
+                let request = DrainRequest::new(UnmountPolicy::Abort);
+                let ended = umount::end_mount(mount, EndMode::Lazy, Duration::ZERO, request)?;
+                let shown = mount.mountpoint().display();
+                warn(&format!("'{shown}' is still in use, and ends when its users have left"));
+                match streams {
+                    UnmountPolicy::Finish => Err(error.context("the streams are given up")),
+                    _ => ended.check_failures(),
+                }
             }
         }
     }
+
+    /// Ends the mount at once and this process when `signal` arrives while streams are being
+    /// finished: a sink may take for ever.
+    fn abort(&self, signal: i32) {
+        if let Some(mount) = &self.handle {
+            let request = DrainRequest::new(UnmountPolicy::Abort);
+            match umount::end_mount(mount, EndMode::Lazy, Duration::ZERO, request) {
+                Ok(ended) => ended.lines.iter().for_each(|line| warn(line)),
+                Err(error) => warn(&format!("{error:#}")),
+            }
+        }
+        let _ = fs::remove_dir(&self.mountpoint);
+        std::process::exit(signal_exit_code(signal).into());
+    }
 }
 
-/// What streams do with the standard input and output that COMMAND would have.
+/// Returns the prefixes of the report lines of streams that only measure.
+fn measure_prefixes(plan: &MountPlan) -> Vec<String> {
+    let measures = |source: &DiskSource| matches!(source, DiskSource::Stream(stream) if stream.flow == Flow::Out(SinkSpec::Measure));
+    let disks = plan.disks.iter().filter(|disk| measures(&disk.source));
+    disks.map(|disk| format!("{}: ", disk.name)).collect()
+}
+
+/// The standard input and output that streams take from COMMAND.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct StdioClaims {
     has_streams: bool,
@@ -295,13 +323,13 @@ impl StdioClaims {
         claims
     }
 
-    /// Leaves COMMAND what no stream has.
+    /// Gives COMMAND the standard streams that are left.
     fn apply_to(self, command: &mut Command) -> io::Result<()> {
         if self.stdin {
             command.stdin(Stdio::null());
         }
         if self.stdout {
-            // What COMMAND has to say must not get into the image.
+            // COMMAND's output must not get into the image.
             command.stdout(io::stderr().as_fd().try_clone_to_owned()?);
         }
         Ok(())
@@ -319,21 +347,21 @@ mod tests {
     }
 
     #[test]
-    fn the_commands_own_status_comes_back() {
+    fn exit_code_is_that_of_the_command() {
         assert_eq!(ran(&["sh", "-c", "exit 7"]).unwrap(), 7);
         assert_eq!(ran(&["sh", "-c", "test $COWSLIP_MNT = /private"]).unwrap(), 0);
         assert_eq!(ran(&["sh", "-c", "kill -9 $$"]).unwrap(), 137);
     }
 
     #[test]
-    fn a_command_that_cannot_run_is_126_and_a_missing_one_127() {
+    fn command_that_cannot_run_is_126_and_a_missing_one_127() {
         let code = |word: &str| super::super::exit_code(&ran(&[word]).unwrap_err());
         assert_eq!(code("/nowhere/no-such-command"), EXIT_NOT_FOUND);
         assert_eq!(code("/proc/self/stat"), EXIT_CANNOT_RUN);
     }
 
     #[test]
-    fn the_foreground_group_gets_the_terminals_signals_itself() {
+    fn foreground_group_is_found_in_the_stat_file() {
         assert!(is_foreground_group("9 (a) b) S 1 77 70 34816 77 4194304"));
         assert!(!is_foreground_group("9 (a) S 1 77 70 34816 78 4194304"));
         assert!(!is_foreground_group("9 (a) S 1 77 70 0 -1 4194304"));

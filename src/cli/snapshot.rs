@@ -3,15 +3,14 @@
 use std::path::{Path, PathBuf};
 
 use clap::Args;
-use serde_json::{Value, json};
+use serde_json::Value;
 
-use super::client::{AskError, Endpoint};
-use super::long_request::{self, LongRequest};
-use super::progress::{ProgressDisplay, Verbosity};
-use super::stream::describe_openers;
+use super::client::Endpoint;
+use super::request::ask_and_print;
 use super::table::{Align, Table};
-use super::{EXIT_OK, print, print_json, print_line, restore_sigpipe};
+use super::{EXIT_OK, print, print_json, restore_sigpipe};
 use crate::config::format_size;
+use crate::control::api::{DiskRequest, SnapshotList, SnapshotRecord};
 
 #[derive(Debug, Args)]
 pub(super) struct SnapshotArgs {
@@ -65,40 +64,44 @@ pub(super) struct CloneArgs {
 
 /// Takes, lists or deletes a snapshot.
 pub(super) fn snapshot(args: &SnapshotArgs) -> anyhow::Result<u8> {
-    let place = Endpoint::of_disk(&args.file)?;
+    let disk = Endpoint::of_disk(&args.file)?;
     if args.list {
         restore_sigpipe();
-        let done = place.ask(&json!({ "op": "snapshots" }), |_| {})?;
-        match args.json {
-            true => print_json(&done["snapshots"])?,
-            false => print(&snapshot_table(&done["snapshots"]))?,
+        if args.json {
+            // Also keys that only a daemon of another version knows.
+            let answer: SnapshotList<Value> = disk.ask(&DiskRequest::Snapshots, |_| {})?;
+            print_json(&answer.snapshots)?;
+        } else {
+            let answer: SnapshotList<Vec<SnapshotRecord>> =
+                disk.ask(&DiskRequest::Snapshots, |_| {})?;
+            print(&snapshot_table(&answer.snapshots))?;
         }
         return Ok(EXIT_OK);
     }
     let request = match &args.delete {
-        Some(name) => json!({ "op": "unsnapshot", "name": name }),
-        None => json!({ "op": "snapshot", "name": args.name, "sync": args.sync }),
+        Some(name) => DiskRequest::Unsnapshot { name: name.clone() },
+        None => DiskRequest::Snapshot { name: args.name.clone(), sync: args.sync },
     };
-    ask_and_print(&place, &request)
+    ask_and_print(&disk, &request)
 }
 
 /// Reverts a disk to a snapshot.
 pub(super) fn revert(args: &RevertArgs) -> anyhow::Result<u8> {
-    let place = Endpoint::of_disk(&args.file)?;
-    ask_and_print(&place, &json!({ "op": "revert", "name": args.name, "force": args.force }))
+    let disk = Endpoint::of_disk(&args.file)?;
+    ask_and_print(&disk, &DiskRequest::Revert { name: args.name.clone(), force: args.force })
 }
 
 /// Resets a disk to its base.
 pub(super) fn reset(args: &ResetArgs) -> anyhow::Result<u8> {
-    let place = Endpoint::of_disk(&args.file)?;
-    ask_and_print(&place, &json!({ "op": "reset", "force": args.force }))
+    let disk = Endpoint::of_disk(&args.file)?;
+    ask_and_print(&disk, &DiskRequest::Reset { force: args.force })
 }
 
 /// Creates a disk with the current contents of another one.
 pub(super) fn clone(args: &CloneArgs) -> anyhow::Result<u8> {
-    let place = Endpoint::of_disk(&args.file)?;
-    let name = clone_name(&place.mountpoint, &args.new)?;
-    ask_and_print(&place, &json!({ "op": "clone", "name": name }))
+    let disk = Endpoint::of_disk(&args.file)?;
+    let name = clone_name(&disk.mountpoint, &args.new)?;
+    ask_and_print(&disk, &DiskRequest::Clone { name })
 }
 
 /// Returns the name in the mount that `given`, a name or a path, denotes.
@@ -110,7 +113,7 @@ fn clone_name(mountpoint: &Path, given: &Path) -> anyhow::Result<String> {
             mountpoint.display()
         )
     };
-    let is_mountpoint = |place: Endpoint| place.disk.is_none() && place.mountpoint == mountpoint;
+    let is_mountpoint = |given: Endpoint| given.disk.is_none() && given.mountpoint == mountpoint;
     if Endpoint::of(given).is_ok_and(is_mountpoint) {
         anyhow::bail!(
             "'{path}' is the mountpoint: name the new disk, '{path}/NAME'",
@@ -129,45 +132,9 @@ fn clone_name(mountpoint: &Path, given: &Path) -> anyhow::Result<String> {
     Ok(name.to_owned())
 }
 
-/// Sends a request, shows progress, and prints the result.
-fn ask_and_print(place: &Endpoint, request: &Value) -> anyhow::Result<u8> {
-    let mut progress = ProgressDisplay::new(Verbosity::default());
-    let done = place.ask(request, |now| progress.show(now));
-    progress.end();
-    print_result(place, done.map_err(Into::into))
-}
-
-/// Sends a request like [`ask_and_print`], for an operation that takes long.
-pub(super) fn ask_long(
-    place: &Endpoint,
-    request: &Value,
-    work: LongRequest,
-    verbosity: Verbosity,
-) -> anyhow::Result<u8> {
-    print_result(place, long_request::ask(place, request, work, verbosity))
-}
-
-fn print_result(place: &Endpoint, done: anyhow::Result<Value>) -> anyhow::Result<u8> {
-    let done = done.map_err(|error| name_openers(place, error))?;
-    if let Some(line) = done["line"].as_str() {
-        print_line(line);
-    }
-    Ok(EXIT_OK)
-}
-
-/// Adds the openers of the disk to the error for a disk in use.
-fn name_openers(place: &Endpoint, error: anyhow::Error) -> anyhow::Error {
-    match error.downcast_ref() {
-        Some(AskError::Busy(said)) => {
-            anyhow::anyhow!("{said}: {}: close it there, or use --force", describe_openers(place))
-        }
-        _ => error,
-    }
-}
-
 /// Formats the snapshots as a table.
-pub(super) fn snapshot_table(snapshots: &Value) -> String {
-    let size = |value: &Value| value.as_u64().map_or_else(|| "-".to_owned(), format_size);
+pub(super) fn snapshot_table(snapshots: &[SnapshotRecord]) -> String {
+    let size = |bytes: Option<u64>| bytes.map_or_else(|| "-".to_owned(), format_size);
     let mut table = Table::new([
         ("NAME", Align::Left),
         ("TAKEN", Align::Left),
@@ -176,16 +143,15 @@ pub(super) fn snapshot_table(snapshots: &Value) -> String {
         ("ZEROED", Align::Right),
         ("CHANGED SINCE", Align::Right),
     ]);
-    for snapshot in snapshots.as_array().into_iter().flatten() {
-        let taken = jiff::Timestamp::from_second(snapshot["taken"].as_i64().unwrap_or(0));
-        let taken = taken.unwrap_or_default().strftime("%Y-%m-%d %H:%M:%S UTC").to_string();
+    for snapshot in snapshots {
+        let taken = jiff::Timestamp::from_second(snapshot.taken).unwrap_or_default();
         table.add_row([
-            snapshot["name"].as_str().unwrap_or("-").to_owned(),
-            taken,
-            size(&snapshot["size"]),
-            size(&snapshot["changed"]),
-            size(&snapshot["zeroed"]),
-            size(&snapshot["since"]["changed"]),
+            snapshot.name.clone().unwrap_or_else(|| "-".to_owned()),
+            taken.strftime("%Y-%m-%d %H:%M:%S UTC").to_string(),
+            size(snapshot.size),
+            size(snapshot.changed),
+            size(snapshot.zeroed),
+            size(snapshot.since.map(|since| since.changed)),
         ]);
     }
     table.to_string()

@@ -21,6 +21,11 @@ pub(super) fn parse(text: &str) -> Result<Duration, String> {
         .ok_or_else(|| format!("'{text}' is not a time: write seconds, or 500ms, 10s, 2m, 1h"))
 }
 
+/// Returns the whole milliseconds in `time`, as requests have them.
+pub(super) fn to_millis(time: Duration) -> u64 {
+    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
+}
+
 /// Formats a time for people: `10 s`, `500 ms`.
 pub(super) fn format_timeout(time: Duration) -> String {
     match time.subsec_millis() {

@@ -1,8 +1,9 @@
-//! `cowslip umount`: waits for the last user, has everything made durable, unmounts, and returns
-//! when the daemon has ended.
+//! `cowslip umount`: waits for the last user, makes everything durable, unmounts, and returns when
+//! the daemon has ended.
 //!
 //! ```text
-//!   users left? ──grace──> drain ──> unmount ──busy? again within the grace──> daemon has ended
+//!   no users left ---> drain ---> unmount ---> daemon has ended
+//!     timeout                   again while busy, timeout
 //! ```
 
 use std::io;
@@ -12,27 +13,21 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use clap::Args;
-use serde_json::{Value, json};
+use serde::Deserialize;
+use serde_json::Value;
 
 use super::client::{AskError, Endpoint};
+use super::in_use::{OPENERS_POLL_INTERVAL, OPENERS_TIMEOUT, mount_in_use_error};
 use super::progress::{ProgressDisplay, Verbosity};
 use super::{EXIT_OK, print_line, timeout};
-use crate::host::mountinfo;
-use crate::host::{ProcessState, wait_for_exit};
+use crate::control::api::{Lines, MountRequest, MountStatus, StatusDocument};
+use crate::host::{ProcessState, mountinfo, wait_for_exit};
 use crate::mount::kernel::{MountHandle, MountHealth, UnmountMode};
-use crate::mount::openers::{self, Opener};
+use crate::mount::openers;
+use crate::stream::UnmountPolicy;
 
-/// RELEASE and `losetup -d` come after close has returned, so a mount may look used for a moment.
-pub(super) const OPENERS_TIMEOUT: Duration = Duration::from_secs(5);
-
-/// How long the daemon may take to end: it syncs first, and disks are slow.
+/// Time limit for the daemon to end: it syncs first, and disks are slow.
 const DAEMON_TIMEOUT: Duration = Duration::from_secs(60);
-
-/// How often is looked whether the mount is still used. A look takes some milliseconds.
-pub(super) const OPENERS_POLL_INTERVAL: Duration = Duration::from_millis(100);
-
-/// Users that are named in the message; the rest is counted.
-const MAX_NAMED_OPENERS: usize = 8;
 
 #[derive(Clone, Debug, PartialEq, Eq, Args)]
 pub(super) struct UmountArgs {
@@ -46,63 +41,35 @@ pub(super) struct UmountArgs {
     mountpoint: PathBuf,
 }
 
-/// What becomes of streams that are not finished yet.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum UnfinishedStreams {
-    /// Those that end with the mount are finished, the others given up.
-    Settle,
-    /// All are finished.
-    Finish,
-    /// All are given up.
-    Abort,
-    /// They go on for those who have them open.
-    Leave,
-}
-
-impl UnfinishedStreams {
-    fn word(self) -> &'static str {
-        match self {
-            Self::Settle => "settle",
-            Self::Finish => "finish",
-            Self::Abort => "abort",
-            Self::Leave => "leave",
-        }
-    }
-}
-
-/// How a mount is ended.
+/// When a mount is ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum EndMode {
-    /// When nobody uses it any more; otherwise it stays.
+    /// Once nobody uses the mount any more; a mount that stays in use stays mounted.
     WhenUnused,
-    /// At once, whoever uses it.
+    /// At once, whoever uses the mount.
     Lazy,
 }
 
 impl UmountArgs {
-    /// As the command line would have it, without a time-out.
-    pub(super) fn new(mountpoint: PathBuf, how: EndMode) -> Self {
-        Self { lazy: how == EndMode::Lazy, timeout: None, mountpoint }
+    /// Creates the arguments of a command line without a time-out.
+    pub(super) fn new(mountpoint: PathBuf, mode: EndMode) -> Self {
+        Self { lazy: mode == EndMode::Lazy, timeout: None, mountpoint }
     }
 }
 
 pub(super) fn run(args: &UmountArgs) -> anyhow::Result<u8> {
-    let held = find_mount(&args.mountpoint)?;
-    if clear_dead_mount(&held)? {
+    let mount = find_mount(&args.mountpoint)?;
+    if clear_dead_mount(&mount)? {
         return Ok(EXIT_OK);
     }
-    let grace = args.timeout.unwrap_or(OPENERS_TIMEOUT);
+    let openers_timeout = args.timeout.unwrap_or(OPENERS_TIMEOUT);
     let ended = if args.lazy {
-        end_mount(
-            &held,
-            EndMode::Lazy,
-            Duration::ZERO,
-            DrainRequest::new(UnfinishedStreams::Leave),
-        )?
+        let request = DrainRequest::new(UnmountPolicy::Leave);
+        end_mount(&mount, EndMode::Lazy, Duration::ZERO, request)?
     } else {
-        wait_for_users(&held, grace)?;
-        let request = DrainRequest { streams: UnfinishedStreams::Settle, timeout: args.timeout };
-        end_mount(&held, EndMode::WhenUnused, grace, request)?
+        wait_for_openers(&mount, openers_timeout)?;
+        let request = DrainRequest { streams: UnmountPolicy::Settle, timeout: args.timeout };
+        end_mount(&mount, EndMode::WhenUnused, openers_timeout, request)?
     };
     ended.lines.iter().for_each(|line| print_line(line));
     if !args.lazy {
@@ -112,7 +79,7 @@ pub(super) fn run(args: &UmountArgs) -> anyhow::Result<u8> {
     Ok(EXIT_OK)
 }
 
-/// The cowslip mount at `path`, held: seconds may pass until it is unmounted.
+/// Returns the cowslip mount at `path`, held open: seconds may pass until it is unmounted.
 fn find_mount(path: &Path) -> anyhow::Result<MountHandle> {
     let shown = path.display();
     match mountinfo::entry_at(path) {
@@ -133,13 +100,13 @@ fn find_mount(path: &Path) -> anyhow::Result<MountHandle> {
     }
 }
 
-/// Clears a mount whose daemon is gone, and says so.
-fn clear_dead_mount(held: &MountHandle) -> anyhow::Result<bool> {
-    if held.health() != MountHealth::Dead {
+/// Unmounts a mount whose daemon is gone, and reports that. Returns `false` for any other mount.
+fn clear_dead_mount(mount: &MountHandle) -> anyhow::Result<bool> {
+    if mount.health() != MountHealth::Dead {
         return Ok(false);
     }
-    let shown = held.mountpoint().display();
-    held.unmount(UnmountMode::Lazy).map_err(|error| {
+    let shown = mount.mountpoint().display();
+    mount.unmount(UnmountMode::Lazy).map_err(|error| {
         let remedy = format!("run umount -l '{shown}' as root");
         anyhow::anyhow!("cannot clear the dead mount at '{shown}': {error}: {remedy}")
     })?;
@@ -148,156 +115,137 @@ fn clear_dead_mount(held: &MountHandle) -> anyhow::Result<bool> {
 }
 
 /// Waits until nobody uses the mount.
-fn wait_for_users(held: &MountHandle, grace: Duration) -> anyhow::Result<()> {
-    let deadline = Instant::now() + grace;
+fn wait_for_openers(mount: &MountHandle, timeout: Duration) -> anyhow::Result<()> {
+    let deadline = Instant::now() + timeout;
     loop {
-        let users = openers::find_openers(held.entry());
+        let users = openers::find_openers(mount.entry());
         if users.is_empty() {
             return Ok(());
         }
         if Instant::now() >= deadline {
-            return Err(in_use_error(held.mountpoint(), &users));
+            return Err(mount_in_use_error(mount.mountpoint(), &users));
         }
         thread::sleep(OPENERS_POLL_INTERVAL);
     }
 }
 
-/// Ends a mount as soon as nobody uses it, within the usual grace.
+/// Ends a mount as soon as nobody uses it, if that is within [`OPENERS_TIMEOUT`].
 ///
 /// # Errors
-/// A line; it is still mounted then.
+/// A line for the user; the mount is still there then.
 pub(super) fn end_when_unused(
-    held: &MountHandle,
-    streams: UnfinishedStreams,
+    mount: &MountHandle,
+    streams: UnmountPolicy,
 ) -> anyhow::Result<EndedMount> {
-    wait_for_users(held, OPENERS_TIMEOUT)?;
-    end_mount(held, EndMode::WhenUnused, OPENERS_TIMEOUT, DrainRequest::new(streams))
+    wait_for_openers(mount, OPENERS_TIMEOUT)?;
+    end_mount(mount, EndMode::WhenUnused, OPENERS_TIMEOUT, DrainRequest::new(streams))
 }
 
-/// What the daemon is asked to do before it is unmounted.
+/// The request to the daemon before its mount is unmounted.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct DrainRequest {
-    streams: UnfinishedStreams,
-    /// How long a sink may take.
+    streams: UnmountPolicy,
+    /// Time limit for a sink.
     timeout: Option<Duration>,
 }
 
 impl DrainRequest {
-    /// Sinks may take as long as they do.
-    pub(super) fn new(streams: UnfinishedStreams) -> Self {
+    /// Creates a request without a time limit for sinks.
+    pub(super) fn new(streams: UnmountPolicy) -> Self {
         Self { streams, timeout: None }
     }
 }
 
-/// Why it was not unmounted: who has it.
-fn in_use_error(mountpoint: &Path, users: &[Opener]) -> anyhow::Error {
-    let named = users.iter().take(MAX_NAMED_OPENERS).map(ToString::to_string);
-    let mut named: Vec<String> = named.collect();
-    if users.len() > MAX_NAMED_OPENERS {
-        named.push(format!("and {} more", users.len() - MAX_NAMED_OPENERS));
-    }
-    // Users that may not be seen, or who came and went.
-    if named.is_empty() {
-        named.push("processes that you may not see: ask as root".to_owned());
-    }
-    let shown = mountpoint.display();
-    anyhow::anyhow!(
-        "'{shown}' is in use: {}: close it there, or cowslip umount -l '{shown}'",
-        named.join("; ")
-    )
-}
-
-/// A mount that is gone, and what its daemon said before.
+/// A mount that is gone, and what its daemon reported before.
 #[derive(Debug)]
 pub(super) struct EndedMount {
     mountpoint: PathBuf,
     /// The device number of its file system.
     dev: (u32, u32),
-    /// What became of the changes, a line each.
+    /// Changes that were kept or discarded, a line each.
     pub(super) lines: Vec<String>,
-    /// What could not be made durable.
+    /// Failures to make data durable, a line each.
     failed: Vec<String>,
-    /// The daemon, if it told.
+    /// The daemon's process ID, if the mount told it.
     pid: Option<u32>,
 }
 
-/// Has everything made durable and unmounts; a mount that is busy is tried again for `grace`.
+/// Makes everything durable and unmounts. Unmounting a busy mount is tried again for `timeout`.
 ///
 /// # Errors
-/// A line; it is still mounted then.
+/// A line for the user; the mount is still there then.
 pub(super) fn end_mount(
-    held: &MountHandle,
-    how: EndMode,
-    grace: Duration,
+    mount: &MountHandle,
+    mode: EndMode,
+    timeout: Duration,
     request: DrainRequest,
 ) -> anyhow::Result<EndedMount> {
-    let (pid, drained) = match drain(held, request) {
-        Ok(told) => told,
-        // Without an answer there is nothing to wait for; what can be done is to let go.
-        Err(AskError::Denied(_) | AskError::Foreign { .. }) => (None, Value::Null),
-        Err(error) if how == EndMode::Lazy => {
+    let (pid, drained) = match drain(mount, request) {
+        Ok(drained) => drained,
+        // Without an answer there is nothing to wait for: unmounting is all that can be done.
+        Err(AskError::Denied(_) | AskError::Foreign { .. }) => Default::default(),
+        Err(error) if mode == EndMode::Lazy => {
             log::debug!("unmounting all the same: {error}");
-            (None, Value::Null)
+            Default::default()
         }
         Err(error) => return Err(error.into()),
     };
-    unmount(held, how, grace)?;
+    unmount(mount, mode, timeout)?;
     Ok(EndedMount {
-        mountpoint: held.mountpoint().to_owned(),
-        dev: held.entry().dev,
-        lines: string_list(&drained["lines"]),
-        failed: string_list(&drained["failed"]),
+        mountpoint: mount.mountpoint().to_owned(),
+        dev: mount.entry().dev,
+        lines: drained.lines,
+        failed: drained.failed.unwrap_or_default(),
         pid,
     })
 }
 
-/// The daemon's process id, and what it says to a drain.
-fn drain(held: &MountHandle, request: DrainRequest) -> Result<(Option<u32>, Value), AskError> {
-    let place = Endpoint::of_handle(held);
-    let status = place.status()?;
-    let pid = status["mounts"][0]["pid"].as_u64();
-    let pid = pid.and_then(|pid| u32::try_from(pid).ok());
-    let timeout = request.timeout.map(|time| u64::try_from(time.as_millis()).unwrap_or(u64::MAX));
-    let request =
-        json!({ "op": "drain", "streams": request.streams.word(), "timeout_ms": timeout });
-    let mut progress = ProgressDisplay::new(Verbosity::default());
-    let answer = place.ask(&request, |now| progress.show(now));
-    progress.end();
+/// Makes everything durable. Returns the daemon's process ID and its report.
+fn drain(mount: &MountHandle, request: DrainRequest) -> Result<(Option<u32>, Lines), AskError> {
+    let mount = Endpoint::of_handle(mount);
+    let pid = daemon_pid(&mount)?;
+    let timeout_ms = request.timeout.map(timeout::to_millis);
+    let request = MountRequest::Drain { streams: request.streams, timeout_ms };
+    let mut display = ProgressDisplay::new(Verbosity::default());
+    let answer = mount.ask(&request, |progress| display.show(progress));
+    display.end();
     match answer {
-        // Nothing has changed there.
-        Err(AskError::ReadOnly(_)) => Ok((pid, Value::Null)),
-        drained => Ok((pid, drained?)),
+        // Nothing has changed in such a mount.
+        Err(AskError::ReadOnly(_)) => Ok((pid, Lines::default())),
+        answer => Ok((pid, answer?)),
     }
 }
 
-/// The lines of an answer.
-pub(super) fn string_list(list: &Value) -> Vec<String> {
-    let items = list.as_array().into_iter().flatten();
-    items.filter_map(Value::as_str).map(str::to_owned).collect()
+/// Returns the process ID of the daemon. A mount whose status is not understood can be unmounted, too,
+/// but its daemon is not waited for.
+fn daemon_pid(mount: &Endpoint) -> Result<Option<u32>, AskError> {
+    let status: Value = mount.status()?;
+    let status = StatusDocument::<MountStatus>::deserialize(status).unwrap_or_default();
+    Ok(status.mounts.first().and_then(|mount| mount.pid))
 }
 
-fn unmount(held: &MountHandle, how: EndMode, grace: Duration) -> anyhow::Result<()> {
-    let flags = match how {
+fn unmount(mount: &MountHandle, mode: EndMode, timeout: Duration) -> anyhow::Result<()> {
+    let unmount_mode = match mode {
         EndMode::WhenUnused => UnmountMode::Plain,
         EndMode::Lazy => UnmountMode::Lazy,
     };
-    let deadline = Instant::now() + grace;
-    let mountpoint = held.mountpoint();
+    let deadline = Instant::now() + timeout;
+    let mountpoint = mount.mountpoint();
     let shown = mountpoint.display();
     loop {
-        let Err(error) = held.unmount(flags) else {
+        let Err(error) = mount.unmount(unmount_mode) else {
             return Ok(());
         };
         match error.raw_os_error() {
             Some(libc::EBUSY) if Instant::now() < deadline => thread::sleep(OPENERS_POLL_INTERVAL),
             Some(libc::EBUSY) => {
-                return Err(in_use_error(mountpoint, &openers::find_openers(held.entry())));
+                return Err(mount_in_use_error(mountpoint, &openers::find_openers(mount.entry())));
             }
             Some(libc::EPERM) => anyhow::bail!(
                 "cannot unmount '{shown}': it is another user's: do it as that user or as root"
             ),
-            // Somebody else was faster.
-            Some(libc::EINVAL) if !held.is_mounted() => return Ok(()),
+            // Another process was faster.
+            Some(libc::EINVAL) if !mount.is_mounted() => return Ok(()),
             _ => return Err(unmount_error(mountpoint, &error)),
         }
     }
@@ -312,48 +260,51 @@ impl EndedMount {
     /// Waits until the daemon has ended.
     ///
     /// # Errors
-    /// A line when it has not in `patience`, or when it cannot: another mount namespace has the
-    /// mount.
-    pub(super) fn wait_for_daemon(&self, patience: Duration) -> anyhow::Result<()> {
+    /// A line for the user when the daemon is still there after `timeout`, or when it has to stay
+    /// because another mount namespace has the mount.
+    pub(super) fn wait_for_daemon(&self, timeout: Duration) -> anyhow::Result<()> {
         let Some(pid) = self.pid else {
             return Ok(());
         };
         // A namespace that is about to end has as long as any other user of the mount.
-        let grace = patience.min(OPENERS_TIMEOUT);
-        // No such number here: it lives in another container.
-        let is_there = |patience| matches!(wait_for_exit(pid, patience), Ok(ProcessState::Running));
-        if !is_there(grace) {
+        let namespace_timeout = timeout.min(OPENERS_TIMEOUT);
+        // An error means that there is no such process here: the daemon lives in another container.
+        let is_running = |timeout| matches!(wait_for_exit(pid, timeout), Ok(ProcessState::Running));
+        if !is_running(namespace_timeout) {
             return Ok(());
         }
         let at = self.mountpoint.display();
-        if let Some(elsewhere) = openers::find_namespace_copy(self.dev) {
-            let there = elsewhere.mountpoint.display();
+        if let Some(copy) = openers::find_namespace_copy(self.dev) {
+            let there = copy.mountpoint.display();
             anyhow::bail!(
-                "'{at}' is unmounted here, but {elsewhere}: its daemon (pid {pid}) works on for that: end it, \
+                "'{at}' is unmounted here, but {copy}: its daemon (pid {pid}) works on for that: end it, \
                  or unmount it there: nsenter -t {} -m umount '{there}'",
-                elsewhere.pid
+                copy.pid
             );
         }
-        if is_there(patience - grace) {
+        if is_running(timeout - namespace_timeout) {
             anyhow::bail!(
                 "'{at}' is unmounted, and its daemon (pid {pid}) still works after {}: \
                  wait for it before you touch its files",
-                timeout::format_timeout(patience)
+                timeout::format_timeout(timeout)
             );
         }
         Ok(())
     }
 
-    /// As [`wait_for_daemon`](Self::wait_for_daemon), for as long as a daemon usually takes at most.
+    /// Waits until the daemon has ended, like [`wait_for_daemon`](Self::wait_for_daemon), for at most
+    /// [`DAEMON_TIMEOUT`].
     ///
     /// # Errors
-    /// As there.
+    /// The errors of [`wait_for_daemon`](Self::wait_for_daemon).
     pub(super) fn wait_default(&self) -> anyhow::Result<()> {
         self.wait_for_daemon(DAEMON_TIMEOUT)
     }
 
+    /// Reports what could not be made durable.
+    ///
     /// # Errors
-    /// A line with everything that could not be made durable.
+    /// A line for the user with all of it.
     pub(super) fn check_failures(&self) -> anyhow::Result<()> {
         if self.failed.is_empty() {
             return Ok(());
@@ -371,33 +322,18 @@ mod tests {
     use super::*;
 
     #[test]
-    fn users_are_named_and_the_many_are_counted() {
-        let user = |number: usize| Opener::Loop {
-            device: format!("/dev/loop{number}").into(),
-            path: "vm.img".into(),
-        };
-        let users: Vec<Opener> = (0..10).map(user).collect();
-        let line = in_use_error(Path::new("/m"), &users).to_string();
-        assert!(line.starts_with("'/m' is in use: /dev/loop0 is attached to vm.img; /dev/loop1"));
-        assert!(line.contains("; and 2 more: close it there"), "{line}");
-        assert!(line.ends_with("or cowslip umount -l '/m'"), "{line}");
-        let unseen = in_use_error(Path::new("/m"), &[]).to_string();
-        assert!(unseen.contains("ask as root"), "{unseen}");
-    }
-
-    #[test]
-    fn what_is_no_cowslip_mount_is_left_alone() {
+    fn find_mount_rejects_any_other_path() {
         let line = |path: &str| find_mount(Path::new(path)).unwrap_err().to_string();
         assert!(line("/proc").contains("is a mount of type proc, not cowslip's"));
         assert!(line("/nowhere").contains("'/nowhere' is not mounted"));
     }
 
     #[test]
-    fn what_failed_is_one_line() {
+    fn failures_are_reported_in_one_line() {
         let mut ended = EndedMount {
             mountpoint: "/m".into(),
             lines: Vec::new(),
-            failed: string_list(&json!(["a: EIO", "b: EIO"])),
+            failed: vec!["a: EIO".to_owned(), "b: EIO".to_owned()],
             dev: (0, 0),
             pid: None,
         };

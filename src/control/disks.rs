@@ -49,14 +49,14 @@ pub enum Invalidation {
     },
 }
 
-/// Makes the kernel forget stale state. May wait for requests that are under way, so it is called
-/// by a thread of the disk's own pool.
+/// A function that makes the kernel forget stale state. The call may wait for requests in progress, so
+/// that a thread of the disk's own pool makes it.
 pub type Invalidator = Arc<dyn Fn(&Invalidation) + Send + Sync>;
 
-/// How long an invalidation is waited for. Names and attributes in the kernel's cache expire after a
-/// second anyway; its pages of a file go once the invalidation is done.
+/// Time limit for an invalidation. Names and attributes in the kernel's cache expire after a second
+/// anyway; its pages of a file go once the invalidation is done.
 const INVALIDATE_TIMEOUT: Duration = Duration::from_secs(1);
-/// How long requests under way are waited for when a disk is removed.
+/// Time limit for requests in progress when a disk is removed.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(5);
 
 impl Control {

@@ -46,7 +46,7 @@ pub struct Control {
     pub catalog: Arc<Catalog>,
     /// The source that the mount table shows.
     pub source: String,
-    /// How the kernel's cache is used.
+    /// Use of the kernel's cache.
     pub cache: CacheMode,
     /// Set once the daemon shuts down.
     pub draining: AtomicBool,

@@ -93,7 +93,7 @@ impl ControlNode {
     pub fn children(self, catalog: &Catalog) -> Vec<(String, Self)> {
         let named = |names: &[&str]| -> Vec<(String, Self)> {
             let found = names.iter().map(|name| ((*name).to_owned(), self.child(name, catalog)));
-            found.filter_map(|(name, spot)| Some((name, spot?))).collect()
+            found.filter_map(|(name, node)| Some((name, node?))).collect()
         };
         match self {
             Self::Directory => {
@@ -113,8 +113,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_node_is_found_by_its_inode_number() {
-        let spots = [
+    fn node_is_found_by_its_inode_number() {
+        let nodes = [
             ControlNode::Directory,
             ControlNode::Status,
             ControlNode::Log,
@@ -124,8 +124,8 @@ mod tests {
             ControlNode::DiskMap(7),
             ControlNode::DiskCtl(1000),
         ];
-        for spot in spots {
-            assert_eq!(ControlNode::from_ino(spot.ino()), Some(spot));
+        for node in nodes {
+            assert_eq!(ControlNode::from_ino(node.ino()), Some(node));
         }
         assert_eq!(ControlNode::from_ino(1), None);
         assert_eq!(ControlNode::from_ino(1 << 61), None);

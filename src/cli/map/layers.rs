@@ -1,8 +1,8 @@
-//! What a disk is made of, as its status tells it.
+//! The names of the layers of a disk, taken from its status.
 
-use serde_json::Value;
+use crate::control::api::DiskStatus;
 
-/// As many overlay layers have a row of their own: beyond, rows could not be told apart.
+/// Maximum number of overlay layers with a row of their own: more rows could not be told apart.
 const MAX_ROWS: usize = 64;
 
 /// The layers of a disk, top to bottom.
@@ -10,34 +10,35 @@ const MAX_ROWS: usize = 64;
 pub(super) struct LayerNames {
     /// The names of the overlay's layers, by depth.
     overlay: Vec<String>,
-    /// What lies below them all.
+    /// The name of the bottom of the disk.
     base: &'static str,
 }
 
 impl LayerNames {
-    /// From the disk's status.
-    pub(super) fn of(status: &Value) -> Self {
-        let base = if status["stream"].is_object() { "stream" } else { "base" };
-        let overlay = &status["overlay"];
-        let overlay = match (overlay.is_object(), overlay["chain"].as_array()) {
-            (false, _) => Vec::new(),
-            (true, Some(chain)) if chain.len() > 1 => {
-                let below = chain[1..].iter().map(|layer| layer["name"].as_str());
+    /// Takes the names from the disk's status.
+    pub(super) fn of(status: &DiskStatus) -> Self {
+        let base = if status.stream.is_some() { "stream" } else { "base" };
+        let Some(overlay) = &status.overlay else {
+            return Self { overlay: Vec::new(), base };
+        };
+        let overlay = match overlay.blocks.as_ref().map(|blocks| &blocks.chain[..]) {
+            Some([_, below @ ..]) if !below.is_empty() => {
+                let below = below.iter().map(|layer| layer.name.as_deref());
                 let below = below.map(|name| name.unwrap_or("unnamed layer").to_owned());
                 std::iter::once("now".to_owned()).chain(below).collect()
             }
-            (true, _) => vec!["overlay".to_owned()],
+            _ => vec!["overlay".to_owned()],
         };
         Self { overlay, base }
     }
 
-    /// The name of the layer at `depth`, for people; it may hold any characters.
+    /// Returns the name of the layer at `depth`, which may contain any characters.
     pub(super) fn name(&self, depth: usize) -> &str {
         self.overlay.get(depth).map_or(self.base, String::as_str)
     }
 
-    /// The names of a picture's rows: each layer's, with those too many for rows of their own as
-    /// one, and the base's last.
+    /// Returns the names of a picture's rows: those of the layers, where the lowest of too many layers
+    /// share a row, and last that of the base.
     pub(super) fn rows(&self) -> Vec<String> {
         let mut rows = self.overlay.clone();
         if rows.len() > MAX_ROWS {
@@ -48,7 +49,7 @@ impl LayerNames {
         rows
     }
 
-    /// The row of what the layer at `depth` provides.
+    /// Returns the row for pieces of the layer at `depth`.
     pub(super) fn row(&self, depth: usize) -> usize {
         match depth < self.overlay.len() {
             true => depth.min(MAX_ROWS - 1),
@@ -59,34 +60,43 @@ impl LayerNames {
 
 #[cfg(test)]
 mod tests {
-    use serde_json::json;
-
     use super::*;
+    use crate::control::api::{BlockOverlayStatus, LayerStatus, OverlayStatus, StreamStatus};
 
     fn chain(names: &[Option<&str>]) -> LayerNames {
-        let chain: Vec<_> = names.iter().map(|name| json!({ "name": name })).collect();
-        LayerNames::of(&json!({ "overlay": { "chain": chain }, "stream": null }))
+        let layer = |name: &Option<&str>| LayerStatus {
+            name: name.map(str::to_owned),
+            ..LayerStatus::default()
+        };
+        let chain = names.iter().map(layer).collect();
+        let blocks = Some(BlockOverlayStatus { chain, ..BlockOverlayStatus::default() });
+        of_overlay(OverlayStatus { blocks, ..OverlayStatus::default() })
+    }
+
+    fn of_overlay(overlay: OverlayStatus) -> LayerNames {
+        LayerNames::of(&DiskStatus { overlay: Some(overlay), ..DiskStatus::default() })
     }
 
     #[test]
-    fn a_disk_without_an_overlay_is_all_base() {
-        let bare = LayerNames::of(&json!({ "overlay": null }));
+    fn disk_without_an_overlay_has_only_the_base() {
+        let bare = LayerNames::of(&DiskStatus::default());
         assert_eq!((bare.name(0), bare.rows()), ("base", vec!["base".to_owned()]));
         assert_eq!(bare.row(0), 0);
-        let stream = LayerNames::of(&json!({ "overlay": null, "stream": {} }));
+        let stream = Some(StreamStatus::default());
+        let stream = LayerNames::of(&DiskStatus { stream, ..DiskStatus::default() });
         assert_eq!(stream.name(0), "stream");
     }
 
     #[test]
-    fn one_layer_is_the_overlay() {
-        for layers in [LayerNames::of(&json!({ "overlay": {} })), chain(&[Some("work")])] {
+    fn single_layer_is_called_overlay() {
+        for layers in [of_overlay(OverlayStatus::default()), chain(&[Some("work")])] {
             assert_eq!((layers.name(0), layers.name(1)), ("overlay", "base"));
             assert_eq!(layers.rows(), ["overlay", "base"]);
         }
     }
 
     #[test]
-    fn snapshots_go_by_their_names() {
+    fn layers_are_called_like_their_snapshots() {
         let layers = chain(&[Some("work"), Some("before <upgrade>"), None]);
         assert_eq!(layers.rows(), ["now", "before <upgrade>", "unnamed layer", "base"]);
         assert_eq!(layers.name(1), "before <upgrade>");
@@ -94,7 +104,7 @@ mod tests {
     }
 
     #[test]
-    fn very_many_layers_share_their_last_row() {
+    fn lowest_of_too_many_layers_share_a_row() {
         let layers = chain(&[Some("s"); 100]);
         let rows = layers.rows();
         assert_eq!(

@@ -1,4 +1,4 @@
-//! `cowslip map`: what a mounted disk holds where.
+//! `cowslip map`: where a mounted disk has data, zeros and holes.
 //!
 //! ```text
 //!   .cowslip/DISK/map ──pieces──> each piece ──┬──> the table, a line each
@@ -6,7 +6,7 @@
 //!                                  └─ names ───────────────────────^
 //! ```
 //!
-//! A map may have a million pieces and more: they are counted or printed as they come.
+//! A map may have millions of pieces: they are counted or printed as they arrive.
 
 mod layers;
 mod picture;
@@ -20,7 +20,6 @@ use std::path::PathBuf;
 
 use anyhow::Context as _;
 use clap::Args;
-use serde_json::Value;
 
 use self::layers::LayerNames;
 use self::picture::{KindSums, Picture};
@@ -29,9 +28,10 @@ use self::strip::Strip;
 use super::client::Endpoint;
 use super::{EXIT_OK, restore_sigpipe};
 use crate::config::{Overwrite, format_size};
+use crate::control::api::DiskStatus;
 use crate::printable;
 
-/// How much of a map is read and printed at a time: what the mount is asked for.
+/// Number of bytes of a map that are read and printed at a time: as much as the mount is asked for.
 const READ_CHUNK: usize = 128 << 10;
 
 #[derive(Debug, Args)]
@@ -51,49 +51,48 @@ pub(super) struct MapArgs {
 
 pub(super) fn run(args: &MapArgs) -> anyhow::Result<u8> {
     restore_sigpipe();
-    let place = Endpoint::of_disk(&args.file)?;
+    let disk = Endpoint::of_disk(&args.file)?;
     if args.json {
-        copy_json(&place)?;
+        copy_json(&disk)?;
     } else if let Some(out) = &args.svg {
-        let status = place.status()?;
-        let name = place.disk.clone().unwrap_or_default();
+        let status = disk.disk_status()?;
+        let name = disk.disk.clone().unwrap_or_default();
         let layers = LayerNames::of(&status);
-        let picture = build_picture(&place, &status, &layers, svg::PLOT_COLUMNS)?;
+        let picture = build_picture(&disk, status.size, &layers, svg::PLOT_COLUMNS)?;
         let overwrite = if args.overwrite { Overwrite::Yes } else { Overwrite::No };
         save::save(out, &svg::draw(&name, &picture, &layers.rows()), overwrite)?;
     } else {
-        show_table(&place)?;
+        show_table(&disk)?;
     }
     Ok(EXIT_OK)
 }
 
-/// The map as the daemon tells it.
-fn copy_json(place: &Endpoint) -> anyhow::Result<()> {
-    let mut feed = place.open("map")?;
+/// Prints the map as the daemon sends it.
+fn copy_json(disk: &Endpoint) -> anyhow::Result<()> {
+    let mut map = disk.open("map")?;
     let mut stdout = io::stdout().lock();
-    let mut piece = vec![0; READ_CHUNK];
-    // Not `io::copy_json`: when printing fails, that must not be blamed on the mount.
+    let mut chunk = vec![0; READ_CHUNK];
+    // Not `io::copy`: a failure to print must not be blamed on the mount.
     loop {
-        let len = feed.read(&mut piece).map_err(|error| feed.ask_error(error))?;
+        let len = map.read(&mut chunk).map_err(|error| disk.ask_error(error))?;
         if len == 0 {
             return stdout.flush().context("cannot print");
         }
-        // It is ASCII; what is not, nobody has to see as it is.
-        let text = String::from_utf8_lossy(&piece[..len]);
+        // A map is ASCII; other text of a hostile mount may be mangled.
+        let text = String::from_utf8_lossy(&chunk[..len]);
         stdout.write_all(printable::json(&text).as_bytes()).context("cannot print")?;
     }
 }
 
-/// The picture of a disk.
+/// Builds the picture of a disk of `size` bytes.
 fn build_picture(
-    place: &Endpoint,
-    status: &Value,
+    disk: &Endpoint,
+    size: u64,
     layers: &LayerNames,
     columns: usize,
 ) -> anyhow::Result<Picture> {
-    let size = status["size"].as_u64().unwrap_or(0);
     let mut picture = Picture::new(size, columns, layers.rows().len());
-    for_each_piece(place, |piece| {
+    for_each_piece(disk, |piece| {
         picture.add(layers.row(piece.depth), &piece);
         Ok(())
     })?;
@@ -102,21 +101,18 @@ fn build_picture(
 
 /// Calls `each` with every piece of the disk.
 fn for_each_piece(
-    place: &Endpoint,
+    disk: &Endpoint,
     each: impl FnMut(MapPiece) -> io::Result<()>,
 ) -> anyhow::Result<()> {
-    let mut feed = place.open("map")?;
-    match each_piece(&mut feed, each) {
-        Ok(()) => Ok(()),
-        Err(error) => Err(feed.ask_error(error).into()),
-    }
+    each_piece(disk.open("map")?, each).map_err(|error| disk.ask_error(error).into())
 }
 
-/// Draws what `map` tells of a disk with that `status`, however little of it makes sense.
-pub(super) fn draw_svg(map: &[u8], status: &Value) -> usize {
+/// Draws the picture of a disk from the text of its map, up to the first error. Returns the length of
+/// the SVG; for the fuzz target.
+pub(super) fn draw_svg(map: &[u8], status: &DiskStatus) -> usize {
     let layers = LayerNames::of(status);
-    let (size, rows) = (status["size"].as_u64().unwrap_or(0), layers.rows());
-    let mut picture = Picture::new(size, svg::PLOT_COLUMNS, rows.len());
+    let rows = layers.rows();
+    let mut picture = Picture::new(status.size, svg::PLOT_COLUMNS, rows.len());
     let _ = each_piece(map, |piece| {
         picture.add(layers.row(piece.depth), &piece);
         Ok(())
@@ -124,23 +120,23 @@ pub(super) fn draw_svg(map: &[u8], status: &Value) -> usize {
     svg::draw("disk", &picture, &rows).len()
 }
 
-/// The table, and on a terminal the strip above it. Both need the whole map, which is asked for
-/// twice: at a terminal nobody reads so many pieces that it matters.
-fn show_table(place: &Endpoint) -> anyhow::Result<()> {
-    let status = place.status()?;
+/// Prints the table, and on a terminal the strip above it. Both need the whole map, which is read
+/// twice: at a terminal, nobody reads so many pieces that it matters.
+fn show_table(disk: &Endpoint) -> anyhow::Result<()> {
+    let status = disk.disk_status()?;
     let layers = LayerNames::of(&status);
     let stdout = io::stdout();
     let strip = stdout.is_terminal().then(|| Strip::of_terminal(&stdout, &layers.rows())).flatten();
     let mut stdout = BufWriter::new(stdout.lock());
     if let Some(strip) = strip {
-        let picture = build_picture(place, &status, &layers, strip.columns())?;
+        let picture = build_picture(disk, status.size, &layers, strip.columns())?;
         stdout.write_all(strip.draw(&picture).as_bytes()).context("cannot print")?;
     }
-    let mut table = MapTable::new(&status, &layers);
+    let mut table = MapTable::new(status.size, &layers);
     table.head(&mut stdout).context("cannot print")?;
-    // Printing fails here, too, and must not be blamed on the mount.
+    // A failure to print must not be blamed on the mount.
     let mut printed = Ok(());
-    for_each_piece(place, |piece| {
+    for_each_piece(disk, |piece| {
         if printed.is_ok() {
             printed = table.piece(&piece, &mut stdout);
         }
@@ -150,19 +146,19 @@ fn show_table(place: &Endpoint) -> anyhow::Result<()> {
     printed.context("cannot print")
 }
 
-/// A line for each piece, in bytes and for people, and the sums. Not a `Table`: of a million
-/// pieces each would be kept as text.
+/// A table with a line for each piece, and the sums. Not a [`Table`](super::table::Table), which would
+/// hold the text of a million pieces in memory.
 struct MapTable<'a> {
     layers: &'a LayerNames,
-    /// How wide the columns of numbers are.
+    /// Width of the columns of numbers.
     digits: usize,
     sums: KindSums,
 }
 
 impl<'a> MapTable<'a> {
-    fn new(status: &Value, layers: &'a LayerNames) -> Self {
-        // No number in it is larger than the disk.
-        let digits = status["size"].as_u64().unwrap_or(0).to_string().len().max(6);
+    fn new(size: u64, layers: &'a LayerNames) -> Self {
+        // No number is larger than the size of the disk.
+        let digits = size.to_string().len().max(6);
         Self { layers, digits, sums: KindSums::default() }
     }
 
@@ -189,16 +185,15 @@ impl<'a> MapTable<'a> {
 
 #[cfg(test)]
 mod tests {
-    use serde_json::json;
-
     use super::pieces::PieceKind;
     use super::*;
+    use crate::control::api::OverlayStatus;
 
     #[test]
-    fn a_map_is_a_line_a_piece_and_the_sums() {
-        let status = json!({ "size": 1_114_112, "overlay": {} });
-        let layers = LayerNames::of(&status);
-        let mut lines = MapTable::new(&status, &layers);
+    fn table_has_a_line_per_piece_and_the_sums() {
+        let overlay = Some(OverlayStatus::default());
+        let layers = LayerNames::of(&DiskStatus { overlay, ..DiskStatus::default() });
+        let mut lines = MapTable::new(1_114_112, &layers);
         let mut out = Vec::new();
         lines.head(&mut out).unwrap();
         let data = MapPiece { start: 0, length: 65536, depth: 0, kind: PieceKind::Data };

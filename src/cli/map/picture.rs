@@ -1,15 +1,15 @@
-//! What a disk looks like, in as many columns as there is room for.
+//! The contents of a disk, summed up by column and layer.
 //!
 //! ```text
 //!   column      0        1        2
-//!          |--------|--------|--------|      of `size` bytes, each as many as the next, or one less
-//!   row 0  | 4 KiB  |        |  all   |      what the top layer provides there
-//!   row 1  | rest   |  all   |        |      ... the layer below it
+//!          |--------|--------|--------|      equal ranges of the disk (or one byte less)
+//!   row 0  | 4 KiB  |        |  all   |      bytes that the top layer provides
+//!   row 1  | rest   |  all   |        |      bytes that the layer below provides
 //! ```
 //!
 //! Every byte of a piece is counted in exactly one cell, so the cells of a row add up to the
-//! row's sum whatever is lost in drawing them. Extents are not kept: a picture of a million costs
-//! no more than one of ten.
+//! row's sum, whatever is lost in drawing them. Pieces are not kept: a picture of a million pieces
+//! takes no more memory than one of ten.
 //!
 //! Pure: no files, no I/O.
 
@@ -21,16 +21,16 @@ use crate::config::format_size;
 /// Bytes of each kind.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct KindSums {
-    /// Bytes that hold something.
+    /// Bytes of data.
     pub(super) data: u64,
-    /// Bytes that read as zero and have space.
+    /// Bytes that read as zero and have space on the host.
     pub(super) zero: u64,
-    /// Bytes that read as zero and have none.
+    /// Bytes that read as zero and have no space on the host.
     pub(super) hole: u64,
 }
 
 impl KindSums {
-    /// Counts `len` bytes of `kind`.
+    /// Adds `len` bytes of `kind`.
     pub(super) fn add(&mut self, kind: PieceKind, len: u64) {
         let sum = match kind {
             PieceKind::Data => &mut self.data,
@@ -40,43 +40,43 @@ impl KindSums {
         *sum = sum.saturating_add(len);
     }
 
-    /// Bytes of any kind.
+    /// Returns the bytes of all kinds.
     pub(super) fn total(self) -> u64 {
         self.data.saturating_add(self.zero).saturating_add(self.hole)
     }
 
-    /// `16.1 MiB data, 4 KiB zero`: what there is any of.
+    /// Formats the kinds that are present: `16.1 MiB data, 4 KiB zero`.
     pub(super) fn show(self) -> String {
         let kinds = [("data", self.data), ("zero", self.zero), ("hole", self.hole)];
-        let there = kinds.iter().filter(|(_, len)| *len > 0);
-        let there: Vec<_> =
-            there.map(|(kind, len)| format!("{} {kind}", format_size(*len))).collect();
-        if there.is_empty() { "nothing".to_owned() } else { there.join(", ") }
+        let present = kinds.iter().filter(|(_, len)| *len > 0);
+        let present: Vec<_> =
+            present.map(|(kind, len)| format!("{} {kind}", format_size(*len))).collect();
+        if present.is_empty() { "nothing".to_owned() } else { present.join(", ") }
     }
 }
 
-/// What all layers together show.
+/// Bytes of each kind in the disk, which all layers make up together.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct DiskSums {
     /// Data that the lowest row provides.
     pub(super) base: u64,
     /// Data that the rows above it provide.
     pub(super) overlay: u64,
-    /// As [`KindSums::zero`], of all rows.
+    /// [`KindSums::zero`] of all rows.
     pub(super) zero: u64,
-    /// As [`KindSums::hole`], of all rows.
+    /// [`KindSums::hole`] of all rows.
     pub(super) hole: u64,
 }
 
-/// A layer's bytes in every column.
+/// The bytes of a layer in every column.
 #[derive(Clone, Debug, Default)]
 struct PictureRow {
     sums: KindSums,
-    /// Empty as long as there is nothing in it.
+    /// By column; empty while the layer provides nothing.
     cells: Vec<KindSums>,
 }
 
-/// The picture: a row a layer, the top one first and the base last.
+/// A picture of a disk: one row per layer, the top first and the base last.
 #[derive(Clone, Debug)]
 pub(super) struct Picture {
     size: u64,
@@ -85,15 +85,15 @@ pub(super) struct Picture {
 }
 
 impl Picture {
-    /// An empty picture of a disk of `size` bytes. It has `columns` columns, fewer when there are
-    /// fewer bytes, and `rows` rows, one at least.
+    /// Creates an empty picture of a disk of `size` bytes. The picture has `columns` columns, or fewer
+    /// if there are fewer bytes, and `rows` rows, at least one.
     pub(super) fn new(size: u64, columns: usize, rows: usize) -> Self {
         let columns = usize::try_from(size).unwrap_or(usize::MAX).min(columns);
         Self { size, columns, rows: vec![PictureRow::default(); rows.max(1)] }
     }
 
-    /// Adds a piece that `row` provides. What lies beyond the disk is left out: it may have
-    /// grown since its size was asked for.
+    /// Adds a piece that `row` provides. Bytes past the end of the disk are left out: the disk may
+    /// have grown since its size was asked for.
     pub(super) fn add(&mut self, row: usize, piece: &MapPiece) {
         let end = piece.start.saturating_add(piece.length).min(self.size);
         let (range, last) = (piece.start..end, self.rows.len() - 1);
@@ -102,7 +102,7 @@ impl Picture {
         }
         let columns = self.column_of(range.start)..=self.column_of(range.end - 1);
         let spans: Vec<_> = match columns.start() == columns.end() {
-            // Most pieces of a large map: no division more than needed.
+            // Most pieces of a large map: divide no more than necessary.
             true => vec![(*columns.start(), range.end - range.start)],
             false => {
                 columns.map(|column| (column, overlap(&self.column(column), &range))).collect()
@@ -116,14 +116,14 @@ impl Picture {
         row.sums.add(piece.kind, range.end - range.start);
     }
 
-    /// The column in which the byte at `offset` lies.
+    /// Returns the column of the byte at `offset`.
     fn column_of(&self, offset: u64) -> usize {
         // The last i with floor(i * size / columns) <= offset.
         let scaled = (u128::from(offset) + 1) * (self.columns as u128) - 1;
         usize::try_from(scaled / u128::from(self.size)).unwrap_or(usize::MAX)
     }
 
-    /// The bytes of a column; never none.
+    /// Returns the range of a column, which is never empty.
     pub(super) fn column(&self, column: usize) -> Range<u64> {
         let edge = |index: usize| {
             let scaled = index as u128 * u128::from(self.size) / (self.columns as u128);
@@ -132,67 +132,66 @@ impl Picture {
         edge(column)..edge(column + 1)
     }
 
-    /// The bytes of a whole disk.
+    /// Returns the size of the disk in bytes.
     pub(super) fn size(&self) -> u64 {
         self.size
     }
 
-    /// How many columns it has.
+    /// Returns the number of columns.
     pub(super) fn columns(&self) -> usize {
         self.columns
     }
 
-    /// How many rows it has.
+    /// Returns the number of rows.
     pub(super) fn rows(&self) -> usize {
         self.rows.len()
     }
 
-    /// What a row provides.
+    /// Returns the bytes that a row provides.
     pub(super) fn sums(&self, row: usize) -> KindSums {
         self.rows[row].sums
     }
 
-    /// What a row provides in a column.
+    /// Returns the bytes that a row provides in a column.
     pub(super) fn cell(&self, row: usize, column: usize) -> KindSums {
         self.rows[row].cells.get(column).copied().unwrap_or_default()
     }
 
-    /// What all rows together show.
+    /// Returns the bytes of the whole disk.
     pub(super) fn disk_sums(&self) -> DiskSums {
         self.fold_rows(|row| row.sums)
     }
 
-    /// What all rows together show in a column.
+    /// Returns the bytes of the disk in a column.
     pub(super) fn disk_cell(&self, column: usize) -> DiskSums {
         self.fold_rows(|row| row.cells.get(column).copied().unwrap_or_default())
     }
 
     fn fold_rows(&self, of: impl Fn(&PictureRow) -> KindSums) -> DiskSums {
-        let mut whole = DiskSums::default();
+        let mut disk = DiskSums::default();
         for (index, row) in self.rows.iter().enumerate() {
             let sums = of(row);
             match index + 1 == self.rows.len() {
-                true => whole.base += sums.data,
-                false => whole.overlay += sums.data,
+                true => disk.base += sums.data,
+                false => disk.overlay += sums.data,
             }
-            whole.zero += sums.zero;
-            whole.hole += sums.hole;
+            disk.zero += sums.zero;
+            disk.hole += sums.hole;
         }
-        whole
+        disk
     }
 }
 
-/// How many bytes two ranges share.
+/// Returns the length of the intersection of two ranges.
 fn overlap(a: &Range<u64>, b: &Range<u64>) -> u64 {
     a.end.min(b.end).saturating_sub(a.start.max(b.start))
 }
 
-/// Stacks the parts of a cell of `disk_sums` bytes, the first at the bottom, and gives the upper edge
-/// of each in steps of a cell that is `height` steps high.
+/// Stacks the parts of a cell of `whole` bytes, the first at the bottom, and returns the upper edge of
+/// each, in a cell that is `height` steps high.
 ///
-/// A part that is there at all is `mark` steps high at least, so that a block of 4 KiB shows on a
-/// disk of 16 TiB; what is left of the height is shared out exactly. Only a cell that is full is
-/// filled to the top.
+/// A part that is not empty is at least `mark` steps high, so that a block of 4 KiB shows on a disk of
+/// 16 TiB. The rest of the height is divided in proportion. Only a full cell is filled to the top.
 pub(super) fn stack_heights<const PARTS: usize>(
     parts: [u64; PARTS],
     whole: u64,
@@ -200,7 +199,7 @@ pub(super) fn stack_heights<const PARTS: usize>(
     mark: u32,
 ) -> [u32; PARTS] {
     let present = parts.iter().filter(|part| **part > 0).count() as u128;
-    // One part more than there are: a cell that is not full has room left to show it.
+    // One more than the number of parts: a cell that is not full must not look full.
     let mark = u128::from(mark).min(u128::from(height) / (PARTS as u128 + 1));
     let shared = u128::from(height) - present * mark;
     let (mut bytes, mut marks) = (0, 0);
@@ -212,8 +211,8 @@ pub(super) fn stack_heights<const PARTS: usize>(
     })
 }
 
-/// Where an axis over `size` bytes has its marks: from 0 in equal steps of a power of two, with
-/// `most` steps at the most.
+/// Returns the offsets of the ticks on an axis over `size` bytes: from 0 in equal steps, each a power
+/// of two, at most `most` of them.
 pub(super) fn ticks(size: u64, most: u64) -> Vec<u64> {
     let mut step = 1_u64;
     while size / step > most.max(1) && step < 1 << 62 {
@@ -222,7 +221,8 @@ pub(super) fn ticks(size: u64, most: u64) -> Vec<u64> {
     (0..=size / step).map(|index| index * step).collect()
 }
 
-/// A mark's label. Unlike [`format_size`] exact: 1.25 TiB is not rounded to a tenth.
+/// Formats the label of a tick. Unlike [`format_size`], this is exact: 1.25 TiB is not rounded to a
+/// tenth.
 pub(super) fn tick_label(offset: u64) -> String {
     if offset < 1024 {
         return offset.to_string();
@@ -315,7 +315,7 @@ mod tests {
         }
 
         #[test]
-        fn what_is_there_shows_and_only_what_is_full_is_filled(
+        fn every_part_shows_and_only_a_full_cell_is_filled(
             parts in prop::array::uniform4(prop_oneof![Just(0), 1_u64..10, any::<u32>().prop_map(u64::from)]),
             missing in prop_oneof![Just(0), any::<u32>().prop_map(u64::from)],
             height in 8_u32..80,
@@ -347,7 +347,7 @@ mod tests {
     }
 
     #[test]
-    fn one_block_on_16_tib_is_not_lost() {
+    fn single_block_on_16_tib_shows() {
         let mut picture = Picture::new(16 << 40, 1000, 2);
         picture.add(1, &piece(0..16 << 40, PieceKind::Hole));
         picture.add(0, &piece((8 << 40)..(8 << 40) + 4096, PieceKind::Data));
@@ -360,7 +360,7 @@ mod tests {
     }
 
     #[test]
-    fn a_disk_smaller_than_the_picture_has_a_column_a_byte() {
+    fn disk_smaller_than_the_picture_has_a_column_per_byte() {
         let mut picture = Picture::new(3, 1000, 1);
         picture.add(0, &piece(0..u64::MAX, PieceKind::Data));
         assert_eq!((picture.columns(), picture.column(2)), (3, 2..3));

@@ -1,29 +1,30 @@
-//! The map as the daemon tells it: a JSON array, element by element, never all at once.
+//! Reader for the map of a disk: a JSON array, which is read element by element and never held as a
+//! whole.
 
 use std::io::{self, BufRead, BufReader, Read};
 
 use serde::Deserialize;
 
-/// What is read at a time: as much as the feed hands on at once.
+/// Size of a read in bytes: as much as a [`MountReader`](crate::cli::client) passes on at once.
 const READ_BUFFER_SIZE: usize = 128 << 10;
 
-/// The longest element: a few numbers and words.
+/// Maximum length of an element in bytes: a few numbers and words.
 const MAX_ELEMENT_LEN: u64 = 64 << 10;
 
-/// What a piece of a disk is.
+/// The kind of a piece.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub(in crate::cli) enum PieceKind {
-    /// Holds bytes.
+    /// Has data.
     Data,
-    /// Reads as zero and has space.
+    /// Reads as zero and has space on the host.
     Zero,
-    /// Reads as zero and has none.
+    /// Reads as zero and has no space on the host.
     Hole,
 }
 
 impl PieceKind {
-    /// As the map has it.
+    /// Returns the name of the kind in the map.
     pub(in crate::cli) fn name(self) -> &'static str {
         match self {
             Self::Data => "data",
@@ -33,40 +34,40 @@ impl PieceKind {
     }
 }
 
-/// One element of the array. Keys that are not known here are left alone.
+/// A piece of a disk: one element of the array. Unknown keys are ignored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
 pub(in crate::cli) struct MapPiece {
-    /// Its first byte.
+    /// Offset of the first byte.
     pub(in crate::cli) start: u64,
-    /// Its bytes.
+    /// Length in bytes.
     pub(in crate::cli) length: u64,
-    /// The layer that provides it: 0 is the top one, the greatest the base.
+    /// The layer that provides the piece: 0 is the top, the greatest is the base.
     pub(in crate::cli) depth: usize,
-    /// What it is.
+    /// The kind of the piece.
     pub(in crate::cli) kind: PieceKind,
 }
 
-/// Calls `each` with every element of the array in `feed`.
+/// Calls `each` with every element of the array in `map`.
 ///
-/// Elements are flat objects, so each ends with the next closing brace: far quicker than a parser
-/// that is fed byte by byte.
+/// Elements are flat objects, so each ends at the next closing brace. Splitting there is much faster
+/// than a parser that reads byte by byte.
 ///
 /// # Errors
-/// Those of `feed` and `each`; `InvalidData` for what is no such array, or one cut short.
+/// The errors of `map` and `each`; `InvalidData` if `map` is no such array, or one cut short.
 pub(in crate::cli) fn each_piece(
-    feed: impl Read,
+    map: impl Read,
     mut each: impl FnMut(MapPiece) -> io::Result<()>,
 ) -> io::Result<()> {
-    let mut feed = BufReader::with_capacity(READ_BUFFER_SIZE, feed);
+    let mut map = BufReader::with_capacity(READ_BUFFER_SIZE, map);
     let (mut text, mut before) = (Vec::with_capacity(256), b"[");
     loop {
         text.clear();
-        (&mut feed).take(MAX_ELEMENT_LEN).read_until(b'}', &mut text)?;
+        (&mut map).take(MAX_ELEMENT_LEN).read_until(b'}', &mut text)?;
         let trimmed = text.trim_ascii();
         if !trimmed.ends_with(b"}") {
             return match (trimmed, before) {
                 (b"]", b",") => Ok(()),
-                // Of a disk without a byte.
+                // The map of an empty disk.
                 ([b'[', inner @ .., b']'], b"[") if inner.trim_ascii().is_empty() => Ok(()),
                 _ => Err(invalid_map()),
             };
@@ -99,7 +100,7 @@ mod tests {
 "#;
 
     #[test]
-    fn an_array_comes_piece_by_piece_however_it_is_laid_out() {
+    fn array_is_read_whatever_its_white_space() {
         let expected = [
             MapPiece { start: 0, length: 65536, depth: 0, kind: PieceKind::Data },
             MapPiece { start: 65536, length: 1 << 20, depth: 12, kind: PieceKind::Hole },
@@ -113,7 +114,7 @@ mod tests {
     }
 
     #[test]
-    fn a_map_that_is_cut_anywhere_is_an_error() {
+    fn truncated_map_is_an_error() {
         let text = TWO.trim_end();
         for cut in 0..text.len() {
             assert!(pieces(&text[..cut]).is_err(), "{cut}: {}", &text[..cut]);
@@ -121,7 +122,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_map_is_an_error() {
+    fn invalid_map_is_an_error() {
         for text in ["{}", "[1]", "[{}]", "null", "[,{}]", "[]]", "[][]"] {
             assert!(pieces(text).is_err(), "{text}");
         }

@@ -1,4 +1,4 @@
-//! Writing a picture where the user wants it.
+//! Output of a picture to a file, a device or stdout.
 
 use std::fs::Permissions;
 use std::io::{self, Write};
@@ -13,12 +13,12 @@ use crate::confined::{PathHandle, is_own};
 use crate::host::os_message;
 use crate::part_file::{PartFileError, UnnamedFile};
 
-/// Writes `text` to `out`, or to stdout when that is `-`. A file is replaced as a whole or not
-/// at all, and keeps its mode; a device or a pipe is written to.
+/// Writes `text` to `out`, or to stdout if that is `-`. A file is replaced as a whole or not at all,
+/// and keeps its mode; a device or a pipe is written to.
 ///
 /// # Errors
-/// A line with the path; also for a file that is there, unless `overwrite` says that it may be
-/// replaced, and for one that is a disk's image.
+/// A line for the user with the path; also for an existing file unless `overwrite` allows to replace
+/// it, and for the image of a disk in use.
 pub(super) fn save(out: &Path, text: &str, overwrite: Overwrite) -> anyhow::Result<()> {
     if out == Path::new("-") {
         return crate::cli::print(text);
@@ -39,13 +39,13 @@ pub(super) fn save(out: &Path, text: &str, overwrite: Overwrite) -> anyhow::Resu
                 anyhow::bail!("'{shown}' is there already: name another, or use --overwrite");
             }
             lock::check_unused(&found, out)?;
-            // What a symbolic link leads to is replaced, not the link.
+            // The target of a symbolic link is replaced, not the link.
             let mode = Permissions::from_mode(found.metadata().permissions().mode() & 0o777);
             let real = found.real_path().map_err(failed)?;
             replace_file(&real, text.as_bytes(), Some(mode), Overwrite::Yes)
         }
         Ok(found) => write_device(&found, text.as_bytes()),
-        // A link that leads nowhere was made for something else.
+        // A link to nothing was created for another purpose.
         Err(error) if error.kind() == io::ErrorKind::NotFound && !out.is_symlink() => {
             replace_file(out, text.as_bytes(), None, Overwrite::No)
         }
@@ -54,7 +54,7 @@ pub(super) fn save(out: &Path, text: &str, overwrite: Overwrite) -> anyhow::Resu
     .map_err(failed)
 }
 
-/// Writes to a device, or to a pipe of root's or this user's.
+/// Writes to a device, or to a pipe of root or of this user.
 fn write_device(found: &PathHandle, bytes: &[u8]) -> io::Result<()> {
     let kind = found.metadata().file_type();
     if kind.is_dir() {
@@ -63,11 +63,12 @@ fn write_device(found: &PathHandle, bytes: &[u8]) -> io::Result<()> {
     if kind.is_fifo() && !is_own(found.metadata().uid()) {
         return Err(io::Error::from_raw_os_error(libc::EPERM));
     }
-    // A pipe that nobody reads is not waited for.
+    // Opening does not wait for a reader of the pipe.
     found.open(OFlags::WRONLY)?.write_all(bytes)
 }
 
-/// Puts a new file with `bytes` at `path`; without a mode it gets that of any new file.
+/// Creates or replaces the file at `path`. `mode` is that of the replaced file; `None`: the default
+/// mode of a new file.
 fn replace_file(
     path: &Path,
     bytes: &[u8],
@@ -102,7 +103,7 @@ mod tests {
     }
 
     #[test]
-    fn a_link_that_leads_nowhere_stays() {
+    fn link_to_nothing_stays() {
         let dir = tempfile::tempdir().unwrap();
         let link = dir.path().join("link");
         std::os::unix::fs::symlink(dir.path().join("nothing"), &link).unwrap();
@@ -111,7 +112,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_is_replaced_as_a_whole_and_keeps_its_mode() {
+    fn file_is_replaced_as_a_whole_and_keeps_its_mode() {
         let dir = tempfile::tempdir().unwrap();
         let out = dir.path().join("map.svg");
         save(&out, "first", Overwrite::No).unwrap();
@@ -125,7 +126,7 @@ mod tests {
     }
 
     #[test]
-    fn a_link_stays_and_what_it_leads_to_is_replaced() {
+    fn target_of_a_link_is_replaced_and_the_link_stays() {
         let dir = tempfile::tempdir().unwrap();
         let link = dir.path().join("link");
         fs::write(dir.path().join("real"), b"old").unwrap();
@@ -136,13 +137,13 @@ mod tests {
     }
 
     #[test]
-    fn a_device_is_written_to() {
+    fn device_is_written_to() {
         save(Path::new("/dev/null"), "gone", Overwrite::No).unwrap();
         assert!(!fs::metadata("/dev/null").unwrap().is_file());
     }
 
     #[test]
-    fn what_cannot_be_written_is_a_line() {
+    fn write_error_is_one_line() {
         let dir = tempfile::tempdir().unwrap();
         let line = |path: &Path| save(path, "x", Overwrite::No).unwrap_err().to_string();
         let missing = dir.path().join("no/map.svg");

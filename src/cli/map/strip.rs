@@ -19,40 +19,40 @@ use super::picture::{Picture, stack_heights, tick_label, ticks};
 use crate::config::format_size;
 use crate::printable;
 
-/// The width of a terminal that does not tell.
+/// Width in columns of a terminal that does not report its size.
 const DEFAULT_WIDTH: usize = 80;
-/// Fewer cells than that show nothing.
+/// Minimum number of cells in a row: fewer show nothing.
 const MIN_COLUMNS: usize = 16;
-/// What a name has room for.
+/// Maximum width of a name, in columns.
 const MAX_NAME_WIDTH: usize = 16;
-/// As many layers as leave the rest in sight.
+/// Maximum number of layers shown, so that the table stays in sight.
 const MAX_ROWS: usize = 12;
-/// Room for a label of the axis.
+/// Width reserved for a label of the axis, in columns.
 const LABEL_WIDTH: usize = 12;
 
 /// Whether the terminal shows colours.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Colors {
-    /// 256 of them.
+    /// 256 colours.
     Many,
-    /// It does not, or the user wants none (`NO_COLOR`).
+    /// The terminal shows none, or the user wants none (`NO_COLOR`).
     None,
 }
 
-/// What a part of a cell is.
+/// The kind of a part of a cell.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Paint {
     Base,
     Overlay,
     Zero,
     Hole,
-    /// Another layer's.
+    /// Provided by another layer.
     Nothing,
 }
 
 impl Paint {
-    /// The colour's number among the 256. Blue and orange differ for every kind of eyes, and
-    /// these two from black and from white.
+    /// Returns the number of the colour among the 256. Blue and orange can be told apart also by the
+    /// colour-blind, and from black and white.
     fn color(self) -> Option<u8> {
         match self {
             Self::Base => Some(32),
@@ -63,20 +63,22 @@ impl Paint {
     }
 }
 
-/// How a strip is laid out.
+/// The layout of a strip.
 #[derive(Clone, Debug)]
 pub(super) struct Strip {
     names: Vec<String>,
-    /// How wide the names are.
+    /// Width of the names, in columns of the terminal.
     name_width: usize,
-    /// How wide it all is, and its cells.
+    /// Width of the terminal, in columns.
     width: usize,
+    /// Number of cells in a row.
     columns: usize,
     colors: Colors,
 }
 
 impl Strip {
-    /// For the terminal `fd`, with the rows `names`; `None` when it is too narrow for any.
+    /// Lays out a strip for the terminal `fd`, with the rows `names`; `None` if the terminal is too
+    /// narrow.
     pub(super) fn of_terminal(fd: impl AsFd, names: &[String]) -> Option<Self> {
         let size = rustix::termios::tcgetwinsize(fd).ok();
         let width = size.map(|size| usize::from(size.ws_col)).filter(|width| *width > 0);
@@ -90,18 +92,19 @@ impl Strip {
         let names: Vec<String> =
             names.iter().map(|name| truncate_name(&printable::line(name))).collect();
         let longest = names.iter().map(|name| name.chars().count()).max().unwrap_or(0);
-        let name = longest.max("the disk".len());
+        let name_width = longest.max("the disk".len());
         // A cell in the last column would make some terminals wrap.
-        let columns = width.checked_sub(name + 3).filter(|columns| *columns >= MIN_COLUMNS)?;
-        Some(Self { names, name_width: name, width, columns, colors })
+        let columns =
+            width.checked_sub(name_width + 3).filter(|columns| *columns >= MIN_COLUMNS)?;
+        Some(Self { names, name_width, width, columns, colors })
     }
 
-    /// How many columns its picture has at the most.
+    /// Returns the maximum number of columns of the picture.
     pub(super) fn columns(&self) -> usize {
         self.columns
     }
 
-    /// The lines, an empty one behind them.
+    /// Draws the strip, followed by an empty line.
     pub(super) fn draw(&self, picture: &Picture) -> String {
         if picture.columns() == 0 {
             return String::new();
@@ -120,7 +123,7 @@ impl Strip {
         to
     }
 
-    /// A row for each layer that provides something, if they are not too many.
+    /// Draws a row for each layer that provides something, up to [`MAX_ROWS`].
     fn layers(&self, to: &mut String, picture: &Picture) {
         let last = picture.rows() - 1;
         if last == 0 {
@@ -165,12 +168,12 @@ impl Strip {
     fn axis(&self, to: &mut String, picture: &Picture) {
         let ticks = ticks(picture.size(), (self.columns / LABEL_WIDTH) as u64);
         let mut line = " ".repeat(self.name_width + 2);
-        let begin = line.len();
+        let start = line.len();
         for tick in ticks {
             let at = u128::from(tick) * (self.columns as u128) / u128::from(picture.size());
-            let at = begin + usize::try_from(at).unwrap_or(usize::MAX).min(self.columns - 1);
+            let at = start + usize::try_from(at).unwrap_or(usize::MAX).min(self.columns - 1);
             let label = tick_label(tick);
-            // The last one may have room only to the left of its mark.
+            // The last label may fit only to the left of its tick.
             let (at, text) = match at + 1 + label.len() > self.width - 1 {
                 true => (at.saturating_sub(label.len()), format!("{label}|")),
                 false => (at, format!("|{label}")),
@@ -185,14 +188,14 @@ impl Strip {
     }
 
     fn legend(&self, to: &mut String, picture: &Picture) {
-        let whole = picture.disk_sums();
+        let sums = picture.disk_sums();
         let below = self.names.last().map_or("base", String::as_str);
         let is_bare = picture.rows() < 2;
         let items = [
-            (Paint::Base, format!("{below} data"), whole.base),
-            (Paint::Overlay, "overlay data".to_owned(), whole.overlay),
-            (Paint::Zero, "zero".to_owned(), whole.zero),
-            (Paint::Hole, "hole".to_owned(), whole.hole),
+            (Paint::Base, format!("{below} data"), sums.base),
+            (Paint::Overlay, "overlay data".to_owned(), sums.overlay),
+            (Paint::Zero, "zero".to_owned(), sums.zero),
+            (Paint::Hole, "hole".to_owned(), sums.hole),
         ];
         let mut used = 0;
         for (paint, text, len) in items {
@@ -224,7 +227,7 @@ impl Strip {
     }
 }
 
-/// As much of a name as there is room for.
+/// Truncates a name to [`MAX_NAME_WIDTH`].
 fn truncate_name(name: &str) -> String {
     match name.chars().count() > MAX_NAME_WIDTH {
         true => name.chars().take(MAX_NAME_WIDTH - 1).chain(['…']).collect(),
@@ -232,16 +235,17 @@ fn truncate_name(name: &str) -> String {
     }
 }
 
-/// Draws cells, and changes colours only where they change.
+/// A pen that draws cells, and sends colours only where they change.
 struct Pen<'a> {
     to: &'a mut String,
     colors: Colors,
-    /// The colours of shape and background; `None`: the terminal's own.
+    /// The colours of foreground and background; `None`: the default of the terminal.
     current: (Option<u8>, Option<u8>),
 }
 
 impl Pen<'_> {
-    /// A cell: the first part that is there from below, the largest of the others behind it.
+    /// Draws a cell: the first part that is not empty from below, and behind it the largest of the
+    /// others.
     fn draw_cell(&mut self, parts: [(Paint, u64); 4]) {
         let whole: u64 = parts.iter().map(|(_, len)| len).sum();
         let mut present = parts.into_iter().filter(|(_, len)| *len > 0);
@@ -251,32 +255,32 @@ impl Pen<'_> {
         let glyph = match lower {
             Paint::Nothing => ' ',
             Paint::Hole => '·',
-            // Where its colour does not tell it from data.
+            // Without colours, only the shape tells zeros from data.
             Paint::Zero if self.colors == Colors::None => '░',
             _ => "▁▂▃▄▅▆▇█".chars().nth(eighths.max(1) as usize - 1).unwrap_or('█'),
         };
-        // A hole is a dot, and nothing behind another kind.
+        // A hole is drawn as a dot, and not behind another kind.
         let upper = upper.filter(|upper| lower != Paint::Hole && *upper != Paint::Hole);
         self.set_colors(lower.color(), upper.and_then(Paint::color));
         self.to.push(glyph);
     }
 
-    fn set_colors(&mut self, shape: Option<u8>, behind: Option<u8>) {
-        if self.colors == Colors::None || self.current == (shape, behind) {
+    fn set_colors(&mut self, foreground: Option<u8>, background: Option<u8>) {
+        if self.colors == Colors::None || self.current == (foreground, background) {
             return;
         }
         self.to.push_str("\x1b[0");
-        if let Some(color) = shape {
+        if let Some(color) = foreground {
             let _ = write!(self.to, ";38;5;{color}");
         }
-        if let Some(color) = behind {
+        if let Some(color) = background {
             let _ = write!(self.to, ";48;5;{color}");
         }
         self.to.push('m');
-        self.current = (shape, behind);
+        self.current = (foreground, background);
     }
 
-    /// Back to the terminal's own colours.
+    /// Returns to the default colours of the terminal.
     fn reset_colors(&mut self) {
         self.set_colors(None, None);
     }
@@ -313,7 +317,7 @@ mod tests {
     }
 
     #[test]
-    fn without_colors_the_shapes_tell_data_zeros_and_holes() {
+    fn shapes_tell_data_zeros_and_holes_apart_without_colors() {
         let strip = Strip::new(43, Colors::None, &names(&["overlay", "base"])).unwrap();
         assert_eq!(strip.columns(), 32);
         let text = strip.draw(&picture(32));
@@ -355,7 +359,7 @@ mod tests {
     }
 
     #[test]
-    fn very_many_layers_are_not_all_shown() {
+    fn layers_beyond_the_maximum_are_counted() {
         let mut picture = Picture::new(1 << 20, 40, 31);
         for row in 0..30 {
             let start = row as u64 * 4096;
@@ -368,7 +372,7 @@ mod tests {
     }
 
     #[test]
-    fn an_empty_disk_has_no_strip() {
+    fn empty_disk_has_no_strip() {
         let strip = Strip::new(80, Colors::Many, &names(&["base"])).unwrap();
         assert_eq!(strip.draw(&Picture::new(0, strip.columns(), 1)), "");
     }

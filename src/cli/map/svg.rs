@@ -9,9 +9,9 @@
 //!   base      |##  # .....                   | 49.5 MiB data, 974.5 MiB hole
 //! ```
 //!
-//! In each column a kind takes as much of the height as it has of the bytes, data at the bottom;
-//! what is there at all can be seen. Each kind of a row is one path, an edge drawn in steps: a
-//! picture of 64 layers stays below 1 MiB whatever the disk holds.
+//! In each column, the height of a kind is in proportion to its bytes, data at the bottom; even one
+//! block can be seen. Each kind of a row is one path, whose upper edge is drawn in steps: a picture of
+//! 64 layers stays below 1 MiB whatever the disk holds.
 
 use std::fmt::Write as _;
 
@@ -19,35 +19,36 @@ use super::picture::{Picture, stack_heights, tick_label, ticks};
 use crate::config::format_size;
 use crate::printable;
 
-/// Columns of a picture: as many as the plot is wide, so that none is blurred.
+/// Number of columns of a picture: one per pixel of the plot, so that none is blurred.
 pub(super) const PLOT_COLUMNS: usize = 1000;
 
-/// Where the plot begins and ends, and the margin on the left.
+/// Horizontal limits of the plot, and margin on the left, in pixels.
 const PLOT_LEFT: usize = 150;
 const PLOT_RIGHT: usize = PLOT_LEFT + PLOT_COLUMNS;
 const MARGIN: usize = 16;
-/// The whole picture: room for the sums at the right of the plot.
+/// Width of the picture, with the sums to the right of the plot.
 const PICTURE_WIDTH: usize = PLOT_RIGHT + 290;
-/// Where the row of the whole disk begins, and how high it is.
+/// Vertical offset and height of the row of the whole disk.
 const DISK_ROW_TOP: usize = 84;
 const DISK_ROW_HEIGHT: usize = 64;
-/// What the rows of the layers share, and how high each is at the least and at the most.
+/// Height shared by the rows of the layers, and limits of the height of each.
 const LAYERS_HEIGHT: usize = 560;
 const MIN_ROW_HEIGHT: usize = 10;
 const MAX_ROW_HEIGHT: usize = 40;
-/// The height of a row that provides nothing, if the others are higher.
+/// Maximum height of a row that provides nothing.
 const IDLE_ROW_HEIGHT: usize = 14;
-/// Below that height of a row its text is small.
+/// Height of a row below which its text is small.
 const SMALL_ROW_HEIGHT: usize = 14;
-/// What the disk's name has room for, in narrow characters.
+/// Maximum width of the disk's name, in narrow characters.
 const MAX_TITLE_WIDTH: usize = 60;
-/// So few columns that stand alone in a row are drawn wider: one pixel is soon overlooked.
+/// Maximum number of isolated columns in a row that are drawn wider: a single pixel is easily
+/// overlooked.
 const MAX_LONE_COLUMNS: usize = 40;
-/// Steps of the axis: as many labels as fit side by side.
+/// Maximum number of steps on the axis: as many labels as fit side by side.
 const MAX_AXIS_STEPS: u64 = 8;
 
-/// Blue and orange differ for every kind of eyes, and from both backgrounds; what reads as zero
-/// is grey, and hatched where it has no space.
+/// Style sheet. Blue and orange can be told apart also by the colour-blind, and from both backgrounds.
+/// Zeros are grey, and holes hatched.
 const STYLE: &str = "\
 text{font:13px system-ui,'DejaVu Sans',sans-serif;fill:#24292f}\
 .h{font-size:18px}.e{font-size:11px}.s{font-size:10px}.h,.t{font-weight:600}.m{fill:#6a727b}.n{font-weight:400}\
@@ -60,11 +61,11 @@ text{font:13px system-ui,'DejaVu Sans',sans-serif;fill:#24292f}\
 /// Draws the disk `name`; `rows` are the names of the picture's rows.
 pub(super) fn draw(name: &str, picture: &Picture, rows: &[String]) -> String {
     let is_bare = rows.len() < 2;
-    // A base alone is the disk.
+    // The row of a base alone would repeat that of the disk.
     let layers = if is_bare { Vec::new() } else { row_layouts(picture) };
     let bottom = layers
         .last()
-        .map_or(DISK_ROW_TOP + DISK_ROW_HEIGHT + 28, |place| place.y + place.height + 8);
+        .map_or(DISK_ROW_TOP + DISK_ROW_HEIGHT + 28, |layout| layout.y + layout.height + 8);
     let has_second_axis = bottom > DISK_ROW_TOP + DISK_ROW_HEIGHT + 400;
     let height = bottom + if has_second_axis { 28 } else { 12 };
     let mut to = String::new();
@@ -72,8 +73,8 @@ pub(super) fn draw(name: &str, picture: &Picture, rows: &[String]) -> String {
     legend(&mut to, picture, rows);
     grid(&mut to, picture, bottom);
     disk_row(&mut to, picture);
-    for (row, place) in layers.iter().enumerate() {
-        layer_row(&mut to, picture, row, &rows[row], place);
+    for (row, layout) in layers.iter().enumerate() {
+        layer_row(&mut to, picture, row, &rows[row], layout);
     }
     axis(&mut to, picture, DISK_ROW_TOP + DISK_ROW_HEIGHT + 18);
     if has_second_axis {
@@ -83,28 +84,28 @@ pub(super) fn draw(name: &str, picture: &Picture, rows: &[String]) -> String {
     to
 }
 
-/// Where a row is drawn.
+/// The position of a row, in pixels.
 struct RowLayout {
     y: usize,
     height: usize,
 }
 
-/// Where the layers' rows are drawn: the more there are, the lower is each.
+/// Lays out the rows of the layers: the more there are, the lower is each.
 fn row_layouts(picture: &Picture) -> Vec<RowLayout> {
     let full = (LAYERS_HEIGHT / picture.rows()).clamp(MIN_ROW_HEIGHT, MAX_ROW_HEIGHT);
     let gap = if full < SMALL_ROW_HEIGHT { 2 } else { 6 };
     let mut y = DISK_ROW_TOP + DISK_ROW_HEIGHT + 34;
-    let place = |row: usize| {
+    let layout = |row: usize| {
         let is_idle = picture.sums(row).total() == 0;
         let height = if is_idle { full.min(IDLE_ROW_HEIGHT) } else { full };
-        let place = RowLayout { y, height };
+        let layout = RowLayout { y, height };
         y += height + gap;
-        place
+        layout
     };
-    (0..picture.rows()).map(place).collect()
+    (0..picture.rows()).map(layout).collect()
 }
 
-/// Everything up to the title. (Writing to a `String` cannot fail, here and below.)
+/// Draws everything up to the title. (Writing to a `String` cannot fail, here and below.)
 fn head(to: &mut String, name: &str, picture: &Picture, height: usize) {
     let (full, size) = (printable::line(name), format_size(picture.size()));
     let (name, full) = (escape_xml(&shorten(&full, MAX_TITLE_WIDTH)), escape_xml(&full));
@@ -129,16 +130,16 @@ fn head(to: &mut String, name: &str, picture: &Picture, height: usize) {
     }
 }
 
-/// What the colours mean, and how much there is of each.
+/// Draws the legend: the meaning of the colours, with the sum of each.
 fn legend(to: &mut String, picture: &Picture, rows: &[String]) {
-    let whole = picture.disk_sums();
+    let sums = picture.disk_sums();
     let below = rows.last().map_or("base", String::as_str);
-    let mut items = vec![("b", format!("{below} data"), whole.base)];
+    let mut items = vec![("b", format!("{below} data"), sums.base)];
     if rows.len() > 1 {
-        items.push(("o", "overlay data".to_owned(), whole.overlay));
+        items.push(("o", "overlay data".to_owned(), sums.overlay));
     }
-    items.push(("z", "zeros, allocated".to_owned(), whole.zero));
-    items.push(("hole", "holes".to_owned(), whole.hole));
+    items.push(("z", "zeros, allocated".to_owned(), sums.zero));
+    items.push(("hole", "holes".to_owned(), sums.hole));
     for (index, (class, text, len)) in items.into_iter().enumerate() {
         let x = PLOT_LEFT + index * 250;
         let fill = match class {
@@ -154,7 +155,7 @@ fn legend(to: &mut String, picture: &Picture, rows: &[String]) {
     }
 }
 
-/// Lines from the axis' marks down through all rows.
+/// Draws a line from each tick of the axis down through all rows.
 fn grid(to: &mut String, picture: &Picture, bottom: usize) {
     let mut path = String::new();
     for tick in ticks(picture.size(), MAX_AXIS_STEPS) {
@@ -163,7 +164,7 @@ fn grid(to: &mut String, picture: &Picture, bottom: usize) {
     let _ = writeln!(to, r#"<path class="g" d="{path}"/>"#);
 }
 
-/// The labels of the axis, with their feet at `y`.
+/// Draws the labels of the axis, with their baseline at `y`.
 fn axis(to: &mut String, picture: &Picture, y: usize) {
     for tick in ticks(picture.size(), MAX_AXIS_STEPS) {
         let (x, label) = (x_of(picture, tick), tick_label(tick));
@@ -174,19 +175,19 @@ fn axis(to: &mut String, picture: &Picture, y: usize) {
     }
 }
 
-/// Where an offset lies on the axis.
+/// Returns the horizontal position of an offset in the disk.
 fn x_of(picture: &Picture, offset: u64) -> f64 {
     let scaled =
         u128::from(offset) * 1000 * PLOT_COLUMNS as u128 / u128::from(picture.size().max(1));
     pixels_f64(PLOT_LEFT) + f64::from(u32::try_from(scaled).unwrap_or(u32::MAX)) / 1000.0
 }
 
-/// Pixels, to reckon with.
+/// Converts a number of pixels for arithmetic.
 fn pixels_f64(len: usize) -> f64 {
     f64::from(pixels(len))
 }
 
-/// What all layers together show.
+/// Draws the row of the whole disk.
 fn disk_row(to: &mut String, picture: &Picture) {
     let edges = |column: usize| {
         let (cell, range) = (picture.disk_cell(column), picture.column(column));
@@ -200,13 +201,13 @@ fn disk_row(to: &mut String, picture: &Picture) {
     };
     let y = DISK_ROW_TOP + DISK_ROW_HEIGHT / 2 + 5;
     let _ = writeln!(to, r#"<text x="{MARGIN}" y="{y}" class="t">the disk</text>"#);
-    let place = RowLayout { y: DISK_ROW_TOP, height: DISK_ROW_HEIGHT };
-    bars(to, picture, &place, ["b", "o", "z", "hole"], edges);
+    let layout = RowLayout { y: DISK_ROW_TOP, height: DISK_ROW_HEIGHT };
+    bars(to, picture, &layout, ["b", "o", "z", "hole"], edges);
 }
 
-/// What one layer provides.
-fn layer_row(to: &mut String, picture: &Picture, row: usize, name: &str, place: &RowLayout) {
-    let RowLayout { y, height } = *place;
+/// Draws the row of a layer.
+fn layer_row(to: &mut String, picture: &Picture, row: usize, name: &str, layout: &RowLayout) {
+    let RowLayout { y, height } = *layout;
     let edges = |column: usize| {
         let (cell, range) = (picture.cell(row, column), picture.column(column));
         let mark = pixels((height / 6).clamp(2, 8));
@@ -229,19 +230,20 @@ fn layer_row(to: &mut String, picture: &Picture, row: usize, name: &str, place: 
         to,
         r#"<g><title>{full}: {sums}</title><text class="{muted}{size}" x="{MARGIN}" y="{y_text}">{name}</text><text class="m e{size}" x="{x_sums}" y="{y_text}">{sums}</text>"#
     );
-    bars(to, picture, place, [data, "z", "hole"], edges);
+    bars(to, picture, layout, [data, "z", "hole"], edges);
     to.push_str("</g>\n");
 }
 
-/// A row's bars: its kinds one behind the other, each up to its edge, and a frame around them.
+/// Draws the bars of a row: its kinds one behind the other, each up to its edge, and a frame around
+/// them.
 fn bars<const KINDS: usize>(
     to: &mut String,
     picture: &Picture,
-    place: &RowLayout,
+    layout: &RowLayout,
     classes: [&str; KINDS],
     edges: impl Fn(usize) -> [u32; KINDS],
 ) {
-    let RowLayout { y, height } = *place;
+    let RowLayout { y, height } = *layout;
     let _ = write!(
         to,
         r#"<rect class="row" x="{PLOT_LEFT}" y="{y}" width="{PLOT_COLUMNS}" height="{height}" fill-opacity=".6"/>"#
@@ -279,7 +281,7 @@ fn bars<const KINDS: usize>(
     );
 }
 
-/// The path of an area from the foot of a row up to `edges`, a column each.
+/// Builds the path of an area from the bottom of a row up to `edges`, one per column.
 fn area_path(height: usize, edges: impl Iterator<Item = u32>) -> String {
     let mut path = format!("M0 {height}");
     let (mut now, mut run) = (0, 0_usize);
@@ -297,8 +299,8 @@ fn area_path(height: usize, edges: impl Iterator<Item = u32>) -> String {
     path
 }
 
-/// The path of the columns that have a kind which their neighbours have not, one column wider on
-/// either side; `None` when there are none, or too many to be overlooked.
+/// Builds the path of the isolated columns of a kind, whose neighbours have none of it, one column
+/// wider on either side; `None` if there are none, or too many to be overlooked.
 fn lone_columns_path<const KINDS: usize>(
     height: usize,
     columns: &[[u32; KINDS]],
@@ -310,7 +312,7 @@ fn lone_columns_path<const KINDS: usize>(
         len(*at) > 0 && at.checked_sub(1).is_none_or(|left| len(left) == 0) && len(at + 1) == 0
     };
     let lone: Vec<usize> = (0..columns.len()).filter(is_lone).take(MAX_LONE_COLUMNS + 1).collect();
-    // As wide as they are, columns of a small disk need no help.
+    // The columns of a small disk are wide enough.
     if lone.is_empty() || lone.len() > MAX_LONE_COLUMNS || columns.len() < PLOT_COLUMNS {
         return None;
     }
@@ -323,27 +325,28 @@ fn lone_columns_path<const KINDS: usize>(
     Some(path)
 }
 
-/// A small number of pixels.
+/// Converts a number of pixels.
 fn pixels(len: usize) -> u32 {
     u32::try_from(len).unwrap_or(u32::MAX)
 }
 
-/// As much of `name` as there is room for: `room` narrow characters.
-fn shorten(name: &str, room: usize) -> String {
-    let width = |c: char| if c.is_ascii() { 1 } else { 2 };
-    if name.chars().map(width).sum::<usize>() <= room {
+/// Truncates `name` to a width of `width` narrow characters.
+fn shorten(name: &str, width: usize) -> String {
+    let char_width = |c: char| if c.is_ascii() { 1 } else { 2 };
+    if name.chars().map(char_width).sum::<usize>() <= width {
         return name.to_owned();
     }
-    let mut left = room - 1;
+    let mut left = width - 1;
     let fits = |c: &char| {
-        let fits = left >= width(*c);
-        left = left.saturating_sub(width(*c));
+        let fits = left >= char_width(*c);
+        left = left.saturating_sub(char_width(*c));
         fits
     };
     name.chars().take_while(fits).chain(['…']).collect()
 }
 
-/// `text` as XML has it. It holds no control characters; two others are not allowed in XML.
+/// Escapes `text` for XML. Control characters are escaped already; two other characters are not
+/// allowed in XML.
 fn escape_xml(text: &str) -> String {
     let mut escaped = String::with_capacity(text.len());
     for c in text.chars() {
@@ -376,7 +379,7 @@ mod tests {
         names
     }
 
-    /// Elements that are opened and closed in order, with one root; gives their names.
+    /// Checks that elements are closed in order and have one root, and returns their names.
     fn elements(text: &str) -> Vec<String> {
         let (mut open, mut all) = (Vec::new(), Vec::new());
         for tag in text.split('<').skip(1) {
@@ -412,7 +415,7 @@ mod tests {
     }
 
     #[test]
-    fn names_cannot_break_the_picture() {
+    fn names_are_escaped() {
         let mut picture = Picture::new(1 << 20, PLOT_COLUMNS, 2);
         add(&mut picture, 0, 0, 4096, PieceKind::Data);
         let evil = "</text><script>&\"'\n\u{1b}\u{FFFF}".to_owned();
@@ -438,7 +441,7 @@ mod tests {
     }
 
     #[test]
-    fn a_block_that_stands_alone_is_drawn_wider() {
+    fn isolated_block_is_drawn_wider() {
         let mut picture = Picture::new(16 << 40, PLOT_COLUMNS, 2);
         add(&mut picture, 1, 0, 16 << 40, PieceKind::Hole);
         add(&mut picture, 0, 8 << 40, 4096, PieceKind::Data);
@@ -447,7 +450,7 @@ mod tests {
     }
 
     #[test]
-    fn the_worst_of_pictures_is_below_1_mib() {
+    fn largest_possible_picture_is_below_1_mib() {
         // All columns of all rows differ from their neighbours in every kind.
         let size = 1 << 40;
         let mut picture = Picture::new(size, PLOT_COLUMNS, 65);

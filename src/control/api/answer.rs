@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use super::UsageStatus;
 
-/// What a request has led to.
+/// The answer to a request.
 pub(crate) type Answer = Result<Outcome, Refusal>;
 
 /// The result of a request that was carried out.
@@ -20,7 +20,7 @@ pub(crate) enum Outcome {
 /// One line for the user.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Line {
-    /// What was done; `None` from a daemon that has nothing to say.
+    /// The operation that was done; `None` if there is nothing to report.
     #[serde(default)]
     pub(crate) line: Option<String>,
 }
@@ -29,9 +29,9 @@ pub(crate) struct Line {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub(crate) struct Lines {
-    /// What was mounted, discarded or kept.
+    /// Disks that were mounted, or changes that were discarded or kept.
     pub(crate) lines: Vec<String>,
-    /// What failed. `Add` has no such key: there a failure is a refusal.
+    /// Failures. `Add` has no such key: its failures are refusals.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) failed: Option<Vec<String>>,
 }
@@ -83,7 +83,7 @@ pub(crate) enum DiffBaseRecord {
     #[serde(untagged)]
     File {
         path: String,
-        /// As in the key `format`.
+        /// A value of the key `format`.
         format: String,
     },
 }
@@ -129,7 +129,7 @@ impl From<String> for Refusal {
     }
 }
 
-/// How far a request is, in bytes. Without numbers a sign of life.
+/// The progress of a request, in bytes. Without numbers, only a sign of life.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub(crate) struct Progress {

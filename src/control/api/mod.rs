@@ -23,7 +23,9 @@ pub(crate) use self::answer::{
     Answer, AnswerLine, DiffBaseRecord, DifferenceFiles, Line, Lines, Outcome, Progress, Refusal,
     SnapshotList, SnapshotRecord,
 };
-pub(crate) use self::request::{DiskRequest, HydrateAction, MountRequest, parse_disk_request};
+pub(crate) use self::request::{
+    DiskRequest, HydrateAction, MountRequest, encode_request, parse_disk_request,
+};
 pub(crate) use self::status::{
     BlockOverlayStatus, BufferStatus, DiskStatus, LayerStatus, MountStatus, NeededBuffers,
     OverlayStatus, PartitionStatus, PeerStatus, StatusDocument, StreamStatus, UsageStatus,

@@ -16,7 +16,7 @@ pub(crate) enum MountRequest {
     Drain {
         #[serde(default)]
         streams: UnmountPolicy,
-        /// How long a sink may take, in milliseconds; `None`: without limit.
+        /// Time limit for each sink, in milliseconds; `None`: no limit.
         #[serde(default)]
         timeout_ms: Option<u64>,
     },
@@ -56,7 +56,7 @@ pub(crate) enum DiskRequest {
     },
     /// Completes a stream.
     Finish {
-        /// How long the sink may take, in milliseconds; `None`: without limit.
+        /// Time limit for the sink, in milliseconds; `None`: no limit.
         #[serde(default)]
         timeout_ms: Option<u64>,
     },
@@ -129,6 +129,27 @@ pub(crate) enum HydrateAction {
     Start,
     Pause,
     Cancel,
+}
+
+/// A request, and the disk that it means.
+#[derive(Serialize)]
+struct AddressedRequest<'a, R> {
+    #[serde(flatten)]
+    request: &'a R,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    inode: Option<u64>,
+}
+
+/// Encodes `request` as a line. `inode` is the inode number of the mounted file of the disk that the
+/// request means.
+///
+/// # Errors
+/// A path that is not UTF-8.
+pub(crate) fn encode_request(
+    request: &impl Serialize,
+    inode: Option<u64>,
+) -> serde_json::Result<String> {
+    serde_json::to_string(&AddressedRequest { request, inode })
 }
 
 /// Parses a request to a disk, and the inode number of the disk that it means; `None`: whichever

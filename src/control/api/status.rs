@@ -49,7 +49,7 @@ pub(crate) struct DiskStatus {
     /// The mounted file.
     pub(crate) path: String,
     pub(crate) size: u64,
-    /// As in the key `mode`.
+    /// A value of the key `mode`.
     pub(crate) mode: String,
     pub(crate) state: DiskState,
     /// Why the state is not `Ok`.
@@ -82,7 +82,7 @@ pub(crate) struct OverlayStatus {
     pub(crate) allocated: u64,
     /// Space that is left on the host.
     pub(crate) free: u64,
-    /// How the overlay was recovered, if it had not been closed.
+    /// The recovery of an overlay that had not been closed.
     pub(crate) recovered: Option<Recovery>,
     /// `None` for a reflink overlay.
     #[serde(flatten)]

@@ -113,7 +113,7 @@ words! {
 }
 
 words! {
-    /// How an overlay was recovered that was not closed.
+    /// The recovery of an overlay that was not closed.
     Recovery {
         /// All of it was read.
         All = "all",
