@@ -113,9 +113,9 @@ fn poll_device(device: &OwnedFd) -> PollOutcome {
     let begin = Instant::now();
     let mut found = PollOutcome::Queued;
     loop {
-        let mut asked = [PollFd::new(device, PollFlags::IN)];
+        let mut fds = [PollFd::new(device, PollFlags::IN)];
         // An error is left to the worker's read, which reports it.
-        if poll(&mut asked, Some(&Timespec::default())) != Ok(0) {
+        if poll(&mut fds, Some(&Timespec::default())) != Ok(0) {
             return found;
         }
         if begin.elapsed() >= BUSY_POLL_TIME {

@@ -161,23 +161,27 @@ impl Deadlines {
         let now = Instant::now();
         let mut due = Vec::new();
         {
-            let mut waiting = self.pending.lock();
-            waiting.retain(|waiting| !waiting.reply.is_replied());
-            while waiting.front().is_some_and(|first| first.until <= now) {
-                due.extend(waiting.pop_front());
+            let mut pending = self.pending.lock();
+            pending.retain(|request| !request.reply.is_replied());
+            while pending.front().is_some_and(|first| first.until <= now) {
+                due.extend(pending.pop_front());
             }
         }
-        for mut late in due {
+        for mut request in due {
             // A long operation of this daemon may hold the disk, which is not the base's fault.
-            let is_ours = late.disk.in_long_operation();
-            match if is_ours { Expiry::Held } else { late.reply.expire() } {
+            let is_ours = request.disk.in_long_operation();
+            match if is_ours { Expiry::Held } else { request.reply.expire() } {
                 Expiry::Replied => {}
                 Expiry::Held => {
-                    late.until = now + self.io_timeout;
-                    self.pending.lock().push_back(late);
+                    request.until = now + self.io_timeout;
+                    self.pending.lock().push_back(request);
                 }
                 Expiry::TimedOut => {
-                    log::error!("{}: no answer for {:?}: EIO", late.disk.source, self.io_timeout);
+                    log::error!(
+                        "{}: no answer for {:?}: EIO",
+                        request.disk.source,
+                        self.io_timeout
+                    );
                 }
             }
         }

@@ -115,7 +115,7 @@ mod tests {
     #[test]
     fn a_change_keeps_what_was_not_asked_for_and_drops_set_id_bits() {
         let old = DiskOwner { uid: 1, gid: 2, perm: 0o600 };
-        let decode = |who| AttrChange::decode(old, who, None, (None, None)).owner;
+        let decode = |ids| AttrChange::decode(old, ids, None, (None, None)).owner;
         assert_eq!(decode((None, None, None)), None);
         assert_eq!(decode((Some(1), Some(2), Some(0o100_600))), None);
         assert_eq!(decode((Some(3), None, None)), Some(DiskOwner { uid: 3, ..old }));

@@ -80,7 +80,7 @@ pub(crate) fn serve(plan: &MountPlan, ready: StartupReporter) -> u8 {
         DaemonMode::Foreground => notify(ServiceState::Ready),
     }
     if ready.succeed().is_err() {
-        log::warn!("whoever asked for this mount is gone: it is taken away again");
+        log::warn!("the command that started this mount is gone: unmounting");
         mount.unmount_lazily();
     }
     mount.run(signals)
@@ -119,8 +119,8 @@ fn start(
     let catalog = Arc::new(Catalog::new(&mountpoint, open_store(plan, &mountpoint)?));
     // A crafted image may take forever to open: stop on a signal, or when the waiting command has
     // exited.
-    let wanted = signals.cancellable(ready.request());
-    let opened = run_cancellable(wanted, || open_disks(plan, &catalog, signals));
+    let request = signals.cancellable(ready.request());
+    let opened = run_cancellable(request, || open_disks(plan, &catalog, signals));
     // An open that was cancelled failed only because of the signal, so report the signal.
     let opened = opened.map_err(|line| signals.check_interrupted().err().unwrap_or(line));
     let mounted = opened.and_then(|lines| {

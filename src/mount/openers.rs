@@ -126,8 +126,8 @@ pub(crate) fn find_namespace_copy(dev: (u32, u32)) -> Option<NamespaceCopy> {
         let proc = PathBuf::from(format!("/proc/{pid}"));
         let is_new = seen.insert(fs::read_link(proc.join("ns/mnt")).ok()?);
         let table = fs::read(proc.join("mountinfo")).ok().filter(|_| is_new)?;
-        let there = NamespaceMounts::of(&mountinfo::parse_mountinfo(&table), dev).mounts;
-        let mountpoint = there.into_iter().find(MountEntry::is_cowslip)?.mountpoint;
+        let mounts = NamespaceMounts::of(&mountinfo::parse_mountinfo(&table), dev).mounts;
+        let mountpoint = mounts.into_iter().find(MountEntry::is_cowslip)?.mountpoint;
         Some(NamespaceCopy { pid, command: process_name(&proc), mountpoint })
     })
 }

@@ -160,7 +160,7 @@ fn wait_for_workers(
             return Err(result.err().unwrap_or_else(|| io::Error::other("it ended at once")));
         }
         // Without /proc the number of workers is unknown; that is no reason to fail here.
-        if started_workers().is_none_or(|there| there >= count) {
+        if started_workers().is_none_or(|started| started >= count) {
             return Ok(session);
         }
         thread::sleep(WORKER_POLL_INTERVAL);

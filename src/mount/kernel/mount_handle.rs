@@ -95,12 +95,12 @@ impl MountHandle {
     /// no request to the mount.
     fn mount_ids(&self) -> io::Result<(u64, Option<u64>)> {
         let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let there = rustix::fs::openat(&self.parent, &self.name, flags, Mode::empty())?;
-        let id = mount_id(&there)?;
+        let found = rustix::fs::openat(&self.parent, &self.name, flags, Mode::empty())?;
+        let id = mount_id(&found)?;
         // EACCES: a mount of another user, which answers nobody else. Its parent and its id identify
         // it then, as on a kernel without unique ids.
         let flags = AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC;
-        let unique = rustix::fs::statx(there.as_fd(), "", flags, MNT_ID_UNIQUE).ok();
+        let unique = rustix::fs::statx(found.as_fd(), "", flags, MNT_ID_UNIQUE).ok();
         let has_id = |stat: &rustix::fs::Statx| stat.stx_mask & MNT_ID_UNIQUE.bits() != 0;
         Ok((id, unique.filter(has_id).map(|stat| stat.stx_mnt_id)))
     }
