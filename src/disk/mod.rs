@@ -1,8 +1,21 @@
-//! A mounted disk: its layers, its gate and its attributes. The three loops that walk the layers
-//! (read, write, seek) are in `read_write`; `open` builds a disk from its config.
+//! A mounted disk.
 //!
-//! Every change of bytes holds the [gate](gate::Gate) shared; a change of the size or of the layers
-//! holds it exclusive. Readers take a snapshot of the layers and never wait for the gate.
+//! ```text
+//!   disk_file    what the mount shows: all of a disk, or the range of one partition
+//!      v
+//!   Disk         read_write, copy, fetch (prefetch), commit, hydrate, history, keep, shut_down
+//!      |
+//!      +-- gate        shared for changes of bytes, exclusive for changes of size or layers
+//!      +-- layers      a snapshot of top, sealed layers and bottom, replaced as a whole
+//!      +-- attrs       owner, mode, times; allocated: the space for stat
+//!      +-- references  handles, lookups of the kernel, the name
+//!      +-- overlay_location, bottom      where the layers are stored
+//!      +-- operation   the operation on the whole disk, of which one runs at a time
+//!      +-- pools       its threads
+//! ```
+//!
+//! `open` builds a disk from its config. Readers take a snapshot of the layers and never wait for
+//! the gate. docs/architecture.md has the order of the locks.
 
 mod allocated;
 mod attrs;
@@ -14,6 +27,7 @@ mod disk_file;
 mod fetch;
 mod gate;
 mod history;
+mod hydrate;
 mod keep;
 mod layers;
 mod maintenance;
@@ -27,7 +41,7 @@ mod read_write;
 mod references;
 mod shut_down;
 mod single_file;
-mod space_failures;
+mod space;
 mod stream;
 
 use std::io;
@@ -46,11 +60,12 @@ use self::bottom::Bottom;
 pub use self::bottom::UnreadableBase;
 pub use self::commit::CommitSummary;
 pub use self::disk_file::DiskFile;
-use self::fetch::HydrationState;
-pub use self::fetch::{HydrateCommand, PrefetchMode};
+pub use self::fetch::PrefetchMode;
 use self::gate::Gate;
 use self::history::History;
 pub use self::history::{DiffBase, Difference, LayerUsage, LayerUsers, SnapshotInfo};
+pub use self::hydrate::HydrateCommand;
+use self::hydrate::Hydration;
 use self::layers::{LayerStack, Top};
 pub use self::open::{
     OpenContext, OpenError, OpenedDisk, clone_stored, create_blank, create_stored, open,
@@ -67,7 +82,8 @@ pub use self::pools::Pools;
 pub use self::read_write::{FallocateMode, SizeMode, Whence};
 use self::references::References;
 pub use self::references::{HandleAccess, InUse};
-use self::space_failures::SpaceFailures;
+pub use self::space::FsSpace;
+use self::space::SpaceFailures;
 use crate::config::{CopyUp, DirectIo, DiskMode, DiskSpec, Passthrough, Resize};
 use crate::host::os_error;
 use crate::layer::{Wait, WritableLayer};
@@ -103,9 +119,7 @@ pub struct Disk {
     operations: Operations,
     history: History,
     copy_up: CopyUp,
-    hydration: HydrationState,
-    /// Set once the disk has been detached from its base.
-    is_detached: AtomicBool,
+    hydration: Hydration,
     space_failures: SpaceFailures,
     /// The bottom as the overlay's `stack` describes it.
     bottom: Mutex<Arc<Bottom>>,
@@ -117,17 +131,6 @@ pub struct Disk {
     maintaining: AtomicBool,
     /// Granularity of the bottom's holes in bytes: no hole begins or ends inside one such unit.
     grain: u32,
-}
-
-/// Space on the file system that stores a disk's changes.
-#[derive(Clone, Copy, Debug)]
-pub struct FsSpace {
-    /// Total space in bytes.
-    pub total: u64,
-    /// Free space in bytes.
-    pub free: u64,
-    /// Free space available to this process, in bytes.
-    pub available: u64,
 }
 
 impl Disk {
@@ -165,8 +168,7 @@ impl Disk {
             operations: Operations::default(),
             history: History::new((0, 0), None),
             copy_up: spec.copy_up,
-            hydration: HydrationState::default(),
-            is_detached: false.into(),
+            hydration: Hydration::default(),
             space_failures: SpaceFailures::default(),
             bottom: Mutex::new(Arc::new(bottom)),
             recovered: Recovered::Clean,
@@ -372,22 +374,6 @@ impl Disk {
         Ok(())
     }
 
-    /// Returns the space on the file system that stores the disk's changes.
-    ///
-    /// # Errors
-    /// The host's errno from fstatvfs(2).
-    pub fn space(&self) -> io::Result<FsSpace> {
-        let Some(file) = self.layers().top.data_file() else {
-            return Ok(FsSpace { total: self.size(), free: 0, available: 0 });
-        };
-        let found = rustix::fs::fstatvfs(&file)?;
-        Ok(FsSpace {
-            total: found.f_blocks * found.f_frsize,
-            free: found.f_bfree * found.f_frsize,
-            available: found.f_bavail * found.f_frsize,
-        })
-    }
-
     /// Records in a persistent overlay that this daemon holds it, for other processes to see.
     pub fn write_holder(&self, holder: &Holder) {
         self.overlay_location.write_holder(holder);
@@ -403,6 +389,15 @@ impl Disk {
     #[must_use]
     pub fn base_path(&self) -> Option<PathBuf> {
         self.bottom().path().map(Path::to_owned)
+    }
+
+    /// Describes the disk's base for `status`.
+    #[must_use]
+    pub fn base_description(&self) -> String {
+        match (&*self.bottom(), self.hydration.is_detached()) {
+            (Bottom::Blank(size), true) => format!("blank:{size}"),
+            _ => self.source.clone(),
+        }
     }
 
     /// The directory of the disk's persistent overlay.

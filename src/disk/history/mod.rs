@@ -120,7 +120,7 @@ impl Disk {
             return self.switch_reflink(force, || reflink.reset());
         }
         self.tree("changes to reset")?;
-        if self.is_detached.load(Ordering::SeqCst) && force == Force::No {
+        if self.hydration.is_detached() && force == Force::No {
             return Err(OperationError::Detached);
         }
         self.check_writers(force)?;

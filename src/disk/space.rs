@@ -1,5 +1,5 @@
-//! Failed writes for lack of space: logged at most once a minute, and shown in `status` for a
-//! while.
+//! Space on the host: the space that is left for a disk's changes, and the writes that failed for
+//! lack of it, which are logged at most once a minute and shown in `status` for a while.
 
 use std::io;
 use std::time::{Duration, Instant};
@@ -13,6 +13,17 @@ use crate::config::format_size;
 const LOG_INTERVAL: Duration = Duration::from_secs(60);
 /// How long `status` reports a failure.
 const REPORT_PERIOD: Duration = Duration::from_secs(600);
+
+/// Space on the file system that stores a disk's changes.
+#[derive(Clone, Copy, Debug)]
+pub struct FsSpace {
+    /// Total space in bytes.
+    pub total: u64,
+    /// Free space in bytes.
+    pub free: u64,
+    /// Free space available to this process, in bytes.
+    pub available: u64,
+}
 
 /// The recent failures for lack of space.
 #[derive(Default)]
@@ -52,6 +63,22 @@ impl SpaceFailures {
 }
 
 impl Disk {
+    /// Returns the space on the file system that stores the disk's changes.
+    ///
+    /// # Errors
+    /// The host's errno from fstatvfs(2).
+    pub fn space(&self) -> io::Result<FsSpace> {
+        let Some(file) = self.layers().top.data_file() else {
+            return Ok(FsSpace { total: self.size(), free: 0, available: 0 });
+        };
+        let found = rustix::fs::fstatvfs(&file)?;
+        Ok(FsSpace {
+            total: found.f_blocks * found.f_frsize,
+            free: found.f_bfree * found.f_frsize,
+            available: found.f_bavail * found.f_frsize,
+        })
+    }
+
     /// Returns `done` unchanged, and records it if it failed for lack of space.
     pub(super) fn note_no_space<T>(&self, done: io::Result<T>) -> io::Result<T> {
         if let Err(error) = &done
