@@ -34,17 +34,13 @@ mod stdio;
 pub mod stop;
 pub mod window;
 
-use std::io::{self, IoSlice};
-use std::ops::Range;
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use self::input::{Input, InputState, InputStatus, Source};
+use self::input::{Input, InputState, InputStatus};
 use self::monitor::Monitor;
-use self::output::{DrainTimeout, Output, OutputState, Sink, SinkCallback, SinkMonitor};
-use self::sink::HostSink;
-use self::source::HostSource;
+use self::output::{DrainTimeout, Output, OutputState};
 
 /// A running stream.
 pub enum Stream {
@@ -144,78 +140,4 @@ pub fn input_status(input: &Input, monitor: &Monitor) -> InputStatus {
         status.error = Some(why);
     }
     status
-}
-
-impl Sink for HostSink {
-    fn prepare(&mut self) -> io::Result<()> {
-        HostSink::prepare(self)
-    }
-
-    fn watch(&mut self, tell: SinkCallback) {
-        HostSink::watch(self, tell);
-    }
-
-    fn send_data(&mut self, offset: u64, parts: &[IoSlice<'_>]) -> io::Result<()> {
-        HostSink::send_data(self, offset, parts)
-    }
-
-    fn send_zeros(&mut self, range: Range<u64>) -> io::Result<()> {
-        HostSink::send_zeros(self, range)
-    }
-
-    fn send_hole(&mut self, range: Range<u64>) -> io::Result<()> {
-        HostSink::send_hole(self, range)
-    }
-
-    fn can_rewrite(&self) -> bool {
-        HostSink::can_rewrite(self)
-    }
-
-    fn explain(&self, error: &io::Error) -> String {
-        HostSink::explain(self, error)
-    }
-
-    fn finish(self: Box<Self>, end: u64) -> Result<(), String> {
-        HostSink::finish(*self, end)
-    }
-
-    fn abort(self: Box<Self>) {
-        HostSink::abort(*self);
-    }
-}
-
-impl SinkMonitor for Monitor {
-    fn kind(&self) -> &'static str {
-        Monitor::kind(self)
-    }
-
-    fn describe(&self) -> String {
-        Monitor::describe(self)
-    }
-
-    fn accepted(&self) -> u64 {
-        Monitor::accepted(self)
-    }
-
-    fn failure(&self) -> Option<String> {
-        Monitor::failure(self)
-    }
-
-    fn kill(&self) {
-        Monitor::kill(self);
-    }
-}
-
-impl Source for HostSource {
-    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
-        HostSource::read(self, buf)
-    }
-
-    fn finish(self: Box<Self>) -> Result<(), String> {
-        HostSource::finish(*self)
-    }
-
-    fn close(self: Box<Self>) {
-        HostSource::close(*self);
-    }
 }

@@ -19,6 +19,7 @@ use rustix::pipe::fcntl_setpipe_size;
 use super::command::{PIPE_SIZE, PipeEnd, Pipeline};
 use super::error::StreamOpenError;
 use super::fifo::{self, file_type_name};
+use super::input::Source;
 use super::monitor::Monitor;
 use super::sink::{StdioMode, StreamContext};
 use super::stdio::{self, Direction, FdMode};
@@ -38,70 +39,29 @@ pub struct HostSource {
 }
 
 impl HostSource {
-    /// Opens `supply` for the stream `spec`. Commands are started; the call waits for no writer.
+    /// Opens `source` for the stream `spec`. Commands are started; the call waits for no writer.
     ///
     /// # Errors
     /// One line for the user. Nothing has been created then, and nothing runs.
     pub fn open(
         spec: &StreamSpec,
-        supply: &SourceSpec,
-        place: &StreamContext<'_>,
+        source: &SourceSpec,
+        context: &StreamContext<'_>,
         stop: Stop,
     ) -> Result<Self, StreamOpenError> {
-        let (fd, manner, monitor) = match supply {
-            SourceSpec::Fifo(path) => open_fifo(path, place)?,
-            SourceSpec::File(path) => open_file(path, place)?,
+        let (fd, mode, monitor) = match source {
+            SourceSpec::Fifo(path) => open_fifo(path, context)?,
+            SourceSpec::File(path) => open_file(path, context)?,
             SourceSpec::Command(programs) => open_command(spec, programs)?,
-            SourceSpec::Stdin => open_stdin(io::stdin().as_fd(), place)?,
+            SourceSpec::Stdin => open_stdin(io::stdin().as_fd(), context)?,
         };
-        Ok(Self { fd, mode: manner, monitor, stop })
+        Ok(Self { fd, mode, monitor, stop })
     }
 
     /// Returns a handle for other threads; its `accepted` counts the bytes read here.
     #[must_use]
     pub fn monitor(&self) -> Monitor {
         self.monitor.clone()
-    }
-
-    /// Reads available bytes into `buf`, waiting for at least one; returns 0 at the end of the
-    /// input and for an empty `buf`.
-    ///
-    /// # Errors
-    /// `ECANCELED` once stopped; otherwise the host's errno, which [`Monitor::explain`] puts into
-    /// words.
-    pub fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
-        if buf.is_empty() {
-            return Ok(0);
-        }
-        loop {
-            // Poll first: a named pipe that no writer has opened yet reads as if it were at its
-            // end, but poll(2) reports a hangup only after a writer has opened it (fs/pipe.c).
-            self.wait_readable()?;
-            match self.try_read(buf) {
-                Ok(len) => {
-                    self.monitor.counters().accepted.fetch_add(len as u64, Ordering::Release);
-                    return Ok(len);
-                }
-                Err(Errno::INTR | Errno::AGAIN) => {}
-                Err(error) => return Err(error.into()),
-            }
-        }
-    }
-
-    /// Waits for the exit of the commands after the input was read to its end.
-    ///
-    /// # Errors
-    /// One line about a command that failed: its output is incomplete then.
-    pub fn finish(self) -> Result<(), String> {
-        match self.monitor.pipeline() {
-            Some(pipeline) => pipeline.wait_unless_stopped(&self.stop),
-            None => Ok(()),
-        }
-    }
-
-    /// Closes the source early and kills the commands.
-    pub fn close(self) {
-        drop(self);
     }
 
     /// Waits until a read will not block: there are bytes, or the input has ended.
@@ -126,6 +86,38 @@ impl HostSource {
     }
 }
 
+impl Source for HostSource {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        if buf.is_empty() {
+            return Ok(0);
+        }
+        loop {
+            // Poll first: a named pipe that no writer has opened yet reads as if it were at its
+            // end, but poll(2) reports a hangup only after a writer has opened it (fs/pipe.c).
+            self.wait_readable()?;
+            match self.try_read(buf) {
+                Ok(len) => {
+                    self.monitor.counters().accepted.fetch_add(len as u64, Ordering::Release);
+                    return Ok(len);
+                }
+                Err(Errno::INTR | Errno::AGAIN) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+
+    fn finish(self: Box<Self>) -> Result<(), String> {
+        match self.monitor.pipeline() {
+            Some(pipeline) => pipeline.wait_unless_stopped(&self.stop),
+            None => Ok(()),
+        }
+    }
+
+    fn close(self: Box<Self>) {
+        drop(self);
+    }
+}
+
 impl Drop for HostSource {
     fn drop(&mut self) {
         self.monitor.kill();
@@ -134,8 +126,8 @@ impl Drop for HostSource {
 
 type OpenedSource = (OwnedFd, FdMode, Monitor);
 
-fn open_fifo(path: &Path, place: &StreamContext<'_>) -> Result<OpenedSource, StreamOpenError> {
-    check_self_reference(path, place.mountpoint, place.mount_dev)?;
+fn open_fifo(path: &Path, context: &StreamContext<'_>) -> Result<OpenedSource, StreamOpenError> {
+    check_self_reference(path, context.mountpoint, context.mount_dev)?;
     fifo::create_missing(path)?;
     let fd = fifo::open(path, OFlags::RDONLY)
         .map_err(|error| StreamOpenError::host("read", path, &error))?;
@@ -145,13 +137,13 @@ fn open_fifo(path: &Path, place: &StreamContext<'_>) -> Result<OpenedSource, Str
     Ok((fd, FdMode::NonBlocking, Monitor::new("fifo", &label, None)))
 }
 
-fn open_file(path: &Path, place: &StreamContext<'_>) -> Result<OpenedSource, StreamOpenError> {
-    check_self_reference(path, place.mountpoint, place.mount_dev)?;
+fn open_file(path: &Path, context: &StreamContext<'_>) -> Result<OpenedSource, StreamOpenError> {
+    check_self_reference(path, context.mountpoint, context.mount_dev)?;
     let failed = |error| StreamOpenError::host("read", path, &error);
     let located = PathHandle::at(path).map_err(failed)?;
     let found = located.metadata();
     let kind = found.file_type();
-    let manner = if kind.is_file() || kind.is_block_device() {
+    let mode = if kind.is_file() || kind.is_block_device() {
         FdMode::Plain
     } else if kind.is_char_device() {
         FdMode::NonBlocking
@@ -163,7 +155,7 @@ fn open_file(path: &Path, place: &StreamContext<'_>) -> Result<OpenedSource, Str
     let name = if kind.is_file() { "file" } else { "device" };
     let label = format!("file:{}", path.display());
     let fd = located.open(OFlags::RDONLY).and_then(|file| Ok(fifo::set_nonblocking(file)?));
-    Ok((fd.map_err(failed)?, manner, Monitor::new(name, &label, None)))
+    Ok((fd.map_err(failed)?, mode, Monitor::new(name, &label, None)))
 }
 
 fn open_command(spec: &StreamSpec, programs: &Programs) -> Result<OpenedSource, StreamOpenError> {
@@ -175,14 +167,14 @@ fn open_command(spec: &StreamSpec, programs: &Programs) -> Result<OpenedSource, 
 
 fn open_stdin(
     stdin: std::os::fd::BorrowedFd<'_>,
-    place: &StreamContext<'_>,
+    context: &StreamContext<'_>,
 ) -> Result<OpenedSource, StreamOpenError> {
-    if place.stdio == StdioMode::Unavailable {
+    if context.stdio == StdioMode::Unavailable {
         return Err(StreamOpenError::NoStdio("from=stdin"));
     }
     let found = rustix::fs::fstat(stdin);
     let found = found.map_err(|error| StreamOpenError::stdio("from=stdin", &error.into()))?;
-    if place.mount_dev == Some(found.st_dev) {
+    if context.mount_dev == Some(found.st_dev) {
         let why = "it lies in the mount that would need it".to_owned();
         return Err(StreamOpenError::Stdio { what: "from=stdin", why });
     }
@@ -190,8 +182,8 @@ fn open_stdin(
         return Err(StreamOpenError::Terminal("from=stdin"));
     }
     let taken = stdio::acquire(stdin, Direction::Reading);
-    let (fd, manner) = taken.map_err(|error| StreamOpenError::stdio("from=stdin", &error))?;
-    Ok((fd, manner, Monitor::new("stdin", "stdin", None)))
+    let (fd, mode) = taken.map_err(|error| StreamOpenError::stdio("from=stdin", &error))?;
+    Ok((fd, mode, Monitor::new("stdin", "stdin", None)))
 }
 
 #[cfg(test)]
@@ -204,12 +196,15 @@ mod tests {
     use tempfile::TempDir;
 
     use super::*;
-    use crate::stream::sink::tests::{place, programs, spec};
+    use crate::stream::sink::tests::{context, programs, spec};
 
-    fn open(dir: &TempDir, supply: &SourceSpec) -> Result<(HostSource, Stop), StreamOpenError> {
+    fn open(
+        dir: &TempDir,
+        source: &SourceSpec,
+    ) -> Result<(Box<HostSource>, Stop), StreamOpenError> {
         let stop = Stop::new().unwrap();
-        HostSource::open(&spec(dir.path(), 1 << 20), supply, &place(), stop.clone())
-            .map(|source| (source, stop))
+        HostSource::open(&spec(dir.path(), 1 << 20), source, &context(), stop.clone())
+            .map(|source| (Box::new(source), stop))
     }
 
     fn all(source: &mut HostSource) -> io::Result<Vec<u8>> {
@@ -302,7 +297,7 @@ mod tests {
 
     #[test]
     fn standard_input_is_read_to_its_end_for_every_type_of_descriptor() {
-        let place = StreamContext { stdio: StdioMode::Available, ..place() };
+        let context = StreamContext { stdio: StdioMode::Available, ..context() };
         let dir = TempDir::new().unwrap();
         let path = dir.path().join("in");
         // An unnamed pipe, a named one (whose writer has already left), and a socket.
@@ -315,10 +310,10 @@ mod tests {
         for (stdin, writer) in inputs {
             rustix::io::write(&writer, b"all of it").unwrap();
             drop(writer);
-            let (fd, manner, monitor) = open_stdin(stdin.as_fd(), &place).unwrap();
+            let (fd, mode, monitor) = open_stdin(stdin.as_fd(), &context).unwrap();
             let stop = Stop::new().unwrap();
-            let mut source = HostSource { fd, mode: manner, monitor, stop };
-            assert_eq!(all(&mut source).unwrap(), b"all of it", "{manner:?}");
+            let mut source = HostSource { fd, mode, monitor, stop };
+            assert_eq!(all(&mut source).unwrap(), b"all of it", "{mode:?}");
         }
     }
 }

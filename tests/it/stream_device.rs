@@ -10,12 +10,13 @@ use cowslip::config::{
     DEFAULT_WINDOW, FinishWhen, Flow, Overwrite, Pad, SinkSpec, SpillCompression, StreamFrames,
     StreamSpec,
 };
+use cowslip::stream::output::Sink;
 use cowslip::stream::sink::{HostSink, StdioMode, StreamContext, StreamOpenError};
 use cowslip::stream::stop::Stop;
 
 const MIB: u64 = 1 << 20;
 
-fn open(device: &str, size: u64, frames: StreamFrames) -> Result<HostSink, StreamOpenError> {
+fn open(device: &str, size: u64, frames: StreamFrames) -> Result<Box<HostSink>, StreamOpenError> {
     let target = SinkSpec::File { path: device.into(), overwrite: Overwrite::No };
     let spec = StreamSpec {
         size,
@@ -31,7 +32,7 @@ fn open(device: &str, size: u64, frames: StreamFrames) -> Result<HostSink, Strea
     };
     let mountpoint = Path::new("/nonexistent/mount");
     let place = StreamContext { mountpoint, mount_dev: None, stdio: StdioMode::Unavailable };
-    HostSink::open(&spec, &target, &place, Stop::new().unwrap())
+    HostSink::open(&spec, &target, &place, Stop::new().unwrap()).map(Box::new)
 }
 
 #[test]

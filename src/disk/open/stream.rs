@@ -77,8 +77,7 @@ fn start_output(
     let sink = HostSink::open(stream, target, streams, stop.clone()).map_err(refused)?;
     let monitor = sink.monitor();
     let sink_name = monitor.describe();
-    let output =
-        Output::start(name, stream, Box::new(sink), Box::new(monitor), stop, temporary_dir());
+    let output = Output::start(name, stream, Box::new(sink), monitor, stop, temporary_dir());
     let output = output.map_err(failed)?;
     let bottom = Arc::clone(&output) as Arc<dyn Layer>;
     let top = Top::Base(Arc::clone(&output) as Arc<dyn WritableLayer>);

@@ -32,7 +32,8 @@ use std::thread::{self, JoinHandle};
 use parking_lot::{Condvar, Mutex};
 
 pub use self::finish::{DrainTimeout, FinishError};
-pub use self::sink_trait::{Sink, SinkCallback, SinkEvent, SinkMonitor};
+pub use self::sink_trait::{Sink, SinkCallback, SinkEvent};
+use super::monitor::Monitor;
 use super::page_store::PageStore;
 use super::queue::{WriteQueue, WriteReply};
 use super::runs::Written;
@@ -159,26 +160,26 @@ pub struct Output {
     work: Condvar,
     /// Notified when the state has changed or the sender has ended.
     changed: Condvar,
-    monitor: Box<dyn SinkMonitor>,
+    monitor: Monitor,
     stop: Stop,
     sender: Mutex<Option<JoinHandle<()>>>,
 }
 
 impl Output {
-    /// Starts the stream `name` into the sink `outlet`. Data that does not fit into memory goes to
-    /// a file in `dir`. `stop` must be the signal that `outlet` observes.
+    /// Starts the stream `name` into `sink`. Data that does not fit into memory goes to
+    /// a file in `dir`. `stop` must be the signal that `sink` observes, and `monitor` the handle of `sink`.
     ///
     /// # Errors
     /// The errno of creating a thread.
     pub fn start(
         name: &str,
         spec: &StreamSpec,
-        outlet: Box<dyn Sink>,
-        watch: Box<dyn SinkMonitor>,
+        sink: Box<dyn Sink>,
+        monitor: Monitor,
         stop: Stop,
         dir: PathBuf,
     ) -> io::Result<Arc<Self>> {
-        let measures = watch.kind() == "measure";
+        let measures = monitor.kind() == "measure";
         let spill = if measures { spec.spill } else { Some(spec.spill.unwrap_or(0)) };
         let kept = spec.window.min(spec.size).saturating_add(spec.read_window.min(spec.size));
         let memory = if measures { BACKLOG_LIMIT } else { kept.saturating_add(BACKLOG_LIMIT) };
@@ -204,17 +205,17 @@ impl Output {
             window: spec.window,
             pad: spec.pad,
             finish: spec.finish,
-            can_rewrite: outlet.can_rewrite(),
+            can_rewrite: sink.can_rewrite(),
             core: Mutex::new(core),
             work: Condvar::new(),
             changed: Condvar::new(),
-            monitor: watch,
+            monitor,
             stop,
             sender: Mutex::new(None),
         });
         let ours = Arc::clone(&output);
         let sender = thread::Builder::new().name("cowslip-send".to_owned());
-        *output.sender.lock() = Some(sender.spawn(move || ours.run_sender(outlet))?);
+        *output.sender.lock() = Some(sender.spawn(move || ours.run_sender(sink))?);
         Ok(output)
     }
 

@@ -28,19 +28,19 @@ enum SenderStep {
 
 impl Output {
     /// Runs the sender's thread.
-    pub(super) fn run_sender(self: &Arc<Self>, mut outlet: Box<dyn Sink>) {
-        match outlet.prepare() {
+    pub(super) fn run_sender(self: &Arc<Self>, mut sink: Box<dyn Sink>) {
+        match sink.prepare() {
             Ok(()) => {
                 // A weak reference: the sink must not keep the stream alive, and its watcher ends
                 // with it.
                 let output = Arc::downgrade(self);
-                outlet.watch(Box::new(move |trouble| {
+                sink.watch(Box::new(move |trouble| {
                     if let Some(output) = output.upgrade() {
                         output.on_sink_event(trouble);
                     }
                 }));
             }
-            Err(error) => self.sink_failed(&*outlet, &error),
+            Err(error) => self.sink_failed(&*sink, &error),
         }
         loop {
             let sent = match self.next_step() {
@@ -49,19 +49,19 @@ impl Output {
                         Some(Written::Data) => {
                             let parts: Vec<_> =
                                 parts.iter().map(|part| IoSlice::new(part.bytes())).collect();
-                            outlet.send_data(range.start, &parts)
+                            sink.send_data(range.start, &parts)
                         }
-                        Some(Written::Zeros) => outlet.send_zeros(range.clone()),
-                        None => outlet.send_hole(range.clone()),
+                        Some(Written::Zeros) => sink.send_zeros(range.clone()),
+                        None => sink.send_hole(range.clone()),
                     };
                     drop(parts);
                     sent.map(|()| self.on_accepted(Some(range.end), 0))
                 }
                 SenderStep::Rewrite(offset, late) => {
                     let sent = match &late {
-                        Rewrite::Data(bytes) => outlet.send_data(offset, &[IoSlice::new(bytes)]),
-                        Rewrite::Zeros(len) => outlet.send_zeros(offset..offset + len),
-                        Rewrite::Hole(len) => outlet.send_hole(offset..offset + len),
+                        Rewrite::Data(bytes) => sink.send_data(offset, &[IoSlice::new(bytes)]),
+                        Rewrite::Zeros(len) => sink.send_zeros(offset..offset + len),
+                        Rewrite::Hole(len) => sink.send_hole(offset..offset + len),
                     };
                     sent.map(|()| self.on_accepted(None, late.cost()))
                 }
@@ -74,22 +74,22 @@ impl Output {
                     Ok(())
                 }
                 SenderStep::Finish(end) => {
-                    let result = outlet.finish(end);
+                    let result = sink.finish(end);
                     return self.end_sender(Some(result));
                 }
                 SenderStep::Abort => {
-                    outlet.abort();
+                    sink.abort();
                     return self.end_sender(None);
                 }
             };
             if let Err(error) = sent {
-                self.sink_failed(&*outlet, &error);
+                self.sink_failed(&*sink, &error);
             }
         }
     }
 
-    fn sink_failed(&self, outlet: &dyn Sink, error: &io::Error) {
-        self.fail_stream(outlet.explain(error));
+    fn sink_failed(&self, sink: &dyn Sink, error: &io::Error) {
+        self.fail_stream(sink.explain(error));
     }
 
     fn fail_stream(&self, why: String) {

@@ -24,9 +24,9 @@ pub trait Sink: Send {
     /// `ECANCELED` once stopped; otherwise the host's errno.
     fn prepare(&mut self) -> io::Result<()>;
 
-    /// Makes the sink call `tell` when it fails or goes away while nothing is being sent. Called
+    /// Makes the sink call `on_event` when it fails or goes away while nothing is being sent. Called
     /// once, after [`prepare`](Self::prepare).
-    fn watch(&mut self, tell: SinkCallback);
+    fn watch(&mut self, on_event: SinkCallback);
 
     /// Sends `parts`, the bytes of the disk from `offset` on.
     ///
@@ -60,18 +60,4 @@ pub trait Sink: Send {
 
     /// Aborts the stream, which will never be complete.
     fn abort(self: Box<Self>);
-}
-
-/// A view of a sink for other threads.
-pub trait SinkMonitor: Send + Sync {
-    /// Returns the kind of the sink: `file`, `cmd` and so on.
-    fn kind(&self) -> &'static str;
-    /// Returns the sink as the user wrote it.
-    fn describe(&self) -> String;
-    /// Returns the offset in bytes before which the sink has accepted everything.
-    fn accepted(&self) -> u64;
-    /// Returns why the sink cannot work any more, if already known.
-    fn failure(&self) -> Option<String>;
-    /// Kills the programs of the sink at once.
-    fn kill(&self);
 }

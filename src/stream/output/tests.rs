@@ -1,7 +1,7 @@
 //! Tests of output streams with sinks in memory that can be stalled.
 
 use std::io::IoSlice;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
@@ -11,15 +11,28 @@ use super::*;
 use crate::config::{Flow, SinkSpec, SpillCompression, StreamFrames};
 
 /// The content of a memory sink, and whether it accepts more.
-#[derive(Default)]
 struct MemorySinkState {
+    monitor: Monitor,
     bytes: Mutex<Vec<u8>>,
     open: Condvar,
     held_up: AtomicBool,
-    accepted: AtomicU64,
     whole: AtomicBool,
     broken: AtomicBool,
-    tell: Mutex<Option<SinkCallback>>,
+    on_event: Mutex<Option<SinkCallback>>,
+}
+
+impl MemorySinkState {
+    fn new() -> Self {
+        Self {
+            monitor: Monitor::new("fifo", "memory", None),
+            bytes: Mutex::default(),
+            open: Condvar::new(),
+            held_up: AtomicBool::default(),
+            whole: AtomicBool::default(),
+            broken: AtomicBool::default(),
+            on_event: Mutex::default(),
+        }
+    }
 }
 
 struct MemorySink {
@@ -49,7 +62,8 @@ impl MemorySink {
             bytes[at..end].copy_from_slice(part);
             at = end;
         }
-        self.shared.accepted.fetch_max(at as u64, Ordering::SeqCst);
+        let accepted = &self.shared.monitor.counters().accepted;
+        accepted.fetch_max(at as u64, Ordering::SeqCst);
         Ok(())
     }
 }
@@ -58,8 +72,8 @@ impl Sink for MemorySink {
     fn prepare(&mut self) -> io::Result<()> {
         Ok(())
     }
-    fn watch(&mut self, tell: SinkCallback) {
-        *self.shared.tell.lock() = Some(tell);
+    fn watch(&mut self, on_event: SinkCallback) {
+        *self.shared.on_event.lock() = Some(on_event);
     }
     fn send_data(&mut self, offset: u64, parts: &[IoSlice<'_>]) -> io::Result<()> {
         let parts: Vec<&[u8]> = parts.iter().map(|part| &**part).collect();
@@ -85,24 +99,6 @@ impl Sink for MemorySink {
     fn abort(self: Box<Self>) {}
 }
 
-struct MemoryMonitor(Arc<MemorySinkState>, &'static str);
-
-impl SinkMonitor for MemoryMonitor {
-    fn kind(&self) -> &'static str {
-        self.1
-    }
-    fn describe(&self) -> String {
-        "memory".to_owned()
-    }
-    fn accepted(&self) -> u64 {
-        self.0.accepted.load(Ordering::SeqCst)
-    }
-    fn failure(&self) -> Option<String> {
-        None
-    }
-    fn kill(&self) {}
-}
-
 fn spec(size: u64, window: u64, read_window: u64, spill: u64) -> StreamSpec {
     StreamSpec {
         size,
@@ -119,11 +115,11 @@ fn spec(size: u64, window: u64, read_window: u64, spill: u64) -> StreamSpec {
 }
 
 fn start(spec: &StreamSpec, rewrites: bool) -> (Arc<Output>, Arc<MemorySinkState>) {
-    let shared = Arc::new(MemorySinkState::default());
+    let shared = Arc::new(MemorySinkState::new());
     let stop = Stop::new().unwrap();
-    let outlet = MemorySink { shared: Arc::clone(&shared), rewrites, stop: stop.clone() };
-    let watch = Box::new(MemoryMonitor(Arc::clone(&shared), "fifo"));
-    let output = Output::start("o", spec, Box::new(outlet), watch, stop, std::env::temp_dir());
+    let sink = MemorySink { shared: Arc::clone(&shared), rewrites, stop: stop.clone() };
+    let monitor = shared.monitor.clone();
+    let output = Output::start("o", spec, Box::new(sink), monitor, stop, std::env::temp_dir());
     (output.unwrap(), shared)
 }
 
@@ -493,7 +489,7 @@ fn rewrites_of_zeros_wait_for_a_stalled_sink_too() {
     let (output, shared) = start(&spec(64 << 20, 0, 0, 0), true);
     write(&output, 0, &[1; 4096]).unwrap();
     write(&output, 1 << 20, &[1; 4096]).unwrap();
-    while shared.accepted.load(Ordering::SeqCst) < (1 << 20) + 4096 {
+    while shared.monitor.accepted() < (1 << 20) + 4096 {
         std::thread::sleep(Duration::from_millis(1));
     }
     shared.held_up.store(true, Ordering::SeqCst);
@@ -527,11 +523,11 @@ fn data_overwritten_with_zeros_takes_no_memory() {
 /// Makes the sink report an event, once a callback is registered.
 fn say(shared: &MemorySinkState, trouble: SinkEvent) {
     let until = Instant::now() + Duration::from_secs(30);
-    while shared.tell.lock().is_none() {
+    while shared.on_event.lock().is_none() {
         assert!(Instant::now() < until, "nobody listens");
         std::thread::sleep(Duration::from_millis(1));
     }
-    shared.tell.lock().as_ref().unwrap()(trouble);
+    shared.on_event.lock().as_ref().unwrap()(trouble);
 }
 
 fn until_failed(output: &Output, why: &str) {

@@ -30,7 +30,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use super::monitor::StreamCounters;
-use super::output::SinkCallback;
+use super::output::{Sink, SinkCallback};
 use super::stop::Stop;
 use crate::config::{Overwrite, StreamFrames};
 use crate::formats::rbd;
@@ -65,6 +65,11 @@ pub struct StreamContext<'a> {
 }
 
 /// An open sink. Dropping it unfinished aborts it.
+///
+/// The first send waits for a reader, if the target needs one, and sends the preamble, unless
+/// `prepare` has done so. A gap before a send is sent as a hole. After a failure every call fails
+/// with the same errno: `ECANCELED` once stopped, `EPIPE` without a reader, `ENOSPC` and other errors
+/// of the host. `EINVAL` is the answer to an offset already sent, unless the frames can rewrite.
 #[derive(Debug)]
 pub struct HostSink {
     /// The target; `None` once it is closed.
@@ -107,110 +112,6 @@ impl HostSink {
     #[must_use]
     pub fn monitor(&self) -> Monitor {
         self.monitor.clone()
-    }
-
-    /// Returns whether a range may be sent again: records carry their offsets.
-    #[must_use]
-    pub fn can_rewrite(&self) -> bool {
-        self.frames == StreamFrames::Rbd
-    }
-
-    /// Explains to the user why this sink returned `error`; see [`Monitor::explain`].
-    #[must_use]
-    pub fn explain(&self, error: &io::Error) -> String {
-        self.monitor.explain(error)
-    }
-
-    /// Waits for a reader, if the target needs one, and sends the preamble. Optional: the first
-    /// send does the same.
-    ///
-    /// # Errors
-    /// As for [`Self::send_data`].
-    pub fn prepare(&mut self) -> io::Result<()> {
-        self.unless_failed(Self::start)
-    }
-
-    /// Starts a thread that calls `tell` when the commands fail or the reader goes away while
-    /// nothing is being sent. If the thread cannot be started, the next send notices it.
-    pub fn watch(&mut self, tell: SinkCallback) {
-        let wire = match &self.backend {
-            Some(SinkBackend::Wire(wire)) => wire.hangup_fd(),
-            _ => None,
-        };
-        if wire.is_some() || self.monitor.pipeline().is_some() {
-            self.watcher = Watcher::start(wire, self.monitor.clone(), tell).ok();
-        }
-    }
-
-    /// Sends the bytes of the disk from `offset` (in bytes) on and waits as long as it takes. A gap
-    /// between the last byte sent and `offset` is sent as a hole.
-    ///
-    /// # Errors
-    /// `ECANCELED` once stopped, `EPIPE` when there is no reader any more, `ENOSPC` and other
-    /// errors of the host; [`Self::explain`] puts them into words. Every later call fails with the
-    /// same errno. `EINVAL` for an offset already sent, unless [`Self::can_rewrite`].
-    pub fn send_data(&mut self, offset: u64, parts: &[IoSlice<'_>]) -> io::Result<()> {
-        let len: u64 = parts.iter().map(|part| part.len() as u64).sum();
-        let end = offset.checked_add(len).ok_or_else(|| os_error(libc::EINVAL))?;
-        self.send(offset..end, SinkContent::Data(parts))
-    }
-
-    /// Sends zeros for `range` (in bytes), with space allocated for them where the target supports
-    /// it.
-    ///
-    /// # Errors
-    /// As for [`Self::send_data`].
-    pub fn send_zeros(&mut self, range: Range<u64>) -> io::Result<()> {
-        self.send(range, SinkContent::Zeros)
-    }
-
-    /// Sends a hole: `range` (in bytes) was never written.
-    ///
-    /// # Errors
-    /// As for [`Self::send_data`].
-    pub fn send_hole(&mut self, range: Range<u64>) -> io::Result<()> {
-        self.send(range, SinkContent::Hole)
-    }
-
-    /// Completes the stream at `end` bytes: closes the target and waits until it has everything,
-    /// that is, for the exit of the commands or for the sync of the file. Ranges before `end` that
-    /// were not sent are holes.
-    ///
-    /// # Errors
-    /// One line for the user. The target does not look complete then: commands are killed, a file
-    /// keeps its name `.part`.
-    pub fn finish(mut self, end: u64) -> Result<(), String> {
-        let sent = self.unless_failed(|sink| sink.send_end(end));
-        sent.map_err(|error| self.explain(&error))?;
-        // The watcher holds the wire as well, and readers see the end only when it is closed.
-        self.watcher = None;
-        let out = self.backend.take();
-        if let Some(pipeline) = self.monitor.pipeline() {
-            pipeline.release_guard();
-            drop(out);
-            pipeline.wait_unless_stopped(&self.stop)?;
-        } else if let Some(SinkBackend::Seekable(file)) = &out {
-            file.sync().map_err(|error| self.explain(&error))?;
-        }
-        if let Some((part, overwrite)) = &self.part {
-            if self.stop.is_stopped() {
-                // Aborted meanwhile: the file must not look complete.
-                return Err(self.explain(&os_error(libc::ECANCELED)));
-            }
-            if self.frames == StreamFrames::Raw {
-                let path = part.path().display();
-                let sized = part.file().set_len(end);
-                sized.map_err(|error| format!("cannot end '{path}': {}", os_message(&error)))?;
-            }
-            part.commit(*overwrite)?;
-        }
-        self.is_finished = true;
-        Ok(())
-    }
-
-    /// Aborts: kills the commands and closes the target. A file stays incomplete, as `.part`.
-    pub fn abort(self) {
-        drop(self);
     }
 
     fn unless_failed<T>(&mut self, work: impl FnOnce(&mut Self) -> io::Result<T>) -> io::Result<T> {
@@ -331,6 +232,77 @@ impl HostSink {
                 Err(os_error(libc::EBADF))
             }
         }
+    }
+}
+
+impl Sink for HostSink {
+    fn prepare(&mut self) -> io::Result<()> {
+        self.unless_failed(Self::start)
+    }
+
+    fn watch(&mut self, on_event: SinkCallback) {
+        let wire = match &self.backend {
+            Some(SinkBackend::Wire(wire)) => wire.hangup_fd(),
+            _ => None,
+        };
+        if wire.is_some() || self.monitor.pipeline().is_some() {
+            self.watcher = Watcher::start(wire, self.monitor.clone(), on_event).ok();
+        }
+    }
+
+    fn send_data(&mut self, offset: u64, parts: &[IoSlice<'_>]) -> io::Result<()> {
+        let len: u64 = parts.iter().map(|part| part.len() as u64).sum();
+        let end = offset.checked_add(len).ok_or_else(|| os_error(libc::EINVAL))?;
+        self.send(offset..end, SinkContent::Data(parts))
+    }
+
+    fn send_zeros(&mut self, range: Range<u64>) -> io::Result<()> {
+        self.send(range, SinkContent::Zeros)
+    }
+
+    fn send_hole(&mut self, range: Range<u64>) -> io::Result<()> {
+        self.send(range, SinkContent::Hole)
+    }
+
+    fn can_rewrite(&self) -> bool {
+        self.frames == StreamFrames::Rbd
+    }
+
+    fn explain(&self, error: &io::Error) -> String {
+        self.monitor.explain(error)
+    }
+
+    fn finish(mut self: Box<Self>, end: u64) -> Result<(), String> {
+        let sent = self.unless_failed(|sink| sink.send_end(end));
+        sent.map_err(|error| self.explain(&error))?;
+        // The watcher holds the wire as well, and readers see the end only when it is closed.
+        self.watcher = None;
+        let out = self.backend.take();
+        if let Some(pipeline) = self.monitor.pipeline() {
+            pipeline.release_guard();
+            drop(out);
+            pipeline.wait_unless_stopped(&self.stop)?;
+        } else if let Some(SinkBackend::Seekable(file)) = &out {
+            file.sync().map_err(|error| self.explain(&error))?;
+        }
+        if let Some((part, overwrite)) = &self.part {
+            if self.stop.is_stopped() {
+                // Aborted meanwhile: the file must not look complete.
+                return Err(self.explain(&os_error(libc::ECANCELED)));
+            }
+            if self.frames == StreamFrames::Raw {
+                let path = part.path().display();
+                let sized = part.file().set_len(end);
+                sized.map_err(|error| format!("cannot end '{path}': {}", os_message(&error)))?;
+            }
+            part.commit(*overwrite)?;
+        }
+        self.is_finished = true;
+        Ok(())
+    }
+
+    fn abort(self: Box<Self>) {
+        drop(self);
     }
 }
 

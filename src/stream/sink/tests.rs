@@ -34,7 +34,7 @@ pub(in crate::stream) fn spec(dir: &Path, size: u64) -> StreamSpec {
     }
 }
 
-pub(in crate::stream) fn place() -> StreamContext<'static> {
+pub(in crate::stream) fn context() -> StreamContext<'static> {
     let mountpoint = Path::new("/nonexistent/mount");
     StreamContext { mountpoint, mount_dev: None, stdio: StdioMode::Unavailable }
 }
@@ -67,15 +67,15 @@ impl SinkFixture {
         self.dir.path().join(name)
     }
 
-    fn open(&self, target: &SinkSpec) -> Result<HostSink, StreamOpenError> {
-        HostSink::open(&self.spec, target, &place(), self.stop.clone())
+    fn open(&self, target: &SinkSpec) -> Result<Box<HostSink>, StreamOpenError> {
+        HostSink::open(&self.spec, target, &context(), self.stop.clone()).map(Box::new)
     }
 
     fn file(&self, name: &str) -> SinkSpec {
         SinkSpec::File { path: self.path(name), overwrite: Overwrite::No }
     }
 
-    fn command(&self, words: &[&[&str]]) -> HostSink {
+    fn command(&self, words: &[&[&str]]) -> Box<HostSink> {
         self.open(&SinkSpec::Command(programs(words))).unwrap()
     }
 }
@@ -380,7 +380,7 @@ fn a_command_that_stops_reading_is_reported() {
 
 #[test]
 fn an_aborted_command_never_sees_the_end_of_its_input() {
-    for abort in [HostSink::abort, drop::<HostSink>] {
+    for abort in [Sink::abort, drop::<Box<HostSink>>] {
         let bench = SinkFixture::new(1 << 20);
         let mut sink = bench.command(&[&["sh", "-c", "cat > out; touch whole"]]);
         send(&mut sink, 0, &[1; 4096]).unwrap();
