@@ -17,7 +17,7 @@ use crate::overlay::recover::Recovered;
 use crate::stream::Stream;
 use crate::stream::input::Input;
 use crate::stream::monitor::Monitor;
-use crate::stream::output::OutputStatus;
+use crate::stream::output::{BufferUse, OutputStatus};
 
 /// The reader of a disk's status.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -201,6 +201,12 @@ impl From<Usage> for UsageStatus {
     }
 }
 
+impl From<BufferUse> for BufferStatus {
+    fn from(buffer: BufferUse) -> Self {
+        Self { size: buffer.size, used: buffer.used }
+    }
+}
+
 fn stream_status(stream: &Stream) -> StreamStatus {
     match stream {
         Stream::Output(output) => output_status(output.status()),
@@ -215,9 +221,9 @@ fn output_status(status: OutputStatus) -> StreamStatus {
         frontier: status.frontier,
         highest: status.highest,
         accepted: status.accepted,
-        window: BufferStatus { size: Some(status.window.0), used: status.window.1 },
-        spill: BufferStatus { size: status.spill.0, used: status.spill.1 },
-        needed: NeededBuffers { window: status.needed.0, spill: status.needed.1 },
+        window: status.window.into(),
+        spill: status.spill.into(),
+        needed: NeededBuffers { window: status.needed.window, spill: status.needed.spill },
         sink: Some(PeerStatus {
             kind: status.kind.to_owned(),
             description: Some(status.sink),

@@ -71,6 +71,15 @@ impl DataCounter {
     }
 }
 
+/// The sizes in bytes with which the writes so far would have succeeded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NeededSizes {
+    /// The smallest window without a spill.
+    pub window: u64,
+    /// The smallest spill with the window that the stream has.
+    pub spill: u64,
+}
+
 /// The needed window and spill, and the data they are computed from.
 #[derive(Clone, Debug)]
 pub struct Needed {

@@ -17,7 +17,7 @@
 
 use std::ops::Range;
 
-use super::needed::Needed;
+use super::needed::{Needed, NeededSizes};
 use super::runs::{Written, WrittenRuns};
 use crate::extents::{Extent, ExtentKind};
 
@@ -154,8 +154,8 @@ impl Window {
     /// Returns the smallest window without spill, and the smallest spill with the current window,
     /// that would have sufficed so far.
     #[must_use]
-    pub fn needed(&self) -> (u64, u64) {
-        (self.needed.window, self.needed.spill)
+    pub fn needed(&self) -> NeededSizes {
+        NeededSizes { window: self.needed.window, spill: self.needed.spill }
     }
 
     /// Returns the written runs.

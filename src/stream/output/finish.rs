@@ -178,13 +178,13 @@ impl Output {
 
     fn finish_result(&self, core: &OutputCore) -> Result<String, FinishError> {
         let sink = self.monitor.describe();
-        let (window, spill) = core.window.needed();
+        let needed = core.window.needed();
         match (core.state, &core.error) {
             (OutputState::Finished, _) if self.monitor.kind() == "measure" => Ok(format!(
                 "{}: needs window={} (without spill), or spill={} (with window={})",
                 self.name,
-                spec_size(window),
-                spec_size(spill),
+                spec_size(needed.window),
+                spec_size(needed.spill),
                 spec_size(self.window),
             )),
             (OutputState::Finished, _) => {

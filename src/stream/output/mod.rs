@@ -34,6 +34,7 @@ use parking_lot::{Condvar, Mutex};
 pub use self::finish::{DrainTimeout, FinishError};
 pub use self::sink_trait::{Sink, SinkCallback, SinkEvent};
 use super::monitor::Monitor;
+use super::needed::NeededSizes;
 use super::page_store::PageStore;
 use super::queue::{WriteQueue, WriteReply};
 use super::runs::Written;
@@ -89,16 +90,25 @@ pub struct OutputStatus {
     pub highest: u64,
     /// The offset before which the sink has accepted everything.
     pub accepted: u64,
-    /// The size of the window, and the bytes of data in it.
-    pub window: (u64, u64),
-    /// The size of the spill (`None`: unlimited), and the bytes of data in it.
-    pub spill: (Option<u64>, u64),
-    /// The window needed without a spill, and the spill needed with the current window.
-    pub needed: (u64, u64),
+    /// The window.
+    pub window: BufferUse,
+    /// The spill.
+    pub spill: BufferUse,
+    /// The sizes that the stream has needed so far.
+    pub needed: NeededSizes,
     /// The kind of the sink.
     pub kind: &'static str,
     /// The sink as the user wrote it.
     pub sink: String,
+}
+
+/// The use of a window or a spill.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BufferUse {
+    /// The size in bytes; `None` without a limit.
+    pub size: Option<u64>,
+    /// The bytes of data held.
+    pub used: u64,
 }
 
 /// Bytes of memory charged for a rewrite besides its data, since many rewrites of zeros use memory,
@@ -289,8 +299,8 @@ impl Output {
             frontier: window.frontier(),
             highest: window.highest(),
             accepted: self.monitor.accepted(),
-            window: (self.window, window.used()),
-            spill: (self.spill, window.beyond()),
+            window: BufferUse { size: Some(self.window), used: window.used() },
+            spill: BufferUse { size: self.spill, used: window.beyond() },
             needed: window.needed(),
             kind: self.monitor.kind(),
             sink: self.monitor.describe(),

@@ -190,7 +190,7 @@ fn a_change_before_the_frontier_fails_the_stream_permanently() {
     assert_eq!(code(write(&output, 10_050, &[1; 1])), libc::EIO);
     let status = output.status();
     assert_eq!(status.state, OutputState::Failed);
-    assert_eq!(status.needed, (10_050, 100));
+    assert_eq!(status.needed, NeededSizes { window: 10_050, spill: 100 });
     let error = status.error.unwrap();
     assert!(error.contains("a write at 50 came after the frontier 6004"), "{error}");
     assert_eq!(finish(&output), Err(FinishError::Failed(error)));
@@ -324,9 +324,9 @@ fn a_truncation_of_data_counts_for_the_needed_sizes() {
     let (output, _) = start(&spec(1 << 20, 0, 0, 1 << 20), false);
     write(&output, 8192, &[1; 4096]).unwrap();
     write(&output, 65536, &[1; 4096]).unwrap();
-    assert_eq!(output.status().needed, (0, 0));
+    assert_eq!(output.status().needed, NeededSizes { window: 0, spill: 0 });
     output.truncate(0).unwrap();
-    assert_eq!(output.status().needed, (65536 + 4096 - 8192, 8192));
+    assert_eq!(output.status().needed, NeededSizes { window: 65536 + 4096 - 8192, spill: 8192 });
 }
 
 #[test]
@@ -354,7 +354,7 @@ fn spilled_data_is_sent_in_order_from_memory_and_file() {
         }
         assert!(output.core.lock().store.memory() <= BACKLOG_LIMIT);
         assert_eq!(output.status().frontier, 0);
-        assert_eq!(output.status().needed.1, 47 << 20);
+        assert_eq!(output.status().needed.spill, 47 << 20);
         let mut buf = [0; 8192];
         output.read(&mut buf, (20 << 20) - 4096).unwrap();
         assert_eq!((buf[0], buf[8191]), (20, 21));
@@ -514,7 +514,7 @@ fn data_overwritten_with_zeros_takes_no_memory() {
         write(&output, at << 20, &[1; 1 << 20]).unwrap();
         write(&output, at << 20, &[0; 1 << 20]).unwrap();
     }
-    assert_eq!(output.status().spill.1, 0);
+    assert_eq!(output.status().spill.used, 0);
     assert_eq!(output.core.lock().store.memory(), 0);
     finish(&output).unwrap();
     assert!(shared.bytes.lock().iter().all(|byte| *byte == 0));

@@ -173,12 +173,12 @@ impl Output {
     }
 
     fn fail_late_write(&self, core: &mut OutputCore, at: u64) {
-        let (window, spill) = core.window.needed();
+        let needed = core.window.needed();
         let frontier = core.window.frontier();
         let why = format!(
             "a write at {at} came after the frontier {frontier}: so far it needs window={} or spill={}",
-            spec_size(window),
-            spec_size(spill)
+            spec_size(needed.window),
+            spec_size(needed.spill)
         );
         self.fail(core, why);
     }

@@ -165,7 +165,7 @@ proptest! {
     ) {
         let mut sim = SimulatedStream::new(window, u64::MAX);
         prop_assert!(ops.iter().all(|op| sim.run(op)), "without a limit nothing fails");
-        let (needed, spill) = sim.window.needed();
+        let NeededSizes { window: needed, spill } = sim.window.needed();
         prop_assert!(succeeds(&ops, needed, 0));
         prop_assert!(needed == 0 || !succeeds(&ops, needed - 1, 0));
         prop_assert!(succeeds(&ops, window, spill));
