@@ -14,35 +14,28 @@
 //! state lock is held while the group is killed and while the zombies are reaped; nothing waits
 //! under it.
 
-use std::ffi::OsString;
-use std::io;
+mod start;
+
 use std::os::fd::OwnedFd;
-use std::os::unix::process::CommandExt;
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Stdio};
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use rustix::event::Timespec;
-use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
-use rustix::io::Errno;
-use rustix::pipe::{PipeFlags, fcntl_setpipe_size, pipe_with};
 use rustix::process::{
     Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, kill_process_group, pidfd_open, waitid,
 };
 
+pub(super) use self::start::PIPE_SIZE;
+pub use self::start::PipeEnd;
+use self::start::{StartingPrograms, data_pipe, pid_of, pipe_error, program_name, start_guard};
 use super::guard::{self, GuardProcess};
 use super::stderr::StderrTail;
 use super::stop::Stop;
 use crate::config::Programs;
-use crate::host::os_message;
-use crate::process::restore_caller_limits;
-
-/// The size of the pipe in bytes: 1 MiB, the most that an unprivileged process may ask for. It
-/// evens out the speeds of its two ends.
-pub(super) const PIPE_SIZE: usize = 1 << 20;
 
 /// The longest wait of `kill` for the killed programs. One that is stuck in the kernel ends later.
 const KILL_TIMEOUT: Duration = Duration::from_secs(5);
@@ -50,15 +43,6 @@ const KILL_TIMEOUT: Duration = Duration::from_secs(5);
 /// The interval at which `wait_unless_stopped` checks whether the programs have ended; that wait
 /// must react to a stop.
 const POLL_INTERVAL: Timespec = Timespec { tv_sec: 0, tv_nsec: 5_000_000 };
-
-/// The end of the pipeline that the daemon holds.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum PipeEnd {
-    /// The daemon writes the input of the first program.
-    Input,
-    /// The daemon reads the output of the last program.
-    Output,
-}
 
 /// Running programs. Dropping the last clone kills those that still run.
 #[derive(Debug)]
@@ -133,16 +117,16 @@ impl Pipeline {
             PipeEnd::Input => (Stdio::from(theirs), stdout),
             PipeEnd::Output => (Stdio::null(), Stdio::from(theirs)),
         };
-        let mut started = StartingPrograms { children: Vec::new() };
+        let mut started = StartingPrograms::default();
         started.spawn_all(programs, dir, first, last, &stderr_end)?;
-        let Some(group) = started.children.first().map(pid_of) else {
+        let Some(group) = started.group() else {
             return Err("there is no program to run".to_owned());
         };
         let guard = match guard.filter(|_| end == PipeEnd::Input) {
             Some(program) => Some(start_guard(program, group, &ours, programs)?),
             None => None,
         };
-        let children = std::mem::take(&mut started.children);
+        let children = started.into_children();
         let named = programs.0.iter().zip(&children);
         let programs =
             named.map(|(words, child)| Program { name: program_name(words), pid: pid_of(child) });
@@ -309,111 +293,12 @@ impl Program {
     }
 }
 
-/// Programs being started. Dropping this kills those still in it.
-struct StartingPrograms {
-    children: Vec<Child>,
-}
-
-impl StartingPrograms {
-    fn spawn_all(
-        &mut self,
-        programs: &Programs,
-        dir: &Path,
-        first: Stdio,
-        last: Stdio,
-        stderr: &OwnedFd,
-    ) -> Result<(), String> {
-        let (mut stdin, mut last) = (first, Some(last));
-        for (number, words) in programs.0.iter().enumerate() {
-            let (stdout, next) = match last.take_if(|_| number + 1 == programs.0.len()) {
-                Some(last) => (last, Stdio::null()),
-                None => {
-                    let (reader, writer) =
-                        pipe_with(PipeFlags::CLOEXEC).map_err(|error| pipe_error(&error.into()))?;
-                    (Stdio::from(writer), Stdio::from(reader))
-                }
-            };
-            let stderr = stderr.try_clone().map_err(|error| pipe_error(&error))?;
-            self.spawn_one(words, dir, [stdin, stdout, Stdio::from(stderr)])?;
-            stdin = next;
-        }
-        Ok(())
-    }
-
-    fn spawn_one(
-        &mut self,
-        words: &[OsString],
-        dir: &Path,
-        stdio: [Stdio; 3],
-    ) -> Result<(), String> {
-        let (program, args) = words.split_first().ok_or("there is a pipe without a program")?;
-        let [stdin, stdout, stderr] = stdio;
-        let group = self.children.first().map_or(0, |child| pid_of(child).as_raw_pid());
-        let mut command = Command::new(program);
-        command.args(args).stdin(stdin).stdout(stdout).stderr(stderr);
-        command.current_dir(dir).process_group(group);
-        restore_caller_limits(&mut command);
-        let child = command.spawn().map_err(|error| {
-            format!("cannot run '{}': {}", program_name(words), os_message(&error))
-        })?;
-        self.children.push(child);
-        Ok(())
-    }
-}
-
-impl Drop for StartingPrograms {
-    fn drop(&mut self) {
-        if let Some(first) = self.children.first() {
-            let _ = kill_process_group(pid_of(first), Signal::KILL);
-        }
-        for child in &mut self.children {
-            let _ = child.wait();
-        }
-    }
-}
-
-/// Creates the pipe between us and the programs; returns our end and theirs.
-fn data_pipe(end: PipeEnd) -> io::Result<(OwnedFd, OwnedFd)> {
-    let (reader, writer) = pipe_with(PipeFlags::CLOEXEC)?;
-    let (ours, theirs) = match end {
-        PipeEnd::Input => (writer, reader),
-        PipeEnd::Output => (reader, writer),
-    };
-    // The two ends have separate flags: the programs' end stays blocking.
-    fcntl_setfl(&ours, fcntl_getfl(&ours)? | OFlags::NONBLOCK)?;
-    // The user's limit on pipe memory may be used up; a smaller pipe is only slower.
-    let _: Result<usize, Errno> = fcntl_setpipe_size(&ours, PIPE_SIZE);
-    Ok((ours, theirs))
-}
-
-/// Starts the guard of `programs`, which holds a second descriptor of the `data` end.
-fn start_guard(
-    program: &Path,
-    group: Pid,
-    data: &OwnedFd,
-    programs: &Programs,
-) -> Result<GuardProcess, String> {
-    let guard = data.try_clone().and_then(|data| GuardProcess::start(program, group, data));
-    guard.map_err(|error| format!("cannot start the guard of '{programs}': {}", os_message(&error)))
-}
-
-fn pid_of(child: &Child) -> Pid {
-    Pid::from_child(child)
-}
-
-fn program_name(words: &[OsString]) -> String {
-    words.first().map_or_else(String::new, |name| name.to_string_lossy().into_owned())
-}
-
-fn pipe_error(error: &io::Error) -> String {
-    format!("cannot make a pipe: {}", os_message(error))
-}
-
 #[cfg(test)]
 mod tests {
     use std::fs::File;
     use std::io::{Read, Write};
 
+    use rustix::fs::{OFlags, fcntl_getfl};
     use tempfile::TempDir;
 
     use super::*;
