@@ -128,7 +128,7 @@ pub fn whole_clusters(runs: &[ImageRun], size: u64) -> Vec<ImageRun> {
         match all.last_mut() {
             _ if start >= end => {}
             Some(last) if last.content == content && last.range.end == start => {
-                last.range.end = end
+                last.range.end = end;
             }
             _ => all.push(ImageRun { range: start..end, content }),
         }
