@@ -17,7 +17,7 @@
 //!   cut. `verify`: checking an overlay.
 //! - `stack`, `tree`: which layers make up a disk, on disk and in memory. `persist`: creating and
 //!   opening persistent overlays. `keep`: from temporary to persistent.
-//! - `sealed`, `merge`, `layer_cache`: the layers below the top. `commit`: copying down into the
+//! - `sealed`, `owners`, `merge`, `layer_cache`: the layers below the top. `commit`: copying down into the
 //!   base.
 //! - `reflink`: the other kind of overlay, which has no map: a reflink copy of its base. `fiemap`:
 //!   where the host stores a file's blocks.
@@ -47,6 +47,7 @@ mod leaf;
 mod limit;
 pub mod log;
 mod merge;
+mod owners;
 pub mod pending;
 pub mod persist;
 pub mod range_locks;

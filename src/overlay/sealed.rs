@@ -1,32 +1,18 @@
 //! The sealed layers of a disk, looked up as one.
 //!
 //! A read that falls through the top would have to ask one layer after the other, 64 of them in a
-//! deep stack. Sealed layers never change, so the owners of the blocks are determined once per
-//! chunk and cached:
-//!
-//! ```text
-//!   chunk      0        1        2        3 ...
-//!   layer 0    .        .d.d.    .        .          d: data or zeros, .: nothing
-//!   layer 1    .        ..ddd    .        .
-//!   layer 2    .        .        ddddd    .
-//!   cached     Lower    Runs     Uniform  Lower      which layer owns which blocks
-//! ```
-//!
-//! - A chunk in which a single layer owns blocks is answered by that layer's map (`Walk`).
-//! - A chunk with too many runs to list asks only the layers that own blocks there (`Walk` as
-//!   well).
+//! deep stack. Sealed layers never change, so the directory in `owners` remembers which of them owns
+//! which block.
 //!
 //! Sizes limit what is visible: nothing of a layer shows past its own size, nor past the smallest
 //! size (`lower_limit`) of any layer above it. `visible_ends` holds that bound for each layer.
 
-use std::collections::BTreeMap;
 use std::io;
 use std::ops::Range;
 use std::sync::Arc;
 
-use parking_lot::RwLock;
-
 use super::blocks::CHUNK_BLOCKS;
+use super::owners::{OwnedRun, OwnerDirectory};
 use super::state::{BlockIndex, BlockState};
 use super::tree::MAX_LAYERS;
 use super::{Overlay, Usage};
@@ -34,44 +20,13 @@ use crate::extents::{Extent, ExtentKind};
 use crate::host::os_error;
 use crate::layer::{CopyFn, Layer, Wait};
 
-/// The most runs listed for one chunk: 16 KiB, about the size of a leaf of the map.
-const MAX_LISTED_RUNS: usize = 4096;
-
 /// Sealed layers, one above the other.
 pub struct Sealed {
-    /// The layers, top to bottom; at least one.
-    layers: Vec<Arc<Overlay>>,
+    /// The layers, and the owners of their blocks.
+    owners: OwnerDirectory,
     /// For each layer, the offset in bytes from which on it is hidden; the last entry is for the
     /// layers below all of them.
     visible_ends: Vec<u64>,
-    /// The owners of the blocks, each entry under its first chunk.
-    directory: RwLock<BTreeMap<u64, ChunkOwners>>,
-}
-
-/// The owners of the blocks of a chunk.
-enum ChunkOwners {
-    /// One owner for all blocks up to the chunk `end` (exclusive).
-    Uniform { end: u64, owner: BlockOwner },
-    /// The owner of each run, under the run's first block counted from the start of the chunk.
-    Runs(Box<[(u16, BlockOwner)]>),
-    /// The layers to ask, top to bottom; no other layer owns a block here.
-    Walk(Box<[u16]>),
-}
-
-/// The layer that owns a block, and the block's state there.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct BlockOwner {
-    /// The layer's position, counted from the top; the number of layers when none of them owns the
-    /// block.
-    layer: u16,
-    state: BlockState,
-}
-
-/// The owner of the run of blocks at an offset.
-struct OwnedRun {
-    owner: BlockOwner,
-    /// The first byte after the run; the owner may change there.
-    end: u64,
 }
 
 impl Sealed {
@@ -82,22 +37,22 @@ impl Sealed {
         if layers.is_empty() || layers.len() > MAX_LAYERS {
             return None;
         }
-        let mut reach = Vec::with_capacity(layers.len() + 1);
-        let mut seen = u64::MAX;
+        let mut visible_ends = Vec::with_capacity(layers.len() + 1);
+        let mut end = u64::MAX;
         for layer in &layers {
             let map = layer.map.read();
-            seen = seen.min(map.size);
-            reach.push(seen);
-            seen = seen.min(map.lower_limit);
+            end = end.min(map.size);
+            visible_ends.push(end);
+            end = end.min(map.lower_limit);
         }
-        reach.push(seen);
-        Some(Self { layers, visible_ends: reach, directory: RwLock::default() })
+        visible_ends.push(end);
+        Some(Self { owners: OwnerDirectory::new(layers), visible_ends })
     }
 
     /// Returns the layers, top to bottom.
     #[must_use]
     pub fn layers(&self) -> &[Arc<Overlay>] {
-        &self.layers
+        self.owners.layers()
     }
 
     /// Returns the offset in bytes from which on everything below these layers is hidden.
@@ -106,151 +61,24 @@ impl Sealed {
         self.visible_ends.last().copied().unwrap_or(0)
     }
 
-    fn block_size(&self) -> u64 {
-        self.layers[0].block_size()
-    }
-
-    fn lower_owner(&self) -> BlockOwner {
-        BlockOwner {
-            layer: u16::try_from(self.layers.len()).unwrap_or(u16::MAX),
-            state: BlockState::Lower,
-        }
-    }
-
-    /// Finds the layer that owns the first block of `range`, and the end of its run.
-    fn owner_at(&self, range: &Range<u64>) -> OwnedRun {
-        let first = range.start / self.block_size();
-        let chunk = first / CHUNK_BLOCKS;
-        if let Some(found) = self.known_owner_at(first, chunk) {
-            return found;
-        }
-        let segment = self.resolve_chunk(chunk);
-        self.directory.write().insert(chunk, segment);
-        self.known_owner_at(first, chunk).unwrap_or_else(|| {
-            // Unreachable: the entry was inserted above. Asking the layers below for one block and
-            // then looking again is always safe.
-            OwnedRun { owner: self.lower_owner(), end: (first + 1) * self.block_size() }
-        })
-    }
-
-    fn known_owner_at(&self, first: u64, chunk: u64) -> Option<OwnedRun> {
-        let bytes = |block: u64| block.saturating_mul(self.block_size());
-        let directory = self.directory.read();
-        let (start, segment) = directory.range(..=chunk).next_back()?;
-        match segment {
-            ChunkOwners::Uniform { end, owner } if chunk < *end => {
-                Some(OwnedRun { owner: *owner, end: bytes(end.saturating_mul(CHUNK_BLOCKS)) })
-            }
-            ChunkOwners::Runs(runs) if chunk == *start => {
-                let base = chunk * CHUNK_BLOCKS;
-                let after = runs.partition_point(|(at, _)| u64::from(*at) <= first - base);
-                let end = runs.get(after).map_or(CHUNK_BLOCKS, |(at, _)| u64::from(*at));
-                let owner = runs.get(after.checked_sub(1)?)?.1;
-                Some(OwnedRun { owner, end: bytes(base + end) })
-            }
-            ChunkOwners::Walk(layers) if chunk == *start => {
-                let end = (chunk + 1) * CHUNK_BLOCKS;
-                let (owner, end) = self.walk(layers, first, end);
-                Some(OwnedRun { owner, end: bytes(end) })
-            }
-            _ => None,
-        }
-    }
-
-    /// Finds the owner of the blocks from `first` on among `layers`, looking no further than `end`.
-    fn walk(&self, layers: &[u16], first: u64, mut end: u64) -> (BlockOwner, u64) {
-        for &layer in layers {
-            let map = self.layers[usize::from(layer)].map.read();
-            let run = map.blocks.run_at(BlockIndex(first)..BlockIndex(end));
-            end = run.range.end.0;
-            if run.state != BlockState::Lower {
-                return (BlockOwner { layer, state: run.state }, end);
-            }
-        }
-        (self.lower_owner(), end)
-    }
-
-    /// Determines the owners of the blocks of `chunk`.
-    fn resolve_chunk(&self, chunk: u64) -> ChunkOwners {
-        let mut end = u64::MAX;
-        let mut mixed = Vec::new();
-        let mut bottom = self.lower_owner();
-        for (layer, at) in self.layers.iter().zip(0u16..) {
-            let (state, reaches) = layer.map.read().blocks.chunk_at(chunk);
-            end = end.min(reaches);
-            match state {
-                Some(BlockState::Lower) => {}
-                Some(state) => {
-                    bottom = BlockOwner { layer: at, state };
-                    break;
-                }
-                None => mixed.push(at),
-            }
-        }
-        if mixed.is_empty() {
-            return ChunkOwners::Uniform { end, owner: bottom };
-        }
-        let asked = || {
-            let last = (bottom != self.lower_owner()).then_some(bottom.layer);
-            ChunkOwners::Walk(mixed.iter().copied().chain(last).collect())
-        };
-        if mixed.len() == 1 && bottom == self.lower_owner() {
-            return asked();
-        }
-        match self.list_runs(chunk, &mixed, bottom) {
-            Some(runs) => ChunkOwners::Runs(runs),
-            None => asked(),
-        }
-    }
-
-    /// Lists the runs of a chunk in which the layers `mixed` own blocks above `bottom`; `None` when
-    /// there are too many runs.
-    fn list_runs(
-        &self,
-        chunk: u64,
-        mixed: &[u16],
-        bottom: BlockOwner,
-    ) -> Option<Box<[(u16, BlockOwner)]>> {
-        let base = chunk * CHUNK_BLOCKS;
-        let whole = BlockIndex(base)..BlockIndex(base + CHUNK_BLOCKS);
-        let place = |block: BlockIndex| usize::try_from(block.0 - base).unwrap_or(usize::MAX);
-        let mut owners = vec![bottom; place(whole.end)];
-        for &layer in mixed.iter().rev() {
-            let map = self.layers[usize::from(layer)].map.read();
-            for run in map.blocks.runs(whole.clone()).filter(|run| run.state != BlockState::Lower) {
-                let owner = BlockOwner { layer, state: run.state };
-                owners[place(run.range.start)..place(run.range.end)].fill(owner);
-            }
-        }
-        let mut runs = Vec::new();
-        let mut at = 0;
-        for run in owners.chunk_by(|one, next| one == next) {
-            if runs.len() == MAX_LISTED_RUNS {
-                return None;
-            }
-            runs.push((u16::try_from(at).ok()?, run[0]));
-            at += run.len();
-        }
-        Some(runs.into_boxed_slice())
-    }
-
     /// Returns, for each layer, the bytes of the disk that it determines: those that the layer
     /// holds and no layer above hides. The sum over some layers from the top is the amount changed
     /// since the layer below them.
     #[must_use]
     pub fn visible_usage(&self) -> Vec<Usage> {
-        let mut shown = vec![Usage { data: 0, zero: 0 }; self.layers.len()];
+        let mut shown = vec![Usage { data: 0, zero: 0 }; self.layers().len()];
+        let block_size = self.owners.block_size();
         let (mut at, size) = (0, self.visible_ends[0]);
         while at < size {
-            let (first, chunk) = (at / self.block_size(), at / self.block_size() / CHUNK_BLOCKS);
-            let end = (chunk + 1).saturating_mul(CHUNK_BLOCKS).saturating_mul(self.block_size());
+            let (first, chunk) = (at / block_size, at / block_size / CHUNK_BLOCKS);
+            let end = (chunk + 1).saturating_mul(CHUNK_BLOCKS).saturating_mul(block_size);
             if let Some((layer, usage)) = self.sole_layer_usage(first, chunk, end) {
                 shown[layer].data += usage.data;
                 shown[layer].zero += usage.zero;
                 at = end;
                 continue;
             }
-            let OwnedRun { owner, end } = self.owner_at(&(at..size));
+            let OwnedRun { owner, end } = self.owners.owner_at(&(at..size));
             let layer = usize::from(owner.layer);
             let len = end.min(self.visible_ends[layer]).saturating_sub(at);
             match owner.state {
@@ -266,22 +94,18 @@ impl Sealed {
     /// Counts the blocks in `chunk`, which begins at block `first` and ends at byte `end`, when a
     /// single layer owns all of them; takes no step for each of the layer's runs.
     fn sole_layer_usage(&self, first: u64, chunk: u64, end: u64) -> Option<(usize, Usage)> {
+        let block_size = self.owners.block_size();
         if first != chunk * CHUNK_BLOCKS {
             return None;
         }
-        self.owner_at(&(first * self.block_size()..end));
-        let directory = self.directory.read();
-        let Some(ChunkOwners::Walk(layers)) = directory.get(&chunk) else {
-            return None;
-        };
-        let [layer] = layers[..] else { return None };
-        let layer = usize::from(layer);
+        self.owners.owner_at(&(first * block_size..end));
+        let layer = self.owners.sole_owner(chunk)?;
         if end > self.visible_ends[layer] {
             return None;
         }
-        let map = self.layers[layer].map.read();
+        let map = self.layers()[layer].map.read();
         let blocks = BlockIndex(first)..BlockIndex(first + CHUNK_BLOCKS);
-        let bytes = |state| map.blocks.count(blocks.clone(), state) * self.block_size();
+        let bytes = |state| map.blocks.count(blocks.clone(), state) * block_size;
         Some((layer, Usage { data: bytes(BlockState::Data), zero: bytes(BlockState::Zero) }))
     }
 
@@ -289,19 +113,19 @@ impl Sealed {
     /// the number of layers for [`ExtentKind::Lower`].
     #[must_use]
     pub fn extent_and_layer(&self, range: &Range<u64>) -> (Extent, usize) {
-        let OwnedRun { owner, end } = self.owner_at(range);
+        let OwnedRun { owner, end } = self.owners.owner_at(range);
         let layer = usize::from(owner.layer);
-        let reach = self.visible_ends[layer];
+        let visible_end = self.visible_ends[layer];
         let end = end.min(range.end);
-        if range.start >= reach {
+        if range.start >= visible_end {
             // Cut off by a smaller size, whichever layer owns the block.
             return (
                 Extent::new(range.start..end, ExtentKind::Hole),
-                layer.min(self.layers.len() - 1),
+                layer.min(self.layers().len() - 1),
             );
         }
         let extent = Extent::new(
-            range.start..end.min(reach),
+            range.start..end.min(visible_end),
             match owner.state {
                 BlockState::Data => ExtentKind::Data,
                 BlockState::Zero => ExtentKind::Hole,
@@ -314,7 +138,7 @@ impl Sealed {
 
 impl Layer for Sealed {
     fn size(&self) -> u64 {
-        self.layers[0].size()
+        self.layers()[0].size()
     }
 
     fn extent_at(&self, range: Range<u64>, _: Wait) -> io::Result<Extent> {
@@ -332,7 +156,7 @@ impl Layer for Sealed {
             let len = usize::try_from(extent.len()).map_err(|_| os_error(libc::EFBIG))?;
             // A sealed layer never frees space that its map calls Data, so readers need not be
             // counted.
-            self.layers[layer].data.read_at(&mut buf[..len], offset, wait)?;
+            self.layers()[layer].data.read_at(&mut buf[..len], offset, wait)?;
         }
         Ok(extent)
     }
@@ -345,7 +169,7 @@ impl Layer for Sealed {
     ) -> io::Result<(Extent, Option<u64>)> {
         let (extent, layer) = self.extent_and_layer(&range);
         let file = match extent.kind {
-            ExtentKind::Data => self.layers[layer].data.host_fd(extent.range.clone()),
+            ExtentKind::Data => self.layers()[layer].data.host_fd(extent.range.clone()),
             _ => None,
         };
         let copied = file.map(|file| copy(file, extent.range.clone())).transpose()?;
@@ -363,6 +187,7 @@ pub(super) mod tests {
 
     use super::super::keep::temporary;
     use super::super::merge::NothingBelow;
+    use super::super::owners::{BlockOwner, ChunkOwners};
     use super::*;
     use crate::layer::WritableLayer;
 
@@ -668,7 +493,7 @@ pub(super) mod tests {
         ];
         let base = (6 * chunk, 5 * chunk + 300);
         let sealed = check(&StackPlan { block: 512, base, layers: vec![lower, upper] }, &[]);
-        let directory = sealed.directory.read();
+        let directory = sealed.owners.directory.read();
         let whole = |layer, state| BlockOwner { layer, state };
         assert!(
             matches!(&directory[&0], ChunkOwners::Uniform { end: 1, owner } if *owner == whole(1, BlockState::Data))
@@ -677,7 +502,7 @@ pub(super) mod tests {
         assert!(matches!(&directory[&2], ChunkOwners::Walk(layers) if **layers == [1]));
         assert!(matches!(&directory[&3], ChunkOwners::Walk(layers) if **layers == [0, 1]));
         assert!(
-            matches!(&directory[&4], ChunkOwners::Uniform { end: 5, owner } if *owner == sealed.lower_owner())
+            matches!(&directory[&4], ChunkOwners::Uniform { end: 5, owner } if *owner == sealed.owners.lower_owner())
         );
     }
 }
