@@ -17,7 +17,9 @@ use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::os::fd::AsFd;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use parking_lot::Mutex;
 
 use super::Overlay;
 use super::blocks::BlockMap;
@@ -49,12 +51,52 @@ pub struct CommitTarget<'a> {
     pub should_stop: &'a dyn Fn() -> bool,
 }
 
-/// The changes made to the overlay during a commit.
+/// Tracks what changes in the overlay during a commit.
+#[derive(Default)]
 pub(super) struct CommitTracker {
+    /// Whether a commit is running. Every change reads this flag instead of taking the lock.
+    is_running: AtomicBool,
+    /// The changes so far; `None` when no commit is running.
+    changes: Mutex<Option<ChangesDuringCommit>>,
+}
+
+struct ChangesDuringCommit {
     /// Blocks changed since their copy began, marked as Data.
-    changed: BlockMap,
+    blocks: BlockMap,
     /// The smallest size of the disk since the commit began, in bytes.
     smallest_size: u64,
+}
+
+impl CommitTracker {
+    /// Starts to track changes of a disk of `size` bytes.
+    fn begin(&self, size: u64) {
+        let changes = ChangesDuringCommit { blocks: BlockMap::new(), smallest_size: size };
+        *self.changes.lock() = Some(changes);
+        self.is_running.store(true, Ordering::SeqCst);
+    }
+
+    /// Stops tracking and forgets the changes.
+    fn end(&self) {
+        self.is_running.store(false, Ordering::SeqCst);
+        *self.changes.lock() = None;
+    }
+
+    /// Marks `blocks` as changed. Called before the change, with their ranges locked.
+    #[inline]
+    pub(super) fn note_change(&self, blocks: &Range<BlockIndex>) {
+        if self.is_running.load(Ordering::SeqCst)
+            && let Some(changes) = &mut *self.changes.lock()
+        {
+            changes.blocks.set(blocks.clone(), BlockState::Data);
+        }
+    }
+
+    /// Notes a new size in bytes. Called before the size changes.
+    pub(super) fn note_size(&self, size: u64) {
+        if let Some(changes) = &mut *self.changes.lock() {
+            changes.smallest_size = changes.smallest_size.min(size);
+        }
+    }
 }
 
 impl Overlay {
@@ -62,22 +104,6 @@ impl Overlay {
     #[must_use]
     pub fn is_committing(&self) -> bool {
         self.map.read().is_committing
-    }
-
-    /// Marks `blocks` as changed. Called before the change, with their ranges locked.
-    pub(super) fn note_change(&self, blocks: &Range<BlockIndex>) {
-        if self.is_committing.load(Ordering::SeqCst)
-            && let Some(progress) = &mut *self.commit.lock()
-        {
-            progress.changed.set(blocks.clone(), BlockState::Data);
-        }
-    }
-
-    /// Notes a new size. Called before the size changes.
-    pub(super) fn note_size(&self, size: u64) {
-        if let Some(progress) = &mut *self.commit.lock() {
-            progress.smallest_size = progress.smallest_size.min(size);
-        }
     }
 
     fn record_commit_mark(&self, mark: &LogRecord) -> io::Result<()> {
@@ -99,16 +125,13 @@ impl Overlay {
             self.record_commit_mark(&LogRecord::Intent)?;
         }
         self.sync_all(SyncMode::Full)?;
-        let progress = CommitTracker { changed: BlockMap::new(), smallest_size: self.size() };
-        *self.commit.lock() = Some(progress);
-        self.is_committing.store(true, Ordering::SeqCst);
+        self.commit.begin(self.size());
         Ok(())
     }
 
     /// Stops tracking changes, because the commit is interrupted or done.
     pub fn pause_commit(&self) {
-        self.is_committing.store(false, Ordering::SeqCst);
-        *self.commit.lock() = None;
+        self.commit.end();
     }
 
     /// Marks the end of a commit, durably. The `stack` already holds the base's new identity.
@@ -154,7 +177,8 @@ impl Overlay {
     /// # Errors
     /// The host's errno.
     pub fn raise_lower_limit(&self, base: u64) -> io::Result<()> {
-        let smallest = self.commit.lock().as_ref().map_or(0, |progress| progress.smallest_size);
+        let smallest =
+            self.commit.changes.lock().as_ref().map_or(0, |changes| changes.smallest_size);
         let (size, old) = {
             let map = self.map.read();
             (map.size, map.lower_limit)
@@ -242,9 +266,9 @@ impl Overlay {
         }
         {
             // Changes from now on count as changes since the copy.
-            let mut commit = self.commit.lock();
-            let progress = commit.as_mut().ok_or_else(|| os_error(libc::EINTR))?;
-            progress.changed.set(run.range.clone(), BlockState::Lower);
+            let mut changes = self.commit.changes.lock();
+            let changes = changes.as_mut().ok_or_else(|| os_error(libc::EINTR))?;
+            changes.blocks.set(run.range.clone(), BlockState::Lower);
         }
         // A writer that marked the run before this and has not written yet holds the range lock:
         // wait for it.
@@ -284,8 +308,8 @@ impl Overlay {
         let bytes = self.bytes_of(&run.range);
         let _held = self.range_locks.lock_range(&bytes, LockMode::Exclusive, Wait::Yes)?;
         let clean: Vec<Range<BlockIndex>> = {
-            let commit = self.commit.lock();
-            let progress = commit.as_ref().ok_or_else(|| os_error(libc::EINTR))?;
+            let changes = self.commit.changes.lock();
+            let changes = changes.as_ref().ok_or_else(|| os_error(libc::EINTR))?;
             let map = self.map.read();
             // Past the limit the base is not visible, so blocks held there stay.
             let seen = if map.lower_limit >= map.size {
@@ -294,7 +318,7 @@ impl Overlay {
                 map.lower_limit / self.block_size
             };
             let end = BlockIndex(run.range.end.0.min(seen).max(run.range.start.0));
-            let kept = progress.changed.runs(run.range.start..end);
+            let kept = changes.blocks.runs(run.range.start..end);
             let clean = kept.filter(|kept| kept.state == BlockState::Lower).map(|kept| kept.range);
             clean
                 .flat_map(|range| map.blocks.runs(range).collect::<Vec<_>>())

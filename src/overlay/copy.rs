@@ -25,7 +25,7 @@ impl Overlay {
         let mode = if self.is_direct() { LockMode::Exclusive } else { LockMode::Shared };
         let _held = self.range_locks.lock_range(range, mode, Wait::Yes)?;
         check_cancelled()?;
-        self.note_change(&self.blocks_of(range));
+        self.commit.note_change(&self.blocks_of(range));
         self.check_limit(&self.blocks_of(range))?;
         let copied = copy(file, range.clone());
         self.note_written(&self.blocks_of(range));
@@ -79,7 +79,7 @@ impl Overlay {
             let mut buf = vec![0; len(&whole)];
             below.read_below(&mut buf[..len(&seen)], seen.start, wait)?;
             check_cancelled()?;
-            self.note_change(&blocks);
+            self.commit.note_change(&blocks);
             self.write_blocks(&[IoSlice::new(&buf)], whole.start, &blocks)?;
             copied += seen.end - seen.start;
         }

@@ -74,6 +74,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use parking_lot::{Mutex, RwLock};
 
 pub use self::commit::CommitTarget;
+use self::commit::CommitTracker;
 use self::group_commit::GroupCommit;
 use self::host_file::HostFile;
 use self::journal::{DirtyBlocks, Journal};
@@ -127,10 +128,8 @@ pub struct Overlay {
     limit: Option<u64>,
     /// Sealed layers below that must be durable before this layer vouches for anything.
     unclosed_layers: Mutex<Vec<Arc<Overlay>>>,
-    /// The commit into the base that is in progress.
-    commit: Mutex<Option<commit::CommitTracker>>,
-    /// Whether `commit` is set. Every change reads this flag instead of taking the lock.
-    is_committing: AtomicBool,
+    /// The changes since a commit into the base began.
+    commit: CommitTracker,
     /// Whether the layer is sealed and durable with its log closed, so that no work remains for it.
     is_closed: Mutex<bool>,
     /// Whether the host's file system is read-only, and this layer with it.
@@ -179,8 +178,7 @@ impl Overlay {
             revision: AtomicU64::new(0),
             limit: limit.map(|limit| limit / block),
             unclosed_layers: Mutex::default(),
-            commit: Mutex::default(),
-            is_committing: AtomicBool::new(false),
+            commit: CommitTracker::default(),
             is_closed: Mutex::new(false),
             is_read_only: false,
         }

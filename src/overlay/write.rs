@@ -135,7 +135,7 @@ impl Overlay {
         let _held = self.lock_for_write(&range, wait)?;
         check_cancelled()?;
         let blocks = self.blocks_of(&range);
-        self.note_change(&blocks);
+        self.commit.note_change(&blocks);
         self.check_limit(&blocks)?;
         let (before, after) = self.block_padding(&range, below, wait)?;
         check_cancelled()?;
@@ -263,7 +263,7 @@ impl WritableLayer for Overlay {
         let _held =
             self.range_locks.lock_range(&self.bytes_of(&cut), LockMode::Exclusive, Wait::Yes)?;
         let lower_limit = lower_limit.min(size);
-        self.note_size(size);
+        self.commit.note_size(size);
         let sequence = match &self.log {
             Some(log) => {
                 let purpose = if size > old { ReserveUse::Keep } else { ReserveUse::Partial };

@@ -60,7 +60,7 @@ impl Overlay {
     ) -> io::Result<()> {
         let _held = self.range_locks.lock_range(range, LockMode::Exclusive, wait)?;
         check_cancelled()?;
-        self.note_change(&self.blocks_of(range));
+        self.commit.note_change(&self.blocks_of(range));
         // The last block counts as whole when the range reaches the disk's end.
         let end = if range.end >= self.size() {
             range.end.next_multiple_of(self.block_size)
