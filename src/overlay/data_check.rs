@@ -117,17 +117,17 @@ impl ByteSum {
 mod tests {
     use super::*;
 
-    fn image(size: u64, data: Range<u64>) -> LayerMap {
-        let mut image = LayerMap::new(size, size);
-        image.blocks.set(BlockIndex(data.start)..BlockIndex(data.end), BlockState::Data);
-        image
+    fn map_with_data(size: u64, data: Range<u64>) -> LayerMap {
+        let mut map = LayerMap::new(size, size);
+        map.blocks.set(BlockIndex(data.start)..BlockIndex(data.end), BlockState::Data);
+        map
     }
 
     #[test]
     fn data_past_the_end_of_the_disk_is_reported() {
         let ends = HashMap::from([(0, 1 << 20)]);
-        assert_eq!(misplaced(&image(5000, 0..2), 4096, &ends), Vec::<String>::new());
-        let lines = misplaced(&image(5000, 0..4), 4096, &ends);
+        assert_eq!(misplaced(&map_with_data(5000, 0..2), 4096, &ends), Vec::<String>::new());
+        let lines = misplaced(&map_with_data(5000, 0..4), 4096, &ends);
         assert_eq!(lines, ["8 KiB of data from byte 8192 on lie past the end of the disk"]);
     }
 
@@ -135,11 +135,11 @@ mod tests {
     fn missing_data_is_found_in_each_segment_separately() {
         let block = 1 << 20;
         let border = SEGMENT_LEN / block;
-        let image = image(2 * SEGMENT_LEN, border - 1..border + 2);
+        let map = map_with_data(2 * SEGMENT_LEN, border - 1..border + 2);
         let whole = HashMap::from([(0, SEGMENT_LEN), (1, SEGMENT_LEN + 2 * block)]);
-        assert_eq!(misplaced(&image, block, &whole), Vec::<String>::new());
+        assert_eq!(misplaced(&map, block, &whole), Vec::<String>::new());
         let short = HashMap::from([(0, SEGMENT_LEN), (1, SEGMENT_LEN + block)]);
-        assert!(misplaced(&image, block, &short)[0].starts_with("1 MiB of data"));
+        assert!(misplaced(&map, block, &short)[0].starts_with("1 MiB of data"));
         let parts: Vec<_> = split_by_segment(SEGMENT_LEN - 1..SEGMENT_LEN + 1).collect();
         assert_eq!(parts, [SEGMENT_LEN - 1..SEGMENT_LEN, SEGMENT_LEN..SEGMENT_LEN + 1]);
     }

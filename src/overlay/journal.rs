@@ -176,8 +176,8 @@ fn checksum(uuid: &Uuid, head: &[u8], blocks: &[u8]) -> u32 {
 
 /// Frees the space of a journal whose entries belong to an older log. Best effort, because nothing
 /// in that journal counts any more.
-pub fn clear(home: &dyn LogDir) {
-    if let Ok(Some(file)) = home.journal(Create::Never) {
+pub fn clear(log_dir: &dyn LogDir) {
+    if let Ok(Some(file)) = log_dir.journal(Create::Never) {
         let _ = file.truncate(0);
     }
 }
@@ -250,9 +250,9 @@ impl Journal {
     }
 
     /// Writes an entry durably. Returns `false` when that is impossible and a whole sync is needed.
-    pub(super) fn write(&self, home: &dyn LogDir, draft: &NewEntry<'_>) -> bool {
+    pub(super) fn write(&self, log_dir: &dyn LogDir, entry: &NewEntry<'_>) -> bool {
         let mut state = self.state.lock();
-        let done = state.write(home, draft);
+        let done = state.write(log_dir, entry);
         if let Err(error) = &done {
             log::warn!("syncs are slower from now on, the journal cannot be written: {error}");
             state.is_broken = true;
@@ -276,29 +276,29 @@ impl Journal {
 }
 
 impl JournalState {
-    fn write(&mut self, home: &dyn LogDir, draft: &NewEntry<'_>) -> io::Result<()> {
-        let file = self.file(home)?;
+    fn write(&mut self, log_dir: &dyn LogDir, entry: &NewEntry<'_>) -> io::Result<()> {
+        let file = self.file(log_dir)?;
         let (number, next) = match self.entry_count {
-            0 => (0, draft.generation + 1),
+            0 => (0, entry.generation + 1),
             number => (number, self.next_sequence),
         };
-        let mut header = EntryHeader::new(draft, number, next);
-        header.checksum = checksum(draft.uuid, &header.as_bytes()[4..], draft.bytes).into();
-        file.write_at(&[IoSlice::new(header.as_bytes()), IoSlice::new(draft.bytes)], self.end)?;
+        let mut header = EntryHeader::new(entry, number, next);
+        header.checksum = checksum(entry.uuid, &header.as_bytes()[4..], entry.bytes).into();
+        file.write_at(&[IoSlice::new(header.as_bytes()), IoSlice::new(entry.bytes)], self.end)?;
         file.sync()?;
         self.entry_count = number + 1;
-        self.end += (HEADER_LEN + draft.bytes.len()) as u64;
-        self.next_sequence = next + draft.records.len() as u64;
+        self.end += (HEADER_LEN + entry.bytes.len()) as u64;
+        self.next_sequence = next + entry.records.len() as u64;
         Ok(())
     }
 
     /// Returns the file, with all of its space written once: only then does an entry cost the host
     /// no more than writing the entry's bytes.
-    fn file(&mut self, home: &dyn LogDir) -> io::Result<Arc<dyn Storage>> {
+    fn file(&mut self, log_dir: &dyn LogDir) -> io::Result<Arc<dyn Storage>> {
         if let Some(file) = &self.file {
             return Ok(Arc::clone(file));
         }
-        let file = home.journal(Create::IfMissing)?;
+        let file = log_dir.journal(Create::IfMissing)?;
         let file = file.ok_or_else(|| crate::host::os_error(libc::ENOENT))?;
         let zeros = vec![0; 64 << 10];
         for at in (0..JOURNAL_LEN).step_by(zeros.len()) {
@@ -311,20 +311,20 @@ impl JournalState {
 }
 
 impl EntryHeader {
-    fn new(draft: &NewEntry<'_>, number: u32, first: u64) -> Self {
+    fn new(entry: &NewEntry<'_>, number: u32, first: u64) -> Self {
         let mut header = Self::new_zeroed();
         header.magic = MAGIC;
-        header.generation = draft.generation.into();
+        header.generation = entry.generation.into();
         header.first = first.into();
         header.number = number.into();
-        header.block_size = draft.block_size.into();
-        header.records = u32::try_from(draft.records.len()).unwrap_or(u32::MAX).into();
-        header.blocks = u32::try_from(draft.blocks.len()).unwrap_or(u32::MAX).into();
-        for (place, index) in header.indexes.iter_mut().zip(draft.blocks) {
-            *place = index.0.into();
+        header.block_size = entry.block_size.into();
+        header.records = u32::try_from(entry.records.len()).unwrap_or(u32::MAX).into();
+        header.blocks = u32::try_from(entry.blocks.len()).unwrap_or(u32::MAX).into();
+        for (slot, index) in header.indexes.iter_mut().zip(entry.blocks) {
+            *slot = index.0.into();
         }
-        for (place, record) in header.record.iter_mut().zip(draft.records) {
-            *place = *record;
+        for (slot, record) in header.record.iter_mut().zip(entry.records) {
+            *slot = *record;
         }
         header
     }
@@ -386,9 +386,9 @@ mod tests {
     const ID: Uuid = Uuid::from_u128(5);
 
     /// A directory with a journal, which is a file without a name.
-    struct Place(Arc<HostFile>);
+    struct JournalDir(Arc<HostFile>);
 
-    impl LogDir for Place {
+    impl LogDir for JournalDir {
         fn replace_log(
             &self,
             _: &mut dyn FnMut(&dyn Storage) -> io::Result<()>,
@@ -401,17 +401,17 @@ mod tests {
         }
     }
 
-    fn place() -> Place {
-        Place(Arc::new(HostFile::single(tempfile::tempfile().unwrap())))
+    fn journal_dir() -> JournalDir {
+        JournalDir(Arc::new(HostFile::single(tempfile::tempfile().unwrap())))
     }
 
     /// Writes an entry that makes `block` Data, filled with `fill`.
-    fn add(journal: &Journal, home: &Place, generation: u64, block: u64, fill: u8) {
+    fn add(journal: &Journal, log_dir: &JournalDir, generation: u64, block: u64, fill: u8) {
         let range = BlockIndex(block)..BlockIndex(block + 1);
         let record = LogRecord::Set { range, state: BlockState::Data };
         let records = [record.encode(&ID, journal.next_sequence(generation))];
         let (blocks, bytes) = ([BlockIndex(block)], [fill; BLOCK as usize]);
-        let draft = NewEntry {
+        let entry = NewEntry {
             uuid: &ID,
             block_size: BLOCK,
             generation,
@@ -419,46 +419,46 @@ mod tests {
             blocks: &blocks,
             bytes: &bytes,
         };
-        assert!(journal.write(home, &draft));
+        assert!(journal.write(log_dir, &entry));
     }
 
-    fn found(home: &Place, generation: u64) -> Vec<(u64, u8)> {
-        let found = read(&*home.0, &ID, BLOCK, generation).unwrap();
+    fn found(log_dir: &JournalDir, generation: u64) -> Vec<(u64, u8)> {
+        let found = read(&*log_dir.0, &ID, BLOCK, generation).unwrap();
         assert_eq!(found.end, generation + 1 + found.records.len() as u64);
         found.blocks.into_iter().map(|(block, bytes)| (block.0, bytes[0])).collect()
     }
 
     #[test]
     fn the_newest_entry_of_the_logs_generation_decides_a_blocks_bytes() {
-        let (journal, home) = (Journal::default(), place());
-        add(&journal, &home, 7, 3, 1);
-        add(&journal, &home, 7, 4, 2);
-        add(&journal, &home, 7, 3, 9);
-        assert_eq!(found(&home, 7), [(3, 9), (4, 2)]);
-        assert_eq!(found(&home, 6), []);
-        assert_eq!(found(&home, 8), []);
+        let (journal, log_dir) = (Journal::default(), journal_dir());
+        add(&journal, &log_dir, 7, 3, 1);
+        add(&journal, &log_dir, 7, 4, 2);
+        add(&journal, &log_dir, 7, 3, 9);
+        assert_eq!(found(&log_dir, 7), [(3, 9), (4, 2)]);
+        assert_eq!(found(&log_dir, 6), []);
+        assert_eq!(found(&log_dir, 8), []);
         // The second and third entries are of an older generation now.
         journal.void_entries();
-        add(&journal, &home, 20, 5, 6);
-        assert_eq!(found(&home, 20), [(5, 6)]);
-        assert_eq!(found(&home, 7), []);
+        add(&journal, &log_dir, 20, 5, 6);
+        assert_eq!(found(&log_dir, 20), [(5, 6)]);
+        assert_eq!(found(&log_dir, 7), []);
         journal.finish();
-        assert_eq!(found(&home, 20), []);
+        assert_eq!(found(&log_dir, 20), []);
     }
 
     #[test]
     fn an_entry_with_a_changed_byte_invalidates_itself_and_all_later_entries() {
-        let (journal, home) = (Journal::default(), place());
-        (0..3).for_each(|block| add(&journal, &home, 1, block, 5));
+        let (journal, log_dir) = (Journal::default(), journal_dir());
+        (0..3).for_each(|block| add(&journal, &log_dir, 1, block, 5));
         let len = (HEADER_LEN + BLOCK as usize) as u64;
         for at in len..2 * len {
             let mut byte = [0];
-            home.0.read_at(&mut byte, at, Wait::Yes).unwrap();
-            home.0.write_at(&[IoSlice::new(&[byte[0] ^ 4])], at).unwrap();
-            assert_eq!(found(&home, 1), [(0, 5)], "byte {at}");
-            home.0.write_at(&[IoSlice::new(&byte)], at).unwrap();
+            log_dir.0.read_at(&mut byte, at, Wait::Yes).unwrap();
+            log_dir.0.write_at(&[IoSlice::new(&[byte[0] ^ 4])], at).unwrap();
+            assert_eq!(found(&log_dir, 1), [(0, 5)], "byte {at}");
+            log_dir.0.write_at(&[IoSlice::new(&byte)], at).unwrap();
         }
-        assert_eq!(found(&home, 1).len(), 3);
+        assert_eq!(found(&log_dir, 1).len(), 3);
     }
 
     #[test]

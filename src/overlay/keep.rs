@@ -39,8 +39,8 @@ pub fn temporary(
     let first = unnamed_file(dir)?;
     let more = dir.to_owned();
     let data = HostFile::segmented(first, Vec::new(), Box::new(move |_| unnamed_file(&more)));
-    let image = LayerMap::new(size, lower_limit);
-    Ok(Overlay::new(block, Arc::new(data), image, None, BootTag([0; 2]), limit))
+    let map = LayerMap::new(size, lower_limit);
+    Ok(Overlay::new(block, Arc::new(data), map, None, BootTag([0; 2]), limit))
 }
 
 /// Creates a file without a name, to which `keep` can give one.
@@ -54,7 +54,7 @@ fn unnamed_file(dir: &Path) -> io::Result<File> {
     }
 }
 
-/// Creates a persistent overlay at `place` from `layers`, one for each layer of `stack`, durably.
+/// Creates a persistent overlay at `path` from `layers`, one for each layer of `stack`, durably.
 /// The caller holds the gate exclusive and uses the new layers from then on.
 ///
 /// On the same file system the data files are only linked; otherwise their data is copied.
@@ -63,7 +63,7 @@ fn unnamed_file(dir: &Path) -> io::Result<File> {
 /// [`OverlayError`]; the layers are unchanged and nothing is left behind in that case.
 pub fn keep(
     layers: &[Arc<Overlay>],
-    place: OverlayPath<'_>,
+    path: OverlayPath<'_>,
     stack: Stack,
 ) -> Result<OpenedOverlay, OverlayError> {
     let Some((top, sealed)) = layers.split_last() else {
@@ -75,15 +75,15 @@ pub fn keep(
     }
     let limit = top.limit.map(|blocks| blocks * top.block_size);
     let parts = stack.layers.iter().zip(layers).map(|(record, layer)| {
-        let image = layer.clone_map();
+        let map = layer.clone_map();
         NewLayer {
             record: record.clone(),
-            map: image.clone(),
-            make_data: Box::new(move |dir| link_or_copy(layer, &image, dir)),
+            map: map.clone(),
+            make_data: Box::new(move |dir| link_or_copy(layer, &map, dir)),
         }
     });
     let parts = parts.collect();
-    let kept = persist::build(place, stack, parts, limit)?;
+    let kept = persist::build(path, stack, parts, limit)?;
     // Space that was queued for freeing in the old top is queued again in the new one.
     kept.overlay.reclaim();
     kept.overlay.continue_revision(top);
@@ -91,10 +91,10 @@ pub fn keep(
 }
 
 /// Links or copies the data of a temporary layer into the directory `dir`.
-fn link_or_copy(layer: &Overlay, image: &LayerMap, dir: &File) -> io::Result<HostFile> {
+fn link_or_copy(layer: &Overlay, map: &LayerMap, dir: &File) -> io::Result<HostFile> {
     let file = layer.data.host_file().ok_or_else(|| host::os_error(libc::EOPNOTSUPP))?;
     match link_data(file, dir) {
-        Err(error) if needs_copy(&error) => copy_data(layer, image, dir),
+        Err(error) if needs_copy(&error) => copy_data(layer, map, dir),
         linked => linked,
     }
 }
@@ -123,11 +123,11 @@ fn link_data(file: &HostFile, layer: &File) -> io::Result<HostFile> {
 }
 
 /// Copies every Data block into a new data file in `layer`.
-fn copy_data(overlay: &Overlay, image: &LayerMap, layer: &File) -> io::Result<HostFile> {
-    let to = empty_data(layer, image.size)?;
+fn copy_data(overlay: &Overlay, map: &LayerMap, layer: &File) -> io::Result<HostFile> {
+    let to = empty_data(layer, map.size)?;
     let mut buf = Vec::new();
-    let all = BlockIndex(0)..BlockIndex(image.size.div_ceil(overlay.block_size));
-    for run in image.blocks.runs(all).filter(|run| run.state == BlockState::Data) {
+    let all = BlockIndex(0)..BlockIndex(map.size.div_ceil(overlay.block_size));
+    for run in map.blocks.runs(all).filter(|run| run.state == BlockState::Data) {
         let bytes = overlay.bytes_of(&run.range);
         let mut at = bytes.start;
         while at < bytes.end {

@@ -26,13 +26,13 @@ impl LayerCache {
         open: impl FnOnce() -> Result<Arc<Overlay>, E>,
     ) -> Result<Arc<Overlay>, E> {
         // Locked during `open`, so that an unclosed layer is recovered only once.
-        let mut shelf = self.open.lock();
-        if let Some(layer) = shelf.get(&uuid).and_then(Weak::upgrade) {
+        let mut layers = self.open.lock();
+        if let Some(layer) = layers.get(&uuid).and_then(Weak::upgrade) {
             return Ok(layer);
         }
         let layer = open()?;
-        shelf.insert(uuid, Arc::downgrade(&layer));
-        shelf.retain(|_, layer| layer.strong_count() > 0);
+        layers.insert(uuid, Arc::downgrade(&layer));
+        layers.retain(|_, layer| layer.strong_count() > 0);
         Ok(layer)
     }
 

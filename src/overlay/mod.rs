@@ -146,13 +146,13 @@ pub struct Usage {
 }
 
 impl Overlay {
-    /// Creates an overlay over `data` whose map starts as `image`. `block` is the block size in
+    /// Creates an overlay over `data` whose map starts as `map`. `block` is the block size in
     /// bytes; `limit` caps the bytes of data that the overlay may hold.
     #[must_use]
     pub fn new(
         block: u32,
         data: Arc<dyn Storage>,
-        image: LayerMap,
+        map: LayerMap,
         log: Option<Log>,
         tag: BootTag,
         limit: Option<u64>,
@@ -162,7 +162,7 @@ impl Overlay {
         Self {
             block_size: block,
             data,
-            map: RwLock::new(image),
+            map: RwLock::new(map),
             log,
             tag,
             range_locks: RangeLocks::new(block.max(LOCK_UNIT)),
@@ -186,8 +186,8 @@ impl Overlay {
 
     /// Creates a layer that was already sealed and closed in good order.
     #[must_use]
-    pub fn closed(block: u32, data: Arc<dyn Storage>, image: LayerMap, tag: BootTag) -> Self {
-        let layer = Self::new(block, data, image, None, tag, None);
+    pub fn closed(block: u32, data: Arc<dyn Storage>, map: LayerMap, tag: BootTag) -> Self {
+        let layer = Self::new(block, data, map, None, tag, None);
         *layer.is_closed.lock() = true;
         layer
     }

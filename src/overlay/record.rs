@@ -307,23 +307,23 @@ mod tests {
             sets in proptest::collection::vec((0u64..300, 1u64..40, any_state()), 0..60),
             size in 0u64..400 * 4096, resized in proptest::option::of(0u64..400 * 4096),
         ) {
-            let mut image = LayerMap::new(size, size);
+            let mut map = LayerMap::new(size, size);
             for (start, len, state) in sets {
                 let range = BlockIndex(start)..BlockIndex(start + len);
-                image.apply(&LogRecord::Set { range, state }, 4096);
+                map.apply(&LogRecord::Set { range, state }, 4096);
             }
             if let Some(size) = resized {
-                let lower_limit = image.lower_limit.min(size);
-                image.apply(&LogRecord::Size { size, lower_limit }, 4096);
+                let lower_limit = map.lower_limit.min(size);
+                map.apply(&LogRecord::Size { size, lower_limit }, 4096);
             }
             let mut again = LayerMap::new(0, 0);
-            for record in image.records() {
+            for record in map.records() {
                 again.apply(&record, 4096);
             }
-            prop_assert_eq!((again.size, again.lower_limit), (image.size, image.lower_limit));
+            prop_assert_eq!((again.size, again.lower_limit), (map.size, map.lower_limit));
             for block in 0..400 {
                 let block = BlockIndex(block);
-                prop_assert_eq!(again.blocks.state(block), image.blocks.state(block));
+                prop_assert_eq!(again.blocks.state(block), map.blocks.state(block));
             }
         }
     }

@@ -150,20 +150,20 @@ fn read_journal(files: &LayerFiles, generation: u64) -> io::Result<JournalConten
 /// # Errors
 /// The host's errno.
 pub fn load_map(files: &LayerFiles, trusted: &TrustedLog) -> Result<LayerMap, LogError> {
-    let mut image = LayerMap::new(0, 0);
+    let mut map = LayerMap::new(0, 0);
     let block = u64::from(files.block_size);
-    log::replay(&*files.log, &files.uuid, trusted.records, block, &mut image)?;
-    trusted.journal.records.iter().for_each(|record| image.apply(record, block));
-    Ok(image)
+    log::replay(&*files.log, &files.uuid, trusted.records, block, &mut map)?;
+    trusted.journal.records.iter().for_each(|record| map.apply(record, block));
+    Ok(map)
 }
 
-/// Rejects a layer whose data file ends before data that `image` names: those bytes would read as
+/// Rejects a layer whose data file ends before data that `map` names: those bytes would read as
 /// zeros.
 ///
 /// # Errors
 /// [`LogError::DataMissing`]; the host's errno.
-pub fn check_data(files: &LayerFiles, image: &LayerMap) -> Result<(), LogError> {
-    let missing = data_check::missing_data(&*files.data, image, u64::from(files.block_size))?;
+pub fn check_data(files: &LayerFiles, map: &LayerMap) -> Result<(), LogError> {
+    let missing = data_check::missing_data(&*files.data, map, u64::from(files.block_size))?;
     match missing.first {
         Some(first) => Err(LogError::DataMissing { bytes: missing.bytes, first }),
         None => Ok(()),
@@ -177,31 +177,31 @@ pub fn check_data(files: &LayerFiles, image: &LayerMap) -> Result<(), LogError> 
 /// [`LogError`]; the layer's files are unchanged in that case.
 pub fn open_log(files: &LayerFiles, tag: BootTag) -> Result<(LayerMap, Log, Recovered), LogError> {
     let trusted = examine(files, tag)?;
-    let image = load_map(files, &trusted)?;
+    let map = load_map(files, &trusted)?;
     // Blocks in the journal are not in the data file yet.
     if trusted.journal.blocks.is_empty() {
-        check_data(files, &image)?;
+        check_data(files, &map)?;
     }
-    let home = Arc::clone(&files.log_dir);
+    let log_dir = Arc::clone(&files.log_dir);
     let (uuid, block) = (files.uuid, u64::from(files.block_size));
     let is_kept =
-        trusted.recovered == Recovered::Clean && !log::is_worth_rewriting(&trusted.scan, &image);
+        trusted.recovered == Recovered::Clean && !log::is_worth_rewriting(&trusted.scan, &map);
     let log = if is_kept {
-        Log::reopen(home, uuid, block, Arc::clone(&files.log), &trusted.scan, tag)?
+        Log::reopen(log_dir, uuid, block, Arc::clone(&files.log), &trusted.scan, tag)?
     } else {
-        replay_journal(files, &trusted, &image)?;
+        replay_journal(files, &trusted, &map)?;
         let first = trusted.scan.highest.max(trusted.journal.end) + 1;
-        let log = Log::create(home, uuid, block, &image, tag, first)?;
+        let log = Log::create(log_dir, uuid, block, &map, tag, first)?;
         journal::clear(&*files.log_dir);
         log
     };
-    Ok((image, log, trusted.recovered))
+    Ok((map, log, trusted.recovered))
 }
 
 /// Writes the journal's blocks into the data file, durably, because the new log will vouch for
 /// them.
-fn replay_journal(files: &LayerFiles, trusted: &TrustedLog, image: &LayerMap) -> io::Result<()> {
-    let is_data = |block: &BlockIndex| image.blocks.state(*block) == BlockState::Data;
+fn replay_journal(files: &LayerFiles, trusted: &TrustedLog, map: &LayerMap) -> io::Result<()> {
+    let is_data = |block: &BlockIndex| map.blocks.state(*block) == BlockState::Data;
     let blocks = &trusted.journal.blocks;
     for (block, bytes) in blocks.iter().filter(|(block, _)| is_data(block)) {
         let at = block.0.checked_mul(u64::from(files.block_size));
@@ -225,9 +225,9 @@ impl Overlay {
         if files.data.host_file().is_some_and(|file| host::is_read_only(file.first())) {
             return Self::open_read_only(files, tag);
         }
-        let (image, log, recovered) = open_log(files, tag)?;
+        let (map, log, recovered) = open_log(files, tag)?;
         let data = Arc::clone(&files.data);
-        let overlay = Self::new(files.block_size, data, image, Some(log), tag, limit);
+        let overlay = Self::new(files.block_size, data, map, Some(log), tag, limit);
         if recovered != Recovered::Clean {
             overlay.reclaim();
         }
@@ -237,14 +237,14 @@ impl Overlay {
     /// Opens a layer that cannot be written to: its recovered map is kept in memory only.
     fn open_read_only(files: &LayerFiles, tag: BootTag) -> Result<(Self, Recovered), LogError> {
         let trusted = examine(files, tag)?;
-        let image = load_map(files, &trusted)?;
-        let is_data = |block: &BlockIndex| image.blocks.state(*block) == BlockState::Data;
+        let map = load_map(files, &trusted)?;
+        let is_data = |block: &BlockIndex| map.blocks.state(*block) == BlockState::Data;
         if trusted.journal.blocks.keys().any(is_data) {
             // The data file does not hold these blocks' bytes.
             return Err(LogError::ReadOnly);
         }
-        check_data(files, &image)?;
-        let mut layer = Self::closed(files.block_size, Arc::clone(&files.data), image, tag);
+        check_data(files, &map)?;
+        let mut layer = Self::closed(files.block_size, Arc::clone(&files.data), map, tag);
         layer.is_read_only = true;
         Ok((layer, trusted.recovered))
     }
@@ -276,12 +276,12 @@ mod tests {
     #[test]
     fn a_journal_block_past_the_largest_offset_is_not_written() {
         let file = || Arc::new(HostFile::single(tempfile::tempfile().unwrap()));
-        let (data, log, home) = (file(), file(), Arc::new(Nowhere));
+        let (data, log, log_dir) = (file(), file(), Arc::new(Nowhere));
         let uuid = Uuid::from_u128(1);
-        let files = LayerFiles { data, log, log_dir: home, uuid, block_size: 2 << 20 };
+        let files = LayerFiles { data, log, log_dir, uuid, block_size: 2 << 20 };
         let last = BlockIndex((1 << 54) - 1);
-        let mut image = LayerMap::new(0, 0);
-        image.blocks.set(last..BlockIndex(last.0 + 1), BlockState::Data);
+        let mut map = LayerMap::new(0, 0);
+        map.blocks.set(last..BlockIndex(last.0 + 1), BlockState::Data);
         let scan = LogScan {
             first: 1,
             good: 1,
@@ -298,7 +298,7 @@ mod tests {
             ..JournalContents::default()
         };
         let trusted = TrustedLog { scan, records: 1, recovered: Recovered::All, journal };
-        let error = replay_journal(&files, &trusted, &image).unwrap_err();
+        let error = replay_journal(&files, &trusted, &map).unwrap_err();
         assert_eq!(error.raw_os_error(), Some(libc::EFBIG));
         assert_eq!(files.data.len().unwrap(), 0);
     }

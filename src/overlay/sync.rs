@@ -87,9 +87,9 @@ impl Overlay {
 
     /// Makes all changes acknowledged before the call durable and returns freed space to the host.
     /// A temporary overlay promises no durability: only the space is freed.
-    pub(super) fn sync_all(&self, pace: SyncMode) -> io::Result<()> {
+    pub(super) fn sync_all(&self, mode: SyncMode) -> io::Result<()> {
         match &self.log {
-            Some(log) => self.group_commit.run(|| self.sync_now(log, pace))?,
+            Some(log) => self.group_commit.run(|| self.sync_now(log, mode))?,
             None => {
                 self.dirty_bytes.store(0, Ordering::SeqCst);
                 self.close_lower_layers()?;
@@ -102,7 +102,7 @@ impl Overlay {
 
     /// Performs one sync: the data behind every record so far, then a `Vouch` for these records,
     /// then the log; or, for few changes, a journal entry.
-    fn sync_now(&self, log: &Log, pace: SyncMode) -> io::Result<()> {
+    fn sync_now(&self, log: &Log, mode: SyncMode) -> io::Result<()> {
         if self.is_latched() {
             return Err(os_error(libc::EIO));
         }
@@ -118,7 +118,7 @@ impl Overlay {
         // after the steps that may fail and be retried: the blocks taken here are made durable
         // here, or the disk latches.
         let fresh = self.dirty_blocks.take();
-        if pace == SyncMode::Fast
+        if mode == SyncMode::Fast
             && let Some(fresh) = fresh
             && self.sync_to_journal(log, upto, &fresh)
         {
@@ -166,8 +166,8 @@ impl Overlay {
         };
         let uuid = log.uuid();
         let (blocks, bytes, records) = (fresh, &bytes[..], &records[..]);
-        let draft = NewEntry { uuid, block_size: block, generation, records, blocks, bytes };
-        self.journal.write(log.dir(), &draft)
+        let entry = NewEntry { uuid, block_size: block, generation, records, blocks, bytes };
+        self.journal.write(log.dir(), &entry)
     }
 
     /// Reads `blocks` while their ranges are locked; `None` when one of them is being changed.

@@ -194,7 +194,7 @@ pub fn contradictions(looks: &[LayerCheck]) -> Vec<String> {
 fn summarize(files: &LayerFiles, tag: BootTag) -> Result<LayerSummary, OverlayError> {
     let in_log = |error| OverlayError::Log { uuid: files.uuid, error };
     let trusted = recover::examine(files, tag).map_err(in_log)?;
-    let image = recover::load_map(files, &trusted).map_err(in_log)?;
+    let map = recover::load_map(files, &trusted).map_err(in_log)?;
     let mut ends = segment_ends(&*files.data).map_err(doing("looking at its data"))?;
     let block = u64::from(files.block_size);
     for held in trusted.journal.blocks.keys() {
@@ -204,14 +204,14 @@ fn summarize(files: &LayerFiles, tag: BootTag) -> Result<LayerSummary, OverlayEr
         *known = end.max(*known);
     }
     Ok(LayerSummary {
-        size: image.size,
-        lower_limit: image.lower_limit,
-        data: image.blocks.data_blocks().saturating_mul(block),
-        zero: image.blocks.zero_blocks().saturating_mul(block),
+        size: map.size,
+        lower_limit: map.lower_limit,
+        data: map.blocks.data_blocks().saturating_mul(block),
+        zero: map.blocks.zero_blocks().saturating_mul(block),
         good_records: trusted.scan.good,
         trusted_records: trusted.records,
         recovered: trusted.recovered,
-        misplaced: misplaced(&image, block, &ends),
+        misplaced: misplaced(&map, block, &ends),
         is_rewritten: trusted.scan.first > 1,
     })
 }

@@ -111,11 +111,11 @@ impl Overlay {
         };
         let sequence = match &self.log {
             Some(log) => {
-                let purpose =
+                let reserve_use =
                     if state == BlockState::Data { ReserveUse::Keep } else { ReserveUse::Partial };
                 // One record of the whole range says the same as many and takes fewer bytes.
                 let whole = [LogRecord::Set { range: blocks.clone(), state }];
-                log.append(if records.len() > 1 { &whole } else { &records }, purpose)?
+                log.append(if records.len() > 1 { &whole } else { &records }, reserve_use)?
             }
             None => 0,
         };
@@ -266,8 +266,8 @@ impl WritableLayer for Overlay {
         self.commit.note_size(size);
         let sequence = match &self.log {
             Some(log) => {
-                let purpose = if size > old { ReserveUse::Keep } else { ReserveUse::Partial };
-                log.append(&[LogRecord::Size { size, lower_limit }], purpose)?
+                let reserve_use = if size > old { ReserveUse::Keep } else { ReserveUse::Partial };
+                log.append(&[LogRecord::Size { size, lower_limit }], reserve_use)?
             }
             None => 0,
         };

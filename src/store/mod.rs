@@ -126,10 +126,10 @@ impl Store {
     /// Removes disks without a name and layers without a disk, which a crash left behind. Foreign
     /// files are left alone.
     fn remove_leftovers(&self) -> io::Result<()> {
-        let Leftovers { disks, layers, foreign: strangers, .. } = self.dirs.leftovers()?;
+        let Leftovers { disks, layers, foreign, .. } = self.dirs.leftovers()?;
         let dir = self.dir().display();
-        for stranger in strangers {
-            log::warn!("store '{dir}': '{stranger}' is not cowslip's: it is left alone");
+        for name in foreign {
+            log::warn!("store '{dir}': '{name}' is not cowslip's: it is left alone");
         }
         let disks = disks.iter().map(|name| self.dirs.remove_disk(name));
         let layers = layers.into_iter().map(|uuid| self.dirs.remove_layer(uuid));
@@ -156,7 +156,7 @@ impl Store {
     /// returned.
     pub fn open_disks(
         &self,
-        setting: &OpenContext<'_>,
+        context: &OpenContext<'_>,
         mut each: impl FnMut(&str, OpenedDisk) -> Result<(), String>,
     ) -> Result<(), String> {
         let listed = self.dirs.named_disks();
@@ -168,8 +168,8 @@ impl Store {
         }
         for (name, uuid) in listed {
             let opened = self
-                .with_overlay_path(&uuid, |place| {
-                    disk::open_stored(&name, place, setting, &self.layer_cache)
+                .with_overlay_path(&uuid, |path| {
+                    disk::open_stored(&name, path, context, &self.layer_cache)
                 })
                 .map_err(|error| StoreError::Disk { name: name.clone(), error }.to_string())?;
             let opened = self.with_shared_layers(opened);
@@ -199,7 +199,7 @@ impl Store {
     /// # Errors
     /// [`StoreError`]; when the disk cannot be named, it stays usable and ends with the mount.
     pub fn keep(&self, disk: &Disk, name: &str) -> Result<(), StoreError> {
-        let kept = self.with_overlay_path(&disk.uuid, |place| disk.keep(place));
+        let kept = self.with_overlay_path(&disk.uuid, |path| disk.keep(path));
         kept.map_err(|error| StoreError::Disk { name: name.to_owned(), error })?;
         self.share_layers(disk);
         self.give_name(&disk.uuid, name)
@@ -210,7 +210,7 @@ impl Store {
     /// # Errors
     /// [`StoreError`]; nothing is left behind then.
     pub fn create(&self, name: &str, owner: DiskOwner) -> Result<OpenedDisk, StoreError> {
-        self.create_named(name, |uuid, place| disk::create_blank(name, uuid, place, owner))
+        self.create_named(name, |uuid, path| disk::create_blank(name, uuid, path, owner))
     }
 
     /// Creates the disk that `spec` describes, with its overlay in this store, and names it.
@@ -220,9 +220,9 @@ impl Store {
     pub fn create_over(
         &self,
         spec: &DiskSpec,
-        setting: &OpenContext<'_>,
+        context: &OpenContext<'_>,
     ) -> Result<OpenedDisk, StoreError> {
-        self.create_named(&spec.name, |_, place| disk::create_stored(spec, place, setting))
+        self.create_named(&spec.name, |_, path| disk::create_stored(spec, path, context))
     }
 
     /// Creates a disk with the current contents of `from`, another disk of this store.
@@ -230,7 +230,7 @@ impl Store {
     /// # Errors
     /// [`StoreError`]; nothing is left behind then.
     pub fn clone_disk(&self, from: &Disk, name: &str) -> Result<OpenedDisk, StoreError> {
-        self.create_named(name, |_, place| disk::clone_stored(from, name, place, &self.layer_cache))
+        self.create_named(name, |_, path| disk::clone_stored(from, name, path, &self.layer_cache))
     }
 
     /// Creates a disk by calling `make` with the new UUID and overlay path, and names the disk,
@@ -242,7 +242,7 @@ impl Store {
     ) -> Result<OpenedDisk, StoreError> {
         let uuid = Uuid::new_v4();
         let opened = self
-            .with_overlay_path(&uuid, |place| make(uuid, place))
+            .with_overlay_path(&uuid, |path| make(uuid, path))
             .map_err(|error| StoreError::Disk { name: name.to_owned(), error })?;
         self.give_name(&uuid, name)?;
         Ok(self.with_shared_layers(opened))

@@ -116,8 +116,8 @@ impl LogTail {
     }
 
     /// Ensures that `len` more bytes will find space.
-    fn reserve(&mut self, len: u64, purpose: ReserveUse) -> io::Result<()> {
-        let kept = match purpose {
+    fn reserve(&mut self, len: u64, reserve_use: ReserveUse) -> io::Result<()> {
+        let kept = match reserve_use {
             ReserveUse::Keep => LOG_RESERVE,
             ReserveUse::Partial => SYNC_RESERVE,
             ReserveUse::Full => 0,
@@ -131,7 +131,7 @@ impl LogTail {
             Ok(()) => self.reserved = upto,
             Err(error) if is_out_of_space(&error) => {
                 // Without a reserve to keep, the write itself shows whether there is still room.
-                return if purpose == ReserveUse::Full { Ok(()) } else { Err(error) };
+                return if reserve_use == ReserveUse::Full { Ok(()) } else { Err(error) };
             }
             // The host cannot reserve space: every append may then fail with ENOSPC.
             Err(_) => self.reserved = u64::MAX,
@@ -143,39 +143,39 @@ impl LogTail {
 /// Returns whether a log that was closed in good order should be rewritten rather than continued:
 /// every opening and closing adds to it, even if nothing changes. A large log is reduced while it
 /// is in use, not during a mount.
-pub fn is_worth_rewriting(scan: &LogScan, image: &LayerMap) -> bool {
+pub fn is_worth_rewriting(scan: &LogScan, map: &LayerMap) -> bool {
     (MIN_RECORDS_TO_REWRITE..MIN_RECORDS_TO_COMPACT).contains(&scan.good)
-        && (image.records().count() as u64) < scan.good / 4
+        && (map.records().count() as u64) < scan.good / 4
 }
 
 impl Log {
-    /// Writes a new log that holds `image` and nothing else, opened under `tag`, starting with
+    /// Writes a new log that holds `map` and nothing else, opened under `tag`, starting with
     /// sequence `first`. All of it is vouched: the caller must have made the data durable.
     ///
     /// # Errors
     /// The host's errno; the old log, if any, is still in place in that case.
     pub fn create(
-        home: Arc<dyn LogDir>,
+        log_dir: Arc<dyn LogDir>,
         uuid: Uuid,
         block: u64,
-        image: &LayerMap,
+        map: &LayerMap,
         tag: BootTag,
         first: u64,
     ) -> io::Result<Self> {
         let mut next = first;
-        let ReplacedLog { file, dir_synced: placed } = home.replace_log(&mut |file| {
+        let ReplacedLog { file, dir_synced } = log_dir.replace_log(&mut |file| {
             let mut writer = LogWriter::new(file, uuid, first);
             writer.write_record(&LogRecord::Open { tag })?;
-            image.records().try_for_each(|record| writer.write_record(&record))?;
+            map.records().try_for_each(|record| writer.write_record(&record))?;
             let upto = writer.sequence;
             writer.write_record(&LogRecord::Vouch { upto, durable: upto })?;
             writer.flush()?;
             next = writer.sequence;
             Ok(())
         })?;
-        placed?;
+        dir_synced?;
         // The last record vouches for all records.
-        Ok(Self::from_parts(home, uuid, block, file, (first, next), next - 1))
+        Ok(Self::from_parts(log_dir, uuid, block, file, (first, next), next - 1))
     }
 
     /// Continues a log that was closed in good order.
@@ -183,7 +183,7 @@ impl Log {
     /// # Errors
     /// The host's errno from appending `Open` and making it durable.
     pub fn reopen(
-        home: Arc<dyn LogDir>,
+        log_dir: Arc<dyn LogDir>,
         uuid: Uuid,
         block: u64,
         file: Arc<dyn Storage>,
@@ -192,7 +192,7 @@ impl Log {
     ) -> io::Result<Self> {
         let vouched = scan.vouched.unwrap_or(0);
         let log = Self::from_parts(
-            home,
+            log_dir,
             uuid,
             block,
             file,
@@ -207,20 +207,19 @@ impl Log {
     }
 
     fn from_parts(
-        home: Arc<dyn LogDir>,
+        log_dir: Arc<dyn LogDir>,
         uuid: Uuid,
         block: u64,
         file: Arc<dyn Storage>,
         (first, next): (u64, u64),
         vouched: u64,
     ) -> Self {
-        let reduce_at = MIN_RECORDS_TO_COMPACT.max((next - first) * 4);
-        let tail =
-            LogTail { file, first, next, reserved: 0, compact_at: reduce_at, dir_sync_error: None };
+        let compact_at = MIN_RECORDS_TO_COMPACT.max((next - first) * 4);
+        let tail = LogTail { file, first, next, reserved: 0, compact_at, dir_sync_error: None };
         Self {
             uuid,
             block_size: block,
-            dir: home,
+            dir: log_dir,
             tail: Mutex::new(tail),
             vouched: AtomicU64::new(vouched),
         }
@@ -229,11 +228,11 @@ impl Log {
     /// Appends `records` in one write and returns the sequence of the last one.
     ///
     /// # Errors
-    /// `ENOSPC`, also when only the part of the reserve is left that `purpose` may not use;
+    /// `ENOSPC`, also when only the part of the reserve is left that `reserve_use` may not use;
     /// otherwise the host's errno. Nothing was appended in that case.
-    pub fn append(&self, records: &[LogRecord], purpose: ReserveUse) -> io::Result<u64> {
+    pub fn append(&self, records: &[LogRecord], reserve_use: ReserveUse) -> io::Result<u64> {
         let mut tail = self.tail.lock();
-        tail.reserve((records.len() * RECORD_LEN) as u64, purpose)?;
+        tail.reserve((records.len() * RECORD_LEN) as u64, reserve_use)?;
         let mut few = [0; 4 * RECORD_LEN];
         let mut many = Vec::new();
         let bytes = if records.len() <= 4 {
@@ -243,8 +242,8 @@ impl Log {
             &mut many[..]
         };
         let mut sequence = tail.next;
-        for (record, place) in records.iter().zip(bytes.chunks_exact_mut(RECORD_LEN)) {
-            place.copy_from_slice(&record.encode(&self.uuid, sequence));
+        for (record, slot) in records.iter().zip(bytes.chunks_exact_mut(RECORD_LEN)) {
+            slot.copy_from_slice(&record.encode(&self.uuid, sequence));
             sequence += 1;
         }
         tail.file.write_at(&[IoSlice::new(bytes)], tail.end())?;
@@ -351,9 +350,9 @@ impl Log {
             (Arc::clone(&tail.file), tail.first)
         };
         // No lock is needed: these records do not change any more.
-        let mut image = LayerMap::new(0, 0);
-        replay(&*file, &self.uuid, durable + 1 - first, self.block_size, &mut image)?;
-        let count = image.records().count() as u64 + 2;
+        let mut map = LayerMap::new(0, 0);
+        replay(&*file, &self.uuid, durable + 1 - first, self.block_size, &mut map)?;
+        let count = map.records().count() as u64 + 2;
         let mut tail = self.tail.lock();
         if count >= (durable + 1 - first) / 2 {
             tail.compact_at = (tail.next - tail.first) * 2;
@@ -361,10 +360,10 @@ impl Log {
         }
         let start = durable + 1 - count;
         let copied = durable + 1 - first..tail.next - first;
-        let ReplacedLog { file: new, dir_synced: placed } = self.dir.replace_log(&mut |out| {
+        let ReplacedLog { file: new, dir_synced } = self.dir.replace_log(&mut |out| {
             let mut writer = LogWriter::new(out, self.uuid, start);
             writer.write_record(&LogRecord::Open { tag })?;
-            image.records().try_for_each(|record| writer.write_record(&record))?;
+            map.records().try_for_each(|record| writer.write_record(&record))?;
             writer.write_record(&LogRecord::Vouch { upto: durable, durable })?;
             for_each_record(&*file, copied.start, copied.end, &mut |bytes| {
                 writer.write_raw(bytes)
@@ -376,9 +375,9 @@ impl Log {
         tail.first = start;
         tail.reserved = 0;
         tail.compact_at = MIN_RECORDS_TO_COMPACT.max(count * 4);
-        if let Err(error) = &placed {
+        if let Err(error) = &dir_synced {
             tail.dir_sync_error = Some(error.raw_os_error().unwrap_or(libc::EIO));
         }
-        placed
+        dir_synced
     }
 }

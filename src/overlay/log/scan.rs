@@ -156,7 +156,7 @@ impl TrailingRecords {
     }
 }
 
-/// Applies the first `count` records of a log to `image`. `block` is the block size in bytes.
+/// Applies the first `count` records of a log to `map`. `block` is the block size in bytes.
 ///
 /// # Errors
 /// The host's errno; `EIO` when a record has changed since it was scanned.
@@ -165,11 +165,11 @@ pub fn replay(
     uuid: &Uuid,
     count: u64,
     block: u64,
-    image: &mut LayerMap,
+    map: &mut LayerMap,
 ) -> io::Result<()> {
     for_each_record(file, 0, count, &mut |bytes| match LogRecord::decode(bytes, uuid) {
         DecodedRecord::Good(_, record) => {
-            image.apply(&record, block);
+            map.apply(&record, block);
             Ok(())
         }
         _ => Err(host::os_error(libc::EIO)),

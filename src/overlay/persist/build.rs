@@ -47,14 +47,14 @@ pub type MakeData<'a> = Box<dyn FnOnce(&File) -> io::Result<HostFile> + 'a>;
 ///
 /// # Errors
 /// [`OverlayError`]; nothing is left behind in that case.
-pub fn create(place: OverlayPath<'_>, new: NewOverlay<'_>) -> Result<OpenedOverlay, OverlayError> {
-    let NewOverlay { stack, map: image, limit } = new;
+pub fn create(path: OverlayPath<'_>, new: NewOverlay<'_>) -> Result<OpenedOverlay, OverlayError> {
+    let NewOverlay { stack, map, limit } = new;
     let part = NewLayer {
         record: stack.top_layer()?,
-        map: image.clone(),
-        make_data: Box::new(|layer: &File| empty_data(layer, image.size)),
+        map: map.clone(),
+        make_data: Box::new(|layer: &File| empty_data(layer, map.size)),
     };
-    build(place, stack, vec![part], limit)
+    build(path, stack, vec![part], limit)
 }
 
 /// Builds an overlay with the layers `parts`, one of which is the top; all other layers of `stack`
@@ -63,30 +63,30 @@ pub fn create(place: OverlayPath<'_>, new: NewOverlay<'_>) -> Result<OpenedOverl
 /// # Errors
 /// [`OverlayError`]; nothing is left behind in that case.
 pub fn build(
-    place: OverlayPath<'_>,
+    path: OverlayPath<'_>,
     stack: Stack,
     parts: Vec<NewLayer<'_>>,
     limit: Option<u64>,
 ) -> Result<OpenedOverlay, OverlayError> {
-    let parent = match place.layers {
-        None => parent_for_new(place.dir)?,
-        Some(_) => place.dir.parent().unwrap_or(Path::new("/")),
+    let parent = match path.layers {
+        None => parent_for_new(path.dir)?,
+        Some(_) => path.dir.parent().unwrap_or(Path::new("/")),
     };
-    if place.layers.is_none() {
+    if path.layers.is_none() {
         staging::remove_all_abandoned(parent);
     }
-    let draft = StagingDir::new(parent).map_err(doing("making a directory beside it"))?;
-    let layers = match place.layers {
-        None => confined::create_dir(draft.dir(), "layers"),
-        Some(path) => open_dir(path),
+    let staging_dir = StagingDir::new(parent).map_err(doing("making a directory beside it"))?;
+    let layers = match path.layers {
+        None => confined::create_dir(staging_dir.dir(), "layers"),
+        Some(layers) => open_dir(layers),
     };
     let layers = layers.map_err(doing("making its layers"))?;
     let uuids: Vec<Uuid> = parts.iter().map(|part| part.record.uuid).collect();
     // Not moved into a closure: an abandoned `StagingDir` removes itself when dropped, which must
     // happen last, when the other descriptors are closed.
-    let made = match build_in(draft.dir(), &layers, &stack, parts, limit) {
-        Ok(made) => draft
-            .move_into_place(place.dir, parent)
+    let made = match build_in(staging_dir.dir(), &layers, &stack, parts, limit) {
+        Ok(made) => staging_dir
+            .move_into_place(path.dir, parent)
             .map(|dir| (made, dir))
             .map_err(doing("putting it in its place")),
         Err(error) => Err(error),
@@ -98,7 +98,7 @@ pub fn build(
             Ok(OpenedOverlay { overlay, below, snapshot_layers, recovered, dir })
         }
         Err(error) => {
-            if place.layers.is_some() {
+            if path.layers.is_some() {
                 // These layers are not inside the temporary directory, which removes itself.
                 uuids.into_iter().for_each(|uuid| {
                     let _ = remove_layer(&layers, uuid);
@@ -121,10 +121,10 @@ fn build_in(
 ) -> Result<BuiltLayers, OverlayError> {
     let mut sealed = HashMap::new();
     let mut top = None;
-    for NewLayer { record, map: image, make_data: put_data } in parts {
+    for NewLayer { record, map, make_data } in parts {
         let is_top = Some(&record) == stack.layers.last();
         let limit = limit.filter(|_| is_top);
-        let (layer, lock) = make_layer(layers, &record, &image, limit, put_data)?;
+        let (layer, lock) = make_layer(layers, &record, &map, limit, make_data)?;
         if is_top {
             top = Some((layer, lock));
         } else {

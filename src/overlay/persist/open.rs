@@ -40,23 +40,23 @@ pub struct LockedOverlay {
     top: LayerRecord,
 }
 
-/// Locks the overlay at `place`.
+/// Locks the overlay at `path`.
 ///
 /// # Errors
 /// [`OverlayError`]: missing, damaged, of another version, in use.
-pub fn lock_overlay(place: OverlayPath<'_>) -> Result<LockedOverlay, OverlayError> {
-    let dir = open_overlay_dir(place.dir)?;
+pub fn lock_overlay(path: OverlayPath<'_>) -> Result<LockedOverlay, OverlayError> {
+    let dir = open_overlay_dir(path.dir)?;
     // Checked before the layers are opened: a reflink overlay has none.
     let mut record = Stack::read(&dir)?.top_layer()?;
-    let layers = match place.layers {
+    let layers = match path.layers {
         None => confined::open_subdir(&dir, "layers"),
-        Some(path) => open_dir(path).and_then(|dir| {
+        Some(layers) => open_dir(layers).and_then(|dir| {
             trust::check(&dir).map_err(io::Error::other)?;
             Ok(dir)
         }),
     };
     let layers = layers.map_err(|error| match error.kind() {
-        std::io::ErrorKind::NotFound if place.layers.is_none() => OverlayError::NoLayers,
+        std::io::ErrorKind::NotFound if path.layers.is_none() => OverlayError::NoLayers,
         _ => doing("opening its layers")(error),
     })?;
     loop {
@@ -83,12 +83,12 @@ pub(in crate::overlay) fn take_lock(dir: &File, data: &File) -> Result<(), Overl
             Err(error) => return Err(doing("locking it")(error.into())),
         }
         let holder = read_holder(dir);
-        let patience = match &holder {
+        let timeout = match &holder {
             None => UNKNOWN_HOLDER_TIMEOUT,
             Some(holder) if holder.draining || !is_running(holder.pid) => DRAIN_TIMEOUT,
             Some(_) => Duration::ZERO,
         };
-        if start.elapsed() >= patience {
+        if start.elapsed() >= timeout {
             let (pid, mountpoint) =
                 holder.map_or((0, "unknown".to_owned()), |holder| (holder.pid, holder.mountpoint));
             return Err(OverlayError::InUse { pid, mountpoint });
@@ -125,11 +125,11 @@ impl LockedOverlay {
     pub fn is_committing(&self) -> Result<bool, OverlayError> {
         let tag = boot_tag::current(&self.dir).map_err(doing("reading the boot id"))?;
         let trusted = recover::examine(&self.files, tag).map_err(self.log_error())?;
-        let image = recover::load_map(&self.files, &trusted).map_err(self.log_error())?;
-        Ok(image.is_committing)
+        let map = recover::load_map(&self.files, &trusted).map_err(self.log_error())?;
+        Ok(map.is_committing)
     }
 
-    /// Opens the overlay for use, taking sealed layers that are already open from `shelf`. `limit`
+    /// Opens the overlay for use, taking sealed layers that are already open from `cache`. `limit`
     /// caps the total bytes of data that all its layers may hold.
     ///
     /// # Errors
@@ -137,21 +137,21 @@ impl LockedOverlay {
     pub fn open(
         self,
         limit: Option<u64>,
-        shelf: &LayerCache,
+        cache: &LayerCache,
     ) -> Result<OpenedOverlay, OverlayError> {
         let tag = boot_tag::current(&self.dir).map_err(doing("reading the boot id"))?;
         let mut recovered = Recovered::Clean;
         let mut below = Vec::new();
         // The lowest layer first: a layer must be recovered before the layers above it are read.
         for record in self.stack.tree().live().iter().skip(1).rev() {
-            below.push(shelf.get_or_open(record.uuid, || {
+            below.push(cache.get_or_open(record.uuid, || {
                 let (layer, found) = open_sealed(&self.layers, record)?;
                 recovered = recovered.combine(found);
                 Ok::<_, OverlayError>(layer)
             })?);
         }
         below.reverse();
-        let snapshot_layers = self.open_snapshot_layers(shelf);
+        let snapshot_layers = self.open_snapshot_layers(cache);
         let held: u64 = below.iter().map(|layer| layer.usage().data).sum();
         let limit = limit.map(|limit| limit.saturating_sub(held));
         let (overlay, found) = Overlay::open(&self.files, tag, limit).map_err(self.log_error())?;
@@ -162,13 +162,13 @@ impl LockedOverlay {
     }
 
     /// Opens the layers that only snapshots use: this disk has to make them durable, too.
-    fn open_snapshot_layers(&self, shelf: &LayerCache) -> Vec<(Uuid, Arc<Overlay>)> {
+    fn open_snapshot_layers(&self, cache: &LayerCache) -> Vec<(Uuid, Arc<Overlay>)> {
         let tree = self.stack.tree();
         let live: Vec<Uuid> = tree.live().iter().map(|layer| layer.uuid).collect();
         // The tree lists each layer after its parent.
-        let aside = tree.layers.iter().filter(|layer| !live.contains(&layer.uuid));
+        let side_layers = tree.layers.iter().filter(|layer| !live.contains(&layer.uuid));
         let open = |record: &LayerRecord| {
-            let opened = shelf.get_or_open(record.uuid, || {
+            let opened = cache.get_or_open(record.uuid, || {
                 open_sealed(&self.layers, record).map(|(layer, _)| layer)
             });
             match opened {
@@ -179,7 +179,7 @@ impl LockedOverlay {
                 }
             }
         };
-        aside.filter_map(open).collect()
+        side_layers.filter_map(open).collect()
     }
 
     /// Removes the layers that the stack does not name, left behind by an interrupted operation.

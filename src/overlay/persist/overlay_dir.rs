@@ -116,23 +116,23 @@ impl OverlayDir {
     pub fn add_layer(
         &self,
         record: &LayerRecord,
-        image: &LayerMap,
+        map: &LayerMap,
         limit: Option<u64>,
     ) -> Result<(Overlay, File), OverlayError> {
-        make_layer(&self.layers, record, image, limit, |layer| empty_data(layer, image.size))
+        make_layer(&self.layers, record, map, limit, |layer| empty_data(layer, map.size))
             .inspect_err(|_| self.remove_layer(record.uuid))
     }
 
-    /// Returns the sealed layer `uuid` of this disk from `shelf`, opening it if necessary.
+    /// Returns the sealed layer `uuid` of this disk from `cache`, opening it if necessary.
     ///
     /// # Errors
     /// [`OverlayError`].
-    pub fn open_layer(&self, uuid: Uuid, shelf: &LayerCache) -> Result<Arc<Overlay>, OverlayError> {
+    pub fn open_layer(&self, uuid: Uuid, cache: &LayerCache) -> Result<Arc<Overlay>, OverlayError> {
         let record = self.stack.layers.iter().find(|layer| layer.uuid == uuid);
         let record = record.ok_or_else(|| {
             doing("opening its layer")(io::Error::from_raw_os_error(libc::ENOENT))
         })?;
-        shelf.get_or_open(uuid, || open_sealed(&self.layers, record).map(|(layer, _)| layer))
+        cache.get_or_open(uuid, || open_sealed(&self.layers, record).map(|(layer, _)| layer))
     }
 
     /// Removes the files of a layer that no stack names any more. Best effort: remaining files are

@@ -65,8 +65,9 @@ pub fn create(
 ) -> Result<OpenedReflink, ReflinkError> {
     let parent = parent_for_new(dir)?;
     staging::remove_all_abandoned(parent);
-    let draft = StagingDir::new(parent).map_err(doing("making a directory beside it"))?;
-    let data = confined::create_file(draft.dir(), "data").map_err(doing("making its data"))?;
+    let staging_dir = StagingDir::new(parent).map_err(doing("making a directory beside it"))?;
+    let data =
+        confined::create_file(staging_dir.dir(), "data").map_err(doing("making its data"))?;
     rustix::fs::ioctl_ficlone(&data, base.file)
         .map_err(|error| sharing_error(error.into(), &data, base.path))?;
     let fill = || -> io::Result<File> {
@@ -74,15 +75,15 @@ pub fn create(
             data.set_len(size).map_err(explain_size_error)?;
         }
         data.sync_all()?;
-        confined::create_dir(draft.dir(), "snapshots")
+        confined::create_dir(staging_dir.dir(), "snapshots")
     };
     let snapshots = fill().map_err(doing("making its data durable"))?;
     rustix::fs::flock(&data, FlockOperation::NonBlockingLockExclusive)
         .map_err(|error| doing("locking it")(error.into()))?;
-    stack.write(draft.dir())?;
-    let dir = draft.move_into_place(dir, parent).map_err(doing("putting it in its place"))?;
-    let home = ReflinkDir { stack, dir, data, snapshots };
-    Ok(home.into_layer(base.file, None)?)
+    stack.write(staging_dir.dir())?;
+    let dir = staging_dir.move_into_place(dir, parent).map_err(doing("putting it in its place"))?;
+    let files = ReflinkDir { stack, dir, data, snapshots };
+    Ok(files.into_layer(base.file, None)?)
 }
 
 /// Explains why the host does not share blocks.
