@@ -196,9 +196,13 @@ impl Filesystem for CowslipFs {
         _: bool,
         reply: ReplyEmpty,
     ) {
-        match self.handles.remove(fh).as_deref() {
-            Some(Handle::Disk { file, access }) => self.release_file(file, *access, reply),
-            _ => reply.ok(),
+        let released = match self.handles.remove(fh).as_deref() {
+            Some(Handle::Disk { file, access }) => Some((file.clone(), *access)),
+            _ => None,
+        };
+        match released {
+            Some((file, access)) => self.release_file(file, access, reply),
+            None => reply.ok(),
         }
     }
 

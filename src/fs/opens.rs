@@ -65,8 +65,9 @@ impl CowslipFs {
         });
     }
 
-    /// Releases a handle of `file` that was opened for `access`.
-    pub(super) fn release_file(&self, file: &DiskFile, access: HandleAccess, reply: ReplyEmpty) {
+    /// Releases a handle of `file` that was opened for `access`. Nothing here holds the disk any more
+    /// when the reply is sent, unless the disk has to be disposed of first.
+    pub(super) fn release_file(&self, file: DiskFile, access: HandleAccess, reply: ReplyEmpty) {
         let disk = file.disk();
         self.passthrough.release(disk.ino());
         file.release_handle(access);
@@ -74,6 +75,7 @@ impl CowslipFs {
             disk.finish_after_last_writer();
         }
         if !disk.is_orphan() {
+            drop(file);
             return reply.ok();
         }
         let disk = Arc::clone(disk);
