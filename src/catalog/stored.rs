@@ -9,7 +9,7 @@ use super::names::{CatalogEntry, DiskOrigin, check_name, find_clash};
 use crate::disk::{Disk, DiskOwner, OpenContext, OpenedDisk};
 use crate::host::os_error;
 use crate::name::CONTROL_DIR;
-use crate::store::{Store, StoreError};
+use crate::store::{NameChangeError, Store, StoreError};
 
 /// Effect of rename(2) on a disk that already has the new name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -18,6 +18,18 @@ pub enum RenameMode {
     Replace,
     /// Fail with `EEXIST` (`RENAME_NOREPLACE`).
     NoReplace,
+}
+
+/// Makes the disks of `entries` read-only for good if the store may have lost their names: what
+/// they acknowledged from then on might be swept at the next mount. Returns the errno.
+fn latch_if_torn<'a>(
+    failed: NameChangeError,
+    entries: impl IntoIterator<Item = &'a Arc<CatalogEntry>>,
+) -> io::Error {
+    if failed.is_torn {
+        entries.into_iter().for_each(|entry| entry.disk.latch());
+    }
+    failed.error
 }
 
 impl Catalog {
@@ -187,7 +199,7 @@ impl Catalog {
     /// errno.
     pub fn unlink(&self, name: &str) -> io::Result<()> {
         let (store, entry) = self.require_stored("unlink", name)?;
-        store.remove_name(name)?;
+        store.remove_name(name).map_err(|failed| latch_if_torn(failed, [&entry]))?;
         let mut names = self.names.write();
         names.remove(name);
         entry.disk.mark_unlinked();
@@ -217,13 +229,18 @@ impl Catalog {
             log::warn!("rename '{from}' to '{to}' refused: {line}");
             return Err(os_error(libc::EEXIST));
         }
-        store.rename(from, to)?;
+        store
+            .rename(from, to)
+            .map_err(|failed| latch_if_torn(failed, [&entry].into_iter().chain(&replaced)))?;
         let mut names = self.names.write();
         let clashes = || names.contains_key(to) || find_clash(&names, to, &entry.disk).is_some();
         if replaced.is_none() && clashes() {
             // `add` took the name meanwhile.
             drop(names);
-            store.rename(to, from)?;
+            if let Err(failed) = store.rename(to, from) {
+                // The store has the new name, durably or not, and the mount has the old one.
+                latch_if_torn(NameChangeError { is_torn: true, ..failed }, [&entry]);
+            }
             return Err(os_error(libc::EEXIST));
         }
         names.remove(from);

@@ -385,6 +385,13 @@ impl Disk {
         self.layers().writable().is_ok_and(WritableLayer::is_latched)
     }
 
+    /// Makes the disk read-only for good after a failure of something other than its own sync.
+    pub fn latch(&self) {
+        if let Some(overlay) = self.overlay() {
+            overlay.poison();
+        }
+    }
+
     /// The path of the disk's base in `status`; `None` without a file.
     #[must_use]
     pub fn base_path(&self) -> Option<PathBuf> {

@@ -6,6 +6,7 @@
 //! only the files of a disk or a layer. Everything else stays, and is only reported.
 
 use std::collections::HashSet;
+use std::ffi::CString;
 use std::fs::{DirBuilder, File};
 use std::io;
 use std::os::unix::fs::DirBuilderExt;
@@ -176,9 +177,21 @@ impl StoreDirs {
         Ok(all)
     }
 
+    /// Returns the target of the link `name`; `None` if there is no such name.
+    ///
+    /// # Errors
+    /// The host's errno.
+    pub(super) fn link_target(&self, name: &str) -> io::Result<Option<CString>> {
+        match rustix::fs::readlinkat(&self.names, name, Vec::new()) {
+            Ok(target) => Ok(Some(target)),
+            Err(rustix::io::Errno::NOENT) => Ok(None),
+            Err(error) => Err(error.into()),
+        }
+    }
+
     /// Returns the disk that `name` links to.
     fn disk_named(&self, name: &str) -> Option<Uuid> {
-        let target = rustix::fs::readlinkat(&self.names, name, Vec::new()).ok()?;
+        let target = self.link_target(name).ok()??;
         parse_uuid(target.to_str().ok()?.strip_prefix("../disks/")?)
     }
 

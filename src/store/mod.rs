@@ -9,7 +9,8 @@
 //! ```
 //!
 //! A disk exists while a name links to it. Its files are created before the name and removed after
-//! the name, each step durable before the next. Files that a crash leaves without a name are
+//! the name, each step durable before the next. A change of a name that could not be made durable
+//! is taken back. Files that a crash leaves without a name are
 //! removed at the next mount.
 
 mod dirs;
@@ -19,11 +20,13 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use rustix::fs::AtFlags;
 use uuid::Uuid;
 
 pub use self::dirs::{Leftovers, StoreDirs};
 use crate::config::DiskSpec;
 use crate::disk::{self, Disk, DiskOwner, LayerUsers, OpenContext, OpenError, OpenedDisk};
+use crate::host::os_error;
 use crate::name;
 use crate::overlay::layer_cache::LayerCache;
 use crate::overlay::persist::OverlayPath;
@@ -79,6 +82,23 @@ pub enum StoreError {
         /// The reason why the disk cannot be used.
         error: OpenError,
     },
+}
+
+/// A name that was not removed or changed.
+#[derive(Debug, thiserror::Error)]
+#[error("{error}")]
+pub struct NameChangeError {
+    /// The host's error.
+    pub error: io::Error,
+    /// Whether the names on disk may be the old or the new ones, so that no sync of the disks
+    /// concerned may be acknowledged any more.
+    pub is_torn: bool,
+}
+
+impl<E: Into<io::Error>> From<E> for NameChangeError {
+    fn from(error: E) -> Self {
+        Self { error: error.into(), is_torn: false }
+    }
 }
 
 impl StoreError {
@@ -261,7 +281,7 @@ impl Store {
         made.map_err(failed)?;
         if let Err(error) = self.dirs.names().sync_all() {
             // Remove the name first: a dangling name would make the next mount fail.
-            return match self.remove_name(name) {
+            return match self.dirs.remove_name(name) {
                 Ok(()) => Err(failed(error)),
                 Err(error) => Err(self.io_error("naming a new disk", error)),
             };
@@ -273,22 +293,45 @@ impl Store {
     /// [`remove_files`](Self::remove_files).
     ///
     /// # Errors
-    /// The host's errno.
-    pub fn remove_name(&self, name: &str) -> io::Result<()> {
+    /// [`NameChangeError`]; the disk has its name unless that says otherwise.
+    pub fn remove_name(&self, name: &str) -> Result<(), NameChangeError> {
         name::check(name)?;
-        self.dirs.remove_name(name)
+        let target = self.dirs.link_target(name)?.ok_or_else(|| os_error(libc::ENOENT))?;
+        let names = self.dirs.names();
+        rustix::fs::unlinkat(names, name, AtFlags::empty())?;
+        self.sync_names(|| rustix::fs::symlinkat(&target, names, name))
     }
 
     /// Renames a disk, durably, and replaces a disk that has the new name.
     ///
     /// # Errors
-    /// The host's errno.
-    pub fn rename(&self, from: &str, to: &str) -> io::Result<()> {
+    /// [`NameChangeError`]; the disks have their old names unless that says otherwise.
+    pub fn rename(&self, from: &str, to: &str) -> Result<(), NameChangeError> {
         name::check(from)?;
         name::check_disk(to)?;
+        let replaced = self.dirs.link_target(to)?;
         let names = self.dirs.names();
         rustix::fs::renameat(names, from, names, to)?;
-        names.sync_all()
+        self.sync_names(|| {
+            rustix::fs::renameat(names, to, names, from)?;
+            replaced.iter().try_for_each(|target| rustix::fs::symlinkat(target, names, to))
+        })
+    }
+
+    /// Makes a change of the names durable or, if that fails, takes it back with `undo`, durably
+    /// too: the host may show the change and have it on disk, or not.
+    fn sync_names(
+        &self,
+        undo: impl FnOnce() -> rustix::io::Result<()>,
+    ) -> Result<(), NameChangeError> {
+        let names = self.dirs.names();
+        let Err(error) = names.sync_all() else { return Ok(()) };
+        let undone = undo().map_err(io::Error::from).and_then(|()| names.sync_all());
+        if let Err(again) = &undone {
+            let dir = self.dir().display();
+            log::error!("store '{dir}': the old names could not be put back: {again}");
+        }
+        Err(NameChangeError { error, is_torn: undone.is_err() })
     }
 
     /// Removes the files of a disk that has no name and that nobody has open. Layers that another

@@ -76,9 +76,9 @@ impl ReceiveState {
     pub(super) fn remove(slot: &FileSlot) -> io::Result<()> {
         let name = slot.with_suffix(STATE_SUFFIX);
         match rustix::fs::unlinkat(slot.dir(), name, rustix::fs::AtFlags::empty()) {
-            Err(rustix::io::Errno::NOENT) => Ok(()),
+            // Another receiver may have removed it and failed to make that durable.
+            Ok(()) | Err(rustix::io::Errno::NOENT) => sync_dir(slot.dir()),
             Err(error) => Err(error.into()),
-            Ok(()) => sync_dir(slot.dir()),
         }
     }
 }

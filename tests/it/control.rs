@@ -4,6 +4,7 @@ use std::fs;
 use std::os::unix::fs::FileExt;
 
 use crate::common::mount::*;
+use crate::common::strace::Strace;
 use serde_json::Value;
 
 fn lab() -> Lab {
@@ -169,6 +170,35 @@ fn keep_rejects_invalid_disks_and_directories() {
     lab.refused(1, "keep base.img kept");
     lab.refused(1, "keep m/nothing kept");
     lab.sh("[ ! -e kept ]; [ \"$(ls full)\" = x ]");
+    lab.end();
+}
+
+#[test]
+fn keep_that_cannot_be_made_durable_leaves_nothing_behind() {
+    let lab = Lab::new();
+    // Temporary overlays lie in the same file system, so the data is linked.
+    lab.sh("mkdir host");
+    lab.mount("d=blank:1G");
+    lab.open("m/d").write_all_at(&noise(MIB, 1), 0).unwrap();
+    let mut failed = 0;
+    loop {
+        let fail = format!("inject=fsync:error=EIO:when={}", failed + 1);
+        let strace = Strace::attach_with(&lab, lab.pid(), "fsync", &[fail]);
+        let kept = lab.cowslip("keep m/d host/kept");
+        strace.end(&lab, || true);
+        if kept.status.success() {
+            break;
+        }
+        failed += 1;
+        assert_eq!(fs::read_dir(lab.path("host")).unwrap().count(), 0, "{}", show(&kept));
+    }
+    assert!(failed >= 4, "{failed}");
+    lab.open("m/d").write_all_at(&noise(MIB, 2), MIB).unwrap();
+    lab.umount();
+    lab.mount("d=blank:1G,overlay=host/kept");
+    let disk = lab.open_ro("m/d");
+    assert!(read(&disk, 0, MIB) == noise(MIB, 1) && read(&disk, MIB, MIB) == noise(MIB, 2));
+    drop(disk);
     lab.end();
 }
 

@@ -1059,6 +1059,34 @@ fn concurrent_syncs_end_even_if_no_thread_can_be_created() {
 }
 
 #[test]
+fn segment_whose_name_is_not_durable_takes_no_write() {
+    let lab = Lab::new();
+    lab.mount("d=blank:9T,overlay=o");
+    let disk = lab.open("m/d");
+    let far = 17 << 39;
+    let segments = || {
+        let layer = fs::read_dir(lab.path("o/layers")).unwrap().next().unwrap().unwrap();
+        let files = fs::read_dir(layer.path()).unwrap();
+        let is_segment =
+            |file: &fs::DirEntry| file.file_name().to_string_lossy().starts_with("data.");
+        files.filter(|file| is_segment(file.as_ref().unwrap())).count()
+    };
+    let fail = "inject=fsync:error=EIO:when=1".to_owned();
+    let strace = Strace::attach_with(&lab, lab.pid(), "fsync", &[fail]);
+    assert_eq!(errno_of(disk.write_at(&[1; 4096], far)), libc::EIO);
+    // The next write would take a file that is there for durable.
+    assert_eq!(segments(), 0);
+    strace.end(&lab, || true);
+    disk.write_all_at(&[2; 4096], far).unwrap();
+    disk.sync_all().unwrap();
+    assert_eq!(segments(), 1);
+    assert_eq!(read(&disk, far, 4096), [2; 4096]);
+    drop(disk);
+    lab.umount();
+    lab.end();
+}
+
+#[test]
 fn hung_syncs_leave_a_worker_for_other_requests() {
     let lab = Lab::new();
     lab.mount("a=blank:8M,overlay=a b=blank:8M,overlay=b c=blank:8M,overlay=c d=blank:8M");

@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use crate::common::mount::*;
+use crate::common::strace::Strace;
 
 fn lab() -> Lab {
     let lab = Lab::new();
@@ -430,5 +431,77 @@ fn a_host_without_a_free_inode_is_a_full_host() {
     assert_eq!(made.unwrap_err().raw_os_error(), Some(libc::ENOSPC));
     lab.umount();
     lab.sh("umount t");
+    lab.end();
+}
+
+/// Has fsyncs of the daemon fail that `when` selects in each of its threads, while `change` runs.
+#[track_caller]
+fn with_failing_fsyncs(lab: &Lab, when: &str, change: impl FnOnce()) {
+    let fail = format!("inject=fsync:error=EIO:when={when}");
+    let strace = Strace::attach_with(lab, lab.pid(), "fsync", &[fail]);
+    change();
+    let seen = strace.end(lab, || true);
+    assert!(seen.text.contains("(INJECTED)"), "{}", seen.text);
+}
+
+fn write_and_sync(lab: &Lab, name: &str, text: &str) {
+    let mut file = File::create(lab.path(name)).unwrap();
+    file.write_all(text.as_bytes()).unwrap();
+    file.sync_all().unwrap();
+}
+
+#[test]
+fn disk_whose_rename_or_removal_is_not_durable_keeps_its_name_and_what_is_synced() {
+    let lab = lab();
+    for name in ["m/a", "m/b", "m/c"] {
+        write_and_sync(&lab, name, "old");
+    }
+    with_failing_fsyncs(&lab, "1", || {
+        let renamed = fs::rename(lab.path("m/a"), lab.path("m/b"));
+        assert_eq!(renamed.unwrap_err().raw_os_error(), Some(libc::EIO));
+    });
+    with_failing_fsyncs(&lab, "1", || {
+        let removed = fs::remove_file(lab.path("m/c"));
+        assert_eq!(removed.unwrap_err().raw_os_error(), Some(libc::EIO));
+    });
+    with_failing_fsyncs(&lab, "1", || {
+        assert!(fs::rename(lab.path("m/c"), lab.path("m/new")).is_err());
+    });
+    for (name, text) in [("m/b", "new b"), ("m/c", "new c")] {
+        write_and_sync(&lab, name, text);
+    }
+    // The daemon is killed: nothing is put right at the end of the mount.
+    lab.kill();
+    lab.mount("--store st");
+    assert_eq!(names(&lab), ["a", "b", "c"]);
+    assert_eq!(lab.sh("cat m/a m/b m/c"), "oldnew bnew c");
+    lab.sh("mv -f m/a m/b; rm m/c");
+    again(&lab);
+    assert_eq!(names(&lab), ["b"]);
+    assert_eq!(lab.sh("cat m/b"), "old");
+    lab.end();
+}
+
+#[test]
+fn disk_whose_name_may_be_lost_acknowledges_no_sync() {
+    let lab = lab();
+    for name in ["m/a", "m/b", "m/c"] {
+        write_and_sync(&lab, name, "old");
+    }
+    let open = |name| OpenOptions::new().write(true).open(lab.path(name)).unwrap();
+    let (a, b, c) = (open("m/a"), open("m/b"), open("m/c"));
+    with_failing_fsyncs(&lab, "1+", || {
+        assert!(fs::rename(lab.path("m/a"), lab.path("m/b")).is_err());
+        assert!(fs::remove_file(lab.path("m/c")).is_err());
+    });
+    for file in [a, b, c] {
+        let written = file.write_all_at(b"new", 0).and_then(|()| file.sync_all());
+        assert_eq!(written.unwrap_err().raw_os_error(), Some(libc::EIO));
+    }
+    let code = lab.output(COWSLIP, &["status", "m"]).status.code();
+    assert_eq!(code, Some(3));
+    lab.kill();
+    lab.mount("--store st");
+    assert_eq!(lab.sh("cat m/a m/b m/c"), "oldoldold");
     lab.end();
 }

@@ -260,11 +260,8 @@ impl Disk {
             Some(lock) => dir.replace_top(stack, lock),
             None => dir.replace_stack(stack),
         };
-        if replaced.is_err()
-            && dir.is_torn()
-            && let Some(overlay) = self.overlay()
-        {
-            overlay.poison();
+        if replaced.is_err() && dir.is_torn() {
+            self.latch();
         }
         Ok(replaced?)
     }

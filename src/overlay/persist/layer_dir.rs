@@ -52,16 +52,25 @@ impl LogDir for LayerDir {
         let file = match confined::open_file(&self.dir, "journal", FileAccess::AsAllowed) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => match create {
                 Create::Never => return Ok(None),
-                Create::IfMissing => {
-                    let file = confined::create_file(&self.dir, "journal")?;
-                    self.dir.sync_all()?;
-                    file
-                }
+                Create::IfMissing => create_durably(&self.dir, "journal")?,
             },
             found => found?,
         };
         Ok(Some(Arc::new(HostFile::single(file))))
     }
+}
+
+/// Creates the file `name` in `dir`, and makes its name durable.
+///
+/// # Errors
+/// The host's errno; there is no such file then, which the next attempt would take for durable.
+fn create_durably(dir: &File, name: &str) -> io::Result<File> {
+    let file = confined::create_file(dir, name)?;
+    if let Err(error) = dir.sync_all() {
+        confined::remove_file(dir, name)?;
+        return Err(error);
+    }
+    Ok(file)
 }
 
 /// Returns the name of segment `index` of a data file.
@@ -102,10 +111,8 @@ pub(in crate::overlay) fn data_file_in(dir: File, first: File) -> io::Result<Hos
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {}
                 found => return found,
             }
-            let file = confined::create_file(&dir, &name)?;
             // The name must be durable before a record names blocks of this segment.
-            dir.sync_all()?;
-            Ok(file)
+            create_durably(&dir, &name)
         }),
     ))
 }

@@ -57,17 +57,24 @@ impl StagingDir {
     /// Puts it into its place, `path` in the directory `parent`, durably.
     ///
     /// # Errors
-    /// The host's errno; it is removed then, unless only `parent` could not be synced.
+    /// The host's errno; it is removed then.
     pub(in crate::overlay) fn move_into_place(
         self,
         path: &Path,
         parent: &Path,
     ) -> io::Result<File> {
+        let parent = open_dir(parent)?;
         std::fs::rename(self.temp.path(), path)?;
+        if let Err(error) = parent.sync_all() {
+            // Nobody may take it for an overlay: its data may be that of a disk in use.
+            if let Err(error) = std::fs::rename(path, self.temp.path()) {
+                log::error!("'{}' is left behind and is no overlay: {error}", path.display());
+            }
+            return Err(error);
+        }
         // There is nothing left under its old name.
         let _ = self.temp.keep();
         flock(&self.dir, FlockOperation::Unlock)?;
-        open_dir(parent)?.sync_all()?;
         Ok(self.dir)
     }
 }

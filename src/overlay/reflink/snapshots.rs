@@ -118,8 +118,11 @@ impl Reflink {
             Err(rustix::io::Errno::EXIST) => return Err(ReflinkError::Exists(name.to_owned())),
             Err(error) => return Err(doing("naming a snapshot")(error.into()).into()),
         }
-        let placed = self.snapshots.sync_all().and_then(|()| self.dir.sync_all());
-        Ok(placed.map_err(doing("naming a snapshot"))?)
+        if let Err(error) = self.snapshots.sync_all().and_then(|()| self.dir.sync_all()) {
+            let _ = rustix::fs::unlinkat(&self.snapshots, name, AtFlags::empty());
+            return Err(doing("naming a snapshot")(error).into());
+        }
+        Ok(())
     }
 
     /// Opens the file of the snapshot `name` for reading.
