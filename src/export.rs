@@ -11,16 +11,13 @@ use std::io::{self, Write};
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 
-use rustix::fs::SeekFrom;
 use rustix::io::Errno;
 
 use crate::formats::android::{self, AndroidContent, AndroidPlan, AndroidRun, AndroidWriter};
 use crate::formats::qcow2::{self, BackingFile, Qcow2Writer};
 use crate::formats::rbd::{END_RECORD, v1};
 use crate::formats::{ImageRun, RunContent, bmap};
-
-/// Bytes copied at a time: 1 MiB.
-const COPY_CHUNK: usize = 1 << 20;
+use crate::host::{self, COPY_CHUNK};
 
 /// A callback for progress, called now and then with the bytes done and the total.
 pub type OnProgress<'a> = &'a mut dyn FnMut(u64, u64);
@@ -218,17 +215,14 @@ pub fn find_runs(file: &File, changed: Option<&File>, size: u64) -> io::Result<V
 
 /// Returns the next data range at or after `at` and before `size`, or `None` if there is none.
 fn next_data(file: &File, at: u64, size: u64) -> io::Result<Option<Range<u64>>> {
-    let start = match rustix::fs::seek(file, SeekFrom::Data(at)) {
-        Ok(start) if start < size => start.max(at),
-        Ok(_) | Err(Errno::NXIO) => return Ok(None),
+    let start = match host::next_data(file, at) {
+        Ok(Some(start)) if start < size => start.max(at),
+        Ok(_) => return Ok(None),
         // The file system cannot tell: everything counts as data.
         Err(Errno::INVAL | Errno::OPNOTSUPP) => return Ok(Some(at..size)),
         Err(error) => return Err(error.into()),
     };
-    let end = rustix::fs::seek(file, SeekFrom::Hole(start))?;
-    // The file changed between the two calls, or the answer was wrong: it is always safe to treat
-    // everything as data.
-    let end = if end > start { end.min(size) } else { size };
+    let end = host::data_end(file, &(start..size))?;
     Ok(Some(start..end))
 }
 

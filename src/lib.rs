@@ -69,3 +69,4 @@ pub mod store;
 pub mod stream;
 pub mod transfer;
 pub mod trust;
+mod zeros;

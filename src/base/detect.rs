@@ -2,12 +2,13 @@
 
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use super::error::BaseError;
 use super::file::BaseFile;
 use crate::config::Format;
+use crate::host;
+use crate::layer::Wait;
 
 /// Refuses a format that is not supported, and a file that does not look raw when no format is
 /// given.
@@ -68,15 +69,7 @@ fn detect(file: &File, size: u64) -> io::Result<Option<Format>> {
 /// Reads up to 512 bytes from `offset` on; fewer at the end of the file.
 fn read_up_to(file: &File, offset: u64) -> io::Result<Vec<u8>> {
     let mut buf = vec![0; 512];
-    let mut done = 0;
-    while done < buf.len() {
-        match file.read_at(&mut buf[done..], offset + done as u64) {
-            Ok(0) => break,
-            Ok(got) => done += got,
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) => return Err(error),
-        }
-    }
+    let done = host::read_at(file, &mut buf, offset, Wait::Yes)?;
     buf.truncate(done);
     Ok(buf)
 }

@@ -30,6 +30,7 @@ use crate::extents::{Extent, ExtentKind};
 use crate::host;
 use crate::host::file_system::{FsKind, HostFs};
 use crate::layer::{CopyFn, Layer, ReadBelow, Wait, WritableLayer};
+use crate::zeros::ZEROS;
 
 /// The kind of host object that holds the bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -39,17 +40,6 @@ pub enum HostKind {
     /// A block device: no visible holes, and a fixed size.
     BlockDevice,
 }
-
-/// Zeros written at a time where the host cannot zero by itself: 1 MiB, the largest request the
-/// kernel sends, so one request is one write.
-const ZEROS: &[u8] = &[0; 1 << 20];
-
-/// Alignment in bytes of ranges that a block device zeroes by itself: a multiple of its sector
-/// size. 4 KiB is the largest in use; with the rare larger one the call fails and plain writes
-/// follow.
-const DEVICE_ALIGNMENT: u64 = 4096;
-/// How often an interrupted call is retried.
-const MAX_EINTR_RETRIES: usize = 8;
 
 /// A raw file or block device. Dropping it releases its base locks.
 #[derive(Debug)]
@@ -163,36 +153,19 @@ impl RawBase {
         }
     }
 
-    /// Calls lseek(2). A host that is interrupted again and again counts as one that does not
-    /// answer.
-    fn lseek(&self, from: SeekFrom) -> Result<u64, Errno> {
-        let asked = (0..MAX_EINTR_RETRIES).map(|_| rustix::fs::seek(&*self.file, from));
-        asked.into_iter().find(|found| *found != Err(Errno::INTR)).unwrap_or(Err(Errno::IO))
-    }
-
     /// Finds the extent at `range.start` on the host; `range` is inside the size.
     fn seek_extent(&self, range: Range<u64>) -> io::Result<Extent> {
-        let data = match self.lseek(SeekFrom::Data(range.start)) {
-            Ok(at) => at,
-            Err(Errno::NXIO) => return self.seek_past_data(range),
-            Err(error) => return self.seek_failed(error, range),
-        };
-        if data > range.start {
-            return Ok(extent(range.start..data.min(range.end), ExtentKind::Hole));
+        match host::extent_at(&*self.file, range.clone()) {
+            Ok(Some(found)) => Ok(found),
+            Ok(None) => self.seek_past_data(range),
+            Err(error) => self.seek_failed(error, range),
         }
-        let hole = match self.lseek(SeekFrom::Hole(range.start)) {
-            Ok(at) if at > range.start => at,
-            // Changed between the two calls (punched or truncated): Data is always safe.
-            Ok(_) | Err(Errno::NXIO) => range.end,
-            Err(error) => return self.seek_failed(error, range),
-        };
-        Ok(extent(range.start..hole.min(range.end), ExtentKind::Data))
     }
 
     /// Describes a range without data: a hole up to the end of the host file. After that end, in a
     /// file that got shorter, the range is Data, so that reading it fails as it must.
     fn seek_past_data(&self, range: Range<u64>) -> io::Result<Extent> {
-        let end_of_file = self.lseek(SeekFrom::End(0))?;
+        let end_of_file = rustix::fs::seek(&*self.file, SeekFrom::End(0))?;
         if range.start >= end_of_file {
             return Ok(extent(range, ExtentKind::Data));
         }
@@ -225,34 +198,22 @@ impl RawBase {
         Ok(())
     }
 
-    /// Zeros `range` by the first of `ways` that the host supports, else by writing zeros.
-    fn zero_range(&self, range: Range<u64>, ways: &[FallocateFlags]) -> io::Result<()> {
+    /// Zeros `range` by the first of `methods` that the host supports, else by writing zeros.
+    fn zero_range(&self, range: Range<u64>, methods: &[FallocateFlags]) -> io::Result<()> {
         // A partial write of a unit writes the rest of the unit back, too.
         let alone = self.direct.as_ref().map(|direct| direct.lock_range(&range)).transpose()?;
         let inner = match self.kind {
             HostKind::File => range.clone(),
-            HostKind::BlockDevice => whole_device_blocks(&range),
+            HostKind::BlockDevice => host::whole_device_blocks(&range),
         };
-        if inner.is_empty() || !self.zero_by_host(&inner, ways)? {
+        if inner.is_empty()
+            || host::zero_by_host(&*self.file, methods, &inner, is_zeroing_refused)?
+                == methods.len()
+        {
             return self.write_zeros(range, alone.as_ref());
         }
         self.write_zeros(range.start..inner.start, alone.as_ref())?;
         self.write_zeros(inner.end..range.end, alone.as_ref())
-    }
-
-    fn zero_by_host(&self, range: &Range<u64>, ways: &[FallocateFlags]) -> io::Result<bool> {
-        for &way in ways {
-            let flags = way | FallocateFlags::KEEP_SIZE;
-            let Err(error) = host::fallocate(&*self.file, flags, range.clone()) else {
-                return Ok(true);
-            };
-            match Errno::from_io_error(&error) {
-                // INVAL: a device with larger sectors. BUSY: a device claimed by others as well.
-                Some(Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL | Errno::BUSY) => {}
-                _ => return Err(error),
-            }
-        }
-        Ok(false)
     }
 
     /// Writes past the host's cache. The partial last unit of a file is excepted, since a write of
@@ -418,8 +379,7 @@ impl WritableLayer for RawBase {
 
     fn punch_hole(&self, range: Range<u64>, _below: &dyn ReadBelow, wait: Wait) -> io::Result<()> {
         self.check_change(wait, HostChange::Deallocate)?;
-        let ways = [FallocateFlags::PUNCH_HOLE, FallocateFlags::ZERO_RANGE];
-        self.zero_range(range, &ways)
+        self.zero_range(range, host::PUNCH_OR_ZERO)
     }
 
     fn allocate(&self, range: Range<u64>, wait: Wait) -> io::Result<()> {
@@ -480,11 +440,10 @@ fn extent(range: Range<u64>, kind: ExtentKind) -> Extent {
     Extent { range, kind }
 }
 
-/// Returns the whole device blocks inside `range`; empty, at its start, when there are none.
-fn whole_device_blocks(range: &Range<u64>) -> Range<u64> {
-    let start = range.start.next_multiple_of(DEVICE_ALIGNMENT);
-    let end = range.end - range.end % DEVICE_ALIGNMENT;
-    if start < end { start..end } else { range.start..range.start }
+/// Whether zeros have to be written: the host has no such operation, or a block device is claimed by
+/// others as well (`EBUSY`).
+fn is_zeroing_refused(error: &io::Error) -> bool {
+    host::is_fallocate_unsupported(error) || error.raw_os_error() == Some(libc::EBUSY)
 }
 
 #[cfg(test)]
@@ -691,13 +650,5 @@ mod tests {
         assert_eq!(zero.raw_os_error(), Some(libc::EIO));
         let size = raw.set_size(1).unwrap_err();
         assert_eq!(size.raw_os_error(), Some(libc::EIO));
-    }
-
-    #[test]
-    fn whole_device_blocks_returns_the_aligned_inner_range() {
-        assert_eq!(whole_device_blocks(&(1..4096)), 1..1);
-        assert_eq!(whole_device_blocks(&(1..8193)), 4096..8192);
-        assert_eq!(whole_device_blocks(&(0..4096)), 0..4096);
-        assert_eq!(whole_device_blocks(&(4097..8191)), 4097..4097);
     }
 }

@@ -7,13 +7,11 @@ use std::os::fd::AsFd;
 use super::Disk;
 use super::layers::{LayerStack, Top};
 use crate::extents::ExtentKind;
-use crate::host::{copy_range, is_copy_unsupported, os_error};
+use crate::host::{COPY_CHUNK, copy_range, or_copied_none, os_error};
 use crate::layer::Wait;
 use crate::overlay::Overlay;
 use crate::overlay::reflink::Reflink;
 
-/// Bytes read and written at a time where the host cannot copy: 1 MiB.
-const COPY_CHUNK: u64 = 1 << 20;
 /// The most bytes that one request copies, so that even a slow host finishes before the request's
 /// deadline.
 const MAX_COPY_LEN: u64 = 64 << 20;
@@ -100,7 +98,7 @@ fn copy_data(
             at += by_host;
             continue;
         }
-        let len = (from.end - at).min(COPY_CHUNK);
+        let len = (from.end - at).min(COPY_CHUNK as u64);
         // Up to the target's next block boundary, so that whole blocks follow.
         let border = (to + 1).next_multiple_of(u64::from(target.block_size())) - to;
         let len =
@@ -147,14 +145,10 @@ impl Disk {
             Top::Reflink(reflink) => copy_to_reflink(reflink, offset..end, source, &from),
             Top::Base(_) | Top::Nothing => return Ok(0),
         };
-        match copied {
-            Ok(copied) => {
-                self.touch_times(&layers.top);
-                Ok(copied)
-            }
-            Err(error) if is_copy_unsupported(&error) => Ok(0),
-            Err(error) => Err(error),
+        if copied.is_ok() {
+            self.touch_times(&layers.top);
         }
+        or_copied_none(copied)
     }
 }
 

@@ -15,12 +15,10 @@ use imago::format::drivers::FormatDriverInstance;
 use imago::{DenyImplicitOpenGate, StorageOpenOptions};
 
 use super::{ImageRun, RunContent};
+use crate::host::COPY_CHUNK;
 
 /// The cluster size in bytes: 64 KiB, the default of QEMU.
 pub const CLUSTER_SIZE: u64 = 64 << 10;
-
-/// Bytes of data copied at a time: 1 MiB.
-const COPY_CHUNK: usize = 1 << 20;
 
 type Qcow2Image = imago::qcow2::Qcow2<imago::file::File>;
 

@@ -1,7 +1,7 @@
 //! Bytes of a host file: reads that may refuse to wait, complete writes, durable names.
 
 use std::fs::File;
-use std::io::{self, IoSlice, IoSliceMut};
+use std::io::{self, IoSlice, IoSliceMut, Read};
 use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::FileExt;
@@ -57,6 +57,23 @@ pub fn read_at(file: &File, buf: &mut [u8], offset: u64, wait: Wait) -> io::Resu
             Err(error) if error.raw_os_error() == Some(libc::EOPNOTSUPP) => {
                 return Err(os_error(libc::EAGAIN));
             }
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(done)
+}
+
+/// Fills `buf` from `input`; returns fewer bytes only at the end of the input.
+///
+/// # Errors
+/// The errors of reading, but for interruptions.
+pub fn read_full(mut input: impl Read, buf: &mut [u8]) -> io::Result<usize> {
+    let mut done = 0;
+    while done < buf.len() {
+        match input.read(&mut buf[done..]) {
+            Ok(0) => break,
+            Ok(len) => done += len,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             Err(error) => return Err(error),
         }
     }

@@ -17,13 +17,16 @@ pub(crate) mod testing;
 use std::io;
 use std::path::PathBuf;
 
-pub use self::copy::{copy_range, is_copy_unsupported};
+pub use self::copy::{COPY_CHUNK, copy_range, or_copied_none};
 pub use self::file::{
-    is_read_only, read_at, start_writeback, sync_dir, sync_parent_dir, write_all_at,
+    is_read_only, read_at, read_full, start_writeback, sync_dir, sync_parent_dir, write_all_at,
 };
-pub use self::holes::{allocate, fallocate, punch_hole};
+pub use self::holes::{
+    PUNCH_OR_ZERO, allocate, data_end, extent_at, fallocate, is_fallocate_unsupported, next_data,
+    punch_hole, whole_device_blocks, zero_by_host,
+};
 pub use self::process_exit::{ProcessState, wait_for_exit};
-pub use self::procfs::{is_being_killed, process_of_thread};
+pub use self::procfs::{is_being_killed, process_of_thread, stat_fields};
 
 /// Builds an `io::Error` from a raw errno.
 #[must_use]

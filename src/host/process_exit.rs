@@ -10,6 +10,8 @@ use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags};
 
+use super::procfs::stat_fields;
+
 /// The state of a process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ProcessState {
@@ -68,11 +70,9 @@ fn wait_by_polling(pid: u32, deadline: Instant) -> ProcessState {
     }
 }
 
-/// Returns whether the process with this stat file has exited: no file, a zombie or dead. The state
-/// follows the name, which is in parentheses and may contain anything, parentheses too.
+/// Returns whether the process with this stat file has exited: no file, a zombie or dead.
 fn has_ended(stat: &[u8]) -> bool {
-    let after = stat.iter().rposition(|&byte| byte == b')').and_then(|end| stat.get(end + 2));
-    matches!(after, None | Some(b'Z' | b'X'))
+    matches!(stat_fields(stat).next(), None | Some("Z" | "X"))
 }
 
 #[cfg(test)]

@@ -15,15 +15,13 @@ use crate::base::qcow2::{self, TopImage};
 use crate::config::{DiskSource, DiskSpec, Format};
 use crate::disk::{self, Disk, FallocateMode, OpenContext, SizeMode};
 use crate::extents::ExtentKind;
-use crate::host::sync_parent_dir;
+use crate::host::{COPY_CHUNK, sync_parent_dir};
 use crate::layer::{Layer, Wait};
 use crate::overlay::{Usage, persist};
 use crate::part_file::part_path;
 
 /// Time limit for running requests when the disk is closed; there are none.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
-/// Size in bytes of one read and write.
-const COPY_CHUNK: usize = 1 << 20;
 
 /// An import that can begin: the image is open, and the path of the overlay is free.
 pub struct Import {

@@ -34,7 +34,7 @@ use crate::layer::{Layer, Wait, WritableLayer};
 /// Bytes copied into the base before they are made durable and freed: 256 MiB.
 const COMMIT_BATCH: u64 = 256 << 20;
 /// Bytes copied between two checks of `should_stop`, and freed under one lock: 8 MiB.
-const COPY_CHUNK: u64 = 8 << 20;
+const COPY_STEP: u64 = 8 << 20;
 /// The most passes over the disk; each further pass copies blocks changed during the previous one.
 const MAX_PASSES: u32 = 3;
 
@@ -245,7 +245,7 @@ impl Overlay {
         while *at < end.0 && bytes < COMMIT_BATCH {
             let mut run = map.blocks.run_at(BlockIndex(*at)..end);
             if run.state == BlockState::Data {
-                run.range.end.0 = run.range.end.0.min(*at + COPY_CHUNK / self.block_size);
+                run.range.end.0 = run.range.end.0.min(*at + COPY_STEP / self.block_size);
                 bytes += run.len() * self.block_size;
             }
             *at = run.range.end.0;
@@ -287,14 +287,10 @@ impl Overlay {
             }
             _ => Ok(0),
         };
-        let copied = match copied {
-            Err(error) if host::is_copy_unsupported(&error) => 0,
-            copied => copied?,
-        };
-        let mut at = bytes.start + copied;
+        let mut at = bytes.start + host::or_copied_none(copied)?;
         let mut buf = Vec::new();
         while at < bytes.end {
-            let len = (bytes.end - at).min(1 << 20);
+            let len = (bytes.end - at).min(host::COPY_CHUNK as u64);
             buf.resize(usize::try_from(len).map_err(|_| os_error(libc::EFBIG))?, 0);
             self.data.read_at(&mut buf, at, Wait::Yes)?;
             to.layer.write_at(&buf, at, &super::merge::NothingBelow, Wait::Yes)?;

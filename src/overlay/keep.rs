@@ -21,9 +21,6 @@ use super::storage::Storage;
 use crate::host;
 use crate::layer::Wait;
 
-/// Bytes copied at a time across file systems: 1 MiB.
-const COPY_CHUNK: u64 = 1 << 20;
-
 /// Creates an overlay of `size` bytes whose changes are lost when it is dropped. The layers below
 /// are visible up to `lower_limit` (bytes); `limit` caps the bytes of data.
 ///
@@ -131,7 +128,7 @@ fn copy_data(overlay: &Overlay, map: &LayerMap, layer: &File) -> io::Result<Host
         let bytes = overlay.bytes_of(&run.range);
         let mut at = bytes.start;
         while at < bytes.end {
-            let len = (bytes.end - at).min(COPY_CHUNK);
+            let len = (bytes.end - at).min(host::COPY_CHUNK as u64);
             buf.resize(usize::try_from(len).map_err(|_| host::os_error(libc::EFBIG))?, 0);
             overlay.data.read_at(&mut buf, at, Wait::Yes)?;
             to.write_at(&[IoSlice::new(&buf)], at)?;

@@ -15,11 +15,11 @@ use std::os::fd::BorrowedFd;
 use super::Overlay;
 use super::sealed::Sealed;
 use crate::extents::ExtentKind;
-use crate::host::{self, os_error};
+use crate::host::{copy_range, or_copied_none, os_error};
 use crate::layer::{Layer, ReadBelow, Wait, WritableLayer};
 
 /// Bytes copied between two checks of `stop`: 32 MiB.
-const COPY_CHUNK: u64 = 32 << 20;
+const COPY_STEP: u64 = 32 << 20;
 /// Bytes read and written at a time where the host cannot copy: 1 MiB.
 const COPY_BUFFER_LEN: u64 = 1 << 20;
 
@@ -86,7 +86,7 @@ impl Overlay {
             if stop() {
                 return Err(os_error(libc::EINTR));
             }
-            let end = range.end.min(at + COPY_CHUNK);
+            let end = range.end.min(at + COPY_STEP);
             // Whole blocks, or up to the end of the disk.
             let whole =
                 if end == self.size() { end } else { end / self.block_size * self.block_size };
@@ -109,16 +109,12 @@ impl Overlay {
     /// Lets the host copy `range`, whole blocks that are Data in one layer; returns 0 when it
     /// cannot.
     fn copy_in_host(&self, layers: &Sealed, range: Range<u64>) -> io::Result<u64> {
-        let copied = self.copy_in(&range, &mut |to, place| {
+        or_copied_none(self.copy_in(&range, &mut |to, place| {
             let mut lent = |from: BorrowedFd<'_>, piece: Range<u64>| {
-                host::copy_range(from, piece.clone(), to, piece.start)
+                copy_range(from, piece.clone(), to, piece.start)
             };
             Ok(layers.lend_at(place, Wait::Yes, &mut lent)?.1.unwrap_or(0))
-        });
-        match copied {
-            Err(error) if host::is_copy_unsupported(&error) => Ok(0),
-            copied => copied,
-        }
+        }))
     }
 }
 

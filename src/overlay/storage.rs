@@ -9,7 +9,7 @@ use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::MetadataExt;
 
-use rustix::fs::{FallocateFlags, SeekFrom};
+use rustix::fs::FallocateFlags;
 
 use super::fiemap::{Fiemap, Flush};
 use super::host_file::{Create, HostFile, SEGMENT_LEN};
@@ -114,11 +114,7 @@ fn next_allocated_in(file: &File, range: Range<u64>) -> Option<u64> {
 
 /// Does the work of [`Storage::next_data`] for one file.
 fn next_data_in(file: &File, offset: u64) -> Option<u64> {
-    match rustix::fs::seek(file, SeekFrom::Data(offset)) {
-        Ok(at) => Some(at),
-        Err(rustix::io::Errno::NXIO) => None,
-        Err(_) => Some(offset),
-    }
+    host::next_data(file, offset).unwrap_or(Some(offset))
 }
 
 #[expect(clippy::cast_possible_truncation, reason = "positions inside a buffer in memory")]

@@ -175,14 +175,10 @@ impl SpillFile {
 }
 
 fn read_exact(file: &File, buf: &mut [u8], offset: u64) -> io::Result<()> {
-    let mut done = 0;
-    while done < buf.len() {
-        match host::read_at(file, &mut buf[done..], offset + done as u64, Wait::Yes)? {
-            0 => return Err(os_error(libc::EIO)),
-            got => done += got,
-        }
+    match host::read_at(file, buf, offset, Wait::Yes)? {
+        len if len == buf.len() => Ok(()),
+        _ => Err(os_error(libc::EIO)),
     }
-    Ok(())
 }
 
 #[cfg(test)]

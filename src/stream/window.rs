@@ -20,6 +20,7 @@ use std::ops::Range;
 use super::needed::{Needed, NeededSizes};
 use super::runs::{Written, WrittenRuns};
 use crate::extents::{Extent, ExtentKind};
+use crate::zeros::is_zero;
 
 /// The most runs remembered for sent ranges, about 5 MiB of memory. Beyond it neighbours are
 /// joined, and count as data.
@@ -27,7 +28,8 @@ const MAX_RUNS: usize = 128 << 10;
 /// The gap in bytes up to which runs are joined first.
 const MIN_COARSEN_GAP: u64 = 64 << 10;
 
-static ZEROS: [u8; 4096] = [0; 4096];
+/// Bytes of a write that are compared with zeros at a time.
+const ZERO_SCAN_LEN: usize = 4096;
 
 /// The state of an output stream without its data. All offsets are in bytes.
 #[derive(Clone, Debug)]
@@ -197,8 +199,7 @@ impl Window {
             let stop = stop.min(end);
             let part = &buf[index(at - offset)..index(stop - offset)];
             // Whole zeros are skipped by comparison, many times faster than byte by byte.
-            let zeros =
-                part.chunks(ZEROS.len()).take_while(|piece| **piece == ZEROS[..piece.len()]);
+            let zeros = part.chunks(ZERO_SCAN_LEN).take_while(|piece| is_zero(piece));
             let skip = zeros.map(<[u8]>::len).sum::<usize>();
             if let Some(found) = part[skip..].iter().position(|byte| *byte != 0) {
                 return Some(at + (skip + found) as u64);

@@ -8,10 +8,7 @@ use std::os::fd::AsFd;
 use super::source::{TransferSource, ZeroDetection};
 use super::zeros::split_zeros;
 use crate::formats::RunContent;
-use crate::host::{copy_range, is_copy_unsupported, write_all_at};
-
-/// Bytes copied at a time where the host cannot copy by itself: 1 MiB.
-const COPY_CHUNK: usize = 1 << 20;
+use crate::host::{COPY_CHUNK, copy_range, or_copied_none, write_all_at};
 
 /// Gives `target`, which is `from` bytes long, the content of `source` (a file or a device) from
 /// offset `from` on. The blocks are shared if the file system supports it, else copied with their
@@ -40,11 +37,8 @@ fn copy_data(source: &TransferSource, target: &File, range: Range<u64>) -> io::R
     let mut at = range.start;
     // A copy inside the host would turn zeros of a device into data.
     if !source.looks_for_zeros(ZeroDetection::AsNeeded) {
-        match copy_range(source.file().as_fd(), range.clone(), target.as_fd(), at) {
-            Ok(len) => at += len,
-            Err(error) if is_copy_unsupported(&error) => {}
-            Err(error) => return Err(error),
-        }
+        let copied = copy_range(source.file().as_fd(), range.clone(), target.as_fd(), at);
+        at += or_copied_none(copied)?;
     }
     let mut piece = vec![0; COPY_CHUNK];
     while at < range.end {

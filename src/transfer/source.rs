@@ -1,7 +1,7 @@
 //! The source of a transfer: a file or a device with random access, or a pipe.
 
 use std::fs::{self, File, Metadata};
-use std::io::{self, Read};
+use std::io;
 use std::num::NonZeroU64;
 use std::ops::Range;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
@@ -13,7 +13,9 @@ use uuid::Uuid;
 use xxhash_rust::xxh3::xxh3_64;
 
 use super::TransferError;
+use crate::extents::ExtentKind;
 use crate::formats::RunContent;
+use crate::host;
 
 /// Bytes that the source is read ahead: 4 MiB. The kernel's own read-ahead is 128 KiB.
 const READ_AHEAD: u64 = 4 << 20;
@@ -216,17 +218,11 @@ impl TransferSource {
         if !self.knows_holes {
             return Ok((range.clone(), RunContent::Data));
         }
-        let data = match rustix::fs::seek(&self.file, SeekFrom::Data(range.start)) {
-            Ok(data) => data.min(range.end),
-            Err(Errno::NXIO) => range.end,
-            Err(error) => return Err(error.into()),
-        };
-        if data > range.start {
-            return Ok((range.start..data, RunContent::Zeros));
-        }
-        let hole = rustix::fs::seek(&self.file, SeekFrom::Hole(range.start))?;
-        let end = if hole > range.start { hole.min(range.end) } else { range.end };
-        Ok((range.start..end, RunContent::Data))
+        Ok(match host::extent_at(&self.file, range.clone())? {
+            Some(found) if found.kind == ExtentKind::Data => (found.range, RunContent::Data),
+            Some(found) => (found.range, RunContent::Zeros),
+            None => (range.clone(), RunContent::Zeros),
+        })
     }
 
     /// Fills `buf` from `offset`; returns `UnexpectedEof` if the file has become too short.
@@ -246,16 +242,7 @@ impl TransferSource {
 
     /// Fills `buf` from a pipe, or as much of it as there is before the end.
     pub(super) fn read_pipe(&self, buf: &mut [u8]) -> io::Result<usize> {
-        let mut done = 0;
-        while done < buf.len() {
-            match (&self.file).read(&mut buf[done..]) {
-                Ok(0) => break,
-                Ok(len) => done += len,
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(error),
-            }
-        }
-        Ok(done)
+        host::read_full(&self.file, buf)
     }
 
     /// Returns the error for a source that has become shorter.

@@ -9,15 +9,11 @@ use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
-use rustix::fs::FallocateFlags;
-
-use crate::host::{fallocate, punch_hole, write_all_at};
-
-/// The alignment of discards in bytes: a device discards whole sectors, of which 4 KiB is the
-/// largest size in use.
-const DISCARD_ALIGNMENT: u64 = 4096;
-/// Bytes of zeros written in one call: 1 MiB.
-const ZERO_CHUNK: usize = 1 << 20;
+use crate::host::{
+    PUNCH_OR_ZERO, is_fallocate_unsupported, punch_hole, whole_device_blocks, write_all_at,
+    zero_by_host,
+};
+use crate::zeros::ZEROS;
 
 /// The type of a target.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -84,7 +80,7 @@ impl TargetWriter {
             return self.discard(hole);
         }
         match punch_hole(&*self.file, hole.clone()) {
-            Err(error) if is_unsupported(&error) => {
+            Err(error) if is_fallocate_unsupported(&error) => {
                 self.write_zeros(hole.start..hole.end.min(self.highest_before_hole))
             }
             done => done,
@@ -103,45 +99,25 @@ impl TargetWriter {
     }
 
     fn discard(&self, range: Range<u64>) -> io::Result<()> {
-        let first = range.start.next_multiple_of(DISCARD_ALIGNMENT).min(range.end);
-        let last = (range.end - range.end % DISCARD_ALIGNMENT).max(first);
-        self.write_zeros(range.start..first)?;
-        // The kernel punches only if the device reads as zeros afterwards (blkdev_fallocate).
-        let inner = first..last;
-        let ways = [FallocateFlags::PUNCH_HOLE, FallocateFlags::ZERO_RANGE];
-        let mut done = false;
-        for way in ways {
-            match fallocate(&*self.file, way | FallocateFlags::KEEP_SIZE, inner.clone()) {
-                Ok(()) => {
-                    done = true;
-                    break;
-                }
-                Err(error) if is_unsupported(&error) => {}
-                Err(error) => return Err(error),
-            }
+        let inner = whole_device_blocks(&range);
+        self.write_zeros(range.start..inner.start)?;
+        let unsupported =
+            zero_by_host(&*self.file, PUNCH_OR_ZERO, &inner, is_fallocate_unsupported)?;
+        if unsupported == PUNCH_OR_ZERO.len() {
+            self.write_zeros(inner.clone())?;
         }
-        if !done {
-            self.write_zeros(inner)?;
-        }
-        self.write_zeros(last..range.end)
+        self.write_zeros(inner.end..range.end)
     }
 
     fn write_zeros(&self, range: Range<u64>) -> io::Result<()> {
         let mut at = range.start;
-        let len =
-            usize::try_from(range.end.saturating_sub(at)).unwrap_or(ZERO_CHUNK).min(ZERO_CHUNK);
-        let zeros = vec![0; len];
         while at < range.end {
-            let len = usize::try_from(range.end - at).unwrap_or(ZERO_CHUNK).min(ZERO_CHUNK);
-            write_all_at(&self.file, &[IoSlice::new(&zeros[..len])], at)?;
+            let len = usize::try_from(range.end - at).unwrap_or(ZEROS.len()).min(ZEROS.len());
+            write_all_at(&self.file, &[IoSlice::new(&ZEROS[..len])], at)?;
             at += len as u64;
         }
         Ok(())
     }
-}
-
-fn is_unsupported(error: &io::Error) -> bool {
-    matches!(error.raw_os_error(), Some(libc::EOPNOTSUPP | libc::EINVAL | libc::ENOSYS))
 }
 
 /// Returns the size of a device in bytes.

@@ -3,6 +3,7 @@
 use std::ops::Range;
 
 use crate::formats::RunContent;
+use crate::zeros::is_zero;
 
 /// Bytes in a block: the unit in which file systems allocate space.
 pub(super) const BLOCK_SIZE: u64 = 4096;
@@ -23,13 +24,6 @@ pub(super) fn split_zeros(bytes: &[u8], offset: u64) -> Vec<(Range<usize>, RunCo
         at = end;
     }
     runs
-}
-
-/// Returns whether all of `bytes` are zero. Usually the first few bytes decide; otherwise larger
-/// pieces are tested, for which the compiler emits vector instructions.
-fn is_zero(bytes: &[u8]) -> bool {
-    bytes.iter().take(16).all(|byte| *byte == 0)
-        && bytes.chunks(512).all(|piece| piece.iter().fold(0, |all, byte| all | byte) == 0)
 }
 
 #[cfg(test)]

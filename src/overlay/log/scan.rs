@@ -11,6 +11,7 @@ use crate::layer::Wait;
 use crate::overlay::record::{BootTag, DecodedRecord, LayerMap, LogRecord, RECORD_LEN};
 use crate::overlay::storage::Storage;
 use crate::pool::check_cancelled;
+use crate::zeros::is_zero;
 
 /// The result of reading a log from end to end.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -212,7 +213,7 @@ pub(super) fn for_each_record(
         records.iter().try_for_each(&mut *each)?;
         at += count as u64;
         // A log may be as long as the largest file of the host: skip its holes.
-        if buf.iter().all(|byte| *byte == 0) {
+        if is_zero(&buf) {
             at = file.next_data(at * RECORD_BYTES).map_or(to, |next| at.max(next / RECORD_BYTES));
         }
         // Stop when the request was cancelled meanwhile.

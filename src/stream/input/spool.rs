@@ -9,13 +9,11 @@ use std::ops::Range;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::SeekFrom;
-use rustix::io::Errno;
-
 use crate::extents::{Extent, ExtentKind};
 use crate::host;
 use crate::host::temporary_dir;
 use crate::layer::Wait;
+use crate::zeros::is_zero;
 
 /// The granularity of holes in bytes: 4 KiB, the block size of common host file systems. A smaller
 /// hole saves nothing.
@@ -85,19 +83,13 @@ impl SpoolFile {
 
     /// Describes a prefix of `range`, which must not be empty and must have been stored.
     pub(super) fn extent_at(&self, range: Range<u64>) -> Extent {
-        let data = match rustix::fs::seek(&self.file, SeekFrom::Data(range.start)) {
-            Ok(data) => data,
+        match host::extent_at(&self.file, range.clone()) {
+            Ok(Some(found)) => found,
             // Only zeros from here to the end of the file.
-            Err(Errno::NXIO) => range.end,
+            Ok(None) => Extent::new(range, ExtentKind::Hole),
             // The host cannot tell: data is always a correct answer.
-            Err(_) => return Extent::new(range, ExtentKind::Data),
-        };
-        if data > range.start {
-            return Extent::new(range.start..data.min(range.end), ExtentKind::Hole);
+            Err(_) => Extent::new(range, ExtentKind::Data),
         }
-        let hole = rustix::fs::seek(&self.file, SeekFrom::Hole(range.start)).unwrap_or(range.end);
-        let end = if hole > range.start { hole.min(range.end) } else { range.end };
-        Extent::new(range.start..end, ExtentKind::Data)
     }
 
     /// Returns the space used on the host, in bytes.
@@ -121,15 +113,6 @@ impl SpoolFile {
 fn block_end(len: usize, at: usize, offset: u64) -> usize {
     let left = BLOCK_SIZE - (offset + at as u64) % BLOCK_SIZE;
     usize::try_from(left).map_or(len, |left| len.min(at + left))
-}
-
-/// Returns whether `bytes` are all zero, by comparing them with themselves shifted by one: that is
-/// memcmp, and as fast.
-fn is_zero(bytes: &[u8]) -> bool {
-    match bytes {
-        [] => true,
-        [first, rest @ ..] => *first == 0 && rest == &bytes[..rest.len()],
-    }
 }
 
 #[cfg(test)]

@@ -8,11 +8,10 @@ use super::{
     spec_size,
 };
 use crate::host::os_error;
-use crate::stream::page_store::{PAGE_LEN, PAGE_SIZE, Page};
+use crate::stream::page_store::{PAGE_LEN, PAGE_SIZE};
 use crate::stream::runs::Written;
 use crate::stream::window::Window;
-
-static ZERO_PAGE: Page = [0; PAGE_LEN];
+use crate::zeros::is_zero;
 
 /// The result of trying a write.
 pub(super) enum WriteOutcome {
@@ -255,12 +254,6 @@ impl Output {
         core.store.drop_within(start..self.size);
         Ok(())
     }
-}
-
-/// Returns whether a piece of a page is all zeros.
-fn is_zero(piece: &[u8]) -> bool {
-    // A memory comparison, many times faster than a loop over bytes.
-    piece == &ZERO_PAGE[..piece.len()]
 }
 
 /// A write, split once into runs of data and of zeros at page boundaries.

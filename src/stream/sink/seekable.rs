@@ -9,16 +9,14 @@ use rustix::io::Errno;
 
 use super::wire::{MAX_WRITE, ZEROS, fitting_count};
 use crate::base::raw::HostKind;
-use crate::host::{fallocate, os_error};
+use crate::host::{
+    PUNCH_OR_ZERO, is_fallocate_unsupported, os_error, whole_device_blocks, zero_by_host,
+};
 use crate::stream::stop::Stop;
 
 /// The most bytes of a gap discarded in one call: 1 GiB. A discard may be slow, and the stop signal
 /// is checked between two calls.
 const MAX_DISCARD: u64 = 1 << 30;
-
-/// The alignment of discards in bytes: a device discards whole sectors, of which 4 KiB is the
-/// largest size in use.
-const DISCARD_ALIGNMENT: u64 = 4096;
 
 /// The number of pieces in 1 MiB of zeros, for one call.
 const ZERO_IOVECS: usize = MAX_WRITE / ZEROS.len();
@@ -28,25 +26,15 @@ const ZERO_IOVECS: usize = MAX_WRITE / ZEROS.len();
 pub(super) struct SeekableWriter {
     file: File,
     kind: HostKind,
-    hole_method: HoleMethod,
+    /// The methods for gaps on a device that were not found unsupported yet.
+    hole_methods: &'static [FallocateFlags],
     stop: Stop,
-}
-
-/// The method for gaps on a device; each unsupported method is replaced by the next.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum HoleMethod {
-    /// Discard the range, if the device guarantees zeros afterwards.
-    Punch,
-    /// Let the device write zeros.
-    Zero,
-    /// Write zeros ourselves.
-    Write,
 }
 
 impl SeekableWriter {
     /// Creates a writer to `file`, which must read as zeros unless it is a device.
     pub(super) fn new(file: File, kind: HostKind, stop: Stop) -> Self {
-        Self { file, kind, hole_method: HoleMethod::Punch, stop }
+        Self { file, kind, hole_methods: PUNCH_OR_ZERO, stop }
     }
 
     /// Writes all of `parts` from `offset` on; calls `passed` with the length of each piece.
@@ -100,40 +88,30 @@ impl SeekableWriter {
             passed(range.end - range.start);
             return Ok(());
         }
-        let first = range.start.next_multiple_of(DISCARD_ALIGNMENT).min(range.end);
-        let last = (range.end - range.end % DISCARD_ALIGNMENT).max(first);
-        self.write_zeros(range.start..first, &mut passed)?;
-        let mut at = first;
-        while at < last {
-            let end = last.min(at.saturating_add(MAX_DISCARD));
+        let inner = whole_device_blocks(&range);
+        self.write_zeros(range.start..inner.start, &mut passed)?;
+        let mut at = inner.start;
+        while at < inner.end {
+            let end = inner.end.min(at.saturating_add(MAX_DISCARD));
             self.discard(at..end, &mut passed)?;
             at = end;
         }
-        self.write_zeros(last..range.end, passed)
+        self.write_zeros(inner.end..range.end, passed)
     }
 
     /// Makes whole sectors of a device read as zeros.
     fn discard(&mut self, range: Range<u64>, mut passed: impl FnMut(u64)) -> io::Result<()> {
-        loop {
-            if self.stop.is_stopped() {
-                return Err(os_error(libc::ECANCELED));
-            }
-            let (how, next) = match self.hole_method {
-                // The kernel punches only if the device reads as zeros afterwards
-                // (blkdev_fallocate).
-                HoleMethod::Punch => (FallocateFlags::PUNCH_HOLE, HoleMethod::Zero),
-                HoleMethod::Zero => (FallocateFlags::ZERO_RANGE, HoleMethod::Write),
-                HoleMethod::Write => return self.write_zeros(range, passed),
-            };
-            match fallocate(&self.file, how | FallocateFlags::KEEP_SIZE, range.clone()) {
-                Ok(()) => {
-                    passed(range.end - range.start);
-                    return Ok(());
-                }
-                Err(error) if is_unsupported(&error) => self.hole_method = next,
-                Err(error) => return Err(error),
-            }
+        if self.stop.is_stopped() {
+            return Err(os_error(libc::ECANCELED));
         }
+        let unsupported =
+            zero_by_host(&self.file, self.hole_methods, &range, is_fallocate_unsupported)?;
+        self.hole_methods = &self.hole_methods[unsupported..];
+        if self.hole_methods.is_empty() {
+            return self.write_zeros(range, passed);
+        }
+        passed(range.end - range.start);
+        Ok(())
     }
 
     /// Syncs everything to the disk.
@@ -158,8 +136,4 @@ impl SeekableWriter {
             }
         }
     }
-}
-
-fn is_unsupported(error: &io::Error) -> bool {
-    matches!(error.raw_os_error(), Some(libc::EOPNOTSUPP | libc::EINVAL | libc::ENOSYS))
 }

@@ -1,11 +1,12 @@
 //! Receiving plain bytes: zeros become holes, and the file ends where the input ends.
 
-use std::io::{self, Read};
+use std::io::Read;
 
 use super::super::BUFFER_SIZE;
 use super::super::zeros::split_zeros;
 use super::receiver::{ReceiveError, Receiver};
 use crate::formats::RunContent;
+use crate::host::read_full;
 
 impl Receiver<'_> {
     /// Receives plain bytes up to the end of the input.
@@ -39,17 +40,4 @@ impl Receiver<'_> {
             }
         }
     }
-}
-
-fn read_full(input: &mut impl Read, buffer: &mut [u8]) -> io::Result<usize> {
-    let mut done = 0;
-    while done < buffer.len() {
-        match input.read(&mut buffer[done..]) {
-            Ok(0) => break,
-            Ok(len) => done += len,
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) => return Err(error),
-        }
-    }
-    Ok(done)
 }
