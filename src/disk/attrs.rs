@@ -8,6 +8,9 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use parking_lot::Mutex;
 
+use super::Disk;
+use super::layers::Top;
+use crate::host::os_error;
 use crate::overlay::Overlay;
 use crate::overlay::record::{MtimeOrigin, Nanos};
 
@@ -153,6 +156,53 @@ impl Times {
     /// Notes that the disk has a new log, which has no mtime yet.
     pub(super) fn forget_recorded(&self) {
         self.logged_mtime.store(Nanos::MIN, Ordering::SeqCst);
+    }
+}
+
+impl Disk {
+    /// Moves mtime and ctime after a change of bytes.
+    pub(super) fn touch_times(&self, top: &Top) {
+        if self.attrs.times.touch()
+            && let Some(overlay) = top.overlay()
+        {
+            self.record_mtime(overlay);
+        }
+    }
+
+    /// Records the modification time in the log, unless the log has it already.
+    pub(super) fn record_mtime(&self, overlay: &Overlay) {
+        if let Err(error) = self.attrs.times.record_mtime(overlay) {
+            log::warn!("the time of {} is not recorded: {error}", self.source);
+        }
+    }
+
+    /// Sets the given times (utimensat(2)) and moves ctime.
+    pub fn set_times(&self, atime: Option<SystemTime>, mtime: Option<SystemTime>) {
+        self.attrs.times.set(atime, mtime);
+        self.set_single_file_times(atime, mtime);
+        if mtime.is_some()
+            && let Some(overlay) = self.overlay()
+        {
+            self.record_mtime(&overlay);
+        }
+        self.attrs.times.touch_ctime();
+    }
+
+    /// Changes owner and mode; a persistent overlay stores them.
+    ///
+    /// # Errors
+    /// `EIO` when the overlay's `stack` cannot be written; nothing has changed then.
+    pub fn set_owner(&self, owner: DiskOwner) -> io::Result<()> {
+        if let Some(dir) = self.overlay_location.lock().as_persistent() {
+            let mut stack = dir.stack.clone();
+            (stack.uid, stack.gid, stack.perm) = (owner.uid, owner.gid, owner.perm);
+            self.replace_stack(dir, stack, None).map_err(|error| {
+                log::error!("{}: the new owner or mode is not kept: {error}", self.source);
+                os_error(libc::EIO)
+            })?;
+        }
+        self.attrs.set_owner(owner);
+        Ok(())
     }
 }
 

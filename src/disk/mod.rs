@@ -48,7 +48,6 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, OnceLock};
-use std::time::SystemTime;
 
 use parking_lot::{Mutex, RwLock};
 use uuid::Uuid;
@@ -85,7 +84,6 @@ pub use self::references::{HandleAccess, InUse};
 pub use self::space::FsSpace;
 use self::space::SpaceFailures;
 use crate::config::{CopyUp, DirectIo, DiskMode, DiskSpec, Passthrough, Resize};
-use crate::host::os_error;
 use crate::layer::{Wait, WritableLayer};
 use crate::overlay::persist::Holder;
 use crate::overlay::recover::Recovered;
@@ -327,51 +325,6 @@ impl Disk {
     #[must_use]
     pub fn has_fixed_size(&self) -> bool {
         self.resize == Resize::Fixed
-    }
-
-    /// Moves mtime and ctime after a change of bytes.
-    fn touch_times(&self, top: &Top) {
-        if self.attrs.times.touch()
-            && let Some(overlay) = top.overlay()
-        {
-            self.record_mtime(overlay);
-        }
-    }
-
-    /// Records the modification time in the log, unless the log has it already.
-    fn record_mtime(&self, overlay: &Overlay) {
-        if let Err(error) = self.attrs.times.record_mtime(overlay) {
-            log::warn!("the time of {} is not recorded: {error}", self.source);
-        }
-    }
-
-    /// Sets the given times (utimensat(2)) and moves ctime.
-    pub fn set_times(&self, atime: Option<SystemTime>, mtime: Option<SystemTime>) {
-        self.attrs.times.set(atime, mtime);
-        self.set_single_file_times(atime, mtime);
-        if mtime.is_some()
-            && let Some(overlay) = self.overlay()
-        {
-            self.record_mtime(&overlay);
-        }
-        self.attrs.times.touch_ctime();
-    }
-
-    /// Changes owner and mode; a persistent overlay stores them.
-    ///
-    /// # Errors
-    /// `EIO` when the overlay's `stack` cannot be written; nothing has changed then.
-    pub fn set_owner(&self, owner: DiskOwner) -> io::Result<()> {
-        if let Some(dir) = self.overlay_location.lock().as_persistent() {
-            let mut stack = dir.stack.clone();
-            (stack.uid, stack.gid, stack.perm) = (owner.uid, owner.gid, owner.perm);
-            self.replace_stack(dir, stack, None).map_err(|error| {
-                log::error!("{}: the new owner or mode is not kept: {error}", self.source);
-                os_error(libc::EIO)
-            })?;
-        }
-        self.attrs.set_owner(owner);
-        Ok(())
     }
 
     /// Records in a persistent overlay that this daemon holds it, for other processes to see.
