@@ -13,7 +13,8 @@
 //! | a file in the place of a new one | never written into (`O_EXCL`) |
 //!
 //! Everything is done relative to an open directory, so that a rename of what holds it changes
-//! nothing. Whether the directory itself is to be believed is [`trust`](crate::trust)'s to say.
+//! nothing. Whether the directory itself is to be believed is [`trust`](crate::trust)'s to say, and
+//! which links lead to it [`trusted_path`](crate::trusted_path)'s.
 
 use std::fs::{File, Metadata};
 use std::io::{self, Read, Write};
@@ -44,28 +45,13 @@ impl FileAccess {
     }
 }
 
-/// Opens the directory at `path`, which the user has named: links on the way are followed.
-///
-/// # Errors
-/// The host's errno; `ENOTDIR` when something else is there.
-pub fn open_dir(path: &Path) -> io::Result<File> {
-    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    Ok(File::from(rustix::fs::open(path, flags, Mode::empty())?))
-}
-
 /// Opens the regular file or block device at `path`, which the user or a record of his has named:
 /// links on the way are followed, anything else there is refused without waiting for it.
 ///
 /// # Errors
 /// The host's errno; [`io::ErrorKind::InvalidInput`] when something else is there.
 pub fn open_input(path: &Path, access: FileAccess) -> io::Result<File> {
-    let located = PathHandle::at(path)?;
-    let kind = located.metadata().file_type();
-    if kind.is_file() || kind.is_block_device() {
-        located.open(access.flags())
-    } else {
-        Err(wrong_type_error(kind))
-    }
+    PathHandle::at(path)?.open_input(access)
 }
 
 /// Opens the file at `path`, which the user has named, to append to it; creates it, for this user
@@ -105,13 +91,22 @@ pub struct PathHandle {
 }
 
 impl PathHandle {
-    /// What is at `path`; links are followed.
+    /// What is at `path`; links are followed, whoever made them: for what a user names to read, such as
+    /// the base of a disk. What is written or believed is found by
+    /// [`trusted_path::locate`](crate::trusted_path::locate).
     ///
     /// # Errors
     /// The host's errno.
     pub fn at(path: &Path) -> io::Result<Self> {
         let flags = OFlags::PATH | OFlags::CLOEXEC;
-        let file = File::from(rustix::fs::open(path, flags, Mode::empty())?);
+        Self::of(File::from(rustix::fs::open(path, flags, Mode::empty())?))
+    }
+
+    /// What `file` is, which was opened with `O_PATH`.
+    ///
+    /// # Errors
+    /// The host's errno.
+    pub(crate) fn of(file: File) -> io::Result<Self> {
         let metadata = file.metadata()?;
         Ok(Self { fd: file.into(), metadata })
     }
@@ -128,6 +123,19 @@ impl PathHandle {
     /// The host's errno; `ENOENT` when it has no name any more.
     pub fn real_path(&self) -> io::Result<PathBuf> {
         real_path(&self.fd)
+    }
+
+    /// Opens it for input, as [`open_input`] does.
+    ///
+    /// # Errors
+    /// As [`open_input`].
+    pub fn open_input(&self, access: FileAccess) -> io::Result<File> {
+        let kind = self.metadata.file_type();
+        if kind.is_file() || kind.is_block_device() {
+            self.open(access.flags())
+        } else {
+            Err(wrong_type_error(kind))
+        }
     }
 
     /// Opens it, without waiting: neither for the other end of a pipe nor for a terminal.
@@ -399,7 +407,7 @@ fn explain_file_type(dir: &File, name: &Path, error: io::Error) -> io::Error {
     }
 }
 
-fn wrong_type_error(kind: std::fs::FileType) -> io::Error {
+pub(crate) fn wrong_type_error(kind: std::fs::FileType) -> io::Error {
     use rustix::fs::FileType as Type;
     let kind = match () {
         () if kind.is_dir() => Type::Directory,
@@ -427,7 +435,7 @@ fn file_type_text(kind: rustix::fs::FileType) -> &'static str {
     }
 }
 
-fn invalid_input(why: &str) -> io::Error {
+pub(crate) fn invalid_input(why: &str) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidInput, why.to_owned())
 }
 
@@ -437,6 +445,7 @@ mod tests {
     use std::os::unix::net::UnixListener;
 
     use super::*;
+    use crate::trusted_path::open_dir;
 
     /// A directory with one of everything that is not what is expected, and its open file.
     fn room() -> (tempfile::TempDir, File) {

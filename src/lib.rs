@@ -32,7 +32,8 @@
 //!
 //! - [`offline`]: work on overlays that are not mounted: check, rebase, commit, import.
 //! - [`config`]: the user's settings as plain values, without I/O.
-//! - [`confined`], [`trust`]: which files and directories of others may be opened and believed.
+//! - [`confined`], [`trust`], [`trusted_path`]: which files and directories of others may be opened
+//!   and believed, and which links lead to them.
 //! - [`direct`], [`aligned`]: reading and writing past the host's page cache.
 //! - [`part_file`], [`name`], [`printable`], [`process`], [`logging`]: files that get their name
 //!   when they are complete, names in a mount, text for a terminal, limits of the process, the
@@ -69,4 +70,5 @@ pub mod store;
 pub mod stream;
 pub mod transfer;
 pub mod trust;
+pub mod trusted_path;
 mod zeros;

@@ -27,6 +27,7 @@ use rustix::io::Errno;
 use crate::config::Overwrite;
 use crate::confined;
 use crate::host::{os_message, sync_dir};
+use crate::trusted_path;
 
 /// Why a part cannot be opened or created; one line for the user.
 #[derive(Debug, thiserror::Error)]
@@ -94,14 +95,10 @@ impl FileSlot {
     ///
     /// # Errors
     /// `EISDIR` if `path` does not end with a file name; the host's errno if the directory cannot
-    /// be opened.
+    /// be opened; a line about a link of another user on the way.
     pub fn of(path: &Path) -> io::Result<Self> {
-        let name = path.file_name().ok_or_else(|| io::Error::from(Errno::ISDIR))?;
-        let dir = match path.parent() {
-            Some(dir) if dir != Path::new("") => dir,
-            _ => Path::new("."),
-        };
-        Ok(Self { dir: Arc::new(confined::open_dir(dir)?), name: name.to_owned() })
+        let (dir, name) = trusted_path::parent_and_name(path)?;
+        Ok(Self { dir: Arc::new(trusted_path::open_dir(dir)?), name: name.to_owned() })
     }
 
     /// Returns the directory.

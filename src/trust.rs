@@ -16,7 +16,7 @@
 //! is refused is allowed by name (`--trust DIR`), for all that lies in and below DIR. Every look
 //! is at open directories, upwards through `..`, so that no rename can come between.
 
-use std::fs::File;
+use std::fs::{File, Metadata};
 use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
@@ -49,6 +49,14 @@ pub enum TrustError {
         /// The directory: itself, or one above it.
         dir: PathBuf,
         /// Who could.
+        why: String,
+    },
+    /// Another user could have put this symbolic link there.
+    #[error("the link '{}' {why}: name what it leads to", path.display())]
+    Link {
+        /// The link.
+        path: PathBuf,
+        /// How.
         why: String,
     },
     /// Its path does not lead to it.
@@ -116,12 +124,45 @@ pub fn check_file(file: &File, dir: &File) -> Result<(), TrustError> {
     let allowed = allowed();
     let why = viewer.objection(found.uid(), found.mode() & !STICKY_BIT);
     let why = why.or(FuseMounts::default().objection(file, &viewer)?);
-    match why {
+    match why.or(viewer.hard_link_objection(&found, &dir.metadata()?)) {
         Some(why) if !is_below(dir, &allowed)? => {
             Err(TrustError::Untrusted { dir: path_of(file), why })
         }
         Some(_) => Ok(()),
         None => check_as(dir, Use::Parent, &viewer, &allowed),
+    }
+}
+
+/// Refuses to follow the symbolic link `name`, open as `link`, in the directory `dir`, when another
+/// user could have put it there.
+///
+/// # Errors
+/// [`TrustError`].
+pub fn check_link(dir: &File, link: &File, name: &Path) -> Result<(), TrustError> {
+    let viewer = Principal::current();
+    let found = link.metadata()?;
+    let why = viewer.objection(found.uid(), 0);
+    let why = why.or(FuseMounts::default().objection(link, &viewer)?);
+    match why.or(viewer.hard_link_objection(&found, &dir.metadata()?)) {
+        Some(why) if !is_below(dir, &allowed())? => {
+            Err(TrustError::Link { path: path_of(dir).join(name), why })
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Refuses `file` of the directory `dir` when another user could have given it the name that it has
+/// there.
+///
+/// # Errors
+/// [`TrustError`].
+pub fn check_hard_links(file: &File, dir: &File) -> Result<(), TrustError> {
+    let why = Principal::current().hard_link_objection(&file.metadata()?, &dir.metadata()?);
+    match why {
+        Some(why) if !is_below(dir, &allowed())? => {
+            Err(TrustError::Untrusted { dir: path_of(file), why })
+        }
+        _ => Ok(()),
     }
 }
 
@@ -165,6 +206,14 @@ impl Principal {
         }
         // An ordinary user's group is often his alone, and his umask lets it write.
         (mode & 0o020 != 0 && self.uid == 0).then(|| "can be written by its group".to_owned())
+    }
+
+    /// Why the name that `file` has in `dir` may be another's work: without `fs.protected_hardlinks`
+    /// any user can give any file a second name where he may write, a sticky directory included.
+    fn hard_link_objection(&self, file: &Metadata, dir: &Metadata) -> Option<String> {
+        let is_shared = self.objection(dir.uid(), dir.mode() & !STICKY_BIT).is_some();
+        (file.nlink() > 1 && is_shared)
+            .then(|| "has more than one name, and another user could have made this one".to_owned())
     }
 }
 
@@ -251,10 +300,7 @@ fn is_below(dir: &File, allowed: &[DirId]) -> io::Result<bool> {
 
 /// Goes from `dir` up to the root until `is_found` says so, and tells whether it did. What cannot be
 /// searched ends the way: nothing above it is this user's to judge.
-fn walk_up(
-    dir: &File,
-    mut is_found: impl FnMut(&File, &std::fs::Metadata) -> bool,
-) -> io::Result<bool> {
+fn walk_up(dir: &File, mut is_found: impl FnMut(&File, &Metadata) -> bool) -> io::Result<bool> {
     let mut at = dir.try_clone()?;
     let mut found = at.metadata()?;
     loop {
@@ -286,7 +332,7 @@ mod tests {
     use std::os::unix::fs::{PermissionsExt, chown};
 
     use super::*;
-    use crate::confined::open_dir;
+    use crate::trusted_path::open_dir;
 
     const ROOT: Principal = Principal { uid: 0, invoker: None };
     const U1: Principal = Principal { uid: 12345, invoker: None };

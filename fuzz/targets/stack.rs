@@ -4,7 +4,7 @@
 use std::fs::File;
 use std::sync::LazyLock;
 
-use cowslip::confined::open_dir;
+use cowslip::trusted_path::open_dir;
 use cowslip::overlay::reflink;
 use cowslip::overlay::stack::Stack;
 use cowslip_fuzz::Lab;

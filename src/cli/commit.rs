@@ -22,6 +22,7 @@ use crate::host::mountinfo;
 use crate::offline::commit::OfflineCommit;
 use crate::offline::{is_in_store, is_store};
 use crate::overlay::Usage;
+use crate::overlay::persist;
 
 /// Interval at which the progress is shown.
 const PROGRESS_INTERVAL: Duration = Duration::from_secs(1);
@@ -51,7 +52,8 @@ pub(super) fn run(args: &CommitArgs) -> anyhow::Result<u8> {
         return ask_long(&place, &request, LongRequest::Commit, args.verbosity);
     }
     let dir = current_dir()?.join(&args.target);
-    let dir = dir.canonicalize().with_context(|| format!("overlay '{}'", dir.display()))?;
+    let dir = persist::resolve_overlay_path(&dir)
+        .map_err(|error| anyhow::anyhow!("overlay '{}' {error}", dir.display()))?;
     if is_in_store(&dir) {
         anyhow::bail!(
             "'{}' is a disk of a store: mount the store, and commit the mounted disk",

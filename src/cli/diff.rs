@@ -18,12 +18,12 @@ use super::progress::{ProgressDisplay, Verbosity};
 use super::{CliError, EXIT_OK, cleanup, print_line, restore_sigpipe};
 use crate::base::lock;
 use crate::config::{Overwrite, format_size, format_zeroed};
-use crate::confined::PathHandle;
 use crate::control::api::{DiffBaseRecord, Progress};
 use crate::export::{self, BmapScope, Export};
 use crate::formats::ImageRun;
 use crate::formats::qcow2::BackingFile;
 use crate::part_file::UnnamedFile;
+use crate::trusted_path;
 
 /// How often is shown how far it is.
 const PROGRESS_INTERVAL: Duration = Duration::from_secs(1);
@@ -248,7 +248,7 @@ fn resolve_output(args: &DiffArgs) -> anyhow::Result<(PathBuf, Option<Permission
     let shown = args.out.display();
     let out = super::mount::current_dir()?.join(&args.out);
     let failed = || format!("cannot write '{shown}'");
-    match PathHandle::at(&out) {
+    match trusted_path::locate(&out) {
         Ok(found) if !found.metadata().is_file() => {
             anyhow::bail!("'{shown}' is no file: name a file, or - for stdout")
         }

@@ -14,6 +14,7 @@ use crate::host::file_system::{FsKind, HostFs};
 use crate::mount::{DaemonMode, MountPlan, OnChangedBase};
 use crate::stream::sink::StdioMode;
 use crate::trust;
+use crate::trusted_path;
 
 /// Maximum length of a configuration in bytes: some ten thousand disks.
 const MAX_CONFIG_LEN: u64 = 4 << 20;
@@ -166,22 +167,18 @@ fn read_config(path: &Path, dir: &Path) -> anyhow::Result<Config> {
 }
 
 /// Reads a file that may contain commands (`to=cmd:`), so that nobody else may write it. Returns its
-/// text, and the real path of its directory, which contains no links.
+/// text, and the real path of the directory of the file itself, which contains no links.
 fn read_trusted(path: &Path) -> anyhow::Result<(String, PathBuf)> {
-    let (dir, name) = (path.parent().context("it has no directory")?, path.file_name());
-    let dir = confined::open_dir(dir)?;
-    trust::check_parent(&dir)?;
-    let real = confined::real_path(&dir)?;
-    // The directory is trusted, but a link in it may lead elsewhere.
-    let file = confined::open_input(&real.join(name.context("it has no name")?), FileAccess::Read)?;
-    let real_file = confined::real_path(&file)?;
-    trust::check_file(&file, &confined::open_dir(real_file.parent().unwrap_or(&real))?)?;
+    let file = trusted_path::locate(path)?.open_input(FileAccess::Read)?;
+    let real = confined::real_path(&file)?;
+    let dir = real.parent().context("it has no directory")?;
+    trust::check_file(&file, &trusted_path::open_dir(dir)?)?;
     let fs = HostFs::of(&file)?;
     if fs.kind == FsKind::Pseudo {
         anyhow::bail!("it is a {} file of the kernel: name a file", fs.name);
     }
     let bytes = confined::read_to_limit(file, MAX_CONFIG_LEN)?;
-    Ok((String::from_utf8(bytes).context("it is not UTF-8")?, real))
+    Ok((String::from_utf8(bytes).context("it is not UTF-8")?, dir.to_owned()))
 }
 
 #[cfg(test)]

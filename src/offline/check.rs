@@ -346,12 +346,12 @@ mod tests {
     use super::super::overlay_targets;
     use super::*;
     use crate::config::OverlayKind;
-    use crate::confined::open_dir;
     use crate::overlay::FORMAT_VERSION;
     use crate::overlay::persist::{NewOverlay, OverlayPath};
     use crate::overlay::record::LayerMap;
     use crate::overlay::stack::{LayerRecord, SnapshotRecord, Stack};
     use crate::overlay::state::{BlockIndex, BlockState};
+    use crate::trusted_path::open_dir;
     use uuid::Uuid;
 
     /// Creates an overlay at `dir` over `base`, left open as by a killed daemon.

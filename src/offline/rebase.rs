@@ -174,11 +174,11 @@ mod tests {
 
     use super::*;
     use crate::config::OverlayKind;
-    use crate::confined::open_dir;
     use crate::overlay::FORMAT_VERSION;
     use crate::overlay::persist::{NewOverlay, OverlayPath};
     use crate::overlay::record::LayerMap;
     use crate::overlay::stack::LayerRecord;
+    use crate::trusted_path::open_dir;
 
     /// Creates an overlay `o` over the file `a`, in a temporary directory.
     fn make(format: &str) -> tempfile::TempDir {

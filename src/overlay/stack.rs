@@ -220,7 +220,7 @@ pub fn inode_of(uuid: &Uuid) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::confined::open_dir;
+    use crate::trusted_path::open_dir;
 
     fn sample() -> Stack {
         Stack {

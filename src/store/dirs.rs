@@ -19,11 +19,12 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use super::StoreError;
-use crate::confined::{self, entry_names, foreign_entry_error, open_dir, open_subdir};
+use crate::confined::{self, entry_names, foreign_entry_error, open_subdir};
 use crate::overlay::error::{OverlayError, doing};
 use crate::overlay::persist::{STAGING_PREFIX, remove_layer};
 use crate::overlay::stack::Stack;
 use crate::trust;
+use crate::trusted_path::open_dir;
 
 /// Time limit for the previous user of a store to release its lock.
 const RELEASE_TIMEOUT: Duration = Duration::from_secs(1);

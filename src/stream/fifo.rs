@@ -6,29 +6,31 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::Path;
 
-use rustix::fs::{CWD, FileType, Mode, OFlags, fcntl_getfl, fcntl_setfl, mkfifoat, stat};
+use rustix::fs::{FileType, Mode, OFlags, fcntl_getfl, fcntl_setfl, mkfifoat};
 use rustix::io::Errno;
 
 use super::error::StreamOpenError;
-use crate::confined::{PathHandle, is_own};
+use crate::confined::is_own;
+use crate::trusted_path;
 
 /// Makes the named pipe `path`, for its owner only, if nothing is there.
 pub(super) fn create_missing(path: &Path) -> Result<(), StreamOpenError> {
-    let found = match stat(path) {
-        Err(Errno::NOENT) => match mkfifoat(CWD, path, Mode::RUSR | Mode::WUSR) {
+    let found = match trusted_path::locate(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => match make(path) {
             Ok(()) => return Ok(()),
             // Somebody was faster, or it is a link that leads nowhere.
-            Err(Errno::EXIST) => stat(path),
-            Err(error) => {
-                return Err(StreamOpenError::host("make the named pipe", path, &error.into()));
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+                trusted_path::locate(path)
             }
+            Err(error) => return Err(StreamOpenError::host("make the named pipe", path, &error)),
         },
         found => found,
     };
-    let found = found.map_err(|error| StreamOpenError::host("open", path, &error.into()))?;
-    match FileType::from_raw_mode(found.st_mode) {
+    let found = found.map_err(|error| StreamOpenError::host("open", path, &error))?;
+    let found = found.metadata();
+    match FileType::from_raw_mode(found.mode()) {
         // Whoever made a pipe can open it again, and reads what is sent or sends what is read.
-        FileType::Fifo if !is_own(found.st_uid) => Err(StreamOpenError::wrong_kind(
+        FileType::Fifo if !is_own(found.uid()) => Err(StreamOpenError::wrong_kind(
             path,
             "a named pipe of another user",
             "fifo: needs a named pipe of your own, or nothing there",
@@ -40,6 +42,11 @@ pub(super) fn create_missing(path: &Path) -> Result<(), StreamOpenError> {
             "fifo: needs a named pipe, or nothing there",
         )),
     }
+}
+
+fn make(path: &Path) -> io::Result<()> {
+    let (dir, name) = trusted_path::parent_and_name(path)?;
+    Ok(mkfifoat(trusted_path::open_dir(dir)?, name, Mode::RUSR | Mode::WUSR)?)
 }
 
 /// A file type in words.
@@ -61,7 +68,7 @@ pub(super) fn file_type_name(kind: FileType) -> &'static str {
 /// `EINVAL` when it is none any more; `EPERM` when it is another user's by now; `ENXIO` for a writer
 /// when nobody reads; the host's errno.
 pub(super) fn open(path: &Path, access: OFlags) -> io::Result<OwnedFd> {
-    let located = PathHandle::at(path)?;
+    let located = trusted_path::locate(path)?;
     if !located.metadata().file_type().is_fifo() {
         return Err(Errno::INVAL.into());
     }

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use super::TransferError;
 use crate::base::lock;
-use crate::confined::PathHandle;
+use crate::trusted_path;
 
 /// What a path names.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -40,7 +40,7 @@ impl Destination {
             let remedy = "name a file or a block device";
             Err(TransferError::Refused(format!("'{path}' is {what}: {remedy}")))
         };
-        let located = match PathHandle::at(path) {
+        let located = match trusted_path::locate(path) {
             Ok(located) => located,
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
                 return match fs::symlink_metadata(path) {

@@ -655,6 +655,111 @@ fn pipes_and_logs_of_others_are_rejected() {
     lab.end();
 }
 
+/// Runs `words`, which must fail because of a link of the user [`OTHER`].
+#[track_caller]
+fn refused_for_a_link(lab: &Lab, words: &str) {
+    let output = lab.output("sh", &["-c", &format!("exec $COWSLIP {words}")]);
+    let said = [&output.stdout[..], &output.stderr].concat();
+    let said = String::from_utf8_lossy(&said).into_owned();
+    assert!(!output.status.success(), "{words}: {said}");
+    let why = "belongs to another user (uid 12345), who can change it: name what it leads to";
+    assert!(said.contains("the link '") && said.contains(why), "{words}: {said}");
+}
+
+/// Makes what root has in `root`, and a directory `shared` in which [`OTHER`] has links to all of it.
+fn shared_links(lab: &mut Lab) {
+    overlay(lab, "");
+    lab.mount("--store st");
+    lab.umount();
+    lab.sh(
+        "mkdir root; mv o st root; head -c 1M /dev/zero > root/secret; echo old > root/x.log
+         head -c 1M /dev/zero > root/vm.img; printf '[[disk]]\nsource = \"vm.img\"\n' > root/a.toml
+         mkdir -m 1777 shared; cd shared; ln -s ../root dir; ln -s ../root/new new
+         for name in o st secret x.log vm.img a.toml; do ln -s ../root/$name; done; cd ..; mkdir n",
+    );
+    give(&lab.path("shared"), OTHER);
+    lab.sh("chown 0:0 shared");
+}
+
+#[test]
+fn links_of_another_user_in_a_shared_directory_are_not_followed() {
+    let mut lab = Lab::new();
+    shared_links(&mut lab);
+    lab.mount("w=base.img");
+    let all = "find root -type f | sort | xargs sha256sum; find root | sort";
+    let before = lab.sh(all);
+    // No sysctl guards links in a directory that a group may write.
+    for mode in ["1777", "1770"] {
+        lab.sh(&format!("chmod {mode} shared"));
+        for words in [
+            "mount n d=base.img,overlay=shared/o",
+            "mount n d=base.img,overlay=shared/new",
+            "mount n d=base.img,overlay=shared/dir/new",
+            "check shared/o --repair",
+            "commit shared/o",
+            "rebase shared/o --base base.img",
+            "keep m/w shared/dir/kept",
+            "import base.img --overlay shared/dir/imported",
+            "mount n --store shared/st",
+            "mount n --store shared/dir/new",
+            "check shared/st --repair",
+            "mount n --config shared/a.toml",
+            "mount n --config shared/dir/a.toml",
+            "mount n s=stream:64K,to=file:shared/dir/new",
+            "mount n s=stream:64K,to=file:shared/secret,overwrite",
+            "mount n s=stream:64K,to=fifo:shared/dir/pipe",
+            "diff m/w -o shared/dir/new",
+            "diff m/w -o shared/secret --overwrite",
+            "map m/w --svg shared/dir/new",
+            "map m/w --svg shared/secret --overwrite",
+            "recv shared/dir/new </dev/null",
+            "recv shared/secret --overwrite </dev/null",
+        ] {
+            refused_for_a_link(&lab, words);
+        }
+    }
+    assert_eq!(lab.sh(all), before);
+    // Such a link of the user's own or of root's is followed.
+    lab.sh("chmod 1777 shared; chown -h 0 shared/*");
+    lab.umount();
+    lab.mount("d=base.img,overlay=shared/o");
+    lab.umount();
+    lab.ok("check shared/o");
+    lab.ok("mount n --config shared/a.toml");
+    lab.sh("cmp n/vm.img root/vm.img");
+    lab.ok("umount n");
+    lab.end();
+}
+
+#[test]
+fn relative_paths_in_a_configuration_start_at_its_directory_and_not_at_that_of_a_link() {
+    let lab = Lab::new();
+    lab.sh("mkdir home links n; head -c 64K /dev/urandom > home/vm.img; ln -s ../home/a.toml links
+         head -c 64K /dev/zero > links/vm.img; echo '[[disk]]\nsource = \"vm.img\"' > home/a.toml");
+    lab.ok("mount n --config links/a.toml");
+    lab.sh("cmp n/vm.img home/vm.img");
+    lab.ok("umount n");
+    lab.end();
+}
+
+#[test]
+fn a_second_name_that_another_user_could_have_made_is_not_believed() {
+    let lab = Lab::new();
+    lab.sh(
+        "mkdir -m 1777 shared; mkdir own n; echo old > own/x.log; ln own/x.log shared
+         printf 'mountpoint = \"n\"\n[[disk]]\nsource = \"blank:1M\"\n' > own/a.toml; ln own/a.toml shared
+         ln -s ../own own/link; ln own/link shared",
+    );
+    for words in ["mount n --config shared/a.toml"] {
+        let line = lab.refused(1, words);
+        assert!(line.contains("has more than one name"), "{words}: {line}");
+    }
+    assert_eq!(lab.sh("cat own/x.log"), "old\n");
+    lab.ok("mount m b=blank:1M --log own/x.log");
+    lab.umount();
+    lab.end();
+}
+
 #[test]
 fn refused_store_leaves_nothing_behind() {
     let lab = Lab::new();

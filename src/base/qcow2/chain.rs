@@ -24,10 +24,11 @@ use super::header::{BackingRef, HeaderError, Qcow2Header};
 use super::tables::{MAX_TABLE_BYTES, TableBudget};
 use super::{Qcow2Layer, cluster_cache::ClusterCache};
 use crate::config::{DirectIo, Format, Locking, Passthrough};
-use crate::confined::{PathHandle, open_dir};
+use crate::confined::PathHandle;
 use crate::extents::{Extent, ExtentKind};
 use crate::layer::{CopyFn, Layer, Wait};
 use crate::trust;
+use crate::trusted_path::{self, open_dir};
 
 /// The most images of a chain.
 const MAX_BACKING_FILES: usize = 256;
@@ -221,7 +222,7 @@ impl AllowedDirs {
     fn for_image(image: &BaseFile, named: &[PathBuf], locking: Locking) -> Self {
         let dir = image.real_path.parent().unwrap_or(Path::new("/")).to_owned();
         let image_dir = image.has_real_path.then_some(dir);
-        let user_dirs = named.iter().filter_map(|dir| dir.canonicalize().ok()).collect();
+        let user_dirs = named.iter().filter_map(|dir| trusted_path::real_dir(dir).ok()).collect();
         Self { image_dir, user_dirs, locking }
     }
 

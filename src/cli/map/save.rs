@@ -12,6 +12,7 @@ use crate::config::Overwrite;
 use crate::confined::{PathHandle, is_own};
 use crate::host::os_message;
 use crate::part_file::{PartFileError, UnnamedFile};
+use crate::trusted_path;
 
 /// Writes `text` to `out`, or to stdout if that is `-`. A file is replaced as a whole or not at all,
 /// and keeps its mode; a device or a pipe is written to.
@@ -32,7 +33,7 @@ pub(super) fn save(out: &Path, text: &str, overwrite: Overwrite) -> anyhow::Resu
         };
         anyhow::anyhow!("cannot write '{}': {}{remedy}", out.display(), os_message(&error))
     };
-    match PathHandle::at(out) {
+    match trusted_path::locate(out) {
         Ok(found) if found.metadata().is_file() => {
             if overwrite == Overwrite::No {
                 let shown = out.display();

@@ -12,13 +12,14 @@ use super::layer_dir::{empty_data, make_layer, remove_layer};
 use super::overlay_dir::{OpenedOverlay, OverlayDir};
 use super::path::{OverlayPath, parent_for_new};
 use super::staging::{self, StagingDir};
-use crate::confined::{self, open_dir};
+use crate::confined;
 use crate::overlay::Overlay;
 use crate::overlay::error::{OverlayError, doing};
 use crate::overlay::host_file::HostFile;
 use crate::overlay::record::LayerMap;
 use crate::overlay::recover::Recovered;
 use crate::overlay::stack::{LayerRecord, Stack};
+use crate::trusted_path::open_dir;
 
 /// The contents of an overlay to create.
 pub struct NewOverlay<'a> {

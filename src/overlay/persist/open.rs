@@ -13,13 +13,14 @@ use uuid::Uuid;
 use super::layer_dir::{open_layer_files, open_sealed};
 use super::overlay_dir::{Holder, OpenedOverlay, OverlayDir};
 use super::path::{OverlayPath, open_overlay_dir};
-use crate::confined::{self, open_dir};
+use crate::confined;
 use crate::overlay::error::{LogError, OverlayError, doing};
 use crate::overlay::layer_cache::LayerCache;
 use crate::overlay::recover::{self, LayerFiles, Recovered};
 use crate::overlay::stack::{LayerRecord, Stack};
 use crate::overlay::{Overlay, boot_tag};
 use crate::trust;
+use crate::trusted_path::open_dir;
 
 /// The longest wait for a daemon that is draining, or that has died and is being cleaned up: 10 s.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(10);

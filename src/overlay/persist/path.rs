@@ -4,9 +4,10 @@ use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use crate::confined::{self, open_dir};
+use crate::confined;
 use crate::overlay::error::{OverlayError, doing};
 use crate::trust;
+use crate::trusted_path::open_dir;
 
 /// The place of a persistent overlay.
 #[derive(Clone, Copy, Debug)]
@@ -66,7 +67,10 @@ pub fn resolve_overlay_path(dir: &Path) -> Result<PathBuf, OverlayError> {
     let (Some(parent), Some(name)) = (dir.parent(), dir.file_name()) else {
         return Err(looking()(io::ErrorKind::NotFound.into()));
     };
-    let found = open_dir(parent).map_err(|_| OverlayError::NoParent(parent.to_owned()))?;
+    let found = open_dir(parent).map_err(|error| match error.kind() {
+        io::ErrorKind::InvalidInput => looking()(error),
+        _ => OverlayError::NoParent(parent.to_owned()),
+    })?;
     trust::check_parent(&found)?;
     Ok(confined::real_path(&found).map_err(looking())?.join(name))
 }

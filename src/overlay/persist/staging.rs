@@ -17,7 +17,8 @@ use rustix::fs::{AtFlags, FlockOperation, flock};
 use tempfile::TempDir;
 
 use super::remove_layer;
-use crate::confined::{entry_names, foreign_entry_error, open_dir, open_subdir, remove_file};
+use crate::confined::{entry_names, foreign_entry_error, open_subdir, remove_file};
+use crate::trusted_path::open_dir;
 
 /// How the name of one begins.
 pub(crate) const STAGING_PREFIX: &str = ".cowslip-";

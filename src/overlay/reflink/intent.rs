@@ -105,7 +105,7 @@ pub(super) fn read(dir: &File) -> Result<Option<RevertTarget>, ReflinkError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::confined::open_dir;
+    use crate::trusted_path::open_dir;
 
     fn monday() -> RevertTarget {
         RevertTarget::Snapshot { name: "mon\"day".to_owned() }

@@ -26,6 +26,7 @@ use crate::stream::command::{PipeEnd, Pipeline};
 use crate::stream::fifo::{self, file_type_name};
 use crate::stream::stdio::{self, Direction, FdMode};
 use crate::stream::stop::Stop;
+use crate::trusted_path;
 
 /// What a sink is made of.
 struct OpenedSink {
@@ -97,7 +98,7 @@ fn open_file(
     refuse_inside_mount(path, place)?;
     let label = format!("file:{}", path.display());
     // What is looked at is what is opened: a device that is opened does something already.
-    let located = match PathHandle::at(path) {
+    let located = match trusted_path::locate(path) {
         Ok(located) => located,
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
             if path.is_symlink() {

@@ -16,9 +16,10 @@ use super::preflight::{ReceiveTarget, check_stream};
 use super::records::StreamHead;
 use super::{ReceivePlan, Received};
 use crate::config::{Overwrite, format_size};
-use crate::confined::{self, PathHandle};
+use crate::confined;
 use crate::host::{os_error, os_message};
 use crate::part_file::{FileSlot, PartFile, part_path};
+use crate::trusted_path;
 use rustix::fs::OFlags;
 
 /// A file or a device being received.
@@ -68,7 +69,7 @@ impl<'a> Receiver<'a> {
     ) -> Result<Self, TransferError> {
         // O_EXCL on a block device is the kernel's own lock: a device that is mounted or in use is
         // not overwritten.
-        let open = || match PathHandle::at(&path)? {
+        let open = || match trusted_path::locate(&path)? {
             it if it.metadata().file_type().is_block_device() => {
                 it.open(OFlags::RDWR | OFlags::EXCL)
             }
