@@ -54,34 +54,6 @@ pub fn open_input(path: &Path, access: FileAccess) -> io::Result<File> {
     PathHandle::at(path)?.open_input(access)
 }
 
-/// Opens the file at `path`, which the user has named, to append to it; creates it, for this user
-/// alone, where there is nothing. A character device is taken as well, nothing else.
-///
-/// # Errors
-/// The host's errno, `EEXIST` for a link to nothing; [`io::ErrorKind::InvalidInput`] when something
-/// else is there.
-pub fn open_append(path: &Path) -> io::Result<File> {
-    match PathHandle::at(path) {
-        Ok(located) => {
-            let kind = located.metadata().file_type();
-            if !kind.is_file() && !kind.is_char_device() {
-                return Err(wrong_type_error(kind));
-            }
-            let link = std::fs::symlink_metadata(path)?;
-            if kind.is_file() && !(is_own(link.uid()) && is_own(located.metadata().uid())) {
-                return Err(invalid_input("it belongs to another user"));
-            }
-            located.open(OFlags::WRONLY | OFlags::APPEND)
-        }
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            let flags = OFlags::WRONLY | OFlags::APPEND | OFlags::CREATE | OFlags::EXCL;
-            let mode = Mode::RUSR | Mode::WUSR;
-            Ok(File::from(rustix::fs::open(path, flags | OFlags::CLOEXEC, mode)?))
-        }
-        Err(error) => Err(error),
-    }
-}
-
 /// What a path leads to, held without being open: looking at it waits for nothing and starts
 /// nothing, and what was judged is what is opened, whatever becomes of the path meanwhile.
 #[derive(Debug)]

@@ -20,12 +20,13 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{CWD, FsWord, Mode, OFlags};
 use rustix::io::Errno;
 
-use crate::confined::{self, PathHandle};
+use crate::confined::{self, PathHandle, invalid_input, is_own, wrong_type_error};
 use crate::trust;
 
 /// Maximum number of links to follow; the kernel's own limit (path_resolution(7)).
@@ -49,6 +50,38 @@ pub fn locate(path: &Path) -> io::Result<PathHandle> {
     PathHandle::of(walk(path)?.file)
 }
 
+/// Opens the file at `path` to append to it; creates it, for this user alone, where there is
+/// nothing. A character device is accepted too, nothing else.
+///
+/// # Errors
+/// The host's errno, `EEXIST` for a link to nothing; [`io::ErrorKind::InvalidInput`] for anything
+/// else, and for what is another user's or could have been put there by one.
+pub fn open_append(path: &Path) -> io::Result<File> {
+    let found = match walk(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return create_log(path),
+        found => found?,
+    };
+    let located = PathHandle::of(found.file.try_clone()?)?;
+    let kind = located.metadata().file_type();
+    if !kind.is_file() && !kind.is_char_device() {
+        return Err(wrong_type_error(kind));
+    }
+    if kind.is_file() {
+        if !is_own(located.metadata().uid()) {
+            return Err(invalid_input("it belongs to another user"));
+        }
+        trust::check_hard_links(&found.file, &found.parent).map_err(invalid_trust)?;
+    }
+    located.open(OFlags::WRONLY | OFlags::APPEND)
+}
+
+fn create_log(path: &Path) -> io::Result<File> {
+    let (dir, name) = parent_and_name(path)?;
+    let flags = OFlags::WRONLY | OFlags::APPEND | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
+    let mode = Mode::RUSR | Mode::WUSR;
+    Ok(File::from(rustix::fs::openat(walk(dir)?.file, name, flags, mode)?))
+}
+
 /// Splits `path` into its directory and the last component.
 ///
 /// # Errors
@@ -62,7 +95,6 @@ pub fn parent_and_name(path: &Path) -> io::Result<(&Path, &OsStr)> {
 /// Where a walk ended; both are opened with `O_PATH`.
 struct Walked {
     /// The directory in which the last component was found, after all links.
-    #[expect(dead_code)]
     parent: File,
     file: File,
 }
@@ -159,7 +191,10 @@ pub fn real_dir(path: &Path) -> io::Result<PathBuf> {
 #[cfg(test)]
 mod tests {
     use std::fs::Metadata;
-    use std::os::unix::fs::{MetadataExt, lchown, symlink};
+    use std::os::unix::fs::{chown, lchown, symlink};
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    use rustix::fs::{RenameFlags, renameat_with};
 
     use super::*;
 
@@ -218,5 +253,29 @@ mod tests {
         std::fs::hard_link(&link, shared.join("second")).unwrap();
         let error = locate(&link).unwrap_err();
         assert!(error.to_string().contains("more than one name"), "{error}");
+    }
+
+    #[test]
+    fn a_log_that_changes_places_with_a_link_is_never_what_the_link_leads_to() {
+        let (_room, own, shared) = room();
+        let (log, link) = (shared.join("x.log"), shared.join("link"));
+        std::fs::write(&log, "log").unwrap();
+        symlink(own.join("file"), &link).unwrap();
+        lchown(&link, Some(12345), None).unwrap();
+        chown(&shared, Some(12345), None).unwrap();
+        let inode = std::fs::metadata(&log).unwrap().ino();
+        let is_over = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !is_over.load(Ordering::Relaxed) {
+                    renameat_with(CWD, &log, CWD, &link, RenameFlags::EXCHANGE).unwrap();
+                }
+            });
+            let opened = (0..2000).filter_map(|_| open_append(&log).ok());
+            let inodes: Vec<u64> =
+                opened.map(|file| file.metadata().map_or(0, |found| found.ino())).collect();
+            is_over.store(true, Ordering::Relaxed);
+            assert!(inodes.iter().all(|found| *found == inode));
+        });
     }
 }

@@ -39,12 +39,12 @@ use self::running::RunningMount;
 use self::session::{mount_and_spawn, worker_count};
 use self::signals::Signals;
 use crate::catalog::Catalog;
-use crate::confined;
 use crate::control::{self, Control};
 use crate::fs::{Deadlines, FsContext, PageCache};
 use crate::logging::{self, LogTarget};
 use crate::pool::{Pool, reserve, run_cancellable};
 use crate::process::{self, InheritedFds};
+use crate::trusted_path;
 
 /// Serves `plan` until it is unmounted, and reports notes, success or failure of the start through
 /// `ready`. Returns the process's exit code: 0, or 1 when something failed.
@@ -187,7 +187,7 @@ fn redirect_stdout(plan: &MountPlan) -> Result<(), String> {
 fn open_log(plan: &MountPlan) -> Result<LogTarget, String> {
     match (&plan.log, plan.mode) {
         (Some(path), _) => {
-            let file = confined::open_append(path);
+            let file = trusted_path::open_append(path);
             file.map(LogTarget::File).map_err(|error| format!("log '{}': {error}", path.display()))
         }
         (None, DaemonMode::Foreground) => Ok(LogTarget::Stderr),

@@ -705,6 +705,9 @@ fn links_of_another_user_in_a_shared_directory_are_not_followed() {
             "check shared/st --repair",
             "mount n --config shared/a.toml",
             "mount n --config shared/dir/a.toml",
+            "mount n b=blank:1M --log shared/x.log",
+            "mount n b=blank:1M --log shared/dir/x.log",
+            "mount n b=blank:1M --log shared/dir/new.log",
             "mount n s=stream:64K,to=file:shared/dir/new",
             "mount n s=stream:64K,to=file:shared/secret,overwrite",
             "mount n s=stream:64K,to=fifo:shared/dir/pipe",
@@ -722,7 +725,7 @@ fn links_of_another_user_in_a_shared_directory_are_not_followed() {
     // Such a link of the user's own or of root's is followed.
     lab.sh("chmod 1777 shared; chown -h 0 shared/*");
     lab.umount();
-    lab.mount("d=base.img,overlay=shared/o");
+    lab.ok("mount m d=base.img,overlay=shared/o --log shared/x.log");
     lab.umount();
     lab.ok("check shared/o");
     lab.ok("mount n --config shared/a.toml");
@@ -750,7 +753,11 @@ fn a_second_name_that_another_user_could_have_made_is_not_believed() {
          printf 'mountpoint = \"n\"\n[[disk]]\nsource = \"blank:1M\"\n' > own/a.toml; ln own/a.toml shared
          ln -s ../own own/link; ln own/link shared",
     );
-    for words in ["mount n --config shared/a.toml"] {
+    for words in [
+        "mount n b=blank:1M --log shared/x.log",
+        "mount n b=blank:1M --log shared/link/x.log",
+        "mount n --config shared/a.toml",
+    ] {
         let line = lab.refused(1, words);
         assert!(line.contains("has more than one name"), "{words}: {line}");
     }
