@@ -15,6 +15,8 @@ use std::sync::atomic::Ordering;
 use std::sync::mpsc;
 use std::time::Duration;
 
+use parking_lot::Mutex;
+
 use super::api::{Answer, Lines, Outcome, Refusal};
 use super::{Control, matches_inode, unmount_summary};
 use crate::catalog::{CatalogEntry, DiskOrigin};
@@ -25,7 +27,6 @@ use crate::store::Store;
 use crate::stream::output::{DrainTimeout, OutputState};
 use crate::stream::sink::StdioMode;
 use crate::stream::{Stream, UnmountPolicy};
-use parking_lot::Mutex;
 
 /// State that the kernel may have cached and that is stale.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -5,11 +5,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use parking_lot::{Condvar, Mutex};
+
 use super::api::{AnswerLine, Progress};
 use super::node::ControlNode;
 use super::{Control, json_line};
 use crate::host::os_error;
-use parking_lot::{Condvar, Mutex};
 
 /// Longest time between two progress lines while a request is in progress.
 const PROGRESS_INTERVAL: Duration = Duration::from_secs(1);
@@ -155,5 +156,78 @@ impl RequestPermit {
 impl Drop for RequestPermit {
     fn drop(&mut self) {
         self.0.running_requests.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+    use std::sync::OnceLock;
+    use std::sync::atomic::AtomicUsize;
+
+    use super::*;
+    use crate::catalog::{Catalog, DiskOrigin};
+    use crate::config::{self, CacheMode};
+    use crate::disk::{self, OpenContext};
+
+    /// Creates the control of a mount with a blank disk of 64 KiB, and returns it with the disk's
+    /// node for requests.
+    fn control() -> (Arc<Control>, ControlNode) {
+        let catalog = Arc::new(Catalog::new(Path::new("/mnt"), None));
+        let spec = config::parse_disk("d=blank:64K", Path::new("/"), &|_| false).unwrap();
+        let disk = Arc::new(disk::open(&spec, &OpenContext::unmounted()).unwrap().disk);
+        let slot = catalog.add("d", disk, DiskOrigin::Given).unwrap().slot;
+        let control = Control {
+            catalog,
+            source: "d".to_owned(),
+            cache: CacheMode::Auto,
+            draining: AtomicBool::new(false),
+            device: OnceLock::new(),
+            invalidator: OnceLock::new(),
+            running_requests: AtomicUsize::new(0),
+        };
+        (Arc::new(control), ControlNode::DiskCtl(slot))
+    }
+
+    #[test]
+    fn answer_can_be_read_in_pieces_and_ends() {
+        let (control, node) = control();
+        let session = ControlSession::default();
+        session.submit(&control, node, br#"{"op":"abort"}"#, |job| job()).unwrap();
+        let mut answer = Vec::new();
+        loop {
+            let piece = session.read(7).unwrap();
+            if piece.is_empty() {
+                break;
+            }
+            assert!(piece.len() <= 7);
+            answer.extend(piece);
+        }
+        let expected = "{\"error\":\"d: it is no stream: there is nothing to abort\"}\n";
+        assert_eq!(String::from_utf8(answer).unwrap(), expected);
+        control.catalog.disks().iter().for_each(|disk| disk.abandon());
+    }
+
+    #[test]
+    fn reader_of_a_request_in_progress_gets_a_sign_of_life() {
+        let (control, node) = control();
+        let session = ControlSession::default();
+        let mut job = None;
+        session.submit(&control, node, br#"{"op":"abort"}"#, |it| job = Some(it)).unwrap();
+        assert_eq!(session.read(100).unwrap(), b"{\"progress\":{}}\n");
+        let second = session.submit(&control, node, b"{}", |_| ()).unwrap_err();
+        assert_eq!(second.raw_os_error(), Some(libc::EBUSY));
+        job.unwrap()();
+        assert!(session.read(4096).unwrap().starts_with(b"{\"error\":"));
+        control.catalog.disks().iter().for_each(|disk| disk.abandon());
+    }
+
+    #[test]
+    fn request_notices_that_its_file_is_closed() {
+        let session = ControlSession::default();
+        let shared = Arc::clone(&session.shared);
+        assert!(!shared.is_closed.load(Ordering::SeqCst));
+        drop(session);
+        assert!(shared.is_closed.load(Ordering::SeqCst));
     }
 }

@@ -137,3 +137,52 @@ pub(in crate::cli) fn read_limited(from: impl Read) -> io::Result<Vec<u8>> {
 fn too_long_error() -> io::Error {
     io::Error::other("it answers without end")
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::control::api::Line;
+
+    fn read(text: &str) -> Result<Option<String>, AnswerError> {
+        read_answer::<Line>(text.as_bytes(), |_| {}).map(|answer| answer.line)
+    }
+
+    #[test]
+    fn last_answer_counts_and_other_lines_are_skipped() {
+        let line = |text: &str| read(text).unwrap().unwrap();
+        assert_eq!(line("{\"ok\":{\"line\":\"done\",\"later\":1}}\n"), "done");
+        assert_eq!(line("?\n[]\n{\"ok\":{\"line\":\"a\"}}\n7\n{\"ok\":{\"line\":\"b\"}}\n{}"), "b");
+        assert_eq!(read("{\"ok\":{}}").unwrap(), None);
+        assert!(matches!(
+            read("{\"ok\":{}}\n{\"error\":\"no\"}"),
+            Err(AnswerError::Refused { .. })
+        ));
+        for text in ["", "{\"progress\":{}}\n", "{\"ok\":5}\n", "{\"ok\":null}\n"] {
+            assert!(matches!(read(text), Err(AnswerError::Broken(_))), "{text}");
+        }
+    }
+
+    #[test]
+    fn refusals_are_classified() {
+        let refusal = |keys: &str| match read(&format!("{{\"error\":{keys}}}")).unwrap_err() {
+            AnswerError::Refused { line, kind } => (line, kind),
+            AnswerError::Broken(error) => panic!("{error}"),
+        };
+        let no = || "no".to_owned();
+        assert_eq!(refusal("\"no\""), (no(), RefusalKind::Other));
+        assert_eq!(refusal("\"no\",\"busy\":true"), (no(), RefusalKind::Busy));
+        assert_eq!(refusal("\"no\",\"busy\":false"), (no(), RefusalKind::Other));
+        assert_eq!(refusal("\"no\",\"stale\":true"), (no(), RefusalKind::Stale));
+        assert_eq!(refusal("[1],\"busy\":1"), ("[1]".to_owned(), RefusalKind::Other));
+    }
+
+    #[test]
+    fn progress_is_reported_whatever_its_form() {
+        let mut reports = Vec::new();
+        let text = "{\"progress\":{\"done\":1,\"total\":2}}\n{\"progress\":null}\n{\"progress\":[]}\n\
+                    {\"progress\":{\"done\":-1}}\n{\"ok\":{}}\n";
+        read_answer::<Line>(text.as_bytes(), |progress| reports.push(progress)).unwrap();
+        let none = Progress::default();
+        assert_eq!(reports, [Progress::new(1, 2), none, none, none]);
+    }
+}

@@ -33,3 +33,58 @@ pub(crate) use self::status::{
 pub(crate) use self::words::{
     DiskState, HydrationState, MountState, OverlayKind, Recovery, StreamDirection, StreamState,
 };
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn round_trip(text: &str) -> String {
+        let status: DiskStatus = serde_json::from_str(text).unwrap();
+        serde_json::to_string(&status).unwrap()
+    }
+
+    #[test]
+    fn status_of_another_version_is_understood() {
+        let text = r#"{"name":"d","later":{"a":[1]},"state":"molten","overlay":{"path":"/ov"}}"#;
+        let status: DiskStatus = serde_json::from_str(text).unwrap();
+        assert_eq!((status.name.as_str(), status.size), ("d", 0));
+        assert_eq!(status.state.as_str(), "molten");
+        assert_eq!(status.state, DiskState::Other("molten".to_owned()));
+        let overlay = status.overlay.unwrap();
+        assert_eq!(overlay.path.as_deref(), Some("/ov"));
+        assert!(overlay.blocks.is_some_and(|blocks| blocks.doing.is_none()));
+    }
+
+    #[test]
+    fn keys_keep_their_order() {
+        let text = round_trip("{}");
+        assert_eq!(
+            text,
+            r#"{"name":"","inode":0,"path":"","size":0,"mode":"","state":"","error":null,"warning":null,"openers":0,"base":null,"overlay":null,"stream":null,"partitions":[]}"#
+        );
+        assert_eq!(round_trip(&text), text);
+    }
+
+    #[test]
+    fn base_of_a_difference_is_null_a_word_or_a_file() {
+        let bases = [
+            ("null", None),
+            (r#""part""#, Some(DiffBaseRecord::Part)),
+            (
+                r#"{"path":"/b","format":"raw"}"#,
+                Some(DiffBaseRecord::File { path: "/b".to_owned(), format: "raw".to_owned() }),
+            ),
+        ];
+        for (text, base) in bases {
+            assert_eq!(serde_json::to_string(&base).unwrap(), text);
+            assert_eq!(serde_json::from_str::<Option<DiffBaseRecord>>(text).unwrap(), base);
+        }
+    }
+
+    #[test]
+    fn progress_has_both_numbers_or_none() {
+        let line = |progress| serde_json::to_string(&AnswerLine::Progress(progress)).unwrap();
+        assert_eq!(line(Progress::new(1, 2)), r#"{"progress":{"done":1,"total":2}}"#);
+        assert_eq!(line(Progress::default()), r#"{"progress":{}}"#);
+    }
+}
