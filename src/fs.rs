@@ -10,6 +10,7 @@
 //!   control_files                  the files in `.cowslip`
 //!   dispatch, reply                which thread does the work, and until when
 //!   worker_limit, busy_poll        the workers
+//!   context, negotiate, decode     the state, FUSE_INIT, numbers of the kernel
 //! ```
 //!
 //! A worker calls a disk with [`Wait::No`](crate::layer::Wait::No). Work that would have to wait

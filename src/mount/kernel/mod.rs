@@ -78,7 +78,7 @@ pub(crate) enum MountAccess {
 /// The parameters of mount(2).
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct MountParams<'a> {
-    /// The path of the directory, from [`PreparedMountpoint::mountpoint`].
+    /// The path of the directory, from [`PreparedMountpoint::mountpoint`](prepare::PreparedMountpoint::mountpoint).
     pub mountpoint: &'a Path,
     /// The open directory to mount on, whatever the path leads to by now.
     pub directory: BorrowedFd<'a>,
