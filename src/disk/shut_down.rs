@@ -37,10 +37,7 @@ impl Disk {
         self.end_operations(timeout);
         let gate = self.gate.close(timeout);
         match &self.layers().top {
-            Top::Overlay(overlay) if gate.is_some() => {
-                self.record_mtime(overlay);
-                overlay.close()?;
-            }
+            Top::Overlay(overlay) if gate.is_some() => self.close_overlay(overlay)?,
             top => top.sync()?,
         }
         self.overlay_location.remove_holder();
@@ -95,6 +92,7 @@ impl Disk {
         if is_alone { Ok(()) } else { Err(os_error(libc::ETIMEDOUT)) }
     }
 
+    /// Closes the log cleanly, with the modification time as its last entry before the end.
     fn close_overlay(&self, overlay: &Overlay) -> io::Result<()> {
         self.record_mtime(overlay);
         overlay.close()
