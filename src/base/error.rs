@@ -71,12 +71,17 @@ pub enum BaseError {
         /// What it looks like, or was called.
         format: Format,
     },
-    /// What is written into a qcow2 image is QEMU's to do.
+    /// The format is only read; QEMU writes such images.
     #[error(
-        "'{}' is a qcow2 image, which is only read: keep the changes in an overlay, and bring them in with cowslip diff and qemu-img commit",
-        .0.display()
+        "'{}' is a {format} image, which is only read: keep the changes in an overlay, and bring them in with cowslip diff and qemu-img commit",
+        path.display()
     )]
-    ReadOnlyFormat(PathBuf),
+    ReadOnlyFormat {
+        /// The path as given.
+        path: PathBuf,
+        /// The format.
+        format: Format,
+    },
     /// It is no file that the kernel could read and write itself.
     #[error(
         "'{}' is not a raw file, which alone is passed through: leave out passthrough",

@@ -4,7 +4,7 @@
 //!   config::DiskSource::File(path)        config::DiskSource::Blank(size)
 //!        │ what is there? (only regular files and block devices are opened)
 //!        │ open, look again (file.rs), lock (lock.rs)
-//!        │ which format? (detect.rs: by its first and last bytes)
+//!        │ which format? (formats.rs: by its first and last bytes)
 //!        ▼                                   ▼
 //!     RawBase (raw.rs)                    Blank (blank.rs)
 //!        │ all of it, or a part?
@@ -20,9 +20,9 @@
 //! here with the remedy for the user, never guessed at.
 
 pub mod blank;
-mod detect;
 mod error;
 mod file;
+pub mod formats;
 pub mod identity;
 pub mod lock;
 pub mod partitions;
@@ -38,10 +38,10 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use self::blank::Blank;
-use self::detect::check_format;
 pub use self::error::BaseError;
 pub use self::file::{BaseFile, WritableBase, open_writable};
 use self::file::{open_base_file, open_located};
+use self::formats::{OpenedImage, check_format};
 use self::identity::Identity;
 use self::view::RangeView;
 use crate::config::{DirectIo, DiskSource, Format, Locking, Passthrough, SourcePart};
@@ -126,10 +126,10 @@ impl Base {
 ///
 /// # Errors
 /// [`BaseError`], worded for the user.
-pub fn open(source: &DiskSource, how: BaseOptions<'_>) -> Result<Base, BaseError> {
-    let access = how.access;
+pub fn open(source: &DiskSource, options: BaseOptions<'_>) -> Result<Base, BaseError> {
+    let access = options.access;
     match source {
-        DiskSource::File(path) => open_file(path, how),
+        DiskSource::File(path) => open_file(path, &options),
         DiskSource::Blank(size) if access == BaseAccess::Read => Ok(Base {
             layer: BaseLayer::Reader(Arc::new(Blank::new(*size))),
             path: None,
@@ -143,29 +143,19 @@ pub fn open(source: &DiskSource, how: BaseOptions<'_>) -> Result<Base, BaseError
     }
 }
 
-fn open_file(path: &Path, how: BaseOptions<'_>) -> Result<Base, BaseError> {
-    let BaseOptions { format, part, access, locking, passthrough, direct, allow_backing } = how;
+fn open_file(path: &Path, options: &BaseOptions<'_>) -> Result<Base, BaseError> {
+    let BaseOptions { part, access, locking, passthrough, direct, .. } = *options;
     let host = open_base_file(path, access, locking, passthrough, direct)?;
     let unreadable = |error: io::Error| BaseError::from_io(path, access, error);
-    check_format(path, &host, format).map_err(unreadable)??;
+    let format = check_format(path, &host, options.format).map_err(unreadable)??;
+    if access == BaseAccess::Write && !format.is_plain() {
+        return Err(BaseError::ReadOnlyFormat { path: path.to_owned(), format: format.format });
+    }
     let real = host.real_path.clone();
     let (file, raw) = (Arc::clone(&host.file), Arc::clone(&host.raw));
     let sector = host.sector_size().map_err(unreadable)?;
-    let mut needs = Vec::new();
-    let whole: Arc<dyn Layer> = match (access, format) {
-        (BaseAccess::Read, Some(Format::Qcow2)) => {
-            let chain = qcow2::open(host, allow_backing, locking)?;
-            needs.extend_from_slice(chain.needs());
-            Arc::new(chain)
-        }
-        (BaseAccess::Write, Some(Format::Qcow2)) => {
-            return Err(BaseError::ReadOnlyFormat(path.to_owned()));
-        }
-        _ => host.raw,
-    };
-    if passthrough == Passthrough::On
-        && (format.is_some_and(|format| format != Format::Raw) || sector.is_some())
-    {
+    let OpenedImage { layer: whole, needs } = format.open(host, options)?;
+    if passthrough == Passthrough::On && (!format.is_plain() || sector.is_some()) {
         return Err(BaseError::NoPassthrough(path.to_owned()));
     }
     let view = view::resolve_part(part, &*whole, sector)
@@ -195,7 +185,7 @@ mod tests {
     use rustix::fs::OFlags;
     use rustix::io::Errno;
 
-    fn how(format: Option<Format>, access: BaseAccess) -> BaseOptions<'static> {
+    fn options(format: Option<Format>, access: BaseAccess) -> BaseOptions<'static> {
         let (part, locking, passthrough) = (SourcePart::Whole, Locking::Qemu, Passthrough::Off);
         let direct = DirectIo::Off;
         BaseOptions { format, part, access, locking, passthrough, direct, allow_backing: &[] }
@@ -203,7 +193,7 @@ mod tests {
 
     fn open_path(path: &Path, format: Option<Format>) -> Result<Base, BaseError> {
         let source = DiskSource::File(path.to_owned());
-        open(&source, how(format, BaseAccess::Read))
+        open(&source, options(format, BaseAccess::Read))
     }
 
     fn refusal(path: impl AsRef<Path>) -> String {
@@ -241,9 +231,9 @@ mod tests {
     #[test]
     fn a_blank_is_a_hole_and_cannot_be_written() {
         let source = DiskSource::Blank(1 << 40);
-        let base = open(&source, how(None, BaseAccess::Read)).unwrap();
+        let base = open(&source, options(None, BaseAccess::Read)).unwrap();
         assert_eq!((base.size, base.identity().unwrap()), (1 << 40, None));
-        let written = open(&source, how(None, BaseAccess::Write));
+        let written = open(&source, options(None, BaseAccess::Write));
         assert!(matches!(written, Err(BaseError::BlankIsReadOnly)));
     }
 
@@ -370,7 +360,7 @@ mod tests {
     fn two_readers_share_a_base_and_a_writer_is_refused() {
         let file = tempfile::NamedTempFile::new().unwrap();
         let source = DiskSource::File(file.path().to_owned());
-        let open = |access| open(&source, how(None, access));
+        let open = |access| open(&source, options(None, access));
         let _readers = (open(BaseAccess::Read).unwrap(), open(BaseAccess::Read).unwrap());
         assert!(matches!(
             open(BaseAccess::Write),
@@ -396,7 +386,7 @@ mod tests {
         fs::write(&image, vec![7; 1 << 20]).unwrap();
         let looped = LoopDevice::new(&image, &[]);
         let source = DiskSource::File(looped.path().to_owned());
-        let base = open(&source, how(None, BaseAccess::Write)).unwrap();
+        let base = open(&source, options(None, BaseAccess::Write)).unwrap();
         assert_eq!(base.size, 1 << 20);
         let identity = base.identity().unwrap().unwrap();
         assert_eq!((identity.size, identity.mtime), (1 << 20, None));
@@ -441,8 +431,8 @@ mod tests {
         run("mkfs.ext4", &[Path::new("-q"), looped.path()]);
         run("mount", &[looped.path(), dir.path()]);
         let source = DiskSource::File(looped.path().to_owned());
-        let read = open(&source, how(None, BaseAccess::Read)).err();
-        let write = open(&source, how(None, BaseAccess::Write)).err();
+        let read = open(&source, options(None, BaseAccess::Read)).err();
+        let write = open(&source, options(None, BaseAccess::Write)).err();
         run("umount", &[dir.path()]);
         assert!(read.is_none(), "{read:?}");
         assert!(matches!(write, Some(BaseError::DeviceBusy(_))), "{write:?}");

@@ -257,14 +257,6 @@ impl Format {
     ];
 }
 
-impl Format {
-    /// Returns whether this version reads images of this format.
-    #[must_use]
-    pub fn is_supported(self) -> bool {
-        matches!(self, Self::Raw | Self::Qcow2)
-    }
-}
-
 impl fmt::Display for Format {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let named = Self::NAMES.iter().find(|(_, format)| format == self);

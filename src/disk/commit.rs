@@ -11,9 +11,10 @@ use super::bottom::Bottom;
 use super::operation::{Force, Operation};
 use super::operation_error::OperationError;
 use super::overlay_location::OverlayFiles;
+use crate::base::formats::BaseFormat;
 use crate::base::identity::Identity;
 use crate::base::{self, WritableBase};
-use crate::config::{Format, Locking, format_size};
+use crate::config::{Locking, format_size};
 use crate::confined;
 use crate::extents::ExtentKind;
 use crate::host::file_system;
@@ -58,10 +59,10 @@ impl Disk {
         let Bottom::File { path, file, format, view, .. } = &*self.bottom() else {
             return Err(refused("its base is blank: there is nothing to commit to"));
         };
-        if *format != Format::Raw {
-            return Err(refused(
-                "its base is a qcow2 image, which only QEMU writes: cowslip diff FILE -o new.qcow2, then qemu-img commit new.qcow2",
-            ));
+        if !BaseFormat::of(*format).is_plain() {
+            return Err(OperationError::Refused(format!(
+                "its base is a {format} image, which only QEMU writes: cowslip diff FILE -o new.qcow2, then qemu-img commit new.qcow2"
+            )));
         }
         self.check_base_identity(overlay.is_committing())?;
         let locking = self.history.locking.unwrap_or(Locking::Qemu);

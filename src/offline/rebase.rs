@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::{OfflineError, is_store, single_target};
+use crate::base::formats::BaseFormat;
 use crate::base::identity::Identity;
 use crate::base::{self, BaseAccess, BaseError, BaseOptions};
 use crate::config::{DirectIo, DiskSource, Format, Locking, Passthrough, SourcePart};
@@ -66,7 +67,7 @@ pub fn rebase(
     else {
         return Err(OfflineError::NoBase(dir.to_owned()));
     };
-    let known = format.parse::<Format>().ok().filter(|format| format.is_supported());
+    let known = format.parse::<Format>().ok().filter(|format| BaseFormat::of(*format).is_read());
     let Some(known) = known else {
         return Err(OfflineError::Format { dir: dir.to_owned(), format });
     };
@@ -75,7 +76,7 @@ pub fn rebase(
     let difference = difference(&overlay, dir, &identity, &needs, &found)?;
     if let Some(difference) = &difference {
         // If the file looks like another format, that is the clearer error.
-        if known == Format::Raw {
+        if BaseFormat::of(known).is_plain() {
             NewBase::inspect(new, None, part, &[])?;
         }
         if on_mismatch == OnMismatch::Refuse {

@@ -12,7 +12,8 @@ use super::notes::{READ_ONLY_NOTE, notes_on_overlay};
 use super::opened::{OpenedBase, OpenedDisk};
 use super::owner::adopt_owner;
 use super::persistent::{new_stack, size_mismatch};
-use crate::config::{DirectIo, DiskMode, DiskSpec, Format, OverlayKind, format_size};
+use crate::base::formats::BaseFormat;
+use crate::config::{DirectIo, DiskMode, DiskSpec, OverlayKind, format_size};
 use crate::disk::Disk;
 use crate::disk::attrs::{DiskOwner, Times, mtime_of};
 use crate::disk::bottom::Bottom;
@@ -97,15 +98,15 @@ fn reflink_error(dir: &Path) -> impl Fn(ReflinkError) -> OpenError {
 /// Returns the base as a source of shared blocks; refuses a base without blocks to share.
 fn reflink_source(bottom: &Bottom) -> Result<SharedBase<'_>, ReflinkError> {
     match bottom {
-        Bottom::File { format, .. } if *format != Format::Raw => {
-            Err(ReflinkError::Base("a qcow2 image"))
+        Bottom::File { format, .. } if !BaseFormat::of(*format).is_plain() => {
+            Err(ReflinkError::Base(format!("a {format} image")))
         }
-        Bottom::File { view: Some(_), .. } => Err(ReflinkError::Base("a part of one")),
+        Bottom::File { view: Some(_), .. } => Err(ReflinkError::Base("a part of one".to_owned())),
         Bottom::File { path, file, .. } if file.metadata().is_ok_and(|found| found.is_file()) => {
             Ok(SharedBase { path, file })
         }
-        Bottom::File { .. } => Err(ReflinkError::Base("a block device")),
-        Bottom::Blank(_) => Err(ReflinkError::Base("blank")),
+        Bottom::File { .. } => Err(ReflinkError::Base("a block device".to_owned())),
+        Bottom::Blank(_) => Err(ReflinkError::Base("blank".to_owned())),
     }
 }
 

@@ -30,7 +30,7 @@ pub enum ReflinkError {
     },
     /// The base is not a file that could be shared.
     #[error("needs a file as its base for reflink, and this is {0}: leave out reflink")]
-    Base(&'static str),
+    Base(String),
     /// The overlay exists and is of the other kind.
     #[error("keeps a block map: leave out reflink, how an overlay works is fixed at creation")]
     Blocks,
