@@ -24,10 +24,10 @@ pub(super) enum ReceiveTarget {
 
 impl ReceiveTarget {
     pub(super) fn of(plan: &ReceivePlan) -> Result<Self, TransferError> {
-        let spot = Destination::of(&plan.path)?;
+        let destination = Destination::of(&plan.path)?;
         let shown = plan.path.display();
         let overwrite = plan.overwrite == Overwrite::Yes;
-        let (name, owner) = match spot {
+        let (name, owner) = match destination {
             Destination::Device(name) if plan.start == ReceiveStart::Resume => {
                 return Err(device_resume_error(&name));
             }
@@ -63,49 +63,61 @@ impl ReceiveTarget {
     }
 }
 
-/// Checks whether the stream that begins with `head` may be received at `place`.
+/// Checks whether the stream that begins with `head` may be received into `target`.
 pub(super) fn check_stream(
     plan: &ReceivePlan,
     head: &StreamHead,
-    place: &ReceiveTarget,
+    target: &ReceiveTarget,
 ) -> Result<(), TransferError> {
-    let refuse = |line: String| Err(TransferError::Refused(line));
-    let shown = plan.path.display();
-    let origin = head.origin();
-    let old = match place {
+    check_onto(plan, head, target)?;
+    let old = match target {
         ReceiveTarget::File { state, .. } => state.as_ref(),
         ReceiveTarget::Device(_) => None,
     };
-    match (&head.since, &plan.onto) {
-        (Some(since), None) => {
-            return refuse(format!(
-                "the stream holds only what changed since '{since}': name the file that holds \
-                 that snapshot, --onto OLD"
-            ));
-        }
-        (None, Some(_)) if plan.frames == TransferFormat::Rbd => {
-            return refuse(
-                "the stream holds all of a disk: leave --onto out, it is for what 'send --since' \
-                 makes"
-                    .to_owned(),
-            );
-        }
-        (_, Some(_)) if matches!(place, ReceiveTarget::Device(_)) => {
-            return refuse(format!("'{shown}' is a device: changes are received into a file"));
-        }
-        _ => {}
+    match (old, head.origin()) {
+        (Some(old), _) => check_resume(plan, head, old),
+        (None, 0) => Ok(()),
+        (None, origin) => Err(TransferError::Refused(format!(
+            "the stream begins at byte {origin}, and there is nothing of '{}' before it: send all \
+             of it",
+            plan.path.display()
+        ))),
     }
-    let Some(old) = old else {
-        return match origin {
-            0 => Ok(()),
-            _ => refuse(format!(
-                "the stream begins at byte {origin}, and there is nothing of '{shown}' before it: \
-                 send all of it"
-            )),
-        };
+}
+
+/// Checks that `--onto` is given for a stream of changes, and only for one.
+fn check_onto(
+    plan: &ReceivePlan,
+    head: &StreamHead,
+    target: &ReceiveTarget,
+) -> Result<(), TransferError> {
+    let line = match (&head.since, &plan.onto) {
+        (Some(since), None) => format!(
+            "the stream holds only what changed since '{since}': name the file that holds that \
+             snapshot, --onto OLD"
+        ),
+        (None, Some(_)) if plan.frames == TransferFormat::Rbd => {
+            "the stream holds all of a disk: leave --onto out, it is for what 'send --since' makes"
+                .to_owned()
+        }
+        (_, Some(_)) if matches!(target, ReceiveTarget::Device(_)) => {
+            format!("'{}' is a device: changes are received into a file", plan.path.display())
+        }
+        _ => return Ok(()),
     };
+    Err(TransferError::Refused(line))
+}
+
+/// Checks whether the stream continues the part with the state `old`.
+fn check_resume(
+    plan: &ReceivePlan,
+    head: &StreamHead,
+    old: &ReceiveState,
+) -> Result<(), TransferError> {
+    let refuse = |line: String| Err(TransferError::Refused(line));
+    let (shown, origin) = (plan.path.display(), head.origin());
     let anew = "--overwrite without --resume begins anew";
-    let Some(mark) = head.checkpoint else {
+    let Some(checkpoint) = head.checkpoint else {
         return refuse(format!(
             "the stream has no checkpoints, so '{shown}' cannot be resumed with it: {anew}"
         ));
@@ -116,8 +128,8 @@ pub(super) fn check_stream(
             old.offset
         ));
     }
-    let is_known = mark.identity != 0 || old.identity != 0;
-    let is_other = mark.identity != old.identity || head.size != old.size;
+    let is_known = checkpoint.identity != 0 || old.identity != 0;
+    let is_other = checkpoint.identity != old.identity || head.size != old.size;
     if is_known && is_other || head.since != old.since {
         return refuse(format!(
             "the stream is of another file, or of one that changed since '{shown}.part' was \
