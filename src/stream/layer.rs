@@ -24,18 +24,20 @@ impl Layer for Output {
         Output::size(self)
     }
 
-    fn extent_at(&self, range: Range<u64>, _: Wait) -> io::Result<Extent> {
-        Ok(clip_to_size(Output::size(self), range)
-            .map_or_else(|hole| hole, |range| self.extent_at(range)))
+    fn extent_at(&self, range: Range<u64>, wait: Wait) -> io::Result<Extent> {
+        match clip_to_size(Output::size(self), range) {
+            Ok(range) => Output::extent_at(self, range, wait),
+            Err(hole) => Ok(hole),
+        }
     }
 
-    fn read_at(&self, buf: &mut [u8], offset: u64, _: Wait) -> io::Result<Extent> {
+    fn read_at(&self, buf: &mut [u8], offset: u64, wait: Wait) -> io::Result<Extent> {
         let range = match clip_to_size(Output::size(self), offset..offset + buf.len() as u64) {
             Ok(range) => range,
             Err(hole) => return Ok(hole),
         };
         let len = usize::try_from(range.end - range.start).unwrap_or(buf.len());
-        self.read(&mut buf[..len], offset)?;
+        self.read(&mut buf[..len], offset, wait)?;
         Ok(Extent::new(range, ExtentKind::Data))
     }
 

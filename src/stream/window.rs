@@ -16,6 +16,8 @@
 //! - Zeros, holes and unwritten ranges cost nothing anywhere.
 
 use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::needed::{Needed, NeededSizes};
 use super::runs::{Written, WrittenRuns};
@@ -32,7 +34,7 @@ const MIN_COARSEN_GAP: u64 = 64 << 10;
 const ZERO_SCAN_LEN: usize = 4096;
 
 /// The state of an output stream without its data. All offsets are in bytes.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct Window {
     size: u64,
     window: u64,
@@ -47,8 +49,9 @@ pub struct Window {
     beyond: u64,
     /// The bytes of data at and past `sent`.
     unsent: u64,
-    /// The bytes written and neither punched nor truncated since.
-    written: u64,
+    /// The bytes written and neither punched nor truncated since. Shared, so that a stat reads it
+    /// without the lock of the stream.
+    written: Arc<AtomicU64>,
     /// The number of bytes before the frontier that can be read back, for which the runs must stay
     /// exact.
     read_window: u64,
@@ -85,7 +88,7 @@ impl Window {
             needed: Needed::new(size, window),
             beyond: 0,
             unsent: 0,
-            written: 0,
+            written: Arc::default(),
             read_window: 0,
             coarsen_gap: MIN_COARSEN_GAP,
             max_runs: MAX_RUNS,
@@ -147,10 +150,10 @@ impl Window {
         self.beyond
     }
 
-    /// Returns the number of bytes written.
+    /// Returns the number of bytes written, which follows the window.
     #[must_use]
-    pub fn written(&self) -> u64 {
-        self.written
+    pub fn written(&self) -> &Arc<AtomicU64> {
+        &self.written
     }
 
     /// Returns the smallest window without spill, and the smallest spill with the current window,
@@ -232,11 +235,12 @@ impl Window {
             self.beyond += len(&clip(&range, edge..u64::MAX));
         }
         // Joined runs contain more bytes than were ever written.
-        self.written = self.written.saturating_sub(before);
+        let mut total = self.written.load(Ordering::Relaxed).saturating_sub(before);
         if written.is_some() {
-            self.written += len(&range);
+            total += len(&range);
             self.highest = self.highest.max(range.end);
         }
+        self.written.store(total, Ordering::Relaxed);
         self.runs.set(range, written);
     }
 

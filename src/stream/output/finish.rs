@@ -1,5 +1,6 @@
 //! The end of an output stream: finished, aborted, or closed with its mount.
 
+use std::sync::atomic::Ordering;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -207,6 +208,7 @@ impl Output {
             OutputState::Open | OutputState::Finishing => {
                 log::warn!("{}: the stream is given up: {why}", self.name);
                 core.state = OutputState::Aborted;
+                self.has_failed.store(true, Ordering::Release);
                 core.error = Some(why.to_owned());
             }
             OutputState::Failed | OutputState::Aborted => {}

@@ -27,9 +27,10 @@ use std::io;
 use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::{self, JoinHandle};
 
-use parking_lot::{Condvar, Mutex};
+use parking_lot::{Condvar, Mutex, MutexGuard};
 
 pub use self::finish::{DrainTimeout, FinishError};
 pub use self::sink_trait::{Sink, SinkCallback, SinkEvent};
@@ -43,6 +44,7 @@ use super::window::Window;
 use crate::config::{FinishWhen, Pad, StreamSpec};
 use crate::extents::Extent;
 use crate::host::os_error;
+use crate::layer::Wait;
 
 /// Bytes that may be on their way to the sink beyond those in window and spill: 2 MiB, enough to
 /// keep both ends busy.
@@ -166,6 +168,12 @@ pub struct Output {
     finish: FinishWhen,
     can_rewrite: bool,
     core: Mutex<OutputCore>,
+    /// The bytes written, counted by the window. Beside the lock, because spill I/O happens under
+    /// it, and a stat must not wait for a host that hangs.
+    written: Arc<AtomicU64>,
+    /// Whether the stream has failed or was aborted, which no stream recovers from. Beside the lock
+    /// like `written`, for flush and fsync.
+    has_failed: AtomicBool,
     /// Notified when the sender has work to do.
     work: Condvar,
     /// Notified when the state has changed or the sender has ended.
@@ -216,7 +224,9 @@ impl Output {
             pad: spec.pad,
             finish: spec.finish,
             can_rewrite: sink.can_rewrite(),
+            written: Arc::clone(core.window.written()),
             core: Mutex::new(core),
+            has_failed: AtomicBool::new(false),
             work: Condvar::new(),
             changed: Condvar::new(),
             monitor,
@@ -238,7 +248,7 @@ impl Output {
     /// Returns the number of bytes written.
     #[must_use]
     pub fn written(&self) -> u64 {
-        self.core.lock().window.written()
+        self.written.load(Ordering::Relaxed)
     }
 
     /// Returns the event that completes the stream.
@@ -248,17 +258,20 @@ impl Output {
     }
 
     /// Describes a prefix of `range`, which must be inside the disk.
-    #[must_use]
-    pub fn extent_at(&self, range: Range<u64>) -> Extent {
-        self.core.lock().window.extent_at(range)
+    ///
+    /// # Errors
+    /// `EAGAIN` under [`Wait::No`] while others work with the stream.
+    pub fn extent_at(&self, range: Range<u64>, wait: Wait) -> io::Result<Extent> {
+        Ok(self.lock_core(wait)?.window.extent_at(range))
     }
 
     /// Reads written data, and zeros where nothing was written. Reading never moves the frontier.
     ///
     /// # Errors
-    /// `EIO` before the frontier and the read-window; the host's errno from the spill.
-    pub fn read(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
-        let mut core = self.core.lock();
+    /// `EIO` before the frontier and the read-window; `EAGAIN` under [`Wait::No`] while others work
+    /// with the stream; the host's errno from the spill.
+    pub fn read(&self, buf: &mut [u8], offset: u64, wait: Wait) -> io::Result<()> {
+        let mut core = self.lock_core(wait)?;
         if offset < core.window.frontier().saturating_sub(self.read_window) {
             return Err(os_error(libc::EIO));
         }
@@ -277,15 +290,19 @@ impl Output {
         Ok(())
     }
 
+    fn lock_core(&self, wait: Wait) -> io::Result<MutexGuard<'_, OutputCore>> {
+        match wait {
+            Wait::Yes => Ok(self.core.lock()),
+            Wait::No => self.core.try_lock().ok_or_else(|| os_error(libc::EAGAIN)),
+        }
+    }
+
     /// Returns the sticky state; drains nothing.
     ///
     /// # Errors
     /// `EIO` if the stream has failed or was aborted.
     pub fn sync(&self) -> io::Result<()> {
-        match self.core.lock().state {
-            OutputState::Open | OutputState::Finishing | OutputState::Finished => Ok(()),
-            OutputState::Failed | OutputState::Aborted => Err(os_error(libc::EIO)),
-        }
+        if self.has_failed.load(Ordering::Acquire) { Err(os_error(libc::EIO)) } else { Ok(()) }
     }
 
     /// Returns the status of the stream.

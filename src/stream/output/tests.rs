@@ -201,10 +201,10 @@ fn sent_bytes_can_be_read_back_only_within_the_read_window() {
     let (output, _) = start(&spec(1 << 20, 0, 5000, 0), false);
     write(&output, 0, &[1; 6000]).unwrap();
     let mut buf = [9; 100];
-    output.read(&mut buf, 1000).unwrap();
+    output.read(&mut buf, 1000, Wait::Yes).unwrap();
     assert_eq!(buf, [1; 100]);
-    assert_eq!(code(output.read(&mut buf, 999)), libc::EIO);
-    output.read(&mut buf, 5950).unwrap();
+    assert_eq!(code(output.read(&mut buf, 999, Wait::Yes)), libc::EIO);
+    output.read(&mut buf, 5950, Wait::Yes).unwrap();
     assert_eq!((buf[49], buf[50]), (1, 0));
     // Writing the same bytes again is no change, as long as they can still be compared.
     write(&output, 5000, &[1; 1000]).unwrap();
@@ -230,8 +230,8 @@ fn a_stalled_sink_parks_writers_and_bounds_the_memory() {
     assert!(core.store.memory() <= window + BACKLOG_LIMIT + (1 << 20));
     drop(core);
     // Reads and the status are not blocked.
-    output.read(&mut [0; 10], 1 << 20).unwrap_err();
-    output.read(&mut [0; 10], 900 << 20).unwrap();
+    output.read(&mut [0; 10], 1 << 20, Wait::Yes).unwrap_err();
+    output.read(&mut [0; 10], 900 << 20, Wait::Yes).unwrap();
     assert_eq!(output.status().state, OutputState::Open);
     shared.held_up.store(false, Ordering::SeqCst);
     shared.open.notify_all();
@@ -356,7 +356,7 @@ fn spilled_data_is_sent_in_order_from_memory_and_file() {
         assert_eq!(output.status().frontier, 0);
         assert_eq!(output.status().needed.spill, 47 << 20);
         let mut buf = [0; 8192];
-        output.read(&mut buf, (20 << 20) - 4096).unwrap();
+        output.read(&mut buf, (20 << 20) - 4096, Wait::Yes).unwrap();
         assert_eq!((buf[0], buf[8191]), (20, 21));
         finish(&output).unwrap();
         let bytes = shared.bytes.lock();
@@ -411,7 +411,7 @@ fn run(ops: &[Op], spec: &StreamSpec, rewrites: bool) -> Result<(), TestCaseErro
             Op::Read(at, len) => {
                 let mut buf = vec![9; *len as usize];
                 let gone = output.status().frontier.saturating_sub(spec.read_window);
-                match output.read(&mut buf, *at) {
+                match output.read(&mut buf, *at, Wait::Yes) {
                     Ok(()) => prop_assert!(image[*at as usize..].starts_with(&buf)),
                     Err(error) => {
                         prop_assert_eq!(error.raw_os_error(), Some(libc::EIO));
@@ -576,4 +576,26 @@ fn the_loss_of_the_reader_fails_the_stream_only_if_more_is_to_be_sent() {
     assert!(output.sync().is_ok());
     let _ = write(&output, 0, &[0; 4096]);
     until_failed(&output, "it went");
+}
+
+#[test]
+fn only_writers_wait_for_a_write_that_hangs() {
+    let (output, _) = start(&spec(1 << 20, 1 << 16, 0, 0), false);
+    write(&output, 0, &[7; 100]).unwrap();
+    // As a write holds it while the host of its spill hangs.
+    let held = output.core.lock();
+    let (send, results) = mpsc::channel();
+    let asked = Arc::clone(&output);
+    thread::spawn(move || {
+        let extent = asked.extent_at(0..10, Wait::No).map(|_| ());
+        let read = asked.read(&mut [0; 10], 0, Wait::No);
+        send.send((asked.written(), asked.sync(), code(extent), code(read))).unwrap();
+    });
+    let (written, sync, extent, read) = results.recv_timeout(Duration::from_secs(30)).unwrap();
+    assert_eq!((written, sync.is_ok()), (100, true));
+    assert_eq!((extent, read), (libc::EAGAIN, libc::EAGAIN));
+    drop(held);
+    output.read(&mut [0; 10], 0, Wait::Yes).unwrap();
+    output.abort("the test is over").unwrap();
+    assert_eq!(code(output.sync()), libc::EIO);
 }

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::ops::Range;
+use std::sync::atomic::Ordering;
 
 use super::{
     BACKLOG_LIMIT, Output, OutputCore, OutputState, Rewrite, WriteReply, index, reply_all,
@@ -186,6 +187,7 @@ impl Output {
         if matches!(core.state, OutputState::Open | OutputState::Finishing) {
             log::error!("{}: the stream failed: {why}", self.name);
             core.state = OutputState::Failed;
+            self.has_failed.store(true, Ordering::Release);
             core.error = Some(why);
             self.stop.stop();
             self.work.notify_all();
