@@ -1,4 +1,4 @@
-//! Which layers make a persistent disk: the `stack` file and the directories around it.
+//! The `stack` file, which lists the base, the layers and the snapshots of a persistent disk.
 //!
 //! ```text
 //!   vm1.cow/                        STORE/
@@ -7,9 +7,9 @@
 //!     layers/UUID/log                 layers/UUID/log
 //! ```
 //!
-//! `stack` is TOML behind a line with a checksum of the rest. It is only ever replaced whole:
-//! write, fsync, rename, fsync of the directory. Everything here works on open directories, so a
-//! rename of what holds them changes nothing.
+//! `stack` is TOML after a first line with a checksum of the rest. It is only ever replaced whole:
+//! write, fsync, rename, fsync of the directory. It is read and written in an open directory, so
+//! renaming a directory above changes nothing.
 
 use std::fs::File;
 use std::io;
@@ -36,58 +36,59 @@ const MAX_STACK_LEN: u64 = 4 << 20;
 pub struct Stack {
     /// The format's version; another one is refused.
     pub version: u32,
-    /// The disk's own uuid; its inode number comes from it.
+    /// The disk's own uuid, from which its inode number is derived.
     pub uuid: Uuid,
-    /// The owner of the mounted file.
+    /// The user id of the mounted file's owner.
     pub uid: u32,
-    /// Its group.
+    /// The group id of the mounted file.
     pub gid: u32,
-    /// Its permission bits.
+    /// The permission bits of the mounted file.
     pub perm: u16,
-    /// How its changes are kept; block maps, which were there first, need not say so.
+    /// The way in which changes are stored. Absent for a block map, the first kind that existed.
     #[serde(default, skip_serializing_if = "OverlayKind::is_blocks")]
     pub kind: OverlayKind,
-    /// What lies at the bottom.
+    /// The base, at the bottom of the disk.
     pub base: BaseRecord,
-    /// The overlay's layers, each after the one below it; the last one is written to.
+    /// The overlay's layers, each after the one below it; the last one takes the writes.
     pub layers: Vec<LayerRecord>,
-    /// Its snapshots, in the order they were taken.
+    /// The snapshots, in the order they were taken.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub snapshots: Vec<SnapshotRecord>,
 }
 
-/// The base of a disk, as its overlay remembers it.
+/// The base of a disk, and the identity by which a change of it is noticed.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "source", rename_all = "lowercase", deny_unknown_fields)]
 pub enum BaseRecord {
     /// A file or block device.
     File {
-        /// Its absolute path.
+        /// The absolute path.
         path: PathBuf,
-        /// How it is read.
+        /// The name of the format by which the base is read.
         format: String,
-        /// Where the part of it begins that is the base, in bytes; `None`: all of it is.
+        /// The offset in bytes at which the base begins in the file; `None` when the base is the
+        /// whole file.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         offset: Option<u64>,
-        /// How many bytes that part has.
+        /// The length of that part in bytes; `None` when it reaches to the end of the file.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         len: Option<u64>,
-        /// What it was when the overlay was made; the whole of it.
+        /// The identity that the whole file must have.
         identity: Identity,
-        /// The files it is read from besides: backing files of a qcow2 image, the nearest first,
-        /// and data files.
+        /// The other files from which the base is read: backing files of a qcow2 image, the nearest
+        /// first, and data files.
         #[serde(default, skip_serializing_if = "Vec::is_empty")]
         needs: Vec<FileRecord>,
     },
     /// Nothing but zeros.
     Blank {
-        /// Its size in bytes.
+        /// The size in bytes.
         size: u64,
     },
 }
 
 impl BaseRecord {
-    /// How much of its file the base is.
+    /// Returns the part of its file that the base is.
     #[must_use]
     pub fn part(&self) -> SourcePart {
         match self {
@@ -99,29 +100,29 @@ impl BaseRecord {
     }
 }
 
-/// The fields `offset` and `len` of a base that is `view` of its file.
+/// Returns the fields `offset` and `len` of a base that is the part `view` (bytes) of its file.
 #[must_use]
 pub fn view_fields(view: Option<&Range<u64>>) -> (Option<u64>, Option<u64>) {
     (view.map(|view| view.start), view.map(|view| view.end - view.start))
 }
 
-/// A file that a base needs.
+/// Another file from which a base is read.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FileRecord {
-    /// Its absolute path.
+    /// The absolute path.
     pub path: PathBuf,
-    /// What it was when the overlay was made.
+    /// The identity that the file must have.
     pub identity: Identity,
 }
 
 impl Stack {
-    /// Its layers and their names.
+    /// Returns the layers and the snapshots.
     #[must_use]
     pub fn tree(&self) -> LayerTree {
         LayerTree { layers: self.layers.clone(), snapshots: self.snapshots.clone() }
     }
 
-    /// The same disk with other layers.
+    /// Returns the stack of the same disk with other layers.
     #[must_use]
     pub fn with_tree(&self, tree: LayerTree) -> Self {
         Self { layers: tree.layers, snapshots: tree.snapshots, ..self.clone() }
@@ -147,7 +148,7 @@ impl Stack {
         Ok(format!("checksum = \"crc32c:{crc:08x}\"\n{body}").into_bytes())
     }
 
-    /// Reads the file's bytes.
+    /// Parses the contents of the file.
     fn decode(bytes: &[u8]) -> Result<Self, OverlayError> {
         let text = std::str::from_utf8(bytes).map_err(|_| OverlayError::Damaged)?;
         let (head, body) = text.split_once('\n').ok_or(OverlayError::Damaged)?;
@@ -155,7 +156,7 @@ impl Stack {
         if head != format!("checksum = \"crc32c:{crc:08x}\"") {
             return Err(OverlayError::Damaged);
         }
-        // The version first: what a later one holds is not ours to judge.
+        // The version first: the rest of a later version may have another shape.
         #[derive(Deserialize)]
         struct Version {
             version: u32,
@@ -184,7 +185,7 @@ impl Stack {
     /// Reads the `stack` in the open directory `dir`.
     ///
     /// # Errors
-    /// [`OverlayError`]: missing, damaged, of another version.
+    /// [`OverlayError`]: the file is missing, damaged, or of another version.
     pub fn read(dir: &File) -> Result<Self, OverlayError> {
         match confined::read_file(dir, "stack", MAX_STACK_LEN) {
             Ok(bytes) => Self::decode(&bytes),
@@ -198,11 +199,11 @@ impl Stack {
     /// Replaces the `stack` in `dir`, durably.
     ///
     /// # Errors
-    /// The host's errno; the old one is in place then.
+    /// The host's errno. The old `stack` is in place in that case, unless only the last sync failed.
     pub fn write(&self, dir: &File) -> Result<(), OverlayError> {
         let bytes = self.encode()?;
         if bytes.len() as u64 > MAX_STACK_LEN {
-            // It could not be read again.
+            // Such a file could not be read again.
             return Err(doing("writing its 'stack'")(io::Error::from_raw_os_error(libc::EFBIG)));
         }
         confined::replace_file(dir, "stack", "stack.new", &bytes)
@@ -210,10 +211,10 @@ impl Stack {
     }
 }
 
-/// The inode number of the disk `uuid`: the same at every mount of a persistent disk.
+/// Returns the inode number of the disk `uuid`, the same at every mount of a persistent disk.
 #[must_use]
 pub fn inode_of(uuid: &Uuid) -> u64 {
-    // Above the few numbers of the mount's own files, and positive as a signed number.
+    // Above the numbers of the mount's own files, and positive as a signed number.
     uuid.as_u64_pair().0 >> 1 | 1 << 62
 }
 
@@ -237,7 +238,7 @@ mod tests {
     }
 
     #[test]
-    fn a_stack_survives_its_file() {
+    fn a_stack_is_read_as_it_was_written() {
         let dir = tempfile::tempdir().unwrap();
         let dir = open_dir(dir.path()).unwrap();
         sample().write(&dir).unwrap();
@@ -256,7 +257,7 @@ mod tests {
     }
 
     #[test]
-    fn a_part_of_a_base_is_remembered_and_a_whole_one_is_as_it_ever_was() {
+    fn only_a_part_of_a_base_has_an_offset_and_a_length() {
         let whole = over_a_file(None);
         let text = String::from_utf8(whole.encode().unwrap()).unwrap();
         assert!(!text.contains("offset") && !text.contains("len"), "{text}");
@@ -268,7 +269,7 @@ mod tests {
     }
 
     #[test]
-    fn a_base_with_a_key_that_is_unknown_is_not_mounted_without_it() {
+    fn a_base_with_an_unknown_key_is_refused() {
         let text = String::from_utf8(over_a_file(Some(&(0..512))).encode().unwrap()).unwrap();
         let body = text.split_once('\n').unwrap().1.replace("\nlen = ", "\nwidth = ");
         let crc = crc32c::crc32c(body.as_bytes());

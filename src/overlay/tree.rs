@@ -1,4 +1,4 @@
-//! Which layers make a disk and its snapshots: a tree that grows upwards from the base. No I/O.
+//! The layers of a disk and its snapshots: a tree that grows upwards from the base. No I/O.
 //!
 //! ```text
 //!   base -- A -- B -- C -- T        T takes the writes: the top
@@ -6,8 +6,8 @@
 //!                  D
 //! ```
 //!
-//! Every layer but the top is sealed. A layer is kept as long as the top or a snapshot stands on
-//! it; [`LayerTree::prune`] drops the others.
+//! Every layer but the top is sealed. A layer is kept as long as it is the top, belongs to a snapshot,
+//! or lies below such a layer; [`LayerTree::prune`] drops the others.
 
 use std::collections::HashSet;
 
@@ -16,47 +16,47 @@ use uuid::Uuid;
 
 use crate::name::{self, NameError};
 
-/// The most layers that are looked up as one.
+/// The most layers that an overlay may have.
 pub const MAX_LAYERS: usize = 1 << 15;
 
 /// One layer of an overlay.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct LayerRecord {
-    /// The name of its directory.
+    /// The layer's uuid, which names its directory.
     pub uuid: Uuid,
-    /// Its block size in bytes.
+    /// The block size in bytes.
     pub block: u32,
-    /// The layer below it; `None`: the base.
+    /// The layer below this one; `None` for the base.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub parent: Option<Uuid>,
 }
 
-/// A sealed layer that has a name.
+/// A snapshot: a name for a sealed layer.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct SnapshotRecord {
-    /// What it is called.
+    /// The name of the snapshot.
     pub name: String,
-    /// The layer that it shows, with all below.
+    /// The highest layer of the snapshot, which shows that layer and all below it.
     pub layer: Uuid,
-    /// When it was taken, in seconds since the epoch.
+    /// The time at which the snapshot was taken, in seconds since the epoch.
     pub taken: i64,
 }
 
-/// The layers of a disk and the names that some of them have.
+/// The layers of a disk and its snapshots.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LayerTree {
-    /// Each after its parent; the last one is the top.
+    /// The layers, each after its parent; the last one is the top.
     pub layers: Vec<LayerRecord>,
-    /// In the order they were taken.
+    /// The snapshots, in the order they were taken.
     pub snapshots: Vec<SnapshotRecord>,
 }
 
-/// What is wrong with a name for a new snapshot; one line, the name is put in front.
+/// Checks a name for a new snapshot.
 ///
 /// # Errors
-/// That line.
+/// One line that says what is wrong; the caller puts the name in front.
 pub fn check_name(name: &str) -> Result<(), &'static str> {
     match name::check(name) {
         Err(NameError::Empty | NameError::Directory | NameError::Reserved) => {
@@ -71,14 +71,14 @@ pub fn check_name(name: &str) -> Result<(), &'static str> {
 }
 
 impl LayerTree {
-    /// A tree of one layer over the base.
+    /// Creates a tree of one layer over the base.
     #[must_use]
     pub fn single(uuid: Uuid, block: u32) -> Self {
         let layer = LayerRecord { uuid, block, parent: None };
         Self { layers: vec![layer], snapshots: Vec::new() }
     }
 
-    /// Why this is no tree, if it is none.
+    /// Describes what is wrong with the tree, if anything is.
     #[must_use]
     pub fn fault(&self) -> Option<String> {
         let Some(top) = self.layers.last() else {
@@ -102,8 +102,8 @@ impl LayerTree {
         }
         let mut names = HashSet::new();
         for snapshot in &self.snapshots {
-            if let Err(why) = check_name(&snapshot.name) {
-                return Some(format!("the name of snapshot {:?} {why}", snapshot.name));
+            if let Err(fault) = check_name(&snapshot.name) {
+                return Some(format!("the name of snapshot {:?} {fault}", snapshot.name));
             }
             if !names.insert(&snapshot.name) {
                 return Some(format!("snapshot '{}' is there twice", snapshot.name));
@@ -115,37 +115,37 @@ impl LayerTree {
         None
     }
 
-    /// The layer that takes the writes.
+    /// Returns the layer that takes the writes.
     #[must_use]
     pub fn top(&self) -> Option<&LayerRecord> {
         self.layers.last()
     }
 
-    /// The layer of that uuid.
+    /// Returns the layer `uuid`.
     #[must_use]
     pub fn layer(&self, uuid: Uuid) -> Option<&LayerRecord> {
         self.layers.iter().find(|layer| layer.uuid == uuid)
     }
 
-    /// The snapshot of that name.
+    /// Returns the snapshot `name`.
     #[must_use]
     pub fn snapshot(&self, name: &str) -> Option<&SnapshotRecord> {
         self.snapshots.iter().find(|snapshot| snapshot.name == name)
     }
 
-    /// The name that a layer has.
+    /// Returns the name of the first snapshot of the layer `uuid`.
     #[must_use]
     pub fn name_of(&self, uuid: Uuid) -> Option<&str> {
         let found = self.snapshots.iter().find(|snapshot| snapshot.layer == uuid)?;
         Some(&found.name)
     }
 
-    /// The layer `uuid` and all below it, top to bottom.
+    /// Returns the layer `uuid` and all below it, top to bottom.
     #[must_use]
     pub fn chain(&self, uuid: Uuid) -> Vec<LayerRecord> {
         let mut chain = Vec::new();
         let mut next = Some(uuid);
-        // What is below a layer stands before it.
+        // A layer is listed after its parent.
         for layer in self.layers.iter().rev() {
             if Some(layer.uuid) == next {
                 chain.push(layer.clone());
@@ -155,19 +155,19 @@ impl LayerTree {
         chain
     }
 
-    /// The top and all below it, top to bottom.
+    /// Returns the top and all below it, top to bottom.
     #[must_use]
     pub fn live(&self) -> Vec<LayerRecord> {
         self.top().map_or_else(Vec::new, |top| self.chain(top.uuid))
     }
 
-    /// Makes `new` the top, above `parent`; the old top stays where it is.
+    /// Makes `new` the top, above `parent`; the old top keeps its place in the tree.
     pub fn push_top(&mut self, new: Uuid, parent: Option<Uuid>) {
         let block = self.top().map_or(super::DEFAULT_BLOCK_SIZE, |top| top.block);
         self.layers.push(LayerRecord { uuid: new, block, parent });
     }
 
-    /// Drops the layers that neither the top nor a snapshot stands on.
+    /// Drops the layers that neither the top nor a snapshot needs.
     pub fn prune(&mut self) {
         let mut kept = HashSet::new();
         let tips = self.top().map(|top| top.uuid).into_iter();
@@ -180,15 +180,16 @@ impl LayerTree {
         self.layers.retain(|layer| kept.contains(&layer.uuid));
     }
 
-    /// The layers that stand right on `uuid`.
+    /// Returns the layers whose parent is `uuid`.
     fn children(&self, uuid: Uuid) -> impl Iterator<Item = &LayerRecord> {
         self.layers.iter().filter(move |layer| layer.parent == Some(uuid))
     }
 
-    /// A sealed layer without a name, and the highest layer that it may become one with: each
-    /// between them has no name and is the only one on the one below it. All of them at once, for
-    /// what is merged step by step is copied as often.
-    /// `is_shared` tells whether another disk stands on a layer: that is nobody's to replace.
+    /// Returns the lowest and the highest layer of a chain that may be merged into one, if there is
+    /// such a chain: every layer but the highest has no name and exactly one child. The chain is as
+    /// long as possible, because merging it step by step would copy the same data again and again.
+    ///
+    /// `is_shared` tells whether another disk uses a layer, which must not be replaced then.
     #[must_use]
     pub fn mergeable(&self, is_shared: impl Fn(Uuid) -> bool) -> Option<(Uuid, Uuid)> {
         let above = |layer: &LayerRecord| -> Option<&LayerRecord> {
@@ -209,8 +210,8 @@ impl LayerTree {
         })
     }
 
-    /// Puts `new` in the place of `old` and of the layers below it down to `bottom` (included),
-    /// which have neither names nor other children.
+    /// Replaces `old` and the layers below it, down to and including `bottom`, by `new`. Those below
+    /// `old` have neither names nor other children.
     pub fn replace(&mut self, old: Uuid, bottom: Uuid, new: Uuid) {
         let parent = self.layer(bottom).and_then(|layer| layer.parent);
         for layer in &mut self.layers {
@@ -263,7 +264,7 @@ mod tests {
     }
 
     #[test]
-    fn what_nothing_stands_on_is_pruned() {
+    fn unneeded_layers_are_pruned() {
         let mut tree = sample();
         tree.snapshots.clear();
         tree.prune();
@@ -271,7 +272,7 @@ mod tests {
     }
 
     #[test]
-    fn only_what_no_name_and_nobody_else_holds_apart_is_merged() {
+    fn named_and_shared_layers_and_forks_are_not_merged() {
         let mut tree = sample();
         let alone = |_| false;
         assert_eq!(tree.mergeable(alone), Some((id(1), id(2))));
@@ -288,22 +289,22 @@ mod tests {
     }
 
     #[test]
-    fn all_that_no_name_holds_apart_is_merged_at_once() {
+    fn the_longest_chain_without_names_is_merged_at_once() {
         let mut tree = sample();
         tree.snapshots.remove(0);
         for layer in 5..9 {
             tree.push_top(id(layer), Some(id(layer - 1)));
         }
         let alone = |_| false;
-        // 3 is beside 4, so what is below them goes no further up than 2.
+        // 3 and 4 are both children of 2, so the chain ends there.
         assert_eq!(tree.mergeable(alone), Some((id(1), id(2))));
         tree.snapshots.clear();
         tree.prune();
         assert_eq!(tree.mergeable(alone), Some((id(1), id(8))));
-        // Up to another disk's layer, and on above that.
+        // The chain ends below another disk's layer, or begins above it.
         assert_eq!(tree.mergeable(|layer| layer == id(5)), Some((id(1), id(4))));
         assert_eq!(tree.mergeable(|layer| layer <= id(5)), Some((id(6), id(8))));
-        // A name is kept, and so it is the last.
+        // A named layer may only be the highest of a chain.
         tree.snapshots.push(SnapshotRecord { name: "c".into(), layer: id(6), taken: 0 });
         assert_eq!(tree.mergeable(alone), Some((id(1), id(6))));
         tree.replace(id(6), id(1), id(9));
@@ -313,7 +314,7 @@ mod tests {
     }
 
     #[test]
-    fn a_merged_layer_takes_the_place_of_both() {
+    fn a_merged_layer_replaces_both() {
         let mut tree = sample();
         tree.snapshots.pop();
         tree.prune();
@@ -328,7 +329,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_tree_is_told() {
+    fn faults_of_a_tree_are_described() {
         let faulty = |change: &dyn Fn(&mut LayerTree)| {
             let mut tree = sample();
             change(&mut tree);
@@ -348,7 +349,7 @@ mod tests {
     }
 
     #[test]
-    fn a_name_has_to_be_one_of_a_file() {
+    fn a_snapshot_name_must_be_a_file_name() {
         for bad in ["", ".", "..", "a/b", "a\nb", &"x".repeat(256)] {
             assert!(check_name(bad).is_err(), "{bad:?}");
         }

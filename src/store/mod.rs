@@ -133,7 +133,7 @@ impl Store {
         StoreError::Io { dir: self.dir().to_owned(), what, error }
     }
 
-    /// The store's directory.
+    /// Returns the store's directory.
     #[must_use]
     pub fn dir(&self) -> &Path {
         self.dirs.path()

@@ -65,7 +65,8 @@ impl OverlayDir {
     /// # Errors
     /// The host's errno; the old `stack` is in place in that case.
     pub fn replace_stack(&mut self, stack: Stack) -> Result<(), OverlayError> {
-        // Told by its inode, which needs no descriptor: the want of one may be why the write fails.
+        // The inode tells the old file from the new one, and statting needs no descriptor: running out
+        // of descriptors may be the reason why the write fails.
         let inode = || rustix::fs::statat(&self.dir, "stack", AtFlags::SYMLINK_NOFOLLOW);
         let before = inode().map(|found| found.st_ino);
         if let Err(error) = stack.write(&self.dir) {

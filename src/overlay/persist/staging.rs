@@ -1,11 +1,11 @@
-//! A new overlay while it is being made: a directory beside its place that nobody takes for one.
+//! A new overlay while it is being created: a directory beside its place, under a temporary name.
 //!
 //! ```text
-//!   .cowslip-XXXXXX, locked ──all of it durable──> renamed into its place, unlocked
+//!   .cowslip-XXXXXX, locked ──all of it durable──> renamed into place, unlocked
 //! ```
 //!
-//! One that is not put into its place removes itself. Whoever is killed leaves it behind, unlocked;
-//! the next one that is made in the same directory removes it.
+//! A directory that is not moved into place removes itself. A process that is killed leaves it
+//! behind, unlocked; the next overlay that is created in the same parent directory removes it.
 
 use std::fs::{File, Permissions};
 use std::io;
@@ -20,24 +20,25 @@ use super::remove_layer;
 use crate::confined::{entry_names, foreign_entry_error, open_subdir, remove_file};
 use crate::trusted_path::open_dir;
 
-/// How the name of one begins.
+/// The prefix of the temporary name.
 pub(crate) const STAGING_PREFIX: &str = ".cowslip-";
-/// One that is younger may not be locked yet.
+/// The age from which on an unlocked directory counts as abandoned: a younger one may not be locked
+/// yet.
 const MIN_ABANDONED_AGE: Duration = Duration::from_secs(60);
-/// The files that may lie right in one.
+/// The files that such a directory may contain, besides its directories.
 const KNOWN_FILES: [&str; 4] = ["data", "stack", "stack.new", "holder.new"];
 
-/// An overlay that is being made.
+/// The directory of an overlay that is being created.
 pub(in crate::overlay) struct StagingDir {
     dir: File,
-    /// Let go before the directory removes itself: that takes one descriptor for each level, and the
-    /// want of one may be why it has to.
+    /// Closed before the directory removes itself, which takes a descriptor for each level: running
+    /// out of descriptors may be the reason why it has to.
     _spare_fd: File,
     temp: TempDir,
 }
 
 impl StagingDir {
-    /// Makes one in `parent`, for this user alone.
+    /// Creates a directory in `parent` that only this user can enter, and locks it.
     ///
     /// # Errors
     /// The host's errno.
@@ -50,15 +51,15 @@ impl StagingDir {
         Ok(Self { dir, _spare_fd: File::open("/dev/null")?, temp })
     }
 
-    /// The directory.
+    /// Returns the open directory.
     pub(in crate::overlay) fn dir(&self) -> &File {
         &self.dir
     }
 
-    /// Puts it into its place, `path` in the directory `parent`, durably.
+    /// Renames the directory to `path`, in the directory `parent`, durably.
     ///
     /// # Errors
-    /// The host's errno; it is removed then.
+    /// The host's errno. The directory is removed in that case.
     pub(in crate::overlay) fn move_into_place(
         self,
         path: &Path,
@@ -73,14 +74,14 @@ impl StagingDir {
             }
             return Err(error);
         }
-        // There is nothing left under its old name.
+        // Nothing is left under the old name, so nothing must be removed.
         let _ = self.temp.keep();
         flock(&self.dir, FlockOperation::Unlock)?;
         Ok(self.dir)
     }
 }
 
-/// The errno that tempfile has hidden behind a path, as far as its kind tells.
+/// Restores the errno that tempfile hides behind a path, as far as the error's kind tells.
 fn without_path(error: io::Error) -> io::Error {
     let code = match error.kind() {
         io::ErrorKind::StorageFull => libc::ENOSPC,
@@ -93,7 +94,7 @@ fn without_path(error: io::Error) -> io::Error {
     io::Error::from_raw_os_error(code)
 }
 
-/// Removes from `parent` what was being made by somebody who was killed. Best effort.
+/// Removes from `parent` the directories that killed processes left behind. Best effort.
 pub(in crate::overlay) fn remove_all_abandoned(parent: &Path) {
     let Ok(dir) = open_dir(parent) else { return };
     let Ok(listing) = rustix::fs::Dir::read_from(&dir) else { return };
@@ -110,7 +111,7 @@ pub(in crate::overlay) fn remove_all_abandoned(parent: &Path) {
     }
 }
 
-/// Removes the draft `name` from `parent` if nobody works on it; tells whether it did.
+/// Removes the directory `name` from `parent` if it is abandoned. Returns whether it was removed.
 fn remove_abandoned(parent: &File, name: &str) -> io::Result<bool> {
     let dir = open_subdir(parent, name)?;
     let found = dir.metadata()?;
@@ -155,9 +156,9 @@ mod tests {
 
     use super::*;
 
-    /// Makes a draft with a layer in it, as old as is said.
-    fn draft(room: &Path, name: &str, age: Duration) -> PathBuf {
-        let dir = room.join(name);
+    /// Creates an unfinished overlay with a layer, of the given age.
+    fn unfinished(parent: &Path, name: &str, age: Duration) -> PathBuf {
+        let dir = parent.join(name);
         let layer = dir.join("layers/00000000-0000-4000-8000-000000000001");
         fs::create_dir_all(&layer).unwrap();
         for file in [dir.join("stack.new"), layer.join("data"), layer.join("log")] {
@@ -168,19 +169,19 @@ mod tests {
     }
 
     #[test]
-    fn what_a_killed_maker_left_is_removed_and_nothing_else() {
+    fn only_abandoned_directories_are_removed() {
         let room = tempfile::tempdir().unwrap();
         let old = Duration::from_secs(3600);
-        let abandoned = draft(room.path(), ".cowslip-aaaaaa", old);
-        let young = draft(room.path(), ".cowslip-bbbbbb", Duration::ZERO);
-        let locked = draft(room.path(), ".cowslip-cccccc", old);
+        let abandoned = unfinished(room.path(), ".cowslip-aaaaaa", old);
+        let young = unfinished(room.path(), ".cowslip-bbbbbb", Duration::ZERO);
+        let locked = unfinished(room.path(), ".cowslip-cccccc", old);
         let lock = File::open(&locked).unwrap();
         flock(&lock, FlockOperation::LockExclusive).unwrap();
-        let other = draft(room.path(), ".cowslip-dddddd", old);
+        let other = unfinished(room.path(), ".cowslip-dddddd", old);
         fs::write(other.join("thesis"), b"text").unwrap();
         File::open(&other).unwrap().set_modified(SystemTime::now() - old).unwrap();
         fs::write(room.path().join(".cowslip-eeeeee"), b"a file").unwrap();
-        let overlay = draft(room.path(), "vm.cow", old);
+        let overlay = unfinished(room.path(), "vm.cow", old);
         remove_all_abandoned(room.path());
         assert!(!abandoned.exists());
         for left in
@@ -191,7 +192,7 @@ mod tests {
     }
 
     #[test]
-    fn a_draft_is_locked_until_it_is_in_its_place() {
+    fn a_new_overlay_is_locked_until_it_is_in_place() {
         let room = tempfile::tempdir().unwrap();
         let is_locked = |path: &Path| {
             flock(File::open(path).unwrap(), FlockOperation::NonBlockingLockExclusive).is_err()

@@ -1,9 +1,7 @@
 //! Reflink overlays: the disk is one host file that shares its blocks with the base.
 //!
 //! ```text
-//!   base.img   A B C D E F G          read only, never touched
 //!   base.img   A B C D E F G          read only, never changed
-//!   data       A B X D E F Y          FICLONE of the base; the host copies a block that is written
 //!   data       A B X D E F Y          FICLONE of the base; the host copies a written block
 //!   snapshots/  monday ...            FICLONEs of `data`, read only
 //! ```
