@@ -18,8 +18,8 @@ use std::io;
 use serde::{Deserialize, Serialize};
 
 use super::ReflinkError;
-use super::snapshots::check_name;
 use crate::confined;
+use crate::name;
 use crate::overlay::error::doing;
 
 /// The name of the intent file.
@@ -66,7 +66,7 @@ fn decode(bytes: &[u8]) -> Option<RevertTarget> {
     let origin = toml::from_str(body).ok()?;
     match &origin {
         // Whatever the file says, the target must be a snapshot and nothing else.
-        RevertTarget::Snapshot { name } if check_name(name).is_err() => None,
+        RevertTarget::Snapshot { name } if name::check(name).is_err() => None,
         _ => Some(origin),
     }
 }
