@@ -9,8 +9,8 @@
 //! - `write`: writes and size changes. `zero`, `copy`: zeroing, and copies into the overlay.
 //!   `limit`: the most data that it may hold. `state`, `blocks`, `leaf`: the map in memory. `record`, `log`:
 //!   the durable map. `storage`, `host_file`: the host files.
-//! - `range_locks`: byte ranges that are being changed. `readers`, `pending`: when freed space may
-//!   be returned to the host.
+//! - `range_locks`: byte ranges that are being changed. `freeing`, with `pending` and
+//!   `readers`: returning freed space to the host, and when.
 //! - `sync`: making changes durable. `group_commit`: sharing one sync among its callers. `journal`:
 //!   quick syncs of few changes.
 //! - `recover`: from files to a running overlay. `boot_tag`: telling a killed daemon from a power
@@ -38,6 +38,7 @@ mod copy;
 mod data_check;
 pub mod error;
 mod fiemap;
+mod freeing;
 pub mod group_commit;
 pub mod host_file;
 pub mod journal;
@@ -335,21 +336,6 @@ impl Overlay {
             }
         };
         Extent::new(range.start..end, kind)
-    }
-
-    /// Queues the space of `blocks` to be freed once record `sequence` is vouched.
-    fn defer_free(&self, blocks: &Range<BlockIndex>, sequence: u64) {
-        if sequence > 0 || self.log.is_none() {
-            self.pending.lock().add(self.bytes_of(blocks), sequence);
-        }
-    }
-
-    /// Queues all space that the map does not call Data to be freed by the next sync. After a
-    /// recovery, the data file may hold blocks that no record mentions.
-    fn reclaim(&self) {
-        let len = self.data.len().unwrap_or(0).max(self.size());
-        let end = len.next_multiple_of(self.block_size);
-        self.pending.lock().add(0..end, self.durable.load(Ordering::Relaxed));
     }
 
     /// Notes that the bytes of `blocks` were written, before a record says so.
