@@ -42,7 +42,6 @@ fn added_disk_can_be_read_and_written() {
     assert_eq!(lab.disk("d")["base"], lab.path("base.img").to_str().unwrap());
     let said = lab.umount();
     assert!(said.contains("d: 1 MiB of changes discarded (temporary overlay)"), "{said}");
-    lab.end();
 }
 
 #[test]
@@ -50,7 +49,6 @@ fn relative_paths_of_an_added_disk_are_relative_to_the_caller() {
     let lab = lab();
     lab.sh("mkdir sub; cp base.img sub/here.img; cd sub; $COWSLIP add ../m here.img,overlay=ov");
     lab.sh("cmp m/here.img base.img; test -f sub/ov/stack");
-    lab.end();
 }
 
 #[test]
@@ -63,7 +61,6 @@ fn added_disk_is_visible_at_once_even_after_a_failed_lookup() {
         assert_eq!(fs::metadata(lab.path("m/.cowslip/d/status")).unwrap().len(), 0);
         lab.ok("remove m/d");
     }
-    lab.end();
 }
 
 #[test]
@@ -83,7 +80,6 @@ fn removed_disk_disappears_at_once() {
         assert_eq!(names(&lab), ["e"]);
         lab.ok("add m d=base.img");
     }
-    lab.end();
 }
 
 #[test]
@@ -99,7 +95,6 @@ fn remove_reports_discarded_changes_and_keeps_other_disks() {
     lab.ok("add m d=base.img");
     lab.sh("cmp m/d base.img");
     assert_eq!(read(&lab.open("m/e"), 0, 5), b"stays");
-    lab.end();
 }
 
 #[test]
@@ -111,7 +106,6 @@ fn disk_of_the_mount_command_can_be_removed() {
     // Disks can be added to an empty mount.
     lab.ok("add m d=base.img");
     lab.sh("cmp m/d base.img");
-    lab.end();
 }
 
 #[test]
@@ -138,7 +132,6 @@ fn overlay_of_a_removed_disk_can_be_mounted_elsewhere_at_once() {
         lab.open("other/copy").write_all_at(b"elsewhere", 9 * MIB + round).unwrap();
         lab.sh("$COWSLIP umount n; rmdir n");
     }
-    lab.end();
 }
 
 #[test]
@@ -155,7 +148,6 @@ fn remove_flushes_dirty_pages_of_the_kernel() {
         lab.sh("mkdir n; $COWSLIP mount n d=blank:16M,overlay=ov; cmp n/d copy; $COWSLIP umount n");
         lab.sh("rmdir n");
     }
-    lab.end();
 }
 
 #[test]
@@ -171,7 +163,6 @@ fn base_of_a_removed_disk_can_be_written_at_once() {
         assert!(lab.refused(1, "add m d=base.img").contains("is being written"));
         lab.ok("remove m/w");
     }
-    lab.end();
 }
 
 #[test]
@@ -193,7 +184,6 @@ fn map_reader_of_a_removed_disk_gets_an_error() {
     let error = map.read_to_end(&mut piece).unwrap_err();
     assert_eq!(error.raw_os_error(), Some(libc::ESTALE));
     drop(map);
-    lab.end();
 }
 
 #[test]
@@ -207,7 +197,6 @@ fn invalid_disk_is_a_usage_error() {
     lab.sh("cp base.img a,b.img");
     assert!(lab.refused(2, "add m a,b.img").contains("write a,,b.img"));
     assert_eq!(names(&lab), ["e"]);
-    lab.end();
 }
 
 #[test]
@@ -226,7 +215,6 @@ fn failed_add_leaves_nothing_behind() {
     assert_eq!(names(&lab), ["e"]);
     // The locks are free again.
     lab.ok("add m d=base.img,mode=rw");
-    lab.end();
 }
 
 #[test]
@@ -237,7 +225,6 @@ fn duplicate_name_is_rejected_and_creates_nothing() {
     assert!(line.contains("there is a disk 'e' in the mount already"), "{line}");
     assert_eq!(lab.sh("ls -A"), before);
     assert_eq!(lab.disk("e")["size"], MIB);
-    lab.end();
 }
 
 #[test]
@@ -259,7 +246,6 @@ fn one_of_many_concurrent_adds_of_a_name_succeeds_and_the_others_leave_nothing()
     assert!(won.load(Ordering::SeqCst));
     assert_eq!(lab.sh("ls -d ov*; ls -Ad .cowslip-* 2>/dev/null || true").lines().count(), 1);
     lab.sh("cmp m/d base.img");
-    lab.end();
 }
 
 #[test]
@@ -282,7 +268,6 @@ fn remove_rejects_an_open_disk_and_names_its_users() {
         lab.ok("remove --timeout 1m m/d");
     });
     assert_eq!(names(&lab), ["e"]);
-    lab.end();
 }
 
 #[test]
@@ -302,7 +287,6 @@ fn remove_names_users_although_a_process_has_another_root() {
         exec chroot root sleep 60' || true");
     let said = fs::read_to_string(lab.path("said")).unwrap();
     assert!(said.contains("d is in use: sh (pid "), "{said}");
-    lab.end();
 }
 
 #[test]
@@ -313,7 +297,6 @@ fn disk_is_in_use_until_its_loop_device_is_detached() {
     let line = lab.refused(1, "remove --timeout 200ms m/d");
     assert!(line.contains(&format!("{device} is attached to d")), "{line}");
     lab.sh(&format!("losetup -d {device}; $COWSLIP remove m/d"));
-    lab.end();
 }
 
 #[test]
@@ -325,7 +308,6 @@ fn remove_rejects_missing_disks_and_other_paths() {
     lab.refused(1, "remove m");
     lab.refused(1, "remove m/.cowslip");
     lab.refused(1, "remove base.img");
-    lab.end();
 }
 
 #[test]
@@ -343,7 +325,6 @@ fn disk_of_a_store_is_removed_by_rm_only() {
     lab.sh("! mv m/a m/b 2>/dev/null; ! rm m/b 2>/dev/null; rm m/a");
     lab.ok("remove m/b");
     lab.sh("echo y >m/b; test $(cat m/b) = y");
-    lab.end();
 }
 
 #[test]
@@ -363,7 +344,6 @@ fn added_output_stream_can_be_removed_after_finish_or_abort() {
     lab.ok("remove m/o");
     assert!(is_missing(&lab, "never.img"));
     assert_eq!(names(&lab), ["e"]);
-    lab.end();
 }
 
 #[test]
@@ -378,7 +358,6 @@ fn removing_an_input_stream_ends_its_command() {
     lab.ok("remove m/i");
     assert!(!is_alive(pid));
     assert_eq!(names(&lab), ["e"]);
-    lab.end();
 }
 
 #[test]
@@ -410,7 +389,7 @@ fn concurrent_open_and_remove_lose_no_write() {
         // Longer if necessary, until a remove has succeeded.
         let start = Instant::now();
         for turn in 0.. {
-            if turn >= 60 && (removed > 0 || start.elapsed() > PATIENCE) {
+            if turn >= 60 && (removed > 0 || start.elapsed() > WAIT_TIMEOUT) {
                 break;
             }
             let output = lab.cowslip("remove --timeout 50ms m/d");
@@ -427,7 +406,6 @@ fn concurrent_open_and_remove_lose_no_write() {
     });
     assert!(written > 0 && removed > 0, "{written} written, {removed} removed");
     assert_eq!(read(&lab.open("m/d"), 0, 8), written.to_le_bytes());
-    lab.end();
 }
 
 #[test]
@@ -448,7 +426,6 @@ fn repeated_add_and_remove_leak_no_files_and_threads() {
     wait_until("all files are closed", || count("fd") <= files);
     wait_until("all threads have left", || count("task") <= threads);
     assert_eq!(lab.status()["disks"].as_array().unwrap().len(), 1);
-    lab.end();
 }
 
 #[test]
@@ -462,7 +439,6 @@ fn killed_daemon_loses_nothing_of_an_added_disk() {
     let said = lab.ok("add m d=base.img,overlay=ov");
     assert!(said.contains("d: recovered: the daemon had died, nothing is lost"), "{said}");
     lab.sh("cmp m/d copy");
-    lab.end();
 }
 
 #[test]
@@ -472,7 +448,6 @@ fn add_force_accepts_a_changed_base() {
     lab.sh("truncate -s 1M b.img; $COWSLIP add m d=b.img,overlay=ov; $COWSLIP remove m/d; echo x >b.img; truncate -s 1M b.img");
     assert!(lab.refused(1, "add m d=b.img,overlay=ov").contains("use --force"));
     lab.ok("add --force m d=b.img,overlay=ov");
-    lab.end();
 }
 
 #[test]
@@ -488,5 +463,4 @@ fn remove_names_users_but_not_bind_mounts_of_the_mount() {
     // The bind mount does not keep the disk in use.
     lab.ok("remove m/d");
     lab.sh("umount other");
-    lab.end();
 }

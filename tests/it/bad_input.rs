@@ -53,7 +53,6 @@ fn base_that_is_no_file_or_block_device_is_rejected() {
     refuse(&lab, 1, "d=/dev/null", &["/dev/null", "name a file or a block device"]);
     refuse(&lab, 1, "d=/proc/version", &["/proc/version"]);
     refuse(&lab, 1, "d=/sys/kernel/uevent_seqnum", &["/sys/kernel/uevent_seqnum"]);
-    lab.end();
 }
 
 #[test]
@@ -78,7 +77,6 @@ fn base_of_another_format_is_rejected_with_a_remedy() {
     refuse(&lab, 1, "a.luks", &["luks", "cryptsetup", "format=raw"]);
     refuse(&lab, 1, "a.vdi,format=vdi", &["a.vdi", "convert"]);
     refuse(&lab, 2, "a.vdi,format=vdx", &["vdx"]);
-    lab.end();
 }
 
 #[test]
@@ -96,7 +94,6 @@ fn base_or_overlay_in_the_mount_itself_is_rejected() {
     refuse(&lab, 1, "on/base.img -o nonempty", &["on/base.img", "lies in the mount"]);
     refuse(&lab, 1, "base.img,overlay=on/ov -o nonempty", &["on/ov", "lies in the mount"]);
     lab.sh(&format!("umount on; losetup -d {device}"));
-    lab.end();
 }
 
 #[test]
@@ -112,7 +109,6 @@ fn invalid_mountpoint_is_rejected() {
     lab.sh("cmp full/base.img base.img; [ ! -e full/x ]");
     lab.ok("umount full");
     lab.sh("[ -e full/x ]");
-    lab.end();
 }
 
 #[test]
@@ -121,7 +117,6 @@ fn mountpoint_in_use_is_rejected() {
     lab.mount("d=base.img");
     refuse(&lab, 1, "d=base.img", &["already a cowslip mount"]);
     refuse(&lab, 1, "d=base.img -o nonempty", &["already a cowslip mount"]);
-    lab.end();
 }
 
 #[test]
@@ -139,7 +134,6 @@ fn dead_mount_of_another_program_is_left_alone() {
     let line = lab.refused(1, "mount m base.img");
     assert!(line.contains("dead") && line.contains("umount -l"), "{line}");
     lab.sh("umount -l m");
-    lab.end();
 }
 
 #[test]
@@ -158,7 +152,6 @@ fn invalid_and_duplicate_names_are_rejected() {
     )
     .unwrap();
     refuse_line(&lab, 2, "mount --config a.toml", &["a.toml", "a/b"]);
-    lab.end();
 }
 
 #[test]
@@ -193,7 +186,6 @@ fn invalid_sizes_are_rejected() {
     ] {
         refuse(&lab, 2, &format!("base.img,{key}"), &[key.split_once('=').unwrap().0]);
     }
-    lab.end();
 }
 
 #[test]
@@ -213,7 +205,6 @@ fn unknown_keys_and_options_are_rejected_with_a_suggestion() {
     refuse_line(&lab, 2, "mount base.img m", &["MOUNTPOINT comes first: cowslip mount m base.img"]);
     refuse_line(&lab, 2, "", &["no command"]);
     refuse_line(&lab, 2, "mont m base.img", &["mount"]);
-    lab.end();
 }
 
 #[test]
@@ -223,7 +214,6 @@ fn commas_in_paths_must_be_doubled() {
     refuse(&lab, 2, "a,b.img", &["a,,b.img"]);
     lab.mount("a,,b.img ./a=b.img");
     lab.sh("cmp m/a,b.img base.img; cmp m/a=b.img base.img");
-    lab.end();
 }
 
 #[test]
@@ -239,7 +229,6 @@ fn config_error_is_reported_with_its_line() {
         refuse_line(&lab, 2, "mount m --config a.toml", parts);
     }
     refuse_line(&lab, 1, "mount m --config nowhere.toml", &["nowhere.toml"]);
-    lab.end();
 }
 
 /// Creates an overlay `ov` over `base.img` with one changed block.
@@ -278,7 +267,6 @@ fn overlay_of_another_base_or_version_is_rejected() {
     refuse(&lab, 1, "d=base.img,overlay=ov", &["version 9", "newer cowslip"]);
     edit_stack(&lab, "version = 9", "version = 1");
     lab.mount("d=base.img,overlay=ov");
-    lab.end();
 }
 
 #[test]
@@ -309,7 +297,6 @@ fn invalid_stack_or_log_is_rejected() {
     fs::write(&log, &records).unwrap();
     lab.mount("d=base.img,overlay=ov");
     assert_eq!(read(&lab.open_ro("m/d"), 4096, 7), b"changed");
-    lab.end();
 }
 
 #[test]
@@ -329,7 +316,6 @@ fn unknown_or_oversized_files_of_a_layer_need_little_memory_and_time() {
     lab.umount();
     lab.mount("d=base.img,overlay=ov");
     assert_eq!(read(&lab.open_ro("m/d"), 8192, 4), b"more");
-    lab.end();
 }
 
 #[test]
@@ -345,7 +331,6 @@ fn overlay_in_use_is_rejected_with_its_user() {
     }
     lab.umount();
     refuse(&lab, 1, "a=base.img,overlay=ov b=base.img,overlay=ov", &["ov"]);
-    lab.end();
 }
 
 #[test]
@@ -373,7 +358,6 @@ fn base_in_use_by_a_vm_is_rejected() {
     let output = lab.output("qemu-io", &["-f", "raw", "-c", "write 0 512", "base.img"]);
     assert!(!output.status.success(), "{}", show(&output));
     lab.sh("qemu-io -r -f raw -c 'read 0 512' base.img");
-    lab.end();
 }
 
 #[test]
@@ -388,7 +372,6 @@ fn base_has_one_writer_or_many_readers() {
     lab.mount("d=b,mode=rw");
     refuse_line(&lab, 1, "mount n d=b", &["b'", "being written"]);
     refuse_line(&lab, 1, "mount n d=b,mode=rw", &["b'"]);
-    lab.end();
 }
 
 #[test]
@@ -408,7 +391,6 @@ fn changed_base_is_rejected_unless_forced() {
     refuse(&lab, 1, "d=base.img,overlay=ov", &["ov", "size"]);
     lab.sh("mv base.img gone.img");
     refuse(&lab, 1, "d=base.img,overlay=ov", &["base.img' does not exist"]);
-    lab.end();
 }
 
 #[test]
@@ -416,7 +398,6 @@ fn path_through_the_mountpoint_is_accepted() {
     let lab = lab();
     lab.mount("d=m/../base.img,overlay=m/../ov");
     lab.sh("cmp m/d base.img; [ -e ov/stack ]");
-    lab.end();
 }
 
 /// Runs `cowslip WORDS` as the user nobody, with `path` as PATH.
@@ -442,7 +423,6 @@ fn missing_fusermount3_or_permission_is_reported() {
     let line = one_line(1, &output, "without permission");
     assert!(line.contains("base.img"), "{line}");
     assert_eq!(mounts_below(lab.dir()).len(), 0);
-    lab.end();
 }
 
 #[test]
@@ -460,7 +440,6 @@ fn commands_outside_a_mount_are_rejected() {
         let line = lab.refused(1, words);
         assert!(line.len() > 20, "{line}");
     }
-    lab.end();
 }
 
 #[test]
@@ -478,7 +457,6 @@ fn failed_mount_closes_its_files_and_removes_new_overlays() {
     assert!(!said.contains("recovered"), "{said}");
     assert_eq!(read(&lab.open_ro("m/old"), 0, 4), b"kept");
     lab.umount();
-    lab.end();
 }
 
 #[test]
@@ -507,7 +485,6 @@ fn output_and_log_contain_no_control_characters() {
     fit(&lab.output(COWSLIP, &["mount", &format!("no/{evil}"), "base.img"]), 1);
     fit(&lab.output(COWSLIP, &["map", evil]), 1);
     assert!(!lab.log().contains('\u{1b}'), "{}", lab.log());
-    lab.end();
 }
 
 #[test]
@@ -555,7 +532,6 @@ fn pipes_and_links_in_place_of_files_are_rejected_at_once() {
         }
         assert!(!lab.path("ov").exists() && !lab.path("nothing").exists(), "{kind}");
     }
-    lab.end();
 }
 
 #[test]
@@ -573,7 +549,6 @@ fn what_a_disk_uses_is_replaced_by_no_command() {
         let line = lab.refused(1, words);
         assert!(line.contains("base.img' is in use as the image of a disk"), "{words}: {line}");
     }
-    lab.end();
 }
 
 #[test]
@@ -588,5 +563,4 @@ fn a_limit_of_processes_is_told_in_a_line() {
         let output = lab.output("sh", &["-c", &format!("exec {setpriv} {line}")]);
         one_line(1, &output, &before);
     }
-    lab.end();
 }

@@ -65,7 +65,6 @@ fn check_prints_a_row_for_every_layer() {
     }
     assert!(said.contains("\nstate    clean\n"), "{said}");
     assert!(lab.ok("check ov --repair").ends_with("\nrepair   nothing to do\n"));
-    lab.end();
 }
 
 #[test]
@@ -99,7 +98,6 @@ fn check_names_a_damaged_sealed_layer() {
     assert!(said.contains(&format!("layer {} (snapshot 'two'): opening", short(&layers[1]))));
     fs::rename(lab.path("aside"), &layers[1]).unwrap();
     lab.ok("check ov");
-    lab.end();
 }
 
 #[test]
@@ -124,7 +122,6 @@ fn repair_recovers_the_overlay_of_a_killed_daemon() {
     assert_eq!(mounted_bytes(&lab), before);
     lab.ok("revert m/d one");
     assert!(read(&lab.open_ro("m/d"), MIB, MIB) == noise(MIB, 1));
-    lab.end();
 }
 
 #[test]
@@ -148,7 +145,6 @@ fn repair_removes_unused_layers_and_temporary_files() {
     assert!(lab.ok("check ov --repair").contains("repair   nothing to do"));
     lab.mount("d=base.img,overlay=ov");
     assert_eq!(mounted_bytes(&lab), before);
-    lab.end();
 }
 
 #[test]
@@ -185,7 +181,6 @@ fn repair_sweeps_a_store() {
     lab.ok("check st/names/a");
     lab.mount("--store st");
     assert_eq!(lab.sh("cat m/*"), "one\n");
-    lab.end();
 }
 
 #[test]
@@ -214,7 +209,6 @@ fn rebase_accepts_a_moved_or_copied_base() {
     lab.ok("rebase ov --base copy.img");
     lab.mount("d=copy.img,overlay=ov");
     assert_eq!(mounted_bytes(&lab), before);
-    lab.end();
 }
 
 #[test]
@@ -237,7 +231,6 @@ fn rebase_rejects_another_base_unless_forced() {
     lab.mount("d=other.img,overlay=ov");
     assert_eq!(read(&lab.open_ro("m/d"), 0, 1), b"x");
     assert!(read(&lab.open_ro("m/d"), MIB, MIB) == noise(MIB, 1));
-    lab.end();
 }
 
 #[test]
@@ -254,7 +247,6 @@ fn copy_of_a_store_without_symlinks_is_rejected_and_keeps_its_disks() {
     lab.sh("rm -r copy/names; cp -a st/names copy/names");
     lab.mount("--store copy");
     assert_eq!(lab.sh("cat m/a"), "one\n");
-    lab.end();
 }
 
 #[test]
@@ -276,7 +268,6 @@ fn disk_of_a_store_is_rebased_by_its_name() {
     assert_eq!(mounted_bytes(&lab), before);
     lab.umount();
     lab.sh("mv aside.img base.img");
-    lab.end();
 }
 
 #[test]
@@ -295,5 +286,4 @@ fn overlay_with_a_short_data_file_is_rejected_instead_of_reading_zeros() {
         lab.sh(&format!("cat kept > {data}"));
     }
     lab.mount("x=base.img,overlay=cow");
-    lab.end();
 }

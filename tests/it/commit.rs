@@ -46,7 +46,6 @@ fn commit_makes_the_base_equal_to_the_disk() {
     // The overlay matches the changed base.
     lab.mount("d=base.img,overlay=o");
     assert!(fs::read(lab.path("m/d")).unwrap() == before);
-    lab.end();
 }
 
 #[test]
@@ -61,7 +60,6 @@ fn unmounted_overlay_can_be_committed() {
     assert_eq!(checksum(&lab.path("base.img")), before);
     lab.mount("d=base.img,overlay=o");
     assert_eq!((checksum(&lab.path("m/d")), changed(&lab)), (before, 0));
-    lab.end();
 }
 
 #[test]
@@ -74,7 +72,6 @@ fn commit_of_a_truncated_disk_truncates_the_base() {
     lab.sh("cmp m/d base.img");
     lab.ok("reset m/d");
     assert_eq!(fs::metadata(lab.path("m/d")).unwrap().len(), MIB + 1);
-    lab.end();
 }
 
 #[test]
@@ -118,7 +115,6 @@ fn impossible_commit_is_rejected_without_changes() {
     // No --force of commit helps, so the message names only that of rebase.
     line("commit o", "or take this one with cowslip rebase --force");
     line("commit o --force", "has changed under it");
-    lab.end();
 }
 
 #[test]
@@ -132,7 +128,6 @@ fn commit_is_rejected_before_copying_if_the_base_lacks_space() {
     assert!(line.contains("not enough space where its base is: 32 MiB are needed"), "{line}");
     assert_eq!(allocated(&lab.path("small/base.img")), 0);
     lab.open("m/d").write_all_at(b"still", 0).unwrap();
-    lab.end();
 }
 
 /// Commits `m/d` under strace, which kills the daemon as `kills` say.
@@ -185,7 +180,6 @@ fn killed_commit_is_finished_by_the_next_with_correct_reads_in_between() {
         assert_eq!(checksum(&lab.path("m/d")), before, "killed at {shown}");
         lab.sh("cmp m/d base.img");
     }
-    lab.end();
 }
 
 #[test]
@@ -224,7 +218,6 @@ fn writes_continue_during_a_commit() {
     assert!(fs::read(lab.path("m/d")).unwrap() == expected);
     lab.ok("commit m/d");
     assert!(fs::read(lab.path("base.img")).unwrap() == expected);
-    lab.end();
 }
 
 #[test]
@@ -235,7 +228,6 @@ fn prefetch_skips_petabytes_of_holes() {
     lab.ok("prefetch m/f");
     lab.ok("snapshot m/f a");
     assert!(lab.ok("prefetch m/f --copy").contains("4 KiB"));
-    lab.end();
 }
 
 #[test]
@@ -261,7 +253,6 @@ fn prefetch_reads_and_with_copy_fills_the_overlay() {
     assert!(line.contains("no overlay to copy into"), "{line}");
     lab.refused(2, "prefetch m/d 5M..1M");
     assert!(lab.refused(1, "prefetch m/d 20M..21M").contains("past its end"));
-    lab.end();
 }
 
 #[test]
@@ -292,7 +283,6 @@ fn cow_on_read_copies_reads_up_and_never_overwrites_a_write() {
         assert!(read(&file, before as u64, 512) == wanted[before..before + 512]);
     }
     drop(file);
-    lab.end();
 }
 
 #[test]
@@ -320,7 +310,6 @@ fn hydrated_disk_is_independent_of_its_base() {
     lab.umount();
     lab.mount("d=blank:16M,overlay=o");
     assert_eq!(checksum(&lab.path("m/d")), before);
-    lab.end();
 }
 
 #[test]
@@ -331,7 +320,6 @@ fn hydrate_rejects_a_disk_with_snapshots() {
     for words in ["hydrate m/d", "hydrate m/d --background"] {
         assert!(lab.refused(1, words).contains("it has snapshots"));
     }
-    lab.end();
 }
 
 #[test]
@@ -349,7 +337,6 @@ fn hydrated_clone_needs_neither_its_origin_nor_its_base() {
     lab.mount("--store st");
     assert_eq!(checksum(&lab.path("m/c")), before);
     assert_eq!(fs::read_dir(lab.path("st/layers")).unwrap().count(), 1);
-    lab.end();
 }
 
 #[test]
@@ -387,7 +374,6 @@ fn temporary_disk_can_be_kept_in_the_store_and_cloned() {
         let line = lab.refused(1, &format!("commit {target}"));
         assert!(line.contains(&format!("'{target}' {says}: mount")), "{line}");
     }
-    lab.end();
 }
 
 #[test]
@@ -403,7 +389,6 @@ fn limit_includes_all_layers() {
     // Blocks of the top layer can be overwritten.
     file.write_all_at(&noise(MIB / 2, 5), MIB).unwrap();
     drop(file);
-    lab.end();
 }
 
 /// Runs `cowslip WORDS`, interrupts it with SIGINT once `is_on` returns true, and returns its last
@@ -429,7 +414,6 @@ fn interrupted_hydrate_continues_in_the_background_and_reports_it() {
     assert!(line.contains("hydrate --cancel"), "{line}");
     assert!(doing());
     lab.ok("hydrate m/d --cancel");
-    lab.end();
 }
 
 #[test]
@@ -452,5 +436,4 @@ fn interrupted_commit_reports_its_outcome() {
     };
     assert!(line.contains(truth), "{line}: {overlay}");
     assert_eq!(checksum(&lab.path("m/d")), before);
-    lab.end();
 }

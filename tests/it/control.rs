@@ -27,7 +27,6 @@ fn mount_prints_a_line_for_every_disk() {
     assert_eq!(lines[0], format!("a: 20 GiB, {keep}"));
     assert!(lines[1].starts_with("b: 1 GiB, overlay '"), "{said}");
     assert_eq!(lines.len(), 2);
-    lab.end();
 }
 
 #[test]
@@ -53,7 +52,6 @@ fn status_shows_the_mount_and_its_disks() {
     assert_eq!(all["schema"], 1);
     let here = all["mounts"].as_array().unwrap().iter();
     assert_eq!(here.filter(|mount| mount["mountpoint"] == status["mountpoint"]).count(), 1);
-    lab.end();
 }
 
 #[test]
@@ -64,7 +62,6 @@ fn status_of_a_dead_mount_is_unhealthy() {
     assert_eq!(output.status.code(), Some(3), "{}", show(&output));
     assert_eq!(json(&String::from_utf8_lossy(&output.stdout))["mounts"][0]["state"], "dead");
     assert!(lab.ok("umount m").contains("dead mount is cleared"));
-    lab.end();
 }
 
 #[test]
@@ -97,7 +94,6 @@ fn map_matches_seek_and_covers_the_disk() {
     let text = lab.ok("map m/d");
     assert!(text.contains("KIND") && text.contains("hole"), "{text}");
     drop(file);
-    lab.end();
 }
 
 #[test]
@@ -110,7 +106,6 @@ fn map_of_many_extents_is_complete() {
     let map = json(&lab.ok("map m/e --json"));
     assert_eq!(map.as_array().unwrap().len(), 40_000);
     drop(file);
-    lab.end();
 }
 
 #[test]
@@ -125,7 +120,6 @@ fn log_records_mount_and_unmount() {
     assert!(!is_alive(pid));
     wait_until("log -f ends with its mount", || follow.0.try_wait().unwrap().is_some());
     assert!(lab.log().contains("unmounted"));
-    lab.end();
 }
 
 #[test]
@@ -142,7 +136,6 @@ fn keep_saves_the_changes_for_the_next_mount() {
     lab.kill();
     lab.mount("d=base.img,overlay=kept");
     lab.sh("cmp m/d copy");
-    lab.end();
 }
 
 #[test]
@@ -157,7 +150,6 @@ fn keep_works_across_file_systems() {
     lab.sh("cmp m/d copy");
     lab.umount();
     lab.sh("umount host");
-    lab.end();
 }
 
 #[test]
@@ -170,7 +162,6 @@ fn keep_rejects_invalid_disks_and_directories() {
     lab.refused(1, "keep base.img kept");
     lab.refused(1, "keep m/nothing kept");
     lab.sh("[ ! -e kept ]; [ \"$(ls full)\" = x ]");
-    lab.end();
 }
 
 #[test]
@@ -199,7 +190,6 @@ fn keep_that_cannot_be_made_durable_leaves_nothing_behind() {
     let disk = lab.open_ro("m/d");
     assert!(read(&disk, 0, MIB) == noise(MIB, 1) && read(&disk, MIB, MIB) == noise(MIB, 2));
     drop(disk);
-    lab.end();
 }
 
 #[test]
@@ -210,7 +200,6 @@ fn umount_reports_discarded_and_kept_changes() {
     let said = lab.umount();
     assert!(said.contains("d: 4 KiB of changes discarded"), "{said}");
     assert!(said.contains("e: 8 KiB of changes kept in '"), "{said}");
-    lab.end();
 }
 
 #[test]
@@ -222,7 +211,6 @@ fn umount_waits_for_the_daemon() {
     assert!(!is_alive(pid));
     // The overlay is unlocked at once.
     lab.mount("e=blank:1G,overlay=ov");
-    lab.end();
 }
 
 #[test]
@@ -236,7 +224,6 @@ fn umount_rejects_open_disks_and_names_their_users() {
     drop(file);
     wait_until("the daemon ends after its last user", || mounts_below(lab.dir()).is_empty());
     wait_until("the overlay is free", || lab.cowslip("check ov").status.success());
-    lab.end();
 }
 
 #[test]
@@ -248,7 +235,6 @@ fn sigterm_ends_a_mount_cleanly() {
     wait_until("the daemon ends", || !is_alive(pid));
     assert_eq!(mounts_below(lab.dir()).len(), 0);
     assert!(lab.ok("check ov").contains("clean"));
-    lab.end();
 }
 
 #[test]
@@ -259,7 +245,6 @@ fn plain_umount_ends_a_mount_cleanly() {
     lab.sh("umount m");
     wait_until("the daemon ends", || !is_alive(pid));
     assert!(lab.ok("check ov").contains("clean"));
-    lab.end();
 }
 
 #[test]
@@ -282,7 +267,6 @@ fn run_mounts_for_a_command_and_returns_its_exit_code() {
     assert_eq!(run(&["/no/such/command"]).0, Some(127));
     assert_eq!(run(&["/etc/passwd"]).0, Some(126));
     assert_eq!(lab.refused(125, "run nothing.img -- true").lines().count(), 1);
-    lab.end();
 }
 
 #[test]
@@ -308,7 +292,6 @@ fn check_tells_clean_overlays_from_damaged_ones() {
     fs::write(lab.path("ov/stack"), &stack).unwrap();
     lab.ok("check ov");
     lab.refused(1, "check nowhere");
-    lab.end();
 }
 
 #[test]
@@ -319,7 +302,6 @@ fn check_includes_every_disk_of_a_store() {
     lab.umount();
     let said = lab.ok("check st");
     assert!(said.contains(" a\n") && said.contains(" b\n"), "{said}");
-    lab.end();
 }
 
 #[test]
@@ -333,7 +315,6 @@ fn config_file_mounts_its_disks() {
     .unwrap();
     lab.sh("cd / && \"$COWSLIP\" mount --config \"$OLDPWD/vms.toml\"");
     lab.sh("cmp m/d base.img; [ $(stat -c %a m/e) = 640 ]");
-    lab.end();
 }
 
 #[test]
@@ -341,7 +322,6 @@ fn program_works_as_a_mount_helper() {
     let mut lab = Lab::new();
     lab.base("base.img", 4 * MIB);
     lab.sh("ln -s $COWSLIP mount.cowslip; ./mount.cowslip base.img m -o rw,noauto,x-test=1; cmp m/base.img base.img");
-    lab.end();
 }
 
 #[test]
@@ -360,7 +340,6 @@ fn foreground_daemon_exits_with_its_mount() {
     lab.umount();
     wait_until("it ends", || child.0.try_wait().unwrap().is_some());
     assert_eq!(child.0.try_wait().unwrap().unwrap().code(), Some(0));
-    lab.end();
 }
 
 #[test]
@@ -381,7 +360,6 @@ fn only_the_mounting_user_and_root_can_request_changes() {
     ");
     wait_until("root's request is done", || lab.path("open/k/stack").exists());
     lab.umount();
-    lab.end();
 }
 
 #[test]
@@ -402,7 +380,6 @@ fn zeroed_bytes_are_not_counted_as_changed() {
         line.starts_with("n: 4 KiB of changes (and ") && line.contains(" zeroed) kept in '"),
         "{said}"
     );
-    lab.end();
 }
 
 #[test]
@@ -427,7 +404,6 @@ fn changes_of_a_deleted_overlay_are_reported_as_lost() {
     lab.sh("rmdir e.cow; mv moved.cow e.cow");
     lab.mount("e=base.img,overlay=e.cow");
     assert!(read(&lab.open_ro("m/e"), 0, MIB) == noise(MIB, 1));
-    lab.end();
 }
 
 #[test]
@@ -446,5 +422,4 @@ fn lack_of_space_is_reported_in_status_and_once_in_the_log() {
     assert!(said.contains("and its limit is 1 MiB"), "{said}");
     assert_eq!(lab.log().matches("a write failed").count(), 1, "{}", lab.log());
     drop(disk);
-    lab.end();
 }

@@ -98,7 +98,6 @@ fn status_has_the_known_keys_in_the_known_order() {
     let disks = STATUS.map(|(_, known)| mask(&lab, known, &["changed"])).join(",");
     let mount = r#"{"mountpoint":"DIR/m","source":"b=base.img","pid":?,"state":"ready","disks":"#;
     assert_eq!(all, format!("{{\"schema\":1,\"mounts\":[{mount}[{disks}]}}]}}\n"));
-    lab.end();
 }
 
 #[test]
@@ -125,7 +124,6 @@ fn status_for_other_users_withholds_paths_and_commands() {
         let text = mask(&lab, &text, &["inode", "allocated", "free", "used"]);
         assert_eq!(text, format!("{known}\n"));
     }
-    lab.end();
 }
 
 /// Requests in the order in which they are sent while `b` and `o` are open for writing, and their
@@ -257,7 +255,6 @@ fn answers_are_the_known_lines() {
     assert_eq!(ask(&lab, "o/ctl", r#"{"op":"finish"}"#), finished);
     // The input stream is incomplete.
     assert_eq!(lab.cowslip("umount m").status.code(), Some(1));
-    lab.end();
 }
 
 #[test]
@@ -267,5 +264,4 @@ fn answer_to_a_drain_lists_what_an_unmount_does() {
     lab.open("m/t").write_all(b"x").unwrap();
     let known = r#"{"ok":{"lines":["e: 0 bytes of changes kept in 'DIR/ov'","t: 4 KiB of changes discarded (temporary overlay)"],"failed":[]}}"#;
     assert_eq!(ask(&lab, "ctl", r#"{"op":"drain","streams":"leave"}"#), known);
-    lab.end();
 }

@@ -81,7 +81,6 @@ fn killed_daemon_loses_no_completed_write() {
         lab.umount();
         assert!(lab.ok("check ov").contains("clean"));
     }
-    lab.end();
 }
 
 #[test]
@@ -101,7 +100,6 @@ fn umount_clears_a_dead_mount_and_nothing_is_lost() {
     assert_eq!(file.metadata().unwrap().len(), 7 * MIB);
     assert!(read(&file, 0, 7 * MIB) == before);
     drop(file);
-    lab.end();
 }
 
 /// Writes and syncs data, writes more, cuts the power, and checks what is found.
@@ -182,7 +180,6 @@ fn a_power_cut_on(fs: &str, key: &str) {
     lab.umount();
     assert!(lab.ok("check host/ov").contains("clean"));
     lab.sh("umount host");
-    lab.end();
 }
 
 #[test]
@@ -223,7 +220,6 @@ fn store_survives_a_power_cut() {
     assert_eq!(lab.sh("cat m/c"), "one\n");
     lab.umount();
     lab.sh("umount host");
-    lab.end();
 }
 
 #[test]
@@ -258,7 +254,6 @@ fn failed_sync_latches_its_disk_and_no_other() {
     assert!(read(&lab.open_ro("m/e"), 0, MIB) == noise(MIB, 3));
     lab.umount();
     lab.sh("umount host");
-    lab.end();
 }
 
 #[test]
@@ -278,7 +273,6 @@ fn log_of_an_overlay_does_not_grow_by_mounts() {
     assert!(most < 9 << 10, "{most} bytes");
     lab.mount("d=blank:8M,overlay=ov");
     assert_eq!(read(&lab.open_ro("m/d"), 4096, 4), b"kept");
-    lab.end();
 }
 
 #[test]
@@ -300,5 +294,4 @@ fn torn_end_of_the_log_gives_the_older_state() {
     assert_eq!(read(&file, 0, 5), b"first");
     assert_eq!(read(&file, 8192, 6), [0; 6]);
     drop(file);
-    lab.end();
 }

@@ -57,7 +57,6 @@ fn diff_is_an_image_that_qemu_reads_as_the_disk() {
     lab.ok("diff m/d -o out.qcow2 --overwrite");
     // Committing the image makes the base equal to the disk.
     lab.sh("cp base.img base2.img; qemu-img rebase -u -b base2.img -F raw out.qcow2; qemu-img commit -q out.qcow2; cmp m/d base2.img");
-    lab.end();
 }
 
 #[test]
@@ -71,7 +70,6 @@ fn full_diff_has_no_backing_file() {
     lab.open("m/t").write_all_at(&noise(1000, 5), 2_999_000).unwrap();
     lab.ok("diff m/t -o t.qcow2");
     lab.sh("qemu-img check -q t.qcow2; qemu-img compare -f raw -F qcow2 m/t t.qcow2");
-    lab.end();
 }
 
 #[test]
@@ -85,7 +83,6 @@ fn diff_of_a_resized_disk_has_its_size() {
         lab.ok("diff m/d -o out.qcow2 --overwrite");
         is_the_disk(&lab, "out.qcow2");
     }
-    lab.end();
 }
 
 #[test]
@@ -98,7 +95,6 @@ fn diff_over_a_qcow2_base_names_it_as_backing_file() {
     lab.ok("diff m/d -o out.qcow2");
     is_the_disk(&lab, "out.qcow2");
     lab.sh("cp m/d want; $COWSLIP umount m; qemu-img commit -q out.qcow2; qemu-img compare -f raw -F qcow2 want base.qcow2");
-    lab.end();
 }
 
 #[test]
@@ -141,12 +137,11 @@ fn diff_shows_one_point_in_time_of_a_disk_in_use() {
     drop(file);
     // The layer frozen for the diff is merged into the top again.
     assert_eq!(lab.ok("snapshot m/d --list").lines().count(), 1);
-    let limit = Instant::now() + PATIENCE;
+    let limit = Instant::now() + WAIT_TIMEOUT;
     while lab.disk("d")["overlay"]["chain"].as_array().unwrap().len() > 1 {
         assert!(Instant::now() < limit, "it is never merged");
         thread::sleep(Duration::from_millis(200));
     }
-    lab.end();
 }
 
 #[test]
@@ -179,7 +174,6 @@ fn chain_of_increments_equals_the_disk() {
     // The failed diff froze nothing: there are only the top and the snapshot's layer.
     assert_eq!(lab.disk("d")["overlay"]["chain"].as_array().unwrap().len(), 2);
     assert!(!lab.path("x.qcow2").exists());
-    lab.end();
 }
 
 #[test]
@@ -221,7 +215,6 @@ fn diff_image_can_be_imported_as_an_overlay() {
         line.contains("not below a directory that is allowed") && !lab.path("evil").exists(),
         "{line}"
     );
-    lab.end();
 }
 
 /// Returns the names of all files in the lab, except for those of strace.
@@ -289,7 +282,6 @@ fn interrupted_diff_map_and_import_leave_nothing_behind() {
     lab.sh("rm -r new.part");
     lab.ok("import in.qcow2 --overlay new/");
     assert!(lab.path("new").exists() && !lab.path("new.part").exists());
-    lab.end();
 }
 
 #[test]
@@ -316,7 +308,6 @@ fn diff_writes_only_to_regular_files() {
     assert!(lab.path("link").is_symlink());
     let made = fs::metadata(lab.path("real")).unwrap();
     assert_eq!((made.mode() & 0o777, made.len() > 4), (0o640, true));
-    lab.end();
 }
 
 #[test]
@@ -359,7 +350,6 @@ fn rbd_diff_holds_exactly_the_changes() {
     assert!(rest.is_empty());
     assert!(image == fs::read(lab.path("m/d")).unwrap());
     assert!(sent < 40 * 4096, "{sent} bytes of data");
-    lab.end();
 }
 
 /// Creates a loop device over a copy of the base. The tools truncate a file, but keep the bytes of
@@ -388,7 +378,6 @@ fn android_image_applied_to_the_base_gives_the_disk() {
     let sent = fs::metadata(lab.path("full.simg")).unwrap().len();
     let data: u64 = data_runs(&lab.open_ro("m/d")).iter().map(|run| run.end - run.start).sum();
     assert!(sent < data + 100 * 4096, "{sent} bytes of {data} of data");
-    lab.end();
 }
 
 #[test]
@@ -399,7 +388,6 @@ fn android_image_requires_a_size_of_whole_blocks() {
     let line = lab.refused(1, "diff m/d -O android-sparse -o out");
     assert!(line.contains("size=1003520"), "{line}");
     assert!(!lab.path("out").exists());
-    lab.end();
 }
 
 #[test]
@@ -419,7 +407,6 @@ fn bmaptool_copies_a_disk_and_its_changes() {
     scatter(&lab, 2);
     let output = lab.output("bmaptool", &["-q", "copy", "--bmap", "full.bmap", "m/d", "not.img"]);
     assert!(!output.status.success(), "{}", show(&output));
-    lab.end();
 }
 
 #[test]
@@ -433,7 +420,6 @@ fn diff_of_a_disk_over_a_part_of_a_file_needs_full() {
     assert!(!lab.path("out.qcow2").exists());
     lab.ok("diff m/d --full -o out.qcow2");
     is_the_disk(&lab, "out.qcow2");
-    lab.end();
 }
 
 #[test]
@@ -447,7 +433,6 @@ fn diff_of_a_disk_over_a_base_whose_path_is_not_utf8_needs_full() {
     lab.ok("diff m/d --full -o out.qcow2");
     is_the_disk(&lab, "out.qcow2");
     lab.sh("$COWSLIP send m/d | $COWSLIP recv out; cmp m/d out");
-    lab.end();
 }
 
 #[test]
@@ -472,7 +457,6 @@ fn invalid_diffs_are_rejected() {
         assert!(line.contains(says), "{words}: {line}");
     }
     assert_eq!(lab.sh("ls -A"), "base.img\ndir\nlog.txt\nm\n");
-    lab.end();
 }
 
 #[test]
@@ -494,14 +478,13 @@ fn commit_is_rejected_while_a_diff_is_read() {
     std::io::copy(&mut stdout, &mut std::io::sink()).unwrap();
     assert!(diff.0.wait().unwrap().success());
     // The frozen layer is released a short time after the reader has closed it.
-    let limit = Instant::now() + PATIENCE;
+    let limit = Instant::now() + WAIT_TIMEOUT;
     while !lab.cowslip("commit m/d").status.success() {
         assert!(Instant::now() < limit, "it is held for ever");
         thread::sleep(Duration::from_millis(100));
     }
     assert_eq!(checksum(&lab.path("base.img")), before);
     assert_eq!(checksum(&lab.path("m/d")), before);
-    lab.end();
 }
 
 #[test]
@@ -514,5 +497,4 @@ fn commit_right_after_a_diff_or_a_send_succeeds() {
         lab.sh(&format!("$COWSLIP {words} | cat >sent; $COWSLIP commit m/d"));
         lab.sh("cmp m/d base.img");
     }
-    lab.end();
 }

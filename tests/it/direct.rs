@@ -84,7 +84,6 @@ fn direct_disk_leaves_no_pages_in_the_hosts_cache() {
         lab.sh("rm -r host/ov");
         assert_eq!(left_behind(&lab, "d=host/base.img,overlay=host/ov,direct"), (0, 0), "{fs}");
         lab.sh("rm -r host/ov");
-        lab.end();
     }
 }
 
@@ -109,7 +108,6 @@ fn direct_file_without_an_overlay_leaves_no_pages_in_the_hosts_cache() {
     assert_eq!(cached(&lab, &lab.path("host/rw.img")), 0);
     lab.umount();
     assert!(whole(&lab, "host/rw.img") == model);
-    lab.end();
 }
 
 #[test]
@@ -120,7 +118,6 @@ fn direct_disk_matches_the_model() {
         let lab = lab_on(fs, sector);
         let words = format!("d=host/base.img,overlay=host/ov,block={block},direct");
         model(&lab, "host/base.img", &words);
-        lab.end();
     }
 }
 
@@ -147,7 +144,6 @@ fn direct_part_of_a_file_or_device_matches_the_model() {
     lab.umount();
     assert!(whole(&lab, &device) == model);
     lab.sh(&format!("losetup -d {device}"));
-    lab.end();
 }
 
 #[test]
@@ -156,7 +152,6 @@ fn direct_file_of_mode_rw_matches_the_model() {
         let lab = lab_on(fs, sector);
         lab.sh("cp host/base.img host/rw.img");
         model(&lab, "host/rw.img", "d=host/rw.img,mode=rw,direct");
-        lab.end();
     }
 }
 
@@ -196,7 +191,6 @@ fn killed_daemon_of_a_direct_disk_loses_no_completed_write() {
             assert!(read(&file, slot * SLOT, SLOT) == noise(SLOT, slot), "{words}: {slot} is lost");
         }
         drop(file);
-        lab.end();
     }
 }
 
@@ -242,7 +236,6 @@ fn direct_disk_stays_direct_in_new_layers() {
         } else {
             assert!(seen.iter().all(|(_, pages)| *pages > 0), "{seen:?}");
         }
-        lab.end();
     }
 }
 
@@ -264,7 +257,6 @@ fn reopened_direct_disk_reads_its_old_layers_past_the_cache() {
     lab.mount(words.trim_end_matches(",direct"));
     assert!(whole(&lab, "m/d") == model);
     assert!(all.iter().map(|data| cached(&lab, data)).sum::<u64>() > 0);
-    lab.end();
 }
 
 #[test]
@@ -307,7 +299,6 @@ fn copies_made_by_the_host_bypass_the_cache() {
         assert!(read(&file, 0, SIZE) == model, "{fs}");
         drop(file);
         lab.umount();
-        lab.end();
     }
 }
 
@@ -338,7 +329,6 @@ fn hung_direct_writes_block_no_other_disk() {
     assert_eq!(ended.load(Ordering::SeqCst), 16);
     assert_eq!(read(&hanging, 64 * KIB, 4096), [1; 4096]);
     drop((hanging, other));
-    lab.end();
 }
 
 #[test]
@@ -363,7 +353,6 @@ fn hung_direct_write_is_completed_and_answered_late() {
     thread::sleep(Duration::from_millis(300));
     assert_eq!(read(&file, 4096, 8192), [1; 8192]);
     drop(file);
-    lab.end();
 }
 
 #[test]
@@ -389,7 +378,6 @@ fn clone_of_a_direct_disk_is_direct() {
     lab.mount("--store host/st");
     assert!(whole(&lab, "m/d") == model);
     assert!(pages(&all) > 0);
-    lab.end();
 }
 
 #[test]
@@ -422,5 +410,4 @@ fn direct_is_rejected_without_o_direct_and_leaves_nothing() {
     assert!(whole(&lab, "m/d") == model);
     lab.umount();
     lab.sh("umount j");
-    lab.end();
 }

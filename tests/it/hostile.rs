@@ -73,7 +73,6 @@ fn directory_without_a_marker_is_no_store_and_is_not_swept() {
         }
         assert_eq!(lab.sh(&format!("cat {dir}/layers/roads/data.shp")), "1\n");
     }
-    lab.end();
 }
 
 #[test]
@@ -104,7 +103,6 @@ fn unknown_files_in_a_store_are_kept() {
     lab.mount("--store st");
     lab.umount();
     lab.sh(&format!("[ ! -e {layer} ]; [ ! -e {disk} ]; [ ! -e st/disks/.cowslip-abcdef ]"));
-    lab.end();
 }
 
 #[test]
@@ -125,7 +123,6 @@ fn store_with_linked_directories_is_rejected() {
         }
         assert_eq!(lab.sh("cat home/dir/file"), "1\n");
     }
-    lab.end();
 }
 
 #[test]
@@ -143,7 +140,6 @@ fn store_from_before_markers_is_accepted() {
     assert_eq!(lab.sh("cat st/store"), "version = 1\n");
     lab.sh("echo 'version = 2' > st/store");
     assert!(lab.refused(1, "mount m --store st").contains("use a newer cowslip"));
-    lab.end();
 }
 
 #[test]
@@ -164,7 +160,6 @@ fn interrupted_revert_resolves_only_to_a_snapshot() {
         let line = lab.refused(1, "mount m d=x/base,overlay=x/o");
         assert!(line.contains("intent") || line.contains("revert"), "{line}");
     }
-    lab.end();
 }
 
 #[test]
@@ -187,7 +182,6 @@ fn root_rejects_an_overlay_that_another_user_can_write() {
     chown(lab.path("home"), Some(0), None).unwrap();
     lab.sh("chmod 777 home/o");
     refused_by_all(&lab, "can be written by every user");
-    lab.end();
 }
 
 #[test]
@@ -211,7 +205,6 @@ fn root_rejects_a_store_or_config_of_another_user() {
     lab.umount();
     lab.sh("chmod 666 a.toml");
     assert!(lab.refused(1, "mount --config a.toml").contains("every user"));
-    lab.end();
 }
 
 #[test]
@@ -225,7 +218,6 @@ fn add_and_keep_reject_a_directory_of_another_user() {
     assert!(lab.refused(1, "keep m/e home/new").contains("uid 12345"));
     lab.ok("add m d=base.img,overlay=home/o --trust home");
     lab.ok("keep m/e home/new --trust home");
-    lab.end();
 }
 
 #[test]
@@ -257,7 +249,6 @@ fn interrupted_commit_is_finished_only_in_the_same_file() {
     let said = lab.ok("commit o");
     assert!(said.contains("/old'"), "{said}");
     assert_eq!(lab.sh("head -c 5 old; cmp old base.img | wc -l"), "evil\n1\n");
-    lab.end();
 }
 
 #[test]
@@ -294,7 +285,6 @@ fn special_files_in_an_overlay_are_rejected_without_blocking() {
         lab.umount();
     }
     assert!(fs::metadata("/etc/passwd").unwrap().len() > 0);
-    lab.end();
 }
 
 #[test]
@@ -311,7 +301,6 @@ fn new_overlays_and_stores_are_private_to_the_user() {
         let all = lab.sh(&format!("find {dir}"));
         all.lines().for_each(|path| private(&lab.path(path)));
     }
-    lab.end();
 }
 
 #[test]
@@ -332,7 +321,6 @@ fn leftovers_of_a_killed_mount_are_removed_by_a_later_mount() {
         lab.sh("ls -A | grep '^.cowslip-'; cat .cowslip-other/thesis"),
         ".cowslip-other\n1\n"
     );
-    lab.end();
 }
 
 #[test]
@@ -359,7 +347,6 @@ fn commit_does_not_follow_a_link_that_replaced_its_base() {
     lab.sh("rm base.img; mv kept base.img");
     lab.ok("commit o");
     assert_eq!(lab.sh("head -c 5 base.img"), "evil\n");
-    lab.end();
 }
 
 #[test]
@@ -384,7 +371,6 @@ fn interrupted_commit_is_not_finished_on_another_device() {
     lab.ok("commit o");
     lab.sh(&format!("losetup -d {device}"));
     assert_eq!(lab.sh("head -c 5 one"), "evil\n");
-    lab.end();
 }
 
 #[test]
@@ -398,7 +384,6 @@ fn retargeted_link_does_not_redirect_an_open_store() {
     lab.sh("ln -sfn good way");
     lab.mount("--store way/st");
     assert_eq!(lab.sh("cat m/b"), "2\n");
-    lab.end();
 }
 
 #[test]
@@ -410,7 +395,6 @@ fn trust_applies_only_to_the_named_directory() {
     let line = lab.refused(1, "check home/o --trust home/way");
     assert!(line.contains("links lead from there to '/'"), "{line}");
     lab.ok("check home/o --trust home");
-    lab.end();
 }
 
 #[test]
@@ -424,7 +408,6 @@ fn disk_is_no_more_readable_than_its_base_files() {
     lab.mount("i=i.qcow2,format=qcow2 o=open.raw");
     let mode = |name: &str| fs::metadata(lab.path(name)).unwrap().mode() & 0o777;
     assert_eq!((mode("m/i"), mode("m/o")), (0o600, 0o644));
-    lab.end();
 }
 
 #[test]
@@ -434,7 +417,6 @@ fn pipe_of_another_user_is_rejected_as_a_sink() {
     give(&lab.path("pipe"), OTHER);
     let line = lab.refused(1, "mount m o=stream:1M,to=fifo:pipe");
     assert!(line.contains("a named pipe of another user"), "{line}");
-    lab.end();
 }
 
 #[test]
@@ -443,7 +425,6 @@ fn received_file_does_not_inherit_set_id_bits() {
     lab.sh("head -c 1M /dev/urandom > a; echo 1 > program; chmod 4755 program");
     lab.sh("$COWSLIP send a | $COWSLIP recv program --overwrite");
     assert_eq!(fs::metadata(lab.path("program")).unwrap().mode() & 0o7777, 0o755);
-    lab.end();
 }
 
 /// A process in a mount namespace of its own, in which it runs `lines`, and then waits.
@@ -476,7 +457,6 @@ fn another_mount_namespace_is_not_trusted() {
         assert!(line.contains("another mount namespace"), "{words}: {line}");
     }
     drop(inside);
-    lab.end();
 }
 
 #[test]
@@ -496,7 +476,6 @@ fn an_image_of_another_mount_namespace_has_no_directory_of_its_own() {
         assert!(line.contains("--allow-backing"), "{words}: {line}");
     }
     drop(inside);
-    lab.end();
 }
 
 #[test]
@@ -520,7 +499,6 @@ fn a_backing_file_beside_others_belongs_to_the_owner_of_the_image() {
     lab.umount();
     lab.sh("chown 0 shared/root.qcow2");
     lab.ok("mount m v=shared/root.qcow2,format=qcow2");
-    lab.end();
 }
 
 #[test]
@@ -534,7 +512,6 @@ fn a_clone_has_the_base_of_its_disk_and_no_other() {
     lab.sh("rm base.img; mv old base.img");
     lab.ok("clone m/v m/c");
     lab.sh("cmp m/v m/c");
-    lab.end();
 }
 
 #[test]
@@ -556,7 +533,6 @@ fn a_pipe_that_was_replaced_by_another_users_gets_nothing() {
         "{}",
         show(&output)
     );
-    lab.end();
 }
 
 #[test]
@@ -581,7 +557,6 @@ fn a_directory_like_tmp_takes_what_is_new_and_what_is_ones_own() {
     lab.umount();
     give(&lab.path("shared/o"), OTHER);
     assert!(lab.refused(1, "mount m d=base.img,overlay=shared/o").contains("uid 12345"));
-    lab.end();
 }
 
 #[test]
@@ -610,7 +585,6 @@ fn backing_file_needs_a_trusted_author_at_each_image_of_the_chain() {
     drop(holder);
     lab.sh("chown 0 img/users img/users/base.qcow2");
     lab.ok("mount m v=img/top.qcow2,format=qcow2");
-    lab.end();
 }
 
 #[test]
@@ -627,7 +601,6 @@ fn part_of_another_user_is_not_resumed() {
     }
     give(&lab.path("x.part"), 0);
     lab.sh("$COWSLIP send big | $COWSLIP recv x; cmp big x");
-    lab.end();
 }
 
 #[test]
@@ -652,7 +625,6 @@ fn pipes_and_logs_of_others_are_rejected() {
     }
     lab.mount("b=blank:1M");
     assert!(lab.refused(1, "map m/b --svg shared/out").contains("not permitted"));
-    lab.end();
 }
 
 /// Runs `words`, which must fail because of a link of the user [`OTHER`].
@@ -774,5 +746,4 @@ fn refused_store_leaves_nothing_behind() {
     give(&lab.path("home"), OTHER);
     assert!(lab.refused(1, "mount m --store home/st/new").contains("uid 12345"));
     assert_eq!(fs::read_dir(lab.path("home")).unwrap().count(), 0);
-    lab.end();
 }

@@ -200,7 +200,6 @@ fn served(lab: &Lab, uid: u32, answers: Answers) {
 /// Unmounts `m`, which ends the server thread, and ends the test.
 fn end(lab: Lab) {
     rustix::mount::unmount(lab.path("m"), rustix::mount::UnmountFlags::DETACH).unwrap();
-    lab.end();
 }
 
 fn lines_of(output: &std::process::Output) -> String {
@@ -246,7 +245,6 @@ fn mount_of_another_user_gets_no_requests() {
     assert_eq!(asked.load(Ordering::SeqCst), 0, "it was asked");
     // The mount can still be unmounted.
     lab.ok("umount m");
-    lab.end();
 }
 
 #[test]
@@ -309,7 +307,6 @@ fn commands_send_the_known_requests() {
         let sent = sent.replace(&lab.dir().display().to_string(), "DIR");
         assert_eq!(sent, known, "{words}: {}", show(&output));
     }
-    lab.end();
 }
 
 #[test]
@@ -433,7 +430,6 @@ fn a_mount_that_takes_questions_and_never_answers_holds_up_nobody() {
         assert!(ended.status.code().is_some_and(|code| code < 100), "{}", show(&ended));
     }
     assert_eq!(mounts_below(lab.dir()), Vec::<PathBuf>::new());
-    lab.end();
 }
 
 #[test]
@@ -447,6 +443,5 @@ fn fuse_mount_that_detaches_itself_while_it_is_judged_is_not_trusted() {
         assert!(!lab.cowslip("mount --config m/d").status.success(), "{at}");
         assert_eq!(reads.load(Ordering::SeqCst), 0, "{at}: the configuration was read");
         let _ = rustix::mount::unmount(lab.path("m"), rustix::mount::UnmountFlags::DETACH);
-        lab.end();
     }
 }

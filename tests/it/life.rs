@@ -57,7 +57,6 @@ fn snapshot_is_a_raw_file_for_qemu() {
     assert!(all(&lab, &path) == before);
     assert!(all(&lab, "m/d") != before);
     drop(file);
-    lab.end();
 }
 
 #[test]
@@ -68,7 +67,6 @@ fn snapshot_is_read_only() {
     assert_eq!(found.permissions().mode() & 0o222, 0);
     let opened = fs::OpenOptions::new().write(true).open(lab.path(&shot("d", "a")));
     assert!(opened.is_err());
-    lab.end();
 }
 
 #[test]
@@ -109,7 +107,6 @@ fn snapshots_and_clones_of_a_mounted_ext4_pass_fsck() {
         lab.sh(&format!("umount out; losetup -d {device}"));
     }
     lab.sh("e2fsck -fn m/d");
-    lab.end();
 }
 
 #[test]
@@ -122,7 +119,6 @@ fn snapshot_can_be_checked_through_a_read_only_loop_device() {
     let device = lab.loop_device(&shot("d", "fresh"), "-r");
     lab.sh(&format!("e2fsck -fn {device}"));
     lab.sh(&format!("losetup -d {device}"));
-    lab.end();
 }
 
 #[test]
@@ -161,7 +157,6 @@ fn reads_and_map_depths_are_correct_with_64_snapshots() {
     lab.mount("d=base.img,overlay=ov");
     assert!(all(&lab, "m/d") == models[63]);
     assert!(all(&lab, &shot("d", "s20")) == models[20]);
-    lab.end();
 }
 
 #[test]
@@ -173,7 +168,6 @@ fn readable_map_names_the_layer_instead_of_the_base() {
     let row = map.lines().find(|line| line.trim_start().starts_with(&(6 * MIB).to_string()));
     let row = row.unwrap_or_else(|| panic!("{map}"));
     assert!(!row.ends_with("base"), "{row}");
-    lab.end();
 }
 
 #[test]
@@ -196,7 +190,6 @@ fn invalid_and_duplicate_snapshot_names_are_rejected_without_changes() {
     }
     assert_eq!(lab.ok("snapshot m/d --list"), before);
     assert_eq!(layers(&lab, "ov"), count);
-    lab.end();
 }
 
 #[test]
@@ -208,7 +201,6 @@ fn disk_without_an_overlay_rejects_snapshots() {
     for words in ["snapshot m/r a", "snapshot m/w a", "revert m/r a", "reset m/w"] {
         assert!(lab.refused(1, words).contains("no overlay"), "{words}");
     }
-    lab.end();
 }
 
 #[test]
@@ -239,7 +231,6 @@ fn revert_and_reset_name_the_writers_unless_forced() {
     sleeper.0.kill().unwrap();
     sleeper.0.wait().unwrap();
     assert!(all(&lab, &shot("d", "a")) == at_a);
-    lab.end();
 }
 
 #[test]
@@ -255,7 +246,6 @@ fn revert_and_reset_restore_the_size() {
         assert_eq!(len(), size, "{words}");
         assert_eq!(lab.sh("wc -c < m/d").trim(), (size * MIB).to_string());
     }
-    lab.end();
 }
 
 #[test]
@@ -277,7 +267,6 @@ fn holes_are_correct_right_after_revert_and_reset() {
     assert_eq!(seek(&reader, SeekFrom::Data(0)), Err(libc::ENXIO));
     assert!(runs().eq([]));
     drop(reader);
-    lab.end();
 }
 
 #[test]
@@ -289,7 +278,6 @@ fn revert_discards_cached_newer_bytes() {
     assert!(all(&lab, "m/d") != before);
     lab.ok("revert m/d a");
     assert!(all(&lab, "m/d") == before);
-    lab.end();
 }
 
 #[test]
@@ -304,7 +292,6 @@ fn snapshot_keeps_mode_and_mtime_of_the_disk() {
     lab.umount();
     lab.mount("d=base.img,overlay=ov");
     assert_eq!(lab.sh("stat -c '%a %Y' m/d"), before);
-    lab.end();
 }
 
 #[test]
@@ -339,7 +326,6 @@ fn deleting_a_snapshot_changes_no_byte_and_removes_its_layer() {
     assert_eq!(layers(&lab, "ov"), 3);
     lab.umount();
     assert!(lab.ok("check ov").contains("clean"));
-    lab.end();
 }
 
 #[test]
@@ -362,7 +348,6 @@ fn writes_continue_while_layers_are_merged() {
     lab.umount();
     lab.mount("d=base.img,overlay=ov");
     assert!(all(&lab, "m/d") == expected);
-    lab.end();
 }
 
 #[test]
@@ -388,7 +373,6 @@ fn deleting_a_snapshot_keeps_the_clones_that_need_it() {
     lab.umount();
     lab.mount("--store st");
     assert_eq!(layers(&lab, "st"), 0);
-    lab.end();
 }
 
 #[test]
@@ -409,7 +393,6 @@ fn clone_and_origin_are_independent() {
     lab.kill();
     lab.mount("--store st");
     assert!(all(&lab, "m/d") == d && all(&lab, "m/e") == e && all(&lab, "m/f") == e);
-    lab.end();
 }
 
 /// Creates a store with the disks `golden` and `vm`, for tests of renames: a name that the kernel
@@ -435,7 +418,6 @@ fn command_after_a_rename_changes_the_disk_that_has_the_name_now() {
         assert_eq!(lab.sh("$COWSLIP send m/vm --frames raw | cat"), "changed\n");
         assert_eq!(lab.disk("vm")["inode"], lab.path("m/vm").metadata().unwrap().ino());
     }
-    lab.end();
 }
 
 #[test]
@@ -464,7 +446,6 @@ fn command_after_a_rename_reads_the_disk_that_has_the_name_now() {
         lab.sh("$COWSLIP clone m/golden m/ci; $COWSLIP snapshot m/ci b; rm m/ci");
         lab.sh("$COWSLIP snapshot m/vm --delete x; ! test -e m/.cowslip/vm/snapshots/x");
     }
-    lab.end();
 }
 
 #[test]
@@ -515,7 +496,6 @@ fn request_for_another_inode_is_rejected_as_stale() {
     let said = ask("ctl", &remove(inode("m/g")));
     assert!(said.contains("\"ok\""), "{said}");
     assert_eq!(lab.sh("cat m/vm; ls m"), "golden\nother\nvm\n");
-    lab.end();
 }
 
 #[test]
@@ -556,7 +536,6 @@ fn command_never_acts_on_a_disk_renamed_into_its_target() {
     // The reset applied to the bind-mounted disk, whatever its name was at that time.
     assert_eq!(lab.sh("cat bound; umount bound; cat m/vm m/other"), "others\n");
     assert!(done > 0, "{refused} were refused and none came through");
-    lab.end();
 }
 
 #[test]
@@ -581,7 +560,6 @@ fn clone_of_an_unsuitable_disk_is_rejected_with_a_remedy() {
         assert!(line.contains(says), "{words}: {line}");
     }
     assert_eq!(lab.sh("ls m"), "d\no\nr\nt\n");
-    lab.end();
 }
 
 #[test]
@@ -625,7 +603,6 @@ fn thousand_clones_keep_their_own_bytes_across_a_remount() {
     check();
     lab.umount();
     lab.sh("umount fast");
-    lab.end();
 }
 
 #[test]
@@ -669,7 +646,6 @@ fn sync_makes_the_snapshots_of_a_disk_durable() {
     lab.ok("keep m/d kept");
     lab.umount();
     assert!(!lab.ok("check kept").contains("needs recovery"));
-    lab.end();
 }
 
 #[test]
@@ -707,7 +683,6 @@ fn keep_keeps_all_snapshots_of_a_temporary_disk() {
         assert!(all(&lab, "m/d") == models[2]);
         lab.umount();
         lab.sh("umount host");
-        lab.end();
     }
 }
 
@@ -726,7 +701,6 @@ fn umount_does_not_wait_for_a_merge() {
     // The interrupted merge is completed now.
     wait_for_layers(&lab, "ov", 1);
     assert_eq!(checksum(&lab.path("m/d")), crc);
-    lab.end();
 }
 
 #[test]
@@ -752,5 +726,4 @@ fn command_without_a_free_descriptor_fails_alone() {
         assert!(lab.ok("check cow").contains("clean"), "{files}");
         lab.sh("rm -r cow");
     }
-    lab.end();
 }

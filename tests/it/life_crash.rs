@@ -238,7 +238,6 @@ fn kill_at_any_time_keeps_acknowledged_operations_and_no_partial_ones() {
     assert!(found(&world.lab) == world.disks);
     world.lab.umount();
     assert!(world.lab.ok("check ov").contains("clean"));
-    world.lab.end();
 }
 
 /// Number of kills per operation.
@@ -325,7 +324,6 @@ fn killed_later_and_later(
         lab.umount();
         lab.sh("rm -r ov");
     }
-    lab.end();
 }
 
 fn as_it_is(models: &[Vec<u8>; 4]) -> Vec<&Vec<u8>> {

@@ -229,7 +229,6 @@ impl Stage {
         assert!(happened.is_sorted(), "{happened:?}");
         assert_eq!(happened.first(), Some(&(part == Part::Merging)), "{happened:?}");
         assert_eq!(happened.last(), Some(&true), "{happened:?}");
-        self.lab.end();
     }
 }
 
@@ -452,7 +451,6 @@ impl Commit {
         };
         let look = |_, at: &str| self.look(at, finish);
         let cut_short = kill_at_every_change(Part::All, act, look);
-        self.lab.end();
         cut_short
     }
 }

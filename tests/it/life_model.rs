@@ -29,7 +29,7 @@ use proptest::prelude::*;
 use proptest::test_runner::FileFailurePersistence;
 
 /// Longer than any close takes.
-const PATIENCE: Duration = Duration::from_secs(60);
+const WAIT_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// A step on one of two disks, which is the first field.
 #[derive(Clone, Debug)]
@@ -105,7 +105,7 @@ impl Held {
         let disk = self.disk.take().unwrap();
         let expected = match end {
             End::Clean => {
-                disk.close(PATIENCE).unwrap();
+                disk.close(WAIT_TIMEOUT).unwrap();
                 Recovered::Clean
             }
             End::Kill | End::PowerCut(_) => Recovered::All,
@@ -404,7 +404,7 @@ fn check(case: &Case) {
         held.wait_for_work_behind();
         held.disk().merge_layers().unwrap();
         held.check_tidied();
-        held.disk().close(PATIENCE).unwrap();
+        held.disk().close(WAIT_TIMEOUT).unwrap();
     }
 }
 
@@ -441,7 +441,7 @@ fn limit_includes_all_layers() {
     disk.snapshot(Some("a")).unwrap();
     disk.write(&[2; 8192], 0, Wait::Yes).unwrap();
     assert!(is_full(disk.write(&[3; 4096], 16_384, Wait::Yes)));
-    disk.close(PATIENCE).unwrap();
+    disk.close(WAIT_TIMEOUT).unwrap();
 }
 
 #[test]
@@ -456,5 +456,5 @@ fn limit_holds_after_a_merge() {
     assert_eq!(disk.layer_usages().len(), 1);
     disk.write(&[3; 8192], 8192, Wait::Yes).unwrap();
     assert!(is_full(disk.write(&[4; 4096], 32_768, Wait::Yes)));
-    disk.close(PATIENCE).unwrap();
+    disk.close(WAIT_TIMEOUT).unwrap();
 }

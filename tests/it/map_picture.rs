@@ -85,7 +85,6 @@ fn picture_shows_each_layer_with_the_sums_of_the_table() {
     let legend = format!("base data {mib:.1} MiB");
     assert!(texts.contains(&legend), "{legend}: {texts:?}");
     assert!(sums(&table).starts_with("data "), "{table}");
-    lab.end();
 }
 
 #[test]
@@ -106,7 +105,6 @@ fn single_block_of_16_tib_is_visible_and_the_picture_stays_small() {
     texts(&full);
     assert!(full.len() < MIB as usize, "{}", full.len());
     drop(file);
-    lab.end();
 }
 
 #[test]
@@ -116,7 +114,6 @@ fn empty_disk_and_unusual_name_can_be_drawn() {
     lab.open("m/e").set_len(0).unwrap();
     assert!(texts(&lab.ok("map m/e --svg -"))[0].starts_with("e, 0 bytes"));
     assert_eq!(texts(&lab.ok("map m/<a&b>\" --svg -"))[0], "<a&b>\", 1 MiB");
-    lab.end();
 }
 
 #[test]
@@ -143,7 +140,6 @@ fn picture_is_replaced_and_failed_output_gives_one_line() {
     let line = lab.refused(2, "map m/d --svg map.svg --json");
     assert!(line.contains("--json") && line.contains("cannot be used with"), "{line}");
     assert_eq!(lab.sh("ls -A | grep -c cowslip-map || true").trim(), "0");
-    lab.end();
 }
 
 /// Returns the output of `cowslip map m/d` on a terminal of `columns` columns.
@@ -165,7 +161,6 @@ fn terminal_output_has_a_colored_strip_above_the_table() {
         assert!(strip.contains(part), "{part:?}: {strip:?}");
     }
     assert_eq!(table, lab.ok("map m/d"));
-    lab.end();
 }
 
 #[test]
@@ -182,5 +177,4 @@ fn strip_respects_no_color_and_the_terminal_width() {
     }
     let piped = lab.ok("map m/d");
     assert!(!piped.contains("the disk"), "{piped}");
-    lab.end();
 }

@@ -13,26 +13,22 @@ use proptest::test_runner::FileFailurePersistence;
 
 /// Two disks of a mount, with the arguments that mount them again.
 struct Mounted {
+    /// Closed before the lab ends.
+    files: Vec<File>,
     lab: Lab,
     words: String,
-    files: Vec<File>,
 }
 
 impl Mounted {
     fn new(lab: Lab, words: &str) -> Self {
         lab.mount(words);
-        let mut mounted = Self { lab, words: words.to_owned(), files: Vec::new() };
+        let mut mounted = Self { files: Vec::new(), lab, words: words.to_owned() };
         mounted.open();
         mounted
     }
 
     fn open(&mut self) {
         self.files = vec![self.lab.open("m/d"), self.lab.open("m/e")];
-    }
-
-    fn end(mut self) {
-        self.files.clear();
-        self.lab.end();
     }
 }
 
@@ -152,7 +148,6 @@ fn check(ops: &[Op], menu: Menu, options: &str) {
             models[disk].check_same(&found).unwrap();
         }
     });
-    mounted.end();
 }
 
 fn config(cases: u32) -> ProptestConfig {

@@ -82,7 +82,6 @@ fn map_must_be_read_in_order_and_needs_little_memory_per_reader() {
     let map: Vec<Value> = serde_json::from_str(&text).unwrap();
     assert_eq!(map.len(), 60_000);
     drop((map_file, disk));
-    lab.end();
 }
 
 #[test]
@@ -111,7 +110,6 @@ fn endless_map_readers_do_not_block_writes() {
         }
     });
     drop(disk);
-    lab.end();
 }
 
 #[test]
@@ -141,7 +139,6 @@ fn number_of_open_control_files_per_user_is_limited() {
     wait_until("they are closed", || {
         as_user(STRANGER, || File::open(lab.path("m/.cowslip/d/map")).is_ok())
     });
-    lab.end();
 }
 
 #[test]
@@ -158,7 +155,6 @@ fn only_the_mounting_user_and_root_can_open_control_files_for_requests() {
     });
     assert_eq!(lab.sh("stat -c %a:%u m/.cowslip/d/ctl"), "600:0\n");
     lab.ok("snapshot m/d one");
-    lab.end();
 }
 
 #[test]
@@ -198,7 +194,6 @@ fn status_and_log_hide_the_disks_of_others() {
     ));
     let all = lab.sh("cat m/.cowslip/status");
     assert!(all.contains("xyzzy") && all.contains(&format!("{here}/ov")), "{all}");
-    lab.end();
 }
 
 #[test]
@@ -232,5 +227,4 @@ fn threads_and_memory_of_requests_are_limited() {
     let mut ctl = lab.open("m/.cowslip/d/ctl");
     assert_eq!(errno_of(ctl.write(&[b' '; 100_000])), libc::EMSGSIZE);
     drop(ctl);
-    lab.end();
 }

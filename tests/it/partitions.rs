@@ -89,7 +89,6 @@ fn every_partition_is_a_file_beside_its_disk() {
     lab.sh("printf '[[disk]]\\nsource = \"mbr.img\"\\npartitions = true\\n' > c.toml");
     lab.ok("mount m --config c.toml");
     assert_eq!(entries(&lab).len(), 4);
-    lab.end();
 }
 
 #[test]
@@ -121,7 +120,6 @@ fn partition_files_have_the_attributes_of_the_disk_except_size_and_blocks() {
     // A hole punched through the disk changes the partition's blocks at once.
     fallocate(&lab.open("m/disk.img"), PUNCH, 5 * MIB..8 * MIB).unwrap();
     assert_eq!(fs::metadata(&path).unwrap().blocks() * 512, 10 * MIB);
-    lab.end();
 }
 
 #[test]
@@ -137,7 +135,6 @@ fn file_system_in_a_partition_changes_only_that_range_of_the_disk() {
     lab.umount();
     lab.mount("root=disk.img,overlay=ov");
     assert_eq!(lab.sh("tail -c +5242881 m/root | head -c 15728640 | md5sum"), sum);
-    lab.end();
 }
 
 /// Opens `name` and caches its page at `offset`. Returns the file and the bytes read.
@@ -179,7 +176,6 @@ fn changes_through_a_partition_are_read_through_the_disk_at_once() {
     assert!(read(&reader, 5 * MIB, 15 * MIB).iter().all(|byte| *byte == 0));
     assert_eq!(fs::metadata(lab.path("m/disk.img.p2")).unwrap().len(), 15 * MIB);
     drop((part, reader));
-    lab.end();
 }
 
 /// Access to a mapping.
@@ -278,7 +274,6 @@ fn mapping_of_one_file_sees_changes_through_another() {
         of_whole.sync();
     }
     drop((of_part, of_whole, whole, part));
-    lab.end();
 }
 
 #[test]
@@ -309,7 +304,6 @@ fn mapping_shows_no_discarded_bytes_after_the_call_returned() {
         assert_eq!(stale, None, "the round that showed old bytes");
     });
     drop((of_part, part));
-    lab.end();
 }
 
 #[test]
@@ -330,7 +324,6 @@ fn truncating_a_partition_with_dirty_pages_does_not_deadlock() {
         assert_eq!(read(&part, 4096, 5), b"after");
     }
     drop((of_part, part, all));
-    lab.end();
 }
 
 #[test]
@@ -380,7 +373,6 @@ fn partition_file_has_fixed_ends_like_a_block_device() {
     let full = lab.output("dd", &["if=/dev/zero", "of=m/disk.img.p1", "bs=1M"]);
     let said = String::from_utf8_lossy(&full.stderr);
     assert!(said.contains("No space left on device") && said.contains("4194304 bytes"), "{said}");
-    lab.end();
 }
 
 #[test]
@@ -403,7 +395,6 @@ fn plain_tools_see_the_holes_of_a_partition() {
             qemu-img convert -n -f raw -O raw m/disk.img.p1 m/disk.img.p5
             head -c 4194304 m/disk.img.p5 | cmp - m/disk.img.p1");
     drop(part);
-    lab.end();
 }
 
 #[test]
@@ -418,7 +409,6 @@ fn copies_stay_inside_their_partitions() {
     let onto_itself = copy_range(&whole, MIB + 100, &one, 0, 4096);
     assert_eq!(errno_of(onto_itself), libc::EINVAL);
     drop((one, two, whole));
-    lab.end();
 }
 
 #[test]
@@ -441,7 +431,6 @@ fn open_partition_keeps_its_disk_and_mount_in_use() {
     assert!(!lab.path("m/disk.img.p5").exists());
     lab.ok("add m d=disk.img,overlay=ov,partitions");
     assert_eq!(entries(&lab), ["d", "d.p1", "d.p2", "d.p5"]);
-    lab.end();
 }
 
 #[test]
@@ -463,7 +452,6 @@ fn commands_given_a_partition_name_its_disk() {
     assert!(line.contains("is partition 5 of the disk 'disk.img'"), "{line}");
     let line = lab.refused(1, "map m/disk.img.p3");
     assert!(line.contains("there is no disk 'disk.img.p3'"), "{line}");
-    lab.end();
 }
 
 #[test]
@@ -483,7 +471,6 @@ fn revert_and_reset_are_seen_through_a_partition() {
     lab.open("m/disk.img.p1").write_all_at(b"new", 0).unwrap();
     lab.ok("reset m/disk.img");
     assert_eq!(lab.sh("md5sum < m/disk.img.p1"), before);
-    lab.end();
 }
 
 #[test]
@@ -512,7 +499,7 @@ fn mode_ro_rejects_writes_and_mode_rw_writes_inside_the_partition() {
     want[5 * MIB as usize - 4..5 * MIB as usize].fill(8);
     assert!(fs::read(lab.path("rw.img")).unwrap() == want);
     // A device with large sectors.
-    lab.base("big.img", 48 * MIB);
+    lab.file_with_holes("big.img", 48 * MIB);
     let device = lab.loop_device("big.img", "-b 4096");
     lab.sh(&format!("parted -s {device} {MBR}; sync"));
     lab.mount(&format!("d={device},mode=rw,partitions"));
@@ -572,7 +559,6 @@ fn mount_without_usable_partitions_fails_and_leaves_nothing() {
     lab.ok("add m disk.img,partitions");
     let line = lab.refused(1, "add m disk.img.p2");
     assert!(line.contains("there is a disk 'disk.img.p2' in the mount already"), "{line}");
-    lab.end();
 }
 
 #[test]
@@ -605,7 +591,6 @@ fn partition_table_written_in_a_mount_takes_effect_at_the_next_mount() {
     lab.umount();
     lab.mount("c=bare.img,overlay=oc,partitions");
     assert_eq!(entries(&lab), ["c", "c.p1"]);
-    lab.end();
 }
 
 #[test]
@@ -649,7 +634,6 @@ fn partitions_follow_the_name_of_a_disk_in_a_store() {
     lab.umount();
     lab.mount("--store st");
     assert_eq!(entries(&lab), ["y"]);
-    lab.end();
 }
 
 /// An operation through one of the files: 0 is the disk, the others are its partitions.
@@ -683,13 +667,14 @@ fn op() -> impl Strategy<Value = Op> {
 
 /// The files of a small disk, and the array of bytes that each file presents a range of.
 struct Model {
-    lab: Lab,
     names: [&'static str; 4],
     ranges: [Range<u64>; 4],
     writers: Vec<File>,
     readers: Vec<File>,
     maps: Vec<Mapped>,
     bytes: Vec<u8>,
+    /// Ends after the files are closed.
+    lab: Lab,
 }
 
 impl Model {
@@ -813,9 +798,6 @@ proptest! {
             model.check(op);
         }
         model.check_holes(&Op::Sync { file: 0 });
-        let Model { lab, writers, readers, maps, .. } = model;
-        drop((writers, readers, maps));
-        lab.end();
     }
 }
 
@@ -829,5 +811,4 @@ fn who_has_a_partition_open_is_named_as_a_user_of_its_disk() {
     assert!(line.contains(&format!("sleep (pid {}) has disk.img.p1", sleeper.pid())), "{line}");
     drop(sleeper);
     lab.umount();
-    lab.end();
 }

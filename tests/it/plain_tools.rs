@@ -42,7 +42,6 @@ fn qemu_img_sees_the_holes_of_the_base() {
     let line = lab.sh("qemu-img map --output=json -f raw m/d");
     let start = 30 * MIB;
     assert!(line.contains(&format!("\"start\": {start}, \"length\": {MIB}")), "{line}");
-    lab.end();
 }
 
 #[test]
@@ -58,7 +57,6 @@ fn qemu_img_converts_out_of_the_mount() {
         cmp m/d full.raw
     ");
     assert!(allocated(&lab.path("out.raw")) < 24 * MIB);
-    lab.end();
 }
 
 #[test]
@@ -80,7 +78,6 @@ fn qemu_img_converts_into_the_mount() {
         qemu-img convert -n --target-is-zero -f qcow2 -O raw src.qcow2 m/g
     ");
     assert_eq!(data_runs(&lab.open_ro("m/e")), data_runs(&lab.open_ro("src.img")));
-    lab.end();
 }
 
 #[test]
@@ -97,7 +94,6 @@ fn qemu_img_resizes_a_disk() {
     ");
     let runs = data_runs(&lab.open_ro("m/d"));
     assert!(runs.iter().all(|run| run.end <= 10 * MIB), "{runs:?}");
-    lab.end();
 }
 
 #[test]
@@ -116,7 +112,6 @@ fn qcow2_rebased_from_the_disk_to_the_base_holds_only_the_difference() {
         qemu-img compare -f qcow2 -F raw diff.qcow2 m/d
     ");
     assert!(allocated(&lab.path("diff.qcow2")) < 8 * MIB);
-    lab.end();
 }
 
 #[test]
@@ -138,7 +133,6 @@ fn dd_reads_and_writes_sparsely_and_with_direct_io() {
         cmp m/d src.img
     ");
     assert!(allocated(&lab.path("out")) < 24 * MIB);
-    lab.end();
 }
 
 #[test]
@@ -154,7 +148,6 @@ fn cp_out_of_the_mount_keeps_the_holes() {
     assert_same_holes(&lab, "m/d", "auto");
     assert!(allocated(&lab.path("always")) <= allocated(&lab.path("auto")) + MIB);
     assert!(allocated(&lab.path("never")) >= 48 * MIB);
-    lab.end();
 }
 
 #[test]
@@ -178,7 +171,6 @@ fn cp_into_the_mount_gives_an_exact_copy() {
     let expected: Vec<_> = runs("large").iter().map(|run| run.start..block(run.end)).collect();
     let found: Vec<_> = runs("m/d").iter().map(|run| run.start..block(run.end)).collect();
     assert_eq!(found, expected);
-    lab.end();
 }
 
 #[test]
@@ -189,7 +181,6 @@ fn cp_inside_the_mount_copies_data_and_holes() {
     change(&lab, "m/d");
     lab.sh("cp m/d m/e && cmp m/d m/e && cp --sparse=never m/e m/f && cmp m/e m/f");
     assert_same_holes(&lab, "m/d", "m/e");
-    lab.end();
 }
 
 #[test]
@@ -208,7 +199,6 @@ fn tar_keeps_the_holes_in_both_directions() {
         tar -S -xOf d.tar > m/d
         cmp m/d out/d
     ");
-    lab.end();
 }
 
 #[test]
@@ -222,7 +212,6 @@ fn rsync_keeps_the_holes_in_both_directions() {
         rsync -S --inplace -I base.img m/d && cmp m/d base.img
     ");
     assert!(allocated(&lab.path("out")) < 24 * MIB);
-    lab.end();
 }
 
 /// Creates a file system in a disk through a loop device, fills it, trims it, and checks it after a
@@ -263,7 +252,6 @@ fn file_system_in_a_disk(make: &str, check: &str, losetup: &str) {
         umount inside; losetup -d {device}
     "
     ));
-    lab.end();
 }
 
 #[test]
@@ -301,7 +289,6 @@ fn mkfs_on_the_disk_file_discards_old_data_and_passes_fsck() {
         };
         assert!(data(disk) <= data(plain) + MIB, "{disk}: {} {}", data(disk), data(plain));
     }
-    lab.end();
 }
 
 #[test]
@@ -336,7 +323,6 @@ fn seek_sees_writes_through_a_shared_mapping() {
     // SAFETY: unmaps the mapping created above, which has no users left.
     assert_eq!(unsafe { libc::munmap(page, 4096) }, 0);
     wait_until("the mapping lets go", || lab.disk("d")["openers"] == 0);
-    lab.end();
 }
 
 #[test]
@@ -349,7 +335,6 @@ fn st_blocks_reflects_the_holes_of_a_disk() {
     let full = fs::metadata(lab.path("m/d")).unwrap();
     assert!(full.blocks() * 512 >= full.len());
     drop(file);
-    lab.end();
 }
 
 #[test]
@@ -363,5 +348,4 @@ fn fio_verifies_its_random_writes() {
              --do_verify=1 --fallocate=none --randrepeat=1 --output-format=terse"
         ));
     }
-    lab.end();
 }

@@ -84,7 +84,6 @@ fn write_past_the_file_size_limit_fails_with_efbig_only() {
     assert_eq!(read(&d, 7 * MIB, MIB), bytes);
     assert_eq!(read(&d, 6 * MIB, 5), b"below");
     drop(d);
-    lab.end();
 }
 
 #[test]
@@ -96,7 +95,6 @@ fn mount_survives_a_log_file_at_its_size_limit() {
     assert!(mounted.status.success(), "{}", show(&mounted));
     assert!(lab.ok("log m").contains("mounted at"));
     assert_eq!(lab.path("log.txt").metadata().unwrap().len(), MIB);
-    lab.end();
 }
 
 #[test]
@@ -110,7 +108,6 @@ fn overlay_above_the_file_size_limit_is_rejected() {
     // A temporary overlay needs no file of that size.
     let mounted = limited(&lab, "--fsize=1048576", "mount m d=base --log log.txt");
     assert!(mounted.status.success(), "{}", show(&mounted));
-    lab.end();
 }
 
 #[test]
@@ -123,7 +120,6 @@ fn started_programs_inherit_no_ignored_signals() {
     let output = lab.output(COWSLIP, &words);
     assert!(output.status.success(), "{}", show(&output));
     assert_eq!(String::from_utf8_lossy(&output.stdout), here);
-    lab.end();
 }
 
 #[test]
@@ -142,7 +138,6 @@ fn open_files_of_the_caller_are_closed_in_daemon_and_commands() {
             assert_ne!(target, lab.path("lock"), "{pid}");
         }
     }
-    lab.end();
 }
 
 #[test]
@@ -163,7 +158,6 @@ fn foreground_mount_keeps_open_files_but_its_commands_do_not() {
     wait_until("it leaves its caller's directory", || cwd() == Path::new("/"));
     signal(mount.pid(), Signal::TERM).unwrap();
     end_of(&mut mount);
-    lab.end();
 }
 
 #[test]
@@ -187,7 +181,6 @@ fn stream_commands_have_umask_and_limits_of_the_caller() {
         "umask 027; $COWSLIP mount m s=stream:64K,to=file:made; echo x > m/s; $COWSLIP finish m/s",
     );
     assert_eq!(lab.sh("stat -c %a made").trim(), "640");
-    lab.end();
 }
 
 #[test]
@@ -208,7 +201,6 @@ fn daemon_is_not_dumpable() {
     // FUSE answers only processes of the mount's own group, and a umount without an answer does not
     // know which daemon to wait for.
     lab.sh("setpriv --regid 65534 --clear-groups $COWSLIP umount m");
-    lab.end();
 }
 
 #[test]
@@ -218,7 +210,6 @@ fn mountpoint_of_run_is_private_with_any_umask() {
     let mode = lab.sh("umask 0; TMPDIR=$PWD/t $COWSLIP run b=blank:1M -- unshare -m \
                        sh -c 'umount -l $COWSLIP_MNT; stat -c %a $COWSLIP_MNT'");
     assert_eq!(mode.trim(), "700");
-    lab.end();
 }
 
 #[test]
@@ -246,7 +237,6 @@ fn signal_during_a_start_leaves_no_dead_mount_and_no_partial_overlay() {
     assert!(undone > 0, "no signal came during a start");
     lab.ok("check st");
     lab.mount("--store st");
-    lab.end();
 }
 
 #[test]
@@ -275,7 +265,6 @@ fn killed_mount_command_leaves_no_daemon_or_a_working_mount() {
         wait_until("no daemon is left", || daemons_of(lab.dir()).is_empty());
         assert_nothing_is_left(&lab, &format!("round {round}: {status}"));
     }
-    lab.end();
 }
 
 #[test]
@@ -304,7 +293,6 @@ fn run_ended_during_its_start_leaves_neither_mount_nor_directory() {
         let left = fs::read_dir(lab.path("t")).unwrap().count();
         assert_eq!(left, 0, "{when}");
     }
-    lab.end();
 }
 
 #[test]
@@ -320,7 +308,7 @@ fn signal_at_readiness_ends_a_mount_cleanly() {
                 (UnixDatagram::bind_addr(&address).unwrap(), format!("@{abstract_name}").into())
             }
         };
-        socket.set_read_timeout(Some(crate::common::mount::PATIENCE)).unwrap();
+        socket.set_read_timeout(Some(crate::common::mount::WAIT_TIMEOUT)).unwrap();
         let mut command = lab.command(COWSLIP);
         command.args(["mount", "-f", "m", "b=blank:1M"]).env("NOTIFY_SOCKET", name);
         command.stdout(Stdio::null()).stderr(Stdio::null());
@@ -334,7 +322,6 @@ fn signal_at_readiness_ends_a_mount_cleanly() {
         assert_eq!(end_of(&mut mount).code(), Some(0));
         assert_nothing_is_left(&lab, &format!("round {round}"));
     }
-    lab.end();
 }
 
 #[test]
@@ -348,7 +335,6 @@ fn failed_notification_of_the_service_manager_is_logged() {
     });
     signal(mount.pid(), Signal::TERM).unwrap();
     assert_eq!(end_of(&mut mount).code(), Some(0));
-    lab.end();
 }
 
 #[test]
@@ -379,7 +365,6 @@ fn mount_that_reaches_a_limit_leaves_neither_mount_nor_overlay() {
     let words = "mount m d=base,overlay=o.cow --log log.txt";
     let line = one_line(1, &limited(&lab, "--nofile=17", words), "17 descriptors");
     assert!(line.contains("17 open files are too few") && line.contains("ulimit -n"), "{line}");
-    lab.end();
 }
 
 #[test]
@@ -401,7 +386,6 @@ fn umount_detaches_the_mount_found_first_although_its_path_changes() {
     assert_eq!(end_of(&mut umount).code(), Some(0));
     assert_eq!(mounts_below(lab.dir()), [lab.path("y/m")]);
     lab.sh("umount y/m");
-    lab.end();
 }
 
 #[test]
@@ -428,7 +412,6 @@ fn mount_in_another_namespace_is_reported_and_not_awaited() {
     let pid: u32 = after.split(')').next().unwrap().parse().unwrap();
     signal(pid, Signal::KILL).unwrap();
     wait_until("the daemon ends", || daemons_of(lab.dir()).is_empty());
-    lab.end();
 }
 
 #[test]
@@ -437,7 +420,7 @@ fn warnings_of_a_daemon_go_to_the_system_log() {
     put(&lab.path("base"), &noise(64 * KIB, 1));
     lab.sh("$COWSLIP mount m d=base,overlay=o.cow; $COWSLIP umount m; echo changed >> base");
     let listener = UnixDatagram::bind(lab.path("devlog")).unwrap();
-    listener.set_read_timeout(Some(crate::common::mount::PATIENCE)).unwrap();
+    listener.set_read_timeout(Some(crate::common::mount::WAIT_TIMEOUT)).unwrap();
     // A private /dev, in which the listener is /dev/log: the host's log is not used.
     let mount = "mkdir dev; mount -t tmpfs tmpfs dev; cp -a /dev/null /dev/zero /dev/fuse dev
         touch dev/log; mount --bind devlog dev/log; mount --rbind dev /dev
@@ -459,7 +442,6 @@ fn warnings_of_a_daemon_go_to_the_system_log() {
     assert!(output.status.success(), "{}", show(&output));
     assert!(lab.log().contains("used all the same (--force)"), "{}", lab.log());
     assert!(listener.recv(&mut [0; 8192]).is_err());
-    lab.end();
 }
 
 #[test]
@@ -473,7 +455,6 @@ fn caller_in_a_removed_directory_can_mount_absolute_paths() {
     let output = lab.output("sh", &["-euc", &script]);
     let line = one_line(1, &output, "a relative path");
     assert!(line.contains("gone (deleted)/base' does not exist"), "{line}");
-    lab.end();
 }
 
 #[test]
@@ -491,7 +472,6 @@ fn a_daemon_that_runs_out_of_memory_while_it_starts_leaves_no_mount() {
         let _ = lab.cowslip("umount m");
         assert_nothing_is_left(&lab, &limit);
     }
-    lab.end();
 }
 
 #[test]
@@ -508,5 +488,4 @@ fn a_command_of_run_gets_the_signals_that_are_its_users() {
     signal(run.pid(), Signal::USR1).unwrap();
     assert_eq!(end_of(&mut run).code(), Some(0));
     assert!(lab.path("got").exists());
-    lab.end();
 }

@@ -57,7 +57,6 @@ fn images_of_every_cluster_size_and_version_are_read_like_qemu() {
         }
     }
     same_as_qemu(&lab, &names.iter().map(String::as_str).collect::<Vec<_>>());
-    lab.end();
 }
 
 #[test]
@@ -76,7 +75,6 @@ fn compressed_and_preallocated_images_are_read_like_qemu() {
          qemu-img snapshot -c one packed.qcow2
          qemu-io -c 'write -P 8 0 1M' packed.qcow2");
     same_as_qemu(&lab, &["packed", "large", "small", "meta", "full", "empty", "odd"]);
-    lab.end();
 }
 
 #[test]
@@ -106,7 +104,6 @@ fn backing_chains_are_read_down_to_the_last_image() {
     assert_eq!(lab.sh("cat m/d | md5sum"), changed);
     lab.umount();
     assert!(lab.ok("check ov").contains("three.qcow2, qcow2, "));
-    lab.end();
 }
 
 #[test]
@@ -137,7 +134,6 @@ fn changed_backing_file_of_a_base_is_detected() {
     assert!(line.contains("is not the base of overlay") && line.contains("base.img"), "{line}");
     lab.ok("rebase ov --base new/top.qcow2 --force");
     lab.mount("d=new/top.qcow2,format=qcow2,overlay=ov");
-    lab.end();
 }
 
 #[test]
@@ -152,7 +148,6 @@ fn disk_of_a_store_records_the_format_of_its_base() {
     lab.umount();
     lab.mount("--store st");
     lab.sh("cmp m/d base.img; cmp m/e base.img; cmp m/bytes vm.qcow2; cmp m/f vm.qcow2");
-    lab.end();
 }
 
 #[test]
@@ -174,7 +169,6 @@ fn raw_base_stays_raw_even_if_a_guest_writes_a_qcow2_header() {
     // A backing file with a recorded format stays raw as well.
     lab.sh("qemu-img create -q -f qcow2 -b base.img -F raw top.qcow2");
     same_as_qemu(&lab, &["top"]);
-    lab.end();
 }
 
 #[test]
@@ -189,7 +183,6 @@ fn qcow2_base_is_read_only() {
     assert!(line.contains("qemu-img commit"), "{line}");
     lab.umount();
     assert!(lab.refused(1, "commit ov").contains("qemu-img commit"));
-    lab.end();
 }
 
 /// Checks that mounting `image` fails quickly, with a line that contains all of `words`.
@@ -234,7 +227,6 @@ fn backing_files_outside_allowed_directories_are_not_opened() {
     )
     .unwrap();
     lab.mount("--config a.toml");
-    lab.end();
 }
 
 /// Opens `image` as a mount would, with no other directory allowed than its own.
@@ -278,7 +270,6 @@ fn directory_replaced_by_a_link_during_an_open_is_not_followed() {
         is_over.store(true, Ordering::Relaxed);
         assert!(!is_any_forbidden, "a file outside was opened");
     });
-    lab.end();
 }
 
 #[test]
@@ -301,7 +292,6 @@ fn chain_with_too_large_tables_is_rejected() {
     // The fourth image exceeds the limit.
     hostile(&lab, "3.qcow2", &["0.qcow2'", "to more than 128 MiB"]);
     hostile(&lab, "4.qcow2", &["1.qcow2'", "to more than 128 MiB"]);
-    lab.end();
 }
 
 #[test]
@@ -312,7 +302,6 @@ fn external_data_file_is_read_if_allowed() {
          qemu-img convert -f qcow2 -O raw d.qcow2 want.raw");
     lab.mount("--allow-backing . d=d.qcow2,format=qcow2,mode=ro");
     lab.sh("cmp m/d want.raw");
-    lab.end();
 }
 
 #[test]
@@ -337,7 +326,6 @@ fn endless_chains_and_chains_without_a_format_are_rejected() {
     hostile(&lab, "vmdk.qcow2", &["in the format vmdk"]);
     hostile(&lab, "0000.qcow2", &["more than 256 backing files"]);
     hostile(&lab, "probed.qcow2", &["does not say which format", "qemu-img rebase -u -F FORMAT"]);
-    lab.end();
 }
 
 #[test]
@@ -380,7 +368,6 @@ fn damaged_headers_and_tables_are_rejected() {
     hostile(&lab, "bad.qcow2", &["it has no header"]);
     fs::write(lab.path("bad.qcow2"), &good[..l1 as usize]).unwrap();
     hostile(&lab, "bad.qcow2", &["outside the file"]);
-    lab.end();
 }
 
 #[test]
@@ -413,5 +400,4 @@ fn damaged_clusters_give_errors_instead_of_wrong_bytes() {
         assert!(failed > 0 && failed < 64, "{name}: {failed} clusters failed");
         assert!(other <= u32::from(name == "packed"), "{name}: {other} clusters are others");
     }
-    lab.end();
 }

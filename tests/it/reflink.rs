@@ -43,7 +43,6 @@ fn passthrough_disk_matches_the_model() {
     let lab = lab();
     model(&lab, "host/base.img", DISK);
     assert!(!lab.log().contains("without passthrough"), "{}", lab.log());
-    lab.end();
 }
 
 #[test]
@@ -61,7 +60,6 @@ fn reflink_overlay_on_a_read_only_file_system_can_be_read() {
         lab.umount();
     }
     lab.sh("mount -o remount,rw host");
-    lab.end();
 }
 
 #[test]
@@ -82,7 +80,6 @@ fn reflink_disk_on_btrfs_matches_the_model() {
     layer.revert("one").unwrap();
     assert_eq!(bytes_of(&layer), was);
     drop(layer);
-    lab.end();
 }
 
 #[test]
@@ -90,7 +87,6 @@ fn reflink_disk_without_passthrough_matches_the_model() {
     let lab = lab();
     model(&lab, "host/base.img", &format!("{DISK} --cache none"));
     model_again_with(&lab, "--cache writeback");
-    lab.end();
 }
 
 /// Runs random operations without kills: with `--cache writeback` a killed daemon loses the pages
@@ -118,7 +114,6 @@ fn disk_on_a_stacked_file_system_is_served_without_passthrough() {
     lab.base("host/s/base.img", SIZE);
     model(&lab, "host/s/base.img", "d=host/s/base.img,overlay=host/s/ov,reflink");
     assert!(lab.log().contains("served without passthrough"), "{}", lab.log());
-    lab.end();
 }
 
 #[test]
@@ -136,7 +131,6 @@ X
     let mut wanted = whole(&lab, "host/base.img");
     wanted[6000..6006].copy_from_slice(b"served");
     assert!(whole(&lab, "host/ov/data") == wanted);
-    lab.end();
 }
 
 /// Returns the result of `ask` for `file`, run while the daemon is stopped.
@@ -150,7 +144,7 @@ fn without_the_daemon(
     let (tell, told) = mpsc::channel();
     stop(pid);
     let io = thread::spawn(move || tell.send(ask(&again)).unwrap());
-    let found = told.recv_timeout(PATIENCE);
+    let found = told.recv_timeout(WAIT_TIMEOUT);
     signal(pid, Signal::CONT).unwrap();
     io.join().unwrap();
     found.unwrap()
@@ -170,7 +164,6 @@ fn reads_and_writes_of_an_open_disk_bypass_the_daemon() {
     assert_eq!(found, b"past the daemon");
     assert_eq!(read(&lab.open_ro("host/ov/data"), 5000, 15), b"past the daemon");
     drop(file);
-    lab.end();
 }
 
 #[test]
@@ -189,7 +182,6 @@ fn passthrough_file_of_mode_rw_matches_the_model() {
     assert_eq!(found, b"past the daemon");
     assert_eq!(read(&lab.open_ro("host/rw.img"), 5000, 15), b"past the daemon");
     drop(file);
-    lab.end();
 }
 
 #[test]
@@ -205,7 +197,6 @@ fn passthrough_file_of_mode_ro_is_read_past_the_daemon_and_never_written() {
     lab.sh("touch -d 2001-01-01 m/d || true");
     assert_eq!(lab.sh("stat -c %Y host/base.img"), before);
     drop(file);
-    lab.end();
 }
 
 #[test]
@@ -228,7 +219,6 @@ fn failed_sync_latches_a_file_of_mode_rw_and_status_reports_it() {
         drop(file);
         let output = lab.cowslip("umount m");
         assert_eq!(output.status.code(), Some(1), "{}", show(&output));
-        lab.end();
     }
 }
 
@@ -247,7 +237,6 @@ fn passthrough_requires_a_whole_raw_file() {
         assert!(line.contains(says), "{line}");
     }
     lab.sh(&format!("losetup -d {device}"));
-    lab.end();
 }
 
 #[test]
@@ -267,7 +256,6 @@ fn write_past_the_end_is_seen_by_all_handles() {
     assert_eq!(read(&reader, 9 * MIB, 8), [0; 8]);
     assert_eq!(data_runs(&reader), [10 * MIB..10 * MIB + 1]);
     drop((file, reader, end));
-    lab.end();
 }
 
 #[test]
@@ -288,7 +276,6 @@ m[70000] = 7
 os.close(fd)
 assert os.lseek(os.open(\"m/d\", os.O_RDONLY), 65536, os.SEEK_DATA) <= 70000'");
     drop((file, base));
-    lab.end();
 }
 
 #[test]
@@ -308,7 +295,6 @@ fn times_owner_mode_and_inode_survive_a_remount() {
     // The overlay itself records its kind.
     lab.mount("d=host/base.img,overlay=host/ov");
     assert_eq!(look(), was);
-    lab.end();
 }
 
 #[test]
@@ -328,7 +314,6 @@ fn completed_writes_survive_a_killed_daemon() {
     assert_eq!(read(&file, 50_000, 100_000), noise(100_000, 5));
     assert_eq!(read(&file, 1000, 4), b"late");
     drop(file);
-    lab.end();
 }
 
 #[test]
@@ -367,7 +352,6 @@ fn power_cut_keeps_synced_data_and_a_failed_sync_latches() {
         let is_old = *sector == base[2 * MIB as usize + at..][..512];
         assert!(is_old || *sector == third[at..][..512], "at {at}");
     }
-    lab.end();
 }
 
 #[test]
@@ -385,7 +369,6 @@ fn copy_between_disks_is_exact_and_reflinked_by_the_host() {
     let shared = lab.sh("xfs_io -r -c 'fiemap -v 0 1m' host/ow/data");
     assert!(shared.contains("0x20"), "nothing is shared: {shared}");
     drop((from, to));
-    lab.end();
 }
 
 #[test]
@@ -395,7 +378,6 @@ fn base_is_in_use_while_the_disk_is_mounted() {
     lab.sh("mkdir m2");
     let line = lab.refused(1, "mount m2 w=host/base.img,mode=rw");
     assert!(line.contains("uses it as its base"), "{line}");
-    lab.end();
 }
 
 #[test]
@@ -405,7 +387,6 @@ fn second_mount_of_the_overlay_is_rejected() {
     lab.sh("mkdir m2");
     let line = lab.refused(1, &format!("mount m2 {DISK}"));
     assert!(line.contains("is in use by the cowslip mount at"), "{line}");
-    lab.end();
 }
 
 #[test]
@@ -417,7 +398,6 @@ fn resize_off_keeps_the_size() {
     assert_eq!(errno_of(file.write_at(b"outside", SIZE)), libc::ENOSPC);
     assert_eq!(file.metadata().unwrap().len(), SIZE);
     drop(file);
-    lab.end();
 }
 
 #[test]
@@ -435,7 +415,6 @@ fn status_reports_the_kind_and_the_changed_bytes() {
     drop(file);
     let said = lab.umount();
     assert!(said.contains("d: 8 KiB of changes kept in '"), "{said}");
-    lab.end();
 }
 
 #[test]
@@ -468,7 +447,6 @@ fn reflink_is_rejected_where_it_is_impossible() {
         let line = lab.refused(2, &format!("mount m {disk}"));
         assert!(line.contains(words), "{disk}: {line}");
     }
-    lab.end();
 }
 
 #[test]
@@ -485,7 +463,6 @@ fn overlay_of_the_other_kind_is_rejected() {
     assert!(line.contains("leave out block="), "{line}");
     let line = lab.refused(1, &format!("mount m {DISK},size=8M"));
     assert!(line.contains("presents 4 MiB, not 8 MiB"), "{line}");
-    lab.end();
 }
 
 #[test]
@@ -509,7 +486,6 @@ fn changed_base_is_rejected_unless_forced() {
     let mut wanted = whole(&lab, "host/base.img");
     wanted[..4].copy_from_slice(b"mine");
     check(&lab.open_ro("m/d"), &wanted);
-    lab.end();
 }
 
 // The library, without a mount.
@@ -560,7 +536,7 @@ fn create(lab: &Lab) -> OpenedReflink {
 /// Locks the overlay at `dir`. Retries while it is in use: a child that another test has just
 /// forked holds this process's files, and so the lock, until it executes its program.
 fn find(dir: &Path) -> Result<reflink::LockedReflink, ReflinkError> {
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + WAIT_TIMEOUT;
     loop {
         match reflink::lock_overlay(dir) {
             Err(ReflinkError::Stack(OverlayError::InUse { .. })) if Instant::now() < deadline => {
@@ -645,7 +621,6 @@ fn revert_and_reset_restore_snapshots_and_base() {
     assert!(bytes_of(&layer) == told.tuesday);
     assert_eq!(layer.data().metadata().unwrap().ino(), inode);
     drop(layer);
-    told.lab.end();
 }
 
 #[test]
@@ -669,7 +644,6 @@ fn invalid_missing_and_duplicate_snapshot_names_change_nothing() {
         fs::read_dir(told.ov("")).unwrap().map(|e| e.unwrap().file_name()).collect();
     names.sort();
     assert_eq!(names, ["data", "snapshots", "stack"]);
-    told.lab.end();
 }
 
 /// Writes the `intent` file that an interrupted revert leaves.
@@ -720,7 +694,6 @@ fn interrupted_revert_or_reset_is_finished_at_the_next_open() {
     let said = told.lab.mount(DISK);
     assert!(said.contains("d: the interrupted revert to 'monday' is finished"), "{said}");
     assert!(whole(&told.lab, "m/d") == told.monday);
-    told.lab.end();
 }
 
 #[test]
@@ -735,7 +708,6 @@ fn revert_that_cannot_be_finished_is_rejected_and_left_unchanged() {
     assert!(line.contains("is in the middle of a revert to 'gone'"), "{line}");
     assert!(told.ov("intent").exists());
     assert!(fs::read(told.ov("data")).unwrap() == was);
-    told.lab.end();
 }
 
 #[test]
@@ -762,7 +734,6 @@ fn shared_extents_tell_which_ranges_differ_from_the_base() {
     layer.reset().unwrap();
     assert_eq!(layer.changed().unwrap().ranges, []);
     drop(layer);
-    lab.end();
 }
 
 #[test]
@@ -774,7 +745,6 @@ fn overlay_lock_follows_the_data_file_across_a_rename() {
     assert!(matches!(two, Err(ReflinkError::Stack(OverlayError::InUse { .. }))));
     drop(one);
     find(&lab.path("host/renamed")).unwrap();
-    lab.end();
 }
 
 #[test]
@@ -791,5 +761,4 @@ fn direct_io_reaches_the_data_file() {
     assert_eq!(back.bytes(), data.bytes());
     assert_eq!(read(&lab.open_ro("m/d"), 4096, 8192), data.bytes());
     drop(file);
-    lab.end();
 }

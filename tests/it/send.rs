@@ -86,7 +86,6 @@ fn received_file_has_the_same_bytes_size_and_holes() {
         let rest = lab.sh("ls -a");
         assert!(!rest.contains(".part"), "{rest}");
     }
-    lab.end();
 }
 
 #[test]
@@ -98,7 +97,6 @@ fn holes_of_a_terabyte_file_are_not_sent() {
     assert!(recv(&lab, "out", &sent).status.success());
     same(&lab, "big", "out");
     assert!(allocated(&lab.path("out")) < 2 * MIB);
-    lab.end();
 }
 
 #[test]
@@ -123,7 +121,6 @@ fn records_cover_exactly_the_ranges_of_the_file() {
     let data = MIB..MIB + 4096;
     let all = [Size(3 * MIB), Zeros(0..MIB), Data(data), Zeros(MIB + 4096..3 * MIB), End];
     assert_eq!(found, all);
-    lab.end();
 }
 
 #[test]
@@ -158,7 +155,6 @@ fn truncated_stream_leaves_no_file_and_can_be_resumed() {
         $COWSLIP recv out --resume");
     same(&lab, "x", "out");
     assert!(!is_there(&lab, "out.part") && !is_there(&lab, "out.part.state"));
-    lab.end();
 }
 
 #[test]
@@ -181,7 +177,6 @@ fn unverified_data_is_written_again() {
     assert!(line.contains("begins at byte 67108864"), "{line}");
     assert!(recv(&lab, "out --resume", &sent).status.success());
     same(&lab, "x", "out");
-    lab.end();
 }
 
 #[test]
@@ -218,7 +213,6 @@ fn flipped_bit_in_a_stream_is_detected_or_harmless() {
             Ok(())
         })
         .unwrap();
-    lab.end();
 }
 
 #[test]
@@ -233,7 +227,6 @@ fn short_stream_cut_at_any_byte_never_becomes_a_file() {
     }
     assert!(recv(&lab, "out", &sent).status.success());
     same(&lab, "x", "out");
-    lab.end();
 }
 
 #[test]
@@ -260,7 +253,6 @@ fn existing_target_is_rejected_without_overwrite() {
     same(&lab, "x", "out");
     assert_eq!(fs::metadata(lab.path("out")).unwrap().permissions().mode() & 0o777, 0o640);
     lab.sh("test -L link; umask 027; $COWSLIP recv new < wire; test $(stat -c %a new) = 640");
-    lab.end();
 }
 
 #[test]
@@ -278,7 +270,6 @@ fn part_is_kept_if_resume_is_forgotten() {
     assert!(line.contains("changed since 'out.part' was begun"), "{line}");
     assert!(recv(&lab, "out --overwrite", &wire(&lab, "x")).status.success());
     same(&lab, "x", "out");
-    lab.end();
 }
 
 #[test]
@@ -293,7 +284,6 @@ fn raw_frames_work_in_both_directions() {
     lab.refused(2, "recv y --frames raw --resume");
     lab.refused(2, "recv y --frames tar");
     lab.refused(2, "send x --frames raw --since s");
-    lab.end();
 }
 
 #[test]
@@ -315,7 +305,6 @@ fn zeros_become_holes_on_request_and_from_pipes() {
     assert_eq!(data_runs(&lab.open_ro("out")), holes);
     lab.sh("$COWSLIP send - < x > wire; $COWSLIP recv stdin < wire; cmp x stdin");
     lab.sh("cat x | $COWSLIP send - --from 5000 --frames raw | cmp -i 0:5000 - x");
-    lab.end();
 }
 
 #[test]
@@ -349,7 +338,6 @@ fn block_device_can_be_sent_and_received() {
     lab.sh(&format!("umount inside; e2fsck -fn {used} 2>/dev/null; mount {used} inside"));
     assert_eq!(lab.sh("cat inside/file"), "kept\n");
     lab.sh(&format!("umount inside; losetup -d {used}"));
-    lab.end();
 }
 
 #[test]
@@ -364,7 +352,6 @@ fn mounted_disk_is_sent_with_its_present_bytes() {
     assert_eq!(data_runs(&lab.open_ro("out")), data_runs(&lab.open_ro("m/d")));
     drop(disk);
     lab.umount();
-    lab.end();
 }
 
 #[test]
@@ -397,7 +384,6 @@ fn changes_since_a_snapshot_are_applied_to_a_copy_of_it() {
     lab.refused(1, "send m/d --since friday");
     lab.refused(1, "send base.img --since monday");
     lab.umount();
-    lab.end();
 }
 
 #[test]
@@ -423,7 +409,6 @@ fn stream_of_another_sender_is_accepted_with_a_note() {
     let line = one_line(1, &recv(&lab, "out --resume", &plain), "resumed");
     assert!(line.contains("exists"), "{line}");
     one_line(1, &recv(&lab, "out --overwrite", b"rbd diff v1\ne"), "version 1");
-    lab.end();
 }
 
 #[test]
@@ -436,7 +421,6 @@ fn received_holes_are_exact_although_the_file_system_preallocates() {
     let taken = allocated(&lab.path("xfs/out"));
     assert!(taken <= allocated(&lab.path("x")) + 64 * KIB, "{taken}");
     lab.sh("umount xfs");
-    lab.end();
 }
 
 /// Starts `cowslip send WORDS` and reads only the banner of its stream.
@@ -477,7 +461,6 @@ fn mounted_disk_is_sent_as_of_one_point_in_time() {
         lab.sh(&format!("cmp want out; ! cmp -s {disk} out"));
     }
     lab.umount();
-    lab.end();
 }
 
 #[test]
@@ -502,7 +485,6 @@ fn changes_are_sent_as_of_one_point_in_time() {
     lab.sh("cmp want new");
     drop(disk);
     lab.umount();
-    lab.end();
 }
 
 #[test]
@@ -524,7 +506,6 @@ fn send_of_a_frozen_disk_can_be_resumed_until_a_write() {
     assert!(line.contains("changed since 'out.part' was begun"), "{line}");
     drop(disk);
     lab.umount();
-    lab.end();
 }
 
 #[test]
@@ -546,7 +527,6 @@ fn disk_that_cannot_be_frozen_is_sent_live_and_reports_changes() {
     assert!(line.contains("no overlay"), "{line}");
     drop(disk);
     lab.umount();
-    lab.end();
 }
 
 #[test]
@@ -563,7 +543,6 @@ fn user_with_read_access_alone_can_send_a_disk() {
     assert!(why.contains("does not let you ask"), "{why}");
     assert_eq!(lab.disk("d")["overlay"]["chain"].as_array().unwrap().len(), 1, "it was frozen");
     lab.umount();
-    lab.end();
 }
 
 #[test]
@@ -591,7 +570,23 @@ fn progress_without_a_terminal_is_one_line_per_second_on_request() {
         assert_eq!(fs::read_to_string(lab.path(verb)).unwrap(), "", "nobody asked");
     }
     lab.refused(2, "send --progress -q x");
-    lab.end();
+}
+
+#[test]
+fn progress_on_a_terminal_is_one_line_that_fits_and_is_erased() {
+    let lab = Lab::new();
+    sparse(&lab, "x", 32 * MIB, &[(0, 32 * MIB)]);
+    lab.sh("script -qec 'stty cols 30; $COWSLIP send x | { sleep 1; cat >out; }' shown >/dev/null
+         cmp x out");
+    let shown = fs::read_to_string(lab.path("shown")).unwrap();
+    let shown = shown.lines().find(|line| line.contains("sent ")).unwrap();
+    let mut draws: Vec<_> = shown.split("\r\x1b[2K").collect();
+    assert_eq!(draws.pop(), Some(""), "the last line was not erased: {shown:?}");
+    assert!(draws.len() > 1, "{shown:?}");
+    for draw in draws {
+        assert!(draw.is_empty() || draw.starts_with("sent "), "{shown:?}");
+        assert!(draw.chars().count() <= 30 && !draw.contains('\x1b'), "{shown:?}");
+    }
 }
 
 #[test]
@@ -607,7 +602,6 @@ fn source_truncated_while_sending_is_an_error_and_gives_no_file() {
     assert!(line.contains("got shorter while it was sent"), "{line}");
     one_line(1, &recv(&lab, "out", &rest), "the stream of it");
     assert!(!is_there(&lab, "out"));
-    lab.end();
 }
 
 #[test]
@@ -626,7 +620,6 @@ fn bad_arguments_give_one_line_and_a_closed_pipe_none() {
     lab.refused(2, "recv x --resume-offset --overwrite");
     assert_eq!(lab.ok("recv nothing --resume-offset"), "0\n");
     assert_eq!(lab.sh("{ $COWSLIP send x; } 2> err | head -c 5; cat err"), "rbd d");
-    lab.end();
 }
 
 #[test]
@@ -652,7 +645,6 @@ fn concurrent_receivers_do_not_share_a_part() {
     assert!(first.wait().unwrap().success());
     same(&lab, "x", "out");
     assert!(Path::new(&lab.path("out")).is_file());
-    lab.end();
 }
 
 #[test]
@@ -686,7 +678,6 @@ fn links_and_pipes_beside_the_target_are_not_followed() {
     lab.sh("rm c.part; mkfifo c.part.state");
     assert!(recv(&lab, "c", &wire).status.success());
     assert_eq!(fs::read(lab.path("victim")).unwrap(), b"whole");
-    lab.end();
 }
 
 #[test]
@@ -712,5 +703,4 @@ fn stream_of_checkpoints_alone_needs_little_memory() {
                 -e inject=fdatasync:delay_enter=3000000 $COWSLIP recv x --onto old <wire";
     let output = lab.output("sh", &["-c", line]);
     assert!(one_line(1, &output, line).contains("the stream was cut"));
-    lab.end();
 }

@@ -146,7 +146,6 @@ fn kill_everywhere(old: Option<&[u8]>, flags: &str, begun: u64) {
     assert!(kills > 10, "{kills} kills");
     assert_eq!(resumed.first(), Some(&begun), "{resumed:?}");
     assert!(whole > 0, "none was after the rename");
-    lab.end();
 }
 
 #[test]
@@ -228,7 +227,6 @@ fn target_and_state_are_renamed_only_after_syncs() {
         }
     }
     assert!(states > 0, "no state was kept\n{text}");
-    lab.end();
 }
 
 #[test]
@@ -256,5 +254,4 @@ fn outdated_state_is_durably_deleted_before_its_part_is_rewritten() {
         let synced = positions(&calls, |call| is_sync(call) && is_on(call, &dir));
         assert!(synced.iter().any(|sync| (gone..changed[0]).contains(sync)), "{words}\n{text}");
     }
-    lab.end();
 }

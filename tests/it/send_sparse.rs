@@ -74,7 +74,6 @@ fn simg2img_restores_a_sent_file() {
     lab.sh("$COWSLIP send m/d --frames android-sparse |
             $COWSLIP recv back --frames android-sparse; cmp m/d back");
     assert_eq!(data_runs(&lab.open_ro("back")), data_runs(&lab.open_ro("m/d")));
-    lab.end();
 }
 
 #[test]
@@ -87,7 +86,6 @@ fn image_of_img2simg_is_received_with_its_holes() {
     lab.sh("img2simg x image; cat image | $COWSLIP recv out --frames android-sparse; cmp x out");
     assert_eq!(data_runs(&lab.open_ro("out")), data_runs(&lab.open_ro("x")));
     assert!(!lab.path("out.part").exists());
-    lab.end();
 }
 
 #[test]
@@ -109,7 +107,6 @@ fn dont_care_ranges_keep_old_bytes_and_are_holes_in_a_new_file() {
     lab.sh(&format!("blockdev --flushbufs {device}; losetup -d {device}"));
     let expected = [blocks([7, 0, b'o', 7]), vec![b'o'; 4096]].concat();
     assert_eq!(fs::read(lab.path("old")).unwrap(), expected);
-    lab.end();
 }
 
 #[test]
@@ -120,7 +117,6 @@ fn wrong_checksum_is_reported_as_damage() {
     let line = one_line(1, &recv(&lab, "bad", &small(Some(sum ^ 1))), "a wrong checksum");
     assert!(line.contains("damaged") && line.contains("checksum"), "{line}");
     assert!(!lab.path("bad").exists());
-    lab.end();
 }
 
 #[test]
@@ -156,7 +152,6 @@ fn truncated_or_damaged_image_never_becomes_a_file() {
     let line = one_line(1, &recv(&lab, "out", b"rbd diff v2\n and more of that, and more"), "rbd");
     assert!(line.contains("no Android sparse image") && line.contains("nothing was w"), "{line}");
     assert!(recv(&lab, "out", &image).status.success(), "a part that is left is in nobody's way");
-    lab.end();
 }
 
 #[test]
@@ -177,7 +172,6 @@ fn impossible_images_are_rejected_before_the_first_byte() {
         assert!(line.contains("--frames rbd"), "{words}: {line}");
     }
     assert_eq!(lab.sh("ls"), "m\nodd\nx\n");
-    lab.end();
 }
 
 /// Returns an image of 44 bytes that is a single fill of `blocks` blocks of 1 MiB.
@@ -207,5 +201,4 @@ fn small_image_cannot_fill_the_file_system() {
     let output = recv(&lab, "z --limit 9M", &fill(9));
     assert!(output.status.success(), "{}", show(&output));
     assert_eq!(fs::read(lab.path("z")).unwrap(), vec![7; 9 << 20]);
-    lab.end();
 }

@@ -44,7 +44,6 @@ fn new_file_survives_a_remount() {
     assert_eq!(after.modified().unwrap(), before.modified().unwrap());
     assert_eq!(lab.sh("cat m/new"), "hello\n");
     assert_eq!(fs::metadata(lab.path("m/sparse")).unwrap().len(), 10 * MIB);
-    lab.end();
 }
 
 #[test]
@@ -59,7 +58,6 @@ fn file_survives_a_killed_daemon() {
     assert_eq!(names(&lab), ["other"]);
     assert!(read(&lab.open_ro("m/other"), 12345, MIB) == noise(MIB, 3));
     assert_eq!(count(&lab, "layers"), 1);
-    lab.end();
 }
 
 #[test]
@@ -70,7 +68,6 @@ fn truncating_a_huge_file_takes_time_for_its_data_only() {
         lab.sh("sync m/f; truncate -s 0 m/f; sync m/f");
         lab.sh(&format!("truncate -s {size} m/f; fallocate -p -o 1G -l 6E m/f; sync m/f"));
     }
-    lab.end();
 }
 
 #[test]
@@ -79,7 +76,6 @@ fn o_excl_creates_a_file_only_once() {
     let make = || OpenOptions::new().write(true).create_new(true).mode(0o604).open(lab.path("m/x"));
     drop(make().unwrap());
     assert_eq!(errno_of(make()), libc::EEXIST);
-    lab.end();
 }
 
 #[test]
@@ -90,7 +86,6 @@ fn renamed_file_keeps_its_inode_and_content() {
     again(&lab);
     assert_eq!(names(&lab), ["b"]);
     assert_eq!(fs::metadata(lab.path("m/b")).unwrap().ino(), ino);
-    lab.end();
 }
 
 #[test]
@@ -107,7 +102,6 @@ fn rename_over_another_file_removes_it() {
     assert_eq!(names(&lab), ["b"]);
     assert_eq!(lab.sh("cat m/b"), "one\n");
     assert_eq!(count(&lab, "layers"), 1);
-    lab.end();
 }
 
 #[test]
@@ -134,7 +128,6 @@ fn unlinked_file_exists_until_its_last_handle_is_closed() {
     wait_until("the removed disk's files go", || count(&lab, "disks") == 1);
     again(&lab);
     assert_eq!(lab.sh("cat m/a"), "new\n");
-    lab.end();
 }
 
 #[test]
@@ -167,7 +160,6 @@ fn file_stays_readable_while_it_is_replaced() {
     wait_until("the replaced disks' files go", || count(&lab, "disks") == 1);
     again(&lab);
     assert_eq!(lab.sh("cat m/a"), "version\n");
-    lab.end();
 }
 
 #[test]
@@ -189,7 +181,6 @@ fn path_handle_can_be_opened_after_the_file_was_removed() {
     drop((replaced, removed));
     wait_until("the files of what is gone go", || count(&lab, "disks") == 1);
     assert_eq!(lab.sh("cat m/a"), "new\n");
-    lab.end();
 }
 
 #[test]
@@ -203,7 +194,6 @@ fn lookups_listings_and_removals_in_any_order_leave_nothing() {
         ));
     }
     wait_until("all of it goes", || count(&lab, "disks") == 0 && count(&lab, "layers") == 0);
-    lab.end();
 }
 
 #[test]
@@ -226,7 +216,6 @@ fn open_file_without_a_name_has_link_count_zero() {
     assert_eq!(snapshot.metadata().unwrap().nlink(), 0);
     assert_eq!(read(&snapshot, 0, 6), b"three\n");
     drop((files, snapshot));
-    lab.end();
 }
 
 #[test]
@@ -239,7 +228,6 @@ os.mknod(\"m/a\", 0o640 | stat.S_IFREG); os.mknod(\"m/b\", 0o600)'");
     lab.sh("! mknod m/p p; ! mknod m/c c 1 3; ! mknod m/a p; echo text >m/a");
     again(&lab);
     assert_eq!((names(&lab), lab.sh("cat m/a")), (vec!["a".into(), "b".into()], "text\n".into()));
-    lab.end();
 }
 
 #[test]
@@ -252,7 +240,6 @@ fn tar_restores_files_that_had_extended_attributes() {
         tar --xattrs -C m -xf a.tar; cmp from/a m/a
         test \"$(stat -c '%a %Y' from/a)\" = \"$(stat -c '%a %Y' m/a)\"
     ");
-    lab.end();
 }
 
 #[test]
@@ -267,7 +254,6 @@ fn unlinked_files_left_by_a_crash_are_swept() {
     lab.mount("--store st");
     assert_eq!(names(&lab), ["b"]);
     assert_eq!((count(&lab, "disks"), count(&lab, "layers")), (1, 1));
-    lab.end();
 }
 
 #[test]
@@ -288,7 +274,6 @@ fn tools_that_write_a_temporary_file_and_rename_it_work() {
     ");
     again(&lab);
     lab.sh("cmp base.img m/disk; qemu-img compare -q -f qcow2 -F raw m/vm.qcow2 base.img");
-    lab.end();
 }
 
 #[test]
@@ -303,7 +288,6 @@ fn without_a_store_files_cannot_be_created_and_the_log_says_why() {
     let log = lab.log();
     assert!(log.contains("--store") && log.contains("'new'"), "{log}");
     assert!(lab.ok("log m").contains("--store"));
-    lab.end();
 }
 
 #[test]
@@ -316,7 +300,6 @@ fn disk_of_the_command_line_cannot_be_renamed_beside_a_store() {
     assert_eq!(errno_of(fs::remove_file(lab.path("m/d"))), libc::EPERM);
     assert_eq!(errno_of(fs::rename(lab.path("m/new"), lab.path("m/d"))), libc::EPERM);
     assert_eq!(names(&lab), ["d", "new"]);
-    lab.end();
 }
 
 #[test]
@@ -329,7 +312,6 @@ fn invalid_names_are_rejected_in_the_mount() {
     lab.sh("echo x > m/a");
     assert!(fs::rename(lab.path("m/a"), lab.path("m/.cowslip")).is_err());
     assert_eq!(names(&lab), ["a"]);
-    lab.end();
 }
 
 #[test]
@@ -358,7 +340,6 @@ fn request_with_an_invalid_disk_name_is_rejected() {
     assert_eq!((names(&lab), count(&lab, "names")), (vec!["a".to_owned()], 1));
     assert!(!outside.exists() && !lab.path("st/outside").exists());
     assert_eq!((count(&lab, "disks"), count(&lab, "layers")), (1, 1));
-    lab.end();
 }
 
 #[test]
@@ -374,7 +355,6 @@ fn store_with_an_invalid_name_is_rejected() {
     }
     lab.mount("--store st");
     assert_eq!(lab.sh("cat m/a"), "text\n");
-    lab.end();
 }
 
 #[test]
@@ -382,7 +362,6 @@ fn store_can_be_mounted_only_once() {
     let lab = lab();
     lab.sh("mkdir other");
     assert!(lab.refused(1, "mount other --store st").contains("in use"));
-    lab.end();
 }
 
 #[test]
@@ -406,7 +385,6 @@ fn full_store_gives_enospc() {
     lab.sh("rm host/fill");
     lab.umount();
     lab.sh("umount host");
-    lab.end();
 }
 
 #[test]
@@ -418,7 +396,6 @@ fn disk_moved_out_of_its_store_is_rejected_with_the_place_of_its_layers() {
     lab.sh("cp -a st/disks/* out");
     let line = lab.refused(1, "mount m d=base,overlay=out");
     assert!(line.contains("a disk of a store has them in the store"), "{line}");
-    lab.end();
 }
 
 #[test]
@@ -431,7 +408,6 @@ fn a_host_without_a_free_inode_is_a_full_host() {
     assert_eq!(made.unwrap_err().raw_os_error(), Some(libc::ENOSPC));
     lab.umount();
     lab.sh("umount t");
-    lab.end();
 }
 
 /// Has fsyncs of the daemon fail that `when` selects in each of its threads, while `change` runs.
@@ -479,7 +455,6 @@ fn disk_whose_rename_or_removal_is_not_durable_keeps_its_name_and_what_is_synced
     again(&lab);
     assert_eq!(names(&lab), ["b"]);
     assert_eq!(lab.sh("cat m/b"), "old");
-    lab.end();
 }
 
 #[test]
@@ -503,5 +478,4 @@ fn disk_whose_name_may_be_lost_acknowledges_no_sync() {
     lab.kill();
     lab.mount("--store st");
     assert_eq!(lab.sh("cat m/a m/b m/c"), "oldoldold");
-    lab.end();
 }

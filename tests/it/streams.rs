@@ -76,10 +76,9 @@ fn image_has_the_historic_checksums() {
             drop(file);
             lab.ok("finish m/o");
             if let Some(reader) = &mut reader {
-                assert!(ends_within(&mut reader.0, PATIENCE));
+                assert!(ends_within(&mut reader.0, WAIT_TIMEOUT));
             }
             assert_eq!(lab.sh("md5sum < out"), format!("{sum}  -\n"), "{sink} {pad}");
-            lab.end();
         }
     }
 }
@@ -108,7 +107,6 @@ fn plain_tools_write_the_same_image_to_a_stream_and_a_file() {
         }
         lab.sh("rm out");
     }
-    lab.end();
 }
 
 #[test]
@@ -127,7 +125,7 @@ fn file_system_created_on_a_stream_passes_fsck() {
         ));
         lab.ok("finish m/o");
         if let Some(reader) = &mut reader {
-            assert!(ends_within(&mut reader.0, PATIENCE));
+            assert!(ends_within(&mut reader.0, WAIT_TIMEOUT));
         }
         if sink == ZSTD {
             lab.sh("zstd -q -d o.zst -o out");
@@ -138,7 +136,6 @@ fn file_system_created_on_a_stream_passes_fsck() {
             "e2fsck -fn {device}; mount -o ro {device} t; diff -r --no-dereference tree t | grep -v lost+found && exit 1
              umount t; losetup -d {device}"
         ));
-        lab.end();
     }
 }
 
@@ -160,7 +157,6 @@ fn holes_of_a_stream_stay_holes_in_a_file() {
     assert_eq!(runs("src"), runs("out"));
     assert_eq!(checksum(&lab.path("src")), checksum(&lab.path("out")));
     assert!(allocated(&lab.path("out")) < MIB);
-    lab.end();
 }
 
 #[test]
@@ -192,7 +188,6 @@ fn late_write_fails_the_stream_for_ever_but_no_other_disk() {
     let line = lab.refused(1, "umount m");
     assert!(line.contains("o: the stream failed"), "{line}");
     assert!(!lab.path("out").exists() && lab.path("out.part").exists());
-    lab.end();
 }
 
 #[test]
@@ -222,7 +217,6 @@ fn measure_reports_the_smallest_sufficient_window_and_spill() {
     assert!(works(&format!("window=128K,spill={spill}K")));
     assert!(works(&format!("window=128K,spill={spill}K,spill-compress")));
     assert!(!works(&format!("window=128K,spill={}", spill * 1024 - 1)));
-    lab.end();
 }
 
 #[test]
@@ -243,7 +237,6 @@ fn finish_waits_for_writers_and_can_be_repeated() {
     assert_eq!(errno_of(lab.open("m/o").write_all_at(&[1], 0)), libc::EIO);
     assert!(lab.refused(1, "abort m/o").contains("finished already"));
     assert!(!lab.path("out.part").exists());
-    lab.end();
 }
 
 #[test]
@@ -272,7 +265,6 @@ fn incomplete_image_is_never_taken_for_a_complete_one() {
     let output = run(&lab, &[sink], "head -c 8M /dev/urandom > $COWSLIP_MNT/o");
     assert!(output.status.success() && lab.path("whole").exists());
     assert_eq!(fs::metadata(lab.path("out")).unwrap().len(), 32 * MIB);
-    lab.end();
 }
 
 #[test]
@@ -298,7 +290,6 @@ fn run_exits_with_125_if_the_sink_fails() {
     assert_eq!(output.status.code(), Some(9), "{}", show(&output));
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
     assert!(said.contains("'sh' exited with status 4: worn"), "{said}");
-    lab.end();
 }
 
 #[test]
@@ -308,7 +299,6 @@ fn stdout_gets_nothing_but_the_stream() {
     assert!(output.status.success(), "{}", show(&output));
     assert_eq!((output.stdout.len(), &output.stdout[..5]), (64 << 10, &b"data\0"[..]));
     assert_eq!(output.stderr, b"noise\n");
-    lab.end();
 }
 
 #[test]
@@ -328,7 +318,6 @@ fn stream_can_finish_with_its_last_writer_or_at_umount() {
     signal(pid, Signal::TERM).unwrap();
     wait_until("the daemon ends", || !is_alive(pid));
     assert!(lab.path("s").exists());
-    lab.end();
 }
 
 #[test]
@@ -360,14 +349,13 @@ fn stalled_sink_blocks_only_its_writers() {
     assert!(peak * KIB < (16 + 16 + 16) * MIB, "{peak} kB");
     // Killed writers exit.
     dd.0.kill().unwrap();
-    assert!(ends_within(&mut dd.0, PATIENCE), "dd is not released");
+    assert!(ends_within(&mut dd.0, WAIT_TIMEOUT), "dd is not released");
     fio.0.kill().unwrap();
-    assert!(ends_within(&mut fio.0, PATIENCE), "fio is not released");
+    assert!(ends_within(&mut fio.0, WAIT_TIMEOUT), "fio is not released");
     wait_until("they are gone", || lab.disk("o")["openers"] == 0);
     let line = lab.refused(1, "finish --timeout 500ms m/o");
     assert!(line.contains("the sink still works"), "{line}");
     assert_eq!(lab.ok("abort m/o"), "o: aborted\n");
-    lab.end();
 }
 
 #[test]
@@ -377,7 +365,6 @@ fn umount_abandons_a_stalled_sink() {
     lab.sh("head -c 512k /dev/urandom > m/o");
     let line = lab.refused(1, "umount --timeout 500ms m");
     assert!(line.contains("the stream is given up: its sink had "), "{line}");
-    lab.end();
 }
 
 #[test]
@@ -393,7 +380,7 @@ fn closed_sink_is_a_sticky_error_with_its_accepted_bytes() {
         at += MIB;
         assert!(at < 64 * MIB, "nobody noticed");
     }
-    assert!(ends_within(&mut reader.0, PATIENCE));
+    assert!(ends_within(&mut reader.0, WAIT_TIMEOUT));
     wait_until("the failure is told", || lab.disk("o")["state"] == "failed");
     assert_eq!(errno_of(file.sync_all()), libc::EIO);
     let taken = stream(&lab, "o")["accepted"].as_u64().unwrap();
@@ -401,7 +388,6 @@ fn closed_sink_is_a_sticky_error_with_its_accepted_bytes() {
     assert_eq!(fs::read(lab.path("got")).unwrap(), bytes[..100_000]);
     drop(file);
     lab.refused(1, "umount m");
-    lab.end();
 }
 
 #[test]
@@ -420,7 +406,7 @@ fn exited_sink_fails_the_stream_before_anything_is_sent() {
         mount(&lab, &[&format!("o=stream:64M,{sink}")]);
         if sink.contains("fifo") {
             let mut reader = spawn(&lab, "exec 3<p");
-            assert!(ends_within(&mut reader.0, PATIENCE));
+            assert!(ends_within(&mut reader.0, WAIT_TIMEOUT));
         }
         let file = lab.open("m/o");
         if sink.contains("head") {
@@ -442,7 +428,6 @@ fn exited_sink_fails_the_stream_before_anything_is_sent() {
     lab.open("m/o").write_all_at(&noise(65536, 1), 0).unwrap();
     lab.ok("finish m/o");
     lab.umount();
-    lab.end();
 }
 
 #[test]
@@ -463,7 +448,6 @@ fn failed_source_is_reported_before_its_last_bytes_are_read() {
     mount(&lab, &["in=stream:64M,from=cmd:sh -c 'head -c 4500K /dev/zero; exit 5'"]);
     wait_until("the failure is told", || lab.disk("in")["state"] == "failed");
     lab.refused(1, "umount m");
-    lab.end();
 }
 
 #[test]
@@ -493,7 +477,6 @@ fn zeros_and_holes_use_no_window_and_truncation_keeps_the_size() {
     assert_eq!(read(&out, 200 * MIB, 64 * KIB), noise(64 * KIB, 2));
     assert_eq!(read(&out, 300 * MIB, 4096), [0; 4096]);
     assert_eq!(out.metadata().unwrap().len(), GIB);
-    lab.end();
 }
 
 #[test]
@@ -520,7 +503,6 @@ fn reads_do_not_advance_the_frontier() {
     assert_eq!((&after["state"], &after["frontier"]), (&"open".into(), &before["frontier"]));
     drop((file, reader));
     lab.ok("finish m/o");
-    lab.end();
 }
 
 #[test]
@@ -535,7 +517,6 @@ fn seek_and_map_report_the_written_ranges() {
     assert_eq!(allocated(&lab.path("m/o")), 12288);
     drop(file);
     lab.ok("finish m/o");
-    lab.end();
 }
 
 /// Applies the records of an rbd diff to a file.
@@ -573,7 +554,6 @@ fn rbd_records_allow_late_rewrites() {
         same(&lab, "seen", "out");
         lab.sh("e2fsck -fn out; rm out");
     }
-    lab.end();
 }
 
 #[test]
@@ -593,7 +573,6 @@ fn gaps_of_a_stream_become_zeros_on_a_block_device() {
     model[1_000_000..1_000_004].copy_from_slice(b"data");
     assert!(read(&disk, 0, 8 * MIB) == model);
     assert!(read(&disk, 8 * MIB, 8 * MIB).iter().any(|byte| *byte != 0), "past the stream");
-    lab.end();
 }
 
 #[test]
@@ -618,7 +597,6 @@ fn concurrent_writers_give_the_image_they_wrote() {
     });
     lab.ok("finish m/o");
     assert!(fs::read(lab.path("out")).unwrap() == bytes);
-    lab.end();
 }
 
 #[test]
@@ -651,7 +629,6 @@ fn invalid_streams_are_rejected_in_one_line() {
     lab.mount("base.img");
     assert!(lab.refused(1, "finish m/base.img").contains("is no output stream"));
     assert!(lab.refused(1, "abort m/base.img").contains("is no stream"));
-    lab.end();
 }
 
 #[test]
@@ -671,7 +648,6 @@ fn input_stream_is_read_in_order_with_a_read_window() {
     assert!(lab.log().contains("read-window="), "{}", lab.log());
     assert_eq!(errno_of(File::options().write(true).open(lab.path("m/i"))), libc::EROFS);
     drop(file);
-    lab.end();
 }
 
 #[test]
@@ -700,7 +676,6 @@ fn spooled_input_can_be_read_anywhere_and_has_holes() {
     assert_eq!(data_runs(&file), [0..MIB, 12 * MIB..13 * MIB]);
     same(&lab, "src", "m/i");
     drop(file);
-    lab.end();
 }
 
 #[test]
@@ -734,7 +709,6 @@ fn input_that_ends_early_or_fails_is_an_error_instead_of_zeros() {
             assert!(line.contains(why), "{line}");
         }
     }
-    lab.end();
 }
 
 #[test]
@@ -745,8 +719,7 @@ fn killed_reader_of_a_stalled_input_exits() {
     wait_until("the reader is there", || lab.disk("i")["openers"] == 1);
     std::thread::sleep(Duration::from_millis(200));
     reader.0.kill().unwrap();
-    assert!(ends_within(&mut reader.0, PATIENCE), "cat is not released");
-    lab.end();
+    assert!(ends_within(&mut reader.0, WAIT_TIMEOUT), "cat is not released");
 }
 
 #[test]
@@ -762,5 +735,4 @@ fn run_whose_sink_stalls_at_the_end_can_be_stopped() {
     wait_until("run ends", || run.0.try_wait().unwrap().is_some());
     assert_eq!(run.0.wait().unwrap().code(), Some(143));
     wait_until("its daemon ends", || daemons_of(lab.dir()).is_empty());
-    lab.end();
 }

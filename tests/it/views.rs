@@ -68,18 +68,17 @@ fn partitions_match_those_of_util_linux() {
         let device = lab.loop_device(name, "-r");
         same_as_its_bytes(&lab, &device, name, &seen);
     }
-    lab.end();
 }
 
 #[test]
 fn tables_with_large_sectors_are_read_from_devices_and_gpts_from_files() {
-    let mut lab = Lab::new();
+    let lab = Lab::new();
     // sfdisk: parted 3.5 sometimes crashes on a device where there is no udev.
     let mbr = "label: dos\n1MiB,4MiB,83\n6MiB,14MiB,83\n20MiB,40MiB,5\n21MiB,9MiB,83\n\
                31MiB,2MiB,83\n40MiB,20MiB,83\n";
     let gpt = "label: gpt\n1MiB,4MiB\n3 : start=6MiB, size=34MiB\n";
     for (name, script, count) in [("mbr.img", mbr, 5), ("gpt.img", gpt, 2)] {
-        lab.base(name, 64 * MIB);
+        lab.file_with_holes(name, 64 * MIB);
         let device = lab.loop_device(name, "-b 4096");
         put(&lab.path("script"), script.as_bytes());
         lab.sh(&format!("sfdisk -q --no-reread --no-tell-kernel {device} < script; sync"));
@@ -110,7 +109,6 @@ fn damaged_gpt_is_read_from_its_backup() {
     lab.sh("truncate -s 63M x.img");
     let line = lab.refused(1, "mount m x.img,partition=3");
     assert!(line.contains("x.img' has a damaged partition table"), "{line}");
-    lab.end();
 }
 
 #[test]
@@ -142,7 +140,6 @@ fn partition_holds_a_file_system_and_its_base_is_unchanged() {
         // This is no change of the base, so --force does not apply.
         lab.refused(1, &format!("mount m root=disk.img,overlay=ov,{other} --force"));
     }
-    lab.end();
 }
 
 #[test]
@@ -169,7 +166,6 @@ fn holes_of_a_base_are_holes_of_its_parts() {
             printf x | dd of=m/odd bs=1 seek=100000 conv=notrunc status=none
             head -c 100000 m/odd > got; head -c 100000 want | cmp - got");
     lab.umount();
-    lab.end();
 }
 
 #[test]
@@ -222,7 +218,6 @@ fn mode_rw_writes_only_inside_the_part() {
     want[at..at + 10].fill(2);
     want[at + 200_000..at + 300_000].fill(0);
     assert!(fs::read(lab.path("b.img")).unwrap() == want);
-    lab.end();
 }
 
 fn punch(file: &File, range: Range<u64>) {
@@ -268,7 +263,6 @@ fn commit_writes_only_the_part_and_keeps_the_size_of_the_file() {
     assert!(fs::read(lab.path("b.img")).unwrap() == want);
     lab.umount();
     assert!(lab.ok("check ov").contains("unchanged"));
-    lab.end();
 }
 
 #[test]
@@ -299,7 +293,6 @@ fn store_clone_keep_and_rebase_preserve_the_part() {
     lab.sh("truncate -s 2M short.img");
     let line = lab.refused(1, "rebase ov --base short.img --force");
     assert!(line.contains("short.img' has no bytes 1048576..5242880"), "{line}");
-    lab.end();
 }
 
 #[test]
@@ -346,7 +339,6 @@ fn missing_part_is_rejected_with_a_list_of_partitions() {
     assert_eq!(fs::metadata(lab.path("m/r")).unwrap().len(), 9 * MIB);
     assert_eq!(fs::metadata(lab.path("m/o")).unwrap().len(), 4 * MIB);
     lab.umount();
-    lab.end();
 }
 
 #[test]
@@ -372,5 +364,4 @@ fn reflink_overlay_requires_a_whole_file() {
     lab.mount("d=blank:4M,overlay=host/blocks");
     lab.sh("cmp m/d want");
     lab.umount();
-    lab.end();
 }

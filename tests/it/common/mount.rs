@@ -20,6 +20,7 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Seek, Write};
 use std::ops::Range;
 use std::os::unix::fs::{FileExt, MetadataExt};
+use std::panic::{self, AssertUnwindSafe};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -34,14 +35,18 @@ use serde_json::Value;
 /// Path of the program under test.
 pub const COWSLIP: &str = env!("CARGO_BIN_EXE_cowslip");
 /// Parent directory of all labs. `/tmp` may be a tmpfs; the tests need a real file system.
-const ROOM: &str = "/var/tmp";
+const LABS_DIR: &str = "/var/tmp";
+/// Maximum time that a killed daemon takes to exit.
+const EXIT_TIMEOUT: Duration = Duration::from_secs(10);
 /// Maximum duration of any single wait. Every command finishes sooner, so that a hang fails the
 /// test instead of blocking the run.
-pub const PATIENCE: Duration = Duration::from_secs(60);
+pub const WAIT_TIMEOUT: Duration = Duration::from_secs(60);
+/// The same.
+pub const PATIENCE: Duration = WAIT_TIMEOUT;
 /// Environment variable that records which lab started a process.
-const MARK: &str = "COWSLIP_TEST_LAB";
+const LAB_VARIABLE: &str = "COWSLIP_TEST_LAB";
 /// Interval between two checks of an awaited condition.
-const LOOK: Duration = Duration::from_millis(5);
+const POLL_INTERVAL: Duration = Duration::from_millis(5);
 
 pub const KIB: u64 = 1 << 10;
 pub const MIB: u64 = 1 << 20;
@@ -82,13 +87,13 @@ impl Drop for Ends<'_> {
     }
 }
 
-/// Waits until `is_so` returns true. Panics with `what` after [`PATIENCE`].
+/// Waits until `is_so` returns true. Panics with `what` after [`WAIT_TIMEOUT`].
 #[track_caller]
 pub fn wait_until(what: &str, mut is_so: impl FnMut() -> bool) {
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + WAIT_TIMEOUT;
     while !is_so() {
         assert!(Instant::now() < deadline, "waited in vain: {what}");
-        thread::sleep(LOOK);
+        thread::sleep(POLL_INTERVAL);
     }
 }
 
@@ -161,7 +166,7 @@ impl Lab {
         for device in ["/dev/fuse", "/dev/loop-control"] {
             assert!(Path::new(device).exists(), "no {device}: the tests of real mounts need it");
         }
-        let dir = tempfile::Builder::new().prefix("cowslip-test-").tempdir_in(ROOM);
+        let dir = tempfile::Builder::new().prefix("cowslip-test-").tempdir_in(LABS_DIR);
         let lab = Self { dir: Some(dir.unwrap()), bases: Vec::new() };
         fs::create_dir(lab.path("m")).unwrap();
         lab
@@ -192,9 +197,16 @@ impl Lab {
         options.open(self.path(name)).unwrap()
     }
 
-    /// Creates a base of `size` bytes with data at the start, in the middle and at the very end,
-    /// and holes between. [`end`](Self::end) checks that the base was not modified.
+    /// Creates a base as [`file_with_holes`](Self::file_with_holes) does, and checks at the end of
+    /// the test that the base was not modified.
     pub fn base(&mut self, name: &str, size: u64) {
+        self.file_with_holes(name, size);
+        self.watch(name);
+    }
+
+    /// Creates a file of `size` bytes with data at the start, in the middle and at the very end, and
+    /// holes between.
+    pub fn file_with_holes(&self, name: &str, size: u64) {
         let file = File::create(self.path(name)).unwrap();
         file.set_len(size).unwrap();
         let third = size / 3 / 4096 * 4096;
@@ -202,10 +214,9 @@ impl Lab {
             let len = len.min(size - start);
             file.write_all_at(&noise(len, start + 1), start).unwrap();
         }
-        self.watch(name);
     }
 
-    /// Makes [`end`](Self::end) check that the file `name` still has its present content.
+    /// Checks at the end of the test that the file `name` still has its present content.
     pub fn watch(&mut self, name: &str) {
         let path = self.path(name);
         let crc = checksum(&path);
@@ -222,7 +233,7 @@ impl Lab {
         command.stdout(out.try_clone().unwrap()).stderr(err.try_clone().unwrap());
         let mut child = Running(command.spawn().unwrap());
         let mut status = None;
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + WAIT_TIMEOUT;
         while status.is_none() {
             assert!(Instant::now() < deadline, "{program} {args:?} hangs");
             thread::sleep(Duration::from_millis(1));
@@ -241,7 +252,7 @@ impl Lab {
     /// environment.
     pub fn command(&self, program: &str) -> Command {
         let mut command = Command::new(program);
-        command.current_dir(self.dir()).env("COWSLIP", COWSLIP).env(MARK, self.dir());
+        command.current_dir(self.dir()).env("COWSLIP", COWSLIP).env(LAB_VARIABLE, self.dir());
         command.env("LC_ALL", "C").env_remove("TMPDIR").stdin(Stdio::null());
         command
     }
@@ -328,7 +339,7 @@ impl Lab {
     /// Creates a loop device over a file of the lab; `options` are passed to losetup.
     #[track_caller]
     pub fn loop_device(&self, file: &str, options: &str) -> String {
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + WAIT_TIMEOUT;
         loop {
             // Without devtmpfs the node of a new device is not created automatically.
             self.sh(
@@ -340,7 +351,7 @@ impl Lab {
             }
             // Another test may have taken the device first.
             assert!(Instant::now() < deadline, "losetup {file}: {}", show(&output));
-            thread::sleep(LOOK);
+            thread::sleep(POLL_INTERVAL);
         }
     }
 
@@ -355,9 +366,11 @@ impl Lab {
         device
     }
 
-    /// Ends a test: unmounts `m` and checks that no daemon is left and no base was modified.
-    #[track_caller]
-    pub fn end(mut self) {
+    /// Ends the test before the end of the scope.
+    pub fn end(self) {}
+
+    /// Unmounts `m`, and checks that no daemon is left and no base was modified.
+    fn check_end(&mut self) {
         let mountpoint = self.path("m");
         if mounts_below(&mountpoint).contains(&mountpoint) {
             self.umount();
@@ -365,13 +378,17 @@ impl Lab {
         for (path, crc) in std::mem::take(&mut self.bases) {
             assert_eq!(checksum(&path), crc, "'{}' has changed", path.display());
         }
-        assert_eq!(daemons_of(self.dir()), Vec::<u32>::new(), "daemons are left");
+        let dir = self.dir();
+        // A daemon that was killed right before may need a moment.
+        let deadline = Instant::now() + EXIT_TIMEOUT;
+        while !daemons_of(dir).is_empty() && Instant::now() < deadline {
+            thread::sleep(POLL_INTERVAL);
+        }
+        assert_eq!(daemons_of(dir), Vec::<u32>::new(), "daemons are left");
     }
-}
 
-impl Drop for Lab {
-    /// Cleans up after a failed test; a test that passes leaves little to do.
-    fn drop(&mut self) {
+    /// Removes everything that the test has left: processes, mounts, loop devices, files.
+    fn clean_up(&mut self) {
         let Some(dir) = self.dir.take() else { return };
         // A guard kills its daemon's commands after the daemon has died, so guards are not killed
         // here.
@@ -393,6 +410,21 @@ impl Drop for Lab {
             // Removing the directory would delete files inside these mounts.
             eprintln!("left behind: {left:?}");
             let _ = dir.keep();
+        }
+    }
+}
+
+impl Drop for Lab {
+    /// Ends the test: a test that did not fail yet fails here if it left something behind that a
+    /// good end does not leave.
+    fn drop(&mut self) {
+        let ended = match thread::panicking() {
+            true => Ok(()),
+            false => panic::catch_unwind(AssertUnwindSafe(|| self.check_end())),
+        };
+        self.clean_up();
+        if let Err(failure) = ended {
+            panic::resume_unwind(failure);
         }
     }
 }
@@ -424,7 +456,7 @@ fn loops_over(dir: &Path) -> Vec<String> {
 
 /// Returns the processes of the program under test that the lab at `dir` has started.
 pub fn daemons_of(dir: &Path) -> Vec<u32> {
-    let mark = format!("{MARK}={}\0", dir.display());
+    let mark = format!("{LAB_VARIABLE}={}\0", dir.display());
     let mut found = Vec::new();
     for entry in fs::read_dir("/proc").unwrap().flatten() {
         let Ok(pid) = entry.file_name().to_string_lossy().parse::<u32>() else {
