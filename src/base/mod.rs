@@ -171,17 +171,39 @@ fn open_file(path: &Path, options: &BaseOptions<'_>) -> Result<Base, BaseError> 
 }
 
 #[cfg(test)]
+pub(crate) mod testing {
+    //! The layers below a base: none.
+
+    use std::io;
+    use std::ops::Range;
+
+    use crate::layer::{ReadBelow, Wait};
+
+    /// For writes to a raw base, which never reads what is below.
+    pub(crate) struct UnreachableBelow;
+
+    impl ReadBelow for UnreachableBelow {
+        fn read_below(&self, _: &mut [u8], _: u64, _: Wait) -> io::Result<()> {
+            unreachable!("a raw base has nothing below")
+        }
+        fn is_zero_below(&self, _: Range<u64>, _: Wait) -> io::Result<bool> {
+            unreachable!("a raw base has nothing below")
+        }
+    }
+}
+
+#[cfg(test)]
 mod tests {
     use std::fs;
-    use std::ops::Range;
     use std::os::unix::net::UnixListener;
 
+    use super::testing::UnreachableBelow;
     use super::*;
     use crate::base::error::convert_command;
     use crate::base::lock::LockError;
     use crate::extents::ExtentKind;
     use crate::host::testing::{LoopDevice, run};
-    use crate::layer::{ReadBelow, Wait};
+    use crate::layer::Wait;
     use rustix::fs::OFlags;
     use rustix::io::Errno;
 
@@ -366,17 +388,6 @@ mod tests {
             open(BaseAccess::Write),
             Err(BaseError::Locked(LockError::HasReaders(_)))
         ));
-    }
-
-    struct UnreachableBelow;
-
-    impl ReadBelow for UnreachableBelow {
-        fn read_below(&self, _: &mut [u8], _: u64, _: Wait) -> io::Result<()> {
-            unreachable!("a raw base has nothing below")
-        }
-        fn is_zero_below(&self, _: Range<u64>, _: Wait) -> io::Result<bool> {
-            unreachable!("a raw base has nothing below")
-        }
     }
 
     #[test]

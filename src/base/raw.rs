@@ -454,19 +454,9 @@ mod tests {
     use rustix::fs::Advice;
 
     use super::*;
+    use crate::base::testing::UnreachableBelow;
 
     /// The layers below a raw base, which has none: any call is a bug.
-    struct UnreachableBelow;
-
-    impl ReadBelow for UnreachableBelow {
-        fn read_below(&self, _: &mut [u8], _: u64, _: Wait) -> io::Result<()> {
-            unreachable!("a raw base has nothing below")
-        }
-        fn is_zero_below(&self, _: Range<u64>, _: Wait) -> io::Result<bool> {
-            unreachable!("a raw base has nothing below")
-        }
-    }
-
     fn file(dir: &Path, size: u64) -> Arc<File> {
         let file = tempfile::tempfile_in(dir).unwrap();
         file.set_len(size).unwrap();

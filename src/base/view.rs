@@ -256,17 +256,7 @@ mod tests {
     use super::super::blank::Blank;
     use super::super::raw::HostKind;
     use super::*;
-
-    struct UnreachableBelow;
-
-    impl ReadBelow for UnreachableBelow {
-        fn read_below(&self, _: &mut [u8], _: u64, _: Wait) -> io::Result<()> {
-            unreachable!("a raw base has nothing below")
-        }
-        fn is_zero_below(&self, _: Range<u64>, _: Wait) -> io::Result<bool> {
-            unreachable!("a raw base has nothing below")
-        }
-    }
+    use crate::base::testing::UnreachableBelow;
 
     /// Creates a file with `bytes`, and a view of `range` of it.
     fn view(bytes: &[u8], range: Range<u64>) -> (Arc<File>, RangeView<RawBase>) {
