@@ -144,10 +144,11 @@ mod tests {
 
     #[test]
     fn extents_follow_the_holes_of_a_file() {
-        const K64: u64 = 64 << 10;
+        const LEN: usize = 64 << 10;
+        const K64: u64 = LEN as u64;
         let file = tempfile::tempfile_in("/var/tmp").unwrap();
         file.set_len(4 * K64).unwrap();
-        file.write_all_at(&[1; K64 as usize], K64).unwrap();
+        file.write_all_at(&[1; LEN], K64).unwrap();
         let hole = |range| Ok(Some(Extent::new(range, ExtentKind::Hole)));
         let data = |range| Ok(Some(Extent::new(range, ExtentKind::Data)));
         assert_eq!(extent_at(&file, 0..4 * K64), hole(0..K64));
