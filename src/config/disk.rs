@@ -33,7 +33,7 @@ pub fn parse_disk(
     }
     let (name, rest) = split_name_prefix(text);
     let pieces = split_commas(rest.as_bytes());
-    RawSpec::from_pieces(name, &pieces).and_then(|draft| draft.build(dir)).map_err(|error| {
+    RawSpec::from_pieces(name, &pieces).and_then(|spec| spec.build(dir)).map_err(|error| {
         let hint = comma_hint(name, &pieces, dir, exists);
         hint.unwrap_or_else(|| error.within(format!("disk '{}'", escaped(text))))
     })

@@ -1,4 +1,4 @@
-//! Why a sink or a source cannot be opened.
+//! The error of opening a sink or a source.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -7,29 +7,29 @@ use crate::base::lock::LockError;
 use crate::base::self_reference::SelfReferenceError;
 use crate::host::os_message;
 
-/// Why a sink or a source cannot be opened; one line for the user.
+/// The reason why a sink or a source cannot be opened; one line for the user.
 #[derive(Debug, thiserror::Error)]
 pub enum StreamOpenError {
-    /// It lies in the mount that would need it.
+    /// The path lies in the mount that would need it.
     #[error(transparent)]
     SelfReference(#[from] SelfReferenceError),
-    /// A disk uses what is to be replaced.
+    /// A disk uses the file that is to be replaced.
     #[error(transparent)]
     InUse(#[from] LockError),
-    /// There is a file already.
+    /// The file exists already.
     #[error("'{}' exists: add overwrite to replace it, or name another file", .0.display())]
     Exists(PathBuf),
-    /// Another stream writes there.
+    /// Another stream writes to the file.
     #[error("'{}' is being written by another stream: name another file", .0.display())]
     Busy(PathBuf),
-    /// It is not what such a stream can use.
+    /// The path names something that such a stream cannot use.
     #[error("'{}' is {what}: {remedy}", path.display())]
     WrongKind {
-        /// Where.
+        /// The path.
         path: PathBuf,
-        /// What it is.
+        /// The kind of file found there.
         what: &'static str,
-        /// What to do.
+        /// What to do instead.
         remedy: &'static str,
     },
     /// A device is smaller than the disk.
@@ -38,38 +38,38 @@ pub enum StreamOpenError {
         path.display()
     )]
     TooSmall {
-        /// The device.
+        /// The path of the device.
         path: PathBuf,
-        /// Its bytes.
+        /// The size of the device in bytes.
         size: u64,
-        /// The bytes of the stream.
+        /// The size of the stream in bytes.
         needed: u64,
     },
-    /// The host refuses.
+    /// The host returned an error.
     #[error("cannot {verb} '{}': {why}", path.display())]
     Host {
-        /// What was tried.
+        /// The operation that failed, as a verb for the message.
         verb: &'static str,
-        /// On what.
+        /// The path the operation was for.
         path: PathBuf,
-        /// What the host says.
+        /// The host's message.
         why: String,
     },
     /// A command cannot be started.
     #[error("{0}")]
     Command(String),
-    /// A daemon has no standard input or output.
+    /// The daemon has no standard input and output.
     #[error("{0} needs -f or run: a mount in the background has none")]
     NoStdio(&'static str),
-    /// Images are not for terminals.
+    /// Standard input or output is a terminal.
     #[error("{0} is a terminal: redirect it, or name a file")]
     Terminal(&'static str),
-    /// The standard input or output cannot be used.
+    /// Standard input or output cannot be used.
     #[error("cannot use {what}: {why}")]
     Stdio {
-        /// Which, as asked for.
+        /// The key and its value, `to=stdout` or `from=stdin`.
         what: &'static str,
-        /// What the host says.
+        /// The reason.
         why: String,
     },
 }

@@ -1,4 +1,4 @@
-//! Named pipes.
+//! Named pipes as ends of a stream: created for their owner, and opened without waiting.
 
 use std::fs::File;
 use std::io;
@@ -13,12 +13,16 @@ use super::error::StreamOpenError;
 use crate::confined::is_own;
 use crate::trusted_path;
 
-/// Makes the named pipe `path`, for its owner only, if nothing is there.
+/// Creates the named pipe `path`, for its owner only, if nothing is there.
+///
+/// # Errors
+/// [`StreamOpenError::WrongKind`] if something else, or another user's pipe, is there; the host's
+/// error.
 pub(super) fn create_missing(path: &Path) -> Result<(), StreamOpenError> {
     let found = match trusted_path::locate(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => match make(path) {
             Ok(()) => return Ok(()),
-            // Somebody was faster, or it is a link that leads nowhere.
+            // Another process was faster, or the path is a link that leads nowhere.
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
                 trusted_path::locate(path)
             }
@@ -29,7 +33,7 @@ pub(super) fn create_missing(path: &Path) -> Result<(), StreamOpenError> {
     let found = found.map_err(|error| StreamOpenError::host("open", path, &error))?;
     let found = found.metadata();
     match FileType::from_raw_mode(found.mode()) {
-        // Whoever made a pipe can open it again, and reads what is sent or sends what is read.
+        // The owner of a pipe can open it again, and read what is sent or send what is read.
         FileType::Fifo if !is_own(found.uid()) => Err(StreamOpenError::wrong_kind(
             path,
             "a named pipe of another user",
@@ -49,7 +53,7 @@ fn make(path: &Path) -> io::Result<()> {
     Ok(mkfifoat(trusted_path::open_dir(dir)?, name, Mode::RUSR | Mode::WUSR)?)
 }
 
-/// A file type in words.
+/// Returns the words for a file type, for messages.
 pub(super) fn file_type_name(kind: FileType) -> &'static str {
     match kind {
         FileType::RegularFile => "a regular file",
@@ -62,24 +66,24 @@ pub(super) fn file_type_name(kind: FileType) -> &'static str {
     }
 }
 
-/// Opens the named pipe `path`, for a descriptor that does not wait.
+/// Opens the named pipe `path`; returns a descriptor that does not block.
 ///
 /// # Errors
-/// `EINVAL` when it is none any more; `EPERM` when it is another user's by now; `ENXIO` for a writer
-/// when nobody reads; the host's errno.
+/// `EINVAL` if the path is no named pipe any more; `EPERM` if the pipe is another user's by now;
+/// `ENXIO` for a writer if there is no reader; the host's errno.
 pub(super) fn open(path: &Path, access: OFlags) -> io::Result<OwnedFd> {
     let located = trusted_path::locate(path)?;
     if !located.metadata().file_type().is_fifo() {
         return Err(Errno::INVAL.into());
     }
-    // A pipe without a name belongs to whoever made it, not to who holds its other end.
+    // The owner of a pipe without a name is its creator, not the holder of the other end.
     if !is_own(located.metadata().uid()) || located.real_path().is_err() {
         return Err(Errno::PERM.into());
     }
     Ok(set_nonblocking(located.open(access)?)?)
 }
 
-/// `file`, whose reads and writes do not wait.
+/// Returns the descriptor of `file`, set to `O_NONBLOCK`.
 pub(super) fn set_nonblocking(file: File) -> Result<OwnedFd, Errno> {
     let fd = OwnedFd::from(file);
     fcntl_setfl(&fd, fcntl_getfl(&fd)? | OFlags::NONBLOCK)?;

@@ -239,12 +239,11 @@ mod tests {
     fn a_waiting_source_can_be_stopped() {
         let dir = TempDir::new().unwrap();
         let path = dir.path().join("in");
-        for supply in [SourceSpec::Fifo(path), SourceSpec::Command(programs(&[&["sleep", "1000"]]))]
-        {
-            let (mut source, stop) = open(&dir, &supply).unwrap();
+        for spec in [SourceSpec::Fifo(path), SourceSpec::Command(programs(&[&["sleep", "1000"]]))] {
+            let (mut source, stop) = open(&dir, &spec).unwrap();
             let waiting = thread::spawn(move || (source.read(&mut [0; 10]), source));
             thread::sleep(Duration::from_millis(30));
-            assert!(!waiting.is_finished(), "{supply:?}");
+            assert!(!waiting.is_finished(), "{spec:?}");
             stop.stop();
             let (read, source) = waiting.join().unwrap();
             assert_eq!(read.unwrap_err().raw_os_error(), Some(libc::ECANCELED));
@@ -281,7 +280,7 @@ mod tests {
         assert_eq!(all(&mut source).unwrap(), vec![7; 4000]);
         stop.stop();
         assert!(source.read(&mut [0; 10]).is_err());
-        let refused = |supply| open(&dir, &supply).unwrap_err().to_string();
+        let refused = |source| open(&dir, &source).unwrap_err().to_string();
         let name = path.display();
         assert!(
             refused(SourceSpec::File(dir.path().into())).ends_with("is a directory: name a file")

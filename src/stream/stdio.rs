@@ -42,10 +42,10 @@ pub(super) enum Direction {
 ///
 /// # Errors
 /// `ENXIO` if `fd` is a pipe without a reader; otherwise the errno of the call that failed.
-pub(super) fn acquire(fd: BorrowedFd<'_>, way: Direction) -> io::Result<(OwnedFd, FdMode)> {
+pub(super) fn acquire(fd: BorrowedFd<'_>, direction: Direction) -> io::Result<(OwnedFd, FdMode)> {
     let dup = || fcntl_dupfd_cloexec(fd, 3);
-    let manner = match FileType::from_raw_mode(fstat(fd)?.st_mode) {
-        FileType::Fifo => match reopen_pipe(fd, way) {
+    let mode = match FileType::from_raw_mode(fstat(fd)?.st_mode) {
+        FileType::Fifo => match reopen_pipe(fd, direction) {
             Ok(Some(own)) => return Ok((own, FdMode::NonBlocking)),
             // The pipe cannot be opened (it is another user's), there is no /proc, or reopening
             // would lose something.
@@ -55,15 +55,15 @@ pub(super) fn acquire(fd: BorrowedFd<'_>, way: Direction) -> io::Result<(OwnedFd
             Err(error) => return Err(error.into()),
         },
         FileType::Socket => FdMode::Socket,
-        FileType::CharacterDevice if way == Direction::Reading => FdMode::SharedBlocking,
+        FileType::CharacterDevice if direction == Direction::Reading => FdMode::SharedBlocking,
         _ => FdMode::Plain,
     };
-    Ok((dup()?, manner))
+    Ok((dup()?, mode))
 }
 
 /// Opens the pipe once more; returns `None` where that would lose something.
-fn reopen_pipe(fd: BorrowedFd<'_>, way: Direction) -> Result<Option<OwnedFd>, Errno> {
-    let access = match way {
+fn reopen_pipe(fd: BorrowedFd<'_>, direction: Direction) -> Result<Option<OwnedFd>, Errno> {
+    let access = match direction {
         // Opened anew, a named pipe whose writer has already left looks as if no writer had come
         // yet.
         Direction::Reading if fstatfs(fd)?.f_type != PIPEFS_MAGIC => return Ok(None),

@@ -1,4 +1,4 @@
-//! What is at the place where a file is to be received.
+//! The path at which a file is to be received: nothing, a file or a device.
 
 use std::fs::{self, File};
 use std::io;
@@ -9,18 +9,18 @@ use super::TransferError;
 use crate::base::lock;
 use crate::trusted_path;
 
-/// What a path names.
+/// The kind of file that a path names.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Destination {
     /// Nothing yet.
     Missing(PathBuf),
-    /// A file, with its owner and mode; what a link leads to.
+    /// A file, with its owner and mode. The path is the target of a link.
     File(PathBuf, FileOwner),
     /// A block device.
     Device(PathBuf),
 }
 
-/// Whose a file is.
+/// The owner and the permission bits of a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct FileOwner {
     mode: u32,
@@ -29,10 +29,10 @@ pub(super) struct FileOwner {
 }
 
 impl Destination {
-    /// What `path` names.
+    /// Examines `path`.
     ///
     /// # Errors
-    /// A line when nothing can be received there.
+    /// A line for the user if nothing can be received there.
     pub(super) fn of(path: &Path) -> Result<Self, TransferError> {
         let failed = |error: io::Error| TransferError::host("write", path, &error);
         let refused = |what: &str| {
@@ -71,12 +71,12 @@ impl Destination {
 }
 
 impl FileOwner {
-    /// Makes `file` his, as far as this process may.
+    /// Gives `file` this owner, as far as this process may, and this mode.
     ///
     /// # Errors
-    /// The host's.
+    /// The errno of fchmod(2).
     pub(super) fn apply_to(self, file: &File) -> io::Result<()> {
-        // Only root can give files away; then it is the mode that matters.
+        // Only root can give files away. Otherwise the mode alone is kept.
         let _ = std::os::unix::fs::fchown(file, Some(self.uid), Some(self.gid));
         file.set_permissions(fs::Permissions::from_mode(self.mode))
     }

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use crate::host::os_message;
 use crate::part_file::PartFileError;
 
-/// Why a transfer failed; one line for the user.
+/// The reason why a transfer failed; one line for the user.
 #[derive(Debug, thiserror::Error)]
 pub enum TransferError {
     /// The request cannot be carried out; nothing was written.

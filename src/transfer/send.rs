@@ -48,7 +48,7 @@ pub struct Sent {
     pub has_changed: bool,
 }
 
-/// Sends `source` to `out`; `tell` is called with the progress.
+/// Sends `source` to `out`; `on_progress` is called with the progress.
 ///
 /// # Errors
 /// A line for the user: `from` is past the end, the source cannot be read or has become shorter, or
@@ -57,7 +57,7 @@ pub fn send<W: Write>(
     source: &TransferSource,
     out: W,
     plan: &SendPlan,
-    tell: &mut dyn FnMut(&TransferProgress),
+    on_progress: &mut dyn FnMut(&TransferProgress),
 ) -> Result<Sent, TransferError> {
     if let Some(size) = source.size()
         && plan.from > size
@@ -69,10 +69,10 @@ pub fn send<W: Write>(
         )));
     }
     if plan.frames == TransferFormat::AndroidSparse {
-        let told = send_android::send(source, out, tell)?;
-        return Ok(Sent { progress: told, has_changed: source.has_changed() });
+        let progress = send_android::send(source, out, on_progress)?;
+        return Ok(Sent { progress, has_changed: source.has_changed() });
     }
-    let mut sender = Sender::new(source, out, plan, tell);
+    let mut sender = Sender::new(source, out, plan, on_progress);
     sender.send_header().map_err(|error| sender.explain(SendError::Output(error)))?;
     let sent = match source.size() {
         Some(size) => sender.send_ranges(plan.changes.as_ref(), size),
@@ -113,14 +113,14 @@ impl<'a, W: Write> Sender<'a, W> {
         source: &'a TransferSource,
         out: W,
         plan: &'a SendPlan,
-        tell: &'a mut dyn FnMut(&TransferProgress),
+        on_progress: &'a mut dyn FnMut(&TransferProgress),
     ) -> Self {
         let from = plan.from;
         Self {
             source,
             out,
             plan,
-            on_progress: tell,
+            on_progress,
             chain: HashChain::default(),
             progress: TransferProgress {
                 from,
@@ -324,15 +324,15 @@ impl<'a, W: Write> Sender<'a, W> {
         self.write_hashed(&v2::size_record(size))
     }
 
-    fn send_checkpoint(&mut self, stage: CheckpointKind) -> io::Result<()> {
-        let mark = Checkpoint {
+    fn send_checkpoint(&mut self, kind: CheckpointKind) -> io::Result<()> {
+        let checkpoint = Checkpoint {
             start: self.piece.0,
             end: self.progress.reached,
             identity: self.source.identity(),
             origin: self.plan.from,
         };
         self.piece = (self.progress.reached, 0);
-        let record = self.chain.checkpoint_record(&mark, stage);
+        let record = self.chain.checkpoint_record(&checkpoint, kind);
         self.out.write_all(&record)
     }
 

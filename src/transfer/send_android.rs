@@ -26,7 +26,7 @@ enum AndroidSendError {
 pub(super) fn send<W: Write>(
     source: &TransferSource,
     out: W,
-    tell: &mut dyn FnMut(&TransferProgress),
+    on_progress: &mut dyn FnMut(&TransferProgress),
 ) -> Result<TransferProgress, TransferError> {
     let Some(size) = source.size() else {
         return Err(TransferError::Refused(
@@ -36,7 +36,7 @@ pub(super) fn send<W: Write>(
         ));
     };
     let (runs, plan) = plan_image(source, size)?;
-    let mut told = TransferProgress { size: Some(size), ..TransferProgress::default() };
+    let mut progress = TransferProgress { size: Some(size), ..TransferProgress::default() };
     let write = || -> Result<(), AndroidSendError> {
         let mut writer = AndroidWriter::new(out, plan).map_err(AndroidSendError::Output)?;
         let mut buffer = vec![0; BUFFER_SIZE];
@@ -45,21 +45,21 @@ pub(super) fn send<W: Write>(
             let len = run.range.end - run.range.start;
             if run.content == AndroidContent::Data {
                 send_data(source, run, &mut writer, &mut buffer, &mut |len| {
-                    told.data += len;
-                    told.reached += len;
-                    tell(&told);
+                    progress.data += len;
+                    progress.reached += len;
+                    on_progress(&progress);
                 })?;
             } else {
-                told.holes += len;
-                told.reached += len;
-                tell(&told);
+                progress.holes += len;
+                progress.reached += len;
+                on_progress(&progress);
             }
         }
         writer.finish().map(drop).map_err(AndroidSendError::Output)
     };
     match write() {
         Ok(()) if source.has_shrunk() => Err(source.shrunk_error()),
-        Ok(()) => Ok(told),
+        Ok(()) => Ok(progress),
         Err(AndroidSendError::Output(error)) => Err(TransferError::Output(os_message(&error))),
         Err(AndroidSendError::Source(error)) if error.kind() == io::ErrorKind::UnexpectedEof => {
             Err(source.shrunk_error())

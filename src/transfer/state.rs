@@ -110,11 +110,11 @@ struct PendingState {
 impl StateWriter {
     /// Starts the thread for `file`, the part of `slot`.
     pub(super) fn start(slot: &FileSlot, file: &Arc<File>) -> io::Result<Self> {
-        let desk = Arc::<StateMailbox>::default();
-        let (slot, file, orders) = (slot.clone(), Arc::clone(file), Arc::clone(&desk));
+        let mailbox = Arc::<StateMailbox>::default();
+        let (slot, file, of_thread) = (slot.clone(), Arc::clone(file), Arc::clone(&mailbox));
         let thread = Builder::new().name("cowslip-keep".to_owned());
-        let thread = thread.spawn(move || write_states(&slot, &file, &orders))?;
-        Ok(Self { mailbox: desk, thread: Some(thread) })
+        let thread = thread.spawn(move || write_states(&slot, &file, &of_thread))?;
+        Ok(Self { mailbox, thread: Some(thread) })
     }
 
     /// Submits `state`, all data of which has been written. If the thread has failed,
@@ -148,15 +148,15 @@ impl Drop for StateWriter {
     }
 }
 
-fn write_states(slot: &FileSlot, file: &File, desk: &StateMailbox) -> io::Result<()> {
+fn write_states(slot: &FileSlot, file: &File, mailbox: &StateMailbox) -> io::Result<()> {
     loop {
         let state = {
-            let mut order = desk.pending.lock();
+            let mut pending = mailbox.pending.lock();
             loop {
-                match order.state.take() {
+                match pending.state.take() {
                     Some(state) => break state,
-                    None if order.is_closed => return Ok(()),
-                    None => desk.changed.wait(&mut order),
+                    None if pending.is_closed => return Ok(()),
+                    None => mailbox.changed.wait(&mut pending),
                 }
             }
         };
@@ -184,22 +184,22 @@ mod tests {
 
     /// Creates a part of 50 bytes in a directory of its own.
     fn part() -> (tempfile::TempDir, FileSlot, Arc<File>) {
-        let home = tempfile::tempdir().unwrap();
-        let part = home.path().join("x.part");
+        let dir = tempfile::tempdir().unwrap();
+        let part = dir.path().join("x.part");
         std::fs::write(&part, [1; 50]).unwrap();
-        let slot = FileSlot::of(&home.path().join("x")).unwrap();
-        (home, slot, Arc::new(File::open(&part).unwrap()))
+        let slot = FileSlot::of(&dir.path().join("x")).unwrap();
+        (dir, slot, Arc::new(File::open(&part).unwrap()))
     }
 
     #[test]
     fn the_newest_state_is_stored_when_finish_returns() {
         let (_home, slot, file) = part();
         let inode = file.metadata().unwrap().ino();
-        let keeper = StateWriter::start(&slot, &file).unwrap();
+        let writer = StateWriter::start(&slot, &file).unwrap();
         for offset in 1..=50 {
-            keeper.submit(state(inode, offset));
+            writer.submit(state(inode, offset));
         }
-        keeper.finish().unwrap();
+        writer.finish().unwrap();
         assert_eq!(ReceiveState::load(&slot, &file), Some(state(inode, 50)));
     }
 
@@ -222,8 +222,8 @@ mod tests {
 
     #[test]
     fn a_state_is_ignored_if_too_long_or_a_symlink_or_if_its_part_has_two_links() {
-        let (home, slot, file) = part();
-        let at = |name: &str| home.path().join(name);
+        let (dir, slot, file) = part();
+        let at = |name: &str| dir.path().join(name);
         let inode = file.metadata().unwrap().ino();
         state(inode, 50).store(&slot).unwrap();
         assert!(ReceiveState::load(&slot, &file).is_some());
@@ -242,14 +242,14 @@ mod tests {
 
     #[test]
     fn a_symlink_at_the_name_of_the_new_state_is_not_followed() {
-        let (home, slot, file) = part();
-        let victim = home.path().join("victim");
+        let (dir, slot, file) = part();
+        let victim = dir.path().join("victim");
         std::fs::write(&victim, "whole").unwrap();
-        std::os::unix::fs::symlink(&victim, home.path().join("x.part.state.new")).unwrap();
+        std::os::unix::fs::symlink(&victim, dir.path().join("x.part.state.new")).unwrap();
         state(file.metadata().unwrap().ino(), 50).store(&slot).unwrap();
         assert_eq!(std::fs::read(&victim).unwrap(), b"whole");
         assert!(ReceiveState::load(&slot, &file).is_some());
-        let made = std::fs::symlink_metadata(home.path().join("x.part.state")).unwrap();
+        let made = std::fs::symlink_metadata(dir.path().join("x.part.state")).unwrap();
         assert_eq!((made.is_file(), made.mode() & 0o777), (true, 0o600));
     }
 }

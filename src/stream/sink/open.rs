@@ -1,7 +1,6 @@
-//! How each kind of sink is opened.
+//! Opening each kind of sink.
 //!
-//! What is there is looked at first, and what is made is made last, so that a refused stream
-//! leaves nothing behind.
+//! Everything is checked before anything is created, so that a refused stream leaves nothing behind.
 
 use std::io;
 use std::os::fd::AsFd;
@@ -28,7 +27,7 @@ use crate::stream::stdio::{self, Direction, FdMode};
 use crate::stream::stop::Stop;
 use crate::trusted_path;
 
-/// What a sink is made of.
+/// The parts of a [`HostSink`] that depend on its kind.
 struct OpenedSink {
     backend: SinkBackend,
     /// The file, and whether it may replace another.
@@ -47,18 +46,20 @@ impl HostSink {
     /// reader is waited for.
     ///
     /// # Errors
-    /// One line. Nothing was made then, and nothing runs.
+    /// One line for the user. Nothing has been created then, and nothing runs.
     pub fn open(
         spec: &StreamSpec,
         target: &SinkSpec,
-        place: &StreamContext<'_>,
+        context: &StreamContext<'_>,
         stop: Stop,
     ) -> Result<Self, StreamOpenError> {
         let opened = match target {
-            SinkSpec::Fifo(path) => open_fifo(path, place)?,
-            SinkSpec::File { path, overwrite } => open_file(spec, path, *overwrite, place, &stop)?,
-            SinkSpec::Command(programs) => open_command(spec, programs, place, &stop)?,
-            SinkSpec::Stdout => open_stdout(io::stdout().as_fd(), place, &stop)?,
+            SinkSpec::Fifo(path) => open_fifo(path, context)?,
+            SinkSpec::File { path, overwrite } => {
+                open_file(spec, path, *overwrite, context, &stop)?
+            }
+            SinkSpec::Command(programs) => open_command(spec, programs, context, &stop)?,
+            SinkSpec::Stdout => open_stdout(io::stdout().as_fd(), context, &stop)?,
             SinkSpec::Measure => OpenedSink::new("measure", "measure", SinkBackend::Discard),
         };
         let OpenedSink { backend: out, part, monitor } = opened;
@@ -77,12 +78,12 @@ impl HostSink {
     }
 }
 
-fn refuse_inside_mount(path: &Path, place: &StreamContext<'_>) -> Result<(), StreamOpenError> {
-    Ok(check_self_reference(path, place.mountpoint, place.mount_dev)?)
+fn refuse_inside_mount(path: &Path, context: &StreamContext<'_>) -> Result<(), StreamOpenError> {
+    Ok(check_self_reference(path, context.mountpoint, context.mount_dev)?)
 }
 
-fn open_fifo(path: &Path, place: &StreamContext<'_>) -> Result<OpenedSink, StreamOpenError> {
-    refuse_inside_mount(path, place)?;
+fn open_fifo(path: &Path, context: &StreamContext<'_>) -> Result<OpenedSink, StreamOpenError> {
+    refuse_inside_mount(path, context)?;
     fifo::create_missing(path)?;
     let label = format!("fifo:{}", path.display());
     Ok(OpenedSink::new("fifo", &label, SinkBackend::Fifo(path.to_owned())))
@@ -92,12 +93,13 @@ fn open_file(
     spec: &StreamSpec,
     path: &Path,
     overwrite: Overwrite,
-    place: &StreamContext<'_>,
+    context: &StreamContext<'_>,
     stop: &Stop,
 ) -> Result<OpenedSink, StreamOpenError> {
-    refuse_inside_mount(path, place)?;
+    refuse_inside_mount(path, context)?;
     let label = format!("file:{}", path.display());
-    // What is looked at is what is opened: a device that is opened does something already.
+    // The handle that is checked is also opened. Checking opens nothing: opening a device may already
+    // have an effect.
     let located = match trusted_path::locate(path) {
         Ok(located) => located,
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
@@ -125,7 +127,7 @@ fn open_file(
         Err(StreamOpenError::Exists(path.to_owned()))
     } else {
         lock::check_unused(&located, path)?;
-        // What a link leads to is replaced, not the link.
+        // The target of a link is replaced, not the link.
         let real =
             located.real_path().map_err(|error| StreamOpenError::host("write", path, &error))?;
         // No set-user-ID or the like for new contents.
@@ -147,8 +149,8 @@ fn open_part(
         PartFile::create(path, old, perm)
     });
     let part = part.map_err(part_error)?;
-    // The successor of a file is readable for nobody else, whatever the umask; a new one is as the
-    // caller's umask has it, which is not this process's.
+    // A file that replaces another gets its mode, whatever the umask. A new one gets the mode of the
+    // caller's umask, which is not the one of this process.
     let file = part.file().try_clone().and_then(|file| match mode.or_else(new_file_mode) {
         Some(mode) => Ok(fchmod(&file, mode).map(|()| file)?),
         None => Ok(file),
@@ -196,7 +198,7 @@ fn open_device(
             "records need a file or a command",
         ));
     }
-    // EXCL: refused while it is mounted, or used by anybody who says so.
+    // O_EXCL: refused while the device is mounted, or opened exclusively by another process.
     let opened = located.open(OFlags::WRONLY | OFlags::EXCL);
     let file = opened.map_err(|error| StreamOpenError::host("write", path, &error))?;
     let size = rustix::fs::seek(&file, SeekFrom::End(0));
@@ -216,7 +218,7 @@ fn open_character_device(
 ) -> Result<OpenedSink, StreamOpenError> {
     let opened = located.open(OFlags::WRONLY);
     let file = opened.map_err(|error| StreamOpenError::host("write", path, &error))?;
-    // Nothing waits but poll(2), which can be stopped.
+    // Only poll(2) waits, and that can be stopped.
     let fd = fifo::set_nonblocking(file)
         .map_err(|error| StreamOpenError::host("write", path, &error.into()))?;
     if stdio::is_terminal(&fd) {
@@ -232,10 +234,10 @@ fn open_character_device(
 fn open_command(
     spec: &StreamSpec,
     programs: &Programs,
-    place: &StreamContext<'_>,
+    context: &StreamContext<'_>,
     stop: &Stop,
 ) -> Result<OpenedSink, StreamOpenError> {
-    let stdout = match place.stdio {
+    let stdout = match context.stdio {
         StdioMode::Available => Stdio::inherit(),
         StdioMode::Unavailable => Stdio::null(),
     };
@@ -250,7 +252,7 @@ fn open_command(
     })
 }
 
-/// `stdout` is a parameter for the tests.
+/// Opens `stdout`, a parameter for the tests, as a wire.
 pub(super) fn open_as_stdout(
     stdout: std::os::fd::BorrowedFd<'_>,
     stop: &Stop,
@@ -259,26 +261,26 @@ pub(super) fn open_as_stdout(
         return Err(StreamOpenError::Terminal("to=stdout"));
     }
     let taken = stdio::acquire(stdout, Direction::Writing);
-    let (fd, manner) = taken.map_err(|error| match error.raw_os_error() {
+    let (fd, mode) = taken.map_err(|error| match error.raw_os_error() {
         // Opening a pipe without a reader.
         Some(libc::ENXIO) => StreamOpenError::stdio("to=stdout", &Errno::PIPE.into()),
         _ => StreamOpenError::stdio("to=stdout", &error),
     })?;
-    Ok(WireWriter::new(fd, manner, stop.clone()))
+    Ok(WireWriter::new(fd, mode, stop.clone()))
 }
 
 fn open_stdout(
     stdout: std::os::fd::BorrowedFd<'_>,
-    place: &StreamContext<'_>,
+    context: &StreamContext<'_>,
     stop: &Stop,
 ) -> Result<OpenedSink, StreamOpenError> {
-    if place.stdio == StdioMode::Unavailable {
+    if context.stdio == StdioMode::Unavailable {
         return Err(StreamOpenError::NoStdio("to=stdout"));
     }
-    // A redirection has no path to look at; before the mount it cannot lie in it.
+    // A redirection has no path to check. Before the mount exists, no file can lie in it.
     let found = rustix::fs::fstat(stdout);
     let found = found.map_err(|error| StreamOpenError::stdio("to=stdout", &error.into()))?;
-    if place.mount_dev == Some(found.st_dev) {
+    if context.mount_dev == Some(found.st_dev) {
         let why = "it lies in the mount that would need it".to_owned();
         return Err(StreamOpenError::Stdio { what: "to=stdout", why });
     }

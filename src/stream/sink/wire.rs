@@ -43,8 +43,8 @@ pub(super) struct WireWriter {
 }
 
 impl WireWriter {
-    pub(super) fn new(fd: OwnedFd, manner: FdMode, stop: Stop) -> Self {
-        Self { fd: Arc::new(fd), mode: manner, stop }
+    pub(super) fn new(fd: OwnedFd, mode: FdMode, stop: Stop) -> Self {
+        Self { fd: Arc::new(fd), mode, stop }
     }
 
     /// Returns the descriptor if it reports the loss of its readers, as pipes and sockets do. The

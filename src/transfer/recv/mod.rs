@@ -80,7 +80,7 @@ pub fn resume_offset(path: &Path) -> Result<u64, TransferError> {
     Ok(found.map_or(0, |state| state.offset))
 }
 
-/// Receives a file from `input`; `tell` is called with the progress.
+/// Receives a file from `input`; `on_progress` is called with the progress.
 ///
 /// # Errors
 /// A line for the user: the file exists already; the stream is cut, damaged, or does not belong to
@@ -89,25 +89,25 @@ pub fn resume_offset(path: &Path) -> Result<u64, TransferError> {
 pub fn receive<R: Read>(
     input: R,
     plan: &ReceivePlan,
-    tell: &mut dyn FnMut(&TransferProgress),
+    on_progress: &mut dyn FnMut(&TransferProgress),
 ) -> Result<Received, TransferError> {
-    let place = ReceiveTarget::of(plan)?;
+    let target = ReceiveTarget::of(plan)?;
     match plan.frames {
         TransferFormat::Raw => {
-            let mut receiver = Receiver::open(place, plan, &StreamHead::default(), tell)?;
+            let mut receiver = Receiver::open(target, plan, &StreamHead::default(), on_progress)?;
             let read = receiver.receive_raw(input);
             receiver.finish(read)
         }
         TransferFormat::Rbd => {
             let mut wire = CheckedReader::new(input).map_err(|error| start_error(&error))?;
             let head = StreamHead::read(&mut wire).map_err(|error| start_error(&error))?;
-            let mut receiver = Receiver::open(place, plan, &head, tell)?;
+            let mut receiver = Receiver::open(target, plan, &head, on_progress)?;
             let read = receiver.receive_records(&mut wire, head);
             receiver.finish(read)
         }
         TransferFormat::AndroidSparse => {
             let (mut image, head) = android::open_image(input)?;
-            let mut receiver = Receiver::open(place, plan, &head, tell)?;
+            let mut receiver = Receiver::open(target, plan, &head, on_progress)?;
             let read = receiver.receive_android(&mut image);
             receiver.finish(read)
         }

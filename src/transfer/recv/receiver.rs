@@ -41,22 +41,22 @@ pub(super) struct Receiver<'a> {
 }
 
 impl<'a> Receiver<'a> {
-    /// Prepares `place` for the stream that begins with `head`.
+    /// Prepares `target` for the stream that begins with `head`.
     pub(super) fn open(
-        place: ReceiveTarget,
+        target: ReceiveTarget,
         plan: &ReceivePlan,
         head: &StreamHead,
-        tell: &'a mut dyn FnMut(&TransferProgress),
+        on_progress: &'a mut dyn FnMut(&TransferProgress),
     ) -> Result<Self, TransferError> {
-        check_stream(plan, head, &place)?;
-        match place {
-            ReceiveTarget::Device(path) => Self::open_device(path, plan, head, tell),
+        check_stream(plan, head, &target)?;
+        match target {
+            ReceiveTarget::Device(path) => Self::open_device(path, plan, head, on_progress),
             ReceiveTarget::File { name, owner, part, state } => {
                 let part = match (part, state) {
                     (Some(part), Some(old)) => (resume_part(part, &old, head)?, old.overwrite),
                     (old, _) => (create_part(&name, old, owner)?, false),
                 };
-                Self::open_part(part, plan, head, tell)
+                Self::open_part(part, plan, head, on_progress)
             }
         }
     }
@@ -65,7 +65,7 @@ impl<'a> Receiver<'a> {
         path: PathBuf,
         plan: &ReceivePlan,
         head: &StreamHead,
-        tell: &'a mut dyn FnMut(&TransferProgress),
+        on_progress: &'a mut dyn FnMut(&TransferProgress),
     ) -> Result<Self, TransferError> {
         // O_EXCL on a block device is the kernel's own lock: a device that is mounted or in use is
         // not overwritten.
@@ -95,7 +95,7 @@ impl<'a> Receiver<'a> {
             state: head.state(),
             progress: TransferProgress { size: Some(head.size), ..TransferProgress::default() },
             is_verified: false,
-            on_progress: tell,
+            on_progress,
         })
     }
 
@@ -104,7 +104,7 @@ impl<'a> Receiver<'a> {
         (part, may_replace): (PartFile, bool),
         plan: &ReceivePlan,
         head: &StreamHead,
-        tell: &'a mut dyn FnMut(&TransferProgress),
+        on_progress: &'a mut dyn FnMut(&TransferProgress),
     ) -> Result<Self, TransferError> {
         let origin = head.origin();
         let mut clean = origin;
@@ -118,7 +118,7 @@ impl<'a> Receiver<'a> {
             clean = u64::MAX;
         }
         let failed = |error: io::Error| TransferError::host("write", part.path(), &error);
-        let keeper = StateWriter::start(part.slot(), part.file()).map_err(failed)?;
+        let state_writer = StateWriter::start(part.slot(), part.file()).map_err(failed)?;
         let mut target = TargetWriter::new(part.file(), TargetKind::File { clean });
         if plan.frames != TransferFormat::Raw {
             target.set_size(head.size).map_err(failed)?;
@@ -141,8 +141,8 @@ impl<'a> Receiver<'a> {
                 ..TransferProgress::default()
             },
             is_verified: false,
-            part: Some((part, keeper)),
-            on_progress: tell,
+            part: Some((part, state_writer)),
+            on_progress,
         })
     }
 
@@ -211,14 +211,14 @@ impl<'a> Receiver<'a> {
             None => self.device_path.clone(),
         };
         let failed = |error: io::Error| TransferError::host("write", &path, &error);
-        let Some((part, keeper)) = self.part.take() else {
+        let Some((part, state_writer)) = self.part.take() else {
             read.map_err(|failed| explain(failed, &path, told, &PartialResult::Device))?;
             self.target.sync().map_err(failed)?;
             return Ok(Received { progress: told, is_verified });
         };
         if let Err(broken) = read {
             // Also after a failure: the verified bytes stay and must be found by a later resume.
-            let kept = keeper.finish();
+            let kept = state_writer.finish();
             let offset =
                 ReceiveState::load(part.slot(), part.file()).map_or(0, |state| state.offset);
             kept.map_err(failed)?;
@@ -229,7 +229,7 @@ impl<'a> Receiver<'a> {
                 &PartialResult::Part { name: part.name(), offset },
             ));
         }
-        keeper.finish().map_err(failed)?;
+        state_writer.finish().map_err(failed)?;
         self.target.flush_hole().map_err(failed)?;
         part.commit(self.overwrite).map_err(TransferError::AfterStart)?;
         ReceiveState::remove(part.slot())

@@ -28,7 +28,7 @@ impl StreamHead {
 
     /// Returns the offset at which the stream began.
     pub(super) fn origin(&self) -> u64 {
-        self.checkpoint.map_or(0, |mark| mark.origin)
+        self.checkpoint.map_or(0, |checkpoint| checkpoint.origin)
     }
 
     /// Returns the state of a file of which nothing has arrived yet.
@@ -38,7 +38,7 @@ impl StreamHead {
             inode: 0,
             offset: 0,
             size: self.size,
-            identity: self.checkpoint.map_or(0, |mark| mark.identity),
+            identity: self.checkpoint.map_or(0, |checkpoint| checkpoint.identity),
             since: self.since.clone(),
             overwrite: false,
         }
@@ -50,8 +50,8 @@ impl StreamHead {
             match wire.next_record()? {
                 CheckedRecord::Rbd(RbdRecord::Size(bytes)) => size = Some(bytes),
                 CheckedRecord::Rbd(RbdRecord::Since(name)) => head.since = Some(name),
-                CheckedRecord::Checkpoint(mark, CheckpointKind::Middle) => {
-                    head.checkpoint = Some(mark);
+                CheckedRecord::Checkpoint(checkpoint, CheckpointKind::Middle) => {
+                    head.checkpoint = Some(checkpoint);
                 }
                 other => head.next_record = Some(other),
             }
@@ -75,23 +75,23 @@ impl Receiver<'_> {
     ) -> Result<(), ReceiveError> {
         let ours = head.checkpoint;
         let has_gaps = head.since.is_some() || ours.is_none();
-        let mut verified = ours.map_or(0, |mark| mark.end);
+        let mut verified = ours.map_or(0, |checkpoint| checkpoint.end);
         let mut next = head.next_record;
         let mut is_whole = false;
         let mut buffer = vec![0; BUFFER_SIZE];
         loop {
-            let event = match next.take() {
-                Some(event) => event,
+            let record = match next.take() {
+                Some(record) => record,
                 None => wire.next_record().map_err(ReceiveError::Stream)?,
             };
             // Nothing may change what the last checkpoint has vouched for, so only the end may
             // follow it.
-            if is_whole != (event == CheckedRecord::Rbd(RbdRecord::End))
+            if is_whole != (record == CheckedRecord::Rbd(RbdRecord::End))
                 && (ours.is_some() || is_whole)
             {
                 return Err(ReceiveError::Stream(damaged_error()));
             }
-            match event {
+            match record {
                 CheckedRecord::Rbd(RbdRecord::End) => return Ok(()),
                 CheckedRecord::Rbd(RbdRecord::Since(_)) => {
                     return Err(ReceiveError::Stream(damaged_error()));
@@ -107,10 +107,10 @@ impl Receiver<'_> {
                     self.write_zeros(range)?;
                     (self.on_progress)(&self.progress);
                 }
-                CheckedRecord::Checkpoint(mark, stage) => {
-                    is_whole = stage == CheckpointKind::Last;
-                    self.apply_checkpoint(mark, ours, verified, has_gaps, is_whole)?;
-                    verified = mark.end;
+                CheckedRecord::Checkpoint(checkpoint, kind) => {
+                    is_whole = kind == CheckpointKind::Last;
+                    self.apply_checkpoint(checkpoint, ours, verified, has_gaps, is_whole)?;
+                    verified = checkpoint.end;
                 }
             }
         }
@@ -142,31 +142,32 @@ impl Receiver<'_> {
 
     fn apply_checkpoint(
         &mut self,
-        mark: Checkpoint,
+        checkpoint: Checkpoint,
         ours: Option<Checkpoint>,
         verified: u64,
         has_gaps: bool,
         is_whole: bool,
     ) -> Result<(), ReceiveError> {
         let is_reached = if has_gaps {
-            mark.end >= self.progress.reached
+            checkpoint.end >= self.progress.reached
         } else {
-            mark.end == self.progress.reached
+            checkpoint.end == self.progress.reached
         };
-        let is_its = ours
-            .is_some_and(|first| (first.identity, first.origin) == (mark.identity, mark.origin));
-        let is_all = !is_whole || Some(mark.end) == self.progress.size;
-        if !is_its || !is_reached || !is_all || mark.start != verified {
+        let is_its = ours.is_some_and(|first| {
+            (first.identity, first.origin) == (checkpoint.identity, checkpoint.origin)
+        });
+        let is_all = !is_whole || Some(checkpoint.end) == self.progress.size;
+        if !is_its || !is_reached || !is_all || checkpoint.start != verified {
             return Err(ReceiveError::Stream(damaged_error()));
         }
-        self.progress.reached = mark.end;
+        self.progress.reached = checkpoint.end;
         self.target.flush_hole().map_err(ReceiveError::Target)?;
         self.is_verified = is_whole;
-        self.state.offset = self.state.offset.max(mark.end);
-        if let Some((_, keeper)) = &self.part
+        self.state.offset = self.state.offset.max(checkpoint.end);
+        if let Some((_, state_writer)) = &self.part
             && !is_whole
         {
-            keeper.submit(self.state.clone());
+            state_writer.submit(self.state.clone());
         }
         Ok(())
     }
