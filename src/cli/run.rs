@@ -27,6 +27,7 @@ use super::plan::{CommonArgs, MountCommand};
 use super::umount::{self, DrainRequest, EndMode};
 use super::{CliError, EXIT_OK, EXIT_RUN_FAILED, signal_exit_code, warn};
 use crate::config::{DiskSource, Flow, SinkSpec, SourceSpec};
+use crate::host::stat_fields;
 use crate::mount::kernel::MountHandle;
 use crate::mount::{DaemonMode, MountPlan, daemon};
 use crate::stream::UnmountPolicy;
@@ -184,16 +185,13 @@ fn forward_signal(signal: i32, child: &Child) {
 
 /// Whether the terminal's signals reach this process: its group is in the terminal's foreground.
 fn is_in_foreground() -> bool {
-    fs::read_to_string("/proc/self/stat").is_ok_and(|stat| is_foreground_group(&stat))
+    fs::read("/proc/self/stat").is_ok_and(|stat| is_foreground_group(&stat))
 }
 
-/// Whether a stat file (proc_pid_stat(5)) is that of a process in the foreground. After the name in
-/// parentheses come state, ppid, pgrp, session, tty_nr and tpgid.
-fn is_foreground_group(stat: &str) -> bool {
-    let Some((_, fields)) = stat.rsplit_once(')') else {
-        return false;
-    };
-    let mut fields = fields.split_ascii_whitespace().skip(2);
+/// Whether a stat file is that of a process in the foreground. After the name come state, ppid, pgrp,
+/// session, tty_nr and tpgid.
+fn is_foreground_group(stat: &[u8]) -> bool {
+    let mut fields = stat_fields(stat).skip(2);
     let group = fields.next();
     group.is_some() && group == fields.nth(2)
 }
@@ -362,9 +360,9 @@ mod tests {
 
     #[test]
     fn foreground_group_is_found_in_the_stat_file() {
-        assert!(is_foreground_group("9 (a) b) S 1 77 70 34816 77 4194304"));
-        assert!(!is_foreground_group("9 (a) S 1 77 70 34816 78 4194304"));
-        assert!(!is_foreground_group("9 (a) S 1 77 70 0 -1 4194304"));
-        assert!(!is_foreground_group(""));
+        assert!(is_foreground_group(b"9 (a) b) S 1 77 70 34816 77 4194304"));
+        assert!(!is_foreground_group(b"9 (a) S 1 77 70 34816 78 4194304"));
+        assert!(!is_foreground_group(b"9 (a) S 1 77 70 0 -1 4194304"));
+        assert!(!is_foreground_group(b""));
     }
 }
