@@ -4,11 +4,11 @@
 //! allocates one page more than needed and starts at the boundary inside: that needs no `unsafe`.
 
 /// Alignment of a buffer's start in bytes. No device requires more than a page.
-pub const ALIGNMENT: usize = 4096;
+pub(crate) const ALIGNMENT: usize = 4096;
 
 /// A page-aligned buffer.
 #[derive(Debug, Default)]
-pub struct AlignedBuf {
+pub(crate) struct AlignedBuf {
     bytes: Vec<u8>,
     start: usize,
 }
@@ -16,13 +16,13 @@ pub struct AlignedBuf {
 impl AlignedBuf {
     /// Creates an empty buffer.
     #[must_use]
-    pub const fn new() -> Self {
+    pub(crate) const fn new() -> Self {
         Self { bytes: Vec::new(), start: 0 }
     }
 
     /// Creates a buffer with a copy of `data`.
     #[must_use]
-    pub fn copy_of(data: &[u8]) -> Self {
+    pub(crate) fn copy_of(data: &[u8]) -> Self {
         let mut bytes: Vec<u8> = Vec::with_capacity(data.len() + ALIGNMENT);
         let start = bytes.as_ptr().align_offset(ALIGNMENT).min(ALIGNMENT);
         // Within the capacity, so the memory does not move.
@@ -32,7 +32,7 @@ impl AlignedBuf {
     }
 
     /// Returns space for `len` bytes, reused from call to call. The contents are left over or zero.
-    pub fn prepare(&mut self, len: usize) -> &mut [u8] {
+    pub(crate) fn prepare(&mut self, len: usize) -> &mut [u8] {
         if self.bytes.len() < self.start + len {
             self.bytes = vec![0; len + ALIGNMENT];
             self.start = self.bytes.as_ptr().align_offset(ALIGNMENT).min(ALIGNMENT);
@@ -42,7 +42,7 @@ impl AlignedBuf {
 
     /// All bytes of the buffer.
     #[must_use]
-    pub fn as_slice(&self) -> &[u8] {
+    pub(crate) fn as_slice(&self) -> &[u8] {
         &self.bytes[self.start..]
     }
 }

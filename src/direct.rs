@@ -47,7 +47,7 @@ thread_local! {
 
 /// A file read and written past the host's page cache.
 #[derive(Debug)]
-pub struct DirectFile {
+pub(crate) struct DirectFile {
     file: File,
     /// Offsets and lengths on the device are multiples of this many bytes, a power of two.
     offset_align: u64,
@@ -64,7 +64,7 @@ impl DirectFile {
     ///
     /// # Errors
     /// `EINVAL` when the file system has no direct I/O; else the host's errno.
-    pub fn reopen(file: &File) -> io::Result<Self> {
+    pub(crate) fn reopen(file: &File) -> io::Result<Self> {
         let access = rustix::fs::fcntl_getfl(file)? & OFlags::RWMODE;
         let path = format!("/proc/self/fd/{}", file.as_raw_fd());
         let flags = access | OFlags::DIRECT | OFlags::CLOEXEC | OFlags::NOCTTY;
@@ -96,7 +96,7 @@ impl DirectFile {
     ///
     /// # Errors
     /// The host's errno.
-    pub fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
+    pub(crate) fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
         let mut done = 0;
         while done < buf.len() {
             let (rest, at) = (&mut buf[done..], offset + done as u64);
@@ -134,7 +134,7 @@ impl DirectFile {
     ///
     /// # Errors
     /// `EIO` when this thread's request has been given up; `EFBIG` past the largest offset.
-    pub fn lock_range(&self, range: &Range<u64>) -> io::Result<RangeGuard<'_>> {
+    pub(crate) fn lock_range(&self, range: &Range<u64>) -> io::Result<RangeGuard<'_>> {
         let end = range.end.checked_next_multiple_of(self.lock_grain);
         let end = end.ok_or_else(|| os_error(libc::EFBIG))?;
         let range = range.start / self.lock_grain * self.lock_grain..end;
@@ -149,7 +149,7 @@ impl DirectFile {
     ///
     /// # Errors
     /// The host's errno; some of the bytes may have been written then.
-    pub fn write_all_at(&self, parts: &[IoSlice<'_>], offset: u64) -> io::Result<()> {
+    pub(crate) fn write_all_at(&self, parts: &[IoSlice<'_>], offset: u64) -> io::Result<()> {
         let total: usize = parts.iter().map(|part| part.len()).sum();
         let end = offset.checked_add(total as u64).ok_or_else(|| os_error(libc::EFBIG))?;
         self.lock_range(&(offset..end))?.write_all_at(parts, offset)
@@ -174,7 +174,7 @@ impl DirectFile {
 }
 
 /// An exclusive lock for writing near a range.
-pub struct RangeGuard<'a> {
+pub(crate) struct RangeGuard<'a> {
     file: &'a DirectFile,
     range: Range<u64>,
     /// The request waits for the end of the write, and is not answered `EIO` meanwhile.
@@ -184,7 +184,7 @@ pub struct RangeGuard<'a> {
 impl RangeGuard<'_> {
     /// The device's unit in bytes.
     #[must_use]
-    pub fn offset_align(&self) -> u64 {
+    pub(crate) fn offset_align(&self) -> u64 {
         self.file.offset_align
     }
 
@@ -192,7 +192,7 @@ impl RangeGuard<'_> {
     ///
     /// # Errors
     /// The host's errno; some of the bytes may have been written then.
-    pub fn write_all_at(&self, parts: &[IoSlice<'_>], offset: u64) -> io::Result<()> {
+    pub(crate) fn write_all_at(&self, parts: &[IoSlice<'_>], offset: u64) -> io::Result<()> {
         let Self { file, .. } = self;
         if let [only] = parts
             && file.is_aligned(only.as_ptr(), offset, only.len())

@@ -20,11 +20,11 @@ use crate::formats::{ImageRun, RunContent, bmap};
 use crate::host::{self, COPY_CHUNK};
 
 /// A callback for progress, called now and then with the bytes done and the total.
-pub type OnProgress<'a> = &'a mut dyn FnMut(u64, u64);
+pub(crate) type OnProgress<'a> = &'a mut dyn FnMut(u64, u64);
 
 /// The ranges that a bmap maps.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum BmapScope {
+pub(crate) enum BmapScope {
     /// Data only: the rest of the target reads as zeros or does not matter.
     Data,
     /// Data and zeros: the target holds the disk as it was before the changes.
@@ -33,7 +33,7 @@ pub enum BmapScope {
 
 /// A disk, or its changes, to be exported.
 #[derive(Clone, Copy, Debug)]
-pub struct Export<'a> {
+pub(crate) struct Export<'a> {
     /// The bytes of the disk, which do not change.
     pub file: &'a File,
     /// The size of the disk in bytes.
@@ -47,7 +47,11 @@ impl Export<'_> {
     ///
     /// # Errors
     /// The host's errors.
-    pub fn write_rbd(&self, out: &mut dyn Write, on_progress: OnProgress<'_>) -> io::Result<()> {
+    pub(crate) fn write_rbd(
+        &self,
+        out: &mut dyn Write,
+        on_progress: OnProgress<'_>,
+    ) -> io::Result<()> {
         let mut data = DataReader::new(self.file, data_len(self.runs), on_progress);
         out.write_all(&v1::preamble(self.size))?;
         for ImageRun { range, content } in self.runs {
@@ -71,7 +75,7 @@ impl Export<'_> {
     /// # Errors
     /// `InvalidInput`, with one line for the user, if the format cannot represent the size; the
     /// host's errors.
-    pub fn write_android(
+    pub(crate) fn write_android(
         &self,
         out: &mut dyn Write,
         on_progress: OnProgress<'_>,
@@ -98,7 +102,7 @@ impl Export<'_> {
     ///
     /// # Errors
     /// `InvalidInput`, with one line for the user, for an empty disk; the host's errors.
-    pub fn write_bmap(
+    pub(crate) fn write_bmap(
         &self,
         mut out: &mut dyn Write,
         mapped: BmapScope,
@@ -117,7 +121,7 @@ impl Export<'_> {
     ///
     /// # Errors
     /// The host's errors, and those of the imago library as text.
-    pub fn write_qcow2(
+    pub(crate) fn write_qcow2(
         &self,
         out: &File,
         backing: Option<&BackingFile>,
@@ -196,7 +200,11 @@ impl<'a> DataReader<'a> {
 ///
 /// # Errors
 /// The host's error from lseek(2).
-pub fn find_runs(file: &File, changed: Option<&File>, size: u64) -> io::Result<Vec<ImageRun>> {
+pub(crate) fn find_runs(
+    file: &File,
+    changed: Option<&File>,
+    size: u64,
+) -> io::Result<Vec<ImageRun>> {
     let mut runs = Vec::new();
     let mut at = 0;
     while at < size {

@@ -42,31 +42,31 @@
 //! `docs/architecture.md` follows four requests through the functions, and lists the order of
 //! locks, the threads and the words. `CONTRIBUTING.md` says how to test and extend the code.
 
-pub mod aligned;
+mod aligned;
 pub mod base;
 pub mod catalog;
 pub mod cli;
 pub mod config;
 pub mod confined;
 pub mod control;
-pub mod direct;
+mod direct;
 pub mod disk;
-pub mod export;
+mod export;
 pub mod extents;
 pub mod formats;
 mod fs;
 pub mod host;
 pub mod layer;
-pub mod logging;
+mod logging;
 mod mount;
-pub mod name;
-pub mod offline;
+mod name;
+mod offline;
 pub mod overlay;
 pub mod part_file;
-pub mod pool;
-pub mod printable;
+mod pool;
+mod printable;
 pub mod process;
-pub mod store;
+mod store;
 pub mod stream;
 pub mod transfer;
 pub mod trust;

@@ -42,7 +42,7 @@ impl LogRing {
 }
 
 /// Destination of log lines besides memory.
-pub enum LogTarget {
+pub(crate) enum LogTarget {
     /// The terminal (`-f`).
     Stderr,
     /// The file of `--log FILE`.
@@ -134,7 +134,7 @@ impl Syslog {
 }
 
 /// Starts logging. `RUST_LOG` selects the records; the default is everything from level info up.
-pub fn start(sink: LogTarget) {
+pub(crate) fn start(sink: LogTarget) {
     let mut builder = env_logger::Builder::new();
     builder.filter_level(log::LevelFilter::Info);
     // fuser logs every request for an unimplemented operation, which is noise here.
@@ -166,13 +166,13 @@ fn syslog_time() -> String {
 
 /// Returns up to `len` bytes of the log in memory, starting at `offset`.
 #[must_use]
-pub fn read(offset: u64, len: usize) -> Vec<u8> {
+pub(crate) fn read(offset: u64, len: usize) -> Vec<u8> {
     LOG_RING.get_or_init(Mutex::default).lock().read(offset, len)
 }
 
 /// Returns the offset of the oldest byte of the log still in memory.
 #[must_use]
-pub fn oldest_offset() -> u64 {
+pub(crate) fn oldest_offset() -> u64 {
     LOG_RING.get_or_init(Mutex::default).lock().start
 }
 

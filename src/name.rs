@@ -9,13 +9,13 @@ use std::io;
 use crate::host::os_error;
 
 /// The longest name in bytes, as in other file systems (`NAME_MAX`).
-pub const MAX_NAME_LEN: usize = 255;
+pub(crate) const MAX_NAME_LEN: usize = 255;
 
 /// The name that belongs to the mount itself.
-pub const CONTROL_DIR: &str = ".cowslip";
+pub(crate) const CONTROL_DIR: &str = ".cowslip";
 
 /// Its files besides the directories of the disks: a disk of such a name could not be reached there.
-pub const CONTROL_FILES: [&str; 3] = ["status", "log", "ctl"];
+pub(crate) const CONTROL_FILES: [&str; 3] = ["status", "log", "ctl"];
 
 /// What is wrong with a name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -53,7 +53,7 @@ impl From<NameError> for io::Error {
 ///
 /// # Errors
 /// [`NameError`].
-pub fn check(name: &str) -> Result<(), NameError> {
+pub(crate) fn check(name: &str) -> Result<(), NameError> {
     match name {
         "" => Err(NameError::Empty),
         "." | ".." => Err(NameError::Directory),
@@ -68,7 +68,7 @@ pub fn check(name: &str) -> Result<(), NameError> {
 ///
 /// # Errors
 /// [`NameError`].
-pub fn check_disk(name: &str) -> Result<(), NameError> {
+pub(crate) fn check_disk(name: &str) -> Result<(), NameError> {
     check(name)?;
     match name == CONTROL_DIR || CONTROL_FILES.contains(&name) {
         true => Err(NameError::Reserved),

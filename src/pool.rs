@@ -5,7 +5,7 @@
 //! started when there is work and end when there is none. While no thread can be started, the work
 //! of a pool without threads is done by its [`Reserve`].
 
-pub mod reserve;
+pub(crate) mod reserve;
 
 use std::cell::RefCell;
 use std::collections::VecDeque;
@@ -22,7 +22,7 @@ use crate::host::os_error;
 
 /// The most threads of a pool by default: enough to keep a device busy and to let syncs and reads
 /// pass each other.
-pub const MAX_THREADS: usize = 8;
+pub(crate) const MAX_THREADS: usize = 8;
 /// How long an idle thread stays.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -32,7 +32,7 @@ thread_local! {
 }
 
 /// A request that may be answered before the work on it has ended.
-pub trait Cancellable {
+pub(crate) trait Cancellable {
     /// Whether the request has been answered, so that nobody waits for the work any more.
     fn is_cancelled(&self) -> bool;
 
@@ -44,7 +44,10 @@ pub trait Cancellable {
 }
 
 /// Runs `work`, in which [`check_cancelled`] fails once `request` has been given up.
-pub fn run_cancellable<T>(request: impl Cancellable + 'static, work: impl FnOnce() -> T) -> T {
+pub(crate) fn run_cancellable<T>(
+    request: impl Cancellable + 'static,
+    work: impl FnOnce() -> T,
+) -> T {
     CURRENT_REQUEST.set(Some(Rc::new(request)));
     let result = work();
     CURRENT_REQUEST.set(None);
@@ -57,7 +60,7 @@ pub fn run_cancellable<T>(request: impl Cancellable + 'static, work: impl FnOnce
 ///
 /// # Errors
 /// `EIO` when this thread's request has been given up.
-pub fn check_cancelled() -> io::Result<()> {
+pub(crate) fn check_cancelled() -> io::Result<()> {
     let given_up =
         CURRENT_REQUEST.with_borrow(|request| request.as_ref().is_some_and(|r| r.is_cancelled()));
     if given_up { Err(os_error(libc::EIO)) } else { Ok(()) }
@@ -68,7 +71,7 @@ pub fn check_cancelled() -> io::Result<()> {
 ///
 /// # Errors
 /// The errors of [`check_cancelled`].
-pub fn hold_reply() -> io::Result<ReplyHold> {
+pub(crate) fn hold_reply() -> io::Result<ReplyHold> {
     let request = CURRENT_REQUEST.with_borrow(Clone::clone);
     match &request {
         Some(held) if !held.hold() => Err(os_error(libc::EIO)),
@@ -78,7 +81,7 @@ pub fn hold_reply() -> io::Result<ReplyHold> {
 
 /// A change under way for a request, which waits for its end.
 #[must_use]
-pub struct ReplyHold(Option<Rc<dyn Cancellable>>);
+pub(crate) struct ReplyHold(Option<Rc<dyn Cancellable>>);
 
 impl Drop for ReplyHold {
     fn drop(&mut self) {
@@ -89,7 +92,7 @@ impl Drop for ReplyHold {
 }
 
 /// A piece of work for a pool.
-pub type Job = Box<dyn FnOnce() + Send>;
+pub(crate) type Job = Box<dyn FnOnce() + Send>;
 
 /// Starts a thread that works for a pool.
 type StartThread = fn(Arc<Pool>) -> io::Result<()>;

@@ -21,13 +21,13 @@ fn is_hostile(c: char) -> bool {
 
 /// Escapes `text` to one line: unsafe characters become Rust escapes.
 #[must_use]
-pub fn line(text: &str) -> Cow<'_, str> {
+pub(crate) fn line(text: &str) -> Cow<'_, str> {
     escape(text, is_hostile, |c, to| to.extend(c.escape_default()))
 }
 
 /// Escapes `text` like [`line()`], but keeps line feeds.
 #[must_use]
-pub fn lines(text: &str) -> Cow<'_, str> {
+pub(crate) fn lines(text: &str) -> Cow<'_, str> {
     let is_hostile = |c| c != '\n' && is_hostile(c);
     escape(text, is_hostile, |c, to| to.extend(c.escape_default()))
 }
@@ -35,7 +35,7 @@ pub fn lines(text: &str) -> Cow<'_, str> {
 /// Escapes JSON without changing its meaning: unsafe characters occur only in strings, where `\u`
 /// works.
 #[must_use]
-pub fn json(text: &str) -> Cow<'_, str> {
+pub(crate) fn json(text: &str) -> Cow<'_, str> {
     let is_hostile = |c| !matches!(c, '\n' | '\r' | '\t') && is_hostile(c);
     escape(text, is_hostile, |c, to| {
         for unit in c.encode_utf16(&mut [0; 2]) {

@@ -19,7 +19,7 @@ use crate::overlay::verify::{LayerCheck, UnusedLayer, contradictions, short_uuid
 
 /// Reaction of a check to its findings.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum CheckMode {
+pub(crate) enum CheckMode {
     /// Report only.
     Report,
     /// Repair whatever is safe to repair.
@@ -28,7 +28,7 @@ pub enum CheckMode {
 
 /// The findings of a check.
 #[derive(Default)]
-pub struct CheckReport {
+pub(crate) struct CheckReport {
     /// The overlay, if it could be read.
     pub overlay: Option<OverlayReport>,
     /// The reaction to what can be repaired. Empty without [`CheckMode::Repair`].
@@ -38,7 +38,7 @@ pub struct CheckReport {
 }
 
 /// The contents of an overlay that could be read.
-pub struct OverlayReport {
+pub(crate) struct OverlayReport {
     /// Version of the overlay's format.
     pub version: u32,
     /// The base.
@@ -55,7 +55,7 @@ pub struct OverlayReport {
 }
 
 /// A layer of an overlay.
-pub struct LayerReport {
+pub(crate) struct LayerReport {
     /// The state of the layer.
     pub check: LayerCheck,
     /// Name of the snapshot that the layer is, if it is one.
@@ -66,7 +66,7 @@ pub struct LayerReport {
 
 /// The base of an overlay, compared with its record.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum BaseReport {
+pub(crate) enum BaseReport {
     /// There is none.
     Blank {
         /// Size of the disk in bytes.
@@ -89,7 +89,7 @@ pub enum BaseReport {
 
 /// The state of a base, compared with its record.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum BaseState {
+pub(crate) enum BaseState {
     /// The base is as it was.
     Unchanged,
     /// The base is another one.
@@ -102,7 +102,7 @@ pub enum BaseState {
 
 /// Something that a repair did.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Repair {
+pub(crate) enum Repair {
     /// The recovery of a layer.
     Recovered {
         /// Uuid of the layer.
@@ -126,7 +126,7 @@ pub enum Repair {
 /// # Errors
 /// [`OfflineError`] when the overlay could not be checked: it is in use, has another version, or
 /// the host failed.
-pub fn check(target: &OverlayTarget, mode: CheckMode) -> Result<CheckReport, OfflineError> {
+pub(crate) fn check(target: &OverlayTarget, mode: CheckMode) -> Result<CheckReport, OfflineError> {
     let overlay = match persist::lock_overlay(target.overlay_path()) {
         Ok(overlay) => overlay,
         Err(error) => {

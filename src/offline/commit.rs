@@ -13,7 +13,7 @@ use crate::overlay::{Usage, persist};
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// An overlay that is opened for a commit.
-pub struct OfflineCommit {
+pub(crate) struct OfflineCommit {
     disk: Disk,
     base: PathBuf,
 }
@@ -23,7 +23,7 @@ impl OfflineCommit {
     ///
     /// # Errors
     /// [`OfflineError`].
-    pub fn open(dir: &Path) -> Result<Self, OfflineError> {
+    pub(crate) fn open(dir: &Path) -> Result<Self, OfflineError> {
         let failed = || OfflineError::overlay(dir);
         let stack = persist::open_overlay_dir(dir).and_then(|dir| Stack::read(&dir));
         let stack = stack.map_err(failed())?;
@@ -41,13 +41,13 @@ impl OfflineCommit {
 
     /// Recorded path of the base, which the commit writes to.
     #[must_use]
-    pub fn base(&self) -> &Path {
+    pub(crate) fn base(&self) -> &Path {
         &self.base
     }
 
     /// Bytes done so far and bytes in all.
     #[must_use]
-    pub fn progress(&self) -> (u64, u64) {
+    pub(crate) fn progress(&self) -> (u64, u64) {
         self.disk.progress()
     }
 
@@ -56,7 +56,7 @@ impl OfflineCommit {
     ///
     /// # Errors
     /// [`OperationError`].
-    pub fn run(&self, is_cancelled: &dyn Fn() -> bool) -> Result<Usage, OperationError> {
+    pub(crate) fn run(&self, is_cancelled: &dyn Fn() -> bool) -> Result<Usage, OperationError> {
         Ok(self.disk.commit(Force::No, is_cancelled)?.committed)
     }
 
@@ -64,7 +64,7 @@ impl OfflineCommit {
     ///
     /// # Errors
     /// The host's errno.
-    pub fn close(self) -> io::Result<()> {
+    pub(crate) fn close(self) -> io::Result<()> {
         self.disk.close(CLOSE_TIMEOUT)
     }
 }

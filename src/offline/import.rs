@@ -24,7 +24,7 @@ use crate::part_file::part_path;
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// An import that can begin: the image is open, and the path of the overlay is free.
-pub struct Import {
+pub(crate) struct Import {
     image: TopImage,
     allow_backing: Vec<PathBuf>,
     /// Absolute path of the overlay.
@@ -35,7 +35,7 @@ pub struct Import {
 
 /// An overlay that was imported.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Imported {
+pub(crate) struct Imported {
     /// The base of the overlay and its format, unless the base is blank.
     pub base: Option<(PathBuf, Format)>,
     /// Size of the disk in bytes.
@@ -50,7 +50,7 @@ impl Import {
     ///
     /// # Errors
     /// [`OfflineError`].
-    pub fn prepare(
+    pub(crate) fn prepare(
         image: &Path,
         dir: &Path,
         allow_backing: Vec<PathBuf>,
@@ -72,7 +72,7 @@ impl Import {
     /// Path of the overlay until it is complete. Whoever ends this process before
     /// [`run`](Self::run) returns has to remove the directory.
     #[must_use]
-    pub fn part(&self) -> &Path {
+    pub(crate) fn part(&self) -> &Path {
         &self.part
     }
 
@@ -80,7 +80,7 @@ impl Import {
     ///
     /// # Errors
     /// [`OfflineError`]; no overlay is left behind, except if the last rename fails.
-    pub fn run(self) -> Result<Imported, OfflineError> {
+    pub(crate) fn run(self) -> Result<Imported, OfflineError> {
         let failed = || OfflineError::host(format!("overlay '{}'", self.dir.display()));
         let size = self.image.image.size();
         let base = self.image.backing.as_ref();

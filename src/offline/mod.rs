@@ -12,18 +12,20 @@
 //!   IMAGE ──import──▶ an overlay over the image's backing file
 //! ```
 
-pub mod check;
-pub mod commit;
-pub mod import;
-pub mod rebase;
+pub(crate) mod check;
+pub(crate) mod commit;
+pub(crate) mod import;
+pub(crate) mod rebase;
 mod store_check;
 mod target;
 
 use std::io;
 use std::path::{Path, PathBuf};
 
-pub use self::store_check::{StoreFinding, StoreFindingKind, StoreOutcome, check_store};
-pub use self::target::{OverlayTarget, is_in_store, is_store, overlay_targets, single_target};
+pub(crate) use self::store_check::{StoreFinding, StoreFindingKind, StoreOutcome, check_store};
+pub(crate) use self::target::{
+    OverlayTarget, is_in_store, is_store, overlay_targets, single_target,
+};
 use crate::base::BaseError;
 use crate::disk::OpenError;
 use crate::overlay::error::OverlayError;
@@ -31,7 +33,7 @@ use crate::store::StoreError;
 
 /// The reason why work on an overlay that is not mounted failed; one line for the user.
 #[derive(Debug, thiserror::Error)]
-pub enum OfflineError {
+pub(crate) enum OfflineError {
     /// The path leads to a file.
     #[error("'{}' is a file: name the directory of an overlay or a store", .0.display())]
     File(PathBuf),

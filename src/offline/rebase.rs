@@ -18,7 +18,7 @@ use crate::overlay::stack::{BaseRecord, FileRecord, Stack};
 
 /// Policy for a base that does not match.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum OnMismatch {
+pub(crate) enum OnMismatch {
     /// The overlay stays as it is.
     Refuse,
     /// The overlay gets the base nevertheless.
@@ -27,7 +27,7 @@ pub enum OnMismatch {
 
 /// The result of a rebase.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Rebased {
+pub(crate) enum Rebased {
     /// The base is recorded as it is already.
     Unchanged {
         /// Real path of the base.
@@ -49,7 +49,7 @@ pub enum Rebased {
 ///
 /// # Errors
 /// [`OfflineError`]; the overlay is unchanged then.
-pub fn rebase(
+pub(crate) fn rebase(
     dir: &Path,
     new: &Path,
     on_mismatch: OnMismatch,

@@ -9,7 +9,7 @@ use crate::store::StoreDirs;
 
 /// An entry of a store that belongs to no disk.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct StoreFinding {
+pub(crate) struct StoreFinding {
     /// The kind of entry.
     pub kind: StoreFindingKind,
     /// Name of the entry.
@@ -20,7 +20,7 @@ pub struct StoreFinding {
 
 /// Kind of an entry that belongs to no disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum StoreFindingKind {
+pub(crate) enum StoreFindingKind {
     /// A name whose disk does not exist, which is damage.
     Name,
     /// A disk without a name.
@@ -33,7 +33,7 @@ pub enum StoreFindingKind {
 
 /// Reaction to an entry that belongs to no disk.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum StoreOutcome {
+pub(crate) enum StoreOutcome {
     /// The entry is only reported.
     Reported,
     /// The entry was removed.
@@ -48,7 +48,7 @@ pub enum StoreOutcome {
 ///
 /// # Errors
 /// [`OfflineError::Host`].
-pub fn check_store(
+pub(crate) fn check_store(
     store: &StoreDirs,
     dir: &Path,
     mode: CheckMode,

@@ -15,7 +15,7 @@ use crate::overlay::persist::OverlayPath;
 
 /// One overlay.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct OverlayTarget {
+pub(crate) struct OverlayTarget {
     /// Directory with the overlay's `stack`.
     pub dir: PathBuf,
     /// Directory of the layers, unless they are inside `dir`.
@@ -27,14 +27,14 @@ pub struct OverlayTarget {
 impl OverlayTarget {
     /// Returns the overlay's path for the overlay code.
     #[must_use]
-    pub fn overlay_path(&self) -> OverlayPath<'_> {
+    pub(crate) fn overlay_path(&self) -> OverlayPath<'_> {
         OverlayPath { dir: &self.dir, layers: self.layers.as_deref() }
     }
 }
 
 /// Returns whether `dir` is a store rather than an overlay.
 #[must_use]
-pub fn is_store(dir: &Path) -> bool {
+pub(crate) fn is_store(dir: &Path) -> bool {
     !dir.join("stack").exists() && dir.join("names").is_dir()
 }
 
@@ -44,7 +44,7 @@ pub fn is_store(dir: &Path) -> bool {
 /// # Errors
 /// [`OfflineError::File`] or [`OfflineError::NotAnOverlay`] when `dir` is something else, or the
 /// host's error.
-pub fn overlay_targets(dir: &Path) -> Result<Vec<OverlayTarget>, OfflineError> {
+pub(crate) fn overlay_targets(dir: &Path) -> Result<Vec<OverlayTarget>, OfflineError> {
     if is_store(dir) { store_targets(dir) } else { Ok(vec![single_target(dir)?]) }
 }
 
@@ -52,7 +52,7 @@ pub fn overlay_targets(dir: &Path) -> Result<Vec<OverlayTarget>, OfflineError> {
 ///
 /// # Errors
 /// [`OfflineError::File`] or [`OfflineError::NotAnOverlay`] when `dir` is something else.
-pub fn single_target(dir: &Path) -> Result<OverlayTarget, OfflineError> {
+pub(crate) fn single_target(dir: &Path) -> Result<OverlayTarget, OfflineError> {
     let has = |name: &str| dir.join(name).exists();
     if dir.exists() && !dir.is_dir() {
         return Err(OfflineError::File(dir.to_owned()));
@@ -74,7 +74,7 @@ fn store_layers(dir: &Path) -> Option<PathBuf> {
 
 /// Returns whether the overlay at `dir` is a disk of a store, with its layers in the store.
 #[must_use]
-pub fn is_in_store(dir: &Path) -> bool {
+pub(crate) fn is_in_store(dir: &Path) -> bool {
     !dir.join("layers").exists() && store_layers(dir).is_some()
 }
 

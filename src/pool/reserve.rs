@@ -22,20 +22,20 @@ use super::{Attended, Pool};
 const RETRY_INTERVAL: Duration = Duration::from_millis(20);
 
 /// For pools whose jobs wait for the host only.
-pub static HOST_WAITS: Reserve = Reserve::new();
+pub(crate) static HOST_WAITS: Reserve = Reserve::new();
 /// For pools whose jobs wait for the kernel, and so for jobs of [`HOST_WAITS`].
-pub static KERNEL_WAITS: Reserve = Reserve::new();
+pub(crate) static KERNEL_WAITS: Reserve = Reserve::new();
 /// For requests to the control files, which wait for all others.
-pub static REQUESTS: Reserve = Reserve::new();
+pub(crate) static REQUESTS: Reserve = Reserve::new();
 
 /// Number of threads that [`start`] starts.
-pub const THREADS: usize = 3;
+pub(crate) const THREADS: usize = 3;
 
 /// Starts the threads in reserve of this process.
 ///
 /// # Errors
 /// The host's errno.
-pub fn start() -> io::Result<()> {
+pub(crate) fn start() -> io::Result<()> {
     let all: [&'static Reserve; THREADS] = [&HOST_WAITS, &KERNEL_WAITS, &REQUESTS];
     all.into_iter().try_for_each(Reserve::start)
 }

@@ -50,7 +50,7 @@ struct StoreMarker {
 }
 
 /// The open directories of a store, with the store's lock held.
-pub struct StoreDirs {
+pub(crate) struct StoreDirs {
     path: PathBuf,
     /// The root directory. Holds the lock, which is released when this file is closed.
     root: File,
@@ -64,7 +64,7 @@ impl StoreDirs {
     ///
     /// # Errors
     /// [`StoreError`].
-    pub fn open_or_create(path: &Path) -> Result<Self, StoreError> {
+    pub(crate) fn open_or_create(path: &Path) -> Result<Self, StoreError> {
         let io = |what| move |error| StoreError::Io { dir: path.to_owned(), what, error };
         check_ancestor(path)?;
         DirBuilder::new()
@@ -96,7 +96,7 @@ impl StoreDirs {
     ///
     /// # Errors
     /// [`StoreError`].
-    pub fn open(path: &Path) -> Result<Self, StoreError> {
+    pub(crate) fn open(path: &Path) -> Result<Self, StoreError> {
         let io = |what| move |error| StoreError::Io { dir: path.to_owned(), what, error };
         let root = open_root(path)?;
         let has_marker = has_marker(path, &root)?;
@@ -139,7 +139,7 @@ impl StoreDirs {
 
     /// Returns the path of the store.
     #[must_use]
-    pub fn path(&self) -> &Path {
+    pub(crate) fn path(&self) -> &Path {
         &self.path
     }
 
@@ -164,7 +164,7 @@ impl StoreDirs {
     /// # Errors
     /// The host's errno; also an error when a name is no link to a disk, as in a copy of a store
     /// without its symlinks, because the disk would seem to have no name.
-    pub fn named_disks(&self) -> io::Result<Vec<(String, Uuid)>> {
+    pub(crate) fn named_disks(&self) -> io::Result<Vec<(String, Uuid)>> {
         let mut all = Vec::new();
         for name in entry_names(&self.names)? {
             let Some(target) = self.disk_named(&name) else {
@@ -225,7 +225,7 @@ impl StoreDirs {
     ///
     /// # Errors
     /// The host's errno.
-    pub fn leftovers(&self) -> io::Result<Leftovers> {
+    pub(crate) fn leftovers(&self) -> io::Result<Leftovers> {
         let named = self.named_disks()?;
         let disks = entry_names(&self.disks)?;
         let mut found = Leftovers::default();
@@ -262,7 +262,7 @@ impl StoreDirs {
     ///
     /// # Errors
     /// The host's errno.
-    pub fn remove_name(&self, name: &str) -> io::Result<()> {
+    pub(crate) fn remove_name(&self, name: &str) -> io::Result<()> {
         rustix::fs::unlinkat(&self.names, name, AtFlags::empty())?;
         self.names.sync_all()
     }
@@ -272,7 +272,7 @@ impl StoreDirs {
     ///
     /// # Errors
     /// The host's errno; for a foreign file, a line that names it.
-    pub fn remove_disk(&self, name: &str) -> io::Result<()> {
+    pub(crate) fn remove_disk(&self, name: &str) -> io::Result<()> {
         let dir = open_subdir(&self.disks, name)?;
         if let Some(other) = entry_names(&dir)?.iter().find(|file| !DISK_FILES.contains(&&***file))
         {
@@ -287,14 +287,14 @@ impl StoreDirs {
     ///
     /// # Errors
     /// The host's errno; for a foreign file, a line that names it.
-    pub fn remove_layer(&self, uuid: Uuid) -> io::Result<()> {
+    pub(crate) fn remove_layer(&self, uuid: Uuid) -> io::Result<()> {
         remove_layer(&self.layers, uuid)
     }
 }
 
 /// Entries of a store that belong to no disk.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Leftovers {
+pub(crate) struct Leftovers {
     /// Names whose disk does not exist.
     pub names: Vec<String>,
     /// Directories of disks without a name, and of unfinished disks.

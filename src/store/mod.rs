@@ -23,7 +23,7 @@ use std::sync::Arc;
 use rustix::fs::AtFlags;
 use uuid::Uuid;
 
-pub use self::dirs::{Leftovers, StoreDirs};
+pub(crate) use self::dirs::{Leftovers, StoreDirs};
 use crate::config::DiskSpec;
 use crate::disk::{self, Disk, DiskOwner, LayerUsers, OpenContext, OpenError, OpenedDisk};
 use crate::host::os_error;
