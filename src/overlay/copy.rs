@@ -47,7 +47,7 @@ impl Overlay {
     /// hold yet. Returns the number of bytes copied. A write that races with the copy wins.
     ///
     /// # Errors
-    /// The errors of [`WritableLayer::write_at`].
+    /// The errors of [`write_at`](crate::layer::WritableLayer::write_at).
     pub fn copy_up(
         &self,
         range: &Range<u64>,
