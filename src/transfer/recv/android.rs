@@ -10,8 +10,8 @@
 use std::io::{self, BufReader, Read};
 
 use super::super::{BUFFER_SIZE, TransferError};
+use super::head::StreamHead;
 use super::receiver::{ReceiveError, Receiver};
-use super::records::StreamHead;
 use crate::formats::android::{AndroidDecoder, AndroidRecord, Checksums};
 use crate::host::os_message;
 

@@ -10,6 +10,7 @@
 //! of the stream which part of it is correct.
 
 mod android;
+mod head;
 mod preflight;
 mod raw;
 mod receiver;
@@ -18,9 +19,9 @@ mod records;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
+use self::head::StreamHead;
 use self::preflight::{ReceiveTarget, device_resume_error};
 use self::receiver::Receiver;
-use self::records::StreamHead;
 use super::destination::Destination;
 use super::state::ReceiveState;
 use super::{TransferError, TransferFormat, TransferProgress};

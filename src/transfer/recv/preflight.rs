@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use super::super::destination::{Destination, FileOwner};
 use super::super::state::ReceiveState;
 use super::super::{TransferError, TransferFormat};
-use super::records::StreamHead;
+use super::head::StreamHead;
 use super::{ReceivePlan, ReceiveStart};
 use crate::config::Overwrite;
 use crate::part_file::PartFile;
