@@ -32,7 +32,8 @@ impl Disk {
             || matches!(&self.stream, Some(Stream::Output(output)) if output.sync().is_err())
     }
 
-    /// Writes to the output stream `output` of this disk; `reply` is called once.
+    /// Writes to the output stream `output` of this disk; `reply` is called once. `client` is the
+    /// thread that waits for the reply; `None` for the kernel's page cache.
     ///
     /// The errors passed to `reply` are those of [`Output::write`], and `ENOSPC` past the end.
     pub fn stream_write(
@@ -40,7 +41,7 @@ impl Disk {
         output: &Output,
         buf: &[u8],
         offset: u64,
-        client: u32,
+        client: Option<u32>,
         reply: Box<dyn FnOnce(io::Result<()>) + Send>,
     ) {
         let end = offset.checked_add(buf.len() as u64);
@@ -48,7 +49,10 @@ impl Disk {
             return reply(Err(io::Error::from_raw_os_error(libc::ENOSPC)));
         }
         self.touch_times(&Top::Nothing);
-        output.write(offset, buf, client, reply);
+        match client {
+            Some(client) => output.write(offset, buf, client, reply),
+            None => output.write_back(offset, buf, reply),
+        }
     }
 
     /// Ends a stream when its mount ends; returns a line for the user, if there is one.

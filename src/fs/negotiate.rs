@@ -4,12 +4,14 @@ use fuser::{InitFlags, KernelConfig};
 
 use super::passthrough;
 use crate::config::CacheMode;
+use crate::stream::parked;
 
 /// Largest request in bytes, 1 MiB: the kernel's limit of pages in one request.
 const MAX_IO_SIZE: u32 = 1 << 20;
 /// Requests that the kernel keeps in flight for read-ahead and asynchronous I/O, of all disks
-/// together. Hundreds may wait for one stalled stream; the other disks must not wait with them.
+/// together. Many may wait for stalled streams; the other disks must not wait with them.
 const MAX_BACKGROUND: u16 = 4096;
+const _: () = assert!(2 * parked::MAX_PARKED <= MAX_BACKGROUND as usize);
 
 /// Requests what this daemon uses, for a mount with `cache`. A kernel without some of it is noted
 /// in the log.

@@ -74,7 +74,8 @@ impl CowslipFs {
         };
         let disk = file.disk();
         if let Some(Stream::Output(output)) = disk.stream() {
-            return self.write_stream(disk, output, data, range.start, request.pid, reply);
+            let client = (request.origin == WriteOrigin::Client).then_some(request.pid);
+            return self.write_stream(disk, output, data, range.start, client, reply);
         }
         let write = DiskWrite {
             offset: range.start,
@@ -95,14 +96,15 @@ impl CowslipFs {
         disk.pools.sync.run(Box::new(move || write.run(&shared, &target, &data, reply)));
     }
 
-    /// Writes `data` to the output stream of `disk` at `offset`.
+    /// Writes `data` to the output stream of `disk` at `offset`, for the thread `client` or for the
+    /// kernel's page cache.
     fn write_stream(
         &self,
         disk: &Arc<Disk>,
         output: &Arc<Output>,
         data: &[u8],
         offset: u64,
-        pid: u32,
+        client: Option<u32>,
         reply: ReplyWrite,
     ) {
         let written = u32::try_from(data.len()).unwrap_or(u32::MAX);
@@ -112,13 +114,13 @@ impl CowslipFs {
         });
         // The write may wait for the host of a spill file.
         if let Some(permit) = self.worker_limit.acquire() {
-            disk.stream_write(output, data, offset, pid, send);
+            disk.stream_write(output, data, offset, client, send);
             return drop(permit);
         }
         let (disk, data) = (Arc::clone(disk), data.to_vec());
         Arc::clone(&disk.pools.sync).run(Box::new(move || {
             if let Some(Stream::Output(output)) = disk.stream() {
-                disk.stream_write(output, &data, offset, pid, send);
+                disk.stream_write(output, &data, offset, client, send);
             }
         }));
     }

@@ -11,6 +11,7 @@ use std::path::PathBuf;
 
 use crate::host;
 use crate::layer::Wait;
+use crate::stream::parked::ParkPermit;
 
 /// The most bytes of memory for waiting writes: 1 MiB, one request of the largest size.
 const MEMORY_LIMIT: usize = 1 << 20;
@@ -32,6 +33,8 @@ pub(super) struct QueuedWrite {
     /// The process that waits for the reply; 0 if unknown.
     client: u32,
     pub(super) reply: WriteReply,
+    /// Missing if the write must not be refused and too many waited.
+    _permit: Option<ParkPermit>,
 }
 
 /// The waiting writes, oldest first.
@@ -53,8 +56,20 @@ impl WriteQueue {
         self.writes.is_empty()
     }
 
+    /// Returns the number of waiting writes.
+    pub(super) fn len(&self) -> usize {
+        self.writes.len()
+    }
+
     /// Appends a write to the queue.
-    pub(super) fn push(&mut self, offset: u64, buf: &[u8], client: u32, reply: WriteReply) {
+    pub(super) fn push(
+        &mut self,
+        permit: Option<ParkPermit>,
+        offset: u64,
+        buf: &[u8],
+        client: u32,
+        reply: WriteReply,
+    ) {
         let len = buf.len();
         let filed =
             if self.memory_used + len > MEMORY_LIMIT { self.write_to_file(buf) } else { None };
@@ -68,7 +83,7 @@ impl WriteQueue {
         };
         // Resolved now, while the calling thread still exists.
         let client = if client == 0 { 0 } else { host::process_of_thread(client) };
-        self.writes.push_back(QueuedWrite { offset, len, bytes, client, reply });
+        self.writes.push_back(QueuedWrite { offset, len, bytes, client, reply, _permit: permit });
     }
 
     fn write_to_file(&mut self, buf: &[u8]) -> Option<u64> {

@@ -3,8 +3,11 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
-use std::os::unix::fs::FileExt;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::sync::mpsc;
 use std::thread;
+use std::time::Duration;
 
 use crate::common::mount::*;
 use serde_json::Value;
@@ -227,4 +230,101 @@ fn threads_and_memory_of_requests_are_limited() {
     let mut ctl = lab.open("m/.cowslip/d/ctl");
     assert_eq!(errno_of(ctl.write(&[b' '; 100_000])), libc::EMSGSIZE);
     drop(ctl);
+}
+
+/// A request of io_submit(2), as linux/aio_abi.h has it.
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+struct Iocb {
+    data: u64,
+    key: u32,
+    rw_flags: i32,
+    /// 0: `IOCB_CMD_PREAD`.
+    opcode: u16,
+    priority: i16,
+    fd: u32,
+    buf: u64,
+    len: u64,
+    offset: i64,
+    reserved: u64,
+    flags: u32,
+    event_fd: u32,
+}
+
+/// An answer of io_getevents(2).
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+struct IoEvent {
+    data: u64,
+    iocb: u64,
+    result: i64,
+    result2: i64,
+}
+
+/// Begins to read `count` blocks of 4 KiB of `file` asynchronously, tells `begun` about it, and
+/// returns the results.
+fn read_many(file: &File, count: usize, begun: impl FnOnce()) -> Vec<i64> {
+    let mut page = Aligned::of(&[0; 4096]);
+    let buf = page.bytes_mut().as_mut_ptr() as u64;
+    let read = |at: usize| Iocb {
+        fd: file.as_raw_fd() as u32,
+        buf,
+        len: 4096,
+        offset: (at as i64 + 16) * 4096,
+        ..Iocb::default()
+    };
+    let mut reads: Vec<Iocb> = (0..count).map(read).collect();
+    let pointers: Vec<*mut Iocb> = reads.iter_mut().map(std::ptr::from_mut).collect();
+    let mut events = vec![IoEvent::default(); count];
+    let mut context: libc::c_ulong = 0;
+    // SAFETY: the arrays are as long as is said; `page`, into which all reads go, lives until all
+    // of them have ended.
+    unsafe {
+        assert_eq!(libc::syscall(libc::SYS_io_setup, count, &raw mut context), 0);
+        let mut submitted = 0;
+        while submitted < count {
+            let rest = &pointers[submitted..];
+            let more = libc::syscall(libc::SYS_io_submit, context, rest.len(), rest.as_ptr());
+            assert!(more > 0, "{}", io::Error::last_os_error());
+            submitted += more as usize;
+        }
+        begun();
+        let (all, forever) = (count, std::ptr::null_mut::<libc::timespec>());
+        let got =
+            libc::syscall(libc::SYS_io_getevents, context, all, all, events.as_mut_ptr(), forever);
+        assert_eq!(got, count as i64);
+        libc::syscall(libc::SYS_io_destroy, context);
+    }
+    events.iter().map(|event| event.result).collect()
+}
+
+#[test]
+fn readers_of_a_stalled_stream_do_not_block_reads_of_other_disks() {
+    let mut lab = Lab::new();
+    lab.base("base.img", 64 * MIB);
+    lab.sh("chmod 755 .; printf '#!/bin/sh\nexec sleep 1000\n' >silent; chmod 700 silent");
+    lab.mount("s=stream:1G,from=cmd:./silent,spool,perm=0644 d=base.img,perm=0600 -o allow_other");
+    let (tell, told) = mpsc::channel();
+    let path = lab.path("m/s");
+    let reader = thread::spawn(move || {
+        as_user(STRANGER, || {
+            let flags = libc::O_DIRECT;
+            let file = OpenOptions::new().read(true).custom_flags(flags).open(path).unwrap();
+            read_many(&file, 5000, || tell.send(()).unwrap())
+        })
+    });
+    told.recv_timeout(Duration::from_secs(30)).expect("the reads are not taken");
+    // Read-ahead is asynchronous as well.
+    let (tell, told) = mpsc::channel();
+    let file = lab.open_ro("m/d");
+    thread::spawn(move || tell.send(read(&file, 0, 64 * MIB)));
+    let cold = told.recv_timeout(Duration::from_secs(30)).expect("a read hangs");
+    assert!(cold == fs::read(lab.path("base.img")).unwrap());
+    lab.ok("abort m/s");
+    let results = reader.join().unwrap();
+    let failed_as = |code: i32| results.iter().filter(|got| **got == -i64::from(code)).count();
+    assert_eq!((failed_as(libc::EBUSY), failed_as(libc::EIO)), (5000 - 512, 512));
+    // The source was killed, which is told.
+    lab.refused(1, "umount m");
+    lab.end();
 }

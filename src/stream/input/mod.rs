@@ -44,6 +44,7 @@ use super::stop::Stop;
 use crate::config::Spool;
 use crate::extents::{Extent, ExtentKind};
 use crate::host::{os_error, process_of_thread};
+use crate::stream::parked::ParkPermit;
 
 /// Bytes held besides the read-window and the needs of parked reads: 4 MiB, enough for the source
 /// to continue while a few requests of 1 MiB are copied out.
@@ -193,7 +194,7 @@ impl Input {
     /// # Errors
     /// The reply is `EIO` if not all of the bytes will arrive or can still be read, if the read
     /// begins too far ahead, or once stopped; the host's errno if the spool cannot be read; `EINTR`
-    /// after [`release_killed`](Self::release_killed).
+    /// after [`release_killed`](Self::release_killed); `EBUSY` if too many reads wait already.
     pub fn read(self: &Arc<Self>, offset: u64, len: usize, client: u32, reply: ReadReply) {
         let range = offset..offset.saturating_add(len as u64).min(self.size);
         if range.is_empty() {
@@ -207,12 +208,18 @@ impl Input {
             }
             return reply(Err(os_error(libc::EIO)));
         }
-        let mut read = PendingRead { range, client, reply };
+        let mut read = PendingRead { range, client, reply, permit: None };
         let mut ready = None;
         if read.range.end <= state.arrived {
             ready = Some(state.complete(read));
             state.trim();
         } else {
+            let Some(permit) = ParkPermit::acquire(state.pending.len()) else {
+                drop(state);
+                log::debug!("{}: too many reads wait for it", self.name);
+                return (read.reply)(Err(os_error(libc::EBUSY)));
+            };
+            read.permit = Some(permit);
             // Resolved now, while the calling thread still exists.
             read.client = if client == 0 { 0 } else { process_of_thread(client) };
             state.pending.push(read);

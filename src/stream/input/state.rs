@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use super::read_buffer::{CHUNK_SIZE, ReadBuffer};
 use super::{InputState, READ_AHEAD, ReadReply};
+use crate::stream::parked::ParkPermit;
 
 /// Bytes that the source is read ahead. Less than [`READ_AHEAD`], because chunks are dropped whole:
 /// one more chunk at either end and the thread's own buffer are subtracted.
@@ -59,6 +60,8 @@ pub(super) struct PendingRead {
     pub(super) range: Range<u64>,
     pub(super) client: u32,
     pub(super) reply: ReadReply,
+    /// Held while the read is parked.
+    pub(super) permit: Option<ParkPermit>,
 }
 
 /// A read whose bytes have arrived; with a spool they still have to be fetched.

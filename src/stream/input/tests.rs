@@ -13,6 +13,7 @@ use proptest::prelude::*;
 use super::read_buffer::CHUNK_SIZE;
 use super::state::{FETCH_AHEAD, SKIP_LIMIT};
 use super::*;
+use crate::stream::parked::MAX_PER_STREAM;
 
 const MIB: u64 = 1 << 20;
 /// A generous timeout for events that should be immediate; only failing tests wait this long.
@@ -331,6 +332,19 @@ fn parked_reads_in_any_order_keep_the_bytes_they_need() {
     for (range, told) in ranges.into_iter().zip(told) {
         assert!(told.recv_timeout(PATIENCE).unwrap().unwrap() == bytes(range));
     }
+}
+
+#[test]
+fn more_reads_than_may_wait_are_refused_and_those_that_wait_are_answered() {
+    let stream = TestPlan { granted: 0, ..TestPlan::of(10 * MIB) }.start();
+    let told: Vec<_> = (0..MAX_PER_STREAM).map(|_| stream.ask(0..4096, 0)).collect();
+    assert_errno(stream.ask(0..4096, 0).recv_timeout(PATIENCE).unwrap(), libc::EBUSY);
+    assert!(told.iter().all(is_waiting));
+    stream.poke(u64::MAX);
+    for told in told {
+        assert!(told.recv_timeout(PATIENCE).unwrap().unwrap() == bytes(0..4096));
+    }
+    stream.right(4096..8192);
 }
 
 #[test]

@@ -9,6 +9,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::config::{Flow, SinkSpec, SpillCompression, StreamFrames};
+use crate::stream::parked::MAX_PER_STREAM;
 
 /// The content of a memory sink, and whether it accepts more.
 struct MemorySinkState {
@@ -240,6 +241,37 @@ fn a_stalled_sink_parks_writers_and_bounds_the_memory() {
     }
     finish(&output).unwrap();
     assert!(shared.bytes.lock()[..64 << 20].iter().all(|byte| *byte == 7));
+}
+
+#[test]
+fn a_stalled_sink_refuses_more_writers_than_may_wait() {
+    let (output, shared) = start(&spec(1 << 40, 0, 0, 0), false);
+    shared.held_up.store(true, Ordering::SeqCst);
+    let piece = vec![7; 1 << 20];
+    // Fills what the stream itself takes.
+    let mut offsets = (0..).step_by(1 << 20);
+    let mut next = || offsets.next().unwrap();
+    let first = loop {
+        let told = write_later(&output, next(), &piece, FIRST);
+        if told.try_recv().is_err() {
+            break told;
+        }
+    };
+    let waiting: Vec<_> =
+        (1..MAX_PER_STREAM).map(|_| write_later(&output, next(), &[7; 4096], FIRST)).collect();
+    assert!(waiting.iter().all(|told| told.try_recv().is_err()));
+    let refused = write_later(&output, next(), &[7; 4096], FIRST);
+    assert_eq!(code(refused.try_recv().unwrap()), libc::EBUSY);
+    // What the kernel writes back is lost if it is refused.
+    let (tell, written_back) = mpsc::channel();
+    output.write_back(next(), &[7; 4096], Box::new(move |result| tell.send(result).unwrap()));
+    assert!(written_back.try_recv().is_err());
+    shared.held_up.store(false, Ordering::SeqCst);
+    shared.open.notify_all();
+    for told in waiting.into_iter().chain([first, written_back]) {
+        told.recv_timeout(Duration::from_secs(30)).unwrap().unwrap();
+    }
+    output.abort("enough").unwrap();
 }
 
 #[test]

@@ -10,6 +10,7 @@ use super::{
 };
 use crate::host::os_error;
 use crate::stream::page_store::{PAGE_LEN, PAGE_SIZE};
+use crate::stream::parked::ParkPermit;
 use crate::stream::runs::Written;
 use crate::stream::window::Window;
 use crate::zeros::is_zero;
@@ -21,14 +22,38 @@ pub(super) enum WriteOutcome {
     NoRoom,
 }
 
+/// Whether a write is refused when too many wait.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Parking {
+    Limited,
+    Unlimited,
+}
+
 impl Output {
     /// Writes `buf` at `offset`, inside the disk. `reply` is called once: immediately, or when the
     /// sink has made room. `client` is the thread that waits for the reply, or 0 if unknown.
     ///
     /// The errors of the reply: `EIO` once the stream is not open any more, and for a change of
     /// data before the frontier, which fails the stream; `EINTR` if the client is killed while it
-    /// waits.
+    /// waits; `EBUSY` if too many writes wait already.
     pub fn write(&self, offset: u64, buf: &[u8], client: u32, reply: WriteReply) {
+        self.write_or_park(offset, buf, client, reply, Parking::Limited);
+    }
+
+    /// Writes like [`write`](Self::write) what the kernel writes back of a mapping, which nobody
+    /// would write again: any number of such writes may wait.
+    pub fn write_back(&self, offset: u64, buf: &[u8], reply: WriteReply) {
+        self.write_or_park(offset, buf, 0, reply, Parking::Unlimited);
+    }
+
+    fn write_or_park(
+        &self,
+        offset: u64,
+        buf: &[u8],
+        client: u32,
+        reply: WriteReply,
+        parking: Parking,
+    ) {
         let mut core = self.core.lock();
         // Writes keep their order: this one waits behind those already queued.
         let attempt = match core.queue.is_empty() {
@@ -37,7 +62,15 @@ impl Output {
             false => WriteOutcome::Done(Err(os_error(libc::EIO))),
         };
         match attempt {
-            WriteOutcome::NoRoom => core.queue.push(offset, buf, client, reply),
+            WriteOutcome::NoRoom => {
+                let permit = ParkPermit::acquire(core.queue.len());
+                if permit.is_none() && parking == Parking::Limited {
+                    drop(core);
+                    log::debug!("{}: too many writes wait for its sink", self.name);
+                    return reply(Err(os_error(libc::EBUSY)));
+                }
+                core.queue.push(permit, offset, buf, client, reply);
+            }
             WriteOutcome::Done(result) => {
                 let refused = self.take_refused(&mut core);
                 drop(core);
