@@ -50,7 +50,7 @@ use fuser::{
 
 use self::attr::ATTR_TTL;
 pub(crate) use self::context::{CowslipFs, FsContext};
-use self::handles::Handle;
+use self::handles::{DirectoryHandle, Handle};
 use self::names::forget_lookups;
 use self::nodes::Node;
 pub(crate) use self::page_cache::{PageCache, kernel_invalidator};
@@ -216,10 +216,12 @@ impl Filesystem for CowslipFs {
     }
 
     fn opendir(&self, request: &Request, ino: INodeNo, _: OpenFlags, reply: ReplyOpen) {
-        let permit = self.handles.permit(self.requester(request));
-        match permit.and_then(|permit| Ok((permit, self.nodes.list(ino.0)?))) {
-            Ok((permit, entries)) => {
-                let handle = self.handles.add_with_permit(permit, Handle::Directory(entries));
+        let requester = self.requester(request);
+        let permit = self.handles.permit(requester);
+        match permit.and_then(|permit| Ok((permit, self.listing(requester, ino.0)?))) {
+            Ok((permit, listing)) => {
+                let handle = Handle::Directory(DirectoryHandle::new(ino.0, listing));
+                let handle = self.handles.add_with_permit(permit, handle);
                 reply.opened(handle, FopenFlags::empty());
             }
             Err(error) => reply.error(error.into()),
@@ -228,7 +230,7 @@ impl Filesystem for CowslipFs {
 
     fn readdir(
         &self,
-        _: &Request,
+        request: &Request,
         _: INodeNo,
         fh: FileHandle,
         offset: u64,
@@ -237,11 +239,16 @@ impl Filesystem for CowslipFs {
         let Some(handle) = self.handles.find(fh) else {
             return reply.error(Errno::EBADF);
         };
-        let Handle::Directory(entries) = &*handle else {
+        let Handle::Directory(directory) = &*handle else {
             return reply.error(Errno::ENOTDIR);
         };
+        let list = |ino| self.listing(self.requester(request), ino);
+        let listing = match directory.read(offset, list) {
+            Ok(listing) => listing,
+            Err(error) => return reply.error(error.into()),
+        };
         let skip = usize::try_from(offset).unwrap_or(usize::MAX);
-        for (at, entry) in entries.iter().enumerate().skip(skip) {
+        for (at, entry) in listing.entries.iter().enumerate().skip(skip) {
             let kind = attr::file_type(entry.is_directory);
             if reply.add(INodeNo(entry.ino), at as u64 + 1, kind, &entry.name) {
                 break;

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::io;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Weak};
 
 use dashmap::DashMap;
@@ -20,6 +20,9 @@ const MAX_PER_USER: usize = 1024;
 /// The most control files and directories that all untrusted users together may have open: one
 /// person may have many user ids.
 const MAX_UNTRUSTED: usize = 4 * MAX_PER_USER;
+/// The most memory of all listings of directories, in bytes, beyond which untrusted users get no
+/// other one: as much as the states of a directory of 9,000 disks that 30 handles were opened in.
+const MAX_LISTINGS_SIZE: usize = 64 << 20;
 
 /// One open file or directory.
 pub(super) enum Handle {
@@ -33,8 +36,60 @@ pub(super) enum Handle {
     Map { text: Arc<MapText>, disk: Arc<Disk> },
     /// A `ctl` file.
     Ctl { session: Arc<ControlSession>, node: ControlNode },
-    /// A directory's entries as of the time of opening.
-    Directory(Vec<DirEntry>),
+    /// A directory.
+    Directory(DirectoryHandle),
+}
+
+/// An open directory.
+pub(super) struct DirectoryHandle {
+    ino: u64,
+    read: Mutex<DirectoryRead>,
+}
+
+/// What the reader of a directory is shown.
+struct DirectoryRead {
+    listing: Arc<Listing>,
+    /// Nothing was read yet.
+    is_new: bool,
+}
+
+impl DirectoryHandle {
+    /// A directory that was just opened and holds `listing`.
+    pub(super) fn new(ino: u64, listing: Arc<Listing>) -> Self {
+        Self { ino, read: Mutex::new(DirectoryRead { listing, is_new: true }) }
+    }
+
+    /// Returns the entries for a read at `offset`: those of the time of opening or, when the
+    /// directory is read from its start again (rewinddir(3)), those that `list` returns now.
+    ///
+    /// # Errors
+    /// The errors of `list`.
+    pub(super) fn read(
+        &self,
+        offset: u64,
+        list: impl FnOnce(u64) -> io::Result<Arc<Listing>>,
+    ) -> io::Result<Arc<Listing>> {
+        let mut read = self.read.lock();
+        if offset == 0 && !std::mem::replace(&mut read.is_new, false) {
+            read.listing = list(self.ino)?;
+        }
+        Ok(Arc::clone(&read.listing))
+    }
+}
+
+/// The entries of a directory at one moment, shared by all handles that show them.
+pub(super) struct Listing {
+    pub(super) entries: Vec<DirEntry>,
+    /// Memory in bytes.
+    size: usize,
+    /// The memory of all listings of the mount.
+    total: Arc<AtomicUsize>,
+}
+
+impl Drop for Listing {
+    fn drop(&mut self) {
+        self.total.fetch_sub(self.size, Ordering::Relaxed);
+    }
 }
 
 /// The user who sent a request.
@@ -53,6 +108,10 @@ pub(super) struct Handles {
     counts: Arc<Mutex<HandleCounts>>,
     /// The text generated last: while nothing changes, all its openers share it.
     last_text: Mutex<Weak<Vec<u8>>>,
+    /// The listing of each directory, by inode number, that was made last.
+    last_listings: Mutex<HashMap<u64, Weak<Listing>>>,
+    /// The memory of all listings, in bytes.
+    listings_size: Arc<AtomicUsize>,
 }
 
 struct OpenHandle {
@@ -135,6 +194,36 @@ impl Handles {
         text
     }
 
+    /// Returns `entries` as the listing of the directory `ino` for `requester`, or the equal listing
+    /// that another handle already shows.
+    ///
+    /// # Errors
+    /// `EMFILE` for an untrusted user while the listings, as directories change and handles stay
+    /// open, take too much memory.
+    pub(super) fn share_listing(
+        &self,
+        requester: Requester,
+        ino: u64,
+        entries: Vec<DirEntry>,
+    ) -> io::Result<Arc<Listing>> {
+        let mut last = self.last_listings.lock();
+        let same = last.get(&ino).and_then(Weak::upgrade).filter(|last| last.entries == entries);
+        if let Some(same) = same {
+            return Ok(same);
+        }
+        let of_entry = |entry: &DirEntry| size_of::<DirEntry>() + entry.name.capacity();
+        let size = entries.iter().map(of_entry).sum();
+        let total = Arc::clone(&self.listings_size);
+        let others = total.fetch_add(size, Ordering::Relaxed);
+        let listing = Arc::new(Listing { entries, size, total });
+        if !requester.is_trusted && others + size > MAX_LISTINGS_SIZE {
+            return Err(os_error(libc::EMFILE));
+        }
+        last.retain(|_, listing| listing.strong_count() > 0);
+        last.insert(ino, Arc::downgrade(&listing));
+        Ok(listing)
+    }
+
     pub(super) fn find(&self, handle: FileHandle) -> Option<Arc<Handle>> {
         self.open.get(&handle.0).map(|found| Arc::clone(&found.handle))
     }
@@ -184,5 +273,46 @@ mod tests {
         let one = handles.share_text(b"a".to_vec());
         assert!(Arc::ptr_eq(&one, &handles.share_text(b"a".to_vec())));
         assert!(!Arc::ptr_eq(&one, &handles.share_text(b"b".to_vec())));
+    }
+
+    /// A directory of one file with a name of `len` bytes.
+    fn entries(len: usize) -> Vec<DirEntry> {
+        vec![DirEntry { name: "x".repeat(len), ino: 7, is_directory: false }]
+    }
+
+    #[test]
+    fn an_unchanged_listing_is_shared_and_read_again_from_the_start() {
+        let handles = Handles::default();
+        let requester = Requester { uid: 1, is_trusted: false };
+        let list = |ino, len| handles.share_listing(requester, ino, entries(len)).unwrap();
+        let one = list(1, 5);
+        assert!(Arc::ptr_eq(&one, &list(1, 5)));
+        assert!(!Arc::ptr_eq(&one, &list(2, 5)));
+        let handle = DirectoryHandle::new(1, Arc::clone(&one));
+        let len_at = |offset, now| {
+            let read = handle.read(offset, |ino| Ok(list(ino, now))).unwrap();
+            read.entries[0].name.len()
+        };
+        // A change shows only when the reader begins again.
+        assert_eq!(
+            [(0, 6), (1, 6), (0, 7), (1, 8), (0, 8)].map(|(at, now)| len_at(at, now)),
+            [5, 5, 7, 7, 8]
+        );
+        drop((one, handle));
+        assert_eq!(handles.listings_size.load(Ordering::Relaxed), 0);
+    }
+
+    #[test]
+    fn listings_of_a_directory_that_changes_take_bounded_memory() {
+        let handles = Handles::default();
+        let list = |uid, len| {
+            handles.share_listing(Requester { uid, is_trusted: uid == 0 }, 1, entries(len))
+        };
+        let lens = (1 << 20)..(1 << 20) + 100;
+        let kept: Vec<_> = lens.map_while(|len| list(1, len).ok()).collect();
+        assert_eq!(kept.len(), 63);
+        assert!(list(2, 1 << 20).is_err() && list(0, 1 << 20).is_ok());
+        drop(kept);
+        assert!(list(2, 1 << 20).is_ok());
     }
 }

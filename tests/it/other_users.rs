@@ -328,3 +328,20 @@ fn readers_of_a_stalled_stream_do_not_block_reads_of_other_disks() {
     lab.refused(1, "umount m");
     lab.end();
 }
+
+#[test]
+fn open_directories_need_little_memory_each() {
+    let name = "n".repeat(190);
+    let disks: Vec<String> = (0..300).map(|at| format!("{name}{at}=blank:1M")).collect();
+    let lab = lab(&disks.join(" "));
+    let pid = lab.pid();
+    let before = of_daemon(pid, "VmRSS");
+    let open: Vec<File> = as_user(STRANGER, || {
+        let open = |at: usize| File::open(lab.path(["m", "m/.cowslip"][at % 2])).unwrap();
+        (0..1000).map(open).collect()
+    });
+    let grown = of_daemon(pid, "VmRSS").saturating_sub(before);
+    assert!(grown < 16 << 10, "{grown} KiB for 1,000 directories of 300 disks");
+    drop(open);
+    lab.end();
+}

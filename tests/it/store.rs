@@ -410,6 +410,36 @@ fn a_host_without_a_free_inode_is_a_full_host() {
     lab.sh("umount t");
 }
 
+#[test]
+fn directory_stream_shows_changes_from_its_start_on() {
+    let lab = lab();
+    lab.sh("for n in $(seq 100); do touch m/there-$n; done");
+    let names_in = |entries: &mut dyn Iterator<Item = rustix::io::Result<rustix::fs::DirEntry>>| {
+        let mut names: Vec<String> =
+            entries.map(|entry| entry.unwrap().file_name().to_str().unwrap().to_owned()).collect();
+        names.sort();
+        names
+    };
+    let mut stream = rustix::fs::Dir::read_from(File::open(lab.path("m")).unwrap()).unwrap();
+    let mut seen = names_in(&mut (&mut stream).take(10));
+    // What neither comes nor goes is seen once, whatever happens beside it.
+    lab.sh("touch m/new; rm m/there-1 m/there-50; mv m/there-2 m/away");
+    seen.extend(names_in(&mut stream));
+    let is_stable = |name: &&String| {
+        name.starts_with("there-") && !["there-1", "there-2", "there-50"].contains(&name.as_str())
+    };
+    let stable: Vec<_> = seen.iter().filter(is_stable).collect();
+    let once: std::collections::BTreeSet<_> = stable.iter().collect();
+    assert_eq!((stable.len(), once.len()), (97, 97));
+    stream.rewind();
+    let again: Vec<_> =
+        names_in(&mut stream).into_iter().filter(|name| !name.starts_with('.')).collect();
+    assert_eq!(again, names(&lab));
+    assert!(again.contains(&"new".to_owned()) && !again.contains(&"there-1".to_owned()));
+    drop(stream);
+    lab.end();
+}
+
 /// Has fsyncs of the daemon fail that `when` selects in each of its threads, while `change` runs.
 #[track_caller]
 fn with_failing_fsyncs(lab: &Lab, when: &str, change: impl FnOnce()) {
