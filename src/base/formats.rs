@@ -2,7 +2,7 @@
 //!
 //! [`FORMATS`] has a row for each. Opening a base, refusing one, and all code that needs the bytes of
 //! the disk to be those of its file ask that table. The names are those of
-//! [`Format`](crate::config::Format).
+//! [`Format`].
 
 use std::fs::File;
 use std::io;

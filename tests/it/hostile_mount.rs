@@ -197,8 +197,8 @@ fn served(lab: &Lab, uid: u32, answers: Answers) {
     thread::spawn(move || session.run());
 }
 
-/// Unmounts `m`, which ends the server thread, and ends the test.
-fn end(lab: Lab) {
+/// Unmounts `m`, which ends the server thread.
+fn unmount(lab: &Lab) {
     rustix::mount::unmount(lab.path("m"), rustix::mount::UnmountFlags::DETACH).unwrap();
 }
 
@@ -325,7 +325,7 @@ fn files_named_by_a_mount_are_opened_only_inside_it() {
             assert_eq!(output.status.code(), Some(1), "{words}: {}", show(&output));
             assert!(!lines_of(&output).contains("root's own"), "{words}: {file}");
         }
-        end(lab);
+        unmount(&lab);
     }
 }
 
@@ -345,7 +345,7 @@ fn endless_reply_is_rejected() {
     }
     // One bad mount does not hide the others.
     assert!(lines_of(&lab.cowslip("status")).contains("answers without end"));
-    end(lab);
+    unmount(&lab);
 }
 
 #[test]
@@ -375,7 +375,7 @@ fn invalid_reply_gives_at_most_one_line_on_stderr() {
             assert!(said.lines().count() <= 1, "{words}: {}", show(&output));
             assert!(matches!(output.status.code(), Some(0..=3)), "{words}: {}", show(&output));
         }
-        end(lab);
+        unmount(&lab);
     }
 }
 
@@ -402,7 +402,7 @@ fn text_of_a_mount_is_printed_without_control_characters() {
             let hostile = |c: char| c != '\n' && c.is_control() || c == '\u{202e}';
             assert!(!said.contains(hostile), "{words}: {said:?}");
         }
-        end(lab);
+        unmount(&lab);
     }
 }
 
@@ -416,7 +416,7 @@ fn a_fuse_mount_of_another_user_is_not_trusted_whatever_it_says_of_owners() {
         let why = "FUSE file system of another user (uid 65534)";
         assert!(line.contains(why), "{words}: {line}");
     }
-    end(lab);
+    unmount(&lab);
 }
 
 #[test]

@@ -450,8 +450,7 @@ impl Commit {
             act(&self.lab, kills)
         };
         let look = |_, at: &str| self.look(at, finish);
-        let cut_short = kill_at_every_change(Part::All, act, look);
-        cut_short
+        kill_at_every_change(Part::All, act, look)
     }
 }
 

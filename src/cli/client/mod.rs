@@ -221,8 +221,8 @@ impl Endpoint {
         answer::read_limited(reader).map_err(|error| self.ask_error(error))
     }
 
-    /// Reads the status document of the mount or the disk: as [`StatusDocument`] or [`DiskStatus`],
-    /// or as JSON with all its keys.
+    /// Reads the status document of the mount or the disk as one of the types of
+    /// [`api`](crate::control::api), or as JSON with all its keys.
     ///
     /// # Errors
     /// [`AskError`].
