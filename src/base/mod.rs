@@ -6,7 +6,7 @@
 //!        │ open, look again (file.rs), lock (lock.rs)
 //!        │ which format? (formats.rs: by its first and last bytes)
 //!        ▼                                   ▼
-//!     RawBase (raw.rs)                    Blank (blank.rs)
+//!     RawBase (raw/)                      Blank (blank.rs)
 //!        │ all of it, or a part?
 //!        ▼
 //!     RangeView (view.rs), by bytes or as partitions/ says
