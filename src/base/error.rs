@@ -1,4 +1,4 @@
-//! Why a base cannot be opened: each reason is one line for the user.
+//! The error of opening a base.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -9,29 +9,29 @@ use super::qcow2::ChainError;
 use super::view::ViewError;
 use crate::config::Format;
 
-/// Why a base cannot be opened; each is one line for the user.
+/// The reason why a base cannot be opened; one line for the user.
 #[derive(Debug, thiserror::Error)]
 pub enum BaseError {
-    /// Nothing is there.
+    /// The path does not exist.
     #[error("base '{}' does not exist: check the path", .0.display())]
     Missing(PathBuf),
-    /// The host forbids it.
+    /// The host denies the access.
     #[error(
         "no permission to {} base '{}': check its owner and mode, and those of its directories",
         verb(*access), path.display()
     )]
     Denied {
-        /// As it was given.
+        /// The path as given.
         path: PathBuf,
-        /// What was asked.
+        /// The access that was asked for.
         access: BaseAccess,
     },
-    /// It is no file and no block device.
+    /// The path names neither a file nor a block device.
     #[error("base '{}' is {what}: name a file or a block device", path.display())]
     NotAFile {
-        /// As it was given.
+        /// The path as given.
         path: PathBuf,
-        /// With its article: `a directory`.
+        /// The kind of file found there, with its article: `a directory`.
         what: String,
     },
     /// A device with nothing in it.
@@ -43,18 +43,18 @@ pub enum BaseError {
         .0.display()
     )]
     DeviceBusy(PathBuf),
-    /// It has the marks of another format than raw.
+    /// The file has the marks of another format than raw.
     #[error(
         "'{}' looks like a {format} image: add ,format={format} (or ,format=raw for the bytes)",
         path.display()
     )]
     LooksLike {
-        /// As it was given.
+        /// The path as given.
         path: PathBuf,
-        /// What it looks like.
+        /// The format whose marks it has.
         format: Format,
     },
-    /// It is encrypted, by its marks or by the user's word.
+    /// The base is encrypted, by its marks or by the user's word.
     #[error(
         "'{}' looks like a luks image: open it with cryptsetup and name the /dev/mapper device (or add ,format=raw for the encrypted bytes)",
         .0.display()
@@ -66,9 +66,9 @@ pub enum BaseError {
         path.display(), convert_command(path, *format)
     )]
     UnsupportedFormat {
-        /// As it was given.
+        /// The path as given.
         path: PathBuf,
-        /// What it looks like, or was called.
+        /// The format that was given, or whose marks the file has.
         format: Format,
     },
     /// The format is only read; QEMU writes such images.
@@ -82,32 +82,32 @@ pub enum BaseError {
         /// The format.
         format: Format,
     },
-    /// It is no file that the kernel could read and write itself.
+    /// The base is no file that the kernel could read and write itself.
     #[error(
         "'{}' is not a raw file, which alone is passed through: leave out passthrough",
         .0.display()
     )]
     NoPassthrough(PathBuf),
-    /// Its file system has no direct I/O.
+    /// The file system of the base has no direct I/O.
     #[error(
         "base '{}' cannot be read past the host's cache, its file system has no O_DIRECT ({}): leave out direct, or put it on ext4, XFS or btrfs",
         path.display(), crate::host::os_message(error)
     )]
     NoDirect {
-        /// As it was given.
+        /// The path as given.
         path: PathBuf,
-        /// What the host said.
+        /// The host's error.
         error: io::Error,
     },
-    /// A qcow2 image, or one that it needs.
+    /// A qcow2 image, or a file that it needs, cannot be used.
     #[error(transparent)]
     Chain(#[from] ChainError),
-    /// It has no such part.
+    /// The base has no such part.
     #[error("'{}' {error}", path.display())]
     Part {
-        /// As it was given.
+        /// The path as given.
         path: PathBuf,
-        /// What is wrong.
+        /// The reason.
         error: ViewError,
     },
     /// A stream has no base.
@@ -116,23 +116,23 @@ pub enum BaseError {
     /// A blank cannot be written to.
     #[error("blank: holds nothing that could be written: leave mode=rw away")]
     BlankIsReadOnly,
-    /// Somebody else uses it.
+    /// Somebody else uses the base.
     #[error(transparent)]
     Locked(#[from] LockError),
-    /// Anything else the host says.
+    /// Any other error of the host.
     #[error("cannot {} base '{}': {error}", verb(*access), path.display())]
     Io {
-        /// As it was given.
+        /// The path as given.
         path: PathBuf,
-        /// What was asked.
+        /// The access that was asked for.
         access: BaseAccess,
-        /// What the host said.
+        /// The host's error.
         error: io::Error,
     },
 }
 
 impl BaseError {
-    /// What the host's answer to a use of `path` means.
+    /// Converts the host's error from a use of `path`.
     pub(in crate::base) fn from_io(path: &Path, access: BaseAccess, error: io::Error) -> Self {
         let path = path.to_owned();
         match error.raw_os_error() {
@@ -151,7 +151,7 @@ fn verb(access: BaseAccess) -> &'static str {
     }
 }
 
-/// The command that makes a raw image of `path`, to be pasted into a shell.
+/// Returns the command that makes a raw image of `path`, to be pasted into a shell.
 pub(super) fn convert_command(path: &Path, format: Format) -> String {
     let suffix = if path.extension().is_some_and(|suffix| suffix == "img") { "raw" } else { "img" };
     let output = path.with_extension(suffix);
@@ -159,7 +159,7 @@ pub(super) fn convert_command(path: &Path, format: Format) -> String {
     format!("qemu-img convert -f {format} -O raw {input} {output}")
 }
 
-/// `path` as one word of a POSIX shell.
+/// Quotes `path` as one word of a POSIX shell.
 fn shell_quote(path: &Path) -> String {
     let text = path.to_string_lossy();
     let is_plain = |c: char| c.is_ascii_alphanumeric() || "/._-+:,@%=".contains(c);

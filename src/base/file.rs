@@ -1,4 +1,5 @@
-//! Files and devices of the host: looked at, opened without waiting, looked at again, locked.
+//! Opening the file or device of a base: examined before it is opened, opened without waiting, then
+//! locked, and only then measured.
 
 use std::fs::{File, FileType, Metadata};
 use std::io;
@@ -29,18 +30,18 @@ pub struct BaseFile {
     pub(in crate::base) size: u64,
     /// The canonical path.
     pub(in crate::base) real_path: PathBuf,
-    /// Whether `real_path` leads to the file; else it is the path that was given.
+    /// Whether `real_path` leads to the file; otherwise `real_path` is the path that was given.
     pub(in crate::base) has_real_path: bool,
 }
 
 impl BaseFile {
-    /// What tells it from every other.
+    /// Returns the device and the inode, which distinguish the file from every other.
     pub(in crate::base) fn file_id(&self) -> io::Result<(u64, u64)> {
         let meta = self.file.metadata()?;
         Ok((meta.dev(), meta.ino()))
     }
 
-    /// The bytes of a device's sectors. A file has none of its own.
+    /// Returns the sector size of a device in bytes; `None` for a file, which has no sectors.
     pub(in crate::base) fn sector_size(&self) -> io::Result<Option<u64>> {
         match self.raw.kind() {
             HostKind::File => Ok(None),
@@ -60,7 +61,7 @@ pub(super) fn open_base_file(
     open_located(&located, path, access, locking, passthrough, direct)
 }
 
-/// Opens what was found at `path`, which is for messages alone.
+/// Opens and locks the file that was found at `path`; `path` is only for messages.
 pub(super) fn open_located(
     located: &PathHandle,
     path: &Path,
@@ -70,11 +71,11 @@ pub(super) fn open_located(
     direct: DirectIo,
 ) -> Result<BaseFile, BaseError> {
     let host = |error: io::Error| BaseError::from_io(path, access, error);
-    // Looked at before it is opened: opening a watchdog or a tape already does something.
+    // Checked before it is opened: opening a watchdog or a tape already has an effect.
     let kind = check_kind(path, located.metadata())?;
     let file = open_descriptor(located, path, kind, access)?;
     check_not_pseudo(path, &file).map_err(host)??;
-    // Locked before its size and bytes are looked at: nobody changes them from then on.
+    // Locked before its size and bytes are read: nobody changes them from then on.
     lock::lock(&file, path, access, locking).inspect_err(|_| lock::release(&file))?;
     let size = match kind {
         HostKind::File => file.metadata().map_err(host)?.len(),
@@ -86,7 +87,7 @@ pub(super) fn open_located(
         return Err(BaseError::EmptyDevice(path.to_owned()));
     }
     let file = Arc::new(file);
-    // From here on it releases the locks when it goes.
+    // From here on the layer releases the locks when it is dropped.
     let raw = match (kind, passthrough) {
         (HostKind::File, Passthrough::On) => RawBase::whole(file.clone()),
         _ => RawBase::new(file.clone(), kind, size),
@@ -101,15 +102,15 @@ pub(super) fn open_located(
     Ok(BaseFile { file, raw: Arc::new(raw), size, real_path: shown, has_real_path: real.is_some() })
 }
 
-/// A base that is served to be read and now written as well: a commit.
+/// A base that a disk reads and that a commit now writes.
 pub struct WritableBase {
-    /// To be written; nothing but `view`, if there is one.
+    /// The layer that is written: only `view` of the file, if there is one.
     pub layer: Box<dyn WritableLayer>,
     /// The same file or device, whole.
     pub file: Arc<File>,
-    /// What of it is written; none for all of it.
+    /// The byte range that is written; `None` for the whole file.
     pub view: Option<Range<u64>>,
-    /// Its reader, whose locks forbid all others to use it meanwhile.
+    /// The file of the reading disk, whose locks keep all others out meanwhile.
     reader_file: Arc<File>,
 }
 
@@ -119,11 +120,11 @@ impl Drop for WritableBase {
     }
 }
 
-/// Opens the base at `path`, which `reader_file` serves, to be written too (only `view` of it, if there
-/// is one), and shuts all others out.
+/// Opens the base at `path`, which a disk reads through `reader`, for writing (only `view` of it, if
+/// there is one), and locks all others out.
 ///
 /// # Errors
-/// [`BaseError`]: somebody else uses it, it cannot be written, it is not there any more.
+/// [`BaseError`]: somebody else uses the base, it cannot be written, or `path` no longer leads to it.
 pub fn open_writable(
     path: &Path,
     reader: &Arc<File>,
@@ -169,7 +170,7 @@ pub fn open_writable(
     }
 }
 
-/// Opens without waiting, and leaves a descriptor that waits as others do.
+/// Opens a file without waiting; the descriptor itself is a blocking one.
 fn open_descriptor(
     located: &PathHandle,
     path: &Path,
@@ -182,7 +183,8 @@ fn open_descriptor(
     };
     let claims = kind == HostKind::BlockDevice && access == BaseAccess::Write;
     if claims {
-        // The kernel's own lock on devices: refused while mounted, and not to be mounted then.
+        // The kernel's own lock on devices: refused while the device is mounted, and it cannot be
+        // mounted as long as this is open.
         flags |= OFlags::EXCL;
     }
     located.open(flags).map_err(|error| match error.raw_os_error() {
@@ -191,7 +193,7 @@ fn open_descriptor(
     })
 }
 
-/// Refuses all that is neither file nor block device.
+/// Refuses everything that is neither a file nor a block device.
 fn check_kind(path: &Path, meta: &Metadata) -> Result<HostKind, BaseError> {
     let kind: FileType = meta.file_type();
     let what = if kind.is_file() {
@@ -210,7 +212,8 @@ fn check_kind(path: &Path, meta: &Metadata) -> Result<HostKind, BaseError> {
     Err(BaseError::NotAFile { path: path.to_owned(), what: what.to_owned() })
 }
 
-/// Refuses the kernel's own words: files of /proc have a size of 0 and other bytes at every read.
+/// Refuses files that the kernel generates: those of /proc have a size of 0 and other bytes at every
+/// read.
 fn check_not_pseudo(path: &Path, file: &File) -> io::Result<Result<(), BaseError>> {
     let fs = HostFs::of(file)?;
     if fs.kind != FsKind::Pseudo {

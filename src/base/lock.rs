@@ -1,12 +1,12 @@
-//! Byte locks on a base: who may read it, write it, at the same time as whom.
+//! Byte locks on a base, which decide who may read and write it at the same time.
 //!
-//! Two languages are spoken, both as open-file-description locks, so a lock belongs to our open
-//! file and ends with it, whoever forks or closes what.
+//! Two protocols are followed. Both use open-file-description locks, which belong to our open file
+//! and end with it, whichever process forks or closes a descriptor.
 //!
-//! *Ours*: two bytes far past any data. Who reads a base holds the first; who writes it (`mode=rw`,
-//! commit) holds the second too. Users share; a writer is alone.
+//! cowslip's own: two bytes far past any data. A reader of a base holds the first; a writer
+//! (`mode=rw`, commit) holds the second as well. Readers share the base; a writer is alone.
 //!
-//! *qemu's* (`block/file-posix.c`, `raw_apply_lock_bytes` and `raw_check_lock_bytes`): for each
+//! qemu's (`block/file-posix.c`, `raw_apply_lock_bytes` and `raw_check_lock_bytes`): for each
 //! permission bit, byte `100 + bit` says "I use this", byte `200 + bit` says "nobody else may".
 //!
 //! ```text
@@ -15,9 +15,9 @@
 //!   "nobody may"      200    201    202          203
 //! ```
 //!
-//! In both, all locks are shared ones, set first and tested afterwards: two that come at the same
-//! moment may both be refused, but never both be let in. (flock would lose its shared lock when an
-//! upgrade fails.)
+//! In both, all locks are shared ones, set first and tested afterwards: of two processes that come at
+//! the same moment both may be refused, but never are both let in. (flock would lose its shared lock
+//! when an upgrade fails.)
 
 use std::fs::File;
 use std::io;
@@ -30,7 +30,7 @@ use super::BaseAccess;
 use crate::config::Locking;
 use crate::confined::PathHandle;
 
-/// Why a base cannot be locked; all of them are for the user.
+/// The reason why a base cannot be locked; one line for the user.
 #[derive(Debug, thiserror::Error)]
 pub enum LockError {
     /// qemu or one of its tools uses the file in a way that excludes ours.
@@ -54,12 +54,12 @@ pub enum LockError {
     /// The file is a disk's image, and its name was to be given to another file.
     #[error("'{}' is in use as the image of a disk: name another file", .0.display())]
     InUse(PathBuf),
-    /// The host could not say.
+    /// The host returned an error.
     #[error("cannot lock '{}': {error}", path.display())]
     Io {
         /// The file.
         path: PathBuf,
-        /// What the host said.
+        /// The host's error.
         error: io::Error,
     },
 }
@@ -67,9 +67,9 @@ pub enum LockError {
 /// The letters `cowslip` as a number, 6.2 EiB: past the end of any real image, and no place another
 /// program would choose. (A byte lock keeps nobody from reading or writing that byte.)
 const OWN_LOCK_BASE: i64 = 0x636f_7773_6c69_7000;
-/// Held by all who use the file.
+/// The byte that every user of the file holds.
 const USER_BYTE: i64 = OWN_LOCK_BASE;
-/// Held by who writes it.
+/// The byte that the writer of the file holds.
 const WRITER_BYTE: i64 = OWN_LOCK_BASE + 1;
 
 /// qemu's permission bits, as byte offsets from [`QEMU_PERM_BASE`] and [`QEMU_SHARED_BASE`].
@@ -88,7 +88,7 @@ const QEMU_SHARED_BASE: i64 = 200;
 /// is logged and let through.
 ///
 /// # Errors
-/// [`LockError`]: who holds the file, or what the host said.
+/// [`LockError`]: somebody holds the file, or the host's error.
 pub fn lock(
     file: &File,
     path: &Path,
@@ -107,14 +107,14 @@ pub fn lock(
     }
 }
 
-/// Gives back what [`BaseAccess::Write`] holds and [`BaseAccess::Read`] does not.
+/// Releases the locks that [`BaseAccess::Write`] holds and [`BaseAccess::Read`] does not.
 pub fn downgrade(file: &File) {
     for byte in [QEMU_PERM_BASE + PERM_WRITE, QEMU_PERM_BASE + PERM_RESIZE, WRITER_BYTE] {
         unlock(file, byte, 1);
     }
 }
 
-/// Gives back all locks. Closing alone is not enough at once: a child that was forked a moment
+/// Releases all locks. Closing alone is not enough at once: a child that was forked a moment
 /// ago shares the open file until it executes its program.
 pub fn release(file: &File) {
     unlock(file, QEMU_PERM_BASE, QEMU_SHARED_BASE + PERM_RESIZE + 1 - QEMU_PERM_BASE);
@@ -122,7 +122,7 @@ pub fn release(file: &File) {
     unlock(file, WRITER_BYTE, 1);
 }
 
-/// Unlocking can only fail where locking did.
+/// Unlocks `len` bytes from `start` on; can fail only where locking did.
 fn unlock(file: &File, start: i64, len: i64) {
     let mut request = byte_lock(libc::F_UNLCK, start);
     request.l_len = len;
@@ -152,7 +152,7 @@ fn try_lock(
         return Ok(());
     }
     let used = qemu_perms(access);
-    // What may change below us makes what we answered wrong.
+    // A change by another process would make the bytes that we have returned wrong.
     let forbidden = [PERM_WRITE, PERM_RESIZE];
     let hold = used.iter().map(|bit| QEMU_PERM_BASE + bit);
     let hold = hold.chain(forbidden.iter().map(|bit| QEMU_SHARED_BASE + bit));
@@ -168,9 +168,9 @@ fn try_lock(
     Ok(())
 }
 
-/// Refuses a file that a disk of cowslip's, a virtual machine or a qemu tool uses as its image: what is
-/// about to replace it would take its name. What this user may not read is let through, and so is a
-/// file system without locks.
+/// Refuses a file, about to be replaced under its name, that a disk of cowslip's, a virtual machine or
+/// a qemu tool uses as its image. A file that this user may not read is let through, and so is one on
+/// a file system without locks.
 ///
 /// # Errors
 /// [`LockError::InUse`].

@@ -88,7 +88,7 @@ pub struct Base {
     pub view: Option<Range<u64>>,
     /// The file or device, for further locks and checks; `None` for a blank.
     pub file: Option<Arc<File>>,
-    /// The backing files, the nearest first.
+    /// The other files that the base is read from: backing files, the nearest first, and data files.
     pub needs: Vec<(PathBuf, Arc<File>)>,
 }
 

@@ -1,4 +1,4 @@
-//! A range of a base as a base of its own: the bottom of a partition's disk.
+//! A range of a base as a base of its own (`offset=`, `len=`, `partition=`).
 //!
 //! ```text
 //!   base:  |------|===============|----------|

@@ -1,12 +1,13 @@
-//! A qcow2 image and what it is a difference to, opened as one layer.
+//! A qcow2 image and its backing files, opened as one layer.
 //!
-//! The names in an image may have been written by an enemy. Each is followed only as the plain name
-//! of a file below a directory that was allowed (the first image's own, unless others were named),
-//! in the format that is written down beside it, and never guessed from its bytes: what a guest
-//! writes into a raw image stays raw for ever. Where a file lies is asked of the file that was
-//! found, and that one is opened: a directory that becomes a link meanwhile leads nowhere.
+//! The names in an image may come from an attacker. Each is followed only as the plain name of a file
+//! below an allowed directory (that of the first image, and those that the user named), and opened
+//! in the format that the image records for it. The format is never guessed from the file's bytes:
+//! what a guest writes into a raw image stays raw for ever. A file is found first, its real path is
+//! taken from the file itself, and that file is opened: a directory that becomes a link meanwhile
+//! leads nowhere.
 //!
-//! All headers are looked at before the first table is read, so that a chain that is refused costs
+//! All headers are checked before the first table is read, so that a chain that is refused costs
 //! little.
 
 use std::collections::HashSet;
@@ -33,18 +34,18 @@ use crate::trusted_path::{self, open_dir};
 /// The most images of a chain.
 const MAX_BACKING_FILES: usize = 256;
 
-/// Why a chain is not opened: one line for the user.
+/// The reason why a chain is not opened; one line for the user.
 #[derive(Debug, thiserror::Error)]
 pub enum ChainError {
-    /// One of the images.
+    /// The header of an image is damaged or not supported.
     #[error("'{}' {error}", path.display())]
     Header {
         /// The image.
         path: PathBuf,
-        /// What is wrong with it.
+        /// The reason.
         error: HeaderError,
     },
-    /// Not the name of a file.
+    /// The name of a backing file is not a plain file name.
     #[error(
         "'{}' names '{name}' as its backing file, and only names of files are followed: put the path there with qemu-img rebase -u",
         path.display()
@@ -52,10 +53,10 @@ pub enum ChainError {
     NotAFileName {
         /// The image.
         path: PathBuf,
-        /// What it says.
+        /// The recorded name.
         name: String,
     },
-    /// As QEMU wrote them long ago.
+    /// The image does not record the format of its backing file, as images of old versions of QEMU.
     #[error(
         "'{}' does not say which format its backing file '{name}' has: write it down with qemu-img rebase -u -F FORMAT -b '{name}' '{}'",
         path.display(), path.display()
@@ -66,17 +67,17 @@ pub enum ChainError {
         /// Its backing file.
         name: String,
     },
-    /// A format that is not read here.
+    /// The backing file has a format that is not read here.
     #[error("'{}' has a backing file '{name}' in the format {format}: only raw and qcow2 are read", path.display())]
     UnsupportedFormat {
         /// The image.
         path: PathBuf,
         /// Its backing file.
         name: String,
-        /// What it is said to be.
+        /// The recorded format.
         format: String,
     },
-    /// Where nobody said that it may.
+    /// A file that an image names is not below an allowed directory.
     #[error(
         "'{}' needs '{}', which is not below a directory that is allowed: add --allow-backing {} if you trust the image",
         path.display(), needed.display(), needed.parent().unwrap_or(Path::new("/")).display()
@@ -84,44 +85,44 @@ pub enum ChainError {
     NotAllowed {
         /// The image.
         path: PathBuf,
-        /// What it names.
+        /// The file that the image names.
         needed: PathBuf,
     },
-    /// Its data lies elsewhere, and nobody knows where.
+    /// The image has its data in another file, whose name it does not record.
     #[error("'{}' has its data in another file and does not say in which", .0.display())]
     NoDataFile(PathBuf),
-    /// It ends nowhere.
+    /// The chain leads back to one of its images.
     #[error("'{}' is its own backing file, in the end", .0.display())]
     Loop(PathBuf),
-    /// It hardly ends.
+    /// The chain is too long.
     #[error("'{}' has more than {MAX_BACKING_FILES} backing files below it", .0.display())]
     TooDeep(PathBuf),
-    /// Its tables, and those of the images above it, are too much to hold.
+    /// The tables of the image and of those above it exceed the memory budget.
     #[error(
         "'{}' brings the tables of the images to more than {} MiB: make the chain shorter, or its clusters larger, with qemu-img convert",
         .0.display(), MAX_TABLE_BYTES >> 20
     )]
     TooLarge(PathBuf),
-    /// A file that an image names.
+    /// A file that an image names cannot be opened.
     #[error("'{}' needs another file: {error}", path.display())]
     NeededFile {
         /// The image.
         path: PathBuf,
-        /// Why that file cannot be opened.
+        /// The reason.
         error: Box<BaseError>,
     },
 }
 
-/// A qcow2 image over those it is a difference to.
+/// A qcow2 image over its backing files.
 pub struct BackingChain {
-    /// Top to bottom.
+    /// The images, top to bottom.
     images: Vec<Arc<dyn Layer>>,
     size: u64,
     needs: Vec<(PathBuf, Arc<File>)>,
 }
 
 impl BackingChain {
-    /// The files it is read from besides the image itself.
+    /// Returns the files that the chain is read from besides the image itself.
     #[must_use]
     pub fn needs(&self) -> &[(PathBuf, Arc<File>)] {
         &self.needs
@@ -132,14 +133,14 @@ impl BackingChain {
 struct ChainImage {
     path: PathBuf,
     file: BaseFile,
-    /// None for a raw image, which ends the chain.
+    /// `None` for a raw image, which ends the chain.
     header: Option<Qcow2Header>,
-    /// Where its data is, if not in itself.
+    /// The data file, if the image does not hold its data itself.
     data: Option<(PathBuf, BaseFile)>,
 }
 
-/// Opens the qcow2 image `host` and all below it. Files that it names have to lie below its own
-/// directory or one of `allowed`.
+/// Opens the qcow2 image `host` and all backing files below it. Backing files must lie below the directory
+/// of `host` or one of `allowed`, data files below one of `allowed`.
 ///
 /// # Errors
 /// [`ChainError`].
@@ -176,15 +177,15 @@ pub fn open(
     Ok(BackingChain { images, size, needs })
 }
 
-/// One image alone, and what it is a difference to.
+/// One image alone, and its backing file.
 pub struct TopImage {
-    /// What it holds itself: [`ExtentKind::Lower`] where that is nothing.
+    /// The layer of the image alone: [`ExtentKind::Lower`] where the image holds nothing.
     pub image: Arc<dyn Layer>,
-    /// The file below it and the format of that.
+    /// The backing file and its format.
     pub backing: Option<(PathBuf, Format)>,
 }
 
-/// Opens the qcow2 image at `path` without what lies below it, which must be allowed all the same.
+/// Opens the qcow2 image at `path` without its backing file, which must be allowed all the same.
 ///
 /// # Errors
 /// [`BaseError`].
@@ -207,18 +208,18 @@ pub fn open_top(path: &Path, allowed: &[PathBuf]) -> Result<TopImage, BaseError>
     Ok(TopImage { image: top.into_layer(&budget, &ClusterCache::new())?, backing })
 }
 
-/// The files that the images of a chain may name.
+/// The directories below which the images of a chain may name files.
 struct AllowedDirs {
     /// The directory of the first image: backing files may lie there, and below. `None` when the
     /// image has no path.
     image_dir: Option<PathBuf>,
-    /// What the user named: data files may lie there as well.
+    /// The directories that the user named: data files may lie there as well.
     user_dirs: Vec<PathBuf>,
     locking: Locking,
 }
 
 impl AllowedDirs {
-    /// For a chain whose first image is `image`.
+    /// Creates the list for a chain whose first image is `image`.
     fn for_image(image: &BaseFile, named: &[PathBuf], locking: Locking) -> Self {
         let dir = image.real_path.parent().unwrap_or(Path::new("/")).to_owned();
         let image_dir = image.has_real_path.then_some(dir);
@@ -226,17 +227,18 @@ impl AllowedDirs {
         Self { image_dir, user_dirs, locking }
     }
 
-    /// Whether `image` may have the backing file `found`, which lies at `path`: below the directory
-    /// of the first image, and nothing that the author of `image` could not have read. Whoever can
-    /// write an image, or put one into its directory, could name any file there, so that the backing
-    /// file then has to belong to the owner of the image.
+    /// Returns whether `image` may have the backing file `found`, which lies at `path`: a file below
+    /// the directory of the first image that the author of `image` could have read. Whoever can write
+    /// an image, or put one into its directory, can name any file there; unless only root and this
+    /// user can do that, the backing file must belong to the owner of the image.
     fn is_backing_allowed(&self, image: &BaseFile, path: &Path, found: &Metadata) -> bool {
         self.image_dir.as_ref().is_some_and(|dir| path.starts_with(dir))
             && (is_trusted(image)
                 || image.file.metadata().is_ok_and(|image| image.uid() == found.uid()))
     }
 
-    /// Opens `name`, which stands in `image`.
+    /// Opens the file `name` that `image`, which lies at `path`, names. `may_be_own` allows the
+    /// directory of the first image as well, for backing files.
     fn open(
         &self,
         image: &BaseFile,
@@ -248,8 +250,8 @@ impl AllowedDirs {
             |error| ChainError::NeededFile { path: path.to_owned(), error: Box::new(error) };
         let named = path.parent().unwrap_or(Path::new("/")).join(name);
         let missing = |error| of_needed(BaseError::from_io(&named, BaseAccess::Read, error));
-        // Found first and judged by where it lies, then opened itself: never again by its path,
-        // which may lead elsewhere by then.
+        // The file is found first, judged by its real path, and opened itself: never again by its
+        // path, which may lead elsewhere by then.
         let located = PathHandle::at(&named).map_err(missing)?;
         let needed = located.real_path().map_err(missing)?;
         let is_allowed = self.user_dirs.iter().any(|dir| needed.starts_with(dir))
@@ -265,7 +267,7 @@ impl AllowedDirs {
     }
 }
 
-/// Whether only root and this user can have written `image` or put it where it is.
+/// Returns whether only root and this user can have written `image` or put it where it is.
 fn is_trusted(image: &BaseFile) -> bool {
     let (Some(dir), Some(name)) = (image.real_path.parent(), image.real_path.file_name()) else {
         return false;
@@ -283,7 +285,7 @@ fn is_trusted(image: &BaseFile) -> bool {
 }
 
 impl ChainImage {
-    /// Looks at an image of the given format.
+    /// Reads and checks the header of an image of the given format.
     fn read(
         path: PathBuf,
         host: BaseFile,
@@ -304,7 +306,7 @@ impl ChainImage {
         Ok(Self { path, file: host, header: Some(header), data })
     }
 
-    /// The image it is a difference to.
+    /// Opens the backing file `backing` of this image.
     fn open_backing(
         &self,
         backing: &BackingRef,
@@ -329,7 +331,7 @@ impl ChainImage {
         Self::read(needed, host, format, allowed)
     }
 
-    /// The files it is read from, the image first.
+    /// Returns the files that this image is read from, the image first.
     fn files(&self) -> impl Iterator<Item = (PathBuf, Arc<File>)> {
         let data = self.data.iter().map(|(path, data)| (path.clone(), Arc::clone(&data.file)));
         std::iter::once((self.path.clone(), Arc::clone(&self.file.file))).chain(data)
@@ -339,7 +341,7 @@ impl ChainImage {
         ChainError::Header { path: self.path.clone(), error: error.into() }
     }
 
-    /// Takes what its tables need out of `budget`.
+    /// Charges the memory of the image's tables to `budget`.
     fn charge_tables(&self, budget: &mut TableBudget) -> Result<(), ChainError> {
         match &self.header {
             Some(header) if !budget.charge(header) => Err(ChainError::TooLarge(self.path.clone())),
@@ -347,7 +349,7 @@ impl ChainImage {
         }
     }
 
-    /// The layer that answers for it.
+    /// Builds the layer that reads the image.
     fn into_layer(
         self,
         budget: &TableBudget,
@@ -368,7 +370,7 @@ impl ChainImage {
     }
 }
 
-/// Whether QEMU would take `name` for more than the name of a file: `json:`, `nbd:`, `http:`.
+/// Returns whether QEMU would take `name` for more than the name of a file: `json:`, `nbd:`, `http:`.
 fn is_protocol(name: &str) -> bool {
     let before = name.split('/').next().unwrap_or_default();
     before.contains(':')
