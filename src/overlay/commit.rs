@@ -1,4 +1,4 @@
-//! Merging an overlay down into its base while the disk stays in use.
+//! Committing: copying an overlay down into its base while the disk stays in use.
 //!
 //! ```text
 //!   Intent, vouched           the base may change from here on; a crash is read that way
@@ -202,8 +202,8 @@ impl Overlay {
     /// `EINTR` when `to.should_stop` returns true; otherwise the host's errno. Blocks that became
     /// Lower are in the base.
     pub fn commit_blocks(&self, to: &CommitTarget<'_>) -> io::Result<()> {
-        // Make the current limit durable first: a power cut could otherwise bring back an older
-        // limit that cuts through a sector which the base already holds whole.
+        // Make the current lower limit durable first: a power cut could otherwise bring back an
+        // older one, which cuts through a sector that the base already holds whole.
         self.sync_all(SyncMode::Full)?;
         for _ in 0..MAX_PASSES {
             let (done, left) = (self.commit_pass(to)?, self.usage());
@@ -307,7 +307,7 @@ impl Overlay {
             let changes = self.commit.changes.lock();
             let changes = changes.as_ref().ok_or_else(|| os_error(libc::EINTR))?;
             let map = self.map.read();
-            // Past the limit the base is not visible, so blocks held there stay.
+            // Past the lower limit the base is not visible, so blocks held there stay.
             let seen = if map.lower_limit >= map.size {
                 u64::MAX
             } else {

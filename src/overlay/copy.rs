@@ -73,7 +73,7 @@ impl Overlay {
             }
             let blocks = self.blocks_of(&seen);
             self.check_limit(&blocks)?;
-            // Whole blocks are written: the part past the limit reads as zeros.
+            // Whole blocks are written: the part past the lower limit reads as zeros.
             let whole = self.bytes_of(&blocks);
             let len = |range: &Range<u64>| usize::try_from(range.end - range.start).unwrap_or(0);
             let mut buf = vec![0; len(&whole)];

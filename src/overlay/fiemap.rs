@@ -24,8 +24,8 @@ const EXTENTS_PER_CALL: usize = 512;
 const FIEMAP_EXTENT_LAST: u32 = 0x1;
 /// `FIEMAP_EXTENT_MERGED` and `FIEMAP_EXTENT_SHARED`: an extent with only these flags and
 /// [`FIEMAP_EXTENT_LAST`] is plain bytes at a place on the device. Any other flag means that the
-/// place does not determine the bytes: not written yet, compressed, encrypted, inside an inode,
-/// unwritten.
+/// place does not determine the bytes: allocation delayed, reserved and not written, compressed,
+/// encrypted, inside an inode.
 const PLAIN_EXTENT_FLAGS: u32 = FIEMAP_EXTENT_LAST | 0x1000 | 0x2000;
 
 #[repr(C)]

@@ -91,7 +91,7 @@ impl SegmentFile {
 }
 
 impl HostFile {
-    /// Wraps a file that never needs a second segment (the log).
+    /// Wraps a file that never needs a second segment: the log or the journal.
     #[must_use]
     pub fn single(file: File) -> Self {
         Self { first: SegmentFile::new(file), more_segments: RwLock::default(), make: None }

@@ -7,18 +7,18 @@
 //! ```
 //!
 //! - `write`: writes and size changes. `zero`, `copy`: zeroing, and copies into the overlay.
-//!   `limit`: the most data that it may hold. `state`, `blocks`, `leaf`: the map in memory. `record`, `log`:
-//!   the durable map. `storage`, `host_file`: the host files.
+//!   `limit`: the most data that it may hold. `state`, `blocks`, `leaf`: the map in memory.
+//!   `record`, `log`: the durable map. `storage`, `host_file`: the host files.
 //! - `range_locks`: byte ranges that are being changed. `freeing`, with `pending` and
 //!   `readers`: returning freed space to the host, and when.
 //! - `sync`: making changes durable. `group_commit`: sharing one sync among its callers. `journal`:
 //!   quick syncs of few changes.
 //! - `recover`: from files to a running overlay. `boot_tag`: telling a killed daemon from a power
-//!   cut. `verify`: checking an overlay.
+//!   cut. `data_check`: whether the data file holds what the map says. `verify`: checking an overlay.
 //! - `stack`, `tree`: which layers make up a disk, on disk and in memory. `persist`: creating and
 //!   opening persistent overlays. `keep`: from temporary to persistent.
-//! - `sealed`, `owners`, `merge`, `layer_cache`: the layers below the top. `commit`: copying down into the
-//!   base.
+//! - `sealed`, `owners`, `merge`, `layer_cache`: the layers below the top. `commit`: copying down
+//!   into the base.
 //! - `reflink`: the other kind of overlay, which has no map: a reflink copy of its base. `fiemap`:
 //!   where the host stores a file's blocks.
 //!

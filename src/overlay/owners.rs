@@ -5,12 +5,14 @@
 //!   layer 0    .        .d.d.    .        .          d: data or zeros, .: nothing
 //!   layer 1    .        ..ddd    .        .
 //!   layer 2    .        .        ddddd    .
-//!   cached     Lower    Runs     Uniform  Lower      which layer owns which blocks
+//!   cached     Uniform  Runs     Uniform  Uniform    an entry of `ChunkOwners`
 //! ```
 //!
-//! - A chunk in which a single layer owns blocks is answered by that layer's map (`Walk`).
-//! - A chunk with too many runs to list asks only the layers that own blocks there (`Walk` as
-//!   well).
+//! - `Uniform`: one owner for all blocks, which may be no layer at all.
+//! - `Runs`: the owner of each run.
+//! - `Walk`: the layers that own blocks there, to be asked one after the other. For a chunk in which
+//!   a single layer owns some blocks, whose map answers as fast, and for one with too many runs to
+//!   list.
 //!
 //! Sealed layers never change, so an entry stays valid as long as the directory.
 

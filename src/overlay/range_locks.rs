@@ -1,8 +1,8 @@
 //! Striped locks over byte ranges of a layer.
 //!
 //! A layer's bytes are divided into units; every unit belongs to one of 64 stripes, each a lock
-//! that is held shared (writes of whole blocks or of blocks already held) or exclusive (partial
-//! first touches, zeroing, punching). A request names all stripes it needs at once and takes them
+//! that is held shared (writes of whole blocks, or of blocks that are Data already) or exclusive
+//! (partial first touches, zeroing, punching). A request names all stripes it needs at once and takes them
 //! in ascending order, so requests never deadlock. The locks are held across I/O.
 
 use std::io;

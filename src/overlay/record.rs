@@ -29,8 +29,8 @@ const MAX_BLOCKS: u64 = MAX_DISK_SIZE.div_ceil(512);
 /// and sums of a few sequences never overflow.
 const MAX_SEQUENCE: u64 = 1 << 62;
 
-/// Identifies one boot of the host and one mount of the file system under an overlay. While the tag
-/// stays the same, written data is still in the page cache or on the disk; a different tag is
+/// Identifies one boot of the host and one instance of the file system under an overlay
+/// ([`boot_tag::current`](super::boot_tag::current)). While the tag stays the same, written data is still in the page cache or on the disk; a different tag is
 /// treated as a power cut.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BootTag(pub [u64; 2]);
@@ -52,7 +52,7 @@ pub enum MtimeOrigin {
 pub enum LogRecord {
     /// A daemon opened the layer for writing under this tag.
     Open {
-        /// The boot and mount during which the layer was opened.
+        /// The boot and the instance of the file system under which the layer was opened.
         tag: BootTag,
     },
     /// The blocks of `range` are in `state` from now on.

@@ -1,4 +1,5 @@
-//! The files of a layer on the host, the sparse `data` file and the `log`, behind one trait.
+//! The files of a layer on the host (the sparse `data` file, the `log` and the `journal`) behind one
+//! trait.
 //!
 //! Every block is stored at its own disk offset in `data`, which is a [`HostFile`]. The trait exists
 //! for the tests: they use a file in memory that forgets all data that was not synced.
@@ -177,7 +178,7 @@ impl Storage for HostFile {
     }
 
     fn truncate(&self, len: u64) -> io::Result<()> {
-        // Only the log is truncated, and the log has no second segment.
+        // Only the log and the journal are truncated, and neither has a second segment.
         self.first.file.set_len(len.min(SEGMENT_LEN))
     }
 

@@ -5,10 +5,10 @@
 //!   `------- compacted ----------' |                 `-- not vouched: lost with the power --'
 //! ```
 //!
-//! Sequences are contiguous in a file, so a record's position follows from its sequence. The log is
-//! reduced in two ways, both by writing a new file and renaming it over the old one: at recovery,
-//! to exactly the records that are trusted, and while running, when the log has grown far beyond
-//! its map. `docs/overlay-format.md` argues why a crash at any point is safe.
+//! Sequences are contiguous in a file, so a record's position follows from its sequence. The log gets
+//! shorter in two ways, both by writing a new file and renaming it over the old one: recovery
+//! rewrites it as exactly the records that are trusted, and while it is in use it is compacted when it
+//! has grown far beyond its map. `docs/overlay-format.md` argues why a crash at any point is safe.
 //!
 //! `scan` reads a log and judges it, `writer` writes a new one.
 
@@ -40,7 +40,7 @@ const LOG_RESERVE: u64 = 64 << 10;
 const SYNC_RESERVE: u64 = 4 << 10;
 /// The fewest records for which rewriting a log when it is opened pays off (8 KiB).
 const MIN_RECORDS_TO_REWRITE: u64 = 1 << 8;
-/// The fewest records for which reducing a log while it is in use pays off (2 MiB).
+/// The fewest records for which compacting a log while it is in use pays off (2 MiB).
 const MIN_RECORDS_TO_COMPACT: u64 = 1 << 16;
 /// Records read or written at a time: 1 MiB.
 const BATCH_RECORDS: usize = (1 << 20) / RECORD_LEN;
@@ -104,7 +104,7 @@ struct LogTail {
     next: u64,
     /// Bytes of the file for which the host has reserved space.
     reserved: u64,
-    /// The number of records at which to reduce the log.
+    /// The number of records at which to compact the log.
     compact_at: u64,
     /// The errno for every sync, after the rename of the file could not be made durable.
     dir_sync_error: Option<i32>,
@@ -141,7 +141,7 @@ impl LogTail {
 }
 
 /// Returns whether a log that was closed in good order should be rewritten rather than continued:
-/// every opening and closing adds to it, even if nothing changes. A large log is reduced while it
+/// every opening and closing adds to it, even if nothing changes. A large log is compacted while it
 /// is in use, not during a mount.
 pub fn is_worth_rewriting(scan: &LogScan, map: &LayerMap) -> bool {
     (MIN_RECORDS_TO_REWRITE..MIN_RECORDS_TO_COMPACT).contains(&scan.good)
@@ -330,7 +330,7 @@ impl Log {
         self.sync()
     }
 
-    /// Returns whether the log has grown enough beyond its map to be worth reducing.
+    /// Returns whether the log has grown enough beyond its map to be worth compacting.
     #[must_use]
     pub fn needs_compaction(&self) -> bool {
         let tail = self.tail.try_lock();

@@ -3,7 +3,7 @@
 //! ```text
 //!   layers/UUID/data, data.1 ...     the segments of the data; the lock is on the first
 //!   layers/UUID/log, log.new         the durable map, and the one that is about to replace it
-//!   layers/UUID/journal              quick syncs
+//!   layers/UUID/journal              syncs of few changes
 //! ```
 //!
 //! Everything works on open directories, so renaming a directory above changes nothing.
@@ -63,7 +63,8 @@ impl LogDir for LayerDir {
 /// Creates the file `name` in `dir`, and makes its name durable.
 ///
 /// # Errors
-/// The host's errno; there is no such file then, which the next attempt would take for durable.
+/// The host's errno. The file is removed in that case: the next attempt would take its name for
+/// durable.
 fn create_durably(dir: &File, name: &str) -> io::Result<File> {
     let file = confined::create_file(dir, name)?;
     if let Err(error) = dir.sync_all() {
