@@ -124,10 +124,10 @@ pub struct Programs(pub Vec<Vec<OsString>>);
 /// Whether an existing file may be replaced.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Overwrite {
-    /// The file is kept, and the stream refused.
+    /// The file is kept, and what would replace it is refused.
     #[default]
     No,
-    /// The file is replaced when the stream is complete.
+    /// The file is replaced once the new one is complete.
     Yes,
 }
 

@@ -1,11 +1,12 @@
 //! The window and the spill that a workload has needed so far. No data, no I/O.
 //!
-//! With a spill of `S` the lazy frontier after step `s` is the lowest `f` with at most `S` bytes of
-//! data at and past `f + window`. A write that changes a byte at `a` needs a frontier at or before
-//! `a`, so it requires, at every step before it,
+//! With a spill of `S`, a frontier that advances as late as possible is, after each write, the lowest
+//! `f` with at most `S` bytes of data at and past `f + window`. A write that changes a byte at `a`
+//! needs a frontier at or before `a`, so it requires, after every write before it, a spill of `S` with
+//! the given window, or a window of `W` without a spill:
 //!
 //! ```text
-//!   S >= data in [a + window, size)          and, without spill, a + W >= end of the data
+//!   S >= data in [a + window, size)          a + W >= end of the data
 //! ```
 //!
 //! The maximum of these figures over all steps is itself kept as a set of bytes, `peak`: the most

@@ -48,7 +48,7 @@ pub enum TransferFormat {
     AndroidSparse,
 }
 
-/// The name of a transfer format is none of the known ones.
+/// The error for a word that names no transfer format.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("write rbd, raw or android-sparse")]
 pub struct UnknownFormat;

@@ -297,7 +297,7 @@ impl Output {
         }
     }
 
-    /// Returns the sticky state; drains nothing.
+    /// Returns whether the stream still works. Nothing is sent: only `finish` completes a stream.
     ///
     /// # Errors
     /// `EIO` if the stream has failed or was aborted.
@@ -326,7 +326,8 @@ impl Output {
 
     /// Releases writers that are being killed and checks the sink. Called every second.
     pub fn tick(&self, is_killed: impl Fn(u32) -> bool) {
-        // A write may hold it while the spill file's host hangs; the caller waits for nobody.
+        // A write may hold the lock while the host of the spill file hangs, and the caller of `tick`
+        // waits for nobody.
         let Some(mut core) = self.core.try_lock() else { return };
         let killed = core.queue.take_killed(is_killed);
         if !killed.is_empty() && self.finish == FinishWhen::Close {

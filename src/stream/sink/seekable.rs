@@ -26,7 +26,7 @@ const ZERO_IOVECS: usize = MAX_WRITE / ZEROS.len();
 pub(super) struct SeekableWriter {
     file: File,
     kind: HostKind,
-    /// The methods for gaps on a device that were not found unsupported yet.
+    /// The methods to try for a gap on a device: those that were found unsupported are left out.
     hole_methods: &'static [FallocateFlags],
     stop: Stop,
 }
