@@ -67,7 +67,7 @@ impl Allocated {
         self.is_stale.load(Ordering::Relaxed)
     }
 
-    /// Returns whether a figure may be out of date, and takes it as counted again.
+    /// Returns whether a figure may be out of date, and clears that mark: the caller counts again.
     pub(super) fn take_stale(&self) -> bool {
         self.is_stale.swap(false, Ordering::SeqCst)
     }

@@ -30,7 +30,7 @@ pub struct DiskOwner {
 pub struct Attributes {
     /// Size in bytes.
     pub size: u64,
-    /// Bytes that hold data, in this layer or below.
+    /// Bytes that hold data, in any layer.
     pub allocated: u64,
     /// Owner and mode.
     pub owner: DiskOwner,

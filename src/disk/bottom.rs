@@ -27,7 +27,8 @@ pub(super) fn identity_of(path: &Path, file: &File) -> Result<Identity, Unreadab
     Identity::of(file).map_err(|error| UnreadableBase { path: path.to_owned(), error })
 }
 
-/// The bottom of a disk.
+/// The bottom of a disk, as its overlay records it. The layer that reads it is the `bottom` of a
+/// [`LayerStack`](super::layers::LayerStack); the file of a snapshot has that layer, and `Blank` here.
 pub(super) enum Bottom {
     /// A file or block device.
     File {
@@ -40,7 +41,7 @@ pub(super) enum Bottom {
         needs: Vec<(PathBuf, Arc<File>)>,
         allow_backing: Vec<PathBuf>,
     },
-    /// This many bytes of zeros.
+    /// Zeros, of this size in bytes.
     Blank(u64),
 }
 

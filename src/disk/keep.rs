@@ -1,5 +1,5 @@
-//! Keeping: makes a temporary overlay persistent. And the opposite: removes an overlay that was
-//! created for a mount which did not come about.
+//! `keep`: makes a temporary overlay persistent. `abandon`: removes an overlay that was created for a
+//! mount which did not come about.
 
 use std::time::Duration;
 

@@ -102,8 +102,8 @@ impl Top {
     }
 }
 
-/// A snapshot of a disk's layers, replaced as a whole: with the gate held exclusive, unless the bytes
-/// stay the same.
+/// The layers of a disk at one moment, replaced as a whole: with the gate held exclusive, unless the
+/// bytes stay the same.
 pub(super) struct LayerStack {
     pub(super) top: Top,
     /// The sealed layers below the top.

@@ -3,19 +3,25 @@
 //! ```text
 //!   disk_file    what the mount shows: all of a disk, or the range of one partition
 //!      v
-//!   Disk         read_write, copy, fetch (prefetch), commit, hydrate, history, keep, shut_down
+//!   Disk         read_write, copy, fetch (prefetch), commit, hydrate, history, keep, shut_down,
+//!      |         maintenance (every few seconds)
 //!      |
 //!      +-- gate        shared for changes of bytes, exclusive for changes of size or layers
-//!      +-- layers      a snapshot of top, sealed layers and bottom, replaced as a whole
+//!      +-- layers      the current top, sealed layers and bottom, replaced as a whole
 //!      +-- attrs       owner, mode, times; allocated: the space for stat
+//!      +-- partition   its partitions as files
+//!      +-- space       failures for lack of space
 //!      +-- references  handles, lookups of the kernel, the name
 //!      +-- overlay_location, bottom      where the layers are stored
 //!      +-- operation   the operation on the whole disk, of which one runs at a time
 //!      +-- pools       its threads
 //! ```
 //!
-//! `open` builds a disk from its config. Readers take a snapshot of the layers and never wait for
-//! the gate. docs/architecture.md has the order of the locks.
+//! Three kinds of disks differ from the rest: `direct` (past the host's cache), `single_file` (reflink
+//! overlays and passthrough) and `stream`.
+//!
+//! `open` builds a disk from its config. Readers take the layers that are current when they begin, and
+//! never wait for the gate. docs/architecture.md has the order of the locks.
 
 mod allocated;
 mod attrs;
@@ -106,7 +112,7 @@ pub struct Disk {
     /// Whether I/O bypasses the host's page cache. If so, every read and write of the files waits.
     direct: DirectIo,
     gate: Gate,
-    /// Locked only to take a snapshot or to install new layers.
+    /// Locked only to clone the pointer or to install new layers.
     layers: RwLock<Arc<LayerStack>>,
     attrs: Attrs,
     allocated: Allocated,
@@ -126,6 +132,7 @@ pub struct Disk {
     stream: Option<Stream>,
     /// The threads of the disk.
     pub pools: Pools,
+    /// Set while `maintain` runs.
     maintaining: AtomicBool,
     /// Granularity of the bottom's holes in bytes: no hole begins or ends inside one such unit.
     grain: u32,
@@ -205,7 +212,7 @@ impl Disk {
         self.layers().top.reflink().cloned()
     }
 
-    /// The bottom of the disk.
+    /// The bottom as the overlay records it; the layer that reads it is `layers().bottom`.
     fn bottom(&self) -> Arc<Bottom> {
         Arc::clone(&self.bottom.lock())
     }

@@ -160,8 +160,7 @@ impl Disk {
         self.history.drop_files();
     }
 
-    /// Takes the gate exclusive for a change of the layers. Requests that wait for the gate have no
-    /// deadline meanwhile.
+    /// Takes the gate exclusive for a change of the layers.
     ///
     /// # Errors
     /// [`OperationError::WriterStuck`] when a change does not end in time;

@@ -5,7 +5,8 @@ use std::io;
 use crate::overlay::error::OverlayError;
 use crate::overlay::reflink::ReflinkError;
 
-/// The reason why an operation on a disk's layers failed; one line each. Nothing has changed then.
+/// The reason why an operation on a disk's layers failed; one line each. Each
+/// operation says what has changed by then.
 #[derive(Debug, thiserror::Error)]
 pub enum OperationError {
     /// The disk has no overlay: `mode=ro`, `mode=rw`, or a stream.

@@ -39,8 +39,8 @@ pub(super) struct References {
     is_unlinked: AtomicBool,
     /// Set once the disk is being removed: opens are refused.
     is_retired: AtomicBool,
-    /// Set while an operation of unbounded length holds the gate: requests then wait without a
-    /// deadline.
+    /// Set while an operation of unbounded length (`keep`) holds the gate: requests then wait without
+    /// a deadline.
     in_long_operation: AtomicBool,
 }
 

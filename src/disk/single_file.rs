@@ -1,5 +1,5 @@
 //! Disks that are a single host file: those with a reflink overlay, and those with the key
-//! `passthrough_file`.
+//! `passthrough`.
 //!
 //! Writes may bypass the daemon, so size, times and allocated space are read from the file at every
 //! request.

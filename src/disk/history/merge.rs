@@ -23,7 +23,7 @@ const MAX_FINAL_MERGE: u64 = 16 << 20;
 /// How often the top is sealed and merged before the rest is merged with writers waiting.
 const MAX_SEAL_ROUNDS: u32 = 4;
 
-/// How a merge ended.
+/// The outcome of a merge.
 enum MergeOutcome {
     Complete,
     Interrupted,
@@ -40,8 +40,8 @@ impl Disk {
         Some((tree, lower, upper))
     }
 
-    /// Whether layers of the disk can be merged, because no snapshot and no other disk needs them
-    /// separate.
+    /// Whether the disk has no snapshots at all, and layers that can be merged: a commit waits for
+    /// these.
     pub(in crate::disk) fn is_mergeable(&self) -> bool {
         let is_nameless =
             self.overlay_location.tree().is_some_and(|tree| tree.snapshots.is_empty());

@@ -1,4 +1,5 @@
-//! Replacement of a disk's top layer: the core of snapshot, revert and reset.
+//! New layers of a disk, and the new tree and `stack` that name them: the core of snapshot, revert,
+//! reset and merge.
 
 use std::collections::HashSet;
 use std::fs::File;
@@ -30,7 +31,7 @@ pub(super) enum TopParent {
     Base,
 }
 
-/// A top that is built and not in place yet.
+/// A layer that was built and is in no tree yet: a new top, or one that two layers were merged into.
 pub(super) struct NewTop {
     pub(super) uuid: Uuid,
     pub(super) overlay: Overlay,

@@ -1,4 +1,4 @@
-//! The layers that a disk does not read through, and the files of its snapshots.
+//! The state of a disk's history: its open sealed layers, and the files of its snapshots.
 
 use std::collections::{HashMap, HashSet};
 use std::io;
@@ -18,7 +18,7 @@ use crate::overlay::{Overlay, Usage};
 /// Returns the layers used by the disks other than the given one.
 pub type LayerUsers = Arc<dyn Fn(&Uuid) -> io::Result<HashSet<Uuid>> + Send + Sync>;
 
-/// A disk's layers beyond those it reads through, and the files of its snapshots.
+/// A disk's open sealed layers, the files of its snapshots, and what a new top needs to know.
 pub(in crate::disk) struct History {
     /// Set while there may be layers to merge.
     pub(super) needs_merge: AtomicBool,
