@@ -1,4 +1,5 @@
-//! Adding and removing disks while the mount exists.
+//! Adding and removing disks while the mount exists, and what the kernel has to forget then (also
+//! after a revert, a reset or the deletion of a snapshot).
 //!
 //! ```text
 //!   add:     parse -> open as `mount` does -> write holder -> catalog             else: abandon
@@ -41,7 +42,7 @@ pub enum Invalidation {
         /// The inode numbers of the mounted file and of its partitions.
         inos: Vec<u64>,
     },
-    /// A snapshot was deleted: cached data of its file is useless.
+    /// A name is gone, that of a deleted snapshot: its cached entry leads to no file.
     Name {
         /// The inode number of the directory.
         parent: u64,
@@ -50,8 +51,8 @@ pub enum Invalidation {
     },
 }
 
-/// A function that makes the kernel forget stale state. The call may wait for requests in progress, so
-/// that a thread of the disk's own pool makes it.
+/// A function that makes the kernel forget stale state. A call may wait for requests in progress, so a
+/// thread of the disk's `pools.notify` makes it.
 pub type Invalidator = Arc<dyn Fn(&Invalidation) + Send + Sync>;
 
 /// Time limit for an invalidation. Names and attributes in the kernel's cache expire after a second

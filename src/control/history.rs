@@ -1,4 +1,5 @@
-//! Requests about the history of an overlay: snapshots, reverts, clones.
+//! Requests that change or compare the layers of a disk: snapshot, revert, reset, clone, commit, diff,
+//! prefetch, hydrate. Before most of them the kernel writes back and drops the pages it has cached.
 
 use std::ops::Range;
 use std::sync::Arc;

@@ -52,7 +52,7 @@ pub struct Control {
     pub draining: AtomicBool,
     /// The mount's device number; set once the mount exists.
     pub device: std::sync::OnceLock<u64>,
-    /// Makes the kernel forget a disk; set once the mount exists.
+    /// Makes the kernel forget stale names and pages; set once the mount exists.
     pub invalidator: std::sync::OnceLock<Invalidator>,
     /// Number of requests in progress.
     pub running_requests: AtomicUsize,

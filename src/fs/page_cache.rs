@@ -197,8 +197,8 @@ impl PageCache {
 }
 
 /// Builds the function by which the control files make the kernel forget a disk that leaves the
-/// mount or has other contents. For threads that may wait: the kernel drops a name only while
-/// nobody looks up names in its directory.
+/// mount, the pages of a disk whose contents have changed, or the name of a deleted snapshot. For
+/// threads that may wait: the kernel drops a name only while nobody looks up names in its directory.
 #[must_use]
 pub(crate) fn kernel_invalidator(notifier: Notifier) -> Invalidator {
     Arc::new(move |stale: &Invalidation| {

@@ -33,7 +33,7 @@ pub(crate) struct MountStatus {
     /// The daemon's process ID.
     pub(crate) pid: Option<u32>,
     pub(crate) state: MountState,
-    /// Why the mount does not tell more; only from `cowslip status`.
+    /// The reason why the mount reports no more; only from `cowslip status`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) error: Option<String>,
     pub(crate) disks: Vec<DiskStatus>,
@@ -52,7 +52,7 @@ pub(crate) struct DiskStatus {
     /// A value of the key `mode`.
     pub(crate) mode: String,
     pub(crate) state: DiskState,
-    /// Why the state is not `Ok`.
+    /// The reason why the state is not `Ok`.
     pub(crate) error: Option<String>,
     /// A problem that is no failure.
     pub(crate) warning: Option<String>,
@@ -189,7 +189,8 @@ pub(crate) struct PeerStatus {
     pub(crate) kind: String,
     /// The sink or source as the user wrote it; `None` for a reader who may not know.
     pub(crate) description: Option<String>,
-    /// Why it failed, otherwise the stream's state; `None` for a reader who may not know.
+    /// The reason for the failure, or else the stream's state; `None` for a reader who may not
+    /// know.
     pub(crate) status: Option<String>,
 }
 

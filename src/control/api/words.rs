@@ -60,10 +60,10 @@ words! {
         Ready = "ready",
         /// Being unmounted: it takes no new disks.
         Draining = "draining",
-        /// The daemon has ended. This and the following are states that a mount cannot tell of
-        /// itself, and that `cowslip status` tells.
+        /// The daemon has ended. No daemon reports this state, nor the two below: `cowslip status`
+        /// concludes them.
         Dead = "dead",
-        /// Only other users may ask.
+        /// Refused to the user who asks, or shown only in part.
         Private = "private",
         /// No answer, or none that is understood.
         Silent = "silent",
