@@ -4,9 +4,9 @@
 //!   config::DiskSource::File(path)        config::DiskSource::Blank(size)
 //!        │ what is there? (only regular files and block devices are opened)
 //!        │ open, look again (file.rs), lock (lock.rs)
-//!        │ which format? (formats.rs: by its first and last bytes)
+//!        │ which format? (formats.rs: as given, or by its first and last bytes)
 //!        ▼                                   ▼
-//!     RawBase (raw/)                      Blank (blank.rs)
+//!     RawBase (raw/), or qcow2/           Blank (blank.rs)
 //!        │ all of it, or a part?
 //!        ▼
 //!     RangeView (view.rs), by bytes or as partitions/ says

@@ -2,8 +2,8 @@
 //!
 //! A layer's bytes are divided into units; every unit belongs to one of 64 stripes, each a lock
 //! that is held shared (writes of whole blocks, or of blocks that are Data already) or exclusive
-//! (partial first touches, zeroing, punching). A request names all stripes it needs at once and takes them
-//! in ascending order, so requests never deadlock. The locks are held across I/O.
+//! (partial first touches, zeroing, punching). A request names all stripes it needs at once and
+//! takes them in ascending order, so requests never deadlock. The locks are held across I/O.
 
 use std::io;
 use std::ops::Range;
