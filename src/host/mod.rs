@@ -1,6 +1,7 @@
 //! The host below the layers: its files, its file systems, its mounts, its processes.
 //!
-//! Nothing here knows of disks or layers. A function wraps one system call, or reads one file of
+//! Nothing here knows of disks; of the layers only the types of an answer are used (`layer::Wait`,
+//! `extents::Extent`). A function wraps one system call, or reads one file of
 //! `/proc`, and handles short results, interruptions and missing features. Functions on open files
 //! are reached as `host::read_at`; the file systems and the table of mounts by their modules.
 

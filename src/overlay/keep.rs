@@ -51,7 +51,8 @@ fn unnamed_file(dir: &Path) -> io::Result<File> {
     }
 }
 
-/// Creates a persistent overlay at `path` from `layers`, one for each layer of `stack`, durably.
+/// Creates a persistent overlay at `path` from `layers`, durably: bottom to top, one for each layer of
+/// `stack`.
 /// The caller holds the gate exclusive and uses the new layers from then on.
 ///
 /// On the same file system the data files are only linked; otherwise their data is copied.
