@@ -1,117 +1,29 @@
 //! A qcow2 image and its backing files, opened as one layer.
 //!
 //! The names in an image may come from an attacker. Each is followed only as the plain name of a file
-//! below an allowed directory (that of the first image, and those that the user named), and opened
-//! in the format that the image records for it. The format is never guessed from the file's bytes:
-//! what a guest writes into a raw image stays raw for ever. A file is found first, its real path is
-//! taken from the file itself, and that file is opened: a directory that becomes a link meanwhile
-//! leads nowhere.
+//! below an allowed directory (`allowed_dirs.rs`), and opened in the format that the image records
+//! for it. The format is never guessed from the file's bytes: what a guest writes into a raw image
+//! stays raw for ever.
 //!
 //! All headers are checked before the first table is read, so that a chain that is refused costs
 //! little.
 
 use std::collections::HashSet;
-use std::fs::{File, Metadata};
+use std::fs::File;
 use std::io;
 use std::ops::Range;
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use rustix::fs::AtFlags;
-
-use super::super::{BaseAccess, BaseError, BaseFile, open_base_file, open_located};
-use super::header::{BackingRef, HeaderError, Qcow2Header};
-use super::tables::{MAX_TABLE_BYTES, TableBudget};
+use super::super::{BaseAccess, BaseError, BaseFile, open_base_file};
+use super::allowed_dirs::AllowedDirs;
+use super::chain_error::{ChainError, MAX_BACKING_FILES};
+use super::header::{BackingRef, Qcow2Header};
+use super::tables::TableBudget;
 use super::{Qcow2Layer, cluster_cache::ClusterCache};
 use crate::config::{DirectIo, Format, Locking, Passthrough};
-use crate::confined::PathHandle;
 use crate::extents::{Extent, ExtentKind};
 use crate::layer::{CopyFn, Layer, Wait};
-use crate::trust;
-use crate::trusted_path::{self, open_dir};
-
-/// The most images of a chain.
-const MAX_BACKING_FILES: usize = 256;
-
-/// The reason why a chain is not opened; one line for the user.
-#[derive(Debug, thiserror::Error)]
-pub enum ChainError {
-    /// The header of an image is damaged or not supported.
-    #[error("'{}' {error}", path.display())]
-    Header {
-        /// The image.
-        path: PathBuf,
-        /// The reason.
-        error: HeaderError,
-    },
-    /// The name of a backing file is not a plain file name.
-    #[error(
-        "'{}' names '{name}' as its backing file, and only names of files are followed: put the path there with qemu-img rebase -u",
-        path.display()
-    )]
-    NotAFileName {
-        /// The image.
-        path: PathBuf,
-        /// The recorded name.
-        name: String,
-    },
-    /// The image does not record the format of its backing file, as images of old versions of QEMU.
-    #[error(
-        "'{}' does not say which format its backing file '{name}' has: write it down with qemu-img rebase -u -F FORMAT -b '{name}' '{}'",
-        path.display(), path.display()
-    )]
-    NoFormat {
-        /// The image.
-        path: PathBuf,
-        /// Its backing file.
-        name: String,
-    },
-    /// The backing file has a format that is not read here.
-    #[error("'{}' has a backing file '{name}' in the format {format}: only raw and qcow2 are read", path.display())]
-    UnsupportedFormat {
-        /// The image.
-        path: PathBuf,
-        /// Its backing file.
-        name: String,
-        /// The recorded format.
-        format: String,
-    },
-    /// A file that an image names is not below an allowed directory.
-    #[error(
-        "'{}' needs '{}', which is not below a directory that is allowed: add --allow-backing {} if you trust the image",
-        path.display(), needed.display(), needed.parent().unwrap_or(Path::new("/")).display()
-    )]
-    NotAllowed {
-        /// The image.
-        path: PathBuf,
-        /// The file that the image names.
-        needed: PathBuf,
-    },
-    /// The image has its data in another file, whose name it does not record.
-    #[error("'{}' has its data in another file and does not say in which", .0.display())]
-    NoDataFile(PathBuf),
-    /// The chain leads back to one of its images.
-    #[error("'{}' is its own backing file, in the end", .0.display())]
-    Loop(PathBuf),
-    /// The chain is too long.
-    #[error("'{}' has more than {MAX_BACKING_FILES} backing files below it", .0.display())]
-    TooDeep(PathBuf),
-    /// The tables of the image and of those above it exceed the memory budget.
-    #[error(
-        "'{}' brings the tables of the images to more than {} MiB: make the chain shorter, or its clusters larger, with qemu-img convert",
-        .0.display(), MAX_TABLE_BYTES >> 20
-    )]
-    TooLarge(PathBuf),
-    /// A file that an image names cannot be opened.
-    #[error("'{}' needs another file: {error}", path.display())]
-    NeededFile {
-        /// The image.
-        path: PathBuf,
-        /// The reason.
-        error: Box<BaseError>,
-    },
-}
 
 /// A qcow2 image over its backing files.
 pub struct BackingChain {
@@ -206,82 +118,6 @@ pub fn open_top(path: &Path, allowed: &[PathBuf]) -> Result<TopImage, BaseError>
         }
     };
     Ok(TopImage { image: top.into_layer(&budget, &ClusterCache::new())?, backing })
-}
-
-/// The directories below which the images of a chain may name files.
-struct AllowedDirs {
-    /// The directory of the first image: backing files may lie there, and below. `None` when the
-    /// image has no path.
-    image_dir: Option<PathBuf>,
-    /// The directories that the user named: data files may lie there as well.
-    user_dirs: Vec<PathBuf>,
-    locking: Locking,
-}
-
-impl AllowedDirs {
-    /// Creates the list for a chain whose first image is `image`.
-    fn for_image(image: &BaseFile, named: &[PathBuf], locking: Locking) -> Self {
-        let dir = image.real_path.parent().unwrap_or(Path::new("/")).to_owned();
-        let image_dir = image.has_real_path.then_some(dir);
-        let user_dirs = named.iter().filter_map(|dir| trusted_path::real_dir(dir).ok()).collect();
-        Self { image_dir, user_dirs, locking }
-    }
-
-    /// Returns whether `image` may have the backing file `found`, which lies at `path`: a file below
-    /// the directory of the first image that the author of `image` could have read. Whoever can write
-    /// an image, or put one into its directory, can name any file there; unless only root and this
-    /// user can do that, the backing file must belong to the owner of the image.
-    fn is_backing_allowed(&self, image: &BaseFile, path: &Path, found: &Metadata) -> bool {
-        self.image_dir.as_ref().is_some_and(|dir| path.starts_with(dir))
-            && (is_trusted(image)
-                || image.file.metadata().is_ok_and(|image| image.uid() == found.uid()))
-    }
-
-    /// Opens the file `name` that `image`, which lies at `path`, names. `may_be_own` allows the
-    /// directory of the first image as well, for backing files.
-    fn open(
-        &self,
-        image: &BaseFile,
-        path: &Path,
-        name: &str,
-        may_be_own: bool,
-    ) -> Result<(PathBuf, BaseFile), ChainError> {
-        let of_needed =
-            |error| ChainError::NeededFile { path: path.to_owned(), error: Box::new(error) };
-        let named = path.parent().unwrap_or(Path::new("/")).join(name);
-        let missing = |error| of_needed(BaseError::from_io(&named, BaseAccess::Read, error));
-        // The file is found first, judged by its real path, and opened itself: never again by its
-        // path, which may lead elsewhere by then.
-        let located = PathHandle::at(&named).map_err(missing)?;
-        let needed = located.real_path().map_err(missing)?;
-        let is_allowed = self.user_dirs.iter().any(|dir| needed.starts_with(dir))
-            || (may_be_own && self.is_backing_allowed(image, &needed, located.metadata()));
-        if !is_allowed {
-            return Err(ChainError::NotAllowed { path: path.to_owned(), needed });
-        }
-        let (passthrough, direct) = (Passthrough::Off, DirectIo::Off);
-        let host =
-            open_located(&located, &needed, BaseAccess::Read, self.locking, passthrough, direct)
-                .map_err(of_needed)?;
-        Ok((needed, host))
-    }
-}
-
-/// Returns whether only root and this user can have written `image` or put it where it is.
-fn is_trusted(image: &BaseFile) -> bool {
-    let (Some(dir), Some(name)) = (image.real_path.parent(), image.real_path.file_name()) else {
-        return false;
-    };
-    let is_there = |dir: &File| {
-        let found = rustix::fs::statat(dir, name, AtFlags::SYMLINK_NOFOLLOW).ok()?;
-        let image = image.file.metadata().ok()?;
-        Some((found.st_dev, found.st_ino) == (image.dev(), image.ino()))
-    };
-    open_dir(dir).is_ok_and(|dir| {
-        is_there(&dir) == Some(true)
-            && trust::check(&dir).is_ok()
-            && trust::check_file(&image.file, &dir).is_ok()
-    })
 }
 
 impl ChainImage {

@@ -9,10 +9,12 @@
 //! ```
 //!
 //! Uncompressed bytes do not go through the library: they are read from the file as those of a raw
-//! base are. `chain.rs` opens the images, each by its recorded format and only below allowed
-//! directories.
+//! base are. `chain.rs` opens the images, each by its recorded format and only below the directories
+//! that `allowed_dirs.rs` accepts.
 
+mod allowed_dirs;
 mod chain;
+mod chain_error;
 mod cluster_cache;
 mod header;
 mod run_cache;
@@ -23,7 +25,8 @@ use std::io;
 use std::ops::Range;
 use std::sync::Arc;
 
-pub use self::chain::{BackingChain, ChainError, TopImage, open, open_top};
+pub use self::chain::{BackingChain, TopImage, open, open_top};
+pub use self::chain_error::ChainError;
 use self::cluster_cache::ClusterCache;
 pub use self::header::{HeaderError, Qcow2Header};
 use self::run_cache::{ImageRun, RunCache, RunMapping};
