@@ -175,17 +175,20 @@ impl PageCache {
     /// at once; while a dirty page is waited for, the reply is sent after [`TRUNCATE_WAIT`].
     pub(super) fn invalidate_truncated(self: &Arc<Self>, file: &DiskFile, reply: impl FnOnce()) {
         self.invalidate_others(file, WHOLE_DISK);
-        let (done, is_done) = mpsc::channel();
+        let (progress, steps) = mpsc::channel();
         let (cache, disk) = (Arc::clone(self), Arc::clone(file.disk()));
         let invalidate = move || {
+            let _ = progress.send(());
             cache.invalidate(&disk, WHOLE_DISK);
             // The receiver has timed out when a page was dirty.
-            let _ = done.send(());
+            let _ = progress.send(());
         };
         // A thread of its own: all threads of the disk's pool may be in this function, waiting.
         match thread::Builder::new().name("cowslip-drop".to_owned()).spawn(invalidate) {
             Ok(_) => {
-                let _ = is_done.recv_timeout(TRUNCATE_WAIT);
+                // The time counts from the start of the thread, which may come late on a busy machine.
+                let _ = steps.recv();
+                let _ = steps.recv_timeout(TRUNCATE_WAIT);
                 reply();
             }
             Err(_) => {
