@@ -14,7 +14,7 @@ use std::io;
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::partitions::{self, PartitionRole, TableError};
+use super::partitions::{self, PartitionRole, PartitionTableError};
 use super::raw::RawBase;
 use crate::config::{SourcePart, format_size};
 use crate::extents::{Extent, ExtentKind};
@@ -46,7 +46,7 @@ pub enum ViewError {
     },
     /// The partition table cannot be used.
     #[error(transparent)]
-    Table(#[from] TableError),
+    Table(#[from] PartitionTableError),
     /// The table has no such partition.
     #[error("has no partition {number}: there are {has}")]
     NoPartition {

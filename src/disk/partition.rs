@@ -28,7 +28,7 @@ use uuid::Uuid;
 use super::Disk;
 use super::allocated::AllocatedCache;
 use super::bottom::Bottom;
-use crate::base::partitions::{self, PartitionRole, TableError, TableSource};
+use crate::base::partitions::{self, PartitionRole, PartitionTableError, TableSource};
 use crate::config::format_size;
 use crate::host::os_error;
 use crate::layer::Wait;
@@ -41,7 +41,7 @@ const PARTITION_INODES: Range<u64> = 1 << 61..1 << 62;
 
 /// The reason why the partitions of a disk cannot be shown; one line, to follow the disk's name.
 #[derive(Debug, thiserror::Error)]
-pub enum PartitionsError {
+pub enum ShowPartitionsError {
     /// The disk cannot be read.
     #[error("cannot be read for its partition table: {0}")]
     Unreadable(#[from] io::Error),
@@ -153,16 +153,20 @@ impl Disk {
     /// user. A blank disk may get its table later; a note says so.
     ///
     /// # Errors
-    /// [`PartitionsError`]; the disk has no partition files then.
-    pub fn show_partitions(&self, name: &str) -> Result<Vec<String>, PartitionsError> {
+    /// [`ShowPartitionsError`]; the disk has no partition files then.
+    pub fn show_partitions(&self, name: &str) -> Result<Vec<String>, ShowPartitionsError> {
         if self.reflink().is_some() {
-            return Err(PartitionsError::Reflink);
+            return Err(ShowPartitionsError::Reflink);
         }
         let found = match partitions::read(self, self.sector()?) {
-            Err(TableError::NoTable) if matches!(*self.bottom(), Bottom::Blank(_)) => Vec::new(),
-            Err(TableError::NoTable) => return Err(PartitionsError::NoTable),
-            Err(TableError::Unreadable(error)) => return Err(error.into()),
-            Err(TableError::Damaged(why)) => return Err(PartitionsError::Damaged(why)),
+            Err(PartitionTableError::NoTable) if matches!(*self.bottom(), Bottom::Blank(_)) => {
+                Vec::new()
+            }
+            Err(PartitionTableError::NoTable) => return Err(ShowPartitionsError::NoTable),
+            Err(PartitionTableError::Unreadable(error)) => return Err(error.into()),
+            Err(PartitionTableError::Damaged(why)) => {
+                return Err(ShowPartitionsError::Damaged(why));
+            }
             Ok(found) => found,
         };
         let size = self.size();

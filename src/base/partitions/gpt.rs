@@ -4,7 +4,7 @@
 //! Header and entries carry checksums. The copy is used when the first table is damaged. (UEFI
 //! specification, 5.3.)
 
-use super::{Partition, PartitionRole, TableError, TableSource, read_at, sector_range};
+use super::{Partition, PartitionRole, PartitionTableError, TableSource, read_at, sector_range};
 
 /// Size of an entry in bytes: a power of two in this range.
 const ENTRY_SIZES: std::ops::RangeInclusive<u64> = 128..=4096;
@@ -23,8 +23,11 @@ const NO_GPT: Flaw = "there is no GPT where its MBR says so";
 /// Reads the partitions of `disk`, trying the sector sizes `sectors` (bytes).
 ///
 /// # Errors
-/// [`TableError::Damaged`] when both the table and its copy are damaged.
-pub(super) fn read(disk: &dyn TableSource, sectors: &[u64]) -> Result<Vec<Partition>, TableError> {
+/// [`PartitionTableError::Damaged`] when both the table and its copy are damaged.
+pub(super) fn read(
+    disk: &dyn TableSource,
+    sectors: &[u64],
+) -> Result<Vec<Partition>, PartitionTableError> {
     let mut worst = NO_GPT;
     for sector in sectors {
         let first = match GptHeader::read(disk, 1, *sector) {
@@ -47,8 +50,8 @@ pub(super) fn read(disk: &dyn TableSource, sectors: &[u64]) -> Result<Vec<Partit
     sectors.iter().find_map(|sector| read_backup(disk, *sector)).ok_or_else(|| damaged(worst))
 }
 
-fn damaged(flaw: Flaw) -> TableError {
-    TableError::Damaged(format!("{flaw}, and no copy at its end is whole"))
+fn damaged(flaw: Flaw) -> PartitionTableError {
+    PartitionTableError::Damaged(format!("{flaw}, and no copy at its end is whole"))
 }
 
 /// Reads the partitions from the copy in the last sector.

@@ -14,7 +14,7 @@
 use std::collections::HashSet;
 use std::ops::Range;
 
-use super::{Partition, PartitionRole, TableError, TableSource, read_at, sector_range};
+use super::{Partition, PartitionRole, PartitionTableError, TableSource, read_at, sector_range};
 
 /// The most logical partitions, and the longest chain: more than any system shows.
 const MAX_LOGICAL: usize = 128;
@@ -68,12 +68,12 @@ pub(super) fn parse_entries(sector: &[u8]) -> Option<[MbrEntry; 4]> {
 /// Reads the partitions of a disk; `entries` are those of its first sector.
 ///
 /// # Errors
-/// [`TableError`] when a chain is damaged or cannot be read.
+/// [`PartitionTableError`] when a chain is damaged or cannot be read.
 pub(super) fn read(
     disk: &dyn TableSource,
     entries: &[MbrEntry; 4],
     sector: u64,
-) -> Result<Vec<Partition>, TableError> {
+) -> Result<Vec<Partition>, PartitionTableError> {
     let mut found = Vec::new();
     for (number, entry) in (1..).zip(entries) {
         let Some(range) = sector_range(entry.start, entry.count, sector) else { continue };
@@ -100,8 +100,8 @@ struct EbrWalk<'a> {
 
 impl EbrWalk<'_> {
     /// Finds the logical partitions in the extended partition `whole`.
-    fn walk_chain(&mut self, whole: &Range<u64>) -> Result<(), TableError> {
-        let damaged = |why: &str| TableError::Damaged(why.to_owned());
+    fn walk_chain(&mut self, whole: &Range<u64>) -> Result<(), PartitionTableError> {
+        let damaged = |why: &str| PartitionTableError::Damaged(why.to_owned());
         let mut at = whole.start;
         loop {
             if !self.seen.insert(at) {
@@ -133,7 +133,7 @@ impl EbrWalk<'_> {
         entries: &[MbrEntry; 4],
         at: u64,
         whole: &Range<u64>,
-    ) -> Result<(), TableError> {
+    ) -> Result<(), PartitionTableError> {
         for (index, entry) in entries.iter().enumerate() {
             let range = sector_range(entry.start, entry.count, self.sector)
                 .filter(|_| !entry.is_extended())
@@ -148,7 +148,7 @@ impl EbrWalk<'_> {
             let logical = self.found.iter().filter(|one| one.number > 4).count();
             if logical >= MAX_LOGICAL {
                 let why = "it has more than 128 logical partitions".to_owned();
-                return Err(TableError::Damaged(why));
+                return Err(PartitionTableError::Damaged(why));
             }
             let number = u32::try_from(logical).unwrap_or(u32::MAX).saturating_add(5);
             self.found.push(Partition { number, range, role: PartitionRole::Data });

@@ -33,7 +33,7 @@ const MAX_LISTED: usize = 16;
 
 /// The reason why partitions cannot be read; one line, to follow the base's name.
 #[derive(Debug, thiserror::Error)]
-pub enum TableError {
+pub enum PartitionTableError {
     /// The host cannot read the table.
     #[error("cannot be read for its partition table: {0}")]
     Unreadable(#[from] io::Error),
@@ -105,10 +105,13 @@ pub struct Partition {
 /// Reads the partitions of `disk`. `sector` is the sector size in bytes, if known.
 ///
 /// # Errors
-/// [`TableError`] when there is no table, or none that can be used.
-pub fn read(disk: &dyn TableSource, sector: Option<u64>) -> Result<Vec<Partition>, TableError> {
-    let first = read_at(disk, 0, SECTOR_SIZES[0])?.ok_or(TableError::NoTable)?;
-    let entries = mbr::parse_entries(&first).ok_or(TableError::NoTable)?;
+/// [`PartitionTableError`] when there is no table, or none that can be used.
+pub fn read(
+    disk: &dyn TableSource,
+    sector: Option<u64>,
+) -> Result<Vec<Partition>, PartitionTableError> {
+    let first = read_at(disk, 0, SECTOR_SIZES[0])?.ok_or(PartitionTableError::NoTable)?;
+    let entries = mbr::parse_entries(&first).ok_or(PartitionTableError::NoTable)?;
     if entries.iter().any(mbr::MbrEntry::is_protective) {
         let sectors = match sector {
             Some(4096) => [4096, 512],

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use crate::base::BaseError;
 use crate::base::self_reference::SelfReferenceError;
 use crate::disk::bottom::UnreadableBase;
-use crate::disk::partition::PartitionsError;
+use crate::disk::partition::ShowPartitionsError;
 use crate::overlay::error::OverlayError;
 
 /// The reason why a disk cannot be mounted or kept; one line for the user.
@@ -61,7 +61,7 @@ pub enum OpenError {
     Stream(String),
     /// The partitions cannot be shown.
     #[error(transparent)]
-    Partitions(#[from] PartitionsError),
+    Partitions(#[from] ShowPartitionsError),
     /// The disk has nothing to keep, or cannot be kept or cloned now.
     #[error("{0}")]
     NothingToKeep(String),
