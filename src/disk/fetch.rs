@@ -9,7 +9,7 @@ use crate::host::os_error;
 use crate::layer::Wait;
 
 /// Bytes copied between two checks whether to stop: 1 MiB.
-pub(super) const COPY_CHUNK: u64 = 1 << 20;
+pub(super) const COPY_STEP: u64 = 1 << 20;
 
 /// The destination of a prefetch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -63,7 +63,7 @@ impl Disk {
                 // One step, however long the range without anything to prefetch is.
                 at = extent.range.end;
             } else {
-                let end = range.end.min(at + COPY_CHUNK);
+                let end = range.end.min(at + COPY_STEP);
                 brought += match copies {
                     true => self.copy_up(at..end, Wait::Yes)?,
                     false => self.warm_cache(at..end, &mut buf)?,

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use super::Disk;
 use super::bottom::Bottom;
-use super::fetch::COPY_CHUNK;
+use super::fetch::COPY_STEP;
 use super::layers::{LayerStack, Top};
 use super::operation_error::OperationError;
 use super::overlay_location::OverlayFiles;
@@ -19,7 +19,7 @@ use crate::overlay::stack::{BaseRecord, Stack};
 use crate::overlay::tree::LayerTree;
 
 /// The least bytes copied at a time under a rate limit: 64 KiB.
-const MIN_COPY_CHUNK: u64 = 64 << 10;
+const MIN_COPY_STEP: u64 = 64 << 10;
 /// How often a paused hydration checks whether to continue.
 const POLL_INTERVAL: Duration = Duration::from_millis(100);
 
@@ -173,7 +173,7 @@ impl Disk {
         let begun = Instant::now();
         let rate = self.hydration.rate.load(Ordering::SeqCst);
         // A few pieces a second, however low the rate is.
-        let len = if rate == 0 { COPY_CHUNK } else { (rate / 4).clamp(MIN_COPY_CHUNK, COPY_CHUNK) };
+        let len = if rate == 0 { COPY_STEP } else { (rate / 4).clamp(MIN_COPY_STEP, COPY_STEP) };
         let end = end.min(start + len);
         let copied = self.copy_up(start..end, Wait::Yes)?;
         if let Some(nanos) = copied.saturating_mul(1_000_000_000).checked_div(rate) {
