@@ -6,6 +6,7 @@
 //! ```text
 //!   names, nodes, attr, setattr    names and inodes; `nodes` without FUSE
 //!   opens, handles, passthrough    from open to release
+//!   directories                    listings; the worker waits for none of them
 //!   read, write, page_cache        bytes, and the kernel's copies of them
 //!   control_files                  the files in `.cowslip`
 //!   dispatch, reply                which thread does the work, and until when
@@ -23,6 +24,7 @@ mod busy_poll;
 mod context;
 mod control_files;
 mod decode;
+mod directories;
 mod dispatch;
 mod handles;
 mod names;
@@ -42,15 +44,15 @@ use std::io;
 use std::time::SystemTime;
 
 use fuser::{
-    AccessFlags, BsdFileFlags, CopyFileRangeFlags, Errno, FileHandle, Filesystem, FopenFlags,
-    Generation, INodeNo, KernelConfig, LockOwner, OpenFlags, RenameFlags, ReplyAttr, ReplyCreate,
-    ReplyData, ReplyDirectory, ReplyEmpty, ReplyEntry, ReplyLseek, ReplyOpen, ReplyStatfs,
-    ReplyWrite, Request, TimeOrNow, WriteFlags,
+    AccessFlags, BsdFileFlags, CopyFileRangeFlags, Errno, FileHandle, Filesystem, Generation,
+    INodeNo, KernelConfig, LockOwner, OpenFlags, RenameFlags, ReplyAttr, ReplyCreate, ReplyData,
+    ReplyDirectory, ReplyEmpty, ReplyEntry, ReplyLseek, ReplyOpen, ReplyStatfs, ReplyWrite,
+    Request, TimeOrNow, WriteFlags,
 };
 
 use self::attr::ATTR_TTL;
 pub(crate) use self::context::{CowslipFs, FsContext};
-use self::handles::{DirectoryHandle, Handle};
+use self::handles::Handle;
 use self::names::forget_lookups;
 use self::nodes::Node;
 pub(crate) use self::page_cache::{PageCache, kernel_invalidator};
@@ -216,16 +218,7 @@ impl Filesystem for CowslipFs {
     }
 
     fn opendir(&self, request: &Request, ino: INodeNo, _: OpenFlags, reply: ReplyOpen) {
-        let requester = self.requester(request);
-        let permit = self.handles.permit(requester);
-        match permit.and_then(|permit| Ok((permit, self.listing(requester, ino.0)?))) {
-            Ok((permit, listing)) => {
-                let handle = Handle::Directory(DirectoryHandle::new(ino.0, listing));
-                let handle = self.handles.add_with_permit(permit, handle);
-                reply.opened(handle, FopenFlags::empty());
-            }
-            Err(error) => reply.error(error.into()),
-        }
+        self.open_directory(self.requester(request), ino.0, reply);
     }
 
     fn readdir(
@@ -234,27 +227,9 @@ impl Filesystem for CowslipFs {
         _: INodeNo,
         fh: FileHandle,
         offset: u64,
-        mut reply: ReplyDirectory,
+        reply: ReplyDirectory,
     ) {
-        let Some(handle) = self.handles.find(fh) else {
-            return reply.error(Errno::EBADF);
-        };
-        let Handle::Directory(directory) = &*handle else {
-            return reply.error(Errno::ENOTDIR);
-        };
-        let list = |ino| self.listing(self.requester(request), ino);
-        let listing = match directory.read(offset, list) {
-            Ok(listing) => listing,
-            Err(error) => return reply.error(error.into()),
-        };
-        let skip = usize::try_from(offset).unwrap_or(usize::MAX);
-        for (at, entry) in listing.entries.iter().enumerate().skip(skip) {
-            let kind = attr::file_type(entry.is_directory);
-            if reply.add(INodeNo(entry.ino), at as u64 + 1, kind, &entry.name) {
-                break;
-            }
-        }
-        reply.ok();
+        self.read_directory(self.requester(request), fh, offset, reply);
     }
 
     fn releasedir(&self, _: &Request, _: INodeNo, fh: FileHandle, _: OpenFlags, reply: ReplyEmpty) {

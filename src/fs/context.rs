@@ -38,7 +38,7 @@ pub(crate) struct FsContext {
 /// The file system as the kernel sees it.
 pub(crate) struct CowslipFs {
     pub(super) shared: Arc<FsContext>,
-    pub(super) nodes: Nodes,
+    pub(super) nodes: Arc<Nodes>,
     pub(super) handles: Arc<Handles>,
     pub(super) passthrough: PassthroughInodes,
     pub(super) worker_limit: WorkerLimit,
@@ -51,7 +51,7 @@ impl CowslipFs {
     #[must_use]
     pub(crate) fn new(shared: Arc<FsContext>, workers: usize, device: Option<OwnedFd>) -> Self {
         Self {
-            nodes: Nodes::new(Arc::clone(&shared.catalog), shared.owner),
+            nodes: Arc::new(Nodes::new(Arc::clone(&shared.catalog), shared.owner)),
             shared,
             handles: Arc::default(),
             passthrough: PassthroughInodes::default(),

@@ -5,7 +5,7 @@
 //!   query    worker, Wait::No  --EAGAIN-->  the disk's pools.io, Wait::Yes
 //!   change   the same, with a permit; without one a thread of pools.sync takes the worker's part
 //!   sync     worker, with the only permit and few blocks to write; else pools.sync
-//!   names    the mount's pool
+//!   names    the mount's pool; a directory is listed by the worker, unless it may wait for the host
 //! ```
 
 use std::io;

@@ -59,6 +59,11 @@ impl DirectoryHandle {
         Self { ino, read: Mutex::new(DirectoryRead { listing, is_new: true }) }
     }
 
+    /// The directory's inode number.
+    pub(super) fn ino(&self) -> u64 {
+        self.ino
+    }
+
     /// Returns the entries for a read at `offset`: those of the time of opening or, when the
     /// directory is read from its start again (rewinddir(3)), those that `list` returns now.
     ///

@@ -5,14 +5,12 @@
 //! counted before its reply, and taken back if there is none.
 
 use std::ffi::OsStr;
-use std::io;
 use std::sync::Arc;
 
 use fuser::{Errno, Generation, RenameFlags, ReplyEmpty, ReplyEntry, Request};
 
 use super::attr::{self, ATTR_TTL, NO_TTL, PERM_MASK, attr_ttl};
 use super::context::{CowslipFs, FsContext};
-use super::handles::{Listing, Requester};
 use super::nodes::{FoundName, ROOT_INO, utf8_name};
 use super::reply::ErrorReply;
 use crate::catalog::RenameMode;
@@ -52,15 +50,6 @@ pub(super) fn forget_lookups(shared: &Arc<FsContext>, disk: &Arc<Disk>, count: u
 }
 
 impl CowslipFs {
-    /// Lists the directory `ino` for `requester`.
-    ///
-    /// # Errors
-    /// The errors of [`Nodes::list`](super::nodes::Nodes::list) and
-    /// [`Handles::share_listing`](super::handles::Handles::share_listing).
-    pub(super) fn listing(&self, requester: Requester, ino: u64) -> io::Result<Arc<Listing>> {
-        self.handles.share_listing(requester, ino, self.nodes.list(ino)?)
-    }
-
     /// Looks up `name` in the directory `parent`.
     pub(super) fn lookup_name(&self, parent: u64, name: &OsStr, reply: ReplyEntry) {
         match self.nodes.look_up(parent, name) {

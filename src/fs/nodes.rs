@@ -155,6 +155,12 @@ impl Nodes {
         Ok(all)
     }
 
+    /// Whether [`list`](Self::list) may wait for the host to list the directory `ino`: only the
+    /// snapshots of a disk.
+    pub(super) fn waits_to_list(ino: u64) -> bool {
+        matches!(ControlNode::from_ino(ino), Some(ControlNode::Snapshots(_)))
+    }
+
     /// Whether `uid` is trusted with requests and with facts about the host: root and the user who
     /// mounted.
     pub(super) fn is_trusted(&self, uid: u32) -> bool {
@@ -261,6 +267,7 @@ mod tests {
         ];
         for (directory, names) in expected {
             let entries = nodes.list(directory).unwrap();
+            assert!(!Nodes::waits_to_list(directory));
             let (dots, entries) = entries.split_at(2);
             assert_eq!((dots[0].ino, dots[1].ino), (directory, ROOT_INO));
             assert_eq!(entries.iter().map(|entry| &*entry.name).collect::<Vec<_>>(), names);
@@ -275,6 +282,7 @@ mod tests {
                 assert_eq!(is_directory, entry.is_directory, "{}", entry.name);
             }
         }
+        assert!(Nodes::waits_to_list(ControlNode::Snapshots(slot).ino()));
         assert_eq!(errno_of(nodes.list(ControlNode::Status.ino())), Some(libc::ENOTDIR));
         assert_eq!(errno_of(nodes.list(file(&nodes, "d").ino())), Some(libc::ENOTDIR));
     }

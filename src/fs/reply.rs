@@ -44,7 +44,7 @@ macro_rules! impl_error_reply {
     };
 }
 impl_error_reply!(ReplyAttr ReplyCreate ReplyData ReplyEmpty ReplyEntry ReplyLseek ReplyOpen ReplyStatfs);
-impl_error_reply!(ReplyWrite);
+impl_error_reply!(ReplyDirectory ReplyWrite);
 
 /// Whether a wait is bounded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
