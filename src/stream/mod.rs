@@ -90,18 +90,18 @@ impl Stream {
         }
     }
 
-    /// Ends the stream according to `ending` when its mount ends; returns a line for the user if
+    /// Ends the stream according to `policy` when its mount ends; returns a line for the user if
     /// there is anything to report.
     ///
     /// # Errors
     /// A line for the user: the stream is incomplete.
     pub fn end_stream(
         &self,
-        ending: UnmountPolicy,
+        policy: UnmountPolicy,
         has_writers: &dyn Fn() -> bool,
-        patience: DrainTimeout,
+        timeout: DrainTimeout,
     ) -> Result<Option<String>, String> {
-        match (self, ending) {
+        match (self, policy) {
             (_, UnmountPolicy::Leave) => Ok(None),
             (Self::Input { input, monitor }, _) => {
                 // The failure is read first: `close` kills the commands of the source.
@@ -109,9 +109,9 @@ impl Stream {
                 input.close()?;
                 failure.map_or(Ok(None), Err)
             }
-            (Self::Output(output), UnmountPolicy::Settle) => output.close(has_writers, patience),
+            (Self::Output(output), UnmountPolicy::Settle) => output.close(has_writers, timeout),
             (Self::Output(output), UnmountPolicy::Finish) => {
-                let line = output.finish(has_writers, patience).map_err(|error| {
+                let line = output.finish(has_writers, timeout).map_err(|error| {
                     let why = output.abort_reason(error);
                     // After a failed finish the stream can never be completed.
                     let _ = output.abort(&why);
@@ -121,7 +121,7 @@ impl Stream {
             }
             (Self::Output(output), UnmountPolicy::Abort) => match output.status().state {
                 OutputState::Finished => Ok(None),
-                OutputState::Failed => output.close(has_writers, patience),
+                OutputState::Failed => output.close(has_writers, timeout),
                 _ => output.abort("the mount ended before it was finished").map(|()| None),
             },
         }

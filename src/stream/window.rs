@@ -5,7 +5,7 @@
 //!                             |<--- window --->|<------ spill ------>|
 //!   accepted  | leaving       | rewritable     | rewritable          |
 //!   +---------+---------------+----------------+---------------------+--> size
-//!   0        sent  taken   frontier           edge = frontier + window
+//!   0     accepted taken   frontier           edge = frontier + window
 //! ```
 //!
 //! - At most `spill` bytes of data are at or past the edge. When a write adds more, the frontier
@@ -24,7 +24,7 @@ use super::runs::{Written, WrittenRuns};
 use crate::extents::{Extent, ExtentKind};
 use crate::zeros::is_zero;
 
-/// The most runs remembered for sent ranges, about 5 MiB of memory. Beyond it neighbours are
+/// The most runs remembered for accepted ranges, about 5 MiB of memory. Beyond it neighbours are
 /// joined, and count as data.
 const MAX_RUNS: usize = 128 << 10;
 /// The gap in bytes up to which runs are joined first.
@@ -41,14 +41,14 @@ pub struct Window {
     spill: u64,
     frontier: u64,
     taken: u64,
-    sent: u64,
+    accepted: u64,
     highest: u64,
     runs: WrittenRuns,
     needed: Needed,
     /// The bytes of data at and past the edge.
     beyond: u64,
-    /// The bytes of data at and past `sent`.
-    unsent: u64,
+    /// The bytes of data at and past `accepted`.
+    unaccepted: u64,
     /// The bytes written and neither punched nor truncated since. Shared, so that a stat reads it
     /// without the lock of the stream.
     written: Arc<AtomicU64>,
@@ -82,12 +82,12 @@ impl Window {
             spill,
             frontier: 0,
             taken: 0,
-            sent: 0,
+            accepted: 0,
             highest: 0,
             runs: WrittenRuns::default(),
             needed: Needed::new(size, window),
             beyond: 0,
-            unsent: 0,
+            unaccepted: 0,
             written: Arc::default(),
             read_window: 0,
             coarsen_gap: MIN_COARSEN_GAP,
@@ -122,8 +122,8 @@ impl Window {
 
     /// Returns the offset of the first byte that the sink has not accepted.
     #[must_use]
-    pub fn sent(&self) -> u64 {
-        self.sent
+    pub fn accepted(&self) -> u64 {
+        self.accepted
     }
 
     /// Returns the end of the highest write.
@@ -134,8 +134,8 @@ impl Window {
 
     /// Returns the bytes of data that the sink has not accepted.
     #[must_use]
-    pub fn unsent(&self) -> u64 {
-        self.unsent
+    pub fn unaccepted(&self) -> u64 {
+        self.unaccepted
     }
 
     /// Returns the bytes of data in the window, between frontier and edge.
@@ -169,7 +169,8 @@ impl Window {
         &self.runs
     }
 
-    /// Returns whether the runs of sent ranges are still exact, that is, no runs have been joined.
+    /// Returns whether the runs of accepted ranges are still exact, that is, no runs have been
+    /// joined.
     #[must_use]
     pub fn is_exact(&self) -> bool {
         self.is_exact
@@ -227,11 +228,11 @@ impl Window {
         let before: u64 = self.runs.within(range.clone()).map(|(part, _)| len(&part)).sum();
         let edge = self.edge();
         for part in self.runs.data_within(range.clone()) {
-            self.unsent -= len(&clip(&part, self.sent..u64::MAX));
+            self.unaccepted -= len(&clip(&part, self.accepted..u64::MAX));
             self.beyond -= len(&clip(&part, edge..u64::MAX));
         }
         if written == Some(Written::Data) {
-            self.unsent += len(&clip(&range, self.sent..u64::MAX));
+            self.unaccepted += len(&clip(&range, self.accepted..u64::MAX));
             self.beyond += len(&clip(&range, edge..u64::MAX));
         }
         // Joined runs contain more bytes than were ever written.
@@ -259,7 +260,7 @@ impl Window {
         }
         self.beyond = spill;
         self.frontier = frontier;
-        self.coarsen_sent();
+        self.coarsen_accepted();
         true
     }
 
@@ -317,17 +318,17 @@ impl Window {
 
     /// Records that the sink has accepted everything before `to`.
     pub fn mark_accepted(&mut self, to: u64) {
-        self.unsent -= self.runs.data_bytes(self.sent..to.max(self.sent));
-        self.sent = self.sent.max(to);
+        self.unaccepted -= self.runs.data_bytes(self.accepted..to.max(self.accepted));
+        self.accepted = self.accepted.max(to);
     }
 
-    /// Bounds the memory used for the runs of sent ranges.
-    fn coarsen_sent(&mut self) {
+    /// Bounds the memory used for the runs of accepted ranges.
+    fn coarsen_accepted(&mut self) {
         if self.runs.len() <= self.max_runs {
             return;
         }
-        // Only sent ranges that cannot be read back: the other runs must stay exact.
-        let limit = self.sent.min(self.frontier.saturating_sub(self.read_window));
+        // Only accepted ranges that cannot be read back: the other runs must stay exact.
+        let limit = self.accepted.min(self.frontier.saturating_sub(self.read_window));
         self.runs.coarsen(limit, self.coarsen_gap);
         self.needed.recount(&self.runs);
         self.coarsen_gap *= 2;

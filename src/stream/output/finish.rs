@@ -79,16 +79,16 @@ impl Output {
     /// for the user.
     ///
     /// # Errors
-    /// [`FinishError`]. When `patience` has run out, the sink goes on, and `finish` may be called
+    /// [`FinishError`]. When `timeout` has run out, the sink goes on, and `finish` may be called
     /// again.
     pub fn finish(
         &self,
         has_writers: &dyn Fn() -> bool,
-        patience: DrainTimeout,
+        timeout: DrainTimeout,
     ) -> Result<String, FinishError> {
-        let mut until = patience.duration().map(|time| Instant::now() + time);
-        let grace = Instant::now()
-            + patience.duration().map_or(WRITERS_TIMEOUT, |time| time.min(WRITERS_TIMEOUT));
+        let mut deadline = timeout.duration().map(|time| Instant::now() + time);
+        let writers_deadline = Instant::now()
+            + timeout.duration().map_or(WRITERS_TIMEOUT, |time| time.min(WRITERS_TIMEOUT));
         loop {
             let mut core = self.core.lock();
             if core.state != OutputState::Open {
@@ -99,16 +99,16 @@ impl Output {
                 break;
             }
             drop(core);
-            if Instant::now() >= grace {
+            if Instant::now() >= writers_deadline {
                 return Err(FinishError::Busy);
             }
             thread::sleep(POLL_INTERVAL);
         }
         let mut core = self.core.lock();
         let mut before = self.monitor.accepted();
-        let mut at_last = false;
+        let mut is_final_wait = false;
         while core.state == OutputState::Finishing {
-            let Some(end) = until else {
+            let Some(end) = deadline else {
                 self.changed.wait(&mut core);
                 continue;
             };
@@ -119,21 +119,21 @@ impl Output {
             }
             let now = self.monitor.accepted();
             let has_all = now >= self.end_offset(&core);
-            let more = match patience {
+            let extension = match timeout {
                 DrainTimeout::Stalled(time) if now > before => Some(time),
                 // The sink may take its time to process the last data, but not without limit.
                 DrainTimeout::Stalled(time)
-                    if has_all && !std::mem::replace(&mut at_last, true) =>
+                    if has_all && !std::mem::replace(&mut is_final_wait, true) =>
                 {
                     Some(time * FINAL_WAIT_FACTOR)
                 }
                 _ => None,
             };
-            let Some(more) = more else {
+            let Some(extension) = extension else {
                 return Err(FinishError::StillFinishing(self.progress_line(&core)));
             };
             before = now;
-            until = Some(Instant::now() + more);
+            deadline = Some(Instant::now() + extension);
         }
         self.finish_result(&core)
     }
@@ -186,7 +186,7 @@ impl Output {
                 self.name,
                 spec_size(needed.window),
                 spec_size(needed.spill),
-                spec_size(self.window),
+                spec_size(self.window_size),
             )),
             (OutputState::Finished, _) => {
                 let end = format_size(self.end_offset(core));
@@ -236,13 +236,13 @@ impl Output {
     pub fn close(
         &self,
         has_writers: &dyn Fn() -> bool,
-        patience: DrainTimeout,
+        timeout: DrainTimeout,
     ) -> Result<Option<String>, String> {
         let state = self.core.lock().state;
         let result = match (state, self.finish) {
             (OutputState::Open, FinishWhen::Umount)
             | (OutputState::Finishing | OutputState::Finished, _) => {
-                match self.finish(has_writers, patience) {
+                match self.finish(has_writers, timeout) {
                     Ok(line) => Ok((state != OutputState::Finished).then_some(line)),
                     Err(error) => {
                         let why = self.abort_reason(error);

@@ -135,7 +135,7 @@ impl Rewrite {
 
 struct OutputCore {
     window: Window,
-    store: PageStore,
+    pages: PageStore,
     queue: WriteQueue,
     /// Rewrites of ranges already sent, for frames that carry offsets.
     rewrites: VecDeque<(u64, Rewrite)>,
@@ -151,9 +151,9 @@ struct OutputCore {
 }
 
 impl OutputCore {
-    fn push_rewrite(&mut self, offset: u64, late: Rewrite) {
-        self.rewrite_bytes += late.cost();
-        self.rewrites.push_back((offset, late));
+    fn push_rewrite(&mut self, offset: u64, rewrite: Rewrite) {
+        self.rewrite_bytes += rewrite.cost();
+        self.rewrites.push_back((offset, rewrite));
     }
 }
 
@@ -163,7 +163,7 @@ pub struct Output {
     size: u64,
     read_window: u64,
     spill: Option<u64>,
-    window: u64,
+    window_size: u64,
     pad: Pad,
     finish: FinishWhen,
     can_rewrite: bool,
@@ -205,7 +205,7 @@ impl Output {
         window.set_read_window(spec.read_window);
         let core = OutputCore {
             window,
-            store: PageStore::new(memory, dir.clone(), spec.compress),
+            pages: PageStore::new(memory, dir.clone(), spec.compress),
             queue: WriteQueue::new(dir),
             rewrites: VecDeque::new(),
             rewrite_bytes: 0,
@@ -220,7 +220,7 @@ impl Output {
             size: spec.size,
             read_window: spec.read_window,
             spill,
-            window: spec.window,
+            window_size: spec.window,
             pad: spec.pad,
             finish: spec.finish,
             can_rewrite: sink.can_rewrite(),
@@ -282,7 +282,7 @@ impl Output {
             let stop = stop.min(end);
             let part = &mut buf[index(at - offset)..index(stop - offset)];
             match written {
-                Some(Written::Data) => core.store.read(at, part)?,
+                Some(Written::Data) => core.pages.read(at, part)?,
                 Some(Written::Zeros) | None => part.fill(0),
             }
             at = stop;
@@ -316,7 +316,7 @@ impl Output {
             frontier: window.frontier(),
             highest: window.highest(),
             accepted: self.monitor.accepted(),
-            window: BufferUse { size: Some(self.window), used: window.used() },
+            window: BufferUse { size: Some(self.window_size), used: window.used() },
             spill: BufferUse { size: self.spill, used: window.beyond() },
             needed: window.needed(),
             kind: self.monitor.kind(),
@@ -342,13 +342,13 @@ impl Output {
     }
 
     /// Handles an event that the sink reports by itself.
-    pub(super) fn on_sink_event(&self, trouble: SinkEvent) {
+    pub(super) fn on_sink_event(&self, event: SinkEvent) {
         let mut core = self.core.lock();
         if core.state != OutputState::Open {
             // The sender, or a waiter for the end, notices the event as well.
             return;
         }
-        match trouble {
+        match event {
             SinkEvent::Failed(why) => self.fail(&mut core, why),
             // Only the sender knows whether there is more to send: it may be sending the last data.
             SinkEvent::Gone(why) => core.sink_gone = Some(why),

@@ -34,9 +34,9 @@ impl Output {
                 // A weak reference: the sink must not keep the stream alive, and its watcher ends
                 // with it.
                 let output = Arc::downgrade(self);
-                sink.watch(Box::new(move |trouble| {
+                sink.watch(Box::new(move |event| {
                     if let Some(output) = output.upgrade() {
-                        output.on_sink_event(trouble);
+                        output.on_sink_event(event);
                     }
                 }));
             }
@@ -57,13 +57,13 @@ impl Output {
                     drop(parts);
                     sent.map(|()| self.on_accepted(Some(range.end), 0))
                 }
-                SenderStep::Rewrite(offset, late) => {
-                    let sent = match &late {
+                SenderStep::Rewrite(offset, rewrite) => {
+                    let sent = match &rewrite {
                         Rewrite::Data(bytes) => sink.send_data(offset, &[IoSlice::new(bytes)]),
                         Rewrite::Zeros(len) => sink.send_zeros(offset..offset + len),
                         Rewrite::Hole(len) => sink.send_hole(offset..offset + len),
                     };
-                    sent.map(|()| self.on_accepted(None, late.cost()))
+                    sent.map(|()| self.on_accepted(None, rewrite.cost()))
                 }
                 SenderStep::StoreFailed(error) => {
                     self.fail_stream(format!("its spill cannot be read: {error}"));
@@ -108,15 +108,15 @@ impl Output {
                 OutputState::Failed | OutputState::Aborted => return SenderStep::Abort,
                 OutputState::Open | OutputState::Finishing | OutputState::Finished => {}
             }
-            if let Some((offset, late)) = core.rewrites.pop_front() {
-                return SenderStep::Rewrite(offset, late);
+            if let Some((offset, rewrite)) = core.rewrites.pop_front() {
+                return SenderStep::Rewrite(offset, rewrite);
             }
-            if let Some(leaving) = core.window.take_next(SEND_BATCH) {
-                if leaving.written != Some(Written::Data) {
-                    return SenderStep::SendRun(leaving, Vec::new());
+            if let Some(run) = core.window.take_next(SEND_BATCH) {
+                if run.written != Some(Written::Data) {
+                    return SenderStep::SendRun(run, Vec::new());
                 }
-                return match core.store.parts(leaving.range.clone()) {
-                    Ok(parts) => SenderStep::SendRun(leaving, parts),
+                return match core.pages.parts(run.range.clone()) {
+                    Ok(parts) => SenderStep::SendRun(run, parts),
                     Err(error) => SenderStep::StoreFailed(error),
                 };
             }
@@ -133,18 +133,19 @@ impl Output {
         }
     }
 
-    /// Handles data accepted by the sink: everything before `to`, and `late` bytes of rewrites.
-    /// There may be room for waiting writes now.
-    fn on_accepted(&self, to: Option<u64>, late: u64) {
+    /// Handles data accepted by the sink: everything before `to`, and rewrites that cost
+    /// `rewrite_bytes`. There may be room for waiting writes now.
+    fn on_accepted(&self, to: Option<u64>, rewrite_bytes: u64) {
         let mut core = self.core.lock();
-        core.rewrite_bytes -= late;
+        core.rewrite_bytes -= rewrite_bytes;
         if let Some(to) = to {
             core.window.mark_accepted(to);
         }
-        let keep = core.window.sent().min(core.window.frontier().saturating_sub(self.read_window));
+        let keep =
+            core.window.accepted().min(core.window.frontier().saturating_sub(self.read_window));
         if keep > core.dropped_end {
             let from = core.dropped_end;
-            core.store.drop_before(from, keep);
+            core.pages.drop_before(from, keep);
             core.dropped_end = keep;
         }
         let mut done = Vec::new();

@@ -227,8 +227,8 @@ fn a_stalled_sink_parks_writers_and_bounds_the_memory() {
     let left = answered(&mut waiting);
     assert!((56..64).contains(&left), "{left} wait");
     let core = output.core.lock();
-    assert!(core.window.unsent() <= window + BACKLOG_LIMIT, "{}", core.window.unsent());
-    assert!(core.store.memory() <= window + BACKLOG_LIMIT + (1 << 20));
+    assert!(core.window.unaccepted() <= window + BACKLOG_LIMIT, "{}", core.window.unaccepted());
+    assert!(core.pages.memory() <= window + BACKLOG_LIMIT + (1 << 20));
     drop(core);
     // Reads and the status are not blocked.
     output.read(&mut [0; 10], 1 << 20, Wait::Yes).unwrap_err();
@@ -384,7 +384,7 @@ fn spilled_data_is_sent_in_order_from_memory_and_file() {
         for at in (0..48u64).rev() {
             write(&output, at << 20, &piece(at)).unwrap();
         }
-        assert!(output.core.lock().store.memory() <= BACKLOG_LIMIT);
+        assert!(output.core.lock().pages.memory() <= BACKLOG_LIMIT);
         assert_eq!(output.status().frontier, 0);
         assert_eq!(output.status().needed.spill, 47 << 20);
         let mut buf = [0; 8192];
@@ -547,19 +547,19 @@ fn data_overwritten_with_zeros_takes_no_memory() {
         write(&output, at << 20, &[0; 1 << 20]).unwrap();
     }
     assert_eq!(output.status().spill.used, 0);
-    assert_eq!(output.core.lock().store.memory(), 0);
+    assert_eq!(output.core.lock().pages.memory(), 0);
     finish(&output).unwrap();
     assert!(shared.bytes.lock().iter().all(|byte| *byte == 0));
 }
 
 /// Makes the sink report an event, once a callback is registered.
-fn say(shared: &MemorySinkState, trouble: SinkEvent) {
+fn say(shared: &MemorySinkState, event: SinkEvent) {
     let until = Instant::now() + Duration::from_secs(30);
     while shared.on_event.lock().is_none() {
         assert!(Instant::now() < until, "nobody listens");
         std::thread::sleep(Duration::from_millis(1));
     }
-    shared.on_event.lock().as_ref().unwrap()(trouble);
+    shared.on_event.lock().as_ref().unwrap()(event);
 }
 
 fn until_failed(output: &Output, why: &str) {

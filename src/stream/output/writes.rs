@@ -119,9 +119,9 @@ impl Output {
 
     /// Returns whether `len` more bytes can be held: always, if the sink has nothing to do.
     pub(super) fn has_room(&self, core: &OutputCore, len: u64) -> bool {
-        let waits = core.window.sent() < core.window.frontier() || !core.rewrites.is_empty();
-        let limit = self.window.saturating_add(self.spill.unwrap_or(u64::MAX / 4));
-        let held = core.window.unsent() + core.rewrite_bytes + len;
+        let waits = core.window.accepted() < core.window.frontier() || !core.rewrites.is_empty();
+        let limit = self.window_size.saturating_add(self.spill.unwrap_or(u64::MAX / 4));
+        let held = core.window.unaccepted() + core.rewrite_bytes + len;
         !waits || held <= limit.saturating_add(BACKLOG_LIMIT)
     }
 
@@ -151,7 +151,7 @@ impl Output {
             let stop = stop.min(end);
             let part = &buf[index(at - offset)..index(stop - offset)];
             let mut there = vec![0; part.len()];
-            if written == Some(Written::Data) && core.store.read(at, &mut there).is_err() {
+            if written == Some(Written::Data) && core.pages.read(at, &mut there).is_err() {
                 return false;
             }
             if there != part {
@@ -177,11 +177,11 @@ impl Output {
                 core.window.set(at..at + piece.len() as u64, Some(written));
             });
             pieces.each(start..fixed, |at, piece, written| {
-                let late = match written {
+                let rewrite = match written {
                     Written::Data => Rewrite::Data(piece.to_vec()),
                     Written::Zeros => Rewrite::Zeros(piece.len() as u64),
                 };
-                core.push_rewrite(at, late);
+                core.push_rewrite(at, rewrite);
             });
         }
         core.window.advance();
@@ -191,7 +191,7 @@ impl Output {
     /// Reacts to a host without room for the full spill: the spill allows less from now on, and the
     /// frontier advances accordingly.
     fn make_room(&self, core: &mut OutputCore, offset: u64, len: u64) -> WriteOutcome {
-        if core.window.sent() < core.window.frontier() {
+        if core.window.accepted() < core.window.frontier() {
             return WriteOutcome::NoRoom;
         }
         let budget = core.window.beyond().saturating_sub(len.max(PAGE_SIZE));
@@ -259,7 +259,7 @@ impl Output {
         let rest = range.start.max(fixed)..range.end;
         if !rest.is_empty() {
             core.window.set(rest.clone(), None);
-            core.store.drop_within(rest);
+            core.pages.drop_within(rest);
         }
         drop(core);
         self.work.notify_one();
@@ -286,7 +286,7 @@ impl Output {
             return Err(os_error(libc::EIO));
         }
         let start = from.max(core.window.frontier());
-        core.store.drop_within(start..self.size);
+        core.pages.drop_within(start..self.size);
         Ok(())
     }
 }
@@ -347,10 +347,10 @@ impl<'a> WriteRuns<'a> {
     /// Stores the data of `range`, then updates the window.
     fn store(&self, core: &mut OutputCore, range: Range<u64>) -> io::Result<()> {
         let mut stored = Ok(());
-        let store = &mut core.store;
+        let pages = &mut core.pages;
         self.each(range.clone(), |at, piece, written| {
             if written == Written::Data && stored.is_ok() {
-                stored = store.write(at, piece);
+                stored = pages.write(at, piece);
             }
         });
         stored?;
@@ -360,7 +360,7 @@ impl<'a> WriteRuns<'a> {
                 && core.window.runs().data_within(range.clone()).next().is_some()
             {
                 // Zeros are not charged, so they must not keep the room of the data they cover.
-                core.store.drop_within(range.clone());
+                core.pages.drop_within(range.clone());
             }
             core.window.set(range, Some(written));
         });

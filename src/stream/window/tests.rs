@@ -67,24 +67,24 @@ impl SimulatedStream {
     }
 
     fn drain(&mut self) {
-        while let Some(leaving) = self.window.take_next(5) {
-            assert_eq!(leaving.range.start, self.out.len() as u64);
-            let range = leaving.range.start as usize..leaving.range.end as usize;
-            match leaving.written {
+        while let Some(run) = self.window.take_next(5) {
+            assert_eq!(run.range.start, self.out.len() as u64);
+            let range = run.range.start as usize..run.range.end as usize;
+            match run.written {
                 Some(Written::Data) => self.out.extend(&self.held[range]),
                 _ => self.out.resize(range.end, 0),
             }
-            self.window.mark_accepted(leaving.range.end);
+            self.window.mark_accepted(run.range.end);
         }
     }
 
     fn check(&self) {
         let window = &self.window;
         window.runs.check();
-        assert!(window.sent <= window.taken && window.taken <= window.frontier);
+        assert!(window.accepted <= window.taken && window.taken <= window.frontier);
         assert!(window.beyond <= window.spill);
         assert_eq!(window.beyond, window.runs.data_bytes(window.edge()..u64::MAX));
-        assert_eq!(window.unsent, window.runs.data_bytes(window.sent..u64::MAX));
+        assert_eq!(window.unaccepted, window.runs.data_bytes(window.accepted..u64::MAX));
         let written: u64 = window.runs.within(0..window.size).map(|(part, _)| len(&part)).sum();
         assert_eq!(window.written().load(Ordering::Relaxed), written);
     }
@@ -92,7 +92,7 @@ impl SimulatedStream {
     fn finish(mut self) -> Vec<u8> {
         self.window.finish(SIZE as u64);
         self.drain();
-        assert_eq!(self.window.unsent(), 0);
+        assert_eq!(self.window.unaccepted(), 0);
         self.out
     }
 }
@@ -216,9 +216,9 @@ fn a_write_beyond_the_edge_advances_the_frontier_just_far_enough() {
     );
     assert_eq!(window.take_next(3), Some(OutgoingRun { range: 4..15, written: None }));
     assert_eq!(window.take_next(3), None);
-    assert_eq!(window.unsent(), 9);
+    assert_eq!(window.unaccepted(), 9);
     window.mark_accepted(4);
-    assert_eq!(window.unsent(), 5);
+    assert_eq!(window.unaccepted(), 5);
 }
 
 #[test]
@@ -240,14 +240,14 @@ fn too_many_sent_runs_are_joined() {
     for at in (0..count).map(|number| number * 8192) {
         window.set(at..at + 512, Some(Written::Data));
         window.advance();
-        while let Some(leaving) = window.take_next(1 << 20) {
-            window.mark_accepted(leaving.range.end);
+        while let Some(run) = window.take_next(1 << 20) {
+            window.mark_accepted(run.range.end);
         }
         assert!(window.runs.len() <= MAX_RUNS + 1);
     }
     assert!(!window.is_exact());
     assert_eq!(window.extent_at(0..size).kind, ExtentKind::Data);
-    assert_eq!(window.unsent(), 0);
+    assert_eq!(window.unaccepted(), 0);
 }
 
 #[test]
@@ -260,18 +260,18 @@ fn joining_runs_does_not_change_unsent_runs() {
     // A run of zeros that the next frontier cuts in two.
     window.set(65536..1 << 20, Some(Written::Zeros));
     window.frontier = 80_000;
-    while let Some(leaving) = window.take_next(1 << 20) {
-        window.mark_accepted(leaving.range.end);
+    while let Some(run) = window.take_next(1 << 20) {
+        window.mark_accepted(run.range.end);
     }
     window.beyond = window.runs.data_bytes(window.edge()..window.size);
     window.set(2 << 20..(2 << 20) + 4096, Some(Written::Data));
     window.advance();
     assert!(!window.is_exact());
     assert_eq!(window.runs().data_bytes(80_000..1 << 20), 0, "zeros have become data");
-    while let Some(leaving) = window.take_next(1 << 20) {
-        window.mark_accepted(leaving.range.end);
+    while let Some(run) = window.take_next(1 << 20) {
+        window.mark_accepted(run.range.end);
     }
-    assert_eq!(window.unsent(), 0);
+    assert_eq!(window.unaccepted(), 0);
 }
 
 #[test]
@@ -281,8 +281,8 @@ fn holes_in_joined_runs_do_not_make_the_written_count_negative() {
     for at in 0..16u64 {
         window.set(at * 65536..at * 65536 + 512, Some(Written::Data));
         window.advance();
-        while let Some(leaving) = window.take_next(1 << 20) {
-            window.mark_accepted(leaving.range.end);
+        while let Some(run) = window.take_next(1 << 20) {
+            window.mark_accepted(run.range.end);
         }
     }
     assert!(!window.is_exact());
