@@ -17,7 +17,7 @@
 //! With a spool the source is read as fast as it delivers, into a file (`spool.rs`), and nothing is
 //! dropped.
 //!
-//! Locks: `state` guards the counters and the bytes in memory. It is not held during I/O on the
+//! Locks: `core` guards the counters and the bytes in memory. It is not held during I/O on the
 //! source or the spool, nor during a reply.
 
 mod read_buffer;
@@ -48,7 +48,7 @@ use crate::stream::parked::ParkPermit;
 
 /// Bytes held besides the read-window and the needs of parked reads: 4 MiB, enough for the source
 /// to continue while a few requests of 1 MiB are copied out.
-pub const READ_AHEAD: u64 = 4 << 20;
+pub const MAX_HELD: u64 = 4 << 20;
 /// The longest wait of `close` for the exit status of a source that was read to its end.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
 
@@ -83,7 +83,7 @@ pub struct Input {
     stop: Stop,
     /// An eventfd that is readable when the idle thread has something to do.
     wake_fd: OwnedFd,
-    state: Mutex<InputCore>,
+    core: Mutex<InputCore>,
     /// Notified when the thread has the final outcome.
     ended: Condvar,
     thread: Mutex<Option<JoinHandle<()>>>,
@@ -143,14 +143,14 @@ impl Input {
         size: u64,
         read_window: u64,
         spool: Spool,
-        supplier: Box<dyn Source>,
+        source: Box<dyn Source>,
         stop: Stop,
     ) -> io::Result<Arc<Self>> {
         let spool = match spool {
             Spool::On => Some(SpoolFile::create()?),
             Spool::Off => None,
         };
-        Self::start_with(name, size, read_window, spool, supplier, stop)
+        Self::start_with(name, size, read_window, spool, source, stop)
     }
 
     fn start_with(
@@ -158,7 +158,7 @@ impl Input {
         size: u64,
         read_window: u64,
         spool: Option<SpoolFile>,
-        supplier: Box<dyn Source>,
+        source: Box<dyn Source>,
         stop: Stop,
     ) -> io::Result<Arc<Self>> {
         let window = spool.is_none().then_some(read_window);
@@ -169,14 +169,14 @@ impl Input {
             spool,
             stop,
             wake_fd: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
-            state: Mutex::new(InputCore::new(window)),
+            core: Mutex::new(InputCore::new(window)),
             ended: Condvar::new(),
             thread: Mutex::new(None),
         });
         let of_thread = Arc::clone(&input);
         let thread = thread::Builder::new()
             .name("cowslip-input".to_owned())
-            .spawn(move || of_thread.run(supplier))?;
+            .spawn(move || of_thread.run(source))?;
         *input.thread.lock() = Some(thread);
         Ok(input)
     }
@@ -200,47 +200,47 @@ impl Input {
         if range.is_empty() {
             return reply(Ok(Vec::new()));
         }
-        let mut state = self.state.lock();
-        if let Some(line) = state.refusal(&range) {
-            drop(state);
-            if let Some(line) = line {
+        let mut core = self.core.lock();
+        if let Some(refusal) = core.refusal(&range) {
+            drop(core);
+            if let Some(line) = refusal.log_line {
                 log::warn!("{}: {line}", self.name);
             }
             return reply(Err(os_error(libc::EIO)));
         }
         let mut read = PendingRead { range, client, reply, permit: None };
         let mut ready = None;
-        if read.range.end <= state.arrived {
-            ready = Some(state.complete(read));
-            state.trim();
+        if read.range.end <= core.arrived {
+            ready = Some(core.complete(read));
+            core.trim();
         } else {
-            let Some(permit) = ParkPermit::acquire(state.pending.len()) else {
-                drop(state);
+            let Some(permit) = ParkPermit::acquire(core.pending.len()) else {
+                drop(core);
                 log::debug!("{}: too many reads wait for it", self.name);
                 return (read.reply)(Err(os_error(libc::EBUSY)));
             };
             read.permit = Some(permit);
             // Resolved now, while the calling thread still exists.
             read.client = if client == 0 { 0 } else { process_of_thread(client) };
-            state.pending.push(read);
+            core.pending.push(read);
         }
-        self.wake(&mut state);
-        drop(state);
+        self.wake(&mut core);
+        drop(core);
         ready.into_iter().for_each(|ready| self.send_reply(ready));
     }
 
     /// Answers the parked reads of clients that are being killed with `EINTR`. Called every second.
     pub fn release_killed(&self, is_killed: impl Fn(u32) -> bool) {
-        let clients: Vec<u32> = self.state.lock().pending.iter().map(|read| read.client).collect();
+        let clients: Vec<u32> = self.core.lock().pending.iter().map(|read| read.client).collect();
         // Called without the lock: it reads from /proc.
         let killed: Vec<u32> =
             clients.into_iter().filter(|client| *client != 0 && is_killed(*client)).collect();
         if killed.is_empty() {
             return;
         }
-        let mut state = self.state.lock();
-        let released = state.take_pending(|read| killed.contains(&read.client));
-        drop(state);
+        let mut core = self.core.lock();
+        let released = core.take_pending(|read| killed.contains(&read.client));
+        drop(core);
         released.into_iter().for_each(|read| (read.reply)(Err(os_error(libc::EINTR))));
     }
 
@@ -252,7 +252,7 @@ impl Input {
             return Extent::new(range, ExtentKind::Hole);
         }
         let range = range.start..range.end.min(self.size);
-        let arrived = self.state.lock().arrived;
+        let arrived = self.core.lock().arrived;
         match &self.spool {
             Some(spool) if !range.is_empty() && range.start < arrived => {
                 spool.extent_at(range.start..range.end.min(arrived))
@@ -266,24 +266,24 @@ impl Input {
     pub fn status(&self) -> InputStatus {
         let used = self.memory_used();
         let spooled = self.spool.as_ref().map_or(0, SpoolFile::used);
-        let state = self.state.lock();
+        let core = self.core.lock();
         InputStatus {
-            state: state.outcome,
-            arrived: state.arrived,
-            highest: state.served,
-            error: state.error.clone(),
+            state: core.outcome,
+            arrived: core.arrived,
+            highest: core.served,
+            error: core.error.clone(),
             window: self.read_window,
             used,
             spooled,
-            needed: state.needed,
+            needed: core.needed,
         }
     }
 
-    /// Returns the memory in use, in bytes: at most the read-window, [`READ_AHEAD`] and the size of
+    /// Returns the memory in use, in bytes: at most the read-window, [`MAX_HELD`] and the size of
     /// one parked read.
     #[must_use]
     pub fn memory_used(&self) -> u64 {
-        self.state.lock().buffer.memory_used() + CHUNK_SIZE as u64
+        self.core.lock().buffer.memory_used() + CHUNK_SIZE as u64
     }
 
     /// Stops the stream and waits for its thread. A source that was read to its end gets one second
@@ -292,28 +292,28 @@ impl Input {
     /// # Errors
     /// One line if the source has failed; abandoning a source before its end is not a failure.
     pub fn close(&self) -> Result<(), String> {
-        let mut state = self.state.lock();
-        if self.is_ending(&state) && !self.stop.is_stopped() {
-            let waits = |state: &mut InputCore| state.phase != InputPhase::Ended;
-            self.ended.wait_while_for(&mut state, waits, CLOSE_TIMEOUT);
+        let mut core = self.core.lock();
+        if self.is_ending(&core) && !self.stop.is_stopped() {
+            let waits = |core: &mut InputCore| core.phase != InputPhase::Ended;
+            self.ended.wait_while_for(&mut core, waits, CLOSE_TIMEOUT);
         }
-        drop(state);
+        drop(core);
         self.stop.stop();
         let thread = self.thread.lock().take();
         if thread.is_some_and(|thread| thread.join().is_err()) {
             return Err("the thread that reads the source has panicked".to_owned());
         }
-        self.state.lock().error.clone().map_or(Ok(()), Err)
+        self.core.lock().error.clone().map_or(Ok(()), Err)
     }
 
     /// Returns whether only the outcome of the source is still missing.
-    fn is_ending(&self, state: &InputCore) -> bool {
-        state.phase == InputPhase::Ending
-            || (state.phase == InputPhase::Flowing && self.is_all_read(state))
+    fn is_ending(&self, core: &InputCore) -> bool {
+        core.phase == InputPhase::Ending
+            || (core.phase == InputPhase::Flowing && self.is_all_read(core))
     }
 
     /// Returns whether all bytes of the disk have arrived, and no more reads can need the source.
-    fn is_all_read(&self, state: &InputCore) -> bool {
-        state.arrived == self.size && (self.spool.is_some() || state.demanded() == self.size)
+    fn is_all_read(&self, core: &InputCore) -> bool {
+        core.arrived == self.size && (self.spool.is_some() || core.demanded() == self.size)
     }
 }

@@ -6,7 +6,7 @@ use std::os::fd::AsFd;
 use rustix::event::PollFlags;
 
 use super::read_buffer::CHUNK_SIZE;
-use super::state::{FETCH_AHEAD, InputCore, InputPhase, ReadyRead};
+use super::state::{InputCore, InputPhase, READ_AHEAD, ReadyRead};
 use super::{Input, InputState, Source};
 use crate::host::os_error;
 
@@ -32,12 +32,12 @@ enum ReaderEnd {
 
 impl Input {
     /// Runs the thread.
-    pub(super) fn run(&self, mut supplier: Box<dyn Source>) {
-        let end = self.pump(&mut *supplier);
+    pub(super) fn run(&self, mut source: Box<dyn Source>) {
+        let end = self.pump(&mut *source);
         let mut failure = match &end {
             ReaderEnd::Failed(why) => Some(why.clone()),
             ReaderEnd::Early => {
-                let arrived = self.state.lock().arrived;
+                let arrived = self.core.lock().arrived;
                 Some(format!("ended after {arrived} bytes, the disk has {}", self.size))
             }
             ReaderEnd::Complete | ReaderEnd::Stopped => None,
@@ -46,20 +46,20 @@ impl Input {
         self.fail_pending(failure.as_deref());
         let mut outcome = InputState::Open;
         if matches!(end, ReaderEnd::Complete | ReaderEnd::Early) {
-            match supplier.finish() {
+            match source.finish() {
                 Ok(()) => outcome = InputState::Finished,
                 // The failure may be a consequence of the stop.
                 Err(_) if self.stop.is_stopped() => {}
                 Err(why) => failure = Some(why),
             }
         } else {
-            supplier.close();
+            source.close();
         }
         self.set_outcome(outcome, failure.as_deref());
     }
 
     /// Reads the source to its end, or until stopped.
-    fn pump(&self, supplier: &mut dyn Source) -> ReaderEnd {
+    fn pump(&self, source: &mut dyn Source) -> ReaderEnd {
         let mut buf = vec![0; CHUNK_SIZE];
         loop {
             let next = match self.next_step() {
@@ -70,7 +70,7 @@ impl Input {
                 ReaderStep::Read(most) => most,
                 ReaderStep::Check => 1,
             };
-            match (supplier.read(&mut buf[..most]), next) {
+            match (source.read(&mut buf[..most]), next) {
                 (Err(error), _) if error.kind() == io::ErrorKind::Interrupted => {}
                 (Err(error), _) => return self.read_failure(&error),
                 (Ok(0), _) if self.stop.is_stopped() => return ReaderEnd::Stopped,
@@ -105,7 +105,7 @@ impl Input {
             if self.stop.is_stopped() {
                 return Err(os_error(libc::ECANCELED));
             }
-            if let Some(next) = self.plan_step(&mut self.state.lock()) {
+            if let Some(next) = self.plan_step(&mut self.core.lock()) {
                 return Ok(next);
             }
             self.stop.wait_for(self.wake_fd.as_fd(), PollFlags::IN, None)?;
@@ -114,31 +114,31 @@ impl Input {
         }
     }
 
-    fn plan_step(&self, state: &mut InputCore) -> Option<ReaderStep> {
-        state.idle = false;
-        if self.is_all_read(state) {
-            state.phase = InputPhase::Ending;
+    fn plan_step(&self, core: &mut InputCore) -> Option<ReaderStep> {
+        core.idle = false;
+        if self.is_all_read(core) {
+            core.phase = InputPhase::Ending;
             return Some(ReaderStep::Check);
         }
         let goal = match self.spool {
             Some(_) => self.size,
-            None => state.demanded().saturating_add(FETCH_AHEAD).min(self.size),
+            None => core.demanded().saturating_add(READ_AHEAD).min(self.size),
         };
-        if state.arrived >= goal {
-            state.idle = true;
+        if core.arrived >= goal {
+            core.idle = true;
             return None;
         }
         let most =
-            usize::try_from(goal - state.arrived).map_or(CHUNK_SIZE, |most| most.min(CHUNK_SIZE));
+            usize::try_from(goal - core.arrived).map_or(CHUNK_SIZE, |most| most.min(CHUNK_SIZE));
         Some(ReaderStep::Read(most))
     }
 
     /// Wakes the thread if it is idle and has enough to do.
-    pub(super) fn wake(&self, state: &mut InputCore) {
+    pub(super) fn wake(&self, core: &mut InputCore) {
         // Half of the read-ahead at a time, rather than a wake-up for every read.
-        let goal = state.demanded().saturating_add(FETCH_AHEAD / 2).min(self.size);
-        if state.idle && (state.arrived < goal || self.is_all_read(state)) {
-            state.idle = false;
+        let goal = core.demanded().saturating_add(READ_AHEAD / 2).min(self.size);
+        if core.idle && (core.arrived < goal || self.is_all_read(core)) {
+            core.idle = false;
             // The write fails only if the counter is full, and the eventfd is readable then anyway.
             let _ = rustix::io::write(&self.wake_fd, &1_u64.to_ne_bytes());
         }
@@ -148,18 +148,18 @@ impl Input {
     fn deliver(&self, bytes: &[u8]) -> Result<(), String> {
         if let Some(spool) = &self.spool {
             // Only this thread changes `arrived`.
-            let at = self.state.lock().arrived;
+            let at = self.core.lock().arrived;
             spool
                 .store(bytes, at)
                 .map_err(|error| format!("the spool in {}: {error}", spool.dir().display()))?;
         }
-        let mut state = self.state.lock();
-        state.append(bytes);
-        let arrived = state.arrived;
-        let there = state.take_pending(|read| read.range.end <= arrived);
-        let ready: Vec<ReadyRead> = there.into_iter().map(|read| state.complete(read)).collect();
-        state.trim();
-        drop(state);
+        let mut core = self.core.lock();
+        core.append(bytes);
+        let arrived = core.arrived;
+        let there = core.take_pending(|read| read.range.end <= arrived);
+        let ready: Vec<ReadyRead> = there.into_iter().map(|read| core.complete(read)).collect();
+        core.trim();
+        drop(core);
         ready.into_iter().for_each(|ready| self.send_reply(ready));
         Ok(())
     }
@@ -175,11 +175,11 @@ impl Input {
 
     /// Answers all parked reads with `EIO`: nothing more will arrive.
     fn fail_pending(&self, failure: Option<&str>) {
-        let mut state = self.state.lock();
-        state.phase = InputPhase::Ending;
-        state.fail(failure);
-        let refused = state.take_pending(|_| true);
-        drop(state);
+        let mut core = self.core.lock();
+        core.phase = InputPhase::Ending;
+        core.fail(failure);
+        let refused = core.take_pending(|_| true);
+        drop(core);
         refused.into_iter().for_each(|read| (read.reply)(Err(os_error(libc::EIO))));
     }
 
@@ -187,10 +187,10 @@ impl Input {
         if let Some(why) = failure {
             log::error!("{}: the stream failed: {why}", self.name);
         }
-        let mut state = self.state.lock();
-        state.phase = InputPhase::Ended;
-        state.outcome = outcome;
-        state.fail(failure);
+        let mut core = self.core.lock();
+        core.phase = InputPhase::Ended;
+        core.outcome = outcome;
+        core.fail(failure);
         self.ended.notify_all();
     }
 }

@@ -7,12 +7,12 @@ use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use super::read_buffer::{CHUNK_SIZE, ReadBuffer};
-use super::{InputState, READ_AHEAD, ReadReply};
+use super::{InputState, MAX_HELD, ReadReply};
 use crate::stream::parked::ParkPermit;
 
-/// Bytes that the source is read ahead. Less than [`READ_AHEAD`], because chunks are dropped whole:
+/// Bytes that the source is read ahead. Less than [`MAX_HELD`], because chunks are dropped whole:
 /// one more chunk at either end and the thread's own buffer are subtracted.
-pub(super) const FETCH_AHEAD: u64 = READ_AHEAD - 3 * CHUNK_SIZE as u64;
+pub(super) const READ_AHEAD: u64 = MAX_HELD - 3 * CHUNK_SIZE as u64;
 /// The most bytes that a reader may skip, unless the read-window is larger: 16 MiB. A probe of the
 /// end of a large disk skips more, and must not consume the stream.
 pub(super) const SKIP_LIMIT: u64 = 16 << 20;
@@ -71,6 +71,13 @@ pub(super) struct ReadyRead {
     pub(super) reply: ReadReply,
 }
 
+/// The answer to a read of bytes that cannot be read.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Refusal {
+    /// The line to log, if one is due.
+    pub(super) log_line: Option<String>,
+}
+
 /// A rate limiter for log lines.
 #[derive(Default)]
 struct LogThrottle(Option<Instant>);
@@ -113,11 +120,11 @@ impl InputCore {
     /// Returns the end of the read-window. During a read that skips bytes the window moves along,
     /// so that the skipped bytes need not be held.
     fn read_window_end(&self) -> u64 {
-        self.served.max(self.arrived.saturating_sub(FETCH_AHEAD))
+        self.served.max(self.arrived.saturating_sub(READ_AHEAD))
     }
 
-    /// Returns `Some` if `range` cannot be read, with the line to log, if one is due.
-    pub(super) fn refusal(&mut self, range: &Range<u64>) -> Option<Option<String>> {
+    /// Returns a refusal if `range` cannot be read.
+    pub(super) fn refusal(&mut self, range: &Range<u64>) -> Option<Refusal> {
         let at = range.start;
         let back = self.read_window_end().saturating_sub(at);
         if self.read_window.is_some() {
@@ -128,10 +135,10 @@ impl InputCore {
                 "the bytes at {at} were passed and are dropped: EIO; \
                  read-window={back} would have kept them"
             );
-            return Some(self.too_late_log.allow().then_some(line));
+            return Some(Refusal { log_line: self.too_late_log.allow().then_some(line) });
         }
         if range.end > self.arrived && self.phase != InputPhase::Flowing {
-            return Some(None);
+            return Some(Refusal { log_line: None });
         }
         let demanded = self.demanded();
         let jump = SKIP_LIMIT.max(self.read_window?);
@@ -140,7 +147,7 @@ impl InputCore {
                 "a read at {at} is too far ahead of the stream, which is read up to {demanded}: \
                  EIO; add spool for random access"
             );
-            return Some(self.too_far_log.allow().then_some(line));
+            return Some(Refusal { log_line: self.too_far_log.allow().then_some(line) });
         }
         None
     }
@@ -193,33 +200,33 @@ mod tests {
 
     #[test]
     fn a_refusal_logs_the_offset_and_the_needed_read_window_once_a_second() {
-        let mut state = InputCore::new(Some(10));
-        state.append(&[1; 1000]);
-        state.served = 1000;
-        state.trim();
-        assert_eq!(state.refusal(&(990..1000)), None);
-        let line = state.refusal(&(900..1000)).unwrap().unwrap();
+        let mut core = InputCore::new(Some(10));
+        core.append(&[1; 1000]);
+        core.served = 1000;
+        core.trim();
+        assert_eq!(core.refusal(&(990..1000)), None);
+        let line = core.refusal(&(900..1000)).unwrap().log_line.unwrap();
         assert!(line.contains("at 900 ") && line.contains("read-window=100 "), "{line}");
-        assert_eq!(state.refusal(&(900..1000)), Some(None));
-        state.too_late_log = LogThrottle(Instant::now().checked_sub(LOG_INTERVAL));
-        assert!(state.refusal(&(900..1000)).unwrap().is_some());
+        assert_eq!(core.refusal(&(900..1000)), Some(Refusal { log_line: None }));
+        core.too_late_log = LogThrottle(Instant::now().checked_sub(LOG_INTERVAL));
+        assert!(core.refusal(&(900..1000)).unwrap().log_line.is_some());
         // A line of one kind does not suppress one of the other.
-        let line = state.refusal(&(1 << 30..1 << 31)).unwrap().unwrap();
+        let line = core.refusal(&(1 << 30..1 << 31)).unwrap().log_line.unwrap();
         assert!(line.contains("at 1073741824 ") && line.contains("spool"), "{line}");
-        assert_eq!(state.refusal(&(1 << 30..1 << 31)), Some(None));
+        assert_eq!(core.refusal(&(1 << 30..1 << 31)), Some(Refusal { log_line: None }));
     }
 
     #[test]
     fn a_stream_with_a_spool_refuses_only_bytes_that_will_not_arrive() {
-        let mut state = InputCore::new(None);
-        state.append(&[1; 1000]);
-        state.served = 1000;
-        state.trim();
-        assert_eq!(state.refusal(&(0..10)), None);
-        assert_eq!(state.refusal(&(1 << 30..1 << 31)), None);
-        state.phase = InputPhase::Ended;
-        assert_eq!(state.refusal(&(0..1000)), None);
-        assert_eq!(state.refusal(&(0..1001)), Some(None));
-        assert_eq!((state.needed, state.buffer.memory_used()), (0, 0));
+        let mut core = InputCore::new(None);
+        core.append(&[1; 1000]);
+        core.served = 1000;
+        core.trim();
+        assert_eq!(core.refusal(&(0..10)), None);
+        assert_eq!(core.refusal(&(1 << 30..1 << 31)), None);
+        core.phase = InputPhase::Ended;
+        assert_eq!(core.refusal(&(0..1000)), None);
+        assert_eq!(core.refusal(&(0..1001)), Some(Refusal { log_line: None }));
+        assert_eq!((core.needed, core.buffer.memory_used()), (0, 0));
     }
 }

@@ -11,7 +11,7 @@ use std::time::Instant;
 use proptest::prelude::*;
 
 use super::read_buffer::CHUNK_SIZE;
-use super::state::{FETCH_AHEAD, SKIP_LIMIT};
+use super::state::{READ_AHEAD, SKIP_LIMIT};
 use super::*;
 use crate::stream::parked::MAX_PER_STREAM;
 
@@ -229,7 +229,7 @@ fn a_sequential_reader_reads_the_whole_disk_and_the_source_finishes() {
     assert_eq!((status.error, status.needed, stream.gone()), (None, 0, 1));
     assert_eq!(stream.input.close(), Ok(()));
     let most = stream.shared.most_held.load(Ordering::SeqCst);
-    assert!(most <= READ_AHEAD + 300_001, "{most} held");
+    assert!(most <= MAX_HELD + 300_001, "{most} held");
 }
 
 #[test]
@@ -266,11 +266,11 @@ fn a_read_is_answered_when_its_last_byte_has_arrived() {
 #[test]
 fn without_a_spool_only_the_read_ahead_is_read_without_demand() {
     let stream = TestPlan::of(40 * MIB).start();
-    stream.until(|status| status.arrived == FETCH_AHEAD);
+    stream.until(|status| status.arrived == READ_AHEAD);
     stream.right(0..2 * MIB);
-    stream.until(|status| status.arrived == 2 * MIB + FETCH_AHEAD);
+    stream.until(|status| status.arrived == 2 * MIB + READ_AHEAD);
     thread::sleep(Duration::from_millis(20));
-    assert_eq!(stream.taken(), 2 * MIB + FETCH_AHEAD);
+    assert_eq!(stream.taken(), 2 * MIB + READ_AHEAD);
     assert_eq!(stream.input.close(), Ok(()));
     assert_eq!((stream.gone(), stream.input.status().state), (16, InputState::Open));
 }
@@ -298,7 +298,7 @@ fn a_small_jump_skips_bytes_without_holding_them() {
     stream.eio(15 * MIB - 3997..15 * MIB);
     stream.right(16 * MIB + 15 * MIB..16 * MIB + 16 * MIB);
     let most = stream.shared.most_held.load(Ordering::SeqCst);
-    assert!(most <= 4096 + READ_AHEAD + MIB, "{most} held");
+    assert!(most <= 4096 + MAX_HELD + MIB, "{most} held");
 }
 
 #[test]
@@ -307,9 +307,9 @@ fn a_probe_of_the_end_is_eio_and_consumes_nothing() {
     stream.right(0..512);
     stream.eio(40 * MIB - 4096..40 * MIB);
     stream.eio(512 + SKIP_LIMIT + 1..512 + SKIP_LIMIT + 2);
-    stream.until(|status| status.arrived == 512 + FETCH_AHEAD || status.arrived == FETCH_AHEAD);
+    stream.until(|status| status.arrived == 512 + READ_AHEAD || status.arrived == READ_AHEAD);
     stream.right(512..1024);
-    assert!(stream.taken() <= 1024 + FETCH_AHEAD);
+    assert!(stream.taken() <= 1024 + READ_AHEAD);
     // A jump up to the limit is allowed.
     stream.right(1024 + SKIP_LIMIT..1025 + SKIP_LIMIT);
 }
@@ -429,7 +429,7 @@ fn a_stop_ends_the_thread_and_refuses_parked_reads() {
 #[test]
 fn a_stop_wakes_an_idle_thread() {
     let stream = TestPlan::of(40 * MIB).start();
-    stream.until(|status| status.arrived == FETCH_AHEAD);
+    stream.until(|status| status.arrived == READ_AHEAD);
     stream.stop.stop();
     let begun = Instant::now();
     while stream.gone() != 16 {
@@ -535,7 +535,7 @@ fn concurrent_readers_get_the_right_bytes_or_eio() {
             }
         });
         let most = stream.shared.most_held.load(Ordering::SeqCst);
-        assert!(most <= read_window + READ_AHEAD + MIB, "{most} held");
+        assert!(most <= read_window + MAX_HELD + MIB, "{most} held");
     }
 }
 
@@ -598,6 +598,6 @@ proptest! {
             }
         }
         let most = stream.shared.most_held.load(Ordering::SeqCst);
-        prop_assert!(most <= read_window + READ_AHEAD + MIB);
+        prop_assert!(most <= read_window + MAX_HELD + MIB);
     }
 }
