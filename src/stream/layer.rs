@@ -56,10 +56,10 @@ impl WritableLayer for Output {
         if wait == Wait::No {
             return Err(os_error(libc::EAGAIN));
         }
-        let (tell, told) = mpsc::channel();
+        let (sender, receiver) = mpsc::channel();
         // The send fails only if the receiver was dropped and needs no answer.
-        self.write(offset, buf, 0, Box::new(move |result| drop(tell.send(result))));
-        told.recv().unwrap_or_else(|_| Err(os_error(libc::EIO)))
+        self.write(offset, buf, 0, Box::new(move |result| drop(sender.send(result))));
+        receiver.recv().unwrap_or_else(|_| Err(os_error(libc::EIO)))
     }
 
     fn zero(&self, range: Range<u64>, _: &dyn ReadBelow, _: Wait) -> io::Result<()> {

@@ -125,14 +125,15 @@ impl WriteQueue {
     pub(super) fn pop(&mut self) -> Option<QueuedWrite> {
         let first = self.writes.pop_front();
         if let Some(first) = &first {
-            self.release_space(first.len, &matches!(first.bytes, QueuedBytes::Memory(_)));
+            self.release_space(first);
         }
         first
     }
 
-    fn release_space(&mut self, len: usize, in_memory: &bool) {
-        if *in_memory {
-            self.memory_used -= len;
+    /// Frees the space of `removed`, which is not in the queue any more.
+    fn release_space(&mut self, removed: &QueuedWrite) {
+        if matches!(removed.bytes, QueuedBytes::Memory(_)) {
+            self.memory_used -= removed.len;
         }
         if self.writes.is_empty() {
             // An empty file is dropped, which frees its space.
@@ -149,7 +150,7 @@ impl WriteQueue {
         self.writes = rest.into();
         let mut replies = Vec::with_capacity(killed.len());
         for waiting in killed {
-            self.release_space(waiting.len, &matches!(waiting.bytes, QueuedBytes::Memory(_)));
+            self.release_space(&waiting);
             replies.push(waiting.reply);
         }
         replies

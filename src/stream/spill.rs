@@ -1,12 +1,12 @@
 //! The unlinked file for data that does not fit into memory. Every byte is at its own offset of the
 //! disk, so no index is needed, and holes of the disk are holes of the file.
 //!
-//! A compressed file consists of units of 64 KiB of disk, each in its own slot, preceded by its
+//! A compressed file consists of units of 64 KiB of disk, each in its own cell, preceded by its
 //! length. The most recently used units stay open, so that small writes do not compress a unit
 //! again and again.
 //!
 //! ```text
-//!   slot 0                          slot 1, SLOT_SIZE bytes later
+//!   cell 0                          cell 1, CELL_SIZE bytes later
 //!   |len|lz4 ...|      hole         |len|lz4 ............|  hole
 //! ```
 
@@ -24,7 +24,7 @@ use crate::layer::Wait;
 pub(super) const UNIT_SIZE: u64 = UNIT_LEN as u64;
 const UNIT_LEN: usize = 64 << 10;
 /// Bytes of file reserved for a unit: an uncompressed unit and its length, in whole host blocks.
-const SLOT_SIZE: u64 = UNIT_SIZE + 4096;
+const CELL_SIZE: u64 = UNIT_SIZE + 4096;
 /// Bytes of the length in front of each unit.
 const HEADER_LEN: usize = 4;
 /// The most open units: 512 KiB of memory.
@@ -117,7 +117,7 @@ impl SpillFile {
                     return;
                 }
                 self.open_units.retain(|number, _| !units.contains(number));
-                units.start * SLOT_SIZE..units.end * SLOT_SIZE
+                units.start * CELL_SIZE..units.end * CELL_SIZE
             }
         };
         // An error only wastes space; the file is freed with the stream.
@@ -141,13 +141,13 @@ impl SpillFile {
 
     fn load_unit(&self, number: u64) -> io::Result<Vec<u8>> {
         let mut header = [0; HEADER_LEN];
-        read_exact(&self.file, &mut header, number * SLOT_SIZE)?;
+        read_exact(&self.file, &mut header, number * CELL_SIZE)?;
         let len = u32::from_le_bytes(header) as usize;
         if len == 0 || len > UNIT_LEN {
             return Err(os_error(libc::EIO));
         }
         let mut stored = vec![0; len];
-        read_exact(&self.file, &mut stored, number * SLOT_SIZE + HEADER_LEN as u64)?;
+        read_exact(&self.file, &mut stored, number * CELL_SIZE + HEADER_LEN as u64)?;
         if len == UNIT_LEN {
             return Ok(stored);
         }
@@ -163,11 +163,11 @@ impl SpillFile {
             let stored = if packed.len() < UNIT_LEN { &packed } else { &unit.bytes };
             let len = u32::try_from(stored.len()).map_err(|_| os_error(libc::EIO))?.to_le_bytes();
             let parts = [IoSlice::new(&len), IoSlice::new(stored)];
-            host::write_all_at(&self.file, &parts, number * SLOT_SIZE)?;
+            host::write_all_at(&self.file, &parts, number * CELL_SIZE)?;
             let end = (HEADER_LEN + stored.len()) as u64;
             // The unit may have been longer before.
             let _ =
-                host::punch_hole(&self.file, number * SLOT_SIZE + end..(number + 1) * SLOT_SIZE);
+                host::punch_hole(&self.file, number * CELL_SIZE + end..(number + 1) * CELL_SIZE);
         }
         self.open_units.remove(&number);
         Ok(())
