@@ -92,6 +92,14 @@ enum SendError {
     Output(io::Error),
 }
 
+/// The part of the stream for which the next checkpoint will vouch.
+struct Piece {
+    /// The start, in bytes of the disk.
+    start: u64,
+    /// The bytes of data sent so far.
+    data_len: u64,
+}
+
 struct Sender<'a, W> {
     source: &'a TransferSource,
     out: W,
@@ -103,8 +111,7 @@ struct Sender<'a, W> {
     pending_zeros: Range<u64>,
     /// The size announced to the receiver; for a pipe it is a guess until the end.
     announced_size: u64,
-    /// The start of the next checkpoint's piece, and the bytes of data in it.
-    piece: (u64, u64),
+    piece: Piece,
     buffer: Vec<u8>,
 }
 
@@ -131,7 +138,7 @@ impl<'a, W: Write> Sender<'a, W> {
             },
             pending_zeros: from..from,
             announced_size: source.size().unwrap_or(from),
-            piece: (from, 0),
+            piece: Piece { start: from, data_len: 0 },
             buffer: vec![0; HEADER_ROOM + BUFFER_SIZE],
         }
     }
@@ -268,8 +275,8 @@ impl<'a, W: Write> Sender<'a, W> {
         self.out.write_all(&self.buffer[first..HEADER_ROOM + run.end])?;
         self.progress.data += len;
         self.progress.reached = start + len;
-        self.piece.1 += len;
-        if self.piece.1 >= CHECKPOINT_INTERVAL && self.plan.frames == TransferFormat::Rbd {
+        self.piece.data_len += len;
+        if self.piece.data_len >= CHECKPOINT_INTERVAL && self.plan.frames == TransferFormat::Rbd {
             self.send_checkpoint(CheckpointKind::Middle)?;
         }
         (self.on_progress)(&self.progress);
@@ -326,12 +333,12 @@ impl<'a, W: Write> Sender<'a, W> {
 
     fn send_checkpoint(&mut self, kind: CheckpointKind) -> io::Result<()> {
         let checkpoint = Checkpoint {
-            start: self.piece.0,
+            start: self.piece.start,
             end: self.progress.reached,
-            identity: self.source.identity(),
+            identity: self.source.version_id(),
             origin: self.plan.from,
         };
-        self.piece = (self.progress.reached, 0);
+        self.piece = Piece { start: self.progress.reached, data_len: 0 };
         let record = self.chain.checkpoint_record(&checkpoint, kind);
         self.out.write_all(&record)
     }

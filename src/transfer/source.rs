@@ -43,7 +43,7 @@ pub struct TransferSource {
     opened_stamp: Option<FileStamp>,
     /// A number that distinguishes this state of the file from others; 0 for pipes and devices,
     /// whose changes cannot be detected.
-    identity: u64,
+    version_id: u64,
 }
 
 /// The metadata that changes when a file is written.
@@ -59,7 +59,7 @@ impl FileStamp {
         Ok(Self::from(&file.metadata()?))
     }
 
-    fn identity(&self) -> u64 {
+    fn version_id(&self) -> u64 {
         let mut bytes = Vec::with_capacity(32);
         bytes.extend(self.inode.to_le_bytes());
         bytes.extend(self.size.to_le_bytes());
@@ -107,12 +107,12 @@ impl TransferSource {
         // Another transfer may resume this one only if the disk has not changed since.
         let before = stamp();
         let file = freeze()?;
-        let identity = match before {
-            Some(before) if stamp() == Some(before) => before.identity(),
+        let version_id = match before {
+            Some(before) if stamp() == Some(before) => before.version_id(),
             // The disk was being written: no other moment has the same content.
             _ => Uuid::new_v4().as_u64_pair().0.max(1),
         };
-        Ok(Self { identity, ..Self::from_file(file, path)? })
+        Ok(Self { version_id, ..Self::from_file(file, path)? })
     }
 
     fn from_file(file: File, path: &Path) -> Result<Self, TransferError> {
@@ -127,7 +127,7 @@ impl TransferSource {
                 knows_holes: false,
                 data_estimate: None,
                 opened_stamp: None,
-                identity: 0,
+                version_id: 0,
             });
         }
         if !kind.is_file() && !kind.is_block_device() {
@@ -143,7 +143,7 @@ impl TransferSource {
             let size = rustix::fs::seek(&file, SeekFrom::End(0));
             let size = size.map_err(|error| TransferError::host("read", &path, &error.into()))?;
             let size = Some(size);
-            let (knows_holes, before, identity) = (false, None, 0);
+            let (knows_holes, before, version_id) = (false, None, 0);
             return Ok(Self {
                 file,
                 path,
@@ -151,7 +151,7 @@ impl TransferSource {
                 knows_holes,
                 data_estimate: size,
                 opened_stamp: before,
-                identity,
+                version_id,
             });
         }
         let before = FileStamp::from(&meta);
@@ -159,7 +159,7 @@ impl TransferSource {
         let size = meta.len();
         let knows_holes = reports_holes(&file, size, allocated);
         let data = Some(allocated.min(size));
-        let (size, identity) = (Some(size), before.identity());
+        let (size, version_id) = (Some(size), before.version_id());
         Ok(Self {
             file,
             path,
@@ -167,7 +167,7 @@ impl TransferSource {
             knows_holes,
             data_estimate: data,
             opened_stamp: Some(before),
-            identity,
+            version_id,
         })
     }
 
@@ -190,10 +190,10 @@ impl TransferSource {
     }
 
     /// Returns a number that distinguishes this state of the file from others; 0 for pipes and
-    /// devices, whose changes cannot be detected.
+    /// devices, whose changes cannot be detected. Checkpoints contain it as `identity`.
     #[must_use]
-    pub fn identity(&self) -> u64 {
-        self.identity
+    pub fn version_id(&self) -> u64 {
+        self.version_id
     }
 
     /// Returns whether the file has been written to since it was opened.

@@ -112,7 +112,7 @@ impl StateWriter {
     pub(super) fn start(slot: &FileSlot, file: &Arc<File>) -> io::Result<Self> {
         let mailbox = Arc::<StateMailbox>::default();
         let (slot, file, of_thread) = (slot.clone(), Arc::clone(file), Arc::clone(&mailbox));
-        let thread = Builder::new().name("cowslip-keep".to_owned());
+        let thread = Builder::new().name("cowslip-state".to_owned());
         let thread = thread.spawn(move || write_states(&slot, &file, &of_thread))?;
         Ok(Self { mailbox, thread: Some(thread) })
     }

@@ -62,14 +62,14 @@ pub enum CheckpointKind {
 impl Checkpoint {
     /// Encodes the record up to `piece`.
     #[must_use]
-    pub fn encode_head(&self, stage: CheckpointKind) -> [u8; HEAD_LEN] {
-        let len = if stage == CheckpointKind::Last { LAST_PAYLOAD_LEN } else { PAYLOAD_LEN };
+    pub fn encode_head(&self, kind: CheckpointKind) -> [u8; HEAD_LEN] {
+        let len = if kind == CheckpointKind::Last { LAST_PAYLOAD_LEN } else { PAYLOAD_LEN };
         let mut bytes = [CHECKPOINT_TAG; HEAD_LEN];
         bytes[1..9].copy_from_slice(&len.to_le_bytes());
         bytes[9..17].copy_from_slice(&CHECKPOINT_MAGIC);
         let numbers = [self.start, self.end, self.identity, self.origin];
-        for (place, number) in bytes[17..].chunks_exact_mut(8).zip(numbers) {
-            place.copy_from_slice(&number.to_le_bytes());
+        for (field, number) in bytes[17..].chunks_exact_mut(8).zip(numbers) {
+            field.copy_from_slice(&number.to_le_bytes());
         }
         bytes
     }
@@ -115,13 +115,13 @@ impl HashChain {
         (piece, self.whole.digest128().to_be_bytes())
     }
 
-    /// Returns the record for `mark`, whose piece it ends.
-    pub fn checkpoint_record(&mut self, mark: &Checkpoint, stage: CheckpointKind) -> Vec<u8> {
-        let mut bytes = mark.encode_head(stage).to_vec();
+    /// Returns the record for `checkpoint`, whose piece it ends.
+    pub fn checkpoint_record(&mut self, checkpoint: &Checkpoint, kind: CheckpointKind) -> Vec<u8> {
+        let mut bytes = checkpoint.encode_head(kind).to_vec();
         self.update(&bytes);
         let (piece, whole) = self.end_piece();
         bytes.extend(piece);
-        if stage == CheckpointKind::Last {
+        if kind == CheckpointKind::Last {
             bytes.extend(whole);
         }
         bytes
@@ -136,10 +136,10 @@ mod tests {
 
     #[test]
     fn a_record_has_the_documented_layout() {
-        let mark = Checkpoint { start: 1, end: 2, identity: 3, origin: 4 };
+        let checkpoint = Checkpoint { start: 1, end: 2, identity: 3, origin: 4 };
         let mut chain = HashChain::default();
         chain.update(b"rbd diff v2\n");
-        let bytes = chain.checkpoint_record(&mark, CheckpointKind::Last);
+        let bytes = chain.checkpoint_record(&checkpoint, CheckpointKind::Last);
         assert_eq!(bytes.len() as u64, 9 + LAST_PAYLOAD_LEN);
         assert_eq!(&bytes[..17], b"C\x48\0\0\0\0\0\0\0cowslip\x01");
         assert_eq!(&bytes[17..25], b"\x01\0\0\0\0\0\0\0");
@@ -148,7 +148,7 @@ mod tests {
         let piece = xxhash_rust::xxh3::xxh3_128(&covered).to_be_bytes();
         assert_eq!(&bytes[49..65], piece);
         assert_eq!(&bytes[65..], xxhash_rust::xxh3::xxh3_128(&piece).to_be_bytes());
-        let middle = chain.checkpoint_record(&mark, CheckpointKind::Middle);
+        let middle = chain.checkpoint_record(&checkpoint, CheckpointKind::Middle);
         assert_eq!(middle.len() as u64, 9 + PAYLOAD_LEN);
     }
 
@@ -156,9 +156,9 @@ mod tests {
         #[test]
         fn an_encoded_checkpoint_is_decoded_unchanged(numbers in any::<[u64; 4]>()) {
             let [start, end, identity, origin] = numbers;
-            let mark = Checkpoint { start, end, identity, origin };
-            let head = mark.encode_head(CheckpointKind::Middle);
-            prop_assert_eq!(Checkpoint::decode(&head[17..].try_into().unwrap()), mark);
+            let checkpoint = Checkpoint { start, end, identity, origin };
+            let head = checkpoint.encode_head(CheckpointKind::Middle);
+            prop_assert_eq!(Checkpoint::decode(&head[17..].try_into().unwrap()), checkpoint);
         }
 
         #[test]

@@ -205,16 +205,16 @@ impl<'a> Receiver<'a> {
         mut self,
         read: Result<(), ReceiveError>,
     ) -> Result<Received, TransferError> {
-        let (told, is_verified) = (self.progress, self.is_verified);
+        let (progress, is_verified) = (self.progress, self.is_verified);
         let path = match &self.part {
             Some((part, _)) => part.path().to_owned(),
             None => self.device_path.clone(),
         };
         let failed = |error: io::Error| TransferError::host("write", &path, &error);
         let Some((part, state_writer)) = self.part.take() else {
-            read.map_err(|failed| explain(failed, &path, told, &PartialResult::Device))?;
+            read.map_err(|failed| explain(failed, &path, progress, &PartialResult::Device))?;
             self.target.sync().map_err(failed)?;
-            return Ok(Received { progress: told, is_verified });
+            return Ok(Received { progress, is_verified });
         };
         if let Err(broken) = read {
             // Also after a failure: the verified bytes stay and must be found by a later resume.
@@ -225,7 +225,7 @@ impl<'a> Receiver<'a> {
             return Err(explain(
                 broken,
                 &path,
-                told,
+                progress,
                 &PartialResult::Part { name: part.name(), offset },
             ));
         }
@@ -234,7 +234,7 @@ impl<'a> Receiver<'a> {
         part.commit(self.overwrite).map_err(TransferError::AfterStart)?;
         ReceiveState::remove(part.slot())
             .map_err(|error| TransferError::host("remove", &path, &error))?;
-        Ok(Received { progress: told, is_verified })
+        Ok(Received { progress, is_verified })
     }
 }
 
@@ -291,7 +291,7 @@ enum PartialResult<'a> {
 fn explain(
     failed: ReceiveError,
     path: &Path,
-    told: TransferProgress,
+    progress: TransferProgress,
     left: &PartialResult<'_>,
 ) -> TransferError {
     let error = match failed {
@@ -305,8 +305,8 @@ fn explain(
         }
         ReceiveError::Stream(error) => error,
     };
-    let of = told.size.map_or(String::new(), |size| format!(" of {size}"));
-    let at = format!("byte {}{of}", told.reached);
+    let of = progress.size.map_or(String::new(), |size| format!(" of {size}"));
+    let at = format!("byte {}{of}", progress.reached);
     let what = match error.kind() {
         io::ErrorKind::UnexpectedEof => format!("the stream was cut at {at}"),
         io::ErrorKind::InvalidData => {
