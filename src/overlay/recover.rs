@@ -91,10 +91,10 @@ pub fn examine(files: &LayerFiles, tag: BootTag) -> Result<TrustedLog, LogError>
     let mut scan = log::scan(&*files.log, &files.uuid)?;
     // Kept from the first reading, because the record itself may never have reached the device.
     let (poisoned, generation) = (scan.poisoned, scan.generation);
-    // Whether only the daemon died: what it wrote is still in the host's cache.
-    let is_alive = poisoned.is_none() && !scan.closed && scan.tag == Some(tag);
-    let is_synced = is_alive && files.data.sync().is_ok() && files.log.sync().is_ok();
-    if poisoned.is_some() || is_alive != is_synced {
+    // Whether only the daemon died: everything it wrote is still in the host's cache.
+    let is_cache_intact = poisoned.is_none() && !scan.closed && scan.tag == Some(tag);
+    let is_synced = is_cache_intact && files.data.sync().is_ok() && files.log.sync().is_ok();
+    if poisoned.is_some() || is_cache_intact != is_synced {
         // Cached data may never have reached the device.
         files.data.drop_cache();
         files.log.drop_cache();

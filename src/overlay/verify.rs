@@ -169,21 +169,21 @@ impl LockedOverlay {
 
 /// Returns a line for each pair of layers whose sizes contradict each other.
 #[must_use]
-pub fn contradictions(looks: &[LayerCheck]) -> Vec<String> {
-    let sound = |uuid: Uuid| {
-        let look = looks.iter().find(|look| look.record.uuid == uuid)?;
-        look.summary.as_ref().ok()
+pub fn contradictions(checks: &[LayerCheck]) -> Vec<String> {
+    let readable = |uuid: Uuid| {
+        let check = checks.iter().find(|check| check.record.uuid == uuid)?;
+        check.summary.as_ref().ok()
     };
     let mut lines = Vec::new();
-    for look in looks {
-        let (Ok(layer), Some(parent)) = (&look.summary, look.record.parent) else { continue };
-        let Some(below) = sound(parent) else { continue };
+    for check in checks {
+        let (Ok(layer), Some(parent)) = (&check.summary, check.record.parent) else { continue };
+        let Some(below) = readable(parent) else { continue };
         // A layer that a power cut rolled back to its last sync may be smaller than it was.
         let is_older = below.is_rewritten || below.trusted_records < below.good_records;
         if layer.lower_limit > below.size && !is_older {
             lines.push(format!(
                 "layer {} shows {} bytes of layer {} below it, which has only {}: they are not of one disk, restore it from a backup",
-                short_uuid(look.record.uuid), layer.lower_limit, short_uuid(parent), below.size
+                short_uuid(check.record.uuid), layer.lower_limit, short_uuid(parent), below.size
             ));
         }
     }
@@ -234,7 +234,7 @@ fn allocated_bytes(layers: &File, uuid: Uuid) -> io::Result<u64> {
 mod tests {
     use super::*;
 
-    fn look(uuid: u128, parent: Option<u128>, size: u64, lower_limit: u64) -> LayerCheck {
+    fn check(uuid: u128, parent: Option<u128>, size: u64, lower_limit: u64) -> LayerCheck {
         let (uuid, parent) = (Uuid::from_u128(uuid), parent.map(Uuid::from_u128));
         let found = LayerSummary {
             size,
@@ -252,20 +252,20 @@ mod tests {
 
     #[test]
     fn a_layer_that_shows_more_than_its_parent_has_is_a_contradiction() {
-        let looks = |size| [look(1, None, size, 0), look(2, Some(1), 9000, 8000)];
-        assert_eq!(contradictions(&looks(8000)), Vec::<String>::new());
-        let lines = contradictions(&looks(7999));
+        let checks = |size| [check(1, None, size, 0), check(2, Some(1), 9000, 8000)];
+        assert_eq!(contradictions(&checks(8000)), Vec::<String>::new());
+        let lines = contradictions(&checks(7999));
         assert!(lines[0].contains("shows 8000 bytes of layer 00000000"), "{lines:?}");
         assert!(lines[0].contains("which has only 7999"), "{lines:?}");
     }
 
     #[test]
     fn a_parent_that_a_power_cut_rolled_back_may_be_smaller() {
-        let mut looks = [look(1, None, 10, 0), look(2, Some(1), 9000, 8000)];
-        looks[0].summary.as_mut().unwrap().trusted_records = 4;
-        assert_eq!(contradictions(&looks), Vec::<String>::new());
-        let parent = looks[0].summary.as_mut().unwrap();
+        let mut checks = [check(1, None, 10, 0), check(2, Some(1), 9000, 8000)];
+        checks[0].summary.as_mut().unwrap().trusted_records = 4;
+        assert_eq!(contradictions(&checks), Vec::<String>::new());
+        let parent = checks[0].summary.as_mut().unwrap();
         (parent.trusted_records, parent.is_rewritten) = (5, true);
-        assert_eq!(contradictions(&looks), Vec::<String>::new());
+        assert_eq!(contradictions(&checks), Vec::<String>::new());
     }
 }

@@ -18,7 +18,7 @@ use cowslip::layer::{Layer, WritableLayer};
 use cowslip::overlay::FORMAT_VERSION;
 use cowslip::overlay::error::OverlayError;
 use cowslip::overlay::reflink::{
-    self, OpenedReflink, Reflink, ReflinkError, RevertTarget, SharedBase,
+    self, OpenedReflink, Reflink, ReflinkError, RevertSource, SharedBase,
 };
 use cowslip::overlay::stack::{BaseRecord, Stack};
 use rustix::process::Signal;
@@ -676,7 +676,7 @@ fn interrupted_revert_or_reset_is_finished_at_the_next_open() {
             fs::write(told.ov("snapshot.new"), "half").unwrap();
             fs::write(told.ov("intent.new"), "half").unwrap();
             let opened = open(&told.lab).unwrap();
-            let is_reset = opened.finished == Some(RevertTarget::Base);
+            let is_reset = opened.finished == Some(RevertSource::Base);
             assert!(opened.finished.is_some() && is_reset == body.contains("base"));
             assert!(bytes_of(&opened.layer) == *wanted, "{body}");
             for name in ["intent", "intent.new", "snapshot.new"] {

@@ -3,7 +3,7 @@
 use std::io;
 use std::path::PathBuf;
 
-use super::intent::RevertTarget;
+use super::intent::RevertSource;
 use crate::overlay::error::OverlayError;
 
 /// An error of a reflink overlay. The caller puts the overlay's path in front of the message.
@@ -57,7 +57,7 @@ pub enum ReflinkError {
     #[error("is in the middle of a {of}, which cannot be finished: {error}")]
     Unfinished {
         /// The interrupted operation.
-        of: RevertTarget,
+        of: RevertSource,
         /// The host's error.
         error: io::Error,
     },

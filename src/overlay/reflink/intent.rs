@@ -32,7 +32,7 @@ const MAX_INTENT_LEN: u64 = 64 << 10;
 /// The source that the disk becomes a copy of.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "from", rename_all = "lowercase", deny_unknown_fields)]
-pub enum RevertTarget {
+pub enum RevertSource {
     /// The base: a reset.
     Base,
     /// One of the snapshots: a revert.
@@ -42,7 +42,7 @@ pub enum RevertTarget {
     },
 }
 
-impl fmt::Display for RevertTarget {
+impl fmt::Display for RevertSource {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Base => f.write_str("reset"),
@@ -51,32 +51,32 @@ impl fmt::Display for RevertTarget {
     }
 }
 
-fn encode(origin: &RevertTarget) -> io::Result<Vec<u8>> {
-    let body = toml::to_string(origin).map_err(io::Error::other)?;
+fn encode(source: &RevertSource) -> io::Result<Vec<u8>> {
+    let body = toml::to_string(source).map_err(io::Error::other)?;
     let crc = crc32c::crc32c(body.as_bytes());
     Ok(format!("checksum = \"crc32c:{crc:08x}\"\n{body}").into_bytes())
 }
 
-fn decode(bytes: &[u8]) -> Option<RevertTarget> {
+fn decode(bytes: &[u8]) -> Option<RevertSource> {
     let (head, body) = std::str::from_utf8(bytes).ok()?.split_once('\n')?;
     let crc = crc32c::crc32c(body.as_bytes());
     if head != format!("checksum = \"crc32c:{crc:08x}\"") {
         return None;
     }
-    let origin = toml::from_str(body).ok()?;
-    match &origin {
-        // Whatever the file says, the target must be a snapshot and nothing else.
-        RevertTarget::Snapshot { name } if name::check(name).is_err() => None,
-        _ => Some(origin),
+    let source = toml::from_str(body).ok()?;
+    match &source {
+        // Whatever the file says, the source must be a snapshot and nothing else.
+        RevertSource::Snapshot { name } if name::check(name).is_err() => None,
+        _ => Some(source),
     }
 }
 
-/// Records in `dir`, durably, that the disk is about to become a copy of `origin`.
+/// Records in `dir`, durably, that the disk is about to become a copy of `source`.
 ///
 /// # Errors
 /// The host's errno. The intent file may exist nevertheless, when only the last sync failed.
-pub(super) fn write(dir: &File, origin: &RevertTarget) -> io::Result<()> {
-    confined::replace_file(dir, INTENT_FILE, NEW_INTENT_FILE, &encode(origin)?)
+pub(super) fn write(dir: &File, source: &RevertSource) -> io::Result<()> {
+    confined::replace_file(dir, INTENT_FILE, NEW_INTENT_FILE, &encode(source)?)
 }
 
 /// Removes the intent file, durably.
@@ -92,7 +92,7 @@ pub(super) fn clear(dir: &File) -> io::Result<()> {
 ///
 /// # Errors
 /// [`ReflinkError::Intent`] when the intent file is damaged; otherwise the host's errno.
-pub(super) fn read(dir: &File) -> Result<Option<RevertTarget>, ReflinkError> {
+pub(super) fn read(dir: &File) -> Result<Option<RevertSource>, ReflinkError> {
     // The operation of an unfinished intent file never began.
     let _ = confined::remove_file(dir, NEW_INTENT_FILE);
     match confined::read_file(dir, INTENT_FILE, MAX_INTENT_LEN) {
@@ -107,8 +107,8 @@ mod tests {
     use super::*;
     use crate::trusted_path::open_dir;
 
-    fn monday() -> RevertTarget {
-        RevertTarget::Snapshot { name: "mon\"day".to_owned() }
+    fn monday() -> RevertSource {
+        RevertSource::Snapshot { name: "mon\"day".to_owned() }
     }
 
     #[test]
@@ -116,9 +116,9 @@ mod tests {
         let temp = tempfile::tempdir().unwrap();
         let dir = open_dir(temp.path()).unwrap();
         assert_eq!(read(&dir).unwrap(), None);
-        for origin in [RevertTarget::Base, monday()] {
-            write(&dir, &origin).unwrap();
-            assert_eq!(read(&dir).unwrap(), Some(origin));
+        for source in [RevertSource::Base, monday()] {
+            write(&dir, &source).unwrap();
+            assert_eq!(read(&dir).unwrap(), Some(source));
         }
         clear(&dir).unwrap();
         clear(&dir).unwrap();

@@ -39,7 +39,7 @@ use parking_lot::Mutex;
 
 pub use self::changed::ChangedRanges;
 pub use self::error::ReflinkError;
-pub use self::intent::RevertTarget;
+pub use self::intent::RevertSource;
 pub use self::open::{
     LockedReflink, OpenedReflink, SharedBase, create, lock_overlay, overlay_kind,
 };

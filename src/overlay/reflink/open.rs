@@ -10,8 +10,8 @@ use std::sync::Arc;
 
 use rustix::fs::FlockOperation;
 
-use super::snapshots::{revert_data, sweep};
-use super::{Reflink, ReflinkError, RevertTarget, intent};
+use super::snapshots::{remove_unfinished_snapshot, revert_data};
+use super::{Reflink, ReflinkError, RevertSource, intent};
 use crate::config::OverlayKind;
 use crate::confined::{self, FileAccess};
 use crate::host;
@@ -30,7 +30,7 @@ pub struct OpenedReflink {
     /// The directory of the overlay, with its `stack` and its lock.
     pub dir: OverlayDir,
     /// A revert or reset that a crash had interrupted and that is now finished.
-    pub finished: Option<RevertTarget>,
+    pub finished: Option<RevertSource>,
 }
 
 /// A base whose blocks a new overlay shares.
@@ -110,7 +110,7 @@ impl ReflinkDir {
     fn into_layer(
         self,
         base: &Arc<File>,
-        finished: Option<RevertTarget>,
+        finished: Option<RevertSource>,
     ) -> Result<OpenedReflink, OverlayError> {
         let open = || -> io::Result<(Reflink, File, File)> {
             let (dir, lock) = (self.dir.try_clone()?, self.data.try_clone()?);
@@ -161,7 +161,7 @@ impl LockedReflink {
     ///
     /// # Errors
     /// [`ReflinkError::Intent`] when the intent file is damaged; otherwise the host's errno.
-    pub fn interrupted(&self) -> Result<Option<RevertTarget>, ReflinkError> {
+    pub fn interrupted(&self) -> Result<Option<RevertSource>, ReflinkError> {
         intent::read(&self.files.dir)
     }
 
@@ -173,15 +173,15 @@ impl LockedReflink {
     pub fn open(self, base: &Arc<File>) -> Result<OpenedReflink, ReflinkError> {
         let interrupted = self.interrupted()?;
         let ReflinkDir { dir, data, snapshots, .. } = &self.files;
-        sweep(dir);
-        if let Some(origin) = &interrupted {
+        remove_unfinished_snapshot(dir);
+        if let Some(source) = &interrupted {
             if host::is_read_only(data) {
                 let error = host::os_error(libc::EROFS);
-                return Err(ReflinkError::Unfinished { of: origin.clone(), error });
+                return Err(ReflinkError::Unfinished { of: source.clone(), error });
             }
-            revert_data(origin, data, base, snapshots)
+            revert_data(source, data, base, snapshots)
                 .and_then(|()| intent::clear(dir))
-                .map_err(|error| ReflinkError::Unfinished { of: origin.clone(), error })?;
+                .map_err(|error| ReflinkError::Unfinished { of: source.clone(), error })?;
         }
         Ok(self.files.into_layer(base, interrupted)?)
     }

@@ -15,7 +15,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use rustix::fs::{AtFlags, RenameFlags};
 
-use super::intent::{self, RevertTarget};
+use super::intent::{self, RevertSource};
 use super::{Reflink, ReflinkError};
 use crate::confined::{self, FileAccess};
 use crate::name::{self, NameError};
@@ -63,20 +63,20 @@ pub(super) fn reflink_into(from: &File, to: &File) -> io::Result<()> {
 }
 
 /// Removes an unfinished snapshot that a crash has left behind.
-pub(super) fn sweep(dir: &File) {
+pub(super) fn remove_unfinished_snapshot(dir: &File) {
     let _ = rustix::fs::unlinkat(dir, NEW_SNAPSHOT_FILE, AtFlags::empty());
 }
 
-/// Makes the disk a copy of `origin`; the intent file exists already.
+/// Makes the disk a copy of `source`; the intent file exists already.
 pub(super) fn revert_data(
-    origin: &RevertTarget,
+    source: &RevertSource,
     data: &File,
     base: &File,
     snapshots: &File,
 ) -> io::Result<()> {
-    match origin {
-        RevertTarget::Base => reflink_into(base, data)?,
-        RevertTarget::Snapshot { name } => {
+    match source {
+        RevertSource::Base => reflink_into(base, data)?,
+        RevertSource::Snapshot { name } => {
             reflink_into(&confined::open_file(snapshots, name, FileAccess::Read)?, data)?;
         }
     }
@@ -91,7 +91,7 @@ impl Reflink {
     /// [`ReflinkError`]: the name is taken or invalid, or the host's errno (`ENOSPC`); nothing is
     /// left behind in that case.
     pub fn snapshot(&self, name: &str) -> Result<(), ReflinkError> {
-        let _alone = self.changing.lock();
+        let _guard = self.changing.lock();
         check_name(name)?;
         self.check_latch()?;
         let made = self.make_snapshot(name);
@@ -112,8 +112,9 @@ impl Reflink {
             file.sync_all()
         };
         copy().map_err(doing("making a snapshot"))?;
-        let over = RenameFlags::NOREPLACE;
-        match rustix::fs::renameat_with(&self.dir, NEW_SNAPSHOT_FILE, &self.snapshots, name, over) {
+        let flags = RenameFlags::NOREPLACE;
+        match rustix::fs::renameat_with(&self.dir, NEW_SNAPSHOT_FILE, &self.snapshots, name, flags)
+        {
             Ok(()) => {}
             Err(rustix::io::Errno::EXIST) => return Err(ReflinkError::Exists(name.to_owned())),
             Err(error) => return Err(doing("naming a snapshot")(error.into()).into()),
@@ -174,7 +175,7 @@ impl Reflink {
     /// # Errors
     /// [`ReflinkError::NoSnapshot`]; the host's errno.
     pub fn delete_snapshot(&self, name: &str) -> Result<(), ReflinkError> {
-        let _alone = self.changing.lock();
+        let _guard = self.changing.lock();
         check_name(name)?;
         match rustix::fs::unlinkat(&self.snapshots, name, AtFlags::empty()) {
             Ok(()) => Ok(self.snapshots.sync_all().map_err(doing("deleting a snapshot"))?),
@@ -191,7 +192,7 @@ impl Reflink {
     /// the revert.
     pub fn revert(&self, name: &str) -> Result<(), ReflinkError> {
         self.open_snapshot(name)?;
-        self.revert_to(&RevertTarget::Snapshot { name: name.to_owned() })
+        self.revert_to(&RevertSource::Snapshot { name: name.to_owned() })
     }
 
     /// Resets the disk to its base, durably. The snapshots stay. The caller holds the gate
@@ -200,13 +201,13 @@ impl Reflink {
     /// # Errors
     /// The errors of [`revert`](Self::revert).
     pub fn reset(&self) -> Result<(), ReflinkError> {
-        self.revert_to(&RevertTarget::Base)
+        self.revert_to(&RevertSource::Base)
     }
 
-    fn revert_to(&self, origin: &RevertTarget) -> Result<(), ReflinkError> {
-        let _alone = self.changing.lock();
+    fn revert_to(&self, source: &RevertSource) -> Result<(), ReflinkError> {
+        let _guard = self.changing.lock();
         self.check_latch()?;
-        if let Err(error) = intent::write(&self.dir, origin) {
+        if let Err(error) = intent::write(&self.dir, source) {
             // The revert has not begun; an intent file that exists nevertheless would start it at
             // the next open.
             if intent::clear(&self.dir).is_err() {
@@ -214,9 +215,9 @@ impl Reflink {
             }
             return Err(doing("noting what is to be done")(error).into());
         }
-        if let Err(error) = revert_data(origin, &self.data, &self.base, &self.snapshots) {
+        if let Err(error) = revert_data(source, &self.data, &self.base, &self.snapshots) {
             self.bytes.latch();
-            return Err(ReflinkError::Unfinished { of: origin.clone(), error });
+            return Err(ReflinkError::Unfinished { of: source.clone(), error });
         }
         if let Err(error) = intent::clear(&self.dir) {
             // The next open would repeat the revert and overwrite later writes.
