@@ -1,4 +1,6 @@
-//! Shared syncs: one at a time, and each caller waits for a sync that began after its call.
+//! Group commit, in the sense of databases: callers share one sync of a layer (a commit into the
+//! base is `commit`). Syncs run one at a time, and each caller waits for one that began after its
+//! call.
 
 use std::io;
 

@@ -30,8 +30,8 @@ use super::record::{BootTag, LayerMap, LogRecord, RECORD_LEN};
 use super::storage::Storage;
 use crate::host::{self, is_out_of_space};
 
-/// The step in bytes in which space is reserved on the host: 1 MiB.
-const RESERVE_STEP: u64 = 1 << 20;
+/// The step in bytes in which space is preallocated on the host: 1 MiB.
+const PREALLOCATE_STEP: u64 = 1 << 20;
 /// Bytes reserved for records that free space, so that a full file system can be emptied again:
 /// 2,048 records.
 const LOG_RESERVE: u64 = 64 << 10;
@@ -102,8 +102,8 @@ struct LogTail {
     first: u64,
     /// The sequence of the next record.
     next: u64,
-    /// Bytes of the file for which the host has reserved space.
-    reserved: u64,
+    /// Bytes of the file for which the host has preallocated space.
+    preallocated: u64,
     /// The number of records at which to compact the log.
     compact_at: u64,
     /// The errno for every sync, after the rename of the file could not be made durable.
@@ -116,25 +116,25 @@ impl LogTail {
     }
 
     /// Ensures that `len` more bytes will find space.
-    fn reserve(&mut self, len: u64, reserve_use: ReserveUse) -> io::Result<()> {
+    fn preallocate(&mut self, len: u64, reserve_use: ReserveUse) -> io::Result<()> {
         let kept = match reserve_use {
             ReserveUse::Keep => LOG_RESERVE,
             ReserveUse::Partial => SYNC_RESERVE,
             ReserveUse::Full => 0,
         };
         let end = self.end() + len + kept;
-        if end <= self.reserved {
+        if end <= self.preallocated {
             return Ok(());
         }
-        let upto = end.next_multiple_of(RESERVE_STEP);
+        let upto = end.next_multiple_of(PREALLOCATE_STEP);
         match self.file.extend(self.end()..upto) {
-            Ok(()) => self.reserved = upto,
+            Ok(()) => self.preallocated = upto,
             Err(error) if is_out_of_space(&error) => {
                 // Without a reserve to keep, the write itself shows whether there is still room.
                 return if reserve_use == ReserveUse::Full { Ok(()) } else { Err(error) };
             }
-            // The host cannot reserve space: every append may then fail with ENOSPC.
-            Err(_) => self.reserved = u64::MAX,
+            // The host cannot preallocate space: every append may then fail with ENOSPC.
+            Err(_) => self.preallocated = u64::MAX,
         }
         Ok(())
     }
@@ -215,7 +215,7 @@ impl Log {
         vouched: u64,
     ) -> Self {
         let compact_at = MIN_RECORDS_TO_COMPACT.max((next - first) * 4);
-        let tail = LogTail { file, first, next, reserved: 0, compact_at, dir_sync_error: None };
+        let tail = LogTail { file, first, next, preallocated: 0, compact_at, dir_sync_error: None };
         Self {
             uuid,
             block_size: block,
@@ -232,7 +232,7 @@ impl Log {
     /// otherwise the host's errno. Nothing was appended in that case.
     pub fn append(&self, records: &[LogRecord], reserve_use: ReserveUse) -> io::Result<u64> {
         let mut tail = self.tail.lock();
-        tail.reserve((records.len() * RECORD_LEN) as u64, reserve_use)?;
+        tail.preallocate((records.len() * RECORD_LEN) as u64, reserve_use)?;
         let mut few = [0; 4 * RECORD_LEN];
         let mut many = Vec::new();
         let bytes = if records.len() <= 4 {
@@ -315,16 +315,16 @@ impl Log {
         file.sync()
     }
 
-    /// Makes every record durable and frees the reserved space when the log is closed.
+    /// Makes every record durable and frees the preallocated space when the log is closed.
     ///
     /// # Errors
     /// The host's errno.
     pub fn finish(&self) -> io::Result<()> {
         let mut tail = self.tail.lock();
-        if tail.reserved != 0 {
+        if tail.preallocated != 0 {
             // Zeros remain on a host that cannot truncate; they hold no record.
             let _ = tail.file.truncate(tail.end());
-            tail.reserved = 0;
+            tail.preallocated = 0;
         }
         drop(tail);
         self.sync()
@@ -373,7 +373,7 @@ impl Log {
         self.set_vouched(durable);
         tail.file = new;
         tail.first = start;
-        tail.reserved = 0;
+        tail.preallocated = 0;
         tail.compact_at = MIN_RECORDS_TO_COMPACT.max(count * 4);
         if let Err(error) = &dir_synced {
             tail.dir_sync_error = Some(error.raw_os_error().unwrap_or(libc::EIO));
