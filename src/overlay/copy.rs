@@ -59,7 +59,7 @@ impl Overlay {
         let bytes = self.bytes_of(&blocks);
         let _held = self.range_locks.lock_range(&bytes, LockMode::Exclusive, wait)?;
         check_cancelled()?;
-        let (lower, limit): (Vec<BlockRun>, u64) = {
+        let (lower, lower_limit): (Vec<BlockRun>, u64) = {
             let map = self.map.read();
             let lower = map.blocks.runs(blocks).filter(|run| run.state == BlockState::Lower);
             (lower.collect(), map.lower_limit.min(map.size))
@@ -67,7 +67,7 @@ impl Overlay {
         let mut copied = 0;
         for run in lower {
             let bytes = self.bytes_of(&run.range);
-            let seen = bytes.start..bytes.end.min(limit);
+            let seen = bytes.start..bytes.end.min(lower_limit);
             if seen.is_empty() {
                 continue;
             }

@@ -44,10 +44,10 @@ impl Overlay {
     /// # Errors
     /// `EINTR` when `stop` returns true between two pieces; `ENOSPC`; otherwise the host's errno.
     pub fn merge_from(&self, layers: &Sealed, stop: &dyn Fn() -> bool) -> io::Result<()> {
-        let (limit, size) = (layers.lower_limit(), layers.size());
-        if limit < self.size() {
+        let (lower_limit, size) = (layers.lower_limit(), layers.size());
+        if lower_limit < self.size() {
             // Bytes that those layers once cut off must not come back.
-            self.set_size(limit)?;
+            self.set_size(lower_limit)?;
         }
         self.set_size(size)?;
         let mut at = 0;
@@ -63,8 +63,12 @@ impl Overlay {
                     // After data that was cut off inside a block, the rest of that block is already
                     // zeros.
                     let start = extent.range.start.next_multiple_of(self.block_size);
-                    let end =
-                        extent.range.end.min(limit).next_multiple_of(self.block_size).min(size);
+                    let end = extent
+                        .range
+                        .end
+                        .min(lower_limit)
+                        .next_multiple_of(self.block_size)
+                        .min(size);
                     if start < end {
                         self.zero(start..end, &NothingBelow, Wait::Yes)?;
                     }

@@ -74,7 +74,7 @@ pub enum LogRecord {
         /// The time.
         mtime: Nanos,
         /// The origin of the time.
-        stamp: MtimeOrigin,
+        origin: MtimeOrigin,
     },
     /// The data behind every record up to and including `upto` is durable.
     Vouch {
@@ -120,8 +120,8 @@ impl LogRecord {
             Self::Open { tag } => (1, 0, tag.0[0], tag.0[1]),
             Self::Set { range, state } => (2, u8::from(*state), range.start.0, range.end.0),
             Self::Size { size, lower_limit } => (3, 0, *size, *lower_limit),
-            Self::Attr { mtime, stamp } => {
-                (4, u8::from(*stamp == MtimeOrigin::SetByUser), mtime.cast_unsigned(), 0)
+            Self::Attr { mtime, origin } => {
+                (4, u8::from(*origin == MtimeOrigin::SetByUser), mtime.cast_unsigned(), 0)
             }
             Self::Vouch { upto, durable } => (5, 0, *upto, *durable),
             Self::Poisoned { durable, vouched } => (6, 0, *durable, *vouched),
@@ -167,7 +167,7 @@ impl LogRecord {
             3 if a.max(b) <= MAX_DISK_SIZE => Self::Size { size: a, lower_limit: b },
             4 => Self::Attr {
                 mtime: a.cast_signed(),
-                stamp: if detail == 1 { MtimeOrigin::SetByUser } else { MtimeOrigin::Written },
+                origin: if detail == 1 { MtimeOrigin::SetByUser } else { MtimeOrigin::Written },
             },
             5 if a.max(b) <= MAX_SEQUENCE => Self::Vouch { upto: a, durable: b },
             6 if a.max(b) <= MAX_SEQUENCE => Self::Poisoned { durable: a, vouched: b },
@@ -215,7 +215,7 @@ impl LayerMap {
         match record {
             LogRecord::Set { range, state } => self.blocks.set(range.clone(), *state),
             LogRecord::Size { size, lower_limit } => self.resize(*size, *lower_limit, block),
-            LogRecord::Attr { mtime, stamp } => self.mtime = Some((*mtime, *stamp)),
+            LogRecord::Attr { mtime, origin } => self.mtime = Some((*mtime, *origin)),
             LogRecord::Intent => self.is_committing = true,
             LogRecord::Done => self.is_committing = false,
             LogRecord::Open { .. }
@@ -229,7 +229,7 @@ impl LayerMap {
     /// that contains the smaller size keeps its state; its tail was zeroed before the growth.
     pub fn resize(&mut self, size: u64, lower_limit: u64, block: u64) {
         let cut = self.size.min(size).div_ceil(block);
-        self.blocks.set(BlockIndex(cut)..BlockIndex(u64::MAX), BlockState::Lower);
+        self.blocks.clear_from(BlockIndex(cut));
         self.size = size;
         self.lower_limit = lower_limit;
     }
@@ -238,7 +238,7 @@ impl LayerMap {
     /// `Vouch`.
     pub fn records(&self) -> impl Iterator<Item = LogRecord> + '_ {
         let head = LogRecord::Size { size: self.size, lower_limit: self.lower_limit };
-        let attr = self.mtime.map(|(mtime, stamp)| LogRecord::Attr { mtime, stamp });
+        let attr = self.mtime.map(|(mtime, origin)| LogRecord::Attr { mtime, origin });
         let runs = self.blocks.runs(BlockIndex(0)..BlockIndex(u64::MAX));
         let sets = runs.filter(|run| run.state != BlockState::Lower);
         std::iter::once(head)
@@ -268,7 +268,7 @@ mod tests {
                 .prop_map(|(size, lower_limit)| LogRecord::Size { size, lower_limit }),
             (any::<i64>(), any::<bool>()).prop_map(|(mtime, chosen)| LogRecord::Attr {
                 mtime,
-                stamp: if chosen { MtimeOrigin::SetByUser } else { MtimeOrigin::Written },
+                origin: if chosen { MtimeOrigin::SetByUser } else { MtimeOrigin::Written },
             }),
             (0..=MAX_SEQUENCE, 0..=MAX_SEQUENCE)
                 .prop_map(|(upto, durable)| LogRecord::Vouch { upto, durable }),

@@ -111,10 +111,10 @@ impl Overlay {
         // Taken after `upto`: a writer notes its blocks before it appends the record. Taken also
         // after the steps that may fail and be retried: the blocks taken here are made durable
         // here, or the disk latches.
-        let fresh = self.dirty_blocks.take();
+        let dirty = self.dirty_blocks.take();
         if mode == SyncMode::Fast
-            && let Some(fresh) = fresh
-            && self.sync_to_journal(log, upto, &fresh)
+            && let Some(dirty) = dirty
+            && self.sync_to_journal(log, upto, &dirty)
         {
             return Ok(());
         }
@@ -134,13 +134,13 @@ impl Overlay {
         Ok(())
     }
 
-    /// Makes the blocks in `fresh` and the records up to `upto` durable in the journal. Returns
+    /// Makes the blocks in `dirty` and the records up to `upto` durable in the journal. Returns
     /// `false` when they do not fit, or when one of the blocks is being changed.
-    fn sync_to_journal(&self, log: &Log, upto: u64, fresh: &[BlockIndex]) -> bool {
+    fn sync_to_journal(&self, log: &Log, upto: u64, dirty: &[BlockIndex]) -> bool {
         let generation = log.vouched();
         let next = self.journal.next_sequence(generation);
         let count = (upto + 1).saturating_sub(next);
-        if count == 0 && fresh.is_empty() && self.journal.has_entries() {
+        if count == 0 && dirty.is_empty() && self.journal.has_entries() {
             return true; // Nothing has changed since the last entry.
         }
         // Plain overwrites are as quick with a whole sync, and quicker once they are frequent: a
@@ -151,15 +151,15 @@ impl Overlay {
             return false;
         }
         let Ok(block) = u32::try_from(self.block_size) else { return false };
-        if !self.journal.accept(count, fresh.len(), self.block_size) {
+        if !self.journal.accept(count, dirty.len(), self.block_size) {
             return false;
         }
-        let (Some(bytes), Ok(records)) = (self.read_stable(fresh), log.raw_records(next, count))
+        let (Some(bytes), Ok(records)) = (self.read_stable(dirty), log.raw_records(next, count))
         else {
             return false;
         };
         let uuid = log.uuid();
-        let (blocks, bytes, records) = (fresh, &bytes[..], &records[..]);
+        let (blocks, bytes, records) = (dirty, &bytes[..], &records[..]);
         let entry = NewEntry { uuid, block_size: block, generation, records, blocks, bytes };
         self.journal.write(log.dir(), &entry)
     }
@@ -194,10 +194,10 @@ impl Overlay {
     /// # Errors
     /// The errors of [`close`](Self::close).
     pub fn close_sealed(&self) -> io::Result<()> {
-        let mut settled = self.is_closed.lock();
-        if !*settled {
+        let mut is_closed = self.is_closed.lock();
+        if !*is_closed {
             self.close()?;
-            *settled = true;
+            *is_closed = true;
         }
         Ok(())
     }
@@ -240,12 +240,12 @@ impl Overlay {
     ///
     /// # Errors
     /// The host's errno.
-    pub fn record_mtime(&self, mtime: Nanos, stamp: MtimeOrigin) -> io::Result<()> {
-        self.map.write().mtime = Some((mtime, stamp));
+    pub fn record_mtime(&self, mtime: Nanos, origin: MtimeOrigin) -> io::Result<()> {
+        self.map.write().mtime = Some((mtime, origin));
         if let Some(log) = &self.log
             && !self.is_latched()
         {
-            log.append(&[LogRecord::Attr { mtime, stamp }], ReserveUse::Keep)?;
+            log.append(&[LogRecord::Attr { mtime, origin }], ReserveUse::Keep)?;
         }
         Ok(())
     }

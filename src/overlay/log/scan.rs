@@ -39,7 +39,7 @@ pub struct LogScan {
 /// The part of a log after its good records.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum LogEnd {
-    /// Nothing, or reserved space, which reads as zeros.
+    /// Nothing, or preallocated space, which reads as zeros.
     Whole,
     /// Bytes that are not a record, without a good record after them: an interrupted append.
     Torn,
@@ -58,9 +58,7 @@ impl LogScan {
     pub fn last_sequence(&self) -> u64 {
         (self.first + self.good).saturating_sub(1)
     }
-}
 
-impl LogScan {
     /// Adds the next record, as long as all records before it were good.
     fn add(&mut self, decoded: DecodedRecord) {
         match decoded {
