@@ -105,24 +105,24 @@ fn needs_copy(error: &io::Error) -> bool {
     )
 }
 
-/// Links the segments of `file` under their names in `layer`.
-fn link_data(file: &HostFile, layer: &File) -> io::Result<HostFile> {
-    if file.first().metadata()?.dev() != layer.metadata()?.dev() {
+/// Links the segments of `file` under their names in `dir`.
+fn link_data(file: &HostFile, dir: &File) -> io::Result<HostFile> {
+    if file.first().metadata()?.dev() != dir.metadata()?.dev() {
         return Err(host::os_error(libc::EXDEV));
     }
     let mut first = None;
     for (index, segment) in file.segments()? {
-        link_segment(&segment, layer, index)?;
+        link_segment(&segment, dir, index)?;
         first = first.or(Some(segment));
     }
-    layer.sync_all()?;
+    dir.sync_all()?;
     let first = first.ok_or_else(|| host::os_error(libc::EIO))?;
-    data_file_in(layer.try_clone()?, first)
+    data_file_in(dir.try_clone()?, first)
 }
 
-/// Copies every Data block into a new data file in `layer`.
-fn copy_data(overlay: &Overlay, map: &LayerMap, layer: &File) -> io::Result<HostFile> {
-    let to = empty_data(layer, map.size)?;
+/// Copies every Data block into a new data file in `dir`.
+fn copy_data(overlay: &Overlay, map: &LayerMap, dir: &File) -> io::Result<HostFile> {
+    let to = empty_data(dir, map.size)?;
     let mut buf = Vec::new();
     let all = BlockIndex(0)..BlockIndex(map.size.div_ceil(overlay.block_size));
     for run in map.blocks.runs(all).filter(|run| run.state == BlockState::Data) {

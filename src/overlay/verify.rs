@@ -79,9 +79,9 @@ impl LockedOverlay {
     }
 
     fn check_layer(&self, record: &LayerRecord) -> Result<LayerSummary, OverlayError> {
-        let tag = boot_tag::current(&self.layers).map_err(doing("reading the boot id"))?;
+        let tag = boot_tag::current(&self.layers_dir).map_err(doing("reading the boot id"))?;
         // All files are opened again, also the top's, because a recovery replaces the log.
-        let files = open_layer_files(&self.layers, record, |_| Ok(()))?.files;
+        let files = open_layer_files(&self.layers_dir, record, |_| Ok(()))?.files;
         summarize(&files, tag)
     }
 
@@ -93,13 +93,13 @@ impl LockedOverlay {
     pub fn unused_layers(&self) -> io::Result<Vec<UnusedLayer>> {
         let named: HashSet<Uuid> = self.stack.layers.iter().map(|layer| layer.uuid).collect();
         let mut unused = Vec::new();
-        for entry in rustix::fs::Dir::read_from(&self.layers)? {
+        for entry in rustix::fs::Dir::read_from(&self.layers_dir)? {
             let entry = entry?;
             let name = entry.file_name().to_str().ok();
             if let Some(uuid) = name.and_then(|name| Uuid::parse_str(name).ok())
                 && !named.contains(&uuid)
             {
-                let bytes = allocated_bytes(&self.layers, uuid).unwrap_or(0);
+                let bytes = allocated_bytes(&self.layers_dir, uuid).unwrap_or(0);
                 unused.push(UnusedLayer { uuid, bytes });
             }
         }
@@ -112,7 +112,7 @@ impl LockedOverlay {
     /// # Errors
     /// The host's errno.
     pub fn remove_unused(&self, layer: UnusedLayer) -> io::Result<()> {
-        remove_layer(&self.layers, layer.uuid)
+        remove_layer(&self.layers_dir, layer.uuid)
     }
 
     /// Returns the files that a killed daemon left behind, as directory and name.
@@ -130,7 +130,7 @@ impl LockedOverlay {
         };
         add(&self.dir, &["stack.new", "holder.new", "holder"])?;
         for layer in &self.stack.layers {
-            add(&confined::open_subdir(&self.layers, layer.uuid.to_string())?, &["log.new"])?;
+            add(&confined::open_subdir(&self.layers_dir, layer.uuid.to_string())?, &["log.new"])?;
         }
         Ok(found)
     }
@@ -156,11 +156,11 @@ impl LockedOverlay {
     /// [`OverlayError`]; the layer is unchanged in that case.
     pub fn recover(&self, record: &LayerRecord) -> Result<Recovered, OverlayError> {
         if self.stack.layers.last() != Some(record) {
-            return open_sealed(&self.layers, record).map(|(_, recovered)| recovered);
+            return open_sealed(&self.layers_dir, record).map(|(_, recovered)| recovered);
         }
         let tag = boot_tag::current(&self.dir).map_err(doing("reading the boot id"))?;
         let in_log = |error| OverlayError::Log { uuid: record.uuid, error };
-        let files = open_layer_files(&self.layers, record, |_| Ok(()))?.files;
+        let files = open_layer_files(&self.layers_dir, record, |_| Ok(()))?.files;
         let (top, recovered) = Overlay::open(&files, tag, None).map_err(in_log)?;
         top.close_sealed().map_err(doing("closing its log"))?;
         Ok(recovered)
@@ -217,8 +217,8 @@ fn summarize(files: &LayerFiles, tag: BootTag) -> Result<LayerSummary, OverlayEr
 }
 
 /// Returns the bytes that the files of a layer take on the host.
-fn allocated_bytes(layers: &File, uuid: Uuid) -> io::Result<u64> {
-    let dir = confined::open_subdir(layers, uuid.to_string())?;
+fn allocated_bytes(layers_dir: &File, uuid: Uuid) -> io::Result<u64> {
+    let dir = confined::open_subdir(layers_dir, uuid.to_string())?;
     let mut blocks = 0;
     for entry in rustix::fs::Dir::read_from(&dir)? {
         let entry = entry?;

@@ -53,7 +53,7 @@ pub fn create(path: OverlayPath<'_>, new: NewOverlay<'_>) -> Result<OpenedOverla
     let part = NewLayer {
         record: stack.top_layer()?,
         map: map.clone(),
-        make_data: Box::new(|layer: &File| empty_data(layer, map.size)),
+        make_data: Box::new(|dir: &File| empty_data(dir, map.size)),
     };
     build(path, stack, vec![part], limit)
 }
@@ -77,15 +77,15 @@ pub fn build(
         staging::remove_all_abandoned(parent);
     }
     let staging_dir = StagingDir::new(parent).map_err(doing("making a directory beside it"))?;
-    let layers = match path.layers {
+    let layers_dir = match path.layers {
         None => confined::create_dir(staging_dir.dir(), "layers"),
-        Some(layers) => open_dir(layers),
+        Some(layers_dir) => open_dir(layers_dir),
     };
-    let layers = layers.map_err(doing("making its layers"))?;
+    let layers_dir = layers_dir.map_err(doing("making its layers"))?;
     let uuids: Vec<Uuid> = parts.iter().map(|part| part.record.uuid).collect();
     // Not moved into a closure: an abandoned `StagingDir` removes itself when dropped, which must
     // happen last, when the other descriptors are closed.
-    let made = match build_in(staging_dir.dir(), &layers, &stack, parts, limit) {
+    let made = match build_in(staging_dir.dir(), &layers_dir, &stack, parts, limit) {
         Ok(made) => staging_dir
             .move_into_place(path.dir, parent)
             .map(|dir| (made, dir))
@@ -94,7 +94,7 @@ pub fn build(
     };
     match made {
         Ok(((overlay, below, lock), dir)) => {
-            let dir = OverlayDir::new(stack, dir, layers, lock);
+            let dir = OverlayDir::new(stack, dir, layers_dir, lock);
             let (snapshot_layers, recovered) = (Vec::new(), Recovered::New);
             Ok(OpenedOverlay { overlay, below, snapshot_layers, recovered, dir })
         }
@@ -102,7 +102,7 @@ pub fn build(
             if path.layers.is_some() {
                 // These layers are not inside the temporary directory, which removes itself.
                 uuids.into_iter().for_each(|uuid| {
-                    let _ = remove_layer(&layers, uuid);
+                    let _ = remove_layer(&layers_dir, uuid);
                 });
             }
             Err(error)
@@ -115,7 +115,7 @@ type BuiltLayers = (Overlay, Vec<Arc<Overlay>>, File);
 
 fn build_in(
     dir: &File,
-    layers: &File,
+    layers_dir: &File,
     stack: &Stack,
     parts: Vec<NewLayer<'_>>,
     limit: Option<u64>,
@@ -125,7 +125,7 @@ fn build_in(
     for NewLayer { record, map, make_data } in parts {
         let is_top = Some(&record) == stack.layers.last();
         let limit = limit.filter(|_| is_top);
-        let (layer, lock) = make_layer(layers, &record, &map, limit, make_data)?;
+        let (layer, lock) = make_layer(layers_dir, &record, &map, limit, make_data)?;
         if is_top {
             top = Some((layer, lock));
         } else {

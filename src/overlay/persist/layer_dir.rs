@@ -133,19 +133,19 @@ pub(in crate::overlay) struct LockedLayer {
     pub(in crate::overlay) files: LayerFiles,
 }
 
-/// Opens the files of the layer `record` below the directory `layers`. `lock` takes the lock on
+/// Opens the files of the layer `record` below the directory `layers_dir`. `lock` takes the lock on
 /// the data before the log is opened, because the holder of the lock may replace the log.
 ///
 /// # Errors
 /// [`OverlayError`]: the host's errno, or the errors of `lock`.
 pub(in crate::overlay) fn open_layer_files(
-    layers: &File,
+    layers_dir: &File,
     record: &LayerRecord,
     lock: impl FnOnce(&File) -> Result<(), OverlayError>,
 ) -> Result<LockedLayer, OverlayError> {
     let name = record.uuid.to_string();
     let open = |dir: &File, name: &str| confined::open_file(dir, name, FileAccess::AsAllowed);
-    let dir = confined::open_subdir(layers, &name).map_err(doing("opening its layer"))?;
+    let dir = confined::open_subdir(layers_dir, &name).map_err(doing("opening its layer"))?;
     let first = open(&dir, "data").map_err(doing("opening its data"))?;
     lock(&first)?;
     let log = open(&dir, "log").map_err(doing("opening its log"))?;
@@ -166,33 +166,33 @@ pub(in crate::overlay) fn open_layer_files(
 
 /// Creates an empty data file for a disk of `size` bytes. The file has its full length from the
 /// start, so that later writes change only blocks and not the length.
-pub(in crate::overlay) fn empty_data(layer: &File, size: u64) -> io::Result<HostFile> {
-    let file = confined::create_file(layer, "data")?;
+pub(in crate::overlay) fn empty_data(dir: &File, size: u64) -> io::Result<HostFile> {
+    let file = confined::create_file(dir, "data")?;
     file.set_len(size.min(SEGMENT_LEN)).map_err(explain_size_error)?;
-    data_file_in(layer.try_clone()?, file)
+    data_file_in(dir.try_clone()?, file)
 }
 
 /// Creates the files of a layer, durably, and locks the layer.
 pub(super) fn make_layer(
-    layers: &File,
+    layers_dir: &File,
     record: &LayerRecord,
     map: &LayerMap,
     limit: Option<u64>,
     make_data: impl FnOnce(&File) -> io::Result<HostFile>,
 ) -> Result<(Overlay, File), OverlayError> {
-    let layer =
-        confined::create_dir(layers, record.uuid.to_string()).map_err(doing("making its layer"))?;
-    let data = make_data(&layer).map_err(doing("making its data"))?;
+    let dir = confined::create_dir(layers_dir, record.uuid.to_string())
+        .map_err(doing("making its layer"))?;
+    let data = make_data(&dir).map_err(doing("making its data"))?;
     data.sync().map_err(doing("making its data durable"))?;
     let lock = data.first().try_clone().map_err(doing("locking it"))?;
     rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive)
         .map_err(|error| doing("locking it")(error.into()))?;
     let start = || -> io::Result<(Log, BootTag)> {
-        let tag = boot_tag::current(&layer)?;
-        let log_dir = Arc::new(LayerDir { dir: layer.try_clone()? });
+        let tag = boot_tag::current(&dir)?;
+        let log_dir = Arc::new(LayerDir { dir: dir.try_clone()? });
         let log = Log::create(log_dir, record.uuid, u64::from(record.block), map, tag, 1)?;
-        layer.sync_all()?;
-        layers.sync_all()?;
+        dir.sync_all()?;
+        layers_dir.sync_all()?;
         Ok((log, tag))
     };
     let (log, tag) = start().map_err(doing("writing its log"))?;
@@ -203,12 +203,12 @@ pub(super) fn make_layer(
 /// Opens a sealed layer. A layer that was not closed is first recovered, made durable and closed,
 /// by one process at a time.
 pub(in crate::overlay) fn open_sealed(
-    layers: &File,
+    layers_dir: &File,
     record: &LayerRecord,
 ) -> Result<(Arc<Overlay>, Recovered), OverlayError> {
     let in_log = |error| OverlayError::Log { uuid: record.uuid, error };
-    let LockedLayer { lock, files } = open_layer_files(layers, record, |_| Ok(()))?;
-    let tag = boot_tag::current(layers).map_err(doing("reading the boot id"))?;
+    let LockedLayer { lock, files } = open_layer_files(layers_dir, record, |_| Ok(()))?;
+    let tag = boot_tag::current(layers_dir).map_err(doing("reading the boot id"))?;
     let trusted = recover::examine(&files, tag).map_err(in_log)?;
     if trusted.recovered == Recovered::Clean {
         let map = recover::load_map(&files, &trusted).map_err(in_log)?;
@@ -228,16 +228,16 @@ pub(in crate::overlay) fn open_sealed(
 ///
 /// # Errors
 /// The host's errno; an error that names the foreign file.
-pub(crate) fn remove_layer(layers: &File, uuid: Uuid) -> io::Result<()> {
+pub(crate) fn remove_layer(layers_dir: &File, uuid: Uuid) -> io::Result<()> {
     let name = uuid.to_string();
-    let dir = confined::open_subdir(layers, &name)?;
+    let dir = confined::open_subdir(layers_dir, &name)?;
     let files = entry_names(&dir)?;
     if let Some(other) = files.iter().find(|file| !is_layer_file(file)) {
         return Err(foreign_entry_error(&format!("layers/{name}"), other));
     }
     let before = files.iter().map(String::as_str).filter(|file| *file != "data");
     before.chain(["data"]).try_for_each(|file| confined::remove_file(&dir, file))?;
-    Ok(rustix::fs::unlinkat(layers, &name, AtFlags::REMOVEDIR)?)
+    Ok(rustix::fs::unlinkat(layers_dir, &name, AtFlags::REMOVEDIR)?)
 }
 
 /// Returns whether `name` is the name of a layer's file.

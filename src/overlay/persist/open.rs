@@ -35,7 +35,7 @@ pub struct LockedOverlay {
     /// The layers and the base of the disk.
     pub stack: Stack,
     pub(in crate::overlay) dir: File,
-    pub(in crate::overlay) layers: File,
+    pub(in crate::overlay) layers_dir: File,
     lock: File,
     files: LayerFiles,
     top: LayerRecord,
@@ -49,25 +49,25 @@ pub fn lock_overlay(path: OverlayPath<'_>) -> Result<LockedOverlay, OverlayError
     let dir = open_overlay_dir(path.dir)?;
     // Checked before the layers are opened: a reflink overlay has none.
     let mut record = Stack::read(&dir)?.top_layer()?;
-    let layers = match path.layers {
+    let layers_dir = match path.layers {
         None => confined::open_subdir(&dir, "layers"),
-        Some(layers) => open_dir(layers).and_then(|dir| {
+        Some(layers_dir) => open_dir(layers_dir).and_then(|dir| {
             trust::check(&dir).map_err(io::Error::other)?;
             Ok(dir)
         }),
     };
-    let layers = layers.map_err(|error| match error.kind() {
+    let layers_dir = layers_dir.map_err(|error| match error.kind() {
         std::io::ErrorKind::NotFound if path.layers.is_none() => OverlayError::NoLayers,
         _ => doing("opening its layers")(error),
     })?;
     loop {
-        let layer = open_layer_files(&layers, &record, |data| take_lock(&dir, data))?;
+        let layer = open_layer_files(&layers_dir, &record, |data| take_lock(&dir, data))?;
         // Read again under the lock: the last holder may have changed the stack.
         let stack = Stack::read(&dir)?;
         let top = stack.top_layer()?;
         if top == record {
             let (lock, files) = (layer.lock, layer.files);
-            return Ok(LockedOverlay { stack, dir, layers, lock, files, top: record });
+            return Ok(LockedOverlay { stack, dir, layers_dir, lock, files, top: record });
         }
         record = top;
     }
@@ -146,7 +146,7 @@ impl LockedOverlay {
         // The lowest layer first: a layer must be recovered before the layers above it are read.
         for record in self.stack.tree().live().iter().skip(1).rev() {
             below.push(cache.get_or_open(record.uuid, || {
-                let (layer, found) = open_sealed(&self.layers, record)?;
+                let (layer, found) = open_sealed(&self.layers_dir, record)?;
                 recovered = recovered.combine(found);
                 Ok::<_, OverlayError>(layer)
             })?);
@@ -156,9 +156,9 @@ impl LockedOverlay {
         let held: u64 = below.iter().map(|layer| layer.usage().data).sum();
         let limit = limit.map(|limit| limit.saturating_sub(held));
         let (overlay, found) = Overlay::open(&self.files, tag, limit).map_err(self.log_error())?;
-        let Self { stack, dir, layers, lock, .. } = self;
+        let Self { stack, dir, layers_dir, lock, .. } = self;
         let (recovered, dir) =
-            (recovered.combine(found), OverlayDir::new(stack, dir, layers, lock));
+            (recovered.combine(found), OverlayDir::new(stack, dir, layers_dir, lock));
         Ok(OpenedOverlay { overlay, below, snapshot_layers, recovered, dir })
     }
 
@@ -170,7 +170,7 @@ impl LockedOverlay {
         let side_layers = tree.layers.iter().filter(|layer| !live.contains(&layer.uuid));
         let open = |record: &LayerRecord| {
             let opened = cache.get_or_open(record.uuid, || {
-                open_sealed(&self.layers, record).map(|(layer, _)| layer)
+                open_sealed(&self.layers_dir, record).map(|(layer, _)| layer)
             });
             match opened {
                 Ok(layer) => Some((record.uuid, layer)),
@@ -197,7 +197,7 @@ impl LockedOverlay {
     /// Returns the locked directory, for a caller that changes the `stack` but reads no layer.
     #[must_use]
     pub fn into_dir(self) -> OverlayDir {
-        let Self { stack, dir, layers, lock, .. } = self;
-        OverlayDir::new(stack, dir, layers, lock)
+        let Self { stack, dir, layers_dir, lock, .. } = self;
+        OverlayDir::new(stack, dir, layers_dir, lock)
     }
 }

@@ -47,7 +47,7 @@ pub struct OverlayDir {
     /// The layers and the base of the disk.
     pub stack: Stack,
     dir: File,
-    layers: File,
+    layers_dir: File,
     /// The lock; released when the last descriptor of this open file is closed.
     lock: File,
     /// Whether the `stack` on disk may differ from this one.
@@ -56,8 +56,8 @@ pub struct OverlayDir {
 
 impl OverlayDir {
     /// Combines the open directory `dir` of an overlay, the directory of its layers, and the lock.
-    pub(in crate::overlay) fn new(stack: Stack, dir: File, layers: File, lock: File) -> Self {
-        Self { stack, dir, layers, lock, torn: false }
+    pub(in crate::overlay) fn new(stack: Stack, dir: File, layers_dir: File, lock: File) -> Self {
+        Self { stack, dir, layers_dir, lock, torn: false }
     }
 
     /// Replaces the `stack`, durably.
@@ -120,7 +120,7 @@ impl OverlayDir {
         map: &LayerMap,
         limit: Option<u64>,
     ) -> Result<(Overlay, File), OverlayError> {
-        make_layer(&self.layers, record, map, limit, |layer| empty_data(layer, map.size))
+        make_layer(&self.layers_dir, record, map, limit, |dir| empty_data(dir, map.size))
             .inspect_err(|_| self.remove_layer(record.uuid))
     }
 
@@ -133,7 +133,7 @@ impl OverlayDir {
         let record = record.ok_or_else(|| {
             doing("opening its layer")(io::Error::from_raw_os_error(libc::ENOENT))
         })?;
-        cache.get_or_open(uuid, || open_sealed(&self.layers, record).map(|(layer, _)| layer))
+        cache.get_or_open(uuid, || open_sealed(&self.layers_dir, record).map(|(layer, _)| layer))
     }
 
     /// Removes the files of a layer that no stack names any more. Best effort: remaining files are
@@ -142,7 +142,7 @@ impl OverlayDir {
         if self.torn {
             return; // The stack on disk may still name the layer.
         }
-        if let Err(error) = remove_layer(&self.layers, uuid) {
+        if let Err(error) = remove_layer(&self.layers_dir, uuid) {
             log::debug!("the files of layer {uuid} are left behind: {error}");
         }
     }

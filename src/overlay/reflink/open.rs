@@ -120,8 +120,8 @@ impl ReflinkDir {
         };
         let (layer, dir, lock) = open().map_err(doing("opening its data"))?;
         // A reflink overlay has no layers, so nothing is looked up in their directory.
-        let layers = dir.try_clone().map_err(doing("opening it"))?;
-        let dir = OverlayDir::new(self.stack, dir, layers, lock);
+        let layers_dir = dir.try_clone().map_err(doing("opening it"))?;
+        let dir = OverlayDir::new(self.stack, dir, layers_dir, lock);
         Ok(OpenedReflink { layer, dir, finished })
     }
 }
