@@ -30,7 +30,7 @@ fuzz_target!(|bytes: &[u8]| {
     for layer in &stack.layers {
         let _ = tree.chain(layer.uuid);
     }
-    let _ = (tree.live(), tree.mergeable(|_| false), stack.base.part());
+    let _ = (tree.top_chain(), tree.mergeable(|_| false), stack.base.part());
     tree.prune();
     // A stack that was read can be written and read again.
     let place = tempfile::tempdir_in(lab.dir()).unwrap();

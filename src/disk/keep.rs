@@ -85,7 +85,7 @@ impl Disk {
             return Err(OpenError::NoDirect { dir: dir.to_owned(), error });
         }
         let OpenedOverlay { overlay, below, snapshot_layers, dir: overlay_dir, .. } = kept;
-        self.history.set_sealed(&tree.live(), &below, snapshot_layers);
+        self.history.set_sealed(&tree.top_chain(), &below, snapshot_layers);
         overlay.set_lower_layers(&below);
         *self.layers.write() = layers.with_top(overlay.into(), below).into();
         self.overlay_location.move_to(overlay_dir, dir);

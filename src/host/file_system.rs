@@ -85,8 +85,9 @@ impl HostFs {
         #[allow(clippy::cast_sign_loss, clippy::unnecessary_cast)]
         let magic = magic as u64 & 0xffff_ffff;
         let known = KNOWN_FILE_SYSTEMS.iter().find(|known| known.0 == magic);
-        Ok(known.map_or(Self { name: "unknown", kind: FsKind::Remote }, |&(_, name, manner)| {
-            Self { name, kind: manner }
+        Ok(known.map_or(Self { name: "unknown", kind: FsKind::Remote }, |&(_, name, kind)| Self {
+            name,
+            kind,
         }))
     }
 }

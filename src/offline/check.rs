@@ -156,7 +156,7 @@ pub(crate) fn check(target: &OverlayTarget, mode: CheckMode) -> Result<CheckRepo
     };
     let tree = overlay.stack.tree();
     let report = |check: LayerCheck| LayerReport {
-        snapshot: tree.name_of(check.record.uuid).map(str::to_owned),
+        snapshot: tree.snapshot_name_of(check.record.uuid).map(str::to_owned),
         is_top: tree.top().is_some_and(|top| top.uuid == check.record.uuid),
         check,
     };
@@ -316,7 +316,7 @@ fn describe_damage(
     let tree = overlay.stack.tree();
     let mut lines = Vec::new();
     for LayerCheck { record, summary } in layers {
-        let layer = match tree.name_of(record.uuid) {
+        let layer = match tree.snapshot_name_of(record.uuid) {
             // A single layer needs no name.
             None if layers.len() == 1 => String::new(),
             Some(name) => format!("layer {} (snapshot '{name}'): ", short_uuid(record.uuid)),

@@ -26,13 +26,17 @@ pub(super) fn segment_ends(data: &dyn Storage) -> io::Result<HashMap<u64, u64>> 
     Ok(ends)
 }
 
-/// Sums up the bytes that `map`, with blocks of `block` bytes, calls Data and that lie past the end
-/// of the data file. Looks at the map only past the ends of segments, so it costs little for an
+/// Sums up the bytes that `map`, with blocks of `block_size` bytes, calls Data and that lie past the
+/// end of the data file. Looks at the map only past the ends of segments, so it costs little for an
 /// intact layer.
 ///
 /// # Errors
 /// The host's errno.
-pub(super) fn missing_data(data: &dyn Storage, map: &LayerMap, block: u64) -> io::Result<ByteSum> {
+pub(super) fn missing_data(
+    data: &dyn Storage,
+    map: &LayerMap,
+    block_size: u64,
+) -> io::Result<ByteSum> {
     let mut missing = ByteSum::default();
     if data.host_file().is_none() {
         return Ok(missing);
@@ -42,10 +46,11 @@ pub(super) fn missing_data(data: &dyn Storage, map: &LayerMap, block: u64) -> io
         if range.is_empty() {
             return;
         }
-        let blocks = BlockIndex(range.start / block)..BlockIndex(range.end.div_ceil(block));
+        let blocks =
+            BlockIndex(range.start / block_size)..BlockIndex(range.end.div_ceil(block_size));
         for run in map.blocks.runs(blocks).filter(|run| run.state == BlockState::Data) {
-            let start = run.range.start.0.saturating_mul(block).max(range.start);
-            let end = run.range.end.0.saturating_mul(block).min(range.end);
+            let start = run.range.start.0.saturating_mul(block_size).max(range.start);
+            let end = run.range.end.0.saturating_mul(block_size).min(range.end);
             missing.add(start..end);
         }
     };
@@ -62,14 +67,15 @@ pub(super) fn missing_data(data: &dyn Storage, map: &LayerMap, block: u64) -> io
 
 /// Describes Data blocks that cannot be valid: past the disk's size, or past the end of the data
 /// file, whose segments end at `ends` (bytes of the disk). One line for each problem.
-pub(super) fn misplaced(map: &LayerMap, block: u64, ends: &HashMap<u64, u64>) -> Vec<String> {
+pub(super) fn misplaced(map: &LayerMap, block_size: u64, ends: &HashMap<u64, u64>) -> Vec<String> {
     let (mut outside, mut missing) = (ByteSum::default(), ByteSum::default());
     let all = BlockIndex(0)..BlockIndex(u64::MAX);
     for run in map.blocks.runs(all).filter(|run| run.state == BlockState::Data) {
-        let bytes = run.range.start.0.saturating_mul(block)..run.range.end.0.saturating_mul(block);
+        let bytes = run.range.start.0.saturating_mul(block_size)
+            ..run.range.end.0.saturating_mul(block_size);
         // The last block may reach past the end of the disk and is stored only up to that end.
         let size = map.size;
-        outside.add(bytes.start.max(size.next_multiple_of(block))..bytes.end);
+        outside.add(bytes.start.max(size.next_multiple_of(block_size))..bytes.end);
         for part in split_by_segment(bytes.start..bytes.end.min(size)) {
             let end = ends.get(&(part.start / SEGMENT_LEN)).copied().unwrap_or(0);
             missing.add(part.start.max(end)..part.end);

@@ -65,10 +65,10 @@ struct EntryHeader {
     number: U32,
     /// The block size in bytes.
     block_size: U32,
-    records: U32,
-    blocks: U32,
+    record_count: U32,
+    block_count: U32,
     indexes: [U64; MAX_ENTRY_BLOCKS],
-    record: [[u8; RECORD_LEN]; MAX_ENTRY_RECORDS],
+    records: [[u8; RECORD_LEN]; MAX_ENTRY_RECORDS],
     reserved: [u8; HEADER_LEN - 40 - 8 * MAX_ENTRY_BLOCKS - RECORD_LEN * MAX_ENTRY_RECORDS],
 }
 
@@ -108,13 +108,13 @@ pub struct JournalContents {
 pub fn read(
     file: &dyn Storage,
     uuid: &Uuid,
-    block: u32,
+    block_size: u32,
     generation: u64,
 ) -> io::Result<JournalContents> {
     let mut found = JournalContents { end: generation + 1, ..JournalContents::default() };
     let mut number = 0;
     let mut at = 0;
-    while let Some((entry, len)) = read_entry(file, uuid, block, (generation, number), at)? {
+    while let Some((entry, len)) = read_entry(file, uuid, block_size, (generation, number), at)? {
         if entry.first != found.end {
             break;
         }
@@ -130,7 +130,7 @@ pub fn read(
 fn read_entry(
     file: &dyn Storage,
     uuid: &Uuid,
-    block: u32,
+    block_size: u32,
     (generation, number): (u64, u32),
     at: u64,
 ) -> io::Result<Option<(JournalEntry, u64)>> {
@@ -140,31 +140,31 @@ fn read_entry(
     let mut head = [0; HEADER_LEN];
     file.read_at(&mut head, at, Wait::Yes)?;
     let Ok(header) = EntryHeader::read_from_bytes(&head) else { return Ok(None) };
-    let (records, blocks) = (header.records.get() as usize, header.blocks.get() as usize);
+    let (records, blocks) = (header.record_count.get() as usize, header.block_count.get() as usize);
     let fits = records <= MAX_ENTRY_RECORDS && blocks <= MAX_ENTRY_BLOCKS;
     let is_next = header.generation == generation && header.number == number;
-    if header.magic != MAGIC || header.block_size != block || !fits || !is_next {
+    if header.magic != MAGIC || header.block_size != block_size || !fits || !is_next {
         return Ok(None);
     }
-    let len = blocks as u64 * u64::from(block);
+    let len = blocks as u64 * u64::from(block_size);
     if len > MAX_ENTRY_BYTES || at + HEADER_LEN as u64 + len > JOURNAL_LEN {
         return Ok(None);
     }
-    let mut bytes = vec![0; blocks * block as usize];
+    let mut bytes = vec![0; blocks * block_size as usize];
     file.read_at(&mut bytes, at + HEADER_LEN as u64, Wait::Yes)?;
     if header.checksum != checksum(uuid, &head[4..], &bytes) {
         return Ok(None);
     }
     let first = header.first.get();
     let mut decoded = Vec::new();
-    for (sequence, record) in (first..).zip(&header.record[..records]) {
+    for (sequence, record) in (first..).zip(&header.records[..records]) {
         match LogRecord::decode(record, uuid) {
             DecodedRecord::Good(found, record) if found == sequence => decoded.push(record),
             _ => return Ok(None),
         }
     }
     let indexes = header.indexes[..blocks].iter().map(|index| BlockIndex(index.get()));
-    let pieces = bytes.chunks(block as usize).map(<[u8]>::to_vec);
+    let pieces = bytes.chunks(block_size as usize).map(<[u8]>::to_vec);
     let entry = JournalEntry { first, records: decoded, blocks: indexes.zip(pieces).collect() };
     Ok(Some((entry, HEADER_LEN as u64 + len)))
 }
@@ -236,9 +236,9 @@ impl Journal {
 
     /// Returns whether an entry with this number of records and blocks could be written. The first
     /// eligible syncs are declined.
-    pub(super) fn accept(&self, records: u64, blocks: usize, block: u64) -> bool {
+    pub(super) fn accept(&self, records: u64, blocks: usize, block_size: u64) -> bool {
         let mut state = self.state.lock();
-        let bytes = blocks as u64 * block;
+        let bytes = blocks as u64 * block_size;
         let fits = records <= MAX_ENTRY_RECORDS as u64
             && blocks <= MAX_ENTRY_BLOCKS
             && bytes <= MAX_ENTRY_BYTES;
@@ -318,12 +318,12 @@ impl EntryHeader {
         header.first = first.into();
         header.number = number.into();
         header.block_size = entry.block_size.into();
-        header.records = u32::try_from(entry.records.len()).unwrap_or(u32::MAX).into();
-        header.blocks = u32::try_from(entry.blocks.len()).unwrap_or(u32::MAX).into();
+        header.record_count = u32::try_from(entry.records.len()).unwrap_or(u32::MAX).into();
+        header.block_count = u32::try_from(entry.blocks.len()).unwrap_or(u32::MAX).into();
         for (slot, index) in header.indexes.iter_mut().zip(entry.blocks) {
             *slot = index.0.into();
         }
-        for (slot, record) in header.record.iter_mut().zip(entry.records) {
+        for (slot, record) in header.records.iter_mut().zip(entry.records) {
             *slot = *record;
         }
         header

@@ -28,7 +28,7 @@ use crate::layer::Wait;
 /// The host's errno from creating an unnamed file in `dir`.
 pub fn temporary(
     dir: &Path,
-    block: u32,
+    block_size: u32,
     size: u64,
     lower_limit: u64,
     limit: Option<u64>,
@@ -37,7 +37,7 @@ pub fn temporary(
     let more = dir.to_owned();
     let data = HostFile::segmented(first, Vec::new(), Box::new(move |_| unnamed_file(&more)));
     let map = LayerMap::new(size, lower_limit);
-    Ok(Overlay::new(block, Arc::new(data), map, None, BootTag([0; 2]), limit))
+    Ok(Overlay::new(block_size, Arc::new(data), map, None, BootTag([0; 2]), limit))
 }
 
 /// Creates a file without a name, to which `keep` can give one.

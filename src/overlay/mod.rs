@@ -147,26 +147,26 @@ pub struct Usage {
 }
 
 impl Overlay {
-    /// Creates an overlay over `data` whose map starts as `map`. `block` is the block size in
-    /// bytes; `limit` caps the bytes of data that the overlay may hold.
+    /// Creates an overlay over `data` whose map starts as `map`. `block_size` is in bytes;
+    /// `limit` caps the bytes of data that the overlay may hold.
     #[must_use]
     pub fn new(
-        block: u32,
+        block_size: u32,
         data: Arc<dyn Storage>,
         map: LayerMap,
         log: Option<Log>,
         tag: BootTag,
         limit: Option<u64>,
     ) -> Self {
-        let block = u64::from(block);
+        let block_size = u64::from(block_size);
         let durable = log.as_ref().map_or(u64::MAX, Log::last_sequence);
         Self {
-            block_size: block,
+            block_size,
             data,
             map: RwLock::new(map),
             log,
             tag,
-            range_locks: RangeLocks::new(block.max(LOCK_UNIT)),
+            range_locks: RangeLocks::new(block_size.max(LOCK_UNIT)),
             readers: Readers::default(),
             pending: Mutex::default(),
             group_commit: GroupCommit::default(),
@@ -177,7 +177,7 @@ impl Overlay {
             small_syncs: AtomicU32::new(0),
             latched: AtomicBool::new(false),
             revision: AtomicU64::new(0),
-            limit: limit.map(|limit| limit / block),
+            limit: limit.map(|limit| limit / block_size),
             unclosed_layers: Mutex::default(),
             commit: CommitTracker::default(),
             is_closed: Mutex::new(false),
@@ -187,8 +187,8 @@ impl Overlay {
 
     /// Creates a layer that was already sealed and closed in good order.
     #[must_use]
-    pub fn closed(block: u32, data: Arc<dyn Storage>, map: LayerMap, tag: BootTag) -> Self {
-        let layer = Self::new(block, data, map, None, tag, None);
+    pub fn closed(block_size: u32, data: Arc<dyn Storage>, map: LayerMap, tag: BootTag) -> Self {
+        let layer = Self::new(block_size, data, map, None, tag, None);
         *layer.is_closed.lock() = true;
         layer
     }

@@ -210,11 +210,11 @@ impl LayerMap {
         Self { blocks: BlockMap::new(), size, lower_limit, mtime: None, is_committing: false }
     }
 
-    /// Applies one record; records must be applied in order. `block` is the block size in bytes.
-    pub fn apply(&mut self, record: &LogRecord, block: u64) {
+    /// Applies one record; records must be applied in order. `block_size` is in bytes.
+    pub fn apply(&mut self, record: &LogRecord, block_size: u64) {
         match record {
             LogRecord::Set { range, state } => self.blocks.set(range.clone(), *state),
-            LogRecord::Size { size, lower_limit } => self.resize(*size, *lower_limit, block),
+            LogRecord::Size { size, lower_limit } => self.resize(*size, *lower_limit, block_size),
             LogRecord::Attr { mtime, origin } => self.mtime = Some((*mtime, *origin)),
             LogRecord::Intent => self.is_committing = true,
             LogRecord::Done => self.is_committing = false,
@@ -227,8 +227,8 @@ impl LayerMap {
 
     /// Applies a `LogRecord::Size`: blocks at or past the smaller size are Lower again. The block
     /// that contains the smaller size keeps its state; its tail was zeroed before the growth.
-    pub fn resize(&mut self, size: u64, lower_limit: u64, block: u64) {
-        let cut = self.size.min(size).div_ceil(block);
+    pub fn resize(&mut self, size: u64, lower_limit: u64, block_size: u64) {
+        let cut = self.size.min(size).div_ceil(block_size);
         self.blocks.clear_from(BlockIndex(cut));
         self.size = size;
         self.lower_limit = lower_limit;

@@ -152,9 +152,9 @@ fn read_journal(files: &LayerFiles, generation: u64) -> io::Result<JournalConten
 /// The host's errno.
 pub fn load_map(files: &LayerFiles, trusted: &TrustedLog) -> Result<LayerMap, LogError> {
     let mut map = LayerMap::new(0, 0);
-    let block = u64::from(files.block_size);
-    log::replay(&*files.log, &files.uuid, trusted.records, block, &mut map)?;
-    trusted.journal.records.iter().for_each(|record| map.apply(record, block));
+    let block_size = u64::from(files.block_size);
+    log::replay(&*files.log, &files.uuid, trusted.records, block_size, &mut map)?;
+    trusted.journal.records.iter().for_each(|record| map.apply(record, block_size));
     Ok(map)
 }
 
@@ -184,15 +184,15 @@ pub fn open_log(files: &LayerFiles, tag: BootTag) -> Result<(LayerMap, Log, Reco
         check_data(files, &map)?;
     }
     let log_dir = Arc::clone(&files.log_dir);
-    let (uuid, block) = (files.uuid, u64::from(files.block_size));
+    let (uuid, block_size) = (files.uuid, u64::from(files.block_size));
     let is_kept =
         trusted.recovered == Recovered::Clean && !log::is_worth_rewriting(&trusted.scan, &map);
     let log = if is_kept {
-        Log::reopen(log_dir, uuid, block, Arc::clone(&files.log), &trusted.scan, tag)?
+        Log::reopen(log_dir, uuid, block_size, Arc::clone(&files.log), &trusted.scan, tag)?
     } else {
         replay_journal(files, &trusted, &map)?;
         let first = trusted.scan.highest.max(trusted.journal.end) + 1;
-        let log = Log::create(log_dir, uuid, block, &map, tag, first)?;
+        let log = Log::create(log_dir, uuid, block_size, &map, tag, first)?;
         journal::clear(&*files.log_dir);
         log
     };

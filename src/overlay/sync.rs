@@ -150,7 +150,7 @@ impl Overlay {
         {
             return false;
         }
-        let Ok(block) = u32::try_from(self.block_size) else { return false };
+        let Ok(block_size) = u32::try_from(self.block_size) else { return false };
         if !self.journal.accept(count, dirty.len(), self.block_size) {
             return false;
         }
@@ -160,7 +160,7 @@ impl Overlay {
         };
         let uuid = log.uuid();
         let (blocks, bytes, records) = (dirty, &bytes[..], &records[..]);
-        let entry = NewEntry { uuid, block_size: block, generation, records, blocks, bytes };
+        let entry = NewEntry { uuid, block_size, generation, records, blocks, bytes };
         self.journal.write(log.dir(), &entry)
     }
 

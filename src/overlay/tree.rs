@@ -135,7 +135,7 @@ impl LayerTree {
 
     /// Returns the name of the first snapshot of the layer `uuid`.
     #[must_use]
-    pub fn name_of(&self, uuid: Uuid) -> Option<&str> {
+    pub fn snapshot_name_of(&self, uuid: Uuid) -> Option<&str> {
         let found = self.snapshots.iter().find(|snapshot| snapshot.layer == uuid)?;
         Some(&found.name)
     }
@@ -157,7 +157,7 @@ impl LayerTree {
 
     /// Returns the top and all below it, top to bottom.
     #[must_use]
-    pub fn live(&self) -> Vec<LayerRecord> {
+    pub fn top_chain(&self) -> Vec<LayerRecord> {
         self.top().map_or_else(Vec::new, |top| self.chain(top.uuid))
     }
 
@@ -197,7 +197,7 @@ impl LayerTree {
             let (child, None) = (children.next()?, children.next()) else {
                 return None;
             };
-            let is_nameless = self.name_of(layer.uuid).is_none();
+            let is_nameless = self.snapshot_name_of(layer.uuid).is_none();
             let is_free = !is_shared(layer.uuid) && !is_shared(child.uuid);
             (is_nameless && is_free).then_some(child)
         };
@@ -258,9 +258,9 @@ mod tests {
     #[test]
     fn a_chain_goes_down_to_the_base() {
         let tree = sample();
-        assert_eq!(uuids(&tree.live()), [id(4), id(2), id(1)]);
+        assert_eq!(uuids(&tree.top_chain()), [id(4), id(2), id(1)]);
         assert_eq!(uuids(&tree.chain(id(3))), [id(3), id(2), id(1)]);
-        assert_eq!(tree.name_of(id(3)), Some("b"));
+        assert_eq!(tree.snapshot_name_of(id(3)), Some("b"));
     }
 
     #[test]
@@ -309,8 +309,8 @@ mod tests {
         assert_eq!(tree.mergeable(alone), Some((id(1), id(6))));
         tree.replace(id(6), id(1), id(9));
         assert_eq!(tree.fault(), None);
-        assert_eq!(uuids(&tree.live()), [id(8), id(7), id(9)]);
-        assert_eq!(tree.name_of(id(9)), Some("c"));
+        assert_eq!(uuids(&tree.top_chain()), [id(8), id(7), id(9)]);
+        assert_eq!(tree.snapshot_name_of(id(9)), Some("c"));
     }
 
     #[test]
@@ -323,8 +323,8 @@ mod tests {
         tree.snapshots = vec![name];
         tree.replace(id(4), id(2), id(9));
         assert_eq!(tree.fault(), None);
-        assert_eq!(uuids(&tree.live()), [id(5), id(9), id(1)]);
-        assert_eq!(tree.name_of(id(9)), Some("c"));
+        assert_eq!(uuids(&tree.top_chain()), [id(5), id(9), id(1)]);
+        assert_eq!(tree.snapshot_name_of(id(9)), Some("c"));
         assert_eq!(tree.layers.len(), 3);
     }
 

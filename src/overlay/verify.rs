@@ -196,22 +196,22 @@ fn summarize(files: &LayerFiles, tag: BootTag) -> Result<LayerSummary, OverlayEr
     let trusted = recover::examine(files, tag).map_err(in_log)?;
     let map = recover::load_map(files, &trusted).map_err(in_log)?;
     let mut ends = segment_ends(&*files.data).map_err(doing("looking at its data"))?;
-    let block = u64::from(files.block_size);
+    let block_size = u64::from(files.block_size);
     for held in trusted.journal.blocks.keys() {
         // Opening the layer writes these bytes into the data file.
-        let end = (held.0 + 1).saturating_mul(block);
+        let end = (held.0 + 1).saturating_mul(block_size);
         let known = ends.entry((end - 1) / SEGMENT_LEN).or_default();
         *known = end.max(*known);
     }
     Ok(LayerSummary {
         size: map.size,
         lower_limit: map.lower_limit,
-        data: map.blocks.data_blocks().saturating_mul(block),
-        zero: map.blocks.zero_blocks().saturating_mul(block),
+        data: map.blocks.data_blocks().saturating_mul(block_size),
+        zero: map.blocks.zero_blocks().saturating_mul(block_size),
         good_records: trusted.scan.good,
         trusted_records: trusted.records,
         recovered: trusted.recovered,
-        misplaced: misplaced(&map, block, &ends),
+        misplaced: misplaced(&map, block_size, &ends),
         is_rewritten: trusted.scan.first > 1,
     })
 }

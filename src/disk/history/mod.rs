@@ -165,7 +165,7 @@ impl Disk {
         let layer_cache = self.history.layer_cache();
         let _layers_locked = layer_cache.lock_changes();
         self.replace_tree(&next, None)?;
-        if next.name_of(layer).is_none()
+        if next.snapshot_name_of(layer).is_none()
             && let Some(file) = self.history.snapshot_files.lock().get(&layer)
         {
             file.mark_unlinked();

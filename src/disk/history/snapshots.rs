@@ -113,13 +113,13 @@ impl Disk {
         };
         let mut all = vec![Arc::clone(top)];
         all.extend(layers.sealed_layers().iter().cloned());
-        let live = tree.live();
+        let live = tree.top_chain();
         let visible = self.visible_usage(top, live.first().map(|top| top.uuid), &all);
         let mut since = Usage { data: 0, zero: 0 };
         let entries = live.iter().zip(all.iter().zip(visible));
         let describe = |(record, (layer, visible)): (&LayerRecord, (&Arc<Overlay>, Usage))| {
             since = add_usage(since, visible);
-            let name = tree.name_of(record.uuid).map(str::to_owned);
+            let name = tree.snapshot_name_of(record.uuid).map(str::to_owned);
             LayerUsage { name, uuid: record.uuid, usage: layer.usage(), since }
         };
         entries.map(describe).collect()

@@ -164,7 +164,7 @@ pub(super) fn assemble_persistent(
     if is_read_only {
         notes.push(READ_ONLY_NOTE.to_owned());
     }
-    let chain = stack.tree().live();
+    let chain = stack.tree().top_chain();
     let uuid = stack.uuid;
     let layers = overlay_layers(overlay, below.clone(), base);
     if let Some(top) = layers.top.overlay() {

@@ -154,7 +154,7 @@ pub fn clone_stored(
     }
     let mut created = persist::create(overlay, new).map_err(OpenError::overlay(overlay.dir))?;
     drop(layers_locked);
-    for record in tree.live().iter().skip(1) {
+    for record in tree.top_chain().iter().skip(1) {
         let layer = created
             .dir
             .open_layer(record.uuid, layer_cache)

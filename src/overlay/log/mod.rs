@@ -157,7 +157,7 @@ impl Log {
     pub fn create(
         log_dir: Arc<dyn LogDir>,
         uuid: Uuid,
-        block: u64,
+        block_size: u64,
         map: &LayerMap,
         tag: BootTag,
         first: u64,
@@ -175,7 +175,7 @@ impl Log {
         })?;
         dir_synced?;
         // The last record vouches for all records.
-        Ok(Self::from_parts(log_dir, uuid, block, file, (first, next), next - 1))
+        Ok(Self::from_parts(log_dir, uuid, block_size, file, (first, next), next - 1))
     }
 
     /// Continues a log that was closed in good order.
@@ -185,7 +185,7 @@ impl Log {
     pub fn reopen(
         log_dir: Arc<dyn LogDir>,
         uuid: Uuid,
-        block: u64,
+        block_size: u64,
         file: Arc<dyn Storage>,
         scan: &LogScan,
         tag: BootTag,
@@ -194,7 +194,7 @@ impl Log {
         let log = Self::from_parts(
             log_dir,
             uuid,
-            block,
+            block_size,
             file,
             (scan.first, scan.last_sequence() + 1),
             vouched,
@@ -209,7 +209,7 @@ impl Log {
     fn from_parts(
         log_dir: Arc<dyn LogDir>,
         uuid: Uuid,
-        block: u64,
+        block_size: u64,
         file: Arc<dyn Storage>,
         (first, next): (u64, u64),
         vouched: u64,
@@ -218,7 +218,7 @@ impl Log {
         let tail = LogTail { file, first, next, preallocated: 0, compact_at, dir_sync_error: None };
         Self {
             uuid,
-            block_size: block,
+            block_size,
             dir: log_dir,
             tail: Mutex::new(tail),
             vouched: AtomicU64::new(vouched),

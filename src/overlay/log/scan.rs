@@ -163,12 +163,12 @@ pub fn replay(
     file: &dyn Storage,
     uuid: &Uuid,
     count: u64,
-    block: u64,
+    block_size: u64,
     map: &mut LayerMap,
 ) -> io::Result<()> {
     for_each_record(file, 0, count, &mut |bytes| match LogRecord::decode(bytes, uuid) {
         DecodedRecord::Good(_, record) => {
-            map.apply(&record, block);
+            map.apply(&record, block_size);
             Ok(())
         }
         _ => Err(host::os_error(libc::EIO)),

@@ -136,7 +136,7 @@ fn build_in(
     let no_layer = || OverlayError::Syntax("it has no layer".to_owned());
     let (overlay, lock) = top.ok_or_else(no_layer)?;
     stack.write(dir)?;
-    let below = stack.tree().live().into_iter().skip(1);
+    let below = stack.tree().top_chain().into_iter().skip(1);
     let below = below.filter_map(|record| sealed.get(&record.uuid).cloned()).collect();
     Ok((overlay, below, lock))
 }

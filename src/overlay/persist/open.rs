@@ -144,7 +144,7 @@ impl LockedOverlay {
         let mut recovered = Recovered::Clean;
         let mut below = Vec::new();
         // The lowest layer first: a layer must be recovered before the layers above it are read.
-        for record in self.stack.tree().live().iter().skip(1).rev() {
+        for record in self.stack.tree().top_chain().iter().skip(1).rev() {
             below.push(cache.get_or_open(record.uuid, || {
                 let (layer, found) = open_sealed(&self.layers_dir, record)?;
                 recovered = recovered.combine(found);
@@ -165,9 +165,9 @@ impl LockedOverlay {
     /// Opens the layers that only snapshots use: this disk has to make them durable, too.
     fn open_snapshot_layers(&self, cache: &LayerCache) -> Vec<(Uuid, Arc<Overlay>)> {
         let tree = self.stack.tree();
-        let live: Vec<Uuid> = tree.live().iter().map(|layer| layer.uuid).collect();
+        let chain: Vec<Uuid> = tree.top_chain().iter().map(|layer| layer.uuid).collect();
         // The tree lists each layer after its parent.
-        let side_layers = tree.layers.iter().filter(|layer| !live.contains(&layer.uuid));
+        let side_layers = tree.layers.iter().filter(|layer| !chain.contains(&layer.uuid));
         let open = |record: &LayerRecord| {
             let opened = cache.get_or_open(record.uuid, || {
                 open_sealed(&self.layers_dir, record).map(|(layer, _)| layer)
