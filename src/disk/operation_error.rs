@@ -51,7 +51,7 @@ pub enum OperationError {
     Interrupted,
     /// The overlay's files failed.
     #[error(transparent)]
-    Stack(#[from] OverlayError),
+    Overlay(#[from] OverlayError),
     /// The reflink overlay failed.
     #[error("it {0}")]
     Reflink(#[from] ReflinkError),

@@ -539,7 +539,7 @@ fn find(dir: &Path) -> Result<reflink::LockedReflink, ReflinkError> {
     let deadline = Instant::now() + WAIT_TIMEOUT;
     loop {
         match reflink::lock_overlay(dir) {
-            Err(ReflinkError::Stack(OverlayError::InUse { .. })) if Instant::now() < deadline => {
+            Err(ReflinkError::Overlay(OverlayError::InUse { .. })) if Instant::now() < deadline => {
                 thread::sleep(Duration::from_millis(1));
             }
             found => return found,
@@ -742,7 +742,7 @@ fn overlay_lock_follows_the_data_file_across_a_rename() {
     let one = create(&lab);
     fs::rename(lab.path("host/ov"), lab.path("host/renamed")).unwrap();
     let two = reflink::lock_overlay(Path::new(&lab.path("host/renamed")));
-    assert!(matches!(two, Err(ReflinkError::Stack(OverlayError::InUse { .. }))));
+    assert!(matches!(two, Err(ReflinkError::Overlay(OverlayError::InUse { .. }))));
     drop(one);
     find(&lab.path("host/renamed")).unwrap();
 }

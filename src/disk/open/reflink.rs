@@ -90,7 +90,7 @@ pub(super) fn open(
 /// Adds the overlay's directory to an error.
 fn reflink_error(dir: &Path) -> impl Fn(ReflinkError) -> OpenError {
     move |error| match error {
-        ReflinkError::Stack(error) => OpenError::overlay(dir)(error),
+        ReflinkError::Overlay(error) => OpenError::overlay(dir)(error),
         error => OpenError::Mismatch { dir: dir.to_owned(), why: error.to_string() },
     }
 }

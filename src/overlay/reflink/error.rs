@@ -11,7 +11,7 @@ use crate::overlay::error::OverlayError;
 pub enum ReflinkError {
     /// An error of the directory, its `stack` or its lock.
     #[error(transparent)]
-    Stack(#[from] OverlayError),
+    Overlay(#[from] OverlayError),
     /// The base's blocks cannot be shared across file systems.
     #[error(
         "is not on the file system of its base '{}', so it cannot share its blocks: put it there, or leave out reflink",
@@ -71,7 +71,7 @@ impl ReflinkError {
     #[must_use]
     pub fn errno(&self) -> Option<i32> {
         match self {
-            Self::Stack(OverlayError::Io { error, .. })
+            Self::Overlay(OverlayError::Io { error, .. })
             | Self::NoReflinks { error, .. }
             | Self::Unfinished { error, .. } => error.raw_os_error(),
             Self::NoSnapshot(_) => Some(libc::ENOENT),
