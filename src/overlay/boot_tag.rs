@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use uuid::Uuid;
 
 use super::record::BootTag;
+use crate::host::file_system::HostFs;
 
 /// The bit that marks a tag made from a mount id, so that it never equals one made from an inode.
 const MOUNT_ID_BIT: u64 = 1 << 63;
@@ -50,13 +51,8 @@ fn superblock_inode(dir: &File, dev: u64) -> Option<u64> {
 
 /// Returns the name of the directory in sysfs for the file system type of `dir`, if there is one.
 fn sysfs_name(dir: &File) -> Option<&'static str> {
-    // File system magic numbers, see statfs(2).
-    match rustix::fs::fstatfs(dir).ok()?.f_type {
-        0xEF53 => Some("ext4"),
-        0x5846_5342 => Some("xfs"),
-        0x9123_683E => Some("btrfs"),
-        _ => None,
-    }
+    let name = HostFs::of(dir).ok()?.name;
+    matches!(name, "ext4" | "xfs" | "btrfs").then_some(name)
 }
 
 /// Returns the file system's uuid by `BTRFS_IOC_FS_INFO` (linux/btrfs.h): two u64, then its 16

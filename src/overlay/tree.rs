@@ -19,6 +19,9 @@ use crate::name::{self, NameError};
 /// The most layers that an overlay may have.
 pub const MAX_LAYERS: usize = 1 << 15;
 
+/// Prefix of the names of a difference's files, which lie beside those of the snapshots.
+pub const DIFF_FILE_PREFIX: &str = ".frozen-";
+
 /// One layer of an overlay.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -65,7 +68,9 @@ pub fn check_name(name: &str) -> Result<(), &'static str> {
         Err(NameError::Slash) => Err("holds a '/': a snapshot is also a file of that name"),
         Err(NameError::ControlCharacter) => Err("holds a control character"),
         Err(NameError::TooLong) => Err("is longer than 255 bytes"),
-        Ok(()) if name.starts_with(".frozen-") => Err("is no name for a snapshot: take a word"),
+        Ok(()) if name.starts_with(DIFF_FILE_PREFIX) => {
+            Err("is no name for a snapshot: take a word")
+        }
         Ok(()) => Ok(()),
     }
 }

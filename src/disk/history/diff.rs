@@ -27,9 +27,8 @@ use crate::disk::operation_error::OperationError;
 use crate::extents::{Extent, ExtentKind};
 use crate::layer::{CopyFn, Layer, Wait};
 use crate::overlay::sealed::Sealed;
+use crate::overlay::tree::DIFF_FILE_PREFIX;
 
-/// Prefix of the names of a difference's files; a snapshot's name cannot start like this.
-const DIFF_FILE_PREFIX: &str = ".frozen-";
 /// How long the requester may take to look the files up, and then to open them.
 const LOOKUP_TIMEOUT: Duration = Duration::from_secs(30);
 const OPEN_TIMEOUT: Duration = Duration::from_secs(2);
