@@ -38,7 +38,7 @@ use serde::{Deserialize, Serialize};
 pub use disk::{check_cache, check_names, parse_disk};
 pub use error::SpecError;
 pub use options::{MountOptions, parse_mount_options};
-pub use size::{MAX_SIZE, format_size, format_zeroed, parse_range, parse_size};
+pub use size::{MAX_SIZE, format_size, format_zeroed, is_block_size, parse_range, parse_size};
 pub use stream::{
     DEFAULT_WINDOW, FinishWhen, Flow, Overwrite, Pad, Programs, SinkSpec, SourceSpec,
     SpillCompression, Spool, StreamFrames, StreamSpec,

@@ -9,6 +9,13 @@ use super::error::escaped;
 /// Maximum size of a disk in bytes: the kernel's file offsets are signed 64-bit numbers.
 pub const MAX_SIZE: u64 = i64::MAX.unsigned_abs();
 
+/// Returns whether a layer may have blocks of `size` bytes: a power of two from 512, the smallest
+/// sector, to 2 MiB, the largest page and qcow2's largest cluster.
+#[must_use]
+pub fn is_block_size(size: u32) -> bool {
+    size.is_power_of_two() && (512..=2 << 20).contains(&size)
+}
+
 /// Letters of the units, each 1024 times the one before it.
 const UNITS: &str = "KMGTPE";
 

@@ -15,8 +15,9 @@
 //!   quick syncs of few changes.
 //! - `recover`: from files to a running overlay. `boot_tag`: telling a killed daemon from a power
 //!   cut. `data_check`: whether the data file holds what the map says. `verify`: checking an overlay.
-//! - `stack`, `tree`: which layers make up a disk, on disk and in memory. `persist`: creating and
-//!   opening persistent overlays. `keep`: from temporary to persistent.
+//! - `stack`, `tree`: which layers make up a disk, on disk and in memory. `checksummed`: the first
+//!   line of such a file. `persist`: creating and opening persistent overlays. `keep`: from
+//!   temporary to persistent.
 //! - `sealed`, `owners`, `merge`, `layer_cache`: the layers below the top. `commit`: copying down
 //!   into the base.
 //! - `reflink`: the other kind of overlay, which has no map: a reflink copy of its base. `fiemap`:
@@ -33,6 +34,7 @@
 
 pub mod blocks;
 pub mod boot_tag;
+mod checksummed;
 mod commit;
 mod copy;
 mod data_check;
@@ -97,7 +99,7 @@ pub const FORMAT_VERSION: u32 = 1;
 /// The smallest unit of range locks in bytes, so that a 1 MiB write takes at most nine locks.
 const LOCK_UNIT: u64 = 128 << 10;
 /// The largest size of a disk in bytes: the largest signed file offset.
-pub const MAX_DISK_SIZE: u64 = i64::MAX.cast_unsigned();
+pub const MAX_DISK_SIZE: u64 = crate::config::MAX_SIZE;
 
 /// A copy-on-write layer.
 pub struct Overlay {

@@ -20,11 +20,12 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use super::FORMAT_VERSION;
+use super::checksummed;
 use super::error::{OverlayError, doing};
 use super::tree::LayerTree;
 pub use super::tree::{LayerRecord, SnapshotRecord};
 use crate::base::identity::Identity;
-use crate::config::{OverlayKind, SourcePart};
+use crate::config::{OverlayKind, SourcePart, is_block_size};
 use crate::confined;
 
 /// The longest `stack` in bytes: some ten thousand layers.
@@ -144,18 +145,12 @@ impl Stack {
     fn encode(&self) -> Result<Vec<u8>, OverlayError> {
         let body =
             toml::to_string(self).map_err(|error| OverlayError::Syntax(error.to_string()))?;
-        let crc = crc32c::crc32c(body.as_bytes());
-        Ok(format!("checksum = \"crc32c:{crc:08x}\"\n{body}").into_bytes())
+        Ok(checksummed::encode(&body))
     }
 
     /// Parses the contents of the file.
     fn decode(bytes: &[u8]) -> Result<Self, OverlayError> {
-        let text = std::str::from_utf8(bytes).map_err(|_| OverlayError::Damaged)?;
-        let (head, body) = text.split_once('\n').ok_or(OverlayError::Damaged)?;
-        let crc = crc32c::crc32c(body.as_bytes());
-        if head != format!("checksum = \"crc32c:{crc:08x}\"") {
-            return Err(OverlayError::Damaged);
-        }
+        let body = checksummed::decode(bytes).ok_or(OverlayError::Damaged)?;
         // The version first: the rest of a later version may have another shape.
         #[derive(Deserialize)]
         struct Version {
@@ -172,8 +167,7 @@ impl Stack {
         {
             return Err(OverlayError::Syntax(fault));
         }
-        let is_block = |block: u32| block.is_power_of_two() && (512..=2 << 20).contains(&block);
-        match stack.layers.iter().find(|layer| !is_block(layer.block)) {
+        match stack.layers.iter().find(|layer| !is_block_size(layer.block)) {
             None => Ok(stack),
             Some(layer) => Err(OverlayError::Syntax(format!(
                 "blocks of {} bytes: a power of two from 512 to 2M is needed",

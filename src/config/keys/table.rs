@@ -4,7 +4,7 @@ use super::key::{DiskKey, KeyScope, KeySetter, Switch};
 use crate::config::{
     DirectIo, DiskMode, DiskSpec, FinishWhen, Flow, Locking, OverlayKind, Overwrite, Pad,
     Partitions, Passthrough, Resize, SinkSpec, SourcePart, SpecError, SpillCompression, Spool,
-    StreamFrames, StreamSpec, error, flow,
+    StreamFrames, StreamSpec, error, flow, is_block_size,
 };
 
 /// Every key.
@@ -121,9 +121,7 @@ fn set_format(disk: &mut DiskSpec, text: &str) -> Result<(), SpecError> {
 }
 
 fn set_block(disk: &mut DiskSpec, size: u64) -> Result<(), SpecError> {
-    // 512 is the smallest sector; 2 MiB is the largest page and qcow2's largest cluster.
-    let block = u32::try_from(size).ok().filter(|block| block.is_power_of_two());
-    let block = block.filter(|block| (512..=2 << 20).contains(block));
+    let block = u32::try_from(size).ok().filter(|block| is_block_size(*block));
     if block.is_none() {
         let wanted = "a block size: take a power of two from 512 to 2M, as in 4K or 64K";
         return Err(SpecError::value(size.to_string(), wanted));

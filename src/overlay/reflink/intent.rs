@@ -20,6 +20,7 @@ use serde::{Deserialize, Serialize};
 use super::ReflinkError;
 use crate::confined;
 use crate::name;
+use crate::overlay::checksummed;
 use crate::overlay::error::doing;
 
 /// The name of the intent file.
@@ -53,17 +54,11 @@ impl fmt::Display for RevertSource {
 
 fn encode(source: &RevertSource) -> io::Result<Vec<u8>> {
     let body = toml::to_string(source).map_err(io::Error::other)?;
-    let crc = crc32c::crc32c(body.as_bytes());
-    Ok(format!("checksum = \"crc32c:{crc:08x}\"\n{body}").into_bytes())
+    Ok(checksummed::encode(&body))
 }
 
 fn decode(bytes: &[u8]) -> Option<RevertSource> {
-    let (head, body) = std::str::from_utf8(bytes).ok()?.split_once('\n')?;
-    let crc = crc32c::crc32c(body.as_bytes());
-    if head != format!("checksum = \"crc32c:{crc:08x}\"") {
-        return None;
-    }
-    let source = toml::from_str(body).ok()?;
+    let source = toml::from_str(checksummed::decode(bytes)?).ok()?;
     match &source {
         // Whatever the file says, the source must be a snapshot and nothing else.
         RevertSource::Snapshot { name } if name::check(name).is_err() => None,
