@@ -19,7 +19,7 @@
 //! characters in the user's input are escaped.
 
 mod command_line;
-mod disk;
+mod disk_parser;
 mod error;
 mod flow;
 mod keys;
@@ -35,7 +35,7 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
-pub use disk::{check_cache, check_names, parse_disk};
+pub use disk_parser::{check_cache, check_names, parse_disk};
 pub use error::SpecError;
 pub use options::{MountOptions, parse_mount_options};
 pub use size::{MAX_SIZE, format_size, format_zeroed, is_block_size, parse_range, parse_size};
@@ -43,7 +43,7 @@ pub use stream::{
     DEFAULT_WINDOW, FinishWhen, Flow, Overwrite, Pad, Programs, SinkSpec, SourceSpec,
     SpillCompression, Spool, StreamFrames, StreamSpec,
 };
-pub use toml_file::{CacheMode, Config, parse_config};
+pub use toml_file::{Config, parse_config};
 
 /// The specification of one disk. `None` means that the key was not given.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -269,6 +269,27 @@ impl FromStr for Format {
 
     fn from_str(text: &str) -> Result<Self, SpecError> {
         error::parse_choice("format", text, Self::NAMES)
+    }
+}
+
+/// Caching of the disks' data by the kernel.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum CacheMode {
+    /// The mode that suits the disks.
+    #[default]
+    Auto,
+    /// No cache: every read and write reaches cowslip.
+    None,
+    /// The kernel caches reads and writes, and delays writes.
+    Writeback,
+}
+
+impl FromStr for CacheMode {
+    type Err = SpecError;
+
+    fn from_str(text: &str) -> Result<Self, SpecError> {
+        let names = [("auto", Self::Auto), ("none", Self::None), ("writeback", Self::Writeback)];
+        error::parse_choice("cache", text, &names)
     }
 }
 

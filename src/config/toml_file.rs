@@ -3,16 +3,15 @@
 use std::ffi::OsString;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
-use std::str::FromStr;
 
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
-use super::disk::RawSpec;
-use super::error::{escaped, hint, parse_choice};
+use super::disk_parser::RawSpec;
+use super::error::{escaped, hint};
 use super::keys;
 use super::raw_value::{RawValue, absolute};
-use super::{DiskSpec, SpecError};
+use super::{CacheMode, DiskSpec, SpecError};
 
 /// The contents of a TOML file. `None` or empty means that a key was not given.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -35,27 +34,6 @@ pub struct Config {
     /// The disks, in file order. Names may still clash: [`check_names`](super::check_names) checks
     /// them together with those of the command line.
     pub disks: Vec<DiskSpec>,
-}
-
-/// Caching of the disks' data by the kernel.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum CacheMode {
-    /// The mode that suits the disks.
-    #[default]
-    Auto,
-    /// No cache: every read and write reaches cowslip.
-    None,
-    /// The kernel caches reads and writes, and delays writes.
-    Writeback,
-}
-
-impl FromStr for CacheMode {
-    type Err = SpecError;
-
-    fn from_str(text: &str) -> Result<Self, SpecError> {
-        let names = [("auto", Self::Auto), ("none", Self::None), ("writeback", Self::Writeback)];
-        parse_choice("cache", text, &names)
-    }
 }
 
 /// Keys at the top of the file.
