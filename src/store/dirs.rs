@@ -21,7 +21,7 @@ use uuid::Uuid;
 use super::StoreError;
 use crate::confined::{self, entry_names, foreign_entry_error, open_subdir};
 use crate::overlay::error::{OverlayError, doing};
-use crate::overlay::persist::{STAGING_PREFIX, remove_layer};
+use crate::overlay::persist::{STAGING_PREFIX, STORE_DIRS, remove_layer};
 use crate::overlay::stack::Stack;
 use crate::trust;
 use crate::trusted_path::open_dir;
@@ -82,7 +82,7 @@ impl StoreDirs {
                 false => Err(StoreError::NotAStore(path.to_owned())),
             };
         }
-        for name in ["layers", "disks", "names"] {
+        for name in STORE_DIRS {
             match confined::create_dir(&root, name) {
                 Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
                 made => drop(made.map_err(io("making its directories"))?),
@@ -117,7 +117,8 @@ impl StoreDirs {
                 StoreError::Io { dir: path.join(name), what, error }
             }),
         };
-        let (names, disks, layers) = (open("names")?, open("disks")?, open("layers")?);
+        let [layers, disks, names] = STORE_DIRS;
+        let (names, disks, layers) = (open(names)?, open(disks)?, open(layers)?);
         let io = |error| StoreError::Io { dir: path.to_owned(), what: "opening it", error };
         // Nobody else can redirect the real path: only trusted directories lead to it.
         let path = confined::real_path(&root).map_err(io)?;
@@ -368,7 +369,7 @@ fn is_unfinished(root: &File) -> io::Result<bool> {
     for name in entry_names(root)? {
         match name.as_str() {
             LOST_AND_FOUND => {}
-            "layers" | "disks" | "names" if is_empty(root, &name)? => {}
+            name if STORE_DIRS.contains(&name) && is_empty(root, name)? => {}
             name if name.strip_suffix(".new") == Some(MARKER_FILE) => {}
             _ => return Ok(false),
         }

@@ -9,6 +9,10 @@ use crate::overlay::error::{OverlayError, doing};
 use crate::trust;
 use crate::trusted_path::open_dir;
 
+/// The directories of a store, in the order in which they are created. The overlays of its disks are
+/// made there by the store, and no other overlay lies in a store.
+pub(crate) const STORE_DIRS: [&str; 3] = ["layers", "disks", "names"];
+
 /// The place of a persistent overlay.
 #[derive(Clone, Copy, Debug)]
 pub struct OverlayPath<'a> {
@@ -85,8 +89,7 @@ pub(in crate::overlay) fn parent_for_new(dir: &Path) -> Result<&Path, OverlayErr
     if !parent.is_dir() {
         return Err(OverlayError::NoParent(parent.to_owned()));
     }
-    let is_store =
-        |dir: &&Path| ["names", "disks", "layers"].iter().all(|name| dir.join(name).is_dir());
+    let is_store = |dir: &&Path| STORE_DIRS.iter().all(|name| dir.join(name).is_dir());
     trust::check_parent(&open_dir(parent).map_err(doing("looking for its place"))?)?;
     let real = parent.canonicalize().map_err(doing("looking for its place"))?;
     match real.ancestors().find(is_store) {
