@@ -53,7 +53,7 @@ pub(super) fn name_openers(disk: &Endpoint, error: anyhow::Error, remedy: &str) 
 /// Describes the processes that have the disk open.
 fn describe_openers(disk: &Endpoint) -> String {
     let name = disk.disk.as_deref().unwrap_or_default();
-    let mount = mountinfo::entry_at(&disk.mountpoint);
+    let mount = mountinfo::mount_at(&disk.mountpoint);
     let users = mount.map(|mount| openers::find_openers(&mount)).unwrap_or_default();
     // A bind mount keeps the mount busy, but no disk of it: only an open file does.
     let is_of_disk = |path: &Path| {

@@ -29,7 +29,7 @@ pub(super) fn run(args: &LogArgs) -> anyhow::Result<u8> {
     restore_sigpipe();
     let mountpoint = Endpoint::of(&args.mountpoint)?.mountpoint;
     let mount = Endpoint::mount(&mountpoint);
-    let entry = mountinfo::entry_at(&mountpoint);
+    let entry = mountinfo::mount_at(&mountpoint);
     let mut seen = mount.read("log")?;
     print_log(&seen)?;
     if !args.follow {
@@ -37,7 +37,7 @@ pub(super) fn run(args: &LogArgs) -> anyhow::Result<u8> {
     }
     loop {
         thread::sleep(FOLLOW_INTERVAL);
-        if mountinfo::entry_at(&mountpoint) != entry {
+        if mountinfo::mount_at(&mountpoint) != entry {
             return Ok(EXIT_OK);
         }
         let now = match mount.read("log") {

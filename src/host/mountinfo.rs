@@ -5,14 +5,15 @@
 
 use std::collections::{HashMap, HashSet};
 use std::ffi::{OsStr, OsString};
-use std::fs;
+use std::fs::{self, File};
 use std::io;
 use std::os::unix::ffi::OsStringExt;
 use std::path::{Component, Path, PathBuf};
 
+use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 
-use crate::confined::is_own;
+use crate::confined::{is_own, mount_id};
 
 /// File system type of every cowslip mount, in mtab and mountinfo.
 pub const FSTYPE: &str = "fuse.cowslip";
@@ -35,7 +36,7 @@ pub struct MountEntry {
     /// The source that was given to mount(2).
     pub source: OsString,
     /// User ID of the user who mounted it, where the file system reports one, as FUSE does
-    /// (`user_id`).
+    /// (`user_id`); of a mount below a FUSE mount of another user, that user.
     pub owner: Option<u32>,
 }
 
@@ -60,6 +61,12 @@ impl MountEntry {
         let source = unescape(fields.next()?);
         let owner = fields.next().and_then(fuse_owner);
         Some(Self { id, parent, dev, root, mountpoint, fstype, source, owner })
+    }
+
+    /// Returns whether another user serves the mount, or one on the way to it: a request may never be
+    /// answered, and not even SIGKILL ends a process that waits for that.
+    pub fn is_foreign(&self) -> bool {
+        self.owner.is_some_and(|owner| !is_own(owner))
     }
 
     /// Returns whether the mount's contents may be trusted: it is served by root or by this
@@ -109,19 +116,19 @@ pub fn mounts() -> io::Result<Vec<MountEntry>> {
     Ok(entries)
 }
 
-/// Gives each FUSE mount below a FUSE mount of another user that user as its owner: whoever looks at
-/// the path of the inner one asks the outer one's server first.
+/// Gives each mount below a FUSE mount of another user that user as its owner: whoever looks at the
+/// path of the inner one asks the outer one's server first.
 fn inherit_owners(entries: &mut [MountEntry]) {
     let foreign: HashMap<u64, u32> = entries
         .iter()
-        .filter(|entry| !entry.is_trusted())
+        .filter(|entry| entry.is_foreign())
         .filter_map(|entry| Some((entry.id, entry.owner?)))
         .collect();
     if foreign.is_empty() {
         return;
     }
     let parents: HashMap<u64, u64> = entries.iter().map(|entry| (entry.id, entry.parent)).collect();
-    for entry in entries.iter_mut().filter(|entry| entry.owner.is_some()) {
+    for entry in entries {
         // At most as many steps as there are mounts: a table read while it changed may have a cycle.
         let mut above = entry.parent;
         for _ in 0..parents.len() {
@@ -165,8 +172,8 @@ fn visible_mount<'a>(entries: &'a [MountEntry], path: &Path) -> Option<&'a Mount
     at
 }
 
-/// Resolves `path` to an absolute path without symlinks, with no call into a cowslip mount: below
-/// the mountpoint of one, names are taken literally. Names that do not exist are kept too.
+/// Resolves `path` to an absolute path without symlinks, with no call into a cowslip mount or a FUSE
+/// mount of another user: below the mountpoint of one, names are taken literally. Names that do not exist are kept too.
 ///
 /// # Errors
 /// `ELOOP` on a cycle of symlinks; the errno of getcwd(2) for a relative path.
@@ -203,7 +210,8 @@ fn walk(
             continue;
         }
         at.push(name);
-        if visible_mount(entries, &at).is_some_and(MountEntry::is_cowslip) {
+        if visible_mount(entries, &at).is_some_and(|entry| entry.is_cowslip() || entry.is_foreign())
+        {
             continue;
         }
         let Some(target) = read_link(&at) else {
@@ -226,7 +234,56 @@ fn walk(
 pub fn entry_at(path: &Path) -> Option<MountEntry> {
     let entries = mounts_or_empty();
     let path = resolve_in(&entries, path).ok()?;
-    visible_mount(&entries, &path).filter(|entry| entry.mountpoint == path).cloned()
+    mount_at_in(&entries, &path).cloned()
+}
+
+/// Returns the topmost mount at exactly `mountpoint`, a path as the table has it: compared as text,
+/// so that no file system on the way is asked.
+pub fn mount_at(mountpoint: &Path) -> Option<MountEntry> {
+    mount_at_in(&mounts_or_empty(), mountpoint).cloned()
+}
+
+fn mount_at_in<'a>(entries: &'a [MountEntry], path: &Path) -> Option<&'a MountEntry> {
+    visible_mount(entries, path).filter(|entry| entry.mountpoint == path)
+}
+
+/// A FUSE mount of another user on the way to a file.
+#[derive(Debug, thiserror::Error)]
+#[error("'{}' is a FUSE file system of another user (uid {uid}), who may never answer",
+    mountpoint.display())]
+pub struct ForeignMountError {
+    /// Where it is mounted.
+    pub mountpoint: PathBuf,
+    /// The user.
+    pub uid: u32,
+}
+
+/// Opens the file at `path`, absolute and without symlinks as [`resolve`] returns it, with `O_PATH`.
+/// Each component is opened in the one before it, and must lie on no FUSE mount of another user: even
+/// when one is mounted over a directory meanwhile, its server gets no request.
+///
+/// # Errors
+/// The host's errno; a [`ForeignMountError`].
+pub fn open_resolved(path: &Path) -> io::Result<File> {
+    let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let mut at = File::from(rustix::fs::open("/", flags, Mode::empty())?);
+    // In a chroot the mount of `/` itself may be missing from the table.
+    let mut allowed = mount_id(&at)?;
+    for name in path.components().filter(|part| matches!(part, Component::Normal(_))) {
+        // The root of a mount is opened without a request to the file system.
+        at = rustix::fs::openat(&at, name.as_os_str(), flags, Mode::empty())?.into();
+        let id = mount_id(&at)?;
+        if id == allowed {
+            continue;
+        }
+        let entry = mounts()?.into_iter().find(|entry| entry.id == id).ok_or(Errno::STALE)?;
+        if let (true, Some(uid)) = (entry.is_foreign(), entry.owner) {
+            let mountpoint = entry.mountpoint;
+            return Err(io::Error::other(ForeignMountError { mountpoint, uid }));
+        }
+        allowed = id;
+    }
+    Ok(at)
 }
 
 /// Returns all cowslip mounts that this process sees, including dead ones; bind mounts of single
@@ -355,10 +412,13 @@ mod tests {
     }
 
     #[test]
-    fn symlinks_are_followed_only_outside_a_cowslip_mount() {
-        let table = [entry(1, 0, "/", "ext4"), entry(2, 1, "/srv/m", "fuse.cowslip")];
+    fn symlinks_are_followed_only_outside_cowslip_and_foreign_mounts() {
+        let mut foreign = entry(3, 1, "/home/y", "fuse.sshfs");
+        foreign.owner = Some(54321);
+        let table = [entry(1, 0, "/", "ext4"), entry(2, 1, "/srv/m", "fuse.cowslip"), foreign];
         let read_link = |link: &Path| {
-            assert!(!link.starts_with("/srv/m"), "the mount was asked about {link:?}");
+            let is_mount = ["/srv/m", "/home/y"].iter().any(|mount| link.starts_with(mount));
+            assert!(!is_mount, "the mount was asked about {link:?}");
             match link.to_str()? {
                 "/link" => Some("../srv/./m".into()),
                 "/again" => Some("/link".into()),
@@ -370,6 +430,7 @@ mod tests {
         assert_eq!(walked("/link/vm1.img").unwrap(), Path::new("/srv/m/vm1.img"));
         assert_eq!(walked("/again/a/../vm1.img").unwrap(), Path::new("/srv/m/vm1.img"));
         assert_eq!(walked("/srv/m/../new").unwrap(), Path::new("/srv/new"));
+        assert_eq!(walked("/home/y/a/../b").unwrap(), Path::new("/home/y/b"));
         assert_eq!(walked("/../..").unwrap(), Path::new("/"));
         assert_eq!(walked("/loop").unwrap_err().raw_os_error(), Some(libc::ELOOP));
     }
@@ -416,10 +477,11 @@ mod tests {
         let table = b"1 0 8:1 / / rw - ext4 /dev/a rw\n\
             2 1 0:50 / /h rw - fuse.x x rw,user_id=54321\n\
             3 2 0:51 / /h/m rw - fuse.cowslip y rw,user_id=0\n\
-            4 1 0:52 / /m rw - fuse.cowslip z rw,user_id=0\n";
+            4 1 0:52 / /m rw - fuse.cowslip z rw,user_id=0\n\
+            5 3 8:2 / /h/m/d rw - ext4 /dev/b rw\n";
         let mut entries = parse_mountinfo(table);
         inherit_owners(&mut entries);
         let owners: Vec<_> = entries.iter().map(|entry| entry.owner).collect();
-        assert_eq!(owners, [None, Some(54321), Some(54321), Some(0)]);
+        assert_eq!(owners, [None, Some(54321), Some(54321), Some(0), Some(54321)]);
     }
 }

@@ -7,7 +7,7 @@ use uuid::Uuid;
 
 use super::FORMAT_VERSION;
 use crate::config::format_size;
-use crate::host::mountinfo::{MountEntry, entry_at};
+use crate::host::mountinfo::{MountEntry, mount_at};
 use crate::trust::TrustError;
 
 /// The reason why a persistent overlay cannot be created or opened; each displays as one line, and
@@ -116,7 +116,7 @@ pub enum LogError {
 /// Tells the user how to end the daemon whose mount is, or was, at `mountpoint`.
 fn unmount_advice(mountpoint: &str) -> &'static str {
     let is_mounted = |entry: MountEntry| entry.is_cowslip();
-    match entry_at(Path::new(mountpoint)).is_some_and(is_mounted) {
+    match mount_at(Path::new(mountpoint)).is_some_and(is_mounted) {
         true => "unmount that first",
         false => {
             "nothing is mounted there any more, so somebody has a file of it open, or another mount \

@@ -5,7 +5,7 @@ use std::ffi::OsStr;
 use std::fs;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, UNIX_EPOCH};
@@ -37,8 +37,8 @@ struct Answers {
     ctl: Text,
     /// Target of all links in the snapshots directory.
     link: PathBuf,
-    /// Whether requests for attributes are read and never answered.
-    is_silent: bool,
+    /// Whether requests for attributes and names are read and never answered.
+    is_silent: Arc<AtomicBool>,
     /// The request for attributes at which the mount at this path unmounts itself before the answer.
     detach: Option<(usize, PathBuf)>,
     /// Number of requests for attributes so far.
@@ -74,9 +74,13 @@ fn text(text: impl Into<String>) -> Text {
 
 impl Filesystem for Answers {
     fn lookup(&self, _: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
+        if self.is_silent.load(Ordering::SeqCst) {
+            return std::mem::forget(reply);
+        }
         let ino = match (parent.0, name.to_str().unwrap_or_default()) {
             (ROOT, ".cowslip") => CONTROL,
             (ROOT, "d") => FILE,
+            (ROOT, "dir") => DISK,
             (CONTROL, "status") | (DISK, "status") => STATUS,
             (CONTROL, "log") => LOG,
             (CONTROL, "d") => DISK,
@@ -89,7 +93,7 @@ impl Filesystem for Answers {
     }
 
     fn getattr(&self, _: &Request, ino: INodeNo, _: Option<FileHandle>, reply: ReplyAttr) {
-        if self.is_silent {
+        if self.is_silent.load(Ordering::SeqCst) {
             // Dropped, it would answer.
             return std::mem::forget(reply);
         }
@@ -184,6 +188,11 @@ fn attr(ino: u64) -> FileAttr {
 
 /// Mounts a server of `answers` at `m`, owned by the user `uid`. The lab's cleanup unmounts it.
 fn served(lab: &Lab, uid: u32, answers: Answers) {
+    served_at(lab, "m", "fuse.cowslip", uid, answers);
+}
+
+/// Mounts a server of `answers` at `path`, of the type `fstype`.
+fn served_at(lab: &Lab, path: &str, fstype: &str, uid: u32, answers: Answers) {
     let flags = OFlags::RDWR | OFlags::CLOEXEC;
     let device: OwnedFd = rustix::fs::open("/dev/fuse", flags, Mode::empty()).unwrap();
     let data = format!(
@@ -192,7 +201,7 @@ fn served(lab: &Lab, uid: u32, answers: Answers) {
     );
     let data = std::ffi::CString::new(data).unwrap();
     let flags = MountFlags::NOSUID | MountFlags::NODEV;
-    mount("evil", lab.path("m"), "fuse.cowslip", flags, &*data).unwrap();
+    mount("evil", lab.path(path), fstype, flags, &*data).unwrap();
     let session = Session::from_fd(answers, device, SessionACL::All, Config::default()).unwrap();
     thread::spawn(move || session.run());
 }
@@ -419,15 +428,70 @@ fn a_fuse_mount_of_another_user_is_not_trusted_whatever_it_says_of_owners() {
     unmount(&lab);
 }
 
+fn silent() -> Arc<AtomicBool> {
+    Arc::new(AtomicBool::new(true))
+}
+
+/// Runs `cowslip WORDS`, which must end by itself; nothing but the end of the mount would end one that
+/// waits for an answer.
+#[track_caller]
+fn ended(lab: &Lab, words: &str) -> std::process::Output {
+    let all: Vec<&str> =
+        ["-s", "KILL", "30", COWSLIP].into_iter().chain(words.split(' ')).collect();
+    let ended = lab.output("timeout", &all);
+    assert!(ended.status.code().is_some_and(|code| code < 100), "{words}: {}", show(&ended));
+    ended
+}
+
+#[test]
+fn silent_mount_of_another_user_over_a_directory_with_a_mount_holds_up_nobody() {
+    let mut lab = Lab::new();
+    lab.base("base.img", MIB);
+    lab.sh("mkdir -p d/m m2; cp base.img b.img");
+    lab.ok("mount d/m w=base.img,overlay=o.cow");
+    // Of another type than cowslip's: any FUSE mount can keep silent.
+    served_at(&lab, "d", "fuse.evil", 65534, Answers { is_silent: silent(), ..Answers::default() });
+    let hidden = lab.path("d/m");
+    assert!(lines_of(&ended(&lab, "status")).contains("another mount hides it"));
+    for words in
+        ["check o.cow", "rebase o.cow --base b.img", "mount m2 b.img,overlay=o.cow", "commit o.cow"]
+    {
+        assert!(lines_of(&ended(&lab, words)).contains("is in use by"), "{words}");
+    }
+    for words in ["status d/m", "log d/m", "snapshot d/m/w", "umount d/m", "umount d/m/w"] {
+        assert_eq!(ended(&lab, words).status.code(), Some(1), "{words}");
+    }
+    let error = cowslip::host::mountinfo::open_resolved(&hidden).unwrap_err();
+    assert!(error.to_string().contains("another user (uid 65534)"), "{error}");
+    rustix::mount::unmount(lab.path("d"), rustix::mount::UnmountFlags::DETACH).unwrap();
+    lab.ok("umount d/m");
+    lab.end();
+}
+
+#[test]
+fn mount_in_a_silent_mount_of_another_user_holds_up_nobody() {
+    let lab = Lab::new();
+    lab.sh("mkdir y");
+    let answers = Answers::default();
+    let is_silent = Arc::clone(&answers.is_silent);
+    served_at(&lab, "y", "fuse.evil", 65534, answers);
+    served_at(&lab, "y/dir", "fuse.cowslip", 65534, Answers::default());
+    is_silent.store(true, Ordering::SeqCst);
+    assert!(lines_of(&ended(&lab, "status")).contains("another user's (uid 65534)"));
+    for words in ["status y/dir", "log y/dir", "snapshot y/dir/d", "umount y/dir"] {
+        let said = lines_of(&ended(&lab, words));
+        assert!(said.contains("another user") && said.contains("uid 65534"), "{words}: {said}");
+    }
+    rustix::mount::unmount(lab.path("y"), rustix::mount::UnmountFlags::DETACH).unwrap();
+    lab.end();
+}
+
 #[test]
 fn a_mount_that_takes_questions_and_never_answers_holds_up_nobody() {
     let lab = Lab::new();
-    served(&lab, 65534, Answers { is_silent: true, ..Answers::default() });
+    served(&lab, 65534, Answers { is_silent: silent(), ..Answers::default() });
     for words in ["status m", "status", "umount m"] {
-        let words: Vec<&str> =
-            ["-s", "KILL", "60", COWSLIP].into_iter().chain(words.split(' ')).collect();
-        let ended = lab.output("timeout", &words);
-        assert!(ended.status.code().is_some_and(|code| code < 100), "{}", show(&ended));
+        ended(&lab, words);
     }
     assert_eq!(mounts_below(lab.dir()), Vec::<PathBuf>::new());
 }

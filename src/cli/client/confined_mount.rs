@@ -4,12 +4,11 @@
 //! Any program can serve a mount of cowslip's type, and its answers have effects: requests are written
 //! to its files, and the files it names are opened. So only mounts of root and of the calling user
 //! are asked, and no path leads out of a mount: every component is opened separately, must not be a
-//! link, and must lie in the mount's own file system.
+//! link, and must lie in the mount itself.
 
 use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
-use std::os::unix::fs::MetadataExt;
 use std::path::{Component, Path, PathBuf};
 
 use rustix::fs::{Dir, Mode, OFlags};
@@ -17,6 +16,7 @@ use rustix::io::Errno;
 
 use super::answer;
 use super::error::AskAbort;
+use crate::confined::mount_id;
 use crate::control::api::DiskStatus;
 use crate::host::mountinfo::{self, MountEntry};
 
@@ -26,30 +26,45 @@ const MAX_DISKS: usize = 10_000;
 /// Flags for opening a directory on the way to a file.
 const OPEN_DIR_FLAGS: OFlags = OFlags::PATH.union(OFlags::DIRECTORY).union(OFlags::CLOEXEC);
 
-/// The way into a mount: a path, and the file system it must lead to.
+/// The way into a mount: a path, and the mount it must lead to.
 #[derive(Clone, Debug)]
 pub(super) struct ConfinedMount {
-    mountpoint: PathBuf,
-    /// `st_dev` of all files of the mount.
-    dev: u64,
+    way: WayIn,
+    /// Mount ID of all files of the mount. The kernel tells it without asking the file system, which
+    /// may be another user's by now.
+    id: u64,
+}
+
+/// The path to the root of a mount.
+#[derive(Clone, Debug)]
+enum WayIn {
+    /// The mountpoint.
+    Path(PathBuf),
+    /// Through a directory that is held open: [`MountHandle::access_path`](crate::mount::kernel::MountHandle::access_path).
+    Handle(PathBuf),
 }
 
 impl ConfinedMount {
     /// Returns the mount at `mountpoint`, if it can be trusted. Makes no call into the mount.
     pub(super) fn at(mountpoint: &Path) -> io::Result<Self> {
-        let Some(entry) = mountinfo::entry_at(mountpoint).filter(MountEntry::is_cowslip) else {
-            return Err(io::Error::other("it is no cowslip mount any more"));
+        let Some(entry) = mountinfo::mount_at(mountpoint).filter(MountEntry::is_cowslip) else {
+            return Err(io::Error::other(
+                "it is no cowslip mount any more, or another mount hides it",
+            ));
         };
-        Self::from_entry(&entry, entry.mountpoint.clone())
+        Self::new(&entry, WayIn::Path(entry.mountpoint.clone()))
     }
 
-    /// Returns the mount of `entry`, reached by `path`, if it can be trusted.
-    pub(super) fn from_entry(entry: &MountEntry, path: PathBuf) -> io::Result<Self> {
+    /// Returns the mount of `entry`, reached by `path` while its handle is held, if it can be trusted.
+    pub(super) fn of_handle(entry: &MountEntry, path: PathBuf) -> io::Result<Self> {
+        Self::new(entry, WayIn::Handle(path))
+    }
+
+    fn new(entry: &MountEntry, way: WayIn) -> io::Result<Self> {
         if !entry.is_trusted() {
             return Err(io::Error::other(AskAbort::Foreign(entry.owner.unwrap_or(u32::MAX))));
         }
-        let (major, minor) = entry.dev;
-        Ok(Self { mountpoint: path, dev: rustix::fs::makedev(major, minor) })
+        Ok(Self { way, id: entry.id })
     }
 
     /// Opens the file or directory reached from `from` by `names`. Refuses links, special names and
@@ -73,15 +88,18 @@ impl ConfinedMount {
                 Err(Errno::LOOP) => return Err(not_confined("a link")),
                 opened => File::from(opened?),
             };
-            self.check_device(&at)?;
+            self.check_mount(&at)?;
         }
         Ok(at)
     }
 
     /// Opens the root directory of the mount.
     fn open_root(&self) -> io::Result<File> {
-        let root = File::from(rustix::fs::open(&self.mountpoint, OPEN_DIR_FLAGS, Mode::empty())?);
-        self.check_device(&root)?;
+        let root = match &self.way {
+            WayIn::Path(path) => mountinfo::open_resolved(path)?,
+            WayIn::Handle(path) => rustix::fs::open(path, OPEN_DIR_FLAGS, Mode::empty())?.into(),
+        };
+        self.check_mount(&root)?;
         Ok(root)
     }
 
@@ -127,8 +145,8 @@ impl ConfinedMount {
         Ok(names)
     }
 
-    fn check_device(&self, file: &File) -> io::Result<()> {
-        match file.metadata()?.dev() == self.dev {
+    fn check_mount(&self, file: &File) -> io::Result<()> {
+        match mount_id(file)? == self.id {
             true => Ok(()),
             false => Err(not_confined("what lies outside of it")),
         }
@@ -147,8 +165,9 @@ pub(super) mod tests {
     pub(in super::super) fn mount() -> (tempfile::TempDir, ConfinedMount) {
         let dir = tempfile::tempdir().unwrap();
         std::fs::create_dir_all(dir.path().join(".cowslip/d/snapshots")).unwrap();
-        let dev = std::fs::metadata(dir.path()).unwrap().dev();
-        let confined = ConfinedMount { mountpoint: dir.path().to_owned(), dev };
+        let path = dir.path().canonicalize().unwrap();
+        let id = mount_id(File::open(&path).unwrap()).unwrap();
+        let confined = ConfinedMount { way: WayIn::Path(path), id };
         (dir, confined)
     }
 
@@ -180,7 +199,7 @@ pub(super) mod tests {
         for names in [[".cowslip", "e", "null"], [".cowslip", "f", "status"]] {
             assert!(refused(&names).raw_os_error() == Some(libc::ENOTDIR), "{names:?}");
         }
-        let elsewhere = ConfinedMount { dev: confined.dev + 1, ..confined.clone() };
+        let elsewhere = ConfinedMount { id: confined.id + 1, ..confined.clone() };
         assert!(open(&elsewhere, &[".cowslip", "d", "status"]).is_err());
     }
 }

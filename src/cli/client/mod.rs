@@ -21,6 +21,7 @@ mod reader;
 use std::cell::OnceCell;
 use std::fs::File;
 use std::io::{self, BufReader};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -131,7 +132,7 @@ impl Endpoint {
     /// Returns the way into the mount, if the mount can be trusted.
     fn confined(&self) -> io::Result<ConfinedMount> {
         match &self.handle {
-            Some((entry, path)) => ConfinedMount::from_entry(entry, path.clone()),
+            Some((entry, path)) => ConfinedMount::of_handle(entry, path.clone()),
             None => ConfinedMount::at(&self.mountpoint),
         }
     }
@@ -155,10 +156,9 @@ impl Endpoint {
         }
         // Use the caller's path: a bind-mounted file may have another name in the mount by now.
         let path = self.path.clone();
-        let stat = self
-            .confined()
-            .and_then(|_| with_timeout(move || rustix::fs::stat(&path).map_err(io::Error::from)));
-        let inode = stat.map_err(|error| self.ask_error(error))?.st_ino;
+        let find = move || mountinfo::open_resolved(&mountinfo::resolve(&path)?)?.metadata();
+        let found = self.confined().and_then(|_| with_timeout(find));
+        let inode = found.map_err(|error| self.ask_error(error))?.ino();
         Ok(Some(*self.inode.get_or_init(|| inode)))
     }
 

@@ -54,7 +54,7 @@ pub(super) fn run(args: &StatusArgs) -> anyhow::Result<u8> {
 fn path_status(path: &Path) -> anyhow::Result<Value> {
     let given = Endpoint::of(path)?;
     let mount = Endpoint::mount(&given.mountpoint);
-    let mut status = match (mountinfo::entry_at(&given.mountpoint), mount.status()) {
+    let mut status = match (mountinfo::mount_at(&given.mountpoint), mount.status()) {
         (_, Ok(document)) => first_mount(document),
         (Some(entry), Err(AskError::Dead(_))) => stub_status(&entry, MountState::Dead, None),
         (Some(entry), Err(error @ AskError::Denied(_))) => match partial_status(&entry) {

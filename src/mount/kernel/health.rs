@@ -11,7 +11,7 @@ use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::{Pid, Signal, WaitOptions, kill_process, waitpid};
 
 use super::MountHandle;
-use crate::host::mountinfo::{MountEntry, entry_at};
+use crate::host::mountinfo::{MountEntry, mount_at};
 
 /// The state of a mount, of any file system type.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -30,7 +30,7 @@ const PROBE_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Returns the state of the mount at `mountpoint`. Waits 2 seconds at most.
 pub(crate) fn mount_health(mountpoint: &Path) -> MountHealth {
-    match entry_at(mountpoint) {
+    match mount_at(mountpoint) {
         None => MountHealth::NotMounted,
         Some(entry) => probe(&entry, &entry.mountpoint),
     }
@@ -53,7 +53,7 @@ impl MountHandle {
 /// A process that waits for such an answer cannot end, not even by SIGKILL (`request_wait_answer` in
 /// fs/fuse/dev.c). So a child asks, and is left behind if it gets no answer in time.
 fn probe(entry: &MountEntry, path: &Path) -> MountHealth {
-    if entry.owner.is_some() && !entry.is_trusted() {
+    if entry.is_foreign() {
         return MountHealth::Alive;
     }
     let (Ok(path), Ok((reader, writer))) =

@@ -23,7 +23,7 @@ use rustix::io::Errno;
 
 use super::unmount::{UnmountMode, unmount_in};
 use crate::confined::mount_id;
-use crate::host::mountinfo::{MountEntry, entry_at};
+use crate::host::mountinfo::{MountEntry, mount_at, open_resolved};
 
 /// `STATX_MNT_ID_UNIQUE` (linux/stat.h, since 6.8): an id that no later mount gets.
 const MNT_ID_UNIQUE: StatxFlags = StatxFlags::from_bits_retain(0x4000);
@@ -39,25 +39,24 @@ pub(crate) struct MountHandle {
 }
 
 impl MountHandle {
-    /// Finds the topmost mount at exactly `path`; `None` if there is none.
+    /// Finds the topmost mount at exactly `path`, which has no symlinks; `None` if there is none.
     ///
     /// # Errors
     /// The errors of [`of`](Self::of).
     pub(crate) fn at(path: &Path) -> io::Result<Option<Self>> {
-        entry_at(path).map(Self::of).transpose()
+        mount_at(path).map(Self::of).transpose()
     }
 
     /// Finds the mount that `entry` describes.
     ///
     /// # Errors
-    /// `ESTALE` if the mount is gone; the errno of opening its parent directory.
+    /// `ESTALE` if the mount is gone; those of [`open_resolved`] for its parent directory.
     pub(crate) fn of(entry: MountEntry) -> io::Result<Self> {
         let (Some(parent), Some(name)) = (entry.mountpoint.parent(), entry.mountpoint.file_name())
         else {
             return Err(Errno::BUSY.into());
         };
-        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let parent = rustix::fs::open(parent, flags, Mode::empty())?;
+        let parent = OwnedFd::from(open_resolved(parent)?);
         let name = name.to_owned();
         let mut held = Self { entry, parent, name, unique_id: None };
         let (id, unique) = held.mount_ids()?;
