@@ -101,6 +101,30 @@ fn check_names_a_damaged_sealed_layer() {
 }
 
 #[test]
+fn error_while_the_boot_tag_is_read_makes_no_power_cut_of_a_kill() {
+    let lab = lab();
+    let before = mounted_bytes(&lab);
+    lab.kill();
+    // The first failures hit what else the command reads; the later ones come after all is read.
+    for call in ["readlink", "statx", "fstatfs"] {
+        for nth in 1..12 {
+            let fail = format!("inject={call}:error=EIO:when={nth}");
+            let trace = format!("trace={call}");
+            let words =
+                ["-f", "-o", "/dev/null", "-e", &trace, "-e", &fail, COWSLIP, "check", "ov"];
+            let said = lab.output("strace", &words);
+            let said = String::from_utf8_lossy(&said.stdout).into_owned();
+            assert!(!said.contains("since the last sync"), "{call} {nth}: {said}");
+            assert!(!said.contains("are lost"), "{call} {nth}: {said}");
+        }
+    }
+    lab.mount("d=base.img,overlay=ov");
+    assert_eq!(mounted_bytes(&lab), before);
+    lab.umount();
+    lab.end();
+}
+
+#[test]
 fn repair_recovers_the_overlay_of_a_killed_daemon() {
     let lab = lab();
     let before = mounted_bytes(&lab);
