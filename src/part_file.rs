@@ -19,10 +19,11 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use rustix::fs::{
-    AtFlags, FileType, FlockOperation, Mode, OFlags, RenameFlags, flock, linkat, renameat,
+    AtFlags, FileType, FlockOperation, Mode, OFlags, RenameFlags, flock, linkat, openat, renameat,
     renameat_with, statat, unlinkat,
 };
 use rustix::io::Errno;
+use uuid::Uuid;
 
 use crate::config::Overwrite;
 use crate::confined;
@@ -248,14 +249,56 @@ impl PartFile {
 }
 
 /// A new file without a name until it is complete, so that a killed writer leaves nothing behind.
-/// On a file system without `O_TMPFILE` it is a [`PartFile`] instead.
+/// Where it needs a temporary name (on a file system without `O_TMPFILE`, and to replace a file), that
+/// is `NAME.XXXXXXXX.part`, which nobody else has: `NAME.part` may be one that can be resumed. A killed
+/// writer may leave such a file behind; nothing reads it.
 #[derive(Debug)]
 pub struct UnnamedFile {
-    file: Arc<File>,
+    file: File,
     slot: FileSlot,
     name: PathBuf,
-    /// The part used where the file system has no unnamed files.
-    part: Option<PartFile>,
+    /// The temporary name, once there is one.
+    temp: Option<TempName>,
+}
+
+/// A temporary name.
+#[derive(Debug)]
+struct TempName {
+    in_dir: OsString,
+    path: PathBuf,
+}
+
+impl TempName {
+    /// Gives a file a name that nothing has yet: `make` fails with `EEXIST` for one that is taken.
+    fn find<T>(
+        slot: &FileSlot,
+        path: &Path,
+        mut make: impl FnMut(&OsStr) -> Result<T, Errno>,
+    ) -> Result<(T, Self), Errno> {
+        /// Maximum length in bytes of what is taken over from the name; a name has 255.
+        const MAX_STEM_LEN: usize = 200;
+        /// Two random names of eight digits hardly ever meet.
+        const TRIES: usize = 100;
+        let mut stem = slot.name.to_string_lossy().into_owned();
+        stem.truncate(stem.floor_char_boundary(MAX_STEM_LEN));
+        let mut error = Errno::EXIST;
+        for _ in 0..TRIES {
+            let random = Uuid::new_v4().as_fields().0;
+            let in_dir = OsString::from(format!("{stem}.{random:08x}.part"));
+            match make(&in_dir) {
+                Ok(made) => {
+                    let path = path.with_file_name(&in_dir);
+                    return Ok((made, Self { in_dir, path }));
+                }
+                Err(Errno::EXIST) => {}
+                Err(other) => {
+                    error = other;
+                    break;
+                }
+            }
+        }
+        Err(error)
+    }
 }
 
 impl UnnamedFile {
@@ -267,17 +310,20 @@ impl UnnamedFile {
     pub fn create(name: &Path, mode: u32) -> Result<Self, PartFileError> {
         let failed = |error: io::Error| PartFileError::host("write", name, error);
         let slot = FileSlot::of(name).map_err(failed)?;
-        let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
-        let name = name.to_owned();
-        match rustix::fs::openat(slot.dir(), ".", flags, Mode::from_raw_mode(mode)) {
-            Ok(fd) => Ok(Self { file: Arc::new(File::from(fd)), slot, name, part: None }),
+        let (flags, mode) = (OFlags::RDWR | OFlags::CLOEXEC, Mode::from_raw_mode(mode));
+        let (fd, temp) = match openat(slot.dir(), ".", flags | OFlags::TMPFILE, mode) {
+            Ok(fd) => (fd, None),
             // The errors by which kernels and file systems report that they have no unnamed files.
             Err(Errno::OPNOTSUPP | Errno::ISDIR | Errno::INVAL | Errno::NOENT) => {
-                let part = PartFile::create(&name, PartFile::find(&name)?, mode)?;
-                Ok(Self { file: Arc::clone(part.file()), slot, name, part: Some(part) })
+                let flags = flags | OFlags::CREATE | OFlags::EXCL;
+                let made =
+                    TempName::find(&slot, name, |temp| openat(slot.dir(), temp, flags, mode));
+                let (fd, temp) = made.map_err(|error| failed(error.into()))?;
+                (fd, Some(temp))
             }
-            Err(error) => Err(failed(error.into())),
-        }
+            Err(error) => return Err(failed(error.into())),
+        };
+        Ok(Self { file: File::from(fd), slot, name: name.to_owned(), temp })
     }
 
     /// Returns the file to write into.
@@ -286,50 +332,49 @@ impl UnnamedFile {
         &self.file
     }
 
-    /// Returns the path of the part, if one is used: a process ended by a signal has to delete it.
+    /// Returns the path of the file, if it has a temporary name: a process ended by a signal has to
+    /// delete it.
     #[must_use]
     pub fn path(&self) -> Option<&Path> {
-        self.part.as_ref().map(PartFile::path)
+        self.temp.as_ref().map(|temp| &*temp.path)
     }
 
     /// Discards the file and leaves nothing behind.
     pub fn discard(self) {
-        if let Some(part) = &self.part {
-            part.remove();
+        if let Some(temp) = &self.temp {
+            // If it cannot be deleted, it does no harm.
+            let _ = confined::remove_file(self.slot.dir(), &temp.in_dir);
         }
     }
 
     /// Makes the complete file durable and gives it its final name.
     ///
     /// # Errors
-    /// A line for the user. A file that could not be named is left at [`part_path`] of its name, if
-    /// the line says so.
-    pub fn commit(self, overwrite: Overwrite) -> Result<(), String> {
-        if let Some(part) = self.part {
-            return part.commit(overwrite);
-        }
+    /// A line for the user. A file that could not be named is left under its temporary name, if the
+    /// line says so.
+    pub fn commit(mut self, overwrite: Overwrite) -> Result<(), String> {
         let name = self.name.display();
         self.file
             .sync_all()
             .map_err(|error| format!("cannot write '{name}': {}", os_message(&error)))?;
-        if overwrite == Overwrite::No {
+        let naming = |error: Errno| format!("cannot name '{name}': {}", os_message(&error.into()));
+        if overwrite == Overwrite::No && self.temp.is_none() {
             match self.link(&self.slot.name) {
                 Err(Errno::EXIST) => {}
-                Err(error) => {
-                    return Err(format!("cannot name '{name}': {}", os_message(&error.into())));
-                }
+                Err(error) => return Err(naming(error)),
                 Ok(()) => return self.sync_dir(),
             }
         }
         // linkat(2) replaces nothing, so the file first gets a name of its own.
-        let old = PartFile::find(&self.name).map_err(|error| error.to_string())?;
-        if let Some(old) = &old {
-            old.remove();
-        }
-        let part = self.slot.part_name();
-        self.link(&part)
-            .and_then(|()| rename(self.slot.dir(), &part, &self.slot.name, overwrite))
-            .map_err(|error| rename_error(&part_path(&self.name), &self.name, error))?;
+        let temp = match self.temp.take() {
+            Some(temp) => temp,
+            None => {
+                let found = TempName::find(&self.slot, &self.name, |temp| self.link(temp));
+                found.map_err(naming)?.1
+            }
+        };
+        rename(self.slot.dir(), &temp.in_dir, &self.slot.name, overwrite)
+            .map_err(|error| rename_error(&temp.path, &self.name, error))?;
         self.sync_dir()
     }
 
@@ -498,13 +543,19 @@ mod tests {
         make(b"first").commit(Overwrite::No).unwrap();
         assert_eq!((names(), fs::read(&name).unwrap()), (vec!["x".into()], b"first".to_vec()));
         assert_eq!(fs::metadata(&name).unwrap().mode() & 0o777 & !0o640, 0);
-        // An old part does not stop the commit.
+        // Another command may be about to resume an old part.
         fs::write(part_path(&name), "old").unwrap();
         make(b"second").commit(Overwrite::Yes).unwrap();
-        assert_eq!((names(), fs::read(&name).unwrap()), (vec!["x".into()], b"second".to_vec()));
-        let line = make(b"third").commit(Overwrite::No).unwrap_err();
-        assert!(line.contains("x.part'"), "{line}");
+        assert_eq!(names(), ["x", "x.part"]);
         assert_eq!(fs::read(&name).unwrap(), b"second");
-        assert_eq!(fs::read(part_path(&name)).unwrap(), b"third");
+        let line = make(b"third").commit(Overwrite::No).unwrap_err();
+        assert_eq!(fs::read(&name).unwrap(), b"second");
+        assert_eq!(fs::read(part_path(&name)).unwrap(), b"old");
+        let left = names().into_iter().find(|name| name != "x" && name != "x.part").unwrap();
+        assert!(line.contains(&format!("{}'", left.display())), "{line}");
+        assert_eq!(fs::read(home.path().join(left)).unwrap(), b"third");
+        let long = home.path().join("ü".repeat(127));
+        UnnamedFile::create(&long, 0o640).unwrap().commit(Overwrite::Yes).unwrap();
+        assert!(long.exists());
     }
 }

@@ -704,3 +704,22 @@ fn stream_of_checkpoints_alone_needs_little_memory() {
     let output = lab.output("sh", &["-c", line]);
     assert!(one_line(1, &output, line).contains("the stream was cut"));
 }
+
+#[test]
+fn a_part_that_can_be_resumed_survives_another_command_that_replaces_its_file() {
+    let lab = Lab::new();
+    lab.sh("head -c 8M /dev/urandom > big; cp big x; cp big y");
+    for name in ["x", "y"] {
+        let line =
+            format!("$COWSLIP send big | head -c 5M | $COWSLIP recv {name} --overwrite || true");
+        lab.sh(&line);
+    }
+    let before = lab.sh("sha256sum x.part y.part");
+    lab.ok("mount m d=blank:1M");
+    lab.ok("diff m/d -o x --overwrite");
+    lab.ok("map m/d --svg y --overwrite");
+    lab.umount();
+    assert_eq!(lab.sh("sha256sum x.part y.part"), before);
+    lab.sh("$COWSLIP send big | $COWSLIP recv x --overwrite; cmp big x; [ ! -e x.part ]");
+    lab.end();
+}
