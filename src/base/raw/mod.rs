@@ -90,11 +90,11 @@ impl RawBase {
     }
 
     fn with_size(file: Arc<File>, kind: HostKind, size: SizeOwner) -> io::Result<Self> {
-        let manner = match kind {
+        let fs_kind = match kind {
             HostKind::File => HostFs::of(&*file)?.kind,
             HostKind::BlockDevice => FsKind::Local,
         };
-        let no_wait = match manner {
+        let no_wait_flags = match fs_kind {
             FsKind::Memory => ReadWriteFlags::empty(),
             _ => ReadWriteFlags::NOWAIT,
         };
@@ -102,9 +102,9 @@ impl RawBase {
             file,
             direct: None,
             kind,
-            fs_kind: manner,
+            fs_kind,
             size,
-            no_wait_flags: no_wait,
+            no_wait_flags,
             lacks_nowait: AtomicBool::new(false),
             cannot_seek_holes: AtomicBool::new(kind == HostKind::BlockDevice),
             is_latched: AtomicBool::new(false),
@@ -165,16 +165,16 @@ impl RawBase {
     fn seek_past_data(&self, range: Range<u64>) -> io::Result<Extent> {
         let end_of_file = rustix::fs::seek(&*self.file, SeekFrom::End(0))?;
         if range.start >= end_of_file {
-            return Ok(extent(range, ExtentKind::Data));
+            return Ok(Extent::new(range, ExtentKind::Data));
         }
-        Ok(extent(range.start..range.end.min(end_of_file), ExtentKind::Hole))
+        Ok(Extent::new(range.start..range.end.min(end_of_file), ExtentKind::Hole))
     }
 
     fn seek_failed(&self, error: Errno, range: Range<u64>) -> io::Result<Extent> {
         match error {
             Errno::INVAL | Errno::OPNOTSUPP | Errno::NOSYS => {
                 self.cannot_seek_holes.store(true, Ordering::Relaxed);
-                Ok(extent(range, ExtentKind::Data))
+                Ok(Extent::new(range, ExtentKind::Data))
             }
             error => Err(error.into()),
         }
@@ -205,11 +205,11 @@ impl Layer for RawBase {
     fn extent_at(&self, range: Range<u64>, wait: Wait) -> io::Result<Extent> {
         let size = self.size();
         if range.start >= size {
-            return Ok(extent(range, ExtentKind::Hole));
+            return Ok(Extent::new(range, ExtentKind::Hole));
         }
         let range = range.start..range.end.min(size);
         if self.cannot_seek_holes.load(Ordering::Relaxed) {
-            return Ok(extent(range, ExtentKind::Data));
+            return Ok(Extent::new(range, ExtentKind::Data));
         }
         if wait == Wait::No && self.fs_kind == FsKind::Remote {
             return Err(Errno::AGAIN.into());
@@ -223,7 +223,7 @@ impl Layer for RawBase {
         let asked = offset..offset.saturating_add(buf.len() as u64);
         let size = self.size();
         if offset >= size {
-            return Ok(extent(asked, ExtentKind::Hole));
+            return Ok(Extent::new(asked, ExtentKind::Hole));
         }
         #[expect(clippy::cast_possible_truncation, reason = "at most buf.len()")]
         let len = (asked.end.min(size) - offset) as usize;
@@ -233,14 +233,14 @@ impl Layer for RawBase {
                 return Err(Errno::AGAIN.into());
             }
             self.read_cached(buf, offset)?;
-            return Ok(extent(offset..offset + len as u64, ExtentKind::Data));
+            return Ok(Extent::new(offset..offset + len as u64, ExtentKind::Data));
         }
         let got = match &self.direct {
             None => host::read_at(&self.file, buf, offset, Wait::Yes)?,
             Some(direct) => direct.read_at(buf, offset)?,
         };
         if got == len {
-            return Ok(extent(offset..offset + len as u64, ExtentKind::Data));
+            return Ok(Extent::new(offset..offset + len as u64, ExtentKind::Data));
         }
         // The disk may just have been truncated by this daemon. If so, the rest is past its end.
         let end = offset + got as u64;
@@ -248,9 +248,9 @@ impl Layer for RawBase {
             return Err(Errno::IO.into());
         }
         if got > 0 {
-            return Ok(extent(offset..end, ExtentKind::Data));
+            return Ok(Extent::new(offset..end, ExtentKind::Data));
         }
-        Ok(extent(asked, ExtentKind::Hole))
+        Ok(Extent::new(asked, ExtentKind::Hole))
     }
 
     fn lend_at(
@@ -269,10 +269,6 @@ impl Layer for RawBase {
     }
 }
 
-fn extent(range: Range<u64>, kind: ExtentKind) -> Extent {
-    Extent { range, kind }
-}
-
 #[cfg(test)]
 mod tests {
     use std::os::fd::BorrowedFd;
@@ -283,7 +279,7 @@ mod tests {
 
     use super::*;
 
-    /// The layers below a raw base, which has none: any call is a bug.
+    /// Creates a nameless file of `size` bytes in `dir`.
     fn file(dir: &Path, size: u64) -> Arc<File> {
         let file = tempfile::tempfile_in(dir).unwrap();
         file.set_len(size).unwrap();
@@ -396,9 +392,9 @@ mod tests {
             Ok(5)
         };
         let (found, copied) = raw.lend_at(0..4 * K64, Wait::Yes, &mut copy).unwrap();
-        assert_eq!((found, copied), (extent(0..K64, ExtentKind::Hole), None));
+        assert_eq!((found, copied), (Extent::new(0..K64, ExtentKind::Hole), None));
         let (found, copied) = raw.lend_at(K64..4 * K64, Wait::Yes, &mut copy).unwrap();
-        assert_eq!((found, copied), (extent(K64..2 * K64, ExtentKind::Data), Some(5)));
+        assert_eq!((found, copied), (Extent::new(K64..2 * K64, ExtentKind::Data), Some(5)));
         assert_eq!((lent.len(), &lent[0]), (1, &(K64..2 * K64)));
     }
 }
