@@ -18,6 +18,15 @@ use crate::confined::PathHandle;
 use crate::trust;
 use crate::trusted_path::{self, open_dir};
 
+/// The use of a file that an image names.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum FileRole {
+    /// The backing file, which may also lie below the directory of the first image.
+    Backing,
+    /// The external data file, which may lie only below a directory that the user named.
+    Data,
+}
+
 /// The directories below which the images of a chain may name files.
 pub(super) struct AllowedDirs {
     /// The directory of the first image: backing files may lie there, and below. `None` when the
@@ -47,33 +56,36 @@ impl AllowedDirs {
                 || image.file.metadata().is_ok_and(|image| image.uid() == found.uid()))
     }
 
-    /// Opens the file `name` that `image`, which lies at `path`, names. `may_be_own` allows the
-    /// directory of the first image as well, for backing files.
+    /// Opens the file that `image`, which lies at `path`, names as `name`.
+    ///
+    /// # Errors
+    /// [`ChainError::NotAllowed`]; [`ChainError::NeededFile`] when the file cannot be opened.
     pub(super) fn open(
         &self,
         image: &BaseFile,
         path: &Path,
         name: &str,
-        may_be_own: bool,
+        role: FileRole,
     ) -> Result<(PathBuf, BaseFile), ChainError> {
-        let of_needed =
+        let needed_error =
             |error| ChainError::NeededFile { path: path.to_owned(), error: Box::new(error) };
         let named = path.parent().unwrap_or(Path::new("/")).join(name);
-        let missing = |error| of_needed(BaseError::from_io(&named, BaseAccess::Read, error));
+        let missing = |error| needed_error(BaseError::from_io(&named, BaseAccess::Read, error));
         // The file is found first, judged by its real path, and opened itself: never again by its
         // path, which may lead elsewhere by then.
         let located = PathHandle::at(&named).map_err(missing)?;
         let needed = located.real_path().map_err(missing)?;
         let is_allowed = self.user_dirs.iter().any(|dir| needed.starts_with(dir))
-            || (may_be_own && self.is_backing_allowed(image, &needed, located.metadata()));
+            || (role == FileRole::Backing
+                && self.is_backing_allowed(image, &needed, located.metadata()));
         if !is_allowed {
             return Err(ChainError::NotAllowed { path: path.to_owned(), needed });
         }
         let (passthrough, direct) = (Passthrough::Off, DirectIo::Off);
-        let host =
+        let file =
             open_located(&located, &needed, BaseAccess::Read, self.locking, passthrough, direct)
-                .map_err(of_needed)?;
-        Ok((needed, host))
+                .map_err(needed_error)?;
+        Ok((needed, file))
     }
 }
 

@@ -16,7 +16,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::super::{BaseAccess, BaseError, BaseFile, open_base_file};
-use super::allowed_dirs::AllowedDirs;
+use super::allowed_dirs::{AllowedDirs, FileRole};
 use super::chain_error::{ChainError, MAX_BACKING_FILES};
 use super::header::{BackingRef, Qcow2Header};
 use super::tables::TableBudget;
@@ -27,8 +27,8 @@ use crate::layer::{CopyFn, Layer, Wait};
 
 /// A qcow2 image over its backing files.
 pub struct BackingChain {
-    /// The images, top to bottom.
-    images: Vec<Arc<dyn Layer>>,
+    /// Those of the images, top to bottom.
+    layers: Vec<Arc<dyn Layer>>,
     size: u64,
     needs: Vec<(PathBuf, Arc<File>)>,
 }
@@ -51,23 +51,23 @@ struct ChainImage {
     data: Option<(PathBuf, BaseFile)>,
 }
 
-/// Opens the qcow2 image `host` and all backing files below it. Backing files must lie below the directory
-/// of `host` or one of `allowed`, data files below one of `allowed`.
+/// Opens the qcow2 image `image` and all backing files below it. Backing files must lie below the
+/// directory of `image` or one of `allowed`, data files below one of `allowed`.
 ///
 /// # Errors
 /// [`ChainError`].
 pub fn open(
-    host: BaseFile,
+    image: BaseFile,
     allowed: &[PathBuf],
     locking: Locking,
 ) -> Result<BackingChain, ChainError> {
-    let path = host.real_path.clone();
-    let allowed = AllowedDirs::for_image(&host, allowed, locking);
+    let path = image.real_path.clone();
+    let allowed = AllowedDirs::for_image(&image, allowed, locking);
     let mut seen = HashSet::new();
     let mut budget = TableBudget::default();
-    let mut members = vec![ChainImage::read(path.clone(), host, "qcow2", &allowed)?];
+    let mut images = vec![ChainImage::read(path.clone(), image, "qcow2", &allowed)?];
     loop {
-        let Some(last) = members.last() else { return Err(ChainError::Loop(path)) };
+        let Some(last) = images.last() else { return Err(ChainError::Loop(path)) };
         if !seen.insert(last.file.file_id().map_err(|error| last.unreadable(error))?) {
             return Err(ChainError::Loop(path));
         }
@@ -75,18 +75,18 @@ pub fn open(
         let Some(backing) = last.header.as_ref().and_then(|header| header.backing.clone()) else {
             break;
         };
-        if members.len() > MAX_BACKING_FILES {
+        if images.len() > MAX_BACKING_FILES {
             return Err(ChainError::TooDeep(path));
         }
         let next = last.open_backing(&backing, &allowed)?;
-        members.push(next);
+        images.push(next);
     }
-    let size = members.first().and_then(|top| top.header.as_ref()).map_or(0, |top| top.size);
-    let needs = members.iter().flat_map(ChainImage::files).skip(1).collect();
-    let inflated = ClusterCache::new();
-    let build = |member: ChainImage| member.into_layer(&budget, &inflated);
-    let images = members.into_iter().map(build).collect::<Result<_, _>>()?;
-    Ok(BackingChain { images, size, needs })
+    let size = images.first().and_then(|top| top.header.as_ref()).map_or(0, |top| top.size);
+    let needs = images.iter().flat_map(ChainImage::files).skip(1).collect();
+    let cluster_cache = ClusterCache::new();
+    let build = |image: ChainImage| image.into_layer(&budget, &cluster_cache);
+    let layers = images.into_iter().map(build).collect::<Result<_, _>>()?;
+    Ok(BackingChain { layers, size, needs })
 }
 
 /// One image alone, and its backing file.
@@ -102,11 +102,11 @@ pub struct TopImage {
 /// # Errors
 /// [`BaseError`].
 pub fn open_top(path: &Path, allowed: &[PathBuf]) -> Result<TopImage, BaseError> {
-    let host =
+    let image =
         open_base_file(path, BaseAccess::Read, Locking::Qemu, Passthrough::Off, DirectIo::Off)?;
-    let real = host.real_path.clone();
-    let allowed = AllowedDirs::for_image(&host, allowed, Locking::Qemu);
-    let top = ChainImage::read(real, host, "qcow2", &allowed)?;
+    let real_path = image.real_path.clone();
+    let allowed = AllowedDirs::for_image(&image, allowed, Locking::Qemu);
+    let top = ChainImage::read(real_path, image, "qcow2", &allowed)?;
     let mut budget = TableBudget::default();
     top.charge_tables(&mut budget)?;
     let backing = match top.header.as_ref().and_then(|header| header.backing.clone()) {
@@ -124,22 +124,22 @@ impl ChainImage {
     /// Reads and checks the header of an image of the given format.
     fn read(
         path: PathBuf,
-        host: BaseFile,
+        file: BaseFile,
         format: &str,
         allowed: &AllowedDirs,
     ) -> Result<Self, ChainError> {
         if format == "raw" {
-            return Ok(Self { path, file: host, header: None, data: None });
+            return Ok(Self { path, file, header: None, data: None });
         }
-        let wrong = |error| ChainError::Header { path: path.clone(), error };
-        let header = Qcow2Header::read(&host.file, host.size).map_err(wrong)?;
-        header.check_l1(&host.file, host.size).map_err(wrong)?;
+        let header_error = |error| ChainError::Header { path: path.clone(), error };
+        let header = Qcow2Header::read(&file.file, file.size).map_err(header_error)?;
+        header.check_l1(&file.file, file.size).map_err(header_error)?;
         let data = match &header.data_file {
             None => None,
             Some(None) => return Err(ChainError::NoDataFile(path)),
-            Some(Some(name)) => Some(allowed.open(&host, &path, name, false)?),
+            Some(Some(name)) => Some(allowed.open(&file, &path, name, FileRole::Data)?),
         };
-        Ok(Self { path, file: host, header: Some(header), data })
+        Ok(Self { path, file, header: Some(header), data })
     }
 
     /// Opens the backing file `backing` of this image.
@@ -163,8 +163,8 @@ impl ChainImage {
                 });
             }
         };
-        let (needed, host) = allowed.open(&self.file, &path, &name, true)?;
-        Self::read(needed, host, format, allowed)
+        let (needed, file) = allowed.open(&self.file, &path, &name, FileRole::Backing)?;
+        Self::read(needed, file, format, allowed)
     }
 
     /// Returns the files that this image is read from, the image first.
@@ -189,7 +189,7 @@ impl ChainImage {
     fn into_layer(
         self,
         budget: &TableBudget,
-        inflated: &Arc<ClusterCache>,
+        cluster_cache: &Arc<ClusterCache>,
     ) -> Result<Arc<dyn Layer>, ChainError> {
         let Some(header) = &self.header else { return Ok(self.file.raw) };
         let data = self.data.as_ref().map_or(&self.file, |(_, data)| data);
@@ -200,7 +200,7 @@ impl ChainImage {
             data,
             header,
             budget,
-            Arc::clone(inflated),
+            Arc::clone(cluster_cache),
         );
         Ok(Arc::new(image.map_err(|error| self.unreadable(error))?))
     }
@@ -218,8 +218,8 @@ impl Layer for BackingChain {
     }
 
     fn extent_at(&self, mut range: Range<u64>, wait: Wait) -> io::Result<Extent> {
-        for image in &self.images {
-            let found = image.extent_at(range, wait)?;
+        for layer in &self.layers {
+            let found = layer.extent_at(range, wait)?;
             if found.kind != ExtentKind::Lower {
                 return Ok(found);
             }
@@ -230,9 +230,9 @@ impl Layer for BackingChain {
 
     fn read_at(&self, buf: &mut [u8], offset: u64, wait: Wait) -> io::Result<Extent> {
         let mut range = offset..offset.saturating_add(buf.len() as u64);
-        for image in &self.images {
+        for layer in &self.layers {
             let len = usize::try_from(range.end - offset).unwrap_or(usize::MAX);
-            let found = image.read_at(&mut buf[..len], offset, wait)?;
+            let found = layer.read_at(&mut buf[..len], offset, wait)?;
             if found.kind != ExtentKind::Lower {
                 return Ok(found);
             }
@@ -247,8 +247,8 @@ impl Layer for BackingChain {
         wait: Wait,
         copy: CopyFn<'_>,
     ) -> io::Result<(Extent, Option<u64>)> {
-        for image in &self.images {
-            let found = image.lend_at(range, wait, copy)?;
+        for layer in &self.layers {
+            let found = layer.lend_at(range, wait, copy)?;
             if found.0.kind != ExtentKind::Lower {
                 return Ok(found);
             }
