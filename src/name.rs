@@ -1,8 +1,8 @@
-//! What a file in a mount may be called: the rule for every name that becomes an entry of a
-//! directory, in the mount, in a store or among snapshots, whoever gave it.
+//! The rule for every name that becomes an entry of a directory, in the mount, in a store or among
+//! snapshots, whatever its source.
 //!
-//! A name that broke it would lead out of its directory on the host, and in the mount the kernel
-//! refuses the whole listing that holds it.
+//! A name that broke the rule could lead out of its directory on the host, and in the mount the
+//! kernel would refuse the whole listing that holds it.
 
 use std::io;
 
@@ -11,31 +11,32 @@ use crate::host::os_error;
 /// The longest name in bytes, as in other file systems (`NAME_MAX`).
 pub(crate) const MAX_NAME_LEN: usize = 255;
 
-/// The name that belongs to the mount itself.
+/// The name of a mount's control directory.
 pub(crate) const CONTROL_DIR: &str = ".cowslip";
 
-/// Its files besides the directories of the disks: a disk of such a name could not be reached there.
+/// The files of [`CONTROL_DIR`], which also has a directory for each disk: a disk of such a name could
+/// not be reached there.
 pub(crate) const CONTROL_FILES: [&str; 3] = ["status", "log", "ctl"];
 
-/// What is wrong with a name.
+/// The reason why a name is refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum NameError {
-    /// There is none.
+    /// An empty name.
     #[error("it is empty")]
     Empty,
     /// `.` or `..`.
     #[error("it is a directory's")]
     Directory,
-    /// It belongs to the mount itself, or to a file of [`CONTROL_DIR`].
+    /// The name of [`CONTROL_DIR`] or of one of its files.
     #[error("it is one of cowslip's own ({CONTROL_DIR}, status, log, ctl)")]
     Reserved,
-    /// It holds a `/`.
+    /// A name with a `/`.
     #[error("it holds a /")]
     Slash,
-    /// It holds a control character, which a terminal may obey.
+    /// A name with a control character, which a terminal may obey.
     #[error("it holds a control character")]
     ControlCharacter,
-    /// It is longer than [`MAX_NAME_LEN`].
+    /// A name longer than [`MAX_NAME_LEN`].
     #[error("it is longer than 255 bytes")]
     TooLong,
 }
@@ -49,7 +50,7 @@ impl From<NameError> for io::Error {
     }
 }
 
-/// Refuses what no file may be called.
+/// Refuses a name that no file may have.
 ///
 /// # Errors
 /// [`NameError`].
@@ -64,7 +65,7 @@ pub(crate) fn check(name: &str) -> Result<(), NameError> {
     }
 }
 
-/// Refuses what no disk may be called.
+/// Refuses a name that no disk may have.
 ///
 /// # Errors
 /// [`NameError`].
@@ -81,7 +82,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_name_is_one_plain_word_of_a_directory() {
+    fn a_name_is_a_single_path_component() {
         let long = "x".repeat(256);
         for bad in
             ["", ".", "..", "/", "/etc/x", "../x", "a/b", "a/", "a\nb", "a\0", "\u{9b}", &long]
