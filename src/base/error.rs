@@ -27,12 +27,12 @@ pub enum BaseError {
         access: BaseAccess,
     },
     /// The path names neither a file nor a block device.
-    #[error("base '{}' is {what}: name a file or a block device", path.display())]
+    #[error("base '{}' is {kind}: name a file or a block device", path.display())]
     NotAFile {
         /// The path as given.
         path: PathBuf,
         /// The kind of file found there, with its article: `a directory`.
-        what: String,
+        kind: String,
     },
     /// A device with nothing in it.
     #[error("base '{}' is an empty block device: put a medium in, or attach it first", .0.display())]

@@ -70,19 +70,14 @@ pub(super) fn open_located(
     passthrough: Passthrough,
     direct: DirectIo,
 ) -> Result<BaseFile, BaseError> {
-    let host = |error: io::Error| BaseError::from_io(path, access, error);
+    let host_error = |error: io::Error| BaseError::from_io(path, access, error);
     // Checked before it is opened: opening a watchdog or a tape already has an effect.
     let kind = check_kind(path, located.metadata())?;
     let file = open_descriptor(located, path, kind, access)?;
-    check_not_pseudo(path, &file).map_err(host)??;
+    check_not_pseudo(path, &file).map_err(host_error)??;
     // Locked before its size and bytes are read: nobody changes them from then on.
     lock::lock(&file, path, access, locking).inspect_err(|_| lock::release(&file))?;
-    let size = match kind {
-        HostKind::File => file.metadata().map_err(host)?.len(),
-        HostKind::BlockDevice => {
-            rustix::fs::seek(&file, SeekFrom::End(0)).map_err(|error| host(error.into()))?
-        }
-    };
+    let size = size_of(&file, kind).map_err(host_error)?;
     if size == 0 && kind == HostKind::BlockDevice {
         return Err(BaseError::EmptyDevice(path.to_owned()));
     }
@@ -92,14 +87,15 @@ pub(super) fn open_located(
         (HostKind::File, Passthrough::On) => RawBase::whole(file.clone()),
         _ => RawBase::new(file.clone(), kind, size),
     };
-    let mut raw = raw.map_err(host)?;
+    let mut raw = raw.map_err(host_error)?;
     if direct == DirectIo::On {
         let refused = |error| BaseError::NoDirect { path: path.to_owned(), error };
         raw = raw.with_direct_io().map_err(refused)?;
     }
-    let real = confined::real_path(&*file).ok();
-    let shown = real.clone().unwrap_or_else(|| path.to_owned());
-    Ok(BaseFile { file, raw: Arc::new(raw), size, real_path: shown, has_real_path: real.is_some() })
+    let found = confined::real_path(&*file).ok();
+    let has_real_path = found.is_some();
+    let real_path = found.unwrap_or_else(|| path.to_owned());
+    Ok(BaseFile { file, raw: Arc::new(raw), size, real_path, has_real_path })
 }
 
 /// A base that a disk reads and that a commit now writes.
@@ -131,30 +127,26 @@ pub fn open_writable(
     view: Option<Range<u64>>,
     locking: Locking,
 ) -> Result<WritableBase, BaseError> {
-    let host = |error: io::Error| BaseError::from_io(path, BaseAccess::Write, error);
-    let meta = reader.metadata().map_err(host)?;
+    let host_error = |error: io::Error| BaseError::from_io(path, BaseAccess::Write, error);
+    let meta = reader.metadata().map_err(host_error)?;
     let kind = check_kind(path, &meta)?;
-    let located = PathHandle::at(path).map_err(host)?;
+    let located = PathHandle::at(path).map_err(host_error)?;
     let found = located.metadata();
     if (found.dev(), found.ino()) != (meta.dev(), meta.ino()) {
-        return Err(host(Errno::STALE.into()));
+        return Err(host_error(Errno::STALE.into()));
     }
     let file = open_descriptor(&located, path, kind, BaseAccess::Write)?;
     if let Err(error) = lock::lock(reader, path, BaseAccess::Write, locking) {
         lock::downgrade(reader);
         return Err(error.into());
     }
-    let size = match kind {
-        HostKind::File => file.metadata().map_err(host)?.len(),
-        HostKind::BlockDevice => {
-            rustix::fs::seek(&file, SeekFrom::End(0)).map_err(|error| host(error.into()))?
-        }
-    };
+    let size = size_of(&file, kind).map_err(host_error)?;
     let file = Arc::new(file);
     let reader = Arc::clone(reader);
     let part = |error| BaseError::Part { path: path.to_owned(), error };
     let layer = view.as_ref().map_or(Ok(()), |view| view::check_inside(view, size)).map_err(part);
-    let layer = layer.and_then(|()| RawBase::new(Arc::clone(&file), kind, size).map_err(host));
+    let layer =
+        layer.and_then(|()| RawBase::new(Arc::clone(&file), kind, size).map_err(host_error));
     match layer {
         Ok(raw) => {
             let layer: Box<dyn WritableLayer> = match view.clone() {
@@ -195,21 +187,21 @@ fn open_descriptor(
 
 /// Refuses everything that is neither a file nor a block device.
 fn check_kind(path: &Path, meta: &Metadata) -> Result<HostKind, BaseError> {
-    let kind: FileType = meta.file_type();
-    let what = if kind.is_file() {
+    let file_type: FileType = meta.file_type();
+    let kind = if file_type.is_file() {
         return Ok(HostKind::File);
-    } else if kind.is_block_device() {
+    } else if file_type.is_block_device() {
         return Ok(HostKind::BlockDevice);
-    } else if kind.is_dir() {
+    } else if file_type.is_dir() {
         "a directory"
-    } else if kind.is_fifo() {
+    } else if file_type.is_fifo() {
         "a FIFO"
-    } else if kind.is_socket() {
+    } else if file_type.is_socket() {
         "a socket"
     } else {
         "a character device"
     };
-    Err(BaseError::NotAFile { path: path.to_owned(), what: what.to_owned() })
+    Err(BaseError::NotAFile { path: path.to_owned(), kind: kind.to_owned() })
 }
 
 /// Refuses files that the kernel generates: those of /proc have a size of 0 and other bytes at every
@@ -221,6 +213,14 @@ fn check_not_pseudo(path: &Path, file: &File) -> io::Result<Result<(), BaseError
     }
     Ok(Err(BaseError::NotAFile {
         path: path.to_owned(),
-        what: format!("a {} file of the kernel", fs.name),
+        kind: format!("a {} file of the kernel", fs.name),
     }))
+}
+
+/// Returns the size of a file or device in bytes.
+fn size_of(file: &File, kind: HostKind) -> io::Result<u64> {
+    match kind {
+        HostKind::File => Ok(file.metadata()?.len()),
+        HostKind::BlockDevice => Ok(rustix::fs::seek(file, SeekFrom::End(0))?),
+    }
 }

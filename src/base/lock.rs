@@ -137,15 +137,15 @@ fn try_lock(
     access: BaseAccess,
     locking: Locking,
 ) -> Result<(), LockError> {
-    let host = |error| LockError::Io { path: path.to_owned(), error };
+    let host_error = |error| LockError::Io { path: path.to_owned(), error };
     // Ours before qemu's: a writer of ours holds qemu's bytes too, and should be named as ours.
-    if !try_lock_shared(file, own_lock_bytes(access)).map_err(host)? {
+    if !try_lock_shared(file, own_lock_bytes(access)).map_err(host_error)? {
         return Err(LockError::HasWriter(path.to_owned()));
     }
-    if is_held(file, WRITER_BYTE).map_err(host)? {
+    if is_held(file, WRITER_BYTE).map_err(host_error)? {
         return Err(LockError::HasWriter(path.to_owned()));
     }
-    if access == BaseAccess::Write && is_held(file, USER_BYTE).map_err(host)? {
+    if access == BaseAccess::Write && is_held(file, USER_BYTE).map_err(host_error)? {
         return Err(LockError::HasReaders(path.to_owned()));
     }
     if locking == Locking::Off {
@@ -156,12 +156,12 @@ fn try_lock(
     let forbidden = [PERM_WRITE, PERM_RESIZE];
     let hold = used.iter().map(|bit| QEMU_PERM_BASE + bit);
     let hold = hold.chain(forbidden.iter().map(|bit| QEMU_SHARED_BASE + bit));
-    if !try_lock_shared(file, hold).map_err(host)? {
+    if !try_lock_shared(file, hold).map_err(host_error)? {
         return Err(LockError::UsedByQemu(path.to_owned()));
     }
     let test = used.iter().map(|bit| QEMU_SHARED_BASE + bit);
     for byte in test.chain(forbidden.iter().map(|bit| QEMU_PERM_BASE + bit)) {
-        if is_held(file, byte).map_err(host)? {
+        if is_held(file, byte).map_err(host_error)? {
             return Err(LockError::UsedByQemu(path.to_owned()));
         }
     }
@@ -385,7 +385,7 @@ mod tests {
     }
 
     #[test]
-    fn a_refused_writer_leaves_nothing_behind() {
+    fn a_refused_writer_leaves_no_lock_behind() {
         let (_dir, path) = image();
         let reader = take(&path, BaseAccess::Read, Locking::Qemu).unwrap();
         take(&path, BaseAccess::Write, Locking::Qemu).unwrap_err();
